@@ -1,0 +1,1 @@
+"""Conveyor: queues for Python on Redis and Valkey."""

@@ -1,0 +1,54 @@
+"""Durations and instants as people write them, and the milliseconds that scripts take."""
+
+from __future__ import annotations
+
+import math
+import re
+from datetime import datetime, timedelta
+
+from conveyor.errors import ConfigurationError
+
+Duration = float | int | str | timedelta
+"""Seconds, a `timedelta`, or a text: ``"250ms"``, ``"5s"``, ``"2m"``, ``"1h30m"``, ``"7d"``."""
+
+_UNIT_MS = {"ms": 1, "s": 1_000, "m": 60_000, "h": 3_600_000, "d": 86_400_000}
+_PART = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)")
+_WHOLE = re.compile(rf"(?:{_PART.pattern})+")
+_LONGEST_MS = 366 * 100 * 86_400_000  # a century; beyond it, numbers lose their milliseconds in Redis
+
+
+def milliseconds(value: Duration, *, name: str = "duration") -> int:
+    """
+    Return *value* as whole milliseconds, rounded up so that a tiny wait is not none.
+
+    Raises ConfigurationError for text it does not know, negative values, NaN and more than a century.
+    """
+    if isinstance(value, timedelta):
+        seconds = value.total_seconds()
+    elif isinstance(value, str):
+        seconds = _parse(value, name)
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        seconds = float(value)
+    else:
+        raise ConfigurationError(f"{name} must be seconds, a timedelta or a text such as '5m', not {value!r}.")
+    if not math.isfinite(seconds) or seconds < 0 or seconds * 1000 > _LONGEST_MS:
+        raise ConfigurationError(f"{name} must be between 0 and 100 years, not {value!r}.")
+    return math.ceil(round(seconds * 1000, 6))
+
+
+def _parse(text: str, name: str) -> float:
+    if not _WHOLE.fullmatch(text):
+        raise ConfigurationError(
+            f"{name} {text!r} is not a duration. Write '250ms', '5s', '2m', '1h30m', '7d', or seconds as a number."
+        )
+    return sum(float(number) * _UNIT_MS[unit] for number, unit in _PART.findall(text)) / 1000
+
+
+def instant_ms(at: datetime, *, name: str = "at") -> int:
+    """Return an aware datetime as milliseconds since the epoch; a naive one raises ConfigurationError (E18)."""
+    if not isinstance(at, datetime) or at.tzinfo is None:
+        raise ConfigurationError(
+            f"{name} needs a datetime with a time zone, not {at!r}. Write datetime.now(UTC) or add tzinfo=ZoneInfo(...).",
+            code="E18",
+        )
+    return max(0, math.ceil(at.timestamp() * 1000))

@@ -1,0 +1,145 @@
+"""
+The exception tree.
+
+Every error carries a `code`, says what happened with its values, and what to do.
+
+    ConveyorError
+    ├── StoreUnavailable       E01  Redis cannot be reached or does not answer
+    ├── ConfigurationError     E02  something is declared or set up wrongly (also E06 E08 E09 E10 E18 E19)
+    ├── PayloadError           E03  arguments or a value that cannot be stored or decoded (also E04 E15 E21 E22)
+    ├── UnknownTask            E05  no task of that name is registered here
+    ├── LeaseLost              E14  the message is no longer ours
+    ├── ResultExpired          E20  finished, and the value is no longer kept
+    ├── QueueFull              E23  the queue, or Redis itself, takes no more
+    ├── JobFailed              E24  the job ended in an error
+    ├── JobCancelled           E25  the job was cancelled, or expired before it started
+    ├── Duplicate              E26  a job with that unique key exists
+    ├── JobNotFound            E27  no job with that id is known
+    ├── RateLimited            E28  a limit refuses the call
+    └── DurabilityNotReached   E29  stored, but not confirmed as widely as asked
+
+`Snooze` is not an error: a job raises it to be run again later without using an attempt.
+"""
+
+from __future__ import annotations
+
+
+class ConveyorError(Exception):
+    """The root of all errors of this library; `code` names the page that explains it."""
+
+    code = "E00"
+
+    def __init__(self, message: str = "", *, code: str | None = None) -> None:
+        """Take the whole text shown to a person, and a code where the class has several."""
+        super().__init__(message)
+        if code is not None:
+            self.code = code
+
+
+class StoreUnavailable(ConveyorError):
+    """Redis cannot be reached, or did not answer before the deadline; repeating the call is safe."""
+
+    code = "E01"
+
+
+class ConfigurationError(ConveyorError):
+    """Something is declared or set up wrongly; nothing was stored."""
+
+    code = "E02"
+
+
+class PayloadError(ConveyorError):
+    """A value does not fit its type, cannot be stored, or cannot be decoded; nothing was stored."""
+
+    code = "E03"
+
+
+class UnknownTask(ConveyorError):
+    """No task of that name is registered in this program."""
+
+    code = "E05"
+
+
+class LeaseLost(ConveyorError):
+    """The lease was given up, so another worker may hold the message; nothing was changed."""
+
+    code = "E14"
+
+
+class ResultExpired(ConveyorError):
+    """The job finished, and the value it promised is no longer kept."""
+
+    code = "E20"
+
+
+class QueueFull(ConveyorError):
+    """The queue's maximum length, or the memory of Redis, is reached; nothing was stored."""
+
+    code = "E23"
+
+
+class JobFailed(ConveyorError):
+    """The job ended in an error: `type` (qualified name), `message` and `traceback` (text) say which."""
+
+    code = "E24"
+
+    def __init__(self, job_id: str, type: str, message: str, traceback: str) -> None:  # noqa: A002  the contract's name
+        """Take the id of the job and what its last attempt raised."""
+        super().__init__(f"Job {job_id} failed: {type}: {message}")
+        self.job_id = job_id
+        self.type = type
+        self.message = message
+        self.traceback = traceback
+
+    def __reduce__(self) -> tuple[type[JobFailed], tuple[str, str, str, str]]:
+        """Survive pickling between processes of the caller."""
+        return type(self), (self.job_id, self.type, self.message, self.traceback)
+
+
+class JobCancelled(ConveyorError):
+    """The job was cancelled, or expired before it started."""
+
+    code = "E25"
+
+
+class Duplicate(ConveyorError):
+    """A job with that unique key exists; `job_id` is its id."""
+
+    code = "E26"
+
+    def __init__(self, job_id: str, key: str) -> None:
+        """Take the id of the job that holds the key, and the key."""
+        super().__init__(f"Job {job_id} already holds the unique key {key!r}. Nothing was enqueued.")
+        self.job_id = job_id
+        self.key = key
+
+    def __reduce__(self) -> tuple[type[Duplicate], tuple[str, str]]:
+        """Survive pickling between processes of the caller."""
+        return type(self), (self.job_id, self.key)
+
+
+class JobNotFound(ConveyorError):
+    """No job with that id is known to the queue."""
+
+    code = "E27"
+
+
+class RateLimited(ConveyorError):
+    """A limit refuses the call."""
+
+    code = "E28"
+
+
+class DurabilityNotReached(ConveyorError):
+    """The job is stored, but was not confirmed as widely as asked; repeating with the same id is safe."""
+
+    code = "E29"
+
+
+class Snooze(Exception):  # noqa: N818  not an error: control flow with a meaning
+    """Raised by a job: run me again after *delay*, and count no attempt against my budget."""
+
+    def __init__(self, delay: float | str) -> None:
+        """Take seconds, or a text such as ``"5m"``."""
+        super().__init__(delay)
+        self.delay = delay
