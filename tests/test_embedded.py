@@ -17,8 +17,8 @@ import pytest
 import redis
 
 from conveyor.errors import ConfigurationError, StoreUnavailable
-from conveyor.store import embedded, keeper, program
-from conveyor.store.embedded import attach, inspect, project_directory, server_binary, stop
+from conveyor.store import embedded, keeper
+from conveyor.store.embedded import attach, inspect, stop
 
 SOURCE = Path(embedded.__file__).parents[2]
 USER = """
@@ -396,28 +396,6 @@ def test_the_log_is_bounded(place):
         assert 0 < log.stat().st_size < 100_000
 
 
-def test_the_program_is_the_one_asked_for(place, monkeypatch, tmp_path):
-    """`CONVEYOR_SERVER_BIN` goes first and must be a server; without any program the error lists the remedies."""
-    path, version = server_binary()
-    assert version.split()[0] in {"Valkey", "Redis"}
-    (tmp_path / "link").symlink_to(path)
-    monkeypatch.setenv("CONVEYOR_SERVER_BIN", str(tmp_path / "link"))
-    assert server_binary() == (tmp_path / "link", version)
-    for wrong in (str(tmp_path / "nothing"), "/bin/true"):
-        monkeypatch.setenv("CONVEYOR_SERVER_BIN", wrong)
-        with pytest.raises(ConfigurationError, match=f"CONVEYOR_SERVER_BIN={wrong}"):
-            server_binary()
-
-    monkeypatch.delenv("CONVEYOR_SERVER_BIN")
-    monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setattr(program, "find_spec", lambda _: None)
-    with pytest.raises(
-        ConfigurationError, match=r"pip install(.|\n)*CONVEYOR_SERVER_BIN(.|\n)*CONVEYOR_URL"
-    ) as missing:
-        attach(place.directory)
-    assert missing.value.code == "E02"
-
-
 @pytest.mark.redis7
 def test_a_redis_on_path_serves_as_well(place, monkeypatch):
     """Where there is a redis-server, it can be the embedded server, and its data survives a restart."""
@@ -431,14 +409,3 @@ def test_a_redis_on_path_serves_as_well(place, monkeypatch):
         stop(place.directory)
         with attach(place.directory):
             assert server.get("written") == "before"
-
-
-def test_the_project_is_found_upwards(tmp_path):
-    """The data lies beside the nearest `.conveyor` or `pyproject.toml` above, and where one stands when there is none."""
-    inner = tmp_path / "a" / "b"
-    inner.mkdir(parents=True)
-    assert project_directory(inner) == inner / ".conveyor"
-    (tmp_path / "pyproject.toml").touch()
-    assert project_directory(inner) == tmp_path / ".conveyor"
-    (tmp_path / "a" / ".conveyor").mkdir()
-    assert project_directory(inner) == tmp_path / "a" / ".conveyor"

@@ -24,7 +24,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from typing import TYPE_CHECKING, Any, TypedDict, cast
 
@@ -36,7 +35,6 @@ _STOP_PATIENCE = 30.0  # seconds a server may take to write its data to disk bef
 _ORPHAN_PATIENCE = 5.0  # seconds for the server of a killed keeper to go
 _LONGEST_PAUSE = 5.0  # seconds between two starts of a server that keeps crashing
 _STEADY = 10.0  # seconds after which a crash no longer counts as one of a series
-_LAST_USER_GONE = 0  # beside signal numbers, which begin at 1
 
 
 class Record(TypedDict):
@@ -149,6 +147,8 @@ class Keeper:
         self.pause = 0.0
         self.tie = parent_death_signal()
         self.claim = -1
+        self.lock = -1
+        self.watcher = 0
         self.events = -1
 
     def run(self) -> int:
@@ -163,7 +163,10 @@ class Keeper:
                 if code == 0 or not self.proven:
                     return self._finish(code)
                 self._crashed(code)
-            if events & {_LAST_USER_GONE, signal.SIGTERM, signal.SIGINT}:
+            if self._last_user_gone():
+                self.watcher = 0
+                return self._finish(self._stop())
+            if events & {signal.SIGTERM, signal.SIGINT}:
                 return self._finish(self._stop())
             if self.server is None and time.monotonic() >= self.start_at:
                 self._start()
@@ -189,6 +192,8 @@ class Keeper:
         return True
 
     def _listen(self) -> None:
+        self.lock = os.open(os.path.join(self.directory, "lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        self._watch()
         self.events, wake = os.pipe()
         os.set_blocking(wake, False)
         for number in (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT):
@@ -196,13 +201,30 @@ class Keeper:
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
         signal.set_wakeup_fd(wake)
 
-        lock = os.open(os.path.join(self.directory, "lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    def _watch(self) -> None:
+        # A child waits for the lock, which it shares with the keeper. Not a thread: the locks of a killed process with
+        # threads may outlive its main thread, so a newcomer could be led to the server that is about to go.
+        self.watcher = os.fork()
+        if self.watcher == 0:
+            try:
+                signal.set_wakeup_fd(-1)
+                signal.signal(signal.SIGTERM, signal.SIG_DFL)
+                os.close(self.orders["lock"])
+                os.close(self.claim)
+                if self.tie is not None:
+                    self.tie()
+                fcntl.flock(
+                    self.lock, fcntl.LOCK_EX
+                )  # and held by the keeper, so newcomers wait while the server stops
+                os._exit(0)
+            finally:
+                os._exit(1)
 
-        def wait_for_last_user() -> None:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # held until the keeper ends, so newcomers wait while the server stops
-            os.write(wake, bytes([_LAST_USER_GONE]))
-
-        threading.Thread(target=wait_for_last_user, daemon=True).start()
+    def _last_user_gone(self) -> bool:
+        pid, status = os.waitpid(self.watcher, os.WNOHANG)
+        if pid and status:  # it was killed
+            self._watch()
+        return bool(pid) and status == 0
 
     def _wait(self) -> set[int]:
         timeout: float | None = None
@@ -222,7 +244,7 @@ class Keeper:
             cwd=self.data,
             stdin=subprocess.DEVNULL,
             pass_fds=(self.claim,),
-            preexec_fn=self.tie,  # noqa: PLW1509  the only other thread sleeps in flock and holds nothing
+            preexec_fn=self.tie,  # noqa: PLW1509  there are no threads
         )
         if self.tie is None:
             self.guard = subprocess.Popen(  # noqa: S603  its `read` ends when the keeper does
@@ -259,6 +281,9 @@ class Keeper:
 
     def _finish(self, code: int) -> int:
         self._release_guard()
+        if self.watcher:
+            os.kill(self.watcher, signal.SIGKILL)
+            os.waitpid(self.watcher, 0)
         with contextlib.suppress(OSError):
             os.unlink(self.orders["socket"])
         with contextlib.suppress(OSError):  # the data directory may have been deleted meanwhile
@@ -311,8 +336,7 @@ def main(text: str) -> None:
     finally:
         # Unlocked, not only closed: a fork of the starter may hold a copy of the descriptor.
         fcntl.flock(orders["lock"], fcntl.LOCK_UN)
-        sys.stdout.flush()
-    os._exit(code)  # the thread that waits for the lock cannot be joined
+    sys.exit(code)
 
 
 if __name__ == "__main__":
