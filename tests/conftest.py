@@ -1,0 +1,103 @@
+"""Servers and clients for all tests; CONTRIBUTING.md says what each fixture gives."""
+
+from __future__ import annotations
+
+import itertools
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import redis as redis_py
+
+from leaks import complaint, leaked
+from server import Server, find_binary
+
+pytest_plugins = ["pytester"]
+
+_OLDER = ("redis6", "redis7")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Let a marked test run again on the older servers."""
+    marks = [name for name in _OLDER if metafunc.definition.get_closest_marker(name)]
+    if not marks or "server" not in metafunc.fixturenames:
+        return
+    params = [pytest.param("valkey")]
+    for name in marks:
+        missing = [] if find_binary(name) else [pytest.mark.skip(reason=f"{name}: this server is not installed")]
+        params.append(pytest.param(name, marks=missing))
+    metafunc.parametrize("server", params, indirect=True, scope="session")
+
+
+@pytest.fixture(scope="session")
+def directory() -> Iterator[Path]:
+    """A directory with a short path: a socket's path ends at 107 bytes, and pytest's own are long."""
+    with tempfile.TemporaryDirectory(prefix="cv", dir="/tmp") as name:
+        yield Path(name)
+
+
+@pytest.fixture(scope="session")
+def servers() -> Iterator[dict[str, Server]]:
+    """The servers of this run by name: each is started when first asked for, and once."""
+    started: dict[str, Server] = {}
+    yield started
+    for server in started.values():
+        server.kill()
+
+
+@pytest.fixture(scope="session")
+def server(request: pytest.FixtureRequest, servers: dict[str, Server], directory: Path) -> Server:
+    """A real server shared by all tests; Valkey where the test is not marked for others too."""
+    name = getattr(request, "param", "valkey")
+    if name not in servers:
+        binary = find_binary(name)
+        assert binary is not None, f"no binary of {name}"
+        servers[name] = Server(binary, directory / name)
+    return servers[name]
+
+
+@pytest.fixture
+def start_server(directory: Path) -> Iterator[Callable[..., Server]]:
+    """Start a server of the test's own: `start_server("--maxmemory", "8mb", name="redis7")`."""
+    started: list[Server] = []
+
+    def start(*options: str, name: str = "valkey") -> Server:
+        binary = find_binary(name)
+        if binary is None:
+            pytest.skip(f"{name}: this server is not installed")
+        place = next(p for n in itertools.count() if not (p := directory / f"own{n}").exists())
+        started.append(Server(binary, place, *options))
+        return started[-1]
+
+    yield start
+    for server in started:
+        server.kill()
+
+
+@pytest.fixture
+def url(server: Server) -> str:
+    """The URL of the server, emptied."""
+    with server.client() as client:
+        client.flushall(asynchronous=False)
+    return server.url
+
+
+@pytest.fixture
+def redis(url: str, server: Server) -> Iterator[redis_py.Redis]:
+    """A synchronous client of the emptied server, with bytes as replies."""
+    with server.client() as client:
+        yield client
+
+
+@pytest.fixture(autouse=True)
+def no_leaked_keys(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Fail a test that used `url` and leaves keys behind which never go away."""
+    # Autouse comes first and so ends last: whatever the test's own fixtures tidy up is gone by then.
+    yield
+    if "url" not in request.fixturenames or request.node.get_closest_marker("leaves_keys"):
+        return
+    with request.getfixturevalue("server").client() as client:
+        names = leaked(client)
+    if names:
+        pytest.fail(complaint(names), pytrace=False)
