@@ -205,7 +205,7 @@ def turn(
     args += (len(report.recent), *report.recent)
     names = (
         keys.jobs, keys.state, keys.leased(worker), keys.workers, keys.due, keys.wake, keys.conf, keys.dead, keys.recent,
-        keys.waiters, keys.wake_of(worker), *keys.ready,
+        keys.waiters, *keys.ready,
     )  # fmt: skip
     return Call(TURN, names, args, _read_turn)
 

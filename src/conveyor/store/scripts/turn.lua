@@ -1,9 +1,9 @@
 -- A worker's whole round trip: settle what it finished, then lease it up to N more.
 --
 -- KEYS  1 jobs  2 state  3 leased:<worker>  4 workers  5 due  6 wake  7 conf  8 dead  9 recent  10 waiters
---       11 wake:<worker>  12-21 ready:0 … ready:9
+--       11-20 ready:0 … ready:9
 -- ARGV  1 worker  2 number of this turn  3 how many more  4 lease_ms
---       5 flags: k keep the lease's end, l look for overdue workers, n nudge our own blocked call, t leave when nothing is held
+--       5 flags: k keep the lease's end, l look for overdue workers, t leave when nothing is held
 --       6 count, ids of jobs that are simply done
 --       then count, and for each other settlement: kind id ms record state unique own
 --            D done: keep the record ms           X dead: announce the record, keep the state
@@ -93,7 +93,7 @@ end
 local function requeue(id)
   local envelope = redis.call('HGET', jobs, id)
   local found = envelope and marks(envelope)
-  redis.call('LPUSH', KEYS[12 + (found and found.priority or 0)], id)
+  redis.call('LPUSH', KEYS[11 + (found and found.priority or 0)], id)
 end
 
 local function settle(i)
@@ -129,7 +129,7 @@ if first_due[2] and tonumber(first_due[2]) <= now then
   redis.call('ZREM', due, unpack(ids))
   for i, id in ipairs(ids) do
     local found = envelopes[i] and marks(envelopes[i])
-    if envelopes[i] then redis.call('RPUSH', KEYS[12 + (found and found.priority or 0)], id) end
+    if envelopes[i] then redis.call('RPUSH', KEYS[11 + (found and found.priority or 0)], id) end
   end
   first_due = redis.call('ZRANGE', due, 0, 0, 'WITHSCORES')
 end
@@ -166,10 +166,10 @@ local function take(key)
 end
 want = math.min(want, 1000 - (redis.call('HLEN', leased) - 3))
 if want > 0 and not paused then
-  if redis.call('EXISTS', unpack(KEYS, 13, 21)) > 0 then
-    for priority = 9, 1, -1 do take(KEYS[12 + priority]) end
+  if redis.call('EXISTS', unpack(KEYS, 12, 20)) > 0 then
+    for priority = 9, 1, -1 do take(KEYS[11 + priority]) end
   end
-  take(KEYS[12])
+  take(KEYS[11])
 end
 local states = {}
 if taken > 0 then
@@ -186,7 +186,7 @@ local more, next_due = 0, -1
 if not paused then
   if first_due[2] then next_due = tonumber(first_due[2]) end
   if taken >= want then
-    if redis.call('EXISTS', unpack(KEYS, 12, 21)) > 0 then more = 1 end
+    if redis.call('EXISTS', unpack(KEYS, 11, 20)) > 0 then more = 1 end
     if more == 1 or next_due >= 0 then wake(wakes) end
   end
 end
@@ -199,10 +199,6 @@ if string.find(flags, 't', 1, true) and held == 0 then
   redis.call('ZREM', workers, worker)
 elseif not string.find(flags, 'k', 1, true) then
   redis.call('ZADD', workers, now + lease, worker)
-end
-if string.find(flags, 'n', 1, true) then
-  redis.call('RPUSH', KEYS[11], '1')
-  redis.call('PEXPIRE', KEYS[11], 60000)
 end
 
 local at = other_at + 7 * other_count
