@@ -4,21 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
-from typing import TYPE_CHECKING, Any, Literal, ParamSpec, Protocol, Self, TypeVar, cast, overload
+from typing import TYPE_CHECKING, Any, Literal, ParamSpec, Self, TypeVar, cast, overload
 
 from conveyor import ident, provider
 from conveyor.bulk import chunks
 from conveyor.codec import MAX_PAYLOAD
-from conveyor.duration import Duration, milliseconds
+from conveyor.duration import Duration
 from conveyor.errors import ConfigurationError, ConveyorError
 from conveyor.hook import Hooks
 from conveyor.job import Job, refuse_in_loop
 from conveyor.outcome import Retry
-from conveyor.outgoing import check_priority, positive_ms
+from conveyor.outgoing import positive_ms
+from conveyor.registration import TaskDecorator, refuse_later, register, task_options
 from conveyor.result import Replies
 from conveyor.store.backend import Backend
 from conveyor.store.operations import Entry
-from conveyor.task import AsyncTask, RunIn, SyncTask, Task, TaskCall, TaskOptions, default_name, is_async
+from conveyor.task import AsyncTask, RunIn, SyncTask, Task, TaskCall
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -32,15 +33,6 @@ P = ParamSpec("P")
 R = TypeVar("R")
 T = TypeVar("T")
 Full = Literal["raise", "block", "drop-oldest"]
-
-
-class TaskDecorator(Protocol):
-    """What `@app.task(…)` with options is."""
-
-    @overload
-    def __call__(self, function: Callable[P, Coroutine[Any, Any, R]], /) -> AsyncTask[P, R]: ...  # type: ignore[overload-overlap]
-    @overload
-    def __call__(self, function: Callable[P, R], /) -> SyncTask[P, R]: ...
 
 
 class Conveyor(Hooks):
@@ -204,11 +196,12 @@ class Conveyor(Hooks):
     def task(self, function: Callable[P, R], /) -> SyncTask[P, R]: ...
     @overload
     def task(
-        self, *, name: str | None = None, queue: str = "default", timeout: Duration | None = None,
+        self, /, *, name: str | None = None, queue: str = "default", timeout: Duration | None = None,
         retry: Retry | int | None = None, keep_result: Duration = "10m", run_in: RunIn | None = None,
         ack: Literal["late", "early"] = "late", expires: Duration | None = None, priority: int = 0,
         max_payload: int | None = None, unique: Unique | None = None,
-        limits: Sequence[Rate | Concurrency] | None = None, group_by: str | None = None, debounce: Debounce | None = None,
+        limits: Sequence[Rate | Concurrency] | None = None, group_by: str | None = None,
+        debounce: Debounce | None = None,
     ) -> TaskDecorator: ...  # fmt: skip
 
     def task(
@@ -239,58 +232,15 @@ class Conveyor(Hooks):
         promise to run again after a crash. `run_in` is loop, thread or process: by default loop for an `async def`,
         thread for a `def`. Raises ConfigurationError, also for a function whose arguments JSON cannot carry.
         """
-        later = {"unique": unique, "limits": limits, "group_by": group_by, "debounce": debounce}
-        for option, value in later.items():
-            if value is not None:
-                raise ConfigurationError(f"@app.task({option}=…) is not available yet. Leave it out.")
-        options = TaskOptions(
-            timeout_ms=None if timeout is None else positive_ms(timeout, "timeout"),
-            retry=_retry(retry),
-            keep_ms=milliseconds(keep_result, name="keep_result"),
-            ack=_one_of("ack", ack, ("late", "early")),
-            expires_ms=None if expires is None else positive_ms(expires, "expires"),
-            priority=check_priority(priority),
+        refuse_later(unique=unique, limits=limits, group_by=group_by, debounce=debounce)
+        options = task_options(
+            timeout=timeout, retry=retry, keep_result=keep_result, ack=ack, expires=expires, priority=priority
         )
 
-        def register(function: Callable[..., Any]) -> Task[..., Any]:
-            return self._register(function, name, ident.queue_name(queue), run_in, options, max_payload)
+        def add(function: Callable[..., Any]) -> Task[..., Any]:
+            return register(self, function, name, ident.queue_name(queue), run_in, options, max_payload)
 
-        return register if function is None else register(function)
-
-    def _register(
-        self,
-        function: Callable[..., Any],
-        name: str | None,
-        queue: str,
-        run_in: RunIn | None,
-        options: TaskOptions,
-        max_payload: int | None,
-    ) -> Task[..., Any]:
-        if isinstance(function, Task) or not callable(function):
-            raise ConfigurationError(
-                f"@app.task takes a function, not {function!r}. Options go by name: @app.task(queue=…)."
-            )
-        name = ident.queue_name(default_name(function) if name is None else name)
-        known = self.tasks.get(name)
-        if known is not None and not _is_redefined(known.function, function):
-            raise ConfigurationError(
-                f"Two tasks are called {name!r}: {known.function!r} and {function!r}. Give one another name: @app.task(name='…')."
-            )
-        awaitable = is_async(function)
-        where: RunIn = _one_of("run_in", run_in or ("loop" if awaitable else "thread"), ("loop", "thread", "process"))
-        if awaitable and where == "thread":
-            raise ConfigurationError(f"{name}: run_in='thread' needs a plain `def`; an `async def` runs on the loop.")
-        task = (AsyncTask if awaitable else SyncTask)(
-            self,
-            function,
-            name=name,
-            queue=queue,
-            run_in=where,
-            options=options,
-            max_payload=max_payload or self.max_payload,
-        )
-        self.tasks[name] = task
-        return task
+        return add if function is None else add(function)
 
     # -- jobs -----------------------------------------------------------------------------------------------------
 
@@ -383,23 +333,6 @@ class Conveyor(Hooks):
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         await self.aclose()
-
-
-def _retry(retry: Retry | int | None) -> Retry:
-    if isinstance(retry, Retry):
-        return retry
-    return Retry() if retry is None else Retry(attempts=retry)
-
-
-def _one_of(name: str, value: Any, known: tuple[str, ...]) -> Any:
-    if value not in known:
-        raise ConfigurationError(f"{name} must be one of {', '.join(map(repr, known))}, not {value!r}.")
-    return value
-
-
-def _is_redefined(known: Callable[..., Any], function: Callable[..., Any]) -> bool:
-    """Tell whether a function stands for an earlier one: a cell that was run again."""
-    return getattr(getattr(known, "__code__", None), "co_filename", "").startswith("<") or known is function
 
 
 def _note(error: ConveyorError, count: int) -> None:

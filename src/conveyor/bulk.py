@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from conveyor.ident import new_ids
 from conveyor.job import Job
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from conveyor.outgoing import Choice
     from conveyor.task import Sender, Task, TaskCall
 
-R = TypeVar("R")
+Encode = Callable[[tuple[Any, ...], dict[str, Any]], bytes]
 
 
 class Batch:
@@ -57,23 +57,25 @@ class Chunk:
         self._home = home
         self._batches: dict[str, Batch] = {}
         self.jobs: list[Job[Any]] = []
-        task: Task[..., Any] | None = None
-        choice: Choice | None = None
-        plain, encode, head, pairs, handles = False, _never, b"", _NOBODY.pairs, _NOBODY.jobs
+        if not calls:
+            return
         append = self.jobs.append
+        task, choice = calls[0].task, calls[0].choice
+        batch, plain, encode = self._settings(task, choice)
         for id_, call in zip(new_ids(len(calls)), calls, strict=True):
             if call.task is not task or call.choice is not choice:
                 task, choice = call.task, call.choice
-                batch = self._batch(task.queue)
-                plain = task.is_plain(choice) and not batch.entries
-                encode, head, pairs, handles = task.signature.encode, task.head, batch.pairs, batch.jobs
-            if plain:
-                pairs += (id_, head + encode(call.args, call.kwargs))
+                batch, plain, encode = self._settings(task, choice)
+            if plain and not batch.entries:
+                batch.pairs += (id_, task.head + encode(call.args, call.kwargs))
                 job: Job[Any] = Job(home, id_, task.queue, task)
-                handles.append(job)
+                batch.jobs.append(job)
             else:
                 job = self._special(task, call)
             append(job)
+
+    def _settings(self, task: Task[..., Any], choice: Choice) -> tuple[Batch, bool, Encode]:
+        return self._batch(task.queue), task.is_plain(choice), task.signature.encode
 
     def _special(self, task: Task[..., Any], call: TaskCall[Any]) -> Job[Any]:
         queue, entry = task.prepare(call.choice, call.args, call.kwargs)
@@ -101,13 +103,6 @@ class Chunk:
         for batch in self._batches.values():
             if batch.jobs:
                 batch.settle(await self._home.asend(batch.queue, batch.as_entries()))
-
-
-def _never(_args: tuple[Any, ...], _kwargs: dict[str, Any]) -> bytes:
-    raise AssertionError
-
-
-_NOBODY = Batch("")
 
 
 def chunks(home: Sender, calls: Iterable[TaskCall[Any]]) -> Iterator[Chunk]:

@@ -145,8 +145,8 @@ class Job(Generic[R_co]):
     def _found(self, queue: str, shown: Shown) -> Shown:
         self.queue = queue
         if self.task is None and shown[1] is not None:
-            self.task = shown[1].envelope.task
-            self._promise = self._home.promises.get(self.task)
+            self.task = name = shown[1].envelope.task
+            self._promise = self._home.promises.get(name)
         return shown
 
     def _unknown(self) -> JobNotFound:

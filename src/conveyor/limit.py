@@ -89,7 +89,8 @@ class Debounce:
         object.__setattr__(self, "max_wait_ms", longest)
         if longest is not None and longest < self.wait_ms:
             raise ConfigurationError(
-                f"Debounce(max_wait={self.max_wait!r}) is shorter than wait={self.wait!r}. Make it longer, or leave it out."
+                f"Debounce(max_wait={self.max_wait!r}) is shorter than wait={self.wait!r}. "
+                "Make it longer, or leave it out."
             )
 
 

@@ -44,22 +44,23 @@ class _Borrowed(Middleware):
     def __init__(self, source: object, push: Callable[[Outgoing], None] | None, run: Around | None) -> None:
         self._source = source
         if push is not None:
-            self.push = push  # type: ignore[method-assign]
+            vars(self)["push"] = push
         if run is not None:
-            self.run = run  # type: ignore[assignment,method-assign]
+            vars(self)["run"] = run
 
     def __repr__(self) -> str:
         return f"<Middleware {self._source!r}>"
 
 
 def adopt(source: object) -> Middleware:
-    """Return a middleware from a class (which is instantiated), an instance or an async function; ConfigurationError else."""
+    """Return a middleware from a class (instantiated here), an instance or an async function; or ConfigurationError."""
     if inspect.isclass(source):
         try:
             return adopt(source())
         except TypeError as error:
             raise ConfigurationError(
-                f"@app.middleware cannot make a {source.__name__}: {error}. Pass an instance: app.middleware({source.__name__}(…))."
+                f"@app.middleware cannot make a {source.__name__}: {error}. "
+                f"Pass an instance: app.middleware({source.__name__}(…))."
             ) from error
     if inspect.iscoroutinefunction(source):
         return _Borrowed(source, None, source)

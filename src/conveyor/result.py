@@ -15,7 +15,8 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from conveyor.errors import StoreUnavailable
 from conveyor.ident import new_identity
@@ -23,8 +24,6 @@ from conveyor.store import fault, operations
 from conveyor.store.keys import QueueKeys, reply_channel
 
 if TYPE_CHECKING:
-    import redis
-
     from conveyor.store.backend import Backend
 
 Answer = tuple[str, bytes]
@@ -75,7 +74,7 @@ class Replies:
             self._listen()
         gate = threading.Lock()
         gate.acquire()
-        waiter = Waiter(lambda: gate.locked() and _release(gate))
+        waiter = Waiter(partial(_release, gate))
         self._add(keys, id, waiter)
         call = operations.await_outcome(keys, id, self.channel)
         try:
@@ -97,7 +96,7 @@ class Replies:
             if self._remove(keys, id, waiter):
                 self._forget(keys, id)
 
-    async def await_(self, keys: QueueKeys, id: str, timeout: float | None) -> Answer | None:  # noqa: A002
+    async def await_(self, keys: QueueKeys, id: str, timeout: float | None) -> Answer | None:  # noqa: A002, ASYNC109
         """Do the same without blocking the event loop."""
         clock = _Clock(timeout)
         if clock.remaining() == 0.0 or not self._listening():
@@ -228,7 +227,7 @@ class Listener:
         self._replies = replies
         self._address = backend.address
         self._closed = threading.Event()
-        self._raw: redis.Connection | None = None
+        self._raw: Any = None  # a redis.Connection, whose methods have no types
         self._thread = threading.Thread(target=self._run, name="conveyor-replies", daemon=True)
         self._thread.start()
 
@@ -319,7 +318,7 @@ def _call_soon(loop: asyncio.AbstractEventLoop, function: Callable[[], object]) 
         pass
 
 
-def _hang_up(raw: redis.Connection) -> None:
+def _hang_up(raw: Any) -> None:
     import socket
 
     found = raw._sock  # noqa: SLF001  shutting it down is what wakes a thread that reads from it

@@ -164,8 +164,9 @@ class Task(Generic[P, R_co]):
         """
         Return the task with options for single jobs; what is None stays as the task has it.
 
-        `delay` or `at` (an aware datetime) starts it later, `expires` cancels it when it has not started by then, `id` is
-        an id of your own and a unique key, `retry` the number of attempts, `front` goes before all of its priority.
+        `delay` or `at` (an aware datetime) starts it later, `expires` cancels it when it has not started by
+        then, `id` is an id of your own and a unique key, `retry` the number of attempts, `front` goes before all
+        of its priority.
         Raises ConfigurationError.
         """
         choice = choose(
@@ -327,7 +328,8 @@ def _in_loop(
     name = getattr(task, "__name__", task.name)
     where = f"{frame.f_code.co_filename.replace(chr(92), '/').rpartition('/')[2]}:{frame.f_lineno}"
     return ConfigurationError(
-        f"{name}.enqueue() called while an event loop is running in this thread (from {where} in {frame.f_code.co_name}).\n"
+        f"{name}.enqueue() called while an event loop is running in this thread "
+        f"(from {where} in {frame.f_code.co_name}).\n"
         f"    Write:  await {_call_text(f'{name}.aenqueue', args, kwargs)}"
         "          It would have blocked everything else on this loop for one round trip. Nothing was enqueued.",
         code="E06",
