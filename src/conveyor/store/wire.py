@@ -121,16 +121,22 @@ class Wire:
         self.send(command, answer, block=block)
         return await future
 
-    def send(self, command: tuple[Argument, ...], answer: Reply, *, block: float = 0.0) -> None:
-        """Send one command on the open wire; *answer* gets the reply, or an OSError when the connection is lost."""
+    def send(self, command: tuple[Argument, ...], answer: Reply, *, block: float = 0.0, at_once: bool = False) -> None:
+        """
+        Send one command on the open wire; *answer* gets the reply, or an OSError when the connection is lost.
+
+        It leaves at the end of this pass of the loop with what else is sent in it, or *at_once*.
+        """
         import hiredis
 
         if self._transport is None or self._loop is None:
             answer(WireLost("not connected"))
             return
-        if not self._out:
+        if not self._out and not at_once:
             self._loop.call_soon(self._flush)
         self._out.append(hiredis.pack_command(command))
+        if at_once:
+            self._flush()
         self._pending.append((answer, self._loop.time() + block + READ_TIMEOUT))
         if self._watch is None:
             self._watch = self._loop.call_later(block + READ_TIMEOUT, self._check)
