@@ -22,8 +22,20 @@ class Attempt:
     """A leased job in the hands of this worker. Times in seconds by `time.perf_counter`."""
 
     __slots__ = (
-        "body", "consumer", "context", "envelope", "ended", "handler", "id", "number", "runner", "started", "state",
-        "stopped", "suspect", "until",
+        "body",
+        "consumer",
+        "context",
+        "ended",
+        "envelope",
+        "handler",
+        "id",
+        "number",
+        "runner",
+        "started",
+        "state",
+        "stopped",
+        "suspect",
+        "until",
     )  # fmt: skip
 
     def __init__(self, consumer: Consumer, handler: Handler, id: str, body: bytes) -> None:  # noqa: A002

@@ -68,6 +68,7 @@ class Consumer:
         self._intake = Intake(self, worker.app.plain_lists[keys.queue].task or "") if keys.foreign is not None else None
         self._recovery: asyncio.Task[None] | None = None
         self._wanted = 0
+        self._landed = asyncio.Event()
         self._idle = asyncio.Event()  # hungry: for the intake, which waits only then
         self._clock_offset = 0.0  # server ms minus our monotonic ms
 
@@ -94,16 +95,20 @@ class Consumer:
         """Send what is left to report and take the registration away; nothing that is still held is charged."""
         if self._due is not None:
             self._due.cancel()
-        while self._flying is not None or self._recovery is not None:
-            await asyncio.sleep(0.002)  # a turn is on its way: its answer decides
+        await self._settled()
         if self.report:
             self._start(0)
-            while self._flying is not None or self._recovery is not None:
-                await asyncio.sleep(0.002)
+            await self._settled()
         try:
             await self._wire.run(operations.reap(self.keys, self.identity, crashed=False), patience=2.0)
         except ConveyorError as error:
             log.warning("could not leave queue %s: %s", self.queue, error)
+
+    async def _settled(self) -> None:
+        """Wait until no turn is on its way: its answer decides what is left to report."""
+        while self._flying is not None or self._recovery is not None:
+            self._landed.clear()
+            await self._landed.wait()
 
     @property
     def now_ms(self) -> int:
@@ -199,6 +204,7 @@ class Consumer:
             self.report.done[:0], self.report.others[:0] = report.done, report.others
             await asyncio.sleep(random.uniform(0.5, 1.0))  # noqa: S311
             self._recovery = self._flying = None
+            self._landed.set()
             self.schedule()
             return
         self._recovery = None
@@ -206,7 +212,9 @@ class Consumer:
 
     async def _again_from_nothing(self, report: Report, error: Exception) -> None:
         """Redis does not know us any more: all we held is somebody else's. Abandon it and register anew."""
-        log.warning("queue %s: our lease was lost (%s); %d jobs abandoned", self.queue, type(error).__name__, len(self.held))
+        log.warning(
+            "queue %s: our lease was lost (%s); %d jobs abandoned", self.queue, type(error).__name__, len(self.held)
+        )
         for attempt in list(self.held.values()):
             self._lost(attempt)
         self.held.clear()
@@ -215,6 +223,7 @@ class Consumer:
         self._waiting_suspects.clear()
         await self.register()
         self._recovery = self._flying = None
+        self._landed.set()
         self.more = True
         self.schedule()
 
@@ -252,6 +261,7 @@ class Consumer:
             self._recovery = asyncio.get_running_loop().create_task(self._reconcile())
             return
         self._watch(turn)
+        self._landed.set()
         self._kick()
         self._worker.absorbed(self)
 
@@ -311,10 +321,10 @@ class Consumer:
     def _start_confirmed(self, report: Report) -> None:
         """Start what waited for its record: suspects after their count, early acknowledged jobs after their ack."""
         suspect = self._suspect
-        if suspect is not None and suspect.started == 0.0 and suspect.id in self.held:
-            if any(one.kind == "M" and one.id == suspect.id for one in report.others):
-                self.backlog += 1
-                self.executor.submit([suspect])
+        marked = {one.id for one in report.others if one.kind == "M"}
+        if suspect is not None and suspect.id in marked and suspect.id in self.held and suspect.started == 0.0:
+            self.backlog += 1
+            self.executor.submit([suspect])
         if self._early and report.done:
             acked = set(report.done)
             ready = [attempt for attempt in self._early if attempt.id in acked]
@@ -347,6 +357,7 @@ class Consumer:
                 log.warning("queue %s: giving back %d leases we never learned of", self.queue, len(unknown))
             self.report.others += [Settlement("F", id_) for id_ in unknown]
         self._recovery = None
+        self._landed.set()
         self.schedule()
 
     def _bury_the_dead(self, turn: Turn) -> None:
@@ -424,5 +435,3 @@ class Consumer:
 def _ignore(reply: Any) -> None:
     if isinstance(reply, Exception) and fault.remedy(str(reply)) is fault.Remedy.RAISE:
         log.debug("ignored: %s", reply)
-
-

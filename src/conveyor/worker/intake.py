@@ -61,7 +61,9 @@ class Intake:
         while True:
             await self._consumer.until_hungry()
             try:
-                reply = await wire.execute("BLMOVE", keys.foreign, keys.intake, "LEFT", "RIGHT", int(BLOCK), block=BLOCK)
+                reply = await wire.execute(
+                    "BLMOVE", keys.foreign, keys.intake, "LEFT", "RIGHT", int(BLOCK), block=BLOCK
+                )
             except OSError:
                 await asyncio.sleep(fault.pause(attempt))
                 attempt += 1

@@ -88,20 +88,29 @@ class Settling:
                 )
             return
         log.error(
-            "✗ %s %s attempt %d dead: %s", handler.name, attempt.public_id, attempt.number, details(error), exc_info=error
+            "✗ %s %s attempt %d dead: %s",
+            handler.name,
+            attempt.public_id,
+            attempt.number,
+            details(error),
+            exc_info=error,
         )
         self.bury(report, attempt, decision.state, decision.reason, now_ms, error)
 
     def bury(
-        self, report: Report, attempt: Attempt, state: State, reason: str, now_ms: int, error: BaseException | None = None
+        self,
+        report: Report,
+        attempt: Attempt,
+        state: State,
+        reason: str,
+        now_ms: int,
+        error: BaseException | None = None,
     ) -> None:
         """Make a job a dead letter; its envelope, and so its payload, stays as it is."""
         last = read_failure(state.errors[-1]) if state.errors else None
         record = to_json(Outcome("dead", failure=last, reason=reason, at=now_ms))
         envelope = attempt.envelope
-        report.others.append(
-            Settlement("X", attempt.id, 0, record, state.encode(), envelope.unique, envelope.own_id)
-        )
+        report.others.append(Settlement("X", attempt.id, 0, record, state.encode(), envelope.unique, envelope.own_id))
         seconds = max(0.0, attempt.ended - attempt.started)
         if len(report.recent) < RECENT:
             report.recent.append(
@@ -118,7 +127,9 @@ class Settling:
         message = f"its worker crashed {state.crashes} times while it ran"
         record = to_json(Failure(state.starts, now_ms, "crashed", message, worker=self._worker))
         buried = State(state.starts, state.failures, state.crashes, [*state.errors, record])
-        log.error("✗ %s %s is poison: its worker crashed %d times", attempt.handler.name, attempt.public_id, state.crashes)
+        log.error(
+            "✗ %s %s is poison: its worker crashed %d times", attempt.handler.name, attempt.public_id, state.crashes
+        )
         self.bury(report, attempt, buried, "crashed", now_ms)
 
     def cancelled(self, report: Report, attempt: Attempt, now_ms: int) -> None:
@@ -152,7 +163,9 @@ def error_of(attempt: Attempt, error: BaseException | None) -> BaseException | N
     """Return the error an attempt is settled with: a stop by timeout counts as one, whatever the job made of it."""
     if attempt.stopped == "timeout":
         limit = attempt.timeout
-        return TimeoutError(f"the attempt ran longer than its time limit of {limit:g} s" if limit else "time limit passed")
+        return TimeoutError(
+            f"the attempt ran longer than its time limit of {limit:g} s" if limit else "time limit passed"
+        )
     if isinstance(error, asyncio.CancelledError):
         return RuntimeError("the job cancelled itself (CancelledError left the task without a cancel request)")
     return error

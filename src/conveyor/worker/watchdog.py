@@ -57,6 +57,6 @@ class Watchdog:
             task, job_id = self._who() or ("something", "-")
             log.warning(
                 "E11 Task %s (%s) has blocked the event loop for %.1f s. Other jobs and results wait.\n"
-                "    Make it `def` instead of `async def` to run in a thread, or @app.task(run_in=\"process\").\n%s",
+                '    Make it `def` instead of `async def` to run in a thread, or @app.task(run_in="process").\n%s',
                 task, job_id, blocked, stack,
             )  # fmt: skip

@@ -291,7 +291,9 @@ class Worker:
         if attempt.id in consumer.held and consumer.held[attempt.id] is attempt:
             self._settle(attempt, value, error)
         elif error is not None and attempt.handler.early:
-            log.error("✗ %s %s failed after its early ack: %s", attempt.handler.name, attempt.public_id, error, exc_info=error)
+            log.error(
+                "✗ %s %s failed after its early ack: %s", attempt.handler.name, attempt.public_id, error, exc_info=error
+            )
         if attempt.suspect:
             consumer.suspect_ended(attempt)
         if self.stopping:
@@ -356,5 +358,3 @@ class Worker:
     def _on_the_loop(self) -> tuple[str, str] | None:
         attempt = self.executor.slots.current
         return (attempt.handler.name, attempt.public_id) if attempt is not None else None
-
-
