@@ -100,7 +100,7 @@ class Board:
     def __init__(self, slots: int, fd: int | None = None) -> None:
         """Make a board of that many slots, or attach to the one behind *fd*."""
         self.slots = slots
-        self.fd = _anonymous_file("conveyor-board", slots * SLOT_BYTES) if fd is None else fd
+        self.fd = anonymous_file("conveyor-board", slots * SLOT_BYTES) if fd is None else fd
         self._memory = mmap.mmap(self.fd, slots * SLOT_BYTES)
         self._view = memoryview(self._memory)
         self._taken: list[Slot] = []
@@ -323,7 +323,8 @@ class Slot:
         return _RECORDS_AT + (epoch & 1) * RECORD_ROOM
 
 
-def _anonymous_file(name: str, size: int) -> int:
+def anonymous_file(name: str, size: int) -> int:
+    """Return the descriptor of a file without a name, gone when nobody has it open."""
     if hasattr(os, "memfd_create"):
         fd = os.memfd_create(name)
     else:
