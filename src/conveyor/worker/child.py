@@ -128,7 +128,7 @@ def _outlive(life_fd: int, loop: asyncio.AbstractEventLoop, worker: Runnable, sl
     what = f"Worker {os.getpid()} was stuck beyond its grace of {grace:g} s"
     guardian.forget(slot)
     guardian.settle(Estate(what, about, slot.identities(), crashed=False))
-    guardian.close(3.0)
+    guardian.close(2.5)
     _end(RECYCLE)
 
 

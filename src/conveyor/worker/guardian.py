@@ -122,13 +122,16 @@ class Guardian:
 
     def _renew_all(self) -> float:
         """Renew what is stale; return how long the next look may wait."""
-        stale, shortest = self._stale()
-        for about, one in stale:
+        found, shortest = self._look()
+        for about, one in found:
             if monotonic() < self._again_at:
                 break
             try:
-                call = operations.beat(one.keys, one.worker, one.lease_ms)
-                known = self._backend(about).run(call, patience=PATIENCE)
+                # Connected at first sight: a death is answered at once, and an embedded server has us as a user.
+                backend = self._backend(about)
+                if one is None:
+                    continue
+                known = backend.run(operations.beat(one.keys, one.worker, one.lease_ms), patience=PATIENCE)
             except Exception as error:
                 self._failed(error)
                 continue
@@ -138,16 +141,19 @@ class Guardian:
                 LOG.debug("Identity %s of queue '%s' is not registered; nothing was renewed", one.worker, one.queue)
         return min(_LONGEST_ROUND, max(_SHORTEST_ROUND, shortest / 10))
 
-    def _stale(self) -> tuple[list[tuple[About, Identity]], float]:
-        """Return the identities to renew, and the shortest lease of all (s)."""
-        found: list[tuple[About, Identity]] = []
+    def _look(self) -> tuple[list[tuple[About, Identity | None]], float]:
+        """Return the identities to renew (None: an app to connect to), and the shortest lease of all (s)."""
+        found: list[tuple[About, Identity | None]] = []
         shortest, beaten = float("inf"), {}
         with self._lock:
             now = monotonic()
             for slot in self._slots:
                 about = slot.about()
                 if about is None:
+                    shortest = min(shortest, 1.0)  # just started: look again soon
                     continue
+                if (about.url, about.namespace) not in self._backends:
+                    found.append((about, None))
                 for one in slot.identities():
                     if not one.current:
                         continue
@@ -161,9 +167,13 @@ class Guardian:
 
     def _backend(self, about: About) -> Backend:
         key = (about.url, about.namespace)
-        if key not in self._backends:
-            self._backends[key] = Backend(about.url, namespace=about.namespace)
-        return self._backends[key]
+        found = self._backends.get(key)
+        if found is None:
+            found = Backend(about.url, namespace=about.namespace)
+            found.execute("PING")
+            LOG.debug("The guardian is connected to %s", found.address)
+            self._backends[key] = found
+        return found
 
     def _failed(self, error: Exception) -> None:
         self._failures += 1
