@@ -63,25 +63,23 @@ def main(start: Callable[[Spec, Slot], tuple[About, Runnable]] | None = None) ->
 
 def start_app(spec: Spec, slot: Slot) -> tuple[About, Runnable]:
     """Import the app and make its worker; an empty `queues` means all that its tasks and plain lists name."""
-    from conveyor.worker.worker import Worker  # type: ignore[import-not-found,unused-ignore]
+    from conveyor.worker.worker import Worker
 
     app = load(spec.app)
-    queues = spec.queues or dict.fromkeys(
-        (*dict.fromkeys(task.queue for task in app.tasks.values()), *app.plain_lists), 1.0
-    )
     names = sorted(app.tasks)
-    worker: Runnable = Worker(
+    worker = Worker(
         app,
-        queues=queues,
+        queues=spec.queues,
         concurrency=spec.concurrency,
         threads=spec.threads,
         burst=spec.burst,
         grace=spec.grace,
         slot=slot,
+        reference=spec.app,
     )
     address, attachment = app.backend.address, app.backend.attachment
     url = address.url if attachment is None else f"embedded:{attachment.directory}"
-    return About(url, app.namespace, len(names), tuple(names[:10]), tuple(queues)), worker
+    return About(url, app.namespace, len(names), tuple(names[:10]), worker.queues), worker
 
 
 def load(reference: str) -> Any:

@@ -59,7 +59,7 @@ class Consumer:
         self._kick_soon = False
         self._suspects = Suspects(lease_ms)
         self._last_turn = 0.0
-        self._looked = False
+        self._looked = self._left = False
         self._due: asyncio.TimerHandle | None = None
         self._watched: int | None = None
         self._early: list[Attempt] = []
@@ -99,6 +99,7 @@ class Consumer:
         if self.report:
             self._start(0)
             await self._settled()
+        self._left = True
         try:
             await self._wire.run(operations.reap(self.keys, self.identity, crashed=False), patience=2.0)
         except ConveyorError as error:
@@ -161,6 +162,8 @@ class Consumer:
             self._start(self._worker.room(self))
 
     def _start(self, want: int) -> None:
+        if self._left:
+            return
         self._idle.clear()
         report, self.report = self.report, Report()
         self._worker.settle_stats(self, report)

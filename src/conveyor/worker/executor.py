@@ -24,6 +24,9 @@ log = logging.getLogger("conveyor.worker")
 AFTER_TIMEOUT = 5.0
 """Seconds a coroutine may take to end after its time limit, or a thread before the child is recycled."""
 
+UNSTARTED = float("inf")
+"""The time limit of a job that waits for a thread: it counts from its start there."""
+
 Ended = Callable[[Attempt, Any, BaseException | None], None]
 
 
@@ -146,7 +149,7 @@ class Executor:
         variables = self._base.copy()
         variables.run(CURRENT.set, attempt)
         if attempt.timeout is not None:
-            attempt.until = float("inf")  # counted from its start on the thread
+            attempt.until = UNSTARTED
         self.threads.submit(attempt, variables, partial(attempt.handler.function, *args, **kwargs))
 
     def _process(self, attempt: Attempt) -> None:
@@ -175,7 +178,8 @@ class Executor:
 
     def _watch(self, attempt: Attempt) -> None:
         limit = attempt.timeout
-        if limit is not None and attempt.ended == 0.0:
+        moved = attempt.until is not None and attempt.until != UNSTARTED  # the job has set its own already
+        if limit is not None and attempt.ended == 0.0 and not moved:
             attempt.until = attempt.started + limit
             self.deadlines.add(attempt)
 

@@ -38,14 +38,20 @@ class Prefetch:
             self._seen, self._at = self.begun, now
         return min(MOST, int(self._rate * AHEAD))
 
-    def share(self, room: int, consumer: Consumer, rivals: list[Consumer]) -> int:
-        """Return *consumer*'s part of *room*; *rivals* are the queues that may have work, itself included."""
+    def share(self, capacity: int, consumer: Consumer, rivals: list[Consumer]) -> int:
+        """
+        Return how many jobs *consumer* may lease: its part of *capacity*, less what it has waiting.
+
+        *rivals* are the queues that may have work, itself included.
+        """
         if len(rivals) <= 1:
-            return room
+            return capacity - consumer.backlog
         total = sum(rival.weight for rival in rivals)
-        part = int(room * consumer.weight / total)
+        part = int(capacity * consumer.weight / total)
         if part >= 1:
-            return part
+            return part - consumer.backlog
+        if capacity - sum(rival.backlog for rival in rivals) < 1:
+            return 0
         # Too little for a part each: smooth weighted round robin (as nginx does) says whose turn it is.
         if self._picked is None or self._picked not in rivals:
             for rival in rivals:
@@ -53,6 +59,7 @@ class Prefetch:
             self._picked = max(rivals, key=lambda rival: self._credit[rival.queue])
             self._credit[self._picked.queue] -= total
         if self._picked is not consumer:
+            self._picked.schedule()
             return 0
         self._picked = None
-        return room
+        return 1

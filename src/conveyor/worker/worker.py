@@ -9,7 +9,7 @@ import platform
 from collections.abc import Mapping
 from contextlib import AsyncExitStack
 from time import monotonic, time
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from conveyor import outcome
 from conveyor.errors import ConfigurationError, UnknownTask
@@ -32,20 +32,13 @@ from conveyor.worker.watchdog import Watchdog
 
 if TYPE_CHECKING:
     from conveyor.app import Conveyor
+    from conveyor.worker.board import Slot
 
 log = logging.getLogger("conveyor.worker")
 BATCH = MOST_HELD // 2
 """Jobs leased per turn at most: half of what may be held runs while Redis serves the other half (+25 % at full speed)."""
 RETIRED = 75
 """Exit code of a child that asks to be replaced: one of its threads does not end."""
-
-
-class Slot(Protocol):
-    """A child's place on the supervisor's board."""
-
-    def tick(self) -> None: ...
-    def renewed(self) -> None: ...
-    def set_identity(self, queue: str, prefix: str, worker: str, lease_ms: int) -> None: ...
 
 
 class Worker:
@@ -70,7 +63,7 @@ class Worker:
         self.consumers: list[Consumer] = []
         self.settling = settling.Settling(app, self.name)
         self.last_renewal = monotonic()
-        self._queues = dict(queues) if queues else {task.queue: 1.0 for task in app.tasks.values()}
+        self._queues = dict(queues) if queues else dict.fromkeys((*(t.queue for t in app.tasks.values()), *app.plain_lists), 1.0)
         if not self._queues:
             raise ConfigurationError("This worker has no queue: the app has no tasks and none was named with -q.")
         self._limits = (concurrency, threads)
@@ -83,6 +76,11 @@ class Worker:
         self._hurry = asyncio.Event()
         self._moved = asyncio.Event()
         self._failure: BaseException | None = None
+
+    @property
+    def queues(self) -> tuple[str, ...]:
+        """The names of the queues it takes from."""
+        return tuple(self._queues)
 
     # -- life -----------------------------------------------------------------------------------------------------
 
@@ -194,14 +192,12 @@ class Worker:
         """Return how many jobs *consumer* may lease now."""
         if self.stopping:
             return 0
-        free, waiting = self.executor.free, sum(one.backlog for one in self.consumers)
-        room = free + self._prefetch.ahead(free <= 0) if free + waiting > 0 else self._prefetch.ahead(True) - waiting
-        if room <= 0:
-            return 0
-        rivals = [one for one in self.consumers if one.more and not one.paused]
+        free = self.executor.free + sum(one.backlog for one in self.consumers)  # slots that nobody runs in
+        rivals = [one for one in self.consumers if (one.more and not one.paused) or one is consumer]
+        capacity = free + self._prefetch.ahead(consumer.backlog > 0)
+        room = self._prefetch.share(capacity, consumer, rivals)
         settled = len(consumer.report.done) + len(consumer.report.others)  # given back before more is taken
-        most = min(BATCH, MOST_HELD - len(consumer.held) + settled)
-        return min(most, self._prefetch.share(room, consumer, rivals))
+        return max(0, min(room, BATCH, MOST_HELD - len(consumer.held) + settled))
 
     def handlers(self, consumer: Consumer) -> dict[bytes, Handler]:
         """Return the handlers of *consumer* by their names as envelopes spell them."""
@@ -267,7 +263,7 @@ class Worker:
     def note_identity(self, consumer: Consumer) -> None:
         """Tell the supervisor under which identity we are about to register."""
         if self._slot is not None:
-            self._slot.set_identity(consumer.queue, consumer.keys.prefix, consumer.identity, consumer.lease_ms)
+            self._slot.set_identity(consumer.keys, consumer.identity, consumer.lease_ms)
 
     def note_renewal(self) -> None:
         """Tell the supervisor that our leases were renewed."""
