@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections import deque
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +20,7 @@ from conveyor.store import fault, operations
 from conveyor.store.operations import LateTurn, Report, Settlement, Turn, Unregistered
 from conveyor.store.script import Call
 from conveyor.store.wire import Wire
+from conveyor.worker.antechamber import Antechamber
 from conveyor.worker.attempt import Attempt
 from conveyor.worker.intake import Intake
 
@@ -62,9 +62,7 @@ class Consumer:
         self._looked = self._left = False
         self._due: asyncio.TimerHandle | None = None
         self._watched: int | None = None
-        self._early: list[Attempt] = []
-        self._waiting_suspects: deque[Attempt] = deque()
-        self._suspect: Attempt | None = None
+        self._antechamber = Antechamber()
         self._intake = Intake(self, worker.app.plain_lists[keys.queue].task or "") if keys.foreign is not None else None
         self._recovery: asyncio.Task[None] | None = None
         self._wanted = 0
@@ -124,7 +122,7 @@ class Consumer:
     @property
     def busy(self) -> bool:
         """True while it holds jobs or has something to report."""
-        return bool(self.held or self.report or self._flying or self._recovery or self._early)
+        return bool(self.held or self.report or self._flying or self._recovery or self._antechamber)
 
     # -- turns ----------------------------------------------------------------------------------------------------
 
@@ -222,8 +220,7 @@ class Consumer:
             self._lost(attempt)
         self.held.clear()
         self.report = Report()
-        self._early.clear()
-        self._waiting_suspects.clear()
+        self._antechamber.clear()
         await self.register()
         self._recovery = self._flying = None
         self._landed.set()
@@ -249,7 +246,7 @@ class Consumer:
                 held.pop(one.id, None)
         for id_ in turn.lost:
             self._refused(id_)
-        self._start_confirmed(report)
+        self._admit(report)
         if turn.ids:
             self._take(turn)
         self.more = turn.more or (len(turn.ids) >= self._wanted > 0)
@@ -290,10 +287,9 @@ class Consumer:
             if attempt.handler.kind == "unknown":
                 self._worker.defer_unknown(self, attempt)
             elif attempt.suspect:
-                self._waiting_suspects.append(attempt)
+                self._antechamber.suspect(attempt)
             elif attempt.handler.early:
-                self._early.append(attempt)
-                self.report.done.append(id_)
+                self._antechamber.early(attempt, self.report)
             else:
                 attempts.append(attempt)
         if attempts:
@@ -303,42 +299,27 @@ class Consumer:
 
     # -- rare turns of fate ---------------------------------------------------------------------------------------
 
+    def _admit(self, report: Report) -> None:
+        """Start what waited for its record in *report*, and have the next suspect recorded."""
+        attempts = self._antechamber.confirmed(report, self.held)
+        if attempts:
+            self.backlog += len(attempts)
+            self.executor.submit(attempts)
+
     def _next_suspect(self) -> None:
-        """One suspect at a time, and its crash is counted before it starts."""
-        while self._suspect is None and self._waiting_suspects:
-            attempt = self._waiting_suspects.popleft()
-            if attempt.id not in self.held or attempt.stopped:
-                continue
-            if attempt.history.crashes >= attempt.handler.task.settings.retry.max_crashes:
-                self._worker.settling.poison(self.report, attempt, self.now_ms)
-                continue
-            self._suspect = attempt
-            self.report.others.append(self._worker.mark(attempt))
+        for attempt in self._antechamber.advance(self.report, self.held):
+            attempt.ended = monotonic()
+            self._worker.settling.poison(self.report, attempt, self.now_ms)
 
     def suspect_ended(self, attempt: Attempt) -> None:
         """Let the next suspect run."""
-        if self._suspect is attempt:
-            self._suspect = None
-            self._next_suspect()
-
-    def _start_confirmed(self, report: Report) -> None:
-        """Start what waited for its record: suspects after their count, early acknowledged jobs after their ack."""
-        suspect = self._suspect
-        marked = {one.id for one in report.others if one.kind == "M"}
-        if suspect is not None and suspect.id in marked and suspect.id in self.held and suspect.started == 0.0:
-            self.backlog += 1
-            self.executor.submit([suspect])
-        if self._early and report.done:
-            acked = set(report.done)
-            ready = [attempt for attempt in self._early if attempt.id in acked]
-            self._early = [attempt for attempt in self._early if attempt.id not in acked]
-            self.backlog += len(ready)
-            self.executor.submit(ready)
+        self._antechamber.ended(attempt)
+        self._next_suspect()
 
     def _refused(self, id_: str) -> None:
         attempt = self.held.pop(id_, None)
         log.warning("the outcome of %s was refused: its lease was lost", ident.public(self.queue, id_))
-        self._early = [one for one in self._early if one.id != id_]
+        self._antechamber.forget(id_)
         if attempt is not None:
             self._lost(attempt)
 

@@ -75,7 +75,7 @@ class Listener:
             self._reconnect()
             return
         self.blocked += 1
-        self._wire.send(("BLPOP", *names, BLOCK), self._answered, block=BLOCK)  # type: ignore[arg-type]
+        self._wire.send(("BLPOP", *names, BLOCK), self._answered, block=BLOCK)
 
     def _answered(self, reply: Any) -> None:
         names, self._listening = self._listening, None

@@ -11,7 +11,6 @@ from contextlib import AsyncExitStack
 from time import monotonic, time
 from typing import TYPE_CHECKING, Any
 
-from conveyor import outcome
 from conveyor.errors import ConfigurationError, UnknownTask
 from conveyor.event import WorkerStarted, WorkerStopped
 from conveyor.ident import made_at_ms
@@ -63,7 +62,9 @@ class Worker:
         self.consumers: list[Consumer] = []
         self.settling = settling.Settling(app, self.name)
         self.last_renewal = monotonic()
-        self._queues = dict(queues) if queues else dict.fromkeys((*(t.queue for t in app.tasks.values()), *app.plain_lists), 1.0)
+        self._queues = (
+            dict(queues) if queues else dict.fromkeys((*(t.queue for t in app.tasks.values()), *app.plain_lists), 1.0)
+        )
         if not self._queues:
             raise ConfigurationError("This worker has no queue: the app has no tasks and none was named with -q.")
         self._limits = (concurrency, threads)
@@ -236,10 +237,6 @@ class Worker:
         )  # fmt: skip
         state_now = attempt.state.encode() if attempt.state else b""
         consumer.report.others.append(Settlement("R", attempt.id, pause, state=state_now))
-
-    def mark(self, attempt: Attempt) -> Settlement:
-        """Return the settlement that counts a suspect's crash before it starts."""
-        return Settlement("M", attempt.id, state=outcome.suspected(attempt.history).encode())
 
     def settle_stats(self, consumer: Consumer, report: Report) -> None:
         """Put the counters since the last turn into *report*."""
