@@ -6,7 +6,7 @@ import asyncio
 import logging
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,10 +18,10 @@ import redis as redis_py
 import conveyor
 from conveyor import provider
 from conveyor.app import Conveyor
-from conveyor.errors import ConfigurationError, PayloadError
+from conveyor.errors import ConfigurationError, PayloadError, QueueFull
 from conveyor.event import Event, JobDead, JobDone, JobEvent
 from conveyor.task import Task, TaskCall
-from hand import Hand, arguments
+from hand import Hand, arguments, eventually
 
 SOURCE = str(Path(__file__).parent.parent / "src")
 
@@ -107,7 +107,7 @@ def test_bad_call_in_a_generator_says_how_far_it_came(app: Conveyor, note: Any) 
 async def test_many_without_blocking(app: Conveyor, note: Task[[int], None]) -> None:
     """aenqueue_many does the same; the blocking form is refused inside a loop and names it."""
     jobs = await app.aenqueue_many(note.s(n) for n in range(1500))
-    with pytest.raises(ConfigurationError, match="await app.aenqueue_many"):
+    with pytest.raises(ConfigurationError, match=r"await app\.aenqueue_many"):
         app.enqueue_many([note.s(1)])
     await app.aclose()
 
@@ -166,7 +166,7 @@ def test_closing_is_not_the_end(app: Conveyor, note: Task[[int], None], redis: r
             note.enqueue(n)
             assert len(redis.client_list()) == idle + 1
         assert same is app
-        assert len(redis.client_list()) == idle
+        eventually(lambda: len(redis.client_list()) == idle)
     assert numbers(app) == [0, 1]
 
 
@@ -176,11 +176,7 @@ async def test_async_with_closes_the_loops_connection(url: str, redis: redis_py.
     async with Conveyor(url) as app:
         await app.backend.aexecute("PING")
         assert len(redis.client_list()) == idle + 1
-    for _ in range(1000):
-        if len(redis.client_list()) == idle:
-            break
-        await asyncio.sleep(0)
-    assert len(redis.client_list()) == idle
+    await asyncio.to_thread(eventually, lambda: len(redis.client_list()) == idle)
 
 
 def test_worker_comes_from_the_layer_above(app: Conveyor, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -190,6 +186,66 @@ def test_worker_comes_from_the_layer_above(app: Conveyor, monkeypatch: pytest.Mo
     monkeypatch.setattr(provider, "embedded_worker", lambda: made)
 
     assert app.worker(queues={"mail": 3}, threads=2) == (app, {"queues": {"mail": 3}, "threads": 2})
+
+
+# -- queues -------------------------------------------------------------------------------------------------------
+
+
+def test_queue_is_declared_once(app: Conveyor) -> None:
+    """The same declaration gives the same queue, another one of that name is refused; a wrong one leaves no trace."""
+    orders = app.queue("orders", int, lease="30s", max_attempts=3)
+
+    assert app.queue("orders", int, lease=30, max_attempts=3) is orders
+    assert (app.queues, app.queue_lease_ms("orders"), app.queue_lease_ms("other")) == (
+        {"orders": orders},
+        30_000,
+        15_000,
+    )
+    wrong: Any
+    for wrong in ({"type": str}, {"lease": "31s"}, {"max_attempts": 4}, {"max_length": 5}):
+        with pytest.raises(ConfigurationError, match="declared twice"):
+            app.queue("orders", **{"type": int, "lease": "30s", "max_attempts": 3, **wrong})
+    for wrong in ({"partitions": 2}, {"lease": 0}, {"max_length": 0}, {"full": "never"}, {"max_attempts": 0}):
+        with pytest.raises(ConfigurationError):
+            app.queue("new", **wrong)
+    with pytest.raises(ConfigurationError):
+        app.queue("a b")
+    assert app.queue("new").name == "new"
+
+
+def test_queue_carries_messages(app: Conveyor) -> None:
+    """A queue made by the app stores and gives back values of its type."""
+    orders = app.queue("orders", int)
+    orders.push(5)
+    [message] = orders.pull()
+    with message as order:
+        assert order == 5
+    assert len(orders) == 0
+
+
+async def test_full_queue_takes_no_jobs(app: Conveyor, note: Task[[int], None]) -> None:
+    """The maximum length of a declared queue holds for jobs: each way to enqueue raises QueueFull and stores nothing."""
+    app.queue("default", max_length=2)
+    await note.aenqueue(1)
+    await app.aenqueue_many([note.s(2)])
+    many = [note.s(3), note.s(4)]
+    for attempt in (note.aenqueue(3), note.options(priority=1).aenqueue(3), app.aenqueue_many(many)):
+        with pytest.raises(QueueFull):
+            await attempt
+    await app.aclose()
+
+    def blocking() -> list[int]:
+        calls: list[Any] = [
+            lambda: note.enqueue(3),
+            lambda: note.options(delay=1).enqueue(3),
+            lambda: app.enqueue_many(many),
+        ]
+        for call in calls:
+            with pytest.raises(QueueFull):
+                call()
+        return numbers(app)
+
+    assert await asyncio.to_thread(blocking) == [1, 2]
 
 
 # -- hooks --------------------------------------------------------------------------------------------------------
@@ -302,14 +358,9 @@ def test_importing_loads_next_to_nothing() -> None:
     assert done.stdout.splitlines() == ["[]", "False conveyor.app"]
 
 
-@pytest.fixture
-def public() -> Iterator[list[str]]:
-    yield conveyor.__all__
-
-
-def test_public_names_are_there(public: list[str]) -> None:
+def test_public_names_are_there() -> None:
     """Every public name can be imported, is listed, and a name that does not exist says so."""
-    assert [name for name in public if getattr(conveyor, name, None) is None] == []
-    assert set(public) <= set(dir(conveyor))
+    assert [name for name in conveyor.__all__ if getattr(conveyor, name, None) is None] == []
+    assert set(conveyor.__all__) <= set(dir(conveyor))
     with pytest.raises(AttributeError, match="no attribute 'Nothing'"):
         conveyor.Nothing  # noqa: B018
