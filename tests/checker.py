@@ -12,38 +12,55 @@ from pathlib import Path
 SOURCES = Path(__file__).parent.parent / "src"
 
 
+Place = tuple[str, int]
+
+
 def mypy_errors(path: Path) -> dict[int, str]:
     """Return line → first error of `mypy --strict` on the file."""
-    command = [
-        sys.executable,
-        "-m",
-        "mypy",
-        "--strict",
-        "--no-error-summary",
-        "--output=json",
-        "--config-file=",
-        str(path),
-    ]
-    done = _run(command, {"MYPYPATH": str(SOURCES)}, path.parent)
-    found = [json.loads(line) for line in done.stdout.splitlines()]
-    return _first((item["line"], item["message"]) for item in found if item["severity"] == "error")
+    return {line: text for (_, line), text in _mypy([path], path.parent).items()}
+
+
+def mypy_errors_in(folder: Path) -> dict[Place, str]:
+    """Return (file's name, line) → first error of `mypy --strict` on the files of a folder, in one run."""
+    return _mypy(sorted(folder.glob("*.py")), folder)
 
 
 def pyright_errors(path: Path) -> dict[int, str]:
     """Return line → first error of pyright in strict mode on the file."""
+    return {line: text for (_, line), text in _pyright([path], path.parent).items()}
+
+
+def pyright_errors_in(folder: Path) -> dict[Place, str]:
+    """Return (file's name, line) → first error of pyright in strict mode on the files of a folder, in one run."""
+    return _pyright(sorted(folder.glob("*.py")), folder)
+
+
+def _mypy(files: list[Path], folder: Path) -> dict[Place, str]:
+    options = ["--strict", "--follow-imports=silent", "--no-error-summary", "--output=json", "--config-file="]
+    command = [sys.executable, "-m", "mypy", *options, *(file.name for file in files)]
+    done = _run(command, {"MYPYPATH": str(SOURCES)}, folder)
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    return _first(
+        ((Path(item["file"]).name, item["line"]), item["message"]) for item in found if item["severity"] == "error"
+    )
+
+
+def _pyright(files: list[Path], folder: Path) -> dict[Place, str]:
     settings = {
-        "include": [path.name],
+        "include": [file.name for file in files],
         "extraPaths": [str(SOURCES)],
         "typeCheckingMode": "strict",
         "pythonVersion": "3.11",
     }
-    (path.parent / "pyrightconfig.json").write_text(json.dumps(settings))
+    (folder / "pyrightconfig.json").write_text(json.dumps(settings))
     command = [sys.executable, "-m", "pyright", "--outputjson", "--pythonpath", sys.executable]
     # The wheel brings pyright and its node; without this it asks the network whether there is a newer one.
-    done = _run(command, {"PYRIGHT_PYTHON_IGNORE_WARNINGS": "1"}, path.parent)
+    done = _run(command, {"PYRIGHT_PYTHON_IGNORE_WARNINGS": "1"}, folder)
     found = json.loads(done.stdout)["generalDiagnostics"]
     return _first(
-        (item["range"]["start"]["line"] + 1, item["message"]) for item in found if item["severity"] == "error"
+        ((Path(item["file"]).name, item["range"]["start"]["line"] + 1), item["message"])
+        for item in found
+        if item["severity"] == "error"
     )
 
 
@@ -57,8 +74,8 @@ def _run(command: list[str], extra: dict[str, str], directory: Path) -> subproce
     return done
 
 
-def _first(errors: Iterable[tuple[int, str]]) -> dict[int, str]:
-    lines: dict[int, str] = {}
-    for line, message in errors:
-        lines.setdefault(line, message)
-    return lines
+def _first(errors: Iterable[tuple[Place, str]]) -> dict[Place, str]:
+    places: dict[Place, str] = {}
+    for place, message in errors:
+        places.setdefault(place, message)
+    return places

@@ -28,9 +28,7 @@ class Hand:
     def turn(self, want: int = 0, *others: Settlement, done: tuple[str, ...] = (), flags: str = "") -> Turn:
         self.number += 1
         report = Report(list(done), list(others))
-        return self.backend.run(
-            operations.turn(self.keys, self.worker, self.number, want, 60_000, report, flags=flags)
-        )
+        return self.backend.run(operations.turn(self.keys, self.worker, self.number, want, 60_000, report, flags=flags))
 
     def take(self, want: int = 1) -> list[str]:
         """Lease up to *want* jobs and return their ids, first come first; `envelopes` has the rest."""

@@ -67,7 +67,10 @@ def test_default_name_of_a_script_is_its_modules(tmp_path: Path) -> None:
     env = {"PYTHONPATH": str(Path(__file__).parent.parent / "src")}
 
     ways = [["shop.py"], ["-m", "shop"], ["-c", "import shop"]]
-    outputs = [subprocess.run([sys.executable, *way], cwd=tmp_path, env=env, capture_output=True, text=True, check=True) for way in ways]
+    outputs = [
+        subprocess.run([sys.executable, *way], cwd=tmp_path, env=env, capture_output=True, text=True, check=True)
+        for way in ways
+    ]
 
     assert [output.stdout for output in outputs] == ["shop.f\n"] * 3
 
@@ -153,7 +156,9 @@ async def test_enqueues_of_one_tick_share_round_trips(app: Conveyor, redis: redi
 def test_options_reach_the_envelope(app: Conveyor) -> None:
     """Headers, timeout, result's time and attempts of one job are stored with it; its queue is the one asked for."""
     task = app.task(add)
-    job = task.options(queue="vip", headers={"trace": "t1"}, timeout="5s", keep_result="1h", retry=2, expires="1m").enqueue(1)
+    job = task.options(
+        queue="vip", headers={"trace": "t1"}, timeout="5s", keep_result="1h", retry=2, expires="1m"
+    ).enqueue(1)
 
     assert job.queue == "vip"
     hand = Hand(app, "vip")
@@ -223,19 +228,25 @@ def test_unique_key_returns_the_holder(app: Conveyor, redis: redis_py.Redis) -> 
     [
         {"delay": 1, "at": datetime.now(UTC)}, {"delay": -1}, {"delay": "soon"}, {"at": datetime(2030, 1, 1)},  # noqa: DTZ001
         {"priority": 10}, {"priority": True}, {"id": ""}, {"id": "a\nb"}, {"queue": "no spaces"}, {"unique": ""},
-        {"unique": 5}, {"expires": 0}, {"headers": {"a": 1}}, {"timeout": 0}, {"keep_result": "x"}, {"retry": 0},
+        {"unique": 5}, {"expires": 0}, {"headers": {"a": 1}}, {"headers": {"a": "\udc80"}}, {"headers": {"a": "x" * 9000}},
+        {"headers": 5}, {"front": True, "delay": 1}, {"timeout": 0}, {"keep_result": "x"}, {"retry": 0},
         {"retry": Retry()}, {"wait_replicas": 1},
     ],
 )  # fmt: skip
 def test_wrong_options_are_refused(app: Conveyor, wrong: dict[str, Any]) -> None:
     """An option that cannot be honoured raises where it is given."""
-    with pytest.raises(ConfigurationError):
+    with pytest.raises((ConfigurationError, PayloadError)):
         app.task(add).options(**wrong)
 
 
 @pytest.mark.parametrize(
     ("option", "value"),
-    [("unique", Unique()), ("limits", [Rate(1, "1s"), Concurrency(1)]), ("group_by", "a"), ("debounce", Debounce("1s"))],
+    [
+        ("unique", Unique()),
+        ("limits", [Rate(1, "1s"), Concurrency(1)]),
+        ("group_by", "a"),
+        ("debounce", Debounce("1s")),
+    ],
 )
 def test_what_does_not_work_yet_is_refused(app: Conveyor, option: str, value: Any) -> None:
     """An option of the interface that is not built yet is refused by name, never ignored."""
@@ -262,7 +273,9 @@ def test_wrong_settings_are_refused(app: Conveyor, wrong: dict[str, Any]) -> Non
 
 def test_settings_are_kept_for_the_worker(app: Conveyor) -> None:
     """What the decorator was given is what the worker reads, in ms."""
-    task = app.task(name="mail.add", queue="mail", timeout="30s", retry=3, keep_result=0, run_in="process", ack="early")(add)
+    task = app.task(
+        name="mail.add", queue="mail", timeout="30s", retry=3, keep_result=0, run_in="process", ack="early"
+    )(add)
     settings = task.settings
 
     assert (task.name, task.queue, task.run_in) == ("mail.add", "mail", "process")

@@ -134,14 +134,15 @@ class Conveyor(Hooks):
         if partitions != 1:
             raise ConfigurationError(f"queue({name!r}, partitions={partitions!r}) is not available yet. Leave it out.")
         lease_ms = self.lease_ms if lease is None else positive_ms(lease, "lease")
-        if self._is_declared(name, ("queue", type, lease_ms, max_attempts, max_length, full)):
+        facts = ("queue", type, lease_ms, max_attempts, max_length, full)
+        if self._is_declared(name, facts):
             return self.queues[name]
         from conveyor.queue import Queue
 
         queue: Queue[Any] = Queue(
             self.backend, name, type, lease_ms=lease_ms, max_attempts=max_attempts, max_length=max_length, full=full
         )
-        self.queues[name] = queue
+        self.queues[name], self._declared[name] = queue, facts
         if max_length is not None:
             self.bounded[name] = queue
         return queue
@@ -162,19 +163,19 @@ class Conveyor(Hooks):
         """
         fed = task.name if isinstance(task, Task) else task
         lease_ms = self.lease_ms if lease is None else positive_ms(lease, "lease")
-        if self._is_declared(name, ("plain list", type, fed, lease_ms, max_attempts)):
+        facts = ("plain list", type, fed, lease_ms, max_attempts)
+        if self._is_declared(name, facts):
             return self.plain_lists[name]
         from conveyor.plain import PlainList
 
         found: PlainList[Any] = PlainList(
             self.backend, name, type, task=fed, lease_ms=lease_ms, max_attempts=max_attempts
         )
-        self.plain_lists[name] = found
+        self.plain_lists[name], self._declared[name] = found, facts
         return found
 
     def _is_declared(self, name: str, facts: tuple[object, ...]) -> bool:
         if name not in self._declared:
-            self._declared[name] = facts
             return False
         if self._declared[name] != facts:
             raise ConfigurationError(
@@ -185,7 +186,7 @@ class Conveyor(Hooks):
 
     def queue_lease_ms(self, queue: str) -> int:
         """Return the lease of *queue* in ms."""
-        found = self.queues.get(queue) or self.plain_lists.get(queue)
+        found = self.queues.get(queue, self.plain_lists.get(queue))
         return self.lease_ms if found is None else found.lease_ms
 
     # -- tasks ----------------------------------------------------------------------------------------------------

@@ -8,9 +8,11 @@ from datetime import datetime
 from typing import Any
 
 from conveyor import ident
+from conveyor.codec import show
 from conveyor.duration import Duration, instant_ms, milliseconds
-from conveyor.errors import ConfigurationError
-from conveyor.model import Extra, write_rest
+from conveyor.errors import ConfigurationError, PayloadError
+from conveyor.model import Extra, to_json, write_rest
+from conveyor.posting import MAX_HEADERS
 from conveyor.store.operations import Entry
 
 
@@ -54,6 +56,8 @@ def choose(
     """Return the options of one call, checked; raises ConfigurationError."""
     if delay is not None and at is not None:
         raise ConfigurationError("options(delay=…, at=…): give one of them.")
+    if front and (delay is not None or at is not None):
+        raise ConfigurationError("options(front=True) is for a job that is ready now, without delay or at.")
     if wait_replicas:
         raise ConfigurationError("options(wait_replicas=…) is not available yet. Leave it out.")
     if unique is not None and not isinstance(unique, str):
@@ -136,12 +140,23 @@ def check_attempts(attempts: object) -> int:
 
 
 def check_headers(headers: Mapping[str, str]) -> dict[str, str]:
-    """Return headers of texts; raises ConfigurationError."""
+    """Return headers of texts; raises PayloadError for others (E04) and for more than 8 KiB of them (E21)."""
     if not isinstance(headers, Mapping) or not all(
         isinstance(key, str) and isinstance(value, str) for key, value in headers.items()
     ):
-        raise ConfigurationError(f"headers must map texts to texts, not {headers!r}.")
-    return dict(headers)
+        raise PayloadError(f"headers must map texts to texts, not {show(headers)}. Nothing was enqueued.", code="E04")
+    found = dict(headers)
+    try:
+        size = len(to_json(found)) if found else 0
+    except UnicodeEncodeError:
+        raise PayloadError(
+            "headers hold text that is not Unicode (a lone surrogate). Nothing was enqueued.", code="E04"
+        ) from None
+    if size > MAX_HEADERS:
+        raise PayloadError(
+            f"headers take {size:,} bytes, and the limit is {MAX_HEADERS:,}. Nothing was enqueued.", code="E21"
+        )
+    return found
 
 
 def positive_ms(value: Duration, name: str) -> int:

@@ -1,0 +1,13 @@
+"""A result used as another type than the function returns is refused."""
+
+from conveyor import Conveyor
+
+app = Conveyor("redis://127.0.0.1:6379/0")
+
+
+@app.task
+async def add(a: int, b: int = 2) -> int:
+    return a + b
+
+
+text: str = add.enqueue(1).result()  # refused
