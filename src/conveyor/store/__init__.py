@@ -1,1 +1,1 @@
-"""."""
+"""All that knows Redis: key names, scripts, connections, the embedded server."""

@@ -1,0 +1,165 @@
+"""
+What is stored for a job: its envelope, its state, its outcome.
+
+Envelope (written once, opaque to Redis but for its first line)::
+
+    <marks>\n<task>[\t<extra JSON>]\n<body JSON>
+
+A plain job has no marks, so scripts recognise it by its first byte. Marks, separated by
+spaces: ``p<0-9>`` priority, ``e<ms>`` expiry, ``d<ms>`` first due, ``i`` the id is the caller's,
+``u<key>`` unique key (last). A stub (cancelled, its entry not reached yet) begins with ``x``.
+
+State (only of jobs that are not fresh)::
+
+    <starts> <failures> <crashes>\n<error JSON>\n<error JSON>…
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import msgspec
+
+Status = Literal["scheduled", "ready", "leased", "done", "dead", "cancelled", "waiting"]
+
+ERRORS_KEPT = 20
+"""Errors kept per job, newest last; more than any sensible number of attempts."""
+
+
+class Extra(msgspec.Struct, frozen=True, omit_defaults=True, rename={"timeout_ms": "timeout", "keep_ms": "keep"}):
+    """The rarely used part of an envelope: headers, and options given for this one job."""
+
+    headers: dict[str, str] = {}
+    timeout_ms: int | None = None
+    keep_ms: int | None = None
+    attempts: int | None = None
+
+
+class Failure(msgspec.Struct, omit_defaults=True):
+    """What one attempt ended with; `at` in ms since the epoch."""
+
+    attempt: int
+    at: int
+    type: str
+    message: str
+    traceback: str = ""
+    worker: str = ""
+
+
+class Outcome(msgspec.Struct, omit_defaults=True):
+    """How a job ended; `value` is the raw JSON of its result."""
+
+    status: Status
+    value: msgspec.Raw = msgspec.Raw(b"null")
+    failure: Failure | None = None
+    reason: str = ""
+    at: int = 0
+
+
+class Envelope(msgspec.Struct):
+    """One message or job as it was accepted. Times in ms since the epoch; an empty `task` is a plain message."""
+
+    task: str
+    body: bytes
+    priority: int = 0
+    expires_ms: int | None = None
+    due_ms: int | None = None
+    own_id: bool = False
+    unique: str | None = None
+    extra: Extra = Extra()
+    stub: bool = False
+
+    @property
+    def is_plain(self) -> bool:
+        """True when scripts need to know nothing about it, so acknowledging it costs the least."""
+        return not (self.own_id or self.unique)
+
+
+class State(msgspec.Struct):
+    """What has happened to a job so far: starts (= the last attempt's number), failures, crashes, errors."""
+
+    starts: int = 0
+    failures: int = 0
+    crashes: int = 0
+    errors: list[bytes] = []
+
+    def encode(self) -> bytes:
+        """Return the stored form, with the newest errors only."""
+        head = b"%d %d %d" % (self.starts, self.failures, self.crashes)
+        return b"\n".join([head, *self.errors[-ERRORS_KEPT:]])
+
+    def failures_list(self) -> list[Failure]:
+        """Return the errors of every attempt, oldest first."""
+        return [_FAILURE.decode(error) for error in self.errors]
+
+    @classmethod
+    def decode(cls, data: bytes | None) -> State:
+        """Read the stored form; None is a fresh job."""
+        if not data:
+            return cls()
+        head, *errors = data.split(b"\n")
+        starts, failures, crashes = head.split(b" ")[:3]
+        return cls(int(starts), int(failures), int(crashes), errors)
+
+
+_FAILURE = msgspec.json.Decoder(Failure)
+_EXTRA = msgspec.json.Decoder(Extra)
+_OUTCOME = msgspec.json.Decoder(Outcome)
+_encode = msgspec.json.Encoder().encode
+_NO_EXTRA = Extra()
+
+
+def to_json(value: Any) -> bytes:
+    """Return the JSON of one of the structs above."""
+    return _encode(value)
+
+
+def read_outcome(data: bytes) -> Outcome:
+    """Read a stored or published outcome; empty bytes are a success without a value."""
+    return _OUTCOME.decode(data) if data else Outcome("done")
+
+
+def read_failure(data: bytes) -> Failure:
+    """Read one stored error."""
+    return _FAILURE.decode(data)
+
+
+def write_rest(task: str, body: bytes, extra: Extra | None = None) -> bytes:
+    """Return an envelope without its first line's marks: what a plain job stores."""
+    if extra is None or extra == _NO_EXTRA:
+        return b"\n%b\n%b" % (task.encode(), body)
+    return b"\n%b\t%b\n%b" % (task.encode(), _encode(extra), body)
+
+
+def read_envelope(data: bytes) -> Envelope:
+    """
+    Read a stored envelope.
+
+    The JSON of headers escapes line breaks, so the first two are always ours.
+    """
+    marks, _, rest = data.partition(b"\n")
+    head, _, body = rest.partition(b"\n")
+    task, tab, extra = head.partition(b"\t")
+    envelope = Envelope(task.decode(), body)
+    if tab:
+        envelope.extra = _EXTRA.decode(extra)
+    if marks:
+        _read_marks(envelope, marks.decode())
+    return envelope
+
+
+def _read_marks(envelope: Envelope, marks: str) -> None:
+    marks, _, unique = marks.partition("u")  # the key comes last and may hold anything
+    envelope.unique = unique or None
+    for mark in marks.split():
+        kind, value = mark[:1], mark[1:]
+        if kind == "p":
+            envelope.priority = int(value)
+        elif kind == "e":
+            envelope.expires_ms = int(value)
+        elif kind == "d":
+            envelope.due_ms = int(value)
+        elif kind == "i":
+            envelope.own_id = True
+        elif kind == "x":
+            envelope.stub = True

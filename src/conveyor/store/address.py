@@ -1,0 +1,81 @@
+"""Where Redis is: a URL, checked, redacted, and turned into the parameters of a connection."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+from conveyor.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from redis import Connection
+    from redis.asyncio import Connection as AsyncConnection
+
+_SECRET = re.compile(r"(?<=://)([^/@\s]*)(:[^@\s]*)@")
+_CONNECT_TIMEOUT = 5.0
+LATER = {"redis+sentinel": "Sentinel", "redis+cluster": "Cluster"}
+
+
+def redact(text: str) -> str:
+    """Return *text* with the passwords of all URLs in it masked."""
+    return _SECRET.sub(r"\1:***@", text)
+
+
+@dataclass(frozen=True)
+class Address:
+    """One Redis server by its URL: ``redis://``, ``rediss://`` or ``unix://``."""
+
+    url: str
+
+    def __post_init__(self) -> None:
+        scheme = urlsplit(self.url).scheme
+        if scheme in LATER:
+            raise ConfigurationError(f"{LATER[scheme]} is not supported yet: {redact(self.url)}. Use a redis:// URL.")
+        if scheme not in {"redis", "rediss", "unix"}:
+            raise ConfigurationError(
+                f"{redact(self.url)!r} is not a Redis URL. Write redis://host:6379/0, rediss://…, unix:///path or embedded:///dir."
+            )
+
+    def __str__(self) -> str:
+        return redact(self.url)
+
+    @cached_property
+    def _parameters(self) -> dict[str, Any]:
+        from redis.connection import parse_url
+
+        try:
+            parameters = dict(parse_url(self.url))
+        except ValueError as error:
+            raise ConfigurationError(f"{self} is not a Redis URL: {redact(str(error))}") from None
+        parameters.pop("connection_class", None)
+        # RESP2 is enough and every supported server speaks it; retries are ours, since only we know what may be repeated.
+        return {"socket_connect_timeout": _CONNECT_TIMEOUT, **parameters, "protocol": 2}
+
+    def connection(self, *, read_timeout: float | None) -> Connection:
+        """Return an unopened blocking connection."""
+        from redis.backoff import NoBackoff
+        from redis.connection import Connection, SSLConnection, UnixDomainSocketConnection
+        from redis.retry import Retry
+
+        kind = {"redis": Connection, "rediss": SSLConnection, "unix": UnixDomainSocketConnection}
+        parameters = {**self._parameters, "socket_timeout": read_timeout, "retry": Retry(NoBackoff(), 0)}
+        return kind[urlsplit(self.url).scheme](**parameters)
+
+    def async_connection(self) -> AsyncConnection:
+        """Return an unopened connection of asyncio."""
+        from redis.asyncio.connection import Connection, SSLConnection, UnixDomainSocketConnection
+        from redis.asyncio.retry import Retry
+        from redis.backoff import NoBackoff
+
+        kind = {"redis": Connection, "rediss": SSLConnection, "unix": UnixDomainSocketConnection}
+        parameters = {**self._parameters, "socket_timeout": None, "retry": Retry(NoBackoff(), 0)}
+        return kind[urlsplit(self.url).scheme](**parameters)  # type: ignore[return-value]
+
+
+def configured_url(argument: str | None) -> str | None:
+    """Return the URL by the order of settings: argument, ``CONVEYOR_URL``, else None (the embedded server)."""
+    return argument or os.environ.get("CONVEYOR_URL") or None

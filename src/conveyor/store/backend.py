@@ -1,0 +1,338 @@
+"""
+One app's access to Redis: blocking calls, awaitable calls, and pushes in lanes.
+
+Blocking calls take a connection from a free list and put it back, so threads never share one.
+Awaitable calls share one wire per event loop; pushes of one tick share one call.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+import weakref
+from collections import deque
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, TypeVar
+
+from conveyor.errors import ConfigurationError, ConveyorError, QueueFull, StoreUnavailable
+from conveyor.ident import new_identity
+from conveyor.store import operations
+from conveyor.store.address import Address, configured_url
+from conveyor.store.connection import Connection
+from conveyor.store.keys import QueueKeys, check_namespace, known_queues
+from conveyor.store.operations import Entry, Lane
+from conveyor.store.script import Argument, Call
+from conveyor.store.wire import Wire
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from conveyor.store.embedded import Attachment
+
+T = TypeVar("T")
+PATIENCE = 5.0
+"""Seconds a producer's call is repeated while Redis is away before StoreUnavailable is raised."""
+BULK = 1000
+"""Jobs per call of a bulk push: enough to share the round trip, short enough to let others in."""
+
+
+class Backend:
+    """The connections of one app; all are opened when first used."""
+
+    def __init__(self, url: str | None = None, *, namespace: str = "conveyor", patience: float = PATIENCE) -> None:
+        """Take the URL (None: ``CONVEYOR_URL``, else the embedded server)."""
+        self.namespace = check_namespace(namespace)
+        self.patience = patience
+        self._url = configured_url(url)
+        if self._url is not None and not self._url.startswith("embedded:"):
+            Address(self._url)  # a wrong URL is refused where it is written, not at the first push
+        self._address: Address | None = None
+        self._attachment: Attachment | None = None
+        self._lock = threading.Lock()
+        self._free: deque[Producer] = deque()
+        self._loops: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, Shared] = weakref.WeakKeyDictionary()
+        self._announced: set[str] = set()
+        _after_fork(self)
+
+    @property
+    def address(self) -> Address:
+        """Where Redis is; starts the embedded server when none is configured."""
+        if self._address is None:
+            with self._lock:
+                if self._address is None:
+                    self._address = self._resolve()
+        return self._address
+
+    def _resolve(self) -> Address:
+        if self._url is not None and not self._url.startswith("embedded:"):
+            return Address(self._url)
+        from conveyor.store import embedded
+
+        directory: Path | None = None
+        if self._url is not None:
+            from pathlib import Path
+
+            path = self._url.removeprefix("embedded:").removeprefix("//")
+            directory = Path(path) if path else None
+        self._attachment = embedded.attach(directory)
+        return Address(self._attachment.url)
+
+    @property
+    def attachment(self) -> Attachment | None:
+        """The hold on the embedded server, when it is used and was needed already."""
+        return self._attachment
+
+    def keys(self, queue: str) -> QueueKeys:
+        """Return the keys of *queue*."""
+        return QueueKeys(self.namespace, queue)
+
+    # -- blocking -------------------------------------------------------------------------------------------------
+
+    def run(self, call: Call[T], *, patience: float | None = None) -> T:
+        """Carry out one step; raises ConfigurationError inside a running event loop."""
+        refuse_in_loop()
+        producer = self._take()
+        try:
+            return producer.connection.run(call, patience=self.patience if patience is None else patience)
+        finally:
+            self._free.append(producer)
+
+    def push(self, keys: QueueKeys, entries: Sequence[Entry], *, max_length: int = 0) -> list[str]:
+        """Accept *entries*, all or none per thousand, in their order; return an id for each."""
+        refuse_in_loop()
+        self._announce(keys)
+        producer, ids = self._take(), []
+        try:
+            for first in range(0, len(entries), BULK):
+                call = operations.push(keys, producer.lane, entries[first : first + BULK], max_length=max_length)
+                ids += producer.connection.run(call, patience=self.patience)
+        finally:
+            self._free.append(producer)
+        return ids
+
+    def push_plain(self, keys: QueueKeys, pairs: Sequence[Argument], *, max_length: int = 0) -> None:
+        """Accept plain messages (id, envelope, id, envelope, …): the cheapest way in."""
+        refuse_in_loop()
+        if keys.queue not in self._announced:
+            self._announce(keys)
+        producer = self._take()
+        try:
+            call = operations.push_plain(keys, producer.lane, pairs, max_length=max_length)
+            producer.connection.run(call, patience=self.patience)
+        finally:
+            self._free.append(producer)
+
+    def execute(self, *command: Argument) -> object:
+        """Send one plain command, for reads that need no script (INFO, PING, SMEMBERS)."""
+        refuse_in_loop()
+        producer = self._take()
+        try:
+            return producer.connection.execute(*command)
+        except Exception as error:
+            from redis.exceptions import RedisError
+
+            from conveyor.store import fault
+
+            if isinstance(error, RedisError | OSError):
+                raise fault.unreachable(str(self.address), error) from error
+            raise
+        finally:
+            self._free.append(producer)
+
+    def queues(self) -> list[str]:
+        """Return the names of all known queues, sorted."""
+        members = self.execute("SMEMBERS", known_queues(self.namespace))
+        assert isinstance(members, list | set)
+        return sorted(name.decode() for name in members)
+
+    def _announce(self, keys: QueueKeys) -> None:
+        # The set has no hash tag, so it cannot be part of the push; it is written before the first one.
+        if keys.queue not in self._announced:
+            self.execute("SADD", known_queues(self.namespace), keys.queue)
+            self._announced.add(keys.queue)
+
+    def _take(self) -> Producer:
+        try:
+            return self._free.pop()
+        except IndexError:
+            return Producer(Connection(self.address), Lane(new_identity()))
+
+    # -- awaitable ------------------------------------------------------------------------------------------------
+
+    async def arun(self, call: Call[T], *, patience: float | None = None) -> T:
+        """Carry out one step on this event loop's wire."""
+        return await self.shared().wire.run(call, patience=self.patience if patience is None else patience)
+
+    async def apush(self, keys: QueueKeys, entries: Sequence[Entry], *, max_length: int = 0) -> list[str]:
+        """Accept *entries* in their order; pushes of one tick travel together. Each thousand is accepted whole or not at all."""
+        await self.aannounce(keys)
+        lane = self.shared().lane(keys, max_length)
+        ids: list[str] = []
+        for first in range(0, len(entries), BULK):
+            ids += await lane.push(entries[first : first + BULK])
+        return ids
+
+    async def aannounce(self, keys: QueueKeys) -> None:
+        """Make a queue known before its first push."""
+        if keys.queue not in self._announced:
+            await self.aexecute("SADD", known_queues(self.namespace), keys.queue)
+            self._announced.add(keys.queue)
+
+    async def aexecute(self, *command: Argument) -> object:
+        """Send one plain command on this event loop's wire."""
+        from conveyor.store import fault
+
+        try:
+            reply = await self.shared().wire.execute(*command)
+        except OSError as error:
+            raise fault.unreachable(str(self.address), error) from error
+        if isinstance(reply, Exception):
+            raise fault.final(str(reply), str(self.address))
+        return reply
+
+    def shared(self) -> Shared:
+        """Return what this event loop's callers share."""
+        loop = asyncio.get_running_loop()
+        found = self._loops.get(loop)
+        if found is None:
+            found = self._loops[loop] = Shared(Wire(self.address), self.patience)
+        return found
+
+    # -- end ------------------------------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Close all blocking connections and leave the embedded server."""
+        while self._free:
+            self._free.pop().connection.close()
+        attachment, self._attachment = self._attachment, None
+        if attachment is not None:
+            self._address = None
+            attachment.close()
+
+    async def aclose(self) -> None:
+        """Close this event loop's wire, then the rest."""
+        shared = self._loops.pop(asyncio.get_running_loop(), None)
+        if shared is not None:
+            shared.wire.close()
+        self.close()
+
+    def _forked(self) -> None:
+        # The parent goes on using its sockets and lanes: a child must touch neither.
+        self._free = deque()
+        self._loops = weakref.WeakKeyDictionary()
+        self._lock = threading.Lock()
+
+
+class Producer:
+    """A connection and the lane of the pushes that travel on it."""
+
+    __slots__ = ("connection", "lane")
+
+    def __init__(self, connection: Connection, lane: Lane) -> None:
+        self.connection = connection
+        self.lane = lane
+
+
+class Shared:
+    """One event loop's wire and, per queue, the lane of its pushes."""
+
+    def __init__(self, wire: Wire, patience: float) -> None:
+        self.wire = wire
+        self._patience = patience
+        self._lanes: dict[tuple[str, int], AsyncLane] = {}
+
+    def lane(self, keys: QueueKeys, max_length: int) -> AsyncLane:
+        """Return the lane of *keys*."""
+        found = self._lanes.get((keys.prefix, max_length))
+        if found is None:
+            found = self._lanes[keys.prefix, max_length] = AsyncLane(self.wire, keys, max_length, self._patience)
+        return found
+
+
+class AsyncLane:
+    """Gathers the pushes of one queue: what comes while a call is in flight, or in the same tick, forms the next."""
+
+    def __init__(self, wire: Wire, keys: QueueKeys, max_length: int, patience: float) -> None:
+        self._wire, self._keys, self._max_length, self._patience = wire, keys, max_length, patience
+        self._lane = Lane(new_identity())
+        self._waiting: deque[tuple[Sequence[Entry], asyncio.Future[list[str]]]] = deque()
+        self._sender: asyncio.Task[None] | None = None
+
+    def push(self, entries: Sequence[Entry]) -> asyncio.Future[list[str]]:
+        """Return a future of the ids. Cancelling it leaves the push under way: whether it happened is then unknown."""
+        future: asyncio.Future[list[str]] = asyncio.get_running_loop().create_future()
+        self._waiting.append((entries, future))
+        if self._sender is None:
+            self._sender = asyncio.get_running_loop().create_task(self._send())
+        return future
+
+    async def _send(self) -> None:
+        try:
+            while self._waiting:
+                batch, size = [], 0
+                while self._waiting and size < BULK:
+                    one = self._waiting.popleft()
+                    if one[1].cancelled():
+                        continue  # nobody waits for it and nothing was sent
+                    batch.append(one)
+                    size += len(one[0])
+                if batch:
+                    await self._deliver(batch)
+        finally:
+            self._sender = None
+
+    async def _deliver(self, batch: list[tuple[Sequence[Entry], asyncio.Future[list[str]]]]) -> None:
+        call = operations.push(
+            self._keys, self._lane, [entry for entries, _ in batch for entry in entries], max_length=self._max_length
+        )
+        try:
+            ids = await self._wire.run(call, patience=self._patience)
+        except QueueFull as error:
+            if len(batch) == 1:
+                _fail(batch, error)
+                return
+            for one in batch:  # together they do not fit; some may alone
+                await self._deliver([one])
+        except (ConveyorError, operations.LateReply) as error:
+            # The repeats may still arrive: a new lane keeps their number from being taken for ours.
+            self._lane = Lane(new_identity())
+            _fail(batch, error)
+        except BaseException as error:
+            _fail(batch, error)
+            raise
+        else:
+            at = 0
+            for entries, future in batch:
+                if not future.done():
+                    future.set_result(ids[at : at + len(entries)])
+                at += len(entries)
+
+
+def _fail(batch: list[tuple[Sequence[Entry], asyncio.Future[list[str]]]], error: BaseException) -> None:
+    cause = StoreUnavailable(str(error)) if not isinstance(error, Exception) else error
+    for _, future in batch:
+        if not future.done():
+            future.set_exception(cause)
+
+
+def refuse_in_loop() -> None:
+    """Raise ConfigurationError (E06) when an event loop runs in this thread: a blocking call would stop all of it."""
+    if asyncio._get_running_loop() is not None:  # noqa: SLF001  the C function; get_running_loop raises instead
+        raise ConfigurationError(
+            "A blocking call was made while an event loop is running in this thread; it would have stopped everything "
+            "else for a round trip. Write the awaitable twin: await task.aenqueue(...), await queue.apush(...), "
+            "await job.aresult(). Nothing was done.",
+            code="E06",
+        )
+
+
+def _after_fork(backend: Backend) -> None:
+    reference = weakref.ref(backend)
+
+    def forget() -> None:
+        found = reference()
+        if found is not None:
+            found._forked()  # noqa: SLF001
+
+    os.register_at_fork(after_in_child=forget)

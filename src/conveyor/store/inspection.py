@@ -1,0 +1,150 @@
+"""Reads: one pure function per script, each returning a `Call`. Nothing here changes anything."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+
+from conveyor.ident import made_at_ms
+from conveyor.model import Envelope, State, Status, read_envelope
+from conveyor.store.keys import QueueKeys
+from conveyor.store.script import Call, Script
+
+COUNTS, PAGE, SHOW, CREW, AUDIT = Script("counts"), Script("page"), Script("show"), Script("crew"), Script("audit")
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """What a queue holds. `oldest_age` is seconds since the oldest ready job could have started, None when none waits."""
+
+    ready: int
+    scheduled: int
+    waiting: int
+    leased: int
+    dead: int
+    oldest_age: float | None
+    paused: bool
+    workers: int
+    max_length: int | None = None
+
+    def __len__(self) -> int:
+        return self.ready + self.scheduled + self.waiting
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One job as it stands: `extra` is its due instant or death in ms, or the worker that holds it."""
+
+    id: str
+    status: Status
+    envelope: Envelope
+    state: State
+    extra: str
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """One of the recently finished jobs; `at` in ms since the epoch, `ran_ms` how long its last attempt ran."""
+
+    id: str
+    task: str
+    status: str
+    at: int
+    ran_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """One worker of a queue: its identity, when its lease ends (ms), what it said about itself, how much it holds."""
+
+    worker: str
+    end: int
+    about: dict[str, Any]
+    held: int
+
+
+def counts(keys: QueueKeys) -> Call[Counts]:
+    """Return the call that counts."""
+    names = [keys.jobs, keys.due, keys.dead, keys.workers, keys.conf, *keys.ready]
+    if keys.foreign is not None:
+        names += [keys.foreign, keys.intake]
+    return Call(COUNTS, names, (), _read_counts)
+
+
+def _read_counts(reply: list[Any]) -> Counts:
+    ready, scheduled, leased, dead, workers, paused, now, oldest, marks, max_length, foreign = reply
+    age = None
+    if oldest:
+        envelope = read_envelope(marks + b"\n\n")
+        since = max(made_at_ms(oldest.decode()) or 0, envelope.due_ms or 0)
+        age = max(0.0, (now - since) / 1000) if since else 0.0
+    limit = int(max_length) if max_length else None
+    return Counts(ready + foreign, scheduled, 0, leased, dead, age, paused == 1, workers, limit)
+
+
+def page(keys: QueueKeys, status: str, offset: int, count: int) -> Call[list[Row]]:
+    """Return the call that reads *count* jobs in a state: ready, scheduled, leased, dead (newest first) or dead-oldest."""
+    return Call(PAGE, _page_keys(keys), (status, offset, count), lambda reply: _read_rows(status, reply))
+
+
+def finished(keys: QueueKeys, offset: int, count: int) -> Call[list[Finished]]:
+    """Return the call that reads the recently finished jobs, newest first."""
+    return Call(PAGE, _page_keys(keys), ("done", offset, count), lambda reply: [_read_finished(e) for e in reply[3::4]])
+
+
+def _page_keys(keys: QueueKeys) -> tuple[str, ...]:
+    return (keys.jobs, keys.state, keys.due, keys.dead, keys.workers, keys.recent, *keys.ready)
+
+
+def _read_rows(status: str, reply: list[bytes]) -> list[Row]:
+    kind: Status = "dead" if status == "dead-oldest" else status  # type: ignore[assignment]
+    return [
+        Row(reply[i].decode(), kind, read_envelope(reply[i + 1]), State.decode(reply[i + 2]), reply[i + 3].decode())
+        for i in range(0, len(reply), 4)
+    ]
+
+
+def write_finished(id: str, task: str, status: str, at: int, ran_ms: int) -> bytes:  # noqa: A002
+    """Return an entry for the list of recently finished jobs."""
+    return f"{id}\t{task}\t{status}\t{at}\t{ran_ms}".encode()
+
+
+def _read_finished(entry: bytes) -> Finished:
+    id_, task, status, at, ran = entry.decode().split("\t")
+    return Finished(id_, task, status, int(at), int(ran))
+
+
+def show(keys: QueueKeys, id: str) -> Call[tuple[str, Row | None, bytes]]:  # noqa: A002
+    """Return the call that says all about a job: (place, row, outcome record); places as in show.lua."""
+    names = (keys.jobs, keys.state, keys.due, keys.dead, keys.workers, keys.result(id))
+
+    def decode(reply: list[bytes]) -> tuple[str, Row | None, bytes]:
+        place = reply[0].decode()
+        if not reply[1]:
+            return place, None, reply[3]
+        row = Row(id, place, read_envelope(reply[1]), State.decode(reply[2]), reply[3].decode())  # type: ignore[arg-type]
+        return place, row, b""
+
+    return Call(SHOW, names, (id,), decode)
+
+
+def crew(keys: QueueKeys) -> Call[list[Member]]:
+    """Return the call that lists the workers of a queue."""
+
+    def decode(reply: list[Any]) -> list[Member]:
+        return [
+            Member(reply[i].decode(), int(reply[i + 1]), msgspec.json.decode(reply[i + 2] or b"{}"), int(reply[i + 3]))
+            for i in range(0, len(reply), 4)
+        ]
+
+    return Call(CREW, (keys.workers,), (keys.prefix,), decode)
+
+
+def audit(keys: QueueKeys, *, most: int = 200_000) -> Call[list[tuple[str, str]]]:
+    """Return the call that proves every live id is in exactly one place: it yields (problem, id), none when all is well."""
+    names = (keys.jobs, keys.state, keys.due, keys.dead, keys.workers, keys.conf, *keys.ready)
+    return Call(
+        AUDIT, names, (most,), lambda reply: [(reply[i].decode(), reply[i + 1].decode()) for i in range(0, len(reply), 2)]
+    )

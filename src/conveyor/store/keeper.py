@@ -1,0 +1,343 @@
+"""
+The keeper: a small process that owns the embedded server for as long as anybody uses it.
+
+It starts the server, starts it again when it crashes, and waits for the exclusive lock on the data directory. It gets
+that lock when the last user is gone, however that user ended, and then stops the server. When the keeper is killed, the
+server goes too.
+
+It runs as a plain script and on the standard library alone: importing the package would load the Redis client and all
+else into a process that may live for days.
+
+Files of the data directory: `lock` (shared: a user; exclusive: the keeper that stops the server), `keeper.lock` (held
+by the keeper), `server.lock` (held by the keeper and inherited by the server, so two servers never write the same
+files), `server.json` (the record below), `server.log`, `data/`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import time
+from typing import TYPE_CHECKING, Any, TypedDict, cast
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+_READY_POLL = 0.01  # seconds between two looks at a starting server
+_STOP_PATIENCE = 30.0  # seconds a server may take to write its data to disk before it is killed
+_ORPHAN_PATIENCE = 5.0  # seconds for the server of a killed keeper to go
+_LONGEST_PAUSE = 5.0  # seconds between two starts of a server that keeps crashing
+_STEADY = 10.0  # seconds after which a crash no longer counts as one of a series
+
+
+class Record(TypedDict):
+    """What `server.json` says: who wrote the data, and where the server is. `pid` is 0 when none is ready."""
+
+    family: str
+    version: str
+    socket: str
+    pid: int
+    keeper: int
+    host: str
+
+
+_FIELDS = {"family": str, "version": str, "socket": str, "pid": int, "keeper": int, "host": str}
+
+
+class Orders(TypedDict):
+    """What the starter tells the keeper; `lock` is the descriptor of `keeper.lock`, already locked."""
+
+    directory: str
+    socket: str
+    binary: str
+    family: str
+    version: str
+    lock: int
+
+
+def read_record(directory: str) -> Record | None:
+    """Return the record of *directory*, None where no server has run. ValueError when it is damaged."""
+    try:
+        with open(os.path.join(directory, "server.json"), encoding="utf-8") as file:
+            found = json.load(file)
+    except FileNotFoundError:
+        return None
+    if not isinstance(found, dict) or not all(isinstance(found.get(key), kind) for key, kind in _FIELDS.items()):
+        raise ValueError("not a record of a server")
+    return cast("Record", {key: found[key] for key in _FIELDS})
+
+
+def write_record(directory: str, record: Record) -> None:
+    """Replace the record in one step: a reader sees the old or the new one."""
+    path = os.path.join(directory, "server.json")
+    with open(f"{path}.{os.getpid()}", "w", encoding="utf-8") as file:
+        json.dump(record, file, indent=1)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(file.name, path)
+
+
+def ask(path: str, command: bytes, *, timeout: float = 1.0) -> bytes:
+    """Send one inline *command* to the server at *path*; the first bytes of its reply, empty when none came."""
+    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as connection:
+        connection.settimeout(timeout)
+        connection.connect(path)
+        connection.sendall(command + b"\r\n")
+        return connection.recv(512)
+    return b""
+
+
+def server_command(binary: str, version: tuple[int, ...], path: str, data: str) -> list[str]:
+    """Return the command line of a server that listens on the socket *path* only and keeps its data in *data*."""
+    settings = {
+        "port": "0",
+        "unixsocket": path,
+        "unixsocketperm": "700",
+        "dir": data,
+        "appendonly": "yes",
+        "appendfsync": "everysec",
+        "save": "",
+        "maxmemory-policy": "noeviction",
+        "daemonize": "no",
+    }
+    if version >= (7,):  # older servers do not know the setting and refuse to start
+        settings["enable-debug-command"] = "no"
+    return [binary, *(word for name, value in settings.items() for word in (f"--{name}", value))]
+
+
+def parent_death_signal() -> Callable[[], None] | None:
+    """Return what a child calls before exec so that it ends with its parent; None where the kernel cannot do that."""
+    try:
+        import ctypes
+
+        prctl = ctypes.CDLL(None).prctl
+    except (ImportError, OSError, AttributeError):
+        return None
+    parent = os.getpid()
+
+    def tie() -> None:
+        prctl(1, int(signal.SIGTERM))  # PR_SET_PDEATHSIG
+        if os.getppid() != parent:  # the parent died before the call
+            os._exit(1)
+
+    return tie
+
+
+class Keeper:
+    """One server, its record, and the loop that watches over both."""
+
+    def __init__(self, orders: Orders) -> None:
+        """Take the starter's orders; nothing runs yet."""
+        self.orders = orders
+        self.directory = orders["directory"]
+        self.data = os.path.join(self.directory, "data")
+        self.server: subprocess.Popen[bytes] | None = None
+        self.guard: subprocess.Popen[bytes] | None = None
+        self.ready_at = 0.0  # 0: not ready
+        self.proven = False  # has been ready once: a crash is an accident, not a server that cannot start
+        self.start_at = 0.0
+        self.pause = 0.0
+        self.tie = parent_death_signal()
+        self.claim = -1
+        self.lock = -1
+        self.watcher = 0
+        self.events = -1
+
+    def run(self) -> int:
+        """Keep the server until the last user is gone or someone stops it; the exit code."""
+        if not self._claim_data():
+            return 1
+        self._listen()
+        while True:
+            events = self._wait()
+            if self.server is not None and (code := self.server.poll()) is not None:
+                # 0: somebody told the server to stop, by SHUTDOWN or SIGTERM, and is obeyed
+                if code == 0 or not self.proven:
+                    return self._finish(code)
+                self._crashed(code)
+            if self._last_user_gone():
+                self.watcher = 0
+                return self._finish(self._stop())
+            if events & {signal.SIGTERM, signal.SIGINT}:
+                return self._finish(self._stop())
+            if self.server is None and time.monotonic() >= self.start_at:
+                self._start()
+            elif self.server is not None and not self.ready_at:
+                self._look()
+
+    def _claim_data(self) -> bool:
+        self.claim = os.open(os.path.join(self.directory, "server.lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        old = _record_or_none(self.directory)
+        end = time.monotonic() + _ORPHAN_PATIENCE
+        while True:
+            with contextlib.suppress(BlockingIOError):
+                fcntl.flock(self.claim, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            if time.monotonic() > end:
+                self._log(f"another server (pid {old and old['pid']}) still writes {self.data}; end it, then try again")
+                return False
+            if old is not None:  # left by a keeper that was killed
+                ask(old["socket"], b"SHUTDOWN", timeout=0.2)
+            time.sleep(_READY_POLL)
+        os.makedirs(self.data, exist_ok=True)
+        self._record(pid=0)
+        return True
+
+    def _listen(self) -> None:
+        self.lock = os.open(os.path.join(self.directory, "lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        self._watch()
+        self.events, wake = os.pipe()
+        os.set_blocking(wake, False)
+        for number in (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: None)  # the number arrives in the pipe
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        signal.set_wakeup_fd(wake)
+
+    def _watch(self) -> None:
+        # A child waits for the lock, which it shares with the keeper. Not a thread: the locks of a killed process with
+        # threads may outlive its main thread, so a newcomer could be led to the server that is about to go.
+        self.watcher = os.fork()
+        if self.watcher == 0:
+            try:
+                signal.set_wakeup_fd(-1)
+                signal.signal(signal.SIGTERM, signal.SIG_DFL)
+                os.close(self.orders["lock"])
+                os.close(self.claim)
+                if self.tie is not None:
+                    self.tie()
+                fcntl.flock(
+                    self.lock, fcntl.LOCK_EX
+                )  # and held by the keeper, so newcomers wait while the server stops
+                os._exit(0)
+            finally:
+                os._exit(1)
+
+    def _last_user_gone(self) -> bool:
+        pid, status = os.waitpid(self.watcher, os.WNOHANG)
+        if pid and status:  # it was killed
+            self._watch()
+        return bool(pid) and status == 0
+
+    def _wait(self) -> set[int]:
+        timeout: float | None = None
+        if self.server is None:
+            timeout = max(0.0, self.start_at - time.monotonic())
+        elif not self.ready_at:
+            timeout = _READY_POLL
+        readable, _, _ = select.select([self.events], [], [], timeout)
+        return set(os.read(self.events, 512)) if readable else set()
+
+    def _start(self) -> None:
+        version = tuple(int(part) for part in self.orders["version"].split("."))
+        command = server_command(self.orders["binary"], version, self.orders["socket"], self.data)
+        # The server inherits the claim: while it lives, no other server starts on these files.
+        self.server = subprocess.Popen(  # noqa: S603
+            command,
+            cwd=self.data,
+            stdin=subprocess.DEVNULL,
+            pass_fds=(self.claim,),
+            preexec_fn=self.tie,  # noqa: PLW1509  there are no threads
+        )
+        if self.tie is None:
+            self.guard = subprocess.Popen(  # noqa: S603  its `read` ends when the keeper does
+                ["/bin/sh", "-c", 'read _; kill "$0"', str(self.server.pid)], stdin=subprocess.PIPE
+            )
+
+    def _look(self) -> None:
+        assert self.server is not None
+        if ask(self.orders["socket"], b"PING").startswith(b"+PONG"):
+            self.ready_at, self.proven = time.monotonic(), True
+            self._record(pid=self.server.pid)
+
+    def _crashed(self, code: int) -> None:
+        now = time.monotonic()
+        if self.ready_at and now - self.ready_at > _STEADY:
+            self.pause = 0.0
+        self._log(f"the server ended with {code}; next start in {self.pause:g} s")
+        self.start_at = now + self.pause
+        self.pause = min(_LONGEST_PAUSE, max(0.1, 2 * self.pause))
+        self.server, self.ready_at = None, 0.0
+        self._release_guard()
+        self._record(pid=0)
+
+    def _stop(self) -> int:
+        if self.server is None:
+            return 0
+        self.server.terminate()
+        try:
+            return self.server.wait(_STOP_PATIENCE)
+        except subprocess.TimeoutExpired:
+            self._log(f"the server did not stop within {_STOP_PATIENCE:g} s and is killed")
+            self.server.kill()
+            return self.server.wait()
+
+    def _finish(self, code: int) -> int:
+        self._release_guard()
+        if self.watcher:
+            os.kill(self.watcher, signal.SIGKILL)
+            os.waitpid(self.watcher, 0)
+        with contextlib.suppress(OSError):
+            os.unlink(self.orders["socket"])
+        with contextlib.suppress(OSError):  # the data directory may have been deleted meanwhile
+            self._record(pid=0)
+        return 0 if code == 0 else 1
+
+    def _release_guard(self) -> None:
+        if self.guard is not None:
+            self.guard.kill()  # before its pipe closes: the pid it would signal is no longer ours
+            self.guard.wait()
+            assert self.guard.stdin is not None
+            self.guard.stdin.close()
+            self.guard = None
+
+    def _record(self, *, pid: int) -> None:
+        writer: Any = self.orders
+        if not self.proven:  # until it has read them, the files are those of the server that wrote them
+            writer = _record_or_none(self.directory) or self.orders
+        write_record(
+            self.directory,
+            Record(
+                family=writer["family"],
+                version=writer["version"],
+                socket=self.orders["socket"],
+                pid=pid,
+                keeper=os.getpid(),
+                host=socket.gethostname(),
+            ),
+        )
+
+    def _log(self, text: str) -> None:
+        print(f"{os.getpid()}:K {time.strftime('%d %b %Y %H:%M:%S')} {text}", flush=True)
+
+
+def _record_or_none(directory: str) -> Record | None:
+    with contextlib.suppress(ValueError):
+        return read_record(directory)
+    return None
+
+
+def main(text: str) -> None:
+    """Detach from the starter, whose child ends here at once, and keep a server by the orders in *text* (JSON)."""
+    if os.fork():
+        os._exit(0)
+    os.umask(0o077)
+    orders: Orders = json.loads(text)
+    code = 1
+    try:
+        code = Keeper(orders).run()
+    finally:
+        # Unlocked, not only closed: a fork of the starter may hold a copy of the descriptor.
+        fcntl.flock(orders["lock"], fcntl.LOCK_UN)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,318 @@
+"""
+Writes: one pure function per script, each returning a `Call`.
+
+Nothing here talks to Redis; `connection.py` runs the calls.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from conveyor.errors import ConfigurationError, QueueFull
+from conveyor.model import to_json, write_rest
+from conveyor.store.keys import QueueKeys
+from conveyor.store.script import Argument, Call, Script
+
+PUSH, TURN, REGISTER, BEAT, REAP = Script("push"), Script("turn"), Script("register"), Script("beat"), Script("reap")
+EXTEND, HELD, CANCEL, REDRIVE = Script("extend"), Script("held"), Script("cancel"), Script("redrive")
+PROMOTE, PURGE, CONFIGURE, INTAKE = Script("promote"), Script("purge"), Script("configure"), Script("intake")
+AWAIT, FORGET = Script("await"), Script("forget")
+
+MOST_HELD = 1000
+"""Most jobs of a queue one worker may hold; scripts clamp to it."""
+
+
+@dataclass(slots=True)
+class Entry:
+    """One message to push. `rest` is the envelope behind its marks (`model.write_rest`); times in ms."""
+
+    id: str
+    rest: bytes
+    priority: int = 0
+    delay_ms: int | None = None
+    due_at_ms: int | None = None
+    expires_ms: int | None = None
+    unique: str | None = None
+    own_id: bool = False
+    front: bool = False
+
+    @property
+    def is_plain(self) -> bool:
+        """True when it needs nothing but an envelope and an entry at the tail."""
+        return (
+            self.priority == 0 and self.delay_ms is None and self.due_at_ms is None and self.expires_ms is None
+            and self.unique is None and not self.own_id and not self.front
+        )  # fmt: skip
+
+
+@dataclass(slots=True)
+class Lane:
+    """A producer's identity: one push in flight, each with the next number, so a repeat is answered, not done again."""
+
+    identity: str
+    number: int = 0
+
+    def next(self) -> int:
+        """Return the number of the next push."""
+        self.number += 1
+        return self.number
+
+
+class LateReply(Exception):  # noqa: N818  internal: the caller repeats with a new number
+    """A newer push of this lane was answered already."""
+
+
+def push_plain(keys: QueueKeys, lane: Lane, pairs: Sequence[Argument], *, max_length: int = 0) -> Call[None]:
+    """Return the call that accepts plain messages: *pairs* is id, envelope, id, envelope, …"""
+    count = len(pairs) // 2
+    args: tuple[Argument, ...] = (lane.next(), max_length, count, "p", count, *pairs)
+    return Call(PUSH, _push_keys(keys, lane), args, _pushed_plain(keys.queue))
+
+
+def push(keys: QueueKeys, lane: Lane, entries: Iterable[Entry], *, max_length: int = 0) -> Call[list[str]]:
+    """Return the call that accepts *entries* in their order, all or none; it yields an id for each, a duplicate's holder's."""
+    args: list[Argument] = [lane.next(), max_length, 0]
+    ids: list[str | None] = []
+    run: list[Argument] = []
+    plain_run = True
+    for entry in entries:
+        plain = entry.is_plain
+        if plain is not plain_run and run:
+            args += ["p" if plain_run else "s", len(run) // (2 if plain_run else 10), *run]
+            run = []
+        plain_run = plain
+        if plain:
+            run += (entry.id, entry.rest)
+            ids.append(entry.id)
+        else:
+            run += _special(entry)
+            ids.append(None)
+    if run:
+        args += ["p" if plain_run else "s", len(run) // (2 if plain_run else 10), *run]
+    args[2] = len(ids)
+    return Call(PUSH, _push_keys(keys, lane), args, _pushed(keys.queue, ids))
+
+
+def _special(entry: Entry) -> tuple[Argument, ...]:
+    return (
+        entry.id, f"p{entry.priority}" if entry.priority else "", entry.rest,
+        "" if entry.delay_ms is None else entry.delay_ms, "" if entry.due_at_ms is None else entry.due_at_ms,
+        "" if entry.expires_ms is None else entry.expires_ms, entry.priority, entry.unique or "",
+        "1" if entry.own_id else "", "1" if entry.front else "",
+    )  # fmt: skip
+
+
+def _push_keys(keys: QueueKeys, lane: Lane) -> tuple[str, ...]:
+    return (keys.lane(lane.identity), keys.jobs, keys.due, keys.wake, keys.conf, keys.dead, *keys.ready)
+
+
+def _pushed_plain(queue: str) -> Any:
+    def decode(reply: bytes) -> None:
+        if not reply.endswith(b"\nok"):
+            _refused(queue, reply)
+
+    return decode
+
+
+def _pushed(queue: str, ids: list[str | None]) -> Any:
+    def decode(reply: bytes) -> list[str]:
+        _, status, *special = reply.split(b"\n")
+        if status != b"ok":
+            _refused(queue, reply)
+        answers = iter(special)
+        return [id_ if id_ is not None else next(answers).decode() for id_ in ids]
+
+    return decode
+
+
+def _refused(queue: str, reply: bytes) -> None:
+    _, status, *rest = reply.decode().split("\n")
+    if status == "full":
+        raise QueueFull(
+            f"Queue '{queue}' holds {rest[0]} jobs and takes at most {rest[1]}. Nothing was enqueued. "
+            "Add workers, raise max_length, or try again later."
+        )
+    if status == "schema":
+        raise ConfigurationError(
+            f"Queue '{queue}' was written by another version (layout {rest[0]}; this one knows layout 1). Upgrade this program."
+        )
+    raise LateReply
+
+
+@dataclass(slots=True)
+class Settlement:
+    """How one leased job ends or goes on; `kind` is a letter of turn.lua's header."""
+
+    kind: str
+    id: str
+    ms: int = 0
+    record: bytes = b""
+    state: bytes = b""
+    unique: str | None = None
+    own_id: bool = False
+
+
+@dataclass(slots=True)
+class Report:
+    """What a worker sends with a turn: settlements, counters of this minute, entries for the recently finished."""
+
+    done: list[str] = field(default_factory=list)
+    others: list[Settlement] = field(default_factory=list)
+    stats: dict[str, int] = field(default_factory=dict)
+    recent: list[bytes] = field(default_factory=list)
+
+    def __bool__(self) -> bool:
+        return bool(self.done or self.others)
+
+
+@dataclass(slots=True)
+class Turn:
+    """The reply to a turn. Times in ms by the server's clock; `next_due` is None when nothing is scheduled."""
+
+    now: int
+    held: int
+    next_due: int | None
+    more: bool
+    lost: list[str]
+    ids: list[str]
+    envelopes: list[bytes]
+    states: list[bytes | None]
+    overdue: list[tuple[str, int]]
+    cancelled: list[str]
+    paused: bool
+
+
+class Unregistered(Exception):  # noqa: N818  internal: the worker registers anew
+    """The worker was reaped, or Redis has forgotten it: its leases are gone."""
+
+
+class LateTurn(Exception):  # noqa: N818  internal
+    """A newer turn of this worker was carried out already."""
+
+
+def turn(
+    keys: QueueKeys, worker: str, number: int, want: int, lease_ms: int, report: Report, *, flags: str = ""
+) -> Call[Turn]:
+    """Return the call that settles *report* and leases up to *want* more; `flags` as in turn.lua."""
+    args: list[Argument] = [worker, number, want, lease_ms, flags, len(report.done), *report.done, len(report.others)]
+    for one in report.others:
+        args += (one.kind, one.id, one.ms, one.record, one.state, one.unique or "", "1" if one.own_id else "")
+    args.append(len(report.stats))
+    for counter, increment in report.stats.items():
+        args += (counter, increment)
+    args += (len(report.recent), *report.recent)
+    names = (
+        keys.jobs, keys.state, keys.leased(worker), keys.workers, keys.due, keys.wake, keys.conf, keys.dead, keys.recent,
+        keys.waiters, *keys.ready,
+    )  # fmt: skip
+    return Call(TURN, names, args, _read_turn)
+
+
+def _read_turn(reply: list[Any]) -> Turn:
+    if reply[0] == 0:
+        raise Unregistered
+    if reply[0] == -1:
+        raise LateTurn
+    _, now, held, next_due, more, lost, ids, envelopes, states, overdue, cancelled, paused = reply
+    return Turn(
+        now, held, next_due if next_due >= 0 else None, more == 1, [id_.decode() for id_ in lost],
+        [id_.decode() for id_ in ids], envelopes, states,
+        [(overdue[i].decode(), int(float(overdue[i + 1]))) for i in range(0, len(overdue), 2)] if overdue else [],
+        [id_.decode() for id_ in cancelled], paused == 1,
+    )  # fmt: skip
+
+
+def register(keys: QueueKeys, worker: str, lease_ms: int, about: bytes) -> Call[int]:
+    """Return the call that registers *worker*; it yields the server's time in ms."""
+    # 65 bytes and more make the hash a hashtable: as a listpack of 500 a lease costs 12 times as much (design).
+    return Call(
+        REGISTER, (keys.leased(worker), keys.workers, keys.conf), (worker, lease_ms, about.ljust(65)), _registered
+    )
+
+
+def _registered(reply: list[Any]) -> int:
+    if reply[0] == -1:
+        raise ConfigurationError(
+            f"The queue was written by another version (layout {reply[1].decode()}; this one knows layout 1). Upgrade this worker."
+        )
+    return int(reply[0])
+
+
+def beat(keys: QueueKeys, worker: str, lease_ms: int) -> Call[bool]:
+    """Return the call that renews all leases of *worker*; it yields False when the worker was reaped."""
+    return Call(BEAT, (keys.leased(worker), keys.workers), (worker, lease_ms), bool)
+
+
+def reap(keys: QueueKeys, worker: str, *, end: int | None = None, crashed: bool = True) -> Call[int]:
+    """
+    Return the call that takes *worker*'s registration away and returns its jobs; it yields their number, -1 when refused.
+
+    *end* is the one it was seen with twice; None when its death is known. `crashed=False` charges nothing.
+    """
+    names = (keys.leased(worker), keys.workers, keys.jobs, keys.state, keys.wake, keys.waiters, *keys.ready)
+    return Call(REAP, names, (worker, "" if end is None else end, "crash" if crashed else "leave"), int)
+
+
+def extend(keys: QueueKeys, worker: str, id: str, new_worker: str, ms: int, about: bytes) -> Call[bool]:  # noqa: A002
+    """Return the call that moves one leased id to an identity of its own; it yields False when the lease is lost."""
+    names = (keys.leased(worker), keys.leased(new_worker), keys.workers)
+    return Call(EXTEND, names, (id, new_worker, ms, about.ljust(65)), bool)
+
+
+def held(keys: QueueKeys, worker: str) -> Call[list[str]]:
+    """Return the call that lists what *worker* holds according to Redis."""
+    return Call(HELD, (keys.leased(worker),), (), lambda reply: [id_.decode() for id_ in reply])
+
+
+def cancel(keys: QueueKeys, id: str, *, delete: bool = False) -> Call[int]:  # noqa: A002
+    """Return the call that cancels or deletes a job; it yields cancel.lua's 1, 2, 0 or -1."""
+    names = (keys.jobs, keys.state, keys.due, keys.dead, keys.workers, keys.conf, keys.waiters)
+    return Call(CANCEL, names, (id, "delete" if delete else "cancel"), int)
+
+
+def redrive(keys: QueueKeys, *, limit: int = 500, ids: Sequence[str] = ()) -> Call[int]:
+    """Return the call that puts the oldest *limit* dead letters back, or just those of *ids*; it yields how many."""
+    return Call(REDRIVE, (keys.dead, keys.jobs, keys.state, keys.wake, *keys.ready), (0 if ids else limit, *ids), int)
+
+
+def promote(keys: QueueKeys, id: str) -> Call[bool]:  # noqa: A002
+    """Return the call that makes a scheduled job ready now; it yields False when it is not scheduled."""
+    return Call(PROMOTE, (keys.due, keys.jobs, keys.wake, *keys.ready), (id,), bool)
+
+
+def purge(keys: QueueKeys, place: str, limit: int) -> Call[tuple[int, int]]:
+    """Return the call that removes one batch from `ready`, `due` or `dead`; it yields (entries taken, jobs removed)."""
+    names = (keys.jobs, keys.state, keys.due, keys.dead, keys.conf, keys.waiters, *keys.ready)
+    return Call(PURGE, names, (place, limit), lambda reply: (int(reply[0]), int(reply[1])))
+
+
+def configure(keys: QueueKeys, setting: str, value: str) -> Call[bool]:
+    """Return the call that changes a setting kept with the queue; an empty value removes it."""
+    return Call(CONFIGURE, (keys.conf, keys.wake), (setting, value), bool)
+
+
+def intake(keys: QueueKeys, limit: int, stem: str, task: str = "") -> Call[int]:
+    """Return the call that moves raw entries of a plain list into the queue; it yields how many."""
+    assert keys.foreign is not None
+    names = (keys.jobs, keys.ready[0], keys.foreign, keys.intake, keys.wake)
+    return Call(INTAKE, names, (limit, stem, write_rest(task, b"")), int)
+
+
+def await_outcome(keys: QueueKeys, id: str, channel: str) -> Call[tuple[str, bytes]]:  # noqa: A002
+    """Return the call that reads an outcome or registers *channel* as waiting; it yields await.lua's (word, bytes)."""
+    names = (keys.jobs, keys.state, keys.dead, keys.waiters, keys.result(id))
+    return Call(AWAIT, names, (id, channel), lambda reply: (reply[0].decode(), reply[1] if len(reply) > 1 else b""))
+
+
+def forget(keys: QueueKeys, id: str, channel: str) -> Call[int]:  # noqa: A002
+    """Return the call that stops waiting."""
+    return Call(FORGET, (keys.waiters,), (id, channel), int)
+
+
+def about(**facts: Any) -> bytes:
+    """Return who a worker is, as it is stored."""
+    return to_json(facts)
+
+

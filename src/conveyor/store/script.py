@@ -1,0 +1,67 @@
+"""A script and a call of it: every step in Redis is one value, and two small runners carry it out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from hashlib import sha1
+from importlib.resources import files
+from typing import Any, Generic, TypeVar
+
+T = TypeVar("T")
+S = TypeVar("S")
+
+
+class Script:
+    """One atomic step, kept in ``scripts/<name>.lua``; text and digest are read when first used."""
+
+    def __init__(self, name: str) -> None:
+        """Name the file."""
+        self.name = name
+
+    @cached_property
+    def text(self) -> str:
+        """The prelude and the file."""
+        folder = files("conveyor.store").joinpath("scripts")
+        prelude = folder.joinpath("_prelude.lua").read_text("utf-8")
+        return prelude + folder.joinpath(f"{self.name}.lua").read_text("utf-8")
+
+    @cached_property
+    def sha(self) -> str:
+        """The digest by which the server knows the script."""
+        return sha1(self.text.encode(), usedforsecurity=False).hexdigest()
+
+    def __repr__(self) -> str:
+        return f"<Script {self.name}>"
+
+
+Argument = str | bytes | int
+
+
+@dataclass(frozen=True, slots=True)
+class Call(Generic[T]):
+    """
+    One step in Redis: the script, its inputs, how to read the reply.
+
+    Every call may be sent again with the same inputs when its reply was lost: a push is
+    recognised by its lane, a turn by its number, and the rest change nothing the second time.
+    """
+
+    script: Script
+    keys: Sequence[str]
+    args: Sequence[Argument]
+    decode: Callable[[Any], T]
+
+    def command(self) -> tuple[Argument, ...]:
+        """Return the words sent to the server."""
+        return ("EVALSHA", self.script.sha, len(self.keys), *self.keys, *self.args)
+
+    def load(self) -> tuple[Argument, ...]:
+        """Return the same with the script's text, for a server that does not know it yet."""
+        return ("EVAL", self.script.text, len(self.keys), *self.keys, *self.args)
+
+    def then(self, convert: Callable[[T], S]) -> Call[S]:
+        """Return the same step with its decoded reply converted further."""
+        decode = self.decode
+        return replace(self, decode=lambda reply: convert(decode(reply)))  # type: ignore[arg-type,return-value]

@@ -1,0 +1,37 @@
+-- Prove that every live id is in exactly one place. Reads the whole queue in one step: for tests and quiet hours.
+--
+-- KEYS  1 jobs  2 state  3 due  4 dead  5 workers  6 conf  7-16 ready:0 … ready:9
+-- ARGV  1 refuse above this many jobs
+-- returns (problem, id)…    or {"too-large", count}
+local count = redis.call('HLEN', KEYS[1])
+if count > tonumber(ARGV[1]) then return {'too-large', int(count)} end
+local prefix, places, problems, stubs = string.sub(KEYS[1], 1, -5), {}, {}, 0
+local function problem(what, id) problems[#problems + 1], problems[#problems + 2] = what, id end
+local function place(id, where)
+  if places[id] then problem('in ' .. places[id] .. ' and ' .. where, id) end
+  places[id] = where
+end
+for i = 7, 16 do
+  for _, id in ipairs(redis.call('LRANGE', KEYS[i], 0, -1)) do place(id, 'ready') end
+end
+for _, id in ipairs(redis.call('ZRANGE', KEYS[3], 0, -1)) do place(id, 'scheduled') end
+for _, id in ipairs(redis.call('ZRANGE', KEYS[4], 0, -1)) do place(id, 'dead') end
+for _, worker in ipairs(redis.call('ZRANGE', KEYS[5], 0, -1)) do
+  for _, id in ipairs(redis.call('HKEYS', prefix .. 'leased:' .. worker)) do
+    if string.byte(id) ~= 9 then place(id, 'leased') end
+  end
+end
+local all = redis.call('HGETALL', KEYS[1])
+for i = 1, #all, 2 do
+  local stub = string.byte(all[i + 1]) == 120
+  if stub then stubs = stubs + 1 end
+  if not places[all[i]] then problem('nowhere', all[i]) end
+  if stub and places[all[i]] ~= 'ready' then problem('stub outside ready', all[i]) end
+  places[all[i]] = nil
+end
+for id, where in pairs(places) do problem('no envelope, but in ' .. where, id) end
+for _, id in ipairs(redis.call('HKEYS', KEYS[2])) do
+  if redis.call('HEXISTS', KEYS[1], id) == 0 then problem('state without a job', id) end
+end
+if stubs ~= tonumber(redis.call('HGET', KEYS[6], 'stubs') or 0) then problem('wrong count of stubs', int(stubs)) end
+return problems

@@ -1,0 +1,9 @@
+-- Change a queue's own setting, and call a worker when that may make work takeable.
+--
+-- KEYS  1 conf  2 wake
+-- ARGV  1 field  2 value, "" to remove it
+-- returns 1
+redis.call('HDEL', KEYS[1], ARGV[1])
+if ARGV[2] ~= '' then redis.call('HSET', KEYS[1], ARGV[1], ARGV[2]) end
+wake(KEYS[2])
+return 1

@@ -1,0 +1,22 @@
+-- Move raw entries of a plain list into our own structure, where they are kept before anyone works on them.
+--
+-- KEYS  1 jobs  2 ready:0  3 the foreign list  4 intake  5 wake
+-- ARGV  1 how many at most  2 the stem of the new ids  3 what goes before each entry to make an envelope
+-- returns the number of entries moved
+local want, moved = math.min(tonumber(ARGV[1]), 1000), 0
+redis.call('HDEL', KEYS[1], '\t')
+for _, source in ipairs({KEYS[4], KEYS[3]}) do
+  local entries = want > moved and redis.call('LPOP', source, want - moved)
+  if entries and #entries > 0 then
+    local pairs_, ids = {}, {}
+    for i, entry in ipairs(entries) do
+      local id = ARGV[2] .. string.format('%04d', moved + i)
+      pairs_[2 * i - 1], pairs_[2 * i], ids[i] = id, ARGV[3] .. entry, id
+    end
+    redis.call('HSET', KEYS[1], unpack(pairs_))
+    redis.call('RPUSH', KEYS[2], unpack(ids))
+    moved = moved + #entries
+  end
+end
+if moved > 0 then wake(KEYS[5]) end
+return moved

@@ -1,0 +1,123 @@
+-- Accept messages: all of them, or none.
+--
+-- KEYS  1 lane  2 jobs  3 due  4 wake  5 conf  6 dead  7-16 ready:0 … ready:9
+-- ARGV  1 number of this push in its lane  2 maximum length (0: none)  3 number of jobs  then runs, in order:
+--       "p" count (id envelope)…
+--       "s" count (id marks rest delay_ms due_at_ms expires_ms priority unique own front)…   "" where not given
+-- returns "<number>\nok\n<id>\n<id>…"    the ids of the special jobs: the one given, or the one that exists
+--         "<number>\nfull\n<length>\n<maximum>", "<number>\nschema\n<found>": nothing stored
+--         "<number>\nlate": a newer push of this lane was answered already; nothing stored
+local lane, jobs, due, wakes, conf, dead = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6]
+local number = tonumber(ARGV[1])
+
+local last = redis.call('GET', lane)
+if last then
+  local seen = tonumber(string.match(last, '^%d+'))
+  if seen == number then return last end
+  if seen > number then return ARGV[1] .. '\nlate' end
+end
+
+local conf_now = redis.call('HMGET', conf, 'max_length', 'schema', 'stubs')
+if conf_now[2] and conf_now[2] ~= '1' then return ARGV[1] .. '\nschema\n' .. conf_now[2] end
+local maximum = tonumber(conf_now[1] or ARGV[2])
+if maximum > 0 then
+  local length = redis.call('HLEN', jobs) - redis.call('ZCARD', dead) - tonumber(conf_now[3] or 0)
+  if length + tonumber(ARGV[3]) > maximum then
+    return ARGV[1] .. '\nfull\n' .. int(length) .. '\n' .. int(maximum)
+  end
+end
+
+-- Read everything first: which special jobs exist already, here or earlier in this very push.
+local prefix = string.sub(jobs, 1, -5)
+local ids, existing, claimed = {}, {}, {}
+local at, runs = 4, #ARGV
+while at <= runs do
+  local count = tonumber(ARGV[at + 1])
+  if ARGV[at] == 'p' then
+    at = at + 2 + 2 * count
+  else
+    for i = at + 2, at + 2 + 10 * (count - 1), 10 do
+      local id, holder = ARGV[i], nil
+      if ARGV[i + 8] == '1' then
+        holder = claimed['i' .. id] or redis.call('GET', prefix .. 'unique:i:' .. id)
+        claimed['i' .. id] = id
+      end
+      if not holder and ARGV[i + 7] ~= '' then
+        local key = 'k' .. ARGV[i + 7]
+        holder = claimed[key]
+        if not holder then
+          holder = redis.call('GET', prefix .. 'unique:k:' .. ARGV[i + 7])
+          if holder and redis.call('HEXISTS', jobs, holder) == 0 then holder = false end
+        end
+        claimed[key] = holder or id
+      end
+      ids[#ids + 1] = holder or id
+      existing[i] = holder and true or false
+    end
+    at = at + 2 + 10 * count
+  end
+end
+
+-- The first write is refused when Redis is full, and the whole push with it.
+local reply = ARGV[1] .. '\nok'
+if #ids > 0 then reply = reply .. '\n' .. table.concat(ids, '\n') end
+redis.call('SET', lane, reply, 'PX', 600000)
+if not conf_now[2] then redis.call('HSET', conf, 'schema', '1') end
+
+local takeable = false
+local function add(key, list, front)
+  for first = 1, #list, 7000 do
+    redis.call(front and 'LPUSH' or 'RPUSH', key, unpack(list, first, math.min(first + 6999, #list)))
+  end
+end
+
+local function plain(first, count)
+  local entries = {}
+  for i = 0, count - 1 do entries[i + 1] = ARGV[first + 2 * i] end
+  for i = first, first + 2 * count - 1, 7000 do
+    redis.call('HSET', jobs, unpack(ARGV, i, math.min(i + 6999, first + 2 * count - 1)))
+  end
+  add(KEYS[7], entries)
+  takeable = true
+end
+
+local function special(i, now)
+  local id, line, delay, priority = ARGV[i], ARGV[i + 1], ARGV[i + 3], ARGV[i + 6]
+  local instant = delay ~= '' and now + tonumber(delay) or tonumber(ARGV[i + 4])
+  if ARGV[i + 5] ~= '' then line = line .. ' e' .. int(now + tonumber(ARGV[i + 5])) end
+  if instant and instant > now then line = line .. ' d' .. int(instant) end
+  if ARGV[i + 8] == '1' then
+    line = line .. ' i'
+    redis.call('SET', prefix .. 'unique:i:' .. id, id)
+  end
+  if ARGV[i + 7] ~= '' then
+    line = line .. ' u' .. ARGV[i + 7]
+    redis.call('SET', prefix .. 'unique:k:' .. ARGV[i + 7], id)
+  end
+  redis.call('HSET', jobs, id, line .. ARGV[i + 2])
+  if instant and instant > now then
+    redis.call('ZADD', due, instant, id)
+    if redis.call('ZRANGE', due, 0, 0)[1] == id then takeable = true end
+  else
+    redis.call(ARGV[i + 9] == '1' and 'LPUSH' or 'RPUSH', KEYS[7 + tonumber(priority)], id)
+    takeable = true
+  end
+end
+
+at = 4
+local now = nil
+while at <= runs do
+  local count = tonumber(ARGV[at + 1])
+  if ARGV[at] == 'p' then
+    plain(at + 2, count)
+    at = at + 2 + 2 * count
+  else
+    now = now or clock()
+    for i = at + 2, at + 2 + 10 * (count - 1), 10 do
+      if not existing[i] then special(i, now) end
+    end
+    at = at + 2 + 10 * count
+  end
+end
+if takeable then wake(wakes) end
+return reply

@@ -1,0 +1,28 @@
+-- Put dead letters back, oldest first, with a fresh budget; what happened before stays in their state.
+--
+-- KEYS  1 dead  2 jobs  3 state  4 wake  5-14 ready:0 … ready:9
+-- ARGV  1 how many at most (of the oldest; at most 500)  2… or these ids
+-- returns the number put back
+local ids = {}
+for i = 2, #ARGV do
+  if redis.call('ZSCORE', KEYS[1], ARGV[i]) then ids[#ids + 1] = ARGV[i] end
+end
+if #ARGV == 1 and tonumber(ARGV[1]) > 0 then
+  ids = redis.call('ZRANGE', KEYS[1], 0, math.min(tonumber(ARGV[1]), 500) - 1)
+end
+if #ids == 0 then return 0 end
+local envelopes = redis.call('HMGET', KEYS[2], unpack(ids))
+local states = redis.call('HMGET', KEYS[3], unpack(ids))
+redis.call('ZREM', KEYS[1], unpack(ids))
+local count = 0
+for i, id in ipairs(ids) do
+  if envelopes[i] then
+    local found = marks(envelopes[i])
+    local starts, rest = string.match(states[i] or '0 0 0', '^(%d+) %d+ %d+(.*)$')
+    redis.call('HSET', KEYS[3], id, starts .. ' 0 0' .. rest)
+    redis.call('RPUSH', KEYS[5 + (found and found.priority or 0)], id)
+    count = count + 1
+  end
+end
+if count > 0 then wake(KEYS[4]) end
+return count

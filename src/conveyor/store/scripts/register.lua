@@ -1,0 +1,15 @@
+-- Register a worker under an identity that was never used before. Repeating it changes nothing.
+--
+-- KEYS  1 leased:<worker>  2 workers  3 conf
+-- ARGV  1 worker  2 lease_ms  3 about (JSON, longer than 64 bytes so that the hash is a hashtable)
+-- returns now_ms, or -1 and the schema found when the layout is not ours
+local schema = redis.call('HGET', KEYS[3], 'schema')
+if schema and schema ~= '1' then return {-1, schema} end
+local now = clock()
+redis.call('HDEL', KEYS[1], '\t')
+if redis.call('HEXISTS', KEYS[1], '\tturn') == 0 then
+  redis.call('HSET', KEYS[1], '\tturn', 0, '\tabout', ARGV[3], '\tlease', ARGV[2])
+end
+redis.call('ZADD', KEYS[2], now + tonumber(ARGV[2]), ARGV[1])
+if not schema then redis.call('HSET', KEYS[3], 'schema', '1') end
+return {now}
