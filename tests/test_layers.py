@@ -15,7 +15,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("queue", "message", "plain", "consume", "group", "limit"),  # messaging
     ("task", "app", "workflow", "schedule", "result", "middleware", "context"),  # jobs
     ("worker",),
-    ("admin", "doctor", "telemetry", "testing"),
+    ("admin", "doctor", "view", "telemetry", "testing"),
     ("cli", "web", "contrib", "__main__"),
 )
 FACADE = len(LAYERS) - 1.5  # the public names: gathered from everything below, for programs and for the top layer
