@@ -10,10 +10,34 @@ ROOT = Path(__file__).parent.parent / "src" / "conveyor"
 
 # A module, or a package and all in it, stands in one layer. Lower layers know nothing of higher ones.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("errors", "model", "duration", "codec", "signature", "outcome", "cron", "event", "ident"),  # values: no I/O
+    (
+        "errors",
+        "model",
+        "duration",
+        "codec",
+        "signature",
+        "outcome",
+        "cron",
+        "event",
+        "ident",
+        "provider",
+    ),  # values: no I/O
     ("store",),  # all that knows Redis
     ("queue", "message", "plain", "consume", "group", "limit"),  # messaging
-    ("task", "app", "workflow", "schedule", "result", "middleware", "context"),  # jobs
+    (  # jobs
+        "app",
+        "bulk",
+        "context",
+        "hook",
+        "job",
+        "middleware",
+        "outgoing",
+        "registration",
+        "result",
+        "schedule",
+        "task",
+        "workflow",
+    ),
     ("worker",),
     ("admin", "doctor", "view", "telemetry", "testing"),
     ("cli", "web", "contrib", "__main__"),

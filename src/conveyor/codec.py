@@ -36,6 +36,11 @@ STORABLE = (
 )
 
 _PLAIN = frozenset({str, int, float, bool, type(None)})
+_SCALARS: tuple[tuple[type, Callable[[Any], Any]], ...] = (
+    (str, str.__str__),
+    (int, int.__pos__),
+    (float, float.__pos__),
+)
 _NOT_BRACKET = bytes(byte for byte in range(256) if byte not in b"[]{}")
 _ONE_KIND = bytes.maketrans(b"{}", b"[]")
 
@@ -85,8 +90,13 @@ class ValueCodec(Generic[T]):
             received = self._decode(data)
         except Exception as error:
             raise self._refusal("E03", f"{self._what} does not fit: {reason(error)} ({show(value)}).") from None
-        if not same(sent, received) and (change := difference(sent, received)):
-            raise self._refusal("E03", self._changed(change))
+        if not same(sent, received):
+            try:
+                change = difference(sent, received)
+            except Exception as error:
+                raise self._unstorable(value, error) from None
+            if change:
+                raise self._refusal("E03", self._changed(change))
         return data
 
     def decode(self, data: bytes) -> T:
@@ -110,8 +120,10 @@ class ValueCodec(Generic[T]):
     def _unstorable(self, value: object, error: Exception) -> PayloadError:
         if isinstance(error, RecursionError):
             return self._refusal("E22", f"{self._what} contains itself, or is nested deeper than {MAX_DEPTH} levels.")
-        if isinstance(error, Unstorable):
-            thing, advice = f"of type {type(error.thing).__qualname__}", "Pass what it is made of, or a dataclass."
+        if isinstance(error, Unstorable) and issubclass(type(error.thing), tuple | frozenset):
+            why = f"{show(error.thing)} is a key of a dict, and in JSON keys are text (or a number, a date, an Enum)."
+        elif isinstance(error, Unstorable):
+            thing, advice = f"of type {_type_name(error.thing)}", "Pass what it is made of, or a dataclass."
             if _is_django_model(error.thing):
                 thing, advice = "a Django model", self._model_advice()
             why = f"{show(error.thing)} is {thing}.\n    {advice}\n    {STORABLE}"
@@ -128,8 +140,12 @@ class ValueCodec(Generic[T]):
             raise self._unstorable(value, error) from None
 
     def _changed(self, change: Change) -> str:
-        sent, received = type(change.sent).__name__, type(change.received).__name__
-        if change.path == "$" and self._type is type(change.received) and sent != received:
+        sent, received = _type_name(change.sent), _type_name(change.received)
+        if (
+            change.path == "$"
+            and self._type is type(change.received)
+            and type(change.sent) not in {self._type, *_PLAIN}
+        ):
             return f"{self._what} does not fit: Expected {received}, got {sent} {show(change.sent)}."
         return (
             f"{self._what} would arrive changed: {sent} {show(change.sent)} would become {received} "
@@ -277,12 +293,9 @@ def from_builtin(value: object, type: Any) -> Any:  # noqa: A002
 
 def _subclass_form(value: object) -> Any:
     # Subclasses of the scalars (SafeString, numpy.float64), without calling what they override.
-    if isinstance(value, str):
-        return str.__str__(value)
-    if isinstance(value, int):
-        return int.__pos__(value)
-    if isinstance(value, float):
-        return float.__pos__(value)
+    for scalar, exactly in _SCALARS:
+        if issubclass(type(value), scalar):
+            return exactly(value)
     raise Unstorable(value)
 
 
@@ -339,13 +352,18 @@ _short.maxstring = _short.maxother = 80
 
 def show(value: object) -> str:
     """Return a short repr for an error text, whatever the object's own repr does."""
-    if isinstance(value, type):
-        return value.__qualname__
     try:
-        text = _short.repr(value)
+        text = value.__qualname__ if isinstance(value, type) else _short.repr(value)
     except Exception:
-        text = f"<{type(value).__name__}>"
+        text = f"<{_type_name(value)}>"
     return text.encode("utf-8", "backslashreplace").decode()
+
+
+def _type_name(value: object) -> str:
+    try:
+        return type(value).__qualname__
+    except Exception:  # a metaclass may do anything
+        return "object"
 
 
 def reason(error: Exception) -> str:

@@ -57,6 +57,8 @@ class Signature:
         self._keyword = self._of_kind(inspect.Parameter.KEYWORD_ONLY)
         self._rest = next(iter(self._of_kind(inspect.Parameter.VAR_POSITIONAL)), None)
         self._others = next(iter(self._of_kind(inspect.Parameter.VAR_KEYWORD)), None)
+        named = [*self._positional[len(self._positional_only) :], *self._keyword, *self.injected]
+        self._by_name = frozenset(named)  # what ``**others`` can never hold
         # The common case binds in C; all else, and all errors, take the careful way.
         simple = not (self._rest or self._others or self._positional_only)
         self._bind: Callable[..., Any] | None = self._sending_struct() if simple else None
@@ -100,10 +102,9 @@ class Signature:
         return True
 
     def _encode_carefully(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bytes:
-        try:
-            given = self._signature.bind(*args, **kwargs).arguments
-        except TypeError as error:
-            raise self.refusal(self._misfit(args, kwargs) or f"{self.name}(): {error}.") from None
+        if misfit := self._misfit(args, kwargs):
+            raise self.refusal(misfit)
+        given = self._signature.bind(*args, **kwargs).arguments
         fields = []
         for name, value in given.items():
             encoded = self._argument(name).encode(list(value) if name == self._rest else value)
@@ -162,10 +163,9 @@ class Signature:
         others = by_name.pop(self._others) if self._others else {}
         rest = by_name.pop(self._rest) if self._rest else []
         positional = [by_name.pop(name) for name in self._positional]
-        for name in others:
-            # A foreign producer could otherwise reach past the types, or fill what the worker fills.
-            if name in self.injected or (name in self._parameters and name not in self._positional_only):
-                raise self._undecodable(f"'{name}' is a parameter of its own - at $.**")
+        # A foreign producer could otherwise reach past the types, or fill what the worker fills.
+        if clash := self._by_name & others.keys():
+            raise self._undecodable(f"'{min(clash)}' is a parameter of its own - at $.**")
         return positional + rest, by_name | others
 
     def _undecodable(self, why: str) -> PayloadError:

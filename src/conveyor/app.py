@@ -1,0 +1,340 @@
+"""The app: where a program's tasks, queues, hooks and its connection to Redis come together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
+from typing import TYPE_CHECKING, Any, Literal, ParamSpec, Self, TypeVar, cast, overload
+
+from conveyor import ident, provider
+from conveyor.bulk import chunks
+from conveyor.codec import MAX_PAYLOAD
+from conveyor.duration import Duration
+from conveyor.errors import ConfigurationError, ConveyorError
+from conveyor.hook import Hooks
+from conveyor.job import Job, refuse_in_loop
+from conveyor.outcome import Retry
+from conveyor.outgoing import positive_ms
+from conveyor.registration import TaskDecorator, refuse_later, register, task_options
+from conveyor.result import Replies
+from conveyor.store.backend import Backend
+from conveyor.store.operations import Entry
+from conveyor.task import AsyncTask, RunIn, SyncTask, Task, TaskCall
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from conveyor.limit import Concurrency, Debounce, Rate, Unique
+    from conveyor.plain import PlainList
+    from conveyor.queue import Queue
+    from conveyor.store.keys import QueueKeys
+
+P = ParamSpec("P")
+R = TypeVar("R")
+T = TypeVar("T")
+Full = Literal["raise", "block", "drop-oldest"]
+
+
+class Conveyor(Hooks):
+    """
+    One program's queues and tasks on one Redis.
+
+    Nothing is opened before it is needed. `with app:` and `async with app:` close it at the end; a closed app opens
+    itself again when it is used.
+    """
+
+    def __init__(
+        self,
+        url: str | None = None,
+        *,
+        namespace: str = "conveyor",
+        lease: Duration = "15s",
+        keys: Mapping[str, str | bytes] | None = None,
+        encrypt: bool = False,
+        max_payload: int = MAX_PAYLOAD,
+    ) -> None:
+        """
+        Take the URL (None: ``CONVEYOR_URL``, else the embedded server) and what holds for all queues.
+
+        `lease` is how long a worker may be silent before its jobs go to others, `max_payload` the limit in bytes of
+        one set of arguments, one message or one result. Raises ConfigurationError.
+        """
+        super().__init__()
+        if keys is not None or encrypt:
+            raise ConfigurationError(
+                "Conveyor(keys=…, encrypt=…): sealed payloads are not available yet. Leave them out."
+            )
+        if not isinstance(max_payload, int) or isinstance(max_payload, bool) or max_payload < 1:
+            raise ConfigurationError(f"max_payload must be a number of bytes, not {max_payload!r}.")
+        self.backend = Backend(url, namespace=namespace)
+        self.replies = Replies(self.backend)
+        self.namespace = namespace
+        self.lease_ms = positive_ms(lease, "lease")
+        self.max_payload = max_payload
+        self.tasks: dict[str, Task[..., Any]] = {}
+        self.queues: dict[str, Queue[Any]] = {}
+        self.plain_lists: dict[str, PlainList[Any]] = {}
+        self.bounded: dict[str, Queue[Any]] = {}
+        """The queues with a maximum length."""
+        self._declared: dict[str, object] = {}
+        self._keys: dict[str, QueueKeys] = {}
+
+    def __repr__(self) -> str:
+        return f"<Conveyor {self.namespace}: {len(self.tasks)} tasks, {len(self.queues)} queues>"
+
+    def keys(self, queue: str) -> QueueKeys:
+        """Return the keys of *queue*."""
+        found = self._keys.get(queue)
+        if found is None:
+            found = self._keys[queue] = self.backend.keys(queue)
+        return found
+
+    @property
+    def promises(self) -> Mapping[str, Task[..., Any]]:
+        """The tasks, for handles that want to know what a result is."""
+        return self.tasks
+
+    # -- queues ---------------------------------------------------------------------------------------------------
+
+    @overload
+    def queue(
+        self, name: str, *, partitions: int = 1, lease: Duration | None = None, max_attempts: int = 5,
+        max_length: int | None = None, full: Full = "raise",
+    ) -> Queue[Any]: ...  # fmt: skip
+    @overload
+    def queue(
+        self, name: str, type: type[T], *, partitions: int = 1, lease: Duration | None = None, max_attempts: int = 5,
+        max_length: int | None = None, full: Full = "raise",
+    ) -> Queue[T]: ...  # fmt: skip
+    @overload
+    def queue(
+        self, name: str, type: Any, *, partitions: int = 1, lease: Duration | None = None, max_attempts: int = 5,
+        max_length: int | None = None, full: Full = "raise",
+    ) -> Queue[Any]: ...  # fmt: skip
+
+    def queue(
+        self,
+        name: str,
+        type: Any = Any,  # noqa: A002  the contract's name
+        *,
+        partitions: int = 1,
+        lease: Duration | None = None,
+        max_attempts: int = 5,
+        max_length: int | None = None,
+        full: Full = "raise",
+    ) -> Queue[Any]:
+        """
+        Declare a queue of messages of *type* (any JSON value when left out), or set up one that tasks use.
+
+        `lease` as for the app, `max_attempts` how often a message is tried, `max_length` how many may be unfinished,
+        `full` what a push beyond that does. Declared again with the same options it is the same object; with others
+        it raises ConfigurationError.
+        """
+        ident.queue_name(name)
+        if partitions != 1:
+            raise ConfigurationError(f"queue({name!r}, partitions={partitions!r}) is not available yet. Leave it out.")
+        lease_ms = self.lease_ms if lease is None else positive_ms(lease, "lease")
+        if self._is_declared(name, ("queue", type, lease_ms, max_attempts, max_length, full)):
+            return self.queues[name]
+        from conveyor.queue import Queue
+
+        queue: Queue[Any] = Queue(
+            self.backend, name, type, lease_ms=lease_ms, max_attempts=max_attempts, max_length=max_length, full=full
+        )
+        self.queues[name] = queue
+        if max_length is not None:
+            self.bounded[name] = queue
+        return queue
+
+    def plain_list(
+        self,
+        name: str,
+        type: Any = Any,  # noqa: A002  the contract's name
+        *,
+        task: Task[..., Any] | str | None = None,
+        lease: Duration | None = None,
+        max_attempts: int = 5,
+    ) -> PlainList[Any]:
+        """
+        Declare a plain Redis list of JSON documents, shared with programs that know nothing of us.
+
+        With *task* its entries run as jobs of that task. The rest is as in `queue`.
+        """
+        fed = task.name if isinstance(task, Task) else task
+        lease_ms = self.lease_ms if lease is None else positive_ms(lease, "lease")
+        if self._is_declared(name, ("plain list", type, fed, lease_ms, max_attempts)):
+            return self.plain_lists[name]
+        from conveyor.plain import PlainList
+
+        found: PlainList[Any] = PlainList(
+            self.backend, name, type, task=fed, lease_ms=lease_ms, max_attempts=max_attempts
+        )
+        self.plain_lists[name] = found
+        return found
+
+    def _is_declared(self, name: str, facts: tuple[object, ...]) -> bool:
+        if name not in self._declared:
+            self._declared[name] = facts
+            return False
+        if self._declared[name] != facts:
+            raise ConfigurationError(
+                f"{name!r} is declared twice with different options: {self._declared[name]} and {facts}. "
+                "Declare it once and import it where it is used."
+            )
+        return True
+
+    def queue_lease_ms(self, queue: str) -> int:
+        """Return the lease of *queue* in ms."""
+        found = self.queues.get(queue) or self.plain_lists.get(queue)
+        return self.lease_ms if found is None else found.lease_ms
+
+    # -- tasks ----------------------------------------------------------------------------------------------------
+
+    @overload
+    def task(self, function: Callable[P, Coroutine[Any, Any, R]], /) -> AsyncTask[P, R]: ...  # type: ignore[overload-overlap]
+    @overload
+    def task(self, function: Callable[P, R], /) -> SyncTask[P, R]: ...
+    @overload
+    def task(
+        self, /, *, name: str | None = None, queue: str = "default", timeout: Duration | None = None,
+        retry: Retry | int | None = None, keep_result: Duration = "10m", run_in: RunIn | None = None,
+        ack: Literal["late", "early"] = "late", expires: Duration | None = None, priority: int = 0,
+        max_payload: int | None = None, unique: Unique | None = None,
+        limits: Sequence[Rate | Concurrency] | None = None, group_by: str | None = None,
+        debounce: Debounce | None = None,
+    ) -> TaskDecorator: ...  # fmt: skip
+
+    def task(
+        self,
+        function: Callable[..., Any] | None = None,
+        /,
+        *,
+        name: str | None = None,
+        queue: str = "default",
+        timeout: Duration | None = None,
+        retry: Retry | int | None = None,
+        keep_result: Duration = "10m",
+        run_in: RunIn | None = None,
+        ack: Literal["late", "early"] = "late",
+        expires: Duration | None = None,
+        priority: int = 0,
+        max_payload: int | None = None,
+        unique: Unique | None = None,
+        limits: Sequence[Rate | Concurrency] | None = None,
+        group_by: str | None = None,
+        debounce: Debounce | None = None,
+    ) -> Any:
+        """
+        Register a function as a task; used bare (``@app.task``) or with options.
+
+        `timeout` limits one attempt, `retry` is a policy or a number of attempts, `keep_result` how long the result
+        stays (0: not at all), `expires` cancels a job that has not started by then, `ack="early"` gives up the
+        promise to run again after a crash. `run_in` is loop, thread or process: by default loop for an `async def`,
+        thread for a `def`. Raises ConfigurationError, also for a function whose arguments JSON cannot carry.
+        """
+        refuse_later(unique=unique, limits=limits, group_by=group_by, debounce=debounce)
+        options = task_options(
+            timeout=timeout, retry=retry, keep_result=keep_result, ack=ack, expires=expires, priority=priority
+        )
+
+        def add(function: Callable[..., Any]) -> Task[..., Any]:
+            return register(self, function, name, ident.queue_name(queue), run_in, options, max_payload)
+
+        return add if function is None else add(function)
+
+    # -- jobs -----------------------------------------------------------------------------------------------------
+
+    def enqueue_many(self, calls: Iterable[TaskCall[R]]) -> list[Job[R]]:
+        """
+        Enqueue many calls (``task.s(…)``) in a few round trips, each queue's in their order; return their handles.
+
+        Each thousand for a queue is accepted whole or not at all. A call that does not fit raises PayloadError: of a
+        list nothing was stored then, of a generator nothing from that thousand on.
+        """
+        refuse_in_loop("app.enqueue_many()", "await app.aenqueue_many(…)")
+        jobs: list[Job[R]] = []
+        try:
+            for chunk in chunks(self, calls):
+                chunk.send()
+                jobs += chunk.jobs
+        except ConveyorError as error:
+            _note(error, len(jobs))
+            raise
+        return jobs
+
+    async def aenqueue_many(self, calls: Iterable[TaskCall[R]]) -> list[Job[R]]:
+        """Do the same without blocking the event loop."""
+        jobs: list[Job[R]] = []
+        try:
+            for chunk in chunks(self, calls):
+                await chunk.asend()
+                jobs += chunk.jobs
+        except ConveyorError as error:
+            _note(error, len(jobs))
+            raise
+        return jobs
+
+    def job(self, id: str) -> Job[Any]:  # noqa: A002  the contract's name
+        """
+        Return a handle from a public id; asks nothing.
+
+        An id of a caller's own is looked for in all known queues when the handle is used, which raises JobNotFound
+        when it is in none. `Task.job` types the result.
+        """
+        queue, bare = ident.split(id)
+        return Job(self, bare, queue)
+
+    def send(self, queue: str, entries: Sequence[Entry]) -> list[str]:
+        """Push prepared entries and return the id of each: its own, or that of a job that existed."""
+        return self.backend.push(self.keys(queue), entries, max_length=self._max_length(queue))
+
+    async def asend(self, queue: str, entries: Sequence[Entry]) -> list[str]:
+        """Do the same without blocking the event loop."""
+        return await self.backend.apush(self.keys(queue), entries, max_length=self._max_length(queue))
+
+    def _max_length(self, queue: str) -> int:
+        found = self.bounded.get(queue)
+        return 0 if found is None else found.max_length or 0
+
+    # -- running --------------------------------------------------------------------------------------------------
+
+    def worker(self, **options: Any) -> AbstractAsyncContextManager[Any]:
+        """
+        Return a worker for `async with`, which runs jobs inside this program until the block ends.
+
+        Options: `queues` (names, or a mapping of names to weights; None: all), `concurrency`, `threads`.
+        """
+        if provider.embedded_worker is None:
+            raise ConfigurationError("This installation has no worker.")
+        return cast("AbstractAsyncContextManager[Any]", provider.embedded_worker().EmbeddedWorker(self, **options))
+
+    def close(self) -> None:
+        """Close the connections of this process and leave the embedded server; using the app opens them again."""
+        self.replies.close()
+        self.backend.close()
+
+    async def aclose(self) -> None:
+        """Close the connections of this event loop, then the rest."""
+        self.replies.close()
+        await self.backend.aclose()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.aclose()
+
+
+def _note(error: ConveyorError, count: int) -> None:
+    if count:
+        error.add_note(f"{count} jobs were enqueued before it.")

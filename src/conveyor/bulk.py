@@ -1,0 +1,120 @@
+"""Many calls at once: a thousand at a time, one push for each queue among them, in their order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+from conveyor.ident import new_ids
+from conveyor.job import Job
+from conveyor.store.backend import BULK
+from conveyor.store.operations import Entry
+
+if TYPE_CHECKING:
+    from conveyor.outgoing import Choice
+    from conveyor.task import Sender, Task, TaskCall
+
+Encode = Callable[[tuple[Any, ...], dict[str, Any]], bytes]
+
+
+class Batch:
+    """The jobs of one queue in a chunk: flat pairs of id and envelope while all are plain, entries else."""
+
+    __slots__ = ("entries", "jobs", "pairs", "queue")
+
+    def __init__(self, queue: str) -> None:
+        self.queue = queue
+        self.jobs: list[Job[Any]] = []
+        self.pairs: list[str | bytes] = []
+        self.entries: list[Entry] = []
+
+    def add(self, entry: Entry, job: Job[Any]) -> None:
+        """Append a job that needs more than an envelope."""
+        if self.pairs:
+            self.entries, self.pairs = self.as_entries(), []
+        self.entries.append(entry)
+        self.jobs.append(job)
+
+    def as_entries(self) -> list[Entry]:
+        """Return all as entries."""
+        pairs: list[Any] = self.pairs
+        return [*(Entry(pairs[i], pairs[i + 1]) for i in range(0, len(pairs), 2)), *self.entries]
+
+    def settle(self, ids: Sequence[str]) -> None:
+        """Take the ids the queue answered with: another one than asked for is that of a job that existed."""
+        for job, id_ in zip(self.jobs, ids, strict=True):
+            job.settle(id_)
+
+
+class Chunk:
+    """Up to a thousand prepared calls: handles in the order of the calls, and what to push where."""
+
+    __slots__ = ("_batches", "_home", "jobs")
+
+    def __init__(self, home: Sender, calls: list[TaskCall[Any]]) -> None:
+        """Encode all of *calls*; raises PayloadError for the first that does not fit."""
+        self._home = home
+        self._batches: dict[str, Batch] = {}
+        self.jobs: list[Job[Any]] = []
+        if not calls:
+            return
+        append = self.jobs.append
+        task, choice = calls[0].task, calls[0].choice
+        batch, plain, encode = self._settings(task, choice)
+        for id_, call in zip(new_ids(len(calls)), calls, strict=True):
+            if call.task is not task or call.choice is not choice:
+                task, choice = call.task, call.choice
+                batch, plain, encode = self._settings(task, choice)
+            if plain and not batch.entries:
+                batch.pairs += (id_, task.head + encode(call.args, call.kwargs))
+                job: Job[Any] = Job(home, id_, task.queue, task)
+                batch.jobs.append(job)
+            else:
+                job = self._special(task, call)
+            append(job)
+
+    def _settings(self, task: Task[..., Any], choice: Choice) -> tuple[Batch, bool, Encode]:
+        return self._batch(task.queue), task.is_plain(choice), task.signature.encode
+
+    def _special(self, task: Task[..., Any], call: TaskCall[Any]) -> Job[Any]:
+        queue, entry = task.prepare(call.choice, call.args, call.kwargs)
+        job: Job[Any] = Job(self._home, entry.id, queue, task)
+        self._batch(queue).add(entry, job)
+        return job
+
+    def _batch(self, queue: str) -> Batch:
+        found = self._batches.get(queue)
+        if found is None:
+            found = self._batches[queue] = Batch(queue)
+        return found
+
+    def send(self) -> None:
+        """Push all."""
+        home = self._home
+        for batch in self._batches.values():
+            if batch.pairs and batch.queue not in home.bounded:
+                home.backend.push_plain(home.keys(batch.queue), batch.pairs)
+            elif batch.jobs:
+                batch.settle(home.send(batch.queue, batch.as_entries()))
+
+    async def asend(self) -> None:
+        """Do the same without blocking the event loop."""
+        for batch in self._batches.values():
+            if batch.jobs:
+                batch.settle(await self._home.asend(batch.queue, batch.as_entries()))
+
+
+def chunks(home: Sender, calls: Iterable[TaskCall[Any]]) -> Iterator[Chunk]:
+    """
+    Yield prepared chunks of *calls*.
+
+    A sequence is prepared as a whole before anything is sent, so a bad call in it stores nothing; anything else is
+    consumed as it is sent.
+    """
+    if isinstance(calls, Sequence):
+        yield from [Chunk(home, list(calls[at : at + BULK])) for at in range(0, len(calls), BULK)]
+        return
+    source = iter(calls)
+    while taken := list(islice(source, BULK)):
+        yield Chunk(home, taken)

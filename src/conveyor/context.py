@@ -1,0 +1,122 @@
+"""What a job can know of itself, and ask for, while it runs."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from contextvars import ContextVar
+from datetime import datetime
+from typing import TYPE_CHECKING, Any
+
+from conveyor.duration import Duration, milliseconds
+from conveyor.errors import ConfigurationError, JobCancelled
+
+if TYPE_CHECKING:
+    Logger = logging.LoggerAdapter[logging.Logger]
+
+_LOGGER = logging.getLogger("conveyor.job")
+
+
+class Context:
+    """
+    One attempt of one job, as `current()` returns it.
+
+    `job_id` is the public id, `attempt` counts from 1, `state` is what the lifespan yielded. `enqueued_at` and
+    `scheduled_for` are instants with a time zone, or None. In a thread, which nobody can interrupt, `cancelled`
+    becomes true when the time limit has passed or the job was cancelled: look at it, or call `check()`.
+    """
+
+    __slots__ = (
+        "_deadline_hook", "_logger", "attempt", "cancelled", "enqueued_at", "headers", "job_id",
+        "queue", "scheduled_for", "state", "task", "timed_out",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        *,
+        job_id: str,
+        task: str,
+        queue: str,
+        attempt: int,
+        headers: Mapping[str, str],
+        state: Mapping[str, Any],
+        deadline_hook: Callable[[int], None] | None,
+        enqueued_at: datetime | None = None,
+        scheduled_for: datetime | None = None,
+    ) -> None:
+        """Take what the worker knows; *deadline_hook* moves the time limit to so many ms from now."""
+        self.job_id = job_id
+        self.task = task
+        self.queue = queue
+        self.attempt = attempt
+        self.headers = headers
+        self.state = state
+        self.enqueued_at = enqueued_at
+        self.scheduled_for = scheduled_for
+        self.cancelled = False
+        self.timed_out = False
+        self._deadline_hook = deadline_hook
+        self._logger: Logger | None = None
+
+    @property
+    def logger(self) -> Logger:
+        """A logger whose records carry `job_id`, `task`, `queue` and `attempt`."""
+        if self._logger is None:
+            facts = {"job_id": self.job_id, "task": self.task, "queue": self.queue, "attempt": self.attempt}
+            self._logger = logging.LoggerAdapter(_LOGGER, facts)
+        return self._logger
+
+    def extend(self, duration: Duration) -> None:
+        """Give this attempt *duration* from now on, whatever its time limit was."""
+        ms = milliseconds(duration)
+        if self._deadline_hook is not None:
+            self._deadline_hook(ms)
+
+    def check(self) -> None:
+        """Raise TimeoutError when the time limit has passed, JobCancelled when the job was cancelled."""
+        if self.timed_out:
+            raise TimeoutError(f"Job {self.job_id} has used up its time limit.")
+        if self.cancelled:
+            raise JobCancelled(f"Job {self.job_id} was cancelled.")
+
+    def __repr__(self) -> str:
+        return f"<Context {self.job_id} {self.task} attempt {self.attempt}>"
+
+
+class _Placeholder(Context):
+    """Stands for the context of a job to come; inside a job it speaks for that job's."""
+
+    __slots__ = ()
+
+    def __init__(self) -> None:
+        pass
+
+    def __getattr__(self, name: str) -> Any:
+        # The slots are empty, so every attribute arrives here.
+        if name.startswith("__"):
+            raise AttributeError(name)
+        found = _CURRENT.get()
+        if found is None:
+            raise ConfigurationError(
+                f"context.{name}: no job is running here. A context exists only while a worker runs a job; "
+                "in a test, pass one: Context(job_id=…, …)."
+            )
+        return getattr(found, name)
+
+    def __repr__(self) -> str:
+        return "current()"
+
+
+_CURRENT: ContextVar[Context | None] = ContextVar("conveyor_context", default=None)
+_PLACEHOLDER = _Placeholder()
+
+
+def current() -> Context:
+    """
+    Return the context of the job that runs here.
+
+    Outside a job it returns a placeholder: as the default value of a task's parameter it asks the worker for the
+    real one; touched outside a job it raises ConfigurationError.
+    """
+    found = _CURRENT.get()
+    return _PLACEHOLDER if found is None else found

@@ -1,0 +1,152 @@
+"""A job on its way out: the options given for it, and the entry they become."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any
+
+from conveyor import ident
+from conveyor.duration import Duration, instant_ms, milliseconds
+from conveyor.errors import ConfigurationError
+from conveyor.model import Extra, write_rest
+from conveyor.store.operations import Entry
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What `.options(…)` was given, checked; None where the task's own setting holds. Times in ms."""
+
+    delay_ms: int | None = None
+    at_ms: int | None = None
+    priority: int | None = None
+    id: str | None = None
+    queue: str | None = None
+    unique: str | None = None
+    expires_ms: int | None = None
+    headers: Mapping[str, str] = field(default_factory=dict)
+    timeout_ms: int | None = None
+    keep_ms: int | None = None
+    attempts: int | None = None
+    front: bool = False
+
+
+NOTHING = Choice()
+
+
+def choose(
+    *,
+    delay: Duration | None,
+    at: datetime | None,
+    priority: int | None,
+    id: str | None,  # noqa: A002  the contract's name
+    queue: str | None,
+    unique: str | None,
+    expires: Duration | None,
+    headers: Mapping[str, str] | None,
+    timeout: Duration | None,
+    keep_result: Duration | None,
+    retry: int | None,
+    front: bool,
+    wait_replicas: int,
+) -> Choice:
+    """Return the options of one call, checked; raises ConfigurationError."""
+    if delay is not None and at is not None:
+        raise ConfigurationError("options(delay=…, at=…): give one of them.")
+    if wait_replicas:
+        raise ConfigurationError("options(wait_replicas=…) is not available yet. Leave it out.")
+    if unique is not None and not isinstance(unique, str):
+        raise ConfigurationError(f"options(unique=…) takes the key itself, a text, not {unique!r}.")
+    return Choice(
+        delay_ms=None if delay is None else milliseconds(delay, name="delay"),
+        at_ms=None if at is None else instant_ms(at),
+        priority=None if priority is None else check_priority(priority),
+        id=None if id is None else ident.own_id(id),
+        queue=None if queue is None else ident.queue_name(queue),
+        unique=None if unique is None else ident.unique_key(unique),
+        expires_ms=None if expires is None else positive_ms(expires, "expires"),
+        headers=check_headers(headers or {}),
+        timeout_ms=None if timeout is None else positive_ms(timeout, "timeout"),
+        keep_ms=None if keep_result is None else milliseconds(keep_result, name="keep_result"),
+        attempts=None if retry is None else check_attempts(retry),
+        front=front,
+    )
+
+
+@dataclass(slots=True)
+class Outgoing:
+    """
+    A job that is about to be enqueued, as a middleware's `push` sees it.
+
+    All but `task` may be changed; `headers` reach the job as `context.headers`. Times in ms; `id` is the caller's
+    own, None when one will be made.
+    """
+
+    task: str
+    queue: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    headers: dict[str, str]
+    priority: int
+    delay_ms: int | None
+    at_ms: int | None
+    expires_ms: int | None
+    unique: str | None
+    id: str | None
+    front: bool
+    timeout_ms: int | None
+    keep_ms: int | None
+    attempts: int | None
+
+    def entry(self, body: bytes) -> Entry:
+        """Return what is pushed; *body* are the encoded arguments."""
+        extra = None
+        if self.headers or self.timeout_ms is not None or self.keep_ms is not None or self.attempts is not None:
+            extra = Extra(check_headers(self.headers), self.timeout_ms, self.keep_ms, self.attempts)
+        own = self.id is not None
+        return Entry(
+            ident.own_id(self.id) if self.id is not None else ident.new_id(),
+            write_rest(self.task, body, extra),
+            priority=check_priority(self.priority),
+            delay_ms=self.delay_ms,
+            due_at_ms=self.at_ms,
+            expires_ms=self.expires_ms,
+            unique=self.unique,
+            own_id=own,
+            front=self.front,
+        )
+
+
+def check_priority(priority: object) -> int:
+    """Return a priority of 0-9; raises ConfigurationError."""
+    if not isinstance(priority, int) or isinstance(priority, bool) or not 0 <= priority <= 9:
+        raise ConfigurationError(f"priority must be a whole number from 0 to 9 (higher goes first), not {priority!r}.")
+    return priority
+
+
+def check_attempts(attempts: object) -> int:
+    """Return a number of attempts; raises ConfigurationError."""
+    if not isinstance(attempts, int) or isinstance(attempts, bool) or attempts < 1:
+        raise ConfigurationError(
+            f"options(retry=…) takes a number of attempts of at least 1, not {attempts!r}. A whole policy belongs to "
+            "the task: @app.task(retry=Retry(…))."
+        )
+    return attempts
+
+
+def check_headers(headers: Mapping[str, str]) -> dict[str, str]:
+    """Return headers of texts; raises ConfigurationError."""
+    if not isinstance(headers, Mapping) or not all(
+        isinstance(key, str) and isinstance(value, str) for key, value in headers.items()
+    ):
+        raise ConfigurationError(f"headers must map texts to texts, not {headers!r}.")
+    return dict(headers)
+
+
+def positive_ms(value: Duration, name: str) -> int:
+    """Return a duration longer than nothing as ms; raises ConfigurationError."""
+    ms = milliseconds(value, name=name)
+    if ms == 0:
+        raise ConfigurationError(f"{name} must be longer than nothing, not {value!r}.")
+    return ms
