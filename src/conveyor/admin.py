@@ -197,9 +197,10 @@ class Admin:
 
     def _counted(self, name: str) -> QueueInfo:
         counts = self.backend.run(inspection.counts(self.backend.keys(name)))
+        oldest = counts.oldest_age if counts.ready else None  # what stands first may be a cancelled job's place
         return QueueInfo(
             name, counts.ready, counts.scheduled, counts.waiting, counts.leased, counts.dead, counts.workers,
-            counts.oldest_age, counts.paused, counts.max_length,
+            oldest, counts.paused, counts.max_length,
         )  # fmt: skip
 
     def _length(self, keys: QueueKeys, state: str) -> int:

@@ -52,6 +52,8 @@ def settings() -> Settings:
         if not isinstance(table.get(name, ""), str):
             raise ConfigurationError(f"[tool.conveyor] {name} in {file} must be a text, not {table[name]!r}.")
     worker = {name: table[name] for name in WORKER_SETTINGS if name in table}
+    if isinstance(worker.get("queues"), dict):
+        worker["queues"] = [f"{queue}:{weight}" for queue, weight in worker["queues"].items()]
     return Settings(file, table.get("app"), table.get("url"), table.get("namespace"), worker)
 
 

@@ -137,8 +137,16 @@ def clean(text: str) -> str:
 
 
 def count(number: int, word: str) -> str:
-    """Return ``1 job``, ``1,200 jobs``."""
-    return f"{number:,} {word}" if number == 1 else f"{number:,} {word}s"
+    """Return ``1 job``, ``1,200 jobs``, ``2 processes``."""
+    plural = "es" if word.endswith("s") else "s"
+    return f"{number:,} {word}" if number == 1 else f"{number:,} {word}{plural}"
+
+
+def seconds(text: str, *, name: str) -> float:
+    """Return a duration as seconds: ``30``, ``5s``, ``1h30m``; raises ConfigurationError."""
+    from conveyor.duration import milliseconds
+
+    return milliseconds(float(text) if text.replace(".", "", 1).isdigit() else text, name=name) / 1000
 
 
 def version() -> str:

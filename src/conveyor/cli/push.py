@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from conveyor.cli.output import Output
+from conveyor.cli.output import Output, seconds
 from conveyor.cli.target import Target, redis_options
 
 if TYPE_CHECKING:
@@ -136,7 +136,6 @@ def _body(raw: bytes, where: str) -> bytes:
 
 
 def _entry(body: bytes, choice: Choice) -> Entry:
-    from conveyor.duration import milliseconds
     from conveyor.errors import ConfigurationError
     from conveyor.ident import new_id, own_id
     from conveyor.model import Extra, write_rest
@@ -152,8 +151,8 @@ def _entry(body: bytes, choice: Choice) -> Entry:
         own_id(choice.id) if choice.id is not None else new_id(),
         write_rest("", body, Extra(headers=headers) if headers else None),
         priority=choice.priority,
-        delay_ms=None if choice.delay is None else milliseconds(choice.delay, name="--delay"),
-        expires_ms=None if choice.expires is None else milliseconds(choice.expires, name="--expires"),
+        delay_ms=None if choice.delay is None else round(1000 * seconds(choice.delay, name="--delay")),
+        expires_ms=None if choice.expires is None else round(1000 * seconds(choice.expires, name="--expires")),
         own_id=choice.id is not None,
         front=choice.front,
     )
