@@ -57,7 +57,7 @@ class Target:
             raise ConfigurationError(
                 f"{name} uses {app.backend.address} by its code, and --url cannot change that. Write Conveyor() there."
             )
-        _closed_later(app.backend)
+        click.get_current_context().call_on_close(app.close)
         return name, app
 
     def backend(self) -> Backend:
