@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from conveyor.cli.output import Output, seconds
+from conveyor.cli.output import Output, count, seconds
 from conveyor.cli.target import Target, redis_options
 
 if TYPE_CHECKING:
     from conveyor.store.operations import Entry
 
 _CHUNK = 1 << 16
+_LONGEST_LINE = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -64,9 +65,15 @@ def push(
         _print(out, ids)
     else:
         stored = 0
+        if sys.stdin.seekable():  # a file is checked as a whole, so that a bad line in it stores nothing
+            start = sys.stdin.buffer.tell()
+            for bodies in _batches(sys.stdin.buffer):
+                for number, line in bodies:
+                    _body(line, _where(number, 0))
+            sys.stdin.buffer.seek(start)
         for bodies in _batches(sys.stdin.buffer):
-            # A front is reached one at a time: the last line would come first otherwise.
             entries = [_entry(_body(line, _where(number, stored)), choice) for number, line in bodies]
+            # Each goes before all that wait: in reverse, so that the first line is taken first.
             chunk = _store(backend, keys, entries[::-1] if front else entries)
             chunk = chunk[::-1] if front else chunk
             stored += len(chunk)
@@ -96,8 +103,8 @@ def _print(out: Output, ids: list[str]) -> None:
 
 
 def _where(number: int, stored: int) -> str:
-    before = f" The {stored:,} messages before it were stored." if stored else ""
-    return f" (line {number} of standard input){before}"
+    before = f", after {count(stored, 'message')} that {'was' if stored == 1 else 'were'} stored" if stored else ""
+    return f" in line {number} of standard input{before},"
 
 
 def _batches(stream: Any) -> Iterator[list[tuple[int, bytes]]]:
@@ -105,6 +112,8 @@ def _batches(stream: Any) -> Iterator[list[tuple[int, bytes]]]:
     rest, number = b"", 0
     while chunk := stream.read1(_CHUNK):
         *lines, rest = (rest + chunk).split(b"\n")
+        if len(rest) > _LONGEST_LINE:
+            break  # too large whatever follows; what has arrived says so
         numbered = list(enumerate(lines, number + 1))
         number += len(lines)
         if kept := [(n, line) for n, line in numbered if line.strip()]:
