@@ -16,7 +16,8 @@ Every error carries a `code`, says what happened with its values, and what to do
     ├── Duplicate              E26  a job with that unique key exists
     ├── JobNotFound            E27  no job with that id is known
     ├── RateLimited            E28  a limit refuses the call
-    └── DurabilityNotReached   E29  stored, but not confirmed as widely as asked
+    ├── DurabilityNotReached   E29  stored, but not confirmed as widely as asked
+    └── QueueNotFound          E30  no queue of that name is known
 
 `Snooze` is not an error: a job raises it to be run again later without using an attempt.
 """
@@ -134,6 +135,12 @@ class DurabilityNotReached(ConveyorError):
     """The job is stored, but was not confirmed as widely as asked; repeating with the same id is safe."""
 
     code = "E29"
+
+
+class QueueNotFound(ConveyorError):
+    """Nothing was ever pushed to a queue of that name here."""
+
+    code = "E30"
 
 
 class Snooze(Exception):  # not an error: control flow with a meaning

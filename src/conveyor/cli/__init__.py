@@ -1,1 +1,137 @@
-"""."""
+"""The command line. Commands are loaded when they run, so that `--help` stays quick."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from typing import NamedTuple, cast
+
+import click
+
+from conveyor.cli.exit import Exit, exit_code
+from conveyor.errors import ConveyorError
+
+
+class Entry(NamedTuple):
+    """One command of the table: where it is, what it does, under which heading the help lists it."""
+
+    target: str
+    help: str
+    section: str
+
+
+COMMANDS: dict[str, Entry] = {
+    "worker": Entry("conveyor.cli.worker:worker", "Run the jobs of an app.", "Run"),
+    "server": Entry("conveyor.cli.server:server", "Start, stop or look at the embedded server.", "Run"),
+    "push": Entry("conveyor.cli.push:push", "Put messages on a queue.", "Send"),
+    "enqueue": Entry("conveyor.cli.enqueue:enqueue", "Enqueue a job of an app, and wait for it if you like.", "Send"),
+    "status": Entry("conveyor.cli.status:status", "Show queues, workers and what is wrong, on one screen.", "Look"),
+    "queue": Entry("conveyor.cli.queue:queue", "List, pause, purge and redrive queues.", "Look"),
+    "job": Entry("conveyor.cli.job:job", "List, show, retry, cancel and delete jobs.", "Look"),
+    "doctor": Entry("conveyor.cli.doctor:doctor", "Examine the server: eviction, durability, latency.", "Look"),
+}
+
+
+class LazyGroup(click.Group):
+    """A group that knows its commands by the table and imports one when it is called."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Return the names in the order of the table."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Import and return a command."""
+        entry = COMMANDS.get(cmd_name)
+        if entry is None:
+            return None
+        module, _, name = entry.target.partition(":")
+        return cast("click.Command", getattr(import_module(module), name))
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Return the command to call; an unknown one is answered with the closest."""
+        if args and args[0] not in COMMANDS and not args[0].startswith("-"):
+            from difflib import get_close_matches
+
+            close = get_close_matches(args[0], COMMANDS, 1)
+            ctx.fail(f"There is no command {args[0]!r}." + (f" Did you mean {close[0]!r}?" if close else ""))
+        return super().resolve_command(ctx, args)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the table, by section, without importing anything."""
+        for section in dict.fromkeys(entry.section for entry in COMMANDS.values()):
+            with formatter.section(section):
+                formatter.write_dl([(name, entry.help) for name, entry in COMMANDS.items() if entry.section == section])
+
+
+def _version(ctx: click.Context, _: click.Parameter, value: bool) -> None:
+    if value:
+        from conveyor.cli.output import version
+
+        click.echo(f"conveyor {version()}")
+        ctx.exit()
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--version", is_flag=True, is_eager=True, expose_value=False, callback=_version, help="Show the version.")
+@click.pass_context
+def cli(ctx: click.Context) -> None:
+    """
+    Queues for Python on Redis and Valkey.
+
+    Without --url and CONVEYOR_URL, commands use the embedded server of the project around the working directory.
+    """
+    if os.environ.get("NO_COLOR"):
+        ctx.color = False
+    elif os.environ.get("FORCE_COLOR"):
+        ctx.color = True
+    if ctx.invoked_subcommand == "worker":
+        from conveyor.cli.app import settings
+
+        ctx.default_map = {"worker": settings().worker}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # a terminal that cannot show a character gets its number
+    state = {"verbose": False}
+    try:
+        code = cli.main(arguments, prog_name="conveyor", standalone_mode=False, obj=state)
+    except click.Abort:
+        return Exit.INTERRUPTED
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except KeyboardInterrupt:
+        return Exit.INTERRUPTED
+    except Exception as error:
+        _complain(error, verbose=state["verbose"])
+        return exit_code(error)
+    return code if isinstance(code, int) else Exit.OK
+
+
+def _complain(error: Exception, *, verbose: bool) -> None:
+    """Say what went wrong, in the form of docs/errors.md: code, what happened, what to do."""
+    from conveyor.store.address import redact
+
+    colour = None if not os.environ.get("NO_COLOR") else False
+    if isinstance(error, ConveyorError):
+        label, text = f"error {error.code}", str(error)
+    elif isinstance(error, TimeoutError):
+        label, text = "error", str(error) or "timed out"
+    else:
+        label, text = "error E00", f"{type(error).__name__}: {error}"
+        text += "" if verbose else "\nThis is a fault of Conveyor itself or of its surroundings; -v shows where."
+    first, *rest = redact(text).splitlines() or [""]
+    click.echo(f"{click.style(label, fg='red', bold=True)}  {first}", err=True, color=colour)
+    for line in rest:
+        click.echo(f"    {line.strip()}", err=True, color=colour)
+    if verbose:
+        import traceback
+
+        click.echo(redact("".join(traceback.format_exception(error))), err=True, nl=False)

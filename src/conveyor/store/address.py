@@ -15,14 +15,16 @@ if TYPE_CHECKING:
     from redis import Connection
     from redis.asyncio import Connection as AsyncConnection
 
-_SECRET = re.compile(r"(?<=://)([^/@\s]*)(:[^@\s]*)@")
+# To the last "@" of the word: a password that was not quoted may hold "/", ":" and "@" itself.
+_SECRET = re.compile(r"(?<=://)([^/:@\s]*):\S*@")
+_SECRET_OPTION = re.compile(r"(?<=[?&])(\w*password=)[^&\s]*")
 _CONNECT_TIMEOUT = 5.0
 LATER = {"redis+sentinel": "Sentinel", "redis+cluster": "Cluster"}
 
 
 def redact(text: str) -> str:
     """Return *text* with the passwords of all URLs in it masked."""
-    return _SECRET.sub(r"\1:***@", text)
+    return _SECRET_OPTION.sub(r"\1***", _SECRET.sub(r"\1:***@", text))
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,7 @@ class Address:
     """One Redis server by its URL: ``redis://``, ``rediss://`` or ``unix://``."""
 
     url: str
+    connect_timeout: float = _CONNECT_TIMEOUT
 
     def __post_init__(self) -> None:
         scheme = urlsplit(self.url).scheme
@@ -53,7 +56,7 @@ class Address:
             raise ConfigurationError(f"{self} is not a Redis URL: {redact(str(error))}") from None
         parameters.pop("connection_class", None)
         # RESP2 is enough and every supported server speaks it; retries are ours, since only we know what may be repeated.
-        return {"socket_connect_timeout": _CONNECT_TIMEOUT, **parameters, "protocol": 2}
+        return {"socket_connect_timeout": self.connect_timeout, **parameters, "protocol": 2}
 
     def connection(self, *, read_timeout: float | None) -> Connection:
         """Return an unopened blocking connection."""

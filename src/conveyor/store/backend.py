@@ -19,7 +19,7 @@ from conveyor.errors import ConfigurationError, ConveyorError, QueueFull, StoreU
 from conveyor.ident import new_identity
 from conveyor.store import operations
 from conveyor.store.address import Address, configured_url
-from conveyor.store.connection import Connection
+from conveyor.store.connection import Connection, answered, reply_text
 from conveyor.store.keys import QueueKeys, check_namespace, known_queues
 from conveyor.store.operations import Entry, Lane
 from conveyor.store.script import Argument, Call
@@ -66,7 +66,8 @@ class Backend:
 
     def _resolve(self) -> Address:
         if self._url is not None and not self._url.startswith("embedded:"):
-            return Address(self._url)
+            # Who has little patience does not wait long for a host that swallows packets.
+            return Address(self._url, min(PATIENCE, max(self.patience, 0.5)))
         from conveyor.store import embedded
 
         directory: Path | None = None
@@ -131,10 +132,12 @@ class Backend:
         try:
             return producer.connection.execute(*command)
         except Exception as error:
-            from redis.exceptions import RedisError
+            from redis.exceptions import AuthenticationError, RedisError
 
             from conveyor.store import fault
 
+            if answered(error) or isinstance(error, AuthenticationError):
+                raise fault.final(reply_text(error), str(self.address)) from error
             if isinstance(error, RedisError | OSError):
                 raise fault.unreachable(str(self.address), error) from error
             raise

@@ -43,7 +43,7 @@ class Connection:
                     command = call.load
                     continue
                 if what is fault.Remedy.RAISE:
-                    raise fault.final(str(error), str(self.address)) from error
+                    raise fault.final(reply_text(error), str(self.address)) from error
                 if what is fault.Remedy.RECONNECT:
                     self.close()
                 wait = fault.pause(attempt)
@@ -63,7 +63,7 @@ class Connection:
             raw.send_packed_command([hiredis.pack_command(command)], check_health=False)
             return raw.read_response(timeout=block + READ_TIMEOUT) if block else raw.read_response()
         except BaseException as error:
-            if not _answered(error):
+            if not answered(error):
                 self.close()
             raise
 
@@ -81,7 +81,22 @@ class Connection:
             raw.disconnect()
 
 
-def _answered(error: BaseException) -> bool:
+# redis-py takes these codes off the text and turns them into classes.
+_CODES = {
+    "OutOfMemoryError": "OOM", "ReadOnlyError": "READONLY", "BusyLoadingError": "LOADING", "NoPermissionError": "NOPERM",
+    "AuthenticationError": "NOAUTH", "TryAgainError": "TRYAGAIN", "ClusterDownError": "CLUSTERDOWN",
+    "MasterDownError": "MASTERDOWN",
+}  # fmt: skip
+
+
+def reply_text(error: BaseException) -> str:
+    """Return an error reply as the server sent it, with the code in front."""
+    text, code = str(error), _CODES.get(type(error).__name__, "")
+    return text if not code or code in text else f"{code} {text}"
+
+
+def answered(error: BaseException) -> bool:
+    """Tell whether the server answered, so that the connection is good."""
     from redis.exceptions import ConnectionError as TransportError
     from redis.exceptions import ResponseError
 
@@ -94,11 +109,11 @@ def _verdict(error: Exception) -> fault.Remedy:
 
     if isinstance(error, AuthenticationError):
         return fault.Remedy.RAISE
-    if _answered(error):
+    if answered(error):
         from redis.exceptions import NoScriptError
 
-        return fault.Remedy.LOAD if isinstance(error, NoScriptError) else fault.remedy(str(error))
+        return fault.Remedy.LOAD if isinstance(error, NoScriptError) else fault.remedy(reply_text(error))
     if isinstance(error, RedisError | OSError):
-        known = fault.remedy(str(error))
+        known = fault.remedy(reply_text(error))
         return fault.Remedy.RECONNECT if known is fault.Remedy.RAISE else known
     raise error

@@ -1,0 +1,9 @@
+"""`python -m conveyor` is the command line."""
+
+from __future__ import annotations
+
+import sys
+
+from conveyor.cli import main
+
+sys.exit(main())

@@ -1,0 +1,305 @@
+"""
+What a person asks about queues and jobs, and does to them: the one interface of the command line and the dashboard.
+
+Everything is typed and works on any queue of one backend. Calls are blocking; workers never import this module.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+from conveyor import doctor
+from conveyor.errors import ConfigurationError, JobNotFound, QueueNotFound
+from conveyor.ident import made_at_ms, public, queue_name, split
+from conveyor.model import read_outcome
+from conveyor.store import inspection, operations
+from conveyor.store.backend import Backend
+from conveyor.store.inspection import Finished, Row
+from conveyor.store.keys import QueueKeys, known_queues
+from conveyor.view import (
+    LIVE,
+    STATES,
+    Acted,
+    JobInfo,
+    QueueInfo,
+    WorkerInfo,
+    error_info,
+    finished_job,
+    instant,
+    live_job,
+    maybe_instant,
+)  # fmt: skip
+
+PAGE = 500
+REDRIVE_BATCH = 500
+PURGE_BATCH = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    keys: QueueKeys
+    id: str
+    place: str
+    row: Row | None
+    record: bytes
+
+
+class Admin:
+    """Reads and actions over all queues of one backend."""
+
+    def __init__(self, backend: Backend) -> None:
+        """Take the backend; nothing is sent yet."""
+        self.backend = backend
+
+    # -- queues ---------------------------------------------------------------------------------------------------
+
+    def queues(self) -> list[QueueInfo]:
+        """Return all known queues, by name."""
+        return [self._counted(name) for name in self.backend.queues()]
+
+    def queue(self, name: str) -> QueueInfo:
+        """Return one queue; raises QueueNotFound."""
+        self._require(name)
+        return self._counted(name)
+
+    def pause(self, name: str) -> None:
+        """Let nothing more be taken from the queue; what runs goes on."""
+        self.backend.run(operations.configure(self._require(name), "paused", "1"))
+
+    def resume(self, name: str) -> None:
+        """Undo `pause`."""
+        self.backend.run(operations.configure(self._require(name), "paused", ""))
+
+    def purge(self, name: str, *, dead: bool = False) -> int:
+        """
+        Remove what is not leased, or the dead letters; return how many.
+
+        Only what was there when it began: newer work survives. One that was interrupted is simply repeated.
+        """
+        keys = self._require(name)
+        removed = 0
+        for place, state in (("dead", "dead"),) if dead else (("ready", "ready"), ("due", "scheduled")):
+            left = self._length(keys, state)
+            while left > 0:
+                taken, gone = self.backend.run(operations.purge(keys, place, min(left, PURGE_BATCH)))
+                removed += gone
+                left -= taken
+                if taken == 0:
+                    break
+        return removed
+
+    def redrive(self, name: str, *, limit: int | None = None, ids: Sequence[str] = ()) -> int:
+        """Put dead letters back, oldest first, or just those of *ids* (public or bare); return how many."""
+        keys = self._require(name)
+        bare = [split(one)[1] for one in ids]
+        if bare:
+            batches = [bare[first : first + REDRIVE_BATCH] for first in range(0, len(bare), REDRIVE_BATCH)]
+            return sum(self.backend.run(operations.redrive(keys, ids=batch)) for batch in batches)
+        left = self._length(keys, "dead") if limit is None else limit
+        count = 0
+        while left > 0:
+            moved = self.backend.run(operations.redrive(keys, limit=min(left, REDRIVE_BATCH)))
+            if moved == 0:
+                break
+            count += moved
+            left -= moved
+        return count
+
+    def workers(self, queue: str | None = None) -> list[WorkerInfo]:
+        """Return who takes from a queue, or from any; a worker of three queues is listed three times."""
+        names = self.backend.queues() if queue is None else [self._require(queue).queue]
+        return [
+            WorkerInfo(
+                member.worker, name, str(member.about.get("host", "")), member.about.get("pid"), member.held,
+                instant(member.end), member.about,
+            )
+            for name in names
+            for member in self.backend.run(inspection.crew(self.backend.keys(name)))
+        ]  # fmt: skip
+
+    # -- jobs -----------------------------------------------------------------------------------------------------
+
+    def jobs(
+        self,
+        queue: str | None = None,
+        state: str | None = None,
+        *,
+        offset: int = 0,
+        limit: int = 50,
+        task: str | None = None,
+    ) -> list[JobInfo]:
+        """
+        Return jobs of a queue (None: of all) in a state (None: all that live), in the order they would be taken.
+
+        Dead and finished ones come newest first. While the queue moves, a page may repeat or miss a job.
+        """
+        if state is not None and state not in STATES:
+            raise ConfigurationError(f"There is no state {state!r} to list. Known: {', '.join(STATES)}.")
+        names = self.backend.queues() if queue is None else [self._require(queue).queue]
+        found: list[JobInfo] = []
+        for name in names:
+            for one in (state,) if state else LIVE:
+                total = self._length(self.backend.keys(name), one)
+                if task is None and offset >= total:
+                    offset -= total
+                    continue
+                rows = self._listed(name, one, 0 if task else offset, total)
+                chosen = (row for row in rows if task is None or row.task == task)
+                if task:
+                    while offset and next(chosen, None) is not None:
+                        offset -= 1
+                else:
+                    offset = 0
+                found += islice(chosen, limit - len(found))
+                if len(found) >= limit:
+                    return found
+        return found
+
+    def job(self, public_id: str) -> JobInfo:
+        """Return all that is known of a job; raises JobNotFound."""
+        found = self._find(public_id)
+        if found is None:
+            raise JobNotFound(
+                f"No job {public_id} is known. It never existed, or it ended and what was kept of it has expired."
+            )
+        if found.row is not None:
+            return live_job(found.keys.queue, found.row)
+        return self._ended(found)
+
+    def retry(self, ids: Iterable[str]) -> list[Acted]:
+        """Put dead jobs back with a fresh budget, and start scheduled ones now."""
+        return [self._retry(one) for one in ids]
+
+    def cancel(self, ids: Iterable[str]) -> list[Acted]:
+        """Cancel jobs that have not ended; a running one is asked of its worker."""
+        return [self._cancel(one) for one in ids]
+
+    def delete(self, ids: Iterable[str]) -> list[Acted]:
+        """Remove jobs and dead letters without a trace; a leased one is refused."""
+        return [self._delete(one) for one in ids]
+
+    def doctor(self) -> doctor.Report:
+        """Examine the server and the queues."""
+        return doctor.examine(self.backend)
+
+    # -- inside ---------------------------------------------------------------------------------------------------
+
+    def _require(self, name: str) -> QueueKeys:
+        queue_name(name)
+        if not self.backend.execute("SISMEMBER", known_queues(self.backend.namespace), name):
+            known = self.backend.queues()
+            listed = f"Known: {', '.join(known[:10])}{' …' if len(known) > 10 else ''}." if known else "There is none."
+            raise QueueNotFound(f"No queue {name!r} in namespace {self.backend.namespace!r}. {listed}")
+        return self.backend.keys(name)
+
+    def _counted(self, name: str) -> QueueInfo:
+        counts = self.backend.run(inspection.counts(self.backend.keys(name)))
+        oldest = counts.oldest_age if counts.ready else None  # what stands first may be a cancelled job's place
+        return QueueInfo(
+            name, counts.ready, counts.scheduled, counts.waiting, counts.leased, counts.dead, counts.workers,
+            oldest, counts.paused, counts.max_length,
+        )  # fmt: skip
+
+    def _length(self, keys: QueueKeys, state: str) -> int:
+        """Return how many entries a state has in Redis, cancelled ones that still stand in line included."""
+        if state == "done":
+            return _number(self.backend.execute("LLEN", keys.recent))
+        counts = self.backend.run(inspection.counts(keys))
+        stubs = _number(self.backend.execute("HGET", keys.conf, "stubs") or 0) if state == "ready" else 0
+        return int(getattr(counts, state)) + stubs
+
+    def _listed(self, queue: str, state: str, offset: int, total: int) -> Iterator[JobInfo]:
+        keys = self.backend.keys(queue)
+        for first in range(offset, total, PAGE):
+            if state == "done":
+                page = self.backend.run(inspection.finished(keys, first, PAGE))
+                yield from (finished_job(queue, entry) for entry in page)
+            else:
+                yield from (live_job(queue, row) for row in self.backend.run(inspection.page(keys, state, first, PAGE)))
+
+    def _find(self, public_id: str) -> _Found | None:
+        queue, id_ = split(public_id)
+        trace: _Found | None = None
+        for name in [queue] if queue else self.backend.queues():
+            keys = self.backend.keys(name)
+            place, row, record = self.backend.run(inspection.show(keys, id_))
+            found = _Found(keys, id_, place, row, record)
+            if place != "none":
+                return found
+            if record or self._remembered(found) is not None:
+                trace = found
+        return trace
+
+    def _remembered(self, found: _Found) -> Finished | None:
+        for first in (0, PAGE):  # the list is cut at a thousand
+            page = self.backend.run(inspection.finished(found.keys, first, PAGE))
+            entry = next((entry for entry in page if entry.id == found.id), None)
+            if entry is not None or len(page) < PAGE:
+                return entry
+        return None
+
+    def _ended(self, found: _Found) -> JobInfo:
+        entry = self._remembered(found)
+        base: dict[str, Any] = {
+            "id": public(found.keys.queue, found.id),
+            "queue": found.keys.queue,
+            "enqueued": maybe_instant(made_at_ms(found.id)),
+            "task": entry.task if entry else None,
+            "ended": instant(entry.at) if entry else None,
+            "ran_ms": entry.ran_ms if entry else None,
+        }
+        if found.place == "result":
+            outcome = read_outcome(found.record)
+            base["ended"] = maybe_instant(outcome.at) or base["ended"]
+            errors = [error_info(outcome.failure)] if outcome.failure else []
+            result = bytes(outcome.value).decode("utf-8", "backslashreplace") if outcome.status == "done" else None
+            return JobInfo(**base, status=outcome.status, errors=errors, result=result, reason=outcome.reason)
+        if found.place == "cancelled":
+            return JobInfo(**base, status="cancelled")
+        status: Any = entry.status if entry else "done"
+        return JobInfo(**base, status=status, reason="" if entry else "it ended; no more is kept of it")
+
+    def _retry(self, one: str) -> Acted:
+        found = self._find(one)
+        if found is None:
+            return Acted(one, "not found")
+        if found.place == "dead" and self.backend.run(operations.redrive(found.keys, ids=[found.id])):
+            return Acted(one, "retried", f"back in {found.keys.queue} with a fresh budget")
+        if found.place == "scheduled" and self.backend.run(operations.promote(found.keys, found.id)):
+            return Acted(one, "retried", "starts now, not when it was due")
+        return Acted(one, "refused", f"it is {_word(found)}, and only dead and scheduled jobs can be retried")
+
+    def _cancel(self, one: str) -> Acted:
+        found = self._find(one)
+        if found is None:
+            return Acted(one, "not found")
+        reply = self.backend.run(operations.cancel(found.keys, found.id))
+        if reply == 1:
+            return Acted(one, "cancelled")
+        if reply == 2:
+            return Acted(one, "asked", "it runs; its worker was asked to stop it")
+        return Acted(one, "refused", f"it is {_word(found)}, so it has ended")
+
+    def _delete(self, one: str) -> Acted:
+        found = self._find(one)
+        if found is None:
+            return Acted(one, "not found")
+        reply = self.backend.run(operations.cancel(found.keys, found.id, delete=True))
+        if reply == 1:
+            return Acted(one, "deleted")
+        if reply == -1:
+            return Acted(one, "refused", "a worker holds it; cancel it first")
+        return Acted(one, "refused", f"it is {_word(found)}; nothing of it is in the queue")
+
+
+def _word(found: _Found) -> str:
+    if found.place == "result":
+        return read_outcome(found.record).status
+    return "done" if found.place == "none" else found.place
+
+
+def _number(reply: object) -> int:
+    return int(reply)  # type: ignore[call-overload,no-any-return]

@@ -1,0 +1,197 @@
+"""Finding the app: from the command line, the environment or pyproject.toml to an imported object."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from conveyor.errors import ConfigurationError, ConveyorError
+
+WORKER_SETTINGS = ("queues", "concurrency", "threads", "processes", "grace")
+SETTINGS = ("app", "url", "namespace", *WORKER_SETTINGS)
+_SKIPPED = {"node_modules", "site-packages", "__pycache__", "build", "dist"}
+_MOST_FILES = 3000
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What ``[tool.conveyor]`` of the nearest pyproject.toml says; `file` is None where there is none."""
+
+    file: Path | None = None
+    app: str | None = None
+    url: str | None = None
+    namespace: str | None = None
+    worker: dict[str, Any] = field(default_factory=dict)
+
+
+def settings() -> Settings:
+    """Read ``[tool.conveyor]``, upwards from the working directory; raises ConfigurationError."""
+    here = Path.cwd()
+    file = next((p for place in (here, *here.parents) if (p := place / "pyproject.toml").is_file()), None)
+    if file is None:
+        return Settings()
+    import tomllib
+
+    try:
+        table = tomllib.loads(file.read_text("utf-8")).get("tool", {}).get("conveyor", {})
+    except (OSError, ValueError) as error:
+        raise ConfigurationError(f"Cannot read {file}: {error}.") from error
+    unknown = set(table) - set(SETTINGS)
+    if unknown:
+        names = ", ".join(sorted(unknown))
+        raise ConfigurationError(
+            f"[tool.conveyor] in {file} has unknown settings: {names}. Known: {', '.join(SETTINGS)}."
+        )
+    for name in ("app", "url", "namespace"):
+        if not isinstance(table.get(name, ""), str):
+            raise ConfigurationError(f"[tool.conveyor] {name} in {file} must be a text, not {table[name]!r}.")
+    worker = {name: table[name] for name in WORKER_SETTINGS if name in table}
+    if isinstance(worker.get("queues"), dict):
+        worker["queues"] = [f"{queue}:{weight}" for queue, weight in worker["queues"].items()]
+    return Settings(file, table.get("app"), table.get("url"), table.get("namespace"), worker)
+
+
+def reference(given: str | None, found: Settings) -> str | None:
+    """Return the app's reference by the order of settings, None where nobody named one."""
+    return given or os.environ.get("CONVEYOR_APP") or found.app or None
+
+
+def load(given: str | None, found: Settings) -> tuple[str, Any]:
+    """
+    Import the app and return (``module:object``, app).
+
+    The working directory, and the one of the pyproject.toml that names the app, are importable. Raises
+    ConfigurationError: E02 nobody named an app, E08 it cannot be imported, E09 the module has several.
+    """
+    name = reference(given, found)
+    if name is None:
+        raise ConfigurationError(
+            "Which app? Give it as module:object (or the module alone when it has one app),\n"
+            'or set CONVEYOR_APP, or [tool.conveyor] app = "module:object" in pyproject.toml.' + _nearby("")
+        )
+    places = [str(Path.cwd())]
+    if found.file is not None and name == found.app:
+        places.append(str(found.file.parent))
+    sys.path[:0] = [place for place in places if place not in sys.path]
+    if found.url and not os.environ.get("CONVEYOR_URL"):
+        os.environ["CONVEYOR_URL"] = found.url  # for Conveyor() in the app, and for the processes of a worker
+    module_name, _, attribute = name.partition(":")
+    module = _import(module_name)
+    if attribute:
+        return name, _attribute(module, module_name, attribute)
+    apps = _apps(module)
+    if not apps:
+        raise ConfigurationError(
+            f"{module_name!r} has no app. Is there an  app = Conveyor()  at its top level?" + _nearby(module_name),
+            code="E08",
+        )
+    if len(apps) > 1:
+        listed = ", ".join(f"{module_name}:{one}" for one in apps)
+        raise ConfigurationError(
+            f"{module_name!r} has {len(apps)} apps: {listed}.\nSay which:  {module_name}:{next(iter(apps))}", code="E09"
+        )
+    return next((f"{module_name}:{one}", app) for one, app in apps.items())
+
+
+def _import(name: str) -> ModuleType:
+    try:
+        return import_module(name)
+    except ConveyorError:
+        raise
+    except ModuleNotFoundError as error:
+        if error.name is not None and (name == error.name or name.startswith(f"{error.name}.")):
+            raise ConfigurationError(
+                f"Cannot import {name!r}: {error}.\nLooked in {Path.cwd()} (the working directory) and sys.path."
+                + _nearby(name),
+                code="E08",
+            ) from error
+        raise _broken(name, error) from error
+    except (Exception, SystemExit) as error:
+        raise _broken(name, error) from error
+
+
+def _broken(name: str, error: BaseException) -> ConfigurationError:
+    if not all(name.split(".")):
+        return ConfigurationError(
+            f"{name!r} is not a module. Write it with dots: shop.jobs:app" + _nearby(name), code="E08"
+        )
+    frame = error.__traceback__
+    place = ""
+    while frame is not None:
+        file = frame.tb_frame.f_code.co_filename
+        if not file.startswith("<frozen") and file != __file__:
+            place = f" ({file}:{frame.tb_lineno})"
+        frame = frame.tb_next
+    if isinstance(error, SyntaxError):
+        place = f" ({error.filename}:{error.lineno})"
+        error = SyntaxError(error.msg)
+    return ConfigurationError(
+        f"Importing {name!r} failed: {type(error).__name__}: {error}{place}.\nThe whole traceback:  -v", code="E08"
+    )
+
+
+def _attribute(module: ModuleType, module_name: str, path: str) -> Any:
+    value: Any = module
+    for part in path.split("."):
+        if not hasattr(value, part):
+            apps = _apps(module)
+            known = f" Its apps: {', '.join(f'{module_name}:{one}' for one in apps)}." if apps else " It has no app."
+            raise ConfigurationError(f"{module_name!r} has no {path!r}.{known}", code="E08")
+        value = getattr(value, part)
+    if not _is_app(value):
+        raise ConfigurationError(f"{module_name}:{path} is not an app but a {type(value).__name__}.", code="E08")
+    return value
+
+
+def _apps(module: ModuleType) -> dict[str, Any]:
+    """Return the apps at the top level of *module*, each once, under its first public name."""
+    found: dict[int, tuple[str, Any]] = {}
+    for name, value in vars(module).items():
+        if _is_app(value) and (id(value) not in found or found[id(value)][0].startswith("_")):
+            found[id(value)] = (name, value)
+    return dict(found.values())
+
+
+def _is_app(value: object) -> bool:
+    # By the class alone: the top level of a module may hold proxies that fail when they are touched.
+    return any(kind.__name__ == "Conveyor" and kind.__module__.startswith("conveyor") for kind in type(value).__mro__)
+
+
+def _nearby(name: str) -> str:
+    """Return a line with modules around here that are named alike or seem to hold an app, or nothing."""
+    wanted = name.rpartition(".")[2].removesuffix(".py").rpartition("/")[2]
+    found: list[Path] = []
+    for path in _python_files():
+        if path.stem == wanted and wanted:
+            found.insert(0, path)
+        elif "Conveyor(" in path.read_text("utf-8", "replace")[:100_000]:
+            found.append(path)
+    if not found:
+        return ""
+    modules = [".".join(path.with_suffix("").parts).removesuffix(".__init__") for path in found[:5]]
+    return f"\nHere are: {', '.join(str(path) for path in found[:5])}\nTry:  {modules[0]}"
+
+
+def _python_files() -> Iterator[Path]:
+    """Yield Python files up to three levels below the working directory, as relative paths; a bounded number."""
+    here, seen = Path.cwd(), 0
+    for directory, folders, files in os.walk(here):
+        depth = len(Path(directory).relative_to(here).parts)
+        kept = [f for f in folders if not f.startswith(".") and f not in _SKIPPED and not _is_environment(directory, f)]
+        folders[:] = sorted(kept) if depth < 2 else []
+        for file in sorted(files):
+            seen += 1
+            if seen > _MOST_FILES:
+                return
+            if file.endswith(".py"):
+                yield Path(directory, file).relative_to(here)
+
+
+def _is_environment(directory: str, folder: str) -> bool:
+    return Path(directory, folder, "pyvenv.cfg").exists()

@@ -1,0 +1,29 @@
+"""`conveyor doctor`: examine the server."""
+
+from __future__ import annotations
+
+import click
+
+from conveyor.cli.exit import Exit
+from conveyor.cli.output import Output
+from conveyor.cli.status import print_finding
+from conveyor.cli.target import Target, redis_options
+
+
+@click.command()
+@redis_options
+def doctor(target: Target, out: Output) -> int:
+    """Examine the server: eviction, durability, memory, latency, queues. Exits 8 when something is wrong."""
+    report = target.admin().doctor()
+    if out.as_json:
+        out.document(
+            "doctor", healthy=report.healthy, url=report.url, family=report.family, version=report.version,
+            latency_ms=report.latency_ms, durability=report.durability, findings=report.findings,
+        )  # fmt: skip
+    elif out.on_terminal:
+        for finding in report.findings:
+            print_finding(out, finding)
+    else:
+        rows = [(f.level, f.name, f.code, f.text, f.remedy) for f in report.findings]
+        out.table(("level", "name", "code", "text", "remedy"), rows)
+    return Exit.OK if report.healthy else Exit.UNHEALTHY

@@ -1,0 +1,161 @@
+"""`conveyor job`: what became of a job, and what is done to single ones."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import click
+
+from conveyor.cli.exit import Exit
+from conveyor.cli.output import Output, confirm_options, count, machine
+from conveyor.cli.target import Target, redis_options
+
+if TYPE_CHECKING:
+    from datetime import datetime
+
+    from conveyor.view import Acted, JobInfo
+
+STATES = ("leased", "ready", "scheduled", "dead", "done")
+HEADINGS = ("id", "queue", "task", "state", "attempt", "when", "about")
+
+
+@click.group()
+def job() -> None:
+    """List, show, retry, cancel and delete jobs and messages."""
+
+
+@job.command("list")
+@click.option("--queue", "queue", metavar="QUEUE", help="Of one queue only.")
+@click.option("--state", type=click.Choice(STATES), help="In one state only; without it: all that live.")
+@click.option("--task", metavar="TASK", help="Of one task only.")
+@click.option("--limit", type=click.IntRange(min=1), default=50, show_default=True, help="At most so many.")
+@click.option("--offset", type=click.IntRange(min=0), default=0, help="Leave out so many first.")
+@click.option("-q", "--ids", "ids_only", is_flag=True, help="Print ids alone.")
+@redis_options
+def list_(
+    target: Target, out: Output, queue: str | None, state: str | None, task: str | None, limit: int, offset: int,
+    ids_only: bool,
+) -> None:  # fmt: skip
+    """List jobs in the order they are taken; dead and done ones newest first."""
+    found = target.admin().jobs(queue, state, task=task, offset=offset, limit=limit)
+    if out.as_json:
+        out.document("jobs", jobs=found)
+    elif ids_only:
+        for info in found:
+            out.line(info.id)
+    elif found:
+        out.table(HEADINGS, [_row(info) for info in found])
+        if len(found) == limit and out.on_terminal:
+            out.say(f"Perhaps there are more: --limit {2 * limit}, or --offset {offset + limit}.")
+    else:
+        out.say("There are no such jobs.")
+
+
+@job.command()
+@click.argument("id_", metavar="ID")
+@redis_options
+def show(target: Target, out: Output, id_: str) -> None:
+    """Show all that is known of a job: payload, errors with tracebacks, result."""
+    info = target.admin().job(id_)
+    if out.as_json:
+        out.document("job", job=info)
+        return
+    out.pairs(
+        [
+            ("id", info.id),
+            ("queue", info.queue),
+            ("task", info.task),
+            ("state", info.status),
+            ("reason", info.reason),
+            ("attempt", info.attempt),
+            ("failures", info.failures),
+            ("crashes", info.crashes),
+            ("priority", info.priority),
+            ("enqueued", info.enqueued),
+            ("due", info.due),
+            ("expires", info.expires),
+            ("ended", info.ended),
+            ("ran_ms", info.ran_ms),
+            ("unique", info.unique),
+            ("worker", info.worker),
+            ("headers", ", ".join(f"{key}={value}" for key, value in info.headers.items())),
+            ("payload", info.payload),
+            ("result", info.result),
+            *((f"error.{error.attempt}", f"{error.type}: {error.message}") for error in info.errors),
+        ]
+    )
+    if info.errors and info.errors[-1].traceback and out.on_terminal:
+        out.line("")
+        for line in info.errors[-1].traceback.rstrip().splitlines():
+            out.line(f"  {machine(line)}")
+
+
+@job.command()
+@click.argument("ids", nargs=-1, required=True, metavar="ID... | -")
+@redis_options
+def retry(target: Target, out: Output, ids: tuple[str, ...]) -> int:
+    """Put dead jobs back with a fresh budget; start scheduled ones now."""
+    return _report(out, "retry", target.admin().retry(_read(ids)))
+
+
+@job.command()
+@click.argument("ids", nargs=-1, required=True, metavar="ID... | -")
+@confirm_options
+@redis_options
+def cancel(target: Target, out: Output, ids: tuple[str, ...], yes: bool, dry_run: bool) -> int:
+    """Cancel jobs that have not ended; a running one is stopped by its worker."""
+    chosen = _read(ids)
+    ask = len(chosen) > 1 or dry_run
+    if ask and not out.confirm(f"Cancel {_described(chosen)}?", yes=yes, dry_run=dry_run):
+        return Exit.OK
+    return _report(out, "cancel", target.admin().cancel(chosen))
+
+
+@job.command()
+@click.argument("ids", nargs=-1, required=True, metavar="ID... | -")
+@confirm_options
+@redis_options
+def delete(target: Target, out: Output, ids: tuple[str, ...], yes: bool, dry_run: bool) -> int:
+    """Remove jobs and dead letters without a trace; a leased one is refused."""
+    chosen = _read(ids)
+    if not chosen or not out.confirm(f"Delete {_described(chosen)} for good?", yes=yes, dry_run=dry_run):
+        return Exit.OK
+    return _report(out, "delete", target.admin().delete(chosen))
+
+
+def _row(info: JobInfo) -> tuple[object, ...]:
+    when: datetime | None = info.due or info.ended or info.enqueued
+    about = ""
+    if info.errors:
+        about = f"{info.errors[-1].type}: {info.errors[-1].message}"
+    elif info.worker:
+        about = f"worker {info.worker}"
+    elif info.payload:
+        about = info.payload[:200]
+    return (info.id, info.queue, info.task or None, info.status, info.attempt, when, about)
+
+
+def _read(ids: Sequence[str]) -> list[str]:
+    """Return the ids, with those of standard input in the place of ``-``, each once."""
+    found: list[str] = []
+    for one in ids:
+        found += (line.split("\t")[0].strip() for line in sys.stdin) if one == "-" else [one]
+    return [one for one in dict.fromkeys(found) if one]
+
+
+def _described(ids: Sequence[str]) -> str:
+    if len(ids) == 1:
+        return ids[0]
+    return f"{count(len(ids), 'job')} ({', '.join(ids[:3])}{', …' if len(ids) > 3 else ''})"
+
+
+def _report(out: Output, schema: str, acted: Sequence[Acted]) -> int:
+    if out.as_json:
+        out.document(schema, jobs=acted)
+    else:
+        out.table(("id", "outcome", "detail"), [(one.id, one.outcome, one.detail) for one in acted])
+    if any(one.outcome == "not found" for one in acted):
+        return Exit.NOT_FOUND
+    return Exit.OK if all(one.done for one in acted) else Exit.REFUSED

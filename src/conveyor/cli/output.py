@@ -1,0 +1,194 @@
+"""Printing: tables on a terminal, tab-separated text when piped, one JSON document when asked; and asking back."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, is_dataclass
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import click
+
+from conveyor.cli.exit import Exit
+
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+_ESCAPES = {"\t": "\\t", "\n": "\\n", "\r": "\\r"}
+_COLOURS = {
+    "dead": "red", "leased": "cyan", "scheduled": "yellow", "ready": "green", "cancelled": "magenta",
+    "paused": "yellow", "stranded": "red", "not found": "red", "refused": "red",
+}  # fmt: skip
+MARKS = {"ok": ("✓", "green"), "note": ("·", "cyan"), "warning": ("!", "yellow"), "problem": ("✗", "red")}
+
+
+class Output:
+    """How one command prints. Data goes to standard output, talk to standard error."""
+
+    def __init__(self, *, as_json: bool = False) -> None:
+        """Look once whether a person is reading."""
+        self.as_json = as_json
+        self.on_terminal = sys.stdout.isatty()
+
+    def document(self, name: str, **content: Any) -> None:
+        """Print one JSON document under its versioned schema."""
+        click.echo(json.dumps({"schema": f"conveyor/{name}@1", **content}, default=_jsonable, ensure_ascii=False))
+
+    def line(self, text: str) -> None:
+        """Print one line of data."""
+        click.echo(text)
+
+    def say(self, text: str) -> None:
+        """Tell the person something that is not data."""
+        click.echo(text, err=True)
+
+    def table(self, headings: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+        """Print rows: aligned under headings on a terminal, tab-separated and bare otherwise."""
+        if self.on_terminal:
+            _aligned(headings, rows)
+        else:
+            for row in rows:
+                click.echo("\t".join(machine(cell) for cell in row))
+
+    def pairs(self, rows: Sequence[tuple[str, object]]) -> None:
+        """Print named values, one a line; a terminal does not show the empty ones."""
+        width = max((len(name) for name, _ in rows), default=0)
+        for name, value in rows:
+            if not self.on_terminal:
+                click.echo(f"{name}\t{machine(value)}")
+            elif value is not None and value != "":
+                click.echo(f"{click.style(name.ljust(width), dim=True)}  {_coloured(human(value))}")
+
+    def confirm(self, question: str, *, yes: bool, dry_run: bool) -> bool:
+        """Return whether to go on: yes, or a person says so. Ends the command with 6 when nobody does."""
+        if dry_run:
+            self.say(f"{question}  Nothing was done (--dry-run).")
+            return False
+        if yes:
+            return True
+        if not sys.stdin.isatty():
+            self.say(f"{question}  Not confirmed: give --yes. Nothing was done.")
+            raise click.exceptions.Exit(Exit.REFUSED)
+        if not click.confirm(question, default=False, err=True):
+            self.say("Nothing was done.")
+            raise click.exceptions.Exit(Exit.REFUSED)
+        return True
+
+
+def confirm_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Add ``--yes`` and ``--dry-run``."""
+    function = click.option("--dry-run", is_flag=True, help="Only say what would be done.")(function)
+    return click.option("-y", "--yes", is_flag=True, help="Do not ask.")(function)
+
+
+def machine(value: object) -> str:
+    """Return a value for a program: exact, on one line, without tabs."""
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, datetime):
+        return stamp(value)
+    if isinstance(value, timedelta):
+        return f"{value.total_seconds():.3f}"
+    return clean(str(value))
+
+
+def human(value: object) -> str:
+    """Return a value for a person."""
+    if value is None:
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, datetime):
+        seconds = (value - datetime.now(UTC)).total_seconds()
+        return f"in {span(seconds)}" if seconds > 0 else f"{span(-seconds)} ago"
+    if isinstance(value, timedelta):
+        return span(value.total_seconds())
+    return clean(str(value))
+
+
+def span(seconds: float) -> str:
+    """Return a length of time in its two largest units."""
+    if seconds < 1:
+        return f"{seconds * 1000:.0f} ms"
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    for size, unit, smaller, name in ((86_400, "d", 3600, "h"), (3600, "h", 60, "m"), (60, "m", 1, "s")):
+        if whole >= size:
+            rest = whole % size // smaller
+            return f"{whole // size} {unit}" + (f" {rest} {name}" if rest else "")
+    return f"{whole} s"
+
+
+def stamp(at: datetime) -> str:
+    """Return an instant as ISO 8601 in UTC, with milliseconds."""
+    return at.astimezone(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def clean(text: str) -> str:
+    """Return text that cannot steer a terminal or break a line."""
+    return _CONTROL.sub(lambda match: _ESCAPES.get(match[0]) or f"\\x{ord(match[0]):02x}", text)
+
+
+def count(number: int, word: str) -> str:
+    """Return ``1 job``, ``1,200 jobs``, ``2 processes``."""
+    plural = "es" if word.endswith("s") else "s"
+    return f"{number:,} {word}" if number == 1 else f"{number:,} {word}{plural}"
+
+
+def seconds(text: str, *, name: str) -> float:
+    """Return a duration as seconds: ``30``, ``5s``, ``1h30m``; raises ConfigurationError."""
+    from conveyor.duration import milliseconds
+
+    return milliseconds(float(text) if text.replace(".", "", 1).isdigit() else text, name=name) / 1000
+
+
+def version() -> str:
+    """Return the version of the installed package."""
+    from importlib.metadata import PackageNotFoundError
+    from importlib.metadata import version as installed
+
+    try:
+        return installed("conveyor")
+    except PackageNotFoundError:
+        return "(not installed)"
+
+
+def _jsonable(value: object) -> object:
+    if isinstance(value, datetime):
+        return stamp(value)
+    if isinstance(value, timedelta):
+        return value.total_seconds()
+    if is_dataclass(value) and not isinstance(value, type):
+        return asdict(value)
+    raise TypeError(f"{type(value).__name__} has no JSON form")
+
+
+def _aligned(headings: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    cells = [[human(cell) for cell in row] for row in rows]
+    numeric = [all(isinstance(row[i], int | float | timedelta | None) for row in rows) for i in range(len(headings))]
+    widths = [max([len(name), *(len(row[i]) for row in cells)]) for i, name in enumerate(headings)]
+    room = shutil.get_terminal_size().columns - sum(widths[:-1]) - 2 * (len(widths) - 1)
+    widths[-1] = min(widths[-1], max(room, 12))
+
+    def text(row: Sequence[str]) -> list[str]:
+        fitted = [*row[:-1], row[-1] if len(row[-1]) <= widths[-1] else row[-1][: widths[-1] - 1] + "…"]
+        return [
+            cell.rjust(widths[i]) if numeric[i] else cell.ljust(widths[i]) if i + 1 < len(row) else cell
+            for i, cell in enumerate(fitted)
+        ]
+
+    click.echo(click.style("  ".join(text([name.upper() for name in headings])).rstrip(), bold=True))
+    for row in cells:
+        click.echo("  ".join(_coloured(cell) for cell in text(row)).rstrip())
+
+
+def _coloured(cell: str) -> str:
+    colour = _COLOURS.get(cell.strip())
+    return click.style(cell, fg=colour) if colour else cell

@@ -1,0 +1,167 @@
+"""`conveyor push`: messages from the command line or from standard input."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from conveyor.cli.output import Output, count, seconds
+from conveyor.cli.target import Target, redis_options
+
+if TYPE_CHECKING:
+    from conveyor.store.operations import Entry
+
+_CHUNK = 1 << 16
+_LONGEST_LINE = 1 << 24
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What every message of this call is pushed with."""
+
+    delay: str | None
+    priority: int
+    id: str | None
+    expires: str | None
+    headers: tuple[str, ...]
+    front: bool
+
+
+@click.command()
+@click.argument("queue", metavar="QUEUE")
+@click.argument("message", required=False, metavar="[JSON | -]")
+@click.option("--delay", metavar="5m", help="Deliver it no sooner than after this.")
+@click.option("--priority", type=click.IntRange(0, 9), default=0, help="0 to 9, higher goes first.")
+@click.option("--id", "own_id", metavar="ID", help="An id of your own: pushing it again stores nothing.")
+@click.option("--expires", metavar="1h", help="Drop it if nobody has taken it by then.")
+@click.option("--header", "headers", multiple=True, metavar="K=V", help="A header; may be repeated.")
+@click.option("--front", is_flag=True, help="Before all that wait, not behind them.")
+@redis_options
+def push(
+    target: Target, out: Output, queue: str, message: str | None, delay: str | None, priority: int, own_id: str | None,
+    expires: str | None, headers: tuple[str, ...], front: bool,
+) -> None:  # fmt: skip
+    """
+    Put one JSON message on a queue, or one a line from standard input (-).
+
+    Prints the ids alone, one a line.
+    """
+    from_stdin = message == "-" or (message is None and not sys.stdin.isatty())
+    if message is None and not from_stdin:
+        raise click.UsageError("What shall be pushed? Give JSON, or - to read one message a line.")
+    if from_stdin and own_id:
+        raise click.UsageError("--id names one message; lines from standard input get ids of their own.")
+    choice = Choice(delay, priority, own_id, expires, headers, front)
+    backend = target.backend()
+    keys = _keys(backend, queue)
+    ids: list[str] = []
+    if not from_stdin:
+        assert message is not None
+        ids = _store(backend, keys, [_entry(_body(message.encode("utf-8", "surrogateescape"), ""), choice)])
+        _print(out, ids)
+    else:
+        stored = 0
+        if sys.stdin.seekable():  # a file is checked as a whole, so that a bad line in it stores nothing
+            start = sys.stdin.buffer.tell()
+            for bodies in _batches(sys.stdin.buffer):
+                for number, line in bodies:
+                    _body(line, _where(number, 0))
+            sys.stdin.buffer.seek(start)
+        for bodies in _batches(sys.stdin.buffer):
+            entries = [_entry(_body(line, _where(number, stored)), choice) for number, line in bodies]
+            # Each goes before all that wait: in reverse, so that the first line is taken first.
+            chunk = _store(backend, keys, entries[::-1] if front else entries)
+            chunk = chunk[::-1] if front else chunk
+            stored += len(chunk)
+            ids += chunk if out.as_json else []
+            _print(out, chunk)
+    if out.as_json:
+        out.document("pushed", queue=queue, ids=ids)
+
+
+def _keys(backend: Any, queue: str) -> Any:
+    from conveyor.ident import queue_name
+
+    return backend.keys(queue_name(queue))
+
+
+def _store(backend: Any, keys: Any, entries: list[Entry]) -> list[str]:
+    from conveyor.ident import public
+
+    return [public(keys.queue, id_) for id_ in backend.push(keys, entries)]
+
+
+def _print(out: Output, ids: list[str]) -> None:
+    if not out.as_json:
+        for id_ in ids:
+            out.line(id_)
+        sys.stdout.flush()
+
+
+def _where(number: int, stored: int) -> str:
+    before = f", after {count(stored, 'message')} that {'was' if stored == 1 else 'were'} stored" if stored else ""
+    return f" in line {number} of standard input{before},"
+
+
+def _batches(stream: Any) -> Iterator[list[tuple[int, bytes]]]:
+    """Yield the lines that have arrived, numbered from 1: those of a slow pipe one by one, a file's in large parts."""
+    rest, number = b"", 0
+    while chunk := stream.read1(_CHUNK):
+        *lines, rest = (rest + chunk).split(b"\n")
+        if len(rest) > _LONGEST_LINE:
+            break  # too large whatever follows; what has arrived says so
+        numbered = list(enumerate(lines, number + 1))
+        number += len(lines)
+        if kept := [(n, line) for n, line in numbered if line.strip()]:
+            yield kept
+    if rest.strip():
+        yield [(number + 1, rest)]
+
+
+def _body(raw: bytes, where: str) -> bytes:
+    import msgspec
+
+    from conveyor.codec import MAX_PAYLOAD, bounds
+    from conveyor.errors import PayloadError
+
+    body = raw.strip()
+    if excess := bounds(body, MAX_PAYLOAD):
+        raise PayloadError(f"The message{where} {excess[1]}", code=excess[0])
+    try:
+        msgspec.json.decode(body)
+    except (msgspec.DecodeError, ValueError) as error:
+        shown = body[:60].decode("utf-8", "backslashreplace") + ("…" if len(body) > 60 else "")
+        raise PayloadError(
+            f"The message{where} is not JSON: {error}. It begins: {shown}\n"
+            "A text needs its quotes: conveyor push mail '\"hello\"'"
+        ) from error
+    except RecursionError as error:
+        raise PayloadError(f"The message{where} is nested too deep.", code="E22") from error
+    return body
+
+
+def _entry(body: bytes, choice: Choice) -> Entry:
+    from conveyor.errors import ConfigurationError
+    from conveyor.ident import new_id, own_id
+    from conveyor.model import Extra, write_rest
+    from conveyor.store.operations import Entry
+
+    headers = {}
+    for header in choice.headers:
+        name, equals, value = header.partition("=")
+        if not equals or not name:
+            raise ConfigurationError(f"--header takes name=value, not {header!r}. Nothing was pushed.")
+        headers[name] = value
+    return Entry(
+        own_id(choice.id) if choice.id is not None else new_id(),
+        write_rest("", body, Extra(headers=headers) if headers else None),
+        priority=choice.priority,
+        delay_ms=None if choice.delay is None else round(1000 * seconds(choice.delay, name="--delay")),
+        expires_ms=None if choice.expires is None else round(1000 * seconds(choice.expires, name="--expires")),
+        own_id=choice.id is not None,
+        front=choice.front,
+    )

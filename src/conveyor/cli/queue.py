@@ -1,0 +1,142 @@
+"""`conveyor queue`: what queues hold, and what is done to a whole queue."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+import click
+
+from conveyor.cli.output import Output, confirm_options, count
+from conveyor.cli.target import Target, redis_options
+
+if TYPE_CHECKING:
+    from conveyor.view import QueueInfo
+
+HEADINGS = ("queue", "ready", "scheduled", "leased", "dead", "workers", "oldest", "state")
+
+
+def queue_row(info: QueueInfo) -> tuple[object, ...]:
+    """Return the row of a queue under HEADINGS."""
+    oldest = None if info.oldest_age is None else timedelta(seconds=info.oldest_age)
+    state = "paused" if info.paused else "stranded" if info.stranded else ""
+    return (info.name, info.ready, info.scheduled, info.leased, info.dead, info.workers, oldest, state)
+
+
+@click.group()
+def queue() -> None:
+    """List, pause, purge and redrive queues."""
+
+
+@queue.command("list")
+@redis_options
+def list_(target: Target, out: Output) -> None:
+    """List all queues with what they hold."""
+    found = target.admin().queues()
+    if out.as_json:
+        out.document("queues", queues=found)
+    elif found:
+        out.table(HEADINGS, [queue_row(info) for info in found])
+    else:
+        out.say("There are no queues yet.")
+
+
+@queue.command()
+@click.argument("name", metavar="QUEUE")
+@redis_options
+def show(target: Target, out: Output, name: str) -> None:
+    """Show one queue and its workers."""
+    admin = target.admin()
+    info, workers = admin.queue(name), admin.workers(name)
+    if out.as_json:
+        out.document("queue", queue=info, workers=workers)
+        return
+    out.pairs(
+        [
+            ("queue", info.name),
+            ("ready", info.ready),
+            ("scheduled", info.scheduled),
+            ("waiting", info.waiting),
+            ("leased", info.leased),
+            ("dead", info.dead),
+            ("oldest", None if info.oldest_age is None else timedelta(seconds=info.oldest_age)),
+            ("paused", info.paused),
+            ("max_length", info.max_length),
+            ("workers", info.workers),
+        ]
+    )
+    if workers and out.on_terminal:
+        out.line("")
+        rows = [(worker.id, worker.host, worker.pid, worker.held, worker.lease_ends) for worker in workers]
+        out.table(("worker", "host", "pid", "holds", "lease ends"), rows)
+
+
+@queue.command()
+@click.argument("name", metavar="QUEUE")
+@redis_options
+def pause(target: Target, out: Output, name: str) -> None:
+    """Let nothing more be taken from a queue; pushing goes on."""
+    target.admin().pause(name)
+    _changed(out, name, paused=True)
+
+
+@queue.command()
+@click.argument("name", metavar="QUEUE")
+@redis_options
+def resume(target: Target, out: Output, name: str) -> None:
+    """Undo pause."""
+    target.admin().resume(name)
+    _changed(out, name, paused=False)
+
+
+@queue.command()
+@click.argument("name", metavar="QUEUE")
+@click.option("--dead", is_flag=True, help="Remove the dead letters instead.")
+@confirm_options
+@redis_options
+def purge(target: Target, out: Output, name: str, dead: bool, yes: bool, dry_run: bool) -> None:
+    """Remove everything that is not leased."""
+    admin = target.admin()
+    info = admin.queue(name)
+    there = info.dead if dead else info.ready + info.scheduled
+    what = count(there, "dead letter" if dead else "job")
+    removed = 0
+    if there and out.confirm(f"Remove {what} from {name} for good?", yes=yes, dry_run=dry_run):
+        removed = admin.purge(name, dead=dead)
+    elif not there:
+        out.say(f"There is nothing to remove in {name}.")
+    _counted(out, "purge", name, "removed", there if dry_run else removed, dry_run=dry_run)
+
+
+@queue.command()
+@click.argument("name", metavar="QUEUE")
+@click.option("--limit", type=click.IntRange(min=1), help="At most so many, the oldest.")
+@confirm_options
+@redis_options
+def redrive(target: Target, out: Output, name: str, limit: int | None, yes: bool, dry_run: bool) -> None:
+    """Put the dead letters of a queue back, oldest first, with a fresh budget."""
+    admin = target.admin()
+    there = admin.queue(name).dead
+    chosen = there if limit is None else min(limit, there)
+    moved = 0
+    if chosen and out.confirm(f"Put {count(chosen, 'dead letter')} back into {name}?", yes=yes, dry_run=dry_run):
+        moved = admin.redrive(name, limit=chosen)
+    elif not chosen:
+        out.say(f"{name} has no dead letters.")
+    _counted(out, "redrive", name, "redriven", chosen if dry_run else moved, dry_run=dry_run)
+
+
+def _changed(out: Output, name: str, *, paused: bool) -> None:
+    if out.as_json:
+        out.document("queue-paused", queue=name, paused=paused)
+    else:
+        out.say(f"{name} is paused: workers take nothing more from it." if paused else f"{name} goes on.")
+
+
+def _counted(out: Output, schema: str, name: str, word: str, number: int, *, dry_run: bool) -> None:
+    if out.as_json:
+        out.document(schema, queue=name, dry_run=dry_run, **{word: number})
+    elif not out.on_terminal:
+        out.line(str(number))
+    elif not dry_run and number:
+        out.line(f"{count(number, 'job')} {word}.")

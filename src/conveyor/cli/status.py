@@ -1,0 +1,79 @@
+"""`conveyor status`: queues, workers, and what is wrong, on one screen."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+import click
+
+from conveyor.cli.exit import Exit
+from conveyor.cli.output import MARKS, Output, count
+from conveyor.cli.queue import HEADINGS, queue_row
+from conveyor.cli.target import Target, redis_options
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from conveyor.doctor import Finding
+    from conveyor.view import WorkerInfo
+
+_MOST_WORKERS = 10
+
+
+@click.command()
+@redis_options
+def status(target: Target, out: Output) -> int:
+    """Show queues, workers and what is wrong. Exits 8 when something is."""
+    admin = target.admin()
+    report, queues, workers = admin.doctor(), admin.queues(), admin.workers()
+    shown = [finding for finding in report.findings if finding.level in {"problem", "warning"} or _is_note(finding)]
+    if out.as_json:
+        out.document(
+            "status", healthy=report.healthy, url=report.url, namespace=admin.backend.namespace, family=report.family,
+            version=report.version, queues=queues, workers=workers, findings=[asdict(finding) for finding in shown],
+        )  # fmt: skip
+        return Exit.OK if report.healthy else Exit.UNHEALTHY
+    if out.on_terminal:
+        out.line(f"{report.family.capitalize()} {report.version} at {report.url} · namespace {admin.backend.namespace}")
+        out.line("")
+    if queues:
+        out.table(HEADINGS, [queue_row(info) for info in queues])
+    else:
+        out.say("There are no queues yet.")
+    if out.on_terminal:
+        _people(out, workers)
+    if shown and out.on_terminal:
+        out.line("")
+    for finding in shown:
+        print_finding(out, finding, talk=True)
+    return Exit.OK if report.healthy else Exit.UNHEALTHY
+
+
+def print_finding(out: Output, finding: Finding, *, talk: bool = False) -> None:
+    """Print a finding for a person: mark, text, what to do."""
+    mark, colour = MARKS[finding.level]
+    code = f"  {finding.code}" if finding.code else ""
+    tell = out.say if talk else out.line
+    tell(f"{click.style(mark, fg=colour)} {finding.text}{click.style(code, dim=True)}")
+    if finding.remedy and finding.level != "ok":
+        tell(click.style(f"    {finding.remedy}", dim=True))
+
+
+def _is_note(finding: Finding) -> bool:
+    return finding.level == "note" and finding.name == "queue"
+
+
+def _people(out: Output, workers: Sequence[WorkerInfo]) -> None:
+    """Print the worker processes, one a line: a process has an identity for every queue it serves."""
+    processes: dict[tuple[str, int | None, str], list[WorkerInfo]] = {}
+    for worker in workers:
+        processes.setdefault((worker.host, worker.pid, "" if worker.pid else worker.id), []).append(worker)
+    out.line("")
+    out.line(count(len(processes), "worker process"))
+    for (host, pid, id_), group in list(processes.items())[:_MOST_WORKERS]:
+        who = f"{host}:{pid}" if pid else id_
+        queues = ", ".join(worker.queue for worker in group)
+        out.line(f"  {who}  takes {queues}  holds {count(sum(worker.held for worker in group), 'job')}")
+    if len(processes) > _MOST_WORKERS:
+        out.line(f"  … and {len(processes) - _MOST_WORKERS} more")

@@ -1,0 +1,133 @@
+"""What every command that talks to Redis takes: where it is, and how to print."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from conveyor.cli.app import Settings, load, reference, settings
+from conveyor.cli.output import Output
+from conveyor.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from conveyor.admin import Admin
+    from conveyor.store.backend import Backend
+
+PATIENCE = 1.0
+"""Seconds a command repeats a call before it says that the server is away."""
+
+
+@dataclass
+class Target:
+    """Which server, namespace and app a command works on: what the flags said, and how the rest is found."""
+
+    url: str | None = None
+    namespace: str | None = None
+    app_name: str | None = None
+    _settings: Settings | None = field(default=None, repr=False)
+
+    @property
+    def settings(self) -> Settings:
+        """``[tool.conveyor]``, read once."""
+        if self._settings is None:
+            self._settings = settings()
+        return self._settings
+
+    def load_app(self) -> tuple[str, Any]:
+        """
+        Import the app and return (reference, app); flags that its code contradicts raise ConfigurationError.
+
+        An app's own URL and namespace are what its workers and producers use, so a command must not use others.
+        """
+        if self.url:
+            os.environ["CONVEYOR_URL"] = self.url
+        name, app = load(self.app_name, self.settings)
+        app.backend.patience = PATIENCE
+        wanted = self._namespace()
+        if wanted is not None and wanted != app.backend.namespace:
+            raise ConfigurationError(
+                f"{name} uses namespace {app.backend.namespace!r} by its code, not {wanted!r}. Change one of them."
+            )
+        if self.url and not self.url.startswith("embedded:") and app.backend.address.url != self.url:
+            raise ConfigurationError(
+                f"{name} uses {app.backend.address} by its code, and --url cannot change that. Write Conveyor() there."
+            )
+        click.get_current_context().call_on_close(app.close)
+        return name, app
+
+    def backend(self) -> Backend:
+        """Return the backend: of the flags, else of the app, else of the environment, else the embedded server."""
+        from conveyor.store.backend import Backend
+
+        url, namespace = self.url, self._namespace()
+        if (url is None or namespace is None) and reference(self.app_name, self.settings) is not None:
+            _, app = load(self.app_name, self.settings)
+            if url is None and namespace in {None, app.backend.namespace}:
+                app.backend.patience = PATIENCE
+                found: Backend = app.backend
+                return _closed_later(found)
+            namespace = namespace or app.backend.namespace
+            url = url or app.backend.address.url
+            _closed_later(app.backend)  # it may hold the embedded server
+        url = url or os.environ.get("CONVEYOR_URL") or self.settings.url
+        return _closed_later(Backend(url, namespace=namespace or "conveyor", patience=PATIENCE))
+
+    def admin(self) -> Admin:
+        """Return the admin interface of the backend."""
+        from conveyor.admin import Admin
+
+        return Admin(self.backend())
+
+    def _namespace(self) -> str | None:
+        return self.namespace or os.environ.get("CONVEYOR_NAMESPACE") or self.settings.namespace
+
+
+def _closed_later(backend: Backend) -> Backend:
+    click.get_current_context().call_on_close(backend.close)
+    return backend
+
+
+def _verbose(ctx: click.Context, _: click.Parameter, value: bool) -> None:
+    if value and isinstance(ctx.obj, dict):
+        ctx.obj["verbose"] = True
+
+
+def verbose_option(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Add ``-v``."""
+    option = click.option(
+        "-v", "--verbose", is_flag=True, expose_value=False, callback=_verbose, help="Show tracebacks of errors."
+    )
+    return option(function)
+
+
+def json_option(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Add ``--json``; the command gets an `Output` as its first argument."""
+
+    @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+    @functools.wraps(function)
+    def command(*args: Any, as_json: bool, **options: Any) -> Any:
+        return function(Output(as_json=as_json), *args, **options)
+
+    return command
+
+
+def redis_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Add ``--url``, ``--namespace``, ``--app``, ``--json``, ``-v``; the command gets a `Target` and an `Output`."""
+
+    @click.option("--url", metavar="URL", help="Where Redis is.  [env: CONVEYOR_URL]")
+    @click.option("--namespace", metavar="NAME", help="Prefix of all keys.  [env: CONVEYOR_NAMESPACE]")
+    @click.option("-A", "--app", "app_name", metavar="APP", help="module:object, or module.  [env: CONVEYOR_APP]")
+    @verbose_option
+    @json_option
+    @functools.wraps(function)
+    def command(
+        out: Output, *args: Any, url: str | None, namespace: str | None, app_name: str | None, **options: Any
+    ) -> Any:
+        return function(Target(url, namespace, app_name), out, *args, **options)
+
+    return command

@@ -1,0 +1,122 @@
+"""`conveyor worker`: check what can be checked here, then hand over to the supervisor."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import click
+
+from conveyor.cli.output import Output, count, version
+from conveyor.cli.output import seconds as duration
+from conveyor.cli.target import Target, verbose_option
+from conveyor.errors import ConfigurationError, StoreUnavailable
+
+_WEIGHED = re.compile(r"(?P<name>.+):(?P<weight>\d+(\.\d+)?)")
+_NAMED = 10
+
+
+@click.command()
+@click.argument("app_name", required=False, metavar="[APP]")
+@click.option(
+    "-q", "--queue", "queues", multiple=True, metavar="NAME[:WEIGHT]", envvar="CONVEYOR_QUEUES",
+    help="Take from this queue; may be repeated. Weight 3 gets three times the share.  [default: all of the app's]",
+)  # fmt: skip
+@click.option(
+    "-c", "--concurrency", type=click.IntRange(1, 10_000), default=100, show_default=True,
+    envvar="CONVEYOR_CONCURRENCY", help="Jobs at a time on each event loop.",
+)  # fmt: skip
+@click.option(
+    "--threads", type=click.IntRange(1, 1000), default=8, show_default=True, envvar="CONVEYOR_THREADS",
+    help="Threads of each process for plain functions.",
+)  # fmt: skip
+@click.option(
+    "--processes", type=click.IntRange(1, 256), default=1, show_default=True, envvar="CONVEYOR_PROCESSES",
+    help="Worker processes.",
+)  # fmt: skip
+@click.option("--burst", is_flag=True, help="Exit 0 when everything is drained.")
+@click.option(
+    "--grace", default="30s", show_default=True, envvar="CONVEYOR_GRACE",
+    help="How long running jobs may go on when it is stopped.",
+)  # fmt: skip
+@click.option("--allow-eviction", is_flag=True, help="Start although Redis may delete jobs when its memory is full.")
+@click.option("--url", metavar="URL", help="Where Redis is.  [env: CONVEYOR_URL]")
+@click.option("--namespace", metavar="NAME", help="The app's namespace, to be sure.  [env: CONVEYOR_NAMESPACE]")
+@verbose_option
+@click.pass_context
+def worker(
+    ctx: click.Context, app_name: str | None, queues: tuple[str, ...], concurrency: int, threads: int, processes: int,
+    burst: bool, grace: str, allow_eviction: bool, url: str | None, namespace: str | None,
+) -> int:  # fmt: skip
+    """
+    Run the jobs of an app until it is stopped.
+
+    APP is module:object, or a module with one app; without it CONVEYOR_APP, or [tool.conveyor] app in
+    pyproject.toml. SIGTERM and ctrl-C stop taking jobs, let the running ones end, hand back the rest and exit 0.
+    """
+    out = Output()
+    name, app = Target(url, namespace, app_name).load_app()
+    chosen = _queues(queues) or _served(app, name)
+    seconds = duration(grace, name="--grace")
+    where = _check(out, app, allow_eviction=allow_eviction)
+    _banner(out, name, app, where, chosen, f"{count(processes, 'process')} × ({concurrency} async + {threads} threads)")
+    from conveyor.worker import supervisor
+
+    verbose = bool(ctx.obj and ctx.obj["verbose"])
+    return int(
+        supervisor.run(
+            name, queues=chosen, concurrency=concurrency, threads=threads, processes=processes, burst=burst,
+            grace=seconds, verbose=verbose,
+        )
+    )  # fmt: skip
+
+
+def _queues(given: tuple[str, ...]) -> dict[str, float]:
+    """Return queue → weight; a last part that is a number is a weight, since names may hold colons."""
+    from conveyor.ident import queue_name
+
+    found: dict[str, float] = {}
+    for text in (part.strip() for one in given for part in one.split(",")):
+        weighed = _WEIGHED.fullmatch(text)
+        name, weight = (weighed["name"], float(weighed["weight"])) if weighed else (text, 1.0)
+        if weight <= 0:
+            raise ConfigurationError(f"The weight of queue {name!r} must be above 0, not {weight:g}.")
+        found[queue_name(name)] = weight
+    return found
+
+
+def _served(app: Any, name: str) -> dict[str, float]:
+    lists = {queue for queue, found in app.plain_lists.items() if found.task}
+    queues = {task.queue for task in app.tasks.values()} | lists
+    if not queues:
+        raise ConfigurationError(f"{name} has no tasks, so there is nothing to run. Define one with @app.task.")
+    return dict.fromkeys(sorted(queues), 1.0)
+
+
+def _check(out: Output, app: Any, *, allow_eviction: bool) -> str:
+    """Return where Redis is, in words; refuse one that deletes jobs. One that is away is waited for, not an error."""
+    from conveyor import doctor
+
+    try:
+        policy, evicted = doctor.eviction_policy(app.backend)
+    except StoreUnavailable as error:
+        out.say(f"{str(error).splitlines()[0]} Waiting for it.")
+        return str(app.backend.address)
+    wrong = doctor.evicting(policy, evicted)
+    if wrong is not None and not allow_eviction:
+        raise ConfigurationError(
+            f"{wrong.text}\nSet:  {wrong.remedy}\nStart anyway:  --allow-eviction", code=wrong.code
+        )
+    if wrong is not None:
+        out.say(f"! {wrong.text}")
+    return str(app.backend.address)
+
+
+def _banner(out: Output, name: str, app: Any, where: str, queues: dict[str, float], slots: str) -> None:
+    tasks = sorted({task.name for task in app.tasks.values()})
+    listed = ": " + ", ".join(tasks) if len(tasks) <= _NAMED else ""
+    weights = [queue if weight == 1 else f"{queue} ×{weight:g}" for queue, weight in queues.items()]
+    out.say(f"conveyor {version()} · {where}")
+    out.say(f"  app      {name} · {count(len(tasks), 'task')}{listed}")
+    out.say(f"  queues   {', '.join(weights)}")
+    out.say(f"  slots    {slots}")

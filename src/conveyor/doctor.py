@@ -1,0 +1,287 @@
+"""Examine a server and the queues on it: what is wrong, why it matters, and what to do."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from statistics import median
+from typing import Literal
+
+from conveyor.errors import ConveyorError, StoreUnavailable
+from conveyor.store import inspection
+from conveyor.store.backend import Backend
+
+Level = Literal["ok", "note", "warning", "problem"]
+Durability = Literal["memory", "snapshots", "aof-os", "aof-everysec", "aof-always", "unknown"]
+
+OLDEST_REDIS = (6, 2)
+OLDEST_VALKEY = (7, 2)
+PINGS = 7
+SKEW_WARNING = 1.0
+MEMORY_WARNING, MEMORY_PROBLEM = 0.75, 0.9
+
+# The first releases without CVE-2025-49844: a script of an authenticated user can run any code.
+_SAFE: dict[str, dict[tuple[int, ...], int]] = {
+    "redis": {(6, 2): 20, (7, 2): 11, (7, 4): 6, (8, 0): 4, (8, 2): 2},
+    "valkey": {(7, 2): 11, (8, 0): 6, (8, 1): 4},
+}
+
+_DURABILITY: dict[Durability, str] = {
+    "memory": "memory only: a restart of the server loses every job",
+    "snapshots": "RDB snapshots only: a restart loses what was accepted since the last snapshot",
+    "aof-os": "append-only file, fsync when the system likes: a power cut may lose about 30 s",
+    "aof-everysec": "append-only file, fsync every second: a power cut may lose the last second",
+    "aof-always": "append-only file, fsync before every reply: what was accepted survives a power cut",
+    "unknown": "unknown: the server does not tell this user (CONFIG and INFO are refused)",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing that was looked at; `problem` means something is wrong now, `warning` that it may go wrong."""
+
+    name: str
+    level: Level
+    text: str
+    remedy: str = ""
+    code: str = ""
+
+
+@dataclass(slots=True)
+class Report:
+    """What an examination found. `latency_ms` is the median of a few pings; `url` has no password."""
+
+    url: str
+    family: str = ""
+    version: str = ""
+    latency_ms: float = 0.0
+    durability: Durability = "unknown"
+    findings: list[Finding] = field(default_factory=list)
+
+    @property
+    def healthy(self) -> bool:
+        """True when nothing is wrong."""
+        return not self.problems
+
+    @property
+    def problems(self) -> list[Finding]:
+        """What is wrong now."""
+        return [finding for finding in self.findings if finding.level == "problem"]
+
+    def add(self, name: str, level: Level, text: str, remedy: str = "", code: str = "") -> None:
+        """Append a finding."""
+        self.findings.append(Finding(name, level, text, remedy, code))
+
+
+def examine(backend: Backend) -> Report:
+    """Look at everything; raises StoreUnavailable when the server does not answer."""
+    report = Report(str(backend.address))
+    _latency(backend, report)
+    facts = _information(backend)
+    _version(facts, report)
+    _role(facts, report)
+    _eviction(backend, facts, report)
+    _durability(backend, facts, report)
+    _memory(facts, report)
+    _clock(backend, report)
+    _queues(backend, report)
+    return report
+
+
+def eviction_policy(backend: Backend) -> tuple[str, int]:
+    """Return (maxmemory-policy, keys evicted since the start); the policy is "" when this user may not know it."""
+    facts = _information(backend)
+    return _policy(backend, facts), int(facts.get("evicted_keys", 0))
+
+
+def evicting(policy: str, evicted: int) -> Finding | None:
+    """Return what is wrong with an eviction policy, None when nothing is."""
+    if policy in {"", "noeviction"}:
+        return None
+    since = f", and {evicted:,} keys were evicted since its start" if evicted else ""
+    what = "jobs" if policy.startswith("allkeys") else "results and the marks that keep a push from happening twice"
+    return Finding(
+        "eviction",
+        "problem",
+        f"Redis may delete {what}: maxmemory-policy is {policy}{since}.",
+        "CONFIG SET maxmemory-policy noeviction, and the same in its configuration file or parameter group",
+        "E10",
+    )
+
+
+def stranded(name: str, ready: int, served: list[str]) -> Finding:
+    """Return the finding for a queue with jobs that no worker takes; *served* are the queues that workers take."""
+    takers = f"Workers take: {', '.join(served)}." if served else "No worker is running."
+    jobs = "1 job" if ready == 1 else f"{ready:,} jobs"
+    text = f"Queue '{name}' has {jobs} and no worker takes it. {takers}"
+    return Finding("queue", "problem", text, f"conveyor worker -q {name}", "E12")
+
+
+def _latency(backend: Backend, report: Report) -> None:
+    took = []
+    backend.execute("PING")  # opens the connection
+    for _ in range(PINGS):
+        start = time.perf_counter()
+        backend.execute("PING")
+        took.append((time.perf_counter() - start) * 1000)
+    report.latency_ms = round(median(took), 3)
+    level: Level = "warning" if report.latency_ms > 10 else "ok"
+    remedy = "Run workers and producers near the server: every push is one round trip." if level == "warning" else ""
+    report.add("latency", level, f"answers in {report.latency_ms:.2f} ms at {report.url}", remedy)
+
+
+def _information(backend: Backend) -> dict[str, str]:
+    reply = _allowed(backend, "INFO")
+    text = reply.decode("utf-8", "replace") if isinstance(reply, bytes) else ""
+    return dict(line.split(":", 1) for line in text.splitlines() if ":" in line)
+
+
+def _setting(backend: Backend, name: str) -> str | None:
+    reply = _allowed(backend, "CONFIG", "GET", name)
+    return reply[1].decode() if isinstance(reply, list) and len(reply) > 1 else None
+
+
+def _allowed(backend: Backend, *command: str) -> object:
+    """Return the reply, None when this user may not ask or the server does not know the command."""
+    try:
+        return backend.execute(*command)
+    except StoreUnavailable:
+        raise
+    except ConveyorError:
+        return None
+
+
+def _version(facts: dict[str, str], report: Report) -> None:
+    if not facts:
+        report.add("version", "warning", "INFO is refused: version, memory and role are unknown", "ACL SETUSER … +info")
+        return
+    report.family = "valkey" if "valkey_version" in facts else "redis"
+    report.version = facts.get("valkey_version") or facts.get("redis_version", "")
+    numbers = tuple(int(part) for part in report.version.split(".") if part.isdigit())
+    name = f"{report.family.capitalize()} {report.version}"
+    oldest = OLDEST_VALKEY if report.family == "valkey" else OLDEST_REDIS
+    if numbers and numbers[:2] < oldest:
+        wanted = f"{oldest[0]}.{oldest[1]}"
+        report.add("version", "problem", f"{name} is too old", f"Use {wanted} or newer, or Valkey 7.2 or newer.")
+        return
+    safe = _SAFE[report.family].get(numbers[:2])
+    if safe is not None and len(numbers) > 2 and numbers[2] < safe:
+        text = f"{name} has a known hole (CVE-2025-49844), unless your distribution mended it"
+        report.add("version", "warning", text, f"Use {numbers[0]}.{numbers[1]}.{safe} or newer.")
+    else:
+        report.add("version", "ok", name)
+    if facts.get("redis_mode") == "cluster" or facts.get("cluster_enabled") == "1":
+        report.add("version", "problem", "this is one node of a cluster", "Clusters come later: use a single server.")
+
+
+def _role(facts: dict[str, str], report: Report) -> None:
+    if facts.get("role") == "slave":
+        primary = f"{facts.get('master_host', '?')}:{facts.get('master_port', '?')}"
+        report.add("role", "problem", "this is a read-only replica", f"Use its primary: {primary}", "E16")
+    elif facts:
+        replicas = int(facts.get("connected_slaves", 0))
+        text = (
+            f"primary with {replicas} replica{'s' * (replicas > 1)} (asynchronous)"
+            if replicas
+            else "primary, no replica"
+        )
+        report.add("role", "ok", text)
+
+
+def _policy(backend: Backend, facts: dict[str, str]) -> str:
+    return facts.get("maxmemory_policy") or _setting(backend, "maxmemory-policy") or ""
+
+
+def _eviction(backend: Backend, facts: dict[str, str], report: Report) -> None:
+    policy = _policy(backend, facts)
+    wrong = evicting(policy, int(facts.get("evicted_keys", 0)))
+    if wrong is not None:
+        report.findings.append(wrong)
+    elif policy:
+        report.add("eviction", "ok", "noeviction: a full server refuses new jobs and keeps the old ones")
+    else:
+        report.add("eviction", "warning", "the eviction policy is unknown", "ACL SETUSER … +info")
+
+
+def _durability(backend: Backend, facts: dict[str, str], report: Report) -> None:
+    failed = [
+        name
+        for name in ("aof_last_write_status", "rdb_last_bgsave_status")
+        if facts.get(name, "ok") != "ok" and not (name.startswith("aof") and facts.get("aof_enabled") == "0")
+    ]
+    for name in failed:
+        report.add(
+            "durability", "problem", f"the last write to disk failed ({name})", "See the server's log and its disk."
+        )
+    report.durability = _obtained(backend, facts)
+    level: Level = "warning" if report.durability in {"memory", "snapshots", "unknown"} else "ok"
+    remedy = "CONFIG SET appendonly yes, and the same in its configuration file" if level == "warning" else ""
+    if report.durability == "unknown":
+        remedy = "ACL SETUSER … +info +config|get"
+    report.add("durability", level, _DURABILITY[report.durability], remedy)
+
+
+def _obtained(backend: Backend, facts: dict[str, str]) -> Durability:
+    append = facts.get("aof_enabled") or {"yes": "1", "no": "0"}.get(_setting(backend, "appendonly") or "")
+    if append == "1":
+        fsync = _setting(backend, "appendfsync")
+        found: dict[str | None, Durability] = {"always": "aof-always", "no": "aof-os"}
+        return found.get(fsync, "aof-everysec")  # the default, where CONFIG is refused
+    if append is None:
+        return "unknown"
+    save = _setting(backend, "save")
+    return "memory" if save == "" else "snapshots" if save else "unknown"
+
+
+def _memory(facts: dict[str, str], report: Report) -> None:
+    if "used_memory" not in facts:
+        return
+    used, most = int(facts["used_memory"]), int(facts.get("maxmemory", 0))
+    if most == 0:
+        report.add("memory", "note", f"{_size(used)} used, no maxmemory", "Set one below the machine's memory.")
+        return
+    share = used / most
+    level: Level = "problem" if share >= MEMORY_PROBLEM else "warning" if share >= MEMORY_WARNING else "ok"
+    remedy = "Add workers, or give it more memory: at maxmemory every push is refused." if level != "ok" else ""
+    report.add("memory", level, f"{share:.0%} of maxmemory used ({_size(used)} of {_size(most)})", remedy)
+
+
+def _clock(backend: Backend, report: Report) -> None:
+    before = time.time()
+    reply = _allowed(backend, "TIME")
+    after = time.time()
+    if not isinstance(reply, list):
+        return
+    theirs = int(reply[0]) + int(reply[1]) / 1e6
+    skew = max(before - theirs, theirs - after, 0.0)
+    if skew > SKEW_WARNING:
+        text = f"this machine's clock and the server's differ by {skew:.1f} s"
+        report.add(
+            "clock", "warning", text, "Run NTP on both. Leases are safe (they use the server's); ages look wrong."
+        )
+    else:
+        report.add("clock", "ok", f"clocks agree ({skew * 1000:.0f} ms apart)")
+
+
+def _queues(backend: Backend, report: Report) -> None:
+    counts = {name: backend.run(inspection.counts(backend.keys(name))) for name in backend.queues()}
+    served = [name for name, found in counts.items() if found.workers]
+    for name, found in counts.items():
+        if found.ready and not found.workers and not found.paused:
+            report.findings.append(stranded(name, found.ready, served))
+        if found.paused:
+            report.add("queue", "note", f"queue '{name}' is paused", f"conveyor queue resume {name}")
+        if found.dead:
+            text = f"queue '{name}' has {found.dead:,} dead letter{'s' * (found.dead > 1)}"
+            report.add("queue", "note", text, f"conveyor job list --queue {name} --state dead")
+    if all(finding.name != "queue" for finding in report.findings):
+        report.add("queue", "ok", f"{len(counts)} queue{'s' * (len(counts) != 1)}, none of them stuck")
+
+
+def _size(number: int) -> str:
+    value = float(number)
+    for unit in ("B", "KB", "MB", "GB"):
+        if value < 1024:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1024
+    return f"{value:.1f} TB"
