@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import redis as redis_py
 
+from conveyor.app import Conveyor
+from hand import drain
 from leaks import complaint, leaked
 from server import Server, find_binary
 
@@ -101,3 +103,11 @@ def no_leaked_keys(request: pytest.FixtureRequest) -> Iterator[None]:
         names = leaked(client)
     if names:
         pytest.fail(complaint(names), pytrace=False)
+
+
+@pytest.fixture
+def app(url: str) -> Iterator[Conveyor]:
+    """An app on the emptied server; its queues are drained and its connections closed at the end."""
+    with Conveyor(url) as app:
+        yield app
+        drain(app)

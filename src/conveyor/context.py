@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from datetime import datetime
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from conveyor.duration import Duration, milliseconds
 from conveyor.errors import ConfigurationError, JobCancelled
@@ -72,6 +72,10 @@ class Context:
         if self._deadline_hook is not None:
             self._deadline_hook(ms)
 
+    def open(self) -> Context:
+        """Return itself: a context lends itself, as a worker's attempt lends the one it makes."""
+        return self
+
     def check(self) -> None:
         """Raise TimeoutError when the time limit has passed, JobCancelled when the job was cancelled."""
         if self.timed_out:
@@ -95,19 +99,27 @@ class _Placeholder(Context):
         # The slots are empty, so every attribute arrives here.
         if name.startswith("__"):
             raise AttributeError(name)
-        found = _CURRENT.get()
+        found = CURRENT.get()
         if found is None:
             raise ConfigurationError(
                 f"context.{name}: no job is running here. A context exists only while a worker runs a job; "
                 "in a test, pass one: Context(job_id=…, …)."
             )
-        return getattr(found, name)
+        return getattr(found.open(), name)
 
     def __repr__(self) -> str:
         return "current()"
 
 
-_CURRENT: ContextVar[Context | None] = ContextVar("conveyor_context", default=None)
+class Lender(Protocol):
+    """What holds a context, or can make it when it is asked for: most jobs never ask."""
+
+    def open(self) -> Context:
+        """Return the context."""
+        ...
+
+
+CURRENT: ContextVar[Lender | None] = ContextVar("conveyor_context", default=None)
 _PLACEHOLDER = _Placeholder()
 
 
@@ -118,5 +130,5 @@ def current() -> Context:
     Outside a job it returns a placeholder: as the default value of a task's parameter it asks the worker for the
     real one; touched outside a job it raises ConfigurationError.
     """
-    found = _CURRENT.get()
-    return _PLACEHOLDER if found is None else found
+    found = CURRENT.get()
+    return _PLACEHOLDER if found is None else found.open()

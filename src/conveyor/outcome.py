@@ -43,7 +43,7 @@ class Retry:
 
     def pause_ms(self, failures: int, uniform: Callable[[float, float], float] = random.uniform) -> int:
         """Return how long to wait after the given number of failures: ``min(cap, backoff × 2^(failures-1))``, spread."""
-        pause = min(self.cap_ms, self.backoff_ms * 2 ** min(failures - 1, 62))
+        pause: int = min(self.cap_ms, self.backoff_ms << min(failures - 1, 62))
         return round(pause * uniform(0.5, 1.5)) if self.jitter else pause
 
 

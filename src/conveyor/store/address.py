@@ -6,7 +6,7 @@ import os
 import re
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import urlsplit
 
 from conveyor.errors import ConfigurationError
@@ -63,7 +63,7 @@ class Address:
 
         kind = {"redis": Connection, "rediss": SSLConnection, "unix": UnixDomainSocketConnection}
         parameters = {**self._parameters, "socket_timeout": read_timeout, "retry": Retry(NoBackoff(), 0)}
-        return kind[urlsplit(self.url).scheme](**parameters)
+        return cast("Connection", kind[urlsplit(self.url).scheme](**parameters))
 
     def async_connection(self) -> AsyncConnection:
         """Return an unopened connection of asyncio."""
@@ -73,7 +73,7 @@ class Address:
 
         kind = {"redis": Connection, "rediss": SSLConnection, "unix": UnixDomainSocketConnection}
         parameters = {**self._parameters, "socket_timeout": None, "retry": Retry(NoBackoff(), 0)}
-        return kind[urlsplit(self.url).scheme](**parameters)  # type: ignore[return-value]
+        return cast("AsyncConnection", kind[urlsplit(self.url).scheme](**parameters))
 
 
 def configured_url(argument: str | None) -> str | None:

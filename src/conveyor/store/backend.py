@@ -102,7 +102,8 @@ class Backend:
         """Accept *entries*, all or none per thousand, in their order; return an id for each."""
         refuse_in_loop()
         self._announce(keys)
-        producer, ids = self._take(), []
+        ids: list[str] = []
+        producer = self._take()
         try:
             for first in range(0, len(entries), BULK):
                 call = operations.push(keys, producer.lane, entries[first : first + BULK], max_length=max_length)

@@ -6,7 +6,7 @@ import time
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from conveyor.store import fault
-from conveyor.store.script import Argument, Call
+from conveyor.store.script import Call
 
 if TYPE_CHECKING:
     import redis
@@ -54,7 +54,7 @@ class Connection:
             else:
                 return call.decode(reply)
 
-    def execute(self, *command: Argument, block: float = 0.0) -> Any:
+    def execute(self, *command: Any, block: float = 0.0) -> Any:
         """Send one command and return the raw reply; *block* is how many seconds the server may hold it back."""
         import hiredis
 

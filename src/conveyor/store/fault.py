@@ -53,7 +53,9 @@ def final(text: str, address: str) -> ConveyorError:
     if code in {"NOPERM", "NOAUTH", "WRONGPASS"}:
         return ConfigurationError(f"Redis at {address} refuses this user: {text}. See `conveyor doctor`.", code="E17")
     if code == "WRONGTYPE":
-        return ConfigurationError(f"A key of Conveyor at {address} holds something else: {text}. Use another namespace.")
+        return ConfigurationError(
+            f"A key of Conveyor at {address} holds something else: {text}. Use another namespace."
+        )
     return ConveyorError(f"Redis at {address} answered: {text}")
 
 

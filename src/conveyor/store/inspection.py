@@ -146,5 +146,8 @@ def audit(keys: QueueKeys, *, most: int = 200_000) -> Call[list[tuple[str, str]]
     """Return the call that proves every live id is in exactly one place: it yields (problem, id), none when all is well."""
     names = (keys.jobs, keys.state, keys.due, keys.dead, keys.workers, keys.conf, *keys.ready)
     return Call(
-        AUDIT, names, (most,), lambda reply: [(reply[i].decode(), reply[i + 1].decode()) for i in range(0, len(reply), 2)]
+        AUDIT,
+        names,
+        (most,),
+        lambda reply: [(reply[i].decode(), reply[i + 1].decode()) for i in range(0, len(reply), 2)],
     )

@@ -60,7 +60,7 @@ class Lane:
         return self.number
 
 
-class LateReply(Exception):  # noqa: N818  internal: the caller repeats with a new number
+class LateReply(Exception):
     """A newer push of this lane was answered already."""
 
 
@@ -184,11 +184,11 @@ class Turn:
     paused: bool
 
 
-class Unregistered(Exception):  # noqa: N818  internal: the worker registers anew
+class Unregistered(Exception):
     """The worker was reaped, or Redis has forgotten it: its leases are gone."""
 
 
-class LateTurn(Exception):  # noqa: N818  internal
+class LateTurn(Exception):
     """A newer turn of this worker was carried out already."""
 
 
@@ -263,7 +263,11 @@ def extend(keys: QueueKeys, worker: str, id: str, new_worker: str, ms: int, abou
 
 def held(keys: QueueKeys, worker: str) -> Call[list[str]]:
     """Return the call that lists what *worker* holds according to Redis."""
-    return Call(HELD, (keys.leased(worker),), (), lambda reply: [id_.decode() for id_ in reply])
+    return Call(HELD, (keys.leased(worker),), (), _read_ids)
+
+
+def _read_ids(reply: list[bytes]) -> list[str]:
+    return [id_.decode() for id_ in reply]
 
 
 def cancel(keys: QueueKeys, id: str, *, delete: bool = False) -> Call[int]:  # noqa: A002
@@ -314,5 +318,3 @@ def forget(keys: QueueKeys, id: str, channel: str) -> Call[int]:  # noqa: A002
 def about(**facts: Any) -> bytes:
     """Return who a worker is, as it is stored."""
     return to_json(facts)
-
-

@@ -53,11 +53,11 @@ class Call(Generic[T]):
     args: Sequence[Argument]
     decode: Callable[[Any], T]
 
-    def command(self) -> tuple[Argument, ...]:
+    def command(self) -> tuple[Any, ...]:
         """Return the words sent to the server."""
         return ("EVALSHA", self.script.sha, len(self.keys), *self.keys, *self.args)
 
-    def load(self) -> tuple[Argument, ...]:
+    def load(self) -> tuple[Any, ...]:
         """Return the same with the script's text, for a server that does not know it yet."""
         return ("EVAL", self.script.text, len(self.keys), *self.keys, *self.args)
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from conveyor.store import fault
 from conveyor.store.connection import READ_TIMEOUT
-from conveyor.store.script import Argument, Call
+from conveyor.store.script import Call
 
 if TYPE_CHECKING:
     from conveyor.store.address import Address
@@ -57,7 +57,7 @@ class Wire:
         """Remember where to connect."""
         self.address = address
         self._raw: Any = None  # keeps redis-py's stream writer alive, which would close the transport
-        self._transport: asyncio.Transport | None = None
+        self._transport: asyncio.WriteTransport | None = None
         self._stream: _Stream | None = None
         self._reader: Any = None
         self._pending: deque[tuple[Reply, float]] = deque()
@@ -101,7 +101,7 @@ class Wire:
             attempt += 1
             await asyncio.sleep(wait)
 
-    async def execute(self, *command: Argument, block: float = 0.0) -> Any:
+    async def execute(self, *command: Any, block: float = 0.0) -> Any:
         """
         Send one command and return the raw reply, an exception object for an error reply.
 
@@ -121,16 +121,22 @@ class Wire:
         self.send(command, answer, block=block)
         return await future
 
-    def send(self, command: tuple[Argument, ...], answer: Reply, *, block: float = 0.0) -> None:
-        """Send one command on the open wire; *answer* gets the reply, or an OSError when the connection is lost."""
+    def send(self, command: tuple[Any, ...], answer: Reply, *, block: float = 0.0, at_once: bool = False) -> None:
+        """
+        Send one command on the open wire; *answer* gets the reply, or an OSError when the connection is lost.
+
+        It leaves at the end of this pass of the loop with what else is sent in it, or *at_once*.
+        """
         import hiredis
 
         if self._transport is None or self._loop is None:
             answer(WireLost("not connected"))
             return
-        if not self._out:
+        if not self._out and not at_once:
             self._loop.call_soon(self._flush)
         self._out.append(hiredis.pack_command(command))
+        if at_once:
+            self._flush()
         self._pending.append((answer, self._loop.time() + block + READ_TIMEOUT))
         if self._watch is None:
             self._watch = self._loop.call_later(block + READ_TIMEOUT, self._check)
@@ -156,6 +162,7 @@ class Wire:
                 raise WireLost(str(error)) from error
             self._raw, self._reader = raw, hiredis.Reader(replyError=_reply_error)
             self._loop = asyncio.get_running_loop()
+            assert raw._writer is not None  # noqa: SLF001
             transport = raw._writer.transport  # noqa: SLF001  the one private name we use; a test holds it
             self._stream = _Stream(self)
             transport.set_protocol(self._stream)

@@ -1,1 +1,1 @@
-"""."""
+"""The worker: a supervisor, its children, and what runs inside them."""

@@ -9,9 +9,12 @@ end
 -- 13 digits survive "..", which keeps 14; this spells them whatever their number
 local function int(n) return string.format('%.0f', n) end
 
--- call an idle worker, unless one is called already
+-- call an idle worker, unless one is called already; a token that nobody took for an hour is not needed
 local function wake(key)
-  if redis.call('EXISTS', key) == 0 then redis.call('RPUSH', key, '1') end
+  if redis.call('EXISTS', key) == 0 then
+    redis.call('RPUSH', key, '1')
+    redis.call('PEXPIRE', key, 3600000)
+  end
 end
 
 -- the marks of an envelope's first line; nil for a plain job

@@ -1,0 +1,168 @@
+"""Storing values in a queue: encoded and checked first, then sent in as few round trips as there can be."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator
+from itertools import islice
+from typing import Generic, TypeVar
+
+from conveyor import ident
+from conveyor.codec import ValueCodec
+from conveyor.errors import ConfigurationError, ConveyorError, PayloadError, QueueFull, StoreUnavailable
+from conveyor.posting import Posting
+from conveyor.store import operations
+from conveyor.store.backend import BULK, Backend, refuse_in_loop
+from conveyor.store.connection import Connection
+from conveyor.store.keys import QueueKeys
+from conveyor.store.operations import Entry, Lane
+
+T = TypeVar("T")
+WINDOW = 100_000
+"""Messages of an iterator that are checked before any is sent, and most that a bounded queue takes in one call."""
+CHUNK_BYTES = 8_000_000
+"""Bytes sent in one call, so that bulk pushes of large messages let others in."""
+
+
+class Pusher(Generic[T]):
+    """The way into one queue. `max_length` bounds it, None does not."""
+
+    def __init__(self, backend: Backend, keys: QueueKeys, codec: ValueCodec[T], max_length: int | None) -> None:
+        """Take where to, how, and how many."""
+        self._backend = backend
+        self._keys = keys
+        self._codec = codec
+        self._most = max_length or 0
+
+    def push(self, value: T, options: Posting) -> str:
+        """Store one value and return its public id."""
+        envelope, id_ = options.head + self._codec.encode(value), ident.new_id()
+        if options.is_plain:
+            self._backend.push_plain(self._keys, (id_, envelope), max_length=self._most)
+            return ident.public(self._keys.queue, id_)
+        [id_] = self._backend.push(self._keys, [options.entry(id_, envelope)], max_length=self._most)
+        return ident.public(self._keys.queue, id_)
+
+    async def apush(self, value: T, options: Posting) -> str:
+        """Store one value and return its public id."""
+        entry = options.entry(ident.new_id(), options.head + self._codec.encode(value))
+        [id_] = await self._backend.apush(self._keys, [entry], max_length=self._most)
+        return ident.public(self._keys.queue, id_)
+
+    def push_many(self, values: Iterable[T], options: Posting) -> list[str]:
+        """Store values in their order and return their public ids."""
+        refuse_in_loop()
+        ids: list[str] = []
+        for chunk in self._chunks(values, options.head, ids):
+            fresh = ident.new_ids(len(chunk))
+            try:
+                self._send(chunk, fresh, options)
+            except (QueueFull, StoreUnavailable) as error:
+                raise _partly(error, len(ids)) from error
+            ids += fresh
+        return self._public(ids)
+
+    async def apush_many(self, values: Iterable[T], options: Posting) -> list[str]:
+        """Store values in their order and return their public ids."""
+        ids: list[str] = []
+        for chunk in self._chunks(values, options.head, ids):
+            fresh = ident.new_ids(len(chunk))
+            entries = [options.entry(id_, envelope) for id_, envelope in zip(fresh, chunk, strict=True)]
+            try:
+                if self._most:
+                    await self._backend.aannounce(self._keys)
+                    await self._backend.shared().lane(self._keys, self._most).push(entries)
+                else:
+                    await self._backend.apush(self._keys, entries)
+            except (QueueFull, StoreUnavailable) as error:
+                raise _partly(error, len(ids)) from error
+            ids += fresh
+        return self._public(ids)
+
+    # -- steps ----------------------------------------------------------------------------------------------------
+
+    def _public(self, ids: list[str]) -> list[str]:
+        place = f"{self._keys.queue}:"
+        return [place + id_ for id_ in ids]
+
+    def _send(self, chunk: list[bytes], ids: list[str], options: Posting) -> None:
+        if options.is_plain:
+            pairs: list[str | bytes] = [b""] * (2 * len(chunk))
+            pairs[::2], pairs[1::2] = ids, chunk
+            self._backend.push_plain(self._keys, pairs, max_length=self._most)
+            return
+        entries = [options.entry(id_, envelope) for id_, envelope in zip(ids, chunk, strict=True)]
+        if len(entries) <= BULK:
+            self._backend.push(self._keys, entries, max_length=self._most)
+        else:
+            self._push_whole(entries)
+
+    def _push_whole(self, entries: list[Entry]) -> None:
+        """Accept all or none of more than fit one call of the backend."""
+        self._backend.push(self._keys, [])  # makes the queue known
+        connection = Connection(self._backend.address)
+        try:
+            call = operations.push(self._keys, Lane(ident.new_identity()), entries, max_length=self._most)
+            connection.run(call, patience=self._backend.patience)
+        finally:
+            connection.close()
+
+    def _chunks(self, values: Iterable[T], head: bytes, stored: list[str]) -> Iterator[list[bytes]]:
+        """Yield envelopes as they are sent together; *stored* tells, in errors, how many went before."""
+        for window in self._windows(values, head, stored):
+            if self._most:
+                yield window
+            elif sum(map(len, window)) <= len(window) * CHUNK_BYTES // BULK:
+                for first in range(0, len(window), BULK):
+                    yield window[first : first + BULK]
+            else:
+                yield from _by_bytes(window)
+
+    def _windows(self, values: Iterable[T], head: bytes, stored: list[str]) -> Iterator[list[bytes]]:
+        rest = iter(values)
+        if self._most:
+            window = self._encode(islice(rest, WINDOW + 1), head, stored)
+            if len(window) > WINDOW:
+                raise ConfigurationError(
+                    f"A queue with max_length takes at most {WINDOW:,} messages at a time, since they are accepted "
+                    "whole or not at all. Push them in parts. Nothing was stored."
+                )
+            if window:
+                yield window
+            return
+        size = len(values) if isinstance(values, Collection) else WINDOW  # a list is checked whole
+        while window := self._encode(islice(rest, max(size, 1)), head, stored):
+            yield window
+
+    def _encode(self, values: Iterable[T], head: bytes, stored: list[str]) -> list[bytes]:
+        encode = self._codec.encode
+        envelopes: list[bytes] = []
+        append = envelopes.append
+        try:
+            for value in values:
+                append(head + encode(value))
+        except PayloadError as error:
+            where = f"Message {len(stored) + len(envelopes):,}: {error}"
+            raise _partly(PayloadError(where, code=error.code), len(stored)) from error
+        return envelopes
+
+
+def _by_bytes(window: list[bytes]) -> Iterator[list[bytes]]:
+    chunk: list[bytes] = []
+    size = 0
+    for envelope in window:
+        if chunk and (size + len(envelope) > CHUNK_BYTES or len(chunk) >= BULK):
+            yield chunk
+            chunk, size = [], 0
+        chunk.append(envelope)
+        size += len(envelope)
+    yield chunk
+
+
+def _partly(error: ConveyorError, stored: int) -> ConveyorError:
+    """Return the error of a bulk push that had stored some before."""
+    if not stored:
+        return error
+    text = str(error)
+    for nothing in ("Nothing was stored.", "Nothing was enqueued."):
+        text = text.replace(nothing, "")
+    return type(error)(f"{text.strip()}\nThe first {stored:,} messages were stored, the rest was not.", code=error.code)

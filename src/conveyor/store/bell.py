@@ -1,0 +1,91 @@
+"""Waiting at a list: a connection of its own, since it blocks. What is taken is a token and never a message."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import TYPE_CHECKING, Any
+
+from conveyor.store import fault
+from conveyor.store.connection import Connection
+from conveyor.store.wire import Wire
+
+if TYPE_CHECKING:
+    from conveyor.store.address import Address
+
+
+class Bell:
+    """A blocking connection that waits. One thread waits; any may close it."""
+
+    def __init__(self, address: Address) -> None:
+        """Remember where to connect."""
+        self._connection = Connection(address)
+        self._failures = 0
+
+    def wait(self, key: str, seconds: float) -> bool:
+        """Wait for a token at *key* and take it; False when none came, or the connection broke (after a pause)."""
+        return self._block(("BLPOP", key, _timeout(seconds)), seconds) is not None
+
+    def move(self, source: str, target: str, seconds: float) -> bool:
+        """Wait for an entry of *source* and move it to the tail of *target*; False as in `wait`. Raises QueueFull."""
+        return self._block(("BLMOVE", source, target, "LEFT", "RIGHT", _timeout(seconds)), seconds) is not None
+
+    def close(self) -> None:
+        """Close the connection; whoever waits returns."""
+        self._connection.close()
+
+    def _block(self, command: tuple[str, ...], seconds: float) -> Any:
+        from redis.exceptions import RedisError, ResponseError
+
+        try:
+            reply = self._connection.execute(*command, block=max(seconds, 0.001))
+        except (RedisError, OSError, ValueError, AttributeError) as error:
+            # The last two are what a read meets whose connection another thread has closed.
+            if isinstance(error, ResponseError) and fault.remedy(str(error)) is fault.Remedy.RAISE:
+                raise fault.final(str(error), str(self._connection.address)) from error
+            self._connection.close()
+            time.sleep(min(fault.pause(self._failures), max(seconds, 0.001)))
+            self._failures += 1
+            return None
+        self._failures = 0
+        return reply
+
+
+class AsyncBell:
+    """The same on asyncio, with a wire of its own."""
+
+    def __init__(self, address: Address) -> None:
+        """Remember where to connect."""
+        self._wire = Wire(address)
+        self._failures = 0
+
+    async def wait(self, key: str, seconds: float) -> bool:
+        """Wait for a token at *key* and take it; False when none came, or the connection broke (after a pause)."""
+        return await self._block(("BLPOP", key, _timeout(seconds)), seconds) is not None
+
+    async def move(self, source: str, target: str, seconds: float) -> bool:
+        """Wait for an entry of *source* and move it to the tail of *target*; False as in `wait`. Raises QueueFull."""
+        return await self._block(("BLMOVE", source, target, "LEFT", "RIGHT", _timeout(seconds)), seconds) is not None
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._wire.close()
+
+    async def _block(self, command: tuple[str, ...], seconds: float) -> Any:
+        try:
+            reply = await self._wire.execute(*command, block=max(seconds, 0.001))
+        except OSError:
+            reply = None
+        else:
+            if not isinstance(reply, Exception):
+                self._failures = 0
+                return reply
+            if fault.remedy(str(reply)) is fault.Remedy.RAISE:
+                raise fault.final(str(reply), str(self._wire.address))
+        await asyncio.sleep(min(fault.pause(self._failures), max(seconds, 0.001)))
+        self._failures += 1
+        return None
+
+
+def _timeout(seconds: float) -> str:
+    return f"{max(seconds, 0.001):.3f}"  # 0 would be for ever

@@ -1,0 +1,122 @@
+"""One attempt at one job, from its lease to its settlement."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+from conveyor.context import Context
+from conveyor.ident import made_at_ms, public
+from conveyor.model import Envelope, State, read_envelope
+
+if TYPE_CHECKING:
+    import asyncio
+
+    from conveyor.worker.consumer import Consumer
+    from conveyor.worker.handler import Handler
+
+PLAIN = Envelope("", b"")
+
+
+class Attempt:
+    """A leased job in the hands of this worker. Times in seconds by `time.perf_counter`."""
+
+    __slots__ = (
+        "body",
+        "consumer",
+        "context",
+        "ended",
+        "envelope",
+        "handler",
+        "id",
+        "number",
+        "runner",
+        "started",
+        "state",
+        "stopped",
+        "suspect",
+        "until",
+    )  # fmt: skip
+
+    def __init__(self, consumer: Consumer, handler: Handler, id: str, body: bytes) -> None:  # noqa: A002
+        """Take a plain, fresh job; `mark` and `recall` add what is rarer."""
+        self.consumer = consumer
+        self.handler = handler
+        self.id = id
+        self.body = body
+        self.envelope: Envelope = PLAIN
+        self.state: State | None = None
+        self.number = 1
+        self.started = 0.0
+        self.ended = 0.0
+        self.until: float | None = None
+        self.context: Context | None = None
+        self.runner: asyncio.Task[None] | None = None
+        self.stopped: str | None = None  # why it is being stopped: timeout, cancel, stop or lost
+        self.suspect = False
+
+    def mark(self, data: bytes) -> None:
+        """Read the whole envelope of a job that is not plain."""
+        self.envelope = read_envelope(data)
+        self.body = self.envelope.body
+
+    def recall(self, state: bytes) -> None:
+        """Read what happened to the job before."""
+        self.state = State.decode(state)
+        self.number = self.state.starts + 1
+        self.suspect = self.state.crashes > 0
+
+    @property
+    def history(self) -> State:
+        """The state as it was leased."""
+        return self.state or State()
+
+    @property
+    def timeout(self) -> float | None:
+        """The time limit in seconds: the job's own, else its task's."""
+        own = self.envelope.extra.timeout_ms
+        return own / 1000 if own is not None else self.handler.timeout
+
+    @property
+    def public_id(self) -> str:
+        """The id people see."""
+        return public(self.consumer.queue, self.id)
+
+    def open(self) -> Context:
+        """Return the context handed to the job."""
+        if self.context is None:
+            made = made_at_ms(self.id)
+            self.context = Context(
+                job_id=self.public_id,
+                task=self.handler.name,
+                queue=self.consumer.queue,
+                attempt=self.number,
+                headers=self.envelope.extra.headers,
+                state=self.consumer.shared_state,
+                deadline_hook=self.move_deadline,
+                enqueued_at=None if made is None else datetime.fromtimestamp(made / 1000, UTC),
+            )
+            if self.stopped:
+                self.flag()
+        return self.context
+
+    def flag(self) -> None:
+        """Tell the job, through its context, that it is being stopped."""
+        if self.context is not None:
+            self.context.cancelled = True
+            self.context.timed_out = self.stopped == "timeout"
+
+    def move_deadline(self, ms: int) -> None:
+        """Give the attempt *ms* from now on."""
+        self.consumer.executor.deadlines.move(self, ms / 1000)
+
+    def __repr__(self) -> str:
+        return f"<Attempt {self.number} of {self.public_id} ({self.handler.name})>"
+
+
+def details(error: Any) -> str:
+    """Return an error's text in one line for a log, whatever its `__str__` does."""
+    try:
+        return " ".join(f"{type(error).__name__}: {error}".split())[:500]
+    except Exception:
+        return type(error).__name__

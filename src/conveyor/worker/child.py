@@ -1,0 +1,153 @@
+"""
+The entry of one child process: ``python -m conveyor.worker.child APP NUMBER/SLOTS BOARD LIFE STACK``.
+
+The last three are descriptors given by the supervisor: its memory, a pipe that ends when it does, a file for stacks.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import faulthandler
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from functools import reduce
+from importlib import import_module
+from typing import Any, NoReturn, Protocol
+
+from conveyor.worker.board import About, Board, Slot, Spec
+from conveyor.worker.guardian import Estate, Guardian
+from conveyor.worker.log import LOG, configure_log
+
+RECYCLE = 75
+"""A child exits with this code to be replaced by a fresh one; nothing went wrong."""
+IMPORT_FAILED = 4
+MARGIN = 2.0
+"""Seconds beyond the grace after which a child that was told to stop is ended by force."""
+
+
+class Runnable(Protocol):
+    """What a child runs: `worker.Worker`."""
+
+    async def run(self) -> int:
+        """Run until stopped, or drained; return the exit code."""
+
+    def stop(self) -> None:
+        """Drain; when called again, hurry."""
+
+    def quiet(self) -> None:
+        """Lease no more."""
+
+
+def main(start: Callable[[Spec, Slot], tuple[About, Runnable]] | None = None) -> NoReturn:
+    """Run the child that the command line describes; *start* makes what it runs (default: the app's worker)."""
+    _, place, *descriptors = sys.argv[1:6]
+    board_fd, life_fd, stack_fd = map(int, descriptors)
+    for descriptor in (board_fd, life_fd, stack_fd):
+        os.set_inheritable(descriptor, False)  # not for the processes that jobs start
+    number, slots = map(int, place.split("/"))
+    slot = Board(slots, board_fd).slot(number)
+    spec = slot.spec()
+    assert spec is not None
+    if spec.path:
+        sys.path[:] = spec.path
+    configure_log(verbose=spec.verbose)
+    faulthandler.enable()
+    faulthandler.register(signal.SIGUSR2, file=stack_fd, all_threads=True)
+    _end(_run(spec, slot, life_fd, start or start_app))
+
+
+def start_app(spec: Spec, slot: Slot) -> tuple[About, Runnable]:
+    """Import the app and make its worker; an empty `queues` means all that its tasks and plain lists name."""
+    from conveyor.worker.worker import Worker
+
+    app = load(spec.app)
+    names = sorted(app.tasks)
+    worker = Worker(
+        app,
+        queues=spec.queues,
+        concurrency=spec.concurrency,
+        threads=spec.threads,
+        burst=spec.burst,
+        grace=spec.grace,
+        slot=slot,
+        reference=spec.app,
+    )
+    address, attachment = app.backend.address, app.backend.attachment
+    url = address.url if attachment is None else f"embedded:{attachment.directory}"
+    return About(url, app.namespace, len(names), tuple(names[:10]), worker.queues), worker
+
+
+def load(reference: str) -> Any:
+    """Return the app that ``module:attribute`` names; raises what importing it raises."""
+    module, _, attribute = reference.partition(":")
+    return reduce(getattr, (attribute or "app").split("."), import_module(module))
+
+
+def _run(spec: Spec, slot: Slot, life_fd: int, start: Callable[[Spec, Slot], tuple[About, Runnable]]) -> int:
+    try:
+        about, worker = start(spec, slot)
+    except Exception:
+        LOG.exception("Cannot start the worker of %s", spec.app)
+        return IMPORT_FAILED
+    slot.set_about(about)
+    if spec.quiet:
+        worker.quiet()
+    loop = _new_loop()
+    asyncio.set_event_loop(loop)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, worker.stop)
+    loop.add_signal_handler(signal.SIGUSR1, worker.quiet)
+    threading.Thread(
+        target=_outlive, args=(life_fd, loop, worker, slot, spec.grace), name="conveyor-orphan", daemon=True
+    ).start()
+    slot.tick()  # signals are handled from here on: we are up
+    try:
+        return loop.run_until_complete(worker.run())
+    except BaseException:
+        LOG.critical("The worker failed unexpectedly", exc_info=True)
+        return 1
+
+
+def _outlive(life_fd: int, loop: asyncio.AbstractEventLoop, worker: Runnable, slot: Slot, grace: float) -> None:
+    """Wait for the end of the supervisor; then do for this child what it did, until the rest is done."""
+    os.read(life_fd, 1)
+    LOG.warning("The supervisor is gone: worker %d drains and ends", os.getpid())
+    guardian = Guardian()
+    guardian.watch(slot)
+    loop.call_soon_threadsafe(worker.stop)
+    time.sleep(grace + MARGIN)
+    about = slot.about()
+    assert about is not None
+    what = f"Worker {os.getpid()} was stuck beyond its grace of {grace:g} s"
+    guardian.forget(slot)
+    guardian.settle(Estate(what, about, slot.identities(), crashed=False))
+    guardian.close(2.5)
+    _end(RECYCLE)
+
+
+def _new_loop() -> asyncio.AbstractEventLoop:
+    try:
+        import uvloop
+    except ImportError:
+        return asyncio.new_event_loop()
+    return uvloop.new_event_loop()
+
+
+def _end(code: int) -> NoReturn:
+    """Exit at once: a thread that is stuck in a job must not hold up the end."""
+    logging.shutdown()
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError):
+            pass  # closed by the other end
+    os._exit(code)
+
+
+if __name__ == "__main__":
+    main()

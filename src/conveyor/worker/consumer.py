@@ -1,0 +1,421 @@
+"""
+One queue's leases: numbered turns, one in flight, each settling what ended and asking for more.
+
+Driven by replies, not by a task of its own: waking a task for each reply would cost more than the turn.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from time import monotonic
+from typing import TYPE_CHECKING, Any
+
+from conveyor import ident
+from conveyor.errors import ConveyorError
+from conveyor.event import JobLost
+from conveyor.lessee import Suspects
+from conveyor.store import fault, operations
+from conveyor.store.operations import LateTurn, Report, Settlement, Turn, Unregistered
+from conveyor.store.script import Call
+from conveyor.store.wire import Wire
+from conveyor.worker.antechamber import Antechamber
+from conveyor.worker.attempt import Attempt
+from conveyor.worker.intake import Intake
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from contextlib import AsyncExitStack
+
+    from conveyor.store.keys import QueueKeys
+    from conveyor.worker.executor import Executor
+    from conveyor.worker.worker import Worker
+
+log = logging.getLogger("conveyor.worker")
+IDLE = 5.0
+"""Longest pause between two turns in seconds: a lost wake-up token costs at most this."""
+
+
+class Consumer:
+    """A worker's share of one queue."""
+
+    def __init__(self, worker: Worker, keys: QueueKeys, weight: float, lease_ms: int) -> None:
+        """Take the worker it belongs to, the queue's keys, its weight among the worker's queues, and its lease."""
+        self.keys, self.queue, self.weight, self.lease_ms = keys, keys.queue, weight, lease_ms
+        self.executor: Executor = worker.executor
+        self.shared_state: Mapping[str, Any] = worker.state
+        self.identity = ""
+        self.held: dict[str, Attempt] = {}
+        self.own_retries: set[str] = set()
+        self.report = Report()
+        self.more = True  # work may be there: ask
+        self.paused = False
+        self.backlog = 0  # leased here, not started
+        self._worker = worker
+        self._wire = worker.wire
+        self._number = 0
+        self._flying: tuple[Call[Turn], Report] | None = None
+        self._kick_soon = False
+        self._suspects = Suspects(lease_ms)
+        self._last_turn = 0.0
+        self._looked = self._left = False
+        self._due: asyncio.TimerHandle | None = None
+        self._watched: int | None = None
+        self._antechamber = Antechamber()
+        self._intake = Intake(self, worker.app.plain_lists[keys.queue].task or "") if keys.foreign is not None else None
+        self._recovery: asyncio.Task[None] | None = None
+        self._wanted = 0
+        self._landed = asyncio.Event()
+        self._idle = asyncio.Event()  # hungry: for the intake, which waits only then
+        self._clock_offset = 0.0  # server ms minus our monotonic ms
+
+    # -- life -----------------------------------------------------------------------------------------------------
+
+    async def register(self) -> None:
+        """Take a fresh identity, tell the supervisor, then tell Redis."""
+        self.identity = ident.new_identity()
+        self._number = 0
+        self._worker.note_identity(self)
+        call = operations.register(self.keys, self.identity, self.lease_ms, self._worker.about(self))
+        now = await self._wire.run(call, patience=None)
+        self._clock_offset = now - monotonic() * 1000
+        self._last_turn = monotonic()
+
+    def begin(self, stack: AsyncExitStack) -> None:
+        """Start leasing."""
+        if self._intake is not None:
+            self._intake.start(Wire(self._wire.address))
+            stack.push_async_callback(self._intake.close)
+        self._kick()
+
+    async def leave(self) -> None:
+        """Send what is left to report and take the registration away; nothing that is still held is charged."""
+        if self._due is not None:
+            self._due.cancel()
+        await self._settled()
+        if self.report:
+            self._start(0)
+            await self._settled()
+        self._left = True
+        try:
+            await self._wire.run(operations.reap(self.keys, self.identity, crashed=False), patience=2.0)
+        except ConveyorError as error:
+            log.warning("could not leave queue %s: %s", self.queue, error)
+
+    async def _settled(self) -> None:
+        """Wait until no turn is on its way: its answer decides what is left to report."""
+        while self._flying is not None or self._recovery is not None:
+            self._landed.clear()
+            await self._landed.wait()
+
+    @property
+    def now_ms(self) -> int:
+        """The server's time, as far as we know it."""
+        return int(monotonic() * 1000 + self._clock_offset)
+
+    @property
+    def hungry(self) -> bool:
+        """True when it would take work but there was none: then its wake-up list is listened to."""
+        return not self.more and not self._worker.stopping and self._flying is None and self._worker.room(self) > 0
+
+    @property
+    def busy(self) -> bool:
+        """True while it holds jobs or has something to report."""
+        return bool(self.held or self.report or self._flying or self._recovery or self._antechamber)
+
+    # -- turns ----------------------------------------------------------------------------------------------------
+
+    def schedule(self) -> None:
+        """Look again, once what runs now has come to a pause: many ends make one turn."""
+        if not self._kick_soon:
+            self._kick_soon = True
+            asyncio.get_running_loop().call_soon(self._kick)
+
+    def woken(self) -> None:
+        """A token was taken: make a turn, with or without room."""
+        self.more = True
+        if self._flying is None and self._recovery is None:
+            self._start(self._worker.room(self))
+
+    def _kick(self) -> None:
+        self._kick_soon = False
+        if self._flying is not None or self._recovery is not None:
+            return
+        want = self._worker.room(self) if self.more else 0
+        if self.report or want > 0:
+            self._start(want)
+        else:
+            if self.hungry:
+                self._idle.set()
+            self._worker.listen()
+
+    def renew(self) -> None:
+        """Make a turn if none was made lately: it renews the lease, reconciles, and looks for work and for the dead."""
+        pause = min(IDLE, self.lease_ms / 3000)
+        if self._flying is not None or self._recovery is not None:
+            return
+        now = monotonic()
+        if now - self._last_turn >= 0.95 * pause or self._suspects.next_look(now) <= 0:
+            self._start(self._worker.room(self))
+
+    def _start(self, want: int) -> None:
+        if self._left:
+            return
+        self._idle.clear()
+        report, self.report = self.report, Report()
+        self._worker.settle_stats(self, report)
+        flags = ""
+        now = monotonic()
+        if self._suspects.next_look(now) <= 0:
+            flags = "l"
+        self._number += 1
+        call = operations.turn(self.keys, self.identity, self._number, want, self.lease_ms, report, flags=flags)
+        self._flying = (call, report)
+        self._looked = flags == "l"
+        self._last_turn = now
+        self._wanted = want
+        if self._intake is not None and want > 0:
+            self._intake.send(self._wire, want)
+        # At once: jobs that are about to run would keep the loop, and Redis would wait for us instead of beside us.
+        self._wire.send(call.command(), self._answered, at_once=True)
+
+    def _answered(self, reply: Any) -> None:
+        assert self._flying is not None
+        call, report = self._flying
+        if isinstance(reply, Exception):
+            self._recovery = asyncio.get_running_loop().create_task(self._recover(call, report))
+            return
+        try:
+            turn = call.decode(reply)
+        except (Unregistered, LateTurn) as error:
+            self._recovery = asyncio.get_running_loop().create_task(self._again_from_nothing(report, error))
+            return
+        self._absorb(turn, report)
+
+    async def _recover(self, call: Call[Turn], report: Report) -> None:
+        """Repeat a turn whose reply was lost until it is answered; its number keeps it from being done twice."""
+        try:
+            turn = await self._wire.run(call, patience=None)
+        except (Unregistered, LateTurn) as error:
+            await self._again_from_nothing(report, error)
+            return
+        except ConveyorError as error:
+            log.error("a turn on queue %s was refused: %s", self.queue, error)
+            self.report.done[:0], self.report.others[:0] = report.done, report.others
+            await asyncio.sleep(random.uniform(0.5, 1.0))  # noqa: S311
+            self._recovery = self._flying = None
+            self._landed.set()
+            self.schedule()
+            return
+        self._recovery = None
+        self._absorb(turn, report)
+
+    async def _again_from_nothing(self, report: Report, error: Exception) -> None:
+        """Redis does not know us any more: all we held is somebody else's. Abandon it and register anew."""
+        log.warning(
+            "queue %s: our lease was lost (%s); %d jobs abandoned", self.queue, type(error).__name__, len(self.held)
+        )
+        for attempt in list(self.held.values()):
+            self._lost(attempt)
+        self.held.clear()
+        self.report = Report()
+        self._antechamber.clear()
+        await self.register()
+        self._recovery = self._flying = None
+        self._landed.set()
+        self.more = True
+        self.schedule()
+
+    def _absorb(self, turn: Turn, report: Report) -> None:
+        try:
+            self._settle_and_take(turn, report)
+        except Exception as error:
+            # A defect of ours: end loudly, what is held comes back when the lease ends or the supervisor sees us go.
+            self._worker.fail(error)
+
+    def _settle_and_take(self, turn: Turn, report: Report) -> None:
+        self._flying = None
+        self._clock_offset = turn.now - self._last_turn * 1000
+        self._worker.note_renewal()
+        held = self.held
+        for id_ in report.done:
+            held.pop(id_, None)
+        for one in report.others:
+            if one.kind != "M":
+                held.pop(one.id, None)
+        for id_ in turn.lost:
+            self._refused(id_)
+        self._admit(report)
+        if turn.ids:
+            self._take(turn)
+        self.more = turn.more or (len(turn.ids) >= self._wanted > 0)
+        self.paused = turn.paused
+        if turn.cancelled:
+            for id_ in turn.cancelled:
+                if id_ in held:
+                    self.executor.stop(held[id_], "cancel")
+        if self._looked:
+            self._bury_the_dead(turn)
+        if turn.held != len(held):
+            self._recovery = asyncio.get_running_loop().create_task(self._reconcile())
+            return
+        self._watch(turn)
+        self._landed.set()
+        self._kick()
+        self._worker.absorbed(self)
+
+    def _take(self, turn: Turn) -> None:
+        """Turn what was leased into attempts, and hand them over."""
+        held, lookup = self.held, self._worker.handlers(self)
+        states = turn.states
+        attempts = []
+        for at, (id_, data) in enumerate(zip(turn.ids, turn.envelopes, strict=True)):
+            if data[0] == 10:
+                end = data.index(b"\n", 1)
+                handler = lookup.get(data[1:end])
+                if handler is not None:
+                    attempt = Attempt(self, handler, id_, data[end + 1 :])
+                else:
+                    attempt = self._worker.unusual(self, id_, data)
+            else:
+                attempt = self._worker.unusual(self, id_, data)
+            held[id_] = attempt
+            if states and states[at] is not None:
+                attempt.recall(states[at])  # type: ignore[arg-type]
+                self.own_retries.discard(id_)
+            if attempt.handler.kind == "unknown":
+                self._worker.defer_unknown(self, attempt)
+            elif attempt.suspect:
+                self._antechamber.suspect(attempt)
+            elif attempt.handler.early:
+                self._antechamber.early(attempt, self.report)
+            else:
+                attempts.append(attempt)
+        if attempts:
+            self.backlog += len(attempts)
+            self.executor.submit(attempts)
+        self._next_suspect()
+
+    # -- rare turns of fate ---------------------------------------------------------------------------------------
+
+    def _admit(self, report: Report) -> None:
+        """Start what waited for its record in *report*, and have the next suspect recorded."""
+        attempts = self._antechamber.confirmed(report, self.held)
+        if attempts:
+            self.backlog += len(attempts)
+            self.executor.submit(attempts)
+
+    def _next_suspect(self) -> None:
+        for attempt in self._antechamber.advance(self.report, self.held):
+            attempt.ended = monotonic()
+            self._worker.settling.poison(self.report, attempt, self.now_ms)
+
+    def suspect_ended(self, attempt: Attempt) -> None:
+        """Let the next suspect run."""
+        self._antechamber.ended(attempt)
+        self._next_suspect()
+
+    def _refused(self, id_: str) -> None:
+        attempt = self.held.pop(id_, None)
+        log.warning("the outcome of %s was refused: its lease was lost", ident.public(self.queue, id_))
+        self._antechamber.forget(id_)
+        if attempt is not None:
+            self._lost(attempt)
+
+    def _lost(self, attempt: Attempt) -> None:
+        self.executor.stop(attempt, "lost")
+        self._worker.app.emit(JobLost(attempt.public_id, attempt.handler.name, self.queue, attempt.number))
+
+    async def _reconcile(self) -> None:
+        """Our counts differ: ask what Redis believes we hold, drop what it does not, give back what we do not know."""
+        try:
+            known = set(await self._wire.run(operations.held(self.keys, self.identity), patience=None))
+        except ConveyorError as error:
+            log.warning("could not reconcile queue %s: %s", self.queue, error)
+        else:
+            for id_ in [id_ for id_ in self.held if id_ not in known]:
+                self._lost(self.held.pop(id_))
+            unknown = [id_ for id_ in known if id_ not in self.held]
+            if unknown:
+                log.warning("queue %s: giving back %d leases we never learned of", self.queue, len(unknown))
+            self.report.others += [Settlement("F", id_) for id_ in unknown]
+        self._recovery = None
+        self._landed.set()
+        self.schedule()
+
+    def _bury_the_dead(self, turn: Turn) -> None:
+        convicted = self._suspects.look(turn.now, turn.overdue, monotonic())
+        for worker, end in convicted:
+            if worker != self.identity:
+                asyncio.get_running_loop().create_task(self._reap(worker, end))
+
+    async def _reap(self, worker: str, end: int) -> None:
+        try:
+            count = await self._wire.run(operations.reap(self.keys, worker, end=end), patience=5.0)
+        except ConveyorError as error:
+            log.warning("could not reap a dead worker of queue %s: %s", self.queue, error)
+            return
+        if count >= 0:
+            log.warning("queue %s: worker %s is dead; returned %d jobs", self.queue, worker[:8], count)
+
+    def _watch(self, turn: Turn) -> None:
+        """Make a turn when the next scheduled job is due."""
+        if turn.next_due is None or self._worker.stopping:
+            self._watched = None
+            return
+        if self._due is not None:
+            self._due.cancel()
+        late = 0.0
+        if self._watched is not None and turn.next_due > self._watched and not turn.ids and self._wanted > 0:
+            # Somebody else was quicker: be the second line from now on, a little later, until we win one.
+            late = random.uniform(0.02, 0.08)  # noqa: S311
+        self._watched = turn.next_due
+        pause = max(0.001, (turn.next_due - turn.now) / 1000 + 0.001 + late)
+        self._due = asyncio.get_running_loop().call_later(min(pause, 3600.0), self._due_now)
+
+    def _due_now(self) -> None:
+        self._due = None
+        if self._flying is None and self._recovery is None and not self._worker.stopping:
+            self._start(self._worker.room(self))
+
+    # -- ends -----------------------------------------------------------------------------------------------------
+
+    def begun(self) -> None:
+        """One of ours began."""
+        self.backlog -= 1
+        self._worker.begun()
+
+    def started(self) -> None:
+        """One of ours left the backlog without beginning."""
+        self.backlog -= 1
+
+    @property
+    def drained(self) -> bool:
+        """True when nothing is left that this worker could do: for a burst."""
+        if self._watched is None or self._worker.stopping:
+            self.own_retries.clear()  # nothing is scheduled, so another worker took them
+        return not (self.more or self.busy or self.own_retries)
+
+    def call_myself(self) -> None:
+        """Wake our own blocked listener: it hears one list too few."""
+        key = self.keys.wake_of(self.identity)
+        self._wire.send(("RPUSH", key, 1), _ignore)
+        self._wire.send(("PEXPIRE", key, 60_000), _ignore)
+
+    async def until_hungry(self) -> None:
+        """Wait until it would take work but has none."""
+        await self._idle.wait()
+
+    @property
+    def wire(self) -> Wire:
+        """The wire its turns travel on."""
+        return self._wire
+
+    def __repr__(self) -> str:
+        return f"<Consumer {self.queue}: {len(self.held)} held, {self.backlog} waiting>"
+
+
+def _ignore(reply: Any) -> None:
+    if isinstance(reply, Exception) and fault.remedy(str(reply)) is fault.Remedy.RAISE:
+        log.debug("ignored: %s", reply)

@@ -1,0 +1,71 @@
+"""`async with app.worker():` the same worker inside another program: no supervisor, leases renewed from a thread."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from contextlib import AsyncExitStack
+from typing import TYPE_CHECKING, Self
+
+from conveyor.duration import Duration, milliseconds
+from conveyor.worker.heartbeat import Heartbeat, Lease
+from conveyor.worker.worker import Worker
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from conveyor.app import Conveyor
+
+
+class EmbeddedWorker:
+    """Works from `async with` to its end, on the running loop."""
+
+    def __init__(
+        self, app: Conveyor, *, queues: Mapping[str, float] | None = None, concurrency: int = 100, threads: int = 8,
+        burst: bool = False, grace: Duration = 30.0,
+    ) -> None:  # fmt: skip
+        """Take what `Worker` takes; `grace` is how long running jobs may take at the end."""
+        self._worker = Worker(
+            app, queues=queues, concurrency=concurrency, threads=threads, burst=burst,
+            grace=milliseconds(grace, name="grace") / 1000,
+        )  # fmt: skip
+        self._app = app
+        self._stack = AsyncExitStack()
+        self._running: asyncio.Task[int] | None = None
+
+    async def __aenter__(self) -> Self:
+        """Begin; returns when the worker is registered, or raises what kept it from it."""
+        self._running = asyncio.get_running_loop().create_task(self._worker.run(), name="conveyor-worker")
+        ready = asyncio.ensure_future(self._worker.ready.wait())
+        await asyncio.wait([self._running, ready], return_when=asyncio.FIRST_COMPLETED)
+        ready.cancel()
+        if self._running.done():
+            await self._running
+        heartbeat = Heartbeat(self._app.backend.address, self._leases, lambda: self._worker.last_renewal)
+        heartbeat.start()
+        self._stack.callback(heartbeat.close)
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Drain and stop."""
+        assert self._running is not None
+        if not self._running.done():
+            self._worker.stop()
+        try:
+            await self._running
+        finally:
+            await self._stack.aclose()
+
+    async def wait(self) -> None:
+        """Wait until the worker ends by itself: with `burst`, when everything is drained."""
+        assert self._running is not None
+        await asyncio.shield(self._running)
+
+    def stop(self) -> None:
+        """Stop early: the first call drains, the second hands everything back at once."""
+        self._worker.stop()
+
+    def _leases(self) -> list[Lease]:
+        return [(one.keys, one.identity, one.lease_ms) for one in self._worker.consumers if one.identity]

@@ -1,0 +1,71 @@
+"""What a worker needs to know of a task, laid out for the hot path."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from conveyor.task import Task
+
+BUCKETS_MS = (5, 10, 25, 50, 100, 250, 500, 1000, 2500, 5000, 10_000, 30_000, 60_000, 300_000, 3_600_000)
+"""Upper bounds of the duration histogram; the last field counts what took longer."""
+
+
+class Handler:
+    """A task as one consumer runs it, with its counters since the last turn."""
+
+    __slots__ = (
+        "buckets", "decode", "done", "early", "failed", "function", "injected", "kind", "name", "retried", "run_ms",
+        "stores", "task", "timeout",
+    )  # fmt: skip
+
+    def __init__(self, task: Task[Any, Any]) -> None:
+        """Look everything up once."""
+        self.task = task
+        self.name = task.name
+        self.function = task.function
+        self.kind: str = task.run_in
+        self.decode = task.signature.decode
+        self.injected = task.signature.injected
+        self.timeout: float | None = None if task.settings.timeout_ms is None else task.settings.timeout_ms / 1000
+        self.early = task.settings.ack == "early"
+        self.stores = not task.returns_none and task.settings.keep_ms > 0
+        self.done = self.failed = self.retried = 0
+        self.run_ms = 0.0
+        self.buckets: dict[int, int] = {}
+
+    @classmethod
+    def unknown(cls, name: str) -> Handler:
+        """Return the handler of a task nobody here knows: its jobs are put off."""
+        found = cls.__new__(cls)
+        found.name, found.kind = name, "unknown"
+        found.early = found.stores = False
+        found.done = found.failed = found.retried = 0
+        found.timeout = None
+        return found
+
+    def count_done(self, seconds: float) -> None:
+        """Count a success that ran for *seconds*."""
+        self.done += 1
+        ms = seconds * 1000
+        self.run_ms += ms
+        bucket = 0 if ms <= 5 else bisect_left(BUCKETS_MS, ms)
+        self.buckets[bucket] = self.buckets.get(bucket, 0) + 1
+
+    def drain(self, into: dict[str, int]) -> None:
+        """Move the counters into *into*, as fields of this minute's hash."""
+        name = self.name
+        if self.done:
+            into["done:" + name] = self.done
+            into["ms:" + name] = round(self.run_ms)
+            for bucket, count in self.buckets.items():
+                into[f"le{bucket}:{name}"] = count
+            self.buckets = {}
+            self.done, self.run_ms = 0, 0.0
+        if self.failed:
+            into["failed:" + name] = self.failed
+            self.failed = 0
+        if self.retried:
+            into["retried:" + name] = self.retried
+            self.retried = 0

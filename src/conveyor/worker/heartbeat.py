@@ -1,0 +1,51 @@
+"""Beating from a thread: a worker inside another program keeps its leases while the loop is blocked."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from time import monotonic
+from typing import TYPE_CHECKING
+
+from conveyor.errors import ConveyorError
+from conveyor.store import operations
+from conveyor.store.connection import Connection
+
+if TYPE_CHECKING:
+    from conveyor.store.address import Address
+    from conveyor.store.keys import QueueKeys
+
+log = logging.getLogger("conveyor.worker")
+Lease = tuple["QueueKeys", str, int]
+
+
+class Heartbeat:
+    """A daemon thread that renews leases which nobody renewed lately; a turn of the worker renews as well."""
+
+    def __init__(self, address: Address, leases: Callable[[], list[Lease]], last_renewal: Callable[[], float]) -> None:
+        """Take where to beat, what to renew (keys, identity, lease in ms), and when that was done last (`monotonic`)."""
+        self._connection = Connection(address)
+        self._leases, self._last = leases, last_renewal
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._beat, name="conveyor-heartbeat", daemon=True)
+
+    def start(self) -> None:
+        """Begin."""
+        self._thread.start()
+
+    def close(self) -> None:
+        """End, without waiting for a reply that may be on its way."""
+        self._stop.set()
+
+    def _beat(self) -> None:
+        shortest = min((lease for _, _, lease in self._leases()), default=15_000) / 1000
+        while not self._stop.wait(shortest / 4):
+            if monotonic() - self._last() < 0.4 * shortest:
+                continue
+            for keys, identity, lease_ms in self._leases():
+                try:
+                    self._connection.run(operations.beat(keys, identity, lease_ms), patience=shortest / 4)
+                except ConveyorError as error:
+                    log.warning("could not renew the lease on queue %s: %s", keys.queue, error)
+        self._connection.close()

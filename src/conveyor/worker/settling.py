@@ -1,0 +1,171 @@
+"""From the end of an attempt to what is reported to Redis with the next turn."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import TYPE_CHECKING, Any
+
+from conveyor import failure, outcome
+from conveyor.duration import milliseconds
+from conveyor.errors import PayloadError, Snooze
+from conveyor.event import JobCancelledEvent, JobDead, JobDone, JobRetried
+from conveyor.model import Failure, Outcome, State, read_failure, to_json
+from conveyor.store.inspection import write_finished
+from conveyor.store.operations import Report, Settlement
+from conveyor.worker.attempt import Attempt, details
+
+if TYPE_CHECKING:
+    from conveyor.app import Conveyor
+
+log = logging.getLogger("conveyor.worker")
+RECENT = 32
+"""Finished jobs listed per turn at most; at high rates the list shows a sample."""
+CANCELLED_KEPT_MS = 600_000
+UNKNOWN_FIRST_MS, UNKNOWN_LAST_MS, UNKNOWN_GIVEN_UP_MS = 2_000, 600_000, 86_400_000
+
+
+class Settling:
+    """Decides nothing about policy (`outcome.py` does); writes what was decided into a consumer's report."""
+
+    def __init__(self, app: Conveyor, worker: str) -> None:
+        """Take the app whose listeners hear of it, and the name recorded with errors."""
+        self._app = app
+        self._worker = worker
+
+    def done(self, report: Report, attempt: Attempt, value: Any, now_ms: int) -> None:
+        """Settle a success; a result that cannot be stored makes it a dead letter."""
+        handler, envelope = attempt.handler, attempt.envelope
+        seconds = attempt.ended - attempt.started
+        if value is not None and handler.stores:
+            try:
+                data = handler.task.results.encode(value)
+            except PayloadError as error:
+                self.failed(report, attempt, error, now_ms, retry=False)
+                return
+            keep = envelope.extra.keep_ms if envelope.extra.keep_ms is not None else handler.task.settings.keep_ms
+            record = b'{"status":"done","value":%b,"at":%d}' % (data, now_ms)
+            report.others.append(
+                Settlement("D", attempt.id, keep, record, unique=envelope.unique, own_id=envelope.own_id)
+            )
+        elif envelope.is_plain:
+            report.done.append(attempt.id)
+        else:
+            report.others.append(Settlement("D", attempt.id, unique=envelope.unique, own_id=envelope.own_id))
+        handler.count_done(seconds)
+        if len(report.recent) < RECENT:
+            report.recent.append(write_finished(attempt.id, handler.name, "done", now_ms, round(seconds * 1000)))
+        if self._app.has_listener(JobDone):
+            self._app.emit(JobDone(attempt.public_id, handler.name, attempt.consumer.queue, attempt.number, seconds))
+
+    def failed(
+        self, report: Report, attempt: Attempt, error: BaseException, now_ms: int, *, retry: bool = True
+    ) -> None:
+        """Settle a failure: again later, or dead."""
+        if isinstance(error, Snooze):
+            self._snoozed(report, attempt, error)
+            return
+        handler, queue = attempt.handler, attempt.consumer.queue
+        described = failure.describe(error, attempt.number, now_ms, self._worker)
+        policy = handler.task.settings.retry if retry else outcome.Retry(attempts=1)
+        decision = outcome.after_failure(
+            policy, attempt.history, attempt.number, error, to_json(described),
+            attempts=attempt.envelope.extra.attempts if retry else 1,
+        )  # fmt: skip
+        handler.failed += 1
+        if isinstance(decision, outcome.Again):
+            handler.retried += 1
+            report.others.append(Settlement("R", attempt.id, decision.ms, state=decision.state.encode()))
+            attempt.consumer.own_retries.add(attempt.id)
+            budget = attempt.envelope.extra.attempts or policy.attempts
+            log.warning(
+                "✗ %s %s attempt %d/%d %s → retry in %.3g s", handler.name, attempt.public_id, attempt.number, budget,
+                details(error), decision.ms / 1000, exc_info=error,
+            )  # fmt: skip
+            if self._app.has_listener(JobRetried):
+                self._app.emit(
+                    JobRetried(attempt.public_id, handler.name, queue, attempt.number, decision.ms / 1000, error)
+                )
+            return
+        log.error(
+            "✗ %s %s attempt %d dead: %s",
+            handler.name,
+            attempt.public_id,
+            attempt.number,
+            details(error),
+            exc_info=error,
+        )
+        self.bury(report, attempt, decision.state, decision.reason, now_ms, error)
+
+    def bury(
+        self,
+        report: Report,
+        attempt: Attempt,
+        state: State,
+        reason: str,
+        now_ms: int,
+        error: BaseException | None = None,
+    ) -> None:
+        """Make a job a dead letter; its envelope, and so its payload, stays as it is."""
+        last = read_failure(state.errors[-1]) if state.errors else None
+        record = to_json(Outcome("dead", failure=last, reason=reason, at=now_ms))
+        envelope = attempt.envelope
+        report.others.append(Settlement("X", attempt.id, 0, record, state.encode(), envelope.unique, envelope.own_id))
+        seconds = max(0.0, attempt.ended - attempt.started)
+        if len(report.recent) < RECENT:
+            report.recent.append(
+                write_finished(attempt.id, attempt.handler.name, "dead", now_ms, round(seconds * 1000))
+            )
+        if self._app.has_listener(JobDead):
+            self._app.emit(
+                JobDead(attempt.public_id, attempt.handler.name, attempt.consumer.queue, attempt.number, reason, error)
+            )
+
+    def poison(self, report: Report, attempt: Attempt, now_ms: int) -> None:
+        """Give up a job whose worker crashed each time it ran."""
+        state = attempt.history
+        message = f"its worker crashed {state.crashes} times while it ran"
+        record = to_json(Failure(state.starts, now_ms, "crashed", message, worker=self._worker))
+        buried = State(state.starts, state.failures, state.crashes, [*state.errors, record])
+        log.error(
+            "✗ %s %s is poison: its worker crashed %d times", attempt.handler.name, attempt.public_id, state.crashes
+        )
+        self.bury(report, attempt, buried, "crashed", now_ms)
+
+    def cancelled(self, report: Report, attempt: Attempt, now_ms: int) -> None:
+        """Settle a job that was cancelled while we held it."""
+        record = to_json(Outcome("cancelled", at=now_ms))
+        envelope = attempt.envelope
+        report.others.append(
+            Settlement("C", attempt.id, CANCELLED_KEPT_MS, record, b"", envelope.unique, envelope.own_id)
+        )
+        if self._app.has_listener(JobCancelledEvent):
+            self._app.emit(
+                JobCancelledEvent(attempt.public_id, attempt.handler.name, attempt.consumer.queue, attempt.number)
+            )
+
+    def handed_back(self, report: Report, attempt: Attempt, *, started: bool) -> None:
+        """Return a job to the front; it costs no attempt."""
+        if started or attempt.state is not None:
+            state = outcome.handed_back(attempt.history, attempt.number, started=started).encode()
+        else:
+            state = b""
+        report.others.append(Settlement("F", attempt.id, state=state))
+
+    def _snoozed(self, report: Report, attempt: Attempt, snooze: Snooze) -> None:
+        ms = milliseconds(snooze.delay, name="Snooze")
+        state = outcome.snoozed(attempt.history, attempt.number)
+        report.others.append(Settlement("R", attempt.id, ms, state=state.encode()))
+        attempt.consumer.own_retries.add(attempt.id)
+
+
+def error_of(attempt: Attempt, error: BaseException | None) -> BaseException | None:
+    """Return the error an attempt is settled with: a stop by timeout counts as one, whatever the job made of it."""
+    if attempt.stopped == "timeout":
+        limit = attempt.timeout
+        return TimeoutError(
+            f"the attempt ran longer than its time limit of {limit:g} s" if limit else "time limit passed"
+        )
+    if isinstance(error, asyncio.CancelledError):
+        return RuntimeError("the job cancelled itself (CancelledError left the task without a cancel request)")
+    return error

@@ -1,0 +1,353 @@
+"""One worker in one event loop: consumers that lease, an executor that runs, and the end of both."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import platform
+from collections.abc import Mapping
+from contextlib import AsyncExitStack
+from time import monotonic, time
+from typing import TYPE_CHECKING, Any
+
+from conveyor.errors import ConfigurationError, UnknownTask
+from conveyor.event import WorkerStarted, WorkerStopped
+from conveyor.ident import made_at_ms
+from conveyor.middleware import run_through, runs
+from conveyor.model import Failure, State, read_envelope, to_json
+from conveyor.store import operations
+from conveyor.store.operations import MOST_HELD, Report, Settlement
+from conveyor.store.wire import Wire
+from conveyor.worker import settling
+from conveyor.worker.attempt import Attempt
+from conveyor.worker.consumer import Consumer
+from conveyor.worker.executor import Executor
+from conveyor.worker.handler import Handler
+from conveyor.worker.listener import Listener
+from conveyor.worker.prefetch import Prefetch
+from conveyor.worker.process import ProcessCrashed, Processes
+from conveyor.worker.watchdog import Watchdog
+
+if TYPE_CHECKING:
+    from conveyor.app import Conveyor
+    from conveyor.worker.board import Slot
+
+log = logging.getLogger("conveyor.worker")
+BATCH = MOST_HELD // 2
+"""Jobs leased per turn at most: half of what may be held runs while Redis serves the other half (+25 % at full speed)."""
+RETIRED = 75
+"""Exit code of a child that asks to be replaced: one of its threads does not end."""
+
+
+class Worker:
+    """Leases and runs jobs until it is told to stop; everything it holds is handed back or settled then."""
+
+    def __init__(
+        self, app: Conveyor, *, queues: Mapping[str, float] | None = None, concurrency: int = 100, threads: int = 8,
+        burst: bool = False, grace: float = 30.0, slot: Slot | None = None, reference: str | None = None,
+    ) -> None:  # fmt: skip
+        """
+        Take the app, its queues with their weights (default: those of its tasks), and the limits.
+
+        `concurrency` jobs at once, at most `threads` of them plain functions; `grace` seconds for running
+        jobs at a stop; `burst` ends when everything is drained; `reference` is the app's ``module:object``.
+        """
+        self.app = app
+        self.name = f"{platform.node()}:{os.getpid()}"
+        self.stopping = False
+        self.stopped = False
+        self.retiring = False
+        self.state: Mapping[str, Any] = {}
+        self.consumers: list[Consumer] = []
+        self.settling = settling.Settling(app, self.name)
+        self.last_renewal = monotonic()
+        self._queues = (
+            dict(queues) if queues else dict.fromkeys((*(t.queue for t in app.tasks.values()), *app.plain_lists), 1.0)
+        )
+        if not self._queues:
+            raise ConfigurationError("This worker has no queue: the app has no tasks and none was named with -q.")
+        self._limits = (concurrency, threads)
+        self._burst, self._grace, self._slot, self._reference = burst, grace, slot, reference
+        self._handlers: dict[str, dict[bytes, Handler]] = {}
+        self._prefetch = Prefetch()
+        self._stuck: list[Attempt] = []
+        self.ready = asyncio.Event()
+        self._stop_asked = asyncio.Event()
+        self._hurry = asyncio.Event()
+        self._moved = asyncio.Event()
+        self._failure: BaseException | None = None
+
+    @property
+    def queues(self) -> tuple[str, ...]:
+        """The names of the queues it takes from."""
+        return tuple(self._queues)
+
+    # -- life -----------------------------------------------------------------------------------------------------
+
+    async def run(self) -> int:
+        """Work until `stop()`, or with burst until everything is drained; return the exit code."""
+        async with AsyncExitStack() as stack:
+            await self.start(stack)
+            await self._stop_asked.wait()
+            if self._failure is not None:
+                self.stopped = True
+                raise self._failure
+            await self._drain()
+        return RETIRED if self.retiring else 0
+
+    async def start(self, stack: AsyncExitStack) -> None:
+        """Connect, run the lifespan, register, and begin."""
+        address = self.app.backend.address
+        self.wire = Wire(address)
+        stack.callback(self.wire.close)
+        self.state = await stack.enter_async_context(self.app.lifespan_context())
+        concurrency, threads = self._limits
+        chain = [middleware for middleware in self.app.middlewares if runs(middleware)]
+        self.executor = Executor(
+            concurrency=concurrency, threads=threads, processes=Processes(self._reference, os.cpu_count() or 1),
+            ended=self.ended, stuck=self._is_stuck, kinds={task.run_in for task in self.app.tasks.values()},
+            chain=(lambda context, call: run_through(chain, context, call)) if chain else None,
+        )  # fmt: skip
+        stack.push_async_callback(self.executor.close)
+        self.listener = Listener(self, Wire(address))
+        stack.push_async_callback(self.listener.close)
+        for queue, weight in self._queues.items():
+            listed = self.app.plain_lists.get(queue)
+            keys = self.app.keys(queue) if listed is None else listed.keys
+            self.consumers.append(Consumer(self, keys, weight, self.app.queue_lease_ms(queue)))
+        for consumer in self.consumers:
+            await consumer.register()
+            await self.app.backend.aannounce(consumer.keys)
+        watchdog = Watchdog(self._on_the_loop, self._tick)
+        watchdog.start()
+        stack.callback(watchdog.close)
+        self.app.emit(WorkerStarted(self.name))
+        for consumer in self.consumers:
+            consumer.begin(stack)
+        self.ready.set()
+
+    def stop(self) -> None:
+        """Stop: the first call drains, the second hands everything back at once."""
+        if self._stop_asked.is_set():
+            self._hurry.set()
+        self._stop_asked.set()
+
+    def fail(self, error: BaseException) -> None:
+        """End with *error*: `run()` raises it."""
+        self._failure = self._failure or error
+        self.stopping = True
+        self._stop_asked.set()
+
+    def quiet(self) -> None:
+        """Lease nothing more; what runs goes on."""
+        self.stopping = True
+
+    async def _drain(self) -> None:
+        self.stopping = True
+        for consumer in self.consumers:
+            for attempt in reversed(list(consumer.held.values())):
+                if attempt.started == 0.0 and attempt.ended == 0.0:
+                    self.executor.take_back(attempt)
+                    attempt.ended = monotonic()
+                    self.settling.handed_back(consumer.report, attempt, started=False)
+            consumer.schedule()
+        await self._wait_for_ends(self._grace)
+        running = [a for consumer in self.consumers for a in consumer.held.values() if a.ended == 0.0]
+        if running:
+            log.warning("handing back %d jobs that are still running", len(running))
+        for attempt in running:
+            self.executor.stop(attempt, "stop")
+        await self._wait_for_ends(1.0, hurry=False)
+        for consumer in self.consumers:
+            for attempt in consumer.held.values():
+                if attempt.ended == 0.0:  # a thread, or a coroutine that swallows its cancellation: it dies with us
+                    attempt.ended = monotonic()
+                    if attempt in self._stuck:
+                        self._settle(attempt, None, None)
+                    else:
+                        self.settling.handed_back(consumer.report, attempt, started=True)
+        try:
+            async with asyncio.timeout(5.0):
+                await asyncio.gather(*(consumer.leave() for consumer in self.consumers))
+        except TimeoutError:
+            log.warning("Redis does not answer; what is still held comes back when its lease ends")
+        self.stopped = True
+        self.app.emit(WorkerStopped(self.name))
+
+    async def _wait_for_ends(self, seconds: float, *, hurry: bool = True) -> None:
+        deadline = monotonic() + seconds
+        while any(a.ended == 0.0 and a not in self._stuck for c in self.consumers for a in c.held.values()):
+            left = deadline - monotonic()
+            if left <= 0 or (hurry and self._hurry.is_set()):
+                return
+            self._moved.clear()
+            waits = [asyncio.ensure_future(self._moved.wait()), asyncio.ensure_future(self._hurry.wait())]
+            await asyncio.wait(waits[: 2 if hurry else 1], timeout=left, return_when=asyncio.FIRST_COMPLETED)
+            for wait in waits:
+                wait.cancel()
+
+    # -- for consumers --------------------------------------------------------------------------------------------
+
+    def room(self, consumer: Consumer) -> int:
+        """Return how many jobs *consumer* may lease now."""
+        if self.stopping:
+            return 0
+        free = self.executor.free + sum(one.backlog for one in self.consumers)  # slots that nobody runs in
+        rivals = [one for one in self.consumers if (one.more and not one.paused) or one is consumer]
+        capacity = free + self._prefetch.ahead(consumer.backlog > 0)
+        room = self._prefetch.share(capacity, consumer, rivals)
+        settled = len(consumer.report.done) + len(consumer.report.others)  # given back before more is taken
+        return max(0, min(room, BATCH, MOST_HELD - len(consumer.held) + settled))
+
+    def handlers(self, consumer: Consumer) -> dict[bytes, Handler]:
+        """Return the handlers of *consumer* by their names as envelopes spell them."""
+        found = self._handlers.get(consumer.queue)
+        if found is None:
+            found = self._handlers[consumer.queue] = {
+                name.encode(): Handler(task) for name, task in self.app.tasks.items()
+            }
+        return found
+
+    def unusual(self, consumer: Consumer, id_: str, data: bytes) -> Attempt:
+        """Make an attempt of a job that is not plain, or whose task nobody here knows."""
+        envelope = read_envelope(data)
+        handler = self.handlers(consumer).get(envelope.task.encode()) or Handler.unknown(envelope.task)
+        attempt = Attempt(consumer, handler, id_, envelope.body)
+        attempt.envelope = envelope
+        return attempt
+
+    def defer_unknown(self, consumer: Consumer, attempt: Attempt) -> None:
+        """Put a job of an unknown task off, for a newer worker: 2 s at first, as long as it is old later; no attempt is used."""
+        now = consumer.now_ms
+        age = now - (made_at_ms(attempt.id) or attempt.envelope.due_ms or now)
+        name = attempt.handler.name
+        attempt.ended = monotonic()
+        if age > settling.UNKNOWN_GIVEN_UP_MS:
+            message = f"no worker knew the task {name!r} for a day"
+            record = to_json(Failure(attempt.number, now, UnknownTask.__name__, message, worker=self.name))
+            old = attempt.history
+            state = State(old.starts, old.failures, old.crashes, [*old.errors, record])
+            self.settling.bury(consumer.report, attempt, state, message, now)
+            return
+        pause = min(settling.UNKNOWN_LAST_MS, max(settling.UNKNOWN_FIRST_MS, age))
+        log.warning(
+            "E05 Job %s needs task '%s', which this worker does not have. It stays in '%s' and is tried again in %.3g s; "
+            "no attempt was used.", attempt.public_id, name, consumer.queue, pause / 1000,
+        )  # fmt: skip
+        state_now = attempt.state.encode() if attempt.state else b""
+        consumer.report.others.append(Settlement("R", attempt.id, pause, state=state_now))
+
+    def settle_stats(self, consumer: Consumer, report: Report) -> None:
+        """Put the counters since the last turn into *report*."""
+        for handler in self._handlers.get(consumer.queue, {}).values():
+            if handler.done or handler.failed or handler.retried:
+                handler.drain(report.stats)
+
+    def begun(self) -> None:
+        """One more job began."""
+        self._prefetch.begun += 1
+
+    def absorbed(self, consumer: Consumer) -> None:
+        """A turn was answered: see whether the burst is over."""
+        if self._burst and not self.stopping and all(one.drained for one in self.consumers):
+            self.stop()
+
+    def listen(self) -> None:
+        """Wait for work, if nobody does."""
+        self.listener.listen()
+
+    def note_identity(self, consumer: Consumer) -> None:
+        """Tell the supervisor under which identity we are about to register."""
+        if self._slot is not None:
+            self._slot.set_identity(consumer.keys, consumer.identity, consumer.lease_ms)
+
+    def note_renewal(self) -> None:
+        """Tell the supervisor that our leases were renewed."""
+        self.last_renewal = monotonic()
+        if self._slot is not None:
+            self._slot.renewed()
+
+    def about(self, consumer: Consumer) -> bytes:
+        """Return who we are, as Redis keeps it."""
+        concurrency, threads = self._limits
+        return operations.about(
+            kind="worker", name=self.name, host=platform.node(), pid=os.getpid(), started=int(time() * 1000),
+            concurrency=concurrency, threads=threads, weight=consumer.weight, tasks=len(self.app.tasks),
+        )  # fmt: skip
+
+    # -- ends -----------------------------------------------------------------------------------------------------
+
+    def ended(self, attempt: Attempt, value: Any, error: BaseException | None) -> None:
+        """Settle an attempt: called by the executor once for each."""
+        consumer = attempt.consumer
+        if attempt.id in consumer.held and consumer.held[attempt.id] is attempt:
+            self._settle(attempt, value, error)
+        elif error is not None and attempt.handler.early:
+            log.error(
+                "✗ %s %s failed after its early ack: %s", attempt.handler.name, attempt.public_id, error, exc_info=error
+            )
+        if attempt.suspect:
+            consumer.suspect_ended(attempt)
+        if self.stopping:
+            self._moved.set()
+        for one in self.consumers:
+            if one is consumer or one.more:
+                one.schedule()
+
+    def _settle(self, attempt: Attempt, value: Any, error: BaseException | None) -> None:
+        consumer, why = attempt.consumer, attempt.stopped
+        report, now = consumer.report, consumer.now_ms
+        unfinished = attempt.started == 0.0 or isinstance(error, asyncio.CancelledError) or attempt in self._stuck
+        if why == "cancel" and (unfinished or error is not None):
+            self.settling.cancelled(report, attempt, now)
+        elif why == "stop" and (unfinished or error is not None):
+            self.settling.handed_back(report, attempt, started=attempt.started != 0.0)
+        elif isinstance(error, ProcessCrashed) and why is None:
+            self._process_crashed(attempt, now)
+        else:
+            final = settling.error_of(attempt, error)
+            if final is None:
+                self.settling.done(report, attempt, value, now)
+            else:
+                self.settling.failed(report, attempt, final, now)
+
+    def _process_crashed(self, attempt: Attempt, now: int) -> None:
+        """A job took its process with it: charge the crash, and try again alone, or give it up."""
+        old = attempt.history
+        state = State(attempt.number, old.failures, old.crashes + 1, old.errors)
+        log.error("✗ %s %s crashed its process", attempt.handler.name, attempt.public_id)
+        if state.crashes >= attempt.handler.task.settings.retry.max_crashes:
+            attempt.state = state
+            self.settling.poison(attempt.consumer.report, attempt, now)
+        else:
+            attempt.consumer.report.others.append(Settlement("F", attempt.id, state=state.encode()))
+
+    def _is_stuck(self, attempt: Attempt) -> None:
+        """A thread outlived its time limit: take no more work, finish the rest, be replaced; its outcome is written at the end."""
+        if attempt in self._stuck or attempt.ended != 0.0:
+            return
+        self._stuck.append(attempt)
+        if self._slot is None:
+            log.error(
+                "E13 Job %s (%s) timed out and its thread cannot be killed; its lease is kept until it ends.",
+                attempt.public_id, attempt.handler.name,
+            )  # fmt: skip
+            self.executor.threads.replace(attempt)
+            return
+        log.error(
+            "E13 Job %s (%s) timed out and its thread cannot be killed; this process finishes its other jobs and is replaced.",
+            attempt.public_id, attempt.handler.name,
+        )  # fmt: skip
+        self.retiring = True
+        self.stop()
+
+    def _tick(self) -> None:
+        if self._slot is not None:
+            self._slot.tick()
+        for consumer in self.consumers:
+            consumer.renew()
+
+    def _on_the_loop(self) -> tuple[str, str] | None:
+        attempt = self.executor.slots.current
+        return (attempt.handler.name, attempt.public_id) if attempt is not None else None

@@ -1,0 +1,459 @@
+"""Supervisors, children and signals, with real processes on a real server."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import redis as redis_py
+
+from conveyor.ident import new_ids
+from conveyor.model import write_rest
+from conveyor.store import inspection, operations
+from conveyor.store.backend import Backend
+from conveyor.store.inspection import Member
+from conveyor.store.keys import QueueKeys
+from conveyor.store.operations import Entry
+from conveyor.worker.board import About, Board, Spec
+from conveyor.worker.guardian import Guardian
+from server import Server
+
+KEYS = QueueKeys("test", "q")
+LEASE = 1.0
+
+
+def until(condition: Callable[[], Any], timeout: float = 15.0) -> Any:
+    """Return the condition's first true value."""
+    deadline = time.monotonic() + timeout
+    while not (found := condition()):
+        assert time.monotonic() < deadline, "what the test waits for did not happen"
+        time.sleep(0.005)
+    return found
+
+
+def running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+class Queue:
+    """What the tests ask of the queue that the stand-ins serve."""
+
+    def __init__(self, url: str) -> None:
+        self.backend = Backend(url, namespace="test", patience=30)
+
+    def push(self, task: str, count: int = 1, body: bytes = b"0") -> list[str]:
+        entries = [Entry(id_, write_rest(task, body)) for id_ in new_ids(count)]
+        return self.backend.push(KEYS, entries)
+
+    def crew(self) -> list[Member]:
+        return self.backend.run(inspection.crew(KEYS))
+
+    def held(self, worker: str) -> set[str]:
+        return set(self.backend.run(operations.held(KEYS, worker)))
+
+    def counts(self) -> inspection.Counts:
+        return self.backend.run(inspection.counts(KEYS))
+
+    def crashes(self, ids: Any) -> set[int]:
+        states = [self.backend.execute("HGET", KEYS.state, id_) for id_ in ids]
+        return {int(state.split(b" ")[2].split(b"\n")[0]) if isinstance(state, bytes) else 0 for state in states}
+
+    def by_pid(self, *held: int) -> dict[int, Member]:
+        """The crew by process, once it holds just that many jobs each."""
+        found = until(lambda: (c := self.crew()) and sorted(m.held for m in c) == sorted(held) and c)
+        return {member.about["pid"]: member for member in found}
+
+    def is_sound(self) -> bool:
+        return self.backend.run(inspection.audit(KEYS)) == []
+
+    def purge(self) -> None:
+        keys: Any = self.backend.execute("KEYS", "test:*")
+        for key in keys:
+            self.backend.execute("DEL", key)
+
+
+class Supervised:
+    """A supervisor with its children."""
+
+    def __init__(self, url: str, log: Path, env: dict[str, str], **options: Any) -> None:
+        self.log_path = log
+        with log.open("wb") as out:
+            self.process = subprocess.Popen(
+                [sys.executable, str(Path(__file__).parent / "stand_in.py"), json.dumps(options)],
+                env={**os.environ, "STAND_IN_URL": url, "PYTHONPATH": os.pathsep.join(sys.path), **env},
+                stderr=out,
+                stdin=subprocess.DEVNULL,
+            )
+        self.pid = self.process.pid
+
+    @property
+    def log(self) -> str:
+        return self.log_path.read_text()
+
+    def children(self) -> list[int]:
+        return [int(pid) for pid in Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()]
+
+    def signal(self, number: int) -> float:
+        self.process.send_signal(number)
+        return time.monotonic()
+
+    def wait(self, timeout: float = 15.0) -> int:
+        return self.process.wait(timeout)
+
+
+@pytest.fixture
+def queue(url: str) -> Iterator[Queue]:
+    made = Queue(url)
+    yield made
+    made.purge()
+    made.backend.close()
+
+
+@pytest.fixture
+def supervise(tmp_path: Path, queue: Queue) -> Iterator[Callable[..., Supervised]]:
+    """Start supervisors; what is left of them after the test is killed, before the queue is purged."""
+    started: list[Supervised] = []
+
+    def start(url: str, env: dict[str, str] | None = None, **options: Any) -> Supervised:
+        started.append(Supervised(url, tmp_path / f"log{len(started)}", env or {}, **options))
+        return started[-1]
+
+    yield start
+    for one in started:
+        children = one.children() if one.process.poll() is None else []
+        one.process.kill()
+        one.process.wait()
+        for pid in children:
+            if running(pid):
+                os.kill(pid, signal.SIGKILL)
+        print(one.log)
+
+
+def test_killed_child_loses_nothing(supervise: Callable[..., Supervised], queue: Queue, url: str) -> None:
+    """Jobs of a child killed with SIGKILL are ready again within a second, a new child takes them, its sibling goes on."""
+    one = supervise(url, processes=2, env={"STAND_IN_LEASE_MS": "30000"})
+    queue.push("hold", 40)
+    before = queue.by_pid(20, 20)
+    victim, sibling = before
+    lost, kept = queue.held(before[victim].worker), queue.held(before[sibling].worker)
+
+    os.kill(victim, signal.SIGKILL)
+    killed = time.monotonic()
+    until(lambda: before[victim].worker not in {member.worker for member in queue.crew()})
+    assert time.monotonic() - killed < 1
+    after = queue.by_pid(20, 20)
+
+    assert victim not in after
+    assert after[sibling].worker == before[sibling].worker
+    assert queue.held(before[sibling].worker) == kept
+    assert queue.held(next(m.worker for pid, m in after.items() if pid != sibling)) == lost
+    assert (queue.crashes(lost), queue.crashes(kept)) == ({1}, {0})
+    assert re.search(rf"\(pid {victim}\) was killed by SIGKILL; returned 20 jobs in \d+ ms", one.log)
+    assert len(one.children()) == 2
+    assert queue.is_sound()
+
+
+def test_stopped_child_keeps_its_jobs(supervise: Callable[..., Supervised], queue: Queue, url: str) -> None:
+    """A child frozen for three leases still holds its jobs, and goes on with them when it is thawed."""
+    one = supervise(url)
+    ids = queue.push("hold", 5)
+    ((pid, member),) = queue.by_pid(5).items()
+    os.kill(pid, signal.SIGSTOP)
+    thaw = time.monotonic() + 3.3 * LEASE
+    while time.monotonic() < thaw:
+        left = queue.crew()[0].end - time.time() * 1000  # the server's clock is this machine's
+        assert left > 300 * LEASE
+        time.sleep(0.05)
+    assert one.log.count("E11") == 1
+    os.kill(pid, signal.SIGCONT)
+    until(lambda: "goes on after" in one.log)
+
+    assert queue.held(member.worker) == set(ids)
+    one.signal(signal.SIGTERM)
+    assert one.wait() == 0
+    assert queue.crashes(ids) == {0}
+    assert one.log.count("E11") == 1
+
+
+def test_blocked_loop_is_named_and_keeps_its_lease(
+    supervise: Callable[..., Supervised], queue: Queue, url: str
+) -> None:
+    """A job that blocks the loop for two leases finishes once, and the log says which it was, and where it stood."""
+    one = supervise(url, env={"STAND_IN_LEASE_MS": "700"})
+    queue.push("block", body=b"2.0")
+    until(lambda: queue.counts().leased == 1)
+    until(lambda: queue.counts().leased == 0)
+
+    assert int(queue.backend.execute("HLEN", KEYS.jobs)) == 0
+    until(lambda: "goes on after" in one.log)
+    assert re.search(r"E11 .* has blocked its event loop for 1\.\d s in block \(\S+\)", one.log)
+    assert re.search(r'stand_in\.py", line \d+ in work', one.log)
+    assert one.log.count("E11") == 1
+
+
+def test_stall_without_end_is_ended(supervise: Callable[..., Supervised], queue: Queue, url: str) -> None:
+    """A child that blocks beyond max_stall is killed, its jobs are charged with a crash and taken by the next."""
+    one = supervise(url, max_stall=1.5, env={"STAND_IN_WANT": "1"})
+    (id_,) = queue.push("block", body=b"60")
+    (pid,) = queue.by_pid(1)
+    until(lambda: not running(pid))
+    (after,) = queue.by_pid(1)
+
+    assert after != pid
+    assert queue.crashes([id_]) == {1}
+    assert re.search(r"was killed after blocking its event loop for \d s in block \(\S+\); returned 1 job in", one.log)
+    one.process.kill()
+    until(lambda: queue.counts().leased == 0 or "drains and ends" in one.log)
+
+
+def test_orphans_drain_and_end(supervise: Callable[..., Supervised], queue: Queue, url: str) -> None:
+    """When the supervisor is killed its children give back their jobs uncharged and end, also one whose loop is blocked."""
+    one = supervise(url, processes=2, grace=0.5, env={"STAND_IN_LEASE_MS": "700", "STAND_IN_WANT": "1"})
+    ids = queue.push("hold") + queue.push("block", body=b"60")
+    pids = list(queue.by_pid(1, 1))
+    until(lambda: "E11" in one.log)
+    one.process.kill()
+    killed = time.monotonic()
+    until(lambda: sum(running(pid) for pid in pids) == 1)
+    assert time.monotonic() - killed < 1.5
+    while any(running(pid) for pid in pids):
+        assert queue.counts().ready + queue.counts().leased == 2
+        assert all(member.end > time.time() * 1000 for member in queue.crew())
+        assert time.monotonic() - killed < 6
+        time.sleep(0.05)
+
+    assert queue.counts().leased == 0
+    assert queue.crashes(ids) == {0}
+    assert queue.is_sound()
+
+
+def test_stop_is_orderly(supervise: Callable[..., Supervised], queue: Queue, url: str) -> None:
+    """After SIGTERM what runs is finished, what only waits is given back uncharged, and the exit code is 0."""
+    one = supervise(url, processes=2)
+    waiting, short = queue.push("hold", 20), queue.push("sleep", 20, body=b"0.7")
+    queue.by_pid(20, 20)
+    stopped = one.signal(signal.SIGTERM)
+
+    assert one.wait() == 0
+    assert time.monotonic() - stopped < 3
+    counts = queue.counts()
+    assert (counts.ready, counts.leased, counts.workers) == (20, 0, 0)
+    assert queue.crashes(waiting + short) == {0}
+    assert queue.is_sound()
+
+
+def test_stop_ends_what_outlives_its_grace(supervise: Callable[..., Supervised], queue: Queue, url: str) -> None:
+    """A child that does not end within its grace is killed, its jobs come back uncharged, and the exit code is 0."""
+    one = supervise(url, grace=0.2, env={"STAND_IN_LEASE_MS": "700"})
+    ids = queue.push("block", body=b"60") + queue.push("hold", 3)
+    queue.by_pid(4)
+    stopped = one.signal(signal.SIGTERM)
+
+    assert one.wait() == 0
+    assert 2.0 < time.monotonic() - stopped < 4
+    assert (queue.counts().ready, queue.counts().leased) == (4, 0)
+    assert queue.crashes(ids) == {0}
+    assert "after its grace; returned 4 jobs" in one.log
+
+
+def test_second_signal_hurries(supervise: Callable[..., Supervised], queue: Queue, url: str) -> None:
+    """A second SIGINT does not wait for the grace to pass; children have process groups of their own."""
+    one = supervise(url, grace=30.0)
+    ids = queue.push("sleep", 3, body=b"60")
+    ((pid, member),) = queue.by_pid(3).items()
+    assert member.about["group"] == pid != os.getpgid(one.pid)
+    one.signal(signal.SIGINT)
+    until(lambda: "Stopping" in one.log)
+    assert one.process.poll() is None
+    hurried = one.signal(signal.SIGINT)
+
+    assert one.wait() == 0
+    assert time.monotonic() - hurried < 2.5
+    assert (queue.counts().ready, queue.counts().leased) == (3, 0)
+    assert queue.crashes(ids) == {0}
+
+
+def test_hopeless_start_is_given_up(supervise: Callable[..., Supervised], url: str) -> None:
+    """When no child comes up five times in a row the supervisor says so and exits with 1."""
+    one = supervise(url, app="broken:app")
+
+    assert one.wait(30) == 1
+    assert one.log.count("Cannot start the worker of broken:app") == 5
+    assert "Giving up: 5 worker processes for 'broken:app'" in one.log
+    assert "importing it failed" in one.log
+
+
+def test_child_that_dies_while_redis_hangs(
+    supervise: Callable[..., Supervised], queue: Queue, server: Server, url: str
+) -> None:
+    """A hanging Redis does not keep a dead child from being replaced; its jobs return when Redis answers."""
+    one = supervise(url, env={"STAND_IN_LEASE_MS": "30000"})
+    ids = queue.push("hold", 5)
+    ((pid, member),) = queue.by_pid(5).items()
+    os.kill(server.pid, signal.SIGSTOP)
+    try:
+        os.kill(pid, signal.SIGKILL)
+        assert until(lambda: [child for child in one.children() if child != pid and running(child)], 1.0)
+        os.kill(one.children()[0], signal.SIGKILL)
+        assert until(lambda: one.log.count("Started worker child 1") == 3, 2.0)
+    finally:
+        os.kill(server.pid, signal.SIGCONT)
+
+    until(lambda: [m.held for m in queue.crew() if m.worker != member.worker] == [5])
+    assert len(queue.crew()) == 1
+    assert queue.crashes(ids) == {1}
+
+
+def test_child_that_dies_while_redis_is_down(
+    supervise: Callable[..., Supervised], start_server: Callable[..., Server]
+) -> None:
+    """The jobs of a child that died while Redis was away are returned when it is back, and the supervisor lives through it."""
+    server = start_server("--appendonly", "yes", "--appendfsync", "always")
+    queue = Queue(server.url)
+    one = supervise(server.url, env={"STAND_IN_LEASE_MS": "30000"})
+    ids = queue.push("hold", 5)
+    ((pid, member),) = queue.by_pid(5).items()
+    server.kill()
+    os.kill(pid, signal.SIGKILL)
+    until(lambda: "Cannot keep the leases" in one.log)
+    server.start()
+    back = time.monotonic()
+
+    until(lambda: member.worker not in {m.worker for m in queue.crew()})
+    assert time.monotonic() - back < 3
+    queue.by_pid(5)
+    assert queue.crashes(ids) == {1}
+    one.signal(signal.SIGTERM)
+    assert one.wait() == 0
+    assert (queue.counts().ready, queue.counts().leased) == (5, 0)
+    queue.backend.close()
+
+
+def test_stop_without_redis(supervise: Callable[..., Supervised], start_server: Callable[..., Server]) -> None:
+    """A stop while Redis is down ends within grace + 5 s all the same."""
+    server = start_server()
+    queue = Queue(server.url)
+    one = supervise(server.url, grace=0.2)
+    queue.push("hold", 5)
+    queue.by_pid(5)
+    server.kill()
+    stopped = one.signal(signal.SIGTERM)
+
+    assert one.wait() == 0
+    assert time.monotonic() - stopped < 5.2
+    assert "the last jobs of this worker return when their leases end" in one.log
+    queue.backend.close()
+
+
+def test_burst_ends_when_drained(supervise: Callable[..., Supervised], queue: Queue, url: str) -> None:
+    """With --burst a killed child is replaced, everything is drained all the same, and the exit code is 0."""
+    one = supervise(url, processes=2, burst=True, env={"STAND_IN_LEASE_MS": "30000", "STAND_IN_WANT": "10"})
+    queue.push("sleep", 60, body=b"0.3")
+    pids = list(queue.by_pid(10, 10))
+    os.kill(pids[0], signal.SIGKILL)
+
+    assert one.wait() == 0
+    assert int(queue.backend.execute("HLEN", KEYS.jobs)) == 0
+    assert "was killed by SIGKILL; returned" in one.log
+
+
+def test_recycled_child_is_replaced_without_blame(supervise: Callable[..., Supervised], queue: Queue, url: str) -> None:
+    """A child that exits with 75 is replaced, and jobs it may have left come back uncharged."""
+    one = supervise(url, env={"STAND_IN_LEASE_MS": "30000"})
+    ids = queue.push("hold", 3)
+    (pid,) = queue.by_pid(3)
+    queue.push("recycle")
+    until(lambda: "to be replaced by a fresh one" in one.log)
+    until(lambda: [m for m in queue.crew() if m.about["pid"] != pid and m.held == 3])
+
+    assert queue.crashes(ids) == {0}
+    assert "SIG" not in one.log
+
+
+def test_quiet_and_stacks(supervise: Callable[..., Supervised], queue: Queue, url: str) -> None:
+    """SIGUSR2 writes the stacks of all children; after SIGUSR1 nothing is leased, by a restarted child neither."""
+    one = supervise(url)
+    queue.push("hold", 2)
+    (pid,) = queue.by_pid(2)
+    one.signal(signal.SIGUSR2)
+    assert re.search(
+        r"worker child 1 \(pid \d+\):\n(.*\n)*.*in main", until(lambda: "most recent call" in one.log and one.log)
+    )
+    one.signal(signal.SIGUSR1)
+    until(lambda: "Quiet" in one.log)
+    until(lambda: queue.crew()[0].held == 2)
+    os.kill(pid, signal.SIGKILL)
+    until(lambda: queue.counts().ready == 2)
+    queue.by_pid(0)
+    queue.push("noop")
+    end = queue.crew()[0].end
+    until(lambda: queue.crew()[0].end > end + 300)  # it went on making turns meanwhile
+    assert (queue.counts().ready, queue.counts().leased) == (3, 0)
+
+
+def test_healthy_worker_costs_no_beats(url: str, redis: redis_py.Redis) -> None:
+    """The guardian sends nothing for a worker that renews by itself, and beats for one that does not."""
+    board = Board(1)
+    slot = board.slot(0)
+    slot.prepare(Spec("app", {}, 1, 1, burst=False, grace=1))
+    slot.set_about(About(url, "test"))
+    slot.set_identity(KEYS, "w1", 500)
+    backend = Backend(url, namespace="test")
+    backend.run(operations.register(KEYS, "w1", 500, b"{}"))
+
+    def calls() -> int:
+        stats: Any = redis.info("commandstats")
+        return sum(stats.get(f"cmdstat_{name}", {"calls": 0})["calls"] for name in ("eval", "evalsha"))
+
+    guardian = Guardian()
+    guardian.watch(slot)
+    start, end = calls(), time.monotonic() + 0.8
+    while time.monotonic() < end:
+        slot.renewed("w1")
+        time.sleep(0.02)
+    assert calls() == start
+
+    silent = time.monotonic()
+    until(lambda: calls() >= start + 4)
+    assert 0.5 < time.monotonic() - silent < 1.5
+    assert float(redis.zscore(KEYS.workers, "w1") or 0) > time.time() * 1000
+    guardian.forget(slot)
+    assert guardian.close(1)
+    backend.run(operations.reap(KEYS, "w1"))
+    backend.close()
+    board.close()
+
+
+def test_embedded_server_outlives_its_only_child(supervise: Callable[..., Supervised], directory: Path) -> None:
+    """With the embedded server the supervisor is a user of it too: the server does not stop with the last child."""
+    url = f"embedded:{directory / 'project'}"
+    one = supervise(url, env={"STAND_IN_LEASE_MS": "30000"})
+    until(lambda: "The guardian is connected" in one.log, 30)
+    queue = Queue(url)
+    ids = queue.push("hold", 5)
+    (pid,) = queue.by_pid(5)
+    info = queue.backend.execute("INFO", "server")
+    queue.backend.close()
+    os.kill(pid, signal.SIGKILL)
+    until(lambda: "returned 5 jobs" in one.log)
+    queue = Queue(url)
+    queue.by_pid(5)
+
+    assert queue.crashes(ids) == {1}
+    run_id = re.compile(rb"run_id:(\w+)")
+    assert run_id.findall(bytes(queue.backend.execute("INFO", "server"))) == run_id.findall(bytes(info))
+    one.signal(signal.SIGTERM)
+    assert one.wait() == 0
+    queue.backend.close()
