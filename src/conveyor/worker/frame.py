@@ -15,6 +15,7 @@ class Start(msgspec.Struct, tag="start"):
 
     app: str
     path: list[str]
+    verbose: bool
 
 
 class Job(msgspec.Struct, tag="job"):
@@ -28,7 +29,6 @@ class Job(msgspec.Struct, tag="job"):
     headers: dict[str, str]
     keep_ms: int | None
     enqueued_ms: int | None
-    extends: bool
 
 
 class Ready(msgspec.Struct, tag="ready"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import signal
 import socket
@@ -17,10 +18,11 @@ import msgspec
 from conveyor import ident
 from conveyor.errors import ConfigurationError
 from conveyor.worker.frame import HEAD, Done, Extend, Failed, Job, Order, Ready, Report, Start, pack, read_report
+from conveyor.worker.log import LOG
 from conveyor.worker.remote import rebuild
 
 if TYPE_CHECKING:
-    from conveyor.worker.attempt import Attempt  # type: ignore[import-not-found,unused-ignore]
+    from conveyor.worker.attempt import Attempt
 
 # Not `-m`: that would run a second copy of a module which `conveyor.worker` may have loaded already.
 _ENTRY = "from conveyor.worker.process_child import main; main()"
@@ -45,17 +47,10 @@ class Processes:
     most_jobs = 1_000
     idle_seconds = 60.0
 
-    def __init__(
-        self, app_reference: str | None, limit: int, *, extend: Callable[[Attempt, int], None] | None = None
-    ) -> None:
-        """
-        Take the app as ``module:object`` (None: a worker inside another program, where `run` raises).
-
-        *extend* moves the time limit of an attempt to so many ms from now, when its job calls `context.extend`.
-        """
+    def __init__(self, app_reference: str | None, limit: int) -> None:
+        """Take the app as ``module:object`` (None: a worker inside another program, where `run` raises)."""
         self.limit = limit
         self._reference = app_reference
-        self._extend = extend
         self._slots = asyncio.Semaphore(limit)
         self._idle: list[tuple[_Child, asyncio.TimerHandle]] = []
         self._alive: set[_Child] = set()
@@ -82,7 +77,7 @@ class Processes:
         async with self._slots:
             child = await self._take(self._reference)
             try:
-                report = await child.work(_job(attempt, extends=self._extend is not None), self._extension(attempt))
+                report = await child.work(_job(attempt), attempt.move_deadline)
             except BaseException:
                 await child.kill()
                 raise
@@ -136,13 +131,6 @@ class Processes:
         self._ending[child] = ending = asyncio.create_task(child.end(), name=f"end-process-{child.pid}")
         ending.add_done_callback(lambda _: self._ending.pop(child))
 
-    def _extension(self, attempt: Attempt) -> Callable[[int], None]:
-        def extend(ms: int) -> None:
-            if self._extend is not None:
-                self._extend(attempt, ms)
-
-        return extend
-
 
 class _Child:
     """One process, seen from the worker."""
@@ -186,7 +174,7 @@ class _Child:
     async def ready(self, reference: str) -> None:
         """Wait until the app is loaded; raises ConfigurationError with what it raised when it cannot be."""
         what = f"The process for jobs, which loads {reference},"
-        report = await self._ask(Start(reference, sys.path), what)
+        report = await self._ask(Start(reference, sys.path, LOG.isEnabledFor(logging.DEBUG)), what)
         if isinstance(report, Failed):
             raise ConfigurationError(
                 f"{what} cannot start: {report.kinds[0].partition(':')[2]}: {report.message}\n{report.traceback}",
@@ -262,7 +250,7 @@ class _Child:
         return ProcessCrashed(f"{what} {how} before it was done. Its pid was {self.pid}.")
 
 
-def _job(attempt: Attempt, *, extends: bool) -> Job:
+def _job(attempt: Attempt) -> Job:
     envelope = attempt.envelope
     bare = ident.split(attempt.public_id)[1]
     return Job(
@@ -274,7 +262,6 @@ def _job(attempt: Attempt, *, extends: bool) -> Job:
         headers=envelope.extra.headers,
         keep_ms=envelope.extra.keep_ms,
         enqueued_ms=ident.made_at_ms(bare),
-        extends=extends,
     )
 
 

@@ -16,18 +16,18 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextvars import Context as Variables
 from contextvars import copy_context
 from datetime import UTC, datetime
-from functools import reduce
-from importlib import import_module
 from typing import Any
 
-from conveyor.context import _CURRENT, Context
-from conveyor.errors import ConfigurationError, UnknownTask
+from conveyor.context import CURRENT, Context
+from conveyor.errors import UnknownTask
 from conveyor.task import Task
+from conveyor.worker.child import load
 from conveyor.worker.frame import HEAD, Done, Extend, Failed, Job, Order, Ready, Report, Start, pack, read_order
+from conveyor.worker.log import configure_log
 from conveyor.worker.remote import capture
 
 
@@ -43,6 +43,7 @@ def main() -> None:
     if not isinstance(start, Start):
         return
     sys.path[:] = start.path
+    configure_log(verbose=start.verbose)
     runner = _Runner(connection)
     try:
         runner.open(start.app)
@@ -97,8 +98,7 @@ class _Runner:
 
     def open(self, reference: str) -> None:
         """Load the app and open its lifespan; raises what these raise."""
-        module, _, attribute = reference.partition(":")
-        self._app = reduce(getattr, (attribute or "app").split("."), import_module(module))
+        self._app = load(reference)
         self._loop.run(self._open_lifespan())
 
     async def _open_lifespan(self) -> None:
@@ -138,7 +138,7 @@ class _Runner:
             context = self._context(job)
             kwargs.update(dict.fromkeys(task.signature.injected, context))
             variables = copy_context()
-            variables.run(_CURRENT.set, context)
+            variables.run(CURRENT.set, context)
             result = self._call(task, args, kwargs, variables)
             keep_ms = task.settings.keep_ms if job.keep_ms is None else job.keep_ms
             return Done(None if task.returns_none or not keep_ms else task.results.encode(result))
@@ -162,19 +162,9 @@ class _Runner:
             attempt=job.attempt,
             headers=job.headers,
             state=self._state,
-            deadline_hook=self._extension(extends=job.extends),
+            deadline_hook=lambda ms: self._connection.send(Extend(ms)),
             enqueued_at=_instant(job.enqueued_ms),
         )
-
-    def _extension(self, *, extends: bool) -> Callable[[int], None]:
-        def extend(ms: int) -> None:
-            if not extends:
-                raise ConfigurationError(
-                    'context.extend() is not available to this run_in="process" task. Give it a longer timeout=.'
-                )
-            self._connection.send(Extend(ms))
-
-        return extend
 
 
 def _die_with_the_worker() -> None:
