@@ -55,7 +55,9 @@ def shorten(text: str, most: int) -> str:
 
 def _traceback(error: BaseException) -> str:
     try:
-        text = "".join(TracebackException(type(error), error, error.__traceback__).format())
+        text = getattr(error, "conveyor_traceback", None)  # of the process that raised it; ours shows only its arrival
+        if not isinstance(text, str):
+            text = "".join(TracebackException(type(error), error, error.__traceback__).format())
     except BaseException as reason:  # notes, causes and groups are the caller's objects too
         text = f"<no traceback: {type(reason).__name__} while it was formatted>"
     return shorten(text, TRACEBACK_BYTES)
