@@ -327,10 +327,18 @@ def test_doctor_exit_codes(shell: Shell, start_server: object) -> None:
 # -- errors -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("place", ["redis://:s3cr3t-canary@127.0.0.1:1/0", "redis://127.0.0.1:1/0?password=s3cr3t-canary"])
+@pytest.mark.parametrize(
+    "place", ["redis://:s3cr3t-canary@127.0.0.1:1/0", "redis://127.0.0.1:1/0?password=s3cr3t-canary"]
+)
 def test_absent_server_ends_with_3_soon_and_keeps_secrets(shell: Shell, place: str) -> None:
     """Every command against an absent server ends with 3 within 3 s, says E01, and prints no password, even with -v."""
-    for words in (["status"], ["push", "mail", "1"], ["queue", "list", "-v"], ["job", "show", "x"], ["doctor", "--json"]):
+    for words in (
+        ["status"],
+        ["push", "mail", "1"],
+        ["queue", "list", "-v"],
+        ["job", "show", "x"],
+        ["doctor", "--json"],
+    ):
         start = time.monotonic()
         done = shell.run(*words, CONVEYOR_URL=place)
 

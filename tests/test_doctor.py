@@ -94,7 +94,9 @@ def test_full_memory_is_a_problem(start_server: Start, examine: Callable[[str], 
     assert not report.healthy
 
 
-def test_replica_is_a_problem(url: str, server: Server, start_server: Start, examine: Callable[[str], doctor.Report]) -> None:
+def test_replica_is_a_problem(
+    url: str, server: Server, start_server: Start, examine: Callable[[str], doctor.Report]
+) -> None:
     """A read-only replica is unhealthy, and its primary is named."""
     replica = start_server()
     with replica.client() as client:

@@ -23,15 +23,32 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "provider",
     ),  # values: no I/O
     ("store",),  # all that knows Redis
-    ("queue", "message", "plain", "consume", "group", "limit"),  # messaging
+    (  # messaging
+        "aconsumer",
+        "consumer",
+        "flow",
+        "group",
+        "holder",
+        "lessee",
+        "message",
+        "mover",
+        "plain",
+        "posting",
+        "pulse",
+        "queue",
+        "sweep",
+        "verdict",
+    ),
     (  # jobs
         "app",
         "bulk",
         "context",
         "hook",
         "job",
+        "limit",
         "middleware",
         "outgoing",
+        "pusher",
         "registration",
         "result",
         "schedule",

@@ -523,7 +523,13 @@ async def test_hostile_exceptions_do_not_hurt_the_worker(app: Conveyor) -> None:
         def __str__(self) -> str:
             raise RuntimeError("no text")
 
-    errors: list[Any] = [Hostile(), ValueError("x" * 1_000_000), SystemExit(3), asyncio.CancelledError(), GeneratorExit()]
+    errors: list[Any] = [
+        Hostile(),
+        ValueError("x" * 1_000_000),
+        SystemExit(3),
+        asyncio.CancelledError(),
+        GeneratorExit(),
+    ]
 
     @app.task(retry=1)
     async def hostile(n: int) -> None:
@@ -589,5 +595,7 @@ async def test_commands_per_job_are_few(app: Conveyor, redis: Any) -> None:
     await drain(app)
     after = {name: row["calls"] for name, row in redis.info("commandstats").items()}
 
-    sent = sum(after.get(name, 0) - before.get(name, 0) for name in ("cmdstat_evalsha", "cmdstat_eval", "cmdstat_blpop"))
+    sent = sum(
+        after.get(name, 0) - before.get(name, 0) for name in ("cmdstat_evalsha", "cmdstat_eval", "cmdstat_blpop")
+    )
     assert sent <= 0.05 * 5000

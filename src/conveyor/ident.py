@@ -83,7 +83,9 @@ def own_id(id: str) -> str:  # noqa: A002
 def queue_name(name: str) -> str:
     """Return a usable queue or task name: ``[A-Za-z0-9_.:-]``, 1-128 characters. Raises ConfigurationError."""
     if not isinstance(name, str) or not _NAME.fullmatch(name):
-        raise ConfigurationError(f"A queue or task name has 1 to 128 of A-Z a-z 0-9 _ . : - and nothing else: {name!r}.")
+        raise ConfigurationError(
+            f"A queue or task name has 1 to 128 of A-Z a-z 0-9 _ . : - and nothing else: {name!r}."
+        )
     return name
 
 

@@ -51,7 +51,9 @@ def final(text: str, address: str) -> ConveyorError:
             "Workers go on draining; give it more memory or try again later."
         )
     if code in {"NOPERM", "NOAUTH", "WRONGPASS"}:
-        return ConfigurationError(f"Redis at {address} refuses this user: {text.rstrip('.')}. See `conveyor doctor`.", code="E17")
+        return ConfigurationError(
+            f"Redis at {address} refuses this user: {text.rstrip('.')}. See `conveyor doctor`.", code="E17"
+        )
     if code == "WRONGTYPE":
         return ConfigurationError(
             f"A key of Conveyor at {address} holds something else: {text}. Use another namespace."

@@ -12,8 +12,8 @@ from conveyor.model import Envelope, State, read_envelope
 if TYPE_CHECKING:
     import asyncio
 
-    from conveyor.worker.consumer import Consumer
     from conveyor.worker.handler import Handler
+    from conveyor.worker.role import Holder
 
 PLAIN = Envelope("", b"")
 
@@ -38,7 +38,7 @@ class Attempt:
         "until",
     )  # fmt: skip
 
-    def __init__(self, consumer: Consumer, handler: Handler, id: str, body: bytes) -> None:  # noqa: A002
+    def __init__(self, consumer: Holder, handler: Handler, id: str, body: bytes) -> None:  # noqa: A002
         """Take a plain, fresh job; `mark` and `recall` add what is rarer."""
         self.consumer = consumer
         self.handler = handler
@@ -108,7 +108,7 @@ class Attempt:
 
     def move_deadline(self, ms: int) -> None:
         """Give the attempt *ms* from now on."""
-        self.consumer.executor.deadlines.move(self, ms / 1000)
+        self.consumer.move_deadline(self, ms / 1000)
 
     def __repr__(self) -> str:
         return f"<Attempt {self.number} of {self.public_id} ({self.handler.name})>"

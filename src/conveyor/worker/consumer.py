@@ -10,37 +10,64 @@ import asyncio
 import logging
 import random
 from time import monotonic
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from conveyor import ident
 from conveyor.errors import ConveyorError
 from conveyor.event import JobLost
-from conveyor.lessee import Suspects
 from conveyor.store import fault, operations
 from conveyor.store.operations import LateTurn, Report, Settlement, Turn, Unregistered
 from conveyor.store.script import Call
 from conveyor.store.wire import Wire
+from conveyor.worker.alarm import Alarm
 from conveyor.worker.antechamber import Antechamber
 from conveyor.worker.attempt import Attempt
 from conveyor.worker.intake import Intake
+from conveyor.worker.reaper import Reaper
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from contextlib import AsyncExitStack
 
+    from conveyor.app import Conveyor
     from conveyor.store.keys import QueueKeys
     from conveyor.worker.executor import Executor
-    from conveyor.worker.worker import Worker
+    from conveyor.worker.handler import Handler
+    from conveyor.worker.settling import Settling
 
 log = logging.getLogger("conveyor.worker")
 IDLE = 5.0
 """Longest pause between two turns in seconds: a lost wake-up token costs at most this."""
 
 
+class Host(Protocol):
+    """What a consumer needs of its worker."""
+
+    app: Conveyor
+    executor: Executor
+    wire: Wire
+    settling: Settling
+    state: Mapping[str, Any]
+    stopping: bool
+
+    def room(self, consumer: Consumer) -> int: ...
+    def handlers(self, consumer: Consumer) -> dict[bytes, Handler]: ...
+    def unusual(self, consumer: Consumer, id_: str, data: bytes) -> Attempt: ...
+    def defer_unknown(self, consumer: Consumer, attempt: Attempt) -> None: ...
+    def settle_stats(self, consumer: Consumer, report: Report) -> None: ...
+    def absorbed(self, consumer: Consumer) -> None: ...
+    def listen(self) -> None: ...
+    def note_identity(self, consumer: Consumer) -> None: ...
+    def note_renewal(self) -> None: ...
+    def about(self, consumer: Consumer) -> bytes: ...
+    def begun(self) -> None: ...
+    def fail(self, error: BaseException) -> None: ...
+
+
 class Consumer:
     """A worker's share of one queue."""
 
-    def __init__(self, worker: Worker, keys: QueueKeys, weight: float, lease_ms: int) -> None:
+    def __init__(self, worker: Host, keys: QueueKeys, weight: float, lease_ms: int) -> None:
         """Take the worker it belongs to, the queue's keys, its weight among the worker's queues, and its lease."""
         self.keys, self.queue, self.weight, self.lease_ms = keys, keys.queue, weight, lease_ms
         self.executor: Executor = worker.executor
@@ -57,11 +84,10 @@ class Consumer:
         self._number = 0
         self._flying: tuple[Call[Turn], Report] | None = None
         self._kick_soon = False
-        self._suspects = Suspects(lease_ms)
+        self._reaper = Reaper(keys, worker.wire, lease_ms)
+        self._alarm = Alarm(self._due_now)
         self._last_turn = 0.0
         self._looked = self._left = False
-        self._due: asyncio.TimerHandle | None = None
-        self._watched: int | None = None
         self._antechamber = Antechamber()
         self._intake = Intake(self, worker.app.plain_lists[keys.queue].task or "") if keys.foreign is not None else None
         self._recovery: asyncio.Task[None] | None = None
@@ -91,8 +117,7 @@ class Consumer:
 
     async def leave(self) -> None:
         """Send what is left to report and take the registration away; nothing that is still held is charged."""
-        if self._due is not None:
-            self._due.cancel()
+        self._alarm.close()
         await self._settled()
         if self.report:
             self._start(0)
@@ -156,7 +181,7 @@ class Consumer:
         if self._flying is not None or self._recovery is not None:
             return
         now = monotonic()
-        if now - self._last_turn >= 0.95 * pause or self._suspects.next_look(now) <= 0:
+        if now - self._last_turn >= 0.95 * pause or self._reaper.is_due:
             self._start(self._worker.room(self))
 
     def _start(self, want: int) -> None:
@@ -165,14 +190,13 @@ class Consumer:
         self._idle.clear()
         report, self.report = self.report, Report()
         self._worker.settle_stats(self, report)
-        flags = ""
         now = monotonic()
-        if self._suspects.next_look(now) <= 0:
-            flags = "l"
+        self._looked = self._reaper.is_due
         self._number += 1
-        call = operations.turn(self.keys, self.identity, self._number, want, self.lease_ms, report, flags=flags)
+        call = operations.turn(
+            self.keys, self.identity, self._number, want, self.lease_ms, report, flags="l" if self._looked else ""
+        )
         self._flying = (call, report)
-        self._looked = flags == "l"
         self._last_turn = now
         self._wanted = want
         if self._intake is not None and want > 0:
@@ -256,11 +280,12 @@ class Consumer:
                 if id_ in held:
                     self.executor.stop(held[id_], "cancel")
         if self._looked:
-            self._bury_the_dead(turn)
+            self._reaper.look(turn, self.identity)
         if turn.held != len(held):
             self._recovery = asyncio.get_running_loop().create_task(self._reconcile())
             return
-        self._watch(turn)
+        if not self._worker.stopping:
+            self._alarm.watch(turn, asked=self._wanted > 0)
         self._landed.set()
         self._kick()
         self._worker.absorbed(self)
@@ -311,11 +336,6 @@ class Consumer:
             attempt.ended = monotonic()
             self._worker.settling.poison(self.report, attempt, self.now_ms)
 
-    def suspect_ended(self, attempt: Attempt) -> None:
-        """Let the next suspect run."""
-        self._antechamber.ended(attempt)
-        self._next_suspect()
-
     def _refused(self, id_: str) -> None:
         attempt = self.held.pop(id_, None)
         log.warning("the outcome of %s was refused: its lease was lost", ident.public(self.queue, id_))
@@ -344,41 +364,6 @@ class Consumer:
         self._landed.set()
         self.schedule()
 
-    def _bury_the_dead(self, turn: Turn) -> None:
-        convicted = self._suspects.look(turn.now, turn.overdue, monotonic())
-        for worker, end in convicted:
-            if worker != self.identity:
-                asyncio.get_running_loop().create_task(self._reap(worker, end))
-
-    async def _reap(self, worker: str, end: int) -> None:
-        try:
-            count = await self._wire.run(operations.reap(self.keys, worker, end=end), patience=5.0)
-        except ConveyorError as error:
-            log.warning("could not reap a dead worker of queue %s: %s", self.queue, error)
-            return
-        if count >= 0:
-            log.warning("queue %s: worker %s is dead; returned %d jobs", self.queue, worker[:8], count)
-
-    def _watch(self, turn: Turn) -> None:
-        """Make a turn when the next scheduled job is due."""
-        if turn.next_due is None or self._worker.stopping:
-            self._watched = None
-            return
-        if self._due is not None:
-            self._due.cancel()
-        late = 0.0
-        if self._watched is not None and turn.next_due > self._watched and not turn.ids and self._wanted > 0:
-            # Somebody else was quicker: be the second line from now on, a little later, until we win one.
-            late = random.uniform(0.02, 0.08)  # noqa: S311
-        self._watched = turn.next_due
-        pause = max(0.001, (turn.next_due - turn.now) / 1000 + 0.001 + late)
-        self._due = asyncio.get_running_loop().call_later(min(pause, 3600.0), self._due_now)
-
-    def _due_now(self) -> None:
-        self._due = None
-        if self._flying is None and self._recovery is None and not self._worker.stopping:
-            self._start(self._worker.room(self))
-
     # -- ends -----------------------------------------------------------------------------------------------------
 
     def begun(self) -> None:
@@ -386,14 +371,32 @@ class Consumer:
         self.backlog -= 1
         self._worker.begun()
 
-    def started(self) -> None:
+    def left(self) -> None:
         """One of ours left the backlog without beginning."""
         self.backlog -= 1
+
+    def holds(self, attempt: Attempt) -> bool:
+        """Tell whether *attempt* is still ours to settle."""
+        return self.held.get(attempt.id) is attempt
+
+    def ended(self, attempt: Attempt) -> None:
+        """One of ours ended: the next suspect may run."""
+        if attempt.suspect:
+            self._antechamber.ended(attempt)
+            self._next_suspect()
+
+    def move_deadline(self, attempt: Attempt, seconds: float) -> None:
+        """Give *attempt* that many seconds from now on."""
+        self.executor.deadlines.move(attempt, seconds)
+
+    def _due_now(self) -> None:
+        if self._flying is None and self._recovery is None and not self._worker.stopping:
+            self._start(self._worker.room(self))
 
     @property
     def drained(self) -> bool:
         """True when nothing is left that this worker could do: for a burst."""
-        if self._watched is None or self._worker.stopping:
+        if not self._alarm.is_set or self._worker.stopping:
             self.own_retries.clear()  # nothing is scheduled, so another worker took them
         return not (self.more or self.busy or self.own_retries)
 

@@ -92,7 +92,7 @@ class Executor:
         """Forget an attempt that has not begun; a thread that reaches it passes it over."""
         if attempt in self.slots.backlog:
             self.slots.backlog.remove(attempt)
-            attempt.consumer.started()
+            attempt.consumer.left()
 
     # -- beginning ------------------------------------------------------------------------------------------------
 

@@ -17,7 +17,7 @@ from conveyor.store import fault, operations
 from conveyor.store.wire import Wire
 
 if TYPE_CHECKING:
-    from conveyor.worker.consumer import Consumer
+    from conveyor.worker.role import Sleeper
 
 log = logging.getLogger("conveyor.worker")
 BLOCK = 5.0
@@ -26,7 +26,7 @@ BLOCK = 5.0
 class Intake:
     """Moves what others push on the foreign list."""
 
-    def __init__(self, consumer: Consumer, task: str) -> None:
+    def __init__(self, consumer: Sleeper, task: str) -> None:
         """Take the consumer of the list, and the name of the task that gets the entries."""
         self._consumer = consumer
         self._name = task

@@ -15,8 +15,7 @@ from conveyor.store import fault
 from conveyor.store.wire import Wire
 
 if TYPE_CHECKING:
-    from conveyor.worker.consumer import Consumer
-    from conveyor.worker.worker import Worker
+    from conveyor.worker.role import Dormitory, Sleeper
 
 log = logging.getLogger("conveyor.worker")
 BLOCK = 30.0
@@ -28,10 +27,10 @@ BUSY = 0.1
 class Listener:
     """Blocks on wake-up lists, and tells the consumer whose token it took."""
 
-    def __init__(self, worker: Worker, wire: Wire) -> None:
+    def __init__(self, worker: Dormitory, wire: Wire) -> None:
         """Take the worker whose consumers it serves, and a connection of its own."""
         self._worker, self._wire = worker, wire
-        self._listening: dict[bytes, Consumer] | None = None
+        self._listening: dict[bytes, Sleeper] | None = None
         self._heard: frozenset[str] = frozenset()  # queues whose common list is part of the blocked call
         self._later: asyncio.TimerHandle | None = None
         self._retry: asyncio.Task[None] | None = None
@@ -42,7 +41,7 @@ class Listener:
         """Block if nothing is blocked yet; if a hungry queue is not heard, call ourselves and block anew."""
         if self._worker.stopped or self._retry is not None:
             return
-        hungry = [consumer for consumer in self._worker.consumers if consumer.hungry]
+        hungry = [consumer for consumer in self._worker.sleepers if consumer.hungry]
         if self._listening is not None:
             unheard = [consumer for consumer in hungry if consumer.queue not in self._heard]
             if unheard:
@@ -57,14 +56,14 @@ class Listener:
     def _busy(self) -> None:
         self._later = None
         if self._listening is None and self._retry is None and not self._worker.stopped:
-            self._block([consumer for consumer in self._worker.consumers if consumer.hungry])
+            self._block([consumer for consumer in self._worker.sleepers if consumer.hungry])
 
-    def _block(self, hungry: list[Consumer]) -> None:
+    def _block(self, hungry: list[Sleeper]) -> None:
         if self._later is not None:
             self._later.cancel()
             self._later = None
-        names: dict[bytes, Consumer] = {consumer.keys.wake.encode(): consumer for consumer in hungry}
-        for consumer in self._worker.consumers:
+        names: dict[bytes, Sleeper] = {consumer.keys.wake.encode(): consumer for consumer in hungry}
+        for consumer in self._worker.sleepers:
             if consumer.identity:
                 names[consumer.keys.wake_of(consumer.identity).encode()] = consumer
         if not names:
@@ -106,7 +105,7 @@ class Listener:
             break
         self._retry = self._listening = None
         # Whatever was announced meanwhile was not heard: ask each queue once.
-        for consumer in self._worker.consumers:
+        for consumer in self._worker.sleepers:
             consumer.woken()
         self.listen()
 

@@ -83,6 +83,11 @@ class Worker:
         """The names of the queues it takes from."""
         return tuple(self._queues)
 
+    @property
+    def sleepers(self) -> list[Consumer]:
+        """Who waits for work."""
+        return self.consumers
+
     # -- life -----------------------------------------------------------------------------------------------------
 
     async def run(self) -> int:
@@ -281,14 +286,13 @@ class Worker:
     def ended(self, attempt: Attempt, value: Any, error: BaseException | None) -> None:
         """Settle an attempt: called by the executor once for each."""
         consumer = attempt.consumer
-        if attempt.id in consumer.held and consumer.held[attempt.id] is attempt:
+        if consumer.holds(attempt):
             self._settle(attempt, value, error)
         elif error is not None and attempt.handler.early:
             log.error(
                 "✗ %s %s failed after its early ack: %s", attempt.handler.name, attempt.public_id, error, exc_info=error
             )
-        if attempt.suspect:
-            consumer.suspect_ended(attempt)
+        consumer.ended(attempt)
         if self.stopping:
             self._moved.set()
         for one in self.consumers:
