@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import redis as redis_py
@@ -185,7 +185,9 @@ def test_worker_comes_from_the_layer_above(app: Conveyor, monkeypatch: pytest.Mo
     made = SimpleNamespace(EmbeddedWorker=lambda app, **options: (app, options))
     monkeypatch.setattr(provider, "embedded_worker", lambda: made)
 
-    assert app.worker(queues={"mail": 3}, threads=2) == (app, {"queues": {"mail": 3}, "threads": 2})
+    given, options = cast("tuple[Conveyor, dict[str, Any]]", app.worker(queues={"mail": 3}, threads=2))
+    assert given is app
+    assert (options["queues"], options["threads"], options["concurrency"]) == ({"mail": 3}, 2, 100)
 
 
 # -- queues -------------------------------------------------------------------------------------------------------
