@@ -225,6 +225,26 @@ def test_queue_carries_messages(app: Conveyor) -> None:
     assert len(orders) == 0
 
 
+def test_plain_list_is_declared_once(app: Conveyor, note: Task[[int], None], redis: redis_py.Redis) -> None:
+    """A plain list knows the task it feeds, takes what others push, and cannot be declared in two ways."""
+    numbers = app.plain_list("app:{t1}:numbers", int, task=note, lease="5s")
+
+    assert app.plain_list("app:{t1}:numbers", int, task=note.name, lease=5) is numbers
+    assert app.plain_lists == {"app:{t1}:numbers": numbers}
+    assert (numbers.task, app.queue_lease_ms(numbers.name), app.keys(numbers.name)) == (note.name, 5_000, numbers.keys)
+    for declare in (
+        lambda: app.plain_list("app:{t1}:numbers"),
+        lambda: (app.plain_list("orders"), app.queue("orders")),
+    ):
+        with pytest.raises(ConfigurationError, match="declared twice"):
+            declare()
+    plain = app.plain_list("plain")
+    redis.rpush("plain", '{"id": 1}')
+    [message] = plain.pull()
+    with message as body:
+        assert body == {"id": 1}
+
+
 async def test_full_queue_takes_no_jobs(app: Conveyor, note: Task[[int], None]) -> None:
     """The maximum length of a declared queue holds for jobs: each way to enqueue raises QueueFull and stores nothing."""
     app.queue("default", max_length=2)

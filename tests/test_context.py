@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from conveyor.context import _CURRENT, Context, current
+from conveyor.context import CURRENT, Context, current
 from conveyor.errors import ConfigurationError, JobCancelled
 
 
@@ -23,7 +23,7 @@ def make(**changes: Any) -> Context:
 
 def inside(context: Context, function: Any) -> Any:
     def run() -> Any:
-        _CURRENT.set(context)
+        CURRENT.set(context)
         return function()
 
     return contextvars.copy_context().run(run)

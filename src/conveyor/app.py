@@ -172,6 +172,7 @@ class Conveyor(Hooks):
             self.backend, name, type, task=fed, lease_ms=lease_ms, max_attempts=max_attempts
         )
         self.plain_lists[name], self._declared[name] = found, facts
+        self._keys[name] = found.keys  # they lie where the list lies
         return found
 
     def _is_declared(self, name: str, facts: tuple[object, ...]) -> bool:
