@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import redis as redis_py
@@ -185,7 +185,9 @@ def test_worker_comes_from_the_layer_above(app: Conveyor, monkeypatch: pytest.Mo
     made = SimpleNamespace(EmbeddedWorker=lambda app, **options: (app, options))
     monkeypatch.setattr(provider, "embedded_worker", lambda: made)
 
-    assert app.worker(queues={"mail": 3}, threads=2) == (app, {"queues": {"mail": 3}, "threads": 2})
+    given, options = cast("tuple[Conveyor, dict[str, Any]]", app.worker(queues={"mail": 3}, threads=2))
+    assert given is app
+    assert (options["queues"], options["threads"], options["concurrency"]) == ({"mail": 3}, 2, 100)
 
 
 # -- queues -------------------------------------------------------------------------------------------------------
@@ -221,6 +223,26 @@ def test_queue_carries_messages(app: Conveyor) -> None:
     with message as order:
         assert order == 5
     assert len(orders) == 0
+
+
+def test_plain_list_is_declared_once(app: Conveyor, note: Task[[int], None], redis: redis_py.Redis) -> None:
+    """A plain list knows the task it feeds, takes what others push, and cannot be declared in two ways."""
+    numbers = app.plain_list("app:{t1}:numbers", int, task=note, lease="5s")
+
+    assert app.plain_list("app:{t1}:numbers", int, task=note.name, lease=5) is numbers
+    assert app.plain_lists == {"app:{t1}:numbers": numbers}
+    assert (numbers.task, app.queue_lease_ms(numbers.name), app.keys(numbers.name)) == (note.name, 5_000, numbers.keys)
+    for declare in (
+        lambda: app.plain_list("app:{t1}:numbers"),
+        lambda: (app.plain_list("orders"), app.queue("orders")),
+    ):
+        with pytest.raises(ConfigurationError, match="declared twice"):
+            declare()
+    plain = app.plain_list("plain")
+    redis.rpush("plain", '{"id": 1}')
+    [message] = plain.pull()
+    with message as body:
+        assert body == {"id": 1}
 
 
 async def test_full_queue_takes_no_jobs(app: Conveyor, note: Task[[int], None]) -> None:

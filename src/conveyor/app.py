@@ -172,6 +172,7 @@ class Conveyor(Hooks):
             self.backend, name, type, task=fed, lease_ms=lease_ms, max_attempts=max_attempts
         )
         self.plain_lists[name], self._declared[name] = found, facts
+        self._keys[name] = found.keys  # they lie where the list lies
         return found
 
     def _is_declared(self, name: str, facts: tuple[object, ...]) -> bool:
@@ -299,15 +300,27 @@ class Conveyor(Hooks):
 
     # -- running --------------------------------------------------------------------------------------------------
 
-    def worker(self, **options: Any) -> AbstractAsyncContextManager[Any]:
+    def worker(
+        self,
+        *,
+        queues: Mapping[str, float] | None = None,
+        concurrency: int = 100,
+        threads: int = 8,
+        burst: bool = False,
+        grace: Duration = "30s",
+    ) -> AbstractAsyncContextManager[Any]:
         """
         Return a worker for `async with`, which runs jobs inside this program until the block ends.
 
-        Options: `queues` (names, or a mapping of names to weights; None: all), `concurrency`, `threads`.
+        `queues` maps names to weights (None: those of all tasks), `concurrency` limits the jobs on the loop and
+        `threads` those on threads, `burst` stops it when all is drained, `grace` is what running jobs get at the end.
         """
         if provider.embedded_worker is None:
             raise ConfigurationError("This installation has no worker.")
-        return cast("AbstractAsyncContextManager[Any]", provider.embedded_worker().EmbeddedWorker(self, **options))
+        made = provider.embedded_worker().EmbeddedWorker(
+            self, queues=queues, concurrency=concurrency, threads=threads, burst=burst, grace=grace
+        )
+        return cast("AbstractAsyncContextManager[Any]", made)
 
     def close(self) -> None:
         """Close the connections of this process and leave the embedded server; using the app opens them again."""
