@@ -19,6 +19,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "outcome",
         "cron",
         "event",
+        "failure",
         "ident",
         "provider",
     ),  # values: no I/O

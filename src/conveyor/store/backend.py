@@ -108,7 +108,8 @@ class Backend:
         try:
             for first in range(0, len(entries), BULK):
                 call = operations.push(keys, producer.lane, entries[first : first + BULK], max_length=max_length)
-                ids += producer.connection.run(call, patience=self.patience)
+                accepted = producer.connection.run(call, patience=self.patience)
+                ids += accepted
         finally:
             self._free.append(producer)
         return ids

@@ -10,7 +10,7 @@ import asyncio
 import logging
 import random
 from time import monotonic
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from conveyor import ident
 from conveyor.errors import ConveyorError
@@ -29,39 +29,12 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from contextlib import AsyncExitStack
 
-    from conveyor.app import Conveyor
     from conveyor.store.keys import QueueKeys
-    from conveyor.worker.executor import Executor
-    from conveyor.worker.handler import Handler
-    from conveyor.worker.settling import Settling
+    from conveyor.worker.role import Host
 
 log = logging.getLogger("conveyor.worker")
 IDLE = 5.0
 """Longest pause between two turns in seconds: a lost wake-up token costs at most this."""
-
-
-class Host(Protocol):
-    """What a consumer needs of its worker."""
-
-    app: Conveyor
-    executor: Executor
-    wire: Wire
-    settling: Settling
-    state: Mapping[str, Any]
-    stopping: bool
-
-    def room(self, consumer: Consumer) -> int: ...
-    def handlers(self, consumer: Consumer) -> dict[bytes, Handler]: ...
-    def unusual(self, consumer: Consumer, id_: str, data: bytes) -> Attempt: ...
-    def defer_unknown(self, consumer: Consumer, attempt: Attempt) -> None: ...
-    def settle_stats(self, consumer: Consumer, report: Report) -> None: ...
-    def absorbed(self, consumer: Consumer) -> None: ...
-    def listen(self) -> None: ...
-    def note_identity(self, consumer: Consumer) -> None: ...
-    def note_renewal(self) -> None: ...
-    def about(self, consumer: Consumer) -> bytes: ...
-    def begun(self) -> None: ...
-    def fail(self, error: BaseException) -> None: ...
 
 
 class Consumer:
@@ -70,7 +43,7 @@ class Consumer:
     def __init__(self, worker: Host, keys: QueueKeys, weight: float, lease_ms: int) -> None:
         """Take the worker it belongs to, the queue's keys, its weight among the worker's queues, and its lease."""
         self.keys, self.queue, self.weight, self.lease_ms = keys, keys.queue, weight, lease_ms
-        self.executor: Executor = worker.executor
+        self.executor = worker.executor
         self.shared_state: Mapping[str, Any] = worker.state
         self.identity = ""
         self.held: dict[str, Attempt] = {}
@@ -350,10 +323,11 @@ class Consumer:
     async def _reconcile(self) -> None:
         """Our counts differ: ask what Redis believes we hold, drop what it does not, give back what we do not know."""
         try:
-            known = set(await self._wire.run(operations.held(self.keys, self.identity), patience=None))
+            listed = await self._wire.run(operations.held(self.keys, self.identity), patience=None)
         except ConveyorError as error:
             log.warning("could not reconcile queue %s: %s", self.queue, error)
         else:
+            known = set(listed)
             for id_ in [id_ for id_ in self.held if id_ not in known]:
                 self._lost(self.held.pop(id_))
             unknown = [id_ for id_ in known if id_ not in self.held]
