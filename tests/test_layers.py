@@ -17,6 +17,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "codec",
         "signature",
         "outcome",
+        "parameter",
         "cron",
         "event",
         "failure",

@@ -122,9 +122,19 @@ def _pushed(queue: str, ids: list[str | None]) -> Any:
         if status != b"ok":
             _refused(queue, reply)
         answers = iter(special)
-        return [id_ if id_ is not None else next(answers).decode() for id_ in ids]
+        return [id_ if id_ is not None else _accepted(next(answers).decode()) for id_ in ids]
 
     return decode
+
+
+class Existing(str):
+    """The id of a job that was there already: the push that named it stored nothing."""
+
+    __slots__ = ()
+
+
+def _accepted(answer: str) -> str:
+    return Existing(answer[1:]) if answer.startswith("\t") else answer
 
 
 def _refused(queue: str, reply: bytes) -> None:

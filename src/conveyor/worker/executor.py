@@ -112,13 +112,13 @@ class Executor:
     async def _call(self, attempt: Attempt) -> Any:
         """Run the function itself, at the inner end of the middlewares."""
         handler = attempt.handler
+        if handler.kind == "process":
+            return await self.processes.run(attempt)
         args, kwargs = handler.decode(attempt.body)
         if handler.injected:
             self._inject(attempt, kwargs)
         if handler.kind == "loop":
             return await handler.function(*args, **kwargs)
-        if handler.kind == "process":
-            return await self.processes.run(attempt)
         future: asyncio.Future[Any] = self._loop.create_future()
         variables = copy_context()
         self._loop.run_in_executor(None, self._in_thread, future, variables, partial(handler.function, *args, **kwargs))

@@ -11,6 +11,7 @@ from contextlib import AsyncExitStack
 from time import monotonic, time
 from typing import TYPE_CHECKING, Any
 
+from conveyor import failure
 from conveyor.errors import ConfigurationError, UnknownTask
 from conveyor.event import WorkerStarted, WorkerStopped
 from conveyor.ident import made_at_ms
@@ -308,7 +309,7 @@ class Worker:
         elif why == "stop" and (unfinished or error is not None):
             self.settling.handed_back(report, attempt, started=attempt.started != 0.0)
         elif isinstance(error, ProcessCrashed) and why is None:
-            self._process_crashed(attempt, now)
+            self._process_crashed(attempt, now, error)
         else:
             final = settling.error_of(attempt, error)
             if final is None:
@@ -316,11 +317,12 @@ class Worker:
             else:
                 self.settling.failed(report, attempt, final, now)
 
-    def _process_crashed(self, attempt: Attempt, now: int) -> None:
+    def _process_crashed(self, attempt: Attempt, now: int, error: ProcessCrashed) -> None:
         """A job took its process with it: charge the crash, and try again alone, or give it up."""
         old = attempt.history
-        state = State(attempt.number, old.failures, old.crashes + 1, old.errors)
-        log.error("✗ %s %s crashed its process", attempt.handler.name, attempt.public_id)
+        record = to_json(failure.describe(error, attempt.number, now, self.name))
+        state = State(attempt.number, old.failures, old.crashes + 1, [*old.errors, record])
+        log.error("✗ %s %s crashed its process: %s", attempt.handler.name, attempt.public_id, error)
         if state.crashes >= attempt.handler.task.settings.retry.max_crashes:
             attempt.state = state
             self.settling.poison(attempt.consumer.report, attempt, now)

@@ -4,7 +4,7 @@
 -- ARGV  1 number of this push in its lane  2 maximum length (0: none)  3 number of jobs  then runs, in order:
 --       "p" count (id envelope)…
 --       "s" count (id marks rest delay_ms due_at_ms expires_ms priority unique own front)…   "" where not given
--- returns "<number>\nok\n<id>\n<id>…"    the ids of the special jobs: the one given, or the one that exists
+-- returns "<number>\nok\n<id>\n<id>…"    the ids of the special jobs: the one given, or behind a tab the one that exists
 --         "<number>\nfull\n<length>\n<maximum>", "<number>\nschema\n<found>": nothing stored
 --         "<number>\nlate": a newer push of this lane was answered already; nothing stored
 local lane, jobs, due, wakes, conf, dead = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6]
@@ -51,7 +51,7 @@ while at <= runs do
         end
         claimed[key] = holder or id
       end
-      ids[#ids + 1] = holder or id
+      ids[#ids + 1] = holder and '\t' .. holder or id
       existing[i] = holder and true or false
     end
     at = at + 2 + 10 * count
