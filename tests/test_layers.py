@@ -21,9 +21,27 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "event",
         "ident",
         "provider",
+        "failure",
     ),  # values: no I/O
     ("store",),  # all that knows Redis
-    ("queue", "message", "plain", "consume", "group", "limit"),  # messaging
+    (  # messaging
+        "queue",
+        "message",
+        "plain",
+        "lessee",
+        "verdict",
+        "flow",
+        "holder",
+        "pulse",
+        "mover",
+        "consumer",
+        "aconsumer",
+        "posting",
+        "pusher",
+        "sweep",
+        "group",
+        "limit",
+    ),
     (  # jobs
         "app",
         "bulk",
