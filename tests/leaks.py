@@ -9,6 +9,7 @@ from typing import Any
 CONSTANT = (
     "*:queues",  # the set of known queues
     "*:conf",  # what is declared of a queue, and whether it is paused
+    "*:wake",  # at most one token, for whoever looks next
     "*:recent",  # the last finished jobs, capped
 )
 

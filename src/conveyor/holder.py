@@ -65,7 +65,7 @@ class BlockingHolder(_Books):
     ) -> None:
         """Take how calls are run; by default on a connection of the app."""
         super().__init__(backend, lessee, verdict, on_error)
-        self._run: Run = run if run is not None else partial(_run, backend)
+        self._run: Run = run if run is not None else partial(run_once, backend)
         self._lock = threading.Lock()  # one turn of an identity in flight
 
     def settle(self, endings: Sequence[Ending]) -> None:
@@ -119,7 +119,7 @@ class AwaitableHolder(_Books):
     ) -> None:
         """Take how calls are run; by default on the wire of the app."""
         super().__init__(backend, lessee, verdict, on_error)
-        self._run: AsyncRun = run if run is not None else partial(_arun, backend)
+        self._run: AsyncRun = run if run is not None else partial(arun_once, backend)
         self._lock = asyncio.Lock()
         self._loop = asyncio.get_running_loop()
 
@@ -167,11 +167,13 @@ def patience(backend: Backend, call: Call[Any]) -> float:
     return 0.0 if call.script is INTAKE else backend.patience
 
 
-def _run(backend: Backend, call: Call[Any]) -> Any:
+def run_once(backend: Backend, call: Call[Any]) -> Any:
+    """Carry out a call, repeated only when that is harmless."""
     return backend.run(call, patience=patience(backend, call))
 
 
-async def _arun(backend: Backend, call: Call[Any]) -> Any:
+async def arun_once(backend: Backend, call: Call[Any]) -> Any:
+    """Carry out a call, repeated only when that is harmless."""
     return await backend.arun(call, patience=patience(backend, call))
 
 

@@ -14,6 +14,7 @@ from conveyor.errors import ConfigurationError, JobCancelled, JobFailed, JobNotF
 from conveyor.model import Failure, State, Status, read_outcome
 from conveyor.store import inspection, operations
 from conveyor.store.keys import known_queues
+from conveyor.store.operations import Existing
 
 if TYPE_CHECKING:
     from conveyor.codec import ValueCodec
@@ -84,8 +85,8 @@ class Job(Generic[R_co]):
         return self._bare if self.queue is None else ident.public(self.queue, self._bare)
 
     def settle(self, id: str) -> None:  # noqa: A002
-        """Take the id the queue answered with; another one is that of a job that existed."""
-        self.duplicate = id != self._bare
+        """Take the id the queue answered with."""
+        self.duplicate = isinstance(id, Existing)
         self._bare = id
 
     def __repr__(self) -> str:

@@ -197,23 +197,23 @@ class Batch(list[Message[T]]):
 
     def ack(self) -> None:
         """Finish all that are not settled yet, in one round trip. Raises LeaseLost when some are no longer ours."""
-        if endings := [message._done() for message in self._open()]:  # noqa: SLF001
-            self[0]._holder.settle(endings)  # noqa: SLF001
+        for holder, endings in _grouped((m._holder, [m._done()]) for m in self._open()):  # noqa: SLF001
+            holder.settle(endings)
 
     def nack(self, delay: Duration | None = None) -> None:
         """Refuse all that are not settled yet."""
-        if endings := [message._nacked(delay) for message in self._open()]:  # noqa: SLF001
-            self[0]._holder.settle(endings)  # noqa: SLF001
+        for holder, endings in _grouped((m._holder, [m._nacked(delay)]) for m in self._open()):  # noqa: SLF001
+            holder.settle(endings)
 
     async def aack(self) -> None:
         """Finish all that are not settled yet."""
-        if endings := [message._done() for message in self._open()]:  # noqa: SLF001
-            await self[0]._holder.asettle(endings)  # noqa: SLF001
+        for holder, endings in _grouped((m._holder, [m._done()]) for m in self._open()):  # noqa: SLF001
+            await holder.asettle(endings)
 
     async def anack(self, delay: Duration | None = None) -> None:
         """Refuse all that are not settled yet."""
-        if endings := [message._nacked(delay) for message in self._open()]:  # noqa: SLF001
-            await self[0]._holder.asettle(endings)  # noqa: SLF001
+        for holder, endings in _grouped((m._holder, [m._nacked(delay)]) for m in self._open()):  # noqa: SLF001
+            await holder.asettle(endings)
 
     def __enter__(self) -> list[T]:
         return self.bodies
@@ -239,13 +239,19 @@ class Batch(list[Message[T]]):
         return [message for message in self if not message._leased.settled]  # noqa: SLF001
 
     def _endings(self, error: BaseException | None) -> list[tuple[Holder, list[Ending]]]:
-        by_holder: dict[int, tuple[Holder, list[Ending]]] = {}
-        # Newest first, so that what is handed back to the front keeps its order.
-        for number, message in enumerate(reversed(self._open())):
-            holder = message._holder  # noqa: SLF001
-            endings = message._endings(error, log=number == 0)  # noqa: SLF001  one traceback says it for all
-            by_holder.setdefault(id(holder), (holder, []))[1].extend(endings)
-        return [one for one in by_holder.values() if one[1]]
+        # Newest first, so that what is handed back to the front keeps its order. One traceback says it for all.
+        return _grouped(
+            (message._holder, message._endings(error, log=number == 0))  # noqa: SLF001
+            for number, message in enumerate(reversed(self._open()))
+        )
+
+
+def _grouped(endings: Iterable[tuple[Holder, list[Ending]]]) -> list[tuple[Holder, list[Ending]]]:
+    """Return what each holder has to settle; one that was extended has a holder of its own."""
+    by_holder: dict[int, tuple[Holder, list[Ending]]] = {}
+    for holder, several in endings:
+        by_holder.setdefault(id(holder), (holder, []))[1].extend(several)
+    return [one for one in by_holder.values() if one[1]]
 
 
 def _lease(duration: Duration) -> int:

@@ -11,7 +11,7 @@ from conveyor.store import operations
 from conveyor.store.backend import Backend
 from conveyor.store.bell import AsyncBell, Bell
 from conveyor.store.connection import Connection
-from conveyor.store.keys import QueueKeys
+from conveyor.store.keys import QueueKeys, known_queues
 from conveyor.store.script import Call
 
 POLL = 1.0
@@ -28,7 +28,8 @@ class Mover:
 
     def __init__(self, backend: Backend, keys: QueueKeys) -> None:
         """Starts its thread when it is first needed."""
-        self._keys = keys
+        self._backend, self._keys = backend, keys
+        self._known = False
         self._bell = Bell(backend.address)
         self._connection = Connection(backend.address)
         self._begin = threading.Event()
@@ -67,6 +68,9 @@ class Mover:
                 break
             try:
                 assert self._keys.foreign is not None
+                if not self._known:
+                    self._backend.execute("SADD", known_queues(self._backend.namespace), self._keys.queue)
+                    self._known = True
                 self._moving = True
                 try:
                     moved = self._bell.move(self._keys.foreign, self._keys.intake, self._seconds)
@@ -107,6 +111,7 @@ class AsyncMover:
         assert self._keys.foreign is not None
         bell = self._bell = self._bell or AsyncBell(self._backend.address)
         try:
+            await self._backend.aannounce(self._keys)
             moved = await bell.move(self._keys.foreign, self._keys.intake, seconds)
             self._refused = False
             if moved:

@@ -6,6 +6,7 @@ import os
 import socket
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Iterable, Iterator
 from contextlib import aclosing
+from functools import partial
 from typing import Any, Generic, Literal, TypeVar, Unpack, cast, get_args
 
 from conveyor import ident, sweep
@@ -15,7 +16,7 @@ from conveyor.consumer import Consumer
 from conveyor.duration import Duration, milliseconds
 from conveyor.errors import ConfigurationError, ConveyorError, PayloadError
 from conveyor.flow import Flow, Take
-from conveyor.holder import AwaitableHolder, BlockingHolder, adrive, drive
+from conveyor.holder import AwaitableHolder, BlockingHolder, adrive, arun_once, drive, run_once
 from conveyor.lessee import Leased, Lessee, Suspects
 from conveyor.message import Batch, Holder, Message, OnError
 from conveyor.outcome import Retry
@@ -249,7 +250,7 @@ class Queue(Generic[T]):
 
     def purge(self, dead: bool = False) -> int:
         """Remove what waits, or the *dead* letters, and return how many; what is leased or comes later stays."""
-        return drive(self._purge(dead), self.backend.run)
+        return drive(self._purge(dead), partial(run_once, self.backend))
 
     def redrive(self, limit: int | None = None) -> int:
         """Put dead letters back, oldest first, with a fresh budget, and return how many."""
@@ -280,7 +281,7 @@ class Queue(Generic[T]):
 
     async def apurge(self, dead: bool = False) -> int:
         """Remove what waits, or the *dead* letters, as `purge`."""
-        return await adrive(self._purge(dead), self.backend.arun)
+        return await adrive(self._purge(dead), partial(arun_once, self.backend))
 
     async def aredrive(self, limit: int | None = None) -> int:
         """Put dead letters back, as `redrive`."""

@@ -23,7 +23,7 @@ from conveyor.model import write_rest
 from conveyor.outcome import Retry
 from conveyor.outgoing import NOTHING, Choice, Outgoing, choose
 from conveyor.signature import Signature
-from conveyor.store.operations import Entry
+from conveyor.store.operations import Entry, Existing
 
 if TYPE_CHECKING:
     from conveyor.middleware import Middleware
@@ -188,7 +188,7 @@ class Task(Generic[P, R_co]):
         return self._handle(queue, entry, (await self._home.asend(queue, (entry,)))[0])
 
     def _handle(self, queue: str, entry: Entry, id: str) -> Job[R_co]:  # noqa: A002
-        return Job(self._home, id, queue, self, duplicate=id != entry.id)
+        return Job(self._home, id, queue, self, duplicate=isinstance(id, Existing))
 
     def is_plain(self, choice: Choice) -> bool:
         """Tell whether a call is just an envelope at the tail of the task's queue, which is the cheapest."""
