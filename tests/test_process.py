@@ -18,10 +18,11 @@ import pytest
 import uvloop
 
 import process_jobs
-from conveyor import ConfigurationError, PayloadError, Snooze, failure, ident
+from conveyor import ConfigurationError, Conveyor, JobFailed, PayloadError, Retry, Snooze, failure, ident
 from conveyor.model import Extra
 from conveyor.outcome import Again, Dead, State, after_failure
 from conveyor.worker.process import ProcessCrashed, Processes
+from working import audit, drain
 
 APP = "process_jobs:app"
 ID = ident.new_id()
@@ -187,7 +188,7 @@ async def test_every_error_arrives(run: Run, kind: str, type_: str, base: type[E
     assert record.type == type_
     assert "raise errors[kind]" in record.traceback
     assert record.message == failure.message(caught.value)
-    assert isinstance(after_failure(process_jobs.Retry(), State(), 1, caught.value, b"{}"), Again)
+    assert isinstance(after_failure(Retry(), State(), 1, caught.value, b"{}"), Again)
     if kind not in {"cancelled", "interrupt"}:
         assert record.message
 
@@ -363,3 +364,29 @@ def test_it_works_on_uvloop(tmp_path: Path) -> None:
 
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(all_of_it())
+
+
+@pytest.mark.leaves_keys("dead letters stay until somebody looks at them")
+async def test_a_worker_runs_its_jobs_in_processes(url: str, tmp_path: Path) -> None:
+    """Through a worker: a result is kept, an error and a time limit follow the policy, a crash counts as one."""
+    async with Conveyor(url) as app:
+
+        def task(name: str, **options: Any) -> Any:
+            function = process_jobs.app.tasks[f"process_jobs.{name}"].function
+            return app.task(name=f"process_jobs.{name}", run_in="process", **options)(function)
+
+        swapped = await task("swap").aenqueue(process_jobs.Point(1, 2))
+        declined = await task("decline", retry=Retry(on=(LookupError,), give_up=(process_jobs.Declined,))).aenqueue()
+        stuck = await task("stay", timeout="500ms", retry=1).aenqueue(str(tmp_path), "stuck", True)
+        crashed = await task("die", retry=Retry(max_crashes=1)).aenqueue("segfault")
+        await drain(app, reference=APP)
+
+        assert await swapped.aresult(timeout=5) == process_jobs.Point(2, 1)
+        for job, type_ in ((declined, "process_jobs.TooPoor"), (stuck, "TimeoutError")):
+            with pytest.raises(JobFailed) as caught:
+                await job.aresult(timeout=5)
+            assert caught.value.type == type_
+        with pytest.raises(JobFailed):
+            await crashed.aresult(timeout=5)
+        assert all(ended(int(pid)) for pid in (tmp_path / "stuck").read_text().split())
+        assert await audit(app) == []

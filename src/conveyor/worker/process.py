@@ -11,7 +11,7 @@ import socket
 import sys
 from asyncio.subprocess import Process, create_subprocess_exec
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import msgspec
 
@@ -22,7 +22,8 @@ from conveyor.worker.log import LOG
 from conveyor.worker.remote import rebuild
 
 if TYPE_CHECKING:
-    from conveyor.worker.attempt import Attempt
+    from conveyor.model import Envelope
+    from conveyor.worker.handler import Handler
 
 # Not `-m`: that would run a second copy of a module which `conveyor.worker` may have loaded already.
 _ENTRY = "from conveyor.worker.process_child import main; main()"
@@ -34,6 +35,31 @@ _GRACE = 5.0
 
 class ProcessCrashed(RuntimeError):
     """The process that ran the job ended before the job did."""
+
+
+class _Source(Protocol):
+    @property
+    def queue(self) -> str: ...
+
+
+class Errand(Protocol):
+    """What a process needs to know of an attempt."""
+
+    @property
+    def handler(self) -> Handler: ...
+    @property
+    def consumer(self) -> _Source: ...
+    @property
+    def envelope(self) -> Envelope: ...
+    @property
+    def body(self) -> bytes: ...
+    @property
+    def public_id(self) -> str: ...
+    @property
+    def number(self) -> int: ...
+
+    def move_deadline(self, ms: int) -> None:
+        """Give the attempt *ms* from now on."""
 
 
 class Processes:
@@ -60,7 +86,7 @@ class Processes:
     def __repr__(self) -> str:
         return f"<Processes of {self._reference}: {len(self._alive)} of {self.limit}, {len(self._idle)} idle>"
 
-    async def run(self, attempt: Attempt) -> Any:
+    async def run(self, attempt: Errand) -> Any:
         """
         Run the job in a process, when one is free, and return its decoded result (None where none is stored).
 
@@ -250,7 +276,7 @@ class _Child:
         return ProcessCrashed(f"{what} {how} before it was done. Its pid was {self.pid}.")
 
 
-def _job(attempt: Attempt) -> Job:
+def _job(attempt: Errand) -> Job:
     envelope = attempt.envelope
     bare = ident.split(attempt.public_id)[1]
     return Job(
