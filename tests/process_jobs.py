@@ -1,6 +1,5 @@
 """The app of test_process.py: what it does, a fresh process can load by this module's name."""
 
-# ruff: noqa: B008  current() as a default is how a job asks for its context
 from __future__ import annotations
 
 import asyncio

@@ -47,7 +47,7 @@ def test_unknown_queue_is_named(admin: Admin, backend: Backend) -> None:
     push(backend, "mail", b"1")
 
     for action in (admin.queue, admin.pause, admin.resume, admin.purge, admin.redrive, admin.workers, admin.jobs):
-        with pytest.raises(QueueNotFound, match="mial.*Known: mail"):
+        with pytest.raises(QueueNotFound, match=r"mial.*Known: mail"):
             action("mial")
 
 

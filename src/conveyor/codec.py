@@ -153,7 +153,7 @@ class ValueCodec(Generic[T]):
         )
 
 
-class Unstorable(Exception):  # noqa: N818  a signal from within the encoder, turned into PayloadError
+class Unstorable(Exception):
     """The encoder met *thing*, which has no JSON form."""
 
     def __init__(self, thing: object) -> None:

@@ -1,4 +1,4 @@
-"""
+r"""
 What is stored for a job: its envelope, its state, its outcome.
 
 Envelope (written once, opaque to Redis but for its first line)::
