@@ -178,8 +178,9 @@ class TestForeignProducers:
         """While a consumer works, what comes stays on the list, for any program to take."""
         redis.rpush(LIST, "1")
         consumer = tasks.consume()
-        message = next(consumer)
-        until(lambda: not _blocked(redis, "blmove"))
+        next(consumer).nack(delay="300ms")
+        message = next(consumer)  # it was idle in between, waiting at the list too, and was woken by the retry
+        assert message.attempt == 2
         redis.rpush(LIST, "2")
         assert redis.lrange(LIST, 0, -1) == [b"2"]
         message.ack()

@@ -73,12 +73,14 @@ class Consumer(BlockingHolder, Generic[T]):
     def settle(self, endings: Sequence[Ending]) -> None:
         """Settle, and return when Redis confirmed it. Raises LeaseLost, StoreUnavailable."""
         super().settle(endings)
-        self._freed.set()
+        if not self._freed.is_set():
+            self._freed.set()
 
     def settle_soon(self, endings: Sequence[Ending]) -> None:
         """Settle with the next turn when that comes at once: when this is what the loop is at."""
         self.enter(endings)
-        self._freed.set()
+        if not self._freed.is_set():
+            self._freed.set()
         latest = self._latest
         # The order matters: entered first, then looked, as the loop first says that it waits and then looks.
         if self._waiting or not all(any(leased is one for one in latest) for leased, _ in endings):

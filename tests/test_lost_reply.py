@@ -1,0 +1,91 @@
+"""The connection dies at every step of a scenario, before the command left or before its reply was read."""
+
+from __future__ import annotations
+
+from contextlib import closing
+
+import pytest
+from redis.exceptions import ConnectionError as TransportError
+
+from conveyor.plain import PlainList
+from conveyor.queue import Queue
+from conveyor.store import inspection
+from conveyor.store.backend import Backend
+from conveyor.store.connection import Connection
+
+
+class Fault:
+    """Breaks the connection at the n-th command: `sent` tells whether the server still carries it out."""
+
+    def __init__(self, monkeypatch, at, *, sent):
+        self.at, self.sent, self.count = at, sent, 0
+        self.real = Connection.execute
+        fault = self
+
+        def execute(connection, *command, block=0.0):
+            fault.count += command[0] != "SADD"  # making a queue known is no step of its messages
+            if command[0] == "SADD" or fault.count != fault.at:
+                return fault.real(connection, *command, block=block)
+            if fault.sent:
+                fault.real(connection, *command, block=block)
+            connection.close()
+            raise TransportError("cut")
+
+        monkeypatch.setattr(Connection, "execute", execute)
+
+
+def run_queue(url):
+    backend = Backend(url, patience=5)
+    queue = Queue(backend, "mail", lease_ms=2000)
+    queue.push(0)
+    queue.push_many(range(1, 5))
+    queue.push(5, priority=1)
+    seen = _consume(queue, 6)
+    assert backend.run(inspection.audit(queue.keys)) == []
+    stats = queue.stats()
+    backend.close()
+    return seen, (stats.ready, stats.leased, stats.dead)
+
+
+def run_list(url):
+    backend = Backend(url, patience=5)
+    tasks = PlainList(backend, "raw", lease_ms=2000)
+    tasks.push(0)
+    tasks.push_many(range(1, 6))
+    seen = _consume(tasks, 6)
+    stats = tasks.stats()
+    backend.close()
+    return seen, (stats.ready, stats.leased, stats.dead)
+
+
+def _consume(queue, count):
+    seen = []
+    with closing(queue.consume(prefetch=2)) as messages:
+        for message in messages:
+            if message.body == 3:
+                message.ack()
+                seen.append((3, message.attempt))
+            else:
+                with message as body:
+                    seen.append((body, message.attempt))
+            if len(seen) == count:
+                break
+    return seen
+
+
+@pytest.mark.parametrize("sent", [False, True], ids=["not sent", "reply lost"])
+@pytest.mark.parametrize(("scenario", "order"), [(run_queue, [5, 0, 1, 2, 3, 4]), (run_list, [0, 1, 2, 3, 4, 5])])
+def test_once_each_and_nothing_left(url, redis, monkeypatch, scenario, order, sent):
+    """Wherever the connection breaks, every message is handed out once, in order, with its first attempt."""
+    steps = 1
+    at = 0
+    while at < steps:
+        redis.flushall()
+        with monkeypatch.context() as patch:
+            fault = Fault(patch, at, sent=sent)
+            seen, left = scenario(url)
+            steps = max(steps, fault.count)
+        assert seen == [(body, 1) for body in order], f"cut at command {at}"
+        assert left == (0, 0, 0), f"cut at command {at}"
+        at += 1
+    assert at > 8
