@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,101 +13,14 @@ from typing import Any
 import pytest
 import redis as redis_py
 
-from conveyor.ident import new_ids
-from conveyor.model import write_rest
-from conveyor.store import inspection, operations
+from conveyor.store import operations
 from conveyor.store.backend import Backend
-from conveyor.store.inspection import Member
-from conveyor.store.keys import QueueKeys
-from conveyor.store.operations import Entry
 from conveyor.worker.board import About, Board, Spec
 from conveyor.worker.guardian import Guardian
 from server import Server
+from supervised import KEYS, Queue, Supervised, running, until
 
-KEYS = QueueKeys("test", "q")
 LEASE = 1.0
-
-
-def until(condition: Callable[[], Any], timeout: float = 15.0) -> Any:
-    """Return the condition's first true value."""
-    deadline = time.monotonic() + timeout
-    while not (found := condition()):
-        assert time.monotonic() < deadline, "what the test waits for did not happen"
-        time.sleep(0.005)
-    return found
-
-
-def running(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
-
-
-class Queue:
-    """What the tests ask of the queue that the stand-ins serve."""
-
-    def __init__(self, url: str) -> None:
-        self.backend = Backend(url, namespace="test", patience=30)
-
-    def push(self, task: str, count: int = 1, body: bytes = b"0") -> list[str]:
-        entries = [Entry(id_, write_rest(task, body)) for id_ in new_ids(count)]
-        return self.backend.push(KEYS, entries)
-
-    def crew(self) -> list[Member]:
-        return self.backend.run(inspection.crew(KEYS))
-
-    def held(self, worker: str) -> set[str]:
-        return set(self.backend.run(operations.held(KEYS, worker)))
-
-    def counts(self) -> inspection.Counts:
-        return self.backend.run(inspection.counts(KEYS))
-
-    def crashes(self, ids: Any) -> set[int]:
-        states = [self.backend.execute("HGET", KEYS.state, id_) for id_ in ids]
-        return {int(state.split(b" ")[2].split(b"\n")[0]) if isinstance(state, bytes) else 0 for state in states}
-
-    def by_pid(self, *held: int) -> dict[int, Member]:
-        """The crew by process, once it holds just that many jobs each."""
-        found = until(lambda: (c := self.crew()) and sorted(m.held for m in c) == sorted(held) and c)
-        return {member.about["pid"]: member for member in found}
-
-    def is_sound(self) -> bool:
-        return self.backend.run(inspection.audit(KEYS)) == []
-
-    def purge(self) -> None:
-        keys: Any = self.backend.execute("KEYS", "test:*")
-        for key in keys:
-            self.backend.execute("DEL", key)
-
-
-class Supervised:
-    """A supervisor with its children."""
-
-    def __init__(self, url: str, log: Path, env: dict[str, str], **options: Any) -> None:
-        self.log_path = log
-        with log.open("wb") as out:
-            self.process = subprocess.Popen(
-                [sys.executable, str(Path(__file__).parent / "stand_in.py"), json.dumps(options)],
-                env={**os.environ, "STAND_IN_URL": url, "PYTHONPATH": os.pathsep.join(sys.path), **env},
-                stderr=out,
-                stdin=subprocess.DEVNULL,
-            )
-        self.pid = self.process.pid
-
-    @property
-    def log(self) -> str:
-        return self.log_path.read_text()
-
-    def children(self) -> list[int]:
-        return [int(pid) for pid in Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()]
-
-    def signal(self, number: int) -> float:
-        self.process.send_signal(number)
-        return time.monotonic()
-
-    def wait(self, timeout: float = 15.0) -> int:
-        return self.process.wait(timeout)
 
 
 @pytest.fixture
@@ -174,7 +84,7 @@ def test_stopped_child_keeps_its_jobs(supervise: Callable[..., Supervised], queu
     thaw = time.monotonic() + 3.3 * LEASE
     while time.monotonic() < thaw:
         left = queue.crew()[0].end - time.time() * 1000  # the server's clock is this machine's
-        assert left > 300 * LEASE
+        assert left > 0
         time.sleep(0.05)
     assert one.log.count("E11") == 1
     os.kill(pid, signal.SIGCONT)
@@ -187,18 +97,21 @@ def test_stopped_child_keeps_its_jobs(supervise: Callable[..., Supervised], queu
     assert one.log.count("E11") == 1
 
 
+@pytest.mark.parametrize("task", ["block", "clutch"])
 def test_blocked_loop_is_named_and_keeps_its_lease(
-    supervise: Callable[..., Supervised], queue: Queue, url: str
+    task: str, supervise: Callable[..., Supervised], queue: Queue, url: str
 ) -> None:
-    """A job that blocks the loop for two leases finishes once, and the log says which it was, and where it stood."""
+    """A job that blocks the loop, or holds the GIL, for two leases keeps them, and the log says which, and where it stood."""
     one = supervise(url, env={"STAND_IN_LEASE_MS": "700"})
-    queue.push("block", body=b"2.0")
+    queue.push(task, body=b"2.0")
     until(lambda: queue.counts().leased == 1)
-    until(lambda: queue.counts().leased == 0)
+    while queue.counts().leased:
+        assert queue.crew()[0].end > time.time() * 1000
+        time.sleep(0.02)
 
     assert int(queue.backend.execute("HLEN", KEYS.jobs)) == 0
     until(lambda: "goes on after" in one.log)
-    assert re.search(r"E11 .* has blocked its event loop for 1\.\d s in block \(\S+\)", one.log)
+    assert re.search(rf"E11 .* has blocked its event loop for [12]\.\d s in {task} \(\S+\)", one.log)
     assert re.search(r'stand_in\.py", line \d+ in work', one.log)
     assert one.log.count("E11") == 1
 
@@ -209,9 +122,8 @@ def test_stall_without_end_is_ended(supervise: Callable[..., Supervised], queue:
     (id_,) = queue.push("block", body=b"60")
     (pid,) = queue.by_pid(1)
     until(lambda: not running(pid))
-    (after,) = queue.by_pid(1)
+    until(lambda: [m.held for m in queue.crew() if m.about["pid"] != pid] == [1])
 
-    assert after != pid
     assert queue.crashes([id_]) == {1}
     assert re.search(r"was killed after blocking its event loop for \d s in block \(\S+\); returned 1 job in", one.log)
     one.process.kill()
@@ -383,14 +295,14 @@ def test_recycled_child_is_replaced_without_blame(supervise: Callable[..., Super
 
 
 def test_quiet_and_stacks(supervise: Callable[..., Supervised], queue: Queue, url: str) -> None:
-    """SIGUSR2 writes the stacks of all children; after SIGUSR1 nothing is leased, by a restarted child neither."""
+    """SIGUSR2 writes the stacks of all threads and tasks; after SIGUSR1 nothing is leased, by a restarted child neither."""
     one = supervise(url)
     queue.push("hold", 2)
     (pid,) = queue.by_pid(2)
     one.signal(signal.SIGUSR2)
-    assert re.search(
-        r"worker child 1 \(pid \d+\):\n(.*\n)*.*in main", until(lambda: "most recent call" in one.log and one.log)
-    )
+    stacks = until(lambda: "most recent call" in one.log and one.log.partition("worker child 1 (pid ")[2])
+    assert re.search(r'child\.py", line \d+ in main', stacks)
+    assert re.search(r"name='hold' (.*\n)+?.*in work", stacks)
     one.signal(signal.SIGUSR1)
     until(lambda: "Quiet" in one.log)
     until(lambda: queue.crew()[0].held == 2)
