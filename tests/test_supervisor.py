@@ -80,6 +80,7 @@ def test_stopped_child_keeps_its_jobs(supervise: Callable[..., Supervised], queu
     one = supervise(url)
     ids = queue.push("hold", 5)
     ((pid, member),) = queue.by_pid(5).items()
+    until(lambda: "The guardian is connected" in one.log)
     os.kill(pid, signal.SIGSTOP)
     thaw = time.monotonic() + 3.3 * LEASE
     while time.monotonic() < thaw:
@@ -102,8 +103,9 @@ def test_blocked_loop_is_named_and_keeps_its_lease(
     task: str, supervise: Callable[..., Supervised], queue: Queue, url: str
 ) -> None:
     """A job that blocks the loop, or holds the GIL, for two leases keeps them, and the log says which, and where it stood."""
-    one = supervise(url, env={"STAND_IN_LEASE_MS": "700"})
-    queue.push(task, body=b"2.0")
+    one = supervise(url)
+    until(lambda: "The guardian is connected" in one.log)
+    queue.push(task, body=b"2.2")
     until(lambda: queue.counts().leased == 1)
     while queue.counts().leased:
         assert queue.crew()[0].end > time.time() * 1000
