@@ -18,7 +18,7 @@ local count = 0
 for i, id in ipairs(ids) do
   if envelopes[i] then
     local found = marks(envelopes[i])
-    local starts, rest = string.match(states[i] or '0 0 0', '^(%d+) %d+ %d+(.*)$')
+    local starts, rest = string.match(states[i] or '0 0 0', '^(%d+) %d+ %d+w?(.*)$')
     redis.call('HSET', KEYS[3], id, starts .. ' 0 0' .. rest)
     redis.call('RPUSH', KEYS[5 + (found and found.priority or 0)], id)
     count = count + 1
