@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from contextlib import closing
 
 import pytest
@@ -60,8 +61,11 @@ def run_list(url):
 
 def _consume(queue, count):
     seen = []
+    watchdog = threading.Timer(4, lambda: queue.push("lost"))
+    watchdog.start()
     with closing(queue.consume(prefetch=2)) as messages:
         for message in messages:
+            assert message.body != "lost", f"only {seen} came"
             if message.body == 3:
                 message.ack()
                 seen.append((3, message.attempt))
@@ -70,6 +74,7 @@ def _consume(queue, count):
                     seen.append((body, message.attempt))
             if len(seen) == count:
                 break
+    watchdog.cancel()
     return seen
 
 
