@@ -20,18 +20,10 @@ from conveyor.plain import PlainList
 from conveyor.queue import Queue
 from conveyor.store import inspection, operations, rawlist
 from conveyor.store.backend import Backend
+from messaging import until
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 LIST = "my_task_queue"
-
-
-def until(check, seconds=4.0):
-    """Wait for a condition."""
-    deadline = time.monotonic() + seconds
-    while not (found := check()):
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.005)
-    return found
 
 
 @pytest.fixture
