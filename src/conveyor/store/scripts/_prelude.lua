@@ -9,6 +9,17 @@ end
 -- 13 digits survive "..", which keeps 14; this spells them whatever their number
 local function int(n) return string.format('%.0f', n) end
 
+-- Scripts do not roll back, so each key is read before the first write: one that holds another type fails
+-- the whole step with nothing done. Readings: HLEN, ZCARD, LLEN.
+local function check(reading, ...)
+  for _, key in ipairs({...}) do redis.call(reading, key) end
+end
+
+-- the number in an argument; anything else fails the step
+local function number_in(text)
+  return tonumber(text) or error('not a number: ' .. tostring(text))
+end
+
 -- call an idle worker, unless one is called already; a token that nobody took for an hour is not needed
 local function wake(key)
   if redis.call('EXISTS', key) == 0 then
