@@ -47,7 +47,7 @@ end
 local function release(prefix, id, unique, own)
   if unique then
     local key = prefix .. 'unique:k:' .. unique
-    if redis.call('GET', key) == id then redis.call('DEL', key) end
+    if redis.pcall('GET', key) == id then redis.call('DEL', key) end
   end
   if own then redis.call('PEXPIRE', prefix .. 'unique:i:' .. id, 86400000) end
 end

@@ -25,6 +25,12 @@ for i, pair in ipairs(order) do ids[i] = pair[2] end
 local envelopes = #ids > 0 and redis.call('HMGET', jobs, unpack(ids)) or {}
 local states = #ids > 0 and redis.call('HMGET', state, unpack(ids)) or {}
 
+check('HLEN', KEYS[6])
+for i in ipairs(ids) do
+  local found = envelopes[i] and marks(envelopes[i])
+  check('LLEN', KEYS[7 + (found and found.priority or 0)])
+end
+
 redis.call('ZREM', workers, ARGV[1])
 redis.call('DEL', leased)
 local asked = {}
@@ -32,6 +38,7 @@ for id in string.gmatch(known[3] or '', '[^\n]+') do asked[id] = true end
 
 local function charge(id, attempts)
   local starts, failures, crashes, rest = string.match(attempts or '0 0 0', '^(%d+) (%d+) (%d+)(.*)$')
+  if not starts then starts, failures, crashes, rest = 0, '0', 0, '' end
   -- A suspect was charged before it started; one that only waited is not charged again.
   if tonumber(crashes) == 0 then crashes = 1 end
   redis.call('HSET', state, id, int(starts + 1) .. ' ' .. failures .. ' ' .. crashes .. rest)
