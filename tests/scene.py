@@ -21,7 +21,7 @@ REST = write_rest("", b"1")
 PLAIN = REST.decode()
 """What a plain job's envelope reads like in a dump."""
 LEASE = 60_000
-WORKER = {".about": "w", ".lease": str(LEASE)}
+WORKER = {".about": "{}", ".lease": str(LEASE)}
 """What a lease hash holds besides `.turn` and the jobs."""
 
 
@@ -54,7 +54,7 @@ class Scene:
     def register(self, *workers: str, lease_ms: int = LEASE) -> None:
         """Register workers."""
         for worker in workers:
-            self.run(operations.register(self.keys, worker, lease_ms, b"w"))
+            self.run(operations.register(self.keys, worker, lease_ms, b"{}"))
 
     def turn(
         self, worker: str = "w", number: int = 1, want: int = 0, *,
