@@ -68,7 +68,7 @@ class Scene:
         done: Iterable[str] = (), others: Iterable[Settlement] = (), flags: str = "", report: Report | None = None,
     ) -> Call[Turn]:  # fmt: skip
         """Return the call of a turn, to be sent more than once."""
-        sent = report or Report(list(done), list(others))
+        sent = Report(list(done), list(others)) if report is None else report
         return operations.turn(self.keys, worker, number, want, LEASE, sent, flags=flags)
 
     def lease(self, *ids: str, worker: str = "w") -> None:

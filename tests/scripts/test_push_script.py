@@ -163,7 +163,7 @@ def test_own_id_is_stored_once(scene: Scene) -> None:
 
     assert scene.push(entry("a", own_id=True, priority=7)) == ["a"]
 
-    assert scene.since(before) == {"lane:L ~600s": "2\nok\na"}
+    assert scene.since(before) == {"lane:L ~600s": "2\nok\n.a"}
 
 
 @pytest.mark.parametrize("kind", ["D", "C", "X"])
@@ -178,7 +178,7 @@ def test_own_id_outlives_its_job_by_a_day(scene: Scene, kind: str) -> None:
 
     assert scene.push(entry("a", own_id=True)) == ["a"]
 
-    assert scene.since(before) == {"lane:L ~600s": "2\nok\na"}
+    assert scene.since(before) == {"lane:L ~600s": "2\nok\n.a"}
 
 
 @pytest.mark.parametrize("place", ["dead", "stub", "scheduled"])
@@ -196,7 +196,7 @@ def test_own_id_is_taken_while_its_envelope_is_there(scene: Scene, place: str) -
 
     assert scene.push(entry("a", own_id=True)) == ["a"]
 
-    assert scene.since(before) == {"lane:L ~600s": "2\nok\na"}
+    assert scene.since(before) == {"lane:L ~600s": "2\nok\n.a"}
     assert scene.audit() == []
 
 
@@ -209,7 +209,7 @@ def test_unique_key_returns_its_holder(scene: Scene) -> None:
 
     assert scene.since(before) == {
         "jobs": {"a": " uk" + PLAIN, "c": PLAIN, "d": " ul" + PLAIN},
-        "lane:L ~600s": "2\nok\na\nd",
+        "lane:L ~600s": "2\nok\n.a\nd",
         "ready:0": ["a", "c", "d"],
         "unique:k:l": "d",
     }

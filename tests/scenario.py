@@ -86,7 +86,7 @@ CALLS: dict[str, tuple[Callable[[QueueKeys], Call[Any]], set[str]]] = {
     ),
     "cancel-leased": (lambda k: operations.cancel(k, "h1"), {"jobs", "due", "dead", "workers", "leased:w"}),
     "delete-dead": (lambda k: operations.cancel(k, "d1", delete=True), {"jobs", "state", "due", "dead", "waiters"}),
-    "redrive": (lambda k: operations.redrive(k), {"dead", "jobs", "state", "ready:0", "ready:3"}),
+    "redrive": (operations.redrive, {"dead", "jobs", "state", "ready:0", "ready:3"}),
     "redrive-ids": (lambda k: operations.redrive(k, ids=["d1"]), {"dead", "jobs", "state", "ready:3"}),
     "promote": (lambda k: operations.promote(k, "s1"), {"due", "jobs", "ready:2"}),
     "purge-ready": (
