@@ -25,6 +25,12 @@ for i, pair in ipairs(order) do ids[i] = pair[2] end
 local envelopes = #ids > 0 and redis.call('HMGET', jobs, unpack(ids)) or {}
 local states = #ids > 0 and redis.call('HMGET', state, unpack(ids)) or {}
 
+check('HLEN', KEYS[6])
+for i in ipairs(ids) do
+  local found = envelopes[i] and marks(envelopes[i])
+  check('LLEN', KEYS[7 + (found and found.priority or 0)])
+end
+
 redis.call('ZREM', workers, ARGV[1])
 redis.call('DEL', leased)
 local asked = {}
@@ -32,6 +38,7 @@ for id in string.gmatch(known[3] or '', '[^\n]+') do asked[id] = true end
 
 local function charge(id, attempts)
   local starts, failures, crashes, alone, rest = string.match(attempts or '0 0 0', '^(%d+) (%d+) (%d+)(w?)(.*)$')
+  if not starts then starts, failures, crashes, alone, rest = 0, '0', 0, '', '' end
   -- Nearness makes a suspect, twice at most, and never more: from two on a job runs alone and is charged before it
   -- starts; "w" says that this one already waits to run alone.
   if alone == '' and tonumber(crashes) < 2 then crashes = crashes + 1 end
