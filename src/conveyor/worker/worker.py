@@ -94,12 +94,13 @@ class Worker:
     async def run(self) -> int:
         """Work until `stop()`, or with burst until everything is drained; return the exit code."""
         async with AsyncExitStack() as stack:
-            if not await self._started(stack):
-                return 0
+            started = await self._started(stack)
             await self._stop_asked.wait()
             if self._failure is not None:
                 self.stopped = True
                 raise self._failure
+            if not started:
+                return 0
             await self._drain()
         return RETIRED if self.retiring else 0
 
