@@ -336,7 +336,7 @@ async def test_kills_under_load_convict_nobody(app: Conveyor) -> None:
         worker = Worker(app, concurrency=50)
         running = asyncio.create_task(worker.run())
         before = len(done)
-        await until(lambda: len(done) > before + 110)
+        await until(lambda least=before + 110: len(done) > least)
         worker.fail(RuntimeError("crash"))
         with pytest.raises(RuntimeError, match="crash"):
             await running

@@ -12,7 +12,7 @@ import os
 import threading
 import weakref
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
 from conveyor.errors import ConfigurationError, ConveyorError, QueueFull, StoreUnavailable
@@ -125,6 +125,21 @@ class Backend:
             producer.connection.run(call, patience=self.patience)
         finally:
             self._free.append(producer)
+
+    def post_plain(self, keys: QueueKeys, pairs: Sequence[Argument]) -> Callable[[], None]:
+        """Do the same, but return once it is sent: the caller prepares the next while Redis works, then calls the result."""
+        refuse_in_loop()
+        self._announce(keys)
+        producer = self._take()
+        collect = producer.connection.post(operations.push_plain(keys, producer.lane, pairs))
+
+        def finish() -> None:
+            try:
+                collect(self.patience)
+            finally:
+                self._free.append(producer)
+
+        return finish
 
     def execute(self, *command: Argument) -> object:
         """Send one plain command, for reads that need no script (INFO, PING, SMEMBERS)."""
