@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from conveyor.ident import new_ids
 from conveyor.job import Job
-from conveyor.store.backend import BULK
+from conveyor.store.gathering import BULK
 from conveyor.store.operations import Entry
 
 if TYPE_CHECKING:

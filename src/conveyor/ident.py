@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import re
-from base64 import b64encode
+from binascii import b2a_base64
 from time import time
 
 from conveyor.errors import ConfigurationError
@@ -40,14 +40,14 @@ def _draw() -> bytes:
 def new_id() -> str:
     """Return a fresh id."""
     raw = int(time() * 1000).to_bytes(6, "big") + _draw()
-    return b64encode(raw)[:LENGTH].translate(_TABLE).decode()
+    return b2a_base64(raw)[:LENGTH].translate(_TABLE).decode()
 
 
 def new_ids(count: int) -> list[str]:
     """Return *count* fresh ids that sort in the order of the list."""
     stamp = int(time() * 1000).to_bytes(6, "big")
     start = int.from_bytes(os.urandom(10), "big") >> 1  # one bit of room, so that counting up never overflows
-    encode = b64encode
+    encode = b2a_base64
     raws = [stamp + n.to_bytes(10, "big") for n in range(start, start + count)]
     return [encode(raw)[:LENGTH].translate(_TABLE).decode() for raw in raws]
 
