@@ -1,0 +1,73 @@
+"""The closing words of the demo: the accounts as a person reads them."""
+
+from __future__ import annotations
+
+import time
+
+import click
+
+from conveyor.cli.output import count, span
+from conveyor.demo.account import Account, KillAccount
+
+
+def summary(account: Account) -> list[str]:
+    """Return the accounts, a line each."""
+    parts = [
+        ("done", account.done, "the queue says so, and the task itself wrote it down"),
+        ("dead", account.dead, "kept as dead letters, with their errors"),
+        ("cancelled", account.cancelled, ""),
+        ("left", account.left, "still in the queue when time was up" if account.left else ""),
+        ("lost", account.lost, "every acknowledged id was looked up"),
+    ]
+    lines = [
+        "",
+        f"{click.style('accepted', bold=True):<10} {account.accepted:>8,}",
+        *(f"  {name:<10}{number:>7,}  {click.style(why, dim=True)}".rstrip() for name, number, why in parts),
+        "",
+        *(line for kill in account.kills for line in _kill(kill)),
+        f"{count(account.runs, 'run')} in all: {count(account.retries, 'retry').replace('retrys', 'retries')} after a "
+        f"failure, {_again(account)} after the kill. {_twice(account)}",
+        "",
+        click.style(f"{'TASK':<18}{'ACCEPTED':>9}{'DONE':>7}{'DEAD':>6}{'RUNS':>7}{'RETRIES':>9}{'MEDIAN':>10}{'P95':>10}", dim=True),
+        *(
+            f"{one.task:<18}{one.accepted:>9,}{one.done:>7,}{one.dead:>6,}{one.runs:>7,}{one.retries:>9,}"
+            f"{_ms(one.median_ms):>10}{_ms(one.p95_ms):>10}"
+            for one in account.tasks
+        ),
+        "",
+    ]  # fmt: skip
+    if account.sound:
+        sums = " + ".join(f"{number:,} {name}" for name, number, _ in parts[:4] if number or name == "done")
+        lines.append(
+            click.style("✓ The counts add up: ", fg="green") + f"{account.accepted:,} accepted = {sums}. Nothing was lost."
+        )
+    else:
+        lines += [click.style("✗ The counts do not add up: ", fg="red") + problem for problem in account.problems]
+    return lines
+
+
+def _kill(kill: KillAccount) -> list[str]:
+    at = time.strftime("%H:%M:%S", time.localtime(kill.at))
+    returned = "" if kill.returned is None else f"; its supervisor put {count(kill.returned, 'job')} back at once"
+    line = f"Worker {kill.pid} was killed at {at} in the middle of {count(kill.interrupted, 'job')}{returned}."
+    if kill.first_ms is None or kill.last_ms is None:
+        return [line]
+    return [
+        line,
+        f"  {kill.again} of the {kill.interrupted} began again elsewhere: the first {span(kill.first_ms / 1000)}, "
+        f"the last {span(kill.last_ms / 1000)} after the kill.",
+    ]
+
+
+def _again(account: Account) -> str:
+    return f"{sum(kill.again for kill in account.kills):,}"
+
+
+def _twice(account: Account) -> str:
+    if not account.done_twice:
+        return "None succeeded twice."
+    return f"{account.done_twice:,} succeeded twice: killed after the work and before it could say so (at-least-once)."
+
+
+def _ms(ms: float) -> str:
+    return f"{ms:,.1f} ms" if ms < 10 else f"{ms:,.0f} ms"
