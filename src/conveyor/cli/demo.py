@@ -81,9 +81,7 @@ def _obey(play: Play) -> None:
 
 def _report(out: Output, stage: Stage, account: Account, first_done: float | None) -> None:
     if out.as_json:
-        out.document(
-            "demo", sound=account.sound, server=stage.server, first_done_seconds=first_done, **asdict(account)
-        )
+        out.document("demo", sound=account.sound, server=stage.server, first_done_seconds=first_done, **asdict(account))
         return
     from conveyor.demo.summary import summary
 

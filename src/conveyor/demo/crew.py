@@ -26,7 +26,5 @@ def _outlive() -> None:
 if __name__ == "__main__":
     threading.Thread(target=_outlive, name="conveyor-demo-life", daemon=True).start()
     sys.exit(
-        supervisor.run(
-            APP, queues={}, concurrency=20, threads=4, processes=int(sys.argv[1]), burst=False, grace=GRACE
-        )
+        supervisor.run(APP, queues={}, concurrency=20, threads=4, processes=int(sys.argv[1]), burst=False, grace=GRACE)
     )

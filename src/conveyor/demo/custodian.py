@@ -54,9 +54,9 @@ def _wait_for(lock: str) -> None:
 
 
 def _delete_keys(url: str, namespace: str) -> None:
-    from redis import Redis
+    from redis import Redis, RedisError
 
-    with Redis.from_url(url, socket_timeout=10) as client:
+    with contextlib.suppress(RedisError), Redis.from_url(url, socket_timeout=10) as client:
         for pattern in (f"{namespace}:*", f"{namespace}-*"):
             found = list(client.scan_iter(pattern, count=1000))
             for first in range(0, len(found), 500):

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 from conveyor.context import current
 
@@ -51,7 +51,9 @@ class Journal:
 
     def __init__(self, path: str | None) -> None:
         """Open the file for appending."""
-        self._file = None if path is None else os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        self._file = (
+            None if path is None else os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        )
 
     def write(
         self, kind: Kind, task: str = "", key: str = "", attempt: int = 0, seconds: float = 0.0, note: str = ""
@@ -104,4 +106,4 @@ def parse(text: str) -> Line:
     at, kind, pid, task, key, attempt, seconds, note = text.split("\t")
     if kind not in _KINDS:
         raise ValueError(f"no line of a journal: {text!r}")
-    return Line(float(at), kind, int(pid), task, key, int(attempt), float(seconds), note)
+    return Line(float(at), cast("Kind", kind), int(pid), task, key, int(attempt), float(seconds), note)

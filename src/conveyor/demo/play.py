@@ -132,12 +132,12 @@ class Play:
     async def _kill(self, producer: Producer) -> None:
         """SIGKILL the worker process that runs most, once it runs something, with a pile of work before it."""
         await producer.burst(_BURST)
-        deadline = time.monotonic() + 3
-        while time.monotonic() < deadline:
+        began = time.monotonic()
+        while (waited := time.monotonic() - began) < 3:
             self._look()
             alive = [worker for worker in self.view.workers.values() if worker.killed_at is None]
             victim = max(alive, key=lambda worker: len(worker.running), default=None)
-            if victim is not None and len(victim.running) >= 2:
+            if victim is not None and len(victim.running) >= (4 if waited < 1 else 1):
                 break
             await asyncio.sleep(0.005)
         else:
@@ -221,7 +221,6 @@ class Play:
             return {}
 
     # -- the end ---------------------------------------------------------------------------------------------------
-
 
     def _states(self) -> dict[str, str | None]:
         """Ask the queue about every acknowledged id."""

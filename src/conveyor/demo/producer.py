@@ -61,7 +61,7 @@ class Producer:
     async def burst(self, count: int) -> None:
         """Enqueue many pictures in one call."""
         with _outage(self._ledger):
-            jobs = await task.app.aenqueue_many(task.thumbnail.s(number, 128) for number in range(count))
+            jobs = await task.app.aenqueue_many(task.thumbnail.s(number, 160) for number in range(count))
             for job in jobs:
                 self._ledger.note(job)
 
@@ -136,7 +136,9 @@ async def consume_orders() -> None:
             async with message as order:
                 with task.journal.run(MESSAGE, message.id, message.attempt) as run:
                     revenue[order.customer] = revenue.get(order.customer, 0) + order.cents
-                    run.note = f"order {order.number}: {order.customer} has spent {revenue[order.customer] / 100:,.2f} €"
+                    run.note = (
+                        f"order {order.number}: {order.customer} has spent {revenue[order.customer] / 100:,.2f} €"
+                    )
     finally:
         await messages.aclose()
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import sys
 import time
 from collections import deque
 from typing import TextIO
@@ -36,11 +35,11 @@ class Rate:
             self._steps.append((count - self._last) / (now - self._at))
             self._last, self._at = count, now
 
-    @property
-    def bars(self) -> str:
-        """The steps as bars, the newest on the right."""
+    def drawn(self, colour: str) -> str:
+        """Return the steps as bars, the newest on the right, and the present rate."""
         most = max(self._steps, default=0) or 1
-        return "".join(_BARS[min(7, int(8 * step / most))] for step in self._steps).rjust(_SPARK)
+        bars = "".join(_BARS[min(7, int(8 * step / most))] for step in self._steps).rjust(_SPARK)
+        return f"{click.style(bars, fg=colour)} {self.per_second:4.0f}/s"
 
     @property
     def per_second(self) -> float:
@@ -92,6 +91,7 @@ class Screen:
         """Hide the cursor; `close` shows it again."""
         self._out, self._seconds = out, seconds
         self._events: deque[str] = deque(maxlen=_EVENTS_KEPT)
+        self._news: deque[str] = deque(maxlen=2)  # stays while the events rush by
         self._in, self._done = Rate(), Rate()
         self._height = 0
         self._colour = click.get_current_context().color is not False
@@ -104,7 +104,7 @@ class Screen:
         for line in view.lines:
             if (text := describe(line)) is not None:
                 self._events.append(text)
-        self._events.extend(click.style(f"{_clock()} {news}", bold=True) for news in view.news)
+        self._news.extend(click.style(f"{_clock()} {news}", bold=True) for news in view.news)
         columns, rows = shutil.get_terminal_size()
         lines = self._picture(view)
         room = max(1, rows - len(lines) - 2)
@@ -131,13 +131,12 @@ class Screen:
         spent = time.monotonic() - view.began
         clock = f"{spent:.0f} s" if self._seconds is None else f"{min(spent, self._seconds):.0f} of {self._seconds:g} s"
         totals, dim = view.totals, _dim
+        ended = f"{totals['ok']:,} · retried {totals['retry']:,} · dead {totals['dead']:,}"
         return [
             f"{click.style('conveyor', bold=True)} {version()} · {view.server or 'starting a server …'} · {clock}",
             "",
-            f"{dim('pushed')}  {click.style(self._in.bars, fg='cyan')} {self._in.per_second:4.0f}/s"
-            f"   accepted {view.accepted:,}",
-            f"{dim('done')}    {click.style(self._done.bars, fg='green')} {self._done.per_second:4.0f}/s"
-            f"   done {totals['ok']:,} · retried {totals['retry']:,} · dead {totals['dead']:,}",
+            f"{dim('pushed')}  {self._in.drawn('cyan')}  accepted {view.accepted:,}",
+            f"{dim('done')}    {self._done.drawn('green')}  done {ended}",
             "",
             dim(f"{'QUEUE':<12}{'READY':>8}{'SCHEDULED':>11}{'LEASED':>8}{'DEAD':>6}"),
             *(
@@ -146,6 +145,7 @@ class Screen:
             ),
             "",
             *_workers(view),
+            *self._news,
             "",
         ]
 

@@ -9,6 +9,8 @@ import click
 from conveyor.cli.output import count, span
 from conveyor.demo.account import Account, KillAccount
 
+_HEADINGS = f"{'TASK':<18}{'ACCEPTED':>9}{'DONE':>7}{'DEAD':>6}{'RUNS':>7}{'RETRIES':>9}{'MEDIAN':>10}{'P95':>10}"
+
 
 def summary(account: Account) -> list[str]:
     """Return the accounts, a line each."""
@@ -22,13 +24,12 @@ def summary(account: Account) -> list[str]:
     lines = [
         "",
         f"{click.style('accepted', bold=True):<10} {account.accepted:>8,}",
-        *(f"  {name:<10}{number:>7,}  {click.style(why, dim=True)}".rstrip() for name, number, why in parts),
+        *(f"  {name:<10}{number:>7,}" + (f"  {click.style(why, dim=True)}" if why else "") for name, number, why in parts),
         "",
         *(line for kill in account.kills for line in _kill(kill)),
-        f"{count(account.runs, 'run')} in all: {count(account.retries, 'retry').replace('retrys', 'retries')} after a "
-        f"failure, {_again(account)} after the kill. {_twice(account)}",
+        _runs(account),
         "",
-        click.style(f"{'TASK':<18}{'ACCEPTED':>9}{'DONE':>7}{'DEAD':>6}{'RUNS':>7}{'RETRIES':>9}{'MEDIAN':>10}{'P95':>10}", dim=True),
+        click.style(_HEADINGS, dim=True),
         *(
             f"{one.task:<18}{one.accepted:>9,}{one.done:>7,}{one.dead:>6,}{one.runs:>7,}{one.retries:>9,}"
             f"{_ms(one.median_ms):>10}{_ms(one.p95_ms):>10}"
@@ -39,7 +40,8 @@ def summary(account: Account) -> list[str]:
     if account.sound:
         sums = " + ".join(f"{number:,} {name}" for name, number, _ in parts[:4] if number or name == "done")
         lines.append(
-            click.style("✓ The counts add up: ", fg="green") + f"{account.accepted:,} accepted = {sums}. Nothing was lost."
+            click.style("✓ The counts add up: ", fg="green")
+            + f"{account.accepted:,} accepted = {sums}. Nothing was lost."
         )
     else:
         lines += [click.style("✗ The counts do not add up: ", fg="red") + problem for problem in account.problems]
@@ -48,25 +50,21 @@ def summary(account: Account) -> list[str]:
 
 def _kill(kill: KillAccount) -> list[str]:
     at = time.strftime("%H:%M:%S", time.localtime(kill.at))
-    returned = "" if kill.returned is None else f"; its supervisor put {count(kill.returned, 'job')} back at once"
-    line = f"Worker {kill.pid} was killed at {at} in the middle of {count(kill.interrupted, 'job')}{returned}."
+    returned = "" if kill.returned is None else f", and {count(kill.returned, 'job')} went back"
+    line = f"Worker {kill.pid} was killed at {at} while it ran {count(kill.interrupted, 'job')}{returned}."
     if kill.first_ms is None or kill.last_ms is None:
         return [line]
-    return [
-        line,
-        f"  {kill.again} of the {kill.interrupted} began again elsewhere: the first {span(kill.first_ms / 1000)}, "
-        f"the last {span(kill.last_ms / 1000)} after the kill.",
-    ]
+    first, last = span(kill.first_ms / 1000), span(kill.last_ms / 1000)
+    return [line, f"  {kill.again} of the {kill.interrupted} began again, the first {first} and the last {last} later."]
 
 
-def _again(account: Account) -> str:
-    return f"{sum(kill.again for kill in account.kills):,}"
-
-
-def _twice(account: Account) -> str:
-    if not account.done_twice:
-        return "None succeeded twice."
-    return f"{account.done_twice:,} succeeded twice: killed after the work and before it could say so (at-least-once)."
+def _runs(account: Account) -> str:
+    again = sum(kill.again for kill in account.kills)
+    killed = f", {again:,} after the kill" if account.kills else ""
+    twice = "None succeeded twice."
+    if account.done_twice:
+        twice = f"{account.done_twice:,} succeeded twice: killed between the work and saying so (at-least-once)."
+    return f"{count(account.runs, 'run')} in all, {account.retries:,} of them again after a failure{killed}. {twice}"
 
 
 def _ms(ms: float) -> str:

@@ -60,9 +60,7 @@ def statistics(path: str) -> Statistics:
     with journal.run() as run:
         text = Path(path).read_text("utf-8", "replace")
         names = Counter(re.findall(r"[A-Za-z_]\w{3,}", text))
-        found = Statistics(
-            len(text.split()), max(map(len, text.splitlines()), default=0), dict(names.most_common(5))
-        )
+        found = Statistics(len(text.split()), max(map(len, text.splitlines()), default=0), dict(names.most_common(5)))
         run.note = f"{Path(path).name}: {found.words:,} words, mostly {next(iter(found.frequent), 'none')}"
         return found
 
