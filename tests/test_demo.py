@@ -136,7 +136,7 @@ def test_unattended_demo_adds_up_and_leaves_nothing(shell: Shell, temporary: dic
     assert kill["interrupted"] == kill["again"] >= 1
     assert kill["returned"] >= kill["interrupted"]
     assert f"SIGKILL to worker {kill['pid']}" in done.stderr
-    assert f"(pid {kill['pid']}) was killed by SIGKILL; returned {kill['returned']} job" in done.stderr
+    assert f"the supervisor of {kill['pid']} returned {kill['returned']} job" in done.stderr
     assert {task["task"] for task in account["tasks"] if task["done"]} >= {
         "text.statistics", "picture.thumbnail", "payment.charge", "mail.reminder", "orders (message)",
         "readings (RPUSH)",

@@ -29,7 +29,7 @@ DRAIN, HASTY_DRAIN = 30.0, 10.0
 FIRST_KILL = 8.0
 """Seconds into a demo without an end at which a worker is killed."""
 _BURST = 40
-_RETURNED = re.compile(r"\(pid (\d+)\) .*; returned (\d+) jobs? in")
+_RETURNED = re.compile(r"\(pid (\d+)\) .*; (returned (\d+) jobs? in \d+ ms)")
 
 
 @dataclass
@@ -109,7 +109,7 @@ class Play:
         self.view.phase = "checking"
         await asyncio.to_thread(self._stage.stop_workers)
         self._look()
-        self._show(self.view)
+        self._draw()
         states = await asyncio.to_thread(self._states)
         return account.judge(self.ledger.accepted, states, account.trails(self._lines), self._kills)
 
@@ -166,14 +166,21 @@ class Play:
             counting = asyncio.create_task(asyncio.to_thread(self._count))
             for _ in range(5):
                 self._look()
-                self._show(self.view)
-                self.view.lines, self.view.news = [], []
+                self._draw()
                 await asyncio.sleep(0.1)
             self.view.counts = await counting or self.view.counts
             crew = self._stage.crew
             if crew is not None and crew.poll() is not None and not self._stop.is_set():
                 self.view.news.append(f"the workers ended with {crew.returncode}, see {self._stage.log}")
                 self._stop.set()
+
+    def _draw(self) -> None:
+        try:
+            self._show(self.view)
+        except OSError:  # nobody looks any more: the terminal is closed, or the other end of the pipe
+            self._show = lambda _: None
+            self._stop.set()
+        self.view.lines, self.view.news = [], []
 
     def _look(self) -> None:
         """Read what the journal and the workers' log say that is new."""
@@ -206,9 +213,9 @@ class Play:
         found = _RETURNED.search(text)
         if found is None:
             return
-        pid, count = int(found[1]), int(found[2])
+        pid, count = int(found[1]), int(found[3])
         self._kills = [Kill(kill.pid, kill.at, count) if kill.pid == pid else kill for kill in self._kills]
-        self.view.news.append(f"⟲ supervisor: {text.partition('WARNING')[2].strip() or text}")
+        self.view.news.append(f"⟲ the supervisor of {pid} {found[2]} and starts another worker")
 
     def _count(self) -> dict[str, Counts]:
         from conveyor.demo import task

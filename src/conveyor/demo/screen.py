@@ -14,7 +14,7 @@ from conveyor.demo.journal import Line
 from conveyor.demo.play import View
 
 _BARS = "▁▂▃▄▅▆▇█"
-_SPARK = 40
+_SPARK = 24
 _HIDE, _SHOW, _UP, _END_OF_LINE, _BELOW = "\x1b[?25l", "\x1b[?25h", "\x1b[{}A", "\x1b[K", "\x1b[J"
 _EVENTS_KEPT = 200
 
@@ -167,7 +167,7 @@ def describe(line: Line) -> str | None:
     if line.kind == "retry":
         return f"{head} attempt {line.note} → retry in {line.seconds:.1f} s"
     if line.kind == "dead":
-        return f"{head} dead after attempt {line.attempt}, {line.note}"
+        return f"{head} dead after {line.attempt} attempts: {line.note}"
     took = f"{1000 * line.seconds:,.0f} ms" if line.seconds < 1 else f"{line.seconds:.1f} s"
     again = f" (attempt {line.attempt})" if line.attempt > 1 else ""
     return f"{head} {took:>6}  {_dim(line.note + again)}"

@@ -27,7 +27,7 @@ def summary(account: Account) -> list[str]:
         *(f"  {name:<10}{number:>7,}" + (f"  {click.style(why, dim=True)}" if why else "") for name, number, why in parts),
         "",
         *(line for kill in account.kills for line in _kill(kill)),
-        _runs(account),
+        *_runs(account),
         "",
         click.style(_HEADINGS, dim=True),
         *(
@@ -58,13 +58,13 @@ def _kill(kill: KillAccount) -> list[str]:
     return [line, f"  {kill.again} of the {kill.interrupted} began again, the first {first} and the last {last} later."]
 
 
-def _runs(account: Account) -> str:
+def _runs(account: Account) -> list[str]:
     again = sum(kill.again for kill in account.kills)
     killed = f", {again:,} after the kill" if account.kills else ""
-    twice = "None succeeded twice."
+    twice = "No job succeeded twice."
     if account.done_twice:
-        twice = f"{account.done_twice:,} succeeded twice: killed between the work and saying so (at-least-once)."
-    return f"{count(account.runs, 'run')} in all, {account.retries:,} of them again after a failure{killed}. {twice}"
+        twice = f"{account.done_twice:,} succeeded twice: cut off between the work and saying so."
+    return [f"{count(account.runs, 'run')}: {account.retries:,} again after a failure{killed}.", twice]
 
 
 def _ms(ms: float) -> str:

@@ -155,7 +155,7 @@ def retried(event: JobRetried) -> None:
 @app.on(JobDead)
 def died(event: JobDead) -> None:
     """Write down that a job was given up."""
-    journal.write("dead", event.task, event.job_id, event.attempt, 0.0, f"{event.reason}: {_kind(event)}")
+    journal.write("dead", event.task, event.job_id, event.attempt, 0.0, _kind(event))
 
 
 def _kind(event: JobRetried | JobDead) -> str:
