@@ -176,6 +176,27 @@ def test_killed_demo_leaves_nothing(shell: Shell, temporary: dict[str, str]) -> 
     until(lambda: processes_with(temporary["TMPDIR"]) == [], timeout=20)
 
 
+def test_demo_without_workers_fails(shell: Shell, temporary: dict[str, str]) -> None:
+    """When the supervisor itself is killed, the demo ends early, counts what is left, and exits 1."""
+    demo = shell.start("demo", "--seconds", "300", **temporary)
+    assert demo.stdout is not None
+    while "the first job was done" not in demo.stdout.readline():
+        pass
+    (crew,) = [pid for pid in processes_with("conveyor.demo.crew") if parent(pid) == demo.pid]
+
+    os.kill(crew, signal.SIGKILL)
+    out, _ = demo.communicate(timeout=40)
+
+    assert demo.returncode == 1, out
+    assert "the workers ended by themselves" in out
+    assert "lost            0" in out
+
+
+def parent(pid: int) -> int:
+    """Return the parent of a process."""
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+
+
 def test_demo_on_a_server_of_somebody_elses(shell: Shell, temporary: dict[str, str], url: str) -> None:
     """With --url the demo uses that server, and deletes all its keys there; the leak check of `url` sees to the rest."""
     done = shell.run("demo", "--seconds", "2", "--url", url, **temporary)

@@ -11,7 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from conveyor import JobNotFound, StoreUnavailable
@@ -76,6 +76,7 @@ class Play:
         self._lines: list[Line] = []
         self._kills: list[Kill] = []
         self._stop, self._hurry = asyncio.Event(), asyncio.Event()
+        self._deserted = False
         self._journal, self._log_at = Reader(stage.journal), 0
 
     def stop(self) -> None:
@@ -111,7 +112,8 @@ class Play:
         self._look()
         self._draw()
         states = await asyncio.to_thread(self._states)
-        return account.judge(self.ledger.accepted, states, account.trails(self._lines), self._kills)
+        found = account.judge(self.ledger.accepted, states, account.trails(self._lines), self._kills)
+        return replace(found, problems=[*found.problems, *self._desertion()])
 
     # -- the middle ------------------------------------------------------------------------------------------------
 
@@ -157,6 +159,8 @@ class Play:
             counts = await asyncio.to_thread(self._count)
             if counts and all(len(one) + one.leased == 0 for one in counts.values()):
                 return
+            if self._crew_ended():
+                return  # nobody is there to finish it: it is left, and counted as such
             await asyncio.sleep(0.1)
 
     # -- looking ---------------------------------------------------------------------------------------------------
@@ -169,10 +173,13 @@ class Play:
                 self._draw()
                 await asyncio.sleep(0.1)
             self.view.counts = await counting or self.view.counts
-            crew = self._stage.crew
-            if crew is not None and crew.poll() is not None and not self._stop.is_set():
-                self.view.news.append(f"the workers ended with {crew.returncode}, see {self._stage.log}")
+            if self._crew_ended() and not self._deserted:
+                self._deserted = True
+                self.view.news.append("the workers ended by themselves: nothing more is pushed")
                 self._stop.set()
+
+    def _crew_ended(self) -> bool:
+        return self._stage.crew is not None and self._stage.crew.poll() is not None
 
     def _draw(self) -> None:
         try:
@@ -246,6 +253,10 @@ class Play:
                 except JobNotFound:
                     found[key] = None
         return found
+
+    def _desertion(self) -> list[str]:
+        crew = self._stage.crew
+        return [f"the workers ended by themselves, with {crew.returncode}"] if self._deserted and crew else []
 
     def _readings(self, admin: Admin, name: str) -> dict[str, str | None]:
         """Return how the readings stand that are still on their list or in the queue it feeds."""

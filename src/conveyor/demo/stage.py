@@ -84,7 +84,7 @@ class Stage:
         if crew is None:
             return
         assert crew.stdin is not None
-        crew.stdin.close()
+        crew.stdin.close()  # its life line
         try:
             crew.wait(_ENDING)
         except subprocess.TimeoutExpired:

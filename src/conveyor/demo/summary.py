@@ -44,7 +44,7 @@ def summary(account: Account) -> list[str]:
             + f"{account.accepted:,} accepted = {sums}. Nothing was lost."
         )
     else:
-        lines += [click.style("✗ The counts do not add up: ", fg="red") + problem for problem in account.problems]
+        lines += [click.style("✗ Something is wrong: ", fg="red") + problem for problem in account.problems]
     return lines
 
 
