@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 from conveyor import ident, model
 from conveyor.store import operations
 from conveyor.store.backend import Backend
@@ -71,3 +73,13 @@ def dead(backend: Backend, queue: str, *messages: str, task: str = "") -> list[s
         ids += taken
     backend.run(operations.reap(worker.keys, worker.identity))
     return ids
+
+
+def wait_for_job(worker: HandWorker) -> str:
+    """Lease the next job that arrives; return its public id."""
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        if taken := worker.take():
+            return taken[0]
+        time.sleep(0.02)
+    raise AssertionError("no job arrived")

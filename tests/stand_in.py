@@ -2,12 +2,14 @@
 A child with a worker small enough to be seen through: everything of `conveyor.worker.child` around it is the real thing.
 
 As a program it is both: with JSON as its only argument a supervisor, otherwise the child which that starts. A message's
-task says what happens: `hold` (until told to stop), `sleep`, `block` (the loop stands still), `noop`.
+task says what happens: `hold` (until told to stop), `sleep`, `block` (the loop stands still), `clutch` (so does
+every thread), `recycle`, `noop`.
 """
 
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import json
 import logging
 import os
@@ -87,6 +89,10 @@ class StandIn:
         self.slot.set_job(task, id_)
         if task == "block":
             time.sleep(float(body))
+        elif task == "clutch":
+            end = time.monotonic() + float(body)
+            while time.monotonic() < end:
+                ctypes.PyDLL(None).usleep(500_000)  # called without letting go of the GIL
         elif task == "sleep":
             await asyncio.sleep(float(body))
         elif task == "recycle":

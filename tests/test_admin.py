@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 
 import pytest
+from redis import Redis
 
 from conveyor.admin import Admin
 from conveyor.errors import ConfigurationError, JobNotFound, QueueNotFound
@@ -227,3 +228,15 @@ def test_delete_leaves_no_trace(admin: Admin, backend: Backend) -> None:
     assert [job.id for job in admin.jobs("mail")] == [held]
     with pytest.raises(JobNotFound):
         admin.job(failed)
+
+
+def test_plain_list_is_counted_and_purged_whole(backend: Backend, redis: Redis) -> None:
+    """Of a plain list, what other programs pushed and what we moved in are counted and purged together."""
+    redis.rpush("{t1}:numbers", *range(5))
+    admin = Admin(backend, plain_lists=["{t1}:numbers"])
+
+    assert [(info.name, info.ready) for info in admin.queues()] == [("{t1}:numbers", 5)]
+    assert "{t1}:numbers" in admin.doctor().problems[0].text
+    assert admin.purge("{t1}:numbers") == 5
+    assert admin.queue("{t1}:numbers").ready == 0
+    assert redis.llen("{t1}:numbers") == 0

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from contextlib import closing
+import asyncio
+import threading
+from contextlib import aclosing, closing
 
 import pytest
 from redis.exceptions import ConnectionError as TransportError
@@ -12,6 +14,7 @@ from conveyor.queue import Queue
 from conveyor.store import inspection
 from conveyor.store.backend import Backend
 from conveyor.store.connection import Connection
+from conveyor.store.wire import Wire, WireLost
 
 
 class Fault:
@@ -60,8 +63,11 @@ def run_list(url):
 
 def _consume(queue, count):
     seen = []
+    watchdog = threading.Timer(4, lambda: queue.push("lost"))
+    watchdog.start()
     with closing(queue.consume(prefetch=2)) as messages:
         for message in messages:
+            assert message.body != "lost", f"only {seen} came"
             if message.body == 3:
                 message.ack()
                 seen.append((3, message.attempt))
@@ -70,7 +76,66 @@ def _consume(queue, count):
                     seen.append((body, message.attempt))
             if len(seen) == count:
                 break
+    watchdog.cancel()
     return seen
+
+
+class AsyncFault(Fault):
+    """The same on a wire."""
+
+    def __init__(self, monkeypatch, at, *, sent):
+        self.at, self.sent, self.count = at, sent, 0
+        real, fault = Wire.execute, self
+
+        async def execute(wire, *command, block=0.0):
+            fault.count += command[0] != "SADD"
+            if command[0] == "SADD" or fault.count != fault.at:
+                return await real(wire, *command, block=block)
+            if fault.sent:
+                await real(wire, *command, block=block)
+            wire.drop(WireLost("cut"))
+            raise WireLost("cut")
+
+        monkeypatch.setattr(Wire, "execute", execute)
+
+
+async def arun_queue(url, make):
+    backend = Backend(url, patience=5)
+    queue = make(backend)
+    await queue.apush(0)
+    await queue.apush_many(range(1, 6))
+    seen = []
+    async with asyncio.timeout(4), aclosing(queue.aconsume(prefetch=2)) as messages:
+        async for message in messages:
+            if message.body == 3:
+                await message.aack()
+                seen.append((3, message.attempt))
+            else:
+                async with message as body:
+                    seen.append((body, message.attempt))
+            if len(seen) == 6:
+                break
+    stats = await queue.astats()
+    await backend.aclose()
+    return seen, (stats.ready, stats.leased, stats.dead)
+
+
+@pytest.mark.parametrize("sent", [False, True], ids=["not sent", "reply lost"])
+@pytest.mark.parametrize("kind", [Queue, PlainList])
+async def test_the_same_on_a_loop(url, redis, monkeypatch, kind, sent):
+    """Awaitable pushes, turns and ends survive a cut at every step in the same way."""
+    steps = 1
+    at = 0
+    while at < steps:
+        redis.flushall()
+        with monkeypatch.context() as patch:
+            fault = AsyncFault(patch, at, sent=sent)
+            seen, left = await arun_queue(url, lambda backend: kind(backend, "raw", lease_ms=2000))
+            steps = max(steps, fault.count)
+        assert seen == [(body, 1) for body in range(6)], f"cut at command {at}"
+        assert left == (0, 0, 0), f"cut at command {at}"
+        at += 1
+    assert at > 8
 
 
 @pytest.mark.parametrize("sent", [False, True], ids=["not sent", "reply lost"])

@@ -18,20 +18,12 @@ from conveyor.message import Batch
 from conveyor.outcome import Retry
 from conveyor.plain import PlainList
 from conveyor.queue import Queue
-from conveyor.store import inspection, rawlist
+from conveyor.store import inspection, operations, rawlist
 from conveyor.store.backend import Backend
+from messaging import until
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 LIST = "my_task_queue"
-
-
-def until(check, seconds=4.0):
-    """Wait for a condition."""
-    deadline = time.monotonic() + seconds
-    while not (found := check()):
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.005)
-    return found
 
 
 @pytest.fixture
@@ -178,8 +170,17 @@ class TestForeignProducers:
         """While a consumer works, what comes stays on the list, for any program to take."""
         redis.rpush(LIST, "1")
         consumer = tasks.consume()
-        next(consumer).nack(delay="300ms")
-        message = next(consumer)  # it was idle in between, waiting at the list too, and was woken by the retry
+        message = next(consumer)
+        message.nack(delay="1h")
+
+        def promote():
+            until(lambda: _blocked(redis, "blmove"))
+            tasks.backend.run(operations.promote(tasks.keys, message._leased.id))
+
+        thread = threading.Thread(target=promote)
+        thread.start()
+        message = next(consumer)  # it was idle in between, waiting at the list too
+        thread.join(5)
         assert message.attempt == 2
         redis.rpush(LIST, "2")
         assert redis.lrange(LIST, 0, -1) == [b"2"]

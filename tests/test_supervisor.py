@@ -6,22 +6,49 @@ import os
 import re
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
 import redis as redis_py
 
 from conveyor.store import operations
 from conveyor.store.backend import Backend
-from conveyor.store.keys import QueueKeys
 from conveyor.worker.board import About, Board, Spec
 from conveyor.worker.guardian import Guardian
 from server import Server
-from supervising import Queue, Supervised, running, until
+from supervised import KEYS, Queue, Supervised, running, until
 
-KEYS = QueueKeys("test", "q")
 LEASE = 1.0
+
+
+@pytest.fixture
+def queue(url: str) -> Iterator[Queue]:
+    made = Queue(url)
+    yield made
+    made.purge()
+    made.backend.close()
+
+
+@pytest.fixture
+def supervise(tmp_path: Path, queue: Queue) -> Iterator[Callable[..., Supervised]]:
+    """Start supervisors; what is left of them after the test is killed, before the queue is purged."""
+    started: list[Supervised] = []
+
+    def start(url: str, env: dict[str, str] | None = None, **options: Any) -> Supervised:
+        started.append(Supervised(url, tmp_path / f"log{len(started)}", env or {}, **options))
+        return started[-1]
+
+    yield start
+    for one in started:
+        children = one.children() if one.process.poll() is None else []
+        one.process.kill()
+        one.process.wait()
+        for pid in children:
+            if running(pid):
+                os.kill(pid, signal.SIGKILL)
+        print(one.log)
 
 
 def test_killed_child_loses_nothing(supervise: Callable[..., Supervised], queue: Queue, url: str) -> None:
@@ -53,11 +80,12 @@ def test_stopped_child_keeps_its_jobs(supervise: Callable[..., Supervised], queu
     one = supervise(url)
     ids = queue.push("hold", 5)
     ((pid, member),) = queue.by_pid(5).items()
+    until(lambda: "The guardian is connected" in one.log)
     os.kill(pid, signal.SIGSTOP)
     thaw = time.monotonic() + 3.3 * LEASE
     while time.monotonic() < thaw:
         left = queue.crew()[0].end - time.time() * 1000  # the server's clock is this machine's
-        assert left > 300 * LEASE
+        assert left > 0
         time.sleep(0.05)
     assert one.log.count("E11") == 1
     os.kill(pid, signal.SIGCONT)
@@ -70,18 +98,22 @@ def test_stopped_child_keeps_its_jobs(supervise: Callable[..., Supervised], queu
     assert one.log.count("E11") == 1
 
 
+@pytest.mark.parametrize("task", ["block", "clutch"])
 def test_blocked_loop_is_named_and_keeps_its_lease(
-    supervise: Callable[..., Supervised], queue: Queue, url: str
+    task: str, supervise: Callable[..., Supervised], queue: Queue, url: str
 ) -> None:
-    """A job that blocks the loop for two leases finishes once, and the log says which it was, and where it stood."""
-    one = supervise(url, env={"STAND_IN_LEASE_MS": "700"})
-    queue.push("block", body=b"2.0")
+    """A job that blocks the loop, or holds the GIL, for two leases keeps them, and the log says which, and where it stood."""
+    one = supervise(url)
+    until(lambda: "The guardian is connected" in one.log)
+    queue.push(task, body=b"2.2")
     until(lambda: queue.counts().leased == 1)
-    until(lambda: queue.counts().leased == 0)
+    while queue.counts().leased:
+        assert queue.crew()[0].end > time.time() * 1000
+        time.sleep(0.02)
 
     assert int(queue.backend.execute("HLEN", KEYS.jobs)) == 0
     until(lambda: "goes on after" in one.log)
-    assert re.search(r"E11 .* has blocked its event loop for 1\.\d s in block \(\S+\)", one.log)
+    assert re.search(rf"E11 .* has blocked its event loop for [12]\.\d s in {task} \(\S+\)", one.log)
     assert re.search(r'stand_in\.py", line \d+ in work', one.log)
     assert one.log.count("E11") == 1
 
@@ -92,9 +124,8 @@ def test_stall_without_end_is_ended(supervise: Callable[..., Supervised], queue:
     (id_,) = queue.push("block", body=b"60")
     (pid,) = queue.by_pid(1)
     until(lambda: not running(pid))
-    (after,) = queue.by_pid(1)
+    until(lambda: [m.held for m in queue.crew() if m.about["pid"] != pid] == [1])
 
-    assert after != pid
     assert queue.crashes([id_]) == {1}
     assert re.search(r"was killed after blocking its event loop for \d s in block \(\S+\); returned 1 job in", one.log)
     one.process.kill()
@@ -235,7 +266,7 @@ def test_stop_without_redis(supervise: Callable[..., Supervised], start_server: 
     stopped = one.signal(signal.SIGTERM)
 
     assert one.wait() == 0
-    assert time.monotonic() - stopped < 8
+    assert time.monotonic() - stopped < 5.2
     assert "the last jobs of this worker return when their leases end" in one.log
     queue.backend.close()
 
@@ -266,14 +297,14 @@ def test_recycled_child_is_replaced_without_blame(supervise: Callable[..., Super
 
 
 def test_quiet_and_stacks(supervise: Callable[..., Supervised], queue: Queue, url: str) -> None:
-    """SIGUSR2 writes the stacks of all children; after SIGUSR1 nothing is leased, by a restarted child neither."""
+    """SIGUSR2 writes the stacks of all threads and tasks; after SIGUSR1 nothing is leased, by a restarted child neither."""
     one = supervise(url)
     queue.push("hold", 2)
     (pid,) = queue.by_pid(2)
     one.signal(signal.SIGUSR2)
-    assert re.search(
-        r"worker child 1 \(pid \d+\):\n(.*\n)*.*in main", until(lambda: "most recent call" in one.log and one.log)
-    )
+    stacks = until(lambda: "most recent call" in one.log and one.log.partition("worker child 1 (pid ")[2])
+    assert re.search(r'child\.py", line \d+ in main', stacks)
+    assert re.search(r"name='hold' (.*\n)+?.*in work", stacks)
     one.signal(signal.SIGUSR1)
     until(lambda: "Quiet" in one.log)
     until(lambda: queue.crew()[0].held == 2)

@@ -305,3 +305,43 @@ async def test_hostile_exceptions_do_not_hurt_the_worker(app: Conveyor) -> None:
 
     assert await job.aresult(timeout=5) == "fine"
     assert (await counts(app)).dead == 2 * len(errors)
+
+
+async def test_a_worker_that_never_reached_redis_stops_at_once() -> None:
+    """A stop ends a worker that still waits for a server, without waiting for any grace."""
+    app = Conveyor("redis://127.0.0.1:1/0")
+
+    @app.task
+    async def never() -> None: ...
+
+    worker = Worker(app, grace=30)
+    running = asyncio.create_task(worker.run())
+    await until(lambda: not worker.ready.is_set())
+    worker.stop()
+    assert await asyncio.wait_for(running, 5) == 0
+    await app.aclose()
+
+
+async def test_kills_under_load_convict_nobody(app: Conveyor) -> None:
+    """Workers that die while they hold many jobs cost the jobs no conviction: all of them end well, soon."""
+    done: set[int] = set()
+
+    @app.task
+    async def work(n: int) -> None:
+        await asyncio.sleep(0.005)
+        done.add(n)
+
+    await app.aenqueue_many(work.s(n) for n in range(1000))
+    for _ in range(5):
+        worker = Worker(app, concurrency=50)
+        running = asyncio.create_task(worker.run())
+        before = len(done)
+        await until(lambda least=before + 110: len(done) > least)
+        worker.fail(RuntimeError("crash"))
+        with pytest.raises(RuntimeError, match="crash"):
+            await running
+        await app.backend.arun(operations.reap(app.keys("default"), worker.consumers[0].identity))
+    await drain(app, concurrency=50)
+
+    assert len(done) == 1000
+    assert (await counts(app)).dead == 0

@@ -6,15 +6,17 @@ Everything is typed and works on any queue of one backend. Calls are blocking; w
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-from conveyor import doctor
+from conveyor import doctor, sweep
 from conveyor.errors import ConfigurationError, JobNotFound, QueueNotFound
-from conveyor.ident import made_at_ms, public, queue_name, split
+from conveyor.holder import drive
+from conveyor.ident import made_at_ms, public, split
 from conveyor.model import read_outcome
+from conveyor.plain import PlainList
 from conveyor.store import inspection, operations
 from conveyor.store.backend import Backend
 from conveyor.store.inspection import Finished, Row
@@ -34,8 +36,7 @@ from conveyor.view import (
 )  # fmt: skip
 
 PAGE = 500
-REDRIVE_BATCH = 500
-PURGE_BATCH = 1000
+_LEASE_MS = 15_000  # of a plain list; purging leases nothing
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,15 +51,20 @@ class _Found:
 class Admin:
     """Reads and actions over all queues of one backend."""
 
-    def __init__(self, backend: Backend) -> None:
-        """Take the backend; nothing is sent yet."""
+    def __init__(self, backend: Backend, *, plain_lists: Collection[str] = ()) -> None:
+        """Take the backend, and which queues are plain lists shared with other programs: Redis does not say that."""
         self.backend = backend
+        self.plain_lists = frozenset(plain_lists)
+
+    def names(self) -> list[str]:
+        """Return the names of all known queues, sorted."""
+        return sorted({*self.backend.queues(), *self.plain_lists})
 
     # -- queues ---------------------------------------------------------------------------------------------------
 
     def queues(self) -> list[QueueInfo]:
         """Return all known queues, by name."""
-        return [self._counted(name) for name in self.backend.queues()]
+        return [self._counted(name) for name in self.names()]
 
     def queue(self, name: str) -> QueueInfo:
         """Return one queue; raises QueueNotFound."""
@@ -80,44 +86,29 @@ class Admin:
         Only what was there when it began: newer work survives. One that was interrupted is simply repeated.
         """
         keys = self._require(name)
-        removed = 0
-        for place, state in (("dead", "dead"),) if dead else (("ready", "ready"), ("due", "scheduled")):
-            left = self._length(keys, state)
-            while left > 0:
-                taken, gone = self.backend.run(operations.purge(keys, place, min(left, PURGE_BATCH)))
-                removed += gone
-                left -= taken
-                if taken == 0:
-                    break
-        return removed
+        if keys.foreign is not None:
+            return PlainList[Any](self.backend, name, lease_ms=_LEASE_MS).purge(dead)
+        return drive(sweep.purge_dead(keys) if dead else sweep.purge_waiting(keys), self.backend.run)
 
     def redrive(self, name: str, *, limit: int | None = None, ids: Sequence[str] = ()) -> int:
         """Put dead letters back, oldest first, or just those of *ids* (public or bare); return how many."""
         keys = self._require(name)
+        if not ids:
+            return drive(sweep.redrive(keys, limit), self.backend.run)
         bare = [split(one)[1] for one in ids]
-        if bare:
-            batches = [bare[first : first + REDRIVE_BATCH] for first in range(0, len(bare), REDRIVE_BATCH)]
-            return sum(self.backend.run(operations.redrive(keys, ids=batch)) for batch in batches)
-        left = self._length(keys, "dead") if limit is None else limit
-        count = 0
-        while left > 0:
-            moved = self.backend.run(operations.redrive(keys, limit=min(left, REDRIVE_BATCH)))
-            if moved == 0:
-                break
-            count += moved
-            left -= moved
-        return count
+        batches = [bare[first : first + PAGE] for first in range(0, len(bare), PAGE)]
+        return sum(self.backend.run(operations.redrive(keys, ids=batch)) for batch in batches)
 
     def workers(self, queue: str | None = None) -> list[WorkerInfo]:
         """Return who takes from a queue, or from any; a worker of three queues is listed three times."""
-        names = self.backend.queues() if queue is None else [self._require(queue).queue]
+        names = self.names() if queue is None else [self._require(queue).queue]
         return [
             WorkerInfo(
                 member.worker, name, str(member.about.get("host", "")), member.about.get("pid"), member.held,
                 instant(member.end), member.about,
             )
             for name in names
-            for member in self.backend.run(inspection.crew(self.backend.keys(name)))
+            for member in self.backend.run(inspection.crew(self._keys(name)))
         ]  # fmt: skip
 
     # -- jobs -----------------------------------------------------------------------------------------------------
@@ -138,11 +129,11 @@ class Admin:
         """
         if state is not None and state not in STATES:
             raise ConfigurationError(f"There is no state {state!r} to list. Known: {', '.join(STATES)}.")
-        names = self.backend.queues() if queue is None else [self._require(queue).queue]
+        names = self.names() if queue is None else [self._require(queue).queue]
         found: list[JobInfo] = []
         for name in names:
             for one in (state,) if state else LIVE:
-                total = self._length(self.backend.keys(name), one)
+                total = self._length(self._keys(name), one)
                 if task is None and offset >= total:
                     offset -= total
                     continue
@@ -183,20 +174,23 @@ class Admin:
 
     def doctor(self) -> doctor.Report:
         """Examine the server and the queues."""
-        return doctor.examine(self.backend)
+        return doctor.examine(self.backend, self._keys, self.names())
 
     # -- inside ---------------------------------------------------------------------------------------------------
 
+    def _keys(self, name: str) -> QueueKeys:
+        return QueueKeys(self.backend.namespace, name, foreign=name if name in self.plain_lists else None)
+
     def _require(self, name: str) -> QueueKeys:
-        queue_name(name)
-        if not self.backend.execute("SISMEMBER", known_queues(self.backend.namespace), name):
-            known = self.backend.queues()
-            listed = f"Known: {', '.join(known[:10])}{' …' if len(known) > 10 else ''}." if known else "There is none."
+        known = known_queues(self.backend.namespace)
+        if name not in self.plain_lists and not self.backend.execute("SISMEMBER", known, name):
+            names = self.names()
+            listed = f"Known: {', '.join(names[:10])}{' …' if len(names) > 10 else ''}." if names else "There is none."
             raise QueueNotFound(f"No queue {name!r} in namespace {self.backend.namespace!r}. {listed}")
-        return self.backend.keys(name)
+        return self._keys(name)
 
     def _counted(self, name: str) -> QueueInfo:
-        counts = self.backend.run(inspection.counts(self.backend.keys(name)))
+        counts = self.backend.run(inspection.counts(self._keys(name)))
         oldest = counts.oldest_age if counts.ready else None  # what stands first may be a cancelled job's place
         return QueueInfo(
             name, counts.ready, counts.scheduled, counts.waiting, counts.leased, counts.dead, counts.workers,
@@ -212,19 +206,19 @@ class Admin:
         return int(getattr(counts, state)) + stubs
 
     def _listed(self, queue: str, state: str, offset: int, total: int) -> Iterator[JobInfo]:
-        keys = self.backend.keys(queue)
+        keys = self._keys(queue)
         for first in range(offset, total, PAGE):
             if state == "done":
                 page = self.backend.run(inspection.finished(keys, first, PAGE))
-                yield from (finished_job(queue, entry) for entry in page)
+                yield from (finished_job(queue, entry) for entry in page if entry.status != "dead")
             else:
                 yield from (live_job(queue, row) for row in self.backend.run(inspection.page(keys, state, first, PAGE)))
 
     def _find(self, public_id: str) -> _Found | None:
         queue, id_ = split(public_id)
         trace: _Found | None = None
-        for name in [queue] if queue else self.backend.queues():
-            keys = self.backend.keys(name)
+        for name in [queue] if queue else self.names():
+            keys = self._keys(name)
             place, row, record = self.backend.run(inspection.show(keys, id_))
             found = _Found(keys, id_, place, row, record)
             if place != "none":

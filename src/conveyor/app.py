@@ -7,7 +7,7 @@ from contextlib import AbstractAsyncContextManager
 from typing import TYPE_CHECKING, Any, Literal, ParamSpec, Self, TypeVar, cast, overload
 
 from conveyor import ident, provider
-from conveyor.bulk import chunks
+from conveyor.bulk import Shipment, chunks
 from conveyor.codec import MAX_PAYLOAD
 from conveyor.duration import Duration
 from conveyor.errors import ConfigurationError, ConveyorError
@@ -254,15 +254,15 @@ class Conveyor(Hooks):
         list nothing was stored then, of a generator nothing from that thousand on.
         """
         refuse_in_loop("app.enqueue_many()", "await app.aenqueue_many(…)")
-        jobs: list[Job[R]] = []
+        shipment = Shipment()
         try:
-            for chunk in chunks(self, calls):
-                chunk.send()
-                jobs += chunk.jobs
+            with shipment:
+                for chunk in chunks(self, calls):
+                    shipment.send(chunk)
         except ConveyorError as error:
-            _note(error, len(jobs))
+            _note(error, len(shipment.jobs))
             raise
-        return jobs
+        return shipment.jobs
 
     async def aenqueue_many(self, calls: Iterable[TaskCall[R]]) -> list[Job[R]]:
         """Do the same without blocking the event loop."""

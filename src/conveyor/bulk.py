@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from conveyor.ident import new_ids
 from conveyor.job import Job
-from conveyor.store.backend import BULK
+from conveyor.store.gathering import BULK
 from conveyor.store.operations import Entry
 
 if TYPE_CHECKING:
@@ -89,20 +89,49 @@ class Chunk:
             found = self._batches[queue] = Batch(queue)
         return found
 
-    def send(self) -> None:
-        """Push all."""
+    def send(self) -> list[Callable[[], None]]:
+        """Push all; return what has to be called before anything else is pushed."""
         home = self._home
+        finish: list[Callable[[], None]] = []
         for batch in self._batches.values():
             if batch.pairs and batch.queue not in home.bounded:
-                home.backend.push_plain(home.keys(batch.queue), batch.pairs)
+                finish.append(home.backend.post_plain(home.keys(batch.queue), batch.pairs))
             elif batch.jobs:
                 batch.settle(home.send(batch.queue, batch.as_entries()))
+        return finish
 
     async def asend(self) -> None:
         """Do the same without blocking the event loop."""
         for batch in self._batches.values():
             if batch.jobs:
                 batch.settle(await self._home.asend(batch.queue, batch.as_entries()))
+
+
+class Shipment:
+    """Chunks on their way: Redis works on one while the next is prepared. `jobs` are those accepted."""
+
+    def __init__(self) -> None:
+        self.jobs: list[Job[Any]] = []
+        self._finish: list[Callable[[], None]] = []
+        self._under_way: list[Job[Any]] = []
+
+    def send(self, chunk: Chunk) -> None:
+        """Send *chunk* when the one before is accepted."""
+        self._settle()
+        self._under_way = chunk.jobs
+        self._finish = chunk.send()
+
+    def _settle(self) -> None:
+        while self._finish:
+            self._finish.pop(0)()
+        self.jobs += self._under_way
+        self._under_way = []
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *_: object) -> None:
+        """What was sent is accepted or refused before anything else is said."""
+        self._settle()
 
 
 def chunks(home: Sender, calls: Iterable[TaskCall[Any]]) -> Iterator[Chunk]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from statistics import median
 from typing import Literal
@@ -10,6 +11,7 @@ from typing import Literal
 from conveyor.errors import ConveyorError, StoreUnavailable
 from conveyor.store import inspection
 from conveyor.store.backend import Backend
+from conveyor.store.keys import QueueKeys
 
 Level = Literal["ok", "note", "warning", "problem"]
 Durability = Literal["memory", "snapshots", "aof-os", "aof-everysec", "aof-always", "unknown"]
@@ -18,6 +20,8 @@ OLDEST_REDIS = (6, 2)
 OLDEST_VALKEY = (7, 2)
 PINGS = 7
 SKEW_WARNING = 1.0
+_NAMED = 10
+_OR_CONSUMER = "  (for messages: a program that consumes them)"
 MEMORY_WARNING, MEMORY_PROBLEM = 0.75, 0.9
 
 # The first releases without CVE-2025-49844: a script of an authenticated user can run any code.
@@ -73,18 +77,28 @@ class Report:
         self.findings.append(Finding(name, level, text, remedy, code))
 
 
-def examine(backend: Backend) -> Report:
-    """Look at everything; raises StoreUnavailable when the server does not answer."""
+def examine(
+    backend: Backend, keys: Callable[[str], QueueKeys] | None = None, queues: list[str] | None = None
+) -> Report:
+    """
+    Look at everything; raises StoreUnavailable when the server does not answer.
+
+    *keys* and *queues* say what is known of queues besides their names in Redis: which are plain lists.
+    """
     report = Report(str(backend.address))
     _latency(backend, report)
     facts = _information(backend)
     _version(facts, report)
+    if backend.attachment is not None:
+        report.add(
+            "server", "note", "embedded server: for one machine, made for development", "Elsewhere: CONVEYOR_URL"
+        )
     _role(facts, report)
     _eviction(backend, facts, report)
     _durability(backend, facts, report)
     _memory(facts, report)
     _clock(backend, report)
-    _queues(backend, report)
+    _queues(backend, keys or backend.keys, backend.queues() if queues is None else queues, report)
     return report
 
 
@@ -109,12 +123,27 @@ def evicting(policy: str, evicted: int) -> Finding | None:
     )
 
 
-def stranded(name: str, ready: int, served: list[str]) -> Finding:
-    """Return the finding for a queue with jobs that no worker takes; *served* are the queues that workers take."""
-    takers = f"Workers take: {', '.join(served)}." if served else "No worker is running."
-    jobs = "1 job" if ready == 1 else f"{ready:,} jobs"
-    text = f"Queue '{name}' has {jobs} and no worker takes it. {takers}"
-    return Finding("queue", "problem", text, f"conveyor worker -q {name}", "E12")
+def stranded(waiting: dict[str, int], served: list[str]) -> list[Finding]:
+    """
+    Return the findings for queues with jobs that no worker takes: *waiting* is queue → jobs that could start.
+
+    *served* are the queues that workers take; when there is none at all, one finding says it for all.
+    """
+    if not served and len(waiting) > 1:
+        names = ", ".join(list(waiting)[:_NAMED]) + (", …" if len(waiting) > _NAMED else "")
+        text = f"{len(waiting)} queues have {sum(waiting.values()):,} jobs and no worker is running: {names}"
+        return [Finding("queue", "problem", text, f"conveyor worker{_OR_CONSUMER}", "E12")]
+    takers = f"Workers take: {', '.join(served[:_NAMED])}." if served else "No worker is running."
+    return [
+        Finding(
+            "queue",
+            "problem",
+            f"Queue '{name}' has {'1 job' if ready == 1 else f'{ready:,} jobs'} and no worker takes it. {takers}",
+            f"conveyor worker -q {name}{_OR_CONSUMER}",
+            "E12",
+        )
+        for name, ready in waiting.items()
+    ]
 
 
 def _latency(backend: Backend, report: Report) -> None:
@@ -263,12 +292,12 @@ def _clock(backend: Backend, report: Report) -> None:
         report.add("clock", "ok", f"clocks agree ({skew * 1000:.0f} ms apart)")
 
 
-def _queues(backend: Backend, report: Report) -> None:
-    counts = {name: backend.run(inspection.counts(backend.keys(name))) for name in backend.queues()}
+def _queues(backend: Backend, keys: Callable[[str], QueueKeys], names: list[str], report: Report) -> None:
+    counts = {name: backend.run(inspection.counts(keys(name))) for name in names}
     served = [name for name, found in counts.items() if found.workers]
+    waiting = {n: found.ready for n, found in counts.items() if found.ready and not found.workers and not found.paused}
+    report.findings += stranded(waiting, served)
     for name, found in counts.items():
-        if found.ready and not found.workers and not found.paused:
-            report.findings.append(stranded(name, found.ready, served))
         if found.paused:
             report.add("queue", "note", f"queue '{name}' is paused", f"conveyor queue resume {name}")
         if found.dead:

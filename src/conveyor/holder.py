@@ -31,6 +31,7 @@ class _Books:
         self.lessee = lessee
         self.verdict = verdict
         self.on_error: OnError = on_error
+        self._left = False
 
     def is_cancelled(self, leased: Leased) -> bool:
         """Tell whether somebody asked to cancel it while we hold it."""
@@ -105,7 +106,10 @@ class BlockingHolder(_Books):
         if not self._lock.acquire(blocking=blocking):
             return False
         try:
+            if self._left:
+                return False  # a thread that renews comes late: it must not register anew
             drive(self.lessee.round(want, leave=leave), self._run)
+            self._left = leave and not self.lessee.transient
         finally:
             self._lock.release()
         return True
@@ -159,7 +163,10 @@ class AwaitableHolder(_Books):
     async def around(self, want: int = 0, *, leave: bool = False) -> None:
         """Make one turn, and what its reply asks for."""
         async with self._lock:
+            if self._left:
+                return
             await adrive(self.lessee.round(want, leave=leave), self._run)
+            self._left = leave and not self.lessee.transient
 
 
 def patience(backend: Backend, call: Call[Any]) -> float:

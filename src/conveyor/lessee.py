@@ -83,6 +83,7 @@ class Leased:
     """Why what is stored cannot be read; its body is then the bytes as they are."""
     started: bool = False
     settled: bool = False
+    returned: bool = False
     lost: bool = False
 
     @property
@@ -199,6 +200,7 @@ class Lessee:
         for one in reversed(list(leased)):
             if not (one.lost or one.settled):
                 self.settle(one, Settlement("F", one.id, state=states(one)))
+                one.returned = True
 
     def split(self, leased: Leased, ms: int) -> Generator[Call[Any], Any, Lessee | None]:
         """Move *leased* to an identity of its own with a lease of *ms* and return it; None when the lease is lost."""

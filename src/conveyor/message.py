@@ -137,6 +137,8 @@ class Message(Generic[T]):
         leased = self._leased
         if leased.settled or leased.lost:
             why = "its lease was given up" if leased.lost else "it was settled before"
+            if leased.returned:
+                why = "the loop over consume() was left, which handed it back. Keep the iterator in a variable"
             raise LeaseLost(f"Message {self.id} is no longer ours: {why}. Nothing was changed.")
         return leased
 

@@ -11,7 +11,7 @@ spaces: ``p<0-9>`` priority, ``e<ms>`` expiry, ``d<ms>`` first due, ``i`` the id
 
 State (only of jobs that are not fresh)::
 
-    <starts> <failures> <crashes>\n<error JSON>\n<error JSON>…
+    <starts> <failures> <crashes>[w]\n<error JSON>\n<error JSON>…
 """
 
 from __future__ import annotations
@@ -82,10 +82,11 @@ class State(msgspec.Struct):
     failures: int = 0
     crashes: int = 0
     errors: list[bytes] = []
+    alone: bool = False  # it waits to run alone: a crash beside it is not its own
 
     def encode(self) -> bytes:
         """Return the stored form, with the newest errors only."""
-        head = b"%d %d %d" % (self.starts, self.failures, self.crashes)
+        head = b"%d %d %d%b" % (self.starts, self.failures, self.crashes, b"w" if self.alone else b"")
         return b"\n".join([head, *self.errors[-ERRORS_KEPT:]])
 
     def failures_list(self) -> list[Failure]:
@@ -99,7 +100,7 @@ class State(msgspec.Struct):
             return cls()
         head, *errors = data.split(b"\n")
         starts, failures, crashes = head.split(b" ")[:3]
-        return cls(int(starts), int(failures), int(crashes), errors)
+        return cls(int(starts), int(failures), int(crashes.rstrip(b"w")), errors, crashes.endswith(b"w"))
 
 
 _FAILURE = msgspec.json.Decoder(Failure)

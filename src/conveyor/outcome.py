@@ -92,8 +92,23 @@ def snoozed(state: State, attempt: int) -> State:
 
 
 def suspected(state: State) -> State:
-    """Return the state written before a suspect starts: one more crash, taken back when it ends in order."""
-    return State(state.starts, state.failures, state.crashes + 1, state.errors)
+    """Return the state written before a suspect starts alone: one more crash, taken back when it ends in order."""
+    return State(state.starts, state.failures, state.crashes + 1, state.errors, alone=True)
+
+
+def waiting(state: State) -> State:
+    """Return the state of a suspect that waits to run alone: another's crash meanwhile is not charged to it."""
+    return State(state.starts, state.failures, state.crashes, state.errors, alone=True)
+
+
+def runs_alone(state: State, max_crashes: int) -> bool:
+    """
+    Tell whether a job that came back from crashes must run alone, so that another crash convicts it and nobody else.
+
+    After one crash it runs with the others again, unless the next is its last: whole workers die too, and what
+    they held, a thousand jobs perhaps, would come back one by one.
+    """
+    return state.crashes >= min(2, max_crashes - 1) and state.crashes > 0
 
 
 def _tuple(types: Exceptions) -> tuple[type[BaseException], ...]:

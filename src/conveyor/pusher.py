@@ -11,8 +11,9 @@ from conveyor.codec import ValueCodec
 from conveyor.errors import ConfigurationError, ConveyorError, PayloadError, QueueFull, StoreUnavailable
 from conveyor.posting import Posting
 from conveyor.store import operations
-from conveyor.store.backend import BULK, Backend, refuse_in_loop
+from conveyor.store.backend import Backend, refuse_in_loop
 from conveyor.store.connection import Connection
+from conveyor.store.gathering import BULK
 from conveyor.store.keys import QueueKeys
 from conveyor.store.operations import Entry, Lane
 

@@ -129,9 +129,12 @@ class Task(Generic[P, R_co]):
         """Do the same without blocking the event loop; calls of one tick share a round trip."""
         home = self._home
         if self._plain and not home.pushers and self.queue not in home.bounded:
+            backend, keys = home.backend, self._keys
+            body = self.signature.encode(args, kwargs)
+            if not backend.knows(keys):
+                await backend.aannounce(keys)
             id_ = new_id()
-            entry = Entry(id_, self.head + self.signature.encode(args, kwargs))
-            await home.backend.apush(self._keys, (entry,))
+            await backend.put(keys, id_, self.head + body)
             return Job(home, id_, self.queue, self)
         return await self.aenqueue_with(NOTHING, args, kwargs)
 

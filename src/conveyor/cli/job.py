@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from conveyor.cli.exit import Exit
-from conveyor.cli.output import Output, confirm_options, count, machine
+from conveyor.cli.output import Output, confirm_options, count, machine, span
 from conveyor.cli.target import Target, redis_options
 
 if TYPE_CHECKING:
@@ -134,7 +134,10 @@ def _row(info: JobInfo) -> tuple[object, ...]:
         about = f"worker {info.worker}"
     elif info.payload:
         about = info.payload[:200]
-    return (info.id, info.queue, info.task or None, info.status, info.attempt, when, about)
+    elif info.ran_ms is not None:
+        about = f"ran {span(info.ran_ms / 1000)}"
+    attempt = None if info.payload is None else info.attempt  # of one that has ended it is not kept
+    return (info.id, info.queue, info.task or None, info.status, attempt, when, about)
 
 
 def _read(ids: Sequence[str]) -> list[str]:

@@ -71,7 +71,12 @@ class Output:
         if not sys.stdin.isatty():
             self.say(f"{question}  Not confirmed: give --yes. Nothing was done.")
             raise click.exceptions.Exit(Exit.REFUSED)
-        if not click.confirm(question, default=False, err=True):
+        try:
+            agreed = click.confirm(question, default=False, err=True)
+        except click.Abort:
+            self.say("")  # the shell's prompt belongs on a line of its own
+            raise
+        if not agreed:
             self.say("Nothing was done.")
             raise click.exceptions.Exit(Exit.REFUSED)
         return True

@@ -103,8 +103,8 @@ def _print(out: Output, ids: list[str]) -> None:
 
 
 def _where(number: int, stored: int) -> str:
-    before = f", after {count(stored, 'message')} that {'was' if stored == 1 else 'were'} stored" if stored else ""
-    return f" in line {number} of standard input{before},"
+    before = f" (after {count(stored, 'message')} that {'was' if stored == 1 else 'were'} stored)" if stored else ""
+    return f" in line {number} of standard input{before}"
 
 
 def _batches(stream: Any) -> Iterator[list[tuple[int, bytes]]]:

@@ -70,7 +70,7 @@ def _people(out: Output, workers: Sequence[WorkerInfo]) -> None:
     for worker in workers:
         processes.setdefault((worker.host, worker.pid, "" if worker.pid else worker.id), []).append(worker)
     out.line("")
-    out.line(count(len(processes), "worker process"))
+    out.line(f"{count(len(processes), 'worker process')}:" if processes else "No workers.")
     for (host, pid, id_), group in list(processes.items())[:_MOST_WORKERS]:
         who = f"{host}:{pid}" if pid else id_
         queues = ", ".join(worker.queue for worker in group)

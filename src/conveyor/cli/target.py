@@ -30,6 +30,7 @@ class Target:
     namespace: str | None = None
     app_name: str | None = None
     _settings: Settings | None = field(default=None, repr=False)
+    _app: Any = field(default=None, repr=False)
 
     @property
     def settings(self) -> Settings:
@@ -67,6 +68,7 @@ class Target:
         url, namespace = self.url, self._namespace()
         if (url is None or namespace is None) and reference(self.app_name, self.settings) is not None:
             _, app = load(self.app_name, self.settings)
+            self._app = app
             if url is None and namespace in {None, app.backend.namespace}:
                 app.backend.patience = PATIENCE
                 found: Backend = app.backend
@@ -81,7 +83,8 @@ class Target:
         """Return the admin interface of the backend."""
         from conveyor.admin import Admin
 
-        return Admin(self.backend())
+        backend = self.backend()
+        return Admin(backend, plain_lists=() if self._app is None else self._app.plain_lists)
 
     def _namespace(self) -> str | None:
         return self.namespace or os.environ.get("CONVEYOR_NAMESPACE") or self.settings.namespace

@@ -7,13 +7,12 @@ from typing import Any
 
 import click
 
-from conveyor.cli.output import Output, count, version
+from conveyor.cli.output import Output
 from conveyor.cli.output import seconds as duration
 from conveyor.cli.target import Target, verbose_option
 from conveyor.errors import ConfigurationError, StoreUnavailable
 
 _WEIGHED = re.compile(r"(?P<name>.+):(?P<weight>\d+(\.\d+)?)")
-_NAMED = 10
 
 
 @click.command()
@@ -58,8 +57,7 @@ def worker(
     name, app = Target(url, namespace, app_name).load_app()
     chosen = _queues(queues) or _served(app, name)
     seconds = duration(grace, name="--grace")
-    where = _check(out, app, allow_eviction=allow_eviction)
-    _banner(out, name, app, where, chosen, f"{count(processes, 'process')} × ({concurrency} async + {threads} threads)")
+    _check(out, app, allow_eviction=allow_eviction)
     from conveyor.worker import supervisor
 
     verbose = bool(ctx.obj and ctx.obj["verbose"])
@@ -93,30 +91,18 @@ def _served(app: Any, name: str) -> dict[str, float]:
     return dict.fromkeys(sorted(queues), 1.0)
 
 
-def _check(out: Output, app: Any, *, allow_eviction: bool) -> str:
-    """Return where Redis is, in words; refuse one that deletes jobs. One that is away is waited for, not an error."""
+def _check(out: Output, app: Any, *, allow_eviction: bool) -> None:
+    """Refuse a server that deletes jobs. One that is away is waited for, not an error."""
     from conveyor import doctor
 
     try:
         policy, evicted = doctor.eviction_policy(app.backend)
     except StoreUnavailable as error:
         out.say(f"{str(error).splitlines()[0]} Waiting for it.")
-        return str(app.backend.address)
+        return
     wrong = doctor.evicting(policy, evicted)
     if wrong is not None and not allow_eviction:
-        raise ConfigurationError(
-            f"{wrong.text}\nSet:  {wrong.remedy}\nStart anyway:  --allow-eviction", code=wrong.code
-        )
+        advice = f"Set:  {wrong.remedy}\nStart anyway:  --allow-eviction"
+        raise ConfigurationError(f"{wrong.text}\n{advice}", code=wrong.code)
     if wrong is not None:
         out.say(f"! {wrong.text}")
-    return str(app.backend.address)
-
-
-def _banner(out: Output, name: str, app: Any, where: str, queues: dict[str, float], slots: str) -> None:
-    tasks = sorted({task.name for task in app.tasks.values()})
-    listed = ": " + ", ".join(tasks) if len(tasks) <= _NAMED else ""
-    weights = [queue if weight == 1 else f"{queue} ×{weight:g}" for queue, weight in queues.items()]
-    out.say(f"conveyor {version()} · {where}")
-    out.say(f"  app      {name} · {count(len(tasks), 'task')}{listed}")
-    out.say(f"  queues   {', '.join(weights)}")
-    out.say(f"  slots    {slots}")

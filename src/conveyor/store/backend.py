@@ -12,14 +12,15 @@ import os
 import threading
 import weakref
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
-from conveyor.errors import ConfigurationError, ConveyorError, QueueFull, StoreUnavailable
+from conveyor.errors import ConfigurationError
 from conveyor.ident import new_identity
 from conveyor.store import operations
 from conveyor.store.address import Address, configured_url
 from conveyor.store.connection import Connection, answered, reply_text
+from conveyor.store.gathering import BULK, Shared
 from conveyor.store.keys import QueueKeys, check_namespace, known_queues
 from conveyor.store.operations import Entry, Lane
 from conveyor.store.script import Argument, Call
@@ -33,8 +34,6 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 PATIENCE = 5.0
 """Seconds a producer's call is repeated while Redis is away before StoreUnavailable is raised."""
-BULK = 1000
-"""Jobs per call of a bulk push: enough to share the round trip, short enough to let others in."""
 
 
 class Backend:
@@ -52,6 +51,7 @@ class Backend:
         self._lock = threading.Lock()
         self._free: deque[Producer] = deque()
         self._loops: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, Shared] = weakref.WeakKeyDictionary()
+        self._last: Shared | None = None
         self._announced: set[str] = set()
         _after_fork(self)
 
@@ -126,6 +126,21 @@ class Backend:
         finally:
             self._free.append(producer)
 
+    def post_plain(self, keys: QueueKeys, pairs: Sequence[Argument]) -> Callable[[], None]:
+        """Do the same, but return once it is sent: the caller prepares the next while Redis works, then calls the result."""
+        refuse_in_loop()
+        self._announce(keys)
+        producer = self._take()
+        collect = producer.connection.post(operations.push_plain(keys, producer.lane, pairs))
+
+        def finish() -> None:
+            try:
+                collect(self.patience)
+            finally:
+                self._free.append(producer)
+
+        return finish
+
     def execute(self, *command: Argument) -> object:
         """Send one plain command, for reads that need no script (INFO, PING, SMEMBERS)."""
         refuse_in_loop()
@@ -178,6 +193,14 @@ class Backend:
             ids += await lane.push(entries[first : first + BULK])
         return ids
 
+    def put(self, keys: QueueKeys, id: str, envelope: bytes) -> Awaitable[None]:  # noqa: A002
+        """Accept one plain message: the cheapest way in. The queue is known already (`knows`, else `aannounce`)."""
+        return self.shared().lane(keys, 0).put(id, envelope)
+
+    def knows(self, keys: QueueKeys) -> bool:
+        """Tell whether this process has made the queue known."""
+        return keys.queue in self._announced
+
     async def aannounce(self, keys: QueueKeys) -> None:
         """Make a queue known before its first push."""
         if keys.queue not in self._announced:
@@ -199,9 +222,13 @@ class Backend:
     def shared(self) -> Shared:
         """Return what this event loop's callers share."""
         loop = asyncio.get_running_loop()
+        last = self._last  # most programs have one loop: looking weak references up costs as much as all the rest
+        if last is not None and last.loop() is loop:
+            return last
         found = self._loops.get(loop)
         if found is None:
-            found = self._loops[loop] = Shared(Wire(self.address), self.patience)
+            found = self._loops[loop] = Shared(loop, Wire(self.address), self.patience)
+        self._last = found
         return found
 
     # -- end ------------------------------------------------------------------------------------------------------
@@ -218,6 +245,7 @@ class Backend:
     async def aclose(self) -> None:
         """Close this event loop's wire, then the rest."""
         shared = self._loops.pop(asyncio.get_running_loop(), None)
+        self._last = None
         if shared is not None:
             shared.wire.close()
         self.close()
@@ -226,6 +254,7 @@ class Backend:
         # The parent goes on using its sockets and lanes: a child must touch neither.
         self._free = deque()
         self._loops = weakref.WeakKeyDictionary()
+        self._last = None
         self._lock = threading.Lock()
 
 
@@ -237,88 +266,6 @@ class Producer:
     def __init__(self, connection: Connection, lane: Lane) -> None:
         self.connection = connection
         self.lane = lane
-
-
-class Shared:
-    """One event loop's wire and, per queue, the lane of its pushes."""
-
-    def __init__(self, wire: Wire, patience: float) -> None:
-        self.wire = wire
-        self._patience = patience
-        self._lanes: dict[tuple[str, int], AsyncLane] = {}
-
-    def lane(self, keys: QueueKeys, max_length: int) -> AsyncLane:
-        """Return the lane of *keys*."""
-        found = self._lanes.get((keys.prefix, max_length))
-        if found is None:
-            found = self._lanes[keys.prefix, max_length] = AsyncLane(self.wire, keys, max_length, self._patience)
-        return found
-
-
-class AsyncLane:
-    """Gathers the pushes of one queue: what comes while a call is in flight, or in the same tick, forms the next."""
-
-    def __init__(self, wire: Wire, keys: QueueKeys, max_length: int, patience: float) -> None:
-        self._wire, self._keys, self._max_length, self._patience = wire, keys, max_length, patience
-        self._lane = Lane(new_identity())
-        self._waiting: deque[tuple[Sequence[Entry], asyncio.Future[list[str]]]] = deque()
-        self._sender: asyncio.Task[None] | None = None
-
-    def push(self, entries: Sequence[Entry]) -> asyncio.Future[list[str]]:
-        """Return a future of the ids. Cancelling it leaves the push under way: whether it happened is then unknown."""
-        future: asyncio.Future[list[str]] = asyncio.get_running_loop().create_future()
-        self._waiting.append((entries, future))
-        if self._sender is None:
-            self._sender = asyncio.get_running_loop().create_task(self._send())
-        return future
-
-    async def _send(self) -> None:
-        try:
-            while self._waiting:
-                batch, size = [], 0
-                while self._waiting and size < BULK:
-                    one = self._waiting.popleft()
-                    if one[1].cancelled():
-                        continue  # nobody waits for it and nothing was sent
-                    batch.append(one)
-                    size += len(one[0])
-                if batch:
-                    await self._deliver(batch)
-        finally:
-            self._sender = None
-
-    async def _deliver(self, batch: list[tuple[Sequence[Entry], asyncio.Future[list[str]]]]) -> None:
-        call = operations.push(
-            self._keys, self._lane, [entry for entries, _ in batch for entry in entries], max_length=self._max_length
-        )
-        try:
-            ids = await self._wire.run(call, patience=self._patience)
-        except QueueFull as error:
-            if len(batch) == 1:
-                _fail(batch, error)
-                return
-            for one in batch:  # together they do not fit; some may alone
-                await self._deliver([one])
-        except (ConveyorError, operations.LateReply) as error:
-            # The repeats may still arrive: a new lane keeps their number from being taken for ours.
-            self._lane = Lane(new_identity())
-            _fail(batch, error)
-        except BaseException as error:
-            _fail(batch, error)
-            raise
-        else:
-            at = 0
-            for entries, future in batch:
-                if not future.done():
-                    future.set_result(ids[at : at + len(entries)])
-                at += len(entries)
-
-
-def _fail(batch: list[tuple[Sequence[Entry], asyncio.Future[list[str]]]], error: BaseException) -> None:
-    cause = StoreUnavailable(str(error)) if not isinstance(error, Exception) else error
-    for _, future in batch:
-        if not future.done():
-            future.set_exception(cause)
 
 
 def refuse_in_loop() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from conveyor.errors import ConfigurationError, QueueFull
@@ -15,6 +16,7 @@ from conveyor.model import to_json, write_rest
 from conveyor.store.keys import QueueKeys
 from conveyor.store.script import Argument, Call, Script
 
+PUSH_PLAIN = Script("push_plain", bare=True)
 PUSH, TURN, REGISTER, BEAT, REAP = Script("push"), Script("turn"), Script("register"), Script("beat"), Script("reap")
 EXTEND, HELD, CANCEL, REDRIVE = Script("extend"), Script("held"), Script("cancel"), Script("redrive")
 PROMOTE, PURGE, CONFIGURE, INTAKE = Script("promote"), Script("purge"), Script("configure"), Script("intake")
@@ -53,6 +55,7 @@ class Lane:
 
     identity: str
     number: int = 0
+    names: dict[str, tuple[str, ...]] = field(default_factory=dict)  # of the keys of a plain push, by queue
 
     def next(self) -> int:
         """Return the number of the next push."""
@@ -66,9 +69,10 @@ class LateReply(Exception):
 
 def push_plain(keys: QueueKeys, lane: Lane, pairs: Sequence[Argument], *, max_length: int = 0) -> Call[None]:
     """Return the call that accepts plain messages: *pairs* is id, envelope, id, envelope, …"""
-    count = len(pairs) // 2
-    args: tuple[Argument, ...] = (lane.next(), max_length, count, "p", count, *pairs)
-    return Call(PUSH, _push_keys(keys, lane), args, _pushed_plain(keys.queue))
+    if (names := lane.names.get(keys.prefix)) is None:
+        names = (keys.lane(lane.identity), keys.jobs, keys.ready[0], keys.wake, keys.conf, keys.dead)
+        lane.names[keys.prefix] = names
+    return Call(PUSH_PLAIN, names, (lane.next(), max_length, *pairs), partial(_pushed_plain, keys.queue))
 
 
 def push(keys: QueueKeys, lane: Lane, entries: Iterable[Entry], *, max_length: int = 0) -> Call[list[str]]:
@@ -108,12 +112,9 @@ def _push_keys(keys: QueueKeys, lane: Lane) -> tuple[str, ...]:
     return (keys.lane(lane.identity), keys.jobs, keys.due, keys.wake, keys.conf, keys.dead, *keys.ready)
 
 
-def _pushed_plain(queue: str) -> Any:
-    def decode(reply: bytes) -> None:
-        if not reply.endswith(b"\nok"):
-            _refused(queue, reply)
-
-    return decode
+def _pushed_plain(queue: str, reply: bytes) -> None:
+    if not reply.endswith(b"\nok"):
+        _refused(queue, reply)
 
 
 def _pushed(queue: str, ids: list[str | None]) -> Any:

@@ -16,15 +16,16 @@ S = TypeVar("S")
 class Script:
     """One atomic step, kept in ``scripts/<name>.lua``; text and digest are read when first used."""
 
-    def __init__(self, name: str) -> None:
-        """Name the file."""
+    def __init__(self, name: str, *, bare: bool = False) -> None:
+        """Name the file; a *bare* one uses nothing of the prelude."""
         self.name = name
+        self._bare = bare
 
     @cached_property
     def text(self) -> str:
         """The prelude and the file."""
         folder = files("conveyor.store").joinpath("scripts")
-        prelude = folder.joinpath("_prelude.lua").read_text("utf-8")
+        prelude = "" if self._bare else folder.joinpath("_prelude.lua").read_text("utf-8")
         return prelude + folder.joinpath(f"{self.name}.lua").read_text("utf-8")
 
     @cached_property
@@ -39,7 +40,7 @@ class Script:
 Argument = str | bytes | int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # frozen would be right, and cost a microsecond a call
 class Call(Generic[T]):
     """
     One step in Redis: the script, its inputs, how to read the reply.

@@ -1,7 +1,7 @@
 """
 What must be written down before it may start: the crash of a suspect, the ack of an early acknowledged job.
 
-A fresh job that came back from a crash is a suspect, whether it ran or was only leased. One
+A job that came back from two crashes is a suspect, whether it ran or was only leased. One
 suspect runs at a time, and its crash is counted before it starts (taken back at any orderly
 end): charging all that were leased together would convict the neighbours of one poison job.
 """
@@ -27,14 +27,17 @@ class Antechamber:
         """Begin empty."""
         self._suspects: deque[Attempt] = deque()
         self._suspect: Attempt | None = None
+        self._charge: Settlement | None = None
         self._early: list[Attempt] = []
 
     def __bool__(self) -> bool:
         return bool(self._early)
 
-    def suspect(self, attempt: Attempt) -> None:
+    def suspect(self, attempt: Attempt, report: Report) -> None:
         """Take an attempt that may crash its worker."""
         self._suspects.append(attempt)
+        if attempt.history.crashes < 2 and not attempt.history.alone:
+            report.others.append(Settlement("M", attempt.id, state=outcome.waiting(attempt.history).encode()))
 
     def early(self, attempt: Attempt, report: Report) -> None:
         """Take an attempt that is acknowledged before it starts."""
@@ -67,15 +70,16 @@ class Antechamber:
                 poison.append(attempt)
                 continue
             self._suspect = attempt
-            report.others.append(Settlement("M", attempt.id, state=outcome.suspected(attempt.history).encode()))
+            self._charge = Settlement("M", attempt.id, state=outcome.suspected(attempt.history).encode())
+            report.others.append(self._charge)
         return poison
 
     def confirmed(self, report: Report, held: Mapping[str, Attempt]) -> list[Attempt]:
         """Return the attempts that may start, now that *report* is settled."""
         free: list[Attempt] = []
         suspect = self._suspect
-        marked = {one.id for one in report.others if one.kind == "M"}
-        if suspect is not None and suspect.id in marked and held.get(suspect.id) is suspect and suspect.ended == 0.0:
+        charged = {one.id for one in report.others if one is self._charge}
+        if suspect is not None and suspect.id in charged and held.get(suspect.id) is suspect and suspect.ended == 0.0:
             free.append(suspect)
         if self._early and report.done:
             acked = set(report.done)

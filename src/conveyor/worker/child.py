@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import faulthandler
+import io
 import logging
 import os
 import signal
@@ -17,6 +18,7 @@ import time
 from collections.abc import Callable
 from functools import reduce
 from importlib import import_module
+from itertools import islice
 from typing import Any, NoReturn, Protocol
 
 from conveyor.worker.board import About, Board, Slot, Spec
@@ -57,8 +59,7 @@ def main(start: Callable[[Spec, Slot], tuple[About, Runnable]] | None = None) ->
         sys.path[:] = spec.path
     configure_log(verbose=spec.verbose)
     faulthandler.enable()
-    faulthandler.register(signal.SIGUSR2, file=stack_fd, all_threads=True)
-    _end(_run(spec, slot, life_fd, start or start_app))
+    _end(_run(spec, slot, life_fd, stack_fd, start or start_app))
 
 
 def start_app(spec: Spec, slot: Slot) -> tuple[About, Runnable]:
@@ -88,7 +89,9 @@ def load(reference: str) -> Any:
     return reduce(getattr, (attribute or "app").split("."), import_module(module))
 
 
-def _run(spec: Spec, slot: Slot, life_fd: int, start: Callable[[Spec, Slot], tuple[About, Runnable]]) -> int:
+def _run(
+    spec: Spec, slot: Slot, life_fd: int, stack_fd: int, start: Callable[[Spec, Slot], tuple[About, Runnable]]
+) -> int:
     try:
         about, worker = start(spec, slot)
     except Exception:
@@ -102,6 +105,10 @@ def _run(spec: Spec, slot: Slot, life_fd: int, start: Callable[[Spec, Slot], tup
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, worker.stop)
     loop.add_signal_handler(signal.SIGUSR1, worker.quiet)
+    loop.add_signal_handler(signal.SIGUSR2, _write_tasks, loop, stack_fd)
+    faulthandler.register(
+        signal.SIGUSR2, file=stack_fd, all_threads=True, chain=True
+    )  # this one at once, also in C code
     threading.Thread(
         target=_outlive, args=(life_fd, loop, worker, slot, spec.grace), name="conveyor-orphan", daemon=True
     ).start()
@@ -111,6 +118,14 @@ def _run(spec: Spec, slot: Slot, life_fd: int, start: Callable[[Spec, Slot], tup
     except BaseException:
         LOG.critical("The worker failed unexpectedly", exc_info=True)
         return 1
+
+
+def _write_tasks(loop: asyncio.AbstractEventLoop, stack_fd: int) -> None:
+    """Add to the stacks of the threads where each task of the loop waits, when the loop is free to say so."""
+    text = io.StringIO()
+    for task in islice(asyncio.all_tasks(loop), 100):
+        task.print_stack(file=text)
+    os.write(stack_fd, text.getvalue().encode(errors="replace"))
 
 
 def _outlive(life_fd: int, loop: asyncio.AbstractEventLoop, worker: Runnable, slot: Slot, grace: float) -> None:
@@ -126,7 +141,7 @@ def _outlive(life_fd: int, loop: asyncio.AbstractEventLoop, worker: Runnable, sl
     what = f"Worker {os.getpid()} was stuck beyond its grace of {grace:g} s"
     guardian.forget(slot)
     guardian.settle(Estate(what, about, slot.identities(), crashed=False))
-    guardian.close(2.5)
+    guardian.close(2.0)
     _end(RECYCLE)
 
 

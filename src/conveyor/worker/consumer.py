@@ -285,7 +285,7 @@ class Consumer:
             if attempt.handler.kind == "unknown":
                 self._worker.defer_unknown(self, attempt)
             elif attempt.suspect:
-                self._antechamber.suspect(attempt)
+                self._antechamber.suspect(attempt, self.report)
             elif attempt.handler.early:
                 self._antechamber.early(attempt, self.report)
             else:
@@ -343,7 +343,6 @@ class Consumer:
     def begun(self) -> None:
         """One of ours began."""
         self.backlog -= 1
-        self._worker.begun()
 
     def left(self) -> None:
         """One of ours left the backlog without beginning."""

@@ -18,6 +18,7 @@ STALLED = 1.0
 """Seconds without a turn of the event loop after which a child counts as stalled."""
 STACK_TIME = 0.2
 _LONGEST_PAUSE = 5.0
+_LONGEST_PAUSE_UP = 1.0  # it came up, so what killed it is a job, and that ends by max_crashes
 
 
 class Offspring:
@@ -85,7 +86,8 @@ class Offspring:
         self._process = None
         self.failed_starts = 0 if was_up else self.failed_starts + 1
         self._quick_deaths = self._quick_deaths + 1 if lived < QUICK or not was_up else 0
-        pause = min(_LONGEST_PAUSE, 0.1 * 2 ** (self._quick_deaths - 1)) if self._quick_deaths else 0.0
+        longest = _LONGEST_PAUSE_UP if was_up else _LONGEST_PAUSE
+        pause = min(longest, 0.1 * 2 ** (self._quick_deaths - 1)) if self._quick_deaths else 0.0
         self._start_at = monotonic() + pause * random.uniform(0.5, 1.5)  # noqa: S311  no secret
         return was_up
 

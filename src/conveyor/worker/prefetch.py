@@ -1,4 +1,4 @@
-"""How much to lease: what will start within about 50 ms, judged by how fast jobs started lately."""
+"""How much to lease: what will start within about 50 ms, judged by how fast jobs ended lately."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ if TYPE_CHECKING:
 
 AHEAD = 0.05
 """Seconds of work to hold in advance."""
-WINDOW = 0.002
-"""Shortest time over which a rate is measured, in seconds."""
+WINDOW = 0.05
+"""Shortest time over which a rate is measured, in seconds: jobs that began together end together."""
 MOST = 1000
 
 
 class Prefetch:
-    """Measures the rate of starts and shares the room among queues by their weights."""
+    """Measures the rate of ends and shares the room among queues by their weights."""
 
     def __init__(self) -> None:
         """Know nothing yet: at first only free slots are filled."""
-        self.begun = 0
+        self.ended = 0
         self._rate = 0.0
         self._seen, self._at = 0, perf_counter()
         self._picked: Consumer | None = None
@@ -31,11 +31,11 @@ class Prefetch:
         now = perf_counter()
         passed = now - self._at
         if passed >= WINDOW:
-            rate = (self.begun - self._seen) / passed
+            rate = (self.ended - self._seen) / passed
             # Idle time says nothing of the speed: only a busy window may lower it.
             if saturated or rate > self._rate:
                 self._rate = rate if rate > self._rate else 0.7 * self._rate + 0.3 * rate
-            self._seen, self._at = self.begun, now
+            self._seen, self._at = self.ended, now
         return min(MOST, int(self._rate * AHEAD))
 
     def share(self, capacity: int, consumer: Consumer, rivals: list[Consumer]) -> int:

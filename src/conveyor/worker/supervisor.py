@@ -30,7 +30,7 @@ from conveyor.worker.offspring import STALLED, Offspring, describe_end
 MAX_STALL = 300.0
 """Seconds a child may block its event loop before it is killed."""
 FAILED_STARTS = 5
-FAREWELL = 2.5
+FAREWELL = 2.0
 """Seconds that a supervisor without children waits for Redis to take back their last leases."""
 _LOOK, _QUICK_LOOK = 0.25, 0.05
 

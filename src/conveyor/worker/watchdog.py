@@ -19,9 +19,16 @@ PATIENCE = 1.0
 class Watchdog:
     """Ticks on the loop and looks from a daemon thread; one warning per blockage."""
 
-    def __init__(self, who: Callable[[], tuple[str, str] | None], ticked: Callable[[], None]) -> None:
-        """Take who runs on the loop now (task and job id), and what else to do at each tick."""
-        self._who, self._ticked = who, ticked
+    def __init__(
+        self, who: Callable[[], tuple[str, str] | None], ticked: Callable[[], None],
+        blame: Callable[[str, str], None] | None = None,
+    ) -> None:  # fmt: skip
+        """
+        Take who runs on the loop now (task and job id), and what else to do at each tick.
+
+        With *blame* a supervisor watches too, and sees more: it is told the name and says the rest.
+        """
+        self._who, self._ticked, self._blame = who, ticked, blame
         self._tick_at = monotonic()
         self._loop = asyncio.get_running_loop()
         self._thread_id = threading.get_ident()
@@ -46,15 +53,18 @@ class Watchdog:
 
     def _watch(self) -> None:
         told = 0.0
-        while not self._stop.wait(LOOK):
+        while not self._stop.wait(LOOK if self._blame is None else LOOK / 2):
             tick = self._tick_at
             blocked = monotonic() - tick
-            if blocked < PATIENCE or tick == told:
+            if blocked < (PATIENCE if self._blame is None else LOOK / 2) or tick == told:
                 continue
             told = tick
+            task, job_id = self._who() or ("something", "-")
+            if self._blame is not None:
+                self._blame(task, job_id)
+                continue
             frame = sys._current_frames().get(self._thread_id)  # noqa: SLF001  the documented way to see another thread
             stack = "".join(traceback.format_stack(frame)[-12:]) if frame else ""
-            task, job_id = self._who() or ("something", "-")
             log.warning(
                 "E11 Task %s (%s) has blocked the event loop for %.1f s. Other jobs and results wait.\n"
                 '    Make it `def` instead of `async def` to run in a thread, or @app.task(run_in="process").\n%s',

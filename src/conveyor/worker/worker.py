@@ -94,13 +94,28 @@ class Worker:
     async def run(self) -> int:
         """Work until `stop()`, or with burst until everything is drained; return the exit code."""
         async with AsyncExitStack() as stack:
-            await self.start(stack)
+            started = await self._started(stack)
             await self._stop_asked.wait()
             if self._failure is not None:
                 self.stopped = True
                 raise self._failure
+            if not started:
+                return 0
             await self._drain()
         return RETIRED if self.retiring else 0
+
+    async def _started(self, stack: AsyncExitStack) -> bool:
+        """Start, however long Redis is away; False when a stop was asked for before that."""
+        starting = asyncio.create_task(self.start(stack))
+        asked = asyncio.create_task(self._stop_asked.wait())
+        await asyncio.wait([starting, asked], return_when=asyncio.FIRST_COMPLETED)
+        asked.cancel()
+        if starting.done():
+            await starting
+            return True
+        starting.cancel()
+        await asyncio.gather(starting, return_exceptions=True)
+        return False
 
     async def start(self, stack: AsyncExitStack) -> None:
         """Connect, run the lifespan, register, and begin."""
@@ -125,7 +140,7 @@ class Worker:
         for consumer in self.consumers:
             await consumer.register()
             await self.app.backend.aannounce(consumer.keys)
-        watchdog = Watchdog(self._on_the_loop, self._tick)
+        watchdog = Watchdog(self._on_the_loop, self._tick, None if self._slot is None else self._slot.set_job)
         watchdog.start()
         stack.callback(watchdog.close)
         self.app.emit(WorkerStarted(self.name))
@@ -250,10 +265,6 @@ class Worker:
             if handler.done or handler.failed or handler.retried:
                 handler.drain(report.stats)
 
-    def begun(self) -> None:
-        """One more job began."""
-        self._prefetch.begun += 1
-
     def absorbed(self, consumer: Consumer) -> None:
         """A turn was answered: see whether the burst is over."""
         if self._burst and not self.stopping and all(one.drained for one in self.consumers):
@@ -287,6 +298,7 @@ class Worker:
     def ended(self, attempt: Attempt, value: Any, error: BaseException | None) -> None:
         """Settle an attempt: called by the executor once for each."""
         consumer = attempt.consumer
+        self._prefetch.ended += 1
         if consumer.holds(attempt):
             self._settle(attempt, value, error)
         elif error is not None and attempt.handler.early:
@@ -351,6 +363,7 @@ class Worker:
     def _tick(self) -> None:
         if self._slot is not None:
             self._slot.tick()
+            self._slot.clear_job()
         for consumer in self.consumers:
             consumer.renew()
 

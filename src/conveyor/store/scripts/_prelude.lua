@@ -9,6 +9,17 @@ end
 -- 13 digits survive "..", which keeps 14; this spells them whatever their number
 local function int(n) return string.format('%.0f', n) end
 
+-- Scripts do not roll back, so each key is read before the first write: one that holds another type fails
+-- the whole step with nothing done. Readings: HLEN, ZCARD, LLEN.
+local function check(reading, ...)
+  for _, key in ipairs({...}) do redis.call(reading, key) end
+end
+
+-- the number in an argument; anything else fails the step
+local function number_in(text)
+  return tonumber(text) or error('not a number: ' .. tostring(text))
+end
+
 -- call an idle worker, unless one is called already; a token that nobody took for an hour is not needed
 local function wake(key)
   if redis.call('EXISTS', key) == 0 then
@@ -36,7 +47,7 @@ end
 local function release(prefix, id, unique, own)
   if unique then
     local key = prefix .. 'unique:k:' .. unique
-    if redis.call('GET', key) == id then redis.call('DEL', key) end
+    if redis.pcall('GET', key) == id then redis.call('DEL', key) end
   end
   if own then redis.call('PEXPIRE', prefix .. 'unique:i:' .. id, 86400000) end
 end

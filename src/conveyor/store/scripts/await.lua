@@ -10,6 +10,7 @@ if not envelope or string.byte(envelope) == 120 then return {'gone'} end
 if redis.call('ZSCORE', KEYS[3], ARGV[1]) then return {'dead', redis.call('HGET', KEYS[2], ARGV[1]) or ''} end
 if ARGV[2] == '' then return {'waiting'} end
 local waiting = redis.call('HGET', KEYS[4], ARGV[1])
+redis.call('HDEL', KEYS[4], '\t')
 if not waiting then
   redis.call('HSET', KEYS[4], ARGV[1], ARGV[2])
 elseif not string.find(' ' .. waiting .. ' ', ' ' .. ARGV[2] .. ' ', 1, true) then

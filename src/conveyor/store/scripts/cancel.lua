@@ -12,6 +12,9 @@ if found and found.stub then return 0 end
 local buried = redis.call('ZSCORE', KEYS[4], id)
 if buried and ARGV[2] == 'cancel' then return 0 end
 
+check('HLEN', state, KEYS[6], KEYS[7])
+local workers = redis.call('ZRANGE', KEYS[5], 0, -1)
+
 local function forget(record)
   redis.call('HDEL', state, id)
   if record then redis.call('SET', prefix .. 'result:' .. id, record, 'PX', 600000) end
@@ -25,7 +28,7 @@ if redis.call('ZREM', KEYS[3], id) == 1 or (buried and redis.call('ZREM', KEYS[4
   forget(record)
   return 1
 end
-for _, worker in ipairs(redis.call('ZRANGE', KEYS[5], 0, 999)) do
+for _, worker in ipairs(workers) do
   local leased = prefix .. 'leased:' .. worker
   if redis.call('HEXISTS', leased, id) == 1 then
     if ARGV[2] == 'delete' then return -1 end
@@ -35,7 +38,7 @@ for _, worker in ipairs(redis.call('ZRANGE', KEYS[5], 0, 999)) do
       redis.call('HSET', leased, '\tcancel', asked and asked .. '\n' .. id or id)
     end
     local call = prefix .. 'wake:' .. worker
-    redis.call('RPUSH', call, '1')
+    if redis.call('EXISTS', call) == 0 then redis.call('RPUSH', call, '1') end
     redis.call('PEXPIRE', call, 60000)
     return 2
   end

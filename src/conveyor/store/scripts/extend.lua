@@ -5,7 +5,13 @@
 -- returns 1, also when it was done before; 0 when the lease is lost
 if redis.call('HEXISTS', KEYS[2], ARGV[1]) == 1 then return 1 end
 if redis.call('HEXISTS', KEYS[1], ARGV[1]) == 0 then return 0 end
+check('ZCARD', KEYS[3])
+local asked = redis.call('HGET', KEYS[1], '\tcancel')
 redis.call('HDEL', KEYS[1], ARGV[1])
 redis.call('HSET', KEYS[2], '\tturn', 0, '\tabout', ARGV[4], '\tlease', ARGV[3], ARGV[1], 1)
+-- A cancellation asked of the old identity goes with the message.
+if asked and string.find('\n' .. asked .. '\n', '\n' .. ARGV[1] .. '\n', 1, true) then
+  redis.call('HSET', KEYS[2], '\tcancel', ARGV[1])
+end
 redis.call('ZADD', KEYS[3], clock() + tonumber(ARGV[3]), ARGV[2])
 return 1

@@ -3,14 +3,27 @@
 -- KEYS  1 jobs  2 ready:0  3 the foreign list  4 intake  5 wake
 -- ARGV  1 how many at most  2 the stem of the new ids  3 what goes before each entry to make an envelope
 -- returns the number of entries moved
-local want, moved = math.min(tonumber(ARGV[1]), 1000), 0
+local want, moved, base = math.min(number_in(ARGV[1]), 1000), 0, 0
+check('LLEN', KEYS[2], KEYS[3], KEYS[4])
+
+-- A repeat of this call brings the same stem for other entries: an id that lives is passed over, never overwritten.
+local function taken()
+  local ids = {}
+  for i = 1, want do ids[i] = ARGV[2] .. string.format('%04d', base + i) end
+  for _, found in ipairs(redis.call('HMGET', KEYS[1], unpack(ids))) do
+    if found then return true end
+  end
+  return false
+end
+while want > 0 and taken() do base = base + want end
+
 redis.call('HDEL', KEYS[1], '\t')
 for _, source in ipairs({KEYS[4], KEYS[3]}) do
   local entries = want > moved and redis.call('LPOP', source, want - moved)
   if entries and #entries > 0 then
     local pairs_, ids = {}, {}
     for i, entry in ipairs(entries) do
-      local id = ARGV[2] .. string.format('%04d', moved + i)
+      local id = ARGV[2] .. string.format('%04d', base + moved + i)
       pairs_[2 * i - 1], pairs_[2 * i], ids[i] = id, ARGV[3] .. entry, id
     end
     redis.call('HSET', KEYS[1], unpack(pairs_))

@@ -7,6 +7,8 @@ local jobs, limit = KEYS[1], math.min(tonumber(ARGV[2]), 1000)
 if limit < 1 then return {0, 0} end
 local prefix = string.sub(jobs, 1, -5)
 local ids = {}
+check('HLEN', KEYS[2], KEYS[5], KEYS[6])
+check('LLEN', unpack(KEYS, 7, 16))
 redis.call('HDEL', jobs, '\t')
 if ARGV[1] == 'ready' then
   for priority = 9, 0, -1 do

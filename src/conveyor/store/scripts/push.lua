@@ -28,6 +28,8 @@ if maximum > 0 then
 end
 
 -- Read everything first: which special jobs exist already, here or earlier in this very push.
+check('HLEN', jobs)
+check('LLEN', KEYS[7])
 local prefix = string.sub(jobs, 1, -5)
 local ids, existing, claimed = {}, {}, {}
 local at, runs = 4, #ARGV
@@ -38,8 +40,16 @@ while at <= runs do
   else
     for i = at + 2, at + 2 + 10 * (count - 1), 10 do
       local id, holder = ARGV[i], nil
+      if not string.find(ARGV[i + 6], '^%d$') then error('not a priority: ' .. ARGV[i + 6]) end
+      if ARGV[i + 6] ~= '0' then check('LLEN', KEYS[7 + tonumber(ARGV[i + 6])]) end
+      for field = i + 3, i + 5 do
+        if ARGV[field] ~= '' then number_in(ARGV[field]) end
+      end
+      if ARGV[i + 3] ~= '' or ARGV[i + 4] ~= '' then check('ZCARD', due) end
       if ARGV[i + 8] == '1' then
         holder = claimed['i' .. id] or redis.call('GET', prefix .. 'unique:i:' .. id)
+        -- A dead letter or a stub may be older than the day its id is kept for: two entries of one id must never be.
+        if not holder and redis.call('HEXISTS', jobs, id) == 1 then holder = id end
         claimed['i' .. id] = id
       end
       if not holder and ARGV[i + 7] ~= '' then

@@ -13,14 +13,22 @@ end
 if #ids == 0 then return 0 end
 local envelopes = redis.call('HMGET', KEYS[2], unpack(ids))
 local states = redis.call('HMGET', KEYS[3], unpack(ids))
+local lists = {}
+for i in ipairs(ids) do
+  local found = envelopes[i] and marks(envelopes[i])
+  lists[i] = KEYS[5 + (found and found.priority or 0)]
+  check('LLEN', lists[i])
+end
 redis.call('ZREM', KEYS[1], unpack(ids))
-local count = 0
+local prefix, count = string.sub(KEYS[2], 1, -5), 0
 for i, id in ipairs(ids) do
   if envelopes[i] then
     local found = marks(envelopes[i])
-    local starts, rest = string.match(states[i] or '0 0 0', '^(%d+) %d+ %d+(.*)$')
-    redis.call('HSET', KEYS[3], id, starts .. ' 0 0' .. rest)
-    redis.call('RPUSH', KEYS[5 + (found and found.priority or 0)], id)
+    local starts, rest = string.match(states[i] or '', '^(%d+) %d+ %d+w?(.*)$')
+    redis.call('HSET', KEYS[3], id, (starts or '0') .. ' 0 0' .. (rest or ''))
+    -- It lives again, so its own id is taken until a day after it ends.
+    if found and found.own then redis.call('SET', prefix .. 'unique:i:' .. id, id) end
+    redis.call('RPUSH', lists[i], id)
     count = count + 1
   end
 end

@@ -6,6 +6,7 @@
 local schema = redis.call('HGET', KEYS[3], 'schema')
 if schema and schema ~= '1' then return {-1, schema} end
 local now = clock()
+check('ZCARD', KEYS[2])
 redis.call('HDEL', KEYS[1], '\t')
 if redis.call('HEXISTS', KEYS[1], '\tturn') == 0 then
   redis.call('HSET', KEYS[1], '\tturn', 0, '\tabout', ARGV[3], '\tlease', ARGV[2])

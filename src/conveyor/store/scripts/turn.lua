@@ -15,15 +15,16 @@
 --         {1, now_ms, held, next_due_ms or -1, more, lost ids, ids, envelopes, states, overdue (worker end)…, cancelled ids, paused}
 local jobs, state, leased, workers, due, wakes = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6]
 local conf, dead, recent, waiters = KEYS[7], KEYS[8], KEYS[9], KEYS[10]
-local worker, number, want, lease = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3]), tonumber(ARGV[4])
+local worker, number, want, lease = ARGV[1], number_in(ARGV[2]), number_in(ARGV[3]), number_in(ARGV[4])
 local flags = ARGV[5]
 local prefix = string.sub(jobs, 1, -5)
 local now = clock()
 
 -- Read, and check, before anything is written.
-local about = redis.call('HMGET', leased, '\tturn', '\tcancel')
-if not about[1] then return {0} end
+local about = redis.call('HMGET', leased, '\tturn', '\tcancel', '\tleft')
 local last = tonumber(about[1])
+-- Who has left is only told again what it was told: its hash expires, and would take new leases with it.
+if not last or (about[3] and number ~= last) then return {0} end
 if number < last then return {-1} end
 local paused = redis.call('HGET', conf, 'paused') == '1'
 
@@ -36,7 +37,7 @@ local function again()
   table.sort(mine, function(a, b) return a[1] < b[1] end)
   local ids = {}
   for i, pair in ipairs(mine) do ids[i] = pair[2] end
-  local held = redis.call('HLEN', leased) - (about[2] and 4 or 3)
+  local held = redis.call('HLEN', leased) - 3 - (about[2] and 1 or 0) - (about[3] and 1 or 0)
   if #ids == 0 then return {1, now, held, -1, 1, {}, {}, {}, {}, {}, {}, 0} end
   return {1, now, held, -1, 1, {}, ids, redis.call('HMGET', jobs, unpack(ids)),
     redis.call('HMGET', state, unpack(ids)), {}, {}, 0}
@@ -46,6 +47,19 @@ if number == last then return again() end
 local done_count = tonumber(ARGV[6])
 local other_at = 8 + done_count
 local other_count = tonumber(ARGV[other_at - 1])
+local stats_at = other_at + 7 * other_count
+local stats_count = tonumber(ARGV[stats_at])
+local recent_at = stats_at + 1 + 2 * stats_count
+local recent_count = tonumber(ARGV[recent_at])
+local stats = prefix .. 'stats:' .. int(math.floor(now / 60000))
+check('HLEN', jobs, state)
+check('ZCARD', workers, due, dead)
+check('LLEN', KEYS[11], recent)
+if stats_count > 0 then check('HLEN', stats) end
+local urgent = redis.call('EXISTS', unpack(KEYS, 12, 20)) > 0
+if urgent then check('LLEN', unpack(KEYS, 12, 20)) end
+local awaited = redis.call('HLEN', waiters) > 0
+
 local lost, done, others = {}, {}, {}
 if done_count > 0 then
   for first = 7, 6 + done_count, 7000 do
@@ -57,6 +71,7 @@ if done_count > 0 then
   end
 end
 for i = other_at, other_at + 7 * (other_count - 1), 7 do
+  number_in(ARGV[i + 2])
   if redis.call('HEXISTS', leased, ARGV[i + 1]) == 1 then others[#others + 1] = i else lost[#lost + 1] = ARGV[i + 1] end
 end
 
@@ -70,7 +85,7 @@ if #done > 0 then
   remove(leased, done)
   remove(jobs, done)
   if redis.call('EXISTS', state) == 1 then remove(state, done) end
-  if redis.call('EXISTS', waiters) == 1 then
+  if awaited then
     for _, id in ipairs(done) do announce(waiters, id, '') end
   end
 end
@@ -99,7 +114,7 @@ end
 local function settle(i)
   local kind, id, ms, record, attempts = ARGV[i], ARGV[i + 1], tonumber(ARGV[i + 2]), ARGV[i + 3], ARGV[i + 4]
   local unique, own = ARGV[i + 5] ~= '' and ARGV[i + 5] or nil, ARGV[i + 6] == '1'
-  if kind ~= 'M' then redis.call('HDEL', leased, id) end
+  if kind ~= 'M' and redis.call('HDEL', leased, id) == 0 then return end
   if kind == 'D' or kind == 'C' then
     finish(id, ms, record, unique, own)
   elseif kind == 'X' then
@@ -181,37 +196,36 @@ if taken > 0 then
   if redis.call('EXISTS', state) == 1 then states = redis.call('HMGET', state, unpack(ids)) end
 end
 
--- Whoever leaves with its hands full while work or a due instant remains passes the baton.
+local held = redis.call('HLEN', leased) - 3
+if cancelled[1] then held = held - 1 end
+local leaves = held == 0 and string.find(flags, 't', 1, true)
+
+-- Whoever goes, or has its hands full, while work or a due instant remains passes the baton.
 local more, next_due = 0, -1
 if not paused then
   if first_due[2] then next_due = tonumber(first_due[2]) end
-  if taken >= want then
+  if leaves or taken >= want then
     if redis.call('EXISTS', unpack(KEYS, 11, 20)) > 0 then more = 1 end
     if more == 1 or next_due >= 0 then wake(wakes) end
   end
 end
 
-local held = redis.call('HLEN', leased) - 3
-if cancelled[1] then held = held - 1 end
-if string.find(flags, 't', 1, true) and held == 0 then
+if leaves then
   -- Kept for a moment, so that a repeat of this turn is still known as one.
+  redis.call('HSET', leased, '\tleft', '1')
   redis.call('PEXPIRE', leased, 10000)
   redis.call('ZREM', workers, worker)
 elseif not string.find(flags, 'k', 1, true) then
   redis.call('ZADD', workers, now + lease, worker)
 end
 
-local at = other_at + 7 * other_count
-local stats_count = tonumber(ARGV[at])
 if stats_count > 0 then
-  local key = prefix .. 'stats:' .. int(math.floor(now / 60000))
-  for i = at + 1, at + 2 * stats_count, 2 do redis.call('HINCRBY', key, ARGV[i], ARGV[i + 1]) end
-  redis.call('EXPIRE', key, 90000)
+  for i = stats_at + 1, stats_at + 2 * stats_count, 2 do redis.call('HINCRBY', stats, ARGV[i], ARGV[i + 1]) end
+  redis.call('EXPIRE', stats, 90000)
 end
-at = at + 1 + 2 * stats_count
-local recent_count = tonumber(ARGV[at])
 if recent_count > 0 then
-  redis.call('LPUSH', recent, unpack(ARGV, at + 1, at + recent_count))
+  local final = recent_at + recent_count
+  redis.call('LPUSH', recent, unpack(ARGV, math.max(recent_at + 1, final - 999), final))
   redis.call('LTRIM', recent, 0, 999)
 end
 

@@ -1,18 +1,15 @@
-"""A queue and a supervisor with stand-in children, for the tests of the supervisor."""
+"""Supervisors as processes, and the queue that their stand-in children serve, for the tests."""
 
 from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-
-import pytest
 
 from conveyor.ident import new_ids
 from conveyor.model import write_rest
@@ -23,7 +20,6 @@ from conveyor.store.keys import QueueKeys
 from conveyor.store.operations import Entry
 
 KEYS = QueueKeys("test", "q")
-LEASE = 1.0
 
 
 def until(condition: Callable[[], Any], timeout: float = 15.0) -> Any:
@@ -106,31 +102,3 @@ class Supervised:
 
     def wait(self, timeout: float = 15.0) -> int:
         return self.process.wait(timeout)
-
-
-@pytest.fixture
-def queue(url: str) -> Iterator[Queue]:
-    made = Queue(url)
-    yield made
-    made.purge()
-    made.backend.close()
-
-
-@pytest.fixture
-def supervise(tmp_path: Path, queue: Queue) -> Iterator[Callable[..., Supervised]]:
-    """Start supervisors; what is left of them after the test is killed, before the queue is purged."""
-    started: list[Supervised] = []
-
-    def start(url: str, env: dict[str, str] | None = None, **options: Any) -> Supervised:
-        started.append(Supervised(url, tmp_path / f"log{len(started)}", env or {}, **options))
-        return started[-1]
-
-    yield start
-    for one in started:
-        children = one.children() if one.process.poll() is None else []
-        one.process.kill()
-        one.process.wait()
-        for pid in children:
-            if running(pid):
-                os.kill(pid, signal.SIGKILL)
-        print(one.log)

@@ -1,0 +1,147 @@
+"""Pushes of one event loop: what comes while a call is in flight, or in the same tick, forms the next."""
+
+from __future__ import annotations
+
+import asyncio
+import weakref
+from collections import deque
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from conveyor.errors import ConveyorError, QueueFull, StoreUnavailable
+from conveyor.ident import new_identity
+from conveyor.store import operations
+from conveyor.store.operations import Entry, Lane
+
+if TYPE_CHECKING:
+    from conveyor.store.keys import QueueKeys
+    from conveyor.store.wire import Wire
+
+BULK = 1000
+"""Jobs per call of a bulk push: enough to share the round trip, short enough to let others in."""
+
+Answer = asyncio.Future[Any]
+Item = tuple[str, bytes, Answer] | tuple[Sequence[Entry], None, Answer]
+"""A plain message (id, envelope), or entries; and who waits."""
+
+
+class Shared:
+    """One event loop's wire and, per queue, the lane of its pushes."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, wire: Wire, patience: float) -> None:
+        """Take the loop (held weakly), its wire, and the seconds a push is repeated for."""
+        self.loop = weakref.ref(loop)
+        self.wire = wire
+        self._patience = patience
+        self._lanes: dict[tuple[str, int], AsyncLane] = {}
+
+    def lane(self, keys: QueueKeys, max_length: int) -> AsyncLane:
+        """Return the lane of *keys*."""
+        found = self._lanes.get((keys.prefix, max_length))
+        if found is None:
+            found = self._lanes[keys.prefix, max_length] = AsyncLane(self.wire, keys, max_length, self._patience)
+        return found
+
+
+class AsyncLane:
+    """
+    Gathers the pushes of one queue.
+
+    Cancelling a future leaves its push under way: whether it happened is then unknown, as with any lost answer.
+    """
+
+    def __init__(self, wire: Wire, keys: QueueKeys, max_length: int, patience: float) -> None:
+        """Take where to push, and the queue's maximum length (0: none)."""
+        self._wire, self._keys, self._max_length, self._patience = wire, keys, max_length, patience
+        self._lane = Lane(new_identity())
+        self._waiting: deque[Item] = deque()
+        self._sender: asyncio.Task[None] | None = None
+        self._loop = asyncio.get_running_loop()
+
+    def put(self, id: str, envelope: bytes) -> asyncio.Future[None]:  # noqa: A002
+        """Push one plain message."""
+        future: asyncio.Future[None] = self._loop.create_future()
+        self._waiting.append((id, envelope, future))
+        if self._sender is None:
+            self._sender = self._loop.create_task(self._send())
+        return future
+
+    def push(self, entries: Sequence[Entry]) -> asyncio.Future[list[str]]:
+        """Push *entries*; the future yields an id for each."""
+        future: asyncio.Future[list[str]] = self._loop.create_future()
+        self._waiting.append((entries, None, future))
+        if self._sender is None:
+            self._sender = self._loop.create_task(self._send())
+        return future
+
+    async def _send(self) -> None:
+        try:
+            while self._waiting:
+                batch: list[Item] = []
+                plain, size = True, 0
+                while self._waiting and size < BULK:
+                    one = self._waiting.popleft()
+                    if one[2].cancelled():
+                        continue  # nobody waits for it and nothing was sent
+                    batch.append(one)
+                    size += 1 if one[1] is not None else len(one[0])
+                    plain = plain and one[1] is not None
+                if batch:
+                    await self._deliver(batch, plain)
+        finally:
+            self._sender = None
+
+    async def _deliver(self, batch: list[Item], plain: bool) -> None:
+        try:
+            if plain:
+                pairs = [part for one in batch for part in one[:2]]
+                await self._wire.run(
+                    operations.push_plain(self._keys, self._lane, pairs, max_length=self._max_length),  # type: ignore[arg-type]
+                    patience=self._patience,
+                )
+                ids: list[str] = []
+            else:
+                entries = [entry for one in batch for entry in _entries(one)]
+                ids = await self._wire.run(
+                    operations.push(self._keys, self._lane, entries, max_length=self._max_length),
+                    patience=self._patience,
+                )
+        except QueueFull as error:
+            if len(batch) == 1:
+                _fail(batch, error)
+                return
+            for one in batch:  # together they do not fit; some may alone
+                await self._deliver([one], one[1] is not None)
+        except (ConveyorError, operations.LateReply) as error:
+            # The repeats may still arrive: a new lane keeps their number from being taken for ours.
+            self._lane = Lane(new_identity())
+            _fail(batch, error)
+        except BaseException as error:
+            _fail(batch, error)
+            raise
+        else:
+            _answer(batch, ids)
+
+
+def _entries(one: Item) -> Sequence[Entry]:
+    return one[0] if one[1] is None else (Entry(one[0], one[1]),)
+
+
+def _answer(batch: list[Item], ids: list[str]) -> None:
+    at = 0
+    for first, envelope, future in batch:
+        if envelope is not None:
+            at += 1
+            if not future.done():
+                future.set_result(None)
+            continue
+        if not future.done():
+            future.set_result(ids[at : at + len(first)])
+        at += len(first)
+
+
+def _fail(batch: list[Item], error: BaseException) -> None:
+    cause = StoreUnavailable(str(error)) if not isinstance(error, Exception) else error
+    for _, _, future in batch:
+        if not future.done():
+            future.set_exception(cause)

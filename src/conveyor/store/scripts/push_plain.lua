@@ -1,0 +1,49 @@
+-- Accept plain messages, all of them or none: the shortest way in, for what needs an envelope and an entry and no more.
+--
+-- KEYS  1 lane  2 jobs  3 ready:0  4 wake  5 conf  6 dead
+-- ARGV  1 number of this push in its lane  2 maximum length (0: none)  3… (id envelope)…
+-- returns as push.lua: "<number>\nok", "<number>\nfull\n<length>\n<maximum>", "<number>\nschema\n<found>", "<number>\nlate"
+local number = ARGV[1]
+local conf = redis.call('HMGET', KEYS[5], 'schema', 'max_length', 'stubs')
+if conf[1] and conf[1] ~= '1' then return number .. '\nschema\n' .. conf[1] end
+local last_argument = #ARGV
+local maximum = tonumber(conf[2] or ARGV[2])
+if maximum > 0 then
+  local length = redis.call('HLEN', KEYS[2]) - redis.call('ZCARD', KEYS[6]) - tonumber(conf[3] or 0)
+  if length + (last_argument - 2) / 2 > maximum then
+    local seen = redis.call('GET', KEYS[1])
+    if seen and string.match(seen, '^%d+') == number then return seen end
+    return string.format('%s\nfull\n%.0f\n%.0f', number, length, maximum)
+  end
+end
+
+-- The first write is refused when Redis is full, and the whole push with it. The lane tells a repeat from a new push.
+local reply = number .. '\nok'
+local last = redis.call('SET', KEYS[1], reply, 'PX', '600000', 'GET')
+if last then
+  local seen = string.match(last, '^%d+')
+  if seen == number then return last end
+  if tonumber(seen) > tonumber(number) then
+    redis.call('SET', KEYS[1], last, 'PX', '600000')
+    return number .. '\nlate'
+  end
+end
+if not conf[1] then redis.call('HSET', KEYS[5], 'schema', '1') end
+
+-- Entries first: an error in between, of a key that holds something else, leaves no envelope without an entry.
+if last_argument == 4 then
+  redis.call('RPUSH', KEYS[3], ARGV[3])
+  redis.call('HSET', KEYS[2], ARGV[3], ARGV[4])
+else
+  local ids = {}
+  for i = 3, last_argument, 2 do ids[#ids + 1] = ARGV[i] end
+  for first = 1, #ids, 7000 do redis.call('RPUSH', KEYS[3], unpack(ids, first, math.min(first + 6999, #ids))) end
+  for first = 3, last_argument, 7000 do
+    redis.call('HSET', KEYS[2], unpack(ARGV, first, math.min(first + 6999, last_argument)))
+  end
+end
+if redis.call('EXISTS', KEYS[4]) == 0 then
+  redis.call('RPUSH', KEYS[4], '1')
+  redis.call('PEXPIRE', KEYS[4], '3600000')
+end
+return reply

@@ -1,0 +1,73 @@
+"""
+The whole content of a server, by type: exactly, or with times made comparable.
+
+`exact` is for "nothing changed". `readable` is for expected states: instants are shown relative to the
+server's clock in tens of seconds ("now", "now+60s"), a TTL stands behind the key's name ("lane:L ~600s"),
+and the numbers in a lease hash read "<turn>.<position>".
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+_INSTANT = re.compile(r"(?<!\d)1[5-9]\d{11}(?!\d)")
+_READ = {b"hash": "hgetall", b"list": "lrange", b"zset": "zrange", b"set": "smembers", b"string": "get"}
+_WHOLE: dict[bytes, tuple[Any, ...]] = {b"list": (0, -1), b"zset": (0, -1, False, True)}
+
+
+def exact(client: Any) -> dict[str, Any]:
+    """Return key → (has a TTL, value) of every key."""
+    found = {}
+    for key in sorted(client.keys("*")):
+        kind = client.type(key)
+        value = getattr(client, _READ[kind])(key, *_WHOLE.get(kind, ()))
+        found[key.decode()] = (client.pttl(key) >= 0, value)
+    return found
+
+
+def readable(client: Any, prefix: str = "") -> dict[str, Any]:
+    """Return the same with texts, names without *prefix*, and comparable times."""
+    seconds, micros = client.time()
+    now = seconds * 1000 + micros // 1000
+    shown = {}
+    for key, (_, value) in exact(client).items():
+        name = key.removeprefix(prefix)
+        ttl = client.pttl(key)
+        label = name if ttl < 0 else f"{name} ~{round(ttl / 10_000) * 10}s"
+        shown[label] = _show(name, value, now)
+    return shown
+
+
+def difference(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
+    """Return the keys that are not alike, with what they hold *after*; None for one that is gone."""
+    return {key: after.get(key) for key in sorted({*before, *after}) if before.get(key) != after.get(key)}
+
+
+def _show(name: str, value: Any, now: int) -> Any:
+    if isinstance(value, dict):
+        return {_text(field, now): _field(name, _text(item, now)) for field, item in value.items()}
+    if isinstance(value, list) and value and isinstance(value[0], tuple):
+        return {_text(member, now): _relative(int(score), now) for member, score in value}
+    if isinstance(value, list):
+        return [_text(item, now) for item in value]
+    if isinstance(value, set):
+        return {_text(item, now) for item in value}
+    return _text(value, now)
+
+
+def _field(name: str, text: str) -> str:
+    if name.startswith("leased:") and text.isdigit() and int(text) >= 8192 and int(text) % 8192 <= 1000:
+        return f"{int(text) // 8192}.{int(text) % 8192}"
+    return text.strip() if name.startswith("leased:") else text
+
+
+def _text(data: bytes, now: int) -> str:
+    return _INSTANT.sub(lambda found: _relative(int(found[0]), now), data.decode()).replace("\t", ".")
+
+
+def _relative(instant: int, now: int) -> str:
+    if instant < 10**12:
+        return str(instant)
+    tens = round((instant - now) / 10_000) * 10
+    return "now" if tens == 0 else f"now{tens:+}s"

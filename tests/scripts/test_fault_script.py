@@ -1,0 +1,161 @@
+"""Every script on a key of another type, on a full server, and after the server forgot the scripts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import redis as redis_py
+
+from conveyor.errors import ConveyorError, QueueFull
+from dump import exact
+from scenario import CALLS, KEYS, READS, furnish, name_of
+from scene import Scene
+
+
+@contextmanager
+def full(client: redis_py.Redis) -> Iterator[None]:
+    """Let the server be at its maxmemory, with nothing to evict."""
+    client.config_set("maxmemory", "1")
+    try:
+        with pytest.raises(redis_py.ResponseError, match="maxmemory"):
+            client.set("probe", "x")
+        yield
+    finally:
+        client.config_set("maxmemory", "0")
+
+
+def spoil(scene: Scene, key: str) -> None:
+    """Put a value of another type where *key* is."""
+    kind = scene.client.type(key)
+    scene.client.delete(key)
+    if kind == b"string" or (kind == b"none" and any(part in key for part in (":lane:", ":unique:", ":result:"))):
+        scene.client.rpush(key, "spoiled")
+    else:
+        scene.client.set(key, "spoiled")
+
+
+@pytest.mark.redis6
+@pytest.mark.redis7
+@pytest.mark.parametrize("name", CALLS)
+def test_wrong_type_fails_with_nothing_written(scene: Scene, name: str) -> None:
+    """With any key of another type a script fails before its first write, or never touches that key."""
+    make, touched = CALLS[name]
+    furnish(scene)
+    others = {key.removeprefix(KEYS.prefix) for key in exact(scene.client)} - {"q"}
+    noticed = set()
+    for key in sorted(touched | others):
+        scene.client.flushall(asynchronous=False)
+        furnish(scene)
+        spoil(scene, name_of(key, scene))
+        before = exact(scene.client)
+        try:
+            scene.run(make(KEYS))
+        except ConveyorError:
+            noticed.add(key)
+            assert exact(scene.client) == before, f"{name} wrote something before it failed on {key}"
+
+    assert touched <= noticed
+
+
+@pytest.mark.redis6
+@pytest.mark.redis7
+@pytest.mark.parametrize("name", sorted(CALLS.keys() - {"push"}))
+def test_full_server_still_drains(scene: Scene, name: str) -> None:
+    """On a full server every script but push does exactly what it does on one with room."""
+    make, _ = CALLS[name]
+    furnish(scene)
+    expected_reply = scene.run(make(KEYS))
+    expected = scene.dump()
+    scene.client.flushall(asynchronous=False)
+    furnish(scene)
+
+    with full(scene.client):
+        reply = scene.run(make(KEYS))
+
+    assert scene.dump() == expected
+    if name not in {"turn", "register", "page", "show", "counts", "crew"}:  # these tell the time
+        assert reply == expected_reply
+
+
+@pytest.mark.redis6
+@pytest.mark.redis7
+def test_full_server_refuses_a_push_whole(scene: Scene) -> None:
+    """On a full server a push raises QueueFull and leaves nothing, and with room again the same call succeeds."""
+    make, _ = CALLS["push"]
+    furnish(scene)
+    call = make(KEYS)
+    with full(scene.client), scene.unchanged(), pytest.raises(QueueFull, match="maxmemory"):
+        scene.run(call)
+
+    assert scene.run(call) == ["n1", "n2", "n3"]
+    assert scene.audit() == []
+
+
+@pytest.mark.redis6
+@pytest.mark.redis7
+def test_backlog_drains_on_a_full_server(scene: Scene) -> None:
+    """A worker can register, lease and finish a whole backlog while the server takes nothing new."""
+    scene.push(*[f"{n:04}" for n in range(2500)])
+    with full(scene.client):
+        scene.register("w")
+        number, done = 0, []
+        while True:
+            number += 1
+            done = scene.turn("w", number, 1000, done=done).ids
+            if not done:
+                break
+
+    assert number == 4
+    assert scene.client.hlen(scene.keys.jobs) == 0
+    assert scene.audit() == []
+
+
+@pytest.mark.parametrize("name", sorted(READS))
+def test_reads_change_nothing(scene: Scene, name: str) -> None:
+    """A read leaves every key as it was."""
+    make, _ = CALLS[name]
+    furnish(scene)
+    with scene.unchanged():
+        scene.run(make(KEYS))
+
+
+@pytest.mark.parametrize("name", ["push", "turn", "reap", "cancel-scheduled", "purge-ready"])
+def test_forgotten_scripts_are_sent_again(scene: Scene, name: str) -> None:
+    """After SCRIPT FLUSH a call has the effect it always has."""
+    make, _ = CALLS[name]
+    furnish(scene)
+    scene.run(make(KEYS))
+    expected = scene.dump()
+    scene.client.flushall(asynchronous=False)
+    furnish(scene)
+    scene.client.script_flush()
+
+    scene.run(make(KEYS))
+
+    assert scene.dump() == expected
+
+
+@pytest.mark.redis6
+@pytest.mark.redis7
+@pytest.mark.parametrize("name", sorted(CALLS.keys() - READS))
+def test_call_sent_twice(scene: Scene, name: str) -> None:
+    """Every step may be sent again when its reply was lost: no job is lost or doubled by it."""
+    make, _ = CALLS[name]
+    furnish(scene)
+    call = make(KEYS)
+    first = scene.run(call)
+    live = scene.client.hkeys(scene.keys.jobs)
+    before = exact(scene.client)
+
+    second = scene.run(call)
+
+    assert scene.audit() == []
+    if name == "intake":  # takes what is still there, and overwrites nothing
+        assert (first, second) == (3, 1)
+        assert set(live) < set(scene.client.hkeys(scene.keys.jobs))
+    elif name == "purge-ready":
+        assert second == (0, 0)
+    elif name not in {"turn", "register", "beat"}:  # these renew a lease
+        assert exact(scene.client) == before
