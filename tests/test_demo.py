@@ -17,7 +17,7 @@ from conveyor.demo.account import Kill, judge, trails
 from conveyor.demo.journal import Line
 from conveyor.demo.picture import decode, draw, encode, shrink
 from shell import Shell
-from supervising import running, until
+from supervised import running, until
 
 ACCEPTED = {"q:a": "work", "q:b": "work", "q:c": "work", "q:d": "work"}
 KILL = Kill(7, 10.0, returned=3)
