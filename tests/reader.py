@@ -165,10 +165,12 @@ class Reader:
         if command.startswith(("cd ", "export ")):
             self._remember(command)
             return
-        terminal = Terminal(command, self.directory, self.environment)
         interrupted = expected[-1:] == ["^C"]
         expected = expected[:-1] if interrupted else expected
-        if not interrupted and command.startswith("conveyor worker") and "--burst" not in command:
+        stays = command.startswith("conveyor worker") and "--burst" not in command
+        # Without a shell in between, which ctrl-C would end as well.
+        terminal = Terminal(f"exec {command}" if interrupted or stays else command, self.directory, self.environment)
+        if stays and not interrupted:
             self._running.append(terminal)
             missing = terminal.wait_for(expected)
         else:
@@ -176,8 +178,10 @@ class Reader:
                 missing = terminal.wait_for(expected) if interrupted else None
                 if interrupted:
                     terminal.interrupt()
-                terminal.finish()
+                code = terminal.finish()
                 missing = missing or first_missing(expected, terminal.printed)
+                if code and not interrupted and not expected:
+                    missing = f"nothing, but it ended with {code}"
             finally:
                 terminal.close()
         assert missing is None, f"{place}: $ {command}\nshould print: {missing}\nprinted:\n{terminal.printed}"
