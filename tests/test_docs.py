@@ -95,7 +95,9 @@ def test_reference_of_keys_is_complete() -> None:
     """docs/reference/redis-keys.md has every key that a script or the code makes."""
     text = (ROOT / "docs/reference/redis-keys.md").read_text()
     keys = QueueKeys("n", "q")
-    names = {str(getattr(keys, slot)) for slot in QueueKeys.__slots__ if slot not in {"foreign", "prefix", "queue", "ready"}}
+    names = {
+        str(getattr(keys, slot)) for slot in QueueKeys.__slots__ if slot not in {"foreign", "prefix", "queue", "ready"}
+    }
     scripts = "".join(path.read_text() for path in (ROOT / "src/conveyor/store/scripts").glob("*.lua"))
     names |= set(re.findall(r"prefix \.\. '([\w:]+?):?'", scripts)) | {"ready", "lane", "leased", "wake", "result"}
     assert not [one for one in names if f"`{one.removeprefix(keys.prefix)}" not in text]
@@ -116,7 +118,10 @@ def test_reference_of_settings_is_complete() -> None:
 
 def test_comparison_finds_what_differs(tmp_path: Path) -> None:
     """The reader notices output that is not there, and is not misled by ids and times."""
-    assert first_missing(["mail:0Q8AvLT0NuEHtCuLChEXEG done in 3 ms"], "x\nmail:1111111111111111111111 done in 4 ms\n") is None
+    assert (
+        first_missing(["mail:0Q8AvLT0NuEHtCuLChEXEG done in 3 ms"], "x\nmail:1111111111111111111111 done in 4 ms\n")
+        is None
+    )
     assert first_missing(["a", "b"], "b\na\n") == "b"
     assert first_missing(["it … 3"], "it is 4\n") == "it … 3"
     page = tmp_path / "page.md"
