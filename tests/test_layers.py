@@ -59,7 +59,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ),
     ("worker",),
     ("admin", "doctor", "view", "telemetry", "testing"),
-    ("cli", "web", "contrib", "__main__"),
+    ("cli", "demo", "web", "contrib", "__main__"),
 )
 FACADE = len(LAYERS) - 1.5  # the public names: gathered from everything below, for programs and for the top layer
 

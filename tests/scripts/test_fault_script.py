@@ -37,7 +37,6 @@ def spoil(scene: Scene, key: str) -> None:
 
 
 @pytest.mark.redis6
-@pytest.mark.redis7
 @pytest.mark.parametrize("name", CALLS)
 def test_wrong_type_fails_with_nothing_written(scene: Scene, name: str) -> None:
     """With any key of another type a script fails before its first write, or never touches that key."""
@@ -138,7 +137,6 @@ def test_forgotten_scripts_are_sent_again(scene: Scene, name: str) -> None:
 
 
 @pytest.mark.redis6
-@pytest.mark.redis7
 @pytest.mark.parametrize("name", sorted(CALLS.keys() - READS))
 def test_call_sent_twice(scene: Scene, name: str) -> None:
     """Every step may be sent again when its reply was lost: no job is lost or doubled by it."""

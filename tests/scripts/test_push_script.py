@@ -235,6 +235,16 @@ def test_duplicate_id_does_not_take_its_key(scene: Scene) -> None:
     assert scene.dump()["unique:k:k"] == "b"
 
 
+def test_message_refused_for_its_key_does_not_take_its_id(scene: Scene) -> None:
+    """After a message that is refused because of its key, one of the same push with its id is stored."""
+    scene.push(entry("a", unique="k"))
+
+    assert scene.push(entry("o", own_id=True, unique="k"), entry("o", own_id=True)) == ["a", "o"]
+
+    assert scene.dump()["ready:0"] == ["a", "o"]
+    assert scene.audit() == []
+
+
 def test_dead_holder_does_not_count(scene: Scene) -> None:
     """A unique key whose holder is no longer there is taken over: it cannot leak."""
     scene.client.set(scene.keys.prefix + "unique:k:k", "ghost")

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from conveyor.store.operations import Turn
     from conveyor.store.wire import Wire
 
+NEARLY = 0.3
+"""A look that is due so soon, in seconds, goes with the turn that is made anyway."""
 log = logging.getLogger("conveyor.worker")
 
 
@@ -31,7 +33,7 @@ class Reaper:
     @property
     def is_due(self) -> bool:
         """True when the next turn should look."""
-        return self._suspects.next_look(monotonic()) <= 0
+        return self._suspects.next_look(monotonic()) <= NEARLY
 
     def look(self, turn: Turn, me: str) -> None:
         """Take what a turn with the flag ``l`` saw."""

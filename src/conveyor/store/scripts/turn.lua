@@ -114,7 +114,8 @@ end
 local function settle(i)
   local kind, id, ms, record, attempts = ARGV[i], ARGV[i + 1], tonumber(ARGV[i + 2]), ARGV[i + 3], ARGV[i + 4]
   local unique, own = ARGV[i + 5] ~= '' and ARGV[i + 5] or nil, ARGV[i + 6] == '1'
-  if kind ~= 'M' and redis.call('HDEL', leased, id) == 0 then return end
+  -- Of two settlements of one job in a report the first counts.
+  if redis.call(kind == 'M' and 'HEXISTS' or 'HDEL', leased, id) == 0 then return end
   if kind == 'D' or kind == 'C' then
     finish(id, ms, record, unique, own)
   elseif kind == 'X' then

@@ -1,0 +1,67 @@
+"""
+The custodian: removes what a demo leaves, whoever died first. A plain script, on the standard library alone.
+
+Its standard input is a pipe whose other end the demo and its workers hold. When all of them are gone, it waits for
+the embedded server to stop and deletes the directory; or, on a server of somebody else's, deletes the demo's keys.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+import sys
+import time
+from typing import TypedDict
+
+SERVER = "server"
+_PATIENCE = 40.0  # seconds for workers of a killed supervisor to drain, and for the server to stop
+
+
+class Orders(TypedDict):
+    """What is to be removed: *directory*, and at *url*, when there is one, the keys of *namespace*."""
+
+    directory: str
+    url: str | None
+    namespace: str
+
+
+def main(text: str) -> None:
+    """Wait for the end of all, then tidy up."""
+    orders: Orders = json.loads(text)
+    while os.read(0, 1024):
+        pass
+    try:
+        if orders["url"] is None:
+            _wait_for(os.path.join(orders["directory"], SERVER, "keeper.lock"))
+        else:
+            _delete_keys(orders["url"], orders["namespace"])
+    finally:
+        shutil.rmtree(orders["directory"], ignore_errors=True)
+
+
+def _wait_for(lock: str) -> None:
+    """Wait until nobody holds *lock*: the keeper has it until its server has stopped."""
+    end = time.monotonic() + _PATIENCE
+    with contextlib.suppress(FileNotFoundError), open(lock, "rb") as file:
+        while time.monotonic() < end:
+            with contextlib.suppress(BlockingIOError):
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            time.sleep(0.02)
+
+
+def _delete_keys(url: str, namespace: str) -> None:
+    from redis import Redis, RedisError
+
+    with contextlib.suppress(RedisError), Redis.from_url(url, socket_timeout=10) as client:
+        for pattern in (f"{namespace}:*", f"{namespace}-*"):
+            found = list(client.scan_iter(pattern, count=1000))
+            for first in range(0, len(found), 500):
+                client.unlink(*found[first : first + 500])
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
