@@ -339,3 +339,59 @@ async def test_commands_per_job_are_few(app: Conveyor, redis: Any) -> None:
         after.get(name, 0) - before.get(name, 0) for name in ("cmdstat_evalsha", "cmdstat_eval", "cmdstat_blpop")
     )
     assert sent <= 0.05 * 5000
+
+
+async def test_functions_keep_to_their_threads_inside_middlewares(app: Conveyor) -> None:
+    """With a middleware too, at most `threads` functions run at once, and what they return and raise passes through it."""
+    running, most, seen = [0], [0], []
+    lock = threading.Lock()
+
+    @app.middleware
+    async def watch(context: Context, call_next: Any) -> Any:
+        result = await call_next()
+        seen.append(result)
+        return result
+
+    @app.task(retry=Retry(attempts=2, backoff="5ms"))
+    def work(n: int, context: Context = current()) -> int:
+        with lock:
+            running[0] += 1
+            most[0] = max(most[0], running[0])
+        time.sleep(0.005)
+        with lock:
+            running[0] -= 1
+        if n == 3 and context.attempt == 1:
+            raise StopIteration
+        return n
+
+    jobs = [await work.aenqueue(n) for n in range(12)]
+    await drain(app, threads=2)
+
+    assert [await job.aresult(timeout=5) for job in jobs] == list(range(12))
+    assert sorted(seen) == list(range(12))
+    assert most[0] <= 2
+
+
+async def test_an_embedded_worker_outlives_a_blocked_thread(app: Conveyor) -> None:
+    """A function that outlives its time limit keeps its lease; its attempt ends, failed, when the thread does."""
+    release = threading.Event()
+    seen: list[int] = []
+    told: list[bool] = []
+
+    @app.task(timeout="30ms", retry=Retry(attempts=2, backoff="5ms"))
+    def stubborn(context: Context = current()) -> str:
+        seen.append(context.attempt)
+        while context.attempt == 1 and not context.cancelled:
+            release.wait(0.005)
+        told.append(context.cancelled)
+        if context.attempt == 1:
+            release.wait(10)
+        return "done"
+
+    async with working(app, threads=2):
+        job = await stubborn.aenqueue()
+        await until(lambda: told == [True])
+        assert (await counts(app)).leased == 1
+        release.set()
+        assert await job.aresult(timeout=10) == "done"
+    assert seen == [1, 2]

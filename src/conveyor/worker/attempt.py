@@ -37,6 +37,7 @@ class Attempt:
         "stopped",
         "suspect",
         "until",
+        "waiter",
     )  # fmt: skip
 
     def __init__(self, consumer: Holder, handler: Handler, id: str, body: bytes) -> None:  # noqa: A002
@@ -55,6 +56,7 @@ class Attempt:
         self.runner: asyncio.Task[None] | None = None
         self.stopped: str | None = None  # why it is being stopped: timeout, cancel, stop or lost
         self.suspect = False
+        self.waiter: asyncio.Future[Any] | None = None  # set while it is on a thread and middlewares wait for it
 
     def mark(self, data: bytes) -> None:
         """Read the whole envelope of a job that is not plain."""

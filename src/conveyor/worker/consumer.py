@@ -371,9 +371,11 @@ class Consumer:
     @property
     def drained(self) -> bool:
         """True when nothing is left that this worker could do: for a burst."""
-        if not self._alarm.is_set or self._worker.stopping:
+        if self.more or self.busy:
+            return False
+        if not self._alarm.is_set:
             self.own_retries.clear()  # nothing is scheduled, so another worker took them
-        return not (self.more or self.busy or self.own_retries)
+        return not self.own_retries
 
     def call_myself(self) -> None:
         """Wake our own blocked listener: it hears one list too few."""

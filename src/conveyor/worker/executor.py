@@ -47,7 +47,8 @@ class Executor:
         self._base = copy_context()
         self._loop = asyncio.get_running_loop()
         self.slots = Slots(concurrency, self._begin, self._suspended, self._finish)
-        self.threads = Threads(threads, self._finish, self._watch)
+        self.threads = Threads(threads, self._thread_ended, self._watch)
+        self._waiters = 0  # attempts on a thread whose slot waits for them inside the middlewares
         self.processes = processes
         self.deadlines = Deadlines(self._loop, self._expire)
         self._direct = 0  # attempts that run beside the slots: threads through middlewares, processes
@@ -57,7 +58,7 @@ class Executor:
     @property
     def running(self) -> int:
         """How many attempts have begun and not ended, and those that wait for a thread."""
-        return self.slots.running + self.threads.running + self._direct
+        return self.slots.running + self.threads.running + self._direct - self._waiters
 
     @property
     def free(self) -> int:
@@ -119,18 +120,28 @@ class Executor:
             self._inject(attempt, kwargs)
         if handler.kind == "loop":
             return await handler.function(*args, **kwargs)
-        future: asyncio.Future[Any] = self._loop.create_future()
-        variables = copy_context()
-        self._loop.run_in_executor(None, self._in_thread, future, variables, partial(handler.function, *args, **kwargs))
-        return await future
-
-    def _in_thread(self, future: asyncio.Future[Any], variables: Variables, call: Callable[[], Any]) -> None:
+        attempt.waiter = self._loop.create_future()
+        self._waiters += 1
+        self.threads.submit(attempt, copy_context(), partial(handler.function, *args, **kwargs))
         try:
-            value = variables.run(call)
-        except BaseException as error:
-            self._loop.call_soon_threadsafe(_set_exception, future, error)
+            return await attempt.waiter
+        finally:
+            self._waiters -= 1
+            attempt.waiter = None
+
+    def _thread_ended(self, attempt: Attempt, value: Any, error: BaseException | None) -> None:
+        """Take what came back from a thread: to the middlewares that wait for it, or as the end of the attempt."""
+        waiter = attempt.waiter
+        if waiter is None:
+            self._finish(attempt, value, error)
+        elif waiter.done():
+            return
+        elif error is None:
+            waiter.set_result(value)
+        elif isinstance(error, asyncio.CancelledError):
+            waiter.cancel()
         else:
-            self._loop.call_soon_threadsafe(_set_result, future, value)
+            waiter.set_exception(error if not isinstance(error, StopIteration) else RuntimeError(repr(error)))
 
     def _inject(self, attempt: Attempt, kwargs: dict[str, Any]) -> None:
         for name in attempt.handler.injected:
@@ -186,7 +197,7 @@ class Executor:
     def _expire(self, attempt: Attempt) -> None:
         if attempt.stopped is None:
             self.stop(attempt, "timeout")
-        elif attempt.runner is None:
+        elif attempt.runner is None or attempt.waiter is not None:
             self._stuck(attempt)
             return
         else:
@@ -203,7 +214,7 @@ class Executor:
         if attempt.started == 0.0:
             self.take_back(attempt)
             self._finish(attempt, None, None)
-        elif attempt.runner is not None:
+        elif attempt.runner is not None and attempt.waiter is None:
             attempt.runner.cancel()
         if attempt.context is not None:
             attempt.flag()
@@ -221,13 +232,3 @@ class Executor:
         await self.slots.close()
         self.threads.close()
         await self.processes.close()
-
-
-def _set_result(future: asyncio.Future[Any], value: Any) -> None:
-    if not future.done():
-        future.set_result(value)
-
-
-def _set_exception(future: asyncio.Future[Any], error: BaseException) -> None:
-    if not future.done():
-        future.set_exception(error)

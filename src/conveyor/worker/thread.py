@@ -66,7 +66,7 @@ class Threads:
         while (work := self._queue.get()) is not None:
             attempt, variables, call = work
             if attempt.ended != 0.0 or attempt.stopped is not None:
-                self._report(attempt, None, None)  # stopped before it began
+                self._report(attempt, None, asyncio.CancelledError())  # stopped before it began
                 continue
             attempt.started = perf_counter()
             if attempt.until is not None:
