@@ -73,6 +73,11 @@ class Signature:
         """Return the call as a person writes it, without what the worker fills."""
         return written(self.name, self._parameters.values(), self.result)
 
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        """The names of the parameters that the payload fills."""
+        return tuple(self._parameters)
+
     def encode(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bytes:
         """
         Return a JSON object of the arguments that were given, by parameter; it will decode.

@@ -3,13 +3,39 @@
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from conveyor.errors import PayloadError
+
 if TYPE_CHECKING:
+    from conveyor.signature import Signature
     from conveyor.task import Task
 
 BUCKETS_MS = (5, 10, 25, 50, 100, 250, 500, 1000, 2500, 5000, 10_000, 30_000, 60_000, 300_000, 3_600_000)
 """Upper bounds of the duration histogram; the last field counts what took longer."""
+
+
+Decode = Callable[[bytes], tuple[list[Any], dict[str, Any]]]
+
+
+def _decode_entry(signature: Signature) -> Decode:
+    """
+    Return how an entry of a plain list becomes arguments: an object's members by name, as from `enqueue`.
+
+    What does not fit so is the one argument of a task that has one.
+    """
+    (name, *others) = signature.parameters or ("",)
+
+    def decode(body: bytes) -> tuple[list[Any], dict[str, Any]]:
+        try:
+            return signature.decode(body)
+        except PayloadError:
+            if others or not name:
+                raise
+            return signature.decode(b'{"%b":%b}' % (name.encode(), body))
+
+    return decode
 
 
 class Handler:
@@ -20,17 +46,17 @@ class Handler:
         "stores", "task", "timeout",
     )  # fmt: skip
 
-    def __init__(self, task: Task[Any, Any]) -> None:
-        """Look everything up once."""
+    def __init__(self, task: Task[Any, Any], *, raw: bool = False) -> None:
+        """Look everything up once; *raw* for the entries of a plain list, written by programs that know no parameters."""
         self.task = task
         self.name = task.name
         self.function = task.function
         self.kind: str = task.run_in
-        self.decode = task.signature.decode
+        self.decode: Decode = _decode_entry(task.signature) if raw else task.signature.decode
         self.injected = task.signature.injected
         self.timeout: float | None = None if task.settings.timeout_ms is None else task.settings.timeout_ms / 1000
         self.early = task.settings.ack == "early"
-        self.stores = not task.returns_none and task.settings.keep_ms > 0
+        self.stores = not task.returns_none
         self.done = self.failed = self.retried = 0
         self.run_ms = 0.0
         self.buckets: dict[int, int] = {}

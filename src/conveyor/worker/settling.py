@@ -37,13 +37,14 @@ class Settling:
         """Settle a success; a result that cannot be stored makes it a dead letter."""
         handler, envelope = attempt.handler, attempt.envelope
         seconds = attempt.ended - attempt.started
-        if value is not None and handler.stores:
+        own = envelope.extra.keep_ms
+        keep = handler.task.settings.keep_ms if own is None else own
+        if value is not None and keep and handler.stores:
             try:
                 data = handler.task.results.encode(value)
             except PayloadError as error:
                 self.failed(report, attempt, error, now_ms, retry=False)
                 return
-            keep = envelope.extra.keep_ms if envelope.extra.keep_ms is not None else handler.task.settings.keep_ms
             record = b'{"status":"done","value":%b,"at":%d}' % (data, now_ms)
             report.others.append(
                 Settlement("D", attempt.id, keep, record, unique=envelope.unique, own_id=envelope.own_id)

@@ -63,9 +63,15 @@ class Worker:
         self.consumers: list[Consumer] = []
         self.settling = settling.Settling(app, self.name)
         self.last_renewal = monotonic()
-        self._queues = (
-            dict(queues) if queues else dict.fromkeys((*(t.queue for t in app.tasks.values()), *app.plain_lists), 1.0)
-        )
+        fed = [name for name, listed in app.plain_lists.items() if listed.task]
+        own = [task.queue for task in app.tasks.values()]
+        self._queues = dict(queues) if queues else dict.fromkeys((*own, *fed), 1.0)
+        for name in self._queues:
+            if name in app.plain_lists and name not in fed:
+                raise ConfigurationError(
+                    f"The plain list '{name}' feeds no task, so a worker can do nothing with it. "
+                    f"Declare app.plain_list('{name}', task=…), or consume it with app.plain_list('{name}').consume()."
+                )
         if not self._queues:
             raise ConfigurationError("This worker has no queue: the app has no tasks and none was named with -q.")
         self._limits = (concurrency, threads)
@@ -219,14 +225,15 @@ class Worker:
         capacity = free + self._prefetch.ahead(consumer.backlog > 0)
         room = self._prefetch.share(capacity, consumer, rivals)
         settled = len(consumer.report.done) + len(consumer.report.others)  # given back before more is taken
-        return max(0, min(room, BATCH, MOST_HELD - len(consumer.held) + settled))
+        return max(0, min(room, BATCH, consumer.most_by_size, MOST_HELD - len(consumer.held) + settled))
 
     def handlers(self, consumer: Consumer) -> dict[bytes, Handler]:
         """Return the handlers of *consumer* by their names as envelopes spell them."""
         found = self._handlers.get(consumer.queue)
         if found is None:
             found = self._handlers[consumer.queue] = {
-                name.encode(): Handler(task) for name, task in self.app.tasks.items()
+                name.encode(): Handler(task, raw=consumer.keys.foreign is not None)
+                for name, task in self.app.tasks.items()
             }
         return found
 
