@@ -5,13 +5,9 @@ from __future__ import annotations
 import statistics
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from benchmarks.harness import NAMESPACE, TEXT, Bench, Worker, commands_sent, cpu_seconds, wait_for
-from benchmarks.record import Record
-
-if TYPE_CHECKING:
-    from conveyor import Conveyor
 
 
 @dataclass(frozen=True)
@@ -78,38 +74,39 @@ def _snapshot(bench: Bench, worker: Worker, client: Any, queue: str) -> Snapshot
 
 
 def depth(bench: Bench) -> None:
-    """Compare the rate in a queue of a million with that in bursts of 1,000, and in a queue of 20,000."""
-    from benchmarks.jobs import app
+    """
+    Compare the rate in a queue that holds a million jobs with that in one that holds a thousand.
 
+    A producer keeps each as deep as it is while it is drained, so that both runs do the same work on the same cores.
+    """
     bench.flush()
-    queue, record = app.queue("depth"), Record(bench.record_path)
-    with Worker(bench, "-q", "depth", "--processes", "1") as worker, bench.client() as client:
-        runs = [_marked(app, record, worker, client, 1000, 0, 999) for _ in range(15 if bench.quick else 50)]
-        bench.note("ours drain at 1,000 /s", statistics.median(runs[5:]))
-        runs = [_marked(app, record, worker, client, 20_000, 2_000, 18_000) for _ in range(3)]
-        bench.note("ours drain at 20,000 /s", statistics.median(runs))
-        deep = 200_000 if bench.quick else 1_000_000
-        bench.note("ours drain deep /s", _marked(app, record, worker, client, deep, 2_000, 52_000))
-        queue.pause()  # the rest is thrown away
+    count = 50_000 if bench.quick else 150_000
+    for backlog in (1_000, 200_000 if bench.quick else 1_000_000):
+        bench.flush()
+        name = "ours drain at 1,000 /s" if backlog == 1_000 else "ours drain deep /s"
+        bench.note(name, statistics.median(_steady(bench, backlog, count // 3)))
     bench.flush()
 
 
-def _marked(app: Conveyor, record: Record, worker: Worker, client: Any, count: int, first: int, last: int) -> float:
-    """Fill the paused queue with *count* jobs, let it go, and return the rate between two of them."""
-    from benchmarks.jobs import mark
+def _steady(bench: Bench, backlog: int, count: int) -> list[float]:
+    """Return three rates, each over *count* jobs, in a queue kept at *backlog*."""
+    from benchmarks.jobs import app, deep
 
-    queue = app.queue("depth")
-    wait_for(lambda: live_jobs(client, "depth") == 0, "the queue to be empty")
+    queue, ready = app.queue("depth"), f"{NAMESPACE}:{{depth}}:ready:0"
     queue.pause()
-    marks = {first: -1, last: -2}
-    app.enqueue_many(mark.s(marks.get(number, number), TEXT) for number in range(count))
-    queue.resume()
-    times: dict[int, int] = {}
-
-    def both_seen() -> bool:
-        worker.check()
-        times.update((line.number, line.value) for line in record.read())
-        return len(times) == 2
-
-    wait_for(both_seen, "the marked jobs", within=60)
-    return (last - first) / (times[-2] - times[-1]) * 1e9
+    app.enqueue_many(deep.s(number, TEXT) for number in range(backlog))
+    accepted, rates = backlog, []
+    with Worker(bench, "-q", "depth", "--processes", "1") as worker, bench.client() as client:
+        queue.resume()
+        goal, since = 20_000, 0.0
+        while len(rates) < 3:
+            worker.check()
+            if client.llen(ready) < backlog:
+                accepted += len(app.enqueue_many([deep.s(number, TEXT) for number in range(1_000)]))
+            if accepted - live_jobs(client, "depth") >= goal:
+                now = time.perf_counter()
+                if since:
+                    rates.append(count / (now - since))
+                since, goal = now, goal + count
+        queue.pause()  # the rest is thrown away
+    return rates

@@ -36,10 +36,8 @@ async def stamp(number: int, sent_ns: int) -> None:
 
 
 @app.task(queue="depth", timeout="30s")
-async def mark(number: int, text: str) -> None:
-    """Do nothing, but note the time when the number is negative."""
-    if number < 0:
-        record("mark", number, time.monotonic_ns())
+async def deep(number: int, text: str) -> None:
+    """Do nothing, in a queue that is kept deep."""
 
 
 @app.task(queue="hold")

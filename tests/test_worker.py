@@ -12,6 +12,7 @@ import pytest
 from conveyor.app import Conveyor
 from conveyor.context import Context, current
 from conveyor.errors import JobCancelled, JobFailed, Snooze
+from conveyor.event import Event
 from conveyor.outcome import Retry
 from conveyor.store import inspection
 from working import audit, counts, drain, until, working
@@ -149,6 +150,27 @@ async def test_a_snooze_uses_no_attempt(app: Conveyor) -> None:
 
     assert seen == [1, 2, 3, 4]
     assert (await counts(app)).dead == 0
+
+
+@pytest.mark.parametrize("run_in", ["loop", "thread"])
+async def test_listeners_hear_of_starts_and_ends(app: Conveyor, run_in: str) -> None:
+    """Each attempt is told of at its start and at its end, with its number; the worker of its own."""
+    seen: list[tuple[str, Any]] = []
+    app.on(Event, lambda event: seen.append((event.name, getattr(event, "attempt", None))))
+
+    def once() -> None:
+        if current().attempt == 1:
+            raise ValueError("no")
+
+    async def aonce() -> None:
+        once()
+
+    await app.task(retry=Retry(backoff="1ms"), name="once")(aonce if run_in == "loop" else once).aenqueue()
+    await drain(app)
+
+    assert seen == [
+        ("worker-started", None), ("started", 1), ("retried", 1), ("started", 2), ("done", 2), ("worker-stopped", None),
+    ]  # fmt: skip
 
 
 async def test_a_delayed_job_starts_when_it_is_due(app: Conveyor) -> None:

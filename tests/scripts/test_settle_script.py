@@ -88,7 +88,7 @@ def test_lost_and_held_in_one_report(scene: Scene) -> None:
     assert (turn.held, scene.client.hlen(scene.keys.jobs)) == (0, 0)
 
 
-@pytest.mark.parametrize("second", ["D", "X", "R", "F"])
+@pytest.mark.parametrize("second", ["D", "X", "R", "F", "M"])
 def test_one_job_has_one_outcome(scene: Scene, second: str) -> None:
     """Of two settlements of one job in a report the first counts."""
     scene.lease("a")

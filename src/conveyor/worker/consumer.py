@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from conveyor import ident
 from conveyor.errors import ConveyorError
-from conveyor.event import JobLost
+from conveyor.event import JobLost, JobStarted
 from conveyor.store import fault, operations
 from conveyor.store.operations import LateTurn, Report, Settlement, Turn, Unregistered
 from conveyor.store.script import Call
@@ -340,9 +340,11 @@ class Consumer:
 
     # -- ends -----------------------------------------------------------------------------------------------------
 
-    def begun(self) -> None:
+    def begun(self, attempt: Attempt) -> None:
         """One of ours began."""
         self.backlog -= 1
+        if self._worker.app.has_listener(JobStarted):
+            self._worker.app.emit(JobStarted(attempt.public_id, attempt.handler.name, self.queue, attempt.number))
 
     def left(self) -> None:
         """One of ours left the backlog without beginning."""

@@ -97,7 +97,7 @@ class Executor:
     # -- beginning ------------------------------------------------------------------------------------------------
 
     def _begin(self, attempt: Attempt) -> tuple[Variables, Coroutine[Any, Any, Any]]:
-        attempt.consumer.begun()
+        attempt.consumer.begun(attempt)
         variables = self._base.copy()
         handler = attempt.handler
         attempt.runner = asyncio.current_task()
@@ -137,7 +137,7 @@ class Executor:
             kwargs[name] = attempt.open()
 
     def _thread(self, attempt: Attempt) -> None:
-        attempt.consumer.begun()
+        attempt.consumer.begun(attempt)
         try:
             args, kwargs = attempt.handler.decode(attempt.body)
         except Exception as error:
@@ -153,7 +153,7 @@ class Executor:
         self.threads.submit(attempt, variables, partial(attempt.handler.function, *args, **kwargs))
 
     def _process(self, attempt: Attempt) -> None:
-        attempt.consumer.begun()
+        attempt.consumer.begun(attempt)
         attempt.started = perf_counter()
         self._direct += 1
         attempt.runner = self._loop.create_task(self._in_process(attempt))

@@ -50,7 +50,6 @@ while at <= runs do
         holder = claimed['i' .. id] or redis.call('GET', prefix .. 'unique:i:' .. id)
         -- A dead letter or a stub may be older than the day its id is kept for: two entries of one id must never be.
         if not holder and redis.call('HEXISTS', jobs, id) == 1 then holder = id end
-        claimed['i' .. id] = id
       end
       if not holder and ARGV[i + 7] ~= '' then
         local key = 'k' .. ARGV[i + 7]
@@ -61,6 +60,8 @@ while at <= runs do
         end
         claimed[key] = holder or id
       end
+      -- Only what will be stored takes its id: one refused for its key must not stand in for the next of that id.
+      if not holder then claimed['i' .. id] = id end
       ids[#ids + 1] = holder and '\t' .. holder or id
       existing[i] = holder and true or false
     end

@@ -1,0 +1,67 @@
+"""What a queue really holds, in the form of `Model.snapshot`, in two round trips."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from conveyor.store.keys import QueueKeys
+
+
+def read(client: Any, keys: QueueKeys) -> dict[str, Any]:
+    """Return the content of the queue; raises AssertionError where its keys contradict each other."""
+    names = [key.decode().removeprefix(keys.prefix) for key in client.keys(keys.prefix + "*")]
+    rest = {
+        kind: [name.removeprefix(kind) for name in names if name.startswith(kind)]
+        for kind in ("leased:", "unique:k:", "unique:i:", "result:")
+    }
+    pipeline = client.pipeline(transaction=False)
+    for key in keys.ready:
+        pipeline.lrange(key, 0, -1)
+    pipeline.hgetall(keys.jobs).zrange(keys.due, 0, -1).zrange(keys.dead, 0, -1).hgetall(keys.state)
+    pipeline.hgetall(keys.waiters).hgetall(keys.conf).llen(keys.wake).zrange(keys.workers, 0, -1)
+    for worker in rest["leased:"]:
+        pipeline.hgetall(keys.leased(worker))
+    for key in rest["unique:k:"]:
+        pipeline.get(f"{keys.prefix}unique:k:{key}")
+    for key in rest["unique:i:"]:
+        pipeline.pttl(f"{keys.prefix}unique:i:{key}")
+    replies = iter(pipeline.execute())
+
+    ready = {priority: _texts(next(replies)) for priority in range(10)}
+    jobs, due, dead, state, waiters, conf, token, workers = (next(replies) for _ in range(8))
+    leased = {worker: _lease(next(replies)) for worker in rest["leased:"]}
+    leased = {worker: lease for worker, lease in leased.items() if lease is not None}
+    assert sorted(leased) == sorted(_texts(workers)), "registrations and ends of leases differ"
+    assert token in (0, 1), "more than one wake token"
+    return {
+        "jobs": {id_.decode(): envelope.startswith(b"x") for id_, envelope in jobs.items()},
+        "ready": {priority: ids for priority, ids in ready.items() if ids},
+        "due": _texts(due),
+        "dead": _texts(dead),
+        "leased": leased,
+        "state": {id_.decode(): history(text) for id_, text in state.items()},
+        "unique": {key: next(replies).decode() for key in rest["unique:k:"]},
+        "own": {id_: next(replies) >= 0 for id_ in rest["unique:i:"]},
+        "results": set(rest["result:"]),
+        "waiters": {id_.decode(): text.decode().split() for id_, text in waiters.items()},
+        "stubs": int(conf.get(b"stubs", 0)),
+        "paused": conf.get(b"paused") == b"1",
+        "token": token == 1,
+    }
+
+
+def history(text: bytes) -> tuple[int, int, int, bool]:
+    """Read a stored state without errors."""
+    starts, failures, crashes = text.rstrip(b"w").split()
+    return int(starts), int(failures), int(crashes), text.endswith(b"w")
+
+
+def _lease(found: dict[bytes, bytes]) -> tuple[int, dict[str, int], list[str]] | None:
+    if b"\tleft" in found:
+        return None
+    places = {id_.decode(): int(place) for id_, place in found.items() if not id_.startswith(b"\t")}
+    return int(found[b"\tturn"]), places, found.get(b"\tcancel", b"").decode().split()
+
+
+def _texts(items: list[bytes]) -> list[str]:
+    return [item.decode() for item in items]
