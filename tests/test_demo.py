@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import pty
@@ -14,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from conveyor.demo.account import Kill, judge, trails
-from conveyor.demo.journal import Line
+from conveyor.demo.journal import Journal, Line
 from conveyor.demo.picture import decode, draw, encode, shrink
 from shell import Shell
 from supervised import running, until
@@ -91,6 +92,26 @@ def test_pictures_survive_the_way_through_png() -> None:
     assert (small.width, small.height) == (3, 2)
     box = [original.pixels[3 * (y * 24 + x)] for y in range(8) for x in range(8)]
     assert small.pixels[0] == sum(box) // 64
+
+
+def test_late_worker_is_turned_away(tmp_path: Path) -> None:
+    """Nobody opens the journal of a demo that is being removed, so no late worker starts its server again."""
+    path = tmp_path / "journal"
+    path.touch()
+    early = Journal(str(path))
+    early.write("up")
+    with path.open("rb") as custodian:
+        with pytest.raises(BlockingIOError):
+            fcntl.flock(custodian, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        early.close()
+        fcntl.flock(custodian, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+        with pytest.raises(BlockingIOError):
+            Journal(str(path))
+
+    path.unlink()
+    with pytest.raises(FileNotFoundError):
+        Journal(str(path))
 
 
 @pytest.fixture

@@ -1,8 +1,9 @@
 """
 The custodian: removes what a demo leaves, whoever died first. A plain script, on the standard library alone.
 
-Its standard input is a pipe whose other end the demo and its workers hold. When all of them are gone, it waits for
-the embedded server to stop and deletes the directory; or, on a server of somebody else's, deletes the demo's keys.
+Its standard input is a pipe whose other end the demo and the supervisor hold. When both are gone, it waits for the
+worker processes, which may outlive a killed supervisor for a while, and for the embedded server to stop; then it deletes
+the directory, and on a server of somebody else's the demo's keys.
 """
 
 from __future__ import annotations
@@ -14,9 +15,9 @@ import os
 import shutil
 import sys
 import time
-from typing import TypedDict
+from typing import BinaryIO, TypedDict
 
-SERVER = "server"
+SERVER, JOURNAL = "server", "journal"
 _PATIENCE = 40.0  # seconds for workers of a killed supervisor to drain, and for the server to stop
 
 
@@ -33,24 +34,31 @@ def main(text: str) -> None:
     orders: Orders = json.loads(text)
     while os.read(0, 1024):
         pass
-    try:
-        if orders["url"] is None:
-            _wait_for(os.path.join(orders["directory"], SERVER, "keeper.lock"))
-        else:
-            _delete_keys(orders["url"], orders["namespace"])
-    finally:
-        shutil.rmtree(orders["directory"], ignore_errors=True)
+    with open(os.path.join(orders["directory"], JOURNAL), "rb") as journal:
+        try:
+            # Kept to the end: a worker that comes up late is turned away here, before it starts a server again.
+            _wait_for(journal)
+            if orders["url"] is None:
+                with contextlib.suppress(FileNotFoundError), open(_keeper_lock(orders), "rb") as keeper:
+                    _wait_for(keeper)
+            else:
+                _delete_keys(orders["url"], orders["namespace"])
+        finally:
+            shutil.rmtree(orders["directory"], ignore_errors=True)
 
 
-def _wait_for(lock: str) -> None:
-    """Wait until nobody holds *lock*: the keeper has it until its server has stopped."""
+def _keeper_lock(orders: Orders) -> str:
+    return os.path.join(orders["directory"], SERVER, "keeper.lock")
+
+
+def _wait_for(file: BinaryIO) -> None:
+    """Lock *file* when nobody else does: workers lock the journal, the keeper its own file until its server stopped."""
     end = time.monotonic() + _PATIENCE
-    with contextlib.suppress(FileNotFoundError), open(lock, "rb") as file:
-        while time.monotonic() < end:
-            with contextlib.suppress(BlockingIOError):
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return
-            time.sleep(0.02)
+    while time.monotonic() < end:
+        with contextlib.suppress(BlockingIOError):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        time.sleep(0.02)
 
 
 def _delete_keys(url: str, namespace: str) -> None:

@@ -7,6 +7,7 @@ file and a kill never leaves half of one. The accounts are checked against it, a
 
 from __future__ import annotations
 
+import fcntl
 import os
 import time
 from collections.abc import Iterator
@@ -50,10 +51,21 @@ class Journal:
     """Writes lines into a file, or nowhere without one."""
 
     def __init__(self, path: str | None) -> None:
-        """Open the file for appending."""
-        self._file = (
-            None if path is None else os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        )
+        """
+        Open the file, which must be there, for appending; raises OSError.
+
+        A shared lock on it is held: who tidies up waits until all have let go, and nobody comes in from then on.
+        """
+        self._file: int | None = None
+        if path is not None:
+            self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
+            fcntl.flock(self._file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+
+    def close(self) -> None:
+        """Write no more."""
+        if self._file is not None:
+            os.close(self._file)
+            self._file = None
 
     def write(
         self, kind: Kind, task: str = "", key: str = "", attempt: int = 0, seconds: float = 0.0, note: str = ""
@@ -85,17 +97,14 @@ class Reader:
     """Reads what was added to a journal since the last look."""
 
     def __init__(self, path: Path) -> None:
-        """Begin at the beginning; the file may not be there yet."""
+        """Begin at the beginning."""
         self._path, self._offset, self._rest = path, 0, b""
 
     def read(self) -> list[Line]:
         """Return the new lines."""
-        try:
-            with self._path.open("rb") as file:
-                file.seek(self._offset)
-                data = file.read()
-        except FileNotFoundError:
-            return []
+        with self._path.open("rb") as file:
+            file.seek(self._offset)
+            data = file.read()
         self._offset += len(data)
         *lines, self._rest = (self._rest + data).split(b"\n")
         return [parse(line.decode()) for line in lines]

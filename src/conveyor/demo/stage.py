@@ -32,7 +32,8 @@ class Stage:
         self.namespace = f"demo-{secrets.token_hex(4)}"
         self.own_server = url is None
         self.url = f"embedded:{self.directory / custodian.SERVER}" if url is None else url
-        self.journal = self.directory / "journal"
+        self.journal = self.directory / custodian.JOURNAL
+        self.journal.touch()
         self.log = self.directory / "worker.log"
         self.server, self.server_ms = "", 0.0
         self.crew: subprocess.Popen[bytes] | None = None
@@ -95,6 +96,9 @@ class Stage:
         """End what still runs and wait until everything is removed."""
         self.stop_workers()
         if self.app is not None:
+            from conveyor.demo import task
+
+            task.journal.close()
             self.app.close()
         os.close(self._end)
         try:

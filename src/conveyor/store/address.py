@@ -48,10 +48,10 @@ class Address:
 
     @cached_property
     def _parameters(self) -> dict[str, Any]:
-        from redis.connection import parse_url
+        from redis import connection
 
         try:
-            parameters = dict(parse_url(self.url))
+            parameters = dict(connection.parse_url(self.url))
         except ValueError as error:
             raise ConfigurationError(f"{self} is not a Redis URL: {redact(str(error))}") from None
         parameters.pop("connection_class", None)
@@ -60,8 +60,8 @@ class Address:
 
     def connection(self, *, read_timeout: float | None) -> Connection:
         """Return an unopened blocking connection."""
+        from redis import Connection, SSLConnection, UnixDomainSocketConnection
         from redis.backoff import NoBackoff
-        from redis.connection import Connection, SSLConnection, UnixDomainSocketConnection
         from redis.retry import Retry
 
         kind = {"redis": Connection, "rediss": SSLConnection, "unix": UnixDomainSocketConnection}
@@ -70,12 +70,12 @@ class Address:
 
     def async_connection(self) -> AsyncConnection:
         """Return an unopened connection of asyncio."""
+        from redis import backoff
         from redis.asyncio.connection import Connection, SSLConnection, UnixDomainSocketConnection
         from redis.asyncio.retry import Retry
-        from redis.backoff import NoBackoff
 
         kind = {"redis": Connection, "rediss": SSLConnection, "unix": UnixDomainSocketConnection}
-        parameters = {**self._parameters, "socket_timeout": None, "retry": Retry(NoBackoff(), 0)}
+        parameters = {**self._parameters, "socket_timeout": None, "retry": Retry(backoff.NoBackoff(), 0)}
         return cast("AsyncConnection", kind[urlsplit(self.url).scheme](**parameters))
 
 

@@ -148,7 +148,7 @@ class Backend:
         try:
             return producer.connection.execute(*command)
         except Exception as error:
-            from redis.exceptions import AuthenticationError, RedisError
+            from redis import AuthenticationError, RedisError
 
             from conveyor.store import fault
 

@@ -35,7 +35,7 @@ class Bell:
         self._connection.close()
 
     def _block(self, command: tuple[str, ...], seconds: float) -> Any:
-        from redis.exceptions import RedisError, ResponseError
+        from redis import RedisError, ResponseError
 
         try:
             reply = self._connection.execute(*command, block=max(seconds, 0.001))

@@ -131,7 +131,7 @@ class Connection:
 
     def _open(self) -> None:
         import hiredis
-        from redis.exceptions import ResponseError
+        from redis import ResponseError
 
         raw = self.address.connection(read_timeout=READ_TIMEOUT)
         raw.connect()
@@ -156,7 +156,7 @@ class Connection:
 
 
 def _lost(why: str) -> Exception:
-    from redis.exceptions import ConnectionError as TransportError
+    from redis import ConnectionError as TransportError
 
     return TransportError(why)
 
@@ -177,15 +177,15 @@ def reply_text(error: BaseException) -> str:
 
 def answered(error: BaseException) -> bool:
     """Tell whether the server answered, so that the connection is good."""
-    from redis.exceptions import ConnectionError as TransportError
-    from redis.exceptions import ResponseError
+    from redis import ConnectionError as TransportError
+    from redis import ResponseError
 
     return isinstance(error, ResponseError) and not isinstance(error, TransportError)
 
 
 def _verdict(error: Exception) -> fault.Remedy:
     """Return what to do about an exception of the client library."""
-    from redis.exceptions import AuthenticationError, RedisError
+    from redis import AuthenticationError, RedisError
 
     if isinstance(error, AuthenticationError):
         return fault.Remedy.RAISE

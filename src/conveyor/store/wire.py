@@ -151,7 +151,7 @@ class Wire:
             if self._closed:
                 raise WireLost("closed")
             import hiredis
-            from redis.exceptions import AuthenticationError, RedisError
+            from redis import AuthenticationError, RedisError
 
             raw = self.address.async_connection()
             try:
