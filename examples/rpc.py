@@ -1,20 +1,23 @@
 """Enqueue and wait: a worker process as the server of a call. python rpc.py"""
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 from conveyor import Conveyor, JobFailed
 
 app = Conveyor()
 
 
-@app.task(timeout="10s", keep_result="1m")
+@app.task(queue="rpc", timeout="10s", keep_result="1m")
 def divide(a: float, b: float) -> float:
     return a / b
 
 
 if __name__ == "__main__":
-    worker = subprocess.Popen([sys.executable, "-m", "conveyor", "worker", "rpc:app"])
+    importable = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    worker = subprocess.Popen([sys.executable, "-m", "conveyor", "worker", "rpc:app"], env=importable)
     try:
         print(divide.enqueue(1, 4).result(timeout="20s"))
         divide.options(retry=1).enqueue(1, 0).result(timeout="20s")

@@ -10,6 +10,7 @@ import pytest
 
 import conveyor
 from conveyor import event
+from conveyor.cli import COMMANDS
 from conveyor.store.keys import QueueKeys
 from page import PAGES, ROOT, anchors, blocks, links, prose
 from reader import Reader, first_missing
@@ -21,7 +22,6 @@ KINDS = {
     "sh": "installing and other things that leave the project; what they name is checked",
     "text": "shown, not run",
 }
-MOST_UNRUN = 12
 
 
 def name(path: Path) -> str:
@@ -114,6 +114,12 @@ def test_reference_of_settings_is_complete() -> None:
     text = (ROOT / "docs/reference/configuration.md").read_text()
     sources = "".join(path.read_text() for path in (ROOT / "src").rglob("*.py"))
     assert not [one for one in set(re.findall(r"CONVEYOR_[A-Z_]+\b", sources)) if one not in text]
+
+
+def test_reference_of_commands_is_complete() -> None:
+    """docs/reference/cli.md has every command."""
+    text = (ROOT / "docs/reference/cli.md").read_text()
+    assert not [one for one in COMMANDS if f"\n### {one}\n" not in text or f"\n| `{one}" not in text]
 
 
 def test_comparison_finds_what_differs(tmp_path: Path) -> None:
