@@ -1,9 +1,7 @@
-"""Enqueue and wait: a worker process as the server of a call. python rpc.py"""
+"""Enqueue and wait: a worker process as the server of a call. python rpc.py, in this directory"""
 
-import os
 import subprocess
 import sys
-from pathlib import Path
 
 from conveyor import Conveyor, JobFailed
 
@@ -16,8 +14,7 @@ def divide(a: float, b: float) -> float:
 
 
 if __name__ == "__main__":
-    importable = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
-    worker = subprocess.Popen([sys.executable, "-m", "conveyor", "worker", "rpc:app"], env=importable)
+    worker = subprocess.Popen([sys.executable, "-m", "conveyor", "worker", "rpc:app"])
     try:
         print(divide.enqueue(1, 4).result(timeout="20s"))
         divide.options(retry=1).enqueue(1, 0).result(timeout="20s")

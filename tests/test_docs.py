@@ -113,7 +113,9 @@ def test_reference_of_settings_is_complete() -> None:
     """docs/reference/configuration.md has every variable that the code reads."""
     text = (ROOT / "docs/reference/configuration.md").read_text()
     sources = "".join(path.read_text() for path in (ROOT / "src").rglob("*.py"))
-    assert not [one for one in set(re.findall(r"CONVEYOR_[A-Z_]+\b", sources)) if one not in text]
+    names = set(re.findall(r"CONVEYOR_[A-Z_]+\b", sources))
+    own = {one for one in names if one.startswith("CONVEYOR_DEMO_")}  # what the demo tells its own processes
+    assert not [one for one in names - own if one not in text]
 
 
 def test_reference_of_commands_is_complete() -> None:
