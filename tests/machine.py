@@ -14,8 +14,8 @@ from conveyor.errors import QueueFull
 from conveyor.store import inspection, operations
 from conveyor.store.operations import Entry, Lane, LateReply, LateTurn, Report, Settlement, Unregistered
 from conveyor.store.script import Call
-from model import Job, Member, Model, Triple
-from reading import read
+from model import FRESH, History, Job, Member, Model
+from reading import history, read
 from scene import LEASE, REST, Scene
 
 KINDS = ["keep", "done", "done", "D", "C", "X", "R0", "R", "F", "F-", "M"]
@@ -60,12 +60,12 @@ class Machine(RuleBasedStateMachine):
         return "ghost" if pick == 99 else ids[pick % len(ids)]
 
     @contextmanager
-    def _refused(self, error: type[Exception]) -> Iterator[None]:
+    def _refused(self, error: type[Exception] | tuple[type[Exception], ...]) -> Iterator[None]:
         try:
             yield
         except error:
             return
-        raise AssertionError(f"{error.__name__} was expected")
+        raise AssertionError(f"{error} was expected")
 
     def _run(self, call: Call[Any]) -> Any:
         return self.scene.run(call)
@@ -90,18 +90,34 @@ class Machine(RuleBasedStateMachine):
         entry.front = kind == "front"
         return entry, job, rank
 
-    @rule(lane=ANY, specs=st.lists(st.tuples(st.sampled_from(SPECS), ANY), min_size=1, max_size=4), room=ANY)
-    def push(self, lane: int, specs: list[tuple[str, int]], room: int) -> None:
+    @rule(
+        lane=ANY,
+        specs=st.lists(st.tuples(st.sampled_from(SPECS), ANY), min_size=1, max_size=4),
+        room=st.integers(0, 20),
+    )
+    def push(self, lane: int, specs: list[tuple[str, int]], room: int, plain: bool = False) -> None:
         made = [self._spec(kind, pick) for kind, pick in specs]
-        maximum = self.model.length() + room if 0 < room <= 3 else 0
-        call = operations.push(self.keys, self.lanes[lane % 2], [entry for entry, _, _ in made], max_length=maximum)
+        maximum, sender = self.model.length() + room if 0 < room <= 3 else 0, self.lanes[lane % 2]
+        if plain:
+            pairs = [part for entry, _, _ in made for part in (entry.id, entry.rest)]
+            call: Call[Any] = operations.push_plain(self.keys, sender, pairs, max_length=maximum)
+        else:
+            call = operations.push(self.keys, sender, [entry for entry, _, _ in made], max_length=maximum)
         if maximum and self.model.length() + len(made) > maximum:
             with self._refused(QueueFull):
                 self._run(call)
             return
         expected = [self.model.push(entry.id, job, rank, entry.front) for entry, job, rank in made]
-        assert self._run(call) == expected
+        assert self._run(call) == (None if call.script is operations.PUSH_PLAIN else expected)
         self.pushed[lane % 2].append((call, expected))
+
+    @rule(lane=ANY, count=st.integers(1, 3), room=st.integers(0, 20), late=st.integers(0, 9))
+    def push_plain(self, lane: int, count: int, room: int, late: int) -> None:
+        """The short script; now and then an older copy arrives behind it, and then its own."""
+        self.push(lane, [("plain", 0)] * count, room, plain=True)
+        if late < 4:
+            self.push_again(lane, 61 + late)
+            self.push_again(lane, 0)
 
     @initialize(specs=st.lists(st.tuples(st.sampled_from(SPECS), ANY), min_size=3, max_size=8))
     def begin(self, specs: list[tuple[str, int]]) -> None:
@@ -114,16 +130,18 @@ class Machine(RuleBasedStateMachine):
             return
         call, expected = sent[-1 - which % len(sent)] if which > 60 else sent[-1]
         if call is sent[-1][0]:
-            assert self._run(call) == expected
+            assert self._run(call) == (None if call.script is operations.PUSH_PLAIN else expected)
         else:
-            with self._refused(LateReply):
+            # The script for plain messages looks at the room first: refused is refused.
+            with self._refused((LateReply, QueueFull) if call.script is operations.PUSH_PLAIN else (LateReply,)):
                 self._run(call)
 
     # -- workers --------------------------------------------------------------------------------------------------
 
-    def _after(self, id_: str, kind: str) -> Triple:
-        starts, failures, crashes = self.model.jobs[id_].state or (0, 0, 0)
-        return (starts + 1, failures + (kind in {"R0", "R", "X"}), crashes + (kind == "M"))
+    def _after(self, id_: str, kind: str) -> History:
+        starts, failures, crashes, _ = self.model.jobs[id_].state or FRESH
+        alone = kind == "F" and next(self.count) % 2 == 0
+        return (starts + 1, failures + (kind in {"R0", "R", "X"}), crashes + (kind == "M"), alone)
 
     def _settle(self, kind: str, id_: str) -> tuple[Settlement | None, tuple[str, str, Any]]:
         """Return what is sent (None: simply done) and what the model is told."""
@@ -133,9 +151,9 @@ class Machine(RuleBasedStateMachine):
         if kind == "F-":
             return Settlement("F", id_), ("F", id_, None)
         letter = "D" if kind == "done" else kind[0]
-        after = self._after(id_, kind) if id_ in self.model.jobs else (1, 0, 0)
+        after = self._after(id_, kind) if id_ in self.model.jobs else FRESH
         number = next(self.count)
-        sent = Settlement(letter, id_, 0, b"{}", b"%d %d %d" % after, job.unique, job.own)
+        sent = Settlement(letter, id_, 0, b"{}", b"%d %d %d" % after[:3] + b"w" * after[3], job.unique, job.own)
         if letter in "DC":
             sent.ms = 600_000
         if letter != "R":
@@ -169,7 +187,7 @@ class Machine(RuleBasedStateMachine):
 
         found = self._run(call)
 
-        states = [None if state is None else tuple(int(n) for n in state.split()) for state in found.states]
+        states = [None if state is None else history(state) for state in found.states]
         assert (found.ids, found.lost, found.held, found.cancelled) == (
             expected.ids, expected.lost, expected.held, expected.cancelled,
         )  # fmt: skip

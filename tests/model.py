@@ -10,19 +10,21 @@ from dataclasses import dataclass, field
 from typing import Any
 
 NOW = 1_000_000.0
-Triple = tuple[int, int, int]
+History = tuple[int, int, int, bool]
+"""Starts, failures, crashes, and whether the job waits to run alone."""
+FRESH: History = (0, 0, 0, False)
 
 
 @dataclass
 class Job:
-    """One accepted job; `state` is (starts, failures, crashes), None while it is fresh."""
+    """One accepted job; `state` is None while it is fresh."""
 
     priority: int = 0
     unique: str | None = None
     own: bool = False
     expired: bool = False
     stub: bool = False
-    state: Triple | None = None
+    state: History | None = None
 
 
 @dataclass
@@ -45,7 +47,7 @@ class Reply:
     cancelled: list[str]
     more: bool
     due: bool
-    states: list[Triple | None]
+    states: list[History | None]
 
 
 class Model:
@@ -225,8 +227,8 @@ class Model:
                 self.end(id_, record=True)
                 continue
             if crashed:
-                starts, failures, crashes = job.state or (0, 0, 0)
-                job.state = (starts + 1, failures, crashes or 1)
+                starts, failures, crashes, alone = job.state or FRESH
+                job.state = (starts + 1, failures, crashes + (crashes < 2 and not alone), alone)
             self.ready[job.priority].insert(0, id_)
             returned += 1
         if returned:
@@ -273,7 +275,7 @@ class Model:
         for id_ in found:
             self.dead.remove(id_)
             job = self.jobs[id_]
-            job.state = ((job.state or (0, 0, 0))[0], 0, 0)
+            job.state = ((job.state or FRESH)[0], 0, 0, False)
             if job.own:
                 self.own[id_] = False
             self.ready[job.priority].append(id_)

@@ -39,7 +39,7 @@ def read(client: Any, keys: QueueKeys) -> dict[str, Any]:
         "due": _texts(due),
         "dead": _texts(dead),
         "leased": leased,
-        "state": {id_.decode(): tuple(int(n) for n in text.split()) for id_, text in state.items()},
+        "state": {id_.decode(): history(text) for id_, text in state.items()},
         "unique": {key: next(replies).decode() for key in rest["unique:k:"]},
         "own": {id_: next(replies) >= 0 for id_ in rest["unique:i:"]},
         "results": set(rest["result:"]),
@@ -48,6 +48,12 @@ def read(client: Any, keys: QueueKeys) -> dict[str, Any]:
         "paused": conf.get(b"paused") == b"1",
         "token": token == 1,
     }
+
+
+def history(text: bytes) -> tuple[int, int, int, bool]:
+    """Read a stored state without errors."""
+    starts, failures, crashes = text.rstrip(b"w").split()
+    return int(starts), int(failures), int(crashes), text.endswith(b"w")
 
 
 def _lease(found: dict[bytes, bytes]) -> tuple[int, dict[str, int], list[str]] | None:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from conveyor.store import inspection, operations
+from conveyor.store import inspection, operations, rawlist
 from conveyor.store.keys import QueueKeys
 from conveyor.store.operations import Lane, Report, Settlement
 from conveyor.store.script import Call
-from scene import Scene, entry
+from scene import REST, Scene, entry
 
 KEYS = QueueKeys("c", "q", foreign="q")
 
@@ -63,6 +63,11 @@ def _push(keys: QueueKeys) -> Call[Any]:
 #: name → the call, and the keys whose wrong type it must notice before it writes
 CALLS: dict[str, tuple[Callable[[QueueKeys], Call[Any]], set[str]]] = {
     "push": (_push, {"lane:N", "jobs", "conf", "due", "dead", "ready:0", "ready:5", "unique:k:kn", "unique:i:n2"}),
+    "push_plain": (
+        lambda k: operations.push_plain(k, Lane("N"), ["n1", REST, "n2", REST], max_length=100),
+        {"lane:N", "jobs", "conf", "dead", "ready:0"},
+    ),
+    "rawpush": (lambda k: rawlist.push(k, Lane("N"), [b"1", b"2"]), {"lane:N", "foreign"}),
     "turn": (
         _turn,
         {"jobs", "state", "leased:w", "workers", "conf", "due", "dead", "recent", "waiters", "stats"}
@@ -104,6 +109,9 @@ CALLS: dict[str, tuple[Callable[[QueueKeys], Call[Any]], set[str]]] = {
     "crew": (inspection.crew, {"workers", "leased:w"}),
     "audit": (inspection.audit, {"jobs", "state", "due", "dead", "workers", "conf", "ready:4", "leased:w"}),
 }  # fmt: skip
+
+#: scripts that accept, so that a full server refuses them
+PUSHES = {"push", "push_plain", "rawpush"}
 
 #: scripts that change nothing
 READS = {"held", "counts", "page", "show", "crew", "audit"}

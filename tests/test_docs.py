@@ -85,6 +85,14 @@ def test_install_commands_exist() -> None:
         assert set(names.split(",")) <= set(extras)
 
 
+def test_proofs_exist() -> None:
+    """Each test that the README names as a proof is in the file it links to."""
+    text = (ROOT / "README.md").read_text()
+    proofs = re.findall(r"\]\((tests/\w+\.py)\): `(\w+)`", text)
+    assert len(proofs) >= 5
+    assert not [test for file, test in proofs if f"def {test}(" not in (ROOT / file).read_text()]
+
+
 def test_reference_of_names_is_complete() -> None:
     """docs/reference/api.md has every public name."""
     text = (ROOT / "docs/reference/api.md").read_text()

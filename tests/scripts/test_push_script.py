@@ -7,7 +7,8 @@ import pytest
 from conveyor.errors import ConfigurationError, QueueFull
 from conveyor.store import operations
 from conveyor.store.operations import Lane, LateReply, Settlement
-from scene import PLAIN, Scene, entry
+from conveyor.store.script import Call
+from scene import PLAIN, REST, Scene, entry
 
 SCHEMA = {"schema": "1"}
 
@@ -151,6 +152,45 @@ def test_lanes_are_independent(scene: Scene) -> None:
     scene.run(operations.push(scene.keys, Lane("M"), [entry("b")]))
 
     assert scene.dump()["ready:0"] == ["a", "b"]
+
+
+# -- the script for plain messages only -------------------------------------------------------------------------------
+
+
+def _plain(scene: Scene, *ids: str, maximum: int = 0) -> Call[None]:
+    pairs: list[str | bytes] = [part for id_ in ids for part in (id_, REST)]
+    return operations.push_plain(scene.keys, scene.lane, pairs, max_length=maximum)
+
+
+@pytest.mark.redis6
+@pytest.mark.redis7
+@pytest.mark.parametrize("count", [1, 3, 20_000])
+def test_push_plain_does_what_push_does(scene: Scene, count: int) -> None:
+    """The short script leaves exactly what the long one leaves."""
+    ids = [f"{n:05}" for n in range(count)]
+    scene.push(*ids)
+    expected = scene.dump()
+    scene.client.flushall(asynchronous=False)
+    scene.lane = Lane("L")
+
+    scene.run(_plain(scene, *ids))
+
+    assert scene.dump() == expected
+
+
+@pytest.mark.redis6
+@pytest.mark.redis7
+def test_push_plain_repeated_and_late(scene: Scene) -> None:
+    """A repeat is answered and a late copy refused; neither changes anything, and the lane still knows its last push."""
+    late, last = _plain(scene, "a"), _plain(scene, "b")
+    scene.run(last)
+    with scene.unchanged():
+        scene.run(last)
+        with pytest.raises(LateReply):
+            scene.run(late)
+        scene.run(last)
+        with pytest.raises(QueueFull):
+            scene.run(_plain(scene, "c", "d", maximum=2))
 
 
 # -- duplicates -------------------------------------------------------------------------------------------------------

@@ -17,6 +17,10 @@ if maximum > 0 then
   end
 end
 
+-- A key that holds something else fails here, before the lane says that all went well.
+redis.call('HLEN', KEYS[2])
+redis.call('LLEN', KEYS[3])
+
 -- The first write is refused when Redis is full, and the whole push with it. The lane tells a repeat from a new push.
 local reply = number .. '\nok'
 local last = redis.call('SET', KEYS[1], reply, 'PX', '600000', 'GET')
@@ -30,7 +34,6 @@ if last then
 end
 if not conf[1] then redis.call('HSET', KEYS[5], 'schema', '1') end
 
--- Entries first: an error in between, of a key that holds something else, leaves no envelope without an entry.
 if last_argument == 4 then
   redis.call('RPUSH', KEYS[3], ARGV[3])
   redis.call('HSET', KEYS[2], ARGV[3], ARGV[4])

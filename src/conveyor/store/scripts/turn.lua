@@ -52,10 +52,14 @@ local stats_count = tonumber(ARGV[stats_at])
 local recent_at = stats_at + 1 + 2 * stats_count
 local recent_count = tonumber(ARGV[recent_at])
 local stats = prefix .. 'stats:' .. int(math.floor(now / 60000))
-check('HLEN', jobs, state)
-check('ZCARD', workers, due, dead)
-check('LLEN', KEYS[11], recent)
-if stats_count > 0 then check('HLEN', stats) end
+redis.call('HLEN', jobs)
+redis.call('ZCARD', workers)
+redis.call('ZCARD', due)
+redis.call('LLEN', KEYS[11])
+if recent_count > 0 then redis.call('LLEN', recent) end
+if stats_count > 0 then redis.call('HLEN', stats) end
+if string.find(flags, 'l', 1, true) then redis.call('ZCARD', dead) end
+local stateful = redis.call('HLEN', state) > 0
 local urgent = redis.call('EXISTS', unpack(KEYS, 12, 20)) > 0
 if urgent then check('LLEN', unpack(KEYS, 12, 20)) end
 local awaited = redis.call('HLEN', waiters) > 0
@@ -72,6 +76,7 @@ if done_count > 0 then
 end
 for i = other_at, other_at + 7 * (other_count - 1), 7 do
   number_in(ARGV[i + 2])
+  if ARGV[i] == 'X' then redis.call('ZCARD', dead) end
   if redis.call('HEXISTS', leased, ARGV[i + 1]) == 1 then others[#others + 1] = i else lost[#lost + 1] = ARGV[i + 1] end
 end
 
@@ -84,7 +89,7 @@ end
 if #done > 0 then
   remove(leased, done)
   remove(jobs, done)
-  if redis.call('EXISTS', state) == 1 then remove(state, done) end
+  if stateful then remove(state, done) end
   if awaited then
     for _, id in ipairs(done) do announce(waiters, id, '') end
   end
@@ -108,6 +113,7 @@ end
 local function requeue(id)
   local envelope = redis.call('HGET', jobs, id)
   local found = envelope and marks(envelope)
+  if found and found.priority > 0 then urgent = true end
   redis.call('LPUSH', KEYS[11 + (found and found.priority or 0)], id)
 end
 
@@ -145,6 +151,7 @@ if first_due[2] and tonumber(first_due[2]) <= now then
   redis.call('ZREM', due, unpack(ids))
   for i, id in ipairs(ids) do
     local found = envelopes[i] and marks(envelopes[i])
+    if found and found.priority > 0 then urgent = true end
     if envelopes[i] then redis.call('RPUSH', KEYS[11 + (found and found.priority or 0)], id) end
   end
   first_due = redis.call('ZRANGE', due, 0, 0, 'WITHSCORES')
@@ -182,7 +189,7 @@ local function take(key)
 end
 want = math.min(want, 1000 - (redis.call('HLEN', leased) - 3))
 if want > 0 and not paused then
-  if redis.call('EXISTS', unpack(KEYS, 12, 20)) > 0 then
+  if urgent then
     for priority = 9, 1, -1 do take(KEYS[11 + priority]) end
   end
   take(KEYS[11])
