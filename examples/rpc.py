@@ -1,4 +1,4 @@
-"""Enqueue and wait: a worker process as the server of a call. python rpc.py"""
+"""Enqueue and wait: a worker process as the server of a call. python rpc.py, in this directory"""
 
 import subprocess
 import sys
@@ -8,7 +8,7 @@ from conveyor import Conveyor, JobFailed
 app = Conveyor()
 
 
-@app.task(timeout="10s", keep_result="1m")
+@app.task(queue="rpc", timeout="10s", keep_result="1m")
 def divide(a: float, b: float) -> float:
     return a / b
 

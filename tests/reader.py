@@ -81,10 +81,12 @@ class Terminal:
     def wait_for(self, expected: list[str]) -> str | None:
         """Read until *expected* is there, or the command has ended; return what is missing."""
         deadline = time.monotonic() + PATIENCE
-        while (missing := first_missing(expected, self.printed)) and time.monotonic() < deadline:
-            if not self.read(0.05):
-                return first_missing(expected, self.printed)
-        return missing
+        while True:
+            ended = not self.read(0.05)
+            whole = self.printed if ended else self.printed.rpartition("\n")[0]
+            missing = first_missing(expected, whole)
+            if missing is None or ended or time.monotonic() > deadline:
+                return missing
 
     def finish(self) -> int:
         """Read to the end and return the exit code."""

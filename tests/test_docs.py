@@ -10,6 +10,7 @@ import pytest
 
 import conveyor
 from conveyor import event
+from conveyor.cli import COMMANDS
 from conveyor.store.keys import QueueKeys
 from page import PAGES, ROOT, anchors, blocks, links, prose
 from reader import Reader, first_missing
@@ -21,7 +22,6 @@ KINDS = {
     "sh": "installing and other things that leave the project; what they name is checked",
     "text": "shown, not run",
 }
-MOST_UNRUN = 12
 
 
 def name(path: Path) -> str:
@@ -85,6 +85,14 @@ def test_install_commands_exist() -> None:
         assert set(names.split(",")) <= set(extras)
 
 
+def test_proofs_exist() -> None:
+    """Each test that the README names as a proof is in the file it links to."""
+    text = (ROOT / "README.md").read_text()
+    proofs = re.findall(r"\]\((tests/\w+\.py)\): `(\w+)`", text)
+    assert len(proofs) >= 5
+    assert not [test for file, test in proofs if f"def {test}(" not in (ROOT / file).read_text()]
+
+
 def test_reference_of_names_is_complete() -> None:
     """docs/reference/api.md has every public name."""
     text = (ROOT / "docs/reference/api.md").read_text()
@@ -113,10 +121,15 @@ def test_reference_of_settings_is_complete() -> None:
     """docs/reference/configuration.md has every variable that the code reads."""
     text = (ROOT / "docs/reference/configuration.md").read_text()
     sources = "".join(path.read_text() for path in (ROOT / "src").rglob("*.py"))
-    names = {
-        one for one in re.findall(r"CONVEYOR_[A-Z_]+\b", sources) if not one.startswith("CONVEYOR_DEMO_")
-    }  # the demo's own
-    assert not [one for one in names if one not in text]
+    names = set(re.findall(r"CONVEYOR_[A-Z_]+\b", sources))
+    own = {one for one in names if one.startswith("CONVEYOR_DEMO_")}  # what the demo tells its own processes
+    assert not [one for one in names - own if one not in text]
+
+
+def test_reference_of_commands_is_complete() -> None:
+    """docs/reference/cli.md has every command."""
+    text = (ROOT / "docs/reference/cli.md").read_text()
+    assert not [one for one in COMMANDS if f"\n### {one}\n" not in text or f"\n| `{one}" not in text]
 
 
 def test_comparison_finds_what_differs(tmp_path: Path) -> None:
