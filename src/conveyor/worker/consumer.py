@@ -23,6 +23,7 @@ from conveyor.worker.alarm import Alarm
 from conveyor.worker.antechamber import Antechamber
 from conveyor.worker.attempt import Attempt
 from conveyor.worker.intake import Intake
+from conveyor.worker.prefetch import Sizes
 from conveyor.worker.reaper import Reaper
 
 if TYPE_CHECKING:
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
     from conveyor.worker.role import Host
 
 log = logging.getLogger("conveyor.worker")
-REPLY_BYTES = 4 * 1024 * 1024
 IDLE = 5.0
 """Longest pause between two turns in seconds: a lost wake-up token costs at most this."""
 
@@ -66,7 +66,7 @@ class Consumer:
         self._intake = Intake(self, worker.app.plain_lists[keys.queue].task or "") if keys.foreign is not None else None
         self._recovery: asyncio.Task[None] | None = None
         self._wanted = 0
-        self._mean_size = 200.0
+        self.sizes = Sizes()
         self._landed = asyncio.Event()
         self._idle = asyncio.Event()  # hungry: for the intake, which waits only then
         self._clock_offset = 0.0  # server ms minus our monotonic ms
@@ -268,8 +268,7 @@ class Consumer:
     def _take(self, turn: Turn) -> None:
         """Turn what was leased into attempts, and hand them over."""
         held, lookup = self.held, self._worker.handlers(self)
-        mean = sum(map(len, turn.envelopes)) / len(turn.envelopes)
-        self._mean_size = max(mean, 0.9 * self._mean_size)  # quick to believe in large ones, slow to forget them
+        self.sizes.note(turn.envelopes)
         states = turn.states
         attempts = []
         for at, (id_, data) in enumerate(zip(turn.ids, turn.envelopes, strict=True)):
@@ -371,11 +370,6 @@ class Consumer:
     def _due_now(self) -> None:
         if self._flying is None and self._recovery is None and not self._worker.stopping:
             self._start(self._worker.room(self))
-
-    @property
-    def most_by_size(self) -> int:
-        """How many jobs of the size seen lately make about 4 MB: what one reply may weigh."""
-        return max(1, int(REPLY_BYTES / self._mean_size))
 
     @property
     def drained(self) -> bool:

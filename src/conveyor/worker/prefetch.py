@@ -2,17 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from time import perf_counter
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from conveyor.worker.consumer import Consumer
+    from conveyor.worker.role import Rival
 
 AHEAD = 0.05
 """Seconds of work to hold in advance."""
 WINDOW = 0.05
 """Shortest time over which a rate is measured, in seconds: jobs that began together end together."""
 MOST = 1000
+REPLY_BYTES = 4 * 1024 * 1024
+
+
+class Sizes:
+    """The size of the jobs of a queue, as seen lately: one reply may weigh about 4 MB."""
+
+    def __init__(self) -> None:
+        """Expect small ones."""
+        self._mean = 200.0
+
+    def note(self, envelopes: Sequence[bytes]) -> None:
+        """See what was leased."""
+        mean = sum(map(len, envelopes)) / len(envelopes)
+        self._mean = max(mean, 0.9 * self._mean)  # quick to believe in large ones, slow to forget them
+
+    @property
+    def most(self) -> int:
+        """How many may be leased at once."""
+        return max(1, int(REPLY_BYTES / self._mean))
 
 
 class Prefetch:
@@ -23,7 +43,7 @@ class Prefetch:
         self.ended = 0
         self._rate = 0.0
         self._seen, self._at = 0, perf_counter()
-        self._picked: Consumer | None = None
+        self._picked: Rival | None = None
         self._credit: dict[str, float] = {}
 
     def ahead(self, saturated: bool) -> int:
@@ -38,7 +58,7 @@ class Prefetch:
             self._seen, self._at = self.ended, now
         return min(MOST, int(self._rate * AHEAD))
 
-    def share(self, capacity: int, consumer: Consumer, rivals: list[Consumer]) -> int:
+    def share(self, capacity: int, consumer: Rival, rivals: Sequence[Rival]) -> int:
         """
         Return how many jobs *consumer* may lease: its part of *capacity*, less what it has waiting.
 

@@ -69,6 +69,16 @@ class Sleeper(Protocol):
     async def until_hungry(self) -> None: ...
 
 
+class Rival(Protocol):
+    """What sharing a worker's room needs of a consumer."""
+
+    queue: str
+    weight: float
+    backlog: int
+
+    def schedule(self) -> None: ...
+
+
 class Dormitory(Protocol):
     """What the listener needs of the worker."""
 

@@ -225,7 +225,7 @@ class Worker:
         capacity = free + self._prefetch.ahead(consumer.backlog > 0)
         room = self._prefetch.share(capacity, consumer, rivals)
         settled = len(consumer.report.done) + len(consumer.report.others)  # given back before more is taken
-        return max(0, min(room, BATCH, consumer.most_by_size, MOST_HELD - len(consumer.held) + settled))
+        return max(0, min(room, BATCH, consumer.sizes.most, MOST_HELD - len(consumer.held) + settled))
 
     def handlers(self, consumer: Consumer) -> dict[bytes, Handler]:
         """Return the handlers of *consumer* by their names as envelopes spell them."""
