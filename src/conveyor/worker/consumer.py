@@ -71,8 +71,6 @@ class Consumer:
         self._idle = asyncio.Event()  # hungry: for the intake, which waits only then
         self._clock_offset = 0.0  # server ms minus our monotonic ms
 
-    # -- life -----------------------------------------------------------------------------------------------------
-
     async def register(self) -> None:
         """Take a fresh identity, tell the supervisor, then tell Redis."""
         self.identity = ident.new_identity()
@@ -298,8 +296,6 @@ class Consumer:
             self.executor.submit(attempts)
         self._next_suspect()
 
-    # -- rare turns of fate ---------------------------------------------------------------------------------------
-
     def _admit(self, report: Report) -> None:
         """Start what waited for its record in *report*, and have the next suspect recorded."""
         attempts = self._antechamber.confirmed(report, self.held)
@@ -340,8 +336,6 @@ class Consumer:
         self._recovery = None
         self._landed.set()
         self.schedule()
-
-    # -- ends -----------------------------------------------------------------------------------------------------
 
     def begun(self, attempt: Attempt) -> None:
         """One of ours began."""
