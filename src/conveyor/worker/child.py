@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import faulthandler
+import gc
 import io
 import logging
 import os
@@ -98,6 +99,9 @@ def _run(
         LOG.exception("Cannot start the worker of %s", spec.app)
         return IMPORT_FAILED
     slot.set_about(about)
+    # What was imported stays for ever: a collection that walks through it again and again holds jobs up for milliseconds.
+    gc.collect()
+    gc.freeze()
     if spec.quiet:
         worker.quiet()
     loop = _new_loop()

@@ -61,7 +61,7 @@ class Consumer:
         self._reaper = Reaper(keys, worker.wire, lease_ms)
         self._alarm = Alarm(self._due_now)
         self._last_turn = 0.0
-        self._looked = self._left = False
+        self._looked = self._left = self._absorbing = False
         self._antechamber = Antechamber()
         self._intake = Intake(self, worker.app.plain_lists[keys.queue].task or "") if keys.foreign is not None else None
         self._recovery: asyncio.Task[None] | None = None
@@ -122,11 +122,11 @@ class Consumer:
         """True while it holds jobs or has something to report."""
         return bool(self.held or self.report or self._flying or self._recovery or self._antechamber)
 
-    # -- turns ----------------------------------------------------------------------------------------------------
-
-    def schedule(self) -> None:
-        """Look again, once what runs now has come to a pause: many ends make one turn."""
-        if not self._kick_soon:
+    def schedule(self, *, at_once: bool = False) -> None:
+        """Look again once what runs now has come to a pause, so that many ends make one turn; or *at_once*."""
+        if at_once and not self._kick_soon and not self._absorbing:
+            self._kick()
+        elif not self._kick_soon:
             self._kick_soon = True
             asyncio.get_running_loop().call_soon(self._kick)
 
@@ -225,11 +225,13 @@ class Consumer:
         self.schedule()
 
     def _absorb(self, turn: Turn, report: Report) -> None:
+        self._absorbing = True
         try:
             self._settle_and_take(turn, report)
         except Exception as error:
             # A defect of ours: end loudly, what is held comes back when the lease ends or the supervisor sees us go.
             self._worker.fail(error)
+        self._absorbing = False
 
     def _settle_and_take(self, turn: Turn, report: Report) -> None:
         self._flying = None

@@ -315,6 +315,9 @@ class Worker:
         consumer.ended(attempt)
         if self.stopping:
             self._moved.set()
+        if not self.executor.slots.backlog and len(self.consumers) == 1:
+            consumer.schedule(at_once=True)
+            return
         for one in self.consumers:
             if one is consumer or one.more:
                 one.schedule()

@@ -17,10 +17,6 @@ if maximum > 0 then
   end
 end
 
--- A key that holds something else fails here, before the lane says that all went well.
-redis.call('HLEN', KEYS[2])
-redis.call('LLEN', KEYS[3])
-
 -- The first write is refused when Redis is full, and the whole push with it. The lane tells a repeat from a new push.
 local reply = number .. '\nok'
 local last = redis.call('SET', KEYS[1], reply, 'PX', '600000', 'GET')
@@ -32,19 +28,38 @@ if last then
     return number .. '\nlate'
   end
 end
-if not conf[1] then redis.call('HSET', KEYS[5], 'schema', '1') end
 
+-- Scripts do not roll back. Instead of reading each key first, which costs every push, take back what was done when a
+-- key turns out to hold something else.
+local ids = {}
+local function failed(answer)
+  if type(answer) ~= 'table' or not answer.err then return false end
+  if last then redis.call('SET', KEYS[1], last, 'PX', '600000') else redis.call('DEL', KEYS[1]) end
+  return true
+end
 if last_argument == 4 then
-  redis.call('RPUSH', KEYS[3], ARGV[3])
-  redis.call('HSET', KEYS[2], ARGV[3], ARGV[4])
+  local answer = redis.pcall('HSET', KEYS[2], ARGV[3], ARGV[4])
+  if failed(answer) then return answer end
+  answer = redis.pcall('RPUSH', KEYS[3], ARGV[3])
+  if failed(answer) then
+    redis.call('HDEL', KEYS[2], ARGV[3])
+    return answer
+  end
 else
-  local ids = {}
   for i = 3, last_argument, 2 do ids[#ids + 1] = ARGV[i] end
-  for first = 1, #ids, 7000 do redis.call('RPUSH', KEYS[3], unpack(ids, first, math.min(first + 6999, #ids))) end
   for first = 3, last_argument, 7000 do
-    redis.call('HSET', KEYS[2], unpack(ARGV, first, math.min(first + 6999, last_argument)))
+    local answer = redis.pcall('HSET', KEYS[2], unpack(ARGV, first, math.min(first + 6999, last_argument)))
+    if failed(answer) then return answer end
+  end
+  for first = 1, #ids, 7000 do
+    local answer = redis.pcall('RPUSH', KEYS[3], unpack(ids, first, math.min(first + 6999, #ids)))
+    if failed(answer) then
+      for from = 1, #ids, 7000 do redis.call('HDEL', KEYS[2], unpack(ids, from, math.min(from + 6999, #ids))) end
+      return answer
+    end
   end
 end
+if not conf[1] then redis.call('HSET', KEYS[5], 'schema', '1') end
 if redis.call('EXISTS', KEYS[4]) == 0 then
   redis.call('RPUSH', KEYS[4], '1')
   redis.call('PEXPIRE', KEYS[4], '3600000')
