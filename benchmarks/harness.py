@@ -70,7 +70,14 @@ def running_server() -> Iterator[tuple[str, int]]:
         port = probe.getsockname()[1]
     with tempfile.TemporaryDirectory(prefix="bench") as directory:
         options = ["--bind", "127.0.0.1", "--port", str(port), "--save", "", "--appendonly", "no", "--dir", directory]
-        command = ["/bin/sh", "-c", _LEASH, "leash", str(get_binary_path()), *options]
+        command = [
+            "/bin/sh",
+            "-c",
+            _LEASH,
+            "leash",
+            os.environ.get("CONVEYOR_BENCH_SERVER") or str(get_binary_path()),
+            *options,
+        ]
         with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True) as leash:
             assert leash.stdout is not None
             assert leash.stdin is not None
