@@ -6,7 +6,7 @@ import asyncio
 import shutil
 import socket
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,7 +18,7 @@ from working import working
 
 
 @pytest.fixture
-def secure_url(start_server: Callable[..., Server], tmp_path: Path) -> Iterator[str]:
+def secure_url(start_server: Callable[..., Server], tmp_path: Path) -> str:
     """The URL of a server that speaks TLS with a certificate of its own."""
     if find_binary("redis7") is None or shutil.which("openssl") is None:
         pytest.skip("needs a Redis 7 that speaks TLS, and openssl")
@@ -35,7 +35,7 @@ def secure_url(start_server: Callable[..., Server], tmp_path: Path) -> Iterator[
         "--bind", "127.0.0.1", "--tls-port", str(port), "--tls-cert-file", str(certificate), "--tls-key-file", str(key),
         "--tls-auth-clients", "no", name="redis7",
     )  # fmt: skip
-    yield f"rediss://127.0.0.1:{port}/0?ssl_ca_certs={certificate}"
+    return f"rediss://127.0.0.1:{port}/0?ssl_ca_certs={certificate}"
 
 
 async def test_jobs_and_messages_travel_over_tls(secure_url: str) -> None:
