@@ -345,3 +345,23 @@ async def test_kills_under_load_convict_nobody(app: Conveyor) -> None:
 
     assert len(done) == 1000
     assert (await counts(app)).dead == 0
+
+
+async def test_a_worker_without_its_server_leaves_nothing_running(start_server: Any) -> None:
+    """A worker stopped while its server is gone ends in bounded time, and no task of it goes on trying."""
+    server = start_server()
+    app = Conveyor(server.url)
+
+    @app.task
+    async def never() -> None: ...
+
+    worker = Worker(app, grace=0.1)
+    running = asyncio.create_task(worker.run())
+    await worker.ready.wait()
+    server.kill()
+    worker.consumers[0].woken()
+    worker.stop()
+    assert await asyncio.wait_for(running, 10) == 0
+    await app.aclose()
+    others = asyncio.all_tasks() - {asyncio.current_task()}
+    await asyncio.wait_for(asyncio.gather(*others, return_exceptions=True), 5)

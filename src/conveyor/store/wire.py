@@ -84,6 +84,8 @@ class Wire:
             except OSError as error:
                 cause: Exception = error
                 what = fault.Remedy.WAIT
+                if self._closed:
+                    raise fault.unreachable(str(self.address), error) from error
             else:
                 if not isinstance(reply, Exception):
                     return call.decode(reply)

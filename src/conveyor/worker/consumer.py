@@ -54,7 +54,7 @@ class Consumer:
         self.paused = False
         self.backlog = 0  # leased here, not started
         self._worker = worker
-        self._wire = worker.wire
+        self.wire = worker.wire
         self._number = 0
         self._flying: tuple[Call[Turn], Report] | None = None
         self._kick_soon = False
@@ -77,14 +77,14 @@ class Consumer:
         self._number = 0
         self._worker.note_identity(self)
         call = operations.register(self.keys, self.identity, self.lease_ms, self._worker.about(self))
-        now = await self._wire.run(call, patience=None)
+        now = await self.wire.run(call, patience=None)
         self._clock_offset = now - monotonic() * 1000
         self._last_turn = monotonic()
 
     def begin(self, stack: AsyncExitStack) -> None:
         """Start leasing."""
         if self._intake is not None:
-            self._intake.start(Wire(self._wire.address))
+            self._intake.start(Wire(self.wire.address))
             stack.push_async_callback(self._intake.close)
         self._kick()
 
@@ -97,7 +97,7 @@ class Consumer:
             await self._settled()
         self._left = True
         try:
-            await self._wire.run(operations.reap(self.keys, self.identity, crashed=False), patience=2.0)
+            await self.wire.run(operations.reap(self.keys, self.identity, crashed=False), patience=2.0)
         except ConveyorError as error:
             log.warning("could not leave queue %s: %s", self.queue, error)
 
@@ -158,7 +158,7 @@ class Consumer:
             self._start(self._worker.room(self))
 
     def _start(self, want: int) -> None:
-        if self._left:
+        if self._left or self._worker.stopped:
             return
         self._idle.clear()
         report, self.report = self.report, Report()
@@ -173,9 +173,9 @@ class Consumer:
         self._last_turn = now
         self._wanted = want
         if self._intake is not None and want > 0:
-            self._intake.send(self._wire, want)
+            self._intake.send(self.wire, want)
         # At once: jobs that are about to run would keep the loop, and Redis would wait for us instead of beside us.
-        self._wire.send(call.command(), self._answered, at_once=True)
+        self.wire.send(call.command(), self._answered, at_once=True)
 
     def _answered(self, reply: Any) -> None:
         assert self._flying is not None
@@ -193,7 +193,7 @@ class Consumer:
     async def _recover(self, call: Call[Turn], report: Report) -> None:
         """Repeat a turn whose reply was lost until it is answered; its number keeps it from being done twice."""
         try:
-            turn = await self._wire.run(call, patience=None)
+            turn = await self.wire.run(call, patience=None)
         except (Unregistered, LateTurn) as error:
             await self._again_from_nothing(report, error)
             return
@@ -213,9 +213,10 @@ class Consumer:
         log.warning(
             "queue %s: our lease was lost (%s); %d jobs abandoned", self.queue, type(error).__name__, len(self.held)
         )
-        for attempt in list(self.held.values()):
-            self._lost(attempt)
+        abandoned = list(self.held.values())
         self.held.clear()
+        for attempt in abandoned:
+            self._lost(attempt)
         self.report = Report()
         self._antechamber.clear()
         await self.register()
@@ -324,7 +325,7 @@ class Consumer:
     async def _reconcile(self) -> None:
         """Our counts differ: ask what Redis believes we hold, drop what it does not, give back what we do not know."""
         try:
-            listed = await self._wire.run(operations.held(self.keys, self.identity), patience=None)
+            listed = await self.wire.run(operations.held(self.keys, self.identity), patience=None)
         except ConveyorError as error:
             log.warning("could not reconcile queue %s: %s", self.queue, error)
         else:
@@ -379,17 +380,12 @@ class Consumer:
     def call_myself(self) -> None:
         """Wake our own blocked listener: it hears one list too few."""
         key = self.keys.wake_of(self.identity)
-        self._wire.send(("RPUSH", key, 1), _ignore)
-        self._wire.send(("PEXPIRE", key, 60_000), _ignore)
+        self.wire.send(("RPUSH", key, 1), _ignore)
+        self.wire.send(("PEXPIRE", key, 60_000), _ignore)
 
     async def until_hungry(self) -> None:
         """Wait until it would take work but has none."""
         await self._idle.wait()
-
-    @property
-    def wire(self) -> Wire:
-        """The wire its turns travel on."""
-        return self._wire
 
     def __repr__(self) -> str:
         return f"<Consumer {self.queue}: {len(self.held)} held, {self.backlog} waiting>"

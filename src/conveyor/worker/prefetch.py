@@ -58,19 +58,19 @@ class Prefetch:
             self._seen, self._at = self.ended, now
         return min(MOST, int(self._rate * AHEAD))
 
-    def share(self, capacity: int, consumer: Rival, rivals: Sequence[Rival]) -> int:
+    def share(self, capacity: int, waiting: int, consumer: Rival, rivals: Sequence[Rival]) -> int:
         """
         Return how many jobs *consumer* may lease: its part of *capacity*, less what it has waiting.
 
-        *rivals* are the queues that may have work, itself included.
+        *waiting* is what all queues have leased and not begun; *rivals* are those that may have work, itself included.
         """
         if len(rivals) <= 1:
-            return capacity - consumer.backlog
+            return capacity - waiting
         total = sum(rival.weight for rival in rivals)
         part = int(capacity * consumer.weight / total)
         if part >= 1:
             return part - consumer.backlog
-        if capacity - sum(rival.backlog for rival in rivals) < 1:
+        if capacity - waiting < 1:
             return 0
         # Too little for a part each: smooth weighted round robin (as nginx does) says whose turn it is.
         if self._picked is None or self._picked not in rivals:

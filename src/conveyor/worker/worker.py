@@ -174,7 +174,11 @@ class Worker:
         self.stopping = True
         for consumer in self.consumers:
             for attempt in reversed(list(consumer.held.values())):
+                if attempt.handler.early and attempt.id not in consumer.report.done:
+                    continue  # its ack is on the way: nobody else would run it
                 if attempt.started == 0.0 and attempt.ended == 0.0:
+                    if attempt.handler.early:
+                        consumer.report.done.remove(attempt.id)
                     self.executor.take_back(attempt)
                     attempt.ended = monotonic()
                     self.settling.handed_back(consumer.report, attempt, started=False)
@@ -220,10 +224,11 @@ class Worker:
         """Return how many jobs *consumer* may lease now."""
         if self.stopping:
             return 0
-        free = self.executor.free + sum(one.backlog for one in self.consumers)  # slots that nobody runs in
+        waiting = sum(one.backlog for one in self.consumers)
+        free = self.executor.free + waiting  # slots that nobody runs in
         rivals = [one for one in self.consumers if (one.more and not one.paused) or one is consumer]
         capacity = free + self._prefetch.ahead(consumer.backlog > 0)
-        room = self._prefetch.share(capacity, consumer, rivals)
+        room = self._prefetch.share(capacity, waiting, consumer, rivals)
         settled = len(consumer.report.done) + len(consumer.report.others)  # given back before more is taken
         return max(0, min(room, BATCH, consumer.sizes.most, MOST_HELD - len(consumer.held) + settled))
 
