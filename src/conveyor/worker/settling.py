@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 log = logging.getLogger("conveyor.worker")
 RECENT = 32
 """Finished jobs listed per turn at most; at high rates the list shows a sample."""
+TOLD = 10
+"""Successes logged a second, one line each."""
 CANCELLED_KEPT_MS = 600_000
 UNKNOWN_FIRST_MS, UNKNOWN_LAST_MS, UNKNOWN_GIVEN_UP_MS = 2_000, 600_000, 86_400_000
 
@@ -32,6 +34,19 @@ class Settling:
         """Take the app whose listeners hear of it, and the name recorded with errors."""
         self._app = app
         self._worker = worker
+        # One line a job while a person can read them; a summary of the rest. None when nobody wants them.
+        self._told: int | None = 0 if log.isEnabledFor(logging.INFO) else None
+        self._since = 0.0
+
+    def _tell(self, attempt: Attempt, seconds: float) -> None:
+        assert self._told is not None
+        if attempt.ended - self._since >= 1.0:
+            if self._told > TOLD:
+                log.info("✓ … and %s more jobs", f"{self._told - TOLD:,}")
+            self._since, self._told = attempt.ended, 0
+        self._told += 1
+        if self._told <= TOLD:
+            log.info("✓ %s %s %.3g ms", attempt.handler.name, attempt.public_id, seconds * 1000)
 
     def done(self, report: Report, attempt: Attempt, value: Any, now_ms: int) -> None:
         """Settle a success; a result that cannot be stored makes it a dead letter."""
@@ -54,6 +69,8 @@ class Settling:
         else:
             report.others.append(Settlement("D", attempt.id, unique=envelope.unique, own_id=envelope.own_id))
         handler.count_done(seconds)
+        if self._told is not None:
+            self._tell(attempt, seconds)
         if len(report.recent) < RECENT:
             report.recent.append(write_finished(attempt.id, handler.name, "done", now_ms, round(seconds * 1000)))
         if self._app.has_listener(JobDone):
