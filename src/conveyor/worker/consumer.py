@@ -120,7 +120,8 @@ class Consumer:
     @property
     def busy(self) -> bool:
         """True while it holds jobs or has something to report."""
-        return bool(self.held or self.report or self._flying or self._recovery or self._antechamber)
+        loading = self._intake is not None and self._intake.loading
+        return bool(self.held or self.report or self._flying or self._recovery or self._antechamber or loading)
 
     def schedule(self, *, at_once: bool = False) -> None:
         """Look again once what runs now has come to a pause, so that many ends make one turn; or *at_once*."""

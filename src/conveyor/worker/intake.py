@@ -12,6 +12,7 @@ import asyncio
 import logging
 from typing import TYPE_CHECKING, Any
 
+from conveyor.errors import ConveyorError
 from conveyor.ident import new_id
 from conveyor.store import fault, operations
 from conveyor.store.wire import Wire
@@ -32,6 +33,7 @@ class Intake:
         self._name = task
         self._task: asyncio.Task[None] | None = None
         self._wire: Wire | None = None
+        self.loading = False  # the server did not know the script: entries are still to come
 
     def send(self, wire: Wire, want: int) -> None:
         """Move up to *want* raw entries, on the wire the turn follows on."""
@@ -41,13 +43,18 @@ class Intake:
     def _moved(self, reply: Any) -> None:
         if isinstance(reply, Exception) and not isinstance(reply, OSError):
             if fault.remedy(str(reply)) is fault.Remedy.LOAD:
+                self.loading = True
                 asyncio.get_running_loop().create_task(self._load())
             else:
                 log.warning("could not take from the list %s: %s", self._consumer.keys.foreign, reply)
 
     async def _load(self) -> None:
         call = operations.intake(self._consumer.keys, 1, new_id()[:18], self._name)
-        await self._consumer.wire.run(call, patience=30.0)
+        try:
+            await self._consumer.wire.run(call, patience=30.0)
+        except ConveyorError as error:
+            log.warning("could not take from the list %s: %s", self._consumer.keys.foreign, error)
+        self.loading = False
         self._consumer.woken()
 
     def start(self, wire: Wire) -> None:
