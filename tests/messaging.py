@@ -4,10 +4,34 @@ from __future__ import annotations
 
 import time
 
+import pytest
+
 from conveyor.outcome import Retry
-from conveyor.store import operations
+from conveyor.queue import Queue
+from conveyor.store import inspection, operations
+from conveyor.store.backend import Backend
 
 FAST = Retry(attempts=3, backoff="10ms", jitter=False)
+
+
+@pytest.fixture
+def backend(url):
+    """The app's access to the emptied server."""
+    backend = Backend(url)
+    yield backend
+    backend.close()
+
+
+@pytest.fixture
+def queue(backend):
+    """A queue that must be in order, and hold nothing leased, when the test is over."""
+    queue = Queue(backend, "mail", lease_ms=2000, retry=FAST)
+    yield queue
+    assert backend.run(inspection.audit(queue.keys)) == []
+    queue.purge()
+    queue.purge(dead=True)
+    stats = queue.stats()
+    assert (stats.ready, stats.leased, stats.workers) == (0, 0, 0)
 
 
 def until(check, seconds=4.0):

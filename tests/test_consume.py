@@ -12,27 +12,7 @@ import pytest
 from conveyor.errors import ConfigurationError, LeaseLost
 from conveyor.message import Batch
 from conveyor.queue import Queue
-from conveyor.store import inspection
-from conveyor.store.backend import Backend
-from messaging import FAST, first, until
-
-
-@pytest.fixture
-def backend(url):
-    backend = Backend(url)
-    yield backend
-    backend.close()
-
-
-@pytest.fixture
-def queue(backend):
-    queue = Queue(backend, "mail", lease_ms=2000, retry=FAST)
-    yield queue
-    assert backend.run(inspection.audit(queue.keys)) == []
-    queue.purge()
-    queue.purge(dead=True)
-    stats = queue.stats()
-    assert (stats.ready, stats.leased, stats.workers) == (0, 0, 0)
+from messaging import first, until
 
 
 class TestOneByOne:

@@ -27,13 +27,6 @@ LIST = "my_task_queue"
 
 
 @pytest.fixture
-def backend(url):
-    backend = Backend(url)
-    yield backend
-    backend.close()
-
-
-@pytest.fixture
 def tasks(backend):
     tasks = PlainList(backend, LIST, lease_ms=2000, retry=Retry(attempts=2, backoff="10ms", jitter=False))
     yield tasks

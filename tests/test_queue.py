@@ -29,13 +29,6 @@ def order(number=1):
 
 
 @pytest.fixture
-def backend(url):
-    backend = Backend(url)
-    yield backend
-    backend.close()
-
-
-@pytest.fixture
 def queue(backend):
     queue = Queue(backend, "orders", Order, lease_ms=2000)
     yield queue
