@@ -10,10 +10,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import threading
 import time
-import weakref
 from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -21,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from conveyor.errors import StoreUnavailable
 from conveyor.ident import new_identity
 from conveyor.store import fault, operations
+from conveyor.store.fork import on_fork
 from conveyor.store.keys import QueueKeys, reply_channel
 
 if TYPE_CHECKING:
@@ -54,7 +53,7 @@ class Replies:
         """Open nothing yet."""
         self._backend = backend
         self._reset()
-        _after_fork(self)
+        on_fork(self)
 
     def _reset(self) -> None:
         self.channel = reply_channel(self._backend.namespace, new_identity())
@@ -214,7 +213,8 @@ class Replies:
         if listener is not None:
             listener.close()
 
-    def _forked(self) -> None:
+    def forked(self) -> None:
+        """Start anew in a forked child."""
         self._reset()
 
 
@@ -327,14 +327,3 @@ def _hang_up(raw: Any) -> None:
             found.shutdown(socket.SHUT_RDWR)
         except OSError:
             pass
-
-
-def _after_fork(replies: Replies) -> None:
-    reference = weakref.ref(replies)
-
-    def forget() -> None:
-        found = reference()
-        if found is not None:
-            found._forked()  # noqa: SLF001
-
-    os.register_at_fork(after_in_child=forget)

@@ -8,7 +8,6 @@ Awaitable calls share one wire per event loop; pushes of one tick share one call
 from __future__ import annotations
 
 import asyncio
-import os
 import threading
 import weakref
 from collections import deque
@@ -20,6 +19,7 @@ from conveyor.ident import new_identity
 from conveyor.store import operations
 from conveyor.store.address import Address, configured_url
 from conveyor.store.connection import Connection, answered, reply_text
+from conveyor.store.fork import on_fork
 from conveyor.store.gathering import BULK, Shared
 from conveyor.store.keys import QueueKeys, check_namespace, known_queues
 from conveyor.store.operations import Entry, Lane
@@ -53,7 +53,7 @@ class Backend:
         self._loops: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, Shared] = weakref.WeakKeyDictionary()
         self._last: Shared | None = None
         self._announced: set[str] = set()
-        _after_fork(self)
+        on_fork(self)
 
     @property
     def address(self) -> Address:
@@ -250,7 +250,8 @@ class Backend:
             shared.wire.close()
         self.close()
 
-    def _forked(self) -> None:
+    def forked(self) -> None:
+        """Start anew in a forked child."""
         # The parent goes on using its sockets and lanes: a child must touch neither.
         self._free = deque()
         self._loops = weakref.WeakKeyDictionary()
@@ -277,14 +278,3 @@ def refuse_in_loop() -> None:
             "await job.aresult(). Nothing was done.",
             code="E06",
         )
-
-
-def _after_fork(backend: Backend) -> None:
-    reference = weakref.ref(backend)
-
-    def forget() -> None:
-        found = reference()
-        if found is not None:
-            found._forked()  # noqa: SLF001
-
-    os.register_at_fork(after_in_child=forget)
