@@ -60,6 +60,7 @@ class Wire:
         self._transport: asyncio.WriteTransport | None = None
         self._stream: _Stream | None = None
         self._reader: Any = None
+        self._pack: Callable[[Any], bytes]
         self._pending: deque[tuple[Reply, float]] = deque()
         self._out: list[bytes] = []
         self._opening: asyncio.Lock | None = None
@@ -129,14 +130,12 @@ class Wire:
 
         It leaves at the end of this pass of the loop with what else is sent in it, or *at_once*.
         """
-        import hiredis
-
         if self._transport is None or self._loop is None:
             answer(WireLost("not connected"))
             return
         if not self._out and not at_once:
             self._loop.call_soon(self._flush)
-        self._out.append(hiredis.pack_command(command))
+        self._out.append(self._pack(command))
         if at_once:
             self._flush()
         self._pending.append((answer, self._loop.time() + block + READ_TIMEOUT))
@@ -163,6 +162,7 @@ class Wire:
             except RedisError as error:
                 raise WireLost(str(error)) from error
             self._raw, self._reader = raw, hiredis.Reader(replyError=_reply_error)
+            self._pack = hiredis.pack_command
             self._loop = asyncio.get_running_loop()
             assert raw._writer is not None  # noqa: SLF001
             transport = raw._writer.transport  # noqa: SLF001  the one private name we use; a test holds it

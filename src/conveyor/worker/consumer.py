@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from contextlib import AsyncExitStack
 
     from conveyor.store.keys import QueueKeys
+    from conveyor.worker.handler import Handler
     from conveyor.worker.role import Host
 
 log = logging.getLogger("conveyor.worker")
@@ -50,6 +51,7 @@ class Consumer:
         self.held: dict[str, Attempt] = {}
         self.own_retries: set[str] = set()
         self.report = Report()
+        self.worked: set[Handler] = set()  # whose counters have moved since the last turn
         self.more = True  # work may be there: ask
         self.paused = False
         self.backlog = 0  # leased here, not started
@@ -238,7 +240,7 @@ class Consumer:
     def _settle_and_take(self, turn: Turn, report: Report) -> None:
         self._flying = None
         self._clock_offset = turn.now - self._last_turn * 1000
-        self._worker.note_renewal()
+        self._worker.note_renewal(self)
         held = self.held
         for id_ in report.done:
             held.pop(id_, None)

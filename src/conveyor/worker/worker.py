@@ -273,9 +273,9 @@ class Worker:
 
     def settle_stats(self, consumer: Consumer, report: Report) -> None:
         """Put the counters since the last turn into *report*."""
-        for handler in self._handlers.get(consumer.queue, {}).values():
-            if handler.done or handler.failed or handler.retried:
-                handler.drain(report.stats)
+        for handler in consumer.worked:
+            handler.drain(report.stats)
+        consumer.worked.clear()
 
     def absorbed(self, consumer: Consumer) -> None:
         """A turn was answered: see whether the burst is over."""
@@ -291,11 +291,11 @@ class Worker:
         if self._slot is not None:
             self._slot.set_identity(consumer.keys, consumer.identity, consumer.lease_ms)
 
-    def note_renewal(self) -> None:
-        """Tell the supervisor that our leases were renewed."""
+    def note_renewal(self, consumer: Consumer) -> None:
+        """Tell the supervisor that the lease on a queue was renewed."""
         self.last_renewal = monotonic()
         if self._slot is not None:
-            self._slot.renewed()
+            self._slot.renewed(consumer.identity)
 
     def about(self, consumer: Consumer) -> bytes:
         """Return who we are, as Redis keeps it."""
@@ -329,6 +329,7 @@ class Worker:
 
     def _settle(self, attempt: Attempt, value: Any, error: BaseException | None) -> None:
         consumer, why = attempt.consumer, attempt.stopped
+        consumer.worked.add(attempt.handler)
         report, now = consumer.report, consumer.now_ms
         unfinished = attempt.started == 0.0 or isinstance(error, asyncio.CancelledError) or attempt in self._stuck
         if why == "cancel" and (unfinished or error is not None):
