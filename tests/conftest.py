@@ -20,6 +20,20 @@ pytest_plugins = ["pytester", "messaging"]
 _OLDER = ("redis6", "redis7")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Counts of a release: `make test ARGS=--full`."""
+    parser.addoption(
+        "--full", action="store_true", help="as many rounds as docs/reliability.md states, not the fewer of CI"
+    )
+
+
+@pytest.fixture
+def rounds(request: pytest.FixtureRequest) -> Callable[[int, int], int]:
+    """How often a fault is made: `rounds(500, 20)` is the first with --full, the second without."""
+    whole = bool(request.config.getoption("--full"))
+    return lambda full, ci: full if whole else ci
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Let a marked test run again on the older servers."""
     marks = [name for name in _OLDER if metafunc.definition.get_closest_marker(name)]
