@@ -57,7 +57,7 @@ class Ground:
 
     def client(self, **options: Any) -> Any:
         """Return a redis-py client that repeats nothing."""
-        return self.server.client(retry=Retry(NoBackoff(), 0), socket_timeout=5, **options)
+        return self.server.client(**{"retry": Retry(NoBackoff(), 0), "socket_timeout": 5, **options})
 
     def stop(self) -> None:
         """End the server."""

@@ -135,13 +135,13 @@ class Nemesis:
     # -- Redis -----------------------------------------------------------------------------------------------------
 
     def _kill_redis(self, fault: Fault) -> None:
-        if self._server.acquire(blocking=False):
+        if self._server.acquire(timeout=5):
             self.stage.fault("kill redis", lasting=2 + fault.size)
             self.stage.ground.restart(fault.size)
             self._server.release()
 
     def _freeze_redis(self, fault: Fault) -> None:
-        if not self._server.acquire(blocking=False):
+        if not self._server.acquire(timeout=5):
             return
         seconds = self.stage.lease * (0.5 + 2.5 * fault.size)
         self.stage.fault("freeze redis", lasting=seconds + self.stage.lease)
@@ -167,7 +167,7 @@ class Nemesis:
         self.stage.ground.command("SCRIPT", "FLUSH")
 
     def _squeeze_memory(self, fault: Fault) -> None:
-        if not self._server.acquire(blocking=False):
+        if not self._server.acquire(timeout=5):
             return
         seconds = 1 + 3 * fault.size
         self.stage.fault("squeeze memory", lasting=seconds)

@@ -24,8 +24,8 @@ from chaos.record import Record
 from conveyor import ConfigurationError, ConveyorError, PayloadError, QueueFull, StoreUnavailable
 
 MIX: dict[str, float] = {
-    "quick": 30, "steady": 6, "boxed": 0.5, "message": 10, "bulk": 0.4, "messages": 0.4, "slow": 14, "slow_steady": 5,
-    "blocking": 0.1, "flaky": 5, "delayed": 5, "unique": 3, "own": 3, "cancel": 3, "poison": 0.5, "boxed_poison": 0.5,
+    "quick": 30, "steady": 6, "boxed": 0.5, "message": 10, "bulk": 0.4, "messages": 0.4, "slow": 14, "slow_steady": 3,
+    "blocking": 0.1, "flaky": 5, "delayed": 5, "unique": 3, "own": 3, "cancel": 3, "poison": 0.2, "boxed_poison": 0.3,
 }  # fmt: skip
 BULK = 60
 
@@ -82,7 +82,7 @@ class Producer:
         """Make one call of *kind*."""
         draw = self.random
         ms = draw.uniform(1, 10)
-        long = draw.uniform(1, 5) * LEASE * 1000
+        long = (1 + min(4, draw.expovariate(1))) * LEASE * 1000
         if kind in {"quick", "steady", "boxed"}:
             self.task(kind, getattr(program, kind), ms)
         elif kind == "slow":

@@ -29,7 +29,7 @@ def soak(seconds: float, seed: int, *, lease: float = 2.0, source: Path | None =
         for program in stage.crew.producers():
             program.signal(15)
         began = time.monotonic()
-        drained = stage.drain(30 + 10 * lease)
+        drained = stage.drain(20 + 10 * lease)
         verdict = stage.judge()
         facts: dict[str, Any] = {
             "seed": seed, "seconds": seconds, "lease": lease,

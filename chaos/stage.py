@@ -110,12 +110,25 @@ class Stage:
             self.ground.set_clock(0)
         self.wait(lambda: self.ground.command("CONFIG", "SET", "maxmemory", "0"), 20)
 
-    def drain(self, seconds: float) -> float | None:
-        """Wait until the producers are done and every job has ended; return how long it took, None when it did not."""
+    def drain(self, seconds: float, *, stall: float | None = None) -> float | None:
+        """
+        Wait until the producers are done and every job has ended; return how long it took, None when it did not.
+
+        It may take longer than *seconds* as long as jobs end: *stall* seconds without one is too long.
+        """
         began = time.monotonic()
-        idle = self.wait(lambda: not any(one.alive() for one in self.crew.producers()), seconds)
-        empty = self.wait(lambda: self.remaining() == 0, max(1.0, seconds - (time.monotonic() - began)))
-        return time.monotonic() - began if idle and empty else None
+        if not self.wait(lambda: not any(one.alive() for one in self.crew.producers()), seconds):
+            return None
+        stall = stall or max(15.0, 8 * self.lease)
+        fewest, progress = 1 << 60, time.monotonic()
+        while left := self.remaining():
+            now = time.monotonic()
+            if 0 <= left < fewest:
+                fewest, progress = left, now
+            if now - progress > stall and now - began > seconds:
+                return None
+            time.sleep(0.05)
+        return time.monotonic() - began
 
     def _only_the_living(self) -> bool:
         """Tell whether the registrations of all dead workers are gone."""
