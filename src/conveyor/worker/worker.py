@@ -225,7 +225,8 @@ class Worker:
         if self.stopping:
             return 0
         waiting = sum(one.backlog for one in self.consumers)
-        free = self.executor.free + waiting  # slots that nobody runs in
+        reserved = sum(one.antechamber.reserved for one in self.consumers)
+        free = self.executor.free + waiting - reserved  # slots that nobody runs in
         rivals = [one for one in self.consumers if (one.more and not one.paused) or one is consumer]
         capacity = free + self._prefetch.ahead(consumer.backlog > 0)
         room = self._prefetch.share(capacity, waiting, consumer, rivals)
@@ -324,7 +325,7 @@ class Worker:
             consumer.schedule(at_once=True)
             return
         for one in self.consumers:
-            if one is consumer or one.more:
+            if one is consumer or one.more or one.antechamber.reserved:
                 one.schedule()
 
     def _settle(self, attempt: Attempt, value: Any, error: BaseException | None) -> None:
