@@ -24,6 +24,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "ident",
         "provider",
     ),  # values: no I/O
+    ("sealing",),  # payloads between JSON and Redis; knows files, not Redis
     ("store",),  # all that knows Redis
     (  # messaging
         "aconsumer",
