@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 from conveyor.context import Context
 from conveyor.ident import made_at_ms, public
 from conveyor.model import Envelope, State, read_envelope
-from conveyor.outcome import runs_alone
 
 if TYPE_CHECKING:
     import asyncio
@@ -67,9 +66,7 @@ class Attempt:
         """Read what happened to the job before."""
         self.state = State.decode(state)
         self.number = self.state.starts + 1
-        if self.state.crashes:
-            limit = self.handler.task.settings.retry.max_crashes if self.handler.kind != "unknown" else 3
-            self.suspect = self.state.crashes >= limit or runs_alone(self.state, limit)
+        self.suspect = self.state.crashes > 0
 
     @property
     def history(self) -> State:

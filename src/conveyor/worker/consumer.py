@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from contextlib import AsyncExitStack
 
     from conveyor.store.keys import QueueKeys
+    from conveyor.worker.berth import Berth
     from conveyor.worker.handler import Handler
     from conveyor.worker.role import Host
 
@@ -42,8 +43,8 @@ IDLE = 5.0
 class Consumer:
     """A worker's share of one queue."""
 
-    def __init__(self, worker: Host, keys: QueueKeys, weight: float, lease_ms: int) -> None:
-        """Take the worker it belongs to, the queue's keys, its weight among the worker's queues, and its lease."""
+    def __init__(self, worker: Host, berth: Berth, keys: QueueKeys, weight: float, lease_ms: int) -> None:
+        """Take the worker, where its commands go, the queue's keys, its weight among the worker's queues, and its lease."""
         self.keys, self.queue, self.weight, self.lease_ms = keys, keys.queue, weight, lease_ms
         self.executor = worker.executor
         self.shared_state: Mapping[str, Any] = worker.state
@@ -56,19 +57,18 @@ class Consumer:
         self.paused = False
         self.backlog = 0  # leased here, not started
         self._worker = worker
-        self.wire = worker.wire
-        self._number = 0
+        self.wire = berth.wire
+        berth.sleepers.append(self)
+        self._number, self._kick_soon = 0, False
         self._flying: tuple[Call[Turn], Report] | None = None
-        self._kick_soon = False
-        self._reaper = Reaper(keys, worker.wire, lease_ms)
+        self._reaper = Reaper(keys, berth.wire, lease_ms)
         self._alarm = Alarm(self._due_now)
         self._last_turn = 0.0
         self._looked = self._left = self._absorbing = False
-        self._antechamber = Antechamber()
+        self.antechamber = Antechamber(lambda: worker.executor.free)
         self._intake = Intake(self, worker.app.plain_lists[keys.queue].task or "") if keys.foreign is not None else None
         self._recovery: asyncio.Task[None] | None = None
-        self._wanted = 0
-        self.sizes = Sizes()
+        self._wanted, self.sizes = 0, Sizes()
         self._landed = asyncio.Event()
         self._idle = asyncio.Event()  # hungry: for the intake, which waits only then
         self._clock_offset = 0.0  # server ms minus our monotonic ms
@@ -86,7 +86,7 @@ class Consumer:
     def begin(self, stack: AsyncExitStack) -> None:
         """Start leasing."""
         if self._intake is not None:
-            self._intake.start(Wire(self.wire.address))
+            self._intake.start(Wire(self.wire.place))
             stack.push_async_callback(self._intake.close)
         self._kick()
 
@@ -123,7 +123,7 @@ class Consumer:
     def busy(self) -> bool:
         """True while it holds jobs or has something to report."""
         loading = self._intake is not None and self._intake.loading
-        return bool(self.held or self.report or self._flying or self._recovery or self._antechamber or loading)
+        return bool(self.held or self.report or self._flying or self._recovery or self.antechamber or loading)
 
     def schedule(self, *, at_once: bool = False) -> None:
         """Look again once what runs now has come to a pause, so that many ends make one turn; or *at_once*."""
@@ -143,6 +143,8 @@ class Consumer:
         self._kick_soon = False
         if self._flying is not None or self._recovery is not None:
             return
+        if self.antechamber.reserved:
+            self._next_suspect()
         want = self._worker.room(self) if self.more else 0
         if self.report or want > 0:
             self._start(want)
@@ -221,7 +223,7 @@ class Consumer:
         for attempt in abandoned:
             self._lost(attempt)
         self.report = Report()
-        self._antechamber.clear()
+        self.antechamber.clear()
         await self.register()
         self._recovery = self._flying = None
         self._landed.set()
@@ -252,6 +254,7 @@ class Consumer:
         self._admit(report)
         if turn.ids:
             self._take(turn)
+        self._next_suspect()
         self.more = turn.more or (len(turn.ids) >= self._wanted > 0)
         self.paused = turn.paused
         if turn.cancelled:
@@ -276,13 +279,10 @@ class Consumer:
         states = turn.states
         attempts = []
         for at, (id_, data) in enumerate(zip(turn.ids, turn.envelopes, strict=True)):
-            if data[0] == 10:
-                end = data.index(b"\n", 1)
-                handler = lookup.get(data[1:end])
-                if handler is not None:
-                    attempt = Attempt(self, handler, id_, data[end + 1 :])
-                else:
-                    attempt = self._worker.unusual(self, id_, data)
+            end = data.index(b"\n", 1) if data[0] == 10 else 0
+            handler = lookup.get(data[1:end]) if end else None
+            if handler is not None:
+                attempt = Attempt(self, handler, id_, data[end + 1 :])
             else:
                 attempt = self._worker.unusual(self, id_, data)
             held[id_] = attempt
@@ -291,33 +291,32 @@ class Consumer:
                 self.own_retries.discard(id_)
             if attempt.handler.kind == "unknown":
                 self._worker.defer_unknown(self, attempt)
-            elif attempt.suspect:
-                self._antechamber.suspect(attempt, self.report)
             elif attempt.handler.early:
-                self._antechamber.early(attempt, self.report)
+                self.antechamber.early(attempt, self.report)
+            elif attempt.suspect:
+                self.antechamber.suspect(attempt)
             else:
                 attempts.append(attempt)
         if attempts:
             self.backlog += len(attempts)
             self.executor.submit(attempts)
-        self._next_suspect()
 
     def _admit(self, report: Report) -> None:
         """Start what waited for its record in *report*, and have the next suspect recorded."""
-        attempts = self._antechamber.confirmed(report, self.held)
+        attempts = self.antechamber.confirmed(report, self.held)
         if attempts:
             self.backlog += len(attempts)
             self.executor.submit(attempts)
 
     def _next_suspect(self) -> None:
-        for attempt in self._antechamber.advance(self.report, self.held):
+        for attempt in self.antechamber.advance(self.report, self.held):
             attempt.ended = monotonic()
             self._worker.settling.poison(self.report, attempt, self.now_ms)
 
     def _refused(self, id_: str) -> None:
         attempt = self.held.pop(id_, None)
         log.warning("the outcome of %s was refused: its lease was lost", ident.public(self.queue, id_))
-        self._antechamber.forget(id_)
+        self.antechamber.forget(id_)
         if attempt is not None:
             self._lost(attempt)
 
@@ -360,7 +359,7 @@ class Consumer:
     def ended(self, attempt: Attempt) -> None:
         """One of ours ended: the next suspect may run."""
         if attempt.suspect:
-            self._antechamber.ended(attempt)
+            self.antechamber.ended(attempt)
             self._next_suspect()
 
     def move_deadline(self, attempt: Attempt, seconds: float) -> None:
