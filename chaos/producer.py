@@ -79,11 +79,12 @@ class Producer:
         )
 
     def one(self, kind: str) -> None:
-        """Make one call of *kind*."""
+        """Make one call of *kind*; `quick:1500` is a quick one that takes 1,500 ms."""
         draw = self.random
-        ms = draw.uniform(1, 10)
+        kind, _, fixed = kind.partition(":")
+        ms = float(fixed) if fixed else draw.uniform(1, 10)
         long = (1 + min(4, draw.expovariate(1))) * LEASE * 1000
-        if kind in {"quick", "steady", "boxed"}:
+        if kind in {"quick", "steady", "boxed", "bystander"}:
             self.task(kind, getattr(program, kind), ms)
         elif kind == "slow":
             self.task(kind, program.quick, long)
@@ -114,6 +115,8 @@ class Producer:
             self.call(kind, lambda tokens: mail.push({"token": tokens[0], "ms": ms}))
         elif kind == "cancel":
             self.cancel(draw.uniform(0, 1) < 0.5)
+        elif kind == "keys":
+            self.keys(f"story{self.made}")
         else:
             raise ValueError(kind)
 
@@ -131,6 +134,15 @@ class Producer:
             else:
                 self.calls.write(call=name, phase="cancelled", id=job.id, gone=bool(gone))
 
+    def keys(self, key: str) -> None:
+        """Let a dead letter come back while another job holds the key it once had; then ask for the key again."""
+        first = self.task("hopeless", program.hopeless, facts={"key": key}, unique=key)
+        _until(lambda: first.status() == "dead")
+        self.task("quick", program.quick, 2000, facts={"key": key}, unique=key)
+        app.queue("default").redrive()
+        _until(lambda: first.status() == "done")
+        self.task("quick", program.quick, 10, facts={"key": key}, unique=key)
+
     def run(self, rate: float, count: int, mix: dict[str, float]) -> None:
         """Push until *count* were attempted or somebody stops us."""
         kinds, weights = list(mix), list(mix.values())
@@ -140,6 +152,12 @@ class Producer:
             ahead = self.made / rate - (time.monotonic() - began) if rate else 0
             if ahead > 0:
                 time.sleep(min(ahead, 0.2))
+
+
+def _until(condition: Callable[[], bool], seconds: float = 10.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.01)
 
 
 def main() -> None:

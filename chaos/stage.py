@@ -141,7 +141,7 @@ class Stage:
 
     def judge(self, *, also: Iterable[str] = (), waived: Iterable[str] = ()) -> Verdict:
         """Let the workers bury their dead and end, then judge what is left."""
-        self.wait(self._only_the_living, 3 * self.lease + 3)
+        self.wait(self._only_the_living, min(10.0, 3 * self.lease + 1))
         orderly = self.crew.retire()
         with self.ground.client(socket_timeout=60) as client:
             left = dumping.take(client)
@@ -150,6 +150,10 @@ class Stage:
             self.lines("calls"), self.lines("runs"), self.lines("faults"), left, read_history(self.ground.directory), self.lease
         )
         verdict = check(evidence, also=also, waived=waived)
+        finished = sum(line["phase"] == "end" for line in self.lines("calls"))
+        if finished != len(self.crew.producers()):
+            verdict.counts["producers that failed"] = len(self.crew.producers()) - finished
+            verdict.failed.append("producers that failed")
         if not orderly:
             verdict.counts["workers that did not end"] = 1
             verdict.failed.append("workers that did not end")
