@@ -67,11 +67,10 @@ async def test_a_blocked_worker_outlives_its_unblocking(start_server: Start, rou
 async def test_a_server_that_loads_its_file_is_waited_for(start_server: Start, rounds: Rounds) -> None:
     """While the server reads its file it answers LOADING; workers wait, and producers for as long as they have patience."""
     server = start_server("--appendonly", "yes", "--appendfsync", "always")
-    with server.client() as client:  # what it will have to read
-        with client.pipeline(transaction=False) as pipeline:
-            for n in range(3000):
-                pipeline.set(f"ballast:{n % 10}", n)
-            pipeline.execute()
+    with server.client() as client, client.pipeline(transaction=False) as ballast:  # what it will have to read
+        for n in range(3000):
+            ballast.set(f"ballast:{n % 10}", n)
+        ballast.execute()
     server.options += ("--key-load-delay", "150")
     async with Load(server.url) as load:
         for _ in range(rounds(10, 1)):
@@ -101,7 +100,10 @@ async def test_a_script_of_others_that_hogs_the_server_is_waited_for(
 ) -> None:
     """A foreign script that keeps the server busy delays jobs and no more: no lease is lost, and nobody kills the script."""
     server = start_server("--lua-time-limit", "50", name=name)
-    hog = f"local e = os.clock() + {rounds(3, 1)} while os.clock() < e do end return 'whole'"
+    clock = (
+        "redis.call('TIME')[1]" if name == "redis6" else "os.clock()"
+    )  # it stands still on newer ones, and 6.2 has no os
+    hog = f"local e = {clock} + {rounds(3, 1)} while {clock} < e do end return 'whole'"
     with server.client(socket_timeout=30) as client:
         async with Load(server.url, workers=2, lease="2s") as load:
             answer = asyncio.create_task(asyncio.to_thread(client.eval, hog, 0))
@@ -216,5 +218,3 @@ async def test_rights_that_are_taken_away_and_given_back(start_server: Start, ro
                 await until(lambda n=n: ran == list(range(n + 1)))
                 print(f"worked again after {monotonic() - began:.2f} s")
     await app.aclose()
-
-

@@ -180,7 +180,11 @@ class Report:
 
 @dataclass(slots=True)
 class Turn:
-    """The reply to a turn. Times in ms by the server's clock; `next_due` is None when nothing is scheduled."""
+    """
+    The reply to a turn. Times in ms by the server's clock; `next_due` is None when nothing is scheduled.
+
+    `missing` are the jobs that stood in line and whose record the server has lost; they are told once.
+    """
 
     now: int
     held: int
@@ -193,6 +197,7 @@ class Turn:
     overdue: list[tuple[str, int]]
     cancelled: list[str]
     paused: bool
+    missing: list[str] = field(default_factory=list)
 
 
 class Unregistered(Exception):
@@ -226,12 +231,12 @@ def _read_turn(reply: list[Any]) -> Turn:
         raise Unregistered
     if reply[0] == -1:
         raise LateTurn
-    _, now, held, next_due, more, lost, ids, envelopes, states, overdue, cancelled, paused = reply
+    _, now, held, next_due, more, lost, ids, envelopes, states, overdue, cancelled, paused, missing = reply
     return Turn(
         now, held, next_due if next_due >= 0 else None, more == 1, [id_.decode() for id_ in lost],
         [id_.decode() for id_ in ids], envelopes, states,
         [(overdue[i].decode(), int(float(overdue[i + 1]))) for i in range(0, len(overdue), 2)] if overdue else [],
-        [id_.decode() for id_ in cancelled], paused == 1,
+        [id_.decode() for id_ in cancelled], paused == 1, [id_.decode() for id_ in missing],
     )  # fmt: skip
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from conveyor import ident
 from conveyor.errors import ConveyorError
 from conveyor.event import JobLost, JobStarted
-from conveyor.store import fault, operations
+from conveyor.store import eviction, fault, operations
 from conveyor.store.operations import LateTurn, Report, Settlement, Turn, Unregistered
 from conveyor.store.script import Call
 from conveyor.store.wire import Wire
@@ -249,6 +249,8 @@ class Consumer:
                 held.pop(one.id, None)
         for id_ in turn.lost:
             self._refused(id_)
+        if turn.missing:
+            eviction.tell_missing(log, self.queue, turn.missing)
         self._admit(report)
         if turn.ids:
             self._take(turn)
@@ -276,13 +278,10 @@ class Consumer:
         states = turn.states
         attempts = []
         for at, (id_, data) in enumerate(zip(turn.ids, turn.envelopes, strict=True)):
-            if data[0] == 10:
-                end = data.index(b"\n", 1)
-                handler = lookup.get(data[1:end])
-                if handler is not None:
-                    attempt = Attempt(self, handler, id_, data[end + 1 :])
-                else:
-                    attempt = self._worker.unusual(self, id_, data)
+            end = data.find(b"\n", 1) if data[0] == 10 else 0
+            handler = lookup.get(data[1:end])
+            if handler is not None:
+                attempt = Attempt(self, handler, id_, data[end + 1 :])
             else:
                 attempt = self._worker.unusual(self, id_, data)
             held[id_] = attempt
