@@ -14,13 +14,14 @@ from typing import Any
 from conveyor.errors import ConfigurationError, QueueFull
 from conveyor.model import to_json, write_rest
 from conveyor.store.keys import QueueKeys
-from conveyor.store.script import Argument, Call, Script
+from conveyor.store.script import Argument, Call, Command, Script
 
 PUSH_PLAIN = Script("push_plain", bare=True)
 PUSH, TURN, REGISTER, BEAT, REAP = Script("push"), Script("turn"), Script("register"), Script("beat"), Script("reap")
 EXTEND, HELD, CANCEL, REDRIVE = Script("extend"), Script("held"), Script("cancel"), Script("redrive")
 PROMOTE, PURGE, CONFIGURE, INTAKE = Script("promote"), Script("purge"), Script("configure"), Script("intake")
 AWAIT, FORGET = Script("await"), Script("forget")
+SADD = Script("SADD")
 
 MOST_HELD = 1000
 """Most jobs of a queue one worker may hold; scripts clamp to it."""
@@ -65,6 +66,11 @@ class Lane:
 
 class LateReply(Exception):
     """A newer push of this lane was answered already."""
+
+
+def announce(known: str, queue: str) -> Call[int]:
+    """Return the call that adds *queue* to the set *known* of all queues."""
+    return Command(SADD, (known,), (queue,), int)
 
 
 def push_plain(keys: QueueKeys, lane: Lane, pairs: Sequence[Argument], *, max_length: int = 0) -> Call[None]:

@@ -24,6 +24,7 @@ from conveyor.worker.antechamber import Antechamber
 from conveyor.worker.attempt import Attempt
 from conveyor.worker.intake import Intake
 from conveyor.worker.prefetch import Sizes
+from conveyor.worker.readmission import readmit
 from conveyor.worker.reaper import Reaper
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ class Consumer:
         self._reaper = Reaper(keys, berth.wire, lease_ms)
         self._alarm = Alarm(self._due_now)
         self._last_turn = 0.0
-        self._looked = self._left = self._absorbing = False
+        self._looked = self.gone = self._absorbing = False
         self._antechamber = Antechamber()
         self._intake = Intake(self, worker.app.plain_lists[keys.queue].task or "") if keys.foreign is not None else None
         self._recovery: asyncio.Task[None] | None = None
@@ -97,7 +98,7 @@ class Consumer:
         if self.report:
             self._start(0)
             await self._settled()
-        self._left = True
+        self.gone = True
         try:
             await self.wire.run(operations.reap(self.keys, self.identity, crashed=False), patience=2.0)
         except ConveyorError as error:
@@ -161,7 +162,7 @@ class Consumer:
             self._start(self._worker.room(self))
 
     def _start(self, want: int) -> None:
-        if self._left or self._worker.stopped:
+        if self.gone or self._worker.stopped:
             return
         self._idle.clear()
         report, self.report = self.report, Report()
@@ -222,7 +223,7 @@ class Consumer:
             self._lost(attempt)
         self.report = Report()
         self._antechamber.clear()
-        await self.register()
+        await readmit(self)
         self._recovery = self._flying = None
         self._landed.set()
         self.more = True

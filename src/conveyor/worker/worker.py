@@ -12,7 +12,7 @@ from time import monotonic, time
 from typing import TYPE_CHECKING, Any
 
 from conveyor import failure
-from conveyor.errors import ConfigurationError, QueueFull, UnknownTask
+from conveyor.errors import ConfigurationError, QueueFull, StoreUnavailable, UnknownTask
 from conveyor.event import WorkerStarted, WorkerStopped
 from conveyor.ident import made_at_ms
 from conveyor.middleware import run_through, runs
@@ -137,7 +137,8 @@ class Worker:
             self.consumers.append(consumer)
         for consumer in self.consumers:
             await consumer.register()
-            with suppress(QueueFull):  # a full Redis takes no name; whoever pushes there makes the queue known
+            # A full Redis takes no name; whoever pushes there makes the queue known.
+            with suppress(QueueFull, StoreUnavailable):
                 await self.app.backend.aannounce(consumer.keys)
         watchdog = Watchdog(self._on_the_loop, self._tick, None if self._slot is None else self._slot.set_job)
         watchdog.start()
