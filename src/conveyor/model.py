@@ -33,10 +33,11 @@ class Extra(msgspec.Struct, frozen=True, omit_defaults=True, rename={"timeout_ms
     timeout_ms: int | None = None
     keep_ms: int | None = None
     attempts: int | None = None
+    version: int = 1
 
 
 class Failure(msgspec.Struct, omit_defaults=True):
-    """What one attempt ended with; `at` in ms since the epoch."""
+    """What one attempt ended with; `at` in ms since the epoch. `packed` holds the texts where they are sealed."""
 
     attempt: int
     at: int
@@ -44,16 +45,18 @@ class Failure(msgspec.Struct, omit_defaults=True):
     message: str
     traceback: str = ""
     worker: str = ""
+    packed: str = ""
 
 
 class Outcome(msgspec.Struct, omit_defaults=True):
-    """How a job ended; `value` is the raw JSON of its result."""
+    """How a job ended; `value` is the raw JSON of its result, `packed` the same where it is sealed or compressed."""
 
     status: Status
     value: msgspec.Raw = msgspec.Raw(b"null")
     failure: Failure | None = None
     reason: str = ""
     at: int = 0
+    packed: str = ""
 
 
 class Envelope(msgspec.Struct):

@@ -87,6 +87,11 @@ class Backend:
         """The hold on the embedded server, when it is used and was needed already."""
         return self._attachment
 
+    @property
+    def configured(self) -> str | None:
+        """The URL as it was configured, None when the embedded server is used. It may hold a password."""
+        return self._url
+
     def keys(self, queue: str) -> QueueKeys:
         """Return the keys of *queue*."""
         return QueueKeys(self.namespace, queue)
