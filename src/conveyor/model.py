@@ -102,7 +102,7 @@ class State(msgspec.Struct):
             return cls()
         head, *errors = data.split(b"\n")
         starts, failures, crashes = head.split(b" ")[:3]
-        return cls(int(starts), int(failures), int(crashes), errors)
+        return cls(int(starts), int(failures), int(crashes.rstrip(b"w")), errors)  # an older layout ended it with a "w"
 
 
 _FAILURE = msgspec.json.Decoder(Failure)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import re
+import socket
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, cast
@@ -21,6 +23,12 @@ if TYPE_CHECKING:
 _SECRET = re.compile(r"(?<=://)([^/:@\s]*):\S*@")
 _SECRET_OPTION = re.compile(r"(?<=[?&])(\w*password=)[^&\s]*")
 _CONNECT_TIMEOUT = 5.0
+# A peer that is gone without a word is noticed after a minute, also where nothing waits for a reply: three unanswered probes.
+_ALIVE = {
+    getattr(socket, name): value
+    for name, value in (("TCP_KEEPIDLE", 30), ("TCP_KEEPINTVL", 10), ("TCP_KEEPCNT", 3))
+    if hasattr(socket, name)
+}
 LATER = {"redis+sentinel": "Sentinel", "redis+cluster": "Cluster"}
 
 
@@ -58,7 +66,12 @@ class Address:
             raise ConfigurationError(f"{self} is not a Redis URL: {redact(str(error))}") from None
         parameters.pop("connection_class", None)
         # RESP2 is enough and every supported server speaks it; retries are ours, since only we know what may be repeated.
-        return {"socket_connect_timeout": self.connect_timeout, **parameters, "protocol": 2}
+        alive = (
+            {}
+            if urlsplit(self.url).scheme == "unix"
+            else {"socket_keepalive": True, "socket_keepalive_options": _ALIVE}
+        )
+        return {"socket_connect_timeout": self.connect_timeout, **alive, **parameters, "protocol": 2}
 
     def place(self, key: str) -> Place:
         """Return where the commands for *key* go: all go here."""
@@ -73,7 +86,12 @@ class Address:
     async def aopen(self) -> AsyncConnection:
         """Return a connected connection of asyncio."""
         connection = self.async_connection()
-        await connection.connect()
+        try:
+            async with asyncio.timeout(2 * self.connect_timeout):  # redis-py's own ends when TCP has connected
+                await connection.connect()
+        except BaseException:
+            await connection.disconnect(nowait=True)
+            raise
         return connection
 
     def connection(self, *, read_timeout: float | None) -> Connection:

@@ -180,8 +180,7 @@ class Backend:
     def announce(self, keys: QueueKeys) -> None:
         """Make a queue known before its first push: the set has no hash tag, so it cannot be part of it."""
         if keys.queue not in self._announced:
-            known = known_queues(self.namespace)
-            self.execute("SADD", known, keys.queue, key=known)
+            self.run(operations.announce(known_queues(self.namespace), keys.queue))
             self._announced.add(keys.queue)
 
     def _take(self, key: str | None) -> Producer:
@@ -219,8 +218,7 @@ class Backend:
     async def aannounce(self, keys: QueueKeys) -> None:
         """Make a queue known before its first push."""
         if keys.queue not in self._announced:
-            known = known_queues(self.namespace)
-            await self.aexecute("SADD", known, keys.queue, key=known)
+            await self.arun(operations.announce(known_queues(self.namespace), keys.queue))
             self._announced.add(keys.queue)
 
     async def aqueues(self) -> list[str]:

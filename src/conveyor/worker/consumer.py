@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from conveyor import ident
 from conveyor.errors import ConveyorError
 from conveyor.event import JobLost, JobStarted
-from conveyor.store import fault, operations
+from conveyor.store import eviction, fault, operations
 from conveyor.store.operations import LateTurn, Report, Settlement, Turn, Unregistered
 from conveyor.store.script import Call
 from conveyor.store.wire import Wire
@@ -24,6 +24,7 @@ from conveyor.worker.antechamber import Antechamber
 from conveyor.worker.attempt import Attempt
 from conveyor.worker.intake import Intake
 from conveyor.worker.prefetch import Sizes
+from conveyor.worker.readmission import readmit
 from conveyor.worker.reaper import Reaper
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ class Consumer:
         self._reaper = Reaper(keys, berth.wire, lease_ms)
         self._alarm = Alarm(self._due_now)
         self._last_turn = 0.0
-        self._looked = self._left = self._absorbing = False
+        self._looked = self.gone = self._absorbing = False
         self.antechamber = Antechamber(lambda: worker.executor.free)
         self._intake = Intake(self, worker.app.plain_lists[keys.queue].task or "") if keys.foreign is not None else None
         self._recovery: asyncio.Task[None] | None = None
@@ -97,7 +98,7 @@ class Consumer:
         if self.report:
             self._start(0)
             await self._settled()
-        self._left = True
+        self.gone = True
         try:
             await self.wire.run(operations.reap(self.keys, self.identity, crashed=False), patience=2.0)
         except ConveyorError as error:
@@ -163,7 +164,7 @@ class Consumer:
             self._start(self._worker.room(self))
 
     def _start(self, want: int) -> None:
-        if self._left or self._worker.stopped:
+        if self.gone or self._worker.stopped:
             return
         self._idle.clear()
         report, self.report = self.report, Report()
@@ -215,16 +216,14 @@ class Consumer:
 
     async def _again_from_nothing(self, report: Report, error: Exception) -> None:
         """Redis does not know us any more: all we held is somebody else's. Abandon it and register anew."""
-        log.warning(
-            "queue %s: our lease was lost (%s); %d jobs abandoned", self.queue, type(error).__name__, len(self.held)
-        )
         abandoned = list(self.held.values())
+        log.warning("queue %s: our lease was lost (%s); %d jobs abandoned", self.queue, error, len(abandoned))
         self.held.clear()
         for attempt in abandoned:
             self._lost(attempt)
         self.report = Report()
         self.antechamber.clear()
-        await self.register()
+        await readmit(self)
         self._recovery = self._flying = None
         self._landed.set()
         self.more = True
@@ -251,6 +250,8 @@ class Consumer:
                 held.pop(one.id, None)
         for id_ in turn.lost:
             self._refused(id_)
+        if turn.missing:
+            eviction.tell_missing(log, self.queue, turn.missing)
         self._admit(report)
         if turn.ids:
             self._take(turn)
@@ -279,8 +280,8 @@ class Consumer:
         states = turn.states
         attempts = []
         for at, (id_, data) in enumerate(zip(turn.ids, turn.envelopes, strict=True)):
-            end = data.index(b"\n", 1) if data[0] == 10 else 0
-            handler = lookup.get(data[1:end]) if end else None
+            end = data.find(b"\n", 1) if data[0] == 10 else 0
+            handler = lookup.get(data[1:end]) if end > 0 else None
             if handler is not None:
                 attempt = Attempt(self, handler, id_, data[end + 1 :])
             else:

@@ -11,6 +11,7 @@ import asyncio
 import logging
 from typing import TYPE_CHECKING, Any
 
+from conveyor.errors import ConveyorError
 from conveyor.store import fault
 from conveyor.store.wire import Wire
 
@@ -101,6 +102,9 @@ class Listener:
             try:
                 await self._wire.open()
             except OSError:
+                continue
+            except ConveyorError as error:  # its password is refused: for a while, we hope
+                log.warning("waiting for work was refused: %s", error)
                 continue
             break
         self._retry = self._listening = None

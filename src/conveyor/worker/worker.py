@@ -7,12 +7,12 @@ import logging
 import os
 import platform
 from collections.abc import Mapping
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from time import monotonic, time
 from typing import TYPE_CHECKING, Any
 
 from conveyor import failure
-from conveyor.errors import ConfigurationError, UnknownTask
+from conveyor.errors import ConfigurationError, QueueFull, StoreUnavailable, UnknownTask
 from conveyor.event import WorkerStarted, WorkerStopped
 from conveyor.ident import made_at_ms
 from conveyor.middleware import run_through, runs
@@ -137,7 +137,9 @@ class Worker:
             self.consumers.append(consumer)
         for consumer in self.consumers:
             await consumer.register()
-            await self.app.backend.aannounce(consumer.keys)
+            # A full Redis takes no name; whoever pushes there makes the queue known.
+            with suppress(QueueFull, StoreUnavailable):
+                await self.app.backend.aannounce(consumer.keys)
         watchdog = Watchdog(self._on_the_loop, self._tick, None if self._slot is None else self._slot.set_job)
         watchdog.start()
         stack.callback(watchdog.close)
