@@ -51,6 +51,7 @@ class Consumer:
         self.identity = ""
         self.held: dict[str, Attempt] = {}
         self.own_retries: set[str] = set()
+        self.blobs: dict[str, str] = {}  # id → where the large body of a job lies
         self.report = Report()
         self.worked: set[Handler] = set()  # whose counters have moved since the last turn
         self.more = True  # work may be there: ask
@@ -249,6 +250,8 @@ class Consumer:
                 held.pop(one.id, None)
         for id_ in turn.lost:
             self._refused(id_)
+        if self.blobs:
+            self._worker.unusual.release(self, report, turn.lost)
         self._admit(report)
         if turn.ids:
             self._take(turn)
@@ -276,21 +279,18 @@ class Consumer:
         states = turn.states
         attempts = []
         for at, (id_, data) in enumerate(zip(turn.ids, turn.envelopes, strict=True)):
-            if data[0] == 10:
-                end = data.index(b"\n", 1)
-                handler = lookup.get(data[1:end])
-                if handler is not None:
-                    attempt = Attempt(self, handler, id_, data[end + 1 :])
-                else:
-                    attempt = self._worker.unusual(self, id_, data)
+            end = data.find(b"\n", 1)
+            handler = lookup.get(data[: end + 2])  # a plain job's envelope: \n, its task, \n, an object
+            if handler is not None:
+                attempt = Attempt(self, handler, id_, data[end + 1 :])
             else:
-                attempt = self._worker.unusual(self, id_, data)
+                attempt = self._worker.arrive(self, id_, data)
             held[id_] = attempt
             if states and states[at] is not None:
                 attempt.recall(states[at])  # type: ignore[arg-type]
                 self.own_retries.discard(id_)
             if attempt.handler.kind == "unknown":
-                self._worker.defer_unknown(self, attempt)
+                self._worker.unusual.set_aside(self, attempt)
             elif attempt.suspect:
                 self._antechamber.suspect(attempt, self.report)
             elif attempt.handler.early:
