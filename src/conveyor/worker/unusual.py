@@ -41,15 +41,16 @@ class Unusual:
         self._worker = worker
         self._fetching: set[asyncio.Task[None]] = set()
 
-    def fast(self, handlers: Mapping[str, Handler], *, foreign: bool) -> dict[bytes, Handler]:
+    def fast(self, queue: str, handlers: Mapping[str, Handler], *, foreign: bool) -> dict[bytes, Handler]:
         """
         Return the handlers by what an envelope of theirs begins with when it needs nothing: the name and a brace.
 
         None where all are sealed, and none of tasks whose payloads have versions: those come here.
         """
-        if self._sealing is not None and self._sealing.seal is not None and not foreign:
-            return {}
-        return {b"\n%b\n{" % name.encode(): one for name, one in handlers.items() if one.task.settings.version == 1}
+        names = {name for name, handler in handlers.items() if handler.task.settings.version == 1}
+        if self._sealing is not None and self._sealing.seal is not None:
+            names &= {self._fed.get(queue)} if foreign else set()
+        return {b"\n%b\n{" % name.encode(): handlers[name] for name in names}
 
     def arrive(self, consumer: Any, handlers: Mapping[str, Handler], id_: str, data: bytes) -> Attempt:
         """Make an attempt of a job; one that cannot run here has a handler of kind unknown, for `set_aside`."""

@@ -234,7 +234,7 @@ class Worker:
             foreign = consumer.keys.foreign is not None
             named = {name: Handler(task, raw=foreign) for name, task in self.app.tasks.items()}
             self._named[consumer.queue] = named
-            found = self._handlers[consumer.queue] = self.unusual.fast(named, foreign=foreign)
+            found = self._handlers[consumer.queue] = self.unusual.fast(consumer.queue, named, foreign=foreign)
         return found
 
     def arrive(self, consumer: Consumer, id_: str, data: bytes) -> Attempt:
