@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from conveyor import ident
 from conveyor.errors import ConveyorError
 from conveyor.event import JobLost, JobStarted
-from conveyor.store import eviction, fault, operations
+from conveyor.store import bell, eviction, operations
 from conveyor.store.operations import LateTurn, Report, Settlement, Turn, Unregistered
 from conveyor.store.script import Call
 from conveyor.store.wire import Wire
@@ -52,6 +52,7 @@ class Consumer:
         self.identity = ""
         self.held: dict[str, Attempt] = {}
         self.own_retries: set[str] = set()
+        self.blobs: dict[str, str] = {}  # id → where the large body of a job lies
         self.report = Report()
         self.worked: set[Handler] = set()  # whose counters have moved since the last turn
         self.more = True  # work may be there: ask
@@ -252,6 +253,8 @@ class Consumer:
             self._refused(id_)
         if turn.missing:
             eviction.tell_missing(log, self.queue, turn.missing)
+        if self.blobs:
+            self._worker.unusual.release(self, report, turn.lost)
         self._admit(report)
         if turn.ids:
             self._take(turn)
@@ -280,18 +283,18 @@ class Consumer:
         states = turn.states
         attempts = []
         for at, (id_, data) in enumerate(zip(turn.ids, turn.envelopes, strict=True)):
-            end = data.find(b"\n", 1) if data[0] == 10 else 0
-            handler = lookup.get(data[1:end]) if end > 0 else None
+            end = data.find(b"\n", 1)
+            handler = lookup.get(data[: end + 2])  # a plain job's envelope: \n, its task, \n, an object
             if handler is not None:
                 attempt = Attempt(self, handler, id_, data[end + 1 :])
             else:
-                attempt = self._worker.unusual(self, id_, data)
+                attempt = self._worker.arrive(self, id_, data)
             held[id_] = attempt
             if states and states[at] is not None:
                 attempt.recall(states[at])  # type: ignore[arg-type]
                 self.own_retries.discard(id_)
             if attempt.handler.kind == "unknown":
-                self._worker.defer_unknown(self, attempt)
+                self._worker.unusual.set_aside(self, attempt)
             elif attempt.handler.early:
                 self.antechamber.early(attempt, self.report)
             elif attempt.suspect:
@@ -382,9 +385,7 @@ class Consumer:
 
     def call_myself(self) -> None:
         """Wake our own blocked listener: it hears one list too few."""
-        key = self.keys.wake_of(self.identity)
-        self.wire.send(("RPUSH", key, 1), _ignore)
-        self.wire.send(("PEXPIRE", key, 60_000), _ignore)
+        bell.ring(self.wire, self.keys.wake_of(self.identity))
 
     async def until_hungry(self) -> None:
         """Wait until it would take work but has none."""
@@ -392,8 +393,3 @@ class Consumer:
 
     def __repr__(self) -> str:
         return f"<Consumer {self.queue}: {len(self.held)} held, {self.backlog} waiting>"
-
-
-def _ignore(reply: Any) -> None:
-    if isinstance(reply, Exception) and fault.remedy(str(reply)) is fault.Remedy.RAISE:
-        log.debug("ignored: %s", reply)
