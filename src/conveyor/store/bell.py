@@ -44,9 +44,12 @@ class Bell:
             reply = self._connection.execute(*command, block=max(seconds, 0.001))
         except (RedisError, OSError, ValueError, AttributeError) as error:
             # The last two are what a read meets whose connection another thread has closed.
-            if isinstance(error, ResponseError) and fault.remedy(str(error)) is fault.Remedy.RAISE:
+            what = fault.remedy(str(error)) if isinstance(error, ResponseError) else fault.Remedy.RECONNECT
+            if what is fault.Remedy.RAISE:
                 raise fault.final(str(error), str(self._connection.place)) from error
             self._connection.close()
+            if what is fault.Remedy.MOVE:
+                self._connection.place.moved(str(error))
             time.sleep(min(fault.pause(self._failures), max(seconds, 0.001)))
             self._failures += 1
             return None
@@ -83,7 +86,7 @@ class AsyncBell:
             if not isinstance(reply, Exception):
                 self._failures = 0
                 return reply
-            if fault.remedy(str(reply)) is fault.Remedy.RAISE:
+            if self._wire.heed(reply) is fault.Remedy.RAISE:
                 raise fault.final(str(reply), str(self._wire.place))
         await asyncio.sleep(min(fault.pause(self._failures), max(seconds, 0.001)))
         self._failures += 1
