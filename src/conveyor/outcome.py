@@ -81,6 +81,13 @@ def after_failure(
     return Again(policy.pause_ms(failed.failures), failed)
 
 
+def put_off_ms(age_ms: int) -> int | None:
+    """Return how long a job waits for a program that can run it, when none could for *age_ms*; None after a day."""
+    if age_ms > 86_400_000:
+        return None
+    return min(600_000, max(2_000, age_ms))
+
+
 def handed_back(state: State, attempt: int, *, started: bool) -> State:
     """Return the state of a job that is given back at a stop: its start is seen, its budget is untouched."""
     return State(attempt if started else state.starts, state.failures, state.crashes, state.errors)
