@@ -97,20 +97,19 @@ def poison(stage: Stage) -> Verdict:
     stage.crew.supervised("worker", stage.url, processes=1, concurrency=4)
     stage.ready(1)
     _push(stage, 30, poison=1, bystander_ms200=9)
-    stage.drain(6, stall=3)
+    stage.drain(10, stall=6)
     return stage.judge()
 
 
 def cut(stage: Stage) -> Verdict:
-    """Lose the replies of scripts: pushes and turns are repeated."""
-    stage.crew.embedded("program", stage.proxy.url)
+    """Lose the replies of pushes, which are then repeated."""
+    stage.crew.embedded("program", stage.url)
     stage.ready(1)
-    _push(stage, 300, url=stage.proxy.url, quick=1, bulk=0.02, own=0.1)
-    for _ in range(25):
+    producer = _push(stage, 200, url=stage.proxy.url, rate=100, quick=1, bulk=0.02, own=0.1)
+    while producer.alive():
         stage.fault("swallow replies")
         stage.proxy.swallow_reply(2, "EVALSHA")
-        stage.wait(lambda: not stage.proxy.swallows, 0.5)
-    stage.proxy.heal()
+        stage.wait(lambda: not stage.proxy.swallows or not producer.alive(), 5)
     stage.drain(8, stall=4)
     return stage.judge()
 

@@ -5,6 +5,7 @@ The words are those of the Jepsen suites of message brokers; chaos/README.md exp
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -39,7 +40,7 @@ class Verdict:
 
 def check(evidence: Evidence, *, also: Iterable[str] = (), waived: Iterable[str] = ()) -> Verdict:
     """Judge a run; *also* must be zero too, *waived* need not be."""
-    verdict = Verdict({name: 0 for name in ("attempted", "acknowledged", "existing", "refused", "unknown", "ok")})
+    verdict = Verdict(dict.fromkeys(("attempted", "acknowledged", "existing", "refused", "unknown", "ok"), 0))
     verdict.counts.update(dict.fromkeys(("dead", "cancelled", "convicted", "recovered", *MUST_BE_ZERO, *also), 0))
     for token in evidence.tokens.values():
         _judge_token(evidence, token, verdict)
@@ -140,7 +141,7 @@ def _judge_runs(evidence: Evidence, verdict: Verdict) -> None:
         for attempt, count in Counter(run.attempt for run in runs).items():
             if count > 1:
                 verdict.note("same attempt twice", f"{id_} attempt {attempt} ran {count} times: {_brief(runs)}")
-        overlap += sum(b.start < (a.end or 0) for a, b in zip(runs, runs[1:], strict=False))
+        overlap += sum(b.start < (a.end or 0) for a, b in itertools.pairwise(runs))
         if token.kind in POISONS and len(runs) > evidence.max_crashes:
             verdict.note("poison started too often", f"{id_}: {len(runs)} starts")
         delay = token.facts.get("delay") or 0
@@ -171,9 +172,13 @@ def _judge_result(evidence: Evidence, id_: str, runs: list[Run], verdict: Verdic
 def _unexplained(evidence: Evidence, verdict: Verdict) -> int:
     """Count runs that began although the one before had neither failed nor met a fault: a lease taken from the living."""
     struck: set[int] = {pid for fault in evidence.faults for pid in fault.get("pids", ())}
+    for runs in evidence.runs.values():
+        token = evidence.tokens.get(runs[0].token)
+        if token is not None and token.kind in POISONS:
+            struck.update(run.pid for run in runs)  # what ended beside it may have gone down with it, unreported
     global_ = [fault for fault in evidence.faults if not fault.get("pids")]
     for id_, runs in evidence.runs.items():
-        for before, after in zip(runs, runs[1:], strict=False):
+        for before, after in itertools.pairwise(runs):
             excused = before.how == "failed" or before.pid in struck or not before.end
             since = before.start - evidence.lease
             if excused or any(f["at"] < after.start and f.get("until", f["at"]) > since for f in global_):
@@ -250,4 +255,6 @@ def spread(seconds: list[float]) -> dict[str, float]:
 
 def _brief(runs: list[Run]) -> str:
     first = runs[0].start if runs else 0.0
-    return "; ".join(f"#{run.attempt} pid {run.pid} +{run.start - first:.2f} {run.how or 'cut off'}" for run in runs[:6])
+    return "; ".join(
+        f"#{run.attempt} pid {run.pid} +{run.start - first:.2f} {run.how or 'cut off'}" for run in runs[:6]
+    )

@@ -101,7 +101,9 @@ class Crew:
         self._watch = threading.Thread(target=self._keep_running, name="crew", daemon=True)
         self._watch.start()
 
-    def supervised(self, name: str, url: str, *, processes: int = 2, grace: str = "3s", concurrency: int = 50) -> Program:
+    def supervised(
+        self, name: str, url: str, *, processes: int = 2, grace: str = "3s", concurrency: int = 50
+    ) -> Program:
         """Start `conveyor worker` with that many children."""
         return self._add(
             name, "conveyor", "worker", "chaos.program:app", "--processes", str(processes), "--concurrency",

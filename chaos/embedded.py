@@ -25,9 +25,8 @@ def pull_mail(stopped: threading.Event) -> None:
     while not stopped.is_set():
         with suppress(ConveyorError):
             for message in mail.pull(n=3, wait=0.3):
-                with message as body:
-                    with noted(body["token"], message.id, message.attempt):
-                        time.sleep(body["ms"] / 1000)
+                with message as body, noted(body["token"], message.id, message.attempt):
+                    time.sleep(body["ms"] / 1000)
             continue
         time.sleep(0.1)
 

@@ -69,7 +69,12 @@ class Evidence:
 
 
 def gather(
-    calls: Iterable[Line], runs: Iterable[Line], faults: Iterable[Line], dump: Dump, history: History | None, lease: float
+    calls: Iterable[Line],
+    runs: Iterable[Line],
+    faults: Iterable[Line],
+    dump: Dump,
+    history: History | None,
+    lease: float,
 ) -> Evidence:
     """Put lines together."""
     tokens, cancelled = _tokens(calls)

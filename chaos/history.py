@@ -142,9 +142,7 @@ class History:
                 released[public] = worker
                 del self._holder[public]
 
-    def _on_dead(
-        self, name: bytes, queue: bytes, rest: Command, released: dict[str, bytes], before: set[str]
-    ) -> None:
+    def _on_dead(self, name: bytes, queue: bytes, rest: Command, released: dict[str, bytes], before: set[str]) -> None:
         if name == b"ZADD":
             for id_ in rest[1::2]:
                 public = _public(queue, id_)

@@ -40,7 +40,9 @@ def _cell(value: Any) -> str:
     if isinstance(value, dict):
         if not value.get("count"):
             return "-"
-        return f"p50 {value['p50']:.3f} s  p99 {value['p99']:.3f} s  max {value['max']:.3f} s  ({value['count']:,} times)"
+        return (
+            f"p50 {value['p50']:.3f} s  p99 {value['p99']:.3f} s  max {value['max']:.3f} s  ({value['count']:,} times)"
+        )
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 

@@ -14,7 +14,9 @@ RATE = 60.0
 """Jobs a second, of all producers together."""
 
 
-def soak(seconds: float, seed: int, *, lease: float = 2.0, source: Path | None = None, quiet: bool = False) -> tuple[Verdict, Stage, dict[str, Any]]:
+def soak(
+    seconds: float, seed: int, *, lease: float = 2.0, source: Path | None = None, quiet: bool = False
+) -> tuple[Verdict, Stage, dict[str, Any]]:
     """Run for *seconds*, heal, drain, judge; return the verdict, the stage, and what the run was like."""
     with Stage(seed=seed, lease=lease, source=source, clock=True) as stage:
         faults = schedule(seed, seconds)

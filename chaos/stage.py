@@ -32,7 +32,13 @@ class Stage:
     """One run. Its directory is removed at the end unless something was found, or `CHAOS_KEEP` is set."""
 
     def __init__(
-        self, *, seed: int = 1, lease: float = 2.0, source: Path | None = None, clock: bool = False, fsync: str = "everysec"
+        self,
+        *,
+        seed: int = 1,
+        lease: float = 2.0,
+        source: Path | None = None,
+        clock: bool = False,
+        fsync: str = "everysec",
     ) -> None:
         """Start Redis and the proxy; programs are started through `crew`."""
         self.seed, self.lease = seed, lease
@@ -147,7 +153,12 @@ class Stage:
             left = dumping.take(client)
         self.ground.stop()
         evidence = gather(
-            self.lines("calls"), self.lines("runs"), self.lines("faults"), left, read_history(self.ground.directory), self.lease
+            self.lines("calls"),
+            self.lines("runs"),
+            self.lines("faults"),
+            left,
+            read_history(self.ground.directory),
+            self.lease,
         )
         verdict = check(evidence, also=also, waived=waived)
         finished = sum(line["phase"] == "end" for line in self.lines("calls"))
