@@ -343,18 +343,21 @@ class Conveyor(Hooks):
         threads: int = 8,
         burst: bool = False,
         grace: Duration = "30s",
+        allow_eviction: bool = False,
     ) -> AbstractAsyncContextManager[Any]:
         """
         Return a worker for `async with`, which runs jobs inside this program until the block ends.
 
         `queues` maps names to weights (None: those of all tasks), `concurrency` limits the jobs on the loop and
         `threads` those on threads, `burst` stops it when all is drained, `grace` is what running jobs get at the end.
+        A server that may delete jobs when its memory is full is refused (E10), unless `allow_eviction`.
         """
         if provider.embedded_worker is None:
             raise ConfigurationError("This installation has no worker.")
         made = provider.embedded_worker().EmbeddedWorker(
-            self, queues=queues, concurrency=concurrency, threads=threads, burst=burst, grace=grace
-        )
+            self, queues=queues, concurrency=concurrency, threads=threads, burst=burst, grace=grace,
+            allow_eviction=allow_eviction,
+        )  # fmt: skip
         return cast("AbstractAsyncContextManager[Any]", made)
 
     def close(self) -> None:

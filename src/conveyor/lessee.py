@@ -135,6 +135,8 @@ class Lessee:
     reaped: int = 0
     refused: list[Leased] = field(default_factory=list)
     """What was settled in vain since somebody last looked: for the log."""
+    missing: list[str] = field(default_factory=list)
+    """Whose records the server has lost, since somebody last looked: for the log."""
     _pending: deque[tuple[Leased | None, Settlement]] = field(default_factory=deque)
     _call: Call[Turn] | None = None
     _reported: dict[str, Leased] = field(default_factory=dict)
@@ -267,6 +269,7 @@ class Lessee:
     def _absorb(self, turn: Turn) -> bool:
         """Take a reply into the books; False when Redis says we hold another number of messages."""
         self._call = None
+        self.missing += turn.missing
         for id_ in turn.lost:
             leased = self._reported.get(id_)
             if leased is not None:

@@ -87,11 +87,10 @@ class State(msgspec.Struct):
     failures: int = 0
     crashes: int = 0
     errors: list[bytes] = []
-    alone: bool = False  # it waits to run alone: a crash beside it is not its own
 
     def encode(self) -> bytes:
         """Return the stored form, with the newest errors only."""
-        head = b"%d %d %d%b" % (self.starts, self.failures, self.crashes, b"w" if self.alone else b"")
+        head = b"%d %d %d" % (self.starts, self.failures, self.crashes)
         return b"\n".join([head, *self.errors[-ERRORS_KEPT:]])
 
     def failures_list(self) -> list[Failure]:
@@ -105,7 +104,7 @@ class State(msgspec.Struct):
             return cls()
         head, *errors = data.split(b"\n")
         starts, failures, crashes = head.split(b" ")[:3]
-        return cls(int(starts), int(failures), int(crashes.rstrip(b"w")), errors, crashes.endswith(b"w"))
+        return cls(int(starts), int(failures), int(crashes.rstrip(b"w")), errors)  # an older layout ended it with a "w"
 
 
 def _failure(data: bytes) -> Failure:

@@ -100,12 +100,7 @@ def snoozed(state: State, attempt: int) -> State:
 
 def suspected(state: State) -> State:
     """Return the state written before a suspect starts alone: one more crash, taken back when it ends in order."""
-    return State(state.starts, state.failures, state.crashes + 1, state.errors, alone=True)
-
-
-def waiting(state: State) -> State:
-    """Return the state of a suspect that waits to run alone: another's crash meanwhile is not charged to it."""
-    return State(state.starts, state.failures, state.crashes, state.errors, alone=True)
+    return State(state.starts, state.failures, state.crashes + 1, state.errors)
 
 
 def runs_alone(state: State, max_crashes: int) -> bool:

@@ -9,7 +9,6 @@ from conveyor.context import Context
 from conveyor.errors import PayloadError
 from conveyor.ident import made_at_ms, public
 from conveyor.model import Envelope, State, read_envelope
-from conveyor.outcome import runs_alone
 from conveyor.worker.handler import Handler
 
 if TYPE_CHECKING:
@@ -75,9 +74,7 @@ class Attempt:
             self.handler = Handler.unknown(self.handler.name, unfit)
             return
         self.number = self.state.starts + 1
-        if self.state.crashes:
-            limit = self.handler.task.settings.retry.max_crashes if self.handler.kind != "unknown" else 3
-            self.suspect = self.state.crashes >= limit or runs_alone(self.state, limit)
+        self.suspect = self.state.crashes > 0
 
     @property
     def history(self) -> State:

@@ -7,12 +7,12 @@ import logging
 import os
 import platform
 from collections.abc import Mapping
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from time import monotonic, time
 from typing import TYPE_CHECKING, Any
 
 from conveyor import failure
-from conveyor.errors import ConfigurationError
+from conveyor.errors import ConfigurationError, QueueFull, StoreUnavailable
 from conveyor.event import WorkerStarted, WorkerStopped
 from conveyor.middleware import run_through, runs
 from conveyor.model import State, to_json
@@ -140,7 +140,9 @@ class Worker:
             self.consumers.append(consumer)
         for consumer in self.consumers:
             await consumer.register()
-            await self.app.backend.aannounce(consumer.keys)
+            # A full Redis takes no name; whoever pushes there makes the queue known.
+            with suppress(QueueFull, StoreUnavailable):
+                await self.app.backend.aannounce(consumer.keys)
         watchdog = Watchdog(self._on_the_loop, self._tick, None if self._slot is None else self._slot.set_job)
         watchdog.start()
         stack.callback(watchdog.close)
@@ -220,7 +222,8 @@ class Worker:
         if self.stopping:
             return 0
         waiting = sum(one.backlog for one in self.consumers)
-        free = self.executor.free + waiting  # slots that nobody runs in
+        reserved = sum(one.antechamber.reserved for one in self.consumers)
+        free = self.executor.free + waiting - reserved  # slots that nobody runs in
         rivals = [one for one in self.consumers if (one.more and not one.paused) or one is consumer]
         capacity = free + self._prefetch.ahead(consumer.backlog > 0)
         room = self._prefetch.share(capacity, waiting, consumer, rivals)
@@ -295,7 +298,7 @@ class Worker:
             consumer.schedule(at_once=True)
             return
         for one in self.consumers:
-            if one is consumer or one.more:
+            if one is consumer or one.more or one.antechamber.reserved:
                 one.schedule()
 
     def _settle(self, attempt: Attempt, value: Any, error: BaseException | None) -> None:
