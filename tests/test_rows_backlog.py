@@ -140,6 +140,7 @@ async def test_jobs_that_fail_together_come_back_apart(app: Conveyor, redis: red
     assert len(parts) == 20
     assert max(parts.values()) / (jobs / 20) < 3
     await asyncio.to_thread(app.queue("default").purge)
+    await app.aclose()
 
 
 @pytest.mark.row("D9")
@@ -172,6 +173,7 @@ async def test_a_herd_that_is_due_at_one_instant(app: Conveyor, redis: redis_py.
     print(f"{jobs} due at once; {len(waits)} pings meanwhile, the slowest {1000 * max(waits):.1f} ms")
     assert Counter(ran) == Counter(range(jobs))
     assert await audit(app) == []
+    await app.aclose()
 
 
 @pytest.mark.row("D10")
@@ -192,6 +194,7 @@ async def test_results_that_nobody_fetches_go(app: Conveyor, redis: redis_py.Red
     await until(lambda: not list(_results(redis)), 30)
     after = {key for key in redis.scan_iter() if redis.ttl(key) == -1}
     assert after - before <= {b"conveyor:{default}:conf", b"conveyor:{default}:recent", b"conveyor:queues"}
+    await app.aclose()
 
 
 def _results(redis: redis_py.Redis) -> Iterator[bytes]:

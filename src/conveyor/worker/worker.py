@@ -262,6 +262,7 @@ class Worker:
             "E05 Job %s needs task '%s', which this worker does not have. It stays in '%s' and is tried again in %.3g s; "
             "no attempt was used.", attempt.public_id, name, consumer.queue, pause / 1000,
         )  # fmt: skip
+        consumer.alarm.give_way(pause / 1000 + 1)
         state_now = attempt.state.encode() if attempt.state else b""
         consumer.report.others.append(Settlement("R", attempt.id, pause, state=state_now))
 
