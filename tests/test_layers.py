@@ -35,6 +35,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "lessee",
         "message",
         "mover",
+        "opening",
         "plain",
         "posting",
         "pulse",
@@ -42,6 +43,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "queue",
         "sweep",
         "verdict",
+        "wrapping",
     ),
     (  # jobs
         "app",

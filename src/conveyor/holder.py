@@ -171,6 +171,8 @@ class AwaitableHolder(_Books):
                 return
             await adrive(self.lessee.round(want, leave=leave), self._run)
             self._left = leave and not self.lessee.transient
+        if self.lessee.opening is not None:
+            await self.lessee.opening.fetch(self.lessee.waiting)
 
 
 def patience(backend: Backend, call: Call[Any]) -> float:

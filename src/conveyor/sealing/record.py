@@ -74,6 +74,14 @@ def preview(sealing: Sealing | None, body: bytes, queue: str, task: str, id: str
     return opened.decode("utf-8", "backslashreplace")
 
 
+def preview_result(sealing: Sealing | None, outcome: Outcome, queue: str, id: str) -> str:  # noqa: A002
+    """Return what a person is shown of a result."""
+    try:
+        return open_result(sealing, outcome, queue, id).decode("utf-8", "backslashreplace")
+    except PayloadError as error:
+        return str(error)
+
+
 def _text(data: bytes) -> bytes:
     return binascii.b2a_base64(data, newline=False)
 

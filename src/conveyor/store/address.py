@@ -29,7 +29,7 @@ _ALIVE = {
     for name, value in (("TCP_KEEPIDLE", 30), ("TCP_KEEPINTVL", 10), ("TCP_KEEPCNT", 3))
     if hasattr(socket, name)
 }
-LATER = {"redis+sentinel": "Sentinel", "redis+cluster": "Cluster"}
+_ANSWER_TIMEOUT = 5.0
 
 
 def redact(text: str) -> str:
@@ -43,11 +43,11 @@ class Address:
 
     url: str
     connect_timeout: float = _CONNECT_TIMEOUT
+    answer_timeout: float = _ANSWER_TIMEOUT
+    """Seconds for the first exchange on a new connection (AUTH, SELECT): a frozen server is still connected to."""
 
     def __post_init__(self) -> None:
         scheme = urlsplit(self.url).scheme
-        if scheme in LATER:
-            raise ConfigurationError(f"{LATER[scheme]} is not supported yet: {redact(self.url)}. Use a redis:// URL.")
         if scheme not in {"redis", "rediss", "unix"}:
             raise ConfigurationError(
                 f"{redact(self.url)!r} is not a Redis URL. Write redis://host:6379/0, rediss://…, unix:///path or embedded:///dir."
@@ -77,18 +77,49 @@ class Address:
         """Return where the commands for *key* go: all go here."""
         return self
 
+    @property
+    def single(self) -> bool:
+        """One place for all keys."""
+        return True
+
+    def check(self) -> None:
+        """Raise ConfigurationError when the options of the URL mean nothing."""
+        assert self._parameters is not None
+
+    def moved(self, reply: str) -> None:
+        """Raise ConfigurationError (E33): only nodes of a cluster answer so."""
+        parts = urlsplit(self.url)
+        host = parts.netloc.rpartition("@")[2] or "host:6379"
+        raise ConfigurationError(
+            f"The server at {self} is one node of a cluster ({reply}). Name some of its nodes in a cluster's URL: "
+            f"{'rediss' if parts.scheme == 'rediss' else 'redis'}+cluster://{host}",
+            code="E33",
+        )
+
+    def aside(self, reply: str) -> Place:
+        """Raise the same."""
+        self.moved(reply)
+        raise AssertionError
+
     def open(self, *, read_timeout: float | None) -> Connection:
         """Return a connected blocking connection."""
-        connection = self.connection(read_timeout=read_timeout)
+        connection = self.connection(read_timeout=self.answer_timeout)
         connection.connect()
+        if read_timeout != self.answer_timeout:
+            assert connection._sock is not None  # noqa: SLF001
+            connection._sock.settimeout(read_timeout)  # noqa: SLF001
+            connection._parser._socket_timeout = read_timeout  # noqa: SLF001
         return connection
 
     async def aopen(self) -> AsyncConnection:
         """Return a connected connection of asyncio."""
         connection = self.async_connection()
         try:
-            async with asyncio.timeout(2 * self.connect_timeout):  # redis-py's own ends when TCP has connected
+            async with asyncio.timeout(self.connect_timeout + self.answer_timeout):
                 await connection.connect()
+        except TimeoutError as error:
+            await connection.disconnect(nowait=True)
+            raise TimeoutError("connected, but no answer") from error
         except BaseException:
             await connection.disconnect(nowait=True)
             raise

@@ -234,9 +234,9 @@ def turn(
 
 def _read_turn(reply: list[Any]) -> Turn:
     if reply[0] == 0:
-        raise Unregistered
+        raise Unregistered("Redis does not know this worker")
     if reply[0] == -1:
-        raise LateTurn
+        raise LateTurn("a newer turn was carried out")
     _, now, held, next_due, more, lost, ids, envelopes, states, overdue, cancelled, paused, missing = reply
     return Turn(
         now, held, next_due if next_due >= 0 else None, more == 1, [id_.decode() for id_ in lost],
