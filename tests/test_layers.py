@@ -50,6 +50,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "job",
         "limit",
         "middleware",
+        "outbox",
         "outgoing",
         "registration",
         "result",

@@ -173,6 +173,7 @@ class Report:
     others: list[Settlement] = field(default_factory=list)
     stats: dict[str, int] = field(default_factory=dict)
     recent: list[bytes] = field(default_factory=list)
+    spawned: bool = False  # some settlements put entries into the outbox
 
     def __bool__(self) -> bool:
         return bool(self.done or self.others)
@@ -193,6 +194,7 @@ class Turn:
     overdue: list[tuple[str, int]]
     cancelled: list[str]
     paused: bool
+    outbox: bool = False  # looked, and found it not empty
 
 
 class Unregistered(Exception):
@@ -226,12 +228,12 @@ def _read_turn(reply: list[Any]) -> Turn:
         raise Unregistered
     if reply[0] == -1:
         raise LateTurn
-    _, now, held, next_due, more, lost, ids, envelopes, states, overdue, cancelled, paused = reply
+    _, now, held, next_due, more, lost, ids, envelopes, states, overdue, cancelled, paused, outbox = reply
     return Turn(
         now, held, next_due if next_due >= 0 else None, more == 1, [id_.decode() for id_ in lost],
         [id_.decode() for id_ in ids], envelopes, states,
         [(overdue[i].decode(), int(float(overdue[i + 1]))) for i in range(0, len(overdue), 2)] if overdue else [],
-        [id_.decode() for id_ in cancelled], paused == 1,
+        [id_.decode() for id_ in cancelled], paused == 1, outbox == 1,
     )  # fmt: skip
 
 

@@ -15,14 +15,16 @@ from typing import TYPE_CHECKING, Any
 from conveyor import ident
 from conveyor.errors import ConveyorError
 from conveyor.event import JobLost, JobStarted
-from conveyor.store import fault, operations
+from conveyor.store import operations
 from conveyor.store.operations import LateTurn, Report, Settlement, Turn, Unregistered
 from conveyor.store.script import Call
 from conveyor.store.wire import Wire
 from conveyor.worker.alarm import Alarm
 from conveyor.worker.antechamber import Antechamber
 from conveyor.worker.attempt import Attempt
+from conveyor.worker.delivery import Delivery
 from conveyor.worker.intake import Intake
+from conveyor.worker.listener import ring
 from conveyor.worker.prefetch import Sizes
 from conveyor.worker.reaper import Reaper
 
@@ -66,6 +68,7 @@ class Consumer:
         self._last_turn = 0.0
         self._looked = self._left = self._absorbing = False
         self._antechamber = Antechamber()
+        self._delivery = Delivery(keys, worker.app, self.schedule)
         self._intake = Intake(self, worker.app.plain_lists[keys.queue].task or "") if keys.foreign is not None else None
         self._recovery: asyncio.Task[None] | None = None
         self._wanted, self.sizes = 0, Sizes()
@@ -97,6 +100,7 @@ class Consumer:
         if self.report:
             self._start(0)
             await self._settled()
+        await self._delivery.finish(2.0)
         self._left = True
         try:
             await self.wire.run(operations.reap(self.keys, self.identity, crashed=False), patience=2.0)
@@ -123,7 +127,8 @@ class Consumer:
     def busy(self) -> bool:
         """True while it holds jobs or has something to report."""
         loading = self._intake is not None and self._intake.loading
-        return bool(self.held or self.report or self._flying or self._recovery or self._antechamber or loading)
+        under_way = loading or self._delivery.busy
+        return bool(self.held or self.report or self._flying or self._recovery or self._antechamber or under_way)
 
     def schedule(self, *, at_once: bool = False) -> None:
         """Look again once what runs now has come to a pause, so that many ends make one turn; or *at_once*."""
@@ -249,6 +254,8 @@ class Consumer:
                 held.pop(one.id, None)
         for id_ in turn.lost:
             self._refused(id_)
+        if report.spawned or turn.outbox:
+            self._delivery.begin()
         self._admit(report)
         if turn.ids:
             self._take(turn)
@@ -382,9 +389,7 @@ class Consumer:
 
     def call_myself(self) -> None:
         """Wake our own blocked listener: it hears one list too few."""
-        key = self.keys.wake_of(self.identity)
-        self.wire.send(("RPUSH", key, 1), _ignore)
-        self.wire.send(("PEXPIRE", key, 60_000), _ignore)
+        ring(self.wire, self.keys.wake_of(self.identity))
 
     async def until_hungry(self) -> None:
         """Wait until it would take work but has none."""
@@ -392,8 +397,3 @@ class Consumer:
 
     def __repr__(self) -> str:
         return f"<Consumer {self.queue}: {len(self.held)} held, {self.backlog} waiting>"
-
-
-def _ignore(reply: Any) -> None:
-    if isinstance(reply, Exception) and fault.remedy(str(reply)) is fault.Remedy.RAISE:
-        log.debug("ignored: %s", reply)

@@ -24,6 +24,17 @@ BUSY = 0.1
 """Seconds of uninterrupted work after which the worker's own lists are listened to as well."""
 
 
+def ring(wire: Wire, key: str) -> None:
+    """Wake whoever is blocked on *key*, a worker's own list; nobody waits for the answer."""
+    wire.send(("RPUSH", key, 1), _ignore)
+    wire.send(("PEXPIRE", key, 60_000), _ignore)
+
+
+def _ignore(reply: Any) -> None:
+    if isinstance(reply, Exception) and fault.remedy(str(reply)) is fault.Remedy.RAISE:
+        log.debug("ignored: %s", reply)
+
+
 class Listener:
     """Blocks on wake-up lists, and tells the consumer whose token it took."""
 
