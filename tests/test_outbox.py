@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import redis as redis_py
 
-from conveyor import Context, Conveyor, Retry, current, outbox
+from conveyor import Context, Conveyor, Retry, current, ident, outbox
 from conveyor.errors import ConfigurationError, PayloadError, QueueFull
 from conveyor.store import operations
 from conveyor.store.operations import Settlement
@@ -99,6 +99,42 @@ async def test_nothing_leaves_an_attempt_without_success(family: Conveyor, redis
     await asyncio.to_thread(family.queue("default").purge, dead=True)
 
 
+async def test_a_job_to_come_is_waited_for(family: Conveyor) -> None:
+    """Before its parent ends a spawned job is `waiting`, and its result can be awaited; once it has ended it is done for good."""
+    coming: list[Any] = []
+
+    @family.task
+    async def slow(context: Context = current()) -> None:
+        coming.append(context.spawn(family.tasks["test_outbox.follower"].s(3)))
+        while len(coming) < 2:
+            await asyncio.sleep(0.005)
+
+    await slow.aenqueue()
+    async with working(family):
+        await until(lambda: coming)
+        job = coming[0]
+        assert await job.astatus() == "waiting"
+        with pytest.raises(TimeoutError):
+            await job.aresult(timeout=0)
+        waiting = asyncio.create_task(job.aresult(timeout=10))
+        while not await family.backend.aexecute("HEXISTS", family.keys("two").waiters, job.id.split(":")[1]):
+            await asyncio.sleep(0.005)
+        coming.append(None)
+        assert await waiting == 3
+        assert await family.tasks["test_outbox.follower"].job(job.id).astatus() == "done"
+    await family.backend.aexecute("DEL", family.keys("two").result(job.id.split(":")[1]))
+    assert await job.astatus() == "done"
+
+
+def test_ids_of_spawned_jobs_are_known_by_their_form() -> None:
+    """They are generated ids in every respect, and no other generated id is taken for one of them."""
+    spawned = [ident.new_spawned_id() for _ in range(300)]
+    assert all(ident.is_spawned(one) and ident.is_generated(one) and ident.may_come(one) for one in spawned)
+    assert not any(ident.is_spawned(one) for one in [*ident.new_ids(300), *(ident.new_id() for _ in range(300)), "own"])
+    assert len(set(spawned)) == 300
+    assert not ident.may_come("0" * 21 + "1")
+
+
 async def test_many_keep_their_order(family: Conveyor) -> None:
     """What a thread spawns arrives in the order it was spawned, however many batches it makes, with its options."""
     await family.tasks["test_outbox.thread"].aenqueue(450)
@@ -135,8 +171,10 @@ async def test_leftovers_are_found(family: Conveyor) -> None:
 
 
 def entry(app: Conveyor, queue: str, n: int) -> bytes:
-    _, prepared = app.tasks["test_outbox.follower"].s(n).follow()
-    return outbox.write(queue, outbox.read(prepared)[1])
+    """Return what an outbox keeps of a follower, here one that leaves no trace of its id when it has ended."""
+    _, prepared = outbox.read(app.tasks["test_outbox.follower"].s(n).follow()[1])
+    prepared.own_id = False
+    return outbox.write(queue, prepared)
 
 
 def settle(app: Conveyor, followers: list[tuple[str, int]], *, reaped: bool = False) -> Hand:

@@ -110,7 +110,7 @@ class Outgoing:
             extra = Extra(check_headers(self.headers), self.timeout_ms, self.keep_ms, self.attempts)
         own = self.id is not None
         return Entry(
-            ident.own_id(self.id) if self.id is not None else ident.new_id(),
+            ident.given_id(self.id) if self.id is not None else ident.new_id(),
             write_rest(self.task, body, extra),
             priority=check_priority(self.priority),
             delay_ms=self.delay_ms,

@@ -7,7 +7,7 @@ import inspect
 import sys
 from asyncio import _get_running_loop
 from collections.abc import Callable, Container, Coroutine, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Generic, Literal, ParamSpec, Protocol, TypeVar
@@ -192,6 +192,8 @@ class Task(Generic[P, R_co]):
 
     def follow_with(self, choice: Choice, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Job[R_co], bytes]:
         """Prepare a job for an outbox; raises PayloadError."""
+        if choice.id is None:
+            choice = replace(choice, id=ident.new_spawned_id())
         queue, entry = self.prepare(choice, args, kwargs)
         return Job(self._home, entry.id, queue, self), outbox.write(queue, entry)
 

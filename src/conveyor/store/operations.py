@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+from conveyor import ident
 from conveyor.errors import ConfigurationError, QueueFull
 from conveyor.model import to_json, write_rest
 from conveyor.store.keys import QueueKeys
@@ -320,7 +321,12 @@ def intake(keys: QueueKeys, limit: int, stem: str, task: str = "") -> Call[int]:
 def await_outcome(keys: QueueKeys, id: str, channel: str) -> Call[tuple[str, bytes]]:  # noqa: A002
     """Return the call that reads an outcome or registers *channel* as waiting; it yields await.lua's (word, bytes)."""
     names = (keys.jobs, keys.state, keys.dead, keys.waiters, keys.result(id))
-    return Call(AWAIT, names, (id, channel), lambda reply: (reply[0].decode(), reply[1] if len(reply) > 1 else b""))
+    return Call(
+        AWAIT,
+        names,
+        (id, channel, "1" if ident.may_come(id) else ""),
+        lambda reply: (reply[0].decode(), reply[1] if len(reply) > 1 else b""),
+    )
 
 
 def forget(keys: QueueKeys, id: str, channel: str) -> Call[int]:  # noqa: A002
