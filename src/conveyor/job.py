@@ -102,7 +102,7 @@ class Job(Generic[R_co]):
 
     def status(self) -> Status:
         """
-        Return scheduled, ready, leased, done, dead or cancelled.
+        Return scheduled, ready, leased, done, dead or cancelled; waiting for a spawned job that has not left its parent.
 
         A job that Redis no longer knows is done: one that succeeded and keeps no result leaves no record. Raises
         JobNotFound for an id of the caller's own that no queue has seen within a day.
@@ -120,6 +120,8 @@ class Job(Generic[R_co]):
             return row.status
         if place == "result":
             return read_outcome(record).status
+        if place == "none" and not record and ident.may_come(self._bare):
+            return "waiting"  # its parent has not ended, or has a moment ago
         return "cancelled" if place == "cancelled" else "done"
 
     def _show(self) -> Shown:
