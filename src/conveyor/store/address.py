@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import re
+import socket
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, cast
@@ -22,6 +23,12 @@ if TYPE_CHECKING:
 _SECRET = re.compile(r"(?<=://)([^/:@\s]*):\S*@")
 _SECRET_OPTION = re.compile(r"(?<=[?&])(\w*password=)[^&\s]*")
 _CONNECT_TIMEOUT = 5.0
+# A peer that is gone without a word is noticed after a minute, also where nothing waits for a reply: three unanswered probes.
+_ALIVE = {
+    getattr(socket, name): value
+    for name, value in (("TCP_KEEPIDLE", 30), ("TCP_KEEPINTVL", 10), ("TCP_KEEPCNT", 3))
+    if hasattr(socket, name)
+}
 _ANSWER_TIMEOUT = 5.0
 
 
@@ -59,7 +66,12 @@ class Address:
             raise ConfigurationError(f"{self} is not a Redis URL: {redact(str(error))}") from None
         parameters.pop("connection_class", None)
         # RESP2 is enough and every supported server speaks it; retries are ours, since only we know what may be repeated.
-        return {"socket_connect_timeout": self.connect_timeout, **parameters, "protocol": 2}
+        alive = (
+            {}
+            if urlsplit(self.url).scheme == "unix"
+            else {"socket_keepalive": True, "socket_keepalive_options": _ALIVE}
+        )
+        return {"socket_connect_timeout": self.connect_timeout, **alive, **parameters, "protocol": 2}
 
     def place(self, key: str) -> Place:
         """Return where the commands for *key* go: all go here."""
@@ -108,6 +120,9 @@ class Address:
         except TimeoutError as error:
             await connection.disconnect(nowait=True)
             raise TimeoutError("connected, but no answer") from error
+        except BaseException:
+            await connection.disconnect(nowait=True)
+            raise
         return connection
 
     def connection(self, *, read_timeout: float | None) -> Connection:

@@ -89,6 +89,11 @@ class Backend:
         """The hold on the embedded server, when it is used and was needed already."""
         return self._attachment
 
+    @property
+    def configured(self) -> str | None:
+        """The URL as it was configured, None when the embedded server is used. It may hold a password."""
+        return self._url
+
     def keys(self, queue: str) -> QueueKeys:
         """Return the keys of *queue*."""
         return QueueKeys(self.namespace, queue)
@@ -175,8 +180,7 @@ class Backend:
     def announce(self, keys: QueueKeys) -> None:
         """Make a queue known before its first push: the set has no hash tag, so it cannot be part of it."""
         if keys.queue not in self._announced:
-            known = known_queues(self.namespace)
-            self.execute("SADD", known, keys.queue, key=known, patience=self.patience)
+            self.run(operations.announce(known_queues(self.namespace), keys.queue))
             self._announced.add(keys.queue)
 
     def _take(self, key: str | None) -> Producer:
@@ -214,8 +218,7 @@ class Backend:
     async def aannounce(self, keys: QueueKeys) -> None:
         """Make a queue known before its first push."""
         if keys.queue not in self._announced:
-            known = known_queues(self.namespace)
-            await self.aexecute("SADD", known, keys.queue, key=known, patience=self.patience)
+            await self.arun(operations.announce(known_queues(self.namespace), keys.queue))
             self._announced.add(keys.queue)
 
     async def aqueues(self) -> list[str]:

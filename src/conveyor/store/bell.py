@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,8 @@ from conveyor.store.wire import Wire
 
 if TYPE_CHECKING:
     from conveyor.store.place import Place
+
+log = logging.getLogger("conveyor.store")
 
 
 class Bell:
@@ -88,6 +91,17 @@ class AsyncBell:
         await asyncio.sleep(min(fault.pause(self._failures), max(seconds, 0.001)))
         self._failures += 1
         return None
+
+
+def ring(wire: Wire, key: str) -> None:
+    """Put a token into *key* for whoever blocks on it; it goes away by itself if nobody does."""
+    wire.send(("RPUSH", key, 1), _ignore)
+    wire.send(("PEXPIRE", key, 60_000), _ignore)
+
+
+def _ignore(reply: Any) -> None:
+    if isinstance(reply, Exception) and fault.remedy(str(reply)) is fault.Remedy.RAISE:
+        log.debug("ignored: %s", reply)
 
 
 def _timeout(seconds: float) -> str:

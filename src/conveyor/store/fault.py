@@ -18,6 +18,7 @@ _CODE = re.compile(
     r"\b(NOSCRIPT|OOM|READONLY|NOREPLICAS|MISCONF|BUSY|LOADING|TRYAGAIN|CLUSTERDOWN|MASTERDOWN|UNBLOCKED|NOPERM|NOAUTH|WRONGPASS"
     r"|WRONGTYPE|NOTBUSY)\b|^(MOVED|ASK) \d+ "
 )
+_FORBIDDEN = re.compile(r"ACL failure in script|user executing the script")  # 7 and 6.2, for a command in a script
 _ON_THE_WAY = "non local key"
 """What a script meets while its slot moves and only some of its keys have arrived."""
 SLOT_MOVES = 30.0
@@ -71,7 +72,7 @@ class Patience:
 def final(text: str, address: str) -> ConveyorError:
     """Return the error a person sees for a reply that repeating does not mend."""
     found = _CODE.search(text)
-    code = found[1] if found else ""
+    code = found[1] if found else "NOPERM" if _FORBIDDEN.search(text) else ""
     if code == "OOM":
         return QueueFull(
             f"Redis at {address} is at its maxmemory and takes no more. Nothing was enqueued. "
@@ -79,7 +80,8 @@ def final(text: str, address: str) -> ConveyorError:
         )
     if code in {"NOPERM", "NOAUTH", "WRONGPASS"}:
         return ConfigurationError(
-            f"Redis at {address} refuses this user: {text.rstrip('.')}. See `conveyor doctor`.", code="E17"
+            f"Redis at {address} refuses this user: {text.rstrip('.')}. `conveyor acl` prints what each role needs.",
+            code="E17",
         )
     if code == "WRONGTYPE":
         return ConfigurationError(

@@ -189,9 +189,10 @@ class Wire:
 
             try:
                 raw = await self.place.aopen()
-            except AuthenticationError as error:
-                raise fault.final(f"WRONGPASS {error}", str(self.place)) from error
             except RedisError as error:
+                # redis-py's asyncio wraps what it meets while it connects.
+                if isinstance(error, AuthenticationError) or isinstance(error.__cause__, AuthenticationError):
+                    raise fault.final(f"WRONGPASS {error}", str(self.place)) from error
                 raise WireLost(str(error)) from error
             self._raw, self._reader = raw, hiredis.Reader(replyError=_reply_error)
             self._pack = hiredis.pack_command

@@ -120,8 +120,8 @@ class Listener:
                 await self._wire.open()
             except OSError:
                 continue
-            except ConveyorError as error:  # a password was changed, say: nothing is heard until that is mended
-                log.warning("cannot wait for work: %s", error)
+            except ConveyorError as error:  # its password is refused: for a while, we hope
+                log.warning("waiting for work was refused: %s", error)
                 continue
             break
         self._retry = self._listening = None
