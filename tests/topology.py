@@ -222,7 +222,9 @@ class Watched:
 class ClusterOfNodes:
     """Three masters, with replicas on request, each a third of the slots: `url` names them all."""
 
-    def __init__(self, directory: Path, *, replicas: int = 0, node_timeout_ms: int = 1000, name: str = "valkey") -> None:
+    def __init__(
+        self, directory: Path, *, replicas: int = 0, node_timeout_ms: int = 1000, name: str = "valkey"
+    ) -> None:
         """Start the nodes, introduce them, and wait until all say that the cluster is well."""
         options = (
             *QUIET, "--cluster-enabled", "yes", "--cluster-config-file", "nodes.conf", "--cluster-node-timeout", str(node_timeout_ms),
