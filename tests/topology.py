@@ -203,12 +203,19 @@ class Watched:
         """Wait until the master is another one than that at *port*."""
         wait_for(lambda: self.master.port != port and self.master.role() == "master", what="no failover")
 
+    def split(self) -> Node:
+        """Make the replica the master while the old one does not notice: return it, alive, with all its connections."""
+        old = self.freeze_master()
+        self.await_other(old.port)
+        old.thaw()
+        return old
+
     def mend(self, node: Node) -> None:
-        """Bring a dead or frozen server back, and wait until it is the new master's replica."""
-        if node.running:
-            node.thaw()
-        else:
+        """Bring a server back, or to its senses, and wait until it is the new master's replica."""
+        if not node.running:
             node.start()
+        node.thaw()
+        node.ask("REPLICAOF", "127.0.0.1", self.master.port)  # sentinels give this order too, up to ten seconds later
         self.settle()
 
     def stop(self) -> None:

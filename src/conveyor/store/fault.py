@@ -38,7 +38,7 @@ class Remedy(Enum):
 
 _REMEDY = {
     "NOSCRIPT": Remedy.LOAD, "BUSY": Remedy.WAIT, "LOADING": Remedy.WAIT, "TRYAGAIN": Remedy.WAIT, "CLUSTERDOWN": Remedy.MOVE,
-    "MASTERDOWN": Remedy.WAIT, "UNBLOCKED": Remedy.WAIT, "NOREPLICAS": Remedy.WAIT, "MISCONF": Remedy.WAIT,
+    "MASTERDOWN": Remedy.WAIT, "UNBLOCKED": Remedy.WAIT, "NOREPLICAS": Remedy.RECONNECT, "MISCONF": Remedy.WAIT,
     "READONLY": Remedy.RECONNECT, "MOVED": Remedy.MOVE, "ASK": Remedy.ASIDE,
 }  # fmt: skip
 
