@@ -87,17 +87,20 @@ class Address:
         """Seconds one answer may take."""
         return self.answer_timeout
 
+    @property
+    def host(self) -> str:
+        """Host and port, as a URL has them."""
+        return urlsplit(self.url).netloc.rpartition("@")[2] or "host:6379"
+
     def check(self) -> None:
         """Raise ConfigurationError when the options of the URL mean nothing."""
         assert self._parameters is not None
 
     def moved(self, reply: str) -> None:
         """Raise ConfigurationError (E33): only nodes of a cluster answer so."""
-        parts = urlsplit(self.url)
-        host = parts.netloc.rpartition("@")[2] or "host:6379"
         raise ConfigurationError(
             f"The server at {self} is one node of a cluster ({reply}). Name some of its nodes in a cluster's URL: "
-            f"{'rediss' if parts.scheme == 'rediss' else 'redis'}+cluster://{host}",
+            f"{'rediss' if self.url.startswith('rediss') else 'redis'}+cluster://{self.host}",
             code="E33",
         )
 

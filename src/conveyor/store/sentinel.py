@@ -213,4 +213,4 @@ class _Election:
 
 
 def _short(address: Address | None) -> str:
-    return "nobody" if address is None else address.url.rpartition("@")[2].rpartition("//")[2].partition("/")[0]
+    return "nobody" if address is None else address.host

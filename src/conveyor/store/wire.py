@@ -107,6 +107,8 @@ class Wire:
                 reply = await self._aside(str(cause), command())
                 if not isinstance(reply, Exception):
                     return call.decode(reply)
+                if fault.remedy(str(reply)) is fault.Remedy.LOAD:
+                    command = call.load
 
     async def ask(self, *command: Any, patience: float | None) -> Any:
         """Send one plain command, which may be repeated, and return the raw reply; errors as in `run`."""
