@@ -216,5 +216,3 @@ async def test_rights_that_are_taken_away_and_given_back(start_server: Start, ro
                 await until(lambda n=n: ran == list(range(n + 1)))
                 print(f"worked again after {monotonic() - began:.2f} s")
     await app.aclose()
-
-

@@ -61,7 +61,7 @@ class Worker:
         self.state: Mapping[str, Any] = {}
         self.consumers: list[Consumer] = []
         self.settling = settling.Settling(app, self.name)
-        self.last_renewal = monotonic()
+        self.last_renewal = self.last_tick = monotonic()
         fed = [name for name, listed in app.plain_lists.items() if listed.task]
         own = [task.queue for task in app.tasks.values()]
         self._queues = dict(queues) if queues else dict.fromkeys((*own, *fed), 1.0)
@@ -370,6 +370,7 @@ class Worker:
         self.stop()
 
     def _tick(self) -> None:
+        self.last_tick = monotonic()
         if self._slot is not None:
             self._slot.tick()
             self._slot.clear_job()
