@@ -153,6 +153,10 @@ class Fleet:
         """Return what the queue holds."""
         return self.app.backend.run(inspection.counts(self.keys))
 
+    def registered(self) -> set[int]:
+        """Return the pids of the workers that Redis knows."""
+        return {int(member.about["pid"]) for member in self.app.backend.run(inspection.crew(self.keys))}
+
     def drained(self) -> bool:
         """Tell whether nothing is left to do."""
         found = self.counts()

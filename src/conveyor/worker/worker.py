@@ -115,6 +115,8 @@ class Worker:
             return True
         starting.cancel()
         await asyncio.gather(starting, return_exceptions=True)
+        met = [one for one in self.consumers if one.identity and one.wire.is_open]
+        await asyncio.gather(*(consumer.leave() for consumer in met))  # its registration may be on the way already
         return False
 
     async def start(self, stack: AsyncExitStack) -> None:
