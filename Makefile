@@ -8,7 +8,7 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-input
 ARGS   ?=
 
-SOURCES := src tests $(wildcard benchmarks) $(wildcard examples)
+SOURCES := src tests $(wildcard benchmarks) $(wildcard chaos) $(wildcard examples)
 TYPED   := src $(wildcard examples)
 
 .DEFAULT_GOAL := help

@@ -302,7 +302,7 @@ async def test_an_idle_worker_is_woken_at_once(app: Conveyor) -> None:
 
     async with working(app) as worker:
         for _ in range(5):
-            await until(lambda: worker.listener.blocked and not worker.consumers[0].busy)
+            await until(lambda: worker.harbour.blocked and not worker.consumers[0].busy)
             start = time.monotonic()
             job = await when.aenqueue()
             assert await job.aresult(timeout=5) - start < 0.5
@@ -315,7 +315,7 @@ async def test_an_idle_worker_sends_next_to_nothing(app: Conveyor, redis: Any) -
     async def never() -> None: ...
 
     async with working(app) as worker:
-        await until(lambda: worker.listener.blocked)
+        await until(lambda: worker.harbour.blocked)
         await asyncio.sleep(0.1)  # let the first turns pass
         before = redis.info("stats")["total_commands_processed"]
         await asyncio.sleep(2)  # the law is about time that passes

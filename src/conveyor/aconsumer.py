@@ -37,7 +37,7 @@ class AsyncConsumer(AwaitableHolder, Generic[T]):
         """Connects when the first message is asked for."""
         super().__init__(backend, lessee, verdict, on_error)
         self._flow = Flow(lessee, verdict, lambda leased: open(leased, self))
-        self._bell = AsyncBell(backend.address)
+        self._bell = AsyncBell(backend.place(lessee.keys))
         self._pulse: Pulse | None = None
         self._mover: AsyncMover | None = None
         self._upkeep: asyncio.Task[None] | None = None
@@ -75,7 +75,7 @@ class AsyncConsumer(AwaitableHolder, Generic[T]):
         self._loop.call_soon(self._begin_flush)
 
     def _begin(self) -> None:
-        self._pulse = Pulse(self.backend.address, self.lessee, flush=lambda: False, slack=1.6)
+        self._pulse = Pulse(self.backend.place(self.lessee.keys), self.lessee, flush=lambda: False, slack=1.6)
         if self.lessee.keys.foreign is not None:
             self._mover = AsyncMover(self.backend, self.lessee.keys)
         self._upkeep = self._loop.create_task(self._renew())

@@ -183,7 +183,7 @@ class Admin:
 
     def _require(self, name: str) -> QueueKeys:
         known = known_queues(self.backend.namespace)
-        if name not in self.plain_lists and not self.backend.execute("SISMEMBER", known, name):
+        if name not in self.plain_lists and not self.backend.execute("SISMEMBER", known, name, key=known):
             names = self.names()
             listed = f"Known: {', '.join(names[:10])}{' …' if len(names) > 10 else ''}." if names else "There is none."
             raise QueueNotFound(f"No queue {name!r} in namespace {self.backend.namespace!r}. {listed}")
@@ -200,9 +200,9 @@ class Admin:
     def _length(self, keys: QueueKeys, state: str) -> int:
         """Return how many entries a state has in Redis, cancelled ones that still stand in line included."""
         if state == "done":
-            return _number(self.backend.execute("LLEN", keys.recent))
+            return _number(self.backend.execute("LLEN", keys.recent, key=keys.recent))
         counts = self.backend.run(inspection.counts(keys))
-        stubs = _number(self.backend.execute("HGET", keys.conf, "stubs") or 0) if state == "ready" else 0
+        stubs = _number(self.backend.execute("HGET", keys.conf, "stubs", key=keys.conf) or 0) if state == "ready" else 0
         return int(getattr(counts, state)) + stubs
 
     def _listed(self, queue: str, state: str, offset: int, total: int) -> Iterator[JobInfo]:

@@ -41,8 +41,8 @@ class Consumer(BlockingHolder, Generic[T]):
         """Connects when the first message is asked for."""
         super().__init__(backend, lessee, verdict, on_error, run=self._run_own)
         self._flow = Flow(lessee, verdict, lambda leased: open(leased, self))
-        self._connection = Connection(backend.address)
-        self._bell = Bell(backend.address)
+        self._connection = Connection(backend.place(lessee.keys))
+        self._bell = Bell(backend.place(lessee.keys))
         self._pulse: Pulse | None = None
         self._mover: Mover | None = None
         self._latest: Sequence[Leased] = ()
@@ -89,7 +89,7 @@ class Consumer(BlockingHolder, Generic[T]):
     # -- driving ------------------------------------------------------------------------------------------------------
 
     def __enter__(self) -> Consumer[T]:
-        self._pulse = Pulse(self.backend.address, self.lessee, flush=self._flush)
+        self._pulse = Pulse(self.backend.place(self.lessee.keys), self.lessee, flush=self._flush)
         if self.lessee.keys.foreign is not None:
             self._mover = Mover(self.backend, self.lessee.keys)
         return self

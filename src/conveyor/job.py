@@ -13,7 +13,6 @@ from conveyor.duration import Duration, milliseconds
 from conveyor.errors import ConfigurationError, JobCancelled, JobFailed, JobNotFound, ResultExpired
 from conveyor.model import Failure, State, Status, read_outcome
 from conveyor.store import inspection, operations
-from conveyor.store.keys import known_queues
 from conveyor.store.operations import Existing
 
 if TYPE_CHECKING:
@@ -136,8 +135,7 @@ class Job(Generic[R_co]):
         backend = self._home.backend
         if self.queue is not None:
             return self._found(self.queue, await backend.arun(inspection.show(self._home.keys(self.queue), self._bare)))
-        members = cast("list[bytes]", await backend.aexecute("SMEMBERS", known_queues(self._home.namespace)))
-        for queue in sorted(member.decode() for member in members):
+        for queue in await backend.aqueues():
             shown = await backend.arun(inspection.show(self._home.keys(queue), self._bare))
             if _is_known(shown):
                 return self._found(queue, shown)

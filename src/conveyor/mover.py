@@ -11,7 +11,7 @@ from conveyor.store import operations
 from conveyor.store.backend import Backend
 from conveyor.store.bell import AsyncBell, Bell
 from conveyor.store.connection import Connection
-from conveyor.store.keys import QueueKeys, known_queues
+from conveyor.store.keys import QueueKeys
 from conveyor.store.script import Call
 
 POLL = 1.0
@@ -30,8 +30,8 @@ class Mover:
         """Starts its thread when it is first needed."""
         self._backend, self._keys = backend, keys
         self._known = False
-        self._bell = Bell(backend.address)
-        self._connection = Connection(backend.address)
+        self._bell = Bell(backend.place(keys))
+        self._connection = Connection(backend.place(keys))
         self._begin = threading.Event()
         self._stopped = False
         self._seconds = 0.0
@@ -69,7 +69,7 @@ class Mover:
             try:
                 assert self._keys.foreign is not None
                 if not self._known:
-                    self._backend.execute("SADD", known_queues(self._backend.namespace), self._keys.queue)
+                    self._backend.announce(self._keys)
                     self._known = True
                 self._moving = True
                 try:
@@ -109,7 +109,7 @@ class AsyncMover:
 
     async def _move(self, seconds: float) -> None:
         assert self._keys.foreign is not None
-        bell = self._bell = self._bell or AsyncBell(self._backend.address)
+        bell = self._bell = self._bell or AsyncBell(self._backend.place(self._keys))
         try:
             await self._backend.aannounce(self._keys)
             moved = await bell.move(self._keys.foreign, self._keys.intake, seconds)

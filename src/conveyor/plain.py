@@ -15,7 +15,7 @@ from conveyor.pusher import Pusher
 from conveyor.queue import Queue
 from conveyor.store import inspection, rawlist
 from conveyor.store.backend import Backend
-from conveyor.store.keys import QueueKeys, known_queues
+from conveyor.store.keys import QueueKeys
 from conveyor.store.script import Call
 from conveyor.sweep import Sweep
 
@@ -118,7 +118,7 @@ class RawPusher(Pusher[T]):
 
     def _raw(self, entries: list[bytes]) -> None:
         if not self._known:
-            self._backend.execute("SADD", known_queues(self._backend.namespace), self._keys.queue)
+            self._backend.announce(self._keys)
             self._known = True
         with self._lanes.one() as lane:
             self._backend.run(rawlist.push(self._keys, lane, entries))

@@ -8,8 +8,8 @@ from collections.abc import Callable
 from conveyor.errors import ConveyorError
 from conveyor.lessee import Lessee
 from conveyor.store import operations
-from conveyor.store.address import Address
 from conveyor.store.connection import Connection
+from conveyor.store.place import Place
 
 BUSY, IDLE = 0.25, 0.42
 """Parts of a lease after which it is renewed; an idle consumer renews by the turns it makes anyway."""
@@ -18,12 +18,12 @@ BUSY, IDLE = 0.25, 0.42
 class Pulse:
     """A daemon thread with a connection of its own. `flush` makes a whole turn where it can and says whether it did."""
 
-    def __init__(self, address: Address, lessee: Lessee, *, flush: Callable[[], bool], slack: float = 1.0) -> None:
+    def __init__(self, place: Place, lessee: Lessee, *, flush: Callable[[], bool], slack: float = 1.0) -> None:
         """Start beating; *slack* stretches the pauses where something else renews first."""
         self._lessee = lessee
         self._flush = flush
         self._slack = slack
-        self._connection = Connection(address)
+        self._connection = Connection(place)
         self._stop = threading.Event()
         self.idle = False
         self._thread = threading.Thread(target=self._beat, name="conveyor-pulse", daemon=True)

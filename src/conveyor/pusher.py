@@ -100,7 +100,7 @@ class Pusher(Generic[T]):
     def _push_whole(self, entries: list[Entry]) -> None:
         """Accept all or none of more than fit one call of the backend."""
         self._backend.push(self._keys, [])  # makes the queue known
-        connection = Connection(self._backend.address)
+        connection = Connection(self._backend.place(self._keys))
         try:
             call = operations.push(self._keys, Lane(ident.new_identity()), entries, max_length=self._most)
             connection.run(call, patience=self._backend.patience)

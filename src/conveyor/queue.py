@@ -161,7 +161,7 @@ class Queue(Generic[T]):
                     holder.round(step.want, leave=step.leave)
                     holder.note()
                 else:
-                    bell = bell or Bell(self.backend.address)
+                    bell = bell or Bell(self.backend.place(self.keys))
                     bell.wait(self.keys.wake, step.seconds)
         except StopIteration as stop:
             return stop.value  # type: ignore[no-any-return]
@@ -194,7 +194,7 @@ class Queue(Generic[T]):
                     await holder.around(step.want, leave=step.leave)
                     holder.note()
                 else:
-                    bell = bell or AsyncBell(self.backend.address)
+                    bell = bell or AsyncBell(self.backend.place(self.keys))
                     await bell.wait(self.keys.wake, step.seconds)
         except StopIteration as stop:
             return stop.value  # type: ignore[no-any-return]

@@ -225,7 +225,7 @@ class Listener:
         self.ready = threading.Event()
         self.error: Exception | None = None
         self._replies = replies
-        self._address = backend.address
+        self._place = backend.place(replies.channel)
         self._closed = threading.Event()
         self._raw: Any = None  # a redis.Connection, whose methods have no types
         self._thread = threading.Thread(target=self._run, name="conveyor-replies", daemon=True)
@@ -260,8 +260,7 @@ class Listener:
                     raw.disconnect()
 
     def _read(self) -> None:
-        raw = self._raw = self._address.connection(read_timeout=None)
-        raw.connect()
+        raw = self._raw = self._place.open(read_timeout=None)
         if self._closed.is_set():
             return
         raw.send_command("SUBSCRIBE", self._replies.channel)

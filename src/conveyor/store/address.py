@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from redis import Connection
     from redis.asyncio import Connection as AsyncConnection
 
+    from conveyor.store.place import Place
+
 # To the last "@" of the word: a password that was not quoted may hold "/", ":" and "@" itself.
 _SECRET = re.compile(r"(?<=://)([^/:@\s]*):\S*@")
 _SECRET_OPTION = re.compile(r"(?<=[?&])(\w*password=)[^&\s]*")
@@ -57,6 +59,22 @@ class Address:
         parameters.pop("connection_class", None)
         # RESP2 is enough and every supported server speaks it; retries are ours, since only we know what may be repeated.
         return {"socket_connect_timeout": self.connect_timeout, **parameters, "protocol": 2}
+
+    def place(self, key: str) -> Place:
+        """Return where the commands for *key* go: all go here."""
+        return self
+
+    def open(self, *, read_timeout: float | None) -> Connection:
+        """Return a connected blocking connection."""
+        connection = self.connection(read_timeout=read_timeout)
+        connection.connect()
+        return connection
+
+    async def aopen(self) -> AsyncConnection:
+        """Return a connected connection of asyncio."""
+        connection = self.async_connection()
+        await connection.connect()
+        return connection
 
     def connection(self, *, read_timeout: float | None) -> Connection:
         """Return an unopened blocking connection."""

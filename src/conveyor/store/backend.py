@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from conveyor.store.embedded import Attachment
+    from conveyor.store.place import Place
 
 T = TypeVar("T")
 PATIENCE = 5.0
@@ -46,10 +47,12 @@ class Backend:
         self._url = configured_url(url)
         if self._url is not None and not self._url.startswith("embedded:"):
             Address(self._url)  # a wrong URL is refused where it is written, not at the first push
+        self._single = True  # one place for all keys
         self._address: Address | None = None
         self._attachment: Attachment | None = None
         self._lock = threading.Lock()
         self._free: deque[Producer] = deque()
+        self._crowd: dict[Place, deque[Producer]] = {}
         self._loops: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, Shared] = weakref.WeakKeyDictionary()
         self._last: Shared | None = None
         self._announced: set[str] = set()
@@ -88,63 +91,67 @@ class Backend:
         """Return the keys of *queue*."""
         return QueueKeys(self.namespace, queue)
 
+    def place(self, keys: QueueKeys | str) -> Place:
+        """Return where the commands for these keys go."""
+        return self.address.place(keys if isinstance(keys, str) else keys.jobs)
+
     # -- blocking -------------------------------------------------------------------------------------------------
 
     def run(self, call: Call[T], *, patience: float | None = None) -> T:
         """Carry out one step; raises ConfigurationError inside a running event loop."""
         refuse_in_loop()
-        producer = self._take()
+        producer = self._take(call.keys[0])
         try:
             return producer.connection.run(call, patience=self.patience if patience is None else patience)
         finally:
-            self._free.append(producer)
+            producer.home.append(producer)
 
     def push(self, keys: QueueKeys, entries: Sequence[Entry], *, max_length: int = 0) -> list[str]:
         """Accept *entries*, all or none per thousand, in their order; return an id for each."""
         refuse_in_loop()
-        self._announce(keys)
+        self.announce(keys)
         ids: list[str] = []
-        producer = self._take()
+        producer = self._take(keys.jobs)
         try:
             for first in range(0, len(entries), BULK):
                 call = operations.push(keys, producer.lane, entries[first : first + BULK], max_length=max_length)
                 accepted = producer.connection.run(call, patience=self.patience)
                 ids += accepted
         finally:
-            self._free.append(producer)
+            producer.home.append(producer)
         return ids
 
     def push_plain(self, keys: QueueKeys, pairs: Sequence[Argument], *, max_length: int = 0) -> None:
         """Accept plain messages (id, envelope, id, envelope, …): the cheapest way in."""
         refuse_in_loop()
         if keys.queue not in self._announced:
-            self._announce(keys)
-        producer = self._take()
+            self.announce(keys)
+        producer = self._take(keys.jobs)
         try:
             call = operations.push_plain(keys, producer.lane, pairs, max_length=max_length)
             producer.connection.run(call, patience=self.patience)
         finally:
-            self._free.append(producer)
+            producer.home.append(producer)
 
     def post_plain(self, keys: QueueKeys, pairs: Sequence[Argument]) -> Callable[[], None]:
         """Do the same, but return once it is sent: the caller prepares the next while Redis works, then calls the result."""
         refuse_in_loop()
-        self._announce(keys)
-        producer = self._take()
+        self.announce(keys)
+        producer = self._take(keys.jobs)
         collect = producer.connection.post(operations.push_plain(keys, producer.lane, pairs))
 
         def finish() -> None:
             try:
                 collect(self.patience)
             finally:
-                self._free.append(producer)
+                producer.home.append(producer)
 
         return finish
 
-    def execute(self, *command: Argument) -> object:
-        """Send one plain command, for reads that need no script (INFO, PING, SMEMBERS)."""
+    def execute(self, *command: Argument, key: str | None = None) -> object:
+        """Send one plain command where *key* lies (None: any server), for reads that need no script (INFO, PING, SMEMBERS)."""
         refuse_in_loop()
-        producer = self._take()
+        producer = self._take(key)
         try:
             return producer.connection.execute(*command)
         except Exception as error:
@@ -158,31 +165,34 @@ class Backend:
                 raise fault.unreachable(str(self.address), error) from error
             raise
         finally:
-            self._free.append(producer)
+            producer.home.append(producer)
 
     def queues(self) -> list[str]:
         """Return the names of all known queues, sorted."""
-        members = self.execute("SMEMBERS", known_queues(self.namespace))
-        assert isinstance(members, list | set)
-        return sorted(name.decode() for name in members)
+        known = known_queues(self.namespace)
+        return _names(self.execute("SMEMBERS", known, key=known))
 
-    def _announce(self, keys: QueueKeys) -> None:
-        # The set has no hash tag, so it cannot be part of the push; it is written before the first one.
+    def announce(self, keys: QueueKeys) -> None:
+        """Make a queue known before its first push: the set has no hash tag, so it cannot be part of it."""
         if keys.queue not in self._announced:
-            self.execute("SADD", known_queues(self.namespace), keys.queue)
+            known = known_queues(self.namespace)
+            self.execute("SADD", known, keys.queue, key=known)
             self._announced.add(keys.queue)
 
-    def _take(self) -> Producer:
+    def _take(self, key: str | None) -> Producer:
+        free = self._free if self._single else self._crowd.setdefault(self.place(key or ""), deque())
         try:
-            return self._free.pop()
+            return free.pop()
         except IndexError:
-            return Producer(Connection(self.address), Lane(new_identity()))
+            return Producer(Connection(self.place(key or "")), Lane(new_identity()), free)
 
     # -- awaitable ------------------------------------------------------------------------------------------------
 
     async def arun(self, call: Call[T], *, patience: float | None = None) -> T:
         """Carry out one step on this event loop's wire."""
-        return await self.shared().wire.run(call, patience=self.patience if patience is None else patience)
+        shared = self.shared()
+        wire = shared.wire if self._single else shared.wire_at(self.place(call.keys[0]))
+        return await wire.run(call, patience=self.patience if patience is None else patience)
 
     async def apush(self, keys: QueueKeys, entries: Sequence[Entry], *, max_length: int = 0) -> list[str]:
         """Accept *entries* in their order; pushes of one tick travel together. Each thousand is accepted whole or not at all."""
@@ -204,15 +214,25 @@ class Backend:
     async def aannounce(self, keys: QueueKeys) -> None:
         """Make a queue known before its first push."""
         if keys.queue not in self._announced:
-            await self.aexecute("SADD", known_queues(self.namespace), keys.queue)
+            known = known_queues(self.namespace)
+            await self.aexecute("SADD", known, keys.queue, key=known)
             self._announced.add(keys.queue)
 
-    async def aexecute(self, *command: Argument) -> object:
-        """Send one plain command on this event loop's wire."""
+    async def aqueues(self) -> list[str]:
+        """Return the names of all known queues, sorted."""
+        known = known_queues(self.namespace)
+        return _names(await self.aexecute("SMEMBERS", known, key=known))
+
+    def wire(self, keys: QueueKeys | str) -> Wire:
+        """Return this event loop's wire for these keys."""
+        return self.shared().wire_at(self.place(keys))
+
+    async def aexecute(self, *command: Argument, key: str | None = None) -> object:
+        """Send one plain command on this event loop's wire for *key* (None: any)."""
         from conveyor.store import fault
 
         try:
-            reply = await self.shared().wire.execute(*command)
+            reply = await self.wire(key or "").execute(*command)
         except OSError as error:
             raise fault.unreachable(str(self.address), error) from error
         if isinstance(reply, Exception):
@@ -227,7 +247,7 @@ class Backend:
             return last
         found = self._loops.get(loop)
         if found is None:
-            found = self._loops[loop] = Shared(loop, Wire(self.address), self.patience)
+            found = self._loops[loop] = Shared(loop, self.place, self.patience)
         self._last = found
         return found
 
@@ -235,8 +255,9 @@ class Backend:
 
     def close(self) -> None:
         """Close all blocking connections and leave the embedded server."""
-        while self._free:
-            self._free.pop().connection.close()
+        for free in (self._free, *self._crowd.values()):
+            while free:
+                free.pop().connection.close()
         attachment, self._attachment = self._attachment, None
         if attachment is not None:
             self._address = None
@@ -247,26 +268,32 @@ class Backend:
         shared = self._loops.pop(asyncio.get_running_loop(), None)
         self._last = None
         if shared is not None:
-            shared.wire.close()
+            shared.close()
         self.close()
 
     def forked(self) -> None:
         """Start anew in a forked child."""
         # The parent goes on using its sockets and lanes: a child must touch neither.
-        self._free = deque()
+        self._free, self._crowd = deque(), {}
         self._loops = weakref.WeakKeyDictionary()
         self._last = None
         self._lock = threading.Lock()
 
 
 class Producer:
-    """A connection and the lane of the pushes that travel on it."""
+    """A connection, the lane of the pushes that travel on it, and the list it goes back to."""
 
-    __slots__ = ("connection", "lane")
+    __slots__ = ("connection", "home", "lane")
 
-    def __init__(self, connection: Connection, lane: Lane) -> None:
+    def __init__(self, connection: Connection, lane: Lane, home: deque[Producer]) -> None:
         self.connection = connection
         self.lane = lane
+        self.home = home
+
+
+def _names(members: object) -> list[str]:
+    assert isinstance(members, list | set)
+    return sorted(name.decode() for name in members)
 
 
 def refuse_in_loop() -> None:

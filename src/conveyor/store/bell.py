@@ -11,15 +11,15 @@ from conveyor.store.connection import Connection
 from conveyor.store.wire import Wire
 
 if TYPE_CHECKING:
-    from conveyor.store.address import Address
+    from conveyor.store.place import Place
 
 
 class Bell:
     """A blocking connection that waits. One thread waits; any may close it."""
 
-    def __init__(self, address: Address) -> None:
+    def __init__(self, place: Place) -> None:
         """Remember where to connect."""
-        self._connection = Connection(address)
+        self._connection = Connection(place)
         self._failures = 0
 
     def wait(self, key: str, seconds: float) -> bool:
@@ -42,7 +42,7 @@ class Bell:
         except (RedisError, OSError, ValueError, AttributeError) as error:
             # The last two are what a read meets whose connection another thread has closed.
             if isinstance(error, ResponseError) and fault.remedy(str(error)) is fault.Remedy.RAISE:
-                raise fault.final(str(error), str(self._connection.address)) from error
+                raise fault.final(str(error), str(self._connection.place)) from error
             self._connection.close()
             time.sleep(min(fault.pause(self._failures), max(seconds, 0.001)))
             self._failures += 1
@@ -54,9 +54,9 @@ class Bell:
 class AsyncBell:
     """The same on asyncio, with a wire of its own."""
 
-    def __init__(self, address: Address) -> None:
+    def __init__(self, place: Place) -> None:
         """Remember where to connect."""
-        self._wire = Wire(address)
+        self._wire = Wire(place)
         self._failures = 0
 
     async def wait(self, key: str, seconds: float) -> bool:
@@ -81,7 +81,7 @@ class AsyncBell:
                 self._failures = 0
                 return reply
             if fault.remedy(str(reply)) is fault.Remedy.RAISE:
-                raise fault.final(str(reply), str(self._wire.address))
+                raise fault.final(str(reply), str(self._wire.place))
         await asyncio.sleep(min(fault.pause(self._failures), max(seconds, 0.001)))
         self._failures += 1
         return None

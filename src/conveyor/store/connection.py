@@ -15,7 +15,7 @@ from conveyor.store.script import Call
 if TYPE_CHECKING:
     import redis
 
-    from conveyor.store.address import Address
+    from conveyor.store.place import Place
 
 T = TypeVar("T")
 READ_TIMEOUT = 5.0
@@ -29,9 +29,9 @@ class Connection:
     a quarter of the time of a call. The timeout is the kernel's: Python's own costs a system call each way.
     """
 
-    def __init__(self, address: Address) -> None:
+    def __init__(self, place: Place) -> None:
         """Remember where to connect."""
-        self.address = address
+        self.place = place
         self._raw: redis.Connection | None = None
         self._socket: socket.socket | None = None
         self._reader: Any = None
@@ -78,13 +78,13 @@ class Connection:
             if what is fault.Remedy.LOAD:
                 command = call.load
             elif what is fault.Remedy.RAISE:
-                raise fault.final(reply_text(error), str(self.address)) from error
+                raise fault.final(reply_text(error), str(self.place)) from error
             else:
                 if what is fault.Remedy.RECONNECT:
                     self.close()
                 wait = fault.pause(attempt)
                 if time.monotonic() + wait > deadline:
-                    raise fault.unreachable(str(self.address), error) from error
+                    raise fault.unreachable(str(self.place), error) from error
                 attempt += 1
                 time.sleep(wait)
             try:
@@ -133,8 +133,7 @@ class Connection:
         import hiredis
         from redis import ResponseError
 
-        raw = self.address.connection(read_timeout=READ_TIMEOUT)
-        raw.connect()
+        raw = self.place.open(read_timeout=READ_TIMEOUT)
         self._raw, self._socket = raw, raw._sock  # noqa: SLF001  the one private name we use; a test holds it
         self._reader = hiredis.Reader(replyError=ResponseError)
         self._pack = hiredis.pack_command

@@ -5,17 +5,18 @@ from __future__ import annotations
 import asyncio
 import weakref
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from conveyor.errors import ConveyorError, QueueFull, StoreUnavailable
 from conveyor.ident import new_identity
 from conveyor.store import operations
 from conveyor.store.operations import Entry, Lane
+from conveyor.store.wire import Wire
 
 if TYPE_CHECKING:
     from conveyor.store.keys import QueueKeys
-    from conveyor.store.wire import Wire
+    from conveyor.store.place import Place
 
 BULK = 1000
 """Jobs per call of a bulk push: enough to share the round trip, short enough to let others in."""
@@ -26,12 +27,16 @@ Item = tuple[str, bytes, Answer] | tuple[Sequence[Entry], None, Answer]
 
 
 class Shared:
-    """One event loop's wire and, per queue, the lane of its pushes."""
+    """One event loop's wires and, per queue, the lane of its pushes."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, wire: Wire, patience: float) -> None:
-        """Take the loop (held weakly), its wire, and the seconds a push is repeated for."""
+    def __init__(
+        self, loop: asyncio.AbstractEventLoop, place: Callable[[QueueKeys | str], Place], patience: float
+    ) -> None:
+        """Take the loop (held weakly), what knows the place of keys, and the seconds a push is repeated for."""
         self.loop = weakref.ref(loop)
-        self.wire = wire
+        self._place = place
+        self._wires: dict[Place, Wire] = {}
+        self.wire = self.wire_at(place(""))
         self._patience = patience
         self._lanes: dict[tuple[str, int], AsyncLane] = {}
 
@@ -39,8 +44,22 @@ class Shared:
         """Return the lane of *keys*."""
         found = self._lanes.get((keys.prefix, max_length))
         if found is None:
-            found = self._lanes[keys.prefix, max_length] = AsyncLane(self.wire, keys, max_length, self._patience)
+            found = self._lanes[keys.prefix, max_length] = AsyncLane(
+                self.wire_at(self._place(keys)), keys, max_length, self._patience
+            )
         return found
+
+    def wire_at(self, place: Place) -> Wire:
+        """Return the wire of *place*."""
+        found = self._wires.get(place)
+        if found is None:
+            found = self._wires[place] = Wire(place)
+        return found
+
+    def close(self) -> None:
+        """Close the wires."""
+        for wire in self._wires.values():
+            wire.close()
 
 
 class AsyncLane:

@@ -19,7 +19,7 @@ from conveyor.store.connection import READ_TIMEOUT
 from conveyor.store.script import Call
 
 if TYPE_CHECKING:
-    from conveyor.store.address import Address
+    from conveyor.store.place import Place
 
 T = TypeVar("T")
 Reply = Callable[[Any], None]
@@ -53,9 +53,9 @@ class _Stream(asyncio.Protocol):
 class Wire:
     """A connection of one event loop that opens itself; what is sent in one tick leaves in one write."""
 
-    def __init__(self, address: Address) -> None:
+    def __init__(self, place: Place) -> None:
         """Remember where to connect."""
-        self.address = address
+        self.place = place
         self._raw: Any = None  # keeps redis-py's stream writer alive, which would close the transport
         self._transport: asyncio.WriteTransport | None = None
         self._stream: _Stream | None = None
@@ -86,7 +86,7 @@ class Wire:
                 cause: Exception = error
                 what = fault.Remedy.WAIT
                 if self._closed:
-                    raise fault.unreachable(str(self.address), error) from error
+                    raise fault.unreachable(str(self.place), error) from error
             else:
                 if not isinstance(reply, Exception):
                     return call.decode(reply)
@@ -95,12 +95,12 @@ class Wire:
                 command = call.load
                 continue
             if what is fault.Remedy.RAISE:
-                raise fault.final(str(cause), str(self.address)) from cause
+                raise fault.final(str(cause), str(self.place)) from cause
             if what is fault.Remedy.RECONNECT:
                 self.drop(WireLost("the server is read-only now"))
             wait = fault.pause(attempt)
             if deadline is not None and time.monotonic() + wait > deadline:
-                raise fault.unreachable(str(self.address), cause) from cause
+                raise fault.unreachable(str(self.place), cause) from cause
             attempt += 1
             await asyncio.sleep(wait)
 
@@ -154,11 +154,10 @@ class Wire:
             import hiredis
             from redis import AuthenticationError, RedisError
 
-            raw = self.address.async_connection()
             try:
-                await raw.connect()
+                raw = await self.place.aopen()
             except AuthenticationError as error:
-                raise fault.final(f"WRONGPASS {error}", str(self.address)) from error
+                raise fault.final(f"WRONGPASS {error}", str(self.place)) from error
             except RedisError as error:
                 raise WireLost(str(error)) from error
             self._raw, self._reader = raw, hiredis.Reader(replyError=_reply_error)

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from contextlib import AsyncExitStack
 
     from conveyor.store.keys import QueueKeys
+    from conveyor.worker.berth import Berth
     from conveyor.worker.handler import Handler
     from conveyor.worker.role import Host
 
@@ -42,8 +43,8 @@ IDLE = 5.0
 class Consumer:
     """A worker's share of one queue."""
 
-    def __init__(self, worker: Host, keys: QueueKeys, weight: float, lease_ms: int) -> None:
-        """Take the worker it belongs to, the queue's keys, its weight among the worker's queues, and its lease."""
+    def __init__(self, worker: Host, berth: Berth, keys: QueueKeys, weight: float, lease_ms: int) -> None:
+        """Take the worker, where its commands go, the queue's keys, its weight among the worker's queues, and its lease."""
         self.keys, self.queue, self.weight, self.lease_ms = keys, keys.queue, weight, lease_ms
         self.executor = worker.executor
         self.shared_state: Mapping[str, Any] = worker.state
@@ -56,19 +57,18 @@ class Consumer:
         self.paused = False
         self.backlog = 0  # leased here, not started
         self._worker = worker
-        self.wire = worker.wire
-        self._number = 0
+        self.wire = berth.wire
+        berth.sleepers.append(self)
+        self._number, self._kick_soon = 0, False
         self._flying: tuple[Call[Turn], Report] | None = None
-        self._kick_soon = False
-        self._reaper = Reaper(keys, worker.wire, lease_ms)
+        self._reaper = Reaper(keys, berth.wire, lease_ms)
         self._alarm = Alarm(self._due_now)
         self._last_turn = 0.0
         self._looked = self._left = self._absorbing = False
         self._antechamber = Antechamber()
         self._intake = Intake(self, worker.app.plain_lists[keys.queue].task or "") if keys.foreign is not None else None
         self._recovery: asyncio.Task[None] | None = None
-        self._wanted = 0
-        self.sizes = Sizes()
+        self._wanted, self.sizes = 0, Sizes()
         self._landed = asyncio.Event()
         self._idle = asyncio.Event()  # hungry: for the intake, which waits only then
         self._clock_offset = 0.0  # server ms minus our monotonic ms
@@ -86,7 +86,7 @@ class Consumer:
     def begin(self, stack: AsyncExitStack) -> None:
         """Start leasing."""
         if self._intake is not None:
-            self._intake.start(Wire(self.wire.address))
+            self._intake.start(Wire(self.wire.place))
             stack.push_async_callback(self._intake.close)
         self._kick()
 

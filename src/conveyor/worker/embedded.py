@@ -41,7 +41,7 @@ class EmbeddedWorker:
         ready.cancel()
         if self._running.done():
             await self._running
-        heartbeat = Heartbeat(self._app.backend.address, self._leases, lambda: self._worker.last_renewal)
+        heartbeat = Heartbeat(self._app.backend.place, self._leases, lambda: self._worker.last_renewal)
         heartbeat.start()
         self._stack.callback(heartbeat.close)
         return self

@@ -13,8 +13,8 @@ from conveyor.store import operations
 from conveyor.store.connection import Connection
 
 if TYPE_CHECKING:
-    from conveyor.store.address import Address
     from conveyor.store.keys import QueueKeys
+    from conveyor.store.place import Place
 
 log = logging.getLogger("conveyor.worker")
 Lease = tuple["QueueKeys", str, int]
@@ -23,9 +23,12 @@ Lease = tuple["QueueKeys", str, int]
 class Heartbeat:
     """A daemon thread that renews leases which nobody renewed lately; a turn of the worker renews as well."""
 
-    def __init__(self, address: Address, leases: Callable[[], list[Lease]], last_renewal: Callable[[], float]) -> None:
-        """Take where to beat, what to renew (keys, identity, lease in ms), and when that was done last (`monotonic`)."""
-        self._connection = Connection(address)
+    def __init__(
+        self, place: Callable[[QueueKeys], Place], leases: Callable[[], list[Lease]], last_renewal: Callable[[], float]
+    ) -> None:
+        """Take who knows where to beat, what to renew (keys, identity, lease in ms), and when that was done last (`monotonic`)."""
+        self._place = place
+        self._connections: dict[Place, Connection] = {}
         self._leases, self._last = leases, last_renewal
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="conveyor-heartbeat", daemon=True)
@@ -45,7 +48,15 @@ class Heartbeat:
                 continue
             for keys, identity, lease_ms in self._leases():
                 try:
-                    self._connection.run(operations.beat(keys, identity, lease_ms), patience=shortest / 4)
+                    self._connection(keys).run(operations.beat(keys, identity, lease_ms), patience=shortest / 4)
                 except ConveyorError as error:
                     log.warning("could not renew the lease on queue %s: %s", keys.queue, error)
-        self._connection.close()
+        for connection in self._connections.values():
+            connection.close()
+
+    def _connection(self, keys: QueueKeys) -> Connection:
+        place = self._place(keys)
+        found = self._connections.get(place)
+        if found is None:
+            found = self._connections[place] = Connection(place)
+        return found

@@ -36,7 +36,6 @@ class Host(Protocol):
 
     app: Any
     executor: Any
-    wire: Wire
     settling: Any
     state: Mapping[str, Any]
     stopping: bool
@@ -80,10 +79,15 @@ class Rival(Protocol):
     def schedule(self) -> None: ...
 
 
-class Dormitory(Protocol):
-    """What the listener needs of the worker."""
+class Mortal(Protocol):
+    """Something that ends."""
 
-    stopped: bool
+    @property
+    def stopped(self) -> bool: ...
+
+
+class Dormitory(Mortal, Protocol):
+    """What the listener needs to know of who waits at its place."""
 
     @property
     def sleepers(self) -> Sequence[Sleeper]: ...

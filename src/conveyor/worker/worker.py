@@ -19,13 +19,12 @@ from conveyor.middleware import run_through, runs
 from conveyor.model import Failure, State, read_envelope, to_json
 from conveyor.store import operations
 from conveyor.store.operations import MOST_HELD, Report, Settlement
-from conveyor.store.wire import Wire
 from conveyor.worker import settling
 from conveyor.worker.attempt import Attempt
+from conveyor.worker.berth import Harbour
 from conveyor.worker.consumer import Consumer
 from conveyor.worker.executor import Executor
 from conveyor.worker.handler import Handler
-from conveyor.worker.listener import Listener
 from conveyor.worker.prefetch import Prefetch
 from conveyor.worker.process import ProcessCrashed, Processes
 from conveyor.worker.watchdog import Watchdog
@@ -90,11 +89,6 @@ class Worker:
         """The names of the queues it takes from."""
         return tuple(self._queues)
 
-    @property
-    def sleepers(self) -> list[Consumer]:
-        """Who waits for work."""
-        return self.consumers
-
     # -- life -----------------------------------------------------------------------------------------------------
 
     async def run(self) -> int:
@@ -125,9 +119,8 @@ class Worker:
 
     async def start(self, stack: AsyncExitStack) -> None:
         """Connect, run the lifespan, register, and begin."""
-        address = self.app.backend.address
-        self.wire = Wire(address)
-        stack.callback(self.wire.close)
+        self.harbour = Harbour(self, self.app.backend)
+        stack.push_async_callback(self.harbour.close)
         self.state = await stack.enter_async_context(self.app.lifespan_context())
         concurrency, threads = self._limits
         chain = [middleware for middleware in self.app.middlewares if runs(middleware)]
@@ -137,12 +130,11 @@ class Worker:
             chain=(lambda context, call: run_through(chain, context, call)) if chain else None,
         )  # fmt: skip
         stack.push_async_callback(self.executor.close)
-        self.listener = Listener(self, Wire(address))
-        stack.push_async_callback(self.listener.close)
         for queue, weight in self._queues.items():
             listed = self.app.plain_lists.get(queue)
             keys = self.app.keys(queue) if listed is None else listed.keys
-            self.consumers.append(Consumer(self, keys, weight, self.app.queue_lease_ms(queue)))
+            consumer = Consumer(self, self.harbour.berth(keys), keys, weight, self.app.queue_lease_ms(queue))
+            self.consumers.append(consumer)
         for consumer in self.consumers:
             await consumer.register()
             await self.app.backend.aannounce(consumer.keys)
@@ -284,7 +276,7 @@ class Worker:
 
     def listen(self) -> None:
         """Wait for work, if nobody does."""
-        self.listener.listen()
+        self.harbour.listen()
 
     def note_identity(self, consumer: Consumer) -> None:
         """Tell the supervisor under which identity we are about to register."""
