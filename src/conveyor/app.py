@@ -18,6 +18,7 @@ from conveyor.outgoing import positive_ms
 from conveyor.registration import TaskDecorator, refuse_later, register, task_options
 from conveyor.result import Replies
 from conveyor.store.backend import Backend
+from conveyor.store.durability import Wish, wish
 from conveyor.store.operations import Entry
 from conveyor.task import AsyncTask, RunIn, SyncTask, Task, TaskCall
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
     from conveyor.limit import Concurrency, Debounce, Rate, Unique
     from conveyor.plain import PlainList
+    from conveyor.pusher import Way
     from conveyor.queue import Queue
     from conveyor.store.keys import QueueKeys
 
@@ -75,7 +77,7 @@ class Conveyor(Hooks):
         self.queues: dict[str, Queue[Any]] = {}
         self.plain_lists: dict[str, PlainList[Any]] = {}
         self.bounded: dict[str, Queue[Any]] = {}
-        """The queues with a maximum length."""
+        """The queues with a maximum length or a durability of their own: jobs for them do not take the shortest way."""
         self._declared: dict[str, object] = {}
         self._keys: dict[str, QueueKeys] = {}
 
@@ -99,17 +101,20 @@ class Conveyor(Hooks):
     @overload
     def queue(
         self, name: str, *, partitions: int = 1, lease: Duration | None = None, max_attempts: int = 5,
-        max_length: int | None = None, full: Full = "raise",
+        max_length: int | None = None, full: Full = "raise", fsync: bool = False, wait_replicas: int = 0,
+        wait_timeout: Duration = "5s",
     ) -> Queue[Any]: ...  # fmt: skip
     @overload
     def queue(
         self, name: str, type: type[T], *, partitions: int = 1, lease: Duration | None = None, max_attempts: int = 5,
-        max_length: int | None = None, full: Full = "raise",
+        max_length: int | None = None, full: Full = "raise", fsync: bool = False, wait_replicas: int = 0,
+        wait_timeout: Duration = "5s",
     ) -> Queue[T]: ...  # fmt: skip
     @overload
     def queue(
         self, name: str, type: Any, *, partitions: int = 1, lease: Duration | None = None, max_attempts: int = 5,
-        max_length: int | None = None, full: Full = "raise",
+        max_length: int | None = None, full: Full = "raise", fsync: bool = False, wait_replicas: int = 0,
+        wait_timeout: Duration = "5s",
     ) -> Queue[Any]: ...  # fmt: skip
 
     def queue(
@@ -122,28 +127,40 @@ class Conveyor(Hooks):
         max_attempts: int = 5,
         max_length: int | None = None,
         full: Full = "raise",
+        fsync: bool = False,
+        wait_replicas: int = 0,
+        wait_timeout: Duration = "5s",
     ) -> Queue[Any]:
         """
         Declare a queue of messages of *type* (any JSON value when left out), or set up one that tasks use.
 
         `lease` as for the app, `max_attempts` how often a message is tried, `max_length` how many may be unfinished,
-        `full` what a push beyond that does. Declared again with the same options it is the same object; with others
-        it raises ConfigurationError.
+        `full` what a push beyond that does. `fsync` and `wait_replicas` make each push, of jobs too, wait until it is
+        on disk and that many replicas have it, each for `wait_timeout`; then DurabilityNotReached. Declared again with
+        the same options it is the same object; with others it raises ConfigurationError.
         """
         ident.queue_name(name)
         if partitions != 1:
             raise ConfigurationError(f"queue({name!r}, partitions={partitions!r}) is not available yet. Leave it out.")
         lease_ms = self.lease_ms if lease is None else positive_ms(lease, "lease")
-        facts = ("queue", type, lease_ms, max_attempts, max_length, full)
+        asks = cast("Wish", wish(fsync, wait_replicas, wait_timeout)).over(None)
+        facts = ("queue", type, lease_ms, max_attempts, max_length, full, asks)
         if self._is_declared(name, facts):
             return self.queues[name]
         from conveyor.queue import Queue
 
         queue: Queue[Any] = Queue(
-            self.backend, name, type, lease_ms=lease_ms, max_attempts=max_attempts, max_length=max_length, full=full
+            self.backend,
+            name,
+            type,
+            lease_ms=lease_ms,
+            max_attempts=max_attempts,
+            max_length=max_length,
+            full=full,
+            asks=asks,
         )
         self.queues[name], self._declared[name] = queue, facts
-        if max_length is not None:
+        if max_length is not None or asks is not None:
             self.bounded[name] = queue
         return queue
 
@@ -286,13 +303,20 @@ class Conveyor(Hooks):
         queue, bare = ident.split(id)
         return Job(self, bare, queue)
 
-    def send(self, queue: str, entries: Sequence[Entry]) -> list[str]:
+    def send(self, queue: str, entries: Sequence[Entry], wish: Wish | None = None) -> list[str]:
         """Push prepared entries and return the id of each: its own, or that of a job that existed."""
-        return self.backend.push(self.keys(queue), entries, max_length=self._max_length(queue))
+        return self._way(queue, wish).push(self.keys(queue), entries, max_length=self._max_length(queue))
 
-    async def asend(self, queue: str, entries: Sequence[Entry]) -> list[str]:
+    async def asend(self, queue: str, entries: Sequence[Entry], wish: Wish | None = None) -> list[str]:
         """Do the same without blocking the event loop."""
-        return await self.backend.apush(self.keys(queue), entries, max_length=self._max_length(queue))
+        return await self._way(queue, wish).apush(self.keys(queue), entries, max_length=self._max_length(queue))
+
+    def _way(self, queue: str, wish: Wish | None) -> Way:
+        found = self.bounded.get(queue)
+        asks = None if found is None else found.asks
+        if wish is not None:
+            asks = wish.over(asks)
+        return self.backend if asks is None else self.backend.confirmed(asks)
 
     def _max_length(self, queue: str) -> int:
         found = self.bounded.get(queue)

@@ -21,10 +21,11 @@ from conveyor.lessee import Leased, Lessee, Suspects
 from conveyor.message import Batch, Holder, Message, OnError
 from conveyor.outcome import Retry
 from conveyor.posting import PLAIN, Placement, Posting, PushOptions, later, posting
-from conveyor.pusher import Pusher
+from conveyor.pusher import Pusher, Way
 from conveyor.store import inspection, operations
 from conveyor.store.backend import Backend, refuse_in_loop
 from conveyor.store.bell import AsyncBell, Bell
+from conveyor.store.durability import Durability
 from conveyor.store.inspection import Counts
 from conveyor.store.keys import QueueKeys
 from conveyor.store.operations import MOST_HELD
@@ -58,6 +59,7 @@ class Queue(Generic[T]):
         retry: Retry | None = None,
         partitions: int = 1,
         limits: Iterable[object] = (),
+        asks: Durability | None = None,
     ) -> None:
         """Declare it; nothing is sent. Raises ConfigurationError for what it cannot do."""
         self.name = self._checked_name(name)
@@ -75,6 +77,7 @@ class Queue(Generic[T]):
             raise later("partitions")
         if tuple(limits):
             raise later("limits")
+        self.asks = asks
         self._suspects = Suspects(self.lease_ms)
         self._pusher: Pusher[T] = self._make_pusher()
 
@@ -87,10 +90,19 @@ class Queue(Generic[T]):
         return self.backend.keys(self.name)
 
     def _make_pusher(self) -> Pusher[T]:
-        return Pusher(self.backend, self.keys, self.codec, self.max_length)
+        return Pusher(self._way(self.asks), self.keys, self.codec, self.max_length)
 
     def _intake(self) -> Callable[[int], Call[int]] | None:
         return None
+
+    def _way(self, asks: Durability | None) -> Way:
+        return self.backend if asks is None else self.backend.confirmed(asks)
+
+    def _by(self, options: Posting) -> Pusher[T]:
+        """Return what pushes with these options."""
+        if options.wish is None:
+            return self._pusher
+        return self._pusher.through(self._way(options.wish.over(self.asks)))
 
     # -- push ---------------------------------------------------------------------------------------------------------
 
@@ -100,10 +112,13 @@ class Queue(Generic[T]):
 
         `delay` or `at` (an aware datetime) schedule it; `priority` is 0 to 9, higher first; `front` puts it before all
         others; `expires` drops it when nobody took it by then; `headers` are text. While a message with the same
-        `unique` key lives, its id is returned and nothing is stored; so with `id`, until a day after it ended. Raises
-        PayloadError, ConfigurationError, QueueFull: nothing was stored; StoreUnavailable: perhaps it was, once.
+        `unique` key lives, its id is returned and nothing is stored; so with `id`, until a day after it ended.
+        `fsync` waits until it is on disk, `wait_replicas` until so many replicas have it, each for `wait_timeout`.
+        Raises PayloadError, ConfigurationError, QueueFull: nothing was stored; StoreUnavailable: perhaps it was, once;
+        DurabilityNotReached: it was, and was not confirmed.
         """
-        return self._pusher.push(value, _posting(options))
+        posting = _posting(options)
+        return self._by(posting).push(value, posting)
 
     def push_many(self, values: Iterable[T], **options: Unpack[Placement]) -> list[str]:
         """
@@ -112,15 +127,18 @@ class Queue(Generic[T]):
         A list is checked whole before anything is stored, an iterator in windows of 100,000, which are held no longer
         than needed. With `max_length` all are accepted or none, at most 100,000 at a time.
         """
-        return self._pusher.push_many(values, _placement(options))
+        posting = _placement(options)
+        return self._by(posting).push_many(values, posting)
 
     async def apush(self, value: T, **options: Unpack[PushOptions]) -> str:
         """Store one message and return its id, as `push`; concurrent calls share round trips."""
-        return await self._pusher.apush(value, _posting(options))
+        posting = _posting(options)
+        return await self._by(posting).apush(value, posting)
 
     async def apush_many(self, values: Iterable[T], **options: Unpack[Placement]) -> list[str]:
         """Store many messages in their order and return their ids, as `push_many`."""
-        return await self._pusher.apush_many(values, _placement(options))
+        posting = _placement(options)
+        return await self._by(posting).apush_many(values, posting)
 
     # -- take ---------------------------------------------------------------------------------------------------------
 

@@ -3,26 +3,27 @@
 from __future__ import annotations
 
 import asyncio
-import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from conveyor.errors import ConfigurationError, ConveyorError
+from conveyor import ident
+from conveyor.errors import ConfigurationError, DurabilityNotReached
 from conveyor.ident import new_identity
 from conveyor.store import operations
 from conveyor.store.connection import Connection, answered
-from conveyor.store.durability import Durability, Got, Sync, WaitBroken, Watch, judge
+from conveyor.store.durability import Durability, Got, Sync, WaitBroken, Watch, after, judge
 from conveyor.store.fork import on_fork
 from conveyor.store.gathering import BULK, AsyncLane, Item
 from conveyor.store.operations import Entry, Lane
-from conveyor.store.script import Call
+from conveyor.store.script import Argument, Call
 from conveyor.store.wire import Wire, WireLost
 
 if TYPE_CHECKING:
-    from conveyor.store.backend import Backend
     from conveyor.store.keys import QueueKeys
     from conveyor.store.place import Place
 
@@ -115,7 +116,7 @@ class ConfirmedConnection(Connection):
         if isinstance(reply, Exception):
             raise reply
         if (watch := errand.watch()) is not None:
-            while (pause := watch.look(super().execute(*Watch.COMMAND), time.monotonic())) is not None:
+            while (pause := watch.look(self._exchange([Watch.COMMAND], 0.0)[0], time.monotonic())) is not None:
                 time.sleep(pause)
             errand.got = Got(watch.synced, errand.got.replicas)
         return reply
@@ -189,7 +190,10 @@ class ConfirmedWire(Wire):
             self.drop(WireLost(str(error)))
             raise
         if not isinstance(reply, Exception) and (watch := errand.watch()) is not None:
-            while (pause := watch.look(await super().execute(*Watch.COMMAND), time.monotonic())) is not None:
+            while True:
+                [facts] = await self._exchange([Watch.COMMAND], 0.0)
+                if (pause := watch.look(facts, time.monotonic())) is None:
+                    break
                 await asyncio.sleep(pause)
             errand.got = Got(watch.synced, errand.got.replicas)
         return reply
@@ -209,7 +213,21 @@ class ConfirmedWire(Wire):
             errand.sync = found
 
     async def _exchange(self, commands: Sequence[tuple[Any, ...]], block: float) -> list[Any]:
-        return list(await asyncio.gather(*(super(ConfirmedWire, self).execute(*one, block=block) for one in commands)))
+        """Send *commands* in one write; return all replies, error replies as exceptions."""
+        loop = asyncio.get_running_loop()
+        futures: list[asyncio.Future[Any]] = [loop.create_future() for _ in commands]
+        for command, future in zip(commands, futures, strict=True):
+            self.send(command, partial(_answer, future), block=block)
+        return await asyncio.gather(*futures)
+
+
+def _answer(future: asyncio.Future[Any], reply: Any) -> None:
+    if future.done():
+        return
+    if isinstance(reply, OSError):
+        future.set_exception(reply)
+    else:
+        future.set_result(reply)
 
 
 class ConfirmedLane(AsyncLane):
@@ -248,78 +266,107 @@ class _Loop:
         self.lanes: dict[tuple[str, int, Durability], ConfirmedLane] = {}
 
 
-class Confirmer:
-    """The confirmed pushes of one app."""
+class Home(Protocol):
+    """What is needed of the backend."""
 
-    def __init__(self, backend: Backend) -> None:
-        """Open nothing yet."""
-        self._backend = backend
+    @property
+    def patience(self) -> float: ...
+    def place(self, keys: QueueKeys) -> Place: ...
+    def announce(self, keys: QueueKeys) -> None: ...
+    async def aannounce(self, keys: QueueKeys) -> None: ...
+
+
+class Confirmed:
+    """The way into Redis for pushes that ask the same: as a backend's, and each returns when it is confirmed."""
+
+    def __init__(self, confirmer: Confirmer, asked: Durability) -> None:
+        """Take whose connections, and what is asked."""
+        self._confirmer = confirmer
+        self._asked = asked
+
+    def push(self, keys: QueueKeys, entries: Sequence[Entry], *, max_length: int = 0, whole: bool = False) -> list[str]:
+        """
+        Accept *entries* and wait, once for each thousand.
+
+        Raises DurabilityNotReached with the ids of all that this call stored: what follows the thousand that was not
+        confirmed is not stored.
+        """
+        asked, ids = self._asked, list[str]()
+        with self._confirmer.one(keys) as (connection, lane):
+            for part in _parts(entries, whole):
+                call = operations.push(keys, lane, part, max_length=max_length)
+                accepted, got = connection.confirm(call, asked, patience=self._confirmer.home.patience)
+                if not asked.reached(got):
+                    failure = asked.failure(keys.queue, accepted, got)
+                    raise after(failure, _public(keys, ids)) if len(entries) > len(part) else failure
+                ids += accepted
+        return ids
+
+    def push_plain(self, keys: QueueKeys, pairs: Sequence[Argument], *, max_length: int = 0) -> None:
+        """Accept plain messages (id, envelope, id, envelope, …) and wait."""
+        self.push(keys, plain_entries(pairs), max_length=max_length)
+
+    async def apush(
+        self, keys: QueueKeys, entries: Sequence[Entry], *, max_length: int = 0, whole: bool = False
+    ) -> list[str]:
+        """Do the same on this event loop; pushes of one tick that ask the same share a call."""
+        await self._confirmer.home.aannounce(keys)
+        lane = self._confirmer.lane(keys, max_length, self._asked)
+        ids: list[str] = []
+        for part in _parts(entries, whole):
+            try:
+                ids += await lane.push(part)
+            except DurabilityNotReached as error:
+                if len(part) == len(entries):
+                    raise
+                raise after(error, _public(keys, ids)) from None
+        return ids
+
+
+class Confirmer:
+    """The connections of one app for confirmed pushes, opened when first used."""
+
+    def __init__(self, home: Home, refuse: Callable[[], None]) -> None:
+        """Open nothing yet; *refuse* raises where blocking calls may not be made."""
+        self.home = home
+        self._refuse = refuse
         self._reset()
         on_fork(self)
 
     def _reset(self) -> None:
         self._free: dict[Place, deque[tuple[ConfirmedConnection, Lane]]] = {}
         self._loops: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Loop] = weakref.WeakKeyDictionary()
-        self._lock = threading.Lock()
 
-    def push(
-        self, keys: QueueKeys, entries: Sequence[Entry], asked: Durability, *, max_length: int = 0
-    ) -> list[str]:
-        """
-        Accept *entries* as `Backend.push` and wait; one wait for each thousand.
-
-        Raises DurabilityNotReached with the ids of all that this call stored; what follows the thousand that was not
-        confirmed is not stored. With *max_length* all are accepted or none.
-        """
-        self._backend.announce(keys)
-        place = self._backend.place(keys)
-        with self._lock:
-            free = self._free.setdefault(place, deque())
+    @contextmanager
+    def one(self, keys: QueueKeys) -> Iterator[tuple[ConfirmedConnection, Lane]]:
+        """Lend a connection and its lane; the queue is known by then."""
+        self._refuse()
+        self.home.announce(keys)
+        place = self.home.place(keys)
+        free = self._free.setdefault(place, deque())
         try:
-            connection, lane = free.pop()
+            found = free.pop()
         except IndexError:
-            connection, lane = ConfirmedConnection(place), Lane(new_identity())
-        ids: list[str] = []
+            found = ConfirmedConnection(place), Lane(new_identity())
         try:
-            for part in _parts(entries, max_length):
-                call = operations.push(keys, lane, part, max_length=max_length)
-                accepted, got = connection.confirm(call, asked, patience=self._backend.patience)
-                ids += accepted
-                if not asked.reached(got):
-                    raise asked.failure(keys.queue, ids, got)
+            yield found
         finally:
-            free.append((connection, lane))
-        return ids
+            free.append(found)
 
-    async def apush(
-        self, keys: QueueKeys, entries: Sequence[Entry], asked: Durability, *, max_length: int = 0
-    ) -> list[str]:
-        """Do the same on this event loop; pushes of one tick that ask the same share a call."""
-        await self._backend.aannounce(keys)
-        lane = self._lane(keys, max_length, asked)
-        ids: list[str] = []
-        for part in _parts(entries, max_length):
-            try:
-                ids += await lane.push(part)
-            except ConveyorError as error:
-                if ids and hasattr(error, "job_ids"):
-                    error.job_ids[:0] = ids
-                raise
-        return ids
-
-    def _lane(self, keys: QueueKeys, max_length: int, asked: Durability) -> ConfirmedLane:
+    def lane(self, keys: QueueKeys, max_length: int, asked: Durability) -> ConfirmedLane:
+        """Return this event loop's lane for pushes to a queue that ask the same."""
         loop = asyncio.get_running_loop()
         home = self._loops.get(loop)
         if home is None:
             home = self._loops[loop] = _Loop()
         found = home.lanes.get((keys.prefix, max_length, asked))
         if found is None:
-            place = self._backend.place(keys)
+            place = self.home.place(keys)
             wires = home.wires.setdefault(place, [])
             if len(wires) < MOST_WIRES:
                 wires.append(ConfirmedWire(place))
             wire = wires[len(home.lanes) % len(wires)]
-            found = ConfirmedLane(wire, keys, max_length, self._backend.patience, asked)
+            found = ConfirmedLane(wire, keys, max_length, self.home.patience, asked)
             home.lanes[keys.prefix, max_length, asked] = found
         return found
 
@@ -341,7 +388,17 @@ class Confirmer:
         self._reset()
 
 
-def _parts(entries: Sequence[Entry], max_length: int) -> list[Sequence[Entry]]:
-    if max_length:
+def plain_entries(pairs: Sequence[Argument]) -> list[Entry]:
+    """Return id, envelope, id, envelope, … as entries."""
+    both: Sequence[Any] = pairs
+    return [Entry(both[at], both[at + 1]) for at in range(0, len(both), 2)]
+
+
+def _public(keys: QueueKeys, ids: Sequence[str]) -> list[str]:
+    return [ident.public(keys.queue, id_) for id_ in ids]
+
+
+def _parts(entries: Sequence[Entry], whole: bool) -> list[Sequence[Entry]]:
+    if whole:
         return [entries]
     return [entries[first : first + BULK] for first in range(0, len(entries), BULK)]

@@ -11,12 +11,15 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any
+from typing import Any, TypeVar
 
 from conveyor import ident
+from conveyor.duration import Duration, milliseconds
 from conveyor.errors import ConfigurationError, DurabilityNotReached
 from conveyor.store import fault
 
+N = TypeVar("N", bound=int)
+MOST = 1000
 TIMEOUT_MS = 5_000
 """How long a confirmation is waited for, unless the caller says otherwise."""
 SYNC_ROUND = 1.2
@@ -54,7 +57,8 @@ class Durability:
 
     def waits(self, sync: Sync) -> list[tuple[str, ...]]:
         """Return the commands that travel behind a push."""
-        timeout, found = str(self.timeout_ms), []
+        timeout = str(self.timeout_ms)
+        found: list[tuple[str, ...]] = []
         if self.fsync and sync is not Sync.REPLY:
             found.append(("WAITAOF", "1", "0", timeout))
         if self.replicas:
@@ -94,6 +98,15 @@ class Durability:
             "and waits again. See `conveyor doctor`.",
             job_ids=public, asked=self.replicas, got=got.replicas, fsync=got.synced if self.fsync else None,
         )  # fmt: skip
+
+
+def after(error: DurabilityNotReached, before: Sequence[str]) -> DurabilityNotReached:
+    """Return the error of a bulk push that ended there and had stored and confirmed the jobs of *before*: public ids."""
+    first = f"The first {len(before):,} were stored and confirmed before; what" if before else "What"
+    return DurabilityNotReached(
+        f"{error}\n{first} follows in the same call was not stored.",
+        job_ids=[*before, *error.job_ids], asked=error.asked, got=error.got, fsync=error.fsync,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +160,9 @@ def judge(asked: Durability, replies: Sequence[Any], where: str) -> Sync:
         if always and persistence.get("aof_enabled") == "1":
             return Sync.REPLY
         if policy is None or not persistence:
-            raise _refused(where, "it has no WAITAOF and does not tell this user its settings", "ACL SETUSER … +info +config|get")
+            raise _refused(
+                where, "it has no WAITAOF and does not tell this user its settings", "ACL SETUSER … +info +config|get"
+            )
         what = "no-appendfsync-on-rewrite is on" if policy == "always" else f"appendfsync is {policy!r}"
         raise _refused(
             where, f"it is older than 7.2, which has WAITAOF, and {what}",
@@ -223,24 +238,54 @@ class Watch:
     synced = False
 
 
-def durability(
-    *, fsync: object = False, replicas: object = 0, timeout_ms: int | None = None, default: Durability | None = None
-) -> Durability | None:
-    """
-    Return what is asked, None for nothing; raises ConfigurationError.
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """What one call asks for; None takes over what its queue asks."""
 
-    None in `fsync`, `replicas` and `timeout_ms` takes over what *default* asks.
-    """
-    base = default if default is not None else Durability()
-    if fsync is None:
-        fsync = base.fsync
-    if replicas is None:
-        replicas = base.replicas
-    if not isinstance(fsync, bool):
-        raise ConfigurationError(f"fsync must be True or False, not {fsync!r}. Nothing was stored.")
-    if not isinstance(replicas, int) or isinstance(replicas, bool) or replicas < 0:
-        raise ConfigurationError(
-            f"wait_replicas must be a number of replicas, 0 or more, not {replicas!r}. Nothing was stored."
+    fsync: bool | None = None
+    replicas: int | None = None
+    timeout_ms: int | None = None
+
+    def over(self, base: Durability | None) -> Durability | None:
+        """Return what is asked of a queue that asks *base* by itself; None for nothing."""
+        own = base if base is not None else Durability()
+        found = Durability(
+            own.fsync if self.fsync is None else self.fsync,
+            own.replicas if self.replicas is None else self.replicas,
+            own.timeout_ms if self.timeout_ms is None else self.timeout_ms,
         )
-    found = Durability(fsync, replicas, base.timeout_ms if timeout_ms is None else timeout_ms)
-    return found or None
+        return found or None
+
+    def join(self, other: Wish | None) -> Wish:
+        """Return what satisfies both, for calls that travel together."""
+        if other is None or other == self:
+            return self
+        return Wish(
+            _most(self.fsync, other.fsync),
+            _most(self.replicas, other.replicas),
+            _most(self.timeout_ms, other.timeout_ms),
+        )
+
+
+def wish(fsync: object = None, replicas: object = None, timeout: Duration | None = None) -> Wish | None:
+    """Return what a call asks for, checked; None where it leaves all to its queue. Raises ConfigurationError."""
+    if fsync is None and replicas is None and timeout is None:
+        return None
+    if fsync is not None and not isinstance(fsync, bool):
+        raise ConfigurationError(f"fsync must be True or False, not {fsync!r}. Nothing was stored.")
+    if replicas is not None and (
+        not isinstance(replicas, int) or isinstance(replicas, bool) or not 0 <= replicas <= MOST
+    ):
+        raise ConfigurationError(
+            f"wait_replicas must be a whole number from 0 to {MOST}, not {replicas!r}. Nothing was stored."
+        )
+    timeout_ms = None if timeout is None else milliseconds(timeout, name="wait_timeout")
+    if timeout_ms == 0:
+        raise ConfigurationError(
+            "wait_timeout must be longer than nothing: WAIT 0 would wait for ever. Nothing was stored."
+        )
+    return Wish(fsync, replicas, timeout_ms)
+
+
+def _most(one: N | None, other: N | None) -> N | None:
+    return max((each for each in (one, other) if each is not None), default=None)

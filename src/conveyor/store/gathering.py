@@ -6,18 +6,20 @@ import asyncio
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from conveyor.errors import ConveyorError, QueueFull, StoreUnavailable
 from conveyor.ident import new_identity
 from conveyor.store import operations
 from conveyor.store.operations import Entry, Lane
+from conveyor.store.script import Call
 from conveyor.store.wire import Wire
 
 if TYPE_CHECKING:
     from conveyor.store.keys import QueueKeys
     from conveyor.store.place import Place
 
+T = TypeVar("T")
 BULK = 1000
 """Jobs per call of a bulk push: enough to share the round trip, short enough to let others in."""
 
@@ -114,17 +116,11 @@ class AsyncLane:
         try:
             if plain:
                 pairs = [part for one in batch for part in one[:2]]
-                await self._wire.run(
-                    operations.push_plain(self._keys, self._lane, pairs, max_length=self._max_length),  # type: ignore[arg-type]
-                    patience=self._patience,
-                )
+                await self.run(operations.push_plain(self._keys, self._lane, pairs, max_length=self._max_length))  # type: ignore[arg-type]
                 ids: list[str] = []
             else:
                 entries = [entry for one in batch for entry in _entries(one)]
-                ids = await self._wire.run(
-                    operations.push(self._keys, self._lane, entries, max_length=self._max_length),
-                    patience=self._patience,
-                )
+                ids = await self.run(operations.push(self._keys, self._lane, entries, max_length=self._max_length))
         except QueueFull as error:
             if len(batch) == 1:
                 _fail(batch, error)
@@ -139,7 +135,15 @@ class AsyncLane:
             _fail(batch, error)
             raise
         else:
-            _answer(batch, ids)
+            self.answer(batch, ids)
+
+    async def run(self, call: Call[T]) -> T:
+        """Carry out one push."""
+        return await self._wire.run(call, patience=self._patience)
+
+    def answer(self, batch: list[Item], ids: list[str]) -> None:
+        """Tell everybody who waits."""
+        _answer(batch, ids)
 
 
 def _entries(one: Item) -> Sequence[Entry]:

@@ -22,6 +22,8 @@ EXTEND, HELD, CANCEL, REDRIVE = Script("extend"), Script("held"), Script("cancel
 PROMOTE, PURGE, CONFIGURE, INTAKE = Script("promote"), Script("purge"), Script("configure"), Script("intake")
 AWAIT, FORGET = Script("await"), Script("forget")
 
+LANE_MS = 600_000
+"""How long the scripts keep the number and the reply of a lane's last push."""
 MOST_HELD = 1000
 """Most jobs of a queue one worker may hold; scripts clamp to it."""
 
