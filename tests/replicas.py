@@ -6,11 +6,9 @@ import contextlib
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 from server import Server
-
-PORTS = "--port"
 
 
 def free_port() -> int:
@@ -21,21 +19,22 @@ def free_port() -> int:
 
 
 class Pair:
-    """A primary and one replica that follows it; `promote` makes the replica the primary."""
+    """A primary and one replica that follows it through a `link` that can be held; `promote` makes it the primary."""
 
     def __init__(self, start: Callable[..., Server], name: str = "valkey", *options: str) -> None:
-        """Start both and wait until the replica is online."""
-        self.ports = free_port(), free_port()
+        """Start both and wait until the replica counts."""
         # The last option counts: the helper's own says port 0, and replication needs one.
+        self.port = free_port()
         common = ("--bind", "127.0.0.1", "--repl-diskless-sync-delay", "0", "--repl-ping-replica-period", "1", *options)
-        self.primary = start("--port", str(self.ports[0]), *common, name=name)
-        self.replica = start("--port", str(self.ports[1]), *common, name=name)
+        self.primary = start("--port", str(self.port), *common, name=name)
+        self.replica = start("--port", str(free_port()), *common, name=name)
+        self.link = Switch(("127.0.0.1", self.port))
         self.follow()
 
     def follow(self) -> None:
         """Make the replica follow the primary; right after the sync WAIT counts none, so wait until it counts."""
         with self.replica.client() as client:
-            client.execute_command("REPLICAOF", "127.0.0.1", str(self.ports[0]))
+            client.execute_command("REPLICAOF", "127.0.0.1", str(self.link.port))
         deadline = time.monotonic() + 20
         with self.primary.client() as client:
             while client.info("replication").get("slave0", {}).get("state") != "online":
@@ -49,33 +48,49 @@ class Pair:
         with self.replica.client() as client:
             client.execute_command("REPLICAOF", "NO", "ONE")
 
+    def close(self) -> None:
+        """End both."""
+        self.link.close()
+        self.primary.kill()
+        self.replica.kill()
+
+
+Target = str | tuple[str, int]
+
 
 class Switch:
-    """A TCP door with a fixed address: connections made through it go to whichever Unix socket it points at."""
+    """A TCP door with a fixed address: connections made through it go to the Unix socket or port it points at."""
 
-    def __init__(self, target: Server) -> None:
+    def __init__(self, target: Target) -> None:
         """Open the door."""
         self.target = target
-        self.lines: list[tuple[socket.socket, socket.socket]] = []
+        self.held = False
+        self._lines: list[socket.socket] = []
         self._door = socket.create_server(("127.0.0.1", 0))
-        self.url = f"redis://127.0.0.1:{self._door.getsockname()[1]}/0"
+        self.port = int(self._door.getsockname()[1])
+        self.url = f"redis://127.0.0.1:{self.port}/0"
         threading.Thread(target=self._serve, daemon=True).start()
 
-    def turn(self, target: Server) -> None:
+    def turn(self, target: Target) -> None:
         """Point at another server and cut who is connected."""
         self.target = target
         self.cut()
 
+    def hold(self) -> None:
+        """Swallow from now on what the target says, as a broken network does."""
+        self.held = True
+
     def cut(self) -> None:
         """Cut all connections."""
-        lines, self.lines = self.lines, []
-        for line in lines:
-            for end in line:
-                with contextlib.suppress(OSError):
-                    end.shutdown(socket.SHUT_RDWR)
+        lines, self._lines = self._lines, []
+        for end in lines:
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
         """Close the door."""
+        with contextlib.suppress(OSError):
+            self._door.shutdown(socket.SHUT_RDWR)
         self._door.close()
         self.cut()
 
@@ -83,30 +98,23 @@ class Switch:
         with contextlib.suppress(OSError):
             while True:
                 here, _ = self._door.accept()
-                there = socket.socket(socket.AF_UNIX)
+                there = socket.socket(socket.AF_UNIX if isinstance(self.target, str) else socket.AF_INET)
                 try:
-                    there.connect(str(self.target.socket))
+                    there.connect(self.target)
                 except OSError:
                     here.close()
+                    there.close()
                     continue
-                self.lines.append((here, there))
-                for source, sink in ((here, there), (there, here)):
-                    threading.Thread(target=self._carry, args=(source, sink), daemon=True).start()
+                self._lines += (here, there)
+                for source, sink, held in ((here, there, False), (there, here, True)):
+                    threading.Thread(target=self._carry, args=(source, sink, held), daemon=True).start()
 
-    def _carry(self, source: socket.socket, sink: socket.socket) -> None:
+    def _carry(self, source: socket.socket, sink: socket.socket, holds: bool) -> None:
         with contextlib.suppress(OSError):
             while data := source.recv(65536):
-                sink.sendall(data)
+                if not (holds and self.held):
+                    sink.sendall(data)
         for end in (source, sink):
             with contextlib.suppress(OSError):
                 end.shutdown(socket.SHUT_RDWR)
-
-
-@contextlib.contextmanager
-def switch(target: Server) -> Iterator[Switch]:
-    """A switch for the length of a block."""
-    found = Switch(target)
-    try:
-        yield found
-    finally:
-        found.close()
+        source.close()  # the other thread closes the other end
