@@ -364,7 +364,7 @@ class Producer(threading.Thread):
         mail = self.app.queue("mail")
         while not self.stop.is_set():
             try:
-                self.returned.append(mail.push("x", **self.options))
+                self.returned += mail.push_many("0123456789", **self.options)
             except (DurabilityNotReached, StoreUnavailable):
                 self.failed += 1
             if not self.options:
@@ -410,7 +410,7 @@ def test_failover_loses_nothing_that_was_confirmed(
         total = [a + b for a, b in zip(total, found, strict=True)]
     with capsys.disabled():
         print(
-            f"\n{count} failovers (seed {seed}): of {total[0]:,} confirmed pushes {total[1]} lost, "
+            f"\n{count} failovers (seed {seed}): of {total[0]:,} confirmed messages {total[1]} lost, "
             f"of {total[2]:,} unconfirmed {total[3]:,}"
         )
     assert total[0] > count

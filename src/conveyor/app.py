@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from conveyor.plain import PlainList
     from conveyor.pusher import Way
     from conveyor.queue import Queue
+    from conveyor.store.buffer import Buffer
     from conveyor.store.keys import QueueKeys
 
 P = ParamSpec("P")
@@ -54,12 +55,14 @@ class Conveyor(Hooks):
         keys: Mapping[str, str | bytes] | None = None,
         encrypt: bool = False,
         max_payload: int = MAX_PAYLOAD,
+        buffer: Buffer | None = None,
     ) -> None:
         """
         Take the URL (None: ``CONVEYOR_URL``, else the embedded server) and what holds for all queues.
 
         `lease` is how long a worker may be silent before its jobs go to others, `max_payload` the limit in bytes of
-        one set of arguments, one message or one result. Raises ConfigurationError.
+        one set of arguments, one message or one result. `buffer` keeps what is pushed while Redis is away.
+        Raises ConfigurationError.
         """
         super().__init__()
         if keys is not None or encrypt:
@@ -68,7 +71,7 @@ class Conveyor(Hooks):
             )
         if not isinstance(max_payload, int) or isinstance(max_payload, bool) or max_payload < 1:
             raise ConfigurationError(f"max_payload must be a number of bytes, not {max_payload!r}.")
-        self.backend = Backend(url, namespace=namespace)
+        self.backend = Backend(url, namespace=namespace) if buffer is None else buffered(url, namespace, buffer)
         self.replies = Replies(self.backend)
         self.namespace = namespace
         self.lease_ms = positive_ms(lease, "lease")
@@ -371,6 +374,13 @@ class Conveyor(Hooks):
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         await self.aclose()
+
+
+def buffered(url: str | None, namespace: str, buffer: Buffer) -> Backend:
+    """Return a backend that keeps pushes while Redis is away."""
+    from conveyor.store.buffered import BufferedBackend
+
+    return BufferedBackend(url, namespace=namespace, buffer=buffer)
 
 
 def _note(error: ConveyorError, count: int) -> None:

@@ -22,7 +22,7 @@ from conveyor.store.confirming import Confirmed, Confirmer
 from conveyor.store.connection import Connection, answered, reply_text
 from conveyor.store.durability import Durability
 from conveyor.store.fork import on_fork
-from conveyor.store.gathering import BULK, Shared
+from conveyor.store.gathering import BULK, AsyncLane, Shared
 from conveyor.store.keys import QueueKeys, check_namespace, known_queues
 from conveyor.store.operations import Entry, Lane
 from conveyor.store.script import Argument, Call
@@ -31,6 +31,7 @@ from conveyor.store.wire import Wire
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from conveyor.store.buffer import Buffer
     from conveyor.store.embedded import Attachment
     from conveyor.store.place import Place
 
@@ -59,6 +60,9 @@ class Backend:
         self._last: Shared | None = None
         self._announced: set[str] = set()
         self._confirmer: Confirmer | None = None
+        self.buffer: Buffer | None = None  # these three are another's in a backend with a buffer
+        self.new_lane: Callable[[], Lane] = _lane
+        self.lane_type: Callable[[Wire, QueueKeys, int, float], AsyncLane] = AsyncLane
         on_fork(self)
 
     @property
@@ -188,7 +192,7 @@ class Backend:
         try:
             return free.pop()
         except IndexError:
-            return Producer(Connection(self.place(key or "")), Lane(new_identity()), free)
+            return Producer(Connection(self.place(key or "")), self.new_lane(), free)
 
     # -- awaitable ------------------------------------------------------------------------------------------------
 
@@ -260,7 +264,7 @@ class Backend:
             return last
         found = self._loops.get(loop)
         if found is None:
-            found = self._loops[loop] = Shared(loop, self.place, self.patience)
+            found = self._loops[loop] = Shared(loop, self.place, self.patience, self.lane_type)
         self._last = found
         return found
 
@@ -306,6 +310,10 @@ class Producer:
         self.connection = connection
         self.lane = lane
         self.home = home
+
+
+def _lane() -> Lane:
+    return Lane(new_identity())
 
 
 def _names(members: object) -> list[str]:
