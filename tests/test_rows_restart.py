@@ -33,7 +33,9 @@ async def test_kills_of_a_server_with_a_file_lose_nothing(start_server: Start, r
             server.kill()
             server.start()
             back.append(await load.more(5, seconds=15))
-    print(f"{fsync}: {len(load.accepted)} accepted, lost 0, again {len(load.again)}, back after at most {max(back):.2f} s")
+    print(
+        f"{fsync}: {len(load.accepted)} accepted, lost 0, again {len(load.again)}, back after at most {max(back):.2f} s"
+    )
     assert load.errors == []
     assert load.lost == []
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
+from conveyor.errors import ConveyorError
 from conveyor.ident import new_ids
 from conveyor.job import Job
 from conveyor.store.gathering import BULK
@@ -152,3 +153,9 @@ def chunks(home: Sender, calls: Iterable[TaskCall[Any]]) -> Iterator[Chunk]:
     source = iter(calls)
     while taken := list(islice(source, BULK)):
         yield Chunk(home, taken)
+
+
+def note(error: ConveyorError, count: int) -> None:
+    """Say on *error* how many jobs were enqueued before it."""
+    if count:
+        error.add_note(f"{count} jobs were enqueued before it.")

@@ -15,7 +15,7 @@ from conveyor.store import fault, operations
 from conveyor.store.backend import PATIENCE, Backend, refuse_in_loop
 from conveyor.store.backlog import Batch, Record
 from conveyor.store.buffer import Buffer, day_identity
-from conveyor.store.confirming import Confirmed, plain_entries
+from conveyor.store.confirmed import Confirmed, plain_entries
 from conveyor.store.connection import Connection
 from conveyor.store.durability import Durability
 from conveyor.store.gathering import BULK, AsyncLane, Item, entries_of

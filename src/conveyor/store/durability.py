@@ -11,7 +11,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any, TypeVar
+from typing import Any, TypedDict, TypeVar
 
 from conveyor import ident
 from conveyor.duration import Duration, milliseconds
@@ -285,6 +285,20 @@ def wish(fsync: object = None, replicas: object = None, timeout: Duration | None
             "wait_timeout must be longer than nothing: WAIT 0 would wait for ever. Nothing was stored."
         )
     return Wish(fsync, replicas, timeout_ms)
+
+
+class Asking(TypedDict, total=False):
+    """What a queue asks of every push."""
+
+    fsync: bool
+    wait_replicas: int
+    wait_timeout: Duration
+
+
+def asked(options: Asking) -> Durability | None:
+    """Return what a queue asks; None for nothing. Raises ConfigurationError."""
+    own = wish(options.get("fsync"), options.get("wait_replicas"), options.get("wait_timeout"))
+    return None if own is None else own.over(None)
 
 
 def _most(one: N | None, other: N | None) -> N | None:
