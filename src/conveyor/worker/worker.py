@@ -351,7 +351,7 @@ class Worker:
             attempt.public_id, attempt.handler.name,
         )  # fmt: skip
         self.retiring = True
-        self.stop()
+        self._stop_asked.set()  # not `stop()`: when there was one already, that would hurry the other jobs
 
     def _tick(self) -> None:
         self.last_tick = monotonic()
