@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from conveyor.limit import Concurrency, Debounce, Rate, Unique
+    from conveyor.partition import Partitions
     from conveyor.plain import PlainList
     from conveyor.queue import Queue
     from conveyor.store.keys import QueueKeys
@@ -75,7 +76,8 @@ class Conveyor(Hooks):
         self.queues: dict[str, Queue[Any]] = {}
         self.plain_lists: dict[str, PlainList[Any]] = {}
         self.bounded: dict[str, Queue[Any]] = {}
-        """The queues with a maximum length."""
+        """The queues with a maximum length, or with partitions: a push there is not the simplest one."""
+        self.partitioned: dict[str, Partitions] = {}
         self._declared: dict[str, object] = {}
         self._keys: dict[str, QueueKeys] = {}
 
@@ -127,24 +129,33 @@ class Conveyor(Hooks):
         Declare a queue of messages of *type* (any JSON value when left out), or set up one that tasks use.
 
         `lease` as for the app, `max_attempts` how often a message is tried, `max_length` how many may be unfinished,
-        `full` what a push beyond that does. Declared again with the same options it is the same object; with others
-        it raises ConfigurationError.
+        `full` what a push beyond that does. With `partitions` it is spread over so many, which may lie on several
+        nodes: order holds within each, and all programs must say the same number. Declared again with the same
+        options it is the same object; with others it raises ConfigurationError.
         """
         ident.queue_name(name)
-        if partitions != 1:
-            raise ConfigurationError(f"queue({name!r}, partitions={partitions!r}) is not available yet. Leave it out.")
         lease_ms = self.lease_ms if lease is None else positive_ms(lease, "lease")
-        facts = ("queue", type, lease_ms, max_attempts, max_length, full)
+        facts = ("queue", type, lease_ms, max_attempts, max_length, full, partitions)
         if self._is_declared(name, facts):
             return self.queues[name]
-        from conveyor.queue import Queue
-
-        queue: Queue[Any] = Queue(
-            self.backend, name, type, lease_ms=lease_ms, max_attempts=max_attempts, max_length=max_length, full=full
+        queue = self._made(
+            name, type, partitions, lease_ms=lease_ms, max_attempts=max_attempts, max_length=max_length, full=full
         )
         self.queues[name], self._declared[name] = queue, facts
-        if max_length is not None:
+        if max_length is not None or name in self.partitioned:
             self.bounded[name] = queue
+        return queue
+
+    def _made(self, name: str, type: Any, partitions: int, **options: Any) -> Queue[Any]:  # noqa: A002
+        from conveyor.queue import Queue
+
+        if partitions == 1:
+            return Queue(self.backend, name, type, **options)
+        from conveyor.partitioned import PartitionedQueue
+
+        queue: PartitionedQueue[Any] = PartitionedQueue(self.backend, name, type, partitions=partitions, **options)
+        self.partitioned[name] = queue.partitions
+        self._keys.update((keys.queue, keys) for keys in queue.partitions.keys)
         return queue
 
     def plain_list(
@@ -286,12 +297,21 @@ class Conveyor(Hooks):
         queue, bare = ident.split(id)
         return Job(self, bare, queue)
 
+    def placed(self, queue: str, entry: Entry) -> str:
+        """Return where a job of *queue* goes: the queue, or one of its partitions."""
+        found = self.partitioned.get(queue)
+        return queue if found is None else found.placed(entry)
+
     def send(self, queue: str, entries: Sequence[Entry]) -> list[str]:
-        """Push prepared entries and return the id of each: its own, or that of a job that existed."""
+        """Push prepared entries, placed, and return the id of each: its own, or that of a job that existed."""
+        if self.partitioned and (found := self.partitioned.get(ident.logical(queue))):
+            return found.send(queue, entries)
         return self.backend.push(self.keys(queue), entries, max_length=self._max_length(queue))
 
     async def asend(self, queue: str, entries: Sequence[Entry]) -> list[str]:
         """Do the same without blocking the event loop."""
+        if self.partitioned and (found := self.partitioned.get(ident.logical(queue))):
+            return await found.asend(queue, entries)
         return await self.backend.apush(self.keys(queue), entries, max_length=self._max_length(queue))
 
     def _max_length(self, queue: str) -> int:

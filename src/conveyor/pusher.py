@@ -67,13 +67,8 @@ class Pusher(Generic[T]):
         ids: list[str] = []
         for chunk in self._chunks(values, options.head, ids):
             fresh = ident.new_ids(len(chunk))
-            entries = [options.entry(id_, envelope) for id_, envelope in zip(fresh, chunk, strict=True)]
             try:
-                if self._most:
-                    await self._backend.aannounce(self._keys)
-                    await self._backend.shared().lane(self._keys, self._most).push(entries)
-                else:
-                    await self._backend.apush(self._keys, entries)
+                await self._asend(chunk, fresh, options)
             except (QueueFull, StoreUnavailable) as error:
                 raise _partly(error, len(ids)) from error
             ids += fresh
@@ -97,6 +92,14 @@ class Pusher(Generic[T]):
         else:
             self._push_whole(entries)
 
+    async def _asend(self, chunk: list[bytes], ids: list[str], options: Posting) -> None:
+        entries = [options.entry(id_, envelope) for id_, envelope in zip(ids, chunk, strict=True)]
+        if self._most:
+            await self._backend.aannounce(self._keys)
+            await self._backend.shared().lane(self._keys, self._most).push(entries)
+        else:
+            await self._backend.apush(self._keys, entries)
+
     def _push_whole(self, entries: list[Entry]) -> None:
         """Accept all or none of more than fit one call of the backend."""
         self._backend.push(self._keys, [])  # makes the queue known
@@ -110,13 +113,16 @@ class Pusher(Generic[T]):
     def _chunks(self, values: Iterable[T], head: bytes, stored: list[str]) -> Iterator[list[bytes]]:
         """Yield envelopes as they are sent together; *stored* tells, in errors, how many went before."""
         for window in self._windows(values, head, stored):
-            if self._most:
-                yield window
-            elif sum(map(len, window)) <= len(window) * CHUNK_BYTES // BULK:
-                for first in range(0, len(window), BULK):
-                    yield window[first : first + BULK]
-            else:
-                yield from _by_bytes(window)
+            yield from self._cut(window)
+
+    def _cut(self, window: list[bytes]) -> Iterator[list[bytes]]:
+        if self._most:
+            yield window
+        elif sum(map(len, window)) <= len(window) * CHUNK_BYTES // BULK:
+            for first in range(0, len(window), BULK):
+                yield window[first : first + BULK]
+        else:
+            yield from _by_bytes(window)
 
     def _windows(self, values: Iterable[T], head: bytes, stored: list[str]) -> Iterator[list[bytes]]:
         rest = iter(values)

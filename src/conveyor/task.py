@@ -43,7 +43,10 @@ class Sender(Home, Protocol):
 
     @property
     def bounded(self) -> Container[str]: ...
+    @property
+    def partitioned(self) -> Container[str]: ...
 
+    def placed(self, queue: str, entry: Entry) -> str: ...
     def send(self, queue: str, entries: Sequence[Entry]) -> list[str]: ...
     async def asend(self, queue: str, entries: Sequence[Entry]) -> list[str]: ...
 
@@ -198,7 +201,7 @@ class Task(Generic[P, R_co]):
         return choice is NOTHING and self._plain and not self._home.pushers
 
     def prepare(self, choice: Choice, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, Entry]:
-        """Return the queue and the entry of a call, with the middleware's changes; raises PayloadError."""
+        """Return the queue (or partition) and the entry of a call, with the middleware's changes; raises PayloadError."""
         settings = self.settings
         outgoing = Outgoing(
             task=self.name,
@@ -220,7 +223,7 @@ class Task(Generic[P, R_co]):
         for middleware in self._home.pushers:
             middleware.push(outgoing)
         entry = outgoing.entry(self.signature.encode(tuple(outgoing.args), outgoing.kwargs))
-        return ident.queue_name(outgoing.queue), entry
+        return self._home.placed(ident.queue_name(outgoing.queue), entry), entry
 
 
 class SyncTask(Task[P, R_co]):

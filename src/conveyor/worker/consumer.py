@@ -25,6 +25,7 @@ from conveyor.worker.attempt import Attempt
 from conveyor.worker.intake import Intake
 from conveyor.worker.prefetch import Sizes
 from conveyor.worker.reaper import Reaper
+from conveyor.worker.roll import enrolled
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -75,11 +76,10 @@ class Consumer:
 
     async def register(self) -> None:
         """Take a fresh identity, tell the supervisor, then tell Redis."""
-        self.identity = ident.new_identity()
-        self._number = 0
+        self.identity, self._number = ident.new_identity(), 0
         self._worker.note_identity(self)
         call = operations.register(self.keys, self.identity, self.lease_ms, self._worker.about(self))
-        now = await self.wire.run(call, patience=None)
+        now = await enrolled(self._worker.app, self.wire, self.queue, call)
         self._clock_offset = now - monotonic() * 1000
         self._last_turn = monotonic()
 
@@ -213,19 +213,18 @@ class Consumer:
 
     async def _again_from_nothing(self, report: Report, error: Exception) -> None:
         """Redis does not know us any more: all we held is somebody else's. Abandon it and register anew."""
-        log.warning(
-            "queue %s: our lease was lost (%s); %d jobs abandoned", self.queue, type(error).__name__, len(self.held)
-        )
-        abandoned = list(self.held.values())
-        self.held.clear()
-        for attempt in abandoned:
+        log.warning("queue %s: lease lost (%s), %d jobs abandoned", self.queue, type(error).__name__, len(self.held))
+        for attempt in [self.held.pop(id_) for id_ in list(self.held)]:
             self._lost(attempt)
-        self.report = Report()
+        self.report, self.more = Report(), True
         self._antechamber.clear()
-        await self.register()
+        try:
+            await self.register()
+        except ConveyorError as refused:  # another layout, or another number of partitions: not ours to serve any more
+            self._worker.fail(refused)
+            return
         self._recovery = self._flying = None
         self._landed.set()
-        self.more = True
         self.schedule()
 
     def _absorb(self, turn: Turn, report: Report) -> None:
