@@ -66,7 +66,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "workflow",
     ),
     ("worker",),
-    ("admin", "doctor", "view", "telemetry", "testing"),
+    ("admin", "doctor", "logical", "view", "telemetry", "testing"),
     ("cli", "demo", "web", "contrib", "__main__"),
 )
 FACADE = len(LAYERS) - 1.5  # the public names: gathered from everything below, for programs and for the top layer

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from statistics import median
 from typing import Literal
 
 from conveyor.errors import ConveyorError, StoreUnavailable
-from conveyor.store import inspection
+from conveyor.logical import Logical
 from conveyor.store.backend import Backend
-from conveyor.store.keys import QueueKeys
 
 Level = Literal["ok", "note", "warning", "problem"]
 Durability = Literal["memory", "snapshots", "aof-os", "aof-everysec", "aof-always", "unknown"]
@@ -77,13 +75,11 @@ class Report:
         self.findings.append(Finding(name, level, text, remedy, code))
 
 
-def examine(
-    backend: Backend, keys: Callable[[str], QueueKeys] | None = None, queues: list[str] | None = None
-) -> Report:
+def examine(backend: Backend, logical: Logical | None = None) -> Report:
     """
     Look at everything; raises StoreUnavailable when the server does not answer.
 
-    *keys* and *queues* say what is known of queues besides their names in Redis: which are plain lists.
+    *logical* says what is known of queues besides their names in Redis: which are plain lists.
     """
     report = Report(str(backend.address))
     _latency(backend, report)
@@ -98,7 +94,7 @@ def examine(
     _durability(backend, facts, report)
     _memory(facts, report)
     _clock(backend, report)
-    _queues(backend, keys or backend.keys, backend.queues() if queues is None else queues, report)
+    _queues(logical or Logical(backend), report)
     return report
 
 
@@ -292,12 +288,15 @@ def _clock(backend: Backend, report: Report) -> None:
         report.add("clock", "ok", f"clocks agree ({skew * 1000:.0f} ms apart)")
 
 
-def _queues(backend: Backend, keys: Callable[[str], QueueKeys], names: list[str], report: Report) -> None:
-    counts = {name: backend.run(inspection.counts(keys(name))) for name in names}
+def _queues(logical: Logical, report: Report) -> None:
+    counts = {name: logical.counts(name) for name in logical.names()}
     served = [name for name, found in counts.items() if found.workers]
     waiting = {n: found.ready for n, found in counts.items() if found.ready and not found.workers and not found.paused}
     report.findings += stranded(waiting, served)
     for name, found in counts.items():
+        if logical.is_shut(name):
+            text = f"queue '{name}' takes nothing: a change of its partitions was not completed"
+            report.add("queue", "problem", text, f"conveyor queue partition {name} N", "E34")
         if found.paused:
             report.add("queue", "note", f"queue '{name}' is paused", f"conveyor queue resume {name}")
         if found.dead:

@@ -16,7 +16,7 @@ from conveyor import ident
 from conveyor.errors import ConfigurationError
 from conveyor.holder import adrive, drive
 from conveyor.partition import checked
-from conveyor.store import partitioning
+from conveyor.store import inspection, partitioning
 from conveyor.store.backend import Backend
 from conveyor.store.keys import QueueKeys, known_queues
 from conveyor.store.script import Call
@@ -69,6 +69,7 @@ def _renamed(queue: str, before: int, number: int) -> Generator[tuple[str, ...]]
 def _change(backend: Backend, queue: str, number: int) -> Steps:
     whole, token = backend.keys(queue), ident.new_identity()
     there = yield partitioning.count(whole)
+    yield from _refuse_full(backend, queue, there[0] or 1)
     if there[0] == number and not there[1]:
         yield from _mend(backend, queue, number, token)
         return number
@@ -98,6 +99,22 @@ def _change(backend: Backend, queue: str, number: int) -> Steps:
             f"Somebody else is changing the partitions of queue '{queue}' too. Look, and try again.", code="E35"
         )
     return int(before)
+
+
+def _refuse_full(backend: Backend, queue: str, number: int) -> Generator[Call[Any], Any, None]:
+    """Raise the error of a queue that obviously cannot change, before it is shut even for a moment."""
+    full: dict[str, int] = {}
+    for name in partition_names(queue, number):
+        found: inspection.Counts = yield inspection.counts(backend.keys(name))
+        if held := len(found) + found.leased + found.dead:
+            full[name] = held
+    if full:
+        raise _full(queue, full)
+
+
+def refuse_full(backend: Backend, queue: str) -> None:
+    """Raise ConfigurationError (E35) when the partitions of *queue* hold something; changes nothing."""
+    drive(_refuse_full(backend, queue, number_of(backend, queue)), backend.run)
 
 
 def _mend(backend: Backend, queue: str, number: int, token: str) -> Generator[Call[Any], Any, None]:
