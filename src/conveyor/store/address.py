@@ -56,6 +56,9 @@ class Address:
     def __str__(self) -> str:
         return redact(self.url)
 
+    def __repr__(self) -> str:
+        return f"<Address {self}>"
+
     @cached_property
     def _parameters(self) -> dict[str, Any]:
         from redis import connection
