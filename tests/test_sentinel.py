@@ -177,8 +177,9 @@ def test_sentinel_that_is_down_or_wrong_is_passed_over(watched: Watched) -> None
     liar = Node(watched.servers[0].directory / "liar", "--sentinel", configuration=_monitor(watched.replica.port))
     try:
         right = watched.sentinels[0].name
-        with Conveyor(f"redis+sentinel://127.0.0.1:{free_port()},{liar.name},{right}/main") as app:
+        with Conveyor(f"redis+sentinel://127.0.0.1:{free_port()},{liar.name},{right}/main?db=3") as app:
             assert app.backend.execute("ROLE")[0] == b"master"  # type: ignore[index]
+            assert b" db=3 " in app.backend.execute("CLIENT", "INFO")  # type: ignore[operator]
             preferred: Any = app.backend.address
             assert preferred.preferred()[0].url == f"redis://{right}/"
     finally:
