@@ -53,6 +53,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "job",
         "limit",
         "middleware",
+        "outbox",
         "outgoing",
         "registration",
         "result",

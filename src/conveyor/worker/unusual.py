@@ -167,6 +167,7 @@ class Unusual:
             "%s Job %s stays in '%s' and is tried again in %.3g s; no attempt was used.",
             why, attempt.public_id, consumer.queue, pause / 1000,
         )  # fmt: skip
+        consumer.alarm.give_way(pause / 1000 + 1)
         state = attempt.state.encode() if attempt.state else b""
         report.others.append(Settlement("R", attempt.id, pause, state=state))
 
