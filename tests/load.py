@@ -55,10 +55,10 @@ class Load:
 
     def _produce(self) -> None:
         with Conveyor(self._url) as app:
-            task, n = app.task(name="note")(self.note.function), 0
+            task, n, pushes = app.task(name="note")(self.note.function), 0, 0
             while not self._stop.wait(PAUSE):
-                numbers = list(range(n, n + (self._bulk if self._bulk and n % 10 == 0 else 1)))
-                n = numbers[-1] + 1
+                numbers = list(range(n, n + (self._bulk if self._bulk and pushes % 10 == 0 else 1)))
+                n, pushes = numbers[-1] + 1, pushes + 1
                 try:
                     if len(numbers) > 1:
                         app.enqueue_many([task.s(number) for number in numbers])

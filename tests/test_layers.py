@@ -24,6 +24,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "ident",
         "provider",
     ),  # values: no I/O
+    ("sealing",),  # payloads between JSON and Redis; knows files, not Redis
     ("store",),  # all that knows Redis
     (  # messaging
         "aconsumer",
@@ -34,6 +35,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "lessee",
         "message",
         "mover",
+        "opening",
         "plain",
         "posting",
         "pulse",
@@ -41,6 +43,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "queue",
         "sweep",
         "verdict",
+        "wrapping",
     ),
     (  # jobs
         "app",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import TYPE_CHECKING, Any, Literal, ParamSpec, Self, TypeVar, cast, overload
@@ -17,9 +18,12 @@ from conveyor.outcome import Retry
 from conveyor.outgoing import positive_ms
 from conveyor.registration import TaskDecorator, refuse_later, register, task_options
 from conveyor.result import Replies
+from conveyor.sealing.choice import choose
+from conveyor.sealing.sealing import LARGE_ABOVE, MAX_LARGE
+from conveyor.sealing.size import Size
 from conveyor.store.backend import Backend
 from conveyor.store.operations import Entry
-from conveyor.task import AsyncTask, RunIn, SyncTask, Task, TaskCall
+from conveyor.task import AsyncTask, RunIn, SyncTask, Task, TaskCall, Upcast
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -27,6 +31,7 @@ if TYPE_CHECKING:
     from conveyor.limit import Concurrency, Debounce, Rate, Unique
     from conveyor.plain import PlainList
     from conveyor.queue import Queue
+    from conveyor.sealing.blob import BlobStore
     from conveyor.store.keys import QueueKeys
 
 P = ParamSpec("P")
@@ -52,18 +57,21 @@ class Conveyor(Hooks):
         keys: Mapping[str, str | bytes] | None = None,
         encrypt: bool = False,
         max_payload: int = MAX_PAYLOAD,
+        compress: Size | None = None,
+        large: BlobStore | None = None,
+        large_above: Size = LARGE_ABOVE,
+        max_large: Size = MAX_LARGE,
     ) -> None:
         """
         Take the URL (None: ``CONVEYOR_URL``, else the embedded server) and what holds for all queues.
 
         `lease` is how long a worker may be silent before its jobs go to others, `max_payload` the limit in bytes of
-        one set of arguments, one message or one result. Raises ConfigurationError.
+        one set of arguments, one message or one result. `keys` (key id to secret) seal payloads, results and errors:
+        the first seals, all open, and what is not sealed is set aside; `encrypt` makes them unreadable too.
+        `compress` is a size above which they are compressed; with `large`, a store, arguments and messages above
+        `large_above` lie there, up to `max_large`. Sizes: bytes or ``"256KiB"``. Raises ConfigurationError.
         """
         super().__init__()
-        if keys is not None or encrypt:
-            raise ConfigurationError(
-                "Conveyor(keys=…, encrypt=…): sealed payloads are not available yet. Leave them out."
-            )
         if not isinstance(max_payload, int) or isinstance(max_payload, bool) or max_payload < 1:
             raise ConfigurationError(f"max_payload must be a number of bytes, not {max_payload!r}.")
         self.backend = Backend(url, namespace=namespace)
@@ -71,6 +79,12 @@ class Conveyor(Hooks):
         self.namespace = namespace
         self.lease_ms = positive_ms(lease, "lease")
         self.max_payload = max_payload
+        self.sealing = choose(
+            keys=keys, encrypt=encrypt, compress=compress, large=large, large_above=large_above, max_large=max_large,
+            max_payload=max_payload,
+        )  # fmt: skip
+        """What happens to bodies on their way; None when nothing does."""
+        self.max_whole = max_payload if self.sealing is None else self.sealing.max_whole
         self.tasks: dict[str, Task[..., Any]] = {}
         self.queues: dict[str, Queue[Any]] = {}
         self.plain_lists: dict[str, PlainList[Any]] = {}
@@ -140,8 +154,9 @@ class Conveyor(Hooks):
         from conveyor.queue import Queue
 
         queue: Queue[Any] = Queue(
-            self.backend, name, type, lease_ms=lease_ms, max_attempts=max_attempts, max_length=max_length, full=full
-        )
+            self.backend, name, type, lease_ms=lease_ms, max_attempts=max_attempts, max_length=max_length, full=full,
+            max_payload=self.max_whole, sealing=self.sealing,
+        )  # fmt: skip
         self.queues[name], self._declared[name] = queue, facts
         if max_length is not None:
             self.bounded[name] = queue
@@ -155,12 +170,19 @@ class Conveyor(Hooks):
         task: Task[..., Any] | str | None = None,
         lease: Duration | None = None,
         max_attempts: int = 5,
+        sealed: bool = True,
     ) -> PlainList[Any]:
         """
         Declare a plain Redis list of JSON documents, shared with programs that know nothing of us.
 
-        With *task* its entries run as jobs of that task. The rest is as in `queue`.
+        With *task* its entries run as jobs of that task. The rest is as in `queue`. Nobody can seal them, so an app
+        with keys takes them only when told so: ``sealed=False``.
         """
+        if sealed and self.sealing is not None and self.sealing.seal is not None:
+            raise ConfigurationError(
+                f"plain_list({name!r}): programs that know nothing of us cannot seal, and this app takes only sealed "
+                "payloads. If whoever can write to that list may be trusted, say so: plain_list(…, sealed=False)."
+            )
         fed = task.name if isinstance(task, Task) else task
         lease_ms = self.lease_ms if lease is None else positive_ms(lease, "lease")
         facts = ("plain list", type, fed, lease_ms, max_attempts)
@@ -169,8 +191,9 @@ class Conveyor(Hooks):
         from conveyor.plain import PlainList
 
         found: PlainList[Any] = PlainList(
-            self.backend, name, type, task=fed, lease_ms=lease_ms, max_attempts=max_attempts
-        )
+            self.backend, name, type, task=fed, lease_ms=lease_ms, max_attempts=max_attempts,
+            max_payload=self.max_payload,
+        )  # fmt: skip
         self.plain_lists[name], self._declared[name] = found, facts
         self._keys[name] = found.keys  # they lie where the list lies
         return found
@@ -203,7 +226,7 @@ class Conveyor(Hooks):
         ack: Literal["late", "early"] = "late", expires: Duration | None = None, priority: int = 0,
         max_payload: int | None = None, unique: Unique | None = None,
         limits: Sequence[Rate | Concurrency] | None = None, group_by: str | None = None,
-        debounce: Debounce | None = None,
+        debounce: Debounce | None = None, version: int = 1, upcast: Upcast | None = None,
     ) -> TaskDecorator: ...  # fmt: skip
 
     def task(
@@ -225,6 +248,8 @@ class Conveyor(Hooks):
         limits: Sequence[Rate | Concurrency] | None = None,
         group_by: str | None = None,
         debounce: Debounce | None = None,
+        version: int = 1,
+        upcast: Upcast | None = None,
     ) -> Any:
         """
         Register a function as a task; used bare (``@app.task``) or with options.
@@ -232,12 +257,15 @@ class Conveyor(Hooks):
         `timeout` limits one attempt, `retry` is a policy or a number of attempts, `keep_result` how long the result
         stays (0: not at all), `expires` cancels a job that has not started by then, `ack="early"` gives up the
         promise to run again after a crash. `run_in` is loop, thread or process: by default loop for an `async def`,
-        thread for a `def`. Raises ConfigurationError, also for a function whose arguments JSON cannot carry.
+        thread for a `def`. `version` numbers what the payload looks like; `upcast(version, arguments)` turns the
+        arguments of that version into those of the next.
+        Raises ConfigurationError, also for a function whose arguments JSON cannot carry.
         """
         refuse_later(unique=unique, limits=limits, group_by=group_by, debounce=debounce)
         options = task_options(
-            timeout=timeout, retry=retry, keep_result=keep_result, ack=ack, expires=expires, priority=priority
-        )
+            timeout=timeout, retry=retry, keep_result=keep_result, ack=ack, expires=expires, priority=priority,
+            version=version, upcast=upcast,
+        )  # fmt: skip
 
         def add(function: Callable[..., Any]) -> Task[..., Any]:
             return register(self, function, name, ident.queue_name(queue), run_in, options, max_payload)
@@ -267,8 +295,11 @@ class Conveyor(Hooks):
     async def aenqueue_many(self, calls: Iterable[TaskCall[R]]) -> list[Job[R]]:
         """Do the same without blocking the event loop."""
         jobs: list[Job[R]] = []
+        stored = self.sealing is not None and self.sealing.store is not None
+        prepared = chunks(self, calls)
         try:
-            for chunk in chunks(self, calls):
+            # Large bodies are written while a chunk is prepared, and that is no work for the loop.
+            while chunk := await asyncio.to_thread(next, prepared, None) if stored else next(prepared, None):
                 await chunk.asend()
                 jobs += chunk.jobs
         except ConveyorError as error:
@@ -308,18 +339,21 @@ class Conveyor(Hooks):
         threads: int = 8,
         burst: bool = False,
         grace: Duration = "30s",
+        allow_eviction: bool = False,
     ) -> AbstractAsyncContextManager[Any]:
         """
         Return a worker for `async with`, which runs jobs inside this program until the block ends.
 
         `queues` maps names to weights (None: those of all tasks), `concurrency` limits the jobs on the loop and
         `threads` those on threads, `burst` stops it when all is drained, `grace` is what running jobs get at the end.
+        A server that may delete jobs when its memory is full is refused (E10), unless `allow_eviction`.
         """
         if provider.embedded_worker is None:
             raise ConfigurationError("This installation has no worker.")
         made = provider.embedded_worker().EmbeddedWorker(
-            self, queues=queues, concurrency=concurrency, threads=threads, burst=burst, grace=grace
-        )
+            self, queues=queues, concurrency=concurrency, threads=threads, burst=burst, grace=grace,
+            allow_eviction=allow_eviction,
+        )  # fmt: skip
         return cast("AbstractAsyncContextManager[Any]", made)
 
     def close(self) -> None:

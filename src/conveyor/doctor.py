@@ -9,7 +9,7 @@ from statistics import median
 from typing import Literal
 
 from conveyor.errors import ConveyorError, StoreUnavailable
-from conveyor.store import inspection
+from conveyor.store import eviction, inspection
 from conveyor.store.backend import Backend
 from conveyor.store.keys import QueueKeys
 
@@ -21,6 +21,7 @@ OLDEST_VALKEY = (7, 2)
 PINGS = 7
 SKEW_WARNING = 1.0
 _NAMED = 10
+_MOST_AUDITED = 10_000
 _OR_CONSUMER = "  (for messages: a program that consumes them)"
 MEMORY_WARNING, MEMORY_PROBLEM = 0.75, 0.9
 
@@ -110,17 +111,8 @@ def eviction_policy(backend: Backend) -> tuple[str, int]:
 
 def evicting(policy: str, evicted: int) -> Finding | None:
     """Return what is wrong with an eviction policy, None when nothing is."""
-    if policy in {"", "noeviction"}:
-        return None
-    since = f", and {evicted:,} keys were evicted since its start" if evicted else ""
-    what = "jobs" if policy.startswith("allkeys") else "results and the marks that keep a push from happening twice"
-    return Finding(
-        "eviction",
-        "problem",
-        f"Redis may delete {what}: maxmemory-policy is {policy}{since}.",
-        "CONFIG SET maxmemory-policy noeviction, and the same in its configuration file or parameter group",
-        "E10",
-    )
+    wrong = eviction.danger(policy, evicted)
+    return None if wrong is None else Finding("eviction", "problem", wrong, eviction.REMEDY, "E10")
 
 
 def stranded(waiting: dict[str, int], served: list[str]) -> list[Finding]:
@@ -160,9 +152,7 @@ def _latency(backend: Backend, report: Report) -> None:
 
 
 def _information(backend: Backend) -> dict[str, str]:
-    reply = _allowed(backend, "INFO")
-    text = reply.decode("utf-8", "replace") if isinstance(reply, bytes) else ""
-    return dict(line.split(":", 1) for line in text.splitlines() if ":" in line)
+    return eviction.facts(_allowed(backend, "INFO"))
 
 
 def _setting(backend: Backend, name: str) -> str | None:
@@ -229,7 +219,7 @@ def _eviction(backend: Backend, facts: dict[str, str], report: Report) -> None:
     elif policy:
         report.add("eviction", "ok", "noeviction: a full server refuses new jobs and keeps the old ones")
     else:
-        report.add("eviction", "warning", "the eviction policy is unknown", "ACL SETUSER … +info")
+        report.add("eviction", "warning", eviction.UNKNOWN, "ACL SETUSER … +info")
 
 
 def _durability(backend: Backend, facts: dict[str, str], report: Report) -> None:
@@ -298,6 +288,7 @@ def _queues(backend: Backend, keys: Callable[[str], QueueKeys], names: list[str]
     waiting = {n: found.ready for n, found in counts.items() if found.ready and not found.workers and not found.paused}
     report.findings += stranded(waiting, served)
     for name, found in counts.items():
+        _records(backend, keys(name), found, report)
         if found.paused:
             report.add("queue", "note", f"queue '{name}' is paused", f"conveyor queue resume {name}")
         if found.dead:
@@ -305,6 +296,16 @@ def _queues(backend: Backend, keys: Callable[[str], QueueKeys], names: list[str]
             report.add("queue", "note", text, f"conveyor job list --queue {name} --state dead")
     if all(finding.name != "queue" for finding in report.findings):
         report.add("queue", "ok", f"{len(counts)} queue{'s' * (len(counts) != 1)}, none of them stuck")
+
+
+def _records(backend: Backend, keys: QueueKeys, found: inspection.Counts, report: Report) -> None:
+    """Look for jobs that stand in line without a record, where that takes a moment only."""
+    if len(found) + found.leased + found.dead > _MOST_AUDITED:
+        return
+    lost = [id_ for what, id_ in backend.run(inspection.audit(keys)) if what.startswith("no envelope")]
+    if lost:
+        text = f"queue '{keys.queue}': the records of {len(lost):,} jobs are gone, so they will not run: {', '.join(lost[:3])}"
+        report.add("queue", "problem", text, "Was the server evicting? Enqueue them again.", "E10")
 
 
 def _size(number: int) -> str:

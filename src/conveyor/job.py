@@ -18,6 +18,7 @@ from conveyor.store.operations import Existing
 if TYPE_CHECKING:
     from conveyor.codec import ValueCodec
     from conveyor.result import Answer, Replies
+    from conveyor.sealing.sealing import Sealing
     from conveyor.store.backend import Backend
     from conveyor.store.keys import QueueKeys
 
@@ -47,6 +48,8 @@ class Home(Protocol):
     def replies(self) -> Replies: ...
     @property
     def promises(self) -> Mapping[str, Promise]: ...
+    @property
+    def sealing(self) -> Sealing | None: ...
 
     def keys(self, queue: str) -> QueueKeys: ...
 
@@ -197,12 +200,17 @@ class Job(Generic[R_co]):
         outcome = read_outcome(data)
         if outcome.status == "dead":
             raise self._failed(outcome.failure, outcome.reason)
+        value = bytes(outcome.value)
+        if outcome.packed or (self._home.sealing is not None and data and outcome.status == "done"):
+            from conveyor.sealing.record import open_result
+
+            value = open_result(self._home.sealing, outcome, str(self.queue), self._bare)
         if outcome.status == "cancelled":
             why = "expired before it started" if outcome.reason == "expired" else "was cancelled"
             raise JobCancelled(f"Job {self.id} {why}.")
         if self._promise is None:
-            return cast("R_co", msgspec.json.decode(bytes(outcome.value)))
-        return cast("R_co", self._promise.results.decode(bytes(outcome.value)))
+            return cast("R_co", msgspec.json.decode(value))
+        return cast("R_co", self._promise.results.decode(value))
 
     def _nothing(self, *, just_ended: bool) -> R_co:
         # Of a task that is not known here, nobody can say whether it had promised a value.
@@ -217,6 +225,10 @@ class Job(Generic[R_co]):
     def _failed(self, failure: Failure | None, reason: str) -> JobFailed:
         if failure is None:
             return JobFailed(self.id, "Crashed", reason, "")
+        if failure.packed:
+            from conveyor.sealing.record import open_failure
+
+            failure = open_failure(self._home.sealing, failure, str(self.queue), self._bare)
         return JobFailed(self.id, failure.type, failure.message, failure.traceback)
 
     # -- cancelling -----------------------------------------------------------------------------------------------

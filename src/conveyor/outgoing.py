@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from conveyor import ident
 from conveyor.codec import show
@@ -14,6 +14,9 @@ from conveyor.errors import ConfigurationError, PayloadError
 from conveyor.model import Extra, to_json, write_rest
 from conveyor.posting import MAX_HEADERS
 from conveyor.store.operations import Entry
+
+if TYPE_CHECKING:
+    from conveyor.sealing.sealing import Sealing
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,15 +105,20 @@ class Outgoing:
     timeout_ms: int | None
     keep_ms: int | None
     attempts: int | None
+    version: int = 1
 
-    def entry(self, body: bytes) -> Entry:
-        """Return what is pushed; *body* are the encoded arguments."""
+    def entry(self, body: bytes, sealing: Sealing | None = None) -> Entry:
+        """Return what is pushed; *body* are the encoded arguments, which *sealing* wraps."""
         extra = None
-        if self.headers or self.timeout_ms is not None or self.keep_ms is not None or self.attempts is not None:
-            extra = Extra(check_headers(self.headers), self.timeout_ms, self.keep_ms, self.attempts)
+        options = (self.timeout_ms, self.keep_ms, self.attempts)
+        if self.headers or self.version != 1 or options != (None, None, None):
+            extra = Extra(check_headers(self.headers), *options, self.version)
         own = self.id is not None
+        id_ = ident.given_id(self.id) if self.id is not None else ident.new_id()
+        if sealing is not None:
+            body = sealing.wrap(body, queue=self.queue, task=self.task, id=id_)
         return Entry(
-            ident.given_id(self.id) if self.id is not None else ident.new_id(),
+            id_,
             write_rest(self.task, body, extra),
             priority=check_priority(self.priority),
             delay_ms=self.delay_ms,

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, TypeVar
 
-from conveyor.codec import ValueCodec
+from conveyor.codec import MAX_PAYLOAD, ValueCodec
 from conveyor.errors import ConfigurationError
 from conveyor.mover import intake
 from conveyor.outcome import Retry
@@ -41,9 +41,12 @@ class PlainList(Queue[T]):
         task: str | None = None,
         max_attempts: int = 5,
         retry: Retry | None = None,
+        max_payload: int = MAX_PAYLOAD,
     ) -> None:
         """Declare it; *task* is the name of the task that workers run its entries with."""
-        super().__init__(backend, name, type, lease_ms=lease_ms, max_attempts=max_attempts, retry=retry)
+        super().__init__(
+            backend, name, type, lease_ms=lease_ms, max_attempts=max_attempts, retry=retry, max_payload=max_payload
+        )
         self.task = task
 
     def _checked_name(self, name: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
-from typing import TypedDict
+from typing import ClassVar, TypedDict
 
 from conveyor import ident
 from conveyor.duration import Duration, instant_ms, milliseconds
@@ -29,6 +29,8 @@ class Posting:
     front: bool = False
     id: str | None = None
     unique: str | None = None
+    wraps: ClassVar[bool] = False
+    """True when making an entry takes more than putting it together."""
 
     @property
     def is_plain(self) -> bool:
@@ -88,6 +90,7 @@ def posting(
     wait_replicas: int = 0,
     front: bool = False,
     timeout: Duration | None = None,
+    version: int = 1,
 ) -> Posting:
     """Return the options as they are stored. Raises ConfigurationError and PayloadError."""
     if group is not None:
@@ -109,7 +112,7 @@ def posting(
     if expires_ms == 0:
         raise ConfigurationError("expires must be longer than 0: such a message would never run. Nothing was stored.")
     return Posting(
-        write_rest("", b"", _extra(headers)),
+        write_rest("", b"", _extra(headers, version)),
         priority=priority,
         delay_ms=delay_ms or None,
         due_at_ms=None if at is None else instant_ms(at),
@@ -125,16 +128,16 @@ def later(option: str, why: str = "") -> ConfigurationError:
     return ConfigurationError(f"{option}= arrives with a later release; nothing was stored.{why and ' ' + why}")
 
 
-def _extra(headers: Mapping[str, str] | None) -> Extra | None:
+def _extra(headers: Mapping[str, str] | None, version: int) -> Extra | None:
     if not headers:
         if headers is None or isinstance(headers, Mapping):
-            return None
+            return None if version == 1 else Extra(version=version)
         raise PayloadError(f"headers must be a dict of text, not {type(headers).__name__}. Nothing was stored.")
     if not isinstance(headers, Mapping) or not all(
         isinstance(key, str) and isinstance(value, str) for key, value in headers.items()
     ):
         raise PayloadError("headers must be a dict whose keys and values are text. Nothing was stored.")
-    extra = Extra(headers=dict(headers))
+    extra = Extra(headers=dict(headers), version=version)
     try:
         size = len(write_rest("", b"", extra))
     except UnicodeEncodeError:

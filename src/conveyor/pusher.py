@@ -16,6 +16,7 @@ from conveyor.store.connection import Connection
 from conveyor.store.gathering import BULK
 from conveyor.store.keys import QueueKeys
 from conveyor.store.operations import Entry, Lane
+from conveyor.wrapping import wrapped_entries
 
 T = TypeVar("T")
 WINDOW = 100_000
@@ -45,8 +46,9 @@ class Pusher(Generic[T]):
 
     async def apush(self, value: T, options: Posting) -> str:
         """Store one value and return its public id."""
-        entry = options.entry(ident.new_id(), options.head + self._codec.encode(value))
-        [id_] = await self._backend.apush(self._keys, [entry], max_length=self._most)
+        envelope, id_ = options.head + self._codec.encode(value), ident.new_id()
+        made = await wrapped_entries(options, [id_], [envelope]) if options.wraps else [options.entry(id_, envelope)]
+        [id_] = await self._backend.apush(self._keys, made, max_length=self._most)
         return ident.public(self._keys.queue, id_)
 
     def push_many(self, values: Iterable[T], options: Posting) -> list[str]:
@@ -67,7 +69,7 @@ class Pusher(Generic[T]):
         ids: list[str] = []
         for chunk in self._chunks(values, options.head, ids):
             fresh = ident.new_ids(len(chunk))
-            entries = [options.entry(id_, envelope) for id_, envelope in zip(fresh, chunk, strict=True)]
+            entries = await wrapped_entries(options, fresh, chunk)
             try:
                 if self._most:
                     await self._backend.aannounce(self._keys)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import inspect
 import sys
@@ -27,12 +28,15 @@ from conveyor.store.operations import Entry, Existing
 
 if TYPE_CHECKING:
     from conveyor.middleware import Middleware
+    from conveyor.sealing.sealing import Sealing
     from conveyor.store.keys import QueueKeys
 
 P = ParamSpec("P")
 R = TypeVar("R")
 R_co = TypeVar("R_co", covariant=True)
 RunIn = Literal["loop", "thread", "process"]
+Upcast = Callable[[int, dict[str, Any]], dict[str, Any]]
+"""From a version and the arguments of a job that has it to those of the next version."""
 
 
 class Sender(Home, Protocol):
@@ -43,6 +47,9 @@ class Sender(Home, Protocol):
 
     @property
     def bounded(self) -> Container[str]: ...
+
+    @property
+    def sealing(self) -> Sealing | None: ...
 
     def send(self, queue: str, entries: Sequence[Entry]) -> list[str]: ...
     async def asend(self, queue: str, entries: Sequence[Entry]) -> list[str]: ...
@@ -58,6 +65,8 @@ class TaskOptions:
     ack: Literal["late", "early"] = "late"
     expires_ms: int | None = None
     priority: int = 0
+    version: int = 1
+    upcast: Upcast | None = None
 
 
 class Task(Generic[P, R_co]):
@@ -77,6 +86,7 @@ class Task(Generic[P, R_co]):
         run_in: RunIn,
         options: TaskOptions,
         max_payload: int,
+        max_result: int | None = None,
     ) -> None:
         """Read the function's signature; raises ConfigurationError for one whose arguments JSON cannot carry."""
         functools.update_wrapper(self, function)
@@ -93,13 +103,15 @@ class Task(Generic[P, R_co]):
         self.promises = not (unannotated or self.returns_none)
         self.results: ValueCodec[Any] = ValueCodec(
             self.signature.result if options.keep_ms or not self.promises else Any,
-            max_payload=max_payload,
+            max_payload=max_payload if max_result is None else max_result,
             what=f"The result of {name}()",
             lossy=unannotated,
         )
         self.head = write_rest(name, b"")
         self._keys: QueueKeys = home.keys(queue)
-        self._plain = options.priority == 0 and options.expires_ms is None
+        self._plain = (
+            options.priority == 0 and options.expires_ms is None and home.sealing is None and options.version == 1
+        )
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> Any:
         """Call the function, here and now."""
@@ -187,7 +199,7 @@ class Task(Generic[P, R_co]):
 
     async def aenqueue_with(self, choice: Choice, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Job[R_co]:
         """Do the same without blocking the event loop."""
-        queue, entry = self.prepare(choice, args, kwargs)
+        queue, entry = await self.aprepare(choice, args, kwargs)
         return self._handle(queue, entry, (await self._home.asend(queue, (entry,)))[0])
 
     def follow_with(self, choice: Choice, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Job[R_co], bytes]:
@@ -206,6 +218,18 @@ class Task(Generic[P, R_co]):
 
     def prepare(self, choice: Choice, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, Entry]:
         """Return the queue and the entry of a call, with the middleware's changes; raises PayloadError."""
+        outgoing, body = self._outgoing(choice, args, kwargs)
+        return outgoing.queue, outgoing.entry(body, self._home.sealing)
+
+    async def aprepare(self, choice: Choice, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, Entry]:
+        """Do the same; a body for the store of large ones is written there on a thread."""
+        sealing = self._home.sealing
+        outgoing, body = self._outgoing(choice, args, kwargs)
+        if sealing is None or not sealing.is_large(body, b"payload"):
+            return outgoing.queue, outgoing.entry(body, sealing)
+        return outgoing.queue, await asyncio.to_thread(outgoing.entry, body, sealing)
+
+    def _outgoing(self, choice: Choice, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Outgoing, bytes]:
         settings = self.settings
         outgoing = Outgoing(
             task=self.name,
@@ -223,11 +247,12 @@ class Task(Generic[P, R_co]):
             timeout_ms=choice.timeout_ms,
             keep_ms=choice.keep_ms,
             attempts=choice.attempts,
+            version=settings.version,
         )
         for middleware in self._home.pushers:
             middleware.push(outgoing)
-        entry = outgoing.entry(self.signature.encode(tuple(outgoing.args), outgoing.kwargs))
-        return ident.queue_name(outgoing.queue), entry
+        ident.queue_name(outgoing.queue)
+        return outgoing, self.signature.encode(tuple(outgoing.args), outgoing.kwargs)
 
 
 class SyncTask(Task[P, R_co]):

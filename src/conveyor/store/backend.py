@@ -18,19 +18,20 @@ from conveyor.errors import ConfigurationError
 from conveyor.ident import new_identity
 from conveyor.store import operations
 from conveyor.store.address import Address, configured_url
-from conveyor.store.connection import Connection, answered, reply_text
+from conveyor.store.connection import Connection
 from conveyor.store.fork import on_fork
 from conveyor.store.gathering import BULK, Shared
 from conveyor.store.keys import QueueKeys, check_namespace, known_queues
 from conveyor.store.operations import Entry, Lane
 from conveyor.store.script import Argument, Call
+from conveyor.store.topology import locate
 from conveyor.store.wire import Wire
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from conveyor.store.embedded import Attachment
-    from conveyor.store.place import Place
+    from conveyor.store.place import Place, Topology
 
 T = TypeVar("T")
 PATIENCE = 5.0
@@ -45,10 +46,11 @@ class Backend:
         self.namespace = check_namespace(namespace)
         self.patience = patience
         self._url = configured_url(url)
+        self._single = self._plain = True  # one place for all keys, and always the same
         if self._url is not None and not self._url.startswith("embedded:"):
-            Address(self._url)  # a wrong URL is refused where it is written, not at the first push
-        self._single = True  # one place for all keys
-        self._address: Address | None = None
+            found = locate(self._url)  # a wrong URL is refused where it is written, not at the first push
+            self._single, self._plain = found.single, isinstance(found, Address)
+        self._address: Topology | None = None
         self._attachment: Attachment | None = None
         self._lock = threading.Lock()
         self._free: deque[Producer] = deque()
@@ -59,7 +61,7 @@ class Backend:
         on_fork(self)
 
     @property
-    def address(self) -> Address:
+    def address(self) -> Topology:
         """Where Redis is; starts the embedded server when none is configured."""
         if self._address is None:
             with self._lock:
@@ -67,10 +69,10 @@ class Backend:
                     self._address = self._resolve()
         return self._address
 
-    def _resolve(self) -> Address:
+    def _resolve(self) -> Topology:
         if self._url is not None and not self._url.startswith("embedded:"):
             # Who has little patience does not wait long for a host that swallows packets.
-            return Address(self._url, min(PATIENCE, max(self.patience, 0.5)))
+            return locate(self._url, min(PATIENCE, max(self.patience, 0.5)))
         from conveyor.store import embedded
 
         directory: Path | None = None
@@ -153,24 +155,22 @@ class Backend:
 
         return finish
 
-    def execute(self, *command: Argument, key: str | None = None) -> object:
-        """Send one plain command where *key* lies (None: any server), for reads that need no script (INFO, PING, SMEMBERS)."""
+    def execute(self, *command: Argument, key: str | None = None, patience: float | None = None) -> object:
+        """
+        Send one plain command where *key* lies (None: any server), for reads that need no script (INFO, PING, SMEMBERS).
+
+        Repeated for *patience* seconds; by default not at all on a single server, elsewhere as long as any step.
+        """
         refuse_in_loop()
         producer = self._take(key)
         try:
-            return producer.connection.execute(*command)
-        except Exception as error:
-            from redis import AuthenticationError, RedisError
-
-            from conveyor.store import fault
-
-            if answered(error) or isinstance(error, AuthenticationError):
-                raise fault.final(reply_text(error), str(self.address)) from error
-            if isinstance(error, RedisError | OSError):
-                raise fault.unreachable(str(self.address), error) from error
-            raise
+            return producer.connection.ask(*command, patience=self._borne(patience))
         finally:
             producer.home.append(producer)
+
+    def _borne(self, patience: float | None) -> float:
+        # A master or a node may be another one than a moment ago, which is no reason to tell anybody.
+        return patience if patience is not None else 0.0 if self._plain else self.patience
 
     def queues(self) -> list[str]:
         """Return the names of all known queues, sorted."""
@@ -180,8 +180,7 @@ class Backend:
     def announce(self, keys: QueueKeys) -> None:
         """Make a queue known before its first push: the set has no hash tag, so it cannot be part of it."""
         if keys.queue not in self._announced:
-            known = known_queues(self.namespace)
-            self.execute("SADD", known, keys.queue, key=known)
+            self.run(operations.announce(known_queues(self.namespace), keys.queue))
             self._announced.add(keys.queue)
 
     def _take(self, key: str | None) -> Producer:
@@ -219,8 +218,7 @@ class Backend:
     async def aannounce(self, keys: QueueKeys) -> None:
         """Make a queue known before its first push."""
         if keys.queue not in self._announced:
-            known = known_queues(self.namespace)
-            await self.aexecute("SADD", known, keys.queue, key=known)
+            await self.arun(operations.announce(known_queues(self.namespace), keys.queue))
             self._announced.add(keys.queue)
 
     async def aqueues(self) -> list[str]:
@@ -232,17 +230,9 @@ class Backend:
         """Return this event loop's wire for these keys."""
         return self.shared().wire_at(self.place(keys))
 
-    async def aexecute(self, *command: Argument, key: str | None = None) -> object:
-        """Send one plain command on this event loop's wire for *key* (None: any)."""
-        from conveyor.store import fault
-
-        try:
-            reply = await self.wire(key or "").execute(*command)
-        except OSError as error:
-            raise fault.unreachable(str(self.address), error) from error
-        if isinstance(reply, Exception):
-            raise fault.final(str(reply), str(self.address))
-        return reply
+    async def aexecute(self, *command: Argument, key: str | None = None, patience: float | None = None) -> object:
+        """Send one plain command on this event loop's wire for *key* (None: any), as `execute`."""
+        return await self.wire(key or "").ask(*command, patience=self._borne(patience))
 
     def shared(self) -> Shared:
         """Return what this event loop's callers share."""

@@ -15,13 +15,14 @@ from conveyor import ident
 from conveyor.errors import ConfigurationError, QueueFull
 from conveyor.model import to_json, write_rest
 from conveyor.store.keys import QueueKeys
-from conveyor.store.script import Argument, Call, Script
+from conveyor.store.script import Argument, Call, Command, Script
 
 PUSH_PLAIN = Script("push_plain", bare=True)
 PUSH, TURN, REGISTER, BEAT, REAP = Script("push"), Script("turn"), Script("register"), Script("beat"), Script("reap")
 EXTEND, HELD, CANCEL, REDRIVE = Script("extend"), Script("held"), Script("cancel"), Script("redrive")
 PROMOTE, PURGE, CONFIGURE, INTAKE = Script("promote"), Script("purge"), Script("configure"), Script("intake")
 AWAIT, FORGET = Script("await"), Script("forget")
+SADD = Script("SADD")
 
 MOST_HELD = 1000
 """Most jobs of a queue one worker may hold; scripts clamp to it."""
@@ -66,6 +67,11 @@ class Lane:
 
 class LateReply(Exception):
     """A newer push of this lane was answered already."""
+
+
+def announce(known: str, queue: str) -> Call[int]:
+    """Return the call that adds *queue* to the set *known* of all queues."""
+    return Command(SADD, (known,), (queue,), int)
 
 
 def push_plain(keys: QueueKeys, lane: Lane, pairs: Sequence[Argument], *, max_length: int = 0) -> Call[None]:
@@ -182,7 +188,11 @@ class Report:
 
 @dataclass(slots=True)
 class Turn:
-    """The reply to a turn. Times in ms by the server's clock; `next_due` is None when nothing is scheduled."""
+    """
+    The reply to a turn. Times in ms by the server's clock; `next_due` is None when nothing is scheduled.
+
+    `missing` are the jobs that stood in line and whose record the server has lost; they are told once.
+    """
 
     now: int
     held: int
@@ -195,6 +205,7 @@ class Turn:
     overdue: list[tuple[str, int]]
     cancelled: list[str]
     paused: bool
+    missing: list[str] = field(default_factory=list)
     outbox: bool = False  # looked, and found it not empty
 
 
@@ -226,15 +237,15 @@ def turn(
 
 def _read_turn(reply: list[Any]) -> Turn:
     if reply[0] == 0:
-        raise Unregistered
+        raise Unregistered("Redis does not know this worker")
     if reply[0] == -1:
-        raise LateTurn
-    _, now, held, next_due, more, lost, ids, envelopes, states, overdue, cancelled, paused, outbox = reply
+        raise LateTurn("a newer turn was carried out")
+    _, now, held, next_due, more, lost, ids, envelopes, states, overdue, cancelled, paused, missing, outbox = reply
     return Turn(
         now, held, next_due if next_due >= 0 else None, more == 1, [id_.decode() for id_ in lost],
         [id_.decode() for id_ in ids], envelopes, states,
         [(overdue[i].decode(), int(float(overdue[i + 1]))) for i in range(0, len(overdue), 2)] if overdue else [],
-        [id_.decode() for id_ in cancelled], paused == 1, outbox == 1,
+        [id_.decode() for id_ in cancelled], paused == 1, [id_.decode() for id_ in missing], outbox == 1,
     )  # fmt: skip
 
 

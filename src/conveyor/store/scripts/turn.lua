@@ -14,7 +14,7 @@
 --       then count, entries for the list of recently finished jobs
 -- returns {0} we are not registered · {-1} a late copy of an older turn · else
 --         {1, now_ms, held, next_due_ms or -1, more, lost ids, ids, envelopes, states, overdue (worker end)…, cancelled ids, paused,
---          1 when the flag l was given and the outbox is not empty}
+--          ids whose envelope is gone, 1 when the flag l was given and the outbox is not empty}
 local jobs, state, leased, workers, due, wakes = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6]
 local conf, dead, recent, waiters = KEYS[7], KEYS[8], KEYS[9], KEYS[10]
 local worker, number, want, lease = ARGV[1], number_in(ARGV[2]), number_in(ARGV[3]), number_in(ARGV[4])
@@ -40,9 +40,9 @@ local function again()
   local ids = {}
   for i, pair in ipairs(mine) do ids[i] = pair[2] end
   local held = redis.call('HLEN', leased) - 3 - (about[2] and 1 or 0) - (about[3] and 1 or 0)
-  if #ids == 0 then return {1, now, held, -1, 1, {}, {}, {}, {}, {}, {}, 0, 0} end
+  if #ids == 0 then return {1, now, held, -1, 1, {}, {}, {}, {}, {}, {}, 0, {}, 0} end
   return {1, now, held, -1, 1, {}, ids, redis.call('HMGET', jobs, unpack(ids)),
-    redis.call('HMGET', state, unpack(ids)), {}, {}, 0, 0}
+    redis.call('HMGET', state, unpack(ids)), {}, {}, 0, {}, 0}
 end
 if number == last then return again() end
 
@@ -153,7 +153,9 @@ if about[2] then
   if #cancelled == 0 then redis.call('HDEL', leased, '\tcancel') end
 end
 
--- Due jobs join the tail of their priority, at most 200 a turn.
+-- Due jobs join the tail of their priority, at most 200 a turn. No step of ours leaves an entry without an envelope, so
+-- one that has none was lost by the server (evicted, or deleted by hand): it is told once, here.
+local missing = {}
 local first_due = redis.call('ZRANGE', due, 0, 0, 'WITHSCORES')
 if first_due[2] and tonumber(first_due[2]) <= now then
   local ids = redis.call('ZRANGEBYSCORE', due, '-inf', now, 'LIMIT', 0, 200)
@@ -162,7 +164,11 @@ if first_due[2] and tonumber(first_due[2]) <= now then
   for i, id in ipairs(ids) do
     local found = envelopes[i] and marks(envelopes[i])
     if found and found.priority > 0 then urgent = true end
-    if envelopes[i] then redis.call('RPUSH', KEYS[11 + (found and found.priority or 0)], id) end
+    if envelopes[i] then
+      redis.call('RPUSH', KEYS[11 + (found and found.priority or 0)], id)
+    else
+      missing[#missing + 1] = id
+    end
   end
   first_due = redis.call('ZRANGE', due, 0, 0, 'WITHSCORES')
 end
@@ -170,7 +176,10 @@ end
 -- Lease, by priority. An entry whose job is gone, cancelled or expired is dropped when it is reached.
 local ids, envelopes, taken = {}, {}, 0
 local function usable(id, envelope)
-  if not envelope then return false end
+  if not envelope then
+    missing[#missing + 1] = id
+    return false
+  end
   local found = marks(envelope)
   if not found then return true end
   if found.stub then
@@ -268,4 +277,4 @@ local function look()
   end
 end
 if string.find(flags, 'l', 1, true) then look() end
-return {1, now, held, next_due, more, lost, ids, envelopes, states, overdue, cancelled, paused and 1 or 0, outbox}
+return {1, now, held, next_due, more, lost, ids, envelopes, states, overdue, cancelled, paused and 1 or 0, missing, outbox}
