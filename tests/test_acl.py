@@ -70,7 +70,7 @@ def live(role: str, member: Member, *, enough: bool = True) -> None:
 
 @pytest.mark.redis6
 @pytest.mark.redis7
-@pytest.mark.parametrize("role", acl.ROLES)
+@pytest.mark.parametrize("role", LIFE)
 def test_rules_are_enough_and_none_too_many(role: str, member: Callable[..., Member], server: Server) -> None:
     """With exactly the printed rules a role's whole life passes unrefused, and each command of them is called in it."""
     one = member(role)
@@ -83,7 +83,7 @@ def test_rules_are_enough_and_none_too_many(role: str, member: Callable[..., Mem
     assert unused == set()
 
 
-@pytest.mark.parametrize("role", acl.ROLES)
+@pytest.mark.parametrize("role", LIFE)
 def test_without_any_one_rule_something_is_refused(
     role: str, member: Callable[..., Member], rounds: Callable[[int, int], int]
 ) -> None:
@@ -118,7 +118,7 @@ WRITES = [
 @pytest.mark.redis7
 def test_all_else_is_refused(member: Callable[..., Member]) -> None:
     """No role reads foreign keys or does anything to the server; a dashboard writes nothing, a producer takes nothing."""
-    for role in acl.ROLES:
+    for role in LIFE:
         one = member(role)
         for command in FORBIDDEN:
             assert "permission" in (refused := one.refuse(*command)) or "executing the script" in refused, (

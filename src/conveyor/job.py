@@ -6,12 +6,10 @@ from asyncio import _get_running_loop
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar, cast
 
-import msgspec
-
 from conveyor import ident
 from conveyor.duration import Duration, milliseconds
 from conveyor.errors import ConfigurationError, JobCancelled, JobFailed, JobNotFound, ResultExpired
-from conveyor.model import Failure, State, Status, read_outcome
+from conveyor.model import Failure, Status, read_outcome, read_whatever
 from conveyor.store import inspection, operations
 from conveyor.store.operations import Existing
 
@@ -192,7 +190,7 @@ class Job(Generic[R_co]):
             raise TimeoutError(f"Job {self.id} has not ended within {seconds:g} s. It goes on; ask again later.")
         word, data = answer
         if word == "dead":
-            state = State.decode(data)
+            _, state, _ = read_whatever(b"\n\n", data)
             errors = state.failures_list()
             raise self._failed(errors[-1] if errors else None, f"its worker crashed {state.crashes} times while it ran")
         if word == "gone":
@@ -209,7 +207,10 @@ class Job(Generic[R_co]):
             why = "expired before it started" if outcome.reason == "expired" else "was cancelled"
             raise JobCancelled(f"Job {self.id} {why}.")
         if self._promise is None:
-            return cast("R_co", msgspec.json.decode(value))
+            from conveyor.codec import ValueCodec
+
+            untyped: ValueCodec[R_co] = ValueCodec(what=f"The result of {self.id}", max_payload=1 << 30)
+            return untyped.decode(value)
         return cast("R_co", self._promise.results.decode(value))
 
     def _nothing(self, *, just_ended: bool) -> R_co:

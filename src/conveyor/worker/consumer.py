@@ -65,7 +65,7 @@ class Consumer:
         self._number, self._kick_soon = 0, False
         self._flying: tuple[Call[Turn], Report] | None = None
         self._reaper = Reaper(keys, berth.wire, lease_ms)
-        self._alarm = Alarm(self._due_now)
+        self.alarm = Alarm(self._due_now)
         self._last_turn = 0.0
         self._looked = self.gone = self._absorbing = False
         self.antechamber = Antechamber(lambda: worker.executor.free)
@@ -96,7 +96,7 @@ class Consumer:
 
     async def leave(self) -> None:
         """Send what is left to report and take the registration away; nothing that is still held is charged."""
-        self._alarm.close()
+        self.alarm.close()
         await self._settled()
         if self.report:
             self._start(0)
@@ -266,17 +266,16 @@ class Consumer:
         self._next_suspect()
         self.more = turn.more or (len(turn.ids) >= self._wanted > 0)
         self.paused = turn.paused
-        if turn.cancelled:
-            for id_ in turn.cancelled:
-                if id_ in held:
-                    self.executor.stop(held[id_], "cancel")
+        for id_ in turn.cancelled:
+            if id_ in held:
+                self.executor.stop(held[id_], "cancel")
         if self._looked:
             self._reaper.look(turn, self.identity)
         if turn.held != len(held):
             self._recovery = asyncio.get_running_loop().create_task(self._reconcile())
             return
         if not self._worker.stopping:
-            self._alarm.watch(turn, asked=self._wanted > 0)
+            self.alarm.watch(turn, asked=self._wanted > 0)
         self._landed.set()
         self._kick()
         self._worker.absorbed(self)
@@ -384,7 +383,7 @@ class Consumer:
         """True when nothing is left that this worker could do: for a burst."""
         if self.more or self.busy:
             return False
-        if not self._alarm.is_set:
+        if not self.alarm.is_set:
             self.own_retries.clear()  # nothing is scheduled, so another worker took them
         return not self.own_retries
 
