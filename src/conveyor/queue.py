@@ -338,7 +338,7 @@ class Queue(Generic[T]):
         return f"<{kind} {self.name}: {counts.ready} ready{rest}{', paused' if counts.paused else ''}>"
 
     def _reached(self) -> bool:
-        return bool(self.backend._free)  # noqa: SLF001
+        return self.backend.reached
 
 
 def _on_error(value: OnError) -> OnError:
