@@ -7,7 +7,7 @@ import random
 import sys
 from pathlib import Path
 
-from chaos import report
+from chaos import report, scenario
 from chaos.soak import soak
 
 
@@ -17,9 +17,14 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=2.0)
     parser.add_argument("--seed", type=int, default=random.randrange(1_000_000))
     parser.add_argument("--report", type=Path, help="write the counts as JSON")
+    parser.add_argument("--scenario", choices=sorted(scenario.SCENARIOS), help="one fault, many times, instead of all")
+    parser.add_argument("--count", type=int, help="how often (default: as in docs/reliability.md)")
     options = parser.parse_args()
     print(f"seed {options.seed}", flush=True)
-    verdict, stage, facts = soak(60 * options.minutes, options.seed)
+    if options.scenario:
+        verdict, stage, facts = scenario.run(options.scenario, options.count, options.seed)
+    else:
+        verdict, stage, facts = soak(60 * options.minutes, options.seed)
     print(report.table(verdict, stage.faults, facts))
     if options.report:
         report.write(options.report, verdict, stage.faults, facts)

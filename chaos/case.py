@@ -44,7 +44,7 @@ def _push(stage: Stage, count: int, *, rate: float = 0, url: str = "", number: i
 def _holder(stage: Stage, runs: int) -> int:
     """Wait for that many runs; return the process that began most of them."""
     stage.started(runs)
-    pids = [line["pid"] for line in stage.lines("runs") if line["phase"] == "start"]
+    pids: list[int] = [line["pid"] for line in stage.lines("runs") if line["phase"] == "start"]
     return max(set(pids), key=pids.count)
 
 

@@ -179,7 +179,7 @@ def _unexplained(evidence: Evidence, verdict: Verdict) -> int:
     global_ = [fault for fault in evidence.faults if not fault.get("pids")]
     for id_, runs in evidence.runs.items():
         for before, after in itertools.pairwise(runs):
-            excused = before.how == "failed" or before.pid in struck or not before.end
+            excused = before.how == "failed" or before.pid in struck or before.end is None
             since = before.start - evidence.lease
             if excused or any(f["at"] < after.start and f.get("until", f["at"]) > since for f in global_):
                 continue

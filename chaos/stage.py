@@ -54,7 +54,7 @@ class Stage:
     @property
     def url(self) -> str:
         """Redis itself."""
-        return self.ground.url
+        return str(self.ground.url)
 
     def fault(self, kind: str, *, pids: Iterable[int] = (), lasting: float = 0.0, **facts: Any) -> None:
         """Write a fault down, before it is made; it strikes *pids*, or everybody when there are none."""

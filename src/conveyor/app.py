@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
-from typing import TYPE_CHECKING, Any, Literal, ParamSpec, Self, TypeVar, cast, overload
+from typing import TYPE_CHECKING, Any, Literal, ParamSpec, Self, TypeVar, Unpack, cast, overload
 
 from conveyor import ident, provider
-from conveyor.bulk import Shipment, chunks
+from conveyor.bulk import Shipment, chunks, note
 from conveyor.codec import MAX_PAYLOAD
 from conveyor.duration import Duration
 from conveyor.errors import ConfigurationError, ConveyorError
@@ -21,8 +21,9 @@ from conveyor.result import Replies
 from conveyor.sealing.choice import choose
 from conveyor.sealing.sealing import LARGE_ABOVE, MAX_LARGE
 from conveyor.sealing.size import Size
-from conveyor.store.backend import Backend
+from conveyor.store.durability import Asking, Durability, Wish, asked
 from conveyor.store.operations import Entry
+from conveyor.store.reach import reach
 from conveyor.task import AsyncTask, RunIn, SyncTask, Task, TaskCall, Upcast
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from conveyor.plain import PlainList
     from conveyor.queue import Queue
     from conveyor.sealing.blob import BlobStore
+    from conveyor.store.buffer import Buffer
     from conveyor.store.keys import QueueKeys
 
 P = ParamSpec("P")
@@ -63,6 +65,7 @@ class Conveyor(Hooks):
         large: BlobStore | None = None,
         large_above: Size = LARGE_ABOVE,
         max_large: Size = MAX_LARGE,
+        buffer: Buffer | None = None,
     ) -> None:
         """
         Take the URL (None: ``CONVEYOR_URL``, else the embedded server) and what holds for all queues.
@@ -71,12 +74,13 @@ class Conveyor(Hooks):
         one set of arguments, one message or one result. `keys` (key id to secret) seal payloads, results and errors:
         the first seals, all open, and what is not sealed is set aside; `encrypt` makes them unreadable too.
         `compress` is a size above which they are compressed; with `large`, a store, arguments and messages above
-        `large_above` lie there, up to `max_large`. Sizes: bytes or ``"256KiB"``. Raises ConfigurationError.
+        `large_above` lie there, up to `max_large`. Sizes: bytes or ``"256KiB"``. `buffer` keeps what is pushed while
+        Redis is away. Raises ConfigurationError.
         """
         super().__init__()
         if not isinstance(max_payload, int) or isinstance(max_payload, bool) or max_payload < 1:
             raise ConfigurationError(f"max_payload must be a number of bytes, not {max_payload!r}.")
-        self.backend = Backend(url, namespace=namespace)
+        self.backend = reach(url, namespace, buffer)
         self.replies = Replies(self.backend)
         self.namespace = namespace
         self.lease_ms = positive_ms(lease, "lease")
@@ -91,7 +95,7 @@ class Conveyor(Hooks):
         self.queues: dict[str, Queue[Any]] = {}
         self.plain_lists: dict[str, PlainList[Any]] = {}
         self.bounded: dict[str, Queue[Any]] = {}
-        """The queues with a maximum length."""
+        """The queues with a maximum length or a durability of their own: jobs for them do not take the shortest way."""
         self._declared: dict[str, object] = {}
         self._keys: dict[str, QueueKeys] = {}
 
@@ -116,16 +120,19 @@ class Conveyor(Hooks):
     def queue(
         self, name: str, *, partitions: int = 1, lease: Duration | None = None, max_attempts: int = 5,
         max_length: int | None = None, full: Full = "raise", version: int = 1, upcast: Step | None = None,
+        **durable: Unpack[Asking],
     ) -> Queue[Any]: ...  # fmt: skip
     @overload
     def queue(
         self, name: str, type: type[T], *, partitions: int = 1, lease: Duration | None = None, max_attempts: int = 5,
         max_length: int | None = None, full: Full = "raise", version: int = 1, upcast: Step | None = None,
+        **durable: Unpack[Asking],
     ) -> Queue[T]: ...  # fmt: skip
     @overload
     def queue(
         self, name: str, type: Any, *, partitions: int = 1, lease: Duration | None = None, max_attempts: int = 5,
         max_length: int | None = None, full: Full = "raise", version: int = 1, upcast: Step | None = None,
+        **durable: Unpack[Asking],
     ) -> Queue[Any]: ...  # fmt: skip
 
     def queue(
@@ -140,29 +147,33 @@ class Conveyor(Hooks):
         full: Full = "raise",
         version: int = 1,
         upcast: Step | None = None,
+        **durable: Unpack[Asking],
     ) -> Queue[Any]:
         """
         Declare a queue of messages of *type* (any JSON value when left out), or set up one that tasks use.
 
         `lease` as for the app, `max_attempts` how often a message is tried, `max_length` how many may be unfinished,
-        `full` what a push beyond that does, `version` and `upcast(version, value)` as of a task. Declared
-        again with the same options it is the same object; with others it raises ConfigurationError.
+        `full` what a push beyond that does, `version` and `upcast(version, value)` as of a task. `fsync` and
+        `wait_replicas` make each push, of jobs too, wait until it is on disk and that many replicas have it, each for
+        `wait_timeout`; then DurabilityNotReached. Declared again with the same options it is the same object; with
+        others it raises ConfigurationError.
         """
         ident.queue_name(name)
         if partitions != 1:
             raise ConfigurationError(f"queue({name!r}, partitions={partitions!r}) is not available yet. Leave it out.")
         lease_ms = self.lease_ms if lease is None else positive_ms(lease, "lease")
-        facts = ("queue", type, lease_ms, max_attempts, max_length, full, version, upcast)
+        asks = asked(durable)
+        facts = ("queue", type, lease_ms, max_attempts, max_length, full, version, upcast, asks)
         if self._is_declared(name, facts):
             return self.queues[name]
         from conveyor.queue import Queue
 
         queue: Queue[Any] = Queue(
             self.backend, name, type, lease_ms=lease_ms, max_attempts=max_attempts, max_length=max_length, full=full,
-            max_payload=self.max_whole, sealing=self.sealing, version=version, upcast=upcast,
+            asks=asks, max_payload=self.max_whole, sealing=self.sealing, version=version, upcast=upcast,
         )  # fmt: skip
         self.queues[name], self._declared[name] = queue, facts
-        if max_length is not None:
+        if max_length is not None or asks is not None:
             self.bounded[name] = queue
         return queue
 
@@ -292,7 +303,7 @@ class Conveyor(Hooks):
                 for chunk in chunks(self, calls):
                     shipment.send(chunk)
         except ConveyorError as error:
-            _note(error, len(shipment.jobs))
+            note(error, len(shipment.jobs))
             raise
         return shipment.jobs
 
@@ -307,7 +318,7 @@ class Conveyor(Hooks):
                 await chunk.asend()
                 jobs += chunk.jobs
         except ConveyorError as error:
-            _note(error, len(jobs))
+            note(error, len(jobs))
             raise
         return jobs
 
@@ -321,13 +332,21 @@ class Conveyor(Hooks):
         queue, bare = ident.split(id)
         return Job(self, bare, queue)
 
-    def send(self, queue: str, entries: Sequence[Entry]) -> list[str]:
+    def send(self, queue: str, entries: Sequence[Entry], wish: Wish | None = None) -> list[str]:
         """Push prepared entries and return the id of each: its own, or that of a job that existed."""
-        return self.backend.push(self.keys(queue), entries, max_length=self._max_length(queue))
+        return self.backend.way(self._asks(queue), wish).push(
+            self.keys(queue), entries, max_length=self._max_length(queue)
+        )
 
-    async def asend(self, queue: str, entries: Sequence[Entry]) -> list[str]:
+    async def asend(self, queue: str, entries: Sequence[Entry], wish: Wish | None = None) -> list[str]:
         """Do the same without blocking the event loop."""
-        return await self.backend.apush(self.keys(queue), entries, max_length=self._max_length(queue))
+        return await self.backend.way(self._asks(queue), wish).apush(
+            self.keys(queue), entries, max_length=self._max_length(queue)
+        )
+
+    def _asks(self, queue: str) -> Durability | None:
+        found = self.bounded.get(queue)
+        return None if found is None else found.asks
 
     def _max_length(self, queue: str) -> int:
         found = self.bounded.get(queue)
@@ -385,8 +404,3 @@ class Conveyor(Hooks):
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         await self.aclose()
-
-
-def _note(error: ConveyorError, count: int) -> None:
-    if count:
-        error.add_note(f"{count} jobs were enqueued before it.")

@@ -29,6 +29,7 @@ from conveyor.store.operations import Entry, Existing
 if TYPE_CHECKING:
     from conveyor.middleware import Middleware
     from conveyor.sealing.sealing import Sealing
+    from conveyor.store.durability import Wish
     from conveyor.store.keys import QueueKeys
 
 P = ParamSpec("P")
@@ -51,8 +52,8 @@ class Sender(Home, Protocol):
     @property
     def sealing(self) -> Sealing | None: ...
 
-    def send(self, queue: str, entries: Sequence[Entry]) -> list[str]: ...
-    async def asend(self, queue: str, entries: Sequence[Entry]) -> list[str]: ...
+    def send(self, queue: str, entries: Sequence[Entry], wish: Wish | None = None) -> list[str]: ...
+    async def asend(self, queue: str, entries: Sequence[Entry], wish: Wish | None = None) -> list[str]: ...
 
 
 @dataclass(frozen=True)
@@ -174,19 +175,23 @@ class Task(Generic[P, R_co]):
         keep_result: Duration | None = None,
         retry: int | None = None,
         front: bool = False,
-        wait_replicas: int = 0,
+        fsync: bool | None = None,
+        wait_replicas: int | None = None,
+        wait_timeout: Duration | None = None,
     ) -> BoundTask[P, R_co]:
         """
         Return the task with options for single jobs; what is None stays as the task has it.
 
         `delay` or `at` (an aware datetime) starts it later, `expires` cancels it when it has not started by
         then, `id` is an id of your own and a unique key, `retry` the number of attempts, `front` goes before all
-        of its priority.
+        of its priority. `fsync` waits until it is on disk, `wait_replicas` until so many replicas have it, each for
+        `wait_timeout`; then DurabilityNotReached.
         Raises ConfigurationError.
         """
         choice = choose(
             delay=delay, at=at, priority=priority, id=id, queue=queue, unique=unique, expires=expires, headers=headers,
-            timeout=timeout, keep_result=keep_result, retry=retry, front=front, wait_replicas=wait_replicas,
+            timeout=timeout, keep_result=keep_result, retry=retry, front=front, fsync=fsync,
+            wait_replicas=wait_replicas, wait_timeout=wait_timeout,
         )  # fmt: skip
         return BoundTask(self, choice)
 
@@ -195,12 +200,12 @@ class Task(Generic[P, R_co]):
         if _get_running_loop() is not None:
             raise _in_loop(self, args, kwargs, sys._getframe(2))  # noqa: SLF001
         queue, entry = self.prepare(choice, args, kwargs)
-        return self._handle(queue, entry, self._home.send(queue, (entry,))[0])
+        return self._handle(queue, entry, self._home.send(queue, (entry,), choice.wish)[0])
 
     async def aenqueue_with(self, choice: Choice, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Job[R_co]:
         """Do the same without blocking the event loop."""
         queue, entry = await self.aprepare(choice, args, kwargs)
-        return self._handle(queue, entry, (await self._home.asend(queue, (entry,)))[0])
+        return self._handle(queue, entry, (await self._home.asend(queue, (entry,), choice.wish))[0])
 
     def follow_with(self, choice: Choice, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Job[R_co], bytes]:
         """Prepare a job for an outbox; raises PayloadError."""

@@ -225,6 +225,7 @@ class Consumer:
         self.held.clear()
         for attempt in abandoned:
             self._lost(attempt)
+        self._worker.settle_stats(self, self.report)  # nobody counts what nobody accepted
         self.report = Report()
         self.antechamber.clear()
         await readmit(self)
