@@ -128,7 +128,7 @@ class WithLeastPrivilege(Server):
         binary = find_binary("valkey")
         assert binary is not None
         super().__init__(binary, directory)
-        both = [acl.rules(role, "conveyor", server="7.2") for role in ("worker", "operator")]
+        both = [acl.rules(role, "conveyor", server="7.2", durable=True) for role in ("worker", "operator")]
         commands = sorted({f"+{command}" for one in both for command in one.commands})
         # The tests name namespaces and lists as they like; that foreign keys are refused is test_acl.py's to show.
         with self.client() as client:

@@ -151,6 +151,22 @@ def test_neutral_rules_are_understood_by_every_server(member: Callable[..., Memb
     assert one.denied() == set()
 
 
+@pytest.mark.parametrize("name", ["valkey", "redis7"])
+def test_durable_pushes_need_a_little_more(name: str, start_server: Callable[..., Server]) -> None:
+    """With `--durable` a producer may ask for a sync; without it is told so."""
+    server = start_server("--appendonly", "yes", "--appendfsync", "always", name=name)
+    for durable in (True, False):
+        one = Member(server, acl.rules("producer", NAMESPACE, server=SERVER[name], durable=durable))
+        one.allow()
+        with shop(one.url) as app:
+            if durable:
+                app.queue("orders").push(1, fsync=True)
+                assert one.denied() == set()
+            else:
+                with pytest.raises(ConfigurationError, match="conveyor acl"):
+                    app.queue("orders").push(1, fsync=True)
+
+
 @pytest.mark.parametrize("name", ["valkey", "redis6"])
 def test_lines_make_a_file_of_users(name: str, start_server: Callable[..., Server], tmp_path: Path) -> None:
     """What is printed for users.acl is a file that a server starts with, once passwords are in; as printed it refuses it."""

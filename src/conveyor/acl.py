@@ -131,12 +131,14 @@ def rules(
     server: str = SERVERS[0],
     topology: str = TOPOLOGIES[0],
     database: int = 0,
+    durable: bool = False,
 ) -> Rules:
     """
     Return the least that *role* needs in *namespace*; raises ConfigurationError for a name that cannot be.
 
     *lists* are the app's plain lists. The rules for *server* 6.2 are understood by every later one too; those for
-    7.2 know what older ones refuse. *topology* and *database* say how the clients connect.
+    7.2 know what older ones refuse. *topology* and *database* say how the clients connect, *durable* that pushes ask
+    for `fsync` or `wait_replicas`.
     """
     found = ROLES.get(role)
     if found is None:
@@ -149,6 +151,9 @@ def rules(
     if found is _SENTINEL:
         return Rules(role, user, (), (), tuple(sorted(names | _connecting(server, TOPOLOGIES[0], 0))))
     names |= _connecting(server, topology, database)
+    if durable and role in {"producer", "worker"}:
+        # Without WAITAOF only the settings tell whether a reply means that it is on disk.
+        names |= {"wait", "info", "waitaof" if server == "7.2" else "config|get"}
     return Rules(
         role, user, (f"{namespace}:queues", f"{namespace}:{{*}}:*", *(_pattern(one) for one in lists)),
         (f"{namespace}:replies:*",) if found.channels else (), tuple(sorted(names)),
