@@ -369,7 +369,7 @@ class Queue(Generic[T]):
         return self.backend.run(inspection.counts(self.keys), patience=0)
 
     def _reached(self) -> bool:
-        return bool(self.backend._free)  # noqa: SLF001
+        return self.backend.reached
 
 
 def _on_error(value: OnError) -> OnError:
