@@ -108,7 +108,8 @@ class Producer:
         elif kind == "boxed_poison":
             self.task(kind, program.boxed_poison, draw.choice(["1", "SIGKILL"]))
         elif kind == "bulk":
-            self.call(kind, lambda tokens: app.enqueue_many(program.quick.s(token, ms) for token in tokens), BULK)
+            size = int(fixed) if fixed else BULK
+            self.call(kind, lambda tokens: app.enqueue_many(program.quick.s(token, 5) for token in tokens), size)
         elif kind == "messages":
             self.call(kind, lambda tokens: mail.push_many([{"token": t, "ms": ms} for t in tokens]), BULK)
         elif kind == "message":
