@@ -53,6 +53,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "job",
         "limit",
         "middleware",
+        "outbox",
         "outgoing",
         "registration",
         "result",
@@ -61,7 +62,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "workflow",
     ),
     ("worker",),
-    ("acl", "admin", "doctor", "view", "telemetry", "testing"),
+    ("acl", "admin", "doctor", "leftover", "view", "telemetry", "testing"),
     ("cli", "demo", "web", "contrib", "__main__"),
 )
 FACADE = len(LAYERS) - 1.5  # the public names: gathered from everything below, for programs and for the top layer

@@ -40,6 +40,8 @@ P = ParamSpec("P")
 R = TypeVar("R")
 T = TypeVar("T")
 Full = Literal["raise", "block", "drop-oldest"]
+Step = Callable[[int, Any], Any]
+"""From a version and a message of it to the message as the next version has it."""
 
 
 class Conveyor(Hooks):
@@ -117,17 +119,20 @@ class Conveyor(Hooks):
     @overload
     def queue(
         self, name: str, *, partitions: int = 1, lease: Duration | None = None, max_attempts: int = 5,
-        max_length: int | None = None, full: Full = "raise", **durable: Unpack[Asking],
+        max_length: int | None = None, full: Full = "raise", version: int = 1, upcast: Step | None = None,
+        **durable: Unpack[Asking],
     ) -> Queue[Any]: ...  # fmt: skip
     @overload
     def queue(
         self, name: str, type: type[T], *, partitions: int = 1, lease: Duration | None = None, max_attempts: int = 5,
-        max_length: int | None = None, full: Full = "raise", **durable: Unpack[Asking],
+        max_length: int | None = None, full: Full = "raise", version: int = 1, upcast: Step | None = None,
+        **durable: Unpack[Asking],
     ) -> Queue[T]: ...  # fmt: skip
     @overload
     def queue(
         self, name: str, type: Any, *, partitions: int = 1, lease: Duration | None = None, max_attempts: int = 5,
-        max_length: int | None = None, full: Full = "raise", **durable: Unpack[Asking],
+        max_length: int | None = None, full: Full = "raise", version: int = 1, upcast: Step | None = None,
+        **durable: Unpack[Asking],
     ) -> Queue[Any]: ...  # fmt: skip
 
     def queue(
@@ -140,29 +145,32 @@ class Conveyor(Hooks):
         max_attempts: int = 5,
         max_length: int | None = None,
         full: Full = "raise",
+        version: int = 1,
+        upcast: Step | None = None,
         **durable: Unpack[Asking],
     ) -> Queue[Any]:
         """
         Declare a queue of messages of *type* (any JSON value when left out), or set up one that tasks use.
 
         `lease` as for the app, `max_attempts` how often a message is tried, `max_length` how many may be unfinished,
-        `full` what a push beyond that does. `fsync` and `wait_replicas` make each push, of jobs too, wait until it is
-        on disk and that many replicas have it, each for `wait_timeout`; then DurabilityNotReached. Declared again with
-        the same options it is the same object; with others it raises ConfigurationError.
+        `full` what a push beyond that does, `version` and `upcast(version, value)` as of a task. `fsync` and
+        `wait_replicas` make each push, of jobs too, wait until it is on disk and that many replicas have it, each for
+        `wait_timeout`; then DurabilityNotReached. Declared again with the same options it is the same object; with
+        others it raises ConfigurationError.
         """
         ident.queue_name(name)
         if partitions != 1:
             raise ConfigurationError(f"queue({name!r}, partitions={partitions!r}) is not available yet. Leave it out.")
         lease_ms = self.lease_ms if lease is None else positive_ms(lease, "lease")
         asks = asked(durable)
-        facts = ("queue", type, lease_ms, max_attempts, max_length, full, asks)
+        facts = ("queue", type, lease_ms, max_attempts, max_length, full, version, upcast, asks)
         if self._is_declared(name, facts):
             return self.queues[name]
         from conveyor.queue import Queue
 
         queue: Queue[Any] = Queue(
             self.backend, name, type, lease_ms=lease_ms, max_attempts=max_attempts, max_length=max_length, full=full,
-            asks=asks, max_payload=self.max_whole, sealing=self.sealing,
+            asks=asks, max_payload=self.max_whole, sealing=self.sealing, version=version, upcast=upcast,
         )  # fmt: skip
         self.queues[name], self._declared[name] = queue, facts
         if max_length is not None or asks is not None:

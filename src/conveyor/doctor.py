@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import median
 from typing import Literal
 
 from conveyor.errors import ConveyorError, StoreUnavailable
 from conveyor.store import eviction, inspection
+from conveyor.store.address import Address
 from conveyor.store.backend import Backend
+from conveyor.store.cluster import Cluster
 from conveyor.store.keys import QueueKeys
 
 Level = Literal["ok", "note", "warning", "problem"]
@@ -88,19 +90,50 @@ def examine(
     """
     report = Report(str(backend.address))
     _latency(backend, report)
+    if isinstance(backend.address, Cluster):
+        _nodes(backend, backend.address, report)
+    else:
+        _server(backend, report)
+    _clock(backend, report)
+    _queues(backend, keys or backend.keys, backend.queues() if queues is None else queues, report)
+    return report
+
+
+def _server(backend: Backend, report: Report) -> None:
     facts = _information(backend)
     _version(facts, report)
     if backend.attachment is not None:
         report.add(
             "server", "note", "embedded server: for one machine, made for development", "Elsewhere: CONVEYOR_URL"
         )
+    elif facts.get("redis_mode") == "cluster" and isinstance(backend.address, Address):
+        host = backend.address.host
+        report.add("server", "problem", "this is one node of a cluster", f"Write redis+cluster://{host}", "E33")
     _role(facts, report)
     _eviction(backend, facts, report)
     _durability(backend, facts, report)
     _memory(facts, report)
-    _clock(backend, report)
-    _queues(backend, keys or backend.keys, backend.queues() if queues is None else queues, report)
-    return report
+
+
+def _nodes(backend: Backend, cluster: Cluster, report: Report) -> None:
+    """Examine each node that owns slots; the whole is as durable as the least durable of them."""
+    weakest = list(_DURABILITY)
+    found = []
+    for address in cluster.nodes():
+        node = Backend(address.url, patience=backend.patience)
+        try:
+            one = Report(address.host)
+            _server(node, one)
+        finally:
+            node.close()
+        found.append(one)
+        report.family, report.version = one.family, one.version
+        report.findings += [
+            replace(finding, text=f"{address.host}: {finding.text}")
+            for finding in one.findings
+            if (finding.name, finding.code) != ("server", "E33")
+        ]
+    report.durability = min((one.durability for one in found), key=weakest.index, default="unknown")
 
 
 def eviction_policy(backend: Backend) -> tuple[str, int]:
@@ -189,8 +222,6 @@ def _version(facts: dict[str, str], report: Report) -> None:
         report.add("version", "warning", text, f"Use {numbers[0]}.{numbers[1]}.{safe} or newer.")
     else:
         report.add("version", "ok", name)
-    if facts.get("redis_mode") == "cluster" or facts.get("cluster_enabled") == "1":
-        report.add("version", "problem", "this is one node of a cluster", "Clusters come later: use a single server.")
 
 
 def _role(facts: dict[str, str], report: Report) -> None:

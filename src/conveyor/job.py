@@ -7,12 +7,10 @@ from collections.abc import Mapping
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar, cast
 
-import msgspec
-
 from conveyor import ident
 from conveyor.duration import Duration, milliseconds
 from conveyor.errors import ConfigurationError, JobCancelled, JobFailed, JobNotFound, ResultExpired
-from conveyor.model import Failure, State, Status, read_outcome
+from conveyor.model import Failure, Status, read_outcome, read_whatever
 from conveyor.store import inspection, operations
 from conveyor.store.operations import Existing
 
@@ -107,7 +105,8 @@ class Job(Generic[R_co]):
 
     def status(self) -> Status:
         """
-        Return scheduled, ready, leased, done, dead, cancelled, or waiting: in the buffer of this program.
+        Return scheduled, ready, leased, done, dead or cancelled; waiting for a spawned job that has not left its parent,
+        and for one in the buffer of this program.
 
         A job that Redis no longer knows is done: one that succeeded and keeps no result leaves no record. Raises
         JobNotFound for an id of the caller's own that no queue has seen within a day.
@@ -129,6 +128,8 @@ class Job(Generic[R_co]):
             return row.status
         if place == "result":
             return read_outcome(record).status
+        if place == "none" and not record and ident.may_come(self._bare):
+            return "waiting"  # its parent has not ended, or has a moment ago
         return "cancelled" if place == "cancelled" else "done"
 
     def _waits_here(self) -> bool:
@@ -222,7 +223,7 @@ class Job(Generic[R_co]):
             raise self._too_late(seconds)
         word, data = answer
         if word == "dead":
-            state = State.decode(data)
+            _, state, _ = read_whatever(b"\n\n", data)
             errors = state.failures_list()
             raise self._failed(errors[-1] if errors else None, f"its worker crashed {state.crashes} times while it ran")
         if word == "gone":
@@ -239,7 +240,10 @@ class Job(Generic[R_co]):
             why = "expired before it started" if outcome.reason == "expired" else "was cancelled"
             raise JobCancelled(f"Job {self.id} {why}.")
         if self._promise is None:
-            return cast("R_co", msgspec.json.decode(value))
+            from conveyor.codec import ValueCodec
+
+            untyped: ValueCodec[R_co] = ValueCodec(what=f"The result of {self.id}", max_payload=1 << 30)
+            return untyped.decode(value)
         return cast("R_co", self._promise.results.decode(value))
 
     def _too_late(self, seconds: float | None) -> TimeoutError:

@@ -117,7 +117,7 @@ class Outgoing:
         if self.headers or self.version != 1 or options != (None, None, None):
             extra = Extra(check_headers(self.headers), *options, self.version)
         own = self.id is not None
-        id_ = ident.own_id(self.id) if self.id is not None else ident.new_id()
+        id_ = ident.given_id(self.id) if self.id is not None else ident.new_id()
         if sealing is not None:
             body = sealing.wrap(body, queue=self.queue, task=self.task, id=id_)
         return Entry(

@@ -8,12 +8,12 @@ import inspect
 import sys
 from asyncio import _get_running_loop
 from collections.abc import Callable, Container, Coroutine, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Generic, Literal, ParamSpec, Protocol, TypeVar
 
-from conveyor import ident
+from conveyor import ident, outbox
 from conveyor.codec import ValueCodec, show
 from conveyor.context import Context
 from conveyor.duration import Duration
@@ -207,6 +207,13 @@ class Task(Generic[P, R_co]):
         queue, entry = await self.aprepare(choice, args, kwargs)
         return self._handle(queue, entry, (await self._home.asend(queue, (entry,), choice.wish))[0])
 
+    def follow_with(self, choice: Choice, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Job[R_co], bytes]:
+        """Prepare a job for an outbox; raises PayloadError."""
+        if choice.id is None:
+            choice = replace(choice, id=ident.new_spawned_id())
+        queue, entry = self.prepare(choice, args, kwargs)
+        return Job(self._home, entry.id, queue, self), outbox.write(queue, entry)
+
     def _handle(self, queue: str, entry: Entry, id: str) -> Job[R_co]:  # noqa: A002
         return Job(self._home, id, queue, self, duplicate=isinstance(id, Existing))
 
@@ -309,6 +316,10 @@ class TaskCall(Generic[R_co]):
 
     def __repr__(self) -> str:
         return f"<{_call_text(self.task.name, self.args, self.kwargs)}>"
+
+    def follow(self) -> tuple[Job[R_co], bytes]:
+        """Return the handle of the job this call is to become, and its entry in an outbox: for `context.spawn`."""
+        return self.task.follow_with(self.choice, self.args, self.kwargs)
 
     def enqueue(self) -> Job[R_co]:
         """Enqueue this call alone."""

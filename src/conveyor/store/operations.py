@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+from conveyor import ident
 from conveyor.errors import ConfigurationError, QueueFull
 from conveyor.model import to_json, write_rest
 from conveyor.store.keys import QueueKeys
@@ -181,6 +182,7 @@ class Report:
     others: list[Settlement] = field(default_factory=list)
     stats: dict[str, int] = field(default_factory=dict)
     recent: list[bytes] = field(default_factory=list)
+    spawned: bool = False  # some settlements put entries into the outbox
 
     def __bool__(self) -> bool:
         return bool(self.done or self.others)
@@ -206,6 +208,7 @@ class Turn:
     cancelled: list[str]
     paused: bool
     missing: list[str] = field(default_factory=list)
+    outbox: bool = False  # looked, and found it not empty
 
 
 class Unregistered(Exception):
@@ -239,12 +242,12 @@ def _read_turn(reply: list[Any]) -> Turn:
         raise Unregistered("Redis does not know this worker")
     if reply[0] == -1:
         raise LateTurn("a newer turn was carried out")
-    _, now, held, next_due, more, lost, ids, envelopes, states, overdue, cancelled, paused, missing = reply
+    _, now, held, next_due, more, lost, ids, envelopes, states, overdue, cancelled, paused, missing, outbox = reply
     return Turn(
         now, held, next_due if next_due >= 0 else None, more == 1, [id_.decode() for id_ in lost],
         [id_.decode() for id_ in ids], envelopes, states,
         [(overdue[i].decode(), int(float(overdue[i + 1]))) for i in range(0, len(overdue), 2)] if overdue else [],
-        [id_.decode() for id_ in cancelled], paused == 1, [id_.decode() for id_ in missing],
+        [id_.decode() for id_ in cancelled], paused == 1, [id_.decode() for id_ in missing], outbox == 1,
     )  # fmt: skip
 
 
@@ -331,7 +334,12 @@ def intake(keys: QueueKeys, limit: int, stem: str, task: str = "") -> Call[int]:
 def await_outcome(keys: QueueKeys, id: str, channel: str) -> Call[tuple[str, bytes]]:  # noqa: A002
     """Return the call that reads an outcome or registers *channel* as waiting; it yields await.lua's (word, bytes)."""
     names = (keys.jobs, keys.state, keys.dead, keys.waiters, keys.result(id))
-    return Call(AWAIT, names, (id, channel), lambda reply: (reply[0].decode(), reply[1] if len(reply) > 1 else b""))
+    return Call(
+        AWAIT,
+        names,
+        (id, channel, "1" if ident.may_come(id) else ""),
+        lambda reply: (reply[0].decode(), reply[1] if len(reply) > 1 else b""),
+    )
 
 
 def forget(keys: QueueKeys, id: str, channel: str) -> Call[int]:  # noqa: A002

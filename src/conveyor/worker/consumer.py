@@ -22,6 +22,7 @@ from conveyor.store.wire import Wire
 from conveyor.worker.alarm import Alarm
 from conveyor.worker.antechamber import Antechamber
 from conveyor.worker.attempt import Attempt
+from conveyor.worker.delivery import Delivery
 from conveyor.worker.intake import Intake
 from conveyor.worker.prefetch import Sizes
 from conveyor.worker.readmission import readmit
@@ -64,10 +65,11 @@ class Consumer:
         self._number, self._kick_soon = 0, False
         self._flying: tuple[Call[Turn], Report] | None = None
         self._reaper = Reaper(keys, berth.wire, lease_ms)
-        self._alarm = Alarm(self._due_now)
+        self.alarm = Alarm(self._due_now)
         self._last_turn = 0.0
         self._looked = self.gone = self._absorbing = False
         self.antechamber = Antechamber(lambda: worker.executor.free)
+        self._delivery = Delivery(keys, worker.app, self.schedule)
         self._intake = Intake(self, worker.app.plain_lists[keys.queue].task or "") if keys.foreign is not None else None
         self._recovery: asyncio.Task[None] | None = None
         self._wanted, self.sizes = 0, Sizes()
@@ -94,11 +96,12 @@ class Consumer:
 
     async def leave(self) -> None:
         """Send what is left to report and take the registration away; nothing that is still held is charged."""
-        self._alarm.close()
+        self.alarm.close()
         await self._settled()
         if self.report:
             self._start(0)
             await self._settled()
+        await self._delivery.finish(2.0)
         self.gone = True
         try:
             await self.wire.run(operations.reap(self.keys, self.identity, crashed=False), patience=2.0)
@@ -125,7 +128,8 @@ class Consumer:
     def busy(self) -> bool:
         """True while it holds jobs or has something to report."""
         loading = self._intake is not None and self._intake.loading
-        return bool(self.held or self.report or self._flying or self._recovery or self.antechamber or loading)
+        under_way = loading or self._delivery.busy
+        return bool(self.held or self.report or self._flying or self._recovery or self.antechamber or under_way)
 
     def schedule(self, *, at_once: bool = False) -> None:
         """Look again once what runs now has come to a pause, so that many ends make one turn; or *at_once*."""
@@ -222,6 +226,7 @@ class Consumer:
         self.held.clear()
         for attempt in abandoned:
             self._lost(attempt)
+        self._worker.settle_stats(self, self.report)  # nobody counts what nobody accepted
         self.report = Report()
         self.antechamber.clear()
         await readmit(self)
@@ -255,23 +260,24 @@ class Consumer:
             eviction.tell_missing(log, self.queue, turn.missing)
         if self.blobs:
             self._worker.unusual.release(self, report, turn.lost)
+        if report.spawned or turn.outbox:
+            self._delivery.begin()
         self._admit(report)
         if turn.ids:
             self._take(turn)
         self._next_suspect()
         self.more = turn.more or (len(turn.ids) >= self._wanted > 0)
         self.paused = turn.paused
-        if turn.cancelled:
-            for id_ in turn.cancelled:
-                if id_ in held:
-                    self.executor.stop(held[id_], "cancel")
+        for id_ in turn.cancelled:
+            if id_ in held:
+                self.executor.stop(held[id_], "cancel")
         if self._looked:
             self._reaper.look(turn, self.identity)
         if turn.held != len(held):
             self._recovery = asyncio.get_running_loop().create_task(self._reconcile())
             return
         if not self._worker.stopping:
-            self._alarm.watch(turn, asked=self._wanted > 0)
+            self.alarm.watch(turn, asked=self._wanted > 0)
         self._landed.set()
         self._kick()
         self._worker.absorbed(self)
@@ -379,7 +385,7 @@ class Consumer:
         """True when nothing is left that this worker could do: for a burst."""
         if self.more or self.busy:
             return False
-        if not self._alarm.is_set:
+        if not self.alarm.is_set:
             self.own_retries.clear()  # nothing is scheduled, so another worker took them
         return not self.own_retries
 

@@ -62,7 +62,7 @@ class Worker:
         self.consumers: list[Consumer] = []
         self.settling = settling.Settling(app, self.name)
         self.unusual = Unusual(app, self.settling, self.name)
-        self.last_renewal = monotonic()
+        self.last_renewal = self.last_tick = monotonic()
         fed = [name for name, listed in app.plain_lists.items() if listed.task]
         own = [task.queue for task in app.tasks.values()]
         self._queues = dict(queues) if queues else dict.fromkeys((*own, *fed), 1.0)
@@ -117,6 +117,8 @@ class Worker:
             return True
         starting.cancel()
         await asyncio.gather(starting, return_exceptions=True)
+        met = [one for one in self.consumers if one.identity and one.wire.is_open]
+        await asyncio.gather(*(consumer.leave() for consumer in met))  # its registration may be on the way already
         return False
 
     async def start(self, stack: AsyncExitStack) -> None:
@@ -351,6 +353,7 @@ class Worker:
         self.stop()
 
     def _tick(self) -> None:
+        self.last_tick = monotonic()
         if self._slot is not None:
             self._slot.tick()
             self._slot.clear_job()
