@@ -58,6 +58,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "registration",
         "result",
         "schedule",
+        "sending",
         "task",
         "workflow",
     ),

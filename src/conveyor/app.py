@@ -21,8 +21,8 @@ from conveyor.result import Replies
 from conveyor.sealing.choice import choose
 from conveyor.sealing.sealing import LARGE_ABOVE, MAX_LARGE
 from conveyor.sealing.size import Size
-from conveyor.store.durability import Asking, Durability, Wish, asked
-from conveyor.store.operations import Entry
+from conveyor.sending import Sending
+from conveyor.store.durability import Asking, asked
 from conveyor.store.reach import reach
 from conveyor.task import AsyncTask, RunIn, SyncTask, Task, TaskCall, Upcast
 
@@ -44,7 +44,7 @@ Step = Callable[[int, Any], Any]
 """From a version and a message of it to the message as the next version has it."""
 
 
-class Conveyor(Hooks):
+class Conveyor(Hooks, Sending):
     """
     One program's queues and tasks on one Redis.
 
@@ -95,19 +95,11 @@ class Conveyor(Hooks):
         self.queues: dict[str, Queue[Any]] = {}
         self.plain_lists: dict[str, PlainList[Any]] = {}
         self.bounded: dict[str, Queue[Any]] = {}
-        """The queues with a maximum length or a durability of their own: jobs for them do not take the shortest way."""
         self._declared: dict[str, object] = {}
         self._keys: dict[str, QueueKeys] = {}
 
     def __repr__(self) -> str:
         return f"<Conveyor {self.namespace}: {len(self.tasks)} tasks, {len(self.queues)} queues>"
-
-    def keys(self, queue: str) -> QueueKeys:
-        """Return the keys of *queue*."""
-        found = self._keys.get(queue)
-        if found is None:
-            found = self._keys[queue] = self.backend.keys(queue)
-        return found
 
     @property
     def promises(self) -> Mapping[str, Task[..., Any]]:
@@ -331,26 +323,6 @@ class Conveyor(Hooks):
         """
         queue, bare = ident.split(id)
         return Job(self, bare, queue)
-
-    def send(self, queue: str, entries: Sequence[Entry], wish: Wish | None = None) -> list[str]:
-        """Push prepared entries and return the id of each: its own, or that of a job that existed."""
-        return self.backend.way(self._asks(queue), wish).push(
-            self.keys(queue), entries, max_length=self._max_length(queue)
-        )
-
-    async def asend(self, queue: str, entries: Sequence[Entry], wish: Wish | None = None) -> list[str]:
-        """Do the same without blocking the event loop."""
-        return await self.backend.way(self._asks(queue), wish).apush(
-            self.keys(queue), entries, max_length=self._max_length(queue)
-        )
-
-    def _asks(self, queue: str) -> Durability | None:
-        found = self.bounded.get(queue)
-        return None if found is None else found.asks
-
-    def _max_length(self, queue: str) -> int:
-        found = self.bounded.get(queue)
-        return 0 if found is None else found.max_length or 0
 
     # -- running --------------------------------------------------------------------------------------------------
 
