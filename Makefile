@@ -7,8 +7,9 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-input
 ARGS   ?=
+CORES  ?= 2
 
-SOURCES := src tests $(wildcard benchmarks) $(wildcard examples)
+SOURCES := src tests $(wildcard benchmarks) $(wildcard chaos) $(wildcard examples)
 TYPED   := src $(wildcard examples)
 
 .DEFAULT_GOAL := help
@@ -21,7 +22,7 @@ demo: $(VENV)/.demo
 	@$(BIN)/conveyor demo $(ARGS)
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest --numprocesses $(CORES) --dist worksteal $(ARGS)
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check $(SOURCES)

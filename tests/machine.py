@@ -139,9 +139,8 @@ class Machine(RuleBasedStateMachine):
     # -- workers --------------------------------------------------------------------------------------------------
 
     def _after(self, id_: str, kind: str) -> History:
-        starts, failures, crashes, _ = self.model.jobs[id_].state or FRESH
-        alone = kind == "F" and next(self.count) % 2 == 0
-        return (starts + 1, failures + (kind in {"R0", "R", "X"}), crashes + (kind == "M"), alone)
+        starts, failures, crashes = self.model.jobs[id_].state or FRESH
+        return (starts + 1, failures + (kind in {"R0", "R", "X"}), crashes + (kind == "M"))
 
     def _settle(self, kind: str, id_: str) -> tuple[Settlement | None, tuple[str, str, Any]]:
         """Return what is sent (None: simply done) and what the model is told."""
@@ -153,7 +152,7 @@ class Machine(RuleBasedStateMachine):
         letter = "D" if kind == "done" else kind[0]
         after = self._after(id_, kind) if id_ in self.model.jobs else FRESH
         number = next(self.count)
-        sent = Settlement(letter, id_, 0, b"{}", b"%d %d %d" % after[:3] + b"w" * after[3], job.unique, job.own)
+        sent = Settlement(letter, id_, 0, b"{}", b"%d %d %d" % after, job.unique, job.own)
         if letter in "DC":
             sent.ms = 600_000
         if letter != "R":

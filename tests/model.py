@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 NOW = 1_000_000.0
-History = tuple[int, int, int, bool]
-"""Starts, failures, crashes, and whether the job waits to run alone."""
-FRESH: History = (0, 0, 0, False)
+History = tuple[int, int, int]
+"""Starts, failures, crashes."""
+FRESH: History = (0, 0, 0)
 
 
 @dataclass
@@ -227,8 +227,8 @@ class Model:
                 self.end(id_, record=True)
                 continue
             if crashed:
-                starts, failures, crashes, alone = job.state or FRESH
-                job.state = (starts + 1, failures, crashes + (crashes < 2 and not alone), alone)
+                starts, failures, crashes = job.state or FRESH
+                job.state = (starts + 1, failures, max(crashes, 1))
             self.ready[job.priority].insert(0, id_)
             returned += 1
         if returned:
@@ -275,7 +275,7 @@ class Model:
         for id_ in found:
             self.dead.remove(id_)
             job = self.jobs[id_]
-            job.state = ((job.state or FRESH)[0], 0, 0, False)
+            job.state = ((job.state or FRESH)[0], 0, 0)
             if job.own:
                 self.own[id_] = False
             self.ready[job.priority].append(id_)

@@ -50,10 +50,10 @@ def read(client: Any, keys: QueueKeys) -> dict[str, Any]:
     }
 
 
-def history(text: bytes) -> tuple[int, int, int, bool]:
+def history(text: bytes) -> tuple[int, int, int]:
     """Read a stored state without errors."""
-    starts, failures, crashes = text.rstrip(b"w").split()
-    return int(starts), int(failures), int(crashes), text.endswith(b"w")
+    starts, failures, crashes = text.split()
+    return int(starts), int(failures), int(crashes)
 
 
 def _lease(found: dict[bytes, bytes]) -> tuple[int, dict[str, int], list[str]] | None:

@@ -117,7 +117,7 @@ def public_names(source: str) -> set[str]:
 
 
 def _written() -> Iterator[Path]:
-    for folder in ("src", "tests", "benchmarks", "examples"):
+    for folder in ("src", "tests", "benchmarks", "chaos", "examples"):
         for suffix in ("*.py", "*.lua"):
             yield from sorted((HOME / folder).rglob(suffix))
 

@@ -24,6 +24,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "ident",
         "provider",
     ),  # values: no I/O
+    ("sealing",),  # payloads between JSON and Redis; knows files, not Redis
     ("store",),  # all that knows Redis
     (  # messaging
         "aconsumer",
@@ -35,6 +36,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "lessee",
         "message",
         "mover",
+        "opening",
         "partition",
         "partitioned",
         "plain",
@@ -49,15 +51,18 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "spread",
         "sweep",
         "verdict",
+        "wrapping",
     ),
     (  # jobs
         "app",
         "bulk",
+        "declaration",
         "context",
         "hook",
         "job",
         "limit",
         "middleware",
+        "outbox",
         "outgoing",
         "registration",
         "result",
@@ -66,7 +71,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "workflow",
     ),
     ("worker",),
-    ("admin", "doctor", "logical", "view", "telemetry", "testing"),
+    ("acl", "admin", "doctor", "leftover", "logical", "view", "telemetry", "testing"),
     ("cli", "demo", "web", "contrib", "__main__"),
 )
 FACADE = len(LAYERS) - 1.5  # the public names: gathered from everything below, for programs and for the top layer

@@ -17,6 +17,8 @@ from conveyor.ident import made_at_ms, public, split
 from conveyor.logical import Logical
 from conveyor.model import read_outcome
 from conveyor.repartition import refuse_full
+from conveyor.sealing.record import open_failure, preview_result
+from conveyor.sealing.sealing import Sealing
 from conveyor.store import inspection, operations
 from conveyor.store.backend import Backend
 from conveyor.store.inspection import Finished, Row
@@ -50,9 +52,15 @@ class _Found:
 class Admin:
     """Reads and actions over all queues of one backend."""
 
-    def __init__(self, backend: Backend, *, plain_lists: Collection[str] = ()) -> None:
-        """Take the backend, and which queues are plain lists shared with other programs: Redis does not say that."""
+    def __init__(self, backend: Backend, *, plain_lists: Collection[str] = (), sealing: Sealing | None = None) -> None:
+        """
+        Take the backend, and which queues are plain lists shared with other programs: Redis does not say that.
+
+        *sealing* is the app's: with it sealed payloads, errors and results are shown, without it what they are.
+        """
+        self.sealing = sealing
         self.backend = backend
+        self.plain_lists = frozenset(plain_lists)
         self._logical = Logical(backend, plain_lists)
 
     def names(self) -> list[str]:
@@ -168,7 +176,7 @@ class Admin:
                 f"No job {public_id} is known. It never existed, or it ended and what was kept of it has expired."
             )
         if found.row is not None:
-            return live_job(found.keys.queue, found.row)
+            return live_job(found.keys.queue, found.row, self.sealing)
         return self._ended(found)
 
     def retry(self, ids: Iterable[str]) -> list[Acted]:
@@ -220,7 +228,10 @@ class Admin:
                 page = self.backend.run(inspection.finished(keys, first, PAGE))
                 yield from (finished_job(queue, entry) for entry in page if entry.status != "dead")
             else:
-                yield from (live_job(queue, row) for row in self.backend.run(inspection.page(keys, state, first, PAGE)))
+                yield from (
+                    live_job(queue, row, self.sealing)
+                    for row in self.backend.run(inspection.page(keys, state, first, PAGE))
+                )
 
     def _find(self, public_id: str) -> _Found | None:
         queue, id_ = split(public_id)
@@ -256,8 +267,9 @@ class Admin:
         if found.place == "result":
             outcome = read_outcome(found.record)
             base["ended"] = maybe_instant(outcome.at) or base["ended"]
-            errors = [error_info(outcome.failure)] if outcome.failure else []
-            result = bytes(outcome.value).decode("utf-8", "backslashreplace") if outcome.status == "done" else None
+            failure, queue = outcome.failure, found.keys.queue
+            errors = [error_info(open_failure(self.sealing, failure, queue, found.id))] if failure else []
+            result = preview_result(self.sealing, outcome, queue, found.id) if outcome.status == "done" else None
             return JobInfo(**base, status=outcome.status, errors=errors, result=result, reason=outcome.reason)
         if found.place == "cancelled":
             return JobInfo(**base, status="cancelled")

@@ -153,6 +153,12 @@ class ValueCodec(Generic[T]):
         )
 
 
+class Unreadable(PayloadError):
+    """What is stored for a job cannot be read: repeating it would not mend it. Raised before the job's own code runs."""
+
+    code = "E15"
+
+
 class Unstorable(Exception):
     """The encoder met *thing*, which has no JSON form."""
 

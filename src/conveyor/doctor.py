@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import median
 from typing import Literal
 
 from conveyor.errors import ConveyorError, StoreUnavailable
 from conveyor.logical import Logical
+from conveyor.store import eviction, inspection
+from conveyor.store.address import Address
 from conveyor.store.backend import Backend
+from conveyor.store.cluster import Cluster
+from conveyor.store.keys import QueueKeys
 
 Level = Literal["ok", "note", "warning", "problem"]
 Durability = Literal["memory", "snapshots", "aof-os", "aof-everysec", "aof-always", "unknown"]
@@ -19,6 +23,7 @@ OLDEST_VALKEY = (7, 2)
 PINGS = 7
 SKEW_WARNING = 1.0
 _NAMED = 10
+_MOST_AUDITED = 10_000
 _OR_CONSUMER = "  (for messages: a program that consumes them)"
 MEMORY_WARNING, MEMORY_PROBLEM = 0.75, 0.9
 
@@ -83,19 +88,50 @@ def examine(backend: Backend, logical: Logical | None = None) -> Report:
     """
     report = Report(str(backend.address))
     _latency(backend, report)
+    if isinstance(backend.address, Cluster):
+        _nodes(backend, backend.address, report)
+    else:
+        _server(backend, report)
+    _clock(backend, report)
+    _queues(backend, logical or Logical(backend), report)
+    return report
+
+
+def _server(backend: Backend, report: Report) -> None:
     facts = _information(backend)
     _version(facts, report)
     if backend.attachment is not None:
         report.add(
             "server", "note", "embedded server: for one machine, made for development", "Elsewhere: CONVEYOR_URL"
         )
+    elif facts.get("redis_mode") == "cluster" and isinstance(backend.address, Address):
+        host = backend.address.host
+        report.add("server", "problem", "this is one node of a cluster", f"Write redis+cluster://{host}", "E33")
     _role(facts, report)
     _eviction(backend, facts, report)
     _durability(backend, facts, report)
     _memory(facts, report)
-    _clock(backend, report)
-    _queues(logical or Logical(backend), report)
-    return report
+
+
+def _nodes(backend: Backend, cluster: Cluster, report: Report) -> None:
+    """Examine each node that owns slots; the whole is as durable as the least durable of them."""
+    weakest = list(_DURABILITY)
+    found = []
+    for address in cluster.nodes():
+        node = Backend(address.url, patience=backend.patience)
+        try:
+            one = Report(address.host)
+            _server(node, one)
+        finally:
+            node.close()
+        found.append(one)
+        report.family, report.version = one.family, one.version
+        report.findings += [
+            replace(finding, text=f"{address.host}: {finding.text}")
+            for finding in one.findings
+            if (finding.name, finding.code) != ("server", "E33")
+        ]
+    report.durability = min((one.durability for one in found), key=weakest.index, default="unknown")
 
 
 def eviction_policy(backend: Backend) -> tuple[str, int]:
@@ -106,17 +142,8 @@ def eviction_policy(backend: Backend) -> tuple[str, int]:
 
 def evicting(policy: str, evicted: int) -> Finding | None:
     """Return what is wrong with an eviction policy, None when nothing is."""
-    if policy in {"", "noeviction"}:
-        return None
-    since = f", and {evicted:,} keys were evicted since its start" if evicted else ""
-    what = "jobs" if policy.startswith("allkeys") else "results and the marks that keep a push from happening twice"
-    return Finding(
-        "eviction",
-        "problem",
-        f"Redis may delete {what}: maxmemory-policy is {policy}{since}.",
-        "CONFIG SET maxmemory-policy noeviction, and the same in its configuration file or parameter group",
-        "E10",
-    )
+    wrong = eviction.danger(policy, evicted)
+    return None if wrong is None else Finding("eviction", "problem", wrong, eviction.REMEDY, "E10")
 
 
 def stranded(waiting: dict[str, int], served: list[str]) -> list[Finding]:
@@ -156,9 +183,7 @@ def _latency(backend: Backend, report: Report) -> None:
 
 
 def _information(backend: Backend) -> dict[str, str]:
-    reply = _allowed(backend, "INFO")
-    text = reply.decode("utf-8", "replace") if isinstance(reply, bytes) else ""
-    return dict(line.split(":", 1) for line in text.splitlines() if ":" in line)
+    return eviction.facts(_allowed(backend, "INFO"))
 
 
 def _setting(backend: Backend, name: str) -> str | None:
@@ -195,8 +220,6 @@ def _version(facts: dict[str, str], report: Report) -> None:
         report.add("version", "warning", text, f"Use {numbers[0]}.{numbers[1]}.{safe} or newer.")
     else:
         report.add("version", "ok", name)
-    if facts.get("redis_mode") == "cluster" or facts.get("cluster_enabled") == "1":
-        report.add("version", "problem", "this is one node of a cluster", "Clusters come later: use a single server.")
 
 
 def _role(facts: dict[str, str], report: Report) -> None:
@@ -225,7 +248,7 @@ def _eviction(backend: Backend, facts: dict[str, str], report: Report) -> None:
     elif policy:
         report.add("eviction", "ok", "noeviction: a full server refuses new jobs and keeps the old ones")
     else:
-        report.add("eviction", "warning", "the eviction policy is unknown", "ACL SETUSER … +info")
+        report.add("eviction", "warning", eviction.UNKNOWN, "ACL SETUSER … +info")
 
 
 def _durability(backend: Backend, facts: dict[str, str], report: Report) -> None:
@@ -288,12 +311,13 @@ def _clock(backend: Backend, report: Report) -> None:
         report.add("clock", "ok", f"clocks agree ({skew * 1000:.0f} ms apart)")
 
 
-def _queues(logical: Logical, report: Report) -> None:
+def _queues(backend: Backend, logical: Logical, report: Report) -> None:
     counts = {name: logical.counts(name) for name in logical.names()}
     served = [name for name, found in counts.items() if found.workers]
     waiting = {n: found.ready for n, found in counts.items() if found.ready and not found.workers and not found.paused}
     report.findings += stranded(waiting, served)
     for name, found in counts.items():
+        _records(backend, [logical.keys(place) for place in logical.places(name)], found, report)
         if logical.is_shut(name):
             text = f"queue '{name}' takes nothing: a change of its partitions was not completed"
             report.add("queue", "problem", text, f"conveyor queue partition {name} N", "E34")
@@ -304,6 +328,18 @@ def _queues(logical: Logical, report: Report) -> None:
             report.add("queue", "note", text, f"conveyor job list --queue {name} --state dead")
     if all(finding.name != "queue" for finding in report.findings):
         report.add("queue", "ok", f"{len(counts)} queue{'s' * (len(counts) != 1)}, none of them stuck")
+
+
+def _records(backend: Backend, places: list[QueueKeys], found: inspection.Counts, report: Report) -> None:
+    """Look for jobs that stand in line without a record, where that takes a moment only."""
+    if len(found) + found.leased + found.dead > _MOST_AUDITED:
+        return
+    for keys in places:
+        lost = [id_ for what, id_ in backend.run(inspection.audit(keys)) if what.startswith("no envelope")]
+        if lost:
+            named = ", ".join(lost[:3])
+            text = f"queue '{keys.queue}': the records of {len(lost):,} jobs are gone, so they will not run: {named}"
+            report.add("queue", "problem", text, "Was the server evicting? Enqueue them again.", "E10")
 
 
 def _size(number: int) -> str:

@@ -14,6 +14,8 @@ from typing import Generic, TypeVar
 
 from conveyor.errors import PayloadError
 from conveyor.lessee import Leased, Lessee
+from conveyor.sealing.blob import BlobUnavailable
+from conveyor.sealing.version import TooNew
 from conveyor.store.operations import MOST_HELD
 from conveyor.verdict import Verdict
 
@@ -152,6 +154,16 @@ class Flow(Generic[M]):
             return None
         try:
             message = self._open(leased)
+        except TooNew as error:
+            put_off = self._verdict.put_off(leased, error)
+            log = logger.warning if put_off.kind == "R" else logger.error
+            log("Message %s waits for a newer program: %s", leased.id, error)
+            lessee.settle(leased, put_off)
+            return None
+        except BlobUnavailable as error:
+            logger.error("Message %s: %s", leased.id, error)
+            lessee.settle(leased, self._verdict.failed(leased, error))
+            return None
         except PayloadError as error:
             logger.error("Message %s cannot be decoded and is now a dead letter: %s", leased.id, error)
             lessee.settle(leased, self._verdict.undecodable(leased, error))

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from conveyor import ident
 from conveyor.lessee import Leased, Lessee
 from conveyor.message import Ending, OnError, lost
+from conveyor.store import eviction
 from conveyor.store.backend import Backend, refuse_in_loop
 from conveyor.store.operations import INTAKE, LateTurn, Unregistered
 from conveyor.store.script import Call
@@ -54,6 +55,9 @@ class _Books:
         reaped, self.lessee.reaped = self.lessee.reaped, 0
         if reaped:
             logger.warning("Queue %s: %d messages of a dead consumer are back.", self.lessee.keys.queue, reaped)
+        missing, self.lessee.missing = self.lessee.missing, []
+        if missing:
+            eviction.tell_missing(logger, self.lessee.keys.queue, missing)
         if gone := [leased for leased in known if leased.lost]:
             raise lost(self.lessee.keys.queue, gone)
 
@@ -167,6 +171,8 @@ class AwaitableHolder(_Books):
                 return
             await adrive(self.lessee.round(want, leave=leave), self._run)
             self._left = leave and not self.lessee.transient
+        if self.lessee.opening is not None:
+            await self.lessee.opening.fetch(self.lessee.waiting)
 
 
 def patience(backend: Backend, call: Call[Any]) -> float:

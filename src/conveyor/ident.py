@@ -85,6 +85,27 @@ def split(public_id: str) -> tuple[str | None, str]:
     return None, public_id
 
 
+def new_spawned_id() -> str:
+    """Return a fresh id of the kind that tells by its last character that the job was spawned by another."""
+    id_ = new_id()
+    return id_[:-1] + chr(_ORDERED[_ORDERED.index(ord(id_[-1])) + 1])  # 22 characters have 4 bits to spare: elsewhere 0
+
+
+def is_spawned(id: str) -> bool:  # noqa: A002
+    """Tell whether *id* was made for a spawned job, which Redis may hear of later than who waits for it."""
+    return is_generated(id) and _ORDERED.index(ord(id[-1])) % 16 == 1
+
+
+def may_come(id: str) -> bool:  # noqa: A002
+    """Tell whether a job that Redis does not know may be on its way: it was spawned, and not so long ago that it is forgotten."""
+    return is_spawned(id) and time() * 1000 - (made_at_ms(id) or 0) < 86_400_000
+
+
+def given_id(id: str) -> str:  # noqa: A002
+    """Return the id that a job on its way out was given: a spawned job's, or a usable one of the caller's own."""
+    return id if isinstance(id, str) and is_spawned(id) else own_id(id)
+
+
 def own_id(id: str) -> str:  # noqa: A002
     """Return a caller's id when it is usable: 1-200 printable characters. Raises ConfigurationError."""
     if not isinstance(id, str) or not 1 <= len(id) <= 200 or not id.isprintable():

@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
-from asyncio import _get_running_loop
+from asyncio import _get_running_loop, sleep
 from collections.abc import Mapping
+from time import monotonic
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar, cast
-
-import msgspec
 
 from conveyor import ident
 from conveyor.duration import Duration, milliseconds
 from conveyor.errors import ConfigurationError, JobCancelled, JobFailed, JobNotFound, ResultExpired
-from conveyor.model import Failure, State, Status, read_outcome
+from conveyor.model import Failure, Status, read_outcome, read_whatever
 from conveyor.store import inspection, operations
 from conveyor.store.operations import Existing
 
 if TYPE_CHECKING:
     from conveyor.codec import ValueCodec
     from conveyor.result import Answer, Replies
+    from conveyor.sealing.sealing import Sealing
     from conveyor.store.backend import Backend
     from conveyor.store.keys import QueueKeys
 
+_LOOK = 0.02
+"""Seconds between two looks at the buffer of this program."""
 R_co = TypeVar("R_co", covariant=True)
 Shown = tuple[str, inspection.Row | None, bytes]
 
@@ -47,6 +49,8 @@ class Home(Protocol):
     def replies(self) -> Replies: ...
     @property
     def promises(self) -> Mapping[str, Promise]: ...
+    @property
+    def sealing(self) -> Sealing | None: ...
 
     def keys(self, queue: str) -> QueueKeys: ...
 
@@ -101,16 +105,21 @@ class Job(Generic[R_co]):
 
     def status(self) -> Status:
         """
-        Return scheduled, ready, leased, done, dead or cancelled.
+        Return scheduled, ready, leased, done, dead or cancelled; waiting for a spawned job that has not left its parent,
+        and for one in the buffer of this program.
 
         A job that Redis no longer knows is done: one that succeeded and keeps no result leaves no record. Raises
         JobNotFound for an id of the caller's own that no queue has seen within a day.
         """
         refuse_in_loop("job.status()", "await job.astatus()")
+        if self._waits_here():
+            return "waiting"
         return self._status(self._show())
 
     async def astatus(self) -> Status:
         """Do the same without blocking the event loop."""
+        if self._waits_here():
+            return "waiting"
         return self._status(await self._ashow())
 
     def _status(self, shown: Shown) -> Status:
@@ -119,7 +128,32 @@ class Job(Generic[R_co]):
             return row.status
         if place == "result":
             return read_outcome(record).status
+        if place == "none" and not record and ident.may_come(self._bare):
+            return "waiting"  # its parent has not ended, or has a moment ago
         return "cancelled" if place == "cancelled" else "done"
+
+    def _waits_here(self) -> bool:
+        buffer = self._home.backend.buffer
+        return buffer is not None and buffer.holds(self._bare)
+
+    def _left_here(self, seconds: float | None) -> float | None:
+        """Wait until the buffer of this program has delivered it; return what is left of so many seconds."""
+        buffer = self._home.backend.buffer
+        if buffer is None or not buffer.holds(self._bare):
+            return seconds
+        began = monotonic()
+        if not buffer.wait_for(self._bare, seconds) and seconds is not None:
+            raise self._too_late(seconds)
+        return None if seconds is None else max(0.0, seconds - (monotonic() - began))
+
+    async def _aleft_here(self, seconds: float | None) -> float | None:
+        """Do the same without blocking the event loop."""
+        began = monotonic()
+        while self._waits_here():
+            if seconds is not None and monotonic() - began >= seconds:
+                raise self._too_late(seconds)
+            await sleep(_LOOK)
+        return None if seconds is None else max(0.0, seconds - (monotonic() - began))
 
     def _show(self) -> Shown:
         backend = self._home.backend
@@ -170,17 +204,19 @@ class Job(Generic[R_co]):
         """
         refuse_in_loop("job.result()", "await job.aresult()")
         seconds = _seconds(timeout)
+        left = self._left_here(seconds)
         if self.task is None:
             self._show()  # the task says what type the result has, and only a live job names it
-        answer = self._home.replies.wait(self._keys(), self._bare, seconds)
+        answer = self._home.replies.wait(self._keys(), self._bare, left)
         return self._value(answer, seconds)
 
     async def aresult(self, timeout: Duration | None = None) -> R_co:  # noqa: ASYNC109  the twin of result
         """Do the same without blocking the event loop."""
         seconds = _seconds(timeout)
+        left = seconds if self._home.backend.buffer is None else await self._aleft_here(seconds)
         if self.task is None:
             await self._ashow()
-        answer = await self._home.replies.await_(self._keys(), self._bare, seconds)
+        answer = await self._home.replies.await_(self._keys(), self._bare, left)
         return self._value(answer, seconds)
 
     def _keys(self) -> QueueKeys:
@@ -189,10 +225,10 @@ class Job(Generic[R_co]):
 
     def _value(self, answer: Answer | None, seconds: float | None) -> R_co:
         if answer is None:
-            raise TimeoutError(f"Job {self.id} has not ended within {seconds:g} s. It goes on; ask again later.")
+            raise self._too_late(seconds)
         word, data = answer
         if word == "dead":
-            state = State.decode(data)
+            _, state, _ = read_whatever(b"\n\n", data)
             errors = state.failures_list()
             raise self._failed(errors[-1] if errors else None, f"its worker crashed {state.crashes} times while it ran")
         if word == "gone":
@@ -200,12 +236,23 @@ class Job(Generic[R_co]):
         outcome = read_outcome(data)
         if outcome.status == "dead":
             raise self._failed(outcome.failure, outcome.reason)
+        value = bytes(outcome.value)
+        if outcome.packed or (self._home.sealing is not None and data and outcome.status == "done"):
+            from conveyor.sealing.record import open_result
+
+            value = open_result(self._home.sealing, outcome, str(self.queue), self._bare)
         if outcome.status == "cancelled":
             why = "expired before it started" if outcome.reason == "expired" else "was cancelled"
             raise JobCancelled(f"Job {self.id} {why}.")
         if self._promise is None:
-            return cast("R_co", msgspec.json.decode(bytes(outcome.value)))
-        return cast("R_co", self._promise.results.decode(bytes(outcome.value)))
+            from conveyor.codec import ValueCodec
+
+            untyped: ValueCodec[R_co] = ValueCodec(what=f"The result of {self.id}", max_payload=1 << 30)
+            return untyped.decode(value)
+        return cast("R_co", self._promise.results.decode(value))
+
+    def _too_late(self, seconds: float | None) -> TimeoutError:
+        return TimeoutError(f"Job {self.id} has not ended within {seconds:g} s. It goes on; ask again later.")
 
     def _nothing(self, *, just_ended: bool) -> R_co:
         # Of a task that is not known here, nobody can say whether it had promised a value.
@@ -220,6 +267,10 @@ class Job(Generic[R_co]):
     def _failed(self, failure: Failure | None, reason: str) -> JobFailed:
         if failure is None:
             return JobFailed(self.id, "Crashed", reason, "")
+        if failure.packed:
+            from conveyor.sealing.record import open_failure
+
+            failure = open_failure(self._home.sealing, failure, str(self.queue), self._bare)
         return JobFailed(self.id, failure.type, failure.message, failure.traceback)
 
     # -- cancelling -----------------------------------------------------------------------------------------------
@@ -228,17 +279,20 @@ class Job(Generic[R_co]):
         """
         Cancel the job: it will not start, and a running one is asked to stop.
 
-        Return False when it had ended already. Whether a running job does stop is its own affair: `result` tells.
+        Return False when it had ended already; raises TimeoutError while it waits in a buffer. Whether a running job
+        does stop is its own affair: `result` tells.
         """
         refuse_in_loop("job.cancel()", "await job.acancel()")
         if self.queue is None:
             self._show()
+        self._left_here(self._home.backend.patience)
         return self._home.backend.run(operations.cancel(self._keys(), self._bare)) > 0
 
     async def acancel(self) -> bool:
         """Do the same without blocking the event loop."""
         if self.queue is None:
             await self._ashow()
+        await self._aleft_here(self._home.backend.patience)
         return await self._home.backend.arun(operations.cancel(self._keys(), self._bare)) > 0
 
 

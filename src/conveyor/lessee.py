@@ -11,10 +11,10 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from conveyor.ident import new_identity
-from conveyor.model import Envelope, State, read_envelope
+from conveyor.model import Envelope, State, read_whatever
 from conveyor.store import operations
 from conveyor.store.keys import QueueKeys
 from conveyor.store.operations import LateTurn, Report, Settlement, Turn, Unregistered
@@ -84,12 +84,23 @@ class Leased:
     started: bool = False
     settled: bool = False
     returned: bool = False
+    opened: bytes | None = None
+    """Its body, where that was fetched before it is handed out."""
+    blob: str = ""
+    """Where its body lies, when that is not in Redis."""
     lost: bool = False
 
     @property
     def attempt(self) -> int:
         """The number of this start, from 1."""
         return self.state.starts + 1
+
+
+class Opener(Protocol):
+    """What the books need of who opens messages."""
+
+    async def fetch(self, waiting: Iterable[Leased]) -> None: ...
+    def ended(self, blob: str) -> None: ...
 
 
 @dataclass(slots=True)
@@ -109,6 +120,8 @@ class Lessee:
     """For a plain list: the call that moves up to that many raw entries in before a turn."""
     transient: bool = False
     """Not renewed by what it settles, never registered anew, and gone with the last message."""
+    opening: Opener | None = None
+    """Where bodies may lie outside Redis."""
     clock: Callable[[], float] = time.monotonic
     worker: str = field(default_factory=new_identity)
     number: int = 0
@@ -122,12 +135,15 @@ class Lessee:
     reaped: int = 0
     refused: list[Leased] = field(default_factory=list)
     """What was settled in vain since somebody last looked: for the log."""
+    missing: list[str] = field(default_factory=list)
+    """Whose records the server has lost, since somebody last looked: for the log."""
     _pending: deque[tuple[Leased | None, Settlement]] = field(default_factory=deque)
     _call: Call[Turn] | None = None
     _reported: dict[str, Leased] = field(default_factory=dict)
     _mean: float = 0.0
     _looking: bool = False
     _leaving: bool = False
+    _blobs: list[Leased] = field(default_factory=list)
 
     @property
     def pending(self) -> bool:
@@ -192,6 +208,7 @@ class Lessee:
         self.waiting.clear()
         self.cancelled.clear()
         self._reported.clear()
+        self._blobs.clear()
         self._call = None
         self.worker, self.number, self.registered = new_identity(), 0, False
 
@@ -205,6 +222,7 @@ class Lessee:
     def split(self, leased: Leased, ms: int) -> Generator[Call[Any], Any, Lessee | None]:
         """Move *leased* to an identity of its own with a lease of *ms* and return it; None when the lease is lost."""
         own = Lessee(self.keys, ms, self.about, self.suspects, transient=True, clock=self.clock, registered=True)
+        own.opening = self.opening
         if not (yield operations.extend(self.keys, self.worker, leased.id, own.worker, ms, self.about)):
             leased.lost = True
             self.held.pop(leased.id, None)
@@ -229,6 +247,8 @@ class Lessee:
                 self._reported[leased.id] = leased
                 if settlement.kind != "M":
                     del self.held[leased.id]
+                if leased.blob and settlement.kind in {DONE, "D", "C"}:
+                    self._blobs.append(leased)
             if settlement.kind == DONE:
                 report.done.append(settlement.id)
             else:
@@ -249,6 +269,7 @@ class Lessee:
     def _absorb(self, turn: Turn) -> bool:
         """Take a reply into the books; False when Redis says we hold another number of messages."""
         self._call = None
+        self.missing += turn.missing
         for id_ in turn.lost:
             leased = self._reported.get(id_)
             if leased is not None:
@@ -257,6 +278,9 @@ class Lessee:
                 if leased.settled:
                     self.refused.append(leased)
         self._reported.clear()
+        while self._blobs:  # removed only now: had the end been refused, another would need them
+            if not (ended := self._blobs.pop()).lost and self.opening is not None:
+                self.opening.ended(ended.blob)
         states = turn.states or [None] * len(turn.ids)
         for id_, data, state in zip(turn.ids, turn.envelopes, states, strict=True):
             leased = _read(id_, data, state)
@@ -287,7 +311,5 @@ class Lessee:
 
 
 def _read(id_: str, data: bytes, state: bytes | None) -> Leased:
-    try:
-        return Leased(id_, read_envelope(data), State.decode(state))
-    except Exception as error:  # whatever was written there must not end the consumer
-        return Leased(id_, Envelope("", data), State(), damage=f"{type(error).__name__}: {error}")
+    envelope, known, damage = read_whatever(data, state)
+    return Leased(id_, envelope, known, damage=damage)

@@ -20,6 +20,8 @@ from typing import Any, Literal
 
 import msgspec
 
+from conveyor.errors import PayloadError
+
 Status = Literal["scheduled", "ready", "leased", "done", "dead", "cancelled", "waiting"]
 
 ERRORS_KEPT = 20
@@ -33,10 +35,11 @@ class Extra(msgspec.Struct, frozen=True, omit_defaults=True, rename={"timeout_ms
     timeout_ms: int | None = None
     keep_ms: int | None = None
     attempts: int | None = None
+    version: int = 1
 
 
 class Failure(msgspec.Struct, omit_defaults=True):
-    """What one attempt ended with; `at` in ms since the epoch."""
+    """What one attempt ended with; `at` in ms since the epoch. `packed` holds the texts where they are sealed."""
 
     attempt: int
     at: int
@@ -44,16 +47,18 @@ class Failure(msgspec.Struct, omit_defaults=True):
     message: str
     traceback: str = ""
     worker: str = ""
+    packed: str = ""
 
 
 class Outcome(msgspec.Struct, omit_defaults=True):
-    """How a job ended; `value` is the raw JSON of its result."""
+    """How a job ended; `value` is the raw JSON of its result, `packed` the same where it is sealed or compressed."""
 
     status: Status
     value: msgspec.Raw = msgspec.Raw(b"null")
     failure: Failure | None = None
     reason: str = ""
     at: int = 0
+    packed: str = ""
 
 
 class Envelope(msgspec.Struct):
@@ -82,16 +87,15 @@ class State(msgspec.Struct):
     failures: int = 0
     crashes: int = 0
     errors: list[bytes] = []
-    alone: bool = False  # it waits to run alone: a crash beside it is not its own
 
     def encode(self) -> bytes:
         """Return the stored form, with the newest errors only."""
-        head = b"%d %d %d%b" % (self.starts, self.failures, self.crashes, b"w" if self.alone else b"")
+        head = b"%d %d %d" % (self.starts, self.failures, self.crashes)
         return b"\n".join([head, *self.errors[-ERRORS_KEPT:]])
 
     def failures_list(self) -> list[Failure]:
-        """Return the errors of every attempt, oldest first."""
-        return [_FAILURE.decode(error) for error in self.errors]
+        """Return the errors of every attempt, oldest first; one that cannot be read says so."""
+        return [_failure(error) for error in self.errors]
 
     @classmethod
     def decode(cls, data: bytes | None) -> State:
@@ -100,7 +104,14 @@ class State(msgspec.Struct):
             return cls()
         head, *errors = data.split(b"\n")
         starts, failures, crashes = head.split(b" ")[:3]
-        return cls(int(starts), int(failures), int(crashes.rstrip(b"w")), errors, crashes.endswith(b"w"))
+        return cls(int(starts), int(failures), int(crashes.rstrip(b"w")), errors)  # an older layout ended it with a "w"
+
+
+def _failure(data: bytes) -> Failure:
+    try:
+        return _FAILURE.decode(data)
+    except (msgspec.MsgspecError, UnicodeDecodeError):
+        return Failure(0, 0, "unreadable", "what was stored of this error cannot be read")
 
 
 _FAILURE = msgspec.json.Decoder(Failure)
@@ -116,8 +127,11 @@ def to_json(value: Any) -> bytes:
 
 
 def read_outcome(data: bytes) -> Outcome:
-    """Read a stored or published outcome; empty bytes are a success without a value."""
-    return _OUTCOME.decode(data) if data else Outcome("done")
+    """Read a stored or published outcome; empty bytes are a success without a value. Raises PayloadError (E15)."""
+    try:
+        return _OUTCOME.decode(data) if data else Outcome("done")
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+        raise PayloadError(f"What is stored of the job's end cannot be read: {error}.", code="E15") from None
 
 
 def read_failure(data: bytes) -> Failure:
@@ -147,6 +161,24 @@ def read_envelope(data: bytes) -> Envelope:
     if marks:
         _read_marks(envelope, marks.decode())
     return envelope
+
+
+def read_whatever(envelope: bytes, state: bytes | None) -> tuple[Envelope, State, str]:
+    """
+    Read what is stored of a job, and why it cannot be read: then the body is the stored bytes, or the state empty.
+
+    For those who must go on whatever somebody wrote there.
+    """
+    damage = ""
+    try:
+        found = read_envelope(envelope)
+    except Exception as error:
+        found, damage = Envelope("", envelope), f"{type(error).__name__}: {error}"
+    try:
+        known = State.decode(state)
+    except Exception as error:
+        known, damage = State(), damage or f"{type(error).__name__}: {error}"
+    return found, known, damage
 
 
 def _read_marks(envelope: Envelope, marks: str) -> None:

@@ -81,6 +81,13 @@ def after_failure(
     return Again(policy.pause_ms(failed.failures), failed)
 
 
+def put_off_ms(age_ms: int) -> int | None:
+    """Return how long a job waits for a program that can run it, when none could for *age_ms*; None after a day."""
+    if age_ms > 86_400_000:
+        return None
+    return min(600_000, max(2_000, age_ms))
+
+
 def handed_back(state: State, attempt: int, *, started: bool) -> State:
     """Return the state of a job that is given back at a stop: its start is seen, its budget is untouched."""
     return State(attempt if started else state.starts, state.failures, state.crashes, state.errors)
@@ -93,12 +100,7 @@ def snoozed(state: State, attempt: int) -> State:
 
 def suspected(state: State) -> State:
     """Return the state written before a suspect starts alone: one more crash, taken back when it ends in order."""
-    return State(state.starts, state.failures, state.crashes + 1, state.errors, alone=True)
-
-
-def waiting(state: State) -> State:
-    """Return the state of a suspect that waits to run alone: another's crash meanwhile is not charged to it."""
-    return State(state.starts, state.failures, state.crashes, state.errors, alone=True)
+    return State(state.starts, state.failures, state.crashes + 1, state.errors)
 
 
 def runs_alone(state: State, max_crashes: int) -> bool:

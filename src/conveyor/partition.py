@@ -18,6 +18,7 @@ from zlib import crc32
 from conveyor import ident
 from conveyor.errors import ConfigurationError
 from conveyor.holder import adrive, drive
+from conveyor.pusher import Way
 from conveyor.store import partitioning
 from conveyor.store.backend import Backend
 from conveyor.store.keys import QueueKeys
@@ -175,16 +176,18 @@ class Partitions:
 
     # -- pushing jobs ---------------------------------------------------------------------------------------------
 
-    def send(self, partition: str, entries: Sequence[Entry]) -> list[str]:
-        """Push jobs that were placed in *partition*; return an id for each."""
+    def send(self, partition: str, entries: Sequence[Entry], way: Way | None = None) -> list[str]:
+        """Push jobs that were placed in *partition*, by the *way* in that was asked for; return an id for each."""
+        way = way or self.backend
         keys, most = self.keys[self._numbers[partition]], self.most or 0
         if all(entry.is_plain for entry in entries):
             pairs: list[Argument] = [part for entry in entries for part in (entry.id, entry.rest)]
-            self.keep(lambda: self.backend.push_plain(keys, pairs, max_length=most))
+            self.keep(lambda: way.push_plain(keys, pairs, max_length=most))
             return [entry.id for entry in entries]
-        return self.keep(lambda: self.backend.push(keys, entries, max_length=most))
+        return self.keep(lambda: way.push(keys, entries, max_length=most))
 
-    async def asend(self, partition: str, entries: Sequence[Entry]) -> list[str]:
+    async def asend(self, partition: str, entries: Sequence[Entry], way: Way | None = None) -> list[str]:
         """Do the same on this event loop."""
+        way = way or self.backend
         keys, most = self.keys[self._numbers[partition]], self.most or 0
-        return await self.akeep(lambda: self.backend.apush(keys, entries, max_length=most))
+        return await self.akeep(lambda: way.apush(keys, entries, max_length=most))

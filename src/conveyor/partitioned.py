@@ -13,11 +13,10 @@ from conveyor.aspread import AsyncSpread
 from conveyor.duration import Duration, milliseconds
 from conveyor.errors import ConfigurationError
 from conveyor.message import Batch, Message, OnError
-from conveyor.outcome import Retry
 from conveyor.partition import Partitions
-from conveyor.posting import Placement, PushOptions
+from conveyor.posting import Placement, Posting, PushOptions
 from conveyor.pusher import Pusher
-from conveyor.queue import Full, Queue, _on_error, _placement, _posting, _whole
+from conveyor.queue import Queue, _on_error, _whole
 from conveyor.scatter import Scatter
 from conveyor.spread import Spread
 from conveyor.store import operations
@@ -64,26 +63,28 @@ class PartitionedQueue(Queue[T]):
         *,
         partitions: int,
         lease_ms: int,
-        max_attempts: int = 5,
         max_length: int | None = None,
-        full: Full = "raise",
-        retry: Retry | None = None,
+        **options: Any,
     ) -> None:
-        """Declare it; nothing is sent. Raises ConfigurationError for what it cannot do."""
+        """Declare it, with the other *options* of a queue; nothing is sent. Raises ConfigurationError for what it cannot do."""
         if max_length is not None:
             _whole("max_length", max_length, 1)
         self.partitions = Partitions(backend, ident.queue_name(name), partitions, max_length)
-        options = {"lease_ms": lease_ms, "max_attempts": max_attempts, "full": full, "retry": retry}
         self.parts: tuple[Queue[T], ...] = tuple(
-            Part(backend, keys, type, max_length=self.partitions.most, **options) for keys in self.partitions.keys
+            Part(backend, keys, type, lease_ms=lease_ms, max_length=self.partitions.most, **options)
+            for keys in self.partitions.keys
         )
-        super().__init__(
-            backend, name, type, lease_ms=lease_ms, max_attempts=max_attempts, max_length=max_length, full=full, retry=retry
-        )  # fmt: skip
+        super().__init__(backend, name, type, lease_ms=lease_ms, max_length=max_length, **options)
 
     def _make_pusher(self) -> Pusher[T]:
         self._scatter = Scatter(self.partitions, [part._pusher for part in self.parts], self.codec)  # noqa: SLF001
         return self._scatter
+
+    def _scattered(self, options: Posting) -> Scatter[T]:
+        """Return what pushes with these options."""
+        if options.wish is None:
+            return self._scatter
+        return self._scatter.through(self.backend.way(self.asks, options.wish))
 
     # -- push -----------------------------------------------------------------------------------------------------
 
@@ -93,8 +94,8 @@ class PartitionedQueue(Queue[T]):
 
         As on any queue; `group` places it. A `unique` key beside a `group` that places elsewhere is refused.
         """
-        group = _group(options)
-        return self._scatter.push(value, _posting(options), group)
+        group, chosen = _group(options), self._posting(options)
+        return self._scattered(chosen).push(value, chosen, group)
 
     def push_many(self, values: Iterable[T], **options: Unpack[Placement]) -> list[str]:
         """
@@ -102,18 +103,18 @@ class PartitionedQueue(Queue[T]):
 
         With `group` all go to its partition. With `max_length` each partition takes all of its part or nothing of it.
         """
-        group = _group(options)
-        return self._scatter.push_many(values, _placement(options), group)
+        group, chosen = _group(options), self._placement(options)
+        return self._scattered(chosen).push_many(values, chosen, group)
 
     async def apush(self, value: T, **options: Unpack[PushOptions]) -> str:
         """Store one message and return its id, as `push`."""
-        group = _group(options)
-        return await self._scatter.apush(value, _posting(options), group)
+        group, chosen = _group(options), self._posting(options)
+        return await self._scattered(chosen).apush(value, chosen, group)
 
     async def apush_many(self, values: Iterable[T], **options: Unpack[Placement]) -> list[str]:
         """Store many messages, spread evenly, as `push_many`."""
-        group = _group(options)
-        return await self._scatter.apush_many(values, _placement(options), group)
+        group, chosen = _group(options), self._placement(options)
+        return await self._scattered(chosen).apush_many(values, chosen, group)
 
     # -- take -----------------------------------------------------------------------------------------------------
 

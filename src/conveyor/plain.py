@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, TypeVar
 
-from conveyor.codec import ValueCodec
+from conveyor.codec import MAX_PAYLOAD, ValueCodec
 from conveyor.errors import ConfigurationError
 from conveyor.mover import intake
 from conveyor.outcome import Retry
@@ -41,9 +41,12 @@ class PlainList(Queue[T]):
         task: str | None = None,
         max_attempts: int = 5,
         retry: Retry | None = None,
+        max_payload: int = MAX_PAYLOAD,
     ) -> None:
         """Declare it; *task* is the name of the task that workers run its entries with."""
-        super().__init__(backend, name, type, lease_ms=lease_ms, max_attempts=max_attempts, retry=retry)
+        super().__init__(
+            backend, name, type, lease_ms=lease_ms, max_attempts=max_attempts, retry=retry, max_payload=max_payload
+        )
         self.task = task
 
     def _checked_name(self, name: str) -> str:
@@ -56,6 +59,9 @@ class PlainList(Queue[T]):
 
     def _make_pusher(self) -> Pusher[T]:
         return RawPusher(self.backend, self.keys, self.codec)
+
+    def _by(self, options: Posting) -> Pusher[T]:
+        return self._pusher
 
     def _intake(self) -> Callable[[int], Call[int]] | None:
         return partial(intake, self.keys)
@@ -91,6 +97,7 @@ class RawPusher(Pusher[T]):
     def __init__(self, backend: Backend, keys: QueueKeys, codec: ValueCodec[T]) -> None:
         """Take where to, and how."""
         super().__init__(backend, keys, codec, None)
+        self._home = backend
         self._lanes = rawlist.Lanes()
         self._known = False
 
@@ -126,20 +133,20 @@ class RawPusher(Pusher[T]):
 
     def _raw(self, entries: list[bytes]) -> None:
         if not self._known:
-            self._backend.announce(self._keys)
+            self._home.announce(self._keys)
             self._known = True
         with self._lanes.one() as lane:
-            self._backend.run(rawlist.push(self._keys, lane, entries))
+            self._home.run(rawlist.push(self._keys, lane, entries))
 
     async def _araw(self, entries: list[bytes]) -> None:
-        await self._backend.aannounce(self._keys)
+        await self._home.aannounce(self._keys)
         with self._lanes.one() as lane:
-            await self._backend.arun(rawlist.push(self._keys, lane, entries))
+            await self._home.arun(rawlist.push(self._keys, lane, entries))
 
 
 def _refuse(options: Posting) -> None:
-    if options != PLAIN:
+    if options != PLAIN or options.wish is not None:
         raise ConfigurationError(
-            "A plain list holds bare documents, so a push takes no delay, at, priority, id, unique, expires, headers "
-            "or front. Nothing was stored. Use a queue for these."
+            "A plain list holds bare documents, so a push takes no delay, at, priority, id, unique, expires, headers, "
+            "front, fsync or wait_replicas. Nothing was stored. Use a queue for these."
         )

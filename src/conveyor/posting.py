@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
-from typing import TypedDict
+from typing import ClassVar, TypedDict
 
 from conveyor import ident
 from conveyor.duration import Duration, instant_ms, milliseconds
 from conveyor.errors import ConfigurationError, PayloadError
 from conveyor.model import Extra, write_rest
+from conveyor.store.durability import Wish, wish
 from conveyor.store.operations import Entry
 
 MAX_HEADERS = 8 * 1024
@@ -29,6 +30,10 @@ class Posting:
     front: bool = False
     id: str | None = None
     unique: str | None = None
+    wish: Wish | None = field(default=None, compare=False)
+    """What is asked of the store beyond keeping it: no part of what is stored."""
+    wraps: ClassVar[bool] = False
+    """True when making an entry takes more than putting it together."""
 
     @property
     def is_plain(self) -> bool:
@@ -59,7 +64,9 @@ class Placement(TypedDict, total=False):
     group: str | None
     expires: Duration | None
     headers: Mapping[str, str] | None
-    wait_replicas: int
+    fsync: bool | None
+    wait_replicas: int | None
+    wait_timeout: Duration | None
     front: bool
     timeout: Duration | None
 
@@ -85,15 +92,16 @@ def posting(
     unique: str | None = None,
     expires: Duration | None = None,
     headers: Mapping[str, str] | None = None,
-    wait_replicas: int = 0,
+    fsync: bool | None = None,
+    wait_replicas: int | None = None,
+    wait_timeout: Duration | None = None,
     front: bool = False,
     timeout: Duration | None = None,
+    version: int = 1,
 ) -> Posting:
     """Return the options as they are stored. Raises ConfigurationError and PayloadError."""
     if group is not None:
         raise later("group")
-    if wait_replicas != 0:
-        raise later("wait_replicas")
     if timeout is not None:
         raise later("timeout", "It belongs to full='block'.")
     delay_ms = milliseconds(delay, name="delay")
@@ -109,7 +117,7 @@ def posting(
     if expires_ms == 0:
         raise ConfigurationError("expires must be longer than 0: such a message would never run. Nothing was stored.")
     return Posting(
-        write_rest("", b"", _extra(headers)),
+        write_rest("", b"", _extra(headers, version)),
         priority=priority,
         delay_ms=delay_ms or None,
         due_at_ms=None if at is None else instant_ms(at),
@@ -117,6 +125,7 @@ def posting(
         front=bool(front),
         id=None if id is None else ident.own_id(id),
         unique=None if unique is None else ident.unique_key(unique),
+        wish=wish(fsync, wait_replicas, wait_timeout),
     )
 
 
@@ -125,16 +134,16 @@ def later(option: str, why: str = "") -> ConfigurationError:
     return ConfigurationError(f"{option}= arrives with a later release; nothing was stored.{why and ' ' + why}")
 
 
-def _extra(headers: Mapping[str, str] | None) -> Extra | None:
+def _extra(headers: Mapping[str, str] | None, version: int) -> Extra | None:
     if not headers:
         if headers is None or isinstance(headers, Mapping):
-            return None
+            return None if version == 1 else Extra(version=version)
         raise PayloadError(f"headers must be a dict of text, not {type(headers).__name__}. Nothing was stored.")
     if not isinstance(headers, Mapping) or not all(
         isinstance(key, str) and isinstance(value, str) for key, value in headers.items()
     ):
         raise PayloadError("headers must be a dict whose keys and values are text. Nothing was stored.")
-    extra = Extra(headers=dict(headers))
+    extra = Extra(headers=dict(headers), version=version)
     try:
         size = len(write_rest("", b"", extra))
     except UnicodeEncodeError:

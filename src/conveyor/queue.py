@@ -11,26 +11,32 @@ from typing import Any, Generic, Literal, TypeVar, Unpack, cast, get_args
 
 from conveyor import ident, repartition, sweep
 from conveyor.aconsumer import AsyncConsumer
-from conveyor.codec import ValueCodec
+from conveyor.codec import MAX_PAYLOAD, ValueCodec
 from conveyor.consumer import Consumer
 from conveyor.duration import Duration, milliseconds
-from conveyor.errors import ConfigurationError, ConveyorError, PayloadError
+from conveyor.errors import ConfigurationError, ConveyorError
 from conveyor.flow import Flow, Take
 from conveyor.holder import AwaitableHolder, BlockingHolder, adrive, arun_once, drive, run_once
 from conveyor.lessee import Leased, Lessee, Suspects
 from conveyor.message import Batch, Holder, Message, OnError
+from conveyor.opening import Opening
 from conveyor.outcome import Retry
 from conveyor.posting import PLAIN, Placement, Posting, PushOptions, later, posting
 from conveyor.pusher import Pusher
+from conveyor.sealing.record import pack_failure
+from conveyor.sealing.sealing import Sealing
+from conveyor.sealing.version import check_version
 from conveyor.store import inspection, operations
 from conveyor.store.backend import Backend, refuse_in_loop
 from conveyor.store.bell import AsyncBell, Bell
+from conveyor.store.durability import Durability
 from conveyor.store.inspection import Counts
 from conveyor.store.keys import QueueKeys
 from conveyor.store.operations import MOST_HELD
 from conveyor.store.script import Call
 from conveyor.sweep import DeadLetter
 from conveyor.verdict import Verdict
+from conveyor.wrapping import wrapped
 
 T = TypeVar("T")
 V = TypeVar("V")
@@ -58,12 +64,17 @@ class Queue(Generic[T]):
         retry: Retry | None = None,
         partitions: int = 1,
         limits: Iterable[object] = (),
+        asks: Durability | None = None,
+        max_payload: int = MAX_PAYLOAD,
+        sealing: Sealing | None = None,
+        version: int = 1,
+        upcast: Callable[[int, Any], Any] | None = None,
     ) -> None:
         """Declare it; nothing is sent. Raises ConfigurationError for what it cannot do."""
         self.name = self._checked_name(name)
         self.backend = backend
         self.keys = self._keys()
-        self.codec: ValueCodec[T] = ValueCodec(type, what=f"A message of queue '{name}'")
+        self.codec: ValueCodec[T] = ValueCodec(type, max_payload=max_payload, what=f"A message of queue '{name}'")
         self.lease_ms = _whole("lease_ms", lease_ms, SHORTEST_LEASE_MS)
         self.max_length = None if max_length is None else _whole("max_length", max_length, 1)
         self.retry = retry if retry is not None else Retry(attempts=_whole("max_attempts", max_attempts, 1))
@@ -75,6 +86,10 @@ class Queue(Generic[T]):
             raise ConfigurationError("A Queue lies in one piece: app.queue(…, partitions=…) makes one that does not.")
         if tuple(limits):
             raise later("limits")
+        self.asks = asks
+        self._sealing = sealing
+        self._version = check_version(version, upcast, f"queue({name!r})")
+        self._opening: Opening[T] = Opening(name, self.codec, sealing, version, upcast)
         self._suspects = Suspects(self.lease_ms)
         self._pusher: Pusher[T] = self._make_pusher()
 
@@ -87,10 +102,16 @@ class Queue(Generic[T]):
         return self.backend.keys(self.name)
 
     def _make_pusher(self) -> Pusher[T]:
-        return Pusher(self.backend, self.keys, self.codec, self.max_length)
+        return Pusher(self.backend.way(self.asks), self.keys, self.codec, self.max_length)
 
     def _intake(self) -> Callable[[int], Call[int]] | None:
         return None
+
+    def _by(self, options: Posting) -> Pusher[T]:
+        """Return what pushes with these options."""
+        if options.wish is None:
+            return self._pusher
+        return self._pusher.through(self.backend.way(self.asks, options.wish))
 
     # -- push ---------------------------------------------------------------------------------------------------------
 
@@ -100,10 +121,13 @@ class Queue(Generic[T]):
 
         `delay` or `at` (an aware datetime) schedule it; `priority` is 0 to 9, higher first; `front` puts it before all
         others; `expires` drops it when nobody took it by then; `headers` are text. While a message with the same
-        `unique` key lives, its id is returned and nothing is stored; so with `id`, until a day after it ended. Raises
-        PayloadError, ConfigurationError, QueueFull: nothing was stored; StoreUnavailable: perhaps it was, once.
+        `unique` key lives, its id is returned and nothing is stored; so with `id`, until a day after it ended.
+        `fsync` waits until it is on disk, `wait_replicas` until so many replicas have it, each for `wait_timeout`.
+        Raises PayloadError, ConfigurationError, QueueFull: nothing was stored; StoreUnavailable: perhaps it was, once;
+        DurabilityNotReached: it was, and was not confirmed.
         """
-        return self._pusher.push(value, _posting(options))
+        chosen = self._posting(options)
+        return self._by(chosen).push(value, chosen)
 
     def push_many(self, values: Iterable[T], **options: Unpack[Placement]) -> list[str]:
         """
@@ -112,15 +136,30 @@ class Queue(Generic[T]):
         A list is checked whole before anything is stored, an iterator in windows of 100,000, which are held no longer
         than needed. With `max_length` all are accepted or none, at most 100,000 at a time.
         """
-        return self._pusher.push_many(values, _placement(options))
+        chosen = self._placement(options)
+        return self._by(chosen).push_many(values, chosen)
 
     async def apush(self, value: T, **options: Unpack[PushOptions]) -> str:
         """Store one message and return its id, as `push`; concurrent calls share round trips."""
-        return await self._pusher.apush(value, _posting(options))
+        chosen = self._posting(options)
+        return await self._by(chosen).apush(value, chosen)
 
     async def apush_many(self, values: Iterable[T], **options: Unpack[Placement]) -> list[str]:
         """Store many messages in their order and return their ids, as `push_many`."""
-        return await self._pusher.apush_many(values, _placement(options))
+        chosen = self._placement(options)
+        return await self._by(chosen).apush_many(values, chosen)
+
+    def _posting(self, options: PushOptions) -> Posting:
+        if self._sealing is None and self._version == 1:
+            return posting(**options) if options else PLAIN
+        return wrapped(posting(**options, version=self._version), self._sealing, self.name)
+
+    def _placement(self, options: Placement) -> Posting:
+        if alone := {"id", "unique"} & options.keys():
+            raise ConfigurationError(
+                f"push_many takes no {' and no '.join(sorted(alone))}: each belongs to one message."
+            )
+        return self._posting(cast("PushOptions", options))
 
     # -- take ---------------------------------------------------------------------------------------------------------
 
@@ -217,16 +256,19 @@ class Queue(Generic[T]):
     def _lessee(self, kind: str, *, transient: bool = False) -> Lessee:
         about = operations.about(kind=kind, host=socket.gethostname(), pid=os.getpid(), queue=self.name)
         suspects = self._suspects if transient else Suspects(self.lease_ms)
-        return Lessee(self.keys, self.lease_ms, about, suspects, intake=self._intake(), transient=transient)
+        lessee = Lessee(self.keys, self.lease_ms, about, suspects, intake=self._intake(), transient=transient)
+        lessee.opening = self._opening if self._opening.fetches else None
+        return lessee
 
     def _verdict(self) -> Verdict:
-        return Verdict(self.retry, f"{socket.gethostname()}:{os.getpid()}")
+        sealing, worker = self._sealing, f"{socket.gethostname()}:{os.getpid()}"
+        if sealing is None:
+            return Verdict(self.retry, worker)
+        return Verdict(self.retry, worker, pack=lambda id_, record: pack_failure(sealing, record, self.name, id_))
 
     def _open(self, leased: Leased, holder: Holder) -> Message[T]:
         """Return the message people see. Raises PayloadError."""
-        if leased.damage:
-            raise PayloadError(f"The envelope cannot be read: {leased.damage}.", code="E15")
-        return Message(self.name, self.codec.decode(leased.envelope.body), leased, holder)
+        return Message(self.name, self._opening.body(leased), leased, holder)
 
     # -- look and care ------------------------------------------------------------------------------------------------
 
@@ -259,7 +301,7 @@ class Queue(Generic[T]):
     def dead_letters(self) -> Iterator[DeadLetter]:
         """Yield what was given up, oldest first."""
         offset = 0
-        while page := self.backend.run(sweep.dead_page(self.keys, offset)):
+        while page := self.backend.run(sweep.dead_page(self.keys, offset, self._sealing)):
             yield from page
             offset += len(page)
 
@@ -290,7 +332,7 @@ class Queue(Generic[T]):
     async def adead_letters(self) -> AsyncIterator[DeadLetter]:
         """Yield what was given up, oldest first."""
         offset = 0
-        while page := await self.backend.arun(sweep.dead_page(self.keys, offset)):
+        while page := await self.backend.arun(sweep.dead_page(self.keys, offset, self._sealing)):
             for letter in page:
                 yield letter
             offset += len(page)
@@ -328,16 +370,6 @@ class Queue(Generic[T]):
 
     def _reached(self) -> bool:
         return bool(self.backend._free)  # noqa: SLF001
-
-
-def _posting(options: PushOptions) -> Posting:
-    return posting(**options) if options else PLAIN
-
-
-def _placement(options: Placement) -> Posting:
-    if alone := {"id", "unique"} & options.keys():
-        raise ConfigurationError(f"push_many takes no {' and no '.join(sorted(alone))}: each belongs to one message.")
-    return _posting(cast("PushOptions", options))
 
 
 def _on_error(value: OnError) -> OnError:

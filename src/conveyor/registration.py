@@ -10,7 +10,8 @@ from conveyor.duration import Duration, milliseconds
 from conveyor.errors import ConfigurationError
 from conveyor.outcome import Retry
 from conveyor.outgoing import check_priority, positive_ms
-from conveyor.task import AsyncTask, RunIn, Sender, SyncTask, Task, TaskOptions, default_name, is_async
+from conveyor.sealing.version import check_version
+from conveyor.task import AsyncTask, RunIn, Sender, SyncTask, Task, TaskOptions, Upcast, default_name, is_async
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -32,6 +33,8 @@ class Registry(Sender, Protocol):
     def tasks(self) -> dict[str, Task[..., Any]]: ...
     @property
     def max_payload(self) -> int: ...
+    @property
+    def max_whole(self) -> int: ...
 
 
 def task_options(
@@ -42,6 +45,8 @@ def task_options(
     ack: Literal["late", "early"],
     expires: Duration | None,
     priority: int,
+    version: int,
+    upcast: Upcast | None,
 ) -> TaskOptions:
     """Return how the jobs of a task run, checked; raises ConfigurationError."""
     return TaskOptions(
@@ -51,6 +56,8 @@ def task_options(
         ack=_one_of("ack", ack, ("late", "early")),
         expires_ms=None if expires is None else positive_ms(expires, "expires"),
         priority=check_priority(priority),
+        version=check_version(version, upcast, "@app.task"),
+        upcast=upcast,
     )
 
 
@@ -94,7 +101,8 @@ def register(
         queue=queue,
         run_in=where,
         options=options,
-        max_payload=home.max_payload if max_payload is None else max_payload,
+        max_payload=home.max_whole if max_payload is None else max_payload,
+        max_result=home.max_payload if max_payload is None else max_payload,
     )
     home.tasks[name] = task
     return task

@@ -30,6 +30,8 @@ Answer = tuple[str, bytes]
 
 ASK_AGAIN = 5.0
 """Seconds after which a waiter asks again, in case its message was missed."""
+PING_AFTER, PONG_WITHIN = 15.0, 5.0
+"""Seconds of silence after which the server is asked whether it is there, and seconds it may take to say so."""
 OUTAGE = 60.0
 """Seconds Redis may be away while somebody waits without a time limit."""
 
@@ -260,7 +262,7 @@ class Listener:
                     raw.disconnect()
 
     def _read(self) -> None:
-        raw = self._raw = self._place.open(read_timeout=None)
+        raw = self._raw = self._place.open(read_timeout=PONG_WITHIN)
         if self._closed.is_set():
             return
         raw.send_command("SUBSCRIBE", self._replies.channel)
@@ -268,6 +270,10 @@ class Listener:
         self.ready.set()
         self._replies.ask_again()
         while True:
+            if not raw.can_read(timeout=PING_AFTER):
+                raw.send_command("PING", check_health=False)  # else a server that died silently would never be missed
+                if not raw.can_read(timeout=PONG_WITHIN):
+                    raise TimeoutError("no answer")
             message = raw.read_response()
             if isinstance(message, list) and message[0] == b"message":
                 self._replies.hear(message[2])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from copy import copy
 from typing import TypeVar
 
 from conveyor import ident
@@ -10,7 +11,7 @@ from conveyor.codec import ValueCodec
 from conveyor.errors import ConveyorError, QueueFull, StoreUnavailable
 from conveyor.partition import Partitions
 from conveyor.posting import Posting
-from conveyor.pusher import Pusher
+from conveyor.pusher import Pusher, Way
 from conveyor.store.backend import refuse_in_loop
 
 T = TypeVar("T")
@@ -27,6 +28,12 @@ class Scatter(Pusher[T]):
         super().__init__(partitions.backend, partitions.whole, codec, most)
         self._partitions = partitions
         self._pushers = pushers
+
+    def through(self, backend: Way) -> Scatter[T]:
+        """Return the same with another way into Redis."""
+        other = copy(self)
+        other._pushers = [pusher.through(backend) for pusher in self._pushers]  # noqa: SLF001
+        return other
 
     def push(self, value: T, options: Posting, group: str | None = None) -> str:
         """Store one value and return its public id."""

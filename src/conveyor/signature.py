@@ -11,7 +11,17 @@ from typing import Any
 import msgspec
 from msgspec.structs import astuple
 
-from conveyor.codec import MAX_PAYLOAD, SHALLOW, ValueCodec, bounds, encode_json, reason, show, typed_decoder
+from conveyor.codec import (
+    MAX_PAYLOAD,
+    SHALLOW,
+    Unreadable,
+    ValueCodec,
+    bounds,
+    encode_json,
+    reason,
+    show,
+    typed_decoder,
+)
 from conveyor.errors import ConfigurationError, PayloadError
 from conveyor.parameter import carried, from_text, payload_signature, read, written
 
@@ -153,7 +163,7 @@ class Signature:
         """
         try:
             if len(body) > SHALLOW and (excess := bounds(body, self.max_payload)):
-                raise PayloadError(f"The payload of {self.name}() {excess[1]}", code=excess[0])
+                raise Unreadable(f"The payload of {self.name}() {excess[1]}", code=excess[0])
             values = astuple(self._decode(body))
         except (PayloadError, MemoryError):
             raise
@@ -173,8 +183,8 @@ class Signature:
             raise self._undecodable(f"'{min(clash)}' is a parameter of its own - at $.**")
         return positional + rest, by_name | others
 
-    def _undecodable(self, why: str) -> PayloadError:
-        return PayloadError(
+    def _undecodable(self, why: str) -> Unreadable:
+        return Unreadable(
             f"The arguments stored for {self.name}() do not fit it: {why}.\n"
             f"    {self.describe()}          Was it changed while jobs were waiting?",
             code="E15",

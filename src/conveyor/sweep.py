@@ -14,6 +14,8 @@ from typing import Any
 from conveyor import ident
 from conveyor.errors import ConfigurationError
 from conveyor.model import Failure
+from conveyor.sealing.record import open_failure
+from conveyor.sealing.sealing import Sealing
 from conveyor.store import inspection, operations
 from conveyor.store.inspection import Counts, Row
 from conveyor.store.keys import QueueKeys
@@ -28,7 +30,7 @@ Sweep = Generator[Call[Any], Any, int]
 @dataclass(frozen=True, slots=True)
 class DeadLetter:
     """
-    One that was given up: `payload` is the raw bytes of its body, as they were pushed.
+    One that was given up: `payload` is the raw bytes of its body, as they were pushed (sealed, when they were).
 
     `error` says what its last attempt ended with, `attempts` how many began, `failure` is the whole record
     with the traceback. `died_at` has a time zone, `queue` is where it lies: a queue, or a partition of one.
@@ -83,15 +85,15 @@ def redrive(keys: QueueKeys, limit: int | None) -> Sweep:
     return back
 
 
-def dead_page(keys: QueueKeys, offset: int) -> Call[list[DeadLetter]]:
+def dead_page(keys: QueueKeys, offset: int, sealing: Sealing | None = None) -> Call[list[DeadLetter]]:
     """Return the call that reads one page of dead letters, oldest first."""
     page = inspection.page(keys, "dead-oldest", offset, PAGE)
-    return page.then(lambda rows: [_letter(keys.queue, row) for row in rows])
+    return page.then(lambda rows: [_letter(keys.queue, row, sealing) for row in rows])
 
 
-def _letter(queue: str, row: Row) -> DeadLetter:
+def _letter(queue: str, row: Row, sealing: Sealing | None) -> DeadLetter:
     failures = row.state.failures_list()
-    last = failures[-1] if failures else None
+    last = open_failure(sealing, failures[-1], queue, row.id) if failures else None
     error = "" if last is None else f"{last.type}: {last.message}"
     died = datetime.fromtimestamp(int(row.extra) / 1000, UTC)
     return DeadLetter(

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import inspect
 import sys
 from asyncio import _get_running_loop
 from collections.abc import Callable, Container, Coroutine, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Generic, Literal, ParamSpec, Protocol, TypeVar
 
-from conveyor import ident
+from conveyor import ident, outbox
 from conveyor.codec import ValueCodec, show
 from conveyor.context import Context
 from conveyor.duration import Duration
@@ -27,12 +28,16 @@ from conveyor.store.operations import Entry, Existing
 
 if TYPE_CHECKING:
     from conveyor.middleware import Middleware
+    from conveyor.sealing.sealing import Sealing
+    from conveyor.store.durability import Wish
     from conveyor.store.keys import QueueKeys
 
 P = ParamSpec("P")
 R = TypeVar("R")
 R_co = TypeVar("R_co", covariant=True)
 RunIn = Literal["loop", "thread", "process"]
+Upcast = Callable[[int, dict[str, Any]], dict[str, Any]]
+"""From a version and the arguments of a job that has it to those of the next version."""
 
 
 class Sender(Home, Protocol):
@@ -46,9 +51,12 @@ class Sender(Home, Protocol):
     @property
     def partitioned(self) -> Container[str]: ...
 
+    @property
+    def sealing(self) -> Sealing | None: ...
+
     def placed(self, queue: str, entry: Entry) -> str: ...
-    def send(self, queue: str, entries: Sequence[Entry]) -> list[str]: ...
-    async def asend(self, queue: str, entries: Sequence[Entry]) -> list[str]: ...
+    def send(self, queue: str, entries: Sequence[Entry], wish: Wish | None = None) -> list[str]: ...
+    async def asend(self, queue: str, entries: Sequence[Entry], wish: Wish | None = None) -> list[str]: ...
 
 
 @dataclass(frozen=True)
@@ -61,6 +69,8 @@ class TaskOptions:
     ack: Literal["late", "early"] = "late"
     expires_ms: int | None = None
     priority: int = 0
+    version: int = 1
+    upcast: Upcast | None = None
 
 
 class Task(Generic[P, R_co]):
@@ -80,6 +90,7 @@ class Task(Generic[P, R_co]):
         run_in: RunIn,
         options: TaskOptions,
         max_payload: int,
+        max_result: int | None = None,
     ) -> None:
         """Read the function's signature; raises ConfigurationError for one whose arguments JSON cannot carry."""
         functools.update_wrapper(self, function)
@@ -96,13 +107,15 @@ class Task(Generic[P, R_co]):
         self.promises = not (unannotated or self.returns_none)
         self.results: ValueCodec[Any] = ValueCodec(
             self.signature.result if options.keep_ms or not self.promises else Any,
-            max_payload=max_payload,
+            max_payload=max_payload if max_result is None else max_result,
             what=f"The result of {name}()",
             lossy=unannotated,
         )
         self.head = write_rest(name, b"")
         self._keys: QueueKeys = home.keys(queue)
-        self._plain = options.priority == 0 and options.expires_ms is None
+        self._plain = (
+            options.priority == 0 and options.expires_ms is None and home.sealing is None and options.version == 1
+        )
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> Any:
         """Call the function, here and now."""
@@ -165,19 +178,23 @@ class Task(Generic[P, R_co]):
         keep_result: Duration | None = None,
         retry: int | None = None,
         front: bool = False,
-        wait_replicas: int = 0,
+        fsync: bool | None = None,
+        wait_replicas: int | None = None,
+        wait_timeout: Duration | None = None,
     ) -> BoundTask[P, R_co]:
         """
         Return the task with options for single jobs; what is None stays as the task has it.
 
         `delay` or `at` (an aware datetime) starts it later, `expires` cancels it when it has not started by
         then, `id` is an id of your own and a unique key, `retry` the number of attempts, `front` goes before all
-        of its priority.
+        of its priority. `fsync` waits until it is on disk, `wait_replicas` until so many replicas have it, each for
+        `wait_timeout`; then DurabilityNotReached.
         Raises ConfigurationError.
         """
         choice = choose(
             delay=delay, at=at, priority=priority, id=id, queue=queue, unique=unique, expires=expires, headers=headers,
-            timeout=timeout, keep_result=keep_result, retry=retry, front=front, wait_replicas=wait_replicas,
+            timeout=timeout, keep_result=keep_result, retry=retry, front=front, fsync=fsync,
+            wait_replicas=wait_replicas, wait_timeout=wait_timeout,
         )  # fmt: skip
         return BoundTask(self, choice)
 
@@ -186,12 +203,19 @@ class Task(Generic[P, R_co]):
         if _get_running_loop() is not None:
             raise _in_loop(self, args, kwargs, sys._getframe(2))  # noqa: SLF001
         queue, entry = self.prepare(choice, args, kwargs)
-        return self._handle(queue, entry, self._home.send(queue, (entry,))[0])
+        return self._handle(queue, entry, self._home.send(queue, (entry,), choice.wish)[0])
 
     async def aenqueue_with(self, choice: Choice, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Job[R_co]:
         """Do the same without blocking the event loop."""
+        queue, entry = await self.aprepare(choice, args, kwargs)
+        return self._handle(queue, entry, (await self._home.asend(queue, (entry,), choice.wish))[0])
+
+    def follow_with(self, choice: Choice, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Job[R_co], bytes]:
+        """Prepare a job for an outbox; raises PayloadError."""
+        if choice.id is None:
+            choice = replace(choice, id=ident.new_spawned_id())
         queue, entry = self.prepare(choice, args, kwargs)
-        return self._handle(queue, entry, (await self._home.asend(queue, (entry,)))[0])
+        return Job(self._home, entry.id, queue, self), outbox.write(queue, entry)
 
     def _handle(self, queue: str, entry: Entry, id: str) -> Job[R_co]:  # noqa: A002
         return Job(self._home, id, queue, self, duplicate=isinstance(id, Existing))
@@ -202,6 +226,21 @@ class Task(Generic[P, R_co]):
 
     def prepare(self, choice: Choice, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, Entry]:
         """Return the queue (or partition) and the entry of a call, with the middleware's changes; raises PayloadError."""
+        outgoing, body = self._outgoing(choice, args, kwargs)
+        entry = outgoing.entry(body, self._home.sealing)
+        return self._home.placed(outgoing.queue, entry), entry
+
+    async def aprepare(self, choice: Choice, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, Entry]:
+        """Do the same; a body for the store of large ones is written there on a thread."""
+        sealing = self._home.sealing
+        outgoing, body = self._outgoing(choice, args, kwargs)
+        if sealing is None or not sealing.is_large(body, b"payload"):
+            entry = outgoing.entry(body, sealing)
+        else:
+            entry = await asyncio.to_thread(outgoing.entry, body, sealing)
+        return self._home.placed(outgoing.queue, entry), entry
+
+    def _outgoing(self, choice: Choice, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Outgoing, bytes]:
         settings = self.settings
         outgoing = Outgoing(
             task=self.name,
@@ -219,11 +258,12 @@ class Task(Generic[P, R_co]):
             timeout_ms=choice.timeout_ms,
             keep_ms=choice.keep_ms,
             attempts=choice.attempts,
+            version=settings.version,
         )
         for middleware in self._home.pushers:
             middleware.push(outgoing)
-        entry = outgoing.entry(self.signature.encode(tuple(outgoing.args), outgoing.kwargs))
-        return self._home.placed(ident.queue_name(outgoing.queue), entry), entry
+        ident.queue_name(outgoing.queue)
+        return outgoing, self.signature.encode(tuple(outgoing.args), outgoing.kwargs)
 
 
 class SyncTask(Task[P, R_co]):
@@ -282,6 +322,10 @@ class TaskCall(Generic[R_co]):
 
     def __repr__(self) -> str:
         return f"<{_call_text(self.task.name, self.args, self.kwargs)}>"
+
+    def follow(self) -> tuple[Job[R_co], bytes]:
+        """Return the handle of the job this call is to become, and its entry in an outbox: for `context.spawn`."""
+        return self.task.follow_with(self.choice, self.args, self.kwargs)
 
     def enqueue(self) -> Job[R_co]:
         """Enqueue this call alone."""

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from functools import partial
 
 from conveyor import failure
+from conveyor.ident import made_at_ms
 from conveyor.lessee import DONE, Leased
 from conveyor.model import Failure, Outcome, State, to_json
-from conveyor.outcome import Again, Dead, Retry, after_failure, handed_back, suspected
+from conveyor.outcome import Again, Dead, Retry, after_failure, handed_back, put_off_ms, suspected
 from conveyor.store.operations import Settlement
 
 CANCELLED_KEPT_MS = 600_000
@@ -28,6 +29,8 @@ class Verdict:
     policy: Retry
     worker: str
     now_ms: Callable[[], int] = _now_ms
+    pack: Callable[[str, Failure], Failure] | None = None
+    """Seals what an error says, given the id."""
 
     def done(self, leased: Leased) -> Settlement:
         """It succeeded."""
@@ -38,6 +41,8 @@ class Verdict:
         if cancelled:
             return self.cancelled(leased)
         record = failure.describe(error, leased.attempt, self.now_ms(), self.worker)
+        if self.pack is not None:
+            record = self.pack(leased.id, record)
         attempts = leased.envelope.extra.attempts
         follows = after_failure(self.policy, leased.state, leased.attempt, error, to_json(record), attempts=attempts)
         if isinstance(follows, Again):
@@ -61,6 +66,8 @@ class Verdict:
         """It is given up for *reason*; its bytes are kept."""
         text = failure.shorten(reason, failure.MESSAGE_BYTES)
         record = Failure(leased.attempt, self.now_ms(), kind, text, worker=self.worker)
+        if self.pack is not None and kind == "dead":  # words of the program; the others are ours
+            text, record = "given up by its consumer", self.pack(leased.id, record)
         before = leased.state
         state = State(leased.attempt, before.failures, before.crashes, [*before.errors, to_json(record)])
         return self._buried(leased, Dead(state, text), record)
@@ -70,6 +77,14 @@ class Verdict:
         if isinstance(error, str):
             return self.dead(leased, error, kind="undecodable")
         return self.dead(leased, failure.message(error), kind=failure.type_name(error))
+
+    def put_off(self, leased: Leased, error: BaseException) -> Settlement:
+        """It is of a later version: it waits, without an attempt used, and is dead after a day."""
+        now = self.now_ms()
+        pause = put_off_ms(now - (made_at_ms(leased.id) or leased.envelope.due_ms or now))
+        if pause is None:
+            return self.undecodable(leased, error)
+        return _settlement(leased, "R", ms=pause, state=leased.state.encode() if leased.state != State() else b"")
 
     def poison(self, leased: Leased) -> Settlement | None:
         """Dead instead of started, when its consumer crashed too often while it ran; else None."""

@@ -8,6 +8,8 @@ from typing import Any, Literal
 
 from conveyor.ident import made_at_ms, public
 from conveyor.model import Failure, Status
+from conveyor.sealing.record import open_failure, preview
+from conveyor.sealing.sealing import Sealing
 from conveyor.store.inspection import Finished, Row
 
 STATES: tuple[Status, ...] = ("leased", "ready", "scheduled", "dead", "done")
@@ -113,8 +115,8 @@ class Acted:
         return self.outcome not in {"refused", "not found"}
 
 
-def live_job(queue: str, row: Row) -> JobInfo:
-    """Return a job that has not ended, or a dead one."""
+def live_job(queue: str, row: Row, sealing: Sealing | None = None) -> JobInfo:
+    """Return a job that has not ended, or a dead one; what is sealed as far as *sealing* opens it."""
     envelope, state = row.envelope, row.state
     at = int(row.extra) if row.status in {"scheduled", "dead"} and row.extra else None
     return JobInfo(
@@ -132,8 +134,8 @@ def live_job(queue: str, row: Row) -> JobInfo:
         ended=maybe_instant(at) if row.status == "dead" else None,
         unique=envelope.unique,
         headers=dict(envelope.extra.headers),
-        payload=envelope.body.decode("utf-8", "backslashreplace"),
-        errors=[error_info(failure) for failure in state.failures_list()],
+        payload=preview(sealing, envelope.body, queue, envelope.task, row.id),
+        errors=[error_info(open_failure(sealing, failure, queue, row.id)) for failure in state.failures_list()],
         worker=row.extra if row.status == "leased" else None,
     )
 

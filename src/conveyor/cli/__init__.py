@@ -32,6 +32,7 @@ COMMANDS: dict[str, Entry] = {
     "queue": Entry("conveyor.cli.queue:queue", "List, pause, purge and redrive queues.", "Look"),
     "job": Entry("conveyor.cli.job:job", "List, show, retry, cancel and delete jobs.", "Look"),
     "doctor": Entry("conveyor.cli.doctor:doctor", "Examine the server: eviction, durability, latency.", "Look"),
+    "acl": Entry("conveyor.cli.acl:acl", "Print least-privilege ACL rules for Redis.", "Look"),
 }
 
 

@@ -84,7 +84,9 @@ class Target:
         from conveyor.admin import Admin
 
         backend = self.backend()
-        return Admin(backend, plain_lists=() if self._app is None else self._app.plain_lists)
+        if self._app is None:
+            return Admin(backend)
+        return Admin(backend, plain_lists=self._app.plain_lists, sealing=self._app.sealing)
 
     def _namespace(self) -> str | None:
         return self.namespace or os.environ.get("CONVEYOR_NAMESPACE") or self.settings.namespace

@@ -94,12 +94,15 @@ def _served(app: Any, name: str) -> dict[str, float]:
 def _check(out: Output, app: Any, *, allow_eviction: bool) -> None:
     """Refuse a server that deletes jobs. One that is away is waited for, not an error."""
     from conveyor import doctor
+    from conveyor.store import eviction
 
     try:
         policy, evicted = doctor.eviction_policy(app.backend)
     except StoreUnavailable as error:
         out.say(f"{str(error).splitlines()[0]} Waiting for it.")
         return
+    if not policy:
+        out.say(f"! {eviction.UNKNOWN}: see `conveyor doctor`")
     wrong = doctor.evicting(policy, evicted)
     if wrong is not None and not allow_eviction:
         advice = f"Set:  {wrong.remedy}\nStart anyway:  --allow-eviction"

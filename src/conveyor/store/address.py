@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import re
+import socket
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import urlsplit
 
 from conveyor.errors import ConfigurationError
+from conveyor.store.place import ANSWER_TIMEOUT
 
 if TYPE_CHECKING:
     from redis import Connection
@@ -21,7 +24,12 @@ if TYPE_CHECKING:
 _SECRET = re.compile(r"(?<=://)([^/:@\s]*):\S*@")
 _SECRET_OPTION = re.compile(r"(?<=[?&])(\w*password=)[^&\s]*")
 _CONNECT_TIMEOUT = 5.0
-LATER = {"redis+sentinel": "Sentinel", "redis+cluster": "Cluster"}
+# A peer that is gone without a word is noticed after a minute, also where nothing waits for a reply: three unanswered probes.
+_ALIVE = {
+    getattr(socket, name): value
+    for name, value in (("TCP_KEEPIDLE", 30), ("TCP_KEEPINTVL", 10), ("TCP_KEEPCNT", 3))
+    if hasattr(socket, name)
+}
 
 
 def redact(text: str) -> str:
@@ -35,11 +43,11 @@ class Address:
 
     url: str
     connect_timeout: float = _CONNECT_TIMEOUT
+    answer_timeout: float = ANSWER_TIMEOUT
+    """Seconds for the first exchange on a new connection (AUTH, SELECT): a frozen server is still connected to."""
 
     def __post_init__(self) -> None:
         scheme = urlsplit(self.url).scheme
-        if scheme in LATER:
-            raise ConfigurationError(f"{LATER[scheme]} is not supported yet: {redact(self.url)}. Use a redis:// URL.")
         if scheme not in {"redis", "rediss", "unix"}:
             raise ConfigurationError(
                 f"{redact(self.url)!r} is not a Redis URL. Write redis://host:6379/0, rediss://…, unix:///path or embedded:///dir."
@@ -47,6 +55,9 @@ class Address:
 
     def __str__(self) -> str:
         return redact(self.url)
+
+    def __repr__(self) -> str:
+        return f"<Address {self}>"
 
     @cached_property
     def _parameters(self) -> dict[str, Any]:
@@ -58,22 +69,71 @@ class Address:
             raise ConfigurationError(f"{self} is not a Redis URL: {redact(str(error))}") from None
         parameters.pop("connection_class", None)
         # RESP2 is enough and every supported server speaks it; retries are ours, since only we know what may be repeated.
-        return {"socket_connect_timeout": self.connect_timeout, **parameters, "protocol": 2}
+        alive = (
+            {}
+            if urlsplit(self.url).scheme == "unix"
+            else {"socket_keepalive": True, "socket_keepalive_options": _ALIVE}
+        )
+        return {"socket_connect_timeout": self.connect_timeout, **alive, **parameters, "protocol": 2}
 
     def place(self, key: str) -> Place:
         """Return where the commands for *key* go: all go here."""
         return self
 
+    @property
+    def single(self) -> bool:
+        """One place for all keys."""
+        return True
+
+    @property
+    def answers_within(self) -> float:
+        """Seconds one answer may take."""
+        return self.answer_timeout
+
+    @property
+    def host(self) -> str:
+        """Host and port, as a URL has them."""
+        return urlsplit(self.url).netloc.rpartition("@")[2] or "host:6379"
+
+    def check(self) -> None:
+        """Raise ConfigurationError when the options of the URL mean nothing."""
+        assert self._parameters is not None
+
+    def moved(self, reply: str) -> None:
+        """Raise ConfigurationError (E33): only nodes of a cluster answer so."""
+        raise ConfigurationError(
+            f"The server at {self} is one node of a cluster ({reply}). Name some of its nodes in a cluster's URL: "
+            f"{'rediss' if self.url.startswith('rediss') else 'redis'}+cluster://{self.host}",
+            code="E33",
+        )
+
+    def aside(self, reply: str) -> Place:
+        """Raise the same."""
+        self.moved(reply)
+        raise AssertionError
+
     def open(self, *, read_timeout: float | None) -> Connection:
         """Return a connected blocking connection."""
-        connection = self.connection(read_timeout=read_timeout)
+        connection = self.connection(read_timeout=self.answer_timeout)
         connection.connect()
+        if read_timeout != self.answer_timeout:
+            assert connection._sock is not None  # noqa: SLF001
+            connection._sock.settimeout(read_timeout)  # noqa: SLF001
+            connection._parser._socket_timeout = read_timeout  # noqa: SLF001
         return connection
 
     async def aopen(self) -> AsyncConnection:
         """Return a connected connection of asyncio."""
         connection = self.async_connection()
-        await connection.connect()
+        try:
+            async with asyncio.timeout(self.connect_timeout + self.answer_timeout):
+                await connection.connect()
+        except TimeoutError as error:
+            await connection.disconnect(nowait=True)
+            raise TimeoutError("connected, but no answer") from error
+        except BaseException:
+            await connection.disconnect(nowait=True)
+            raise
         return connection
 
     def connection(self, *, read_timeout: float | None) -> Connection:

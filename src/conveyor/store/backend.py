@@ -18,19 +18,23 @@ from conveyor.errors import ConfigurationError
 from conveyor.ident import new_identity
 from conveyor.store import operations
 from conveyor.store.address import Address, configured_url
-from conveyor.store.connection import Connection, answered, reply_text
+from conveyor.store.confirmed import Confirmed, Confirmer
+from conveyor.store.connection import Connection
+from conveyor.store.durability import Durability, Wish
 from conveyor.store.fork import on_fork
-from conveyor.store.gathering import BULK, Shared
+from conveyor.store.gathering import BULK, AsyncLane, Shared
 from conveyor.store.keys import QueueKeys, check_namespace, known_queues
 from conveyor.store.operations import Entry, Lane
 from conveyor.store.script import Argument, Call
+from conveyor.store.topology import locate
 from conveyor.store.wire import Wire
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from conveyor.store.buffer import Buffer
     from conveyor.store.embedded import Attachment
-    from conveyor.store.place import Place
+    from conveyor.store.place import Place, Topology
 
 T = TypeVar("T")
 PATIENCE = 5.0
@@ -45,10 +49,11 @@ class Backend:
         self.namespace = check_namespace(namespace)
         self.patience = patience
         self._url = configured_url(url)
+        self._single = self._plain = True  # one place for all keys, and always the same
         if self._url is not None and not self._url.startswith("embedded:"):
-            Address(self._url)  # a wrong URL is refused where it is written, not at the first push
-        self._single = True  # one place for all keys
-        self._address: Address | None = None
+            found = locate(self._url)  # a wrong URL is refused where it is written, not at the first push
+            self._single, self._plain = found.single, isinstance(found, Address)
+        self._address: Topology | None = None
         self._attachment: Attachment | None = None
         self._lock = threading.Lock()
         self._free: deque[Producer] = deque()
@@ -56,10 +61,14 @@ class Backend:
         self._loops: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, Shared] = weakref.WeakKeyDictionary()
         self._last: Shared | None = None
         self._announced: set[str] = set()
+        self._confirmer: Confirmer | None = None
+        self.buffer: Buffer | None = None  # these three are another's in a backend with a buffer
+        self.new_lane: Callable[[], Lane] = _lane
+        self.lane_type: Callable[[Wire, QueueKeys, int, float], AsyncLane] = AsyncLane
         on_fork(self)
 
     @property
-    def address(self) -> Address:
+    def address(self) -> Topology:
         """Where Redis is; starts the embedded server when none is configured."""
         if self._address is None:
             with self._lock:
@@ -67,10 +76,10 @@ class Backend:
                     self._address = self._resolve()
         return self._address
 
-    def _resolve(self) -> Address:
+    def _resolve(self) -> Topology:
         if self._url is not None and not self._url.startswith("embedded:"):
             # Who has little patience does not wait long for a host that swallows packets.
-            return Address(self._url, min(PATIENCE, max(self.patience, 0.5)))
+            return locate(self._url, min(PATIENCE, max(self.patience, 0.5)))
         from conveyor.store import embedded
 
         directory: Path | None = None
@@ -86,6 +95,11 @@ class Backend:
     def attachment(self) -> Attachment | None:
         """The hold on the embedded server, when it is used and was needed already."""
         return self._attachment
+
+    @property
+    def configured(self) -> str | None:
+        """The URL as it was configured, None when the embedded server is used. It may hold a password."""
+        return self._url
 
     def keys(self, queue: str) -> QueueKeys:
         """Return the keys of *queue*."""
@@ -106,15 +120,16 @@ class Backend:
         finally:
             producer.home.append(producer)
 
-    def push(self, keys: QueueKeys, entries: Sequence[Entry], *, max_length: int = 0) -> list[str]:
-        """Accept *entries*, all or none per thousand, in their order; return an id for each."""
+    def push(self, keys: QueueKeys, entries: Sequence[Entry], *, max_length: int = 0, whole: bool = False) -> list[str]:
+        """Accept *entries*, all or none (per thousand, unless *whole*), in their order; return an id for each."""
         refuse_in_loop()
         self.announce(keys)
         ids: list[str] = []
+        step = len(entries) or 1 if whole else BULK
         producer = self._take(keys.jobs)
         try:
-            for first in range(0, len(entries), BULK):
-                call = operations.push(keys, producer.lane, entries[first : first + BULK], max_length=max_length)
+            for first in range(0, len(entries), step):
+                call = operations.push(keys, producer.lane, entries[first : first + step], max_length=max_length)
                 accepted = producer.connection.run(call, patience=self.patience)
                 ids += accepted
         finally:
@@ -148,24 +163,22 @@ class Backend:
 
         return finish
 
-    def execute(self, *command: Argument, key: str | None = None) -> object:
-        """Send one plain command where *key* lies (None: any server), for reads that need no script (INFO, PING, SMEMBERS)."""
+    def execute(self, *command: Argument, key: str | None = None, patience: float | None = None) -> object:
+        """
+        Send one plain command where *key* lies (None: any server), for reads that need no script (INFO, PING, SMEMBERS).
+
+        Repeated for *patience* seconds; by default not at all on a single server, elsewhere as long as any step.
+        """
         refuse_in_loop()
         producer = self._take(key)
         try:
-            return producer.connection.execute(*command)
-        except Exception as error:
-            from redis import AuthenticationError, RedisError
-
-            from conveyor.store import fault
-
-            if answered(error) or isinstance(error, AuthenticationError):
-                raise fault.final(reply_text(error), str(self.address)) from error
-            if isinstance(error, RedisError | OSError):
-                raise fault.unreachable(str(self.address), error) from error
-            raise
+            return producer.connection.ask(*command, patience=self._borne(patience))
         finally:
             producer.home.append(producer)
+
+    def _borne(self, patience: float | None) -> float:
+        # A master or a node may be another one than a moment ago, which is no reason to tell anybody.
+        return patience if patience is not None else 0.0 if self._plain else self.patience
 
     def queues(self) -> list[str]:
         """Return the names of all known queues, sorted."""
@@ -175,8 +188,7 @@ class Backend:
     def announce(self, *queues: QueueKeys) -> None:
         """Make queues known before their first push: the set has no hash tag, so it cannot be part of it."""
         if names := [keys.queue for keys in queues if keys.queue not in self._announced]:
-            known = known_queues(self.namespace)
-            self.execute("SADD", known, *names, key=known)
+            self.run(operations.announce(known_queues(self.namespace), *names))
             self._announced.update(names)
 
     def _take(self, key: str | None) -> Producer:
@@ -184,7 +196,7 @@ class Backend:
         try:
             return free.pop()
         except IndexError:
-            return Producer(Connection(self.place(key or "")), Lane(new_identity()), free)
+            return Producer(Connection(self.place(key or "")), self.new_lane(), free)
 
     # -- awaitable ------------------------------------------------------------------------------------------------
 
@@ -194,14 +206,28 @@ class Backend:
         wire = shared.wire if self._single else shared.wire_at(self.place(call.keys[0]))
         return await wire.run(call, patience=self.patience if patience is None else patience)
 
-    async def apush(self, keys: QueueKeys, entries: Sequence[Entry], *, max_length: int = 0) -> list[str]:
-        """Accept *entries* in their order; pushes of one tick travel together. Each thousand is accepted whole or not at all."""
+    async def apush(
+        self, keys: QueueKeys, entries: Sequence[Entry], *, max_length: int = 0, whole: bool = False
+    ) -> list[str]:
+        """Accept *entries* as `push`; pushes of one tick travel together."""
         await self.aannounce(keys)
         lane = self.shared().lane(keys, max_length)
         ids: list[str] = []
-        for first in range(0, len(entries), BULK):
-            ids += await lane.push(entries[first : first + BULK])
+        step = len(entries) or 1 if whole else BULK
+        for first in range(0, len(entries), step):
+            ids += await lane.push(entries[first : first + step])
         return ids
+
+    def way(self, asks: Durability | None, wish: Wish | None = None) -> Backend | Confirmed:
+        """Return the way in for one push to a queue that asks *asks* by itself."""
+        asked = asks if wish is None else wish.over(asks)
+        return self if asked is None else self.confirmed(asked)
+
+    def confirmed(self, asked: Durability) -> Confirmed:
+        """Return the way in for pushes that ask for more than being stored."""
+        if self._confirmer is None:
+            self._confirmer = Confirmer(self, refuse_in_loop)
+        return Confirmed(self._confirmer, asked)
 
     def put(self, keys: QueueKeys, id: str, envelope: bytes) -> Awaitable[None]:  # noqa: A002
         """Accept one plain message: the cheapest way in. The queue is known already (`knows`, else `aannounce`)."""
@@ -214,8 +240,7 @@ class Backend:
     async def aannounce(self, *queues: QueueKeys) -> None:
         """Make queues known before their first push."""
         if names := [keys.queue for keys in queues if keys.queue not in self._announced]:
-            known = known_queues(self.namespace)
-            await self.aexecute("SADD", known, *names, key=known)
+            await self.arun(operations.announce(known_queues(self.namespace), *names))
             self._announced.update(names)
 
     async def aqueues(self) -> list[str]:
@@ -227,17 +252,9 @@ class Backend:
         """Return this event loop's wire for these keys."""
         return self.shared().wire_at(self.place(keys))
 
-    async def aexecute(self, *command: Argument, key: str | None = None) -> object:
-        """Send one plain command on this event loop's wire for *key* (None: any)."""
-        from conveyor.store import fault
-
-        try:
-            reply = await self.wire(key or "").execute(*command)
-        except OSError as error:
-            raise fault.unreachable(str(self.address), error) from error
-        if isinstance(reply, Exception):
-            raise fault.final(str(reply), str(self.address))
-        return reply
+    async def aexecute(self, *command: Argument, key: str | None = None, patience: float | None = None) -> object:
+        """Send one plain command on this event loop's wire for *key* (None: any), as `execute`."""
+        return await self.wire(key or "").ask(*command, patience=self._borne(patience))
 
     def shared(self) -> Shared:
         """Return what this event loop's callers share."""
@@ -247,7 +264,7 @@ class Backend:
             return last
         found = self._loops.get(loop)
         if found is None:
-            found = self._loops[loop] = Shared(loop, self.place, self.patience)
+            found = self._loops[loop] = Shared(loop, self.place, self.patience, self.lane_type)
         self._last = found
         return found
 
@@ -255,6 +272,8 @@ class Backend:
 
     def close(self) -> None:
         """Close all blocking connections and leave the embedded server."""
+        if self._confirmer is not None:
+            self._confirmer.close()
         for free in (self._free, *self._crowd.values()):
             while free:
                 free.pop().connection.close()
@@ -269,6 +288,8 @@ class Backend:
         self._last = None
         if shared is not None:
             shared.close()
+        if self._confirmer is not None:
+            self._confirmer.aclose()
         self.close()
 
     def forked(self) -> None:
@@ -289,6 +310,10 @@ class Producer:
         self.connection = connection
         self.lane = lane
         self.home = home
+
+
+def _lane() -> Lane:
+    return Lane(new_identity())
 
 
 def _names(members: object) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,8 @@ from conveyor.store.wire import Wire
 
 if TYPE_CHECKING:
     from conveyor.store.place import Place
+
+log = logging.getLogger("conveyor.store")
 
 
 class Bell:
@@ -46,9 +49,12 @@ class Bell:
             reply = self._connection.execute(*command, block=max(seconds, 0.001))
         except (RedisError, OSError, ValueError, AttributeError) as error:
             # The last two are what a read meets whose connection another thread has closed.
-            if isinstance(error, ResponseError) and fault.remedy(str(error)) is fault.Remedy.RAISE:
+            what = fault.remedy(str(error)) if isinstance(error, ResponseError) else fault.Remedy.RECONNECT
+            if what is fault.Remedy.RAISE:
                 raise fault.final(str(error), str(self._connection.place)) from error
             self._connection.close()
+            if what is fault.Remedy.MOVE:
+                self._connection.place.moved(str(error))
             time.sleep(min(fault.pause(self._failures), max(seconds, 0.001)))
             self._failures += 1
             return None
@@ -89,11 +95,22 @@ class AsyncBell:
             if not isinstance(reply, Exception):
                 self._failures = 0
                 return reply
-            if fault.remedy(str(reply)) is fault.Remedy.RAISE:
+            if self._wire.heed(reply) is fault.Remedy.RAISE:
                 raise fault.final(str(reply), str(self._wire.place))
         await asyncio.sleep(min(fault.pause(self._failures), max(seconds, 0.001)))
         self._failures += 1
         return None
+
+
+def ring(wire: Wire, key: str) -> None:
+    """Put a token into *key* for whoever blocks on it; it goes away by itself if nobody does."""
+    wire.send(("RPUSH", key, 1), _ignore)
+    wire.send(("PEXPIRE", key, 60_000), _ignore)
+
+
+def _ignore(reply: Any) -> None:
+    if isinstance(reply, Exception) and fault.remedy(str(reply)) is fault.Remedy.RAISE:
+        log.debug("ignored: %s", reply)
 
 
 def _which(reply: Any) -> str | None:

@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from conveyor.store.place import Place
 
 T = TypeVar("T")
-READ_TIMEOUT = 5.0
 
 
 class Connection:
@@ -32,6 +31,7 @@ class Connection:
     def __init__(self, place: Place) -> None:
         """Remember where to connect."""
         self.place = place
+        self._answers_within = place.answers_within
         self._raw: redis.Connection | None = None
         self._socket: socket.socket | None = None
         self._reader: Any = None
@@ -48,8 +48,15 @@ class Connection:
         try:
             reply = self.execute(*call.command())
         except Exception as error:
-            reply = self._persist(call, error, time.monotonic() + patience)
+            reply = self._persist(call, error, patience)
         return call.decode(reply)
+
+    def ask(self, *command: Any, patience: float) -> Any:
+        """Send one plain command, which may be repeated, and return the raw reply; errors as in `run`."""
+        try:
+            return self.execute(*command)
+        except Exception as error:
+            return self._persist(Plain(command), error, patience)
 
     def post(self, call: Call[T]) -> Callable[[float], T]:
         """Send *call* and return what waits for its reply: called with a patience in seconds, it is the rest of `run`."""
@@ -65,32 +72,40 @@ class Connection:
                     raise failed
                 reply = self._receive(0.0)
             except Exception as error:
-                reply = self._persist(call, error, time.monotonic() + patience)
+                reply = self._persist(call, error, patience)
             return call.decode(reply)
 
         return collect
 
-    def _persist(self, call: Call[Any], error: Exception, deadline: float) -> Any:
-        """Repeat *call*, which failed with *error*, until it is answered or the deadline has passed."""
-        command, attempt = call.command, 0
+    def _persist(self, call: Call[Any] | Plain, error: Exception, seconds: float) -> Any:
+        """Repeat *call*, which failed with *error*, until it is answered or *seconds* have passed."""
+        command, patience = call.command, fault.Patience(seconds)
         while True:
-            what = _verdict(error)
+            what, text, at = _verdict(error), reply_text(error), self
             if what is fault.Remedy.LOAD:
                 command = call.load
             elif what is fault.Remedy.RAISE:
-                raise fault.final(reply_text(error), str(self.place)) from error
+                raise fault.final(text, str(self.place)) from error
             else:
-                if what is fault.Remedy.RECONNECT:
+                if what in _ELSEWHERE:
                     self.close()
-                wait = fault.pause(attempt)
-                if time.monotonic() + wait > deadline:
+                    if what is fault.Remedy.MOVE:
+                        self.place.moved(text)
+                wait = patience.pause(text)
+                if wait is None:
                     raise fault.unreachable(str(self.place), error) from error
-                attempt += 1
                 time.sleep(wait)
+                if what is fault.Remedy.ASIDE:
+                    at = Connection(self.place.aside(text))
             try:
-                return self.execute(*command())
+                if at is not self:
+                    at.execute("ASKING")
+                return at.execute(*command())
             except Exception as again:
                 error = again
+            finally:
+                if at is not self:
+                    at.close()
 
     def execute(self, *command: Any, block: float = 0.0) -> Any:
         """Send one command and return the raw reply; *block* is how many seconds the server may hold it back."""
@@ -111,8 +126,8 @@ class Connection:
         connection, reader = self._socket, self._reader
         if connection is None:
             raise _lost("Connection closed")
-        if self._waits != block + READ_TIMEOUT:
-            self._wait_at_most(block + READ_TIMEOUT)
+        if self._waits != block + self._answers_within:
+            self._wait_at_most(block + self._answers_within)
         try:
             while (reply := reader.gets()) is False:
                 data = connection.recv(65536)
@@ -133,7 +148,7 @@ class Connection:
         import hiredis
         from redis import ResponseError
 
-        raw = self.place.open(read_timeout=READ_TIMEOUT)
+        raw = self.place.open(read_timeout=self._answers_within)
         self._raw, self._socket = raw, raw._sock  # noqa: SLF001  the one private name we use; a test holds it
         self._reader = hiredis.Reader(replyError=ResponseError)
         self._pack = hiredis.pack_command
@@ -152,6 +167,30 @@ class Connection:
         raw, self._raw, self._socket = self._raw, None, None
         if raw is not None:
             raw.disconnect()
+
+
+_ELSEWHERE = {fault.Remedy.RECONNECT, fault.Remedy.MOVE}
+
+
+class Plain:
+    """A command that is no script and may be repeated all the same."""
+
+    __slots__ = ("_words",)
+
+    def __init__(self, words: tuple[Any, ...]) -> None:
+        """Take its words."""
+        self._words = words
+
+    def command(self) -> tuple[Any, ...]:
+        """Return the words sent to the server."""
+        return self._words
+
+    load = command
+
+    @staticmethod
+    def decode(reply: Any) -> Any:
+        """Return the reply as it is."""
+        return reply
 
 
 def _lost(why: str) -> Exception:

@@ -9,14 +9,20 @@ from __future__ import annotations
 
 import random
 import re
+import time
 from enum import Enum
 
 from conveyor.errors import ConfigurationError, ConveyorError, QueueFull, StoreUnavailable
 
 _CODE = re.compile(
     r"\b(NOSCRIPT|OOM|READONLY|NOREPLICAS|MISCONF|BUSY|LOADING|TRYAGAIN|CLUSTERDOWN|MASTERDOWN|UNBLOCKED|NOPERM|NOAUTH|WRONGPASS"
-    r"|WRONGTYPE|NOTBUSY)\b"
+    r"|WRONGTYPE|NOTBUSY)\b|^(MOVED|ASK) \d+ "
 )
+_FORBIDDEN = re.compile(r"ACL failure in script|user executing the script")  # 7 and 6.2, for a command in a script
+_ON_THE_WAY = "non local key"
+"""What a script meets while its slot moves and only some of its keys have arrived."""
+SLOT_MOVES = 30.0
+"""Seconds for which a call waits for a slot that is on its way to another node, where it would wait at all."""
 
 
 class Remedy(Enum):
@@ -25,26 +31,53 @@ class Remedy(Enum):
     LOAD = "send the script's text"
     WAIT = "repeat after a pause"
     RECONNECT = "connect again, then repeat"
+    MOVE = "find out where the keys are now, connect there, then repeat"
+    ASIDE = "send this one command to the node that takes the slot over"
     RAISE = "give up"
 
 
 _REMEDY = {
-    "NOSCRIPT": Remedy.LOAD, "BUSY": Remedy.WAIT, "LOADING": Remedy.WAIT, "TRYAGAIN": Remedy.WAIT, "CLUSTERDOWN": Remedy.WAIT,
-    "MASTERDOWN": Remedy.WAIT, "UNBLOCKED": Remedy.WAIT, "NOREPLICAS": Remedy.WAIT, "MISCONF": Remedy.WAIT,
-    "READONLY": Remedy.RECONNECT,
+    "NOSCRIPT": Remedy.LOAD, "BUSY": Remedy.WAIT, "LOADING": Remedy.WAIT, "TRYAGAIN": Remedy.WAIT, "CLUSTERDOWN": Remedy.MOVE,
+    "MASTERDOWN": Remedy.WAIT, "UNBLOCKED": Remedy.WAIT, "NOREPLICAS": Remedy.RECONNECT, "MISCONF": Remedy.WAIT,
+    "READONLY": Remedy.RECONNECT, "MOVED": Remedy.MOVE, "ASK": Remedy.ASIDE,
 }  # fmt: skip
+
+
+def moving(text: str) -> bool:
+    """Tell whether an error reply means that the keys are on their way to another node."""
+    return "TRYAGAIN" in text or _ON_THE_WAY in text or text.startswith("ASK ")
 
 
 def remedy(text: str) -> Remedy:
     """Return what to do about an error reply."""
     found = _CODE.search(text)
-    return _REMEDY.get(found[1], Remedy.RAISE) if found else Remedy.RAISE
+    if found is None:
+        return Remedy.WAIT if _ON_THE_WAY in text else Remedy.RAISE
+    return _REMEDY.get(found[1] or found[2], Remedy.RAISE)
+
+
+class Patience:
+    """How long one step is repeated, and the pauses between. `seconds` of None is for ever."""
+
+    def __init__(self, seconds: float | None) -> None:
+        """Begin now."""
+        self._seconds, self._since, self._attempt = seconds, time.monotonic(), 0
+
+    def pause(self, text: str) -> float | None:
+        """Return how long to wait before the next try, None when patience has ended; *text* is why this one failed."""
+        wait, seconds = pause(self._attempt), self._seconds
+        self._attempt += 1
+        if seconds is None:
+            return wait
+        if seconds >= 1 and moving(text):
+            seconds = max(seconds, SLOT_MOVES)  # a large slot moves for longer than an outage is borne
+        return wait if time.monotonic() - self._since + wait <= seconds else None
 
 
 def final(text: str, address: str) -> ConveyorError:
     """Return the error a person sees for a reply that repeating does not mend."""
     found = _CODE.search(text)
-    code = found[1] if found else ""
+    code = found[1] if found else "NOPERM" if _FORBIDDEN.search(text) else ""
     if code == "OOM":
         return QueueFull(
             f"Redis at {address} is at its maxmemory and takes no more. Nothing was enqueued. "
@@ -52,7 +85,8 @@ def final(text: str, address: str) -> ConveyorError:
         )
     if code in {"NOPERM", "NOAUTH", "WRONGPASS"}:
         return ConfigurationError(
-            f"Redis at {address} refuses this user: {text.rstrip('.')}. See `conveyor doctor`.", code="E17"
+            f"Redis at {address} refuses this user: {text.rstrip('.')}. `conveyor acl` prints what each role needs.",
+            code="E17",
         )
     if code == "WRONGTYPE":
         return ConfigurationError(
@@ -64,6 +98,11 @@ def final(text: str, address: str) -> ConveyorError:
 def unreachable(address: str, cause: object) -> StoreUnavailable:
     """Return the error for a server that does not answer."""
     reason = str(cause).strip().rstrip(".") or type(cause).__name__
+    if moving(reason):
+        return StoreUnavailable(
+            f"The slot of these keys is moving to another node of {address}, and has not arrived yet: {reason}. Try again, or "
+            "see what holds it up: redis-cli --cluster check."
+        )
     return StoreUnavailable(
         f"Cannot reach Redis at {address}: {reason}.\n"
         "For development leave CONVEYOR_URL unset: an embedded server starts by itself.\n"
@@ -73,4 +112,5 @@ def unreachable(address: str, cause: object) -> StoreUnavailable:
 
 def pause(attempt: int, *, cap: float = 2.0) -> float:
     """Return how long to wait before repeat number *attempt* (from 0): full jitter, so that a herd spreads out."""
-    return random.uniform(0.005, min(cap, 0.02 * 2**attempt))  # noqa: S311  no secret
+    # The exponent is bounded too: after a quarter of an hour the power itself would be too large for a float.
+    return random.uniform(0.005, min(cap, 0.02 * 2 ** min(attempt, 20)))  # noqa: S311  no secret

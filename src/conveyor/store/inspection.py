@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 
 from conveyor.ident import made_at_ms
-from conveyor.model import Envelope, State, Status, read_envelope
+from conveyor.model import Envelope, State, Status, read_envelope, read_whatever
 from conveyor.store.keys import QueueKeys
 from conveyor.store.script import Call, Script
 
@@ -113,7 +113,7 @@ def _page_keys(keys: QueueKeys) -> tuple[str, ...]:
 def _read_rows(status: str, reply: list[bytes]) -> list[Row]:
     kind: Status = "dead" if status == "dead-oldest" else status  # type: ignore[assignment]
     return [
-        Row(reply[i].decode(), kind, read_envelope(reply[i + 1]), State.decode(reply[i + 2]), reply[i + 3].decode())
+        Row(reply[i].decode(), kind, *read_whatever(reply[i + 1], reply[i + 2])[:2], reply[i + 3].decode())
         for i in range(0, len(reply), 4)
     ]
 
@@ -136,7 +136,7 @@ def show(keys: QueueKeys, id: str) -> Call[tuple[str, Row | None, bytes]]:  # no
         place = reply[0].decode()
         if not reply[1]:
             return place, None, reply[3]
-        row = Row(id, place, read_envelope(reply[1]), State.decode(reply[2]), reply[3].decode())  # type: ignore[arg-type]
+        row = Row(id, place, *read_whatever(reply[1], reply[2])[:2], reply[3].decode())  # type: ignore[arg-type]
         return place, row, b""
 
     return Call(SHOW, names, (id,), decode)

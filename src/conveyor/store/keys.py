@@ -31,7 +31,7 @@ class QueueKeys:
     """The keys of one queue; `tag` is another hash tag than the queue's name for a foreign list that brings its own."""
 
     __slots__ = (
-        "conf", "dead", "due", "foreign", "intake", "jobs", "partitions", "prefix", "queue",
+        "conf", "dead", "due", "foreign", "intake", "jobs", "outbox", "partitions", "prefix", "queue",
         "ready", "recent", "state", "waiters", "wake", "workers",
     )  # fmt: skip
 
@@ -55,6 +55,7 @@ class QueueKeys:
         self.recent = prefix + "recent"
         self.waiters = prefix + "waiters"
         self.intake = prefix + "intake"
+        self.outbox = prefix + "outbox"
         self.ready = tuple(f"{prefix}ready:{priority}" for priority in range(PRIORITIES))
 
     def leased(self, worker: str) -> str:
@@ -68,6 +69,10 @@ class QueueKeys:
     def lane(self, producer: str) -> str:
         """Return the number and reply of a producer's last push."""
         return f"{self.prefix}lane:{producer}"
+
+    def inbox(self, source: str) -> str:
+        """Return the number and reply of what the outbox of the queue *source* last delivered here."""
+        return f"{self.prefix}inbox:{source}"
 
     def result(self, id: str) -> str:  # noqa: A002
         """Return where the outcome of a job is kept."""

@@ -11,18 +11,22 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+from conveyor import ident
 from conveyor.errors import ConfigurationError, QueueFull
 from conveyor.model import to_json, write_rest
 from conveyor.store.keys import QueueKeys
 from conveyor.store.partitioning import WrongPartitions
-from conveyor.store.script import Argument, Call, Script
+from conveyor.store.script import Argument, Call, Command, Script
 
 PUSH_PLAIN = Script("push_plain", bare=True)
 PUSH, TURN, REGISTER, BEAT, REAP = Script("push"), Script("turn"), Script("register"), Script("beat"), Script("reap")
 EXTEND, HELD, CANCEL, REDRIVE = Script("extend"), Script("held"), Script("cancel"), Script("redrive")
 PROMOTE, PURGE, CONFIGURE, INTAKE = Script("promote"), Script("purge"), Script("configure"), Script("intake")
 AWAIT, FORGET = Script("await"), Script("forget")
+SADD = Script("SADD")
 
+LANE_MS = 600_000
+"""How long the scripts keep the number and the reply of a lane's last push."""
 MOST_HELD = 1000
 """Most jobs of a queue one worker may hold; scripts clamp to it."""
 
@@ -66,6 +70,11 @@ class Lane:
 
 class LateReply(Exception):
     """A newer push of this lane was answered already."""
+
+
+def announce(known: str, *queues: str) -> Call[int]:
+    """Return the call that adds *queues* to the set *known* of all of them."""
+    return Command(SADD, (known,), queues, int)
 
 
 def push_plain(keys: QueueKeys, lane: Lane, pairs: Sequence[Argument], *, max_length: int = 0) -> Call[None]:
@@ -177,6 +186,7 @@ class Report:
     others: list[Settlement] = field(default_factory=list)
     stats: dict[str, int] = field(default_factory=dict)
     recent: list[bytes] = field(default_factory=list)
+    spawned: bool = False  # some settlements put entries into the outbox
 
     def __bool__(self) -> bool:
         return bool(self.done or self.others)
@@ -184,7 +194,11 @@ class Report:
 
 @dataclass(slots=True)
 class Turn:
-    """The reply to a turn. Times in ms by the server's clock; `next_due` is None when nothing is scheduled."""
+    """
+    The reply to a turn. Times in ms by the server's clock; `next_due` is None when nothing is scheduled.
+
+    `missing` are the jobs that stood in line and whose record the server has lost; they are told once.
+    """
 
     now: int
     held: int
@@ -197,6 +211,8 @@ class Turn:
     overdue: list[tuple[str, int]]
     cancelled: list[str]
     paused: bool
+    missing: list[str] = field(default_factory=list)
+    outbox: bool = False  # looked, and found it not empty
 
 
 class Unregistered(Exception):
@@ -227,15 +243,15 @@ def turn(
 
 def _read_turn(reply: list[Any]) -> Turn:
     if reply[0] == 0:
-        raise Unregistered
+        raise Unregistered("Redis does not know this worker")
     if reply[0] == -1:
-        raise LateTurn
-    _, now, held, next_due, more, lost, ids, envelopes, states, overdue, cancelled, paused = reply
+        raise LateTurn("a newer turn was carried out")
+    _, now, held, next_due, more, lost, ids, envelopes, states, overdue, cancelled, paused, missing, outbox = reply
     return Turn(
         now, held, next_due if next_due >= 0 else None, more == 1, [id_.decode() for id_ in lost],
         [id_.decode() for id_ in ids], envelopes, states,
         [(overdue[i].decode(), int(float(overdue[i + 1]))) for i in range(0, len(overdue), 2)] if overdue else [],
-        [id_.decode() for id_ in cancelled], paused == 1,
+        [id_.decode() for id_ in cancelled], paused == 1, [id_.decode() for id_ in missing], outbox == 1,
     )  # fmt: skip
 
 
@@ -325,7 +341,12 @@ def intake(keys: QueueKeys, limit: int, stem: str, task: str = "") -> Call[int]:
 def await_outcome(keys: QueueKeys, id: str, channel: str) -> Call[tuple[str, bytes]]:  # noqa: A002
     """Return the call that reads an outcome or registers *channel* as waiting; it yields await.lua's (word, bytes)."""
     names = (keys.jobs, keys.state, keys.dead, keys.waiters, keys.result(id))
-    return Call(AWAIT, names, (id, channel), lambda reply: (reply[0].decode(), reply[1] if len(reply) > 1 else b""))
+    return Call(
+        AWAIT,
+        names,
+        (id, channel, "1" if ident.may_come(id) else ""),
+        lambda reply: (reply[0].decode(), reply[1] if len(reply) > 1 else b""),
+    )
 
 
 def forget(keys: QueueKeys, id: str, channel: str) -> Call[int]:  # noqa: A002

@@ -66,3 +66,15 @@ class Call(Generic[T]):
         """Return the same step with its decoded reply converted further."""
         decode = self.decode
         return replace(self, decode=lambda reply: convert(decode(reply)))  # type: ignore[arg-type,return-value]
+
+
+class Command(Call[T]):
+    """A step that is one plain command, named where others have their script. It changes nothing the second time either."""
+
+    __slots__ = ()
+
+    def command(self) -> tuple[Any, ...]:
+        """Return the words sent to the server."""
+        return (self.script.name, *self.keys, *self.args)
+
+    load = command

@@ -9,13 +9,12 @@ redis-py's own streams, which cost a task switch and a timeout object per comman
 from __future__ import annotations
 
 import asyncio
-import time
 from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from conveyor.store import fault
-from conveyor.store.connection import READ_TIMEOUT
+from conveyor.store.connection import Plain
 from conveyor.store.script import Call
 
 if TYPE_CHECKING:
@@ -56,6 +55,7 @@ class Wire:
     def __init__(self, place: Place) -> None:
         """Remember where to connect."""
         self.place = place
+        self._answers_within = place.answers_within
         self._raw: Any = None  # keeps redis-py's stream writer alive, which would close the transport
         self._transport: asyncio.WriteTransport | None = None
         self._stream: _Stream | None = None
@@ -67,18 +67,21 @@ class Wire:
         self._watch: asyncio.TimerHandle | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._closed = False
+        self._opened = False
+        self.reopened: Callable[[], None] | None = None
+        """Called whenever a lost connection was replaced."""
 
     # -- for callers ----------------------------------------------------------------------------------------------
 
-    async def run(self, call: Call[T], *, patience: float | None) -> T:
+    async def run(self, call: Call[T] | Plain, *, patience: float | None) -> T:
         """
         Carry out *call* and return its decoded reply.
 
         Transport errors and passing refusals are repeated for *patience* seconds (None: for ever), then raise
         StoreUnavailable: the step may or may not have happened. Cancelling the caller disturbs nobody else.
         """
-        deadline = None if patience is None else time.monotonic() + patience
-        command, attempt = call.command, 0
+        left = fault.Patience(patience)
+        command = call.command
         while True:
             try:
                 reply = await self.execute(*command())
@@ -90,19 +93,52 @@ class Wire:
             else:
                 if not isinstance(reply, Exception):
                     return call.decode(reply)
-                cause, what = reply, fault.remedy(str(reply))
+                cause, what = reply, self.heed(reply)
             if what is fault.Remedy.LOAD:
                 command = call.load
                 continue
             if what is fault.Remedy.RAISE:
                 raise fault.final(str(cause), str(self.place)) from cause
-            if what is fault.Remedy.RECONNECT:
-                self.drop(WireLost("the server is read-only now"))
-            wait = fault.pause(attempt)
-            if deadline is not None and time.monotonic() + wait > deadline:
+            wait = left.pause(str(cause))
+            if wait is None:
                 raise fault.unreachable(str(self.place), cause) from cause
-            attempt += 1
             await asyncio.sleep(wait)
+            if what is fault.Remedy.ASIDE:
+                reply = await self._aside(str(cause), command())
+                if not isinstance(reply, Exception):
+                    return call.decode(reply)
+                if fault.remedy(str(reply)) is fault.Remedy.LOAD:
+                    command = call.load
+
+    async def ask(self, *command: Any, patience: float | None) -> Any:
+        """Send one plain command, which may be repeated, and return the raw reply; errors as in `run`."""
+        return await self.run(Plain(command), patience=patience)
+
+    async def _aside(self, redirection: str, command: tuple[Any, ...]) -> Any:
+        """Send one command where ASK says; any error means that we ask here again."""
+        other = Wire(self.place.aside(redirection))
+        try:
+            await other.execute("ASKING")
+            return await other.execute(*command)
+        except OSError as error:
+            return error
+        finally:
+            other.close()
+
+    def heed(self, reply: object) -> fault.Remedy:
+        """
+        Return what to do about an error reply; when it says that we are at the wrong place, the wire is dropped.
+
+        Raises ConfigurationError (E33) when a single server says that it is a node of a cluster.
+        """
+        text = str(reply)
+        what = fault.remedy(text)
+        if what is fault.Remedy.MOVE:
+            self.drop(WireLost(f"this is the wrong node now ({text})"))
+            self.place.moved(text)
+        elif what is fault.Remedy.RECONNECT:
+            self.drop(WireLost(f"the server takes no writes now ({text})"))
+        return what
 
     async def execute(self, *command: Any, block: float = 0.0) -> Any:
         """
@@ -138,9 +174,9 @@ class Wire:
         self._out.append(self._pack(command))
         if at_once:
             self._flush()
-        self._pending.append((answer, self._loop.time() + block + READ_TIMEOUT))
+        self._pending.append((answer, self._loop.time() + block + self._answers_within))
         if self._watch is None:
-            self._watch = self._loop.call_later(block + READ_TIMEOUT, self._check)
+            self._watch = self._loop.call_later(block + self._answers_within, self._check)
 
     async def open(self) -> None:
         """Connect, unless it is connected. Raises OSError."""
@@ -156,9 +192,10 @@ class Wire:
 
             try:
                 raw = await self.place.aopen()
-            except AuthenticationError as error:
-                raise fault.final(f"WRONGPASS {error}", str(self.place)) from error
             except RedisError as error:
+                # redis-py's asyncio wraps what it meets while it connects.
+                if isinstance(error, AuthenticationError) or isinstance(error.__cause__, AuthenticationError):
+                    raise fault.final(f"WRONGPASS {error}", str(self.place)) from error
                 raise WireLost(str(error)) from error
             self._raw, self._reader = raw, hiredis.Reader(replyError=_reply_error)
             self._pack = hiredis.pack_command
@@ -168,6 +205,9 @@ class Wire:
             self._stream = _Stream(self)
             transport.set_protocol(self._stream)
             self._transport = transport
+            if self._opened and self.reopened is not None:
+                self.reopened()
+            self._opened = True
 
     def close(self) -> None:
         """Close for good."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Callable
+from time import monotonic
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ class Alarm:
         self._ring = ring
         self._timer: asyncio.TimerHandle | None = None
         self._watched: int | None = None
+        self._yields_until = 0.0
 
     @property
     def is_set(self) -> bool:
@@ -36,9 +38,15 @@ class Alarm:
         if self._watched is not None and turn.next_due > self._watched and not turn.ids and asked:
             # Somebody else was quicker: be the second line, a little later, until we win one.
             late = random.uniform(0.02, 0.08)  # noqa: S311  no secret
+        if monotonic() < self._yields_until:
+            late = random.uniform(0.1, 0.2)  # noqa: S311
         self._watched = turn.next_due
         pause = max(0.001, (turn.next_due - turn.now) / 1000 + 0.001 + late)
         self._timer = asyncio.get_running_loop().call_later(min(pause, 3600.0), self._due)
+
+    def give_way(self, seconds: float) -> None:
+        """Let others be first for so long: what comes due then are jobs that we cannot run, and they perhaps can."""
+        self._yields_until = max(self._yields_until, monotonic() + seconds)
 
     def close(self) -> None:
         """Watch no more."""

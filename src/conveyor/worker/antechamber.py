@@ -1,9 +1,10 @@
 """
 What must be written down before it may start: the crash of a suspect, the ack of an early acknowledged job.
 
-A job that came back from two crashes is a suspect, whether it ran or was only leased. One
-suspect runs at a time, and its crash is counted before it starts (taken back at any orderly
-end): charging all that were leased together would convict the neighbours of one poison job.
+Who was merely leased beside a poison job must not be convicted with it. So the first crash of a worker is counted for all
+that it held, and makes nothing worse; from then on a job is charged by its own starts alone: its crash is counted
+before it starts, and taken back at any orderly end. After one crash as many start together as there are free slots;
+after two (or when the next would be the last) one at a time.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from conveyor import outcome
 from conveyor.store.operations import Report, Settlement
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from conveyor.worker.attempt import Attempt
 
@@ -23,8 +24,11 @@ if TYPE_CHECKING:
 class Antechamber:
     """Holds attempts until the turn that carries their record is answered."""
 
-    def __init__(self) -> None:
-        """Begin empty."""
+    def __init__(self, free: Callable[[], int]) -> None:
+        """Begin empty; *free* tells how many jobs could start right now."""
+        self._free = free
+        self._returned: deque[Attempt] = deque()  # after one crash
+        self._charged: dict[str, tuple[Settlement, Attempt]] = {}  # of those: on the way to Redis
         self._suspects: deque[Attempt] = deque()
         self._suspect: Attempt | None = None
         self._charge: Settlement | None = None
@@ -33,11 +37,16 @@ class Antechamber:
     def __bool__(self) -> bool:
         return bool(self._early)
 
-    def suspect(self, attempt: Attempt, report: Report) -> None:
-        """Take an attempt that may crash its worker."""
-        self._suspects.append(attempt)
-        if attempt.history.crashes < 2 and not attempt.history.alone:
-            report.others.append(Settlement("M", attempt.id, state=outcome.waiting(attempt.history).encode()))
+    @property
+    def reserved(self) -> int:
+        """How many slots are spoken for: who came back from a crash starts before anything is leased behind it."""
+        return len(self._returned) + len(self._charged)
+
+    def suspect(self, attempt: Attempt) -> None:
+        """Take an attempt that came back from a crash."""
+        history, limit = attempt.history, attempt.handler.task.settings.retry.max_crashes
+        alone = history.crashes >= limit or outcome.runs_alone(history, limit)
+        (self._suspects if alone else self._returned).append(attempt)
 
     def early(self, attempt: Attempt, report: Report) -> None:
         """Take an attempt that is acknowledged before it starts."""
@@ -51,6 +60,8 @@ class Antechamber:
     def clear(self) -> None:
         """Drop all: their lease is lost."""
         self._early.clear()
+        self._returned.clear()
+        self._charged.clear()
         self._suspects.clear()
         self._suspect = None
 
@@ -60,7 +71,13 @@ class Antechamber:
             self._suspect = None
 
     def advance(self, report: Report, held: Mapping[str, Attempt]) -> list[Attempt]:
-        """Have the next suspect's crash counted; return those that are poison already."""
+        """Have the crashes of those counted that may start next; return those that are poison already."""
+        while self._returned and self._free() > len(self._charged):
+            attempt = self._returned.popleft()
+            if held.get(attempt.id) is attempt and attempt.ended == 0.0:
+                charge = Settlement("M", attempt.id, state=outcome.suspected(attempt.history).encode())
+                self._charged[attempt.id] = charge, attempt
+                report.others.append(charge)
         poison: list[Attempt] = []
         while self._suspect is None and self._suspects:
             attempt = self._suspects.popleft()
@@ -77,6 +94,12 @@ class Antechamber:
     def confirmed(self, report: Report, held: Mapping[str, Attempt]) -> list[Attempt]:
         """Return the attempts that may start, now that *report* is settled."""
         free: list[Attempt] = []
+        for one in report.others if self._charged else ():
+            charge, attempt = self._charged.get(one.id, (None, None))
+            if attempt is not None and charge is one:
+                del self._charged[one.id]
+                if held.get(one.id) is attempt and attempt.ended == 0.0:
+                    free.append(attempt)
         suspect = self._suspect
         charged = {one.id for one in report.others if one is self._charge}
         if suspect is not None and suspect.id in charged and held.get(suspect.id) is suspect and suspect.ended == 0.0:

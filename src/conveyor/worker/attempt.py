@@ -6,14 +6,14 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from conveyor.context import Context
+from conveyor.errors import PayloadError
 from conveyor.ident import made_at_ms, public
 from conveyor.model import Envelope, State, read_envelope
-from conveyor.outcome import runs_alone
+from conveyor.worker.handler import Handler
 
 if TYPE_CHECKING:
     import asyncio
 
-    from conveyor.worker.handler import Handler
     from conveyor.worker.role import Holder
 
 PLAIN = Envelope("", b"")
@@ -39,6 +39,8 @@ class Attempt:
         "until",
         "waiter",
     )  # fmt: skip
+    closed = False
+    """True while its body is still wrapped, or of an older version."""
 
     def __init__(self, consumer: Holder, handler: Handler, id: str, body: bytes) -> None:  # noqa: A002
         """Take a plain, fresh job; `mark` and `recall` add what is rarer."""
@@ -65,11 +67,14 @@ class Attempt:
 
     def recall(self, state: bytes) -> None:
         """Read what happened to the job before."""
-        self.state = State.decode(state)
+        try:
+            self.state = State.decode(state)
+        except Exception as error:  # whatever somebody wrote there must not end the worker
+            unfit = PayloadError(f"E15 The state cannot be read: {error}.", code="E15")
+            self.handler = Handler.unknown(self.handler.name, unfit)
+            return
         self.number = self.state.starts + 1
-        if self.state.crashes:
-            limit = self.handler.task.settings.retry.max_crashes if self.handler.kind != "unknown" else 3
-            self.suspect = self.state.crashes >= limit or runs_alone(self.state, limit)
+        self.suspect = self.state.crashes > 0
 
     @property
     def history(self) -> State:
@@ -101,9 +106,20 @@ class Attempt:
                 deadline_hook=self.move_deadline,
                 enqueued_at=None if made is None else datetime.fromtimestamp(made / 1000, UTC),
             )
+            if self.handler.early:
+                self.context.spawned = None  # it has ended, as far as Redis knows
             if self.stopped:
                 self.flag()
         return self.context
+
+    @property
+    def spawned(self) -> list[bytes]:
+        """What it spawned so far."""
+        return (self.context and self.context.spawned) or []
+
+    def adopt(self, spawned: list[bytes]) -> None:
+        """Take what it spawned in another process."""
+        self.open().spawned = spawned
 
     def flag(self) -> None:
         """Tell the job, through its context, that it is being stopped."""
@@ -117,6 +133,17 @@ class Attempt:
 
     def __repr__(self) -> str:
         return f"<Attempt {self.number} of {self.public_id} ({self.handler.name})>"
+
+
+class Closed(Attempt):
+    """An attempt at a job whose body must be opened before it can start."""
+
+    __slots__ = ("closed",)
+
+    def __init__(self, consumer: Holder, handler: Handler, id: str, body: bytes) -> None:  # noqa: A002
+        """Take it as it was leased."""
+        super().__init__(consumer, handler, id, body)
+        self.closed = True
 
 
 def details(error: Any) -> str:

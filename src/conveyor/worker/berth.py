@@ -23,6 +23,7 @@ class Berth:
         self.sleepers: list[Sleeper] = []
         self.wire = Wire(place)
         self.listener = Listener(self, Wire(place))
+        self.wire.reopened = self.listener.renew
 
     @property
     def stopped(self) -> bool:

@@ -15,16 +15,20 @@ from typing import TYPE_CHECKING, Any
 from conveyor import ident
 from conveyor.errors import ConveyorError
 from conveyor.event import JobLost, JobStarted
-from conveyor.store import fault, operations
+from conveyor.store import bell, eviction, operations
 from conveyor.store.operations import LateTurn, Report, Settlement, Turn, Unregistered
+from conveyor.store.partitioning import WrongPartitions
 from conveyor.store.script import Call
 from conveyor.store.wire import Wire
 from conveyor.worker.alarm import Alarm
 from conveyor.worker.antechamber import Antechamber
 from conveyor.worker.attempt import Attempt
+from conveyor.worker.delivery import Delivery
 from conveyor.worker.intake import Intake
 from conveyor.worker.prefetch import Sizes
+from conveyor.worker.readmission import readmit
 from conveyor.worker.reaper import Reaper
+from conveyor.worker.reconciliation import differences
 from conveyor.worker.roll import enrolled
 
 if TYPE_CHECKING:
@@ -52,6 +56,7 @@ class Consumer:
         self.identity = ""
         self.held: dict[str, Attempt] = {}
         self.own_retries: set[str] = set()
+        self.blobs: dict[str, str] = {}  # id → where the large body of a job lies
         self.report = Report()
         self.worked: set[Handler] = set()  # whose counters have moved since the last turn
         self.more = True  # work may be there: ask
@@ -63,10 +68,11 @@ class Consumer:
         self._number, self._kick_soon = 0, False
         self._flying: tuple[Call[Turn], Report] | None = None
         self._reaper = Reaper(keys, berth.wire, lease_ms)
-        self._alarm = Alarm(self._due_now)
+        self.alarm = Alarm(self._due_now)
         self._last_turn = 0.0
-        self._looked = self._left = self._absorbing = False
-        self._antechamber = Antechamber()
+        self._looked = self.gone = self._absorbing = False
+        self.antechamber = Antechamber(lambda: worker.executor.free)
+        self._delivery = Delivery(keys, worker.app, self.schedule)
         self._intake = Intake(self, worker.app.plain_lists[keys.queue].task or "") if keys.foreign is not None else None
         self._recovery: asyncio.Task[None] | None = None
         self._wanted, self.sizes = 0, Sizes()
@@ -92,12 +98,13 @@ class Consumer:
 
     async def leave(self) -> None:
         """Send what is left to report and take the registration away; nothing that is still held is charged."""
-        self._alarm.close()
+        self.alarm.close()
         await self._settled()
         if self.report:
             self._start(0)
             await self._settled()
-        self._left = True
+        await self._delivery.finish(2.0)
+        self.gone = True
         try:
             await self.wire.run(operations.reap(self.keys, self.identity, crashed=False), patience=2.0)
         except ConveyorError as error:
@@ -123,7 +130,8 @@ class Consumer:
     def busy(self) -> bool:
         """True while it holds jobs or has something to report."""
         loading = self._intake is not None and self._intake.loading
-        return bool(self.held or self.report or self._flying or self._recovery or self._antechamber or loading)
+        under_way = loading or self._delivery.busy
+        return bool(self.held or self.report or self._flying or self._recovery or self.antechamber or under_way)
 
     def schedule(self, *, at_once: bool = False) -> None:
         """Look again once what runs now has come to a pause, so that many ends make one turn; or *at_once*."""
@@ -143,6 +151,8 @@ class Consumer:
         self._kick_soon = False
         if self._flying is not None or self._recovery is not None:
             return
+        if self.antechamber.reserved:
+            self._next_suspect()
         want = self._worker.room(self) if self.more else 0
         if self.report or want > 0:
             self._start(want)
@@ -161,7 +171,7 @@ class Consumer:
             self._start(self._worker.room(self))
 
     def _start(self, want: int) -> None:
-        if self._left or self._worker.stopped:
+        if self.gone or self._worker.stopped:
             return
         self._idle.clear()
         report, self.report = self.report, Report()
@@ -213,14 +223,17 @@ class Consumer:
 
     async def _again_from_nothing(self, report: Report, error: Exception) -> None:
         """Redis does not know us any more: all we held is somebody else's. Abandon it and register anew."""
-        log.warning("queue %s: lease lost (%s), %d jobs abandoned", self.queue, type(error).__name__, len(self.held))
-        for attempt in [self.held.pop(id_) for id_ in list(self.held)]:
+        abandoned = list(self.held.values())
+        log.warning("queue %s: our lease was lost (%s); %d jobs abandoned", self.queue, error, len(abandoned))
+        self.held.clear()
+        for attempt in abandoned:
             self._lost(attempt)
+        self._worker.settle_stats(self, self.report)  # nobody counts what nobody accepted
         self.report, self.more = Report(), True
-        self._antechamber.clear()
+        self.antechamber.clear()
         try:
-            await self.register()
-        except ConveyorError as refused:  # another layout, or another number of partitions: not ours to serve any more
+            await readmit(self)
+        except WrongPartitions as refused:  # not ours to serve any more
             self._worker.fail(refused)
             return
         self._recovery = self._flying = None
@@ -248,22 +261,28 @@ class Consumer:
                 held.pop(one.id, None)
         for id_ in turn.lost:
             self._refused(id_)
+        if turn.missing:
+            eviction.tell_missing(log, self.queue, turn.missing)
+        if self.blobs:
+            self._worker.unusual.release(self, report, turn.lost)
+        if report.spawned or turn.outbox:
+            self._delivery.begin()
         self._admit(report)
         if turn.ids:
             self._take(turn)
+        self._next_suspect()
         self.more = turn.more or (len(turn.ids) >= self._wanted > 0)
         self.paused = turn.paused
-        if turn.cancelled:
-            for id_ in turn.cancelled:
-                if id_ in held:
-                    self.executor.stop(held[id_], "cancel")
+        for id_ in turn.cancelled:
+            if id_ in held:
+                self.executor.stop(held[id_], "cancel")
         if self._looked:
             self._reaper.look(turn, self.identity)
         if turn.held != len(held):
             self._recovery = asyncio.get_running_loop().create_task(self._reconcile())
             return
         if not self._worker.stopping:
-            self._alarm.watch(turn, asked=self._wanted > 0)
+            self.alarm.watch(turn, asked=self._wanted > 0)
         self._landed.set()
         self._kick()
         self._worker.absorbed(self)
@@ -275,48 +294,44 @@ class Consumer:
         states = turn.states
         attempts = []
         for at, (id_, data) in enumerate(zip(turn.ids, turn.envelopes, strict=True)):
-            if data[0] == 10:
-                end = data.index(b"\n", 1)
-                handler = lookup.get(data[1:end])
-                if handler is not None:
-                    attempt = Attempt(self, handler, id_, data[end + 1 :])
-                else:
-                    attempt = self._worker.unusual(self, id_, data)
+            end = data.find(b"\n", 1)
+            handler = lookup.get(data[: end + 2])  # a plain job's envelope: \n, its task, \n, an object
+            if handler is not None:
+                attempt = Attempt(self, handler, id_, data[end + 1 :])
             else:
-                attempt = self._worker.unusual(self, id_, data)
+                attempt = self._worker.arrive(self, id_, data)
             held[id_] = attempt
             if states and states[at] is not None:
                 attempt.recall(states[at])  # type: ignore[arg-type]
                 self.own_retries.discard(id_)
             if attempt.handler.kind == "unknown":
-                self._worker.defer_unknown(self, attempt)
-            elif attempt.suspect:
-                self._antechamber.suspect(attempt, self.report)
+                self._worker.unusual.set_aside(self, attempt)
             elif attempt.handler.early:
-                self._antechamber.early(attempt, self.report)
+                self.antechamber.early(attempt, self.report)
+            elif attempt.suspect:
+                self.antechamber.suspect(attempt)
             else:
                 attempts.append(attempt)
         if attempts:
             self.backlog += len(attempts)
             self.executor.submit(attempts)
-        self._next_suspect()
 
     def _admit(self, report: Report) -> None:
         """Start what waited for its record in *report*, and have the next suspect recorded."""
-        attempts = self._antechamber.confirmed(report, self.held)
+        attempts = self.antechamber.confirmed(report, self.held)
         if attempts:
             self.backlog += len(attempts)
             self.executor.submit(attempts)
 
     def _next_suspect(self) -> None:
-        for attempt in self._antechamber.advance(self.report, self.held):
+        for attempt in self.antechamber.advance(self.report, self.held):
             attempt.ended = monotonic()
             self._worker.settling.poison(self.report, attempt, self.now_ms)
 
     def _refused(self, id_: str) -> None:
         attempt = self.held.pop(id_, None)
         log.warning("the outcome of %s was refused: its lease was lost", ident.public(self.queue, id_))
-        self._antechamber.forget(id_)
+        self.antechamber.forget(id_)
         if attempt is not None:
             self._lost(attempt)
 
@@ -325,19 +340,11 @@ class Consumer:
         self._worker.app.emit(JobLost(attempt.public_id, attempt.handler.name, self.queue, attempt.number))
 
     async def _reconcile(self) -> None:
-        """Our counts differ: ask what Redis believes we hold, drop what it does not, give back what we do not know."""
-        try:
-            listed = await self.wire.run(operations.held(self.keys, self.identity), patience=None)
-        except ConveyorError as error:
-            log.warning("could not reconcile queue %s: %s", self.queue, error)
-        else:
-            known = set(listed)
-            for id_ in [id_ for id_ in self.held if id_ not in known]:
-                self._lost(self.held.pop(id_))
-            unknown = [id_ for id_ in known if id_ not in self.held]
-            if unknown:
-                log.warning("queue %s: giving back %d leases we never learned of", self.queue, len(unknown))
-            self.report.others += [Settlement("F", id_) for id_ in unknown]
+        """Our counts differ: drop what Redis does not believe we hold, give back what we do not know."""
+        gone, unknown = await differences(self)
+        for id_ in gone:
+            self._lost(self.held.pop(id_))
+        self.report.others += [Settlement("F", id_) for id_ in unknown]
         self._recovery = None
         self._landed.set()
         self.schedule()
@@ -359,7 +366,7 @@ class Consumer:
     def ended(self, attempt: Attempt) -> None:
         """One of ours ended: the next suspect may run."""
         if attempt.suspect:
-            self._antechamber.ended(attempt)
+            self.antechamber.ended(attempt)
             self._next_suspect()
 
     def move_deadline(self, attempt: Attempt, seconds: float) -> None:
@@ -375,15 +382,13 @@ class Consumer:
         """True when nothing is left that this worker could do: for a burst."""
         if self.more or self.busy:
             return False
-        if not self._alarm.is_set:
+        if not self.alarm.is_set:
             self.own_retries.clear()  # nothing is scheduled, so another worker took them
         return not self.own_retries
 
     def call_myself(self) -> None:
         """Wake our own blocked listener: it hears one list too few."""
-        key = self.keys.wake_of(self.identity)
-        self.wire.send(("RPUSH", key, 1), _ignore)
-        self.wire.send(("PEXPIRE", key, 60_000), _ignore)
+        bell.ring(self.wire, self.keys.wake_of(self.identity))
 
     async def until_hungry(self) -> None:
         """Wait until it would take work but has none."""
@@ -391,8 +396,3 @@ class Consumer:
 
     def __repr__(self) -> str:
         return f"<Consumer {self.queue}: {len(self.held)} held, {self.backlog} waiting>"
-
-
-def _ignore(reply: Any) -> None:
-    if isinstance(reply, Exception) and fault.remedy(str(reply)) is fault.Remedy.RAISE:
-        log.debug("ignored: %s", reply)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Mapping
 from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING, Self
 
 from conveyor.duration import Duration, milliseconds
+from conveyor.errors import ConfigurationError, ConveyorError, StoreUnavailable
+from conveyor.store import eviction
 from conveyor.worker.heartbeat import Heartbeat, Lease
 from conveyor.worker.worker import Worker
 
@@ -16,35 +19,58 @@ if TYPE_CHECKING:
 
     from conveyor.app import Conveyor
 
+log = logging.getLogger("conveyor.worker")
+
 
 class EmbeddedWorker:
     """Works from `async with` to its end, on the running loop."""
 
     def __init__(
         self, app: Conveyor, *, queues: Mapping[str, float] | None = None, concurrency: int = 100, threads: int = 8,
-        burst: bool = False, grace: Duration = 30.0,
+        burst: bool = False, grace: Duration = 30.0, allow_eviction: bool = False,
     ) -> None:  # fmt: skip
-        """Take what `Worker` takes; `grace` is how long running jobs may take at the end."""
+        """Take what `Worker` takes; `grace` is how long running jobs may take at the end, the rest as in `app.worker`."""
         self._worker = Worker(
             app, queues=queues, concurrency=concurrency, threads=threads, burst=burst,
             grace=milliseconds(grace, name="grace") / 1000,
         )  # fmt: skip
         self._app = app
+        self._allow_eviction = allow_eviction
         self._stack = AsyncExitStack()
         self._running: asyncio.Task[int] | None = None
 
     async def __aenter__(self) -> Self:
         """Begin; returns when the worker is registered, or raises what kept it from it."""
+        await self._check_eviction()
         self._running = asyncio.get_running_loop().create_task(self._worker.run(), name="conveyor-worker")
         ready = asyncio.ensure_future(self._worker.ready.wait())
         await asyncio.wait([self._running, ready], return_when=asyncio.FIRST_COMPLETED)
         ready.cancel()
         if self._running.done():
             await self._running
-        heartbeat = Heartbeat(self._app.backend.place, self._leases, lambda: self._worker.last_renewal)
+        worker = self._worker
+        heartbeat = Heartbeat(
+            self._app.backend.place, self._leases, lambda: worker.last_renewal, lambda: worker.last_tick
+        )
         heartbeat.start()
         self._stack.callback(heartbeat.close)
         return self
+
+    async def _check_eviction(self) -> None:
+        """Refuse a server that deletes jobs (E10). One that is away is waited for, not an error."""
+        try:
+            known = eviction.facts(await self._app.backend.aexecute("INFO"))
+        except StoreUnavailable:
+            return
+        except ConveyorError:
+            known = {}  # this user may not ask
+        if "maxmemory_policy" not in known:
+            log.warning("%s: see `conveyor doctor`", eviction.UNKNOWN)
+        wrong = eviction.danger(known.get("maxmemory_policy", ""), int(known.get("evicted_keys", 0)))
+        if wrong is not None and not self._allow_eviction:
+            raise ConfigurationError(
+                f"{wrong}\nSet:  {eviction.REMEDY}\nStart anyway:  app.worker(allow_eviction=True)", code="E10"
+            )
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

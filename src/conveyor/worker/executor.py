@@ -17,6 +17,7 @@ from conveyor.worker.deadline import Deadlines
 from conveyor.worker.process import Processes
 from conveyor.worker.slot import Slots
 from conveyor.worker.thread import Threads
+from conveyor.worker.unusual import Unusual
 
 Chain = Callable[[Context, Callable[[], Awaitable[Any]]], Coroutine[Any, Any, Any]]
 
@@ -35,14 +36,15 @@ class Executor:
 
     def __init__(
         self, *, concurrency: int, threads: int, processes: Processes, ended: Ended, stuck: Callable[[Attempt], None],
-        kinds: set[str], chain: Chain | None = None,
+        kinds: set[str], unusual: Unusual, chain: Chain | None = None,
     ) -> None:  # fmt: skip
         """
         Take the limits, what to do with an end, what to do with a thread that outlives its limit,
-        how the app's tasks run (loop, thread, process), and its middlewares.
+        how the app's tasks run (loop, thread, process), who opens what is wrapped, and its middlewares.
         """
         self.concurrency = concurrency
         self._kinds = kinds
+        self._unusual = unusual
         self._ended, self._stuck, self._chain = ended, stuck, chain
         self._base = copy_context()
         self._loop = asyncio.get_running_loop()
@@ -67,7 +69,7 @@ class Executor:
 
         What a job is shows only when it is leased; one that cannot begin would be held back from other workers.
         """
-        free = self.concurrency - self.running - len(self.slots.backlog)
+        free = self.concurrency - self.running - len(self.slots.backlog) - self._unusual.fetching
         if "thread" in self._kinds:
             free = min(free, self.threads.limit - self.threads.running)
         if "process" in self._kinds:
@@ -79,6 +81,9 @@ class Executor:
         backlog = self.slots.backlog
         before = len(backlog)
         for attempt in attempts:
+            if attempt.closed:
+                self._unusual.begin(attempt, lambda opened: self.submit([opened]), self._finish)
+                continue
             kind = attempt.handler.kind
             if kind == "loop" or self._chain is not None:
                 backlog.append(attempt)

@@ -170,7 +170,7 @@ class Guardian:
         found = self._backends.get(key)
         if found is None:
             found = Backend(about.url, namespace=about.namespace)
-            found.execute("PING")
+            found.execute("PING", patience=0.0)
             LOG.debug("The guardian is connected to %s", found.address)
             self._backends[key] = found
         return found

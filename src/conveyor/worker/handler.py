@@ -6,7 +6,7 @@ from bisect import bisect_left
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from conveyor.errors import PayloadError
+from conveyor.errors import ConveyorError, PayloadError
 
 if TYPE_CHECKING:
     from conveyor.signature import Signature
@@ -43,13 +43,14 @@ class Handler:
 
     __slots__ = (
         "buckets", "decode", "done", "early", "failed", "function", "injected", "kind", "name", "retried", "run_ms",
-        "stores", "task", "timeout",
+        "stores", "task", "timeout", "unfit",
     )  # fmt: skip
 
     def __init__(self, task: Task[Any, Any], *, raw: bool = False) -> None:
         """Look everything up once; *raw* for the entries of a plain list, written by programs that know no parameters."""
         self.task = task
         self.name = task.name
+        self.unfit: ConveyorError | None = None
         self.function = task.function
         self.kind: str = task.run_in
         self.decode: Decode = _decode_entry(task.signature) if raw else task.signature.decode
@@ -62,10 +63,10 @@ class Handler:
         self.buckets: dict[int, int] = {}
 
     @classmethod
-    def unknown(cls, name: str) -> Handler:
-        """Return the handler of a task nobody here knows: its jobs are put off."""
+    def unknown(cls, name: str, unfit: ConveyorError | None = None) -> Handler:
+        """Return the handler of a job nobody here can run: why not is *unfit*, or that nobody knows the task."""
         found = cls.__new__(cls)
-        found.name, found.kind = name, "unknown"
+        found.name, found.kind, found.unfit = name, "unknown", unfit
         found.early = found.stores = False
         found.done = found.failed = found.retried = 0
         found.timeout = None

@@ -71,7 +71,10 @@ class Intake:
                 reply = await wire.execute(
                     "BLMOVE", keys.foreign, keys.intake, "LEFT", "RIGHT", int(BLOCK), block=BLOCK
                 )
-            except OSError:
+                if isinstance(reply, Exception):
+                    wire.heed(reply)
+            except (OSError, ConveyorError) as error:
+                log.debug("cannot wait at the list %s: %s", keys.foreign, error)
                 await asyncio.sleep(fault.pause(attempt))
                 attempt += 1
                 continue

@@ -11,8 +11,9 @@ import asyncio
 import logging
 from typing import TYPE_CHECKING, Any
 
+from conveyor.errors import ConveyorError
 from conveyor.store import fault
-from conveyor.store.wire import Wire
+from conveyor.store.wire import Wire, WireLost
 
 if TYPE_CHECKING:
     from conveyor.worker.role import Dormitory, Sleeper
@@ -80,14 +81,31 @@ class Listener:
         names, self._listening = self._listening, None
         if isinstance(reply, Exception):
             if not self._worker.stopped:
-                if not isinstance(reply, OSError) and fault.remedy(str(reply)) is fault.Remedy.RAISE:
-                    log.warning("waiting for work was refused: %s", reply)
+                self._refused(reply)
                 self._reconnect()
             return
         self._attempt = 0
         if reply is not None and names is not None:
             names[reply[0]].woken()
         self.listen()
+
+    def _refused(self, reply: Exception) -> None:
+        if isinstance(reply, OSError):
+            return
+        try:
+            if self._wire.heed(reply) is fault.Remedy.RAISE:
+                log.warning("waiting for work was refused: %s", reply)
+        except ConveyorError as error:
+            log.warning("waiting for work was refused: %s", error)
+
+    def renew(self) -> None:
+        """
+        Connect anew: the turns' connection had to, so ours may lead to a server that is not the right one any more.
+
+        Without this, workers live on but idle after a failover, blocked at a server nobody pushes to.
+        """
+        if self._wire.is_open:
+            self._wire.drop(WireLost("connected elsewhere now"))
 
     def _reconnect(self) -> None:
         self._listening = {}
@@ -101,6 +119,9 @@ class Listener:
             try:
                 await self._wire.open()
             except OSError:
+                continue
+            except ConveyorError as error:  # its password is refused: for a while, we hope
+                log.warning("waiting for work was refused: %s", error)
                 continue
             break
         self._retry = self._listening = None

@@ -7,10 +7,12 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 from conveyor import failure, outcome
+from conveyor.codec import Unreadable
 from conveyor.duration import milliseconds
 from conveyor.errors import PayloadError, Snooze
 from conveyor.event import JobCancelledEvent, JobDead, JobDone, JobRetried
 from conveyor.model import Failure, Outcome, State, read_failure, to_json
+from conveyor.sealing.record import pack_failure, pack_result
 from conveyor.store.inspection import write_finished
 from conveyor.store.operations import Report, Settlement
 from conveyor.worker.attempt import Attempt, details
@@ -24,7 +26,12 @@ RECENT = 32
 TOLD = 10
 """Successes logged a second, one line each."""
 CANCELLED_KEPT_MS = 600_000
-UNKNOWN_FIRST_MS, UNKNOWN_LAST_MS, UNKNOWN_GIVEN_UP_MS = 2_000, 600_000, 86_400_000
+
+
+def _follow(report: Report, id: str, spawned: list[bytes]) -> None:  # noqa: A002
+    """Put what a successful attempt spawned into the outbox, right before the settlement that ends it."""
+    report.others += [Settlement("S", id, record=entry) for entry in spawned]
+    report.spawned = True
 
 
 class Settling:
@@ -34,6 +41,7 @@ class Settling:
         """Take the app whose listeners hear of it, and the name recorded with errors."""
         self._app = app
         self._worker = worker
+        self._sealing = app.sealing
         # One line a job while a person can read them; a summary of the rest. None when nobody wants them.
         self._told: int | None = 0 if log.isEnabledFor(logging.INFO) else None
         self._since = 0.0
@@ -54,20 +62,31 @@ class Settling:
         seconds = attempt.ended - attempt.started
         own = envelope.extra.keep_ms
         keep = handler.task.settings.keep_ms if own is None else own
+        spawned = attempt.context is not None and attempt.spawned
         if value is not None and keep and handler.stores:
             try:
                 data = handler.task.results.encode(value)
             except PayloadError as error:
                 self.failed(report, attempt, error, now_ms, retry=False)
                 return
-            record = b'{"status":"done","value":%b,"at":%d}' % (data, now_ms)
+            if self._sealing is None:
+                record = b'{"status":"done","value":%b,"at":%d}' % (data, now_ms)
+            else:
+                packed = pack_result(self._sealing, data, attempt.consumer.queue, attempt.id)
+                record = b'{"status":"done",%b,"at":%d}' % (packed, now_ms)
+            if spawned:
+                _follow(report, attempt.id, spawned)
             report.others.append(
                 Settlement("D", attempt.id, keep, record, unique=envelope.unique, own_id=envelope.own_id)
             )
-        elif envelope.is_plain:
+        elif envelope.is_plain and not spawned:
             report.done.append(attempt.id)
         else:
+            if spawned:
+                _follow(report, attempt.id, spawned)
             report.others.append(Settlement("D", attempt.id, unique=envelope.unique, own_id=envelope.own_id))
+        if attempt.context is not None:
+            attempt.context.spawned = None  # a thread of it that goes on is told
         handler.count_done(seconds)
         if self._told is not None:
             self._tell(attempt, seconds)
@@ -83,8 +102,13 @@ class Settling:
         if isinstance(error, Snooze):
             self._snoozed(report, attempt, error)
             return
+        if isinstance(error, Unreadable):
+            self.unreadable(report, attempt, error, now_ms)
+            return
         handler, queue = attempt.handler, attempt.consumer.queue
         described = failure.describe(error, attempt.number, now_ms, self._worker)
+        if self._sealing is not None:
+            described = pack_failure(self._sealing, described, queue, attempt.id)
         policy = handler.task.settings.retry if retry else outcome.Retry(attempts=1)
         decision = outcome.after_failure(
             policy, attempt.history, attempt.number, error, to_json(described),
@@ -114,6 +138,15 @@ class Settling:
             exc_info=error,
         )
         self.bury(report, attempt, decision.state, decision.reason, now_ms, error)
+
+    def unreadable(self, report: Report, attempt: Attempt, error: PayloadError, now_ms: int) -> None:
+        """Give up a job whose payload cannot be read: repeating would not mend it. One line in the log."""
+        log.error("✗ %s %s cannot be read and is dead: %s", attempt.handler.name, attempt.public_id, details(error))
+        record = Failure(attempt.number, now_ms, "PayloadError", failure.message(error), worker=self._worker)
+        old = attempt.history
+        state = State(attempt.number, old.failures, old.crashes, [*old.errors, to_json(record)])
+        attempt.handler.failed += 1
+        self.bury(report, attempt, state, f"{error.code}: its payload cannot be read", now_ms, error)
 
     def bury(
         self,

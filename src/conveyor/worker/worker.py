@@ -7,16 +7,15 @@ import logging
 import os
 import platform
 from collections.abc import Mapping
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from time import monotonic, time
 from typing import TYPE_CHECKING, Any
 
 from conveyor import failure
-from conveyor.errors import ConfigurationError, UnknownTask
+from conveyor.errors import ConfigurationError, QueueFull, StoreUnavailable
 from conveyor.event import WorkerStarted, WorkerStopped
-from conveyor.ident import made_at_ms
 from conveyor.middleware import run_through, runs
-from conveyor.model import Failure, State, read_envelope, to_json
+from conveyor.model import State, to_json
 from conveyor.store import operations
 from conveyor.store.operations import MOST_HELD, Report, Settlement
 from conveyor.worker import settling
@@ -28,6 +27,7 @@ from conveyor.worker.handler import Handler
 from conveyor.worker.prefetch import Prefetch
 from conveyor.worker.process import ProcessCrashed, Processes
 from conveyor.worker.roll import served
+from conveyor.worker.unusual import Unusual
 from conveyor.worker.watchdog import Watchdog
 
 if TYPE_CHECKING:
@@ -62,7 +62,8 @@ class Worker:
         self.state: Mapping[str, Any] = {}
         self.consumers: list[Consumer] = []
         self.settling = settling.Settling(app, self.name)
-        self.last_renewal = monotonic()
+        self.unusual = Unusual(app, self.settling, self.name)
+        self.last_renewal = self.last_tick = monotonic()
         fed = [name for name, listed in app.plain_lists.items() if listed.task]
         own = [task.queue for task in app.tasks.values()]
         self._queues = dict(queues) if queues else dict.fromkeys((*own, *fed), 1.0)
@@ -77,6 +78,7 @@ class Worker:
         self._limits = (concurrency, threads)
         self._burst, self._grace, self._slot, self._reference = burst, grace, slot, reference
         self._handlers: dict[str, dict[bytes, Handler]] = {}
+        self._named: dict[str, dict[str, Handler]] = {}
         self._prefetch = Prefetch()
         self._stuck: list[Attempt] = []
         self.ready = asyncio.Event()
@@ -116,6 +118,8 @@ class Worker:
             return True
         starting.cancel()
         await asyncio.gather(starting, return_exceptions=True)
+        met = [one for one in self.consumers if one.identity and one.wire.is_open]
+        await asyncio.gather(*(consumer.leave() for consumer in met))  # its registration may be on the way already
         return False
 
     async def start(self, stack: AsyncExitStack) -> None:
@@ -128,6 +132,7 @@ class Worker:
         self.executor = Executor(
             concurrency=concurrency, threads=threads, processes=Processes(self._reference, os.cpu_count() or 1),
             ended=self.ended, stuck=self._is_stuck, kinds={task.run_in for task in self.app.tasks.values()},
+            unusual=self.unusual,
             chain=(lambda context, call: run_through(chain, context, call)) if chain else None,
         )  # fmt: skip
         stack.push_async_callback(self.executor.close)
@@ -138,7 +143,9 @@ class Worker:
                 self.consumers.append(consumer)
         for consumer in self.consumers:
             await consumer.register()
-            await self.app.backend.aannounce(consumer.keys)
+            # A full Redis takes no name; whoever pushes there makes the queue known.
+            with suppress(QueueFull, StoreUnavailable):
+                await self.app.backend.aannounce(consumer.keys)
         watchdog = Watchdog(self._on_the_loop, self._tick, None if self._slot is None else self._slot.set_job)
         watchdog.start()
         stack.callback(watchdog.close)
@@ -218,7 +225,8 @@ class Worker:
         if self.stopping:
             return 0
         waiting = sum(one.backlog for one in self.consumers)
-        free = self.executor.free + waiting  # slots that nobody runs in
+        reserved = sum(one.antechamber.reserved for one in self.consumers)
+        free = self.executor.free + waiting - reserved  # slots that nobody runs in
         rivals = [one for one in self.consumers if (one.more and not one.paused) or one is consumer]
         capacity = free + self._prefetch.ahead(consumer.backlog > 0)
         room = self._prefetch.share(capacity, waiting, consumer, rivals)
@@ -226,43 +234,19 @@ class Worker:
         return max(0, min(room, BATCH, consumer.sizes.most, MOST_HELD - len(consumer.held) + settled))
 
     def handlers(self, consumer: Consumer) -> dict[bytes, Handler]:
-        """Return the handlers of *consumer* by their names as envelopes spell them."""
+        """Return the handlers of *consumer* by what the envelope of a job that needs nothing more begins with."""
         found = self._handlers.get(consumer.queue)
         if found is None:
-            found = self._handlers[consumer.queue] = {
-                name.encode(): Handler(task, raw=consumer.keys.foreign is not None)
-                for name, task in self.app.tasks.items()
-            }
+            foreign = consumer.keys.foreign is not None
+            named = {name: Handler(task, raw=foreign) for name, task in self.app.tasks.items()}
+            self._named[consumer.queue] = named
+            found = self._handlers[consumer.queue] = self.unusual.fast(consumer.queue, named, foreign=foreign)
         return found
 
-    def unusual(self, consumer: Consumer, id_: str, data: bytes) -> Attempt:
-        """Make an attempt of a job that is not plain, or whose task nobody here knows."""
-        envelope = read_envelope(data)
-        handler = self.handlers(consumer).get(envelope.task.encode()) or Handler.unknown(envelope.task)
-        attempt = Attempt(consumer, handler, id_, envelope.body)
-        attempt.envelope = envelope
-        return attempt
-
-    def defer_unknown(self, consumer: Consumer, attempt: Attempt) -> None:
-        """Put a job of an unknown task off, for a newer worker: 2 s at first, as long as it is old later; no attempt is used."""
-        now = consumer.now_ms
-        age = now - (made_at_ms(attempt.id) or attempt.envelope.due_ms or now)
-        name = attempt.handler.name
-        attempt.ended = monotonic()
-        if age > settling.UNKNOWN_GIVEN_UP_MS:
-            message = f"no worker knew the task {name!r} for a day"
-            record = to_json(Failure(attempt.number, now, UnknownTask.__name__, message, worker=self.name))
-            old = attempt.history
-            state = State(old.starts, old.failures, old.crashes, [*old.errors, record])
-            self.settling.bury(consumer.report, attempt, state, message, now)
-            return
-        pause = min(settling.UNKNOWN_LAST_MS, max(settling.UNKNOWN_FIRST_MS, age))
-        log.warning(
-            "E05 Job %s needs task '%s', which this worker does not have. It stays in '%s' and is tried again in %.3g s; "
-            "no attempt was used.", attempt.public_id, name, consumer.queue, pause / 1000,
-        )  # fmt: skip
-        state_now = attempt.state.encode() if attempt.state else b""
-        consumer.report.others.append(Settlement("R", attempt.id, pause, state=state_now))
+    def arrive(self, consumer: Consumer, id_: str, data: bytes) -> Attempt:
+        """Make an attempt of a job that is more than a name and JSON, or that cannot run here."""
+        self.handlers(consumer)
+        return self.unusual.arrive(consumer, self._named[consumer.queue], id_, data)
 
     def settle_stats(self, consumer: Consumer, report: Report) -> None:
         """Put the counters since the last turn into *report*."""
@@ -317,7 +301,7 @@ class Worker:
             consumer.schedule(at_once=True)
             return
         for one in self.consumers:
-            if one is consumer or one.more:
+            if one is consumer or one.more or one.antechamber.reserved:
                 one.schedule()
 
     def _settle(self, attempt: Attempt, value: Any, error: BaseException | None) -> None:
@@ -370,6 +354,7 @@ class Worker:
         self.stop()
 
     def _tick(self) -> None:
+        self.last_tick = monotonic()
         if self._slot is not None:
             self._slot.tick()
             self._slot.clear_job()

@@ -24,12 +24,13 @@ end
 
 -- The first write is refused when Redis is full, and the whole push with it. The lane tells a repeat from a new push.
 local reply = number .. '\nok'
-local last = redis.call('SET', KEYS[1], reply, 'PX', '600000', 'GET')
+local kept = string.byte(KEYS[1], -1) == 43 and '86400000' or '600000' -- a lane that ends in + is a buffer's
+local last = redis.call('SET', KEYS[1], reply, 'PX', kept, 'GET')
 if last then
   local seen = string.match(last, '^%d+')
   if seen == number then return last end
   if tonumber(seen) > tonumber(number) then
-    redis.call('SET', KEYS[1], last, 'PX', '600000')
+    redis.call('SET', KEYS[1], last, 'PX', kept)
     return number .. '\nlate'
   end
 end
@@ -39,7 +40,7 @@ end
 local ids = {}
 local function failed(answer)
   if type(answer) ~= 'table' or not answer.err then return false end
-  if last then redis.call('SET', KEYS[1], last, 'PX', '600000') else redis.call('DEL', KEYS[1]) end
+  if last then redis.call('SET', KEYS[1], last, 'PX', kept) else redis.call('DEL', KEYS[1]) end
   return true
 end
 if last_argument == 5 then

@@ -2,7 +2,7 @@
 --
 -- KEYS  1 leased:<worker>  2 workers  3 jobs  4 state  5 wake  6 waiters  7-16 ready:0 … ready:9
 -- ARGV  1 worker  2 the end it was seen with (ms), or "" when its death is known or it leaves by itself
---       3 "crash": each job counts a start, and a crash as long as it has fewer than two · "leave": nothing is charged
+--       3 "crash": each job counts a start, and its first crash · "leave": nothing is charged
 -- returns the number of jobs returned, or -1 when there is no such worker or it has beaten since
 local leased, workers, jobs, state = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
 local ends = redis.call('ZSCORE', workers, ARGV[1])
@@ -37,12 +37,11 @@ local asked = {}
 for id in string.gmatch(known[3] or '', '[^\n]+') do asked[id] = true end
 
 local function charge(id, attempts)
-  local starts, failures, crashes, alone, rest = string.match(attempts or '0 0 0', '^(%d+) (%d+) (%d+)(w?)(.*)$')
-  if not starts then starts, failures, crashes, alone, rest = 0, '0', 0, '', '' end
-  -- Nearness makes a suspect, twice at most, and never more: from two on a job runs alone and is charged before it
-  -- starts; "w" says that this one already waits to run alone.
-  if alone == '' and tonumber(crashes) < 2 then crashes = crashes + 1 end
-  redis.call('HSET', state, id, int(starts + 1) .. ' ' .. failures .. ' ' .. int(tonumber(crashes)) .. alone .. rest)
+  local starts, failures, crashes, rest = string.match(attempts or '0 0 0', '^(%d+) (%d+) (%d+)(.*)$')
+  if not starts then starts, failures, crashes, rest = 0, '0', 0, '' end
+  -- Nearness makes a suspect and no more: from one crash on a job is charged before it starts, by whoever starts it.
+  if tonumber(crashes) < 1 then crashes = 1 end
+  redis.call('HSET', state, id, int(starts + 1) .. ' ' .. failures .. ' ' .. int(tonumber(crashes)) .. rest)
 end
 
 local returned = 0

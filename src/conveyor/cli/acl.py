@@ -1,0 +1,64 @@
+"""`conveyor acl`: the least that producers, workers, dashboards and operators must be allowed in Redis."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from urllib.parse import parse_qs, urlsplit
+
+import click
+
+from conveyor import acl as least
+from conveyor.cli.output import Output
+from conveyor.cli.target import Target, redis_options
+
+_FORMATS = ("redis-cli", "redis.conf", "users.acl")
+
+
+@click.command()
+@click.argument("role", type=click.Choice(list(least.ROLES)), required=False)
+@click.option("--user", metavar="NAME", help="Name of the user; needs a role.  [default: NAMESPACE-ROLE]")
+@click.option("--format", "form", type=click.Choice(_FORMATS), default=_FORMATS[0], show_default=True)
+@click.option("--list", "lists", metavar="NAME", multiple=True, help="A plain list; those of a known app are added.")
+@click.option("--server", type=click.Choice(least.SERVERS), default=least.SERVERS[0], show_default=True,
+              help="Oldest server that must take the rules.")  # fmt: skip
+@click.option("--topology", type=click.Choice(least.TOPOLOGIES), help="[default: as the URL says]")
+@redis_options
+def acl(
+    target: Target, out: Output, role: str | None, user: str | None, form: str, lists: tuple[str, ...], server: str,
+    topology: str | None,
+) -> None:  # fmt: skip
+    """
+    Print the ACL rules of least privilege for a ROLE, or for all: producer, worker, dashboard, operator.
+
+    Nothing is sent to Redis. Put the SHA-256 of a password where the line says so; Redis refuses it unchanged.
+    """
+    if user is not None and role is None:
+        raise click.UsageError("--user names the user of one role: conveyor acl ROLE --user NAME.")
+    admin = target.admin()
+    url = urlsplit(admin.backend.configured or "")
+    chosen = [
+        least.rules(
+            name, admin.backend.namespace, user=user, lists=[*dict.fromkeys([*admin.plain_lists, *lists])], server=server,
+            topology=topology or _topology(url.scheme), database=_database(url.path, url.query, url.scheme),
+        )
+        for name in ([role] if role else least.ROLES)
+    ]  # fmt: skip
+    if out.as_json:
+        users = [{**asdict(one), "rules": one.text} for one in chosen]
+        out.document("acl", namespace=admin.backend.namespace, users=users)
+        return
+    for one in chosen:
+        if role is None:
+            out.say(f"# {one.role}: {least.ROLES[one.role].does}")
+        out.line(one.command if form == "redis-cli" else one.line)
+    out.say(f"# Instead of {least.PASSWORD} write # and what this prints:  printf %s 'the password' | sha256sum")
+
+
+def _topology(scheme: str) -> str:
+    found = scheme.removeprefix("redis+").removeprefix("rediss+")
+    return found if found in least.TOPOLOGIES else least.TOPOLOGIES[0]
+
+
+def _database(path: str, query: str, scheme: str) -> int:
+    named = parse_qs(query).get("db", ["0"])[0] if scheme == "unix" else path.rpartition("/")[2]
+    return int(named) if named.isdigit() else 0

@@ -1,0 +1,92 @@
+"""
+A wrapped body, byte for byte; pure.
+
+    01  version  algorithm  form  [length of key id, key id]  [nonce]  body  [tag]
+
+The first byte begins no JSON, so a bare body is told apart by it. What the seal binds (kind, queue, task, id) is not
+stored: who opens knows where the bytes lie, and bytes moved elsewhere do not match.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from conveyor.errors import PayloadError
+
+MAGIC = b"\x01"
+VERSION = 1
+BARE, HMAC, GCM = 0, 1, 2
+"""Algorithms: none, HMAC-SHA256, AES-256-GCM."""
+COMPRESSED, ELSEWHERE = 1, 2
+"""Forms, bits: the body is zlib's; the body is a reference to a blob."""
+NONCE = 12
+TAGS = {BARE: 0, HMAC: 32, GCM: 16}
+NAMES = {BARE: "", HMAC: "hmac", GCM: "aes-256-gcm"}
+
+
+class Wrapped(NamedTuple):
+    """The parts; `head` is all before `nonce`, `body` of AES-GCM is encrypted and ends with its tag."""
+
+    algorithm: int
+    form: int
+    key_id: str
+    head: bytes
+    nonce: bytes
+    body: bytes
+    tag: bytes
+
+
+def head(algorithm: int, form: int, key_id: str = "") -> bytes:
+    """Return what stands before nonce and body."""
+    start = bytes((1, VERSION, algorithm, form))
+    return start + bytes((len(key_id),)) + key_id.encode() if algorithm else start
+
+
+def read(data: bytes) -> Wrapped:
+    """Take a wrapped body apart without believing it; raises PayloadError (E15)."""
+    if len(data) < 4 or data[:1] != MAGIC:
+        raise _damaged("it is cut off")
+    version, algorithm, form = data[1], data[2], data[3]
+    if version != VERSION:
+        raise _damaged(f"it has version {version}, and this program knows {VERSION}. Upgrade it")
+    if algorithm not in TAGS or form & ~(COMPRESSED | ELSEWHERE):
+        raise _damaged(f"algorithm {algorithm} and form {form} are not known")
+    if algorithm == BARE:
+        return Wrapped(algorithm, form, "", data[:4], b"", data[4:], b"")
+    end = 5 + data[4] if len(data) > 4 else 0
+    nonce_end = end + (NONCE if algorithm == GCM else 0)
+    if end <= 5 or len(data) < nonce_end + TAGS[algorithm]:
+        raise _damaged("it is cut off")
+    key_id = data[5:end]
+    if not key_id.isascii() or not key_id.decode().isprintable():
+        raise _damaged("its key id is no text")
+    body, tag = data[nonce_end:], b""
+    if algorithm == HMAC:
+        body, tag = body[:-32], body[-32:]
+    return Wrapped(algorithm, form, key_id.decode(), data[:end], data[end:nonce_end], body, tag)
+
+
+def bound(kind: bytes, queue: str, task: str, id_: str, *more: bytes) -> bytes:
+    """Return what a seal covers beside the body: each part with its length before it, so no two lists look alike."""
+    parts = (b"conveyor", kind, queue.encode(), task.encode(), id_.encode(errors="surrogatepass"), *more)
+    return b"".join(len(part).to_bytes(4, "big") + part for part in parts)
+
+
+def describe(data: bytes) -> str:
+    """Return what a person is told of a wrapped body that is not opened; never raises."""
+    try:
+        wrapped = read(data)
+    except PayloadError as error:
+        return f"unreadable: {error}"
+    words = []
+    if wrapped.algorithm:
+        words.append(f"sealed with key {wrapped.key_id} ({NAMES[wrapped.algorithm]})")
+    if wrapped.form & ELSEWHERE:
+        words.append("stored elsewhere")
+    elif wrapped.form & COMPRESSED:
+        words.append("compressed")
+    return f"{', '.join(words) or 'wrapped'}: {len(data):,} bytes"
+
+
+def _damaged(why: str) -> PayloadError:
+    return PayloadError(f"The wrapping of the payload cannot be read: {why}.", code="E15")

@@ -1,0 +1,53 @@
+"""Versions of payloads: old ones are brought up to date, step by step, before they are decoded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+
+from conveyor.codec import encode_json
+from conveyor.errors import ConfigurationError, PayloadError
+
+
+class TooNew(PayloadError):
+    """A payload of a later version than this program knows: it waits for a program that does."""
+
+    code = "E43"
+
+    def __init__(self, what: str, version: int, known: int) -> None:
+        """Take what it is, its version and the last one known here."""
+        super().__init__(f"E43 {what} has version {version}, and this program knows {known} at most. Upgrade it.")
+
+
+MAX_VERSION = 1_000_000
+
+
+def check_version(version: object, upcast: object, where: str) -> int:
+    """Return a version of at least 1; raises ConfigurationError, also for an upcast that cannot be called."""
+    if not isinstance(version, int) or isinstance(version, bool) or not 1 <= version <= MAX_VERSION:
+        raise ConfigurationError(f"{where}(version=…) must be a whole number of at least 1, not {version!r}.")
+    if upcast is not None and (not callable(upcast) or version == 1):
+        raise ConfigurationError(
+            f"{where}(upcast=…) takes a function of a version and what a payload of it holds, and a version above 1."
+        )
+    return version
+
+
+def bring_up(body: bytes, version: int, current: int, upcast: Callable[[int, Any], Any], what: str) -> bytes:
+    """
+    Return the JSON *body* of an older *version* as *current* has it; *upcast* takes each step.
+
+    Raises PayloadError (E15) with what *upcast* raised.
+    """
+    try:
+        value = msgspec.json.decode(body)
+        for step in range(version, current):
+            value = upcast(step, value)
+        return encode_json(value)
+    except Exception as error:
+        raise PayloadError(
+            f"{what} has version {version} and could not be brought up to {current}: {type(error).__name__}: {error}.",
+            code="E15",
+        ) from error

@@ -1,0 +1,35 @@
+"""What a server does whose memory is full: refuse what is new, as it must, or throw away what is there."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+KEEPS = "noeviction"
+REMEDY = "CONFIG SET maxmemory-policy noeviction, and the same in its configuration file or parameter group"
+UNKNOWN = "the eviction policy is unknown"
+_NAMED = 10
+
+
+def danger(policy: str, evicted: int) -> str | None:
+    """Return what is wrong with a policy under which *evicted* keys have gone; None for ``noeviction`` and for "" (unknown)."""
+    if policy in {"", KEEPS}:
+        return None
+    since = f", and {evicted:,} keys were evicted since its start" if evicted else ""
+    what = "jobs" if policy.startswith("allkeys") else "results and the marks that keep a push from happening twice"
+    return f"Redis may delete {what}: maxmemory-policy is {policy}{since}."
+
+
+def facts(info: object) -> dict[str, str]:
+    """Return what the reply to INFO says; nothing for a reply that is none."""
+    text = info.decode("utf-8", "replace") if isinstance(info, bytes) else ""
+    return dict(line.split(":", 1) for line in text.splitlines() if ":" in line)
+
+
+def tell_missing(log: logging.Logger, queue: str, ids: Sequence[str]) -> None:
+    """Log jobs that stood in line and whose record the server no longer has; a turn tells each once."""
+    named = ", ".join(ids[:_NAMED])
+    log.error(
+        "E10 Queue '%s': the server has lost the records of %d jobs, which will not run: %s. It evicted them, or somebody "
+        "deleted them. See `conveyor doctor`.", queue, len(ids), named,
+    )  # fmt: skip

@@ -1,0 +1,168 @@
+"""
+The app that the tests of failures run in real workers. It writes down each start and end of a job, one line each.
+
+With ``FLEET_POINT=name`` a process kills itself when it passes that point and finds the file *name* to take away.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import os
+import signal
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from conveyor import Conveyor, Retry, current
+from conveyor.worker import executor
+from conveyor.worker.consumer import Consumer
+from conveyor.worker.executor import Executor
+from conveyor.worker.worker import Worker
+
+executor.AFTER_TIMEOUT = float(os.environ.get("FLEET_AFTER_TIMEOUT", "5"))
+PLACE = Path(os.environ.get("FLEET_PLACE", "/nowhere"))
+POINT = os.environ.get("FLEET_POINT", "")
+
+
+def write(what: str, n: int) -> None:
+    """Append a line in one write, so that lines of several processes do not mix: what, number, attempt, pid, instant."""
+    line = f"{what} {n} {current().attempt} {os.getpid()} {time.monotonic():.4f}\n"
+    descriptor = os.open(PLACE / "journal", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    os.write(descriptor, line.encode())
+    os.close(descriptor)
+
+
+async def note(n: int, seconds: float = 0.0) -> str:
+    write("start", n)
+    await asyncio.sleep(seconds)
+    write("end", n)
+    return f"{current().attempt} {os.getpid()}"
+
+
+def plain(n: int, seconds: float = 0.0) -> str:
+    write("start", n)
+    time.sleep(seconds)
+    write("end", n)
+    return f"{current().attempt} {os.getpid()}"
+
+
+async def block(n: int, seconds: float) -> str:
+    """Hold up the event loop at the first attempt."""
+    write("start", n)
+    if current().attempt == 1:
+        time.sleep(seconds)
+    write("end", n)
+    return f"{current().attempt} {os.getpid()}"
+
+
+async def clutch(n: int, seconds: float) -> str:
+    """Hold the interpreter's lock at the first attempt, as native code does: no thread of the process runs meanwhile."""
+    write("start", n)
+    if current().attempt == 1:
+        ctypes.PyDLL(None).usleep(int(seconds * 1e6))
+    write("end", n)
+    return f"{current().attempt} {os.getpid()}"
+
+
+async def poison(n: int, how: str) -> None:
+    """End the process that runs it."""
+    write("start", n)
+    if how == "exit":
+        os._exit(3)
+    elif how == "kill":  # as the kernel does when memory runs out
+        os.kill(os.getpid(), signal.SIGKILL)
+    elif how == "segfault":
+        ctypes.string_at(0)
+    else:
+        os.abort()
+
+
+async def deaf(n: int, seconds: float) -> None:
+    """Swallow the first cancellation."""
+    write("start", n)
+    try:
+        await asyncio.sleep(60)
+    except asyncio.CancelledError:
+        await asyncio.sleep(seconds)
+    write("end", n)
+
+
+def declare(app: Conveyor) -> Any:
+    """Register the tasks on *app*, which may be another program's; return them by name."""
+    once = Retry(attempts=1)
+    quick = Retry(attempts=2, backoff="5ms", jitter=False)
+    return SimpleNamespace(
+        # Kills at random hit a job that runs sooner or later three times, which is what `max_crashes` is there for.
+        note=app.task(name="note", keep_result=0, retry=Retry(max_crashes=100))(note),
+        good=app.task(name="good", keep_result=0)(note),
+        told=app.task(name="told", keep_result="10m")(note),
+        plain=app.task(name="plain", keep_result=0, retry=Retry(max_crashes=100))(plain),
+        block=app.task(name="block", keep_result="10m", retry=once)(block),
+        clutch=app.task(name="clutch", keep_result="10m", retry=once)(clutch),
+        poison=app.task(name="poison", retry=Retry(attempts=5, backoff="5ms"))(poison),
+        slow=app.task(name="slow", timeout="50ms", retry=quick)(note),
+        deaf=app.task(name="deaf", timeout="50ms", retry=once)(deaf),
+        stuck=app.task(name="stuck", timeout="50ms", retry=quick)(plain),
+        apart=app.task(name="apart", timeout="300ms", retry=quick, run_in="process")(plain),
+    )
+
+
+def _spent() -> bool:
+    """Take the file away that arms the point; tell whether it was there."""
+    try:
+        os.unlink(PLACE / POINT)
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def _die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _arm() -> None:
+    """Put the kill at the point that the environment names."""
+    absorb, begin, ended, start = Consumer._absorb, Executor._begin, Worker.ended, Consumer._start
+
+    def after_claim(self: Any, turn: Any, report: Any) -> None:
+        if turn.ids and _spent():
+            _die()
+        absorb(self, turn, report)
+
+    def before_run(self: Any, attempt: Any) -> Any:
+        if _spent():
+            _die()
+        return begin(self, attempt)
+
+    def after_run(self: Any, attempt: Any, value: Any, error: Any) -> None:
+        if _spent():
+            _die()
+        ended(self, attempt, value, error)
+
+    def mid_ack(self: Any, want: int) -> None:
+        reports = bool(self.report)
+        start(self, want)  # the bytes have left when it returns; nobody will read the reply
+        if reports and _spent():
+            _die()
+
+    def before_ack(self: Any, want: int) -> None:
+        if self.report and _spent():
+            _die()
+        start(self, want)
+
+    places: dict[str, tuple[Any, str, Any]] = {
+        "after_claim": (Consumer, "_absorb", after_claim),
+        "before_run": (Executor, "_begin", before_run),
+        "after_run": (Worker, "ended", after_run),
+        "before_ack": (Consumer, "_start", before_ack),
+        "mid_ack": (Consumer, "_start", mid_ack),
+    }
+    if POINT:
+        setattr(*places[POINT])
+
+
+_arm()
+app = Conveyor(os.environ.get("CONVEYOR_URL"), lease=os.environ.get("FLEET_LEASE", "15s"))
+declare(app)

@@ -1,0 +1,150 @@
+"""Workers that die: killed at random under load, at the worst points, and by their own jobs."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import signal
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from conveyor import Conveyor
+from conveyor.store import operations
+from conveyor.worker.worker import Worker
+from fleet import Fleet, fleet, wait
+from handworker import HandWorker
+from supervised import running
+
+Rounds = Callable[[int, int], int]
+pytestmark = pytest.mark.leaves_keys("what killed workers leave is taken away by the fleet")
+
+
+@pytest.mark.row("A1")
+def test_kills_under_load_lose_nothing(url: str, tmp_path: Path, rounds: Rounds) -> None:
+    """Children killed at random moments: every job completes exactly once, and each further start has a higher attempt."""
+    kills = rounds(500, 15)
+    jobs = rounds(100_000, 1_500)
+    dice = random.Random(seed := random.randrange(10**9))
+    print(f"seed {seed}")
+    with fleet(url, tmp_path, lease="10s") as one:
+        one.app.enqueue_many(one.tasks.note.s(n, 0.01) for n in range(min(jobs, 1000)))
+        supervisor = one.start(processes=4)
+        pushed = min(jobs, 1000)
+        for number in range(kills):
+            goal = jobs * number // kills
+            wait(lambda goal=goal: one.completions() >= goal)
+            more = range(pushed, min(jobs, max(pushed, goal + 1000)))
+            one.app.enqueue_many((one.tasks.plain if n % 5 == 0 else one.tasks.note).s(n, 0.01) for n in more)
+            pushed += len(more)
+            os.kill(dice.choice(wait(lambda: _at_work(one, supervisor))), signal.SIGKILL)
+        wait(one.drained)
+
+        assert one.completions() == jobs
+        assert set(one.starts()) == set(range(jobs))
+        assert one.repeats() > 0
+        assert one.counts().dead == 0
+        assert one.log.count("was killed by SIGKILL") == kills
+        assert one.is_sound()
+
+
+def _at_work(one: Fleet, supervisor: subprocess.Popen[bytes]) -> list[int]:
+    """Return the children that started or ended a job lately; any when the last job is done."""
+    busy = {line.pid for line in one.journal[-200:]}
+    return [pid for pid in one.children(supervisor) if running(pid) and (pid in busy or one.drained())]
+
+
+@pytest.mark.row("A2")
+@pytest.mark.parametrize("point", ["after_claim", "before_run", "after_run", "before_ack", "mid_ack"])
+def test_kills_at_the_worst_points(url: str, tmp_path: Path, rounds: Rounds, point: str) -> None:
+    """Killed after the lease came, before or after the code ran, before or amid the ack: one completion, all starts visible."""
+    kills = rounds(50, 2)
+    jobs = kills * 20
+    with fleet(url, tmp_path, lease="10s", FLEET_POINT=point) as one:
+        one.start(processes=2)
+        for number in range(kills):
+            (tmp_path / point).touch()
+            one.app.enqueue_many(one.tasks.note.s(n, 0.002) for n in range(number * 20, number * 20 + 20))
+            wait(lambda: not (tmp_path / point).exists())
+            wait(one.drained)
+        assert one.completions() == jobs
+        assert set(one.starts()) == set(range(jobs))
+        again = one.repeats()
+        assert again > 0 if point == "after_run" else True
+        if point in {"after_claim", "before_run"}:
+            ended = [line.n for line in one.journal if line.what == "end"]
+            assert len(ended) >= jobs
+        assert one.log.count("was killed by SIGKILL") == kills
+        assert one.is_sound()
+
+
+@pytest.mark.row("A7", "A8")
+def test_poison_is_convicted_and_nobody_else(url: str, tmp_path: Path, rounds: Rounds) -> None:
+    """A job that ends its process is started `max_crashes` times, then dead; the good ones around it all succeed."""
+    bad, good = rounds(100, 3), rounds(10_000, 300)
+    ways = ["kill", "segfault", "exit", "abort"]
+    with fleet(url, tmp_path, lease="10s") as one:
+        calls = [one.tasks.good.s(n, 0.02) for n in range(good)]
+        for number in range(bad):  # so far apart that no two are held at a time
+            calls.insert(number * good // bad + number, one.tasks.poison.s(good + number, ways[number % 4]))
+        one.app.enqueue_many(calls)
+        supervisor = one.start(processes=4, concurrency=5)
+        wait(one.drained, 600)
+
+        starts = one.starts()
+        assert [len(starts[good + n]) for n in range(bad)] == [3] * bad
+        assert one.completions() == good
+        assert one.counts().dead == bad
+        one.repeats()
+        assert supervisor.poll() is None
+        assert len(one.children(supervisor)) <= 4
+        assert one.is_sound()
+
+
+@pytest.mark.row("A8")
+async def test_a_job_that_never_started_is_not_convicted(url: str) -> None:
+    """Workers that died while they held a job make it a suspect, once; only its own starts make it poison."""
+    async with Conveyor(url) as app:
+        started: list[int] = []
+        crash = asyncio.Event()
+
+        @app.task
+        async def poison() -> None:
+            started.append(1)
+            crash.set()
+            await asyncio.sleep(60)
+
+        job = await poison.aenqueue()
+        for _ in range(5):
+            hand = await asyncio.to_thread(HandWorker, app.backend, "default")
+            assert await asyncio.to_thread(hand.take) == [job.id]
+            await app.backend.arun(operations.reap(hand.keys, hand.identity))
+        while await job.astatus() != "dead":
+            crash.clear()
+            worker = Worker(app)
+            running = asyncio.create_task(worker.run())
+            while not (crash.is_set() or await job.astatus() == "dead"):
+                await asyncio.sleep(0.005)
+            worker.fail(RuntimeError("crash"))
+            with pytest.raises(RuntimeError, match="crash"):
+                await running
+            await app.backend.arun(operations.reap(app.keys("default"), worker.consumers[0].identity))
+
+        assert len(started) == 2
+
+
+@pytest.mark.row("A7")
+def test_a_killed_supervisor_is_told_by_its_exit(url: str, tmp_path: Path) -> None:
+    """A supervisor that the kernel kills ends with that signal, and its children give back what they hold and end."""
+    with fleet(url, tmp_path, lease="10s") as one:
+        supervisor = one.start(processes=2, grace=0.2)
+        one.app.enqueue_many(one.tasks.note.s(n, 60) for n in range(4))
+        wait(lambda: len(one.starts()) == 4)
+        children = one.children(supervisor)
+        supervisor.kill()
+        assert supervisor.wait(10) == -signal.SIGKILL
+        wait(lambda: not any(map(running, children)))
+        assert (one.counts().ready, one.counts().leased) == (4, 0)
