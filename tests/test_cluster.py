@@ -42,6 +42,8 @@ async def test_everything_works_on_a_cluster(cluster: ClusterOfNodes) -> None:
         async with working(app):
             assert [await job.aresult(timeout=20) for job in jobs] == [1, 2, 3, 4, 5]
             await until(lambda: 100 in ran)
+            await readings.apush({"n": 101})  # now somebody is blocked at the list
+            await until(lambda: 101 in ran)
         await app.queue("letters").apush_many(range(2500))
         taken = [message.body async for message in _some(app.queue("letters"), 2500)]
         assert taken == list(range(2500))
