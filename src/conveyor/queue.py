@@ -9,7 +9,7 @@ from contextlib import aclosing
 from functools import partial
 from typing import Any, Generic, Literal, TypeVar, Unpack, cast, get_args
 
-from conveyor import ident, sweep
+from conveyor import ident, repartition, sweep
 from conveyor.aconsumer import AsyncConsumer
 from conveyor.codec import MAX_PAYLOAD, ValueCodec
 from conveyor.consumer import Consumer
@@ -83,7 +83,7 @@ class Queue(Generic[T]):
         if full != "raise":
             raise later("full", f"Only 'raise' works yet, not {full!r}.")
         if partitions != 1:
-            raise later("partitions")
+            raise ConfigurationError("A Queue lies in one piece: app.queue(…, partitions=…) makes one that does not.")
         if tuple(limits):
             raise later("limits")
         self.asks = asks
@@ -335,6 +335,19 @@ class Queue(Generic[T]):
                 yield letter
             offset += len(page)
 
+    def repartition(self, partitions: int) -> int:
+        """
+        Lay the queue in that many partitions, all of which must be empty, and return in how many it lay.
+
+        Every program must then declare the new number: this object, with the old one, is refused too. Raises
+        ConfigurationError (E35), with nothing changed, when something is ready, scheduled, leased or dead.
+        """
+        return repartition.repartition(self.backend, self.name, partitions)
+
+    async def arepartition(self, partitions: int) -> int:
+        """Lay the queue in that many partitions, as `repartition`."""
+        return await repartition.arepartition(self.backend, self.name, partitions)
+
     def _purge(self, dead: bool) -> sweep.Sweep:
         return sweep.purge_dead(self.keys) if dead else sweep.purge_waiting(self.keys)
 
@@ -342,7 +355,7 @@ class Queue(Generic[T]):
         kind = type(self).__name__
         try:
             refuse_in_loop()
-            counts = self.backend.run(inspection.counts(self.keys), patience=0) if self._reached() else None
+            counts = self._peek() if self._reached() else None
         except (ConveyorError, OSError):
             counts = None
         if counts is None:
@@ -350,8 +363,11 @@ class Queue(Generic[T]):
         rest = "".join(f", {n} {word}" for word in ("scheduled", "leased", "dead") if (n := getattr(counts, word)))
         return f"<{kind} {self.name}: {counts.ready} ready{rest}{', paused' if counts.paused else ''}>"
 
+    def _peek(self) -> Counts:
+        return self.backend.run(inspection.counts(self.keys), patience=0)
+
     def _reached(self) -> bool:
-        return bool(self.backend._free)  # noqa: SLF001
+        return self.backend.reached
 
 
 def _on_error(value: OnError) -> OnError:
