@@ -65,7 +65,6 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "outbox",
         "outgoing",
         "registration",
-        "sending",
         "result",
         "schedule",
         "sending",
