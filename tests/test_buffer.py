@@ -220,6 +220,22 @@ def test_a_full_queue_is_waited_for(server: Server, buffer: Buffer) -> None:
         assert ids
 
 
+@pytest.mark.parametrize("emptied", [False, True])
+def test_a_queue_with_partitions(start_server: Start, buffer: Buffer, emptied: bool) -> None:
+    """What waits for a partition arrives there, also when Redis has lost all and knows of no partitions any more."""
+    server = start_server(*(() if emptied else AOF))
+    with Conveyor(server.url, buffer=buffer) as app:
+        mail = app.queue("mail", partitions=2)
+        mail.push("first")
+        server.kill()
+        ids = [mail.push(n, unique=f"key {n}") for n in range(50)] + mail.push_many(range(50))
+        server.start()
+        assert buffer.wait_empty(10)
+        assert len(mail) == 100 + (not emptied)
+        assert mail.stats().ready == len(mail)
+        assert len(set(ids)) == 100
+
+
 def test_delays_count_from_the_push(server: Server, buffer: Buffer) -> None:
     """A delay or a life that passed while its job waited in the buffer is over when it arrives."""
     with Conveyor(server.url, buffer=buffer) as app:

@@ -10,6 +10,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from conveyor import ident
 from conveyor.errors import ConveyorError, QueueFull, StoreUnavailable
 from conveyor.store import fault, operations
 from conveyor.store.backend import PATIENCE, Backend, refuse_in_loop
@@ -21,6 +22,7 @@ from conveyor.store.durability import Durability
 from conveyor.store.gathering import BULK, AsyncLane, Item, entries_of
 from conveyor.store.keys import QueueKeys, known_queues
 from conveyor.store.operations import Entry, Lane
+from conveyor.store.partitioning import WrongPartitions, claim
 from conveyor.store.script import Argument
 
 if TYPE_CHECKING:
@@ -117,7 +119,9 @@ class BufferedBackend(Backend):
             raise QueueFull(
                 f"Queue '{keys.queue}' takes at most {max_length} jobs, and this push has {len(entries)}. Nothing was stored."
             )
-        record = Record(self.namespace, keys.queue, entries, time.time(), max_length, foreign=keys.foreign)
+        record = Record(
+            self.namespace, keys.queue, entries, time.time(), max_length, keys.partitions, foreign=keys.foreign
+        )
         if lane is not None:
             record.lane, record.number = lane.identity, lane.number
         if entries:
@@ -314,7 +318,7 @@ class Delivery:
 
     def _send(self, batch: Batch, connections: dict[Place, Connection]) -> None:
         first, backend = batch.records[0], self._backend
-        keys = QueueKeys(first.namespace, first.queue, foreign=first.foreign)
+        keys = QueueKeys(first.namespace, first.queue, foreign=first.foreign, partitions=first.partitions)
         backend.hail(keys, 0.0)
         place = backend.place(keys)
         connection = connections.get(place)
@@ -322,7 +326,16 @@ class Delivery:
             connection = connections[place] = Connection(place)
         lane = Lane(batch.lane, batch.number - 1)
         call = operations.push(keys, lane, batch.entries(time.time()), max_length=first.max_length)
-        connection.run(call, patience=0.0)
+        try:
+            connection.run(call, patience=0.0)
+        except WrongPartitions as error:
+            if error.found is not None:
+                raise
+            # Redis was emptied meanwhile, so it has no number yet: ours, unless another program was first.
+            whole = QueueKeys(first.namespace, ident.logical(first.queue))
+            backend.run(claim(whole, first.partitions, whole=True), patience=0.0)
+            backend.run(claim(keys, first.partitions, whole=False), patience=0.0)
+            connection.run(call, patience=0.0)
 
 
 def _refused(batch: Batch, error: Exception) -> None:
