@@ -14,7 +14,7 @@ from conveyor import ident
 from conveyor.errors import ConveyorError, QueueFull, StoreUnavailable
 from conveyor.store import fault, operations
 from conveyor.store.backend import PATIENCE, Backend, refuse_in_loop
-from conveyor.store.backlog import Batch, Record
+from conveyor.store.backlog import Backlog, Batch, Record
 from conveyor.store.buffer import Buffer, day_identity
 from conveyor.store.confirmed import Confirmed, plain_entries
 from conveyor.store.connection import Connection
@@ -284,10 +284,13 @@ class Delivery:
         try:
             while not self._ending.is_set():
                 with self._lock:  # so that nobody adds something between the look and the end
-                    found = self._buffer.next()
+                    found = self._next()
                     if found is None:
                         self._thread = None
                         return
+                if isinstance(found, OSError):
+                    self._ending.wait(CAP)
+                    continue
                 backlog, batch = found
                 try:
                     self._send(batch, connections)
@@ -316,6 +319,13 @@ class Delivery:
                 if self._thread is threading.current_thread():
                     self._thread = None
 
+    def _next(self) -> tuple[Backlog, Batch] | OSError | None:
+        try:
+            return self._buffer.next()
+        except OSError as error:
+            _log.error("the buffer %s cannot be written: %s", self._buffer.directory, error)
+            return error
+
     def _send(self, batch: Batch, connections: dict[Place, Connection]) -> None:
         first, backend = batch.records[0], self._backend
         keys = QueueKeys(first.namespace, first.queue, foreign=first.foreign, partitions=first.partitions)
@@ -328,9 +338,10 @@ class Delivery:
         call = operations.push(keys, lane, batch.entries(time.time()), max_length=first.max_length)
         try:
             connection.run(call, patience=0.0)
-        except WrongPartitions:
-            if keys.partitions == 1:
+        except WrongPartitions as error:
+            if error.found is not None:
                 raise
+            # Redis was emptied meanwhile, so it has no number yet: ours, unless another program was first.
             for claim in claims(first.namespace, ident.logical(first.queue), keys.partitions):
                 backend.run(claim, patience=0.0)
             connection.run(call, patience=0.0)
