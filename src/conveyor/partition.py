@@ -77,7 +77,7 @@ class Partitions:
         self.whole = backend.keys(name)
         self._round = count(randrange(number))  # noqa: S311
         self._numbers = {keys.queue: one for one, keys in enumerate(self.keys)}
-        self._claimed = False
+        self._claimed = self._known = False
 
     # -- placing --------------------------------------------------------------------------------------------------
 
@@ -109,18 +109,16 @@ class Partitions:
 
     # -- agreeing on their number ---------------------------------------------------------------------------------
 
-    def ensure(self) -> None:
-        """See once that Redis has our number, and make the queue known; raises ConfigurationError (E34)."""
+    def agree(self) -> None:
+        """See once that Redis has our number, or let it have it; raises ConfigurationError (E34)."""
         if not self._claimed:
             self.claim()
-            self.backend.announce(*self.keys)
             self._claimed = True
 
-    async def aensure(self) -> None:
+    async def aagree(self) -> None:
         """Do the same on this event loop."""
         if not self._claimed:
             await self.aclaim()
-            await self.backend.aannounce(*self.keys)
             self._claimed = True
 
     def claim(self, patience: float | None = None) -> None:
@@ -153,8 +151,11 @@ class Partitions:
                 yield partitioning.claim(keys, self.count, whole=False)
 
     def keep(self, work: Callable[[], V]) -> V:
-        """Do *work*, again after agreeing anew when a partition knew another number: Redis was emptied, or it changed."""
-        self.ensure()
+        """Push by *work*, again after agreeing anew when a partition knew another number: Redis was emptied, or it changed."""
+        self.agree()
+        if not self._known:
+            self.backend.announce(*self.keys)
+            self._known = True
         try:
             return work()
         except WrongPartitions:
@@ -163,7 +164,10 @@ class Partitions:
 
     async def akeep(self, work: Callable[[], Awaitable[V]]) -> V:
         """Do the same on this event loop."""
-        await self.aensure()
+        await self.aagree()
+        if not self._known:
+            await self.backend.aannounce(*self.keys)
+            self._known = True
         try:
             return await work()
         except WrongPartitions:

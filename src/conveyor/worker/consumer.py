@@ -129,8 +129,7 @@ class Consumer:
     @property
     def busy(self) -> bool:
         """True while it holds jobs or has something to report."""
-        loading = self._intake is not None and self._intake.loading
-        under_way = loading or self._delivery.busy
+        under_way = self._delivery.busy or (self._intake is not None and self._intake.loading)
         return bool(self.held or self.report or self._flying or self._recovery or self.antechamber or under_way)
 
     def schedule(self, *, at_once: bool = False) -> None:
