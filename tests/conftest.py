@@ -15,7 +15,7 @@ from hand import drain
 from leaks import complaint, leaked
 from server import Server, find_binary
 
-pytest_plugins = ["pytester", "messaging"]
+pytest_plugins = ["pytester", "messaging", "nodes"]
 
 _OLDER = ("redis6", "redis7")
 

@@ -1,11 +1,12 @@
 """
 Real workers on a real server, and what they wrote down of each job: for the tests that kill, freeze and stop them.
 
-As a program it is a supervisor, with its options as JSON.
+As a program it is a supervisor with its options as JSON, or with `{"embed": true}` a program with a worker inside.
 """
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import os
@@ -21,6 +22,7 @@ from typing import Any, NamedTuple, Self
 import fleet_app
 from conveyor import Conveyor
 from conveyor.store import inspection, operations
+from conveyor.worker import heartbeat
 from conveyor.worker.board import Spec
 from conveyor.worker.log import configure_log
 from conveyor.worker.supervisor import Supervisor
@@ -89,6 +91,10 @@ class Fleet:
             )
         return self.supervisors[-1]
 
+    def embed(self, **options: Any) -> subprocess.Popen[bytes]:
+        """Start a program with a worker inside: no supervisor looks after it."""
+        return self.start(embed=True, **options)
+
     @property
     def log(self) -> str:
         """What all supervisors and their children said."""
@@ -147,6 +153,10 @@ class Fleet:
         """Return what the queue holds."""
         return self.app.backend.run(inspection.counts(self.keys))
 
+    def registered(self) -> set[int]:
+        """Return the pids of the workers that Redis knows."""
+        return {int(member.about["pid"]) for member in self.app.backend.run(inspection.crew(self.keys))}
+
     def drained(self) -> bool:
         """Tell whether nothing is left to do."""
         found = self.counts()
@@ -180,6 +190,13 @@ def wait(condition: Callable[[], Any], seconds: float = 60.0) -> Any:
     return until(condition, seconds)
 
 
+async def embed(options: dict[str, Any]) -> None:
+    """Be another program, with a worker inside; `max_stall` in seconds."""
+    heartbeat.MAX_STALL = options.pop("max_stall", heartbeat.MAX_STALL)
+    async with fleet_app.app.worker(**{"concurrency": 20, "grace": 5.0, **options}):
+        await asyncio.Event().wait()
+
+
 def supervise(options: dict[str, Any]) -> int:
     """Be the supervisor."""
     configure_log(verbose=True)
@@ -193,4 +210,9 @@ def supervise(options: dict[str, Any]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(supervise(json.loads(sys.argv[1])))
+    chosen = json.loads(sys.argv[1])
+    if chosen.pop("embed", False):
+        del chosen["processes"]
+        configure_log()
+        asyncio.run(embed(chosen))
+    sys.exit(supervise(chosen))

@@ -11,6 +11,7 @@ CONSTANT = (
     "*:conf",  # what is declared of a queue, and whether it is paused
     "*:wake",  # at most one token, for whoever looks next
     "*:recent",  # the last finished jobs, capped
+    "*:inbox:*",  # what the outbox of another queue delivered last: one for each pair
 )
 
 

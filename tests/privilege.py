@@ -14,6 +14,7 @@ from typing import Any
 from conveyor import acl, doctor
 from conveyor.admin import Admin
 from conveyor.app import Conveyor
+from conveyor.context import Context, current
 from conveyor.errors import JobNotFound
 from conveyor.ident import new_identity
 from conveyor.outcome import Retry
@@ -88,6 +89,10 @@ def shop(url: str) -> Iterator[Conveyor]:
     @app.task(name="shop.fail", retry=FAST)
     async def fail() -> None:
         raise ValueError("as asked")
+
+    @app.task(name="shop.chain")
+    async def chain(context: Context = current()) -> None:
+        context.spawn(double.options(delay="1ms").s(1))
 
     @app.task(name="shop.long")
     async def long() -> None:
@@ -201,6 +206,7 @@ async def work(app: Conveyor) -> None:
         assert await (await double.aenqueue(2)).aresult(timeout=5) == 4
         own = await double.options(delay="10ms", unique="k", id=new_identity()).aenqueue(3)
         assert await app.job(own.id).aresult(timeout=5) == 6
+        await app.tasks["shop.chain"].aenqueue()
         dying = await fail.aenqueue()
         stopping = await long.aenqueue()
         await _reached(stopping, "leased")

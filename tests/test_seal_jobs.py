@@ -76,7 +76,8 @@ async def test_sealed_jobs_run_and_answer(made, redis, encrypt):
     jobs += await app.aenqueue_many(app.tasks["shop.add"].s(n, n) for n in range(5))
     failed = await app.tasks["shop.fail"].aenqueue("luck")
     bodies = [data.split(b"\n", 2)[2] for data in redis.hvals(JOBS)]
-    assert len(bodies) == 8 and all(body.startswith(b"\x01\x01") for body in bodies)
+    assert len(bodies) == 8
+    assert all(body.startswith(b"\x01\x01") for body in bodies)
     assert encrypt is not any(b'"word":"luck"' in body for body in bodies)
 
     await drain(app)
@@ -87,7 +88,9 @@ async def test_sealed_jobs_run_and_answer(made, redis, encrypt):
     assert "Traceback" in caught.value.traceback
     [state] = redis.hvals(STATE)
     record = redis.get(app.keys("default").result(jobs[0].id.split(":")[1]))
-    assert b"no luck" not in state and b"ValueError" in state and b'"packed":"' in record
+    assert b"no luck" not in state
+    assert b"ValueError" in state
+    assert b'"packed":"' in record
     assert [letter.error for letter in (await letters(app))] == ["ValueError: no luck"]
 
 
@@ -157,7 +160,8 @@ async def test_sealed_bytes_hold_nowhere_else(made, redis, encrypt):
         app.sealing.unwrap(body, **opened, kind=b"result")
     redis.hset(keys.jobs, bare, b"\nshop.early\n" + body)  # as somebody with access to Redis may
     await drain(app)
-    assert ran == [] and "E40" in (await letters(app))[0].error
+    assert ran == []
+    assert "E40" in (await letters(app))[0].error
 
 
 async def test_retry_and_redrive_keep_the_sealed_bytes(made, redis):
@@ -166,7 +170,8 @@ async def test_retry_and_redrive_keep_the_sealed_bytes(made, redis):
     await app.tasks["shop.fail"].aenqueue("luck")
     before = redis.hvals(JOBS)
     await drain(app)
-    assert redis.hvals(JOBS) == before and (await letters(app))[0].attempts == 2
+    assert redis.hvals(JOBS) == before
+    assert (await letters(app))[0].attempts == 2
     await app.queue("default").aredrive()
     assert redis.hvals(JOBS) == before
     await drain(app)
@@ -197,9 +202,11 @@ async def test_administration_shows_what_it_may(made, redis):
     await drain(app)
     blind = await asyncio.to_thread(Admin(app.backend).job, job.id)
     assert blind.payload.startswith("sealed with key 2026-10 (hmac): ")
-    assert blind.errors[-1].message.startswith("sealed with key 2026-10") and blind.errors[-1].type == "ValueError"
+    assert blind.errors[-1].message.startswith("sealed with key 2026-10")
+    assert blind.errors[-1].type == "ValueError"
     seeing = await asyncio.to_thread(Admin(app.backend, sealing=app.sealing).job, job.id)
-    assert seeing.payload == '{"word":"luck"}' and seeing.errors[-1].message == "no luck"
+    assert seeing.payload == '{"word":"luck"}'
+    assert seeing.errors[-1].message == "no luck"
 
 
 async def test_plain_list_is_taken_only_when_told(made, redis):
@@ -214,4 +221,5 @@ async def test_plain_list_is_taken_only_when_told(made, redis):
     redis.hset(app.keys("foreign").jobs, "forged", b'\nshop.early\n{"word":"x"}')
     redis.rpush(app.keys("foreign").ready[0], "forged")
     await drain(app, queues={"foreign": 1})
-    assert ran == [(1, 2)] and "E41" in (await letters(app, "foreign"))[0].error
+    assert ran == [(1, 2)]
+    assert "E41" in (await letters(app, "foreign"))[0].error

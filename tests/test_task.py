@@ -230,7 +230,7 @@ def test_unique_key_returns_the_holder(app: Conveyor, redis: redis_py.Redis) -> 
         {"priority": 10}, {"priority": True}, {"id": ""}, {"id": "a\nb"}, {"queue": "no spaces"}, {"unique": ""},
         {"unique": 5}, {"expires": 0}, {"headers": {"a": 1}}, {"headers": {"a": "\udc80"}}, {"headers": {"a": "x" * 9000}},
         {"headers": 5}, {"front": True, "delay": 1}, {"timeout": 0}, {"keep_result": "x"}, {"retry": 0},
-        {"retry": Retry()}, {"wait_replicas": 1},
+        {"retry": Retry()}, {"wait_replicas": -1}, {"fsync": 1},
     ],
 )  # fmt: skip
 def test_wrong_options_are_refused(app: Conveyor, wrong: dict[str, Any]) -> None:

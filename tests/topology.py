@@ -203,12 +203,19 @@ class Watched:
         """Wait until the master is another one than that at *port*."""
         wait_for(lambda: self.master.port != port and self.master.role() == "master", what="no failover")
 
+    def split(self) -> Node:
+        """Make the replica the master while the old one does not notice: return it, alive, with all its connections."""
+        old = self.freeze_master()
+        self.await_other(old.port)
+        old.thaw()
+        return old
+
     def mend(self, node: Node) -> None:
-        """Bring a dead or frozen server back, and wait until it is the new master's replica."""
-        if node.running:
-            node.thaw()
-        else:
+        """Bring a server back, or to its senses, and wait until it is the new master's replica."""
+        if not node.running:
             node.start()
+        node.thaw()
+        node.ask("REPLICAOF", "127.0.0.1", self.master.port)  # sentinels give this order too, up to ten seconds later
         self.settle()
 
     def stop(self) -> None:
@@ -222,7 +229,9 @@ class Watched:
 class ClusterOfNodes:
     """Three masters, with replicas on request, each a third of the slots: `url` names them all."""
 
-    def __init__(self, directory: Path, *, replicas: int = 0, node_timeout_ms: int = 1000, name: str = "valkey") -> None:
+    def __init__(
+        self, directory: Path, *, replicas: int = 0, node_timeout_ms: int = 1000, name: str = "valkey"
+    ) -> None:
         """Start the nodes, introduce them, and wait until all say that the cluster is well."""
         options = (
             *QUIET, "--cluster-enabled", "yes", "--cluster-config-file", "nodes.conf", "--cluster-node-timeout", str(node_timeout_ms),

@@ -34,9 +34,11 @@ if TYPE_CHECKING:
     from conveyor.outgoing import Outgoing
     from conveyor.plain import PlainList
     from conveyor.queue import Queue
+    from conveyor.store.buffer import Buffer
     from conveyor.task import Task
 
 __all__ = [
+    "Buffer",
     "Concurrency",
     "ConfigurationError",
     "Context",
@@ -71,6 +73,7 @@ __all__ = [
 
 # Where each name is, apart from the errors: loaded at its first use, so that importing the package costs nothing.
 _HOME = {
+    "Buffer": "store.buffer",
     "Concurrency": "limit",
     "Context": "context",
     "Conveyor": "app",

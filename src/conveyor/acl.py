@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 
+from conveyor import outbox
 from conveyor.errors import ConfigurationError
 from conveyor.store import inspection, operations, rawlist
 from conveyor.store.keys import check_namespace
@@ -63,7 +64,7 @@ _WORKER = Role(
     "runs jobs and consumes messages, and may push and enqueue as a producer",
     (
         operations.TURN, operations.REGISTER, operations.BEAT, operations.REAP, operations.EXTEND, operations.HELD,
-        operations.INTAKE,
+        operations.INTAKE, outbox.TAKE, outbox.TRIM,
     ),
     ("blpop", "blmove", "rpush", "pexpire", "ping", "info"),
 ).and_(_PRODUCER)  # fmt: skip

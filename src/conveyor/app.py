@@ -8,8 +8,9 @@ from contextlib import AbstractAsyncContextManager
 from typing import TYPE_CHECKING, Any, Literal, ParamSpec, Self, TypeVar, cast, overload
 
 from conveyor import ident, provider
-from conveyor.bulk import Shipment, chunks
+from conveyor.bulk import Shipment, chunks, note
 from conveyor.codec import MAX_PAYLOAD
+from conveyor.declaration import Declarations
 from conveyor.duration import Duration
 from conveyor.errors import ConfigurationError, ConveyorError
 from conveyor.hook import Hooks
@@ -21,26 +22,27 @@ from conveyor.result import Replies
 from conveyor.sealing.choice import choose
 from conveyor.sealing.sealing import LARGE_ABOVE, MAX_LARGE
 from conveyor.sealing.size import Size
-from conveyor.store.backend import Backend
+from conveyor.store.durability import Durability, Wish
 from conveyor.store.operations import Entry
+from conveyor.store.reach import reach
 from conveyor.task import AsyncTask, RunIn, SyncTask, Task, TaskCall, Upcast
 
 if TYPE_CHECKING:
     from types import TracebackType
 
     from conveyor.limit import Concurrency, Debounce, Rate, Unique
-    from conveyor.plain import PlainList
-    from conveyor.queue import Queue
     from conveyor.sealing.blob import BlobStore
-    from conveyor.store.keys import QueueKeys
+    from conveyor.store.buffer import Buffer
 
 P = ParamSpec("P")
 R = TypeVar("R")
 T = TypeVar("T")
 Full = Literal["raise", "block", "drop-oldest"]
+Step = Callable[[int, Any], Any]
+"""From a version and a message of it to the message as the next version has it."""
 
 
-class Conveyor(Hooks):
+class Conveyor(Declarations, Hooks):
     """
     One program's queues and tasks on one Redis.
 
@@ -61,6 +63,7 @@ class Conveyor(Hooks):
         large: BlobStore | None = None,
         large_above: Size = LARGE_ABOVE,
         max_large: Size = MAX_LARGE,
+        buffer: Buffer | None = None,
     ) -> None:
         """
         Take the URL (None: ``CONVEYOR_URL``, else the embedded server) and what holds for all queues.
@@ -69,12 +72,13 @@ class Conveyor(Hooks):
         one set of arguments, one message or one result. `keys` (key id to secret) seal payloads, results and errors:
         the first seals, all open, and what is not sealed is set aside; `encrypt` makes them unreadable too.
         `compress` is a size above which they are compressed; with `large`, a store, arguments and messages above
-        `large_above` lie there, up to `max_large`. Sizes: bytes or ``"256KiB"``. Raises ConfigurationError.
+        `large_above` lie there, up to `max_large`. Sizes: bytes or ``"256KiB"``. `buffer` keeps what is pushed while
+        Redis is away. Raises ConfigurationError.
         """
         super().__init__()
         if not isinstance(max_payload, int) or isinstance(max_payload, bool) or max_payload < 1:
             raise ConfigurationError(f"max_payload must be a number of bytes, not {max_payload!r}.")
-        self.backend = Backend(url, namespace=namespace)
+        self.backend = reach(url, namespace, buffer)
         self.replies = Replies(self.backend)
         self.namespace = namespace
         self.lease_ms = positive_ms(lease, "lease")
@@ -86,132 +90,14 @@ class Conveyor(Hooks):
         """What happens to bodies on their way; None when nothing does."""
         self.max_whole = max_payload if self.sealing is None else self.sealing.max_whole
         self.tasks: dict[str, Task[..., Any]] = {}
-        self.queues: dict[str, Queue[Any]] = {}
-        self.plain_lists: dict[str, PlainList[Any]] = {}
-        self.bounded: dict[str, Queue[Any]] = {}
-        """The queues with a maximum length."""
-        self._declared: dict[str, object] = {}
-        self._keys: dict[str, QueueKeys] = {}
 
     def __repr__(self) -> str:
         return f"<Conveyor {self.namespace}: {len(self.tasks)} tasks, {len(self.queues)} queues>"
-
-    def keys(self, queue: str) -> QueueKeys:
-        """Return the keys of *queue*."""
-        found = self._keys.get(queue)
-        if found is None:
-            found = self._keys[queue] = self.backend.keys(queue)
-        return found
 
     @property
     def promises(self) -> Mapping[str, Task[..., Any]]:
         """The tasks, for handles that want to know what a result is."""
         return self.tasks
-
-    # -- queues ---------------------------------------------------------------------------------------------------
-
-    @overload
-    def queue(
-        self, name: str, *, partitions: int = 1, lease: Duration | None = None, max_attempts: int = 5,
-        max_length: int | None = None, full: Full = "raise",
-    ) -> Queue[Any]: ...  # fmt: skip
-    @overload
-    def queue(
-        self, name: str, type: type[T], *, partitions: int = 1, lease: Duration | None = None, max_attempts: int = 5,
-        max_length: int | None = None, full: Full = "raise",
-    ) -> Queue[T]: ...  # fmt: skip
-    @overload
-    def queue(
-        self, name: str, type: Any, *, partitions: int = 1, lease: Duration | None = None, max_attempts: int = 5,
-        max_length: int | None = None, full: Full = "raise",
-    ) -> Queue[Any]: ...  # fmt: skip
-
-    def queue(
-        self,
-        name: str,
-        type: Any = Any,  # noqa: A002  the contract's name
-        *,
-        partitions: int = 1,
-        lease: Duration | None = None,
-        max_attempts: int = 5,
-        max_length: int | None = None,
-        full: Full = "raise",
-    ) -> Queue[Any]:
-        """
-        Declare a queue of messages of *type* (any JSON value when left out), or set up one that tasks use.
-
-        `lease` as for the app, `max_attempts` how often a message is tried, `max_length` how many may be unfinished,
-        `full` what a push beyond that does. Declared again with the same options it is the same object; with others
-        it raises ConfigurationError.
-        """
-        ident.queue_name(name)
-        if partitions != 1:
-            raise ConfigurationError(f"queue({name!r}, partitions={partitions!r}) is not available yet. Leave it out.")
-        lease_ms = self.lease_ms if lease is None else positive_ms(lease, "lease")
-        facts = ("queue", type, lease_ms, max_attempts, max_length, full)
-        if self._is_declared(name, facts):
-            return self.queues[name]
-        from conveyor.queue import Queue
-
-        queue: Queue[Any] = Queue(
-            self.backend, name, type, lease_ms=lease_ms, max_attempts=max_attempts, max_length=max_length, full=full,
-            max_payload=self.max_whole, sealing=self.sealing,
-        )  # fmt: skip
-        self.queues[name], self._declared[name] = queue, facts
-        if max_length is not None:
-            self.bounded[name] = queue
-        return queue
-
-    def plain_list(
-        self,
-        name: str,
-        type: Any = Any,  # noqa: A002  the contract's name
-        *,
-        task: Task[..., Any] | str | None = None,
-        lease: Duration | None = None,
-        max_attempts: int = 5,
-        sealed: bool = True,
-    ) -> PlainList[Any]:
-        """
-        Declare a plain Redis list of JSON documents, shared with programs that know nothing of us.
-
-        With *task* its entries run as jobs of that task. The rest is as in `queue`. Nobody can seal them, so an app
-        with keys takes them only when told so: ``sealed=False``.
-        """
-        if sealed and self.sealing is not None and self.sealing.seal is not None:
-            raise ConfigurationError(
-                f"plain_list({name!r}): programs that know nothing of us cannot seal, and this app takes only sealed "
-                "payloads. If whoever can write to that list may be trusted, say so: plain_list(…, sealed=False)."
-            )
-        fed = task.name if isinstance(task, Task) else task
-        lease_ms = self.lease_ms if lease is None else positive_ms(lease, "lease")
-        facts = ("plain list", type, fed, lease_ms, max_attempts)
-        if self._is_declared(name, facts):
-            return self.plain_lists[name]
-        from conveyor.plain import PlainList
-
-        found: PlainList[Any] = PlainList(
-            self.backend, name, type, task=fed, lease_ms=lease_ms, max_attempts=max_attempts,
-            max_payload=self.max_payload,
-        )  # fmt: skip
-        self.plain_lists[name], self._declared[name] = found, facts
-        self._keys[name] = found.keys  # they lie where the list lies
-        return found
-
-    def _is_declared(self, name: str, facts: tuple[object, ...]) -> bool:
-        if name not in self._declared:
-            return False
-        if self._declared[name] != facts:
-            raise ConfigurationError(
-                f"{name!r} is declared twice with different options: {self._declared[name]} and {facts}. "
-                "Declare it once and import it where it is used."
-            )
-        return True
-
-    def queue_lease_ms(self, queue: str) -> int:
-        """Return the lease of *queue* in ms."""
-        found = self.queues.get(queue, self.plain_lists.get(queue))
-        return self.lease_ms if found is None else found.lease_ms
 
     # -- tasks ----------------------------------------------------------------------------------------------------
 
@@ -288,7 +174,7 @@ class Conveyor(Hooks):
                 for chunk in chunks(self, calls):
                     shipment.send(chunk)
         except ConveyorError as error:
-            _note(error, len(shipment.jobs))
+            note(error, len(shipment.jobs))
             raise
         return shipment.jobs
 
@@ -303,7 +189,7 @@ class Conveyor(Hooks):
                 await chunk.asend()
                 jobs += chunk.jobs
         except ConveyorError as error:
-            _note(error, len(jobs))
+            note(error, len(jobs))
             raise
         return jobs
 
@@ -317,13 +203,28 @@ class Conveyor(Hooks):
         queue, bare = ident.split(id)
         return Job(self, bare, queue)
 
-    def send(self, queue: str, entries: Sequence[Entry]) -> list[str]:
-        """Push prepared entries and return the id of each: its own, or that of a job that existed."""
-        return self.backend.push(self.keys(queue), entries, max_length=self._max_length(queue))
+    def placed(self, queue: str, entry: Entry) -> str:
+        """Return where a job of *queue* goes: the queue, or one of its partitions."""
+        found = self.partitioned.get(queue)
+        return queue if found is None else found.placed(entry)
 
-    async def asend(self, queue: str, entries: Sequence[Entry]) -> list[str]:
+    def send(self, queue: str, entries: Sequence[Entry], wish: Wish | None = None) -> list[str]:
+        """Push prepared entries, placed, and return the id of each: its own, or that of a job that existed."""
+        way = self.backend.way(self._asks(queue), wish)
+        if self.partitioned and (found := self.partitioned.get(ident.logical(queue))):
+            return found.send(queue, entries, way)
+        return way.push(self.keys(queue), entries, max_length=self._max_length(queue))
+
+    async def asend(self, queue: str, entries: Sequence[Entry], wish: Wish | None = None) -> list[str]:
         """Do the same without blocking the event loop."""
-        return await self.backend.apush(self.keys(queue), entries, max_length=self._max_length(queue))
+        way = self.backend.way(self._asks(queue), wish)
+        if self.partitioned and (found := self.partitioned.get(ident.logical(queue))):
+            return await found.asend(queue, entries, way)
+        return await way.apush(self.keys(queue), entries, max_length=self._max_length(queue))
+
+    def _asks(self, queue: str) -> Durability | None:
+        found = self.bounded.get(ident.logical(queue)) if self.partitioned else self.bounded.get(queue)
+        return None if found is None else found.asks
 
     def _max_length(self, queue: str) -> int:
         found = self.bounded.get(queue)
@@ -381,8 +282,3 @@ class Conveyor(Hooks):
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         await self.aclose()
-
-
-def _note(error: ConveyorError, count: int) -> None:
-    if count:
-        error.add_note(f"{count} jobs were enqueued before it.")

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
+from conveyor.errors import ConveyorError
 from conveyor.ident import new_ids
 from conveyor.job import Job
 from conveyor.store.gathering import BULK
@@ -13,6 +14,7 @@ from conveyor.store.operations import Entry
 
 if TYPE_CHECKING:
     from conveyor.outgoing import Choice
+    from conveyor.store.durability import Wish
     from conveyor.task import Sender, Task, TaskCall
 
 Encode = Callable[[tuple[Any, ...], dict[str, Any]], bytes]
@@ -21,13 +23,14 @@ Encode = Callable[[tuple[Any, ...], dict[str, Any]], bytes]
 class Batch:
     """The jobs of one queue in a chunk: flat pairs of id and envelope while all are plain, entries else."""
 
-    __slots__ = ("entries", "jobs", "pairs", "queue")
+    __slots__ = ("entries", "jobs", "pairs", "queue", "wish")
 
     def __init__(self, queue: str) -> None:
         self.queue = queue
         self.jobs: list[Job[Any]] = []
         self.pairs: list[str | bytes] = []
         self.entries: list[Entry] = []
+        self.wish: Wish | None = None  # what satisfies all of them: they travel together, in their order
 
     def add(self, entry: Entry, job: Job[Any]) -> None:
         """Append a job that needs more than an envelope."""
@@ -75,12 +78,16 @@ class Chunk:
             append(job)
 
     def _settings(self, task: Task[..., Any], choice: Choice) -> tuple[Batch, bool, Encode]:
-        return self._batch(task.queue), task.is_plain(choice), task.signature.encode
+        plain = task.is_plain(choice) and task.queue not in self._home.partitioned
+        return self._batch(task.queue), plain, task.signature.encode
 
     def _special(self, task: Task[..., Any], call: TaskCall[Any]) -> Job[Any]:
         queue, entry = task.prepare(call.choice, call.args, call.kwargs)
         job: Job[Any] = Job(self._home, entry.id, queue, task)
-        self._batch(queue).add(entry, job)
+        batch = self._batch(queue)
+        batch.add(entry, job)
+        if call.choice.wish is not None:
+            batch.wish = call.choice.wish.join(batch.wish)
         return job
 
     def _batch(self, queue: str) -> Batch:
@@ -97,14 +104,14 @@ class Chunk:
             if batch.pairs and batch.queue not in home.bounded:
                 finish.append(home.backend.post_plain(home.keys(batch.queue), batch.pairs))
             elif batch.jobs:
-                batch.settle(home.send(batch.queue, batch.as_entries()))
+                batch.settle(home.send(batch.queue, batch.as_entries(), batch.wish))
         return finish
 
     async def asend(self) -> None:
         """Do the same without blocking the event loop."""
         for batch in self._batches.values():
             if batch.jobs:
-                batch.settle(await self._home.asend(batch.queue, batch.as_entries()))
+                batch.settle(await self._home.asend(batch.queue, batch.as_entries(), batch.wish))
 
 
 class Shipment:
@@ -147,3 +154,9 @@ def chunks(home: Sender, calls: Iterable[TaskCall[Any]]) -> Iterator[Chunk]:
     source = iter(calls)
     while taken := list(islice(source, BULK)):
         yield Chunk(home, taken)
+
+
+def note(error: ConveyorError, count: int) -> None:
+    """Say on *error* how many jobs were enqueued before it."""
+    if count:
+        error.add_note(f"{count} jobs were enqueued before it.")

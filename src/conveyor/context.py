@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from datetime import datetime
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from conveyor.duration import Duration, milliseconds
 from conveyor.errors import ConfigurationError, JobCancelled
@@ -15,6 +15,18 @@ if TYPE_CHECKING:
     Logger = logging.LoggerAdapter[logging.Logger]
 
 _LOGGER = logging.getLogger("conveyor.job")
+J_co = TypeVar("J_co", covariant=True)
+J = TypeVar("J")
+MOST_SPAWNED = 1000
+"""Most jobs that one attempt may spawn: its end is one step in Redis."""
+
+
+class Follower(Protocol[J_co]):
+    """A call of a task as a value, such as `task.s(…)`: what a job can spawn."""
+
+    def follow(self) -> tuple[J_co, bytes]:
+        """Return the handle of the job to come, and the entry that an outbox keeps of it."""
+        ...
 
 
 class Context:
@@ -28,7 +40,7 @@ class Context:
 
     __slots__ = (
         "_deadline_hook", "_logger", "attempt", "cancelled", "enqueued_at", "headers", "job_id",
-        "queue", "scheduled_for", "state", "task", "timed_out",
+        "queue", "scheduled_for", "spawned", "state", "task", "timed_out",
     )  # fmt: skip
 
     def __init__(
@@ -55,6 +67,7 @@ class Context:
         self.scheduled_for = scheduled_for
         self.cancelled = False
         self.timed_out = False
+        self.spawned: list[bytes] | None = []
         self._deadline_hook = deadline_hook
         self._logger: Logger | None = None
 
@@ -71,6 +84,30 @@ class Context:
         ms = milliseconds(duration)
         if self._deadline_hook is not None:
             self._deadline_hook(ms)
+
+    def spawn(self, call: Follower[J]) -> J:
+        """
+        Have *call* (`task.s(…)`, also of `task.options(…)`) enqueued exactly once if, and only if, this attempt succeeds.
+
+        Returns the handle of the job to come, with its id. Nothing leaves before this job has ended, and nothing at
+        all from an attempt that fails, is cancelled, or has lost its lease. Raises PayloadError for arguments that
+        cannot be stored, ConfigurationError (E44) for more than 1,000 and where no end is to come.
+        """
+        if self.spawned is None:
+            raise ConfigurationError(
+                f'Job {self.job_id} spawned a job after its own end: with ack="early" it has ended before it runs, '
+                "else a thread of it goes on. Nothing was enqueued. Enqueue the job instead.",
+                code="E44",
+            )
+        if len(self.spawned) >= MOST_SPAWNED:
+            raise ConfigurationError(
+                f"Job {self.job_id} spawned {MOST_SPAWNED:,} jobs, the most that one end can take along. "
+                "Spawn a job that spawns the rest.",
+                code="E44",
+            )
+        job, entry = call.follow()
+        self.spawned.append(entry)
+        return job
 
     def open(self) -> Context:
         """Return itself: a context lends itself, as a worker's attempt lends the one it makes."""

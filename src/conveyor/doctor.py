@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import median
 from typing import Literal
 
 from conveyor.errors import ConveyorError, StoreUnavailable
+from conveyor.logical import Logical
 from conveyor.store import eviction, inspection
+from conveyor.store.address import Address
 from conveyor.store.backend import Backend
+from conveyor.store.cluster import Cluster
 from conveyor.store.keys import QueueKeys
 
 Level = Literal["ok", "note", "warning", "problem"]
@@ -78,29 +80,58 @@ class Report:
         self.findings.append(Finding(name, level, text, remedy, code))
 
 
-def examine(
-    backend: Backend, keys: Callable[[str], QueueKeys] | None = None, queues: list[str] | None = None
-) -> Report:
+def examine(backend: Backend, logical: Logical | None = None) -> Report:
     """
     Look at everything; raises StoreUnavailable when the server does not answer.
 
-    *keys* and *queues* say what is known of queues besides their names in Redis: which are plain lists.
+    *logical* says what is known of queues besides their names in Redis: which are plain lists.
     """
     report = Report(str(backend.address))
     _latency(backend, report)
+    if isinstance(backend.address, Cluster):
+        _nodes(backend, backend.address, report)
+    else:
+        _server(backend, report)
+    _clock(backend, report)
+    _queues(backend, logical or Logical(backend), report)
+    return report
+
+
+def _server(backend: Backend, report: Report) -> None:
     facts = _information(backend)
     _version(facts, report)
     if backend.attachment is not None:
         report.add(
             "server", "note", "embedded server: for one machine, made for development", "Elsewhere: CONVEYOR_URL"
         )
+    elif facts.get("redis_mode") == "cluster" and isinstance(backend.address, Address):
+        host = backend.address.host
+        report.add("server", "problem", "this is one node of a cluster", f"Write redis+cluster://{host}", "E33")
     _role(facts, report)
     _eviction(backend, facts, report)
     _durability(backend, facts, report)
     _memory(facts, report)
-    _clock(backend, report)
-    _queues(backend, keys or backend.keys, backend.queues() if queues is None else queues, report)
-    return report
+
+
+def _nodes(backend: Backend, cluster: Cluster, report: Report) -> None:
+    """Examine each node that owns slots; the whole is as durable as the least durable of them."""
+    weakest = list(_DURABILITY)
+    found = []
+    for address in cluster.nodes():
+        node = Backend(address.url, patience=backend.patience)
+        try:
+            one = Report(address.host)
+            _server(node, one)
+        finally:
+            node.close()
+        found.append(one)
+        report.family, report.version = one.family, one.version
+        report.findings += [
+            replace(finding, text=f"{address.host}: {finding.text}")
+            for finding in one.findings
+            if (finding.name, finding.code) != ("server", "E33")
+        ]
+    report.durability = min((one.durability for one in found), key=weakest.index, default="unknown")
 
 
 def eviction_policy(backend: Backend) -> tuple[str, int]:
@@ -189,8 +220,6 @@ def _version(facts: dict[str, str], report: Report) -> None:
         report.add("version", "warning", text, f"Use {numbers[0]}.{numbers[1]}.{safe} or newer.")
     else:
         report.add("version", "ok", name)
-    if facts.get("redis_mode") == "cluster" or facts.get("cluster_enabled") == "1":
-        report.add("version", "problem", "this is one node of a cluster", "Clusters come later: use a single server.")
 
 
 def _role(facts: dict[str, str], report: Report) -> None:
@@ -282,13 +311,16 @@ def _clock(backend: Backend, report: Report) -> None:
         report.add("clock", "ok", f"clocks agree ({skew * 1000:.0f} ms apart)")
 
 
-def _queues(backend: Backend, keys: Callable[[str], QueueKeys], names: list[str], report: Report) -> None:
-    counts = {name: backend.run(inspection.counts(keys(name))) for name in names}
+def _queues(backend: Backend, logical: Logical, report: Report) -> None:
+    counts = {name: logical.counts(name) for name in logical.names()}
     served = [name for name, found in counts.items() if found.workers]
     waiting = {n: found.ready for n, found in counts.items() if found.ready and not found.workers and not found.paused}
     report.findings += stranded(waiting, served)
     for name, found in counts.items():
-        _records(backend, keys(name), found, report)
+        _records(backend, [logical.keys(place) for place in logical.places(name)], found, report)
+        if logical.is_shut(name):
+            text = f"queue '{name}' takes nothing: a change of its partitions was not completed"
+            report.add("queue", "problem", text, f"conveyor queue partition {name} N", "E34")
         if found.paused:
             report.add("queue", "note", f"queue '{name}' is paused", f"conveyor queue resume {name}")
         if found.dead:
@@ -298,14 +330,16 @@ def _queues(backend: Backend, keys: Callable[[str], QueueKeys], names: list[str]
         report.add("queue", "ok", f"{len(counts)} queue{'s' * (len(counts) != 1)}, none of them stuck")
 
 
-def _records(backend: Backend, keys: QueueKeys, found: inspection.Counts, report: Report) -> None:
+def _records(backend: Backend, places: list[QueueKeys], found: inspection.Counts, report: Report) -> None:
     """Look for jobs that stand in line without a record, where that takes a moment only."""
     if len(found) + found.leased + found.dead > _MOST_AUDITED:
         return
-    lost = [id_ for what, id_ in backend.run(inspection.audit(keys)) if what.startswith("no envelope")]
-    if lost:
-        text = f"queue '{keys.queue}': the records of {len(lost):,} jobs are gone, so they will not run: {', '.join(lost[:3])}"
-        report.add("queue", "problem", text, "Was the server evicting? Enqueue them again.", "E10")
+    for keys in places:
+        lost = [id_ for what, id_ in backend.run(inspection.audit(keys)) if what.startswith("no envelope")]
+        if lost:
+            named = ", ".join(lost[:3])
+            text = f"queue '{keys.queue}': the records of {len(lost):,} jobs are gone, so they will not run: {named}"
+            report.add("queue", "problem", text, "Was the server evicting? Enqueue them again.", "E10")
 
 
 def _size(number: int) -> str:

@@ -4,8 +4,8 @@ The exception tree.
 Every error carries a `code`, says what happened with its values, and what to do.
 
     ConveyorError
-    ├── StoreUnavailable       E01  Redis cannot be reached or does not answer
-    ├── ConfigurationError     E02  something is declared or set up wrongly (also E06 E08 E09 E10 E18 E19)
+    ├── StoreUnavailable       E01  Redis cannot be reached or does not answer (also E37)
+    ├── ConfigurationError     E02  something is declared or set up wrongly (also E06 E08 E09 E10 E18 E19 E34 E35 E36)
     ├── PayloadError           E03  arguments or a value that cannot be stored or decoded (also E04 E15 E21 E22)
     ├── UnknownTask            E05  no task of that name is registered here
     ├── LeaseLost              E14  the message is no longer ours
@@ -23,6 +23,9 @@ Every error carries a `code`, says what happened with its values, and what to do
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
 
 
 class ConveyorError(Exception):
@@ -132,9 +135,37 @@ class RateLimited(ConveyorError):
 
 
 class DurabilityNotReached(ConveyorError):
-    """The job is stored, but was not confirmed as widely as asked; repeating with the same id is safe."""
+    """
+    Stored, but not confirmed as widely as asked: the jobs run, and repeating the push with the same id is safe.
+
+    `job_ids` are all that the call stored, `job_id` the first of them; `asked` and `got` count replicas; `fsync` is
+    None when no sync was asked for, else whether it was confirmed.
+    """
 
     code = "E29"
+
+    def __init__(
+        self, message: str, *, job_ids: Sequence[str] = (), asked: int = 0, got: int = 0, fsync: bool | None = None
+    ) -> None:
+        """Take the whole text and the facts."""
+        super().__init__(message)
+        self.job_ids = list(job_ids)
+        self.asked = asked
+        self.got = got
+        self.fsync = fsync
+
+    @property
+    def job_id(self) -> str:
+        """The id of the job, of the first where there are several."""
+        return self.job_ids[0] if self.job_ids else ""
+
+    def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
+        """Survive pickling between processes of the caller."""
+        return _not_reached, (str(self), self.job_ids, self.asked, self.got, self.fsync)
+
+
+def _not_reached(message: str, job_ids: list[str], asked: int, got: int, fsync: bool | None) -> DurabilityNotReached:
+    return DurabilityNotReached(message, job_ids=job_ids, asked=asked, got=got, fsync=fsync)
 
 
 class QueueNotFound(ConveyorError):

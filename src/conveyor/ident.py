@@ -3,7 +3,7 @@ Ids: 128 bits in 22 characters, ordered by the millisecond they were made.
 
 48 bits of time and 80 random bits, written in an alphabet of 64 that sorts like the
 numbers it stands for. 22 characters instead of the 26 of a ULID save 8 bytes a job,
-since Redis holds every id twice. Public ids name their place: ``mail:<id>``.
+since Redis holds every id twice. Public ids name their place: ``mail:<id>``, in a queue with partitions ``mail/3:<id>``.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ _TABLE = bytes.maketrans(_STANDARD, _ORDERED)
 _BACK = bytes.maketrans(_ORDERED, _STANDARD)
 _GENERATED = re.compile(r"[0-9A-Z_a-z~]{22}")
 _NAME = re.compile(r"[A-Za-z0-9_.:-]{1,128}")
+_PLACE = re.compile(r"[A-Za-z0-9_.:-]{1,128}(/\d{1,3})?")
 LENGTH = 22
 
 
@@ -77,11 +78,32 @@ def public(queue: str, id: str) -> str:  # noqa: A002
 
 
 def split(public_id: str) -> tuple[str | None, str]:
-    """Return (queue, id); the queue is None for a bare id, which any queue may hold."""
+    """Return (queue or partition, id); the first is None for a bare id, which any queue may hold."""
     queue, colon, id_ = public_id.rpartition(":")
-    if colon and queue and is_generated(id_) and _NAME.fullmatch(queue):
+    if colon and queue and is_generated(id_) and _PLACE.fullmatch(queue):
         return queue, id_
     return None, public_id
+
+
+def new_spawned_id() -> str:
+    """Return a fresh id of the kind that tells by its last character that the job was spawned by another."""
+    id_ = new_id()
+    return id_[:-1] + chr(_ORDERED[_ORDERED.index(ord(id_[-1])) + 1])  # 22 characters have 4 bits to spare: elsewhere 0
+
+
+def is_spawned(id: str) -> bool:  # noqa: A002
+    """Tell whether *id* was made for a spawned job, which Redis may hear of later than who waits for it."""
+    return is_generated(id) and _ORDERED.index(ord(id[-1])) % 16 == 1
+
+
+def may_come(id: str) -> bool:  # noqa: A002
+    """Tell whether a job that Redis does not know may be on its way: it was spawned, and not so long ago that it is forgotten."""
+    return is_spawned(id) and time() * 1000 - (made_at_ms(id) or 0) < 86_400_000
+
+
+def given_id(id: str) -> str:  # noqa: A002
+    """Return the id that a job on its way out was given: a spawned job's, or a usable one of the caller's own."""
+    return id if isinstance(id, str) and is_spawned(id) else own_id(id)
 
 
 def own_id(id: str) -> str:  # noqa: A002
@@ -100,6 +122,16 @@ def queue_name(name: str) -> str:
             f"A queue or task name has 1 to 128 of A-Z a-z 0-9 _ . : - and nothing else: {name!r}."
         )
     return name
+
+
+def partition(queue: str, number: int) -> str:
+    """Return the name of one partition of *queue*, counted from 0."""
+    return f"{queue}/{number}"
+
+
+def logical(place: str) -> str:
+    """Return the queue that *place*, a queue or a partition, belongs to."""
+    return place.partition("/")[0] if _PLACE.fullmatch(place) else place
 
 
 def unique_key(key: str) -> str:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from asyncio import _get_running_loop
+from asyncio import _get_running_loop, sleep
 from collections.abc import Mapping
+from time import monotonic
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar, cast
-
-import msgspec
 
 from conveyor import ident
 from conveyor.duration import Duration, milliseconds
 from conveyor.errors import ConfigurationError, JobCancelled, JobFailed, JobNotFound, ResultExpired
-from conveyor.model import Failure, State, Status, read_outcome
+from conveyor.model import Failure, Status, read_outcome, read_whatever
 from conveyor.store import inspection, operations
 from conveyor.store.operations import Existing
 
@@ -22,6 +21,8 @@ if TYPE_CHECKING:
     from conveyor.store.backend import Backend
     from conveyor.store.keys import QueueKeys
 
+_LOOK = 0.02
+"""Seconds between two looks at the buffer of this program."""
 R_co = TypeVar("R_co", covariant=True)
 Shown = tuple[str, inspection.Row | None, bytes]
 
@@ -104,16 +105,21 @@ class Job(Generic[R_co]):
 
     def status(self) -> Status:
         """
-        Return scheduled, ready, leased, done, dead or cancelled.
+        Return scheduled, ready, leased, done, dead or cancelled; waiting for a spawned job that has not left its parent,
+        and for one in the buffer of this program.
 
         A job that Redis no longer knows is done: one that succeeded and keeps no result leaves no record. Raises
         JobNotFound for an id of the caller's own that no queue has seen within a day.
         """
         refuse_in_loop("job.status()", "await job.astatus()")
+        if self._waits_here():
+            return "waiting"
         return self._status(self._show())
 
     async def astatus(self) -> Status:
         """Do the same without blocking the event loop."""
+        if self._waits_here():
+            return "waiting"
         return self._status(await self._ashow())
 
     def _status(self, shown: Shown) -> Status:
@@ -122,13 +128,38 @@ class Job(Generic[R_co]):
             return row.status
         if place == "result":
             return read_outcome(record).status
+        if place == "none" and not record and ident.may_come(self._bare):
+            return "waiting"  # its parent has not ended, or has a moment ago
         return "cancelled" if place == "cancelled" else "done"
+
+    def _waits_here(self) -> bool:
+        buffer = self._home.backend.buffer
+        return buffer is not None and buffer.holds(self._bare)
+
+    def _left_here(self, seconds: float | None) -> float | None:
+        """Wait until the buffer of this program has delivered it; return what is left of so many seconds."""
+        buffer = self._home.backend.buffer
+        if buffer is None or not buffer.holds(self._bare):
+            return seconds
+        began = monotonic()
+        if not buffer.wait_for(self._bare, seconds) and seconds is not None:
+            raise self._too_late(seconds)
+        return None if seconds is None else max(0.0, seconds - (monotonic() - began))
+
+    async def _aleft_here(self, seconds: float | None) -> float | None:
+        """Do the same without blocking the event loop."""
+        began = monotonic()
+        while self._waits_here():
+            if seconds is not None and monotonic() - began >= seconds:
+                raise self._too_late(seconds)
+            await sleep(_LOOK)
+        return None if seconds is None else max(0.0, seconds - (monotonic() - began))
 
     def _show(self) -> Shown:
         backend = self._home.backend
         if self.queue is not None:
             return self._found(self.queue, backend.run(inspection.show(self._home.keys(self.queue), self._bare)))
-        for queue in backend.queues():
+        for queue in self._likely(backend.queues()):
             shown = backend.run(inspection.show(self._home.keys(queue), self._bare))
             if _is_known(shown):
                 return self._found(queue, shown)
@@ -138,11 +169,16 @@ class Job(Generic[R_co]):
         backend = self._home.backend
         if self.queue is not None:
             return self._found(self.queue, await backend.arun(inspection.show(self._home.keys(self.queue), self._bare)))
-        for queue in await backend.aqueues():
+        for queue in self._likely(await backend.aqueues()):
             shown = await backend.arun(inspection.show(self._home.keys(queue), self._bare))
             if _is_known(shown):
                 return self._found(queue, shown)
         raise self._unknown()
+
+    def _likely(self, queues: list[str]) -> list[str]:
+        from conveyor.partition import likely_first
+
+        return likely_first(queues, self._bare)
 
     def _found(self, queue: str, shown: Shown) -> Shown:
         self.queue = queue
@@ -168,17 +204,19 @@ class Job(Generic[R_co]):
         """
         refuse_in_loop("job.result()", "await job.aresult()")
         seconds = _seconds(timeout)
+        left = self._left_here(seconds)
         if self.task is None:
             self._show()  # the task says what type the result has, and only a live job names it
-        answer = self._home.replies.wait(self._keys(), self._bare, seconds)
+        answer = self._home.replies.wait(self._keys(), self._bare, left)
         return self._value(answer, seconds)
 
     async def aresult(self, timeout: Duration | None = None) -> R_co:  # noqa: ASYNC109  the twin of result
         """Do the same without blocking the event loop."""
         seconds = _seconds(timeout)
+        left = seconds if self._home.backend.buffer is None else await self._aleft_here(seconds)
         if self.task is None:
             await self._ashow()
-        answer = await self._home.replies.await_(self._keys(), self._bare, seconds)
+        answer = await self._home.replies.await_(self._keys(), self._bare, left)
         return self._value(answer, seconds)
 
     def _keys(self) -> QueueKeys:
@@ -187,10 +225,10 @@ class Job(Generic[R_co]):
 
     def _value(self, answer: Answer | None, seconds: float | None) -> R_co:
         if answer is None:
-            raise TimeoutError(f"Job {self.id} has not ended within {seconds:g} s. It goes on; ask again later.")
+            raise self._too_late(seconds)
         word, data = answer
         if word == "dead":
-            state = State.decode(data)
+            _, state, _ = read_whatever(b"\n\n", data)
             errors = state.failures_list()
             raise self._failed(errors[-1] if errors else None, f"its worker crashed {state.crashes} times while it ran")
         if word == "gone":
@@ -207,8 +245,14 @@ class Job(Generic[R_co]):
             why = "expired before it started" if outcome.reason == "expired" else "was cancelled"
             raise JobCancelled(f"Job {self.id} {why}.")
         if self._promise is None:
-            return cast("R_co", msgspec.json.decode(value))
+            from conveyor.codec import ValueCodec
+
+            untyped: ValueCodec[R_co] = ValueCodec(what=f"The result of {self.id}", max_payload=1 << 30)
+            return untyped.decode(value)
         return cast("R_co", self._promise.results.decode(value))
+
+    def _too_late(self, seconds: float | None) -> TimeoutError:
+        return TimeoutError(f"Job {self.id} has not ended within {seconds:g} s. It goes on; ask again later.")
 
     def _nothing(self, *, just_ended: bool) -> R_co:
         # Of a task that is not known here, nobody can say whether it had promised a value.
@@ -235,17 +279,20 @@ class Job(Generic[R_co]):
         """
         Cancel the job: it will not start, and a running one is asked to stop.
 
-        Return False when it had ended already. Whether a running job does stop is its own affair: `result` tells.
+        Return False when it had ended already; raises TimeoutError while it waits in a buffer. Whether a running job
+        does stop is its own affair: `result` tells.
         """
         refuse_in_loop("job.cancel()", "await job.acancel()")
         if self.queue is None:
             self._show()
+        self._left_here(self._home.backend.patience)
         return self._home.backend.run(operations.cancel(self._keys(), self._bare)) > 0
 
     async def acancel(self) -> bool:
         """Do the same without blocking the event loop."""
         if self.queue is None:
             await self._ashow()
+        await self._aleft_here(self._home.backend.patience)
         return await self._home.backend.arun(operations.cancel(self._keys(), self._bare)) > 0
 
 

@@ -20,6 +20,8 @@ from typing import Any, Literal
 
 import msgspec
 
+from conveyor.errors import PayloadError
+
 Status = Literal["scheduled", "ready", "leased", "done", "dead", "cancelled", "waiting"]
 
 ERRORS_KEPT = 20
@@ -125,8 +127,11 @@ def to_json(value: Any) -> bytes:
 
 
 def read_outcome(data: bytes) -> Outcome:
-    """Read a stored or published outcome; empty bytes are a success without a value."""
-    return _OUTCOME.decode(data) if data else Outcome("done")
+    """Read a stored or published outcome; empty bytes are a success without a value. Raises PayloadError (E15)."""
+    try:
+        return _OUTCOME.decode(data) if data else Outcome("done")
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+        raise PayloadError(f"What is stored of the job's end cannot be read: {error}.", code="E15") from None
 
 
 def read_failure(data: bytes) -> Failure:
@@ -160,14 +165,20 @@ def read_envelope(data: bytes) -> Envelope:
 
 def read_whatever(envelope: bytes, state: bytes | None) -> tuple[Envelope, State, str]:
     """
-    Read what is stored of a job, and why it cannot be read: then the body is the stored bytes, and the state is empty.
+    Read what is stored of a job, and why it cannot be read: then the body is the stored bytes, or the state empty.
 
     For those who must go on whatever somebody wrote there.
     """
+    damage = ""
     try:
-        return read_envelope(envelope), State.decode(state), ""
+        found = read_envelope(envelope)
     except Exception as error:
-        return Envelope("", envelope), State(), f"{type(error).__name__}: {error}"
+        found, damage = Envelope("", envelope), f"{type(error).__name__}: {error}"
+    try:
+        known = State.decode(state)
+    except Exception as error:
+        known, damage = State(), damage or f"{type(error).__name__}: {error}"
+    return found, known, damage
 
 
 def _read_marks(envelope: Envelope, marks: str) -> None:

@@ -13,6 +13,7 @@ from conveyor.duration import Duration, instant_ms, milliseconds
 from conveyor.errors import ConfigurationError, PayloadError
 from conveyor.model import Extra, to_json, write_rest
 from conveyor.posting import MAX_HEADERS
+from conveyor.store.durability import Wish, wish
 from conveyor.store.operations import Entry
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ class Choice:
     keep_ms: int | None = None
     attempts: int | None = None
     front: bool = False
+    wish: Wish | None = None
 
 
 NOTHING = Choice()
@@ -54,15 +56,15 @@ def choose(
     keep_result: Duration | None,
     retry: int | None,
     front: bool,
-    wait_replicas: int,
+    fsync: bool | None,
+    wait_replicas: int | None,
+    wait_timeout: Duration | None,
 ) -> Choice:
     """Return the options of one call, checked; raises ConfigurationError."""
     if delay is not None and at is not None:
         raise ConfigurationError("options(delay=…, at=…): give one of them.")
     if front and (delay is not None or at is not None):
         raise ConfigurationError("options(front=True) is for a job that is ready now, without delay or at.")
-    if wait_replicas:
-        raise ConfigurationError("options(wait_replicas=…) is not available yet. Leave it out.")
     if unique is not None and not isinstance(unique, str):
         raise ConfigurationError(f"options(unique=…) takes the key itself, a text, not {unique!r}.")
     return Choice(
@@ -78,6 +80,7 @@ def choose(
         keep_ms=None if keep_result is None else milliseconds(keep_result, name="keep_result"),
         attempts=None if retry is None else check_attempts(retry),
         front=front,
+        wish=wish(fsync, wait_replicas, wait_timeout),
     )
 
 
@@ -114,7 +117,7 @@ class Outgoing:
         if self.headers or self.version != 1 or options != (None, None, None):
             extra = Extra(check_headers(self.headers), *options, self.version)
         own = self.id is not None
-        id_ = ident.own_id(self.id) if self.id is not None else ident.new_id()
+        id_ = ident.given_id(self.id) if self.id is not None else ident.new_id()
         if sealing is not None:
             body = sealing.wrap(body, queue=self.queue, task=self.task, id=id_)
         return Entry(

@@ -60,6 +60,9 @@ class PlainList(Queue[T]):
     def _make_pusher(self) -> Pusher[T]:
         return RawPusher(self.backend, self.keys, self.codec)
 
+    def _by(self, options: Posting) -> Pusher[T]:
+        return self._pusher
+
     def _intake(self) -> Callable[[int], Call[int]] | None:
         return partial(intake, self.keys)
 
@@ -67,6 +70,14 @@ class PlainList(Queue[T]):
         if not dead:
             yield from self._move_in()
         return (yield from super()._purge(dead))
+
+    def repartition(self, partitions: int) -> int:
+        """Refused: a plain list is one key."""
+        raise ConfigurationError(f"The plain list '{self.name}' is one key and cannot lie in {partitions} partitions.")
+
+    async def arepartition(self, partitions: int) -> int:
+        """Refused, as `repartition`."""
+        return self.repartition(partitions)
 
     def _move_in(self) -> Sweep:
         """Move what is on the list now into the queue, where it can be counted out."""
@@ -86,6 +97,7 @@ class RawPusher(Pusher[T]):
     def __init__(self, backend: Backend, keys: QueueKeys, codec: ValueCodec[T]) -> None:
         """Take where to, and how."""
         super().__init__(backend, keys, codec, None)
+        self._home = backend
         self._lanes = rawlist.Lanes()
         self._known = False
 
@@ -121,20 +133,20 @@ class RawPusher(Pusher[T]):
 
     def _raw(self, entries: list[bytes]) -> None:
         if not self._known:
-            self._backend.announce(self._keys)
+            self._home.announce(self._keys)
             self._known = True
         with self._lanes.one() as lane:
-            self._backend.run(rawlist.push(self._keys, lane, entries))
+            self._home.run(rawlist.push(self._keys, lane, entries))
 
     async def _araw(self, entries: list[bytes]) -> None:
-        await self._backend.aannounce(self._keys)
+        await self._home.aannounce(self._keys)
         with self._lanes.one() as lane:
-            await self._backend.arun(rawlist.push(self._keys, lane, entries))
+            await self._home.arun(rawlist.push(self._keys, lane, entries))
 
 
 def _refuse(options: Posting) -> None:
-    if options != PLAIN:
+    if options != PLAIN or options.wish is not None:
         raise ConfigurationError(
-            "A plain list holds bare documents, so a push takes no delay, at, priority, id, unique, expires, headers "
-            "or front. Nothing was stored. Use a queue for these."
+            "A plain list holds bare documents, so a push takes no delay, at, priority, id, unique, expires, headers, "
+            "front, fsync or wait_replicas. Nothing was stored. Use a queue for these."
         )

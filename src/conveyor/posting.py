@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from typing import ClassVar, TypedDict
 
@@ -11,6 +11,7 @@ from conveyor import ident
 from conveyor.duration import Duration, instant_ms, milliseconds
 from conveyor.errors import ConfigurationError, PayloadError
 from conveyor.model import Extra, write_rest
+from conveyor.store.durability import Wish, wish
 from conveyor.store.operations import Entry
 
 MAX_HEADERS = 8 * 1024
@@ -29,6 +30,8 @@ class Posting:
     front: bool = False
     id: str | None = None
     unique: str | None = None
+    wish: Wish | None = field(default=None, compare=False)
+    """What is asked of the store beyond keeping it: no part of what is stored."""
     wraps: ClassVar[bool] = False
     """True when making an entry takes more than putting it together."""
 
@@ -61,7 +64,9 @@ class Placement(TypedDict, total=False):
     group: str | None
     expires: Duration | None
     headers: Mapping[str, str] | None
-    wait_replicas: int
+    fsync: bool | None
+    wait_replicas: int | None
+    wait_timeout: Duration | None
     front: bool
     timeout: Duration | None
 
@@ -87,7 +92,9 @@ def posting(
     unique: str | None = None,
     expires: Duration | None = None,
     headers: Mapping[str, str] | None = None,
-    wait_replicas: int = 0,
+    fsync: bool | None = None,
+    wait_replicas: int | None = None,
+    wait_timeout: Duration | None = None,
     front: bool = False,
     timeout: Duration | None = None,
     version: int = 1,
@@ -95,8 +102,6 @@ def posting(
     """Return the options as they are stored. Raises ConfigurationError and PayloadError."""
     if group is not None:
         raise later("group")
-    if wait_replicas != 0:
-        raise later("wait_replicas")
     if timeout is not None:
         raise later("timeout", "It belongs to full='block'.")
     delay_ms = milliseconds(delay, name="delay")
@@ -120,6 +125,7 @@ def posting(
         front=bool(front),
         id=None if id is None else ident.own_id(id),
         unique=None if unique is None else ident.unique_key(unique),
+        wish=wish(fsync, wait_replicas, wait_timeout),
     )
 
 

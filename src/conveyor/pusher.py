@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from copy import copy
 from itertools import islice
-from typing import Generic, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 from conveyor import ident
 from conveyor.codec import ValueCodec
-from conveyor.errors import ConfigurationError, ConveyorError, PayloadError, QueueFull, StoreUnavailable
+from conveyor.errors import (
+    ConfigurationError,
+    ConveyorError,
+    DurabilityNotReached,
+    PayloadError,
+    QueueFull,
+    StoreUnavailable,
+)
 from conveyor.posting import Posting
-from conveyor.store import operations
-from conveyor.store.backend import Backend, refuse_in_loop
-from conveyor.store.connection import Connection
+from conveyor.store.backend import refuse_in_loop
+from conveyor.store.durability import after
 from conveyor.store.gathering import BULK
 from conveyor.store.keys import QueueKeys
-from conveyor.store.operations import Entry, Lane
+from conveyor.store.operations import Entry
+from conveyor.store.script import Argument
 from conveyor.wrapping import wrapped_entries
 
 T = TypeVar("T")
@@ -25,15 +33,33 @@ CHUNK_BYTES = 8_000_000
 """Bytes sent in one call, so that bulk pushes of large messages let others in."""
 
 
+class Way(Protocol):
+    """The way into Redis: a backend, or one whose pushes are confirmed."""
+
+    def push(
+        self, keys: QueueKeys, entries: Sequence[Entry], *, max_length: int = 0, whole: bool = False
+    ) -> list[str]: ...
+    def push_plain(self, keys: QueueKeys, pairs: Sequence[Argument], *, max_length: int = 0) -> None: ...
+    async def apush(
+        self, keys: QueueKeys, entries: Sequence[Entry], *, max_length: int = 0, whole: bool = False
+    ) -> list[str]: ...
+
+
 class Pusher(Generic[T]):
     """The way into one queue. `max_length` bounds it, None does not."""
 
-    def __init__(self, backend: Backend, keys: QueueKeys, codec: ValueCodec[T], max_length: int | None) -> None:
+    def __init__(self, backend: Way, keys: QueueKeys, codec: ValueCodec[T], max_length: int | None) -> None:
         """Take where to, how, and how many."""
         self._backend = backend
         self._keys = keys
         self._codec = codec
         self._most = max_length or 0
+
+    def through(self, backend: Way) -> Pusher[T]:
+        """Return the same with another way into Redis."""
+        other = copy(self)
+        other._backend = backend  # noqa: SLF001
+        return other
 
     def push(self, value: T, options: Posting) -> str:
         """Store one value and return its public id."""
@@ -61,6 +87,8 @@ class Pusher(Generic[T]):
                 self._send(chunk, fresh, options)
             except (QueueFull, StoreUnavailable) as error:
                 raise _partly(error, len(ids)) from error
+            except DurabilityNotReached as error:
+                raise after(error, self._public(ids)) from None
             ids += fresh
         return self._public(ids)
 
@@ -69,15 +97,12 @@ class Pusher(Generic[T]):
         ids: list[str] = []
         for chunk in self._chunks(values, options.head, ids):
             fresh = ident.new_ids(len(chunk))
-            entries = await wrapped_entries(options, fresh, chunk)
             try:
-                if self._most:
-                    await self._backend.aannounce(self._keys)
-                    await self._backend.shared().lane(self._keys, self._most).push(entries)
-                else:
-                    await self._backend.apush(self._keys, entries)
+                await self._asend(chunk, fresh, options)
             except (QueueFull, StoreUnavailable) as error:
                 raise _partly(error, len(ids)) from error
+            except DurabilityNotReached as error:
+                raise after(error, self._public(ids)) from None
             ids += fresh
         return self._public(ids)
 
@@ -94,31 +119,25 @@ class Pusher(Generic[T]):
             self._backend.push_plain(self._keys, pairs, max_length=self._most)
             return
         entries = [options.entry(id_, envelope) for id_, envelope in zip(ids, chunk, strict=True)]
-        if len(entries) <= BULK:
-            self._backend.push(self._keys, entries, max_length=self._most)
-        else:
-            self._push_whole(entries)
+        self._backend.push(self._keys, entries, max_length=self._most, whole=True)
 
-    def _push_whole(self, entries: list[Entry]) -> None:
-        """Accept all or none of more than fit one call of the backend."""
-        self._backend.push(self._keys, [])  # makes the queue known
-        connection = Connection(self._backend.place(self._keys))
-        try:
-            call = operations.push(self._keys, Lane(ident.new_identity()), entries, max_length=self._most)
-            connection.run(call, patience=self._backend.patience)
-        finally:
-            connection.close()
+    async def _asend(self, chunk: list[bytes], ids: list[str], options: Posting) -> None:
+        entries = await wrapped_entries(options, ids, chunk)
+        await self._backend.apush(self._keys, entries, max_length=self._most, whole=self._most > 0)
 
     def _chunks(self, values: Iterable[T], head: bytes, stored: list[str]) -> Iterator[list[bytes]]:
         """Yield envelopes as they are sent together; *stored* tells, in errors, how many went before."""
         for window in self._windows(values, head, stored):
-            if self._most:
-                yield window
-            elif sum(map(len, window)) <= len(window) * CHUNK_BYTES // BULK:
-                for first in range(0, len(window), BULK):
-                    yield window[first : first + BULK]
-            else:
-                yield from _by_bytes(window)
+            yield from self._cut(window)
+
+    def _cut(self, window: list[bytes]) -> Iterator[list[bytes]]:
+        if self._most:
+            yield window
+        elif sum(map(len, window)) <= len(window) * CHUNK_BYTES // BULK:
+            for first in range(0, len(window), BULK):
+                yield window[first : first + BULK]
+        else:
+            yield from _by_bytes(window)
 
     def _windows(self, values: Iterable[T], head: bytes, stored: list[str]) -> Iterator[list[bytes]]:
         rest = iter(values)

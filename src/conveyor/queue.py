@@ -9,7 +9,7 @@ from contextlib import aclosing
 from functools import partial
 from typing import Any, Generic, Literal, TypeVar, Unpack, cast, get_args
 
-from conveyor import ident, sweep
+from conveyor import ident, repartition, sweep
 from conveyor.aconsumer import AsyncConsumer
 from conveyor.codec import MAX_PAYLOAD, ValueCodec
 from conveyor.consumer import Consumer
@@ -29,6 +29,7 @@ from conveyor.sealing.version import check_version
 from conveyor.store import inspection, operations
 from conveyor.store.backend import Backend, refuse_in_loop
 from conveyor.store.bell import AsyncBell, Bell
+from conveyor.store.durability import Durability
 from conveyor.store.inspection import Counts
 from conveyor.store.keys import QueueKeys
 from conveyor.store.operations import MOST_HELD
@@ -63,6 +64,7 @@ class Queue(Generic[T]):
         retry: Retry | None = None,
         partitions: int = 1,
         limits: Iterable[object] = (),
+        asks: Durability | None = None,
         max_payload: int = MAX_PAYLOAD,
         sealing: Sealing | None = None,
         version: int = 1,
@@ -81,9 +83,10 @@ class Queue(Generic[T]):
         if full != "raise":
             raise later("full", f"Only 'raise' works yet, not {full!r}.")
         if partitions != 1:
-            raise later("partitions")
+            raise ConfigurationError("A Queue lies in one piece: app.queue(…, partitions=…) makes one that does not.")
         if tuple(limits):
             raise later("limits")
+        self.asks = asks
         self._sealing = sealing
         self._version = check_version(version, upcast, f"queue({name!r})")
         self._opening: Opening[T] = Opening(name, self.codec, sealing, version, upcast)
@@ -99,10 +102,16 @@ class Queue(Generic[T]):
         return self.backend.keys(self.name)
 
     def _make_pusher(self) -> Pusher[T]:
-        return Pusher(self.backend, self.keys, self.codec, self.max_length)
+        return Pusher(self.backend.way(self.asks), self.keys, self.codec, self.max_length)
 
     def _intake(self) -> Callable[[int], Call[int]] | None:
         return None
+
+    def _by(self, options: Posting) -> Pusher[T]:
+        """Return what pushes with these options."""
+        if options.wish is None:
+            return self._pusher
+        return self._pusher.through(self.backend.way(self.asks, options.wish))
 
     # -- push ---------------------------------------------------------------------------------------------------------
 
@@ -112,10 +121,13 @@ class Queue(Generic[T]):
 
         `delay` or `at` (an aware datetime) schedule it; `priority` is 0 to 9, higher first; `front` puts it before all
         others; `expires` drops it when nobody took it by then; `headers` are text. While a message with the same
-        `unique` key lives, its id is returned and nothing is stored; so with `id`, until a day after it ended. Raises
-        PayloadError, ConfigurationError, QueueFull: nothing was stored; StoreUnavailable: perhaps it was, once.
+        `unique` key lives, its id is returned and nothing is stored; so with `id`, until a day after it ended.
+        `fsync` waits until it is on disk, `wait_replicas` until so many replicas have it, each for `wait_timeout`.
+        Raises PayloadError, ConfigurationError, QueueFull: nothing was stored; StoreUnavailable: perhaps it was, once;
+        DurabilityNotReached: it was, and was not confirmed.
         """
-        return self._pusher.push(value, self._posting(options))
+        chosen = self._posting(options)
+        return self._by(chosen).push(value, chosen)
 
     def push_many(self, values: Iterable[T], **options: Unpack[Placement]) -> list[str]:
         """
@@ -124,15 +136,18 @@ class Queue(Generic[T]):
         A list is checked whole before anything is stored, an iterator in windows of 100,000, which are held no longer
         than needed. With `max_length` all are accepted or none, at most 100,000 at a time.
         """
-        return self._pusher.push_many(values, self._placement(options))
+        chosen = self._placement(options)
+        return self._by(chosen).push_many(values, chosen)
 
     async def apush(self, value: T, **options: Unpack[PushOptions]) -> str:
         """Store one message and return its id, as `push`; concurrent calls share round trips."""
-        return await self._pusher.apush(value, self._posting(options))
+        chosen = self._posting(options)
+        return await self._by(chosen).apush(value, chosen)
 
     async def apush_many(self, values: Iterable[T], **options: Unpack[Placement]) -> list[str]:
         """Store many messages in their order and return their ids, as `push_many`."""
-        return await self._pusher.apush_many(values, self._placement(options))
+        chosen = self._placement(options)
+        return await self._by(chosen).apush_many(values, chosen)
 
     def _posting(self, options: PushOptions) -> Posting:
         if self._sealing is None and self._version == 1:
@@ -322,6 +337,19 @@ class Queue(Generic[T]):
                 yield letter
             offset += len(page)
 
+    def repartition(self, partitions: int) -> int:
+        """
+        Lay the queue in that many partitions, all of which must be empty, and return in how many it lay.
+
+        Every program must then declare the new number: this object, with the old one, is refused too. Raises
+        ConfigurationError (E35), with nothing changed, when something is ready, scheduled, leased or dead.
+        """
+        return repartition.repartition(self.backend, self.name, partitions)
+
+    async def arepartition(self, partitions: int) -> int:
+        """Lay the queue in that many partitions, as `repartition`."""
+        return await repartition.arepartition(self.backend, self.name, partitions)
+
     def _purge(self, dead: bool) -> sweep.Sweep:
         return sweep.purge_dead(self.keys) if dead else sweep.purge_waiting(self.keys)
 
@@ -329,13 +357,16 @@ class Queue(Generic[T]):
         kind = type(self).__name__
         try:
             refuse_in_loop()
-            counts = self.backend.run(inspection.counts(self.keys), patience=0) if self._reached() else None
+            counts = self._peek() if self._reached() else None
         except (ConveyorError, OSError):
             counts = None
         if counts is None:
             return f"<{kind} {self.name}>"
         rest = "".join(f", {n} {word}" for word in ("scheduled", "leased", "dead") if (n := getattr(counts, word)))
         return f"<{kind} {self.name}: {counts.ready} ready{rest}{', paused' if counts.paused else ''}>"
+
+    def _peek(self) -> Counts:
+        return self.backend.run(inspection.counts(self.keys), patience=0)
 
     def _reached(self) -> bool:
         return bool(self.backend._free)  # noqa: SLF001

@@ -8,12 +8,12 @@ import inspect
 import sys
 from asyncio import _get_running_loop
 from collections.abc import Callable, Container, Coroutine, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Generic, Literal, ParamSpec, Protocol, TypeVar
 
-from conveyor import ident
+from conveyor import ident, outbox
 from conveyor.codec import ValueCodec, show
 from conveyor.context import Context
 from conveyor.duration import Duration
@@ -29,6 +29,7 @@ from conveyor.store.operations import Entry, Existing
 if TYPE_CHECKING:
     from conveyor.middleware import Middleware
     from conveyor.sealing.sealing import Sealing
+    from conveyor.store.durability import Wish
     from conveyor.store.keys import QueueKeys
 
 P = ParamSpec("P")
@@ -47,12 +48,15 @@ class Sender(Home, Protocol):
 
     @property
     def bounded(self) -> Container[str]: ...
+    @property
+    def partitioned(self) -> Container[str]: ...
 
     @property
     def sealing(self) -> Sealing | None: ...
 
-    def send(self, queue: str, entries: Sequence[Entry]) -> list[str]: ...
-    async def asend(self, queue: str, entries: Sequence[Entry]) -> list[str]: ...
+    def placed(self, queue: str, entry: Entry) -> str: ...
+    def send(self, queue: str, entries: Sequence[Entry], wish: Wish | None = None) -> list[str]: ...
+    async def asend(self, queue: str, entries: Sequence[Entry], wish: Wish | None = None) -> list[str]: ...
 
 
 @dataclass(frozen=True)
@@ -174,19 +178,23 @@ class Task(Generic[P, R_co]):
         keep_result: Duration | None = None,
         retry: int | None = None,
         front: bool = False,
-        wait_replicas: int = 0,
+        fsync: bool | None = None,
+        wait_replicas: int | None = None,
+        wait_timeout: Duration | None = None,
     ) -> BoundTask[P, R_co]:
         """
         Return the task with options for single jobs; what is None stays as the task has it.
 
         `delay` or `at` (an aware datetime) starts it later, `expires` cancels it when it has not started by
         then, `id` is an id of your own and a unique key, `retry` the number of attempts, `front` goes before all
-        of its priority.
+        of its priority. `fsync` waits until it is on disk, `wait_replicas` until so many replicas have it, each for
+        `wait_timeout`; then DurabilityNotReached.
         Raises ConfigurationError.
         """
         choice = choose(
             delay=delay, at=at, priority=priority, id=id, queue=queue, unique=unique, expires=expires, headers=headers,
-            timeout=timeout, keep_result=keep_result, retry=retry, front=front, wait_replicas=wait_replicas,
+            timeout=timeout, keep_result=keep_result, retry=retry, front=front, fsync=fsync,
+            wait_replicas=wait_replicas, wait_timeout=wait_timeout,
         )  # fmt: skip
         return BoundTask(self, choice)
 
@@ -195,12 +203,19 @@ class Task(Generic[P, R_co]):
         if _get_running_loop() is not None:
             raise _in_loop(self, args, kwargs, sys._getframe(2))  # noqa: SLF001
         queue, entry = self.prepare(choice, args, kwargs)
-        return self._handle(queue, entry, self._home.send(queue, (entry,))[0])
+        return self._handle(queue, entry, self._home.send(queue, (entry,), choice.wish)[0])
 
     async def aenqueue_with(self, choice: Choice, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Job[R_co]:
         """Do the same without blocking the event loop."""
         queue, entry = await self.aprepare(choice, args, kwargs)
-        return self._handle(queue, entry, (await self._home.asend(queue, (entry,)))[0])
+        return self._handle(queue, entry, (await self._home.asend(queue, (entry,), choice.wish))[0])
+
+    def follow_with(self, choice: Choice, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Job[R_co], bytes]:
+        """Prepare a job for an outbox; raises PayloadError."""
+        if choice.id is None:
+            choice = replace(choice, id=ident.new_spawned_id())
+        queue, entry = self.prepare(choice, args, kwargs)
+        return Job(self._home, entry.id, queue, self), outbox.write(queue, entry)
 
     def _handle(self, queue: str, entry: Entry, id: str) -> Job[R_co]:  # noqa: A002
         return Job(self._home, id, queue, self, duplicate=isinstance(id, Existing))
@@ -210,17 +225,20 @@ class Task(Generic[P, R_co]):
         return choice is NOTHING and self._plain and not self._home.pushers
 
     def prepare(self, choice: Choice, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, Entry]:
-        """Return the queue and the entry of a call, with the middleware's changes; raises PayloadError."""
+        """Return the queue (or partition) and the entry of a call, with the middleware's changes; raises PayloadError."""
         outgoing, body = self._outgoing(choice, args, kwargs)
-        return outgoing.queue, outgoing.entry(body, self._home.sealing)
+        entry = outgoing.entry(body, self._home.sealing)
+        return self._home.placed(outgoing.queue, entry), entry
 
     async def aprepare(self, choice: Choice, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, Entry]:
         """Do the same; a body for the store of large ones is written there on a thread."""
         sealing = self._home.sealing
         outgoing, body = self._outgoing(choice, args, kwargs)
         if sealing is None or not sealing.is_large(body, b"payload"):
-            return outgoing.queue, outgoing.entry(body, sealing)
-        return outgoing.queue, await asyncio.to_thread(outgoing.entry, body, sealing)
+            entry = outgoing.entry(body, sealing)
+        else:
+            entry = await asyncio.to_thread(outgoing.entry, body, sealing)
+        return self._home.placed(outgoing.queue, entry), entry
 
     def _outgoing(self, choice: Choice, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Outgoing, bytes]:
         settings = self.settings
@@ -304,6 +322,10 @@ class TaskCall(Generic[R_co]):
 
     def __repr__(self) -> str:
         return f"<{_call_text(self.task.name, self.args, self.kwargs)}>"
+
+    def follow(self) -> tuple[Job[R_co], bytes]:
+        """Return the handle of the job this call is to become, and its entry in an outbox: for `context.spawn`."""
+        return self.task.follow_with(self.choice, self.args, self.kwargs)
 
     def enqueue(self) -> Job[R_co]:
         """Enqueue this call alone."""

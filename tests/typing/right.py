@@ -54,6 +54,11 @@ async def load(order: Order, at: datetime | None = None) -> list[Order]:
 def nothing() -> None: ...
 
 
+async def chain(context: Context = current()) -> None:
+    assert_type(context.spawn(add.s(1, 2)), Job[int])
+    assert_type(context.spawn(send.options(delay="1m").s(1, "acme")), Job[str])
+
+
 async def twins() -> None:
     assert_type(await add.aenqueue(1, b=2), Job[int])
     assert_type(await (await add.aenqueue(1)).aresult(timeout="5s"), int)

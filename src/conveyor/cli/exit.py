@@ -34,6 +34,7 @@ _BY_CLASS: tuple[tuple[type[BaseException], Exit], ...] = (
     (errors.QueueNotFound, Exit.NOT_FOUND),
     (errors.ResultExpired, Exit.NOT_FOUND),
     (errors.QueueFull, Exit.REFUSED),
+    (errors.DurabilityNotReached, Exit.REFUSED),
     (errors.Duplicate, Exit.REFUSED),
     (errors.RateLimited, Exit.REFUSED),
     (errors.JobFailed, Exit.JOB_FAILED),

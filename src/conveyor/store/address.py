@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import urlsplit
 
 from conveyor.errors import ConfigurationError
+from conveyor.store.place import ANSWER_TIMEOUT
 
 if TYPE_CHECKING:
     from redis import Connection
@@ -29,7 +30,6 @@ _ALIVE = {
     for name, value in (("TCP_KEEPIDLE", 30), ("TCP_KEEPINTVL", 10), ("TCP_KEEPCNT", 3))
     if hasattr(socket, name)
 }
-_ANSWER_TIMEOUT = 5.0
 
 
 def redact(text: str) -> str:
@@ -43,7 +43,7 @@ class Address:
 
     url: str
     connect_timeout: float = _CONNECT_TIMEOUT
-    answer_timeout: float = _ANSWER_TIMEOUT
+    answer_timeout: float = ANSWER_TIMEOUT
     """Seconds for the first exchange on a new connection (AUTH, SELECT): a frozen server is still connected to."""
 
     def __post_init__(self) -> None:
@@ -55,6 +55,9 @@ class Address:
 
     def __str__(self) -> str:
         return redact(self.url)
+
+    def __repr__(self) -> str:
+        return f"<Address {self}>"
 
     @cached_property
     def _parameters(self) -> dict[str, Any]:
@@ -82,17 +85,25 @@ class Address:
         """One place for all keys."""
         return True
 
+    @property
+    def answers_within(self) -> float:
+        """Seconds one answer may take."""
+        return self.answer_timeout
+
+    @property
+    def host(self) -> str:
+        """Host and port, as a URL has them."""
+        return urlsplit(self.url).netloc.rpartition("@")[2] or "host:6379"
+
     def check(self) -> None:
         """Raise ConfigurationError when the options of the URL mean nothing."""
         assert self._parameters is not None
 
     def moved(self, reply: str) -> None:
         """Raise ConfigurationError (E33): only nodes of a cluster answer so."""
-        parts = urlsplit(self.url)
-        host = parts.netloc.rpartition("@")[2] or "host:6379"
         raise ConfigurationError(
             f"The server at {self} is one node of a cluster ({reply}). Name some of its nodes in a cluster's URL: "
-            f"{'rediss' if parts.scheme == 'rediss' else 'redis'}+cluster://{host}",
+            f"{'rediss' if self.url.startswith('rediss') else 'redis'}+cluster://{self.host}",
             code="E33",
         )
 

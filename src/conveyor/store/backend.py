@@ -18,9 +18,11 @@ from conveyor.errors import ConfigurationError
 from conveyor.ident import new_identity
 from conveyor.store import operations
 from conveyor.store.address import Address, configured_url
+from conveyor.store.confirmed import Confirmed, Confirmer
 from conveyor.store.connection import Connection
+from conveyor.store.durability import Durability, Wish
 from conveyor.store.fork import on_fork
-from conveyor.store.gathering import BULK, Shared
+from conveyor.store.gathering import BULK, AsyncLane, Shared
 from conveyor.store.keys import QueueKeys, check_namespace, known_queues
 from conveyor.store.operations import Entry, Lane
 from conveyor.store.script import Argument, Call
@@ -30,6 +32,7 @@ from conveyor.store.wire import Wire
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from conveyor.store.buffer import Buffer
     from conveyor.store.embedded import Attachment
     from conveyor.store.place import Place, Topology
 
@@ -58,6 +61,10 @@ class Backend:
         self._loops: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, Shared] = weakref.WeakKeyDictionary()
         self._last: Shared | None = None
         self._announced: set[str] = set()
+        self._confirmer: Confirmer | None = None
+        self.buffer: Buffer | None = None  # these three are another's in a backend with a buffer
+        self.new_lane: Callable[[], Lane] = _lane
+        self.lane_type: Callable[[Wire, QueueKeys, int, float], AsyncLane] = AsyncLane
         on_fork(self)
 
     @property
@@ -113,15 +120,16 @@ class Backend:
         finally:
             producer.home.append(producer)
 
-    def push(self, keys: QueueKeys, entries: Sequence[Entry], *, max_length: int = 0) -> list[str]:
-        """Accept *entries*, all or none per thousand, in their order; return an id for each."""
+    def push(self, keys: QueueKeys, entries: Sequence[Entry], *, max_length: int = 0, whole: bool = False) -> list[str]:
+        """Accept *entries*, all or none (per thousand, unless *whole*), in their order; return an id for each."""
         refuse_in_loop()
         self.announce(keys)
         ids: list[str] = []
+        step = len(entries) or 1 if whole else BULK
         producer = self._take(keys.jobs)
         try:
-            for first in range(0, len(entries), BULK):
-                call = operations.push(keys, producer.lane, entries[first : first + BULK], max_length=max_length)
+            for first in range(0, len(entries), step):
+                call = operations.push(keys, producer.lane, entries[first : first + step], max_length=max_length)
                 accepted = producer.connection.run(call, patience=self.patience)
                 ids += accepted
         finally:
@@ -177,18 +185,18 @@ class Backend:
         known = known_queues(self.namespace)
         return _names(self.execute("SMEMBERS", known, key=known))
 
-    def announce(self, keys: QueueKeys) -> None:
-        """Make a queue known before its first push: the set has no hash tag, so it cannot be part of it."""
-        if keys.queue not in self._announced:
-            self.run(operations.announce(known_queues(self.namespace), keys.queue))
-            self._announced.add(keys.queue)
+    def announce(self, *queues: QueueKeys) -> None:
+        """Make queues known before their first push: the set has no hash tag, so it cannot be part of it."""
+        if names := [keys.queue for keys in queues if keys.queue not in self._announced]:
+            self.run(operations.announce(known_queues(self.namespace), *names))
+            self._announced.update(names)
 
     def _take(self, key: str | None) -> Producer:
         free = self._free if self._single else self._crowd.setdefault(self.place(key or ""), deque())
         try:
             return free.pop()
         except IndexError:
-            return Producer(Connection(self.place(key or "")), Lane(new_identity()), free)
+            return Producer(Connection(self.place(key or "")), self.new_lane(), free)
 
     # -- awaitable ------------------------------------------------------------------------------------------------
 
@@ -198,14 +206,28 @@ class Backend:
         wire = shared.wire if self._single else shared.wire_at(self.place(call.keys[0]))
         return await wire.run(call, patience=self.patience if patience is None else patience)
 
-    async def apush(self, keys: QueueKeys, entries: Sequence[Entry], *, max_length: int = 0) -> list[str]:
-        """Accept *entries* in their order; pushes of one tick travel together. Each thousand is accepted whole or not at all."""
+    async def apush(
+        self, keys: QueueKeys, entries: Sequence[Entry], *, max_length: int = 0, whole: bool = False
+    ) -> list[str]:
+        """Accept *entries* as `push`; pushes of one tick travel together."""
         await self.aannounce(keys)
         lane = self.shared().lane(keys, max_length)
         ids: list[str] = []
-        for first in range(0, len(entries), BULK):
-            ids += await lane.push(entries[first : first + BULK])
+        step = len(entries) or 1 if whole else BULK
+        for first in range(0, len(entries), step):
+            ids += await lane.push(entries[first : first + step])
         return ids
+
+    def way(self, asks: Durability | None, wish: Wish | None = None) -> Backend | Confirmed:
+        """Return the way in for one push to a queue that asks *asks* by itself."""
+        asked = asks if wish is None else wish.over(asks)
+        return self if asked is None else self.confirmed(asked)
+
+    def confirmed(self, asked: Durability) -> Confirmed:
+        """Return the way in for pushes that ask for more than being stored."""
+        if self._confirmer is None:
+            self._confirmer = Confirmer(self, refuse_in_loop)
+        return Confirmed(self._confirmer, asked)
 
     def put(self, keys: QueueKeys, id: str, envelope: bytes) -> Awaitable[None]:  # noqa: A002
         """Accept one plain message: the cheapest way in. The queue is known already (`knows`, else `aannounce`)."""
@@ -215,11 +237,11 @@ class Backend:
         """Tell whether this process has made the queue known."""
         return keys.queue in self._announced
 
-    async def aannounce(self, keys: QueueKeys) -> None:
-        """Make a queue known before its first push."""
-        if keys.queue not in self._announced:
-            await self.arun(operations.announce(known_queues(self.namespace), keys.queue))
-            self._announced.add(keys.queue)
+    async def aannounce(self, *queues: QueueKeys) -> None:
+        """Make queues known before their first push."""
+        if names := [keys.queue for keys in queues if keys.queue not in self._announced]:
+            await self.arun(operations.announce(known_queues(self.namespace), *names))
+            self._announced.update(names)
 
     async def aqueues(self) -> list[str]:
         """Return the names of all known queues, sorted."""
@@ -242,7 +264,7 @@ class Backend:
             return last
         found = self._loops.get(loop)
         if found is None:
-            found = self._loops[loop] = Shared(loop, self.place, self.patience)
+            found = self._loops[loop] = Shared(loop, self.place, self.patience, self.lane_type)
         self._last = found
         return found
 
@@ -250,6 +272,8 @@ class Backend:
 
     def close(self) -> None:
         """Close all blocking connections and leave the embedded server."""
+        if self._confirmer is not None:
+            self._confirmer.close()
         for free in (self._free, *self._crowd.values()):
             while free:
                 free.pop().connection.close()
@@ -264,6 +288,8 @@ class Backend:
         self._last = None
         if shared is not None:
             shared.close()
+        if self._confirmer is not None:
+            self._confirmer.aclose()
         self.close()
 
     def forked(self) -> None:
@@ -284,6 +310,10 @@ class Producer:
         self.connection = connection
         self.lane = lane
         self.home = home
+
+
+def _lane() -> Lane:
+    return Lane(new_identity())
 
 
 def _names(members: object) -> list[str]:

@@ -15,7 +15,7 @@ from conveyor.store.address import Address, redact
 from conveyor.store.exchange import ask
 from conveyor.store.fork import on_fork
 from conveyor.store.hosts import split_hosts
-from conveyor.store.place import Place, Unresolved, in_thread
+from conveyor.store.place import ELSEWHERE_AFTER, Place, Unresolved, in_thread
 
 if TYPE_CHECKING:
     from redis import Connection
@@ -228,6 +228,11 @@ class SlotPlace:
 
     def __repr__(self) -> str:
         return f"<SlotPlace {self._slot}>"
+
+    @property
+    def answers_within(self) -> float:
+        """Seconds one answer may take."""
+        return ELSEWHERE_AFTER
 
     def open(self, *, read_timeout: float | None) -> Connection:
         """Return a connection to the owner of the slot. Raises Unresolved, redis-py's errors, ConfigurationError (E33)."""

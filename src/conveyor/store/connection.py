@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from conveyor.store.place import Place
 
 T = TypeVar("T")
-READ_TIMEOUT = 5.0
 
 
 class Connection:
@@ -32,6 +31,7 @@ class Connection:
     def __init__(self, place: Place) -> None:
         """Remember where to connect."""
         self.place = place
+        self._answers_within = place.answers_within
         self._raw: redis.Connection | None = None
         self._socket: socket.socket | None = None
         self._reader: Any = None
@@ -126,8 +126,8 @@ class Connection:
         connection, reader = self._socket, self._reader
         if connection is None:
             raise _lost("Connection closed")
-        if self._waits != block + READ_TIMEOUT:
-            self._wait_at_most(block + READ_TIMEOUT)
+        if self._waits != block + self._answers_within:
+            self._wait_at_most(block + self._answers_within)
         try:
             while (reply := reader.gets()) is False:
                 data = connection.recv(65536)
@@ -148,7 +148,7 @@ class Connection:
         import hiredis
         from redis import ResponseError
 
-        raw = self.place.open(read_timeout=READ_TIMEOUT)
+        raw = self.place.open(read_timeout=self._answers_within)
         self._raw, self._socket = raw, raw._sock  # noqa: SLF001  the one private name we use; a test holds it
         self._reader = hiredis.Reader(replyError=ResponseError)
         self._pack = hiredis.pack_command

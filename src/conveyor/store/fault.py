@@ -38,9 +38,14 @@ class Remedy(Enum):
 
 _REMEDY = {
     "NOSCRIPT": Remedy.LOAD, "BUSY": Remedy.WAIT, "LOADING": Remedy.WAIT, "TRYAGAIN": Remedy.WAIT, "CLUSTERDOWN": Remedy.MOVE,
-    "MASTERDOWN": Remedy.WAIT, "UNBLOCKED": Remedy.WAIT, "NOREPLICAS": Remedy.WAIT, "MISCONF": Remedy.WAIT,
+    "MASTERDOWN": Remedy.WAIT, "UNBLOCKED": Remedy.WAIT, "NOREPLICAS": Remedy.RECONNECT, "MISCONF": Remedy.WAIT,
     "READONLY": Remedy.RECONNECT, "MOVED": Remedy.MOVE, "ASK": Remedy.ASIDE,
 }  # fmt: skip
+
+
+def moving(text: str) -> bool:
+    """Tell whether an error reply means that the keys are on their way to another node."""
+    return "TRYAGAIN" in text or _ON_THE_WAY in text or text.startswith("ASK ")
 
 
 def remedy(text: str) -> Remedy:
@@ -64,7 +69,7 @@ class Patience:
         self._attempt += 1
         if seconds is None:
             return wait
-        if seconds >= 1 and ("TRYAGAIN" in text or _ON_THE_WAY in text):
+        if seconds >= 1 and moving(text):
             seconds = max(seconds, SLOT_MOVES)  # a large slot moves for longer than an outage is borne
         return wait if time.monotonic() - self._since + wait <= seconds else None
 
@@ -93,6 +98,11 @@ def final(text: str, address: str) -> ConveyorError:
 def unreachable(address: str, cause: object) -> StoreUnavailable:
     """Return the error for a server that does not answer."""
     reason = str(cause).strip().rstrip(".") or type(cause).__name__
+    if moving(reason):
+        return StoreUnavailable(
+            f"The slot of these keys is moving to another node of {address}, and has not arrived yet: {reason}. Try again, or "
+            "see what holds it up: redis-cli --cluster check."
+        )
     return StoreUnavailable(
         f"Cannot reach Redis at {address}: {reason}.\n"
         "For development leave CONVEYOR_URL unset: an embedded server starts by itself.\n"

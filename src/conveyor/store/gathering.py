@@ -6,18 +6,20 @@ import asyncio
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from conveyor.errors import ConveyorError, QueueFull, StoreUnavailable
 from conveyor.ident import new_identity
 from conveyor.store import operations
 from conveyor.store.operations import Entry, Lane
+from conveyor.store.script import Call
 from conveyor.store.wire import Wire
 
 if TYPE_CHECKING:
     from conveyor.store.keys import QueueKeys
     from conveyor.store.place import Place
 
+T = TypeVar("T")
 BULK = 1000
 """Jobs per call of a bulk push: enough to share the round trip, short enough to let others in."""
 
@@ -30,23 +32,28 @@ class Shared:
     """One event loop's wires and, per queue, the lane of its pushes."""
 
     def __init__(
-        self, loop: asyncio.AbstractEventLoop, place: Callable[[QueueKeys | str], Place], patience: float
+        self,
+        loop: asyncio.AbstractEventLoop,
+        place: Callable[[QueueKeys | str], Place],
+        patience: float,
+        make: Callable[[Wire, QueueKeys, int, float], AsyncLane] | None = None,
     ) -> None:
-        """Take the loop (held weakly), what knows the place of keys, and the seconds a push is repeated for."""
+        """Take the loop (held weakly), what knows the place of keys, the seconds a push is repeated for, and what makes a lane."""
         self.loop = weakref.ref(loop)
         self._place = place
         self._wires: dict[Place, Wire] = {}
         self.wire = self.wire_at(place(""))
         self._patience = patience
-        self._lanes: dict[tuple[str, int], AsyncLane] = {}
+        self._make = make or AsyncLane
+        self._lanes: dict[tuple[str, int, int], AsyncLane] = {}
 
     def lane(self, keys: QueueKeys, max_length: int) -> AsyncLane:
         """Return the lane of *keys*."""
-        found = self._lanes.get((keys.prefix, max_length))
+        which = (keys.prefix, max_length, keys.partitions)
+        found = self._lanes.get(which)
         if found is None:
-            found = self._lanes[keys.prefix, max_length] = AsyncLane(
-                self.wire_at(self._place(keys)), keys, max_length, self._patience
-            )
+            wire = self.wire_at(self._place(keys))
+            found = self._lanes[which] = self._make(wire, keys, max_length, self._patience)
         return found
 
     def wire_at(self, place: Place) -> Wire:
@@ -110,21 +117,22 @@ class AsyncLane:
         finally:
             self._sender = None
 
+    async def accept(self, batch: list[Item], plain: bool) -> list[str]:
+        """Send one call; return an id for each entry, none for plain messages."""
+        if plain:
+            pairs = [part for one in batch for part in one[:2]]
+            await self.run(operations.push_plain(self._keys, self._lane, pairs, max_length=self._max_length))  # type: ignore[arg-type]
+            return []
+        entries = entries_of(batch)
+        return await self.run(operations.push(self._keys, self._lane, entries, max_length=self._max_length))
+
+    def fresh(self) -> Lane:
+        """Return a lane nobody used."""
+        return Lane(new_identity())
+
     async def _deliver(self, batch: list[Item], plain: bool) -> None:
         try:
-            if plain:
-                pairs = [part for one in batch for part in one[:2]]
-                await self._wire.run(
-                    operations.push_plain(self._keys, self._lane, pairs, max_length=self._max_length),  # type: ignore[arg-type]
-                    patience=self._patience,
-                )
-                ids: list[str] = []
-            else:
-                entries = [entry for one in batch for entry in _entries(one)]
-                ids = await self._wire.run(
-                    operations.push(self._keys, self._lane, entries, max_length=self._max_length),
-                    patience=self._patience,
-                )
+            ids = await self.accept(batch, plain)
         except QueueFull as error:
             if len(batch) == 1:
                 _fail(batch, error)
@@ -133,13 +141,26 @@ class AsyncLane:
                 await self._deliver([one], one[1] is not None)
         except (ConveyorError, operations.LateReply) as error:
             # The repeats may still arrive: a new lane keeps their number from being taken for ours.
-            self._lane = Lane(new_identity())
+            self._lane = self.fresh()
             _fail(batch, error)
         except BaseException as error:
             _fail(batch, error)
             raise
         else:
-            _answer(batch, ids)
+            self.answer(batch, ids)
+
+    async def run(self, call: Call[T]) -> T:
+        """Carry out one push."""
+        return await self._wire.run(call, patience=self._patience)
+
+    def answer(self, batch: list[Item], ids: list[str]) -> None:
+        """Tell everybody who waits."""
+        _answer(batch, ids)
+
+
+def entries_of(batch: list[Item]) -> list[Entry]:
+    """Return all that is in a batch, in order."""
+    return [entry for one in batch for entry in _entries(one)]
 
 
 def _entries(one: Item) -> Sequence[Entry]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit
 
 from conveyor.errors import ConfigurationError
@@ -16,7 +16,7 @@ class Hosts:
     scheme: str
     """redis or rediss."""
     user: str
-    password: str
+    password: str = field(repr=False)
     hosts: tuple[tuple[str, int], ...]
     path: str
     options: tuple[tuple[str, str], ...]

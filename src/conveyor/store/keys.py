@@ -31,13 +31,18 @@ class QueueKeys:
     """The keys of one queue; `tag` is another hash tag than the queue's name for a foreign list that brings its own."""
 
     __slots__ = (
-        "conf", "dead", "due", "foreign", "intake", "jobs", "prefix", "queue",
+        "conf", "dead", "due", "foreign", "intake", "jobs", "outbox", "partitions", "prefix", "queue",
         "ready", "recent", "state", "waiters", "wake", "workers",
     )  # fmt: skip
 
-    def __init__(self, namespace: str, queue: str, *, foreign: str | None = None) -> None:
-        """Name them all; *foreign* is the plain list this queue shares with other programs."""
+    def __init__(self, namespace: str, queue: str, *, foreign: str | None = None, partitions: int = 1) -> None:
+        """
+        Name them all; *foreign* is the plain list this queue shares with other programs.
+
+        *partitions* is how many this program believes the logical queue to have: scripts refuse another number.
+        """
         self.queue = queue
+        self.partitions = partitions
         self.foreign = foreign
         self.prefix = prefix = f"{namespace}:{{{queue}}}:" if foreign is None else _foreign_prefix(namespace, foreign)
         self.jobs = prefix + "jobs"
@@ -50,6 +55,7 @@ class QueueKeys:
         self.recent = prefix + "recent"
         self.waiters = prefix + "waiters"
         self.intake = prefix + "intake"
+        self.outbox = prefix + "outbox"
         self.ready = tuple(f"{prefix}ready:{priority}" for priority in range(PRIORITIES))
 
     def leased(self, worker: str) -> str:
@@ -63,6 +69,10 @@ class QueueKeys:
     def lane(self, producer: str) -> str:
         """Return the number and reply of a producer's last push."""
         return f"{self.prefix}lane:{producer}"
+
+    def inbox(self, source: str) -> str:
+        """Return the number and reply of what the outbox of the queue *source* last delivered here."""
+        return f"{self.prefix}inbox:{source}"
 
     def result(self, id: str) -> str:  # noqa: A002
         """Return where the outcome of a job is kept."""

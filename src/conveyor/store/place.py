@@ -14,12 +14,23 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
+ANSWER_TIMEOUT = 5.0
+"""Seconds a single server may take for one answer."""
+ELSEWHERE_AFTER = 2.5
+"""The same where another one may have taken its part: half of a producer's patience, so that the other is still asked."""
+
+
 class Unresolved(ConnectionError):
     """Nobody could say where to connect to, or who is there is not who we look for; it may be otherwise soon."""
 
 
 class Place(Protocol):
     """Something to connect to, again and again; each time it finds out anew where that is. Equal ones may share a connection."""
+
+    @property
+    def answers_within(self) -> float:
+        """Seconds after which a connection that owes an answer is given up: short where another server may take over."""
+        ...
 
     def open(self, *, read_timeout: float | None) -> Connection:
         """Return a connected blocking connection whose reads wait *read_timeout* seconds (None: for ever)."""

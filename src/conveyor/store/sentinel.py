@@ -11,7 +11,7 @@ from conveyor.store import fault
 from conveyor.store.address import Address, redact
 from conveyor.store.exchange import aask, ask
 from conveyor.store.hosts import split_hosts
-from conveyor.store.place import Place, Unresolved, in_thread
+from conveyor.store.place import ELSEWHERE_AFTER, Place, Unresolved, in_thread
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -59,6 +59,11 @@ class Sentinel:
 
     def __str__(self) -> str:
         return redact(self.url)
+
+    @property
+    def answers_within(self) -> float:
+        """Seconds one answer may take."""
+        return ELSEWHERE_AFTER
 
     def place(self, key: str) -> Place:
         """Return where the commands for *key* go: all go to the master."""
@@ -208,4 +213,4 @@ class _Election:
 
 
 def _short(address: Address | None) -> str:
-    return "nobody" if address is None else address.url.rpartition("@")[2].rpartition("//")[2].partition("/")[0]
+    return "nobody" if address is None else address.host

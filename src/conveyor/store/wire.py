@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from conveyor.store import fault
-from conveyor.store.connection import READ_TIMEOUT, Plain
+from conveyor.store.connection import Plain
 from conveyor.store.script import Call
 
 if TYPE_CHECKING:
@@ -55,6 +55,7 @@ class Wire:
     def __init__(self, place: Place) -> None:
         """Remember where to connect."""
         self.place = place
+        self._answers_within = place.answers_within
         self._raw: Any = None  # keeps redis-py's stream writer alive, which would close the transport
         self._transport: asyncio.WriteTransport | None = None
         self._stream: _Stream | None = None
@@ -106,6 +107,8 @@ class Wire:
                 reply = await self._aside(str(cause), command())
                 if not isinstance(reply, Exception):
                     return call.decode(reply)
+                if fault.remedy(str(reply)) is fault.Remedy.LOAD:
+                    command = call.load
 
     async def ask(self, *command: Any, patience: float | None) -> Any:
         """Send one plain command, which may be repeated, and return the raw reply; errors as in `run`."""
@@ -134,7 +137,7 @@ class Wire:
             self.drop(WireLost(f"this is the wrong node now ({text})"))
             self.place.moved(text)
         elif what is fault.Remedy.RECONNECT:
-            self.drop(WireLost("the server is read-only now"))
+            self.drop(WireLost(f"the server takes no writes now ({text})"))
         return what
 
     async def execute(self, *command: Any, block: float = 0.0) -> Any:
@@ -171,9 +174,9 @@ class Wire:
         self._out.append(self._pack(command))
         if at_once:
             self._flush()
-        self._pending.append((answer, self._loop.time() + block + READ_TIMEOUT))
+        self._pending.append((answer, self._loop.time() + block + self._answers_within))
         if self._watch is None:
-            self._watch = self._loop.call_later(block + READ_TIMEOUT, self._check)
+            self._watch = self._loop.call_later(block + self._answers_within, self._check)
 
     async def open(self) -> None:
         """Connect, unless it is connected. Raises OSError."""

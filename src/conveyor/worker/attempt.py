@@ -106,9 +106,20 @@ class Attempt:
                 deadline_hook=self.move_deadline,
                 enqueued_at=None if made is None else datetime.fromtimestamp(made / 1000, UTC),
             )
+            if self.handler.early:
+                self.context.spawned = None  # it has ended, as far as Redis knows
             if self.stopped:
                 self.flag()
         return self.context
+
+    @property
+    def spawned(self) -> list[bytes]:
+        """What it spawned so far."""
+        return (self.context and self.context.spawned) or []
+
+    def adopt(self, spawned: list[bytes]) -> None:
+        """Take what it spawned in another process."""
+        self.open().spawned = spawned
 
     def flag(self) -> None:
         """Tell the job, through its context, that it is being stopped."""

@@ -17,15 +17,19 @@ from conveyor.errors import ConveyorError
 from conveyor.event import JobLost, JobStarted
 from conveyor.store import bell, eviction, operations
 from conveyor.store.operations import LateTurn, Report, Settlement, Turn, Unregistered
+from conveyor.store.partitioning import WrongPartitions
 from conveyor.store.script import Call
 from conveyor.store.wire import Wire
 from conveyor.worker.alarm import Alarm
 from conveyor.worker.antechamber import Antechamber
 from conveyor.worker.attempt import Attempt
+from conveyor.worker.delivery import Delivery
 from conveyor.worker.intake import Intake
 from conveyor.worker.prefetch import Sizes
 from conveyor.worker.readmission import readmit
 from conveyor.worker.reaper import Reaper
+from conveyor.worker.reconciliation import differences
+from conveyor.worker.roll import enrolled
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -68,6 +72,7 @@ class Consumer:
         self._last_turn = 0.0
         self._looked = self.gone = self._absorbing = False
         self.antechamber = Antechamber(lambda: worker.executor.free)
+        self._delivery = Delivery(keys, worker.app, self.schedule)
         self._intake = Intake(self, worker.app.plain_lists[keys.queue].task or "") if keys.foreign is not None else None
         self._recovery: asyncio.Task[None] | None = None
         self._wanted, self.sizes = 0, Sizes()
@@ -77,11 +82,10 @@ class Consumer:
 
     async def register(self) -> None:
         """Take a fresh identity, tell the supervisor, then tell Redis."""
-        self.identity = ident.new_identity()
-        self._number = 0
+        self.identity, self._number = ident.new_identity(), 0
         self._worker.note_identity(self)
         call = operations.register(self.keys, self.identity, self.lease_ms, self._worker.about(self))
-        now = await self.wire.run(call, patience=None)
+        now = await enrolled(self._worker.app, self.wire, self.queue, call)
         self._clock_offset = now - monotonic() * 1000
         self._last_turn = monotonic()
 
@@ -99,6 +103,7 @@ class Consumer:
         if self.report:
             self._start(0)
             await self._settled()
+        await self._delivery.finish(2.0)
         self.gone = True
         try:
             await self.wire.run(operations.reap(self.keys, self.identity, crashed=False), patience=2.0)
@@ -125,7 +130,8 @@ class Consumer:
     def busy(self) -> bool:
         """True while it holds jobs or has something to report."""
         loading = self._intake is not None and self._intake.loading
-        return bool(self.held or self.report or self._flying or self._recovery or self.antechamber or loading)
+        under_way = loading or self._delivery.busy
+        return bool(self.held or self.report or self._flying or self._recovery or self.antechamber or under_way)
 
     def schedule(self, *, at_once: bool = False) -> None:
         """Look again once what runs now has come to a pause, so that many ends make one turn; or *at_once*."""
@@ -222,12 +228,16 @@ class Consumer:
         self.held.clear()
         for attempt in abandoned:
             self._lost(attempt)
-        self.report = Report()
+        self._worker.settle_stats(self, self.report)  # nobody counts what nobody accepted
+        self.report, self.more = Report(), True
         self.antechamber.clear()
-        await readmit(self)
+        try:
+            await readmit(self)
+        except WrongPartitions as refused:  # not ours to serve any more
+            self._worker.fail(refused)
+            return
         self._recovery = self._flying = None
         self._landed.set()
-        self.more = True
         self.schedule()
 
     def _absorb(self, turn: Turn, report: Report) -> None:
@@ -255,16 +265,17 @@ class Consumer:
             eviction.tell_missing(log, self.queue, turn.missing)
         if self.blobs:
             self._worker.unusual.release(self, report, turn.lost)
+        if report.spawned or turn.outbox:
+            self._delivery.begin()
         self._admit(report)
         if turn.ids:
             self._take(turn)
         self._next_suspect()
         self.more = turn.more or (len(turn.ids) >= self._wanted > 0)
         self.paused = turn.paused
-        if turn.cancelled:
-            for id_ in turn.cancelled:
-                if id_ in held:
-                    self.executor.stop(held[id_], "cancel")
+        for id_ in turn.cancelled:
+            if id_ in held:
+                self.executor.stop(held[id_], "cancel")
         if self._looked:
             self._reaper.look(turn, self.identity)
         if turn.held != len(held):
@@ -329,19 +340,11 @@ class Consumer:
         self._worker.app.emit(JobLost(attempt.public_id, attempt.handler.name, self.queue, attempt.number))
 
     async def _reconcile(self) -> None:
-        """Our counts differ: ask what Redis believes we hold, drop what it does not, give back what we do not know."""
-        try:
-            listed = await self.wire.run(operations.held(self.keys, self.identity), patience=None)
-        except ConveyorError as error:
-            log.warning("could not reconcile queue %s: %s", self.queue, error)
-        else:
-            known = set(listed)
-            for id_ in [id_ for id_ in self.held if id_ not in known]:
-                self._lost(self.held.pop(id_))
-            unknown = [id_ for id_ in known if id_ not in self.held]
-            if unknown:
-                log.warning("queue %s: giving back %d leases we never learned of", self.queue, len(unknown))
-            self.report.others += [Settlement("F", id_) for id_ in unknown]
+        """Our counts differ: drop what Redis does not believe we hold, give back what we do not know."""
+        gone, unknown = await differences(self)
+        for id_ in gone:
+            self._lost(self.held.pop(id_))
+        self.report.others += [Settlement("F", id_) for id_ in unknown]
         self._recovery = None
         self._landed.set()
         self.schedule()

@@ -48,7 +48,10 @@ class EmbeddedWorker:
         ready.cancel()
         if self._running.done():
             await self._running
-        heartbeat = Heartbeat(self._app.backend.place, self._leases, lambda: self._worker.last_renewal)
+        worker = self._worker
+        heartbeat = Heartbeat(
+            self._app.backend.place, self._leases, lambda: worker.last_renewal, lambda: worker.last_tick
+        )
         heartbeat.start()
         self._stack.callback(heartbeat.close)
         return self

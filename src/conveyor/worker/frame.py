@@ -42,9 +42,10 @@ class Extend(msgspec.Struct, tag="extend"):
 
 
 class Done(msgspec.Struct, tag="done"):
-    """From the process: the job's result as JSON, or None where none is stored."""
+    """From the process: the job's result as JSON, or None where none is stored; and what it spawned."""
 
     result: bytes | None
+    spawned: list[bytes] = []
 
 
 class Failed(msgspec.Struct, tag="failed"):

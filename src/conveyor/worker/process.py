@@ -61,6 +61,9 @@ class Errand(Protocol):
     def move_deadline(self, ms: int) -> None:
         """Give the attempt *ms* from now on."""
 
+    def adopt(self, spawned: list[bytes]) -> None:
+        """Take what it spawned."""
+
 
 class Processes:
     """
@@ -110,6 +113,8 @@ class Processes:
             self._give_back(child)
         if isinstance(report, Failed):
             raise rebuild(report, task.settings.retry)
+        if report.spawned:
+            attempt.adopt(report.spawned)
         return None if report.result is None else task.results.decode(report.result)
 
     async def close(self) -> None:

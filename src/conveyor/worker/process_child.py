@@ -136,12 +136,15 @@ class _Runner:
                 raise UnknownTask(f"The app has no task {job.task!r} in the process that should run {job.id}.")
             args, kwargs = task.signature.decode(job.body)
             context = self._context(job)
+            if task.settings.ack == "early":
+                context.spawned = None
             kwargs.update(dict.fromkeys(task.signature.injected, context))
             variables = copy_context()
             variables.run(CURRENT.set, context)
             result = self._call(task, args, kwargs, variables)
             keep_ms = task.settings.keep_ms if job.keep_ms is None else job.keep_ms
-            return Done(None if task.returns_none or not keep_ms else task.results.encode(result))
+            stored = None if task.returns_none or not keep_ms else task.results.encode(result)
+            return Done(stored, context.spawned or [])
         except BaseException as error:
             return capture(error, (__file__,))
 

@@ -28,6 +28,12 @@ TOLD = 10
 CANCELLED_KEPT_MS = 600_000
 
 
+def _follow(report: Report, id: str, spawned: list[bytes]) -> None:  # noqa: A002
+    """Put what a successful attempt spawned into the outbox, right before the settlement that ends it."""
+    report.others += [Settlement("S", id, record=entry) for entry in spawned]
+    report.spawned = True
+
+
 class Settling:
     """Decides nothing about policy (`outcome.py` does); writes what was decided into a consumer's report."""
 
@@ -56,6 +62,7 @@ class Settling:
         seconds = attempt.ended - attempt.started
         own = envelope.extra.keep_ms
         keep = handler.task.settings.keep_ms if own is None else own
+        spawned = attempt.context is not None and attempt.spawned
         if value is not None and keep and handler.stores:
             try:
                 data = handler.task.results.encode(value)
@@ -67,13 +74,19 @@ class Settling:
             else:
                 packed = pack_result(self._sealing, data, attempt.consumer.queue, attempt.id)
                 record = b'{"status":"done",%b,"at":%d}' % (packed, now_ms)
+            if spawned:
+                _follow(report, attempt.id, spawned)
             report.others.append(
                 Settlement("D", attempt.id, keep, record, unique=envelope.unique, own_id=envelope.own_id)
             )
-        elif envelope.is_plain:
+        elif envelope.is_plain and not spawned:
             report.done.append(attempt.id)
         else:
+            if spawned:
+                _follow(report, attempt.id, spawned)
             report.others.append(Settlement("D", attempt.id, unique=envelope.unique, own_id=envelope.own_id))
+        if attempt.context is not None:
+            attempt.context.spawned = None  # a thread of it that goes on is told
         handler.count_done(seconds)
         if self._told is not None:
             self._tell(attempt, seconds)

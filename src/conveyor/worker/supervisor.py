@@ -26,9 +26,8 @@ from conveyor.worker.child import IMPORT_FAILED, MARGIN, RECYCLE
 from conveyor.worker.guardian import Estate, Guardian
 from conveyor.worker.log import LOG, configure_log
 from conveyor.worker.offspring import STALLED, Offspring, describe_end
+from conveyor.worker.watchdog import MAX_STALL
 
-MAX_STALL = 300.0
-"""Seconds a child may block its event loop before it is killed."""
 FAILED_STARTS = 5
 FAREWELL = 2.0
 """Seconds that a supervisor without children waits for Redis to take back their last leases."""

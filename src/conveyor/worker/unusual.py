@@ -45,9 +45,9 @@ class Unusual:
         """
         Return the handlers by what an envelope of theirs begins with when it needs nothing: the name and a brace.
 
-        None where all are sealed, and none of tasks whose payloads have versions: those come here.
+        None where all are sealed, and none of tasks that have versions or are acknowledged early: those come here.
         """
-        names = {name for name, handler in handlers.items() if handler.task.settings.version == 1}
+        names = {name for name, one in handlers.items() if one.task.settings.version == 1 and not one.early}
         if self._sealing is not None and self._sealing.seal is not None:
             names &= {self._fed.get(queue)} if foreign else set()
         return {b"\n%b\n{" % name.encode(): handlers[name] for name in names}
@@ -66,13 +66,19 @@ class Unusual:
         closed = handler.kind != "unknown" and self._is_closed(consumer, handler, envelope.body, envelope.extra.version)
         attempt = (Closed if closed else Attempt)(consumer, handler, id_, envelope.body)
         attempt.envelope = envelope
-        if closed and handler.early:
-            # Acknowledged before it starts: what cannot be opened must be known before that.
-            try:
-                _unclose(attempt, self.open(attempt))
-            except ConveyorError as error:
-                attempt.handler = Handler.unknown(envelope.task, error)
+        if handler.early:
+            self._read_early(attempt)
         return attempt
+
+    def _read_early(self, attempt: Attempt) -> None:
+        """Read a job that is acknowledged before it starts: what cannot be read must be known, and kept, before that."""
+        handler = attempt.handler
+        try:
+            if attempt.closed:
+                _unclose(attempt, self.open(attempt))
+            handler.decode(attempt.body)
+        except ConveyorError as error:
+            attempt.handler = Handler.unknown(handler.name, error)
 
     def _is_closed(self, consumer: Any, handler: Handler, body: bytes, version: int) -> bool:
         if version != handler.task.settings.version:

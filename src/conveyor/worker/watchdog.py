@@ -14,6 +14,8 @@ log = logging.getLogger("conveyor.worker")
 LOOK = 0.5
 PATIENCE = 1.0
 """Seconds without a pass of the loop after which it counts as blocked."""
+MAX_STALL = 300.0
+"""Seconds a worker may block its event loop before its jobs are given to others."""
 
 
 class Watchdog:
@@ -52,10 +54,12 @@ class Watchdog:
         self._timer = self._loop.call_later(LOOK / 2, self._tick)
 
     def _watch(self) -> None:
-        told = 0.0
+        told, looked = 0.0, monotonic()
         while not self._stop.wait(LOOK if self._blame is None else LOOK / 2):
-            tick = self._tick_at
-            blocked = monotonic() - tick
+            tick, now = self._tick_at, monotonic()
+            blocked, late, looked = now - tick, now - looked > PATIENCE, now
+            if late and self._who() is None:
+                continue  # the whole process stood still, and no job is to blame for it
             if blocked < (PATIENCE if self._blame is None else LOOK / 2) or tick == told:
                 continue
             told = tick

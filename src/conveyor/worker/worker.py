@@ -26,6 +26,7 @@ from conveyor.worker.executor import Executor
 from conveyor.worker.handler import Handler
 from conveyor.worker.prefetch import Prefetch
 from conveyor.worker.process import ProcessCrashed, Processes
+from conveyor.worker.roll import served
 from conveyor.worker.unusual import Unusual
 from conveyor.worker.watchdog import Watchdog
 
@@ -62,7 +63,7 @@ class Worker:
         self.consumers: list[Consumer] = []
         self.settling = settling.Settling(app, self.name)
         self.unusual = Unusual(app, self.settling, self.name)
-        self.last_renewal = monotonic()
+        self.last_renewal = self.last_tick = monotonic()
         fed = [name for name, listed in app.plain_lists.items() if listed.task]
         own = [task.queue for task in app.tasks.values()]
         self._queues = dict(queues) if queues else dict.fromkeys((*own, *fed), 1.0)
@@ -117,6 +118,8 @@ class Worker:
             return True
         starting.cancel()
         await asyncio.gather(starting, return_exceptions=True)
+        met = [one for one in self.consumers if one.identity and one.wire.is_open]
+        await asyncio.gather(*(consumer.leave() for consumer in met))  # its registration may be on the way already
         return False
 
     async def start(self, stack: AsyncExitStack) -> None:
@@ -134,10 +137,10 @@ class Worker:
         )  # fmt: skip
         stack.push_async_callback(self.executor.close)
         for queue, weight in self._queues.items():
-            listed = self.app.plain_lists.get(queue)
-            keys = self.app.keys(queue) if listed is None else listed.keys
-            consumer = Consumer(self, self.harbour.berth(keys), keys, weight, self.app.queue_lease_ms(queue))
-            self.consumers.append(consumer)
+            places, lease_ms = await served(self.app, queue), self.app.queue_lease_ms(queue)
+            for keys in places:
+                consumer = Consumer(self, self.harbour.berth(keys), keys, weight / len(places), lease_ms)
+                self.consumers.append(consumer)
         for consumer in self.consumers:
             await consumer.register()
             # A full Redis takes no name; whoever pushes there makes the queue known.
@@ -351,6 +354,7 @@ class Worker:
         self.stop()
 
     def _tick(self) -> None:
+        self.last_tick = monotonic()
         if self._slot is not None:
             self._slot.tick()
             self._slot.clear_job()

@@ -9,11 +9,12 @@
 --            D done: keep the record ms           X dead: announce the record, keep the state
 --            C cancelled: keep the record ms      R again after ms, with this state
 --            F back to the front, with this state ("" as it was)      M still ours, with this state
+--            S still ours; the record goes into the outbox (the D that follows it is then accepted, too)
 --       then count, (field increment)… for this minute's counters
 --       then count, entries for the list of recently finished jobs
 -- returns {0} we are not registered · {-1} a late copy of an older turn · else
 --         {1, now_ms, held, next_due_ms or -1, more, lost ids, ids, envelopes, states, overdue (worker end)…, cancelled ids, paused,
---          ids whose envelope is gone}
+--          ids whose envelope is gone, 1 when the flag l was given and the outbox is not empty}
 local jobs, state, leased, workers, due, wakes = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6]
 local conf, dead, recent, waiters = KEYS[7], KEYS[8], KEYS[9], KEYS[10]
 local worker, number, want, lease = ARGV[1], number_in(ARGV[2]), number_in(ARGV[3]), number_in(ARGV[4])
@@ -39,9 +40,9 @@ local function again()
   local ids = {}
   for i, pair in ipairs(mine) do ids[i] = pair[2] end
   local held = redis.call('HLEN', leased) - 3 - (about[2] and 1 or 0) - (about[3] and 1 or 0)
-  if #ids == 0 then return {1, now, held, -1, 1, {}, {}, {}, {}, {}, {}, 0, {}} end
+  if #ids == 0 then return {1, now, held, -1, 1, {}, {}, {}, {}, {}, {}, 0, {}, 0} end
   return {1, now, held, -1, 1, {}, ids, redis.call('HMGET', jobs, unpack(ids)),
-    redis.call('HMGET', state, unpack(ids)), {}, {}, 0, {}}
+    redis.call('HMGET', state, unpack(ids)), {}, {}, 0, {}, 0}
 end
 if number == last then return again() end
 
@@ -78,7 +79,12 @@ end
 for i = other_at, other_at + 7 * (other_count - 1), 7 do
   number_in(ARGV[i + 2])
   if ARGV[i] == 'X' then redis.call('ZCARD', dead) end
-  if redis.call('HEXISTS', leased, ARGV[i + 1]) == 1 then others[#others + 1] = i else lost[#lost + 1] = ARGV[i + 1] end
+  if ARGV[i] == 'S' then redis.call('LLEN', prefix .. 'outbox') end
+  if redis.call('HEXISTS', leased, ARGV[i + 1]) == 1 then
+    others[#others + 1] = i
+  elseif ARGV[i] ~= 'S' then
+    lost[#lost + 1] = ARGV[i + 1]
+  end
 end
 
 -- The first write is a removal, so a full Redis still lets work drain.
@@ -122,8 +128,11 @@ local function settle(i)
   local kind, id, ms, record, attempts = ARGV[i], ARGV[i + 1], tonumber(ARGV[i + 2]), ARGV[i + 3], ARGV[i + 4]
   local unique, own = ARGV[i + 5] ~= '' and ARGV[i + 5] or nil, ARGV[i + 6] == '1'
   -- Of two settlements of one job in a report the first counts.
-  if redis.call(kind == 'M' and 'HEXISTS' or 'HDEL', leased, id) == 0 then return end
-  if kind == 'D' or kind == 'C' then
+  local keeps = kind == 'M' or kind == 'S'
+  if redis.call(keeps and 'HEXISTS' or 'HDEL', leased, id) == 0 then return end
+  if kind == 'S' then
+    redis.call('RPUSH', prefix .. 'outbox', record)
+  elseif kind == 'D' or kind == 'C' then
     finish(id, ms, record, unique, own)
   elseif kind == 'X' then
     bury(id, record, attempts, unique, own)
@@ -248,8 +257,9 @@ if recent_count > 0 then
 end
 
 -- Upkeep, a few times a lease: who is overdue, and which dead letters are too old or too many.
-local overdue = {}
+local overdue, outbox = {}, 0
 local function look()
+  outbox = redis.call('EXISTS', prefix .. 'outbox')
   overdue = redis.call('ZRANGEBYSCORE', workers, '-inf', now + lease / 2, 'WITHSCORES', 'LIMIT', 0, 100)
   local ahead = redis.call('ZRANGEBYSCORE', workers, now + 1.5 * lease, '+inf', 'WITHSCORES', 'LIMIT', 0, 100)
   for i = 1, #ahead, 2 do
@@ -267,4 +277,4 @@ local function look()
   end
 end
 if string.find(flags, 'l', 1, true) then look() end
-return {1, now, held, next_due, more, lost, ids, envelopes, states, overdue, cancelled, paused and 1 or 0, missing}
+return {1, now, held, next_due, more, lost, ids, envelopes, states, overdue, cancelled, paused and 1 or 0, missing, outbox}

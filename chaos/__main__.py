@@ -1,0 +1,35 @@
+"""``python -m chaos --minutes 2 --seed 1`` breaks things and counts; exit 1 when something was lost or happened twice."""
+
+from __future__ import annotations
+
+import argparse
+import random
+import sys
+from pathlib import Path
+
+from chaos import report, scenario
+from chaos.soak import soak
+
+
+def main() -> int:
+    """Run, print the table, write the report."""
+    parser = argparse.ArgumentParser(prog="chaos", description="Break things under load, and count what was lost.")
+    parser.add_argument("--minutes", type=float, default=2.0)
+    parser.add_argument("--seed", type=int, default=random.randrange(1_000_000))
+    parser.add_argument("--report", type=Path, help="write the counts as JSON")
+    parser.add_argument("--scenario", choices=sorted(scenario.SCENARIOS), help="one fault, many times, instead of all")
+    parser.add_argument("--count", type=int, help="how often (default: as in docs/reliability.md)")
+    options = parser.parse_args()
+    print(f"seed {options.seed}", flush=True)
+    if options.scenario:
+        verdict, stage, facts = scenario.run(options.scenario, options.count, options.seed)
+    else:
+        verdict, stage, facts = soak(60 * options.minutes, options.seed)
+    print(report.table(verdict, stage.faults, facts))
+    if options.report:
+        report.write(options.report, verdict, stage.faults, facts)
+    return 1 if verdict.failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,163 @@
+"""The processes of a run: workers under `conveyor worker`, programs with a worker inside, producers."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from contextlib import suppress
+from pathlib import Path
+
+from chaos.ground import HOME
+
+
+class Program:
+    """One process that is started again when it ends, as an operator's system would do."""
+
+    def __init__(self, crew: Crew, name: str, command: list[str], *, url: str, keep: bool = True) -> None:
+        """Start *command* with Redis at *url*; *keep* it running."""
+        self.crew, self.name, self.command, self.url, self.keep = crew, name, command, url, keep
+        self.starts = 0
+        self.env: dict[str, str] = {}
+        self.start()
+
+    @property
+    def supervised(self) -> bool:
+        """Whether children of it do the work."""
+        return "worker" in self.command
+
+    @property
+    def pid(self) -> int:
+        """The process itself."""
+        return self.process.pid
+
+    def start(self) -> None:
+        """Start it."""
+        self.starts += 1
+        with (self.crew.directory / f"{self.name}.log").open("ab") as log:
+            self.process = subprocess.Popen(
+                self.command,
+                env={**self.crew.env, **self.env, "CONVEYOR_URL": self.url},
+                cwd=HOME,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+
+    def children(self) -> list[int]:
+        """Return the pids of its children: those that lease and run jobs."""
+        try:
+            text = Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text()
+        except OSError:
+            return []
+        return [int(pid) for pid in text.split()]
+
+    def family(self) -> list[int]:
+        """Return the pids of the process and all below it."""
+        found = [self.pid]
+        for pid in found:
+            with suppress(OSError):
+                found += map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())
+        return found
+
+    def alive(self) -> bool:
+        """Tell whether it runs."""
+        return self.process.poll() is None
+
+    def signal(self, number: int) -> None:
+        """Send a signal to the process itself."""
+        with suppress(ProcessLookupError):
+            self.process.send_signal(number)
+
+    def end(self) -> None:
+        """End it and everything below it."""
+        self.keep = False
+        for pid in reversed(self.family()):
+            for number in (signal.SIGKILL, signal.SIGCONT):
+                with suppress(ProcessLookupError):
+                    os.kill(pid, number)
+        self.process.wait(10)
+
+
+class Crew:
+    """All programs of a run."""
+
+    def __init__(self, directory: Path, *, lease: float, source: Path | None = None) -> None:
+        """Programs write into *directory*; *source* is another `src` than this tree's, for sabotaged builds."""
+        self.directory = directory
+        path = os.pathsep.join([str(source or HOME / "src"), str(HOME)])
+        self.env = {
+            **{key: value for key, value in os.environ.items() if not key.startswith("CONVEYOR_")},
+            "CHAOS_DIR": str(directory), "CHAOS_LEASE": str(lease), "PYTHONPATH": path, "PYTHONFAULTHANDLER": "1",
+        }  # fmt: skip
+        self.programs: list[Program] = []
+        self.restarts = 0
+        self._lock = threading.Lock()
+        self._stop = threading.Event()
+        self._watch = threading.Thread(target=self._keep_running, name="crew", daemon=True)
+        self._watch.start()
+
+    def supervised(
+        self, name: str, url: str, *, processes: int = 2, grace: str = "3s", concurrency: int = 50
+    ) -> Program:
+        """Start `conveyor worker` with that many children."""
+        return self._add(
+            name, "conveyor", "worker", "chaos.program:app", "--processes", str(processes), "--concurrency",
+            str(concurrency), "--threads", "4", "--grace", grace, url=url,
+        )  # fmt: skip
+
+    def embedded(self, name: str, url: str) -> Program:
+        """Start a program with a worker inside and a consumer of messages."""
+        return self._add(name, "chaos.embedded", url=url)
+
+    def producer(self, number: int, url: str, *, seed: int, rate: float, count: int, mix: str | None = None) -> Program:
+        """Start a producer; it is never killed, and not started again when it has done its work."""
+        command = ["chaos.producer", str(number), str(seed), str(rate), str(count), *([mix] if mix else [])]
+        return self._add(f"producer{number}", *command, url=url, keep=False)
+
+    def _add(self, name: str, *command: str, url: str, keep: bool = True) -> Program:
+        with self._lock:
+            program = Program(self, name, [sys.executable, "-m", *command], url=url, keep=keep)
+            self.programs.append(program)
+        return program
+
+    def workers(self) -> list[Program]:
+        """Return the programs that work."""
+        return [program for program in self.programs if not program.name.startswith("producer")]
+
+    def producers(self) -> list[Program]:
+        """Return the programs that push."""
+        return [program for program in self.programs if program.name.startswith("producer")]
+
+    def _keep_running(self) -> None:
+        while not self._stop.wait(0.05):
+            with self._lock:
+                for program in self.programs:
+                    if program.keep and not program.alive():
+                        program.start()
+                        self.restarts += 1
+
+    def close(self) -> None:
+        """End everything that is still running."""
+        self._stop.set()
+        self._watch.join(5)
+        with self._lock:
+            for program in self.programs:
+                program.end()
+
+    def retire(self, patience: float = 15.0) -> bool:
+        """Ask the workers to end in order; tell whether all did in time."""
+        self._stop.set()
+        self._watch.join(5)
+        for program in self.programs:
+            program.keep = False
+            program.signal(signal.SIGTERM)
+        deadline = time.monotonic() + patience
+        for program in self.programs:
+            with suppress(subprocess.TimeoutExpired):
+                program.process.wait(max(0.1, deadline - time.monotonic()))
+        return all(not program.alive() for program in self.programs)

@@ -1,0 +1,133 @@
+"""What a run left behind, in the form the checker reads: calls, runs, faults, Redis' own history, and what remained."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from chaos.dump import Dump
+from chaos.history import History
+
+Line = dict[str, Any]
+POISONS = {"poison", "boxed_poison"}
+
+
+@dataclass
+class Token:
+    """One job that a producer wanted, by its own name for it."""
+
+    name: str
+    kind: str
+    asked_at: float
+    facts: Line
+    outcome: str = "unknown"
+    """`ok`, `existing` (another job stands for it), `refused`, `unknown`."""
+    id: str = ""
+    told_at: float = 0.0
+
+
+@dataclass
+class Run:
+    """One execution of a job."""
+
+    token: str
+    id: str
+    attempt: int
+    pid: int
+    start: float
+    end: float | None = None
+    how: str = ""
+    """`ok`, `failed`, or nothing when its process did not live to tell."""
+
+
+@dataclass
+class Evidence:
+    """All that is known of a run."""
+
+    tokens: dict[str, Token]
+    runs: dict[str, list[Run]]
+    """id → its runs, in the order they began."""
+    cancelled: dict[str, float]
+    """id → when `cancel()` returned True (0 when it never answered)."""
+    faults: list[Line]
+    dump: Dump
+    history: History | None
+    lease: float
+    max_crashes: int = 3
+    by_token: dict[str, set[str]] = field(default_factory=dict)
+    """token → the ids it ran under."""
+
+    def record(self, id_: str) -> Line | None:
+        """Return the last outcome that was stored for *id_*."""
+        if self.history is not None and (job := self.history.jobs.get(id_)) is not None and job.records:
+            return job.records[-1]
+        stored = self.dump.results.get(id_)
+        return json.loads(stored) if stored is not None else None
+
+
+def gather(
+    calls: Iterable[Line],
+    runs: Iterable[Line],
+    faults: Iterable[Line],
+    dump: Dump,
+    history: History | None,
+    lease: float,
+) -> Evidence:
+    """Put lines together."""
+    tokens, cancelled = _tokens(calls)
+    by_id, by_token = _runs(runs)
+    return Evidence(tokens, by_id, cancelled, list(faults), dump, history, lease, by_token=by_token)
+
+
+def normal(id_: str) -> str:
+    """Return the id with its place in front: a caller's own comes without one, and here all of these are in `default`."""
+    return id_ if ":" in id_ else f"default:{id_}"
+
+
+def _tokens(calls: Iterable[Line]) -> tuple[dict[str, Token], dict[str, float]]:
+    tokens: dict[str, Token] = {}
+    cancelled: dict[str, float] = {}
+    groups: dict[str, list[str]] = {}
+    for line in calls:
+        phase = line["phase"]
+        if phase == "intent":
+            names = [f"{line['prefix']}{line['first'] + i}" for i in range(line["count"])]
+            groups[line["call"]] = names
+            for name in names:
+                tokens[name] = Token(name, line["kind"], line["at"], line)
+        elif phase == "cancel":
+            cancelled[normal(line["id"])] = 0.0
+        elif phase == "cancelled" and line["gone"]:
+            cancelled[normal(line["id"])] = line["at"]
+        elif phase in {"ok", "refused"}:
+            for at, name in enumerate(groups[line["call"]]):
+                token = tokens[name]
+                token.outcome, token.told_at = phase, line["at"]
+                if phase == "ok":
+                    token.id = normal(line["ids"][at])
+                    if at in line["existing"]:
+                        token.outcome = "existing"
+    return tokens, cancelled
+
+
+def _runs(lines: Iterable[Line]) -> tuple[dict[str, list[Run]], dict[str, set[str]]]:
+    by_id: dict[str, list[Run]] = defaultdict(list)
+    by_token: dict[str, set[str]] = defaultdict(set)
+    open_: dict[tuple[str, int, int], Run] = {}
+    for line in lines:
+        id_ = normal(line["id"])
+        key = (id_, line["attempt"], line["pid"])
+        if line["phase"] == "start":
+            run = Run(line["token"], id_, line["attempt"], line["pid"], line["at"])
+            by_id[id_].append(run)
+            by_token[run.token].add(id_)
+            open_[key] = run
+        elif key in open_:
+            run = open_.pop(key)
+            run.end, run.how = line["at"], line["phase"]
+    for found in by_id.values():
+        found.sort(key=lambda run: run.start)
+    return dict(by_id), dict(by_token)

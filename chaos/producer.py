@@ -1,0 +1,177 @@
+"""A program that pushes: it writes down each call before it makes it, and afterwards how it ended.
+
+``python -m chaos.producer NUMBER SEED RATE COUNT [MIX]``: RATE jobs a second (0: as fast as it can) until COUNT were
+attempted or SIGTERM comes. MIX is JSON, kind → weight.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+import os
+import random
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from chaos import program
+from chaos.program import LEASE, app, mail
+from chaos.record import Record
+from conveyor import ConfigurationError, ConveyorError, PayloadError, QueueFull, StoreUnavailable
+
+MIX: dict[str, float] = {
+    "quick": 30, "steady": 6, "boxed": 0.5, "message": 10, "bulk": 0.4, "messages": 0.4, "slow": 14, "slow_steady": 3,
+    "blocking": 0.1, "flaky": 5, "delayed": 5, "unique": 3, "own": 3, "cancel": 3, "poison": 0.2, "boxed_poison": 0.3,
+}  # fmt: skip
+BULK = 60
+
+
+class Producer:
+    """Draws calls, makes them, and keeps the books."""
+
+    def __init__(self, number: int, seed: int) -> None:
+        """Take the number that tells this producer's tokens from the others'."""
+        self.random = random.Random(f"{seed}/{number}")
+        self.calls = Record(Path(os.environ["CHAOS_DIR"]) / "calls")
+        self.prefix = f"{number}.{os.getpid()}."
+        self.count = itertools.count()
+        self.made = 0
+        self.handles: list[Any] = []
+        self.loop = asyncio.new_event_loop()
+        self.stopped = False
+
+    def call(self, kind: str, act: Callable[[list[str]], Any], count: int = 1, **facts: Any) -> Any:
+        """Write the intent, act with fresh tokens, write the outcome: `ok` and the ids, `refused`, or `unknown`."""
+        first = next(self.count)
+        for _ in range(count - 1):
+            next(self.count)
+        self.made += count
+        tokens = [f"{self.prefix}{first + i}" for i in range(count)]
+        name = f"{self.prefix}{first}"
+        self.calls.write(call=name, phase="intent", kind=kind, prefix=self.prefix, first=first, count=count, **facts)
+        try:
+            found = act(tokens)
+        except (QueueFull, PayloadError, ConfigurationError) as error:
+            self.calls.write(call=name, phase="refused", why=type(error).__name__)
+        except StoreUnavailable as error:
+            self.calls.write(call=name, phase="unknown", why=str(error)[:200])
+        except ConveyorError as error:
+            self.calls.write(call=name, phase="unknown", why=repr(error)[:200])
+        else:
+            listed = found if isinstance(found, list) else [found]
+            ids = [one if isinstance(one, str) else one.id for one in listed]
+            existing = [i for i, one in enumerate(listed) if getattr(one, "duplicate", False)]
+            self.calls.write(call=name, phase="ok", ids=ids, existing=existing)
+            return found
+        return None
+
+    def task(self, kind: str, task: Any, *args: Any, facts: dict[str, Any] | None = None, **options: Any) -> Any:
+        """Enqueue one job by one of the ways there are."""
+        bound = task.options(**options) if options else task
+        if self.random.random() < 0.5:
+            return self.call(kind, lambda tokens: bound.enqueue(tokens[0], *args), **(facts or {}))
+        return self.call(
+            kind, lambda tokens: self.loop.run_until_complete(bound.aenqueue(tokens[0], *args)), **(facts or {})
+        )
+
+    def one(self, kind: str) -> None:
+        """Make one call of *kind*; `quick:1500` is a quick one that takes 1,500 ms."""
+        draw = self.random
+        kind, _, fixed = kind.partition(":")
+        ms = float(fixed) if fixed else draw.uniform(1, 10)
+        long = (1 + min(4, draw.expovariate(1))) * LEASE * 1000
+        if kind in {"quick", "steady", "boxed", "bystander"}:
+            self.task(kind, getattr(program, kind), ms)
+        elif kind == "slow":
+            self.task(kind, program.quick, long)
+        elif kind == "slow_steady":
+            self.task(kind, program.steady, long / 2)
+        elif kind == "blocking":
+            self.task(kind, program.blocking, draw.uniform(0.5, 1.5) * LEASE * 1000)
+        elif kind == "flaky":
+            self.task(kind, program.flaky, draw.randint(1, 3))
+        elif kind == "delayed":
+            delay = round(draw.uniform(0.2, 3), 3)
+            self.task(kind, program.quick, ms, facts={"delay": delay}, delay=delay)
+        elif kind == "unique":
+            key = f"key{draw.randint(0, 20)}"
+            self.task(kind, program.quick, draw.uniform(50, 1500), facts={"key": key}, unique=key)
+        elif kind == "own":
+            name = f"own-{self.prefix}{draw.randint(0, self.made // 2)}"
+            self.task(kind, program.quick, ms, facts={"own": name}, id=name)
+        elif kind == "poison":
+            self.task(kind, program.poison, draw.choice(["1", "3", "SIGKILL", "SIGSEGV"]))
+        elif kind == "boxed_poison":
+            self.task(kind, program.boxed_poison, draw.choice(["1", "SIGKILL"]))
+        elif kind == "bulk":
+            self.call(kind, lambda tokens: app.enqueue_many(program.quick.s(token, ms) for token in tokens), BULK)
+        elif kind == "messages":
+            self.call(kind, lambda tokens: mail.push_many([{"token": t, "ms": ms} for t in tokens]), BULK)
+        elif kind == "message":
+            self.call(kind, lambda tokens: mail.push({"token": tokens[0], "ms": ms}))
+        elif kind == "cancel":
+            self.cancel(draw.uniform(0, 1) < 0.5)
+        elif kind == "keys":
+            self.keys(f"story{self.made}")
+        else:
+            raise ValueError(kind)
+
+    def cancel(self, later: bool) -> None:
+        """Push a job and cancel it at once: before it is due, or while it may already run."""
+        delay = self.random.uniform(1, 2) if later else 0
+        job = self.task("cancel", program.quick, 500, facts={"delay": delay}, **({"delay": delay} if later else {}))
+        if job is not None:
+            name = f"cancel-{job.id}"
+            self.calls.write(call=name, phase="cancel", id=job.id)
+            try:
+                gone = job.cancel()
+            except ConveyorError as error:
+                self.calls.write(call=name, phase="unknown", why=repr(error)[:200])
+            else:
+                self.calls.write(call=name, phase="cancelled", id=job.id, gone=bool(gone))
+
+    def keys(self, key: str) -> None:
+        """Let a dead letter come back while another job holds the key it once had; then ask for the key again."""
+        first = self.task("hopeless", program.hopeless, facts={"key": key}, unique=key)
+        _until(lambda: first.status() == "dead")
+        self.task("quick", program.quick, 2000, facts={"key": key}, unique=key)
+        app.queue("default").redrive()
+        _until(lambda: first.status() == "done")
+        self.task("quick", program.quick, 10, facts={"key": key}, unique=key)
+
+    def run(self, rate: float, count: int, mix: dict[str, float]) -> None:
+        """Push until *count* were attempted or somebody stops us."""
+        kinds, weights = list(mix), list(mix.values())
+        began = time.monotonic()
+        while self.made < count and not self.stopped:
+            self.one(self.random.choices(kinds, weights)[0])
+            ahead = self.made / rate - (time.monotonic() - began) if rate else 0
+            if ahead > 0:
+                time.sleep(min(ahead, 0.2))
+
+
+def _until(condition: Callable[[], bool], seconds: float = 10.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.01)
+
+
+def main() -> None:
+    """Read the command line and push."""
+    number, seed, rate, count, *rest = sys.argv[1:]
+    producer = Producer(int(number), int(seed))
+
+    def stop(*_: object) -> None:
+        producer.stopped = True
+
+    signal.signal(signal.SIGTERM, stop)
+    producer.run(float(rate), int(count), json.loads(rest[0]) if rest else MIX)
+    producer.calls.write(call=producer.prefix, phase="end", made=producer.made)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,61 @@
+"""The table of a run, and the same as JSON."""
+
+from __future__ import annotations
+
+import json
+import platform
+from pathlib import Path
+from typing import Any
+
+from chaos.checker import Verdict
+
+ROWS = (
+    "attempted", "acknowledged", "existing", "refused", "unknown", "recovered", "ok", "dead", "convicted", "cancelled",
+    "executions", "repeated executions", "highest attempt", "overlapping executions", "unexplained repeats",
+    "workers registered", "lost", "unexpected", "stored twice", "same attempt twice", "duplicate outcomes", "zombie accepted",
+    "unique key held twice", "poison started too often", "started early", "ran after cancel", "limit violations", "stuck",
+    "leaked keys", "recovery, supervised", "recovery, by lease", "pickup",
+)  # fmt: skip
+
+
+def table(verdict: Verdict, faults: dict[str, int], facts: dict[str, Any]) -> str:
+    """Return what is printed at the end of a run."""
+    lines = [f"  {name:<26} {_cell(value)}" for name, value in facts.items()]
+    lines.append("")
+    lines += [f"  {name:<26} {count:,}" for name, count in sorted(faults.items())]
+    lines.append("")
+    extra = [name for name in verdict.counts if name not in ROWS]
+    for name in (*ROWS, *extra):
+        if name in verdict.counts:
+            mark = "✗" if name in verdict.failed else " "
+            lines.append(f"{mark} {name:<26} {_cell(verdict.counts[name])}")
+            if name in verdict.failed:
+                lines += [f"      {example}" for example in verdict.examples.get(name, [])]
+    lines.append("")
+    lines.append("✗ " + ", ".join(verdict.failed) if verdict.failed else "✓ nothing lost, nothing twice unseen")
+    return "\n".join(lines)
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, dict):
+        if not value.get("count"):
+            return "-"
+        return (
+            f"p50 {value['p50']:.3f} s  p99 {value['p99']:.3f} s  max {value['max']:.3f} s  ({value['count']:,} times)"
+        )
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def write(path: Path, verdict: Verdict, faults: dict[str, int], facts: dict[str, Any]) -> None:
+    """Write the run as one JSON document."""
+    document = {
+        "schema": "conveyor/chaos@1",
+        "machine": platform.platform(),
+        "python": platform.python_version(),
+        **facts,
+        "faults": faults,
+        "counts": verdict.counts,
+        "failed": verdict.failed,
+        "examples": verdict.examples,
+    }
+    path.write_text(json.dumps(document, indent=1, default=str) + "\n")

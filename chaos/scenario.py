@@ -1,0 +1,224 @@
+"""The figures: one fault, many times, under load. Each scenario counts what docs/reliability.md states."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any, NamedTuple
+
+from chaos.checker import Verdict, spread
+from chaos.crew import Program
+from chaos.stage import Stage
+
+Facts = dict[str, Any]
+
+
+class Scenario(NamedTuple):
+    """What it does, how often in a full run, and the lease of its workers."""
+
+    play: Callable[[Stage, int, Facts], Verdict]
+    times: int
+    lease: float
+
+
+def run(name: str, count: int | None, seed: int) -> tuple[Verdict, Stage, Facts]:
+    """Play a scenario; *count* None is a full run."""
+    scenario = SCENARIOS[name]
+    count = scenario.times if count is None else count
+    facts: Facts = {"scenario": name, "count": count, "seed": seed, "lease": scenario.lease}
+    began = time.monotonic()
+    with Stage(seed=seed, lease=scenario.lease) as stage:
+        verdict = scenario.play(stage, count, facts)
+        facts["took"] = f"{time.monotonic() - began:.0f} s"
+        return verdict, stage, facts
+
+
+def _producers(stage: Stage, urls: list[str], *, rate: float, count: int, mix: dict[str, float]) -> None:
+    for number, url in enumerate(urls):
+        place, text = 10 * len(stage.crew.producers()) + number, json.dumps(mix)
+        stage.crew.producer(place, url, seed=stage.seed, rate=rate / len(urls), count=count // len(urls), mix=text)
+
+
+def _finish(stage: Stage, facts: Facts, *, seconds: float = 60, also: tuple[str, ...] = ()) -> Verdict:
+    began = time.monotonic()
+    stage.heal()
+    if stage.drain(seconds) is not None:
+        facts["drained in"] = f"{time.monotonic() - began:.1f} s"
+    return stage.judge(also=also)
+
+
+def _end_producers(stage: Stage) -> None:
+    for program in stage.crew.producers():
+        program.signal(signal.SIGTERM)
+
+
+def _kill(pids: list[int]) -> None:
+    for pid in pids:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+# -- workers -----------------------------------------------------------------------------------------------------------
+
+
+def sigkill(stage: Stage, count: int, facts: Facts) -> Verdict:
+    """SIGKILL a random worker, again and again, while 200 jobs for each kill go through."""
+    draw = random.Random(stage.seed)
+    workers = [stage.crew.supervised(f"worker{n}", stage.url, grace="1s") for n in range(2)]
+    workers.append(stage.crew.embedded("program", stage.url))
+    stage.ready(5)
+    every = 0.5
+    mix = {"bulk": 0.06, "quick": 1, "steady": 0.1, "message": 0.1, "slow": 0.01}
+    _producers(stage, [stage.url] * 2, rate=200 / every, count=200 * count, mix=mix)
+    began = time.monotonic()
+    for number in range(count):
+        time.sleep(max(0.0, began + every * (number + draw.random()) - time.monotonic()))  # the rhythm of the fault
+        _kill_one(stage, draw, workers)
+    return _finish(stage, facts, seconds=120)
+
+
+def _kill_one(stage: Stage, draw: random.Random, workers: list[Program]) -> None:
+    program = draw.choice(workers)
+    children = program.children() if program.supervised else []
+    if children and draw.random() < 0.95:
+        child = draw.choice(children)
+        stage.fault("kill worker", pids=[child], supervised=True)
+        _kill([child])
+    elif program.alive():
+        family = program.family()
+        stage.fault("kill worker", pids=family)
+        _kill(family)
+
+
+def sigstop(stage: Stage, count: int, facts: Facts) -> Verdict:
+    """SIGSTOP a worker for 1.2 to 4 leases while it runs jobs; it wakes, and reports what others have run meanwhile."""
+    draw = random.Random(stage.seed)
+    workers = [stage.crew.embedded(f"program{n}", stage.url) for n in range(5)]
+    stage.ready(5)
+    mix = {"quick:900": 1, "quick:300": 1, "steady:500": 0.3, "quick": 2, "message": 0.5}
+    _producers(stage, [stage.url], rate=40, count=1_000_000, mix=mix)
+    stage.started(40)
+    frozen: dict[int, float] = {}
+    made = 0
+    while made < count or frozen:
+        now = time.monotonic()
+        for pid in [pid for pid, until in frozen.items() if until <= now]:
+            os.kill(pid, signal.SIGCONT)
+            del frozen[pid]
+        awake = [program for program in workers if program.pid not in frozen]
+        if made < count and len(frozen) < 3:
+            pid = draw.choice(awake).pid
+            seconds = stage.lease * draw.uniform(1.2, 4)
+            stage.fault("stop worker", pids=[pid], lasting=seconds)
+            os.kill(pid, signal.SIGSTOP)
+            frozen[pid] = now + seconds
+            made += 1
+        time.sleep(draw.uniform(0.1, 0.3))  # the rhythm of the fault
+    _end_producers(stage)
+    verdict = _finish(stage, facts)
+    facts["runs that zombies finished"] = verdict.counts["overlapping executions"]
+    return verdict
+
+
+def recovery(stage: Stage, count: int, facts: Facts) -> Verdict:
+    """Kill children under a supervisor, then whole hosts; how long until what they ran has begun elsewhere."""
+    draw = random.Random(stage.seed)
+    hosts = [stage.crew.supervised(f"host{n}", stage.url, processes=2, concurrency=10) for n in range(4)]
+    survivor = stage.crew.supervised("survivor", stage.url, processes=1, concurrency=60)
+    stage.ready(9)
+    _producers(stage, [stage.url], rate=8, count=1_000_000, mix={"quick:3000": 1})
+    stage.started(20)
+    for _ in range(count):
+        children = [child for program in [*hosts, survivor] for child in program.children()]
+        child = draw.choice(children)
+        stage.fault("kill worker", pids=[child], supervised=True)
+        _kill([child])
+        time.sleep(0.8)  # the rhythm of the fault
+    for _ in range(max(1, count // 15)):
+        gone = [draw.choice(hosts)]
+        family = [pid for program in gone for pid in program.family()]
+        stage.fault("kill host", pids=family)
+        _kill(family)
+        # The host is gone for as long as its lease lasts and longer: nobody on it gives anything back.
+        time.sleep(stage.lease / 3)
+    time.sleep(stage.lease + 5)  # what the last host held is due by then
+    _end_producers(stage)
+    verdict = _finish(stage, facts, seconds=60)
+    facts["promised"] = f"supervised within 1 s; host gone within {stage.lease + 5:g} s"
+    return verdict
+
+
+# -- Redis and the way to it -------------------------------------------------------------------------------------------
+
+
+def redis_kill(stage: Stage, count: int, facts: Facts) -> Verdict:
+    """SIGKILL Redis, again and again; its append-only file is synced every second."""
+    draw = random.Random(stage.seed)
+    stage.crew.supervised("worker", stage.url)
+    stage.crew.embedded("program", stage.url)
+    stage.ready(3)
+    mix = {"quick": 1, "bulk": 0.02, "steady": 0.1, "message": 0.2, "own": 0.1, "slow": 0.01}
+    _producers(stage, [stage.url] * 2, rate=120, count=1_000_000, mix=mix)
+    stage.started(50)
+    back: list[float] = []
+    for _ in range(count):
+        stage.fault("kill redis", lasting=1)
+        stage.ground.restart(draw.choice([0.0, 0.0, 0.3]))
+        back.append(time.monotonic())
+        time.sleep(draw.uniform(0.6, 1.4))  # the rhythm of the fault
+    _end_producers(stage)
+    verdict = _finish(stage, facts)
+    starts = sorted(line["at"] for line in stage.lines("runs") if line["phase"] == "start")
+    pauses = [next((at - moment for at in starts if at >= moment), 99.0) for moment in back]
+    verdict.counts["throughput back"] = spread(pauses)
+    return verdict
+
+
+def cut(stage: Stage, count: int, facts: Facts) -> Verdict:
+    """Cut connections at random bytes, of producers and workers alike: as many jobs as calls."""
+    stage.crew.embedded("program1", stage.proxy.url)
+    stage.crew.supervised("worker", stage.proxy.url, processes=1)
+    stage.ready(2)
+    mix = {"quick": 1, "bulk": 0.03, "message": 0.2, "messages": 0.03, "own": 0.1, "unique": 0.05, "delayed": 0.1}
+    _producers(stage, [stage.proxy.url] * 2, rate=250, count=1_000_000, mix=mix)
+    stage.fault("cut", lasting=600, connections=count)
+    stage.proxy.cut_randomly(mean=1500, times=count, seed=stage.seed)
+    stage.wait(lambda: stage.proxy.count["cut"] >= count, 300)
+    _end_producers(stage)
+    verdict = _finish(stage, facts)
+    facts["connections cut"] = stage.proxy.count["cut"]
+    return verdict
+
+
+def maxmemory(stage: Stage, count: int, facts: Facts) -> Verdict:
+    """Fill Redis to its maxmemory with jobs waiting: all drain, no lease is lost, pushes are refused whole."""
+    for number in range(2):
+        stage.crew.supervised(f"worker{number}", stage.url)
+    stage.ready(4)
+    stage.ground.command("HSET", "chaos:{default}:conf", "paused", "1")
+    _producers(stage, [stage.url] * 2, rate=0, count=count, mix={"bulk": 1, "slow": 0.02, "flaky": 1})
+    stage.wait(lambda: not any(one.alive() for one in stage.crew.producers()), 120)
+    facts["waiting at maxmemory"] = stage.remaining()
+    stage.fault("squeeze memory", lasting=60)
+    stage.ground.squeeze(0.8)
+    stage.ground.command("HDEL", "chaos:{default}:conf", "paused")
+    _producers(stage, [stage.url], rate=50, count=300, mix={"quick": 1, "bulk": 0.02})
+    facts["drained at maxmemory"] = stage.drain(60) is not None
+    facts["maxmemory"] = stage.ground.command("CONFIG", "GET", "maxmemory")
+    stage.heal()
+    before = len(stage.lines("runs"))
+    _producers(stage, [stage.url], rate=0, count=100, mix={"quick": 1})
+    verdict = _finish(stage, facts, also=("unexplained repeats",))
+    facts["runs after it was lifted"] = (len(stage.lines("runs")) - before) // 2
+    return verdict
+
+
+SCENARIOS = {
+    "sigkill": Scenario(sigkill, 500, 2.0), "sigstop": Scenario(sigstop, 200, 1.0), "redis-kill": Scenario(redis_kill, 100, 5.0),
+    "cut": Scenario(cut, 5000, 5.0), "recovery": Scenario(recovery, 60, 15.0), "maxmemory": Scenario(maxmemory, 10_000, 2.0),
+}  # fmt: skip

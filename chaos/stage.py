@@ -1,0 +1,191 @@
+"""Everything a run needs, put up and taken down: Redis, a proxy before it, programs, and the books."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import redis as redis_py
+
+from chaos import dump as dumping
+from chaos.checker import Verdict, check
+from chaos.crew import Crew
+from chaos.evidence import gather
+from chaos.ground import Ground
+from chaos.history import read_history
+from chaos.proxy import Proxy
+from chaos.record import Record, read
+
+QUEUES = ("default", "mail")
+
+
+class Stage:
+    """One run. Its directory is removed at the end unless something was found, or `CHAOS_KEEP` is set."""
+
+    def __init__(
+        self,
+        *,
+        seed: int = 1,
+        lease: float = 2.0,
+        source: Path | None = None,
+        clock: bool = False,
+        fsync: str = "everysec",
+    ) -> None:
+        """Start Redis and the proxy; programs are started through `crew`."""
+        self.seed, self.lease = seed, lease
+        self.directory = Path(tempfile.mkdtemp(prefix="cx", dir="/tmp"))
+        self.ground = Ground(self.directory / "r", fsync=fsync, clock=clock)
+        self.proxy = Proxy(self.ground.socket, seed=seed).start()
+        self.crew = Crew(self.directory, lease=lease, source=source)
+        self.faults: Counter[str] = Counter()
+        self._record = Record(self.directory / "faults")
+        self._lock = threading.Lock()
+        self.keep = bool(os.environ.get("CHAOS_KEEP"))
+
+    @property
+    def url(self) -> str:
+        """Redis itself."""
+        return str(self.ground.url)
+
+    def fault(self, kind: str, *, pids: Iterable[int] = (), lasting: float = 0.0, **facts: Any) -> None:
+        """Write a fault down, before it is made; it strikes *pids*, or everybody when there are none."""
+        with self._lock:
+            self.faults[kind] += 1
+        until = time.monotonic() + lasting
+        self._record.write(kind=kind, pids=list(pids), until=until, **facts)
+
+    # -- looking ---------------------------------------------------------------------------------------------------
+
+    def lines(self, name: str) -> list[dict[str, Any]]:
+        """Return what stands in a file of the run: calls, runs or faults."""
+        return read(self.directory / name)
+
+    def remaining(self) -> int:
+        """Return how many jobs have not ended; -1 when Redis does not answer."""
+        try:
+            with self.ground.client() as client:
+                pipe = client.pipeline(transaction=False)
+                for queue in QUEUES:
+                    pipe.hlen(f"chaos:{{{queue}}}:jobs")
+                    pipe.zcard(f"chaos:{{{queue}}}:dead")
+                found = pipe.execute()
+        except redis_py.RedisError:
+            return -1
+        return int(sum(found[::2]) - sum(found[1::2]))
+
+    def wait(self, condition: Callable[[], Any], seconds: float) -> Any:
+        """Wait until *condition* holds; return what it returned, or nothing after *seconds*."""
+        deadline = time.monotonic() + seconds
+        while not (found := condition()):
+            if time.monotonic() > deadline:
+                return None
+            time.sleep(0.02)
+        return found
+
+    def ready(self, workers: int, seconds: float = 20.0) -> None:
+        """Wait until that many workers have registered for jobs; raises when they do not."""
+
+        def registered() -> bool:
+            with self.ground.client() as client:
+                return int(client.zcard("chaos:{default}:workers")) >= workers
+
+        if not self.wait(registered, seconds):
+            logs = [f"{path.name}:\n{path.read_text()[-2000:]}" for path in self.directory.glob("*.log")]
+            raise RuntimeError("the workers did not start\n" + "\n".join(logs))
+
+    def started(self, count: int, seconds: float = 20.0) -> Any:
+        """Wait until that many runs have begun."""
+        return self.wait(lambda: sum(line["phase"] == "start" for line in self.lines("runs")) >= count, seconds)
+
+    # -- the end ---------------------------------------------------------------------------------------------------
+
+    def heal(self) -> None:
+        """End every fault that lasts."""
+        self.proxy.heal()
+        self.ground.thaw()
+        if self.ground.has_clock:
+            self.ground.set_clock(0)
+        self.wait(lambda: self.ground.command("CONFIG", "SET", "maxmemory", "0"), 20)
+
+    def drain(self, seconds: float, *, stall: float | None = None) -> float | None:
+        """
+        Wait until the producers are done and every job has ended; return how long it took, None when it did not.
+
+        It may take longer than *seconds* as long as jobs end: *stall* seconds without one is too long.
+        """
+        began = time.monotonic()
+        if not self.wait(lambda: not any(one.alive() for one in self.crew.producers()), seconds):
+            return None
+        stall = stall or max(15.0, 8 * self.lease)
+        fewest, progress = 1 << 60, time.monotonic()
+        while left := self.remaining():
+            now = time.monotonic()
+            if 0 <= left < fewest:
+                fewest, progress = left, now
+            if now - progress > stall and now - began > seconds:
+                return None
+            time.sleep(0.05)
+        return time.monotonic() - began
+
+    def _only_the_living(self) -> bool:
+        """Tell whether the registrations of all dead workers are gone."""
+        with self.ground.client() as client:
+            for key in client.scan_iter("chaos:*:leased:*", count=1000):
+                about = client.hget(key, "\tabout")
+                if about and not Path(f"/proc/{json.loads(about).get('pid', 1)}").exists():
+                    return False
+        return True
+
+    def judge(self, *, also: Iterable[str] = (), waived: Iterable[str] = ()) -> Verdict:
+        """Let the workers bury their dead and end, then judge what is left."""
+        self.wait(self._only_the_living, min(10.0, 3 * self.lease + 1))
+        orderly = self.crew.retire()
+        with self.ground.client(socket_timeout=60) as client:
+            left = dumping.take(client)
+        self.ground.stop()
+        evidence = gather(
+            self.lines("calls"),
+            self.lines("runs"),
+            self.lines("faults"),
+            left,
+            read_history(self.ground.directory),
+            self.lease,
+        )
+        verdict = check(evidence, also=also, waived=waived)
+        finished = sum(line["phase"] == "end" for line in self.lines("calls"))
+        if finished != len(self.crew.producers()):
+            verdict.counts["producers that failed"] = len(self.crew.producers()) - finished
+            verdict.failed.append("producers that failed")
+        if not orderly:
+            verdict.counts["workers that did not end"] = 1
+            verdict.failed.append("workers that did not end")
+        self.keep = self.keep or bool(verdict.failed)
+        return verdict
+
+    def close(self) -> None:
+        """End every process and remove the directory."""
+        self.crew.close()
+        self.proxy.stop()
+        self.ground.stop()
+        self._record.close()
+        if self.keep:
+            print(f"what was recorded lies in {self.directory}", flush=True)
+        else:
+            shutil.rmtree(self.directory, ignore_errors=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()

@@ -1,0 +1,107 @@
+"""
+What leaves a queue's slot together with the end of a job: entries for other queues, each delivered exactly once.
+
+The turn that settles the job appends them to its queue's outbox. Whoever delivers takes the head as a numbered batch,
+which stays the same until it is trimmed, pushes it to each receiver in a lane that never expires, then trims it by its
+number. So two deliverers, or a repeat of any step, push once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from conveyor.errors import ConfigurationError
+from conveyor.store import operations
+from conveyor.store.operations import Entry, Lane
+from conveyor.store.script import Call, Script
+
+if TYPE_CHECKING:
+    from conveyor.store.keys import QueueKeys
+
+TAKE, TRIM = Script("outbox_take"), Script("outbox_trim")
+
+
+class _Head(msgspec.Struct, array_like=True):
+    queue: str
+    id: str
+    priority: int
+    delay_ms: int | None
+    due_at_ms: int | None
+    expires_ms: int | None
+    unique: str | None
+    own_id: bool
+    front: bool
+
+
+_encode = msgspec.json.Encoder().encode
+_decode = msgspec.json.Decoder(_Head).decode
+
+
+def write(queue: str, entry: Entry) -> bytes:
+    """Return *entry* for *queue* as it lies in an outbox: one line of JSON, then the envelope behind its marks."""
+    head = _Head(
+        queue, entry.id, entry.priority, entry.delay_ms, entry.due_at_ms, entry.expires_ms, entry.unique, entry.own_id,
+        entry.front,
+    )  # fmt: skip
+    return _encode(head) + b"\n" + entry.rest
+
+
+def read(data: bytes) -> tuple[str, Entry]:
+    """Return the queue and the entry that `write` was given."""
+    line, _, rest = data.partition(b"\n")
+    head = _decode(line)
+    return head.queue, Entry(
+        head.id, rest, head.priority, head.delay_ms, head.due_at_ms, head.expires_ms, head.unique, head.own_id, head.front
+    )  # fmt: skip
+
+
+class Batch:
+    """The head of an outbox under its number, by receiver: what is for one queue stays in its order."""
+
+    __slots__ = ("number", "parts")
+
+    def __init__(self, number: int, entries: Sequence[bytes]) -> None:
+        """Read the entries; raises ConfigurationError for one that another version wrote."""
+        self.number = number
+        self.parts: dict[str, list[Entry]] = {}
+        for data in entries:
+            try:
+                queue, entry = read(data)
+            except msgspec.DecodeError as error:
+                raise ConfigurationError(
+                    f"An outbox holds an entry that this version cannot read ({error}). Upgrade this worker.",
+                    code="E45",
+                ) from error
+            self.parts.setdefault(queue, []).append(entry)
+
+    def __repr__(self) -> str:
+        counts = ", ".join(f"{len(part)} for {queue}" for queue, part in self.parts.items())
+        return f"<Batch {self.number}: {counts}>"
+
+
+def take(keys: QueueKeys, *, instead: int | str = "", least: int = 0) -> Call[Batch | None]:
+    """
+    Return the call that fixes the next batch of the outbox; it yields None when that is empty.
+
+    When the batch that is fixed has the number *instead*, it gets a new one of at least *least*.
+    """
+    return Call(TAKE, (keys.outbox, keys.conf), (instead, least), _read_batch)
+
+
+def _read_batch(reply: list[Any]) -> Batch | None:
+    return Batch(reply[0], reply[1:]) if reply else None
+
+
+def deliver(source: QueueKeys, target: QueueKeys, number: int, entries: Sequence[Entry]) -> Call[list[str]]:
+    """Return the call that pushes a batch's part to *target*, once; raises what a push raises, and LateReply."""
+    call = operations.push(target, Lane(source.queue, number - 1), entries)
+    return replace(call, keys=(target.inbox(source.queue), *call.keys[1:]))
+
+
+def trim(keys: QueueKeys, number: int) -> Call[int]:
+    """Return the call that drops a batch all have accepted; it yields how many entries are left, -1 when it was not the one."""
+    return Call(TRIM, (keys.outbox, keys.conf), (number,), int)

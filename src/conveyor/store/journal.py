@@ -1,0 +1,180 @@
+"""
+A backlog on disk: an append-only file that the next process reads when this one is gone.
+
+Frames of ``length(4) crc32(4) body``; the body is MessagePack, a record, the beginning of a call or its end. A torn tail
+is cut off and said; a file is emptied when all of it was delivered, and written anew when most of it was.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import struct
+from pathlib import Path
+from typing import Any
+from zlib import crc32
+
+import msgspec
+
+from conveyor.errors import ConfigurationError
+from conveyor.store.backlog import Backlog, Batch, Record
+
+_HEAD = struct.Struct("<II")
+_SLACK = 8_000_000
+"""Bytes of delivered records a file may hold before it is written anew."""
+SLOTS = 256
+"""Processes that may share a directory."""
+_log = logging.getLogger("conveyor.buffer")
+
+
+class Journal(Backlog):
+    """A backlog that stands in a file as well; the lock beside it says that somebody uses it."""
+
+    def __init__(self, path: Path, lock: int, lane: str, *, fsync: bool) -> None:
+        """Read what an earlier process left. *lock* is the descriptor that holds the lock."""
+        super().__init__(lane)
+        self.path = path
+        self._lock = lock
+        self._fsync = fsync
+        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        self._size = self._read()
+
+    # -- writing ------------------------------------------------------------------------------------------------------
+
+    def _keep(self, record: Record) -> None:
+        self._append(("P", record), sync=self._fsync)
+
+    def _begin(self, batch: Batch) -> None:
+        # Before it is sent: who reads this sends exactly these records again, in the same lane and number.
+        self._append(("B", len(batch.records), batch.lane, batch.number), sync=self._fsync)
+
+    def _end(self, count: int) -> None:
+        if not self.records:
+            os.ftruncate(self._file, 0)
+            self._size = 0
+            return
+        try:
+            self._append(("D", count), sync=False)
+            if self._size > _SLACK + 2 * self.bytes:
+                self._rewrite()
+        except OSError as error:
+            # Whoever reads the file sends the same call again, and its lane answers that.
+            _log.warning("%s: cannot write down what was delivered: %s", self.path, error)
+
+    def _append(self, body: tuple[Any, ...], *, sync: bool) -> None:
+        frame = _frame(body)
+        try:
+            written = os.pwrite(self._file, frame, self._size)
+            if written < len(frame):
+                raise OSError(f"only {written} of {len(frame)} bytes were written")
+            if sync:
+                os.fdatasync(self._file)
+        except OSError:
+            os.ftruncate(self._file, self._size)
+            raise
+        self._size += len(frame)
+
+    def _rewrite(self) -> None:
+        """Write what is left into a new file that takes the old one's place."""
+        fresh = self.path.with_suffix(".new")
+        frames = b"".join(_frame(("P", record)) for record in self.records)
+        descriptor = os.open(fresh, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        with open(descriptor, "wb", closefd=False) as file:
+            file.write(frames)
+        if self._fsync:
+            os.fsync(descriptor)
+        os.replace(fresh, self.path)
+        os.close(self._file)
+        self._file, self._size = descriptor, len(frames)
+
+    # -- reading ------------------------------------------------------------------------------------------------------
+
+    def _read(self) -> int:
+        data = self.path.read_bytes()
+        at = 0
+        while (found := _unframe(data, at)) is not None:
+            body, at = found
+            self._replay(body)
+        if at < len(data):
+            _log.warning(
+                "%s: the last %d bytes were written by a process or machine that died meanwhile and cannot be read; "
+                "what was accepted before them is kept", self.path, len(data) - at,
+            )  # fmt: skip
+            os.ftruncate(self._file, at)
+        return at
+
+    def _replay(self, body: list[Any]) -> None:
+        if body[0] == "P":
+            record = msgspec.convert(body[1], Record)
+            self.records.append(record)
+            self.jobs += len(record.entries)
+            self.bytes += record.size
+        elif body[0] == "B":
+            self._batch = Batch(list(self.records)[: body[1]], body[2], body[3])
+        else:
+            for _ in range(body[1]):
+                record = self.records.popleft()
+                self.jobs -= len(record.entries)
+                self.bytes -= record.size
+            self._batch = None
+
+    def close(self) -> None:
+        """Let go of the file; what is in it waits for the next process."""
+        os.close(self._file)
+        os.close(self._lock)
+
+
+def _frame(body: tuple[Any, ...]) -> bytes:
+    packed = msgspec.msgpack.encode(body)
+    return _HEAD.pack(len(packed), crc32(packed)) + packed
+
+
+def _unframe(data: bytes, at: int) -> tuple[list[Any], int] | None:
+    """Return a body and where the next frame begins, None for one that is not whole."""
+    if at + _HEAD.size > len(data):
+        return None
+    length, check = _HEAD.unpack_from(data, at)
+    packed = data[at + _HEAD.size : at + _HEAD.size + length]
+    if length == 0 or len(packed) < length or crc32(packed) != check:
+        return None
+    return msgspec.msgpack.decode(packed), at + _HEAD.size + length
+
+
+def claim(directory: Path, lane: str, *, fsync: bool) -> Journal:
+    """Return the first journal of *directory* that no other process uses, with what was left in it."""
+    directory.mkdir(parents=True, exist_ok=True)
+    for slot in range(SLOTS):
+        found = _open(directory, slot, lane, fsync=fsync)
+        if found is not None:
+            return found
+    raise ConfigurationError(
+        f"{SLOTS} processes use the buffer {directory} already. Give each few of them a directory."
+    )
+
+
+def orphans(directory: Path, lane: str) -> list[Journal]:
+    """Return the journals of *directory* that hold something and whose processes are gone."""
+    found: list[Journal] = []
+    for path in sorted(directory.glob("*.log")):
+        if path.stem.isdigit() and path.stat().st_size and (one := _open(directory, int(path.stem), lane, fsync=False)):
+            if one:
+                found.append(one)
+            else:
+                one.close()
+    return found
+
+
+def left_behind(directory: Path) -> bool:
+    """Tell whether some process left something in *directory*."""
+    return any(path.stat().st_size for path in directory.glob("*.log"))
+
+
+def _open(directory: Path, slot: int, lane: str, *, fsync: bool) -> Journal | None:
+    lock = os.open(directory / f"{slot}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(lock)
+        return None
+    return Journal(directory / f"{slot}.log", lock, lane, fsync=fsync)

@@ -1,0 +1,11 @@
+-- Drop a batch that all its receivers have accepted.
+--
+-- KEYS  1 outbox  2 conf
+-- ARGV  1 number of the batch
+-- returns how many entries are left; -1 when another batch is fixed, or none: nothing was changed
+local outbox, conf = KEYS[1], KEYS[2]
+local last, count = string.match(redis.call('HGET', conf, 'outbox') or '', '^(%d+) (%d+)$')
+if last ~= ARGV[1] then return -1 end
+redis.call('LTRIM', outbox, tonumber(count), -1)
+redis.call('HSET', conf, 'outbox', last)
+return redis.call('LLEN', outbox)

@@ -1,0 +1,105 @@
+"""Emptying the outbox of a queue: what its jobs spawned goes to where it belongs, whoever settled them."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Protocol
+
+from conveyor import outbox
+from conveyor.errors import ConveyorError
+from conveyor.store import fault
+from conveyor.store.operations import LateReply
+
+if TYPE_CHECKING:
+    from conveyor.store.backend import Backend
+    from conveyor.store.keys import QueueKeys
+
+    class Home(Protocol):
+        """What a delivery needs of the app."""
+
+        @property
+        def backend(self) -> Backend: ...
+        def keys(self, queue: str) -> QueueKeys: ...
+
+
+log = logging.getLogger("conveyor.worker")
+PATIENCE = 5.0
+PAUSES = 5.0
+"""Longest pause in seconds before a delivery that was refused is tried again."""
+
+
+class Delivery:
+    """Delivers one queue's outbox while there is something in it; nothing runs, and nothing is sent, while there is not."""
+
+    def __init__(self, keys: QueueKeys, home: Home, done: Callable[[], None]) -> None:
+        """Take whose outbox it is, how to reach all queues, and what to call when it was emptied."""
+        self._keys, self._home, self._done = keys, home, done
+        self._task: asyncio.Task[None] | None = None
+        self._asked = False
+
+    @property
+    def busy(self) -> bool:
+        """True while something may be left to deliver."""
+        return self._task is not None
+
+    def begin(self) -> None:
+        """Something lies in the outbox: deliver it, now or right after what is under way."""
+        self._asked = True
+        if self._task is None:
+            self._task = asyncio.get_running_loop().create_task(self._run())
+
+    async def finish(self, seconds: float) -> None:
+        """Wait for what is under way, but not for ever: what is left, any worker of the queue delivers."""
+        if self._task is not None:
+            await asyncio.wait([self._task], timeout=seconds)
+        if self._task is not None:
+            self._task.cancel()
+
+    async def _run(self) -> None:
+        attempt = 0
+        try:
+            while self._asked:
+                self._asked = False
+                try:
+                    while await deliver(self._keys, self._home):
+                        attempt = 0
+                except ConveyorError as error:
+                    log.warning(
+                        "followers of queue %s are not delivered yet, trying again: %s", self._keys.queue, error
+                    )
+                    await asyncio.sleep(fault.pause(attempt + 5, cap=PAUSES))
+                    attempt += 1
+                    self._asked = True
+        finally:
+            self._task = None
+        self._done()
+
+
+async def deliver(keys: QueueKeys, home: Home) -> bool:
+    """Deliver one batch of an outbox; return whether there was one. Raises what the pushes raise: it stays to be repeated."""
+    backend = home.backend
+    batch = await backend.arun(outbox.take(keys), patience=PATIENCE)
+    if batch is None:
+        return False
+    failed: ConveyorError | None = None
+    for queue, entries in batch.parts.items():
+        target = home.keys(queue)
+        try:
+            await backend.aannounce(target)
+            await backend.arun(outbox.deliver(keys, target, batch.number, entries), patience=PATIENCE)
+        except LateReply:
+            # Others have delivered and trimmed this batch, and a newer one. Or a failover took the source back to a
+            # number that this receiver has seen: then the same batch gets a higher one.
+            seen = await backend.aexecute("GET", target.inbox(keys.queue), key=target.jobs)
+            if isinstance(seen, bytes):
+                least = int(seen.partition(b"\n")[0]) + 1
+                await backend.arun(outbox.take(keys, instead=batch.number, least=least), patience=PATIENCE)
+            return True
+        except ConveyorError as error:
+            failed = error  # the others need not wait for it; the repeat finds theirs done
+    if failed is not None:
+        raise failed
+    await backend.arun(outbox.trim(keys, batch.number), patience=PATIENCE)
+    return True

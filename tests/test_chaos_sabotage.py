@@ -1,0 +1,81 @@
+"""The chaos checker must fail on builds that are broken on purpose, each in a scene with the right fault; ours passes it."""
+
+from __future__ import annotations
+
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from chaos import case, mutant
+from chaos.ground import FAKETIME
+
+PATCHES = mutant.patches()
+SIDE_BY_SIDE = 5  # scenes are mostly waiting: for a lease to end, for work to drain
+NEEDED = {mutant.case_of(patch) for patch in PATCHES.values()}
+
+
+def playable(names: list[str]) -> list[str]:
+    """Leave out what needs a clock that can be set, where libfaketime is not installed."""
+    return [name for name in names if name != "clock" or FAKETIME is not None]
+
+
+def play_sabotaged(name: str) -> list[str]:
+    patch = PATCHES[name]
+    with tempfile.TemporaryDirectory() as directory:
+        return case.run(mutant.case_of(patch), source=mutant.build(patch, Path(directory))).failed
+
+
+def play_honest(name: str) -> str:
+    # Once more after a failure: on a loaded machine a worker may really be late for a lease of one second.
+    for _ in range(2):
+        verdict = case.run(name)
+        if not verdict.failed:
+            return ""
+    return f"{verdict.failed} {verdict.examples}"
+
+
+def test_patches_are_many_and_aimed() -> None:
+    """There are at least fifteen sabotages, each applies to the source as it is now and names a scene that exists."""
+    assert len(PATCHES) >= 15
+    assert set(case.CASES) >= NEEDED
+    for patch in PATCHES.values():
+        with tempfile.TemporaryDirectory() as directory:
+            source = mutant.build(patch, Path(directory))
+            changed = [
+                path
+                for path in source.rglob("*.*")
+                if path.suffix in {".py", ".lua"}
+                and path.read_bytes() != (mutant.HOME / "src" / path.relative_to(source)).read_bytes()
+            ]
+            assert changed, patch.name
+
+
+def test_a_patch_that_aims_at_nothing_is_refused(tmp_path: Path) -> None:
+    """When the source has changed where a sabotage was aimed, it is not quietly left out."""
+    patch = tmp_path / "old.patch"
+    patch.write_text(
+        "Case: kill\n--- a/src/conveyor/app.py\n+++ b/src/conveyor/app.py\n@@ -1 +1 @@\n-not there\n+neither\n"
+    )
+
+    with pytest.raises(mutant.DoesNotApplyError, match="found 0 times"):
+        mutant.build(patch, tmp_path)
+
+
+def test_every_sabotage_is_caught() -> None:
+    """The checker finds what each sabotaged build does wrong."""
+    names = [name for name, patch in PATCHES.items() if playable([mutant.case_of(patch)])]
+    with ThreadPoolExecutor(SIDE_BY_SIDE) as pool:
+        found = dict(zip(names, pool.map(play_sabotaged, names), strict=True))
+
+    assert [name for name, failed in found.items() if not failed] == []
+
+
+def test_this_build_passes_every_scene() -> None:
+    """The same scenes find nothing wrong with the build as it is."""
+    names = playable(list(case.CASES))
+    with ThreadPoolExecutor(SIDE_BY_SIDE) as pool:
+        found = dict(zip(names, pool.map(play_honest, names), strict=True))
+
+    assert {name: failed for name, failed in found.items() if failed} == {}

@@ -1,0 +1,79 @@
+"""Followers leave exactly once, however often the processes that deliver them are killed."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from conveyor.app import Conveyor
+from conveyor.ident import new_ids
+from conveyor.model import write_rest
+from conveyor.store import inspection
+from conveyor.store.operations import Entry
+
+HERE = Path(__file__).parent
+
+
+def children(pid: int) -> list[int]:
+    """Return the worker processes of a supervisor, those only that run Python."""
+    return [int(one) for one in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+@pytest.mark.row("A1", "A3")
+def test_killed_deliverers_lose_and_double_nothing(url: str, tmp_path: Path, rounds: Callable[[int, int], int]) -> None:
+    """Children killed at random moments, with parents that fail and are run again: one follower for each parent."""
+    seed, kills = random.randrange(2**32), rounds(100, 5)
+    print("seed", seed)
+    rng, log = random.Random(seed), tmp_path / "log"
+    log.touch()
+    parents = 200 * kills
+    app = Conveyor(url, namespace="family")
+    app.backend.push(
+        app.keys("parents"),
+        [Entry(id_, write_rest("outbox_jobs.parent", b'{"n":%d}' % n)) for n, id_ in enumerate(new_ids(parents))],
+    )
+    errors = tmp_path / "err"
+    with errors.open("wb") as file:
+        worker = subprocess.Popen(
+            [sys.executable, "-m", "conveyor", "worker", "outbox_jobs:app", "--processes", "2", "-c", "20"], cwd=HERE, stderr=file,
+            env={**os.environ, "CONVEYOR_URL": url, "FAMILY_LOG": str(log), "PYTHONPATH": os.pathsep.join(sys.path)},
+        )  # fmt: skip
+    try:
+        deadline = time.monotonic() + 10 + 4 * kills
+        for _ in range(kills):
+            before = log.stat().st_size
+            while log.stat().st_size < before + 100 and not _is_empty(app):
+                assert time.monotonic() < deadline, errors.read_text()[-3000:]
+                time.sleep(0.005)
+            time.sleep(rng.uniform(0, 0.1))
+            if found := children(worker.pid):
+                os.kill(rng.choice(found), signal.SIGKILL)
+        while not _is_empty(app):
+            assert time.monotonic() < deadline + 10, errors.read_text()[-3000:]
+            time.sleep(0.02)
+    finally:
+        worker.send_signal(signal.SIGTERM)
+        worker.wait(15)
+    born: dict[int, set[str]] = defaultdict(set)
+    for line in log.read_text().splitlines():
+        n, _, job = line.partition(" ")
+        born[int(n)].add(job)
+    doubled = {n: jobs for n, jobs in born.items() if len(jobs) > 1}
+    assert (sorted(set(range(parents)) - set(born)), doubled) == ([], {}), f"lost, doubled (seed {seed})"
+    app.backend.execute("DEL", app.keys("parents").wake, app.keys("followers").wake)
+    app.close()
+
+
+def _is_empty(app: Conveyor) -> bool:
+    found = [app.backend.run(inspection.counts(app.keys(queue))) for queue in ("parents", "followers")]
+    outbox = app.backend.execute("LLEN", app.keys("parents").outbox)
+    return not outbox and not any(one.ready + one.scheduled + one.leased + one.dead for one in found)

@@ -1,0 +1,127 @@
+"""Workers that are told to stop: in a rolling deployment, amid a lease's reply, and while Redis is down."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from conveyor import Conveyor, current
+from conveyor.store.wire import Wire
+from conveyor.worker.consumer import Consumer
+from conveyor.worker.worker import Worker
+from fleet import fleet, wait
+from server import Server
+from working import audit, counts, drain
+
+Rounds = Callable[[int, int], int]
+GRACE = 0.5
+LATE = 6.0
+"""Seconds a loaded machine may be late by."""
+
+
+@pytest.mark.row("A10")
+@pytest.mark.leaves_keys("what is left is taken away by the fleet")
+def test_rolling_restarts_lose_and_charge_nothing(url: str, tmp_path: Path, rounds: Rounds) -> None:
+    """Supervisors stopped one after the other under load: all jobs done, none charged, each exits 0 within grace + 2 s."""
+    restarts, pushed = rounds(200, 6), 0
+    with fleet(url, tmp_path, lease="15s") as one:
+        alive = [one.start(concurrency=10, grace=GRACE) for _ in range(2)]
+        took: list[float] = []
+        for number in range(restarts):
+            calls = [one.tasks.note.s(pushed + n, 0.02) for n in range(100)]
+            calls.append(one.tasks.note.s(pushed + 100, 1.5 * GRACE + 0.5 * (number % 2)))  # outlives the grace
+            calls += [one.tasks.plain.s(pushed + 101 + n, 0.01) for n in range(20)]
+            one.app.enqueue_many(calls)
+            pushed += len(calls)
+            alive.append(one.start(concurrency=10, grace=GRACE))
+            oldest = alive.pop(0)
+            wait(lambda oldest=oldest: set(one.children(oldest)) & one.registered())
+            stopped = time.monotonic()
+            oldest.send_signal(signal.SIGTERM)
+            assert oldest.wait(60) == 0
+            took.append(time.monotonic() - stopped)
+        wait(one.drained)
+        print(f"exits took at most {max(took):.2f} s")
+
+        assert one.completions() == pushed
+        assert set(one.starts()) == set(range(pushed))
+        one.repeats()
+        assert max(took) < GRACE + 2 + LATE
+        assert not re.search(r"is dead; returned|exited with code|SIGSEGV|is poison", one.log)
+        assert one.counts().dead == 0
+        assert one.is_sound()
+
+
+@pytest.mark.row("A10")
+@pytest.mark.parametrize("when", ["sent", "answered"])
+async def test_a_stop_amid_a_claim_loses_nothing(
+    url: str, monkeypatch: pytest.MonkeyPatch, rounds: Rounds, when: str
+) -> None:
+    """A stop between a turn and its reply, or at the reply: what it leased goes back to the front, in order and uncharged."""
+    async with Conveyor(url) as app:
+        seen: list[tuple[int, int]] = []
+
+        @app.task(retry=1)
+        async def note(n: int) -> None:
+            seen.append((n, current().attempt))
+
+        workers: list[Worker] = []
+        send, answered = Wire.send, Consumer._answered
+
+        def sent_and_stopped(wire: Wire, command: Any, answer: Any, **options: Any) -> None:
+            send(wire, command, answer, **options)
+            if command[0] == "EVALSHA" and workers and not workers[-1].stopping:
+                workers[-1].stop()
+
+        def stopped_and_answered(consumer: Consumer, reply: Any) -> None:
+            workers[-1].stop()
+            answered(consumer, reply)
+
+        times = rounds(50, 10)
+        for number in range(times):
+            await app.aenqueue_many(note.s(10 * number + n) for n in range(10))
+            with monkeypatch.context() as patch:
+                worker = Worker(app, concurrency=3, grace=5)
+                running = asyncio.create_task(worker.run())
+                if when == "sent":
+                    patch.setattr(Wire, "send", sent_and_stopped)
+                    await asyncio.sleep(0)
+                else:
+                    patch.setattr(Consumer, "_answered", stopped_and_answered)
+                workers.append(worker)
+                assert await asyncio.wait_for(running, 30) == 0
+            found = await counts(app)
+            assert (found.leased, found.workers, found.dead) == (0, 0, 0)
+        await drain(app, concurrency=1)
+        assert [n for n, _ in seen] == list(range(10 * times))
+        assert {attempt for _, attempt in seen} == {1}
+        assert await audit(app) == []
+
+
+@pytest.mark.row("A11")
+def test_a_stop_while_redis_is_down(start_server: Callable[..., Server], tmp_path: Path, rounds: Rounds) -> None:
+    """Stopped while Redis is gone, with jobs running, a worker exits 0 within grace + 5 s; its leases end by themselves."""
+    server = start_server()
+    for number in range(rounds(20, 2) // 2):
+        place = tmp_path / str(number)
+        place.mkdir()
+        with fleet(server.url, place, lease="2s") as one:
+            both: list[subprocess.Popen[bytes]] = [one.start(grace=GRACE), one.start(grace=GRACE)]
+            one.app.enqueue_many(one.tasks.note.s(n, 60) for n in range(40))
+            wait(lambda one=one: len({line.pid for line in one.journal}) == 2)
+            server.kill()
+            stopped = time.monotonic()
+            for supervisor in both:
+                supervisor.send_signal(signal.SIGTERM)
+            assert [supervisor.wait(60) for supervisor in both] == [0, 0]
+            assert time.monotonic() - stopped < GRACE + 5 + LATE
+            assert one.log.count("Redis does not answer") >= 2
+            server.start()
