@@ -37,6 +37,13 @@ class AllNodes(redis_py.RedisCluster):
         """Return the keys of all."""
         return list(self.scan_iter(match=pattern, count=1000))
 
+    def client_list(self, **_: Any) -> list[dict[str, Any]]:
+        """Return the connections of all; an id is one of its node only."""
+        found: list[dict[str, Any]] = []
+        for node in self.get_primaries():
+            found += super().client_list(target_nodes=[node])
+        return found
+
     def dbsize(self, **_: Any) -> int:
         """Count the keys of all."""
         return len(self.keys())

@@ -20,7 +20,7 @@ from shell import Shell
 
 pytestmark = [
     pytest.mark.leaves_keys("scenarios end where a right is missing"),
-    pytest.mark.standalone_only("makes users of its own; test_acl_topology.py does on clusters and under sentinels"),
+    pytest.mark.standalone_only("makes users of its own; test_acl_topology.py does so elsewhere", on=tuple(SERVER)),
 ]
 LIFE: dict[str, Callable[[Any], Any]] = {"producer": produce, "worker": work, "dashboard": look, "operator": operate}
 

@@ -192,6 +192,7 @@ def test_missed_message_is_made_good(
     assert waiting.result(10) == 5
 
 
+@pytest.mark.standalone_only("kills one connection and deletes a key in one transaction")
 def test_lost_connection_is_made_good(
     echo: Task[[int], int], hand: Hand, pool: ThreadPoolExecutor, redis: redis_py.Redis
 ) -> None:
