@@ -1,6 +1,6 @@
 # Needs Python 3.11 or newer, make, and pip's access to a package index. Everything lands in .venv.
 #
-#   make demo [ARGS="--seconds 20"]      make test [ARGS="-k queue"]      make check      make bench [ARGS=--quick]
+#   make demo [ARGS="--seconds 20"]      make test [ARGS="-k queue"]      make check      make bench [ARGS=--quick]      make chaos [ARGS="--seed 1"]
 #   make test-matrix [PLACES="cluster tls"]      the suite on each kind of server      make test-smoke      a little of it
 
 PYTHON ?= python3
@@ -14,7 +14,7 @@ SOURCES := src tests $(wildcard benchmarks) $(wildcard chaos) $(wildcard example
 TYPED   := src $(wildcard examples)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-matrix test-smoke check bench format clean
+.PHONY: help demo test test-matrix test-smoke check bench chaos format clean
 
 help:
 	@sed -n '3,4p' Makefile | cut -c3-
@@ -39,6 +39,9 @@ check: $(VENV)/.dev
 
 bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks $(ARGS)
+
+chaos: $(VENV)/.dev
+	$(BIN)/python -m chaos $(ARGS)
 
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix $(SOURCES)

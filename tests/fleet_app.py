@@ -27,8 +27,8 @@ POINT = os.environ.get("FLEET_POINT", "")
 
 
 def write(what: str, n: int) -> None:
-    """Append a line in one write, so that lines of several processes do not mix: what, number, attempt, pid, instant."""
-    line = f"{what} {n} {current().attempt} {os.getpid()} {time.monotonic():.4f}\n"
+    """Append a line in one write, so that lines of several processes do not mix: what, number, attempt, pid, instants."""
+    line = f"{what} {n} {current().attempt} {os.getpid()} {time.monotonic():.4f} {time.time():.4f}\n"
     descriptor = os.open(PLACE / "journal", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     os.write(descriptor, line.encode())
     os.close(descriptor)

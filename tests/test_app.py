@@ -208,7 +208,7 @@ def test_queue_is_declared_once(app: Conveyor) -> None:
     for wrong in ({"type": str}, {"lease": "31s"}, {"max_attempts": 4}, {"max_length": 5}):
         with pytest.raises(ConfigurationError, match="declared twice"):
             app.queue("orders", **{"type": int, "lease": "30s", "max_attempts": 3, **wrong})
-    for wrong in ({"partitions": 2}, {"lease": 0}, {"max_length": 0}, {"full": "never"}, {"max_attempts": 0}):
+    for wrong in ({"partitions": 0}, {"lease": 0}, {"max_length": 0}, {"full": "never"}, {"max_attempts": 0}):
         with pytest.raises(ConfigurationError):
             app.queue("new", **wrong)
     with pytest.raises(ConfigurationError):

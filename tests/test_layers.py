@@ -28,6 +28,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("store",),  # all that knows Redis
     (  # messaging
         "aconsumer",
+        "aspread",
         "consumer",
         "flow",
         "group",
@@ -36,11 +37,18 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "message",
         "mover",
         "opening",
+        "partition",
+        "partitioned",
         "plain",
         "posting",
         "pulse",
+        "pulses",
         "pusher",
         "queue",
+        "repartition",
+        "rota",
+        "scatter",
+        "spread",
         "sweep",
         "verdict",
         "wrapping",
@@ -48,6 +56,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     (  # jobs
         "app",
         "bulk",
+        "declaration",
         "context",
         "hook",
         "job",
@@ -58,11 +67,12 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "registration",
         "result",
         "schedule",
+        "sending",
         "task",
         "workflow",
     ),
     ("worker",),
-    ("acl", "admin", "doctor", "leftover", "view", "telemetry", "testing"),
+    ("acl", "admin", "doctor", "guarantee", "leftover", "logical", "view", "telemetry", "testing"),
     ("cli", "demo", "web", "contrib", "__main__"),
 )
 FACADE = len(LAYERS) - 1.5  # the public names: gathered from everything below, for programs and for the top layer

@@ -314,6 +314,14 @@ class ClusterOfNodes:
             node.ask("CLUSTER", "SETSLOT", slot, "NODE", self.ids[target.port])
         return target
 
+    def migrate_slot_whole(self, key: str) -> Node:
+        """Move the slot of *key* as Valkey 9 can, all keys at one instant; return the node that owns it now."""
+        slot, source = slot_of(key), self.owner(key)
+        target = next(node for node in self.masters() if node is not source)
+        source.ask("CLUSTER", "MIGRATESLOTS", "SLOTSRANGE", slot, slot, "NODE", self.ids[target.port])
+        wait_for(lambda: self.owner(key, asked=target) is target, what="the slot did not move")
+        return target
+
     def failover(self, key: str) -> Node:
         """Let the replica of the slot's owner take over in good order; return it when it has."""
         replica = self.replica_of(self.owner(key))

@@ -6,23 +6,24 @@ Everything is typed and works on any queue of one backend. Calls are blocking; w
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-from conveyor import doctor, sweep
-from conveyor.errors import ConfigurationError, JobNotFound, QueueNotFound
-from conveyor.holder import drive
+from conveyor import doctor
+from conveyor.errors import ConfigurationError, JobNotFound
 from conveyor.ident import made_at_ms, public, split
+from conveyor.logical import Logical
 from conveyor.model import read_outcome
-from conveyor.plain import PlainList
+from conveyor.repartition import refuse_full
 from conveyor.sealing.record import open_failure, preview_result
 from conveyor.sealing.sealing import Sealing
 from conveyor.store import inspection, operations
 from conveyor.store.backend import Backend
+from conveyor.store.durability import Durability
 from conveyor.store.inspection import Finished, Row
-from conveyor.store.keys import QueueKeys, known_queues
+from conveyor.store.keys import QueueKeys
 from conveyor.view import (
     LIVE,
     STATES,
@@ -38,7 +39,6 @@ from conveyor.view import (
 )  # fmt: skip
 
 PAGE = 500
-_LEASE_MS = 15_000  # of a plain list; purging leases nothing
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,19 +53,29 @@ class _Found:
 class Admin:
     """Reads and actions over all queues of one backend."""
 
-    def __init__(self, backend: Backend, *, plain_lists: Collection[str] = (), sealing: Sealing | None = None) -> None:
+    def __init__(
+        self,
+        backend: Backend,
+        *,
+        plain_lists: Collection[str] = (),
+        sealing: Sealing | None = None,
+        asks: Mapping[str, Durability] | None = None,
+    ) -> None:
         """
         Take the backend, and which queues are plain lists shared with other programs: Redis does not say that.
 
         *sealing* is the app's: with it sealed payloads, errors and results are shown, without it what they are.
+        *asks* is what queues ask of every push, for the doctor.
         """
+        self.asks = asks or {}
         self.sealing = sealing
         self.backend = backend
         self.plain_lists = frozenset(plain_lists)
+        self._logical = Logical(backend, plain_lists)
 
     def names(self) -> list[str]:
-        """Return the names of all known queues, sorted."""
-        return sorted({*self.backend.queues(), *self.plain_lists})
+        """Return the names of all known queues, sorted; one with partitions has one name."""
+        return self._logical.names()
 
     # -- queues ---------------------------------------------------------------------------------------------------
 
@@ -74,17 +84,21 @@ class Admin:
         return [self._counted(name) for name in self.names()]
 
     def queue(self, name: str) -> QueueInfo:
-        """Return one queue; raises QueueNotFound."""
-        self._require(name)
+        """Return one queue, or one partition of one (``orders/3``); raises QueueNotFound."""
         return self._counted(name)
+
+    def partitions(self, name: str) -> list[QueueInfo]:
+        """Return the partitions of a queue, in order; none of one that lies in one piece. Raises QueueNotFound."""
+        places = self._logical.places(name)
+        return [self._counted(place) for place in places] if len(places) > 1 else []
 
     def pause(self, name: str) -> None:
         """Let nothing more be taken from the queue; what runs goes on."""
-        self.backend.run(operations.configure(self._require(name), "paused", "1"))
+        self._logical.whole(name).pause()
 
     def resume(self, name: str) -> None:
         """Undo `pause`."""
-        self.backend.run(operations.configure(self._require(name), "paused", ""))
+        self._logical.whole(name).resume()
 
     def purge(self, name: str, *, dead: bool = False) -> int:
         """
@@ -92,29 +106,37 @@ class Admin:
 
         Only what was there when it began: newer work survives. One that was interrupted is simply repeated.
         """
-        keys = self._require(name)
-        if keys.foreign is not None:
-            return PlainList[Any](self.backend, name, lease_ms=_LEASE_MS).purge(dead)
-        return drive(sweep.purge_dead(keys) if dead else sweep.purge_waiting(keys), self.backend.run)
+        return self._logical.whole(name).purge(dead)
+
+    def refuse_full(self, name: str) -> None:
+        """Raise ConfigurationError (E35) when a queue holds something, so that its partitions cannot change."""
+        refuse_full(self.backend, self._logical.whole(name).name)
+
+    def repartition(self, name: str, partitions: int) -> int:
+        """Lay a queue that is empty in that many partitions, and return in how many it lay; raises ConfigurationError."""
+        return self._logical.whole(name).repartition(partitions)
 
     def redrive(self, name: str, *, limit: int | None = None, ids: Sequence[str] = ()) -> int:
         """Put dead letters back, oldest first, or just those of *ids* (public or bare); return how many."""
-        keys = self._require(name)
+        queue = self._logical.whole(name)
         if not ids:
-            return drive(sweep.redrive(keys, limit), self.backend.run)
-        bare = [split(one)[1] for one in ids]
-        batches = [bare[first : first + PAGE] for first in range(0, len(bare), PAGE)]
-        return sum(self.backend.run(operations.redrive(keys, ids=batch)) for batch in batches)
+            return queue.redrive(limit)
+        moved = 0
+        for place in self._logical.places(name):
+            bare = [id_ for home, id_ in map(split, ids) if home in {None, place}]
+            for first in range(0, len(bare), PAGE):
+                call = operations.redrive(self._logical.keys(place), ids=bare[first : first + PAGE])
+                moved += self.backend.run(call)
+        return moved
 
     def workers(self, queue: str | None = None) -> list[WorkerInfo]:
-        """Return who takes from a queue, or from any; a worker of three queues is listed three times."""
-        names = self.names() if queue is None else [self._require(queue).queue]
+        """Return who takes from a queue, or from any; a worker of three queues, or partitions, is listed three times."""
         return [
             WorkerInfo(
                 member.worker, name, str(member.about.get("host", "")), member.about.get("pid"), member.held,
                 instant(member.end), member.about,
             )
-            for name in names
+            for name in self._places(queue)
             for member in self.backend.run(inspection.crew(self._keys(name)))
         ]  # fmt: skip
 
@@ -132,13 +154,13 @@ class Admin:
         """
         Return jobs of a queue (None: of all) in a state (None: all that live), in the order they would be taken.
 
-        Dead and finished ones come newest first. While the queue moves, a page may repeat or miss a job.
+        Dead and finished ones come newest first; partitions one after the other. While the queue moves, a page may
+        repeat or miss a job.
         """
         if state is not None and state not in STATES:
             raise ConfigurationError(f"There is no state {state!r} to list. Known: {', '.join(STATES)}.")
-        names = self.names() if queue is None else [self._require(queue).queue]
         found: list[JobInfo] = []
-        for name in names:
+        for name in self._places(queue):
             for one in (state,) if state else LIVE:
                 total = self._length(self._keys(name), one)
                 if task is None and offset >= total:
@@ -181,27 +203,24 @@ class Admin:
 
     def doctor(self) -> doctor.Report:
         """Examine the server and the queues."""
-        return doctor.examine(self.backend, self._keys, self.names())
+        return doctor.examine(self.backend, self._logical, self.asks)
 
     # -- inside ---------------------------------------------------------------------------------------------------
 
-    def _keys(self, name: str) -> QueueKeys:
-        return QueueKeys(self.backend.namespace, name, foreign=name if name in self.plain_lists else None)
+    def _keys(self, place: str) -> QueueKeys:
+        return self._logical.keys(place)
 
-    def _require(self, name: str) -> QueueKeys:
-        known = known_queues(self.backend.namespace)
-        if name not in self.plain_lists and not self.backend.execute("SISMEMBER", known, name, key=known):
-            names = self.names()
-            listed = f"Known: {', '.join(names[:10])}{' …' if len(names) > 10 else ''}." if names else "There is none."
-            raise QueueNotFound(f"No queue {name!r} in namespace {self.backend.namespace!r}. {listed}")
-        return self._keys(name)
+    def _places(self, queue: str | None) -> list[str]:
+        names = self.names() if queue is None else [queue]
+        return [place for name in names for place in self._logical.places(name)]
 
     def _counted(self, name: str) -> QueueInfo:
-        counts = self.backend.run(inspection.counts(self._keys(name)))
+        places = self._logical.places(name)
+        counts = inspection.total([self.backend.run(inspection.counts(self._keys(place))) for place in places])
         oldest = counts.oldest_age if counts.ready else None  # what stands first may be a cancelled job's place
         return QueueInfo(
             name, counts.ready, counts.scheduled, counts.waiting, counts.leased, counts.dead, counts.workers,
-            oldest, counts.paused, counts.max_length,
+            oldest, counts.paused, counts.max_length, len(places),
         )  # fmt: skip
 
     def _length(self, keys: QueueKeys, state: str) -> int:
@@ -227,7 +246,7 @@ class Admin:
     def _find(self, public_id: str) -> _Found | None:
         queue, id_ = split(public_id)
         trace: _Found | None = None
-        for name in [queue] if queue else self.names():
+        for name in [queue] if queue else self._logical.all_places(id_):
             keys = self._keys(name)
             place, row, record = self.backend.run(inspection.show(keys, id_))
             found = _Found(keys, id_, place, row, record)

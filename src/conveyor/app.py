@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
-from typing import TYPE_CHECKING, Any, Literal, ParamSpec, Self, TypeVar, Unpack, cast, overload
+from typing import TYPE_CHECKING, Any, Literal, ParamSpec, Self, TypeVar, cast, overload
 
 from conveyor import ident, provider
 from conveyor.bulk import Shipment, chunks, note
 from conveyor.codec import MAX_PAYLOAD
+from conveyor.declaration import Declarations
 from conveyor.duration import Duration
 from conveyor.errors import ConfigurationError, ConveyorError
 from conveyor.hook import Hooks
@@ -21,8 +22,6 @@ from conveyor.result import Replies
 from conveyor.sealing.choice import choose
 from conveyor.sealing.sealing import LARGE_ABOVE, MAX_LARGE
 from conveyor.sealing.size import Size
-from conveyor.store.durability import Asking, Durability, Wish, asked
-from conveyor.store.operations import Entry
 from conveyor.store.reach import reach
 from conveyor.task import AsyncTask, RunIn, SyncTask, Task, TaskCall, Upcast
 
@@ -30,11 +29,8 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from conveyor.limit import Concurrency, Debounce, Rate, Unique
-    from conveyor.plain import PlainList
-    from conveyor.queue import Queue
     from conveyor.sealing.blob import BlobStore
     from conveyor.store.buffer import Buffer
-    from conveyor.store.keys import QueueKeys
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -44,7 +40,7 @@ Step = Callable[[int, Any], Any]
 """From a version and a message of it to the message as the next version has it."""
 
 
-class Conveyor(Hooks):
+class Conveyor(Declarations, Hooks):
     """
     One program's queues and tasks on one Redis.
 
@@ -92,141 +88,14 @@ class Conveyor(Hooks):
         """What happens to bodies on their way; None when nothing does."""
         self.max_whole = max_payload if self.sealing is None else self.sealing.max_whole
         self.tasks: dict[str, Task[..., Any]] = {}
-        self.queues: dict[str, Queue[Any]] = {}
-        self.plain_lists: dict[str, PlainList[Any]] = {}
-        self.bounded: dict[str, Queue[Any]] = {}
-        """The queues with a maximum length or a durability of their own: jobs for them do not take the shortest way."""
-        self._declared: dict[str, object] = {}
-        self._keys: dict[str, QueueKeys] = {}
 
     def __repr__(self) -> str:
         return f"<Conveyor {self.namespace}: {len(self.tasks)} tasks, {len(self.queues)} queues>"
-
-    def keys(self, queue: str) -> QueueKeys:
-        """Return the keys of *queue*."""
-        found = self._keys.get(queue)
-        if found is None:
-            found = self._keys[queue] = self.backend.keys(queue)
-        return found
 
     @property
     def promises(self) -> Mapping[str, Task[..., Any]]:
         """The tasks, for handles that want to know what a result is."""
         return self.tasks
-
-    # -- queues ---------------------------------------------------------------------------------------------------
-
-    @overload
-    def queue(
-        self, name: str, *, partitions: int = 1, lease: Duration | None = None, max_attempts: int = 5,
-        max_length: int | None = None, full: Full = "raise", version: int = 1, upcast: Step | None = None,
-        **durable: Unpack[Asking],
-    ) -> Queue[Any]: ...  # fmt: skip
-    @overload
-    def queue(
-        self, name: str, type: type[T], *, partitions: int = 1, lease: Duration | None = None, max_attempts: int = 5,
-        max_length: int | None = None, full: Full = "raise", version: int = 1, upcast: Step | None = None,
-        **durable: Unpack[Asking],
-    ) -> Queue[T]: ...  # fmt: skip
-    @overload
-    def queue(
-        self, name: str, type: Any, *, partitions: int = 1, lease: Duration | None = None, max_attempts: int = 5,
-        max_length: int | None = None, full: Full = "raise", version: int = 1, upcast: Step | None = None,
-        **durable: Unpack[Asking],
-    ) -> Queue[Any]: ...  # fmt: skip
-
-    def queue(
-        self,
-        name: str,
-        type: Any = Any,  # noqa: A002  the contract's name
-        *,
-        partitions: int = 1,
-        lease: Duration | None = None,
-        max_attempts: int = 5,
-        max_length: int | None = None,
-        full: Full = "raise",
-        version: int = 1,
-        upcast: Step | None = None,
-        **durable: Unpack[Asking],
-    ) -> Queue[Any]:
-        """
-        Declare a queue of messages of *type* (any JSON value when left out), or set up one that tasks use.
-
-        `lease` as for the app, `max_attempts` how often a message is tried, `max_length` how many may be unfinished,
-        `full` what a push beyond that does, `version` and `upcast(version, value)` as of a task. `fsync` and
-        `wait_replicas` make each push, of jobs too, wait until it is on disk and that many replicas have it, each for
-        `wait_timeout`; then DurabilityNotReached. Declared again with the same options it is the same object; with
-        others it raises ConfigurationError.
-        """
-        ident.queue_name(name)
-        if partitions != 1:
-            raise ConfigurationError(f"queue({name!r}, partitions={partitions!r}) is not available yet. Leave it out.")
-        lease_ms = self.lease_ms if lease is None else positive_ms(lease, "lease")
-        asks = asked(durable)
-        facts = ("queue", type, lease_ms, max_attempts, max_length, full, version, upcast, asks)
-        if self._is_declared(name, facts):
-            return self.queues[name]
-        from conveyor.queue import Queue
-
-        queue: Queue[Any] = Queue(
-            self.backend, name, type, lease_ms=lease_ms, max_attempts=max_attempts, max_length=max_length, full=full,
-            asks=asks, max_payload=self.max_whole, sealing=self.sealing, version=version, upcast=upcast,
-        )  # fmt: skip
-        self.queues[name], self._declared[name] = queue, facts
-        if max_length is not None or asks is not None:
-            self.bounded[name] = queue
-        return queue
-
-    def plain_list(
-        self,
-        name: str,
-        type: Any = Any,  # noqa: A002  the contract's name
-        *,
-        task: Task[..., Any] | str | None = None,
-        lease: Duration | None = None,
-        max_attempts: int = 5,
-        sealed: bool = True,
-    ) -> PlainList[Any]:
-        """
-        Declare a plain Redis list of JSON documents, shared with programs that know nothing of us.
-
-        With *task* its entries run as jobs of that task. The rest is as in `queue`. Nobody can seal them, so an app
-        with keys takes them only when told so: ``sealed=False``.
-        """
-        if sealed and self.sealing is not None and self.sealing.seal is not None:
-            raise ConfigurationError(
-                f"plain_list({name!r}): programs that know nothing of us cannot seal, and this app takes only sealed "
-                "payloads. If whoever can write to that list may be trusted, say so: plain_list(…, sealed=False)."
-            )
-        fed = task.name if isinstance(task, Task) else task
-        lease_ms = self.lease_ms if lease is None else positive_ms(lease, "lease")
-        facts = ("plain list", type, fed, lease_ms, max_attempts)
-        if self._is_declared(name, facts):
-            return self.plain_lists[name]
-        from conveyor.plain import PlainList
-
-        found: PlainList[Any] = PlainList(
-            self.backend, name, type, task=fed, lease_ms=lease_ms, max_attempts=max_attempts,
-            max_payload=self.max_payload,
-        )  # fmt: skip
-        self.plain_lists[name], self._declared[name] = found, facts
-        self._keys[name] = found.keys  # they lie where the list lies
-        return found
-
-    def _is_declared(self, name: str, facts: tuple[object, ...]) -> bool:
-        if name not in self._declared:
-            return False
-        if self._declared[name] != facts:
-            raise ConfigurationError(
-                f"{name!r} is declared twice with different options: {self._declared[name]} and {facts}. "
-                "Declare it once and import it where it is used."
-            )
-        return True
-
-    def queue_lease_ms(self, queue: str) -> int:
-        """Return the lease of *queue* in ms."""
-        found = self.queues.get(queue, self.plain_lists.get(queue))
-        return self.lease_ms if found is None else found.lease_ms
 
     # -- tasks ----------------------------------------------------------------------------------------------------
 
@@ -331,26 +200,6 @@ class Conveyor(Hooks):
         """
         queue, bare = ident.split(id)
         return Job(self, bare, queue)
-
-    def send(self, queue: str, entries: Sequence[Entry], wish: Wish | None = None) -> list[str]:
-        """Push prepared entries and return the id of each: its own, or that of a job that existed."""
-        return self.backend.way(self._asks(queue), wish).push(
-            self.keys(queue), entries, max_length=self._max_length(queue)
-        )
-
-    async def asend(self, queue: str, entries: Sequence[Entry], wish: Wish | None = None) -> list[str]:
-        """Do the same without blocking the event loop."""
-        return await self.backend.way(self._asks(queue), wish).apush(
-            self.keys(queue), entries, max_length=self._max_length(queue)
-        )
-
-    def _asks(self, queue: str) -> Durability | None:
-        found = self.bounded.get(queue)
-        return None if found is None else found.asks
-
-    def _max_length(self, queue: str) -> int:
-        found = self.bounded.get(queue)
-        return 0 if found is None else found.max_length or 0
 
     # -- running --------------------------------------------------------------------------------------------------
 

@@ -78,7 +78,8 @@ class Chunk:
             append(job)
 
     def _settings(self, task: Task[..., Any], choice: Choice) -> tuple[Batch, bool, Encode]:
-        return self._batch(task.queue), task.is_plain(choice), task.signature.encode
+        plain = task.is_plain(choice) and task.queue not in self._home.partitioned
+        return self._batch(task.queue), plain, task.signature.encode
 
     def _special(self, task: Task[..., Any], call: TaskCall[Any]) -> Job[Any]:
         queue, entry = task.prepare(call.choice, call.args, call.kwargs)

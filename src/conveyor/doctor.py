@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from statistics import median
 from typing import Literal
 
+from conveyor import guarantee
 from conveyor.errors import ConveyorError, StoreUnavailable
+from conveyor.logical import Logical
 from conveyor.store import eviction, inspection
 from conveyor.store.address import Address
 from conveyor.store.backend import Backend
 from conveyor.store.cluster import Cluster
+from conveyor.store.durability import Durability as Asked
 from conveyor.store.keys import QueueKeys
 
 Level = Literal["ok", "note", "warning", "problem"]
@@ -56,13 +59,19 @@ class Finding:
 
 @dataclass(slots=True)
 class Report:
-    """What an examination found. `latency_ms` is the median of a few pings; `url` has no password."""
+    """
+    What an examination found. `latency_ms` is the median of a few pings; `url` has no password.
+
+    `synced` tells whether ``fsync=True`` can be confirmed, `replicas` how many are online; of a cluster, everywhere.
+    """
 
     url: str
     family: str = ""
     version: str = ""
     latency_ms: float = 0.0
     durability: Durability = "unknown"
+    synced: bool = False
+    replicas: int = 0
     findings: list[Finding] = field(default_factory=list)
 
     @property
@@ -80,13 +89,12 @@ class Report:
         self.findings.append(Finding(name, level, text, remedy, code))
 
 
-def examine(
-    backend: Backend, keys: Callable[[str], QueueKeys] | None = None, queues: list[str] | None = None
-) -> Report:
+def examine(backend: Backend, logical: Logical | None = None, asks: Mapping[str, Asked] | None = None) -> Report:
     """
     Look at everything; raises StoreUnavailable when the server does not answer.
 
-    *keys* and *queues* say what is known of queues besides their names in Redis: which are plain lists.
+    *logical* says what is known of queues besides their names in Redis: which are plain lists; *asks* what queues ask
+    of every push.
     """
     report = Report(str(backend.address))
     _latency(backend, report)
@@ -94,8 +102,9 @@ def examine(
         _nodes(backend, backend.address, report)
     else:
         _server(backend, report)
+    _asked(asks or {}, report)
     _clock(backend, report)
-    _queues(backend, keys or backend.keys, backend.queues() if queues is None else queues, report)
+    _queues(backend, logical or Logical(backend), report)
     return report
 
 
@@ -112,6 +121,7 @@ def _server(backend: Backend, report: Report) -> None:
     _role(facts, report)
     _eviction(backend, facts, report)
     _durability(backend, facts, report)
+    _confirmations(backend, facts, report)
     _memory(facts, report)
 
 
@@ -133,6 +143,8 @@ def _nodes(backend: Backend, cluster: Cluster, report: Report) -> None:
             for finding in one.findings
             if (finding.name, finding.code) != ("server", "E33")
         ]
+    report.replicas = min((one.replicas for one in found), default=0)
+    report.synced = all(one.synced for one in found)
     report.durability = min((one.durability for one in found), key=weakest.index, default="unknown")
 
 
@@ -283,6 +295,21 @@ def _obtained(backend: Backend, facts: dict[str, str]) -> Durability:
     return "memory" if save == "" else "snapshots" if save else "unknown"
 
 
+def _confirmations(backend: Backend, facts: dict[str, str], report: Report) -> None:
+    """Say what a push may ask for here."""
+    least, lag = (_setting(backend, f"min-replicas-{what}") for what in ("to-write", "max-lag"))
+    report.replicas = guarantee.online(facts)
+    report.synced, line = guarantee.confirmation(backend.execute, str(backend.address))
+    for one in (line, *guarantee.replication(facts, least, lag)):
+        report.add("durability", one.level, one.text, one.remedy, one.code)
+
+
+def _asked(asks: Mapping[str, Asked], report: Report) -> None:
+    for queue, one in asks.items():
+        line = guarantee.asked(queue, one, synced=report.synced, replicas=report.replicas)
+        report.add("durability", line.level, line.text, line.remedy, line.code)
+
+
 def _memory(facts: dict[str, str], report: Report) -> None:
     if "used_memory" not in facts:
         return
@@ -313,13 +340,16 @@ def _clock(backend: Backend, report: Report) -> None:
         report.add("clock", "ok", f"clocks agree ({skew * 1000:.0f} ms apart)")
 
 
-def _queues(backend: Backend, keys: Callable[[str], QueueKeys], names: list[str], report: Report) -> None:
-    counts = {name: backend.run(inspection.counts(keys(name))) for name in names}
+def _queues(backend: Backend, logical: Logical, report: Report) -> None:
+    counts = {name: logical.counts(name) for name in logical.names()}
     served = [name for name, found in counts.items() if found.workers]
     waiting = {n: found.ready for n, found in counts.items() if found.ready and not found.workers and not found.paused}
     report.findings += stranded(waiting, served)
     for name, found in counts.items():
-        _records(backend, keys(name), found, report)
+        _records(backend, [logical.keys(place) for place in logical.places(name)], found, report)
+        if logical.is_shut(name):
+            text = f"queue '{name}' takes nothing: a change of its partitions was not completed"
+            report.add("queue", "problem", text, f"conveyor queue partition {name} N", "E34")
         if found.paused:
             report.add("queue", "note", f"queue '{name}' is paused", f"conveyor queue resume {name}")
         if found.dead:
@@ -329,14 +359,16 @@ def _queues(backend: Backend, keys: Callable[[str], QueueKeys], names: list[str]
         report.add("queue", "ok", f"{len(counts)} queue{'s' * (len(counts) != 1)}, none of them stuck")
 
 
-def _records(backend: Backend, keys: QueueKeys, found: inspection.Counts, report: Report) -> None:
+def _records(backend: Backend, places: list[QueueKeys], found: inspection.Counts, report: Report) -> None:
     """Look for jobs that stand in line without a record, where that takes a moment only."""
     if len(found) + found.leased + found.dead > _MOST_AUDITED:
         return
-    lost = [id_ for what, id_ in backend.run(inspection.audit(keys)) if what.startswith("no envelope")]
-    if lost:
-        text = f"queue '{keys.queue}': the records of {len(lost):,} jobs are gone, so they will not run: {', '.join(lost[:3])}"
-        report.add("queue", "problem", text, "Was the server evicting? Enqueue them again.", "E10")
+    for keys in places:
+        lost = [id_ for what, id_ in backend.run(inspection.audit(keys)) if what.startswith("no envelope")]
+        if lost:
+            named = ", ".join(lost[:3])
+            text = f"queue '{keys.queue}': the records of {len(lost):,} jobs are gone, so they will not run: {named}"
+            report.add("queue", "problem", text, "Was the server evicting? Enqueue them again.", "E10")
 
 
 def _size(number: int) -> str:

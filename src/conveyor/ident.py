@@ -3,7 +3,7 @@ Ids: 128 bits in 22 characters, ordered by the millisecond they were made.
 
 48 bits of time and 80 random bits, written in an alphabet of 64 that sorts like the
 numbers it stands for. 22 characters instead of the 26 of a ULID save 8 bytes a job,
-since Redis holds every id twice. Public ids name their place: ``mail:<id>``.
+since Redis holds every id twice. Public ids name their place: ``mail:<id>``, in a queue with partitions ``mail/3:<id>``.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ _TABLE = bytes.maketrans(_STANDARD, _ORDERED)
 _BACK = bytes.maketrans(_ORDERED, _STANDARD)
 _GENERATED = re.compile(r"[0-9A-Z_a-z~]{22}")
 _NAME = re.compile(r"[A-Za-z0-9_.:-]{1,128}")
+_PLACE = re.compile(r"[A-Za-z0-9_.:-]{1,128}(/\d{1,3})?")
 LENGTH = 22
 
 
@@ -77,9 +78,9 @@ def public(queue: str, id: str) -> str:  # noqa: A002
 
 
 def split(public_id: str) -> tuple[str | None, str]:
-    """Return (queue, id); the queue is None for a bare id, which any queue may hold."""
+    """Return (queue or partition, id); the first is None for a bare id, which any queue may hold."""
     queue, colon, id_ = public_id.rpartition(":")
-    if colon and queue and is_generated(id_) and _NAME.fullmatch(queue):
+    if colon and queue and is_generated(id_) and _PLACE.fullmatch(queue):
         return queue, id_
     return None, public_id
 
@@ -121,6 +122,16 @@ def queue_name(name: str) -> str:
             f"A queue or task name has 1 to 128 of A-Z a-z 0-9 _ . : - and nothing else: {name!r}."
         )
     return name
+
+
+def partition(queue: str, number: int) -> str:
+    """Return the name of one partition of *queue*, counted from 0."""
+    return f"{queue}/{number}"
+
+
+def logical(place: str) -> str:
+    """Return the queue that *place*, a queue or a partition, belongs to."""
+    return place.partition("/")[0] if _PLACE.fullmatch(place) else place
 
 
 def unique_key(key: str) -> str:

@@ -159,7 +159,7 @@ class Job(Generic[R_co]):
         backend = self._home.backend
         if self.queue is not None:
             return self._found(self.queue, backend.run(inspection.show(self._home.keys(self.queue), self._bare)))
-        for queue in backend.queues():
+        for queue in self._likely(backend.queues()):
             shown = backend.run(inspection.show(self._home.keys(queue), self._bare))
             if _is_known(shown):
                 return self._found(queue, shown)
@@ -169,11 +169,16 @@ class Job(Generic[R_co]):
         backend = self._home.backend
         if self.queue is not None:
             return self._found(self.queue, await backend.arun(inspection.show(self._home.keys(self.queue), self._bare)))
-        for queue in await backend.aqueues():
+        for queue in self._likely(await backend.aqueues()):
             shown = await backend.arun(inspection.show(self._home.keys(queue), self._bare))
             if _is_known(shown):
                 return self._found(queue, shown)
         raise self._unknown()
+
+    def _likely(self, queues: list[str]) -> list[str]:
+        from conveyor.partition import likely_first
+
+        return likely_first(queues, self._bare)
 
     def _found(self, queue: str, shown: Shown) -> Shown:
         self.queue = queue

@@ -71,6 +71,14 @@ class PlainList(Queue[T]):
             yield from self._move_in()
         return (yield from super()._purge(dead))
 
+    def repartition(self, partitions: int) -> int:
+        """Refused: a plain list is one key."""
+        raise ConfigurationError(f"The plain list '{self.name}' is one key and cannot lie in {partitions} partitions.")
+
+    async def arepartition(self, partitions: int) -> int:
+        """Refused, as `repartition`."""
+        return self.repartition(partitions)
+
     def _move_in(self) -> Sweep:
         """Move what is on the list now into the queue, where it can be counted out."""
         counts = yield inspection.counts(self.keys)

@@ -97,9 +97,8 @@ class Pusher(Generic[T]):
         ids: list[str] = []
         for chunk in self._chunks(values, options.head, ids):
             fresh = ident.new_ids(len(chunk))
-            entries = await wrapped_entries(options, fresh, chunk)
             try:
-                await self._backend.apush(self._keys, entries, max_length=self._most, whole=self._most > 0)
+                await self._asend(chunk, fresh, options)
             except (QueueFull, StoreUnavailable) as error:
                 raise _partly(error, len(ids)) from error
             except DurabilityNotReached as error:
@@ -122,16 +121,23 @@ class Pusher(Generic[T]):
         entries = [options.entry(id_, envelope) for id_, envelope in zip(ids, chunk, strict=True)]
         self._backend.push(self._keys, entries, max_length=self._most, whole=True)
 
+    async def _asend(self, chunk: list[bytes], ids: list[str], options: Posting) -> None:
+        entries = await wrapped_entries(options, ids, chunk)
+        await self._backend.apush(self._keys, entries, max_length=self._most, whole=self._most > 0)
+
     def _chunks(self, values: Iterable[T], head: bytes, stored: list[str]) -> Iterator[list[bytes]]:
         """Yield envelopes as they are sent together; *stored* tells, in errors, how many went before."""
         for window in self._windows(values, head, stored):
-            if self._most:
-                yield window
-            elif sum(map(len, window)) <= len(window) * CHUNK_BYTES // BULK:
-                for first in range(0, len(window), BULK):
-                    yield window[first : first + BULK]
-            else:
-                yield from _by_bytes(window)
+            yield from self._cut(window)
+
+    def _cut(self, window: list[bytes]) -> Iterator[list[bytes]]:
+        if self._most:
+            yield window
+        elif sum(map(len, window)) <= len(window) * CHUNK_BYTES // BULK:
+            for first in range(0, len(window), BULK):
+                yield window[first : first + BULK]
+        else:
+            yield from _by_bytes(window)
 
     def _windows(self, values: Iterable[T], head: bytes, stored: list[str]) -> Iterator[list[bytes]]:
         rest = iter(values)

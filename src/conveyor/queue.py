@@ -9,7 +9,7 @@ from contextlib import aclosing
 from functools import partial
 from typing import Any, Generic, Literal, TypeVar, Unpack, cast, get_args
 
-from conveyor import ident, sweep
+from conveyor import ident, repartition, sweep
 from conveyor.aconsumer import AsyncConsumer
 from conveyor.codec import MAX_PAYLOAD, ValueCodec
 from conveyor.consumer import Consumer
@@ -83,7 +83,7 @@ class Queue(Generic[T]):
         if full != "raise":
             raise later("full", f"Only 'raise' works yet, not {full!r}.")
         if partitions != 1:
-            raise later("partitions")
+            raise ConfigurationError("A Queue lies in one piece: app.queue(…, partitions=…) makes one that does not.")
         if tuple(limits):
             raise later("limits")
         self.asks = asks
@@ -109,8 +109,6 @@ class Queue(Generic[T]):
 
     def _by(self, options: Posting) -> Pusher[T]:
         """Return what pushes with these options."""
-        if options.wish is None:
-            return self._pusher
         return self._pusher.through(self.backend.way(self.asks, options.wish))
 
     # -- push ---------------------------------------------------------------------------------------------------------
@@ -127,7 +125,7 @@ class Queue(Generic[T]):
         DurabilityNotReached: it was, and was not confirmed.
         """
         chosen = self._posting(options)
-        return self._by(chosen).push(value, chosen)
+        return (self._pusher if chosen.wish is None else self._by(chosen)).push(value, chosen)
 
     def push_many(self, values: Iterable[T], **options: Unpack[Placement]) -> list[str]:
         """
@@ -137,17 +135,17 @@ class Queue(Generic[T]):
         than needed. With `max_length` all are accepted or none, at most 100,000 at a time.
         """
         chosen = self._placement(options)
-        return self._by(chosen).push_many(values, chosen)
+        return (self._pusher if chosen.wish is None else self._by(chosen)).push_many(values, chosen)
 
     async def apush(self, value: T, **options: Unpack[PushOptions]) -> str:
         """Store one message and return its id, as `push`; concurrent calls share round trips."""
         chosen = self._posting(options)
-        return await self._by(chosen).apush(value, chosen)
+        return await (self._pusher if chosen.wish is None else self._by(chosen)).apush(value, chosen)
 
     async def apush_many(self, values: Iterable[T], **options: Unpack[Placement]) -> list[str]:
         """Store many messages in their order and return their ids, as `push_many`."""
         chosen = self._placement(options)
-        return await self._by(chosen).apush_many(values, chosen)
+        return await (self._pusher if chosen.wish is None else self._by(chosen)).apush_many(values, chosen)
 
     def _posting(self, options: PushOptions) -> Posting:
         if self._sealing is None and self._version == 1:
@@ -337,6 +335,19 @@ class Queue(Generic[T]):
                 yield letter
             offset += len(page)
 
+    def repartition(self, partitions: int) -> int:
+        """
+        Lay the queue in that many partitions, all of which must be empty, and return in how many it lay.
+
+        Every program must then declare the new number: this object, with the old one, is refused too. Raises
+        ConfigurationError (E35), with nothing changed, when something is ready, scheduled, leased or dead.
+        """
+        return repartition.repartition(self.backend, self.name, partitions)
+
+    async def arepartition(self, partitions: int) -> int:
+        """Lay the queue in that many partitions, as `repartition`."""
+        return await repartition.arepartition(self.backend, self.name, partitions)
+
     def _purge(self, dead: bool) -> sweep.Sweep:
         return sweep.purge_dead(self.keys) if dead else sweep.purge_waiting(self.keys)
 
@@ -344,13 +355,16 @@ class Queue(Generic[T]):
         kind = type(self).__name__
         try:
             refuse_in_loop()
-            counts = self.backend.run(inspection.counts(self.keys), patience=0) if self._reached() else None
+            counts = self._peek() if self._reached() else None
         except (ConveyorError, OSError):
             counts = None
         if counts is None:
             return f"<{kind} {self.name}>"
         rest = "".join(f", {n} {word}" for word in ("scheduled", "leased", "dead") if (n := getattr(counts, word)))
         return f"<{kind} {self.name}: {counts.ready} ready{rest}{', paused' if counts.paused else ''}>"
+
+    def _peek(self) -> Counts:
+        return self.backend.run(inspection.counts(self.keys), patience=0)
 
     def _reached(self) -> bool:
         return self.backend.reached

@@ -33,7 +33,7 @@ class DeadLetter:
     One that was given up: `payload` is the raw bytes of its body, as they were pushed (sealed, when they were).
 
     `error` says what its last attempt ended with, `attempts` how many began, `failure` is the whole record
-    with the traceback. `died_at` has a time zone.
+    with the traceback. `died_at` has a time zone, `queue` is where it lies: a queue, or a partition of one.
     """
 
     id: str
@@ -43,6 +43,7 @@ class DeadLetter:
     died_at: datetime
     payload: bytes
     failure: Failure | None = None
+    queue: str = ""
 
 
 def purge_waiting(keys: QueueKeys) -> Sweep:
@@ -96,5 +97,5 @@ def _letter(queue: str, row: Row, sealing: Sealing | None) -> DeadLetter:
     error = "" if last is None else f"{last.type}: {last.message}"
     died = datetime.fromtimestamp(int(row.extra) / 1000, UTC)
     return DeadLetter(
-        ident.public(queue, row.id), row.envelope.task, error, row.state.starts, died, row.envelope.body, last
+        ident.public(queue, row.id), row.envelope.task, error, row.state.starts, died, row.envelope.body, last, queue
     )

@@ -48,10 +48,13 @@ class Sender(Home, Protocol):
 
     @property
     def bounded(self) -> Container[str]: ...
+    @property
+    def partitioned(self) -> Container[str]: ...
 
     @property
     def sealing(self) -> Sealing | None: ...
 
+    def placed(self, queue: str, entry: Entry) -> str: ...
     def send(self, queue: str, entries: Sequence[Entry], wish: Wish | None = None) -> list[str]: ...
     async def asend(self, queue: str, entries: Sequence[Entry], wish: Wish | None = None) -> list[str]: ...
 
@@ -222,17 +225,20 @@ class Task(Generic[P, R_co]):
         return choice is NOTHING and self._plain and not self._home.pushers
 
     def prepare(self, choice: Choice, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, Entry]:
-        """Return the queue and the entry of a call, with the middleware's changes; raises PayloadError."""
+        """Return the queue (or partition) and the entry of a call, with the middleware's changes; raises PayloadError."""
         outgoing, body = self._outgoing(choice, args, kwargs)
-        return outgoing.queue, outgoing.entry(body, self._home.sealing)
+        entry = outgoing.entry(body, self._home.sealing)
+        return self._home.placed(outgoing.queue, entry), entry
 
     async def aprepare(self, choice: Choice, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, Entry]:
         """Do the same; a body for the store of large ones is written there on a thread."""
         sealing = self._home.sealing
         outgoing, body = self._outgoing(choice, args, kwargs)
         if sealing is None or not sealing.is_large(body, b"payload"):
-            return outgoing.queue, outgoing.entry(body, sealing)
-        return outgoing.queue, await asyncio.to_thread(outgoing.entry, body, sealing)
+            entry = outgoing.entry(body, sealing)
+        else:
+            entry = await asyncio.to_thread(outgoing.entry, body, sealing)
+        return self._home.placed(outgoing.queue, entry), entry
 
     def _outgoing(self, choice: Choice, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Outgoing, bytes]:
         settings = self.settings

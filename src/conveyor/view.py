@@ -20,7 +20,11 @@ LIVE: tuple[Status, ...] = ("leased", "ready", "scheduled", "dead")
 
 @dataclass(frozen=True, slots=True)
 class QueueInfo:
-    """What a queue holds; `oldest_age` in seconds since the oldest ready job could have started."""
+    """
+    What a queue holds; `oldest_age` in seconds since the oldest ready job could have started.
+
+    Of one with partitions these are sums, and `workers` is what the partition with the most of them has.
+    """
 
     name: str
     ready: int
@@ -32,6 +36,7 @@ class QueueInfo:
     oldest_age: float | None
     paused: bool
     max_length: int | None
+    partitions: int = 1
 
     @property
     def stranded(self) -> bool:

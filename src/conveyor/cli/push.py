@@ -91,8 +91,19 @@ def _keys(backend: Any, queue: str) -> Any:
 
 def _store(backend: Any, keys: Any, entries: list[Entry]) -> list[str]:
     from conveyor.ident import public
+    from conveyor.partition import Partitions
+    from conveyor.repartition import number_of
 
-    return [public(keys.queue, id_) for id_ in backend.push(keys, entries)]
+    number = number_of(backend, keys.queue)
+    if number == 1:
+        return [public(keys.queue, id_) for id_ in backend.push(keys, entries)]
+    partitions = Partitions(backend, keys.queue, number)
+    placed = [partitions.placed(entry) for entry in entries]
+    found: dict[str, Iterator[str]] = {}
+    for place in dict.fromkeys(placed):
+        chosen = [entry for entry, where in zip(entries, placed, strict=True) if where == place]
+        found[place] = iter(partitions.send(place, chosen))
+    return [public(place, next(found[place])) for place in placed]
 
 
 def _print(out: Output, ids: list[str]) -> None:

@@ -13,14 +13,15 @@ from conveyor.cli.target import Target, redis_options
 if TYPE_CHECKING:
     from conveyor.view import QueueInfo
 
-HEADINGS = ("queue", "ready", "scheduled", "leased", "dead", "workers", "oldest", "state")
+HEADINGS = ("queue", "ready", "scheduled", "leased", "dead", "workers", "oldest", "state", "partitions")
 
 
 def queue_row(info: QueueInfo) -> tuple[object, ...]:
     """Return the row of a queue under HEADINGS."""
     oldest = None if info.oldest_age is None else timedelta(seconds=info.oldest_age)
     state = "paused" if info.paused else "stranded" if info.stranded else ""
-    return (info.name, info.ready, info.scheduled, info.leased, info.dead, info.workers, oldest, state)
+    there = (info.ready, info.scheduled, info.leased, info.dead, info.workers)
+    return (info.name, *there, oldest, state, info.partitions)
 
 
 @click.group()
@@ -45,11 +46,11 @@ def list_(target: Target, out: Output) -> None:
 @click.argument("name", metavar="QUEUE")
 @redis_options
 def show(target: Target, out: Output, name: str) -> None:
-    """Show one queue and its workers."""
+    """Show one queue, or one partition of one (orders/3), and its workers."""
     admin = target.admin()
-    info, workers = admin.queue(name), admin.workers(name)
+    info, workers, partitions = admin.queue(name), admin.workers(name), admin.partitions(name)
     if out.as_json:
-        out.document("queue", queue=info, workers=workers)
+        out.document("queue", queue=info, workers=workers, partitions=partitions)
         return
     out.pairs(
         [
@@ -63,8 +64,12 @@ def show(target: Target, out: Output, name: str) -> None:
             ("paused", info.paused),
             ("max_length", info.max_length),
             ("workers", info.workers),
+            ("partitions", info.partitions),
         ]
     )
+    if partitions and out.on_terminal:
+        out.line("")
+        out.table(HEADINGS, [queue_row(one) for one in partitions])
     if workers and out.on_terminal:
         out.line("")
         rows = [(worker.id, worker.host, worker.pid, worker.held, worker.lease_ends) for worker in workers]
@@ -124,6 +129,33 @@ def redrive(target: Target, out: Output, name: str, limit: int | None, yes: bool
     elif not chosen:
         out.say(f"{name} has no dead letters.")
     _counted(out, "redrive", name, "redriven", chosen if dry_run else moved, dry_run=dry_run)
+
+
+@queue.command("partition")
+@click.argument("name", metavar="QUEUE")
+@click.argument("partitions", type=click.IntRange(1, 256), metavar="N")
+@confirm_options
+@redis_options
+def partition(target: Target, out: Output, name: str, partitions: int, yes: bool, dry_run: bool) -> None:
+    """
+    Lay an empty queue in N partitions.
+
+    Refused while it holds anything, dead letters included. Programs that declare another number are refused from then
+    on, workers that run now included: start them anew with the new number.
+    """
+    admin = target.admin()
+    before = admin.queue(name).partitions
+    admin.refuse_full(name)
+    after = before
+    question = f"{name} is empty and lies in {count(before, 'partition')}. Lay it in {partitions}?"
+    if dry_run or out.confirm(question, yes=yes, dry_run=dry_run):
+        after = before if dry_run else partitions
+        if not dry_run:
+            admin.repartition(name, partitions)
+    if out.as_json:
+        out.document("queue-partitioned", queue=name, before=before, partitions=after, dry_run=dry_run)
+    elif not dry_run and after != before:
+        out.say(f"{name} lies in {count(after, 'partition')} now. Start its programs with partitions={after}.")
 
 
 def _changed(out: Output, name: str, *, paused: bool) -> None:

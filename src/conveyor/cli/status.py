@@ -11,6 +11,7 @@ from conveyor.cli.exit import Exit
 from conveyor.cli.output import MARKS, Output, count
 from conveyor.cli.queue import HEADINGS, queue_row
 from conveyor.cli.target import Target, redis_options
+from conveyor.ident import logical
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -73,7 +74,7 @@ def _people(out: Output, workers: Sequence[WorkerInfo]) -> None:
     out.line(f"{count(len(processes), 'worker process')}:" if processes else "No workers.")
     for (host, pid, id_), group in list(processes.items())[:_MOST_WORKERS]:
         who = f"{host}:{pid}" if pid else id_
-        queues = ", ".join(worker.queue for worker in group)
+        queues = ", ".join(dict.fromkeys(logical(worker.queue) for worker in group))
         out.line(f"  {who}  takes {queues}  holds {count(sum(worker.held for worker in group), 'job')}")
     if len(processes) > _MOST_WORKERS:
         out.line(f"  … and {len(processes) - _MOST_WORKERS} more")

@@ -86,7 +86,8 @@ class Target:
         backend = self.backend()
         if self._app is None:
             return Admin(backend)
-        return Admin(backend, plain_lists=self._app.plain_lists, sealing=self._app.sealing)
+        asks = {name: queue.asks for name, queue in self._app.queues.items() if queue.asks is not None}
+        return Admin(backend, plain_lists=self._app.plain_lists, sealing=self._app.sealing, asks=asks)
 
     def _namespace(self) -> str | None:
         return self.namespace or os.environ.get("CONVEYOR_NAMESPACE") or self.settings.namespace

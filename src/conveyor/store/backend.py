@@ -190,11 +190,11 @@ class Backend:
         known = known_queues(self.namespace)
         return _names(self.execute("SMEMBERS", known, key=known))
 
-    def announce(self, keys: QueueKeys) -> None:
-        """Make a queue known before its first push: the set has no hash tag, so it cannot be part of it."""
-        if keys.queue not in self._announced:
-            self.run(operations.announce(known_queues(self.namespace), keys.queue))
-            self._announced.add(keys.queue)
+    def announce(self, *queues: QueueKeys) -> None:
+        """Make queues known before their first push: the set has no hash tag, so it cannot be part of it."""
+        if names := [keys.queue for keys in queues if keys.queue not in self._announced]:
+            self.run(operations.announce(known_queues(self.namespace), *names))
+            self._announced.update(names)
 
     def _take(self, key: str | None) -> Producer:
         free = self._free if self._single else self._crowd.setdefault(self.place(key or ""), deque())
@@ -242,11 +242,11 @@ class Backend:
         """Tell whether this process has made the queue known."""
         return keys.queue in self._announced
 
-    async def aannounce(self, keys: QueueKeys) -> None:
-        """Make a queue known before its first push."""
-        if keys.queue not in self._announced:
-            await self.arun(operations.announce(known_queues(self.namespace), keys.queue))
-            self._announced.add(keys.queue)
+    async def aannounce(self, *queues: QueueKeys) -> None:
+        """Make queues known before their first push."""
+        if names := [keys.queue for keys in queues if keys.queue not in self._announced]:
+            await self.arun(operations.announce(known_queues(self.namespace), *names))
+            self._announced.update(names)
 
     async def aqueues(self) -> list[str]:
         """Return the names of all known queues, sorted."""

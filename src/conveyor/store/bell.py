@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from conveyor.store import fault
@@ -28,6 +29,10 @@ class Bell:
     def wait(self, key: str, seconds: float) -> bool:
         """Wait for a token at *key* and take it; False when none came, or the connection broke (after a pause)."""
         return self._block(("BLPOP", key, _timeout(seconds)), seconds) is not None
+
+    def first(self, keys: Sequence[str], seconds: float) -> str | None:
+        """Wait for a token at any of *keys*, take it, and return which; None as in `wait`."""
+        return _which(self._block(("BLPOP", *keys, _timeout(seconds)), seconds))
 
     def move(self, source: str, target: str, seconds: float) -> bool:
         """Wait for an entry of *source* and move it to the tail of *target*; False as in `wait`. Raises QueueFull."""
@@ -69,6 +74,10 @@ class AsyncBell:
         """Wait for a token at *key* and take it; False when none came, or the connection broke (after a pause)."""
         return await self._block(("BLPOP", key, _timeout(seconds)), seconds) is not None
 
+    async def first(self, keys: Sequence[str], seconds: float) -> str | None:
+        """Wait for a token at any of *keys*, take it, and return which; None as in `wait`."""
+        return _which(await self._block(("BLPOP", *keys, _timeout(seconds)), seconds))
+
     async def move(self, source: str, target: str, seconds: float) -> bool:
         """Wait for an entry of *source* and move it to the tail of *target*; False as in `wait`. Raises QueueFull."""
         return await self._block(("BLMOVE", source, target, "LEFT", "RIGHT", _timeout(seconds)), seconds) is not None
@@ -102,6 +111,10 @@ def ring(wire: Wire, key: str) -> None:
 def _ignore(reply: Any) -> None:
     if isinstance(reply, Exception) and fault.remedy(str(reply)) is fault.Remedy.RAISE:
         log.debug("ignored: %s", reply)
+
+
+def _which(reply: Any) -> str | None:
+    return None if reply is None else reply[0].decode()
 
 
 def _timeout(seconds: float) -> str:

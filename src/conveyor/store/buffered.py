@@ -19,7 +19,7 @@ from conveyor.store.confirmed import Confirmed, plain_entries
 from conveyor.store.connection import Connection
 from conveyor.store.durability import Durability
 from conveyor.store.gathering import BULK, AsyncLane, Item, entries_of
-from conveyor.store.keys import QueueKeys
+from conveyor.store.keys import QueueKeys, known_queues
 from conveyor.store.operations import Entry, Lane
 from conveyor.store.script import Argument
 
@@ -46,6 +46,7 @@ class BufferedBackend(Backend):
         self.new_lane = _day_lane
         self.lane_type = partial(BufferedLane, self)
         self._delivery = Delivery(self, buffer)
+        self._flushed = False
         buffer.bind(self._delivery.begin)
         if buffer.left_behind():
             self._delivery.begin()
@@ -77,7 +78,7 @@ class BufferedBackend(Backend):
         if self.buffer.waiting:
             return self.keep(keys, content, max_length, None, None)
         try:
-            self.announce(keys)
+            self.hail(keys, FIRST)
         except StoreUnavailable as error:
             return self.keep(keys, content, max_length, None, error)
         producer = self._take(keys.jobs)
@@ -89,6 +90,18 @@ class BufferedBackend(Backend):
             return self.keep(keys, content, max_length, lane, error)
         finally:
             producer.home.append(producer)
+
+    def hail(self, keys: QueueKeys, patience: float) -> None:
+        """Make a queue known, as `announce`, with a patience of its own."""
+        if keys.queue not in self._announced:
+            self.run(operations.announce(known_queues(self.namespace), keys.queue), patience=patience)
+            self._announced.add(keys.queue)
+
+    async def ahail(self, keys: QueueKeys) -> None:
+        """Do the same on this event loop."""
+        if keys.queue not in self._announced:
+            await self.arun(operations.announce(known_queues(self.namespace), keys.queue), patience=FIRST)
+            self._announced.add(keys.queue)
 
     def keep(
         self,
@@ -140,15 +153,23 @@ class BufferedBackend(Backend):
 
     def close(self) -> None:
         """Deliver what can be delivered in time, say what cannot, and close."""
+        if not self._flushed:
+            self._flush()
+        super().close()
+
+    def _flush(self) -> None:
         self.buffer.flush()
         if self._delivery.stop():
             self.buffer.release()
-        super().close()
 
     async def aclose(self) -> None:
         """Do the same without blocking the event loop."""
-        await asyncio.get_running_loop().run_in_executor(None, self.buffer.flush)
-        await super().aclose()
+        await asyncio.get_running_loop().run_in_executor(None, self._flush)
+        self._flushed = True
+        try:
+            await super().aclose()
+        finally:
+            self._flushed = False
 
     def forked(self) -> None:
         """Start anew in a forked child."""
@@ -206,7 +227,7 @@ class BufferedLane(AsyncLane):
         if backend.buffer.waiting:
             return backend.keep(self._keys, entries, self._max_length, None, None)
         try:
-            await backend.aannounce(self._keys)
+            await backend.ahail(self._keys)
         except StoreUnavailable as error:
             return backend.keep(self._keys, entries, self._max_length, None, error)
         try:
@@ -294,7 +315,7 @@ class Delivery:
     def _send(self, batch: Batch, connections: dict[Place, Connection]) -> None:
         first, backend = batch.records[0], self._backend
         keys = QueueKeys(first.namespace, first.queue, foreign=first.foreign)
-        backend.announce(keys)
+        backend.hail(keys, 0.0)
         place = backend.place(keys)
         connection = connections.get(place)
         if connection is None:

@@ -45,15 +45,15 @@ class Shared:
         self.wire = self.wire_at(place(""))
         self._patience = patience
         self._make = make or AsyncLane
-        self._lanes: dict[tuple[str, int], AsyncLane] = {}
+        self._lanes: dict[tuple[str, int, int], AsyncLane] = {}
 
     def lane(self, keys: QueueKeys, max_length: int) -> AsyncLane:
         """Return the lane of *keys*."""
-        found = self._lanes.get((keys.prefix, max_length))
+        which = (keys.prefix, max_length, keys.partitions)
+        found = self._lanes.get(which)
         if found is None:
-            found = self._lanes[keys.prefix, max_length] = self._make(
-                self.wire_at(self._place(keys)), keys, max_length, self._patience
-            )
+            wire = self.wire_at(self._place(keys))
+            found = self._lanes[which] = self._make(wire, keys, max_length, self._patience)
         return found
 
     def wire_at(self, place: Place) -> Wire:

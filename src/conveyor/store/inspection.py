@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +32,17 @@ class Counts:
 
     def __len__(self) -> int:
         return self.ready + self.scheduled + self.waiting
+
+
+def total(parts: Sequence[Counts]) -> Counts:
+    """Return what partitions hold together; each worker serves all of them, so `workers` is that of the one with the most."""
+    ages = [part.oldest_age for part in parts if part.oldest_age is not None]
+    limits = [part.max_length for part in parts if part.max_length is not None]
+    return Counts(
+        sum(part.ready for part in parts), sum(part.scheduled for part in parts), sum(part.waiting for part in parts),
+        sum(part.leased for part in parts), sum(part.dead for part in parts), max(ages, default=None),
+        any(part.paused for part in parts), max(part.workers for part in parts), sum(limits) if limits else None,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,13 +31,18 @@ class QueueKeys:
     """The keys of one queue; `tag` is another hash tag than the queue's name for a foreign list that brings its own."""
 
     __slots__ = (
-        "conf", "dead", "due", "foreign", "intake", "jobs", "outbox", "prefix", "queue",
+        "conf", "dead", "due", "foreign", "intake", "jobs", "outbox", "partitions", "prefix", "queue",
         "ready", "recent", "state", "waiters", "wake", "workers",
     )  # fmt: skip
 
-    def __init__(self, namespace: str, queue: str, *, foreign: str | None = None) -> None:
-        """Name them all; *foreign* is the plain list this queue shares with other programs."""
+    def __init__(self, namespace: str, queue: str, *, foreign: str | None = None, partitions: int = 1) -> None:
+        """
+        Name them all; *foreign* is the plain list this queue shares with other programs.
+
+        *partitions* is how many this program believes the logical queue to have: scripts refuse another number.
+        """
         self.queue = queue
+        self.partitions = partitions
         self.foreign = foreign
         self.prefix = prefix = f"{namespace}:{{{queue}}}:" if foreign is None else _foreign_prefix(namespace, foreign)
         self.jobs = prefix + "jobs"

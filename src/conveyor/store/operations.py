@@ -15,6 +15,7 @@ from conveyor import ident
 from conveyor.errors import ConfigurationError, QueueFull
 from conveyor.model import to_json, write_rest
 from conveyor.store.keys import QueueKeys
+from conveyor.store.partitioning import WrongPartitions
 from conveyor.store.script import Argument, Call, Command, Script
 
 PUSH_PLAIN = Script("push_plain", bare=True)
@@ -71,9 +72,9 @@ class LateReply(Exception):
     """A newer push of this lane was answered already."""
 
 
-def announce(known: str, queue: str) -> Call[int]:
-    """Return the call that adds *queue* to the set *known* of all queues."""
-    return Command(SADD, (known,), (queue,), int)
+def announce(known: str, *queues: str) -> Call[int]:
+    """Return the call that adds *queues* to the set *known* of all of them."""
+    return Command(SADD, (known,), queues, int)
 
 
 def push_plain(keys: QueueKeys, lane: Lane, pairs: Sequence[Argument], *, max_length: int = 0) -> Call[None]:
@@ -81,12 +82,12 @@ def push_plain(keys: QueueKeys, lane: Lane, pairs: Sequence[Argument], *, max_le
     if (names := lane.names.get(keys.prefix)) is None:
         names = (keys.lane(lane.identity), keys.jobs, keys.ready[0], keys.wake, keys.conf, keys.dead)
         lane.names[keys.prefix] = names
-    return Call(PUSH_PLAIN, names, (lane.next(), max_length, *pairs), partial(_pushed_plain, keys.queue))
+    return Call(PUSH_PLAIN, names, (lane.next(), max_length, keys.partitions, *pairs), partial(_pushed_plain, keys))
 
 
 def push(keys: QueueKeys, lane: Lane, entries: Iterable[Entry], *, max_length: int = 0) -> Call[list[str]]:
     """Return the call that accepts *entries* in their order, all or none; it yields an id for each, a duplicate's holder's."""
-    args: list[Argument] = [lane.next(), max_length, 0]
+    args: list[Argument] = [lane.next(), max_length, keys.partitions, 0]
     ids: list[str | None] = []
     run: list[Argument] = []
     plain_run = True
@@ -104,8 +105,8 @@ def push(keys: QueueKeys, lane: Lane, entries: Iterable[Entry], *, max_length: i
             ids.append(None)
     if run:
         args += ["p" if plain_run else "s", len(run) // (2 if plain_run else 10), *run]
-    args[2] = len(ids)
-    return Call(PUSH, _push_keys(keys, lane), args, _pushed(keys.queue, ids))
+    args[3] = len(ids)
+    return Call(PUSH, _push_keys(keys, lane), args, _pushed(keys, ids))
 
 
 def _special(entry: Entry) -> tuple[Argument, ...]:
@@ -121,16 +122,16 @@ def _push_keys(keys: QueueKeys, lane: Lane) -> tuple[str, ...]:
     return (keys.lane(lane.identity), keys.jobs, keys.due, keys.wake, keys.conf, keys.dead, *keys.ready)
 
 
-def _pushed_plain(queue: str, reply: bytes) -> None:
+def _pushed_plain(keys: QueueKeys, reply: bytes) -> None:
     if not reply.endswith(b"\nok"):
-        _refused(queue, reply)
+        _refused(keys, reply)
 
 
-def _pushed(queue: str, ids: list[str | None]) -> Any:
+def _pushed(keys: QueueKeys, ids: list[str | None]) -> Any:
     def decode(reply: bytes) -> list[str]:
         _, status, *special = reply.split(b"\n")
         if status != b"ok":
-            _refused(queue, reply)
+            _refused(keys, reply)
         answers = iter(special)
         return [id_ if id_ is not None else _accepted(next(answers).decode()) for id_ in ids]
 
@@ -147,8 +148,9 @@ def _accepted(answer: str) -> str:
     return Existing(answer[1:]) if answer.startswith("\t") else answer
 
 
-def _refused(queue: str, reply: bytes) -> None:
+def _refused(keys: QueueKeys, reply: bytes) -> None:
     _, status, *rest = reply.decode().split("\n")
+    queue = keys.queue
     if status == "full":
         raise QueueFull(
             f"Queue '{queue}' holds {rest[0]} jobs and takes at most {rest[1]}. Nothing was enqueued. "
@@ -158,6 +160,8 @@ def _refused(queue: str, reply: bytes) -> None:
         raise ConfigurationError(
             f"Queue '{queue}' was written by another version (layout {rest[0]}; this one knows layout 1). Upgrade this program."
         )
+    if status == "partitions":
+        raise WrongPartitions(keys, rest[0])
     raise LateReply
 
 
@@ -255,11 +259,14 @@ def register(keys: QueueKeys, worker: str, lease_ms: int, about: bytes) -> Call[
     """Return the call that registers *worker*; it yields the server's time in ms."""
     # 65 bytes and more make the hash a hashtable: as a listpack of 500 a lease costs 12 times as much (design).
     return Call(
-        REGISTER, (keys.leased(worker), keys.workers, keys.conf), (worker, lease_ms, about.ljust(65)), _registered
-    )
+        REGISTER, (keys.leased(worker), keys.workers, keys.conf),
+        (worker, lease_ms, about.ljust(65), keys.partitions), partial(_registered, keys),
+    )  # fmt: skip
 
 
-def _registered(reply: list[Any]) -> int:
+def _registered(keys: QueueKeys, reply: list[Any]) -> int:
+    if reply[0] == -2:
+        raise WrongPartitions(keys, reply[1].decode())
     if reply[0] == -1:
         raise ConfigurationError(
             f"The queue was written by another version (layout {reply[1].decode()}; this one knows layout 1). Upgrade this worker."

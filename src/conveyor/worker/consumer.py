@@ -17,6 +17,7 @@ from conveyor.errors import ConveyorError
 from conveyor.event import JobLost, JobStarted
 from conveyor.store import bell, eviction, operations
 from conveyor.store.operations import LateTurn, Report, Settlement, Turn, Unregistered
+from conveyor.store.partitioning import WrongPartitions
 from conveyor.store.script import Call
 from conveyor.store.wire import Wire
 from conveyor.worker.alarm import Alarm
@@ -27,6 +28,8 @@ from conveyor.worker.intake import Intake
 from conveyor.worker.prefetch import Sizes
 from conveyor.worker.readmission import readmit
 from conveyor.worker.reaper import Reaper
+from conveyor.worker.reconciliation import differences
+from conveyor.worker.roll import enrolled
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -79,11 +82,10 @@ class Consumer:
 
     async def register(self) -> None:
         """Take a fresh identity, tell the supervisor, then tell Redis."""
-        self.identity = ident.new_identity()
-        self._number = 0
+        self.identity, self._number = ident.new_identity(), 0
         self._worker.note_identity(self)
         call = operations.register(self.keys, self.identity, self.lease_ms, self._worker.about(self))
-        now = await self.wire.run(call, patience=None)
+        now = await enrolled(self._worker.app, self.wire, self.queue, call)
         self._clock_offset = now - monotonic() * 1000
         self._last_turn = monotonic()
 
@@ -226,12 +228,15 @@ class Consumer:
         for attempt in abandoned:
             self._lost(attempt)
         self._worker.settle_stats(self, self.report)  # nobody counts what nobody accepted
-        self.report = Report()
+        self.report, self.more = Report(), True
         self.antechamber.clear()
-        await readmit(self)
+        try:
+            await readmit(self)
+        except WrongPartitions as refused:  # not ours to serve any more
+            self._worker.fail(refused)
+            return
         self._recovery = self._flying = None
         self._landed.set()
-        self.more = True
         self.schedule()
 
     def _absorb(self, turn: Turn, report: Report) -> None:
@@ -334,19 +339,11 @@ class Consumer:
         self._worker.app.emit(JobLost(attempt.public_id, attempt.handler.name, self.queue, attempt.number))
 
     async def _reconcile(self) -> None:
-        """Our counts differ: ask what Redis believes we hold, drop what it does not, give back what we do not know."""
-        try:
-            listed = await self.wire.run(operations.held(self.keys, self.identity), patience=None)
-        except ConveyorError as error:
-            log.warning("could not reconcile queue %s: %s", self.queue, error)
-        else:
-            known = set(listed)
-            for id_ in [id_ for id_ in self.held if id_ not in known]:
-                self._lost(self.held.pop(id_))
-            unknown = [id_ for id_ in known if id_ not in self.held]
-            if unknown:
-                log.warning("queue %s: giving back %d leases we never learned of", self.queue, len(unknown))
-            self.report.others += [Settlement("F", id_) for id_ in unknown]
+        """Our counts differ: drop what Redis does not believe we hold, give back what we do not know."""
+        gone, unknown = await differences(self)
+        for id_ in gone:
+            self._lost(self.held.pop(id_))
+        self.report.others += [Settlement("F", id_) for id_ in unknown]
         self._recovery = None
         self._landed.set()
         self.schedule()

@@ -8,6 +8,7 @@ import random
 from typing import Protocol
 
 from conveyor.errors import ConveyorError
+from conveyor.store.partitioning import WrongPartitions
 
 log = logging.getLogger("conveyor.worker")
 
@@ -25,11 +26,13 @@ class Refugee(Protocol):
 
 
 async def readmit(consumer: Refugee) -> None:
-    """Register until it is done: who began with this right waits to get it back (a password, an ACL), and says so."""
+    """Register until it is done: a right that was taken away is waited for, loudly. Raises WrongPartitions."""
     while not consumer.gone:
         try:
             await consumer.register()
             break
+        except WrongPartitions:
+            raise  # waiting does not mend it
         except ConveyorError as error:
             log.error("registering on queue %s was refused: %s", consumer.queue, error)
             await asyncio.sleep(random.uniform(0.5, 1.0))  # noqa: S311

@@ -26,6 +26,7 @@ from conveyor.worker.executor import Executor
 from conveyor.worker.handler import Handler
 from conveyor.worker.prefetch import Prefetch
 from conveyor.worker.process import ProcessCrashed, Processes
+from conveyor.worker.roll import served
 from conveyor.worker.unusual import Unusual
 from conveyor.worker.watchdog import Watchdog
 
@@ -136,10 +137,10 @@ class Worker:
         )  # fmt: skip
         stack.push_async_callback(self.executor.close)
         for queue, weight in self._queues.items():
-            listed = self.app.plain_lists.get(queue)
-            keys = self.app.keys(queue) if listed is None else listed.keys
-            consumer = Consumer(self, self.harbour.berth(keys), keys, weight, self.app.queue_lease_ms(queue))
-            self.consumers.append(consumer)
+            places, lease_ms = await served(self.app, queue), self.app.queue_lease_ms(queue)
+            for keys in places:
+                consumer = Consumer(self, self.harbour.berth(keys), keys, weight / len(places), lease_ms)
+                self.consumers.append(consumer)
         for consumer in self.consumers:
             await consumer.register()
             # A full Redis takes no name; whoever pushes there makes the queue known.

@@ -1,11 +1,13 @@
 -- Accept messages: all of them, or none.
 --
 -- KEYS  1 lane  2 jobs  3 due  4 wake  5 conf  6 dead  7-16 ready:0 … ready:9
--- ARGV  1 number of this push in its lane  2 maximum length (0: none)  3 number of jobs  then runs, in order:
+-- ARGV  1 number of this push in its lane  2 maximum length (0: none)  3 partitions of the queue (1: none)
+--       4 number of jobs  then runs, in order:
 --       "p" count (id envelope)…
 --       "s" count (id marks rest delay_ms due_at_ms expires_ms priority unique own front)…   "" where not given
 -- returns "<number>\nok\n<id>\n<id>…"    the ids of the special jobs: the one given, or behind a tab the one that exists
 --         "<number>\nfull\n<length>\n<maximum>", "<number>\nschema\n<found>": nothing stored
+--         "<number>\npartitions\n<found>": the queue has another number of them, "" none yet; nothing stored
 --         "<number>\nlate": a newer push of this lane was answered already; nothing stored
 local lane, jobs, due, wakes, conf, dead = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6]
 local number = tonumber(ARGV[1])
@@ -17,12 +19,13 @@ if last then
   if seen > number then return ARGV[1] .. '\nlate' end
 end
 
-local conf_now = redis.call('HMGET', conf, 'max_length', 'schema', 'stubs')
+local conf_now = redis.call('HMGET', conf, 'max_length', 'schema', 'stubs', 'partitions')
 if conf_now[2] and conf_now[2] ~= '1' then return ARGV[1] .. '\nschema\n' .. conf_now[2] end
+if (conf_now[4] or '1') ~= ARGV[3] then return ARGV[1] .. '\npartitions\n' .. (conf_now[4] or '') end
 local maximum = tonumber(conf_now[1] or ARGV[2])
 if maximum > 0 then
   local length = redis.call('HLEN', jobs) - redis.call('ZCARD', dead) - tonumber(conf_now[3] or 0)
-  if length + tonumber(ARGV[3]) > maximum then
+  if length + tonumber(ARGV[4]) > maximum then
     return ARGV[1] .. '\nfull\n' .. int(length) .. '\n' .. int(maximum)
   end
 end
@@ -32,7 +35,7 @@ check('HLEN', jobs)
 check('LLEN', KEYS[7])
 local prefix = string.sub(jobs, 1, -5)
 local ids, existing, claimed = {}, {}, {}
-local at, runs = 4, #ARGV
+local at, runs = 5, #ARGV
 while at <= runs do
   local count = tonumber(ARGV[at + 1])
   if ARGV[at] == 'p' then
@@ -120,7 +123,7 @@ local function special(i, now)
   end
 end
 
-at = 4
+at = 5
 local now = nil
 while at <= runs do
   local count = tonumber(ARGV[at + 1])

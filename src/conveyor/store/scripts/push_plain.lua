@@ -1,19 +1,24 @@
 -- Accept plain messages, all of them or none: the shortest way in, for what needs an envelope and an entry and no more.
 --
 -- KEYS  1 lane  2 jobs  3 ready:0  4 wake  5 conf  6 dead
--- ARGV  1 number of this push in its lane  2 maximum length (0: none)  3… (id envelope)…
--- returns as push.lua: "<number>\nok", "<number>\nfull\n<length>\n<maximum>", "<number>\nschema\n<found>", "<number>\nlate"
+-- ARGV  1 number of this push in its lane  2 maximum length (0: none)  3 partitions of the queue (1: none)
+--       4… (id envelope)…
+-- returns as push.lua: "<number>\nok", "<number>\nfull\n<length>\n<maximum>", "<number>\nschema\n<found>",
+--         "<number>\npartitions\n<found>", "<number>\nlate"
 local number = ARGV[1]
-local conf = redis.call('HMGET', KEYS[5], 'schema', 'max_length', 'stubs')
+local conf = redis.call('HMGET', KEYS[5], 'schema', 'max_length', 'stubs', 'partitions')
 if conf[1] and conf[1] ~= '1' then return number .. '\nschema\n' .. conf[1] end
+local function repeated()
+  local seen = redis.call('GET', KEYS[1])
+  return seen and string.match(seen, '^%d+') == number and seen
+end
+if (conf[4] or '1') ~= ARGV[3] then return repeated() or number .. '\npartitions\n' .. (conf[4] or '') end
 local last_argument = #ARGV
 local maximum = tonumber(conf[2] or ARGV[2])
 if maximum > 0 then
   local length = redis.call('HLEN', KEYS[2]) - redis.call('ZCARD', KEYS[6]) - tonumber(conf[3] or 0)
-  if length + (last_argument - 2) / 2 > maximum then
-    local seen = redis.call('GET', KEYS[1])
-    if seen and string.match(seen, '^%d+') == number then return seen end
-    return string.format('%s\nfull\n%.0f\n%.0f', number, length, maximum)
+  if length + (last_argument - 3) / 2 > maximum then
+    return repeated() or string.format('%s\nfull\n%.0f\n%.0f', number, length, maximum)
   end
 end
 
@@ -38,17 +43,17 @@ local function failed(answer)
   if last then redis.call('SET', KEYS[1], last, 'PX', kept) else redis.call('DEL', KEYS[1]) end
   return true
 end
-if last_argument == 4 then
-  local answer = redis.pcall('HSET', KEYS[2], ARGV[3], ARGV[4])
+if last_argument == 5 then
+  local answer = redis.pcall('HSET', KEYS[2], ARGV[4], ARGV[5])
   if failed(answer) then return answer end
-  answer = redis.pcall('RPUSH', KEYS[3], ARGV[3])
+  answer = redis.pcall('RPUSH', KEYS[3], ARGV[4])
   if failed(answer) then
-    redis.call('HDEL', KEYS[2], ARGV[3])
+    redis.call('HDEL', KEYS[2], ARGV[4])
     return answer
   end
 else
-  for i = 3, last_argument, 2 do ids[#ids + 1] = ARGV[i] end
-  for first = 3, last_argument, 7000 do
+  for i = 4, last_argument, 2 do ids[#ids + 1] = ARGV[i] end
+  for first = 4, last_argument, 7000 do
     local answer = redis.pcall('HSET', KEYS[2], unpack(ARGV, first, math.min(first + 6999, last_argument)))
     if failed(answer) then return answer end
   end

@@ -2,9 +2,13 @@
 --
 -- KEYS  1 leased:<worker>  2 workers  3 conf
 -- ARGV  1 worker  2 lease_ms  3 about (JSON, longer than 64 bytes so that the hash is a hashtable)
--- returns now_ms, or -1 and the schema found when the layout is not ours
-local schema = redis.call('HGET', KEYS[3], 'schema')
+--       4 partitions of the queue (1: none)
+-- returns now_ms, or -1 and the schema found when the layout is not ours,
+--         or -2 and the partitions found, "" none yet, when their number is another
+local conf = redis.call('HMGET', KEYS[3], 'schema', 'partitions')
+local schema = conf[1]
 if schema and schema ~= '1' then return {-1, schema} end
+if (conf[2] or '1') ~= ARGV[4] then return {-2, conf[2] or ''} end
 local now = clock()
 check('ZCARD', KEYS[2])
 redis.call('HDEL', KEYS[1], '\t')

@@ -1,0 +1,166 @@
+"""The queues and plain lists that an app declares: each once, and always the same object."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, Unpack, overload
+
+from conveyor import ident
+from conveyor.duration import Duration
+from conveyor.errors import ConfigurationError
+from conveyor.outgoing import positive_ms
+from conveyor.sending import Sending
+from conveyor.store.durability import Asking, asked
+from conveyor.task import Task
+
+if TYPE_CHECKING:
+    from conveyor.partition import Partitions
+    from conveyor.plain import PlainList
+    from conveyor.queue import Queue
+    from conveyor.sealing.sealing import Sealing
+    from conveyor.store.keys import QueueKeys
+
+T = TypeVar("T")
+Full = Literal["raise", "block", "drop-oldest"]
+Step = Callable[[int, Any], Any]
+"""From a version and a message of it to the message as the next version has it."""
+
+
+class Declarations(Sending):
+    """What an app knows of its queues."""
+
+    sealing: Sealing | None
+    lease_ms: int
+    max_payload: int
+    max_whole: int
+
+    def __init__(self) -> None:
+        """Begin with none."""
+        super().__init__()
+        self.queues: dict[str, Queue[Any]] = {}
+        self.plain_lists: dict[str, PlainList[Any]] = {}
+        self.bounded: dict[str, Queue[Any]] = {}
+        self.partitioned: dict[str, Partitions] = {}
+        self._declared: dict[str, object] = {}
+        self._keys: dict[str, QueueKeys] = {}
+
+    @overload
+    def queue(
+        self, name: str, *, partitions: int = 1, lease: Duration | None = None, max_attempts: int = 5,
+        max_length: int | None = None, full: Full = "raise", version: int = 1, upcast: Step | None = None,
+        **durable: Unpack[Asking],
+    ) -> Queue[Any]: ...  # fmt: skip
+    @overload
+    def queue(
+        self, name: str, type: type[T], *, partitions: int = 1, lease: Duration | None = None, max_attempts: int = 5,
+        max_length: int | None = None, full: Full = "raise", version: int = 1, upcast: Step | None = None,
+        **durable: Unpack[Asking],
+    ) -> Queue[T]: ...  # fmt: skip
+    @overload
+    def queue(
+        self, name: str, type: Any, *, partitions: int = 1, lease: Duration | None = None, max_attempts: int = 5,
+        max_length: int | None = None, full: Full = "raise", version: int = 1, upcast: Step | None = None,
+        **durable: Unpack[Asking],
+    ) -> Queue[Any]: ...  # fmt: skip
+
+    def queue(
+        self,
+        name: str,
+        type: Any = Any,  # noqa: A002  the contract's name
+        *,
+        partitions: int = 1,
+        lease: Duration | None = None,
+        max_attempts: int = 5,
+        max_length: int | None = None,
+        full: Full = "raise",
+        version: int = 1,
+        upcast: Step | None = None,
+        **durable: Unpack[Asking],
+    ) -> Queue[Any]:
+        """
+        Declare a queue of messages of *type* (any JSON value when left out), or set up one that tasks use.
+
+        `lease` as for the app, `max_attempts` how often a message is tried, `max_length` how many may be unfinished,
+        `full` what a push beyond that does, `version` and `upcast(version, value)` as of a task. With `partitions` it
+        is spread over so many, which may lie on several nodes: order holds within each, and all programs must say the
+        same number. `fsync` and `wait_replicas` make each push, of jobs too, wait until it is on disk and that many
+        replicas have it, each for `wait_timeout`; then DurabilityNotReached. Declared again with the same options it is
+        the same object; with others it raises ConfigurationError.
+        """
+        ident.queue_name(name)
+        lease_ms = self.lease_ms if lease is None else positive_ms(lease, "lease")
+        asks = asked(durable)
+        facts = ("queue", type, lease_ms, max_attempts, max_length, full, partitions, version, upcast, asks)
+        if self._is_declared(name, facts):
+            return self.queues[name]
+        queue = self._made(
+            name, type, partitions, lease_ms=lease_ms, max_attempts=max_attempts, max_length=max_length, full=full,
+            asks=asks, max_payload=self.max_whole, sealing=self.sealing, version=version, upcast=upcast,
+        )  # fmt: skip
+        self.queues[name], self._declared[name] = queue, facts
+        if max_length is not None or asks is not None or name in self.partitioned:
+            self.bounded[name] = queue
+        return queue
+
+    def _made(self, name: str, type: Any, partitions: int, **options: Any) -> Queue[Any]:  # noqa: A002
+        from conveyor.queue import Queue
+
+        if partitions == 1:
+            return Queue(self.backend, name, type, **options)
+        from conveyor.partitioned import PartitionedQueue
+
+        queue: PartitionedQueue[Any] = PartitionedQueue(self.backend, name, type, partitions=partitions, **options)
+        self.partitioned[name] = queue.partitions
+        self._keys.update((keys.queue, keys) for keys in queue.partitions.keys)
+        return queue
+
+    def plain_list(
+        self,
+        name: str,
+        type: Any = Any,  # noqa: A002  the contract's name
+        *,
+        task: Task[..., Any] | str | None = None,
+        lease: Duration | None = None,
+        max_attempts: int = 5,
+        sealed: bool = True,
+    ) -> PlainList[Any]:
+        """
+        Declare a plain Redis list of JSON documents, shared with programs that know nothing of us.
+
+        With *task* its entries run as jobs of that task. The rest is as in `queue`. Nobody can seal them, so an app
+        with keys takes them only when told so: ``sealed=False``.
+        """
+        if sealed and self.sealing is not None and self.sealing.seal is not None:
+            raise ConfigurationError(
+                f"plain_list({name!r}): programs that know nothing of us cannot seal, and this app takes only sealed "
+                "payloads. If whoever can write to that list may be trusted, say so: plain_list(…, sealed=False)."
+            )
+        fed = task.name if isinstance(task, Task) else task
+        lease_ms = self.lease_ms if lease is None else positive_ms(lease, "lease")
+        facts = ("plain list", type, fed, lease_ms, max_attempts)
+        if self._is_declared(name, facts):
+            return self.plain_lists[name]
+        from conveyor.plain import PlainList
+
+        found: PlainList[Any] = PlainList(
+            self.backend, name, type, task=fed, lease_ms=lease_ms, max_attempts=max_attempts,
+            max_payload=self.max_payload,
+        )  # fmt: skip
+        self.plain_lists[name], self._declared[name] = found, facts
+        self._keys[name] = found.keys  # they lie where the list lies
+        return found
+
+    def _is_declared(self, name: str, facts: tuple[object, ...]) -> bool:
+        if name not in self._declared:
+            return False
+        if self._declared[name] != facts:
+            raise ConfigurationError(
+                f"{name!r} is declared twice with different options: {self._declared[name]} and {facts}. "
+                "Declare it once and import it where it is used."
+            )
+        return True
+
+    def queue_lease_ms(self, queue: str) -> int:
+        """Return the lease of *queue* in ms."""
+        found = self.queues.get(queue, self.plain_lists.get(queue))
+        return self.lease_ms if found is None else found.lease_ms

@@ -1,0 +1,193 @@
+"""
+Queues that lie in several partitions: which one a message belongs in, and the number all programs must agree on.
+
+A key picks its partition by CRC-32, which every process and version computes alike. A message without a key goes
+round: to the next partition at each push, beginning at a random one in each process.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Generator, Sequence
+from itertools import count
+from random import randrange
+from typing import Any, TypeVar
+from zlib import crc32
+
+from conveyor import ident
+from conveyor.errors import ConfigurationError
+from conveyor.holder import adrive, drive
+from conveyor.pusher import Way
+from conveyor.store import partitioning
+from conveyor.store.backend import Backend
+from conveyor.store.keys import QueueKeys
+from conveyor.store.operations import Entry
+from conveyor.store.partitioning import WrongPartitions
+from conveyor.store.script import Argument, Call
+
+V = TypeVar("V")
+MOST = 256
+"""Partitions of one queue at most: a worker has an identity, and in a cluster a blocked connection, for each."""
+_LOOK = 0.05
+
+
+def place(key: str, partitions: int) -> int:
+    """Return the partition, from 0, that *key* picks of so many."""
+    return crc32(key.encode("utf-8", "surrogatepass")) % partitions
+
+
+def likely_first(names: Sequence[str], id: str) -> list[str]:  # noqa: A002
+    """Return known queues and partitions, those first in which a caller's own *id* picks its place."""
+    counts: dict[str, int] = {}
+    for name in names:
+        if (queue := ident.logical(name)) != name:
+            counts[queue] = counts.get(queue, 0) + 1
+    likely = {ident.partition(queue, place(id, number)) for queue, number in counts.items()}
+    return sorted(names, key=lambda name: name not in likely)
+
+
+def checked(partitions: object) -> int:
+    """Return a usable number of partitions; raises ConfigurationError."""
+    if not isinstance(partitions, int) or isinstance(partitions, bool) or not 1 <= partitions <= MOST:
+        raise ConfigurationError(f"partitions must be a whole number from 1 to {MOST}, not {partitions!r}.")
+    return partitions
+
+
+def share(max_length: int | None, partitions: int) -> int | None:
+    """Return the part of a maximum length that falls to each partition; raises ConfigurationError."""
+    if max_length is not None and max_length < partitions:
+        raise ConfigurationError(
+            f"max_length={max_length} is less than partitions={partitions}: it is split, and each partition must take "
+            "at least one message. Raise it, or declare fewer partitions."
+        )
+    return None if max_length is None else max_length // partitions
+
+
+class Partitions:
+    """The partitions of one queue as one program declares them; `keys` are theirs, in order."""
+
+    def __init__(self, backend: Backend, name: str, number: int, max_length: int | None = None) -> None:
+        """Take the queue's name, the number of its partitions, and the maximum length of the whole. Nothing is sent."""
+        self.backend, self.name, self.count = backend, name, checked(number)
+        self.most = share(max_length, number)
+        self.keys = tuple(
+            QueueKeys(backend.namespace, ident.partition(name, one), partitions=number) for one in range(number)
+        )
+        self.whole = backend.keys(name)
+        self._round = count(randrange(number))  # noqa: S311
+        self._numbers = {keys.queue: one for one, keys in enumerate(self.keys)}
+        self._claimed = self._known = False
+
+    # -- placing --------------------------------------------------------------------------------------------------
+
+    def turn(self) -> int:
+        """Return the partition whose turn it is."""
+        return next(self._round) % self.count
+
+    def pick(self, *, group: str | None = None, unique: str | None = None, id: str | None = None) -> int:  # noqa: A002
+        """
+        Return where a message goes: the group key decides, else the unique key, else the caller's id, else its turn.
+
+        Raises ConfigurationError for a unique key beside a group key that places elsewhere: two of them could live.
+        """
+        if group is not None:
+            at = place(group, self.count)
+            if unique is not None and unique != group and place(unique, self.count) != at:
+                raise ConfigurationError(
+                    f"unique={unique!r} beside group={group!r} on queue '{self.name}': the group picks partition {at}, "
+                    f"the unique key partition {place(unique, self.count)}, and a key is unique within its partition "
+                    "only. Use one key for both, or leave one out. Nothing was stored."
+                )
+            return at
+        key = id if unique is None else unique
+        return self.turn() if key is None else place(key, self.count)
+
+    def placed(self, entry: Entry) -> str:
+        """Return the name of the partition that a job goes to."""
+        return self.keys[self.pick(unique=entry.unique, id=entry.id if entry.own_id else None)].queue
+
+    # -- agreeing on their number ---------------------------------------------------------------------------------
+
+    def agree(self) -> None:
+        """See once that Redis has our number, or let it have it; raises ConfigurationError (E34)."""
+        if not self._claimed:
+            self.claim()
+            self._claimed = True
+
+    async def aagree(self) -> None:
+        """Do the same on this event loop."""
+        if not self._claimed:
+            await self.aclaim()
+            self._claimed = True
+
+    def claim(self, patience: float | None = None) -> None:
+        """Agree with Redis on the number; a change under way is waited for, for *patience* seconds."""
+        deadline = time.monotonic() + (self.backend.patience if patience is None else patience)
+        while True:
+            try:
+                return drive(self._claiming(), self.backend.run)
+            except WrongPartitions as error:
+                if error.found != 0 or time.monotonic() >= deadline:
+                    raise
+                time.sleep(_LOOK)
+
+    async def aclaim(self, patience: float | None = None) -> None:
+        """Do the same on this event loop."""
+        deadline = time.monotonic() + (self.backend.patience if patience is None else patience)
+        while True:
+            try:
+                return await adrive(self._claiming(), self.backend.arun)
+            except WrongPartitions as error:
+                if error.found != 0 or time.monotonic() >= deadline:
+                    raise
+                await asyncio.sleep(_LOOK)
+
+    def _claiming(self) -> Generator[Call[Any], Any, None]:
+        # The queue's own number first: of two programs that differ, one loses there, before it has touched a partition.
+        first = yield partitioning.claim(self.whole, self.count, whole=True)
+        if first or self._claimed:
+            for keys in self.keys:
+                yield partitioning.claim(keys, self.count, whole=False)
+
+    def keep(self, work: Callable[[], V]) -> V:
+        """Push by *work*, again after agreeing anew when a partition knew another number: Redis was emptied, or it changed."""
+        self.agree()
+        if not self._known:
+            self.backend.announce(*self.keys)
+            self._known = True
+        try:
+            return work()
+        except WrongPartitions:
+            self.claim()
+            return work()
+
+    async def akeep(self, work: Callable[[], Awaitable[V]]) -> V:
+        """Do the same on this event loop."""
+        await self.aagree()
+        if not self._known:
+            await self.backend.aannounce(*self.keys)
+            self._known = True
+        try:
+            return await work()
+        except WrongPartitions:
+            await self.aclaim()
+            return await work()
+
+    # -- pushing jobs ---------------------------------------------------------------------------------------------
+
+    def send(self, partition: str, entries: Sequence[Entry], way: Way | None = None) -> list[str]:
+        """Push jobs that were placed in *partition*, by the *way* in that was asked for; return an id for each."""
+        way = way or self.backend
+        keys, most = self.keys[self._numbers[partition]], self.most or 0
+        if all(entry.is_plain for entry in entries):
+            pairs: list[Argument] = [part for entry in entries for part in (entry.id, entry.rest)]
+            self.keep(lambda: way.push_plain(keys, pairs, max_length=most))
+            return [entry.id for entry in entries]
+        return self.keep(lambda: way.push(keys, entries, max_length=most))
+
+    async def asend(self, partition: str, entries: Sequence[Entry], way: Way | None = None) -> list[str]:
+        """Do the same on this event loop."""
+        way = way or self.backend
+        keys, most = self.keys[self._numbers[partition]], self.most or 0
+        return await self.akeep(lambda: way.apush(keys, entries, max_length=most))

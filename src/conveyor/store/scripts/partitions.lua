@@ -1,0 +1,7 @@
+-- Read in how many partitions a queue lies.
+--
+-- KEYS  1 conf
+-- ARGV  none
+-- returns {number (1: one piece, 0: it is being changed), the change under way or ""}
+local found = redis.call('HMGET', KEYS[1], 'partitions', 'switch')
+return {found[1] or '1', found[2] or ''}
