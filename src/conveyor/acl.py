@@ -151,7 +151,7 @@ def rules(
     if found is _SENTINEL:
         return Rules(role, user, (), (), tuple(sorted(names | _connecting(server, TOPOLOGIES[0], 0))))
     names |= _connecting(server, topology, database)
-    if durable and role in {"producer", "worker"}:
+    if durable:
         # Without WAITAOF only the settings tell whether a reply means that it is on disk.
         names |= {"wait", "info", "waitaof" if server == "7.2" else "config|get"}
     return Rules(
