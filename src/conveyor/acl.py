@@ -72,7 +72,7 @@ _DASHBOARD = Role(
     "dashboard",
     "looks: status, doctor, lists of queues, jobs and workers; changes nothing",
     (inspection.COUNTS, inspection.PAGE, inspection.SHOW, inspection.CREW, inspection.AUDIT, partitioning.COUNT),
-    (*_RUN, "smembers", "sismember", "llen", "hget", "ping", "info", "time"),
+    (*_RUN, "smembers", "llen", "hget", "ping", "info", "time"),
 )
 _OPERATOR = Role(
     "operator",
