@@ -152,8 +152,8 @@ def rules(
         return Rules(role, user, (), (), tuple(sorted(names | _connecting(server, TOPOLOGIES[0], 0))))
     names |= _connecting(server, topology, database)
     if durable:
-        # Without WAITAOF only the settings tell whether a reply means that it is on disk.
-        names |= {"wait", "info", "waitaof" if server == "7.2" else "config|get"}
+        # The settings tell whether a reply, or WAITAOF, means that it is on disk.
+        names |= {"wait", "info", "config|get", *(["waitaof"] if server == "7.2" else [])}
     return Rules(
         role, user, (f"{namespace}:queues", f"{namespace}:{{*}}:*", *(_pattern(one) for one in lists)),
         (f"{namespace}:replies:*",) if found.channels else (), tuple(sorted(names)),
