@@ -12,6 +12,7 @@ import pytest
 
 from conveyor import Conveyor
 from conveyor.admin import Admin
+from conveyor.context import current
 from conveyor.errors import ConfigurationError, DurabilityNotReached, QueueNotFound
 from conveyor.partition import place
 from conveyor.store import inspection
@@ -243,3 +244,21 @@ def test_counts_are_what_a_person_expects() -> None:
         inspection.Counts(0, 0, 0, 0, 0, None, False, 2, 10),
     ]  # fmt: skip
     assert inspection.total(parts) == inspection.Counts(2, 2, 0, 3, 5, 9.0, True, 3, 30)
+
+
+async def test_what_a_job_spawns_finds_its_partition(app: Conveyor) -> None:
+    """Jobs that a job spawns for a queue with partitions that nobody used before are placed, delivered and run once."""
+    ran: Counter[int] = Counter()
+
+    @app.task(queue="orders")
+    async def follower(n: int) -> None:
+        ran[n] += 1
+
+    @app.task
+    async def leader() -> None:
+        for n in range(40):
+            current().spawn(follower.s(n))
+
+    await leader.aenqueue()
+    await drain(app)
+    assert ran == Counter(range(40))

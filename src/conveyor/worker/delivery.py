@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Protocol
 
-from conveyor import outbox
+from conveyor import ident, outbox
 from conveyor.errors import ConveyorError
 from conveyor.store import fault
 from conveyor.store.operations import LateReply
 
 if TYPE_CHECKING:
+    from conveyor.partition import Partitions
     from conveyor.store.backend import Backend
     from conveyor.store.keys import QueueKeys
 
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 
         @property
         def backend(self) -> Backend: ...
+        @property
+        def partitioned(self) -> Mapping[str, Partitions]: ...
         def keys(self, queue: str) -> QueueKeys: ...
 
 
@@ -87,6 +90,8 @@ async def deliver(keys: QueueKeys, home: Home) -> bool:
     for queue, entries in batch.parts.items():
         target = home.keys(queue)
         try:
+            if (partitions := home.partitioned.get(ident.logical(queue))) is not None:
+                await partitions.aagree()
             await backend.aannounce(target)
             await backend.arun(outbox.deliver(keys, target, batch.number, entries), patience=PATIENCE)
         except LateReply:
