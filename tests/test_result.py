@@ -194,6 +194,7 @@ def test_missed_message_is_made_good(
 
 
 @pytest.mark.row("D11")
+@pytest.mark.standalone_only("kills one connection and deletes a key in one transaction")
 def test_lost_connection_is_made_good(
     echo: Task[[int], int], hand: Hand, pool: ThreadPoolExecutor, redis: redis_py.Redis
 ) -> None:

@@ -84,6 +84,7 @@ def test_full_server_still_drains(scene: Scene, name: str) -> None:
 @pytest.mark.redis6
 @pytest.mark.redis7
 @pytest.mark.parametrize("name", sorted(PUSHES))
+@pytest.mark.standalone_only("sets the memory limit of one server")
 def test_full_server_refuses_a_push_whole(scene: Scene, name: str) -> None:
     """On a full server a push raises QueueFull and leaves nothing, and with room again the same call succeeds."""
     make, _ = CALLS[name]
