@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conveyor import Conveyor
+from conveyor import Conveyor, doctor
 from conveyor.admin import Admin
 from conveyor.errors import ConfigurationError, StoreUnavailable
 from conveyor.store import inspection, operations
@@ -72,6 +72,27 @@ async def _some(queue: Any, count: int) -> Any:
         taken += 1
         if taken == count:
             break
+
+
+@pytest.mark.row("C21")
+async def test_partitions_spread_one_queue_over_the_nodes(
+    cluster: ClusterOfNodes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A queue of six partitions lies on all three nodes, and one worker serves them all; the doctor warns of a slot that is slow to move."""
+    monkeypatch.setattr(doctor, "LARGE_SLOT", 4)
+    async with Conveyor(cluster.url) as app:
+        assert {cluster.owner(f"{{hot/{n}}}") for n in range(6)} == set(cluster.masters())
+        app.queue("hot", partitions=6)
+        double = app.task(queue="hot", name="double", keep_result="10m")(_double)
+        jobs = [await double.aenqueue(n) for n in range(60)]
+        report = await asyncio.to_thread(Admin(app.backend).doctor)
+        assert "queue 'hot' has 10 jobs in a slot: moving it stops both nodes for about 0 s" in str(report.findings)
+        async with working(app):
+            assert [await job.aresult(timeout=20) for job in jobs] == [2 * n for n in range(60)]
+
+
+def _double(n: int) -> int:
+    return 2 * n
 
 
 def test_blocking_calls_and_consumers_work_on_a_cluster(cluster: ClusterOfNodes) -> None:
