@@ -155,11 +155,11 @@ def partition(target: Target, out: Output, name: str, partitions: int, yes: bool
     before = admin.queue(name).partitions
     admin.refuse_full(name)
     after = before
+    # Asked also when it lies so already: that completes a change which somebody left half done.
     question = f"{name} is empty and lies in {count(before, 'partition')}. Lay it in {partitions}?"
-    if dry_run or out.confirm(question, yes=yes, dry_run=dry_run):
-        after = before if dry_run else partitions
-        if not dry_run:
-            admin.repartition(name, partitions)
+    if out.confirm(question, yes=yes, dry_run=dry_run):
+        admin.repartition(name, partitions)
+        after = partitions
     if out.as_json:
         out.document("queue-partitioned", queue=name, before=before, partitions=after, dry_run=dry_run)
     elif not dry_run and after != before:
