@@ -80,6 +80,11 @@ class Target:
         url = url or os.environ.get("CONVEYOR_URL") or self.settings.url
         return _closed_later(Backend(url, namespace=namespace or "conveyor", patience=PATIENCE))
 
+    @property
+    def app(self) -> Any:
+        """The app that `backend` had to load, None when flags and environment said it all."""
+        return self._app
+
     def admin(self) -> Admin:
         """Return the admin interface of the backend."""
         from conveyor.admin import Admin

@@ -22,7 +22,7 @@ from conveyor.store.durability import Durability
 from conveyor.store.gathering import BULK, AsyncLane, Item, entries_of
 from conveyor.store.keys import QueueKeys, known_queues
 from conveyor.store.operations import Entry, Lane
-from conveyor.store.partitioning import WrongPartitions, claim
+from conveyor.store.partitioning import WrongPartitions, claims
 from conveyor.store.script import Argument
 
 if TYPE_CHECKING:
@@ -342,9 +342,8 @@ class Delivery:
             if error.found is not None:
                 raise
             # Redis was emptied meanwhile, so it has no number yet: ours, unless another program was first.
-            whole = QueueKeys(first.namespace, ident.logical(first.queue))
-            backend.run(claim(whole, first.partitions, whole=True), patience=0.0)
-            backend.run(claim(keys, first.partitions, whole=False), patience=0.0)
+            for claim in claims(first.namespace, ident.logical(first.queue), keys.partitions):
+                backend.run(claim, patience=0.0)
             connection.run(call, patience=0.0)
 
 
