@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from conveyor.store.place import Place
 
 FIRST = 0.05
-"""Seconds the first attempt is repeated for: one that met a connection gone stale is not an outage."""
+"""Seconds an attempt is repeated for: one that met a connection gone stale, or a slot that moved, is not an outage."""
 CAP = 1.0
 """Most seconds between two attempts of the delivery."""
 _SAY_AGAIN = 60.0
@@ -329,7 +329,7 @@ class Delivery:
     def _send(self, batch: Batch, connections: dict[Place, Connection]) -> None:
         first, backend = batch.records[0], self._backend
         keys = QueueKeys(first.namespace, first.queue, foreign=first.foreign, partitions=first.partitions)
-        backend.hail(keys, 0.0)
+        backend.hail(keys, FIRST)
         place = backend.place(keys)
         connection = connections.get(place)
         if connection is None:
@@ -337,14 +337,14 @@ class Delivery:
         lane = Lane(batch.lane, batch.number - 1)
         call = operations.push(keys, lane, batch.entries(time.time()), max_length=first.max_length)
         try:
-            connection.run(call, patience=0.0)
+            connection.run(call, patience=FIRST)
         except WrongPartitions as error:
             if error.found is not None:
                 raise
             # Redis was emptied meanwhile, so it has no number yet: ours, unless another program was first.
             for claim in claims(first.namespace, ident.logical(first.queue), keys.partitions):
-                backend.run(claim, patience=0.0)
-            connection.run(call, patience=0.0)
+                backend.run(claim, patience=FIRST)
+            connection.run(call, patience=FIRST)
 
 
 def _refused(batch: Batch, error: Exception) -> None:
