@@ -179,9 +179,13 @@ def _unexplained(evidence: Evidence, verdict: Verdict) -> int:
     global_ = [fault for fault in evidence.faults if not fault.get("pids")]
     for id_, runs in evidence.runs.items():
         for before, after in itertools.pairwise(runs):
-            excused = before.how == "failed" or before.pid in struck or before.end is None
+            excused = before.how == "failed" or before.pid in struck
             since = before.start - evidence.lease
-            if excused or any(f["at"] < after.start and f.get("until", f["at"]) > since for f in global_):
+            if (
+                excused
+                or before.end is None
+                or any(f["at"] < after.start and float(f.get("until") or f["at"]) > since for f in global_)
+            ):
                 continue
             verdict.note("unexplained repeats", f"{id_}: {_brief(runs)}")
     return int(verdict.counts.get("unexplained repeats", 0))
