@@ -22,6 +22,7 @@ from server import Server
 from working import audit, counts, drain, until, working
 
 
+@pytest.mark.row("C1")
 async def test_twenty_restarts_under_load_lose_nothing(start_server: Callable[..., Server]) -> None:
     """Twenty kills of the server under load: every job whose enqueue returned runs, nobody restarts anything."""
     server = start_server("--appendonly", "yes", "--appendfsync", "everysec")
@@ -63,6 +64,7 @@ async def test_twenty_restarts_under_load_lose_nothing(start_server: Callable[..
     await app.aclose()
 
 
+@pytest.mark.row("C14")
 async def test_script_flush_under_load_is_not_noticed(url: str, redis: Any) -> None:
     """A server that forgets all scripts again and again costs neither errors nor jobs."""
     app = Conveyor(url)
@@ -137,6 +139,7 @@ def test_a_fork_uses_no_connection_of_its_parent(url: str) -> None:
     app.close()
 
 
+@pytest.mark.row("C1")
 async def test_a_server_that_is_absent_at_first_is_waited_for(start_server: Callable[..., Server]) -> None:
     """A worker started before its server begins when the server comes, and a producer is told clearly meanwhile."""
     server = start_server()

@@ -111,7 +111,7 @@ def test_blocked_loop_is_named_and_keeps_its_lease(
         assert queue.crew()[0].end > time.time() * 1000
         time.sleep(0.02)
 
-    assert int(queue.backend.execute("HLEN", KEYS.jobs)) == 0
+    assert int(queue.backend.execute("HLEN", KEYS.jobs, key=KEYS.jobs)) == 0
     until(lambda: "goes on after" in one.log)
     assert re.search(rf"E11 .* has blocked its event loop for [12]\.\d s in {task} \(\S+\)", one.log)
     assert re.search(r'stand_in\.py", line \d+ in work', one.log)
@@ -280,7 +280,7 @@ def test_burst_ends_when_drained(supervise: Callable[..., Supervised], queue: Qu
     os.kill(pids[0], signal.SIGKILL)
 
     assert one.wait() == 0
-    assert int(queue.backend.execute("HLEN", KEYS.jobs)) == 0
+    assert int(queue.backend.execute("HLEN", KEYS.jobs, key=KEYS.jobs)) == 0
     assert "was killed by SIGKILL; returned" in one.log
 
 

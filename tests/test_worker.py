@@ -308,6 +308,7 @@ async def test_an_idle_worker_is_woken_at_once(app: Conveyor) -> None:
             assert await job.aresult(timeout=5) - start < 0.5
 
 
+@pytest.mark.standalone_only("counts every command the server gets, those of a replica and of sentinels too")
 async def test_an_idle_worker_sends_next_to_nothing(app: Conveyor, redis: Any) -> None:
     """An idle worker blocks: in two seconds it sends at most two commands."""
 

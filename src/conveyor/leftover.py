@@ -10,6 +10,7 @@ from conveyor.duration import Duration, milliseconds
 from conveyor.errors import ConfigurationError, PayloadError
 from conveyor.model import read_whatever
 from conveyor.sealing.sealing import Sealing
+from conveyor.sealing.version import sealed_name
 
 if TYPE_CHECKING:
     from conveyor.app import Conveyor
@@ -47,7 +48,8 @@ def _needed(app: Conveyor, sealing: Sealing) -> set[str]:
     for queue, id_, data in _everything(app):
         envelope, _, _ = read_whatever(data, None)
         try:
-            reference = sealing.reference(envelope.body, queue=queue, task=envelope.task, id=id_)
+            name = sealed_name(envelope.task, envelope.extra.version)
+            reference = sealing.reference(envelope.body, queue=queue, task=name, id=id_)
         except PayloadError as error:
             raise PayloadError(
                 f"Job {queue}:{id_} refers to a large body, and nobody can tell to which. Nothing was removed. {error}",

@@ -88,7 +88,7 @@ class Queue(Generic[T]):
             raise later("limits")
         self.asks = asks
         self._sealing = sealing
-        self._version = check_version(version, upcast, f"queue({name!r})")
+        self.version = check_version(version, upcast, f"queue({name!r})")
         self._opening: Opening[T] = Opening(name, self.codec, sealing, version, upcast)
         self._suspects = Suspects(self.lease_ms)
         self._pusher: Pusher[T] = self._make_pusher()
@@ -148,9 +148,9 @@ class Queue(Generic[T]):
         return await (self._pusher if chosen.wish is None else self._by(chosen)).apush_many(values, chosen)
 
     def _posting(self, options: PushOptions) -> Posting:
-        if self._sealing is None and self._version == 1:
+        if self._sealing is None and self.version == 1:
             return posting(**options) if options else PLAIN
-        return wrapped(posting(**options, version=self._version), self._sealing, self.name)
+        return wrapped(posting(**options, version=self.version), self._sealing, self.name, self.version)
 
     def _placement(self, options: Placement) -> Posting:
         if alone := {"id", "unique"} & options.keys():

@@ -225,6 +225,7 @@ class Consumer:
         abandoned = list(self.held.values())
         log.warning("queue %s: our lease was lost (%s); %d jobs abandoned", self.queue, error, len(abandoned))
         self.held.clear()
+        self.blobs.clear()
         for attempt in abandoned:
             self._lost(attempt)
         self._worker.settle_stats(self, self.report)  # nobody counts what nobody accepted
