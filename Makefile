@@ -1,6 +1,6 @@
 # Needs Python 3.11 or newer, make, and pip's access to a package index. Everything lands in .venv.
 #
-#   make demo [ARGS="--seconds 20"]      make test [ARGS="-k queue"]      make check      make bench [ARGS=--quick]
+#   make demo [ARGS="--seconds 20"]      make test [ARGS="-k queue"]      make check      make bench [ARGS=--quick]      make chaos [ARGS="--seed 1"]
 
 PYTHON ?= python3
 VENV   := .venv
@@ -13,7 +13,7 @@ SOURCES := src tests $(wildcard benchmarks) $(wildcard chaos) $(wildcard example
 TYPED   := src $(wildcard examples)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench format clean
+.PHONY: help demo test check bench chaos format clean
 
 help:
 	@sed -n '3p' Makefile | cut -c3-
@@ -32,6 +32,9 @@ check: $(VENV)/.dev
 
 bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks $(ARGS)
+
+chaos: $(VENV)/.dev
+	$(BIN)/python -m chaos $(ARGS)
 
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix $(SOURCES)

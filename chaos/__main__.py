@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import random
+import signal
 import sys
 from pathlib import Path
 
@@ -20,6 +21,7 @@ def main() -> int:
     parser.add_argument("--scenario", choices=sorted(scenario.SCENARIOS), help="one fault, many times, instead of all")
     parser.add_argument("--count", type=int, help="how often (default: as in docs/reliability.md)")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what was started ends with us
     print(f"seed {options.seed}", flush=True)
     if options.scenario:
         verdict, stage, facts = scenario.run(options.scenario, options.count, options.seed)

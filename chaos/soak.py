@@ -15,7 +15,7 @@ RATE = 60.0
 
 
 def soak(
-    seconds: float, seed: int, *, lease: float = 2.0, source: Path | None = None, quiet: bool = False
+    seconds: float, seed: int, *, lease: float = 1.5, source: Path | None = None, quiet: bool = False
 ) -> tuple[Verdict, Stage, dict[str, Any]]:
     """Run for *seconds*, heal, drain, judge; return the verdict, the stage, and what the run was like."""
     with Stage(seed=seed, lease=lease, source=source, clock=True) as stage:

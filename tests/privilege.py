@@ -151,6 +151,7 @@ def produce(app: Conveyor) -> None:
     )
     assert job.cancel()
     waiting.join(5)
+    app.backend.execute("PING")  # as the thread does that waits for results
     for name in ("ready", "scheduled", "leased"):
         app.job(name).cancel()
 

@@ -61,6 +61,10 @@ class Queue:
         states = [self.backend.execute("HGET", KEYS.state, id_) for id_ in ids]
         return {int(state.split(b" ")[2].split(b"\n")[0]) if isinstance(state, bytes) else 0 for state in states}
 
+    def starts(self, ids: Any) -> set[int]:
+        states = [self.backend.execute("HGET", KEYS.state, id_) for id_ in ids]
+        return {int(state.split(b" ")[0]) if isinstance(state, bytes) else 0 for state in states}
+
     def by_pid(self, *held: int) -> dict[int, Member]:
         """The crew by process, once it holds just that many jobs each."""
         found = until(lambda: (c := self.crew()) and sorted(m.held for m in c) == sorted(held) and c)

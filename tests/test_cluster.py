@@ -42,6 +42,8 @@ async def test_everything_works_on_a_cluster(cluster: ClusterOfNodes) -> None:
         async with working(app):
             assert [await job.aresult(timeout=20) for job in jobs] == [1, 2, 3, 4, 5]
             await until(lambda: 100 in ran)
+            await readings.apush({"n": 101})  # now somebody is blocked at the list
+            await until(lambda: 101 in ran)
         await app.queue("letters").apush_many(range(2500))
         taken = [message.body async for message in _some(app.queue("letters"), 2500)]
         assert taken == list(range(2500))
@@ -86,7 +88,7 @@ def test_blocking_calls_and_consumers_work_on_a_cluster(cluster: ClusterOfNodes)
 @pytest.mark.row("C22")
 @pytest.mark.row("C14")
 async def test_slot_with_jobs_moves_under_load(cluster: ClusterOfNodes, rounds: Callable[[int, int], int]) -> None:
-    """The slot of a queue moves in the classic way while a producer pushes and a worker runs: nothing lost, doubled, or refused."""
+    """The slot of a queue moves key by key, then whole, while a producer pushes and a worker runs: nothing lost, doubled, or refused."""
     many = rounds(50_000, 2_000)
     traffic = Traffic(cluster.url, pace=0.001)
     task = traffic.app.tasks["note"]
@@ -97,7 +99,9 @@ async def test_slot_with_jobs_moves_under_load(cluster: ClusterOfNodes, rounds: 
         await asyncio.to_thread(cluster.migrate_slot, "{mail}", None, batch=1, pause=0.05)
         await traffic.until_goes_on()
         await asyncio.to_thread(cluster.migrate_slot, "{mail}", None, batch=1, pause=0.05)
-    print(f"{many} jobs there before, {len(traffic.accepted)} pushed during two moves")
+        await asyncio.to_thread(cluster.migrate_slot_whole, "{mail}")
+        await traffic.until_goes_on()
+    print(f"{many} jobs there before, {len(traffic.accepted)} pushed during three moves")
     assert len(traffic.ran) == many + len(traffic.accepted)
     assert (traffic.missing, traffic.doubled, traffic.errors) == ([], [], [])
     assert await traffic.audit() == []
@@ -107,21 +111,34 @@ async def test_slot_with_jobs_moves_under_load(cluster: ClusterOfNodes, rounds: 
 @pytest.mark.row("C21")
 @pytest.mark.row("C8")
 async def test_nodes_fail_over_under_load(cluster: ClusterOfNodes, rounds: Callable[[int, int], int]) -> None:
-    """A replica takes over in good order, then its master is killed: work goes on by itself, no producer sees an error, no accepted job is missing."""
-    traffic = Traffic(cluster.url)
+    """A replica takes over in good order, then its master is killed: work goes on by itself, no error is seen, nothing is lost or doubled."""
+    traffic, kills = Traffic(cluster.url), []
     async with traffic.flowing():
         for _ in range(rounds(10, 1)):
             await asyncio.to_thread(cluster.failover, "{mail}")
             await traffic.until_goes_on()
             await asyncio.to_thread(cluster.settle)
-            assert traffic.doubled == []
+            began = time.monotonic()
             dead = await asyncio.to_thread(cluster.kill_master, "{mail}")
+            kills.append((began, time.monotonic()))
             took = await traffic.until_goes_on()
             print(f"went on {took:.2f} s after the replica had taken over")
             await asyncio.to_thread(cluster.mend, dead)
-    assert (traffic.missing, traffic.errors) == ([], [])
+    assert (traffic.lost(kills), traffic.doubled, traffic.errors) == ([], [], [])
     assert await traffic.audit() == []
     await traffic.app.aclose()
+
+
+@pytest.mark.row("C26")
+async def test_nothing_is_asked_of_a_replica(cluster: ClusterOfNodes) -> None:
+    """Pushes, work, results and looks of every kind reach masters only: replicas have seen no script and no blocking call."""
+    replicas = [node for node in cluster.nodes if node not in cluster.masters()]
+    for node in replicas:
+        node.ask("CONFIG", "RESETSTAT")
+    await test_everything_works_on_a_cluster(cluster)
+    for node in replicas:
+        seen = node.ask("INFO", "commandstats").decode()
+        assert [word for word in ("evalsha", "eval", "blpop", "blmove", "smembers") if f"cmdstat_{word}:" in seen] == []
 
 
 @pytest.mark.row("C21")

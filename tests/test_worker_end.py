@@ -322,8 +322,9 @@ async def test_a_worker_that_never_reached_redis_stops_at_once() -> None:
     await app.aclose()
 
 
-async def test_kills_under_load_convict_nobody(app: Conveyor) -> None:
-    """Workers that die while they hold many jobs cost the jobs no conviction: all of them end well, soon."""
+@pytest.mark.leaves_keys("a suspect that was killed may be a dead letter")
+async def test_kills_under_load_spare_who_is_only_held(app: Conveyor) -> None:
+    """Of the many jobs a dying worker holds at most one can be convicted: the suspect that it ran, at its third crash."""
     done: set[int] = set()
 
     @app.task
@@ -343,8 +344,9 @@ async def test_kills_under_load_convict_nobody(app: Conveyor) -> None:
         await app.backend.arun(operations.reap(app.keys("default"), worker.consumers[0].identity))
     await drain(app, concurrency=50)
 
-    assert len(done) == 1000
-    assert (await counts(app)).dead == 0
+    convicted = (await counts(app)).dead
+    assert convicted <= 3  # the first two of five crashes convict nobody
+    assert len(done) >= 1000 - convicted
 
 
 async def test_a_worker_without_its_server_leaves_nothing_running(start_server: Any) -> None:

@@ -19,6 +19,7 @@ from conveyor.rota import Rest, Rota, Steps, Visit
 from conveyor.spread import Source
 from conveyor.store.backend import Backend
 from conveyor.store.bell import AsyncBell
+from conveyor.store.partitioning import WrongPartitions
 from conveyor.store.script import Call
 from conveyor.verdict import Verdict
 
@@ -121,7 +122,7 @@ class AsyncSpread(Generic[T]):
 
     async def pull(self, count: int, wait: float) -> list[Message[T]]:
         """Return up to *count* messages as soon as there is one, or none after *wait* seconds."""
-        await self._partitions.aensure()
+        await self._partitions.aagree()
         try:
             return await self._follow(self._rota.pull(count, wait), patient=False)
         finally:
@@ -129,12 +130,16 @@ class AsyncSpread(Generic[T]):
 
     async def run(self, call: Call[Any]) -> Any:
         """Carry out a step; after Redis was emptied the number of partitions is agreed on anew."""
-        return await self._partitions.akeep(lambda: arun_once(self.backend, call))
+        try:
+            return await arun_once(self.backend, call)
+        except WrongPartitions:
+            await self._partitions.aclaim()
+            return await arun_once(self.backend, call)
 
     # -- driving ------------------------------------------------------------------------------------------------------
 
     async def _begin(self) -> None:
-        await self._partitions.aensure()
+        await self._partitions.aagree()
         self._pulses = Pulses(self.backend, self.holders, slack=1.6)
         self._upkeep = asyncio.get_running_loop().create_task(self._renew())
 

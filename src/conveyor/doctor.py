@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from statistics import median
 from typing import Literal
 
+from conveyor import guarantee
 from conveyor.errors import ConveyorError, StoreUnavailable
 from conveyor.logical import Logical
 from conveyor.store import eviction, inspection
 from conveyor.store.address import Address
 from conveyor.store.backend import Backend
 from conveyor.store.cluster import Cluster
+from conveyor.store.durability import Durability as Asked
 from conveyor.store.keys import QueueKeys
 
 Level = Literal["ok", "note", "warning", "problem"]
@@ -56,13 +59,19 @@ class Finding:
 
 @dataclass(slots=True)
 class Report:
-    """What an examination found. `latency_ms` is the median of a few pings; `url` has no password."""
+    """
+    What an examination found. `latency_ms` is the median of a few pings; `url` has no password.
+
+    `synced` tells whether ``fsync=True`` can be confirmed, `replicas` how many are online; of a cluster, everywhere.
+    """
 
     url: str
     family: str = ""
     version: str = ""
     latency_ms: float = 0.0
     durability: Durability = "unknown"
+    synced: bool = False
+    replicas: int = 0
     findings: list[Finding] = field(default_factory=list)
 
     @property
@@ -80,11 +89,12 @@ class Report:
         self.findings.append(Finding(name, level, text, remedy, code))
 
 
-def examine(backend: Backend, logical: Logical | None = None) -> Report:
+def examine(backend: Backend, logical: Logical | None = None, asks: Mapping[str, Asked] | None = None) -> Report:
     """
     Look at everything; raises StoreUnavailable when the server does not answer.
 
-    *logical* says what is known of queues besides their names in Redis: which are plain lists.
+    *logical* says what is known of queues besides their names in Redis: which are plain lists; *asks* what queues ask
+    of every push.
     """
     report = Report(str(backend.address))
     _latency(backend, report)
@@ -92,6 +102,7 @@ def examine(backend: Backend, logical: Logical | None = None) -> Report:
         _nodes(backend, backend.address, report)
     else:
         _server(backend, report)
+    _asked(asks or {}, report)
     _clock(backend, report)
     _queues(backend, logical or Logical(backend), report)
     return report
@@ -110,6 +121,7 @@ def _server(backend: Backend, report: Report) -> None:
     _role(facts, report)
     _eviction(backend, facts, report)
     _durability(backend, facts, report)
+    _confirmations(backend, facts, report)
     _memory(facts, report)
 
 
@@ -131,6 +143,8 @@ def _nodes(backend: Backend, cluster: Cluster, report: Report) -> None:
             for finding in one.findings
             if (finding.name, finding.code) != ("server", "E33")
         ]
+    report.replicas = min((one.replicas for one in found), default=0)
+    report.synced = all(one.synced for one in found)
     report.durability = min((one.durability for one in found), key=weakest.index, default="unknown")
 
 
@@ -279,6 +293,21 @@ def _obtained(backend: Backend, facts: dict[str, str]) -> Durability:
         return "unknown"
     save = _setting(backend, "save")
     return "memory" if save == "" else "snapshots" if save else "unknown"
+
+
+def _confirmations(backend: Backend, facts: dict[str, str], report: Report) -> None:
+    """Say what a push may ask for here."""
+    least, lag = (_setting(backend, f"min-replicas-{what}") for what in ("to-write", "max-lag"))
+    report.replicas = guarantee.online(facts)
+    report.synced, line = guarantee.confirmation(backend.execute, str(backend.address))
+    for one in (line, *guarantee.replication(facts, least, lag)):
+        report.add("durability", one.level, one.text, one.remedy, one.code)
+
+
+def _asked(asks: Mapping[str, Asked], report: Report) -> None:
+    for queue, one in asks.items():
+        line = guarantee.asked(queue, one, synced=report.synced, replicas=report.replicas)
+        report.add("durability", line.level, line.text, line.remedy, line.code)
 
 
 def _memory(facts: dict[str, str], report: Report) -> None:

@@ -178,25 +178,25 @@ class PartitionedQueue(Queue[T]):
 
     def pause(self) -> None:
         """Let nobody lease from any partition until `resume`; pushing goes on."""
-        self.partitions.ensure()
+        self.partitions.agree()
         for part in self.parts:
             part.pause()
 
     def resume(self) -> None:
         """End a pause; waiting consumers go on at once."""
-        self.partitions.ensure()
+        self.partitions.agree()
         for part in self.parts:
             part.resume()
 
     async def apause(self) -> None:
         """Let nobody lease from any partition until `aresume`."""
-        await self.partitions.aensure()
+        await self.partitions.aagree()
         for part in self.parts:
             await part.apause()
 
     async def aresume(self) -> None:
         """End a pause."""
-        await self.partitions.aensure()
+        await self.partitions.aagree()
         for part in self.parts:
             await part.aresume()
 

@@ -20,6 +20,7 @@ from conveyor.pulses import Pulses, by_place
 from conveyor.rota import Rest, Rota, Steps, Visit
 from conveyor.store.backend import Backend
 from conveyor.store.bell import Bell
+from conveyor.store.partitioning import WrongPartitions
 from conveyor.store.script import Call
 from conveyor.verdict import Verdict
 
@@ -114,7 +115,7 @@ class Spread(Generic[T]):
 
     def pull(self, count: int, wait: float) -> list[Message[T]]:
         """Return up to *count* messages as soon as there is one, or none after *wait* seconds."""
-        self._partitions.ensure()
+        self._partitions.agree()
         try:
             return self._follow(self._rota.pull(count, wait), patient=False)
         finally:
@@ -124,7 +125,11 @@ class Spread(Generic[T]):
 
     def run(self, call: Call[Any]) -> Any:
         """Carry out a step; after Redis was emptied the number of partitions is agreed on anew."""
-        return self._partitions.keep(lambda: run_once(self.backend, call))
+        try:
+            return run_once(self.backend, call)
+        except WrongPartitions:
+            self._partitions.claim()
+            return run_once(self.backend, call)
 
     def freed(self) -> None:
         """Something that was held has been settled."""
@@ -145,7 +150,7 @@ class Spread(Generic[T]):
     # -- driving ------------------------------------------------------------------------------------------------------
 
     def __enter__(self) -> Spread[T]:
-        self._partitions.ensure()
+        self._partitions.agree()
         self._pulses = Pulses(self.backend, self.holders)
         return self
 

@@ -19,7 +19,7 @@ async def served(app: Conveyor, queue: str) -> list[QueueKeys]:
     if (listed := app.plain_lists.get(queue)) is not None:
         return [listed.keys]
     if (partitions := app.partitioned.get(queue)) is not None:
-        await partitions.aensure()
+        await partitions.aagree()
         return list(partitions.keys)
     return [app.keys(queue)]
 
