@@ -24,7 +24,7 @@ from chaos.record import Record
 from conveyor import ConfigurationError, ConveyorError, PayloadError, QueueFull, StoreUnavailable
 
 MIX: dict[str, float] = {
-    "quick": 30, "steady": 6, "boxed": 0.5, "message": 10, "bulk": 0.4, "messages": 0.4, "slow": 14, "slow_steady": 3,
+    "quick": 30, "steady": 6, "boxed": 0.5, "message": 10, "bulk": 0.4, "messages": 0.4, "slow": 7, "slow_steady": 2,
     "blocking": 0.1, "flaky": 5, "delayed": 5, "unique": 3, "own": 3, "cancel": 3, "poison": 0.2, "boxed_poison": 0.3,
 }  # fmt: skip
 BULK = 60
@@ -83,7 +83,7 @@ class Producer:
         draw = self.random
         kind, _, fixed = kind.partition(":")
         ms = float(fixed) if fixed else draw.uniform(1, 10)
-        long = (1 + min(4, draw.expovariate(1))) * LEASE * 1000
+        long = (1 + min(4, draw.expovariate(1.5))) * LEASE * 1000
         if kind in {"quick", "steady", "boxed", "bystander"}:
             self.task(kind, getattr(program, kind), ms)
         elif kind == "slow":
@@ -108,7 +108,8 @@ class Producer:
         elif kind == "boxed_poison":
             self.task(kind, program.boxed_poison, draw.choice(["1", "SIGKILL"]))
         elif kind == "bulk":
-            self.call(kind, lambda tokens: app.enqueue_many(program.quick.s(token, ms) for token in tokens), BULK)
+            size = int(fixed) if fixed else BULK
+            self.call(kind, lambda tokens: app.enqueue_many(program.quick.s(token, 5) for token in tokens), size)
         elif kind == "messages":
             self.call(kind, lambda tokens: mail.push_many([{"token": t, "ms": ms} for t in tokens]), BULK)
         elif kind == "message":

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import redis as redis_py
 
+import matrix
 from conveyor.app import Conveyor
 from hand import drain
 from leaks import complaint, leaked
@@ -25,6 +26,25 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--full", action="store_true", help="as many rounds as docs/reliability.md states, not the fewer of CI"
     )
+    parser.addoption(
+        "--on", choices=matrix.PLACES, help="run the tests that use the shared server there, and no others"
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """With `--on`, leave out what has no use for the place, and skip what only a single server can show."""
+    place = config.getoption("--on")
+    if place is None:
+        return
+    chosen = [item for item in items if "server" in getattr(item, "fixturenames", ())]
+    config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
+    items[:] = chosen
+    for item in items:
+        alone = item.get_closest_marker("standalone_only")
+        if reason := matrix.missing(place):
+            item.add_marker(pytest.mark.skip(reason=reason))
+        elif alone is not None and place not in alone.kwargs.get("on", matrix.ALONE):
+            item.add_marker(pytest.mark.skip(reason=f"not on {place}: {alone.args[0]}"))
 
 
 @pytest.fixture
@@ -37,7 +57,7 @@ def rounds(request: pytest.FixtureRequest) -> Callable[[int, int], int]:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Let a marked test run again on the older servers."""
     marks = [name for name in _OLDER if metafunc.definition.get_closest_marker(name)]
-    if not marks or "server" not in metafunc.fixturenames:
+    if not marks or "server" not in metafunc.fixturenames or metafunc.config.getoption("--on"):
         return
     params = [pytest.param("valkey")]
     for name in marks:
@@ -65,11 +85,9 @@ def servers() -> Iterator[dict[str, Server]]:
 @pytest.fixture(scope="session")
 def server(request: pytest.FixtureRequest, servers: dict[str, Server], directory: Path) -> Server:
     """A real server shared by all tests; Valkey where the test is not marked for others too."""
-    name = getattr(request, "param", "valkey")
+    name = request.config.getoption("--on") or getattr(request, "param", "valkey")
     if name not in servers:
-        binary = find_binary(name)
-        assert binary is not None, f"no binary of {name}"
-        servers[name] = Server(binary, directory / name)
+        servers[name] = matrix.start(name, directory / name)
     return servers[name]
 
 

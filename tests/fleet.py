@@ -37,6 +37,7 @@ class Line(NamedTuple):
     attempt: int
     pid: int
     at: float
+    wall: float
 
 
 class Fleet:
@@ -81,13 +82,15 @@ class Fleet:
 
     # -- processes ------------------------------------------------------------------------------------------------
 
-    def start(self, *, processes: int = 1, **options: Any) -> subprocess.Popen[bytes]:
-        """Start a supervisor; it is up when its children have written something."""
+    def start(
+        self, *, processes: int = 1, env: dict[str, str] | None = None, **options: Any
+    ) -> subprocess.Popen[bytes]:
+        """Start a supervisor, with further variables *env*."""
         options = {"processes": processes, **options}
         with (self.place / f"log{len(self.supervisors)}").open("wb") as log:
             command = [sys.executable, str(Path(__file__)), json.dumps(options)]
             self.supervisors.append(
-                subprocess.Popen(command, env=self._env, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
+                subprocess.Popen(command, env=self._env | (env or {}), stdout=log, stderr=log, stdin=subprocess.DEVNULL)
             )
         return self.supervisors[-1]
 
@@ -121,8 +124,8 @@ class Fleet:
         if whole:
             self._read += len(whole) + 1
             for text in whole.decode().split("\n"):
-                what, n, attempt, pid, at = text.split()
-                self._lines.append(Line(what, int(n), int(attempt), int(pid), float(at)))
+                what, n, attempt, pid, at, wall = text.split()
+                self._lines.append(Line(what, int(n), int(attempt), int(pid), float(at), float(wall)))
         return self._lines
 
     def starts(self) -> dict[int, list[Line]]:

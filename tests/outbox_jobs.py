@@ -23,3 +23,8 @@ async def parent(n: int, context: Context = current()) -> None:
     await asyncio.sleep(random.uniform(0, 0.01))
     if n % 7 == 0 and context.attempt == 1:
         raise ValueError("fails after it has spawned")
+
+
+@app.task(queue="parents", keep_result=0, run_in="process")
+def distant(n: int) -> None:
+    current().spawn(follower.s(n))

@@ -118,3 +118,14 @@ class Switch:
             with contextlib.suppress(OSError):
                 end.shutdown(socket.SHUT_RDWR)
         source.close()  # the other thread closes the other end
+
+
+def stored(server: Server, queue: str = "mail") -> set[str]:
+    """Return the bare ids of the jobs that a server holds."""
+    with server.client() as client:
+        return {id_.decode() for id_ in client.hkeys(f"conveyor:{{{queue}}}:jobs")}
+
+
+def bare(ids: list[str]) -> set[str]:
+    """Return public ids without their place."""
+    return {id_.rpartition(":")[2] for id_ in ids}

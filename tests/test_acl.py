@@ -18,7 +18,10 @@ from privilege import LIST, NAMESPACE, SERVER, Member, furnish, look, operate, p
 from server import Server
 from shell import Shell
 
-pytestmark = pytest.mark.leaves_keys("scenarios end where a right is missing")
+pytestmark = [
+    pytest.mark.leaves_keys("scenarios end where a right is missing"),
+    pytest.mark.standalone_only("makes users of its own; test_acl_topology.py does so elsewhere", on=tuple(SERVER)),
+]
 LIFE: dict[str, Callable[[Any], Any]] = {"producer": produce, "worker": work, "dashboard": look, "operator": operate}
 
 
@@ -70,7 +73,7 @@ def live(role: str, member: Member, *, enough: bool = True) -> None:
 
 @pytest.mark.redis6
 @pytest.mark.redis7
-@pytest.mark.parametrize("role", acl.ROLES)
+@pytest.mark.parametrize("role", LIFE)
 def test_rules_are_enough_and_none_too_many(role: str, member: Callable[..., Member], server: Server) -> None:
     """With exactly the printed rules a role's whole life passes unrefused, and each command of them is called in it."""
     one = member(role)
@@ -83,7 +86,7 @@ def test_rules_are_enough_and_none_too_many(role: str, member: Callable[..., Mem
     assert unused == set()
 
 
-@pytest.mark.parametrize("role", acl.ROLES)
+@pytest.mark.parametrize("role", LIFE)
 def test_without_any_one_rule_something_is_refused(
     role: str, member: Callable[..., Member], rounds: Callable[[int, int], int]
 ) -> None:
@@ -118,7 +121,7 @@ WRITES = [
 @pytest.mark.redis7
 def test_all_else_is_refused(member: Callable[..., Member]) -> None:
     """No role reads foreign keys or does anything to the server; a dashboard writes nothing, a producer takes nothing."""
-    for role in acl.ROLES:
+    for role in LIFE:
         one = member(role)
         for command in FORBIDDEN:
             assert "permission" in (refused := one.refuse(*command)) or "executing the script" in refused, (
@@ -149,6 +152,22 @@ def test_neutral_rules_are_understood_by_every_server(member: Callable[..., Memb
     assert {"select", "cluster|slots"} <= set(one.rules.commands)
     live("producer", one)
     assert one.denied() == set()
+
+
+@pytest.mark.parametrize("name", ["valkey", "redis7"])
+def test_durable_pushes_need_a_little_more(name: str, start_server: Callable[..., Server]) -> None:
+    """With `--durable` a producer may ask for a sync; without it is told so."""
+    server = start_server("--appendonly", "yes", "--appendfsync", "always", name=name)
+    for durable in (True, False):
+        one = Member(server, acl.rules("producer", NAMESPACE, server=SERVER[name], durable=durable))
+        one.allow()
+        with shop(one.url) as app:
+            if durable:
+                app.queue("orders").push(1, fsync=True)
+                assert one.denied() == set()
+            else:
+                with pytest.raises(ConfigurationError, match="conveyor acl"):
+                    app.queue("orders").push(1, fsync=True)
 
 
 @pytest.mark.parametrize("name", ["valkey", "redis6"])

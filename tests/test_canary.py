@@ -161,6 +161,8 @@ def test_what_the_command_line_shows(shell, monkeypatch, capsys):
     run = {"SECRET": SECRET, "CONVEYOR_APP": "jobs:app"}
     job = shell.run("enqueue", "fail", f"word={PAYLOAD}", **run).stdout.strip()
     assert job.startswith("default:")
+    pushed = shell.run("push", "mail", f'"{PAYLOAD}"', "--id", "mine", **run)
+    assert pushed.stdout == "mine\n"
     texts = [worker_output(shell, run)]
     assert "as it should" in texts[0]
     monkeypatch.chdir(shell.directory)
@@ -172,7 +174,11 @@ def test_what_the_command_line_shows(shell, monkeypatch, capsys):
         return printed.out + printed.err
 
     commands = [("job", "list"), ("queue", "list"), ("queue", "show", "default"), ("workers", "list"), ("status",)]
-    commands += [("job", "show", job), *((name,) for name in ("doctor", "config", "acl") if name in COMMANDS)]
+    commands += [
+        ("job", "show", job),
+        ("job", "show", "mine"),
+        *((name,) for name in ("doctor", "config", "acl") if name in COMMANDS),
+    ]
     texts += [typed(*command, *options) for command in commands for options in ((), ("--json",), ("-v",))]
     assert "sealed with key 2026-11" in texts[-1] + "".join(texts)
     assert "127.0.0.1" in typed("doctor")

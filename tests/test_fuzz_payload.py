@@ -200,3 +200,18 @@ def test_sealed_errors_survive_damage(tmp_path):
     assert "E40" in shown.message
     assert shown.traceback == ""
     assert State(errors=[b"{"]).failures_list()[0].type == "unreadable"
+
+
+@pytest.mark.row("D4")
+def test_huge_values_are_refused_where_they_are_made():
+    """A value far above the limit is refused before anything is sent, at the cost of its own JSON."""
+    text = "x" * (32 << 20)
+    signature, codec = Signature(add, "shop.add"), ValueCodec(Any)
+    tracemalloc.start()
+    for encode in (lambda: signature.encode((1, None, text), {}), lambda: codec.encode(text)):
+        with pytest.raises(PayloadError) as caught:
+            encode()
+        assert caught.value.code == "E21"
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 2.5 * len(text)

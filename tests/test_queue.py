@@ -222,7 +222,7 @@ class TestBadInput:
             (order(), {"headers": {"a": "\ud800"}}),
             (order(), {"headers": {"a": "x" * 9000}}),
             (order(), {"group": "c7"}),
-            (order(), {"wait_replicas": 1}),
+            (order(), {"wait_replicas": -1}),
             (order(), {"timeout": "1s"}),
         ],
     )

@@ -11,6 +11,7 @@ import pytest_asyncio
 
 from conveyor.admin import Admin
 from conveyor.app import Conveyor
+from conveyor.context import current
 from conveyor.errors import ConfigurationError, JobFailed, PayloadError
 from conveyor.outcome import Retry
 from working import drain
@@ -32,6 +33,10 @@ def make(url: str, **options: object) -> Conveyor:
     @app.task(name="shop.fail", retry=Retry(attempts=2, backoff="1ms"))
     def fail(word: str) -> None:
         raise ValueError(f"no {word}")
+
+    @app.task(name="shop.spawn")
+    async def spawn(a: int) -> None:
+        current().spawn(add.s(a, a))
 
     @app.task(name="shop.early", ack="early")
     async def early(word: str) -> None:
@@ -129,6 +134,15 @@ async def test_what_cannot_be_opened_is_set_aside(made, redis, caplog, code, pro
     await drain(sender)
     assert await job.aresult("1s") == 10**9 + 2
     assert sorted(ran, key=str) == [(10**9, 2), "a" * 40]
+
+
+async def test_spawned_jobs_are_sealed(made, redis):
+    """What a job spawns travels through the outbox sealed, for its own id."""
+    app = made(keys=OLD, encrypt=True)
+    await app.tasks["shop.spawn"].aenqueue(21)
+    await drain(app)
+    assert ran == [(21, 21)]
+    assert await letters(app) == []
 
 
 async def test_keys_are_rotated_without_losing_a_job(made, redis):

@@ -7,9 +7,9 @@ import logging
 import pytest
 
 from conveyor.app import Conveyor
-from conveyor.errors import ConfigurationError
+from conveyor.errors import ConfigurationError, JobFailed
 from conveyor.sealing import FileStore
-from working import until
+from working import drain, until
 
 KEYS = {"2026-11": "s" * 32}
 
@@ -78,6 +78,36 @@ def test_message_that_cannot_be_opened_is_a_dead_letter(made, redis, caplog, cod
     [message] = right.pull()
     assert message.body == "sealed"
     message.ack()
+
+
+async def test_partitions_are_one_queue_to_the_seal(url, tmp_path):
+    """A seal is bound to the queue, whichever partition a message or a job lies in; errors and results open too."""
+    async with Conveyor(url, keys=KEYS, encrypt=True, large=FileStore(tmp_path), large_above="1KiB") as app:
+        queue = app.queue("mail", partitions=3)
+
+        @app.task(name="mail.length", queue="mail", retry=1)
+        async def length(text: str) -> int:
+            if not text:
+                raise ValueError("empty")
+            return len(text)
+
+        jobs = [await length.aenqueue("x" * size) for size in (1, 2, 3, 2000, 3000)]
+        failed = await length.aenqueue("")
+        assert all("mail/" in job.id for job in jobs)
+        await drain(app)
+        assert [await job.aresult("1s") for job in jobs] == [1, 2, 3, 2000, 3000]
+        with pytest.raises(JobFailed, match="ValueError: empty"):
+            await failed.aresult("1s")
+        assert [letter.error async for letter in queue.adead_letters()] == ["ValueError: empty"]
+        await queue.apurge(dead=True)
+        await queue.apush_many(["a", "b" * 2000, "c"])
+        taken = list(await queue.apull(n=3, wait="2s"))
+        while len(taken) < 3:
+            taken += await queue.apull(n=3, wait="2s")
+        assert sorted(message.body for message in taken) == ["a", "b" * 2000, "c"]
+        for message in taken:
+            await message.aack()
+        await until(lambda: not list(tmp_path.glob("??/*")))
 
 
 def test_compressed_messages_need_no_settings_to_be_read(made, redis):

@@ -144,3 +144,15 @@ def _older(id_: str, ms: int) -> str:
     assert at is not None
     number = (at - ms) << 84
     return "".join(alphabet[number >> 6 * place & 63] for place in range(21, -1, -1))
+
+
+async def test_version_cannot_be_changed_under_a_seal(made, redis):
+    """Who may write to Redis cannot have a sealed payload read as another version's."""
+    app = made(2, upcast, keys=KEYS)
+    await app.tasks["charge"].aenqueue(5, "EUR")
+    key = "conveyor:{default}:jobs"
+    [(id_, data)] = redis.hgetall(key).items()
+    redis.hset(key, id_, data.replace(b'\t{"version":2}', b""))
+    await drain(app)
+    [letter] = [letter async for letter in app.queue("default").adead_letters()]
+    assert "E40" in letter.error

@@ -54,9 +54,9 @@ _PRODUCER = Role(
     "pushes and enqueues, asks for status and results, cancels; takes nothing",
     (
         operations.PUSH, operations.PUSH_PLAIN, rawlist.RAWPUSH, operations.AWAIT, operations.FORGET, operations.CANCEL,
-        inspection.SHOW, inspection.COUNTS, partitioning.CLAIM, partitioning.COUNT,
+        inspection.SHOW, inspection.COUNTS, partitioning.CLAIM,
     ),
-    (*_RUN, "sadd", "smembers", "subscribe"),
+    (*_RUN, "sadd", "smembers", "subscribe", "ping"),
     channels=True,
 )  # fmt: skip
 _WORKER = Role(
@@ -66,19 +66,12 @@ _WORKER = Role(
         operations.TURN, operations.REGISTER, operations.BEAT, operations.REAP, operations.EXTEND, operations.HELD,
         operations.INTAKE, outbox.TAKE, outbox.TRIM,
     ),
-    ("blpop", "blmove", "rpush", "pexpire", "ping", "info"),
+    ("blpop", "blmove", "rpush", "pexpire", "info"),
 ).and_(_PRODUCER)  # fmt: skip
 _DASHBOARD = Role(
     "dashboard",
     "looks: status, doctor, lists of queues, jobs and workers; changes nothing",
-    (
-        inspection.COUNTS,
-        inspection.PAGE,
-        inspection.SHOW,
-        inspection.CREW,
-        inspection.AUDIT,
-        partitioning.COUNT,
-    ),
+    (inspection.COUNTS, inspection.PAGE, inspection.SHOW, inspection.CREW, inspection.AUDIT, partitioning.COUNT),
     (*_RUN, "smembers", "llen", "hget", "ping", "info", "time"),
 )
 _OPERATOR = Role(
@@ -91,7 +84,13 @@ _OPERATOR = Role(
     ("sadd", "srem"),
     channels=True,
 ).and_(_DASHBOARD)  # fmt: skip
-ROLES: dict[str, Role] = {role.name: role for role in (_PRODUCER, _WORKER, _DASHBOARD, _OPERATOR)}
+_SENTINEL = Role(
+    "sentinel",
+    "for the sentinels' own users: asks them who is the master (sentinel_username= in the URL)",
+    (),
+    ("sentinel|get-master-addr-by-name", "sentinel|masters"),
+)
+ROLES: dict[str, Role] = {role.name: role for role in (_PRODUCER, _WORKER, _DASHBOARD, _OPERATOR, _SENTINEL)}
 
 
 @dataclass(frozen=True)
@@ -133,12 +132,14 @@ def rules(
     server: str = SERVERS[0],
     topology: str = TOPOLOGIES[0],
     database: int = 0,
+    durable: bool = False,
 ) -> Rules:
     """
     Return the least that *role* needs in *namespace*; raises ConfigurationError for a name that cannot be.
 
     *lists* are the app's plain lists. The rules for *server* 6.2 are understood by every later one too; those for
-    7.2 know what older ones refuse. *topology* and *database* say how the clients connect.
+    7.2 know what older ones refuse. *topology* and *database* say how the clients connect, *durable* that pushes ask
+    for `fsync` or `wait_replicas`.
     """
     found = ROLES.get(role)
     if found is None:
@@ -148,7 +149,12 @@ def rules(
     if not _USER.fullmatch(user):
         raise ConfigurationError(f"The name of a user has 1 to 64 of A-Z a-z 0-9 _ . : @ - and nothing else: {user!r}.")
     names = {command for script in found.scripts for command in commands_of(script)} | set(found.commands)
+    if found is _SENTINEL:
+        return Rules(role, user, (), (), tuple(sorted(names | _connecting(server, TOPOLOGIES[0], 0))))
     names |= _connecting(server, topology, database)
+    if durable:
+        # The settings tell whether a reply, or WAITAOF, means that it is on disk.
+        names |= {"wait", "info", "config|get", *(["waitaof"] if server == "7.2" else [])}
     return Rules(
         role, user, (f"{namespace}:queues", f"{namespace}:{{*}}:*", *(_pattern(one) for one in lists)),
         (f"{namespace}:replies:*",) if found.channels else (), tuple(sorted(names)),
@@ -163,7 +169,7 @@ def _connecting(server: str, topology: str, database: int) -> set[str]:
     if topology == "sentinel":
         found.add("role")
     if topology == "cluster":
-        found |= {"cluster|slots", "asking"}
+        found |= {"cluster|info", "cluster|slots", "asking"}
     return found
 
 

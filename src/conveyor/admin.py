@@ -6,7 +6,7 @@ Everything is typed and works on any queue of one backend. Calls are blocking; w
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -21,6 +21,7 @@ from conveyor.sealing.record import open_failure, preview_result
 from conveyor.sealing.sealing import Sealing
 from conveyor.store import inspection, operations
 from conveyor.store.backend import Backend
+from conveyor.store.durability import Durability
 from conveyor.store.inspection import Finished, Row
 from conveyor.store.keys import QueueKeys
 from conveyor.view import (
@@ -52,12 +53,21 @@ class _Found:
 class Admin:
     """Reads and actions over all queues of one backend."""
 
-    def __init__(self, backend: Backend, *, plain_lists: Collection[str] = (), sealing: Sealing | None = None) -> None:
+    def __init__(
+        self,
+        backend: Backend,
+        *,
+        plain_lists: Collection[str] = (),
+        sealing: Sealing | None = None,
+        asks: Mapping[str, Durability] | None = None,
+    ) -> None:
         """
         Take the backend, and which queues are plain lists shared with other programs: Redis does not say that.
 
         *sealing* is the app's: with it sealed payloads, errors and results are shown, without it what they are.
+        *asks* is what queues ask of every push, for the doctor.
         """
+        self.asks = asks or {}
         self.sealing = sealing
         self.backend = backend
         self.plain_lists = frozenset(plain_lists)
@@ -193,7 +203,7 @@ class Admin:
 
     def doctor(self) -> doctor.Report:
         """Examine the server and the queues."""
-        return doctor.examine(self.backend, self._logical)
+        return doctor.examine(self.backend, self._logical, self.asks)
 
     # -- inside ---------------------------------------------------------------------------------------------------
 

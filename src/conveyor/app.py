@@ -22,8 +22,6 @@ from conveyor.result import Replies
 from conveyor.sealing.choice import choose
 from conveyor.sealing.sealing import LARGE_ABOVE, MAX_LARGE
 from conveyor.sealing.size import Size
-from conveyor.store.durability import Durability, Wish
-from conveyor.store.operations import Entry
 from conveyor.store.reach import reach
 from conveyor.task import AsyncTask, RunIn, SyncTask, Task, TaskCall, Upcast
 
@@ -202,33 +200,6 @@ class Conveyor(Declarations, Hooks):
         """
         queue, bare = ident.split(id)
         return Job(self, bare, queue)
-
-    def placed(self, queue: str, entry: Entry) -> str:
-        """Return where a job of *queue* goes: the queue, or one of its partitions."""
-        found = self.partitioned.get(queue)
-        return queue if found is None else found.placed(entry)
-
-    def send(self, queue: str, entries: Sequence[Entry], wish: Wish | None = None) -> list[str]:
-        """Push prepared entries, placed, and return the id of each: its own, or that of a job that existed."""
-        way = self.backend.way(self._asks(queue), wish)
-        if self.partitioned and (found := self.partitioned.get(ident.logical(queue))):
-            return found.send(queue, entries, way)
-        return way.push(self.keys(queue), entries, max_length=self._max_length(queue))
-
-    async def asend(self, queue: str, entries: Sequence[Entry], wish: Wish | None = None) -> list[str]:
-        """Do the same without blocking the event loop."""
-        way = self.backend.way(self._asks(queue), wish)
-        if self.partitioned and (found := self.partitioned.get(ident.logical(queue))):
-            return await found.asend(queue, entries, way)
-        return await way.apush(self.keys(queue), entries, max_length=self._max_length(queue))
-
-    def _asks(self, queue: str) -> Durability | None:
-        found = self.bounded.get(ident.logical(queue)) if self.partitioned else self.bounded.get(queue)
-        return None if found is None else found.asks
-
-    def _max_length(self, queue: str) -> int:
-        found = self.bounded.get(queue)
-        return 0 if found is None else found.max_length or 0
 
     # -- running --------------------------------------------------------------------------------------------------
 

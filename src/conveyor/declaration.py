@@ -9,6 +9,7 @@ from conveyor import ident
 from conveyor.duration import Duration
 from conveyor.errors import ConfigurationError
 from conveyor.outgoing import positive_ms
+from conveyor.sending import Sending
 from conveyor.store.durability import Asking, asked
 from conveyor.task import Task
 
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
     from conveyor.plain import PlainList
     from conveyor.queue import Queue
     from conveyor.sealing.sealing import Sealing
-    from conveyor.store.backend import Backend
     from conveyor.store.keys import QueueKeys
 
 T = TypeVar("T")
@@ -26,10 +26,9 @@ Step = Callable[[int, Any], Any]
 """From a version and a message of it to the message as the next version has it."""
 
 
-class Declarations:
+class Declarations(Sending):
     """What an app knows of its queues."""
 
-    backend: Backend
     sealing: Sealing | None
     lease_ms: int
     max_payload: int
@@ -41,20 +40,9 @@ class Declarations:
         self.queues: dict[str, Queue[Any]] = {}
         self.plain_lists: dict[str, PlainList[Any]] = {}
         self.bounded: dict[str, Queue[Any]] = {}
-        """
-        The queues with a maximum length, a durability of their own, or partitions: jobs for them do not take the
-        shortest way.
-        """
         self.partitioned: dict[str, Partitions] = {}
         self._declared: dict[str, object] = {}
         self._keys: dict[str, QueueKeys] = {}
-
-    def keys(self, queue: str) -> QueueKeys:
-        """Return the keys of *queue*."""
-        found = self._keys.get(queue)
-        if found is None:
-            found = self._keys[queue] = self.backend.keys(queue)
-        return found
 
     @overload
     def queue(

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from statistics import median
 from typing import Literal
 
+from conveyor import guarantee
 from conveyor.errors import ConveyorError, StoreUnavailable
 from conveyor.logical import Logical
 from conveyor.store import eviction, inspection
 from conveyor.store.address import Address
 from conveyor.store.backend import Backend
 from conveyor.store.cluster import Cluster
+from conveyor.store.durability import Durability as Asked
 from conveyor.store.keys import QueueKeys
 
 Level = Literal["ok", "note", "warning", "problem"]
@@ -26,6 +29,7 @@ _NAMED = 10
 _MOST_AUDITED = 10_000
 _OR_CONSUMER = "  (for messages: a program that consumes them)"
 MEMORY_WARNING, MEMORY_PROBLEM = 0.75, 0.9
+LARGE_SLOT = 1_000_000
 
 # The first releases without CVE-2025-49844: a script of an authenticated user can run any code.
 _SAFE: dict[str, dict[tuple[int, ...], int]] = {
@@ -56,13 +60,19 @@ class Finding:
 
 @dataclass(slots=True)
 class Report:
-    """What an examination found. `latency_ms` is the median of a few pings; `url` has no password."""
+    """
+    What an examination found. `latency_ms` is the median of a few pings; `url` has no password.
+
+    `synced` tells whether ``fsync=True`` can be confirmed, `replicas` how many are online; of a cluster, everywhere.
+    """
 
     url: str
     family: str = ""
     version: str = ""
     latency_ms: float = 0.0
     durability: Durability = "unknown"
+    synced: bool = False
+    replicas: int = 0
     findings: list[Finding] = field(default_factory=list)
 
     @property
@@ -80,11 +90,12 @@ class Report:
         self.findings.append(Finding(name, level, text, remedy, code))
 
 
-def examine(backend: Backend, logical: Logical | None = None) -> Report:
+def examine(backend: Backend, logical: Logical | None = None, asks: Mapping[str, Asked] | None = None) -> Report:
     """
     Look at everything; raises StoreUnavailable when the server does not answer.
 
-    *logical* says what is known of queues besides their names in Redis: which are plain lists.
+    *logical* says what is known of queues besides their names in Redis: which are plain lists; *asks* what queues ask
+    of every push.
     """
     report = Report(str(backend.address))
     _latency(backend, report)
@@ -92,6 +103,7 @@ def examine(backend: Backend, logical: Logical | None = None) -> Report:
         _nodes(backend, backend.address, report)
     else:
         _server(backend, report)
+    _asked(asks or {}, report)
     _clock(backend, report)
     _queues(backend, logical or Logical(backend), report)
     return report
@@ -110,6 +122,7 @@ def _server(backend: Backend, report: Report) -> None:
     _role(facts, report)
     _eviction(backend, facts, report)
     _durability(backend, facts, report)
+    _confirmations(backend, facts, report)
     _memory(facts, report)
 
 
@@ -131,6 +144,8 @@ def _nodes(backend: Backend, cluster: Cluster, report: Report) -> None:
             for finding in one.findings
             if (finding.name, finding.code) != ("server", "E33")
         ]
+    report.replicas = min((one.replicas for one in found), default=0)
+    report.synced = all(one.synced for one in found)
     report.durability = min((one.durability for one in found), key=weakest.index, default="unknown")
 
 
@@ -281,6 +296,21 @@ def _obtained(backend: Backend, facts: dict[str, str]) -> Durability:
     return "memory" if save == "" else "snapshots" if save else "unknown"
 
 
+def _confirmations(backend: Backend, facts: dict[str, str], report: Report) -> None:
+    """Say what a push may ask for here."""
+    least, lag = (_setting(backend, f"min-replicas-{what}") for what in ("to-write", "max-lag"))
+    report.replicas = guarantee.online(facts)
+    report.synced, line = guarantee.confirmation(backend.execute, str(backend.address))
+    for one in (line, *guarantee.replication(facts, least, lag)):
+        report.add("durability", one.level, one.text, one.remedy, one.code)
+
+
+def _asked(asks: Mapping[str, Asked], report: Report) -> None:
+    for queue, one in asks.items():
+        line = guarantee.asked(queue, one, synced=report.synced, replicas=report.replicas)
+        report.add("durability", line.level, line.text, line.remedy, line.code)
+
+
 def _memory(facts: dict[str, str], report: Report) -> None:
     if "used_memory" not in facts:
         return
@@ -321,6 +351,12 @@ def _queues(backend: Backend, logical: Logical, report: Report) -> None:
         if logical.is_shut(name):
             text = f"queue '{name}' takes nothing: a change of its partitions was not completed"
             report.add("queue", "problem", text, f"conveyor queue partition {name} N", "E34")
+        size = (found.ready + found.scheduled + found.leased + found.dead) // len(logical.places(name))
+        if size > LARGE_SLOT and not backend.address.single:
+            text = (
+                f"queue '{name}' has {size:,} jobs in a slot: moving it stops both nodes for about {2e-6 * size:.0f} s"
+            )
+            report.add("queue", "warning", text, "More partitions, or move it when it is short.")
         if found.paused:
             report.add("queue", "note", f"queue '{name}' is paused", f"conveyor queue resume {name}")
         if found.dead:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from conveyor import outbox
 from conveyor.duration import Duration, milliseconds
 from conveyor.errors import ConfigurationError, PayloadError
 from conveyor.model import read_whatever
 from conveyor.sealing.sealing import Sealing
+from conveyor.sealing.version import sealed_name
 
 if TYPE_CHECKING:
     from conveyor.app import Conveyor
 
+PAGE = 500
 LEAST_MS = 3_600_000
 """A body is written before its job is pushed, so a young one may belong to a job that is about to come."""
 
@@ -20,9 +24,10 @@ def sweep(app: Conveyor, older: Duration = "1d", *, dry_run: bool = False) -> in
     """
     Remove from the app's store what is *older* than that (at least an hour) and belongs to no job; return how many.
 
-    Dead letters are jobs: they keep theirs until they are purged. Reads every job once, and removes nothing when one
-    of them refers to a body and cannot be opened with the app's keys: raises PayloadError. ConfigurationError
-    without a store.
+    Dead letters are jobs: they keep theirs until they are purged. *older* must exceed what jobs run that spawn
+    others, whose bodies are written before these are pushed. Reads every job once, and removes nothing when one of
+    them refers to a body and cannot be opened with the app's keys: raises PayloadError. ConfigurationError without a
+    store.
     """
     sealing = app.sealing
     if sealing is None or sealing.store is None:
@@ -40,23 +45,38 @@ def sweep(app: Conveyor, older: Duration = "1d", *, dry_run: bool = False) -> in
 
 def _needed(app: Conveyor, sealing: Sealing) -> set[str]:
     names: set[str] = set()
-    for queue in app.backend.queues():
-        jobs, cursor = app.keys(queue).jobs, 0
-        while True:
-            reply: Any = app.backend.execute("HSCAN", jobs, cursor, "COUNT", 500, key=jobs)
-            cursor, page = int(reply[0]), reply[1]
-            for id_, data in zip((one.decode() for one in page[::2]), page[1::2], strict=True):
-                envelope, _, _ = read_whatever(data, None)
-                try:
-                    reference = sealing.reference(envelope.body, queue=queue, task=envelope.task, id=id_)
-                except PayloadError as error:
-                    raise PayloadError(
-                        f"Job {queue}:{id_} refers to a large body, and nobody can tell to which. Nothing was removed. "
-                        f"{error}",
-                        code=error.code,
-                    ) from None
-                if reference is not None:
-                    names.add(reference.name)
-            if cursor == 0:
-                break
+    for queue, id_, data in _everything(app):
+        envelope, _, _ = read_whatever(data, None)
+        try:
+            name = sealed_name(envelope.task, envelope.extra.version)
+            reference = sealing.reference(envelope.body, queue=queue, task=name, id=id_)
+        except PayloadError as error:
+            raise PayloadError(
+                f"Job {queue}:{id_} refers to a large body, and nobody can tell to which. Nothing was removed. {error}",
+                code=error.code,
+            ) from None
+        if reference is not None:
+            names.add(reference.name)
     return names
+
+
+def _everything(app: Conveyor) -> Iterator[tuple[str, str, bytes]]:
+    """Yield queue, id and envelope of every job, those on their way from one queue to another first."""
+    queues = app.backend.queues()
+    for queue in queues:
+        # In one go: it is trimmed at its head meanwhile, so a second page would begin too late.
+        for entry in _read(app, "LRANGE", app.keys(queue).outbox, 0, -1):
+            target, sent = outbox.read(entry)
+            yield target, sent.id, sent.rest
+    for queue in queues:
+        jobs, cursor = app.keys(queue).jobs, b"0"
+        while True:
+            cursor, page = _read(app, "HSCAN", jobs, cursor, "COUNT", PAGE)
+            for id_, data in zip(page[::2], page[1::2], strict=True):
+                yield queue, id_.decode(), data
+            if cursor == b"0":
+                break
+
+
+def _read(app: Conveyor, command: str, key: str, *rest: int | str | bytes) -> Any:
+    return app.backend.execute(command, key, *rest, key=key)

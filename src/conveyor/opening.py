@@ -12,7 +12,7 @@ from conveyor.errors import PayloadError, StoreUnavailable
 from conveyor.lessee import Leased
 from conveyor.sealing.envelope import MAGIC
 from conveyor.sealing.sealing import PLAIN, Sealing
-from conveyor.sealing.version import TooNew, bring_up
+from conveyor.sealing.version import TooNew, bring_up, sealed_name
 
 T = TypeVar("T")
 
@@ -50,7 +50,11 @@ class Opening(Generic[T]):
         return self._codec.decode(body)
 
     def _opened(self, leased: Leased) -> bytes:
-        sealing, data, place = self._sealing or PLAIN, leased.envelope.body, (self._queue, "", leased.id)
+        sealing, data, place = (
+            self._sealing or PLAIN,
+            leased.envelope.body,
+            (self._queue, sealed_name("", leased.envelope.extra.version), leased.id),
+        )
         reference = sealing.reference(data, queue=place[0], task=place[1], id=place[2])
         leased.blob = "" if reference is None else reference.name
         return sealing.unwrap(data, queue=place[0], task=place[1], id=place[2])

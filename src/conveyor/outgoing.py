@@ -13,6 +13,7 @@ from conveyor.duration import Duration, instant_ms, milliseconds
 from conveyor.errors import ConfigurationError, PayloadError
 from conveyor.model import Extra, to_json, write_rest
 from conveyor.posting import MAX_HEADERS
+from conveyor.sealing.version import sealed_name
 from conveyor.store.durability import Wish, wish
 from conveyor.store.operations import Entry
 
@@ -119,7 +120,7 @@ class Outgoing:
         own = self.id is not None
         id_ = ident.given_id(self.id) if self.id is not None else ident.new_id()
         if sealing is not None:
-            body = sealing.wrap(body, queue=self.queue, task=self.task, id=id_)
+            body = sealing.wrap(body, queue=self.queue, task=sealed_name(self.task, self.version), id=id_)
         return Entry(
             id_,
             write_rest(self.task, body, extra),

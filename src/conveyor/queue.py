@@ -88,7 +88,7 @@ class Queue(Generic[T]):
             raise later("limits")
         self.asks = asks
         self._sealing = sealing
-        self._version = check_version(version, upcast, f"queue({name!r})")
+        self.version = check_version(version, upcast, f"queue({name!r})")
         self._opening: Opening[T] = Opening(name, self.codec, sealing, version, upcast)
         self._suspects = Suspects(self.lease_ms)
         self._pusher: Pusher[T] = self._make_pusher()
@@ -109,8 +109,6 @@ class Queue(Generic[T]):
 
     def _by(self, options: Posting) -> Pusher[T]:
         """Return what pushes with these options."""
-        if options.wish is None:
-            return self._pusher
         return self._pusher.through(self.backend.way(self.asks, options.wish))
 
     # -- push ---------------------------------------------------------------------------------------------------------
@@ -127,7 +125,7 @@ class Queue(Generic[T]):
         DurabilityNotReached: it was, and was not confirmed.
         """
         chosen = self._posting(options)
-        return self._by(chosen).push(value, chosen)
+        return (self._pusher if chosen.wish is None else self._by(chosen)).push(value, chosen)
 
     def push_many(self, values: Iterable[T], **options: Unpack[Placement]) -> list[str]:
         """
@@ -137,22 +135,22 @@ class Queue(Generic[T]):
         than needed. With `max_length` all are accepted or none, at most 100,000 at a time.
         """
         chosen = self._placement(options)
-        return self._by(chosen).push_many(values, chosen)
+        return (self._pusher if chosen.wish is None else self._by(chosen)).push_many(values, chosen)
 
     async def apush(self, value: T, **options: Unpack[PushOptions]) -> str:
         """Store one message and return its id, as `push`; concurrent calls share round trips."""
         chosen = self._posting(options)
-        return await self._by(chosen).apush(value, chosen)
+        return await (self._pusher if chosen.wish is None else self._by(chosen)).apush(value, chosen)
 
     async def apush_many(self, values: Iterable[T], **options: Unpack[Placement]) -> list[str]:
         """Store many messages in their order and return their ids, as `push_many`."""
         chosen = self._placement(options)
-        return await self._by(chosen).apush_many(values, chosen)
+        return await (self._pusher if chosen.wish is None else self._by(chosen)).apush_many(values, chosen)
 
     def _posting(self, options: PushOptions) -> Posting:
-        if self._sealing is None and self._version == 1:
+        if self._sealing is None and self.version == 1:
             return posting(**options) if options else PLAIN
-        return wrapped(posting(**options, version=self._version), self._sealing, self.name)
+        return wrapped(posting(**options, version=self.version), self._sealing, self.name, self.version)
 
     def _placement(self, options: Placement) -> Posting:
         if alone := {"id", "unique"} & options.keys():
@@ -369,7 +367,7 @@ class Queue(Generic[T]):
         return self.backend.run(inspection.counts(self.keys), patience=0)
 
     def _reached(self) -> bool:
-        return bool(self.backend._free)  # noqa: SLF001
+        return self.backend.reached
 
 
 def _on_error(value: OnError) -> OnError:

@@ -10,6 +10,7 @@ from conveyor.ident import made_at_ms, public
 from conveyor.model import Failure, Status
 from conveyor.sealing.record import open_failure, preview
 from conveyor.sealing.sealing import Sealing
+from conveyor.sealing.version import sealed_name
 from conveyor.store.inspection import Finished, Row
 
 STATES: tuple[Status, ...] = ("leased", "ready", "scheduled", "dead", "done")
@@ -134,7 +135,7 @@ def live_job(queue: str, row: Row, sealing: Sealing | None = None) -> JobInfo:
         ended=maybe_instant(at) if row.status == "dead" else None,
         unique=envelope.unique,
         headers=dict(envelope.extra.headers),
-        payload=preview(sealing, envelope.body, queue, envelope.task, row.id),
+        payload=preview(sealing, envelope.body, queue, sealed_name(envelope.task, envelope.extra.version), row.id),
         errors=[error_info(open_failure(sealing, failure, queue, row.id)) for failure in state.failures_list()],
         worker=row.extra if row.status == "leased" else None,
     )

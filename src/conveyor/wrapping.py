@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from conveyor.posting import Posting
 from conveyor.sealing.sealing import Sealing
+from conveyor.sealing.version import sealed_name
 from conveyor.store.operations import Entry
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ class WrappedPosting(Posting):
 
     sealing: Sealing
     queue: str
+    version: int
     wraps: ClassVar[bool] = True
 
     @property
@@ -34,16 +36,17 @@ class WrappedPosting(Posting):
     def entry(self, fresh_id: str, envelope: bytes) -> Entry:
         """Return what is pushed for *envelope*, with its body wrapped."""
         id_ = fresh_id if self.id is None else self.id
-        body = self.sealing.wrap(envelope[len(self.head) :], queue=self.queue, task="", id=id_)
+        task = sealed_name("", self.version)
+        body = self.sealing.wrap(envelope[len(self.head) :], queue=self.queue, task=task, id=id_)
         return Posting.entry(self, fresh_id, self.head + body)
 
 
-def wrapped(options: Posting, sealing: Sealing | None, queue: str) -> Posting:
+def wrapped(options: Posting, sealing: Sealing | None, queue: str, version: int) -> Posting:
     """Return *options* for a queue with that sealing, None for none."""
     if sealing is None:
         return options
     given = {field.name: getattr(options, field.name) for field in fields(Posting)}
-    return WrappedPosting(**given, sealing=sealing, queue=queue)
+    return WrappedPosting(**given, sealing=sealing, queue=queue, version=version)
 
 
 async def wrapped_entries(options: Posting, ids: Sequence[str], envelopes: Sequence[bytes]) -> list[Entry]:

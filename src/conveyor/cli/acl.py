@@ -22,10 +22,11 @@ _FORMATS = ("redis-cli", "redis.conf", "users.acl")
 @click.option("--server", type=click.Choice(least.SERVERS), default=least.SERVERS[0], show_default=True,
               help="Oldest server that must take the rules.")  # fmt: skip
 @click.option("--topology", type=click.Choice(least.TOPOLOGIES), help="[default: as the URL says]")
+@click.option("--durable", is_flag=True, help="For pushes with fsync or wait_replicas.")
 @redis_options
 def acl(
     target: Target, out: Output, role: str | None, user: str | None, form: str, lists: tuple[str, ...], server: str,
-    topology: str | None,
+    topology: str | None, durable: bool,
 ) -> None:  # fmt: skip
     """
     Print the ACL rules of least privilege for a ROLE, or for all: producer, worker, dashboard, operator.
@@ -36,12 +37,14 @@ def acl(
         raise click.UsageError("--user names the user of one role: conveyor acl ROLE --user NAME.")
     admin = target.admin()
     url = urlsplit(admin.backend.configured or "")
+    topology = topology or _topology(url.scheme)
     chosen = [
         least.rules(
             name, admin.backend.namespace, user=user, lists=[*dict.fromkeys([*admin.plain_lists, *lists])], server=server,
-            topology=topology or _topology(url.scheme), database=_database(url.path, url.query, url.scheme),
+            topology=topology, database=_database(url.path, url.query, url.scheme), durable=durable,
         )
         for name in ([role] if role else least.ROLES)
+        if role or name != "sentinel" or topology == "sentinel"
     ]  # fmt: skip
     if out.as_json:
         users = [{**asdict(one), "rules": one.text} for one in chosen]
@@ -60,5 +63,5 @@ def _topology(scheme: str) -> str:
 
 
 def _database(path: str, query: str, scheme: str) -> int:
-    named = parse_qs(query).get("db", ["0"])[0] if scheme == "unix" else path.rpartition("/")[2]
+    named = parse_qs(query).get("db", ["0" if scheme == "unix" else path.rpartition("/")[2]])[0]
     return int(named) if named.isdigit() else 0

@@ -13,6 +13,7 @@ from conveyor.cli.output import Output, count, seconds
 from conveyor.cli.target import Target, redis_options
 
 if TYPE_CHECKING:
+    from conveyor.sealing.sealing import Sealing
     from conveyor.store.operations import Entry
 
 _CHUNK = 1 << 16
@@ -29,6 +30,9 @@ class Choice:
     expires: str | None
     headers: tuple[str, ...]
     front: bool
+    queue: str
+    sealing: Sealing | None
+    version: int
 
 
 @click.command()
@@ -55,8 +59,12 @@ def push(
         raise click.UsageError("What shall be pushed? Give JSON, or - to read one message a line.")
     if from_stdin and own_id:
         raise click.UsageError("--id names one message; lines from standard input get ids of their own.")
-    choice = Choice(delay, priority, own_id, expires, headers, front)
-    backend = target.backend()
+    backend, app = target.backend(), target.app
+    declared = None if app is None else app.queues.get(queue)
+    choice = Choice(
+        delay, priority, own_id, expires, headers, front, queue, None if app is None else app.sealing,
+        1 if declared is None else declared.version,
+    )  # fmt: skip
     keys = _keys(backend, queue)
     partitions = _partitions(backend, keys.queue)
     ids: list[str] = []
@@ -165,6 +173,7 @@ def _entry(body: bytes, choice: Choice) -> Entry:
     from conveyor.errors import ConfigurationError
     from conveyor.ident import new_id, own_id
     from conveyor.model import Extra, write_rest
+    from conveyor.sealing.version import sealed_name
     from conveyor.store.operations import Entry
 
     headers = {}
@@ -173,9 +182,12 @@ def _entry(body: bytes, choice: Choice) -> Entry:
         if not equals or not name:
             raise ConfigurationError(f"--header takes name=value, not {header!r}. Nothing was pushed.")
         headers[name] = value
+    id_ = own_id(choice.id) if choice.id is not None else new_id()
+    if choice.sealing is not None:
+        body = choice.sealing.wrap(body, queue=choice.queue, task=sealed_name("", choice.version), id=id_)
     return Entry(
-        own_id(choice.id) if choice.id is not None else new_id(),
-        write_rest("", body, Extra(headers=headers) if headers else None),
+        id_,
+        write_rest("", body, Extra(headers=headers, version=choice.version)),
         priority=choice.priority,
         delay_ms=None if choice.delay is None else round(1000 * seconds(choice.delay, name="--delay")),
         expires_ms=None if choice.expires is None else round(1000 * seconds(choice.expires, name="--expires")),

@@ -59,6 +59,7 @@ class Target:
                 f"{name} uses {app.backend.address} by its code, and --url cannot change that. Write Conveyor() there."
             )
         click.get_current_context().call_on_close(app.close)
+        _unbuffered(app)
         return name, app
 
     def backend(self) -> Backend:
@@ -71,13 +72,18 @@ class Target:
             self._app = app
             if url is None and namespace in {None, app.backend.namespace}:
                 app.backend.patience = PATIENCE
-                found: Backend = app.backend
+                found: Backend = _unbuffered(app)
                 return _closed_later(found)
             namespace = namespace or app.backend.namespace
             url = url or app.backend.address.url
             _closed_later(app.backend)  # it may hold the embedded server
         url = url or os.environ.get("CONVEYOR_URL") or self.settings.url
         return _closed_later(Backend(url, namespace=namespace or "conveyor", patience=PATIENCE))
+
+    @property
+    def app(self) -> Any:
+        """The app that `backend` had to load, None when flags and environment said it all."""
+        return self._app
 
     def admin(self) -> Admin:
         """Return the admin interface of the backend."""
@@ -86,10 +92,19 @@ class Target:
         backend = self.backend()
         if self._app is None:
             return Admin(backend)
-        return Admin(backend, plain_lists=self._app.plain_lists, sealing=self._app.sealing)
+        asks = {name: queue.asks for name, queue in self._app.queues.items() if queue.asks is not None}
+        return Admin(backend, plain_lists=self._app.plain_lists, sealing=self._app.sealing, asks=asks)
 
     def _namespace(self) -> str | None:
         return self.namespace or os.environ.get("CONVEYOR_NAMESPACE") or self.settings.namespace
+
+
+def _unbuffered(app: Any) -> Backend:
+    """Return the backend of an app; its buffer takes nothing: a command ends, so it fails when Redis is away."""
+    backend: Backend = app.backend
+    if backend.buffer is not None:
+        backend.buffer.most = 0
+    return backend
 
 
 def _closed_later(backend: Backend) -> Backend:

@@ -24,6 +24,11 @@ class TooNew(PayloadError):
 MAX_VERSION = 1_000_000
 
 
+def sealed_name(task: str, version: int) -> str:
+    """Return what a seal is bound to as the task: with the version, which says how the payload is read."""
+    return task if version == 1 else f"{task}\t{version}"  # no task's name holds a tab
+
+
 def check_version(version: object, upcast: object, where: str) -> int:
     """Return a version of at least 1; raises ConfigurationError, also for an upcast that cannot be called."""
     if not isinstance(version, int) or isinstance(version, bool) or not 1 <= version <= MAX_VERSION:

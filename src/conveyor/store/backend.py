@@ -97,6 +97,11 @@ class Backend:
         return self._attachment
 
     @property
+    def reached(self) -> bool:
+        """True when a blocking connection is open and free: asking costs a round trip and no connection."""
+        return bool(self._free) or any(self._crowd.values())
+
+    @property
     def configured(self) -> str | None:
         """The URL as it was configured, None when the embedded server is used. It may hold a password."""
         return self._url

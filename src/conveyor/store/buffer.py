@@ -76,7 +76,7 @@ class Buffer:
         if self._start is not None:
             raise ConfigurationError("This Buffer belongs to another app already: make one for each.")
         self._start = start
-        atexit.register(_at_exit, weakref.ref(self))
+        _bound.add(self)
 
     def __len__(self) -> int:
         with self._changed:
@@ -124,10 +124,10 @@ class Buffer:
                     code="E37",
                 ) from fault
             self._ids.update(entry.id for entry in record.entries)
-            if self._since is None:
-                self._since, self._delivered = time.monotonic(), 0
+            if self._since is None and error is not None:
+                self._since = time.monotonic()
                 where = "in memory" if self.directory is None else f"in {self.directory}"
-                reason = str(error).partition("\n")[0].rstrip(".") if error else "an earlier process left jobs"
+                reason = str(error).partition("\n")[0].rstrip(".")
                 _log.warning(
                     "%s: pushes are kept %s until it answers, %s jobs at most", reason, where, f"{self.most:,}"
                 )
@@ -175,8 +175,6 @@ class Buffer:
             if found is None:
                 self._finish()
                 return None
-            if self._since is None:
-                self._since, self._delivered = time.monotonic(), 0
             return found, found.batch()
 
     def done(self, backlog: Backlog) -> None:
@@ -203,7 +201,9 @@ class Buffer:
                 "Redis answers again after %.1f s: %s buffered jobs were delivered",
                 time.monotonic() - self._since, f"{self._delivered:,}",
             )  # fmt: skip
-            self._since = None
+        elif self._delivered:
+            _log.info("%s buffered jobs were delivered", f"{self._delivered:,}")
+        self._since, self._delivered = None, 0
 
     def _all(self) -> list[Backlog]:
         return [*self._others, *([self._own] if self._own is not None else [])]
@@ -259,7 +259,13 @@ class Buffer:
         self._reset()
 
 
-def _at_exit(reference: weakref.ref[Buffer]) -> None:
-    buffer = reference()
-    if buffer is not None:
+_bound: weakref.WeakSet[Buffer] = weakref.WeakSet()
+
+
+def flush_all() -> None:
+    """Give what waits its last seconds; called when the process ends, and by those that end without saying so."""
+    for buffer in list(_bound):
         buffer.flush()
+
+
+atexit.register(flush_all)

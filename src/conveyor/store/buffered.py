@@ -14,13 +14,13 @@ from conveyor import ident
 from conveyor.errors import ConveyorError, QueueFull, StoreUnavailable
 from conveyor.store import fault, operations
 from conveyor.store.backend import PATIENCE, Backend, refuse_in_loop
-from conveyor.store.backlog import Batch, Record
+from conveyor.store.backlog import Backlog, Batch, Record
 from conveyor.store.buffer import Buffer, day_identity
 from conveyor.store.confirmed import Confirmed, plain_entries
 from conveyor.store.connection import Connection
 from conveyor.store.durability import Durability
 from conveyor.store.gathering import BULK, AsyncLane, Item, entries_of
-from conveyor.store.keys import QueueKeys
+from conveyor.store.keys import QueueKeys, known_queues
 from conveyor.store.operations import Entry, Lane
 from conveyor.store.partitioning import WrongPartitions, claims
 from conveyor.store.script import Argument
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from conveyor.store.place import Place
 
 FIRST = 0.05
-"""Seconds the first attempt is repeated for: one that met a connection gone stale is not an outage."""
+"""Seconds an attempt is repeated for: one that met a connection gone stale, or a slot that moved, is not an outage."""
 CAP = 1.0
 """Most seconds between two attempts of the delivery."""
 _SAY_AGAIN = 60.0
@@ -48,6 +48,7 @@ class BufferedBackend(Backend):
         self.new_lane = _day_lane
         self.lane_type = partial(BufferedLane, self)
         self._delivery = Delivery(self, buffer)
+        self._flushed = False
         buffer.bind(self._delivery.begin)
         if buffer.left_behind():
             self._delivery.begin()
@@ -79,7 +80,7 @@ class BufferedBackend(Backend):
         if self.buffer.waiting:
             return self.keep(keys, content, max_length, None, None)
         try:
-            self.announce(keys)
+            self.hail(keys, FIRST)
         except StoreUnavailable as error:
             return self.keep(keys, content, max_length, None, error)
         producer = self._take(keys.jobs)
@@ -91,6 +92,18 @@ class BufferedBackend(Backend):
             return self.keep(keys, content, max_length, lane, error)
         finally:
             producer.home.append(producer)
+
+    def hail(self, keys: QueueKeys, patience: float) -> None:
+        """Make a queue known, as `announce`, with a patience of its own."""
+        if keys.queue not in self._announced:
+            self.run(operations.announce(known_queues(self.namespace), keys.queue), patience=patience)
+            self._announced.add(keys.queue)
+
+    async def ahail(self, keys: QueueKeys) -> None:
+        """Do the same on this event loop."""
+        if keys.queue not in self._announced:
+            await self.arun(operations.announce(known_queues(self.namespace), keys.queue), patience=FIRST)
+            self._announced.add(keys.queue)
 
     def keep(
         self,
@@ -144,15 +157,23 @@ class BufferedBackend(Backend):
 
     def close(self) -> None:
         """Deliver what can be delivered in time, say what cannot, and close."""
+        if not self._flushed:
+            self._flush()
+        super().close()
+
+    def _flush(self) -> None:
         self.buffer.flush()
         if self._delivery.stop():
             self.buffer.release()
-        super().close()
 
     async def aclose(self) -> None:
         """Do the same without blocking the event loop."""
-        await asyncio.get_running_loop().run_in_executor(None, self.buffer.flush)
-        await super().aclose()
+        await asyncio.get_running_loop().run_in_executor(None, self._flush)
+        self._flushed = True
+        try:
+            await super().aclose()
+        finally:
+            self._flushed = False
 
     def forked(self) -> None:
         """Start anew in a forked child."""
@@ -210,7 +231,7 @@ class BufferedLane(AsyncLane):
         if backend.buffer.waiting:
             return backend.keep(self._keys, entries, self._max_length, None, None)
         try:
-            await backend.aannounce(self._keys)
+            await backend.ahail(self._keys)
         except StoreUnavailable as error:
             return backend.keep(self._keys, entries, self._max_length, None, error)
         try:
@@ -263,10 +284,13 @@ class Delivery:
         try:
             while not self._ending.is_set():
                 with self._lock:  # so that nobody adds something between the look and the end
-                    found = self._buffer.next()
+                    found = self._next()
                     if found is None:
                         self._thread = None
                         return
+                if isinstance(found, OSError):
+                    self._ending.wait(CAP)
+                    continue
                 backlog, batch = found
                 try:
                     self._send(batch, connections)
@@ -295,10 +319,17 @@ class Delivery:
                 if self._thread is threading.current_thread():
                     self._thread = None
 
+    def _next(self) -> tuple[Backlog, Batch] | OSError | None:
+        try:
+            return self._buffer.next()
+        except OSError as error:
+            _log.error("the buffer %s cannot be written: %s", self._buffer.directory, error)
+            return error
+
     def _send(self, batch: Batch, connections: dict[Place, Connection]) -> None:
         first, backend = batch.records[0], self._backend
         keys = QueueKeys(first.namespace, first.queue, foreign=first.foreign, partitions=first.partitions)
-        backend.announce(keys)
+        backend.hail(keys, FIRST)
         place = backend.place(keys)
         connection = connections.get(place)
         if connection is None:
@@ -306,13 +337,14 @@ class Delivery:
         lane = Lane(batch.lane, batch.number - 1)
         call = operations.push(keys, lane, batch.entries(time.time()), max_length=first.max_length)
         try:
-            connection.run(call, patience=0.0)
-        except WrongPartitions:
-            if keys.partitions == 1:
+            connection.run(call, patience=FIRST)
+        except WrongPartitions as error:
+            if error.found is not None:
                 raise
+            # Redis was emptied meanwhile, so it has no number yet: ours, unless another program was first.
             for claim in claims(first.namespace, ident.logical(first.queue), keys.partitions):
-                backend.run(claim, patience=0.0)
-            connection.run(call, patience=0.0)
+                backend.run(claim, patience=FIRST)
+            connection.run(call, patience=FIRST)
 
 
 def _refused(batch: Batch, error: Exception) -> None:

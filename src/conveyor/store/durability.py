@@ -296,7 +296,9 @@ class Asking(TypedDict, total=False):
 
 
 def asked(options: Asking) -> Durability | None:
-    """Return what a queue asks; None for nothing. Raises ConfigurationError."""
+    """Return what a queue asks; None for nothing. Raises ConfigurationError, and TypeError for another word."""
+    if wrong := options.keys() - Asking.__annotations__.keys():
+        raise TypeError(f"queue() got an unexpected keyword argument {min(wrong)!r}")
     own = wish(options.get("fsync"), options.get("wait_replicas"), options.get("wait_timeout"))
     return None if own is None else own.over(None)
 

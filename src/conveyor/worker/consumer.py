@@ -129,8 +129,7 @@ class Consumer:
     @property
     def busy(self) -> bool:
         """True while it holds jobs or has something to report."""
-        loading = self._intake is not None and self._intake.loading
-        under_way = loading or self._delivery.busy
+        under_way = self._delivery.busy or (self._intake is not None and self._intake.loading)
         return bool(self.held or self.report or self._flying or self._recovery or self.antechamber or under_way)
 
     def schedule(self, *, at_once: bool = False) -> None:
@@ -226,6 +225,7 @@ class Consumer:
         abandoned = list(self.held.values())
         log.warning("queue %s: our lease was lost (%s); %d jobs abandoned", self.queue, error, len(abandoned))
         self.held.clear()
+        self.blobs.clear()
         for attempt in abandoned:
             self._lost(attempt)
         self._worker.settle_stats(self, self.report)  # nobody counts what nobody accepted

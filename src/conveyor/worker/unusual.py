@@ -18,7 +18,7 @@ from conveyor.model import Failure, State, read_whatever, to_json
 from conveyor.outcome import put_off_ms
 from conveyor.sealing.envelope import MAGIC
 from conveyor.sealing.sealing import PLAIN
-from conveyor.sealing.version import TooNew, bring_up
+from conveyor.sealing.version import TooNew, bring_up, sealed_name
 from conveyor.store.operations import Report, Settlement
 from conveyor.worker.attempt import Attempt, Closed
 from conveyor.worker.handler import Handler
@@ -93,11 +93,12 @@ class Unusual:
         body, task, queue = envelope.body, handler.task, consumer.queue
         sealing = self._sealing or PLAIN
         if consumer.keys.foreign is None or handler.name != self._fed.get(queue):
-            reference = sealing.reference(body, queue=queue, task=handler.name, id=attempt.id)
+            name = sealed_name(handler.name, envelope.extra.version)
+            reference = sealing.reference(body, queue=queue, task=name, id=attempt.id)
             if reference is not None:
                 consumer.blobs[attempt.id] = reference.name
             limit = task.signature.max_payload
-            body = sealing.unwrap(body, queue=queue, task=handler.name, id=attempt.id, limit=limit)
+            body = sealing.unwrap(body, queue=queue, task=name, id=attempt.id, limit=limit)
         version, current = envelope.extra.version, task.settings.version
         if version < current and task.settings.upcast is not None:
             body = bring_up(body, version, current, task.settings.upcast, f"The payload of {handler.name}()")
