@@ -132,6 +132,7 @@ def produce(app: Conveyor) -> None:
     orders.push(1, unique="u")
     orders.push(1, id="mine", front=True)
     app.plain_lists[LIST].push({"n": 1})
+    app.queue("spread", partitions=2).push_many([1, 2])
     assert len(orders) >= 5
     assert orders.stats().ready >= 5
     job = double.enqueue(4)
@@ -196,6 +197,8 @@ def operate(app: Conveyor) -> None:
     admin.purge("default")
     admin.purge("default", dead=True)
     app.plain_lists[LIST].purge()
+    fresh = app.queue("fresh")
+    assert (fresh.repartition(2), fresh.repartition(1)) == (1, 2)
 
 
 async def work(app: Conveyor) -> None:
