@@ -1,6 +1,7 @@
 # Needs Python 3.11 or newer, make, and pip's access to a package index. Everything lands in .venv.
 #
 #   make demo [ARGS="--seconds 20"]      make test [ARGS="-k queue"]      make check      make bench [ARGS=--quick]      make chaos [ARGS="--seed 1"]
+#   make test-matrix [PLACES="cluster tls"]      the suite on each kind of server      make test-smoke      a little of it
 
 PYTHON ?= python3
 VENV   := .venv
@@ -13,16 +14,22 @@ SOURCES := src tests $(wildcard benchmarks) $(wildcard chaos) $(wildcard example
 TYPED   := src $(wildcard examples)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench chaos format clean
+.PHONY: help demo test test-matrix test-smoke check bench chaos format clean
 
 help:
-	@sed -n '3p' Makefile | cut -c3-
+	@sed -n '3,4p' Makefile | cut -c3-
 
 demo: $(VENV)/.demo
 	@$(BIN)/conveyor demo $(ARGS)
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest --numprocesses $(CORES) --dist worksteal $(ARGS)
+
+test-matrix: $(VENV)/.dev
+	@$(BIN)/python tests/run_matrix.py --numprocesses $(CORES) --dist worksteal $(if $(PLACES),--places "$(PLACES)") $(ARGS)
+
+test-smoke: $(VENV)/.dev
+	@$(BIN)/python tests/run_matrix.py --at-once $(CORES) $(if $(PLACES),--places "$(PLACES)") -m smoke tests/test_smoke.py $(ARGS)
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check $(SOURCES)

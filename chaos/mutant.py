@@ -32,8 +32,16 @@ def build(patch: Path, directory: Path) -> Path:
     """Copy this tree's `src` into *directory*, apply *patch*, and return the copy."""
     source = directory / "src"
     shutil.copytree(HOME / "src", source, ignore=shutil.ignore_patterns("__pycache__"))
+    for name, text in changed(patch).items():
+        (directory / name).write_text(text)
+    return source
+
+
+def changed(patch: Path) -> dict[str, str]:
+    """Return the files that *patch* changes, as they are afterwards; raises DoesNotApplyError."""
+    found: dict[str, str] = {}
     for name, hunks in _files(patch.read_text()).items():
-        path = directory / name
+        path = HOME / name
         if not path.is_file():
             raise DoesNotApplyError(f"{patch.name}: there is no {name}")
         text = path.read_text()
@@ -41,8 +49,8 @@ def build(patch: Path, directory: Path) -> Path:
             if text.count(old) != 1:
                 raise DoesNotApplyError(f"{patch.name}: found {text.count(old)} times in {name}, not once:\n{old}")
             text = text.replace(old, new)
-        path.write_text(text)
-    return source
+        found[name] = text
+    return found
 
 
 def _files(patch: str) -> dict[str, list[tuple[str, str]]]:

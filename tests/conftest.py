@@ -43,7 +43,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         alone = item.get_closest_marker("standalone_only")
         if reason := matrix.missing(place):
             item.add_marker(pytest.mark.skip(reason=reason))
-        elif alone is not None and place not in alone.kwargs.get("also", ("redis6", "redis7")):
+        elif alone is not None and place not in alone.kwargs.get("on", matrix.ALONE):
             item.add_marker(pytest.mark.skip(reason=f"not on {place}: {alone.args[0]}"))
 
 

@@ -89,6 +89,14 @@ async def deaf(n: int, seconds: float) -> None:
     write("end", n)
 
 
+async def noop(n: int) -> None:
+    """Leave no trace."""
+
+
+def idle(n: int) -> None:
+    """Leave none from a thread."""
+
+
 def declare(app: Conveyor) -> Any:
     """Register the tasks on *app*, which may be another program's; return them by name."""
     once = Retry(attempts=1)
@@ -98,6 +106,8 @@ def declare(app: Conveyor) -> Any:
         note=app.task(name="note", keep_result=0, retry=Retry(max_crashes=100))(note),
         good=app.task(name="good", keep_result=0)(note),
         told=app.task(name="told", keep_result="10m")(note),
+        noop=app.task(name="noop")(noop),
+        idle=app.task(name="idle")(idle),
         plain=app.task(name="plain", keep_result=0, retry=Retry(max_crashes=100))(plain),
         block=app.task(name="block", keep_result="10m", retry=once)(block),
         clutch=app.task(name="clutch", keep_result="10m", retry=once)(clutch),

@@ -82,7 +82,7 @@ def drain(app: Conveyor) -> None:
         hand = Hand(app, queue)
         assert hand.take(1000) == []
         hand.leave()
-        app.backend.execute("DEL", keys.wake)  # a token that no worker took
+        app.backend.execute("DEL", keys.wake, key=keys.wake)  # a token that no worker took
 
 
 def eventually(condition: Any, within: float = 10.0) -> Any:

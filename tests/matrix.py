@@ -33,6 +33,21 @@ class AllNodes(redis_py.RedisCluster):
                 found[name] = _sum(found[name], value) if name in found else value
         return found
 
+    def keys(self, pattern: str = "*", **_: Any) -> list[bytes]:
+        """Return the keys of all."""
+        return list(self.scan_iter(match=pattern, count=1000))
+
+    def client_list(self, **_: Any) -> list[dict[str, Any]]:
+        """Return the connections of all; an id is one of its node only."""
+        found: list[dict[str, Any]] = []
+        for node in self.get_primaries():
+            found += super().client_list(target_nodes=[node])
+        return found
+
+    def dbsize(self, **_: Any) -> int:
+        """Count the keys of all."""
+        return len(self.keys())
+
     def config_resetstat(self, **_: Any) -> Any:
         """Reset the counters of all."""
         return super().config_resetstat(target_nodes=self.ALL_NODES)

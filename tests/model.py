@@ -226,9 +226,8 @@ class Model:
             if id_ in member.cancel:
                 self.end(id_, record=True)
                 continue
-            if crashed:
-                starts, failures, crashes = job.state or FRESH
-                job.state = (starts + 1, failures, max(crashes, 1))
+            starts, failures, crashes = job.state or FRESH
+            job.state = (starts + 1, failures, max(crashes, 1) if crashed else crashes)
             self.ready[job.priority].insert(0, id_)
             returned += 1
         if returned:

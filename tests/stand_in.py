@@ -104,7 +104,7 @@ class StandIn:
         self.done.append(id_)
 
     async def drained(self) -> bool:
-        return await self.backend.aexecute("HLEN", self.keys.jobs) == 0
+        return await self.backend.aexecute("HLEN", self.keys.jobs, key=self.keys.jobs) == 0
 
     async def tick(self) -> None:
         while True:

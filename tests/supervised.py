@@ -58,8 +58,12 @@ class Queue:
         return self.backend.run(inspection.counts(KEYS))
 
     def crashes(self, ids: Any) -> set[int]:
-        states = [self.backend.execute("HGET", KEYS.state, id_) for id_ in ids]
+        states = [self.backend.execute("HGET", KEYS.state, id_, key=KEYS.state) for id_ in ids]
         return {int(state.split(b" ")[2].split(b"\n")[0]) if isinstance(state, bytes) else 0 for state in states}
+
+    def starts(self, ids: Any) -> set[int]:
+        states = [self.backend.execute("HGET", KEYS.state, id_) for id_ in ids]
+        return {int(state.split(b" ")[0]) if isinstance(state, bytes) else 0 for state in states}
 
     def by_pid(self, *held: int) -> dict[int, Member]:
         """The crew by process, once it holds just that many jobs each."""
@@ -70,9 +74,9 @@ class Queue:
         return self.backend.run(inspection.audit(KEYS)) == []
 
     def purge(self) -> None:
-        keys: Any = self.backend.execute("KEYS", "test:*")
+        keys: Any = self.backend.execute("KEYS", "test:*", key=KEYS.jobs)
         for key in keys:
-            self.backend.execute("DEL", key)
+            self.backend.execute("DEL", key, key=KEYS.jobs)
 
 
 class Supervised:

@@ -18,7 +18,10 @@ from privilege import LIST, NAMESPACE, SERVER, Member, furnish, look, operate, p
 from server import Server
 from shell import Shell
 
-pytestmark = pytest.mark.leaves_keys("scenarios end where a right is missing")
+pytestmark = [
+    pytest.mark.leaves_keys("scenarios end where a right is missing"),
+    pytest.mark.standalone_only("makes users of its own; test_acl_topology.py does so elsewhere", on=tuple(SERVER)),
+]
 LIFE: dict[str, Callable[[Any], Any]] = {"producer": produce, "worker": work, "dashboard": look, "operator": operate}
 
 

@@ -158,6 +158,7 @@ def test_payload_limit_of_the_app_holds_for_tasks(url: str) -> None:
         assert large.signature.max_payload == 1000
 
 
+@pytest.mark.standalone_only("counts the connections of one server")
 def test_closing_is_not_the_end(app: Conveyor, note: Task[[int], None], redis: redis_py.Redis) -> None:
     """`with app:` closes its connections; using it again opens others."""
     idle = len(redis.client_list())

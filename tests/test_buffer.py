@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -220,6 +223,22 @@ def test_a_full_queue_is_waited_for(server: Server, buffer: Buffer) -> None:
         assert ids
 
 
+@pytest.mark.parametrize("emptied", [False, True])
+def test_a_queue_with_partitions(start_server: Start, buffer: Buffer, emptied: bool) -> None:
+    """What waits for a partition arrives there, also when Redis has lost all and knows of no partitions any more."""
+    server = start_server(*(() if emptied else AOF))
+    with Conveyor(server.url, buffer=buffer) as app:
+        mail = app.queue("mail", partitions=2)
+        mail.push("first")
+        server.kill()
+        ids = [mail.push(n, unique=f"key {n}") for n in range(50)] + mail.push_many(range(50))
+        server.start()
+        assert buffer.wait_empty(10)
+        assert len(mail) == 100 + (not emptied)
+        assert mail.stats().ready == len(mail)
+        assert len(set(ids)) == 100
+
+
 def test_delays_count_from_the_push(server: Server, buffer: Buffer) -> None:
     """A delay or a life that passed while its job waited in the buffer is over when it arrives."""
     with Conveyor(server.url, buffer=buffer) as app:
@@ -258,3 +277,47 @@ def test_a_buffer_belongs_to_one_app(server: Server) -> None:
     for wrong in ({"most": 0}, {"most_bytes": "1MB"}, {"fsync": True}):
         with pytest.raises(ConfigurationError):
             Buffer(**wrong)  # type: ignore[arg-type]
+
+
+def test_a_forked_child_begins_empty(server: Server, buffer: Buffer) -> None:
+    """What waits in a process is not delivered by a child it forks, and the child has a buffer of its own."""
+    with Conveyor(server.url, buffer=buffer) as app:
+        mail = app.queue("mail")
+        server.kill()
+        ids = [mail.push(n) for n in range(3)]
+        child = os.fork()
+        if child == 0:
+            mail.push("the child's")
+            os._exit(0 if len(buffer) == 1 else 1)  # without a word: what it kept in memory is gone
+        assert os.waitpid(child, 0)[1] == 0
+        server.start()
+    found = line(server)
+    assert found[:3] == bare(ids) or buffer.directory is not None
+    assert [id_ for id_ in found if id_ in bare(ids)] == bare(ids)
+    assert len(found) == 3 + (buffer.directory is not None)  # what it kept on disk, its parent delivered
+
+
+def test_a_worker_delivers_before_it_ends(
+    server: Server,
+) -> None:
+    """A process that ends without its exit handlers can be told to deliver first."""
+    from conveyor.store.buffer import flush_all
+
+    server.kill()
+    app = Conveyor(server.url, buffer=Buffer(linger="10s"))
+    id_ = app.queue("mail").push(1)
+    server.start()
+    flush_all()
+    assert line(server) == bare([id_])
+    app.close()
+
+
+def test_commands_do_not_buffer(server: Server, tmp_path: Path) -> None:
+    """A command that pushes fails when Redis is away, also with an app that has a buffer: it ends, and nobody delivers."""
+    (tmp_path / "shop.py").write_text(
+        f"from conveyor import Buffer, Conveyor\napp = Conveyor({server.url!r}, buffer=Buffer())\n"
+    )
+    server.kill()
+    command = [sys.executable, "-m", "conveyor", "push", "--app", "shop:app", "mail", "1"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout) == (3, ""), done.stderr

@@ -227,6 +227,7 @@ def test_interrupted_ends_with_130(shell: Shell, backend: Backend) -> None:
 # -- worker -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.row("C12")
 def test_worker_refuses_a_server_that_evicts(shell: Shell, start_server: object) -> None:
     """On a server that may delete jobs a worker does not start: exit 6, E10, and how to start anyway."""
     evicting = start_server("--maxmemory", "100mb", "--maxmemory-policy", "allkeys-lru")  # type: ignore[operator]

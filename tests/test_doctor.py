@@ -70,6 +70,7 @@ def test_durability_is_said_in_words(
     assert report.healthy
 
 
+@pytest.mark.row("C12")
 @pytest.mark.parametrize("policy", ["allkeys-lru", "volatile-ttl"])
 def test_eviction_is_a_problem(start_server: Start, examine: Callable[[str], doctor.Report], policy: str) -> None:
     """A server that may delete keys is unhealthy, with E10 and the command that mends it."""

@@ -22,6 +22,7 @@ from server import Server
 from working import audit, counts, drain, until, working
 
 
+@pytest.mark.row("C1")
 async def test_twenty_restarts_under_load_lose_nothing(start_server: Callable[..., Server]) -> None:
     """Twenty kills of the server under load: every job whose enqueue returned runs, nobody restarts anything."""
     server = start_server("--appendonly", "yes", "--appendfsync", "everysec")
@@ -63,6 +64,7 @@ async def test_twenty_restarts_under_load_lose_nothing(start_server: Callable[..
     await app.aclose()
 
 
+@pytest.mark.row("C14")
 async def test_script_flush_under_load_is_not_noticed(url: str, redis: Any) -> None:
     """A server that forgets all scripts again and again costs neither errors nor jobs."""
     app = Conveyor(url)
@@ -83,6 +85,7 @@ async def test_script_flush_under_load_is_not_noticed(url: str, redis: Any) -> N
     await app.aclose()
 
 
+@pytest.mark.row("A13")
 async def test_a_cancelled_enqueue_disturbs_nobody(url: str) -> None:
     """Cancelling some of many concurrent enqueues leaves the answers of all others right."""
     app = Conveyor(url)
@@ -109,6 +112,7 @@ async def test_a_cancelled_enqueue_disturbs_nobody(url: str) -> None:
     await app.aclose()
 
 
+@pytest.mark.row("A12")
 @pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
 def test_a_fork_uses_no_connection_of_its_parent(url: str) -> None:
     """Parent and forked child both go on enqueueing, and no reply crosses over."""
@@ -137,6 +141,7 @@ def test_a_fork_uses_no_connection_of_its_parent(url: str) -> None:
     app.close()
 
 
+@pytest.mark.row("C1")
 async def test_a_server_that_is_absent_at_first_is_waited_for(start_server: Callable[..., Server]) -> None:
     """A worker started before its server begins when the server comes, and a producer is told clearly meanwhile."""
     server = start_server()
@@ -185,6 +190,7 @@ asyncio.run(main())
 """
 
 
+@pytest.mark.row("A3")
 @pytest.mark.leaves_keys("the worker of the frozen process is ended by force")
 async def test_a_frozen_worker_is_fenced(url: str, tmp_path: Path) -> None:
     """A worker frozen beyond its lease finds its job taken over; what it says afterwards changes nothing."""

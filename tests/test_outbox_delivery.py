@@ -10,14 +10,15 @@ from typing import Any
 import pytest
 import redis as redis_py
 
-from conveyor import Conveyor, outbox
+from conveyor import Conveyor, current, outbox
 from conveyor.errors import ConfigurationError, QueueFull
-from conveyor.store import operations
+from conveyor.store import inspection, operations
 from conveyor.store.operations import Settlement
 from conveyor.store.wire import Wire, WireLost
 from conveyor.worker.delivery import deliver
 from hand import Hand
 from spawning import emptied, entry, settle, take_all
+from working import drain
 
 
 @pytest.mark.row("A3")
@@ -235,3 +236,54 @@ def test_unreadable_entry_is_an_error(family: Conveyor, redis: redis_py.Redis) -
     assert caught.value.code == "E45"
     assert redis.llen(keys.outbox) == 1
     redis.delete(keys.outbox)
+
+
+async def test_partitions_at_both_ends(url: str) -> None:
+    """Jobs in partitions spawn jobs into the partitions of another queue: each arrives once, where its id says."""
+    app = Conveyor(url)
+    app.queue("from", partitions=2)
+    app.queue("into", partitions=3)
+
+    @app.task(name="family.follower", queue="into")
+    async def follower(n: int) -> int:
+        return n
+
+    @app.task(name="family.parent", queue="from")
+    async def parent(n: int) -> list[str]:
+        return [current().spawn(follower.s(n + i)).id for i in range(10)]
+
+    jobs = [await parent.aenqueue(10 * n) for n in range(6)]
+    await drain(app)
+    ids = [id_ for job in jobs for id_ in await job.aresult(timeout=5)]
+    assert {id_.split(":")[0] for id_ in ids} == {"into/0", "into/1", "into/2"}
+    assert [await follower.job(id_).aresult(timeout=5) for id_ in ids] == list(range(60))
+    await app.aclose()
+
+
+async def test_a_partition_that_is_gone(url: str) -> None:
+    """What was written for a place that there is no more goes where its id belongs now, once, however often it is repeated."""
+    app = Conveyor(url)
+    app.queue("into", partitions=2)
+    app.task(name="family.follower", queue="into")(_nothing)
+    keys, backend = app.keys("default"), app.backend
+    prepared = [outbox.read(app.tasks["family.follower"].s().follow()[1])[1] for _ in range(20)]
+    written = [outbox.write("into", one) for one in prepared[:10]]
+    await backend.aexecute("RPUSH", keys.outbox, *written, key=keys.outbox)
+    await backend.aexecute(
+        "RPUSH", keys.outbox, *[outbox.write("into/7", one) for one in prepared[10:]], key=keys.outbox
+    )
+    batch = await backend.arun(outbox.take(keys))
+    assert batch is not None
+    for _ in range(2):
+        assert await deliver(keys, app)
+        await backend.aexecute("RPUSH", keys.outbox, *written, key=keys.outbox)
+        await backend.aexecute("HSET", keys.conf, "outbox", f"{batch.number} 10", key=keys.conf)  # as if never trimmed
+    await deliver(keys, app)
+    counts = [await backend.arun(inspection.counts(one)) for one in app.partitioned["into"].keys]
+    assert [one.ready > 0 for one in counts] == [True, True]
+    assert sum(one.ready for one in counts) == 20
+    await drain(app)
+    await app.aclose()
+
+
+async def _nothing() -> None: ...

@@ -69,7 +69,8 @@ def test_killed_deliverers_lose_and_double_nothing(url: str, tmp_path: Path, rou
         born[int(n)].add(job)
     doubled = {n: jobs for n, jobs in born.items() if len(jobs) > 1}
     assert (sorted(set(range(parents)) - set(born)), doubled) == ([], {}), f"lost, doubled (seed {seed})"
-    app.backend.execute("DEL", app.keys("parents").wake, app.keys("followers").wake)
+    for keys in (app.keys("parents"), app.keys("followers")):
+        app.backend.execute("DEL", keys.wake, key=keys.wake)
     app.close()
 
 
@@ -88,5 +89,6 @@ def test_a_process_of_its_own_spawns_too(url: str, tmp_path: Path) -> None:
 
 def _is_empty(app: Conveyor) -> bool:
     found = [app.backend.run(inspection.counts(app.keys(queue))) for queue in ("parents", "followers")]
-    outbox = app.backend.execute("LLEN", app.keys("parents").outbox)
+    keys = app.keys("parents")
+    outbox = app.backend.execute("LLEN", keys.outbox, key=keys.outbox)
     return not outbox and not any(one.ready + one.scheduled + one.leased + one.dead for one in found)

@@ -10,16 +10,13 @@ import sys
 import threading
 import time
 from collections import Counter
-from dataclasses import dataclass
 
 import pytest
 
 from conveyor.flow import Flow
 from conveyor.lessee import Lessee, Suspects
-from conveyor.pulses import by_place
 from conveyor.rota import Rest, Rota, Visit
 from conveyor.store import operations
-from conveyor.store.backend import Backend
 from conveyor.store.keys import QueueKeys
 from conveyor.verdict import Verdict
 from messaging import until
@@ -163,7 +160,7 @@ class TestConsume:
             if sum(map(len, bodies)) == 100:
                 break
         assert [len(some) for some in bodies] == [30, 30, 30, 10]
-        assert sorted(sum(bodies, [])) == list(range(100))
+        assert sorted(body for some in bodies for body in some) == list(range(100))
 
     def test_pull_waits_for_any_partition(self, orders):
         """An empty pull returns nothing after its wait; one that waits is woken by a push to any partition."""
@@ -312,85 +309,6 @@ def _blocked(backend):
             b"blocked_clients"
         ]
     )
-
-
-# -- several places, as in a cluster ----------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Slot:
-    """A place of its own for each partition, all of which lie on one server."""
-
-    key: str
-    address: object
-
-    def open(self, *, read_timeout):
-        return self.address.open(read_timeout=read_timeout)
-
-    async def aopen(self):
-        return await self.address.aopen()
-
-    def __str__(self):
-        return str(self.address)
-
-
-class Scattered(Backend):
-    """A backend that believes each partition to lie elsewhere."""
-
-    def place(self, keys):
-        return _Slot(str(keys if isinstance(keys, str) else keys.prefix), self.address)
-
-
-class TestSeveralPlaces:
-    def test_a_consumer_waits_at_each_place(self, url, backend):
-        """With a blocked connection for each place, an idle consumer is woken for any, blocking or on a loop."""
-        scattered = Scattered(url)
-        queue = spread(scattered, 4, lease_ms=30_000)
-        assert len(by_place(scattered, queue.partitions.keys, lambda keys: keys)) == 4
-        pushed = spread(backend, 4)
-        found, consumer = [], queue.consume()
-
-        def take():
-            for message in consumer:
-                with message as body:
-                    found.append(body)
-                if len(found) == 12:
-                    break
-
-        thread = threading.Thread(target=take)
-        thread.start()
-        for number in range(12):
-            until(lambda: _blocked(backend) >= 4)
-            pushed.parts[number % 4].push(number)
-            until(lambda number=number: len(found) > number, 4.0)
-        thread.join()
-        consumer.close()
-        assert found == list(range(12))
-        until(lambda: _blocked(backend) == 0)
-
-        async def check():
-            consumer = queue.aconsume()
-            bodies = []
-
-            async def take():
-                async for message in consumer:
-                    async with message as body:
-                        bodies.append(body)
-                    if len(bodies) == 8:
-                        break
-
-            task = asyncio.create_task(take())
-            for number in range(8):
-                pushed_at = await asyncio.to_thread(until, lambda: _blocked(backend) >= 4)
-                assert pushed_at
-                await asyncio.to_thread(pushed.parts[number % 4].push, number)
-            await asyncio.wait_for(task, 10)
-            await consumer.aclose()
-            return bodies
-
-        assert in_a_loop(queue, check()) == list(range(8))
-        assert audits(pushed) == []
-        until(lambda: _blocked(backend) == 0)
 
 
 # -- decisions, without Redis -------------------------------------------------------------------------------------------

@@ -177,6 +177,7 @@ def test_same_own_id_in_two_queues(
         hand.leave()
 
 
+@pytest.mark.row("D11")
 def test_missed_message_is_made_good(
     echo: Task[[int], int], hand: Hand, pool: ThreadPoolExecutor, redis: redis_py.Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -192,6 +193,8 @@ def test_missed_message_is_made_good(
     assert waiting.result(10) == 5
 
 
+@pytest.mark.row("D11")
+@pytest.mark.standalone_only("kills one connection and deletes a key in one transaction")
 def test_lost_connection_is_made_good(
     echo: Task[[int], int], hand: Hand, pool: ThreadPoolExecutor, redis: redis_py.Redis
 ) -> None:
@@ -212,6 +215,7 @@ def test_lost_connection_is_made_good(
     assert time.monotonic() - began < result.ASK_AGAIN / 2
 
 
+@pytest.mark.row("C1", "D11")
 def test_waiters_survive_a_restart(start_server: Callable[..., Server]) -> None:
     """A waiter outlives a restart of Redis: it registers again and gets the result that comes afterwards."""
     server = start_server("--appendonly", "yes", "--appendfsync", "always")

@@ -194,7 +194,13 @@ def care(app: Conveyor) -> Any:
     backend = app.backend
     assert [backend.run(inspection.audit(backend.keys(name))) for name in ("mail",)] == [[]]
     stats = queue.stats()
-    return sorted(seen), letters, len(ids), status, (stats.ready, stats.scheduled, stats.leased, stats.dead, stats.workers)
+    return (
+        sorted(seen),
+        letters,
+        len(ids),
+        status,
+        (stats.ready, stats.scheduled, stats.leased, stats.dead, stats.workers),
+    )
 
 
 def results(app: Conveyor) -> Any:

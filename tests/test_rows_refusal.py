@@ -35,7 +35,7 @@ async def test_demotions_under_load_cost_no_job(start_server: Start, rounds: Rou
                 await load.more(20)
                 assert len(load.accepted) > accepted
         refused = client.info("errorstats")
-    assert refused["errorstat_READONLY"]["count"] > 0  # the load did meet it
+    assert refused.keys() & {"errorstat_READONLY", "errorstat_ERR"}  # the load did meet it; 6.2 wraps it
     assert load.errors == []
     assert load.again == []
 

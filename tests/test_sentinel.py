@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 import time
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 
-from conveyor import Conveyor
+from conveyor import Conveyor, result
 from conveyor.errors import ConfigurationError, ConveyorError, StoreUnavailable
 from conveyor.store import inspection
 from conveyor.store.address import redact
 from conveyor.store.backend import Backend
 from conveyor.store.place import Place
-from topology import Node, Watched, free_port
+from server import Server
+from topology import Node, Watched, free_port, wait_for
 from traffic import Traffic
 from working import audit, until, working
 
@@ -41,13 +44,15 @@ async def test_killed_masters_stop_the_work_for_seconds_and_lose_nothing(
 ) -> None:
     """Kills of the master under load: work goes on 5 s after the election at the latest, nothing is lost, and no error is seen before 5 s."""
     traffic = Traffic(watched.url)
-    stops, elections = [], []
+    stops, elections, kills = [], [], []
     async with traffic.flowing():
         for _ in range(rounds(30, 2)):
+            began = time.monotonic()
             dead = await asyncio.to_thread(watched.kill_master)
             election = asyncio.ensure_future(asyncio.to_thread(_elected, watched, dead))
             stops.append(await traffic.until_goes_on())
             elections.append(await election)
+            kills.append((began, began + elections[-1]))
             await asyncio.to_thread(watched.mend, dead)
     ours = max(stop - elected for stop, elected in zip(stops, elections, strict=True))
     print(
@@ -55,7 +60,7 @@ async def test_killed_masters_stop_the_work_for_seconds_and_lose_nothing(
         f"{len(traffic.missing)} lost, {len(traffic.doubled)} ran again, {len(traffic.errors)} errors"
     )
     assert ours < 5
-    assert (traffic.missing, traffic.doubled) == ([], [])
+    assert (traffic.lost(kills), traffic.doubled) == ([], [])
     assert not traffic.errors or max(elections) > 4  # a producer's patience is 5 s
     assert await traffic.audit() == []
     await traffic.app.aclose()
@@ -169,6 +174,32 @@ async def test_results_arrive_across_a_failover(watched: Watched) -> None:
             assert await asyncio.gather(*waiting) == [0, 2, 4, 6]
             await asyncio.to_thread(watched.mend, dead)
     await app.aclose()
+
+
+@pytest.mark.row("C17")
+def test_subscriber_notices_a_server_that_fell_silent(
+    start_server: Callable[..., Server], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The connection for results, which only listens, is opened anew when its server says nothing to a ping either."""
+    monkeypatch.setattr(result, "PING_AFTER", 0.1)
+    monkeypatch.setattr(result, "PONG_WITHIN", 0.2)
+    server = start_server()
+    backend = Backend(server.url)
+    replies = result.Replies(backend)
+    listener = result.Listener(replies, backend)
+    try:
+        assert listener.ready.wait(5)
+        with server.client() as client:
+            wait_for(lambda: int(client.info("commandstats")["cmdstat_ping"]["calls"]) > 2)  # and its pongs were heard
+        assert listener.ready.is_set()
+        os.kill(server.pid, signal.SIGSTOP)
+        wait_for(lambda: not listener.ready.is_set(), what="the silence went unnoticed")
+        os.kill(server.pid, signal.SIGCONT)
+        assert listener.ready.wait(15)
+    finally:
+        os.kill(server.pid, signal.SIGCONT)
+        listener.close()
+        backend.close()
 
 
 @pytest.mark.row("C25")

@@ -41,6 +41,19 @@ async def test_jobs_run_in_the_order_they_were_enqueued(app: Conveyor) -> None:
     assert await audit(app) == []
 
 
+async def test_no_queue_waits_for_a_quiet_one_s_turn(app: Conveyor) -> None:
+    """A worker with fewer slots than queues starts a job of each at once: a queue without work passes its turn on."""
+    for name in "abcdefgh":
+        app.task(queue=name, name=name)(_return)
+    async with working(app, concurrency=2):
+        for name in "cdefghabcdefghab":
+            assert await (await app.tasks[name].aenqueue()).aresult(timeout=2) == 1
+
+
+async def _return() -> int:
+    return 1
+
+
 async def test_functions_run_on_threads_and_coroutines_on_the_loop(app: Conveyor) -> None:
     """A plain function runs off the event loop's thread, an async one on it."""
     loop_thread = threading.get_ident()
@@ -206,6 +219,7 @@ async def test_an_expired_job_never_starts(app: Conveyor) -> None:
         await job.aresult(timeout=5)
 
 
+@pytest.mark.row("A9")
 @pytest.mark.leaves_keys("dead letters stay")
 async def test_a_time_limit_stops_a_coroutine(app: Conveyor) -> None:
     """A coroutine is cancelled at its time limit; what it cleans up runs, and the attempt failed with TimeoutError."""
@@ -308,6 +322,7 @@ async def test_an_idle_worker_is_woken_at_once(app: Conveyor) -> None:
             assert await job.aresult(timeout=5) - start < 0.5
 
 
+@pytest.mark.standalone_only("counts every command the server gets, those of a replica and of sentinels too")
 async def test_an_idle_worker_sends_next_to_nothing(app: Conveyor, redis: Any) -> None:
     """An idle worker blocks: in two seconds it sends at most two commands."""
 
@@ -372,6 +387,7 @@ async def test_functions_keep_to_their_threads_inside_middlewares(app: Conveyor)
     assert most[0] <= 2
 
 
+@pytest.mark.row("A9")
 async def test_an_embedded_worker_outlives_a_blocked_thread(app: Conveyor) -> None:
     """A function that outlives its time limit keeps its lease; its attempt ends, failed, when the thread does."""
     release = threading.Event()

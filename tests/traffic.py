@@ -7,7 +7,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 
 from conveyor.app import Conveyor
@@ -25,6 +25,8 @@ class Traffic:
     pace: float = 0.002
     """Seconds between two pushes."""
     accepted: list[int] = field(default_factory=list)
+    at: dict[int, float] = field(default_factory=dict)
+    """When each was accepted (`time.monotonic`)."""
     ran: Counter[int] = field(default_factory=Counter)
     errors: list[str] = field(default_factory=list)
     last: float = 0.0
@@ -51,6 +53,7 @@ class Traffic:
                 except Exception as error:
                     self.errors.append(repr(error))
                 else:
+                    self.at[self._n] = time.monotonic()
                     self.accepted.append(self._n)
 
     @asynccontextmanager
@@ -65,7 +68,8 @@ class Traffic:
             finally:
                 self._stop.set()
                 await asyncio.to_thread(thread.join)
-            await until(lambda: self.missing == [] or self.is_drained(worker), 60)
+            with suppress(AssertionError):  # what is missing for good is for the test to say
+                await until(lambda: self.missing == [], 20)
             await until(lambda: self.is_drained(worker), 60)
 
     @staticmethod
@@ -83,6 +87,14 @@ class Traffic:
     def missing(self) -> list[int]:
         """What was accepted and never ran."""
         return [n for n in self.accepted if n not in self.ran]
+
+    def lost(self, kills: list[tuple[float, float]]) -> list[int]:
+        """
+        Return what never ran, less what was accepted as its server was killed: replicas may not have had it.
+
+        *kills* are (before, after the other had taken over), by `time.monotonic`.
+        """
+        return [n for n in self.missing if not any(a - 0.05 <= self.at[n] <= b for a, b in kills)]
 
     @property
     def doubled(self) -> list[int]:

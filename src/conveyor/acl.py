@@ -14,7 +14,7 @@ from importlib.resources import files
 
 from conveyor import outbox
 from conveyor.errors import ConfigurationError
-from conveyor.store import inspection, operations, rawlist
+from conveyor.store import inspection, operations, partitioning, rawlist
 from conveyor.store.keys import check_namespace
 from conveyor.store.script import Script
 
@@ -54,7 +54,7 @@ _PRODUCER = Role(
     "pushes and enqueues, asks for status and results, cancels; takes nothing",
     (
         operations.PUSH, operations.PUSH_PLAIN, rawlist.RAWPUSH, operations.AWAIT, operations.FORGET, operations.CANCEL,
-        inspection.SHOW, inspection.COUNTS,
+        inspection.SHOW, inspection.COUNTS, partitioning.CLAIM,
     ),
     (*_RUN, "sadd", "smembers", "subscribe", "ping"),
     channels=True,
@@ -71,15 +71,15 @@ _WORKER = Role(
 _DASHBOARD = Role(
     "dashboard",
     "looks: status, doctor, lists of queues, jobs and workers; changes nothing",
-    (inspection.COUNTS, inspection.PAGE, inspection.SHOW, inspection.CREW, inspection.AUDIT),
-    (*_RUN, "smembers", "sismember", "llen", "hget", "ping", "info", "time"),
+    (inspection.COUNTS, inspection.PAGE, inspection.SHOW, inspection.CREW, inspection.AUDIT, partitioning.COUNT),
+    (*_RUN, "smembers", "llen", "hget", "ping", "info", "time"),
 )
 _OPERATOR = Role(
     "operator",
     "looks, and acts on queues and jobs: pause, purge, redrive, retry, cancel, delete",
     (
         operations.CONFIGURE, operations.PURGE, operations.INTAKE, operations.REDRIVE, operations.PROMOTE,
-        operations.CANCEL,
+        operations.CANCEL, partitioning.CLAIM, partitioning.SWITCH,
     ),
     channels=True,
 ).and_(_DASHBOARD)  # fmt: skip
@@ -151,9 +151,9 @@ def rules(
     if found is _SENTINEL:
         return Rules(role, user, (), (), tuple(sorted(names | _connecting(server, TOPOLOGIES[0], 0))))
     names |= _connecting(server, topology, database)
-    if durable and role in {"producer", "worker"}:
-        # Without WAITAOF only the settings tell whether a reply means that it is on disk.
-        names |= {"wait", "info", "waitaof" if server == "7.2" else "config|get"}
+    if durable:
+        # The settings tell whether a reply, or WAITAOF, means that it is on disk.
+        names |= {"wait", "info", "config|get", *(["waitaof"] if server == "7.2" else [])}
     return Rules(
         role, user, (f"{namespace}:queues", f"{namespace}:{{*}}:*", *(_pattern(one) for one in lists)),
         (f"{namespace}:replies:*",) if found.channels else (), tuple(sorted(names)),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from logging import Logger
 from traceback import TracebackException
+from typing import Any
 
 from conveyor.model import Failure
 
@@ -51,6 +53,24 @@ def shorten(text: str, most: int) -> str:
     tail = most - len(mark) - head
     # A character halved by a cut is dropped.
     return f"{data[:head].decode(errors='ignore')}{mark.decode()}{data[-tail:].decode(errors='ignore')}"
+
+
+def tame(error: BaseException) -> BaseException:
+    """Return *error*, or when it lies about its class (so that `isinstance` raises) an ordinary one that says so."""
+    try:
+        isinstance(error, (Exception, type(None)))
+    except BaseException as reason:
+        stand_in = RuntimeError(f"{type_name(error)}, whose __class__ raises {type_name(reason)}")
+        return stand_in.with_traceback(error.__traceback__)
+    return error
+
+
+def tell(logger: Logger, level: int, text: str, *arguments: Any, error: BaseException) -> None:
+    """Log with the traceback of *error*; one that cannot be formatted, whatever formatting it raises, is left out."""
+    try:
+        logger.log(level, text, *arguments, exc_info=error)
+    except BaseException as reason:  # the methods of an exception are the caller's code
+        logger.log(level, text + "\n<no traceback: %s while it was formatted>", *arguments, type_name(reason))
 
 
 def _traceback(error: BaseException) -> str:

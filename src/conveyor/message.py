@@ -162,7 +162,7 @@ class Message(Generic[T]):
         leased, verdict = self._leased, self._holder.verdict
         if leased.settled or leased.lost:
             if isinstance(error, Exception) and self._holder.on_error == "log":
-                logger.error("Message %s: %s", self.id, _brief(error), exc_info=error)
+                failure.tell(logger, logging.ERROR, "Message %s: %s", self.id, _brief(error), error=error)
             elif leased.lost and not leased.settled:
                 logger.warning("Message %s was lost while it ran: its lease was given up, another has it.", self.id)
             return []
@@ -174,9 +174,10 @@ class Message(Generic[T]):
         ending = verdict.failed(leased, error, cancelled=self._holder.is_cancelled(leased))
         if log and self._holder.on_error == "log":
             follows = {"R": f"again in {ending.ms / 1000:.1f} s", "X": "dead"}.get(ending.kind, "cancelled")
-            logger.error(
-                "Message %s failed at attempt %d, %s: %s", self.id, self.attempt, follows, _brief(error), exc_info=error
-            )
+            failure.tell(
+                logger, logging.ERROR, "Message %s failed at attempt %d, %s: %s", self.id, self.attempt, follows,
+                _brief(error), error=error,
+            )  # fmt: skip
         return [(leased, ending)]
 
     def _stops(self, error: BaseException | None) -> bool:

@@ -96,10 +96,17 @@ def _read_batch(reply: list[Any]) -> Batch | None:
     return Batch(reply[0], reply[1:]) if reply else None
 
 
-def deliver(source: QueueKeys, target: QueueKeys, number: int, entries: Sequence[Entry]) -> Call[list[str]]:
-    """Return the call that pushes a batch's part to *target*, once; raises what a push raises, and LateReply."""
-    call = operations.push(target, Lane(source.queue, number - 1), entries)
-    return replace(call, keys=(target.inbox(source.queue), *call.keys[1:]))
+def deliver(
+    source: QueueKeys, target: QueueKeys, number: int, entries: Sequence[Entry], *, instead_of: str | None = None
+) -> Call[list[str]]:
+    """
+    Return the call that pushes a batch's part to *target*, once; raises what a push raises, and LateReply.
+
+    A part that was written for another place, *instead_of*, comes in a lane of its own: *target* may have a part too.
+    """
+    lane = source.queue if instead_of is None else f"{source.queue}>{instead_of}"
+    call = operations.push(target, Lane(lane, number - 1), entries)
+    return replace(call, keys=(target.inbox(lane), *call.keys[1:]))
 
 
 def trim(keys: QueueKeys, number: int) -> Call[int]:

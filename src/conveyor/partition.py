@@ -10,13 +10,14 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Generator, Sequence
+from functools import partial
 from itertools import count
 from random import randrange
 from typing import Any, TypeVar
 from zlib import crc32
 
 from conveyor import ident
-from conveyor.errors import ConfigurationError
+from conveyor.errors import ConfigurationError, StoreUnavailable
 from conveyor.holder import adrive, drive
 from conveyor.pusher import Way
 from conveyor.store import partitioning
@@ -126,7 +127,7 @@ class Partitions:
         deadline = time.monotonic() + (self.backend.patience if patience is None else patience)
         while True:
             try:
-                return drive(self._claiming(), self.backend.run)
+                return drive(self._claiming(), partial(self.backend.run, patience=self._patience))
             except WrongPartitions as error:
                 if error.found != 0 or time.monotonic() >= deadline:
                     raise
@@ -137,25 +138,34 @@ class Partitions:
         deadline = time.monotonic() + (self.backend.patience if patience is None else patience)
         while True:
             try:
-                return await adrive(self._claiming(), self.backend.arun)
+                return await adrive(self._claiming(), partial(self.backend.arun, patience=self._patience))
             except WrongPartitions as error:
                 if error.found != 0 or time.monotonic() >= deadline:
                     raise
                 await asyncio.sleep(_LOOK)
 
+    @property
+    def _patience(self) -> float:
+        """How long a claim is repeated for: where pushes are kept when Redis is away, it is not waited for."""
+        return self.backend.patience if self.backend.buffer is None else _LOOK
+
     def _claiming(self) -> Generator[Call[Any], Any, None]:
-        # The queue's own number first: of two programs that differ, one loses there, before it has touched a partition.
-        first = yield partitioning.claim(self.whole, self.count, whole=True)
+        whole, *parts = partitioning.claims(self.backend.namespace, self.name, self.count)
+        first = yield whole
         if first or self._claimed:
-            for keys in self.keys:
-                yield partitioning.claim(keys, self.count, whole=False)
+            for part in parts:  # noqa: UP028  replies are sent in
+                yield part
 
     def keep(self, work: Callable[[], V]) -> V:
         """Push by *work*, again after agreeing anew when a partition knew another number: Redis was emptied, or it changed."""
-        self.agree()
         if not self._known:
-            self.backend.announce(*self.keys)
-            self._known = True
+            try:
+                self.agree()
+                self.backend.announce(*self.keys)
+                self._known = True
+            except StoreUnavailable:
+                if self.backend.buffer is None:  # else the push is kept, and agrees when it is delivered
+                    raise
         try:
             return work()
         except WrongPartitions:
@@ -164,10 +174,14 @@ class Partitions:
 
     async def akeep(self, work: Callable[[], Awaitable[V]]) -> V:
         """Do the same on this event loop."""
-        await self.aagree()
         if not self._known:
-            await self.backend.aannounce(*self.keys)
-            self._known = True
+            try:
+                await self.aagree()
+                await self.backend.aannounce(*self.keys)
+                self._known = True
+            except StoreUnavailable:
+                if self.backend.buffer is None:
+                    raise
         try:
             return await work()
         except WrongPartitions:

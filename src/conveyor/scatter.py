@@ -8,11 +8,12 @@ from typing import TypeVar
 
 from conveyor import ident
 from conveyor.codec import ValueCodec
-from conveyor.errors import ConveyorError, QueueFull, StoreUnavailable
+from conveyor.errors import ConveyorError, DurabilityNotReached, QueueFull, StoreUnavailable
 from conveyor.partition import Partitions
 from conveyor.posting import Posting
 from conveyor.pusher import Pusher, Way
 from conveyor.store.backend import refuse_in_loop
+from conveyor.store.durability import after
 
 T = TypeVar("T")
 Part = tuple[int, slice]
@@ -50,18 +51,19 @@ class Scatter(Pusher[T]):
         refuse_in_loop()
         ids: list[str] = []
         for window in self._windows(values, options.head, ids):
-            fresh, stored = ident.new_ids(len(window)), 0
+            fresh, stored = ident.new_ids(len(window)), list(ids)
             for at, part in self._parts(len(window), group):
-                pusher, bare = self._pushers[at], fresh[part]
-                done = 0
+                pusher, bare, done = self._pushers[at], fresh[part], 0
                 try:
                     for chunk in pusher._cut(window[part]):  # noqa: SLF001
                         self._send_part(pusher, chunk, bare[done : done + len(chunk)], options)
+                        stored += pusher._public(bare[done : done + len(chunk)])  # noqa: SLF001
                         done += len(chunk)
                 except (QueueFull, StoreUnavailable) as error:
-                    raise self._some(error, at, len(ids) + stored + done) from error
+                    raise self._some(error, at, len(stored)) from error
+                except DurabilityNotReached as error:
+                    raise after(error, stored) from None
                 fresh[part] = pusher._public(bare)  # noqa: SLF001
-                stored += done
             ids += fresh
         return ids
 
@@ -69,18 +71,19 @@ class Scatter(Pusher[T]):
         """Do the same on this event loop."""
         ids: list[str] = []
         for window in self._windows(values, options.head, ids):
-            fresh, stored = ident.new_ids(len(window)), 0
+            fresh, stored = ident.new_ids(len(window)), list(ids)
             for at, part in self._parts(len(window), group):
-                pusher, bare = self._pushers[at], fresh[part]
-                done = 0
+                pusher, bare, done = self._pushers[at], fresh[part], 0
                 try:
                     for chunk in pusher._cut(window[part]):  # noqa: SLF001
                         await self._asend_part(pusher, chunk, bare[done : done + len(chunk)], options)
+                        stored += pusher._public(bare[done : done + len(chunk)])  # noqa: SLF001
                         done += len(chunk)
                 except (QueueFull, StoreUnavailable) as error:
-                    raise self._some(error, at, len(ids) + stored + done) from error
+                    raise self._some(error, at, len(stored)) from error
+                except DurabilityNotReached as error:
+                    raise after(error, stored) from None
                 fresh[part] = pusher._public(bare)  # noqa: SLF001
-                stored += done
             ids += fresh
         return ids
 

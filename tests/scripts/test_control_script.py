@@ -205,6 +205,7 @@ def test_purge_elsewhere(scene: Scene, place: str) -> None:
     assert scene.audit() == []
 
 
+@pytest.mark.row("D7")
 @pytest.mark.redis6
 @pytest.mark.parametrize(("limit", "taken"), [(10**9, 1000), (0, 0), (-1, 0)])
 def test_purge_is_bounded(scene: Scene, limit: int, taken: int) -> None:

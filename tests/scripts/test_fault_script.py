@@ -36,6 +36,7 @@ def spoil(scene: Scene, key: str) -> None:
         scene.client.set(key, "spoiled")
 
 
+@pytest.mark.row("C28")
 @pytest.mark.redis6
 @pytest.mark.parametrize("name", CALLS)
 def test_wrong_type_fails_with_nothing_written(scene: Scene, name: str) -> None:
@@ -58,6 +59,7 @@ def test_wrong_type_fails_with_nothing_written(scene: Scene, name: str) -> None:
     assert touched <= noticed
 
 
+@pytest.mark.row("C11", "C28")
 @pytest.mark.redis6
 @pytest.mark.redis7
 @pytest.mark.parametrize("name", sorted(CALLS.keys() - PUSHES))
@@ -78,9 +80,11 @@ def test_full_server_still_drains(scene: Scene, name: str) -> None:
         assert reply == expected_reply
 
 
+@pytest.mark.row("C11")
 @pytest.mark.redis6
 @pytest.mark.redis7
 @pytest.mark.parametrize("name", sorted(PUSHES))
+@pytest.mark.standalone_only("sets the memory limit of one server")
 def test_full_server_refuses_a_push_whole(scene: Scene, name: str) -> None:
     """On a full server a push raises QueueFull and leaves nothing, and with room again the same call succeeds."""
     make, _ = CALLS[name]
@@ -95,6 +99,7 @@ def test_full_server_refuses_a_push_whole(scene: Scene, name: str) -> None:
     assert scene.audit() == []
 
 
+@pytest.mark.row("C11")
 @pytest.mark.redis6
 @pytest.mark.redis7
 def test_backlog_drains_on_a_full_server(scene: Scene) -> None:
@@ -123,6 +128,7 @@ def test_reads_change_nothing(scene: Scene, name: str) -> None:
         scene.run(make(KEYS))
 
 
+@pytest.mark.row("C14")
 @pytest.mark.parametrize("name", ["push", "turn", "reap", "cancel-scheduled", "purge-ready"])
 def test_forgotten_scripts_are_sent_again(scene: Scene, name: str) -> None:
     """After SCRIPT FLUSH a call has the effect it always has."""

@@ -285,6 +285,7 @@ def test_message_refused_for_its_key_does_not_take_its_id(scene: Scene) -> None:
     assert scene.audit() == []
 
 
+@pytest.mark.row("D12")
 def test_dead_holder_does_not_count(scene: Scene) -> None:
     """A unique key whose holder is no longer there is taken over: it cannot leak."""
     scene.client.set(scene.keys.prefix + "unique:k:k", "ghost")

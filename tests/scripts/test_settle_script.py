@@ -102,6 +102,7 @@ def test_one_job_has_one_outcome(scene: Scene, second: str) -> None:
     }  # fmt: skip
 
 
+@pytest.mark.row("D12")
 @pytest.mark.parametrize("kind", ["D", "C", "X"])
 def test_end_gives_back_the_unique_key(scene: Scene, kind: str) -> None:
     """Whatever ends a job gives its unique key back at once and keeps its own id for a day."""

@@ -147,6 +147,7 @@ def test_due_jobs_join_the_tail_in_the_order_of_their_instants(scene: Scene) -> 
     assert state["due"] == {"later": "now+60s"}
 
 
+@pytest.mark.row("D9")
 @pytest.mark.redis6
 def test_promotion_is_bounded(scene: Scene) -> None:
     """A turn promotes at most 200 due jobs and tells that the next one is due already."""
@@ -299,6 +300,7 @@ def test_who_goes_passes_the_baton(scene: Scene) -> None:
     assert scene.take_token()
 
 
+@pytest.mark.row("D19")
 def test_paused_queue(scene: Scene) -> None:
     """A paused queue leases nothing, passes no baton, and still settles; resuming calls a worker."""
     scene.lease("a")

@@ -59,6 +59,7 @@ class Target:
                 f"{name} uses {app.backend.address} by its code, and --url cannot change that. Write Conveyor() there."
             )
         click.get_current_context().call_on_close(app.close)
+        _unbuffered(app)
         return name, app
 
     def backend(self) -> Backend:
@@ -71,7 +72,7 @@ class Target:
             self._app = app
             if url is None and namespace in {None, app.backend.namespace}:
                 app.backend.patience = PATIENCE
-                found: Backend = app.backend
+                found: Backend = _unbuffered(app)
                 return _closed_later(found)
             namespace = namespace or app.backend.namespace
             url = url or app.backend.address.url
@@ -96,6 +97,14 @@ class Target:
 
     def _namespace(self) -> str | None:
         return self.namespace or os.environ.get("CONVEYOR_NAMESPACE") or self.settings.namespace
+
+
+def _unbuffered(app: Any) -> Backend:
+    """Return the backend of an app; its buffer takes nothing: a command ends, so it fails when Redis is away."""
+    backend: Backend = app.backend
+    if backend.buffer is not None:
+        backend.buffer.most = 0
+    return backend
 
 
 def _closed_later(backend: Backend) -> Backend:

@@ -76,7 +76,7 @@ class Buffer:
         if self._start is not None:
             raise ConfigurationError("This Buffer belongs to another app already: make one for each.")
         self._start = start
-        atexit.register(_at_exit, weakref.ref(self))
+        _bound.add(self)
 
     def __len__(self) -> int:
         with self._changed:
@@ -259,7 +259,13 @@ class Buffer:
         self._reset()
 
 
-def _at_exit(reference: weakref.ref[Buffer]) -> None:
-    buffer = reference()
-    if buffer is not None:
+_bound: weakref.WeakSet[Buffer] = weakref.WeakSet()
+
+
+def flush_all() -> None:
+    """Give what waits its last seconds; called when the process ends, and by those that end without saying so."""
+    for buffer in list(_bound):
         buffer.flush()
+
+
+atexit.register(flush_all)

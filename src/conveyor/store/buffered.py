@@ -10,10 +10,11 @@ from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from conveyor import ident
 from conveyor.errors import ConveyorError, QueueFull, StoreUnavailable
 from conveyor.store import fault, operations
 from conveyor.store.backend import PATIENCE, Backend, refuse_in_loop
-from conveyor.store.backlog import Batch, Record
+from conveyor.store.backlog import Backlog, Batch, Record
 from conveyor.store.buffer import Buffer, day_identity
 from conveyor.store.confirmed import Confirmed, plain_entries
 from conveyor.store.connection import Connection
@@ -21,13 +22,14 @@ from conveyor.store.durability import Durability
 from conveyor.store.gathering import BULK, AsyncLane, Item, entries_of
 from conveyor.store.keys import QueueKeys, known_queues
 from conveyor.store.operations import Entry, Lane
+from conveyor.store.partitioning import WrongPartitions, claims
 from conveyor.store.script import Argument
 
 if TYPE_CHECKING:
     from conveyor.store.place import Place
 
 FIRST = 0.05
-"""Seconds the first attempt is repeated for: one that met a connection gone stale is not an outage."""
+"""Seconds an attempt is repeated for: one that met a connection gone stale, or a slot that moved, is not an outage."""
 CAP = 1.0
 """Most seconds between two attempts of the delivery."""
 _SAY_AGAIN = 60.0
@@ -117,7 +119,9 @@ class BufferedBackend(Backend):
             raise QueueFull(
                 f"Queue '{keys.queue}' takes at most {max_length} jobs, and this push has {len(entries)}. Nothing was stored."
             )
-        record = Record(self.namespace, keys.queue, entries, time.time(), max_length, foreign=keys.foreign)
+        record = Record(
+            self.namespace, keys.queue, entries, time.time(), max_length, keys.partitions, foreign=keys.foreign
+        )
         if lane is not None:
             record.lane, record.number = lane.identity, lane.number
         if entries:
@@ -280,10 +284,13 @@ class Delivery:
         try:
             while not self._ending.is_set():
                 with self._lock:  # so that nobody adds something between the look and the end
-                    found = self._buffer.next()
+                    found = self._next()
                     if found is None:
                         self._thread = None
                         return
+                if isinstance(found, OSError):
+                    self._ending.wait(CAP)
+                    continue
                 backlog, batch = found
                 try:
                     self._send(batch, connections)
@@ -312,17 +319,32 @@ class Delivery:
                 if self._thread is threading.current_thread():
                     self._thread = None
 
+    def _next(self) -> tuple[Backlog, Batch] | OSError | None:
+        try:
+            return self._buffer.next()
+        except OSError as error:
+            _log.error("the buffer %s cannot be written: %s", self._buffer.directory, error)
+            return error
+
     def _send(self, batch: Batch, connections: dict[Place, Connection]) -> None:
         first, backend = batch.records[0], self._backend
-        keys = QueueKeys(first.namespace, first.queue, foreign=first.foreign)
-        backend.hail(keys, 0.0)
+        keys = QueueKeys(first.namespace, first.queue, foreign=first.foreign, partitions=first.partitions)
+        backend.hail(keys, FIRST)
         place = backend.place(keys)
         connection = connections.get(place)
         if connection is None:
             connection = connections[place] = Connection(place)
         lane = Lane(batch.lane, batch.number - 1)
         call = operations.push(keys, lane, batch.entries(time.time()), max_length=first.max_length)
-        connection.run(call, patience=0.0)
+        try:
+            connection.run(call, patience=FIRST)
+        except WrongPartitions as error:
+            if error.found is not None:
+                raise
+            # Redis was emptied meanwhile, so it has no number yet: ours, unless another program was first.
+            for claim in claims(first.namespace, ident.logical(first.queue), keys.partitions):
+                backend.run(claim, patience=FIRST)
+            connection.run(call, patience=FIRST)
 
 
 def _refused(batch: Batch, error: Exception) -> None:

@@ -283,7 +283,8 @@ def reap(keys: QueueKeys, worker: str, *, end: int | None = None, crashed: bool 
     """
     Return the call that takes *worker*'s registration away and returns its jobs; it yields their number, -1 when refused.
 
-    *end* is the one it was seen with twice; None when its death is known. `crashed=False` charges nothing.
+    *end* is the one it was seen with twice; None when its death is known. `crashed=False` charges no crash: each job
+    counts a start, since it may have begun, and no run goes unseen.
     """
     names = (keys.leased(worker), keys.workers, keys.jobs, keys.state, keys.wake, keys.waiters, *keys.ready)
     return Call(REAP, names, (worker, "" if end is None else end, "crash" if crashed else "leave"), int)

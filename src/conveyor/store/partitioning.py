@@ -57,6 +57,17 @@ def claim(keys: QueueKeys, count: int, *, whole: bool) -> Call[bool]:
     return Call(CLAIM, (keys.conf,), (count, "queue" if whole else "partition"), partial(_claimed, wanted))
 
 
+def claims(namespace: str, queue: str, count: int) -> list[Call[bool]]:
+    """
+    Return the calls by which a program agrees with Redis on the number, to be made one after the other.
+
+    The queue's own is the first: of two programs that differ, one loses there, before it has touched a partition.
+    """
+    parts = [QueueKeys(namespace, ident.partition(queue, number)) for number in range(count)]
+    whole = claim(QueueKeys(namespace, queue), count, whole=True)
+    return [whole, *(claim(keys, count, whole=False) for keys in parts)]
+
+
 def _claimed(keys: QueueKeys, reply: list[Any]) -> bool:
     if reply[0] == -1:
         raise WrongPartitions(keys, reply[1].decode())

@@ -5,6 +5,7 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
+from conveyor import failure
 from conveyor.context import Context
 from conveyor.errors import PayloadError
 from conveyor.ident import made_at_ms, public
@@ -148,7 +149,5 @@ class Closed(Attempt):
 
 def details(error: Any) -> str:
     """Return an error's text in one line for a log, whatever its `__str__` does."""
-    try:
-        return " ".join(f"{type(error).__name__}: {error}".split())[:500]
-    except Exception:
-        return type(error).__name__
+    name = failure.type_name(error).rpartition(".")[2]
+    return " ".join(f"{name}: {failure.message(error)}".split())[:500]

@@ -159,6 +159,8 @@ def _new_loop() -> asyncio.AbstractEventLoop:
 
 def _end(code: int) -> NoReturn:
     """Exit at once: a thread that is stuck in a job must not hold up the end."""
+    if (buffers := sys.modules.get("conveyor.store.buffer")) is not None:
+        buffers.flush_all()  # what jobs pushed while Redis was away
     logging.shutdown()
     for stream in (sys.stdout, sys.stderr):
         try:

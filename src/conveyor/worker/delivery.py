@@ -4,23 +4,28 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Protocol
 
-from conveyor import outbox
+from conveyor import ident, outbox
 from conveyor.errors import ConveyorError
 from conveyor.store import fault
 from conveyor.store.operations import LateReply
 
 if TYPE_CHECKING:
+    from conveyor.partition import Partitions
     from conveyor.store.backend import Backend
     from conveyor.store.keys import QueueKeys
+    from conveyor.store.operations import Entry
+    from conveyor.store.script import Call
 
     class Home(Protocol):
         """What a delivery needs of the app."""
 
         @property
         def backend(self) -> Backend: ...
+        @property
+        def partitioned(self) -> Mapping[str, Partitions]: ...
         def keys(self, queue: str) -> QueueKeys: ...
 
 
@@ -85,14 +90,13 @@ async def deliver(keys: QueueKeys, home: Home) -> bool:
         return False
     failed: ConveyorError | None = None
     for queue, entries in batch.parts.items():
-        target = home.keys(queue)
         try:
-            await backend.aannounce(target)
-            await backend.arun(outbox.deliver(keys, target, batch.number, entries), patience=PATIENCE)
-        except LateReply:
+            for call in await _calls(keys, home, batch.number, queue, entries):
+                await _push(home, queue, call)
+        except _Late as late:
             # Others have delivered and trimmed this batch, and a newer one. Or a failover took the source back to a
             # number that this receiver has seen: then the same batch gets a higher one.
-            seen = await backend.aexecute("GET", target.inbox(keys.queue), key=target.jobs)
+            seen = await backend.aexecute("GET", late.inbox, key=late.inbox)
             if isinstance(seen, bytes):
                 least = int(seen.partition(b"\n")[0]) + 1
                 await backend.arun(outbox.take(keys, instead=batch.number, least=least), patience=PATIENCE)
@@ -103,3 +107,38 @@ async def deliver(keys: QueueKeys, home: Home) -> bool:
         raise failed
     await backend.arun(outbox.trim(keys, batch.number), patience=PATIENCE)
     return True
+
+
+class _Late(Exception):
+    """A receiver has seen a higher number; *inbox* is where it keeps it."""
+
+    def __init__(self, inbox: str) -> None:
+        super().__init__(inbox)
+        self.inbox = inbox
+
+
+async def _calls(source: QueueKeys, home: Home, number: int, queue: str, entries: list[Entry]) -> list[Call[list[str]]]:
+    """Return the pushes of a part: one, unless it was written for a partition that there is no more, or not yet."""
+    partitions = home.partitioned.get(ident.logical(queue))
+    if partitions is None:
+        target = home.keys(queue)
+        await home.backend.aannounce(target)
+        return [outbox.deliver(source, target, number, entries)]
+    targets = {keys.queue: keys for keys in partitions.keys}
+    if queue in targets:
+        return [outbox.deliver(source, targets[queue], number, entries)]
+    moved: dict[str, list[Entry]] = {}
+    for entry in entries:
+        moved.setdefault(partitions.placed(entry), []).append(entry)
+    return [outbox.deliver(source, targets[name], number, part, instead_of=queue) for name, part in moved.items()]
+
+
+async def _push(home: Home, queue: str, call: Call[list[str]]) -> None:
+    partitions = home.partitioned.get(ident.logical(queue))
+    try:
+        if partitions is None:
+            await home.backend.arun(call, patience=PATIENCE)
+        else:
+            await partitions.akeep(lambda: home.backend.arun(call, patience=PATIENCE))
+    except LateReply:
+        raise _Late(call.keys[0]) from None

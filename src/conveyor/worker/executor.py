@@ -11,6 +11,7 @@ from functools import partial
 from time import perf_counter
 from typing import Any
 
+from conveyor import failure
 from conveyor.context import CURRENT, Context
 from conveyor.worker.attempt import Attempt
 from conveyor.worker.deadline import Deadlines
@@ -137,6 +138,7 @@ class Executor:
     def _thread_ended(self, attempt: Attempt, value: Any, error: BaseException | None) -> None:
         """Take what came back from a thread: to the middlewares that wait for it, or as the end of the attempt."""
         waiter = attempt.waiter
+        error = None if error is None else failure.tame(error)
         if waiter is None:
             self._finish(attempt, value, error)
         elif waiter.done():
@@ -229,7 +231,7 @@ class Executor:
     def _finish(self, attempt: Attempt, value: Any, error: BaseException | None) -> None:
         if attempt.ended == 0.0:
             attempt.ended = perf_counter()
-            self._ended(attempt, value, error)
+            self._ended(attempt, value, None if error is None else failure.tame(error))
 
     async def close(self) -> None:
         """End slots, threads and processes."""

@@ -120,23 +120,19 @@ class Settling:
             report.others.append(Settlement("R", attempt.id, decision.ms, state=decision.state.encode()))
             attempt.consumer.own_retries.add(attempt.id)
             budget = attempt.envelope.extra.attempts or policy.attempts
-            log.warning(
-                "✗ %s %s attempt %d/%d %s → retry in %.3g s", handler.name, attempt.public_id, attempt.number, budget,
-                details(error), decision.ms / 1000, exc_info=error,
+            failure.tell(
+                log, logging.WARNING, "✗ %s %s attempt %d/%d %s → retry in %.3g s", handler.name, attempt.public_id,
+                attempt.number, budget, details(error), decision.ms / 1000, error=error,
             )  # fmt: skip
             if self._app.has_listener(JobRetried):
                 self._app.emit(
                     JobRetried(attempt.public_id, handler.name, queue, attempt.number, decision.ms / 1000, error)
                 )
             return
-        log.error(
-            "✗ %s %s attempt %d dead: %s",
-            handler.name,
-            attempt.public_id,
-            attempt.number,
-            details(error),
-            exc_info=error,
-        )
+        failure.tell(
+            log, logging.ERROR, "✗ %s %s attempt %d dead: %s", handler.name, attempt.public_id, attempt.number,
+            details(error), error=error,
+        )  # fmt: skip
         self.bury(report, attempt, decision.state, decision.reason, now_ms, error)
 
     def unreadable(self, report: Report, attempt: Attempt, error: PayloadError, now_ms: int) -> None:

@@ -98,7 +98,8 @@ class Slots:
                         self.wake()
                     value = await _rest(coroutine, variables, waited_on)
             except BaseException as raised:
-                if isinstance(raised, asyncio.CancelledError) and attempt.stopped is None and me.cancelling():
+                # By its type: what a job raises may lie about its class.
+                if issubclass(type(raised), asyncio.CancelledError) and attempt.stopped is None and me.cancelling():
                     self.running -= 1
                     raise  # the slot itself is ended
                 error = raised

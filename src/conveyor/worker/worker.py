@@ -19,7 +19,7 @@ from conveyor.model import State, to_json
 from conveyor.store import operations
 from conveyor.store.operations import MOST_HELD, Report, Settlement
 from conveyor.worker import settling
-from conveyor.worker.attempt import Attempt
+from conveyor.worker.attempt import Attempt, details
 from conveyor.worker.berth import Harbour
 from conveyor.worker.consumer import Consumer
 from conveyor.worker.executor import Executor
@@ -258,6 +258,10 @@ class Worker:
         """A turn was answered: see whether the burst is over."""
         if self._burst and not self.stopping and all(one.drained for one in self.consumers):
             self.stop()
+        if not consumer.more and len(self.consumers) > 1:
+            for one in self.consumers:  # it has no use for the room it was given: whose turn is it next?
+                if one.more:
+                    one.schedule()
 
     def listen(self) -> None:
         """Wait for work, if nobody does."""
@@ -291,9 +295,10 @@ class Worker:
         if consumer.holds(attempt):
             self._settle(attempt, value, error)
         elif error is not None and attempt.handler.early:
-            log.error(
-                "✗ %s %s failed after its early ack: %s", attempt.handler.name, attempt.public_id, error, exc_info=error
-            )
+            failure.tell(
+                log, logging.ERROR, "✗ %s %s failed after its early ack: %s", attempt.handler.name, attempt.public_id,
+                details(error), error=error,
+            )  # fmt: skip
         consumer.ended(attempt)
         if self.stopping:
             self._moved.set()
@@ -351,7 +356,7 @@ class Worker:
             attempt.public_id, attempt.handler.name,
         )  # fmt: skip
         self.retiring = True
-        self.stop()
+        self._stop_asked.set()  # not `stop()`: when there was one already, that would hurry the other jobs
 
     def _tick(self) -> None:
         self.last_tick = monotonic()

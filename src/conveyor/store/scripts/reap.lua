@@ -2,7 +2,7 @@
 --
 -- KEYS  1 leased:<worker>  2 workers  3 jobs  4 state  5 wake  6 waiters  7-16 ready:0 … ready:9
 -- ARGV  1 worker  2 the end it was seen with (ms), or "" when its death is known or it leaves by itself
---       3 "crash": each job counts a start, and its first crash · "leave": nothing is charged
+--       3 "crash": each job counts a start, and its first crash · "leave": a start only, since it may have begun
 -- returns the number of jobs returned, or -1 when there is no such worker or it has beaten since
 local leased, workers, jobs, state = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
 local ends = redis.call('ZSCORE', workers, ARGV[1])
@@ -40,7 +40,7 @@ local function charge(id, attempts)
   local starts, failures, crashes, rest = string.match(attempts or '0 0 0', '^(%d+) (%d+) (%d+)(.*)$')
   if not starts then starts, failures, crashes, rest = 0, '0', 0, '' end
   -- Nearness makes a suspect and no more: from one crash on a job is charged before it starts, by whoever starts it.
-  if tonumber(crashes) < 1 then crashes = 1 end
+  if ARGV[3] == 'crash' and tonumber(crashes) < 1 then crashes = 1 end
   redis.call('HSET', state, id, int(starts + 1) .. ' ' .. failures .. ' ' .. int(tonumber(crashes)) .. rest)
 end
 
@@ -58,7 +58,7 @@ for i, id in ipairs(ids) do
     release(prefix, id, found and found.unique, found and found.own)
     announce(KEYS[6], id, record)
   else
-    if ARGV[3] == 'crash' then charge(id, states[i]) end
+    charge(id, states[i])
     redis.call('LPUSH', KEYS[7 + (found and found.priority or 0)], id)
     returned = returned + 1
   end

@@ -1,0 +1,16 @@
+"""What a process of `multiprocessing` runs in the tests of forks; a module of its own, since `spawn` imports it anew."""
+
+from __future__ import annotations
+
+from conveyor import Conveyor
+
+
+async def note(n: int) -> None: ...
+
+
+def spawned(url: str, start: int) -> None:
+    """Enqueue from a process of `multiprocessing`."""
+    with Conveyor(url) as app:
+        task = app.task(name="note")(note)
+        for n in range(start, start + 20):
+            task.enqueue(n)
