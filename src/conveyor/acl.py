@@ -81,7 +81,7 @@ _OPERATOR = Role(
         operations.CONFIGURE, operations.PURGE, operations.INTAKE, operations.REDRIVE, operations.PROMOTE,
         operations.CANCEL, partitioning.CLAIM, partitioning.SWITCH,
     ),
-    ("sadd", "srem"),
+    ("sadd", "srem", "hscan"),
     channels=True,
 ).and_(_DASHBOARD)  # fmt: skip
 _SENTINEL = Role(
