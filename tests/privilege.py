@@ -18,6 +18,7 @@ from conveyor.context import Context, current
 from conveyor.errors import JobNotFound
 from conveyor.ident import new_identity
 from conveyor.outcome import Retry
+from conveyor.repartition import repartition
 from conveyor.store import inspection, operations
 from conveyor.worker.board import About, Identity
 from conveyor.worker.guardian import Estate, Guardian
@@ -197,8 +198,10 @@ def operate(app: Conveyor) -> None:
     admin.purge("default")
     admin.purge("default", dead=True)
     app.plain_lists[LIST].purge()
-    fresh = app.queue("fresh")
-    assert (fresh.repartition(2), fresh.repartition(1)) == (1, 2)
+    for number in (2, 1):
+        repartition(app.backend, "spread", number)
+    jobs = app.keys("default").jobs
+    app.backend.execute("HSCAN", jobs, 0, key=jobs)  # as `conveyor.leftover.sweep` reads them
 
 
 async def work(app: Conveyor) -> None:
