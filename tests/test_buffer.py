@@ -25,7 +25,7 @@ from conveyor.store.wire import Wire, WireLost
 from server import Server
 
 Start = Callable[..., Server]
-AOF = ("--appendonly", "yes")
+AOF = ("--appendonly", "yes", "--appendfsync", "always")  # everysec may lose what came during a sync
 
 
 @pytest.fixture
@@ -236,8 +236,8 @@ def test_a_full_queue_is_waited_for(server: Server, buffer: Buffer) -> None:
         server.start()
         until(lambda: len(line(server)) == 4)
         seen: list[int] = []
-        while len(seen) < 10:
-            for message in mail.pull(10, wait="5s"):
+        while len(seen) < 10 and (messages := mail.pull(10, wait="10s")):
+            for message in messages:
                 seen.append(message.body)
                 message.ack()
         assert seen == list(range(10))
