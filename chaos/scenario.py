@@ -72,8 +72,8 @@ def sigkill(stage: Stage, count: int, facts: Facts) -> Verdict:
     workers = [stage.crew.supervised(f"worker{n}", stage.url, grace="1s") for n in range(2)]
     workers.append(stage.crew.embedded("program", stage.url))
     stage.ready(5)
-    every = 0.5
-    mix = {"bulk": 0.06, "quick": 1, "steady": 0.1, "message": 0.1, "slow": 0.01}
+    every = 0.45
+    mix = {"bulk": 0.06, "quick": 1, "steady": 0.1, "message": 0.1, "quick:300": 0.2}
     _producers(stage, [stage.url] * 2, rate=200 / every, count=200 * count, mix=mix)
     began = time.monotonic()
     for number in range(count):

@@ -14,7 +14,7 @@ RATE = 60.0
 
 
 def soak(
-    seconds: float, seed: int, *, lease: float = 1.5, topology: str = "standalone", quiet: bool = False
+    seconds: float, seed: int, *, lease: float = 1.0, topology: str = "standalone", quiet: bool = False
 ) -> tuple[Verdict, Stage, dict[str, Any]]:
     """Run for *seconds*, heal, drain, judge; return the verdict, the stage, and what the run was like."""
     with Stage(seed=seed, lease=lease, clock=True, topology=topology) as stage:
