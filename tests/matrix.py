@@ -145,11 +145,11 @@ class WithLeastPrivilege(Server):
         super().__init__(binary, directory)
         both = [acl.rules(role, "conveyor", server="7.2", durable=True) for role in ("worker", "operator")]
         commands = sorted({f"+{command}" for one in both for command in one.commands})
-        # The tests name namespaces and lists as they like; that foreign keys are refused is test_acl.py's to show.
+        # The tests name namespaces, lists and channels as they like; that others are refused is test_acl.py's to show.
         with self.client() as client:
             digest = hashlib.sha256(_PASSWORD.encode()).hexdigest()
             client.execute_command(
-                "ACL", "SETUSER", "suite", "reset", "on", f"#{digest}", "resetchannels", "~*", "&*:replies:*", *commands
+                "ACL", "SETUSER", "suite", "reset", "on", f"#{digest}", "resetchannels", "~*", "&*", *commands
             )
         self.url = f"unix://suite:{_PASSWORD}@{self.socket}?db=0"
 

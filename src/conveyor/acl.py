@@ -54,7 +54,7 @@ _PRODUCER = Role(
     "pushes and enqueues, asks for status and results, cancels; takes nothing",
     (
         operations.PUSH, operations.PUSH_PLAIN, rawlist.RAWPUSH, operations.AWAIT, operations.FORGET, operations.CANCEL,
-        inspection.SHOW, inspection.COUNTS, partitioning.CLAIM,
+        inspection.SHOW, inspection.COUNTS, partitioning.CLAIM, partitioning.COUNT,
     ),
     (*_RUN, "sadd", "smembers", "subscribe", "ping"),
     channels=True,
@@ -81,6 +81,7 @@ _OPERATOR = Role(
         operations.CONFIGURE, operations.PURGE, operations.INTAKE, operations.REDRIVE, operations.PROMOTE,
         operations.CANCEL, partitioning.CLAIM, partitioning.SWITCH,
     ),
+    ("sadd", "srem", "hscan"),
     channels=True,
 ).and_(_DASHBOARD)  # fmt: skip
 _SENTINEL = Role(
