@@ -133,6 +133,7 @@ def produce(app: Conveyor) -> None:
     orders.push(1, unique="u")
     orders.push(1, id="mine", front=True)
     app.plain_lists[LIST].push({"n": 1})
+    app.queue("spread", partitions=2).push_many([1, 2])
     assert len(orders) >= 5
     assert orders.stats().ready >= 5
     job = double.enqueue(4)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from conveyor.admin import Admin
 from conveyor.app import Conveyor
 from conveyor.errors import ConfigurationError, JobFailed, PayloadError, StoreUnavailable
 from conveyor.leftover import sweep
@@ -85,6 +86,16 @@ async def test_large_arguments_lie_in_the_store_until_their_job_ended(url, redis
         await drain(app)
         assert [await job.aresult("1s") for job in jobs] == [600_000, 599_999, 5]
         await until(lambda: not list(tmp_path.glob("??/*")))
+
+
+async def test_administration_fetches_nothing(app, store):
+    """A list of jobs says where a large body is; it does not ask the store."""
+    job = await length(app).aenqueue(BIG)
+    store.broken = 99
+    seeing = await asyncio.to_thread(Admin(app.backend, sealing=app.sealing).job, job.id)
+    assert seeing.payload.startswith("stored elsewhere as ")
+    blind = await asyncio.to_thread(Admin(app.backend).job, job.id)
+    assert blind.payload.startswith("sealed with key 2026-11 (hmac), stored elsewhere: ")
 
 
 async def test_large_arguments_survive_retries_and_death(app, store):

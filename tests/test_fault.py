@@ -85,6 +85,7 @@ async def test_script_flush_under_load_is_not_noticed(url: str, redis: Any) -> N
     await app.aclose()
 
 
+@pytest.mark.row("A13")
 async def test_a_cancelled_enqueue_disturbs_nobody(url: str) -> None:
     """Cancelling some of many concurrent enqueues leaves the answers of all others right."""
     app = Conveyor(url)
@@ -111,6 +112,7 @@ async def test_a_cancelled_enqueue_disturbs_nobody(url: str) -> None:
     await app.aclose()
 
 
+@pytest.mark.row("A12")
 @pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
 def test_a_fork_uses_no_connection_of_its_parent(url: str) -> None:
     """Parent and forked child both go on enqueueing, and no reply crosses over."""
@@ -188,6 +190,7 @@ asyncio.run(main())
 """
 
 
+@pytest.mark.row("A3")
 @pytest.mark.leaves_keys("the worker of the frozen process is ended by force")
 async def test_a_frozen_worker_is_fenced(url: str, tmp_path: Path) -> None:
     """A worker frozen beyond its lease finds its job taken over; what it says afterwards changes nothing."""

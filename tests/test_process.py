@@ -164,6 +164,7 @@ async def test_an_error_is_matched_by_the_policy(run: Run) -> None:
     assert "raise TooPoor" in error.__notes__[0]
 
 
+@pytest.mark.row("A14")
 @pytest.mark.parametrize(
     ("kind", "type_", "base"),
     [
@@ -207,6 +208,7 @@ async def test_control_flow_and_codes_arrive(run: Run) -> None:
         await run("bad_result")
 
 
+@pytest.mark.row("A9")
 async def test_cancelling_kills(processes: Processes, run: Run, tmp_path: Path) -> None:
     """Cancelling a job kills its process and all it has started within a second, even one that holds the GIL."""
     job, pids = await staying(run, tmp_path, "stuck", hold=True)
@@ -234,6 +236,7 @@ async def test_cancelling_while_it_starts_leaves_nothing(processes: Processes, r
         assert "0 of 2" in repr(processes)
 
 
+@pytest.mark.row("A7")
 @pytest.mark.parametrize(
     ("how", "words"),
     [

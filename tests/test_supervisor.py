@@ -51,6 +51,7 @@ def supervise(tmp_path: Path, queue: Queue) -> Iterator[Callable[..., Supervised
         print(one.log)
 
 
+@pytest.mark.row("A1", "A7")
 def test_killed_child_loses_nothing(supervise: Callable[..., Supervised], queue: Queue, url: str) -> None:
     """Jobs of a child killed with SIGKILL are ready again within a second, a new child takes them, its sibling goes on."""
     one = supervise(url, processes=2, env={"STAND_IN_LEASE_MS": "30000"})
@@ -75,6 +76,7 @@ def test_killed_child_loses_nothing(supervise: Callable[..., Supervised], queue:
     assert queue.is_sound()
 
 
+@pytest.mark.row("A3")
 def test_stopped_child_keeps_its_jobs(supervise: Callable[..., Supervised], queue: Queue, url: str) -> None:
     """A child frozen for three leases still holds its jobs, and goes on with them when it is thawed."""
     one = supervise(url)
@@ -98,6 +100,7 @@ def test_stopped_child_keeps_its_jobs(supervise: Callable[..., Supervised], queu
     assert one.log.count("E11") == 1
 
 
+@pytest.mark.row("A5", "A6")
 @pytest.mark.parametrize("task", ["block", "clutch"])
 def test_blocked_loop_is_named_and_keeps_its_lease(
     task: str, supervise: Callable[..., Supervised], queue: Queue, url: str
@@ -118,6 +121,7 @@ def test_blocked_loop_is_named_and_keeps_its_lease(
     assert one.log.count("E11") == 1
 
 
+@pytest.mark.row("A5")
 def test_stall_without_end_is_ended(supervise: Callable[..., Supervised], queue: Queue, url: str) -> None:
     """A child that blocks beyond max_stall is killed, its jobs are charged with a crash and taken by the next."""
     one = supervise(url, max_stall=1.5, env={"STAND_IN_WANT": "1"})
@@ -132,6 +136,7 @@ def test_stall_without_end_is_ended(supervise: Callable[..., Supervised], queue:
     until(lambda: queue.counts().leased == 0 or "drains and ends" in one.log)
 
 
+@pytest.mark.row("A7")
 def test_orphans_drain_and_end(supervise: Callable[..., Supervised], queue: Queue, url: str) -> None:
     """When the supervisor is killed its children give back their jobs uncharged and end, also one whose loop is blocked."""
     one = supervise(url, processes=2, grace=0.5, env={"STAND_IN_LEASE_MS": "700", "STAND_IN_WANT": "1"})
@@ -153,6 +158,7 @@ def test_orphans_drain_and_end(supervise: Callable[..., Supervised], queue: Queu
     assert queue.is_sound()
 
 
+@pytest.mark.row("A10")
 def test_stop_is_orderly(supervise: Callable[..., Supervised], queue: Queue, url: str) -> None:
     """After SIGTERM what runs is finished, what only waits is given back uncharged, and the exit code is 0."""
     one = supervise(url, processes=2)
@@ -168,6 +174,7 @@ def test_stop_is_orderly(supervise: Callable[..., Supervised], queue: Queue, url
     assert queue.is_sound()
 
 
+@pytest.mark.row("A10")
 def test_stop_ends_what_outlives_its_grace(supervise: Callable[..., Supervised], queue: Queue, url: str) -> None:
     """A child that does not end within its grace is killed, its jobs come back without a crash, and the exit code is 0."""
     one = supervise(url, grace=0.2, env={"STAND_IN_LEASE_MS": "700"})
@@ -183,6 +190,7 @@ def test_stop_ends_what_outlives_its_grace(supervise: Callable[..., Supervised],
     assert "after its grace; returned 4 jobs" in one.log
 
 
+@pytest.mark.row("A10")
 def test_second_signal_hurries(supervise: Callable[..., Supervised], queue: Queue, url: str) -> None:
     """A second SIGINT does not wait for the grace to pass; children have process groups of their own."""
     one = supervise(url, grace=30.0)
@@ -256,6 +264,7 @@ def test_child_that_dies_while_redis_is_down(
     queue.backend.close()
 
 
+@pytest.mark.row("A11")
 def test_stop_without_redis(supervise: Callable[..., Supervised], start_server: Callable[..., Server]) -> None:
     """A stop while Redis is down ends within grace + 5 s all the same."""
     server = start_server()
@@ -282,6 +291,18 @@ def test_burst_ends_when_drained(supervise: Callable[..., Supervised], queue: Qu
     assert one.wait() == 0
     assert int(queue.backend.execute("HLEN", KEYS.jobs, key=KEYS.jobs)) == 0
     assert "was killed by SIGKILL; returned" in one.log
+
+
+@pytest.mark.row("A8")
+@pytest.mark.parametrize("code", [0, 75])
+def test_a_job_that_exits_is_a_crash(supervise: Callable[..., Supervised], queue: Queue, url: str, code: int) -> None:
+    """A job that ends its process with the exit code of an orderly end is charged with a crash all the same."""
+    one = supervise(url, env={"STAND_IN_LEASE_MS": "30000", "STAND_IN_WANT": "1"})
+    [poison] = queue.push("exit", body=str(code).encode())
+
+    assert until(lambda: queue.crashes([poison]) == {1})
+    one.signal(signal.SIGTERM)
+    assert one.wait() == 0
 
 
 def test_recycled_child_is_replaced_without_blame(supervise: Callable[..., Supervised], queue: Queue, url: str) -> None:

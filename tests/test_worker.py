@@ -206,6 +206,7 @@ async def test_an_expired_job_never_starts(app: Conveyor) -> None:
         await job.aresult(timeout=5)
 
 
+@pytest.mark.row("A9")
 @pytest.mark.leaves_keys("dead letters stay")
 async def test_a_time_limit_stops_a_coroutine(app: Conveyor) -> None:
     """A coroutine is cancelled at its time limit; what it cleans up runs, and the attempt failed with TimeoutError."""
@@ -373,6 +374,7 @@ async def test_functions_keep_to_their_threads_inside_middlewares(app: Conveyor)
     assert most[0] <= 2
 
 
+@pytest.mark.row("A9")
 async def test_an_embedded_worker_outlives_a_blocked_thread(app: Conveyor) -> None:
     """A function that outlives its time limit keeps its lease; its attempt ends, failed, when the thread does."""
     release = threading.Event()

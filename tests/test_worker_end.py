@@ -110,6 +110,7 @@ async def test_a_stop_hands_back_what_has_not_started(app: Conveyor) -> None:
     assert seen == list(range(10))
 
 
+@pytest.mark.row("A10")
 async def test_what_outlives_the_grace_is_handed_back_free(app: Conveyor) -> None:
     """A job that still runs at the end of the grace goes back: its start is seen, its budget is untouched."""
 
@@ -155,6 +156,7 @@ async def test_a_reaped_worker_is_refused_and_goes_on(app: Conveyor) -> None:
     assert await audit(app) == []
 
 
+@pytest.mark.row("A8")
 @pytest.mark.leaves_keys("a poison job is a dead letter")
 async def test_poison_stops_after_max_crashes_and_spares_its_neighbours(app: Conveyor) -> None:
     """A job whose worker crashes each time it runs is started three times; jobs leased beside it all succeed."""
@@ -322,6 +324,7 @@ async def test_a_worker_that_never_reached_redis_stops_at_once() -> None:
     await app.aclose()
 
 
+@pytest.mark.row("A8")
 @pytest.mark.leaves_keys("a suspect that was killed may be a dead letter")
 async def test_kills_under_load_spare_who_is_only_held(app: Conveyor) -> None:
     """Of the many jobs a dying worker holds at most one can be convicted: the suspect that it ran, at its third crash."""
@@ -349,6 +352,7 @@ async def test_kills_under_load_spare_who_is_only_held(app: Conveyor) -> None:
     assert len(done) >= 1000 - convicted
 
 
+@pytest.mark.row("A11")
 async def test_a_worker_without_its_server_leaves_nothing_running(start_server: Any) -> None:
     """A worker stopped while its server is gone ends in bounded time, and no task of it goes on trying."""
     server = start_server()

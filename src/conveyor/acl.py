@@ -54,7 +54,7 @@ _PRODUCER = Role(
     "pushes and enqueues, asks for status and results, cancels; takes nothing",
     (
         operations.PUSH, operations.PUSH_PLAIN, rawlist.RAWPUSH, operations.AWAIT, operations.FORGET, operations.CANCEL,
-        inspection.SHOW, inspection.COUNTS, partitioning.CLAIM,
+        inspection.SHOW, inspection.COUNTS, partitioning.CLAIM, partitioning.COUNT,
     ),
     (*_RUN, "sadd", "smembers", "subscribe", "ping"),
     channels=True,
