@@ -158,6 +158,18 @@ class WithLeastPrivilege(Server):
         return redis_py.Redis.from_url(f"unix://{self.socket}?db=0", **options)
 
 
+def connect(url: str) -> Any:
+    """Return a plain client of what *url* names, for programs that have no more than that."""
+    scheme, _, rest = url.partition("://")
+    hosts, _, name = rest.partition("?")[0].partition("/")
+    servers = [(host, int(port)) for host, port in (one.rsplit(":", 1) for one in hosts.split(",") if ":" in one)]
+    if scheme == "redis+cluster":
+        return AllNodes(host=servers[0][0], port=servers[0][1])
+    if scheme == "redis+sentinel":
+        return redis_py.Sentinel(servers).master_for(name)
+    return redis_py.Redis.from_url(url)
+
+
 def missing(place: str) -> str | None:
     """Return why a place cannot be had here, None when it can."""
     if place in {"redis6", "redis7"} and find_binary(place) is None:
