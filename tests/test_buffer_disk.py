@@ -24,7 +24,7 @@ Start = Callable[..., Server]
 @pytest.fixture
 def server(start_server: Start) -> Server:
     """A server that may be killed and started again."""
-    return start_server("--appendonly", "yes")
+    return start_server("--appendonly", "yes", "--appendfsync", "always")
 
 
 _PROGRAM = """

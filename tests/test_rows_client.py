@@ -131,6 +131,7 @@ async def test_processes_of_multiprocessing(url: str, method: str) -> None:
 
 
 @pytest.mark.row("A13")
+@pytest.mark.standalone_only("puts a proxy before the socket of one server")
 async def test_cancels_amid_commands(url: str, server: Server, rounds: Rounds) -> None:
     """Calls cancelled at random over a connection of 4 ms: no answer goes to another call, every accepted job runs once."""
     cancels, seed = rounds(2000, 200), random.randrange(10**9)

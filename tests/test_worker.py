@@ -41,19 +41,6 @@ async def test_jobs_run_in_the_order_they_were_enqueued(app: Conveyor) -> None:
     assert await audit(app) == []
 
 
-async def test_no_queue_waits_for_a_quiet_one_s_turn(app: Conveyor) -> None:
-    """A worker with fewer slots than queues starts a job of each at once: a queue without work passes its turn on."""
-    for name in "abcdefgh":
-        app.task(queue=name, name=name)(_return)
-    async with working(app, concurrency=2):
-        for name in "cdefghabcdefghab":
-            assert await (await app.tasks[name].aenqueue()).aresult(timeout=2) == 1
-
-
-async def _return() -> int:
-    return 1
-
-
 async def test_functions_run_on_threads_and_coroutines_on_the_loop(app: Conveyor) -> None:
     """A plain function runs off the event loop's thread, an async one on it."""
     loop_thread = threading.get_ident()

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 FIRST = 0.05
 """Seconds an attempt is repeated for: one that met a connection gone stale, or a slot that moved, is not an outage."""
+GENTLY = 0.001
+"""Seconds a push pauses while what waits is being delivered."""
 CAP = 1.0
 """Most seconds between two attempts of the delivery."""
 _SAY_AGAIN = 60.0
@@ -78,6 +80,8 @@ class BufferedBackend(Backend):
 
     def _try(self, keys: QueueKeys, content: Sequence[Any], max_length: int, make: Callable[..., Any]) -> Any:
         if self.buffer.waiting:
+            if self.buffer.flows:
+                self.buffer.wait_empty(GENTLY)
             return self.keep(keys, content, max_length, None, None)
         try:
             self.hail(keys, FIRST)
@@ -229,6 +233,8 @@ class BufferedLane(AsyncLane):
         """Send one call, or keep it."""
         backend, entries = self._backend, entries_of(batch)
         if backend.buffer.waiting:
+            if backend.buffer.flows:
+                await asyncio.sleep(GENTLY)
             return backend.keep(self._keys, entries, self._max_length, None, None)
         try:
             await backend.ahail(self._keys)
@@ -295,7 +301,7 @@ class Delivery:
                 try:
                     self._send(batch, connections)
                 except StoreUnavailable:
-                    attempt += 1
+                    attempt, self._buffer.flows = attempt + 1, False
                 except QueueFull:
                     attempt = 0 if self._buffer.cut(backlog) else attempt + 1
                 except operations.LateReply:
