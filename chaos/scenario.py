@@ -200,7 +200,7 @@ def cut(stage: Stage, count: int, facts: Facts) -> Verdict:
     _producers(stage, [stage.proxy.url] * 2, rate=250, count=1_000_000, mix=mix)
     stage.fault("cut", lasting=600, connections=count)
     stage.proxy.cut_randomly(mean=3000, times=count, seed=stage.seed)
-    stage.wait(lambda: stage.proxy.count["cut"] >= count, 300)
+    stage.wait(lambda: stage.proxy.count["cut"] >= count, 330)
     _end_producers(stage)
     verdict = _finish(stage, facts)
     facts["connections cut"] = stage.proxy.count["cut"]
