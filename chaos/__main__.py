@@ -17,6 +17,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="chaos", description="Break things under load, and count what was lost.")
     parser.add_argument("--minutes", type=float, default=2.0)
     parser.add_argument("--seed", type=int, default=random.randrange(1_000_000))
+    parser.add_argument("--topology", choices=("standalone", "cluster", "sentinel"), default="standalone")
     parser.add_argument("--report", type=Path, help="write the counts as JSON")
     parser.add_argument("--scenario", choices=sorted(scenario.SCENARIOS), help="one fault, many times, instead of all")
     parser.add_argument("--count", type=int, help="how often (default: as in docs/reliability.md)")
@@ -26,7 +27,7 @@ def main() -> int:
     if options.scenario:
         verdict, stage, facts = scenario.run(options.scenario, options.count, options.seed)
     else:
-        verdict, stage, facts = soak(60 * options.minutes, options.seed)
+        verdict, stage, facts = soak(60 * options.minutes, options.seed, topology=options.topology)
     print(report.table(verdict, stage.faults, facts))
     if options.report:
         report.write(options.report, verdict, stage.faults, facts)

@@ -97,7 +97,7 @@ def poison(stage: Stage) -> Verdict:
     stage.crew.supervised("worker", stage.url, processes=1, concurrency=4)
     stage.ready(1)
     _push(stage, 30, poison=1, bystander_ms200=9)
-    stage.drain(10, stall=6)
+    stage.drain(10, stall=8)
     return stage.judge()
 
 

@@ -29,6 +29,8 @@ class Verdict:
     counts: dict[str, Any] = field(default_factory=dict)
     examples: dict[str, list[str]] = field(default_factory=dict)
     failed: list[str] = field(default_factory=list)
+    waived: list[str] = field(default_factory=list)
+    """What is not zero, and need not be here."""
 
     def note(self, what: str, example: str) -> None:
         """Count one, and keep the first few as examples."""
@@ -56,6 +58,7 @@ def check(evidence: Evidence, *, also: Iterable[str] = (), waived: Iterable[str]
     if any(fault["kind"].startswith("clock") for fault in evidence.faults):
         wrong.remove("started early")  # a clock set forward makes what is due later due now
     verdict.failed = [name for name in wrong if verdict.counts[name]]
+    verdict.waived = [name for name in waived if verdict.counts.get(name)]
     return verdict
 
 
@@ -179,9 +182,13 @@ def _unexplained(evidence: Evidence, verdict: Verdict) -> int:
     global_ = [fault for fault in evidence.faults if not fault.get("pids")]
     for id_, runs in evidence.runs.items():
         for before, after in itertools.pairwise(runs):
-            excused = before.how == "failed" or before.pid in struck or before.end is None
+            excused = before.how == "failed" or before.pid in struck
             since = before.start - evidence.lease
-            if excused or any(f["at"] < after.start and f.get("until", f["at"]) > since for f in global_):
+            if (
+                excused
+                or before.end is None
+                or any(f["at"] < after.start and float(f.get("until") or f["at"]) > since for f in global_)
+            ):
                 continue
             verdict.note("unexplained repeats", f"{id_}: {_brief(runs)}")
     return int(verdict.counts.get("unexplained repeats", 0))

@@ -23,6 +23,12 @@ WEIGHTS = {
     "squeeze memory": 2, "freeze redis": 1.5, "pause clients": 2, "cut": 10, "swallow replies": 8, "delay": 3, "black hole": 2,
     "step clock": 1,
 }  # fmt: skip
+_WORKERS = {"kill worker": 40, "stop worker": 10, "restart worker": 8, "kill clients": 8, "flush scripts": 8}
+ELSEWHERE = {
+    "cluster": {**_WORKERS, "move slot": 10, "fail over": 3},
+    "sentinel": {**_WORKERS, "fail over": 4, "kill master": 2},
+}
+"""What happens where Redis is more than one server."""
 
 
 @dataclass(frozen=True)
@@ -40,11 +46,11 @@ class Fault:
         return f"{self.at:7.2f} s  {self.kind} ({self.draw:.3f}, {self.size:.3f})"
 
 
-def schedule(seed: int, seconds: float, *, without: tuple[str, ...] = ()) -> list[Fault]:
+def schedule(seed: int, seconds: float, *, topology: str = "standalone") -> list[Fault]:
     """Return what happens when; the same for the same seed."""
     draw = random.Random(f"nemesis {seed}")
-    kinds = [kind for kind in WEIGHTS if kind not in without]
-    weights = [WEIGHTS[kind] for kind in kinds]
+    table = ELSEWHERE.get(topology, WEIGHTS)
+    kinds, weights = list(table), list(table.values())
     found: list[Fault] = []
     at = 1.0
     while at < seconds:
@@ -188,6 +194,20 @@ class Nemesis:
         self.stage.fault("clock stepped", lasting=5, by=hours)
         self.stage.ground.set_clock(hours)
         self._after(lambda: self.stage.ground.set_clock(0), 2 + 3 * fault.size)
+
+    # -- more than one server --------------------------------------------------------------------------------------
+
+    def _move_slot(self, fault: Fault) -> None:
+        self.stage.fault("move slot", lasting=2)
+        self.stage.ground.move(whole=fault.draw < 0.5)
+
+    def _fail_over(self, fault: Fault) -> None:
+        self.stage.fault("fail over", lasting=3)
+        self.stage.ground.fail_over()
+
+    def _kill_master(self, fault: Fault) -> None:
+        self.stage.fault("kill master", lasting=5)
+        self.stage.ground.kill_master()
 
     # -- the way between -------------------------------------------------------------------------------------------
 

@@ -104,7 +104,7 @@ class Producer:
             name = f"own-{self.prefix}{draw.randint(0, self.made // 2)}"
             self.task(kind, program.quick, ms, facts={"own": name}, id=name)
         elif kind == "poison":
-            self.task(kind, program.poison, draw.choice(["1", "3", "SIGKILL", "SIGSEGV"]))
+            self.task(kind, program.poison, draw.choice(["0", "1", "75", "SIGKILL", "SIGSEGV"]))
         elif kind == "boxed_poison":
             self.task(kind, program.boxed_poison, draw.choice(["1", "SIGKILL"]))
         elif kind == "bulk":

@@ -32,7 +32,12 @@ def table(verdict: Verdict, faults: dict[str, int], facts: dict[str, Any]) -> st
             if name in verdict.failed:
                 lines += [f"      {example}" for example in verdict.examples.get(name, [])]
     lines.append("")
-    lines.append("✗ " + ", ".join(verdict.failed) if verdict.failed else "✓ nothing lost, nothing twice unseen")
+    if verdict.failed:
+        lines.append("✗ " + ", ".join(verdict.failed))
+    elif verdict.waived:
+        lines.append("✓ but for what this topology does not promise: " + ", ".join(verdict.waived))
+    else:
+        lines.append("✓ nothing lost, nothing twice unseen")
     return "\n".join(lines)
 
 

@@ -72,8 +72,8 @@ def sigkill(stage: Stage, count: int, facts: Facts) -> Verdict:
     workers = [stage.crew.supervised(f"worker{n}", stage.url, grace="1s") for n in range(2)]
     workers.append(stage.crew.embedded("program", stage.url))
     stage.ready(5)
-    every = 0.5
-    mix = {"bulk": 0.06, "quick": 1, "steady": 0.1, "message": 0.1, "slow": 0.01}
+    every = 0.45
+    mix = {"bulk": 0.06, "quick": 1, "steady": 0.1, "message": 0.1, "quick:300": 0.2}
     _producers(stage, [stage.url] * 2, rate=200 / every, count=200 * count, mix=mix)
     began = time.monotonic()
     for number in range(count):
@@ -174,7 +174,7 @@ def redis_kill(stage: Stage, count: int, facts: Facts) -> Verdict:
     stage.crew.supervised("worker", stage.url)
     stage.crew.embedded("program", stage.url)
     stage.ready(3)
-    mix = {"quick": 1, "bulk": 0.02, "steady": 0.1, "message": 0.2, "own": 0.1, "slow": 0.01}
+    mix = {"quick": 1, "bulk": 0.02, "steady": 0.1, "message": 0.2, "own": 0.1, "quick:1500": 0.02}
     _producers(stage, [stage.url] * 2, rate=120, count=1_000_000, mix=mix)
     stage.started(50)
     back: list[float] = []
@@ -200,7 +200,7 @@ def cut(stage: Stage, count: int, facts: Facts) -> Verdict:
     _producers(stage, [stage.proxy.url] * 2, rate=250, count=1_000_000, mix=mix)
     stage.fault("cut", lasting=600, connections=count)
     stage.proxy.cut_randomly(mean=3000, times=count, seed=stage.seed)
-    stage.wait(lambda: stage.proxy.count["cut"] >= count, 300)
+    stage.wait(lambda: stage.proxy.count["cut"] >= count, 330)
     _end_producers(stage)
     verdict = _finish(stage, facts)
     facts["connections cut"] = stage.proxy.count["cut"]
@@ -213,7 +213,7 @@ def maxmemory(stage: Stage, count: int, facts: Facts) -> Verdict:
         stage.crew.supervised(f"worker{number}", stage.url)
     stage.ready(4)
     stage.ground.command("HSET", "chaos:{default}:conf", "paused", "1")
-    _producers(stage, [stage.url] * 2, rate=0, count=count, mix={"bulk": 1, "slow": 0.02, "flaky": 1})
+    _producers(stage, [stage.url] * 2, rate=0, count=count, mix={"bulk": 1, "quick:2500": 0.05, "flaky": 1})
     stage.wait(lambda: not any(one.alive() for one in stage.crew.producers()), 120)
     facts["waiting at maxmemory"] = stage.remaining()
     stage.fault("squeeze memory", lasting=60)

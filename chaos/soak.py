@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from pathlib import Path
 from typing import Any
 
 from chaos.checker import Verdict
@@ -15,11 +14,11 @@ RATE = 60.0
 
 
 def soak(
-    seconds: float, seed: int, *, lease: float = 1.5, source: Path | None = None, quiet: bool = False
+    seconds: float, seed: int, *, lease: float = 1.0, topology: str = "standalone", quiet: bool = False
 ) -> tuple[Verdict, Stage, dict[str, Any]]:
     """Run for *seconds*, heal, drain, judge; return the verdict, the stage, and what the run was like."""
-    with Stage(seed=seed, lease=lease, source=source, clock=True) as stage:
-        faults = schedule(seed, seconds)
+    with Stage(seed=seed, lease=lease, clock=True, topology=topology) as stage:
+        faults = schedule(seed, seconds, topology=topology)
         if not quiet:
             print("\n".join(map(str, faults)), flush=True)
         _people(stage, seed, seconds)
@@ -32,9 +31,16 @@ def soak(
             program.signal(15)
         began = time.monotonic()
         drained = stage.drain(20 + 10 * lease)
-        verdict = stage.judge()
+        # Sentinel promotes a replica that may not have heard the last writes: what was acknowledged and what was counted
+        # meanwhile may be gone. docs/reliability.md says how to wait for replicas; nothing may be stuck all the same.
+        forgets = (
+            ("lost", "same attempt twice", "zombie accepted", "poison started too often")
+            if topology == "sentinel"
+            else ()
+        )
+        verdict = stage.judge(waived=forgets)
         facts: dict[str, Any] = {
-            "seed": seed, "seconds": seconds, "lease": lease,
+            "topology": topology, "seed": seed, "seconds": seconds, "lease": lease,
             "drained in": f"{drained:.1f} s" if drained is not None else f"not within {time.monotonic() - began:.0f} s",
             "programs restarted": stage.crew.restarts, "commands through proxy": sum(stage.proxy.commands.values()),
             "connections cut": stage.proxy.count["cut"] + stage.proxy.count["closed"],
@@ -46,7 +52,8 @@ def soak(
 
 
 def _people(stage: Stage, seed: int, seconds: float) -> None:
-    crew, direct, proxied = stage.crew, stage.url, stage.proxy.url
+    crew, direct = stage.crew, stage.url
+    proxied = stage.proxy.url if stage.topology == "standalone" else direct
     crew.supervised("worker1", direct)
     crew.supervised("worker2", proxied)
     crew.embedded("program1", direct)

@@ -38,13 +38,20 @@ class Stage:
         lease: float = 2.0,
         source: Path | None = None,
         clock: bool = False,
-        fsync: str = "everysec",
+        topology: str = "standalone",
     ) -> None:
-        """Start Redis and the proxy; programs are started through `crew`."""
+        """Start Redis and, before a single server, the proxy; programs are started through `crew`."""
         self.seed, self.lease = seed, lease
         self.directory = Path(tempfile.mkdtemp(prefix="cx", dir="/tmp"))
-        self.ground = Ground(self.directory / "r", fsync=fsync, clock=clock)
-        self.proxy = Proxy(self.ground.socket, seed=seed).start()
+        self.topology = topology
+        self.ground: Any
+        if topology == "standalone":
+            self.ground = Ground(self.directory / "r", clock=clock)
+        else:
+            from chaos import terrain
+
+            self.ground = {"cluster": terrain.Cluster, "sentinel": terrain.Sentinel}[topology](self.directory / "r")
+        self.proxy = Proxy(getattr(self.ground, "socket", "nobody"), seed=seed).start()
         self.crew = Crew(self.directory, lease=lease, source=source)
         self.faults: Counter[str] = Counter()
         self._record = Record(self.directory / "faults")
@@ -78,7 +85,7 @@ class Stage:
                     pipe.hlen(f"chaos:{{{queue}}}:jobs")
                     pipe.zcard(f"chaos:{{{queue}}}:dead")
                 found = pipe.execute()
-        except redis_py.RedisError:
+        except (redis_py.RedisError, OSError, StopIteration):
             return -1
         return int(sum(found[::2]) - sum(found[1::2]))
 
@@ -157,7 +164,7 @@ class Stage:
             self.lines("runs"),
             self.lines("faults"),
             left,
-            read_history(self.ground.directory),
+            read_history(self.ground.directory) if self.topology == "standalone" else None,
             self.lease,
         )
         verdict = check(evidence, also=also, waived=waived)

@@ -36,7 +36,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     place = config.getoption("--on")
     if place is None:
         return
-    chosen = [item for item in items if "server" in getattr(item, "fixturenames", ())]
+    chosen = [item for item in items if _uses_the_server(item)]
     config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
     items[:] = chosen
     for item in items:
@@ -45,6 +45,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason=reason))
         elif alone is not None and place not in alone.kwargs.get("on", matrix.ALONE):
             item.add_marker(pytest.mark.skip(reason=f"not on {place}: {alone.args[0]}"))
+
+
+def _uses_the_server(item: pytest.Item) -> bool:
+    """Tell whether a test uses the server all share, and not one of its own module's."""
+    found = item._fixtureinfo.name2fixturedefs.get("server") if isinstance(item, pytest.Function) else None
+    return bool(found) and found[-1].func.__module__ == __name__
 
 
 @pytest.fixture

@@ -26,6 +26,7 @@ from conveyor.worker import heartbeat
 from conveyor.worker.board import Spec
 from conveyor.worker.log import configure_log
 from conveyor.worker.supervisor import Supervisor
+from matrix import connect
 from supervised import running, until
 
 
@@ -148,9 +149,7 @@ class Fleet:
 
     def client(self) -> Any:
         """Return a plain client."""
-        import redis
-
-        return redis.Redis.from_url(self.url)
+        return connect(self.url)
 
     def counts(self) -> inspection.Counts:
         """Return what the queue holds."""

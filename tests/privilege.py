@@ -18,6 +18,7 @@ from conveyor.context import Context, current
 from conveyor.errors import JobNotFound
 from conveyor.ident import new_identity
 from conveyor.outcome import Retry
+from conveyor.repartition import repartition
 from conveyor.store import inspection, operations
 from conveyor.worker.board import About, Identity
 from conveyor.worker.guardian import Estate, Guardian
@@ -29,7 +30,7 @@ NAMESPACE = "shop"
 LIST = "foreign:{t1}:list"
 PASSWORD = "pass-canary"
 FAST = Retry(attempts=2, backoff="1ms", jitter=False)
-EXPECTED = {"client|setinfo", "client", "config|get", "config"}
+EXPECTED = {"client|setinfo", "client", "config|get", "config", "wait", "waitaof"}
 """What redis-py and the doctor ask for and can do without."""
 SERVER = {"redis6": "6.2", "redis7": "7.0", "valkey": "7.2"}
 
@@ -132,6 +133,7 @@ def produce(app: Conveyor) -> None:
     orders.push(1, unique="u")
     orders.push(1, id="mine", front=True)
     app.plain_lists[LIST].push({"n": 1})
+    app.queue("spread", partitions=2).push_many([1, 2])
     assert len(orders) >= 5
     assert orders.stats().ready >= 5
     job = double.enqueue(4)
@@ -196,6 +198,10 @@ def operate(app: Conveyor) -> None:
     admin.purge("default")
     admin.purge("default", dead=True)
     app.plain_lists[LIST].purge()
+    for number in (2, 1):
+        repartition(app.backend, "spread", number)
+    jobs = app.keys("default").jobs
+    app.backend.execute("HSCAN", jobs, 0, key=jobs)  # as `conveyor.leftover.sweep` reads them
 
 
 async def work(app: Conveyor) -> None:

@@ -3,7 +3,7 @@ A child with a worker small enough to be seen through: everything of `conveyor.w
 
 As a program it is both: with JSON as its only argument a supervisor, otherwise the child which that starts. A message's
 task says what happens: `hold` (until told to stop), `sleep`, `block` (the loop stands still), `clutch` (so does
-every thread), `recycle`, `noop`.
+every thread), `recycle`, `exit` (the process ends with that code), `noop`.
 """
 
 from __future__ import annotations
@@ -96,7 +96,10 @@ class StandIn:
         elif task == "sleep":
             await asyncio.sleep(float(body))
         elif task == "recycle":
+            self.slot.finish()
             asyncio.get_running_loop().call_later(0.05, child._end, child.RECYCLE)
+        elif task == "exit":
+            os._exit(int(body))
         elif task == "hold":
             await asyncio.Event().wait()
         self.slot.clear_job()

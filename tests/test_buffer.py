@@ -7,6 +7,7 @@ import logging
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -24,7 +25,7 @@ from conveyor.store.wire import Wire, WireLost
 from server import Server
 
 Start = Callable[..., Server]
-AOF = ("--appendonly", "yes")
+AOF = ("--appendonly", "yes", "--appendfsync", "always")  # everysec may lose what came during a sync
 
 
 @pytest.fixture
@@ -109,6 +110,28 @@ def lose_replies(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     monkeypatch.setattr(Connection, "execute", execute)
     monkeypatch.setattr(Wire, "execute", aexecute)
     return losing
+
+
+def test_what_waits_comes_to_an_end(server: Server, buffer: Buffer) -> None:
+    """However fast a program goes on pushing, the buffer is empty some time after the outage."""
+    buffer.most = 1_000_000
+    stop, ids = threading.Event(), list[str]()
+    with Conveyor(server.url, buffer=buffer) as app:
+        mail = app.queue("mail")
+        server.kill()
+
+        def push() -> None:
+            while not stop.is_set():
+                ids.append(mail.push(1))
+
+        pusher = threading.Thread(target=push)
+        pusher.start()
+        until(lambda: len(buffer) > 3000)
+        server.start()
+        until(lambda: not buffer.waiting)
+        stop.set()
+        pusher.join()
+    assert line(server) == bare(ids)
 
 
 def test_an_attempt_that_arrived_is_not_doubled(
@@ -213,8 +236,8 @@ def test_a_full_queue_is_waited_for(server: Server, buffer: Buffer) -> None:
         server.start()
         until(lambda: len(line(server)) == 4)
         seen: list[int] = []
-        while len(seen) < 10:
-            for message in mail.pull(10, wait="5s"):
+        while len(seen) < 10 and (messages := mail.pull(10, wait="10s")):
+            for message in messages:
                 seen.append(message.body)
                 message.ack()
         assert seen == list(range(10))

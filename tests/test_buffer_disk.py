@@ -24,12 +24,14 @@ Start = Callable[..., Server]
 @pytest.fixture
 def server(start_server: Start) -> Server:
     """A server that may be killed and started again."""
-    return start_server("--appendonly", "yes")
+    return start_server("--appendonly", "yes", "--appendfsync", "always")
 
 
 _PROGRAM = """
 import sys
 from conveyor import Buffer, Conveyor
+from conveyor.store import backlog
+backlog.MOST_JOBS = 20  # so that a delivery takes many calls
 url, directory, first, count = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
 app = Conveyor(url, buffer=Buffer(directory, most=100_000))
 mail = app.queue("mail")

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import random
 
-from chaos import report
+import pytest
+
+from chaos import report, scenario
 from chaos.nemesis import WEIGHTS, schedule
 from chaos.soak import soak
 
@@ -29,3 +31,14 @@ def test_a_schedule_is_its_seed() -> None:
     assert schedule(1, 60) == schedule(1, 60)
     assert schedule(1, 60) != schedule(2, 60)
     assert {fault.kind for fault in schedule(1, 3600)} == set(WEIGHTS)
+
+
+@pytest.mark.parametrize(("name", "count"), [("redis-kill", 2), ("cut", 30), ("maxmemory", 300)])
+def test_scenarios_of_the_published_figures_pass(name: str, count: int) -> None:
+    """A few rounds of what `make chaos ARGS="--scenario …"` does many times."""
+    verdict, stage, facts = scenario.run(name, count, seed=1)
+
+    print(report.table(verdict, stage.faults, facts))
+    assert verdict.failed == []
+    assert sum(stage.faults.values()) >= 1
+    assert verdict.counts["ok"] > 100

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from conveyor.admin import Admin
 from conveyor.app import Conveyor
 from conveyor.errors import ConfigurationError, JobFailed, PayloadError, StoreUnavailable
 from conveyor.leftover import sweep
@@ -85,6 +86,16 @@ async def test_large_arguments_lie_in_the_store_until_their_job_ended(url, redis
         await drain(app)
         assert [await job.aresult("1s") for job in jobs] == [600_000, 599_999, 5]
         await until(lambda: not list(tmp_path.glob("??/*")))
+
+
+async def test_administration_fetches_nothing(app, store):
+    """A list of jobs says where a large body is; it does not ask the store."""
+    job = await length(app).aenqueue(BIG)
+    store.broken = 99
+    seeing = await asyncio.to_thread(Admin(app.backend, sealing=app.sealing).job, job.id)
+    assert seeing.payload.startswith("stored elsewhere as ")
+    blind = await asyncio.to_thread(Admin(app.backend).job, job.id)
+    assert blind.payload.startswith("sealed with key 2026-11 (hmac), stored elsewhere: ")
 
 
 async def test_large_arguments_survive_retries_and_death(app, store):
@@ -202,7 +213,7 @@ async def test_sweep_removes_only_what_no_job_needs(app, store, tmp_path):
     assert len(store.data) == 2
     with pytest.raises(ConfigurationError, match="an hour"):
         await asyncio.to_thread(sweep, app, "5m")
-    async with Conveyor(str(app.backend.address), keys={"2026-11": "other" * 8}, large=store) as wrong:
+    async with Conveyor(app.backend.configured, keys={"2026-11": "other" * 8}, large=store) as wrong:
         with pytest.raises(PayloadError, match="Nothing was removed"):
             await asyncio.to_thread(sweep, wrong)
     assert await asyncio.to_thread(sweep, app, dry_run=True) == 1

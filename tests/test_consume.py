@@ -204,6 +204,7 @@ class TestWaiting:
         assert time.monotonic() - begin < 1.5
         got[0].ack()
 
+    @pytest.mark.standalone_only("counts every command that one server gets")
     def test_idle_rate(self, backend, redis):
         """An idle consumer sends less than one command a second, and no more than its waits and turns."""
         queue = Queue(backend, "calm", lease_ms=15_000)

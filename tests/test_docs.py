@@ -104,7 +104,9 @@ def test_reference_of_keys_is_complete() -> None:
     text = (ROOT / "docs/reference/redis-keys.md").read_text()
     keys = QueueKeys("n", "q")
     names = {
-        str(getattr(keys, slot)) for slot in QueueKeys.__slots__ if slot not in {"foreign", "prefix", "queue", "ready"}
+        str(getattr(keys, slot))
+        for slot in QueueKeys.__slots__
+        if slot not in {"foreign", "partitions", "prefix", "queue", "ready"}
     }
     scripts = "".join(path.read_text() for path in (ROOT / "src/conveyor/store/scripts").glob("*.lua"))
     names |= set(re.findall(r"prefix \.\. '([\w:]+?):?'", scripts)) | {"ready", "lane", "leased", "wake", "result"}

@@ -38,6 +38,7 @@ def named(report: doctor.Report, name: str) -> doctor.Finding:
 
 @pytest.mark.redis6
 @pytest.mark.redis7
+@pytest.mark.standalone_only("a primary without replicas, and no node of a cluster")
 def test_a_sound_server_is_healthy(url: str, examine: Callable[[str], doctor.Report]) -> None:
     """A primary that evicts nothing is healthy; that it keeps jobs in memory only is a warning."""
     report = examine(url)

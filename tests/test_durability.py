@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -131,6 +132,17 @@ def test_more_replicas_than_there_are(app: Conveyor) -> None:
     with pytest.raises(DurabilityNotReached, match="was not stored") as caught:
         mail.push_many(range(3000), wait_replicas=2, wait_timeout="200ms")
     assert len(caught.value.job_ids) == len(mail) - 1 == 1000
+
+
+async def test_partitions_are_confirmed_too(app: Conveyor, pair: Pair) -> None:
+    """With partitions a push waits in its own one; of many, the error names all that the call stored, wherever."""
+    mail = app.queue("mail", partitions=3, wait_replicas=1, wait_timeout="10s")
+    async with app:
+        [id_] = await mail.apush_many([0])
+        assert bare([id_]) <= stored(pair.replica, id_.rpartition(":")[0])
+        with pytest.raises(DurabilityNotReached) as caught:
+            await mail.apush_many(range(30), wait_replicas=2, wait_timeout="100ms")
+        assert len(caught.value.job_ids) == await mail.alen() - 1
 
 
 def test_repeating_with_the_same_id_is_safe(app: Conveyor, pair: Pair) -> None:
@@ -334,3 +346,26 @@ def test_wrong_wishes_are_refused(app: Conveyor) -> None:
     with pytest.raises(ConfigurationError, match="plain list"):
         app.plain_list("raw").push(1, wait_replicas=1)
     assert len(mail) == 0
+
+
+async def test_a_demoted_primary_confirms_nothing(pair: Pair, start_server: Start) -> None:
+    """A primary that became a replica is left for the one that took over, by blocking pushes and by those of a loop."""
+    old = start_server()
+    door = Switch(str(old.socket))
+    other = Conveyor(door.url)
+    mail = other.queue("mail")
+    with old.client() as client:
+        client.execute_command("REPLICAOF", "127.0.0.1", str(pair.port))
+
+    def take_over() -> None:
+        door.target = str(pair.primary.socket)  # who is connected stays connected
+
+    timer = threading.Timer(0.2, take_over)
+    timer.start()
+    async with other:
+        ids = [await mail.apush(1, wait_replicas=1), await asyncio.to_thread(mail.push, 2, wait_replicas=1)]
+    timer.join()
+    assert bare(ids) <= stored(pair.primary)
+    with old.client() as client:
+        client.execute_command("REPLICAOF", "NO", "ONE")
+    door.close()

@@ -16,6 +16,7 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 PRINTED = {
     "jobs_quickstart": ["Hello Ada.", "999000"],
     "messages_quickstart": ["urgent 100 attempt 1", "o1 1 attempt 1", "o3 3 attempt 1", "o2 2 attempt 2"],
+    "partitions": ["each customer in one partition: True", "partitions used: 4", "taken in order: 36 left: 0"],
     "retries": ["ada served at attempt 3", "patient ran 3 times", "PermissionError: not for eve"],
     "rpc": ["0.25", "ZeroDivisionError: float division by zero", "the worker ended with 0"],
     "lifespan_and_middleware": ["opened", "name t1", "Ada", "closed"],

@@ -30,6 +30,9 @@ def scene(redis: redis_py.Redis, url: str) -> Iterator[Scene]:
 
 
 @pytest.mark.parametrize("part", range(PARTS))
+@pytest.mark.standalone_only(
+    "empties the place for each of its many examples; what it tests is scripts, which run on one node anywhere"
+)
 def test_queue_and_model_stay_alike(scene: Scene, part: int) -> None:
     """
     After any steps each id is in exactly one place, in order, with one holder and one outcome, as the model says.

@@ -39,6 +39,7 @@ def tasks(backend):
 class TestPairs:
     @pytest.mark.parametrize("consumer", ["plain", "conveyor"])
     @pytest.mark.parametrize("producer", ["plain", "conveyor"])
+    @pytest.mark.standalone_only("the plain examples know no other place")
     def test_examples_work_together(self, url, redis, producer, consumer):
         """Each producer feeds each consumer: everything arrives, in order, and the list is empty."""
         environment = {**os.environ, "CONVEYOR_URL": url, "PAUSE": "0.02"}

@@ -20,6 +20,8 @@ from supervised import until
 ONCE = Retry(NoBackoff(), 0)  # redis-py repeats commands by default, also when it is given no retry
 SET = b"*3\r\n$3\r\nset\r\n$1\r\nk\r\n$5\r\nv\r\nvv\r\n"
 
+pytestmark = pytest.mark.standalone_only("a proxy stands before the socket of one server")
+
 
 @pytest.fixture
 def proxy(server: Server, url: str) -> Iterator[Proxy]:

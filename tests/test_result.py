@@ -89,6 +89,9 @@ def test_all_kinds_of_ends_are_pushed(
         waiting[1].result(10)
 
 
+@pytest.mark.standalone_only(
+    "counts subscribers, and sentinels are some", on=("redis6", "redis7", "tls", "acl", "cluster")
+)
 def test_one_connection_serves_all_waiters(
     app: Conveyor, echo: Task[[int], int], hand: Hand, pool: ThreadPoolExecutor, redis: redis_py.Redis
 ) -> None:
@@ -256,6 +259,9 @@ def test_server_that_is_away_is_an_error(start_server: Callable[..., Server]) ->
             job.result(timeout=30)
 
 
+@pytest.mark.standalone_only(
+    "counts subscribers, and sentinels are some", on=("redis6", "redis7", "tls", "acl", "cluster")
+)
 def test_close_ends_the_thread_and_use_starts_it_again(
     app: Conveyor, echo: Task[[int], int], redis: redis_py.Redis
 ) -> None:
@@ -271,6 +277,9 @@ def test_close_ends_the_thread_and_use_starts_it_again(
 
 
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+@pytest.mark.standalone_only(
+    "counts subscribers, and sentinels are some", on=("redis6", "redis7", "tls", "acl", "cluster")
+)
 def test_child_process_waits_on_its_own(
     app: Conveyor, echo: Task[[int], int], hand: Hand, redis: redis_py.Redis
 ) -> None:

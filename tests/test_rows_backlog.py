@@ -116,7 +116,7 @@ def test_a_purge_lets_others_work(app: Conveyor, redis: redis_py.Redis, rounds: 
 @pytest.mark.row("D8")
 async def test_jobs_that_fail_together_come_back_apart(app: Conveyor, redis: redis_py.Redis, rounds: Rounds) -> None:
     """When everything fails at once the retries are spread: no part of the time sees three times the mean."""
-    jobs = rounds(100_000, 2000)
+    jobs = rounds(100_000, 1000)
 
     @app.task(retry=Retry(attempts=3, backoff="1h"))
     async def fail(n: int) -> None:

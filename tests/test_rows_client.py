@@ -55,6 +55,7 @@ def ended(pids: list[int]) -> list[int]:
 @pytest.mark.row("A12")
 @pytest.mark.leaves_keys("ids of one's own are remembered for a day")
 @forks
+@pytest.mark.standalone_only("sends ECHO, which no role may", on=("redis6", "redis7", "tls", "sentinel", "cluster"))
 def test_forks_amid_commands(url: str, rounds: Rounds) -> None:
     """Forked while 20 threads have commands in flight: parent and children each get their own answers only."""
     times = rounds(100, 6)
@@ -86,6 +87,7 @@ def test_forks_amid_commands(url: str, rounds: Rounds) -> None:
 
 @pytest.mark.row("A12")
 @forks
+@pytest.mark.standalone_only("sends ECHO, which no role may", on=("redis6", "redis7", "tls", "sentinel", "cluster"))
 async def test_a_fork_amid_awaited_commands(url: str, rounds: Rounds) -> None:
     """Forked out of a running loop with 20 awaited calls in flight: the child's blocking calls and the loop's go on."""
     async with Conveyor(url) as app:
@@ -129,6 +131,7 @@ async def test_processes_of_multiprocessing(url: str, method: str) -> None:
 
 
 @pytest.mark.row("A13")
+@pytest.mark.standalone_only("puts a proxy before the socket of one server")
 async def test_cancels_amid_commands(url: str, server: Server, rounds: Rounds) -> None:
     """Calls cancelled at random over a connection of 4 ms: no answer goes to another call, every accepted job runs once."""
     cancels, seed = rounds(2000, 200), random.randrange(10**9)

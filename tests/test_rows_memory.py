@@ -126,3 +126,34 @@ async def test_each_record_that_was_thrown_away_is_reported_once(
     assert ran == set(range(jobs)) - set(range(0, jobs, 5))
     assert await audit(app) == []
     await app.aclose()
+
+
+@pytest.mark.row("C12")
+async def test_a_worker_outlives_evictions(start_server: Start, rounds: Rounds) -> None:
+    """Whatever keys of ours the server throws away, again and again, the worker lives on and runs what comes afterwards."""
+    server = start_server("--maxmemory", "6mb", "--maxmemory-policy", "allkeys-random")
+    app, ran = Conveyor(server.url, lease="3s"), set[int]()
+
+    @app.task
+    async def note(n: int) -> None:
+        ran.add(n)
+
+    times = rounds(50, 5)
+    with server.client() as client:
+        async with working(app, concurrency=5) as worker:
+            for n in range(times):
+                await app.aenqueue_many([note.s(-1 - n) for _ in range(500)])
+                evicted = client.info("stats")["evicted_keys"]
+                filler = 0
+                while client.info("stats")["evicted_keys"] < evicted + 60:
+                    client.set(f"ballast:{filler}", "x" * 100_000)
+                    filler += 1
+                assert not worker.stopping
+            client.config_set("maxmemory", "0")
+            client.delete(*client.keys("ballast:*"))
+            await note.aenqueue(1)
+            await until(lambda: 1 in ran, 15)
+            print(
+                f"{client.info('stats')['evicted_keys']} keys evicted; the audit finds {len(await audit(app))} traces of it"
+            )
+    await app.aclose()

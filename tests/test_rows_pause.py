@@ -17,7 +17,7 @@ from server import Server
 from working import audit, until, working
 
 Rounds = Callable[[int, int], int]
-LEASE = 1.0
+LEASE = 0.8
 
 
 @pytest.mark.row("C10")

@@ -223,6 +223,27 @@ async def test_administration_shows_what_it_may(made, redis):
     assert seeing.errors[-1].message == "no luck"
 
 
+async def test_compressed_results_and_errors_need_no_settings(made, redis):
+    """Without keys large results and errors are compressed, and anybody reads them."""
+    app, other = made(compress=100), made()
+
+    @app.task(name="talk", retry=1)
+    async def talk(word: str, times: int) -> str:
+        if times == 0:
+            raise ValueError(word * 300)
+        return word * times
+
+    jobs = [await talk.aenqueue("ab", times) for times in (3000, 0)]
+    await drain(app)
+    assert len(redis.get(app.keys("default").result(jobs[0].id.split(":")[1]))) < 200
+    assert await other.job(jobs[0].id).aresult("1s") == "ab" * 3000
+    with pytest.raises(JobFailed, match="ValueError: abab"):
+        await other.job(jobs[1].id).aresult("1s")
+    assert (await letters(other))[0].error.startswith("ValueError: abab")
+    info = await asyncio.to_thread(Admin(other.backend).job, jobs[0].id)
+    assert info.result == '"' + "ab" * 3000 + '"'
+
+
 async def test_plain_list_is_taken_only_when_told(made, redis):
     """What feeds a plain list cannot seal, so an app with keys refuses one unless it is declared unsealed."""
     app = made(keys=OLD)

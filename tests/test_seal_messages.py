@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from contextlib import aclosing
 
 import pytest
 
@@ -154,11 +155,12 @@ async def test_large_messages_on_a_loop(url, tmp_path):
         await queue.apush_many(["y" * 5000, "small"])
         assert len(list(tmp_path.glob("??/*"))) == 2
         found = []
-        async for message in queue.aconsume(prefetch=5):
-            async with message as body:
-                found.append(body)
-            if len(found) == 3:
-                break
+        async with aclosing(queue.aconsume(prefetch=5)) as messages:
+            async for message in messages:
+                async with message as body:
+                    found.append(body)
+                if len(found) == 3:
+                    break
         assert found == ["x" * 5000, "y" * 5000, "small"]
         await until(lambda: not list(tmp_path.glob("??/*")))
 

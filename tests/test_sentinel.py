@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 import time
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 
-from conveyor import Conveyor
+from conveyor import Conveyor, result
 from conveyor.errors import ConfigurationError, ConveyorError, StoreUnavailable
 from conveyor.store import inspection
 from conveyor.store.address import redact
 from conveyor.store.backend import Backend
 from conveyor.store.place import Place
-from topology import Node, Watched, free_port
+from server import Server
+from topology import Node, Watched, free_port, wait_for
 from traffic import Traffic
 from working import audit, until, working
 
@@ -171,6 +174,32 @@ async def test_results_arrive_across_a_failover(watched: Watched) -> None:
             assert await asyncio.gather(*waiting) == [0, 2, 4, 6]
             await asyncio.to_thread(watched.mend, dead)
     await app.aclose()
+
+
+@pytest.mark.row("C17")
+def test_subscriber_notices_a_server_that_fell_silent(
+    start_server: Callable[..., Server], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The connection for results, which only listens, is opened anew when its server says nothing to a ping either."""
+    monkeypatch.setattr(result, "PING_AFTER", 0.1)
+    monkeypatch.setattr(result, "PONG_WITHIN", 0.2)
+    server = start_server()
+    backend = Backend(server.url)
+    replies = result.Replies(backend)
+    listener = result.Listener(replies, backend)
+    try:
+        assert listener.ready.wait(5)
+        with server.client() as client:
+            wait_for(lambda: int(client.info("commandstats")["cmdstat_ping"]["calls"]) > 2)  # and its pongs were heard
+        assert listener.ready.is_set()
+        os.kill(server.pid, signal.SIGSTOP)
+        wait_for(lambda: not listener.ready.is_set(), what="the silence went unnoticed")
+        os.kill(server.pid, signal.SIGCONT)
+        assert listener.ready.wait(15)
+    finally:
+        os.kill(server.pid, signal.SIGCONT)
+        listener.close()
+        backend.close()
 
 
 @pytest.mark.row("C25")

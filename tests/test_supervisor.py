@@ -293,6 +293,18 @@ def test_burst_ends_when_drained(supervise: Callable[..., Supervised], queue: Qu
     assert "was killed by SIGKILL; returned" in one.log
 
 
+@pytest.mark.row("A8")
+@pytest.mark.parametrize("code", [0, 75])
+def test_a_job_that_exits_is_a_crash(supervise: Callable[..., Supervised], queue: Queue, url: str, code: int) -> None:
+    """A job that ends its process with the exit code of an orderly end is charged with a crash all the same."""
+    one = supervise(url, env={"STAND_IN_LEASE_MS": "30000", "STAND_IN_WANT": "1"})
+    [poison] = queue.push("exit", body=str(code).encode())
+
+    assert until(lambda: queue.crashes([poison]) == {1})
+    one.signal(signal.SIGTERM)
+    assert one.wait() == 0
+
+
 def test_recycled_child_is_replaced_without_blame(supervise: Callable[..., Supervised], queue: Queue, url: str) -> None:
     """A child that exits with 75 is replaced, and jobs it may have left come back uncharged."""
     one = supervise(url, env={"STAND_IN_LEASE_MS": "30000"})

@@ -121,6 +121,18 @@ async def test_upcast_that_fails_makes_a_dead_letter(made):
     assert await right.job(job.id).aresult("1s") == [2, 5, "EUR"]
 
 
+@pytest.mark.parametrize("version", [0, -1, -(10**18)])
+async def test_version_that_never_was_is_refused(made, redis, version):
+    """A number below 1, which nobody pushed, is no way to keep a worker busy."""
+    app = made(2, upcast)
+    job = await app.tasks["charge"].aenqueue(1, "EUR")
+    key, bare = "conveyor:{default}:jobs", job.id.split(":")[1]
+    redis.hset(key, bare, redis.hget(key, bare).replace(b'"version":2', b'"version":%d' % version))
+    await drain(app)
+    with pytest.raises(JobFailed, match="none below 1"):
+        await job.aresult("1s")
+
+
 async def test_version_without_upcast_only_waits(made):
     """Without an upcast an older payload is read as it is: the number then only keeps old workers away."""
     app = made(2)

@@ -54,7 +54,7 @@ _PRODUCER = Role(
     "pushes and enqueues, asks for status and results, cancels; takes nothing",
     (
         operations.PUSH, operations.PUSH_PLAIN, rawlist.RAWPUSH, operations.AWAIT, operations.FORGET, operations.CANCEL,
-        inspection.SHOW, inspection.COUNTS, partitioning.CLAIM,
+        inspection.SHOW, inspection.COUNTS, partitioning.CLAIM, partitioning.COUNT,
     ),
     (*_RUN, "sadd", "smembers", "subscribe", "ping"),
     channels=True,
@@ -72,7 +72,7 @@ _DASHBOARD = Role(
     "dashboard",
     "looks: status, doctor, lists of queues, jobs and workers; changes nothing",
     (inspection.COUNTS, inspection.PAGE, inspection.SHOW, inspection.CREW, inspection.AUDIT, partitioning.COUNT),
-    (*_RUN, "smembers", "sismember", "llen", "hget", "ping", "info", "time"),
+    (*_RUN, "smembers", "llen", "hget", "ping", "info", "time"),
 )
 _OPERATOR = Role(
     "operator",
@@ -81,6 +81,7 @@ _OPERATOR = Role(
         operations.CONFIGURE, operations.PURGE, operations.INTAKE, operations.REDRIVE, operations.PROMOTE,
         operations.CANCEL, partitioning.CLAIM, partitioning.SWITCH,
     ),
+    ("sadd", "srem", "hscan"),
     channels=True,
 ).and_(_DASHBOARD)  # fmt: skip
 _SENTINEL = Role(
@@ -151,7 +152,7 @@ def rules(
     if found is _SENTINEL:
         return Rules(role, user, (), (), tuple(sorted(names | _connecting(server, TOPOLOGIES[0], 0))))
     names |= _connecting(server, topology, database)
-    if durable and role in {"producer", "worker"}:
+    if durable:
         # The settings tell whether a reply, or WAITAOF, means that it is on disk.
         names |= {"wait", "info", "config|get", *(["waitaof"] if server == "7.2" else [])}
     return Rules(

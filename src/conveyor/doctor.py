@@ -29,6 +29,7 @@ _NAMED = 10
 _MOST_AUDITED = 10_000
 _OR_CONSUMER = "  (for messages: a program that consumes them)"
 MEMORY_WARNING, MEMORY_PROBLEM = 0.75, 0.9
+LARGE_SLOT = 1_000_000
 
 # The first releases without CVE-2025-49844: a script of an authenticated user can run any code.
 _SAFE: dict[str, dict[tuple[int, ...], int]] = {
@@ -350,6 +351,12 @@ def _queues(backend: Backend, logical: Logical, report: Report) -> None:
         if logical.is_shut(name):
             text = f"queue '{name}' takes nothing: a change of its partitions was not completed"
             report.add("queue", "problem", text, f"conveyor queue partition {name} N", "E34")
+        size = (found.ready + found.scheduled + found.leased + found.dead) // len(logical.places(name))
+        if size > LARGE_SLOT and not backend.address.single:
+            text = (
+                f"queue '{name}' has {size:,} jobs in a slot: moving it stops both nodes for about {2e-6 * size:.0f} s"
+            )
+            report.add("queue", "warning", text, "More partitions, or move it when it is short.")
         if found.paused:
             report.add("queue", "note", f"queue '{name}' is paused", f"conveyor queue resume {name}")
         if found.dead:

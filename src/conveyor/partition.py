@@ -55,6 +55,17 @@ def checked(partitions: object) -> int:
     return partitions
 
 
+def agree(backend: Backend, queue: str, partitions: Partitions | None) -> None:
+    """Refuse a queue whose number of partitions on record is not the program's, None when that declares none (E34)."""
+    if partitions is not None:
+        partitions.agree()
+        return
+    keys = backend.keys(queue)
+    number, _ = backend.run(partitioning.count(keys))
+    if number != 1:
+        raise WrongPartitions(keys, str(number))
+
+
 def share(max_length: int | None, partitions: int) -> int | None:
     """Return the part of a maximum length that falls to each partition; raises ConfigurationError."""
     if max_length is not None and max_length < partitions:

@@ -16,6 +16,7 @@ from conveyor import (
     JobFailed,
     Middleware,
     Outgoing,
+    Queue,
     Rate,
     Retry,
     Task,
@@ -52,6 +53,16 @@ async def load(order: Order, at: datetime | None = None) -> list[Order]:
 
 @app.task
 def nothing() -> None: ...
+
+
+def spread() -> None:
+    orders = app.queue("orders", Order, partitions=8, max_length=80)
+    assert_type(orders, Queue[Order])
+    assert_type(orders.push(Order("o1", 3), group="c7"), str)
+    assert_type(orders.push_many([Order("o2", 3)], group="c7"), list[str])
+    for message in orders.pull(3, wait="1s"):
+        assert_type(message.body, Order)
+    assert_type(orders.repartition(4), int)
 
 
 async def chain(context: Context = current()) -> None:

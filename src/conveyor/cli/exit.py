@@ -24,7 +24,7 @@ class Exit(IntEnum):
     INTERRUPTED = 130
 
 
-_BY_CODE = {"E08": Exit.IMPORT, "E09": Exit.IMPORT, "E10": Exit.REFUSED, "E17": Exit.REFUSED}
+_BY_CODE = {"E08": Exit.IMPORT, "E09": Exit.IMPORT, "E10": Exit.REFUSED, "E17": Exit.REFUSED, "E35": Exit.REFUSED}
 _BY_CLASS: tuple[tuple[type[BaseException], Exit], ...] = (
     (errors.StoreUnavailable, Exit.UNREACHABLE),
     (errors.ConfigurationError, Exit.USAGE),

@@ -66,10 +66,11 @@ def push(
         1 if declared is None else declared.version,
     )  # fmt: skip
     keys = _keys(backend, queue)
+    partitions = _partitions(backend, keys.queue)
     ids: list[str] = []
     if not from_stdin:
         assert message is not None
-        ids = _store(backend, keys, [_entry(_body(message.encode("utf-8", "surrogateescape"), ""), choice)])
+        ids = _store(backend, keys, partitions, [_entry(_body(message.encode("utf-8", "surrogateescape"), ""), choice)])
         _print(out, ids)
     else:
         stored = 0
@@ -82,7 +83,7 @@ def push(
         for bodies in _batches(sys.stdin.buffer):
             entries = [_entry(_body(line, _where(number, stored)), choice) for number, line in bodies]
             # Each goes before all that wait: in reverse, so that the first line is taken first.
-            chunk = _store(backend, keys, entries[::-1] if front else entries)
+            chunk = _store(backend, keys, partitions, entries[::-1] if front else entries)
             chunk = chunk[::-1] if front else chunk
             stored += len(chunk)
             ids += chunk if out.as_json else []
@@ -97,15 +98,20 @@ def _keys(backend: Any, queue: str) -> Any:
     return backend.keys(queue_name(queue))
 
 
-def _store(backend: Any, keys: Any, entries: list[Entry]) -> list[str]:
-    from conveyor.ident import public
+def _partitions(backend: Any, queue: str) -> Any:
+    """Return the partitions of a queue as they are on record, None when it lies in one piece."""
     from conveyor.partition import Partitions
     from conveyor.repartition import number_of
 
-    number = number_of(backend, keys.queue)
-    if number == 1:
+    number = number_of(backend, queue)
+    return None if number == 1 else Partitions(backend, queue, number)
+
+
+def _store(backend: Any, keys: Any, partitions: Any, entries: list[Entry]) -> list[str]:
+    from conveyor.ident import public
+
+    if partitions is None:
         return [public(keys.queue, id_) for id_ in backend.push(keys, entries)]
-    partitions = Partitions(backend, keys.queue, number)
     placed = [partitions.placed(entry) for entry in entries]
     found: dict[str, Iterator[str]] = {}
     for place in dict.fromkeys(placed):

@@ -11,13 +11,21 @@ from conveyor.cli.output import Output, confirm_options, count
 from conveyor.cli.target import Target, redis_options
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from conveyor.view import QueueInfo
 
-HEADINGS = ("queue", "ready", "scheduled", "leased", "dead", "workers", "oldest", "state", "partitions")
+_HEADINGS = ("queue", "ready", "scheduled", "leased", "dead", "workers", "oldest", "state")
 
 
-def queue_row(info: QueueInfo) -> tuple[object, ...]:
-    """Return the row of a queue under HEADINGS."""
+def queue_table(out: Output, queues: Sequence[QueueInfo]) -> None:
+    """Print queues as a table; the number of partitions comes last, and only where one has several."""
+    spread = any(info.partitions > 1 for info in queues)
+    headings = (*_HEADINGS, "partitions") if spread else _HEADINGS
+    out.table(headings, [_row(info)[: len(headings)] for info in queues])
+
+
+def _row(info: QueueInfo) -> tuple[object, ...]:
     oldest = None if info.oldest_age is None else timedelta(seconds=info.oldest_age)
     state = "paused" if info.paused else "stranded" if info.stranded else ""
     there = (info.ready, info.scheduled, info.leased, info.dead, info.workers)
@@ -37,7 +45,7 @@ def list_(target: Target, out: Output) -> None:
     if out.as_json:
         out.document("queues", queues=found)
     elif found:
-        out.table(HEADINGS, [queue_row(info) for info in found])
+        queue_table(out, found)
     else:
         out.say("There are no queues yet.")
 
@@ -69,7 +77,7 @@ def show(target: Target, out: Output, name: str) -> None:
     )
     if partitions and out.on_terminal:
         out.line("")
-        out.table(HEADINGS, [queue_row(one) for one in partitions])
+        queue_table(out, partitions)
     if workers and out.on_terminal:
         out.line("")
         rows = [(worker.id, worker.host, worker.pid, worker.held, worker.lease_ends) for worker in workers]
@@ -147,11 +155,11 @@ def partition(target: Target, out: Output, name: str, partitions: int, yes: bool
     before = admin.queue(name).partitions
     admin.refuse_full(name)
     after = before
+    # Asked also when it lies so already: that completes a change which somebody left half done.
     question = f"{name} is empty and lies in {count(before, 'partition')}. Lay it in {partitions}?"
-    if dry_run or out.confirm(question, yes=yes, dry_run=dry_run):
-        after = before if dry_run else partitions
-        if not dry_run:
-            admin.repartition(name, partitions)
+    if out.confirm(question, yes=yes, dry_run=dry_run):
+        admin.repartition(name, partitions)
+        after = partitions
     if out.as_json:
         out.document("queue-partitioned", queue=name, before=before, partitions=after, dry_run=dry_run)
     elif not dry_run and after != before:

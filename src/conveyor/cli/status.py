@@ -9,7 +9,7 @@ import click
 
 from conveyor.cli.exit import Exit
 from conveyor.cli.output import MARKS, Output, count
-from conveyor.cli.queue import HEADINGS, queue_row
+from conveyor.cli.queue import queue_table
 from conveyor.cli.target import Target, redis_options
 from conveyor.ident import logical
 
@@ -39,7 +39,7 @@ def status(target: Target, out: Output) -> int:
         out.line(f"{report.family.capitalize()} {report.version} at {report.url} · namespace {admin.backend.namespace}")
         out.line("")
     if queues:
-        out.table(HEADINGS, [queue_row(info) for info in queues])
+        queue_table(out, queues)
     else:
         out.say("There are no queues yet.")
     if out.on_terminal:

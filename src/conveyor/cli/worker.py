@@ -57,7 +57,7 @@ def worker(
     name, app = Target(url, namespace, app_name).load_app()
     chosen = _queues(queues) or _served(app, name)
     seconds = duration(grace, name="--grace")
-    _check(out, app, allow_eviction=allow_eviction)
+    _check(out, app, list(chosen), allow_eviction=allow_eviction)
     from conveyor.worker import supervisor
 
     verbose = bool(ctx.obj and ctx.obj["verbose"])
@@ -91,13 +91,16 @@ def _served(app: Any, name: str) -> dict[str, float]:
     return dict.fromkeys(sorted(queues), 1.0)
 
 
-def _check(out: Output, app: Any, *, allow_eviction: bool) -> None:
-    """Refuse a server that deletes jobs. One that is away is waited for, not an error."""
+def _check(out: Output, app: Any, queues: list[str], *, allow_eviction: bool) -> None:
+    """Refuse a server that deletes jobs, and queues with other partitions. One that is away is waited for, not an error."""
     from conveyor import doctor
+    from conveyor.partition import agree
     from conveyor.store import eviction
 
     try:
         policy, evicted = doctor.eviction_policy(app.backend)
+        for queue in queues:
+            agree(app.backend, queue, app.partitioned.get(queue))
     except StoreUnavailable as error:
         out.say(f"{str(error).splitlines()[0]} Waiting for it.")
         return

@@ -46,6 +46,8 @@ def bring_up(body: bytes, version: int, current: int, upcast: Callable[[int, Any
 
     Raises PayloadError (E15) with what *upcast* raised.
     """
+    if version < 1:  # never ours; and the steps from far below would not end
+        raise PayloadError(f"{what} has version {version}, and there is none below 1.", code="E15")
     try:
         value = msgspec.json.decode(body)
         for step in range(version, current):

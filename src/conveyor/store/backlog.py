@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 
 from conveyor.store.operations import Entry
 
@@ -105,7 +106,7 @@ class Backlog:
     def _first(self) -> list[Record]:
         head = self.records[0]
         taken, jobs, size = [head], len(head.entries), head.size
-        for record in list(self.records)[1 : self._most] if not head.lane else ():
+        for record in islice(self.records, 1, self._most) if not head.lane else ():
             jobs, size = jobs + len(record.entries), size + record.size
             if jobs > self._most or size > MOST_BYTES or not head.goes_with(record):
                 break

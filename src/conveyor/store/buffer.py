@@ -70,6 +70,8 @@ class Buffer:
         self._ids: set[str] = set()
         self._since: float | None = None
         self._delivered = 0
+        self.flows = False
+        """True while Redis takes what waits: who pushes then goes slowly, else what waits would never come to an end."""
 
     def bind(self, start: Callable[[], None]) -> None:
         """Take what begins a delivery; a buffer belongs to one app."""
@@ -140,7 +142,8 @@ class Buffer:
 
     def _full(self, own: Backlog, count: int) -> StoreUnavailable:
         return StoreUnavailable(
-            f"Redis does not answer, and the buffer is full: it holds {own.jobs:,} jobs in {own.bytes:,} bytes and takes "
+            f"Redis takes nothing, or less than is pushed, and the buffer is full: it holds {own.jobs:,} jobs in "
+            f"{own.bytes:,} bytes and takes "
             f"at most {self.most:,} in {self.most_bytes:,}. {count:,} more were not stored. Push again later, or give it "
             "more room: Buffer(most=…, most_bytes=…).",
             code="E37",
@@ -180,6 +183,7 @@ class Buffer:
     def done(self, backlog: Backlog) -> None:
         """Take out what was sent."""
         with self._changed:
+            self.flows = True
             for record in backlog.done():
                 self._delivered += len(record.entries)
                 self._ids.difference_update(entry.id for entry in record.entries)
@@ -203,7 +207,7 @@ class Buffer:
             )  # fmt: skip
         elif self._delivered:
             _log.info("%s buffered jobs were delivered", f"{self._delivered:,}")
-        self._since, self._delivered = None, 0
+        self._since, self._delivered, self.flows = None, 0, False
 
     def _all(self) -> list[Backlog]:
         return [*self._others, *([self._own] if self._own is not None else [])]

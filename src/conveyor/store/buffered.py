@@ -29,7 +29,9 @@ if TYPE_CHECKING:
     from conveyor.store.place import Place
 
 FIRST = 0.05
-"""Seconds the first attempt is repeated for: one that met a connection gone stale is not an outage."""
+"""Seconds an attempt is repeated for: one that met a connection gone stale, or a slot that moved, is not an outage."""
+GENTLY = 0.001
+"""Seconds a push pauses while what waits is being delivered."""
 CAP = 1.0
 """Most seconds between two attempts of the delivery."""
 _SAY_AGAIN = 60.0
@@ -78,6 +80,8 @@ class BufferedBackend(Backend):
 
     def _try(self, keys: QueueKeys, content: Sequence[Any], max_length: int, make: Callable[..., Any]) -> Any:
         if self.buffer.waiting:
+            if self.buffer.flows:
+                self.buffer.wait_empty(GENTLY)
             return self.keep(keys, content, max_length, None, None)
         try:
             self.hail(keys, FIRST)
@@ -229,6 +233,8 @@ class BufferedLane(AsyncLane):
         """Send one call, or keep it."""
         backend, entries = self._backend, entries_of(batch)
         if backend.buffer.waiting:
+            if backend.buffer.flows:
+                await asyncio.sleep(GENTLY)
             return backend.keep(self._keys, entries, self._max_length, None, None)
         try:
             await backend.ahail(self._keys)
@@ -295,7 +301,7 @@ class Delivery:
                 try:
                     self._send(batch, connections)
                 except StoreUnavailable:
-                    attempt += 1
+                    attempt, self._buffer.flows = attempt + 1, False
                 except QueueFull:
                     attempt = 0 if self._buffer.cut(backlog) else attempt + 1
                 except operations.LateReply:
@@ -329,7 +335,7 @@ class Delivery:
     def _send(self, batch: Batch, connections: dict[Place, Connection]) -> None:
         first, backend = batch.records[0], self._backend
         keys = QueueKeys(first.namespace, first.queue, foreign=first.foreign, partitions=first.partitions)
-        backend.hail(keys, 0.0)
+        backend.hail(keys, FIRST)
         place = backend.place(keys)
         connection = connections.get(place)
         if connection is None:
@@ -337,14 +343,14 @@ class Delivery:
         lane = Lane(batch.lane, batch.number - 1)
         call = operations.push(keys, lane, batch.entries(time.time()), max_length=first.max_length)
         try:
-            connection.run(call, patience=0.0)
+            connection.run(call, patience=FIRST)
         except WrongPartitions as error:
             if error.found is not None:
                 raise
             # Redis was emptied meanwhile, so it has no number yet: ours, unless another program was first.
             for claim in claims(first.namespace, ident.logical(first.queue), keys.partitions):
-                backend.run(claim, patience=0.0)
-            connection.run(call, patience=0.0)
+                backend.run(claim, patience=FIRST)
+            connection.run(call, patience=FIRST)
 
 
 def _refused(batch: Batch, error: Exception) -> None:

@@ -95,10 +95,9 @@ class ConfirmedConnection(Connection):
         errand = self._errand
         if errand is None or command[0] not in {"EVALSHA", "EVAL"}:
             return super().execute(*command, block=block)
-        self._examine(errand)
-        replies = self._exchange(errand.commands(command), errand.asked.seconds)
         try:
-            reply = errand.settle(replies)
+            self._examine(errand)
+            reply = errand.settle(self._exchange(errand.commands(command), errand.asked.seconds))
         except WaitBroken:
             self.close()
             raise
@@ -171,10 +170,9 @@ class ConfirmedWire(Wire):
         errand = self._errand
         if errand is None or command[0] not in {"EVALSHA", "EVAL"}:
             return await super().execute(*command, block=block)
-        await self._examine(errand)
-        replies = await self._exchange(errand.commands(command), errand.asked.seconds)
         try:
-            reply = errand.settle(replies)
+            await self._examine(errand)
+            reply = errand.settle(await self._exchange(errand.commands(command), errand.asked.seconds))
         except WaitBroken as error:
             self.drop(WireLost(str(error)))
             raise

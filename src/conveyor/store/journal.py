@@ -11,6 +11,7 @@ import fcntl
 import logging
 import os
 import struct
+from itertools import islice
 from pathlib import Path
 from typing import Any
 from zlib import crc32
@@ -111,7 +112,7 @@ class Journal(Backlog):
             self.jobs += len(record.entries)
             self.bytes += record.size
         elif body[0] == "B":
-            self._batch = Batch(list(self.records)[: body[1]], body[2], body[3])
+            self._batch = Batch(list(islice(self.records, body[1])), body[2], body[3])
         else:
             for _ in range(body[1]):
                 record = self.records.popleft()

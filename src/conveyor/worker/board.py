@@ -23,7 +23,7 @@ import msgspec
 from conveyor.errors import ConfigurationError
 from conveyor.store.keys import QueueKeys
 
-_TICK, _RETIRING, _EPOCH, _JOB_MARK, _JOB_SIZE, _RENEWALS = 0, 1, 2, 3, 4, 16
+_TICK, _RETIRING, _EPOCH, _JOB_MARK, _JOB_SIZE, _FINISHED, _RENEWALS = 0, 1, 2, 3, 4, 5, 16
 _RENEWAL_CELLS = 256
 _CELL_BYTES = 4096
 _JOB_ROOM = 4096
@@ -190,7 +190,16 @@ class Slot:
     def retiring(self, value: bool) -> None:
         self._cells[_RETIRING] = int(value)
 
+    def finish(self) -> None:
+        """Say that the child ends by its own decision; a job may end the process with any exit code."""
+        self._cells[_FINISHED] = 1
+
     # -- the supervisor -------------------------------------------------------------------------------------------
+
+    @property
+    def finished(self) -> bool:
+        """Whether the child came to its own end."""
+        return self._cells[_FINISHED] == 1
 
     @property
     def last_tick(self) -> float:

@@ -60,7 +60,9 @@ def main(start: Callable[[Spec, Slot], tuple[About, Runnable]] | None = None) ->
         sys.path[:] = spec.path
     configure_log(verbose=spec.verbose)
     faulthandler.enable()
-    _end(_run(spec, slot, life_fd, stack_fd, start or start_app))
+    code = _run(spec, slot, life_fd, stack_fd, start or start_app)
+    slot.finish()
+    _end(code)
 
 
 def start_app(spec: Spec, slot: Slot) -> tuple[About, Runnable]:

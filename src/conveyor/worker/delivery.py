@@ -129,7 +129,9 @@ async def _calls(source: QueueKeys, home: Home, number: int, queue: str, entries
         return [outbox.deliver(source, targets[queue], number, entries)]
     moved: dict[str, list[Entry]] = {}
     for entry in entries:
-        moved.setdefault(partitions.placed(entry), []).append(entry)
+        # By its id where it has no key: a repeat must find the same place.
+        at = partitions.pick(unique=entry.unique, id=entry.id)
+        moved.setdefault(partitions.keys[at].queue, []).append(entry)
     return [outbox.deliver(source, targets[name], number, part, instead_of=queue) for name, part in moved.items()]
 
 

@@ -229,7 +229,8 @@ class Supervisor:
             what += " after its grace"
         elif child.kill_reason:
             what = f"Worker child {child.number} (pid {child.pid}) {child.kill_reason}"
-        orderly = code in {0, RECYCLE} or (self._stop_at is not None and code == -signal.SIGTERM)
+        by_itself = code in {0, RECYCLE} and child.slot.finished  # else a job ended it, with whatever code
+        orderly = by_itself or (self._stop_at is not None and code == -signal.SIGTERM)
         crashed = not orderly and child.kill_reason != "stop"
         about, identities = child.slot.about(), child.slot.identities()
         self._guardian.forget(child.slot)
@@ -239,9 +240,9 @@ class Supervisor:
             self._guardian.settle(child.estate)
         elif crashed:
             LOG.warning("%s; it had leased nothing", what)
-        if code == 0 and self._spec.burst:
+        if code == 0 and by_itself and self._spec.burst:
             child.finished = True
-        elif code == RECYCLE:
+        elif code == RECYCLE and by_itself:
             LOG.info("%s to be replaced by a fresh one", what)
         elif self._stop_at is None and not was_up:
             self._give_up_if_hopeless(child, code)

@@ -258,6 +258,10 @@ class Worker:
         """A turn was answered: see whether the burst is over."""
         if self._burst and not self.stopping and all(one.drained for one in self.consumers):
             self.stop()
+        if not consumer.more and len(self.consumers) > 1:
+            for one in self.consumers:  # it has no use for the room it was given: whose turn is it next?
+                if one.more:
+                    one.schedule()
 
     def listen(self) -> None:
         """Wait for work, if nobody does."""
