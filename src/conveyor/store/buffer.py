@@ -19,7 +19,7 @@ from conveyor.store.backlog import Backlog, Batch, Record
 
 _log = logging.getLogger("conveyor.buffer")
 DAY = "+"
-"""The last character of a lane that Redis remembers for a day instead of ten minutes; the scripts know it."""
+"""The last character of a lane that Redis remembers for a day instead of two hours; the scripts know it."""
 
 
 def day_identity() -> str:

@@ -25,7 +25,7 @@ PROMOTE, PURGE, CONFIGURE, INTAKE = Script("promote"), Script("purge"), Script("
 AWAIT, FORGET = Script("await"), Script("forget")
 SADD = Script("SADD")
 
-LANE_MS = 600_000
+LANE_MS = 7_200_000
 """How long the scripts keep the number and the reply of a lane's last push."""
 MOST_HELD = 1000
 """Most jobs of a queue one worker may hold; scripts clamp to it."""

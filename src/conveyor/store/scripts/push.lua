@@ -79,7 +79,7 @@ if string.sub(lane, #prefix + 1, #prefix + 6) == 'inbox:' then
   redis.call('SET', lane, reply)  -- of an outbox: it may be repeated however late
 else
   -- A lane that ends in + is a buffer's: what it sent may be sent again after a long outage.
-  redis.call('SET', lane, reply, 'PX', string.byte(lane, -1) == 43 and 86400000 or 600000)
+  redis.call('SET', lane, reply, 'PX', string.byte(lane, -1) == 43 and 86400000 or 7200000)
 end
 if not conf_now[2] then redis.call('HSET', conf, 'schema', '1') end
 

@@ -24,7 +24,7 @@ end
 
 -- The first write is refused when Redis is full, and the whole push with it. The lane tells a repeat from a new push.
 local reply = number .. '\nok'
-local kept = string.byte(KEYS[1], -1) == 43 and '86400000' or '600000' -- a lane that ends in + is a buffer's
+local kept = string.byte(KEYS[1], -1) == 43 and '86400000' or '7200000' -- a lane that ends in + is a buffer's
 local last = redis.call('SET', KEYS[1], reply, 'PX', kept, 'GET')
 if last then
   local seen = string.match(last, '^%d+')

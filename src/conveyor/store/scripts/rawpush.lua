@@ -11,7 +11,7 @@ if last then
   if seen > number then return ARGV[1] .. '\nlate' end
 end
 redis.call('LLEN', KEYS[2])  -- fails here, with nothing done, when the key is no list
-redis.call('SET', KEYS[1], ARGV[1] .. '\nok', 'PX', 600000)
+redis.call('SET', KEYS[1], ARGV[1] .. '\nok', 'PX', 7200000)
 for first = 2, #ARGV, 7000 do
   redis.call('RPUSH', KEYS[2], unpack(ARGV, first, math.min(first + 6999, #ARGV)))
 end
