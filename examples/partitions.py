@@ -8,7 +8,7 @@ app = Conveyor()
 orders = app.queue("orders-of-many", partitions=4)
 
 customers = [f"c{number}" for number in range(12)]
-places = {}
+places: dict[str, set[str]] = {}
 for number in range(36):
     customer = customers[number % 12]
     message_id = orders.push({"customer": customer, "number": number}, group=customer)
