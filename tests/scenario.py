@@ -60,6 +60,12 @@ def _push(keys: QueueKeys) -> Call[Any]:
     return operations.push(keys, Lane("N"), entries, max_length=100)
 
 
+def _withdraw(keys: QueueKeys) -> Call[Any]:
+    withdrawal = _push(keys).withdrawal()
+    assert withdrawal is not None
+    return withdrawal
+
+
 #: name → the call, and the keys whose wrong type it must notice before it writes
 CALLS: dict[str, tuple[Callable[[QueueKeys], Call[Any]], set[str]]] = {
     "push": (_push, {"lane:N", "jobs", "conf", "due", "dead", "ready:0", "ready:5", "unique:k:kn", "unique:i:n2"}),
@@ -68,6 +74,7 @@ CALLS: dict[str, tuple[Callable[[QueueKeys], Call[Any]], set[str]]] = {
         {"lane:N", "jobs", "conf", "dead", "ready:0"},
     ),
     "rawpush": (lambda k: rawlist.push(k, Lane("N"), [b"1", b"2"]), {"lane:N", "foreign"}),
+    "withdraw": (_withdraw, {"lane:N"}),
     "turn": (
         _turn,
         {"jobs", "state", "leased:w", "workers", "conf", "due", "dead", "recent", "waiters", "stats"}

@@ -87,6 +87,11 @@ def clock(directory: Path) -> Iterator[tuple[Server, Callable[[str], None]]]:
         server.kill()
 
 
+async def server_time(app: Conveyor) -> int:
+    """Return the server's seconds since the epoch."""
+    return int((await app.backend.aexecute("TIME"))[0])
+
+
 @pytest.mark.parametrize(
     ("before", "after", "bound"),
     [
@@ -125,10 +130,12 @@ async def test_a_step_of_the_servers_clock(
             with pytest.raises(RuntimeError, match="dies"):
                 await running
             delayed = await hold.options(delay="30m").aenqueue(200)
-            hour = await app.backend.aexecute("TIME")
+            hour = await server_time(app)
             step(after)
             stepped = time.monotonic()
-            assert abs(int((await app.backend.aexecute("TIME"))[0]) - int(hour[0])) > 3500
+            while abs(await server_time(app) - hour) < 3500:  # the library looks at its file now and then
+                assert time.monotonic() - stepped < 10, "the clock does not jump"
+                await asyncio.sleep(0.01)
             await until(lambda: len(again) == 5, bound + 20)
             print(f"recovered 5 jobs {max(again.values()) - stepped:.1f} s after the step")
             assert max(again.values()) - stepped < bound

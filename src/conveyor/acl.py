@@ -53,8 +53,8 @@ _PRODUCER = Role(
     "producer",
     "pushes and enqueues, asks for status and results, cancels; takes nothing",
     (
-        operations.PUSH, operations.PUSH_PLAIN, rawlist.RAWPUSH, operations.AWAIT, operations.FORGET, operations.CANCEL,
-        inspection.SHOW, inspection.COUNTS, partitioning.CLAIM, partitioning.COUNT,
+        operations.PUSH, operations.PUSH_PLAIN, operations.WITHDRAW, rawlist.RAWPUSH, operations.AWAIT, operations.FORGET,
+        operations.CANCEL, inspection.SHOW, inspection.COUNTS, partitioning.CLAIM, partitioning.COUNT,
     ),
     (*_RUN, "sadd", "smembers", "subscribe", "ping"),
     channels=True,

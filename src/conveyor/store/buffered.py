@@ -340,7 +340,7 @@ class Delivery:
         connection = connections.get(place)
         if connection is None:
             connection = connections[place] = Connection(place)
-        lane = Lane(batch.lane, batch.number - 1)
+        lane = Lane(batch.lane, batch.number - 1, insists=True)
         call = operations.push(keys, lane, batch.entries(time.time()), max_length=first.max_length)
         try:
             connection.run(call, patience=FIRST)

@@ -7,8 +7,9 @@ import ssl
 import struct
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
+from conveyor.errors import QueueFull
 from conveyor.store import fault
 from conveyor.store.script import Call
 
@@ -48,7 +49,7 @@ class Connection:
         try:
             reply = self.execute(*call.command())
         except Exception as error:
-            reply = self._persist(call, error, patience)
+            return self._persist(call, error, patience)
         return call.decode(reply)
 
     def ask(self, *command: Any, patience: float) -> Any:
@@ -72,20 +73,24 @@ class Connection:
                     raise failed
                 reply = self._receive(0.0)
             except Exception as error:
-                reply = self._persist(call, error, patience)
+                return self._persist(call, error, patience)
             return call.decode(reply)
 
         return collect
 
-    def _persist(self, call: Call[Any] | Plain, error: Exception, seconds: float) -> Any:
+    def _persist(self, call: Call[T] | Plain, error: Exception, seconds: float) -> T:
         """Repeat *call*, which failed with *error*, until it is answered or *seconds* have passed."""
-        command, patience = call.command, fault.Patience(seconds)
+        command, patience, unsure = call.command, fault.Patience(seconds), False
         while True:
             what, text, at = _verdict(error), reply_text(error), self
+            unsure = unsure or not answered(error)
             if what is fault.Remedy.LOAD:
                 command = call.load
             elif what is fault.Remedy.RAISE:
-                raise fault.final(text, str(self.place)) from error
+                refusal = fault.final(text, str(self.place))
+                if not unsure:
+                    raise refusal from error
+                return self._refuse(call, refusal, seconds)
             else:
                 if what in _ELSEWHERE:
                     self.close()
@@ -100,12 +105,30 @@ class Connection:
             try:
                 if at is not self:
                     at.execute("ASKING")
-                return at.execute(*command())
+                reply = at.execute(*command())
             except Exception as again:
                 error = again
+                continue
             finally:
                 if at is not self:
                     at.close()
+            try:
+                return cast("T", call.decode(reply))
+            except QueueFull as full:
+                if not unsure:
+                    raise
+                return self._refuse(call, full, seconds)
+
+    def _refuse(self, call: Call[T] | Plain, refusal: Exception, seconds: float) -> T:
+        """
+        Raise *refusal* of a call that may have been carried out before.
+
+        That a push is full is said only when no copy of it, still on its way, can be accepted any more.
+        """
+        withdrawal = call.withdrawal() if isinstance(refusal, QueueFull) else None
+        if withdrawal is None or (reply := self.run(withdrawal, patience=seconds)) is None:
+            raise refusal
+        return cast("T", call.decode(reply))
 
     def execute(self, *command: Any, block: float = 0.0) -> Any:
         """Send one command and return the raw reply; *block* is how many seconds the server may hold it back."""
@@ -186,6 +209,10 @@ class Plain:
         return self._words
 
     load = command
+
+    @staticmethod
+    def withdrawal() -> None:
+        """Return nothing: it is no push."""
 
     @staticmethod
     def decode(reply: Any) -> Any:

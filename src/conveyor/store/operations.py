@@ -22,7 +22,7 @@ PUSH_PLAIN = Script("push_plain", bare=True)
 PUSH, TURN, REGISTER, BEAT, REAP = Script("push"), Script("turn"), Script("register"), Script("beat"), Script("reap")
 EXTEND, HELD, CANCEL, REDRIVE = Script("extend"), Script("held"), Script("cancel"), Script("redrive")
 PROMOTE, PURGE, CONFIGURE, INTAKE = Script("promote"), Script("purge"), Script("configure"), Script("intake")
-AWAIT, FORGET = Script("await"), Script("forget")
+AWAIT, FORGET, WITHDRAW = Script("await"), Script("forget"), Script("withdraw")
 SADD = Script("SADD")
 
 LANE_MS = 7_200_000
@@ -56,10 +56,15 @@ class Entry:
 
 @dataclass(slots=True)
 class Lane:
-    """A producer's identity: one push in flight, each with the next number, so a repeat is answered, not done again."""
+    """
+    A producer's identity: one push in flight, each with the next number, so a repeat is answered, not done again.
+
+    `insists`: whoever uses it pushes again under the same number what was refused, so a refusal is not the end.
+    """
 
     identity: str
     number: int = 0
+    insists: bool = False
     names: dict[str, tuple[str, ...]] = field(default_factory=dict)  # of the keys of a plain push, by queue
 
     def next(self) -> int:
@@ -82,7 +87,8 @@ def push_plain(keys: QueueKeys, lane: Lane, pairs: Sequence[Argument], *, max_le
     if (names := lane.names.get(keys.prefix)) is None:
         names = (keys.lane(lane.identity), keys.jobs, keys.ready[0], keys.wake, keys.conf, keys.dead)
         lane.names[keys.prefix] = names
-    return Call(PUSH_PLAIN, names, (lane.next(), max_length, keys.partitions, *pairs), partial(_pushed_plain, keys))
+    args = (lane.next(), max_length, keys.partitions, *pairs)
+    return Call(PUSH_PLAIN, names, args, partial(_pushed_plain, keys), None if lane.insists else WITHDRAW)
 
 
 def push(keys: QueueKeys, lane: Lane, entries: Iterable[Entry], *, max_length: int = 0) -> Call[list[str]]:
@@ -106,7 +112,7 @@ def push(keys: QueueKeys, lane: Lane, entries: Iterable[Entry], *, max_length: i
     if run:
         args += ["p" if plain_run else "s", len(run) // (2 if plain_run else 10), *run]
     args[3] = len(ids)
-    return Call(PUSH, _push_keys(keys, lane), args, _pushed(keys, ids))
+    return Call(PUSH, _push_keys(keys, lane), args, _pushed(keys, ids), None if lane.insists else WITHDRAW)
 
 
 def _special(entry: Entry) -> tuple[Argument, ...]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from conveyor.ident import new_identity
 from conveyor.store.keys import QueueKeys
-from conveyor.store.operations import Lane, LateReply
+from conveyor.store.operations import WITHDRAW, Lane, LateReply
 from conveyor.store.script import Call, Script
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ class Lanes:
 def push(keys: QueueKeys, lane: Lane, entries: Sequence[bytes]) -> Call[None]:
     """Return the call that appends *entries* to the plain list of *keys*."""
     assert keys.foreign is not None
-    return Call(RAWPUSH, (keys.lane(lane.identity), keys.foreign), (lane.next(), *entries), _pushed)
+    return Call(RAWPUSH, (keys.lane(lane.identity), keys.foreign), (lane.next(), *entries), _pushed, WITHDRAW)
 
 
 def _pushed(reply: bytes) -> None:

@@ -53,6 +53,15 @@ class Call(Generic[T]):
     keys: Sequence[str]
     args: Sequence[Argument]
     decode: Callable[[Any], T]
+    withdraw: Script | None = None
+    """Of a push: what keeps a late copy out once a repeat was refused. None where the caller pushes again what was."""
+
+    def withdrawal(self) -> Call[bytes | None] | None:
+        """Return the call that does so; it yields None, or the reply of a copy that was accepted meanwhile."""
+        if self.withdraw is None:
+            return None
+        withdrawn = f"{self.args[0]!s}\nwithdrawn".encode()
+        return Call(self.withdraw, self.keys[:1], self.args[:1], lambda reply: None if reply == withdrawn else reply)
 
     def command(self) -> tuple[Any, ...]:
         """Return the words sent to the server."""

@@ -11,8 +11,9 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
+from conveyor.errors import QueueFull
 from conveyor.store import fault
 from conveyor.store.connection import Plain
 from conveyor.store.script import Call
@@ -81,24 +82,27 @@ class Wire:
         StoreUnavailable: the step may or may not have happened. Cancelling the caller disturbs nobody else.
         """
         left = fault.Patience(patience)
-        command = call.command
+        command, unsure = call.command, False
         while True:
             try:
                 reply = await self.execute(*command())
             except OSError as error:
-                cause: Exception = error
+                unsure, cause = True, cast("Exception", error)
                 what = fault.Remedy.WAIT
                 if self._closed:
                     raise fault.unreachable(str(self.place), error) from error
             else:
                 if not isinstance(reply, Exception):
-                    return call.decode(reply)
+                    return await self._decode(call, reply, patience) if unsure else call.decode(reply)
                 cause, what = reply, self.heed(reply)
             if what is fault.Remedy.LOAD:
                 command = call.load
                 continue
             if what is fault.Remedy.RAISE:
-                raise fault.final(str(cause), str(self.place)) from cause
+                refusal = fault.final(str(cause), str(self.place))
+                if not unsure:
+                    raise refusal from cause
+                return await self._refuse(call, refusal, patience)
             wait = left.pause(str(cause))
             if wait is None:
                 raise fault.unreachable(str(self.place), cause) from cause
@@ -106,9 +110,24 @@ class Wire:
             if what is fault.Remedy.ASIDE:
                 reply = await self._aside(str(cause), command())
                 if not isinstance(reply, Exception):
-                    return call.decode(reply)
+                    return await self._decode(call, reply, patience) if unsure else call.decode(reply)
+                unsure = unsure or isinstance(reply, OSError)
                 if fault.remedy(str(reply)) is fault.Remedy.LOAD:
                     command = call.load
+
+    async def _decode(self, call: Call[T] | Plain, reply: Any, patience: float | None) -> T:
+        """Decode the reply of a call that may have been carried out before."""
+        try:
+            return cast("T", call.decode(reply))
+        except QueueFull as refusal:
+            return await self._refuse(call, refusal, patience)
+
+    async def _refuse(self, call: Call[T] | Plain, refusal: Exception, patience: float | None) -> T:
+        """Raise *refusal* of such a call; that a push is full only when no copy of it can be accepted any more."""
+        withdrawal = call.withdrawal() if isinstance(refusal, QueueFull) else None
+        if withdrawal is None or (reply := await self.run(withdrawal, patience=patience)) is None:
+            raise refusal
+        return cast("T", call.decode(reply))
 
     async def ask(self, *command: Any, patience: float | None) -> Any:
         """Send one plain command, which may be repeated, and return the raw reply; errors as in `run`."""

@@ -1,0 +1,15 @@
+-- Make sure that a push that was refused stays refused: a copy of it may still be on its way, and room may come before it.
+--
+-- KEYS  1 lane
+-- ARGV  1 number of the push
+-- returns "<number>\nwithdrawn", or the reply that a copy of it had meanwhile: then it is stored, and was not refused
+local last = redis.call('GET', KEYS[1])
+local seen = last and tonumber(string.match(last, '^%d+')) or -1
+if seen == number_in(ARGV[1]) then return last end
+local reply = ARGV[1] .. '\nwithdrawn'
+if seen > tonumber(ARGV[1]) then return reply end
+
+-- The first write is a removal, since it is a full Redis that refuses.
+redis.call('DEL', KEYS[1])
+redis.call('SET', KEYS[1], reply, 'PX', string.byte(KEYS[1], -1) == 43 and 86400000 or 7200000)
+return reply
