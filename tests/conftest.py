@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import signal
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,6 +20,12 @@ from server import Server, find_binary
 pytest_plugins = ["pytester", "messaging", "nodes"]
 
 _OLDER = ("redis6", "redis7")
+
+
+def pytest_configure() -> None:
+    """Take interrupts even where a shell started the tests in the background: programs under test inherit what we do."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

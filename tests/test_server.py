@@ -19,6 +19,7 @@ from server import Server
 
 @pytest.mark.redis6
 @pytest.mark.redis7
+@pytest.mark.standalone_only("with --on there is one server for all", on=())
 def test_marked_test_runs_on_the_server_it_names(request: pytest.FixtureRequest, server: Server) -> None:
     """A test marked for an older server runs on Valkey and on that server, and on no other."""
     expected = {"valkey": (7,), "redis6": (6, 2), "redis7": (7,)}[request.node.callspec.params["server"]]
