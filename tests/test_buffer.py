@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import subprocess
 import sys
 import threading
@@ -22,6 +21,7 @@ from conveyor.app import Conveyor
 from conveyor.errors import ConfigurationError, QueueFull, StoreUnavailable
 from conveyor.store.connection import Connection
 from conveyor.store.wire import Wire, WireLost
+from forking import exit_code, in_child
 from server import Server
 
 Start = Callable[..., Server]
@@ -308,11 +308,12 @@ def test_a_forked_child_begins_empty(server: Server, buffer: Buffer) -> None:
         mail = app.queue("mail")
         server.kill()
         ids = [mail.push(n) for n in range(3)]
-        child = os.fork()
-        if child == 0:
+
+        def push() -> int:
             mail.push("the child's")
-            os._exit(0 if len(buffer) == 1 else 1)  # without a word: what it kept in memory is gone
-        assert os.waitpid(child, 0)[1] == 0
+            return 0 if len(buffer) == 1 else 1  # it ends without a word: what it kept in memory is gone
+
+        assert exit_code(in_child(push)) == 0
         server.start()
     found = line(server)
     assert found[:3] == bare(ids) or buffer.directory is not None

@@ -19,6 +19,7 @@ import redis
 from conveyor.errors import ConfigurationError, StoreUnavailable
 from conveyor.store import embedded, keeper
 from conveyor.store.embedded import attach, inspect, stop
+from forking import in_child
 
 SOURCE = Path(embedded.__file__).parents[2]
 USER = """
@@ -247,9 +248,7 @@ def test_the_keeper_stands_apart_from_its_starter(place):
 def test_a_forked_child_holds_the_server_too(place):
     """After fork() the child keeps the server alive although its parent let go; an executed program does not."""
     held = attach(place.directory)
-    child = os.fork()
-    if child == 0:
-        signal.pause()
+    child = in_child(lambda: signal.pause() or 0)
     try:
         program = subprocess.Popen([sys.executable, "-c", "import sys; sys.stdin.read()"], stdin=subprocess.PIPE)
         place.users.append(program)

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import pytest
 from conveyor.app import Conveyor
 from conveyor.errors import ConveyorError, StoreUnavailable
 from conveyor.store import operations
+from forking import exit_codes, in_child
 from server import Server
 from working import audit, counts, drain, until, working
 
@@ -122,20 +124,14 @@ def test_a_fork_uses_no_connection_of_its_parent(url: str) -> None:
     async def note(n: int) -> None: ...
 
     note.enqueue(0)
-    children = []
-    for child in range(3):
-        pid = os.fork()
-        if pid == 0:
-            code = 1
-            try:
-                ids = {note.enqueue(100 * child + n).id for n in range(50)}
-                code = 0 if len(ids) == 50 else 2
-            finally:
-                os._exit(code)
-        children.append(pid)
+
+    def missing(child: int) -> int:
+        return 50 - len({note.enqueue(100 * child + n).id for n in range(50)})
+
+    children = [in_child(partial(missing, child)) for child in range(3)]
     for n in range(50):
         note.enqueue(1000 + n)
-    assert [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children] == [0, 0, 0]
+    assert exit_codes(children) == [0, 0, 0]
 
     assert app.backend.run(operations.purge(app.keys("default"), "ready", 1000)) == (201, 201)
     app.close()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -18,6 +17,7 @@ from conveyor.app import Conveyor
 from conveyor.errors import JobFailed, ResultExpired, StoreUnavailable
 from conveyor.model import Failure
 from conveyor.task import Task
+from forking import exit_code, in_child
 from hand import Hand, drain, eventually
 from server import Server
 
@@ -288,14 +288,11 @@ def test_child_process_waits_on_its_own(
         echo.enqueue(0).result(timeout=0.01)  # the parent listens already
     jobs = [echo.enqueue(n) for n in (1, 2)]
     _, first, second = hand.take(3)
-    child = os.fork()
-    if child == 0:
-        os._exit(jobs[0].result(timeout=20))
+    child = in_child(lambda: jobs[0].result(timeout=20))
     eventually(lambda: redis.hexists(WAITERS, first))
     assert len(subscribers(redis)) == 2
     hand.done(first, 33)
-    _, status = os.waitpid(child, 0)
-    assert os.waitstatus_to_exitcode(status) == 33
+    assert exit_code(child) == 33
 
     with ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(jobs[1].result, timeout=20)

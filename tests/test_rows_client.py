@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import multiprocessing
-import os
 import random
 import threading
 from collections import Counter
@@ -17,6 +16,7 @@ from chaos.proxy import Proxy
 from conveyor import Conveyor
 from conveyor.store import operations
 from conveyor.worker.worker import Worker
+from forking import exit_code, exit_codes, in_child
 from server import Server
 from spawned import note, spawned
 from working import audit, counts, drain, until
@@ -34,22 +34,6 @@ def talk(app: Conveyor, who: str, times: int) -> int:
         wrong += app.backend.execute("ECHO", word) != word.encode()
         wrong += task.options(id=f"{who}-{n}", keep_result=0).enqueue(n).id != f"{who}-{n}"
     return wrong
-
-
-def in_child(work: Callable[[], int]) -> int:
-    """Fork; return the pid of the child, whose exit code is 0 when *work* returns 0."""
-    pid = os.fork()
-    if pid == 0:
-        code = 9
-        try:
-            code = min(work(), 8)
-        finally:
-            os._exit(code)
-    return pid
-
-
-def ended(pids: list[int]) -> list[int]:
-    return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
 
 
 @pytest.mark.row("A12")
@@ -73,7 +57,7 @@ def test_forks_amid_commands(url: str, rounds: Rounds) -> None:
         for thread in threads:
             thread.start()
         try:
-            codes = ended([in_child(lambda n=n: talk(app, f"child{n}", 5)) for n in range(times)])
+            codes = exit_codes([in_child(lambda n=n: talk(app, f"child{n}", 5)) for n in range(times)])
         finally:
             stop.set()
             for thread in threads:
@@ -105,7 +89,7 @@ async def test_a_fork_amid_awaited_commands(url: str, rounds: Rounds) -> None:
             pid = in_child(child)
             assert [await word for word in words] == [str(n).encode() for n in range(10)]
             assert len({(await job).id for job in flying}) == 10
-            assert await asyncio.to_thread(ended, [pid]) == [0]
+            assert await asyncio.to_thread(exit_code, pid) == 0
         assert (await counts(app)).ready == 1 + 15 * rounds(50, 3)
         await drain(app)
 

@@ -1,0 +1,36 @@
+"""Forked children of a test. One that leaves the test by an exception would run the rest of the suite a second time."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterable
+
+RAISED = 99
+"""The exit code of a child whose work raised."""
+
+
+def in_child(work: Callable[[], int]) -> int:
+    """Fork; return the pid of the child, whose exit code is what *work* returns, at most 98."""
+    pid = os.fork()
+    if pid == 0:
+        code = RAISED
+        try:
+            code = min(work(), RAISED - 1)
+        except BaseException:
+            traceback.print_exc()
+            sys.stderr.flush()
+        finally:
+            os._exit(code)
+    return pid
+
+
+def exit_code(pid: int) -> int:
+    """Wait for a child; return its exit code."""
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def exit_codes(pids: Iterable[int]) -> list[int]:
+    """Wait for children; return their exit codes."""
+    return [exit_code(pid) for pid in pids]
