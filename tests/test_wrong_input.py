@@ -247,3 +247,16 @@ def test_a_cluster_with_a_dead_node_is_examined_all_the_same(cluster: ClusterOfN
     backend.close()
     with pytest.raises(ConveyorError, match="no node of the cluster answers"):
         doctor.examine(Backend("redis+cluster://127.0.0.1:1", patience=0.1))
+
+
+@pytest.mark.leaves_keys("the record of the last finished jobs")
+def test_a_deleted_dead_letter_is_not_shown_as_dead(shell: Shell) -> None:
+    """After `job delete` the job is not known any more, although a worker noted its end."""
+    (shell.directory / "bad_app.py").write_text(
+        "from conveyor import Conveyor\napp = Conveyor()\n@app.task(retry=1)\ndef bad(): raise ValueError('no')\n"
+    )
+    job = shell.run("enqueue", "-A", "bad_app", "bad").stdout.strip()
+    assert shell.run("worker", "bad_app:app", "--burst").returncode == 0
+    assert "dead" in shell.run("job", "show", job).stdout
+    assert shell.run("job", "delete", job, "--yes").returncode == 0
+    assert shell.run("job", "show", job).returncode == 5
