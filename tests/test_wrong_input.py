@@ -260,3 +260,24 @@ def test_a_deleted_dead_letter_is_not_shown_as_dead(shell: Shell) -> None:
     assert "dead" in shell.run("job", "show", job).stdout
     assert shell.run("job", "delete", job, "--yes").returncode == 0
     assert shell.run("job", "show", job).returncode == 5
+
+
+def test_a_worker_that_cannot_go_on_says_why_in_a_line(shell: Shell) -> None:
+    """An error that says what to do ends a worker process with its text and code, and no traceback of ours."""
+    (shell.directory / "lamp_app.py").write_text(
+        "from conveyor import ConfigurationError, Conveyor\napp = Conveyor()\n"
+        "@app.task\ndef t(): ...\n"
+        "@app.lifespan\nasync def lamp():\n    raise ConfigurationError('The lamp is dark. Plug it in.')\n    yield {}\n"
+    )
+    with shell.start("worker", "lamp_app:app") as running:
+        try:
+            assert running.stderr is not None
+            lines = []
+            while not lines or "cannot go on" not in lines[-1]:
+                lines.append(running.stderr.readline())
+                assert lines[-1], lines
+        finally:
+            running.terminate()
+            rest = running.communicate(timeout=40)[1]
+    assert "The worker cannot go on: E02 The lamp is dark. Plug it in." in lines[-1]
+    assert "Traceback" not in "".join(lines) + rest
