@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import logging
+import re
+import signal
+import subprocess
+import sys
 import threading
 import time
 from contextlib import closing
+from pathlib import Path
 
 import pytest
 
@@ -13,6 +18,20 @@ from conveyor.errors import ConfigurationError, LeaseLost
 from conveyor.message import Batch
 from conveyor.queue import Queue
 from messaging import first, until
+
+_LOOP = """
+from conveyor import Conveyor
+for message in Conveyor({url!r}, namespace={namespace!r}).queue("c", partitions={partitions}).{loop}:
+    pass
+"""
+_AWAITABLE_LOOP = """
+import asyncio
+from conveyor import Conveyor
+async def main():
+    async for message in Conveyor({url!r}, namespace={namespace!r}).queue("c", partitions={partitions}).{loop}:
+        pass
+asyncio.run(main())
+"""
 
 
 class TestOneByOne:
@@ -88,6 +107,35 @@ class TestOneByOne:
         assert (message.attempt, message._leased.state.failures) == (2, 0)
         message.ack()
 
+    @pytest.mark.parametrize("loop", ["consume()", "batches(2)", "aconsume()"])
+    @pytest.mark.parametrize("partitions", [1, 2])
+    def test_an_interrupt_shows_the_loop_and_not_where_it_waited(self, url, redis, backend, loop, partitions):
+        """Ctrl-C ends a waiting loop with KeyboardInterrupt; the traceback ends with it, not in our sockets."""
+        program = _LOOP if loop[0] != "a" else _AWAITABLE_LOOP
+        program = program.format(url=url, namespace=backend.namespace, partitions=partitions, loop=loop)
+        with subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.PIPE, text=True) as child:
+            try:
+                parts = [backend.keys(name) for name in (["c"] if partitions == 1 else ["c/0", "c/1"])]
+                until(lambda: all(backend.execute("ZCARD", one.workers, key=one.workers) for one in parts), 30)
+                until(lambda: int(redis.info("clients")["blocked_clients"]) > 0, 30)
+                child.send_signal(signal.SIGINT)
+                _, errors = child.communicate(timeout=30)
+            finally:
+                child.kill()
+        assert child.returncode == -signal.SIGINT
+        assert errors.rstrip().endswith("KeyboardInterrupt")
+        ours = {Path(name).name for name in re.findall(r'File "([^"]*conveyor[^"]*)"', errors)}
+        assert ours <= {
+            "queue.py",
+            "partitioned.py",
+            "consumer.py",
+            "aconsumer.py",
+            "spread.py",
+            "aspread.py",
+            "flow.py",
+        }
+        assert errors.count("During handling") == (loop[0] == "a")  # asyncio tells a cancellation that way itself
+
     def test_undecodable(self, backend, queue, caplog):
         """A body that is not what the queue holds becomes a dead letter with its bytes, and the loop goes on."""
         queue.push("text")
@@ -100,6 +148,8 @@ class TestOneByOne:
         [letter] = queue.dead_letters()
         assert letter.payload == b'"text"'
         assert "cannot be decoded" in letter.error
+        assert letter.failure.type == "PayloadError"
+        assert f"Message {letter.id} cannot be decoded" in caplog.text
         assert sum("cannot be decoded" in r.getMessage() for r in caplog.records) == 1
 
     def test_leaving_returns_what_had_not_started(self, queue):

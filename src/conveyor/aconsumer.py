@@ -8,7 +8,7 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import Generic, TypeVar
 
 from conveyor.errors import ConveyorError, StoreUnavailable
-from conveyor.flow import Flow, Program, Take, Wait
+from conveyor.flow import Flow, Program, Take, Wait, aquietly
 from conveyor.holder import AwaitableHolder
 from conveyor.lessee import Lessee
 from conveyor.message import Batch, Ending, Message, OnError
@@ -50,7 +50,7 @@ class AsyncConsumer(AwaitableHolder, Generic[T]):
         self._begin()
         try:
             while True:
-                yield await self._follow(self._flow.fetch(prefetch))
+                yield await aquietly(self._follow, self._flow.fetch(prefetch))
         finally:
             await self._end()
 
@@ -59,7 +59,7 @@ class AsyncConsumer(AwaitableHolder, Generic[T]):
         self._begin()
         try:
             while True:
-                yield Batch(await self._follow(self._flow.gather(size, within)))
+                yield Batch(await aquietly(self._follow, self._flow.gather(size, within)))
         finally:
             await self._end()
 
@@ -94,7 +94,10 @@ class AsyncConsumer(AwaitableHolder, Generic[T]):
                     await self.around(step.want, leave=step.leave)
             self.note()
         except ConveyorError as error:
-            logger.warning("Queue %s: what was leased returns when the lease ends: %s", self.lessee.keys.queue, error)
+            if self.lessee.registered:
+                logger.warning(
+                    "Queue %s: what was leased returns when the lease ends: %s", self.lessee.keys.queue, error
+                )
 
     async def _follow(self, program: Program[V]) -> V:
         try:

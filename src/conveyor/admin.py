@@ -252,7 +252,9 @@ class Admin:
             found = _Found(keys, id_, place, row, record)
             if place != "none":
                 return found
-            if record or self._remembered(found) is not None:
+            entry = self._remembered(found)
+            # A dead letter that is only remembered was deleted or purged.
+            if record or (entry is not None and entry.status != "dead"):
                 trace = found
         return trace
 

@@ -21,7 +21,7 @@ from conveyor.registration import TaskDecorator, refuse_later, register, task_op
 from conveyor.result import Replies
 from conveyor.sealing.choice import choose
 from conveyor.sealing.sealing import LARGE_ABOVE, MAX_LARGE
-from conveyor.sealing.size import Size
+from conveyor.sealing.size import Size, size
 from conveyor.store.reach import reach
 from conveyor.task import AsyncTask, RunIn, SyncTask, Task, TaskCall, Upcast
 
@@ -56,7 +56,7 @@ class Conveyor(Declarations, Hooks):
         lease: Duration = "15s",
         keys: Mapping[str, str | bytes] | None = None,
         encrypt: bool = False,
-        max_payload: int = MAX_PAYLOAD,
+        max_payload: Size = MAX_PAYLOAD,
         compress: Size | None = None,
         large: BlobStore | None = None,
         large_above: Size = LARGE_ABOVE,
@@ -66,7 +66,7 @@ class Conveyor(Declarations, Hooks):
         """
         Take the URL (None: ``CONVEYOR_URL``, else the embedded server) and what holds for all queues.
 
-        `lease` is how long a worker may be silent before its jobs go to others, `max_payload` the limit in bytes of
+        `lease` is how long a worker may be silent before its jobs go to others, `max_payload` the limit of
         one set of arguments, one message or one result. `keys` (key id to secret) seal payloads, results and errors:
         the first seals, all open, and what is not sealed is set aside; `encrypt` makes them unreadable too.
         `compress` is a size above which they are compressed; with `large`, a store, arguments and messages above
@@ -74,19 +74,17 @@ class Conveyor(Declarations, Hooks):
         Redis is away. Raises ConfigurationError.
         """
         super().__init__()
-        if not isinstance(max_payload, int) or isinstance(max_payload, bool) or max_payload < 1:
-            raise ConfigurationError(f"max_payload must be a number of bytes, not {max_payload!r}.")
         self.backend = reach(url, namespace, buffer)
         self.replies = Replies(self.backend)
         self.namespace = namespace
         self.lease_ms = positive_ms(lease, "lease")
-        self.max_payload = max_payload
+        self.max_payload = size(max_payload, "max_payload")
         self.sealing = choose(
             keys=keys, encrypt=encrypt, compress=compress, large=large, large_above=large_above, max_large=max_large,
-            max_payload=max_payload,
+            max_payload=self.max_payload,
         )  # fmt: skip
         """What happens to bodies on their way; None when nothing does."""
-        self.max_whole = max_payload if self.sealing is None else self.sealing.max_whole
+        self.max_whole = self.max_payload if self.sealing is None else self.sealing.max_whole
         self.tasks: dict[str, Task[..., Any]] = {}
 
     def __repr__(self) -> str:
@@ -108,7 +106,7 @@ class Conveyor(Declarations, Hooks):
         self, /, *, name: str | None = None, queue: str = "default", timeout: Duration | None = None,
         retry: Retry | int | None = None, keep_result: Duration = "10m", run_in: RunIn | None = None,
         ack: Literal["late", "early"] = "late", expires: Duration | None = None, priority: int = 0,
-        max_payload: int | None = None, unique: Unique | None = None,
+        max_payload: Size | None = None, unique: Unique | None = None,
         limits: Sequence[Rate | Concurrency] | None = None, group_by: str | None = None,
         debounce: Debounce | None = None, version: int = 1, upcast: Upcast | None = None,
     ) -> TaskDecorator: ...  # fmt: skip
@@ -127,7 +125,7 @@ class Conveyor(Declarations, Hooks):
         ack: Literal["late", "early"] = "late",
         expires: Duration | None = None,
         priority: int = 0,
-        max_payload: int | None = None,
+        max_payload: Size | None = None,
         unique: Unique | None = None,
         limits: Sequence[Rate | Concurrency] | None = None,
         group_by: str | None = None,

@@ -9,7 +9,7 @@ from random import randrange
 from typing import Any, Generic, TypeVar
 
 from conveyor.errors import ConveyorError, StoreUnavailable
-from conveyor.flow import Flow
+from conveyor.flow import Flow, aquietly
 from conveyor.holder import AwaitableHolder, arun_once
 from conveyor.lessee import Lessee
 from conveyor.message import Batch, Ending, Message, OnError
@@ -107,7 +107,7 @@ class AsyncSpread(Generic[T]):
         await self._begin()
         try:
             while True:
-                yield await self._follow(self._rota.fetch(prefetch))
+                yield await aquietly(self._follow, self._rota.fetch(prefetch))
         finally:
             await self._end()
 
@@ -116,7 +116,7 @@ class AsyncSpread(Generic[T]):
         await self._begin()
         try:
             while True:
-                yield Batch(await self._follow(self._rota.gather(size, within)))
+                yield Batch(await aquietly(self._follow, self._rota.gather(size, within)))
         finally:
             await self._end()
 
@@ -157,7 +157,8 @@ class AsyncSpread(Generic[T]):
                     holder.note()
                 except ConveyorError as error:
                     name = holder.lessee.keys.queue
-                    logger.warning("Queue %s: what was leased returns when the lease ends: %s", name, error)
+                    if holder.lessee.registered:
+                        logger.warning("Queue %s: what was leased returns when the lease ends: %s", name, error)
 
     async def _follow(self, program: Steps[V], *, patient: bool = True) -> V:
         try:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Generator, Sequence
 from typing import Any, Generic, TypeVar
 
 from conveyor.errors import ConveyorError, StoreUnavailable
-from conveyor.flow import Flow, Program, Take, Wait
+from conveyor.flow import Flow, Program, Take, Wait, quietly
 from conveyor.holder import BlockingHolder, patience
 from conveyor.lessee import Leased, Lessee
 from conveyor.message import Batch, Ending, Message, OnError
@@ -56,7 +56,7 @@ class Consumer(BlockingHolder, Generic[T]):
         """Yield messages for ever, each as soon as there is one."""
         with self:
             while True:
-                message = self._follow(self._flow.fetch(prefetch))
+                message = quietly(self._follow, self._flow.fetch(prefetch))
                 self._latest = (message._leased,)  # noqa: SLF001
                 yield message
 
@@ -64,7 +64,7 @@ class Consumer(BlockingHolder, Generic[T]):
         """Yield batches for ever."""
         with self:
             while True:
-                batch = Batch(self._follow(self._flow.gather(size, within)))
+                batch = Batch(quietly(self._follow, self._flow.gather(size, within)))
                 self._latest = [message._leased for message in batch]  # noqa: SLF001
                 yield batch
 
@@ -105,7 +105,12 @@ class Consumer(BlockingHolder, Generic[T]):
                     self.round(step.want, leave=step.leave)
             self.note()
         except ConveyorError as error:
-            logger.warning("Queue %s: what was leased returns when the lease ends: %s", self.lessee.keys.queue, error)
+            if self.lessee.registered:
+                logger.warning(
+                    "Queue %s: what was leased returns when the lease ends: %s", self.lessee.keys.queue, error
+                )
+        except KeyboardInterrupt as stop:
+            raise stop.with_traceback(None) from None  # pressed twice: what was leased returns when the lease ends
         finally:
             self._bell.close()
             self._connection.close()

@@ -41,7 +41,7 @@ class Declarations(Sending):
         self.plain_lists: dict[str, PlainList[Any]] = {}
         self.bounded: dict[str, Queue[Any]] = {}
         self.partitioned: dict[str, Partitions] = {}
-        self._declared: dict[str, object] = {}
+        self._declared: dict[str, dict[str, object]] = {}
         self._keys: dict[str, QueueKeys] = {}
 
     @overload
@@ -90,7 +90,10 @@ class Declarations(Sending):
         ident.queue_name(name)
         lease_ms = self.lease_ms if lease is None else positive_ms(lease, "lease")
         asks = asked(durable)
-        facts = ("queue", type, lease_ms, max_attempts, max_length, full, partitions, version, upcast, asks)
+        facts = {
+            "kind": "queue", "type": type, "lease_ms": lease_ms, "max_attempts": max_attempts, "max_length": max_length,
+            "full": full, "partitions": partitions, "version": version, "upcast": upcast, "durability": asks,
+        }  # fmt: skip
         if self._is_declared(name, facts):
             return self.queues[name]
         queue = self._made(
@@ -137,7 +140,9 @@ class Declarations(Sending):
             )
         fed = task.name if isinstance(task, Task) else task
         lease_ms = self.lease_ms if lease is None else positive_ms(lease, "lease")
-        facts = ("plain list", type, fed, lease_ms, max_attempts)
+        facts = {
+            "kind": "plain list", "type": type, "task": fed, "lease_ms": lease_ms, "max_attempts": max_attempts,
+        }  # fmt: skip
         if self._is_declared(name, facts):
             return self.plain_lists[name]
         from conveyor.plain import PlainList
@@ -150,12 +155,12 @@ class Declarations(Sending):
         self._keys[name] = found.keys  # they lie where the list lies
         return found
 
-    def _is_declared(self, name: str, facts: tuple[object, ...]) -> bool:
+    def _is_declared(self, name: str, facts: dict[str, object]) -> bool:
         if name not in self._declared:
             return False
         if self._declared[name] != facts:
             raise ConfigurationError(
-                f"{name!r} is declared twice with different options: {self._declared[name]} and {facts}. "
+                f"{name!r} is declared twice, with different options: {_difference(self._declared[name], facts)}. "
                 "Declare it once and import it where it is used."
             )
         return True
@@ -164,3 +169,13 @@ class Declarations(Sending):
         """Return the lease of *queue* in ms."""
         found = self.queues.get(queue, self.plain_lists.get(queue))
         return self.lease_ms if found is None else found.lease_ms
+
+
+def _difference(one: dict[str, object], other: dict[str, object]) -> str:
+    """Return what two declarations say otherwise, in the words of the options."""
+    differing = [name for name in one if one[name] != other.get(name)]
+    return " and ".join(", ".join(f"{name}={_shown(facts.get(name))}" for name in differing) for facts in (one, other))
+
+
+def _shown(value: object) -> str:
+    return value.__name__ if isinstance(value, type) else str(value).removeprefix("typing.")

@@ -11,7 +11,7 @@ from typing import Literal
 from conveyor import guarantee
 from conveyor.errors import ConveyorError, StoreUnavailable
 from conveyor.logical import Logical
-from conveyor.store import eviction, inspection
+from conveyor.store import eviction, fault, inspection
 from conveyor.store.address import Address
 from conveyor.store.backend import Backend
 from conveyor.store.cluster import Cluster
@@ -98,10 +98,12 @@ def examine(backend: Backend, logical: Logical | None = None, asks: Mapping[str,
     of every push.
     """
     report = Report(str(backend.address))
-    _latency(backend, report)
     if isinstance(backend.address, Cluster):
-        _nodes(backend, backend.address, report)
+        if not _nodes(backend, backend.address, report):
+            return report  # what is asked of the whole has no answer now
+        _latency(backend, report)
     else:
+        _latency(backend, report)
         _server(backend, report)
     _asked(asks or {}, report)
     _clock(backend, report)
@@ -126,15 +128,21 @@ def _server(backend: Backend, report: Report) -> None:
     _memory(facts, report)
 
 
-def _nodes(backend: Backend, cluster: Cluster, report: Report) -> None:
-    """Examine each node that owns slots; the whole is as durable as the least durable of them."""
+def _nodes(backend: Backend, cluster: Cluster, report: Report) -> bool:
+    """Examine each node that owns slots, and tell whether all answer; the whole is as durable as the least durable of them."""
     weakest = list(_DURABILITY)
     found = []
-    for address in cluster.nodes():
+    try:
+        nodes = cluster.nodes()
+    except OSError as error:
+        raise fault.unreachable(str(cluster), error) from error
+    for address in nodes:
         node = Backend(address.url, patience=backend.patience)
         try:
             one = Report(address.host)
             _server(node, one)
+        except StoreUnavailable as error:
+            one.add("node", "problem", str(error).partition("\n")[0], "Start it, or promote a replica of it.", "E01")
         finally:
             node.close()
         found.append(one)
@@ -147,6 +155,7 @@ def _nodes(backend: Backend, cluster: Cluster, report: Report) -> None:
     report.replicas = min((one.replicas for one in found), default=0)
     report.synced = all(one.synced for one in found)
     report.durability = min((one.durability for one in found), key=weakest.index, default="unknown")
+    return not any(finding.name == "node" for finding in report.findings)
 
 
 def eviction_policy(backend: Backend) -> tuple[str, int]:

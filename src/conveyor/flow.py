@@ -6,13 +6,15 @@ A program is a generator of steps; the blocking and the awaitable driver carry t
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Awaitable, Callable, Generator
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from conveyor.errors import PayloadError
+from conveyor.ident import public
 from conveyor.lessee import Leased, Lessee
 from conveyor.sealing.blob import BlobUnavailable
 from conveyor.sealing.version import TooNew
@@ -20,6 +22,8 @@ from conveyor.store.operations import MOST_HELD
 from conveyor.verdict import Verdict
 
 M = TypeVar("M")
+S = TypeVar("S")
+V = TypeVar("V")
 logger = logging.getLogger("conveyor.queue")
 
 
@@ -145,11 +149,12 @@ class Flow(Generic[M]):
         lessee.waiting.popleft()
         if leased.lost:
             return None
+        name = public(lessee.keys.queue, leased.id)
         if leased.id in lessee.cancelled:
             lessee.settle(leased, self._verdict.cancelled(leased))
             return None
         if (poison := self._verdict.poison(leased)) is not None:
-            logger.error("Message %s crashed its consumers %d times: dead.", leased.id, leased.state.crashes)
+            logger.error("Message %s crashed its consumers %d times: dead.", name, leased.state.crashes)
             lessee.settle(leased, poison)
             return None
         try:
@@ -157,15 +162,15 @@ class Flow(Generic[M]):
         except TooNew as error:
             put_off = self._verdict.put_off(leased, error)
             log = logger.warning if put_off.kind == "R" else logger.error
-            log("Message %s waits for a newer program: %s", leased.id, error)
+            log("Message %s waits for a newer program: %s", name, error)
             lessee.settle(leased, put_off)
             return None
         except BlobUnavailable as error:
-            logger.error("Message %s: %s", leased.id, error)
+            logger.error("Message %s: %s", name, error)
             lessee.settle(leased, self._verdict.failed(leased, error))
             return None
         except PayloadError as error:
-            logger.error("Message %s cannot be decoded and is now a dead letter: %s", leased.id, error)
+            logger.error("Message %s cannot be decoded and is now a dead letter: %s", name, error)
             lessee.settle(leased, self._verdict.undecodable(leased, error))
             return None
         if (suspicion := self._verdict.suspected(leased)) is not None:
@@ -180,3 +185,19 @@ def _start(found: list[tuple[Leased, M]]) -> list[M]:
     for leased, _ in found:
         leased.started = True
     return [message for _, message in found]
+
+
+def quietly(follow: Callable[[S], V], program: S) -> V:
+    """Let *follow* carry *program* out. Ctrl-C is how a loop ends: where it waited then is left out of the traceback."""
+    try:
+        return follow(program)
+    except KeyboardInterrupt as stop:
+        raise stop.with_traceback(None) from None
+
+
+async def aquietly(follow: Callable[[S], Awaitable[V]], program: S) -> V:
+    """Do the same for a loop of asyncio, which ctrl-C cancels."""
+    try:
+        return await follow(program)
+    except asyncio.CancelledError as stop:
+        raise stop.with_traceback(None) from None

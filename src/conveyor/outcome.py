@@ -38,6 +38,11 @@ class Retry:
         for name, value in (("attempts", self.attempts), ("max_crashes", self.max_crashes)):
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ConfigurationError(f"Retry({name}=…) must be a whole number of at least 1, not {value!r}.")
+        for name, types in (("on", self.on), ("give_up", self.give_up)):
+            if not all(isinstance(kind, type) and issubclass(kind, BaseException) for kind in _tuple(types)):
+                raise ConfigurationError(
+                    f"Retry({name}=…) takes exception classes, such as (ConnectionError,), not {types!r}."
+                )
         object.__setattr__(self, "backoff_ms", milliseconds(self.backoff, name="backoff"))
         object.__setattr__(self, "cap_ms", milliseconds(self.cap, name="cap"))
 

@@ -148,8 +148,10 @@ class Queue(Generic[T]):
         return await (self._pusher if chosen.wish is None else self._by(chosen)).apush_many(values, chosen)
 
     def _posting(self, options: PushOptions) -> Posting:
-        if self._sealing is None and self.version == 1:
-            return posting(**options) if options else PLAIN
+        if not options and self._sealing is None and self.version == 1:
+            return PLAIN
+        if unknown := options.keys() - PushOptions.__annotations__.keys():
+            raise TypeError(f"push() got an unexpected keyword argument {min(unknown)!r}")
         return wrapped(posting(**options, version=self.version), self._sealing, self.name, self.version)
 
     def _placement(self, options: Placement) -> Posting:

@@ -10,6 +10,7 @@ from conveyor.duration import Duration, milliseconds
 from conveyor.errors import ConfigurationError
 from conveyor.outcome import Retry
 from conveyor.outgoing import check_priority, positive_ms
+from conveyor.sealing.size import Size, size
 from conveyor.sealing.version import check_version
 from conveyor.task import AsyncTask, RunIn, Sender, SyncTask, Task, TaskOptions, Upcast, default_name, is_async
 
@@ -75,7 +76,7 @@ def register(
     queue: str,
     run_in: RunIn | None,
     options: TaskOptions,
-    max_payload: int | None,
+    max_payload: Size | None,
 ) -> Task[..., Any]:
     """Make *function* a task of *home* and return it; raises ConfigurationError."""
     if isinstance(function, Task) or not callable(function):
@@ -93,6 +94,7 @@ def register(
     where: RunIn = _one_of("run_in", run_in or ("loop" if awaitable else "thread"), ("loop", "thread", "process"))
     if where == "thread" and awaitable:
         raise ConfigurationError(f"{name}: run_in='thread' needs a plain `def`; an `async def` runs on the loop.")
+    limit = None if max_payload is None else size(max_payload, "@app.task(max_payload=…)")
     kind: type[Task[..., Any]] = AsyncTask if awaitable else SyncTask
     task = kind(
         home,
@@ -101,8 +103,8 @@ def register(
         queue=queue,
         run_in=where,
         options=options,
-        max_payload=home.max_whole if max_payload is None else max_payload,
-        max_result=home.max_payload if max_payload is None else max_payload,
+        max_payload=home.max_whole if limit is None else limit,
+        max_result=home.max_payload if limit is None else limit,
     )
     home.tasks[name] = task
     return task

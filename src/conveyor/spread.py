@@ -11,7 +11,7 @@ from random import randrange
 from typing import Any, Generic, Protocol, TypeVar
 
 from conveyor.errors import ConveyorError, StoreUnavailable
-from conveyor.flow import Flow
+from conveyor.flow import Flow, quietly
 from conveyor.holder import BlockingHolder, run_once
 from conveyor.lessee import Leased, Lessee
 from conveyor.message import Batch, Ending, Message, OnError
@@ -101,7 +101,7 @@ class Spread(Generic[T]):
         """Yield messages for ever, each as soon as there is one."""
         with self:
             while True:
-                message = self._follow(self._rota.fetch(prefetch))
+                message = quietly(self._follow, self._rota.fetch(prefetch))
                 self._latest = (message._leased,)  # noqa: SLF001
                 yield message
 
@@ -109,7 +109,7 @@ class Spread(Generic[T]):
         """Yield batches for ever."""
         with self:
             while True:
-                batch = Batch(self._follow(self._rota.gather(size, within)))
+                batch = Batch(quietly(self._follow, self._rota.gather(size, within)))
                 self._latest = [message._leased for message in batch]  # noqa: SLF001
                 yield batch
 
@@ -166,7 +166,8 @@ class Spread(Generic[T]):
                     holder.note()
                 except ConveyorError as error:
                     name = holder.lessee.keys.queue
-                    logger.warning("Queue %s: what was leased returns when the lease ends: %s", name, error)
+                    if holder.lessee.registered:
+                        logger.warning("Queue %s: what was leased returns when the lease ends: %s", name, error)
 
     def _follow(self, program: Steps[V], *, patient: bool = True) -> V:
         try:

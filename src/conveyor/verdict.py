@@ -76,7 +76,7 @@ class Verdict:
         """Its body is not what the queue holds: repeating would not mend it."""
         if isinstance(error, str):
             return self.dead(leased, error, kind="undecodable")
-        return self.dead(leased, failure.message(error), kind=failure.type_name(error))
+        return self.dead(leased, failure.message(error), kind="PayloadError")
 
     def put_off(self, leased: Leased, error: BaseException) -> Settlement:
         """It is of a later version: it waits, without an attempt used, and is dead after a day."""

@@ -38,6 +38,8 @@ def enqueue(
     """
     if timeout is not None and not wait:
         raise click.UsageError("--timeout goes with --wait.")
+    if delay is not None and at is not None:
+        raise click.UsageError("--in and --at both say when: give one of them.")
     seconds = None if timeout is None else duration(timeout, name="--timeout")
     _, app = target.load_app()
     chosen = _task(app, task)
@@ -122,6 +124,11 @@ def _instant(text: str | None) -> Any:
     from datetime import datetime
 
     try:
-        return datetime.fromisoformat(text)
+        instant = datetime.fromisoformat(text)
     except ValueError as error:
         raise ConfigurationError(f"--at {text!r} is not an ISO 8601 instant such as 2026-05-01T09:00+02:00.") from error
+    if instant.tzinfo is None:
+        raise ConfigurationError(
+            f"--at {text!r} has no time zone. Write it behind: 2026-05-01T09:00+02:00, or Z for UTC.", code="E18"
+        )
+    return instant

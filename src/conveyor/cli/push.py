@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -13,26 +12,11 @@ from conveyor.cli.output import Output, count, seconds
 from conveyor.cli.target import Target, redis_options
 
 if TYPE_CHECKING:
-    from conveyor.sealing.sealing import Sealing
+    from conveyor.posting import Posting
     from conveyor.store.operations import Entry
 
 _CHUNK = 1 << 16
 _LONGEST_LINE = 1 << 24
-
-
-@dataclass(frozen=True)
-class Choice:
-    """What every message of this call is pushed with."""
-
-    delay: str | None
-    priority: int
-    id: str | None
-    expires: str | None
-    headers: tuple[str, ...]
-    front: bool
-    queue: str
-    sealing: Sealing | None
-    version: int
 
 
 @click.command()
@@ -59,12 +43,12 @@ def push(
         raise click.UsageError("What shall be pushed? Give JSON, or - to read one message a line.")
     if from_stdin and own_id:
         raise click.UsageError("--id names one message; lines from standard input get ids of their own.")
-    backend, app = target.backend(), target.app
-    declared = None if app is None else app.queues.get(queue)
-    choice = Choice(
-        delay, priority, own_id, expires, headers, front, queue, None if app is None else app.sealing,
-        1 if declared is None else declared.version,
+    choice = _choice(
+        target.app, queue, id=own_id, priority=priority, front=front, headers=_headers(headers),
+        delay=0 if delay is None else seconds(delay, name="--delay"),
+        expires=None if expires is None else seconds(expires, name="--expires"),
     )  # fmt: skip
+    backend = target.backend()
     keys = _keys(backend, queue)
     partitions = _partitions(backend, keys.queue)
     ids: list[str] = []
@@ -169,28 +153,29 @@ def _body(raw: bytes, where: str) -> bytes:
     return body
 
 
-def _entry(body: bytes, choice: Choice) -> Entry:
+def _headers(given: tuple[str, ...]) -> dict[str, str]:
     from conveyor.errors import ConfigurationError
-    from conveyor.ident import new_id, own_id
-    from conveyor.model import Extra, write_rest
-    from conveyor.sealing.version import sealed_name
-    from conveyor.store.operations import Entry
 
     headers = {}
-    for header in choice.headers:
+    for header in given:
         name, equals, value = header.partition("=")
         if not equals or not name:
             raise ConfigurationError(f"--header takes name=value, not {header!r}. Nothing was pushed.")
         headers[name] = value
-    id_ = own_id(choice.id) if choice.id is not None else new_id()
-    if choice.sealing is not None:
-        body = choice.sealing.wrap(body, queue=choice.queue, task=sealed_name("", choice.version), id=id_)
-    return Entry(
-        id_,
-        write_rest("", body, Extra(headers=headers, version=choice.version)),
-        priority=choice.priority,
-        delay_ms=None if choice.delay is None else round(1000 * seconds(choice.delay, name="--delay")),
-        expires_ms=None if choice.expires is None else round(1000 * seconds(choice.expires, name="--expires")),
-        own_id=choice.id is not None,
-        front=choice.front,
-    )
+    return headers
+
+
+def _choice(app: Any, queue: str, **options: Any) -> Posting:
+    """Return what every message of this call is pushed with, sealed as the app seals."""
+    from conveyor.posting import posting
+    from conveyor.wrapping import wrapped
+
+    declared = None if app is None else app.queues.get(queue)
+    version = 1 if declared is None else declared.version
+    return wrapped(posting(**options, version=version), None if app is None else app.sealing, queue, version)
+
+
+def _entry(body: bytes, choice: Posting) -> Entry:
+    from conveyor.ident import new_id
+
+    return choice.entry(new_id(), choice.head + body)

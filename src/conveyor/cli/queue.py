@@ -164,6 +164,8 @@ def partition(target: Target, out: Output, name: str, partitions: int, yes: bool
         out.document("queue-partitioned", queue=name, before=before, partitions=after, dry_run=dry_run)
     elif not dry_run and after != before:
         out.say(f"{name} lies in {count(after, 'partition')} now. Start its programs with partitions={after}.")
+    elif after == before == partitions and not dry_run:
+        out.say(f"{name} lies in {count(after, 'partition')} already.")
 
 
 def _changed(out: Output, name: str, *, paused: bool) -> None:

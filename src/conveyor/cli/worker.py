@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from difflib import get_close_matches
 from typing import Any
 
 import click
@@ -56,6 +57,7 @@ def worker(
     out = Output()
     name, app = Target(url, namespace, app_name).load_app()
     chosen = _queues(queues) or _served(app, name)
+    _mention(out, app, chosen)
     seconds = duration(grace, name="--grace")
     _check(out, app, list(chosen), allow_eviction=allow_eviction)
     from conveyor.worker import supervisor
@@ -83,9 +85,22 @@ def _queues(given: tuple[str, ...]) -> dict[str, float]:
     return found
 
 
-def _served(app: Any, name: str) -> dict[str, float]:
+def _mention(out: Output, app: Any, queues: dict[str, float]) -> None:
+    """Say which queues no task of the app goes to by itself: perhaps a slip of the pen, which would look like no work."""
+    own = _own(app)
+    for queue in sorted(queues.keys() - own) if own else ():
+        near = get_close_matches(queue, own, 1)
+        guess = f" Did you mean {near[0]!r}?" if near else f" They go to: {', '.join(sorted(own))}."
+        out.say(f"! No task of this app goes to queue {queue!r} unless options(queue=…) sends it there.{guess}")
+
+
+def _own(app: Any) -> set[str]:
     lists = {queue for queue, found in app.plain_lists.items() if found.task}
-    queues = {task.queue for task in app.tasks.values()} | lists
+    return {task.queue for task in app.tasks.values()} | lists
+
+
+def _served(app: Any, name: str) -> dict[str, float]:
+    queues = _own(app)
     if not queues:
         raise ConfigurationError(f"{name} has no tasks, so there is nothing to run. Define one with @app.task.")
     return dict.fromkeys(sorted(queues), 1.0)

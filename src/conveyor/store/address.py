@@ -50,7 +50,8 @@ class Address:
         scheme = urlsplit(self.url).scheme
         if scheme not in {"redis", "rediss", "unix"}:
             raise ConfigurationError(
-                f"{redact(self.url)!r} is not a Redis URL. Write redis://host:6379/0, rediss://…, unix:///path or embedded:///dir."
+                f"{redact(self.url)!r} is not a Redis URL. Write redis://host:6379/0, rediss://…, unix:///path, "
+                "redis+sentinel://host:26379/mymaster, redis+cluster://host:6379 or embedded:///dir."
             )
 
     def __str__(self) -> str:
@@ -63,6 +64,11 @@ class Address:
     def _parameters(self) -> dict[str, Any]:
         from redis import connection
 
+        parts = urlsplit(self.url)
+        if parts.scheme != "unix" and not re.fullmatch(r"(/\d*)?", parts.path):
+            raise ConfigurationError(
+                f"{self}: behind the host stands the number of a database, not {parts.path[1:]!r}."
+            )
         try:
             parameters = dict(connection.parse_url(self.url))
         except ValueError as error:
@@ -74,7 +80,21 @@ class Address:
             if urlsplit(self.url).scheme == "unix"
             else {"socket_keepalive": True, "socket_keepalive_options": _ALIVE}
         )
-        return {"socket_connect_timeout": self.connect_timeout, **alive, **parameters, "protocol": 2}
+        parameters = {"socket_connect_timeout": self.connect_timeout, **alive, **parameters, "protocol": 2}
+        self._try(parameters)
+        return parameters
+
+    def _try(self, parameters: dict[str, Any]) -> None:
+        """Raise ConfigurationError when redis-py does not take them: better now than when the first call is made."""
+        from redis import Connection, RedisError, SSLConnection, UnixDomainSocketConnection
+
+        kind: Any = {"redis": Connection, "rediss": SSLConnection, "unix": UnixDomainSocketConnection}
+        try:
+            kind[urlsplit(self.url).scheme](**parameters)
+        except (TypeError, ValueError, RedisError) as error:
+            found = re.search(r"unexpected keyword argument ('\w+')", str(error))
+            why = f"{found[1]} is not one of its options" if found else redact(str(error))
+            raise ConfigurationError(f"{self}: {why}. Behind ? stand options of redis-py's connections.") from None
 
     def place(self, key: str) -> Place:
         """Return where the commands for *key* go: all go here."""

@@ -74,9 +74,17 @@ class Buffer:
         """True while Redis takes what waits: who pushes then goes slowly, else what waits would never come to an end."""
 
     def bind(self, start: Callable[[], None]) -> None:
-        """Take what begins a delivery; a buffer belongs to one app."""
+        """Take what begins a delivery; a buffer belongs to one app. Raises ConfigurationError."""
         if self._start is not None:
             raise ConfigurationError("This Buffer belongs to another app already: make one for each.")
+        if self.directory is not None:
+            try:
+                journal.prepare(self.directory)  # now, not in the middle of the first outage
+            except OSError as fault:
+                raise ConfigurationError(
+                    f"Buffer('{self.directory}') cannot be used: {fault.strerror or fault}. Make the directory writable, "
+                    "or name another."
+                ) from None
         self._start = start
         _bound.add(self)
 
@@ -113,11 +121,11 @@ class Buffer:
         Raises *error* of the attempt that was made, or StoreUnavailable (E37) when none was, where it does not fit.
         """
         with self._changed:
-            own = self._mine()
             count = len(record.entries)
-            if own.jobs + count > self.most or own.bytes + record.size > self.most_bytes:
-                raise error or self._full(own, count)
             try:
+                own = self._mine()
+                if own.jobs + count > self.most or own.bytes + record.size > self.most_bytes:
+                    raise error or self._full(own, count)
                 own.add(record)
             except OSError as fault:
                 raise error or StoreUnavailable(

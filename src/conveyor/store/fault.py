@@ -19,6 +19,8 @@ _CODE = re.compile(
     r"|WRONGTYPE|NOTBUSY)\b|^(MOVED|ASK) \d+ "
 )
 _FORBIDDEN = re.compile(r"ACL failure in script|user executing the script")  # 7 and 6.2, for a command in a script
+_NO_DATABASE = "DB index is out of range"
+_UNKNOWN = re.compile(r"unknown command .(\w+)", re.IGNORECASE)
 _ON_THE_WAY = "non local key"
 """What a script meets while its slot moves and only some of its keys have arrived."""
 SLOT_MOVES = 30.0
@@ -70,7 +72,8 @@ class Patience:
         if seconds is None:
             return wait
         if seconds >= 1 and moving(text):
-            seconds = max(seconds, SLOT_MOVES)  # a large slot moves for longer than an outage is borne
+            # A large slot moves for longer than an outage is borne, and what follows (MOVED, a new connection) is still its move.
+            self._seconds = seconds = max(seconds, SLOT_MOVES)
         return wait if time.monotonic() - self._since + wait <= seconds else None
 
 
@@ -83,14 +86,33 @@ def final(text: str, address: str) -> ConveyorError:
             f"Redis at {address} is at its maxmemory and takes no more. Nothing was enqueued. "
             "Workers go on draining; give it more memory or try again later."
         )
-    if code in {"NOPERM", "NOAUTH", "WRONGPASS"}:
+    if code in {"NOAUTH", "WRONGPASS"}:
         return ConfigurationError(
-            f"Redis at {address} refuses this user: {text.rstrip('.')}. `conveyor acl` prints what each role needs.",
+            f"Redis at {address} refuses the login: {text.rstrip('.')}. Correct the user and password in the URL: "
+            "redis://user:password@host:6379/0",
             code="E17",
+        )
+    if code == "NOPERM":
+        # Redis 6.2 and 7.0 say which script it was and not which command.
+        why = "a script needs a command or a key that is not allowed" if _FORBIDDEN.search(text) else text.rstrip(".")
+        return ConfigurationError(
+            f"Redis at {address} refuses this user: {why}. `conveyor acl` prints what each role needs.", code="E17"
         )
     if code == "WRONGTYPE":
         return ConfigurationError(
             f"A key of Conveyor at {address} holds something else: {text}. Use another namespace."
+        )
+    if _NO_DATABASE in text:
+        return ConfigurationError(
+            f"Redis at {address} has no database of that number: {text}. There are 16, numbered from 0, unless its "
+            "configuration says otherwise. To keep programs apart, namespace= is enough."
+        )
+    unknown = _UNKNOWN.search(text)
+    if unknown is not None:
+        return ConfigurationError(
+            f"The server at {address} knows no command {unknown[1]}. If it is a sentinel, write "
+            "redis+sentinel://host:26379,host:26379/mymaster; if not, somebody has renamed the command there.",
+            code="E33",
         )
     return ConveyorError(f"Redis at {address} answered: {text}")
 
@@ -103,6 +125,17 @@ def unreachable(address: str, cause: object) -> StoreUnavailable:
             f"The slot of these keys is moving to another node of {address}, and has not arrived yet: {reason}. Try again, or "
             "see what holds it up: redis-cli --cluster check."
         )
+    if reason.startswith("READONLY"):
+        return StoreUnavailable(
+            f"Redis at {address} is a replica and takes no writes: {reason}. Use its primary, which `conveyor doctor` names."
+        )
+    if "CERTIFICATE_VERIFY_FAILED" in reason:
+        return StoreUnavailable(
+            f"Cannot trust Redis at {address}: {reason}.\nName the authority that signed its certificate:  "
+            "rediss://…?ssl_ca_certs=/path/ca.crt"
+        )
+    if "+" in address.partition("://")[0]:  # whoever names several hosts knows what CONVEYOR_URL is
+        return StoreUnavailable(f"Cannot reach Redis at {address}: {reason}.")
     return StoreUnavailable(
         f"Cannot reach Redis at {address}: {reason}.\n"
         "For development leave CONVEYOR_URL unset: an embedded server starts by itself.\n"

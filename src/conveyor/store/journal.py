@@ -142,6 +142,13 @@ def _unframe(data: bytes, at: int) -> tuple[list[Any], int] | None:
     return msgspec.msgpack.decode(packed), at + _HEAD.size + length
 
 
+def prepare(directory: Path) -> None:
+    """Make *directory* where there is none; raises OSError where nothing can be written to it."""
+    directory.mkdir(parents=True, exist_ok=True)
+    if not os.access(directory, os.W_OK | os.X_OK):
+        raise PermissionError("Permission denied")
+
+
 def claim(directory: Path, lane: str, *, fsync: bool) -> Journal:
     """Return the first journal of *directory* that no other process uses, with what was left in it."""
     directory.mkdir(parents=True, exist_ok=True)

@@ -148,6 +148,10 @@ class Closed(Attempt):
 
 
 def details(error: Any) -> str:
-    """Return an error's text in one line for a log, whatever its `__str__` does."""
-    name = failure.type_name(error).rpartition(".")[2]
-    return " ".join(f"{name}: {failure.message(error)}".split())[:500]
+    """Return an error's class and text in one line for a log, whatever its `__str__` does."""
+    return line(f"{failure.type_name(error).rpartition('.')[2]}: {failure.message(error)}")
+
+
+def line(text: str) -> str:
+    """Return *text* in one line for a log."""
+    return " ".join(text.split())[:500]

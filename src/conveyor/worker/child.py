@@ -22,6 +22,7 @@ from importlib import import_module
 from itertools import islice
 from typing import Any, NoReturn, Protocol
 
+from conveyor.errors import ConveyorError
 from conveyor.worker.board import About, Board, Slot, Spec
 from conveyor.worker.guardian import Estate, Guardian
 from conveyor.worker.log import LOG, configure_log
@@ -121,6 +122,9 @@ def _run(
     slot.tick()  # signals are handled from here on: we are up
     try:
         return loop.run_until_complete(worker.run())
+    except ConveyorError as error:  # says itself what to do: a refused password, another number of partitions
+        LOG.critical("The worker cannot go on: %s %s", error.code, error, exc_info=LOG.isEnabledFor(logging.DEBUG))
+        return 1
     except BaseException:
         LOG.critical("The worker failed unexpectedly", exc_info=True)
         return 1

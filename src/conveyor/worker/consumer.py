@@ -25,6 +25,7 @@ from conveyor.worker.antechamber import Antechamber
 from conveyor.worker.attempt import Attempt
 from conveyor.worker.delivery import Delivery
 from conveyor.worker.intake import Intake
+from conveyor.worker.log import complain
 from conveyor.worker.prefetch import Sizes
 from conveyor.worker.readmission import readmit
 from conveyor.worker.reaper import Reaper
@@ -210,7 +211,7 @@ class Consumer:
             await self._again_from_nothing(report, error)
             return
         except ConveyorError as error:
-            log.error("a turn on queue %s was refused: %s", self.queue, error)
+            complain("a turn on queue %s was refused: %s", self.queue, error)
             self.report.done[:0], self.report.others[:0] = report.done, report.others
             await asyncio.sleep(random.uniform(0.5, 1.0))  # noqa: S311
             self._recovery = self._flying = None

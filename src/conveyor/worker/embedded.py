@@ -30,6 +30,14 @@ class EmbeddedWorker:
         burst: bool = False, grace: Duration = 30.0, allow_eviction: bool = False,
     ) -> None:  # fmt: skip
         """Take what `Worker` takes; `grace` is how long running jobs may take at the end, the rest as in `app.worker`."""
+        for name, value in (("concurrency", concurrency), ("threads", threads)):
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ConfigurationError(f"worker({name}=…) must be a whole number of at least 1, not {value!r}.")
+        weights = {} if queues is None else queues
+        if not isinstance(weights, Mapping) or not all(weight > 0 for weight in weights.values()):
+            raise ConfigurationError(
+                f"worker(queues=…) takes names with weights above 0, such as {{'mail': 3, 'default': 1}}, not {queues!r}."
+            )
         self._worker = Worker(
             app, queues=queues, concurrency=concurrency, threads=threads, burst=burst,
             grace=milliseconds(grace, name="grace") / 1000,

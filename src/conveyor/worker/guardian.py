@@ -12,7 +12,7 @@ from collections import deque
 from dataclasses import dataclass, field
 from time import monotonic
 
-from conveyor.errors import StoreUnavailable
+from conveyor.errors import ConveyorError
 from conveyor.store import operations
 from conveyor.store.backend import Backend
 from conveyor.worker.board import About, Identity, Slot
@@ -179,7 +179,7 @@ class Guardian:
         self._failures += 1
         self._again_at = monotonic() + min(1.0, 0.05 * 2**self._failures)
         if self._failures == 1:
-            text = str(error).splitlines()[0] if isinstance(error, StoreUnavailable) else repr(error)
+            text = str(error).splitlines()[0] if isinstance(error, ConveyorError) else repr(error)
             LOG.warning("Cannot keep the leases of this worker for now, trying again: %s", text)
 
     def _succeeded(self) -> None:

@@ -8,17 +8,16 @@ A token holds no job, so a lost one costs seconds and nothing else. Each queue's
 from __future__ import annotations
 
 import asyncio
-import logging
 from typing import TYPE_CHECKING, Any
 
 from conveyor.errors import ConveyorError
 from conveyor.store import fault
 from conveyor.store.wire import Wire, WireLost
+from conveyor.worker.log import complain
 
 if TYPE_CHECKING:
     from conveyor.worker.role import Dormitory, Sleeper
 
-log = logging.getLogger("conveyor.worker")
 BLOCK = 30.0
 """Seconds of one blocking call. Due instants and lost tokens are the turns' business, so it may be long."""
 BUSY = 0.1
@@ -94,9 +93,9 @@ class Listener:
             return
         try:
             if self._wire.heed(reply) is fault.Remedy.RAISE:
-                log.warning("waiting for work was refused: %s", reply)
+                complain("waiting for work was refused: %s", reply)
         except ConveyorError as error:
-            log.warning("waiting for work was refused: %s", error)
+            complain("waiting for work was refused: %s", error)
 
     def renew(self) -> None:
         """
@@ -121,7 +120,7 @@ class Listener:
             except OSError:
                 continue
             except ConveyorError as error:  # its password is refused: for a while, we hope
-                log.warning("waiting for work was refused: %s", error)
+                complain("waiting for work was refused: %s", error)
                 continue
             break
         self._retry = self._listening = None

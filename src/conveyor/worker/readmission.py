@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import random
 from typing import Protocol
 
 from conveyor.errors import ConveyorError
 from conveyor.store.partitioning import WrongPartitions
-
-log = logging.getLogger("conveyor.worker")
+from conveyor.worker.log import complain
 
 
 class Refugee(Protocol):
@@ -34,5 +32,5 @@ async def readmit(consumer: Refugee) -> None:
         except WrongPartitions:
             raise  # waiting does not mend it
         except ConveyorError as error:
-            log.error("registering on queue %s was refused: %s", consumer.queue, error)
+            complain("registering on queue %s was refused: %s", consumer.queue, error)
             await asyncio.sleep(random.uniform(0.5, 1.0))  # noqa: S311

@@ -15,7 +15,7 @@ from conveyor.model import Failure, Outcome, State, read_failure, to_json
 from conveyor.sealing.record import pack_failure, pack_result
 from conveyor.store.inspection import write_finished
 from conveyor.store.operations import Report, Settlement
-from conveyor.worker.attempt import Attempt, details
+from conveyor.worker.attempt import Attempt, details, line
 
 if TYPE_CHECKING:
     from conveyor.app import Conveyor
@@ -137,7 +137,12 @@ class Settling:
 
     def unreadable(self, report: Report, attempt: Attempt, error: PayloadError, now_ms: int) -> None:
         """Give up a job whose payload cannot be read: repeating would not mend it. One line in the log."""
-        log.error("✗ %s %s cannot be read and is dead: %s", attempt.handler.name, attempt.public_id, details(error))
+        log.error(
+            "✗ %s %s cannot be read and is dead: %s",
+            attempt.handler.name,
+            attempt.public_id,
+            line(failure.message(error)),
+        )
         record = Failure(attempt.number, now_ms, "PayloadError", failure.message(error), worker=self._worker)
         old = attempt.history
         state = State(attempt.number, old.failures, old.crashes, [*old.errors, to_json(record)])
