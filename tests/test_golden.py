@@ -165,7 +165,7 @@ def test_sealed_bytes_of_every_release_open(golden):
             with pytest.raises(PayloadError, match="E38"):
                 PLAIN.unwrap(golden[name], **PLACE)
     for name in ("result_hmac", "result_gcm"):
-        assert open_result(keyed, read_outcome(golden[name]), "mail", PLACE["id"]) == b"[1,2]"
+        assert open_result(keyed, read_outcome(golden[name]), "mail", PLACE["id"], 100) == b"[1,2]"
     assert open_failure(keyed, read_failure(golden["error_hmac"]), "mail", PLACE["id"]) == FAILURE
 
 

@@ -12,6 +12,7 @@ from itertools import islice
 from typing import Any
 
 from conveyor import doctor
+from conveyor.codec import MAX_PAYLOAD
 from conveyor.errors import ConfigurationError, JobNotFound
 from conveyor.ident import made_at_ms, public, split
 from conveyor.logical import Logical
@@ -239,7 +240,7 @@ class Admin:
                 yield from (finished_job(queue, entry) for entry in page if entry.status != "dead")
             else:
                 yield from (
-                    live_job(queue, row, self.sealing)
+                    live_job(queue, row, self.sealing, MAX_PAYLOAD)  # a page of bombs stays small
                     for row in self.backend.run(inspection.page(keys, state, first, PAGE))
                 )
 

@@ -63,7 +63,7 @@ class ValueCodec(Generic[T]):
         nobody annotated arrives as text). Raises ConfigurationError for a type that JSON cannot tell apart.
         """
         self._type = Any if type is inspect.Signature.empty else type
-        self._max_payload = max_payload
+        self.max_payload = max_payload
         self._what = what
         self._lossy = lossy
         self._decode = typed_decoder(self._type, what)
@@ -79,7 +79,7 @@ class ValueCodec(Generic[T]):
             data = encode_json(sent)
         except Exception as error:
             raise self._unstorable(value, error) from None
-        if excess := bounds(data, self._max_payload):
+        if excess := bounds(data, self.max_payload):
             raise self._refusal(excess[0], f"{self._what} {excess[1]}")
         if b"null" in data and (place := self._not_a_number(sent)):
             raise self._refusal(
@@ -102,7 +102,7 @@ class ValueCodec(Generic[T]):
     def decode(self, data: bytes) -> T:
         """Return the value in its annotated type; raises PayloadError (E15, E21, E22) where there is none."""
         try:
-            excess = bounds(data, self._max_payload)
+            excess = bounds(data, self.max_payload)
             if not excess:
                 return self._decode(data)  # type: ignore[no-any-return]
         except MemoryError:

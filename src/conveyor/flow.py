@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from conveyor.errors import PayloadError
+from conveyor.ident import clean
 from conveyor.lessee import Leased, Lessee
 from conveyor.sealing.blob import BlobUnavailable
 from conveyor.sealing.version import TooNew
@@ -157,15 +158,15 @@ class Flow(Generic[M]):
         except TooNew as error:
             put_off = self._verdict.put_off(leased, error)
             log = logger.warning if put_off.kind == "R" else logger.error
-            log("Message %s waits for a newer program: %s", leased.id, error)
+            log("Message %s waits for a newer program: %s", clean(leased.id), _line(error))
             lessee.settle(leased, put_off)
             return None
         except BlobUnavailable as error:
-            logger.error("Message %s: %s", leased.id, error)
+            logger.error("Message %s: %s", clean(leased.id), _line(error))
             lessee.settle(leased, self._verdict.failed(leased, error))
             return None
         except PayloadError as error:
-            logger.error("Message %s cannot be decoded and is now a dead letter: %s", leased.id, error)
+            logger.error("Message %s cannot be decoded and is now a dead letter: %s", clean(leased.id), _line(error))
             lessee.settle(leased, self._verdict.undecodable(leased, error))
             return None
         if (suspicion := self._verdict.suspected(leased)) is not None:
@@ -174,6 +175,10 @@ class Flow(Generic[M]):
             if leased.lost:
                 return None
         return leased, message
+
+
+def _line(error: Exception) -> str:
+    return clean(" ".join(str(error).split()))
 
 
 def _start(found: list[tuple[Leased, M]]) -> list[M]:

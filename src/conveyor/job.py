@@ -239,8 +239,10 @@ class Job(Generic[R_co]):
         value = bytes(outcome.value)
         if outcome.packed or (self._home.sealing is not None and data and outcome.status == "done"):
             from conveyor.sealing.record import open_result
+            from conveyor.sealing.sealing import MAX_LARGE
 
-            value = open_result(self._home.sealing, outcome, str(self.queue), self._bare)
+            limit = MAX_LARGE if self._promise is None else self._promise.results.max_payload
+            value = open_result(self._home.sealing, outcome, str(self.queue), self._bare, limit)
         if outcome.status == "cancelled":
             why = "expired before it started" if outcome.reason == "expired" else "was cancelled"
             raise JobCancelled(f"Job {self.id} {why}.")

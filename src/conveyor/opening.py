@@ -46,7 +46,14 @@ class Opening(Generic[T]):
         if self._sealing is not None or body[:1] == MAGIC:
             body = self._opened(leased) if leased.opened is None else leased.opened
         if version < self._version and self._upcast is not None:
-            body = bring_up(body, version, self._version, self._upcast, f"A message of queue '{self._queue}'")
+            body = bring_up(
+                body,
+                version,
+                self._version,
+                self._upcast,
+                f"A message of queue '{self._queue}'",
+                self._codec.max_payload,
+            )
         return self._codec.decode(body)
 
     def _opened(self, leased: Leased) -> bytes:

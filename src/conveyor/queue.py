@@ -23,7 +23,7 @@ from conveyor.opening import Opening
 from conveyor.outcome import Retry
 from conveyor.posting import PLAIN, Placement, Posting, PushOptions, later, posting
 from conveyor.pusher import Pusher
-from conveyor.sealing.record import pack_failure
+from conveyor.sealing.record import pack_failure, pack_refusal
 from conveyor.sealing.sealing import Sealing
 from conveyor.sealing.version import check_version
 from conveyor.store import inspection, operations
@@ -262,7 +262,12 @@ class Queue(Generic[T]):
         sealing, worker = self._sealing, f"{socket.gethostname()}:{os.getpid()}"
         if sealing is None:
             return Verdict(self.retry, worker)
-        return Verdict(self.retry, worker, pack=lambda id_, record: pack_failure(sealing, record, self.name, id_))
+        return Verdict(
+            self.retry,
+            worker,
+            pack=lambda id_, record: pack_failure(sealing, record, self.name, id_),
+            pack_refusal=lambda id_, record, code: pack_refusal(sealing, record, code, self.name, id_),
+        )
 
     def _open(self, leased: Leased, holder: Holder) -> Message[T]:
         """Return the message people see. Raises PayloadError."""

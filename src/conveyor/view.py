@@ -116,8 +116,8 @@ class Acted:
         return self.outcome not in {"refused", "not found"}
 
 
-def live_job(queue: str, row: Row, sealing: Sealing | None = None) -> JobInfo:
-    """Return a job that has not ended, or a dead one; what is sealed as far as *sealing* opens it."""
+def live_job(queue: str, row: Row, sealing: Sealing | None = None, limit: int | None = None) -> JobInfo:
+    """Return a job that has not ended, or a dead one; what is sealed as far as *sealing* opens it, at most *limit* bytes."""
     envelope, state = row.envelope, row.state
     at = int(row.extra) if row.status in {"scheduled", "dead"} and row.extra else None
     return JobInfo(
@@ -135,7 +135,9 @@ def live_job(queue: str, row: Row, sealing: Sealing | None = None) -> JobInfo:
         ended=maybe_instant(at) if row.status == "dead" else None,
         unique=envelope.unique,
         headers=dict(envelope.extra.headers),
-        payload=preview(sealing, envelope.body, queue, sealed_name(envelope.task, envelope.extra.version), row.id),
+        payload=preview(
+            sealing, envelope.body, queue, sealed_name(envelope.task, envelope.extra.version), row.id, limit
+        ),
         errors=[error_info(open_failure(sealing, failure, queue, row.id)) for failure in state.failures_list()],
         worker=row.extra if row.status == "leased" else None,
     )

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from conveyor.cli.output import Output
+from conveyor.cli.output import Output, machine
 from conveyor.cli.output import seconds as duration
 from conveyor.cli.target import Target, redis_options
 from conveyor.errors import ConfigurationError, JobFailed, PayloadError, UnknownTask
@@ -52,14 +52,14 @@ def enqueue(
             out.line(job.id)
         return
     out.say(job.id)
-    text = _result(job, seconds)
+    text = _result(out, job, seconds)
     if out.as_json:
         out.document("result", id=job.id, task=chosen.name, result=json.loads(text))
     else:
         out.line(text)
 
 
-def _result(job: Any, seconds: float | None) -> str:
+def _result(out: Output, job: Any, seconds: float | None) -> str:
     from conveyor.codec import encode_json
 
     try:
@@ -68,7 +68,8 @@ def _result(job: Any, seconds: float | None) -> str:
         raise TimeoutError(f"Job {job.id} has not ended after {seconds:g} s. It goes on.") from None
     except JobFailed as error:
         if error.traceback:
-            click.echo(error.traceback.rstrip(), err=True)
+            for line in error.traceback.rstrip().splitlines():
+                out.say(machine(line))
         raise
 
 

@@ -26,7 +26,7 @@ PATIENCE = 1.0
 class Target:
     """Which server, namespace and app a command works on: what the flags said, and how the rest is found."""
 
-    url: str | None = None
+    url: str | None = field(default=None, repr=False)  # it may hold a password
     namespace: str | None = None
     app_name: str | None = None
     _settings: Settings | None = field(default=None, repr=False)

@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 
-from conveyor.codec import encode_json
+from conveyor.codec import bounds, encode_json
 from conveyor.errors import ConfigurationError, PayloadError
 
 
@@ -40,12 +40,16 @@ def check_version(version: object, upcast: object, where: str) -> int:
     return version
 
 
-def bring_up(body: bytes, version: int, current: int, upcast: Callable[[int, Any], Any], what: str) -> bytes:
+def bring_up(
+    body: bytes, version: int, current: int, upcast: Callable[[int, Any], Any], what: str, limit: int
+) -> bytes:
     """
     Return the JSON *body* of an older *version* as *current* has it; *upcast* takes each step.
 
-    Raises PayloadError (E15) with what *upcast* raised.
+    Raises PayloadError: E15 with what *upcast* raised, E21 for more than *limit* bytes, E22 nested too deep.
     """
+    if excess := bounds(body, limit):
+        raise PayloadError(f"{what} {excess[1]}", code=excess[0])
     if version < 1:  # never ours; and the steps from far below would not end
         raise PayloadError(f"{what} has version {version}, and there is none below 1.", code="E15")
     try:
