@@ -16,6 +16,7 @@ from conveyor.store.operations import Existing
 
 if TYPE_CHECKING:
     from conveyor.codec import ValueCodec
+    from conveyor.format import Formats
     from conveyor.result import Answer, Replies
     from conveyor.sealing.sealing import Sealing
     from conveyor.store.backend import Backend
@@ -51,6 +52,8 @@ class Home(Protocol):
     def promises(self) -> Mapping[str, Promise]: ...
     @property
     def sealing(self) -> Sealing | None: ...
+    @property
+    def formats(self) -> Formats: ...
 
     def keys(self, queue: str) -> QueueKeys: ...
 
@@ -247,9 +250,10 @@ class Job(Generic[R_co]):
             why = "expired before it started" if outcome.reason == "expired" else "was cancelled"
             raise JobCancelled(f"Job {self.id} {why}.")
         if self._promise is None:
-            from conveyor.codec import ValueCodec
+            from conveyor.format import FormatCodec
 
-            untyped: ValueCodec[R_co] = ValueCodec(what=f"The result of {self.id}", max_payload=1 << 30)
+            what = f"The result of {self.id}"
+            untyped: FormatCodec[R_co] = FormatCodec(formats=self._home.formats, what=what, max_payload=1 << 30)
             return untyped.decode(value)
         return cast("R_co", self._promise.results.decode(value))
 

@@ -11,11 +11,12 @@ from typing import Any, Generic, Literal, TypeVar, Unpack, cast, get_args
 
 from conveyor import ident, repartition, sweep
 from conveyor.aconsumer import AsyncConsumer
-from conveyor.codec import MAX_PAYLOAD, ValueCodec
+from conveyor.codec import MAX_PAYLOAD
 from conveyor.consumer import Consumer
 from conveyor.duration import Duration, milliseconds
 from conveyor.errors import ConfigurationError, ConveyorError
 from conveyor.flow import Flow, Take
+from conveyor.format import JSON, FormatCodec, Formats, codec_for
 from conveyor.holder import AwaitableHolder, BlockingHolder, adrive, arun_once, drive, run_once
 from conveyor.lessee import Leased, Lessee, Suspects
 from conveyor.message import Batch, Holder, Message, OnError
@@ -69,12 +70,15 @@ class Queue(Generic[T]):
         sealing: Sealing | None = None,
         version: int = 1,
         upcast: Callable[[int, Any], Any] | None = None,
+        formats: Formats = JSON,
     ) -> None:
         """Declare it; nothing is sent. Raises ConfigurationError for what it cannot do."""
         self.name = self._checked_name(name)
         self.backend = backend
         self.keys = self._keys()
-        self.codec: ValueCodec[T] = ValueCodec(type, max_payload=max_payload, what=f"A message of queue '{name}'")
+        self.codec: FormatCodec[T] = codec_for(
+            type, formats=formats, max_payload=max_payload, what=f"A message of queue '{name}'"
+        )
         self.lease_ms = _whole("lease_ms", lease_ms, SHORTEST_LEASE_MS)
         self.max_length = None if max_length is None else _whole("max_length", max_length, 1)
         self.retry = retry if retry is not None else Retry(attempts=_whole("max_attempts", max_attempts, 1))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from difflib import get_close_matches
 from typing import Any
 
@@ -60,10 +61,10 @@ def enqueue(
 
 
 def _result(out: Output, job: Any, seconds: float | None) -> str:
-    from conveyor.codec import encode_json
+    from conveyor.format import display
 
     try:
-        return encode_json(job.result(timeout=seconds)).decode()
+        return display(job.result(timeout=seconds))
     except TimeoutError:
         raise TimeoutError(f"Job {job.id} has not ended after {seconds:g} s. It goes on.") from None
     except JobFailed as error:
@@ -90,8 +91,8 @@ def _task(app: Any, name: str) -> Any:
     raise UnknownTask(f"There is no task {name!r}.{advice}\nKnown: {known}. Nothing was enqueued.")
 
 
-def _arguments(task: Any, pairs: tuple[str, ...], document: str | None) -> tuple[list[Any], dict[str, Any]]:
-    args: list[Any] = []
+def _arguments(task: Any, pairs: tuple[str, ...], document: str | None) -> tuple[Sequence[Any], dict[str, Any]]:
+    args: Sequence[Any] = []
     kwargs: dict[str, Any] = {}
     if document is not None:
         try:
@@ -104,6 +105,8 @@ def _arguments(task: Any, pairs: tuple[str, ...], document: str | None) -> tuple
             kwargs = value
         else:
             raise PayloadError("--args takes a list or an object. Nothing was enqueued.")
+        if task.signature.formats.writes is not None:
+            args, kwargs = task.signature.from_json(args, kwargs)
     for pair in pairs:
         name, equals, text = pair.partition("=")
         if not equals or not name:

@@ -13,6 +13,7 @@ from conveyor.cli.output import Output, count, seconds
 from conveyor.cli.target import Target, redis_options
 
 if TYPE_CHECKING:
+    from conveyor.format import FormatCodec
     from conveyor.sealing.sealing import Sealing
     from conveyor.store.operations import Entry
 
@@ -33,6 +34,8 @@ class Choice:
     queue: str
     sealing: Sealing | None
     version: int
+    codec: FormatCodec[Any] | None
+    """The queue's own where it writes something else than JSON."""
 
 
 @click.command()
@@ -64,6 +67,7 @@ def push(
     choice = Choice(
         delay, priority, own_id, expires, headers, front, queue, None if app is None else app.sealing,
         1 if declared is None else declared.version,
+        None if declared is None or declared.codec.formats.writes is None else declared.codec,
     )  # fmt: skip
     keys = _keys(backend, queue)
     partitions = _partitions(backend, keys.queue)
@@ -182,6 +186,8 @@ def _entry(body: bytes, choice: Choice) -> Entry:
         if not equals or not name:
             raise ConfigurationError(f"--header takes name=value, not {header!r}. Nothing was pushed.")
         headers[name] = value
+    if choice.codec is not None:
+        body = choice.codec.encode(choice.codec.decode(body))
     id_ = own_id(choice.id) if choice.id is not None else new_id()
     if choice.sealing is not None:
         body = choice.sealing.wrap(body, queue=choice.queue, task=sealed_name("", choice.version), id=id_)

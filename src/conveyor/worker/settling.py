@@ -13,6 +13,7 @@ from conveyor.errors import PayloadError, Snooze
 from conveyor.event import JobCancelledEvent, JobDead, JobDone, JobRetried
 from conveyor.model import Failure, Outcome, State, read_failure, to_json
 from conveyor.sealing.record import pack_failure, pack_refusal, pack_result
+from conveyor.sealing.sealing import PLAIN
 from conveyor.store.inspection import write_finished
 from conveyor.store.operations import Report, Settlement
 from conveyor.worker.attempt import Attempt, details
@@ -69,10 +70,10 @@ class Settling:
             except PayloadError as error:
                 self.failed(report, attempt, error, now_ms, retry=False)
                 return
-            if self._sealing is None:
+            if handler.task.bare_results:
                 record = b'{"status":"done","value":%b,"at":%d}' % (data, now_ms)
             else:
-                packed = pack_result(self._sealing, data, attempt.consumer.queue, attempt.id)
+                packed = pack_result(self._sealing or PLAIN, data, attempt.consumer.queue, attempt.id)
                 record = b'{"status":"done",%b,"at":%d}' % (packed, now_ms)
             if spawned:
                 _follow(report, attempt.id, spawned)

@@ -18,7 +18,7 @@ from conveyor.model import Failure, State, read_whatever, to_json
 from conveyor.outcome import put_off_ms
 from conveyor.sealing.envelope import MAGIC
 from conveyor.sealing.sealing import PLAIN
-from conveyor.sealing.version import TooNew, bring_up, sealed_name
+from conveyor.sealing.version import Old, TooNew, bring_up, sealed_name
 from conveyor.store.operations import Report, Settlement
 from conveyor.worker.attempt import Attempt, Closed
 from conveyor.worker.handler import Handler
@@ -101,14 +101,9 @@ class Unusual:
             body = sealing.unwrap(body, queue=queue, task=name, id=attempt.id, limit=limit)
         version, current = envelope.extra.version, task.settings.version
         if version < current and task.settings.upcast is not None:
-            body = bring_up(
-                body,
-                version,
-                current,
-                task.settings.upcast,
-                f"The payload of {handler.name}()",
-                task.signature.max_payload,
-            )
+            signature = task.signature
+            old = Old(f"The payload of {handler.name}()", signature.max_payload, signature.formats, call=True)
+            body = bring_up(body, version, current, task.settings.upcast, old)
         return body
 
     def begin(self, attempt: Attempt, place: Callable[[Attempt], None], fail: Callable[..., None]) -> None:
