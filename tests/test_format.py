@@ -232,6 +232,33 @@ async def test_old_versions_are_brought_up_in_their_format(made):
     assert seen == [{"text": b"\xff"}, b"\xfe"]
 
 
+async def test_what_just_fits_arrives(made):
+    """The limit holds for what is stored, mark included, and is the same on both sides of a seal: what is accepted is read."""
+    app = made(keys=KEYS, format="msgpack", max_payload=1000)
+
+    @app.task(name="same")
+    async def same(word: bytes) -> bytes:
+        return word
+
+    queue = app.queue("mail", bytes)
+
+    async def longest(push: Any) -> Any:
+        for length in range(1000, 0, -1):
+            try:
+                return await push(bytes(length))
+            except PayloadError as error:
+                assert error.code == "E21"  # noqa: PT017
+        raise AssertionError
+
+    await longest(queue.apush)
+    [message] = await queue.apull()
+    assert len(message.body) == 1000 - 9 - 3
+    await message.aack()
+    job = await longest(same.aenqueue)
+    await drain(app)
+    assert len(await job.aresult("1s")) == 1000 - 9 - 3 - 6
+
+
 @pytest.mark.parametrize(
     "wrong", ["yaml", Packed, object(), 7, type("Json", (Packed,), {"name": "json"})(),
               type("Msgpack", (Packed,), {"name": "msgpack"})(), type("Long", (Packed,), {"name": "x" * 17})(), ()],

@@ -252,7 +252,7 @@ class FormatCodec(ValueCodec[T], Generic[T]):
         if data[:1] != MARK:
             raise refusal
         form, inner = self.formats.taken(data)
-        if excess := too_large(inner, self.max_payload, form.name):
+        if excess := too_large(data, self.max_payload, form.name):  # with the mark, as it was written
             raise PayloadError(f"{self._what} {excess[1]}", code=excess[0])
         return self.value(form, inner)
 
@@ -262,8 +262,11 @@ class Writer(FormatCodec[T], Generic[T]):
 
     def encode(self, value: T) -> bytes:
         """Return *value* in its format, marked; raises what a ValueCodec raises."""
-        data = self.data(value)
-        return data if self.formats.writes is None else self.formats.marked(data)
+        assert self.formats.writes is not None
+        body = self.formats.marked(self.data(value))
+        if excess := too_large(body, self.max_payload, self.formats.writes.name):
+            raise self._refusal(excess[0], f"{self._what} {excess[1]}")
+        return body
 
 
 def codec_for(
