@@ -96,9 +96,18 @@ class Terminal:
         return self.process.wait(PATIENCE)
 
     def interrupt(self) -> None:
-        """Press ctrl-C."""
-        with contextlib.suppress(ProcessLookupError):
+        """Press ctrl-C when the command is at rest, as a person does: what it printed last it has also finished."""
+        with contextlib.suppress(ProcessLookupError, FileNotFoundError):
+            deadline, before = time.monotonic() + PATIENCE, ""
+            while (now := self._effort()) != before and time.monotonic() < deadline:
+                before = now
+                self.read(0.15)
             os.killpg(self.process.pid, signal.SIGINT)
+
+    def _effort(self) -> str:
+        """Return the time that the command has used its processor for; other than before while it waits for one."""
+        state, *fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
+        return " ".join(fields[10:12]) if state == "S" else f"{state} {time.monotonic()}"
 
     def close(self) -> None:
         """End it, whatever it does."""

@@ -175,6 +175,31 @@ async def test_limits_hold_on_both_sides(app, url, store):
             await job.aresult("1s")
 
 
+async def test_refused_end_leaves_the_body(app, store, redis):
+    """A job that ran to its end and is not ours any more keeps its body: whoever runs it again needs it."""
+    ran, gate = [], asyncio.Event()
+
+    @app.task(name="slow")
+    async def slow(text: str) -> int:
+        ran.append(text)
+        await gate.wait()
+        return len(ran)
+
+    job = await slow.aenqueue(BIG)
+    keys, id_ = app.keys("default"), job.id.partition(":")[2]
+    async with working(app) as worker:
+        await until(lambda: ran)
+        assert redis.hdel(keys.leased(worker.consumers[0].identity), id_) == 1  # as if another had taken it
+        gate.set()
+        await until(lambda: not worker.consumers[0].held)
+        assert len(store.data) == 1
+        redis.rpush(keys.ready[0], id_)
+        redis.rpush(keys.wake, "1")
+        assert await job.aresult("20s") == 2
+        await until(lambda: not store.data)
+    assert ran == [BIG, BIG]
+
+
 async def test_cancel_while_a_body_is_fetched(app, store):
     """A job whose body is still on its way can be handed back: it is neither lost nor run."""
     ran = []

@@ -7,6 +7,7 @@ import time
 import tracemalloc
 import zlib
 from collections import Counter
+from functools import partial
 from typing import Any
 
 import pytest
@@ -19,7 +20,7 @@ from conveyor.model import State, read_outcome, read_whatever, write_rest
 from conveyor.sealing import FileStore
 from conveyor.sealing.choice import choose
 from conveyor.sealing.envelope import describe
-from conveyor.sealing.record import open_failure, pack_failure, preview
+from conveyor.sealing.record import Viewer, open_failure, pack_failure
 from conveyor.sealing.sealing import PLAIN, Sealing
 from conveyor.signature import Signature
 from working import audit, counts, drain, working
@@ -99,7 +100,7 @@ def test_damaged_bytes_give_typed_errors(tmp_path, rounds):
         for way in (ways[number], source.choice(ways)):
             opened = attempt(way.unwrap, data, **PLACE)
             assert opened is None or way.seal is None or opened == body, "a changed body was taken for genuine"
-            attempt(preview, way, data, "q", "shop.add", "an id")
+            attempt(partial(Viewer(way).preview, call=True), data, "q", "shop.add", "an id")
         attempt(describe, data)
         damaged = mutated(source, body, bodies)
         attempt(signature.decode, damaged)

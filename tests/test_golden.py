@@ -8,10 +8,13 @@ ones are never changed.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from conveyor.codec import ValueCodec, encode_json
 from conveyor.errors import PayloadError
+from conveyor.format import MSGPACK, FormatCodec, Formats, codec_for
 from conveyor.model import (
     Extra,
     Failure,
@@ -76,6 +79,27 @@ def sealing(
     return made
 
 
+class Mirror:
+    """A format of a program's own."""
+
+    name = "mirror"
+
+    def encode(self, value: object, /) -> bytes:
+        return encode_json(value)[::-1]
+
+    def decode(self, data: bytes, type: object, /) -> object:  # noqa: A002
+        return ValueCodec(type).decode(data[::-1])
+
+
+MESSAGE = {1: b"\xff", "x": [None, 1.5]}
+MIRROR = Formats(Mirror())
+PACKED = Formats(MSGPACK, MIRROR.known)
+
+
+def called(formats: Formats) -> bytes:
+    return write_rest("mail.send", Signature(mail, "mail.send", formats=formats).encode(("ada", 2, "a"), {"x": 1.5}))
+
+
 NO_LONGER_WRITTEN = {"state_alone"}  # a mark behind the counts, from before it moved elsewhere
 FAILURE = Failure(2, 1_764_000_000_000, "builtins.ValueError", "no ü", 'Traceback:\n  File "x"', "host:1")
 STATE = State(3, 2, 1, [to_json(FAILURE), to_json(Failure(3, 5, "crashed", "again"))])
@@ -90,6 +114,11 @@ def written() -> dict[str, bytes]:
         "envelope_plain": write_rest("mail.send", body()),
         "envelope_extra": b"p9 e1764000000000 d1763000000000 i uorder 7" + write_rest("mail.send", body(), extra),
         "message": write_rest("", b'{"id":1}'),
+        "message_msgpack": write_rest("", value_codec(PACKED).encode(MESSAGE)),
+        "call_msgpack": called(PACKED),
+        "call_own": called(MIRROR),
+        "result_msgpack": b'{"status":"done",%b,"at":7}'
+        % pack_result(PLAIN, value_codec(PACKED).encode(MESSAGE), "mail", PLACE["id"]),
         "state": STATE.encode(),
         "outcome_done": to_json(Outcome("done", at=7)),
         "outcome_dead": to_json(Outcome("dead", failure=FAILURE, reason="all 2 attempts failed", at=7)),
@@ -111,6 +140,10 @@ def written_with_chance() -> dict[str, bytes]:
         "result_gcm": b'{"status":"done",%b,"at":7}'
         % pack_result(sealing(encrypt=True), b"[1,2]", "mail", PLACE["id"]),
     }
+
+
+def value_codec(formats: Formats) -> FormatCodec[object]:
+    return codec_for(Any, formats=formats, max_payload=1000, what="it")
 
 
 def keep(release: str) -> None:
@@ -147,6 +180,18 @@ def test_every_release_is_still_read(golden):
 
 
 @pytest.mark.row("D3")
+def test_formats_of_every_release_are_read(golden):
+    """Messages, calls and results in other formats than JSON mean the same to this version, and JSON itself is read beside them."""
+    assert value_codec(PACKED).decode(read_envelope(golden["message_msgpack"]).body) == MESSAGE
+    result = open_result(None, read_outcome(golden["result_msgpack"]), "mail", PLACE["id"], 100)
+    assert value_codec(PACKED).decode(result) == MESSAGE
+    signature = Signature(mail, "mail.send", formats=PACKED)
+    for name in ("call_msgpack", "call_own"):
+        assert signature.decode(read_envelope(golden[name]).body) == (["ada", 2, "a"], {"urgent": False, "x": 1.5})
+    assert signature.decode(read_envelope(golden["envelope_plain"]).body)[0] == ["ada@example.org", 2, "a", "ü\n"]
+
+
+@pytest.mark.row("D3")
 def test_sealed_bytes_of_every_release_open(golden):
     """What was sealed, compressed or stored elsewhere then opens now, with the keys of then."""
     keyed = sealing()
@@ -165,7 +210,7 @@ def test_sealed_bytes_of_every_release_open(golden):
             with pytest.raises(PayloadError, match="E38"):
                 PLAIN.unwrap(golden[name], **PLACE)
     for name in ("result_hmac", "result_gcm"):
-        assert open_result(keyed, read_outcome(golden[name]), "mail", PLACE["id"]) == b"[1,2]"
+        assert open_result(keyed, read_outcome(golden[name]), "mail", PLACE["id"], 100) == b"[1,2]"
     assert open_failure(keyed, read_failure(golden["error_hmac"]), "mail", PLACE["id"]) == FAILURE
 
 

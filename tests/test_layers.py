@@ -21,6 +21,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "cron",
         "event",
         "failure",
+        "format",
         "ident",
         "provider",
     ),  # values: no I/O

@@ -12,12 +12,14 @@ from itertools import islice
 from typing import Any
 
 from conveyor import doctor
+from conveyor.codec import MAX_PAYLOAD
 from conveyor.errors import ConfigurationError, JobNotFound
+from conveyor.format import JSON, Formats
 from conveyor.ident import made_at_ms, public, split
 from conveyor.logical import Logical
 from conveyor.model import read_outcome
 from conveyor.repartition import refuse_full
-from conveyor.sealing.record import open_failure, preview_result
+from conveyor.sealing.record import Viewer
 from conveyor.sealing.sealing import Sealing
 from conveyor.store import inspection, operations
 from conveyor.store.backend import Backend
@@ -59,16 +61,17 @@ class Admin:
         *,
         plain_lists: Collection[str] = (),
         sealing: Sealing | None = None,
+        formats: Formats = JSON,
         asks: Mapping[str, Durability] | None = None,
     ) -> None:
         """
         Take the backend, and which queues are plain lists shared with other programs: Redis does not say that.
 
-        *sealing* is the app's: with it sealed payloads, errors and results are shown, without it what they are.
+        *sealing* and *formats* are the app's: with them payloads, errors and results are shown, without them what they are.
         *asks* is what queues ask of every push, for the doctor.
         """
         self.asks = asks or {}
-        self.sealing = sealing
+        self._viewer = Viewer(sealing, formats)
         self.backend = backend
         self.plain_lists = frozenset(plain_lists)
         self._logical = Logical(backend, plain_lists)
@@ -186,7 +189,7 @@ class Admin:
                 f"No job {public_id} is known. It never existed, or it ended and what was kept of it has expired."
             )
         if found.row is not None:
-            return live_job(found.keys.queue, found.row, self.sealing)
+            return live_job(found.keys.queue, found.row, self._viewer)
         return self._ended(found)
 
     def retry(self, ids: Iterable[str]) -> list[Acted]:
@@ -239,7 +242,7 @@ class Admin:
                 yield from (finished_job(queue, entry) for entry in page if entry.status != "dead")
             else:
                 yield from (
-                    live_job(queue, row, self.sealing)
+                    live_job(queue, row, self._viewer, MAX_PAYLOAD)  # a page of bombs stays small
                     for row in self.backend.run(inspection.page(keys, state, first, PAGE))
                 )
 
@@ -280,8 +283,8 @@ class Admin:
             outcome = read_outcome(found.record)
             base["ended"] = maybe_instant(outcome.at) or base["ended"]
             failure, queue = outcome.failure, found.keys.queue
-            errors = [error_info(open_failure(self.sealing, failure, queue, found.id))] if failure else []
-            result = preview_result(self.sealing, outcome, queue, found.id) if outcome.status == "done" else None
+            errors = [error_info(self._viewer.failure(failure, queue, found.id))] if failure else []
+            result = self._viewer.result(outcome, queue, found.id) if outcome.status == "done" else None
             return JobInfo(**base, status=outcome.status, errors=errors, result=result, reason=outcome.reason)
         if found.place == "cancelled":
             return JobInfo(**base, status="cancelled")

@@ -13,6 +13,7 @@ from conveyor.codec import MAX_PAYLOAD
 from conveyor.declaration import Declarations
 from conveyor.duration import Duration
 from conveyor.errors import ConfigurationError, ConveyorError
+from conveyor.format import Choice, chosen
 from conveyor.hook import Hooks
 from conveyor.job import Job, refuse_in_loop
 from conveyor.outcome import Retry
@@ -61,6 +62,7 @@ class Conveyor(Declarations, Hooks):
         large: BlobStore | None = None,
         large_above: Size = LARGE_ABOVE,
         max_large: Size = MAX_LARGE,
+        format: Choice | Sequence[Choice] = "json",  # noqa: A002
         buffer: Buffer | None = None,
     ) -> None:
         """
@@ -70,8 +72,9 @@ class Conveyor(Declarations, Hooks):
         one set of arguments, one message or one result. `keys` (key id to secret) seal payloads, results and errors:
         the first seals, all open, and what is not sealed is set aside; `encrypt` makes them unreadable too.
         `compress` is a size above which they are compressed; with `large`, a store, arguments and messages above
-        `large_above` lie there, up to `max_large`. Sizes: bytes or ``"256KiB"``. `buffer` keeps what is pushed while
-        Redis is away. Raises ConfigurationError.
+        `large_above` lie there, up to `max_large`. Sizes: bytes or ``"256KiB"``. `format` is how values are written:
+        ``"json"``, ``"msgpack"`` or a Format of your own; of several the first writes, all are read. `buffer` keeps what
+        is pushed while Redis is away. Raises ConfigurationError.
         """
         super().__init__()
         self.backend = reach(url, namespace, buffer)
@@ -84,6 +87,7 @@ class Conveyor(Declarations, Hooks):
             max_payload=self.max_payload,
         )  # fmt: skip
         """What happens to bodies on their way; None when nothing does."""
+        self.formats = chosen(format)
         self.max_whole = self.max_payload if self.sealing is None else self.sealing.max_whole
         self.tasks: dict[str, Task[..., Any]] = {}
 
@@ -109,6 +113,7 @@ class Conveyor(Declarations, Hooks):
         max_payload: Size | None = None, unique: Unique | None = None,
         limits: Sequence[Rate | Concurrency] | None = None, group_by: str | None = None,
         debounce: Debounce | None = None, version: int = 1, upcast: Upcast | None = None,
+        format: Choice | None = None,
     ) -> TaskDecorator: ...  # fmt: skip
 
     def task(
@@ -132,6 +137,7 @@ class Conveyor(Declarations, Hooks):
         debounce: Debounce | None = None,
         version: int = 1,
         upcast: Upcast | None = None,
+        format: Choice | None = None,  # noqa: A002
     ) -> Any:
         """
         Register a function as a task; used bare (``@app.task``) or with options.
@@ -140,7 +146,7 @@ class Conveyor(Declarations, Hooks):
         stays (0: not at all), `expires` cancels a job that has not started by then, `ack="early"` gives up the
         promise to run again after a crash. `run_in` is loop, thread or process: by default loop for an `async def`,
         thread for a `def`. `version` numbers what the payload looks like; `upcast(version, arguments)` turns the
-        arguments of that version into those of the next.
+        arguments of that version into those of the next. `format` is how arguments and results are written, as of the app.
         Raises ConfigurationError, also for a function whose arguments JSON cannot carry.
         """
         refuse_later(unique=unique, limits=limits, group_by=group_by, debounce=debounce)
@@ -150,7 +156,7 @@ class Conveyor(Declarations, Hooks):
         )  # fmt: skip
 
         def add(function: Callable[..., Any]) -> Task[..., Any]:
-            return register(self, function, name, ident.queue_name(queue), run_in, options, max_payload)
+            return register(self, function, name, ident.queue_name(queue), run_in, options, max_payload, format)
 
         return add if function is None else add(function)
 

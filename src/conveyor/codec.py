@@ -63,7 +63,7 @@ class ValueCodec(Generic[T]):
         nobody annotated arrives as text). Raises ConfigurationError for a type that JSON cannot tell apart.
         """
         self._type = Any if type is inspect.Signature.empty else type
-        self._max_payload = max_payload
+        self.max_payload = max_payload
         self._what = what
         self._lossy = lossy
         self._decode = typed_decoder(self._type, what)
@@ -79,7 +79,7 @@ class ValueCodec(Generic[T]):
             data = encode_json(sent)
         except Exception as error:
             raise self._unstorable(value, error) from None
-        if excess := bounds(data, self._max_payload):
+        if excess := bounds(data, self.max_payload):
             raise self._refusal(excess[0], f"{self._what} {excess[1]}")
         if b"null" in data and (place := self._not_a_number(sent)):
             raise self._refusal(
@@ -91,25 +91,32 @@ class ValueCodec(Generic[T]):
         except Exception as error:
             raise self._refusal("E03", f"{self._what} does not fit: {reason(error)} ({show(value)}).") from None
         if not same(sent, received):
-            try:
-                change = difference(sent, received)
-            except Exception as error:
-                raise self._unstorable(value, error) from None
-            if change:
-                raise self._refusal("E03", self._changed(change))
+            self._compare(value, sent, received)
         return data
+
+    def _compare(self, value: T, sent: Any, received: Any) -> None:
+        try:
+            change = difference(sent, received)
+        except Exception as error:
+            raise self._unstorable(value, error) from None
+        if change:
+            raise self._refusal("E03", self._changed(change))
 
     def decode(self, data: bytes) -> T:
         """Return the value in its annotated type; raises PayloadError (E15, E21, E22) where there is none."""
         try:
-            excess = bounds(data, self._max_payload)
+            excess = bounds(data, self.max_payload)
             if not excess:
                 return self._decode(data)  # type: ignore[no-any-return]
         except MemoryError:
             raise  # says nothing about the bytes
         except Exception as error:
-            raise PayloadError(f"{self._what} cannot be decoded: {reason(error)}.", code="E15") from error
-        raise PayloadError(f"{self._what} {excess[1]}", code=excess[0])
+            return self._no_json(data, PayloadError(f"{self._what} cannot be decoded: {reason(error)}.", code="E15"))
+        return self._no_json(data, PayloadError(f"{self._what} {excess[1]}", code=excess[0]))
+
+    def _no_json(self, data: bytes, refusal: PayloadError) -> T:
+        """Return what bytes hold that are not JSON, or too much of it; here that is nothing."""
+        raise refusal
 
     def _refusal(self, code: str, text: str) -> PayloadError:
         return PayloadError(f"{text} Nothing was stored.", code=code)
@@ -170,16 +177,22 @@ class Unstorable(Exception):
 
 def bounds(data: bytes, max_payload: int) -> tuple[str, str] | None:
     """Return the code and the words for JSON that is too large (E21) or nested too deep (E22), else None."""
-    size = len(data)
-    if size > max_payload:
-        return "E21", (
-            f"takes {size:,} bytes as JSON, and the limit is {max_payload:,}.\n"
-            "    Store the data elsewhere (a file, a bucket, a table) and pass a reference to it."
-        )
+    if excess := too_large(data, max_payload):
+        return excess
     # Counting is enough for nearly all: what has few brackets is not deep.
-    if size > SHALLOW and data.count(b"[") + data.count(b"{") > MAX_DEPTH and _is_deep(data):
+    if len(data) > SHALLOW and data.count(b"[") + data.count(b"{") > MAX_DEPTH and _is_deep(data):
         return "E22", f"is nested deeper than {MAX_DEPTH} levels."
     return None
+
+
+def too_large(data: bytes, max_payload: int, form: str = "JSON") -> tuple[str, str] | None:
+    """Return the code and the words for what is too large (E21), else None."""
+    if len(data) <= max_payload:
+        return None
+    return "E21", (
+        f"takes {len(data):,} bytes as {form}, and the limit is {max_payload:,}.\n"
+        "    Store the data elsewhere (a file, a bucket, a table) and pass a reference to it."
+    )
 
 
 def _is_deep(data: bytes) -> bool:
@@ -232,8 +245,8 @@ def difference(sent: Any, received: Any, path: str = "$") -> Change | None:
     if fields and isinstance(sent, dict):
         pairs = ((name, sent[name], getattr(received, name, None)) for name in fields if name in sent)
         return next((d for name, a, b in pairs if (d := difference(a, b, f"{path}.{name}"))), None)
-    if same(sent, received):
-        return None
+    if same(sent, received) or (kind is float is type(received) and str(sent) == str(received)):
+        return None  # NaN too
     if kind in _PLAIN or isinstance(sent, list | tuple | dict):
         became_richer = type(received) not in _PLAIN
     elif kind is type(received) and kind in {datetime, time, Decimal}:
@@ -287,14 +300,14 @@ def _not_finite(value: Any, path: str) -> str | None:
 def typed_decoder(type: Any, what: str) -> Callable[[bytes], Any]:  # noqa: A002
     """Return the function from JSON to *type*; raises ConfigurationError for a type that JSON cannot tell apart."""
     try:
-        return msgspec.json.Decoder(type, dec_hook=_from_json_form).decode
+        return msgspec.json.Decoder(type, dec_hook=from_json_form).decode
     except Exception as error:
         raise ConfigurationError(f"{what} cannot be stored as {show(type)}: {reason(error)}.") from error
 
 
 def from_builtin(value: object, type: Any) -> Any:  # noqa: A002
     """Return a plain value as *type*, reading numbers and dates from text as well; raises msgspec.ValidationError."""
-    return msgspec.convert(value, type, strict=False, dec_hook=_from_json_form)
+    return msgspec.convert(value, type, strict=False, dec_hook=from_json_form)
 
 
 def _subclass_form(value: object) -> Any:
@@ -311,13 +324,15 @@ def _to_json(value: Any) -> Any:
     return _subclass_form(value)
 
 
-def _to_plain(value: Any) -> Any:
+def to_plain(value: Any) -> Any:
+    """Return a plain form of what msgspec does not know: the hook of its encoders. Raises Unstorable."""
     if _is_pydantic_model(type(value)):
         return value.model_dump(mode="json", by_alias=True, round_trip=True)
     return _subclass_form(value)
 
 
-def _from_json_form(type: Any, value: Any) -> Any:  # noqa: A002
+def from_json_form(type: Any, value: Any) -> Any:  # noqa: A002
+    """Return a plain value as what msgspec does not know: the hook of its decoders."""
     if not _is_pydantic_model(type):
         return value  # msgspec itself then says what was expected
     try:
@@ -336,7 +351,7 @@ encode_json: Callable[[Any], bytes] = msgspec.json.Encoder(enc_hook=_to_json).en
 
 def plain_form(value: object) -> Any:
     """Return *value* as dicts, lists and scalars, NaN included; raises what the encoder raises."""
-    return msgspec.to_builtins(value, str_keys=True, enc_hook=_to_plain)
+    return msgspec.to_builtins(value, str_keys=True, enc_hook=to_plain)
 
 
 def _is_pydantic_model(type_: Any) -> bool:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, Unpack, overload
 from conveyor import ident
 from conveyor.duration import Duration
 from conveyor.errors import ConfigurationError
+from conveyor.format import Choice, Formats
 from conveyor.outgoing import positive_ms
 from conveyor.sending import Sending
 from conveyor.store.durability import Asking, asked
@@ -33,6 +34,7 @@ class Declarations(Sending):
     lease_ms: int
     max_payload: int
     max_whole: int
+    formats: Formats
 
     def __init__(self) -> None:
         """Begin with none."""
@@ -48,19 +50,19 @@ class Declarations(Sending):
     def queue(
         self, name: str, *, partitions: int = 1, lease: Duration | None = None, max_attempts: int = 5,
         max_length: int | None = None, full: Full = "raise", version: int = 1, upcast: Step | None = None,
-        **durable: Unpack[Asking],
+        format: Choice | None = None, **durable: Unpack[Asking],
     ) -> Queue[Any]: ...  # fmt: skip
     @overload
     def queue(
         self, name: str, type: type[T], *, partitions: int = 1, lease: Duration | None = None, max_attempts: int = 5,
         max_length: int | None = None, full: Full = "raise", version: int = 1, upcast: Step | None = None,
-        **durable: Unpack[Asking],
+        format: Choice | None = None, **durable: Unpack[Asking],
     ) -> Queue[T]: ...  # fmt: skip
     @overload
     def queue(
         self, name: str, type: Any, *, partitions: int = 1, lease: Duration | None = None, max_attempts: int = 5,
         max_length: int | None = None, full: Full = "raise", version: int = 1, upcast: Step | None = None,
-        **durable: Unpack[Asking],
+        format: Choice | None = None, **durable: Unpack[Asking],
     ) -> Queue[Any]: ...  # fmt: skip
 
     def queue(
@@ -75,13 +77,14 @@ class Declarations(Sending):
         full: Full = "raise",
         version: int = 1,
         upcast: Step | None = None,
+        format: Choice | None = None,  # noqa: A002
         **durable: Unpack[Asking],
     ) -> Queue[Any]:
         """
         Declare a queue of messages of *type* (any JSON value when left out), or set up one that tasks use.
 
         `lease` as for the app, `max_attempts` how often a message is tried, `max_length` how many may be unfinished,
-        `full` what a push beyond that does, `version` and `upcast(version, value)` as of a task. With `partitions` it
+        `full` what a push beyond that does, `version`, `upcast(version, value)` and `format` as of a task. With `partitions` it
         is spread over so many, which may lie on several nodes: order holds within each, and all programs must say the
         same number. `fsync` and `wait_replicas` make each push, of jobs too, wait until it is on disk and that many
         replicas have it, each for `wait_timeout`; then DurabilityNotReached. Declared again with the same options it is
@@ -92,13 +95,14 @@ class Declarations(Sending):
         asks = asked(durable)
         facts = {
             "kind": "queue", "type": type, "lease_ms": lease_ms, "max_attempts": max_attempts, "max_length": max_length,
-            "full": full, "partitions": partitions, "version": version, "upcast": upcast, "durability": asks,
+            "full": full, "partitions": partitions, "version": version, "upcast": upcast, "durability": asks, "format": format,
         }  # fmt: skip
         if self._is_declared(name, facts):
             return self.queues[name]
         queue = self._made(
             name, type, partitions, lease_ms=lease_ms, max_attempts=max_attempts, max_length=max_length, full=full,
             asks=asks, max_payload=self.max_whole, sealing=self.sealing, version=version, upcast=upcast,
+            formats=self.formats.writing(format),
         )  # fmt: skip
         self.queues[name], self._declared[name] = queue, facts
         if max_length is not None or asks is not None or name in self.partitioned:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from conveyor.errors import PayloadError
-from conveyor.ident import public
+from conveyor.ident import clean, public
 from conveyor.lessee import Leased, Lessee
 from conveyor.sealing.blob import BlobUnavailable
 from conveyor.sealing.version import TooNew
@@ -149,7 +149,7 @@ class Flow(Generic[M]):
         lessee.waiting.popleft()
         if leased.lost:
             return None
-        name = public(lessee.keys.queue, leased.id)
+        name = clean(public(lessee.keys.queue, leased.id))
         if leased.id in lessee.cancelled:
             lessee.settle(leased, self._verdict.cancelled(leased))
             return None
@@ -162,15 +162,15 @@ class Flow(Generic[M]):
         except TooNew as error:
             put_off = self._verdict.put_off(leased, error)
             log = logger.warning if put_off.kind == "R" else logger.error
-            log("Message %s waits for a newer program: %s", name, error)
+            log("Message %s waits for a newer program: %s", name, _line(error))
             lessee.settle(leased, put_off)
             return None
         except BlobUnavailable as error:
-            logger.error("Message %s: %s", name, error)
+            logger.error("Message %s: %s", name, _line(error))
             lessee.settle(leased, self._verdict.failed(leased, error))
             return None
         except PayloadError as error:
-            logger.error("Message %s cannot be decoded and is now a dead letter: %s", name, error)
+            logger.error("Message %s cannot be decoded and is now a dead letter: %s", name, _line(error))
             lessee.settle(leased, self._verdict.undecodable(leased, error))
             return None
         if (suspicion := self._verdict.suspected(leased)) is not None:
@@ -179,6 +179,10 @@ class Flow(Generic[M]):
             if leased.lost:
                 return None
         return leased, message
+
+
+def _line(error: Exception) -> str:
+    return clean(" ".join(str(error).split()))
 
 
 def _start(found: list[tuple[Leased, M]]) -> list[M]:

@@ -23,6 +23,8 @@ _GENERATED = re.compile(r"[0-9A-Z_a-z~]{22}")
 _NAME = re.compile(r"[A-Za-z0-9_.:-]{1,128}")
 _PLACE = re.compile(r"[A-Za-z0-9_.:-]{1,128}(/\d{1,3})?")
 LENGTH = 22
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+_ESCAPES = {"\t": "\\t", "\n": "\\n", "\r": "\\r"}
 
 
 _spare: list[bytes] = []  # random parts, drawn by the hundred: a system call each would be a third of the cost
@@ -132,6 +134,11 @@ def partition(queue: str, number: int) -> str:
 def logical(place: str) -> str:
     """Return the queue that *place*, a queue or a partition, belongs to."""
     return place.partition("/")[0] if _PLACE.fullmatch(place) else place
+
+
+def clean(text: str) -> str:
+    """Return text from elsewhere that cannot steer a terminal, or begin a line of its own in a log."""
+    return _CONTROL.sub(lambda match: _ESCAPES.get(match[0]) or f"\\x{ord(match[0]):02x}", text)
 
 
 def unique_key(key: str) -> str:

@@ -16,6 +16,7 @@ from conveyor.store.operations import Existing
 
 if TYPE_CHECKING:
     from conveyor.codec import ValueCodec
+    from conveyor.format import Formats
     from conveyor.result import Answer, Replies
     from conveyor.sealing.sealing import Sealing
     from conveyor.store.backend import Backend
@@ -51,6 +52,8 @@ class Home(Protocol):
     def promises(self) -> Mapping[str, Promise]: ...
     @property
     def sealing(self) -> Sealing | None: ...
+    @property
+    def formats(self) -> Formats: ...
 
     def keys(self, queue: str) -> QueueKeys: ...
 
@@ -239,15 +242,18 @@ class Job(Generic[R_co]):
         value = bytes(outcome.value)
         if outcome.packed or (self._home.sealing is not None and data and outcome.status == "done"):
             from conveyor.sealing.record import open_result
+            from conveyor.sealing.sealing import MAX_LARGE
 
-            value = open_result(self._home.sealing, outcome, str(self.queue), self._bare)
+            limit = MAX_LARGE if self._promise is None else self._promise.results.max_payload
+            value = open_result(self._home.sealing, outcome, str(self.queue), self._bare, limit)
         if outcome.status == "cancelled":
             why = "expired before it started" if outcome.reason == "expired" else "was cancelled"
             raise JobCancelled(f"Job {self.id} {why}.")
         if self._promise is None:
-            from conveyor.codec import ValueCodec
+            from conveyor.format import FormatCodec
 
-            untyped: ValueCodec[R_co] = ValueCodec(what=f"The result of {self.id}", max_payload=1 << 30)
+            what = f"The result of {self.id}"
+            untyped: FormatCodec[R_co] = FormatCodec(formats=self._home.formats, what=what, max_payload=1 << 30)
             return untyped.decode(value)
         return cast("R_co", self._promise.results.decode(value))
 

@@ -25,7 +25,8 @@ def sweep(app: Conveyor, older: Duration = "1d", *, dry_run: bool = False) -> in
     Remove from the app's store what is *older* than that (at least an hour) and belongs to no job; return how many.
 
     Dead letters are jobs: they keep theirs until they are purged. *older* must exceed what jobs run that spawn
-    others, whose bodies are written before these are pushed. Reads every job once, and removes nothing when one of
+    others, and what a `Buffer` holds back while Redis is away: their bodies are written before they are pushed. The
+    store must be of this namespace of this Redis alone. Reads every job once, and removes nothing when one of
     them refers to a body and cannot be opened with the app's keys: raises PayloadError. ConfigurationError without a
     store.
     """

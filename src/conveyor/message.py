@@ -162,9 +162,11 @@ class Message(Generic[T]):
         leased, verdict = self._leased, self._holder.verdict
         if leased.settled or leased.lost:
             if isinstance(error, Exception) and self._holder.on_error == "log":
-                failure.tell(logger, logging.ERROR, "Message %s: %s", self.id, _brief(error), error=error)
+                failure.tell(logger, logging.ERROR, "Message %s: %s", ident.clean(self.id), _brief(error), error=error)
             elif leased.lost and not leased.settled:
-                logger.warning("Message %s was lost while it ran: its lease was given up, another has it.", self.id)
+                logger.warning(
+                    "Message %s was lost while it ran: its lease was given up, another has it.", ident.clean(self.id)
+                )
             return []
         if error is None:
             return [(leased, verdict.done(leased))]
@@ -175,7 +177,7 @@ class Message(Generic[T]):
         if log and self._holder.on_error == "log":
             follows = {"R": f"again in {ending.ms / 1000:.1f} s", "X": "dead"}.get(ending.kind, "cancelled")
             failure.tell(
-                logger, logging.ERROR, "Message %s failed at attempt %d, %s: %s", self.id, self.attempt, follows,
+                logger, logging.ERROR, "Message %s failed at attempt %d, %s: %s", ident.clean(self.id), self.attempt, follows,
                 _brief(error), error=error,
             )  # fmt: skip
         return [(leased, ending)]
@@ -265,7 +267,7 @@ def _lease(duration: Duration) -> int:
 
 
 def _brief(error: BaseException) -> str:
-    return f"{failure.type_name(error)}: {failure.message(error)}"
+    return ident.clean(f"{failure.type_name(error)}: {failure.message(error)}")
 
 
 def lost(queue: str, leased: Iterable[Leased]) -> LeaseLost:

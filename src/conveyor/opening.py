@@ -7,12 +7,12 @@ import contextlib
 from collections.abc import Callable, Iterable
 from typing import Any, Generic, TypeVar
 
-from conveyor.codec import ValueCodec
 from conveyor.errors import PayloadError, StoreUnavailable
+from conveyor.format import FormatCodec
 from conveyor.lessee import Leased
 from conveyor.sealing.envelope import MAGIC
 from conveyor.sealing.sealing import PLAIN, Sealing
-from conveyor.sealing.version import TooNew, bring_up, sealed_name
+from conveyor.sealing.version import Old, TooNew, bring_up, sealed_name
 
 T = TypeVar("T")
 
@@ -23,7 +23,7 @@ class Opening(Generic[T]):
     def __init__(
         self,
         queue: str,
-        codec: ValueCodec[T],
+        codec: FormatCodec[T],
         sealing: Sealing | None,
         version: int,
         upcast: Callable[[int, Any], Any] | None,
@@ -34,6 +34,7 @@ class Opening(Generic[T]):
         self._sealing = sealing
         self._version = version
         self._upcast = upcast
+        self._old = Old(f"A message of queue '{queue}'", codec.max_payload, codec.formats, call=False)
 
     def body(self, leased: Leased) -> T:
         """Return what *leased* holds. Raises PayloadError, its kind TooNew, and BlobUnavailable."""
@@ -46,7 +47,7 @@ class Opening(Generic[T]):
         if self._sealing is not None or body[:1] == MAGIC:
             body = self._opened(leased) if leased.opened is None else leased.opened
         if version < self._version and self._upcast is not None:
-            body = bring_up(body, version, self._version, self._upcast, f"A message of queue '{self._queue}'")
+            body = bring_up(body, version, self._version, self._upcast, self._old)
         return self._codec.decode(body)
 
     def _opened(self, leased: Leased) -> bytes:

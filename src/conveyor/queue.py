@@ -11,11 +11,12 @@ from typing import Any, Generic, Literal, TypeVar, Unpack, cast, get_args
 
 from conveyor import ident, repartition, sweep
 from conveyor.aconsumer import AsyncConsumer
-from conveyor.codec import MAX_PAYLOAD, ValueCodec
+from conveyor.codec import MAX_PAYLOAD
 from conveyor.consumer import Consumer
 from conveyor.duration import Duration, milliseconds
 from conveyor.errors import ConfigurationError, ConveyorError
 from conveyor.flow import Flow, Take
+from conveyor.format import JSON, FormatCodec, Formats, codec_for
 from conveyor.holder import AwaitableHolder, BlockingHolder, adrive, arun_once, drive, run_once
 from conveyor.lessee import Leased, Lessee, Suspects
 from conveyor.message import Batch, Holder, Message, OnError
@@ -23,7 +24,7 @@ from conveyor.opening import Opening
 from conveyor.outcome import Retry
 from conveyor.posting import PLAIN, Placement, Posting, PushOptions, later, posting
 from conveyor.pusher import Pusher
-from conveyor.sealing.record import pack_failure
+from conveyor.sealing.record import pack_failure, pack_refusal
 from conveyor.sealing.sealing import Sealing
 from conveyor.sealing.version import check_version
 from conveyor.store import inspection, operations
@@ -69,12 +70,15 @@ class Queue(Generic[T]):
         sealing: Sealing | None = None,
         version: int = 1,
         upcast: Callable[[int, Any], Any] | None = None,
+        formats: Formats = JSON,
     ) -> None:
         """Declare it; nothing is sent. Raises ConfigurationError for what it cannot do."""
         self.name = self._checked_name(name)
         self.backend = backend
         self.keys = self._keys()
-        self.codec: ValueCodec[T] = ValueCodec(type, max_payload=max_payload, what=f"A message of queue '{name}'")
+        self.codec: FormatCodec[T] = codec_for(
+            type, formats=formats, max_payload=max_payload, what=f"A message of queue '{name}'"
+        )
         self.lease_ms = _whole("lease_ms", lease_ms, SHORTEST_LEASE_MS)
         self.max_length = None if max_length is None else _whole("max_length", max_length, 1)
         self.retry = retry if retry is not None else Retry(attempts=_whole("max_attempts", max_attempts, 1))
@@ -264,7 +268,12 @@ class Queue(Generic[T]):
         sealing, worker = self._sealing, f"{socket.gethostname()}:{os.getpid()}"
         if sealing is None:
             return Verdict(self.retry, worker)
-        return Verdict(self.retry, worker, pack=lambda id_, record: pack_failure(sealing, record, self.name, id_))
+        return Verdict(
+            self.retry,
+            worker,
+            pack=lambda id_, record: pack_failure(sealing, record, self.name, id_),
+            pack_refusal=lambda id_, record, code: pack_refusal(sealing, record, code, self.name, id_),
+        )
 
     def _open(self, leased: Leased, holder: Holder) -> Message[T]:
         """Return the message people see. Raises PayloadError."""

@@ -8,6 +8,7 @@ from typing import Any, Literal, ParamSpec, Protocol, TypeVar, overload
 from conveyor import ident
 from conveyor.duration import Duration, milliseconds
 from conveyor.errors import ConfigurationError
+from conveyor.format import Choice, Formats
 from conveyor.outcome import Retry
 from conveyor.outgoing import check_priority, positive_ms
 from conveyor.sealing.size import Size, size
@@ -36,6 +37,8 @@ class Registry(Sender, Protocol):
     def max_payload(self) -> int: ...
     @property
     def max_whole(self) -> int: ...
+    @property
+    def formats(self) -> Formats: ...
 
 
 def task_options(
@@ -77,6 +80,7 @@ def register(
     run_in: RunIn | None,
     options: TaskOptions,
     max_payload: Size | None,
+    form: Choice | None,
 ) -> Task[..., Any]:
     """Make *function* a task of *home* and return it; raises ConfigurationError."""
     if isinstance(function, Task) or not callable(function):
@@ -105,6 +109,7 @@ def register(
         options=options,
         max_payload=home.max_whole if limit is None else limit,
         max_result=home.max_payload if limit is None else limit,
+        formats=home.formats.writing(form),
     )
     home.tasks[name] = task
     return task

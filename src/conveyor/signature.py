@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import msgspec
@@ -15,14 +15,15 @@ from conveyor.codec import (
     MAX_PAYLOAD,
     SHALLOW,
     Unreadable,
-    ValueCodec,
     bounds,
     encode_json,
     reason,
     show,
+    too_large,
     typed_decoder,
 )
 from conveyor.errors import ConfigurationError, PayloadError
+from conveyor.format import JSON, MARK, Format, FormatCodec, Formats
 from conveyor.parameter import carried, from_text, payload_signature, read, written
 
 _EMPTY = inspect.Parameter.empty
@@ -47,6 +48,7 @@ class Signature:
         name: str,
         *,
         max_payload: int = MAX_PAYLOAD,
+        formats: Formats = JSON,
         injected: Callable[[inspect.Parameter], bool] = _none_injected,
     ) -> None:
         """
@@ -57,6 +59,7 @@ class Signature:
         self.name = name
         self._function_name = getattr(function, "__name__", name)
         self.max_payload = max_payload
+        self.formats = formats
         parameters, self.result = read(function, name, injected)
         self.injected = tuple(parameter.name for parameter in parameters if injected(parameter))
         self.returns_none = self.result is None or self.result is type(None)
@@ -70,7 +73,7 @@ class Signature:
         named = [*self._positional[len(self._positional_only) :], *self._keyword, *self.injected]
         self._by_name = frozenset(named)  # what ``**others`` can never hold
         # The common case binds in C; all else, and all errors, take the careful way.
-        simple = not (self._rest or self._others or self._positional_only)
+        simple = not (self._rest or self._others or self._positional_only or formats.writes)
         self._bind: Callable[..., Any] | None = self._sending_struct() if simple else None
         self._all_positional = len(self._positional) == len(self._parameters)
         self._arguments: dict[str, _ArgumentCodec] = {}
@@ -90,7 +93,7 @@ class Signature:
 
     def encode(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bytes:
         """
-        Return a JSON object of the arguments that were given, by parameter; it will decode.
+        Return an object of the arguments that were given, by parameter, in the task's format; it will decode.
 
         Raises PayloadError: E03 missing, unexpected or of a wrong type, E04 not storable, E21 too large, E22 too deep.
         """
@@ -120,12 +123,17 @@ class Signature:
         if misfit := self._misfit(args, kwargs):
             raise self.refusal(misfit)
         given = self._signature.bind(*args, **kwargs).arguments
-        fields = []
+        encoded = {}
         for name, value in given.items():
-            encoded = self._argument(name).encode(list(value) if name == self._rest else value)
-            fields.append(encode_json(self._key(name)) + b":" + encoded)
-        data = b"{" + b",".join(fields) + b"}"
-        if excess := bounds(data, self.max_payload):
+            encoded[self._key(name)] = self._argument(name).data(list(value) if name == self._rest else value)
+        form = self.formats.writes
+        if form is not None:
+            data = self.formats.framed(encoded)
+            excess = too_large(data, self.max_payload, form.name)
+        else:
+            data = b"{" + b",".join(encode_json(key) + b":" + one for key, one in encoded.items()) + b"}"
+            excess = bounds(data, self.max_payload)
+        if excess:
             raise self.refusal(f"The call of {self.name}() {excess[1]}", excess[0])
         return data
 
@@ -165,13 +173,38 @@ class Signature:
             if len(body) > SHALLOW and (excess := bounds(body, self.max_payload)):
                 raise Unreadable(f"The payload of {self.name}() {excess[1]}", code=excess[0])
             values = astuple(self._decode(body))
-        except (PayloadError, MemoryError):
+        except MemoryError:
             raise
         except Exception as error:
-            raise self._undecodable(reason(error)) from error
+            if body[:1] != MARK:
+                raise error if isinstance(error, PayloadError) else self._undecodable(reason(error)) from error
+            values = self._unmarked(body)
         if self._all_positional:
             return list(values), {}
         return self._spread(values)
+
+    def _unmarked(self, body: bytes) -> tuple[Any, ...]:
+        """Return the values of arguments that are not in JSON, in the order of the parameters; raises Unreadable."""
+        if excess := too_large(body, self.max_payload, "a call"):
+            raise Unreadable(f"The payload of {self.name}() {excess[1]}", code=excess[0])
+        try:
+            form, given = self.formats.arguments(body)
+            if unknown := given.keys() - set(map(self._key, self._parameters)):
+                raise self._undecodable(f"Object contains unknown field {show(min(unknown))}")
+            return tuple(self._one(form, name, given.get(self._key(name))) for name in self._parameters)
+        except Unreadable:
+            raise
+        except PayloadError as error:
+            raise Unreadable(f"The payload of {self.name}(): {error}", code=error.code) from error
+
+    def _one(self, form: Format, name: str, data: bytes | None) -> Any:
+        if data is not None:
+            return self._argument(name).value(form, data)
+        if name in {self._rest, self._others}:
+            return [] if name == self._rest else {}
+        if self._default(name) is _EMPTY:
+            raise self._undecodable(f"Object missing required field '{name}'")
+        return self._default(name)
 
     def _spread(self, values: tuple[Any, ...]) -> tuple[list[Any], dict[str, Any]]:
         by_name = dict(zip(self._parameters, values, strict=True))
@@ -201,7 +234,7 @@ class Signature:
             if name in self.injected or not self._others:
                 raise self.refusal(self._misfit((), {name: text}) or f"'{name}' cannot be given as name=value.")
             annotation = self._parameters[self._others].annotation
-            codec: ValueCodec[Any] = _ArgumentCodec(name, carried(annotation), self, self._function_name)
+            codec: FormatCodec[Any] = _ArgumentCodec(name, carried(annotation), self, self._function_name)
         else:
             annotation = self._parameters[name].annotation
             codec = self._argument(name)
@@ -209,8 +242,17 @@ class Signature:
             value = from_text(carried(annotation), text)
         except Exception as error:
             raise self.refusal(f"{name}={show(text)} does not fit: {reason(error)}.") from None
-        codec.encode(value)
+        codec.data(value)
         return value
+
+    def from_json(self, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Sequence[Any], dict[str, Any]]:
+        """Return arguments that were read from JSON in the parameters' types, as another format wants them; PayloadError."""
+        if self._misfit(tuple(args), kwargs):
+            return args, kwargs  # `encode` says what is wrong
+        bound = self._signature.bind(*args, **kwargs)
+        for name, value in bound.arguments.items():
+            bound.arguments[name] = self._argument(name).decode(encode_json(value))
+        return bound.args, bound.kwargs
 
     def _argument(self, name: str) -> _ArgumentCodec:
         if name not in self._arguments:
@@ -270,11 +312,16 @@ class Signature:
         return self._parameters[name].default
 
 
-class _ArgumentCodec(ValueCodec[Any]):
+class _ArgumentCodec(FormatCodec[Any]):
     """One argument: the careful way of encoding, and the source of errors that name it."""
 
     def __init__(self, name: str, type: Any, signature: Signature, function: str) -> None:  # noqa: A002
-        super().__init__(type, max_payload=signature.max_payload, what=f"Argument '{name}' of {signature.name}()")
+        super().__init__(
+            type,
+            formats=signature.formats,
+            max_payload=signature.max_payload,
+            what=f"Argument '{name}' of {signature.name}()",
+        )
         self._name = name
         self._function = function
         self._signature = signature

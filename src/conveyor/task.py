@@ -18,6 +18,7 @@ from conveyor.codec import ValueCodec, show
 from conveyor.context import Context
 from conveyor.duration import Duration
 from conveyor.errors import ConfigurationError
+from conveyor.format import JSON, Formats, codec_for
 from conveyor.ident import new_id
 from conveyor.job import Home, Job
 from conveyor.model import write_rest
@@ -91,6 +92,7 @@ class Task(Generic[P, R_co]):
         options: TaskOptions,
         max_payload: int,
         max_result: int | None = None,
+        formats: Formats = JSON,
     ) -> None:
         """Read the function's signature; raises ConfigurationError for one whose arguments JSON cannot carry."""
         functools.update_wrapper(self, function)
@@ -101,16 +103,18 @@ class Task(Generic[P, R_co]):
         self.is_async = is_async(function)
         self.run_in: RunIn = run_in
         self.settings = options
-        self.signature = Signature(function, name, max_payload=max_payload, injected=_is_injected)
+        self.signature = Signature(function, name, max_payload=max_payload, formats=formats, injected=_is_injected)
         self.returns_none = self.signature.returns_none
         unannotated = self.signature.result is inspect.Signature.empty
         self.promises = not (unannotated or self.returns_none)
-        self.results: ValueCodec[Any] = ValueCodec(
+        self.results: ValueCodec[Any] = codec_for(
             self.signature.result if options.keep_ms or not self.promises else Any,
+            formats=formats,
             max_payload=max_payload if max_result is None else max_result,
             what=f"The result of {name}()",
             lossy=unannotated,
         )
+        self.bare_results = home.sealing is None and formats.writes is None  # they stand in the outcome as they are
         self.head = write_rest(name, b"")
         self._keys: QueueKeys = home.keys(queue)
         self._plain = (

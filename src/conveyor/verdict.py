@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from conveyor import failure
+from conveyor.errors import PayloadError
 from conveyor.ident import made_at_ms
 from conveyor.lessee import DONE, Leased
 from conveyor.model import Failure, Outcome, State, to_json
@@ -31,6 +32,8 @@ class Verdict:
     now_ms: Callable[[], int] = _now_ms
     pack: Callable[[str, Failure], Failure] | None = None
     """Seals what an error says, given the id."""
+    pack_refusal: Callable[[str, Failure, str], Failure] | None = None
+    """The same for an error with that code, of a body that could not be read."""
 
     def done(self, leased: Leased) -> Settlement:
         """It succeeded."""
@@ -62,23 +65,28 @@ class Verdict:
         pause = self.policy.pause_ms(state.failures) if delay_ms is None else delay_ms
         return _settlement(leased, "R", ms=pause, state=state.encode())
 
-    def dead(self, leased: Leased, reason: str, *, kind: str = "dead") -> Settlement:
+    def dead(self, leased: Leased, reason: str) -> Settlement:
         """It is given up for *reason*; its bytes are kept."""
         text = failure.shorten(reason, failure.MESSAGE_BYTES)
-        record = Failure(leased.attempt, self.now_ms(), kind, text, worker=self.worker)
-        if self.pack is not None and kind == "dead":  # words of the program; the others are ours
+        record = Failure(leased.attempt, self.now_ms(), "dead", text, worker=self.worker)
+        if self.pack is not None:
             text, record = "given up by its consumer", self.pack(leased.id, record)
+        return self._given_up(leased, text, record)
+
+    def _given_up(self, leased: Leased, text: str, record: Failure) -> Settlement:
         before = leased.state
         state = State(leased.attempt, before.failures, before.crashes, [*before.errors, to_json(record)])
         return self._buried(leased, Dead(state, text), record)
 
-    def undecodable(self, leased: Leased, error: BaseException | str) -> Settlement:
+    def undecodable(self, leased: Leased, error: PayloadError) -> Settlement:
         """Its body is not what the queue holds: repeating would not mend it."""
-        if isinstance(error, str):
-            return self.dead(leased, error, kind="undecodable")
-        return self.dead(leased, failure.message(error), kind="PayloadError")
+        text = failure.message(error)
+        record = Failure(leased.attempt, self.now_ms(), "PayloadError", text, worker=self.worker)
+        if self.pack_refusal is not None:
+            record = self.pack_refusal(leased.id, record, error.code)
+        return self._given_up(leased, f"{error.code}: its body cannot be read" if record.packed else text, record)
 
-    def put_off(self, leased: Leased, error: BaseException) -> Settlement:
+    def put_off(self, leased: Leased, error: PayloadError) -> Settlement:
         """It is of a later version: it waits, without an attempt used, and is dead after a day."""
         now = self.now_ms()
         pause = put_off_ms(now - (made_at_ms(leased.id) or leased.envelope.due_ms or now))

@@ -8,8 +8,8 @@ from typing import Any, Literal
 
 from conveyor.ident import made_at_ms, public
 from conveyor.model import Failure, Status
-from conveyor.sealing.record import open_failure, preview
-from conveyor.sealing.sealing import Sealing
+from conveyor.sealing.record import Viewer
+from conveyor.sealing.sealing import MAX_LARGE
 from conveyor.sealing.version import sealed_name
 from conveyor.store.inspection import Finished, Row
 
@@ -116,9 +116,10 @@ class Acted:
         return self.outcome not in {"refused", "not found"}
 
 
-def live_job(queue: str, row: Row, sealing: Sealing | None = None) -> JobInfo:
-    """Return a job that has not ended, or a dead one; what is sealed as far as *sealing* opens it."""
+def live_job(queue: str, row: Row, viewer: Viewer, limit: int = MAX_LARGE) -> JobInfo:
+    """Return a job that has not ended, or a dead one; as *viewer* may see it, of its body at most *limit* bytes."""
     envelope, state = row.envelope, row.state
+    name = sealed_name(envelope.task, envelope.extra.version)
     at = int(row.extra) if row.status in {"scheduled", "dead"} and row.extra else None
     return JobInfo(
         id=public(queue, row.id),
@@ -135,8 +136,8 @@ def live_job(queue: str, row: Row, sealing: Sealing | None = None) -> JobInfo:
         ended=maybe_instant(at) if row.status == "dead" else None,
         unique=envelope.unique,
         headers=dict(envelope.extra.headers),
-        payload=preview(sealing, envelope.body, queue, sealed_name(envelope.task, envelope.extra.version), row.id),
-        errors=[error_info(open_failure(sealing, failure, queue, row.id)) for failure in state.failures_list()],
+        payload=viewer.preview(envelope.body, queue, name, row.id, limit=limit, call=bool(envelope.task)),
+        errors=[error_info(viewer.failure(failure, queue, row.id)) for failure in state.failures_list()],
         worker=row.extra if row.status == "leased" else None,
     )
 

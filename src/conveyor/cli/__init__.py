@@ -119,6 +119,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _complain(error: Exception, *, verbose: bool) -> None:
     """Say what went wrong, in the form of docs/errors.md: code, what happened, what to do."""
+    from conveyor.ident import clean
     from conveyor.store.address import redact
 
     colour = None if not os.environ.get("NO_COLOR") else False
@@ -129,11 +130,12 @@ def _complain(error: Exception, *, verbose: bool) -> None:
     else:
         label, text = "error E00", f"{type(error).__name__}: {error}"
         text += "" if verbose else "\nThis is a fault of Conveyor itself or of its surroundings; -v shows where."
-    first, *rest = redact(text).splitlines() or [""]
+    first, *rest = [clean(line) for line in redact(text).splitlines()] or [""]
     click.echo(f"{click.style(label, fg='red', bold=True)}  {first}", err=True, color=colour)
     for line in rest:
         click.echo(f"    {line.strip()}", err=True, color=colour)
     if verbose:
         import traceback
 
-        click.echo(redact("".join(traceback.format_exception(error))), err=True, nl=False)
+        for line in redact("".join(traceback.format_exception(error))).splitlines():
+            click.echo(clean(line), err=True)

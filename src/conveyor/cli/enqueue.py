@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from difflib import get_close_matches
 from typing import Any
 
 import click
 
-from conveyor.cli.output import Output
+from conveyor.cli.output import Output, machine
 from conveyor.cli.output import seconds as duration
 from conveyor.cli.target import Target, redis_options
 from conveyor.errors import ConfigurationError, JobFailed, PayloadError, UnknownTask
@@ -54,23 +55,24 @@ def enqueue(
             out.line(job.id)
         return
     out.say(job.id)
-    text = _result(job, seconds)
+    text = _result(out, job, seconds)
     if out.as_json:
         out.document("result", id=job.id, task=chosen.name, result=json.loads(text))
     else:
         out.line(text)
 
 
-def _result(job: Any, seconds: float | None) -> str:
-    from conveyor.codec import encode_json
+def _result(out: Output, job: Any, seconds: float | None) -> str:
+    from conveyor.format import display
 
     try:
-        return encode_json(job.result(timeout=seconds)).decode()
+        return display(job.result(timeout=seconds))
     except TimeoutError:
         raise TimeoutError(f"Job {job.id} has not ended after {seconds:g} s. It goes on.") from None
     except JobFailed as error:
         if error.traceback:
-            click.echo(error.traceback.rstrip(), err=True)
+            for line in error.traceback.rstrip().splitlines():
+                out.say(machine(line))
         raise
 
 
@@ -91,8 +93,8 @@ def _task(app: Any, name: str) -> Any:
     raise UnknownTask(f"There is no task {name!r}.{advice}\nKnown: {known}. Nothing was enqueued.")
 
 
-def _arguments(task: Any, pairs: tuple[str, ...], document: str | None) -> tuple[list[Any], dict[str, Any]]:
-    args: list[Any] = []
+def _arguments(task: Any, pairs: tuple[str, ...], document: str | None) -> tuple[Sequence[Any], dict[str, Any]]:
+    args: Sequence[Any] = []
     kwargs: dict[str, Any] = {}
     if document is not None:
         try:
@@ -105,6 +107,8 @@ def _arguments(task: Any, pairs: tuple[str, ...], document: str | None) -> tuple
             kwargs = value
         else:
             raise PayloadError("--args takes a list or an object. Nothing was enqueued.")
+        if task.signature.formats.writes is not None:
+            args, kwargs = task.signature.from_json(args, kwargs)
     for pair in pairs:
         name, equals, text = pair.partition("=")
         if not equals or not name:

@@ -14,9 +14,9 @@ from typing import Any
 import click
 
 from conveyor.cli.exit import Exit
+from conveyor.ident import clean
 
-_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
-_ESCAPES = {"\t": "\\t", "\n": "\\n", "\r": "\\r"}
+_UNESCAPED = re.compile(r"[\x7f-\x9f]")  # what JSON leaves as it is and a terminal may obey
 _COLOURS = {
     "dead": "red", "leased": "cyan", "scheduled": "yellow", "ready": "green", "cancelled": "magenta",
     "paused": "yellow", "stranded": "red", "not found": "red", "refused": "red",
@@ -34,7 +34,8 @@ class Output:
 
     def document(self, name: str, **content: Any) -> None:
         """Print one JSON document under its versioned schema."""
-        click.echo(json.dumps({"schema": f"conveyor/{name}@1", **content}, default=_jsonable, ensure_ascii=False))
+        text = json.dumps({"schema": f"conveyor/{name}@1", **content}, default=_jsonable, ensure_ascii=False)
+        click.echo(_UNESCAPED.sub(lambda match: f"\\u{ord(match[0]):04x}", text))
 
     def line(self, text: str) -> None:
         """Print one line of data."""
@@ -134,11 +135,6 @@ def span(seconds: float) -> str:
 def stamp(at: datetime) -> str:
     """Return an instant as ISO 8601 in UTC, with milliseconds."""
     return at.astimezone(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
-
-
-def clean(text: str) -> str:
-    """Return text that cannot steer a terminal or break a line."""
-    return _CONTROL.sub(lambda match: _ESCAPES.get(match[0]) or f"\\x{ord(match[0]):02x}", text)
 
 
 def count(number: int, word: str) -> str:

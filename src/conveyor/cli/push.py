@@ -12,6 +12,7 @@ from conveyor.cli.output import Output, count, seconds
 from conveyor.cli.target import Target, redis_options
 
 if TYPE_CHECKING:
+    from conveyor.format import FormatCodec
     from conveyor.posting import Posting
     from conveyor.store.operations import Entry
 
@@ -48,13 +49,14 @@ def push(
         delay=0 if delay is None else seconds(delay, name="--delay"),
         expires=None if expires is None else seconds(expires, name="--expires"),
     )  # fmt: skip
-    backend = target.backend()
+    backend, codec = target.backend(), _codec(target.app, queue)
     keys = _keys(backend, queue)
     partitions = _partitions(backend, keys.queue)
     ids: list[str] = []
     if not from_stdin:
         assert message is not None
-        ids = _store(backend, keys, partitions, [_entry(_body(message.encode("utf-8", "surrogateescape"), ""), choice)])
+        body = _body(message.encode("utf-8", "surrogateescape"), "")
+        ids = _store(backend, keys, partitions, [_entry(body, choice, codec)])
         _print(out, ids)
     else:
         stored = 0
@@ -65,7 +67,7 @@ def push(
                     _body(line, _where(number, 0))
             sys.stdin.buffer.seek(start)
         for bodies in _batches(sys.stdin.buffer):
-            entries = [_entry(_body(line, _where(number, stored)), choice) for number, line in bodies]
+            entries = [_entry(_body(line, _where(number, stored)), choice, codec) for number, line in bodies]
             # Each goes before all that wait: in reverse, so that the first line is taken first.
             chunk = _store(backend, keys, partitions, entries[::-1] if front else entries)
             chunk = chunk[::-1] if front else chunk
@@ -175,7 +177,15 @@ def _choice(app: Any, queue: str, **options: Any) -> Posting:
     return wrapped(posting(**options, version=version), None if app is None else app.sealing, queue, version)
 
 
-def _entry(body: bytes, choice: Posting) -> Entry:
+def _codec(app: Any, queue: str) -> FormatCodec[Any] | None:
+    """Return the queue's own codec where it writes something else than JSON."""
+    declared = None if app is None else app.queues.get(queue)
+    return None if declared is None or declared.codec.formats.writes is None else declared.codec
+
+
+def _entry(body: bytes, choice: Posting, codec: FormatCodec[Any] | None) -> Entry:
     from conveyor.ident import new_id
 
+    if codec is not None:
+        body = codec.encode(codec.decode(body))
     return choice.entry(new_id(), choice.head + body)

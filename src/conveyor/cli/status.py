@@ -11,7 +11,7 @@ from conveyor.cli.exit import Exit
 from conveyor.cli.output import MARKS, Output, count
 from conveyor.cli.queue import queue_table
 from conveyor.cli.target import Target, redis_options
-from conveyor.ident import logical
+from conveyor.ident import clean, logical
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -56,9 +56,9 @@ def print_finding(out: Output, finding: Finding, *, talk: bool = False) -> None:
     mark, colour = MARKS[finding.level]
     code = f"  {finding.code}" if finding.code else ""
     tell = out.say if talk else out.line
-    tell(f"{click.style(mark, fg=colour)} {finding.text}{click.style(code, dim=True)}")
+    tell(f"{click.style(mark, fg=colour)} {clean(finding.text)}{click.style(code, dim=True)}")
     if finding.remedy and finding.level != "ok":
-        tell(click.style(f"    {finding.remedy}", dim=True))
+        tell(click.style(f"    {clean(finding.remedy)}", dim=True))
 
 
 def _is_note(finding: Finding) -> bool:
@@ -75,6 +75,6 @@ def _people(out: Output, workers: Sequence[WorkerInfo]) -> None:
     for (host, pid, id_), group in list(processes.items())[:_MOST_WORKERS]:
         who = f"{host}:{pid}" if pid else id_
         queues = ", ".join(dict.fromkeys(logical(worker.queue) for worker in group))
-        out.line(f"  {who}  takes {queues}  holds {count(sum(worker.held for worker in group), 'job')}")
+        out.line(f"  {clean(who)}  takes {clean(queues)}  holds {count(sum(worker.held for worker in group), 'job')}")
     if len(processes) > _MOST_WORKERS:
         out.line(f"  … and {len(processes) - _MOST_WORKERS} more")

@@ -26,7 +26,7 @@ PATIENCE = 1.0
 class Target:
     """Which server, namespace and app a command works on: what the flags said, and how the rest is found."""
 
-    url: str | None = None
+    url: str | None = field(default=None, repr=False)  # it may hold a password
     namespace: str | None = None
     app_name: str | None = None
     _settings: Settings | None = field(default=None, repr=False)
@@ -93,7 +93,8 @@ class Target:
         if self._app is None:
             return Admin(backend)
         asks = {name: queue.asks for name, queue in self._app.queues.items() if queue.asks is not None}
-        return Admin(backend, plain_lists=self._app.plain_lists, sealing=self._app.sealing, asks=asks)
+        app = self._app
+        return Admin(backend, plain_lists=app.plain_lists, sealing=app.sealing, formats=app.formats, asks=asks)
 
     def _namespace(self) -> str | None:
         return self.namespace or os.environ.get("CONVEYOR_NAMESPACE") or self.settings.namespace

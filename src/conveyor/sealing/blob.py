@@ -48,7 +48,10 @@ class FileStore:
         """Take the directory; it is made when it is missing. Raises ConfigurationError."""
         self.directory = Path(directory).expanduser().resolve()
         try:
+            missing = [place for place in (self.directory, *self.directory.parents) if not place.exists()]
             self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            for place in missing:
+                _sync(place.parent)
         except OSError as error:
             raise ConfigurationError(f"FileStore({str(directory)!r}) cannot be used: {error.strerror}.") from None
 

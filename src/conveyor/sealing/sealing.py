@@ -131,15 +131,17 @@ class Sealing:
         queue = queue.partition("/")[0]
         wrapped, body = self._opened(data, kind, queue, task, id)
         if wrapped is None:
-            return body
+            return _bounded(body, limit)
         if wrapped.form & ELSEWHERE:
+            if kind != b"payload":
+                raise _unreadable("results and errors never lie in a store")
             blob = self._fetch(_reference(body), limit)
             wrapped, body = self._opened(blob, b"blob", queue, task, id)
             if wrapped is None:
-                return body
+                return _bounded(body, limit)
             if wrapped.form & ELSEWHERE:
                 raise _unreadable("a large body refers to another one")
-        return _inflate(body, limit) if wrapped.form & COMPRESSED else body
+        return _inflate(body, limit) if wrapped.form & COMPRESSED else _bounded(body, limit)
 
     def is_elsewhere(self, data: bytes) -> bool:
         """Tell whether opening *data* asks the store."""
@@ -224,6 +226,12 @@ def _reference(body: bytes) -> Reference:
     if not is_name(reference.name) or reference.size < 0:
         raise _unreadable("the reference to a large body is damaged")
     return reference
+
+
+def _bounded(body: bytes, limit: int) -> bytes:
+    if len(body) > limit:
+        raise PayloadError(f"E21 It takes {len(body):,} bytes, and the limit is {limit:,}.", code="E21")
+    return body
 
 
 def _inflate(data: bytes, limit: int) -> bytes:

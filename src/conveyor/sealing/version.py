@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
-import msgspec
-
-from conveyor.codec import encode_json
+from conveyor.codec import bounds, too_large
 from conveyor.errors import ConfigurationError, PayloadError
+from conveyor.format import MARK, Formats
 
 
 class TooNew(PayloadError):
@@ -40,19 +39,34 @@ def check_version(version: object, upcast: object, where: str) -> int:
     return version
 
 
-def bring_up(body: bytes, version: int, current: int, upcast: Callable[[int, Any], Any], what: str) -> bytes:
-    """
-    Return the JSON *body* of an older *version* as *current* has it; *upcast* takes each step.
+class Old(NamedTuple):
+    """What a payload is that is to be brought up to date: for errors, its limit in bytes, and whether it holds arguments."""
 
-    Raises PayloadError (E15) with what *upcast* raised.
+    what: str
+    limit: int
+    formats: Formats
+    call: bool
+
+
+def bring_up(body: bytes, version: int, current: int, upcast: Callable[[int, Any], Any], old: Old) -> bytes:
     """
+    Return the *body* of an older *version* as *current* has it, in its format; *upcast* takes each step.
+
+    Raises PayloadError: E15 with what *upcast* raised, E21 too large, E22 nested too deep, E48 of a format not known here.
+    """
+    what = old.what
+    excess = too_large(body, old.limit, "a payload") if body[:1] == MARK else bounds(body, old.limit)
+    if excess:
+        raise PayloadError(f"{what} {excess[1]}", code=excess[0])
     if version < 1:  # never ours; and the steps from far below would not end
         raise PayloadError(f"{what} has version {version}, and there is none below 1.", code="E15")
     try:
-        value = msgspec.json.decode(body)
+        value, again = old.formats.plain(body, call=old.call)
         for step in range(version, current):
             value = upcast(step, value)
-        return encode_json(value)
+        return again(value)
+    except PayloadError:
+        raise
     except Exception as error:
         raise PayloadError(
             f"{what} has version {version} and could not be brought up to {current}: {type(error).__name__}: {error}.",

@@ -9,7 +9,7 @@ import socket
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, cast
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from conveyor.errors import ConfigurationError
 from conveyor.store.place import ANSWER_TIMEOUT
@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 # To the last "@" of the word: a password that was not quoted may hold "/", ":" and "@" itself.
 _SECRET = re.compile(r"(?<=://)([^/:@\s]*):\S*@")
 _SECRET_OPTION = re.compile(r"(?<=[?&])(\w*password=)[^&\s]*")
+# Of what is nothing but a URL: no blank and no slash ends a password.
+_LOGIN = re.compile(r"^((?:.*?://)?[^/:@]*):.*@", re.DOTALL)
+_LOGIN_OPTION = re.compile(r"(?<=[?&])(\w*password=)[^&]*")
 _CONNECT_TIMEOUT = 5.0
 # A peer that is gone without a word is noticed after a minute, also where nothing waits for a reply: three unanswered probes.
 _ALIVE = {
@@ -37,6 +40,28 @@ def redact(text: str) -> str:
     return _SECRET_OPTION.sub(r"\1***", _SECRET.sub(r"\1:***@", text))
 
 
+def masked(url: str) -> str:
+    """Return what was given for a URL with its passwords masked, however badly it is written."""
+    return _LOGIN.sub(r"\1:***@", _LOGIN_OPTION.sub(r"\1***", url))
+
+
+def taken_apart(url: str) -> SplitResult:
+    """Return the parts of *url*. Raises ConfigurationError, also for a password that would be read as host or path."""
+    try:
+        parts = urlsplit(url)
+    except ValueError:  # what it says may hold the password
+        parts = None
+    if parts is not None:
+        behind = parts.path + parts.fragment + parts.query.partition("=")[0]
+        lost = parts.netloc if parts.scheme == "unix" else "@" in behind
+        if not lost or "@" in parts.netloc:
+            return parts
+    raise ConfigurationError(
+        f"{masked(url)!r} is not a URL of Redis. When its user or password holds one of / ? # @ [ ] or a blank, write it "
+        "quoted:  python -c \"import urllib.parse as u; print(u.quote(input(), safe=''))\""
+    )
+
+
 @dataclass(frozen=True)
 class Address:
     """One Redis server by its URL: ``redis://``, ``rediss://`` or ``unix://``."""
@@ -47,15 +72,14 @@ class Address:
     """Seconds for the first exchange on a new connection (AUTH, SELECT): a frozen server is still connected to."""
 
     def __post_init__(self) -> None:
-        scheme = urlsplit(self.url).scheme
-        if scheme not in {"redis", "rediss", "unix"}:
+        if taken_apart(self.url).scheme not in {"redis", "rediss", "unix"}:
             raise ConfigurationError(
-                f"{redact(self.url)!r} is not a Redis URL. Write redis://host:6379/0, rediss://…, unix:///path, "
+                f"{masked(self.url)!r} is not a Redis URL. Write redis://host:6379/0, rediss://…, unix:///path, "
                 "redis+sentinel://host:26379/mymaster, redis+cluster://host:6379 or embedded:///dir."
             )
 
     def __str__(self) -> str:
-        return redact(self.url)
+        return masked(self.url)
 
     def __repr__(self) -> str:
         return f"<Address {self}>"

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from conveyor.errors import ConfigurationError
 from conveyor.store import fault
-from conveyor.store.address import Address, redact
+from conveyor.store.address import Address, masked
 from conveyor.store.exchange import ask
 from conveyor.store.fork import on_fork
 from conveyor.store.hosts import split_hosts
@@ -60,7 +60,7 @@ class Cluster:
         database = dict(self._hosts.options).get("db", self._hosts.path) or "0"
         if database != "0":
             raise ConfigurationError(
-                f"{redact(url)!r} asks for database {database}, and a cluster has only database 0. Leave it out, and use "
+                f"{masked(url)!r} asks for database {database}, and a cluster has only database 0. Leave it out, and use "
                 "namespace= to keep programs apart.",
                 code="E33",
             )
@@ -73,7 +73,7 @@ class Cluster:
         on_fork(self)
 
     def __str__(self) -> str:
-        return redact(self.url)
+        return masked(self.url)
 
     def forked(self) -> None:
         """Start with a lock and a map of its own in a forked child."""

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit
+from urllib.parse import parse_qsl, quote, unquote, urlencode
 
 from conveyor.errors import ConfigurationError
-from conveyor.store.address import redact
+from conveyor.store.address import masked, taken_apart
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class Hosts:
     password: str = field(repr=False)
     hosts: tuple[tuple[str, int], ...]
     path: str
-    options: tuple[tuple[str, str], ...]
+    options: tuple[tuple[str, str], ...] = field(repr=False)
 
     def url(self, host: str, port: int, *, database: str = "") -> str:
         """Return the URL of one server, with these credentials and options."""
@@ -31,12 +31,12 @@ class Hosts:
 
 def split_hosts(url: str, default_port: int) -> Hosts:
     """Take a URL of several hosts apart. Raises ConfigurationError."""
-    parts = urlsplit(url)
+    parts = taken_apart(url)
     login, _, names = parts.netloc.rpartition("@")
     user, _, password = login.partition(":")
     hosts = tuple(_host(url, name, default_port) for name in names.split(",") if name)
     if not hosts:
-        raise ConfigurationError(f"{redact(url)!r} names no host.")
+        raise ConfigurationError(f"{masked(url)!r} names no host.")
     options = tuple(parse_qsl(parts.query, keep_blank_values=True))
     path = unquote(parts.path.strip("/"))
     return Hosts(parts.scheme.partition("+")[0], unquote(user), unquote(password), hosts, path, options)
@@ -47,5 +47,5 @@ def _host(url: str, name: str, default_port: int) -> tuple[str, int]:
     if not colon or port.endswith("]"):
         host, port = name.strip(), str(default_port)
     if not port.isdecimal() or not 0 < int(port) < 65536 or not host:
-        raise ConfigurationError(f"{redact(url)!r}: {redact(name)!r} is not a host with a port.")
+        raise ConfigurationError(f"{masked(url)!r}: {name!r} is not a host with a port.")
     return host.strip("[]"), int(port)

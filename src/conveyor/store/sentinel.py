@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from conveyor.errors import ConfigurationError
 from conveyor.store import fault
-from conveyor.store.address import Address, redact
+from conveyor.store.address import Address, masked
 from conveyor.store.exchange import aask, ask
 from conveyor.store.hosts import split_hosts
 from conveyor.store.place import ELSEWHERE_AFTER, Place, Unresolved, in_thread
@@ -41,7 +41,7 @@ class Sentinel:
         hosts = split_hosts(url, 26379)
         if not hosts.path or "/" in hosts.path:
             raise ConfigurationError(
-                f"{redact(url)!r} does not say which master the sentinels are to be asked for. Write its name behind the "
+                f"{masked(url)!r} does not say which master the sentinels are to be asked for. Write its name behind the "
                 "hosts: redis+sentinel://host:26379,host:26379/mymaster?db=0",
                 code="E32",
             )
@@ -58,7 +58,7 @@ class Sentinel:
         self.address(hosts.hosts[0]).check()
 
     def __str__(self) -> str:
-        return redact(self.url)
+        return masked(self.url)
 
     @property
     def answers_within(self) -> float:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from conveyor import failure
 from conveyor.context import Context
 from conveyor.errors import PayloadError
-from conveyor.ident import made_at_ms, public
+from conveyor.ident import clean, made_at_ms, public
 from conveyor.model import Envelope, State, read_envelope
 from conveyor.worker.handler import Handler
 
@@ -128,6 +128,11 @@ class Attempt:
             self.context.cancelled = True
             self.context.timed_out = self.stopped == "timeout"
 
+    @property
+    def label(self) -> str:
+        """Task and id for a line of the log: whoever writes to Redis chooses them."""
+        return clean(f"{self.handler.name} {self.public_id}")
+
     def move_deadline(self, ms: int) -> None:
         """Give the attempt *ms* from now on."""
         self.consumer.move_deadline(self, ms / 1000)
@@ -153,5 +158,5 @@ def details(error: Any) -> str:
 
 
 def line(text: str) -> str:
-    """Return *text* in one line for a log."""
-    return " ".join(text.split())[:500]
+    """Return *text* in one line for a log, with nothing that steers a terminal."""
+    return clean(" ".join(text.split())[:500])

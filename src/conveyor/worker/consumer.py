@@ -331,7 +331,7 @@ class Consumer:
 
     def _refused(self, id_: str) -> None:
         attempt = self.held.pop(id_, None)
-        log.warning("the outcome of %s was refused: its lease was lost", ident.public(self.queue, id_))
+        log.warning("the outcome of %s was refused: its lease was lost", ident.clean(ident.public(self.queue, id_)))
         self.antechamber.forget(id_)
         if attempt is not None:
             self._lost(attempt)

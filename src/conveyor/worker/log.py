@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import re
 from time import monotonic
 from typing import Any
 
+_STEERING = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 LOG = logging.getLogger("conveyor.worker")
 AGAIN = 60.0
 """Seconds until what goes on being wrong is said again."""
@@ -23,10 +25,20 @@ def complain(text: str, *arguments: Any) -> None:
     LOG.error("%s", words)
 
 
+class Tame(logging.Formatter):
+    """Lines that cannot steer a terminal: tracebacks tell what exceptions say, and these what payloads hold."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the lines of *record* with control characters escaped."""
+        return _STEERING.sub(lambda match: match[0].encode("unicode_escape").decode(), super().format(record))
+
+
 def configure_log(*, verbose: bool = False) -> None:
     """Send lines of INFO and above (DEBUG with *verbose*) to standard error, unless the program has its own way."""
     if not logging.getLogger().handlers:
-        logging.basicConfig(format="%(asctime)s %(levelname)-7s %(message)s", datefmt="%H:%M:%S")
+        handler = logging.StreamHandler()
+        handler.setFormatter(Tame("%(asctime)s %(levelname)-7s %(message)s", datefmt="%H:%M:%S"))
+        logging.basicConfig(handlers=[handler])
     logger = logging.getLogger("conveyor")
     if logger.level == logging.NOTSET:
         logger.setLevel(logging.DEBUG if verbose else logging.INFO)

@@ -12,7 +12,8 @@ from conveyor.duration import milliseconds
 from conveyor.errors import PayloadError, Snooze
 from conveyor.event import JobCancelledEvent, JobDead, JobDone, JobRetried
 from conveyor.model import Failure, Outcome, State, read_failure, to_json
-from conveyor.sealing.record import pack_failure, pack_result
+from conveyor.sealing.record import pack_failure, pack_refusal, pack_result
+from conveyor.sealing.sealing import PLAIN
 from conveyor.store.inspection import write_finished
 from conveyor.store.operations import Report, Settlement
 from conveyor.worker.attempt import Attempt, details, line
@@ -54,7 +55,7 @@ class Settling:
             self._since, self._told = attempt.ended, 0
         self._told += 1
         if self._told <= TOLD:
-            log.info("✓ %s %s %.3g ms", attempt.handler.name, attempt.public_id, seconds * 1000)
+            log.info("✓ %s %.3g ms", attempt.label, seconds * 1000)
 
     def done(self, report: Report, attempt: Attempt, value: Any, now_ms: int) -> None:
         """Settle a success; a result that cannot be stored makes it a dead letter."""
@@ -69,10 +70,10 @@ class Settling:
             except PayloadError as error:
                 self.failed(report, attempt, error, now_ms, retry=False)
                 return
-            if self._sealing is None:
+            if handler.task.bare_results:
                 record = b'{"status":"done","value":%b,"at":%d}' % (data, now_ms)
             else:
-                packed = pack_result(self._sealing, data, attempt.consumer.queue, attempt.id)
+                packed = pack_result(self._sealing or PLAIN, data, attempt.consumer.queue, attempt.id)
                 record = b'{"status":"done",%b,"at":%d}' % (packed, now_ms)
             if spawned:
                 _follow(report, attempt.id, spawned)
@@ -121,7 +122,7 @@ class Settling:
             attempt.consumer.own_retries.add(attempt.id)
             budget = attempt.envelope.extra.attempts or policy.attempts
             failure.tell(
-                log, logging.WARNING, "✗ %s %s attempt %d/%d %s → retry in %.3g s", handler.name, attempt.public_id,
+                log, logging.WARNING, "✗ %s attempt %d/%d %s → retry in %.3g s", attempt.label,
                 attempt.number, budget, details(error), decision.ms / 1000, error=error,
             )  # fmt: skip
             if self._app.has_listener(JobRetried):
@@ -130,20 +131,16 @@ class Settling:
                 )
             return
         failure.tell(
-            log, logging.ERROR, "✗ %s %s attempt %d dead: %s", handler.name, attempt.public_id, attempt.number,
-            details(error), error=error,
-        )  # fmt: skip
+            log, logging.ERROR, "✗ %s attempt %d dead: %s", attempt.label, attempt.number, details(error), error=error
+        )
         self.bury(report, attempt, decision.state, decision.reason, now_ms, error)
 
     def unreadable(self, report: Report, attempt: Attempt, error: PayloadError, now_ms: int) -> None:
         """Give up a job whose payload cannot be read: repeating would not mend it. One line in the log."""
-        log.error(
-            "✗ %s %s cannot be read and is dead: %s",
-            attempt.handler.name,
-            attempt.public_id,
-            line(failure.message(error)),
-        )
+        log.error("✗ %s cannot be read and is dead: %s", attempt.label, line(failure.message(error)))
         record = Failure(attempt.number, now_ms, "PayloadError", failure.message(error), worker=self._worker)
+        if self._sealing is not None:
+            record = pack_refusal(self._sealing, record, error.code, attempt.consumer.queue, attempt.id)
         old = attempt.history
         state = State(attempt.number, old.failures, old.crashes, [*old.errors, to_json(record)])
         attempt.handler.failed += 1
@@ -179,9 +176,7 @@ class Settling:
         message = f"its worker crashed {state.crashes} times while it ran"
         record = to_json(Failure(state.starts, now_ms, "crashed", message, worker=self._worker))
         buried = State(state.starts, state.failures, state.crashes, [*state.errors, record])
-        log.error(
-            "✗ %s %s is poison: its worker crashed %d times", attempt.handler.name, attempt.public_id, state.crashes
-        )
+        log.error("✗ %s is poison: its worker crashed %d times", attempt.label, state.crashes)
         self.bury(report, attempt, buried, "crashed", now_ms)
 
     def cancelled(self, report: Report, attempt: Attempt, now_ms: int) -> None:

@@ -20,7 +20,7 @@ from typing import Any
 
 import msgspec
 
-from conveyor.store.address import redact
+from conveyor.store.address import masked
 from conveyor.worker.board import About, Board, Spec
 from conveyor.worker.child import IMPORT_FAILED, MARGIN, RECYCLE
 from conveyor.worker.guardian import Estate, Guardian
@@ -289,7 +289,7 @@ def banner(about: About, spec: Spec, processes: int) -> list[str]:
     names = f": {', '.join(about.names)}" if about.tasks <= len(about.names) else ""
     return [
         f"Conveyor {release} works for {spec.app}" + (" until everything is drained" if spec.burst else ""),
-        f"  Redis      {redact(about.url)}, namespace {about.namespace}",
+        f"  Redis      {masked(about.url)}, namespace {about.namespace}",
         f"  queues     {queues}",
         f"  tasks      {about.tasks}{names}",
         f"  processes  {processes}, each with {spec.concurrency} jobs at a time and {spec.threads} threads",

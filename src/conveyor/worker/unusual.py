@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 from conveyor.codec import Unreadable
 from conveyor.errors import ConveyorError, PayloadError, StoreUnavailable, UnknownTask
-from conveyor.ident import made_at_ms
+from conveyor.ident import clean, made_at_ms
 from conveyor.model import Failure, State, read_whatever, to_json
 from conveyor.outcome import put_off_ms
 from conveyor.sealing.envelope import MAGIC
 from conveyor.sealing.sealing import PLAIN
-from conveyor.sealing.version import TooNew, bring_up, sealed_name
+from conveyor.sealing.version import Old, TooNew, bring_up, sealed_name
 from conveyor.store.operations import Report, Settlement
 from conveyor.worker.attempt import Attempt, Closed
 from conveyor.worker.handler import Handler
@@ -101,7 +101,9 @@ class Unusual:
             body = sealing.unwrap(body, queue=queue, task=name, id=attempt.id, limit=limit)
         version, current = envelope.extra.version, task.settings.version
         if version < current and task.settings.upcast is not None:
-            body = bring_up(body, version, current, task.settings.upcast, f"The payload of {handler.name}()")
+            signature = task.signature
+            old = Old(f"The payload of {handler.name}()", signature.max_payload, signature.formats, call=True)
+            body = bring_up(body, version, current, task.settings.upcast, old)
         return body
 
     def begin(self, attempt: Attempt, place: Callable[[Attempt], None], fail: Callable[..., None]) -> None:
@@ -166,7 +168,7 @@ class Unusual:
         why = str(error) if error else f"E05 It needs task '{attempt.handler.name}', which this worker does not have."
         log.warning(
             "%s Job %s stays in '%s' and is tried again in %.3g s; no attempt was used.",
-            why, attempt.public_id, consumer.queue, pause / 1000,
+            clean(why), clean(attempt.public_id), consumer.queue, pause / 1000,
         )  # fmt: skip
         consumer.alarm.give_way(pause / 1000 + 1)
         state = attempt.state.encode() if attempt.state else b""

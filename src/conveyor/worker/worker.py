@@ -11,7 +11,7 @@ from contextlib import AsyncExitStack, suppress
 from time import monotonic, time
 from typing import TYPE_CHECKING, Any
 
-from conveyor import failure
+from conveyor import failure, ident
 from conveyor.errors import ConfigurationError, QueueFull, StoreUnavailable
 from conveyor.event import WorkerStarted, WorkerStopped
 from conveyor.middleware import run_through, runs
@@ -296,9 +296,8 @@ class Worker:
             self._settle(attempt, value, error)
         elif error is not None and attempt.handler.early:
             failure.tell(
-                log, logging.ERROR, "✗ %s %s failed after its early ack: %s", attempt.handler.name, attempt.public_id,
-                details(error), error=error,
-            )  # fmt: skip
+                log, logging.ERROR, "✗ %s failed after its early ack: %s", attempt.label, details(error), error=error
+            )
         consumer.ended(attempt)
         if self.stopping:
             self._moved.set()
@@ -332,7 +331,7 @@ class Worker:
         old = attempt.history
         record = to_json(failure.describe(error, attempt.number, now, self.name))
         state = State(attempt.number, old.failures, old.crashes + 1, [*old.errors, record])
-        log.error("✗ %s %s crashed its process: %s", attempt.handler.name, attempt.public_id, error)
+        log.error("✗ %s crashed its process: %s", attempt.label, error)
         if state.crashes >= attempt.handler.task.settings.retry.max_crashes:
             attempt.state = state
             self.settling.poison(attempt.consumer.report, attempt, now)
@@ -346,15 +345,14 @@ class Worker:
         self._stuck.append(attempt)
         if self._slot is None:
             log.error(
-                "E13 Job %s (%s) timed out and its thread cannot be killed; its lease is kept until it ends.",
-                attempt.public_id, attempt.handler.name,
-            )  # fmt: skip
+                "E13 Job %s timed out and its thread cannot be killed; its lease is kept until it ends.", attempt.label
+            )
             self.executor.threads.replace(attempt)
             return
         log.error(
-            "E13 Job %s (%s) timed out and its thread cannot be killed; this process finishes its other jobs and is replaced.",
-            attempt.public_id, attempt.handler.name,
-        )  # fmt: skip
+            "E13 Job %s timed out and its thread cannot be killed; this process finishes its other jobs and is replaced.",
+            attempt.label,
+        )
         self.retiring = True
         self._stop_asked.set()  # not `stop()`: when there was one already, that would hurry the other jobs
 
@@ -368,4 +366,4 @@ class Worker:
 
     def _on_the_loop(self) -> tuple[str, str] | None:
         attempt = self.executor.slots.current
-        return (attempt.handler.name, attempt.public_id) if attempt is not None else None
+        return (attempt.handler.name, ident.clean(attempt.public_id)) if attempt is not None else None
