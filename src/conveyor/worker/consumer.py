@@ -55,7 +55,7 @@ class Consumer:
         self.shared_state: Mapping[str, Any] = worker.state
         self.identity = ""
         self.held: dict[str, Attempt] = {}
-        self.own_retries: set[str] = set()
+        self.own_retries: dict[str, float] = {}  # id → when it is due
         self.blobs: dict[str, str] = {}  # id → where the large body of a job lies
         self.report = Report()
         self.worked: set[Handler] = set()  # whose counters have moved since the last turn
@@ -303,7 +303,7 @@ class Consumer:
             held[id_] = attempt
             if states and states[at] is not None:
                 attempt.recall(states[at])  # type: ignore[arg-type]
-                self.own_retries.discard(id_)
+                self.own_retries.pop(id_, None)
             if attempt.handler.kind == "unknown":
                 self._worker.unusual.set_aside(self, attempt)
             elif attempt.handler.early:
@@ -312,7 +312,9 @@ class Consumer:
                 self.antechamber.suspect(attempt)
             else:
                 attempts.append(attempt)
-        if attempts:
+        if self._worker.draining:
+            self._worker.hand_back(self)
+        elif attempts:
             self.backlog += len(attempts)
             self.executor.submit(attempts)
 
@@ -365,7 +367,7 @@ class Consumer:
 
     def ended(self, attempt: Attempt) -> None:
         """One of ours ended: the next suspect may run."""
-        if attempt.suspect:
+        if attempt.suspect or attempt.handler.early:
             self.antechamber.ended(attempt)
             self._next_suspect()
 
