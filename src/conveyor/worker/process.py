@@ -208,7 +208,8 @@ class _Child:
 
     @property
     def is_alive(self) -> bool:
-        return not self.exit.done()
+        # Its connection ends before anybody has waited for it: a job sent there would be charged with a crash.
+        return not self.exit.done() and not self._reader.at_eof()
 
     async def ready(self, start: Start) -> None:
         """Wait until the app is loaded; raises ConfigurationError with what it raised when it cannot be."""
