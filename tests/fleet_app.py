@@ -16,12 +16,13 @@ from types import SimpleNamespace
 from typing import Any
 
 from conveyor import Conveyor, Retry, current
-from conveyor.worker import executor
+from conveyor.worker import executor, quota
 from conveyor.worker.consumer import Consumer
 from conveyor.worker.executor import Executor
 from conveyor.worker.worker import Worker
 
 executor.AFTER_TIMEOUT = float(os.environ.get("FLEET_AFTER_TIMEOUT", "5"))
+quota.LEAST_LIFE = float(os.environ.get("FLEET_LEAST_LIFE", "10"))
 PLACE = Path(os.environ.get("FLEET_PLACE", "/nowhere"))
 POINT = os.environ.get("FLEET_POINT", "")
 
@@ -89,6 +90,31 @@ async def deaf(n: int, seconds: float) -> None:
     write("end", n)
 
 
+LEAK: list[bytes] = []
+
+
+async def leak(n: int, size: int, seconds: float = 0.0) -> None:
+    """Keep so many bytes for ever."""
+    write("start", n)
+    LEAK.append(b"x" * size)
+    await asyncio.sleep(seconds)
+    write("end", n)
+
+
+def leak_apart(n: int, size: int) -> None:
+    write("start", n)
+    LEAK.append(b"x" * size)
+    write("end", n)
+
+
+async def again(n: int) -> None:
+    """Fail at the first attempt."""
+    write("start", n)
+    if current().attempt == 1:
+        raise ValueError
+    write("end", n)
+
+
 async def noop(n: int) -> None:
     """Leave no trace."""
 
@@ -104,8 +130,12 @@ def declare(app: Conveyor) -> Any:
     return SimpleNamespace(
         # Kills at random hit a job that runs sooner or later three times, which is what `max_crashes` is there for.
         note=app.task(name="note", keep_result=0, retry=Retry(max_crashes=100))(note),
+        early=app.task(name="early", ack="early")(plain),
         good=app.task(name="good", keep_result=0)(note),
         told=app.task(name="told", keep_result="10m")(note),
+        leak=app.task(name="leak", keep_result=0)(leak),
+        leak_apart=app.task(name="leak_apart", keep_result=0, run_in="process")(leak_apart),
+        again=app.task(name="again", keep_result=0, retry=Retry(attempts=2, backoff="1s", jitter=False))(again),
         noop=app.task(name="noop")(noop),
         idle=app.task(name="idle")(idle),
         plain=app.task(name="plain", keep_result=0, retry=Retry(max_crashes=100))(plain),

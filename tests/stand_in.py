@@ -48,6 +48,9 @@ class StandIn:
     def stop(self) -> None:
         self.stops += 1
 
+    def hurry(self) -> None:
+        self.stops += 2
+
     def quiet(self) -> None:
         self.is_quiet = True
 

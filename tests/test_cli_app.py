@@ -272,9 +272,10 @@ def test_worker_settings_by_source(shell: Shell, monkeypatch: pytest.MonkeyPatch
     monkeypatch.chdir(shell.directory)
     monkeypatch.setenv("CONVEYOR_URL", shell.url or "")
     monkeypatch.setenv("CONVEYOR_THREADS", "3")
+    monkeypatch.setenv("CONVEYOR_MAX_MEMORY", "1500MB")
     shell.write(
         "pyproject.toml",
-        '[tool.conveyor]\napp = "jobs"\nprocesses = 4\nthreads = 2\nconcurrency = 7\nqueues = {mail = 3, vip = 1}\n',
+        '[tool.conveyor]\napp = "jobs"\nprocesses = 4\nthreads = 2\nconcurrency = 7\nmax_jobs = 500\nqueues = {mail = 3, vip = 1}\n',
     )
     try:
         result = CliRunner().invoke(cli, ["worker", "-c", "9", "--burst"], obj={"verbose": False})
@@ -284,7 +285,7 @@ def test_worker_settings_by_source(shell: Shell, monkeypatch: pytest.MonkeyPatch
     assert result.exit_code == 0, result.output
     assert given == {
         "name": "jobs:app", "queues": {"mail": 3.0, "vip": 1.0}, "concurrency": 9, "threads": 3, "processes": 4,
-        "burst": True, "grace": 30.0, "verbose": False,
+        "burst": True, "grace": 30.0, "max_jobs": 500, "max_memory": 1_500_000_000, "verbose": False,
     }  # fmt: skip
 
 

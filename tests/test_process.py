@@ -87,14 +87,15 @@ async def test_arguments_and_result_arrive_typed(run: Run) -> None:
     assert await run("big", count=300_000) == "x" * 300_000
 
 
-async def test_a_process_is_used_again(processes: Processes, run: Run) -> None:
+async def test_a_process_is_used_again() -> None:
     """Jobs one after the other share a process, until it has done its number of jobs."""
-    processes.most_jobs = 3
+    processes = Processes(APP, 2, max_jobs=3)
 
-    pids = [await run("pid") for _ in range(4)]
+    pids = [await processes.run(attempt("pid")) for _ in range(4)]
 
     assert pids[0] == pids[1] == pids[2] != pids[3]
     await until(lambda: ended(pids[0]))
+    await processes.close()
 
 
 async def test_an_idle_process_ends_in_order(

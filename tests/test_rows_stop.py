@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import re
 import signal
 import subprocess
@@ -58,6 +59,20 @@ def test_rolling_restarts_lose_and_charge_nothing(url: str, tmp_path: Path, roun
         assert not re.search(r"is dead; returned|exited with code|SIGSEGV|is poison", one.log)
         assert one.counts().dead == 0
         assert one.is_sound()
+
+
+@pytest.mark.row("A10")
+def test_a_signal_to_the_whole_group_is_one_stop(url: str, tmp_path: Path) -> None:
+    """A service manager tells the supervisor and its children; nobody hurries for that, and what runs ends by itself."""
+    with fleet(url, tmp_path) as one:
+        one.app.enqueue_many(one.tasks.note.s(n, 1.5) for n in range(20))
+        supervisor = one.start(grace=20)
+        wait(lambda: len(one.starts()) == 20)
+        [child] = one.children(supervisor)
+        os.kill(child, signal.SIGTERM)
+        supervisor.send_signal(signal.SIGTERM)
+        assert supervisor.wait(30) == 0
+        assert (one.completions(), one.repeats(), one.counts().ready) == (20, 0, 0)
 
 
 @pytest.mark.row("A10")

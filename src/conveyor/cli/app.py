@@ -13,7 +13,7 @@ from typing import Any
 
 from conveyor.errors import ConfigurationError, ConveyorError
 
-WORKER_SETTINGS = ("queues", "concurrency", "threads", "processes", "grace")
+WORKER_SETTINGS = ("queues", "concurrency", "threads", "processes", "grace", "max_jobs", "max_memory")
 SETTINGS = ("app", "url", "namespace", *WORKER_SETTINGS)
 _SKIPPED = {"node_modules", "site-packages", "__pycache__", "build", "dist"}
 _MOST_FILES = 3000

@@ -12,6 +12,7 @@ from conveyor.cli.output import Output
 from conveyor.cli.output import seconds as duration
 from conveyor.cli.target import Target, verbose_option
 from conveyor.errors import ConfigurationError, StoreUnavailable
+from conveyor.sealing.size import size
 
 _WEIGHED = re.compile(r"(?P<name>.+):(?P<weight>\d+(\.\d+)?)")
 
@@ -34,6 +35,14 @@ _WEIGHED = re.compile(r"(?P<name>.+):(?P<weight>\d+(\.\d+)?)")
     "--processes", type=click.IntRange(1, 256), default=1, show_default=True, envvar="CONVEYOR_PROCESSES",
     help="Worker processes.",
 )  # fmt: skip
+@click.option(
+    "--max-jobs", type=click.IntRange(min=1), metavar="N", envvar="CONVEYOR_MAX_JOBS",
+    help="Replace a worker process by a fresh one after N jobs.  [default: never]",
+)  # fmt: skip
+@click.option(
+    "--max-memory", metavar="SIZE", envvar="CONVEYOR_MAX_MEMORY",
+    help="Replace one that occupies more memory than, say, 500MB.  [default: never]",
+)  # fmt: skip
 @click.option("--burst", is_flag=True, help="Exit 0 when everything is drained.")
 @click.option(
     "--grace", default="30s", show_default=True, envvar="CONVEYOR_GRACE",
@@ -46,7 +55,8 @@ _WEIGHED = re.compile(r"(?P<name>.+):(?P<weight>\d+(\.\d+)?)")
 @click.pass_context
 def worker(
     ctx: click.Context, app_name: str | None, queues: tuple[str, ...], concurrency: int, threads: int, processes: int,
-    burst: bool, grace: str, allow_eviction: bool, url: str | None, namespace: str | None,
+    max_jobs: int | None, max_memory: str | None, burst: bool, grace: str, allow_eviction: bool, url: str | None,
+    namespace: str | None,
 ) -> int:  # fmt: skip
     """
     Run the jobs of an app until it is stopped.
@@ -66,9 +76,13 @@ def worker(
     return int(
         supervisor.run(
             name, queues=chosen, concurrency=concurrency, threads=threads, processes=processes, burst=burst,
-            grace=seconds, verbose=verbose,
+            grace=seconds, max_jobs=max_jobs, max_memory=_bytes(max_memory), verbose=verbose,
         )
     )  # fmt: skip
+
+
+def _bytes(given: str | None) -> int | None:
+    return None if given is None else size(int(given) if given.isdigit() else given, "--max-memory")
 
 
 def _queues(given: tuple[str, ...]) -> dict[str, float]:

@@ -33,9 +33,12 @@ class Antechamber:
         self._suspect: Attempt | None = None
         self._charge: Settlement | None = None
         self._early: list[Attempt] = []
+        self.acknowledged: set[Attempt] = (
+            set()
+        )  # of those: gone from Redis and not ended here, so that nobody else has them
 
     def __bool__(self) -> bool:
-        return bool(self._early)
+        return bool(self._early or self.acknowledged)
 
     @property
     def reserved(self) -> int:
@@ -58,7 +61,7 @@ class Antechamber:
         self._early = [one for one in self._early if one.id != id_]
 
     def clear(self) -> None:
-        """Drop all: their lease is lost."""
+        """Drop all that are leased: their lease is lost."""
         self._early.clear()
         self._returned.clear()
         self._charged.clear()
@@ -67,6 +70,7 @@ class Antechamber:
 
     def ended(self, attempt: Attempt) -> None:
         """Note the end of an attempt, so that the next suspect may run."""
+        self.acknowledged.discard(attempt)
         if self._suspect is attempt:
             self._suspect = None
 
@@ -106,6 +110,8 @@ class Antechamber:
             free.append(suspect)
         if self._early and report.done:
             acked = set(report.done)
-            free += [attempt for attempt in self._early if attempt.id in acked]
+            early = [attempt for attempt in self._early if attempt.id in acked]
+            free += early
+            self.acknowledged.update(early)
             self._early = [attempt for attempt in self._early if attempt.id not in acked]
         return free

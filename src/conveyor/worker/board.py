@@ -23,7 +23,7 @@ import msgspec
 from conveyor.errors import ConfigurationError
 from conveyor.store.keys import QueueKeys
 
-_TICK, _RETIRING, _EPOCH, _JOB_MARK, _JOB_SIZE, _FINISHED, _RENEWALS = 0, 1, 2, 3, 4, 5, 16
+_TICK, _RETIRING, _EPOCH, _JOB_MARK, _JOB_SIZE, _FINISHED, _AWAIT, _RENEWALS = 0, 1, 2, 3, 4, 5, 6, 16
 _RENEWAL_CELLS = 256
 _CELL_BYTES = 4096
 _JOB_ROOM = 4096
@@ -35,7 +35,11 @@ _HEAD = Struct("<II")  # length, checksum
 
 
 class Spec(msgspec.Struct, frozen=True, tag="spec"):
-    """What a child is to run; the supervisor writes it before the child starts. Times in seconds."""
+    """
+    What a child is to run; the supervisor writes it before the child starts. Times in seconds, memory in bytes.
+
+    A burst does not end before `await_until`: retries of its predecessor are due by then.
+    """
 
     app: str
     queues: dict[str, float]
@@ -46,6 +50,9 @@ class Spec(msgspec.Struct, frozen=True, tag="spec"):
     verbose: bool = False
     quiet: bool = False
     path: tuple[str, ...] = ()
+    max_jobs: int | None = None
+    max_memory: int | None = None
+    await_until: float = 0.0
 
 
 class About(msgspec.Struct, frozen=True, tag="about"):
@@ -107,7 +114,7 @@ class Board:
 
     def slot(self, number: int) -> Slot:
         """Return one slot, counted from 0."""
-        slot = Slot(self._view[number * SLOT_BYTES : (number + 1) * SLOT_BYTES])
+        slot = Slot(self._view[number * SLOT_BYTES : (number + 1) * SLOT_BYTES], number)
         self._taken.append(slot)
         return slot
 
@@ -123,8 +130,9 @@ class Board:
 class Slot:
     """What one child shows to its supervisor. The child alone writes while it lives."""
 
-    def __init__(self, view: memoryview) -> None:
-        """Take the slot's bytes, `SLOT_BYTES` of them."""
+    def __init__(self, view: memoryview, number: int) -> None:
+        """Take the slot's bytes, `SLOT_BYTES` of them, and where on the board it is."""
+        self.number = number
         self._view = view
         self._cells = view[:_CELL_BYTES].cast("q")
         self._job = view[_CELL_BYTES:_RECORDS_AT]
@@ -189,6 +197,15 @@ class Slot:
     @retiring.setter
     def retiring(self, value: bool) -> None:
         self._cells[_RETIRING] = int(value)
+
+    @property
+    def await_until(self) -> float:
+        """Until when a burst must go on after the child: its retries are due by then."""
+        return self._cells[_AWAIT] / 1e9
+
+    @await_until.setter
+    def await_until(self, at: float) -> None:
+        self._cells[_AWAIT] = int(at * 1e9)
 
     def finish(self) -> None:
         """Say that the child ends by its own decision; a job may end the process with any exit code."""

@@ -26,6 +26,7 @@ from conveyor.errors import ConveyorError
 from conveyor.worker.board import About, Board, Slot, Spec
 from conveyor.worker.guardian import Estate, Guardian
 from conveyor.worker.log import LOG, configure_log
+from conveyor.worker.quota import Quota
 
 RECYCLE = 75
 """A child exits with this code to be replaced by a fresh one; nothing went wrong."""
@@ -41,7 +42,10 @@ class Runnable(Protocol):
         """Run until stopped, or drained; return the exit code."""
 
     def stop(self) -> None:
-        """Drain; when called again, hurry."""
+        """Drain."""
+
+    def hurry(self) -> None:
+        """Drain, and hand back at once what does not end at once."""
 
     def quiet(self) -> None:
         """Lease no more."""
@@ -81,6 +85,8 @@ def start_app(spec: Spec, slot: Slot) -> tuple[About, Runnable]:
         grace=spec.grace,
         slot=slot,
         reference=spec.app,
+        quota=Quota(spec.max_jobs, spec.max_memory),
+        await_until=spec.await_until,
     )
     address, attachment = app.backend.address, app.backend.attachment
     url = address.url if attachment is None else f"embedded:{attachment.directory}"
@@ -109,8 +115,9 @@ def _run(
         worker.quiet()
     loop = _new_loop()
     asyncio.set_event_loop(loop)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, worker.stop)
+    # Not the second SIGTERM: a service manager sends one to every process, and the supervisor passes its own on.
+    loop.add_signal_handler(signal.SIGTERM, worker.stop)
+    loop.add_signal_handler(signal.SIGINT, worker.hurry)
     loop.add_signal_handler(signal.SIGUSR1, worker.quiet)
     loop.add_signal_handler(signal.SIGUSR2, _write_tasks, loop, stack_fd)
     faulthandler.register(

@@ -56,7 +56,7 @@ class Consumer:
         self.shared_state: Mapping[str, Any] = worker.state
         self.identity = ""
         self.held: dict[str, Attempt] = {}
-        self.own_retries: set[str] = set()
+        self.own_retries: dict[str, float] = {}  # id → when it is due
         self.blobs: dict[str, str] = {}  # id → where the large body of a job lies
         self.report = Report()
         self.worked: set[Handler] = set()  # whose counters have moved since the last turn
@@ -304,7 +304,7 @@ class Consumer:
             held[id_] = attempt
             if states and states[at] is not None:
                 attempt.recall(states[at])  # type: ignore[arg-type]
-                self.own_retries.discard(id_)
+                self.own_retries.pop(id_, None)
             if attempt.handler.kind == "unknown":
                 self._worker.unusual.set_aside(self, attempt)
             elif attempt.handler.early:
@@ -313,13 +313,16 @@ class Consumer:
                 self.antechamber.suspect(attempt)
             else:
                 attempts.append(attempt)
-        if attempts:
-            self.backlog += len(attempts)
-            self.executor.submit(attempts)
+        if self._worker.draining:
+            self._worker.hand_back(self)
+        else:
+            self._submit(attempts)
 
     def _admit(self, report: Report) -> None:
         """Start what waited for its record in *report*, and have the next suspect recorded."""
-        attempts = self.antechamber.confirmed(report, self.held)
+        self._submit(self.antechamber.confirmed(report, self.held))
+
+    def _submit(self, attempts: list[Attempt]) -> None:
         if attempts:
             self.backlog += len(attempts)
             self.executor.submit(attempts)
@@ -366,7 +369,7 @@ class Consumer:
 
     def ended(self, attempt: Attempt) -> None:
         """One of ours ended: the next suspect may run."""
-        if attempt.suspect:
+        if attempt.suspect or attempt.handler.early:
             self.antechamber.ended(attempt)
             self._next_suspect()
 

@@ -46,6 +46,7 @@ class EmbeddedWorker:
         self._allow_eviction = allow_eviction
         self._stack = AsyncExitStack()
         self._running: asyncio.Task[int] | None = None
+        self._stopped = False
 
     async def __aenter__(self) -> Self:
         """Begin; returns when the worker is registered, or raises what kept it from it."""
@@ -99,7 +100,8 @@ class EmbeddedWorker:
 
     def stop(self) -> None:
         """Stop early: the first call drains, the second hands everything back at once."""
-        self._worker.stop()
+        (self._worker.hurry if self._stopped else self._worker.stop)()
+        self._stopped = True
 
     def _leases(self) -> list[Lease]:
         return [(one.keys, one.identity, one.lease_ms) for one in self._worker.consumers if one.identity]

@@ -11,11 +11,13 @@ HEAD = struct.Struct("<I")
 
 
 class Start(msgspec.Struct, tag="start"):
-    """To the process, once: which app it loads, and where modules are looked for."""
+    """To the process, once: which app it loads, where modules are looked for, and when it has done enough."""
 
     app: str
     path: list[str]
     verbose: bool
+    max_jobs: int
+    max_memory: int | None
 
 
 class Job(msgspec.Struct, tag="job"):
@@ -42,17 +44,22 @@ class Extend(msgspec.Struct, tag="extend"):
 
 
 class Done(msgspec.Struct, tag="done"):
-    """From the process: the job's result as JSON, or None where none is stored; and what it spawned."""
+    """
+    From the process: the job's result as JSON, or None where none is stored; and what it spawned.
+
+    `worn` says why the process is to be replaced; empty while it is not.
+    """
 
     result: bytes | None
     spawned: list[bytes] = []
+    worn: str = ""
 
 
 class Failed(msgspec.Struct, tag="failed"):
     """
     From the process: what the job raised.
 
-    `kinds` are its class and all above it as ``module:qualified.name``; `delay` is a Snooze's.
+    `kinds` are its class and all above it as ``module:qualified.name``; `delay` is a Snooze's; `worn` as in Done.
     """
 
     kinds: list[str]
@@ -60,6 +67,7 @@ class Failed(msgspec.Struct, tag="failed"):
     traceback: str
     code: str | None = None
     delay: float | str | None = None
+    worn: str = ""
 
 
 Order = Start | Job

@@ -9,6 +9,8 @@ import signal
 import subprocess
 from time import monotonic
 
+import msgspec
+
 from conveyor.worker.board import Slot, Spec, anonymous_file
 from conveyor.worker.guardian import Estate
 
@@ -32,8 +34,10 @@ class Offspring:
         self.estate: Estate | None = None  # of the last process, when it had leases
         self.kill_reason = ""
         self.quiet = False  # it was told so
+        self.succeeded = False  # it drains, and another works in its place already
         self.failed_starts = 0
         self.stalled_since: float | None = None
+        self._await_until = 0.0
         self._quick_deaths = 0
         self._start_at = 0.0
         self._started = 0.0
@@ -59,7 +63,8 @@ class Offspring:
 
     def start(self, spec: Spec, command: list[str], descriptors: tuple[int, ...]) -> None:
         """Start a process with *command*, to which the slot's place and the descriptors were added."""
-        self.slot.prepare(spec)
+        self._await_until = max(self._await_until, self.slot.await_until)
+        self.slot.prepare(msgspec.structs.replace(spec, await_until=self._await_until))
         self.kill_reason, self.stalled_since, self.estate = "", None, None
         self._asked.clear()
         self.quiet = spec.quiet

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 # Not `-m`: that would run a second copy of a module which `conveyor.worker` may have loaded already.
 _ENTRY = "from conveyor.worker.process_child import main; main()"
+MOST_JOBS = 1_000
 _LAST_WORDS = 1.0
 """Seconds between the two ends of a process: that of its connection and its own."""
 _GRACE = 5.0
@@ -70,15 +71,21 @@ class Processes:
     Up to `limit` processes, started when they are needed and kept warm.
 
     Each runs one job at a time in a fresh interpreter and a process group of its own, which is killed with it. A
-    process is replaced after `most_jobs` jobs, and ends when it was idle for `idle_seconds`.
+    process ends when it was idle for `idle_seconds`, or has done enough (`quota.py`).
     """
 
-    most_jobs = 1_000
     idle_seconds = 60.0
 
-    def __init__(self, app_reference: str | None, limit: int) -> None:
-        """Take the app as ``module:object`` (None: a worker inside another program, where `run` raises)."""
+    def __init__(
+        self, app_reference: str | None, limit: int, *, max_jobs: int | None = None, max_memory: int | None = None
+    ) -> None:
+        """
+        Take the app as ``module:object`` (None: a worker inside another program, where `run` raises).
+
+        And after how many jobs (None: 1,000), or above how many bytes of memory, a process is replaced.
+        """
         self.limit = limit
+        self._quota = (max_jobs or MOST_JOBS, max_memory)
         self._reference = app_reference
         self._slots = asyncio.Semaphore(limit)
         self._idle: list[tuple[_Child, asyncio.TimerHandle]] = []
@@ -110,7 +117,7 @@ class Processes:
             except BaseException:
                 await child.kill()
                 raise
-            self._give_back(child)
+            self._give_back(child, report.worn)
         if isinstance(report, Failed):
             raise rebuild(report, task.settings.retry)
         if report.spawned:
@@ -141,14 +148,16 @@ class Processes:
             raise ProcessCrashed("The worker's processes are closed; this job has not started.")
         child.exit.add_done_callback(lambda _: self._alive.discard(child))
         try:
-            await child.ready(reference)
+            await child.ready(Start(reference, sys.path, LOG.isEnabledFor(logging.DEBUG), *self._quota))
         except BaseException:
             await child.kill()
             raise
         return child
 
-    def _give_back(self, child: _Child) -> None:
-        if self._closed or child.jobs >= self.most_jobs:
+    def _give_back(self, child: _Child, worn: str) -> None:
+        if worn:
+            LOG.info('Process %d of run_in="process" %s: a fresh one takes its place', child.pid, worn)
+        if self._closed or worn:
             self._end(child)
             return
         timer = asyncio.get_running_loop().call_later(self.idle_seconds, lambda: self._retire(child))
@@ -168,7 +177,6 @@ class _Child:
 
     def __init__(self, process: Process, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, life: int) -> None:
         self.pid = process.pid
-        self.jobs = 0
         self._process = process
         self._reader = reader
         self._writer = writer
@@ -200,12 +208,13 @@ class _Child:
 
     @property
     def is_alive(self) -> bool:
-        return not self.exit.done()
+        # Its connection ends before anybody has waited for it: a job sent there would be charged with a crash.
+        return not self.exit.done() and not self._reader.at_eof()
 
-    async def ready(self, reference: str) -> None:
+    async def ready(self, start: Start) -> None:
         """Wait until the app is loaded; raises ConfigurationError with what it raised when it cannot be."""
-        what = f"The process for jobs, which loads {reference},"
-        report = await self._ask(Start(reference, sys.path, LOG.isEnabledFor(logging.DEBUG)), what)
+        what = f"The process for jobs, which loads {start.app},"
+        report = await self._ask(start, what)
         if isinstance(report, Failed):
             raise ConfigurationError(
                 f"{what} cannot start: {report.kinds[0].partition(':')[2]}: {report.message}\n{report.traceback}",
@@ -216,7 +225,6 @@ class _Child:
 
     async def work(self, job: Job, extend: Callable[[int], None]) -> Done | Failed:
         """Run one job; raises ProcessCrashed."""
-        self.jobs += 1
         what = f"The process of {job.task} ({job.id}, attempt {job.attempt})"
         report = await self._ask(job, what)
         while isinstance(report, Extend):

@@ -28,6 +28,7 @@ from conveyor.task import Task
 from conveyor.worker.child import load
 from conveyor.worker.frame import HEAD, Done, Extend, Failed, Job, Order, Ready, Report, Start, pack, read_order
 from conveyor.worker.log import configure_log
+from conveyor.worker.quota import Quota
 from conveyor.worker.remote import capture
 
 
@@ -50,10 +51,14 @@ def main() -> None:
     except BaseException as error:
         connection.send(capture(error, (__file__,)))
         return
+    quota, jobs = Quota(start.max_jobs, start.max_memory), 0
+    quota.begin()
     connection.send(Ready())
     while isinstance(job := connection.receive(), Job):
         report = runner.run(job)
         _flush()
+        jobs += 1
+        report.worn = quota.used_up(jobs) or ""
         connection.send(report)
     runner.close()
 

@@ -17,7 +17,7 @@ class Holder(Protocol):
     queue: str
     shared_state: Mapping[str, Any]
     report: Report
-    own_retries: set[str]
+    own_retries: dict[str, float]
     worked: set[Any]
     more: bool
     blobs: dict[str, str]
@@ -43,6 +43,9 @@ class Host(Protocol):
     stopping: bool
     stopped: bool
 
+    @property
+    def draining(self) -> bool: ...
+    def hand_back(self, consumer: Any) -> None: ...
     def room(self, consumer: Any) -> int: ...
     def handlers(self, consumer: Any) -> Mapping[bytes, Any]: ...
     def arrive(self, consumer: Any, id_: str, data: bytes) -> Any: ...

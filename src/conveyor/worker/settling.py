@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 from conveyor import failure, outcome
@@ -119,7 +120,7 @@ class Settling:
         if isinstance(decision, outcome.Again):
             handler.retried += 1
             report.others.append(Settlement("R", attempt.id, decision.ms, state=decision.state.encode()))
-            attempt.consumer.own_retries.add(attempt.id)
+            attempt.consumer.own_retries[attempt.id] = monotonic() + decision.ms / 1000
             budget = attempt.envelope.extra.attempts or policy.attempts
             failure.tell(
                 log, logging.WARNING, "✗ %s attempt %d/%d %s → retry in %.3g s", attempt.label,
@@ -179,6 +180,18 @@ class Settling:
         log.error("✗ %s is poison: its worker crashed %d times", attempt.label, state.crashes)
         self.bury(report, attempt, buried, "crashed", now_ms)
 
+    def crashed(self, report: Report, attempt: Attempt, now_ms: int, error: BaseException) -> None:
+        """Settle a job that took its process with it: charge the crash, and try again alone, or give it up."""
+        old = attempt.history
+        record = to_json(failure.describe(error, attempt.number, now_ms, self._worker))
+        state = State(attempt.number, old.failures, old.crashes + 1, [*old.errors, record])
+        log.error("✗ %s crashed its process: %s", attempt.label, error)
+        if state.crashes >= attempt.handler.task.settings.retry.max_crashes:
+            attempt.state = state
+            self.poison(report, attempt, now_ms)
+        else:
+            report.others.append(Settlement("F", attempt.id, state=state.encode()))
+
     def cancelled(self, report: Report, attempt: Attempt, now_ms: int) -> None:
         """Settle a job that was cancelled while we held it."""
         record = to_json(Outcome("cancelled", at=now_ms))
@@ -203,7 +216,7 @@ class Settling:
         ms = milliseconds(snooze.delay, name="Snooze")
         state = outcome.snoozed(attempt.history, attempt.number)
         report.others.append(Settlement("R", attempt.id, ms, state=state.encode()))
-        attempt.consumer.own_retries.add(attempt.id)
+        attempt.consumer.own_retries[attempt.id] = monotonic() + ms / 1000
 
 
 def error_of(attempt: Attempt, error: BaseException | None) -> BaseException | None:

@@ -26,6 +26,7 @@ from conveyor.worker.child import IMPORT_FAILED, MARGIN, RECYCLE
 from conveyor.worker.guardian import Estate, Guardian
 from conveyor.worker.log import LOG, configure_log
 from conveyor.worker.offspring import STALLED, Offspring, describe_end
+from conveyor.worker.quota import megabytes
 from conveyor.worker.watchdog import MAX_STALL
 
 FAILED_STARTS = 5
@@ -43,14 +44,17 @@ def run(
     processes: int,
     burst: bool,
     grace: float,
+    max_jobs: int | None = None,
+    max_memory: int | None = None,
     verbose: bool = False,
     python: str = sys.executable,
 ) -> int:
     """Run worker processes for ``module:attribute`` until a signal, or with *burst* until all is drained; exit code."""
     configure_log(verbose=verbose)
     spec = Spec(
-        app_reference, queues, concurrency, threads, burst=burst, grace=grace, verbose=verbose, path=tuple(sys.path)
-    )
+        app_reference, queues, concurrency, threads, burst=burst, grace=grace, verbose=verbose, path=tuple(sys.path),
+        max_jobs=max_jobs, max_memory=max_memory,
+    )  # fmt: skip
     return Supervisor(spec, processes=processes, python=python).run()
 
 
@@ -70,8 +74,11 @@ class Supervisor:
         self._spec = spec
         self._command = [python, "-m", child_module, spec.app]
         self._max_stall = max_stall
-        self._board = Board(processes)
-        self._children = [Offspring(number + 1, self._board.slot(number)) for number in range(processes)]
+        self._processes = processes
+        self._board = Board(2 * processes)
+        slots = [self._board.slot(number) for number in range(2 * processes)]
+        self._children = [Offspring(number + 1, slots[number]) for number in range(processes)]
+        self._spare = slots[processes:]  # for successors, while those that are to be replaced drain
         self._guardian = Guardian()
         self._life = os.pipe()  # children read it: when we are gone, however, it ends
         self._signals: deque[int] = deque()
@@ -139,7 +146,7 @@ class Supervisor:
         self._stop_at = end if self._stop_at is None else min(self._stop_at, end)
         if self._stops == 1:
             LOG.info("Stopping: what runs has %g s to end; a second signal hurries", self._spec.grace)
-        self._tell(signal.SIGTERM)
+        self._tell(signal.SIGTERM if self._stops == 1 else signal.SIGINT)
 
     def _tell(self, number: int) -> None:
         for child in self._children:
@@ -162,7 +169,7 @@ class Supervisor:
             self._resumed = now  # we were frozen, and so perhaps were they: nobody is to blame for that time
         self._looked = now
         self._obey()
-        for child in self._children:
+        for child in list(self._children):
             if child.alive:
                 code = child.exit_code()
                 if code is not None:
@@ -176,7 +183,7 @@ class Supervisor:
 
     def _start(self, child: Offspring) -> None:
         descriptors = (self._board.fd, self._life[0])
-        place = f"{child.number - 1}/{self._board.slots}"
+        place = f"{child.slot.number}/{self._board.slots}"
         try:
             child.start(self._spec, [*self._command, place, *map(str, descriptors)], descriptors)
         except OSError as error:
@@ -185,6 +192,14 @@ class Supervisor:
             return
         self._guardian.watch(child.slot)
         LOG.debug("Started worker child %d (pid %d)", child.number, child.pid)
+
+    def _succeed(self, child: Offspring) -> None:
+        """Start a successor beside a child that takes no more work; in a burst not before all that it hands back is back."""
+        if self._spare and not self._spec.burst:
+            child.succeeded = True
+            successor = Offspring(child.number, self._spare.pop())
+            self._children.append(successor)
+            self._start(successor)
 
     def _settled(self, child: Offspring) -> bool:
         # A burst ends when nothing is left: its last child must not look before a dead one's jobs are back.
@@ -202,6 +217,8 @@ class Supervisor:
         if self._spec.quiet and not child.quiet:
             child.quiet = True
             child.signal(signal.SIGUSR1)
+        if child.slot.retiring and not child.succeeded and self._stop_at is None:
+            self._succeed(child)
         since = max(child.slot.last_tick, self._resumed)
         if now - since < STALLED:
             if child.stalled_since is not None:
@@ -242,10 +259,14 @@ class Supervisor:
             LOG.warning("%s; it had leased nothing", what)
         if code == 0 and by_itself and self._spec.burst:
             child.finished = True
-        elif code == RECYCLE and by_itself:
+        elif code == RECYCLE and by_itself and self._stop_at is None:
             LOG.info("%s to be replaced by a fresh one", what)
         elif self._stop_at is None and not was_up:
             self._give_up_if_hopeless(child, code)
+        if child.succeeded:
+            self._children.remove(child)
+            self._spare.append(child.slot)
+            child.close()
 
     def _give_up_if_hopeless(self, child: Offspring, code: int) -> None:
         if child.failed_starts < FAILED_STARTS or any(other.up for other in self._children):
@@ -265,7 +286,7 @@ class Supervisor:
         if about is None:
             return
         self._introduced = True
-        for line in banner(about, self._spec, self._board.slots):
+        for line in banner(about, self._spec, self._processes):
             LOG.info("%s", line)
 
     def _say_goodbye(self) -> None:
@@ -287,12 +308,15 @@ def banner(about: About, spec: Spec, processes: int) -> list[str]:
     weights = {queue: spec.queues.get(queue, 1.0) for queue in about.queues or spec.queues}
     queues = ", ".join(name if weight == 1 else f"{name} (weight {weight:g})" for name, weight in weights.items())
     names = f": {', '.join(about.names)}" if about.tasks <= len(about.names) else ""
+    limits = [f"{spec.max_jobs:,} jobs"] if spec.max_jobs else []
+    limits += [megabytes(spec.max_memory)] if spec.max_memory else []
     return [
         f"Conveyor {release} works for {spec.app}" + (" until everything is drained" if spec.burst else ""),
         f"  Redis      {masked(about.url)}, namespace {about.namespace}",
         f"  queues     {queues}",
         f"  tasks      {about.tasks}{names}",
         f"  processes  {processes}, each with {spec.concurrency} jobs at a time and {spec.threads} threads",
+        *([f"  replaced   after {' or '.join(limits)}"] if limits else []),
     ]
 
 

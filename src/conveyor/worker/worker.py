@@ -15,17 +15,18 @@ from conveyor import failure, ident
 from conveyor.errors import ConfigurationError, QueueFull, StoreUnavailable
 from conveyor.event import WorkerStarted, WorkerStopped
 from conveyor.middleware import run_through, runs
-from conveyor.model import State, to_json
 from conveyor.store import operations
-from conveyor.store.operations import MOST_HELD, Report, Settlement
+from conveyor.store.operations import MOST_HELD, Report
 from conveyor.worker import settling
 from conveyor.worker.attempt import Attempt, details
 from conveyor.worker.berth import Harbour
 from conveyor.worker.consumer import Consumer
+from conveyor.worker.ending import Ending, running, unstarted
 from conveyor.worker.executor import Executor
 from conveyor.worker.handler import Handler
 from conveyor.worker.prefetch import Prefetch
 from conveyor.worker.process import ProcessCrashed, Processes
+from conveyor.worker.quota import Quota
 from conveyor.worker.roll import served
 from conveyor.worker.unusual import Unusual
 from conveyor.worker.watchdog import Watchdog
@@ -47,12 +48,14 @@ class Worker:
     def __init__(
         self, app: Conveyor, *, queues: Mapping[str, float] | None = None, concurrency: int = 100, threads: int = 8,
         burst: bool = False, grace: float = 30.0, slot: Slot | None = None, reference: str | None = None,
+        quota: Quota | None = None, await_until: float = 0.0,
     ) -> None:  # fmt: skip
         """
         Take the app, its queues with their weights (default: those of its tasks), and the limits.
 
         `concurrency` jobs at once, at most `threads` of them plain functions; `grace` seconds for running
-        jobs at a stop; `burst` ends when everything is drained; `reference` is the app's ``module:object``.
+        jobs at a stop; `burst` ends when everything is drained; `reference` is the app's ``module:object``; a used up
+        `quota` makes it ask to be replaced, which takes a supervisor; no burst ends before `await_until` (monotonic).
         """
         self.app = app
         self.name = f"{platform.node()}:{os.getpid()}"
@@ -76,15 +79,14 @@ class Worker:
         if not self._queues:
             raise ConfigurationError("This worker has no queue: the app has no tasks and none was named with -q.")
         self._limits = (concurrency, threads)
+        self._quota, self._await_until = quota or Quota(None, None), await_until
         self._burst, self._grace, self._slot, self._reference = burst, grace, slot, reference
         self._handlers: dict[str, dict[bytes, Handler]] = {}
         self._named: dict[str, dict[str, Handler]] = {}
         self._prefetch = Prefetch()
-        self._stuck: list[Attempt] = []
+        self._ending = Ending()
         self.ready = asyncio.Event()
         self._stop_asked = asyncio.Event()
-        self._hurry = asyncio.Event()
-        self._moved = asyncio.Event()
         self._failure: BaseException | None = None
 
     @property
@@ -130,7 +132,9 @@ class Worker:
         concurrency, threads = self._limits
         chain = [middleware for middleware in self.app.middlewares if runs(middleware)]
         self.executor = Executor(
-            concurrency=concurrency, threads=threads, processes=Processes(self._reference, os.cpu_count() or 1),
+            concurrency=concurrency, threads=threads, processes=Processes(
+                self._reference, os.cpu_count() or 1, max_jobs=self._quota.max_jobs, max_memory=self._quota.max_memory
+            ),
             ended=self.ended, stuck=self._is_stuck, kinds={task.run_in for task in self.app.tasks.values()},
             unusual=self.unusual,
             chain=(lambda context, call: run_through(chain, context, call)) if chain else None,
@@ -146,6 +150,7 @@ class Worker:
             # A full Redis takes no name; whoever pushes there makes the queue known.
             with suppress(QueueFull, StoreUnavailable):
                 await self.app.backend.aannounce(consumer.keys)
+        self._quota.begin()
         watchdog = Watchdog(self._on_the_loop, self._tick, None if self._slot is None else self._slot.set_job)
         watchdog.start()
         stack.callback(watchdog.close)
@@ -155,10 +160,13 @@ class Worker:
         self.ready.set()
 
     def stop(self) -> None:
-        """Stop: the first call drains, the second hands everything back at once."""
-        if self._stop_asked.is_set():
-            self._hurry.set()
+        """Drain: lease no more, and give what runs its grace."""
         self._stop_asked.set()
+
+    def hurry(self) -> None:
+        """Drain, and hand everything back at once."""
+        self._ending.hurry()
+        self.stop()
 
     def fail(self, error: BaseException) -> None:
         """End with *error*: `run()` raises it."""
@@ -173,50 +181,47 @@ class Worker:
     async def _drain(self) -> None:
         self.stopping = True
         for consumer in self.consumers:
-            for attempt in reversed(list(consumer.held.values())):
-                if attempt.handler.early and attempt.id not in consumer.report.done:
-                    continue  # its ack is on the way: nobody else would run it
-                if attempt.started == 0.0 and attempt.ended == 0.0:
-                    if attempt.handler.early:
-                        consumer.report.done.remove(attempt.id)
-                    self.executor.take_back(attempt)
-                    attempt.ended = monotonic()
-                    self.settling.handed_back(consumer.report, attempt, started=False)
+            self.hand_back(consumer)
             consumer.schedule()
-        await self._wait_for_ends(self._grace)
-        running = [a for consumer in self.consumers for a in consumer.held.values() if a.ended == 0.0]
-        if running:
-            log.warning("handing back %d jobs that are still running", len(running))
-        for attempt in running:
+        await self._ending.wait(self.consumers, self._grace)
+        late, every = list(running(self.consumers, early=False)), list(running(self.consumers))
+        if late:
+            log.warning("handing back %d jobs that are still running", len(late))
+        if len(every) > len(late):
+            log.warning("cutting off %d jobs: an early ack cannot be taken back", len(every) - len(late))
+        for attempt in every:
             self.executor.stop(attempt, "stop")
-        await self._wait_for_ends(1.0, hurry=False)
-        for consumer in self.consumers:
-            for attempt in consumer.held.values():
-                if attempt.ended == 0.0:  # a thread, or a coroutine that swallows its cancellation: it dies with us
-                    attempt.ended = monotonic()
-                    if attempt in self._stuck:
-                        self._settle(attempt, None, None)
-                    else:
-                        self.settling.handed_back(consumer.report, attempt, started=True)
+        await self._ending.wait(self.consumers, 1.0, hurry=False)
+        for attempt in list(running(self.consumers, early=False)):
+            attempt.ended = monotonic()  # a thread, or a coroutine that swallows its cancellation: it dies with us
+            if attempt in self._ending.stuck:
+                self._settle(attempt, None, None)
+            else:
+                self.settling.handed_back(attempt.consumer.report, attempt, started=True)
         try:
             async with asyncio.timeout(5.0):
                 await asyncio.gather(*(consumer.leave() for consumer in self.consumers))
         except TimeoutError:
             log.warning("Redis does not answer; what is still held comes back when its lease ends")
+        if self._slot is not None:
+            due = [at for consumer in self.consumers for at in consumer.own_retries.values()]
+            self._slot.await_until = max(self._await_until, *(at + 1.0 for at in due), 0.0)
         self.stopped = True
         self.app.emit(WorkerStopped(self.name))
 
-    async def _wait_for_ends(self, seconds: float, *, hurry: bool = True) -> None:
-        deadline = monotonic() + seconds
-        while any(a.ended == 0.0 and a not in self._stuck for c in self.consumers for a in c.held.values()):
-            left = deadline - monotonic()
-            if left <= 0 or (hurry and self._hurry.is_set()):
-                return
-            self._moved.clear()
-            waits = [asyncio.ensure_future(self._moved.wait()), asyncio.ensure_future(self._hurry.wait())]
-            await asyncio.wait(waits[: 2 if hurry else 1], timeout=left, return_when=asyncio.FIRST_COMPLETED)
-            for wait in waits:
-                wait.cancel()
+    @property
+    def draining(self) -> bool:
+        """Whether nothing is started any more."""
+        return self._stop_asked.is_set()
+
+    def hand_back(self, consumer: Consumer) -> None:
+        """Return what has not started to the front of its queue, in its order."""
+        returned = Report()
+        for attempt in unstarted(consumer):
+            self.executor.take_back(attempt)
+            attempt.ended = monotonic()
+            self.settling.handed_back(returned, attempt, started=False)
+        consumer.report.others[:0] = returned.others  # before those returned earlier, since they are younger
 
     # -- for consumers --------------------------------------------------------------------------------------------
 
@@ -229,6 +234,8 @@ class Worker:
         free = self.executor.free + waiting - reserved  # slots that nobody runs in
         rivals = [one for one in self.consumers if (one.more and not one.paused) or one is consumer]
         capacity = free + self._prefetch.ahead(consumer.backlog > 0)
+        if self._quota.is_limited:
+            capacity = min(capacity, waiting + self._quota.left(self._taken))
         room = self._prefetch.share(capacity, waiting, consumer, rivals)
         settled = len(consumer.report.done) + len(consumer.report.others)  # given back before more is taken
         return max(0, min(room, BATCH, consumer.sizes.most, MOST_HELD - len(consumer.held) + settled))
@@ -256,12 +263,17 @@ class Worker:
 
     def absorbed(self, consumer: Consumer) -> None:
         """A turn was answered: see whether the burst is over."""
-        if self._burst and not self.stopping and all(one.drained for one in self.consumers):
-            self.stop()
+        self._end_burst()
+        self._retire_if_worn()
         if not consumer.more and len(self.consumers) > 1:
             for one in self.consumers:  # it has no use for the room it was given: whose turn is it next?
                 if one.more:
                     one.schedule()
+
+    def _end_burst(self) -> None:
+        over = self._burst and not self.stopping and monotonic() >= self._await_until
+        if over and all(one.drained for one in self.consumers):
+            self.stop()
 
     def listen(self) -> None:
         """Wait for work, if nobody does."""
@@ -299,8 +311,10 @@ class Worker:
                 log, logging.ERROR, "✗ %s failed after its early ack: %s", attempt.label, details(error), error=error
             )
         consumer.ended(attempt)
+        if attempt.handler.early:
+            self._end_burst()  # no turn follows, which would see to it
         if self.stopping:
-            self._moved.set()
+            self._ending.moved()
         if not self.executor.slots.backlog and len(self.consumers) == 1:
             consumer.schedule(at_once=True)
             return
@@ -312,13 +326,15 @@ class Worker:
         consumer, why = attempt.consumer, attempt.stopped
         consumer.worked.add(attempt.handler)
         report, now = consumer.report, consumer.now_ms
-        unfinished = attempt.started == 0.0 or isinstance(error, asyncio.CancelledError) or attempt in self._stuck
+        unfinished = (
+            attempt.started == 0.0 or isinstance(error, asyncio.CancelledError) or attempt in self._ending.stuck
+        )
         if why == "cancel" and (unfinished or error is not None):
             self.settling.cancelled(report, attempt, now)
         elif why == "stop" and (unfinished or error is not None):
             self.settling.handed_back(report, attempt, started=attempt.started != 0.0)
         elif isinstance(error, ProcessCrashed) and why is None:
-            self._process_crashed(attempt, now, error)
+            self.settling.crashed(report, attempt, now, error)
         else:
             final = settling.error_of(attempt, error)
             if final is None:
@@ -326,23 +342,11 @@ class Worker:
             else:
                 self.settling.failed(report, attempt, final, now)
 
-    def _process_crashed(self, attempt: Attempt, now: int, error: ProcessCrashed) -> None:
-        """A job took its process with it: charge the crash, and try again alone, or give it up."""
-        old = attempt.history
-        record = to_json(failure.describe(error, attempt.number, now, self.name))
-        state = State(attempt.number, old.failures, old.crashes + 1, [*old.errors, record])
-        log.error("✗ %s crashed its process: %s", attempt.label, error)
-        if state.crashes >= attempt.handler.task.settings.retry.max_crashes:
-            attempt.state = state
-            self.settling.poison(attempt.consumer.report, attempt, now)
-        else:
-            attempt.consumer.report.others.append(Settlement("F", attempt.id, state=state.encode()))
-
     def _is_stuck(self, attempt: Attempt) -> None:
         """A thread outlived its time limit: take no more work, finish the rest, be replaced; its outcome is written at the end."""
-        if attempt in self._stuck or attempt.ended != 0.0:
+        if attempt in self._ending.stuck or attempt.ended != 0.0:
             return
-        self._stuck.append(attempt)
+        self._ending.stuck.append(attempt)
         if self._slot is None:
             log.error(
                 "E13 Job %s timed out and its thread cannot be killed; its lease is kept until it ends.", attempt.label
@@ -353,8 +357,29 @@ class Worker:
             "E13 Job %s timed out and its thread cannot be killed; this process finishes its other jobs and is replaced.",
             attempt.label,
         )
-        self.retiring = True
-        self._stop_asked.set()  # not `stop()`: when there was one already, that would hurry the other jobs
+        self._retire()
+
+    def _retire(self) -> None:
+        """Take no more work, finish the rest, and be replaced."""
+        self.retiring = self.stopping = True
+        if self._slot is not None:
+            self._slot.retiring = True
+        self._stop_asked.set()
+
+    @property
+    def _taken(self) -> int:
+        """How many jobs it leased so far."""
+        return self._prefetch.ended + sum(1 for _ in running(self.consumers))
+
+    def _retire_if_worn(self) -> None:
+        """Ask to be replaced when the quota is used up; of jobs not before all that were taken have started."""
+        if not self._quota.is_limited or self.draining or (why := self._quota.used_up(self._taken)) is None:
+            return
+        waits = any(a.started == 0.0 == a.ended for one in self.consumers for a in one.held.values())
+        if waits and self._quota.left(self._taken) == 0:
+            return
+        log.info("Process %d %s: it takes no more, and a fresh one takes its place", os.getpid(), why)
+        self._retire()
 
     def _tick(self) -> None:
         self.last_tick = monotonic()
@@ -363,6 +388,7 @@ class Worker:
             self._slot.clear_job()
         for consumer in self.consumers:
             consumer.renew()
+        self._retire_if_worn()
 
     def _on_the_loop(self) -> tuple[str, str] | None:
         attempt = self.executor.slots.current
