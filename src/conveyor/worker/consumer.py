@@ -268,7 +268,7 @@ class Consumer:
             self._worker.unusual.release(self, report, turn.lost)
         if report.spawned or turn.outbox:
             self._delivery.begin()
-        self._admit(report)
+        self._submit(self.antechamber.confirmed(report, self.held))
         if turn.ids:
             self._take(turn)
         self._next_suspect()
@@ -317,10 +317,6 @@ class Consumer:
             self._worker.hand_back(self)
         else:
             self._submit(attempts)
-
-    def _admit(self, report: Report) -> None:
-        """Start what waited for its record in *report*, and have the next suspect recorded."""
-        self._submit(self.antechamber.confirmed(report, self.held))
 
     def _submit(self, attempts: list[Attempt]) -> None:
         if attempts:
