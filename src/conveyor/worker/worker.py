@@ -77,6 +77,7 @@ class Worker:
             raise ConfigurationError("This worker has no queue: the app has no tasks and none was named with -q.")
         self._limits = (concurrency, threads)
         self._burst, self._grace, self._slot, self._reference = burst, grace, slot, reference
+        self._asked_again = False  # a burst: all queues, after all were found empty
         self._handlers: dict[str, dict[bytes, Handler]] = {}
         self._named: dict[str, dict[str, Handler]] = {}
         self._prefetch = Prefetch()
@@ -256,12 +257,25 @@ class Worker:
 
     def absorbed(self, consumer: Consumer) -> None:
         """A turn was answered: see whether the burst is over."""
-        if self._burst and not self.stopping and all(one.drained for one in self.consumers):
-            self.stop()
+        if self._burst and not self.stopping:
+            self._end_burst()
         if not consumer.more and len(self.consumers) > 1:
             for one in self.consumers:  # it has no use for the room it was given: whose turn is it next?
                 if one.more:
                     one.schedule()
+
+    def _end_burst(self) -> None:
+        """Stop when all queues were found empty, twice: what our last job sent to another queue came after that one was asked."""
+        if any(one.held for one in self.consumers):
+            self._asked_again = False
+        elif all(one.drained for one in self.consumers):
+            if self._asked_again:
+                self.stop()
+                return
+            self._asked_again = True
+            for one in self.consumers:
+                one.more = True
+                one.schedule()
 
     def listen(self) -> None:
         """Wait for work, if nobody does."""
