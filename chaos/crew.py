@@ -108,7 +108,7 @@ class Crew:
         """Programs write into *directory*; *source* is another `src` than this tree's, for sabotaged builds."""
         self.directory = directory
         self.queues: tuple[str, ...] = ("default",)
-        """What workers serve; those under `conveyor worker` also `box`, whose jobs have processes of their own."""
+        """What workers serve; a program with one inside leaves `box` alone, whose jobs have processes of their own."""
         path = os.pathsep.join([str(source or HOME / "src"), str(HOME)])
         self.env = {
             **{key: value for key, value in os.environ.items() if not key.startswith("CONVEYOR_")},
@@ -127,12 +127,17 @@ class Crew:
         """Start `conveyor worker` with that many children."""
         return self._add(
             name, "conveyor", "worker", "chaos.program:app", "--processes", str(processes), "--concurrency",
-            str(concurrency), "--threads", "4", "--grace", grace, *(f"--queue={queue}" for queue in (*self.queues, "box")), url=url,
+            str(concurrency), "--threads", "4", "--grace", grace, *(f"--queue={queue}" for queue in self.queues), url=url,
         )  # fmt: skip
 
     def embedded(self, name: str, url: str) -> Program:
         """Start a program with a worker inside and a consumer of messages."""
-        return self._add(name, "chaos.embedded", url=url, env={"CHAOS_QUEUES": " ".join(self.queues)})
+        return self._add(
+            name,
+            "chaos.embedded",
+            url=url,
+            env={"CHAOS_QUEUES": " ".join(queue for queue in self.queues if queue != "box")},
+        )
 
     def producer(
         self, number: int, url: str, *, seed: int, rate: float, count: int, mix: str = "", confirm: int = 0

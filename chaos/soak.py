@@ -64,7 +64,7 @@ def _people(stage: Stage, seed: int, seconds: float) -> None:
     crew, direct = stage.crew, stage.url
     alone = stage.topology == "standalone"
     proxied = stage.proxy.url if alone else direct
-    crew.queues = ("default", "wide")
+    crew.queues = ("default", "wide", "box")
     crew.supervised("worker1", direct)
     crew.supervised("worker2", proxied)
     crew.embedded("program1", direct)
