@@ -93,12 +93,13 @@ class Producer:
         draw = self.random
         kind, _, fixed = kind.partition(":")
         ms = float(fixed) if fixed else draw.uniform(1, 10)
+        long = (1 + min(4, draw.expovariate(1.5))) * LEASE * 1000
         if kind in {"quick", "steady", "boxed", "bystander", "spread"}:
             self.task(kind, getattr(program, kind), ms)
         elif "bulk" in kind or "message" in kind:
             self.many(kind, int(fixed) if fixed else BULK, ms)
         elif kind in {"slow", "slow_steady", "blocking"}:
-            self.long(kind)
+            self.long(kind, long)
         elif kind in {"delayed", "unique", "own"}:
             self.special(kind, ms)
         elif kind == "flaky":
@@ -117,9 +118,8 @@ class Producer:
         else:
             raise ValueError(kind)
 
-    def long(self, kind: str) -> None:
+    def long(self, kind: str, ms: float) -> None:
         """Enqueue a job that takes a lease or several."""
-        ms = (1 + min(4, self.random.expovariate(1.5))) * LEASE * 1000
         if kind == "slow":
             self.task(kind, program.quick, ms)
         elif kind == "slow_steady":
