@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from chaos import report, scenario
+from chaos.nemesis import schedule
 from chaos.soak import soak
 
 
@@ -21,13 +22,19 @@ def main() -> int:
     parser.add_argument("--report", type=Path, help="write the counts as JSON")
     parser.add_argument("--scenario", choices=sorted(scenario.SCENARIOS), help="one fault, many times, instead of all")
     parser.add_argument("--count", type=int, help="how often (default: as in docs/reliability.md)")
+    parser.add_argument("--schedule", action="store_true", help="print what would happen when, and no more")
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what was started ends with us
     print(f"seed {options.seed}", flush=True)
+    faults = schedule(options.seed, 60 * options.minutes, topology=options.topology)
+    if not options.scenario:
+        print("\n".join(map(str, faults)), flush=True)
+    if options.schedule:
+        return 0
     if options.scenario:
         verdict, stage, facts = scenario.run(options.scenario, options.count, options.seed)
     else:
-        verdict, stage, facts = soak(60 * options.minutes, options.seed, topology=options.topology)
+        verdict, stage, facts = soak(60 * options.minutes, options.seed, faults, topology=options.topology)
     print(report.table(verdict, stage.faults, facts))
     if options.report:
         report.write(options.report, verdict, stage.faults, facts)

@@ -13,10 +13,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from chaos.checker import Verdict
 from chaos.crew import Program
 from chaos.ground import FAKETIME
 from chaos.stage import Stage
+from chaos.verdict import Verdict
 
 
 class Case(NamedTuple):
@@ -166,10 +166,12 @@ def full(stage: Stage) -> Verdict:
     stage.ground.command("HSET", "chaos:{default}:conf", "paused", "1")
     _push(stage, 400, quick=1, bulk=0.05)
     stage.wait(lambda: not any(one.alive() for one in stage.crew.producers()), 5)
+    _push(stage, 120, number=1, rate=60, quick=1)  # knows the queue by then: it is the pushes that are refused
+    stage.wait(lambda: any(line["call"].startswith("1.") and line["phase"] == "ok" for line in stage.lines("calls")), 5)
     stage.fault("squeeze memory", lasting=8)
     stage.ground.command("HDEL", "chaos:{default}:conf", "paused")
     stage.ground.squeeze(0.8)
-    _push(stage, 30, number=1, quick=1, bulk=0.1)
+    _push(stage, 30, number=2, quick=1, bulk=0.1)
     stage.drain(5, stall=3)
     return stage.judge()
 

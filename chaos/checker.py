@@ -8,55 +8,37 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, field
-from typing import Any
 
+from chaos.audit import judge_history
 from chaos.evidence import POISONS, Evidence, Run, Token
+from chaos.verdict import MUST_BE_ZERO, Verdict, spread
 
-EXAMPLES = 5
-
-MUST_BE_ZERO = (
-    "lost", "unexpected", "stored twice", "same attempt twice", "duplicate outcomes", "zombie accepted", "unique key held twice",
-    "poison started too often", "started early", "ran after cancel", "stuck", "leaked keys",
+COUNTED = (
+    "attempted", "acknowledged", "confirmed", "existing", "refused", "unknown", "ok", "dead", "cancelled", "convicted", "recovered",
+    "spawned", "false reaps",
 )  # fmt: skip
-"""What no run may show; a scenario may add to these, or say why one cannot hold."""
-
-
-@dataclass
-class Verdict:
-    """Counts by the lines of the table, and examples of what is wrong."""
-
-    counts: dict[str, Any] = field(default_factory=dict)
-    examples: dict[str, list[str]] = field(default_factory=dict)
-    failed: list[str] = field(default_factory=list)
-    waived: list[str] = field(default_factory=list)
-    """What is not zero, and need not be here."""
-
-    def note(self, what: str, example: str) -> None:
-        """Count one, and keep the first few as examples."""
-        self.counts[what] = self.counts.get(what, 0) + 1
-        kept = self.examples.setdefault(what, [])
-        if len(kept) < EXAMPLES:
-            kept.append(example)
 
 
 def check(evidence: Evidence, *, also: Iterable[str] = (), waived: Iterable[str] = ()) -> Verdict:
     """Judge a run; *also* must be zero too, *waived* need not be."""
-    verdict = Verdict(dict.fromkeys(("attempted", "acknowledged", "existing", "refused", "unknown", "ok"), 0))
-    verdict.counts.update(dict.fromkeys(("dead", "cancelled", "convicted", "recovered", *MUST_BE_ZERO, *also), 0))
+    verdict = Verdict(dict.fromkeys((*COUNTED, *MUST_BE_ZERO, *also), 0))
     for token in evidence.tokens.values():
-        _judge_token(evidence, token, verdict)
+        if token.parent:
+            _judge_spawned(evidence, token, verdict)
+        else:
+            _judge_token(evidence, token, verdict)
     _judge_runs(evidence, verdict)
-    _judge_history(evidence, verdict)
+    judge_history(evidence, verdict)
     for id_, place in evidence.dump.live.items():
         verdict.note("stuck", f"{id_} is {place}")
     for key in evidence.dump.leaked:
         verdict.note("leaked keys", key)
     _times(evidence, verdict)
     verdict.counts["limit violations"] = "-"  # there are no limits yet
-    wrong = [name for name in (*MUST_BE_ZERO, *also) if name not in set(waived)]
-    if any(fault["kind"].startswith("clock") for fault in evidence.faults):
-        wrong.remove("started early")  # a clock set forward makes what is due later due now
+    let = {*waived}
+    if any(fault["kind"] == "step clock" for fault in evidence.faults):
+        let.add("started early")  # a clock set forward makes what is due later due now
+    wrong = [name for name in (*MUST_BE_ZERO, *also) if name not in let]
     verdict.failed = [name for name in wrong if verdict.counts[name]]
     verdict.waived = [name for name in waived if verdict.counts.get(name)]
     return verdict
@@ -83,9 +65,28 @@ def _judge_token(evidence: Evidence, token: Token, verdict: Verdict) -> None:
                 _judge_end(evidence, token, id_, verdict, acknowledged=False)
         return
     verdict.counts["acknowledged"] += 1
+    verdict.counts["confirmed"] += token.confirmed
     if ran_as - {token.id}:
         verdict.note("unexpected", f"{token.name} is {token.id} and ran as {sorted(ran_as)}")
     _judge_end(evidence, token, token.id, verdict, acknowledged=True)
+
+
+def _judge_spawned(evidence: Evidence, token: Token, verdict: Verdict) -> None:
+    """Judge what a job spawned: it runs, as one job, exactly when its parent ended well."""
+    ran_as = evidence.by_token.get(token.name, set())
+    parents = evidence.by_token.get(token.parent, set())
+    ended_well = any(
+        run.how == "ok" and _ending(evidence, id_, True) == "done" for id_ in parents for run in evidence.runs[id_]
+    )
+    if ran_as and not ended_well:
+        verdict.note("unexpected", f"{token.name} ran as {sorted(ran_as)}, and its parent did not end well")
+    elif len(ran_as) > 1:
+        verdict.note("spawned twice", f"{token.name} ran as {sorted(ran_as)}")
+    elif ended_well and not ran_as:
+        verdict.note("lost", f"{token.name}, spawned by {sorted(parents)}, never ran")
+    verdict.counts["spawned"] += ended_well
+    for id_ in ran_as:
+        _judge_end(evidence, token, id_, verdict, acknowledged=False)
 
 
 def _judge_end(evidence: Evidence, token: Token, id_: str, verdict: Verdict, *, acknowledged: bool) -> None:
@@ -105,7 +106,8 @@ def _judge_end(evidence: Evidence, token: Token, id_: str, verdict: Verdict, *, 
     elif ended == "dead" and _convicted(evidence, id_, runs):
         verdict.counts["convicted"] += 1
     else:
-        verdict.note("lost", f"{id_} ({token.kind} {token.name}): {ended or 'nowhere'}, runs {_brief(runs)}")
+        line = "confirmed lost" if token.confirmed else "lost"
+        verdict.note(line, f"{id_} ({token.kind} {token.name}): {ended or 'nowhere'}, runs {_brief(runs)}")
 
 
 def _ending(evidence: Evidence, id_: str, finished: bool) -> str:
@@ -174,12 +176,7 @@ def _judge_result(evidence: Evidence, id_: str, runs: list[Run], verdict: Verdic
 
 def _unexplained(evidence: Evidence, verdict: Verdict) -> int:
     """Count runs that began although the one before had neither failed nor met a fault: a lease taken from the living."""
-    struck: set[int] = {pid for fault in evidence.faults for pid in fault.get("pids", ())}
-    for runs in evidence.runs.values():
-        token = evidence.tokens.get(runs[0].token)
-        if token is not None and token.kind in POISONS:
-            struck.update(run.pid for run in runs)  # what ended beside it may have gone down with it, unreported
-    global_ = [fault for fault in evidence.faults if not fault.get("pids")]
+    struck, common = evidence.struck()
     for id_, runs in evidence.runs.items():
         for before, after in itertools.pairwise(runs):
             excused = before.how == "failed" or before.pid in struck
@@ -187,31 +184,11 @@ def _unexplained(evidence: Evidence, verdict: Verdict) -> int:
             if (
                 excused
                 or before.end is None
-                or any(f["at"] < after.start and float(f.get("until") or f["at"]) > since for f in global_)
+                or any(fault["at"] < after.start and fault["until"] > since for fault in common)
             ):
                 continue
             verdict.note("unexplained repeats", f"{id_}: {_brief(runs)}")
     return int(verdict.counts.get("unexplained repeats", 0))
-
-
-# -- what Redis recorded -----------------------------------------------------------------------------------------------
-
-
-def _judge_history(evidence: Evidence, verdict: Verdict) -> None:
-    if evidence.history is None:
-        return
-    for id_, job in evidence.history.jobs.items():
-        if job.created > 1:
-            verdict.note("stored twice", f"{id_} was stored {job.created} times")
-        late = [end for end in job.ends if end.endswith(" again")]
-        stored = [record for record in job.records if record["status"] == "done"]
-        if late or len(stored) > 1 or any(record["late"] for record in job.records):
-            verdict.note("duplicate outcomes", f"{id_}: ends {job.ends}, {len(stored)} results")
-        if job.stolen:
-            verdict.note("zombie accepted", f"{id_} was ended by who did not hold it; ends {job.ends}")
-        if job.key_taken:
-            verdict.note("unique key held twice", f"{id_} and {job.key_taken} both held {job.unique!r}")
-    verdict.counts["workers registered"] = len(evidence.history.crew)
 
 
 # -- how long it took --------------------------------------------------------------------------------------------------
@@ -225,7 +202,7 @@ def _times(evidence: Evidence, verdict: Verdict) -> None:
         for runs in evidence.runs.values()
         if runs[0].token in evidence.tokens
         and evidence.tokens[runs[0].token].outcome == "ok"
-        and not evidence.tokens[runs[0].token].facts.get("delay")
+        and not evidence.tokens[runs[0].token].facts.keys() & {"delay", "buffered"}
     ]
     verdict.counts["pickup"] = spread([max(0.0, one) for one in first])
 
@@ -244,20 +221,6 @@ def _recoveries(evidence: Evidence, *, supervised: bool) -> list[float]:
             if died is not None and not run.how and run.start < died:
                 found.append(runs[at + 1].start - died)
     return found
-
-
-def spread(seconds: list[float]) -> dict[str, float]:
-    """Return how many, the median, the 99th percentile and the longest."""
-    if not seconds:
-        return {"count": 0}
-    ordered = sorted(seconds)
-    last = len(ordered) - 1
-    return {
-        "count": len(ordered),
-        "p50": round(ordered[last // 2], 3),
-        "p99": round(ordered[round(last * 0.99)], 3),
-        "max": round(ordered[-1], 3),
-    }
 
 
 def _brief(runs: list[Run]) -> str:

@@ -17,17 +17,31 @@ from chaos.ground import HOME
 class Program:
     """One process that is started again when it ends, as an operator's system would do."""
 
-    def __init__(self, crew: Crew, name: str, command: list[str], *, url: str, keep: bool = True) -> None:
+    def __init__(
+        self,
+        crew: Crew,
+        name: str,
+        command: list[str],
+        *,
+        url: str,
+        keep: bool = True,
+        env: dict[str, str] | None = None,
+    ) -> None:
         """Start *command* with Redis at *url*; *keep* it running."""
         self.crew, self.name, self.command, self.url, self.keep = crew, name, command, url, keep
         self.starts = 0
-        self.env: dict[str, str] = {}
+        self.env = env or {}
         self.start()
 
     @property
     def supervised(self) -> bool:
         """Whether children of it do the work."""
-        return "worker" in self.command
+        return "conveyor" in self.command
+
+    @property
+    def mortal(self) -> bool:
+        """Whether it is a producer that may be killed: it keeps what it pushes in a buffer on disk."""
+        return "CHAOS_SPOOL" in self.env
 
     @property
     def pid(self) -> int:
@@ -50,18 +64,13 @@ class Program:
 
     def children(self) -> list[int]:
         """Return the pids of its children: those that lease and run jobs."""
-        try:
-            text = Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text()
-        except OSError:
-            return []
-        return [int(pid) for pid in text.split()]
+        return _children(self.pid)
 
     def family(self) -> list[int]:
         """Return the pids of the process and all below it."""
         found = [self.pid]
         for pid in found:
-            with suppress(OSError):
-                found += map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())
+            found += _children(pid)
         return found
 
     def alive(self) -> bool:
@@ -83,12 +92,23 @@ class Program:
         self.process.wait(10)
 
 
+def _children(pid: int) -> list[int]:
+    """Return the pids of the children of a process, whichever of its threads started them."""
+    found: list[int] = []
+    for thread in Path(f"/proc/{pid}/task").glob("*"):
+        with suppress(OSError):
+            found += map(int, (thread / "children").read_text().split())
+    return found
+
+
 class Crew:
     """All programs of a run."""
 
     def __init__(self, directory: Path, *, lease: float, source: Path | None = None) -> None:
         """Programs write into *directory*; *source* is another `src` than this tree's, for sabotaged builds."""
         self.directory = directory
+        self.queues: tuple[str, ...] = ("default",)
+        """What workers serve; a program with one inside leaves `box` alone, whose jobs have processes of their own."""
         path = os.pathsep.join([str(source or HOME / "src"), str(HOME)])
         self.env = {
             **{key: value for key, value in os.environ.items() if not key.startswith("CONVEYOR_")},
@@ -107,21 +127,43 @@ class Crew:
         """Start `conveyor worker` with that many children."""
         return self._add(
             name, "conveyor", "worker", "chaos.program:app", "--processes", str(processes), "--concurrency",
-            str(concurrency), "--threads", "4", "--grace", grace, url=url,
+            str(concurrency), "--threads", "4", "--grace", grace, *(f"--queue={queue}" for queue in self.queues), url=url,
         )  # fmt: skip
 
     def embedded(self, name: str, url: str) -> Program:
         """Start a program with a worker inside and a consumer of messages."""
-        return self._add(name, "chaos.embedded", url=url)
+        return self._add(
+            name,
+            "chaos.embedded",
+            url=url,
+            env={"CHAOS_QUEUES": " ".join(queue for queue in self.queues if queue != "box")},
+        )
 
-    def producer(self, number: int, url: str, *, seed: int, rate: float, count: int, mix: str | None = None) -> Program:
-        """Start a producer; it is never killed, and not started again when it has done its work."""
+    def producer(
+        self, number: int, url: str, *, seed: int, rate: float, count: int, mix: str = "", confirm: int = 0
+    ) -> Program:
+        """Start a producer that is never killed, and not started again; *confirm* replicas must have what it pushes."""
         command = ["chaos.producer", str(number), str(seed), str(rate), str(count), *([mix] if mix else [])]
-        return self._add(f"producer{number}", *command, url=url, keep=False)
+        return self._add(f"producer{number}", *command, url=url, keep=False, env={"CHAOS_CONFIRM": str(confirm)})
 
-    def _add(self, name: str, *command: str, url: str, keep: bool = True) -> Program:
+    def mortal(self, number: int, url: str, *, seed: int, rate: float) -> Program:
+        """Start a producer that may be killed: it has a buffer on disk, and its successor delivers what lies there."""
+        command = ["chaos.producer", str(number), str(seed), str(rate), str(10**9)]
+        return self._add(
+            f"producer{number}", *command, url=url, env={"CHAOS_SPOOL": str(self.directory / f"spool{number}")}
+        )
+
+    def bequeath(self) -> None:
+        """Kill the producers that may be killed, for good; a last one each delivers what is left in its buffer."""
         with self._lock:
-            program = Program(self, name, [sys.executable, "-m", *command], url=url, keep=keep)
+            for program in [program for program in self.producers() if program.mortal]:
+                program.end()
+                program.command[-1] = "0"
+                program.start()
+
+    def _add(self, name: str, *command: str, url: str, keep: bool = True, env: dict[str, str] | None = None) -> Program:
+        with self._lock:
+            program = Program(self, name, [sys.executable, "-m", *command], url=url, keep=keep, env=env)
             self.programs.append(program)
         return program
 

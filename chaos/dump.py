@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
 
-CONSTANT = ("*:queues", "*:conf", "*:wake", "*:recent", "*:outbox:*")
+CONSTANT = ("*:queues", "*:conf", "*:wake", "*:recent", "*:inbox:*")
 """What a drained queue may keep for good."""
 
 
@@ -21,6 +21,8 @@ class Dump:
     results: dict[str, bytes] = field(default_factory=dict)
     leaked: list[str] = field(default_factory=list)
     """Keys that will never go, beyond those documented and those of dead letters."""
+    findings: list[str] = field(default_factory=list)
+    """What does not agree: a job in no place or in two, an entry, a state or a lease of nobody, a wrong count."""
 
 
 def take(client: Any, namespace: str = "chaos") -> Dump:
@@ -43,13 +45,7 @@ def _queue(client: Any, namespace: str, queue: str, keys: list[bytes], dump: Dum
     prefix = f"{namespace}:{{{queue}}}:"
     dead = {id_.decode() for id_ in client.zrange(prefix + "dead", 0, -1)}
     states = client.hgetall(prefix + "state")
-    places: dict[str, str] = {}
-    for priority in range(10):
-        places.update(dict.fromkeys(_ids(client.lrange(f"{prefix}ready:{priority}", 0, -1)), "ready"))
-    places.update(dict.fromkeys(_ids(client.zrange(prefix + "due", 0, -1)), "due"))
-    for key in keys:
-        if key.startswith(f"{prefix}leased:".encode()):
-            places.update(dict.fromkeys(_ids(client.hkeys(key)), "leased"))
+    places = _places(client, prefix, keys, dump)
     jobs = dict(client.hscan_iter(prefix + "jobs", count=1000))
     for raw, envelope in jobs.items():
         id_ = raw.decode()
@@ -57,7 +53,13 @@ def _queue(client: Any, namespace: str, queue: str, keys: list[bytes], dump: Dum
         if id_ in dead:
             dump.dead[public] = (states.get(raw) or b"").decode("utf-8", "replace")
         elif envelope[:1] != b"x":
-            dump.live[public] = places.get(id_, "nowhere")
+            dump.live[public] = " and ".join(places.get(id_, ["nowhere"]))
+    _audit(queue, jobs, {**places, **{id_: [*places.get(id_, ()), "dead"] for id_ in dead}}, dump)
+    dump.findings += [f"{queue}: a state of nobody, {id_!r}" for id_ in states.keys() - jobs.keys()]
+    stubs = sum(envelope[:1] == b"x" for envelope in jobs.values())
+    counted = int(client.hget(prefix + "conf", "stubs") or 0)
+    if counted != stubs:
+        dump.findings.append(f"{queue}: {stubs} cancelled jobs in line, and {counted} are counted")
     found = [key for key in keys if key.startswith(f"{prefix}result:".encode())]
     for first in range(0, len(found), 1000):
         part = found[first : first + 1000]
@@ -69,6 +71,33 @@ def _queue(client: Any, namespace: str, queue: str, keys: list[bytes], dump: Dum
     if {key.decode() for key in states} <= dead:
         kept.add("state")
     return {prefix + name for name in (*kept, "dead", "recent")}
+
+
+def _places(client: Any, prefix: str, keys: list[bytes], dump: Dump) -> dict[str, list[str]]:
+    """Return id → where it is, but for dead letters; more than one place is one too many."""
+    found: dict[str, list[str]] = {}
+    workers = set(client.zrange(prefix + "workers", 0, -1))
+    sources = [(f"ready:{n}", client.lrange(f"{prefix}ready:{n}", 0, -1)) for n in range(10)]
+    sources.append(("due", client.zrange(prefix + "due", 0, -1)))
+    for key in keys:
+        if key.startswith(f"{prefix}leased:".encode()):
+            held = client.hkeys(key)
+            sources.append(("leased", held))
+            if _ids(held) and key.rpartition(b":")[2] not in workers:
+                dump.findings.append(f"{key.decode()} holds jobs and is not registered")
+    for place, fields in sources:
+        for id_ in _ids(fields):
+            found.setdefault(id_, []).append(place.partition(":")[0])
+    return found
+
+
+def _audit(queue: str, jobs: dict[bytes, bytes], places: dict[str, list[str]], dump: Dump) -> None:
+    known = {id_.decode() for id_ in jobs}
+    for id_ in sorted(known | places.keys()):
+        where = places.get(id_, [])
+        if len(where) != (id_ in known):
+            place = f"{' and '.join(where) or 'nowhere'}{'' if id_ in known else ', and no job'}"
+            dump.findings.append(f"{queue}:{id_} is {place}")
 
 
 def _ids(fields: list[bytes]) -> list[str]:

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 import threading
 import time
 from contextlib import suppress
+from typing import Any
 
-from chaos.program import app, mail, noted
+from chaos.program import app, mail, noted, post
 from conveyor import ConveyorError
 
+QUEUES = os.environ["CHAOS_QUEUES"].split()
 
-async def read_mail() -> None:
+
+async def read(queue: Any) -> None:
     """Consume messages for ever; a body says how long its reader takes."""
-    async for message in mail.aconsume(prefetch=5):
+    async for message in queue.aconsume(prefetch=5):
         async with message as body:
             with noted(body["token"], message.id, message.attempt):
                 await asyncio.sleep(body["ms"] / 1000)
@@ -36,13 +40,14 @@ async def main() -> None:
     asked, stopped = asyncio.Event(), threading.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, asked.set)
     puller = threading.Thread(target=pull_mail, args=(stopped,), daemon=True)
-    async with app.worker(concurrency=50, threads=4, grace="2s"):
-        reader = asyncio.create_task(read_mail())
+    async with app.worker(queues=dict.fromkeys(QUEUES, 1.0), concurrency=50, threads=4, grace="2s"):
+        readers = [asyncio.create_task(read(queue)) for queue in ([mail, post] if "wide" in QUEUES else [mail])]
         puller.start()
         await asked.wait()
         stopped.set()
-        reader.cancel()
-        await asyncio.gather(reader, return_exceptions=True)
+        for reader in readers:
+            reader.cancel()
+        await asyncio.gather(*readers, return_exceptions=True)
         await asyncio.to_thread(puller.join, 5)
 
 

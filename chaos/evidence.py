@@ -27,6 +27,10 @@ class Token:
     """`ok`, `existing` (another job stands for it), `refused`, `unknown`."""
     id: str = ""
     told_at: float = 0.0
+    confirmed: bool = False
+    """Acknowledged by a replica, too."""
+    parent: str = ""
+    """The token of the job that spawns it."""
 
 
 @dataclass
@@ -59,6 +63,15 @@ class Evidence:
     max_crashes: int = 3
     by_token: dict[str, set[str]] = field(default_factory=dict)
     """token → the ids it ran under."""
+
+    def struck(self) -> tuple[set[int], list[Line]]:
+        """Return the pids that met a fault of their own, and the faults that concern everybody."""
+        found: set[int] = {pid for fault in self.faults for pid in fault["pids"]}
+        for runs in self.runs.values():
+            token = self.tokens.get(runs[0].token)
+            if token is not None and token.kind in POISONS:
+                found.update(run.pid for run in runs)  # what ended beside it may have gone down with it, unreported
+        return found, [fault for fault in self.faults if not fault["pids"]]
 
     def record(self, id_: str) -> Line | None:
         """Return the last outcome that was stored for *id_*."""
@@ -98,6 +111,9 @@ def _tokens(calls: Iterable[Line]) -> tuple[dict[str, Token], dict[str, float]]:
             groups[line["call"]] = names
             for name in names:
                 tokens[name] = Token(name, line["kind"], line["at"], line)
+                for child in range(line.get("spawns", 0)):
+                    spawned = f"{name}/{child}"
+                    tokens[spawned] = Token(spawned, "spawned", line["at"], {}, parent=name)
         elif phase == "cancel":
             cancelled[normal(line["id"])] = 0.0
         elif phase == "cancelled" and line["gone"]:
@@ -108,6 +124,7 @@ def _tokens(calls: Iterable[Line]) -> tuple[dict[str, Token], dict[str, float]]:
                 token.outcome, token.told_at = phase, line["at"]
                 if phase == "ok":
                     token.id = normal(line["ids"][at])
+                    token.confirmed = bool(token.facts.get("wait_replicas")) and not line.get("unconfirmed")
                     if at in line["existing"]:
                         token.outcome = "existing"
     return tokens, cancelled

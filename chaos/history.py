@@ -14,7 +14,7 @@ from typing import Any
 
 import hiredis
 
-Command = list[bytes]
+from chaos.ledger import Command, Ledger
 
 
 @dataclass
@@ -33,6 +33,8 @@ class Job:
     """Ends recorded by somebody who did not hold it."""
     records: list[dict[str, Any]] = field(default_factory=list)
     """What was stored as its result, each time."""
+    silent: bool = False
+    """It went, and the same step stored no result."""
 
 
 class History:
@@ -42,7 +44,9 @@ class History:
         """Begin with an empty Redis."""
         self.jobs: dict[str, Job] = {}
         self.crew: dict[str, int] = {}  # identity → pid
-        self.reaped: list[str] = []
+        self.taken: list[tuple[str, set[str]]] = []
+        """Registrations that ended with jobs still held: the identity, and which jobs went back."""
+        self.ledger = Ledger()
         self.writes = 0
         self._prefix = f"{namespace}:".encode()
         self._live: set[str] = set()
@@ -56,12 +60,13 @@ class History:
         before = set[str]()
         ended: set[str] = set()
         for command in transaction:
-            if len(command) < 3 and command[0].upper() not in {b"DEL", b"UNLINK"}:
+            if len(command) < 2:
                 continue
             name = command[0].upper()
             queue, kind = self._place(command[1])
             if queue is None:
                 continue
+            self.ledger.take(name, queue, kind, command[2:])
             if kind == b"jobs":
                 self._on_jobs(name, queue, command[2:], released, before, ended)
             elif kind.startswith(b"leased:"):
@@ -70,6 +75,9 @@ class History:
                 self._on_dead(name, queue, command[2:], released, before)
             elif kind.startswith(b"result:") and name in {b"SET", b"PSETEX", b"SETEX"}:
                 self._on_result(queue, kind[7:], command[2:], before, ended)
+        self.ledger.settle()
+        for public in ended:
+            self.jobs[public].silent = not self.jobs[public].records
 
     def _place(self, key: bytes) -> tuple[bytes | None, bytes]:
         if not key.startswith(self._prefix + b"{"):
@@ -137,8 +145,10 @@ class History:
                     released[public] = worker
                     del self._holder[public]
         elif name in {b"DEL", b"UNLINK"}:
-            self.reaped.append(worker.decode())
-            for public in [public for public, holder in self._holder.items() if holder == worker]:
+            held = {public for public, holder in self._holder.items() if holder == worker}
+            if held:
+                self.taken.append((worker.decode(), held))
+            for public in held:
                 released[public] = worker
                 del self._holder[public]
 

@@ -7,28 +7,39 @@ import random
 import signal
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 from chaos.crew import Program
+from chaos.link import DIRECTIONS
 from chaos.stage import Stage
 
 PAUSE = 0.5
 """Seconds between two faults on average."""
+PATIENCE = 3.0
+"""Seconds a fault waits for somebody it can strike."""
+QUEUE = 60.0
+"""Seconds a fault of Redis waits for the one before it to be over, and one of a job's process for there to be one."""
 
-WEIGHTS = {
-    "kill worker": 40, "stop worker": 10, "restart worker": 8, "kill redis": 2, "kill clients": 8, "flush scripts": 8,
-    "squeeze memory": 2, "freeze redis": 1.5, "pause clients": 2, "cut": 10, "swallow replies": 8, "delay": 3, "black hole": 2,
-    "step clock": 1,
+_PROCESSES = {
+    "kill child": 22, "kill program": 6, "kill supervisor": 3, "kill host": 2, "kill job process": 2, "kill producer": 3,
+    "stop child": 6, "stop program": 4, "stop supervisor": 2, "restart worker": 7, "kill clients": 6, "flush scripts": 6,
 }  # fmt: skip
-_WORKERS = {"kill worker": 40, "stop worker": 10, "restart worker": 8, "kill clients": 8, "flush scripts": 8}
-ELSEWHERE = {
-    "cluster": {**_WORKERS, "move slot": 10, "fail over": 3},
-    "sentinel": {**_WORKERS, "fail over": 4, "kill master": 2},
-}
-"""What happens where Redis is more than one server."""
+_WAY = {
+    "cut up": 4, "cut down": 5, "swallow replies": 5, "swallow and hang": 2, "delay up": 2, "delay down": 2,
+    "black hole": 1, "black hole up": 1, "black hole down": 1,
+}  # fmt: skip
+DECKS: dict[str, dict[str, int]] = {
+    "standalone": {
+        **_PROCESSES, **_WAY, "kill redis": 2, "freeze redis": 2, "pause clients": 2, "squeeze memory": 2, "step clock": 1,
+    },
+    "cluster": {**_PROCESSES, "pause clients": 3, "move slot": 14, "fail over": 5},
+    "sentinel": {**_PROCESSES, "pause clients": 2, "fail over": 5, "kill master": 3, "freeze master": 2},
+}  # fmt: skip
+"""Topology → how often each kind of fault comes in a deck, of about a minute. So in two minutes none is left out."""
 
 
 @dataclass(frozen=True)
@@ -46,15 +57,25 @@ class Fault:
         return f"{self.at:7.2f} s  {self.kind} ({self.draw:.3f}, {self.size:.3f})"
 
 
+_LATER = object()
+"""What a fault returns that is still under way: a thread of its own counts it."""
+
+
+class MissedError(Exception):
+    """A fault found nobody to strike."""
+
+
 def schedule(seed: int, seconds: float, *, topology: str = "standalone") -> list[Fault]:
-    """Return what happens when; the same for the same seed."""
+    """Return what happens when; the same for the same seed. Kinds are dealt from decks, shuffled."""
     draw = random.Random(f"nemesis {seed}")
-    table = ELSEWHERE.get(topology, WEIGHTS)
-    kinds, weights = list(table), list(table.values())
     found: list[Fault] = []
+    deck: list[str] = []
     at = 1.0
     while at < seconds:
-        found.append(Fault(at, draw.choices(kinds, weights)[0], draw.random(), draw.random()))
+        if not deck:
+            deck = [kind for kind, times in DECKS[topology].items() for _ in range(times)]
+            draw.shuffle(deck)
+        found.append(Fault(at, deck.pop(), draw.random(), draw.random()))
         at += draw.uniform(0.2, 2 * PAUSE - 0.2)
     return found
 
@@ -63,10 +84,15 @@ class Nemesis:
     """Carries a schedule out on a stage, on a thread of its own; what lasts ends on another."""
 
     def __init__(self, stage: Stage, faults: list[Fault]) -> None:
-        """Take the stage and the schedule; a server whose clock cannot be set skips those steps visibly."""
+        """Take the stage and the schedule."""
         self.stage, self.faults = stage, faults
-        self.skipped: list[str] = []
+        self.struck: Counter[str] = Counter()
+        """Kind → how often it was carried out to the end."""
+        self.missed: Counter[str] = Counter()
+        self.reasons: dict[str, str] = {}
+        """Kind → why it missed, the last time."""
         self._stopped = threading.Event()
+        self._books = threading.Lock()
         self._server = threading.Lock()  # one fault of Redis itself at a time
         self._later: list[threading.Thread] = []
         self._thread = threading.Thread(target=self._run, name="nemesis", daemon=True)
@@ -79,21 +105,42 @@ class Nemesis:
         """Wait for the end of the schedule and of everything that lasts."""
         self._thread.join()
         for thread in self._later:
-            thread.join(60)
+            thread.join(100)
 
     def stop(self) -> None:
         """End early."""
         self._stopped.set()
         self.finish()
 
+    def idle(self) -> list[str]:
+        """Return the kinds that came more than once, never struck, and could have."""
+        planned = Counter(fault.kind for fault in self.faults)
+        able = planned.keys() - (set() if self.stage.ground.has_clock else {"step clock"})
+        return sorted(kind for kind in able if planned[kind] > 1 and not self.struck[kind])
+
     def _run(self) -> None:
         began = time.monotonic()
         for fault in self.faults:
             if self._stopped.wait(max(0.0, began + fault.at - time.monotonic())):
                 return
-            act = getattr(self, "_" + fault.kind.replace(" ", "_"))
-            with suppress(ProcessLookupError):
-                act(fault)
+            self._carry_out(fault.kind, lambda fault=fault: self._act(fault))  # type: ignore[misc]
+
+    def _act(self, fault: Fault) -> Any:
+        words = [word for word in fault.kind.split() if word not in DIRECTIONS]
+        return getattr(self, "_" + "_".join(words))(fault)
+
+    def _carry_out(self, kind: str, act: Callable[[], Any]) -> None:
+        # Whatever it meets: an error here would end the schedule, and nobody would know.
+        try:
+            if act() is _LATER:
+                return
+        except Exception as error:
+            with self._books:
+                self.missed[kind] += 1
+                self.reasons[kind] = f"{type(error).__name__}: {error}"[:120]
+        else:
+            with self._books:
+                self.struck[kind] += 1
 
     def _after(self, act: Callable[[], Any], seconds: float) -> None:
         def wait_and_act() -> None:
@@ -101,135 +148,212 @@ class Nemesis:
             with suppress(ProcessLookupError):
                 act()
 
-        thread = threading.Thread(target=wait_and_act, daemon=True)
+        self._start(wait_and_act)
+
+    def _start(self, act: Callable[[], Any]) -> None:
+        thread = threading.Thread(target=act, daemon=True)
         self._later.append(thread)
         thread.start()
 
-    # -- workers ---------------------------------------------------------------------------------------------------
+    # -- processes -------------------------------------------------------------------------------------------------
 
-    def _worker(self, fault: Fault) -> Program:
-        workers = self.stage.crew.workers()
-        return workers[int(fault.draw * len(workers))]
+    def _pick(self, fault: Fault, find: Callable[[], list[Any]], patience: float = PATIENCE) -> Any:
+        """Draw one of those there are; one that has just died is back in a moment."""
+        found = self.stage.wait(find, patience)
+        if not found:
+            raise MissedError("there was none")
+        return found[int(fault.draw * len(found))]
 
-    def _victim(self, fault: Fault) -> tuple[int, list[int], bool]:
-        """Return whom to strike, who suffers from it, and whether a supervisor sees it: mostly children, sometimes all."""
-        program = self._worker(fault)
-        children = program.children() if program.supervised else []
-        if not children or fault.draw * 7 % 1 < 0.15:
-            return program.pid, program.family(), False
-        child = children[int(fault.draw * 31) % len(children)]
-        return child, [child], True
+    def _supervisors(self) -> list[Program]:
+        return [one for one in self.stage.crew.workers() if one.supervised and one.children()]
 
-    def _kill_worker(self, fault: Fault) -> None:
-        pid, struck, supervised = self._victim(fault)
-        orphans = not supervised and len(struck) > 1  # children of a killed supervisor drain and end by themselves
-        self.stage.fault("kill supervisor" if orphans else "kill worker", pids=struck, supervised=supervised)
-        os.kill(pid, signal.SIGKILL)
+    def _programs(self) -> list[Program]:
+        return [one for one in self.stage.crew.workers() if not one.supervised and one.alive()]
 
-    def _stop_worker(self, fault: Fault) -> None:
-        pid, struck, _ = self._victim(fault)
+    def _children(self) -> list[int]:
+        return [child for one in self._supervisors() for child in one.children()]
+
+    def _job_processes(self) -> list[int]:
+        workers = {one.pid for one in self.stage.crew.workers()} | set(self._children())
+        return [pid for one in self.stage.crew.workers() for pid in one.family() if pid not in workers]
+
+    def _kill(
+        self, fault: Fault, pids: list[int], *, struck: list[int] | None = None, supervised: bool = False
+    ) -> None:
+        self.stage.fault(fault.kind, pids=struck or pids, supervised=supervised)
+        for pid in pids:
+            os.kill(pid, signal.SIGKILL)
+
+    def _kill_child(self, fault: Fault) -> None:
+        self._kill(fault, [self._pick(fault, self._children)], supervised=True)
+
+    def _kill_program(self, fault: Fault) -> None:
+        program = self._pick(fault, self._programs)
+        self._kill(fault, [program.pid], struck=program.family())
+
+    def _kill_supervisor(self, fault: Fault) -> None:
+        program = self._pick(fault, self._supervisors)
+        self._kill(fault, [program.pid], struck=program.family())  # its children drain and end by themselves
+
+    def _kill_host(self, fault: Fault) -> None:
+        self._kill(fault, self._pick(fault, self._supervisors).family())
+
+    def _kill_job_process(self, fault: Fault) -> object:
+        return self._beside(fault, lambda: self._kill(fault, [self._pick(fault, self._job_processes, QUEUE)]))
+
+    def _kill_producer(self, fault: Fault) -> None:
+        mortal = lambda: [one for one in self.stage.crew.producers() if one.mortal and one.alive()]  # noqa: E731
+        self._kill(fault, [self._pick(fault, mortal).pid])
+
+    def _stop(self, fault: Fault, pid: int, struck: list[int]) -> None:
         seconds = self.stage.lease * (1.2 + 1.8 * fault.size)
-        self.stage.fault("stop worker", pids=struck, lasting=seconds)
+        self.stage.fault(fault.kind, pids=struck, lasting=seconds)
         os.kill(pid, signal.SIGSTOP)
         self._after(lambda: os.kill(pid, signal.SIGCONT), seconds)
 
+    def _stop_child(self, fault: Fault) -> None:
+        child = self._pick(fault, self._children)
+        self._stop(fault, child, [child])
+
+    def _stop_program(self, fault: Fault) -> None:
+        program = self._pick(fault, self._programs)
+        self._stop(fault, program.pid, program.family())
+
+    def _stop_supervisor(self, fault: Fault) -> None:
+        program = self._pick(fault, self._supervisors)
+        self._stop(fault, program.pid, program.family())
+
     def _restart_worker(self, fault: Fault) -> None:
-        program = self._worker(fault)
-        self.stage.fault("restart worker", pids=program.family(), lasting=10)
+        program = self._pick(fault, lambda: [*self._supervisors(), *self._programs()])
+        self.stage.fault(fault.kind, pids=program.family(), lasting=10)
         program.signal(signal.SIGTERM)
 
     # -- Redis -----------------------------------------------------------------------------------------------------
 
-    def _kill_redis(self, fault: Fault) -> None:
-        if self._server.acquire(timeout=5):
-            self.stage.fault("kill redis", lasting=2 + fault.size)
-            self.stage.ground.restart(fault.size)
+    def _hold(self) -> None:
+        if not self._server.acquire(timeout=QUEUE):
+            raise MissedError("another fault held the server")
+
+    def _command(self, *parts: Any) -> None:
+        if self.stage.ground.command(*parts) is None:
+            raise MissedError("the server did not answer")
+
+    def _apart(self, fault: Fault, act: Callable[[], Any], lasting: float) -> object:
+        """Do what takes its time, and nobody else may do to the server meanwhile, beside the schedule."""
+
+        def alone() -> None:
+            self._hold()
+            try:
+                self.stage.fault(fault.kind, lasting=lasting)
+                act()
+            finally:
+                self._server.release()
+
+        return self._beside(fault, alone)
+
+    def _beside(self, fault: Fault, act: Callable[[], Any]) -> object:
+        """Let the schedule go on; what comes of *act* is known when it is over."""
+        self._start(lambda: self._carry_out(fault.kind, act))
+        return _LATER
+
+    def _lasting(
+        self, fault: Fault, begin: Callable[[], Any], end: Callable[[], Any], seconds: float, after: float
+    ) -> None:
+        """Begin what holds the server for some time, and end it then; *after* that it may still be felt."""
+        self._hold()
+        self.stage.fault(fault.kind, lasting=seconds + after)
+
+        def over() -> None:
+            end()
             self._server.release()
+
+        try:
+            begin()
+        finally:
+            self._after(over, seconds)
+
+    def _kill_redis(self, fault: Fault) -> object:
+        return self._apart(fault, lambda: self.stage.ground.restart(fault.size), 2 + fault.size)
 
     def _freeze_redis(self, fault: Fault) -> None:
-        if not self._server.acquire(timeout=5):
-            return
-        seconds = self.stage.lease * (0.5 + 2.5 * fault.size)
-        self.stage.fault("freeze redis", lasting=seconds + self.stage.lease)
-        self.stage.ground.freeze()
-
-        def thaw() -> None:
-            self.stage.ground.thaw()
-            self._server.release()
-
-        self._after(thaw, seconds)
+        ground, lease = self.stage.ground, self.stage.lease
+        self._lasting(fault, ground.freeze, ground.thaw, lease * (0.5 + 2.5 * fault.size), lease)
 
     def _pause_clients(self, fault: Fault) -> None:
         seconds = self.stage.lease * (0.3 + 1.2 * fault.size)
-        self.stage.fault("pause clients", lasting=seconds)
-        self.stage.ground.command("CLIENT", "PAUSE", int(seconds * 1000), "ALL")
+        self._lasting(
+            fault,
+            lambda: self._command("CLIENT", "PAUSE", int(seconds * 1000), "ALL"),
+            lambda: None,
+            seconds,
+            self.stage.lease,
+        )
 
     def _kill_clients(self, fault: Fault) -> None:
-        self.stage.fault("kill clients")
-        self.stage.ground.command("CLIENT", "KILL", "TYPE", "normal")
+        self.stage.fault(fault.kind)
+        self._command("CLIENT", "KILL", "TYPE", "normal")
 
     def _flush_scripts(self, fault: Fault) -> None:
-        self.stage.fault("flush scripts")
-        self.stage.ground.command("SCRIPT", "FLUSH")
+        self.stage.fault(fault.kind)
+        self._command("SCRIPT", "FLUSH")
 
     def _squeeze_memory(self, fault: Fault) -> None:
-        if not self._server.acquire(timeout=5):
-            return
-        seconds = 1 + 3 * fault.size
-        self.stage.fault("squeeze memory", lasting=seconds)
-        with suppress(Exception):
-            self.stage.ground.squeeze(0.9)
-
-        def lift() -> None:
-            self.stage.ground.squeeze(0)
-            self._server.release()
-
-        self._after(lift, seconds)
+        ground = self.stage.ground
+        self._lasting(fault, lambda: ground.squeeze(0.9), lambda: ground.squeeze(0), 1 + 3 * fault.size, 0)
 
     def _step_clock(self, fault: Fault) -> None:
-        if not self.stage.ground.has_clock:
-            self.skipped.append("step clock: libfaketime is not installed")
-            return
+        ground = self.stage.ground
+        if not ground.has_clock:
+            raise MissedError("libfaketime is not installed")
         hours = 3600 if fault.draw < 0.5 else -3600
-        self.stage.fault("clock stepped", lasting=5, by=hours)
-        self.stage.ground.set_clock(hours)
-        self._after(lambda: self.stage.ground.set_clock(0), 2 + 3 * fault.size)
+        self.stage.fault(fault.kind, lasting=5, by=hours)
+        ground.set_clock(hours)
+        self._after(lambda: ground.set_clock(0), 2 + 3 * fault.size)
 
     # -- more than one server --------------------------------------------------------------------------------------
 
-    def _move_slot(self, fault: Fault) -> None:
-        self.stage.fault("move slot", lasting=2)
-        self.stage.ground.move(whole=fault.draw < 0.5)
+    def _move_slot(self, fault: Fault) -> object:
+        ground = self.stage.ground
+        return self._apart(fault, lambda: ground.move(fault.draw, whole=fault.size < 0.5), 2)
 
-    def _fail_over(self, fault: Fault) -> None:
-        self.stage.fault("fail over", lasting=3)
-        self.stage.ground.fail_over()
+    def _fail_over(self, fault: Fault) -> object:
+        return self._apart(fault, lambda: self.stage.ground.fail_over(fault.draw), 3)
 
-    def _kill_master(self, fault: Fault) -> None:
-        self.stage.fault("kill master", lasting=5)
-        self.stage.ground.kill_master()
+    def _kill_master(self, fault: Fault) -> object:
+        return self._apart(fault, self.stage.ground.kill_master, 5)
+
+    def _freeze_master(self, fault: Fault) -> object:
+        return self._apart(fault, self.stage.ground.freeze_master, 5)
 
     # -- the way between -------------------------------------------------------------------------------------------
 
-    def _cut(self, fault: Fault) -> None:
-        count = 1 + int(20 * fault.size)
-        self.stage.fault("cut", connections=count)
-        self.stage.proxy.cut_randomly(mean=2000, times=count, seed=int(fault.draw * 1e9))
+    @staticmethod
+    def _ways(fault: Fault) -> tuple[str, ...]:
+        last = fault.kind.split()[-1]
+        return (last,) if last in DIRECTIONS else DIRECTIONS
 
-    def _swallow_replies(self, fault: Fault) -> None:
-        self.stage.fault("swallow replies")
+    def _cut(self, fault: Fault) -> None:
+        count = 1 + int(10 * fault.size)
+        self.stage.fault(fault.kind, connections=count)
+        seed = int(fault.draw * 1e9)
+        self.stage.proxy.cut_randomly(mean=2000, times=count, seed=seed, directions=self._ways(fault))
+
+    def _swallow_replies(self, fault: Fault, *, hang: bool = False) -> None:
+        self.stage.fault(fault.kind)
         for n in range(1, 2 + int(5 * fault.size)):
-            self.stage.proxy.swallow_reply(3 * n, "EVALSHA", hang=fault.draw < 0.2)
+            self.stage.proxy.swallow_reply(3 * n, "EVALSHA", hang=hang)
+
+    def _swallow_and_hang(self, fault: Fault) -> None:
+        self._swallow_replies(fault, hang=True)
 
     def _delay(self, fault: Fault) -> None:
-        seconds = 1 + 4 * fault.size
-        self.stage.fault("delay", lasting=seconds)
-        self.stage.proxy.delay(0.2, 0.15)
-        self._after(lambda: self.stage.proxy.delay(0), seconds)
+        seconds, ways = 1 + 4 * fault.size, self._ways(fault)
+        self.stage.fault(fault.kind, lasting=seconds)
+        self.stage.proxy.delay(0.2, 0.15, ways)
+        self._after(lambda: self.stage.proxy.delay(0, 0, ways), seconds)
 
     def _black_hole(self, fault: Fault) -> None:
         seconds = self.stage.lease * (0.5 + 2 * fault.size)
-        self.stage.fault("black hole", lasting=seconds + self.stage.lease)
-        which = (("up",), ("down",), ("up", "down"))[int(fault.draw * 3)]
-        self.stage.proxy.black_hole(which)
+        self.stage.fault(fault.kind, lasting=seconds + self.stage.lease)
+        self.stage.proxy.black_hole(self._ways(fault))
         self._after(self.stage.proxy.heal, seconds)

@@ -19,14 +19,20 @@ from pathlib import Path
 from typing import Any
 
 from chaos import program
-from chaos.program import LEASE, app, mail
+from chaos.program import CONFIRM, LEASE, SPOOL, app, mail, post
 from chaos.record import Record
-from conveyor import ConfigurationError, ConveyorError, PayloadError, QueueFull, StoreUnavailable
+from conveyor import ConfigurationError, ConveyorError, DurabilityNotReached, PayloadError, QueueFull
 
 MIX: dict[str, float] = {
-    "quick": 30, "steady": 6, "boxed": 0.5, "message": 10, "bulk": 0.4, "messages": 0.4, "slow": 7, "slow_steady": 2,
+    "quick": 30, "steady": 6, "boxed": 3, "message": 10, "bulk": 0.4, "messages": 0.4, "slow": 7, "slow_steady": 2,
     "blocking": 0.1, "flaky": 5, "delayed": 5, "unique": 3, "own": 3, "cancel": 3, "poison": 0.2, "boxed_poison": 0.3,
+    "spread": 12, "spread_message": 6, "spread_messages": 0.2, "parent": 4,
 }  # fmt: skip
+STEADFAST = {
+    kind: MIX[kind]
+    for kind in ("quick", "steady", "message", "bulk", "slow", "delayed", "spread", "spread_message", "parent")
+}
+"""Of producers that ask for replicas, or have a buffer: kinds whose id is known to be theirs, however the call ends."""
 BULK = 60
 
 
@@ -40,7 +46,6 @@ class Producer:
         self.prefix = f"{number}.{os.getpid()}."
         self.count = itertools.count()
         self.made = 0
-        self.handles: list[Any] = []
         self.loop = asyncio.new_event_loop()
         self.stopped = False
 
@@ -52,13 +57,18 @@ class Producer:
         self.made += count
         tokens = [f"{self.prefix}{first + i}" for i in range(count)]
         name = f"{self.prefix}{first}"
+        facts.update({"wait_replicas": CONFIRM} if CONFIRM else {"buffered": True} if SPOOL else {})
         self.calls.write(call=name, phase="intent", kind=kind, prefix=self.prefix, first=first, count=count, **facts)
         try:
             found = act(tokens)
         except (QueueFull, PayloadError, ConfigurationError) as error:
-            self.calls.write(call=name, phase="refused", why=type(error).__name__)
-        except StoreUnavailable as error:
-            self.calls.write(call=name, phase="unknown", why=str(error)[:200])
+            # Of a bulk push to partitions some may have taken their part.
+            phase = "unknown" if kind == "spread_messages" else "refused"
+            self.calls.write(call=name, phase=phase, why=type(error).__name__)
+        except DurabilityNotReached as error:
+            # Stored, and no more than that.
+            phase = "ok" if len(error.job_ids) == count else "unknown"
+            self.calls.write(call=name, phase=phase, ids=error.job_ids, existing=[], unconfirmed=True)
         except ConveyorError as error:
             self.calls.write(call=name, phase="unknown", why=repr(error)[:200])
         else:
@@ -79,47 +89,69 @@ class Producer:
         )
 
     def one(self, kind: str) -> None:
-        """Make one call of *kind*; `quick:1500` is a quick one that takes 1,500 ms."""
+        """Make one call of *kind*; `quick:1500` is a quick one that takes 1,500 ms, `bulk:15` one of 15 jobs."""
         draw = self.random
         kind, _, fixed = kind.partition(":")
         ms = float(fixed) if fixed else draw.uniform(1, 10)
         long = (1 + min(4, draw.expovariate(1.5))) * LEASE * 1000
-        if kind in {"quick", "steady", "boxed", "bystander"}:
+        if kind in {"quick", "steady", "boxed", "bystander", "spread"}:
             self.task(kind, getattr(program, kind), ms)
-        elif kind == "slow":
-            self.task(kind, program.quick, long)
-        elif kind == "slow_steady":
-            self.task(kind, program.steady, long / 2)
-        elif kind == "blocking":
-            self.task(kind, program.blocking, draw.uniform(0.5, 1.5) * LEASE * 1000)
+        elif "bulk" in kind or "message" in kind:
+            self.many(kind, int(fixed) if fixed else BULK, ms)
+        elif kind in {"slow", "slow_steady", "blocking"}:
+            self.long(kind, long)
+        elif kind in {"delayed", "unique", "own"}:
+            self.special(kind, ms)
         elif kind == "flaky":
             self.task(kind, program.flaky, draw.randint(1, 3))
-        elif kind == "delayed":
-            delay = round(draw.uniform(0.2, 3), 3)
-            self.task(kind, program.quick, ms, facts={"delay": delay}, delay=delay)
-        elif kind == "unique":
-            key = f"key{draw.randint(0, 20)}"
-            self.task(kind, program.quick, draw.uniform(50, 1500), facts={"key": key}, unique=key)
-        elif kind == "own":
-            name = f"own-{self.prefix}{draw.randint(0, self.made // 2)}"
-            self.task(kind, program.quick, ms, facts={"own": name}, id=name)
+        elif kind == "parent":
+            children, failures = draw.randint(1, 4), draw.choice((0, 0, 1))
+            self.task(kind, program.parent, children, failures, facts={"spawns": children})
         elif kind == "poison":
             self.task(kind, program.poison, draw.choice(["0", "1", "75", "SIGKILL", "SIGSEGV"]))
         elif kind == "boxed_poison":
             self.task(kind, program.boxed_poison, draw.choice(["1", "SIGKILL"]))
-        elif kind == "bulk":
-            size = int(fixed) if fixed else BULK
-            self.call(kind, lambda tokens: app.enqueue_many(program.quick.s(token, 5) for token in tokens), size)
-        elif kind == "messages":
-            self.call(kind, lambda tokens: mail.push_many([{"token": t, "ms": ms} for t in tokens]), BULK)
-        elif kind == "message":
-            self.call(kind, lambda tokens: mail.push({"token": tokens[0], "ms": ms}))
         elif kind == "cancel":
             self.cancel(draw.uniform(0, 1) < 0.5)
         elif kind == "keys":
             self.keys(f"story{self.made}")
         else:
             raise ValueError(kind)
+
+    def long(self, kind: str, ms: float) -> None:
+        """Enqueue a job that takes a lease or several."""
+        if kind == "slow":
+            self.task(kind, program.quick, ms)
+        elif kind == "slow_steady":
+            self.task(kind, program.steady, ms / 2)
+        else:
+            self.task(kind, program.blocking, self.random.uniform(0.5, 1.5) * LEASE * 1000)
+
+    def special(self, kind: str, ms: float) -> None:
+        """Enqueue a job for later, or one that may be there already."""
+        draw = self.random
+        if kind == "delayed":
+            delay = round(draw.uniform(0.2, 3), 3)
+            self.task(kind, program.quick, ms, facts={"delay": delay}, delay=delay)
+        elif kind == "unique":
+            key = f"key{draw.randint(0, 20)}"
+            self.task(kind, program.quick, draw.uniform(50, 1500), facts={"key": key}, unique=key)
+        else:
+            name = f"own-{self.prefix}{draw.randint(0, self.made // 2)}"
+            self.task(kind, program.quick, ms, facts={"own": name}, id=name)
+
+    def many(self, kind: str, size: int, ms: float) -> None:
+        """Push a message, to a queue in one piece or to partitions, or many jobs or messages in one call."""
+        if kind == "bulk":
+            self.call(kind, lambda tokens: app.enqueue_many(program.quick.s(token, 5) for token in tokens), size)
+        elif kind == "messages":
+            self.call(kind, lambda tokens: mail.push_many([{"token": t, "ms": ms} for t in tokens]), size)
+        elif kind == "spread_messages":
+            self.call(kind, lambda tokens: post.push_many([{"token": t, "ms": ms} for t in tokens]), size)
+        elif kind == "spread_message":
+            self.call(kind, lambda tokens: post.push({"token": tokens[0], "ms": ms}))
+        else:
+            self.call(kind, lambda tokens: mail.push({"token": tokens[0], "ms": ms}))
 
     def cancel(self, later: bool) -> None:
         """Push a job and cancel it at once: before it is due, or while it may already run."""
@@ -170,7 +202,9 @@ def main() -> None:
         producer.stopped = True
 
     signal.signal(signal.SIGTERM, stop)
-    producer.run(float(rate), int(count), json.loads(rest[0]) if rest else MIX)
+    usual = STEADFAST if CONFIRM or SPOOL else MIX
+    producer.run(float(rate), int(count), json.loads(rest[0]) if rest else usual)
+    app.close()  # delivers what an earlier process left in the buffer, too
     producer.calls.write(call=producer.prefix, phase="end", made=producer.made)
 
 

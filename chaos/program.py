@@ -1,6 +1,7 @@
 """The program under test: an app of tasks that write down each of their runs outside the queue.
 
-It uses nothing but the public interface. `CHAOS_DIR` is the run's directory, `CHAOS_LEASE` the lease in seconds.
+It uses nothing but the public interface. `CHAOS_DIR` is the run's directory, `CHAOS_LEASE` the lease in seconds,
+`CHAOS_SPOOL` a producer's buffer on disk, `CHAOS_CONFIRM` how many replicas must have what it pushes.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from chaos.record import Record
-from conveyor import Context, Conveyor, Retry, current
+from conveyor import Buffer, Context, Conveyor, Retry, current
 
 LEASE = float(os.environ.get("CHAOS_LEASE", "2"))
 NAMESPACE = "chaos"
@@ -24,8 +25,19 @@ MAX_CRASHES = 3
 PATIENT = Retry(attempts=40, backoff="50ms", cap="500ms", max_crashes=1_000_000)
 """Of jobs that are innocent of every crash around them: none of them may die."""
 
-app = Conveyor(namespace=NAMESPACE, lease=LEASE)
-mail = app.queue("mail", max_attempts=40)
+PARTITIONS = 3
+SPOOL = os.environ.get("CHAOS_SPOOL")
+
+CONFIRM = int(os.environ.get("CHAOS_CONFIRM", "0"))
+ASKED: dict[str, Any] = {"wait_replicas": CONFIRM} if CONFIRM else {}
+
+app = Conveyor(namespace=NAMESPACE, lease=LEASE, buffer=Buffer(SPOOL, linger="60s") if SPOOL else None)
+if ASKED:
+    app.queue("default", **ASKED)  # undeclared it takes the shortest way in
+box = app.queue("box")  # for `conveyor worker` only: a program with a worker inside runs no processes
+mail = app.queue("mail", max_attempts=40, **ASKED)
+wide = app.queue("wide", partitions=PARTITIONS, **ASKED)
+post = app.queue("post", partitions=PARTITIONS, max_attempts=40, **ASKED)
 
 
 @functools.cache
@@ -68,7 +80,27 @@ def steady(token: str, ms: float, context: Context = current()) -> dict[str, Any
         return answer(token, context)
 
 
-@app.task(name="boxed", run_in="process", retry=PATIENT)
+@app.task(name="spread", queue="wide", retry=PATIENT)
+async def spread(token: str, ms: float, context: Context = current()) -> dict[str, Any]:
+    """Do as `quick` does, on a queue in partitions."""
+    with noted(token, context.job_id, context.attempt):
+        await asyncio.sleep(ms / 1000)
+        return answer(token, context)
+
+
+@app.task(name="parent", retry=PATIENT)
+async def parent(token: str, children: int, failures: int, context: Context = current()) -> dict[str, Any]:
+    """Spawn jobs for this queue and for partitions of another; fail at the first attempts, which must spawn none."""
+    with noted(token, context.job_id, context.attempt):
+        for number in range(children):
+            context.spawn((spread if number % 2 else quick).s(f"{token}/{number}", 5))
+        await asyncio.sleep(0.005)
+        if context.attempt <= failures:
+            raise RuntimeError(f"attempt {context.attempt} of {token} fails")
+        return answer(token, context)
+
+
+@app.task(name="boxed", queue="box", run_in="process", retry=PATIENT)
 def boxed(token: str, ms: float, context: Context = current()) -> dict[str, Any]:
     """Sleep in a process of its own."""
     with noted(token, context.job_id, context.attempt):
@@ -109,7 +141,7 @@ async def poison(token: str, how: str, context: Context = current()) -> None:
         die(how)
 
 
-@app.task(name="boxed_poison", run_in="process", retry=Retry(attempts=40, max_crashes=MAX_CRASHES))
+@app.task(name="boxed_poison", queue="box", run_in="process", retry=Retry(attempts=40, max_crashes=MAX_CRASHES))
 def boxed_poison(token: str, how: str, context: Context = current()) -> None:
     """Take the job's own process along."""
     with noted(token, context.job_id, context.attempt):

@@ -62,13 +62,15 @@ class Proxy(Fabric):
         """End the connection that carries byte *after* + 1 of that direction from now on, before this byte."""
         self._do(lambda: self.cuts.append(Cut(direction, after, None, 1)))
 
-    def cut_randomly(self, *, mean: int, times: int, seed: int) -> None:
-        """Cut *times* connections, half in each direction, with exponentially many bytes between, *mean* on average."""
+    def cut_randomly(self, *, mean: int, times: int, seed: int, directions: tuple[str, ...] = DIRECTIONS) -> None:
+        """Cut *times* connections, as many in each direction, with exponentially many bytes between, *mean* on average."""
         draw = random.Random(seed)
 
         def arm() -> None:
-            for direction, share in (("up", times - times // 2), ("down", times // 2)):
-                self.cuts.append(Cut(direction, again(), again, share))
+            for at, direction in enumerate(directions):
+                share = (times + at) // len(directions)
+                if share:
+                    self.cuts.append(Cut(direction, again(), again, share))
 
         def again() -> int:
             return int(draw.expovariate(1 / mean))

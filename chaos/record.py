@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,9 @@ class Record:
         self._fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
 
     def write(self, **fields: Any) -> None:
-        """Append one line."""
-        line = json.dumps({**fields, "at": round(time.monotonic(), 6)}, separators=(",", ":")).encode() + b"\n"
+        """Append one line. It begins a line of its own: whoever wrote before may have been killed amid a line."""
+        facts = {**fields, "at": round(time.monotonic(), 6)}
+        line = b"\n" + json.dumps(facts, separators=(",", ":")).encode() + b"\n"
         assert len(line) < LONGEST, len(line)
         os.write(self._fd, line)
 
@@ -31,8 +33,15 @@ class Record:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """Return the lines of a file, in their order; none when it was never opened. A torn last line is left out."""
+    """
+    Return the lines of a file, in their order; none when it was never opened.
+
+    A line whose writer was killed amid it is left out, wherever it stands: it lacks its last brace, so it is no JSON.
+    """
     if not path.exists():
         return []
-    lines = path.read_bytes().split(b"\n")
-    return [json.loads(line) for line in lines[:-1] if line]
+    found = []
+    for line in path.read_bytes().split(b"\n"):
+        with suppress(ValueError):
+            found.append(json.loads(line))
+    return found

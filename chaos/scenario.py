@@ -11,9 +11,9 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, NamedTuple
 
-from chaos.checker import Verdict, spread
 from chaos.crew import Program
 from chaos.stage import Stage
+from chaos.verdict import Verdict, spread
 
 Facts = dict[str, Any]
 

@@ -17,15 +17,16 @@ from typing import Any, Self
 import redis as redis_py
 
 from chaos import dump as dumping
-from chaos.checker import Verdict, check
+from chaos.checker import check
 from chaos.crew import Crew
 from chaos.evidence import gather
 from chaos.ground import Ground
 from chaos.history import read_history
 from chaos.proxy import Proxy
 from chaos.record import Record, read
+from chaos.verdict import Verdict
 
-QUEUES = ("default", "mail")
+QUEUES = ("default", "mail", "box", *(f"{queue}/{number}" for queue in ("wide", "post") for number in range(3)))
 
 
 class Stage:
@@ -119,7 +120,7 @@ class Stage:
         """End every fault that lasts."""
         self.proxy.heal()
         self.ground.thaw()
-        if self.faults["clock stepped"]:
+        if self.faults["step clock"]:
             self.ground.set_clock(2 * 3600)  # what was scheduled while the clock was an hour ahead is due now, too
         self.wait(lambda: self.ground.command("CONFIG", "SET", "maxmemory", "0"), 20)
 

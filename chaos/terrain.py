@@ -11,9 +11,13 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from chaos import ground  # noqa: F401  makes the servers of the test suite importable
-from topology import ClusterOfNodes, Watched  # type: ignore[import-not-found]
+from topology import ClusterOfNodes, Watched, slot_of  # type: ignore[import-not-found]
 
-KEY = "chaos:{default}:jobs"
+KEYS = tuple(
+    f"chaos:{{{queue}}}:jobs"
+    for queue in ("default", "wide/0", "mail", "wide/1", "post/0", "default", "wide/2", "post/1")
+)
+"""One of each slot that is moved; the busiest queue has two turns."""
 ONCE: dict[str, Any] = {"socket_timeout": 5}
 
 
@@ -58,18 +62,21 @@ class Cluster(Terrain):
         host, port = self.nodes.nodes[0].name.split(":")
         return redis_py.RedisCluster(host=host, port=int(port), **{**ONCE, **options})
 
-    def move(self, *, whole: bool) -> None:
-        """Move the slot of the busiest queue to another node."""
+    def move(self, draw: float, *, whole: bool) -> None:
+        """Move the slot of a queue, or of a partition, to another node."""
+        key = KEYS[int(draw * len(KEYS))]
         if whole:
-            self.nodes.migrate_slot_whole(KEY)
+            self.nodes.migrate_slot_whole(key)
         else:
-            self.nodes.migrate_slot(KEY, batch=2, pause=0.01)
+            # In a hundred steps, however many results lie there: half a slot takes no scripts, and that shall last a second or two.
+            keys = int(self.nodes.owner(key).ask("CLUSTER", "COUNTKEYSINSLOT", slot_of(key)))
+            self.nodes.migrate_slot(key, batch=2 + keys // 100, pause=0.01)
 
-    def fail_over(self) -> None:
-        """Let the replica of the slot's owner take over in good order."""
-        with suppress(AssertionError):
-            self.nodes.failover(KEY)
-            self.nodes.settle()
+    def fail_over(self, draw: float) -> None:
+        """Let the replica of a slot's owner take over in good order."""
+        self.nodes.settle()
+        self.nodes.failover(KEYS[int(draw * len(KEYS))])
+        self.nodes.settle()
 
     def stop(self) -> None:
         """End all nodes."""
@@ -96,18 +103,36 @@ class Sentinel(Terrain):
         host, port = self.watched.master.name.split(":")
         return redis_py.Redis(host=host, port=int(port), retry=Retry(NoBackoff(), 0), **{**ONCE, **options})
 
-    def fail_over(self) -> None:
+    # Each waits first until the replica has all there is: a second fault before that would find nobody to take over.
+
+    def fail_over(self, _: float) -> None:
         """Let the sentinels make the replica the master."""
-        with suppress(AssertionError):
-            self.watched.failover()
-            self.watched.settle()
+        self.watched.settle()
+        self.watched.failover()
+        self.watched.settle()
 
     def kill_master(self) -> None:
         """End the master with SIGKILL, wait for the other, and bring it back as a replica."""
-        with suppress(AssertionError):
-            dead = self.watched.kill_master()
+        self.watched.settle()
+        dead = self.watched.kill_master()
+        try:
             self.watched.await_other(dead.port)
+        finally:
             self.watched.mend(dead)
+
+    def freeze_master(self) -> None:
+        """Let the master fall silent until the other has taken over; it wakes, and still takes itself for the master."""
+        self.watched.settle()
+        old = self.watched.freeze_master()
+        try:
+            self.watched.await_other(old.port)
+        finally:
+            self.watched.mend(old)
+
+    def thaw(self) -> None:
+        """Wait until master and replica are in step."""
+        with suppress(AssertionError):
+            self.watched.settle()
 
     def stop(self) -> None:
         """End all."""

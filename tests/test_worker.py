@@ -294,38 +294,6 @@ async def test_weights_share_a_worker_between_queues(app: Conveyor) -> None:
     assert len(seen) == 600
 
 
-async def test_an_idle_worker_is_woken_at_once(app: Conveyor) -> None:
-    """A job pushed to an idle worker starts without waiting for any clock."""
-
-    @app.task
-    async def when() -> float:
-        return time.monotonic()
-
-    async with working(app) as worker:
-        for _ in range(5):
-            await until(lambda: worker.harbour.blocked and not worker.consumers[0].busy)
-            start = time.monotonic()
-            job = await when.aenqueue()
-            assert await job.aresult(timeout=5) - start < 0.5
-
-
-@pytest.mark.standalone_only("counts every command the server gets, those of a replica and of sentinels too")
-async def test_an_idle_worker_sends_next_to_nothing(app: Conveyor, redis: Any) -> None:
-    """An idle worker blocks: in two seconds it sends at most two commands."""
-
-    @app.task
-    async def never() -> None: ...
-
-    async with working(app) as worker:
-        await until(lambda: worker.harbour.blocked)
-        await asyncio.sleep(0.1)  # let the first turns pass
-        before = redis.info("stats")["total_commands_processed"]
-        await asyncio.sleep(2)  # the law is about time that passes
-        after = redis.info("stats")["total_commands_processed"]
-
-    assert after - before - 1 <= 2
-
-
 async def test_commands_per_job_are_few(app: Conveyor, redis: Any) -> None:
     """Draining 5,000 plain jobs takes at most 0.05 commands each."""
 

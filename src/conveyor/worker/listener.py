@@ -50,7 +50,11 @@ class Listener:
             return
         if hungry:
             self._block(hungry)
-        elif self._later is None:
+        else:
+            self._wait_a_little()
+
+    def _wait_a_little(self) -> None:
+        if self._later is None and not self._worker.stopped:
             self._later = asyncio.get_running_loop().call_later(BUSY, self._busy)
 
     def _busy(self) -> None:
@@ -85,8 +89,12 @@ class Listener:
             return
         self._attempt = 0
         if reply is not None and names is not None:
+            # Not at once: it makes a turn now, so it would not be among the hungry, and would call us again as soon as
+            # it is. Its turn ends in `listen`; one that leads to work is not waited for longer than this.
             names[reply[0]].woken()
-        self.listen()
+            self._wait_a_little()
+        else:
+            self.listen()
 
     def _refused(self, reply: Exception) -> None:
         if isinstance(reply, OSError):

@@ -20,6 +20,7 @@ from conveyor.store.operations import MOST_HELD, Report
 from conveyor.worker import settling
 from conveyor.worker.attempt import Attempt, details
 from conveyor.worker.berth import Harbour
+from conveyor.worker.burst import Burst
 from conveyor.worker.consumer import Consumer
 from conveyor.worker.ending import Ending, running, unstarted
 from conveyor.worker.executor import Executor
@@ -79,8 +80,9 @@ class Worker:
         if not self._queues:
             raise ConfigurationError("This worker has no queue: the app has no tasks and none was named with -q.")
         self._limits = (concurrency, threads)
-        self._quota, self._await_until = quota or Quota(None, None), await_until
-        self._burst, self._grace, self._slot, self._reference = burst, grace, slot, reference
+        self._quota = quota or Quota(None, None)
+        self._burst = Burst(until=await_until) if burst else None
+        self._grace, self._slot, self._reference = grace, slot, reference
         self._handlers: dict[str, dict[bytes, Handler]] = {}
         self._named: dict[str, dict[str, Handler]] = {}
         self._prefetch = Prefetch()
@@ -203,9 +205,9 @@ class Worker:
                 await asyncio.gather(*(consumer.leave() for consumer in self.consumers))
         except TimeoutError:
             log.warning("Redis does not answer; what is still held comes back when its lease ends")
-        if self._slot is not None:
+        if self._slot is not None and self._burst is not None:
             due = [at for consumer in self.consumers for at in consumer.own_retries.values()]
-            self._slot.await_until = max(self._await_until, *(at + 1.0 for at in due), 0.0)
+            self._slot.await_until = max(self._burst.until, 0.0, *(at + 1.0 for at in due))
         self.stopped = True
         self.app.emit(WorkerStopped(self.name))
 
@@ -271,8 +273,7 @@ class Worker:
                     one.schedule()
 
     def _end_burst(self) -> None:
-        over = self._burst and not self.stopping and monotonic() >= self._await_until
-        if over and all(one.drained for one in self.consumers):
+        if self._burst is not None and not self.stopping and self._burst.is_over(self.consumers, self._prefetch.ended):
             self.stop()
 
     def listen(self) -> None:
