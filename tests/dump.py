@@ -2,7 +2,7 @@
 The whole content of a server, by type: exactly, or with times made comparable.
 
 `exact` is for "nothing changed". `readable` is for expected states: instants are shown relative to the
-server's clock in tens of seconds ("now", "now+60s"), a TTL stands behind the key's name ("lane:L ~600s"),
+server's clock in tens of seconds ("now", "now+60s"), a TTL stands behind the key's name ("lane:L ~7200s"),
 and the numbers in a lease hash read "<turn>.<position>".
 """
 

@@ -22,7 +22,7 @@ def test_plain_push(scene: Scene) -> None:
     assert scene.dump() == {
         "conf": SCHEMA,
         "jobs": {"a": PLAIN, "b": PLAIN, "c": PLAIN},
-        "lane:L ~600s": "1\nok",
+        "lane:L ~7200s": "1\nok",
         "ready:0": ["a", "b", "c"],
         "wake ~3600s": ["1"],
     }
@@ -34,7 +34,7 @@ def test_second_push_adds_no_second_token(scene: Scene) -> None:
     before = scene.dump()
     scene.push("b")
     assert scene.since(before) == {
-        "jobs": {"a": PLAIN, "b": PLAIN}, "lane:L ~600s": "2\nok", "ready:0": ["a", "b"],
+        "jobs": {"a": PLAIN, "b": PLAIN}, "lane:L ~7200s": "2\nok", "ready:0": ["a", "b"],
     }  # fmt: skip
 
     assert scene.take_token()
@@ -71,7 +71,7 @@ def test_special_push(scene: Scene, options: dict[str, object], changes: dict[st
     """Each option leaves its mark in the envelope's first line and the job in its one place."""
     assert scene.push(entry("x", **options)) == ["x"]
 
-    assert scene.dump() == {"conf": SCHEMA, "lane:L ~600s": "1\nok\nx", **changes}
+    assert scene.dump() == {"conf": SCHEMA, "lane:L ~7200s": "1\nok\nx", **changes}
     assert scene.audit() == []
 
 
@@ -86,7 +86,7 @@ def test_mixed_runs_keep_their_order(scene: Scene) -> None:
     state = scene.dump()
     assert state["ready:0"] == ["f", "a", "b", "d", "e", "h"]
     assert state["ready:5"] == ["c", "g"]
-    assert state["lane:L ~600s"] == "1\nok\nb\nc\ng\nf"
+    assert state["lane:L ~7200s"] == "1\nok\nb\nc\ng\nf"
 
 
 @pytest.mark.redis6
@@ -203,7 +203,7 @@ def test_own_id_is_stored_once(scene: Scene) -> None:
 
     assert scene.push(entry("a", own_id=True, priority=7)) == ["a"]
 
-    assert scene.since(before) == {"lane:L ~600s": "2\nok\n.a"}
+    assert scene.since(before) == {"lane:L ~7200s": "2\nok\n.a"}
 
 
 @pytest.mark.parametrize("kind", ["D", "C", "X"])
@@ -218,7 +218,7 @@ def test_own_id_outlives_its_job_by_a_day(scene: Scene, kind: str) -> None:
 
     assert scene.push(entry("a", own_id=True)) == ["a"]
 
-    assert scene.since(before) == {"lane:L ~600s": "2\nok\n.a"}
+    assert scene.since(before) == {"lane:L ~7200s": "2\nok\n.a"}
 
 
 @pytest.mark.parametrize("place", ["dead", "stub", "scheduled"])
@@ -236,7 +236,7 @@ def test_own_id_is_taken_while_its_envelope_is_there(scene: Scene, place: str) -
 
     assert scene.push(entry("a", own_id=True)) == ["a"]
 
-    assert scene.since(before) == {"lane:L ~600s": "2\nok\n.a"}
+    assert scene.since(before) == {"lane:L ~7200s": "2\nok\n.a"}
     assert scene.audit() == []
 
 
@@ -249,7 +249,7 @@ def test_unique_key_returns_its_holder(scene: Scene) -> None:
 
     assert scene.since(before) == {
         "jobs": {"a": " uk" + PLAIN, "c": PLAIN, "d": " ul" + PLAIN},
-        "lane:L ~600s": "2\nok\n.a\nd",
+        "lane:L ~7200s": "2\nok\n.a\nd",
         "ready:0": ["a", "c", "d"],
         "unique:k:l": "d",
     }
