@@ -1,7 +1,8 @@
 """
 The app that the tests of failures run in real workers. It writes down each start and end of a job, one line each.
 
-With ``FLEET_POINT=name`` a process kills itself when it passes that point and finds the file *name* to take away.
+With ``FLEET_POINT=name`` a process kills itself when it passes that point and finds the file *name* to take away; the ids
+of the jobs it was at go into the file ``struck``.
 """
 
 from __future__ import annotations
@@ -119,12 +120,13 @@ def declare(app: Conveyor) -> Any:
     )
 
 
-def _spent() -> bool:
-    """Take the file away that arms the point; tell whether it was there."""
+def _strike(*ids: str) -> bool:
+    """Take the file away that arms the point; tell whether it was there, and write down whose point it is."""
     try:
         os.unlink(PLACE / POINT)
     except FileNotFoundError:
         return False
+    (PLACE / "struck").open("a").write(" ".join(ids) + "\n")
     return True
 
 
@@ -132,45 +134,55 @@ def _die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def _ends(consumer: Consumer) -> list[str]:
+    """Return the jobs that the next turn says are over."""
+    report = consumer.report
+    return report.done + [one.id for one in report.others if one.kind not in "MS"]
+
+
 def _arm() -> None:
     """Put the kill at the point that the environment names."""
-    absorb, begin, ended, start = Consumer._absorb, Executor._begin, Worker.ended, Consumer._start
+    absorb, begin, thread, ended, start = (
+        Consumer._absorb, Executor._begin, Executor._thread, Worker.ended, Consumer._start,
+    )  # fmt: skip
 
     def after_claim(self: Any, turn: Any, report: Any) -> None:
-        if turn.ids and _spent():
+        if turn.ids and _strike(*turn.ids):
             _die()
         absorb(self, turn, report)
 
     def before_run(self: Any, attempt: Any) -> Any:
-        if _spent():
+        if _strike(attempt.id):
             _die()
-        return begin(self, attempt)
+        return (thread if attempt.handler.kind == "thread" else begin)(self, attempt)
 
     def after_run(self: Any, attempt: Any, value: Any, error: Any) -> None:
-        if _spent():
+        if _strike(attempt.id):
             _die()
         ended(self, attempt, value, error)
 
-    def mid_ack(self: Any, want: int) -> None:
-        reports = bool(self.report)
-        start(self, want)  # the bytes have left when it returns; nobody will read the reply
-        if reports and _spent():
-            _die()
-
     def before_ack(self: Any, want: int) -> None:
-        if self.report and _spent():
+        if (ids := _ends(self)) and _strike(*ids):
             _die()
         start(self, want)
 
-    places: dict[str, tuple[Any, str, Any]] = {
-        "after_claim": (Consumer, "_absorb", after_claim),
-        "before_run": (Executor, "_begin", before_run),
-        "after_run": (Worker, "ended", after_run),
-        "before_ack": (Consumer, "_start", before_ack),
-        "mid_ack": (Consumer, "_start", mid_ack),
+    def mid_ack(self: Any, want: int) -> None:
+        struck = self.wire.is_open and bool(ids := _ends(self)) and _strike(*ids)
+        if struck:
+            self.wire._transport.pause_reading()  # nobody reads the reply
+        start(self, want)
+        if struck:
+            asyncio.get_running_loop().call_later(0.05, _die)  # uvloop sends when this pass of the loop is over
+
+    places: dict[str, list[tuple[Any, str, Any]]] = {
+        "after_claim": [(Consumer, "_absorb", after_claim)],
+        "before_run": [(Executor, "_begin", before_run), (Executor, "_thread", before_run)],
+        "after_run": [(Worker, "ended", after_run)],
+        "before_ack": [(Consumer, "_start", before_ack)],
+        "mid_ack": [(Consumer, "_start", mid_ack)],
     }
-    if POINT:
-        setattr(*places[POINT])
+    for kind, name, instead in places.get(POINT, []):
+        setattr(kind, name, instead)
 
 
 _arm()

@@ -5,14 +5,17 @@ from __future__ import annotations
 import asyncio
 import os
 import random
+import re
 import signal
 import subprocess
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from conveyor import Conveyor
+from conveyor.ident import split
 from conveyor.store import operations
 from conveyor.worker.worker import Worker
 from fleet import Fleet, fleet, wait
@@ -57,26 +60,37 @@ def _at_work(one: Fleet, supervisor: subprocess.Popen[bytes]) -> list[int]:
     return [pid for pid in one.children(supervisor) if running(pid) and (pid in busy or one.drained())]
 
 
+RUNS = {"after_claim": [2], "before_run": [2], "after_run": [1, 2], "before_ack": [1, 2], "mid_ack": [1]}
+"""Point of the kill → the attempts that the jobs at that point are seen to start with: a lease counts, run or not."""
+
+
 @pytest.mark.row("A2")
-@pytest.mark.parametrize("point", ["after_claim", "before_run", "after_run", "before_ack", "mid_ack"])
+@pytest.mark.parametrize("point", RUNS)
 def test_kills_at_the_worst_points(url: str, tmp_path: Path, rounds: Rounds, point: str) -> None:
     """Killed after the lease came, before or after the code ran, before or amid the ack: one completion, all starts visible."""
     kills = rounds(50, 2)
-    jobs = kills * 20
+    numbers: dict[str, int] = {}
     with fleet(url, tmp_path, lease="10s", FLEET_POINT=point) as one:
         one.start(processes=2)
         for number in range(kills):
             (tmp_path / point).touch()
-            one.app.enqueue_many(one.tasks.note.s(n, 0.002) for n in range(number * 20, number * 20 + 20))
+            task = (one.tasks.note, one.tasks.plain)[number % 2]  # on the loop, on threads
+            jobs = one.app.enqueue_many(task.s(n, 0.002) for n in range(number * 20, number * 20 + 20))
+            numbers |= {split(job.id)[1]: number * 20 + n for n, job in enumerate(jobs)}
             wait(lambda: not (tmp_path / point).exists())
             wait(one.drained)
-        assert one.completions() == jobs
-        assert set(one.starts()) == set(range(jobs))
-        again = one.repeats()
-        assert again > 0 if point == "after_run" else True
-        if point in {"after_claim", "before_run"}:
-            ended = [line.n for line in one.journal if line.what == "end"]
-            assert len(ended) >= jobs
+        starts = one.starts()
+        struck = [line.split() for line in (tmp_path / "struck").read_text().splitlines()]
+        attempts = [[line.attempt for line in starts[numbers[id_]]] for ids in struck for id_ in ids]
+        ends = Counter((line.n, line.attempt) for line in one.journal if line.what == "end")
+
+        assert one.completions() == kills * 20
+        assert set(starts) == set(range(kills * 20))
+        one.repeats()
+        assert len(struck) == kills
+        assert attempts == [RUNS[point]] * len(attempts)
+        if point != "after_claim":  # what the code did before the kill, it did to its end
+            assert all(ends[numbers[id_], RUNS[point][0]] for ids in struck for id_ in ids)
         assert one.log.count("was killed by SIGKILL") == kills
         assert one.is_sound()
 
@@ -99,8 +113,11 @@ def test_poison_is_convicted_and_nobody_else(url: str, tmp_path: Path, rounds: R
         assert one.completions() == good
         assert one.counts().dead == bad
         one.repeats()
+        words = {"kill": "was killed by SIGKILL", "segfault": "SIGSEGV", "exit": "exited with code 3", "abort": "SIGABRT"}
+        told = {how: len(re.findall(f"pid.*{text}.*returned", one.log)) for how, text in words.items()}
+        assert told == {how: 3 * len(range(place, bad, 4)) for place, how in enumerate(ways)}
         assert supervisor.poll() is None
-        assert len(one.children(supervisor)) <= 4
+        wait(lambda: len(one.registered()) == len(one.children(supervisor)) == 4)
         assert one.is_sound()
 
 
