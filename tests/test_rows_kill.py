@@ -113,7 +113,7 @@ def test_poison_is_convicted_and_nobody_else(url: str, tmp_path: Path, rounds: R
         assert one.completions() == good
         assert one.counts().dead == bad
         one.repeats()
-        words = {"kill": "was killed by SIGKILL", "segfault": "SIGSEGV", "exit": "exited with code 3", "abort": "SIGABRT"}
+        words = {"kill": "SIGKILL", "segfault": "SIGSEGV", "exit": "exited with code 3", "abort": "SIGABRT"}
         told = {how: len(re.findall(f"pid.*{text}.*returned", one.log)) for how, text in words.items()}
         assert told == {how: 3 * len(range(place, bad, 4)) for place, how in enumerate(ways)}
         assert supervisor.poll() is None

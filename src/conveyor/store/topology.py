@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from conveyor.errors import ConfigurationError
 from conveyor.store.address import Address, redact
@@ -16,6 +16,26 @@ SCHEMES = (
 
 def locate(url: str, connect_timeout: float | None = None) -> Topology:
     """Return what *url* names; connects to nothing. Raises ConfigurationError."""
+    try:
+        if not _is_cut(urlsplit(url)):
+            return _locate(url, connect_timeout)
+    except ValueError:  # its text may quote the password
+        pass
+    raise ConfigurationError(
+        f"{redact(url)!r} cannot be read as a URL. What is special in a password, such as / or [, is written by its "
+        "number: urllib.parse.quote(password, safe='')."
+    )
+
+
+def _is_cut(parts: SplitResult) -> bool:
+    """Tell whether the login ends amid a password, at a / or ? or # that was not quoted."""
+    if "@" in parts.netloc or parts.scheme == "unix":
+        return False
+    ports = [name.rpartition(":")[2] for name in parts.netloc.split(",") if ":" in name and not name.endswith("]")]
+    return "@" in parts.path + parts.fragment or ("@" in parts.query and not all(map(str.isdecimal, ports)))
+
+
+def _locate(url: str, connect_timeout: float | None) -> Topology:
     scheme, _, topology = urlsplit(url).scheme.partition("+")
     timeout = () if connect_timeout is None else (connect_timeout,)
     if scheme in {"redis", "rediss"} and topology == "sentinel":
