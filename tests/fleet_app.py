@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
+import itertools
 import os
 import signal
 import time
@@ -25,6 +26,7 @@ from conveyor.worker.worker import Worker
 executor.AFTER_TIMEOUT = float(os.environ.get("FLEET_AFTER_TIMEOUT", "5"))
 PLACE = Path(os.environ.get("FLEET_PLACE", "/nowhere"))
 POINT = os.environ.get("FLEET_POINT", "")
+_RUNS = itertools.count()
 
 
 def write(what: str, n: int) -> None:
@@ -47,6 +49,14 @@ def plain(n: int, seconds: float = 0.0) -> str:
     time.sleep(seconds)
     write("end", n)
     return f"{current().attempt} {os.getpid()}"
+
+
+async def first(n: int) -> None:
+    """Do not end at the first attempt, before there is a file *go*."""
+    write("start", n)
+    while current().attempt == 1 and not (PLACE / "go").exists():
+        await asyncio.sleep(0.01)
+    write("end", n)
 
 
 async def block(n: int, seconds: float) -> str:
@@ -91,11 +101,18 @@ async def deaf(n: int, seconds: float) -> None:
 
 
 async def noop(n: int) -> None:
-    """Leave no trace."""
+    """Leave no trace but a count."""
+    next(_RUNS)
 
 
 def idle(n: int) -> None:
     """Leave none from a thread."""
+    next(_RUNS)
+
+
+async def tell(n: int) -> None:
+    """Write down how often the last two ran in this process."""
+    write("runs", next(_RUNS))
 
 
 def declare(app: Conveyor) -> Any:
@@ -106,9 +123,11 @@ def declare(app: Conveyor) -> Any:
         # Kills at random hit a job that runs sooner or later three times, which is what `max_crashes` is there for.
         note=app.task(name="note", keep_result=0, retry=Retry(max_crashes=100))(note),
         good=app.task(name="good", keep_result=0)(note),
+        first=app.task(name="first", keep_result=0)(first),
         told=app.task(name="told", keep_result="10m")(note),
         noop=app.task(name="noop")(noop),
         idle=app.task(name="idle")(idle),
+        tell=app.task(name="tell")(tell),
         plain=app.task(name="plain", keep_result=0, retry=Retry(max_crashes=100))(plain),
         block=app.task(name="block", keep_result="10m", retry=once)(block),
         clutch=app.task(name="clutch", keep_result="10m", retry=once)(clutch),

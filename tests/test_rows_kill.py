@@ -8,6 +8,7 @@ import random
 import re
 import signal
 import subprocess
+import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -165,3 +166,37 @@ def test_a_killed_supervisor_is_told_by_its_exit(url: str, tmp_path: Path) -> No
         assert supervisor.wait(10) == -signal.SIGKILL
         wait(lambda: not any(map(running, children)))
         assert (one.counts().ready, one.counts().leased) == (4, 0)
+
+
+@pytest.mark.row("I9")
+@pytest.mark.parametrize("supervised", [True, False], ids=["supervised", "alone"])
+def test_the_jobs_of_the_dead_are_back_in_time(url: str, tmp_path: Path, rounds: Rounds, supervised: bool) -> None:
+    """What a killed worker held runs again long before its lease ends under a supervisor, else at most 5 s after that."""
+    lease = 15.0 if supervised else 2.0
+    with fleet(url, tmp_path, lease=f"{lease}s") as one:
+        if supervised:
+            one.start(processes=2, concurrency=4)
+        else:
+            alone = [one.embed(concurrency=4) for _ in range(2)]
+        took: list[float] = []
+        for number in range(rounds(50, 2)):
+            wait(lambda: len(one.registered()) == 2)
+            ids = range(4 * number, 4 * number + 4)
+            one.app.enqueue_many(one.tasks.first.s(n) for n in ids)
+            wait(lambda ids=ids: set(ids) <= one.starts().keys())
+            victim = one.starts()[ids[0]][0].pid
+            lost = [n for n in ids if one.starts()[n][0].pid == victim]
+            os.kill(victim, signal.SIGKILL)
+            killed = time.monotonic()
+            wait(lambda lost=lost: all(len(one.starts()[n]) == 2 for n in lost))
+            took += [one.starts()[n][1].at - killed for n in lost]
+            (tmp_path / "go").touch()  # those of the other, which hold on to it
+            wait(one.drained)
+            (tmp_path / "go").unlink()
+            if not supervised:
+                alone[:] = [each for each in alone if each.pid != victim] + [one.embed(concurrency=4)]
+        print(f"{len(took)} jobs back after {min(took):.3f} to {max(took):.3f} s")
+
+        assert max(took) < (lease / 2 if supervised else lease + 5)
+        assert one.repeats() == len(took)
+        assert one.is_sound()

@@ -82,7 +82,7 @@ def feed(one: Fleet, count: int) -> None:
 
 @pytest.mark.row("A16")
 def test_a_long_life_costs_nothing(url: str, tmp_path: Path, rounds: Rounds) -> None:
-    """After many thousand jobs a worker has the memory, the files and the threads that it had when it was warm."""
+    """After many thousand jobs, each run once, a worker has the memory, the files and the threads it had when it was warm."""
     count = rounds(1_000_000, 50_000)
     with fleet(url, tmp_path) as one:
         supervisor = one.start()
@@ -96,3 +96,6 @@ def test_a_long_life_costs_nothing(url: str, tmp_path: Path, rounds: Rounds) -> 
         assert after[0] < before[0] * 1.05 + 2048
         assert after[1:] == before[1:]
         assert one.completions() == count
+        one.tasks.tell.enqueue(0)
+        wait(one.drained)
+        assert [(line.what, line.n) for line in one.journal] == [("runs", count)]
