@@ -65,6 +65,7 @@ def test_damaged_urls(rounds: Rounds) -> None:
     assert {"Address", "Sentinel", "Cluster", "E02", "E31", "E32"} <= ends.keys()
 
 
+@pytest.mark.row("I22")
 @pytest.mark.parametrize("secret", ["qx[yz", "qx]yz", "qx/yz", "qx/yz[", "qx?yz", "qx#yz", "q@x[y", "qx\u2100"])
 @pytest.mark.parametrize("scheme", ["redis", "redis+sentinel", "redis+cluster"])
 def test_a_password_that_was_not_quoted(scheme: str, secret: str) -> None:

@@ -177,7 +177,7 @@ async def test_cancels_amid_commands(url: str, server: Server, rounds: Rounds) -
             assert await audit(app) == []
 
 
-@pytest.mark.row("A15")
+@pytest.mark.row("A15", "I5")
 async def test_workers_of_one_name_are_two(url: str) -> None:
     """Two workers of the same host and pid share nothing: one dies and is reaped, the other keeps what it holds."""
     async with Conveyor(url) as app:

@@ -27,7 +27,7 @@ Rounds = Callable[[int, int], int]
 pytestmark = pytest.mark.leaves_keys("what killed workers leave is taken away by the fleet")
 
 
-@pytest.mark.row("A1")
+@pytest.mark.row("A1", "I2")
 def test_kills_under_load_lose_nothing(url: str, tmp_path: Path, rounds: Rounds) -> None:
     """Children killed at random moments: every job completes exactly once, and each further start has a higher attempt."""
     kills = rounds(500, 15)
@@ -65,7 +65,7 @@ RUNS = {"after_claim": [2], "before_run": [2], "after_run": [1, 2], "before_ack"
 """Point of the kill → the attempts that the jobs at that point are seen to start with: a lease counts, run or not."""
 
 
-@pytest.mark.row("A2")
+@pytest.mark.row("A2", "I8")
 @pytest.mark.parametrize("point", RUNS)
 def test_kills_at_the_worst_points(url: str, tmp_path: Path, rounds: Rounds, point: str) -> None:
     """Killed after the lease came, before or after the code ran, before or amid the ack: one completion, all starts visible."""
@@ -96,7 +96,7 @@ def test_kills_at_the_worst_points(url: str, tmp_path: Path, rounds: Rounds, poi
         assert one.is_sound()
 
 
-@pytest.mark.row("A7", "A8")
+@pytest.mark.row("A7", "A8", "I8")
 def test_poison_is_convicted_and_nobody_else(url: str, tmp_path: Path, rounds: Rounds) -> None:
     """A job that ends its process is started `max_crashes` times, then dead; the good ones around it all succeed."""
     bad, good = rounds(100, 3), rounds(10_000, 300)

@@ -80,7 +80,7 @@ def feed(one: Fleet, count: int) -> None:
     wait(one.drained, 300)
 
 
-@pytest.mark.row("A16")
+@pytest.mark.row("A16", "I10")
 def test_a_long_life_costs_nothing(url: str, tmp_path: Path, rounds: Rounds) -> None:
     """After many thousand jobs, each run once, a worker has the memory, the files and the threads it had when it was warm."""
     count = rounds(1_000_000, 50_000)

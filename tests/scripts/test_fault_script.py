@@ -36,7 +36,7 @@ def spoil(scene: Scene, key: str) -> None:
         scene.client.set(key, "spoiled")
 
 
-@pytest.mark.row("C28")
+@pytest.mark.row("C28", "I4")
 @pytest.mark.redis6
 @pytest.mark.parametrize("name", CALLS)
 def test_wrong_type_fails_with_nothing_written(scene: Scene, name: str) -> None:
@@ -80,7 +80,7 @@ def test_full_server_still_drains(scene: Scene, name: str) -> None:
         assert reply == expected_reply
 
 
-@pytest.mark.row("C11")
+@pytest.mark.row("C11", "I4", "I20")
 @pytest.mark.redis6
 @pytest.mark.redis7
 @pytest.mark.parametrize("name", sorted(PUSHES))
@@ -145,6 +145,7 @@ def test_forgotten_scripts_are_sent_again(scene: Scene, name: str) -> None:
     assert scene.dump() == expected
 
 
+@pytest.mark.row("I4")
 @pytest.mark.redis6
 @pytest.mark.parametrize("name", sorted(CALLS.keys() - READS))
 def test_call_sent_twice(scene: Scene, name: str) -> None:
