@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from conveyor import failure, outcome
 from conveyor.codec import Unreadable
-from conveyor.duration import milliseconds
+from conveyor.duration import milliseconds, span
 from conveyor.errors import PayloadError, Snooze
 from conveyor.event import JobCancelledEvent, JobDead, JobDone, JobRetried
 from conveyor.model import Failure, Outcome, State, read_failure, to_json
@@ -54,7 +54,7 @@ class Settling:
             self._since, self._told = attempt.ended, 0
         self._told += 1
         if self._told <= TOLD:
-            log.info("✓ %s %s %.3g ms", attempt.handler.name, attempt.public_id, seconds * 1000)
+            log.info("✓ %s %s %s", attempt.handler.name, attempt.public_id, span(seconds))
 
     def done(self, report: Report, attempt: Attempt, value: Any, now_ms: int) -> None:
         """Settle a success; a result that cannot be stored makes it a dead letter."""
@@ -121,8 +121,8 @@ class Settling:
             attempt.consumer.own_retries.add(attempt.id)
             budget = attempt.envelope.extra.attempts or policy.attempts
             failure.tell(
-                log, logging.WARNING, "✗ %s %s attempt %d/%d %s → retry in %.3g s", handler.name, attempt.public_id,
-                attempt.number, budget, details(error), decision.ms / 1000, error=error,
+                log, logging.WARNING, "✗ %s %s attempt %d/%d %s → retry in %s", handler.name, attempt.public_id,
+                attempt.number, budget, details(error), span(decision.ms / 1000), error=error,
             )  # fmt: skip
             if self._app.has_listener(JobRetried):
                 self._app.emit(

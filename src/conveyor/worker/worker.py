@@ -186,7 +186,8 @@ class Worker:
         await self._wait_for_ends(self._grace)
         running = [a for consumer in self.consumers for a in consumer.held.values() if a.ended == 0.0]
         if running:
-            log.warning("handing back %d jobs that are still running", len(running))
+            jobs = "1 job that is" if len(running) == 1 else f"{len(running)} jobs that are"
+            log.warning("worker %s: handing back %s still running", self.name, jobs)
         for attempt in running:
             self.executor.stop(attempt, "stop")
         await self._wait_for_ends(1.0, hurry=False)
