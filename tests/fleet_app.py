@@ -1,13 +1,15 @@
 """
 The app that the tests of failures run in real workers. It writes down each start and end of a job, one line each.
 
-With ``FLEET_POINT=name`` a process kills itself when it passes that point and finds the file *name* to take away.
+With ``FLEET_POINT=name`` a process kills itself when it passes that point and finds the file *name* to take away; the ids
+of the jobs it was at go into the file ``struck``.
 """
 
 from __future__ import annotations
 
 import asyncio
 import ctypes
+import itertools
 import os
 import signal
 import time
@@ -25,6 +27,7 @@ executor.AFTER_TIMEOUT = float(os.environ.get("FLEET_AFTER_TIMEOUT", "5"))
 quota.LEAST_LIFE = float(os.environ.get("FLEET_LEAST_LIFE", "10"))
 PLACE = Path(os.environ.get("FLEET_PLACE", "/nowhere"))
 POINT = os.environ.get("FLEET_POINT", "")
+_RUNS = itertools.count()
 
 
 def write(what: str, n: int) -> None:
@@ -47,6 +50,14 @@ def plain(n: int, seconds: float = 0.0) -> str:
     time.sleep(seconds)
     write("end", n)
     return f"{current().attempt} {os.getpid()}"
+
+
+async def first(n: int) -> None:
+    """Do not end at the first attempt, before there is a file *go*."""
+    write("start", n)
+    while current().attempt == 1 and not (PLACE / "go").exists():
+        await asyncio.sleep(0.01)
+    write("end", n)
 
 
 async def block(n: int, seconds: float) -> str:
@@ -116,11 +127,18 @@ async def again(n: int) -> None:
 
 
 async def noop(n: int) -> None:
-    """Leave no trace."""
+    """Leave no trace but a count."""
+    next(_RUNS)
 
 
 def idle(n: int) -> None:
     """Leave none from a thread."""
+    next(_RUNS)
+
+
+async def tell(n: int) -> None:
+    """Write down how often the last two ran in this process."""
+    write("runs", next(_RUNS))
 
 
 def declare(app: Conveyor) -> Any:
@@ -132,12 +150,14 @@ def declare(app: Conveyor) -> Any:
         note=app.task(name="note", keep_result=0, retry=Retry(max_crashes=100))(note),
         early=app.task(name="early", ack="early")(plain),
         good=app.task(name="good", keep_result=0)(note),
+        first=app.task(name="first", keep_result=0)(first),
         told=app.task(name="told", keep_result="10m")(note),
         leak=app.task(name="leak", keep_result=0)(leak),
         leak_apart=app.task(name="leak_apart", keep_result=0, run_in="process")(leak_apart),
         again=app.task(name="again", keep_result=0, retry=Retry(attempts=2, backoff="1s", jitter=False))(again),
         noop=app.task(name="noop")(noop),
         idle=app.task(name="idle")(idle),
+        tell=app.task(name="tell")(tell),
         plain=app.task(name="plain", keep_result=0, retry=Retry(max_crashes=100))(plain),
         block=app.task(name="block", keep_result="10m", retry=once)(block),
         clutch=app.task(name="clutch", keep_result="10m", retry=once)(clutch),
@@ -149,12 +169,13 @@ def declare(app: Conveyor) -> Any:
     )
 
 
-def _spent() -> bool:
-    """Take the file away that arms the point; tell whether it was there."""
+def _strike(*ids: str) -> bool:
+    """Take the file away that arms the point; tell whether it was there, and write down whose point it is."""
     try:
         os.unlink(PLACE / POINT)
     except FileNotFoundError:
         return False
+    (PLACE / "struck").open("a").write(" ".join(ids) + "\n")
     return True
 
 
@@ -162,45 +183,55 @@ def _die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def _ends(consumer: Consumer) -> list[str]:
+    """Return the jobs that the next turn says are over."""
+    report = consumer.report
+    return report.done + [one.id for one in report.others if one.kind not in "MS"]
+
+
 def _arm() -> None:
     """Put the kill at the point that the environment names."""
-    absorb, begin, ended, start = Consumer._absorb, Executor._begin, Worker.ended, Consumer._start
+    absorb, begin, thread, ended, start = (
+        Consumer._absorb, Executor._begin, Executor._thread, Worker.ended, Consumer._start,
+    )  # fmt: skip
 
     def after_claim(self: Any, turn: Any, report: Any) -> None:
-        if turn.ids and _spent():
+        if turn.ids and _strike(*turn.ids):
             _die()
         absorb(self, turn, report)
 
     def before_run(self: Any, attempt: Any) -> Any:
-        if _spent():
+        if _strike(attempt.id):
             _die()
-        return begin(self, attempt)
+        return (thread if attempt.handler.kind == "thread" else begin)(self, attempt)
 
     def after_run(self: Any, attempt: Any, value: Any, error: Any) -> None:
-        if _spent():
+        if _strike(attempt.id):
             _die()
         ended(self, attempt, value, error)
 
-    def mid_ack(self: Any, want: int) -> None:
-        reports = bool(self.report)
-        start(self, want)  # the bytes have left when it returns; nobody will read the reply
-        if reports and _spent():
-            _die()
-
     def before_ack(self: Any, want: int) -> None:
-        if self.report and _spent():
+        if (ids := _ends(self)) and _strike(*ids):
             _die()
         start(self, want)
 
-    places: dict[str, tuple[Any, str, Any]] = {
-        "after_claim": (Consumer, "_absorb", after_claim),
-        "before_run": (Executor, "_begin", before_run),
-        "after_run": (Worker, "ended", after_run),
-        "before_ack": (Consumer, "_start", before_ack),
-        "mid_ack": (Consumer, "_start", mid_ack),
+    def mid_ack(self: Any, want: int) -> None:
+        struck = self.wire.is_open and bool(ids := _ends(self)) and _strike(*ids)
+        if struck:
+            self.wire._transport.pause_reading()  # nobody reads the reply
+        start(self, want)
+        if struck:
+            asyncio.get_running_loop().call_later(0.05, _die)  # uvloop sends when this pass of the loop is over
+
+    places: dict[str, list[tuple[Any, str, Any]]] = {
+        "after_claim": [(Consumer, "_absorb", after_claim)],
+        "before_run": [(Executor, "_begin", before_run), (Executor, "_thread", before_run)],
+        "after_run": [(Worker, "ended", after_run)],
+        "before_ack": [(Consumer, "_start", before_ack)],
+        "mid_ack": [(Consumer, "_start", mid_ack)],
     }
-    if POINT:
-        setattr(*places[POINT])
+    for kind, name, instead in places.get(POINT, []):
+        setattr(kind, name, instead)
 
 
 _arm()

@@ -12,15 +12,26 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from conveyor.errors import QueueFull
 from conveyor.store import inspection, operations
-from conveyor.store.operations import Entry, Lane, LateReply, LateTurn, Report, Settlement, Unregistered
+from conveyor.store.operations import Entry, Lane, LateReply, LateTurn, Report, Settlement, Turn, Unregistered
 from conveyor.store.script import Call
-from model import FRESH, History, Job, Member, Model
+from model import FRESH, History, Job, Member, Model, Reply
 from reading import history, read
 from scene import LEASE, REST, Scene
 
 KINDS = ["keep", "done", "done", "D", "C", "X", "R0", "R", "F", "F-", "M"]
 SPECS = ["plain", "plain", "plain", "urgent", "later", "zero", "unique", "own", "expired", "front", "all"]
 ANY = st.integers(0, 99)
+
+
+def same_turn(found: Turn, expected: Reply, *, paused: bool) -> None:
+    """Compare what a turn answered with what the model says."""
+    states = [None if state is None else history(state) for state in found.states]
+    assert (found.ids, found.lost, found.held, found.cancelled) == (
+        expected.ids, expected.lost, expected.held, expected.cancelled,
+    )  # fmt: skip
+    assert states == (expected.states if found.states else [])
+    assert found.states or not any(expected.states)
+    assert (found.more, found.next_due is not None, found.paused) == (expected.more, expected.due, paused)
 
 
 class Machine(RuleBasedStateMachine):
@@ -186,17 +197,7 @@ class Machine(RuleBasedStateMachine):
 
         found = self._run(call)
 
-        states = [None if state is None else history(state) for state in found.states]
-        assert (found.ids, found.lost, found.held, found.cancelled) == (
-            expected.ids, expected.lost, expected.held, expected.cancelled,
-        )  # fmt: skip
-        assert states == (expected.states if found.states else [])
-        assert found.states or not any(expected.states)
-        assert (found.more, found.next_due is not None, found.paused) == (
-            expected.more,
-            expected.due,
-            self.model.paused,
-        )
+        same_turn(found, expected, paused=self.model.paused)
         self.turns.setdefault(name, []).append(call)
         if name not in self.model.members:
             self.gone.append(name)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from conveyor.store import inspection, operations, rawlist
+from conveyor import outbox
+from conveyor.store import inspection, operations, partitioning, rawlist
 from conveyor.store.keys import QueueKeys
 from conveyor.store.operations import Lane, Report, Settlement
 from conveyor.store.script import Call
@@ -39,6 +40,8 @@ def furnish(scene: Scene) -> None:
     scene.client.rpush(scene.keys.intake, "1", "2")
     scene.client.rpush("q", "3", "4")
     scene.client.zadd(scene.keys.due, {"s3": 1})
+    scene.client.rpush(scene.keys.outbox, outbox.write("other", entry("o1")), outbox.write("other", entry("o2")))
+    scene.client.hset(scene.keys.conf, "outbox", "5 1")
     problems = scene.audit()
     assert problems == [], problems
 
@@ -106,6 +109,11 @@ CALLS: dict[str, tuple[Callable[[QueueKeys], Call[Any]], set[str]]] = {
     ),
     "purge-due": (lambda k: operations.purge(k, "due", 10), {"jobs", "state", "due", "waiters"}),
     "purge-dead": (lambda k: operations.purge(k, "dead", 10), {"jobs", "state", "dead", "waiters"}),
+    "outbox_take": (lambda k: outbox.take(k, instead=5, least=9), {"outbox", "conf"}),
+    "outbox_trim": (lambda k: outbox.trim(k, 5), {"outbox", "conf"}),
+    "claim": (lambda k: partitioning.claim(k, 3, whole=False), {"conf"}),
+    "switch": (lambda k: partitioning.switch(k, "begin", "change", 3), {"conf", "jobs", "workers"}),
+    "partitions": (partitioning.count, {"conf"}),
     "configure": (lambda k: operations.configure(k, "paused", "1"), {"conf"}),
     "intake": (lambda k: operations.intake(k, 3, "stem"), {"jobs", "ready:0", "intake", "foreign"}),
     "await": (lambda k: operations.await_outcome(k, "r3", "me"), {"jobs", "dead", "waiters", "result:r3"}),
@@ -118,10 +126,10 @@ CALLS: dict[str, tuple[Callable[[QueueKeys], Call[Any]], set[str]]] = {
 }  # fmt: skip
 
 #: scripts that accept, so that a full server refuses them
-PUSHES = {"push", "push_plain", "rawpush"}
+PUSHES = {"push", "push_plain", "rawpush", "claim"}
 
 #: scripts that change nothing
-READS = {"held", "counts", "page", "show", "crew", "audit"}
+READS = {"held", "counts", "page", "show", "crew", "audit", "partitions"}
 
 
 def name_of(key: str, scene: Scene) -> str:

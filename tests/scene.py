@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
+import pytest
 import redis as redis_py
 
 from conveyor.model import write_rest
@@ -28,6 +29,18 @@ WORKER = {".about": "{}", ".lease": str(LEASE)}
 def entry(id: str, **options: Any) -> Entry:  # noqa: A002
     """Return a message with a body of 1."""
     return Entry(id, REST, **options)
+
+
+@contextmanager
+def full(client: redis_py.Redis) -> Iterator[None]:
+    """Let the server be at its maxmemory, with nothing to evict."""
+    client.config_set("maxmemory", "1")
+    try:
+        with pytest.raises(redis_py.ResponseError, match="maxmemory"):
+            client.set("probe", "x")
+        yield
+    finally:
+        client.config_set("maxmemory", "0")
 
 
 class Scene:

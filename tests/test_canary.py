@@ -67,6 +67,7 @@ def raised(call: Callable[[], Any]) -> str:
     raise AssertionError("nothing was raised")
 
 
+@pytest.mark.row("I22")
 def test_what_is_printed_of_objects(guarded):
     """No repr and no str of an app and of its parts has a secret, and keys are not pickled."""
     app = Conveyor(guarded, keys={"2026-11": SECRET, "b": SECRET.encode()}, encrypt=True)
@@ -91,6 +92,7 @@ def test_what_is_printed_of_objects(guarded):
     app.close()
 
 
+@pytest.mark.row("I22")
 def test_what_is_said_of_mistakes(guarded):
     """Wrong keys and wrong URLs are refused without being repeated."""
     wrong: list[Callable[[], Any]] = [
@@ -123,6 +125,7 @@ def _reach(url: str) -> None:
         app.close()
 
 
+@pytest.mark.row("I22")
 async def test_what_is_logged(guarded, caplog, capfd):
     """No line of the log at DEBUG, of a worker whose jobs fail and whose keys are wrong, has a secret."""
     caplog.set_level(logging.DEBUG)
@@ -156,6 +159,7 @@ def shell(tmp_path: Path, guarded: str) -> Shell:
     return found
 
 
+@pytest.mark.row("I22")
 def test_what_the_command_line_shows(shell, monkeypatch, capsys):
     """No command prints a secret, with the app or without, and neither does a worker or the list of processes."""
     run = {"SECRET": SECRET, "CONVEYOR_APP": "jobs:app"}

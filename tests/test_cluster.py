@@ -207,7 +207,7 @@ async def test_one_key_is_asked_for_at_the_node_that_takes_the_slot_over(cluster
         await backend.aclose()
 
 
-@pytest.mark.row("C23")
+@pytest.mark.row("C23", "I12")
 @settings(max_examples=100, deadline=None)
 @given(st.from_regex(r"[A-Za-z0-9_.:-]{1,40}", fullmatch=True), st.from_regex(r"[^\s{}]{1,20}", fullmatch=True))
 def test_all_keys_of_a_step_lie_in_one_slot(queue: str, name: str) -> None:

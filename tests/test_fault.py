@@ -228,6 +228,27 @@ async def _hold() -> str:
     return ""
 
 
+async def test_an_outage_is_told_once(start_server: Callable[..., Server], caplog: pytest.LogCaptureFixture) -> None:
+    """A worker says that Redis is away when that lasts, and when it is back; a short outage is not worth a word."""
+    caplog.set_level("INFO")
+    server = start_server()
+    async with Conveyor(server.url) as app:
+        app.task(name="hold")(_hold)
+
+        def told(words: str) -> int:
+            return sum(words in record.getMessage() for record in caplog.records)
+
+        async with working(app) as worker:
+            await asyncio.to_thread(server.kill)
+            await until(lambda: told("Redis is away"))
+            await asyncio.to_thread(server.start)
+            await until(lambda: told("Redis is back after"))
+            wire = worker.consumers[0].wire
+            wire.drop(ConnectionError("cut"))
+            await until(lambda: wire.is_open)
+        assert (told("Redis is away"), told("Redis is back after")) == (1, 1)
+
+
 async def test_bad_arguments_store_nothing(url: str, redis: Any) -> None:
     """A refused enqueue leaves no trace in Redis."""
     app = Conveyor(url)

@@ -7,6 +7,8 @@ import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+import pytest
+
 from imports import read_tree
 
 HOME = Path(__file__).parent.parent
@@ -151,6 +153,7 @@ def test_modules_say_what_they_are() -> None:
     assert vague_modules(read_tree(ROOT)) == []
 
 
+@pytest.mark.row("I21")
 def test_scripts_come_from_lua_files() -> None:
     """No text of a script stands in Python or is put together there, and each way to do so would be found."""
     assert script_texts('"""Runs redis.call."""\nx = f"return redis.call(\'GET\', {key})"') == [2]
@@ -161,6 +164,7 @@ def test_scripts_come_from_lua_files() -> None:
     assert {module: lines for module, lines in found.items() if lines} == {}
 
 
+@pytest.mark.row("I21")
 def test_data_never_becomes_code() -> None:
     """Nothing is unpickled or evaluated, and only what the operator named is imported."""
     bad = "import pickle\nfrom dill import loads\neval('1')\nexec(x)\nimportlib.import_module(name)\n__import__(name)"

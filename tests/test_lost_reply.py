@@ -139,7 +139,7 @@ async def test_the_same_on_a_loop(url, redis, monkeypatch, kind, sent):
     assert at > 8
 
 
-@pytest.mark.row("A2", "C16")
+@pytest.mark.row("A2", "C16", "I4")
 @pytest.mark.parametrize("sent", [False, True], ids=["not sent", "reply lost"])
 @pytest.mark.parametrize(("scenario", "order"), [(run_queue, [5, 0, 1, 2, 3, 4]), (run_list, [0, 1, 2, 3, 4, 5])])
 def test_once_each_and_nothing_left(url, redis, monkeypatch, scenario, order, sent):

@@ -1,17 +1,24 @@
-"""A real queue and a small model of it take the same random steps and stay alike."""
+"""A real queue and a small model of it take the same random steps, one by one or four at once, and stay alike."""
 
 from __future__ import annotations
 
+import itertools
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import redis as redis_py
 from hypothesis import HealthCheck, Phase, seed, settings
 from hypothesis.stateful import run_state_machine_as_test
 
+import crowd
+from conveyor import Conveyor
+from conveyor.store import inspection
 from machine import Machine
+from reading import read
 from scene import Scene
+from server import Server
+from topology import free_port
 
 EXAMPLES = int(os.environ.get("CONVEYOR_MODEL_EXAMPLES", "200"))
 STEPS = int(os.environ.get("CONVEYOR_MODEL_STEPS", "50"))
@@ -29,6 +36,7 @@ def scene(redis: redis_py.Redis, url: str) -> Iterator[Scene]:
     redis.flushall(asynchronous=False)
 
 
+@pytest.mark.row("I1", "I5")
 @pytest.mark.parametrize("part", range(PARTS))
 @pytest.mark.standalone_only(
     "empties the place for each of its many examples; what it tests is scripts, which run on one node anywhere"
@@ -53,3 +61,32 @@ def test_queue_and_model_stay_alike(scene: Scene, part: int) -> None:
             suppress_health_check=list(HealthCheck),
         ),
     )
+
+
+@pytest.mark.row("I1", "I5", "I18")
+def test_four_clients_at_once(start_server: Callable[..., Server], rounds: Callable[[int, int], int]) -> None:
+    """
+    What four clients get who push, lease, settle, reap, cancel and repeat each other's calls at once is what the model says.
+
+    `CONVEYOR_MODEL_SEED` makes the clients' choices another; who comes first is up to the machine.
+    """
+    port = free_port()
+    server = start_server("--port", str(port))
+    with server.client() as client, redis_py.Redis(port=port) as there:
+        keys, changes, repeats, twins = crowd.KEYS, 0, 0, 0
+        for example in range(rounds(500, 8)):
+            print(f"seed {SEED + example}")
+            history = crowd.meet(there, f"redis://127.0.0.1:{port}/0", SEED + example, 200)
+            model = crowd.replay(history)
+
+            assert read(client, keys) == model.snapshot()
+            with Conveyor(server.url, namespace="c") as app:
+                assert app.backend.run(inspection.audit(keys)) == []
+            assert model.told(), "there is work, no token, and nobody watches"
+            changes += sum(one != two for (one, *_), (two, *_) in itertools.pairwise(history))
+            repeats += len(history) - len({id(step) for _, step, _ in history})
+            twins += sum(one is two for (_, one, _), (_, two, _) in itertools.pairwise(history))
+        print(f"{changes} times another client came next, {repeats} steps were repeats, {twins} right behind")
+        assert changes > 200 * rounds(500, 8)
+        assert repeats > 20 * rounds(500, 8)
+        assert twins > 0

@@ -176,7 +176,7 @@ async def test_a_herd_that_is_due_at_one_instant(app: Conveyor, redis: redis_py.
     await app.aclose()
 
 
-@pytest.mark.row("D10")
+@pytest.mark.row("D10", "I19")
 async def test_results_that_nobody_fetches_go(app: Conveyor, redis: redis_py.Redis, rounds: Rounds) -> None:
     """Results are kept as long as they were asked for and no longer: then the keys are what they were before."""
     jobs = rounds(10_000, 300)

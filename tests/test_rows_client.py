@@ -144,26 +144,24 @@ async def test_cancels_amid_commands(url: str, server: Server, rounds: Rounds) -
                     wrong.append(f"status of {n}")
 
             async with app.worker():
-                done = 0
-                for first in range(0, cancels * 2, 50):
+                done = first = 0
+                while done < cancels:
                     calls = [asyncio.create_task(call(n)) for n in range(first, first + 50)]
                     for one in calls[::2]:
                         asyncio.get_running_loop().call_later(dice.uniform(0, 0.02), one.cancel)
                     ends = await asyncio.gather(*calls, return_exceptions=True)
-                    done += sum(isinstance(end, asyncio.CancelledError) for end in ends)
+                    done, first = done + sum(isinstance(end, asyncio.CancelledError) for end in ends), first + 50
                     assert [
                         end for end in ends if end is not None and not isinstance(end, asyncio.CancelledError)
                     ] == []
                 results = await asyncio.gather(*(job.aresult(timeout=20) for job in accepted.values()))
-            print(f"{done} cancelled in time")
-            assert done > cancels / 4
             assert wrong == []
             assert results == list(accepted)
             assert set(ran.values()) == {1}
             assert await audit(app) == []
 
 
-@pytest.mark.row("A15")
+@pytest.mark.row("A15", "I5")
 async def test_workers_of_one_name_are_two(url: str) -> None:
     """Two workers of the same host and pid share nothing: one dies and is reaped, the other keeps what it holds."""
     async with Conveyor(url) as app:

@@ -30,7 +30,7 @@ needs_faketime = pytest.mark.skipif(not _LIBRARY, reason="libfaketime is not ins
 RIGHT = {"FAKETIME_DONT_FAKE_MONOTONIC": "1"}
 
 
-@pytest.mark.row("B1")
+@pytest.mark.row("B1", "I11")
 @pytest.mark.leaves_keys("what is left is taken away by the fleet")
 @needs_faketime
 def test_workers_with_wrong_clocks_are_on_time(url: str, tmp_path: Path, rounds: Rounds) -> None:

@@ -65,7 +65,7 @@ def thaw(frozen: dict[int, float], *, most: int) -> None:
         time.sleep(0.01)
 
 
-@pytest.mark.row("A3")
+@pytest.mark.row("A3", "I6", "I7")
 @pytest.mark.standalone_only(
     "listens to the notifications of one server", on=("redis6", "redis7", "tls", "acl", "sentinel")
 )
@@ -109,7 +109,7 @@ def test_frozen_workers_change_nothing_afterwards(url: str, redis: Any, tmp_path
         assert one.is_sound()
 
 
-@pytest.mark.row("A4")
+@pytest.mark.row("A4", "I6")
 def test_a_late_beat_does_not_raise_the_dead(url: str, rounds: Rounds) -> None:
     """After a reap no beat, turn or extension under the old identity changes anything, however often it comes."""
     with Conveyor(url) as app:

@@ -25,7 +25,7 @@ from working import audit, counts, until, working
 Rounds = Callable[[int, int], int]
 
 
-@pytest.mark.row("D2")
+@pytest.mark.row("D2", "I17")
 async def test_a_task_that_only_the_new_release_knows(url: str, rounds: Rounds) -> None:
     """While old and new workers run side by side, jobs of a new task wait for the new ones, and no attempt is used up."""
     old, new, ran = Conveyor(url), Conveyor(url), dict[int, int]()
@@ -61,7 +61,7 @@ EXITS = ("done", "early", "dead", "poison", "cancel", "cancel scheduled", "cance
          "purge scheduled", "delete", "delete dead", "reap", "purge dead")  # fmt: skip
 
 
-@pytest.mark.row("D12")
+@pytest.mark.row("D12", "I13")
 @pytest.mark.parametrize("way", EXITS)
 def test_a_unique_key_is_free_after_every_end(app: Conveyor, rounds: Rounds, way: str) -> None:
     """However a job ends, its unique key is free then: the next push of the key makes a job of its own."""

@@ -5,14 +5,18 @@ from __future__ import annotations
 import asyncio
 import os
 import random
+import re
 import signal
 import subprocess
+import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from conveyor import Conveyor
+from conveyor.ident import split
 from conveyor.store import operations
 from conveyor.worker.worker import Worker
 from fleet import Fleet, fleet, wait
@@ -23,7 +27,7 @@ Rounds = Callable[[int, int], int]
 pytestmark = pytest.mark.leaves_keys("what killed workers leave is taken away by the fleet")
 
 
-@pytest.mark.row("A1")
+@pytest.mark.row("A1", "I2")
 def test_kills_under_load_lose_nothing(url: str, tmp_path: Path, rounds: Rounds) -> None:
     """Children killed at random moments: every job completes exactly once, and each further start has a higher attempt."""
     kills = rounds(500, 15)
@@ -59,31 +63,42 @@ def _at_work(one: Fleet, supervisor: subprocess.Popen[bytes]) -> list[int]:
     return [pid for pid in one.children(supervisor) if running(pid) and (pid in busy or one.drained())]
 
 
-@pytest.mark.row("A2")
-@pytest.mark.parametrize("point", ["after_claim", "before_run", "after_run", "before_ack", "mid_ack"])
+RUNS = {"after_claim": [2], "before_run": [2], "after_run": [1, 2], "before_ack": [1, 2], "mid_ack": [1]}
+"""Point of the kill → the attempts that the jobs at that point are seen to start with: a lease counts, run or not."""
+
+
+@pytest.mark.row("A2", "I8")
+@pytest.mark.parametrize("point", RUNS)
 def test_kills_at_the_worst_points(url: str, tmp_path: Path, rounds: Rounds, point: str) -> None:
     """Killed after the lease came, before or after the code ran, before or amid the ack: one completion, all starts visible."""
     kills = rounds(50, 2)
-    jobs = kills * 20
+    numbers: dict[str, int] = {}
     with fleet(url, tmp_path, lease="10s", FLEET_POINT=point) as one:
         one.start(processes=2)
         for number in range(kills):
             (tmp_path / point).touch()
-            one.app.enqueue_many(one.tasks.note.s(n, 0.002) for n in range(number * 20, number * 20 + 20))
+            task = (one.tasks.note, one.tasks.plain)[number % 2]  # on the loop, on threads
+            jobs = one.app.enqueue_many(task.s(n, 0.002) for n in range(number * 20, number * 20 + 20))
+            numbers |= {split(job.id)[1]: number * 20 + n for n, job in enumerate(jobs)}
             wait(lambda: not (tmp_path / point).exists())
             wait(one.drained)
-        assert one.completions() == jobs
-        assert set(one.starts()) == set(range(jobs))
-        again = one.repeats()
-        assert again > 0 if point == "after_run" else True
-        if point in {"after_claim", "before_run"}:
-            ended = [line.n for line in one.journal if line.what == "end"]
-            assert len(ended) >= jobs
+        starts = one.starts()
+        struck = [line.split() for line in (tmp_path / "struck").read_text().splitlines()]
+        attempts = [[line.attempt for line in starts[numbers[id_]]] for ids in struck for id_ in ids]
+        ends = Counter((line.n, line.attempt) for line in one.journal if line.what == "end")
+
+        assert one.completions() == kills * 20
+        assert set(starts) == set(range(kills * 20))
+        one.repeats()
+        assert len(struck) == kills
+        assert attempts == [RUNS[point]] * len(attempts)
+        if point != "after_claim":  # what the code did before the kill, it did to its end
+            assert all(ends[numbers[id_], RUNS[point][0]] for ids in struck for id_ in ids)
         assert one.log.count("was killed by SIGKILL") == kills
         assert one.is_sound()
 
 
-@pytest.mark.row("A7", "A8")
+@pytest.mark.row("A7", "A8", "I8")
 def test_poison_is_convicted_and_nobody_else(url: str, tmp_path: Path, rounds: Rounds) -> None:
     """A job that ends its process is started `max_crashes` times, then dead; the good ones around it all succeed."""
     bad, good = rounds(100, 3), rounds(10_000, 300)
@@ -101,8 +116,11 @@ def test_poison_is_convicted_and_nobody_else(url: str, tmp_path: Path, rounds: R
         assert one.completions() == good
         assert one.counts().dead == bad
         one.repeats()
+        words = {"kill": "SIGKILL", "segfault": "SIGSEGV", "exit": "exited with code 3", "abort": "SIGABRT"}
+        told = {how: len(re.findall(f"pid.*{text}.*returned", one.log)) for how, text in words.items()}
+        assert told == {how: 3 * len(range(place, bad, 4)) for place, how in enumerate(ways)}
         assert supervisor.poll() is None
-        assert len(one.children(supervisor)) <= 4
+        wait(lambda: len(one.registered()) == len(one.children(supervisor)) == 4)
         assert one.is_sound()
 
 
@@ -150,3 +168,37 @@ def test_a_killed_supervisor_is_told_by_its_exit(url: str, tmp_path: Path) -> No
         assert supervisor.wait(10) == -signal.SIGKILL
         wait(lambda: not any(map(running, children)))
         assert (one.counts().ready, one.counts().leased) == (4, 0)
+
+
+@pytest.mark.row("I9")
+@pytest.mark.parametrize("supervised", [True, False], ids=["supervised", "alone"])
+def test_the_jobs_of_the_dead_are_back_in_time(url: str, tmp_path: Path, rounds: Rounds, supervised: bool) -> None:
+    """What a killed worker held runs again long before its lease ends under a supervisor, else at most 5 s after that."""
+    lease = 15.0 if supervised else 2.0
+    with fleet(url, tmp_path, lease=f"{lease}s") as one:
+        if supervised:
+            one.start(processes=2, concurrency=4)
+        else:
+            alone = [one.embed(concurrency=4) for _ in range(2)]
+        took: list[float] = []
+        for number in range(rounds(50, 2)):
+            wait(lambda: len(one.registered()) == 2)
+            ids = range(4 * number, 4 * number + 4)
+            one.app.enqueue_many(one.tasks.first.s(n) for n in ids)
+            wait(lambda ids=ids: set(ids) <= one.starts().keys())
+            victim = one.starts()[ids[0]][0].pid
+            lost = [n for n in ids if one.starts()[n][0].pid == victim]
+            os.kill(victim, signal.SIGKILL)
+            killed = time.monotonic()
+            wait(lambda lost=lost: all(len(one.starts()[n]) == 2 for n in lost))
+            took += [one.starts()[n][1].at - killed for n in lost]
+            (tmp_path / "go").touch()  # those of the other, which hold on to it
+            wait(one.drained)
+            (tmp_path / "go").unlink()
+            if not supervised:
+                alone[:] = [each for each in alone if each.pid != victim] + [one.embed(concurrency=4)]
+        print(f"{len(took)} jobs back after {min(took):.3f} to {max(took):.3f} s")
+
+        assert max(took) < (lease / 2 if supervised else lease + 5)
+        assert one.repeats() == len(took)
+        assert one.is_sound()

@@ -33,7 +33,7 @@ def _draw(draw: random.Random) -> str:
     return "".join(draw.sample(parts, draw.randrange(1, 3)))
 
 
-@pytest.mark.row("C24")
+@pytest.mark.row("C24", "I21")
 def test_no_name_reaches_beyond_its_queue(app: Conveyor, redis: redis_py.Redis, rounds: Rounds) -> None:
     """A queue or task name is refused, with nothing stored, or all keys of its queue lie in one slot and no other queue's."""
     seed = random.randrange(2**32)

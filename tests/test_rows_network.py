@@ -26,7 +26,7 @@ Rounds = Callable[[int, int], int]
 Start = Callable[..., Server]
 
 
-@pytest.mark.row("C16")
+@pytest.mark.row("C16", "I2")
 async def test_cuts_at_random_bytes_make_and_end_each_job_once(start_server: Start, rounds: Rounds) -> None:
     """Connections that end at random bytes, both ways, under load: as many jobs as calls, each ended once, and hardly a caller is told."""
     server, seed = start_server(), random.randrange(2**32)
@@ -57,7 +57,7 @@ async def test_a_storm_of_killed_connections(start_server: Start, rounds: Rounds
     assert (load.errors, load.unknown, load.lost, load.again) == ([], [], [], [])
 
 
-@pytest.mark.row("C20")
+@pytest.mark.row("C20", "I10")
 async def test_a_slow_way_takes_no_lease(start_server: Start, rounds: Rounds, caplog: pytest.LogCaptureFixture) -> None:
     """With 200 ± 150 ms each way no living worker is taken for dead, and no job runs twice."""
     server, seed = start_server(), random.randrange(2**32)

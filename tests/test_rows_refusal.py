@@ -104,7 +104,7 @@ async def test_a_script_of_others_that_hogs_the_server_is_waited_for(
     assert (load.errors, load.lost, load.again) == ([], [], [])
 
 
-@pytest.mark.row("C13")
+@pytest.mark.row("C13", "I20")
 async def test_a_server_that_cannot_save_is_waited_for(start_server: Start) -> None:
     """MISCONF: a producer is told after its patience, workers wait, and both go on when the disk is well again."""
     server = start_server("--save", "3600 1")
@@ -157,7 +157,7 @@ def _banish(client: Redis) -> None:
     client.execute_command("CLIENT", "KILL", "USER", "worker")
 
 
-@pytest.mark.row("C27")
+@pytest.mark.row("C27", "I20")
 @pytest.mark.parametrize("name", ["valkey", "redis6"])
 async def test_a_password_that_is_rotated_under_load(
     start_server: Start, rounds: Rounds, caplog: pytest.LogCaptureFixture, name: str

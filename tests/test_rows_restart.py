@@ -21,7 +21,7 @@ Rounds = Callable[[int, int], int]
 Start = Callable[..., Server]
 
 
-@pytest.mark.row("C1")
+@pytest.mark.row("C1", "I2")
 @pytest.mark.parametrize("fsync", ["everysec", "always"])
 async def test_kills_of_a_server_with_a_file_lose_nothing(start_server: Start, rounds: Rounds, fsync: str) -> None:
     """With an append-only file, a server killed under load loses nothing it acknowledged, and work goes on by itself."""
@@ -106,7 +106,7 @@ def _mixed_life(server: Server) -> None:
                 app.queue("other").purge()
 
 
-@pytest.mark.row("C3")
+@pytest.mark.row("C3", "I1")
 @pytest.mark.parametrize("name", ["valkey", "redis7", "redis6"])
 def test_a_file_cut_anywhere_is_sound(start_server: Start, directory: Path, rounds: Rounds, name: str) -> None:
     """An append-only file that ends at any byte, as after a power cut, loads into queues with every job in exactly one place."""

@@ -99,7 +99,7 @@ async def test_sealed_jobs_run_and_answer(made, redis, encrypt):
     assert [letter.error for letter in (await letters(app))] == ["ValueError: no luck"]
 
 
-@pytest.mark.row("D1")
+@pytest.mark.row("D1", "I17")
 @pytest.mark.parametrize(
     ("code", "producer", "worker", "advice"),
     [

@@ -38,6 +38,7 @@ def test_server_keeps_nothing_on_disk(redis: redis_py.Redis) -> None:
     assert redis.config_get("appendonly")["appendonly"] == "no"
 
 
+@pytest.mark.row("I19")
 @pytest.mark.leaves_keys("it shows that the keys are found")
 def test_keys_that_never_expire_are_leaks(redis: redis_py.Redis) -> None:
     """Keys without a TTL are leaks, save the constant ones; a counter of a minute needs a TTL too."""
@@ -51,6 +52,7 @@ def test_keys_that_never_expire_are_leaks(redis: redis_py.Redis) -> None:
     assert leaked(redis) == ["conveyor:{q}:jobs", "conveyor:{q}:stats:29001"]
 
 
+@pytest.mark.row("I19")
 def test_leaking_test_fails(pytester: pytest.Pytester) -> None:
     """A test that passes and leaves a key behind is reported as an error; one that says why is not."""
     here = Path(__file__).parent

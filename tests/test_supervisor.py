@@ -71,7 +71,7 @@ def test_killed_child_loses_nothing(supervise: Callable[..., Supervised], queue:
     assert queue.held(before[sibling].worker) == kept
     assert queue.held(next(m.worker for pid, m in after.items() if pid != sibling)) == lost
     assert (queue.crashes(lost), queue.crashes(kept)) == ({1}, {0})
-    assert re.search(rf"\(pid {victim}\) was killed by SIGKILL; returned 20 jobs in \d+ ms", one.log)
+    assert re.search(rf"\(pid {victim}\) was killed by SIGKILL \(.*\); returned 20 jobs in \d+ ms", one.log)
     assert len(one.children()) == 2
     assert queue.is_sound()
 
@@ -89,7 +89,7 @@ def test_stopped_child_keeps_its_jobs(supervise: Callable[..., Supervised], queu
         left = queue.crew()[0].end - time.time() * 1000  # the server's clock is this machine's
         assert left > 0
         time.sleep(0.05)
-    assert one.log.count("E11") == 1
+    assert one.log.count("has not run for") == 1
     os.kill(pid, signal.SIGCONT)
     until(lambda: "goes on after" in one.log)
 
@@ -97,7 +97,7 @@ def test_stopped_child_keeps_its_jobs(supervise: Callable[..., Supervised], queu
     one.signal(signal.SIGTERM)
     assert one.wait() == 0
     assert queue.crashes(ids) == {0}
-    assert one.log.count("E11") == 1
+    assert (one.log.count("has not run for"), one.log.count("E11")) == (1, 0)
 
 
 @pytest.mark.row("A5", "A6")
@@ -290,7 +290,7 @@ def test_burst_ends_when_drained(supervise: Callable[..., Supervised], queue: Qu
 
     assert one.wait() == 0
     assert int(queue.backend.execute("HLEN", KEYS.jobs, key=KEYS.jobs)) == 0
-    assert "was killed by SIGKILL; returned" in one.log
+    assert re.search(r"was killed by SIGKILL \(.*\); returned", one.log)
 
 
 @pytest.mark.row("A8")

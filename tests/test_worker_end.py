@@ -26,6 +26,7 @@ async def app(url: str) -> Any:
     await app.aclose()
 
 
+@pytest.mark.row("I18")
 async def test_cancelling_a_waiting_job_keeps_it_from_starting(app: Conveyor) -> None:
     """After `cancel()` a job that had not started never starts."""
     ran: list[int] = []
@@ -235,6 +236,7 @@ async def test_an_early_ack_runs_at_most_once(app: Conveyor) -> None:
     assert (await counts(app)).dead == 0
 
 
+@pytest.mark.row("I17")
 async def test_undecodable_arguments_make_a_dead_letter_with_their_bytes(app: Conveyor, redis: Any) -> None:
     """Arguments that no longer fit the task are not retried for ever, and their bytes are kept."""
 

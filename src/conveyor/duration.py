@@ -1,4 +1,4 @@
-"""Durations and instants as people write them, and the milliseconds that scripts take."""
+"""Durations and instants as people write and read them, and the milliseconds that scripts take."""
 
 from __future__ import annotations
 
@@ -52,3 +52,19 @@ def instant_ms(at: datetime, *, name: str = "at") -> int:
             code="E18",
         )
     return max(0, math.ceil(at.timestamp() * 1000))
+
+
+def span(seconds: float) -> str:
+    """Return a length of time in its two largest units."""
+    if seconds < 0.01:
+        return f"{seconds * 1000:.2g} ms"
+    if seconds < 1:
+        return f"{seconds * 1000:.0f} ms"
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    for size, unit, smaller, name in ((86_400, "d", 3600, "h"), (3600, "h", 60, "m"), (60, "m", 1, "s")):
+        if whole >= size:
+            rest = whole % size // smaller
+            return f"{whole // size} {unit}" + (f" {rest} {name}" if rest else "")
+    return f"{whole} s"

@@ -58,6 +58,7 @@ def test_cancel_in_each_place(scene: Scene, place: str, delete: bool) -> None:
     assert scene.audit() == []
 
 
+@pytest.mark.row("I18")
 def test_cancelled_job_never_starts(scene: Scene) -> None:
     """After cancel said 1, no turn returns the job, also after its place would have changed."""
     scene.push("a", entry("b", delay_ms=60_000), entry("c", priority=5))
@@ -205,7 +206,7 @@ def test_purge_elsewhere(scene: Scene, place: str) -> None:
     assert scene.audit() == []
 
 
-@pytest.mark.row("D7")
+@pytest.mark.row("D7", "I12")
 @pytest.mark.redis6
 @pytest.mark.parametrize(("limit", "taken"), [(10**9, 1000), (0, 0), (-1, 0)])
 def test_purge_is_bounded(scene: Scene, limit: int, taken: int) -> None:

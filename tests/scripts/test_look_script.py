@@ -193,6 +193,7 @@ DAMAGE: dict[str, tuple[Callable[[Scene], object], set[tuple[str, str]]]] = {
 }  # fmt: skip
 
 
+@pytest.mark.row("I1")
 @pytest.mark.redis6
 @pytest.mark.parametrize("name", DAMAGE)
 def test_audit_finds(scene: Scene, name: str) -> None:

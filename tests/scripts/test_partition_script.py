@@ -8,7 +8,7 @@ from conveyor.store import operations, partitioning
 from conveyor.store.keys import QueueKeys
 from conveyor.store.operations import Settlement
 from conveyor.store.partitioning import WrongPartitions
-from scene import REST, Scene
+from scene import REST, Scene, full
 
 WHOLE = QueueKeys("c", "q")
 PART = QueueKeys("c", "q/1", partitions=4)
@@ -105,6 +105,20 @@ def test_begin_shuts_and_end_opens(scene: Scene) -> None:
         assert _switch(scene, WHOLE, "end", "other", 4) == (-1, 0)
     assert _switch(scene, WHOLE, "end", "T", 8) == (1, 0)
     assert scene.dump() == {"conf": {"partitions": "8", "schema": "1"}, "wake ~3600s": ["1"]}
+
+
+@pytest.mark.redis6
+@pytest.mark.redis7
+def test_a_change_can_be_made_on_a_full_server(part: Scene) -> None:
+    """A change that begins, or has begun, when the server is full is brought to its end."""
+    part.run(partitioning.claim(WHOLE, 4, whole=True))
+    part.register("w")
+    with full(part.client):
+        assert _switch(part, WHOLE, "begin", "T", 2) == (1, 4)
+        assert _switch(part, PART, "close", "T", 4) == (1, 4)
+        assert _switch(part, PART, "open", "T", 2) == (1, 0)
+        assert _switch(part, WHOLE, "end", "T", 2) == (1, 0)
+    assert [part.run(partitioning.count(keys)) for keys in (WHOLE, PART)] == [(2, "")] * 2
 
 
 def test_one_piece_is_what_is_not_said(scene: Scene) -> None:

@@ -196,6 +196,7 @@ def test_push_plain_repeated_and_late(scene: Scene) -> None:
 # -- duplicates -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.row("I3")
 def test_own_id_is_stored_once(scene: Scene) -> None:
     """A second push of a caller's id returns it and changes nothing but the lane: the first payload wins."""
     scene.push(entry("a", own_id=True))
@@ -206,6 +207,7 @@ def test_own_id_is_stored_once(scene: Scene) -> None:
     assert scene.since(before) == {"lane:L ~7200s": "2\nok\n.a"}
 
 
+@pytest.mark.row("I3")
 @pytest.mark.parametrize("kind", ["D", "C", "X"])
 def test_own_id_outlives_its_job_by_a_day(scene: Scene, kind: str) -> None:
     """However the job ended, its own id is taken for another day."""
@@ -221,6 +223,7 @@ def test_own_id_outlives_its_job_by_a_day(scene: Scene, kind: str) -> None:
     assert scene.since(before) == {"lane:L ~7200s": "2\nok\n.a"}
 
 
+@pytest.mark.row("I3")
 @pytest.mark.parametrize("place", ["dead", "stub", "scheduled"])
 def test_own_id_is_taken_while_its_envelope_is_there(scene: Scene, place: str) -> None:
     """A dead letter or stub older than the day its id was kept for is never overwritten by a push of that id."""
@@ -285,7 +288,7 @@ def test_message_refused_for_its_key_does_not_take_its_id(scene: Scene) -> None:
     assert scene.audit() == []
 
 
-@pytest.mark.row("D12")
+@pytest.mark.row("D12", "I13")
 def test_dead_holder_does_not_count(scene: Scene) -> None:
     """A unique key whose holder is no longer there is taken over: it cannot leak."""
     scene.client.set(scene.keys.prefix + "unique:k:k", "ghost")

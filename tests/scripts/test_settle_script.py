@@ -60,6 +60,7 @@ def test_settlement(scene: Scene, settlement: Settlement | None, changes: dict[s
     assert scene.audit() == []
 
 
+@pytest.mark.row("I6")
 @pytest.mark.redis6
 @pytest.mark.parametrize("kind", ["done", "D", "C", "X", "R", "F", "M"])
 def test_lost_lease_is_told_and_ignored(scene: Scene, kind: str) -> None:
@@ -88,6 +89,7 @@ def test_lost_and_held_in_one_report(scene: Scene) -> None:
     assert (turn.held, scene.client.hlen(scene.keys.jobs)) == (0, 0)
 
 
+@pytest.mark.row("I7")
 @pytest.mark.parametrize("second", ["D", "X", "R", "F", "M"])
 def test_one_job_has_one_outcome(scene: Scene, second: str) -> None:
     """Of two settlements of one job in a report the first counts."""
@@ -131,6 +133,7 @@ def test_going_on_keeps_the_unique_key(scene: Scene, kind: str) -> None:
     assert [key for key in changed if key.startswith("unique")] == []
 
 
+@pytest.mark.row("I13")
 def test_key_that_another_holds_is_not_given_back(scene: Scene) -> None:
     """A job gives back a unique key only while it holds it itself."""
     scene.push(entry("a", unique="k"))

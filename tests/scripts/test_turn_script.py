@@ -147,7 +147,7 @@ def test_due_jobs_join_the_tail_in_the_order_of_their_instants(scene: Scene) -> 
     assert state["due"] == {"later": "now+60s"}
 
 
-@pytest.mark.row("D9")
+@pytest.mark.row("D9", "I12")
 @pytest.mark.redis6
 def test_promotion_is_bounded(scene: Scene) -> None:
     """A turn promotes at most 200 due jobs and tells that the next one is due already."""

@@ -78,6 +78,7 @@ def test_reap_returns_jobs_to_the_front_in_their_order(scene: Scene) -> None:
     assert scene.audit() == []
 
 
+@pytest.mark.row("I8")
 @pytest.mark.redis6
 @pytest.mark.parametrize(
     ("state", "crashed", "after"),

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 import click
 
 from conveyor.cli.exit import Exit
-from conveyor.cli.output import Output, confirm_options, count, machine, span
+from conveyor.cli.output import Output, confirm_options, count, machine
 from conveyor.cli.target import Target, redis_options
+from conveyor.duration import span
 
 if TYPE_CHECKING:
     from datetime import datetime

@@ -14,6 +14,7 @@ from typing import Any
 import click
 
 from conveyor.cli.exit import Exit
+from conveyor.duration import span
 from conveyor.ident import clean
 
 _UNESCAPED = re.compile(r"[\x7f-\x9f]")  # what JSON leaves as it is and a terminal may obey
@@ -116,20 +117,6 @@ def human(value: object) -> str:
     if isinstance(value, timedelta):
         return span(value.total_seconds())
     return clean(str(value))
-
-
-def span(seconds: float) -> str:
-    """Return a length of time in its two largest units."""
-    if seconds < 1:
-        return f"{seconds * 1000:.0f} ms"
-    if seconds < 10:
-        return f"{seconds:.1f} s"
-    whole = round(seconds)
-    for size, unit, smaller, name in ((86_400, "d", 3600, "h"), (3600, "h", 60, "m"), (60, "m", 1, "s")):
-        if whole >= size:
-            rest = whole % size // smaller
-            return f"{whole // size} {unit}" + (f" {rest} {name}" if rest else "")
-    return f"{whole} s"
 
 
 def stamp(at: datetime) -> str:

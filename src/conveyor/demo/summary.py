@@ -6,8 +6,9 @@ import time
 
 import click
 
-from conveyor.cli.output import count, span
+from conveyor.cli.output import count
 from conveyor.demo.account import Account, KillAccount
+from conveyor.duration import span
 
 _HEADINGS = f"{'TASK':<18}{'ACCEPTED':>9}{'DONE':>7}{'DEAD':>6}{'RUNS':>7}{'RETRIES':>9}{'MEDIAN':>10}{'P95':>10}"
 

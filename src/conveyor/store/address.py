@@ -48,6 +48,7 @@ def masked(url: str) -> str:
 def taken_apart(url: str) -> SplitResult:
     """Return the parts of *url*. Raises ConfigurationError, also for a password that would be read as host or path."""
     try:
+        url.encode()  # half a character could not be quoted
         parts = urlsplit(url)
     except ValueError:  # what it says may hold the password
         parts = None

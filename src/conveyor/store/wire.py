@@ -71,6 +71,8 @@ class Wire:
         self._opened = False
         self.reopened: Callable[[], None] | None = None
         """Called whenever a lost connection was replaced."""
+        self.lost: Callable[[OSError], None] | None = None
+        """Called whenever a connection was lost."""
 
     # -- for callers ----------------------------------------------------------------------------------------------
 
@@ -264,6 +266,8 @@ class Wire:
         if raw is not None:
             raw._writer = raw._reader = None  # noqa: SLF001  else its destructor warns of an unclosed connection
         pending, self._pending = self._pending, deque()
+        if transport is not None and self.lost is not None and not self._closed:
+            self.lost(error)
         for answer, _ in pending:
             answer(error)
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
+import logging
+from time import monotonic
 from typing import TYPE_CHECKING
 
+from conveyor.duration import span
 from conveyor.store.wire import Wire
 from conveyor.worker.listener import Listener
 
@@ -11,30 +15,60 @@ if TYPE_CHECKING:
     from conveyor.store.backend import Backend
     from conveyor.store.keys import QueueKeys
     from conveyor.store.place import Place
-    from conveyor.worker.role import Mortal, Sleeper
+    from conveyor.worker.role import Sleeper, Tenant
+
+
+log = logging.getLogger("conveyor.worker")
+QUIET = 1.0
+"""Seconds that Redis may be away without a word in the log: a restart or a cut connection."""
 
 
 class Berth:
     """One place: a single one for all queues, but in a cluster, where a blocked call covers one slot."""
 
-    def __init__(self, worker: Mortal, place: Place) -> None:
+    def __init__(self, worker: Tenant, place: Place) -> None:
         """Take the worker, and the place."""
         self._worker = worker
         self.sleepers: list[Sleeper] = []
         self.wire = Wire(place)
         self.listener = Listener(self, Wire(place))
-        self.wire.reopened = self.listener.renew
+        self.wire.reopened, self.wire.lost = self._found, self._lost
+        self._since = 0.0
+        self._telling: asyncio.TimerHandle | None = None
 
     @property
     def stopped(self) -> bool:
         """True when nothing is to be waited for any more."""
         return self._worker.stopped
 
+    def _lost(self, error: OSError) -> None:
+        if self._telling is None:
+            self._since = monotonic()
+            self._telling = asyncio.get_running_loop().call_later(QUIET, self._tell, str(error))
+
+    def _tell(self, why: str) -> None:
+        log.warning("worker %s: Redis is away, trying again: %s", self._worker.name, why)
+
+    def _found(self) -> None:
+        if self._telling is not None:
+            if monotonic() - self._since > QUIET:
+                log.info("worker %s: Redis is back after %s", self._worker.name, span(monotonic() - self._since))
+            self._telling.cancel()
+            self._telling = None
+        self.listener.renew()
+
+    async def close(self) -> None:
+        """Close its connections."""
+        if self._telling is not None:
+            self._telling.cancel()
+        await self.listener.close()
+        self.wire.close()
+
 
 class Harbour:
     """All places of one worker."""
 
-    def __init__(self, worker: Mortal, backend: Backend) -> None:
+    def __init__(self, worker: Tenant, backend: Backend) -> None:
         """Take the worker, and what knows the places of its queues."""
         self._worker, self._backend = worker, backend
         self._berths: dict[Place, Berth] = {}
@@ -60,5 +94,4 @@ class Harbour:
     async def close(self) -> None:
         """Close all connections."""
         for berth in self._berths.values():
-            await berth.listener.close()
-            berth.wire.close()
+            await berth.close()

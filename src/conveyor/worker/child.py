@@ -72,6 +72,10 @@ def main(start: Callable[[Spec, Slot], tuple[About, Runnable]] | None = None) ->
 
 def start_app(spec: Spec, slot: Slot) -> tuple[About, Runnable]:
     """Import the app and make its worker; an empty `queues` means all that its tasks and plain lists name."""
+    # Needed by the first connection; on a loaded machine it takes longer than a loop may stand still.
+    import hiredis  # noqa: F401
+    import redis.asyncio  # noqa: F401
+
     from conveyor.worker.worker import Worker
 
     app = load(spec.app)

@@ -19,6 +19,12 @@ QUICK = 1.0
 STALLED = 1.0
 """Seconds without a turn of the event loop after which a child counts as stalled."""
 STACK_TIME = 0.2
+NO_STACK = "(no stack: the process does not run; is it stopped?)"
+_HINTS = {
+    "SIGKILL": " (the kernel does that when memory runs out)",
+    "SIGSEGV": " (a fault in native code)",
+    "SIGABRT": " (native code gave up)",
+}
 _LONGEST_PAUSE = 5.0
 _LONGEST_PAUSE_UP = 1.0  # it came up, so what killed it is a job, and that ends by max_crashes
 
@@ -122,7 +128,7 @@ class Offspring:
             return None
         del self._asked[purpose]
         text = os.pread(self._stacks, 100_000, 0).decode(errors="replace").rstrip()
-        return text or "(no stack: the process does not run; is it stopped?)"
+        return text or NO_STACK
 
     def close(self) -> None:
         """Let go of what is held for the process."""
@@ -137,4 +143,4 @@ def describe_end(code: int) -> str:
         name = signal.Signals(-code).name
     except ValueError:
         name = f"signal {-code}"
-    return f"was killed by {name}"
+    return f"was killed by {name}{_HINTS.get(name, '')}"

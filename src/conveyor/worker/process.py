@@ -19,6 +19,7 @@ from conveyor import ident
 from conveyor.errors import ConfigurationError
 from conveyor.worker.frame import HEAD, Done, Extend, Failed, Job, Order, Ready, Report, Start, pack, read_report
 from conveyor.worker.log import LOG
+from conveyor.worker.offspring import describe_end
 from conveyor.worker.remote import rebuild
 
 if TYPE_CHECKING:
@@ -285,7 +286,7 @@ class _Child:
 
     async def _crash(self, what: str) -> ProcessCrashed:
         await asyncio.wait({self.exit}, timeout=_LAST_WORDS)
-        how = _in_words(self.exit.result()) if self.exit.done() else "broke its connection to the worker"
+        how = describe_end(self.exit.result()) if self.exit.done() else "broke its connection to the worker"
         return ProcessCrashed(f"{what} {how} before it was done. Its pid was {self.pid}.")
 
 
@@ -307,18 +308,3 @@ def _job(attempt: Errand) -> Job:
 def _kill_group(pid: int) -> None:
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(pid, signal.SIGKILL)
-
-
-def _in_words(code: int) -> str:
-    if code >= 0:
-        return f"exited with code {code}"
-    try:
-        name = signal.Signals(-code).name
-    except ValueError:
-        name = "no name"
-    hints = {
-        "SIGKILL": " (the kernel does that when memory runs out)",
-        "SIGSEGV": " (a fault in native code)",
-        "SIGABRT": " (native code gave up)",
-    }
-    return f"was killed by signal {-code}, {name}{hints.get(name, '')},"

@@ -93,6 +93,12 @@ class Mortal(Protocol):
     def stopped(self) -> bool: ...
 
 
+class Tenant(Mortal, Protocol):
+    """A worker as the places it serves see it."""
+
+    name: str
+
+
 class Dormitory(Mortal, Protocol):
     """What the listener needs to know of who waits at its place."""
 

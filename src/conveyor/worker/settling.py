@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from conveyor import failure, outcome
 from conveyor.codec import Unreadable
-from conveyor.duration import milliseconds
+from conveyor.duration import milliseconds, span
 from conveyor.errors import PayloadError, Snooze
 from conveyor.event import JobCancelledEvent, JobDead, JobDone, JobRetried
 from conveyor.model import Failure, Outcome, State, read_failure, to_json
@@ -56,7 +56,7 @@ class Settling:
             self._since, self._told = attempt.ended, 0
         self._told += 1
         if self._told <= TOLD:
-            log.info("✓ %s %.3g ms", attempt.label, seconds * 1000)
+            log.info("✓ %s %s", attempt.label, span(seconds))
 
     def done(self, report: Report, attempt: Attempt, value: Any, now_ms: int) -> None:
         """Settle a success; a result that cannot be stored makes it a dead letter."""
@@ -123,8 +123,8 @@ class Settling:
             attempt.consumer.own_retries[attempt.id] = monotonic() + decision.ms / 1000
             budget = attempt.envelope.extra.attempts or policy.attempts
             failure.tell(
-                log, logging.WARNING, "✗ %s attempt %d/%d %s → retry in %.3g s", attempt.label,
-                attempt.number, budget, details(error), decision.ms / 1000, error=error,
+                log, logging.WARNING, "✗ %s attempt %d/%d %s → retry in %s", attempt.label,
+                attempt.number, budget, details(error), span(decision.ms / 1000), error=error,
             )  # fmt: skip
             if self._app.has_listener(JobRetried):
                 self._app.emit(

@@ -25,7 +25,7 @@ from conveyor.worker.board import About, Board, Spec
 from conveyor.worker.child import IMPORT_FAILED, MARGIN, RECYCLE
 from conveyor.worker.guardian import Estate, Guardian
 from conveyor.worker.log import LOG, configure_log
-from conveyor.worker.offspring import STALLED, Offspring, describe_end
+from conveyor.worker.offspring import NO_STACK, STALLED, Offspring, describe_end
 from conveyor.worker.quota import megabytes
 from conveyor.worker.watchdog import MAX_STALL
 
@@ -146,6 +146,8 @@ class Supervisor:
         self._stop_at = end if self._stop_at is None else min(self._stop_at, end)
         if self._stops == 1:
             LOG.info("Stopping: what runs has %g s to end; a second signal hurries", self._spec.grace)
+        elif self._stops == 2:
+            LOG.info("Hurrying: what runs is handed back; a third signal kills")
         self._tell(signal.SIGTERM if self._stops == 1 else signal.SIGINT)
 
     def _tell(self, number: int) -> None:
@@ -230,22 +232,31 @@ class Supervisor:
             child.ask_stacks("stall")
         stacks = child.stacks_ready("stall", now)
         if stacks is not None:
-            LOG.warning(
-                "E11 Worker child %d (pid %d) has blocked its event loop for %.1f s%s; it keeps its jobs for now, "
-                "and is killed after %g s. Make the task a plain def, so that it runs in a thread.\n%s",
-                child.number, child.pid, now - (child.stalled_since or since), _in_job(child), self._max_stall, stacks,
-            )  # fmt: skip
+            self._tell_stall(child, now - (child.stalled_since or since), stacks)
         if now - since > self._max_stall:
             child.kill(f"was killed after blocking its event loop for {now - since:.0f} s{_in_job(child)}")
+
+    def _tell_stall(self, child: Offspring, seconds: float, stacks: str) -> None:
+        if stacks == NO_STACK:
+            LOG.warning(
+                "Worker child %d (pid %d) has not run for %.1f s: is it stopped? It keeps its jobs for now, and is killed "
+                "after %g s.",
+                child.number, child.pid, seconds, self._max_stall,
+            )  # fmt: skip
+            return
+        job = _in_job(child)
+        advice = " Make the task a plain def, so that it runs in a thread." if job else ""
+        LOG.warning(
+            "E11 Worker child %d (pid %d) has blocked its event loop for %.1f s%s; it keeps its jobs for now, and is "
+            "killed after %g s.%s\n%s",
+            child.number, child.pid, seconds, job, self._max_stall, advice, stacks,
+        )  # fmt: skip
 
     # -- deaths ---------------------------------------------------------------------------------------------------
 
     def _bury(self, child: Offspring, code: int) -> None:
-        what = f"Worker child {child.number} (pid {child.pid}) {describe_end(code)}"
-        if child.kill_reason == "stop":
-            what += " after its grace"
-        elif child.kill_reason:
-            what = f"Worker child {child.number} (pid {child.pid}) {child.kill_reason}"
+        ours = {"": describe_end(code), "stop": "was ended after its grace"}
+        what = f"Worker child {child.number} (pid {child.pid}) {ours.get(child.kill_reason, child.kill_reason)}"
         by_itself = code in {0, RECYCLE} and child.slot.finished  # else a job ended it, with whatever code
         orderly = by_itself or (self._stop_at is not None and code == -signal.SIGTERM)
         crashed = not orderly and child.kill_reason != "stop"

@@ -12,6 +12,7 @@ from time import monotonic, perf_counter
 from typing import TYPE_CHECKING, Any
 
 from conveyor.codec import Unreadable
+from conveyor.duration import span
 from conveyor.errors import ConveyorError, PayloadError, StoreUnavailable, UnknownTask
 from conveyor.ident import clean, made_at_ms
 from conveyor.model import Failure, State, read_whatever, to_json
@@ -167,8 +168,8 @@ class Unusual:
         pause = pause or 600_000
         why = str(error) if error else f"E05 It needs task '{attempt.handler.name}', which this worker does not have."
         log.warning(
-            "%s Job %s stays in '%s' and is tried again in %.3g s; no attempt was used.",
-            clean(why), clean(attempt.public_id), consumer.queue, pause / 1000,
+            "%s Job %s stays in '%s' and is tried again in %s; no attempt was used.",
+            clean(why), clean(attempt.public_id), consumer.queue, span(pause / 1000),
         )  # fmt: skip
         consumer.alarm.give_way(pause / 1000 + 1)
         state = attempt.state.encode() if attempt.state else b""

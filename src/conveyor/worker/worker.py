@@ -188,7 +188,8 @@ class Worker:
         await self._ending.wait(self.consumers, self._grace)
         late, every = list(running(self.consumers, early=False)), list(running(self.consumers))
         if late:
-            log.warning("handing back %d jobs that are still running", len(late))
+            jobs = "1 job that is" if len(late) == 1 else f"{len(late)} jobs that are"
+            log.warning("worker %s: handing back %s still running", self.name, jobs)
         if len(every) > len(late):
             log.warning("cutting off %d jobs: an early ack cannot be taken back", len(every) - len(late))
         for attempt in every:
