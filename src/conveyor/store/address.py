@@ -6,6 +6,8 @@ import asyncio
 import os
 import re
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, cast
@@ -37,6 +39,12 @@ def redact(text: str) -> str:
     return _SECRET_OPTION.sub(r"\1***", _SECRET.sub(r"\1:***@", text))
 
 
+def check_database(text: str, url: str) -> None:
+    """Raise ConfigurationError unless *text* is the number of a database, or nothing; redis-py would take 0 for it."""
+    if text and not (text.isascii() and text.isdigit()):
+        raise ConfigurationError(f"{redact(url)!r}: the database must be a number, as in redis://host:6379/0.")
+
+
 @dataclass(frozen=True)
 class Address:
     """One Redis server by its URL: ``redis://``, ``rediss://`` or ``unix://``."""
@@ -47,12 +55,24 @@ class Address:
     """Seconds for the first exchange on a new connection (AUTH, SELECT): a frozen server is still connected to."""
 
     def __post_init__(self) -> None:
-        scheme = urlsplit(self.url).scheme
-        if scheme not in {"redis", "rediss", "unix"}:
+        parts = urlsplit(self.url)
+        if parts.scheme not in {"redis", "rediss", "unix"}:
             raise ConfigurationError(
-                f"{redact(self.url)!r} is not a Redis URL. Write redis://host:6379/0, rediss://…, unix:///path, "
-                "redis+sentinel://host:26379/mymaster, redis+cluster://host:6379 or embedded:///dir."
+                f"{redact(self.url)!r} is not the URL of one server. Write redis://host:6379/0, rediss://… or unix:///path."
             )
+        if parts.scheme == "unix":
+            if not parts.path.strip("/"):
+                raise ConfigurationError(f"{redact(self.url)!r} names no socket. Write unix:///run/redis.sock?db=0.")
+            return
+        try:
+            port = parts.port
+        except ValueError:  # its text may show a part of a password
+            port = 0
+        if port == 0:
+            raise ConfigurationError(
+                f"{redact(self.url)!r}: the port must be a number from 1 to 65535. In a password write / : @ as %2F %3A %40."
+            )
+        check_database(parts.path.strip("/"), self.url)
 
     def __str__(self) -> str:
         return redact(self.url)
@@ -117,7 +137,7 @@ class Address:
 
     def check(self) -> None:
         """Raise ConfigurationError when the options of the URL mean nothing."""
-        assert self._parameters is not None
+        self.connection(read_timeout=None)
 
     def moved(self, reply: str) -> None:
         """Raise ConfigurationError (E33): only nodes of a cluster answer so."""
@@ -164,7 +184,8 @@ class Address:
 
         kind = {"redis": Connection, "rediss": SSLConnection, "unix": UnixDomainSocketConnection}
         parameters = {**self._parameters, "socket_timeout": read_timeout, "retry": Retry(NoBackoff(), 0)}
-        return cast("Connection", kind[urlsplit(self.url).scheme](**parameters))
+        with self._understood():
+            return cast("Connection", kind[urlsplit(self.url).scheme](**parameters))
 
     def async_connection(self) -> AsyncConnection:
         """Return an unopened connection of asyncio."""
@@ -174,9 +195,27 @@ class Address:
 
         kind = {"redis": Connection, "rediss": SSLConnection, "unix": UnixDomainSocketConnection}
         parameters = {**self._parameters, "socket_timeout": None, "retry": Retry(backoff.NoBackoff(), 0)}
-        return cast("AsyncConnection", kind[urlsplit(self.url).scheme](**parameters))
+        with self._understood():
+            return cast("AsyncConnection", kind[urlsplit(self.url).scheme](**parameters))
+
+    @contextmanager
+    def _understood(self) -> Iterator[None]:
+        """Turn redis-py's complaint about an option into one about the URL, without its value, which may be a secret."""
+        from redis import RedisError
+
+        try:
+            yield
+        except (TypeError, RedisError) as error:
+            found = re.search(r"unexpected keyword argument ('\w+')", str(error))
+            what = f"there is no option {found[1]}" if found else redact(str(error)).rstrip(".")
+            raise ConfigurationError(
+                f"{urlsplit(self.url).scheme}://{self.host}: {what}. Behind the ? of a URL may stand db and the options of "
+                "redis-py's connections, such as ssl_ca_certs; in a URL of Sentinel also sentinel_username and sentinel_password."
+            ) from None
 
 
 def configured_url(argument: str | None) -> str | None:
     """Return the URL by the order of settings: argument, ``CONVEYOR_URL``, else None (the embedded server)."""
+    if argument is not None and not isinstance(argument, str):
+        raise ConfigurationError(f"The URL must be a text such as redis://host:6379/0, not {argument!r}.")
     return argument or os.environ.get("CONVEYOR_URL") or None
