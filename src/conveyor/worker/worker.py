@@ -16,7 +16,7 @@ from conveyor.errors import ConfigurationError, QueueFull, StoreUnavailable
 from conveyor.event import WorkerStarted, WorkerStopped
 from conveyor.middleware import run_through, runs
 from conveyor.model import State, to_json
-from conveyor.store import operations
+from conveyor.store import eviction, operations
 from conveyor.store.operations import MOST_HELD, Report, Settlement
 from conveyor.worker import settling
 from conveyor.worker.attempt import Attempt, details
@@ -149,10 +149,16 @@ class Worker:
         watchdog = Watchdog(self._on_the_loop, self._tick, None if self._slot is None else self._slot.set_job)
         watchdog.start()
         stack.callback(watchdog.close)
+        vigil = asyncio.create_task(eviction.watch(self._informations, log))
+        stack.callback(vigil.cancel)
         self.app.emit(WorkerStarted(self.name))
         for consumer in self.consumers:
             consumer.begin(stack)
         self.ready.set()
+
+    async def _informations(self) -> list[Any]:
+        """Return what each server that holds a queue of ours says of itself."""
+        return [await wire.ask("INFO", patience=5.0) for wire in {one.wire: None for one in self.consumers}]
 
     def stop(self) -> None:
         """Stop: the first call drains, the second hands everything back at once."""
