@@ -205,7 +205,11 @@ def test_subscriber_notices_a_server_that_fell_silent(
 @pytest.mark.row("C25")
 def test_sentinel_that_is_down_or_wrong_is_passed_over(watched: Watched) -> None:
     """A sentinel that does not listen, and one that names a server which is no master, cost a moment; the next one is asked."""
-    liar = Node(watched.servers[0].directory / "liar", "--sentinel", configuration=_monitor(watched.replica.port))
+    place = watched.servers[0].directory / "lies"
+    stranger = Node(
+        place, "--replicaof", "127.0.0.1", "1"
+    )  # through a replica of theirs the others would teach the liar better
+    liar = Node(place, "--sentinel", configuration=_monitor(stranger.port))
     try:
         right = watched.sentinels[0].name
         with Conveyor(f"redis+sentinel://127.0.0.1:{free_port()},{liar.name},{right}/main?db=3") as app:
@@ -215,6 +219,7 @@ def test_sentinel_that_is_down_or_wrong_is_passed_over(watched: Watched) -> None
             assert preferred.preferred()[0].url == f"redis://{right}/"
     finally:
         liar.kill()
+        stranger.kill()
 
 
 def _monitor(port: int) -> str:
