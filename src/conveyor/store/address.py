@@ -6,8 +6,6 @@ import asyncio
 import os
 import re
 import socket
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, cast
@@ -84,11 +82,6 @@ class Address:
     def _parameters(self) -> dict[str, Any]:
         from redis import connection
 
-        parts = urlsplit(self.url)
-        if parts.scheme != "unix" and not re.fullmatch(r"(/\d*)?", parts.path):
-            raise ConfigurationError(
-                f"{self}: behind the host stands the number of a database, not {parts.path[1:]!r}."
-            )
         try:
             parameters = dict(connection.parse_url(self.url))
         except ValueError as error:
@@ -114,7 +107,10 @@ class Address:
         except (TypeError, ValueError, RedisError) as error:
             found = re.search(r"unexpected keyword argument ('\w+')", str(error))
             why = f"{found[1]} is not one of its options" if found else redact(str(error))
-            raise ConfigurationError(f"{self}: {why}. Behind ? stand options of redis-py's connections.") from None
+            raise ConfigurationError(  # without the value, which may be a secret
+                f"{urlsplit(self.url).scheme}://{self.host}: {why}. Behind ? stand options of redis-py's connections, such as "
+                "ssl_ca_certs; for Sentinel also sentinel_username and sentinel_password."
+            ) from None
 
     def place(self, key: str) -> Place:
         """Return where the commands for *key* go: all go here."""
@@ -137,7 +133,7 @@ class Address:
 
     def check(self) -> None:
         """Raise ConfigurationError when the options of the URL mean nothing."""
-        self.connection(read_timeout=None)
+        assert self._parameters is not None
 
     def moved(self, reply: str) -> None:
         """Raise ConfigurationError (E33): only nodes of a cluster answer so."""
@@ -184,8 +180,7 @@ class Address:
 
         kind = {"redis": Connection, "rediss": SSLConnection, "unix": UnixDomainSocketConnection}
         parameters = {**self._parameters, "socket_timeout": read_timeout, "retry": Retry(NoBackoff(), 0)}
-        with self._understood():
-            return cast("Connection", kind[urlsplit(self.url).scheme](**parameters))
+        return cast("Connection", kind[urlsplit(self.url).scheme](**parameters))
 
     def async_connection(self) -> AsyncConnection:
         """Return an unopened connection of asyncio."""
@@ -195,27 +190,9 @@ class Address:
 
         kind = {"redis": Connection, "rediss": SSLConnection, "unix": UnixDomainSocketConnection}
         parameters = {**self._parameters, "socket_timeout": None, "retry": Retry(backoff.NoBackoff(), 0)}
-        with self._understood():
-            return cast("AsyncConnection", kind[urlsplit(self.url).scheme](**parameters))
-
-    @contextmanager
-    def _understood(self) -> Iterator[None]:
-        """Turn redis-py's complaint about an option into one about the URL, without its value, which may be a secret."""
-        from redis import RedisError
-
-        try:
-            yield
-        except (TypeError, RedisError) as error:
-            found = re.search(r"unexpected keyword argument ('\w+')", str(error))
-            what = f"there is no option {found[1]}" if found else redact(str(error)).rstrip(".")
-            raise ConfigurationError(
-                f"{urlsplit(self.url).scheme}://{self.host}: {what}. Behind the ? of a URL may stand db and the options of "
-                "redis-py's connections, such as ssl_ca_certs; in a URL of Sentinel also sentinel_username and sentinel_password."
-            ) from None
+        return cast("AsyncConnection", kind[urlsplit(self.url).scheme](**parameters))
 
 
 def configured_url(argument: str | None) -> str | None:
     """Return the URL by the order of settings: argument, ``CONVEYOR_URL``, else None (the embedded server)."""
-    if argument is not None and not isinstance(argument, str):
-        raise ConfigurationError(f"The URL must be a text such as redis://host:6379/0, not {argument!r}.")
     return argument or os.environ.get("CONVEYOR_URL") or None

@@ -38,8 +38,8 @@ def _refuse(url: str, scheme: str, topology: str) -> None:
     guess = f" Did you mean {near[0]}://?" if near else ""
     what = f"there is no topology {topology!r}" if topology else "this is not a Redis URL"
     raise ConfigurationError(
-        f"{redact(url)!r}: {what}.{guess} Known are redis://host:6379/0, "
-        "redis+sentinel://host:26379,host:26379/mymaster and redis+cluster://host:6379,host:6379, each also with "
-        "rediss for TLS, unix:///path and embedded:///directory.",
+        f"{redact(url)!r}: {what}.{guess} Write redis://host:6379/0, "
+        "redis+sentinel://host:26379,host:26379/mymaster or redis+cluster://host:6379,host:6379, each also with "
+        "rediss for TLS, unix:///path or embedded:///directory.",
         code="E31" if topology or near else "E02",
     )
