@@ -44,6 +44,10 @@ class AllNodes(redis_py.RedisCluster):
             found += super().client_list(target_nodes=[node])
         return found
 
+    def client_unblock(self, client_id: int, **_: Any) -> Any:
+        """End the blocked call of a client, at whichever node it waits."""
+        return self.execute_command("CLIENT", "UNBLOCK", client_id, target_nodes=self.PRIMARIES)
+
     def dbsize(self, **_: Any) -> int:
         """Count the keys of all."""
         return len(self.keys())

@@ -297,9 +297,19 @@ def test_a_buffer_belongs_to_one_app(server: Server) -> None:
     Conveyor(server.url, buffer=buffer)
     with pytest.raises(ConfigurationError, match="another app"):
         Conveyor(server.url, buffer=buffer)
-    for wrong in ({"most": 0}, {"most_bytes": "1MB"}, {"fsync": True}):
+    for wrong in (
+        {"most": 0},
+        {"most_bytes": "1MB"},
+        {"fsync": True},
+        {"directory": "x", "fsync": 1},
+        {"directory": 7},
+        {"directory": ""},
+    ):
         with pytest.raises(ConfigurationError):
             Buffer(**wrong)  # type: ignore[arg-type]
+    for no_buffer in (7, "spool", True, Buffer):
+        with pytest.raises(ConfigurationError, match="takes a Buffer, such as"):
+            Conveyor(server.url, buffer=no_buffer)  # type: ignore[arg-type]
 
 
 def test_a_forked_child_begins_empty(server: Server, buffer: Buffer) -> None:

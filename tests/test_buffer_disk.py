@@ -16,6 +16,7 @@ import pytest
 from buffering import bare, line, until
 from conveyor import Buffer
 from conveyor.app import Conveyor
+from conveyor.errors import ConfigurationError, StoreUnavailable
 from server import Server
 
 Start = Callable[..., Server]
@@ -120,6 +121,44 @@ def test_a_torn_tail(server: Server, tmp_path: Path, caplog: pytest.LogCaptureFi
     assert line(server) == bare(ids[:2])
     assert "cannot be read" in caplog.text
     assert path.stat().st_size == 0
+
+
+def test_a_full_disk_refuses_and_delivers(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a disk that is full to the last byte pushes are refused (E37), and what was accepted is delivered, with nothing freed."""
+    server.kill()
+    with Conveyor(server.url, buffer=Buffer(tmp_path)) as app:
+        mail = app.queue("mail")
+        ids = [mail.push(n) for n in range(30)]
+        most, real = (tmp_path / "0.log").stat().st_size, os.pwrite
+        monkeypatch.setattr(os, "pwrite", lambda file, data, at: real(file, data[: max(0, most - at)], at))
+        with pytest.raises(StoreUnavailable, match="cannot be written") as caught:
+            ids.extend(mail.push(n) for n in range(1000))
+        assert caught.value.code == "E37"
+        server.start()
+        assert app.backend.buffer is not None
+        assert app.backend.buffer.wait_empty(10)
+    assert line(server) == bare(ids)
+
+
+@pytest.mark.parametrize("place", ["file", "file/below", "/proc/nowhere"])
+def test_a_directory_that_cannot_be_is_refused_at_once(tmp_path: Path, place: str) -> None:
+    """A buffer whose directory cannot be used is refused when the app is made, not when Redis is away."""
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigurationError, match="cannot be used"):
+        Conveyor("redis://127.0.0.1:1", buffer=Buffer(tmp_path / place))
+
+
+def test_a_directory_that_goes_is_said(server: Server, tmp_path: Path) -> None:
+    """When the directory is no more as it is needed, the push raises as without a buffer, and nothing is half kept."""
+    app = Conveyor(server.url, buffer=Buffer(tmp_path / "spool", linger=0))
+    (tmp_path / "spool").rmdir()
+    (tmp_path / "spool").touch()
+    server.kill()
+    with pytest.raises(StoreUnavailable) as caught:
+        app.queue("mail").push(1)
+    assert isinstance(caught.value.__cause__, OSError)
+    assert len(app.backend.buffer or ()) == 0
+    app.close()
 
 
 def test_two_processes_share_a_directory(server: Server, tmp_path: Path) -> None:

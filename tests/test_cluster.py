@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from conveyor import Conveyor, doctor
 from conveyor.admin import Admin
 from conveyor.errors import ConfigurationError, StoreUnavailable
-from conveyor.store import inspection, operations
+from conveyor.store import fault, inspection, operations
 from conveyor.store.backend import Backend
 from conveyor.store.cluster import slot_of
 from conveyor.store.keys import QueueKeys, known_queues
@@ -138,6 +138,29 @@ async def test_slot_with_jobs_moves_under_load(cluster: ClusterOfNodes, rounds: 
     assert (traffic.missing, traffic.doubled, traffic.errors) == ([], [], [])
     assert await traffic.audit() == []
     await traffic.app.aclose()
+
+
+@pytest.mark.row("C22")
+async def test_pushes_wait_longer_for_a_slot_that_moves(cluster: ClusterOfNodes) -> None:
+    """While its slot is half-way a push is repeated beyond the patience for an outage, blocking and on a loop."""
+    assert fault.SLOT_MOVES == 30
+    app = Conveyor(cluster.url)
+    app.backend.patience = 3.0
+    mail, key = app.queue("mail"), "{mail}"
+    source = cluster.owner(key)
+    target = next(node for node in cluster.masters() if node is not source)
+    target.ask("CLUSTER", "SETSLOT", slot_of(key), "IMPORTING", cluster.ids[source.port])
+    source.ask("CLUSTER", "SETSLOT", slot_of(key), "MIGRATING", cluster.ids[target.port])
+    pushes = [asyncio.create_task(mail.apush(1)), asyncio.create_task(asyncio.to_thread(mail.push, 2))]
+    end = time.monotonic() + 4.0
+    await until(lambda: time.monotonic() > end or any(push.done() for push in pushes))
+    assert not any(push.done() for push in pushes)
+    assert b"errorstat_TRYAGAIN" in await asyncio.to_thread(target.ask, "INFO", "errorstats")
+    for node in (target, source, *cluster.masters()):
+        node.ask("CLUSTER", "SETSLOT", slot_of(key), "NODE", cluster.ids[target.port])
+    await asyncio.gather(*pushes)
+    assert await mail.alen() == 2
+    await app.aclose()
 
 
 @pytest.mark.row("C21")
@@ -290,3 +313,23 @@ async def test_one_server_is_no_cluster_and_a_node_is_no_server(
 
 async def _blocking(backend: Backend, queue: str) -> Any:
     return await asyncio.to_thread(backend.run, inspection.counts(backend.keys(queue)))
+
+
+@pytest.mark.row("C12")
+async def test_each_node_of_a_queue_is_asked_for_its_policy(
+    cluster: ClusterOfNodes, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A worker sees that one of the nodes it takes from may delete jobs, whichever that is."""
+    for queue in QUEUES[:2]:
+        caplog.clear()
+        node = cluster.owner(f"{{{queue}}}")
+        node.ask("CONFIG", "SET", "maxmemory-policy", "allkeys-lru")
+        app = Conveyor(cluster.url)
+        for name in QUEUES:
+            app.task(queue=name, name=f"note.{name}")(lambda: None)
+        try:
+            async with working(app):
+                await until(lambda: "maxmemory-policy is allkeys-lru" in caplog.text)
+        finally:
+            node.ask("CONFIG", "SET", "maxmemory-policy", "noeviction")
+            await app.aclose()

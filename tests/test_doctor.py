@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from conveyor import doctor
+from conveyor import doctor, release
 from conveyor.errors import StoreUnavailable
 from conveyor.store.backend import Backend
 from handworker import HandWorker, dead, push
@@ -82,6 +82,52 @@ def test_eviction_is_a_problem(start_server: Start, examine: Callable[[str], doc
     assert (finding.level, finding.code) == ("problem", "E10")
     assert policy in finding.text
     assert "noeviction" in finding.remedy
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "level", "says"),
+    [
+        ("timeout", "60", "note", "connections that are quiet for 60 s are closed"),
+        ("tcp-keepalive", "0", "warning", "connections of machines that are gone stay"),
+    ],
+)
+def test_settings_of_connections(
+    start_server: Start, examine: Callable[[str], doctor.Report], option: str, value: str, level: str, says: str
+) -> None:
+    """A server that closes quiet connections, or keeps those of the dead, is told of with what to set; one with defaults is not."""
+    server = start_server()
+    assert [one for one in examine(server.url).findings if one.name == "connections"] == []
+    with server.client() as client:
+        client.config_set(option, value)
+    finding = named(examine(server.url), "connections")
+    assert (finding.level, says in finding.text) == (level, True)
+    assert finding.remedy.startswith(f"CONFIG SET {option} ")
+
+
+@pytest.mark.parametrize(
+    ("family", "version", "mended"),
+    [
+        ("redis", "6.2.14", "6.2.20"), ("redis", "6.2.20", None), ("redis", "7.0.15", "7.2.11"), ("redis", "7.2.10", "7.2.11"),
+        ("redis", "7.4.6", None), ("redis", "8.0.3", "8.0.4"), ("redis", "8.2.1", "8.2.2"), ("redis", "8.4.0", None),
+        ("valkey", "7.2.10", "7.2.11"), ("valkey", "8.0.6", None), ("valkey", "8.1.3", "8.1.4"), ("valkey", "9.0.0", None),
+    ],
+)  # fmt: skip
+def test_known_holes(family: str, version: str, mended: str | None) -> None:
+    """A release with a hole that any user with a script can use is known, with the first one without it."""
+    assert release.mended(family, version) == mended
+
+
+@pytest.mark.parametrize("name", ["redis6", "redis7"])
+def test_server_with_a_hole_is_a_warning(
+    start_server: Start, examine: Callable[[str], doctor.Report], name: str
+) -> None:
+    """The doctor names the hole of an old server, and the release to take."""
+    report = examine(start_server(name=name).url)
+    if release.mended(report.family, report.version) is None:
+        pytest.skip(f"{report.version} has none")
+    finding = named(report, "version")
+    assert (finding.level, "CVE-2025-49844" in finding.text) == ("warning", True)
+    assert finding.remedy == f"Use {release.mended(report.family, report.version)} or newer."
 
 
 def test_full_memory_is_a_problem(start_server: Start, examine: Callable[[str], doctor.Report]) -> None:

@@ -46,6 +46,9 @@ def test_what_queues_ask_and_what_replicas_there_are(start_server: Start) -> Non
     """A queue that asks for more than there is is a problem, and so are min-replicas that nothing meets."""
     pair = Pair(start_server)
     with pair.primary.client() as client:
+        assert ("note", "min-replicas-to-write is 0") in [
+            (level, text[:26]) for level, text in said(pair.primary.url)[1]
+        ]
         client.config_set("min-replicas-to-write", 1)
         asks = {"one": Durability(replicas=1), "two": Durability(replicas=2), "disk": Durability(fsync=True)}
         report, lines = said(pair.primary.url, asks)

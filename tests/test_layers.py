@@ -73,7 +73,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "workflow",
     ),
     ("worker",),
-    ("acl", "admin", "doctor", "guarantee", "leftover", "logical", "view", "telemetry", "testing"),
+    ("acl", "admin", "doctor", "guarantee", "leftover", "logical", "release", "view", "telemetry", "testing"),
     ("cli", "demo", "web", "contrib", "__main__"),
 )
 FACADE = len(LAYERS) - 1.5  # the public names: gathered from everything below, for programs and for the top layer

@@ -157,6 +157,11 @@ asyncio.run(main())
 """
 
 
+def _waiting(redis: redis_py.Redis) -> list[str]:
+    """Return the connections that wait for work."""
+    return [one["id"] for one in redis.client_list() if one["cmd"] == "blpop" and "b" in one["flags"]]
+
+
 @pytest.mark.row("D21")
 @pytest.mark.leaves_keys("the frozen worker is ended by force")
 async def test_a_token_that_a_frozen_worker_took(
@@ -172,13 +177,17 @@ async def test_a_token_that_a_frozen_worker_took(
         ran.append(n)
 
     try:
-        await until(lambda: redis.info("clients")["blocked_clients"] == 1, 20)
+        [first] = await until(lambda: _waiting(redis), 20)
         async with working(app):
             for n in range(rounds(50, 2)):
                 await until(lambda: redis.info("clients")["blocked_clients"] == 2)
-                os.kill(frozen.pid, signal.SIGSTOP)  # it has waited longer, so it is called first
+                [other] = await until(lambda: [one for one in _waiting(redis) if one != first])
+                redis.client_unblock(int(other))  # so that the other one has waited longer, and is called first
+                await until(lambda: redis.info("clients")["blocked_clients"] == 2)
+                os.kill(frozen.pid, signal.SIGSTOP)
                 await note.aenqueue(n)
                 began = monotonic()
+                await until(lambda: first not in _waiting(redis), 1)  # the call went to it, and is lost there
                 await until(lambda n=n: ran == list(range(n + 1)), 10)
                 print(f"started after {monotonic() - began:.2f} s")
                 os.kill(frozen.pid, signal.SIGCONT)

@@ -14,6 +14,8 @@ from conveyor import doctor
 from conveyor.app import Conveyor
 from conveyor.errors import ConfigurationError, QueueFull
 from conveyor.event import JobLost
+from conveyor.store import eviction
+from conveyor.store.wire import Wire
 from server import Server
 from working import audit, drain, until, working
 
@@ -78,6 +80,43 @@ async def test_no_worker_starts_on_a_server_that_throws_jobs_away(
     assert refused.value.code == "E10"
     async with app.worker(allow_eviction=True):
         pass
+    await app.aclose()
+
+
+@pytest.mark.row("C12")
+async def test_a_policy_that_turns_bad_under_a_worker_is_said(
+    start_server: Start, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A running worker looks at the policy when it begins and every hour: one that deletes jobs is logged as E10, once."""
+    assert eviction.EVERY == 3600
+    monkeypatch.setattr(eviction, "EVERY", 0.01)
+    server = start_server("--maxmemory", "100mb", "--maxmemory-policy", "allkeys-lru")  # it was away when it was asked
+    app, looks, ask = Conveyor(server.url), list[object](), Wire.ask
+    app.task(name="note")(lambda n: None)
+
+    async def counted(self: Wire, *command: str, **options: float) -> object:
+        looks.append(reply := await ask(self, *command, **options))
+        return reply
+
+    monkeypatch.setattr(Wire, "ask", counted)
+
+    def said() -> list[str]:
+        return [record.getMessage().split(".")[0] for record in caplog.records if record.getMessage().startswith("E10")]
+
+    async def look(times: int) -> None:
+        seen = len(looks)
+        await until(lambda: len(looks) > seen + times)
+
+    with server.client() as client:
+        async with working(app) as worker:
+            await look(5)
+            client.config_set("maxmemory-policy", "noeviction")
+            await look(2)
+            client.config_set("maxmemory-policy", "volatile-ttl")
+            await look(5)
+            assert not worker.stopping
+    policies = [text.rpartition(" ")[2] for text in said()]
+    assert policies == ["allkeys-lru", "volatile-ttl"]
     await app.aclose()
 
 

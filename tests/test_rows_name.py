@@ -104,6 +104,14 @@ def _commands() -> set[str]:
     return lua | conditional | python | {"EVALSHA", "EVAL", "SUBSCRIBE", "PUBLISH", "BLPOP", "BLMOVE"}
 
 
+@pytest.mark.row("C26")
+def test_no_command_asks_a_replica() -> None:
+    """Nothing we send lets a node of a cluster answer for its primary, and no connection is opened in search of a replica."""
+    assert _commands() & {"READONLY", "EVALSHA_RO", "EVAL_RO", "FCALL_RO"} == set()
+    asked = {word for path in SOURCE.rglob("*.py") for word in re.findall(r"SENTINEL\", \"([A-Z-]+)", path.read_text())}
+    assert asked == {"GET-MASTER-ADDR-BY-NAME", "MASTERS"}
+
+
 @pytest.mark.row("C28")
 @pytest.mark.redis6
 @pytest.mark.redis7

@@ -205,7 +205,11 @@ def test_subscriber_notices_a_server_that_fell_silent(
 @pytest.mark.row("C25")
 def test_sentinel_that_is_down_or_wrong_is_passed_over(watched: Watched) -> None:
     """A sentinel that does not listen, and one that names a server which is no master, cost a moment; the next one is asked."""
-    liar = Node(watched.servers[0].directory / "liar", "--sentinel", configuration=_monitor(watched.replica.port))
+    place = watched.servers[0].directory / "lies"
+    stranger = Node(
+        place, "--replicaof", "127.0.0.1", "1"
+    )  # through a replica of theirs the others would teach the liar better
+    liar = Node(place, "--sentinel", configuration=_monitor(stranger.port))
     try:
         right = watched.sentinels[0].name
         with Conveyor(f"redis+sentinel://127.0.0.1:{free_port()},{liar.name},{right}/main?db=3") as app:
@@ -215,6 +219,7 @@ def test_sentinel_that_is_down_or_wrong_is_passed_over(watched: Watched) -> None
             assert preferred.preferred()[0].url == f"redis://{right}/"
     finally:
         liar.kill()
+        stranger.kill()
 
 
 def _monitor(port: int) -> str:
@@ -250,9 +255,6 @@ def test_no_sentinel_that_answers_is_an_outage(url: str) -> None:
 @pytest.mark.parametrize(
     ("wrong", "code", "says"),
     [
-        ("redis+sentinal://h:26379/main", "E31", r"no topology 'sentinal'. Did you mean redis\+sentinel://\?"),
-        ("rediss+claster://h:26379", "E31", r"Did you mean rediss\+cluster://\?"),
-        ("redis+quorum://h:26379", "E31", r"redis\+cluster://host:6379,host:6379"),
         ("redis+sentinel://h:26379,h2:26379", "E32", r"Write its name behind the hosts"),
         ("redis+sentinel://h:26379/a/b", "E32", r"which master"),
         ("redis+sentinel:///main", "E02", r"names no host"),

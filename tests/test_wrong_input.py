@@ -32,7 +32,7 @@ def shell(url: str, tmp_path: Path) -> Shell:
         ("redis://127.0.0.1:1?frist=1", "'frist' is not one of its options"),
         ("redis+cluster://127.0.0.1:1?frist=1", "'frist' is not one of its options"),
         ("rediss://127.0.0.1:1?ssl_cert_reqs=perhaps", "Requirements Flag: perhaps"),
-        ("redis://127.0.0.1:1/orders", "the number of a database, not 'orders'"),
+        ("redis://127.0.0.1:1/orders", "the database must be a number, as in redis://host:6379/0"),
         ("http://127.0.0.1:1", r"Write redis://.*redis\+sentinel://.*redis\+cluster://"),
     ],
 )

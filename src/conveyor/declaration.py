@@ -112,7 +112,7 @@ class Declarations(Sending):
     def _made(self, name: str, type: Any, partitions: int, **options: Any) -> Queue[Any]:  # noqa: A002
         from conveyor.queue import Queue
 
-        if partitions == 1:
+        if partitions == 1 and isinstance(partitions, int) and not isinstance(partitions, bool):
             return Queue(self.backend, name, type, **options)
         from conveyor.partitioned import PartitionedQueue
 

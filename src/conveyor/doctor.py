@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from statistics import median
 from typing import Literal
 
-from conveyor import guarantee
+from conveyor import guarantee, release
 from conveyor.errors import ConveyorError, StoreUnavailable
 from conveyor.logical import Logical
 from conveyor.store import eviction, fault, inspection
@@ -21,8 +21,6 @@ from conveyor.store.keys import QueueKeys
 Level = Literal["ok", "note", "warning", "problem"]
 Durability = Literal["memory", "snapshots", "aof-os", "aof-everysec", "aof-always", "unknown"]
 
-OLDEST_REDIS = (6, 2)
-OLDEST_VALKEY = (7, 2)
 PINGS = 7
 SKEW_WARNING = 1.0
 _NAMED = 10
@@ -30,12 +28,6 @@ _MOST_AUDITED = 10_000
 _OR_CONSUMER = "  (for messages: a program that consumes them)"
 MEMORY_WARNING, MEMORY_PROBLEM = 0.75, 0.9
 LARGE_SLOT = 1_000_000
-
-# The first releases without CVE-2025-49844: a script of an authenticated user can run any code.
-_SAFE: dict[str, dict[tuple[int, ...], int]] = {
-    "redis": {(6, 2): 20, (7, 2): 11, (7, 4): 6, (8, 0): 4, (8, 2): 2},
-    "valkey": {(7, 2): 11, (8, 0): 6, (8, 1): 4},
-}
 
 _DURABILITY: dict[Durability, str] = {
     "memory": "memory only: a restart of the server loses every job",
@@ -126,6 +118,7 @@ def _server(backend: Backend, report: Report) -> None:
     _durability(backend, facts, report)
     _confirmations(backend, facts, report)
     _memory(facts, report)
+    _connections(backend, report)
 
 
 def _nodes(backend: Backend, cluster: Cluster, report: Report) -> bool:
@@ -231,17 +224,17 @@ def _version(facts: dict[str, str], report: Report) -> None:
         return
     report.family = "valkey" if "valkey_version" in facts else "redis"
     report.version = facts.get("valkey_version") or facts.get("redis_version", "")
-    numbers = tuple(int(part) for part in report.version.split(".") if part.isdigit())
+    numbers = release.numbers(report.version)
     name = f"{report.family.capitalize()} {report.version}"
-    oldest = OLDEST_VALKEY if report.family == "valkey" else OLDEST_REDIS
+    oldest = release.OLDEST[report.family]
     if numbers and numbers[:2] < oldest:
         wanted = f"{oldest[0]}.{oldest[1]}"
         report.add("version", "problem", f"{name} is too old", f"Use {wanted} or newer, or Valkey 7.2 or newer.")
         return
-    safe = _SAFE[report.family].get(numbers[:2])
-    if safe is not None and len(numbers) > 2 and numbers[2] < safe:
+    safe = release.mended(report.family, report.version)
+    if safe is not None:
         text = f"{name} has a known hole (CVE-2025-49844), unless your distribution mended it"
-        report.add("version", "warning", text, f"Use {numbers[0]}.{numbers[1]}.{safe} or newer.")
+        report.add("version", "warning", text, f"Use {safe} or newer.")
     else:
         report.add("version", "ok", name)
 
@@ -331,6 +324,16 @@ def _memory(facts: dict[str, str], report: Report) -> None:
     level: Level = "problem" if share >= MEMORY_PROBLEM else "warning" if share >= MEMORY_WARNING else "ok"
     remedy = "Add workers, or give it more memory: at maxmemory every push is refused." if level != "ok" else ""
     report.add("memory", level, f"{share:.0%} of maxmemory used ({_size(used)} of {_size(most)})", remedy)
+
+
+def _connections(backend: Backend, report: Report) -> None:
+    """Say when the server closes connections that are only quiet, or keeps those whose clients are gone."""
+    if (quiet := _setting(backend, "timeout")) not in {None, "0"}:
+        text = f"timeout is {quiet}: connections that are quiet for {quiet} s are closed, and opened again at the next call"
+        report.add("connections", "note", text, "CONFIG SET timeout 0")
+    if _setting(backend, "tcp-keepalive") == "0":
+        text = "tcp-keepalive is off: connections of machines that are gone stay, and a blocked one swallows a call for work"
+        report.add("connections", "warning", text, "CONFIG SET tcp-keepalive 60")
 
 
 def _clock(backend: Backend, report: Report) -> None:

@@ -40,6 +40,9 @@ def replication(facts: Mapping[str, str], least: str | None, lag: str | None) ->
         return
     if count:
         yield Line("ok", f"{_replicas(count)} online: wait_replicas up to {count} can be confirmed")
+    if count and least == "0":
+        text = "min-replicas-to-write is 0: a primary that is cut off goes on accepting what a failover loses"
+        yield Line("note", text, "CONFIG SET min-replicas-to-write 1, and min-replicas-max-lag 10")
     if least not in {None, "0"}:
         good = int(facts.get("min_slaves_good_slaves", count))
         text = f"min-replicas-to-write is {least}, with a lag of at most {lag} s; {good} now"

@@ -63,6 +63,12 @@ def taken_apart(url: str) -> SplitResult:
     )
 
 
+def check_database(text: str, url: str) -> None:
+    """Raise ConfigurationError unless *text* is the number of a database, or nothing; redis-py would take 0 for it."""
+    if text and not (text.isascii() and text.isdigit()):
+        raise ConfigurationError(f"{masked(url)!r}: the database must be a number, as in redis://host:6379/0.")
+
+
 @dataclass(frozen=True)
 class Address:
     """One Redis server by its URL: ``redis://``, ``rediss://`` or ``unix://``."""
@@ -73,11 +79,24 @@ class Address:
     """Seconds for the first exchange on a new connection (AUTH, SELECT): a frozen server is still connected to."""
 
     def __post_init__(self) -> None:
-        if taken_apart(self.url).scheme not in {"redis", "rediss", "unix"}:
+        parts = taken_apart(self.url)
+        if parts.scheme not in {"redis", "rediss", "unix"}:
             raise ConfigurationError(
-                f"{masked(self.url)!r} is not a Redis URL. Write redis://host:6379/0, rediss://…, unix:///path, "
-                "redis+sentinel://host:26379/mymaster, redis+cluster://host:6379 or embedded:///dir."
+                f"{masked(self.url)!r} is not the URL of one server. Write redis://host:6379/0, rediss://… or unix:///path."
             )
+        if parts.scheme == "unix":
+            if not parts.path.strip("/"):
+                raise ConfigurationError(f"{masked(self.url)!r} names no socket. Write unix:///run/redis.sock?db=0.")
+            return
+        try:
+            port = parts.port
+        except ValueError:  # its text may show a part of a password
+            port = 0
+        if port == 0:
+            raise ConfigurationError(
+                f"{masked(self.url)!r}: the port must be a number from 1 to 65535. In a password write / : @ as %2F %3A %40."
+            )
+        check_database(parts.path.strip("/"), self.url)
 
     def __str__(self) -> str:
         return masked(self.url)
@@ -89,11 +108,6 @@ class Address:
     def _parameters(self) -> dict[str, Any]:
         from redis import connection
 
-        parts = urlsplit(self.url)
-        if parts.scheme != "unix" and not re.fullmatch(r"(/\d*)?", parts.path):
-            raise ConfigurationError(
-                f"{self}: behind the host stands the number of a database, not {parts.path[1:]!r}."
-            )
         try:
             parameters = dict(connection.parse_url(self.url))
         except ValueError as error:
@@ -119,7 +133,10 @@ class Address:
         except (TypeError, ValueError, RedisError) as error:
             found = re.search(r"unexpected keyword argument ('\w+')", str(error))
             why = f"{found[1]} is not one of its options" if found else redact(str(error))
-            raise ConfigurationError(f"{self}: {why}. Behind ? stand options of redis-py's connections.") from None
+            raise ConfigurationError(  # without the value, which may be a secret
+                f"{urlsplit(self.url).scheme}://{self.host}: {why}. Behind ? stand options of redis-py's connections, such as "
+                "ssl_ca_certs; for Sentinel also sentinel_username and sentinel_password."
+            ) from None
 
     def place(self, key: str) -> Place:
         """Return where the commands for *key* go: all go here."""

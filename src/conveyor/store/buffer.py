@@ -53,6 +53,12 @@ class Buffer:
         for name, value in (("most", most), ("most_bytes", most_bytes)):
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ConfigurationError(f"Buffer({name}=…) must be a whole number of at least 1, not {value!r}.")
+        if not isinstance(fsync, bool):
+            raise ConfigurationError(f"Buffer(fsync=…) must be True or False, not {fsync!r}.")
+        if directory is not None and (not isinstance(directory, str | os.PathLike) or not os.fspath(directory)):
+            raise ConfigurationError(
+                f"Buffer(…) takes the path of a directory, such as Buffer('spool'), not {directory!r}."
+            )
         if fsync and directory is None:
             raise ConfigurationError("Buffer(fsync=True) is for a buffer on disk: Buffer('spool', fsync=True).")
         self.directory = None if directory is None else Path(directory)

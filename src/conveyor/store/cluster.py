@@ -9,10 +9,10 @@ from binascii import crc_hqx
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
-from conveyor.errors import ConfigurationError
+from conveyor.errors import ConfigurationError, ConveyorError
 from conveyor.store import fault
 from conveyor.store.address import Address, masked
-from conveyor.store.exchange import ask
+from conveyor.store.exchange import ask, refusal
 from conveyor.store.fork import on_fork
 from conveyor.store.hosts import split_hosts
 from conveyor.store.place import ELSEWHERE_AFTER, Place, Unresolved, in_thread
@@ -152,20 +152,17 @@ class Cluster:
                 self._asked_at = monotonic()
 
     def _ask_for_map(self) -> list[Server | None]:
-        from redis import AuthenticationError, RedisError, ResponseError
+        from redis import RedisError
 
         reasons: list[str] = []
         doubtful: list[Server | None] | None = None
+        refused: ConveyorError | None = None
         for server in dict.fromkeys((*self._known, *self._hosts.hosts)):
             try:
                 state, slots = self._ask(server)
-            except AuthenticationError as error:
-                raise fault.final(f"NOAUTH {error}", str(self)) from error
-            except ResponseError as error:
-                if "cluster support disabled" in str(error):
-                    raise self._no_cluster(server) from error
-                reasons.append(f"{server[0]}:{server[1]}: {error}")
             except (RedisError, OSError) as error:
+                if refused is None and (text := refusal(error)) is not None:
+                    refused = self._refused(server, text)
                 reasons.append(f"{server[0]}:{server[1]}: {error}")
             else:
                 owners = self._read(server, slots)
@@ -174,6 +171,8 @@ class Cluster:
                 doubtful = doubtful or owners  # cut off from the others, or a failover is under way
         if doubtful is not None and any(doubtful):
             return doubtful
+        if refused is not None:
+            raise refused
         raise Unresolved(f"no node of the cluster answers ({'; '.join(reasons) or 'none of them knows a slot'})")
 
     def _ask(self, server: Server) -> tuple[bytes, list[Any]]:
@@ -198,11 +197,15 @@ class Cluster:
             self._known = list(dict.fromkeys(one for one in order if one in masters or one in replicas))
         return owners
 
-    def _no_cluster(self, server: Server) -> ConfigurationError:
+    def _refused(self, server: Server, text: str) -> ConveyorError:
         scheme, host = self._hosts.scheme, f"{server[0]}:{server[1]}"
-        return ConfigurationError(
-            f"{self} names a cluster, but the server at {host} is a single one. Write {scheme}://{host}", code="E33"
-        )
+        if "cluster support disabled" in text:
+            what = f"is a single one. Write {scheme}://{host}"
+        elif "unknown command" in text:
+            what = f"is a sentinel, or knows no clusters. For a sentinel write {scheme}+sentinel://{host}/mymaster"
+        else:
+            return fault.final(text, str(self))
+        return ConfigurationError(f"{self} names a cluster, but the server at {host} {what}", code="E33")
 
     def _node(self, server: Server) -> Address:
         found = self._nodes.get(server)

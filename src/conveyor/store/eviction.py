@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
+
+from conveyor.errors import ConveyorError
 
 KEEPS = "noeviction"
 REMEDY = "CONFIG SET maxmemory-policy noeviction, and the same in its configuration file or parameter group"
 UNKNOWN = "the eviction policy is unknown"
+EVERY = 3600.0
+"""Seconds between two looks of a running worker."""
 _NAMED = 10
 
 
@@ -24,6 +29,26 @@ def facts(info: object) -> dict[str, str]:
     """Return what the reply to INFO says; nothing for a reply that is none."""
     text = info.decode("utf-8", "replace") if isinstance(info, bytes) else ""
     return dict(line.split(":", 1) for line in text.splitlines() if ":" in line)
+
+
+async def watch(ask: Callable[[], Awaitable[Sequence[object]]], log: logging.Logger) -> None:
+    """
+    Look now and every hour, with the INFO of each server that *ask* gets; log a policy that deletes jobs, once until it changes.
+
+    A worker that runs is not stopped for it; the look at its start did not happen if the server was away.
+    """
+    told = KEEPS
+    while True:
+        try:
+            found = [facts(info) for info in await ask()]
+        except ConveyorError:  # away, or this user may not ask
+            found = []
+        policies = {one.get("maxmemory_policy", ""): int(one.get("evicted_keys", 0)) for one in found}
+        worst = next((policy for policy in policies if policy not in {"", KEEPS}), KEEPS if found else told)
+        if worst != told and (wrong := danger(worst, policies[worst])) is not None:
+            log.error("E10 %s Set: %s", wrong, REMEDY)
+        told = worst
+        await asyncio.sleep(EVERY)
 
 
 def tell_missing(log: logging.Logger, queue: str, ids: Sequence[str]) -> None:

@@ -5,12 +5,27 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING, Any
 
+from conveyor.store import fault
+from conveyor.store.connection import answered, reply_text
+
 if TYPE_CHECKING:
     from redis import Connection
     from redis.asyncio import Connection as AsyncConnection
 
 ANSWER_TIMEOUT = 2.0
 """Seconds an answer may take on a connection of asyncio, which has no time limit of its own."""
+
+
+def refusal(error: Exception) -> str | None:
+    """Return what a server answered while a connection was opened, if repeating does not mend it; else None."""
+    from redis import AuthenticationError
+
+    for one in (error, error.__cause__):  # redis-py's asyncio wraps what it meets
+        if isinstance(one, AuthenticationError):
+            return f"NOAUTH {one}"
+        if isinstance(one, Exception) and answered(one) and fault.remedy(text := reply_text(one)) is fault.Remedy.RAISE:
+            return text
+    return None
 
 
 def ask(connection: Connection, *command: str) -> Any:

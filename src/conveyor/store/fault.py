@@ -40,7 +40,7 @@ class Remedy(Enum):
 
 _REMEDY = {
     "NOSCRIPT": Remedy.LOAD, "BUSY": Remedy.WAIT, "LOADING": Remedy.WAIT, "TRYAGAIN": Remedy.WAIT, "CLUSTERDOWN": Remedy.MOVE,
-    "MASTERDOWN": Remedy.WAIT, "UNBLOCKED": Remedy.WAIT, "NOREPLICAS": Remedy.RECONNECT, "MISCONF": Remedy.WAIT,
+    "MASTERDOWN": Remedy.RECONNECT, "UNBLOCKED": Remedy.WAIT, "NOREPLICAS": Remedy.RECONNECT, "MISCONF": Remedy.WAIT,
     "READONLY": Remedy.RECONNECT, "MOVED": Remedy.MOVE, "ASK": Remedy.ASIDE,
 }  # fmt: skip
 
@@ -134,13 +134,28 @@ def unreachable(address: str, cause: object) -> StoreUnavailable:
             f"Cannot trust Redis at {address}: {reason}.\nName the authority that signed its certificate:  "
             "rediss://…?ssl_ca_certs=/path/ca.crt"
         )
+    if _CODE.match(reason) or reason.startswith(("ERR ", "Error running")):  # it was reached, and said why not now
+        return StoreUnavailable(f"Redis at {address} does not take it now: {reason}.{_hint(address, reason)}")
     if "+" in address.partition("://")[0]:  # whoever names several hosts knows what CONVEYOR_URL is
-        return StoreUnavailable(f"Cannot reach Redis at {address}: {reason}.")
+        return StoreUnavailable(f"Cannot reach Redis at {address}: {reason}.{_hint(address, reason)}")
     return StoreUnavailable(
-        f"Cannot reach Redis at {address}: {reason}.\n"
+        f"Cannot reach Redis at {address}: {reason}.{_hint(address, reason)}\n"
         "For development leave CONVEYOR_URL unset: an embedded server starts by itself.\n"
         "Elsewhere: export CONVEYOR_URL=redis://host:6379/0"
     )
+
+
+def _hint(address: str, reason: str) -> str:
+    """Return what to look at where the reason does not say it: nobody tells who speaks TLS to whom does not."""
+    if "NOREPLICAS" in reason:
+        return " Bring its replicas back, or lower min-replicas-to-write."
+    if address.startswith("rediss") and "No such file" in reason:
+        return " A file that the URL names (ssl_ca_certs, ssl_certfile, ssl_keyfile) is not there."
+    if address.startswith("rediss") and re.search("(?i)timeout connecting|WRONG_VERSION|record layer", reason):
+        return " If it speaks no TLS, write redis instead of rediss."
+    if address.startswith("redis:") and re.search("(?i)closed by server|reset by peer", reason):
+        return " If it speaks TLS only, write rediss instead of redis."
+    return ""
 
 
 def pause(attempt: int, *, cap: float = 2.0) -> float:

@@ -46,6 +46,6 @@ def _host(url: str, name: str, default_port: int) -> tuple[str, int]:
     host, colon, port = name.strip().rpartition(":")
     if not colon or port.endswith("]"):
         host, port = name.strip(), str(default_port)
-    if not port.isdecimal() or not 0 < int(port) < 65536 or not host:
-        raise ConfigurationError(f"{masked(url)!r}: {name!r} is not a host with a port.")
+    if not port.isdecimal() or not 0 < int(port) < 65536 or not host or len(host.split()) > 1:
+        raise ConfigurationError(f"{masked(url)!r}: {masked(name)!r} is not a host with a port.")
     return host.strip("[]"), int(port)

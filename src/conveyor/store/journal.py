@@ -24,6 +24,8 @@ from conveyor.store.backlog import Backlog, Batch, Record
 _HEAD = struct.Struct("<II")
 _SLACK = 8_000_000
 """Bytes of delivered records a file may hold before it is written anew."""
+_SPARE = 4096
+"""Bytes kept free behind the records for what is written during a delivery: a disk that is full must not hold it up."""
 SLOTS = 256
 """Processes that may share a directory."""
 _log = logging.getLogger("conveyor.buffer")
@@ -39,12 +41,12 @@ class Journal(Backlog):
         self._lock = lock
         self._fsync = fsync
         self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        self._size = self._read()
+        self._size = self._room = self._read()
 
     # -- writing ------------------------------------------------------------------------------------------------------
 
     def _keep(self, record: Record) -> None:
-        self._append(("P", record), sync=self._fsync)
+        self._append(("P", record), sync=self._fsync, spare=_SPARE)
 
     def _begin(self, batch: Batch) -> None:
         # Before it is sent: who reads this sends exactly these records again, in the same lane and number.
@@ -53,7 +55,7 @@ class Journal(Backlog):
     def _end(self, count: int) -> None:
         if not self.records:
             os.ftruncate(self._file, 0)
-            self._size = 0
+            self._size = self._room = 0
             return
         try:
             self._append(("D", count), sync=False)
@@ -63,31 +65,44 @@ class Journal(Backlog):
             # Whoever reads the file sends the same call again, and its lane answers that.
             _log.warning("%s: cannot write down what was delivered: %s", self.path, error)
 
-    def _append(self, body: tuple[Any, ...], *, sync: bool) -> None:
+    def _append(self, body: tuple[Any, ...], *, sync: bool, spare: int = 0) -> None:
         frame = _frame(body)
+        if spare and self._size + len(frame) + spare > self._room:
+            self._write(bytes(len(frame) + spare), self._room, sync=False)
+            self._room += len(frame) + spare
+        self._write(frame, self._size, sync=sync)
+        self._size += len(frame)
+        self._room = max(self._room, self._size)
+
+    def _write(self, data: bytes, at: int, *, sync: bool) -> None:
+        """Write all of *data*, or leave the file as it was before that."""
         try:
-            written = os.pwrite(self._file, frame, self._size)
-            if written < len(frame):
-                raise OSError(f"only {written} of {len(frame)} bytes were written")
+            if (written := os.pwrite(self._file, data, at)) < len(data):
+                raise OSError(f"only {written} of {len(data)} bytes were written")
             if sync:
                 os.fdatasync(self._file)
         except OSError:
-            os.ftruncate(self._file, self._size)
+            os.ftruncate(self._file, at)
+            self._room = at
             raise
-        self._size += len(frame)
 
     def _rewrite(self) -> None:
         """Write what is left into a new file that takes the old one's place."""
         fresh = self.path.with_suffix(".new")
         frames = b"".join(_frame(("P", record)) for record in self.records)
         descriptor = os.open(fresh, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-        with open(descriptor, "wb", closefd=False) as file:
-            file.write(frames)
-        if self._fsync:
-            os.fsync(descriptor)
-        os.replace(fresh, self.path)
+        try:
+            with open(descriptor, "wb", closefd=False) as file:
+                file.write(frames)
+            if self._fsync:
+                os.fsync(descriptor)
+            os.replace(fresh, self.path)
+        except OSError:
+            os.close(descriptor)
+            raise
         os.close(self._file)
         self._file, self._size = descriptor, len(frames)
+        self._room = self._size
 
     # -- reading ------------------------------------------------------------------------------------------------------
 
@@ -97,12 +112,12 @@ class Journal(Backlog):
         while (found := _unframe(data, at)) is not None:
             body, at = found
             self._replay(body)
-        if at < len(data):
+        if any(data[at:]):
             _log.warning(
                 "%s: the last %d bytes were written by a process or machine that died meanwhile and cannot be read; "
                 "what was accepted before them is kept", self.path, len(data) - at,
             )  # fmt: skip
-            os.ftruncate(self._file, at)
+        os.ftruncate(self._file, at)
         return at
 
     def _replay(self, body: list[Any]) -> None:

@@ -158,8 +158,9 @@ def _refused(keys: QueueKeys, reply: bytes) -> None:
     _, status, *rest = reply.decode().split("\n")
     queue = keys.queue
     if status == "full":
+        part = ", its part of the whole queue's max_length" if keys.partitions > 1 else ""
         raise QueueFull(
-            f"Queue '{queue}' holds {rest[0]} jobs and takes at most {rest[1]}. Nothing was enqueued. "
+            f"Queue '{queue}' holds {rest[0]} jobs and takes at most {rest[1]}{part}. Nothing was enqueued. "
             "Add workers, raise max_length, or try again later."
         )
     if status == "schema":

@@ -5,11 +5,12 @@ from __future__ import annotations
 import logging
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
-from conveyor.errors import ConfigurationError
+from conveyor.errors import ConfigurationError, ConveyorError
 from conveyor.store import fault
-from conveyor.store.address import Address, masked
-from conveyor.store.exchange import aask, ask
+from conveyor.store.address import Address, check_database, masked
+from conveyor.store.exchange import aask, ask, refusal
 from conveyor.store.hosts import split_hosts
 from conveyor.store.place import ELSEWHERE_AFTER, Place, Unresolved, in_thread
 
@@ -48,6 +49,7 @@ class Sentinel:
         self.name = hosts.path
         options = dict(hosts.options)
         self._database = options.pop("db", "")
+        check_database(self._database, url)
         own = {name: options.pop(name, "") for name in ("sentinel_username", "sentinel_password")}
         rest = tuple(options.items())
         self._server = replace(hosts, options=rest)
@@ -85,7 +87,7 @@ class Sentinel:
                 connection = self.address(server).open(read_timeout=read_timeout)
                 role = election.role(ask(connection, "ROLE"))
             except election.passing as error:
-                election.note(server, str(error))
+                election.note(server, error)
                 continue
             if role == "master":
                 election.won(server)
@@ -103,7 +105,7 @@ class Sentinel:
                 connection = await self.address(server).aopen()
                 role = election.role(await aask(connection, "ROLE"))
             except election.passing as error:
-                election.note(server, str(error))
+                election.note(server, error)
                 continue
             if role == "master":
                 election.won(server)
@@ -135,14 +137,14 @@ class _Election:
     """One search for the master: whom the sentinels name, who of them agrees, and why the others did not do."""
 
     def __init__(self, sentinel: Sentinel) -> None:
-        from redis import AuthenticationError, RedisError
+        from redis import RedisError
 
         self._sentinel = sentinel
         self._reasons: list[str] = []
         self._ignorant: list[Address] = []
         self._named: Address | None = None
         self.passing: tuple[type[Exception], ...] = (RedisError, OSError)
-        self._refused = AuthenticationError
+        self._refused: ConveyorError | None = None
 
     def candidates(self) -> Iterator[Server]:
         """Ask the sentinels in turn; yield each server that one names and none named before."""
@@ -150,10 +152,10 @@ class _Election:
         for address in self._sentinel.preferred():
             try:
                 server = self._ask(address)
-            except self._refused as error:
-                raise fault.final(f"NOAUTH {error}", str(address)) from error
             except self.passing as error:
                 self._reasons.append(f"{_short(address)}: {error}")
+                if (text := refusal(error)) is not None:
+                    self._refused = self._refused or _no_sentinel(address, text)
                 continue
             if server is None:
                 self._ignorant.append(address)
@@ -170,9 +172,11 @@ class _Election:
             connection.disconnect()
         return None if reply is None else (reply[0].decode(), int(reply[1]))
 
-    def note(self, server: Server, why: str) -> None:
+    def note(self, server: Server, why: Exception | str) -> None:
         """Remember why a server would not do."""
         self._reasons.append(f"{server[0]}:{server[1]}, named by {_short(self._named)}: {why}")
+        if isinstance(why, Exception) and (text := refusal(why)) is not None:
+            self._refused = fault.final(text, str(self._sentinel.address(server)))
 
     @staticmethod
     def role(reply: Any) -> str:
@@ -189,7 +193,9 @@ class _Election:
         self._sentinel.changed(server)
 
     def unresolved(self) -> Exception:
-        """Return the error when nobody agreed."""
+        """Return the error when nobody agreed; what one of them refused for good says more than that another is away."""
+        if self._refused is not None:
+            return self._refused
         if self._ignorant and self._named is None and not self._reasons:
             return ConfigurationError(
                 f"The sentinels know no master {self._sentinel.name!r}. {self._known(self._ignorant[0])}", code="E32"
@@ -210,6 +216,18 @@ class _Election:
             return ""
         names = sorted(one[1].decode() for one in masters or [])
         return f"They know: {', '.join(names)}." if names else "They know none."
+
+
+def _no_sentinel(address: Address, text: str) -> ConveyorError:
+    """Return the error for what is asked as a sentinel and refuses."""
+    if "unknown command" not in text:
+        return fault.final(text, str(address))
+    scheme = urlsplit(address.url).scheme
+    return ConfigurationError(
+        f"The server at {address.host} is no sentinel. Name the sentinels, which listen at port 26379 by default; or, if there "
+        f"are none, write {scheme}://{address.host}, or {scheme}+cluster://{address.host} for a cluster.",
+        code="E33",
+    )
 
 
 def _short(address: Address | None) -> str:

@@ -19,25 +19,32 @@ SCHEMES = (
 def locate(url: str, connect_timeout: float | None = None) -> Topology:
     """Return what *url* names; connects to nothing. Raises ConfigurationError."""
     parts = taken_apart(url)
-    scheme, _, topology = parts.scheme.partition("+")
-    if scheme == "rediss" and parse_qs(parts.query).get("ssl_cert_reqs") == ["none"]:
+    whole = parts.scheme
+    if whole.startswith("rediss") and parse_qs(parts.query).get("ssl_cert_reqs") == ["none"]:
         log.warning("%s: with ssl_cert_reqs=none anybody between can pretend to be this server.", masked(url))
     timeout = () if connect_timeout is None else (connect_timeout,)
-    if scheme in {"redis", "rediss"} and topology == "sentinel":
+    topology = whole.partition("+")[2]
+    if whole not in SCHEMES:
+        _refuse(url, whole, topology)
+    if topology == "sentinel":
         from conveyor.store.sentinel import Sentinel
 
         return Sentinel(url, *timeout)
-    if scheme in {"redis", "rediss"} and topology == "cluster":
+    if topology == "cluster":
         from conveyor.store.cluster import Cluster
 
         return Cluster(url, *timeout)
-    if topology:
-        near = difflib.get_close_matches(f"{scheme}+{topology}", SCHEMES, 1)
-        guess = f" Did you mean {near[0]}://?" if near else ""
-        raise ConfigurationError(
-            f"{masked(url)!r}: there is no topology {topology!r}.{guess} Known are redis://host:6379/0, "
-            "redis+sentinel://host:26379,host:26379/master and redis+cluster://host:6379,host:6379, each also with "
-            "rediss for TLS, and unix:///path.",
-            code="E31",
-        )
     return Address(url, *timeout)
+
+
+def _refuse(url: str, scheme: str, topology: str) -> None:
+    """Raise the error for a URL whose first word is none of ours, with the one that was probably meant."""
+    near = difflib.get_close_matches(scheme.replace("valkey", "redis"), (*SCHEMES, "embedded"), 1, cutoff=0.7)
+    guess = f" Did you mean {near[0]}://?" if near else ""
+    what = f"there is no topology {topology!r}" if topology else "this is not a Redis URL"
+    raise ConfigurationError(
+        f"{masked(url)!r}: {what}.{guess} Write redis://host:6379/0, "
+        "redis+sentinel://host:26379,host:26379/mymaster or redis+cluster://host:6379,host:6379, each also with "
+        "rediss for TLS, unix:///path or embedded:///directory.",
+        code="E31" if topology or near else "E02",
+    )

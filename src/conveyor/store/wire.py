@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 from conveyor.errors import QueueFull
 from conveyor.store import fault
 from conveyor.store.connection import Plain
+from conveyor.store.exchange import refusal
 from conveyor.store.script import Call
 
 if TYPE_CHECKING:
@@ -209,14 +210,13 @@ class Wire:
             if self._closed:
                 raise WireLost("closed")
             import hiredis
-            from redis import AuthenticationError, RedisError
+            from redis import RedisError
 
             try:
                 raw = await self.place.aopen()
             except RedisError as error:
-                # redis-py's asyncio wraps what it meets while it connects.
-                if isinstance(error, AuthenticationError) or isinstance(error.__cause__, AuthenticationError):
-                    raise fault.final(f"WRONGPASS {error}", str(self.place)) from error
+                if (text := refusal(error)) is not None:
+                    raise fault.final(text, str(self.place)) from error
                 raise WireLost(str(error)) from error
             self._raw, self._reader = raw, hiredis.Reader(replyError=_reply_error)
             self._pack = hiredis.pack_command

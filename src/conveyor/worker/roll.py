@@ -5,13 +5,32 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from conveyor import ident
+from conveyor.errors import ConfigurationError
 from conveyor.store.partitioning import WrongPartitions
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from conveyor.app import Conveyor
     from conveyor.store.keys import QueueKeys
     from conveyor.store.script import Call
     from conveyor.store.wire import Wire
+
+
+def weighted(app: Conveyor, queues: Mapping[str, float] | None) -> dict[str, float]:
+    """Return queue → weight: those asked for, else all that tasks name. Raises ConfigurationError where nothing could be done."""
+    fed = [name for name, listed in app.plain_lists.items() if listed.task]
+    own = [task.queue for task in app.tasks.values()]
+    found = dict(queues) if queues else dict.fromkeys((*own, *fed), 1.0)
+    for name in found:
+        if name in app.plain_lists and name not in fed:
+            raise ConfigurationError(
+                f"The plain list '{name}' feeds no task, so a worker can do nothing with it. "
+                f"Declare app.plain_list('{name}', task=…), or consume it with app.plain_list('{name}').consume()."
+            )
+    if not found:
+        raise ConfigurationError("This worker has no queue: the app has no tasks and none was named with -q.")
+    return found
 
 
 async def served(app: Conveyor, queue: str) -> list[QueueKeys]:

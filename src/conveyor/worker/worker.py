@@ -12,10 +12,10 @@ from time import monotonic, time
 from typing import TYPE_CHECKING, Any
 
 from conveyor import failure, ident
-from conveyor.errors import ConfigurationError, QueueFull, StoreUnavailable
+from conveyor.errors import QueueFull, StoreUnavailable
 from conveyor.event import WorkerStarted, WorkerStopped
 from conveyor.middleware import run_through, runs
-from conveyor.store import operations
+from conveyor.store import eviction, operations
 from conveyor.store.operations import MOST_HELD, Report
 from conveyor.worker import settling
 from conveyor.worker.attempt import Attempt, details
@@ -28,7 +28,7 @@ from conveyor.worker.handler import Handler
 from conveyor.worker.prefetch import Prefetch
 from conveyor.worker.process import ProcessCrashed, Processes
 from conveyor.worker.quota import Quota
-from conveyor.worker.roll import served
+from conveyor.worker.roll import served, weighted
 from conveyor.worker.unusual import Unusual
 from conveyor.worker.watchdog import Watchdog
 
@@ -68,17 +68,7 @@ class Worker:
         self.settling = settling.Settling(app, self.name)
         self.unusual = Unusual(app, self.settling, self.name)
         self.last_renewal = self.last_tick = monotonic()
-        fed = [name for name, listed in app.plain_lists.items() if listed.task]
-        own = [task.queue for task in app.tasks.values()]
-        self._queues = dict(queues) if queues else dict.fromkeys((*own, *fed), 1.0)
-        for name in self._queues:
-            if name in app.plain_lists and name not in fed:
-                raise ConfigurationError(
-                    f"The plain list '{name}' feeds no task, so a worker can do nothing with it. "
-                    f"Declare app.plain_list('{name}', task=…), or consume it with app.plain_list('{name}').consume()."
-                )
-        if not self._queues:
-            raise ConfigurationError("This worker has no queue: the app has no tasks and none was named with -q.")
+        self._queues = weighted(app, queues)
         self._limits = (concurrency, threads)
         self._quota = quota or Quota(None, None)
         self._burst = Burst(until=await_until) if burst else None
@@ -156,10 +146,16 @@ class Worker:
         watchdog = Watchdog(self._on_the_loop, self._tick, None if self._slot is None else self._slot.set_job)
         watchdog.start()
         stack.callback(watchdog.close)
+        vigil = asyncio.create_task(eviction.watch(self._informations, log))
+        stack.callback(vigil.cancel)
         self.app.emit(WorkerStarted(self.name))
         for consumer in self.consumers:
             consumer.begin(stack)
         self.ready.set()
+
+    async def _informations(self) -> list[Any]:
+        """Return what each server that holds a queue of ours says of itself."""
+        return [await wire.ask("INFO", patience=5.0) for wire in {one.wire: None for one in self.consumers}]
 
     def stop(self) -> None:
         """Drain: lease no more, and give what runs its grace."""
