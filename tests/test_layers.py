@@ -68,6 +68,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "result",
         "schedule",
         "sending",
+        "sql",
         "task",
         "workflow",
     ),
