@@ -108,7 +108,7 @@ def test_a_step_that_fails_leaves_nothing(ledger: Ledger, database: Database) ->
             ledger.once(connection, "job:1", lambda: 1 / 0)
         connection.rollback()
         with pytest.raises(PayloadError):
-            ledger.once(connection, "job:1", lambda: object())
+            ledger.once(connection, "job:1", object)
         connection.rollback()
         assert ledger.first(connection, "job:1")
 

@@ -67,7 +67,7 @@ def test_a_rollback_leaves_nothing(app: Conveyor, outbox: Outbox, database: Data
     """After an error in the block, or a rollback behind it, there is neither data nor a job, and Redis heard of nothing."""
     add = add_task(app)
     with closing(database.connect()) as connection:
-        with pytest.raises(ZeroDivisionError), outbox.transaction(connection):
+        with pytest.raises(ZeroDivisionError), outbox.transaction(connection):  # noqa: PT012
             say(connection)
             add.enqueue(1)
             raise ZeroDivisionError
@@ -275,7 +275,7 @@ def test_inner_blocks(app: Conveyor, outbox: Outbox, database: Database, tmp_pat
     second = Outbox(app, lambda: sqlite3.connect(tmp_path / "second.db"), table="other_outbox")
     with closing(database.connect()) as one, closing(sqlite3.connect(tmp_path / "second.db")) as two:
         second.create(two)
-        with pytest.raises(ZeroDivisionError), outbox.transaction(one):
+        with pytest.raises(ZeroDivisionError), outbox.transaction(one):  # noqa: PT012
             mail.push("gone")
             with second.transaction(two):
                 mail.push("kept")
