@@ -2,13 +2,13 @@
 
 import asyncio
 import sqlite3
-import tempfile
 from contextlib import suppress
+from tempfile import mkdtemp
 
 from conveyor import Context, Conveyor, current
 from conveyor.sql import Ledger, Outbox
 
-database = f"{tempfile.mkdtemp()}/shop.db"
+database = f"{mkdtemp()}/shop.db"
 app, ledger = Conveyor(), Ledger()
 outbox = Outbox(app, lambda: sqlite3.connect(database))
 
@@ -23,17 +23,16 @@ def charge(order: str, context: Context = current()) -> None:
 
 
 async def main() -> None:
-    connection = sqlite3.connect(database)
+    connection, stock = sqlite3.connect(database), {"o1"}
     outbox.create(connection)
     ledger.create(connection)
     connection.execute("CREATE TABLE orders (id TEXT, charged INT DEFAULT 0)")
     for order in ("o1", "o2"):
-        with suppress(LookupError):
+        with suppress(KeyError):
             async with outbox.transaction(connection):
                 connection.execute("INSERT INTO orders (id) VALUES (?)", (order,))
                 await charge.aenqueue(order)
-                if order == "o2":
-                    raise LookupError("sold out")
+                stock.remove(order)  # an error for o2, so all of its block is rolled back
     print("delivered:", await outbox.adeliver())
     async with app.worker(burst=True) as worker:
         await worker.wait()
