@@ -1,4 +1,7 @@
-"""Databases for the tests of transactions: SQLite, and a PostgreSQL of the run's own where both it and psycopg are there."""
+"""
+Databases for the tests of transactions: SQLite; and, of the run's own, PostgreSQL and MariaDB where these and their drivers
+(psycopg, pymysql) are installed.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +22,7 @@ import pytest
 
 from conveyor.app import Conveyor
 from conveyor.sql import Ledger, Outbox
+from hand import eventually
 
 
 @dataclass
@@ -112,18 +116,69 @@ def sqlite(path: Path) -> Database:
     return Database("sqlite", str(path), connect)
 
 
+class Maria:
+    """A server on a private socket."""
+
+    def __init__(self, daemon: str, directory: Path) -> None:
+        user = ["--user=nobody"] if os.getuid() == 0 else []
+        directory.mkdir()
+        if user:
+            os.chown(directory, pwd.getpwnam("nobody").pw_uid, -1)
+            directory.parent.chmod(0o755)
+        self.socket = str(directory / "s")
+        place = [f"--datadir={directory / 'data'}", *user]
+        subprocess.run(
+            ["mariadb-install-db", "--no-defaults", "--auth-root-authentication-method=normal", "--skip-test-db", *place],
+            check=True, capture_output=True,
+        )  # fmt: skip
+        self._process = subprocess.Popen(
+            [daemon, "--no-defaults", *place, f"--socket={self.socket}", "--skip-networking", "--innodb-flush-log-at-trx-commit=0",
+             f"--pid-file={directory / 'pid'}"],
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+
+    def connect(self, name: str | None = None) -> Any:
+        import pymysql
+
+        return pymysql.connect(unix_socket=self.socket, user="root", database=name)
+
+    def stop(self) -> None:
+        self._process.kill()
+        self._process.wait()
+
+
+@pytest.fixture(scope="session")
+def maria(directory: Path) -> Iterator[Maria]:
+    """The MariaDB of this run."""
+    pytest.importorskip("pymysql", reason="pymysql is not installed")
+    daemon = shutil.which("mariadbd") or shutil.which("mariadbd", path="/usr/sbin")
+    if daemon is None:
+        pytest.skip("MariaDB is not installed")
+    server = Maria(daemon, directory / "maria")
+    try:
+        eventually(lambda: Path(server.socket).exists(), 60)
+        yield server
+    finally:
+        server.stop()
+
+
 _numbers = itertools.count()
 
 
-@pytest.fixture(params=["sqlite", "postgresql"])
+@pytest.fixture(params=["sqlite", "postgresql", "mysql"])
 def database(request: pytest.FixtureRequest, tmp_path: Path) -> Database:
     """An empty database of each kind."""
     if request.param == "sqlite":
         return sqlite(tmp_path / "shop.db")
+    name = f"shop{next(_numbers)}"
+    if request.param == "mysql":
+        maria: Maria = request.getfixturevalue("maria")
+        with closing(maria.connect()) as connection:
+            connection.cursor().execute(f"CREATE DATABASE {name}")
+        return Database("mysql", name, lambda: maria.connect(name))
+    server: Postgres = request.getfixturevalue("postgres")
     import psycopg
 
-    server: Postgres = request.getfixturevalue("postgres")
-    name = f"shop{next(_numbers)}"
     with psycopg.connect(server.dsn("postgres"), autocommit=True) as connection:
         connection.execute(f"CREATE DATABASE {name}")
     dsn = server.dsn(name)

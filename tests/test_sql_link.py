@@ -86,6 +86,10 @@ def test_rows_of_other_forms(app: Conveyor, database: Database, outbox: Outbox, 
         connection = database.connect()
         if database.dialect == "sqlite":
             connection.row_factory = lambda cursor, row: dict(zip([d[0] for d in cursor.description], row, strict=True))
+        elif database.dialect == "mysql":
+            from pymysql.cursors import DictCursor
+
+            connection.cursorclass = DictCursor
         else:
             from psycopg.rows import dict_row
 
@@ -113,7 +117,7 @@ def test_sqlalchemy(kind: str, app: Conveyor, database: Database, outbox: Outbox
     sqlalchemy = pytest.importorskip("sqlalchemy", reason="SQLAlchemy is not installed")
     from sqlalchemy.orm import Session
 
-    scheme = "sqlite" if database.dialect == "sqlite" else "postgresql+psycopg"
+    scheme = {"sqlite": "sqlite", "postgresql": "postgresql+psycopg", "mysql": "mysql+pymysql"}[database.dialect]
     engine = sqlalchemy.create_engine(f"{scheme}://", creator=database.connect, poolclass=sqlalchemy.pool.NullPool)
     makers: dict[str, Callable[[], Any]] = {
         "session": lambda: Session(engine), "connection": engine.connect, "pool": engine.raw_connection,
@@ -135,6 +139,8 @@ async def test_sqlalchemy_on_asyncio(
     from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
     from sqlalchemy.pool import NullPool
 
+    if database.dialect == "mysql":
+        pytest.skip("no driver on asyncio")
     if database.dialect == "sqlite":
         pytest.importorskip("aiosqlite", reason="aiosqlite is not installed")
         engine = create_async_engine(f"sqlite+aiosqlite:///{database.dsn}", poolclass=NullPool)
@@ -152,6 +158,8 @@ async def test_sqlalchemy_on_asyncio(
 
 @asynccontextmanager
 async def opened(database: Database) -> AsyncIterator[Any]:
+    if database.dialect == "mysql":
+        pytest.skip("no driver on asyncio")
     if database.dialect == "sqlite":
         aiosqlite = pytest.importorskip("aiosqlite", reason="aiosqlite is not installed")
         connection = await aiosqlite.connect(database.dsn)
@@ -175,6 +183,8 @@ def test_django(
     app: Conveyor, database: Database, outbox: Outbox, server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """`django.db.connection` in an atomic block, also a nested one that is rolled back; outside of one it is refused."""
+    if database.dialect == "mysql":
+        pytest.skip("it wants a driver of its own")
     django = pytest.importorskip("django", reason="Django is not installed")
     from django.conf import settings
     from django.db import transaction
@@ -220,6 +230,8 @@ def test_autocommit_is_refused(app: Conveyor, database: Database, outbox: Outbox
     with closing(database.connect()) as connection:
         if database.dialect == "sqlite":
             connection.isolation_level = None
+        elif database.dialect == "mysql":
+            connection.autocommit(True)
         else:
             connection.autocommit = True
         refused(outbox, connection, "E47")

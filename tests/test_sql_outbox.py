@@ -102,7 +102,7 @@ def test_within_leaves_the_commit_to_the_program(app: Conveyor, outbox: Outbox, 
     with closing(database.connect()) as connection:
         with outbox.within(connection):
             add.enqueue(1)
-        assert outbox.deliver() == 0 if database.dialect == "postgresql" else True
+        assert outbox.deliver() == 0 if database.dialect != "sqlite" else True
         connection.commit()
         assert outbox.deliver() == 1
 

@@ -82,7 +82,7 @@ class PartitionedQueue(Queue[T]):
 
     def _scattered(self, options: Posting) -> Scatter[T]:
         """Return what pushes with these options, to where pushes go right now."""
-        if options.wish is None and self.backend.outlet is None:
+        if options.wish is None and not self.backend.diverted:
             return self._scatter
         return self._scatter.through(self.backend.way(self.asks, options.wish))
 

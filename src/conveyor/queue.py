@@ -109,7 +109,7 @@ class Queue(Generic[T]):
 
     def _by(self, options: Posting) -> Pusher[T]:
         """Return what pushes with these options, to where pushes go right now."""
-        if options.wish is None and self.backend.outlet is None:
+        if options.wish is None and not self.backend.diverted:
             return self._pusher
         return self._pusher.through(self.backend.way(self.asks, options.wish))
 

@@ -25,6 +25,7 @@ from conveyor.sql.transaction import explained
 from conveyor.store import operations
 from conveyor.store.backlog import MOST_BYTES, MOST_JOBS, Record
 from conveyor.store.buffer import DAY
+from conveyor.store.keys import known_queues
 from conveyor.store.operations import Entry, Lane, LateReply
 
 if TYPE_CHECKING:
@@ -212,7 +213,8 @@ class Delivery:
         home, queue = self._home, ident.logical(part.queue)
         backend, keys = home.backend, home.keys(part.queue)
         if part.queue not in self._known:
-            backend.announce(keys)
+            known = known_queues(backend.namespace)
+            backend.run(operations.announce(known, keys.queue), patience=patience)
             self._known.add(part.queue)
         declared, partitions = home.bounded.get(queue), home.partitioned.get(queue)
         asks = None if declared is None else declared.asks

@@ -71,7 +71,7 @@ class Relay:
     def run(self) -> None:
         """Deliver until `stop`, in this thread. What the database or Redis refuses is logged and tried again."""
         self._running.add(self)
-        failures = 0
+        failures, said = 0, -_SAY_AGAIN
         try:
             while not self._stopped:
                 try:
@@ -82,7 +82,9 @@ class Relay:
                             self._wait()
                 except Exception as error:
                     failures += 1
-                    _log.warning("the outbox cannot be read, trying again: %s: %s", type(error).__name__, error)
+                    if time.monotonic() - said >= _SAY_AGAIN:
+                        said = time.monotonic()
+                        _log.warning("the outbox cannot be read, trying again: %s: %s", type(error).__name__, error)
                     self._woken.wait(fault.pause(failures + 3, cap=CAP))
                     self._woken.clear()
         finally:

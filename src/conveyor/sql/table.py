@@ -57,9 +57,11 @@ class Table:
         if dialect not in _TYPES:
             raise ConfigurationError(f"The tables are known for {', '.join(DIALECTS)}, not for {dialect!r}.")
         text = self._ddl
-        if dialect == "mysql":  # which knows no CREATE INDEX IF NOT EXISTS
+        if dialect == "mysql":  # it knows no CREATE INDEX IF NOT EXISTS, and takes a for A unless told otherwise
             text = re.sub(
-                r"\n\)\nCREATE INDEX IF NOT EXISTS {index} ON {table} (.*)", r",\n  INDEX {index} \1\n)", text
+                r"\n\)\nCREATE INDEX IF NOT EXISTS {index} ON {table} (.*)",
+                r",\n  INDEX {index} \1\n) CHARACTER SET utf8mb4 COLLATE utf8mb4_bin",
+                text,
             )
         text = self.fill(text).replace("{index}", f"{self.name.rpartition('.')[2]}_index")
         for word, type_ in _TYPES[dialect].items():

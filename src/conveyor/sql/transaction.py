@@ -67,16 +67,7 @@ class Transaction:
     ) -> None:
         found = self._end()
         assert not isinstance(found, AsyncDriver | AsyncAlchemy)
-        if self._commits and kind is None:
-            try:
-                found.commit()
-            except BaseException:
-                found.rollback()
-                raise
-        elif self._commits:
-            found.rollback()
-        if kind is None:
-            self._ended(self._commits)
+        self._conclude(found, failed=kind is not None)
 
     async def __aenter__(self) -> Self:
         found = link(self._connection)
@@ -88,20 +79,10 @@ class Transaction:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         found = self._end()
-        if not isinstance(found, AsyncDriver | AsyncAlchemy):
-            self._link = found
-            self.__exit__(kind, error, traceback)
-            return
-        if self._commits and kind is None:
-            try:
-                await found.commit()
-            except BaseException:
-                await found.rollback()
-                raise
-        elif self._commits:
-            await found.rollback()
-        if kind is None:
-            self._ended(self._commits)
+        if isinstance(found, AsyncDriver | AsyncAlchemy):
+            await self._aconclude(found, failed=kind is not None)
+        else:
+            self._conclude(found, failed=kind is not None)
 
     def _begin(self, found: Link | AsyncLink) -> Self:
         if self._used:
@@ -116,6 +97,30 @@ class Transaction:
         if _OPEN.get() is self:  # a generator that a framework closes elsewhere has left another context behind
             _OPEN.set(self.outer)
         return found
+
+    def _conclude(self, found: Link, *, failed: bool) -> None:
+        if self._commits and failed:
+            found.rollback()
+        elif self._commits:
+            try:
+                found.commit()
+            except BaseException:
+                found.rollback()
+                raise
+        if not failed:
+            self._ended(self._commits)
+
+    async def _aconclude(self, found: AsyncLink, *, failed: bool) -> None:
+        if self._commits and failed:
+            await found.rollback()
+        elif self._commits:
+            try:
+                await found.commit()
+            except BaseException:
+                await found.rollback()
+                raise
+        if not failed:
+            self._ended(self._commits)
 
     # -- the way ------------------------------------------------------------------------------------------------------
 
