@@ -177,6 +177,19 @@ def test_a_batch_that_another_pushes_meanwhile(
     assert line(server) == []
 
 
+def test_batches_of_several_relays_go_in_the_order_of_their_rows(
+    app: Conveyor, outbox: Outbox, database: Database, server: Server
+) -> None:
+    """Batches that were named at the same time are delivered first row first, whatever their names."""
+    ids = [id_ for _ in range(3) for id_ in fill(outbox, database, "mail")["mail"]]
+    first = database.one("SELECT MIN(seq) FROM conveyor_outbox")
+    for at, name in enumerate(("cc", "aa", "bb")):
+        begin = first + 3 * at
+        database.do(f"UPDATE conveyor_outbox SET batch = '{name}' WHERE seq BETWEEN {begin} AND {begin + 2}")
+    assert outbox.deliver() == 9
+    assert line(server) == ids
+
+
 def test_another_relays_batch_is_left_to_it_for_a_while(
     app: Conveyor, outbox: Outbox, database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
