@@ -68,7 +68,14 @@ async def acheck(outbox: Outbox, connection: Any, server: Server) -> None:
     await connection.commit()
     with pytest.raises(ConfigurationError, match="asyncio"), outbox.within(connection):
         pass
+    await outbox.acreate(connection)
+    await ledger.acreate(connection)
+    assert await ledger.atrim(connection, "1h") == 0
+    assert (await outbox.astats()).waiting == 9
+    with pytest.raises(ConfigurationError, match="adeliver"):
+        outbox.deliver()
     assert await outbox.adeliver() == 9
+    assert await outbox.aredrive() == 0
     assert line(server) == bare(ids)
     await outbox.app.aclose()
 

@@ -182,7 +182,7 @@ def test_delays_count_from_the_push(app: Conveyor, outbox: Outbox, database: Dat
     assert mail.stats().scheduled == 1
 
 
-def test_nothing_goes_to_redis_in_a_block(url: str, database: Database) -> None:
+def test_nothing_goes_to_redis_in_a_block(database: Database) -> None:
     """A block needs no Redis at all: neither jobs nor messages, nor queues with limits or partitions ask it anything."""
     with Conveyor(NOWHERE) as away:
         outbox = Outbox(away, database.connect)

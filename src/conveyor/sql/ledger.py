@@ -11,7 +11,17 @@ from typing import Any, ParamSpec, TypeVar, get_type_hints
 from conveyor.codec import ValueCodec
 from conveyor.duration import Duration, milliseconds
 from conveyor.errors import ConfigurationError
-from conveyor.sql.link import Answer, AsyncAlchemy, AsyncDriver, AsyncLink, Link, blocking, link, refuse_alone
+from conveyor.sql.link import (
+    Answer,
+    AsyncAlchemy,
+    AsyncDriver,
+    AsyncLink,
+    Link,
+    awaitable,
+    blocking,
+    link,
+    refuse_alone,
+)
 from conveyor.sql.table import LEDGER, Table
 from conveyor.sql.transaction import explained
 
@@ -96,11 +106,18 @@ class Ledger:
 
         A job that runs again after that finds its key new: take longer than jobs are retried, redriven or kept.
         """
-        found = blocking(connection)
-        before = int(time() * 1000) - milliseconds(older_than, name="older_than")
+        found, before = blocking(connection), _before(older_than)
         with explained(self._table):
             count = found.run(self._table.fill(TRIM), before).touched
         found.commit()
+        return count
+
+    async def atrim(self, connection: Any, older_than: Duration = "30d") -> int:
+        """Delete what was written down longer ago, as `trim`, on a connection of asyncio."""
+        found, before = awaitable(connection), _before(older_than)
+        with explained(self._table):
+            count = (await found.run(self._table.fill(TRIM), before)).touched
+        await found.commit()
         return count
 
     def ddl(self, dialect: str) -> str:
@@ -110,6 +127,10 @@ class Ledger:
     def create(self, connection: Any) -> None:
         """Create the table where it does not exist, and commit. Raises ConfigurationError for an unknown database."""
         self._table.create(blocking(connection))
+
+    async def acreate(self, connection: Any) -> None:
+        """Create the table, as `create`, on a connection of asyncio."""
+        await self._table.acreate(awaitable(connection))
 
     # -- steps --------------------------------------------------------------------------------------------------------
 
@@ -125,8 +146,9 @@ class Ledger:
         answer = yield self._table.fill(READ_MYSQL if dialect == "mysql" else READ), (key,)
         if not answer.rows or answer.rows[0][0] is None:
             raise ConfigurationError(
-                f"The ledger holds {key!r} without a result: it was written down by first(), not by once(). Give the two "
-                "different keys. Nothing was done."
+                f"The ledger holds {key!r} without a result: it was written down by first(), or by a once() whose function "
+                "raised and whose transaction was committed all the same. Use different keys, and roll back after an "
+                "error. Nothing was done."
             )
         return bytes(answer.rows[0][0])
 
@@ -164,6 +186,10 @@ async def _adriven(found: AsyncLink, steps: Steps[T]) -> T:
     except StopIteration as stop:
         ended: T = stop.value
         return ended
+
+
+def _before(older_than: Duration) -> int:
+    return int(time() * 1000) - milliseconds(older_than, name="older_than")
 
 
 def _checked(key: str) -> str:

@@ -231,6 +231,18 @@ def blocking(connection: Any) -> Link:
     return found
 
 
+def awaitable(connection: Any) -> AsyncLink:
+    """Return how *connection* is spoken to. Raises ConfigurationError (E47) for one that blocks."""
+    found = link(connection)
+    if isinstance(found, AsyncDriver | AsyncAlchemy):
+        return found
+    raise ConfigurationError(
+        f"{connection!r} is a blocking connection, and one of asyncio is needed here. Nothing was stored. Call the "
+        "method without the a before its name.",
+        code="E47",
+    )
+
+
 def refuse_alone(alone: bool) -> None:
     """Raise ConfigurationError (E47) for a connection on which nothing would be atomic."""
     if alone:

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from conveyor.duration import Duration
 from conveyor.errors import ConfigurationError
+from conveyor.job import refuse_in_loop
 from conveyor.outgoing import positive_ms
 from conveyor.sql.delivery import Delivery
-from conveyor.sql.link import blocking
+from conveyor.sql.link import awaitable, blocking
 from conveyor.sql.relay import Relay
 from conveyor.sql.table import OUTBOX, Table
 from conveyor.sql.transaction import Transaction, explained, find
@@ -100,6 +101,7 @@ class Outbox:
         When a queue refuses its rows they stay, the others are delivered, and then that refusal is raised: QueueFull,
         StoreUnavailable, ConfigurationError. What the database driver raises is raised as it is.
         """
+        refuse_in_loop("outbox.deliver()", "await outbox.adeliver()")
         with self._opened() as link:
             passed = self._delivery().pass_through(link)
         for refusal in passed.refusals.values():
@@ -128,12 +130,20 @@ class Outbox:
         """Create the table where it does not exist, and commit. Raises ConfigurationError for an unknown database."""
         self._table.create(blocking(connection))
 
+    async def acreate(self, connection: Any) -> None:
+        """Create the table, as `create`, on a connection of asyncio."""
+        await self._table.acreate(awaitable(connection))
+
     def stats(self) -> Backlog:
         """Count what is committed and not delivered."""
         with self._opened() as link, explained(self._table):
             [(waiting, oldest)] = link.run(self._table.fill(COUNT), self.app.namespace).rows
             [(aside,)] = link.run(self._table.fill(COUNT_ASIDE), self.app.namespace).rows
         return Backlog(waiting, aside, None if oldest is None else max(0.0, time() - oldest / 1000))
+
+    async def astats(self) -> Backlog:
+        """Count what is committed and not delivered, as `stats`, on a thread."""
+        return await asyncio.to_thread(self.stats)
 
     def redrive(self) -> int:
         """Have the rows that were set aside tried again, and return how many."""
@@ -142,6 +152,10 @@ class Outbox:
             link.commit()
         self._ended(True)
         return count
+
+    async def aredrive(self) -> int:
+        """Have the rows that were set aside tried again, as `redrive`, on a thread."""
+        return await asyncio.to_thread(self.redrive)
 
     def _delivery(self) -> Delivery:
         return Delivery(self.app, self._table)

@@ -131,6 +131,7 @@ class Relay:
     # -- in a thread --------------------------------------------------------------------------------------------------
 
     def __enter__(self) -> Self:
+        self._stopped = False
         self._thread = threading.Thread(target=self.run, name="conveyor-relay", daemon=True)
         self._thread.start()
         return self

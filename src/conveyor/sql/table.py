@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from conveyor.errors import ConfigurationError
 
 if TYPE_CHECKING:
-    from conveyor.sql.link import Link
+    from conveyor.sql.link import AsyncLink, Link
 
 DIALECTS = ("sqlite", "postgresql", "mysql")
 _TYPES = {
@@ -77,6 +77,12 @@ class Table:
         for statement in self.ddl(link.dialect):
             link.run(statement)
         link.commit()
+
+    async def acreate(self, link: AsyncLink) -> None:
+        """Do the same on a connection of asyncio."""
+        for statement in self.ddl(link.dialect):
+            await link.run(statement)
+        await link.commit()
 
     def fill(self, sql: str) -> str:
         """Return *sql* with the name in it."""
