@@ -44,6 +44,23 @@ def test_a_full_queue_takes_what_fits(app: Conveyor, outbox: Outbox, database: D
     assert outbox.stats().waiting == 0
 
 
+def test_what_follows_a_batch_that_is_cut_does_not_overtake_it(
+    app: Conveyor, outbox: Outbox, database: Database, server: Server
+) -> None:
+    """When a batch does not fit and the one behind it would, the queue gets the beginning of the first."""
+    mail = app.queue("mail", max_length=4)
+    before = bare(mail.push_many(range(2)))
+    ids = fill(outbox, database, "mail", count=4)["mail"]
+    last = database.one("SELECT MAX(seq) FROM conveyor_outbox")
+    database.do(
+        f"UPDATE conveyor_outbox SET batch = 'aa' WHERE seq < {last}",
+        f"UPDATE conveyor_outbox SET batch = 'bb' WHERE seq = {last}",
+    )
+    with pytest.raises(QueueFull):
+        outbox.deliver()
+    assert line(server) == [*before, *ids[:2]]
+
+
 def test_a_late_copy_of_what_was_cut_counts_for_nothing(
     app: Conveyor, outbox: Outbox, database: Database, server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:

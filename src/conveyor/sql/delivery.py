@@ -81,11 +81,16 @@ class Part:
 
 @dataclass(slots=True)
 class Passed:
-    """What one pass did: how many rows it took to Redis, which queues refused, whether it left a batch to another."""
+    """What one pass did, by queue: rows taken to Redis, refusals; and whether it left a batch to another deliverer."""
 
-    count: int = 0
+    counts: dict[str, int] = field(default_factory=dict)
     refusals: dict[str, ConveyorError] = field(default_factory=dict)
     left: bool = False
+
+    @property
+    def count(self) -> int:
+        """All rows taken to Redis."""
+        return sum(self.counts.values())
 
 
 class Delivery:
@@ -110,12 +115,12 @@ class Delivery:
             while True:
                 parts = self._named(link)
                 recent = self._of_others(parts, courtesy)
-                again = False
+                renamed: set[str] = set()  # queues whose first rows have other names now: what follows comes after them
                 for part in parts:
                     if part.batch in recent:
                         passed.left = True
                         return passed
-                    if part.queue in rest:
+                    if part.queue in rest or part.queue in renamed:
                         continue
                     try:
                         count = self._carry(link, part, PATIENCE if not _away(passed) else 0.0)
@@ -123,9 +128,11 @@ class Delivery:
                         passed.refusals[part.queue] = error
                         rest.add(part.queue)
                         continue
-                    passed.count += count
-                    again = again or not count
-                if not self._claim(link, rest) and not again:
+                    if count:
+                        passed.counts[part.queue] = passed.counts.get(part.queue, 0) + count
+                    else:
+                        renamed.add(part.queue)
+                if not renamed and not self._claim(link, rest):
                     return passed
 
     def _run(self, link: Link, sql: str, *values: object) -> int:

@@ -25,7 +25,8 @@ COURTESY = 1.0
 EAGER, EAGER_FOR = 0.005, 1.0
 """A block has ended and its commit is near: first pause, which doubles, and for how long."""
 GLANCE = 0.05
-CAP = 5.0
+CAP = 1.0
+"""Longest pause in seconds before what was refused is tried again."""
 _SAY_AGAIN = 60.0
 _log = logging.getLogger("conveyor.relay")
 
@@ -99,15 +100,15 @@ class Relay:
                 del self._rests[queue]
                 _log.warning("queue '%s' takes rows of the outbox again", queue)
         for queue, error in passed.refusals.items():
-            self._refused(queue, error)
+            self._refused(queue, error, passed.counts.get(queue, 0))
         if passed.count:
             _log.debug("%d rows delivered", passed.count)
         self._plan(passed)
 
-    def _refused(self, queue: str, error: ConveyorError) -> None:
+    def _refused(self, queue: str, error: ConveyorError, count: int) -> None:
         now = time.monotonic()
         rest = self._rests.setdefault(queue, _Rest(0.0, 0, -_SAY_AGAIN))
-        rest.attempts += 1
+        rest.attempts = 1 if count else rest.attempts + 1  # a full queue that is being drained is asked again soon
         rest.until = now + fault.pause(rest.attempts, cap=CAP)
         if now - rest.said >= _SAY_AGAIN:
             rest.said = now
