@@ -127,6 +127,29 @@ def test_redis_away(database: Database, start_server: Callable[..., Server]) -> 
         assert line(server) == ids
 
 
+def test_a_relay_at_a_full_queue(
+    app: Conveyor, outbox: Outbox, database: Database, server: Server, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A relay keeps a full queue filled while it is drained, lets others through, and says so once, not at every turn."""
+    caplog.set_level(logging.WARNING, "conveyor.relay")
+    mail = app.queue("mail", max_length=10)
+    ids = fill(outbox, database, "mail", "orders", count=100)
+    taken: list[str] = []
+    with outbox.relay():
+        eventually(lambda: line(server, "orders") == ids["orders"])
+        while len(taken) < 100:
+            for message in mail.pull(10, wait="10s"):
+                taken += bare([message.id])
+                message.ack()
+        eventually(lambda: outbox.stats().waiting == 0)
+    assert taken == ids["mail"]
+    said = [record.getMessage() for record in caplog.records]
+    assert [("wait, trying again" in one, "again" in one) for one in said] in (
+        [(True, True)],
+        [(True, True), (False, True)],
+    )
+
+
 def test_the_database_away(app: Conveyor, outbox: Outbox, database: Database, caplog: pytest.LogCaptureFixture) -> None:
     """A relay whose database refuses or loses connections goes on trying, says so, and delivers when it can."""
     caplog.set_level(logging.WARNING, "conveyor.relay")

@@ -33,11 +33,11 @@ _log = logging.getLogger("conveyor.relay")
 
 @dataclass(slots=True)
 class _Rest:
-    """A queue that refused: when to try again, how often it did, when that was last said."""
+    """A queue that refuses: when to try again, how often it did, whether that was said."""
 
-    until: float
-    attempts: int
-    said: float
+    until: float = 0.0
+    attempts: int = 0
+    said: bool = False
 
 
 class Relay:
@@ -53,6 +53,7 @@ class Relay:
         """Take how to open the database, what delivers, seconds between two looks, and where to be found meanwhile."""
         self._opened, self._delivery, self._interval, self._running = opened, delivery, interval, running
         self._rests: dict[str, _Rest] = {}
+        self._said: dict[str, float] = {}
         self._woken = threading.Event()
         self._stopped = False
         self._eager_until, self._eager_pause, self._pause = 0.0, EAGER, interval
@@ -95,9 +96,8 @@ class Relay:
         now = time.monotonic()
         resting = {queue for queue, rest in self._rests.items() if rest.until > now}
         passed = self._delivery.pass_through(link, resting=resting, courtesy=COURTESY)
-        for queue in self._rests.keys() - resting - passed.refusals.keys():
-            if not passed.left:
-                del self._rests[queue]
+        for queue in () if passed.left else self._rests.keys() - resting - passed.refusals.keys():
+            if self._rests.pop(queue).said:
                 _log.warning("queue '%s' takes rows of the outbox again", queue)
         for queue, error in passed.refusals.items():
             self._refused(queue, error, passed.counts.get(queue, 0))
@@ -107,11 +107,11 @@ class Relay:
 
     def _refused(self, queue: str, error: ConveyorError, count: int) -> None:
         now = time.monotonic()
-        rest = self._rests.setdefault(queue, _Rest(0.0, 0, -_SAY_AGAIN))
+        rest = self._rests.setdefault(queue, _Rest())
         rest.attempts = 1 if count else rest.attempts + 1  # a full queue that is being drained is asked again soon
         rest.until = now + fault.pause(rest.attempts, cap=CAP)
-        if now - rest.said >= _SAY_AGAIN:
-            rest.said = now
+        if now - self._said.get(queue, -_SAY_AGAIN) >= _SAY_AGAIN:
+            self._said[queue], rest.said = now, True
             _log.warning("rows of the outbox for queue '%s' wait, trying again: %s", queue, error)
 
     def _plan(self, passed: Passed) -> None:
