@@ -16,7 +16,7 @@ from buffering import bare, line
 from conveyor.app import Conveyor
 from conveyor.sql import Outbox
 from conveyor.sql.delivery import Delivery
-from conveyor.sql.link import blocking
+from conveyor.sql.link import Answer, Driver, blocking
 from database import Database, prepare, sqlite
 from hand import drain, eventually
 from mortal import Fate, attempt, fill
@@ -177,6 +177,36 @@ def test_a_batch_that_another_pushes_meanwhile(
     assert line(server) == []
 
 
+def test_a_claim_behind_another_is_taken_back(
+    app: Conveyor, outbox: Outbox, database: Database, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A relay that claims while another does, which it could not see yet, lets its own claim go: one batch at a time."""
+    ids = fill(outbox, database, "mail")["mail"]
+
+    class Racing(Driver):
+        """A link on which another relay claims, and more is committed, right before the first look for rows."""
+
+        raced = False
+
+        def run(self, sql: str, *values: object) -> Answer:
+            if "LENGTH" in sql and not self.raced:
+                self.raced = True
+                self.commit()
+                assert attempt(outbox, database, Fate(8, after=False), monkeypatch)
+                ids.extend(fill(outbox, database, "mail")["mail"])
+            return super().run(sql, *values)
+
+    with closing(database.connect()) as connection:
+        own = blocking(connection)
+        assert isinstance(own, Driver)
+        racing = Racing(connection, own._style, own.dialect)
+        passed = Delivery(app, outbox._table).pass_through(racing, courtesy=3600)
+    assert (passed.count, passed.left) == (0, True)
+    assert database.one("SELECT COUNT(*) FROM conveyor_outbox WHERE batch > ''") == 3
+    assert outbox.deliver() == 6
+    assert line(server) == ids
+
+
 def test_batches_of_several_relays_go_in_the_order_of_their_rows(
     app: Conveyor, outbox: Outbox, database: Database, server: Server
 ) -> None:
@@ -195,7 +225,7 @@ def test_another_relays_batch_is_left_to_it_for_a_while(
 ) -> None:
     """A relay on duty is not overtaken: its batch, and all behind it, are left to it; and are taken over when it does nothing."""
     fill(outbox, database, "mail")
-    assert attempt(outbox, database, Fate(6, after=False), monkeypatch)  # named and committed, not pushed
+    assert attempt(outbox, database, Fate(8, after=False), monkeypatch)  # named and committed, not pushed
     assert database.one("SELECT COUNT(*) FROM conveyor_outbox WHERE batch > ''") == 3
     fill(outbox, database, "mail")
     with closing(database.connect()) as connection:

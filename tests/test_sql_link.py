@@ -251,6 +251,14 @@ def test_autocommit_is_refused(app: Conveyor, database: Database, outbox: Outbox
     assert outbox.deliver() == 0
 
 
+def test_a_relay_needs_transactions(app: Conveyor, database: Database) -> None:
+    """A relay's own connection is refused in autocommit too."""
+    if database.dialect != "sqlite":
+        pytest.skip("told alike everywhere")
+    with pytest.raises(ConfigurationError, match="autocommit"):
+        Outbox(app, lambda: sqlite3.connect(database.dsn, isolation_level=None)).deliver()
+
+
 @pytest.mark.skipif(sys.version_info < (3, 12), reason="sqlite3 has autocommit since Python 3.12")
 @pytest.mark.parametrize("autocommit", [True, False])
 def test_autocommit_of_newer_pythons(app: Conveyor, outbox: Outbox, database: Database, autocommit: bool) -> None:

@@ -137,6 +137,7 @@ def test_a_relay_at_a_full_queue(
     taken: list[str] = []
     with outbox.relay():
         eventually(lambda: line(server, "orders") == ids["orders"])
+        eventually(lambda: caplog.records)
         while len(taken) < 100:
             for message in mail.pull(10, wait="10s"):
                 taken += bare([message.id])

@@ -57,6 +57,8 @@ CLAIM = "UPDATE {table} SET batch = ? WHERE namespace = ? AND batch = '' AND seq
 # Above '' and not unequal to it: that an index finds.
 NAMED = """SELECT batch, queue, seq, created_ms, entry FROM {table}
  WHERE namespace = ? AND batch > '' AND batch <> '!' ORDER BY seq"""
+ALSO_NAMED = """SELECT DISTINCT queue FROM {table}
+ WHERE namespace = ? AND batch > '' AND batch <> '!' AND batch <> ?"""
 SET_ASIDE = "UPDATE {table} SET batch = '!' WHERE namespace = ? AND batch = ? AND queue = ? AND seq = ?"
 RENAME = "UPDATE {table} SET batch = ? WHERE namespace = ? AND batch = ? AND queue = ? AND seq <= ?"
 MOVE = "UPDATE {table} SET batch = '', queue = ? WHERE namespace = ? AND batch = ? AND queue = ? AND seq = ?"
@@ -145,14 +147,19 @@ class Delivery:
         space, waits = self._home.backend.namespace, tuple(resting)
         others = f" AND queue NOT IN ({', '.join('?' * len(waits))})" if waits else ""
         rows = link.run(self._table.fill(NEXT).replace("{others}", others), space, *waits).rows
-        if rows:
-            name = new_identity()
+        link.commit()  # a database holds what a transaction has read, and some go on seeing just that
+        if not rows:
+            return False
+        name = new_identity()
+        self._run(link, CLAIM.replace("{others}", others), name, space, _last(rows), *waits)
+        # Another may have claimed a moment ago: what it left over follows its rows, even where it has lower numbers,
+        # since a number is drawn before its commit.
+        if {queue for (queue,) in link.run(self._table.fill(ALSO_NAMED), space, name).rows} - set(resting):
+            link.rollback()
+        else:
+            link.commit()
             self._mine.add(name)
-            last = _last(rows)
-            # Another may have named some of them a moment ago: those are its.
-            self._run(link, CLAIM.replace("{others}", others), name, space, last, *waits)
-        link.commit()  # also when nothing was written: a database holds what a transaction has read
-        return bool(rows)
+        return True
 
     def _named(self, link: Link) -> list[Part]:
         rows = link.run(self._table.fill(NAMED), self._home.backend.namespace).rows

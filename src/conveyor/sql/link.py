@@ -51,6 +51,10 @@ class Link(Protocol):
         """Tell whether each statement would be a transaction of its own; False where that cannot be told."""
         ...
 
+    def begin(self) -> None:
+        """Take a connection that was opened for us, and see that it has transactions."""
+        ...
+
 
 class Driver:
     """A DB-API connection."""
@@ -81,6 +85,9 @@ class Driver:
         """Tell whether the connection is in autocommit, outside of a transaction begun by hand."""
         return _commits_alone(self._connection, self.dialect)
 
+    def begin(self) -> None:
+        """Do nothing: a transaction begins by itself."""
+
 
 class Django(Driver):
     """A connection of Django, whose cursors take ``%s`` whatever the database."""
@@ -92,6 +99,10 @@ class Django(Driver):
     def commits_alone(self) -> bool:
         """Tell whether no atomic block is open."""
         return bool(self._connection.get_autocommit() and not self._connection.in_atomic_block)
+
+    def begin(self) -> None:
+        """Have transactions begin by themselves, as other drivers do."""
+        self._connection.set_autocommit(False)
 
 
 class Alchemy:
@@ -127,6 +138,9 @@ class Alchemy:
         if self._connection.get_execution_options().get("isolation_level") == "AUTOCOMMIT":
             return True
         return _commits_alone(self._connection.connection.dbapi_connection, self.dialect)
+
+    def begin(self) -> None:
+        """Do nothing: a transaction begins by itself."""
 
 
 class AsyncDriver:

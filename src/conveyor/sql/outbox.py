@@ -14,7 +14,7 @@ from conveyor.errors import ConfigurationError
 from conveyor.job import refuse_in_loop
 from conveyor.outgoing import positive_ms
 from conveyor.sql.delivery import Delivery
-from conveyor.sql.link import awaitable, blocking
+from conveyor.sql.link import awaitable, blocking, refuse_alone
 from conveyor.sql.relay import Relay
 from conveyor.sql.table import OUTBOX, Table
 from conveyor.sql.transaction import Transaction, explained, find
@@ -173,6 +173,8 @@ class Outbox:
         connection = self._connecting()()
         try:
             link = blocking(connection)
+            link.begin()
+            refuse_alone(link.commits_alone())
             try:
                 yield link
             finally:
