@@ -17,7 +17,7 @@ from hand import drain
 from leaks import complaint, leaked
 from server import Server, find_binary
 
-pytest_plugins = ["pytester", "messaging", "nodes"]
+pytest_plugins = ["pytester", "messaging", "nodes", "database"]
 
 _OLDER = ("redis6", "redis7")
 

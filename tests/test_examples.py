@@ -19,6 +19,7 @@ PRINTED = {
     "partitions": ["each customer in one partition: True", "partitions used: 4", "taken in order: 36 left: 0"],
     "retries": ["ada served at attempt 3", "patient ran 3 times", "PermissionError: not for eve"],
     "rpc": ["0.25", "ZeroDivisionError: float division by zero", "the worker ended with 0"],
+    "transactions": ["delivered: 1", "('o1', 1)"],
     "lifespan_and_middleware": ["opened", "name t1", "Ada", "closed"],
 }
 PAIRED = {f"{kind}_{side}" for kind in ("plain", "conveyor") for side in ("producer", "consumer")}  # in test_plain.py

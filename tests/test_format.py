@@ -168,12 +168,12 @@ async def test_who_lacks_a_format_sets_the_job_aside(made, redis, caplog):
     before = redis.hvals(JOBS) + redis.hvals("conveyor:{points}:jobs")
     await drain(old)
     assert await old_queue.apull() == []
-    with pytest.raises(JobFailed, match=r"E48 It is in the format 'points.v1', and this program knows json, msgpack\."):
+    with pytest.raises(JobFailed, match=r"E50 It is in the format 'points.v1', and this program knows json, msgpack\."):
         await old.job(job.id).aresult("1s")
     letters = []
     for held in (old.queue("default"), old_queue):
         letters += [one async for one in held.adead_letters()]
-    assert ["E48" in letter.error for letter in letters] == [True, True]
+    assert ["E50" in letter.error for letter in letters] == [True, True]
     assert [letter.attempts for letter in letters] == [1, 1]
     assert letters[1].payload == b"\x02\x09points.v1" + struct.pack("<ii", 3, 4)
     assert redis.hvals(JOBS) + redis.hvals("conveyor:{points}:jobs") == before
@@ -332,7 +332,7 @@ async def test_what_cannot_be_shown_is_said(made):
     assert seeing.payload == '{"x":1,"y":2}'
     blind = await asyncio.to_thread(Admin(app.backend).job, id_)
     assert "19 bytes" in str(blind.payload)
-    assert "E48" in str(blind.payload)
+    assert "E50" in str(blind.payload)
     sealed = made(namespace="sealed", format="msgpack", keys=KEYS, encrypt=True)
     id_ = await sealed.queue("q").apush({1: "x"})
     shown = await asyncio.to_thread(Admin(sealed.backend, sealing=sealed.sealing, formats=sealed.formats).job, id_)

@@ -69,6 +69,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "result",
         "schedule",
         "sending",
+        "sql",
         "task",
         "workflow",
     ),

@@ -5,8 +5,8 @@ Every error carries a `code`, says what happened with its values, and what to do
 
     ConveyorError
     ├── StoreUnavailable       E01  Redis cannot be reached or does not answer (also E37)
-    ├── ConfigurationError     E02  something is declared or set up wrongly (also E06 E08 E09 E10 E18 E19 E34 E35 E36)
-    ├── PayloadError           E03  arguments or a value that cannot be stored or decoded (also E04 E15 E21 E22)
+    ├── ConfigurationError     E02  something is declared or set up wrongly (also E06 E08 E09 E10 E18 E19 E34-E36 E46-E48)
+    ├── PayloadError           E03  arguments or a value that cannot be stored or decoded (also E04 E15 E21 E22 E38-E43 E50)
     ├── UnknownTask            E05  no task of that name is registered here
     ├── LeaseLost              E14  the message is no longer ours
     ├── ResultExpired          E20  finished, and the value is no longer kept

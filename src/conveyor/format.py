@@ -143,7 +143,7 @@ class Formats:
         return MARK + bytes((len(name),)) + name + data
 
     def taken(self, body: bytes) -> tuple[Format, bytes]:
-        """Return the format of a marked body, and its data. Raises PayloadError: E15 damaged, E48 not known here."""
+        """Return the format of a marked body, and its data. Raises PayloadError: E15 damaged, E50 not known here."""
         end = 2 + body[1] if len(body) > 1 else 0
         name = body[2:end].decode("latin-1")
         if len(body) < end or not _NAME.fullmatch(name):
@@ -151,9 +151,9 @@ class Formats:
         found = self.known.get(name)
         if found is None:
             raise PayloadError(
-                f"E48 It is in the format '{name}', and this program knows {', '.join(['json', *self.known])}. "
+                f"E50 It is in the format '{name}', and this program knows {', '.join(['json', *self.known])}. "
                 "Give it the producer's: Conveyor(format=…), then redrive.",
-                code="E48",
+                code="E50",
             )
         return found, body[end:]
 
@@ -164,7 +164,7 @@ class Formats:
         return self.marked(msgspec.msgpack.encode(arguments))
 
     def arguments(self, body: bytes) -> tuple[Format, dict[str, bytes]]:
-        """Return the format and the arguments of a marked body, each still encoded. Raises PayloadError (E15, E48)."""
+        """Return the format and the arguments of a marked body, each still encoded. Raises PayloadError (E15, E50)."""
         found, data = self.taken(body)
         try:
             if found is MSGPACK:
@@ -177,7 +177,7 @@ class Formats:
         """
         Return what any body holds without knowing its type, and how something like it is written again.
 
-        *call* tells that it holds the arguments of a task. Raises PayloadError (E15, E48), and what decoding raises.
+        *call* tells that it holds the arguments of a task. Raises PayloadError (E15, E50), and what decoding raises.
         """
         if body[:1] != MARK:
             return msgspec.json.decode(body), encode_json

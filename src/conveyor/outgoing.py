@@ -111,14 +111,21 @@ class Outgoing:
     attempts: int | None
     version: int = 1
 
-    def entry(self, body: bytes, sealing: Sealing | None = None) -> Entry:
-        """Return what is pushed; *body* are the encoded arguments, which *sealing* wraps."""
+    def entry(self, body: bytes, sealing: Sealing | None = None, *, deferred: bool = False) -> Entry:
+        """
+        Return what is pushed; *body* are the encoded arguments, which *sealing* wraps.
+
+        A *deferred* job gets an id as a spawned one has: Redis may hear of it later than who waits for it.
+        """
         extra = None
         options = (self.timeout_ms, self.keep_ms, self.attempts)
         if self.headers or self.version != 1 or options != (None, None, None):
             extra = Extra(check_headers(self.headers), *options, self.version)
-        own = self.id is not None
-        id_ = ident.given_id(self.id) if self.id is not None else ident.new_id()
+        own = deferred or self.id is not None
+        if self.id is not None:
+            id_ = ident.given_id(self.id)
+        else:
+            id_ = ident.new_spawned_id() if deferred else ident.new_id()
         if sealing is not None:
             body = sealing.wrap(body, queue=self.queue, task=sealed_name(self.task, self.version), id=id_)
         return Entry(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Generator, Sequence
+from copy import copy
 from functools import partial
 from itertools import count
 from random import randrange
@@ -19,13 +20,13 @@ from zlib import crc32
 from conveyor import ident
 from conveyor.errors import ConfigurationError, StoreUnavailable
 from conveyor.holder import adrive, drive
-from conveyor.pusher import Way
 from conveyor.store import partitioning
 from conveyor.store.backend import Backend
 from conveyor.store.keys import QueueKeys
 from conveyor.store.operations import Entry
 from conveyor.store.partitioning import WrongPartitions
 from conveyor.store.script import Argument, Call
+from conveyor.store.way import Way
 
 V = TypeVar("V")
 MOST = 256
@@ -118,6 +119,12 @@ class Partitions:
     def placed(self, entry: Entry) -> str:
         """Return the name of the partition that a job goes to."""
         return self.keys[self.pick(unique=entry.unique, id=entry.id if entry.own_id else None)].queue
+
+    def unasked(self) -> Partitions:
+        """Return the same for pushes that do not go to Redis now: who delivers them agrees on the number."""
+        other = copy(self)
+        other._known = True  # noqa: SLF001
+        return other
 
     # -- agreeing on their number ---------------------------------------------------------------------------------
 

@@ -81,8 +81,8 @@ class PartitionedQueue(Queue[T]):
         return self._scatter
 
     def _scattered(self, options: Posting) -> Scatter[T]:
-        """Return what pushes with these options."""
-        if options.wish is None:
+        """Return what pushes with these options, to where pushes go right now."""
+        if options.wish is None and not self.backend.diverted:
             return self._scatter
         return self._scatter.through(self.backend.way(self.asks, options.wish))
 

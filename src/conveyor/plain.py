@@ -61,6 +61,12 @@ class PlainList(Queue[T]):
         return RawPusher(self.backend, self.keys, self.codec)
 
     def _by(self, options: Posting) -> Pusher[T]:
+        if self.backend.diverted:
+            raise ConfigurationError(
+                f"A plain list holds bare documents, so '{self.name}' cannot be delivered exactly once from an outbox. "
+                "Nothing was stored. Push to it after the commit, or use a queue.",
+                code="E46",
+            )
         return self._pusher
 
     def _intake(self) -> Callable[[int], Call[int]] | None:

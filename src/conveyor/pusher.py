@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator
 from copy import copy
 from itertools import islice
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, TypeVar
 
 from conveyor import ident
 from conveyor.codec import ValueCodec
@@ -22,8 +22,7 @@ from conveyor.store.backend import refuse_in_loop
 from conveyor.store.durability import after
 from conveyor.store.gathering import BULK
 from conveyor.store.keys import QueueKeys
-from conveyor.store.operations import Entry
-from conveyor.store.script import Argument
+from conveyor.store.way import Way
 from conveyor.wrapping import wrapped_entries
 
 T = TypeVar("T")
@@ -31,18 +30,6 @@ WINDOW = 100_000
 """Messages of an iterator that are checked before any is sent, and most that a bounded queue takes in one call."""
 CHUNK_BYTES = 8_000_000
 """Bytes sent in one call, so that bulk pushes of large messages let others in."""
-
-
-class Way(Protocol):
-    """The way into Redis: a backend, or one whose pushes are confirmed."""
-
-    def push(
-        self, keys: QueueKeys, entries: Sequence[Entry], *, max_length: int = 0, whole: bool = False
-    ) -> list[str]: ...
-    def push_plain(self, keys: QueueKeys, pairs: Sequence[Argument], *, max_length: int = 0) -> None: ...
-    async def apush(
-        self, keys: QueueKeys, entries: Sequence[Entry], *, max_length: int = 0, whole: bool = False
-    ) -> list[str]: ...
 
 
 class Pusher(Generic[T]):

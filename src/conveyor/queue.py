@@ -112,7 +112,9 @@ class Queue(Generic[T]):
         return None
 
     def _by(self, options: Posting) -> Pusher[T]:
-        """Return what pushes with these options."""
+        """Return what pushes with these options, to where pushes go right now."""
+        if options.wish is None and not self.backend.diverted:
+            return self._pusher
         return self._pusher.through(self.backend.way(self.asks, options.wish))
 
     # -- push ---------------------------------------------------------------------------------------------------------
@@ -129,7 +131,7 @@ class Queue(Generic[T]):
         DurabilityNotReached: it was, and was not confirmed.
         """
         chosen = self._posting(options)
-        return (self._pusher if chosen.wish is None else self._by(chosen)).push(value, chosen)
+        return self._by(chosen).push(value, chosen)
 
     def push_many(self, values: Iterable[T], **options: Unpack[Placement]) -> list[str]:
         """
@@ -139,17 +141,17 @@ class Queue(Generic[T]):
         than needed. With `max_length` all are accepted or none, at most 100,000 at a time.
         """
         chosen = self._placement(options)
-        return (self._pusher if chosen.wish is None else self._by(chosen)).push_many(values, chosen)
+        return self._by(chosen).push_many(values, chosen)
 
     async def apush(self, value: T, **options: Unpack[PushOptions]) -> str:
         """Store one message and return its id, as `push`; concurrent calls share round trips."""
         chosen = self._posting(options)
-        return await (self._pusher if chosen.wish is None else self._by(chosen)).apush(value, chosen)
+        return await self._by(chosen).apush(value, chosen)
 
     async def apush_many(self, values: Iterable[T], **options: Unpack[Placement]) -> list[str]:
         """Store many messages in their order and return their ids, as `push_many`."""
         chosen = self._placement(options)
-        return await (self._pusher if chosen.wish is None else self._by(chosen)).apush_many(values, chosen)
+        return await self._by(chosen).apush_many(values, chosen)
 
     def _posting(self, options: PushOptions) -> Posting:
         if not options and self._sealing is None and self.version == 1:

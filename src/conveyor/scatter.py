@@ -11,9 +11,10 @@ from conveyor.codec import ValueCodec
 from conveyor.errors import ConveyorError, DurabilityNotReached, QueueFull, StoreUnavailable
 from conveyor.partition import Partitions
 from conveyor.posting import Posting
-from conveyor.pusher import Pusher, Way
+from conveyor.pusher import Pusher
 from conveyor.store.backend import refuse_in_loop
 from conveyor.store.durability import after
+from conveyor.store.way import Way
 
 T = TypeVar("T")
 Part = tuple[int, slice]
@@ -34,6 +35,8 @@ class Scatter(Pusher[T]):
         """Return the same with another way into Redis."""
         other = copy(self)
         other._pushers = [pusher.through(backend) for pusher in self._pushers]  # noqa: SLF001
+        if backend.deferred:
+            other._partitions = self._partitions.unasked()  # noqa: SLF001
         return other
 
     def push(self, value: T, options: Posting, group: str | None = None) -> str:

@@ -44,14 +44,14 @@ class Sending:
     def send(self, queue: str, entries: Sequence[Entry], wish: Wish | None = None) -> list[str]:
         """Push prepared entries, placed, and return the id of each: its own, or that of a job that existed."""
         way = self.backend.way(self._asks(queue), wish)
-        if self.partitioned and (found := self.partitioned.get(ident.logical(queue))):
+        if self.partitioned and not way.deferred and (found := self.partitioned.get(ident.logical(queue))):
             return found.send(queue, entries, way)
         return way.push(self.keys(queue), entries, max_length=self._max_length(queue))
 
     async def asend(self, queue: str, entries: Sequence[Entry], wish: Wish | None = None) -> list[str]:
         """Do the same without blocking the event loop."""
         way = self.backend.way(self._asks(queue), wish)
-        if self.partitioned and (found := self.partitioned.get(ident.logical(queue))):
+        if self.partitioned and not way.deferred and (found := self.partitioned.get(ident.logical(queue))):
             return await found.asend(queue, entries, way)
         return await way.apush(self.keys(queue), entries, max_length=self._max_length(queue))
 

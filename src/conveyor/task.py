@@ -138,7 +138,7 @@ class Task(Generic[P, R_co]):
         if _get_running_loop() is not None:
             raise _in_loop(self, args, kwargs, sys._getframe(1))  # noqa: SLF001  where to look is half of the help
         home = self._home
-        if self._plain and not home.pushers and self.queue not in home.bounded:
+        if self._plain and not home.pushers and not home.backend.diverted and self.queue not in home.bounded:
             id_ = new_id()
             home.backend.push_plain(self._keys, (id_, self.head + self.signature.encode(args, kwargs)))
             return Job(home, id_, self.queue, self)
@@ -148,7 +148,7 @@ class Task(Generic[P, R_co]):
     async def aenqueue(self, *args: P.args, **kwargs: P.kwargs) -> Job[R_co]:
         """Do the same without blocking the event loop; calls of one tick share a round trip."""
         home = self._home
-        if self._plain and not home.pushers and self.queue not in home.bounded:
+        if self._plain and not home.pushers and not home.backend.diverted and self.queue not in home.bounded:
             backend, keys = home.backend, self._keys
             body = self.signature.encode(args, kwargs)
             if not backend.knows(keys):
@@ -226,22 +226,22 @@ class Task(Generic[P, R_co]):
 
     def is_plain(self, choice: Choice) -> bool:
         """Tell whether a call is just an envelope at the tail of the task's queue, which is the cheapest."""
-        return choice is NOTHING and self._plain and not self._home.pushers
+        return choice is NOTHING and self._plain and not self._home.pushers and not self._home.backend.diverted
 
     def prepare(self, choice: Choice, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, Entry]:
         """Return the queue (or partition) and the entry of a call, with the middleware's changes; raises PayloadError."""
         outgoing, body = self._outgoing(choice, args, kwargs)
-        entry = outgoing.entry(body, self._home.sealing)
+        entry = outgoing.entry(body, self._home.sealing, deferred=self._home.backend.diverted)
         return self._home.placed(outgoing.queue, entry), entry
 
     async def aprepare(self, choice: Choice, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, Entry]:
         """Do the same; a body for the store of large ones is written there on a thread."""
-        sealing = self._home.sealing
+        sealing, deferred = self._home.sealing, self._home.backend.diverted
         outgoing, body = self._outgoing(choice, args, kwargs)
         if sealing is None or not sealing.is_large(body, b"payload"):
-            entry = outgoing.entry(body, sealing)
+            entry = outgoing.entry(body, sealing, deferred=deferred)
         else:
-            entry = await asyncio.to_thread(outgoing.entry, body, sealing)
+            entry = await asyncio.to_thread(outgoing.entry, body, sealing, deferred=deferred)
         return self._home.placed(outgoing.queue, entry), entry
 
     def _outgoing(self, choice: Choice, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Outgoing, bytes]:

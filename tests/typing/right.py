@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sqlite3
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -25,6 +26,7 @@ from conveyor import (
 )
 from conveyor.event import JobDead
 from conveyor.middleware import CallNext
+from conveyor.sql import Ledger, Outbox
 
 app = Conveyor("redis://127.0.0.1:6379/0", namespace="shop", lease="15s")
 
@@ -136,3 +138,25 @@ async def done(event: object) -> None: ...
 
 
 app.on(JobDead, dead)
+
+
+# -- transactions -----------------------------------------------------------------------------------------------------
+outbox, ledger = Outbox(app, lambda: sqlite3.connect("shop.db")), Ledger()
+
+
+def charge(amount: int) -> list[str]:
+    return [str(amount)]
+
+
+async def acharge(amount: int) -> list[str]:
+    return [str(amount)]
+
+
+async def transact(connection: sqlite3.Connection) -> None:
+    with outbox.transaction(connection):
+        assert_type(ledger.first(connection, "k"), bool)
+    async with outbox.within(connection):
+        assert_type(ledger.once(connection, "k", charge, amount=1), list[str])
+        assert_type(await ledger.aonce(connection, "k", acharge, 1), list[str])
+    with outbox.relay():
+        assert_type(outbox.deliver(), int)

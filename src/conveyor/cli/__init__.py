@@ -25,6 +25,7 @@ class Entry(NamedTuple):
 COMMANDS: dict[str, Entry] = {
     "demo": Entry("conveyor.cli.demo:demo", "Watch real work pass through, and a worker being killed.", "Run"),
     "worker": Entry("conveyor.cli.worker:worker", "Run the jobs of an app.", "Run"),
+    "relay": Entry("conveyor.cli.relay:relay", "Deliver what was enqueued in database transactions.", "Run"),
     "server": Entry("conveyor.cli.server:server", "Start, stop or look at the embedded server.", "Run"),
     "push": Entry("conveyor.cli.push:push", "Put messages on a queue.", "Send"),
     "enqueue": Entry("conveyor.cli.enqueue:enqueue", "Enqueue a job of an app, and wait for it if you like.", "Send"),

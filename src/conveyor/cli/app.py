@@ -75,14 +75,8 @@ def load(given: str | None, found: Settings) -> tuple[str, Any]:
             "Which app? Give it as module:object (or the module alone when it has one app),\n"
             'or set CONVEYOR_APP, or [tool.conveyor] app = "module:object" in pyproject.toml.' + _nearby("")
         )
-    places = [str(Path.cwd())]
-    if found.file is not None and name == found.app:
-        places.append(str(found.file.parent))
-    sys.path[:0] = [place for place in places if place not in sys.path]
-    if found.url and not os.environ.get("CONVEYOR_URL"):
-        os.environ["CONVEYOR_URL"] = found.url  # for Conveyor() in the app, and for the processes of a worker
     module_name, _, attribute = name.partition(":")
-    module = _import(module_name)
+    module = _prepared(name, module_name, found)
     if attribute:
         return name, _attribute(module, module_name, attribute)
     apps = _apps(module)
@@ -97,6 +91,31 @@ def load(given: str | None, found: Settings) -> tuple[str, Any]:
             f"{module_name!r} has {len(apps)} apps: {listed}.\nSay which:  {module_name}:{next(iter(apps))}", code="E09"
         )
     return next((f"{module_name}:{one}", app) for one, app in apps.items())
+
+
+def load_outbox(name: str, found: Settings) -> Any:
+    """Import and return the Outbox that ``module:object`` names. Raises ConfigurationError (E08)."""
+    module_name, _, path = name.partition(":")
+    value: Any = _prepared(name, module_name, found)
+    for part in path.split("."):
+        value = getattr(value, part, None)
+    if not _is(value, "Outbox"):
+        raise ConfigurationError(
+            f"{name!r} is no Outbox. Name where the program made it, as module:object:  outbox = Outbox(app, connect)",
+            code="E08",
+        )
+    return value
+
+
+def _prepared(name: str, module_name: str, found: Settings) -> ModuleType:
+    """Import a module as every command does; *name* is the reference as it was given."""
+    places = [str(Path.cwd())]
+    if found.file is not None and name == found.app:
+        places.append(str(found.file.parent))
+    sys.path[:0] = [place for place in places if place not in sys.path]
+    if found.url and not os.environ.get("CONVEYOR_URL"):
+        os.environ["CONVEYOR_URL"] = found.url  # for Conveyor() in the app, and for the processes of a worker
+    return _import(module_name)
 
 
 def _import(name: str) -> ModuleType:
@@ -159,8 +178,12 @@ def _apps(module: ModuleType) -> dict[str, Any]:
 
 
 def _is_app(value: object) -> bool:
+    return _is(value, "Conveyor")
+
+
+def _is(value: object, name: str) -> bool:
     # By the class alone: the top level of a module may hold proxies that fail when they are touched.
-    return any(kind.__name__ == "Conveyor" and kind.__module__.startswith("conveyor") for kind in type(value).__mro__)
+    return any(kind.__name__ == name and kind.__module__.startswith("conveyor") for kind in type(value).__mro__)
 
 
 def _nearby(name: str) -> str:

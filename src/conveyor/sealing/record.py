@@ -15,7 +15,7 @@ from conveyor.sealing.sealing import MAX_LARGE, PLAIN, Sealing
 
 # Bound to queue and id and not to the task: who asks for a result may know no more, and an id is one job's.
 _NO_TASK = ""
-_UNOPENED = frozenset({"E38", "E39", "E40", "E41", "E43", "E48"})
+_UNOPENED = frozenset({"E38", "E39", "E40", "E41", "E43", "E50"})
 """What is said of a body that was not opened, or not decoded, quotes nothing of it, and is for those who lack the keys."""
 
 

@@ -52,7 +52,7 @@ def bring_up(body: bytes, version: int, current: int, upcast: Callable[[int, Any
     """
     Return the *body* of an older *version* as *current* has it, in its format; *upcast* takes each step.
 
-    Raises PayloadError: E15 with what *upcast* raised, E21 too large, E22 nested too deep, E48 of a format not known here.
+    Raises PayloadError: E15 with what *upcast* raised, E21 too large, E22 nested too deep, E50 of a format not known here.
     """
     what = old.what
     excess = too_large(body, old.limit, "a payload") if body[:1] == MARK else bounds(body, old.limit)

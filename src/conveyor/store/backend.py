@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from conveyor.store.buffer import Buffer
     from conveyor.store.embedded import Attachment
     from conveyor.store.place import Place, Topology
+    from conveyor.store.way import Outlet, Way
 
 T = TypeVar("T")
 PATIENCE = 5.0
@@ -43,6 +44,8 @@ PATIENCE = 5.0
 
 class Backend:
     """The connections of one app; all are opened when first used."""
+
+    deferred = False
 
     def __init__(self, url: str | None = None, *, namespace: str = "conveyor", patience: float = PATIENCE) -> None:
         """Take the URL (None: ``CONVEYOR_URL``, else the embedded server)."""
@@ -62,6 +65,7 @@ class Backend:
         self._last: Shared | None = None
         self._announced: set[str] = set()
         self._confirmer: Confirmer | None = None
+        self.outlet: Outlet | None = None
         self.buffer: Buffer | None = None  # these three are another's in a backend with a buffer
         self.new_lane: Callable[[], Lane] = _lane
         self.lane_type: Callable[[Wire, QueueKeys, int, float], AsyncLane] = AsyncLane
@@ -223,16 +227,36 @@ class Backend:
             ids += await lane.push(entries[first : first + step])
         return ids
 
-    def way(self, asks: Durability | None, wish: Wish | None = None) -> Backend | Confirmed:
+    def way(self, asks: Durability | None, wish: Wish | None = None) -> Way:
         """Return the way in for one push to a queue that asks *asks* by itself."""
+        if self.outlet is not None and (elsewhere := self.outlet(wish)) is not None:
+            return elsewhere
         asked = asks if wish is None else wish.over(asks)
         return self if asked is None else self.confirmed(asked)
 
+    @property
+    def diverted(self) -> bool:
+        """True while pushes go somewhere else than to Redis."""
+        return self.outlet is not None and self.outlet() is not None
+
     def confirmed(self, asked: Durability) -> Confirmed:
         """Return the way in for pushes that ask for more than being stored."""
+        return Confirmed(self._confirming(), asked)
+
+    def _confirming(self) -> Confirmer:
         if self._confirmer is None:
             self._confirmer = Confirmer(self, refuse_in_loop)
-        return Confirmed(self._confirmer, asked)
+        return self._confirmer
+
+    def carry(self, keys: QueueKeys, call: Call[T], asks: Durability | None, *, patience: float) -> T:
+        """Carry out a push in a lane of the caller's, confirmed as *asks* says; it goes round a buffer."""
+        if asks is None:
+            return self.run(call, patience=patience)
+        with self._confirming().one(keys) as (connection, _):
+            reply, got = connection.confirm(call, asks, patience=patience)
+        if not asks.reached(got):
+            raise asks.failure(keys.queue, (), got)
+        return reply
 
     def put(self, keys: QueueKeys, id: str, envelope: bytes) -> Awaitable[None]:  # noqa: A002
         """Accept one plain message: the cheapest way in. The queue is known already (`knows`, else `aannounce`)."""

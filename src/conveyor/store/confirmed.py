@@ -78,6 +78,8 @@ class Home(Protocol):
 class Confirmed:
     """The way into Redis for pushes that ask the same: as a backend's, and each returns when it is confirmed."""
 
+    deferred = False
+
     def __init__(self, confirmer: Confirmer, asked: Durability) -> None:
         """Take whose connections, and what is asked."""
         self._confirmer = confirmer

@@ -23,10 +23,12 @@ PUSH, TURN, REGISTER, BEAT, REAP = Script("push"), Script("turn"), Script("regis
 EXTEND, HELD, CANCEL, REDRIVE = Script("extend"), Script("held"), Script("cancel"), Script("redrive")
 PROMOTE, PURGE, CONFIGURE, INTAKE = Script("promote"), Script("purge"), Script("configure"), Script("intake")
 AWAIT, FORGET, WITHDRAW = Script("await"), Script("forget"), Script("withdraw")
-SADD = Script("SADD")
+SADD, SET = Script("SADD"), Script("SET")
 
 LANE_MS = 7_200_000
 """How long the scripts keep the number and the reply of a lane's last push."""
+DAY_MS = 86_400_000
+"""The same for lanes whose name ends in +."""
 MOST_HELD = 1000
 """Most jobs of a queue one worker may hold; scripts clamp to it."""
 
@@ -113,6 +115,15 @@ def push(keys: QueueKeys, lane: Lane, entries: Iterable[Entry], *, max_length: i
         args += ["p" if plain_run else "s", len(run) // (2 if plain_run else 10), *run]
     args[3] = len(ids)
     return Call(PUSH, _push_keys(keys, lane), args, _pushed(keys, ids), None if lane.insists else WITHDRAW)
+
+
+def fence(keys: QueueKeys, lane: str) -> Call[bool]:
+    """
+    Return the call that shuts a *lane* of one push for a day; it yields False when that lane was used or shut before.
+
+    From then on that push is answered as late, unless it had been accepted: then still with that.
+    """
+    return Command(SET, (keys.lane(lane),), ("1\nlate", "NX", "PX", DAY_MS), bool)
 
 
 def _special(entry: Entry) -> tuple[Argument, ...]:

@@ -1,0 +1,42 @@
+"""Jobs in a database transaction: real with its commit, gone after a rollback; and an effect that happens once."""
+
+import asyncio
+import sqlite3
+from contextlib import suppress
+from tempfile import mkdtemp
+
+from conveyor import Context, Conveyor, current
+from conveyor.sql import Ledger, Outbox
+
+database = f"{mkdtemp()}/shop.db"
+app, ledger = Conveyor(), Ledger()
+outbox = Outbox(app, lambda: sqlite3.connect(database))
+
+
+@app.task
+def charge(order: str, context: Context = current()) -> None:
+    with sqlite3.connect(database) as connection:  # commits at its end
+        if ledger.first(connection, context.job_id):
+            connection.execute("UPDATE orders SET charged = charged + 1 WHERE id = ?", (order,))
+    if context.attempt == 1:
+        raise ConnectionError("lost after the commit, so the job runs again")
+
+
+async def main() -> None:
+    connection, stock = sqlite3.connect(database), {"o1"}
+    outbox.create(connection)
+    ledger.create(connection)
+    connection.execute("CREATE TABLE orders (id TEXT, charged INT DEFAULT 0)")
+    for order in ("o1", "o2"):
+        with suppress(KeyError):
+            async with outbox.transaction(connection):
+                connection.execute("INSERT INTO orders (id) VALUES (?)", (order,))
+                await charge.aenqueue(order)
+                stock.remove(order)  # an error for o2, so all of its block is rolled back
+    print("delivered:", await outbox.adeliver())
+    async with app.worker(burst=True) as worker:
+        await worker.wait()
+    print(connection.execute("SELECT id, charged FROM orders").fetchall())
+
+
+asyncio.run(main())

@@ -1,0 +1,73 @@
+"""`conveyor relay`: deliver the outbox of a database until it is stopped."""
+
+from __future__ import annotations
+
+import signal
+from types import FrameType
+from typing import TYPE_CHECKING
+
+import click
+
+from conveyor.cli.app import load_outbox, settings
+from conveyor.cli.exit import Exit
+from conveyor.cli.output import Output
+from conveyor.cli.target import verbose_option
+from conveyor.errors import ConveyorError
+from conveyor.sql.table import DIALECTS
+
+if TYPE_CHECKING:
+    from conveyor.sql import Outbox
+
+
+class _Ended(Exception):
+    """A signal that asks to stop."""
+
+
+@click.command()
+@click.argument("reference", metavar="MODULE:OUTBOX")
+@click.option("--once", is_flag=True, help="Deliver what is committed by now, print how many rows, and exit.")
+@click.option("--ddl", type=click.Choice(DIALECTS), help="Print the SQL that creates the table, and exit.")
+@verbose_option
+@click.pass_context
+def relay(ctx: click.Context, reference: str, once: bool, ddl: str | None) -> int:
+    """
+    Deliver what was enqueued in the transactions of a database, until it is stopped.
+
+    MODULE:OUTBOX is where the program made its Outbox(app, connect). SIGTERM and ctrl-C end it with 0 after what is
+    under way. Several may run: one delivers, the others stand by.
+    """
+    out = Output()
+    outbox: Outbox = load_outbox(reference, settings())
+    ctx.call_on_close(outbox.app.close)
+    if ddl is not None:
+        out.line(outbox.ddl(ddl).rstrip())
+    elif once:
+        out.line(str(outbox.deliver()))
+    else:
+        _run(out, outbox, verbose=bool(ctx.obj and ctx.obj["verbose"]))
+    return Exit.OK
+
+
+def _run(out: Output, outbox: Outbox, *, verbose: bool) -> None:
+    from conveyor.worker.log import configure_log
+
+    configure_log(verbose=verbose)
+    try:
+        waiting = f"{outbox.stats().waiting:,} rows wait"
+    except ConveyorError:
+        raise  # the table is missing, or there is no way to connect: waiting would not mend it
+    except Exception as error:
+        waiting = f"the database does not answer yet: {error}"
+    try:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, _end)
+        with outbox.relay():
+            out.say(f"Delivers {outbox.table} to namespace {outbox.app.namespace}; {waiting}")
+            while True:
+                signal.pause()
+    except _Ended:
+        pass
+
+
+def _end(_signal: int, _frame: FrameType | None) -> None:
+    raise _Ended

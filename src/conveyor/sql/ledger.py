@@ -1,0 +1,208 @@
+"""The ledger: which effects have happened, written down in the transaction that makes them."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Awaitable, Callable, Generator
+from functools import partial
+from time import time
+from typing import Any, ParamSpec, TypeVar, get_type_hints
+
+from conveyor.codec import ValueCodec
+from conveyor.duration import Duration, milliseconds
+from conveyor.errors import ConfigurationError
+from conveyor.sql.link import (
+    Answer,
+    AsyncAlchemy,
+    AsyncDriver,
+    AsyncLink,
+    Link,
+    awaitable,
+    blocking,
+    link,
+    refuse_alone,
+)
+from conveyor.sql.table import LEDGER, Table
+from conveyor.sql.transaction import explained
+
+P = ParamSpec("P")
+R = TypeVar("R")
+T = TypeVar("T")
+Steps = Generator[tuple[str, tuple[object, ...]], Answer, T]
+"""Statements with their values, each answered, and what comes of them: the same for both kinds of connection."""
+
+INSERT = "INSERT INTO {table} (id, created_ms) VALUES (?, ?) ON CONFLICT (id) DO NOTHING"
+INSERT_MYSQL = "INSERT IGNORE INTO {table} (id, created_ms) VALUES (?, ?)"
+KEEP = "UPDATE {table} SET result = ? WHERE id = ?"
+READ = "SELECT result FROM {table} WHERE id = ?"
+READ_MYSQL = READ + " FOR UPDATE"  # a plain read there may be of an older snapshot
+TRIM = "DELETE FROM {table} WHERE created_ms < ?"
+MOST = 255
+
+
+class Ledger:
+    """
+    Tells, inside a transaction, whether something happens for the first time; what it told is part of the transaction.
+
+    A job may run twice, also at the same time. Its effects in that database then happen once: the second attempt waits
+    for the first to commit or roll back, and is told.
+    """
+
+    def __init__(self, table: str = "conveyor_ledger") -> None:
+        """Take the name of the table, perhaps with a schema. Nothing is opened; raises ConfigurationError."""
+        self._table = Table(table, LEDGER, "ledger")
+
+    def __repr__(self) -> str:
+        return f"<Ledger {self._table}>"
+
+    def first(self, connection: Any, key: str) -> bool:
+        """
+        Write *key* down and return True; False when a committed transaction has done so before.
+
+        `key` is 1 to 255 characters: the job's id, with the name of the effect where a job has several. Call it before
+        the effect, in its transaction. Raises ConfigurationError: E47 for a connection in autocommit, E48 without the
+        table; and what the driver raises.
+        """
+        return self._drive(connection, partial(self._first, _checked(key)))
+
+    async def afirst(self, connection: Any, key: str) -> bool:
+        """Write *key* down and return whether it is new, as `first`, on a connection of asyncio."""
+        return await self._adrive(connection, partial(self._first, _checked(key)))
+
+    def once(
+        self, connection: Any, key: str, function: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs
+    ) -> R:  # fmt: skip
+        """
+        Call *function* if *key* is new, keep what it returns with the key, and return that; else return what was kept.
+
+        The result must be JSON, of the type that the function is annotated with. When the function raises, the
+        exception passes: roll back, and nothing has happened. Raises what `first` does, and PayloadError.
+        """
+        codec = _codec(function)
+        if self.first(connection, key):
+            result = function(*args, **kwargs)
+            self._drive(connection, partial(self._keep, key, codec.encode(result)))
+            return result
+        kept: R = codec.decode(self._drive(connection, partial(self._kept, key)))
+        return kept
+
+    async def aonce(
+        self, connection: Any, key: str, function: Callable[P, Awaitable[R]], /, *args: P.args, **kwargs: P.kwargs
+    ) -> R:  # fmt: skip
+        """Call an async *function* if *key* is new, as `once`, on a connection of asyncio."""
+        codec = _codec(function)
+        if await self.afirst(connection, key):
+            result = await function(*args, **kwargs)
+            await self._adrive(connection, partial(self._keep, key, codec.encode(result)))
+            return result
+        kept: R = codec.decode(await self._adrive(connection, partial(self._kept, key)))
+        return kept
+
+    # -- care ---------------------------------------------------------------------------------------------------------
+
+    def trim(self, connection: Any, older_than: Duration = "30d") -> int:
+        """
+        Delete what was written down longer ago, commit, and return how many.
+
+        A job that runs again after that finds its key new: take longer than jobs are retried, redriven or kept.
+        """
+        found, before = blocking(connection), _before(older_than)
+        with explained(self._table):
+            count = found.run(self._table.fill(TRIM), before).touched
+        found.commit()
+        return count
+
+    async def atrim(self, connection: Any, older_than: Duration = "30d") -> int:
+        """Delete what was written down longer ago, as `trim`, on a connection of asyncio."""
+        found, before = awaitable(connection), _before(older_than)
+        with explained(self._table):
+            count = (await found.run(self._table.fill(TRIM), before)).touched
+        await found.commit()
+        return count
+
+    def ddl(self, dialect: str) -> str:
+        """Return the SQL that creates the table: for sqlite, postgresql or mysql."""
+        return self._table.script(dialect)
+
+    def create(self, connection: Any) -> None:
+        """Create the table where it does not exist, and commit. Raises ConfigurationError for an unknown database."""
+        self._table.create(blocking(connection))
+
+    async def acreate(self, connection: Any) -> None:
+        """Create the table, as `create`, on a connection of asyncio."""
+        await self._table.acreate(awaitable(connection))
+
+    # -- steps --------------------------------------------------------------------------------------------------------
+
+    def _first(self, key: str, dialect: str) -> Steps[bool]:
+        sql = INSERT_MYSQL if dialect == "mysql" else INSERT
+        answer = yield self._table.fill(sql), (key, int(time() * 1000))
+        return answer.touched == 1
+
+    def _keep(self, key: str, result: bytes, _: str) -> Steps[None]:
+        yield self._table.fill(KEEP), (result, key)
+
+    def _kept(self, key: str, dialect: str) -> Steps[bytes]:
+        answer = yield self._table.fill(READ_MYSQL if dialect == "mysql" else READ), (key,)
+        if not answer.rows or answer.rows[0][0] is None:
+            raise ConfigurationError(
+                f"The ledger holds {key!r} without a result: it was written down by first(), or by a once() whose function "
+                "raised and whose transaction was committed all the same. Use different keys, and roll back after an "
+                "error. Nothing was done."
+            )
+        return bytes(answer.rows[0][0])
+
+    def _drive(self, connection: Any, steps: Callable[[str], Steps[T]]) -> T:
+        found = blocking(connection)
+        refuse_alone(found.commits_alone())
+        with explained(self._table):
+            return _driven(found, steps(found.dialect))
+
+    async def _adrive(self, connection: Any, steps: Callable[[str], Steps[T]]) -> T:
+        found = link(connection)
+        with explained(self._table):
+            if not isinstance(found, AsyncDriver | AsyncAlchemy):
+                refuse_alone(found.commits_alone())
+                return _driven(found, steps(found.dialect))
+            refuse_alone(await found.commits_alone())
+            return await _adriven(found, steps(found.dialect))
+
+
+def _driven(found: Link, steps: Steps[T]) -> T:
+    try:
+        sql, values = next(steps)
+        while True:
+            sql, values = steps.send(found.run(sql, *values))
+    except StopIteration as stop:
+        ended: T = stop.value
+        return ended
+
+
+async def _adriven(found: AsyncLink, steps: Steps[T]) -> T:
+    try:
+        sql, values = next(steps)
+        while True:
+            sql, values = steps.send(await found.run(sql, *values))
+    except StopIteration as stop:
+        ended: T = stop.value
+        return ended
+
+
+def _before(older_than: Duration) -> int:
+    return int(time() * 1000) - milliseconds(older_than, name="older_than")
+
+
+def _checked(key: str) -> str:
+    if not isinstance(key, str) or not 1 <= len(key) <= MOST or not key.isprintable():
+        raise ConfigurationError(
+            f"A key of a ledger is 1 to {MOST} printable characters, not {key!r}. Nothing was done."
+        )
+    return key
+
+
+def _codec(function: Callable[..., Any]) -> ValueCodec[Any]:
+    hints = get_type_hints(function) if inspect.isroutine(function) else {}
+    return ValueCodec(
+        hints.get("return", Any), what=f"The result of {getattr(function, '__name__', function)}()",
+        lossy="return" not in hints,
+    )  # fmt: skip

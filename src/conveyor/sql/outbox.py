@@ -1,0 +1,185 @@
+"""The outbox: a table in the program's own database, so that jobs are enqueued in its transactions."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
+from time import time
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from conveyor.duration import Duration
+from conveyor.errors import ConfigurationError
+from conveyor.job import refuse_in_loop
+from conveyor.outgoing import positive_ms
+from conveyor.sql.delivery import Delivery
+from conveyor.sql.link import awaitable, blocking, refuse_alone
+from conveyor.sql.relay import Relay
+from conveyor.sql.table import OUTBOX, Table
+from conveyor.sql.transaction import Transaction, explained, find
+
+if TYPE_CHECKING:
+    from conveyor.app import Conveyor
+    from conveyor.sql.link import Link
+
+COUNT = "SELECT COUNT(*), MIN(created_ms) FROM {table} WHERE namespace = ? AND batch <> '!'"
+COUNT_ASIDE = "SELECT COUNT(*) FROM {table} WHERE namespace = ? AND batch = '!'"
+REDRIVE = "UPDATE {table} SET batch = '' WHERE namespace = ? AND batch = '!'"
+
+
+class Backlog(NamedTuple):
+    """Rows that wait for a relay, those set aside because they cannot be read, and the age in seconds of the oldest waiting."""
+
+    waiting: int
+    aside: int
+    oldest_age: float | None
+
+
+class Outbox:
+    """
+    Enqueues jobs and pushes messages in the transactions of a database, and delivers them to Redis.
+
+    One object for each database, beside the app: ``outbox = Outbox(app, connect)``.
+    """
+
+    def __init__(
+        self,
+        app: Conveyor,
+        connect: Callable[[], Any] | None = None,
+        *,
+        table: str = "conveyor_outbox",
+        interval: Duration = "1s",
+    ) -> None:
+        """
+        Take the app, and a function that opens a blocking connection for the relay, which closes it.
+
+        Without *connect* this program only enqueues. *table* is a name, perhaps with a schema; *interval* is how often
+        a relay looks when nothing calls it. Nothing is opened. Raises ConfigurationError.
+        """
+        self.app = app
+        self._connect = connect
+        self._table = Table(table, OUTBOX, "outbox")
+        self._interval = positive_ms(interval, "interval") / 1000
+        self._relays: set[Relay] = set()
+        app.backend.outlet = partial(find, app.backend)
+
+    def __repr__(self) -> str:
+        return f"<Outbox {self._table} of {self.app!r}>"
+
+    @property
+    def table(self) -> str:
+        """The name of the table."""
+        return self._table.name
+
+    # -- enqueuing ----------------------------------------------------------------------------------------------------
+
+    def transaction(self, connection: Any) -> Transaction:
+        """
+        Return a block that is a transaction: it commits at its end, and rolls back on an error.
+
+        What the app enqueues and pushes in it is part of the transaction. ``with`` for a blocking connection, ``async
+        with`` for one of asyncio; the types that are understood stand in the guide. Raises, when it is entered,
+        ConfigurationError: E47 for another, and for one in autocommit.
+        """
+        return Transaction(self.app.backend, self._table, connection, self._ended, commits=True)
+
+    def within(self, connection: Any) -> Transaction:
+        """Return a block that is part of a transaction of the program's: that commits or rolls back, the block does not."""
+        return Transaction(self.app.backend, self._table, connection, self._ended, commits=False)
+
+    def _ended(self, committed: bool) -> None:
+        for relay in self._relays.copy():
+            relay.wake(committed)
+
+    # -- delivering ---------------------------------------------------------------------------------------------------
+
+    def deliver(self) -> int:
+        """
+        Deliver what is committed by now, and return how many rows that were.
+
+        When a queue refuses its rows they stay, the others are delivered, and then that refusal is raised: QueueFull,
+        StoreUnavailable, ConfigurationError. What the database driver raises is raised as it is.
+        """
+        refuse_in_loop("outbox.deliver()", "await outbox.adeliver()")
+        with self._opened() as link:
+            passed = self._delivery().pass_through(link)
+        for refusal in passed.refusals.values():
+            refusal.add_note(
+                f"{passed.count} rows of the outbox were delivered; those for {', '.join(passed.refusals)} wait."
+            )
+            raise refusal
+        return passed.count
+
+    async def adeliver(self) -> int:
+        """Deliver what is committed by now, as `deliver`, on a thread."""
+        return await asyncio.to_thread(self.deliver)
+
+    def relay(self) -> Relay:
+        """Return what delivers from a thread, for ever: between ``with`` or ``async with`` and the end of that block."""
+        self._connecting()
+        return Relay(self._opened, self._delivery(), self._interval, self._relays)
+
+    # -- care ---------------------------------------------------------------------------------------------------------
+
+    def ddl(self, dialect: str) -> str:
+        """Return the SQL that creates the table: for sqlite, postgresql or mysql."""
+        return self._table.script(dialect)
+
+    def create(self, connection: Any) -> None:
+        """Create the table where it does not exist, and commit. Raises ConfigurationError for an unknown database."""
+        self._table.create(blocking(connection))
+
+    async def acreate(self, connection: Any) -> None:
+        """Create the table, as `create`, on a connection of asyncio."""
+        await self._table.acreate(awaitable(connection))
+
+    def stats(self) -> Backlog:
+        """Count what is committed and not delivered."""
+        with self._opened() as link, explained(self._table):
+            [(waiting, oldest)] = link.run(self._table.fill(COUNT), self.app.namespace).rows
+            [(aside,)] = link.run(self._table.fill(COUNT_ASIDE), self.app.namespace).rows
+        return Backlog(waiting, aside, None if oldest is None else max(0.0, time() - oldest / 1000))
+
+    async def astats(self) -> Backlog:
+        """Count what is committed and not delivered, as `stats`, on a thread."""
+        return await asyncio.to_thread(self.stats)
+
+    def redrive(self) -> int:
+        """Have the rows that were set aside tried again, and return how many."""
+        with self._opened() as link, explained(self._table):
+            count = link.run(self._table.fill(REDRIVE), self.app.namespace).touched
+            link.commit()
+        self._ended(True)
+        return count
+
+    async def aredrive(self) -> int:
+        """Have the rows that were set aside tried again, as `redrive`, on a thread."""
+        return await asyncio.to_thread(self.redrive)
+
+    def _delivery(self) -> Delivery:
+        return Delivery(self.app, self._table)
+
+    def _connecting(self) -> Callable[[], Any]:
+        if self._connect is None:
+            raise ConfigurationError(
+                "This Outbox was not told how to open a connection, so it can only enqueue. Write: Outbox(app, connect), "
+                "with a function that returns a new blocking connection."
+            )
+        return self._connect
+
+    @contextmanager
+    def _opened(self) -> Iterator[Link]:
+        connection = self._connecting()()
+        try:
+            link = blocking(connection)
+            link.begin()
+            refuse_alone(link.commits_alone())
+            try:
+                yield link
+            finally:
+                with suppress(Exception):  # the connection may be what is broken
+                    link.rollback()
+        finally:
+            with suppress(Exception):
+                connection.close()
