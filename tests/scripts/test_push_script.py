@@ -193,6 +193,37 @@ def test_push_plain_repeated_and_late(scene: Scene) -> None:
             scene.run(_plain(scene, "c", "d", maximum=2))
 
 
+@pytest.mark.redis6
+@pytest.mark.redis7
+@pytest.mark.parametrize("plain", [False, True], ids=["push", "push_plain"])
+def test_withdrawn_stays_withdrawn(scene: Scene, plain: bool) -> None:
+    """What was withdrawn stores nothing, however often copies and the withdrawal itself come again, until the next number."""
+    call = _plain(scene, "a") if plain else operations.push(scene.keys, scene.lane, [entry("a")])
+    withdrawal = call.withdrawal()
+    assert withdrawal is not None
+    for _ in range(2):
+        assert scene.run(withdrawal) is None
+        with scene.unchanged(), pytest.raises(LateReply):
+            scene.run(call)
+
+    scene.push("b")
+
+    assert scene.run(withdrawal) is None
+    assert scene.client.hkeys(scene.keys.jobs) == [b"b"]
+
+
+@pytest.mark.parametrize("plain", [False, True], ids=["push", "push_plain"])
+def test_what_was_accepted_is_not_withdrawn(scene: Scene, plain: bool) -> None:
+    """Who withdraws what a copy has stored gets the answer of that copy."""
+    call = _plain(scene, "a") if plain else operations.push(scene.keys, scene.lane, [entry("a")])
+    withdrawal = call.withdrawal()
+    assert withdrawal is not None
+    scene.run(call)
+
+    with scene.unchanged():
+        assert scene.run(withdrawal) == b"1\nok"
+
+
 # -- duplicates -------------------------------------------------------------------------------------------------------
 
 

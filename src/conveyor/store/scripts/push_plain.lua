@@ -28,7 +28,10 @@ local kept = string.byte(KEYS[1], -1) == 43 and '86400000' or '7200000' -- a lan
 local last = redis.call('SET', KEYS[1], reply, 'PX', kept, 'GET')
 if last then
   local seen = string.match(last, '^%d+')
-  if seen == number then return last end
+  if seen == number then
+    if last ~= reply then redis.call('SET', KEYS[1], last, 'PX', kept) end -- it was withdrawn, and stays so
+    return last
+  end
   if tonumber(seen) > tonumber(number) then
     redis.call('SET', KEYS[1], last, 'PX', kept)
     return number .. '\nlate'
