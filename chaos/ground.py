@@ -31,7 +31,7 @@ exec {binary} "$@"
 class Ground:
     """One server with an append-only file that is never rewritten: the history of the run."""
 
-    def __init__(self, directory: Path, *, fsync: str = "everysec", clock: bool = False, name: str = "valkey") -> None:
+    def __init__(self, directory: Path, *, fsync: str = "always", clock: bool = False, name: str = "valkey") -> None:
         """Start it in *directory*, whose path must be short; with *clock* its clock can be set where libfaketime is."""
         found = find_binary(name)
         if found is None:

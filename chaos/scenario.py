@@ -24,6 +24,7 @@ class Scenario(NamedTuple):
     play: Callable[[Stage, int, Facts], Verdict]
     times: int
     lease: float
+    fsync: str = "always"
 
 
 def run(name: str, count: int | None, seed: int) -> tuple[Verdict, Stage, Facts]:
@@ -32,7 +33,7 @@ def run(name: str, count: int | None, seed: int) -> tuple[Verdict, Stage, Facts]
     count = scenario.times if count is None else count
     facts: Facts = {"scenario": name, "count": count, "seed": seed, "lease": scenario.lease}
     began = time.monotonic()
-    with Stage(seed=seed, lease=scenario.lease) as stage:
+    with Stage(seed=seed, lease=scenario.lease, fsync=scenario.fsync) as stage:
         verdict = scenario.play(stage, count, facts)
         facts["took"] = f"{time.monotonic() - began:.0f} s"
         return verdict, stage, facts
@@ -231,6 +232,10 @@ def maxmemory(stage: Stage, count: int, facts: Facts) -> Verdict:
 
 
 SCENARIOS = {
-    "sigkill": Scenario(sigkill, 500, 2.0), "sigstop": Scenario(sigstop, 200, 1.0), "redis-kill": Scenario(redis_kill, 100, 5.0),
-    "cut": Scenario(cut, 5000, 5.0), "recovery": Scenario(recovery, 60, 15.0), "maxmemory": Scenario(maxmemory, 10_000, 2.0),
-}  # fmt: skip
+    "sigkill": Scenario(sigkill, 500, 2.0),
+    "sigstop": Scenario(sigstop, 200, 1.0),
+    "redis-kill": Scenario(redis_kill, 100, 5.0, "everysec"),
+    "cut": Scenario(cut, 5000, 5.0),
+    "recovery": Scenario(recovery, 60, 15.0),
+    "maxmemory": Scenario(maxmemory, 10_000, 2.0),
+}

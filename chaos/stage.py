@@ -40,14 +40,19 @@ class Stage:
         source: Path | None = None,
         clock: bool = False,
         topology: str = "standalone",
+        fsync: str = "always",
     ) -> None:
-        """Start Redis and, before a single server, the proxy; programs are started through `crew`."""
+        """
+        Start Redis and, before a single server, the proxy; programs are started through `crew`.
+
+        Under `everysec` a server that is killed on a slow disk forgets what it had answered, whoever uses it.
+        """
         self.seed, self.lease = seed, lease
         self.directory = Path(tempfile.mkdtemp(prefix="cx", dir="/tmp"))
         self.topology = topology
         self.ground: Any
         if topology == "standalone":
-            self.ground = Ground(self.directory / "r", clock=clock)
+            self.ground = Ground(self.directory / "r", clock=clock, fsync=fsync)
         else:
             from chaos import terrain
 

@@ -37,6 +37,7 @@ class Load:
         self.app = Conveyor(url, **options)
         self.ran: Counter[int] = Counter()
         self.accepted: list[int] = []
+        self.accepted_at: dict[int, float] = {}  # when the call returned
         self.errors: list[Exception] = []
         self.unknown: list[int] = []
         self.lost: list[JobLost] = []
@@ -70,6 +71,7 @@ class Load:
                     self.errors.append(error)
                 else:
                     self.accepted += numbers
+                    self.accepted_at.update(dict.fromkeys(numbers, monotonic()))
 
     async def __aenter__(self) -> Self:
         """Start the workers, then the producer; return when jobs run."""

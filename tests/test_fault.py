@@ -27,7 +27,7 @@ from working import audit, counts, drain, until, working
 @pytest.mark.row("C1")
 async def test_twenty_restarts_under_load_lose_nothing(start_server: Callable[..., Server]) -> None:
     """Twenty kills of the server under load: every job whose enqueue returned runs, nobody restarts anything."""
-    server = start_server("--appendonly", "yes", "--appendfsync", "everysec")
+    server = start_server("--appendonly", "yes", "--appendfsync", "always")
     app = Conveyor(server.url)
     ran: dict[int, int] = {}
     accepted: list[int] = []
@@ -243,6 +243,7 @@ async def test_an_outage_is_told_once(start_server: Callable[..., Server], caplo
             await until(lambda: told("Redis is away"))
             await asyncio.to_thread(server.start)
             await until(lambda: told("Redis is back after"))
+            await until(lambda: worker.consumers[0].hungry)
             wire = worker.consumers[0].wire
             wire.drop(ConnectionError("cut"))
             await until(lambda: wire.is_open)

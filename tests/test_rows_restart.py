@@ -19,27 +19,35 @@ from server import Server
 
 Rounds = Callable[[int, int], int]
 Start = Callable[..., Server]
+UNWRITTEN = 3.0
+"""Seconds before a kill in which an answer may have been without a write: Redis puts a write off for two at most."""
 
 
 @pytest.mark.row("C1", "I2")
 @pytest.mark.parametrize("fsync", ["everysec", "always"])
 async def test_kills_of_a_server_with_a_file_lose_nothing(start_server: Start, rounds: Rounds, fsync: str) -> None:
-    """With an append-only file, a server killed under load loses nothing it acknowledged, and work goes on by itself."""
+    """
+    With an append-only file, a server killed under load loses nothing it acknowledged, and work goes on by itself.
+
+    Under `everysec` it answers before it writes while a sync is under way: on a slow disk what came then is gone.
+    """
     server = start_server("--appendonly", "yes", "--appendfsync", fsync)
-    back = []
-    async with Load(server.url) as load:
+    back, kills = [], []
+    async with Load(server.url, forgetful=fsync == "everysec") as load:
         for _ in range(rounds(100, 4)):
             await load.more(20)
+            kills.append(monotonic())
             server.kill()
             server.start()
             back.append(await load.more(5, seconds=15))
+    lost = [n for n in load.accepted if n not in load.ran]
     print(
-        f"{fsync}: {len(load.accepted)} accepted, lost 0, again {len(load.again)}, back after at most {max(back):.2f} s"
+        f"{fsync}: {len(load.accepted)} accepted, lost {len(lost)}, again {len(load.again)}, back after at most {max(back):.2f} s"
     )
     assert load.errors == []
-    assert load.lost == []
     if fsync == "always":  # what was answered was written, so no lease and no end is forgotten
-        assert load.again == []
+        assert (lost, load.lost, load.again) == ([], [], [])
+    assert [n for n in lost if not any(0 < kill - load.accepted_at[n] < UNWRITTEN for kill in kills)] == []
 
 
 @pytest.mark.row("C2", "C15")

@@ -59,7 +59,7 @@ def confirmation(execute: Ask, where: str) -> tuple[bool, Line]:
         try:
             replies.append(execute(*command))
         except ConveyorError as error:
-            replies.append(error)
+            replies.append(error.__cause__ or error)  # the server's own words, which `judge` knows
     try:
         return True, Line("ok", f"fsync=True can be confirmed: {_SAID[judge(Durability(fsync=True), replies, where)]}")
     except (ConveyorError, OSError) as error:

@@ -44,12 +44,13 @@ def push(
         raise click.UsageError("What shall be pushed? Give JSON, or - to read one message a line.")
     if from_stdin and own_id:
         raise click.UsageError("--id names one message; lines from standard input get ids of their own.")
+    backend, app = target.backend(), target.app  # in this order: the backend's app seals
     choice = _choice(
-        target.app, queue, id=own_id, priority=priority, front=front, headers=_headers(headers),
+        app, queue, id=own_id, priority=priority, front=front, headers=_headers(headers),
         delay=0 if delay is None else seconds(delay, name="--delay"),
         expires=None if expires is None else seconds(expires, name="--expires"),
     )  # fmt: skip
-    backend, codec = target.backend(), _codec(target.app, queue)
+    codec = _codec(app, queue)
     keys = _keys(backend, queue)
     partitions = _partitions(backend, keys.queue)
     ids: list[str] = []

@@ -43,8 +43,15 @@ class Berth:
 
     def _lost(self, error: OSError) -> None:
         if self._telling is None:
-            self._since = monotonic()
-            self._telling = asyncio.get_running_loop().call_later(QUIET, self._tell, str(error))
+            loop, self._since = asyncio.get_running_loop(), monotonic()
+            self._telling = loop.call_later(QUIET, self._tell, str(error))
+            loop.call_soon(self._look)
+
+    def _look(self) -> None:
+        """Make turns, which connect: an idle worker would wait seconds for its next one, and say that Redis is away."""
+        if not self.stopped:
+            for one in self.sleepers:
+                one.woken()
 
     def _tell(self, why: str) -> None:
         log.warning("worker %s: Redis is away, trying again: %s", self._worker.name, why)
