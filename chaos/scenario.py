@@ -84,16 +84,20 @@ def sigkill(stage: Stage, count: int, facts: Facts) -> Verdict:
 
 
 def _kill_one(stage: Stage, draw: random.Random, workers: list[Program]) -> None:
-    program = draw.choice(workers)
-    children = program.children() if program.supervised else []
-    if children and draw.random() < 0.95:
-        child = draw.choice(children)
-        stage.fault("kill worker", pids=[child], supervised=True)
-        _kill([child])
-    elif program.alive():
-        family = program.family()
-        stage.fault("kill worker", pids=family)
-        _kill(family)
+    """Kill a child, or now and then a whole worker: one that is up, so that every kill strikes."""
+    while True:
+        program = draw.choice(workers)
+        children = program.children() if program.supervised else []
+        if children and draw.random() < 0.95:
+            child = draw.choice(children)
+            stage.fault("kill worker", pids=[child], supervised=True)
+            _kill([child])
+            return
+        if program.alive():
+            family = program.family()
+            stage.fault("kill worker", pids=family)
+            _kill(family)
+            return
 
 
 def sigstop(stage: Stage, count: int, facts: Facts) -> Verdict:

@@ -116,6 +116,7 @@ CALLS: dict[str, tuple[Callable[[QueueKeys], Call[Any]], set[str]]] = {
     "partitions": (partitioning.count, {"conf"}),
     "configure": (lambda k: operations.configure(k, "paused", "1"), {"conf"}),
     "intake": (lambda k: operations.intake(k, 3, "stem"), {"jobs", "ready:0", "intake", "foreign"}),
+    "ring": (lambda k: operations.ring(k.wake), set()),
     "await": (lambda k: operations.await_outcome(k, "r3", "me"), {"jobs", "dead", "waiters", "result:r3"}),
     "forget": (lambda k: operations.forget(k, "r1", "channel-r1"), {"waiters"}),
     "counts": (inspection.counts, {"jobs", "due", "dead", "workers", "conf", "ready:0", "foreign", "leased:w"}),

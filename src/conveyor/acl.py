@@ -64,9 +64,9 @@ _WORKER = Role(
     "runs jobs and consumes messages, and may push and enqueue as a producer",
     (
         operations.TURN, operations.REGISTER, operations.BEAT, operations.REAP, operations.EXTEND, operations.HELD,
-        operations.INTAKE, outbox.TAKE, outbox.TRIM,
+        operations.INTAKE, operations.RING, outbox.TAKE, outbox.TRIM,
     ),
-    ("blpop", "blmove", "rpush", "pexpire", "info"),
+    ("blpop", "blmove", "info"),
 ).and_(_PRODUCER)  # fmt: skip
 _DASHBOARD = Role(
     "dashboard",

@@ -70,7 +70,8 @@ def test_full_server_still_drains(scene: Scene, name: str) -> None:
 
     assert scene.dump() == expected
     if name not in {"turn", "register", "page", "show", "counts", "crew"}:  # these tell the time
-        assert repr(reply) == repr(expected_reply)
+        in_order = sorted if name == "held" else repr  # of a hash, which has none
+        assert in_order(reply) == in_order(expected_reply)
 
 
 @pytest.mark.row("C11", "I4", "I20")

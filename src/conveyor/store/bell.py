@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from conveyor.store import fault
+from conveyor.store import fault, operations
 from conveyor.store.connection import Connection
 from conveyor.store.wire import Wire
 
@@ -104,8 +104,8 @@ class AsyncBell:
 
 def ring(wire: Wire, key: str) -> None:
     """Put a token into *key* for whoever blocks on it; it goes away by itself if nobody does."""
-    wire.send(("RPUSH", key, 1), _ignore)
-    wire.send(("PEXPIRE", key, 60_000), _ignore)
+    # With its text: nobody would send it after a NOSCRIPT. As two commands a cut between them left the token for ever.
+    wire.send(operations.ring(key).load(), _ignore)
 
 
 def _ignore(reply: Any) -> None:

@@ -23,6 +23,7 @@ PUSH, TURN, REGISTER, BEAT, REAP = Script("push"), Script("turn"), Script("regis
 EXTEND, HELD, CANCEL, REDRIVE = Script("extend"), Script("held"), Script("cancel"), Script("redrive")
 PROMOTE, PURGE, CONFIGURE, INTAKE = Script("promote"), Script("purge"), Script("configure"), Script("intake")
 AWAIT, FORGET, WITHDRAW = Script("await"), Script("forget"), Script("withdraw")
+RING = Script("ring", bare=True)
 SADD, SET = Script("SADD"), Script("SET")
 
 LANE_MS = 7_200_000
@@ -82,6 +83,11 @@ class LateReply(Exception):
 def announce(known: str, *queues: str) -> Call[int]:
     """Return the call that adds *queues* to the set *known* of all of them."""
     return Command(SADD, (known,), queues, int)
+
+
+def ring(key: str) -> Call[int]:
+    """Return the call that puts a token into the list *key* for whoever blocks on it, for a minute."""
+    return Call(RING, (key,), (), int)
 
 
 def push_plain(keys: QueueKeys, lane: Lane, pairs: Sequence[Argument], *, max_length: int = 0) -> Call[None]:
