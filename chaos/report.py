@@ -48,6 +48,8 @@ def _cell(value: Any) -> str:
         return (
             f"p50 {value['p50']:.3f} s  p99 {value['p99']:.3f} s  max {value['max']:.3f} s  ({value['count']:,} times)"
         )
+    if isinstance(value, bool):
+        return "yes" if value else "no"
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 

@@ -226,7 +226,7 @@ def maxmemory(stage: Stage, count: int, facts: Facts) -> Verdict:
     stage.ground.command("HDEL", "chaos:{default}:conf", "paused")
     _producers(stage, [stage.url], rate=50, count=300, mix={"quick": 1, "bulk": 0.02})
     facts["drained at maxmemory"] = stage.drain(60) is not None
-    facts["maxmemory"] = str(stage.ground.command("CONFIG", "GET", "maxmemory"))
+    facts["maxmemory"] = stage.ground.command("CONFIG", "GET", "maxmemory")[b"maxmemory"].decode() + " bytes"
     stage.heal()
     before = len(stage.lines("runs"))
     _producers(stage, [stage.url], rate=0, count=100, mix={"quick": 1})
