@@ -62,7 +62,7 @@ class Queue:
         return {int(state.split(b" ")[2].split(b"\n")[0]) if isinstance(state, bytes) else 0 for state in states}
 
     def starts(self, ids: Any) -> set[int]:
-        states = [self.backend.execute("HGET", KEYS.state, id_) for id_ in ids]
+        states = [self.backend.execute("HGET", KEYS.state, id_, key=KEYS.state) for id_ in ids]
         return {int(state.split(b" ")[0]) if isinstance(state, bytes) else 0 for state in states}
 
     def by_pid(self, *held: int) -> dict[int, Member]:

@@ -218,12 +218,23 @@ def parent(pid: int) -> int:
     return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
 
 
+@pytest.mark.standalone_only("the demo plays on one server")
 def test_demo_on_a_server_of_somebody_elses(shell: Shell, temporary: dict[str, str], url: str) -> None:
     """With --url the demo uses that server, and deletes all its keys there; the leak check of `url` sees to the rest."""
     done = shell.run("demo", "--seconds", "2", "--url", url, **temporary)
 
     assert done.returncode == 0, done.stdout + done.stderr
     assert "The counts add up" in done.stdout
+
+
+@pytest.mark.parametrize("url", ["redis+cluster://127.0.0.1:1", "redis+sentinel://127.0.0.1:1/mymaster"])
+def test_demo_refuses_several_servers(shell: Shell, url: str) -> None:
+    """A cluster or sentinels are refused with a sentence before anything starts."""
+    done = shell.run("demo", "--seconds", "1", "--url", url)
+
+    assert done.returncode == 2
+    assert "plays on one server" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_live_picture_on_a_terminal(shell: Shell, temporary: dict[str, str]) -> None:

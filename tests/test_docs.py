@@ -29,6 +29,7 @@ def name(path: Path) -> str:
 
 
 @pytest.mark.leaves_keys("pages show dead letters and what waits")
+@pytest.mark.standalone_only("pages speak of one server and of all rights on it", on=("valkey",))
 @pytest.mark.parametrize("path", [p for p in PAGES if name(p) != "README.md"], ids=name)
 def test_page_works_as_printed(path: Path, tmp_path: Path, url: str) -> None:
     """Every block of a page, done in order by a reader, does what the page says."""

@@ -218,6 +218,7 @@ def test_hopeless_start_is_given_up(supervise: Callable[..., Supervised], url: s
     assert "importing it failed" in one.log
 
 
+@pytest.mark.standalone_only("stops the process of one server")
 def test_child_that_dies_while_redis_hangs(
     supervise: Callable[..., Supervised], queue: Queue, server: Server, url: str
 ) -> None:

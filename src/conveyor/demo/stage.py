@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import conveyor
 from conveyor.demo import custodian
+from conveyor.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from conveyor.app import Conveyor
@@ -28,6 +29,8 @@ class Stage:
 
     def __init__(self, url: str | None) -> None:
         """Make the directory, and the custodian who removes it. *url* None: an embedded server of the demo's own."""
+        if url is not None:
+            _refuse_several(url)
         self.directory = Path(tempfile.mkdtemp(prefix="conveyor-demo-"))
         self.namespace = f"demo-{secrets.token_hex(4)}"
         self.own_server = url is None
@@ -117,3 +120,15 @@ def _facts(app: Conveyor) -> dict[str, str]:
     reply = app.backend.execute("INFO", "server")
     text = reply.decode() if isinstance(reply, bytes) else str(reply)
     return dict(line.split(":", 1) for line in text.splitlines() if ":" in line)
+
+
+def _refuse_several(url: str) -> None:
+    """Raise ConfigurationError for a cluster or sentinels: a program of the demo knows only RPUSH, and one server."""
+    from conveyor.store.address import Address, masked
+    from conveyor.store.topology import locate
+
+    if not isinstance(locate(url), Address):
+        raise ConfigurationError(
+            f"conveyor demo plays on one server, and {masked(url)} is several. Give it redis://host:6379/0, or leave --url "
+            "out: it starts a server of its own. Nothing was started."
+        )

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from contextlib import suppress
 from time import monotonic
 from typing import TYPE_CHECKING
 
 from conveyor.duration import span
+from conveyor.errors import ConveyorError
 from conveyor.store.wire import Wire
 from conveyor.worker.listener import Listener
 
@@ -35,6 +37,7 @@ class Berth:
         self.wire.reopened, self.wire.lost = self._found, self._lost
         self._since = 0.0
         self._telling: asyncio.TimerHandle | None = None
+        self._opening: asyncio.Task[None] | None = None
 
     @property
     def stopped(self) -> bool:
@@ -45,13 +48,16 @@ class Berth:
         if self._telling is None:
             loop, self._since = asyncio.get_running_loop(), monotonic()
             self._telling = loop.call_later(QUIET, self._tell, str(error))
-            loop.call_soon(self._look)
+            loop.call_soon(self._reopen)
 
-    def _look(self) -> None:
-        """Make turns, which connect: an idle worker would wait seconds for its next one, and say that Redis is away."""
+    def _reopen(self) -> None:
+        """Connect at once: an idle worker's next turn may be seconds away, and until then it would say that Redis is."""
         if not self.stopped:
-            for one in self.sleepers:
-                one.woken()
+            self._opening = asyncio.get_running_loop().create_task(self._open())
+
+    async def _open(self) -> None:
+        with suppress(OSError, ConveyorError):  # turns and the listener go on trying
+            await self.wire.open()
 
     def _tell(self, why: str) -> None:
         log.warning("worker %s: Redis is away, trying again: %s", self._worker.name, why)
@@ -68,6 +74,8 @@ class Berth:
         """Close its connections."""
         if self._telling is not None:
             self._telling.cancel()
+        if self._opening is not None:
+            self._opening.cancel()
         await self.listener.close()
         self.wire.close()
 
