@@ -227,10 +227,10 @@ def test_demo_on_a_server_of_somebody_elses(shell: Shell, temporary: dict[str, s
     assert "The counts add up" in done.stdout
 
 
-@pytest.mark.parametrize("url", ["redis+cluster://127.0.0.1:1", "redis+sentinel://127.0.0.1:1/mymaster"])
-def test_demo_refuses_several_servers(shell: Shell, url: str) -> None:
+@pytest.mark.parametrize("several", ["redis+cluster://127.0.0.1:1", "redis+sentinel://127.0.0.1:1/mymaster"])
+def test_demo_refuses_several_servers(shell: Shell, several: str) -> None:
     """A cluster or sentinels are refused with a sentence before anything starts."""
-    done = shell.run("demo", "--seconds", "1", "--url", url)
+    done = shell.run("demo", "--seconds", "1", "--url", several)
 
     assert done.returncode == 2
     assert "plays on one server" in done.stderr
