@@ -214,6 +214,9 @@ async def _drained(app: Conveyor) -> None:
         await app.aclose()
 
 
+@pytest.mark.standalone_only(
+    "there is no replica to confirm anything", on=("valkey", "redis6", "redis7", "tls", "acl", "cluster")
+)
 def test_a_push_that_is_not_confirmed_says_what_was_stored(url: str) -> None:
     """Without the replicas that were asked for, a push to partitions raises, and names the jobs that were stored."""
     with Conveyor(url) as app:

@@ -195,6 +195,9 @@ def test_a_row_that_cannot_be_read_is_set_aside(
     assert line(server) == [ids[0], *ids[2:], ids[1]]
 
 
+@pytest.mark.standalone_only(
+    "there is no replica to confirm anything", on=("valkey", "redis6", "redis7", "tls", "acl", "cluster")
+)
 def test_a_queue_that_asks_for_replicas_keeps_its_rows(
     app: Conveyor, outbox: Outbox, database: Database, server: Server
 ) -> None:
