@@ -18,6 +18,7 @@ from conveyor.store.backend import Backend
 from conveyor.store.inspection import Member
 from conveyor.store.keys import QueueKeys
 from conveyor.store.operations import Entry
+from matrix import connect
 
 KEYS = QueueKeys("test", "q")
 
@@ -42,6 +43,7 @@ class Queue:
     """What the tests ask of the queue that the stand-ins serve."""
 
     def __init__(self, url: str) -> None:
+        self._url = url
         self.backend = Backend(url, namespace="test", patience=30)
 
     def push(self, task: str, count: int = 1, body: bytes = b"0") -> list[str]:
@@ -74,9 +76,9 @@ class Queue:
         return self.backend.run(inspection.audit(KEYS)) == []
 
     def purge(self) -> None:
-        keys: Any = self.backend.execute("KEYS", "test:*", key=KEYS.jobs)
-        for key in keys:
-            self.backend.execute("DEL", key, key=KEYS.jobs)
+        with connect(self._url) as client:
+            for key in client.keys("test:*"):
+                client.delete(key)
 
 
 class Supervised:

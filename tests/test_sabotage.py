@@ -31,7 +31,7 @@ SABOTAGES = {
     "turn leases while paused": ("TURN", "if want > 0 and not paused then", "if want > 0 then"),
     "turn returns jobs to the tail": ("TURN", "redis.call('LPUSH', KEYS[11 + (found", "redis.call('RPUSH', KEYS[11 + (found"),
     "push ignores its lane": ("PUSH", "if seen == number then return last end", ""),
-    "push_plain ignores its lane": ("PUSH_PLAIN", "if seen == number then return last end", ""),
+    "push_plain ignores its lane": ("PUSH_PLAIN", "if seen == number then", "if false then"),
     "push_plain forgets what its lane was": ("PUSH_PLAIN", "redis.call('SET', KEYS[1], last, 'PX', kept)\n", "\n"),
     "push accepts a late copy": ("PUSH", "if seen > number then", "if false then"),
     "push overwrites a job of the same id": ("PUSH", "redis.call('GET', prefix .. 'unique:i:' .. id)", "false"),

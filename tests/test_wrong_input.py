@@ -42,7 +42,9 @@ def test_a_url_that_means_nothing_says_what_to_write(given: str, says: str) -> N
         Conveyor(given).queue("q").push(1)
 
 
-@pytest.mark.standalone_only("a cluster has one database, and says so before it connects")
+@pytest.mark.standalone_only(
+    "a cluster has one database, and the users of roles may choose none", on=("valkey", "redis6", "redis7", "tls")
+)
 def test_a_database_that_is_not_there(server: Server) -> None:
     """A number the server does not have is E02, for blocking and awaitable calls."""
     with pytest.raises(ConfigurationError, match="no database of that number") as caught:
