@@ -19,7 +19,7 @@ from chaos.stage import Stage
 
 PAUSE = 0.5
 """Seconds between two faults on average."""
-PATIENCE = 3.0
+PATIENCE = 10.0
 """Seconds a fault waits for somebody it can strike."""
 QUEUE = 60.0
 """Seconds a fault of Redis waits for the one before it to be over, and one of a job's process for there to be one."""

@@ -54,6 +54,9 @@ def soak(
             "connections cut": stage.proxy.count["cut"] + stage.proxy.count["closed"],
             "replies swallowed": stage.proxy.count["swallowed"],
         }  # fmt: skip
+        if topology == "sentinel":
+            # More than were ordered: silence that the sentinels took for death.
+            facts["promotions"] = stage.ground.promotions()
         for kind, count in sorted(nemesis.missed.items()):
             facts[f"missed: {kind}"] = f"{count} ({nemesis.reasons[kind]})"
         stage.faults = Counter({kind: nemesis.struck[kind] for kind in DECKS[topology]})

@@ -134,6 +134,10 @@ class Sentinel(Terrain):
         with suppress(AssertionError):
             self.watched.settle()
 
+    def promotions(self) -> int:
+        """Return how often another server became the master, by order or not."""
+        return int(self.watched.promotions())
+
     def stop(self) -> None:
         """End all."""
         self.watched.stop()

@@ -11,12 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import redis as redis_py
 
-from conveyor.store import operations
-from conveyor.store.backend import Backend
-from conveyor.worker.board import About, Board, Spec
-from conveyor.worker.guardian import Guardian
 from server import Server
 from supervised import KEYS, Queue, Supervised, running, until
 
@@ -294,6 +289,18 @@ def test_burst_ends_when_drained(supervise: Callable[..., Supervised], queue: Qu
     assert re.search(r"was killed by SIGKILL \(.*\); returned", one.log)
 
 
+def test_the_shortest_burst_introduces_itself(supervise: Callable[..., Supervised], queue: Queue, url: str) -> None:
+    """A worker says what it works for even when its child has come up and ended before anybody looked."""
+    one = supervise(url, burst=True)
+    [child] = until(one.children)
+    one.signal(signal.SIGSTOP)
+    until(lambda: not running(child))
+    one.signal(signal.SIGCONT)
+
+    assert one.wait() == 0
+    assert "works for stand_in:app until everything is drained" in one.log
+
+
 @pytest.mark.row("A8")
 @pytest.mark.parametrize("code", [0, 75])
 def test_a_job_that_exits_is_a_crash(supervise: Callable[..., Supervised], queue: Queue, url: str, code: int) -> None:
@@ -338,39 +345,6 @@ def test_quiet_and_stacks(supervise: Callable[..., Supervised], queue: Queue, ur
     end = queue.crew()[0].end
     until(lambda: queue.crew()[0].end > end + 300)  # it went on making turns meanwhile
     assert (queue.counts().ready, queue.counts().leased) == (3, 0)
-
-
-def test_healthy_worker_costs_no_beats(url: str, redis: redis_py.Redis) -> None:
-    """The guardian sends nothing for a worker that renews by itself, and beats for one that does not."""
-    board = Board(1)
-    slot = board.slot(0)
-    slot.prepare(Spec("app", {}, 1, 1, burst=False, grace=1))
-    slot.set_about(About(url, "test"))
-    slot.set_identity(KEYS, "w1", 500)
-    backend = Backend(url, namespace="test")
-    backend.run(operations.register(KEYS, "w1", 500, b"{}"))
-
-    def calls() -> int:
-        stats: Any = redis.info("commandstats")
-        return sum(stats.get(f"cmdstat_{name}", {"calls": 0})["calls"] for name in ("eval", "evalsha"))
-
-    guardian = Guardian()
-    guardian.watch(slot)
-    start, end = calls(), time.monotonic() + 0.8
-    while time.monotonic() < end:
-        slot.renewed("w1")
-        time.sleep(0.02)
-    assert calls() == start
-
-    silent = time.monotonic()
-    until(lambda: calls() >= start + 4)
-    assert 0.5 < time.monotonic() - silent < 1.5
-    assert float(redis.zscore(KEYS.workers, "w1") or 0) > time.time() * 1000
-    guardian.forget(slot)
-    assert guardian.close(1)
-    backend.run(operations.reap(KEYS, "w1"))
-    backend.close()
-    board.close()
 
 
 def test_embedded_server_outlives_its_only_child(supervise: Callable[..., Supervised], directory: Path) -> None:

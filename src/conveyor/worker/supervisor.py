@@ -174,14 +174,13 @@ class Supervisor:
         for child in list(self._children):
             if child.alive:
                 code = child.exit_code()
+                self._introduce(child)  # a short burst may be over by now
                 if code is not None:
                     self._bury(child, code)
                 else:
                     self._watch(child, now)
             if child.is_due(now) and self._stop_at is None and self._settled(child):
                 self._start(child)
-        if not self._introduced:
-            self._introduce()
 
     def _start(self, child: Offspring) -> None:
         descriptors = (self._board.fd, self._life[0])
@@ -292,9 +291,8 @@ class Supervisor:
 
     # -- the first and the last words ------------------------------------------------------------------------------
 
-    def _introduce(self) -> None:
-        about = next((about for child in self._children if child.up and (about := child.slot.about())), None)
-        if about is None:
+    def _introduce(self, child: Offspring) -> None:
+        if self._introduced or not child.up or (about := child.slot.about()) is None:
             return
         self._introduced = True
         for line in banner(about, self._spec, self._processes):

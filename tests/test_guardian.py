@@ -1,0 +1,47 @@
+"""What the supervisor's guardian asks of Redis."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import redis as redis_py
+
+from conveyor.store import operations
+from conveyor.store.backend import Backend
+from conveyor.worker.board import About, Board, Spec
+from conveyor.worker.guardian import Guardian
+from supervised import KEYS, until
+
+
+def test_healthy_worker_costs_no_beats(url: str, redis: redis_py.Redis) -> None:
+    """The guardian sends nothing for a worker that renews by itself, and beats for one that does not."""
+    board = Board(1)
+    slot = board.slot(0)
+    slot.prepare(Spec("app", {}, 1, 1, burst=False, grace=1))
+    slot.set_about(About(url, "test"))
+    slot.set_identity(KEYS, "w1", 500)
+    backend = Backend(url, namespace="test")
+    backend.run(operations.register(KEYS, "w1", 500, b"{}"))
+
+    def calls() -> int:
+        stats: Any = redis.info("commandstats")
+        return sum(stats.get(f"cmdstat_{name}", {"calls": 0})["calls"] for name in ("eval", "evalsha"))
+
+    guardian = Guardian()
+    guardian.watch(slot)
+    start, end = calls(), time.monotonic() + 0.8
+    while time.monotonic() < end:
+        slot.renewed("w1")
+        time.sleep(0.02)
+    assert calls() == start
+
+    silent = time.monotonic()
+    until(lambda: calls() >= start + 4)
+    assert 0.5 < time.monotonic() - silent < 1.5
+    assert float(redis.zscore(KEYS.workers, "w1") or 0) > time.time() * 1000
+    guardian.forget(slot)
+    assert guardian.close(1)
+    backend.run(operations.reap(KEYS, "w1"))
+    backend.close()
+    board.close()
