@@ -34,6 +34,8 @@ Start = Callable[..., Server]
         ("redis://u:se/cret@h:6379", "E02", r"write it quoted"),
         ("redis://u:12/cret@h:6379", "E02", r"write it quoted"),
         ("redis://h:99999", "E02", r"the port must be a number from 1 to 65535"),
+        ("embedded://ada:secret@h:6379", "E02", r"'embedded://ada:\*\*\*@h:6379': .* no host and no password\. Write embedded:///"),
+        ("embedded://here", "E02", r"no host and no password"),
         ("unix://", "E02", r"names no socket\. Write unix:///"),
         ("redis+cluster://h1 h2", "E02", r"'h1 h2' is not a host with a port"),
         ("redis+sentinel://h/main?sentinel_pasword=secret", "E02", r"'sentinel_pasword' is not one of its options.*sentinel_password"),

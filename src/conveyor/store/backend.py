@@ -26,7 +26,7 @@ from conveyor.store.gathering import BULK, AsyncLane, Shared
 from conveyor.store.keys import QueueKeys, check_namespace, known_queues
 from conveyor.store.operations import Entry, Lane
 from conveyor.store.script import Argument, Call
-from conveyor.store.topology import locate
+from conveyor.store.topology import embedded_directory, locate
 from conveyor.store.wire import Wire
 
 if TYPE_CHECKING:
@@ -53,8 +53,10 @@ class Backend:
         self.patience = patience
         self._url = configured_url(url)
         self._single = self._plain = True  # one place for all keys, and always the same
-        if self._url is not None and not self._url.startswith("embedded:"):
-            found = locate(self._url)  # a wrong URL is refused where it is written, not at the first push
+        if self._url is not None and self._url.startswith("embedded:"):
+            embedded_directory(self._url)  # a wrong URL is refused where it is written, not at the first push
+        elif self._url is not None:
+            found = locate(self._url)
             self._single, self._plain = found.single, isinstance(found, Address)
         self._address: Topology | None = None
         self._attachment: Attachment | None = None
@@ -90,8 +92,8 @@ class Backend:
         if self._url is not None:
             from pathlib import Path
 
-            path = self._url.removeprefix("embedded:").removeprefix("//")
-            directory = Path(path) if path else None
+            place = embedded_directory(self._url)
+            directory = Path(place) if place else None
         self._attachment = embedded.attach(directory)
         return Address(self._attachment.url)
 

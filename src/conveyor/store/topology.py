@@ -37,6 +37,21 @@ def locate(url: str, connect_timeout: float | None = None) -> Topology:
     return Address(url, *timeout)
 
 
+def embedded_directory(url: str) -> str:
+    """
+    Return the directory that the URL of an embedded server names, "" for the project's own.
+
+    Raises ConfigurationError for a host, which would be made a directory, with the password in its name.
+    """
+    place = url.removeprefix("embedded:")
+    if place.startswith("//") and not place.startswith("///") and place != "//":
+        raise ConfigurationError(
+            f"{masked(url)!r}: an embedded server has a directory, no host and no password. Write embedded:///path/of/it, or "
+            "embedded: for the one of this project."
+        )
+    return place.removeprefix("//")
+
+
 def _refuse(url: str, scheme: str, topology: str) -> None:
     """Raise the error for a URL whose first word is none of ours, with the one that was probably meant."""
     near = difflib.get_close_matches(scheme.replace("valkey", "redis"), (*SCHEMES, "embedded"), 1, cutoff=0.7)
