@@ -22,6 +22,7 @@ from conveyor.sql.link import (
     link,
     refuse_alone,
 )
+from conveyor.sql.owner import Owner
 from conveyor.sql.table import LEDGER, Table
 from conveyor.sql.transaction import explained
 
@@ -40,7 +41,7 @@ TRIM = "DELETE FROM {table} WHERE created_ms < ?"
 MOST = 255
 
 
-class Ledger:
+class Ledger(Owner):
     """
     Tells, inside a transaction, whether something happens for the first time; what it told is part of the transaction.
 
@@ -50,7 +51,7 @@ class Ledger:
 
     def __init__(self, table: str = "conveyor_ledger") -> None:
         """Take the name of the table, perhaps with a schema. Nothing is opened; raises ConfigurationError."""
-        self._table = Table(table, LEDGER, "ledger")
+        super().__init__(Table(table, LEDGER, "ledger"))
 
     def __repr__(self) -> str:
         return f"<Ledger {self._table}>"
@@ -119,18 +120,6 @@ class Ledger:
             count = (await found.run(self._table.fill(TRIM), before)).touched
         await found.commit()
         return count
-
-    def ddl(self, dialect: str) -> str:
-        """Return the SQL that creates the table: for sqlite, postgresql or mysql."""
-        return self._table.script(dialect)
-
-    def create(self, connection: Any) -> None:
-        """Create the table where it does not exist, and commit. Raises ConfigurationError for an unknown database."""
-        self._table.create(blocking(connection))
-
-    async def acreate(self, connection: Any) -> None:
-        """Create the table, as `create`, on a connection of asyncio."""
-        await self._table.acreate(awaitable(connection))
 
     # -- steps --------------------------------------------------------------------------------------------------------
 

@@ -14,7 +14,8 @@ from conveyor.errors import ConfigurationError
 from conveyor.job import refuse_in_loop
 from conveyor.outgoing import positive_ms
 from conveyor.sql.delivery import Delivery
-from conveyor.sql.link import awaitable, blocking, refuse_alone
+from conveyor.sql.link import blocking, refuse_alone
+from conveyor.sql.owner import Owner
 from conveyor.sql.relay import Relay
 from conveyor.sql.table import OUTBOX, Table
 from conveyor.sql.transaction import Transaction, explained, find
@@ -36,7 +37,7 @@ class Backlog(NamedTuple):
     oldest_age: float | None
 
 
-class Outbox:
+class Outbox(Owner):
     """
     Enqueues jobs and pushes messages in the transactions of a database, and delivers them to Redis.
 
@@ -57,9 +58,9 @@ class Outbox:
         Without *connect* this program only enqueues. *table* is a name, perhaps with a schema; *interval* is how often
         a relay looks when nothing calls it. Nothing is opened. Raises ConfigurationError.
         """
+        super().__init__(Table(table, OUTBOX, "outbox"))
         self.app = app
         self._connect = connect
-        self._table = Table(table, OUTBOX, "outbox")
         self._interval = positive_ms(interval, "interval") / 1000
         self._relays: set[Relay] = set()
         app.backend.outlet = partial(find, app.backend)
@@ -121,18 +122,6 @@ class Outbox:
         return Relay(self._opened, self._delivery(), self._interval, self._relays)
 
     # -- care ---------------------------------------------------------------------------------------------------------
-
-    def ddl(self, dialect: str) -> str:
-        """Return the SQL that creates the table: for sqlite, postgresql or mysql."""
-        return self._table.script(dialect)
-
-    def create(self, connection: Any) -> None:
-        """Create the table where it does not exist, and commit. Raises ConfigurationError for an unknown database."""
-        self._table.create(blocking(connection))
-
-    async def acreate(self, connection: Any) -> None:
-        """Create the table, as `create`, on a connection of asyncio."""
-        await self._table.acreate(awaitable(connection))
 
     def stats(self) -> Backlog:
         """Count what is committed and not delivered."""

@@ -79,7 +79,7 @@ class Address:
     """Seconds for the first exchange on a new connection (AUTH, SELECT): a frozen server is still connected to."""
 
     def __post_init__(self) -> None:
-        parts = taken_apart(self.url)
+        parts = self._parts
         if parts.scheme not in {"redis", "rediss", "unix"}:
             raise ConfigurationError(
                 f"{masked(self.url)!r} is not the URL of one server. Write redis://host:6379/0, rediss://… or unix:///path."
@@ -105,6 +105,10 @@ class Address:
         return f"<Address {self}>"
 
     @cached_property
+    def _parts(self) -> SplitResult:
+        return taken_apart(self.url)
+
+    @cached_property
     def _parameters(self) -> dict[str, Any]:
         from redis import connection
 
@@ -114,11 +118,8 @@ class Address:
             raise ConfigurationError(f"{self} is not a Redis URL: {redact(str(error))}") from None
         parameters.pop("connection_class", None)
         # RESP2 is enough and every supported server speaks it; retries are ours, since only we know what may be repeated.
-        alive = (
-            {}
-            if urlsplit(self.url).scheme == "unix"
-            else {"socket_keepalive": True, "socket_keepalive_options": _ALIVE}
-        )
+        local = self._parts.scheme == "unix"
+        alive = {} if local else {"socket_keepalive": True, "socket_keepalive_options": _ALIVE}
         parameters = {"socket_connect_timeout": self.connect_timeout, **alive, **parameters, "protocol": 2}
         self._try(parameters)
         return parameters
@@ -129,12 +130,12 @@ class Address:
 
         kind: Any = {"redis": Connection, "rediss": SSLConnection, "unix": UnixDomainSocketConnection}
         try:
-            kind[urlsplit(self.url).scheme](**parameters)
+            kind[self._parts.scheme](**parameters)
         except (TypeError, ValueError, RedisError) as error:
             found = re.search(r"unexpected keyword argument ('\w+')", str(error))
             why = f"{found[1]} is not one of its options" if found else redact(str(error))
             raise ConfigurationError(  # without the value, which may be a secret
-                f"{urlsplit(self.url).scheme}://{self.host}: {why}. Behind ? stand options of redis-py's connections, such as "
+                f"{self._parts.scheme}://{self.host}: {why}. Behind ? stand options of redis-py's connections, such as "
                 "ssl_ca_certs; for Sentinel also sentinel_username and sentinel_password."
             ) from None
 
@@ -155,7 +156,7 @@ class Address:
     @property
     def host(self) -> str:
         """Host and port, as a URL has them."""
-        return urlsplit(self.url).netloc.rpartition("@")[2] or "host:6379"
+        return self._parts.netloc.rpartition("@")[2] or "host:6379"
 
     def check(self) -> None:
         """Raise ConfigurationError when the options of the URL mean nothing."""
@@ -206,7 +207,7 @@ class Address:
 
         kind = {"redis": Connection, "rediss": SSLConnection, "unix": UnixDomainSocketConnection}
         parameters = {**self._parameters, "socket_timeout": read_timeout, "retry": Retry(NoBackoff(), 0)}
-        return cast("Connection", kind[urlsplit(self.url).scheme](**parameters))
+        return cast("Connection", kind[self._parts.scheme](**parameters))
 
     def async_connection(self) -> AsyncConnection:
         """Return an unopened connection of asyncio."""
@@ -216,7 +217,7 @@ class Address:
 
         kind = {"redis": Connection, "rediss": SSLConnection, "unix": UnixDomainSocketConnection}
         parameters = {**self._parameters, "socket_timeout": None, "retry": Retry(backoff.NoBackoff(), 0)}
-        return cast("AsyncConnection", kind[urlsplit(self.url).scheme](**parameters))
+        return cast("AsyncConnection", kind[self._parts.scheme](**parameters))
 
 
 def configured_url(argument: str | None) -> str | None:
