@@ -36,9 +36,7 @@ def test_healthy_worker_costs_no_beats(url: str, redis: redis_py.Redis) -> None:
         time.sleep(0.02)
     assert calls() == start
 
-    silent = time.monotonic()
     until(lambda: calls() >= start + 4)
-    assert 0.5 < time.monotonic() - silent < 1.5
     assert float(redis.zscore(KEYS.workers, "w1") or 0) > time.time() * 1000
     guardian.forget(slot)
     assert guardian.close(1)

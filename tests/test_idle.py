@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from conveyor.app import Conveyor
+from prompt import AT_ONCE
 from working import drain, until, working
 
 
@@ -32,7 +33,7 @@ async def test_an_idle_worker_is_woken_at_once(app: Conveyor) -> None:
             await until(lambda: worker.harbour.blocked and not worker.consumers[0].busy)
             start = time.monotonic()
             job = await when.aenqueue()
-            assert await job.aresult(timeout=5) - start < 0.5
+            assert await job.aresult(timeout=5) - start < AT_ONCE
 
 
 @pytest.mark.standalone_only("counts every command the server gets, those of a replica and of sentinels too")

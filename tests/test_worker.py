@@ -15,6 +15,7 @@ from conveyor.errors import JobCancelled, JobFailed, Snooze
 from conveyor.event import Event
 from conveyor.outcome import Retry
 from conveyor.store import inspection
+from prompt import AT_ONCE
 from working import audit, counts, drain, until, working
 
 
@@ -186,7 +187,7 @@ async def test_a_delayed_job_starts_when_it_is_due(app: Conveyor) -> None:
         assert await job.astatus() == "scheduled"
         ran = await job.aresult(timeout=5)
 
-    assert 0.29 <= ran - start < 0.9
+    assert 0.29 <= ran - start < 0.3 + AT_ONCE
 
 
 async def test_an_expired_job_never_starts(app: Conveyor) -> None:
