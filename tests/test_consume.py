@@ -264,7 +264,7 @@ class TestWaiting:
         message.ack()
         thread = threading.Thread(target=lambda: next(consumer).ack(), daemon=True)
         thread.start()
-        until(lambda: message._holder._waiting)
+        until(lambda: redis.info("clients")["blocked_clients"] == 1)
         before = redis.info("stats")["total_commands_processed"]
         time.sleep(2.5)  # the law is about a span of time
         sent = redis.info("stats")["total_commands_processed"] - before

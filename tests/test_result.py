@@ -269,7 +269,7 @@ def test_close_ends_the_thread_and_use_starts_it_again(
     job = echo.enqueue(1)
     for _ in range(2):
         with pytest.raises(TimeoutError):
-            job.result(timeout=0.01)
+            job.result(timeout=0.2)
         assert [t.name for t in threading.enumerate()].count("conveyor-replies") == 1
         app.close()
         assert [t.name for t in threading.enumerate()].count("conveyor-replies") == 0
