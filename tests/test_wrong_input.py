@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,7 @@ def test_a_url_that_means_nothing_says_what_to_write(given: str, says: str) -> N
 def test_a_database_that_is_not_there(server: Server) -> None:
     """A number the server does not have is E02, for blocking and awaitable calls."""
     with pytest.raises(ConfigurationError, match="no database of that number") as caught:
-        Backend(f"{server.url}{'&' if '?' in server.url else '?'}db=99").execute("PING")
+        Backend(re.sub(r"(/|db=)0(?=\?|$)", r"\g<1>99", server.url)).execute("PING")
     assert caught.value.code == "E02"
 
 
