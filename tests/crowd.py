@@ -188,8 +188,9 @@ class Client:
         if kind == "done" and not any(marks):
             return None, ("done", id_, None)
         letter, number = "D" if kind == "done" else kind[0], next(self.town.count)
-        after = (number, self.dice.randrange(3), self.dice.randrange(3))
-        sent = Settlement(letter, id_, 600_000 if letter in "DC" else 0, b"{}", b"%d %d %d" % after, *marks)
+        doubt = self.dice.choice([b"+", b"*"]) if kind == "M" else b""
+        after = (number, self.dice.randrange(3), self.dice.randrange(3) + len(doubt), doubt)
+        sent = Settlement(letter, id_, 600_000 if letter in "DC" else 0, b"{}", b"%d %d %d%b" % after, *marks)
         if letter != "R":
             return sent, (letter, id_, after)
         sent.ms = 0 if kind == "R0" else 2 * 10**9 + number * 10_000
@@ -253,12 +254,16 @@ class Client:
     def reap(self) -> None:
         if not self.town.workers:
             return
-        name, crashed = self.some(self.town.workers), self.dice.random() < 0.7
+        name, crashed, blame = self.some(self.town.workers), self.dice.random() < 0.7, None
+        if crashed and self.dice.random() < 0.5:
+            blame = list(self.held.get(name, {}))[::2], list(self.held.get(name, {}))[::3]
 
         def answer(world: World) -> int:
-            return world.model.reap(name, crashed=crashed) if name in world.model.members else self.gone(world, name)
+            if name not in world.model.members:
+                return self.gone(world, name)
+            return world.model.reap(name, crashed=crashed, blame=blame)
 
-        self.run(f"reap {name}", operations.reap(KEYS, name, crashed=crashed), answer)
+        self.run(f"reap {name}", operations.reap(KEYS, name, crashed=crashed, blame=blame), answer)
 
     @staticmethod
     def gone(world: World, name: str) -> int:

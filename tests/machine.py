@@ -18,7 +18,7 @@ from model import FRESH, History, Job, Member, Model, Reply
 from reading import history, read
 from scene import LEASE, REST, Scene
 
-KINDS = ["keep", "done", "done", "D", "C", "X", "R0", "R", "F", "F-", "M"]
+KINDS = ["keep", "done", "done", "D", "C", "X", "R0", "R", "F", "F-", "M", "M*"]
 SPECS = ["plain", "plain", "plain", "urgent", "later", "zero", "unique", "own", "expired", "front", "all"]
 ANY = st.integers(0, 99)
 
@@ -150,8 +150,9 @@ class Machine(RuleBasedStateMachine):
     # -- workers --------------------------------------------------------------------------------------------------
 
     def _after(self, id_: str, kind: str) -> History:
-        starts, failures, crashes = self.model.jobs[id_].state or FRESH
-        return (starts + 1, failures + (kind in {"R0", "R", "X"}), crashes + (kind == "M"))
+        starts, failures, crashes, _ = self.model.jobs[id_].state or FRESH
+        doubt = {"M": b"+", "M*": b"*"}.get(kind, b"")
+        return (starts + 1, failures + (kind in {"R0", "R", "X"}), crashes + len(doubt), doubt)
 
     def _settle(self, kind: str, id_: str) -> tuple[Settlement | None, tuple[str, str, Any]]:
         """Return what is sent (None: simply done) and what the model is told."""
@@ -163,7 +164,7 @@ class Machine(RuleBasedStateMachine):
         letter = "D" if kind == "done" else kind[0]
         after = self._after(id_, kind) if id_ in self.model.jobs else FRESH
         number = next(self.count)
-        sent = Settlement(letter, id_, 0, b"{}", b"%d %d %d" % after, job.unique, job.own)
+        sent = Settlement(letter, id_, 0, b"{}", b"%d %d %d%b" % after, job.unique, job.own)
         if letter in "DC":
             sent.ms = 600_000
         if letter != "R":
@@ -250,8 +251,8 @@ class Machine(RuleBasedStateMachine):
         assert self._run(operations.beat(self.keys, self._seat(seat), LEASE)) is True
 
     @precondition(lambda self: self.model.members)
-    @rule(pick=ANY, how=st.sampled_from(["crash", "leave", "looks", "beaten", "moved", "alive"]))
-    def reap(self, pick: int, how: str) -> None:
+    @rule(pick=ANY, how=st.sampled_from(["crash", "blame", "leave", "looks", "beaten", "moved", "alive"]), share=ANY)
+    def reap(self, pick: int, how: str, share: int) -> None:
         names = list(self.model.members)
         name, end = names[pick % len(names)], None
         if how in {"looks", "beaten", "moved"}:
@@ -263,12 +264,16 @@ class Machine(RuleBasedStateMachine):
             self.scene.client.zadd(self.keys.workers, {name: end + 1})
         if how == "alive":
             end = int(self.scene.client.zscore(self.keys.workers, name))
-        answer = self._run(operations.reap(self.keys, name, end=end, crashed=how != "leave"))
+        blame = None
+        if how == "blame":
+            held = [*self.model.members[name].leases]
+            blame = held[share % 3 :: 3], held[share % 2 :: 2]
+        answer = self._run(operations.reap(self.keys, name, end=end, crashed=how != "leave", blame=blame))
         if how in {"beaten", "moved", "alive"}:
             assert answer == -1
             self._run(operations.beat(self.keys, name, LEASE))
             return
-        assert answer == self.model.reap(name, crashed=how != "leave")
+        assert answer == self.model.reap(name, crashed=how != "leave", blame=blame)
         self.gone.append(name)
 
     @precondition(lambda self: any(member.leases for member in self.model.members.values()))

@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 NOW = 1_000_000.0
-History = tuple[int, int, int]
-"""Starts, failures, crashes."""
-FRESH: History = (0, 0, 0)
+History = tuple[int, int, int, bytes]
+"""Starts, failures, crashes, and + or * behind a crash that was counted before it happened."""
+FRESH: History = (0, 0, 0, b"")
 
 
 @dataclass
@@ -216,8 +216,8 @@ class Model:
         places = {place: id_ for id_, place in member.leases.items() if place // 8192 == member.turn}
         return [places[place] for place in sorted(places)]
 
-    def reap(self, name: str, *, crashed: bool) -> int:
-        """Take a worker away; return how many jobs came back."""
+    def reap(self, name: str, *, crashed: bool, blame: tuple[list[str], list[str]] | None = None) -> int:
+        """Take a worker away, with a crash for all it held or for those in *blame*; return how many jobs came back."""
         member = self.members.pop(name)
         self.blind = self.blind or member.watching
         returned = 0
@@ -226,8 +226,10 @@ class Model:
             if id_ in member.cancel:
                 self.end(id_, record=True)
                 continue
-            starts, failures, crashes = job.state or FRESH
-            job.state = (starts + 1, failures, max(crashes, 1) if crashed else crashes)
+            starts, failures, crashes, doubt = job.state or FRESH
+            charged = crashed if blame is None else id_ in blame[0] or (id_ in blame[1] and doubt != b"*")
+            crashes = max(crashes, 1) if charged else crashes - len(doubt)
+            job.state = (starts + 1, failures, crashes, b"")
             self.ready[job.priority].insert(0, id_)
             returned += 1
         if returned:
@@ -274,7 +276,7 @@ class Model:
         for id_ in found:
             self.dead.remove(id_)
             job = self.jobs[id_]
-            job.state = ((job.state or FRESH)[0], 0, 0)
+            job.state = ((job.state or FRESH)[0], 0, 0, b"")
             if job.own:
                 self.own[id_] = False
             self.ready[job.priority].append(id_)

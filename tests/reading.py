@@ -50,10 +50,11 @@ def read(client: Any, keys: QueueKeys) -> dict[str, Any]:
     }
 
 
-def history(text: bytes) -> tuple[int, int, int]:
+def history(text: bytes) -> tuple[int, int, int, bytes]:
     """Read a stored state without errors."""
     starts, failures, crashes = text.split()
-    return int(starts), int(failures), int(crashes)
+    certain = crashes.rstrip(b"+*")
+    return int(starts), int(failures), int(certain), crashes[len(certain) :]
 
 
 def _lease(found: dict[bytes, bytes]) -> tuple[int, dict[str, int], list[str]] | None:

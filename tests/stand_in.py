@@ -25,6 +25,7 @@ from conveyor.store.operations import Report, Settlement
 from conveyor.worker import child
 from conveyor.worker.board import About, Slot, Spec
 from conveyor.worker.log import configure_log
+from conveyor.worker.seating import named
 from conveyor.worker.supervisor import Supervisor
 
 URL, LEASE_MS = os.environ.get("STAND_IN_URL", ""), int(os.environ.get("STAND_IN_LEASE_MS", "1000"))
@@ -44,6 +45,7 @@ class StandIn:
         self.stops = 0
         self.is_quiet = False
         self.number = 0
+        self.seats = slot.seats()
 
     def stop(self) -> None:
         self.stops += 1
@@ -90,6 +92,8 @@ class StandIn:
 
     async def work(self, id_: str, task: str, body: bytes) -> None:
         self.slot.set_job(task, id_)
+        seat = self.seats.take()
+        self.seats.cells[seat] = named(id_)
         if task == "block":
             time.sleep(float(body))
         elif task == "clutch":
@@ -106,6 +110,7 @@ class StandIn:
         elif task == "hold":
             await asyncio.Event().wait()
         self.slot.clear_job()
+        self.seats.leave(seat)
         del self.running[id_]
         self.done.append(id_)
 

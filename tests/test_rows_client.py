@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import multiprocessing
+import os
 import random
+import signal
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -15,6 +18,7 @@ import pytest
 from chaos.proxy import Proxy
 from conveyor import Conveyor
 from conveyor.store import operations
+from conveyor.store.lazy import lazy
 from conveyor.worker.worker import Worker
 from forking import exit_code, exit_codes, in_child
 from server import Server
@@ -67,6 +71,38 @@ def test_forks_amid_commands(url: str, rounds: Rounds) -> None:
         assert len(wrong) == 20
         app.backend.run(operations.purge(app.keys("default"), "ready", 1000))
         app.queue("default").purge()
+
+
+@pytest.mark.row("A12")
+@forks
+def test_a_fork_while_another_thread_computes_what_is_kept() -> None:
+    """A thread that is amid what is computed once, as a first connection is, holds no lock that a forked child waits for."""
+    amid, go = threading.Event(), threading.Event()
+
+    class Kept:
+        @lazy
+        def value(self) -> int:
+            if threading.current_thread() is not threading.main_thread():
+                amid.set()
+                go.wait()
+            return 7
+
+    thread = threading.Thread(target=lambda: Kept().value)
+    thread.start()
+    amid.wait()
+    try:
+        pid = in_child(lambda: Kept().value)
+        deadline = time.monotonic() + 10
+        while (ended := os.waitpid(pid, os.WNOHANG)) == (0, 0) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        if ended == (0, 0):
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+    finally:
+        go.set()
+        thread.join()
+    assert os.waitstatus_to_exitcode(ended[1]) == 7
+    assert ended[0] == pid
 
 
 @pytest.mark.row("A12")

@@ -100,13 +100,13 @@ def test_kills_at_the_worst_points(url: str, tmp_path: Path, rounds: Rounds, poi
 
 @pytest.mark.row("A7", "A8", "I8")
 def test_poison_is_convicted_and_nobody_else(url: str, tmp_path: Path, rounds: Rounds) -> None:
-    """A job that ends its process is started `max_crashes` times, then dead; the good ones around it all succeed."""
-    bad, good = rounds(100, 3), rounds(10_000, 300)
+    """A job that ends its process is started `max_crashes` times, then dead; the good ones around it, and between two, succeed."""
+    bad, good = rounds(100, 8), rounds(10_000, 300)
     ways = ["kill", "segfault", "exit", "abort"]
     with fleet(url, tmp_path, lease="10s") as one:
         calls = [one.tasks.good.s(n, 0.02) for n in range(good)]
-        for number in range(bad):  # so far apart that no two are held at a time
-            calls.insert(number * good // bad + number, one.tasks.poison.s(good + number, ways[number % 4]))
+        calls += [one.tasks.poison.s(good + number, ways[number % 4]) for number in range(bad)]
+        random.Random(8).shuffle(calls)  # one process holds several of them at a time
         one.app.enqueue_many(calls)
         supervisor = one.start(processes=4, concurrency=5)
         wait(one.drained, 600)

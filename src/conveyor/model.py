@@ -87,10 +87,12 @@ class State(msgspec.Struct):
     failures: int = 0
     crashes: int = 0
     errors: list[bytes] = []
+    doubt: str = ""
+    """+ or *: the last crash was counted before it happened (`outcome.suspected`)."""
 
     def encode(self) -> bytes:
         """Return the stored form, with the newest errors only."""
-        head = b"%d %d %d" % (self.starts, self.failures, self.crashes)
+        head = b"%d %d %d%b" % (self.starts, self.failures, self.crashes, self.doubt.encode())
         return b"\n".join([head, *self.errors[-ERRORS_KEPT:]])
 
     def failures_list(self) -> list[Failure]:
@@ -104,7 +106,9 @@ class State(msgspec.Struct):
             return cls()
         head, *errors = data.split(b"\n")
         starts, failures, crashes = head.split(b" ")[:3]
-        return cls(int(starts), int(failures), int(crashes.rstrip(b"w")), errors)  # an older layout ended it with a "w"
+        return cls(
+            int(starts), int(failures), int(crashes.rstrip(b"+*w")), errors
+        )  # an older layout ended it with a "w"
 
 
 def _failure(data: bytes) -> Failure:

@@ -103,9 +103,14 @@ def snoozed(state: State, attempt: int) -> State:
     return handed_back(state, attempt, started=True)
 
 
-def suspected(state: State) -> State:
-    """Return the state written before a suspect starts alone: one more crash, taken back when it ends in order."""
-    return State(state.starts, state.failures, state.crashes + 1, state.errors)
+def suspected(state: State, *, alone: bool = False) -> State:
+    """
+    Return the state written before a suspect starts: one more crash, taken back when it ends in order.
+
+    It is marked as not certain yet: who knows more of a death than that it happened takes it back from those who were
+    not running, and from one that ran *alone* among the suspects when something else was executed.
+    """
+    return State(state.starts, state.failures, state.crashes + 1, state.errors, "*" if alone else "+")
 
 
 def runs_alone(state: State, max_crashes: int) -> bool:

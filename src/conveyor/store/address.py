@@ -7,11 +7,11 @@ import os
 import re
 import socket
 from dataclasses import dataclass
-from functools import cached_property
 from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import SplitResult, urlsplit
 
 from conveyor.errors import ConfigurationError
+from conveyor.store.lazy import lazy
 from conveyor.store.place import ANSWER_TIMEOUT
 
 if TYPE_CHECKING:
@@ -104,11 +104,11 @@ class Address:
     def __repr__(self) -> str:
         return f"<Address {self}>"
 
-    @cached_property
+    @lazy
     def _parts(self) -> SplitResult:
         return taken_apart(self.url)
 
-    @cached_property
+    @lazy
     def _parameters(self) -> dict[str, Any]:
         from redis import connection
 

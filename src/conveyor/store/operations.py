@@ -303,15 +303,22 @@ def beat(keys: QueueKeys, worker: str, lease_ms: int) -> Call[bool]:
     return Call(BEAT, (keys.leased(worker), keys.workers), (worker, lease_ms), bool)
 
 
-def reap(keys: QueueKeys, worker: str, *, end: int | None = None, crashed: bool = True) -> Call[int]:
+def reap(
+    keys: QueueKeys, worker: str, *, end: int | None = None, crashed: bool = True,
+    blame: tuple[Sequence[str], Sequence[str]] | None = None,
+) -> Call[int]:  # fmt: skip
     """
     Return the call that takes *worker*'s registration away and returns its jobs; it yields their number, -1 when refused.
 
     *end* is the one it was seen with twice; None when its death is known. `crashed=False` charges no crash: each job
-    counts a start, since it may have begun, and no run goes unseen.
+    counts a start, since it may have begun, and no run goes unseen. With *blame* only the ids in it are charged: those that
+    ended the worker, and those that may have, who are not convicted by it. Without, everyone is.
     """
     names = (keys.leased(worker), keys.workers, keys.jobs, keys.state, keys.wake, keys.waiters, *keys.ready)
-    return Call(REAP, names, (worker, "" if end is None else end, "crash" if crashed else "leave"), int)
+    how, words = "crash" if crashed else "leave", tuple[str, ...]()
+    if crashed and blame is not None:
+        how, words = "blame", tuple("\n".join(ids) for ids in blame)
+    return Call(REAP, names, (worker, "" if end is None else end, how, *words), int)
 
 
 def extend(keys: QueueKeys, worker: str, id: str, new_worker: str, ms: int, about: bytes) -> Call[bool]:  # noqa: A002

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from hashlib import sha1
 from importlib.resources import files
 from typing import Any, Generic, TypeVar
+
+from conveyor.store.lazy import lazy
 
 T = TypeVar("T")
 S = TypeVar("S")
@@ -21,14 +22,14 @@ class Script:
         self.name = name
         self._bare = bare
 
-    @cached_property
+    @lazy
     def text(self) -> str:
         """The prelude and the file."""
         folder = files("conveyor.store").joinpath("scripts")
         prelude = "" if self._bare else folder.joinpath("_prelude.lua").read_text("utf-8")
         return prelude + folder.joinpath(f"{self.name}.lua").read_text("utf-8")
 
-    @cached_property
+    @lazy
     def sha(self) -> str:
         """The digest by which the server knows the script."""
         return sha1(self.text.encode(), usedforsecurity=False).hexdigest()

@@ -91,7 +91,7 @@ class Antechamber:
                 poison.append(attempt)
                 continue
             self._suspect = attempt
-            self._charge = Settlement("M", attempt.id, state=outcome.suspected(attempt.history).encode())
+            self._charge = Settlement("M", attempt.id, state=outcome.suspected(attempt.history, alone=True).encode())
             report.others.append(self._charge)
         return poison
 

@@ -22,12 +22,14 @@ import msgspec
 
 from conveyor.errors import ConfigurationError
 from conveyor.store.keys import QueueKeys
+from conveyor.worker.seating import SEATS, Seating, Seats
 
 _TICK, _RETIRING, _EPOCH, _JOB_MARK, _JOB_SIZE, _FINISHED, _AWAIT, _RENEWALS = 0, 1, 2, 3, 4, 5, 6, 16
 _RENEWAL_CELLS = 256
 _CELL_BYTES = 4096
 _JOB_ROOM = 4096
-_RECORDS_AT = _CELL_BYTES + _JOB_ROOM
+_SEATS_AT = _CELL_BYTES + _JOB_ROOM
+_RECORDS_AT = _SEATS_AT + 8 * SEATS
 RECORD_ROOM = 128 * 1024
 """Bytes for the records of a slot; there are two such areas. Pages that are never touched cost nothing."""
 SLOT_BYTES = _RECORDS_AT + 2 * RECORD_ROOM
@@ -135,7 +137,8 @@ class Slot:
         self.number = number
         self._view = view
         self._cells = view[:_CELL_BYTES].cast("q")
-        self._job = view[_CELL_BYTES:_RECORDS_AT]
+        self._job = view[_CELL_BYTES:_SEATS_AT]
+        self._seats = view[_SEATS_AT:_RECORDS_AT].cast("q")
         self._tail: int | None = None
         self._mark = 0
         self._cell_of: dict[str, int] = {}  # prefix of a queue -> its renewal cell
@@ -184,6 +187,10 @@ class Slot:
     def clear_job(self) -> None:
         """Say that the event loop runs no job."""
         self._cells[_JOB_SIZE] = 0
+
+    def seats(self) -> Seats:
+        """Return the seats of the jobs it runs, all empty when it starts."""
+        return Seats(self._seats)
 
     def set_about(self, about: About) -> None:
         """Say where Redis is."""
@@ -238,6 +245,10 @@ class Slot:
                 return (task, job_id) if size else None
         return None
 
+    def seating(self) -> Seating | None:
+        """Return which jobs were running; None when that is not known."""
+        return Seating.read(self._seats)
+
     def identities(self) -> list[Identity]:
         """Return all identities that may hold leases, oldest first."""
         records = self._read()
@@ -272,6 +283,7 @@ class Slot:
         for cell in range(_RENEWALS + _RENEWAL_CELLS):
             if cell != _EPOCH:
                 self._cells[cell] = 0
+        self._view[_SEATS_AT:_RECORDS_AT] = bytes(8 * SEATS)
         self._cells[_EPOCH] = epoch + 1  # records of another epoch do not count
         self._tail, self._mark = 0, 0
         self._append(spec)
@@ -280,6 +292,7 @@ class Slot:
         """Let go of the memory."""
         self._cells.release()
         self._job.release()
+        self._seats.release()
         self._view.release()
 
     # -- records: two areas, of which the epoch's parity names the valid one; the epoch also seeds the checksums ----

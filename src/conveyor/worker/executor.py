@@ -16,6 +16,7 @@ from conveyor.context import CURRENT, Context
 from conveyor.worker.attempt import Attempt
 from conveyor.worker.deadline import Deadlines
 from conveyor.worker.process import Processes
+from conveyor.worker.seating import LOOP, Seats, named
 from conveyor.worker.slot import Slots
 from conveyor.worker.thread import Threads
 from conveyor.worker.unusual import Unusual
@@ -37,11 +38,12 @@ class Executor:
 
     def __init__(
         self, *, concurrency: int, threads: int, processes: Processes, ended: Ended, stuck: Callable[[Attempt], None],
-        kinds: set[str], unusual: Unusual, chain: Chain | None = None,
+        kinds: set[str], unusual: Unusual, chain: Chain | None = None, seats: Seats | None = None,
     ) -> None:  # fmt: skip
         """
         Take the limits, what to do with an end, what to do with a thread that outlives its limit,
-        how the app's tasks run (loop, thread, process), who opens what is wrapped, and its middlewares.
+        how the app's tasks run (loop, thread, process), who opens what is wrapped, its middlewares, and where a
+        supervisor sees what runs.
         """
         self.concurrency = concurrency
         self._kinds = kinds
@@ -49,8 +51,9 @@ class Executor:
         self._ended, self._stuck, self._chain = ended, stuck, chain
         self._base = copy_context()
         self._loop = asyncio.get_running_loop()
-        self.slots = Slots(concurrency, self._begin, self._suspended, self._finish)
-        self.threads = Threads(threads, self._thread_ended, self._watch)
+        self.slots = Slots(concurrency, self._begin, self._suspended, self._finish, seats)
+        self._seats = seats
+        self.threads = Threads(threads, self._thread_ended, self._watch, seats)
         self._waiters = 0  # attempts on a thread whose slot waits for them inside the middlewares
         self.processes = processes
         self.deadlines = Deadlines(self._loop, self._expire)
@@ -156,12 +159,17 @@ class Executor:
 
     def _thread(self, attempt: Attempt) -> None:
         attempt.consumer.begun(attempt)
+        if self._seats is not None:
+            self._seats.cells[LOOP] = named(attempt.id)  # validators are code of the job's, too
         try:
             args, kwargs = attempt.handler.decode(attempt.body)
         except Exception as error:
             attempt.started = perf_counter()
             self._loop.call_soon(self._finish, attempt, None, error)
             return
+        finally:
+            if self._seats is not None:
+                self._seats.cells[LOOP] = 0
         if attempt.handler.injected:
             self._inject(attempt, kwargs)
         variables = self._base.copy()
@@ -180,6 +188,9 @@ class Executor:
         value: Any = None
         error: BaseException | None = None
         self._watch(attempt)
+        seat = 0 if self._seats is None else self._seats.take()
+        if self._seats is not None:
+            self._seats.cells[seat] = named(attempt.id)
         try:
             value = await self.processes.run(attempt)
         except BaseException as raised:
@@ -187,6 +198,8 @@ class Executor:
         attempt.runner = None
         self._direct -= 1
         self._finish(attempt, value, error)
+        if self._seats is not None:
+            self._seats.leave(seat)
 
     # -- time limits ----------------------------------------------------------------------------------------------
 

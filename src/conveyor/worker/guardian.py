@@ -17,6 +17,7 @@ from conveyor.store import operations
 from conveyor.store.backend import Backend
 from conveyor.worker.board import About, Identity, Slot
 from conveyor.worker.log import LOG
+from conveyor.worker.seating import Seating
 
 RENEW_AFTER = 0.4
 """The part of a lease without a renewal after which the guardian renews; a live worker does after a third."""
@@ -27,12 +28,18 @@ _MOST_ESTATES = 1000
 
 @dataclass(eq=False)
 class Estate:
-    """What a dead worker leaves: its identities, whose jobs are to be returned; `what` happened is said in the log."""
+    """
+    What a dead worker leaves: its identities, whose jobs are to be returned; `what` happened is said in the log.
+
+    `seating` is what ran, where that is known; `fault` says that what was executed ended it, as a segmentation fault does.
+    """
 
     what: str
     about: About
     identities: list[Identity]
     crashed: bool
+    seating: Seating | None = None
+    fault: bool = False
     died: float = field(default_factory=monotonic)
     returned: int = 0
     settled: threading.Event = field(default_factory=threading.Event)
@@ -108,7 +115,11 @@ class Guardian:
                 backend = self._backend(estate.about)
                 while estate.identities:
                     one = estate.identities[0]
-                    call = operations.reap(one.keys, one.worker, crashed=estate.crashed)
+                    blame = None
+                    if estate.crashed and estate.seating is not None:
+                        held = backend.run(operations.held(one.keys, one.worker), patience=PATIENCE)
+                        blame = estate.seating.judge(held, fault=estate.fault)
+                    call = operations.reap(one.keys, one.worker, crashed=estate.crashed, blame=blame)
                     estate.returned += max(0, backend.run(call, patience=PATIENCE))
                     del estate.identities[0]
             except Exception as error:

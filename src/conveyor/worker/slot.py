@@ -18,6 +18,7 @@ from time import perf_counter
 from typing import Any
 
 from conveyor.worker.attempt import Attempt
+from conveyor.worker.seating import LOOP, Seats, named
 
 SLICE = 0.005
 """Seconds the slots may run jobs that never suspend before the loop gets its turn: what was finished leaves in one batch."""
@@ -30,13 +31,16 @@ Suspend = Callable[[Attempt], None]
 class Slots:
     """Up to *limit* coroutines at once, taken in order from `backlog`."""
 
-    def __init__(self, limit: int, begin: Begin, suspended: Suspend, finish: Finish) -> None:
-        """Take how an attempt begins, what to do when it first suspends, and what to do with its end."""
+    def __init__(
+        self, limit: int, begin: Begin, suspended: Suspend, finish: Finish, seats: Seats | None = None
+    ) -> None:  # fmt: skip
+        """Take how an attempt begins, what to do when it first suspends and at its end, and where to show what runs."""
         self.backlog: deque[Attempt] = deque()
         self.running = 0
         self.current: Attempt | None = None  # what holds the loop right now
         self._limit = limit
         self._begin, self._suspended, self._finish = begin, suspended, finish
+        self._seats = seats
         self._idle: list[asyncio.Future[None]] = []
         self._tasks: set[asyncio.Task[None]] = set()
         self._loop = asyncio.get_running_loop()
@@ -64,6 +68,9 @@ class Slots:
     async def _serve(self) -> None:
         backlog, me = self.backlog, asyncio.current_task()
         assert me is not None
+        cells = None if self._seats is None else self._seats.cells
+        seat = 0 if self._seats is None else self._seats.take()
+        called = 0
         while True:
             if not backlog:
                 future: asyncio.Future[None] = self._loop.create_future()
@@ -82,6 +89,8 @@ class Slots:
             attempt.started = now
             self.current = attempt
             self.running += 1
+            if cells is not None:
+                cells[LOOP] = called = named(attempt.id)
             value: Any = None
             error: BaseException | None = None
             try:
@@ -93,10 +102,13 @@ class Slots:
                 else:
                     self.current = None
                     attempt.runner = me
+                    if cells is not None:
+                        cells[seat] = called
+                        cells[LOOP] = 0
                     self._suspended(attempt)
                     if backlog:
                         self.wake()
-                    value = await _rest(coroutine, variables, waited_on)
+                    value = await _rest(coroutine, variables, waited_on, cells, called)
             except BaseException as raised:
                 # By its type: what a job raises may lie about its class.
                 if issubclass(type(raised), asyncio.CancelledError) and attempt.stopped is None and me.cancelling():
@@ -109,14 +121,18 @@ class Slots:
                     pass
             self.running -= 1
             self._finish(attempt, value, error)
+            if cells is not None:  # not before: what a job returned is encoded in there
+                cells[LOOP] = cells[seat] = 0
 
     def _end_slice(self) -> None:
         self._slice_end = 0.0
 
 
 @types.coroutine
-def _rest(coroutine: Coroutine[Any, Any, Any], variables: Variables, waited_on: Any) -> Generator[Any, Any, Any]:
-    """Drive a coroutine that has suspended, every step in its own context."""
+def _rest(
+    coroutine: Coroutine[Any, Any, Any], variables: Variables, waited_on: Any, cells: memoryview | None, called: int
+) -> Generator[Any, Any, Any]:  # fmt: skip
+    """Drive a coroutine that has suspended, every step in its own context, and show when it holds the loop."""
     while True:
         try:
             sent = yield waited_on
@@ -128,7 +144,11 @@ def _rest(coroutine: Coroutine[Any, Any, Any], variables: Variables, waited_on: 
             argument: Any = error
         else:
             step, argument = coroutine.send, sent
+        if cells is not None:
+            cells[LOOP] = called
         try:
             waited_on = variables.run(step, argument)
         except StopIteration as stop:
             return stop.value
+        if cells is not None:
+            cells[LOOP] = 0

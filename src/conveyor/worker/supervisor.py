@@ -263,7 +263,9 @@ class Supervisor:
         self._guardian.forget(child.slot)
         was_up = child.bury()
         if about is not None and identities:
-            child.estate = Estate(what, about, identities, crashed)
+            # A kill strikes whoever executes something just then; anything else was the doing of what was executed.
+            fault = code != -signal.SIGKILL or bool(child.kill_reason)
+            child.estate = Estate(what, about, identities, crashed, child.slot.seating(), fault)
             self._guardian.settle(child.estate)
         elif crashed:
             LOG.warning("%s; it had leased nothing", what)

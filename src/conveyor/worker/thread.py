@@ -18,6 +18,7 @@ from time import perf_counter
 from typing import Any
 
 from conveyor.worker.attempt import Attempt
+from conveyor.worker.seating import EXECUTING, LOOP, Seats, named
 
 Work = tuple[Attempt, Variables, Callable[[], Any]]
 Finish = Callable[[Attempt, Any, BaseException | None], None]
@@ -26,11 +27,13 @@ Finish = Callable[[Attempt, Any, BaseException | None], None]
 class Threads:
     """Up to *limit* functions at once. All methods belong to the event loop's thread."""
 
-    def __init__(self, limit: int, finish: Finish, started: Callable[[Attempt], None]) -> None:
-        """Take what to do, on the loop, when one starts that has a time limit and when one ends."""
+    def __init__(
+        self, limit: int, finish: Finish, started: Callable[[Attempt], None], seats: Seats | None = None
+    ) -> None:  # fmt: skip
+        """Take what to do, on the loop, when one that has a time limit starts and when one ends, and where to show what runs."""
         self.limit = limit
         self.running = 0
-        self._finish, self._started = finish, started
+        self._finish, self._started, self._seats = finish, started, seats
         self._queue: SimpleQueue[Work | None] = SimpleQueue()
         self._ended: deque[tuple[Attempt, Any, BaseException | None]] = deque()
         self._signalled = False
@@ -60,9 +63,11 @@ class Threads:
 
     def _spawn(self) -> None:
         self._alive += 1
-        threading.Thread(target=self._serve, name=f"conveyor-thread-{self._alive}", daemon=True).start()
+        seat = 0 if self._seats is None else self._seats.take()
+        threading.Thread(target=self._serve, args=(seat,), name=f"conveyor-thread-{self._alive}", daemon=True).start()
 
-    def _serve(self) -> None:
+    def _serve(self, seat: int) -> None:
+        cells = None if self._seats is None else self._seats.cells
         while (work := self._queue.get()) is not None:
             attempt, variables, call = work
             if attempt.ended != 0.0 or attempt.stopped is not None:
@@ -73,11 +78,15 @@ class Threads:
                 self._loop.call_soon_threadsafe(self._started, attempt)
             value: Any = None
             error: BaseException | None = None
+            if cells is not None:
+                cells[seat] = named(attempt.id) | EXECUTING
             try:
                 value = variables.run(call)
             except BaseException as raised:
                 error = raised
             self._report(attempt, value, error)
+            if cells is not None:
+                cells[seat] = 0
 
     def _report(self, attempt: Attempt, value: Any, error: BaseException | None) -> None:
         self._ended.append((attempt, value, error))
@@ -88,11 +97,15 @@ class Threads:
 
     def _collect(self) -> None:
         self._signalled = False  # before taking: what is appended from now on signals again
-        ended = self._ended
+        ended, cells = self._ended, None if self._seats is None else self._seats.cells
         while ended:
             attempt, value, error = ended.popleft()
+            if cells is not None:
+                cells[LOOP] = named(attempt.id)  # what it returned is encoded in there
             if attempt in self._abandoned:
                 self._abandoned.discard(attempt)
             else:
                 self.running -= 1
             self._finish(attempt, value, error)
+        if cells is not None:
+            cells[LOOP] = 0

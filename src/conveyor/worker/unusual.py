@@ -23,6 +23,7 @@ from conveyor.sealing.version import Old, TooNew, bring_up, sealed_name
 from conveyor.store.operations import Report, Settlement
 from conveyor.worker.attempt import Attempt, Closed
 from conveyor.worker.handler import Handler
+from conveyor.worker.seating import EXECUTING, LOOP, Seats, named
 
 if TYPE_CHECKING:
     from conveyor.app import Conveyor
@@ -34,12 +35,13 @@ log = logging.getLogger("conveyor.worker")
 class Unusual:
     """One worker's way with them."""
 
-    def __init__(self, app: Conveyor, settling: Settling, worker: str) -> None:
-        """Take the app, who settles, and the name recorded with errors."""
+    def __init__(self, app: Conveyor, settling: Settling, worker: str, seats: Seats | None) -> None:
+        """Take the app, who settles, the name recorded with errors, and where a supervisor sees what is opened."""
         self._sealing = app.sealing
         self._fed = {name: listed.task for name, listed in app.plain_lists.items()}
         self._settling = settling
         self._worker = worker
+        self._seats = seats
         self._fetching: set[asyncio.Task[None]] = set()
 
     def fast(self, queue: str, handlers: Mapping[str, Handler], *, foreign: bool) -> dict[bytes, Handler]:
@@ -114,12 +116,17 @@ class Unusual:
             self._fetching.add(fetching)
             fetching.add_done_callback(self._fetching.discard)
             return
+        if self._seats is not None:
+            self._seats.cells[LOOP] = named(attempt.id)
         try:
             body = self.open(attempt)
         except Exception as error:
             self._failed(attempt, error, fail)
         else:
             self._opened(attempt, body, place)
+        finally:
+            if self._seats is not None:
+                self._seats.cells[LOOP] = 0
 
     @property
     def fetching(self) -> int:
@@ -127,12 +134,18 @@ class Unusual:
         return len(self._fetching)
 
     async def _fetch(self, attempt: Attempt, place: Callable[[Attempt], None], fail: Callable[..., None]) -> None:
+        seat = 0 if self._seats is None else self._seats.take()
+        if self._seats is not None:
+            self._seats.cells[seat] = named(attempt.id) | EXECUTING
         try:
             body = await asyncio.to_thread(self.open, attempt)
         except Exception as error:
             self._failed(attempt, error, fail)
         else:
             self._opened(attempt, body, place)
+        finally:
+            if self._seats is not None:
+                self._seats.leave(seat)
 
     def _opened(self, attempt: Attempt, body: bytes, place: Callable[[Attempt], None]) -> None:
         if attempt.ended != 0.0:  # cancelled or handed back meanwhile

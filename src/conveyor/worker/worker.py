@@ -66,7 +66,8 @@ class Worker:
         self.state: Mapping[str, Any] = {}
         self.consumers: list[Consumer] = []
         self.settling = settling.Settling(app, self.name)
-        self.unusual = Unusual(app, self.settling, self.name)
+        self._seats = None if slot is None else slot.seats()
+        self.unusual = Unusual(app, self.settling, self.name, self._seats)
         self.last_renewal = self.last_tick = monotonic()
         self._queues = weighted(app, queues)
         self._limits = (concurrency, threads)
@@ -128,7 +129,7 @@ class Worker:
                 self._reference, os.cpu_count() or 1, max_jobs=self._quota.max_jobs, max_memory=self._quota.max_memory
             ),
             ended=self.ended, stuck=self._is_stuck, kinds={task.run_in for task in self.app.tasks.values()},
-            unusual=self.unusual,
+            unusual=self.unusual, seats=self._seats,
             chain=(lambda context, call: run_through(chain, context, call)) if chain else None,
         )  # fmt: skip
         stack.push_async_callback(self.executor.close)

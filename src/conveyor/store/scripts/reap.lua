@@ -3,6 +3,7 @@
 -- KEYS  1 leased:<worker>  2 workers  3 jobs  4 state  5 wake  6 waiters  7-16 ready:0 … ready:9
 -- ARGV  1 worker  2 the end it was seen with (ms), or "" when its death is known or it leaves by itself
 --       3 "crash": each job counts a start, and its first crash · "leave": a start only, since it may have begun
+--         "blame": a start, and a crash of those in 4, ids by newline, which ended the worker, and in 5, which may have
 -- returns the number of jobs returned, or -1 when there is no such worker or it has beaten since
 local leased, workers, jobs, state = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
 local ends = redis.call('ZSCORE', workers, ARGV[1])
@@ -36,12 +37,19 @@ redis.call('DEL', leased)
 local asked = {}
 for id in string.gmatch(known[3] or '', '[^\n]+') do asked[id] = true end
 
+local blamed, near = {}, {}
+for id in string.gmatch(ARGV[4] or '', '[^\n]+') do blamed[id] = true end
+for id in string.gmatch(ARGV[5] or '', '[^\n]+') do near[id] = true end
+
 local function charge(id, attempts)
-  local starts, failures, crashes, rest = string.match(attempts or '0 0 0', '^(%d+) (%d+) (%d+)(.*)$')
-  if not starts then starts, failures, crashes, rest = 0, '0', 0, '' end
+  local starts, failures, crashes, doubt, rest = string.match(attempts or '0 0 0', '^(%d+) (%d+) (%d+)([+*]?)(.*)$')
+  if not starts then starts, failures, crashes, doubt, rest = 0, '0', 0, '', '' end
+  crashes = tonumber(crashes)
+  local charged = ARGV[3] == 'crash' or blamed[id] or (near[id] and doubt ~= '*')
   -- Nearness makes a suspect and no more: from one crash on a job is charged before it starts, by whoever starts it.
-  if ARGV[3] == 'crash' and tonumber(crashes) < 1 then crashes = 1 end
-  redis.call('HSET', state, id, int(starts + 1) .. ' ' .. failures .. ' ' .. int(tonumber(crashes)) .. rest)
+  if charged and crashes < 1 then crashes = 1 end
+  if not charged and doubt ~= '' then crashes = crashes - 1 end
+  redis.call('HSET', state, id, int(starts + 1) .. ' ' .. failures .. ' ' .. int(crashes) .. rest)
 end
 
 local returned = 0
