@@ -118,6 +118,7 @@ async def test_a_worker_shows_what_it_runs(app: Conveyor, slot: Slot) -> None:
     assert slot.seating() == Seating(frozenset(), frozenset())
     worker.stop()
     assert await running == 0
+    await app.aclose()
 
 
 @pytest.mark.parametrize(
