@@ -72,6 +72,20 @@ class Queue:
         found = until(lambda: (c := self.crew()) and sorted(m.held for m in c) == sorted(held) and c)
         return {member.about["pid"]: member for member in found}
 
+    def busy(self, *held: int) -> dict[int, Member]:
+        """The same, once all that they hold has begun, too: after the next turn of each."""
+
+        def turns() -> dict[str, int]:
+            return {
+                one.worker: int(self.backend.execute("HGET", key := KEYS.leased(one.worker), "\tturn", key=key) or 0)
+                for one in found.values()
+            }
+
+        found = self.by_pid(*held)
+        before = turns()
+        until(lambda: all(number > before[worker] for worker, number in turns().items()))
+        return found
+
     def is_sound(self) -> bool:
         return self.backend.run(inspection.audit(KEYS)) == []
 

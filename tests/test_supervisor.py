@@ -52,7 +52,7 @@ def test_killed_child_loses_nothing(supervise: Callable[..., Supervised], queue:
     """Jobs of a child killed with SIGKILL are ready again within a second, a new child takes them, its sibling goes on."""
     one = supervise(url, processes=2, env={"STAND_IN_LEASE_MS": "30000"})
     queue.push("hold", 40)
-    before = queue.by_pid(20, 20)
+    before = queue.busy(20, 20)
     victim, sibling = before
     lost, kept = queue.held(before[victim].worker), queue.held(before[sibling].worker)
 
@@ -221,7 +221,7 @@ def test_child_that_dies_while_redis_hangs(
     """A hanging Redis does not keep a dead child from being replaced; its jobs return when Redis answers."""
     one = supervise(url, env={"STAND_IN_LEASE_MS": "30000"})
     ids = queue.push("hold", 5)
-    ((pid, member),) = queue.by_pid(5).items()
+    ((pid, member),) = queue.busy(5).items()
     os.kill(server.pid, signal.SIGSTOP)
     try:
         os.kill(pid, signal.SIGKILL)
@@ -244,7 +244,7 @@ def test_child_that_dies_while_redis_is_down(
     queue = Queue(server.url)
     one = supervise(server.url, env={"STAND_IN_LEASE_MS": "30000"})
     ids = queue.push("hold", 5)
-    ((pid, member),) = queue.by_pid(5).items()
+    ((pid, member),) = queue.busy(5).items()
     server.kill()
     os.kill(pid, signal.SIGKILL)
     until(lambda: "Cannot keep the leases" in one.log)
@@ -355,7 +355,7 @@ def test_embedded_server_outlives_its_only_child(supervise: Callable[..., Superv
     until(lambda: "The guardian is connected" in one.log, 30)
     queue = Queue(url)
     ids = queue.push("hold", 5)
-    (pid,) = queue.by_pid(5)
+    (pid,) = queue.busy(5)
     info = queue.backend.execute("INFO", "server")
     queue.backend.close()
     os.kill(pid, signal.SIGKILL)

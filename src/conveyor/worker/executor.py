@@ -83,7 +83,7 @@ class Executor:
     def submit(self, attempts: list[Attempt]) -> None:
         """Run them, in their order."""
         backlog = self.slots.backlog
-        before = len(backlog)
+        before, cells = len(backlog), None if self._seats is None else self._seats.cells
         for attempt in attempts:
             if attempt.closed:
                 self._unusual.begin(attempt, lambda opened: self.submit([opened]), self._finish)
@@ -95,6 +95,8 @@ class Executor:
                 self._thread(attempt)
             else:
                 self._process(attempt)
+        if cells is not None:
+            cells[LOOP] = 0
         if len(backlog) > before:
             self.slots.wake()
 
@@ -131,7 +133,8 @@ class Executor:
             return await handler.function(*args, **kwargs)
         attempt.waiter = self._loop.create_future()
         self._waiters += 1
-        self.threads.submit(attempt, copy_context(), partial(handler.function, *args, **kwargs))
+        called = 0 if self._seats is None else named(attempt.id)
+        self.threads.submit(attempt, copy_context(), partial(handler.function, *args, **kwargs), called)
         try:
             return await attempt.waiter
         finally:
@@ -159,24 +162,22 @@ class Executor:
 
     def _thread(self, attempt: Attempt) -> None:
         attempt.consumer.begun(attempt)
+        called = 0
         if self._seats is not None:
-            self._seats.cells[LOOP] = named(attempt.id)  # validators are code of the job's, too
+            self._seats.cells[LOOP] = called = named(attempt.id)  # validators are code of the job's, too
         try:
             args, kwargs = attempt.handler.decode(attempt.body)
         except Exception as error:
             attempt.started = perf_counter()
             self._loop.call_soon(self._finish, attempt, None, error)
             return
-        finally:
-            if self._seats is not None:
-                self._seats.cells[LOOP] = 0
         if attempt.handler.injected:
             self._inject(attempt, kwargs)
         variables = self._base.copy()
         variables.run(CURRENT.set, attempt)
         if attempt.timeout is not None:
             attempt.until = UNSTARTED
-        self.threads.submit(attempt, variables, partial(attempt.handler.function, *args, **kwargs))
+        self.threads.submit(attempt, variables, partial(attempt.handler.function, *args, **kwargs), called)
 
     def _process(self, attempt: Attempt) -> None:
         attempt.consumer.begun(attempt)

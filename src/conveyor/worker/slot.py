@@ -70,21 +70,19 @@ class Slots:
         assert me is not None
         cells = None if self._seats is None else self._seats.cells
         seat = 0 if self._seats is None else self._seats.take()
-        called = 0
+        called, seated = 0, False
         while True:
             if not backlog:
+                if cells is not None:
+                    cells[LOOP] = 0  # not after each job: the next one overwrites it
                 future: asyncio.Future[None] = self._loop.create_future()
                 self._idle.append(future)
                 await future
                 continue
             now = perf_counter()
-            if now > self._slice_end:
-                if self._slice_end:
-                    self._slice_end = 0.0
-                    await asyncio.sleep(0)
-                    continue
-                self._slice_end = now + SLICE
-                self._loop.call_soon(self._end_slice)
+            if now > self._slice_end and self._is_over(now):
+                await asyncio.sleep(0)
+                continue
             attempt = backlog.popleft()
             attempt.started = now
             self.current = attempt
@@ -103,7 +101,7 @@ class Slots:
                     self.current = None
                     attempt.runner = me
                     if cells is not None:
-                        cells[seat] = called
+                        cells[seat], seated = called, True
                         cells[LOOP] = 0
                     self._suspended(attempt)
                     if backlog:
@@ -115,14 +113,25 @@ class Slots:
                     self.running -= 1
                     raise  # the slot itself is ended
                 error = raised
+            if seated and cells is not None:
+                cells[seat], seated = 0, False
             self.current = attempt.runner = None
             if me.cancelling():
                 while me.uncancel():
                     pass
             self.running -= 1
             self._finish(attempt, value, error)
-            if cells is not None:  # not before: what a job returned is encoded in there
-                cells[LOOP] = cells[seat] = 0
+
+    def _is_over(self, now: float) -> bool:
+        """Tell whether the slice is over and the loop must have its turn; else another begins."""
+        if self._slice_end:
+            self._slice_end = 0.0
+            if self._seats is not None:
+                self._seats.cells[LOOP] = 0
+            return True
+        self._slice_end = now + SLICE
+        self._loop.call_soon(self._end_slice)
+        return False
 
     def _end_slice(self) -> None:
         self._slice_end = 0.0

@@ -18,9 +18,9 @@ from time import perf_counter
 from typing import Any
 
 from conveyor.worker.attempt import Attempt
-from conveyor.worker.seating import EXECUTING, LOOP, Seats, named
+from conveyor.worker.seating import EXECUTING, LOOP, Seats
 
-Work = tuple[Attempt, Variables, Callable[[], Any]]
+Work = tuple[Attempt, Variables, Callable[[], Any], int]
 Finish = Callable[[Attempt, Any, BaseException | None], None]
 
 
@@ -35,16 +35,16 @@ class Threads:
         self.running = 0
         self._finish, self._started, self._seats = finish, started, seats
         self._queue: SimpleQueue[Work | None] = SimpleQueue()
-        self._ended: deque[tuple[Attempt, Any, BaseException | None]] = deque()
+        self._ended: deque[tuple[Attempt, Any, BaseException | None, int]] = deque()
         self._signalled = False
         self._alive = 0
         self._abandoned: set[Attempt] = set()
         self._loop = asyncio.get_running_loop()
 
-    def submit(self, attempt: Attempt, variables: Variables, call: Callable[[], Any]) -> None:
-        """Run *call* on a thread, in *variables*."""
+    def submit(self, attempt: Attempt, variables: Variables, call: Callable[[], Any], called: int) -> None:
+        """Run *call* on a thread, in *variables*; a seat shows it as *called*."""
         self.running += 1
-        self._queue.put((attempt, variables, call))
+        self._queue.put((attempt, variables, call, called))
         if self._alive < min(self.limit, self.running):
             self._spawn()
 
@@ -69,9 +69,9 @@ class Threads:
     def _serve(self, seat: int) -> None:
         cells = None if self._seats is None else self._seats.cells
         while (work := self._queue.get()) is not None:
-            attempt, variables, call = work
+            attempt, variables, call, called = work
             if attempt.ended != 0.0 or attempt.stopped is not None:
-                self._report(attempt, None, asyncio.CancelledError())  # stopped before it began
+                self._report(attempt, None, asyncio.CancelledError(), called)  # stopped before it began
                 continue
             attempt.started = perf_counter()
             if attempt.until is not None:
@@ -79,17 +79,17 @@ class Threads:
             value: Any = None
             error: BaseException | None = None
             if cells is not None:
-                cells[seat] = named(attempt.id) | EXECUTING
+                cells[seat] = called | EXECUTING
             try:
                 value = variables.run(call)
             except BaseException as raised:
                 error = raised
-            self._report(attempt, value, error)
+            self._report(attempt, value, error, called)
             if cells is not None:
                 cells[seat] = 0
 
-    def _report(self, attempt: Attempt, value: Any, error: BaseException | None) -> None:
-        self._ended.append((attempt, value, error))
+    def _report(self, attempt: Attempt, value: Any, error: BaseException | None, called: int) -> None:
+        self._ended.append((attempt, value, error, called))
         if not self._signalled:
             self._signalled = True
             with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
@@ -99,9 +99,9 @@ class Threads:
         self._signalled = False  # before taking: what is appended from now on signals again
         ended, cells = self._ended, None if self._seats is None else self._seats.cells
         while ended:
-            attempt, value, error = ended.popleft()
+            attempt, value, error, called = ended.popleft()
             if cells is not None:
-                cells[LOOP] = named(attempt.id)  # what it returned is encoded in there
+                cells[LOOP] = called  # what it returned is encoded in there
             if attempt in self._abandoned:
                 self._abandoned.discard(attempt)
             else:
