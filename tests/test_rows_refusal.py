@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
+from pathlib import Path
 from time import monotonic
 
 import pytest
@@ -207,6 +208,26 @@ async def test_a_password_that_is_rotated_under_load(
                 await load.more(20)
                 await until(lambda: client.info("clients")["blocked_clients"] == 1 or load.ran.total() % 2)
     assert "old@" not in caplog.text
+    assert (load.errors, load.again) == ([], [])
+
+
+@pytest.mark.row("C27")
+async def test_a_password_in_a_file_is_read_for_each_connection(
+    start_server: Start, rounds: Rounds, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Rotated under load, in Redis and in the file that the URL names: no producer sees an error, and the worker goes on."""
+    server, secret = start_server(), tmp_path / "password"
+    secret.write_text("secret-0\n")
+    url = _user(server, ">secret-0", "~*", "&*", "+@all").replace("worker:old@", "worker@") + f"&password_file={secret}"
+    with server.client() as client:
+        async with Load(url, producer=url) as load:
+            for number in range(1, rounds(5, 2) + 1):
+                client.execute_command("ACL", "SETUSER", "worker", f">secret-{number}")
+                secret.write_text(f"secret-{number}\n")
+                client.execute_command("ACL", "SETUSER", "worker", f"<secret-{number - 1}")
+                _banish(client)
+                await load.more(20)
+    assert "secret-" not in caplog.text
     assert (load.errors, load.again) == ([], [])
 
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 
 from conveyor import Conveyor
 from conveyor.errors import ConfigurationError, ConveyorError, StoreUnavailable
+from conveyor.store.sentinel import Sentinel
 from server import Server
 from topology import Watched, free_port
 
@@ -75,6 +78,29 @@ def test_option_nobody_knows_is_refused(url: str) -> None:
         assert (type(error), error.code) == (ConfigurationError, "E02")
         assert "'pasword' is not one of its options" in str(error)
         assert "secret" not in str(error)
+
+
+def test_a_password_file_is_read_where_it_is_named(tmp_path: Path) -> None:
+    """A file that cannot be read, is empty, or stands beside a password is said with its path; sentinels have one of their own."""
+    secret, empty = tmp_path / "secret", tmp_path / "empty"
+    secret.write_text("cret\n")
+    empty.touch()
+    for url, says in (
+        (f"redis://127.0.0.1:1/0?password_file={tmp_path}/none", "/none': No such file or directory"),
+        (f"redis://127.0.0.1:1/0?password_file={empty}", "/empty': it is empty"),
+        (f"redis://ada:secret@127.0.0.1:1/0?password_file={secret}", "both a password and a password_file"),
+    ):
+        for error in refusals(url):
+            assert isinstance(error, ConfigurationError)
+            assert says in str(error)
+            assert "secret@" not in str(error)
+    with pytest.raises(ConfigurationError, match="/none': No such file"):
+        Conveyor(f"redis+sentinel://127.0.0.1:1/main?password_file={tmp_path}/none")
+
+    place = Sentinel(f"redis+sentinel://ada@127.0.0.1:1/main?password_file={secret}&sentinel_password_file={empty}")
+    assert f"ada:@127.0.0.1:2/?password_file={quote(str(secret), safe='')}" in place.address(("127.0.0.1", 2)).url
+    [sentinel] = place.preferred()
+    assert sentinel.url == f"redis://127.0.0.1:1/?password_file={quote(str(empty), safe='')}"
 
 
 def test_one_server_is_no_sentinel(start_server: Start) -> None:

@@ -117,12 +117,23 @@ class Address:
         except ValueError as error:
             raise ConfigurationError(f"{self} is not a Redis URL: {redact(str(error))}") from None
         parameters.pop("connection_class", None)
+        self._take_password_file(parameters)
         # RESP2 is enough and every supported server speaks it; retries are ours, since only we know what may be repeated.
         local = self._parts.scheme == "unix"
         alive = {} if local else {"socket_keepalive": True, "socket_keepalive_options": _ALIVE}
         parameters = {"socket_connect_timeout": self.connect_timeout, **alive, **parameters, "protocol": 2}
         self._try(parameters)
         return parameters
+
+    def _take_password_file(self, parameters: dict[str, Any]) -> None:
+        path = parameters.pop("password_file", None)
+        if path is None:
+            return
+        from conveyor.store.credential import PasswordFile
+
+        if parameters.pop("password", None):
+            raise ConfigurationError(f"{self} has both a password and a password_file. Leave one out.")
+        parameters["credential_provider"] = PasswordFile(path, parameters.pop("username", None))
 
     def _try(self, parameters: dict[str, Any]) -> None:
         """Raise ConfigurationError when redis-py does not take them: better now than when the first call is made."""
@@ -136,7 +147,8 @@ class Address:
             why = f"{found[1]} is not one of its options" if found else redact(str(error))
             raise ConfigurationError(  # without the value, which may be a secret
                 f"{self._parts.scheme}://{self.host}: {why}. Behind ? stand options of redis-py's connections, such as "
-                "ssl_ca_certs; for Sentinel also sentinel_username and sentinel_password."
+                "ssl_ca_certs, and password_file; for Sentinel also sentinel_username, sentinel_password and "
+                "sentinel_password_file."
             ) from None
 
     def place(self, key: str) -> Place:

@@ -50,10 +50,11 @@ class Sentinel:
         options = dict(hosts.options)
         self._database = options.pop("db", "")
         check_database(self._database, url)
-        own = {name: options.pop(name, "") for name in ("sentinel_username", "sentinel_password")}
-        rest = tuple(options.items())
-        self._server = replace(hosts, options=rest)
-        asking = replace(hosts, user=own["sentinel_username"], password=own["sentinel_password"], options=rest)
+        own = {name: options.pop(f"sentinel_{name}", "") for name in ("username", "password", "password_file")}
+        self._server = replace(hosts, options=tuple(options.items()))
+        options.pop("password_file", None)
+        options |= {"password_file": own["password_file"]} if own["password_file"] else {}
+        asking = replace(hosts, user=own["username"], password=own["password"], options=tuple(options.items()))
         timeout = min(self._timeout, ASK_TIMEOUT)
         self._sentinels = [Address(asking.url(host, port), timeout, ASK_TIMEOUT) for host, port in hosts.hosts]
         self._master: Server | None = None
