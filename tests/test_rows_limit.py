@@ -62,13 +62,16 @@ def footprint(pid: int) -> tuple[int, list[str], int]:
 
 def at_rest(pid: int) -> tuple[int, list[str], int]:
     """Return the footprint once it does not change: an idle worker opens what it waits on a moment later."""
-    seen = footprint(pid)
+    seen = None
     while True:
-        time.sleep(0.3)
-        again = footprint(pid)
-        if again[1:] == seen[1:]:
+        try:
+            again = footprint(pid)
+        except FileNotFoundError:  # closed while we looked
+            continue
+        if seen is not None and again[1:] == seen[1:]:
             return again
         seen = again
+        time.sleep(0.3)
 
 
 def feed(one: Fleet, count: int) -> None:
