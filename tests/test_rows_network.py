@@ -8,6 +8,7 @@ import socket
 from collections import Counter
 from collections.abc import Callable
 from time import monotonic
+from typing import Any
 
 import pytest
 from redis import Redis
@@ -186,3 +187,25 @@ async def _rates(proxy: Proxy, seconds: float) -> list[int]:
         await asyncio.sleep(0.1)
         found.append(round((proxy.accepted - before) * 0.1 / (monotonic() - began)))
     return found
+
+
+async def test_a_wire_that_is_closed_while_it_opens(start_server: Start) -> None:
+    """What comes of an opening after the end of its wire is closed as well: no connection stays behind."""
+    server, begun, go = start_server(), asyncio.Event(), asyncio.Event()
+
+    class Slow(Address):
+        async def aopen(self) -> Any:
+            opened = await super().aopen()
+            begun.set()
+            await go.wait()
+            return opened
+
+    wire = Wire(Slow(server.url))
+    opening = asyncio.create_task(wire.open())
+    await begun.wait()
+    wire.close()
+    go.set()
+    with pytest.raises(OSError, match="closed"):
+        await opening
+    with server.client() as client:
+        await until(lambda: len(client.client_list()) == 1)

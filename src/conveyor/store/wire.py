@@ -218,6 +218,9 @@ class Wire:
                 if (text := refusal(error)) is not None:
                     raise fault.final(text, str(self.place)) from error
                 raise WireLost(str(error)) from error
+            if self._closed:  # meanwhile
+                await raw.disconnect(nowait=True)
+                raise WireLost("closed")
             self._raw, self._reader = raw, hiredis.Reader(replyError=_reply_error)
             self._pack = hiredis.pack_command
             self._loop = asyncio.get_running_loop()
