@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from conveyor import Conveyor, current
+import process_jobs
+from conveyor import Conveyor, JobFailed, Retry, current
 from conveyor.ident import split
 from conveyor.store import operations
 from conveyor.store.operations import Report, Settlement
 from conveyor.worker.board import Board, Slot, Spec
-from conveyor.worker.seating import EXECUTING, FULL, LOOP, SEATS, Seating, Seats, named
+from conveyor.worker.seating import BESIDE, EXECUTING, FULL, LOOP, SEATS, Seating, Seats, named
 from conveyor.worker.worker import Worker
 from fleet import fleet, wait
 from handworker import HandWorker
@@ -33,12 +35,13 @@ def slot() -> Iterator[Slot]:
     board.close()
 
 
-def seated(*, loop: str = "", thread: str = "", waits: str = "") -> Seating:
+def seated(*, loop: str = "", thread: str = "", waits: str = "", beside: str = "") -> Seating:
     cells = [0] * SEATS
     cells[LOOP] = named(loop) if loop else 0
     cells[FULL + 1] = named(thread) | EXECUTING if thread else 0
     cells[FULL + 2] = named(waits) if waits else 0
     cells[FULL + 3] = cells[LOOP]  # it has suspended once
+    cells[FULL + 4] = named(beside) | BESIDE if beside else 0
     found = Seating.read(cells)
     assert found is not None
     return found
@@ -54,6 +57,8 @@ def seated(*, loop: str = "", thread: str = "", waits: str = "") -> Seating:
         (seated(waits=WAITS), True, [WAITS], []),
         (seated(waits=WAITS), False, [WAITS], []),
         (seated(), False, [], []),
+        (seated(loop=ON_LOOP, beside=WAITS), True, [ON_LOOP, WAITS], []),
+        (seated(waits=WAITS, beside=ON_THREAD), True, [ON_THREAD, WAITS], []),
         (seated(loop="of another queue", waits=WAITS), True, [], []),
     ],
 )  # fmt: skip
@@ -159,3 +164,31 @@ def test_a_fault_is_charged_to_who_was_executed(url: str, tmp_path: Path, how: s
         states = [one.app.backend.execute("HGET", keys.state, split(job.id)[1], key=keys.state) for job in waiting]
         assert [state.split()[2] for state in states] == [b"0"] * 5
         assert len(one.starts()[5]) == 3
+
+
+@pytest.mark.row("A8")
+async def test_a_process_is_charged_until_its_crash_is_settled(url: str, slot: Slot) -> None:
+    """A job whose own process died is beside until Redis knows: when the worker dies just then, the crash counts all the same."""
+    seen: list[tuple[str, Seating | None]] = []
+
+    class Look(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            seen.append((record.getMessage(), slot.seating()))
+
+    look = Look()
+    logging.getLogger("conveyor.worker").addHandler(look)
+    async with Conveyor(url) as app:
+        function = process_jobs.app.tasks["process_jobs.die"].function
+        task = app.task(name="process_jobs.die", run_in="process", retry=Retry(max_crashes=1))(function)
+        worker = Worker(app, slot=slot, reference="process_jobs:app")
+        running = asyncio.create_task(worker.run())
+        job = await task.aenqueue("exit")
+        with pytest.raises(JobFailed):
+            await job.aresult("20s")
+        worker.stop()
+        assert await running == 0
+        await asyncio.to_thread(app.queue("default").purge, dead=True)
+    logging.getLogger("conveyor.worker").removeHandler(look)
+    [found] = [seating for text, seating in seen if "crashed its process" in text]
+    assert found is not None
+    assert found.judge([split(job.id)[1]], fault=True) == ([split(job.id)[1]], [])

@@ -16,7 +16,7 @@ from conveyor.context import CURRENT, Context
 from conveyor.worker.attempt import Attempt
 from conveyor.worker.deadline import Deadlines
 from conveyor.worker.process import Processes
-from conveyor.worker.seating import LOOP, Seats, named
+from conveyor.worker.seating import BESIDE, LOOP, Seats, named
 from conveyor.worker.slot import Slots
 from conveyor.worker.thread import Threads
 from conveyor.worker.unusual import Unusual
@@ -53,6 +53,7 @@ class Executor:
         self._loop = asyncio.get_running_loop()
         self.slots = Slots(concurrency, self._begin, self._suspended, self._finish, seats)
         self._seats = seats
+        self._beside: dict[Attempt, int] = {}
         self.threads = Threads(threads, self._thread_ended, self._watch, seats)
         self._waiters = 0  # attempts on a thread whose slot waits for them inside the middlewares
         self.processes = processes
@@ -125,7 +126,7 @@ class Executor:
         """Run the function itself, at the inner end of the middlewares."""
         handler = attempt.handler
         if handler.kind == "process":
-            return await self.processes.run(attempt)
+            return await self._run_beside(attempt)
         args, kwargs = handler.decode(attempt.body)
         if handler.injected:
             self._inject(attempt, kwargs)
@@ -189,18 +190,22 @@ class Executor:
         value: Any = None
         error: BaseException | None = None
         self._watch(attempt)
-        seat = 0 if self._seats is None else self._seats.take()
-        if self._seats is not None:
-            self._seats.cells[seat] = named(attempt.id)
         try:
-            value = await self.processes.run(attempt)
+            value = await self._run_beside(attempt)
         except BaseException as raised:
             error = raised
         attempt.runner = None
         self._direct -= 1
         self._finish(attempt, value, error)
+
+    async def _run_beside(self, attempt: Attempt) -> Any:
+        """Run it in a process, and show it for as long as it is held: a crash counts also when we die before it is settled."""
         if self._seats is not None:
-            self._seats.leave(seat)
+            for one in [one for one in self._beside if not one.consumer.holds(one)]:
+                self._seats.leave(self._beside.pop(one))
+            self._beside[attempt] = seat = self._seats.take()
+            self._seats.cells[seat] = named(attempt.id) | BESIDE
+        return await self.processes.run(attempt)
 
     # -- time limits ----------------------------------------------------------------------------------------------
 

@@ -19,6 +19,8 @@ FULL = 1
 """Taken by everyone who found no seat, and never cleared: then nobody can be ruled out."""
 EXECUTING = 1 << 33
 """Added to the name of a job whose code a thread executes."""
+BESIDE = 1 << 34
+"""Added to the name of a job that a process of its own executes, until its end is settled: a crash may not have been told yet."""
 _NAMED = 1 << 32  # no name is 0, which is an empty seat
 
 
@@ -58,6 +60,7 @@ class Seating:
 
     executing: frozenset[int]
     waiting: frozenset[int]
+    beside: frozenset[int] = frozenset()
 
     @classmethod
     def read(cls, cells: Iterable[int]) -> Seating | None:
@@ -65,8 +68,10 @@ class Seating:
         loop, full, *seats = cells
         if full:
             return None
-        executing = ({loop} | {seat ^ EXECUTING for seat in seats if seat & EXECUTING}) - {0}
-        return cls(frozenset(executing), frozenset(seat for seat in seats if seat and not seat & EXECUTING) - executing)
+        executing = frozenset({loop} | {seat ^ EXECUTING for seat in seats if seat & EXECUTING}) - {0}
+        beside = frozenset(seat ^ BESIDE for seat in seats if seat & BESIDE)
+        waiting = frozenset(seat for seat in seats if seat and not seat & (EXECUTING | BESIDE))
+        return cls(executing, waiting - executing - beside, beside)
 
     def judge(self, ids: Iterable[str], *, fault: bool) -> tuple[list[str], list[str]]:
         """
@@ -74,11 +79,12 @@ class Seating:
 
         With a *fault* in what was executed (a signal of the processor, an exit) nobody else comes into question. A kill
         from outside, when memory runs out, strikes whoever executes something just then, and not always who took it.
-        When nobody executed anything, all that were under way are to blame.
+        When nobody executed anything, all that were under way are to blame. Jobs beside always are: what their own process
+        died of may not have been told yet.
         """
         executing, waiting = self.executing, self.waiting
         if not executing:
             executing, waiting = waiting, frozenset()
         held = [(id_, named(id_)) for id_ in ids]
-        blamed = [id_ for id_, seat in held if seat in executing]
+        blamed = [id_ for id_, seat in held if seat in executing or seat in self.beside]
         return blamed, [] if fault else [id_ for id_, seat in held if seat in waiting]
