@@ -94,6 +94,7 @@ class Nemesis:
         self._stopped = threading.Event()
         self._books = threading.Lock()
         self._server = threading.Lock()  # one fault of Redis itself at a time
+        self._clock = threading.Lock()  # one step of it at a time
         self._later: list[threading.Thread] = []
         self._thread = threading.Thread(target=self._run, name="nemesis", daemon=True)
 
@@ -305,10 +306,17 @@ class Nemesis:
         ground = self.stage.ground
         if not ground.has_clock:
             raise MissedError("libfaketime is not installed")
+        if not self._clock.acquire(blocking=False):  # from an hour behind to an hour ahead is more than is promised
+            raise MissedError("the clock was off already")
         hours = 3600 if fault.draw < 0.5 else -3600
         self.stage.fault(fault.kind, lasting=5, by=hours)
         ground.set_clock(hours)
-        self._after(lambda: ground.set_clock(0), 2 + 3 * fault.size)
+
+        def right() -> None:
+            ground.set_clock(0)
+            self._clock.release()
+
+        self._after(right, 2 + 3 * fault.size)
 
     # -- more than one server --------------------------------------------------------------------------------------
 
