@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 
@@ -81,7 +82,11 @@ def test_purge_spares_what_is_leased_or_dead(admin: Admin, backend: Backend) -> 
 
 def test_redrive_takes_the_oldest_first(admin: Admin, backend: Backend) -> None:
     """Redrive with a limit puts the oldest dead letters back, and with ids just those."""
-    first, second, third = dead(backend, "mail", "a", "b", "c")
+    died = []
+    for body in "abc":
+        died += dead(backend, "mail", body)
+        time.sleep(0.003)  # deaths are ordered by their millisecond
+    first, second, third = died
 
     assert admin.redrive("mail", limit=1) == 1
     assert admin.job(first).status == "ready"
