@@ -126,6 +126,29 @@ async def test_a_worker_shows_what_it_runs(app: Conveyor, slot: Slot) -> None:
     await app.aclose()
 
 
+@pytest.mark.parametrize("run_in", ["loop", "thread"])
+async def test_who_found_no_seat_is_never_forgotten(
+    url: str, slot: Slot, monkeypatch: pytest.MonkeyPatch, run_in: str
+) -> None:  # fmt: skip
+    """The end of one job without a seat of its own does not hide that others may run without one."""
+    monkeypatch.setattr(Seats, "take", lambda _: FULL)
+    async with Conveyor(url) as app:
+
+        @app.task
+        async def on_loop() -> None:
+            await asyncio.sleep(0)
+
+        @app.task
+        def on_thread() -> None: ...
+
+        worker = Worker(app, slot=slot)
+        running = asyncio.create_task(worker.run())
+        await (await (on_loop if run_in == "loop" else on_thread).aenqueue()).aresult("5s")
+        worker.stop()
+        assert await running == 0
+    assert slot.seating() is None
+
+
 @pytest.mark.parametrize(
     ("how", "crashes"),
     [("crash", [1, 1, 2, 2]), ("leave", [0, 0, 1, 1]), ("blamed", [1, 1, 2, 2]), ("near", [1, 1, 2, 1]), ("neither", [0, 0, 1, 1])],

@@ -106,9 +106,8 @@ class State(msgspec.Struct):
             return cls()
         head, *errors = data.split(b"\n")
         starts, failures, crashes = head.split(b" ")[:3]
-        return cls(
-            int(starts), int(failures), int(crashes.rstrip(b"+*w")), errors
-        )  # an older layout ended it with a "w"
+        certain = crashes.rstrip(b"+*w")  # an older layout ended it with a "w"
+        return cls(int(starts), int(failures), int(certain), errors)
 
 
 def _failure(data: bytes) -> Failure:

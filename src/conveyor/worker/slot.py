@@ -18,7 +18,7 @@ from time import perf_counter
 from typing import Any
 
 from conveyor.worker.attempt import Attempt
-from conveyor.worker.seating import LOOP, Seats, named
+from conveyor.worker.seating import FULL, LOOP, Seats, named
 
 SLICE = 0.005
 """Seconds the slots may run jobs that never suspend before the loop gets its turn: what was finished leaves in one batch."""
@@ -113,7 +113,7 @@ class Slots:
                     self.running -= 1
                     raise  # the slot itself is ended
                 error = raised
-            if seated and cells is not None:
+            if seated and cells is not None and seat != FULL:
                 cells[seat], seated = 0, False
             self.current = attempt.runner = None
             if me.cancelling():

@@ -18,7 +18,7 @@ from time import perf_counter
 from typing import Any
 
 from conveyor.worker.attempt import Attempt
-from conveyor.worker.seating import EXECUTING, LOOP, Seats
+from conveyor.worker.seating import EXECUTING, FULL, LOOP, Seats
 
 Work = tuple[Attempt, Variables, Callable[[], Any], int]
 Finish = Callable[[Attempt, Any, BaseException | None], None]
@@ -85,7 +85,7 @@ class Threads:
             except BaseException as raised:
                 error = raised
             self._report(attempt, value, error, called)
-            if cells is not None:
+            if cells is not None and seat != FULL:
                 cells[seat] = 0
 
     def _report(self, attempt: Attempt, value: Any, error: BaseException | None, called: int) -> None:

@@ -117,16 +117,13 @@ class Unusual:
             fetching.add_done_callback(self._fetching.discard)
             return
         if self._seats is not None:
-            self._seats.cells[LOOP] = named(attempt.id)
+            self._seats.cells[LOOP] = named(attempt.id)  # who submits them empties it, once for all
         try:
             body = self.open(attempt)
         except Exception as error:
             self._failed(attempt, error, fail)
         else:
             self._opened(attempt, body, place)
-        finally:
-            if self._seats is not None:
-                self._seats.cells[LOOP] = 0
 
     @property
     def fetching(self) -> int:
