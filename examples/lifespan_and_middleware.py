@@ -5,7 +5,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from conveyor import Context, Conveyor, Middleware, Outgoing, current
-from conveyor.middleware import CallNext
+from conveyor.jobs.hooks import CallNext
 
 app = Conveyor()
 

@@ -12,7 +12,7 @@ import pytest
 import redis as redis_py
 
 import matrix
-from conveyor.app import Conveyor
+from conveyor.jobs.app import Conveyor
 from hand import drain
 from leaks import complaint, leaked
 from server import Server, find_binary

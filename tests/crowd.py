@@ -14,9 +14,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from conveyor.model import read_envelope
+from conveyor.payload.records import read_envelope
 from conveyor.store import operations
-from conveyor.store.backend import Backend
+from conveyor.store.client.client import Backend
 from conveyor.store.keys import QueueKeys
 from conveyor.store.operations import Entry, Lane, LateReply, LateTurn, Report, Settlement, Unregistered
 from conveyor.store.script import Script

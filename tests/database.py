@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 
-from conveyor.app import Conveyor
+from conveyor.jobs.app import Conveyor
 from conveyor.sql import Ledger, Outbox
 from hand import eventually
 

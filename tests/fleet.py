@@ -22,10 +22,10 @@ from typing import Any, NamedTuple, Self
 import fleet_app
 from conveyor import Conveyor
 from conveyor.store import inspection, operations
-from conveyor.worker import heartbeat
-from conveyor.worker.board import Spec
-from conveyor.worker.log import configure_log
-from conveyor.worker.supervisor import Supervisor
+from conveyor.worker.leasing import heartbeat
+from conveyor.worker.logs import configure_log
+from conveyor.worker.shared_memory import Spec
+from conveyor.worker.supervision.supervisor import Supervisor
 from matrix import connect
 from supervised import running, until
 

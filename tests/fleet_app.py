@@ -18,13 +18,14 @@ from types import SimpleNamespace
 from typing import Any
 
 from conveyor import Conveyor, Retry, current
-from conveyor.worker import executor, quota
-from conveyor.worker.consumer import Consumer
-from conveyor.worker.executor import Executor
+from conveyor.worker import recycling
+from conveyor.worker.execution import executor
+from conveyor.worker.execution.executor import Executor
+from conveyor.worker.leasing.queue_consumer import Consumer
 from conveyor.worker.worker import Worker
 
 executor.AFTER_TIMEOUT = float(os.environ.get("FLEET_AFTER_TIMEOUT", "5"))
-quota.LEAST_LIFE = float(os.environ.get("FLEET_LEAST_LIFE", "10"))
+recycling.LEAST_LIFE = float(os.environ.get("FLEET_LEAST_LIFE", "10"))
 PLACE = Path(os.environ.get("FLEET_PLACE", "/nowhere"))
 POINT = os.environ.get("FLEET_POINT", "")
 _RUNS = itertools.count()

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from conveyor.app import Conveyor
-from conveyor.context import current
+from conveyor.jobs.app import Conveyor
+from conveyor.jobs.context import current
 
 
 @dataclass

@@ -7,9 +7,9 @@ from typing import Any
 
 import msgspec
 
-from conveyor.app import Conveyor
-from conveyor.ident import new_identity
-from conveyor.model import Envelope, Failure, Outcome, State, read_envelope, to_json
+from conveyor.ids import new_identity
+from conveyor.jobs.app import Conveyor
+from conveyor.payload.records import Envelope, Failure, Outcome, State, read_envelope, to_json
 from conveyor.store import operations
 from conveyor.store.operations import Report, Settlement, Turn
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import time
 
-from conveyor import ident, model
+from conveyor.ids import new_id, new_identity, public, split
+from conveyor.payload import records
 from conveyor.store import operations
-from conveyor.store.backend import Backend
+from conveyor.store.client.client import Backend
 from conveyor.store.operations import Entry, Report, Settlement
 
 LEASE_MS = 60_000
@@ -17,27 +18,27 @@ class HandWorker:
 
     def __init__(self, backend: Backend, queue: str) -> None:
         self.backend, self.queue, self.keys = backend, queue, backend.keys(queue)
-        self.identity, self.number = ident.new_identity(), 0
+        self.identity, self.number = new_identity(), 0
         about = operations.about(host="testhost", pid=4711)
         backend.run(operations.register(self.keys, self.identity, LEASE_MS, about))
 
     def take(self, want: int = 1) -> list[str]:
         """Lease up to *want* jobs."""
-        return [ident.public(self.queue, id_) for id_ in self._turn(want, Report()).ids]
+        return [public(self.queue, id_) for id_ in self._turn(want, Report()).ids]
 
     def succeed(self, public_id: str, value: bytes = b"null", *, keep_ms: int = 60_000, ran_ms: int = 5) -> None:
         """End a leased job with a result, as a worker writes it."""
-        id_ = ident.split(public_id)[1]
-        record = model.to_json({"status": "done", "value": model.msgspec.Raw(value), "at": 1_700_000_000_000})
+        id_ = split(public_id)[1]
+        record = records.to_json({"status": "done", "value": records.msgspec.Raw(value), "at": 1_700_000_000_000})
         recent = recent_entry(id_, "done", ran_ms)
         self._turn(0, Report(others=[Settlement("D", id_, keep_ms, record)], recent=[recent]))
 
     def fail(self, public_id: str, message: str = "no", *, kind: str = "ValueError") -> None:
         """Make a leased job a dead letter after its first attempt."""
-        id_ = ident.split(public_id)[1]
-        failure = model.Failure(1, 1_700_000_000_000, kind, message, f"Traceback: {message}", "testhost")
-        state = model.State(1, 1, 0, [model.to_json(failure)])
-        record = model.to_json(model.Outcome("dead", failure=failure, reason="all 1 attempts failed"))
+        id_ = split(public_id)[1]
+        failure = records.Failure(1, 1_700_000_000_000, kind, message, f"Traceback: {message}", "testhost")
+        state = records.State(1, 1, 0, [records.to_json(failure)])
+        record = records.to_json(records.Outcome("dead", failure=failure, reason="all 1 attempts failed"))
         self._turn(0, Report(others=[Settlement("X", id_, 0, record, state.encode())]))
 
     def _turn(self, want: int, report: Report) -> operations.Turn:
@@ -56,10 +57,10 @@ def push(backend: Backend, queue: str, *bodies: bytes, task: str = "", **options
     """Push jobs; return their public ids."""
     own = options.pop("id", None)
     entries = [
-        Entry(str(own) if own else ident.new_id(), model.write_rest(task, body), own_id=bool(own), **options)  # type: ignore[arg-type]
+        Entry(str(own) if own else new_id(), records.write_rest(task, body), own_id=bool(own), **options)  # type: ignore[arg-type]
         for body in bodies
     ]
-    return [ident.public(queue, id_) for id_ in backend.push(backend.keys(queue), entries)]
+    return [public(queue, id_) for id_ in backend.push(backend.keys(queue), entries)]
 
 
 def dead(backend: Backend, queue: str, *messages: str, task: str = "") -> list[str]:

@@ -9,9 +9,9 @@ from contextlib import AsyncExitStack
 from time import monotonic
 from typing import Any, Self
 
-from conveyor.app import Conveyor
 from conveyor.errors import StoreUnavailable
-from conveyor.event import JobLost
+from conveyor.events import JobLost
+from conveyor.jobs.app import Conveyor
 from working import audit, counts, until, working
 
 PAUSE = 0.001

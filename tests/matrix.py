@@ -12,7 +12,7 @@ from typing import Any
 
 import redis as redis_py
 
-from conveyor import acl
+from conveyor.admin import acl
 from server import Server, find_binary
 from topology import ClusterOfNodes, Watched
 

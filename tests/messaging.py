@@ -6,10 +6,10 @@ import time
 
 import pytest
 
-from conveyor.outcome import Retry
-from conveyor.queue import Queue
+from conveyor.messaging.queue import Queue
+from conveyor.messaging.retry import Retry
 from conveyor.store import inspection, operations
-from conveyor.store.backend import Backend
+from conveyor.store.client.client import Backend
 
 FAST = Retry(attempts=3, backoff="10ms", jitter=False)
 

@@ -11,7 +11,7 @@ import pytest
 from buffering import bare
 from conveyor.sql import Outbox
 from conveyor.sql.delivery import Delivery
-from conveyor.sql.link import Answer, Driver, blocking
+from conveyor.sql.drivers import Answer, Driver, blocking
 from database import Database
 
 

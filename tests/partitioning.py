@@ -6,10 +6,10 @@ import asyncio
 from collections.abc import Coroutine, Iterable
 from typing import Any
 
-from conveyor.outcome import Retry
-from conveyor.partitioned import PartitionedQueue
+from conveyor.messaging.partitioned_queue import PartitionedQueue
+from conveyor.messaging.retry import Retry
 from conveyor.store import inspection
-from conveyor.store.backend import Backend
+from conveyor.store.client.client import Backend
 
 FAST = Retry(attempts=3, backoff="10ms", jitter=False)
 

@@ -11,17 +11,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from conveyor import acl, doctor
-from conveyor.admin import Admin
-from conveyor.app import Conveyor
-from conveyor.context import Context, current
+from conveyor.admin import acl, doctor
+from conveyor.admin.admin import Admin
 from conveyor.errors import JobNotFound
-from conveyor.ident import new_identity
-from conveyor.outcome import Retry
-from conveyor.repartition import repartition
+from conveyor.ids import new_identity
+from conveyor.jobs.app import Conveyor
+from conveyor.jobs.context import Context, current
+from conveyor.messaging.partitions import repartition
+from conveyor.messaging.retry import Retry
 from conveyor.store import inspection, operations
-from conveyor.worker.board import About, Identity
-from conveyor.worker.guardian import Estate, Guardian
+from conveyor.worker.shared_memory import About, Identity
+from conveyor.worker.supervision.lease_guard import Estate, Guardian
 from hand import Hand, eventually
 from server import Server
 from working import working
@@ -201,7 +201,7 @@ def operate(app: Conveyor) -> None:
     for number in (2, 1):
         repartition(app.backend, "spread", number)
     jobs = app.keys("default").jobs
-    app.backend.execute("HSCAN", jobs, 0, key=jobs)  # as `conveyor.leftover.sweep` reads them
+    app.backend.execute("HSCAN", jobs, 0, key=jobs)  # as `conveyor.admin.blob_sweep.sweep` reads them
 
 
 async def work(app: Conveyor) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from conveyor import outbox
-from conveyor.store import inspection, operations, partitioning, rawlist
+from conveyor.jobs import spawn_outbox
+from conveyor.store import inspection, operations, partitions, plain_list
 from conveyor.store.keys import QueueKeys
 from conveyor.store.operations import Lane, Report, Settlement
 from conveyor.store.script import Call
@@ -40,7 +40,9 @@ def furnish(scene: Scene) -> None:
     scene.client.rpush(scene.keys.intake, "1", "2")
     scene.client.rpush("q", "3", "4")
     scene.client.zadd(scene.keys.due, {"s3": 1})
-    scene.client.rpush(scene.keys.outbox, outbox.write("other", entry("o1")), outbox.write("other", entry("o2")))
+    scene.client.rpush(
+        scene.keys.outbox, spawn_outbox.write("other", entry("o1")), spawn_outbox.write("other", entry("o2"))
+    )
     scene.client.hset(scene.keys.conf, "outbox", "5 1")
     problems = scene.audit()
     assert problems == [], problems
@@ -76,7 +78,7 @@ CALLS: dict[str, tuple[Callable[[QueueKeys], Call[Any]], set[str]]] = {
         lambda k: operations.push_plain(k, Lane("N"), ["n1", REST, "n2", REST], max_length=100),
         {"lane:N", "jobs", "conf", "dead", "ready:0"},
     ),
-    "rawpush": (lambda k: rawlist.push(k, Lane("N"), [b"1", b"2"]), {"lane:N", "foreign"}),
+    "rawpush": (lambda k: plain_list.push(k, Lane("N"), [b"1", b"2"]), {"lane:N", "foreign"}),
     "withdraw": (_withdraw, {"lane:N"}),
     "turn": (
         _turn,
@@ -109,11 +111,11 @@ CALLS: dict[str, tuple[Callable[[QueueKeys], Call[Any]], set[str]]] = {
     ),
     "purge-due": (lambda k: operations.purge(k, "due", 10), {"jobs", "state", "due", "waiters"}),
     "purge-dead": (lambda k: operations.purge(k, "dead", 10), {"jobs", "state", "dead", "waiters"}),
-    "outbox_take": (lambda k: outbox.take(k, instead=5, least=9), {"outbox", "conf"}),
-    "outbox_trim": (lambda k: outbox.trim(k, 5), {"outbox", "conf"}),
-    "claim": (lambda k: partitioning.claim(k, 3, whole=False), {"conf"}),
-    "switch": (lambda k: partitioning.switch(k, "begin", "change", 3), {"conf", "jobs", "workers"}),
-    "partitions": (partitioning.count, {"conf"}),
+    "outbox_take": (lambda k: spawn_outbox.take(k, instead=5, least=9), {"outbox", "conf"}),
+    "outbox_trim": (lambda k: spawn_outbox.trim(k, 5), {"outbox", "conf"}),
+    "claim": (lambda k: partitions.claim(k, 3, whole=False), {"conf"}),
+    "switch": (lambda k: partitions.switch(k, "begin", "change", 3), {"conf", "jobs", "workers"}),
+    "partitions": (partitions.count, {"conf"}),
     "configure": (lambda k: operations.configure(k, "paused", "1"), {"conf"}),
     "intake": (lambda k: operations.intake(k, 3, "stem"), {"jobs", "ready:0", "intake", "foreign"}),
     "ring": (lambda k: operations.ring(k.wake), set()),

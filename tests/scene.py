@@ -9,9 +9,9 @@ from typing import Any, TypeVar
 import pytest
 import redis as redis_py
 
-from conveyor.model import write_rest
+from conveyor.payload.records import write_rest
 from conveyor.store import inspection, operations
-from conveyor.store.backend import Backend
+from conveyor.store.client.client import Backend
 from conveyor.store.keys import QueueKeys
 from conveyor.store.operations import Entry, Lane, Report, Settlement, Turn
 from conveyor.store.script import Call

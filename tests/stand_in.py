@@ -1,5 +1,5 @@
 """
-A child with a worker small enough to be seen through: everything of `conveyor.worker.child` around it is the real thing.
+A child with a worker small enough to be seen through: everything of `conveyor.worker.supervision.child_main` around it is the real thing.
 
 As a program it is both: with JSON as its only argument a supervisor, otherwise the child which that starts. A message's
 task says what happens: `hold` (until told to stop), `sleep`, `block` (the loop stands still), `clutch` (so does
@@ -16,17 +16,17 @@ import os
 import sys
 import time
 
-from conveyor.ident import new_identity
-from conveyor.model import read_envelope, to_json
+from conveyor.ids import new_identity
+from conveyor.payload.records import read_envelope, to_json
 from conveyor.store import operations
-from conveyor.store.backend import Backend
+from conveyor.store.client.client import Backend
 from conveyor.store.keys import QueueKeys
 from conveyor.store.operations import Report, Settlement
-from conveyor.worker import child
-from conveyor.worker.board import About, Slot, Spec
-from conveyor.worker.log import configure_log
-from conveyor.worker.seating import named
-from conveyor.worker.supervisor import Supervisor
+from conveyor.worker.crash_attribution import named
+from conveyor.worker.logs import configure_log
+from conveyor.worker.shared_memory import About, Slot, Spec
+from conveyor.worker.supervision import child_main
+from conveyor.worker.supervision.supervisor import Supervisor
 
 URL, LEASE_MS = os.environ.get("STAND_IN_URL", ""), int(os.environ.get("STAND_IN_LEASE_MS", "1000"))
 WANT = int(os.environ.get("STAND_IN_WANT", "20"))
@@ -104,7 +104,7 @@ class StandIn:
             await asyncio.sleep(float(body))
         elif task == "recycle":
             self.slot.finish()
-            asyncio.get_running_loop().call_later(0.05, child._end, child.RECYCLE)
+            asyncio.get_running_loop().call_later(0.05, child_main._end, child_main.RECYCLE)
         elif task == "exit":
             os._exit(int(body))
         elif task == "hold":
@@ -159,4 +159,4 @@ def supervise(options: dict[str, object]) -> int:
 if __name__ == "__main__":
     if len(sys.argv) == 2:
         sys.exit(supervise(json.loads(sys.argv[1])))
-    child.main(start)
+    child_main.main(start)

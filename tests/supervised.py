@@ -11,10 +11,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from conveyor.ident import new_ids
-from conveyor.model import write_rest
+from conveyor.ids import new_ids
+from conveyor.payload.records import write_rest
 from conveyor.store import inspection, operations
-from conveyor.store.backend import Backend
+from conveyor.store.client.client import Backend
 from conveyor.store.inspection import Member
 from conveyor.store.keys import QueueKeys
 from conveyor.store.operations import Entry

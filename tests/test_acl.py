@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from conveyor import acl
+from conveyor.admin import acl
 from conveyor.errors import ConfigurationError
 from privilege import LIST, NAMESPACE, SERVER, Member, furnish, look, operate, produce, shop, work
 from server import Server

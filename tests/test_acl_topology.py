@@ -7,7 +7,7 @@ import hashlib
 from collections.abc import Iterable
 from pathlib import Path
 
-from conveyor import acl
+from conveyor.admin import acl
 from privilege import LIST, NAMESPACE, PASSWORD, shop, work
 from topology import ClusterOfNodes, Node, Watched
 

@@ -9,9 +9,9 @@ from contextlib import aclosing
 import pytest
 
 from conveyor.errors import LeaseLost
-from conveyor.queue import Queue
+from conveyor.messaging.queue import Queue
 from conveyor.store import inspection
-from conveyor.store.backend import Backend
+from conveyor.store.client.client import Backend
 from messaging import FAST
 
 

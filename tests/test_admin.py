@@ -9,9 +9,9 @@ from datetime import UTC, datetime, timedelta
 import pytest
 from redis import Redis
 
-from conveyor.admin import Admin
+from conveyor.admin.admin import Admin
 from conveyor.errors import ConfigurationError, JobNotFound, QueueNotFound
-from conveyor.store.backend import Backend
+from conveyor.store.client.client import Backend
 from handworker import HandWorker, dead, push
 
 pytestmark = pytest.mark.leaves_keys("jobs are pushed here to be looked at")

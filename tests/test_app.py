@@ -17,10 +17,10 @@ import redis as redis_py
 
 import conveyor
 from conveyor import provider
-from conveyor.app import Conveyor
 from conveyor.errors import ConfigurationError, PayloadError, QueueFull
-from conveyor.event import Event, JobDead, JobDone, JobEvent
-from conveyor.task import Task, TaskCall
+from conveyor.events import Event, JobDead, JobDone, JobEvent
+from conveyor.jobs.app import Conveyor
+from conveyor.jobs.task import Task, TaskCall
 from hand import Hand, arguments, eventually
 
 SOURCE = str(Path(__file__).parent.parent / "src")
@@ -378,7 +378,7 @@ def test_importing_loads_next_to_nothing() -> None:
         [sys.executable, "-c", script], env={"PYTHONPATH": SOURCE}, capture_output=True, text=True, check=True
     )
 
-    assert done.stdout.splitlines() == ["[]", "False conveyor.app"]
+    assert done.stdout.splitlines() == ["[]", "False conveyor.jobs.app"]
 
 
 def test_public_names_are_there() -> None:

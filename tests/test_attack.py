@@ -16,17 +16,16 @@ from typing import Any
 import pytest
 from redis import RedisError
 
-from conveyor.admin import Admin
-from conveyor.app import Conveyor
+from conveyor.admin.admin import Admin
 from conveyor.errors import ConfigurationError, ConveyorError, PayloadError
-from conveyor.ident import clean, new_id
-from conveyor.model import Failure, to_json
-from conveyor.sealing import FileStore
-from conveyor.sealing.choice import choose
-from conveyor.sealing.record import open_failure
-from conveyor.sealing.sealing import Sealing
-from conveyor.store.topology import locate
-from conveyor.worker.log import Tame
+from conveyor.ids import clean, new_id
+from conveyor.jobs.app import Conveyor
+from conveyor.payload import FileStore
+from conveyor.payload.pipeline import Sealing, choose
+from conveyor.payload.records import Failure, to_json
+from conveyor.payload.sealed_records import open_failure
+from conveyor.store.transport.topology import locate
+from conveyor.worker.logs import Tame
 from dump import exact
 from shell import Shell
 from working import drain, working

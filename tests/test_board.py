@@ -15,8 +15,8 @@ import pytest
 
 from conveyor.errors import ConfigurationError
 from conveyor.store.keys import QueueKeys
-from conveyor.worker import board as board_module
-from conveyor.worker.board import RECORD_ROOM, SLOT_BYTES, About, Board, Slot, Spec
+from conveyor.worker import shared_memory
+from conveyor.worker.shared_memory import RECORD_ROOM, SLOT_BYTES, About, Board, Slot, Spec
 
 SPEC = Spec("shop:app", {"mail": 2.0}, 100, 8, burst=False, grace=30.0)
 
@@ -123,13 +123,13 @@ def test_record_cut_off_at_any_byte_hides_no_earlier_one(board: Board) -> None:
     whole.set_identity(keys("b"), "w2", 1000)
     assert start is not None
     assert whole._tail is not None
-    area = whole._area(whole._cells[board_module._EPOCH])
+    area = whole._area(whole._cells[shared_memory._EPOCH])
     record = bytes(whole._view[area + start : area + whole._tail])
     for junk in (b"\0", b"\xff", b"\x01"):
         for cut in range(len(record)):
             torn.prepare(SPEC)
             torn.set_identity(keys("a"), "w1", 1000)
-            at = torn._area(torn._cells[board_module._EPOCH]) + start
+            at = torn._area(torn._cells[shared_memory._EPOCH]) + start
             torn._view[at : at + len(record)] = record[:cut] + junk * (len(record) - cut)
             assert workers(torn) == ["w1"], (junk, cut)
             assert torn.spec() == SPEC
@@ -139,7 +139,7 @@ def test_job_in_the_middle_of_being_written_is_not_read(slot: Slot) -> None:
     """A half-written job name is never shown: nothing is."""
     slot.prepare(SPEC)
     slot.set_job("mail.send", "mail:1")
-    slot._cells[board_module._JOB_MARK] += 1
+    slot._cells[shared_memory._JOB_MARK] += 1
     slot._job[:4] = b"spam"
 
     assert slot.job() is None
@@ -159,13 +159,13 @@ def test_records_never_run_out_of_room(slot: Slot) -> None:
     """Identities may change for ever: when an area is full only what counts is carried over."""
     slot.prepare(SPEC)
     slot.set_about(About("unix:///s", "shop"))
-    epoch = slot._cells[board_module._EPOCH]
+    epoch = slot._cells[shared_memory._EPOCH]
     for number in range(5 * RECORD_ROOM // 100):
         slot.set_identity(keys("mail" if number % 2 else "media"), f"w{number}", 1000)
         if number % 97 == 0:
             assert slot.identities()[-1].worker == f"w{number}"
 
-    assert slot._cells[board_module._EPOCH] > epoch + 2
+    assert slot._cells[shared_memory._EPOCH] > epoch + 2
     assert [one.worker for one in slot.identities() if one.current] == [f"w{number - 1}", f"w{number}"]
     assert slot.spec() == SPEC
     assert slot.about() == About("unix:///s", "shop")
@@ -190,7 +190,7 @@ def test_too_many_queues_are_refused_and_the_board_stays_whole(slot: Slot) -> No
 _WRITER = """
 import os, sys
 from conveyor.store.keys import QueueKeys
-from conveyor.worker.board import Board
+from conveyor.worker.shared_memory import Board
 slot = Board(2, int(sys.argv[1])).slot(1)
 number = 0
 while True:

@@ -17,10 +17,10 @@ from redis.exceptions import ConnectionError as TransportError
 
 from buffering import bare, line, until
 from conveyor import Buffer
-from conveyor.app import Conveyor
 from conveyor.errors import ConfigurationError, QueueFull, StoreUnavailable
-from conveyor.store.connection import Connection
-from conveyor.store.wire import Wire, WireLost
+from conveyor.jobs.app import Conveyor
+from conveyor.store.transport.async_connection import Wire, WireLost
+from conveyor.store.transport.connection import Connection
 from forking import exit_code, in_child
 from server import Server
 
@@ -335,7 +335,7 @@ def test_a_worker_delivers_before_it_ends(
     server: Server,
 ) -> None:
     """A process that ends without its exit handlers can be told to deliver first."""
-    from conveyor.store.buffer import flush_all
+    from conveyor.store.client.buffer import flush_all
 
     server.kill()
     app = Conveyor(server.url, buffer=Buffer(linger="10s"))

@@ -15,8 +15,8 @@ import pytest
 
 from buffering import bare, line, until
 from conveyor import Buffer
-from conveyor.app import Conveyor
 from conveyor.errors import ConfigurationError, StoreUnavailable
+from conveyor.jobs.app import Conveyor
 from server import Server
 
 Start = Callable[..., Server]
@@ -31,8 +31,8 @@ def server(start_server: Start) -> Server:
 _PROGRAM = """
 import sys
 from conveyor import Buffer, Conveyor
-from conveyor.store import backlog
-backlog.MOST_JOBS = 20  # so that a delivery takes many calls
+from conveyor.store.client import spool
+spool.MOST_JOBS = 20  # so that a delivery takes many calls
 url, directory, first, count = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
 app = Conveyor(url, buffer=Buffer(directory, most=100_000))
 mail = app.queue("mail")
@@ -180,9 +180,9 @@ def test_two_processes_share_a_directory(server: Server, tmp_path: Path) -> None
 
 def test_a_long_life_does_not_grow_the_file(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A file that never empties is written anew when most of it was delivered, and reads the same afterwards."""
-    from conveyor.store import journal
+    from conveyor.store.client import spool
 
-    monkeypatch.setattr(journal, "_SLACK", 10_000)
+    monkeypatch.setattr(spool, "_SLACK", 10_000)
     server.kill()
     app = Conveyor(server.url, buffer=Buffer(tmp_path, linger=0))
     mail, other = app.queue("mail"), app.queue("other", max_length=1)

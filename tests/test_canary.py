@@ -15,9 +15,9 @@ from typing import Any
 
 import pytest
 
-from conveyor.app import Conveyor
 from conveyor.cli import COMMANDS, main
-from conveyor.outcome import Retry
+from conveyor.jobs.app import Conveyor
+from conveyor.messaging.retry import Retry
 from server import Server
 from shell import Shell
 from working import drain

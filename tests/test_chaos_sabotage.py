@@ -55,7 +55,7 @@ def test_a_patch_that_aims_at_nothing_is_refused(tmp_path: Path) -> None:
     """When the source has changed where a sabotage was aimed, it is not quietly left out."""
     patch = tmp_path / "old.patch"
     patch.write_text(
-        "Case: kill\n--- a/src/conveyor/app.py\n+++ b/src/conveyor/app.py\n@@ -1 +1 @@\n-not there\n+neither\n"
+        "Case: kill\n--- a/src/conveyor/jobs/app.py\n+++ b/src/conveyor/jobs/app.py\n@@ -1 +1 @@\n-not there\n+neither\n"
     )
 
     with pytest.raises(mutant.DoesNotApplyError, match="found 0 times"):

@@ -15,7 +15,7 @@ def test_checker_knows_the_library(check: Callable[[Path], dict[int, str]], tmp_
     """Each checker runs without the network, sees the library's types, and reports exactly the wrong line."""
     program = tmp_path / "program.py"
     program.write_text(
-        'from conveyor.duration import milliseconds\nright: int = milliseconds("5s")\nwrong: str = milliseconds("5s")\n'
+        'from conveyor.units import milliseconds\nright: int = milliseconds("5s")\nwrong: str = milliseconds("5s")\n'
     )
 
     errors = check(program)

@@ -9,13 +9,12 @@ from typing import Any
 
 import pytest
 
-from conveyor.admin import Admin
-from conveyor.app import Conveyor
-from conveyor.errors import ConfigurationError, JobFailed, PayloadError, StoreUnavailable
-from conveyor.leftover import sweep
-from conveyor.outcome import Retry
-from conveyor.sealing import FileStore
-from conveyor.sealing.blob import BlobUnavailable
+from conveyor.admin.admin import Admin
+from conveyor.admin.blob_sweep import sweep
+from conveyor.errors import BlobUnavailable, ConfigurationError, JobFailed, PayloadError, StoreUnavailable
+from conveyor.jobs.app import Conveyor
+from conveyor.messaging.retry import Retry
+from conveyor.payload import FileStore
 from working import drain, until, working
 
 KEYS = {"2026-11": "k" * 32}

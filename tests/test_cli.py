@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from conveyor.admin import Admin
-from conveyor.store.backend import Backend
+from conveyor.admin.admin import Admin
+from conveyor.store.client.client import Backend
 from handworker import HandWorker, dead, push
 from shell import Shell
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from conveyor.admin import Admin
-from conveyor.store.backend import Backend
+from conveyor.admin.admin import Admin
+from conveyor.store.client.client import Backend
 from handworker import HandWorker, wait_for_job
 from shell import Shell
 
@@ -264,7 +264,7 @@ def test_worker_settings_by_source(shell: Shell, monkeypatch: pytest.MonkeyPatch
     from click.testing import CliRunner
 
     from conveyor.cli import cli
-    from conveyor.worker import supervisor
+    from conveyor.worker.supervision import supervisor
 
     given: dict[str, object] = {}
     monkeypatch.setattr(supervisor, "run", lambda name, **options: given.update(options, name=name) or 0)

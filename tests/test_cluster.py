@@ -12,14 +12,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conveyor import Conveyor, doctor
-from conveyor.admin import Admin
+from conveyor import Conveyor
+from conveyor.admin import doctor
+from conveyor.admin.admin import Admin
 from conveyor.errors import ConfigurationError, StoreUnavailable
-from conveyor.store import fault, inspection, operations
-from conveyor.store.backend import Backend
-from conveyor.store.cluster import slot_of
+from conveyor.store import inspection, operations
+from conveyor.store.client.client import Backend
 from conveyor.store.keys import QueueKeys, known_queues
 from conveyor.store.operations import Entry, Lane, Report
+from conveyor.store.transport import replies
+from conveyor.store.transport.cluster import slot_of
 from shell import Shell
 from topology import ClusterOfNodes, free_port
 from traffic import Traffic
@@ -143,7 +145,7 @@ async def test_slot_with_jobs_moves_under_load(cluster: ClusterOfNodes, rounds: 
 @pytest.mark.row("C22")
 async def test_pushes_wait_longer_for_a_slot_that_moves(cluster: ClusterOfNodes) -> None:
     """While its slot is half-way a push is repeated beyond the patience for an outage, blocking and on a loop."""
-    assert fault.SLOT_MOVES == 30
+    assert replies.SLOT_MOVES == 30
     app = Conveyor(cluster.url)
     app.backend.patience = 3.0
     mail, key = app.queue("mail"), "{mail}"

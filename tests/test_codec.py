@@ -17,8 +17,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conveyor.codec import MAX_DEPTH, MAX_PAYLOAD, ValueCodec
 from conveyor.errors import ConfigurationError, PayloadError
+from conveyor.payload.codec import MAX_DEPTH, MAX_PAYLOAD, ValueCodec
 
 
 class Color(enum.Enum):

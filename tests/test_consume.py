@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 
 from conveyor.errors import ConfigurationError, LeaseLost
-from conveyor.message import Batch
-from conveyor.queue import Queue
+from conveyor.messaging.message import Batch
+from conveyor.messaging.queue import Queue
 from messaging import first, until
 from prompt import AT_ONCE
 

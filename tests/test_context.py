@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from conveyor.context import CURRENT, Context, current
 from conveyor.errors import ConfigurationError, JobCancelled
+from conveyor.jobs.context import CURRENT, Context, current
 
 
 def make(**changes: Any) -> Context:

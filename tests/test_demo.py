@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from conveyor.demo.account import Kill, judge, trails
-from conveyor.demo.journal import Journal, Line
-from conveyor.demo.picture import decode, draw, encode, shrink
+from conveyor.cli.demo.journal import Journal, Line
+from conveyor.cli.demo.picture import decode, draw, encode, shrink
+from conveyor.cli.demo.report import Kill, judge, trails
 from shell import Shell
 from supervised import running, until
 
@@ -203,7 +203,7 @@ def test_demo_without_workers_fails(shell: Shell, temporary: dict[str, str]) -> 
     assert demo.stdout is not None
     while "the first job was done" not in demo.stdout.readline():
         pass
-    (crew,) = [pid for pid in processes_with("conveyor.demo.crew") if parent(pid) == demo.pid]
+    (crew,) = [pid for pid in processes_with("conveyor.cli.demo.crew") if parent(pid) == demo.pid]
 
     os.kill(crew, signal.SIGKILL)
     out, _ = demo.communicate(timeout=40)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import conveyor
-from conveyor import event
+from conveyor import events
 from conveyor.cli import COMMANDS
 from conveyor.store.keys import QueueKeys
 from page import PAGES, ROOT, anchors, blocks, links, prose
@@ -117,7 +117,9 @@ def test_reference_of_keys_is_complete() -> None:
 def test_reference_of_events_is_complete() -> None:
     """docs/reference/events.md has every event by both its names."""
     text = (ROOT / "docs/reference/events.md").read_text()
-    assert not [one for one, kind in event.EVENTS.items() if f"`{one}`" not in text or f"`{kind.__name__}`" not in text]
+    assert not [
+        one for one, kind in events.EVENTS.items() if f"`{one}`" not in text or f"`{kind.__name__}`" not in text
+    ]
 
 
 def test_reference_of_settings_is_complete() -> None:

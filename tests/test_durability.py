@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 from redis.exceptions import ConnectionError as TransportError
 
-from conveyor.app import Conveyor
 from conveyor.errors import ConfigurationError, DurabilityNotReached
-from conveyor.store import confirming
-from conveyor.store.confirming import ConfirmedConnection, ConfirmedWire
-from conveyor.store.wire import WireLost
+from conveyor.jobs.app import Conveyor
+from conveyor.store.client import confirmed
+from conveyor.store.client.confirmed import ConfirmedConnection, ConfirmedWire
+from conveyor.store.transport.async_connection import WireLost
 from replicas import Pair, Switch, bare, stored
 from server import Server
 
@@ -219,9 +219,9 @@ def test_a_repeat_confirms_nothing_by_itself(app: Conveyor, monkeypatch: pytest.
         mail.push("hello")
     assert len(lost) == len(mail) == 1
 
-    touching = confirming._Errand.commands
+    touching = confirmed._Errand.commands
     monkeypatch.setattr(
-        confirming._Errand, "commands", lambda self, command: [c for c in touching(self, command) if c[0] != "PEXPIRE"]
+        confirmed._Errand, "commands", lambda self, command: [c for c in touching(self, command) if c[0] != "PEXPIRE"]
     )
     lost.clear()
     mail.push("hello")  # confirmed by a replica that is stopped

@@ -17,14 +17,15 @@ import pytest
 import redis
 
 from conveyor.errors import ConfigurationError, StoreUnavailable
-from conveyor.store import embedded, keeper
-from conveyor.store.embedded import attach, inspect, stop
+from conveyor.store.embedded import keeper
+from conveyor.store.embedded import server as embedded
+from conveyor.store.embedded.server import attach, inspect, stop
 from forking import in_child
 
 SOURCE = Path(embedded.__file__).parents[2]
 USER = """
 import json, sys, pathlib
-from conveyor.store.embedded import attach
+from conveyor.store.embedded.server import attach
 held = attach(pathlib.Path(sys.argv[1]))
 print(json.dumps([held.url, held.pid, held.started]), flush=True)
 sys.stdin.read()

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from conveyor.app import Conveyor
 from conveyor.errors import DurabilityNotReached, StoreUnavailable
+from conveyor.jobs.app import Conveyor
 from conveyor.store import inspection, operations
 from conveyor.store.operations import Unregistered
 from hand import Hand

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from conveyor import failure
-from conveyor.model import State, read_failure, to_json
+from conveyor.payload import failures
+from conveyor.payload.records import State, read_failure, to_json
 
 
 class Hostile(Exception):
@@ -31,19 +31,19 @@ def raised(error: BaseException) -> BaseException:
 
 def test_says_what_and_where():
     """A record names the class with its module, the message, and the line that raised."""
-    record = failure.describe(raised(ValueError("no such user")), 3, 1234, "w1")
+    record = failures.describe(raised(ValueError("no such user")), 3, 1234, "w1")
     assert (record.type, record.message, record.attempt, record.at, record.worker) == (
         "ValueError", "no such user", 3, 1234, "w1",
     )  # fmt: skip
     assert "raise error" in record.traceback
     assert record.traceback.endswith("ValueError: no such user\n")
-    assert failure.type_name(Hostile()) == f"{__name__}.Hostile"
+    assert failures.type_name(Hostile()) == f"{__name__}.Hostile"
 
 
 @pytest.mark.parametrize("error", [Hostile(), Liar(), raised(Hostile())])
 def test_hostile_exceptions_are_recorded(error):
     """Whatever __str__ and __repr__ do, a record comes out and can be stored."""
-    record = failure.describe(error, 1, 0, "")
+    record = failures.describe(error, 1, 0, "")
     assert "no message" in record.message
     assert read_failure(to_json(record)) == record
 
@@ -53,14 +53,14 @@ def test_hostile_notes_and_causes_are_recorded():
     error = ValueError("outer")
     error.__cause__ = Hostile()
     error.__notes__ = [Hostile()]
-    record = failure.describe(raised(error), 1, 0, "")
+    record = failures.describe(raised(error), 1, 0, "")
     assert record.message == "outer"
     assert record.traceback
 
 
 def test_long_texts_lose_their_middle():
     """Message and traceback stay within 2 and 8 KiB of UTF-8 and keep both ends."""
-    record = failure.describe(raised(ValueError("begin " + "ä€𝄞" * 1_000_000 + " end")), 1, 0, "")
+    record = failures.describe(raised(ValueError("begin " + "ä€𝄞" * 1_000_000 + " end")), 1, 0, "")
     assert len(record.message.encode()) <= 2048
     assert len(record.traceback.encode()) <= 8192
     assert record.message.startswith("begin ")
@@ -78,14 +78,14 @@ def test_deep_recursion_is_recorded():
     try:
         dig()
     except RecursionError as error:
-        record = failure.describe(error, 1, 0, "")
+        record = failures.describe(error, 1, 0, "")
     assert record.type == "RecursionError"
     assert 0 < len(record.traceback.encode()) <= 8192
 
 
 def test_what_is_not_unicode_can_be_stored():
     """Lone surrogates and line breaks in a message survive the stored state."""
-    record = failure.describe(ValueError("a\ud800\nb\x00"), 1, 0, "")
+    record = failures.describe(ValueError("a\ud800\nb\x00"), 1, 0, "")
     state = State.decode(State(1, 1, 0, [to_json(record)]).encode())
     assert state.failures_list() == [record]
     assert record.message == "a\\ud800\nb\x00"

@@ -16,8 +16,8 @@ from typing import Any
 
 import pytest
 
-from conveyor.app import Conveyor
 from conveyor.errors import ConveyorError, StoreUnavailable
+from conveyor.jobs.app import Conveyor
 from conveyor.store import operations
 from forking import exit_codes, in_child
 from server import Server

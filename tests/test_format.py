@@ -11,11 +11,11 @@ import msgspec
 import pytest
 import pytest_asyncio
 
-from conveyor.admin import Admin
-from conveyor.app import Conveyor
+from conveyor.admin.admin import Admin
 from conveyor.errors import ConfigurationError, JobFailed, PayloadError
-from conveyor.format import Format
-from conveyor.sealing import FileStore
+from conveyor.jobs.app import Conveyor
+from conveyor.payload import FileStore
+from conveyor.payload.formats import Format
 from forms import Opaque, OpaqueFormat, Packed, Point, declare
 from shell import Shell
 from working import drain

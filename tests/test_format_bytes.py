@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
-from conveyor.app import Conveyor
 from conveyor.errors import PayloadError
-from conveyor.format import MSGPACK, FormatCodec, Formats, codec_for
-from conveyor.signature import Signature
-from conveyor.worker.handler import Handler
+from conveyor.jobs.app import Conveyor
+from conveyor.payload.formats import MSGPACK, FormatCodec, Formats, codec_for
+from conveyor.payload.signature import Signature
+from conveyor.worker.attempt import Handler
 from conveyor.worker.worker import Worker
 from forms import Packed, Point, declare
 from working import drain

@@ -12,17 +12,16 @@ from typing import Any
 
 import pytest
 
-from conveyor.app import Conveyor
-from conveyor.codec import ValueCodec
 from conveyor.errors import PayloadError
-from conveyor.ident import new_ids
-from conveyor.model import State, read_outcome, read_whatever, write_rest
-from conveyor.sealing import FileStore
-from conveyor.sealing.choice import choose
-from conveyor.sealing.envelope import describe
-from conveyor.sealing.record import Viewer, open_failure, pack_failure
-from conveyor.sealing.sealing import PLAIN, Sealing
-from conveyor.signature import Signature
+from conveyor.ids import new_ids
+from conveyor.jobs.app import Conveyor
+from conveyor.payload import FileStore
+from conveyor.payload.codec import ValueCodec
+from conveyor.payload.pipeline import PLAIN, Sealing, choose
+from conveyor.payload.records import State, read_outcome, read_whatever, write_rest
+from conveyor.payload.sealed_records import Viewer, open_failure, pack_failure
+from conveyor.payload.signature import Signature
+from conveyor.payload.wrapped import describe
 from working import audit, counts, drain, working
 
 PLACE = {"queue": "q", "task": "shop.add", "id": "an id"}
@@ -191,7 +190,7 @@ async def test_random_bodies_are_set_aside(url, redis, rounds, keys):
 def test_sealed_errors_survive_damage(tmp_path):
     """An error whose seal does not match is shown as such, without its texts."""
     way = sealing(tmp_path, keys=KEYS, encrypt=True)
-    from conveyor.model import Failure
+    from conveyor.payload.records import Failure
 
     failure = Failure(1, 2, "ValueError", "secret words", "Traceback: secret")
     packed = pack_failure(way, failure, "q", "an id")

@@ -14,8 +14,8 @@ import pytest
 from conveyor import ConfigurationError
 from conveyor.cli import cli, main
 from conveyor.cli.exit import Exit
-from conveyor.duration import milliseconds
-from conveyor.store.topology import locate
+from conveyor.store.transport.topology import locate
+from conveyor.units import milliseconds
 
 Rounds = Callable[[int, int], int]
 URLS = [

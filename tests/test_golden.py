@@ -12,10 +12,11 @@ from typing import Any
 
 import pytest
 
-from conveyor.codec import ValueCodec, encode_json
 from conveyor.errors import PayloadError
-from conveyor.format import MSGPACK, FormatCodec, Formats, codec_for
-from conveyor.model import (
+from conveyor.payload.codec import ValueCodec, encode_json
+from conveyor.payload.formats import MSGPACK, FormatCodec, Formats, codec_for
+from conveyor.payload.pipeline import PLAIN, Sealing, choose
+from conveyor.payload.records import (
     Extra,
     Failure,
     Outcome,
@@ -26,11 +27,9 @@ from conveyor.model import (
     to_json,
     write_rest,
 )
-from conveyor.sealing.choice import choose
-from conveyor.sealing.envelope import BARE, COMPRESSED, ELSEWHERE, GCM, HMAC, describe, read
-from conveyor.sealing.record import open_failure, open_result, pack_failure, pack_result
-from conveyor.sealing.sealing import PLAIN, Sealing
-from conveyor.signature import Signature
+from conveyor.payload.sealed_records import open_failure, open_result, pack_failure, pack_result
+from conveyor.payload.signature import Signature
+from conveyor.payload.wrapped import BARE, COMPRESSED, ELSEWHERE, GCM, HMAC, describe, read
 
 HOME = Path(__file__).parent / "golden"
 RELEASES = sorted(path.name for path in HOME.iterdir() if path.is_dir())

@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 import pytest
 
-from conveyor import doctor
-from conveyor.store.backend import Backend
-from conveyor.store.durability import Durability
+from conveyor.admin import doctor
+from conveyor.store.client.client import Backend
+from conveyor.store.client.durability import Durability
 from replicas import Pair
 from server import Server
 

@@ -8,9 +8,9 @@ from typing import Any
 import redis as redis_py
 
 from conveyor.store import operations
-from conveyor.store.backend import Backend
-from conveyor.worker.board import About, Board, Spec
-from conveyor.worker.guardian import Guardian
+from conveyor.store.client.client import Backend
+from conveyor.worker.shared_memory import About, Board, Spec
+from conveyor.worker.supervision.lease_guard import Guardian
 from supervised import KEYS, until
 
 

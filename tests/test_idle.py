@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from conveyor.app import Conveyor
+from conveyor.jobs.app import Conveyor
 from prompt import AT_ONCE
 from working import drain, until, working
 

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import redis as redis_py
 
-from conveyor.app import Conveyor
 from conveyor.errors import ConfigurationError, JobCancelled, JobFailed, JobNotFound, PayloadError, ResultExpired
-from conveyor.model import Failure
+from conveyor.jobs.app import Conveyor
+from conveyor.payload.records import Failure
 from hand import Hand, eventually
 
 

@@ -8,13 +8,13 @@ import pytest
 from redis.exceptions import ConnectionError as TransportError
 
 from conveyor.errors import QueueFull
-from conveyor.plain import PlainList
-from conveyor.queue import Queue
+from conveyor.messaging.plain_list import PlainList
+from conveyor.messaging.queue import Queue
 from conveyor.store import operations
-from conveyor.store.backend import Backend
-from conveyor.store.connection import Connection
-from conveyor.store.rawlist import RAWPUSH
-from conveyor.store.wire import Wire, WireLost
+from conveyor.store.client.client import Backend
+from conveyor.store.plain_list import RAWPUSH
+from conveyor.store.transport.async_connection import Wire, WireLost
+from conveyor.store.transport.connection import Connection
 
 PUSHES = {script.sha for script in (operations.PUSH, operations.PUSH_PLAIN, RAWPUSH)}
 

@@ -8,75 +8,18 @@ from imports import Tree, find_cycles, find_imports, read_tree
 
 ROOT = Path(__file__).parent.parent / "src" / "conveyor"
 
-# A module, or a package and all in it, stands in one layer. Lower layers know nothing of higher ones.
+# A row a package: a module imports only from its own row and from those above it.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    (
-        "errors",
-        "model",
-        "duration",
-        "codec",
-        "signature",
-        "outcome",
-        "parameter",
-        "cron",
-        "event",
-        "failure",
-        "format",
-        "ident",
-        "provider",
-    ),  # values: no I/O
-    ("sealing",),  # payloads between JSON and Redis; knows files, not Redis
+    ("errors", "events"),
+    ("ids", "units"),
+    ("payload",),  # values <-> bytes: no Redis, no event loop
     ("store",),  # all that knows Redis
-    (  # messaging
-        "aconsumer",
-        "aspread",
-        "consumer",
-        "flow",
-        "group",
-        "holder",
-        "lessee",
-        "message",
-        "mover",
-        "opening",
-        "partition",
-        "partitioned",
-        "plain",
-        "posting",
-        "pulse",
-        "pulses",
-        "pusher",
-        "queue",
-        "repartition",
-        "rota",
-        "scatter",
-        "spread",
-        "sweep",
-        "verdict",
-        "wrapping",
-    ),
-    (  # jobs
-        "app",
-        "bulk",
-        "declaration",
-        "context",
-        "hook",
-        "job",
-        "limit",
-        "middleware",
-        "outbox",
-        "outgoing",
-        "registration",
-        "result",
-        "schedule",
-        "sending",
-        "sql",
-        "task",
-        "workflow",
-    ),
-    ("worker",),
-    ("acl", "admin", "doctor", "guarantee", "leftover", "logical", "release", "view", "telemetry", "testing"),
-    ("cli", "demo", "web", "contrib", "__main__"),
+    ("messaging",),  # queues of messages: knows no task
+    ("jobs",),  # tasks and the app
+    ("worker", "sql", "admin"),  # each stands alone on the jobs
+    ("cli", "dashboard", "contrib", "testing", "__main__"),  # faces
 )
+ALONE = {"worker", "sql", "admin"}  # of one row, and none imports from another
 FACADE = len(LAYERS) - 1.5  # the public names: gathered from everything below, for programs and for the top layer
 
 
@@ -100,6 +43,13 @@ def violations(tree: Tree) -> list[str]:
         source, target = layer_of(item.source), layer_of(item.target)
         if source is not None and target is not None and target > source:
             found.append(f"{item.source}, line {item.line}: imports {item.target}, which is in a higher layer.")
+        heads = (
+            {item.source.split(".")[1:2][0], item.target.split(".")[1:2][0]}
+            if layer_of(item.source) == layer_of(item.target) and source != FACADE
+            else set()
+        )
+        if len(heads) == 2 and heads <= ALONE:
+            found.append(f"{item.source}, line {item.line}: imports {item.target}, of a package beside its own.")
     found += [f"These import each other: {', '.join(group)}." for group in find_cycles(imports)]
     return found
 
@@ -115,38 +65,47 @@ def test_layers_are_kept() -> None:
 def test_import_from_a_higher_layer_is_found() -> None:
     """An upward import is found at the top, in a function, under TYPE_CHECKING, and in a relative form."""
     tree = {
-        "conveyor": "from conveyor.app import Conveyor",
+        "conveyor": "from conveyor.jobs.app import Conveyor",
         "conveyor.errors": "",
-        "conveyor.app": "import conveyor.errors",
+        "conveyor.jobs.app": "import conveyor.errors",
         "conveyor.store": "",
-        "conveyor.store.keys": "from ..app import Conveyor",
-        "conveyor.codec": "def f():\n    from conveyor import app",
-        "conveyor.queue": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import conveyor.app",
-        "conveyor.task": "from conveyor import Conveyor",
+        "conveyor.store.keys": "from ..jobs.app import Conveyor",
+        "conveyor.payload.codec": "def f():\n    from conveyor.jobs import app",
+        "conveyor.messaging.queue": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import conveyor.jobs.app",
+        "conveyor.jobs.task": "from conveyor import Conveyor",
     }
 
     assert violations(tree) == [
-        "conveyor.store.keys, line 1: imports conveyor.app, which is in a higher layer.",
-        "conveyor.codec, line 2: imports conveyor.app, which is in a higher layer.",
-        "conveyor.queue, line 3: imports conveyor.app, which is in a higher layer.",
-        "conveyor.task, line 1: imports conveyor, which is in a higher layer.",
+        "conveyor.store.keys, line 1: imports conveyor.jobs.app, which is in a higher layer.",
+        "conveyor.payload.codec, line 2: imports conveyor.jobs.app, which is in a higher layer.",
+        "conveyor.messaging.queue, line 3: imports conveyor.jobs.app, which is in a higher layer.",
+        "conveyor.jobs.task, line 1: imports conveyor, which is in a higher layer.",
+    ]
+
+
+def test_import_from_a_neighbour_is_found() -> None:
+    """The worker, the SQL outbox and the admin know nothing of each other."""
+    tree = {"conveyor.admin.admin": "", "conveyor.worker.worker": "def f():\n    from conveyor.admin import admin"}
+
+    assert violations(tree) == [
+        "conveyor.worker.worker, line 2: imports conveyor.admin.admin, of a package beside its own."
     ]
 
 
 def test_cycle_within_a_layer_is_found() -> None:
     """Modules of one layer that import each other are found, over any number of steps."""
     tree = {
-        "conveyor.task": "from conveyor.result import Job",
-        "conveyor.result": "def f():\n    from . import app",
-        "conveyor.app": "from conveyor.task import Task\nfrom conveyor.context import Context",
-        "conveyor.context": "",
+        "conveyor.jobs.task": "from conveyor.jobs.result import Job",
+        "conveyor.jobs.result": "def f():\n    from . import app",
+        "conveyor.jobs.app": "from conveyor.jobs.task import Task\nfrom conveyor.jobs.context import Context",
+        "conveyor.jobs.context": "",
     }
 
-    assert violations(tree) == ["These import each other: conveyor.app, conveyor.result, conveyor.task."]
+    assert violations(tree) == ["These import each other: conveyor.jobs.app, conveyor.jobs.result, conveyor.jobs.task."]
 
 
 def test_module_without_a_layer_is_found() -> None:
-    """A new module has to be given a layer."""
+    """A new package or top-level module has to be given a layer."""
     assert violations({"conveyor.novel": ""}) == [
         "conveyor.novel is in no layer: add it to LAYERS in tests/test_layers.py."
     ]

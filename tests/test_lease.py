@@ -13,9 +13,9 @@ from contextlib import closing
 import pytest
 
 from conveyor.errors import LeaseLost, StoreUnavailable
-from conveyor.message import Batch
-from conveyor.queue import Queue
-from conveyor.store.backend import Backend
+from conveyor.messaging.message import Batch
+from conveyor.messaging.queue import Queue
+from conveyor.store.client.client import Backend
 from messaging import FAST, crash, first, until
 from prompt import AT_ONCE
 
@@ -129,7 +129,7 @@ def _swallow(messages):
 
 def _process(url, code):
     prelude = (
-        "from conveyor.queue import Queue; from conveyor.store.backend import Backend\n"
+        "from conveyor.messaging.queue import Queue; from conveyor.store.client.client import Backend\n"
         f"q = Queue(Backend({url!r}), 'mail', lease_ms=400)\n"
     )
     return subprocess.Popen([sys.executable, "-c", prelude + code], stdout=subprocess.PIPE, env=os.environ)

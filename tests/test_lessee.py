@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from conveyor.lessee import Lessee, Suspects
-from conveyor.model import State
-from conveyor.outcome import Retry
+from conveyor.messaging.leases import Lessee, Suspects
+from conveyor.messaging.retry import Retry
+from conveyor.messaging.settlement import Verdict
+from conveyor.payload.records import State
 from conveyor.store.keys import QueueKeys
 from conveyor.store.operations import Settlement, Turn, Unregistered
-from conveyor.verdict import Verdict
 
 KEYS = QueueKeys("conveyor", "mail")
 

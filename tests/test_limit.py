@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from conveyor.errors import ConfigurationError
-from conveyor.limit import Concurrency, Debounce, Rate, Unique
+from conveyor.messaging.limits import Concurrency, Debounce, Rate, Unique
 
 
 def test_values_keep_what_they_were_given() -> None:

@@ -9,12 +9,12 @@ from contextlib import aclosing, closing
 import pytest
 from redis.exceptions import ConnectionError as TransportError
 
-from conveyor.plain import PlainList
-from conveyor.queue import Queue
+from conveyor.messaging.plain_list import PlainList
+from conveyor.messaging.queue import Queue
 from conveyor.store import inspection
-from conveyor.store.backend import Backend
-from conveyor.store.connection import Connection
-from conveyor.store.wire import Wire, WireLost
+from conveyor.store.client.client import Backend
+from conveyor.store.transport.async_connection import Wire, WireLost
+from conveyor.store.transport.connection import Connection
 
 
 class Fault:

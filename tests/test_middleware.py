@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 import redis as redis_py
 
-from conveyor.app import Conveyor
-from conveyor.context import Context
 from conveyor.errors import ConfigurationError, PayloadError
-from conveyor.middleware import CallNext, Middleware, run_through
-from conveyor.outgoing import Outgoing
-from conveyor.task import Task
+from conveyor.jobs.app import Conveyor
+from conveyor.jobs.context import Context
+from conveyor.jobs.hooks import CallNext, Middleware, run_through
+from conveyor.jobs.job_options import Outgoing
+from conveyor.jobs.task import Task
 from hand import Hand, arguments
 
 

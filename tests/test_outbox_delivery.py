@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 import redis as redis_py
 
-from conveyor import Conveyor, current, outbox
+from conveyor import Conveyor, current
 from conveyor.errors import ConfigurationError, QueueFull
+from conveyor.jobs import spawn_outbox
 from conveyor.store import inspection, operations
 from conveyor.store.operations import Settlement
-from conveyor.store.wire import Wire, WireLost
-from conveyor.worker.delivery import deliver
+from conveyor.store.transport.async_connection import Wire, WireLost
+from conveyor.worker.leasing.spawn_delivery import deliver
 from hand import Hand
 from spawning import emptied, entry, settle, take_all
 from working import drain
@@ -43,7 +44,7 @@ def test_one_refused_end_takes_its_followers_along(family: Conveyor, redis: redi
     ]
 
     assert hand.turn(0, *ends).lost == [gone]
-    assert [outbox.read(one)[0] for one in redis.lrange(hand.keys.outbox, 0, -1)] == ["two"]
+    assert [spawn_outbox.read(one)[0] for one in redis.lrange(hand.keys.outbox, 0, -1)] == ["two"]
     app.backend.run(operations.reap(hand.keys, "other"))
     hand.leave()
     assert asyncio.run(emptied(app)) == 1
@@ -195,18 +196,18 @@ def test_late_deliverer_changes_nothing(family: Conveyor, redis: redis_py.Redis)
     app = family
     keys, backend = app.keys("default"), app.backend
     settle(app, [("two", 1)])
-    old = backend.run(outbox.take(keys))
+    old = backend.run(spawn_outbox.take(keys))
     assert old is not None
     asyncio.run(emptied(app))
     settle(app, [("two", 2)])
-    now = backend.run(outbox.take(keys))
+    now = backend.run(spawn_outbox.take(keys))
     assert now is not None
-    backend.run(outbox.deliver(keys, app.keys("two"), now.number, now.parts["two"]))
+    backend.run(spawn_outbox.deliver(keys, app.keys("two"), now.number, now.parts["two"]))
 
     with pytest.raises(operations.LateReply):
-        backend.run(outbox.deliver(keys, app.keys("two"), old.number, old.parts["two"]))
-    assert backend.run(outbox.trim(keys, old.number)) == -1
-    again = backend.run(outbox.take(keys, instead=old.number, least=now.number + 99))
+        backend.run(spawn_outbox.deliver(keys, app.keys("two"), old.number, old.parts["two"]))
+    assert backend.run(spawn_outbox.trim(keys, old.number)) == -1
+    again = backend.run(spawn_outbox.take(keys, instead=old.number, least=now.number + 99))
     assert again is not None
     assert again.number == now.number
     asyncio.run(emptied(app))
@@ -221,9 +222,9 @@ def test_large_entries_travel_in_small_batches(family: Conveyor, redis: redis_py
         keys.outbox, *(b'["two","%d",0,null,null,null,null,false,false]\n' % n + b"x" * 400_000 for n in range(5))
     )
     sizes = []
-    while batch := app.backend.run(outbox.take(keys)):
+    while batch := app.backend.run(spawn_outbox.take(keys)):
         sizes.append(len(batch.parts["two"]))
-        app.backend.run(outbox.trim(keys, batch.number))
+        app.backend.run(spawn_outbox.trim(keys, batch.number))
     assert sizes == [2, 2, 1]
 
 
@@ -266,13 +267,13 @@ async def test_a_partition_that_is_gone(url: str) -> None:
     app.queue("into", partitions=2)
     app.task(name="family.follower", queue="into")(_nothing)
     keys, backend = app.keys("default"), app.backend
-    prepared = [outbox.read(app.tasks["family.follower"].s().follow()[1])[1] for _ in range(20)]
-    written = [outbox.write("into", one) for one in prepared[:10]]
+    prepared = [spawn_outbox.read(app.tasks["family.follower"].s().follow()[1])[1] for _ in range(20)]
+    written = [spawn_outbox.write("into", one) for one in prepared[:10]]
     await backend.aexecute("RPUSH", keys.outbox, *written, key=keys.outbox)
     await backend.aexecute(
-        "RPUSH", keys.outbox, *[outbox.write("into/7", one) for one in prepared[10:]], key=keys.outbox
+        "RPUSH", keys.outbox, *[spawn_outbox.write("into/7", one) for one in prepared[10:]], key=keys.outbox
     )
-    batch = await backend.arun(outbox.take(keys))
+    batch = await backend.arun(spawn_outbox.take(keys))
     assert batch is not None
     for _ in range(2):
         assert await deliver(keys, app)

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from conveyor.app import Conveyor
-from conveyor.ident import new_ids
-from conveyor.model import write_rest
+from conveyor.ids import new_ids
+from conveyor.jobs.app import Conveyor
+from conveyor.payload.records import write_rest
 from conveyor.store import inspection
 from conveyor.store.operations import Entry
 

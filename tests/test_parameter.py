@@ -13,7 +13,7 @@ import pydantic
 import pytest
 
 from conveyor.errors import PayloadError
-from conveyor.signature import Signature
+from conveyor.payload.signature import Signature
 
 
 class Color(Enum):

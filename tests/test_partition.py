@@ -9,10 +9,11 @@ from collections import Counter
 
 import pytest
 
-from conveyor import Conveyor, ident
+from conveyor import Conveyor
 from conveyor.errors import ConfigurationError, JobNotFound, QueueFull
-from conveyor.partition import likely_first, place
-from conveyor.queue import Queue
+from conveyor.ids import logical, new_id, own_id, public, queue_name, split
+from conveyor.messaging.partitions import likely_first, place
+from conveyor.messaging.queue import Queue
 from partitioning import ack_all, audits, clear, in_a_loop, lengths, place_of, spread
 from test_queue import commands
 
@@ -32,24 +33,22 @@ class TestPlacement:
         """CRC-32: programs in other languages, and later versions, must place alike."""
         found = [place(key, 8) for key in ("c7", "c8", "order-7", "ü€", "a b")]
         assert found == [4, 5, 2, 0, 3]
-        code = (
-            "from conveyor.partition import place; print([place(k, 8) for k in ('c7', 'c8', 'order-7', 'ü€', 'a b')])"
-        )
+        code = "from conveyor.messaging.partitions import place; print([place(k, 8) for k in ('c7', 'c8', 'order-7', 'ü€', 'a b')])"
         other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
         assert other.stdout.strip() == str(found)
 
     def test_names_of_places(self):
         """A public id names its partition; a queue's name cannot look like one; unusual names are left alone."""
-        id_ = ident.new_id()
-        assert ident.split(ident.public("orders/3", id_)) == ("orders/3", id_)
-        assert ident.split(f"orders/x:{id_}") == (None, f"orders/x:{id_}")
-        assert [ident.logical(name) for name in ("orders/3", "orders", "a/b", "jobs/new/1")] == [
+        id_ = new_id()
+        assert split(public("orders/3", id_)) == ("orders/3", id_)
+        assert split(f"orders/x:{id_}") == (None, f"orders/x:{id_}")
+        assert [logical(name) for name in ("orders/3", "orders", "a/b", "jobs/new/1")] == [
             "orders", "orders", "a/b", "jobs/new/1",
         ]  # fmt: skip
         with pytest.raises(ConfigurationError):
-            ident.queue_name("orders/3")
+            queue_name("orders/3")
         with pytest.raises(ConfigurationError):
-            ident.own_id(f"orders/3:{id_}")
+            own_id(f"orders/3:{id_}")
 
     def test_the_group_decides_then_the_unique_key_then_the_id(self, orders):
         """Whatever else is given, messages of a group lie together; so do those of a key, and of an id."""

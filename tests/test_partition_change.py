@@ -11,12 +11,12 @@ import time
 import pytest
 
 from conveyor import Conveyor
-from conveyor.admin import Admin
+from conveyor.admin.admin import Admin
 from conveyor.errors import ConfigurationError
-from conveyor.queue import Queue
-from conveyor.repartition import number_of
-from conveyor.store import partitioning
-from conveyor.store.backend import Backend
+from conveyor.messaging.partitions import number_of
+from conveyor.messaging.queue import Queue
+from conveyor.store import partitions as partitioning
+from conveyor.store.client.client import Backend
 from conveyor.worker.worker import Worker
 from messaging import until
 from partitioning import ack_all, audits, clear, in_a_loop, lengths, spread

@@ -7,8 +7,8 @@ import threading
 from typing import Any
 
 from conveyor import Conveyor
-from conveyor.admin import Admin
-from conveyor.pulses import by_place
+from conveyor.admin.admin import Admin
+from conveyor.messaging.consumer.pulses import by_place
 from messaging import until
 from partitioning import FAST, audits
 from topology import ClusterOfNodes

@@ -13,12 +13,12 @@ from collections import Counter
 
 import pytest
 
-from conveyor.flow import Flow
-from conveyor.lessee import Lessee, Suspects
-from conveyor.rota import Rest, Rota, Visit
+from conveyor.messaging.consumer.partition_steps import Rest, Rota, Visit
+from conveyor.messaging.consumer.steps import Flow
+from conveyor.messaging.leases import Lessee, Suspects
+from conveyor.messaging.settlement import Verdict
 from conveyor.store import operations
 from conveyor.store.keys import QueueKeys
-from conveyor.verdict import Verdict
 from messaging import until
 from partitioning import FAST, ack_all, audits, clear, in_a_loop, place_of, spread
 from prompt import AT_ONCE

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 from conveyor import Conveyor
-from conveyor.admin import Admin
-from conveyor.context import current
+from conveyor.admin.admin import Admin
 from conveyor.errors import ConfigurationError, DurabilityNotReached, QueueNotFound
-from conveyor.partition import place
+from conveyor.jobs.context import current
+from conveyor.messaging.partitions import place
 from conveyor.store import inspection
 from partitioning import ack_all, audits, lengths, place_of
 from shell import Shell

@@ -14,12 +14,12 @@ from pathlib import Path
 import pytest
 
 from conveyor.errors import ConfigurationError, ConveyorError, PayloadError
-from conveyor.message import Batch
-from conveyor.outcome import Retry
-from conveyor.plain import PlainList
-from conveyor.queue import Queue
-from conveyor.store import inspection, operations, rawlist
-from conveyor.store.backend import Backend
+from conveyor.messaging.message import Batch
+from conveyor.messaging.plain_list import PlainList
+from conveyor.messaging.queue import Queue
+from conveyor.messaging.retry import Retry
+from conveyor.store import inspection, operations, plain_list
+from conveyor.store.client.client import Backend
 from messaging import until
 from prompt import AT_ONCE
 
@@ -213,14 +213,14 @@ class TestForeignConsumers:
 
     def test_a_repeated_push_is_answered_not_done_again(self, backend, tasks, redis):
         """The same call twice, as after a lost reply, appends once."""
-        lanes = rawlist.Lanes()
+        lanes = plain_list.Lanes()
         with lanes.one() as lane:
-            call = rawlist.push(tasks.keys, lane, [b"1", b"2"])
+            call = plain_list.push(tasks.keys, lane, [b"1", b"2"])
         backend.run(call)
         backend.run(call)
         assert redis.lrange(LIST, 0, -1) == [b"1", b"2"]
         with lanes.one() as lane:
-            backend.run(rawlist.push(tasks.keys, lane, [b"3"]))
+            backend.run(plain_list.push(tasks.keys, lane, [b"3"]))
         assert redis.llen(LIST) == 3
 
     def test_a_key_that_is_no_list(self, tasks, redis):

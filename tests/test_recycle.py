@@ -12,8 +12,8 @@ import pytest
 from click.testing import CliRunner
 
 from conveyor.cli import cli
-from conveyor.worker import quota
-from conveyor.worker.quota import Quota
+from conveyor.worker import recycling
+from conveyor.worker.recycling import Quota
 from fleet import Fleet, fleet, wait
 
 MB = 1_000_000
@@ -206,11 +206,11 @@ def test_limits_are_drawn_apart_and_never_above() -> None:
 
 def test_memory_is_measured_also_without_proc(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where there is no /proc the peak stands in for what is occupied now; both are plausible for this process."""
-    now = quota.resident()
-    monkeypatch.setattr(quota, "_STATM", "/nowhere/statm")
+    now = recycling.resident()
+    monkeypatch.setattr(recycling, "_STATM", "/nowhere/statm")
 
     assert 10 * MB < now < 4000 * MB
-    assert now * 0.9 < quota.resident() < 8000 * MB
+    assert now * 0.9 < recycling.resident() < 8000 * MB
 
 
 def test_the_command_line_refuses_what_is_no_limit(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 import redis as redis_py
 
-from conveyor import result
-from conveyor.app import Conveyor
 from conveyor.errors import JobFailed, ResultExpired, StoreUnavailable
-from conveyor.model import Failure
-from conveyor.task import Task
+from conveyor.jobs import results
+from conveyor.jobs.app import Conveyor
+from conveyor.jobs.task import Task
+from conveyor.payload.records import Failure
 from forking import exit_code, in_child
 from hand import Hand, drain, eventually
 from server import Server
@@ -67,7 +67,7 @@ def test_waiter_is_woken_by_push(
     hand.done(id_, 41)
 
     assert waiting.result(10) == 41
-    assert time.monotonic() - began < result.ASK_AGAIN / 2
+    assert time.monotonic() - began < results.ASK_AGAIN / 2
     assert redis.info("commandstats")["cmdstat_evalsha"]["calls"] == 1  # the turn that finished it
     assert not redis.exists(WAITERS)
 
@@ -185,7 +185,7 @@ def test_missed_message_is_made_good(
     echo: Task[[int], int], hand: Hand, pool: ThreadPoolExecutor, redis: redis_py.Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A waiter whose message never came asks again after a while."""
-    monkeypatch.setattr(result, "ASK_AGAIN", 0.2)
+    monkeypatch.setattr(results, "ASK_AGAIN", 0.2)
     job = echo.enqueue(1)
     [id_] = hand.take()
     waiting = pool.submit(job.result, timeout=30)
@@ -215,7 +215,7 @@ def test_lost_connection_is_made_good(
     hand.done(id_, 6)
 
     assert waiting.result(10) == 6
-    assert time.monotonic() - began < result.ASK_AGAIN / 2
+    assert time.monotonic() - began < results.ASK_AGAIN / 2
 
 
 @pytest.mark.row("C1", "D11")

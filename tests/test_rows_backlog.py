@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import redis as redis_py
 
-from conveyor.app import Conveyor
-from conveyor.outcome import Retry
+from conveyor.jobs.app import Conveyor
+from conveyor.messaging.retry import Retry
 from conveyor.store import inspection
 from hand import Hand, eventually
 from working import audit, drain, until

@@ -18,7 +18,7 @@ import pytest
 from chaos.proxy import Proxy
 from conveyor import Conveyor
 from conveyor.store import operations
-from conveyor.store.lazy import lazy
+from conveyor.store.fork_safety import lazy
 from conveyor.worker.worker import Worker
 from forking import exit_code, exit_codes, in_child
 from server import Server

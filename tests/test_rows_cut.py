@@ -12,10 +12,10 @@ from redis.exceptions import ConnectionError as TransportError
 
 from conveyor import Context, Conveyor, JobFailed, Retry, current
 from conveyor.errors import StoreUnavailable
-from conveyor.ident import split
+from conveyor.ids import split
 from conveyor.store import inspection, operations
-from conveyor.store.connection import Connection
-from conveyor.store.wire import Wire, WireLost
+from conveyor.store.transport.async_connection import Wire, WireLost
+from conveyor.store.transport.connection import Connection
 from handworker import HandWorker
 from working import audit, counts, until
 

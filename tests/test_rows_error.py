@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 import pytest
 
 from conveyor import Conveyor, Retry
-from conveyor.failure import MESSAGE_BYTES, TRACEBACK_BYTES
+from conveyor.payload.failures import MESSAGE_BYTES, TRACEBACK_BYTES
 from conveyor.store import inspection
 from working import audit, counts, drain
 

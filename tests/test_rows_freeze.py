@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from conveyor import Conveyor
-from conveyor.ident import split
+from conveyor.ids import split
 from conveyor.store import inspection, operations
 from conveyor.store.operations import Report
 from fleet import Fleet, fleet, wait

@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 import redis as redis_py
 
-from conveyor import context
-from conveyor.app import Conveyor
+from conveyor.jobs import context
+from conveyor.jobs.app import Conveyor
 from conveyor.store import inspection, operations
 from hand import Hand
 from working import audit, counts, until, working

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from conveyor import Conveyor
-from conveyor.ident import split
+from conveyor.ids import split
 from conveyor.store import operations
 from conveyor.worker.worker import Worker
 from fleet import Fleet, fleet, wait

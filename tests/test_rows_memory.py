@@ -10,12 +10,12 @@ from contextlib import AsyncExitStack
 
 import pytest
 
-from conveyor import doctor
-from conveyor.app import Conveyor
+from conveyor.admin import doctor
 from conveyor.errors import ConfigurationError, QueueFull
-from conveyor.event import JobLost
-from conveyor.store import eviction
-from conveyor.store.wire import Wire
+from conveyor.events import JobLost
+from conveyor.jobs.app import Conveyor
+from conveyor.store.transport import eviction
+from conveyor.store.transport.async_connection import Wire
 from server import Server
 from working import audit, drain, until, working
 

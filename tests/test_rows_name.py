@@ -13,8 +13,8 @@ import redis as redis_py
 from redis.crc import key_slot
 
 import conveyor
-from conveyor.app import Conveyor
 from conveyor.errors import ConfigurationError
+from conveyor.jobs.app import Conveyor
 from conveyor.store import inspection
 from hand import Hand
 from server import Server

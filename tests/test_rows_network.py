@@ -14,11 +14,11 @@ import pytest
 from redis import Redis
 
 from chaos.proxy import Proxy
-from conveyor.app import Conveyor
-from conveyor.store import fault
-from conveyor.store.address import Address
-from conveyor.store.connection import Connection
-from conveyor.store.wire import Wire
+from conveyor.jobs.app import Conveyor
+from conveyor.store.transport import replies
+from conveyor.store.transport.async_connection import Wire
+from conveyor.store.transport.connection import Connection
+from conveyor.store.transport.url import Address
 from load import Load
 from server import Server
 from working import until, working
@@ -169,7 +169,7 @@ async def test_a_herd_comes_back_one_by_one(start_server: Start, rounds: Rounds)
     print(f"{herd} clients: {sum(away)} attempts in the first 2 s, by tenths {away}; back {back}")
     assert sum(away) < 15 * herd  # a blind repeat would have made some thousand each
     assert max(back) < herd / 2
-    pauses = Counter(int(10 * fault.pause(20)) for _ in range(20_000))
+    pauses = Counter(int(10 * replies.pause(20)) for _ in range(20_000))
     assert max(pauses.values()) < 1.3 * 20_000 / 20  # evenly over 2 s, once they have failed for a while
 
 

@@ -11,8 +11,8 @@ from time import monotonic
 
 import pytest
 
-from conveyor.app import Conveyor
-from conveyor.event import JobLost
+from conveyor.events import JobLost
+from conveyor.jobs.app import Conveyor
 from server import Server
 from working import audit, until, working
 

@@ -11,8 +11,8 @@ from time import monotonic
 import pytest
 from redis import Redis
 
-from conveyor.app import Conveyor
 from conveyor.errors import ConfigurationError, StoreUnavailable
+from conveyor.jobs.app import Conveyor
 from load import Load
 from replicas import Switch
 from server import Server

@@ -10,7 +10,7 @@ from time import monotonic
 
 import pytest
 
-from conveyor.app import Conveyor
+from conveyor.jobs.app import Conveyor
 from conveyor.store import inspection
 from conveyor.store.operations import Unregistered
 from hand import Hand

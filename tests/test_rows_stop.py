@@ -16,8 +16,8 @@ import pytest
 
 from conveyor import Conveyor, current
 from conveyor.store import operations
-from conveyor.store.wire import Wire
-from conveyor.worker.consumer import Consumer
+from conveyor.store.transport.async_connection import Wire
+from conveyor.worker.leasing.queue_consumer import Consumer
 from conveyor.worker.worker import Worker
 from fleet import fleet, wait
 from server import Server

@@ -10,13 +10,12 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
-from conveyor.app import Conveyor
 from conveyor.errors import ConfigurationError, PayloadError
-from conveyor.sealing.choice import choose
-from conveyor.sealing.envelope import bound, describe, read
-from conveyor.sealing.keyring import Keyring
-from conveyor.sealing.sealing import PLAIN, Sealing
-from conveyor.sealing.size import size
+from conveyor.jobs.app import Conveyor
+from conveyor.payload.pipeline import PLAIN, Sealing, choose
+from conveyor.payload.signing import Keyring
+from conveyor.payload.wrapped import bound, describe, read
+from conveyor.units import size
 
 SECRET = "a secret of more than sixteen bytes"
 PLACE = {"queue": "mail", "task": "send", "id": "an id"}
@@ -83,10 +82,10 @@ def test_places_cannot_be_shifted_into_each_other():
 
 def test_seal_is_checked_before_anything_is_read(monkeypatch):
     """A body whose seal does not match is neither decompressed nor decoded."""
-    from conveyor.sealing import sealing as module
+    from conveyor.payload import pipeline
 
     data = sealing(compress=1).wrap(b'{"a":"' + b"a" * 1000 + b'"}', **PLACE)
-    monkeypatch.setattr(module, "_inflate", lambda *_: pytest.fail("it was decompressed"))
+    monkeypatch.setattr(pipeline, "_inflate", lambda *_: pytest.fail("it was decompressed"))
     with pytest.raises(PayloadError, match="E40"):
         sealing({"k1": SECRET + "!"}).unwrap(data, **PLACE)
 

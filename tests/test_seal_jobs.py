@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import pytest_asyncio
 
-from conveyor.admin import Admin
-from conveyor.app import Conveyor
-from conveyor.context import current
+from conveyor.admin.admin import Admin
 from conveyor.errors import ConfigurationError, JobFailed, PayloadError
-from conveyor.outcome import Retry
+from conveyor.jobs.app import Conveyor
+from conveyor.jobs.context import current
+from conveyor.messaging.retry import Retry
 from working import drain
 
 FIRST, SECOND, THIRD = "first-" * 6, "second-" * 6, "third-" * 6

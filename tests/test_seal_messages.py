@@ -7,9 +7,9 @@ from contextlib import aclosing
 
 import pytest
 
-from conveyor.app import Conveyor
 from conveyor.errors import ConfigurationError, JobFailed
-from conveyor.sealing import FileStore
+from conveyor.jobs.app import Conveyor
+from conveyor.payload import FileStore
 from working import drain, until
 
 KEYS = {"2026-11": "s" * 32}

@@ -12,11 +12,11 @@ import pytest
 
 import process_jobs
 from conveyor import Conveyor, JobFailed, Retry, current
-from conveyor.ident import split
+from conveyor.ids import split
 from conveyor.store import operations
 from conveyor.store.operations import Report, Settlement
-from conveyor.worker.board import Board, Slot, Spec
-from conveyor.worker.seating import BESIDE, EXECUTING, FULL, LOOP, SEATS, Seating, Seats, named
+from conveyor.worker.crash_attribution import BESIDE, EXECUTING, FULL, LOOP, SEATS, Seating, Seats, named
+from conveyor.worker.shared_memory import Board, Slot, Spec
 from conveyor.worker.worker import Worker
 from fleet import fleet, wait
 from handworker import HandWorker

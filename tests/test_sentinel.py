@@ -11,12 +11,13 @@ from typing import Any
 
 import pytest
 
-from conveyor import Conveyor, result
+from conveyor import Conveyor
 from conveyor.errors import ConfigurationError, ConveyorError, StoreUnavailable
+from conveyor.jobs import results
 from conveyor.store import inspection
-from conveyor.store.address import redact
-from conveyor.store.backend import Backend
-from conveyor.store.place import Place
+from conveyor.store.client.client import Backend
+from conveyor.store.transport.endpoint import Place
+from conveyor.store.transport.url import redact
 from server import Server
 from topology import Node, Watched, free_port, wait_for
 from traffic import Traffic
@@ -181,12 +182,12 @@ def test_subscriber_notices_a_server_that_fell_silent(
     start_server: Callable[..., Server], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The connection for results, which only listens, is opened anew when its server says nothing to a ping either."""
-    monkeypatch.setattr(result, "PING_AFTER", 0.1)
-    monkeypatch.setattr(result, "PONG_WITHIN", 0.2)
+    monkeypatch.setattr(results, "PING_AFTER", 0.1)
+    monkeypatch.setattr(results, "PONG_WITHIN", 0.2)
     server = start_server()
     backend = Backend(server.url)
-    replies = result.Replies(backend)
-    listener = result.Listener(replies, backend)
+    replies = results.Replies(backend)
+    listener = results.Listener(replies, backend)
     try:
         assert listener.ready.wait(5)
         with server.client() as client:

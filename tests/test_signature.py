@@ -15,9 +15,9 @@ import msgspec
 import pydantic
 import pytest
 
-from conveyor.codec import MAX_PAYLOAD, ValueCodec
 from conveyor.errors import ConfigurationError, PayloadError
-from conveyor.signature import Signature
+from conveyor.payload.codec import MAX_PAYLOAD, ValueCodec
+from conveyor.payload.signature import Signature
 
 
 class Color(Enum):

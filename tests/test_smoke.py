@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 
 from conveyor import Context, Conveyor, JobFailed, Retry, current
-from conveyor.admin import Admin
-from conveyor.ident import new_id
-from conveyor.model import write_rest
+from conveyor.admin.admin import Admin
+from conveyor.ids import new_id
+from conveyor.payload.records import write_rest
 from conveyor.store.operations import Entry
 from working import audit, drain, until, working
 

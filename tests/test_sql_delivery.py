@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 
 from buffering import bare, line
-from conveyor.app import Conveyor
+from conveyor.jobs.app import Conveyor
 from conveyor.sql import Outbox
 from conveyor.sql.delivery import Delivery
-from conveyor.sql.link import Answer, Driver, blocking
+from conveyor.sql.drivers import Answer, Driver, blocking
 from database import Database, prepare, sqlite
 from hand import drain, eventually
 from mortal import Fate, attempt, fill

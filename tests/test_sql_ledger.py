@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from conveyor import PayloadError
-from conveyor.app import Conveyor
 from conveyor.errors import ConfigurationError
+from conveyor.jobs.app import Conveyor
 from conveyor.sql import Ledger
 from database import Database, sqlite
 from hand import eventually

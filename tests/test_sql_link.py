@@ -14,12 +14,11 @@ from typing import Any
 import pytest
 
 from buffering import bare, line
-from conveyor.app import Conveyor
 from conveyor.errors import ConfigurationError
+from conveyor.jobs.app import Conveyor
 from conveyor.sql import Ledger, Outbox
-from conveyor.sql.link import _read, blocking
-from conveyor.sql.statement import given, spelled
-from conveyor.sql.table import DIALECTS
+from conveyor.sql.drivers import _read, blocking, given, spelled
+from conveyor.sql.tables import DIALECTS
 from database import Database, sqlite
 from server import Server
 

@@ -11,9 +11,9 @@ import pytest
 
 from buffering import bare, line
 from conveyor import Duplicate, Middleware, Outgoing, PayloadError
-from conveyor.app import Conveyor
 from conveyor.errors import ConfigurationError
-from conveyor.model import read_envelope
+from conveyor.jobs.app import Conveyor
+from conveyor.payload.records import read_envelope
 from conveyor.sql import Outbox
 from database import Database, prepare
 from hand import Hand, arguments, eventually

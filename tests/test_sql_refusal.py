@@ -12,8 +12,8 @@ import pytest
 
 from buffering import bare, line
 from conveyor import QueueFull, StoreUnavailable
-from conveyor.app import Conveyor
 from conveyor.errors import ConveyorError, DurabilityNotReached
+from conveyor.jobs.app import Conveyor
 from conveyor.sql import Outbox
 from conveyor.store.operations import LateReply
 from database import Database, prepare

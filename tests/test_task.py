@@ -15,11 +15,11 @@ from typing import Any
 import pytest
 import redis as redis_py
 
-from conveyor.app import Conveyor
-from conveyor.context import Context, current
 from conveyor.errors import ConfigurationError, PayloadError
-from conveyor.limit import Concurrency, Debounce, Rate, Unique
-from conveyor.outcome import Retry
+from conveyor.jobs.app import Conveyor
+from conveyor.jobs.context import Context, current
+from conveyor.messaging.limits import Concurrency, Debounce, Rate, Unique
+from conveyor.messaging.retry import Retry
 from hand import Hand, arguments
 
 

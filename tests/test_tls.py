@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from conveyor.app import Conveyor
 from conveyor.errors import StoreUnavailable
+from conveyor.jobs.app import Conveyor
 from server import Server, find_binary
 from topology import Node, free_port, wait_for
 from working import working

@@ -12,7 +12,7 @@ import pytest
 
 from conveyor import Conveyor
 from conveyor.errors import ConfigurationError, ConveyorError, StoreUnavailable
-from conveyor.store.sentinel import Sentinel
+from conveyor.store.transport.sentinel import Sentinel
 from server import Server
 from topology import Watched, free_port
 

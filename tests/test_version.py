@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from conveyor.app import Conveyor
 from conveyor.errors import JobFailed
-from conveyor.ident import new_id
-from conveyor.model import Extra, write_rest
+from conveyor.ids import new_id
+from conveyor.jobs.app import Conveyor
+from conveyor.payload.records import Extra, write_rest
 from working import counts, drain
 
 KEYS = {"2026-11": "v" * 32}
@@ -149,7 +149,7 @@ def _promote(app: Conveyor, public: str) -> Any:
 
 
 def _older(id_: str, ms: int) -> str:
-    from conveyor.ident import made_at_ms
+    from conveyor.ids import made_at_ms
 
     alphabet = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ_abcdefghijklmnopqrstuvwxyz~"
     at = made_at_ms(id_)

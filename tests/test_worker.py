@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from conveyor.app import Conveyor
-from conveyor.context import Context, current
 from conveyor.errors import JobCancelled, JobFailed, Snooze
-from conveyor.event import Event
-from conveyor.outcome import Retry
+from conveyor.events import Event
+from conveyor.jobs.app import Conveyor
+from conveyor.jobs.context import Context, current
+from conveyor.messaging.retry import Retry
 from conveyor.store import inspection
 from prompt import AT_ONCE
 from working import audit, counts, drain, until, working

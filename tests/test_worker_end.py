@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from conveyor.app import Conveyor
-from conveyor.context import Context, current
 from conveyor.errors import JobCancelled, JobFailed
-from conveyor.outcome import Retry
+from conveyor.jobs.app import Conveyor
+from conveyor.jobs.context import Context, current
+from conveyor.messaging.retry import Retry
 from conveyor.store import inspection, operations
 from conveyor.worker.worker import Worker
 from prompt import AT_ONCE

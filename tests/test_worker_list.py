@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from conveyor.app import Conveyor
-from conveyor.context import Context, current
 from conveyor.errors import ConfigurationError
-from conveyor.outcome import Retry
+from conveyor.jobs.app import Conveyor
+from conveyor.jobs.context import Context, current
+from conveyor.messaging.retry import Retry
 from conveyor.worker.worker import Worker
 from working import drain, until, working
 

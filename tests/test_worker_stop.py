@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from conveyor.app import Conveyor
-from conveyor.context import Context, current
-from conveyor.worker.consumer import Consumer
-from conveyor.worker.prefetch import Prefetch
+from conveyor.jobs.app import Conveyor
+from conveyor.jobs.context import Context, current
+from conveyor.worker.leasing.prefetch import Prefetch
+from conveyor.worker.leasing.queue_consumer import Consumer
 from conveyor.worker.worker import Worker
 from working import counts, drain, until
 

@@ -12,9 +12,9 @@ import pytest
 
 from conveyor import Buffer, ConfigurationError, Conveyor, Retry, StoreUnavailable
 from conveyor.errors import ConveyorError
-from conveyor.store import fault
-from conveyor.store.backend import Backend
-from conveyor.worker import log as worker_log
+from conveyor.store.client.client import Backend
+from conveyor.store.transport import replies
+from conveyor.worker import logs
 from server import Server
 from shell import Shell
 from topology import ClusterOfNodes, Watched
@@ -84,7 +84,7 @@ def test_a_replica_takes_nothing_and_is_called_so(start_server: Start) -> None:
 )
 def test_a_refused_user_is_told_what_to_mend(reply: str, says: str, not_said: str) -> None:
     """A wrong password and a missing right are both E17, each with its own remedy."""
-    error = fault.final(reply, "redis://host:6379/0")
+    error = replies.final(reply, "redis://host:6379/0")
     assert error.code == "E17"
     with pytest.raises(ConfigurationError, match=says):
         raise error
@@ -93,13 +93,13 @@ def test_a_refused_user_is_told_what_to_mend(reply: str, says: str, not_said: st
 
 def test_patience_with_a_slot_outlasts_the_end_of_its_move() -> None:
     """Who waited for a slot on its way is not given up on when it has arrived: MOVED is the last step of the same move."""
-    patience, impatience = fault.Patience(5.0), fault.Patience(5.0)
+    patience, impatience = replies.Patience(5.0), replies.Patience(5.0)
     assert patience.pause("TRYAGAIN Multiple keys request during rehashing of slot") is not None
     for one in (patience, impatience):
         one._since -= 10
     assert patience.pause("MOVED 5718 127.0.0.1:7000") is not None
     assert impatience.pause("MOVED 5718 127.0.0.1:7000") is None
-    patience._since -= fault.SLOT_MOVES
+    patience._since -= replies.SLOT_MOVES
     assert patience.pause("MOVED 5718 127.0.0.1:7000") is None
 
 
@@ -183,14 +183,14 @@ def test_an_embedded_worker_that_could_do_nothing_is_refused(options: dict[str, 
 def test_a_worker_repeats_a_complaint_once_a_minute(caplog: pytest.LogCaptureFixture, monkeypatch: Any) -> None:
     """The same words are said once a minute, others at once."""
     now = 1000.0
-    monkeypatch.setattr(worker_log, "monotonic", lambda: now)
-    monkeypatch.setattr(worker_log, "_said", {})
+    monkeypatch.setattr(logs, "monotonic", lambda: now)
+    monkeypatch.setattr(logs, "_said", {})
     with caplog.at_level(logging.ERROR, "conveyor.worker"):
         for _ in range(5):
-            worker_log.complain("queue %s: refused", "a")
-        worker_log.complain("queue %s: refused", "b")
-        now += worker_log.AGAIN
-        worker_log.complain("queue %s: refused", "a")
+            logs.complain("queue %s: refused", "a")
+        logs.complain("queue %s: refused", "b")
+        now += logs.AGAIN
+        logs.complain("queue %s: refused", "a")
     assert [record.getMessage() for record in caplog.records] == [f"queue {name}: refused" for name in "aba"]
 
 
@@ -232,14 +232,14 @@ def test_a_worker_mentions_a_queue_no_task_goes_to(shell: Shell) -> None:
 
 def test_a_cluster_with_a_dead_node_is_examined_all_the_same(cluster: ClusterOfNodes, monkeypatch: Any) -> None:
     """The doctor reports the node that does not answer as a problem, and the others as ever; with no node at all it raises."""
-    from conveyor import doctor
+    from conveyor.admin import doctor
 
     backend, answers = Backend(cluster.url, patience=0.3), doctor._server
     gone = cluster.masters()[0].name
 
     def server(one: Backend, report: doctor.Report) -> None:
         if report.url == gone:
-            raise fault.unreachable(gone, "Connection refused")
+            raise replies.unreachable(gone, "Connection refused")
         answers(one, report)
 
     monkeypatch.setattr(doctor, "_server", server)

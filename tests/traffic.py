@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 
-from conveyor.app import Conveyor
+from conveyor.jobs.app import Conveyor
 from conveyor.store import inspection
 from conveyor.worker.worker import Worker
 from working import until, working

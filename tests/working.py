@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 from time import monotonic
 from typing import Any
 
-from conveyor.app import Conveyor
+from conveyor.jobs.app import Conveyor
 from conveyor.store import inspection
 from conveyor.worker.worker import Worker
 

@@ -1,15 +1,11 @@
 """Conveyor: messages and background jobs on Redis, nothing lost in between. These are the public names."""
 
-from functools import partial
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from conveyor import provider
-
 if TYPE_CHECKING:
-    from conveyor.app import Conveyor
-    from conveyor.context import Context, current
     from conveyor.errors import (
+        BlobUnavailable,
         ConfigurationError,
         ConveyorError,
         Duplicate,
@@ -26,19 +22,26 @@ if TYPE_CHECKING:
         StoreUnavailable,
         UnknownTask,
     )
-    from conveyor.job import Job
-    from conveyor.limit import Concurrency, Debounce, Rate, Unique
-    from conveyor.message import Message
-    from conveyor.middleware import Middleware
-    from conveyor.outcome import Retry
-    from conveyor.outgoing import Outgoing
-    from conveyor.plain import PlainList
-    from conveyor.queue import Queue
-    from conveyor.store.buffer import Buffer
-    from conveyor.task import Task
+    from conveyor.jobs.app import Conveyor
+    from conveyor.jobs.context import Context, current
+    from conveyor.jobs.hooks import CallNext, Middleware
+    from conveyor.jobs.job import Job
+    from conveyor.jobs.job_options import Outgoing
+    from conveyor.jobs.task import Task
+    from conveyor.messaging.limits import Concurrency, Debounce, Rate, Unique
+    from conveyor.messaging.message import Message
+    from conveyor.messaging.plain_list import PlainList
+    from conveyor.messaging.queue import Queue
+    from conveyor.messaging.retry import Retry
+    from conveyor.payload.blobs import BlobStore, FileStore
+    from conveyor.payload.formats import Format
+    from conveyor.store.client.buffer import Buffer
 
 __all__ = [
+    "BlobStore",
+    "BlobUnavailable",
     "Buffer",
+    "CallNext",
     "Concurrency",
     "ConfigurationError",
     "Context",
@@ -47,6 +50,8 @@ __all__ = [
     "Debounce",
     "Duplicate",
     "DurabilityNotReached",
+    "FileStore",
+    "Format",
     "Job",
     "JobCancelled",
     "JobFailed",
@@ -73,25 +78,27 @@ __all__ = [
 
 # Where each name is, apart from the errors: loaded at its first use, so that importing the package costs nothing.
 _HOME = {
-    "Buffer": "store.buffer",
-    "Concurrency": "limit",
-    "Context": "context",
-    "Conveyor": "app",
-    "Debounce": "limit",
-    "Job": "job",
-    "Message": "message",
-    "Middleware": "middleware",
-    "Outgoing": "outgoing",
-    "PlainList": "plain",
-    "Queue": "queue",
-    "Rate": "limit",
-    "Retry": "outcome",
-    "Task": "task",
-    "Unique": "limit",
-    "current": "context",
+    "BlobStore": "payload.blobs",
+    "Buffer": "store.client.buffer",
+    "CallNext": "jobs.middleware",
+    "Concurrency": "messaging.limits",
+    "Context": "jobs.context",
+    "Conveyor": "jobs.app",
+    "Debounce": "messaging.limits",
+    "FileStore": "payload.blobs",
+    "Format": "payload.formats",
+    "Job": "jobs.job",
+    "Message": "messaging.message",
+    "Middleware": "jobs.middleware",
+    "Outgoing": "jobs.job_options",
+    "PlainList": "messaging.plain_list",
+    "Queue": "messaging.queue",
+    "Rate": "messaging.limits",
+    "Retry": "messaging.retry",
+    "Task": "jobs.task",
+    "Unique": "messaging.limits",
+    "current": "jobs.context",
 }
-
-provider.embedded_worker = partial(import_module, "conveyor.worker.embedded")
 
 
 def __getattr__(name: str) -> Any:

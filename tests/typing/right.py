@@ -24,8 +24,8 @@ from conveyor import (
     Unique,
     current,
 )
-from conveyor.event import JobDead
-from conveyor.middleware import CallNext
+from conveyor.events import JobDead
+from conveyor.jobs.hooks import CallNext
 from conveyor.sql import Ledger, Outbox
 
 app = Conveyor("redis://127.0.0.1:6379/0", namespace="shop", lease="15s")

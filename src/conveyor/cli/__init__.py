@@ -23,7 +23,7 @@ class Entry(NamedTuple):
 
 
 COMMANDS: dict[str, Entry] = {
-    "demo": Entry("conveyor.cli.demo:demo", "Watch real work pass through, and a worker being killed.", "Run"),
+    "demo": Entry("conveyor.cli.demo.command:demo", "Watch real work pass through, and a worker being killed.", "Run"),
     "worker": Entry("conveyor.cli.worker:worker", "Run the jobs of an app.", "Run"),
     "relay": Entry("conveyor.cli.relay:relay", "Deliver what was enqueued in database transactions.", "Run"),
     "server": Entry("conveyor.cli.server:server", "Start, stop or look at the embedded server.", "Run"),
@@ -120,8 +120,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _complain(error: Exception, *, verbose: bool) -> None:
     """Say what went wrong, in the form of docs/errors.md: code, what happened, what to do."""
-    from conveyor.ident import clean
-    from conveyor.store.address import redact
+    from conveyor.ids import clean
+    from conveyor.store.transport.url import redact
 
     colour = None if not os.environ.get("NO_COLOR") else False
     if isinstance(error, ConveyorError):

@@ -7,7 +7,7 @@ from urllib.parse import parse_qs, urlsplit
 
 import click
 
-from conveyor import acl as least
+from conveyor.admin import acl as least
 from conveyor.cli.output import Output
 from conveyor.cli.target import Target, redis_options
 

@@ -63,7 +63,7 @@ def enqueue(
 
 
 def _result(out: Output, job: Any, seconds: float | None) -> str:
-    from conveyor.format import display
+    from conveyor.payload.formats import display
 
     try:
         return display(job.result(timeout=seconds))

@@ -11,12 +11,12 @@ import click
 from conveyor.cli.exit import Exit
 from conveyor.cli.output import Output, confirm_options, count, machine
 from conveyor.cli.target import Target, redis_options
-from conveyor.duration import span
+from conveyor.units import span
 
 if TYPE_CHECKING:
     from datetime import datetime
 
-    from conveyor.view import Acted, JobInfo
+    from conveyor.admin.views import Acted, JobInfo
 
 STATES = ("leased", "ready", "scheduled", "dead", "done")
 HEADINGS = ("id", "queue", "task", "state", "attempt", "when", "about")

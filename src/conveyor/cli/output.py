@@ -14,8 +14,8 @@ from typing import Any
 import click
 
 from conveyor.cli.exit import Exit
-from conveyor.duration import span
-from conveyor.ident import clean
+from conveyor.ids import clean
+from conveyor.units import span
 
 _UNESCAPED = re.compile(r"[\x7f-\x9f]")  # what JSON leaves as it is and a terminal may obey
 _COLOURS = {
@@ -132,7 +132,7 @@ def count(number: int, word: str) -> str:
 
 def seconds(text: str, *, name: str) -> float:
     """Return a duration as seconds: ``30``, ``5s``, ``1h30m``; raises ConfigurationError."""
-    from conveyor.duration import milliseconds
+    from conveyor.units import milliseconds
 
     return milliseconds(float(text) if text.replace(".", "", 1).isdigit() else text, name=name) / 1000
 

@@ -12,8 +12,8 @@ from conveyor.cli.output import Output, count, seconds
 from conveyor.cli.target import Target, redis_options
 
 if TYPE_CHECKING:
-    from conveyor.format import FormatCodec
-    from conveyor.posting import Posting
+    from conveyor.messaging.push_options import Posting
+    from conveyor.payload.formats import FormatCodec
     from conveyor.store.operations import Entry
 
 _CHUNK = 1 << 16
@@ -80,22 +80,21 @@ def push(
 
 
 def _keys(backend: Any, queue: str) -> Any:
-    from conveyor.ident import queue_name
+    from conveyor.ids import queue_name
 
     return backend.keys(queue_name(queue))
 
 
 def _partitions(backend: Any, queue: str) -> Any:
     """Return the partitions of a queue as they are on record, None when it lies in one piece."""
-    from conveyor.partition import Partitions
-    from conveyor.repartition import number_of
+    from conveyor.messaging.partitions import Partitions, number_of
 
     number = number_of(backend, queue)
     return None if number == 1 else Partitions(backend, queue, number)
 
 
 def _store(backend: Any, keys: Any, partitions: Any, entries: list[Entry]) -> list[str]:
-    from conveyor.ident import public
+    from conveyor.ids import public
 
     if partitions is None:
         return [public(keys.queue, id_) for id_ in backend.push(keys, entries)]
@@ -137,8 +136,8 @@ def _batches(stream: Any) -> Iterator[list[tuple[int, bytes]]]:
 def _body(raw: bytes, where: str) -> bytes:
     import msgspec
 
-    from conveyor.codec import MAX_PAYLOAD, bounds
     from conveyor.errors import PayloadError
+    from conveyor.payload.codec import MAX_PAYLOAD, bounds
 
     body = raw.strip()
     if excess := bounds(body, MAX_PAYLOAD):
@@ -170,8 +169,7 @@ def _headers(given: tuple[str, ...]) -> dict[str, str]:
 
 def _choice(app: Any, queue: str, **options: Any) -> Posting:
     """Return what every message of this call is pushed with, sealed as the app seals."""
-    from conveyor.posting import posting
-    from conveyor.wrapping import wrapped
+    from conveyor.messaging.push_options import posting, wrapped
 
     declared = None if app is None else app.queues.get(queue)
     version = 1 if declared is None else declared.version
@@ -185,7 +183,7 @@ def _codec(app: Any, queue: str) -> FormatCodec[Any] | None:
 
 
 def _entry(body: bytes, choice: Posting, codec: FormatCodec[Any] | None) -> Entry:
-    from conveyor.ident import new_id
+    from conveyor.ids import new_id
 
     if codec is not None:
         body = codec.encode(codec.decode(body))

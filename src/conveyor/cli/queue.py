@@ -13,7 +13,7 @@ from conveyor.cli.target import Target, redis_options
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from conveyor.view import QueueInfo
+    from conveyor.admin.views import QueueInfo
 
 _HEADINGS = ("queue", "ready", "scheduled", "leased", "dead", "workers", "oldest", "state")
 

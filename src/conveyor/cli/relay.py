@@ -13,7 +13,7 @@ from conveyor.cli.exit import Exit
 from conveyor.cli.output import Output
 from conveyor.cli.target import verbose_option
 from conveyor.errors import ConveyorError
-from conveyor.sql.table import DIALECTS
+from conveyor.sql.tables import DIALECTS
 
 if TYPE_CHECKING:
     from conveyor.sql import Outbox
@@ -49,7 +49,7 @@ def relay(ctx: click.Context, reference: str, once: bool, ddl: str | None) -> in
 
 
 def _run(out: Output, outbox: Outbox, *, verbose: bool) -> None:
-    from conveyor.worker.log import configure_log
+    from conveyor.worker.logs import configure_log
 
     configure_log(verbose=verbose)
     try:

@@ -30,7 +30,7 @@ def server() -> None:
 @json_option
 def start(out: Output, directory: Path | None) -> int:
     """Keep the embedded server running until ctrl-C, and print its URL."""
-    from conveyor.store import embedded
+    from conveyor.store.embedded import server as embedded
 
     ended = threading.Event()
 
@@ -63,7 +63,7 @@ def start(out: Output, directory: Path | None) -> int:
 @json_option
 def stop(out: Output, directory: Path | None) -> None:
     """Stop the embedded server, even while others use it; its data stays on disk."""
-    from conveyor.store import embedded
+    from conveyor.store.embedded import server as embedded
 
     stopped = embedded.stop(directory)
     if out.as_json:
@@ -78,7 +78,7 @@ def stop(out: Output, directory: Path | None) -> None:
 @json_option
 def status(out: Output, directory: Path | None) -> int:
     """Say whether the embedded server runs, and where. Exits 5 when it does not."""
-    from conveyor.store import embedded
+    from conveyor.store.embedded import server as embedded
 
     found = embedded.inspect(directory)
     running = found is not None and found.running

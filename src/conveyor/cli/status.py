@@ -11,13 +11,13 @@ from conveyor.cli.exit import Exit
 from conveyor.cli.output import MARKS, Output, count
 from conveyor.cli.queue import queue_table
 from conveyor.cli.target import Target, redis_options
-from conveyor.ident import clean, logical
+from conveyor.ids import clean, logical
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from conveyor.doctor import Finding
-    from conveyor.view import WorkerInfo
+    from conveyor.admin.doctor import Finding
+    from conveyor.admin.views import WorkerInfo
 
 _MOST_WORKERS = 10
 

@@ -15,8 +15,8 @@ from conveyor.cli.output import Output
 from conveyor.errors import ConfigurationError
 
 if TYPE_CHECKING:
-    from conveyor.admin import Admin
-    from conveyor.store.backend import Backend
+    from conveyor.admin.admin import Admin
+    from conveyor.store.client.client import Backend
 
 PATIENCE = 1.0
 """Seconds a command repeats a call before it says that the server is away."""
@@ -64,7 +64,7 @@ class Target:
 
     def backend(self) -> Backend:
         """Return the backend: of the flags, else of the app, else of the environment, else the embedded server."""
-        from conveyor.store.backend import Backend
+        from conveyor.store.client.client import Backend
 
         url, namespace = self.url, self._namespace()
         if (url is None or namespace is None) and reference(self.app_name, self.settings) is not None:
@@ -87,7 +87,7 @@ class Target:
 
     def admin(self) -> Admin:
         """Return the admin interface of the backend."""
-        from conveyor.admin import Admin
+        from conveyor.admin.admin import Admin
 
         backend = self.backend()
         if self._app is None:

@@ -12,7 +12,7 @@ from conveyor.cli.output import Output
 from conveyor.cli.output import seconds as duration
 from conveyor.cli.target import Target, verbose_option
 from conveyor.errors import ConfigurationError, StoreUnavailable
-from conveyor.sealing.size import size
+from conveyor.units import size
 
 _WEIGHED = re.compile(r"(?P<name>.+):(?P<weight>\d+(\.\d+)?)")
 
@@ -70,7 +70,7 @@ def worker(
     _mention(out, app, chosen)
     seconds = duration(grace, name="--grace")
     _check(out, app, list(chosen), allow_eviction=allow_eviction)
-    from conveyor.worker import supervisor
+    from conveyor.worker.supervision import supervisor
 
     verbose = bool(ctx.obj and ctx.obj["verbose"])
     return int(
@@ -87,7 +87,7 @@ def _bytes(given: str | None) -> int | None:
 
 def _queues(given: tuple[str, ...]) -> dict[str, float]:
     """Return queue → weight; a last part that is a number is a weight, since names may hold colons."""
-    from conveyor.ident import queue_name
+    from conveyor.ids import queue_name
 
     found: dict[str, float] = {}
     for text in (part.strip() for one in given for part in one.split(",")):
@@ -122,9 +122,9 @@ def _served(app: Any, name: str) -> dict[str, float]:
 
 def _check(out: Output, app: Any, queues: list[str], *, allow_eviction: bool) -> None:
     """Refuse a server that deletes jobs, and queues with other partitions. One that is away is waited for, not an error."""
-    from conveyor import doctor
-    from conveyor.partition import agree
-    from conveyor.store import eviction
+    from conveyor.admin import doctor
+    from conveyor.messaging.partitions import agree
+    from conveyor.store.transport import eviction
 
     try:
         policy, evicted = doctor.eviction_policy(app.backend)

@@ -18,22 +18,23 @@ from typing import TYPE_CHECKING, Protocol
 
 import msgspec
 
-from conveyor import ident, outbox
+from conveyor import ids
 from conveyor.errors import ConveyorError, QueueFull, StoreUnavailable
-from conveyor.ident import new_identity
+from conveyor.ids import new_identity
+from conveyor.jobs import spawn_outbox
 from conveyor.sql.transaction import explained
 from conveyor.store import operations
-from conveyor.store.backlog import MOST_BYTES, MOST_JOBS, Record
-from conveyor.store.buffer import DAY
+from conveyor.store.client.buffer import DAY
+from conveyor.store.client.spool import MOST_BYTES, MOST_JOBS, Record
 from conveyor.store.keys import known_queues
 from conveyor.store.operations import Entry, Lane, LateReply
 
 if TYPE_CHECKING:
-    from conveyor.partition import Partitions
-    from conveyor.queue import Queue
-    from conveyor.sql.link import Link
-    from conveyor.sql.table import Table
-    from conveyor.store.backend import Backend
+    from conveyor.messaging.partitions import Partitions
+    from conveyor.messaging.queue import Queue
+    from conveyor.sql.drivers import Link
+    from conveyor.sql.tables import Table
+    from conveyor.store.client.client import Backend
     from conveyor.store.keys import QueueKeys
 
     class Home(Protocol):
@@ -176,7 +177,7 @@ class Delivery:
         part, now = Part(batch, queue, [], []), time.time()
         for _, _, seq, created_ms, data in rows:
             try:
-                _, entry = outbox.read(bytes(data))
+                _, entry = spawn_outbox.read(bytes(data))
             except (msgspec.DecodeError, ValueError) as error:
                 self._set_aside(link, part, seq, error)
                 continue
@@ -224,7 +225,7 @@ class Delivery:
         return self._delete(link, part)
 
     def _push(self, part: Part, patience: float) -> None:
-        home, queue = self._home, ident.logical(part.queue)
+        home, queue = self._home, ids.logical(part.queue)
         backend, keys = home.backend, home.keys(part.queue)
         if part.queue not in self._known:
             known = known_queues(backend.namespace)
@@ -263,9 +264,9 @@ class Delivery:
         home = self._home
         if queue in home.plain_lists:
             return queue
-        partitions = home.partitioned.get(ident.logical(queue))
+        partitions = home.partitioned.get(ids.logical(queue))
         if partitions is None:
-            return ident.logical(queue)
+            return ids.logical(queue)
         if any(keys.queue == queue for keys in partitions.keys):
             return queue
         return partitions.keys[partitions.pick(unique=entry.unique, id=entry.id)].queue

@@ -8,10 +8,9 @@ from functools import partial
 from time import time
 from typing import Any, ParamSpec, TypeVar, get_type_hints
 
-from conveyor.codec import ValueCodec
-from conveyor.duration import Duration, milliseconds
 from conveyor.errors import ConfigurationError
-from conveyor.sql.link import (
+from conveyor.payload.codec import ValueCodec
+from conveyor.sql.drivers import (
     Answer,
     AsyncAlchemy,
     AsyncDriver,
@@ -22,9 +21,9 @@ from conveyor.sql.link import (
     link,
     refuse_alone,
 )
-from conveyor.sql.owner import Owner
-from conveyor.sql.table import LEDGER, Table
+from conveyor.sql.tables import LEDGER, Owner, Table
 from conveyor.sql.transaction import explained
+from conveyor.units import Duration, milliseconds
 
 P = ParamSpec("P")
 R = TypeVar("R")

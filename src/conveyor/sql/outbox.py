@@ -9,20 +9,19 @@ from functools import partial
 from time import time
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from conveyor.duration import Duration
 from conveyor.errors import ConfigurationError
-from conveyor.job import refuse_in_loop
-from conveyor.outgoing import positive_ms
+from conveyor.jobs.job import refuse_in_loop
+from conveyor.jobs.job_options import positive_ms
 from conveyor.sql.delivery import Delivery
-from conveyor.sql.link import blocking, refuse_alone
-from conveyor.sql.owner import Owner
+from conveyor.sql.drivers import blocking, refuse_alone
 from conveyor.sql.relay import Relay
-from conveyor.sql.table import OUTBOX, Table
+from conveyor.sql.tables import OUTBOX, Owner, Table
 from conveyor.sql.transaction import Transaction, explained, find
+from conveyor.units import Duration
 
 if TYPE_CHECKING:
-    from conveyor.app import Conveyor
-    from conveyor.sql.link import Link
+    from conveyor.jobs.app import Conveyor
+    from conveyor.sql.drivers import Link
 
 COUNT = "SELECT COUNT(*), MIN(created_ms) FROM {table} WHERE namespace = ? AND batch <> '!'"
 COUNT_ASIDE = "SELECT COUNT(*) FROM {table} WHERE namespace = ? AND batch = '!'"

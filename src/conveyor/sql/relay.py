@@ -11,14 +11,14 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
-from conveyor.store import fault
+from conveyor.store.transport import replies
 
 if TYPE_CHECKING:
     from types import TracebackType
 
     from conveyor.errors import ConveyorError
     from conveyor.sql.delivery import Delivery, Passed
-    from conveyor.sql.link import Link
+    from conveyor.sql.drivers import Link
 
 COURTESY = 1.0
 """Seconds that a batch of another relay is left to it before it counts as dead."""
@@ -87,7 +87,7 @@ class Relay:
                     if time.monotonic() - said >= _SAY_AGAIN:
                         said = time.monotonic()
                         _log.warning("the outbox cannot be read, trying again: %s: %s", type(error).__name__, error)
-                    self._woken.wait(fault.pause(failures + 3, cap=CAP))
+                    self._woken.wait(replies.pause(failures + 3, cap=CAP))
                     self._woken.clear()
         finally:
             self._running.discard(self)
@@ -109,7 +109,7 @@ class Relay:
         now = time.monotonic()
         rest = self._rests.setdefault(queue, _Rest())
         rest.attempts = 1 if count else rest.attempts + 1  # a full queue that is being drained is asked again soon
-        rest.until = now + fault.pause(rest.attempts, cap=CAP)
+        rest.until = now + replies.pause(rest.attempts, cap=CAP)
         if now - self._said.get(queue, -_SAY_AGAIN) >= _SAY_AGAIN:
             self._said[queue], rest.said = now, True
             _log.warning("rows of the outbox for queue '%s' wait, trying again: %s", queue, error)

@@ -9,19 +9,28 @@ from contextvars import ContextVar
 from time import time
 from typing import TYPE_CHECKING, Any, Self
 
-from conveyor import outbox
 from conveyor.errors import ConfigurationError
-from conveyor.sql.link import AsyncAlchemy, AsyncDriver, AsyncLink, Link, blocking, is_missing, link, refuse_alone
-from conveyor.sql.statement import insertions
-from conveyor.sql.table import Table
-from conveyor.store.backend import refuse_in_loop
-from conveyor.store.confirmed import plain_entries
+from conveyor.jobs import spawn_outbox
+from conveyor.sql.drivers import (
+    AsyncAlchemy,
+    AsyncDriver,
+    AsyncLink,
+    Link,
+    blocking,
+    insertions,
+    is_missing,
+    link,
+    refuse_alone,
+)
+from conveyor.sql.tables import Table
+from conveyor.store.client.client import refuse_in_loop
+from conveyor.store.client.confirmed import plain_entries
 
 if TYPE_CHECKING:
     from types import TracebackType
 
-    from conveyor.store.backend import Backend
-    from conveyor.store.durability import Wish
+    from conveyor.store.client.client import Backend
+    from conveyor.store.client.durability import Wish
     from conveyor.store.keys import QueueKeys
     from conveyor.store.operations import Entry
     from conveyor.store.script import Argument
@@ -161,7 +170,9 @@ class Transaction:
     def _rows(self, keys: QueueKeys, entries: Sequence[Entry]) -> list[tuple[str, list[object]]]:
         now = int(time() * 1000)
         place = (self._backend.namespace, keys.queue, now)
-        return list(insertions(self._table.fill(INSERT), [(*place, outbox.write(keys.queue, one)) for one in entries]))
+        return list(
+            insertions(self._table.fill(INSERT), [(*place, spawn_outbox.write(keys.queue, one)) for one in entries])
+        )
 
 
 @contextmanager

@@ -8,8 +8,8 @@ from typing import Any
 
 import msgspec
 
-from conveyor.ident import made_at_ms
-from conveyor.model import Envelope, State, Status, read_envelope, read_whatever
+from conveyor.ids import made_at_ms
+from conveyor.payload.records import Envelope, State, Status, read_envelope, read_whatever
 from conveyor.store.keys import QueueKeys
 from conveyor.store.script import Call, Script
 

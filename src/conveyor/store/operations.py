@@ -11,11 +11,11 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from conveyor import ident
 from conveyor.errors import ConfigurationError, QueueFull
-from conveyor.model import to_json, write_rest
+from conveyor.ids import may_come
+from conveyor.payload.records import to_json, write_rest
 from conveyor.store.keys import QueueKeys
-from conveyor.store.partitioning import WrongPartitions
+from conveyor.store.partitions import WrongPartitions
 from conveyor.store.script import Argument, Call, Command, Script
 
 PUSH_PLAIN = Script("push_plain", bare=True)
@@ -376,7 +376,7 @@ def await_outcome(keys: QueueKeys, id: str, channel: str) -> Call[tuple[str, byt
     return Call(
         AWAIT,
         names,
-        (id, channel, "1" if ident.may_come(id) else ""),
+        (id, channel, "1" if may_come(id) else ""),
         lambda reply: (reply[0].decode(), reply[1] if len(reply) > 1 else b""),
     )
 

@@ -8,7 +8,7 @@ from hashlib import sha1
 from importlib.resources import files
 from typing import Any, Generic, TypeVar
 
-from conveyor.store.lazy import lazy
+from conveyor.store.fork_safety import lazy
 
 T = TypeVar("T")
 S = TypeVar("S")

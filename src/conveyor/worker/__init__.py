@@ -1,1 +1,1 @@
-"""The worker: a supervisor, its children, and what runs inside them."""
+"""Runs jobs: a supervisor, its child processes, and what runs inside them. asyncio only."""

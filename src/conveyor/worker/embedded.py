@@ -8,16 +8,16 @@ from collections.abc import Mapping
 from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING, Self
 
-from conveyor.duration import Duration, milliseconds
 from conveyor.errors import ConfigurationError, ConveyorError, StoreUnavailable
-from conveyor.store import eviction
-from conveyor.worker.heartbeat import Heartbeat, Lease
+from conveyor.store.transport import eviction
+from conveyor.units import Duration, milliseconds
+from conveyor.worker.leasing.heartbeat import Heartbeat, Lease
 from conveyor.worker.worker import Worker
 
 if TYPE_CHECKING:
     from types import TracebackType
 
-    from conveyor.app import Conveyor
+    from conveyor.jobs.app import Conveyor
 
 log = logging.getLogger("conveyor.worker")
 

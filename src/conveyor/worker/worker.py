@@ -11,30 +11,30 @@ from contextlib import AsyncExitStack, suppress
 from time import monotonic, time
 from typing import TYPE_CHECKING, Any
 
-from conveyor import failure, ident
+from conveyor import ids
 from conveyor.errors import QueueFull, StoreUnavailable
-from conveyor.event import WorkerStarted, WorkerStopped
-from conveyor.middleware import run_through, runs
-from conveyor.store import eviction, operations
+from conveyor.events import WorkerStarted, WorkerStopped
+from conveyor.jobs.hooks import run_through, runs
+from conveyor.payload import failures
+from conveyor.store import operations
 from conveyor.store.operations import MOST_HELD, Report
-from conveyor.worker import settling
-from conveyor.worker.attempt import Attempt, details
-from conveyor.worker.berth import Harbour
-from conveyor.worker.burst import Burst
-from conveyor.worker.consumer import Consumer
-from conveyor.worker.ending import Ending, running, unstarted
-from conveyor.worker.executor import Executor
-from conveyor.worker.handler import Handler
-from conveyor.worker.prefetch import Prefetch
-from conveyor.worker.process import ProcessCrashed, Processes
-from conveyor.worker.quota import Quota
-from conveyor.worker.roll import served, weighted
-from conveyor.worker.unusual import Unusual
-from conveyor.worker.watchdog import Watchdog
+from conveyor.store.transport import eviction
+from conveyor.worker import settlement
+from conveyor.worker.attempt import Attempt, Handler, details
+from conveyor.worker.execution.executor import Executor
+from conveyor.worker.execution.processes import ProcessCrashed, Processes
+from conveyor.worker.job_loader import Unusual
+from conveyor.worker.leasing.heartbeat import Watchdog
+from conveyor.worker.leasing.membership import served, weighted
+from conveyor.worker.leasing.prefetch import Prefetch
+from conveyor.worker.leasing.queue_consumer import Consumer
+from conveyor.worker.leasing.wakeup import Harbour
+from conveyor.worker.recycling import Quota
+from conveyor.worker.shutdown import Burst, Ending, running, unstarted
 
 if TYPE_CHECKING:
-    from conveyor.app import Conveyor
-    from conveyor.worker.board import Slot
+    from conveyor.jobs.app import Conveyor
+    from conveyor.worker.shared_memory import Slot
 
 log = logging.getLogger("conveyor.worker")
 BATCH = MOST_HELD // 2
@@ -65,7 +65,7 @@ class Worker:
         self.retiring = False
         self.state: Mapping[str, Any] = {}
         self.consumers: list[Consumer] = []
-        self.settling = settling.Settling(app, self.name)
+        self.settling = settlement.Settling(app, self.name)
         self._seats = None if slot is None else slot.seats()
         self.unusual = Unusual(app, self.settling, self.name, self._seats)
         self.last_renewal = self.last_tick = monotonic()
@@ -306,7 +306,7 @@ class Worker:
         if consumer.holds(attempt):
             self._settle(attempt, value, error)
         elif error is not None and attempt.handler.early:
-            failure.tell(
+            failures.tell(
                 log, logging.ERROR, "✗ %s failed after its early ack: %s", attempt.label, details(error), error=error
             )
         consumer.ended(attempt)
@@ -335,7 +335,7 @@ class Worker:
         elif isinstance(error, ProcessCrashed) and why is None:
             self.settling.crashed(report, attempt, now, error)
         else:
-            final = settling.error_of(attempt, error)
+            final = settlement.error_of(attempt, error)
             if final is None:
                 self.settling.done(report, attempt, value, now)
             else:
@@ -391,4 +391,4 @@ class Worker:
 
     def _on_the_loop(self) -> tuple[str, str] | None:
         attempt = self.executor.slots.current
-        return (attempt.handler.name, ident.clean(attempt.public_id)) if attempt is not None else None
+        return (attempt.handler.name, ids.clean(attempt.public_id)) if attempt is not None else None

@@ -1,0 +1,168 @@
+"""What a person sees of queues, jobs and workers: plain typed values, made from what is stored."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any, Literal
+
+from conveyor.ids import made_at_ms, public
+from conveyor.payload.pipeline import MAX_LARGE
+from conveyor.payload.records import Failure, Status
+from conveyor.payload.sealed_records import Viewer
+from conveyor.payload.versions import sealed_name
+from conveyor.store.inspection import Finished, Row
+
+STATES: tuple[Status, ...] = ("leased", "ready", "scheduled", "dead", "done")
+"""The states that can be listed; `done` are the recently finished, about a thousand a queue."""
+
+LIVE: tuple[Status, ...] = ("leased", "ready", "scheduled", "dead")
+
+
+@dataclass(frozen=True, slots=True)
+class QueueInfo:
+    """
+    What a queue holds; `oldest_age` in seconds since the oldest ready job could have started.
+
+    Of one with partitions these are sums, and `workers` is what the partition with the most of them has.
+    """
+
+    name: str
+    ready: int
+    scheduled: int
+    waiting: int
+    leased: int
+    dead: int
+    workers: int
+    oldest_age: float | None
+    paused: bool
+    max_length: int | None
+    partitions: int = 1
+
+    @property
+    def stranded(self) -> bool:
+        """True when jobs could start and no worker takes them."""
+        return self.ready > 0 and self.workers == 0 and not self.paused
+
+
+@dataclass(frozen=True, slots=True)
+class ErrorInfo:
+    """What one attempt ended with."""
+
+    attempt: int
+    at: datetime
+    type: str
+    message: str
+    traceback: str
+    worker: str
+
+
+@dataclass(frozen=True, slots=True)
+class JobInfo:
+    """
+    One job or message as it stands; `id` is the public one.
+
+    `attempt` counts starts, `failures` those that used the budget. `due` is when a scheduled job starts, `ended` when a
+    finished or dead one ended. `payload` and `result` are JSON text, None where nothing is
+    kept. An empty `task` is a message.
+    """
+
+    id: str
+    queue: str
+    status: Status
+    task: str | None = None
+    attempt: int = 0
+    failures: int = 0
+    crashes: int = 0
+    priority: int = 0
+    enqueued: datetime | None = None
+    due: datetime | None = None
+    expires: datetime | None = None
+    ended: datetime | None = None
+    ran_ms: int | None = None
+    unique: str | None = None
+    headers: dict[str, str] = field(default_factory=dict)
+    payload: str | None = None
+    errors: list[ErrorInfo] = field(default_factory=list)
+    worker: str | None = None
+    result: str | None = None
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerInfo:
+    """One worker of one queue: who it is, how many jobs it holds, when its lease ends unless it renews it."""
+
+    id: str
+    queue: str
+    host: str
+    pid: int | None
+    held: int
+    lease_ends: datetime
+    about: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Acted:
+    """What became of one id: `refused` and `not found` changed nothing, `asked` waits for the worker that runs it."""
+
+    id: str
+    outcome: Literal["retried", "cancelled", "asked", "deleted", "refused", "not found"]
+    detail: str = ""
+
+    @property
+    def done(self) -> bool:
+        """True when it was carried out."""
+        return self.outcome not in {"refused", "not found"}
+
+
+def live_job(queue: str, row: Row, viewer: Viewer, limit: int = MAX_LARGE) -> JobInfo:
+    """Return a job that has not ended, or a dead one; as *viewer* may see it, of its body at most *limit* bytes."""
+    envelope, state = row.envelope, row.state
+    name = sealed_name(envelope.task, envelope.extra.version)
+    at = int(row.extra) if row.status in {"scheduled", "dead"} and row.extra else None
+    return JobInfo(
+        id=public(queue, row.id),
+        queue=queue,
+        status=row.status,
+        task=envelope.task,
+        attempt=state.starts + (row.status == "leased"),  # the stored count is from before this start
+        failures=state.failures,
+        crashes=state.crashes,
+        priority=envelope.priority,
+        enqueued=maybe_instant(made_at_ms(row.id)),
+        due=maybe_instant(at) if row.status == "scheduled" else None,
+        expires=maybe_instant(envelope.expires_ms),
+        ended=maybe_instant(at) if row.status == "dead" else None,
+        unique=envelope.unique,
+        headers=dict(envelope.extra.headers),
+        payload=viewer.preview(envelope.body, queue, name, row.id, limit=limit, call=bool(envelope.task)),
+        errors=[error_info(viewer.failure(failure, queue, row.id)) for failure in state.failures_list()],
+        worker=row.extra if row.status == "leased" else None,
+    )
+
+
+def finished_job(queue: str, entry: Finished) -> JobInfo:
+    """Return a job as the list of the recently finished knows it."""
+    status: Any = entry.status
+    return JobInfo(
+        id=public(queue, entry.id), queue=queue, status=status, task=entry.task, ended=instant(entry.at),
+        enqueued=maybe_instant(made_at_ms(entry.id)), ran_ms=entry.ran_ms,
+    )  # fmt: skip
+
+
+def error_info(failure: Failure) -> ErrorInfo:
+    """Return a stored error."""
+    return ErrorInfo(
+        failure.attempt, instant(failure.at), failure.type, failure.message, failure.traceback, failure.worker
+    )
+
+
+def instant(ms: int) -> datetime:
+    """Return ms since the epoch as a datetime."""
+    return datetime.fromtimestamp(ms / 1000, UTC)
+
+
+def maybe_instant(ms: int | None) -> datetime | None:
+    """Return the same, or None for nothing and zero."""
+    return instant(ms) if ms else None

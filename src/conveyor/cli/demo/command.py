@@ -1,0 +1,93 @@
+"""`conveyor demo`: a server, producers and workers on this machine for a while, and proof that nothing was lost."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import sys
+from contextlib import suppress
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+import click
+
+from conveyor.cli.exit import Exit
+from conveyor.cli.output import Output
+from conveyor.cli.target import json_option, verbose_option
+
+if TYPE_CHECKING:
+    from conveyor.cli.demo.play import Play
+    from conveyor.cli.demo.report import Account
+    from conveyor.cli.demo.screen import Lines, Screen
+    from conveyor.cli.demo.stage import Stage
+
+UNATTENDED = 20.0
+"""Seconds the demo lasts when nobody is there to end it."""
+
+
+@click.command()
+@click.option(
+    "--seconds", type=click.FloatRange(0.5, 86_400), metavar="N",
+    help=f"Push work for so long, then drain.  [default: until ctrl-C; {UNATTENDED:g} when not on a terminal]",
+)  # fmt: skip
+@click.option("--url", metavar="URL", help="Use this server instead of an embedded one; the demo's keys are deleted.")
+@verbose_option
+@json_option
+def demo(out: Output, seconds: float | None, url: str | None) -> int:
+    """
+    Watch real work pass through a real queue, and a worker being killed.
+
+    Starts a server of its own in a temporary directory, two producers (one knows only RPUSH) and two worker processes,
+    kills one of them half-way with SIGKILL, drains, and looks up every job that was accepted. Exits 0 when the counts
+    add up. Nothing is left behind.
+    """
+    live = out.on_terminal and not out.as_json
+    if seconds is None and not live:
+        seconds = UNATTENDED
+    from conveyor.cli.demo.stage import Stage
+
+    stage = Stage(url)
+    try:
+        account, first_done = asyncio.run(_perform(stage, out, seconds, live=live))
+        _report(out, stage, account, first_done)
+        return Exit.OK if account.sound else Exit.FAILED
+    finally:
+        stage.close()
+
+
+async def _perform(stage: Stage, out: Output, seconds: float | None, *, live: bool) -> tuple[Account, float | None]:
+    # Imported only now: the demo's app reads where it is from what the stage has set.
+    from conveyor.cli.demo.play import Play
+    from conveyor.cli.demo.screen import Lines, Screen
+
+    logging.basicConfig(filename=stage.log, format="%(asctime)s %(levelname)-7s %(message)s", datefmt="%H:%M:%S")
+    screen: Screen | Lines
+    screen = Screen(sys.stdout, seconds) if live else Lines(sys.stderr if out.as_json else sys.stdout, seconds)
+    play = Play(stage, seconds=seconds, show=screen.show)
+    _obey(play)
+    try:
+        return await play.run(), play.view.first_done
+    finally:
+        with suppress(OSError):
+            screen.close()
+
+
+def _obey(play: Play) -> None:
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        loop.add_signal_handler(number, play.stop)
+
+
+def _report(out: Output, stage: Stage, account: Account, first_done: float | None) -> None:
+    if out.as_json:
+        out.document("demo", sound=account.sound, server=stage.server, first_done_seconds=first_done, **asdict(account))
+        return
+    from conveyor.cli.demo.report import summary
+
+    for line in summary(account):
+        out.line(line)
+    if not account.sound:
+        from conveyor.cli.demo.play import log_tail
+
+        out.say(f"The end of the workers' log:\n{log_tail(stage.log)}")

@@ -1,0 +1,165 @@
+"""The producers of the demo: jobs, messages and a plain list, at a steady pace. They keep what was acknowledged."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+import random
+import threading
+from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import conveyor
+from conveyor.cli.demo import task
+from conveyor.errors import StoreUnavailable
+from conveyor.jobs.job import Job
+
+MESSAGE, READING = "orders (message)", "readings (RPUSH)"
+"""How the accounts call what is no job by its id."""
+_CUSTOMERS = ("ada", "barbara", "dennis", "edsger", "grace", "ken", "margaret", "niklaus")
+_EASY, _HARD = 8_191 * 6_700_417, 999_999_937 * 999_999_929  # a small factor, and none for the next minutes
+
+
+@dataclass
+class Ledger:
+    """What Redis acknowledged: key → task. A key enters when the call has returned, and not before."""
+
+    accepted: dict[str, str] = field(default_factory=dict)
+    unanswered: int = 0
+
+    def note(self, job: Job[object]) -> None:
+        """Enter a job."""
+        self.accepted[job.id] = job.task or ""
+
+
+class Producer:
+    """Pushes until it is stopped."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        """Take where to write what was acknowledged."""
+        self._ledger = ledger
+        self._random = random.Random(7)  # noqa: S311  the same demo each time
+        self._files = _files()
+        self._stop = asyncio.Event()
+
+    async def run(self) -> None:
+        """Push until `stop`; calls under way are finished."""
+        async with asyncio.TaskGroup() as group:
+            for pause, push in (
+                (0.10, self._statistics), (0.20, self._thumbnail), (0.15, self._charge), (0.8, self._factor),
+                (0.40, self._remind), (0.20, self._order),
+            ):  # fmt: skip
+                group.create_task(self._repeat(pause, push))
+
+    def stop(self) -> None:
+        """Push no more."""
+        self._stop.set()
+
+    async def burst(self, count: int) -> None:
+        """Enqueue many pictures in one call."""
+        with _outage(self._ledger):
+            jobs = await task.app.aenqueue_many(task.thumbnail.s(number, 160) for number in range(count))
+            for job in jobs:
+                self._ledger.note(job)
+
+    async def _repeat(self, pause: float, push: Callable[[int], Awaitable[None]]) -> None:
+        for number in itertools.count(1):
+            with _outage(self._ledger):
+                await push(number)
+            try:
+                await asyncio.wait_for(self._stop.wait(), pause * self._random.uniform(0.7, 1.3))
+            except TimeoutError:
+                continue
+            return
+
+    async def _statistics(self, _: int) -> None:
+        self._ledger.note(await task.statistics.aenqueue(str(next(self._files))))
+
+    async def _thumbnail(self, number: int) -> None:
+        self._ledger.note(await task.thumbnail.aenqueue(number))
+
+    async def _charge(self, number: int) -> None:
+        self._ledger.note(await task.charge.aenqueue(number, self._random.randrange(100, 20_000)))
+
+    async def _factor(self, number: int) -> None:
+        self._ledger.note(await task.factor.aenqueue(_HARD if number % 5 == 2 else _EASY))
+
+    async def _remind(self, number: int) -> None:
+        due = datetime.now(UTC) + timedelta(seconds=1.5)
+        customer = _CUSTOMERS[number % len(_CUSTOMERS)]
+        self._ledger.note(await task.remind.options(at=due).aenqueue(customer, due))
+
+    async def _order(self, number: int) -> None:
+        order = task.Order(number, self._random.choice(_CUSTOMERS), self._random.randrange(100, 20_000))
+        self._ledger.accepted[await task.orders.apush(order)] = MESSAGE
+
+
+class Stranger(threading.Thread):
+    """Another program's producer: ``RPUSH`` of JSON by redis-py alone, on a thread of its own."""
+
+    def __init__(self, url: str, name: str, ledger: Ledger) -> None:
+        """Take the server, the list's name and where to write what was acknowledged."""
+        super().__init__(name="conveyor-demo-stranger", daemon=True)
+        self._url, self._list, self._ledger = url, name, ledger
+        self._ended = threading.Event()
+
+    def run(self) -> None:
+        """Push until `stop`."""
+        from redis import Redis, RedisError
+
+        with Redis.from_url(self._url) as client:
+            for number in itertools.count(1):
+                values = [20 + (number * step) % 7 / 10 for step in range(1, 9)]
+                try:
+                    client.rpush(self._list, json.dumps({"id": number, "values": values}))
+                    self._ledger.accepted[task.reading_key(number)] = READING
+                except RedisError:
+                    self._ledger.unanswered += 1
+                if self._ended.wait(0.25):
+                    return
+
+    def stop(self) -> None:
+        """Push no more, and wait for the last answer."""
+        self._ended.set()
+        self.join(5)
+
+
+async def consume_orders() -> None:
+    """Take orders from their queue, as a program does that has no tasks; for ever."""
+    revenue: dict[str, int] = {}
+    messages = task.orders.aconsume(prefetch=8)
+    try:
+        async for message in messages:
+            async with message as order:
+                with task.journal.run(MESSAGE, message.id, message.attempt) as run:
+                    revenue[order.customer] = revenue.get(order.customer, 0) + order.cents
+                    run.note = (
+                        f"order {order.number}: {order.customer} has spent {revenue[order.customer] / 100:,.2f} €"
+                    )
+    finally:
+        await messages.aclose()
+
+
+class _outage:  # noqa: N801  reads as a statement
+    """What Redis did not confirm is not in the ledger; the producer goes on."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        self._ledger = ledger
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> bool:
+        if isinstance(error, StoreUnavailable):
+            self._ledger.unanswered += 1
+            return True
+        return False
+
+
+def _files() -> Iterator[Path]:
+    """Yield the source files of this package, again and again."""
+    found = sorted(Path(conveyor.__file__).parent.rglob("*.py")) + sorted(Path(conveyor.__file__).parent.rglob("*.lua"))
+    return itertools.cycle(found)

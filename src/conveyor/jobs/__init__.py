@@ -1,0 +1,1 @@
+"""Tasks, the app, and what is known of a job."""

@@ -1,0 +1,171 @@
+"""What a job can know of itself, and ask for, while it runs."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from contextvars import ContextVar
+from datetime import datetime
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+from conveyor.errors import ConfigurationError, JobCancelled
+from conveyor.units import Duration, milliseconds
+
+if TYPE_CHECKING:
+    Logger = logging.LoggerAdapter[logging.Logger]
+
+_LOGGER = logging.getLogger("conveyor.job")
+J_co = TypeVar("J_co", covariant=True)
+J = TypeVar("J")
+MOST_SPAWNED = 1000
+"""Most jobs that one attempt may spawn: its end is one step in Redis."""
+
+
+class Follower(Protocol[J_co]):
+    """A call of a task as a value, such as `task.s(…)`: what a job can spawn."""
+
+    def follow(self) -> tuple[J_co, bytes]:
+        """Return the handle of the job to come, and the entry that an outbox keeps of it."""
+        ...
+
+
+class Context:
+    """
+    One attempt of one job, as `current()` returns it.
+
+    `job_id` is the public id, `attempt` counts from 1, `state` is what the lifespan yielded. `enqueued_at` and
+    `scheduled_for` are instants with a time zone, or None. In a thread, which nobody can interrupt, `cancelled`
+    becomes true when the time limit has passed or the job was cancelled: look at it, or call `check()`.
+    """
+
+    __slots__ = (
+        "_deadline_hook", "_logger", "attempt", "cancelled", "enqueued_at", "headers", "job_id",
+        "queue", "scheduled_for", "spawned", "state", "task", "timed_out",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        *,
+        job_id: str,
+        task: str,
+        queue: str,
+        attempt: int,
+        headers: Mapping[str, str],
+        state: Mapping[str, Any],
+        deadline_hook: Callable[[int], None] | None,
+        enqueued_at: datetime | None = None,
+        scheduled_for: datetime | None = None,
+    ) -> None:
+        """Take what the worker knows; *deadline_hook* moves the time limit to so many ms from now."""
+        self.job_id = job_id
+        self.task = task
+        self.queue = queue
+        self.attempt = attempt
+        self.headers = headers
+        self.state = state
+        self.enqueued_at = enqueued_at
+        self.scheduled_for = scheduled_for
+        self.cancelled = False
+        self.timed_out = False
+        self.spawned: list[bytes] | None = []
+        self._deadline_hook = deadline_hook
+        self._logger: Logger | None = None
+
+    @property
+    def logger(self) -> Logger:
+        """A logger whose records carry `job_id`, `task`, `queue` and `attempt`."""
+        if self._logger is None:
+            facts = {"job_id": self.job_id, "task": self.task, "queue": self.queue, "attempt": self.attempt}
+            self._logger = logging.LoggerAdapter(_LOGGER, facts)
+        return self._logger
+
+    def extend(self, duration: Duration) -> None:
+        """Give this attempt *duration* from now on, whatever its time limit was."""
+        ms = milliseconds(duration)
+        if self._deadline_hook is not None:
+            self._deadline_hook(ms)
+
+    def spawn(self, call: Follower[J]) -> J:
+        """
+        Have *call* (`task.s(…)`, also of `task.options(…)`) enqueued exactly once if, and only if, this attempt succeeds.
+
+        Returns the handle of the job to come, with its id. Nothing leaves before this job has ended, and nothing at
+        all from an attempt that fails, is cancelled, or has lost its lease. Raises PayloadError for arguments that
+        cannot be stored, ConfigurationError (E44) for more than 1,000 and where no end is to come.
+        """
+        if self.spawned is None:
+            raise ConfigurationError(
+                f'Job {self.job_id} spawned a job after its own end: with ack="early" it has ended before it runs, '
+                "else a thread of it goes on. Nothing was enqueued. Enqueue the job instead.",
+                code="E44",
+            )
+        if len(self.spawned) >= MOST_SPAWNED:
+            raise ConfigurationError(
+                f"Job {self.job_id} spawned {MOST_SPAWNED:,} jobs, the most that one end can take along. "
+                "Spawn a job that spawns the rest.",
+                code="E44",
+            )
+        job, entry = call.follow()
+        self.spawned.append(entry)
+        return job
+
+    def open(self) -> Context:
+        """Return itself: a context lends itself, as a worker's attempt lends the one it makes."""
+        return self
+
+    def check(self) -> None:
+        """Raise TimeoutError when the time limit has passed, JobCancelled when the job was cancelled."""
+        if self.timed_out:
+            raise TimeoutError(f"Job {self.job_id} has used up its time limit.")
+        if self.cancelled:
+            raise JobCancelled(f"Job {self.job_id} was cancelled.")
+
+    def __repr__(self) -> str:
+        return f"<Context {self.job_id} {self.task} attempt {self.attempt}>"
+
+
+class _Placeholder(Context):
+    """Stands for the context of a job to come; inside a job it speaks for that job's."""
+
+    __slots__ = ()
+
+    def __init__(self) -> None:
+        pass
+
+    def __getattr__(self, name: str) -> Any:
+        # The slots are empty, so every attribute arrives here.
+        if name.startswith("__"):
+            raise AttributeError(name)
+        found = CURRENT.get()
+        if found is None:
+            raise ConfigurationError(
+                f"context.{name}: no job is running here. A context exists only while a worker runs a job; "
+                "in a test, pass one: Context(job_id=…, …)."
+            )
+        return getattr(found.open(), name)
+
+    def __repr__(self) -> str:
+        return "current()"
+
+
+class Lender(Protocol):
+    """What holds a context, or can make it when it is asked for: most jobs never ask."""
+
+    def open(self) -> Context:
+        """Return the context."""
+        ...
+
+
+CURRENT: ContextVar[Lender | None] = ContextVar("conveyor_context", default=None)
+_PLACEHOLDER = _Placeholder()
+
+
+def current() -> Context:
+    """
+    Return the context of the job that runs here.
+
+    Outside a job it returns a placeholder: as the default value of a task's parameter it asks the worker for the
+    real one; touched outside a job it raises ConfigurationError.
+    """
+    found = CURRENT.get()
+    return _PLACEHOLDER if found is None else found.open()

@@ -1,0 +1,131 @@
+"""From a function and the options of `@app.task` to a registered task."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Coroutine
+from typing import Any, Literal, ParamSpec, Protocol, TypeVar, overload
+
+from conveyor import ids
+from conveyor.errors import ConfigurationError
+from conveyor.jobs.job_options import check_priority, positive_ms
+from conveyor.jobs.task import AsyncTask, RunIn, Sender, SyncTask, Task, TaskOptions, Upcast, default_name, is_async
+from conveyor.messaging.retry import Retry
+from conveyor.payload.formats import Choice, Formats
+from conveyor.payload.versions import check_version
+from conveyor.units import Duration, Size, milliseconds, size
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class TaskDecorator(Protocol):
+    """What `@app.task(…)` with options is."""
+
+    @overload
+    def __call__(self, function: Callable[P, Coroutine[Any, Any, R]], /) -> AsyncTask[P, R]: ...  # type: ignore[overload-overlap]
+    @overload
+    def __call__(self, function: Callable[P, R], /) -> SyncTask[P, R]: ...
+
+
+class Registry(Sender, Protocol):
+    """What a registration needs of its app."""
+
+    @property
+    def tasks(self) -> dict[str, Task[..., Any]]: ...
+    @property
+    def max_payload(self) -> int: ...
+    @property
+    def max_whole(self) -> int: ...
+    @property
+    def formats(self) -> Formats: ...
+
+
+def task_options(
+    *,
+    timeout: Duration | None,
+    retry: Retry | int | None,
+    keep_result: Duration,
+    ack: Literal["late", "early"],
+    expires: Duration | None,
+    priority: int,
+    version: int,
+    upcast: Upcast | None,
+) -> TaskOptions:
+    """Return how the jobs of a task run, checked; raises ConfigurationError."""
+    return TaskOptions(
+        timeout_ms=None if timeout is None else positive_ms(timeout, "timeout"),
+        retry=_retry(retry),
+        keep_ms=milliseconds(keep_result, name="keep_result"),
+        ack=_one_of("ack", ack, ("late", "early")),
+        expires_ms=None if expires is None else positive_ms(expires, "expires"),
+        priority=check_priority(priority),
+        version=check_version(version, upcast, "@app.task"),
+        upcast=upcast,
+    )
+
+
+def refuse_later(**options: object) -> None:
+    """Raise ConfigurationError for an option that is part of the interface and does not work yet."""
+    for option, value in options.items():
+        if value is not None:
+            raise ConfigurationError(f"@app.task({option}=…) is not available yet. Leave it out.")
+
+
+def register(
+    home: Registry,
+    function: Callable[..., Any],
+    name: str | None,
+    queue: str,
+    run_in: RunIn | None,
+    options: TaskOptions,
+    max_payload: Size | None,
+    form: Choice | None,
+) -> Task[..., Any]:
+    """Make *function* a task of *home* and return it; raises ConfigurationError."""
+    if isinstance(function, Task) or not callable(function):
+        raise ConfigurationError(
+            f"@app.task takes a function, not {function!r}. Options go by name: @app.task(queue='…')."
+        )
+    name = ids.queue_name(default_name(function) if name is None else name)
+    known = home.tasks.get(name)
+    if known is not None and not _is_redefined(known.function, function):
+        raise ConfigurationError(
+            f"Two tasks are called {name!r}: {known.function!r} and {function!r}. "
+            "Give one another name: @app.task(name='…')."
+        )
+    awaitable = is_async(function)
+    where: RunIn = _one_of("run_in", run_in or ("loop" if awaitable else "thread"), ("loop", "thread", "process"))
+    if where == "thread" and awaitable:
+        raise ConfigurationError(f"{name}: run_in='thread' needs a plain `def`; an `async def` runs on the loop.")
+    limit = None if max_payload is None else size(max_payload, "@app.task(max_payload=…)")
+    kind: type[Task[..., Any]] = AsyncTask if awaitable else SyncTask
+    task = kind(
+        home,
+        function,
+        name=name,
+        queue=queue,
+        run_in=where,
+        options=options,
+        max_payload=home.max_whole if limit is None else limit,
+        max_result=home.max_payload if limit is None else limit,
+        formats=home.formats.writing(form),
+    )
+    home.tasks[name] = task
+    return task
+
+
+def _retry(retry: Retry | int | None) -> Retry:
+    if isinstance(retry, Retry):
+        return retry
+    return Retry() if retry is None else Retry(attempts=retry)
+
+
+def _one_of(name: str, value: Any, known: tuple[str, ...]) -> Any:
+    if value not in known:
+        raise ConfigurationError(f"{name} must be one of {', '.join(map(repr, known))}, not {value!r}.")
+    return value
+
+
+def _is_redefined(known: Callable[..., Any], function: Callable[..., Any]) -> bool:
+    """Tell whether a function takes an earlier one's place: a cell of a notebook that was run again."""
+    return known is function or getattr(getattr(known, "__code__", None), "co_filename", "").startswith("<")

@@ -1,0 +1,186 @@
+"""A job on its way out: the options given for it, and the entry they become."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import TYPE_CHECKING, Any
+
+from conveyor import ids
+from conveyor.errors import ConfigurationError, PayloadError
+from conveyor.messaging.push_options import MAX_HEADERS
+from conveyor.payload.codec import show
+from conveyor.payload.records import Extra, to_json, write_rest
+from conveyor.payload.versions import sealed_name
+from conveyor.store.client.durability import Wish, wish
+from conveyor.store.operations import Entry
+from conveyor.units import Duration, instant_ms, milliseconds
+
+if TYPE_CHECKING:
+    from conveyor.payload.pipeline import Sealing
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What `.options(…)` was given, checked; None where the task's own setting holds. Times in ms."""
+
+    delay_ms: int | None = None
+    at_ms: int | None = None
+    priority: int | None = None
+    id: str | None = None
+    queue: str | None = None
+    unique: str | None = None
+    expires_ms: int | None = None
+    headers: Mapping[str, str] = field(default_factory=dict)
+    timeout_ms: int | None = None
+    keep_ms: int | None = None
+    attempts: int | None = None
+    front: bool = False
+    wish: Wish | None = None
+
+
+NOTHING = Choice()
+
+
+def choose(
+    *,
+    delay: Duration | None,
+    at: datetime | None,
+    priority: int | None,
+    id: str | None,  # noqa: A002  the contract's name
+    queue: str | None,
+    unique: str | None,
+    expires: Duration | None,
+    headers: Mapping[str, str] | None,
+    timeout: Duration | None,
+    keep_result: Duration | None,
+    retry: int | None,
+    front: bool,
+    fsync: bool | None,
+    wait_replicas: int | None,
+    wait_timeout: Duration | None,
+) -> Choice:
+    """Return the options of one call, checked; raises ConfigurationError."""
+    if delay is not None and at is not None:
+        raise ConfigurationError("options(delay=…, at=…): give one of them.")
+    if front and (delay is not None or at is not None):
+        raise ConfigurationError("options(front=True) is for a job that is ready now, without delay or at.")
+    if unique is not None and not isinstance(unique, str):
+        raise ConfigurationError(f"options(unique=…) takes the key itself, a text, not {unique!r}.")
+    return Choice(
+        delay_ms=None if delay is None else milliseconds(delay, name="delay"),
+        at_ms=None if at is None else instant_ms(at),
+        priority=None if priority is None else check_priority(priority),
+        id=None if id is None else ids.own_id(id),
+        queue=None if queue is None else ids.queue_name(queue),
+        unique=None if unique is None else ids.unique_key(unique),
+        expires_ms=None if expires is None else positive_ms(expires, "expires"),
+        headers=check_headers(headers or {}),
+        timeout_ms=None if timeout is None else positive_ms(timeout, "timeout"),
+        keep_ms=None if keep_result is None else milliseconds(keep_result, name="keep_result"),
+        attempts=None if retry is None else check_attempts(retry),
+        front=front,
+        wish=wish(fsync, wait_replicas, wait_timeout),
+    )
+
+
+@dataclass(slots=True)
+class Outgoing:
+    """
+    A job that is about to be enqueued, as a middleware's `push` sees it.
+
+    All but `task` may be changed; `headers` reach the job as `context.headers`. Times in ms; `id` is the caller's
+    own, None when one will be made.
+    """
+
+    task: str
+    queue: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    headers: dict[str, str]
+    priority: int
+    delay_ms: int | None
+    at_ms: int | None
+    expires_ms: int | None
+    unique: str | None
+    id: str | None
+    front: bool
+    timeout_ms: int | None
+    keep_ms: int | None
+    attempts: int | None
+    version: int = 1
+
+    def entry(self, body: bytes, sealing: Sealing | None = None, *, deferred: bool = False) -> Entry:
+        """
+        Return what is pushed; *body* are the encoded arguments, which *sealing* wraps.
+
+        A *deferred* job gets an id as a spawned one has: Redis may hear of it later than who waits for it.
+        """
+        extra = None
+        options = (self.timeout_ms, self.keep_ms, self.attempts)
+        if self.headers or self.version != 1 or options != (None, None, None):
+            extra = Extra(check_headers(self.headers), *options, self.version)
+        own = deferred or self.id is not None
+        if self.id is not None:
+            id_ = ids.given_id(self.id)
+        else:
+            id_ = ids.new_spawned_id() if deferred else ids.new_id()
+        if sealing is not None:
+            body = sealing.wrap(body, queue=self.queue, task=sealed_name(self.task, self.version), id=id_)
+        return Entry(
+            id_,
+            write_rest(self.task, body, extra),
+            priority=check_priority(self.priority),
+            delay_ms=self.delay_ms,
+            due_at_ms=self.at_ms,
+            expires_ms=self.expires_ms,
+            unique=self.unique,
+            own_id=own,
+            front=self.front,
+        )
+
+
+def check_priority(priority: object) -> int:
+    """Return a priority of 0-9; raises ConfigurationError."""
+    if not isinstance(priority, int) or isinstance(priority, bool) or not 0 <= priority <= 9:
+        raise ConfigurationError(f"priority must be a whole number from 0 to 9 (higher goes first), not {priority!r}.")
+    return priority
+
+
+def check_attempts(attempts: object) -> int:
+    """Return a number of attempts; raises ConfigurationError."""
+    if not isinstance(attempts, int) or isinstance(attempts, bool) or attempts < 1:
+        raise ConfigurationError(
+            f"options(retry=…) takes a number of attempts of at least 1, not {attempts!r}. A whole policy belongs to "
+            "the task: @app.task(retry=Retry(…))."
+        )
+    return attempts
+
+
+def check_headers(headers: Mapping[str, str]) -> dict[str, str]:
+    """Return headers of texts; raises PayloadError for others (E04) and for more than 8 KiB of them (E21)."""
+    if not isinstance(headers, Mapping) or not all(
+        isinstance(key, str) and isinstance(value, str) for key, value in headers.items()
+    ):
+        raise PayloadError(f"headers must map texts to texts, not {show(headers)}. Nothing was enqueued.", code="E04")
+    found = dict(headers)
+    try:
+        size = len(to_json(found)) if found else 0
+    except UnicodeEncodeError:
+        raise PayloadError(
+            "headers hold text that is not Unicode (a lone surrogate). Nothing was enqueued.", code="E04"
+        ) from None
+    if size > MAX_HEADERS:
+        raise PayloadError(
+            f"headers take {size:,} bytes, and the limit is {MAX_HEADERS:,}. Nothing was enqueued.", code="E21"
+        )
+    return found
+
+
+def positive_ms(value: Duration, name: str) -> int:
+    """Return a duration longer than nothing as ms; raises ConfigurationError."""
+    ms = milliseconds(value, name=name)
+    if ms == 0:
+        raise ConfigurationError(f"{name} must be longer than nothing, not {value!r}.")
+    return ms

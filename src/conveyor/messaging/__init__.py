@@ -1,0 +1,1 @@
+"""Queues of messages: pushing, consuming, settling. Knows no task."""

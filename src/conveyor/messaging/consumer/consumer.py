@@ -1,0 +1,175 @@
+"""The blocking consumer: an identity, a thread that renews its lease, and a connection that waits."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Generator, Sequence
+from typing import Any, Generic, TypeVar
+
+from conveyor.errors import ConveyorError, StoreUnavailable
+from conveyor.messaging.consumer.list_mover import Mover
+from conveyor.messaging.consumer.renewal import Pulse
+from conveyor.messaging.consumer.settling import BlockingHolder, patience
+from conveyor.messaging.consumer.steps import Flow, Program, Take, Wait, quietly
+from conveyor.messaging.leases import Leased, Lessee
+from conveyor.messaging.message import Batch, Ending, Message, OnError
+from conveyor.messaging.settlement import Verdict
+from conveyor.store.client.client import Backend
+from conveyor.store.script import Call
+from conveyor.store.transport.connection import Connection
+from conveyor.store.transport.wakeup import Bell
+
+T = TypeVar("T")
+V = TypeVar("V")
+Decode = Callable[[bytes], T]
+logger = logging.getLogger("conveyor.queue")
+
+
+class Consumer(BlockingHolder, Generic[T]):
+    """Hands out messages, one or several at a time, and carries their ends with the next turn."""
+
+    def __init__(
+        self,
+        backend: Backend,
+        lessee: Lessee,
+        verdict: Verdict,
+        on_error: OnError,
+        open: Callable[..., Message[T]],  # noqa: A002
+    ) -> None:
+        """Connects when the first message is asked for."""
+        super().__init__(backend, lessee, verdict, on_error, run=self._run_own)
+        self._flow = Flow(lessee, verdict, lambda leased: open(leased, self))
+        self._connection = Connection(backend.place(lessee.keys))
+        self._bell = Bell(backend.place(lessee.keys))
+        self._pulse: Pulse | None = None
+        self._mover: Mover | None = None
+        self._latest: Sequence[Leased] = ()
+        self._waiting = False
+        self._freed = threading.Event()
+        self._outage = False
+
+    # -- what the queue hands out -----------------------------------------------------------------------------------
+
+    def messages(self, prefetch: int) -> Generator[Message[T], None, None]:
+        """Yield messages for ever, each as soon as there is one."""
+        with self:
+            while True:
+                message = quietly(self._follow, self._flow.fetch(prefetch))
+                self._latest = (message._leased,)  # noqa: SLF001
+                yield message
+
+    def batches(self, size: int, within: float) -> Generator[Batch[T], None, None]:
+        """Yield batches for ever."""
+        with self:
+            while True:
+                batch = Batch(quietly(self._follow, self._flow.gather(size, within)))
+                self._latest = [message._leased for message in batch]  # noqa: SLF001
+                yield batch
+
+    # -- how messages end ---------------------------------------------------------------------------------------------
+
+    def settle(self, endings: Sequence[Ending]) -> None:
+        """Settle, and return when Redis confirmed it. Raises LeaseLost, StoreUnavailable."""
+        super().settle(endings)
+        if not self._freed.is_set():
+            self._freed.set()
+
+    def settle_soon(self, endings: Sequence[Ending]) -> None:
+        """Settle with the next turn when that comes at once: when this is what the loop is at."""
+        self.enter(endings)
+        if not self._freed.is_set():
+            self._freed.set()
+        latest = self._latest
+        # The order matters: entered first, then looked, as the loop first says that it waits and then looks.
+        if self._waiting or not all(any(leased is one for one in latest) for leased, _ in endings):
+            self._flush()
+
+    # -- driving ------------------------------------------------------------------------------------------------------
+
+    def __enter__(self) -> Consumer[T]:
+        self._pulse = Pulse(self.backend.place(self.lessee.keys), self.lessee, flush=self._flush)
+        if self.lessee.keys.foreign is not None:
+            self._mover = Mover(self.backend, self.lessee.keys)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._pulse is not None:
+            self._pulse.stop()
+        if self._mover is not None:
+            self._mover.stop()
+        try:
+            for step in self._flow.leave():
+                if isinstance(step, Take):
+                    self.round(step.want, leave=step.leave)
+            self.note()
+        except ConveyorError as error:
+            if self.lessee.registered:
+                logger.warning(
+                    "Queue %s: what was leased returns when the lease ends: %s", self.lessee.keys.queue, error
+                )
+        except KeyboardInterrupt as stop:
+            raise stop.with_traceback(None) from None  # pressed twice: what was leased returns when the lease ends
+        finally:
+            self._bell.close()
+            self._connection.close()
+
+    def _follow(self, program: Program[V]) -> V:
+        try:
+            step = next(program)
+            while True:
+                if isinstance(step, Take):
+                    self._take(step)
+                else:
+                    self._idle(step)
+                step = next(program)
+        except StopIteration as stop:
+            return stop.value  # type: ignore[no-any-return]
+
+    def _take(self, step: Take) -> None:
+        failures = 0
+        while True:
+            try:
+                self.round(step.want, leave=step.leave)
+            except StoreUnavailable as error:
+                failures += 1
+                if failures == 2 or (failures == 1 and self.backend.patience >= 1 and self.lessee.intake is None):
+                    logger.warning("Queue %s: waiting for Redis. %s", self.lessee.keys.queue, error)
+                    self._outage = True
+                time.sleep(min(1.0, 0.05 * failures))
+            else:
+                if self._outage:
+                    self._outage = False
+                    logger.warning("Queue %s: Redis answers again.", self.lessee.keys.queue)
+                self.note()
+                return
+
+    def _idle(self, step: Wait) -> None:
+        assert self._pulse is not None
+        self._waiting = self._pulse.idle = True
+        try:
+            if self.lessee.pending:
+                return  # another thread settled something meanwhile: the turn that follows takes it along
+            if step.full:
+                self._freed.clear()
+                self._freed.wait(step.seconds)
+                return
+            seconds = step.seconds if self._mover is None else self._mover.begin(step.seconds)
+            self._bell.wait(self.lessee.keys.wake, seconds)
+        finally:
+            if self._mover is not None:
+                self._mover.end()
+            self._waiting = self._pulse.idle = False
+
+    def _flush(self) -> bool:
+        """Make a turn that leases nothing; False when one is under way, or Redis is away."""
+        try:
+            made = self.round(blocking=False)
+        except ConveyorError:
+            return False
+        self.note()
+        return made
+
+    def _run_own(self, call: Call[Any]) -> Any:
+        return self._connection.run(call, patience=patience(self.backend, call))

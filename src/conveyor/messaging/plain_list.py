@@ -1,0 +1,158 @@
+"""A plain Redis list of JSON documents, shared with programs that know nothing of us."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any, TypeVar
+
+from conveyor.errors import ConfigurationError
+from conveyor.messaging.consumer.list_mover import intake
+from conveyor.messaging.maintenance import Sweep
+from conveyor.messaging.publisher import Pusher
+from conveyor.messaging.push_options import PLAIN, Posting
+from conveyor.messaging.queue import Queue
+from conveyor.messaging.retry import Retry
+from conveyor.payload.codec import MAX_PAYLOAD, ValueCodec
+from conveyor.store import inspection, plain_list
+from conveyor.store.client.client import Backend
+from conveyor.store.keys import QueueKeys
+from conveyor.store.script import Call
+
+T = TypeVar("T")
+
+
+class PlainList(Queue[T]):
+    """
+    A queue whose entries are raw JSON on a plain list: who does ``RPUSH`` is a producer, who does ``BLPOP`` a consumer.
+
+    What we take from it gets leases, retries and dead letters; what we push is the bare document, so it has no id
+    (`push` returns an empty text) and takes none of the options of a queue. An entry that is not JSON, or not of the
+    declared type, becomes a dead letter with its bytes kept.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        name: str,
+        type: Any = Any,  # noqa: A002  the contract's name
+        *,
+        lease_ms: int,
+        task: str | None = None,
+        max_attempts: int = 5,
+        retry: Retry | None = None,
+        max_payload: int = MAX_PAYLOAD,
+    ) -> None:
+        """Declare it; *task* is the name of the task that workers run its entries with."""
+        super().__init__(
+            backend, name, type, lease_ms=lease_ms, max_attempts=max_attempts, retry=retry, max_payload=max_payload
+        )
+        self.task = task
+
+    def _checked_name(self, name: str) -> str:
+        if not isinstance(name, str) or not 1 <= len(name) <= 512 or not name.isprintable():
+            raise ConfigurationError(f"The name of a plain list is 1 to 512 printable characters, not {name!r}.")
+        return name
+
+    def _keys(self) -> QueueKeys:
+        return QueueKeys(self.backend.namespace, self.name, foreign=self.name)
+
+    def _make_pusher(self) -> Pusher[T]:
+        return RawPusher(self.backend, self.keys, self.codec)
+
+    def _by(self, options: Posting) -> Pusher[T]:
+        if self.backend.diverted:
+            raise ConfigurationError(
+                f"A plain list holds bare documents, so '{self.name}' cannot be delivered exactly once from an outbox. "
+                "Nothing was stored. Push to it after the commit, or use a queue.",
+                code="E46",
+            )
+        return self._pusher
+
+    def _intake(self) -> Callable[[int], Call[int]] | None:
+        return partial(intake, self.keys)
+
+    def _purge(self, dead: bool) -> Sweep:
+        if not dead:
+            yield from self._move_in()
+        return (yield from super()._purge(dead))
+
+    def repartition(self, partitions: int) -> int:
+        """Refused: a plain list is one key."""
+        raise ConfigurationError(f"The plain list '{self.name}' is one key and cannot lie in {partitions} partitions.")
+
+    async def arepartition(self, partitions: int) -> int:
+        """Refused, as `repartition`."""
+        return self.repartition(partitions)
+
+    def _move_in(self) -> Sweep:
+        """Move what is on the list now into the queue, where it can be counted out."""
+        counts = yield inspection.counts(self.keys)
+        moved, there = 0, counts.ready
+        while moved < there:
+            count = yield intake(self.keys, min(500, there - moved))
+            if count == 0:
+                break
+            moved += count
+        return moved
+
+
+class RawPusher(Pusher[T]):
+    """The way onto a plain list."""
+
+    def __init__(self, backend: Backend, keys: QueueKeys, codec: ValueCodec[T]) -> None:
+        """Take where to, and how."""
+        super().__init__(backend, keys, codec, None)
+        self._home = backend
+        self._lanes = plain_list.Lanes()
+        self._known = False
+
+    def push(self, value: T, options: Posting) -> str:
+        """Append one document; it has no id."""
+        _refuse(options)
+        self._raw([self._codec.encode(value)])
+        return ""
+
+    async def apush(self, value: T, options: Posting) -> str:
+        """Append one document; it has no id."""
+        _refuse(options)
+        await self._araw([self._codec.encode(value)])
+        return ""
+
+    def push_many(self, values: Iterable[T], options: Posting) -> list[str]:
+        """Append documents in their order; the list is as long as what was pushed, its texts are empty."""
+        _refuse(options)
+        ids: list[str] = []
+        for chunk in self._chunks(values, b"", ids):
+            self._raw(chunk)
+            ids += [""] * len(chunk)
+        return ids
+
+    async def apush_many(self, values: Iterable[T], options: Posting) -> list[str]:
+        """Append documents in their order, as `push_many`."""
+        _refuse(options)
+        ids: list[str] = []
+        for chunk in self._chunks(values, b"", ids):
+            await self._araw(chunk)
+            ids += [""] * len(chunk)
+        return ids
+
+    def _raw(self, entries: list[bytes]) -> None:
+        if not self._known:
+            self._home.announce(self._keys)
+            self._known = True
+        with self._lanes.one() as lane:
+            self._home.run(plain_list.push(self._keys, lane, entries))
+
+    async def _araw(self, entries: list[bytes]) -> None:
+        await self._home.aannounce(self._keys)
+        with self._lanes.one() as lane:
+            await self._home.arun(plain_list.push(self._keys, lane, entries))
+
+
+def _refuse(options: Posting) -> None:
+    if options != PLAIN or options.wish is not None:
+        raise ConfigurationError(
+            "A plain list holds bare documents, so a push takes no delay, at, priority, id, unique, expires, headers, "
+            "front, fsync or wait_replicas. Nothing was stored. Use a queue for these."
+        )

@@ -1,0 +1,212 @@
+"""
+The options of a push, checked, and what they make of encoded bodies. Nothing is stored before all of it is right.
+
+Pushes of a queue whose bodies are wrapped: where an id and a body meet, the body is sealed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from datetime import datetime
+from typing import TYPE_CHECKING, ClassVar, TypedDict
+
+from conveyor import ids as ident
+from conveyor.errors import ConfigurationError, PayloadError
+from conveyor.payload.pipeline import Sealing
+from conveyor.payload.records import Extra, write_rest
+from conveyor.payload.versions import sealed_name
+from conveyor.store.client.durability import Wish, wish
+from conveyor.store.operations import Entry
+from conveyor.units import Duration, instant_ms, milliseconds
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+
+MAX_HEADERS = 8 * 1024
+"""Bytes that the headers of one message may take."""
+
+
+@dataclass(frozen=True, slots=True)
+class Posting:
+    """One way of pushing; `head` is what stands before the body in the envelope. Times in ms."""
+
+    head: bytes
+    priority: int = 0
+    delay_ms: int | None = None
+    due_at_ms: int | None = None
+    expires_ms: int | None = None
+    front: bool = False
+    id: str | None = None
+    unique: str | None = None
+    wish: Wish | None = field(default=None, compare=False)
+    """What is asked of the store beyond keeping it: no part of what is stored."""
+    wraps: ClassVar[bool] = False
+    """True when making an entry takes more than putting it together."""
+
+    @property
+    def is_plain(self) -> bool:
+        """True when messages pushed so need nothing but an envelope and an entry at the tail."""
+        return self == Posting(self.head)
+
+    def entry(self, fresh_id: str, envelope: bytes) -> Entry:
+        """Return what is pushed for *envelope*, head and body; *fresh_id* is used unless the caller gave an id."""
+        return Entry(
+            fresh_id if self.id is None else self.id,
+            envelope,
+            priority=self.priority,
+            delay_ms=self.delay_ms,
+            due_at_ms=self.due_at_ms,
+            expires_ms=self.expires_ms,
+            unique=self.unique,
+            own_id=self.id is not None,
+            front=self.front,
+        )
+
+
+class Placement(TypedDict, total=False):
+    """The options of `push_many`."""
+
+    delay: Duration
+    at: datetime | None
+    priority: int
+    group: str | None
+    expires: Duration | None
+    headers: Mapping[str, str] | None
+    fsync: bool | None
+    wait_replicas: int | None
+    wait_timeout: Duration | None
+    front: bool
+    timeout: Duration | None
+
+
+class PushOptions(Placement, total=False):
+    """The options of `push`."""
+
+    id: str | None
+    unique: str | None
+
+
+PLAIN = Posting(write_rest("", b""))
+"""No option at all."""
+
+
+def posting(
+    *,
+    id: str | None = None,  # noqa: A002
+    delay: Duration = 0,
+    at: datetime | None = None,
+    priority: int = 0,
+    group: str | None = None,
+    unique: str | None = None,
+    expires: Duration | None = None,
+    headers: Mapping[str, str] | None = None,
+    fsync: bool | None = None,
+    wait_replicas: int | None = None,
+    wait_timeout: Duration | None = None,
+    front: bool = False,
+    timeout: Duration | None = None,
+    version: int = 1,
+) -> Posting:
+    """Return the options as they are stored. Raises ConfigurationError and PayloadError."""
+    if group is not None:
+        raise later("group")
+    if timeout is not None:
+        raise later("timeout", "It belongs to full='block'.")
+    delay_ms = milliseconds(delay, name="delay")
+    if at is not None and delay_ms:
+        raise ConfigurationError("Give delay or at, not both. Nothing was stored.")
+    if not isinstance(priority, int) or isinstance(priority, bool) or not 0 <= priority <= 9:
+        raise ConfigurationError(f"priority must be a whole number from 0 to 9, not {priority!r}. Nothing was stored.")
+    if front and (delay_ms or at is not None):
+        raise ConfigurationError(
+            "front=True is for a message that is ready now, without delay or at. Nothing was stored."
+        )
+    expires_ms = None if expires is None else milliseconds(expires, name="expires")
+    if expires_ms == 0:
+        raise ConfigurationError("expires must be longer than 0: such a message would never run. Nothing was stored.")
+    return Posting(
+        write_rest("", b"", _extra(headers, version)),
+        priority=priority,
+        delay_ms=delay_ms or None,
+        due_at_ms=None if at is None else instant_ms(at),
+        expires_ms=expires_ms,
+        front=bool(front),
+        id=None if id is None else ident.own_id(id),
+        unique=None if unique is None else ident.unique_key(unique),
+        wish=wish(fsync, wait_replicas, wait_timeout),
+    )
+
+
+def later(option: str, why: str = "") -> ConfigurationError:
+    """Return the error for an option that does not work yet."""
+    return ConfigurationError(f"{option}= arrives with a later release; nothing was stored.{why and ' ' + why}")
+
+
+def _extra(headers: Mapping[str, str] | None, version: int) -> Extra | None:
+    if not headers:
+        if headers is None or isinstance(headers, Mapping):
+            return None if version == 1 else Extra(version=version)
+        raise PayloadError(f"headers must be a dict of text, not {type(headers).__name__}. Nothing was stored.")
+    if not isinstance(headers, Mapping) or not all(
+        isinstance(key, str) and isinstance(value, str) for key, value in headers.items()
+    ):
+        raise PayloadError("headers must be a dict whose keys and values are text. Nothing was stored.")
+    extra = Extra(headers=dict(headers), version=version)
+    try:
+        size = len(write_rest("", b"", extra))
+    except UnicodeEncodeError:
+        raise PayloadError(
+            "headers hold text that is not Unicode (a lone surrogate). Nothing was stored.", code="E04"
+        ) from None
+    if size > MAX_HEADERS:
+        raise PayloadError(
+            f"headers take {size:,} bytes, and the limit is {MAX_HEADERS:,}. Nothing was stored.", code="E21"
+        )
+    return extra
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WrappedPosting(Posting):
+    """A way of pushing with what is done to bodies; never the shortest way, since each is bound to its id."""
+
+    sealing: Sealing
+    queue: str
+    version: int
+    wraps: ClassVar[bool] = True
+
+    @property
+    def is_plain(self) -> bool:
+        """False: each body is bound to its own id."""
+        return False
+
+    def is_large(self, body: bytes) -> bool:
+        """Tell whether *body* goes to the store of large ones."""
+        return self.sealing.is_large(body, b"payload")
+
+    def entry(self, fresh_id: str, envelope: bytes) -> Entry:
+        """Return what is pushed for *envelope*, with its body wrapped."""
+        id_ = fresh_id if self.id is None else self.id
+        task = sealed_name("", self.version)
+        body = self.sealing.wrap(envelope[len(self.head) :], queue=self.queue, task=task, id=id_)
+        return Posting.entry(self, fresh_id, self.head + body)
+
+
+def wrapped(options: Posting, sealing: Sealing | None, queue: str, version: int) -> Posting:
+    """Return *options* for a queue with that sealing, None for none."""
+    if sealing is None:
+        return options
+    given = {field.name: getattr(options, field.name) for field in fields(Posting)}
+    return WrappedPosting(**given, sealing=sealing, queue=queue, version=version)
+
+
+async def wrapped_entries(options: Posting, ids: Sequence[str], envelopes: Sequence[bytes]) -> list[Entry]:
+    """Return what is pushed for *envelopes*; large bodies are written to their store on a thread."""
+
+    def make() -> list[Entry]:
+        return [options.entry(id_, envelope) for id_, envelope in zip(ids, envelopes, strict=True)]
+
+    large = isinstance(options, WrappedPosting) and any(options.is_large(envelope) for envelope in envelopes)
+    return await asyncio.to_thread(make) if large else make()

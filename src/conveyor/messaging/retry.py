@@ -1,0 +1,127 @@
+"""From what an attempt ended with to what happens next. Decided purely here; the worker only carries it out."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from conveyor.errors import ConfigurationError
+from conveyor.payload.records import State
+from conveyor.units import Duration, milliseconds
+
+Exceptions = type[BaseException] | tuple[type[BaseException], ...]
+
+
+@dataclass(frozen=True)
+class Retry:
+    """
+    When and how often a job that failed runs again.
+
+    `attempts` counts the first run too. The pause doubles from `backoff` up to `cap`; `jitter` spreads
+    it by ±50 %, so that jobs which failed together do not come back together. Only exceptions of `on`
+    are retried, never those of `give_up`. A job whose worker crashed `max_crashes` times while it ran is
+    given up as poison.
+    """
+
+    attempts: int = 5
+    backoff: Duration = "1s"
+    cap: Duration = "5m"
+    jitter: bool = True
+    on: Exceptions = (Exception,)
+    give_up: Exceptions = ()
+    max_crashes: int = 3
+    backoff_ms: int = field(init=False, repr=False)
+    cap_ms: int = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        for name, value in (("attempts", self.attempts), ("max_crashes", self.max_crashes)):
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ConfigurationError(f"Retry({name}=…) must be a whole number of at least 1, not {value!r}.")
+        for name, types in (("on", self.on), ("give_up", self.give_up)):
+            if not all(isinstance(kind, type) and issubclass(kind, BaseException) for kind in _tuple(types)):
+                raise ConfigurationError(
+                    f"Retry({name}=…) takes exception classes, such as (ConnectionError,), not {types!r}."
+                )
+        object.__setattr__(self, "backoff_ms", milliseconds(self.backoff, name="backoff"))
+        object.__setattr__(self, "cap_ms", milliseconds(self.cap, name="cap"))
+
+    def pause_ms(self, failures: int, uniform: Callable[[float, float], float] = random.uniform) -> int:
+        """Return how long to wait after the given number of failures: ``min(cap, backoff × 2^(failures-1))``, spread."""
+        pause: int = min(self.cap_ms, self.backoff_ms << min(failures - 1, 62))
+        return round(pause * uniform(0.5, 1.5)) if self.jitter else pause
+
+
+@dataclass(frozen=True, slots=True)
+class Again:
+    """Run again after `ms`; `state` is what is stored until then."""
+
+    ms: int
+    state: State
+
+
+@dataclass(frozen=True, slots=True)
+class Dead:
+    """Give up: the job becomes a dead letter with this state."""
+
+    state: State
+    reason: str
+
+
+def after_failure(
+    policy: Retry, state: State, attempt: int, error: BaseException, record: bytes, *, attempts: int | None = None
+) -> Again | Dead:
+    """
+    Return what follows a failed attempt: `Again` or `Dead`.
+
+    *state* is as it was leased (before this start), *record* the stored form of the error, *attempts* an
+    override of the policy's for this one job.
+    """
+    budget = policy.attempts if attempts is None else attempts
+    failed = State(attempt, state.failures + 1, state.crashes, [*state.errors, record])
+    if isinstance(error, _tuple(policy.give_up)) or not isinstance(error, _tuple(policy.on)):
+        return Dead(failed, f"{type(error).__name__} is not retried")
+    if failed.failures >= budget:
+        return Dead(failed, f"all {budget} attempts failed")
+    return Again(policy.pause_ms(failed.failures), failed)
+
+
+def put_off_ms(age_ms: int) -> int | None:
+    """Return how long a job waits for a program that can run it, when none could for *age_ms*; None after a day."""
+    if age_ms > 86_400_000:
+        return None
+    return min(600_000, max(2_000, age_ms))
+
+
+def handed_back(state: State, attempt: int, *, started: bool) -> State:
+    """Return the state of a job that is given back at a stop: its start is seen, its budget is untouched."""
+    return State(attempt if started else state.starts, state.failures, state.crashes, state.errors)
+
+
+def snoozed(state: State, attempt: int) -> State:
+    """Return the state of a job that asked to run later: its start is seen, its budget is untouched."""
+    return handed_back(state, attempt, started=True)
+
+
+def suspected(state: State, *, alone: bool = False) -> State:
+    """
+    Return the state written before a suspect starts: one more crash, taken back when it ends in order.
+
+    It is marked as not certain yet: who knows more of a death than that it happened takes it back from those who were
+    not running, and from one that ran *alone* among the suspects when something else was executed.
+    """
+    return State(state.starts, state.failures, state.crashes + 1, state.errors, "*" if alone else "+")
+
+
+def runs_alone(state: State, max_crashes: int) -> bool:
+    """
+    Tell whether a job that came back from crashes must run alone, so that another crash convicts it and nobody else.
+
+    After one crash it runs with the others again, unless the next is its last: whole workers die too, and what
+    they held, a thousand jobs perhaps, would come back one by one.
+    """
+    return state.crashes >= min(2, max_crashes - 1) and state.crashes > 0
+
+
+def _tuple(types: Exceptions) -> tuple[type[BaseException], ...]:
+    return types if isinstance(types, tuple) else (types,)

@@ -1,0 +1,132 @@
+"""What becomes of a leased message, decided purely: each verdict is the settlement that the next turn carries."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+from conveyor.errors import PayloadError
+from conveyor.ids import made_at_ms
+from conveyor.messaging.leases import DONE, Leased
+from conveyor.messaging.retry import Again, Dead, Retry, after_failure, handed_back, put_off_ms, suspected
+from conveyor.payload import failures
+from conveyor.payload.records import Failure, Outcome, State, to_json
+from conveyor.store.operations import Settlement
+
+CANCELLED_KEPT_MS = 600_000
+"""How long the record of a cancelled message is kept, as after any cancel."""
+
+
+def _now_ms() -> int:
+    return int(time.time() * 1000)
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """The policy of a queue, and who judges: `worker` is written into every failure."""
+
+    policy: Retry
+    worker: str
+    now_ms: Callable[[], int] = _now_ms
+    pack: Callable[[str, Failure], Failure] | None = None
+    """Seals what an error says, given the id."""
+    pack_refusal: Callable[[str, Failure, str], Failure] | None = None
+    """The same for an error with that code, of a body that could not be read."""
+
+    def done(self, leased: Leased) -> Settlement:
+        """It succeeded."""
+        return _settlement(leased, DONE if leased.envelope.is_plain else "D")
+
+    def failed(self, leased: Leased, error: BaseException, *, cancelled: bool = False) -> Settlement:
+        """It raised: again after the policy's pause, or dead."""
+        if cancelled:
+            return self.cancelled(leased)
+        record = failures.describe(error, leased.attempt, self.now_ms(), self.worker)
+        if self.pack is not None:
+            record = self.pack(leased.id, record)
+        attempts = leased.envelope.extra.attempts
+        follows = after_failure(self.policy, leased.state, leased.attempt, error, to_json(record), attempts=attempts)
+        if isinstance(follows, Again):
+            return _settlement(leased, "R", ms=follows.ms, state=follows.state.encode())
+        return self._buried(leased, follows, record)
+
+    def nacked(self, leased: Leased, delay_ms: int | None, *, cancelled: bool = False) -> Settlement:
+        """It was refused by hand: counts as a failure, and comes back after *delay_ms* (None: the policy's pause)."""
+        if cancelled:
+            return self.cancelled(leased)
+        record = Failure(leased.attempt, self.now_ms(), "nack", "refused by nack()", worker=self.worker)
+        before, attempts = leased.state, leased.envelope.extra.attempts
+        state = State(leased.attempt, before.failures + 1, before.crashes, [*before.errors, to_json(record)])
+        budget = self.policy.attempts if attempts is None else attempts
+        if state.failures >= budget:
+            return self._buried(leased, Dead(state, f"all {budget} attempts failed"), record)
+        pause = self.policy.pause_ms(state.failures) if delay_ms is None else delay_ms
+        return _settlement(leased, "R", ms=pause, state=state.encode())
+
+    def dead(self, leased: Leased, reason: str) -> Settlement:
+        """It is given up for *reason*; its bytes are kept."""
+        text = failures.shorten(reason, failures.MESSAGE_BYTES)
+        record = Failure(leased.attempt, self.now_ms(), "dead", text, worker=self.worker)
+        if self.pack is not None:
+            text, record = "given up by its consumer", self.pack(leased.id, record)
+        return self._given_up(leased, text, record)
+
+    def _given_up(self, leased: Leased, text: str, record: Failure) -> Settlement:
+        before = leased.state
+        state = State(leased.attempt, before.failures, before.crashes, [*before.errors, to_json(record)])
+        return self._buried(leased, Dead(state, text), record)
+
+    def undecodable(self, leased: Leased, error: PayloadError) -> Settlement:
+        """Its body is not what the queue holds: repeating would not mend it."""
+        text = failures.message(error)
+        record = Failure(leased.attempt, self.now_ms(), "PayloadError", text, worker=self.worker)
+        if self.pack_refusal is not None:
+            record = self.pack_refusal(leased.id, record, error.code)
+        return self._given_up(leased, f"{error.code}: its body cannot be read" if record.packed else text, record)
+
+    def put_off(self, leased: Leased, error: PayloadError) -> Settlement:
+        """It is of a later version: it waits, without an attempt used, and is dead after a day."""
+        now = self.now_ms()
+        pause = put_off_ms(now - (made_at_ms(leased.id) or leased.envelope.due_ms or now))
+        if pause is None:
+            return self.undecodable(leased, error)
+        return _settlement(leased, "R", ms=pause, state=leased.state.encode() if leased.state != State() else b"")
+
+    def poison(self, leased: Leased) -> Settlement | None:
+        """Dead instead of started, when its consumer crashed too often while it ran; else None."""
+        crashes = leased.state.crashes
+        if crashes < self.policy.max_crashes:
+            return None
+        record = Failure(
+            leased.state.starts, self.now_ms(), "crashed", f"its consumer crashed {crashes} times", worker=self.worker
+        )
+        before = leased.state
+        state = State(before.starts, before.failures, crashes, [*before.errors, to_json(record)])
+        return self._buried(leased, Dead(state, "crashed"), record)
+
+    def suspected(self, leased: Leased) -> Settlement | None:
+        """For one that came back from a crash: the count raised before it starts. None for any other."""
+        if leased.state.crashes == 0:
+            return None
+        return _settlement(leased, "M", state=suspected(leased.state).encode())
+
+    def returned(self, leased: Leased) -> bytes:
+        """The state of one that is given back: its start is seen, its budget untouched."""
+        return handed_back(leased.state, leased.attempt, started=True).encode() if leased.started else b""
+
+    def cancelled(self, leased: Leased) -> Settlement:
+        """Somebody cancelled it."""
+        record = to_json(Outcome("cancelled", at=self.now_ms()))
+        return _settlement(leased, "C", ms=CANCELLED_KEPT_MS, record=record)
+
+    def _buried(self, leased: Leased, dead: Dead, last: Failure) -> Settlement:
+        record = to_json(Outcome("dead", failure=last, reason=dead.reason, at=last.at))
+        return _settlement(leased, "X", record=record, state=dead.state.encode())
+
+
+def _settlement(leased: Leased, kind: str, *, ms: int = 0, record: bytes = b"", state: bytes = b"") -> Settlement:
+    envelope = leased.envelope
+    make = partial(Settlement, kind, leased.id, ms, record, state)
+    return make() if envelope.is_plain else make(unique=envelope.unique, own_id=envelope.own_id)

@@ -1,0 +1,120 @@
+"""Where large bodies lie instead of Redis: a small protocol, and the store that keeps files."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import secrets
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+from conveyor.errors import ConfigurationError
+
+_NAME = re.compile(r"[0-9a-f]{32}")
+
+
+@runtime_checkable
+class BlobStore(Protocol):
+    """
+    What a store of large bodies does. Names are 32 hexadecimal digits.
+
+    The methods block and are called from several threads; whatever they raise counts as a passing fault.
+    """
+
+    def put(self, name: str, data: bytes) -> None:
+        """Store *data* so that it outlives a power cut; return when it is there."""
+
+    def get(self, name: str, most: int) -> bytes | None:
+        """Return the first *most* bytes, None when there is no such name."""
+
+    def delete(self, name: str) -> None:
+        """Remove it; one that is not there is fine."""
+
+    def old(self, seconds: float) -> Iterator[str]:
+        """Yield the names of what was stored longer ago than that."""
+
+
+class FileStore:
+    """Large bodies as files of one directory, which producers and workers share (one machine, or NFS)."""
+
+    def __init__(self, directory: str | os.PathLike[str]) -> None:
+        """Take the directory; it is made when it is missing. Raises ConfigurationError."""
+        self.directory = Path(directory).expanduser().resolve()
+        try:
+            missing = [place for place in (self.directory, *self.directory.parents) if not place.exists()]
+            self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            for place in missing:
+                _sync(place.parent)
+        except OSError as error:
+            raise ConfigurationError(f"FileStore({str(directory)!r}) cannot be used: {error.strerror}.") from None
+
+    def __repr__(self) -> str:
+        return f"FileStore({str(self.directory)!r})"
+
+    def put(self, name: str, data: bytes) -> None:
+        """Write a file beside, sync it, and move it into place: nobody ever reads half of one."""
+        place = self._place(name)
+        place.parent.mkdir(mode=0o700, exist_ok=True)
+        draft = place.with_name(f".{name}.{secrets.token_hex(4)}")
+        try:
+            with open(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            draft.replace(place)
+        except BaseException:
+            draft.unlink(missing_ok=True)
+            raise
+        for folder in (place.parent, self.directory):
+            _sync(folder)
+
+    def get(self, name: str, most: int) -> bytes | None:
+        """Return the first *most* bytes of a file, None when it is missing from a store that is there."""
+        try:
+            with self._place(name).open("rb") as file:
+                return file.read(most)
+        except FileNotFoundError:
+            if self.directory.is_dir():
+                return None
+            raise  # not mounted, which says nothing about the file
+
+    def delete(self, name: str) -> None:
+        """Remove a file."""
+        self._place(name).unlink(missing_ok=True)
+
+    def old(self, seconds: float) -> Iterator[str]:
+        """Yield the names of files last written longer ago than that; drafts of dead writers are removed on the way."""
+        before = time.time() - seconds
+        for place in self.directory.glob("??/*"):
+            with contextlib.suppress(FileNotFoundError):
+                if place.stat().st_mtime < before:
+                    if place.name.startswith("."):
+                        place.unlink(missing_ok=True)
+                    elif _NAME.fullmatch(place.name):
+                        yield place.name
+
+    def _place(self, name: str) -> Path:
+        if not _NAME.fullmatch(name):  # it may come from Redis, and must not lead anywhere else
+            raise ValueError("a name in this store is 32 hexadecimal digits")
+        return self.directory / name[:2] / name
+
+
+def new_name() -> str:
+    """Return a name nobody else uses."""
+    return secrets.token_hex(16)
+
+
+def is_name(name: str) -> bool:
+    """Tell whether *name* is one of ours."""
+    return _NAME.fullmatch(name) is not None
+
+
+def _sync(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

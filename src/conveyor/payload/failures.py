@@ -1,0 +1,83 @@
+"""An exception as a stored record: bounded, printable, and safe whatever the exception's own methods do."""
+
+from __future__ import annotations
+
+from logging import Logger
+from traceback import TracebackException
+from typing import Any
+
+from conveyor.payload.records import Failure
+
+MESSAGE_BYTES = 2 * 1024
+TRACEBACK_BYTES = 8 * 1024
+_NAME_BYTES = 256
+
+
+def describe(error: BaseException, attempt: int, now_ms: int, worker: str) -> Failure:
+    """
+    Return *error* as it is stored and shown; never raises.
+
+    The message takes at most 2 KiB of UTF-8, the traceback 8 KiB; longer ones lose their middle.
+    """
+    return Failure(attempt, now_ms, type_name(error), message(error), _traceback(error), worker)
+
+
+def type_name(error: BaseException) -> str:
+    """Return the qualified name of an exception's class; builtins without their module."""
+    kind = type(error)
+    try:
+        module, name = str(kind.__module__), str(kind.__qualname__)
+    except BaseException:  # a metaclass may do anything
+        return "Exception"
+    return shorten(name if module == "builtins" else f"{module}.{name}", _NAME_BYTES)
+
+
+def message(error: BaseException) -> str:
+    """Return what an exception says, at most 2 KiB of UTF-8, even when its `__str__` fails."""
+    try:
+        text = str(error)
+    except BaseException as reason:  # a __str__ that raises SystemExit ends no worker either
+        text = f"<no message: {type(reason).__name__} in __str__>"
+    return shorten(text, MESSAGE_BYTES)
+
+
+def shorten(text: str, most: int) -> str:
+    """Return *text* as storable Unicode of at most *most* bytes in UTF-8; what is too long loses its middle."""
+    if len(text) > most:
+        text = text[:most] + text[-most:]  # whatever is cut below is between these, and a gigabyte is not encoded first
+    data = text.encode("utf-8", "backslashreplace")
+    if len(data) <= most:
+        return data.decode()
+    mark = b"\n[... cut ...]\n" if most >= TRACEBACK_BYTES else b" [...] "
+    head = (most - len(mark)) // 2
+    tail = most - len(mark) - head
+    # A character halved by a cut is dropped.
+    return f"{data[:head].decode(errors='ignore')}{mark.decode()}{data[-tail:].decode(errors='ignore')}"
+
+
+def tame(error: BaseException) -> BaseException:
+    """Return *error*, or when it lies about its class (so that `isinstance` raises) an ordinary one that says so."""
+    try:
+        isinstance(error, (Exception, type(None)))
+    except BaseException as reason:
+        stand_in = RuntimeError(f"{type_name(error)}, whose __class__ raises {type_name(reason)}")
+        return stand_in.with_traceback(error.__traceback__)
+    return error
+
+
+def tell(logger: Logger, level: int, text: str, *arguments: Any, error: BaseException) -> None:
+    """Log with the traceback of *error*; one that cannot be formatted, whatever formatting it raises, is left out."""
+    try:
+        logger.log(level, text, *arguments, exc_info=error)
+    except BaseException as reason:  # the methods of an exception are the caller's code
+        logger.log(level, text + "\n<no traceback: %s while it was formatted>", *arguments, type_name(reason))
+
+
+def _traceback(error: BaseException) -> str:
+    try:
+        text = getattr(error, "conveyor_traceback", None)  # of the process that raised it; ours shows only its arrival
+        if not isinstance(text, str):
+            text = "".join(TracebackException(type(error), error, error.__traceback__).format())
+    except BaseException as reason:  # notes, causes and groups are the caller's objects too
+        text = f"<no traceback: {type(reason).__name__} while it was formatted>"
+    return shorten(text, TRACEBACK_BYTES)

@@ -1,0 +1,304 @@
+"""
+The way of a body to Redis and back: compress, store elsewhere, seal; and in the other order open, fetch, decompress.
+
+Compression comes before encryption, because nothing encrypted compresses. The seal is checked before anything of the
+body is looked at.
+
+From the options of an app to its sealing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+import zlib
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import msgspec
+
+from conveyor.errors import BlobUnavailable, ConfigurationError, PayloadError
+from conveyor.payload.blobs import BlobStore, is_name, new_name
+from conveyor.payload.signing import Seal
+from conveyor.payload.wrapped import BARE, COMPRESSED, ELSEWHERE, MAGIC, Wrapped, head, read
+from conveyor.units import Size, size
+
+MAX_LARGE = 16 * 1024 * 1024
+"""Bytes of JSON that a body stored elsewhere may take, unless the app says otherwise."""
+LARGE_ABOVE = 256 * 1024
+_LEVEL = 1  # JSON shrinks to a sixth already; level 6 takes three times as long for a few per cent more
+_SLACK = 1024  # what header, nonce and tag add at most
+
+Kind = Literal[b"payload", b"result", b"error", b"blob"]
+log = logging.getLogger("conveyor.sealing")
+
+
+class Reference(msgspec.Struct, frozen=True):
+    """What is stored in the place of a large body: where its bytes are, how many (`size`), and their SHA-256."""
+
+    name: str
+    size: int
+    sha256: str
+
+
+class Sealing:
+    """
+    What is done to bodies, as the app was told. Made without anything it opens what needs no settings.
+
+    `queue` may be a partition's name: seals are bound to the queue as a whole.
+    """
+
+    def __init__(
+        self,
+        *,
+        seal: Seal | None = None,
+        compress_above: int | None = None,
+        store: BlobStore | None = None,
+        large_above: int = LARGE_ABOVE,
+        max_whole: int = MAX_LARGE,
+    ) -> None:
+        """Take the parts, None for what is not wanted; sizes in bytes."""
+        self.seal = seal
+        self.store = store
+        self.max_whole = max_whole
+        self._compress_above = compress_above
+        self._large_above = large_above
+
+    def __repr__(self) -> str:
+        parts = [repr(self.seal.keyring)] if self.seal else []
+        parts += [f"compress above {self._compress_above:,}"] if self._compress_above is not None else []
+        parts += [f"{self.store!r} above {self._large_above:,}"] if self.store is not None else []
+        return f"<Sealing {', '.join(parts) or 'of nothing'}>"
+
+    # -- out ------------------------------------------------------------------------------------------------------
+
+    def wrap(self, body: bytes, *, queue: str, task: str, id: str, kind: Kind = b"payload") -> bytes:  # noqa: A002
+        """
+        Return what is stored for the JSON *body*; a large one is written to the store before this returns.
+
+        A body that needs nothing comes back as it is. What the store raises comes through as BlobUnavailable.
+        """
+        queue, form = queue.partition("/")[0], 0
+        if self._compress_above is not None and len(body) > self._compress_above:
+            smaller = zlib.compress(body, _LEVEL)
+            if len(smaller) < len(body):
+                body, form = smaller, COMPRESSED
+        if self.is_large(body, kind):
+            body, form = self._put(self._close(body, form, b"blob", queue, task, id)), ELSEWHERE
+        return self._close(body, form, kind, queue, task, id)
+
+    async def awrap(self, body: bytes, *, queue: str, task: str, id: str) -> bytes:  # noqa: A002
+        """Do the same without blocking the event loop on the store."""
+        if self.is_large(body, b"payload"):
+            return await asyncio.to_thread(self.wrap, body, queue=queue, task=task, id=id)
+        return self.wrap(body, queue=queue, task=task, id=id)
+
+    def is_large(self, body: bytes, kind: Kind) -> bool:
+        """Tell whether a body goes to the store."""
+        return self.store is not None and kind == b"payload" and len(body) > self._large_above
+
+    def _close(self, body: bytes, form: int, kind: Kind, queue: str, task: str, id_: str) -> bytes:
+        if self.seal is not None:
+            return self.seal.close(body, form, kind, queue, task, id_)
+        return head(BARE, form) + body if form else body
+
+    def _put(self, blob: bytes) -> bytes:
+        assert self.store is not None
+        reference = Reference(new_name(), len(blob), hashlib.sha256(blob).hexdigest())
+        try:
+            self.store.put(reference.name, blob)
+        except Exception as error:
+            raise BlobUnavailable(f"The large body could not be stored in {self.store!r}: {error!r}.") from error
+        return msgspec.json.encode(reference)
+
+    # -- back -----------------------------------------------------------------------------------------------------
+
+    def unwrap(
+        self,
+        data: bytes,
+        *,
+        queue: str,
+        task: str,
+        id: str,  # noqa: A002
+        limit: int | None = None,
+        kind: Kind = b"payload",
+    ) -> bytes:
+        """
+        Return the JSON that was wrapped, at most *limit* bytes of it.
+
+        Raises PayloadError: E15 damaged, E21 too large, E38 no keys here, E39 unknown key, E40 the seal does not
+        match, E41 not sealed, E42 the large body is gone; and BlobUnavailable when the store did not answer.
+        """
+        limit = self.max_whole if limit is None else limit
+        queue = queue.partition("/")[0]
+        wrapped, body = self._opened(data, kind, queue, task, id)
+        if wrapped is None:
+            return _bounded(body, limit)
+        if wrapped.form & ELSEWHERE:
+            if kind != b"payload":
+                raise _unreadable("results and errors never lie in a store")
+            blob = self._fetch(_reference(body), limit)
+            wrapped, body = self._opened(blob, b"blob", queue, task, id)
+            if wrapped is None:
+                return _bounded(body, limit)
+            if wrapped.form & ELSEWHERE:
+                raise _unreadable("a large body refers to another one")
+        return _inflate(body, limit) if wrapped.form & COMPRESSED else _bounded(body, limit)
+
+    def is_elsewhere(self, data: bytes) -> bool:
+        """Tell whether opening *data* asks the store."""
+        return data[:1] == MAGIC and len(data) > 3 and bool(data[3] & ELSEWHERE)
+
+    def reference(self, data: bytes, *, queue: str, task: str, id: str) -> Reference | None:  # noqa: A002
+        """Return where the large body of *data* is, None when it is in Redis. Raises PayloadError."""
+        if not self.is_elsewhere(data):
+            return None
+        wrapped, body = self._opened(data, b"payload", queue.partition("/")[0], task, id)
+        return None if wrapped is None else _reference(body)
+
+    def _opened(self, data: bytes, kind: Kind, queue: str, task: str, id_: str) -> tuple[Wrapped | None, bytes]:
+        """Return the header (None for bare JSON) and the body behind its seal."""
+        if data[:1] != MAGIC:
+            if self.seal is not None:
+                raise self._unsealed()
+            return None, data
+        wrapped = read(data)
+        if wrapped.algorithm == BARE:
+            if self.seal is not None:
+                raise self._unsealed()
+            return wrapped, wrapped.body
+        if self.seal is None:
+            raise PayloadError(
+                f"E38 It is sealed with key '{wrapped.key_id}', and this program has no keys. "
+                f"Give it the producer's: Conveyor(keys={{'{wrapped.key_id}': secret}}), then redrive.",
+                code="E38",
+            )
+        return wrapped, self.seal.open(wrapped, kind, queue, task, id_)
+
+    def _unsealed(self) -> PayloadError:
+        assert self.seal is not None
+        return PayloadError(
+            f"E41 It is not sealed, and this program takes only what is sealed with {', '.join(self.seal.keyring.ids)}. "
+            "Give the producer the same keys and push it again; if you trust it, redrive it with a worker without keys.",
+            code="E41",
+        )
+
+    def _fetch(self, reference: Reference, limit: int) -> bytes:
+        if self.store is None:
+            raise PayloadError(
+                f"E42 Its {reference.size:,} bytes lie in a store of large bodies, and this program has none. "
+                "Give it the producer's: Conveyor(large=…), then redrive.",
+                code="E42",
+            )
+        if reference.size > limit + _SLACK:  # before a byte is read
+            raise PayloadError(f"E21 It refers to {reference.size:,} bytes, and the limit is {limit:,}.", code="E21")
+        try:
+            blob = self.store.get(reference.name, reference.size + 1)
+        except Exception as error:
+            raise BlobUnavailable(f"The store {self.store!r} did not give {reference.name}: {error!r}.") from error
+        if blob is None:
+            why = "is not there"
+        elif len(blob) != reference.size or hashlib.sha256(blob).hexdigest() != reference.sha256:
+            why = f"is not what was stored ({len(blob):,} bytes of {reference.size:,}, or others)"
+        else:
+            return blob
+        raise PayloadError(
+            f"E42 Its large body {why}: {reference.name} in {self.store!r}. Restore it and redrive, or delete the job.",
+            code="E42",
+        )
+
+    def delete(self, name: str) -> None:
+        """Remove a large body whose job has ended; a failure is only logged, the sweep comes later."""
+        try:
+            if self.store is not None:
+                self.store.delete(name)
+        except Exception as error:
+            log.warning("the large body %s could not be deleted (%r); the sweep will", name, error)
+
+
+PLAIN = Sealing()
+"""Opens what needs no settings, and says of the rest what is missing."""
+
+
+def _reference(body: bytes) -> Reference:
+    try:
+        reference = msgspec.json.decode(body, type=Reference)
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise _unreadable(f"the reference to a large body is damaged ({type(error).__name__})") from None
+    if not is_name(reference.name) or reference.size < 0:
+        raise _unreadable("the reference to a large body is damaged")
+    return reference
+
+
+def _bounded(body: bytes, limit: int) -> bytes:
+    if len(body) > limit:
+        raise PayloadError(f"E21 It takes {len(body):,} bytes, and the limit is {limit:,}.", code="E21")
+    return body
+
+
+def _inflate(data: bytes, limit: int) -> bytes:
+    inflater = zlib.decompressobj()
+    try:
+        body = inflater.decompress(data, limit + 1)  # never more, whatever it claims to hold
+    except zlib.error as error:
+        raise _unreadable(f"it does not decompress ({error})") from None
+    if len(body) > limit:
+        raise PayloadError(f"E21 It decompresses to more than the limit of {limit:,} bytes.", code="E21")
+    if not inflater.eof:
+        raise _unreadable("it does not decompress (it is cut off)")
+    return body
+
+
+def _unreadable(why: str) -> PayloadError:
+    return PayloadError(f"The wrapping of the payload cannot be read: {why}.", code="E15")
+
+
+def checked_store(store: Any) -> BlobStore | None:
+    """Return what ``large=`` was given; raises ConfigurationError for what cannot store."""
+    if store is not None and not isinstance(store, BlobStore):
+        raise ConfigurationError(
+            "Conveyor(large=…) takes a store with put, get, delete and old, such as FileStore('/srv/blobs'), "
+            f"not {type(store).__name__}."
+        )
+    return store
+
+
+def choose(
+    *,
+    keys: Mapping[str, str | bytes] | None,
+    encrypt: bool,
+    compress: Size | None,
+    large: BlobStore | None,
+    large_above: Size,
+    max_large: Size,
+    max_payload: int,
+) -> Sealing | None:
+    """Return what an app does to bodies, None for nothing at all; raises ConfigurationError."""
+    if keys is None and compress is None and large is None:
+        if encrypt:
+            raise ConfigurationError(
+                "Conveyor(encrypt=True) needs keys: Conveyor(keys={'2026-11': secret}, encrypt=True)."
+            )
+        return None
+    seal = None
+    if keys is not None:
+        from conveyor.payload.signing import Keyring, Seal
+
+        seal = Seal(Keyring(keys), encrypt=bool(encrypt))
+    elif encrypt:
+        raise ConfigurationError("Conveyor(encrypt=True) needs keys: Conveyor(keys={'2026-11': secret}, encrypt=True).")
+    above, whole = size(large_above, "large_above"), size(max_large, "max_large")
+    if large is not None and above > max_payload:
+        raise ConfigurationError(
+            f"large_above ({above:,} bytes) must not exceed max_payload ({max_payload:,}): what lies between fits nowhere."
+        )
+    if large is not None and whole < max_payload:
+        raise ConfigurationError(f"max_large ({whole:,} bytes) must be at least max_payload ({max_payload:,}).")
+    return Sealing(
+        seal=seal,
+        compress_above=None if compress is None else size(compress, "compress"),
+        store=checked_store(large),
+        large_above=above,
+        max_whole=max_payload if large is None else whole,
+    )

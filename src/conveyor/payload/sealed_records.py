@@ -1,0 +1,109 @@
+"""Results and errors, wrapped as payloads are: what a job returned or said when it failed is as secret as its arguments."""
+
+from __future__ import annotations
+
+import binascii
+from typing import Any, NamedTuple
+
+import msgspec
+
+from conveyor.errors import PayloadError
+from conveyor.payload.formats import JSON, MARK, Formats, shown
+from conveyor.payload.pipeline import MAX_LARGE, PLAIN, Sealing
+from conveyor.payload.records import Failure, Outcome
+from conveyor.payload.wrapped import MAGIC, describe
+
+# Bound to queue and id and not to the task: who asks for a result may know no more, and an id is one job's.
+_NO_TASK = ""
+_UNOPENED = frozenset({"E38", "E39", "E40", "E41", "E43", "E50"})
+"""What is said of a body that was not opened, or not decoded, quotes nothing of it, and is for those who lack the keys."""
+
+
+def pack_result(sealing: Sealing, value: bytes, queue: str, id: str) -> bytes:  # noqa: A002
+    """Return the member of the outcome's JSON that holds *value*."""
+    data = sealing.wrap(value, queue=queue, task=_NO_TASK, id=id, kind=b"result")
+    return b'"packed":"%b"' % _text(data) if data[:1] in {MAGIC, MARK} else b'"value":%b' % value
+
+
+def open_result(sealing: Sealing | None, outcome: Outcome, queue: str, id: str, limit: int) -> bytes:  # noqa: A002
+    """Return the body of what a job returned; raises PayloadError as `Sealing.unwrap` does."""
+    opener = sealing or PLAIN
+    data = _bytes(outcome.packed) if outcome.packed else bytes(outcome.value)
+    try:
+        return opener.unwrap(data, queue=queue, task=_NO_TASK, id=id, limit=limit, kind=b"result")
+    except PayloadError as error:
+        raise PayloadError(f"The result of {queue}:{id} cannot be opened. {error}", code=error.code) from None
+
+
+def pack_failure(sealing: Sealing, failure: Failure, queue: str, id: str) -> Failure:  # noqa: A002
+    """Return *failure* with its texts wrapped; the class of the error stays readable, so that people can sort by it."""
+    body = msgspec.json.encode((failure.message, failure.traceback))
+    data = sealing.wrap(body, queue=queue, task=_NO_TASK, id=id, kind=b"error")
+    if data[:1] != MAGIC:
+        return failure
+    return Failure(
+        failure.attempt, failure.at, failure.type, describe(data), "", failure.worker, packed=_text(data).decode()
+    )
+
+
+def pack_refusal(sealing: Sealing, failure: Failure, code: str, queue: str, id: str) -> Failure:  # noqa: A002
+    """Return *failure*, of a body that could not be read, wrapped where it may quote the body (a value of no Enum)."""
+    return failure if code in _UNOPENED else pack_failure(sealing, failure, queue, id)
+
+
+def open_failure(sealing: Sealing | None, failure: Failure, queue: str, id: str) -> Failure:  # noqa: A002
+    """Return *failure* with its texts, or with the reason why they cannot be read here; never raises for what is stored."""
+    if not failure.packed:
+        return failure
+    try:
+        body = (sealing or PLAIN).unwrap(
+            _bytes(failure.packed), queue=queue, task=_NO_TASK, id=id, kind=b"error", limit=1 << 20
+        )
+        message, traceback = msgspec.json.decode(body, type=tuple[str, str])
+    except PayloadError as error:
+        message, traceback = f"{failure.message}. {error}", ""
+    except msgspec.MsgspecError:
+        message, traceback = f"{failure.message}. What is sealed is no error.", ""
+    return Failure(failure.attempt, failure.at, failure.type, message, traceback, failure.worker)
+
+
+class Viewer(NamedTuple):
+    """What a person who looks has: the keys and the store of the app, and its formats."""
+
+    sealing: Sealing | None = None
+    formats: Formats = JSON
+
+    def preview(self, body: bytes, queue: str, task: str, id: str, *, limit: int = MAX_LARGE, call: bool) -> str:  # noqa: A002
+        """Return what is shown of a body: its value of at most *limit* bytes as JSON, or what it is; asks no store."""
+        if body[:1] == MAGIC:
+            opener: Any = self.sealing or PLAIN
+            try:
+                if opener.is_elsewhere(body):
+                    where = opener.reference(body, queue=queue, task=task, id=id)
+                    return f"stored elsewhere as {where.name}: {where.size:,} bytes"
+                body = opener.unwrap(body, queue=queue, task=task, id=id, limit=limit)
+            except PayloadError as error:
+                return f"{describe(body)}; {error.code}"
+        return shown(body, self.formats, call=call)
+
+    def result(self, outcome: Outcome, queue: str, id: str) -> str:  # noqa: A002
+        """Return what is shown of a result."""
+        try:
+            return shown(open_result(self.sealing, outcome, queue, id, MAX_LARGE), self.formats, call=False)
+        except PayloadError as error:
+            return str(error)
+
+    def failure(self, failure: Failure, queue: str, id: str) -> Failure:  # noqa: A002
+        """Return an error with its texts, as far as they can be read."""
+        return open_failure(self.sealing, failure, queue, id)
+
+
+def _text(data: bytes) -> bytes:
+    return binascii.b2a_base64(data, newline=False)
+
+
+def _bytes(text: str) -> bytes:
+    try:
+        return binascii.a2b_base64(text.encode(), strict_mode=True)
+    except ValueError:
+        raise PayloadError("What was sealed is no base64 any more: it was changed.", code="E40") from None

@@ -1,0 +1,345 @@
+"""The arguments of a call as a JSON object: checked when enqueued, decoded into the annotated types to run."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import typing
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import msgspec
+from msgspec.structs import astuple
+
+from conveyor.errors import ConfigurationError, PayloadError
+from conveyor.payload.codec import (
+    MAX_PAYLOAD,
+    SHALLOW,
+    Unreadable,
+    bounds,
+    encode_json,
+    reason,
+    show,
+    too_large,
+    typed_decoder,
+)
+from conveyor.payload.formats import JSON, MARK, Format, FormatCodec, Formats
+from conveyor.payload.parameters import carried, from_text, payload_signature, read, written
+
+_EMPTY = inspect.Parameter.empty
+_IMMUTABLE = frozenset({str, int, float, bool, bytes, type(None)})
+
+
+def _none_injected(_: inspect.Parameter) -> bool:
+    return False
+
+
+class Signature:
+    """
+    What a task takes and returns.
+
+    `injected` names the parameters that the worker fills; `result` is the return annotation
+    (`inspect.Signature.empty` when there is none); `returns_none` says that it is None.
+    """
+
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        name: str,
+        *,
+        max_payload: int = MAX_PAYLOAD,
+        formats: Formats = JSON,
+        injected: Callable[[inspect.Parameter], bool] = _none_injected,
+    ) -> None:
+        """
+        Read *function*; *name* is the task's, for errors; *injected* picks the parameters left out of the payload.
+
+        Raises ConfigurationError for an annotation that does not resolve or that JSON cannot carry.
+        """
+        self.name = name
+        self._function_name = getattr(function, "__name__", name)
+        self.max_payload = max_payload
+        self.formats = formats
+        parameters, self.result = read(function, name, injected)
+        self.injected = tuple(parameter.name for parameter in parameters if injected(parameter))
+        self.returns_none = self.result is None or self.result is type(None)
+        self._signature = payload_signature(parameters, self.injected, name)
+        self._parameters = dict(self._signature.parameters)
+        self._positional_only = self._of_kind(inspect.Parameter.POSITIONAL_ONLY)
+        self._positional = self._positional_only + self._of_kind(inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        self._keyword = self._of_kind(inspect.Parameter.KEYWORD_ONLY)
+        self._rest = next(iter(self._of_kind(inspect.Parameter.VAR_POSITIONAL)), None)
+        self._others = next(iter(self._of_kind(inspect.Parameter.VAR_KEYWORD)), None)
+        named = [*self._positional[len(self._positional_only) :], *self._keyword, *self.injected]
+        self._by_name = frozenset(named)  # what ``**others`` can never hold
+        # The common case binds in C; all else, and all errors, take the careful way.
+        simple = not (self._rest or self._others or self._positional_only or formats.writes)
+        self._bind: Callable[..., Any] | None = self._sending_struct() if simple else None
+        self._all_positional = len(self._positional) == len(self._parameters)
+        self._arguments: dict[str, _ArgumentCodec] = {}
+        self._decode = self._receiving_decoder()
+
+    def __repr__(self) -> str:
+        return f"<Signature {self.describe()}>"
+
+    def describe(self) -> str:
+        """Return the call as a person writes it, without what the worker fills."""
+        return written(self.name, self._parameters.values(), self.result)
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        """The names of the parameters that the payload fills."""
+        return tuple(self._parameters)
+
+    def encode(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bytes:
+        """
+        Return an object of the arguments that were given, by parameter, in the task's format; it will decode.
+
+        Raises PayloadError: E03 missing, unexpected or of a wrong type, E04 not storable, E21 too large, E22 too deep.
+        """
+        if self._bind is not None:
+            try:
+                data = encode_json(self._bind(*args, **kwargs))
+                if (len(data) <= SHALLOW or not bounds(data, self.max_payload)) and self._arrives(data, args, kwargs):
+                    return data
+            except Exception:  # noqa: S110  the careful way says what is wrong, or that nothing is
+                pass
+        return self._encode_carefully(args, kwargs)
+
+    def _arrives(self, data: bytes, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        decoded = self._decode(data)
+        nulls = data.count(b"null")
+        if nulls and nulls != sum(value is None for value in (*args, *kwargs.values())):
+            return False  # maybe NaN
+        values = astuple(decoded)
+        if args != (values if len(args) == len(values) else values[: len(args)]):
+            return False
+        for name, value in kwargs.items():  # noqa: SIM110  all() takes half a microsecond more
+            if getattr(decoded, name) != value:
+                return False
+        return True
+
+    def _encode_carefully(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bytes:
+        if misfit := self._misfit(args, kwargs):
+            raise self.refusal(misfit)
+        given = self._signature.bind(*args, **kwargs).arguments
+        encoded = {}
+        for name, value in given.items():
+            encoded[self._key(name)] = self._argument(name).data(list(value) if name == self._rest else value)
+        form = self.formats.writes
+        if form is not None:
+            data = self.formats.framed(encoded)
+            excess = too_large(data, self.max_payload, form.name)
+        else:
+            data = b"{" + b",".join(encode_json(key) + b":" + one for key, one in encoded.items()) + b"}"
+            excess = bounds(data, self.max_payload)
+        if excess:
+            raise self.refusal(f"The call of {self.name}() {excess[1]}", excess[0])
+        return data
+
+    def _misfit(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+        positional, name = self._positional, self.name
+        known = [n for n in self._parameters if n not in {self._rest, self._others}]
+        only = self._positional_only
+        for key in kwargs:
+            if key in self.injected:
+                return f"{name}() got the argument '{key}', which the worker fills. Leave it out."
+            if key in only and not self._others:
+                return f"{name}() takes '{key}' by position only."
+            if key not in known and not self._others:
+                return f"{name}() got an unexpected argument '{key}'.{_did_you_mean(key, known)}"
+        if len(args) > len(positional) and not self._rest:
+            by_name = f" Pass by name: {', '.join(self._keyword)}." if self._keyword else ""
+            return f"{name}() takes {len(positional)} arguments by position, and {len(args)} were given.{by_name}"
+        for key in positional[: len(args)]:
+            if key in kwargs and key not in only:
+                return f"{name}() got the argument '{key}' twice."
+        rest = [n for n in positional[len(args) :] if n in only or n not in kwargs]
+        rest += [n for n in self._keyword if n not in kwargs]
+        missing = [f"'{n}'" for n in rest if self._parameters[n].default is _EMPTY]
+        return f"{name}() is missing {', '.join(missing)}." if missing else None
+
+    def refusal(self, text: str, code: str = "E03") -> PayloadError:
+        """Return the error of a call that was not enqueued, with how it should be written."""
+        return PayloadError(f"{text}\n    {self.describe()}          Nothing was enqueued.", code=code)
+
+    def decode(self, body: bytes) -> tuple[list[Any], dict[str, Any]]:
+        """
+        Return positional and keyword arguments, ready for ``function(*args, **kwargs)`` with the injected ones added.
+
+        Raises PayloadError: E15 it does not fit the function, E21 too large, E22 nested too deep.
+        """
+        try:
+            if len(body) > SHALLOW and (excess := bounds(body, self.max_payload)):
+                raise Unreadable(f"The payload of {self.name}() {excess[1]}", code=excess[0])
+            values = astuple(self._decode(body))
+        except MemoryError:
+            raise
+        except Exception as error:
+            if body[:1] != MARK:
+                raise error if isinstance(error, PayloadError) else self._undecodable(reason(error)) from error
+            values = self._unmarked(body)
+        if self._all_positional:
+            return list(values), {}
+        return self._spread(values)
+
+    def _unmarked(self, body: bytes) -> tuple[Any, ...]:
+        """Return the values of arguments that are not in JSON, in the order of the parameters; raises Unreadable."""
+        if excess := too_large(body, self.max_payload, "a call"):
+            raise Unreadable(f"The payload of {self.name}() {excess[1]}", code=excess[0])
+        try:
+            form, given = self.formats.arguments(body)
+            if unknown := given.keys() - set(map(self._key, self._parameters)):
+                raise self._undecodable(f"Object contains unknown field {show(min(unknown))}")
+            return tuple(self._one(form, name, given.get(self._key(name))) for name in self._parameters)
+        except Unreadable:
+            raise
+        except PayloadError as error:
+            raise Unreadable(f"The payload of {self.name}(): {error}", code=error.code) from error
+
+    def _one(self, form: Format, name: str, data: bytes | None) -> Any:
+        if data is not None:
+            return self._argument(name).value(form, data)
+        if name in {self._rest, self._others}:
+            return [] if name == self._rest else {}
+        if self._default(name) is _EMPTY:
+            raise self._undecodable(f"Object missing required field '{name}'")
+        return self._default(name)
+
+    def _spread(self, values: tuple[Any, ...]) -> tuple[list[Any], dict[str, Any]]:
+        by_name = dict(zip(self._parameters, values, strict=True))
+        others = by_name.pop(self._others) if self._others else {}
+        rest = by_name.pop(self._rest) if self._rest else []
+        positional = [by_name.pop(name) for name in self._positional]
+        # A foreign producer could otherwise reach past the types, or fill what the worker fills.
+        if clash := self._by_name & others.keys():
+            raise self._undecodable(f"'{min(clash)}' is a parameter of its own - at $.**")
+        return positional + rest, by_name | others
+
+    def _undecodable(self, why: str) -> Unreadable:
+        return Unreadable(
+            f"The arguments stored for {self.name}() do not fit it: {why}.\n"
+            f"    {self.describe()}          Was it changed while jobs were waiting?",
+            code="E15",
+        )
+
+    def convert_text(self, name: str, text: str) -> Any:
+        """
+        Return *text*, the right side of ``name=text``, in the parameter's type; raises PayloadError (E03).
+
+        A str stays as it is. Everything else is read as JSON, or as what is written without quotes: a date, a UUID,
+        an Enum's value or name. Without an annotation it is JSON if it can be, else the text.
+        """
+        if name in self.injected or name in {self._rest, self._others} or name not in self._parameters:
+            if name in self.injected or not self._others:
+                raise self.refusal(self._misfit((), {name: text}) or f"'{name}' cannot be given as name=value.")
+            annotation = self._parameters[self._others].annotation
+            codec: FormatCodec[Any] = _ArgumentCodec(name, carried(annotation), self, self._function_name)
+        else:
+            annotation = self._parameters[name].annotation
+            codec = self._argument(name)
+        try:
+            value = from_text(carried(annotation), text)
+        except Exception as error:
+            raise self.refusal(f"{name}={show(text)} does not fit: {reason(error)}.") from None
+        codec.data(value)
+        return value
+
+    def from_json(self, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Sequence[Any], dict[str, Any]]:
+        """Return arguments that were read from JSON in the parameters' types, as another format wants them; PayloadError."""
+        if self._misfit(tuple(args), kwargs):
+            return args, kwargs  # `encode` says what is wrong
+        bound = self._signature.bind(*args, **kwargs)
+        for name, value in bound.arguments.items():
+            bound.arguments[name] = self._argument(name).decode(encode_json(value))
+        return bound.args, bound.kwargs
+
+    def _argument(self, name: str) -> _ArgumentCodec:
+        if name not in self._arguments:
+            self._arguments[name] = _ArgumentCodec(name, self._type(name), self, self._function_name)
+        return self._arguments[name]
+
+    def _type(self, name: str) -> Any:
+        annotation = self._parameters[name].annotation
+        if name == self._rest:
+            return list[carried(annotation)]  # type: ignore[misc]
+        if name == self._others:
+            packed = typing.get_origin(annotation) is typing.Unpack
+            return typing.get_args(annotation)[0] if packed else dict[str, carried(annotation)]  # type: ignore[misc]
+        return carried(annotation)
+
+    def _key(self, name: str) -> str:
+        return "*" if name == self._rest else "**" if name == self._others else name
+
+    def _sending_struct(self) -> Any:
+        # UNSET is left out of the bytes, so a default that changes later holds for jobs that relied on it.
+        def fields(names: list[str]) -> list[Any]:
+            return [(n, Any) if self._default(n) is _EMPTY else (n, Any, msgspec.UNSET) for n in names]
+
+        by_name = self._struct(fields(self._keyword), kw_only=True)
+        return self._struct(fields(self._positional), bases=(by_name,))
+
+    def _receiving_decoder(self) -> Callable[[bytes], Any]:
+        fields: list[Any] = []
+        for name in self._parameters:
+            default = self._default(name)
+            if name in {self._rest, self._others}:
+                empty = list if name == self._rest else dict
+                fields.append((name, self._type(name), msgspec.field(default_factory=empty)))
+            elif default is _EMPTY:
+                fields.append((name, self._type(name)))
+            else:
+                fields.append((name, self._type(name), _as_field(default)))
+        rename = {name: self._key(name) for name in (self._rest, self._others) if name}
+        struct = self._struct(fields, kw_only=True, rename=rename, forbid_unknown_fields=True)
+        try:
+            return typed_decoder(struct, f"What {self.name}() takes")
+        except ConfigurationError:
+            for name in self._parameters:
+                self._argument(name)  # raises with the name of the one at fault
+            raise
+
+    def _struct(self, fields: list[Any], **options: Any) -> Any:
+        try:
+            return msgspec.defstruct("Arguments", fields, gc=False, **options)
+        except Exception as error:  # names such as __x
+            raise ConfigurationError(f"{self.name}(): rename its parameters: {reason(error)}.") from error
+
+    def _of_kind(self, kind: object) -> list[str]:
+        return [parameter.name for parameter in self._parameters.values() if parameter.kind is kind]
+
+    def _default(self, name: str) -> Any:
+        return self._parameters[name].default
+
+
+class _ArgumentCodec(FormatCodec[Any]):
+    """One argument: the careful way of encoding, and the source of errors that name it."""
+
+    def __init__(self, name: str, type: Any, signature: Signature, function: str) -> None:  # noqa: A002
+        super().__init__(
+            type,
+            formats=signature.formats,
+            max_payload=signature.max_payload,
+            what=f"Argument '{name}' of {signature.name}()",
+        )
+        self._name = name
+        self._function = function
+        self._signature = signature
+
+    def _refusal(self, code: str, text: str) -> PayloadError:
+        return self._signature.refusal(text, code)
+
+    def _model_advice(self) -> str:
+        name = self._name
+        return f"Pass its key and load it in the task:  {self._function}.enqueue({name}_id={name}.pk)"
+
+
+def _as_field(default: Any) -> Any:
+    if type(default) in _IMMUTABLE:
+        return msgspec.field(default=default)
+    return msgspec.field(default_factory=lambda: default)  # the very object, as Python itself passes it
+
+
+def _did_you_mean(name: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(name, known, 1)
+    return f"  Did you mean '{close[0]}'?" if close else ""

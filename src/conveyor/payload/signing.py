@@ -1,0 +1,175 @@
+"""
+Signing and encrypting: a body and what it is bound to, to bytes and back.
+
+The secrets of an app by their ids: the first seals, all open.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import os
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from conveyor.errors import ConfigurationError, PayloadError
+from conveyor.payload.wrapped import GCM, HMAC, NONCE, Wrapped, bound, head
+
+MIN_SECRET = 16
+"""Bytes a secret must have; 32 random ones are advised."""
+
+_ID = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+_SALT = b"conveyor sealing"
+_ADVICE = 'Make one:  python -c "import secrets; print(secrets.token_urlsafe(32))"'
+
+
+class Keyring:
+    """Keys for signing and for encrypting, derived from each secret; it never shows them."""
+
+    __slots__ = ("_keys", "first")
+
+    def __init__(self, keys: Mapping[str, str | bytes]) -> None:
+        """Take key id → secret, the sealing one first; raises ConfigurationError, which never shows a secret."""
+        if not isinstance(keys, Mapping) or not keys:
+            raise ConfigurationError(
+                "Conveyor(keys=…) takes a dict of key id to secret with at least one: keys={'2026-11': secret}. "
+                "Leave it out to seal nothing."
+            )
+        # HKDF gives each use a key of its own, uniform whatever the secret looks like: what one algorithm
+        # gives away says nothing to the other.
+        self._keys: dict[str, tuple[bytes, bytes]] = {}
+        for number, (id_, secret) in enumerate(keys.items(), 1):
+            material = _checked(number, id_, secret)
+            self._keys[id_] = (derive(material, b"hmac-sha256"), derive(material, b"aes-256-gcm"))
+        self.first = next(iter(self._keys))
+
+    def __repr__(self) -> str:
+        return f"<Keyring {', '.join(self._keys)}>"
+
+    def __reduce__(self) -> Any:
+        raise TypeError("A keyring is not pickled: secrets stay where they were given.")
+
+    @property
+    def ids(self) -> tuple[str, ...]:
+        """The ids, the sealing one first."""
+        return tuple(self._keys)
+
+    def signing(self, id_: str) -> bytes | None:
+        """Return the key for HMAC, None for an id that is not known."""
+        found = self._keys.get(id_)
+        return None if found is None else found[0]
+
+    def encrypting(self, id_: str) -> bytes | None:
+        """Return the key that those of single jobs are derived from, None for an id that is not known."""
+        found = self._keys.get(id_)
+        return None if found is None else found[1]
+
+
+def derive(secret: bytes, use: bytes) -> bytes:
+    """Return 32 bytes for one use of a secret: HKDF-SHA256 (RFC 5869) with a fixed salt."""
+    extracted = hmac.digest(_SALT, secret, hashlib.sha256)
+    return hmac.digest(extracted, use + b"\x01", hashlib.sha256)
+
+
+def _checked(number: int, id_: object, secret: object) -> bytes:
+    if not isinstance(id_, str) or not _ID.fullmatch(id_):
+        # Not shown: who swaps the two writes the secret here.
+        raise ConfigurationError(
+            f"Conveyor(keys=…): the id of key number {number} is 1 to 64 of A-Z a-z 0-9 _ . and -, for example '2026-11'."
+        )
+    if not isinstance(secret, str | bytes):
+        raise ConfigurationError(
+            f"Conveyor(keys=…): the secret of key '{id_}' must be str or bytes, not {type(secret).__name__}."
+        )
+    try:
+        material = secret.encode() if isinstance(secret, str) else bytes(secret)
+    except UnicodeEncodeError:
+        raise ConfigurationError(f"Conveyor(keys=…): the secret of key '{id_}' is not Unicode. {_ADVICE}") from None
+    if len(material) < MIN_SECRET:
+        raise ConfigurationError(
+            f"Conveyor(keys=…): the secret of key '{id_}' has {len(material)} bytes, and {MIN_SECRET} are the least. {_ADVICE}"
+        )
+    return material
+
+
+class Seal:
+    """Seals with the first key of a ring, opens with all. Signs, or encrypts too."""
+
+    __slots__ = ("_algorithm", "keyring")
+
+    def __init__(self, keyring: Keyring, *, encrypt: bool) -> None:
+        """Take the keys; *encrypt* needs the package ``cryptography`` and raises ConfigurationError without it."""
+        self.keyring = keyring
+        self._algorithm = GCM if encrypt else HMAC
+        if encrypt:
+            _aesgcm("Conveyor(encrypt=True)")
+
+    def close(self, body: bytes, form: int, kind: bytes, queue: str, task: str, id_: str) -> bytes:
+        """Return *body* sealed, bound to its kind and its place."""
+        key_id = self.keyring.first
+        start = head(self._algorithm, form, key_id)
+        context = bound(kind, queue, task, id_, start)
+        if self._algorithm == HMAC:
+            key = self.keyring.signing(key_id)
+            assert key is not None
+            return start + body + hmac.digest(key, context + body, hashlib.sha256)
+        nonce = os.urandom(NONCE)
+        cipher = self._cipher(key_id, kind, queue, task, id_)
+        sealed: bytes = cipher.encrypt(nonce, body, context)
+        return start + nonce + sealed
+
+    def open(self, wrapped: Wrapped, kind: bytes, queue: str, task: str, id_: str) -> bytes:
+        """Return the body when its seal holds; raises PayloadError (E39 unknown key, E40 it does not)."""
+        key_id = wrapped.key_id
+        key = self.keyring.signing(key_id)
+        if key is None:
+            known = ", ".join(self.keyring.ids)
+            raise PayloadError(
+                f"E39 It is sealed with key '{key_id}', which this program does not know (it has {known}). "
+                f"Add it: Conveyor(keys={{…, '{key_id}': secret}}), then redrive.",
+                code="E39",
+            )
+        context = bound(kind, queue, task, id_, wrapped.head)
+        if wrapped.algorithm == HMAC:
+            if hmac.compare_digest(hmac.digest(key, context + wrapped.body, hashlib.sha256), wrapped.tag):
+                return wrapped.body
+            raise _mismatch(key_id)
+        try:
+            cipher = self._cipher(key_id, kind, queue, task, id_)
+        except ConfigurationError as error:
+            raise PayloadError(f"E38 {error}", code="E38") from None
+        from cryptography.exceptions import InvalidTag
+
+        try:
+            opened: bytes = cipher.decrypt(wrapped.nonce, wrapped.body, context)
+        except InvalidTag:
+            raise _mismatch(key_id) from None
+        return opened
+
+    def _cipher(self, key_id: str, kind: bytes, queue: str, task: str, id_: str) -> Any:
+        # A key of its own for each job: with random nonces one AES-GCM key is good for 2^32 bodies, which a busy
+        # system pushes in a day.
+        key = self.keyring.encrypting(key_id)
+        assert key is not None
+        return _aesgcm(f"What is encrypted with key '{key_id}'")(
+            hmac.digest(key, bound(kind, queue, task, id_), hashlib.sha256)
+        )
+
+
+def _aesgcm(what: str) -> Any:
+    try:
+        from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+    except ImportError:
+        raise ConfigurationError(
+            f"{what} needs the package 'cryptography', which is not installed. Install:  pip install 'conveyor[encrypt]'"
+        ) from None
+    return AESGCM
+
+
+def _mismatch(key_id: str) -> PayloadError:
+    return PayloadError(
+        f"E40 Its seal (key '{key_id}') does not match: it was changed or moved from another job, task or queue, or the "
+        "secret of that key is another one there. The bytes are kept; mend the keys, then redrive.",
+        code="E40",
+    )

@@ -1,0 +1,74 @@
+"""Versions of payloads: old ones are brought up to date, step by step, before they are decoded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from conveyor.errors import ConfigurationError, PayloadError
+from conveyor.payload.codec import bounds, too_large
+from conveyor.payload.formats import MARK, Formats
+
+
+class TooNew(PayloadError):
+    """A payload of a later version than this program knows: it waits for a program that does."""
+
+    code = "E43"
+
+    def __init__(self, what: str, version: int, known: int) -> None:
+        """Take what it is, its version and the last one known here."""
+        super().__init__(f"E43 {what} has version {version}, and this program knows {known} at most. Upgrade it.")
+
+
+MAX_VERSION = 1_000_000
+
+
+def sealed_name(task: str, version: int) -> str:
+    """Return what a seal is bound to as the task: with the version, which says how the payload is read."""
+    return task if version == 1 else f"{task}\t{version}"  # no task's name holds a tab
+
+
+def check_version(version: object, upcast: object, where: str) -> int:
+    """Return a version of at least 1; raises ConfigurationError, also for an upcast that cannot be called."""
+    if not isinstance(version, int) or isinstance(version, bool) or not 1 <= version <= MAX_VERSION:
+        raise ConfigurationError(f"{where}(version=…) must be a whole number of at least 1, not {version!r}.")
+    if upcast is not None and (not callable(upcast) or version == 1):
+        raise ConfigurationError(
+            f"{where}(upcast=…) takes a function of a version and what a payload of it holds, and a version above 1."
+        )
+    return version
+
+
+class Old(NamedTuple):
+    """What a payload is that is to be brought up to date: for errors, its limit in bytes, and whether it holds arguments."""
+
+    what: str
+    limit: int
+    formats: Formats
+    call: bool
+
+
+def bring_up(body: bytes, version: int, current: int, upcast: Callable[[int, Any], Any], old: Old) -> bytes:
+    """
+    Return the *body* of an older *version* as *current* has it, in its format; *upcast* takes each step.
+
+    Raises PayloadError: E15 with what *upcast* raised, E21 too large, E22 nested too deep, E50 of a format not known here.
+    """
+    what = old.what
+    excess = too_large(body, old.limit, "a payload") if body[:1] == MARK else bounds(body, old.limit)
+    if excess:
+        raise PayloadError(f"{what} {excess[1]}", code=excess[0])
+    if version < 1:  # never ours; and the steps from far below would not end
+        raise PayloadError(f"{what} has version {version}, and there is none below 1.", code="E15")
+    try:
+        value, again = old.formats.plain(body, call=old.call)
+        for step in range(version, current):
+            value = upcast(step, value)
+        return again(value)
+    except PayloadError:
+        raise
+    except Exception as error:
+        raise PayloadError(
+            f"{what} has version {version} and could not be brought up to {current}: {type(error).__name__}: {error}.",
+            code="E15",
+        ) from error

@@ -1,0 +1,115 @@
+"""
+The two tables: their names, and the SQL that creates them.
+
+What an outbox and a ledger have in common: a table that somebody must create.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any
+
+from conveyor.errors import ConfigurationError
+from conveyor.sql.drivers import awaitable, blocking
+
+if TYPE_CHECKING:
+    from conveyor.sql.drivers import AsyncLink, Link
+
+
+DIALECTS = ("sqlite", "postgresql", "mysql")
+_TYPES = {
+    "sqlite": {"SERIAL": "INTEGER PRIMARY KEY AUTOINCREMENT", "BYTES": "BLOB"},
+    "postgresql": {"SERIAL": "BIGINT GENERATED ALWAYS AS IDENTITY PRIMARY KEY", "BYTES": "BYTEA"},
+    "mysql": {"SERIAL": "BIGINT AUTO_INCREMENT PRIMARY KEY", "BYTES": "LONGBLOB"},
+}
+_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,47}(\.[A-Za-z_][A-Za-z0-9_]{0,47})?")
+OUTBOX = """CREATE TABLE IF NOT EXISTS {table} (
+  seq SERIAL,
+  namespace VARCHAR(64) NOT NULL,
+  batch VARCHAR(32) NOT NULL DEFAULT '',
+  queue VARCHAR(512) NOT NULL,
+  created_ms BIGINT NOT NULL,
+  entry BYTES NOT NULL
+)
+CREATE INDEX IF NOT EXISTS {index} ON {table} (namespace, batch, seq)"""
+LEDGER = """CREATE TABLE IF NOT EXISTS {table} (
+  id VARCHAR(255) NOT NULL PRIMARY KEY,
+  created_ms BIGINT NOT NULL,
+  result BYTES
+)
+CREATE INDEX IF NOT EXISTS {index} ON {table} (created_ms)"""
+
+
+class Table:
+    """A table by its name: fills it into statements."""
+
+    def __init__(self, name: str, ddl: str, kind: str) -> None:
+        """
+        Take the name, ``table`` or ``schema.table``, what creates it, and what it is called by those who use it.
+
+        Raises ConfigurationError.
+        """
+        if not isinstance(name, str) or not _NAME.fullmatch(name):
+            raise ConfigurationError(f"A table is named by letters, digits and _, perhaps behind a schema: {name!r}.")
+        self.name = name
+        self.kind = kind
+        self._ddl = ddl
+
+    def __str__(self) -> str:
+        return self.name
+
+    def ddl(self, dialect: str) -> list[str]:
+        """Return the statements that create it. Raises ConfigurationError for an unknown dialect."""
+        if dialect not in _TYPES:
+            raise ConfigurationError(f"The tables are known for {', '.join(DIALECTS)}, not for {dialect!r}.")
+        text = self._ddl
+        if dialect == "mysql":  # it knows no CREATE INDEX IF NOT EXISTS, and takes a for A unless told otherwise
+            text = re.sub(
+                r"\n\)\nCREATE INDEX IF NOT EXISTS {index} ON {table} (.*)",
+                r",\n  INDEX {index} \1\n) CHARACTER SET utf8mb4 COLLATE utf8mb4_bin",
+                text,
+            )
+        text = self.fill(text).replace("{index}", f"{self.name.rpartition('.')[2]}_index")
+        for word, type_ in _TYPES[dialect].items():
+            text = re.sub(rf"\b{word}\b", type_, text)
+        return re.split(r"\n(?=CREATE INDEX)", text)
+
+    def script(self, dialect: str) -> str:
+        """Return the same as one text."""
+        return "".join(f"{statement};\n" for statement in self.ddl(dialect))
+
+    def create(self, link: Link) -> None:
+        """Create it where it does not exist, and commit."""
+        for statement in self.ddl(link.dialect):
+            link.run(statement)
+        link.commit()
+
+    async def acreate(self, link: AsyncLink) -> None:
+        """Do the same on a connection of asyncio."""
+        for statement in self.ddl(link.dialect):
+            await link.run(statement)
+        await link.commit()
+
+    def fill(self, sql: str) -> str:
+        """Return *sql* with the name in it."""
+        return sql.replace("{table}", self.name)
+
+
+class Owner:
+    """Owns a table."""
+
+    def __init__(self, table: Table) -> None:
+        """Take the table; nothing is created yet."""
+        self._table = table
+
+    def ddl(self, dialect: str) -> str:
+        """Return the SQL that creates the table: for sqlite, postgresql or mysql. Raises ConfigurationError for another."""
+        return self._table.script(dialect)
+
+    def create(self, connection: Any) -> None:
+        """Create the table where it does not exist, and commit. Raises ConfigurationError for an unknown database."""
+        self._table.create(blocking(connection))
+
+    async def acreate(self, connection: Any) -> None:
+        """Create the table, as `create`, on a connection of asyncio."""
+        await self._table.acreate(awaitable(connection))

@@ -1,0 +1,1 @@
+"""An app's way into Redis: calls, pushes, batching, confirmation, buffering."""

@@ -1,0 +1,220 @@
+"""
+Pushes of one event loop: what comes while a call is in flight, or in the same tick, forms the next.
+
+What a push goes through: a backend, one whose pushes are confirmed, or one that keeps them for later.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import weakref
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+from conveyor.errors import ConveyorError, QueueFull, StoreUnavailable
+from conveyor.ids import new_identity
+from conveyor.store import operations
+from conveyor.store.operations import Entry, Lane
+from conveyor.store.script import Call
+from conveyor.store.transport.async_connection import Wire
+
+if TYPE_CHECKING:
+    from conveyor.store.client.durability import Wish
+    from conveyor.store.keys import QueueKeys
+    from conveyor.store.operations import Entry
+    from conveyor.store.script import Argument
+    from conveyor.store.transport.endpoint import Place
+
+
+T = TypeVar("T")
+BULK = 1000
+"""Jobs per call of a bulk push: enough to share the round trip, short enough to let others in."""
+
+Answer = asyncio.Future[Any]
+Item = tuple[str, bytes, Answer] | tuple[Sequence[Entry], None, Answer]
+"""A plain message (id, envelope), or entries; and who waits."""
+
+
+class Shared:
+    """One event loop's wires and, per queue, the lane of its pushes."""
+
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        place: Callable[[QueueKeys | str], Place],
+        patience: float,
+        make: Callable[[Wire, QueueKeys, int, float], AsyncLane] | None = None,
+    ) -> None:
+        """Take the loop (held weakly), what knows the place of keys, the seconds a push is repeated for, and what makes a lane."""
+        self.loop = weakref.ref(loop)
+        self._place = place
+        self._wires: dict[Place, Wire] = {}
+        self.wire = self.wire_at(place(""))
+        self._patience = patience
+        self._make = make or AsyncLane
+        self._lanes: dict[tuple[str, int, int], AsyncLane] = {}
+
+    def lane(self, keys: QueueKeys, max_length: int) -> AsyncLane:
+        """Return the lane of *keys*."""
+        which = (keys.prefix, max_length, keys.partitions)
+        found = self._lanes.get(which)
+        if found is None:
+            wire = self.wire_at(self._place(keys))
+            found = self._lanes[which] = self._make(wire, keys, max_length, self._patience)
+        return found
+
+    def wire_at(self, place: Place) -> Wire:
+        """Return the wire of *place*."""
+        found = self._wires.get(place)
+        if found is None:
+            found = self._wires[place] = Wire(place)
+        return found
+
+    def close(self) -> None:
+        """Close the wires."""
+        for wire in self._wires.values():
+            wire.close()
+
+
+class AsyncLane:
+    """
+    Gathers the pushes of one queue.
+
+    Cancelling a future leaves its push under way: whether it happened is then unknown, as with any lost answer.
+    """
+
+    def __init__(self, wire: Wire, keys: QueueKeys, max_length: int, patience: float) -> None:
+        """Take where to push, and the queue's maximum length (0: none)."""
+        self._wire, self._keys, self._max_length, self._patience = wire, keys, max_length, patience
+        self._lane = Lane(new_identity())
+        self._waiting: deque[Item] = deque()
+        self._sender: asyncio.Task[None] | None = None
+        self._loop = asyncio.get_running_loop()
+
+    def put(self, id: str, envelope: bytes) -> asyncio.Future[None]:  # noqa: A002
+        """Push one plain message."""
+        future: asyncio.Future[None] = self._loop.create_future()
+        self._waiting.append((id, envelope, future))
+        if self._sender is None:
+            self._sender = self._loop.create_task(self._send())
+        return future
+
+    def push(self, entries: Sequence[Entry]) -> asyncio.Future[list[str]]:
+        """Push *entries*; the future yields an id for each."""
+        future: asyncio.Future[list[str]] = self._loop.create_future()
+        self._waiting.append((entries, None, future))
+        if self._sender is None:
+            self._sender = self._loop.create_task(self._send())
+        return future
+
+    async def _send(self) -> None:
+        try:
+            while self._waiting:
+                batch: list[Item] = []
+                plain, size = True, 0
+                while self._waiting and size < BULK:
+                    one = self._waiting.popleft()
+                    if one[2].cancelled():
+                        continue  # nobody waits for it and nothing was sent
+                    batch.append(one)
+                    size += 1 if one[1] is not None else len(one[0])
+                    plain = plain and one[1] is not None
+                if batch:
+                    await self._deliver(batch, plain)
+        finally:
+            self._sender = None
+
+    async def accept(self, batch: list[Item], plain: bool) -> list[str]:
+        """Send one call; return an id for each entry, none for plain messages."""
+        if plain:
+            pairs = [part for one in batch for part in one[:2]]
+            await self.run(operations.push_plain(self._keys, self._lane, pairs, max_length=self._max_length))  # type: ignore[arg-type]
+            return []
+        entries = entries_of(batch)
+        return await self.run(operations.push(self._keys, self._lane, entries, max_length=self._max_length))
+
+    def fresh(self) -> Lane:
+        """Return a lane nobody used."""
+        return Lane(new_identity())
+
+    async def _deliver(self, batch: list[Item], plain: bool) -> None:
+        try:
+            ids = await self.accept(batch, plain)
+        except QueueFull as error:
+            if len(batch) == 1:
+                _fail(batch, error)
+                return
+            for one in batch:  # together they do not fit; some may alone
+                await self._deliver([one], one[1] is not None)
+        except (ConveyorError, operations.LateReply) as error:
+            # The repeats may still arrive: a new lane keeps their number from being taken for ours.
+            self._lane = self.fresh()
+            _fail(batch, error)
+        except BaseException as error:
+            _fail(batch, error)
+            raise
+        else:
+            self.answer(batch, ids)
+
+    async def run(self, call: Call[T]) -> T:
+        """Carry out one push."""
+        return await self._wire.run(call, patience=self._patience)
+
+    def answer(self, batch: list[Item], ids: list[str]) -> None:
+        """Tell everybody who waits."""
+        _answer(batch, ids)
+
+
+def entries_of(batch: list[Item]) -> list[Entry]:
+    """Return all that is in a batch, in order."""
+    return [entry for one in batch for entry in _entries(one)]
+
+
+def _entries(one: Item) -> Sequence[Entry]:
+    return one[0] if one[1] is None else (Entry(one[0], one[1]),)
+
+
+def _answer(batch: list[Item], ids: list[str]) -> None:
+    at = 0
+    for first, envelope, future in batch:
+        if envelope is not None:
+            at += 1
+            if not future.done():
+                future.set_result(None)
+            continue
+        if not future.done():
+            future.set_result(ids[at : at + len(first)])
+        at += len(first)
+
+
+def _fail(batch: list[Item], error: BaseException) -> None:
+    cause = StoreUnavailable(str(error)) if not isinstance(error, Exception) else error
+    for _, _, future in batch:
+        if not future.done():
+            future.set_exception(cause)
+
+
+class Way(Protocol):
+    """A way in."""
+
+    @property
+    def deferred(self) -> bool:
+        """True when nothing goes to Redis now, so nothing can be asked of it either."""
+        ...
+
+    def push(
+        self, keys: QueueKeys, entries: Sequence[Entry], *, max_length: int = 0, whole: bool = False
+    ) -> list[str]: ...
+    def push_plain(self, keys: QueueKeys, pairs: Sequence[Argument], *, max_length: int = 0) -> None: ...
+    async def apush(
+        self, keys: QueueKeys, entries: Sequence[Entry], *, max_length: int = 0, whole: bool = False
+    ) -> list[str]: ...
+
+
+class Outlet(Protocol):
+    """Tells whether pushes go somewhere else right now."""
+
+    def __call__(self, wish: Wish | None = None) -> Way | None:
+        """Return that way; raises ConfigurationError where it cannot give what one push asks for."""
+        ...

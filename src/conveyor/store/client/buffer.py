@@ -1,0 +1,289 @@
+"""The producer's buffer: where pushes wait while Redis is away."""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+import threading
+import time
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+
+from conveyor.errors import ConfigurationError, StoreUnavailable
+from conveyor.ids import new_identity
+from conveyor.store.client import spool
+from conveyor.store.client.spool import Backlog, Batch, Record
+from conveyor.units import Duration, milliseconds
+
+_log = logging.getLogger("conveyor.buffer")
+DAY = "+"
+"""The last character of a lane that Redis remembers for a day instead of two hours; the scripts know it."""
+
+
+def day_identity() -> str:
+    """Return a fresh identity for a lane that is remembered for a day."""
+    return new_identity() + DAY
+
+
+class Buffer:
+    """
+    Keeps what is pushed while Redis is away, and delivers it in order when it is back: ``Conveyor(buffer=Buffer())``.
+
+    In memory, or with a *directory* on disk, where it outlives this process: the next one that uses the directory
+    delivers it. `len` tells how many jobs wait.
+    """
+
+    def __init__(
+        self,
+        directory: str | os.PathLike[str] | None = None,
+        *,
+        most: int = 10_000,
+        most_bytes: int = 64_000_000,
+        fsync: bool = False,
+        linger: Duration = "5s",
+    ) -> None:
+        """
+        Take the limits: *most* jobs and *most_bytes* of them wait at a time; beyond that a push raises (E37).
+
+        On disk each push is in the file before it returns, so it survives this process; with *fsync* also a power cut.
+        *linger* is how long closing the app waits for the rest to be delivered. Raises ConfigurationError.
+        """
+        for name, value in (("most", most), ("most_bytes", most_bytes)):
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ConfigurationError(f"Buffer({name}=…) must be a whole number of at least 1, not {value!r}.")
+        if not isinstance(fsync, bool):
+            raise ConfigurationError(f"Buffer(fsync=…) must be True or False, not {fsync!r}.")
+        if directory is not None and (not isinstance(directory, str | os.PathLike) or not os.fspath(directory)):
+            raise ConfigurationError(
+                f"Buffer(…) takes the path of a directory, such as Buffer('spool'), not {directory!r}."
+            )
+        if fsync and directory is None:
+            raise ConfigurationError("Buffer(fsync=True) is for a buffer on disk: Buffer('spool', fsync=True).")
+        self.directory = None if directory is None else Path(directory)
+        self.most = most
+        self.most_bytes = most_bytes
+        self.linger = milliseconds(linger, name="linger") / 1000
+        self._fsync = fsync
+        self._start: Callable[[], None] | None = None
+        self._reset()
+
+    def _reset(self) -> None:
+        self._changed = threading.Condition()
+        self._own: Backlog | None = None
+        self._others: list[Backlog] = []
+        self._ids: set[str] = set()
+        self._since: float | None = None
+        self._delivered = 0
+        self.flows = False
+        """True while Redis takes what waits: who pushes then goes slowly, else what waits would never come to an end."""
+
+    def bind(self, start: Callable[[], None]) -> None:
+        """Take what begins a delivery; a buffer belongs to one app. Raises ConfigurationError."""
+        if self._start is not None:
+            raise ConfigurationError("This Buffer belongs to another app already: make one for each.")
+        if self.directory is not None:
+            try:
+                spool.prepare(self.directory)  # now, not in the middle of the first outage
+            except OSError as fault:
+                raise ConfigurationError(
+                    f"Buffer('{self.directory}') cannot be used: {fault.strerror or fault}. Make the directory writable, "
+                    "or name another."
+                ) from None
+        self._start = start
+        _bound.add(self)
+
+    def __len__(self) -> int:
+        with self._changed:
+            return sum(one.jobs for one in self._all())
+
+    def __bool__(self) -> bool:
+        return True  # an empty buffer is a buffer
+
+    def __repr__(self) -> str:
+        return f"<Buffer {self.directory or 'in memory'}: {len(self)} of {self.most} jobs>"
+
+    @property
+    def waiting(self) -> bool:
+        """Tell whether something waits that a new push must not overtake."""
+        own = self._own
+        return own is not None and bool(own)
+
+    def left_behind(self) -> bool:
+        """Tell whether an earlier process left something in the directory."""
+        return self.directory is not None and spool.left_behind(self.directory)
+
+    def holds(self, id: str) -> bool:  # noqa: A002
+        """Tell whether the job with this bare id waits here."""
+        return id in self._ids
+
+    # -- in -----------------------------------------------------------------------------------------------------------
+
+    def add(self, record: Record, error: StoreUnavailable | None) -> None:
+        """
+        Keep *record* and see that it is delivered.
+
+        Raises *error* of the attempt that was made, or StoreUnavailable (E37) when none was, where it does not fit.
+        """
+        with self._changed:
+            count = len(record.entries)
+            try:
+                own = self._mine()
+                if own.jobs + count > self.most or own.bytes + record.size > self.most_bytes:
+                    raise error or self._full(own, count)
+                own.add(record)
+            except OSError as fault:
+                raise error or StoreUnavailable(
+                    f"Redis does not answer, and the buffer {self.directory} cannot be written: {fault}. Nothing was "
+                    "stored. Free the disk, or give the buffer another directory.",
+                    code="E37",
+                ) from fault
+            self._ids.update(entry.id for entry in record.entries)
+            if self._since is None and error is not None:
+                self._since = time.monotonic()
+                where = "in memory" if self.directory is None else f"in {self.directory}"
+                reason = str(error).partition("\n")[0].rstrip(".")
+                _log.warning(
+                    "%s: pushes are kept %s until it answers, %s jobs at most", reason, where, f"{self.most:,}"
+                )
+        self.begin()
+
+    def begin(self) -> None:
+        """See that somebody delivers."""
+        if self._start is not None:
+            self._start()
+
+    def _full(self, own: Backlog, count: int) -> StoreUnavailable:
+        return StoreUnavailable(
+            f"Redis takes nothing, or less than is pushed, and the buffer is full: it holds {own.jobs:,} jobs in "
+            f"{own.bytes:,} bytes and takes "
+            f"at most {self.most:,} in {self.most_bytes:,}. {count:,} more were not stored. Push again later, or give it "
+            "more room: Buffer(most=…, most_bytes=…).",
+            code="E37",
+        )
+
+    def _mine(self) -> Backlog:
+        if self._own is None:
+            lane = day_identity()
+            if self.directory is None:
+                self._own = Backlog(lane)
+            else:
+                self._own = spool.claim(self.directory, lane, fsync=self._fsync)
+                self._remember(self._own)
+        return self._own
+
+    def _remember(self, found: Backlog) -> None:
+        self._ids.update(entry.id for record in found.records for entry in record.entries)
+
+    # -- out ----------------------------------------------------------------------------------------------------------
+
+    def next(self) -> tuple[Backlog, Batch] | None:
+        """Return what is to be sent now, None when nothing waits."""
+        with self._changed:
+            if self.directory is not None and self._own is None and self.left_behind():
+                self._mine()
+            found = next((one for one in self._all() if one), None)
+            if found is None and self.directory is not None:
+                self._others += spool.orphans(self.directory, day_identity())
+                found = next((one for one in self._others if one), None)
+                if found is not None:
+                    self._remember(found)
+            if found is None:
+                self._finish()
+                return None
+            return found, found.batch()
+
+    def done(self, backlog: Backlog) -> None:
+        """Take out what was sent."""
+        with self._changed:
+            self.flows = True
+            for record in backlog.done():
+                self._delivered += len(record.entries)
+                self._ids.difference_update(entry.id for entry in record.entries)
+            if not backlog and backlog in self._others:
+                self._others.remove(backlog)
+                backlog.close()
+            if not any(self._all()):
+                self._finish()
+            self._changed.notify_all()
+
+    def cut(self, backlog: Backlog) -> bool:
+        """Send less at a time; return False when it is one record already."""
+        with self._changed:
+            return backlog.cut()
+
+    def _finish(self) -> None:
+        if self._since is not None:
+            _log.warning(
+                "Redis answers again after %.1f s: %s buffered jobs were delivered",
+                time.monotonic() - self._since, f"{self._delivered:,}",
+            )  # fmt: skip
+        elif self._delivered:
+            _log.info("%s buffered jobs were delivered", f"{self._delivered:,}")
+        self._since, self._delivered, self.flows = None, 0, False
+
+    def _all(self) -> list[Backlog]:
+        return [*self._others, *([self._own] if self._own is not None else [])]
+
+    # -- waiting ------------------------------------------------------------------------------------------------------
+
+    def wait_empty(self, seconds: float) -> bool:
+        """Wait until nothing waits here any more; return whether that came."""
+        with self._changed:
+            return self._changed.wait_for(lambda: not any(self._all()), seconds)
+
+    def wait_for(self, id: str, seconds: float | None) -> bool:  # noqa: A002
+        """Wait until the job with this bare id is delivered; return whether that came."""
+        with self._changed:
+            return self._changed.wait_for(lambda: id not in self._ids, seconds)
+
+    def flush(self) -> None:
+        """Give the delivery its last seconds, and say what remains."""
+        if not len(self):
+            return
+        self.begin()
+        if self.wait_empty(self.linger):
+            return
+        left = len(self)
+        if self.directory is not None:
+            _log.warning(
+                "%d buffered jobs were not delivered within %g s; they wait in %s for the next process that uses it",
+                left, self.linger, self.directory,
+            )  # fmt: skip
+            return
+        with self._changed:
+            first = ", ".join(sorted(self._ids)[:20])
+        _log.error(
+            "%d buffered jobs were not delivered within %g s and are lost when this process ends: %s%s",
+            left, self.linger, first, ", …" if left > 20 else "",
+        )  # fmt: skip
+
+    def release(self) -> None:
+        """Let go of files on disk, for the next process; what is in memory stays."""
+        with self._changed:
+            if self.directory is None:
+                return
+            for one in self._all():
+                one.close()
+            self._own, self._others = None, []
+            self._ids.clear()
+            self._since = None
+
+    def forked(self) -> None:
+        """Start empty in a forked child: what waits is the parent's to deliver."""
+        for one in self._all():
+            one.close()
+        self._reset()
+
+
+_bound: weakref.WeakSet[Buffer] = weakref.WeakSet()
+
+
+def flush_all() -> None:
+    """Give what waits its last seconds; called when the process ends, and by those that end without saying so."""
+    for buffer in list(_bound):
+        buffer.flush()
+
+
+atexit.register(flush_all)

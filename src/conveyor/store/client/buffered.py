@@ -1,0 +1,369 @@
+"""A backend whose pushes are kept when Redis is away, and the thread that delivers them."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from conveyor.errors import ConveyorError, QueueFull, StoreUnavailable
+from conveyor.ids import logical
+from conveyor.store import operations
+from conveyor.store.client.batching import BULK, AsyncLane, Item, entries_of
+from conveyor.store.client.buffer import Buffer, day_identity
+from conveyor.store.client.client import PATIENCE, Backend, refuse_in_loop
+from conveyor.store.client.confirmed import Confirmed, plain_entries
+from conveyor.store.client.durability import Durability
+from conveyor.store.client.spool import Backlog, Batch, Record
+from conveyor.store.keys import QueueKeys, known_queues
+from conveyor.store.operations import Entry, Lane
+from conveyor.store.partitions import WrongPartitions, claims
+from conveyor.store.script import Argument
+from conveyor.store.transport import replies
+from conveyor.store.transport.connection import Connection
+
+if TYPE_CHECKING:
+    from conveyor.store.transport.endpoint import Place
+
+FIRST = 0.05
+"""Seconds an attempt is repeated for: one that met a connection gone stale, or a slot that moved, is not an outage."""
+GENTLY = 0.001
+"""Seconds a push pauses while what waits is being delivered."""
+CAP = 1.0
+"""Most seconds between two attempts of the delivery."""
+_SAY_AGAIN = 60.0
+_log = logging.getLogger("conveyor.buffer")
+
+
+class BufferedBackend(Backend):
+    """A backend with a buffer: while it holds something, every push queues behind it."""
+
+    def __init__(
+        self, url: str | None = None, *, namespace: str = "conveyor", patience: float = PATIENCE, buffer: Buffer
+    ) -> None:
+        """Take what a backend takes; what an earlier process left in the buffer is delivered at once."""
+        super().__init__(url, namespace=namespace, patience=patience)
+        self.buffer: Buffer = buffer
+        self.new_lane = _day_lane
+        self.lane_type = partial(BufferedLane, self)
+        self._delivery = Delivery(self, buffer)
+        self._flushed = False
+        buffer.bind(self._delivery.begin)
+        if buffer.left_behind():
+            self._delivery.begin()
+
+    # -- blocking -----------------------------------------------------------------------------------------------------
+
+    def push(self, keys: QueueKeys, entries: Sequence[Entry], *, max_length: int = 0, whole: bool = False) -> list[str]:
+        """Accept *entries* as a backend does, or keep them."""
+        refuse_in_loop()
+        ids: list[str] = []
+        step = len(entries) or 1 if whole else BULK
+        for first in range(0, len(entries), step):
+            part = entries[first : first + step]
+            make = partial(operations.push, keys, entries=part, max_length=max_length)
+            ids += self._try(keys, part, max_length, make)
+        return ids
+
+    def push_plain(self, keys: QueueKeys, pairs: Sequence[Argument], *, max_length: int = 0) -> None:
+        """Accept plain messages as a backend does, or keep them."""
+        refuse_in_loop()
+        self._try(keys, pairs, max_length, partial(operations.push_plain, keys, pairs=pairs, max_length=max_length))
+
+    def post_plain(self, keys: QueueKeys, pairs: Sequence[Argument]) -> Callable[[], None]:
+        """Accept plain messages at once: what is under way could not be kept in order."""
+        self.push_plain(keys, pairs)
+        return _nothing
+
+    def _try(self, keys: QueueKeys, content: Sequence[Any], max_length: int, make: Callable[..., Any]) -> Any:
+        if self.buffer.waiting:
+            if self.buffer.flows:
+                self.buffer.wait_empty(GENTLY)
+            return self.keep(keys, content, max_length, None, None)
+        try:
+            self.hail(keys, FIRST)
+        except StoreUnavailable as error:
+            return self.keep(keys, content, max_length, None, error)
+        producer = self._take(keys.jobs)
+        try:
+            return producer.connection.run(make(lane=producer.lane), patience=FIRST)
+        except StoreUnavailable as error:
+            # It may have happened, so it keeps its lane and number, and whoever uses the connection next another lane.
+            lane, producer.lane = producer.lane, self.new_lane()
+            return self.keep(keys, content, max_length, lane, error)
+        finally:
+            producer.home.append(producer)
+
+    def hail(self, keys: QueueKeys, patience: float) -> None:
+        """Make a queue known, as `announce`, with a patience of its own."""
+        if keys.queue not in self._announced:
+            self.run(operations.announce(known_queues(self.namespace), keys.queue), patience=patience)
+            self._announced.add(keys.queue)
+
+    async def ahail(self, keys: QueueKeys) -> None:
+        """Do the same on this event loop."""
+        if keys.queue not in self._announced:
+            await self.arun(operations.announce(known_queues(self.namespace), keys.queue), patience=FIRST)
+            self._announced.add(keys.queue)
+
+    def keep(
+        self,
+        keys: QueueKeys,
+        content: Sequence[Any],
+        max_length: int,
+        lane: Lane | None,
+        error: StoreUnavailable | None,
+    ) -> list[str]:
+        """Put a push into the buffer: *content* are entries, or id, envelope, id, envelope, …"""
+        entries = list(content) if content and isinstance(content[0], Entry) else plain_entries(content)
+        if max_length and len(entries) > max_length:
+            raise QueueFull(
+                f"Queue '{keys.queue}' takes at most {max_length} jobs, and this push has {len(entries)}. Nothing was stored."
+            )
+        record = Record(
+            self.namespace, keys.queue, entries, time.time(), max_length, keys.partitions, foreign=keys.foreign
+        )
+        if lane is not None:
+            record.lane, record.number = lane.identity, lane.number
+        if entries:
+            self.buffer.add(record, error)
+        return [entry.id for entry in entries]
+
+    def confirmed(self, asked: Durability) -> Confirmed:
+        """Return the way in for confirmed pushes: they are never kept, and never overtake what is."""
+        return Behind(self, super().confirmed(asked))
+
+    # -- awaitable ----------------------------------------------------------------------------------------------------
+
+    def knows(self, keys: QueueKeys) -> bool:
+        """Say yes: the lane makes the queue known, or keeps the push."""
+        return True
+
+    async def apush(
+        self, keys: QueueKeys, entries: Sequence[Entry], *, max_length: int = 0, whole: bool = False
+    ) -> list[str]:
+        """Accept *entries* as a backend does, or keep them."""
+        lane = self.shared().lane(keys, max_length)
+        ids: list[str] = []
+        step = len(entries) or 1 if whole else BULK
+        for first in range(0, len(entries), step):
+            ids += await lane.push(entries[first : first + step])
+        return ids
+
+    def put(self, keys: QueueKeys, id: str, envelope: bytes) -> Awaitable[None]:  # noqa: A002
+        """Accept one plain message, or keep it."""
+        return self.shared().lane(keys, 0).put(id, envelope)
+
+    # -- end ----------------------------------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Deliver what can be delivered in time, say what cannot, and close."""
+        if not self._flushed:
+            self._flush()
+        super().close()
+
+    def _flush(self) -> None:
+        self.buffer.flush()
+        if self._delivery.stop():
+            self.buffer.release()
+
+    async def aclose(self) -> None:
+        """Do the same without blocking the event loop."""
+        await asyncio.get_running_loop().run_in_executor(None, self._flush)
+        self._flushed = True
+        try:
+            await super().aclose()
+        finally:
+            self._flushed = False
+
+    def forked(self) -> None:
+        """Start anew in a forked child."""
+        super().forked()
+        self.buffer.forked()
+        self._delivery.forked()
+
+
+class Behind(Confirmed):
+    """Confirmed pushes of a buffered backend: they wait until the buffer is empty."""
+
+    def __init__(self, backend: BufferedBackend, confirmed: Confirmed) -> None:
+        """Take whose buffer, and the way."""
+        self._backend = backend
+        self._way = confirmed
+
+    def push(self, keys: QueueKeys, entries: Sequence[Entry], *, max_length: int = 0, whole: bool = False) -> list[str]:
+        """Accept *entries* and wait until they are confirmed."""
+        refuse_in_loop()
+        if self._backend.buffer.waiting and not self._backend.buffer.wait_empty(self._backend.patience):
+            raise self._late()
+        return self._way.push(keys, entries, max_length=max_length, whole=whole)
+
+    async def apush(
+        self, keys: QueueKeys, entries: Sequence[Entry], *, max_length: int = 0, whole: bool = False
+    ) -> list[str]:
+        """Do the same on this event loop."""
+        deadline = time.monotonic() + self._backend.patience
+        while self._backend.buffer.waiting:
+            if time.monotonic() > deadline:
+                raise self._late()
+            await asyncio.sleep(0.02)
+        return await self._way.apush(keys, entries, max_length=max_length, whole=whole)
+
+    def _late(self) -> StoreUnavailable:
+        return StoreUnavailable(
+            f"A push that asks for fsync or replicas does not overtake the {len(self._backend.buffer):,} jobs that wait in "
+            "the buffer, and Redis does not take them. Nothing was stored. Push again later."
+        )
+
+
+class BufferedLane(AsyncLane):
+    """A lane of a loop whose calls are kept when Redis is away."""
+
+    def __init__(self, backend: BufferedBackend, *about: Any) -> None:
+        """Take whose buffer, and what every lane takes."""
+        super().__init__(*about)
+        self._backend = backend
+        self._lane = _day_lane()
+        self._patience = FIRST
+
+    async def accept(self, batch: list[Item], plain: bool) -> list[str]:
+        """Send one call, or keep it."""
+        backend, entries = self._backend, entries_of(batch)
+        if backend.buffer.waiting:
+            if backend.buffer.flows:
+                await asyncio.sleep(GENTLY)
+            return backend.keep(self._keys, entries, self._max_length, None, None)
+        try:
+            await backend.ahail(self._keys)
+        except StoreUnavailable as error:
+            return backend.keep(self._keys, entries, self._max_length, None, error)
+        try:
+            return await super().accept(batch, plain)
+        except StoreUnavailable as error:
+            lane, self._lane = self._lane, _day_lane()
+            return backend.keep(self._keys, entries, self._max_length, lane, error)
+
+    def fresh(self) -> Lane:
+        """Return a lane nobody used."""
+        return _day_lane()
+
+
+class Delivery:
+    """The thread that delivers: there while something waits."""
+
+    def __init__(self, backend: BufferedBackend, buffer: Buffer) -> None:
+        """Begin nothing yet."""
+        self._backend = backend
+        self._buffer = buffer
+        self.forked()
+
+    def forked(self) -> None:
+        """Forget the thread: it is the parent's."""
+        self._lock = threading.Lock()
+        self._thread: threading.Thread | None = None
+        self._ending = threading.Event()
+
+    def begin(self) -> None:
+        """Start the thread unless it runs."""
+        with self._lock:
+            if self._thread is None:
+                self._ending.clear()
+                self._thread = threading.Thread(target=self._run, name="conveyor-buffer", daemon=True)
+                self._thread.start()
+
+    def stop(self) -> bool:
+        """End the thread, which leaves what waits as it is; return whether it has ended."""
+        with self._lock:
+            thread = self._thread
+        if thread is None:
+            return True
+        self._ending.set()
+        thread.join(10)
+        return not thread.is_alive()
+
+    def _run(self) -> None:
+        attempt, said = 0, 0.0
+        connections: dict[Place, Connection] = {}
+        try:
+            while not self._ending.is_set():
+                with self._lock:  # so that nobody adds something between the look and the end
+                    found = self._next()
+                    if found is None:
+                        self._thread = None
+                        return
+                if isinstance(found, OSError):
+                    self._ending.wait(CAP)
+                    continue
+                backlog, batch = found
+                try:
+                    self._send(batch, connections)
+                except StoreUnavailable:
+                    attempt, self._buffer.flows = attempt + 1, False
+                except QueueFull:
+                    attempt = 0 if self._buffer.cut(backlog) else attempt + 1
+                except operations.LateReply:
+                    self._buffer.done(backlog)  # a newer call of this lane was answered, so this one was before
+                    attempt = 0
+                    continue
+                except Exception as error:
+                    attempt += 1
+                    if time.monotonic() - said > _SAY_AGAIN:
+                        said = time.monotonic()
+                        _refused(batch, error)
+                else:
+                    self._buffer.done(backlog)
+                    attempt = 0
+                    continue
+                self._ending.wait(replies.pause(attempt, cap=CAP))
+        finally:
+            for connection in connections.values():
+                connection.close()
+            with self._lock:
+                if self._thread is threading.current_thread():
+                    self._thread = None
+
+    def _next(self) -> tuple[Backlog, Batch] | OSError | None:
+        try:
+            return self._buffer.next()
+        except OSError as error:
+            _log.error("the buffer %s cannot be written: %s", self._buffer.directory, error)
+            return error
+
+    def _send(self, batch: Batch, connections: dict[Place, Connection]) -> None:
+        first, backend = batch.records[0], self._backend
+        keys = QueueKeys(first.namespace, first.queue, foreign=first.foreign, partitions=first.partitions)
+        backend.hail(keys, FIRST)
+        place = backend.place(keys)
+        connection = connections.get(place)
+        if connection is None:
+            connection = connections[place] = Connection(place)
+        lane = Lane(batch.lane, batch.number - 1, insists=True)
+        call = operations.push(keys, lane, batch.entries(time.time()), max_length=first.max_length)
+        try:
+            connection.run(call, patience=FIRST)
+        except WrongPartitions as error:
+            if error.found is not None:
+                raise
+            # Redis was emptied meanwhile, so it has no number yet: ours, unless another program was first.
+            for claim in claims(first.namespace, logical(first.queue), keys.partitions):
+                backend.run(claim, patience=FIRST)
+            connection.run(call, patience=FIRST)
+
+
+def _refused(batch: Batch, error: Exception) -> None:
+    _log.error(
+        "buffered jobs for queue '%s' wait until this is mended: %s", batch.records[0].queue, error,
+        exc_info=not isinstance(error, ConveyorError),
+    )  # fmt: skip
+
+
+def _day_lane() -> Lane:
+    return Lane(day_identity())
+
+
+def _nothing() -> None:
+    """What `post_plain` returns when all is done already."""

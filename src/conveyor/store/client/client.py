@@ -1,0 +1,363 @@
+"""
+One app's access to Redis: blocking calls, awaitable calls, and pushes in lanes.
+
+Blocking calls take a connection from a free list and put it back, so threads never share one.
+Awaitable calls share one wire per event loop; pushes of one tick share one call.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import weakref
+from collections import deque
+from collections.abc import Awaitable, Callable, Sequence
+from typing import TYPE_CHECKING, TypeVar
+
+from conveyor.errors import ConfigurationError
+from conveyor.ids import new_identity
+from conveyor.store import operations
+from conveyor.store.client.batching import BULK, AsyncLane, Shared
+from conveyor.store.client.confirmed import Confirmed, Confirmer
+from conveyor.store.client.durability import Durability, Wish
+from conveyor.store.fork_safety import on_fork
+from conveyor.store.keys import QueueKeys, check_namespace, known_queues
+from conveyor.store.operations import Entry, Lane
+from conveyor.store.script import Argument, Call
+from conveyor.store.transport.async_connection import Wire
+from conveyor.store.transport.connection import Connection
+from conveyor.store.transport.topology import embedded_directory, locate
+from conveyor.store.transport.url import Address, configured_url
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from conveyor.store.client.batching import Outlet, Way
+    from conveyor.store.client.buffer import Buffer
+    from conveyor.store.embedded.server import Attachment
+    from conveyor.store.transport.endpoint import Place, Topology
+
+T = TypeVar("T")
+PATIENCE = 5.0
+"""Seconds a producer's call is repeated while Redis is away before StoreUnavailable is raised."""
+
+
+class Backend:
+    """The connections of one app; all are opened when first used."""
+
+    deferred = False
+
+    def __init__(self, url: str | None = None, *, namespace: str = "conveyor", patience: float = PATIENCE) -> None:
+        """Take the URL (None: ``CONVEYOR_URL``, else the embedded server)."""
+        self.namespace = check_namespace(namespace)
+        self.patience = patience
+        self._url = configured_url(url)
+        self._single = self._plain = True  # one place for all keys, and always the same
+        if self._url is not None and self._url.startswith("embedded:"):
+            embedded_directory(self._url)  # a wrong URL is refused where it is written, not at the first push
+        elif self._url is not None:
+            found = locate(self._url)
+            self._single, self._plain = found.single, isinstance(found, Address)
+        self._address: Topology | None = None
+        self._attachment: Attachment | None = None
+        self._lock = threading.Lock()
+        self._free: deque[Producer] = deque()
+        self._crowd: dict[Place, deque[Producer]] = {}
+        self._loops: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, Shared] = weakref.WeakKeyDictionary()
+        self._last: Shared | None = None
+        self._announced: set[str] = set()
+        self._confirmer: Confirmer | None = None
+        self.outlet: Outlet | None = None
+        self.buffer: Buffer | None = None  # these three are another's in a backend with a buffer
+        self.new_lane: Callable[[], Lane] = _lane
+        self.lane_type: Callable[[Wire, QueueKeys, int, float], AsyncLane] = AsyncLane
+        on_fork(self)
+
+    @property
+    def address(self) -> Topology:
+        """Where Redis is; starts the embedded server when none is configured."""
+        if self._address is None:
+            with self._lock:
+                if self._address is None:
+                    self._address = self._resolve()
+        return self._address
+
+    def _resolve(self) -> Topology:
+        if self._url is not None and not self._url.startswith("embedded:"):
+            # Who has little patience does not wait long for a host that swallows packets.
+            return locate(self._url, min(PATIENCE, max(self.patience, 0.5)))
+        from conveyor.store.embedded import server
+
+        directory: Path | None = None
+        if self._url is not None:
+            from pathlib import Path
+
+            place = embedded_directory(self._url)
+            directory = Path(place) if place else None
+        self._attachment = server.attach(directory)
+        return Address(self._attachment.url)
+
+    @property
+    def attachment(self) -> Attachment | None:
+        """The hold on the embedded server, when it is used and was needed already."""
+        return self._attachment
+
+    @property
+    def reached(self) -> bool:
+        """True when a blocking connection is open and free: asking costs a round trip and no connection."""
+        return bool(self._free) or any(self._crowd.values())
+
+    @property
+    def configured(self) -> str | None:
+        """The URL as it was configured, None when the embedded server is used. It may hold a password."""
+        return self._url
+
+    def keys(self, queue: str) -> QueueKeys:
+        """Return the keys of *queue*."""
+        return QueueKeys(self.namespace, queue)
+
+    def place(self, keys: QueueKeys | str) -> Place:
+        """Return where the commands for these keys go."""
+        return self.address.place(keys if isinstance(keys, str) else keys.jobs)
+
+    # -- blocking -------------------------------------------------------------------------------------------------
+
+    def run(self, call: Call[T], *, patience: float | None = None) -> T:
+        """Carry out one step; raises ConfigurationError inside a running event loop."""
+        refuse_in_loop()
+        producer = self._take(call.keys[0])
+        try:
+            return producer.connection.run(call, patience=self.patience if patience is None else patience)
+        finally:
+            producer.home.append(producer)
+
+    def push(self, keys: QueueKeys, entries: Sequence[Entry], *, max_length: int = 0, whole: bool = False) -> list[str]:
+        """Accept *entries*, all or none (per thousand, unless *whole*), in their order; return an id for each."""
+        refuse_in_loop()
+        self.announce(keys)
+        ids: list[str] = []
+        step = len(entries) or 1 if whole else BULK
+        producer = self._take(keys.jobs)
+        try:
+            for first in range(0, len(entries), step):
+                call = operations.push(keys, producer.lane, entries[first : first + step], max_length=max_length)
+                accepted = producer.connection.run(call, patience=self.patience)
+                ids += accepted
+        finally:
+            producer.home.append(producer)
+        return ids
+
+    def push_plain(self, keys: QueueKeys, pairs: Sequence[Argument], *, max_length: int = 0) -> None:
+        """Accept plain messages (id, envelope, id, envelope, …): the cheapest way in."""
+        refuse_in_loop()
+        if keys.queue not in self._announced:
+            self.announce(keys)
+        producer = self._take(keys.jobs)
+        try:
+            call = operations.push_plain(keys, producer.lane, pairs, max_length=max_length)
+            producer.connection.run(call, patience=self.patience)
+        finally:
+            producer.home.append(producer)
+
+    def post_plain(self, keys: QueueKeys, pairs: Sequence[Argument]) -> Callable[[], None]:
+        """Do the same, but return once it is sent: the caller prepares the next while Redis works, then calls the result."""
+        refuse_in_loop()
+        self.announce(keys)
+        producer = self._take(keys.jobs)
+        collect = producer.connection.post(operations.push_plain(keys, producer.lane, pairs))
+
+        def finish() -> None:
+            try:
+                collect(self.patience)
+            finally:
+                producer.home.append(producer)
+
+        return finish
+
+    def execute(self, *command: Argument, key: str | None = None, patience: float | None = None) -> object:
+        """
+        Send one plain command where *key* lies (None: any server), for reads that need no script (INFO, PING, SMEMBERS).
+
+        Repeated for *patience* seconds; by default not at all on a single server, elsewhere as long as any step.
+        """
+        refuse_in_loop()
+        producer = self._take(key)
+        try:
+            return producer.connection.ask(*command, patience=self._borne(patience))
+        finally:
+            producer.home.append(producer)
+
+    def _borne(self, patience: float | None) -> float:
+        # A master or a node may be another one than a moment ago, which is no reason to tell anybody.
+        return patience if patience is not None else 0.0 if self._plain else self.patience
+
+    def queues(self) -> list[str]:
+        """Return the names of all known queues, sorted."""
+        known = known_queues(self.namespace)
+        return _names(self.execute("SMEMBERS", known, key=known))
+
+    def announce(self, *queues: QueueKeys) -> None:
+        """Make queues known before their first push: the set has no hash tag, so it cannot be part of it."""
+        if names := [keys.queue for keys in queues if keys.queue not in self._announced]:
+            self.run(operations.announce(known_queues(self.namespace), *names))
+            self._announced.update(names)
+
+    def _take(self, key: str | None) -> Producer:
+        free = self._free if self._single else self._crowd.setdefault(self.place(key or ""), deque())
+        try:
+            return free.pop()
+        except IndexError:
+            return Producer(Connection(self.place(key or "")), self.new_lane(), free)
+
+    # -- awaitable ------------------------------------------------------------------------------------------------
+
+    async def arun(self, call: Call[T], *, patience: float | None = None) -> T:
+        """Carry out one step on this event loop's wire."""
+        shared = self.shared()
+        wire = shared.wire if self._single else shared.wire_at(self.place(call.keys[0]))
+        return await wire.run(call, patience=self.patience if patience is None else patience)
+
+    async def apush(
+        self, keys: QueueKeys, entries: Sequence[Entry], *, max_length: int = 0, whole: bool = False
+    ) -> list[str]:
+        """Accept *entries* as `push`; pushes of one tick travel together."""
+        await self.aannounce(keys)
+        lane = self.shared().lane(keys, max_length)
+        ids: list[str] = []
+        step = len(entries) or 1 if whole else BULK
+        for first in range(0, len(entries), step):
+            ids += await lane.push(entries[first : first + step])
+        return ids
+
+    def way(self, asks: Durability | None, wish: Wish | None = None) -> Way:
+        """Return the way in for one push to a queue that asks *asks* by itself."""
+        if self.outlet is not None and (elsewhere := self.outlet(wish)) is not None:
+            return elsewhere
+        asked = asks if wish is None else wish.over(asks)
+        return self if asked is None else self.confirmed(asked)
+
+    @property
+    def diverted(self) -> bool:
+        """True while pushes go somewhere else than to Redis."""
+        return self.outlet is not None and self.outlet() is not None
+
+    def confirmed(self, asked: Durability) -> Confirmed:
+        """Return the way in for pushes that ask for more than being stored."""
+        return Confirmed(self._confirming(), asked)
+
+    def _confirming(self) -> Confirmer:
+        if self._confirmer is None:
+            self._confirmer = Confirmer(self, refuse_in_loop)
+        return self._confirmer
+
+    def carry(self, keys: QueueKeys, call: Call[T], asks: Durability | None, *, patience: float) -> T:
+        """Carry out a push in a lane of the caller's, confirmed as *asks* says; it goes round a buffer."""
+        if asks is None:
+            return self.run(call, patience=patience)
+        with self._confirming().one(keys) as (connection, _):
+            reply, got = connection.confirm(call, asks, patience=patience)
+        if not asks.reached(got):
+            raise asks.failure(keys.queue, (), got)
+        return reply
+
+    def put(self, keys: QueueKeys, id: str, envelope: bytes) -> Awaitable[None]:  # noqa: A002
+        """Accept one plain message: the cheapest way in. The queue is known already (`knows`, else `aannounce`)."""
+        return self.shared().lane(keys, 0).put(id, envelope)
+
+    def knows(self, keys: QueueKeys) -> bool:
+        """Tell whether this process has made the queue known."""
+        return keys.queue in self._announced
+
+    async def aannounce(self, *queues: QueueKeys) -> None:
+        """Make queues known before their first push."""
+        if names := [keys.queue for keys in queues if keys.queue not in self._announced]:
+            await self.arun(operations.announce(known_queues(self.namespace), *names))
+            self._announced.update(names)
+
+    async def aqueues(self) -> list[str]:
+        """Return the names of all known queues, sorted."""
+        known = known_queues(self.namespace)
+        return _names(await self.aexecute("SMEMBERS", known, key=known))
+
+    def wire(self, keys: QueueKeys | str) -> Wire:
+        """Return this event loop's wire for these keys."""
+        return self.shared().wire_at(self.place(keys))
+
+    async def aexecute(self, *command: Argument, key: str | None = None, patience: float | None = None) -> object:
+        """Send one plain command on this event loop's wire for *key* (None: any), as `execute`."""
+        return await self.wire(key or "").ask(*command, patience=self._borne(patience))
+
+    def shared(self) -> Shared:
+        """Return what this event loop's callers share."""
+        loop = asyncio.get_running_loop()
+        last = self._last  # most programs have one loop: looking weak references up costs as much as all the rest
+        if last is not None and last.loop() is loop:
+            return last
+        found = self._loops.get(loop)
+        if found is None:
+            found = self._loops[loop] = Shared(loop, self.place, self.patience, self.lane_type)
+        self._last = found
+        return found
+
+    # -- end ------------------------------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Close all blocking connections and leave the embedded server."""
+        if self._confirmer is not None:
+            self._confirmer.close()
+        for free in (self._free, *self._crowd.values()):
+            while free:
+                free.pop().connection.close()
+        attachment, self._attachment = self._attachment, None
+        if attachment is not None:
+            self._address = None
+            attachment.close()
+
+    async def aclose(self) -> None:
+        """Close this event loop's wire, then the rest."""
+        shared = self._loops.pop(asyncio.get_running_loop(), None)
+        self._last = None
+        if shared is not None:
+            shared.close()
+        if self._confirmer is not None:
+            self._confirmer.aclose()
+        self.close()
+
+    def forked(self) -> None:
+        """Start anew in a forked child."""
+        # The parent goes on using its sockets and lanes: a child must touch neither.
+        self._free, self._crowd = deque(), {}
+        self._loops = weakref.WeakKeyDictionary()
+        self._last = None
+        self._lock = threading.Lock()
+
+
+class Producer:
+    """A connection, the lane of the pushes that travel on it, and the list it goes back to."""
+
+    __slots__ = ("connection", "home", "lane")
+
+    def __init__(self, connection: Connection, lane: Lane, home: deque[Producer]) -> None:
+        self.connection = connection
+        self.lane = lane
+        self.home = home
+
+
+def _lane() -> Lane:
+    return Lane(new_identity())
+
+
+def _names(members: object) -> list[str]:
+    assert isinstance(members, list | set)
+    return sorted(name.decode() for name in members)
+
+
+def refuse_in_loop() -> None:
+    """Raise ConfigurationError (E06) when an event loop runs in this thread: a blocking call would stop all of it."""
+    if asyncio._get_running_loop() is not None:  # noqa: SLF001  the C function; get_running_loop raises instead
+        raise ConfigurationError(
+            "A blocking call was made while an event loop is running in this thread; it would have stopped everything "
+            "else for a round trip. Write the awaitable twin: await task.aenqueue(...), await queue.apush(...), "
+            "await job.aresult(). Nothing was done.",
+            code="E06",
+        )

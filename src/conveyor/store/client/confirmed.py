@@ -1,0 +1,410 @@
+"""
+The way in for pushes that ask for more than being stored: on connections of their own, gathered by what they ask.
+
+Pushes that are confirmed: the wait travels right behind the push, in one write on the same connection.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+from conveyor.errors import ConfigurationError, DurabilityNotReached
+from conveyor.ids import new_identity, public
+from conveyor.store import operations
+from conveyor.store.client.batching import BULK, AsyncLane, Item
+from conveyor.store.client.durability import Durability, Got, Sync, WaitBroken, Watch, after, judge
+from conveyor.store.fork_safety import on_fork
+from conveyor.store.operations import Entry, Lane
+from conveyor.store.script import Argument, Call
+from conveyor.store.transport.async_connection import Wire, WireLost
+from conveyor.store.transport.connection import Connection, answered
+
+if TYPE_CHECKING:
+    from conveyor.store.keys import QueueKeys
+    from conveyor.store.transport.endpoint import Place
+
+
+T = TypeVar("T")
+EXAMINED = 10.0
+"""Seconds after which the settings a connection relies on are looked at again."""
+NOTHING = Got(synced=False, replicas=0)
+
+
+class _Errand:
+    """One confirmed call: what is asked, what was sent already, what came of it."""
+
+    __slots__ = ("asked", "began", "got", "lane", "sent", "sync")
+
+    def __init__(self, asked: Durability, lane: str) -> None:
+        self.asked = asked
+        self.lane = lane
+        self.sent = False
+        self.began = time.monotonic()
+        self.sync = Sync.NONE
+        self.got = NOTHING
+
+    def commands(self, command: tuple[Any, ...]) -> list[tuple[Any, ...]]:
+        """
+        Return the push and what follows it.
+
+        A repeat may be answered from its lane without a write, and a wait covers only what its connection wrote: a
+        wait on a new connection would confirm nothing, at once. So a repeat touches its lane, behind which every
+        earlier write stands in the stream of replication and in the file.
+        """
+        touch = [("PEXPIRE", self.lane, operations.LANE_MS)] if self.sent else []
+        self.sent = True
+        return [command, *touch, *self.asked.waits(self.sync)]
+
+    def settle(self, replies: list[Any]) -> Any:
+        """Take the replies; return the first, that of the push."""
+        waits = len(self.asked.waits(self.sync))
+        if not isinstance(replies[0], Exception):
+            self.got = self.asked.read(self.sync, replies[len(replies) - waits :])
+        return replies[0]
+
+    def watch(self) -> Watch | None:
+        """Return what still has to be watched."""
+        if self.sync is not Sync.WATCH or not self.got.synced:
+            return None
+        return Watch(time.monotonic(), self.asked.timeout_ms)
+
+    def judge(self, replies: Sequence[Any], where: str) -> None:
+        """Take what the connection said of itself; what can never be had is refused, unless it may be stored already."""
+        try:
+            self.sync = judge(self.asked, replies, where)
+        except ConfigurationError:
+            if not self.sent:
+                raise
+            self.sync = Sync.NONE
+
+
+class ConfirmedConnection(Connection):
+    """A blocking connection whose pushes are followed by a wait."""
+
+    def __init__(self, place: Place) -> None:
+        """Remember where to connect."""
+        super().__init__(place)
+        self._errand: _Errand | None = None
+        self._examined = 0.0
+        self._judged: dict[bool, Sync] = {}
+
+    def confirm(self, call: Call[T], asked: Durability, *, patience: float) -> tuple[T, Got]:
+        """Carry out *call*, repeated as any; return its reply and what was confirmed."""
+        errand = self._errand = _Errand(asked, call.keys[0])
+        try:
+            return self.run(call, patience=patience), errand.got
+        finally:
+            self._errand = None
+
+    def execute(self, *command: Any, block: float = 0.0) -> Any:
+        """Send one command, and behind it what confirms it."""
+        errand = self._errand
+        if errand is None or command[0] not in {"EVALSHA", "EVAL"}:
+            return super().execute(*command, block=block)
+        try:
+            self._examine(errand)
+            reply = errand.settle(self._exchange(errand.commands(command), errand.asked.seconds))
+        except WaitBroken:
+            self.close()
+            raise
+        if isinstance(reply, Exception):
+            raise reply
+        if (watch := errand.watch()) is not None:
+            while (pause := watch.look(self._exchange([Watch.COMMAND], 0.0)[0], time.monotonic())) is not None:
+                time.sleep(pause)
+            errand.got = Got(watch.synced, errand.got.replicas)
+        return reply
+
+    def _examine(self, errand: _Errand) -> None:
+        """Ask a new connection what it can confirm, and from time to time again."""
+        if self._socket is None:
+            self._open()
+            self._judged = {}
+        now = time.monotonic()
+        if now - self._examined > EXAMINED:
+            self._judged = {}
+        found = self._judged.get(errand.asked.fsync)
+        if found is None:
+            errand.judge(self._exchange(errand.asked.examination(), 0.0), str(self.place))
+            self._judged[errand.asked.fsync] = errand.sync
+            self._examined = now
+        else:
+            errand.sync = found
+
+    def _exchange(self, commands: Sequence[tuple[Any, ...]], block: float) -> list[Any]:
+        """Send *commands* in one write; return all replies, error replies as exceptions."""
+        assert self._socket is not None
+        try:
+            self._socket.sendall(b"".join([self._pack(command) for command in commands]))
+        except BaseException:
+            self.close()
+            raise
+        replies: list[Any] = []
+        for _ in commands:
+            try:
+                replies.append(self._receive(block))
+            except Exception as error:
+                if not answered(error):
+                    raise
+                replies.append(error)
+        return replies
+
+
+class ConfirmedWire(Wire):
+    """The same on asyncio; one errand at a time, since a wait holds up whatever comes behind it."""
+
+    def __init__(self, place: Place) -> None:
+        """Remember where to connect."""
+        super().__init__(place)
+        self._turn = asyncio.Lock()
+        self._errand: _Errand | None = None
+        self._examined = 0.0
+        self._judged: dict[bool, Sync] = {}
+        self._known: object = None
+
+    async def confirm(self, call: Call[T], asked: Durability, *, patience: float | None) -> tuple[T, Got]:
+        """Carry out *call*, repeated as any; return its reply and what was confirmed."""
+        async with self._turn:
+            errand = self._errand = _Errand(asked, call.keys[0])
+            try:
+                return await self.run(call, patience=patience), errand.got
+            finally:
+                self._errand = None
+
+    async def execute(self, *command: Any, block: float = 0.0) -> Any:
+        """Send one command, and behind it what confirms it."""
+        errand = self._errand
+        if errand is None or command[0] not in {"EVALSHA", "EVAL"}:
+            return await super().execute(*command, block=block)
+        try:
+            await self._examine(errand)
+            reply = errand.settle(await self._exchange(errand.commands(command), errand.asked.seconds))
+        except WaitBroken as error:
+            self.drop(WireLost(str(error)))
+            raise
+        if not isinstance(reply, Exception) and (watch := errand.watch()) is not None:
+            while True:
+                [facts] = await self._exchange([Watch.COMMAND], 0.0)
+                if (pause := watch.look(facts, time.monotonic())) is None:
+                    break
+                await asyncio.sleep(pause)
+            errand.got = Got(watch.synced, errand.got.replicas)
+        return reply
+
+    async def _examine(self, errand: _Errand) -> None:
+        if not self.is_open:
+            await self.open()
+        now = time.monotonic()
+        if self._known is not self._stream or now - self._examined > EXAMINED:
+            self._judged, self._known = {}, self._stream
+        found = self._judged.get(errand.asked.fsync)
+        if found is None:
+            errand.judge(await self._exchange(errand.asked.examination(), 0.0), str(self.place))
+            self._judged[errand.asked.fsync] = errand.sync
+            self._examined = now
+        else:
+            errand.sync = found
+
+    async def _exchange(self, commands: Sequence[tuple[Any, ...]], block: float) -> list[Any]:
+        """Send *commands* in one write; return all replies, error replies as exceptions."""
+        loop = asyncio.get_running_loop()
+        futures: list[asyncio.Future[Any]] = [loop.create_future() for _ in commands]
+        for command, future in zip(commands, futures, strict=True):
+            self.send(command, partial(_answer, future), block=block)
+        return await asyncio.gather(*futures)
+
+
+def _answer(future: asyncio.Future[Any], reply: Any) -> None:
+    if future.done():
+        return
+    if isinstance(reply, OSError):
+        future.set_exception(reply)
+    else:
+        future.set_result(reply)
+
+
+MOST_WIRES = 8
+"""Wires of one event loop and place for confirmed pushes: one that waits for a dead replica holds up an eighth."""
+
+
+class ConfirmedLane(AsyncLane):
+    """Gathers the pushes of one queue that ask the same."""
+
+    def __init__(
+        self, wire: ConfirmedWire, keys: QueueKeys, max_length: int, patience: float, asked: Durability
+    ) -> None:
+        """Take what every lane takes, and what is asked."""
+        super().__init__(wire, keys, max_length, patience)
+        self._confirmed, self._asked, self._got = wire, asked, NOTHING
+
+    async def run(self, call: Call[T]) -> T:
+        """Carry out one push."""
+        reply, self._got = await self._confirmed.confirm(call, self._asked, patience=self._patience)
+        return reply
+
+    def answer(self, batch: list[Item], ids: list[str]) -> None:
+        """Tell everybody who waits."""
+        if self._asked.reached(self._got):
+            super().answer(batch, ids)
+            return
+        at = 0
+        for first, _, future in batch:
+            own = ids[at : at + len(first)]
+            at += len(first)
+            if not future.done():
+                future.set_exception(self._asked.failure(self._keys.queue, own, self._got))
+
+
+class _Loop:
+    """What one event loop's confirmed pushes share."""
+
+    def __init__(self) -> None:
+        self.wires: dict[Place, list[ConfirmedWire]] = {}
+        self.lanes: dict[tuple[str, int, Durability], ConfirmedLane] = {}
+
+
+class Home(Protocol):
+    """What is needed of the backend."""
+
+    @property
+    def patience(self) -> float: ...
+    def place(self, keys: QueueKeys) -> Place: ...
+    def announce(self, keys: QueueKeys) -> None: ...
+    async def aannounce(self, keys: QueueKeys) -> None: ...
+
+
+class Confirmed:
+    """The way into Redis for pushes that ask the same: as a backend's, and each returns when it is confirmed."""
+
+    deferred = False
+
+    def __init__(self, confirmer: Confirmer, asked: Durability) -> None:
+        """Take whose connections, and what is asked."""
+        self._confirmer = confirmer
+        self._asked = asked
+
+    def push(self, keys: QueueKeys, entries: Sequence[Entry], *, max_length: int = 0, whole: bool = False) -> list[str]:
+        """
+        Accept *entries* and wait, once for each thousand.
+
+        Raises DurabilityNotReached with the ids of all that this call stored: what follows the thousand that was not
+        confirmed is not stored.
+        """
+        asked, ids = self._asked, list[str]()
+        with self._confirmer.one(keys) as (connection, lane):
+            for part in _parts(entries, whole):
+                call = operations.push(keys, lane, part, max_length=max_length)
+                accepted, got = connection.confirm(call, asked, patience=self._confirmer.home.patience)
+                if not asked.reached(got):
+                    failure = asked.failure(keys.queue, accepted, got)
+                    raise after(failure, _public(keys, ids)) if len(entries) > len(part) else failure
+                ids += accepted
+        return ids
+
+    def push_plain(self, keys: QueueKeys, pairs: Sequence[Argument], *, max_length: int = 0) -> None:
+        """Accept plain messages (id, envelope, id, envelope, …) and wait."""
+        self.push(keys, plain_entries(pairs), max_length=max_length)
+
+    async def apush(
+        self, keys: QueueKeys, entries: Sequence[Entry], *, max_length: int = 0, whole: bool = False
+    ) -> list[str]:
+        """Do the same on this event loop; pushes of one tick that ask the same share a call."""
+        await self._confirmer.home.aannounce(keys)
+        lane = self._confirmer.lane(keys, max_length, self._asked)
+        ids: list[str] = []
+        for part in _parts(entries, whole):
+            try:
+                ids += await lane.push(part)
+            except DurabilityNotReached as error:
+                if len(part) == len(entries):
+                    raise
+                raise after(error, _public(keys, ids)) from None
+        return ids
+
+
+class Confirmer:
+    """The connections of one app for confirmed pushes, opened when first used."""
+
+    def __init__(self, home: Home, refuse: Callable[[], None]) -> None:
+        """Open nothing yet; *refuse* raises where blocking calls may not be made."""
+        self.home = home
+        self._refuse = refuse
+        self._reset()
+        on_fork(self)
+
+    def _reset(self) -> None:
+        self._free: dict[Place, deque[tuple[ConfirmedConnection, Lane]]] = {}
+        self._loops: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Loop] = weakref.WeakKeyDictionary()
+
+    @contextmanager
+    def one(self, keys: QueueKeys) -> Iterator[tuple[ConfirmedConnection, Lane]]:
+        """Lend a connection and its lane; the queue is known by then."""
+        self._refuse()
+        self.home.announce(keys)
+        place = self.home.place(keys)
+        free = self._free.setdefault(place, deque())
+        try:
+            found = free.pop()
+        except IndexError:
+            found = ConfirmedConnection(place), Lane(new_identity())
+        try:
+            yield found
+        finally:
+            free.append(found)
+
+    def lane(self, keys: QueueKeys, max_length: int, asked: Durability) -> ConfirmedLane:
+        """Return this event loop's lane for pushes to a queue that ask the same."""
+        loop = asyncio.get_running_loop()
+        home = self._loops.get(loop)
+        if home is None:
+            home = self._loops[loop] = _Loop()
+        found = home.lanes.get((keys.prefix, max_length, asked))
+        if found is None:
+            place = self.home.place(keys)
+            wires = home.wires.setdefault(place, [])
+            if len(wires) < MOST_WIRES:
+                wires.append(ConfirmedWire(place))
+            wire = wires[len(home.lanes) % len(wires)]
+            found = ConfirmedLane(wire, keys, max_length, self.home.patience, asked)
+            home.lanes[keys.prefix, max_length, asked] = found
+        return found
+
+    def close(self) -> None:
+        """Close the blocking connections."""
+        for free in self._free.values():
+            while free:
+                free.pop()[0].close()
+
+    def aclose(self) -> None:
+        """Close this event loop's wires."""
+        home = self._loops.pop(asyncio.get_running_loop(), None)
+        for wires in home.wires.values() if home is not None else ():
+            for wire in wires:
+                wire.close()
+
+    def forked(self) -> None:
+        """Start anew in a forked child: the parent goes on using its sockets and lanes."""
+        self._reset()
+
+
+def plain_entries(pairs: Sequence[Argument]) -> list[Entry]:
+    """Return id, envelope, id, envelope, … as entries."""
+    both: Sequence[Any] = pairs
+    return [Entry(both[at], both[at + 1]) for at in range(0, len(both), 2)]
+
+
+def _public(keys: QueueKeys, ids: Sequence[str]) -> list[str]:
+    return [public(keys.queue, id_) for id_ in ids]
+
+
+def _parts(entries: Sequence[Entry], whole: bool) -> list[Sequence[Entry]]:
+    if whole:
+        return [entries]
+    return [entries[first : first + BULK] for first in range(0, len(entries), BULK)]

@@ -1,0 +1,64 @@
+"""
+An attribute computed when it is first asked for, without a lock.
+
+`functools.cached_property` of Python 3.11 holds a lock meanwhile, one for all instances. A process that forks while
+another thread computes hands it on locked, and the child waits for ever. Here two threads may compute the same value twice.
+
+What happens in a forked child: whoever holds sockets or threads of its parent lets go of them.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any, Generic, Protocol, TypeVar, overload
+from weakref import WeakSet
+
+T = TypeVar("T")
+
+
+class lazy(Generic[T]):  # noqa: N801  used as a decorator, as property is
+    """Makes a method an attribute that is computed once."""
+
+    def __init__(self, compute: Callable[[Any], T]) -> None:
+        """Take the method."""
+        self._compute = compute
+        self.__doc__ = compute.__doc__
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    @overload
+    def __get__(self, instance: None, owner: type) -> lazy[T]: ...
+    @overload
+    def __get__(self, instance: object, owner: type) -> T: ...
+    def __get__(self, instance: object, owner: type) -> lazy[T] | T:
+        if instance is None:
+            return self
+        found = instance.__dict__[self._name] = self._compute(instance)
+        return found
+
+
+class Forked(Protocol):
+    """Something that must not use what its parent uses."""
+
+    def forked(self) -> None:
+        """Forget connections, lanes and threads: they are the parent's."""
+        ...
+
+
+# One hook for all, since hooks cannot be taken back: one for each would keep growing with every app that comes and goes.
+_holders: WeakSet[Forked] = WeakSet()
+
+
+def on_fork(holder: Forked) -> None:
+    """Call ``holder.forked()`` in every child forked while it lives."""
+    _holders.add(holder)
+
+
+def _tell() -> None:
+    for holder in list(_holders):
+        holder.forked()
+
+
+os.register_at_fork(after_in_child=_tell)

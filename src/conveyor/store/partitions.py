@@ -1,0 +1,89 @@
+"""
+In how many partitions a queue lies: the number stands with the queue itself, and with each of its partitions.
+
+The queue's own number decides. A push or a registration carries the producer's number to the partition's copy and is
+refused there when it is another, so the check costs no round trip.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from conveyor import ids
+from conveyor.errors import ConfigurationError
+from conveyor.store.keys import QueueKeys
+from conveyor.store.script import Call, Script
+
+CLAIM, SWITCH, COUNT = Script("claim"), Script("switch"), Script("partitions", bare=True)
+
+
+class WrongPartitions(ConfigurationError):
+    """A program and Redis differ in the number of partitions; `found` is 0 while it is changed, None while none is set."""
+
+    code = "E34"
+
+    def __init__(self, keys: QueueKeys, found: str) -> None:
+        """Take whose push or registration was refused, and the number that was found ("" none)."""
+        self.queue = ids.logical(keys.queue)
+        self.found = int(found) if found else None
+        super().__init__(_said(self.queue, keys.partitions, self.found))
+
+
+def _said(queue: str, wanted: int, found: int | None) -> str:
+    if found == 0:
+        return (
+            f"The number of partitions of queue '{queue}' is being changed right now. Nothing was stored. Try again; if "
+            f"that lasts, whoever began it has died: conveyor queue partition {queue} N completes it."
+        )
+    number = 1 if found is None else found
+    has = "1 partition" if number == 1 else f"{number} partitions"
+    declare = (
+        f"app.queue({queue!r}, partitions={number})" if number > 1 else f"app.queue({queue!r}) without partitions="
+    )
+    return (
+        f"Queue '{queue}' has {has}, and this program says {wanted}. Nothing was stored. Declare it as {declare}; or, "
+        f"when all programs say {wanted}, drain it and run: conveyor queue partition {queue} {wanted}"
+    )
+
+
+def claim(keys: QueueKeys, count: int, *, whole: bool) -> Call[bool]:
+    """
+    Return the call that records *count* where none is recorded, for the *whole* queue or one partition.
+
+    It yields True when it was recorded now, False when it was already. Raises WrongPartitions for another.
+    """
+    wanted = QueueKeys("_", keys.queue, partitions=count)
+    return Call(CLAIM, (keys.conf,), (count, "queue" if whole else "partition"), partial(_claimed, wanted))
+
+
+def claims(namespace: str, queue: str, count: int) -> list[Call[bool]]:
+    """
+    Return the calls by which a program agrees with Redis on the number, to be made one after the other.
+
+    The queue's own is the first: of two programs that differ, one loses there, before it has touched a partition.
+    """
+    parts = [QueueKeys(namespace, ids.partition(queue, number)) for number in range(count)]
+    whole = claim(QueueKeys(namespace, queue), count, whole=True)
+    return [whole, *(claim(keys, count, whole=False) for keys in parts)]
+
+
+def _claimed(keys: QueueKeys, reply: list[Any]) -> bool:
+    if reply[0] == -1:
+        raise WrongPartitions(keys, reply[1].decode())
+    if reply[0] == -2:
+        raise WrongPartitions(keys, "0")
+    return bool(reply[0])
+
+
+def count(keys: QueueKeys) -> Call[tuple[int, str]]:
+    """Return the call that reads (number, change under way or ""); the number is 0 meanwhile, 1 where none is recorded."""
+    return Call(COUNT, (keys.conf,), (), lambda reply: (int(reply[0]), reply[1].decode()))
+
+
+def switch(keys: QueueKeys, step: str, token: str, number: int | None) -> Call[tuple[int, int]]:
+    """Return the call that makes one step of a change (see switch.lua); it yields its two numbers."""
+    names = (keys.conf, keys.jobs, keys.workers, keys.wake)
+    return Call(
+        SWITCH, names, (step, token, "" if number is None else number), lambda reply: (int(reply[0]), int(reply[1]))
+    )

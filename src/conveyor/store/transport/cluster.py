@@ -1,0 +1,285 @@
+"""A cluster: the keys of a queue lie in one slot, and a map says which node owns it now."""
+
+from __future__ import annotations
+
+import logging
+import re
+import threading
+from binascii import crc_hqx
+from time import monotonic
+from typing import TYPE_CHECKING, Any
+
+from conveyor.errors import ConfigurationError, ConveyorError
+from conveyor.store.fork_safety import on_fork
+from conveyor.store.transport import replies
+from conveyor.store.transport.connection import ask, refusal
+from conveyor.store.transport.endpoint import ELSEWHERE_AFTER, Place, Unresolved, in_thread
+from conveyor.store.transport.url import Address, masked, split_hosts
+
+if TYPE_CHECKING:
+    from redis import Connection
+    from redis.asyncio import Connection as AsyncConnection
+
+log = logging.getLogger("conveyor.store")
+SLOTS = 16384
+CONNECT_TIMEOUT = 2.0
+ANSWER_TIMEOUT = 2.0
+"""Seconds a node may take for the first exchange on a connection."""
+ASK_TIMEOUT = 0.5
+"""Seconds for connecting to a node to ask for the map, and for its answer: another one knows it too."""
+FRESH = 1.0
+"""Seconds a map is believed at a reopening: a lost connection may mean that its node has lost its slots."""
+_RATE = 0.1
+"""Seconds between two questions for the map at least, however many connections are lost at once."""
+_REDIRECT = re.compile(r"\b(?:MOVED|ASK) (\d+) (\S*):(\d+)")
+ANYWHERE = -1
+Server = tuple[str, int]
+
+
+def slot_of(key: str) -> int:
+    """Return the slot of a key: of its hash tag, when it has one."""
+    start = key.find("{")
+    if start >= 0:
+        end = key.find("}", start + 1)
+        if end > start + 1:
+            key = key[start + 1 : end]
+    return crc_hqx(key.encode(), 0) % SLOTS
+
+
+class Cluster:
+    """``redis+cluster://user:password@h1:7000,h2:7000``: a place for each slot, and the map that leads to the nodes."""
+
+    single = False
+
+    def __init__(self, url: str, connect_timeout: float = CONNECT_TIMEOUT) -> None:
+        """Check the URL; connects to nothing. Raises ConfigurationError."""
+        self.url = url
+        self._timeout = min(connect_timeout, CONNECT_TIMEOUT)
+        self._hosts = split_hosts(url, 6379)
+        database = dict(self._hosts.options).get("db", self._hosts.path) or "0"
+        if database != "0":
+            raise ConfigurationError(
+                f"{masked(url)!r} asks for database {database}, and a cluster has only database 0. Leave it out, and use "
+                "namespace= to keep programs apart.",
+                code="E33",
+            )
+        self._places: dict[int, SlotPlace] = {}
+        self._nodes: dict[Server, Address] = {}
+        self._known: list[Server] = list(self._hosts.hosts)
+        self._owners: list[Server | None] = [None] * SLOTS
+        self._node(self._known[0]).check()
+        self.forked()
+        on_fork(self)
+
+    def __str__(self) -> str:
+        return masked(self.url)
+
+    def forked(self) -> None:
+        """Start with a lock and a map of its own in a forked child."""
+        self._lock = threading.Lock()
+        self._mapped_at = self._asked_at = float("-inf")
+        self._failure: Exception | None = None
+
+    def place(self, key: str) -> Place:
+        """Return where the commands for *key* go; "" is any node."""
+        slot = slot_of(key) if key else ANYWHERE
+        found = self._places.get(slot)
+        if found is None:
+            found = self._places.setdefault(slot, SlotPlace(self, slot))
+        return found
+
+    def nodes(self) -> list[Address]:
+        """Return the nodes that own slots now."""
+        self._refresh()
+        return [self._node(server) for server in dict.fromkeys(one for one in self._owners if one is not None)]
+
+    # -- the map --------------------------------------------------------------------------------------------------
+
+    def known_owner(self, slot: int) -> Address | None:
+        """Return who owns *slot* by the map, None when the map is not to be believed any more."""
+        if monotonic() - self._mapped_at > FRESH:
+            return None
+        server = next((one for one in self._known if one in self._owners), None) if slot < 0 else self._owners[slot]
+        return None if server is None else self._node(server)
+
+    def owner(self, slot: int) -> Address:
+        """Return who owns *slot*; asks the nodes when the map is old. Raises Unresolved, ConfigurationError."""
+        found = self.known_owner(slot)
+        if found is not None:
+            return found
+        self._refresh()
+        found = self.known_owner(slot)
+        if found is None:
+            raise Unresolved(f"no node of the cluster owns slot {slot}")
+        return found
+
+    def noted(self, slot: int, server: Server) -> None:
+        """A node said that another owns *slot*."""
+        self._owners[slot] = server
+        self._mapped_at = monotonic()
+
+    def doubt(self, server: Server | None = None) -> None:
+        """The map may be wrong: ask before it is used again, and *server*, which did not answer, last."""
+        self._mapped_at = float("-inf")
+        if server in self._known:
+            self._known.remove(server)
+            self._known.append(server)
+
+    def redirected(self, reply: str, asked: Server | None) -> tuple[int, Address] | None:
+        """Return the slot and the node that MOVED or ASK name; one without a host means the host that was *asked*."""
+        found = _REDIRECT.search(reply)
+        if found is None:
+            return None
+        host = found[2] if found[2] not in {"", "?"} else (asked or self._known[0])[0]
+        return int(found[1]), self._node((host, int(found[3])))
+
+    def _refresh(self) -> None:
+        began = monotonic()
+        with self._lock:
+            if self._mapped_at >= began:
+                return  # another thread was asking
+            if monotonic() - self._asked_at < _RATE and self._failure is not None:
+                raise self._failure
+            try:
+                self._owners = self._ask_for_map()
+                self._failure = None
+                self._mapped_at = monotonic()
+            except Unresolved as error:
+                self._failure = error
+                raise
+            finally:
+                self._asked_at = monotonic()
+
+    def _ask_for_map(self) -> list[Server | None]:
+        from redis import RedisError
+
+        reasons: list[str] = []
+        doubtful: list[Server | None] | None = None
+        refused: ConveyorError | None = None
+        for server in dict.fromkeys((*self._known, *self._hosts.hosts)):
+            try:
+                state, slots = self._ask(server)
+            except (RedisError, OSError) as error:
+                if refused is None and (text := refusal(error)) is not None:
+                    refused = self._refused(server, text)
+                reasons.append(f"{server[0]}:{server[1]}: {error}")
+            else:
+                owners = self._read(server, slots)
+                if b"cluster_state:ok" in state:
+                    return owners
+                doubtful = doubtful or owners  # cut off from the others, or a failover is under way
+        if doubtful is not None and any(doubtful):
+            return doubtful
+        if refused is not None:
+            raise refused
+        raise Unresolved(f"no node of the cluster answers ({'; '.join(reasons) or 'none of them knows a slot'})")
+
+    def _ask(self, server: Server) -> tuple[bytes, list[Any]]:
+        node = Address(self._hosts.url(*server), min(self._timeout, ASK_TIMEOUT), ASK_TIMEOUT)
+        connection = node.open(read_timeout=ASK_TIMEOUT)
+        try:
+            return ask(connection, "CLUSTER", "INFO") or b"cluster_state:ok", ask(connection, "CLUSTER", "SLOTS")
+        finally:
+            connection.disconnect()
+
+    def _read(self, asked: Server, slots: list[Any]) -> list[Server | None]:
+        owners: list[Server | None] = [None] * SLOTS
+        masters: dict[Server, None] = {}
+        replicas: dict[Server, None] = {}
+        for first, last, master, *others in slots or ():
+            server = _server(master, asked)
+            masters[server] = None
+            replicas.update(dict.fromkeys(_server(one, asked) for one in others))
+            owners[first : last + 1] = [server] * (last + 1 - first)
+        if masters:
+            order = [asked, *masters, *replicas]
+            self._known = list(dict.fromkeys(one for one in order if one in masters or one in replicas))
+        return owners
+
+    def _refused(self, server: Server, text: str) -> ConveyorError:
+        scheme, host = self._hosts.scheme, f"{server[0]}:{server[1]}"
+        if "cluster support disabled" in text:
+            what = f"is a single one. Write {scheme}://{host}"
+        elif "unknown command" in text:
+            what = f"is a sentinel, or knows no clusters. For a sentinel write {scheme}+sentinel://{host}/mymaster"
+        else:
+            return replies.final(text, str(self))
+        return ConfigurationError(f"{self} names a cluster, but the server at {host} {what}", code="E33")
+
+    def _node(self, server: Server) -> Address:
+        found = self._nodes.get(server)
+        if found is None:
+            found = self._nodes[server] = Address(self._hosts.url(*server), self._timeout, ANSWER_TIMEOUT)
+        return found
+
+    def server_of(self, node: Address) -> Server | None:
+        """Return host and port of a node."""
+        return next((server for server, address in self._nodes.items() if address is node), None)
+
+
+class SlotPlace:
+    """Where one slot lies, or any node."""
+
+    def __init__(self, cluster: Cluster, slot: int) -> None:
+        """Take the cluster and the slot's number, -1 for any."""
+        self._cluster, self._slot = cluster, slot
+        self._asked: Address | None = None
+
+    def __str__(self) -> str:
+        return str(self._cluster)
+
+    def __repr__(self) -> str:
+        return f"<SlotPlace {self._slot}>"
+
+    @property
+    def answers_within(self) -> float:
+        """Seconds one answer may take."""
+        return ELSEWHERE_AFTER
+
+    def open(self, *, read_timeout: float | None) -> Connection:
+        """Return a connection to the owner of the slot. Raises Unresolved, redis-py's errors, ConfigurationError (E33)."""
+        node = self._asked = self._cluster.owner(self._slot)
+        try:
+            return node.open(read_timeout=read_timeout)
+        except Exception:
+            self._cluster.doubt(self._cluster.server_of(node))
+            raise
+
+    async def aopen(self) -> AsyncConnection:
+        """Return a connection of asyncio to the owner of the slot."""
+        node = self._cluster.known_owner(self._slot)
+        if node is None:
+            node = await in_thread(lambda: self._cluster.owner(self._slot))
+        self._asked = node
+        try:
+            return await node.aopen()
+        except Exception:
+            self._cluster.doubt(self._cluster.server_of(node))
+            raise
+
+    def moved(self, reply: str) -> None:
+        """Go where MOVED says; any other word (CLUSTERDOWN) means that the map is in doubt."""
+        found = self._redirected(reply)
+        if found is None or found[1] is None:
+            self._cluster.doubt()
+            return
+        server = self._cluster.server_of(found[1])
+        assert server is not None
+        self._cluster.noted(found[0], server)
+
+    def aside(self, reply: str) -> Place:
+        """Return the node that ASK names."""
+        found = self._redirected(reply)
+        if found is None:
+            raise Unresolved(reply)
+        return found[1]
+
+    def _redirected(self, reply: str) -> tuple[int, Address] | None:
+        asked = None if self._asked is None else self._cluster.server_of(self._asked)
+        return self._cluster.redirected(reply, asked)
+
+
+def _server(entry: list[Any], asked: Server) -> Server:
+    host = entry[0]
+    name = host.decode() if isinstance(host, bytes) else str(host or "")
+    return (name if name not in {"", "?"} else asked[0]), int(entry[1])

@@ -1,0 +1,234 @@
+"""A master that sentinels watch over: at every opening they are asked who it is now, and it is asked whether it agrees."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+from conveyor.errors import ConfigurationError, ConveyorError
+from conveyor.store.transport import replies
+from conveyor.store.transport.connection import aask, ask, refusal
+from conveyor.store.transport.endpoint import ELSEWHERE_AFTER, Place, Unresolved, in_thread
+from conveyor.store.transport.url import Address, check_database, masked, split_hosts
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from redis import Connection
+    from redis.asyncio import Connection as AsyncConnection
+
+log = logging.getLogger("conveyor.store")
+CONNECT_TIMEOUT = 2.0
+"""Seconds for connecting to a master, so that one that swallows packets does not use a caller's patience up."""
+ANSWER_TIMEOUT = 2.0
+"""Seconds a server may take to say that it is the master."""
+ASK_TIMEOUT = 0.5
+"""Seconds for connecting to a sentinel, and for its answer: another one may know."""
+Server = tuple[str, int]
+
+
+class Sentinel:
+    """``redis+sentinel://user:password@h1:26379,h2:26379/master?db=0``: the place of all keys is the master of the moment."""
+
+    single = True
+
+    def __init__(self, url: str, connect_timeout: float = CONNECT_TIMEOUT) -> None:
+        """Check the URL; connects to nothing. Raises ConfigurationError."""
+        self.url = url
+        self._timeout = min(connect_timeout, CONNECT_TIMEOUT)
+        hosts = split_hosts(url, 26379)
+        if not hosts.path or "/" in hosts.path:
+            raise ConfigurationError(
+                f"{masked(url)!r} does not say which master the sentinels are to be asked for. Write its name behind the "
+                "hosts: redis+sentinel://host:26379,host:26379/mymaster?db=0",
+                code="E32",
+            )
+        self.name = hosts.path
+        options = dict(hosts.options)
+        self._database = options.pop("db", "")
+        check_database(self._database, url)
+        own = {name: options.pop(f"sentinel_{name}", "") for name in ("username", "password", "password_file")}
+        self._server = replace(hosts, options=tuple(options.items()))
+        options.pop("password_file", None)
+        options |= {"password_file": own["password_file"]} if own["password_file"] else {}
+        asking = replace(hosts, user=own["username"], password=own["password"], options=tuple(options.items()))
+        timeout = min(self._timeout, ASK_TIMEOUT)
+        self._sentinels = [Address(asking.url(host, port), timeout, ASK_TIMEOUT) for host, port in hosts.hosts]
+        self._master: Server | None = None
+        self.address(hosts.hosts[0]).check()
+
+    def __str__(self) -> str:
+        return masked(self.url)
+
+    @property
+    def answers_within(self) -> float:
+        """Seconds one answer may take."""
+        return ELSEWHERE_AFTER
+
+    def place(self, key: str) -> Place:
+        """Return where the commands for *key* go: all go to the master."""
+        return self
+
+    def moved(self, reply: str) -> None:
+        """Say that this is a node of a cluster."""
+        self._sentinels[0].moved(reply)
+
+    def aside(self, reply: str) -> Place:
+        """Never needed: a master that sentinels watch is no node of a cluster."""
+        return self._sentinels[0].aside(reply)
+
+    def open(self, *, read_timeout: float | None) -> Connection:
+        """Return a connection to the master. Raises Unresolved, redis-py's errors, ConfigurationError (E32)."""
+        election = _Election(self)
+        for server in election.candidates():
+            try:
+                connection = self.address(server).open(read_timeout=read_timeout)
+                role = election.role(ask(connection, "ROLE"))
+            except election.passing as error:
+                election.note(server, error)
+                continue
+            if role == "master":
+                election.won(server)
+                return connection
+            election.note(server, f"is a {role}")
+            connection.disconnect()
+        raise election.unresolved()
+
+    async def aopen(self) -> AsyncConnection:
+        """Return a connection of asyncio to the master."""
+        election = _Election(self)
+        candidates = election.candidates()
+        while (server := await in_thread(lambda: next(candidates, None))) is not None:
+            try:
+                connection = await self.address(server).aopen()
+                role = election.role(await aask(connection, "ROLE"))
+            except election.passing as error:
+                election.note(server, error)
+                continue
+            if role == "master":
+                election.won(server)
+                return connection
+            election.note(server, f"is a {role}")
+            await connection.disconnect(nowait=True)
+        raise election.unresolved()
+
+    def address(self, server: Server) -> Address:
+        """Return the address of a server with our credentials."""
+        return Address(self._server.url(*server, database=self._database), self._timeout, ANSWER_TIMEOUT)
+
+    def preferred(self) -> list[Address]:
+        """Return the sentinels, the one that answered last first."""
+        return list(self._sentinels)
+
+    def prefer(self, sentinel: Address) -> None:
+        """Ask this one first from now on."""
+        self._sentinels = [sentinel, *(one for one in self._sentinels if one != sentinel)]
+
+    def changed(self, server: Server) -> None:
+        """Say in the log when the master is another one than before."""
+        if self._master is not None and self._master != server:
+            log.warning("The master %s is now at %s:%d", self.name, *server)
+        self._master = server
+
+
+class _Election:
+    """One search for the master: whom the sentinels name, who of them agrees, and why the others did not do."""
+
+    def __init__(self, sentinel: Sentinel) -> None:
+        from redis import RedisError
+
+        self._sentinel = sentinel
+        self._reasons: list[str] = []
+        self._ignorant: list[Address] = []
+        self._named: Address | None = None
+        self.passing: tuple[type[Exception], ...] = (RedisError, OSError)
+        self._refused: ConveyorError | None = None
+
+    def candidates(self) -> Iterator[Server]:
+        """Ask the sentinels in turn; yield each server that one names and none named before."""
+        seen: set[Server] = set()
+        for address in self._sentinel.preferred():
+            try:
+                server = self._ask(address)
+            except self.passing as error:
+                self._reasons.append(f"{_short(address)}: {error}")
+                if (text := refusal(error)) is not None:
+                    self._refused = self._refused or _no_sentinel(address, text)
+                continue
+            if server is None:
+                self._ignorant.append(address)
+            elif server not in seen:
+                seen.add(server)
+                self._named = address
+                yield server
+
+    def _ask(self, address: Address) -> Server | None:
+        connection = address.open(read_timeout=ASK_TIMEOUT)
+        try:
+            reply = ask(connection, "SENTINEL", "GET-MASTER-ADDR-BY-NAME", self._sentinel.name)
+        finally:
+            connection.disconnect()
+        return None if reply is None else (reply[0].decode(), int(reply[1]))
+
+    def note(self, server: Server, why: Exception | str) -> None:
+        """Remember why a server would not do."""
+        self._reasons.append(f"{server[0]}:{server[1]}, named by {_short(self._named)}: {why}")
+        if isinstance(why, Exception) and (text := refusal(why)) is not None:
+            self._refused = replies.final(text, str(self._sentinel.address(server)))
+
+    @staticmethod
+    def role(reply: Any) -> str:
+        """Return what a server says it is."""
+        word = (
+            reply[0] if isinstance(reply, list) and reply else b"master"
+        )  # ROLE is not permitted: believe the sentinel
+        return "replica" if word == b"slave" else str(word.decode())
+
+    def won(self, server: Server) -> None:
+        """A server agreed that it is the master."""
+        if self._named is not None:
+            self._sentinel.prefer(self._named)
+        self._sentinel.changed(server)
+
+    def unresolved(self) -> Exception:
+        """Return the error when nobody agreed; what one of them refused for good says more than that another is away."""
+        if self._refused is not None:
+            return self._refused
+        if self._ignorant and self._named is None and not self._reasons:
+            return ConfigurationError(
+                f"The sentinels know no master {self._sentinel.name!r}. {self._known(self._ignorant[0])}", code="E32"
+            )
+        if self._named is None:
+            reasons = self._reasons + [f"{_short(one)} knows no such master" for one in self._ignorant]
+            return Unresolved(f"no sentinel says who is the master {self._sentinel.name!r} ({'; '.join(reasons)})")
+        return Unresolved(f"the master {self._sentinel.name!r} is not to be found ({'; '.join(self._reasons)})")
+
+    def _known(self, address: Address) -> str:
+        try:
+            connection = address.open(read_timeout=ASK_TIMEOUT)
+            try:
+                masters = ask(connection, "SENTINEL", "MASTERS")
+            finally:
+                connection.disconnect()
+        except self.passing:
+            return ""
+        names = sorted(one[1].decode() for one in masters or [])
+        return f"They know: {', '.join(names)}." if names else "They know none."
+
+
+def _no_sentinel(address: Address, text: str) -> ConveyorError:
+    """Return the error for what is asked as a sentinel and refuses."""
+    if "unknown command" not in text:
+        return replies.final(text, str(address))
+    scheme = urlsplit(address.url).scheme
+    return ConfigurationError(
+        f"The server at {address.host} is no sentinel. Name the sentinels, which listen at port 26379 by default; or, if there "
+        f"are none, write {scheme}://{address.host}, or {scheme}+cluster://{address.host} for a cluster.",
+        code="E33",
+    )
+
+
+def _short(address: Address | None) -> str:
+    return "nobody" if address is None else address.host

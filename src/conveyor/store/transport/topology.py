@@ -1,0 +1,65 @@
+"""From a URL to what it names: a server, a master watched by sentinels, or a cluster."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+from urllib.parse import parse_qs
+
+from conveyor.errors import ConfigurationError
+from conveyor.store.transport.endpoint import Topology
+from conveyor.store.transport.url import Address, masked, taken_apart
+
+log = logging.getLogger("conveyor.store")
+SCHEMES = (
+    "redis", "rediss", "unix", "redis+sentinel", "rediss+sentinel", "redis+cluster", "rediss+cluster",
+)  # fmt: skip
+
+
+def locate(url: str, connect_timeout: float | None = None) -> Topology:
+    """Return what *url* names; connects to nothing. Raises ConfigurationError."""
+    parts = taken_apart(url)
+    whole = parts.scheme
+    if whole.startswith("rediss") and parse_qs(parts.query).get("ssl_cert_reqs") == ["none"]:
+        log.warning("%s: with ssl_cert_reqs=none anybody between can pretend to be this server.", masked(url))
+    timeout = () if connect_timeout is None else (connect_timeout,)
+    topology = whole.partition("+")[2]
+    if whole not in SCHEMES:
+        _refuse(url, whole, topology)
+    if topology == "sentinel":
+        from conveyor.store.transport.sentinel import Sentinel
+
+        return Sentinel(url, *timeout)
+    if topology == "cluster":
+        from conveyor.store.transport.cluster import Cluster
+
+        return Cluster(url, *timeout)
+    return Address(url, *timeout)
+
+
+def embedded_directory(url: str) -> str:
+    """
+    Return the directory that the URL of an embedded server names, "" for the project's own.
+
+    Raises ConfigurationError for a host, which would be made a directory, with the password in its name.
+    """
+    place = url.removeprefix("embedded:")
+    if place.startswith("//") and not place.startswith("///") and place != "//":
+        raise ConfigurationError(
+            f"{masked(url)!r}: an embedded server has a directory, no host and no password. Write embedded:///path/of/it, or "
+            "embedded: for the one of this project."
+        )
+    return place.removeprefix("//")
+
+
+def _refuse(url: str, scheme: str, topology: str) -> None:
+    """Raise the error for a URL whose first word is none of ours, with the one that was probably meant."""
+    near = difflib.get_close_matches(scheme.replace("valkey", "redis"), (*SCHEMES, "embedded"), 1, cutoff=0.7)
+    guess = f" Did you mean {near[0]}://?" if near else ""
+    what = f"there is no topology {topology!r}" if topology else "this is not a Redis URL"
+    raise ConfigurationError(
+        f"{masked(url)!r}: {what}.{guess} Write redis://host:6379/0, "
+        "redis+sentinel://host:26379,host:26379/mymaster or redis+cluster://host:6379,host:6379, each also with "
+        "rediss for TLS, unix:///path or embedded:///directory.",
+        code="E31" if topology or near else "E02",
+    )

@@ -1,0 +1,317 @@
+"""
+Where Redis is: a URL, checked, redacted, and turned into the parameters of a connection.
+
+A URL that names several hosts, taken apart.
+
+A password that lies in a file and is read anew for each connection, so that it can be changed while programs run.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import socket
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+from urllib.parse import SplitResult, parse_qsl, quote, unquote, urlencode, urlsplit
+
+from redis.credentials import CredentialProvider
+
+from conveyor.errors import ConfigurationError
+from conveyor.store.fork_safety import lazy
+from conveyor.store.transport.endpoint import ANSWER_TIMEOUT
+
+if TYPE_CHECKING:
+    from redis import Connection
+    from redis.asyncio import Connection as AsyncConnection
+
+    from conveyor.store.transport.endpoint import Place
+
+
+# To the last "@" of the word: a password that was not quoted may hold "/", ":" and "@" itself.
+_SECRET = re.compile(r"(?<=://)([^/:@\s]*):\S*@")
+_SECRET_OPTION = re.compile(r"(?<=[?&])(\w*password=)[^&\s]*")
+# Of what is nothing but a URL: no blank and no slash ends a password.
+_LOGIN = re.compile(r"^((?:.*?://)?[^/:@]*):.*@", re.DOTALL)
+_LOGIN_OPTION = re.compile(r"(?<=[?&])(\w*password=)[^&]*")
+_CONNECT_TIMEOUT = 5.0
+# A peer that is gone without a word is noticed after a minute, also where nothing waits for a reply: three unanswered probes.
+_ALIVE = {
+    getattr(socket, name): value
+    for name, value in (("TCP_KEEPIDLE", 30), ("TCP_KEEPINTVL", 10), ("TCP_KEEPCNT", 3))
+    if hasattr(socket, name)
+}
+
+
+def redact(text: str) -> str:
+    """Return *text* with the passwords of all URLs in it masked."""
+    return _SECRET_OPTION.sub(r"\1***", _SECRET.sub(r"\1:***@", text))
+
+
+def masked(url: str) -> str:
+    """Return what was given for a URL with its passwords masked, however badly it is written."""
+    return _LOGIN.sub(r"\1:***@", _LOGIN_OPTION.sub(r"\1***", url))
+
+
+def taken_apart(url: str) -> SplitResult:
+    """Return the parts of *url*. Raises ConfigurationError, also for a password that would be read as host or path."""
+    try:
+        url.encode()  # half a character could not be quoted
+        parts = urlsplit(url)
+    except ValueError:  # what it says may hold the password
+        parts = None
+    if parts is not None:
+        behind = parts.path + parts.fragment + parts.query.partition("=")[0]
+        lost = parts.netloc if parts.scheme == "unix" else "@" in behind
+        if not lost or "@" in parts.netloc:
+            return parts
+    raise ConfigurationError(
+        f"{masked(url)!r} is not a URL of Redis. When its user or password holds one of / ? # @ [ ] or a blank, write it "
+        "quoted:  python -c \"import urllib.parse as u; print(u.quote(input(), safe=''))\""
+    )
+
+
+def check_database(text: str, url: str) -> None:
+    """Raise ConfigurationError unless *text* is the number of a database, or nothing; redis-py would take 0 for it."""
+    if text and not (text.isascii() and text.isdigit()):
+        raise ConfigurationError(f"{masked(url)!r}: the database must be a number, as in redis://host:6379/0.")
+
+
+@dataclass(frozen=True)
+class Address:
+    """One Redis server by its URL: ``redis://``, ``rediss://`` or ``unix://``."""
+
+    url: str
+    connect_timeout: float = _CONNECT_TIMEOUT
+    answer_timeout: float = ANSWER_TIMEOUT
+    """Seconds for the first exchange on a new connection (AUTH, SELECT): a frozen server is still connected to."""
+
+    def __post_init__(self) -> None:
+        parts = self._parts
+        if parts.scheme not in {"redis", "rediss", "unix"}:
+            raise ConfigurationError(
+                f"{masked(self.url)!r} is not the URL of one server. Write redis://host:6379/0, rediss://… or unix:///path."
+            )
+        if parts.scheme == "unix":
+            if not parts.path.strip("/"):
+                raise ConfigurationError(f"{masked(self.url)!r} names no socket. Write unix:///run/redis.sock?db=0.")
+            return
+        try:
+            port = parts.port
+        except ValueError:  # its text may show a part of a password
+            port = 0
+        if port == 0:
+            raise ConfigurationError(
+                f"{masked(self.url)!r}: the port must be a number from 1 to 65535. In a password write / : @ as %2F %3A %40."
+            )
+        check_database(parts.path.strip("/"), self.url)
+
+    def __str__(self) -> str:
+        return masked(self.url)
+
+    def __repr__(self) -> str:
+        return f"<Address {self}>"
+
+    @lazy
+    def _parts(self) -> SplitResult:
+        return taken_apart(self.url)
+
+    @lazy
+    def _parameters(self) -> dict[str, Any]:
+        from redis import connection
+
+        try:
+            parameters = dict(connection.parse_url(self.url))
+        except ValueError as error:
+            raise ConfigurationError(f"{self} is not a Redis URL: {redact(str(error))}") from None
+        parameters.pop("connection_class", None)
+        self._take_password_file(parameters)
+        # RESP2 is enough and every supported server speaks it; retries are ours, since only we know what may be repeated.
+        local = self._parts.scheme == "unix"
+        alive = {} if local else {"socket_keepalive": True, "socket_keepalive_options": _ALIVE}
+        parameters = {"socket_connect_timeout": self.connect_timeout, **alive, **parameters, "protocol": 2}
+        self._try(parameters)
+        return parameters
+
+    def _take_password_file(self, parameters: dict[str, Any]) -> None:
+        path = parameters.pop("password_file", None)
+        if path is None:
+            return
+        from conveyor.store.transport.url import PasswordFile
+
+        if parameters.pop("password", None):
+            raise ConfigurationError(f"{self} has both a password and a password_file. Leave one out.")
+        parameters["credential_provider"] = PasswordFile(path, parameters.pop("username", None))
+
+    def _try(self, parameters: dict[str, Any]) -> None:
+        """Raise ConfigurationError when redis-py does not take them: better now than when the first call is made."""
+        from redis import Connection, RedisError, SSLConnection, UnixDomainSocketConnection
+
+        kind: Any = {"redis": Connection, "rediss": SSLConnection, "unix": UnixDomainSocketConnection}
+        try:
+            kind[self._parts.scheme](**parameters)
+        except (TypeError, ValueError, RedisError) as error:
+            found = re.search(r"unexpected keyword argument ('\w+')", str(error))
+            why = f"{found[1]} is not one of its options" if found else redact(str(error))
+            raise ConfigurationError(  # without the value, which may be a secret
+                f"{self._parts.scheme}://{self.host}: {why}. Behind ? stand options of redis-py's connections, such as "
+                "ssl_ca_certs, and password_file; for Sentinel also sentinel_username, sentinel_password and "
+                "sentinel_password_file."
+            ) from None
+
+    def place(self, key: str) -> Place:
+        """Return where the commands for *key* go: all go here."""
+        return self
+
+    @property
+    def single(self) -> bool:
+        """One place for all keys."""
+        return True
+
+    @property
+    def answers_within(self) -> float:
+        """Seconds one answer may take."""
+        return self.answer_timeout
+
+    @property
+    def host(self) -> str:
+        """Host and port, as a URL has them."""
+        return self._parts.netloc.rpartition("@")[2] or "host:6379"
+
+    def check(self) -> None:
+        """Raise ConfigurationError when the options of the URL mean nothing."""
+        assert self._parameters is not None
+
+    def moved(self, reply: str) -> None:
+        """Raise ConfigurationError (E33): only nodes of a cluster answer so."""
+        raise ConfigurationError(
+            f"The server at {self} is one node of a cluster ({reply}). Name some of its nodes in a cluster's URL: "
+            f"{'rediss' if self.url.startswith('rediss') else 'redis'}+cluster://{self.host}",
+            code="E33",
+        )
+
+    def aside(self, reply: str) -> Place:
+        """Raise the same."""
+        self.moved(reply)
+        raise AssertionError
+
+    def open(self, *, read_timeout: float | None) -> Connection:
+        """Return a connected blocking connection."""
+        connection = self.connection(read_timeout=self.answer_timeout)
+        connection.connect()
+        if read_timeout != self.answer_timeout:
+            assert connection._sock is not None  # noqa: SLF001
+            connection._sock.settimeout(read_timeout)  # noqa: SLF001
+            connection._parser._socket_timeout = read_timeout  # noqa: SLF001
+        return connection
+
+    async def aopen(self) -> AsyncConnection:
+        """Return a connected connection of asyncio."""
+        connection = self.async_connection()
+        try:
+            async with asyncio.timeout(self.connect_timeout + self.answer_timeout):
+                await connection.connect()
+        except TimeoutError as error:
+            await connection.disconnect(nowait=True)
+            raise TimeoutError("connected, but no answer") from error
+        except BaseException:
+            await connection.disconnect(nowait=True)
+            raise
+        return connection
+
+    def connection(self, *, read_timeout: float | None) -> Connection:
+        """Return an unopened blocking connection."""
+        from redis import Connection, SSLConnection, UnixDomainSocketConnection
+        from redis.backoff import NoBackoff
+        from redis.retry import Retry
+
+        kind = {"redis": Connection, "rediss": SSLConnection, "unix": UnixDomainSocketConnection}
+        parameters = {**self._parameters, "socket_timeout": read_timeout, "retry": Retry(NoBackoff(), 0)}
+        return cast("Connection", kind[self._parts.scheme](**parameters))
+
+    def async_connection(self) -> AsyncConnection:
+        """Return an unopened connection of asyncio."""
+        from redis import backoff
+        from redis.asyncio.connection import Connection, SSLConnection, UnixDomainSocketConnection
+        from redis.asyncio.retry import Retry
+
+        kind = {"redis": Connection, "rediss": SSLConnection, "unix": UnixDomainSocketConnection}
+        parameters = {**self._parameters, "socket_timeout": None, "retry": Retry(backoff.NoBackoff(), 0)}
+        return cast("AsyncConnection", kind[self._parts.scheme](**parameters))
+
+
+def configured_url(argument: str | None) -> str | None:
+    """Return the URL by the order of settings: argument, ``CONVEYOR_URL``, else None (the embedded server)."""
+    return argument or os.environ.get("CONVEYOR_URL") or None
+
+
+@dataclass(frozen=True)
+class Hosts:
+    """The parts of a URL that names several hosts: ``scheme://user:password@h1:1,h2:2/path?options``."""
+
+    scheme: str
+    """redis or rediss."""
+    user: str
+    password: str = field(repr=False)
+    hosts: tuple[tuple[str, int], ...]
+    path: str
+    options: tuple[tuple[str, str], ...] = field(repr=False)
+
+    def url(self, host: str, port: int, *, database: str = "") -> str:
+        """Return the URL of one server, with these credentials and options."""
+        login = f"{quote(self.user, safe='')}:{quote(self.password, safe='')}@" if self.user or self.password else ""
+        name = f"[{host}]" if ":" in host else host
+        options = f"?{urlencode(self.options)}" if self.options else ""
+        return f"{self.scheme}://{login}{name}:{port}/{database}{options}"
+
+
+def split_hosts(url: str, default_port: int) -> Hosts:
+    """Take a URL of several hosts apart. Raises ConfigurationError."""
+    parts = taken_apart(url)
+    login, _, names = parts.netloc.rpartition("@")
+    user, _, password = login.partition(":")
+    hosts = tuple(_host(url, name, default_port) for name in names.split(",") if name)
+    if not hosts:
+        raise ConfigurationError(f"{masked(url)!r} names no host.")
+    options = tuple(parse_qsl(parts.query, keep_blank_values=True))
+    path = unquote(parts.path.strip("/"))
+    return Hosts(parts.scheme.partition("+")[0], unquote(user), unquote(password), hosts, path, options)
+
+
+def _host(url: str, name: str, default_port: int) -> tuple[str, int]:
+    host, colon, port = name.strip().rpartition(":")
+    if not colon or port.endswith("]"):
+        host, port = name.strip(), str(default_port)
+    if not port.isdecimal() or not 0 < int(port) < 65536 or not host or len(host.split()) > 1:
+        raise ConfigurationError(f"{masked(url)!r}: {masked(name)!r} is not a host with a port.")
+    return host.strip("[]"), int(port)
+
+
+class PasswordFile(CredentialProvider):
+    """The user of a URL with the password of a file; a line's end behind it does not count."""
+
+    def __init__(self, path: str, user: str | None) -> None:
+        """Take the file and the user, None for the default one. Raises ConfigurationError when nothing can be read there now."""
+        self._path, self._user = Path(path), user
+        try:
+            self.get_credentials()
+        except (OSError, ValueError) as error:
+            why = error.strerror if isinstance(error, OSError) else "it is not text"
+            raise ConfigurationError(
+                f"The password of Redis cannot be read from {path!r}: {why}. Behind password_file= stands the path of a "
+                "file that holds the password and nothing else.",
+                code="E17",
+            ) from None
+
+    def get_credentials(self) -> tuple[str] | tuple[str, str]:
+        """Read the file; what goes wrong later is an OSError, and repeated as if the server were away."""
+        password = self._path.read_text("utf-8").rstrip("\r\n")
+        if not password:
+            raise OSError(0, "it is empty")  # as one that is not there: somebody is writing it
+        return (password,) if self._user is None else (self._user, password)
+
+    async def get_credentials_async(self) -> tuple[str] | tuple[str, str]:
+        """Read the file; secrets are small and lie in memory."""
+        return self.get_credentials()

@@ -1,0 +1,122 @@
+"""Waiting at a list: a connection of its own, since it blocks. What is taken is a token and never a message."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from conveyor.store import operations
+from conveyor.store.transport import replies
+from conveyor.store.transport.async_connection import Wire
+from conveyor.store.transport.connection import Connection
+
+if TYPE_CHECKING:
+    from conveyor.store.transport.endpoint import Place
+
+log = logging.getLogger("conveyor.store")
+
+
+class Bell:
+    """A blocking connection that waits. One thread waits; any may close it."""
+
+    def __init__(self, place: Place) -> None:
+        """Remember where to connect."""
+        self._connection = Connection(place)
+        self._failures = 0
+
+    def wait(self, key: str, seconds: float) -> bool:
+        """Wait for a token at *key* and take it; False when none came, or the connection broke (after a pause)."""
+        return self._block(("BLPOP", key, _timeout(seconds)), seconds) is not None
+
+    def first(self, keys: Sequence[str], seconds: float) -> str | None:
+        """Wait for a token at any of *keys*, take it, and return which; None as in `wait`."""
+        return _which(self._block(("BLPOP", *keys, _timeout(seconds)), seconds))
+
+    def move(self, source: str, target: str, seconds: float) -> bool:
+        """Wait for an entry of *source* and move it to the tail of *target*; False as in `wait`. Raises QueueFull."""
+        return self._block(("BLMOVE", source, target, "LEFT", "RIGHT", _timeout(seconds)), seconds) is not None
+
+    def close(self) -> None:
+        """Close the connection; whoever waits returns."""
+        self._connection.close()
+
+    def _block(self, command: tuple[str, ...], seconds: float) -> Any:
+        from redis import RedisError, ResponseError
+
+        try:
+            reply = self._connection.execute(*command, block=max(seconds, 0.001))
+        except (RedisError, OSError, ValueError, AttributeError) as error:
+            # The last two are what a read meets whose connection another thread has closed.
+            what = replies.remedy(str(error)) if isinstance(error, ResponseError) else replies.Remedy.RECONNECT
+            if what is replies.Remedy.RAISE:
+                raise replies.final(str(error), str(self._connection.place)) from error
+            self._connection.close()
+            if what is replies.Remedy.MOVE:
+                self._connection.place.moved(str(error))
+            time.sleep(min(replies.pause(self._failures), max(seconds, 0.001)))
+            self._failures += 1
+            return None
+        self._failures = 0
+        return reply
+
+
+class AsyncBell:
+    """The same on asyncio, with a wire of its own."""
+
+    def __init__(self, place: Place) -> None:
+        """Remember where to connect."""
+        self._wire = Wire(place)
+        self._failures = 0
+
+    async def wait(self, key: str, seconds: float) -> bool:
+        """Wait for a token at *key* and take it; False when none came, or the connection broke (after a pause)."""
+        return await self._block(("BLPOP", key, _timeout(seconds)), seconds) is not None
+
+    async def first(self, keys: Sequence[str], seconds: float) -> str | None:
+        """Wait for a token at any of *keys*, take it, and return which; None as in `wait`."""
+        return _which(await self._block(("BLPOP", *keys, _timeout(seconds)), seconds))
+
+    async def move(self, source: str, target: str, seconds: float) -> bool:
+        """Wait for an entry of *source* and move it to the tail of *target*; False as in `wait`. Raises QueueFull."""
+        return await self._block(("BLMOVE", source, target, "LEFT", "RIGHT", _timeout(seconds)), seconds) is not None
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._wire.close()
+
+    async def _block(self, command: tuple[str, ...], seconds: float) -> Any:
+        try:
+            reply = await self._wire.execute(*command, block=max(seconds, 0.001))
+        except OSError:
+            reply = None
+        else:
+            if not isinstance(reply, Exception):
+                self._failures = 0
+                return reply
+            if self._wire.heed(reply) is replies.Remedy.RAISE:
+                raise replies.final(str(reply), str(self._wire.place))
+        await asyncio.sleep(min(replies.pause(self._failures), max(seconds, 0.001)))
+        self._failures += 1
+        return None
+
+
+def ring(wire: Wire, key: str) -> None:
+    """Put a token into *key* for whoever blocks on it; it goes away by itself if nobody does."""
+    # With its text: nobody would send it after a NOSCRIPT. As two commands a cut between them left the token for ever.
+    wire.send(operations.ring(key).load(), _ignore)
+
+
+def _ignore(reply: Any) -> None:
+    if isinstance(reply, Exception) and replies.remedy(str(reply)) is replies.Remedy.RAISE:
+        log.debug("ignored: %s", reply)
+
+
+def _which(reply: Any) -> str | None:
+    return None if reply is None else reply[0].decode()
+
+
+def _timeout(seconds: float) -> str:
+    return f"{max(seconds, 0.001):.3f}"  # 0 would be for ever

@@ -1,0 +1,91 @@
+"""
+Durations and instants as people write and read them, and the milliseconds that scripts take.
+
+Sizes as people write them.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from datetime import datetime, timedelta
+
+from conveyor.errors import ConfigurationError
+
+Duration = float | int | str | timedelta
+"""Seconds, a `timedelta`, or a text: ``"250ms"``, ``"5s"``, ``"2m"``, ``"1h30m"``, ``"7d"``."""
+
+_UNIT_MS = {"ms": 1, "s": 1_000, "m": 60_000, "h": 3_600_000, "d": 86_400_000}
+_PART = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)")
+_WHOLE = re.compile(rf"(?:{_PART.pattern})+")
+_LONGEST_MS = 366 * 100 * 86_400_000  # a century; beyond it, numbers lose their milliseconds in Redis
+
+
+def milliseconds(value: Duration, *, name: str = "duration") -> int:
+    """
+    Return *value* as whole milliseconds, rounded up so that a tiny wait is not none.
+
+    Raises ConfigurationError for text it does not know, negative values, NaN and more than a century.
+    """
+    if isinstance(value, timedelta):
+        seconds = value.total_seconds()
+    elif isinstance(value, str):
+        seconds = _parse(value, name)
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        seconds = float(value)
+    else:
+        raise ConfigurationError(f"{name} must be seconds, a timedelta or a text such as '5m', not {value!r}.")
+    if not math.isfinite(seconds) or seconds < 0 or seconds * 1000 > _LONGEST_MS:
+        raise ConfigurationError(f"{name} must be between 0 and 100 years, not {value!r}.")
+    return math.ceil(round(seconds * 1000, 6))
+
+
+def _parse(text: str, name: str) -> float:
+    if not _WHOLE.fullmatch(text):
+        raise ConfigurationError(
+            f"{name} {text!r} is not a duration. Write '250ms', '5s', '2m', '1h30m', '7d', or seconds as a number."
+        )
+    return sum(float(number) * _UNIT_MS[unit] for number, unit in _PART.findall(text)) / 1000
+
+
+def instant_ms(at: datetime, *, name: str = "at") -> int:
+    """Return an aware datetime as milliseconds since the epoch; a naive one raises ConfigurationError (E18)."""
+    if not isinstance(at, datetime) or at.tzinfo is None:
+        raise ConfigurationError(
+            f"{name} needs a datetime with a time zone, not {at!r}: datetime.now(UTC), or tzinfo=ZoneInfo(...).",
+            code="E18",
+        )
+    return max(0, math.ceil(at.timestamp() * 1000))
+
+
+def span(seconds: float) -> str:
+    """Return a length of time in its two largest units."""
+    if seconds < 0.01:
+        return f"{seconds * 1000:.2g} ms"
+    if seconds < 1:
+        return f"{seconds * 1000:.0f} ms"
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    for size, unit, smaller, name in ((86_400, "d", 3600, "h"), (3600, "h", 60, "m"), (60, "m", 1, "s")):
+        if whole >= size:
+            rest = whole % size // smaller
+            return f"{whole // size} {unit}" + (f" {rest} {name}" if rest else "")
+    return f"{whole} s"
+
+
+Size = int | str
+"""Bytes, or a text: ``"256KiB"``, ``"16MiB"``."""
+
+_UNITS = {"B": 1, "KiB": 1024, "MiB": 1024**2, "GiB": 1024**3, "kB": 1000, "KB": 1000, "MB": 1000**2, "GB": 1000**3}
+_TEXT = re.compile(r"(\d{1,12}) ?(B|[KMG]iB|[kKMG]B)")
+
+
+def size(value: object, name: str) -> int:
+    """Return a size of at least one byte; raises ConfigurationError."""
+    if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+        return value
+    found = _TEXT.fullmatch(value) if isinstance(value, str) else None
+    if found is None or found[1].strip("0") == "":
+        raise ConfigurationError(f"{name} must be a number of bytes or a text such as '256KiB', not {value!r}.")
+    return int(found[1]) * _UNITS[found[2]]

@@ -1,0 +1,1 @@
+"""Running jobs: on the event loop, on threads, in processes."""

@@ -1,0 +1,163 @@
+"""
+Running coroutines: long-lived slots instead of a task per job.
+
+A slot is an asyncio task that runs one job after the other, so `current_task()`, timeouts and
+cancellation work as anywhere, and no task is created per job (6 µs). Each job runs in a context
+of its own. A job that never suspends costs no pass of the event loop; when one suspends, the
+next slot is woken if more jobs wait.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import types
+from collections import deque
+from collections.abc import Callable, Coroutine, Generator
+from contextvars import Context as Variables
+from time import perf_counter
+from typing import Any
+
+from conveyor.worker.attempt import Attempt
+from conveyor.worker.crash_attribution import FULL, LOOP, Seats, named
+
+SLICE = 0.005
+"""Seconds the slots may run jobs that never suspend before the loop gets its turn: what was finished leaves in one batch."""
+
+Begin = Callable[[Attempt], tuple[Variables, Coroutine[Any, Any, Any]]]
+Finish = Callable[[Attempt, Any, BaseException | None], None]
+Suspend = Callable[[Attempt], None]
+
+
+class Slots:
+    """Up to *limit* coroutines at once, taken in order from `backlog`."""
+
+    def __init__(
+        self, limit: int, begin: Begin, suspended: Suspend, finish: Finish, seats: Seats | None = None
+    ) -> None:  # fmt: skip
+        """Take how an attempt begins, what to do when it first suspends and at its end, and where to show what runs."""
+        self.backlog: deque[Attempt] = deque()
+        self.running = 0
+        self.current: Attempt | None = None  # what holds the loop right now
+        self._limit = limit
+        self._begin, self._suspended, self._finish = begin, suspended, finish
+        self._seats = seats
+        self._idle: list[asyncio.Future[None]] = []
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._loop = asyncio.get_running_loop()
+        self._slice_end = 0.0
+
+    def wake(self) -> None:
+        """See to it that somebody takes from the backlog."""
+        while self._idle:
+            future = self._idle.pop()
+            if not future.done():
+                future.set_result(None)
+                return
+        if len(self._tasks) < self._limit:
+            task = self._loop.create_task(self._serve(), name=f"conveyor-slot-{len(self._tasks)}")
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    async def close(self) -> None:
+        """End the slots; whatever still runs is cancelled."""
+        tasks = list(self._tasks)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _serve(self) -> None:
+        backlog, me = self.backlog, asyncio.current_task()
+        assert me is not None
+        cells = None if self._seats is None else self._seats.cells
+        seat = 0 if self._seats is None else self._seats.take()
+        called, seated = 0, False
+        while True:
+            if not backlog:
+                if cells is not None:
+                    cells[LOOP] = 0  # not after each job: the next one overwrites it
+                future: asyncio.Future[None] = self._loop.create_future()
+                self._idle.append(future)
+                await future
+                continue
+            now = perf_counter()
+            if now > self._slice_end and self._is_over(now):
+                await asyncio.sleep(0)
+                continue
+            attempt = backlog.popleft()
+            attempt.started = now
+            self.current = attempt
+            self.running += 1
+            if cells is not None:
+                cells[LOOP] = called = named(attempt.id)
+            value: Any = None
+            error: BaseException | None = None
+            try:
+                variables, coroutine = self._begin(attempt)
+                try:
+                    waited_on = variables.run(coroutine.send, None)
+                except StopIteration as stop:
+                    value = stop.value
+                else:
+                    self.current = None
+                    attempt.runner = me
+                    if cells is not None:
+                        cells[seat], seated = called, True
+                        cells[LOOP] = 0
+                    self._suspended(attempt)
+                    if backlog:
+                        self.wake()
+                    value = await _rest(coroutine, variables, waited_on, cells, called)
+            except BaseException as raised:
+                # By its type: what a job raises may lie about its class.
+                if issubclass(type(raised), asyncio.CancelledError) and attempt.stopped is None and me.cancelling():
+                    self.running -= 1
+                    raise  # the slot itself is ended
+                error = raised
+            if seated and cells is not None and seat != FULL:
+                cells[seat], seated = 0, False
+            self.current = attempt.runner = None
+            if me.cancelling():
+                while me.uncancel():
+                    pass
+            self.running -= 1
+            self._finish(attempt, value, error)
+
+    def _is_over(self, now: float) -> bool:
+        """Tell whether the slice is over and the loop must have its turn; else another begins."""
+        if self._slice_end:
+            self._slice_end = 0.0
+            if self._seats is not None:
+                self._seats.cells[LOOP] = 0
+            return True
+        self._slice_end = now + SLICE
+        self._loop.call_soon(self._end_slice)
+        return False
+
+    def _end_slice(self) -> None:
+        self._slice_end = 0.0
+
+
+@types.coroutine
+def _rest(
+    coroutine: Coroutine[Any, Any, Any], variables: Variables, waited_on: Any, cells: memoryview | None, called: int
+) -> Generator[Any, Any, Any]:  # fmt: skip
+    """Drive a coroutine that has suspended, every step in its own context, and show when it holds the loop."""
+    while True:
+        try:
+            sent = yield waited_on
+        except GeneratorExit:
+            coroutine.close()
+            raise
+        except BaseException as error:
+            step: Callable[..., Any] = coroutine.throw
+            argument: Any = error
+        else:
+            step, argument = coroutine.send, sent
+        if cells is not None:
+            cells[LOOP] = called
+        try:
+            waited_on = variables.run(step, argument)
+        except StopIteration as stop:
+            return stop.value
+        if cells is not None:
+            cells[LOOP] = 0

@@ -1,0 +1,220 @@
+"""
+What runs in the fresh interpreter: loads the app, then runs one job after the other, each alone.
+
+``main()`` is called with the app's reference and the descriptor of a socket to the worker; standard input is a pipe
+that only says, by its end, that the worker is gone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import os
+import select
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Mapping
+from contextvars import Context as Variables
+from contextvars import copy_context
+from datetime import UTC, datetime
+from typing import Any
+
+from conveyor.errors import UnknownTask
+from conveyor.jobs.context import CURRENT, Context
+from conveyor.jobs.task import Task
+from conveyor.worker.execution.process_protocol import (
+    HEAD,
+    Done,
+    Extend,
+    Failed,
+    Job,
+    Order,
+    Ready,
+    Report,
+    Start,
+    capture,
+    pack,
+    read_order,
+)
+from conveyor.worker.logs import configure_log
+from conveyor.worker.recycling import Quota
+from conveyor.worker.supervision.child_main import load
+
+
+def main() -> None:
+    """Serve until the worker closes its end; the worker's death ends this process group at once."""
+    _die_with_the_worker()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        # Sent to all of a service at its stop; the worker decides how long this job may go on. A handler and not
+        # SIG_IGN, which the programs that a job starts would inherit.
+        signal.signal(number, lambda *_: None)
+    connection = _Connection(int(sys.argv[2]))
+    start = connection.receive()
+    if not isinstance(start, Start):
+        return
+    sys.path[:] = start.path
+    configure_log(verbose=start.verbose)
+    runner = _Runner(connection)
+    try:
+        runner.open(start.app)
+    except BaseException as error:
+        connection.send(capture(error, (__file__,)))
+        return
+    quota, jobs = Quota(start.max_jobs, start.max_memory), 0
+    quota.begin()
+    connection.send(Ready())
+    while isinstance(job := connection.receive(), Job):
+        report = runner.run(job)
+        _flush()
+        jobs += 1
+        report.worn = quota.used_up(jobs) or ""
+        connection.send(report)
+    runner.close()
+
+
+class _Connection:
+    """The worker's orders, and what it is told."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._socket = socket.socket(fileno=descriptor)
+        self._socket.set_inheritable(False)
+
+    def send(self, message: Report) -> None:
+        self._socket.sendall(pack(message))
+
+    def receive(self) -> Order | None:
+        head = self._exactly(HEAD.size)
+        return read_order(self._exactly(HEAD.unpack(head)[0])) if head else None
+
+    def _exactly(self, count: int) -> bytes:
+        parts = []
+        while count and (part := self._socket.recv(min(count, 1 << 20))):
+            parts.append(part)
+            count -= len(part)
+        return b"" if count else b"".join(parts)
+
+
+class _Runner:
+    """
+    The app, its lifespan and its jobs.
+
+    A `def` runs in the main thread with no event loop around it. An `async def` runs on one loop that stays for the
+    life of the process, so that what the lifespan opened can be used there; the loop stands still in between.
+    """
+
+    def __init__(self, connection: _Connection) -> None:
+        self._connection = connection
+        self._loop = asyncio.Runner()
+        self._over = asyncio.Event()
+        self._lifespan: asyncio.Task[None]
+        self._state: Mapping[str, Any] = {}
+        self._app: Any
+
+    def open(self, reference: str) -> None:
+        """Load the app and open its lifespan; raises what these raise."""
+        self._app = load(reference)
+        self._loop.run(self._open_lifespan())
+
+    async def _open_lifespan(self) -> None:
+        opened = asyncio.get_running_loop().create_future()
+
+        async def hold() -> None:
+            # One task from the opening to the closing: cancel scopes insist on it.
+            async with self._app.lifespan_context() as state:
+                opened.set_result(state)
+                await self._over.wait()
+
+        self._lifespan = asyncio.create_task(hold())
+        await asyncio.wait({opened, self._lifespan}, return_when=asyncio.FIRST_COMPLETED)
+        if self._lifespan.done():
+            await self._lifespan
+        self._state = await opened
+
+    def close(self) -> None:
+        """Close the lifespan and the app."""
+
+        async def end() -> None:
+            self._over.set()
+            await self._lifespan
+            await self._app.aclose()
+
+        self._loop.run(end())
+        self._loop.close()
+        self._app.close()
+
+    def run(self, job: Job) -> Done | Failed:
+        """Run one job; whatever it raises is what it failed with."""
+        try:
+            task: Task[..., Any] | None = self._app.tasks.get(job.task)
+            if task is None:
+                raise UnknownTask(f"The app has no task {job.task!r} in the process that should run {job.id}.")
+            args, kwargs = task.signature.decode(job.body)
+            context = self._context(job)
+            if task.settings.ack == "early":
+                context.spawned = None
+            kwargs.update(dict.fromkeys(task.signature.injected, context))
+            variables = copy_context()
+            variables.run(CURRENT.set, context)
+            result = self._call(task, args, kwargs, variables)
+            keep_ms = task.settings.keep_ms if job.keep_ms is None else job.keep_ms
+            stored = None if task.returns_none or not keep_ms else task.results.encode(result)
+            return Done(stored, context.spawned or [])
+        except BaseException as error:
+            return capture(error, (__file__,))
+
+    def _call(self, task: Task[..., Any], args: list[Any], kwargs: dict[str, Any], variables: Variables) -> Any:
+        if not task.is_async:
+            return variables.run(task.function, *args, **kwargs)
+
+        async def call() -> Any:
+            return await task.function(*args, **kwargs)
+
+        return self._loop.run(call(), context=variables)
+
+    def _context(self, job: Job) -> Context:
+        return Context(
+            job_id=job.id,
+            task=job.task,
+            queue=job.queue,
+            attempt=job.attempt,
+            headers=job.headers,
+            state=self._state,
+            deadline_hook=lambda ms: self._connection.send(Extend(ms)),
+            enqueued_at=_instant(job.enqueued_ms),
+        )
+
+
+def _die_with_the_worker() -> None:
+    """Have the whole process group killed when the worker's end of standard input closes; jobs get /dev/null."""
+    life = os.dup(0)  # not inherited by the programs that a job starts
+    with open(os.devnull, "rb") as nothing:
+        os.dup2(nothing.fileno(), 0)
+    if sys.platform == "linux":
+        # The kernel does it, so a job that never lets go of the interpreter's lock ends too.
+        fcntl.fcntl(life, fcntl.F_SETOWN, -os.getpgrp())
+        fcntl.fcntl(life, fcntl.F_SETSIG, signal.SIGKILL)
+        fcntl.fcntl(life, fcntl.F_SETFL, fcntl.fcntl(life, fcntl.F_GETFL) | os.O_ASYNC)
+        poll = select.poll()
+        poll.register(life, 0)
+        if poll.poll(0):  # it closed before the kernel was asked
+            os.killpg(0, signal.SIGKILL)
+    else:
+
+        def watch() -> None:
+            os.read(life, 1)
+            os.killpg(0, signal.SIGKILL)
+
+        threading.Thread(target=watch, name="conveyor-orphan", daemon=True).start()
+
+
+def _instant(ms: int | None) -> datetime | None:
+    return None if ms is None else datetime.fromtimestamp(ms / 1000, UTC)
+
+
+def _flush() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(Exception):  # a job may have closed it, or put anything in its place
+            stream.flush()

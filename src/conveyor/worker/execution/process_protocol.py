@@ -1,0 +1,214 @@
+"""
+What a worker and its processes for single jobs say to each other, and how it is cut into frames.
+
+An exception's way from one process to another: as text and names, never pickled.
+
+What arrives is an instance of a class made for it, below those of the original's classes that this process has loaded
+anyway. So `except`, `isinstance` and a retry policy see what they would have seen; attributes do not travel.
+"""
+
+from __future__ import annotations
+
+import asyncio.base_events
+import asyncio.events
+import asyncio.runners
+import asyncio.tasks
+import struct
+import sys
+from collections.abc import Collection, Iterable
+from types import TracebackType
+from typing import Any
+
+import msgspec
+
+from conveyor.errors import ConveyorError, Snooze
+from conveyor.messaging.retry import Retry
+from conveyor.payload import failures
+
+HEAD = struct.Struct("<I")
+"""Before each frame: the number of its bytes."""
+
+
+class Start(msgspec.Struct, tag="start"):
+    """To the process, once: which app it loads, where modules are looked for, and when it has done enough."""
+
+    app: str
+    path: list[str]
+    verbose: bool
+    max_jobs: int
+    max_memory: int | None
+
+
+class Job(msgspec.Struct, tag="job"):
+    """To the process: one attempt. `body` is the arguments' raw JSON; `keep_ms` None means as the task has it."""
+
+    task: str
+    body: bytes
+    id: str
+    queue: str
+    attempt: int
+    headers: dict[str, str]
+    keep_ms: int | None
+    enqueued_ms: int | None
+
+
+class Ready(msgspec.Struct, tag="ready"):
+    """From the process: the app is loaded."""
+
+
+class Extend(msgspec.Struct, tag="extend"):
+    """From the process: the running job asks for so many ms from now on."""
+
+    ms: int
+
+
+class Done(msgspec.Struct, tag="done"):
+    """
+    From the process: the job's result as JSON, or None where none is stored; and what it spawned.
+
+    `worn` says why the process is to be replaced; empty while it is not.
+    """
+
+    result: bytes | None
+    spawned: list[bytes] = []
+    worn: str = ""
+
+
+class Failed(msgspec.Struct, tag="failed"):
+    """
+    From the process: what the job raised.
+
+    `kinds` are its class and all above it as ``module:qualified.name``; `delay` is a Snooze's; `worn` as in Done.
+    """
+
+    kinds: list[str]
+    message: str
+    traceback: str
+    code: str | None = None
+    delay: float | str | None = None
+    worn: str = ""
+
+
+Order = Start | Job
+Report = Ready | Extend | Done | Failed
+
+_encode = msgspec.msgpack.Encoder().encode
+_orders: msgspec.msgpack.Decoder[Order] = msgspec.msgpack.Decoder(Order)
+_reports: msgspec.msgpack.Decoder[Report] = msgspec.msgpack.Decoder(Report)
+read_order, read_report = _orders.decode, _reports.decode
+
+
+def pack(message: Order | Report) -> bytes:
+    """Return *message* as one frame."""
+    data = _encode(message)
+    return HEAD.pack(len(data)) + data
+
+
+_ASYNCIO = {module.__file__ for module in (asyncio.base_events, asyncio.events, asyncio.runners, asyncio.tasks)}
+# Raised out of a coroutine these mean something else than "the job failed".
+_UNRAISABLE = (StopIteration, StopAsyncIteration)
+
+
+def capture(error: BaseException, ours: Collection[str] = ()) -> Failed:
+    """Return *error* as it travels; the outermost frames from files in *ours* and from asyncio are left out."""
+    try:
+        error.__traceback__ = _beyond(error.__traceback__, _ASYNCIO.union(ours))
+    except BaseException:  # noqa: S110  the class may refuse; then there is more to read
+        pass
+    record = failures.describe(error, 0, 0, "")
+    return Failed(
+        kinds=[_name(kind) for kind in type.mro(type(error)) if kind is not object],
+        message=record.message,
+        traceback=record.traceback,
+        code=str(error.code) if isinstance(error, ConveyorError) else None,
+        delay=error.delay if isinstance(error, Snooze) else None,
+    )
+
+
+def rebuild(failed: Failed, policy: Retry) -> Exception:
+    """
+    Return the exception that *failed* tells of, without running code of its class and without importing anything.
+
+    Its classes are those that *policy* names or that are loaded here; what ends a program there (SystemExit) is an
+    Exception of that name here.
+    """
+    if failed.delay is not None:
+        return Snooze(failed.delay)
+    kind = _kind(failed.kinds, _found(failed.kinds, policy))
+    native: Any = next(one for one in kind.__mro__ if one.__module__ == "builtins" and issubclass(one, BaseException))
+    group = issubclass(native, BaseExceptionGroup)
+    arguments = (failed.message, [Exception(failed.message)]) if group else (failed.message,)
+    error: Exception = native.__new__(kind, *arguments)
+    facts: dict[str, Any] = {
+        "conveyor_text": failed.message,
+        "conveyor_traceback": failed.traceback,
+        "__notes__": [f"In the process of the job:\n{failed.traceback}"],
+    }
+    if failed.code is not None:
+        facts["code"] = failed.code
+    for name, value in facts.items():
+        object.__setattr__(error, name, value)  # a frozen dataclass can be an exception too
+    return error
+
+
+class _Remote:
+    """Stands before the original's classes and answers for what their skipped `__init__` would have set."""
+
+    conveyor_text: str
+    conveyor_traceback: str
+
+    def __init_subclass__(cls) -> None:
+        pass  # theirs may want arguments
+
+    def __str__(self) -> str:
+        return self.conveyor_text
+
+    def __repr__(self) -> str:
+        return f"{type(self).__qualname__}({self.conveyor_text!r})"
+
+
+def _found(names: Iterable[str], policy: Retry) -> list[type[Exception]]:
+    """Return the loaded classes of those names, without the ones that another of them implies."""
+    known: dict[str, type] = {}
+    for given in (policy.on, policy.give_up):
+        for named in given if isinstance(given, tuple) else (given,):
+            known.setdefault(_name(named), named)
+    found: list[type[Exception]] = []
+    for name in names:
+        kind: type | None = known.get(name) or _loaded(name)
+        if kind is None or not issubclass(kind, Exception) or issubclass(kind, _UNRAISABLE):
+            continue
+        if not any(issubclass(one, kind) for one in found):
+            found.append(kind)
+    return found or [Exception]
+
+
+def _kind(names: list[str], bases: list[type[Exception]]) -> type[Exception]:
+    module, _, qualified = names[0].partition(":")
+    facts = {"__module__": module, "__qualname__": qualified}
+    for some in (bases, bases[:1], [Exception]):
+        try:
+            return type(qualified.rpartition(".")[2], (_Remote, *some), facts)
+        except Exception:  # noqa: S112  a metaclass, or a class that allows none below it
+            continue
+    raise AssertionError("a class below Exception can always be made")
+
+
+def _loaded(name: str) -> type | None:
+    module, _, qualified = name.partition(":")
+    found: Any = sys.modules.get(module)
+    for part in qualified.split("."):
+        # Not getattr: a module may import what it is asked for.
+        found = getattr(found, "__dict__", {}).get(part)
+    return found if isinstance(found, type) and _name(found) == name else None
+
+
+def _name(kind: type) -> str:
+    return f"{kind.__module__}:{kind.__qualname__}"
+
+
+def _beyond(traceback: TracebackType | None, files: Collection[str | None]) -> TracebackType | None:
+    at = traceback
+    while at is not None and at.tb_frame.f_code.co_filename in files:
+        at = at.tb_next
+    return traceback if at is None else at

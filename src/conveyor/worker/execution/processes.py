@@ -1,0 +1,322 @@
+"""Runs `run_in="process"` tasks, each alone in a process that can be killed."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import socket
+import sys
+from asyncio.subprocess import Process, create_subprocess_exec
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Protocol, Self
+
+import msgspec
+
+from conveyor import ids
+from conveyor.errors import ConfigurationError
+from conveyor.worker.execution.process_protocol import (
+    HEAD,
+    Done,
+    Extend,
+    Failed,
+    Job,
+    Order,
+    Ready,
+    Report,
+    Start,
+    pack,
+    read_report,
+    rebuild,
+)
+from conveyor.worker.logs import LOG
+from conveyor.worker.supervision.child_process import describe_end
+
+if TYPE_CHECKING:
+    from conveyor.payload.records import Envelope
+    from conveyor.worker.attempt import Handler
+
+# Not `-m`: that would run a second copy of a module which `conveyor.worker` may have loaded already.
+_ENTRY = "from conveyor.worker.execution.process_main import main; main()"
+MOST_JOBS = 1_000
+_LAST_WORDS = 1.0
+"""Seconds between the two ends of a process: that of its connection and its own."""
+_GRACE = 5.0
+"""Seconds that an idle process has to close its lifespan."""
+
+
+class ProcessCrashed(RuntimeError):
+    """The process that ran the job ended before the job did."""
+
+
+class _Source(Protocol):
+    @property
+    def queue(self) -> str: ...
+
+
+class Errand(Protocol):
+    """What a process needs to know of an attempt."""
+
+    @property
+    def handler(self) -> Handler: ...
+    @property
+    def consumer(self) -> _Source: ...
+    @property
+    def envelope(self) -> Envelope: ...
+    @property
+    def body(self) -> bytes: ...
+    @property
+    def public_id(self) -> str: ...
+    @property
+    def number(self) -> int: ...
+
+    def move_deadline(self, ms: int) -> None:
+        """Give the attempt *ms* from now on."""
+
+    def adopt(self, spawned: list[bytes]) -> None:
+        """Take what it spawned."""
+
+
+class Processes:
+    """
+    Up to `limit` processes, started when they are needed and kept warm.
+
+    Each runs one job at a time in a fresh interpreter and a process group of its own, which is killed with it. A
+    process ends when it was idle for `idle_seconds`, or has done enough (`quota.py`).
+    """
+
+    idle_seconds = 60.0
+
+    def __init__(
+        self, app_reference: str | None, limit: int, *, max_jobs: int | None = None, max_memory: int | None = None
+    ) -> None:
+        """
+        Take the app as ``module:object`` (None: a worker inside another program, where `run` raises).
+
+        And after how many jobs (None: 1,000), or above how many bytes of memory, a process is replaced.
+        """
+        self.limit = limit
+        self._quota = (max_jobs or MOST_JOBS, max_memory)
+        self._reference = app_reference
+        self._slots = asyncio.Semaphore(limit)
+        self._idle: list[tuple[_Child, asyncio.TimerHandle]] = []
+        self._alive: set[_Child] = set()
+        self._ending: dict[_Child, asyncio.Task[None]] = {}
+        self._closed = False
+
+    def __repr__(self) -> str:
+        return f"<Processes of {self._reference}: {len(self._alive)} of {self.limit}, {len(self._idle)} idle>"
+
+    async def run(self, attempt: Errand) -> Any:
+        """
+        Run the job in a process, when one is free, and return its decoded result (None where none is stored).
+
+        When this is cancelled, the process and all it has started are killed before it returns. Raises what the job
+        raised, as a class with the same name below those that are loaded here; ProcessCrashed when the process
+        died; ConfigurationError when it cannot load the app.
+        """
+        task = attempt.handler.task
+        if self._reference is None:
+            raise ConfigurationError(
+                f'{attempt.handler.name} has run_in="process", which a worker inside another program cannot do: '
+                "a fresh process could not load this program's app. Run it with:  conveyor worker module:app"
+            )
+        async with self._slots:
+            child = await self._take(self._reference)
+            try:
+                report = await child.work(_job(attempt), attempt.move_deadline)
+            except BaseException:
+                await child.kill()
+                raise
+            self._give_back(child, report.worn)
+        if isinstance(report, Failed):
+            raise rebuild(report, task.settings.retry)
+        if report.spawned:
+            attempt.adopt(report.spawned)
+        return None if report.result is None else task.results.decode(report.result)
+
+    async def close(self) -> None:
+        """End the idle processes in order and kill the others; every `run` under way raises ProcessCrashed."""
+        self._closed = True
+        for child, timer in self._idle:
+            timer.cancel()
+            self._end(child)
+        self._idle.clear()
+        ending = dict(self._ending)
+        await asyncio.gather(*ending.values(), *(child.kill() for child in self._alive if child not in ending))
+
+    async def _take(self, reference: str) -> _Child:
+        while self._idle:
+            child, timer = self._idle.pop()  # the last used, so that those beyond the need become idle
+            timer.cancel()
+            if child.is_alive:
+                return child
+            self._end(child)
+        child = await _Child.start(reference)
+        self._alive.add(child)
+        if self._closed:
+            await child.kill()
+            raise ProcessCrashed("The worker's processes are closed; this job has not started.")
+        child.exit.add_done_callback(lambda _: self._alive.discard(child))
+        try:
+            await child.ready(Start(reference, sys.path, LOG.isEnabledFor(logging.DEBUG), *self._quota))
+        except BaseException:
+            await child.kill()
+            raise
+        return child
+
+    def _give_back(self, child: _Child, worn: str) -> None:
+        if worn:
+            LOG.info('Process %d of run_in="process" %s: a fresh one takes its place', child.pid, worn)
+        if self._closed or worn:
+            self._end(child)
+            return
+        timer = asyncio.get_running_loop().call_later(self.idle_seconds, lambda: self._retire(child))
+        self._idle.append((child, timer))
+
+    def _retire(self, child: _Child) -> None:
+        self._idle = [entry for entry in self._idle if entry[0] is not child]
+        self._end(child)
+
+    def _end(self, child: _Child) -> None:
+        self._ending[child] = ending = asyncio.create_task(child.end(), name=f"end-process-{child.pid}")
+        ending.add_done_callback(lambda _: self._ending.pop(child))
+
+
+class _Child:
+    """One process, seen from the worker."""
+
+    def __init__(self, process: Process, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, life: int) -> None:
+        self.pid = process.pid
+        self._process = process
+        self._reader = reader
+        self._writer = writer
+        self.exit = asyncio.create_task(self._bury(life), name=f"process-{self.pid}")
+        """Done when the process has ended, with its exit code, or the negative number of a signal."""
+
+    @classmethod
+    async def start(cls, reference: str) -> Self:
+        """Start a fresh interpreter; it has not loaded the app yet."""
+        ours, theirs = socket.socketpair()
+        inherited, life = os.pipe()
+        try:
+            reader, writer = await asyncio.open_unix_connection(sock=ours)
+            try:
+                process = await create_subprocess_exec(
+                    sys.executable, "-c", _ENTRY, reference, str(theirs.fileno()),
+                    stdin=inherited, pass_fds=(theirs.fileno(),), start_new_session=True,
+                )  # fmt: skip
+            except BaseException:
+                writer.close()
+                raise
+        except BaseException:
+            os.close(life)
+            raise
+        finally:
+            theirs.close()
+            os.close(inherited)
+        return cls(process, reader, writer, life)
+
+    @property
+    def is_alive(self) -> bool:
+        # Its connection ends before anybody has waited for it: a job sent there would be charged with a crash.
+        return not self.exit.done() and not self._reader.at_eof()
+
+    async def ready(self, start: Start) -> None:
+        """Wait until the app is loaded; raises ConfigurationError with what it raised when it cannot be."""
+        what = f"The process for jobs, which loads {start.app},"
+        report = await self._ask(start, what)
+        if isinstance(report, Failed):
+            raise ConfigurationError(
+                f"{what} cannot start: {report.kinds[0].partition(':')[2]}: {report.message}\n{report.traceback}",
+                code="E08",
+            )
+        if not isinstance(report, Ready):
+            raise await self._crash(what)
+
+    async def work(self, job: Job, extend: Callable[[int], None]) -> Done | Failed:
+        """Run one job; raises ProcessCrashed."""
+        what = f"The process of {job.task} ({job.id}, attempt {job.attempt})"
+        report = await self._ask(job, what)
+        while isinstance(report, Extend):
+            extend(report.ms)
+            report = await self._report(what)
+        if isinstance(report, Ready):
+            raise await self._crash(what)
+        return report
+
+    async def end(self) -> None:
+        """Let an idle process close its lifespan and exit; one that does not is killed."""
+        with contextlib.suppress(OSError, RuntimeError):
+            self._writer.write_eof()
+        await asyncio.wait({self.exit}, timeout=_GRACE)
+        await self.kill()
+
+    async def kill(self) -> None:
+        """Kill the process and its group at once, then wait for its end."""
+        if self._process.returncode is None:
+            _kill_group(self.pid)
+        self._writer.close()
+        await asyncio.wait({self.exit})
+        with contextlib.suppress(OSError):
+            await self._writer.wait_closed()
+
+    async def _bury(self, life: int) -> int:
+        try:
+            return await self._process.wait()
+        finally:
+            # What the job has started may hold our connection open, and must not outlive the process.
+            _kill_group(self.pid)
+            os.close(life)
+
+    async def _ask(self, order: Order, what: str) -> Report:
+        with contextlib.suppress(OSError):  # it died; the reading says how
+            self._writer.write(pack(order))
+            await self._writer.drain()
+        return await self._report(what)
+
+    async def _report(self, what: str) -> Report:
+        reading = asyncio.create_task(self._read())
+        try:
+            await asyncio.wait({reading, self.exit}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({reading}, timeout=_LAST_WORDS)  # what was sent before the end still counts
+            report = reading.result() if reading.done() else None
+        finally:
+            reading.cancel()
+        if report is None:
+            raise await self._crash(what)
+        return report
+
+    async def _read(self) -> Report | None:
+        try:
+            head = await self._reader.readexactly(HEAD.size)
+            return read_report(await self._reader.readexactly(HEAD.unpack(head)[0]))
+        except (OSError, asyncio.IncompleteReadError, msgspec.MsgspecError):
+            return None
+
+    async def _crash(self, what: str) -> ProcessCrashed:
+        await asyncio.wait({self.exit}, timeout=_LAST_WORDS)
+        how = describe_end(self.exit.result()) if self.exit.done() else "broke its connection to the worker"
+        return ProcessCrashed(f"{what} {how} before it was done. Its pid was {self.pid}.")
+
+
+def _job(attempt: Errand) -> Job:
+    envelope = attempt.envelope
+    bare = ids.split(attempt.public_id)[1]
+    return Job(
+        task=attempt.handler.name,
+        body=attempt.body,
+        id=attempt.public_id,
+        queue=attempt.consumer.queue,
+        attempt=attempt.number,
+        headers=envelope.extra.headers,
+        keep_ms=envelope.extra.keep_ms,
+        enqueued_ms=ids.made_at_ms(bare),
+    )
+
+
+def _kill_group(pid: int) -> None:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(pid, signal.SIGKILL)

@@ -1,0 +1,1 @@
+"""Getting jobs from queues, and keeping their leases."""

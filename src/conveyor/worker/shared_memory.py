@@ -1,0 +1,373 @@
+"""
+The board: memory that a supervisor shares with its children, one slot each.
+
+A child writes, the supervisor reads, also after the child is dead, whatever killed it and wherever it was: single
+numbers are cells of eight bytes, stored in one go; everything else is a record with its length and checksum, appended
+behind the last one, so a write that was cut off hides nothing written before it.
+
+All instants are seconds of the monotonic clock, which the processes of a machine share.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import tempfile
+from dataclasses import dataclass
+from struct import Struct
+from time import monotonic_ns
+from zlib import crc32
+
+import msgspec
+
+from conveyor.errors import ConfigurationError
+from conveyor.store.keys import QueueKeys
+from conveyor.worker.crash_attribution import SEATS, Seating, Seats
+
+_TICK, _RETIRING, _EPOCH, _JOB_MARK, _JOB_SIZE, _FINISHED, _AWAIT, _RENEWALS = 0, 1, 2, 3, 4, 5, 6, 16
+_RENEWAL_CELLS = 256
+_CELL_BYTES = 4096
+_JOB_ROOM = 4096
+_SEATS_AT = _CELL_BYTES + _JOB_ROOM
+_RECORDS_AT = _SEATS_AT + 8 * SEATS
+RECORD_ROOM = 128 * 1024
+"""Bytes for the records of a slot; there are two such areas. Pages that are never touched cost nothing."""
+SLOT_BYTES = _RECORDS_AT + 2 * RECORD_ROOM
+_HEAD = Struct("<II")  # length, checksum
+
+
+class Spec(msgspec.Struct, frozen=True, tag="spec"):
+    """
+    What a child is to run; the supervisor writes it before the child starts. Times in seconds, memory in bytes.
+
+    A burst does not end before `await_until`: retries of its predecessor are due by then.
+    """
+
+    app: str
+    queues: dict[str, float]
+    concurrency: int
+    threads: int
+    burst: bool
+    grace: float
+    verbose: bool = False
+    quiet: bool = False
+    path: tuple[str, ...] = ()
+    max_jobs: int | None = None
+    max_memory: int | None = None
+    await_until: float = 0.0
+
+
+class About(msgspec.Struct, frozen=True, tag="about"):
+    """What a child says of its app when it is up: where Redis is; for people, its queues and (some of) its tasks."""
+
+    url: str
+    namespace: str
+    tasks: int = 0
+    names: tuple[str, ...] = ()
+    queues: tuple[str, ...] = ()
+
+
+class _Joined(msgspec.Struct, frozen=True, tag="joined"):
+    prefix: str
+    queue: str
+    foreign: str | None
+    worker: str
+    lease_ms: int
+    cell: int
+
+
+class _Left(msgspec.Struct, frozen=True, tag="left"):
+    worker: str
+
+
+_Record = Spec | About | _Joined | _Left
+_DECODER: msgspec.json.Decoder[_Record] = msgspec.json.Decoder(_Record)
+_encode = msgspec.json.Encoder().encode
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """One identity of a child. Only a queue's last is `current`; `renewed` is when the child itself last renewed it."""
+
+    namespace: str
+    queue: str
+    foreign: str | None
+    worker: str
+    lease_ms: int
+    current: bool
+    renewed: float
+
+    @property
+    def keys(self) -> QueueKeys:
+        """The keys of its queue."""
+        return QueueKeys(self.namespace, self.queue, foreign=self.foreign)
+
+
+class Board:
+    """The slots of all children, in memory that outlives each of them. Hand `fd` to a child, which attaches to it."""
+
+    def __init__(self, slots: int, fd: int | None = None) -> None:
+        """Make a board of that many slots, or attach to the one behind *fd*."""
+        self.slots = slots
+        self.fd = anonymous_file("conveyor-board", slots * SLOT_BYTES) if fd is None else fd
+        self._memory = mmap.mmap(self.fd, slots * SLOT_BYTES)
+        self._view = memoryview(self._memory)
+        self._taken: list[Slot] = []
+
+    def slot(self, number: int) -> Slot:
+        """Return one slot, counted from 0."""
+        slot = Slot(self._view[number * SLOT_BYTES : (number + 1) * SLOT_BYTES], number)
+        self._taken.append(slot)
+        return slot
+
+    def close(self) -> None:
+        """Let go of the memory; the slots are unusable afterwards."""
+        while self._taken:
+            self._taken.pop().close()
+        self._view.release()
+        self._memory.close()
+        os.close(self.fd)
+
+
+class Slot:
+    """What one child shows to its supervisor. The child alone writes while it lives."""
+
+    def __init__(self, view: memoryview, number: int) -> None:
+        """Take the slot's bytes, `SLOT_BYTES` of them, and where on the board it is."""
+        self.number = number
+        self._view = view
+        self._cells = view[:_CELL_BYTES].cast("q")
+        self._job = view[_CELL_BYTES:_SEATS_AT]
+        self._seats = view[_SEATS_AT:_RECORDS_AT].cast("q")
+        self._tail: int | None = None
+        self._mark = 0
+        self._cell_of: dict[str, int] = {}  # prefix of a queue -> its renewal cell
+        self._cell_by: dict[str, int] = {}  # identity -> the same
+
+    # -- the child ------------------------------------------------------------------------------------------------
+
+    def tick(self) -> None:
+        """Say that the event loop turns."""
+        self._cells[_TICK] = monotonic_ns()
+
+    def renewed(self, worker: str | None = None) -> None:
+        """Say that a turn has just renewed the lease of an identity; of all of them when none is named."""
+        now = monotonic_ns()
+        if worker is not None:
+            self._cells[_RENEWALS + self._cell_by[worker]] = now
+        else:
+            for cell in self._cell_of.values():
+                self._cells[_RENEWALS + cell] = now
+
+    def set_identity(self, keys: QueueKeys, worker: str, lease_ms: int) -> None:
+        """
+        Note the identity under which a queue is served from now on: before it is registered in Redis.
+
+        The queue's earlier one is beaten for no more, and reaped all the same when the child dies.
+        """
+        cell = self._cell_of.setdefault(keys.prefix, len(self._cell_of) % _RENEWAL_CELLS)
+        self._cell_by[worker] = cell
+        self._cells[_RENEWALS + cell] = monotonic_ns()
+        self._append(_Joined(keys.prefix, keys.queue, keys.foreign, worker, lease_ms, cell))
+
+    def drop_identity(self, worker: str) -> None:
+        """Note that an identity has left Redis in order and holds nothing."""
+        self._cell_by.pop(worker, None)
+        self._append(_Left(worker))
+
+    def set_job(self, task: str, job_id: str) -> None:
+        """Name the job that the event loop is running, to be blamed when the loop stalls."""
+        data = f"{task}\n{job_id}".encode()[:_JOB_ROOM]
+        cells, mark = self._cells, self._mark
+        cells[_JOB_MARK] = mark + 1  # odd: do not read now
+        self._job[: len(data)] = data
+        cells[_JOB_SIZE] = len(data)
+        self._mark = cells[_JOB_MARK] = mark + 2
+
+    def clear_job(self) -> None:
+        """Say that the event loop runs no job."""
+        self._cells[_JOB_SIZE] = 0
+
+    def seats(self) -> Seats:
+        """Return the seats of the jobs it runs, all empty when it starts."""
+        return Seats(self._seats)
+
+    def set_about(self, about: About) -> None:
+        """Say where Redis is."""
+        self._append(about)
+
+    @property
+    def retiring(self) -> bool:
+        """Whether the child takes no more work and wants a successor (it exits with 75 when the rest is done)."""
+        return self._cells[_RETIRING] == 1
+
+    @retiring.setter
+    def retiring(self, value: bool) -> None:
+        self._cells[_RETIRING] = int(value)
+
+    @property
+    def await_until(self) -> float:
+        """Until when a burst must go on after the child: its retries are due by then."""
+        return self._cells[_AWAIT] / 1e9
+
+    @await_until.setter
+    def await_until(self, at: float) -> None:
+        self._cells[_AWAIT] = int(at * 1e9)
+
+    def finish(self) -> None:
+        """Say that the child ends by its own decision; a job may end the process with any exit code."""
+        self._cells[_FINISHED] = 1
+
+    # -- the supervisor -------------------------------------------------------------------------------------------
+
+    @property
+    def finished(self) -> bool:
+        """Whether the child came to its own end."""
+        return self._cells[_FINISHED] == 1
+
+    @property
+    def last_tick(self) -> float:
+        """When the loop last turned; 0.0 before it did."""
+        return self._cells[_TICK] / 1e9
+
+    @property
+    def last_renewal(self) -> float:
+        """When any identity was last renewed by the child itself; 0.0 before."""
+        return max((identity.renewed for identity in self.identities()), default=0.0)
+
+    def job(self) -> tuple[str, str] | None:
+        """Return (task, job id) of what the loop runs, or None when it runs nothing or that cannot be read."""
+        for _ in range(10):
+            mark, size = self._cells[_JOB_MARK], self._cells[_JOB_SIZE]
+            data = bytes(self._job[:size])
+            if mark % 2 == 0 and mark == self._cells[_JOB_MARK]:
+                task, _, job_id = data.decode(errors="replace").partition("\n")
+                return (task, job_id) if size else None
+        return None
+
+    def seating(self) -> Seating | None:
+        """Return which jobs were running; None when that is not known."""
+        return Seating.read(self._seats)
+
+    def identities(self) -> list[Identity]:
+        """Return all identities that may hold leases, oldest first."""
+        records = self._read()
+        left = {record.worker for record in records if isinstance(record, _Left)}
+        joined = [record for record in records if isinstance(record, _Joined)]
+        current = {record.prefix: record.worker for record in joined}
+        return [
+            Identity(
+                one.prefix.partition(":{")[0],  # a namespace holds no braces
+                one.queue,
+                one.foreign,
+                one.worker,
+                one.lease_ms,
+                current[one.prefix] == one.worker,
+                self._cells[_RENEWALS + one.cell] / 1e9,
+            )
+            for one in joined
+            if one.worker not in left
+        ]
+
+    def about(self) -> About | None:
+        """Return what the child said of its app, or None before it did."""
+        return next((record for record in reversed(self._read()) if isinstance(record, About)), None)
+
+    def spec(self) -> Spec | None:
+        """Return what the child is to run."""
+        return next((record for record in reversed(self._read()) if isinstance(record, Spec)), None)
+
+    def prepare(self, spec: Spec) -> None:
+        """Wipe what a dead child left, and say what the next one is to run."""
+        epoch = self._cells[_EPOCH]
+        for cell in range(_RENEWALS + _RENEWAL_CELLS):
+            if cell != _EPOCH:
+                self._cells[cell] = 0
+        self._view[_SEATS_AT:_RECORDS_AT] = bytes(8 * SEATS)
+        self._cells[_EPOCH] = epoch + 1  # records of another epoch do not count
+        self._tail, self._mark = 0, 0
+        self._append(spec)
+
+    def close(self) -> None:
+        """Let go of the memory."""
+        self._cells.release()
+        self._job.release()
+        self._seats.release()
+        self._view.release()
+
+    # -- records: two areas, of which the epoch's parity names the valid one; the epoch also seeds the checksums ----
+
+    def _append(self, record: _Record) -> None:
+        epoch = self._cells[_EPOCH]
+        if self._tail is None:
+            self._tail = self._scan(epoch)[1]
+        end = self._put(epoch, self._tail, _encode(record))
+        self._tail = self._rewrite(epoch + 1, record) if end is None else end
+
+    def _put(self, epoch: int, at: int, payload: bytes) -> int | None:
+        whole = _HEAD.pack(len(payload), crc32(payload, epoch & 0xFFFFFFFF)) + payload
+        if at + len(whole) > RECORD_ROOM:
+            return None
+        first = self._area(epoch) + at
+        self._view[first : first + len(whole)] = whole
+        return at + len(whole)
+
+    def _rewrite(self, epoch: int, newest: _Record) -> int:
+        """Write what still counts to the other area, then make that the valid one with a single store."""
+        records = self._read()
+        left = {record.worker for record in (*records, newest) if isinstance(record, _Left)}
+        kept: dict[str, _Record] = {}
+        for record in (*records, newest):
+            if isinstance(record, _Joined):
+                kept.pop(record.prefix, None)
+                if record.worker not in left:
+                    kept[record.prefix] = record
+            elif not isinstance(record, _Left):
+                kept[type(record).__name__] = record
+        at = 0
+        for record in kept.values():
+            end = self._put(epoch, at, _encode(record))
+            if end is None:
+                raise ConfigurationError(
+                    f"One worker serves {len(self._cell_of)} queues, and their names do not fit in {RECORD_ROOM} "
+                    "bytes. Spread them over several workers with -q."
+                )
+            at = end
+        self._cells[_EPOCH] = epoch
+        return at
+
+    def _read(self) -> list[_Record]:
+        while True:
+            epoch = self._cells[_EPOCH]
+            records, _ = self._scan(epoch)
+            if epoch == self._cells[_EPOCH]:
+                return records
+
+    def _scan(self, epoch: int) -> tuple[list[_Record], int]:
+        """Return the whole records of an area, and where they end."""
+        area, at, records = self._area(epoch), 0, []
+        while at + _HEAD.size <= RECORD_ROOM:
+            size, checksum = _HEAD.unpack_from(self._view, area + at)
+            end = at + _HEAD.size + size
+            if size == 0 or end > RECORD_ROOM:
+                break
+            payload = bytes(self._view[area + at + _HEAD.size : area + end])
+            if crc32(payload, epoch & 0xFFFFFFFF) != checksum:
+                break
+            records.append(_DECODER.decode(payload))
+            at = end
+        return records, at
+
+    def _area(self, epoch: int) -> int:
+        return _RECORDS_AT + (epoch & 1) * RECORD_ROOM
+
+
+def anonymous_file(name: str, size: int) -> int:
+    """Return the descriptor of a file without a name, gone when nobody has it open."""
+    if hasattr(os, "memfd_create"):
+        fd = os.memfd_create(name)
+    else:
+        with tempfile.TemporaryFile(prefix=name) as file:
+            fd = os.dup(file.fileno())
+    os.ftruncate(fd, size)
+    return fd

@@ -1,0 +1,191 @@
+"""
+The entry of one child process: ``python -m conveyor.worker.supervision.child_main APP NUMBER/SLOTS BOARD LIFE STACK``.
+
+The last three are descriptors given by the supervisor: its memory, a pipe that ends when it does, a file for stacks.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import faulthandler
+import gc
+import io
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from functools import reduce
+from importlib import import_module
+from itertools import islice
+from typing import Any, NoReturn, Protocol
+
+from conveyor.errors import ConveyorError
+from conveyor.worker.logs import LOG, configure_log
+from conveyor.worker.recycling import Quota
+from conveyor.worker.shared_memory import About, Board, Slot, Spec
+from conveyor.worker.supervision.lease_guard import Estate, Guardian
+
+RECYCLE = 75
+"""A child exits with this code to be replaced by a fresh one; nothing went wrong."""
+IMPORT_FAILED = 4
+MARGIN = 2.0
+"""Seconds beyond the grace after which a child that was told to stop is ended by force."""
+
+
+class Runnable(Protocol):
+    """What a child runs: `worker.Worker`."""
+
+    async def run(self) -> int:
+        """Run until stopped, or drained; return the exit code."""
+
+    def stop(self) -> None:
+        """Drain."""
+
+    def hurry(self) -> None:
+        """Drain, and hand back at once what does not end at once."""
+
+    def quiet(self) -> None:
+        """Lease no more."""
+
+
+def main(start: Callable[[Spec, Slot], tuple[About, Runnable]] | None = None) -> NoReturn:
+    """Run the child that the command line describes; *start* makes what it runs (default: the app's worker)."""
+    _, place, *descriptors = sys.argv[1:6]
+    board_fd, life_fd, stack_fd = map(int, descriptors)
+    for descriptor in (board_fd, life_fd, stack_fd):
+        os.set_inheritable(descriptor, False)  # not for the processes that jobs start
+    number, slots = map(int, place.split("/"))
+    slot = Board(slots, board_fd).slot(number)
+    spec = slot.spec()
+    assert spec is not None
+    if spec.path:
+        sys.path[:] = spec.path
+    configure_log(verbose=spec.verbose)
+    faulthandler.enable()
+    code = _run(spec, slot, life_fd, stack_fd, start or start_app)
+    slot.finish()
+    _end(code)
+
+
+def start_app(spec: Spec, slot: Slot) -> tuple[About, Runnable]:
+    """Import the app and make its worker; an empty `queues` means all that its tasks and plain lists name."""
+    # Needed by the first connection; on a loaded machine it takes longer than a loop may stand still.
+    import hiredis  # noqa: F401
+    import redis.asyncio  # noqa: F401
+
+    from conveyor.worker.worker import Worker
+
+    app = load(spec.app)
+    names = sorted(app.tasks)
+    worker = Worker(
+        app,
+        queues=spec.queues,
+        concurrency=spec.concurrency,
+        threads=spec.threads,
+        burst=spec.burst,
+        grace=spec.grace,
+        slot=slot,
+        reference=spec.app,
+        quota=Quota(spec.max_jobs, spec.max_memory),
+        await_until=spec.await_until,
+    )
+    address, attachment = app.backend.address, app.backend.attachment
+    url = address.url if attachment is None else f"embedded:{attachment.directory}"
+    return About(url, app.namespace, len(names), tuple(names[:10]), worker.queues), worker
+
+
+def load(reference: str) -> Any:
+    """Return the app that ``module:attribute`` names; raises what importing it raises."""
+    module, _, attribute = reference.partition(":")
+    return reduce(getattr, (attribute or "app").split("."), import_module(module))
+
+
+def _run(
+    spec: Spec, slot: Slot, life_fd: int, stack_fd: int, start: Callable[[Spec, Slot], tuple[About, Runnable]]
+) -> int:
+    try:
+        about, worker = start(spec, slot)
+    except Exception:
+        LOG.exception("Cannot start the worker of %s", spec.app)
+        return IMPORT_FAILED
+    slot.set_about(about)
+    # What was imported stays for ever: a collection that walks through it again and again holds jobs up for milliseconds.
+    gc.collect()
+    gc.freeze()
+    if spec.quiet:
+        worker.quiet()
+    loop = _new_loop()
+    asyncio.set_event_loop(loop)
+    # Not the second SIGTERM: a service manager sends one to every process, and the supervisor passes its own on.
+    loop.add_signal_handler(signal.SIGTERM, worker.stop)
+    loop.add_signal_handler(signal.SIGINT, worker.hurry)
+    loop.add_signal_handler(signal.SIGUSR1, worker.quiet)
+    loop.add_signal_handler(signal.SIGUSR2, _write_tasks, loop, stack_fd)
+    faulthandler.register(
+        signal.SIGUSR2, file=stack_fd, all_threads=True, chain=True
+    )  # this one at once, also in C code
+    threading.Thread(
+        target=_outlive, args=(life_fd, loop, worker, slot, spec.grace), name="conveyor-orphan", daemon=True
+    ).start()
+    slot.tick()  # signals are handled from here on: we are up
+    try:
+        return loop.run_until_complete(worker.run())
+    except ConveyorError as error:  # says itself what to do: a refused password, another number of partitions
+        LOG.critical("The worker cannot go on: %s %s", error.code, error, exc_info=LOG.isEnabledFor(logging.DEBUG))
+        return 1
+    except BaseException:
+        LOG.critical("The worker failed unexpectedly", exc_info=True)
+        return 1
+
+
+def _write_tasks(loop: asyncio.AbstractEventLoop, stack_fd: int) -> None:
+    """Add to the stacks of the threads where each task of the loop waits, when the loop is free to say so."""
+    text = io.StringIO()
+    for task in islice(asyncio.all_tasks(loop), 100):
+        task.print_stack(file=text)
+    os.write(stack_fd, text.getvalue().encode(errors="replace"))
+
+
+def _outlive(life_fd: int, loop: asyncio.AbstractEventLoop, worker: Runnable, slot: Slot, grace: float) -> None:
+    """Wait for the end of the supervisor; then do for this child what it did, until the rest is done."""
+    os.read(life_fd, 1)
+    LOG.warning("The supervisor is gone: worker %d drains and ends", os.getpid())
+    guardian = Guardian()
+    guardian.watch(slot)
+    loop.call_soon_threadsafe(worker.stop)
+    time.sleep(grace + MARGIN)
+    about = slot.about()
+    assert about is not None
+    what = f"Worker {os.getpid()} was stuck beyond its grace of {grace:g} s"
+    guardian.forget(slot)
+    guardian.settle(Estate(what, about, slot.identities(), crashed=False))
+    guardian.close(2.0)
+    _end(RECYCLE)
+
+
+def _new_loop() -> asyncio.AbstractEventLoop:
+    try:
+        import uvloop
+    except ImportError:
+        return asyncio.new_event_loop()
+    return uvloop.new_event_loop()
+
+
+def _end(code: int) -> NoReturn:
+    """Exit at once: a thread that is stuck in a job must not hold up the end."""
+    if (buffers := sys.modules.get("conveyor.store.client.buffer")) is not None:
+        buffers.flush_all()  # what jobs pushed while Redis was away
+    logging.shutdown()
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError):
+            pass  # closed by the other end
+    os._exit(code)
+
+
+if __name__ == "__main__":
+    main()
