@@ -16,9 +16,17 @@ from typing import Any
 
 from conveyor.payload.records import read_envelope
 from conveyor.store import operations
-from conveyor.store.client.client import Backend
+from conveyor.store.client.client import Client
 from conveyor.store.keys import QueueKeys
-from conveyor.store.operations import Entry, Lane, LateReply, LateTurn, Report, Settlement, Unregistered
+from conveyor.store.operations import (
+    Entry,
+    ProducerSequence,
+    Settlement,
+    StalePush,
+    StaleTurn,
+    TurnReport,
+    WorkerUnregistered,
+)
 from conveyor.store.script import Script
 from machine import same_turn
 from model import Job, Member, Model
@@ -50,7 +58,7 @@ class Step:
     """What is sent, maybe more than once, and what the model says to the answer."""
 
     name: str
-    send: Callable[[Backend], Any]
+    send: Callable[[Client], Any]
     check: Check
 
 
@@ -65,13 +73,13 @@ class Town:
     sent: list[Step] = field(default_factory=list)  # pushes and turns, which may arrive again and late
 
 
-class Client:
+class SimulatedClient:
     """A producer, a worker and a person, with one connection and one thing at a time under way."""
 
     def __init__(self, url: str, town: Town, name: str, seed: str) -> None:
         self.name, self.town, self.dice = name, town, random.Random(seed)
-        self.backend = Backend(url, namespace="c", patience=0)
-        self.lane = Lane(f"L{name}")
+        self.backend = Client(url, namespace="c", patience=0)
+        self.lane = ProducerSequence(f"L{name}")
         self.held: dict[str, dict[str, tuple[str | None, bool]]] = {}  # worker → id → unique key, own id
         self.turns: dict[str, int] = {}
         self.history: list[tuple[Step, Any]] = []
@@ -90,7 +98,7 @@ class Client:
     def carry_out(self, step: Step) -> Any:
         try:
             reply = step.send(self.backend)
-        except (LateReply, LateTurn, Unregistered) as error:
+        except (StalePush, StaleTurn, WorkerUnregistered) as error:
             reply = error
         self.history.append((step, reply))
         return reply
@@ -141,7 +149,7 @@ class Client:
         def check(world: World, reply: Any) -> None:
             last, answer = world.lanes.get(lane, (0, None))
             if number < last:
-                assert isinstance(reply, LateReply)
+                assert isinstance(reply, StalePush)
                 return
             if number > last:
                 answer = [world.model.push(entry.id, job, rank, entry.front) for entry, job, rank in made]
@@ -206,7 +214,7 @@ class Client:
         others = [(sent, told) for sent, told in pairs if sent is not None]
         told = done + [told for _, told in others]
         self.turns[name] = number = self.turns[name] + 1
-        report = Report([id_ for _, id_, _ in done], [sent for sent, _ in others])
+        report = TurnReport([id_ for _, id_, _ in done], [sent for sent, _ in others])
         call = operations.turn(KEYS, name, number, want, LEASE, report, flags="t" if leave else "")
 
         def check(world: World, reply: Any) -> None:
@@ -214,9 +222,9 @@ class Client:
             if member is None and world.left.get(name) == number:
                 assert (reply.ids, reply.lost, reply.held) == ([], [], 0)
             elif member is None:
-                assert isinstance(reply, Unregistered)
+                assert isinstance(reply, WorkerUnregistered)
             elif number < member.turn:
-                assert isinstance(reply, LateTurn)
+                assert isinstance(reply, StaleTurn)
             elif number == member.turn:
                 assert (reply.ids, reply.lost, reply.held) == (model.again(name), [], len(member.leases))
             else:
@@ -330,7 +338,7 @@ def meet(client: Any, url: str, seed: int, steps: int) -> list[tuple[str, Step, 
             client.script_load(script.text)  # so that each step is one command
     seconds, micros = client.time()
     town = Town(seconds * 1000 + micros // 1000)
-    clients = [Client(url, town, name, f"{seed} {name}") for name in ("a", "b", "c", "d")]
+    clients = [SimulatedClient(url, town, name, f"{seed} {name}") for name in ("a", "b", "c", "d")]
     with client.monitor() as monitor:
         threads = [threading.Thread(target=one.live, args=(steps,)) for one in clients]
         for thread in threads:

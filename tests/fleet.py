@@ -24,7 +24,7 @@ from conveyor import Conveyor
 from conveyor.store import inspection, operations
 from conveyor.worker.leasing import heartbeat
 from conveyor.worker.logs import configure_log
-from conveyor.worker.shared_memory import Spec
+from conveyor.worker.shared_memory import ChildSpec
 from conveyor.worker.supervision.supervisor import Supervisor
 from matrix import connect
 from supervised import running, until
@@ -151,7 +151,7 @@ class Fleet:
         """Return a plain client."""
         return connect(self.url)
 
-    def counts(self) -> inspection.Counts:
+    def counts(self) -> inspection.QueueCounts:
         """Return what the queue holds."""
         return self.app.backend.run(inspection.counts(self.keys))
 
@@ -207,7 +207,7 @@ def supervise(options: dict[str, Any]) -> int:
     fixed: dict[str, Any] = {
         "queues": {"default": 1.0}, "concurrency": 20, "threads": 4, "burst": False, "grace": 5.0, "path": tuple(sys.path),
     }  # fmt: skip
-    spec = Spec("fleet_app:app", **{**fixed, **options})
+    spec = ChildSpec("fleet_app:app", **{**fixed, **options})
     return Supervisor(spec, processes=processes, max_stall=stall).run()
 
 

@@ -21,7 +21,7 @@ from conveyor import Conveyor, Retry, current
 from conveyor.worker import recycling
 from conveyor.worker.execution import executor
 from conveyor.worker.execution.executor import Executor
-from conveyor.worker.leasing.queue_consumer import Consumer
+from conveyor.worker.leasing.queue_consumer import QueueConsumer
 from conveyor.worker.worker import Worker
 
 executor.AFTER_TIMEOUT = float(os.environ.get("FLEET_AFTER_TIMEOUT", "5"))
@@ -184,7 +184,7 @@ def _die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def _ends(consumer: Consumer) -> list[str]:
+def _ends(consumer: QueueConsumer) -> list[str]:
     """Return the jobs that the next turn says are over."""
     report = consumer.report
     return report.done + [one.id for one in report.others if one.kind not in "MS"]
@@ -193,7 +193,7 @@ def _ends(consumer: Consumer) -> list[str]:
 def _arm() -> None:
     """Put the kill at the point that the environment names."""
     absorb, begin, thread, ended, start = (
-        Consumer._absorb, Executor._begin, Executor._thread, Worker.ended, Consumer._start,
+        QueueConsumer._absorb, Executor._begin, Executor._thread, Worker.ended, QueueConsumer._start,
     )  # fmt: skip
 
     def after_claim(self: Any, turn: Any, report: Any) -> None:
@@ -225,11 +225,11 @@ def _arm() -> None:
             asyncio.get_running_loop().call_later(0.05, _die)  # uvloop sends when this pass of the loop is over
 
     places: dict[str, list[tuple[Any, str, Any]]] = {
-        "after_claim": [(Consumer, "_absorb", after_claim)],
+        "after_claim": [(QueueConsumer, "_absorb", after_claim)],
         "before_run": [(Executor, "_begin", before_run), (Executor, "_thread", before_run)],
         "after_run": [(Worker, "ended", after_run)],
-        "before_ack": [(Consumer, "_start", before_ack)],
-        "mid_ack": [(Consumer, "_start", mid_ack)],
+        "before_ack": [(QueueConsumer, "_start", before_ack)],
+        "mid_ack": [(QueueConsumer, "_start", mid_ack)],
     }
     for kind, name, instead in places.get(POINT, []):
         setattr(kind, name, instead)

@@ -9,9 +9,9 @@ import msgspec
 
 from conveyor.ids import new_identity
 from conveyor.jobs.app import Conveyor
-from conveyor.payload.records import Envelope, Failure, Outcome, State, read_envelope, to_json
+from conveyor.payload.records import AttemptHistory, Envelope, Failure, Outcome, read_envelope, to_json
 from conveyor.store import operations
-from conveyor.store.operations import Report, Settlement, Turn
+from conveyor.store.operations import Settlement, TurnReply, TurnReport
 
 
 class Hand:
@@ -25,9 +25,9 @@ class Hand:
         self.envelopes: dict[str, Envelope] = {}
         self.backend.run(operations.register(self.keys, self.worker, 60_000, operations.about()))
 
-    def turn(self, want: int = 0, *others: Settlement, done: tuple[str, ...] = (), flags: str = "") -> Turn:
+    def turn(self, want: int = 0, *others: Settlement, done: tuple[str, ...] = (), flags: str = "") -> TurnReply:
         self.number += 1
-        report = Report(list(done), list(others))
+        report = TurnReport(list(done), list(others))
         return self.backend.run(operations.turn(self.keys, self.worker, self.number, want, 60_000, report, flags=flags))
 
     def take(self, want: int = 1) -> list[str]:
@@ -49,7 +49,7 @@ class Hand:
         """Give a job up."""
         errors = [] if failure is None else [to_json(failure)]
         record = to_json(Outcome("dead", failure=failure, reason="gave up"))
-        self._settle("X", id, 0, record, State(1, len(errors), crashes, errors).encode())
+        self._settle("X", id, 0, record, AttemptHistory(1, len(errors), crashes, errors).encode())
 
     def cancelled(self, id: str) -> None:  # noqa: A002
         """End a job as cancelled while it ran."""

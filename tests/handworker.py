@@ -7,8 +7,8 @@ import time
 from conveyor.ids import new_id, new_identity, public, split
 from conveyor.payload import records
 from conveyor.store import operations
-from conveyor.store.client.client import Backend
-from conveyor.store.operations import Entry, Report, Settlement
+from conveyor.store.client.client import Client
+from conveyor.store.operations import Entry, Settlement, TurnReport
 
 LEASE_MS = 60_000
 
@@ -16,7 +16,7 @@ LEASE_MS = 60_000
 class HandWorker:
     """One registered worker of one queue. Ids are public ones."""
 
-    def __init__(self, backend: Backend, queue: str) -> None:
+    def __init__(self, backend: Client, queue: str) -> None:
         self.backend, self.queue, self.keys = backend, queue, backend.keys(queue)
         self.identity, self.number = new_identity(), 0
         about = operations.about(host="testhost", pid=4711)
@@ -24,24 +24,24 @@ class HandWorker:
 
     def take(self, want: int = 1) -> list[str]:
         """Lease up to *want* jobs."""
-        return [public(self.queue, id_) for id_ in self._turn(want, Report()).ids]
+        return [public(self.queue, id_) for id_ in self._turn(want, TurnReport()).ids]
 
     def succeed(self, public_id: str, value: bytes = b"null", *, keep_ms: int = 60_000, ran_ms: int = 5) -> None:
         """End a leased job with a result, as a worker writes it."""
         id_ = split(public_id)[1]
         record = records.to_json({"status": "done", "value": records.msgspec.Raw(value), "at": 1_700_000_000_000})
         recent = recent_entry(id_, "done", ran_ms)
-        self._turn(0, Report(others=[Settlement("D", id_, keep_ms, record)], recent=[recent]))
+        self._turn(0, TurnReport(others=[Settlement("D", id_, keep_ms, record)], recent=[recent]))
 
     def fail(self, public_id: str, message: str = "no", *, kind: str = "ValueError") -> None:
         """Make a leased job a dead letter after its first attempt."""
         id_ = split(public_id)[1]
         failure = records.Failure(1, 1_700_000_000_000, kind, message, f"Traceback: {message}", "testhost")
-        state = records.State(1, 1, 0, [records.to_json(failure)])
+        state = records.AttemptHistory(1, 1, 0, [records.to_json(failure)])
         record = records.to_json(records.Outcome("dead", failure=failure, reason="all 1 attempts failed"))
-        self._turn(0, Report(others=[Settlement("X", id_, 0, record, state.encode())]))
+        self._turn(0, TurnReport(others=[Settlement("X", id_, 0, record, state.encode())]))
 
-    def _turn(self, want: int, report: Report) -> operations.Turn:
+    def _turn(self, want: int, report: TurnReport) -> operations.TurnReply:
         self.number += 1
         return self.backend.run(operations.turn(self.keys, self.identity, self.number, want, LEASE_MS, report))
 
@@ -53,7 +53,7 @@ def recent_entry(id_: str, status: str, ran_ms: int) -> bytes:
     return write_finished(id_, "shop.send", status, 1_700_000_000_000, ran_ms)
 
 
-def push(backend: Backend, queue: str, *bodies: bytes, task: str = "", **options: object) -> list[str]:
+def push(backend: Client, queue: str, *bodies: bytes, task: str = "", **options: object) -> list[str]:
     """Push jobs; return their public ids."""
     own = options.pop("id", None)
     entries = [
@@ -63,7 +63,7 @@ def push(backend: Backend, queue: str, *bodies: bytes, task: str = "", **options
     return [public(queue, id_) for id_ in backend.push(backend.keys(queue), entries)]
 
 
-def dead(backend: Backend, queue: str, *messages: str, task: str = "") -> list[str]:
+def dead(backend: Client, queue: str, *messages: str, task: str = "") -> list[str]:
     """Push jobs and let each fail for good; return their public ids, oldest death first."""
     ids = []
     worker = HandWorker(backend, queue)

@@ -12,7 +12,16 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from conveyor.errors import QueueFull
 from conveyor.store import inspection, operations
-from conveyor.store.operations import Entry, Lane, LateReply, LateTurn, Report, Settlement, Turn, Unregistered
+from conveyor.store.operations import (
+    Entry,
+    ProducerSequence,
+    Settlement,
+    StalePush,
+    StaleTurn,
+    TurnReply,
+    TurnReport,
+    WorkerUnregistered,
+)
 from conveyor.store.script import Call
 from model import FRESH, History, Job, Member, Model, Reply
 from reading import history, read
@@ -23,7 +32,7 @@ SPECS = ["plain", "plain", "plain", "urgent", "later", "zero", "unique", "own", 
 ANY = st.integers(0, 99)
 
 
-def same_turn(found: Turn, expected: Reply, *, paused: bool) -> None:
+def same_turn(found: TurnReply, expected: Reply, *, paused: bool) -> None:
     """Compare what a turn answered with what the model says."""
     states = [None if state is None else history(state) for state in found.states]
     assert (found.ids, found.lost, found.held, found.cancelled) == (
@@ -46,7 +55,7 @@ class Machine(RuleBasedStateMachine):
         self.model = Model()
         self.base = self.scene.now()
         self.count = itertools.count(1)
-        self.lanes = [Lane("L0"), Lane("L1")]
+        self.lanes = [ProducerSequence("L0"), ProducerSequence("L1")]
         self.pushed: list[list[tuple[Call[Any], list[str]]]] = [[], []]
         self.workers = [self._hire(n) for n in range(3)]
         self.gone: list[str] = []
@@ -144,7 +153,7 @@ class Machine(RuleBasedStateMachine):
             assert self._run(call) == (None if call.script is operations.PUSH_PLAIN else expected)
         else:
             # The script for plain messages looks at the room first: refused is refused.
-            with self._refused((LateReply, QueueFull) if call.script is operations.PUSH_PLAIN else (LateReply,)):
+            with self._refused((StalePush, QueueFull) if call.script is operations.PUSH_PLAIN else (StalePush,)):
                 self._run(call)
 
     # -- workers --------------------------------------------------------------------------------------------------
@@ -188,7 +197,7 @@ class Machine(RuleBasedStateMachine):
         if 50 < foreign < 60 and chosen:  # a job that is settled twice in one report
             chosen.append((KINDS[foreign - 49], chosen[0][1]))
         pairs = [self._settle(kind, id_) for kind, id_ in chosen]
-        report = Report(
+        report = TurnReport(
             [told[1] for sent, told in pairs if sent is None], [sent for sent, _ in pairs if sent is not None]
         )
         told = [told for sent, told in pairs if sent is None] + [told for sent, told in pairs if sent is not None]
@@ -227,7 +236,7 @@ class Machine(RuleBasedStateMachine):
             return
         call = sent[-1 - which % len(sent)] if which > 60 else sent[-1]
         if call is not sent[-1]:
-            with self._refused(LateTurn):
+            with self._refused(StaleTurn):
                 self._run(call)
             return
         found = self._run(call)
@@ -240,8 +249,8 @@ class Machine(RuleBasedStateMachine):
     def call_of_the_dead(self, which: int, pick: int) -> None:
         """Who was reaped or has left changes nothing, whatever it sends."""
         name, id_ = self.gone[which % len(self.gone)], self._any(pick)
-        late = operations.turn(self.keys, name, 10**6, 5, LEASE, Report([id_], [Settlement("X", id_)]))
-        with self._refused(Unregistered):
+        late = operations.turn(self.keys, name, 10**6, 5, LEASE, TurnReport([id_], [Settlement("X", id_)]))
+        with self._refused(WorkerUnregistered):
             self._run(late)
         assert self._run(operations.beat(self.keys, name, LEASE)) is False
         assert self._run(operations.extend(self.keys, name, id_, "heir", LEASE, b"{}")) is False

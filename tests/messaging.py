@@ -9,7 +9,7 @@ import pytest
 from conveyor.messaging.queue import Queue
 from conveyor.messaging.retry import Retry
 from conveyor.store import inspection, operations
-from conveyor.store.client.client import Backend
+from conveyor.store.client.client import Client
 
 FAST = Retry(attempts=3, backoff="10ms", jitter=False)
 
@@ -17,7 +17,7 @@ FAST = Retry(attempts=3, backoff="10ms", jitter=False)
 @pytest.fixture
 def backend(url):
     """The app's access to the emptied server."""
-    backend = Backend(url)
+    backend = Client(url)
     yield backend
     backend.close()
 

@@ -10,8 +10,8 @@ import pytest
 
 from buffering import bare
 from conveyor.sql import Outbox
-from conveyor.sql.delivery import Delivery
-from conveyor.sql.drivers import Answer, Driver, blocking
+from conveyor.sql.delivery import OutboxDelivery
+from conveyor.sql.drivers import DbapiConnection, StatementResult, blocking
 from database import Database
 
 
@@ -36,14 +36,14 @@ class Fate:
                 raise Killed
 
 
-class Mortal(Driver):
+class Mortal(DbapiConnection):
     """A link whose statements and commits are acts."""
 
     def __init__(self, link: Any, fate: Fate) -> None:
         super().__init__(link._connection, link._style, link.dialect)
         self.fate = fate
 
-    def run(self, sql: str, *values: object) -> Answer:
+    def run(self, sql: str, *values: object) -> StatementResult:
         return self.fate.act(super().run, sql, *values)  # type: ignore[no-any-return]
 
     def commit(self) -> None:
@@ -58,7 +58,7 @@ def attempt(outbox: Outbox, database: Database, fate: Fate, monkeypatch: pytest.
     try:
         with monkeypatch.context() as patch:
             patch.setattr(backend, "carry", lambda *args, **options: fate.act(carry, *args, **options))
-            Delivery(outbox.app, outbox._table).pass_through(Mortal(blocking(connection), fate))
+            OutboxDelivery(outbox.app, outbox._table).pass_through(Mortal(blocking(connection), fate))
     except Killed:
         return True
     else:

@@ -9,12 +9,12 @@ from typing import Any
 from conveyor.messaging.partitioned_queue import PartitionedQueue
 from conveyor.messaging.retry import Retry
 from conveyor.store import inspection
-from conveyor.store.client.client import Backend
+from conveyor.store.client.client import Client
 
 FAST = Retry(attempts=3, backoff="10ms", jitter=False)
 
 
-def spread(backend: Backend, count: int = 8, **options: Any) -> PartitionedQueue[Any]:
+def spread(backend: Client, count: int = 8, **options: Any) -> PartitionedQueue[Any]:
     """Declare the queue `orders` with so many partitions."""
     return PartitionedQueue(backend, "orders", partitions=count, **{"lease_ms": 2000, "retry": FAST, **options})
 

@@ -20,8 +20,8 @@ from conveyor.jobs.context import Context, current
 from conveyor.messaging.partitions import repartition
 from conveyor.messaging.retry import Retry
 from conveyor.store import inspection, operations
-from conveyor.worker.shared_memory import About, Identity
-from conveyor.worker.supervision.lease_guard import Estate, Guardian
+from conveyor.worker.shared_memory import ChildInfo, LeaseIdentity
+from conveyor.worker.supervision.lease_guard import DeadChild, LeaseGuard
 from hand import Hand, eventually
 from server import Server
 from working import working
@@ -40,7 +40,7 @@ class Member:
     """A user of one role on a server, made with the very line that is printed."""
 
     server: Server
-    rules: acl.Rules
+    rules: acl.AclRules
 
     @property
     def url(self) -> str:
@@ -249,11 +249,13 @@ def _die(app: Conveyor) -> None:
     app.tasks["shop.double"].enqueue(1)
     hand = Hand(app)
     assert hand.take(1)
-    app.backend.run(operations.turn(hand.keys, hand.worker, hand.number, 1, 60_000, operations.Report()))  # a repeat
+    app.backend.run(
+        operations.turn(hand.keys, hand.worker, hand.number, 1, 60_000, operations.TurnReport())
+    )  # a repeat
     app.backend.run(operations.beat(hand.keys, hand.worker, 60_000))
-    identity = Identity(NAMESPACE, "default", None, hand.worker, 60_000, True, time.monotonic())
-    estate = Estate("a child was killed", About(app.backend.address.url, NAMESPACE), [identity], crashed=True)
-    guardian = Guardian()
+    identity = LeaseIdentity(NAMESPACE, "default", None, hand.worker, 60_000, True, time.monotonic())
+    estate = DeadChild("a child was killed", ChildInfo(app.backend.address.url, NAMESPACE), [identity], crashed=True)
+    guardian = LeaseGuard()
     guardian.settle(estate)
     assert guardian.close(5.0)
     assert estate.returned == 1

@@ -8,7 +8,7 @@ from typing import Any
 from conveyor.jobs import spawn_outbox
 from conveyor.store import inspection, operations, partitions, plain_list
 from conveyor.store.keys import QueueKeys
-from conveyor.store.operations import Lane, Report, Settlement
+from conveyor.store.operations import ProducerSequence, Settlement, TurnReport
 from conveyor.store.script import Call
 from scene import REST, Scene, entry
 
@@ -17,12 +17,12 @@ KEYS = QueueKeys("c", "q", foreign="q")
 
 def furnish(scene: Scene) -> None:
     """Make jobs in every place and priority, a suspect, a stub, two workers, cancel requests, and processes that wait."""
-    scene.lane = Lane("L")
+    scene.lane = ProducerSequence("L")
     scene.push(entry("d1", priority=3, unique="kd", own_id=True), entry("d2"))
     scene.register("w", "v")
     scene.turn("v", 1, 2)
     dead = [Settlement("X", id_, state=b"2 2 0\n{}") for id_ in ("d1", "d2")]
-    scene.turn("v", 2, others=dead, report=Report([], dead, {"t:done": 1}, [b"d1\tt\tdead\t1\t1"]))
+    scene.turn("v", 2, others=dead, report=TurnReport([], dead, {"t:done": 1}, [b"d1\tt\tdead\t1\t1"]))
     scene.push("h1", entry("h2", priority=4, unique="kh", own_id=True), "h3", "h4", "h5", "h6")
     scene.turn("w", 1, 6)
     scene.push("v1", "v2")
@@ -56,13 +56,13 @@ def _turn(keys: QueueKeys) -> Call[Any]:
         Settlement("X", "h5", state=b"1 1 0", record=b"{}"),
         Settlement("M", "h6", state=b"1 0 1"),
     ]
-    report = Report(["h1"], others, {"t:done": 2}, [b"h1\tt\tdone\t1\t1"])
+    report = TurnReport(["h1"], others, {"t:done": 2}, [b"h1\tt\tdone\t1\t1"])
     return operations.turn(keys, "w", 2, 3, 60_000, report, flags="l")
 
 
 def _push(keys: QueueKeys) -> Call[Any]:
     entries = [entry("n1"), entry("n2", priority=5, unique="kn", own_id=True), entry("n3", delay_ms=60_000)]
-    return operations.push(keys, Lane("N"), entries, max_length=100)
+    return operations.push(keys, ProducerSequence("N"), entries, max_length=100)
 
 
 def _withdraw(keys: QueueKeys) -> Call[Any]:
@@ -75,10 +75,10 @@ def _withdraw(keys: QueueKeys) -> Call[Any]:
 CALLS: dict[str, tuple[Callable[[QueueKeys], Call[Any]], set[str]]] = {
     "push": (_push, {"lane:N", "jobs", "conf", "due", "dead", "ready:0", "ready:5", "unique:k:kn", "unique:i:n2"}),
     "push_plain": (
-        lambda k: operations.push_plain(k, Lane("N"), ["n1", REST, "n2", REST], max_length=100),
+        lambda k: operations.push_plain(k, ProducerSequence("N"), ["n1", REST, "n2", REST], max_length=100),
         {"lane:N", "jobs", "conf", "dead", "ready:0"},
     ),
-    "rawpush": (lambda k: plain_list.push(k, Lane("N"), [b"1", b"2"]), {"lane:N", "foreign"}),
+    "rawpush": (lambda k: plain_list.push(k, ProducerSequence("N"), [b"1", b"2"]), {"lane:N", "foreign"}),
     "withdraw": (_withdraw, {"lane:N"}),
     "turn": (
         _turn,

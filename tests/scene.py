@@ -11,9 +11,9 @@ import redis as redis_py
 
 from conveyor.payload.records import write_rest
 from conveyor.store import inspection, operations
-from conveyor.store.client.client import Backend
+from conveyor.store.client.client import Client
 from conveyor.store.keys import QueueKeys
-from conveyor.store.operations import Entry, Lane, Report, Settlement, Turn
+from conveyor.store.operations import Entry, ProducerSequence, Settlement, TurnReply, TurnReport
 from conveyor.store.script import Call
 from dump import difference, exact, readable
 
@@ -49,9 +49,9 @@ class Scene:
     def __init__(self, client: redis_py.Redis, url: str, keys: QueueKeys | None = None) -> None:
         """Take a client of an emptied server."""
         self.client = client
-        self.backend = Backend(url, namespace="c", patience=0)
+        self.backend = Client(url, namespace="c", patience=0)
         self.keys = keys or self.backend.keys("q")
-        self.lane = Lane("L")
+        self.lane = ProducerSequence("L")
 
     def run(self, call: Call[T]) -> T:
         """Carry out a step, once."""
@@ -71,17 +71,17 @@ class Scene:
 
     def turn(
         self, worker: str = "w", number: int = 1, want: int = 0, *,
-        done: Iterable[str] = (), others: Iterable[Settlement] = (), flags: str = "", report: Report | None = None,
-    ) -> Turn:  # fmt: skip
+        done: Iterable[str] = (), others: Iterable[Settlement] = (), flags: str = "", report: TurnReport | None = None,
+    ) -> TurnReply:  # fmt: skip
         """Make a turn."""
         return self.run(self.turn_call(worker, number, want, done=done, others=others, flags=flags, report=report))
 
     def turn_call(
         self, worker: str = "w", number: int = 1, want: int = 0, *,
-        done: Iterable[str] = (), others: Iterable[Settlement] = (), flags: str = "", report: Report | None = None,
-    ) -> Call[Turn]:  # fmt: skip
+        done: Iterable[str] = (), others: Iterable[Settlement] = (), flags: str = "", report: TurnReport | None = None,
+    ) -> Call[TurnReply]:  # fmt: skip
         """Return the call of a turn, to be sent more than once."""
-        sent = Report(list(done), list(others)) if report is None else report
+        sent = TurnReport(list(done), list(others)) if report is None else report
         return operations.turn(self.keys, worker, number, want, LEASE, sent, flags=flags)
 
     def lease(self, *ids: str, worker: str = "w") -> None:

@@ -19,12 +19,12 @@ import time
 from conveyor.ids import new_identity
 from conveyor.payload.records import read_envelope, to_json
 from conveyor.store import operations
-from conveyor.store.client.client import Backend
+from conveyor.store.client.client import Client
 from conveyor.store.keys import QueueKeys
-from conveyor.store.operations import Report, Settlement
+from conveyor.store.operations import Settlement, TurnReport
 from conveyor.worker.crash_attribution import named
 from conveyor.worker.logs import configure_log
-from conveyor.worker.shared_memory import About, Slot, Spec
+from conveyor.worker.shared_memory import ChildInfo, ChildSlot, ChildSpec
 from conveyor.worker.supervision import child_main
 from conveyor.worker.supervision.supervisor import Supervisor
 
@@ -35,9 +35,9 @@ WANT = int(os.environ.get("STAND_IN_WANT", "20"))
 class StandIn:
     """Leases up to WANT jobs of one queue, and runs them all at once."""
 
-    def __init__(self, spec: Spec, slot: Slot, url: str) -> None:
+    def __init__(self, spec: ChildSpec, slot: ChildSlot, url: str) -> None:
         self.spec, self.slot = spec, slot
-        self.backend = Backend(url, namespace="test")
+        self.backend = Client(url, namespace="test")
         self.keys = QueueKeys("test", next(iter(spec.queues)))
         self.worker = new_identity()
         self.running: dict[str, asyncio.Task[None]] = {}
@@ -76,7 +76,7 @@ class StandIn:
             await asyncio.sleep(0.02)
 
     async def turn(self, want: int, give_back: list[Settlement]) -> None:
-        report = Report(done=self.done, others=give_back)
+        report = TurnReport(done=self.done, others=give_back)
         self.done, self.number = [], self.number + 1
         call = operations.turn(
             self.keys, self.worker, self.number, want, LEASE_MS, report, flags="t" if self.stops else ""
@@ -127,16 +127,16 @@ def is_held(task: asyncio.Task[None]) -> bool:
     return task.get_name() == "hold"
 
 
-def start(spec: Spec, slot: Slot) -> tuple[About, StandIn]:
+def start(spec: ChildSpec, slot: ChildSlot) -> tuple[ChildInfo, StandIn]:
     if spec.app == "broken:app":
         raise ImportError("No module named 'broken'")
     url = URL
     if url.startswith("embedded:"):
-        backend = Backend(url, namespace="test")
+        backend = Client(url, namespace="test")
         url = backend.address.url
         assert backend.attachment is not None
-        return About(f"embedded:{backend.attachment.directory}", "test"), StandIn(spec, slot, url)
-    return About(url, "test", 1, ("hold",), tuple(spec.queues)), StandIn(spec, slot, url)
+        return ChildInfo(f"embedded:{backend.attachment.directory}", "test"), StandIn(spec, slot, url)
+    return ChildInfo(url, "test", 1, ("hold",), tuple(spec.queues)), StandIn(spec, slot, url)
 
 
 def supervise(options: dict[str, object]) -> int:
@@ -152,7 +152,7 @@ def supervise(options: dict[str, object]) -> int:
         "grace": 5.0,
         "path": tuple(sys.path),
     }
-    spec = Spec(app, **{**fixed, **options})  # type: ignore[arg-type]
+    spec = ChildSpec(app, **{**fixed, **options})  # type: ignore[arg-type]
     return Supervisor(spec, processes=processes, child_module="stand_in", max_stall=stall).run()
 
 

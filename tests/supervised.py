@@ -14,8 +14,8 @@ from typing import Any
 from conveyor.ids import new_ids
 from conveyor.payload.records import write_rest
 from conveyor.store import inspection, operations
-from conveyor.store.client.client import Backend
-from conveyor.store.inspection import Member
+from conveyor.store.client.client import Client
+from conveyor.store.inspection import WorkerRow
 from conveyor.store.keys import QueueKeys
 from conveyor.store.operations import Entry
 from matrix import connect
@@ -44,19 +44,19 @@ class Queue:
 
     def __init__(self, url: str) -> None:
         self._url = url
-        self.backend = Backend(url, namespace="test", patience=30)
+        self.backend = Client(url, namespace="test", patience=30)
 
     def push(self, task: str, count: int = 1, body: bytes = b"0") -> list[str]:
         entries = [Entry(id_, write_rest(task, body)) for id_ in new_ids(count)]
         return self.backend.push(KEYS, entries)
 
-    def crew(self) -> list[Member]:
+    def crew(self) -> list[WorkerRow]:
         return self.backend.run(inspection.crew(KEYS))
 
     def held(self, worker: str) -> set[str]:
         return set(self.backend.run(operations.held(KEYS, worker)))
 
-    def counts(self) -> inspection.Counts:
+    def counts(self) -> inspection.QueueCounts:
         return self.backend.run(inspection.counts(KEYS))
 
     def crashes(self, ids: Any) -> set[int]:
@@ -67,12 +67,12 @@ class Queue:
         states = [self.backend.execute("HGET", KEYS.state, id_, key=KEYS.state) for id_ in ids]
         return {int(state.split(b" ")[0]) if isinstance(state, bytes) else 0 for state in states}
 
-    def by_pid(self, *held: int) -> dict[int, Member]:
+    def by_pid(self, *held: int) -> dict[int, WorkerRow]:
         """The crew by process, once it holds just that many jobs each."""
         found = until(lambda: (c := self.crew()) and sorted(m.held for m in c) == sorted(held) and c)
         return {member.about["pid"]: member for member in found}
 
-    def busy(self, *held: int) -> dict[int, Member]:
+    def busy(self, *held: int) -> dict[int, WorkerRow]:
         """The same, once all that they hold has begun, too: after the next turn of each."""
 
         def turns() -> dict[str, int]:

@@ -11,13 +11,13 @@ import pytest
 from conveyor.errors import LeaseLost
 from conveyor.messaging.queue import Queue
 from conveyor.store import inspection
-from conveyor.store.client.client import Backend
+from conveyor.store.client.client import Client
 from messaging import FAST
 
 
 @pytest.fixture
 async def aqueue(url):
-    backend = Backend(url)
+    backend = Client(url)
     queue = Queue(backend, "mail", lease_ms=1000, retry=FAST)
     yield queue
     await queue.apurge()

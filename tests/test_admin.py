@@ -11,25 +11,25 @@ from redis import Redis
 
 from conveyor.admin.admin import Admin
 from conveyor.errors import ConfigurationError, JobNotFound, QueueNotFound
-from conveyor.store.client.client import Backend
+from conveyor.store.client.client import Client
 from handworker import HandWorker, dead, push
 
 pytestmark = pytest.mark.leaves_keys("jobs are pushed here to be looked at")
 
 
 @pytest.fixture
-def backend(url: str) -> Iterator[Backend]:
-    backend = Backend(url, namespace="t", patience=1)
+def backend(url: str) -> Iterator[Client]:
+    backend = Client(url, namespace="t", patience=1)
     yield backend
     backend.close()
 
 
 @pytest.fixture
-def admin(backend: Backend) -> Admin:
+def admin(backend: Client) -> Admin:
     return Admin(backend)
 
 
-def test_counts_of_a_queue(admin: Admin, backend: Backend) -> None:
+def test_counts_of_a_queue(admin: Admin, backend: Client) -> None:
     """Each job is counted in its state, once, and a worker as long as it is registered."""
     dead(backend, "mail", "no")
     push(backend, "mail", b"1", b"2", b"3")
@@ -44,7 +44,7 @@ def test_counts_of_a_queue(admin: Admin, backend: Backend) -> None:
     assert admin.queue("mail").dead == 1
 
 
-def test_unknown_queue_is_named(admin: Admin, backend: Backend) -> None:
+def test_unknown_queue_is_named(admin: Admin, backend: Client) -> None:
     """An action on a queue that never was raises, and says which queues there are."""
     push(backend, "mail", b"1")
 
@@ -53,7 +53,7 @@ def test_unknown_queue_is_named(admin: Admin, backend: Backend) -> None:
             action("mial")
 
 
-def test_paused_queue_gives_nothing_until_it_is_resumed(admin: Admin, backend: Backend) -> None:
+def test_paused_queue_gives_nothing_until_it_is_resumed(admin: Admin, backend: Client) -> None:
     """A paused queue takes pushes and gives no job; resumed, it gives them."""
     push(backend, "mail", b"1")
     worker = HandWorker(backend, "mail")
@@ -65,7 +65,7 @@ def test_paused_queue_gives_nothing_until_it_is_resumed(admin: Admin, backend: B
     assert len(worker.take()) == 1
 
 
-def test_purge_spares_what_is_leased_or_dead(admin: Admin, backend: Backend) -> None:
+def test_purge_spares_what_is_leased_or_dead(admin: Admin, backend: Client) -> None:
     """Purge removes ready and scheduled jobs and says how many; leased jobs and dead letters stay."""
     dead(backend, "mail", "no")
     push(backend, "mail", *[b"1"] * 1200)
@@ -80,7 +80,7 @@ def test_purge_spares_what_is_leased_or_dead(admin: Admin, backend: Backend) -> 
     assert admin.queue("mail").dead == 0
 
 
-def test_redrive_takes_the_oldest_first(admin: Admin, backend: Backend) -> None:
+def test_redrive_takes_the_oldest_first(admin: Admin, backend: Client) -> None:
     """Redrive with a limit puts the oldest dead letters back, and with ids just those."""
     died = []
     for body in "abc":
@@ -97,7 +97,7 @@ def test_redrive_takes_the_oldest_first(admin: Admin, backend: Backend) -> None:
     assert admin.redrive("mail") == 0
 
 
-def test_jobs_are_listed_in_pages(admin: Admin, backend: Backend) -> None:
+def test_jobs_are_listed_in_pages(admin: Admin, backend: Client) -> None:
     """Pages of any size together list every job once, in order, though hundreds of cancelled ones stand between them."""
     ids = push(backend, "mail", *[b"1"] * 1100)
     admin.cancel(ids[:600])
@@ -108,7 +108,7 @@ def test_jobs_are_listed_in_pages(admin: Admin, backend: Backend) -> None:
     assert [job.id for job in admin.jobs("mail", "ready", limit=3)] == ids[600:603]
 
 
-def test_jobs_of_all_queues_and_states(admin: Admin, backend: Backend) -> None:
+def test_jobs_of_all_queues_and_states(admin: Admin, backend: Client) -> None:
     """Without a queue and a state, all that live are listed; a task narrows it."""
     (failed,) = dead(backend, "mail", "no", task="shop.send")
     (waiting,) = push(backend, "films", b"1", task="shop.cut")
@@ -122,7 +122,7 @@ def test_jobs_of_all_queues_and_states(admin: Admin, backend: Backend) -> None:
         admin.jobs(state="lost")
 
 
-def test_a_scheduled_job_says_when(admin: Admin, backend: Backend) -> None:
+def test_a_scheduled_job_says_when(admin: Admin, backend: Client) -> None:
     """A scheduled job shows its due instant, payload, priority and own id."""
     (id_,) = push(backend, "mail", b'{"a": 1}', task="shop.send", delay_ms=60_000, priority=4, id="order-7")
 
@@ -134,7 +134,7 @@ def test_a_scheduled_job_says_when(admin: Admin, backend: Backend) -> None:
     assert timedelta(seconds=40) < job.due - datetime.now(UTC) < timedelta(seconds=80)
 
 
-def test_a_leased_job_says_who_holds_it(admin: Admin, backend: Backend) -> None:
+def test_a_leased_job_says_who_holds_it(admin: Admin, backend: Client) -> None:
     """A leased job shows its worker, and the worker how much it holds."""
     (id_,) = push(backend, "mail", b"1")
     worker = HandWorker(backend, "mail")
@@ -148,7 +148,7 @@ def test_a_leased_job_says_who_holds_it(admin: Admin, backend: Backend) -> None:
     assert info.lease_ends > datetime.now(UTC)
 
 
-def test_a_dead_job_says_why(admin: Admin, backend: Backend) -> None:
+def test_a_dead_job_says_why(admin: Admin, backend: Client) -> None:
     """A dead letter shows the error of its attempt with its traceback."""
     (id_,) = dead(backend, "mail", "no such user")
 
@@ -161,7 +161,7 @@ def test_a_dead_job_says_why(admin: Admin, backend: Backend) -> None:
     assert "Traceback" in error.traceback
 
 
-def test_a_finished_job_shows_its_result(admin: Admin, backend: Backend) -> None:
+def test_a_finished_job_shows_its_result(admin: Admin, backend: Client) -> None:
     """A finished job shows its result while that is kept, and afterwards still that it is done."""
     kept, bare = push(backend, "mail", b"1", b"2", task="shop.send")
     worker = HandWorker(backend, "mail")
@@ -174,7 +174,7 @@ def test_a_finished_job_shows_its_result(admin: Admin, backend: Backend) -> None
     assert [job.id for job in admin.jobs("mail", "done")] == [bare, kept]
 
 
-def test_a_cancelled_job_is_cancelled(admin: Admin, backend: Backend) -> None:
+def test_a_cancelled_job_is_cancelled(admin: Admin, backend: Client) -> None:
     """A job cancelled before its start is known as cancelled, and counts no more."""
     (id_,) = push(backend, "mail", b"1")
 
@@ -185,7 +185,7 @@ def test_a_cancelled_job_is_cancelled(admin: Admin, backend: Backend) -> None:
     assert admin.queue("mail").oldest_age is None
 
 
-def test_unknown_job_raises(admin: Admin, backend: Backend) -> None:
+def test_unknown_job_raises(admin: Admin, backend: Client) -> None:
     """An id that nobody knows raises, generated or bare, also when its queue never was."""
     push(backend, "mail", b"1")
 
@@ -194,7 +194,7 @@ def test_unknown_job_raises(admin: Admin, backend: Backend) -> None:
             admin.job(id_)
 
 
-def test_retry_revives_dead_and_scheduled_jobs_only(admin: Admin, backend: Backend) -> None:
+def test_retry_revives_dead_and_scheduled_jobs_only(admin: Admin, backend: Client) -> None:
     """Retry puts a dead job back with its history and a fresh budget, starts a scheduled one, and refuses others."""
     (failed,) = dead(backend, "mail", "no")
     (later,) = push(backend, "mail", b"1", delay_ms=60_000)
@@ -208,7 +208,7 @@ def test_retry_revives_dead_and_scheduled_jobs_only(admin: Admin, backend: Backe
     assert admin.job(later).status == "ready"
 
 
-def test_cancel_asks_the_worker_of_a_running_job(admin: Admin, backend: Backend) -> None:
+def test_cancel_asks_the_worker_of_a_running_job(admin: Admin, backend: Client) -> None:
     """Cancelling a leased job asks its worker; one that has ended is refused."""
     (id_,) = push(backend, "mail", b"1")
     HandWorker(backend, "mail").take()
@@ -221,7 +221,7 @@ def test_cancel_asks_the_worker_of_a_running_job(admin: Admin, backend: Backend)
     assert "dead" in admin.cancel([failed])[0].detail
 
 
-def test_delete_leaves_no_trace(admin: Admin, backend: Backend) -> None:
+def test_delete_leaves_no_trace(admin: Admin, backend: Client) -> None:
     """Delete removes ready jobs and dead letters; a leased one stays."""
     (failed,) = dead(backend, "mail", "no")
     (held,) = push(backend, "mail", b"1")
@@ -235,7 +235,7 @@ def test_delete_leaves_no_trace(admin: Admin, backend: Backend) -> None:
         admin.job(failed)
 
 
-def test_plain_list_is_counted_and_purged_whole(backend: Backend, redis: Redis) -> None:
+def test_plain_list_is_counted_and_purged_whole(backend: Client, redis: Redis) -> None:
     """Of a plain list, what other programs pushed and what we moved in are counted and purged together."""
     redis.rpush("{t1}:numbers", *range(5))
     admin = Admin(backend, plain_lists=["{t1}:numbers"])

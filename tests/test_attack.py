@@ -21,11 +21,11 @@ from conveyor.errors import ConfigurationError, ConveyorError, PayloadError
 from conveyor.ids import clean, new_id
 from conveyor.jobs.app import Conveyor
 from conveyor.payload import FileStore
-from conveyor.payload.pipeline import Sealing, choose
+from conveyor.payload.pipeline import PayloadPipeline, choose
 from conveyor.payload.records import Failure, to_json
 from conveyor.payload.sealed_records import open_failure
 from conveyor.store.transport.topology import locate
-from conveyor.worker.logs import Tame
+from conveyor.worker.logs import SafeFormatter
 from dump import exact
 from shell import Shell
 from working import drain, working
@@ -35,7 +35,7 @@ PASSWORD = "canary"
 STEERING = "\x1b[2J\x9b2J"
 
 
-def sealing(**options: Any) -> Sealing:
+def sealing(**options: Any) -> PayloadPipeline:
     defaults: dict[str, Any] = {"keys": KEYS, "encrypt": False, "compress": None, "large": None}
     made = choose(**defaults | {"large_above": 300, "max_large": "2MiB", "max_payload": 512 * 1024} | options)
     assert made is not None
@@ -296,7 +296,7 @@ async def test_log_lines_cannot_be_forged(url, redis, caplog):
         messages = [record.getMessage() for record in caplog.records]
         assert any("E05" in one for one in messages)
         assert [one for one in messages if clean(one) != one] == []
-        shown = [Tame().format(record) for record in caplog.records]
+        shown = [SafeFormatter().format(record) for record in caplog.records]
         assert any("Traceback" in one for one in shown)
         assert [one for one in shown if "\x1b" in one or "\x9b" in one or "\r" in one] == []
         await app.queue("default").apurge()

@@ -16,20 +16,20 @@ import pytest
 from conveyor.errors import ConfigurationError
 from conveyor.store.keys import QueueKeys
 from conveyor.worker import shared_memory
-from conveyor.worker.shared_memory import RECORD_ROOM, SLOT_BYTES, About, Board, Slot, Spec
+from conveyor.worker.shared_memory import RECORD_ROOM, SLOT_BYTES, ChildInfo, ChildSlot, ChildSpec, SharedMemory
 
-SPEC = Spec("shop:app", {"mail": 2.0}, 100, 8, burst=False, grace=30.0)
+SPEC = ChildSpec("shop:app", {"mail": 2.0}, 100, 8, burst=False, grace=30.0)
 
 
 @pytest.fixture
-def board() -> Iterator[Board]:
-    made = Board(3)
+def board() -> Iterator[SharedMemory]:
+    made = SharedMemory(3)
     yield made
     made.close()
 
 
 @pytest.fixture
-def slot(board: Board) -> Slot:
+def slot(board: SharedMemory) -> ChildSlot:
     return board.slot(1)
 
 
@@ -37,27 +37,27 @@ def keys(queue: str = "mail", foreign: str | None = None) -> QueueKeys:
     return QueueKeys("shop", queue, foreign=foreign)
 
 
-def workers(slot: Slot) -> list[str]:
+def workers(slot: ChildSlot) -> list[str]:
     return [identity.worker for identity in slot.identities()]
 
 
-def test_everything_written_is_read(board: Board, slot: Slot) -> None:
+def test_everything_written_is_read(board: SharedMemory, slot: ChildSlot) -> None:
     """What a child writes is what the supervisor reads, through another mapping of the same memory."""
     slot.prepare(SPEC)
-    other = Board(3, os.dup(board.fd))
+    other = SharedMemory(3, os.dup(board.fd))
     child = other.slot(1)
     assert child.spec() == SPEC
     assert (slot.last_tick, slot.last_renewal, slot.job(), slot.about(), slot.retiring) == (0.0, 0.0, None, None, False)
 
     before = time.monotonic()
-    child.set_about(About("redis://localhost", "shop", 2, ("a", "b")))
+    child.set_about(ChildInfo("redis://localhost", "shop", 2, ("a", "b")))
     child.set_identity(keys("mail"), "w1", 15_000)
     child.set_identity(keys("list", foreign="app:{t1}:list"), "w2", 5_000)
     child.tick()
     child.set_job("mail.send", "mail:1")
     child.retiring = True
 
-    assert slot.about() == About("redis://localhost", "shop", 2, ("a", "b"))
+    assert slot.about() == ChildInfo("redis://localhost", "shop", 2, ("a", "b"))
     assert before <= slot.last_tick <= time.monotonic()
     assert slot.job() == ("mail.send", "mail:1")
     assert slot.retiring
@@ -70,7 +70,7 @@ def test_everything_written_is_read(board: Board, slot: Slot) -> None:
     other.close()
 
 
-def test_slots_are_apart(board: Board) -> None:
+def test_slots_are_apart(board: SharedMemory) -> None:
     """What is written in one slot shows in no other, and wiping one leaves the others as they were."""
     slots = [board.slot(number) for number in range(3)]
     for number, slot in enumerate(slots):
@@ -84,7 +84,7 @@ def test_slots_are_apart(board: Board) -> None:
     assert [slot.job() for slot in slots] == [("task", "j0"), None, ("task", "j2")]
 
 
-def test_newest_identity_of_a_queue_is_current(slot: Slot) -> None:
+def test_newest_identity_of_a_queue_is_current(slot: ChildSlot) -> None:
     """A queue's earlier identity is still listed, to be reaped, and no longer current; one that left is gone."""
     slot.prepare(SPEC)
     slot.set_identity(keys("mail"), "old", 1000)
@@ -97,7 +97,7 @@ def test_newest_identity_of_a_queue_is_current(slot: Slot) -> None:
     assert workers(slot) == ["old", "new"]
 
 
-def test_renewal_is_known_by_identity(slot: Slot) -> None:
+def test_renewal_is_known_by_identity(slot: ChildSlot) -> None:
     """A turn on one queue does not make another queue's lease look renewed; without a name it renews all."""
     slot.prepare(SPEC)
     slot.set_identity(keys("a"), "wa", 1000)
@@ -114,7 +114,7 @@ def test_renewal_is_known_by_identity(slot: Slot) -> None:
     assert all(one.renewed >= b.renewed > start for one in slot.identities())
 
 
-def test_record_cut_off_at_any_byte_hides_no_earlier_one(board: Board) -> None:
+def test_record_cut_off_at_any_byte_hides_no_earlier_one(board: SharedMemory) -> None:
     """A child killed in the middle of writing an identity leaves all earlier ones readable, whatever was there before."""
     whole, torn = board.slot(0), board.slot(1)
     whole.prepare(SPEC)
@@ -135,7 +135,7 @@ def test_record_cut_off_at_any_byte_hides_no_earlier_one(board: Board) -> None:
             assert torn.spec() == SPEC
 
 
-def test_job_in_the_middle_of_being_written_is_not_read(slot: Slot) -> None:
+def test_job_in_the_middle_of_being_written_is_not_read(slot: ChildSlot) -> None:
     """A half-written job name is never shown: nothing is."""
     slot.prepare(SPEC)
     slot.set_job("mail.send", "mail:1")
@@ -145,7 +145,7 @@ def test_job_in_the_middle_of_being_written_is_not_read(slot: Slot) -> None:
     assert slot.job() is None
 
 
-def test_wiped_slot_shows_nothing_of_its_last_owner(slot: Slot) -> None:
+def test_wiped_slot_shows_nothing_of_its_last_owner(slot: ChildSlot) -> None:
     """Records of a dead child behind the new child's records are never taken for its own."""
     for generation in range(5):
         slot.prepare(SPEC)
@@ -155,10 +155,10 @@ def test_wiped_slot_shows_nothing_of_its_last_owner(slot: Slot) -> None:
         assert workers(slot) == [f"{generation}-{number}" for number in range(3 if generation % 2 else 20)]
 
 
-def test_records_never_run_out_of_room(slot: Slot) -> None:
+def test_records_never_run_out_of_room(slot: ChildSlot) -> None:
     """Identities may change for ever: when an area is full only what counts is carried over."""
     slot.prepare(SPEC)
-    slot.set_about(About("unix:///s", "shop"))
+    slot.set_about(ChildInfo("unix:///s", "shop"))
     epoch = slot._cells[shared_memory._EPOCH]
     for number in range(5 * RECORD_ROOM // 100):
         slot.set_identity(keys("mail" if number % 2 else "media"), f"w{number}", 1000)
@@ -168,10 +168,10 @@ def test_records_never_run_out_of_room(slot: Slot) -> None:
     assert slot._cells[shared_memory._EPOCH] > epoch + 2
     assert [one.worker for one in slot.identities() if one.current] == [f"w{number - 1}", f"w{number}"]
     assert slot.spec() == SPEC
-    assert slot.about() == About("unix:///s", "shop")
+    assert slot.about() == ChildInfo("unix:///s", "shop")
 
 
-def test_too_many_queues_are_refused_and_the_board_stays_whole(slot: Slot) -> None:
+def test_too_many_queues_are_refused_and_the_board_stays_whole(slot: ChildSlot) -> None:
     """Names that do not fit are refused with a sentence, and what was written before still stands."""
     slot.prepare(SPEC)
     names = [f"{number:04}".ljust(128, "x") for number in range(2000)]
@@ -190,7 +190,7 @@ def test_too_many_queues_are_refused_and_the_board_stays_whole(slot: Slot) -> No
 _WRITER = """
 import os, sys
 from conveyor.store.keys import QueueKeys
-from conveyor.worker.shared_memory import Board
+from conveyor.worker.shared_memory import SharedMemory
 slot = Board(2, int(sys.argv[1])).slot(1)
 number = 0
 while True:
@@ -205,7 +205,7 @@ while True:
 def test_killed_writer_loses_nothing_it_had_written(tmp_path: Path) -> None:
     """A process killed with SIGKILL at a random moment leaves each queue's last identity readable, and no broken job."""
     for _ in range(5):
-        board = Board(2)
+        board = SharedMemory(2)
         slot = board.slot(1)
         slot.prepare(SPEC)
         with (tmp_path / "out").open("wb") as out:

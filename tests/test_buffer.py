@@ -19,7 +19,7 @@ from buffering import bare, line, until
 from conveyor import Buffer
 from conveyor.errors import ConfigurationError, QueueFull, StoreUnavailable
 from conveyor.jobs.app import Conveyor
-from conveyor.store.transport.async_connection import Wire, WireLost
+from conveyor.store.transport.async_connection import AsyncConnection, ConnectionLost
 from conveyor.store.transport.connection import Connection
 from forking import exit_code, in_child
 from server import Server
@@ -91,7 +91,7 @@ async def test_an_outage_on_a_loop(server: Server, buffer: Buffer) -> None:
 def lose_replies(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Let every push be carried out and its reply be lost, until the list that is returned is cleared."""
     losing = [1]
-    real, areal = Connection.execute, Wire.execute
+    real, areal = Connection.execute, AsyncConnection.execute
 
     def execute(self: Connection, *command: Any, block: float = 0.0) -> Any:
         reply = real(self, *command, block=block)
@@ -100,15 +100,15 @@ def lose_replies(monkeypatch: pytest.MonkeyPatch) -> list[int]:
             raise TransportError("cut")
         return reply
 
-    async def aexecute(self: Wire, *command: Any, block: float = 0.0) -> Any:
+    async def aexecute(self: AsyncConnection, *command: Any, block: float = 0.0) -> Any:
         reply = await areal(self, *command, block=block)
         if losing and str(command[0]).startswith("EVAL") and not isinstance(reply, Exception):
-            self.drop(WireLost("cut"))
-            raise WireLost("cut")
+            self.drop(ConnectionLost("cut"))
+            raise ConnectionLost("cut")
         return reply
 
     monkeypatch.setattr(Connection, "execute", execute)
-    monkeypatch.setattr(Wire, "execute", aexecute)
+    monkeypatch.setattr(AsyncConnection, "execute", aexecute)
     return losing
 
 

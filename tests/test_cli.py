@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from conveyor.admin.admin import Admin
-from conveyor.store.client.client import Backend
+from conveyor.store.client.client import Client
 from handworker import HandWorker, dead, push
 from shell import Shell
 
@@ -26,8 +26,8 @@ def shell(url: str, tmp_path: Path) -> Shell:
 
 
 @pytest.fixture
-def backend(url: str) -> Iterator[Backend]:
-    backend = Backend(url, patience=1)
+def backend(url: str) -> Iterator[Client]:
+    backend = Client(url, patience=1)
     yield backend
     backend.close()
 
@@ -82,7 +82,7 @@ def test_unknown_command_is_usage(shell: Shell) -> None:
 # -- push ---------------------------------------------------------------------------------------------------------
 
 
-def test_push_prints_the_id_alone(shell: Shell, backend: Backend) -> None:
+def test_push_prints_the_id_alone(shell: Shell, backend: Client) -> None:
     """`push QUEUE JSON` stores the message and prints its id, nothing else."""
     done = shell.run("push", "mail", '{"id": 1}', "--header", "a=b", "--priority", "3", "--delay", "1h")
 
@@ -92,7 +92,7 @@ def test_push_prints_the_id_alone(shell: Shell, backend: Backend) -> None:
     assert (job.payload, job.headers, job.priority, job.status) == ('{"id": 1}', {"a": "b"}, 3, "scheduled")
 
 
-def test_push_reads_one_message_a_line(shell: Shell, backend: Backend) -> None:
+def test_push_reads_one_message_a_line(shell: Shell, backend: Client) -> None:
     """`push QUEUE -` prints an id for each line, in their order; blank lines are none."""
     done = shell.run("push", "mail", "-", stdin='1\n\n"two"\n{"three": 3}')
 
@@ -103,7 +103,7 @@ def test_push_reads_one_message_a_line(shell: Shell, backend: Backend) -> None:
     )
 
 
-def test_push_passes_a_slow_pipe_on(shell: Shell, backend: Backend) -> None:
+def test_push_passes_a_slow_pipe_on(shell: Shell, backend: Client) -> None:
     """A line is stored when it arrives, not when its pipe ends."""
     process = shell.start("push", "mail", "-")
     assert process.stdin is not None
@@ -120,7 +120,7 @@ def test_push_passes_a_slow_pipe_on(shell: Shell, backend: Backend) -> None:
 
 
 @pytest.mark.parametrize("bad", ["{bad", "", "nan", "[" * 500 + "]" * 500])
-def test_bad_message_stores_nothing(shell: Shell, backend: Backend, bad: str) -> None:
+def test_bad_message_stores_nothing(shell: Shell, backend: Client, bad: str) -> None:
     """What is no JSON or too deep ends with 2, says which line, and stores nothing of what came with it."""
     done = shell.run("push", "mail", "-", stdin=f"1\n{bad or '}'}\n")
 
@@ -131,7 +131,7 @@ def test_bad_message_stores_nothing(shell: Shell, backend: Backend, bad: str) ->
     assert backend.queues() == []
 
 
-def test_file_is_checked_as_a_whole(shell: Shell, backend: Backend) -> None:
+def test_file_is_checked_as_a_whole(shell: Shell, backend: Client) -> None:
     """Of a file with one message that is too large nothing is stored, wherever it stands."""
     shell.write("rows.jsonl", "1\n" * 50_000 + '"' + "x" * 600_000 + '"\n2\n')
 
@@ -147,7 +147,7 @@ def test_file_is_checked_as_a_whole(shell: Shell, backend: Backend) -> None:
     assert backend.queues() == []
 
 
-def test_pipe_says_what_was_stored(shell: Shell, backend: Backend) -> None:
+def test_pipe_says_what_was_stored(shell: Shell, backend: Client) -> None:
     """Of a pipe, which is passed on as it comes, a bad message says how many before it were stored."""
     done = shell.run("push", "mail", "-", stdin="1\n2\n" + '"' + "x" * 600_000 + '"')
 
@@ -156,7 +156,7 @@ def test_pipe_says_what_was_stored(shell: Shell, backend: Backend) -> None:
     assert "after 2 messages that were stored" in done.stderr
 
 
-def test_push_with_an_own_id_twice(shell: Shell, backend: Backend) -> None:
+def test_push_with_an_own_id_twice(shell: Shell, backend: Client) -> None:
     """The same --id again prints the same id and stores nothing more; at the front it goes before what waits."""
     first = shell.run("push", "mail", "1", "--id", "order-1")
     again = shell.run("push", "mail", "2", "--id", "order-1")
@@ -177,7 +177,7 @@ def test_push_without_a_message_on_a_bad_queue(shell: Shell) -> None:
 # -- queue --------------------------------------------------------------------------------------------------------
 
 
-def test_queue_list_piped_and_json(shell: Shell, backend: Backend) -> None:
+def test_queue_list_piped_and_json(shell: Shell, backend: Client) -> None:
     """Piped, a queue is one tab-separated line without headings; with --json one document that names its schema."""
     push(backend, "mail", b"1", b"2")
 
@@ -190,7 +190,7 @@ def test_queue_list_piped_and_json(shell: Shell, backend: Backend) -> None:
     assert (mail["name"], mail["ready"], mail["paused"]) == ("mail", 2, False)
 
 
-def test_queue_pause_resume_show(shell: Shell, backend: Backend) -> None:
+def test_queue_pause_resume_show(shell: Shell, backend: Client) -> None:
     """Pause and resume are seen by show."""
     push(backend, "mail", b"1")
 
@@ -200,7 +200,7 @@ def test_queue_pause_resume_show(shell: Shell, backend: Backend) -> None:
     assert "paused\tfalse" in shell.run("queue", "show", "mail").stdout
 
 
-def test_purge_asks(shell: Shell, backend: Backend) -> None:
+def test_purge_asks(shell: Shell, backend: Client) -> None:
     """Without a terminal purge says how many and ends with 6; --dry-run removes nothing; --yes removes."""
     push(backend, "mail", *[b"1"] * 12)
 
@@ -216,7 +216,7 @@ def test_purge_asks(shell: Shell, backend: Backend) -> None:
     assert Admin(backend).queue("mail").ready == 0
 
 
-def test_redrive_prints_how_many(shell: Shell, backend: Backend) -> None:
+def test_redrive_prints_how_many(shell: Shell, backend: Client) -> None:
     """Redrive puts dead letters back and prints their number."""
     dead(backend, "mail", "a", "b", "c")
 
@@ -231,7 +231,7 @@ def test_redrive_prints_how_many(shell: Shell, backend: Backend) -> None:
 # -- job ----------------------------------------------------------------------------------------------------------
 
 
-def test_job_ids_flow_through_pipes(shell: Shell, backend: Backend) -> None:
+def test_job_ids_flow_through_pipes(shell: Shell, backend: Client) -> None:
     """`job list -q` prints ids that `job retry -` takes."""
     ids = dead(backend, "mail", "a", "b")
 
@@ -243,7 +243,7 @@ def test_job_ids_flow_through_pipes(shell: Shell, backend: Backend) -> None:
     assert Admin(backend).queue("mail").ready == 2
 
 
-def test_job_show(shell: Shell, backend: Backend) -> None:
+def test_job_show(shell: Shell, backend: Client) -> None:
     """`job show` names state, payload and errors; in JSON all of them, under a schema."""
     (id_,) = dead(backend, "mail", "no such user", task="shop.send")
 
@@ -258,7 +258,7 @@ def test_job_show(shell: Shell, backend: Backend) -> None:
     assert job["errors"][0]["at"] == "2023-11-14T22:13:20.000Z"  # type: ignore[index]
 
 
-def test_a_hostile_message_stays_on_its_line(shell: Shell, backend: Backend) -> None:
+def test_a_hostile_message_stays_on_its_line(shell: Shell, backend: Client) -> None:
     """Text from jobs cannot steer the terminal or forge lines and columns."""
     dead(backend, "mail", "\x1b[2Jfirst\nsecond\tthird")
 
@@ -269,7 +269,7 @@ def test_a_hostile_message_stays_on_its_line(shell: Shell, backend: Backend) -> 
     assert "\\x1b[2Jfirst\\nsecond\\tthird" in done.stdout
 
 
-def test_cancel_and_delete_ask_when_it_matters(shell: Shell, backend: Backend) -> None:
+def test_cancel_and_delete_ask_when_it_matters(shell: Shell, backend: Client) -> None:
     """One job is cancelled at once; many, and every deletion, need a yes."""
     ids = push(backend, "mail", b"1", b"2", b"3")
 
@@ -284,7 +284,7 @@ def test_cancel_and_delete_ask_when_it_matters(shell: Shell, backend: Backend) -
     assert Admin(backend).queue("mail").ready == 0
 
 
-def test_unknown_names_end_with_5(shell: Shell, backend: Backend) -> None:
+def test_unknown_names_end_with_5(shell: Shell, backend: Client) -> None:
     """A job or queue that is not there ends with 5; one that cannot be acted on with 6."""
     (waiting,) = push(backend, "mail", b"1")
 
@@ -296,7 +296,7 @@ def test_unknown_names_end_with_5(shell: Shell, backend: Backend) -> None:
 # -- status and doctor --------------------------------------------------------------------------------------------
 
 
-def test_status_is_8_when_jobs_are_stranded(shell: Shell, backend: Backend) -> None:
+def test_status_is_8_when_jobs_are_stranded(shell: Shell, backend: Client) -> None:
     """Status ends with 0 while workers take what is ready, and with 8 and E12 when nobody does."""
     push(backend, "mail", b"1")
     HandWorker(backend, "mail")

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from conveyor.admin.admin import Admin
-from conveyor.store.client.client import Backend
+from conveyor.store.client.client import Client
 from handworker import HandWorker, wait_for_job
 from shell import Shell
 
@@ -38,8 +38,8 @@ def shell(url: str, tmp_path: Path) -> Shell:
 
 
 @pytest.fixture
-def backend(url: str) -> Iterator[Backend]:
-    backend = Backend(url, patience=1)
+def backend(url: str) -> Iterator[Client]:
+    backend = Client(url, patience=1)
     yield backend
     backend.close()
 
@@ -47,7 +47,7 @@ def backend(url: str) -> Iterator[Backend]:
 # -- finding the app ----------------------------------------------------------------------------------------------
 
 
-def test_app_is_found_in_the_order_of_settings(shell: Shell, backend: Backend) -> None:
+def test_app_is_found_in_the_order_of_settings(shell: Shell, backend: Client) -> None:
     """The flag wins over the environment, and that over pyproject.toml; a module with one app needs no object."""
     shell.write("pyproject.toml", '[tool.conveyor]\napp = "jobs:app"\n')
     assert shell.run("enqueue", "greet", "name=Ada").returncode == 0
@@ -56,7 +56,7 @@ def test_app_is_found_in_the_order_of_settings(shell: Shell, backend: Backend) -
     assert Admin(backend).queue("default").ready == 2
 
 
-def test_pyproject_names_the_server(shell: Shell, backend: Backend) -> None:
+def test_pyproject_names_the_server(shell: Shell, backend: Client) -> None:
     """[tool.conveyor] url counts for commands and for the app where no variable and no flag says other."""
     shell.write("pyproject.toml", f'[tool.conveyor]\nurl = "{shell.url}"\n')
     shell.url = None
@@ -66,7 +66,7 @@ def test_pyproject_names_the_server(shell: Shell, backend: Backend) -> None:
     assert [info.name for info in Admin(backend).queues()] == ["default", "mail"]
 
 
-def test_namespace_of_the_app_is_used(shell: Shell, backend: Backend) -> None:
+def test_namespace_of_the_app_is_used(shell: Shell, backend: Client) -> None:
     """Commands look where the app's workers look; a flag that contradicts its code is refused, not ignored."""
     shell.write("shop.py", JOBS.replace("Conveyor()", 'Conveyor(namespace="shop")'))
     assert shell.run("enqueue", "greet", "name=Ada", CONVEYOR_APP="shop").returncode == 0
@@ -137,7 +137,7 @@ def test_unknown_setting_is_refused(shell: Shell) -> None:
 # -- enqueue ------------------------------------------------------------------------------------------------------
 
 
-def test_enqueue_converts_by_annotation(shell: Shell, backend: Backend) -> None:
+def test_enqueue_converts_by_annotation(shell: Shell, backend: Client) -> None:
     """Words become what the annotations say, and the id alone is printed; --args takes the rest."""
     done = shell.run(
         "enqueue", "remind", "when=2026-01-01T09:00:00+00:00", "times=3", "--in", "10m", CONVEYOR_APP="jobs"
@@ -171,7 +171,7 @@ def test_enqueue_converts_by_annotation(shell: Shell, backend: Backend) -> None:
         (["gret", "name=Ada"], 5, "Did you mean 'greet'?"),
     ],
 )
-def test_bad_call_enqueues_nothing(shell: Shell, backend: Backend, words: list[str], code: int, said: str) -> None:
+def test_bad_call_enqueues_nothing(shell: Shell, backend: Client, words: list[str], code: int, said: str) -> None:
     """A call that does not fit its task is refused with what would fit, and stores nothing."""
     done = shell.run("enqueue", *words, CONVEYOR_APP="jobs")
 
@@ -180,7 +180,7 @@ def test_bad_call_enqueues_nothing(shell: Shell, backend: Backend, words: list[s
     assert backend.queues() == []
 
 
-def test_enqueue_waits_for_the_result(shell: Shell, backend: Backend) -> None:
+def test_enqueue_waits_for_the_result(shell: Shell, backend: Client) -> None:
     """With --wait the result is printed as JSON, the id on standard error."""
     process = shell.start("enqueue", "greet", "name=Ada", "--wait", CONVEYOR_APP="jobs")
     worker = HandWorker(backend, "default")
@@ -192,7 +192,7 @@ def test_enqueue_waits_for_the_result(shell: Shell, backend: Backend) -> None:
     assert id_ in err
 
 
-def test_failed_job_ends_with_7(shell: Shell, backend: Backend) -> None:
+def test_failed_job_ends_with_7(shell: Shell, backend: Client) -> None:
     """With --wait a failed job ends with 7, its error and traceback on standard error."""
     process = shell.start("enqueue", "greet", "name=Ada", "--wait", CONVEYOR_APP="jobs")
     worker = HandWorker(backend, "default")
@@ -213,7 +213,7 @@ def test_waiting_too_long_ends_with_124(shell: Shell) -> None:
     assert "It goes on" in done.stderr
 
 
-def test_interrupted_ends_with_130(shell: Shell, backend: Backend) -> None:
+def test_interrupted_ends_with_130(shell: Shell, backend: Client) -> None:
     """Ctrl-C while waiting ends with 130 and no traceback."""
     process = shell.start("enqueue", "greet", "name=Ada", "--wait", CONVEYOR_APP="jobs")
     wait_for_job(HandWorker(backend, "default"))

@@ -17,9 +17,9 @@ from conveyor.admin import doctor
 from conveyor.admin.admin import Admin
 from conveyor.errors import ConfigurationError, StoreUnavailable
 from conveyor.store import inspection, operations
-from conveyor.store.client.client import Backend
+from conveyor.store.client.client import Client
 from conveyor.store.keys import QueueKeys, known_queues
-from conveyor.store.operations import Entry, Lane, Report
+from conveyor.store.operations import Entry, ProducerSequence, TurnReport
 from conveyor.store.transport import replies
 from conveyor.store.transport.cluster import slot_of
 from shell import Shell
@@ -209,7 +209,7 @@ async def test_idle_worker_takes_what_comes_after_a_failover(cluster: ClusterOfN
 @pytest.mark.row("C21")
 async def test_one_key_is_asked_for_at_the_node_that_takes_the_slot_over(cluster: ClusterOfNodes) -> None:
     """With a slot half-way, what is about one key that has moved is answered by the other node, also by scripts it does not know."""
-    backend = Backend(cluster.url)
+    backend = Client(cluster.url)
     keys, known = backend.keys("half"), known_queues("conveyor")
     for key in (keys.jobs, known):
         source = cluster.owner(key)
@@ -240,8 +240,8 @@ def test_all_keys_of_a_step_lie_in_one_slot(queue: str, name: str) -> None:
     for keys in (QueueKeys("n", queue), *(QueueKeys("n", one, foreign=one) for one in (name, f"x{{{name}}}y"))):
         entries = [Entry("i", b"\n\n1", priority=3, unique="u")]
         calls: list[Any] = [
-            operations.push(keys, Lane("l"), entries), operations.push_plain(keys, Lane("l"), ("i", b"\n\n1")),
-            operations.turn(keys, "w", 1, 1, 1000, Report()), operations.register(keys, "w", 1, b""),
+            operations.push(keys, ProducerSequence("l"), entries), operations.push_plain(keys, ProducerSequence("l"), ("i", b"\n\n1")),
+            operations.turn(keys, "w", 1, 1, 1000, TurnReport()), operations.register(keys, "w", 1, b""),
             operations.reap(keys, "w"), operations.beat(keys, "w", 1), operations.extend(keys, "w", "i", "v", 1, b""),
             operations.cancel(keys, "i"), operations.redrive(keys), operations.promote(keys, "i"),
             operations.purge(keys, "dead", 1), operations.await_outcome(keys, "i", "c"), inspection.counts(keys),
@@ -298,13 +298,13 @@ async def test_one_server_is_no_cluster_and_a_node_is_no_server(
     assert caught.value.code == "E33"
 
     elsewhere = next(name for name in QUEUES if cluster.owner(f"{{{name}}}") is not node)
-    one = Backend(node.url)
+    one = Client(node.url)
     for attempt in (lambda: one.arun(inspection.counts(one.keys(elsewhere))), lambda: _blocking(one, elsewhere)):
         with pytest.raises(ConfigurationError, match=rf"MOVED .*redis\+cluster://{node.name}") as caught:
             await attempt()
         assert caught.value.code == "E33"
 
-    nobody = Backend(f"redis+cluster://u:secret@127.0.0.1:{free_port()}", patience=0.3)
+    nobody = Client(f"redis+cluster://u:secret@127.0.0.1:{free_port()}", patience=0.3)
     with pytest.raises(StoreUnavailable, match="no node of the cluster answers") as away:
         await nobody.arun(inspection.counts(nobody.keys("q")))
     assert "secret" not in str(away.value)
@@ -313,7 +313,7 @@ async def test_one_server_is_no_cluster_and_a_node_is_no_server(
     await alone.aclose()
 
 
-async def _blocking(backend: Backend, queue: str) -> Any:
+async def _blocking(backend: Client, queue: str) -> Any:
     return await asyncio.to_thread(backend.run, inspection.counts(backend.keys(queue)))
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from conveyor.cli.demo.journal import Journal, Line
+from conveyor.cli.demo.journal import Journal, JournalEntry
 from conveyor.cli.demo.picture import decode, draw, encode, shrink
 from conveyor.cli.demo.report import Kill, judge, trails
 from shell import Shell
@@ -24,17 +24,17 @@ ACCEPTED = {"q:a": "work", "q:b": "work", "q:c": "work", "q:d": "work"}
 KILL = Kill(7, 10.0, returned=3)
 
 
-def lines() -> list[Line]:
+def lines() -> list[JournalEntry]:
     """a ran, b was cut off by the kill of 7 and ran again, c failed twice and died, d waits for its retry."""
     return [
-        Line(1.0, "up", 7), Line(1.0, "up", 8),
-        Line(2.0, "start", 8, "work", "q:a", 1), Line(2.5, "ok", 8, "work", "q:a", 1, 0.5),
-        Line(9.0, "start", 7, "work", "q:b", 1),
-        Line(10.2, "start", 8, "work", "q:b", 2), Line(10.4, "ok", 8, "work", "q:b", 2, 0.2),
-        Line(3.0, "start", 7, "work", "q:c", 1), Line(3.1, "fail", 7, "work", "q:c", 1, 0.1),
-        Line(3.1, "retry", 7, "work", "q:c", 1), Line(4.0, "start", 8, "work", "q:c", 2),
-        Line(4.1, "fail", 8, "work", "q:c", 2, 0.1), Line(4.1, "dead", 8, "work", "q:c", 2),
-        Line(5.0, "start", 8, "work", "q:d", 1), Line(5.1, "fail", 8, "work", "q:d", 1, 0.1),
+        JournalEntry(1.0, "up", 7), JournalEntry(1.0, "up", 8),
+        JournalEntry(2.0, "start", 8, "work", "q:a", 1), JournalEntry(2.5, "ok", 8, "work", "q:a", 1, 0.5),
+        JournalEntry(9.0, "start", 7, "work", "q:b", 1),
+        JournalEntry(10.2, "start", 8, "work", "q:b", 2), JournalEntry(10.4, "ok", 8, "work", "q:b", 2, 0.2),
+        JournalEntry(3.0, "start", 7, "work", "q:c", 1), JournalEntry(3.1, "fail", 7, "work", "q:c", 1, 0.1),
+        JournalEntry(3.1, "retry", 7, "work", "q:c", 1), JournalEntry(4.0, "start", 8, "work", "q:c", 2),
+        JournalEntry(4.1, "fail", 8, "work", "q:c", 2, 0.1), JournalEntry(4.1, "dead", 8, "work", "q:c", 2),
+        JournalEntry(5.0, "start", 8, "work", "q:d", 1), JournalEntry(5.1, "fail", 8, "work", "q:d", 1, 0.1),
     ]  # fmt: skip
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from conveyor.admin import doctor, server_checks
 from conveyor.errors import StoreUnavailable
-from conveyor.store.client.client import Backend
+from conveyor.store.client.client import Client
 from handworker import HandWorker, dead, push
 from server import Server
 
@@ -18,11 +18,11 @@ Start = Callable[..., Server]
 
 
 @pytest.fixture
-def examine() -> Iterator[Callable[[str], doctor.Report]]:
-    backends: list[Backend] = []
+def examine() -> Iterator[Callable[[str], doctor.HealthReport]]:
+    backends: list[Client] = []
 
-    def look(url: str) -> doctor.Report:
-        backends.append(Backend(url, namespace="t", patience=1))
+    def look(url: str) -> doctor.HealthReport:
+        backends.append(Client(url, namespace="t", patience=1))
         return doctor.examine(backends[-1])
 
     yield look
@@ -30,7 +30,7 @@ def examine() -> Iterator[Callable[[str], doctor.Report]]:
         backend.close()
 
 
-def named(report: doctor.Report, name: str) -> doctor.Finding:
+def named(report: doctor.HealthReport, name: str) -> doctor.Finding:
     """Return the gravest finding of that name."""
     grave = ["problem", "warning", "note", "ok"]
     return min((f for f in report.findings if f.name == name), key=lambda f: grave.index(f.level))
@@ -39,7 +39,7 @@ def named(report: doctor.Report, name: str) -> doctor.Finding:
 @pytest.mark.redis6
 @pytest.mark.redis7
 @pytest.mark.standalone_only("a primary without replicas, and no node of a cluster")
-def test_a_sound_server_is_healthy(url: str, examine: Callable[[str], doctor.Report]) -> None:
+def test_a_sound_server_is_healthy(url: str, examine: Callable[[str], doctor.HealthReport]) -> None:
     """A primary that evicts nothing is healthy; that it keeps jobs in memory only is a warning."""
     report = examine(url)
 
@@ -62,7 +62,7 @@ def test_a_sound_server_is_healthy(url: str, examine: Callable[[str], doctor.Rep
     ],
 )
 def test_durability_is_said_in_words(
-    start_server: Start, examine: Callable[[str], doctor.Report], options: tuple[str, ...], durability: str
+    start_server: Start, examine: Callable[[str], doctor.HealthReport], options: tuple[str, ...], durability: str
 ) -> None:
     """The durability really obtained is read from the server, not assumed."""
     report = examine(start_server(*options).url)
@@ -73,7 +73,7 @@ def test_durability_is_said_in_words(
 
 @pytest.mark.row("C12")
 @pytest.mark.parametrize("policy", ["allkeys-lru", "volatile-ttl"])
-def test_eviction_is_a_problem(start_server: Start, examine: Callable[[str], doctor.Report], policy: str) -> None:
+def test_eviction_is_a_problem(start_server: Start, examine: Callable[[str], doctor.HealthReport], policy: str) -> None:
     """A server that may delete keys is unhealthy, with E10 and the command that mends it."""
     report = examine(start_server("--maxmemory", "100mb", "--maxmemory-policy", policy).url)
 
@@ -92,7 +92,7 @@ def test_eviction_is_a_problem(start_server: Start, examine: Callable[[str], doc
     ],
 )
 def test_settings_of_connections(
-    start_server: Start, examine: Callable[[str], doctor.Report], option: str, value: str, level: str, says: str
+    start_server: Start, examine: Callable[[str], doctor.HealthReport], option: str, value: str, level: str, says: str
 ) -> None:
     """A server that closes quiet connections, or keeps those of the dead, is told of with what to set; one with defaults is not."""
     server = start_server()
@@ -119,7 +119,7 @@ def test_known_holes(family: str, version: str, mended: str | None) -> None:
 
 @pytest.mark.parametrize("name", ["redis6", "redis7"])
 def test_server_with_a_hole_is_a_warning(
-    start_server: Start, examine: Callable[[str], doctor.Report], name: str
+    start_server: Start, examine: Callable[[str], doctor.HealthReport], name: str
 ) -> None:
     """The doctor names the hole of an old server, and the release to take."""
     report = examine(start_server(name=name).url)
@@ -130,7 +130,7 @@ def test_server_with_a_hole_is_a_warning(
     assert finding.remedy == f"Use {server_checks.mended(report.family, report.version)} or newer."
 
 
-def test_full_memory_is_a_problem(start_server: Start, examine: Callable[[str], doctor.Report]) -> None:
+def test_full_memory_is_a_problem(start_server: Start, examine: Callable[[str], doctor.HealthReport]) -> None:
     """A server close to its maxmemory is unhealthy before it refuses anything."""
     server = start_server()
     with server.client() as client:
@@ -143,7 +143,7 @@ def test_full_memory_is_a_problem(start_server: Start, examine: Callable[[str], 
 
 
 def test_replica_is_a_problem(
-    url: str, server: Server, start_server: Start, examine: Callable[[str], doctor.Report]
+    url: str, server: Server, start_server: Start, examine: Callable[[str], doctor.HealthReport]
 ) -> None:
     """A read-only replica is unhealthy, and its primary is named."""
     replica = start_server()
@@ -157,7 +157,9 @@ def test_replica_is_a_problem(
     assert "127.0.0.1:1" in finding.remedy
 
 
-def test_what_this_user_may_not_ask_is_unknown(start_server: Start, examine: Callable[[str], doctor.Report]) -> None:
+def test_what_this_user_may_not_ask_is_unknown(
+    start_server: Start, examine: Callable[[str], doctor.HealthReport]
+) -> None:
     """Where CONFIG and INFO are refused, the rest is examined and the gaps are said."""
     server = start_server()
     with server.client() as client:
@@ -172,7 +174,7 @@ def test_what_this_user_may_not_ask_is_unknown(start_server: Start, examine: Cal
     assert "canary-of-shy" not in report.url
 
 
-def test_config_alone_refused(start_server: Start, examine: Callable[[str], doctor.Report]) -> None:
+def test_config_alone_refused(start_server: Start, examine: Callable[[str], doctor.HealthReport]) -> None:
     """Where only CONFIG is refused, as at most providers, eviction and the append-only file are still known."""
     server = start_server("--appendonly", "yes")
     with server.client() as client:
@@ -184,9 +186,9 @@ def test_config_alone_refused(start_server: Start, examine: Callable[[str], doct
     assert named(report, "eviction").level == "ok"
 
 
-def test_stranded_jobs_are_a_problem(url: str, examine: Callable[[str], doctor.Report]) -> None:
+def test_stranded_jobs_are_a_problem(url: str, examine: Callable[[str], doctor.HealthReport]) -> None:
     """Ready jobs that no worker takes are a problem that names who works; dead letters and a pause are notes."""
-    backend = Backend(url, namespace="t", patience=1)
+    backend = Client(url, namespace="t", patience=1)
     dead(backend, "films", "no")
     push(backend, "mail", b"1")
     HandWorker(backend, "mail")
@@ -203,7 +205,7 @@ def test_stranded_jobs_are_a_problem(url: str, examine: Callable[[str], doctor.R
     assert any("1 dead letter" in f.text and f.level == "note" for f in report.findings)
 
 
-def test_absent_server_raises(directory: Path, examine: Callable[[str], doctor.Report]) -> None:
+def test_absent_server_raises(directory: Path, examine: Callable[[str], doctor.HealthReport]) -> None:
     """Where nothing listens there is no report but an error."""
     with pytest.raises(StoreUnavailable, match="nowhere"):
         examine(f"unix://{directory}/nowhere")

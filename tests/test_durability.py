@@ -16,8 +16,8 @@ from redis.exceptions import ConnectionError as TransportError
 from conveyor.errors import ConfigurationError, DurabilityNotReached
 from conveyor.jobs.app import Conveyor
 from conveyor.store.client import confirmed
-from conveyor.store.client.confirmed import ConfirmedConnection, ConfirmedWire
-from conveyor.store.transport.async_connection import WireLost
+from conveyor.store.client.confirmed import AsyncConfirmedConnection, ConfirmedConnection
+from conveyor.store.transport.async_connection import ConnectionLost
 from replicas import Pair, Switch, bare, stored
 from server import Server
 
@@ -178,7 +178,7 @@ async def test_a_wait_holds_up_nobody_else(app: Conveyor) -> None:
 def lose_first_push(monkeypatch: pytest.MonkeyPatch, then: Callable[[], object] = lambda: None) -> list[int]:
     """Break the connection when the server has carried out the first push and before its wait is answered."""
     lost: list[int] = []
-    real, areal = ConfirmedConnection._exchange, ConfirmedWire._exchange
+    real, areal = ConfirmedConnection._exchange, AsyncConfirmedConnection._exchange
 
     def exchange(self: ConfirmedConnection, commands: Any, block: float) -> Any:
         if lost or not str(commands[0][0]).startswith("EVAL"):
@@ -191,7 +191,7 @@ def lose_first_push(monkeypatch: pytest.MonkeyPatch, then: Callable[[], object] 
         self.close()
         raise TransportError("cut")
 
-    async def aexchange(self: ConfirmedWire, commands: Any, block: float) -> Any:
+    async def aexchange(self: AsyncConfirmedConnection, commands: Any, block: float) -> Any:
         if lost or not str(commands[0][0]).startswith("EVAL"):
             return await areal(self, commands, block)
         replies = await areal(self, commands[:1], block)
@@ -199,11 +199,11 @@ def lose_first_push(monkeypatch: pytest.MonkeyPatch, then: Callable[[], object] 
             return replies + [0] * (len(commands) - 1)
         lost.append(1)
         then()
-        self.drop(WireLost("cut"))
-        raise WireLost("cut")
+        self.drop(ConnectionLost("cut"))
+        raise ConnectionLost("cut")
 
     monkeypatch.setattr(ConfirmedConnection, "_exchange", exchange)
-    monkeypatch.setattr(ConfirmedWire, "_exchange", aexchange)
+    monkeypatch.setattr(AsyncConfirmedConnection, "_exchange", aexchange)
     return lost
 
 
@@ -219,9 +219,11 @@ def test_a_repeat_confirms_nothing_by_itself(app: Conveyor, monkeypatch: pytest.
         mail.push("hello")
     assert len(lost) == len(mail) == 1
 
-    touching = confirmed._Errand.commands
+    touching = confirmed._ConfirmedCall.commands
     monkeypatch.setattr(
-        confirmed._Errand, "commands", lambda self, command: [c for c in touching(self, command) if c[0] != "PEXPIRE"]
+        confirmed._ConfirmedCall,
+        "commands",
+        lambda self, command: [c for c in touching(self, command) if c[0] != "PEXPIRE"],
     )
     lost.clear()
     mail.push("hello")  # confirmed by a replica that is stopped

@@ -32,12 +32,14 @@ def test_every_error_class_has_a_code_of_its_own() -> None:
 
 def test_exit_codes_are_the_documented_ones() -> None:
     """docs/reference/cli.md lists exactly the exit codes there are."""
-    from conveyor.cli.exit import Exit
+    from conveyor.cli.exit import ExitCode
 
     page = (HOME / "docs" / "reference" / "cli.md").read_text()
     table = page.split("## Exit codes", 1)[1].split("## ", 1)[0]
 
-    assert [int(number) for number in re.findall(r"^\| (\d+) \|", table, flags=re.MULTILINE)] == [int(e) for e in Exit]
+    assert [int(number) for number in re.findall(r"^\| (\d+) \|", table, flags=re.MULTILINE)] == [
+        int(e) for e in ExitCode
+    ]
 
 
 def test_each_error_ends_with_its_exit_code() -> None:

@@ -13,7 +13,7 @@ import pytest
 from conveyor.errors import DurabilityNotReached, StoreUnavailable
 from conveyor.jobs.app import Conveyor
 from conveyor.store import inspection, operations
-from conveyor.store.operations import Unregistered
+from conveyor.store.operations import WorkerUnregistered
 from hand import Hand
 from replicas import Pair, Switch, bare, stored
 from server import Server
@@ -113,7 +113,7 @@ def test_a_lease_that_failover_forgets_is_refused(start_server: Start, known: bo
         if known:
             assert first.turn(0, done=("one",)).lost == ["one"]
         else:
-            with pytest.raises(Unregistered):
+            with pytest.raises(WorkerUnregistered):
                 first.turn(0, done=("one",))
         assert app.backend.run(operations.held(second.keys, second.worker)) == ["one"]
         second.plainly_done("one")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from conveyor.payload import failures
-from conveyor.payload.records import State, read_failure, to_json
+from conveyor.payload.records import AttemptHistory, read_failure, to_json
 
 
 class Hostile(Exception):
@@ -86,6 +86,6 @@ def test_deep_recursion_is_recorded():
 def test_what_is_not_unicode_can_be_stored():
     """Lone surrogates and line breaks in a message survive the stored state."""
     record = failures.describe(ValueError("a\ud800\nb\x00"), 1, 0, "")
-    state = State.decode(State(1, 1, 0, [to_json(record)]).encode())
+    state = AttemptHistory.decode(AttemptHistory(1, 1, 0, [to_json(record)]).encode())
     assert state.failures_list() == [record]
     assert record.message == "a\\ud800\nb\x00"

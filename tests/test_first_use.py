@@ -11,7 +11,7 @@ from shell import SOURCES
 
 FIRST_USE = """
 import threading
-from conveyor.store.transport.url import Address
+from conveyor.store.transport.url import StandaloneServer
 from conveyor.store.transport.connection import answered
 
 address, errors, gate = Address("redis://127.0.0.1:1/0"), [], threading.Barrier(4)

@@ -13,8 +13,8 @@ import pytest
 
 from conveyor.errors import PayloadError
 from conveyor.jobs.app import Conveyor
-from conveyor.payload.formats import MSGPACK, FormatCodec, Formats, codec_for
-from conveyor.payload.signature import Signature
+from conveyor.payload.formats import MSGPACK, FormatCodec, FormatRegistry, codec_for
+from conveyor.payload.signature import TaskSignature
 from conveyor.worker.attempt import Handler
 from conveyor.worker.worker import Worker
 from forms import Packed, Point, declare
@@ -28,7 +28,7 @@ from working import drain
 )  # fmt: skip
 def test_what_would_arrive_changed_is_refused(value, code):
     """The rule of JSON holds: what was not annotated and would come back as something else is refused where it is made."""
-    codec = codec_for(Any, formats=Formats(MSGPACK), max_payload=1000, what="it")
+    codec = codec_for(Any, formats=FormatRegistry(MSGPACK), max_payload=1000, what="it")
     with pytest.raises(PayloadError) as caught:
         codec.encode(value)
     assert caught.value.code == code
@@ -41,7 +41,7 @@ def test_what_would_arrive_changed_is_refused(value, code):
 @pytest.mark.row("D5")
 def test_depth_and_bombs_are_bounded():
     """64 levels are taken and 65 are not, whichever way they are nested; lengths that lie and extensions are refused."""
-    codec: FormatCodec[Any] = codec_for(Any, formats=Formats(MSGPACK), max_payload=1 << 20, what="it")
+    codec: FormatCodec[Any] = codec_for(Any, formats=FormatRegistry(MSGPACK), max_payload=1 << 20, what="it")
     deep: Any = 1
     for level in range(64):
         deep = [deep] if level % 2 else {"a": deep}
@@ -79,9 +79,9 @@ def test_damaged_msgpack_gives_typed_errors(rounds):
     seed = random.randrange(1 << 32)
     print(f"seed {seed}")
     source = random.Random(seed)
-    formats = Formats().writing(Packed())  # known to the others too
-    packed = Formats(MSGPACK, formats.known)
-    signatures = [Signature(add, "add", formats=packed), Signature(move, "move", formats=formats)]
+    formats = FormatRegistry().writing(Packed())  # known to the others too
+    packed = FormatRegistry(MSGPACK, formats.known)
+    signatures = [TaskSignature(add, "add", formats=packed), TaskSignature(move, "move", formats=formats)]
     values: list[FormatCodec[Any]] = [
         codec_for(type_, formats=packed, max_payload=1 << 16, what="it") for type_ in (Any, dict[int, bytes], Point)
     ]

@@ -17,10 +17,10 @@ from conveyor.ids import new_ids
 from conveyor.jobs.app import Conveyor
 from conveyor.payload import FileStore
 from conveyor.payload.codec import ValueCodec
-from conveyor.payload.pipeline import PLAIN, Sealing, choose
-from conveyor.payload.records import State, read_outcome, read_whatever, write_rest
-from conveyor.payload.sealed_records import Viewer, open_failure, pack_failure
-from conveyor.payload.signature import Signature
+from conveyor.payload.pipeline import PLAIN, PayloadPipeline, choose
+from conveyor.payload.records import AttemptHistory, read_outcome, read_whatever, write_rest
+from conveyor.payload.sealed_records import RecordDecoder, open_failure, pack_failure
+from conveyor.payload.signature import TaskSignature
 from conveyor.payload.wrapped import describe
 from working import audit, counts, drain, working
 
@@ -28,7 +28,7 @@ PLACE = {"queue": "q", "task": "shop.add", "id": "an id"}
 KEYS = {"2026-11": "f" * 32}
 
 
-def sealing(tmp_path: Any, **options: Any) -> Sealing:
+def sealing(tmp_path: Any, **options: Any) -> PayloadPipeline:
     defaults: dict[str, Any] = {"keys": None, "encrypt": False, "compress": None, "large": None}
     limits = {"large_above": 300, "max_large": "2MiB", "max_payload": 512 * 1024}
     made = choose(**defaults | limits | options)
@@ -69,7 +69,7 @@ def test_damaged_bytes_give_typed_errors(tmp_path, rounds):
     seed = random.randrange(1 << 32)
     print(f"seed {seed}")
     source = random.Random(seed)
-    signature = Signature(add, "shop.add")
+    signature = TaskSignature(add, "shop.add")
     body = signature.encode((1, [{"x": 1.5}] * 30, "word"), {"more": 2})
     store = FileStore(tmp_path)
     ways = [
@@ -99,7 +99,7 @@ def test_damaged_bytes_give_typed_errors(tmp_path, rounds):
         for way in (ways[number], source.choice(ways)):
             opened = attempt(way.unwrap, data, **PLACE)
             assert opened is None or way.seal is None or opened == body, "a changed body was taken for genuine"
-            attempt(partial(Viewer(way).preview, call=True), data, "q", "shop.add", "an id")
+            attempt(partial(RecordDecoder(way).preview, call=True), data, "q", "shop.add", "an id")
         attempt(describe, data)
         damaged = mutated(source, body, bodies)
         attempt(signature.decode, damaged)
@@ -199,14 +199,14 @@ def test_sealed_errors_survive_damage(tmp_path):
     shown = open_failure(way, packed, "q", "another id")
     assert "E40" in shown.message
     assert shown.traceback == ""
-    assert State(errors=[b"{"]).failures_list()[0].type == "unreadable"
+    assert AttemptHistory(errors=[b"{"]).failures_list()[0].type == "unreadable"
 
 
 @pytest.mark.row("D4")
 def test_huge_values_are_refused_where_they_are_made():
     """A value far above the limit is refused before anything is sent, at the cost of its own JSON."""
     text = "x" * (32 << 20)
-    signature, codec = Signature(add, "shop.add"), ValueCodec(Any)
+    signature, codec = TaskSignature(add, "shop.add"), ValueCodec(Any)
     tracemalloc.start()
     for encode in (lambda: signature.encode((1, None, text), {}), lambda: codec.encode(text)):
         with pytest.raises(PayloadError) as caught:

@@ -13,7 +13,7 @@ import pytest
 
 from conveyor import ConfigurationError
 from conveyor.cli import cli, main
-from conveyor.cli.exit import Exit
+from conveyor.cli.exit import ExitCode
 from conveyor.store.transport.topology import locate
 from conveyor.units import milliseconds
 
@@ -139,8 +139,8 @@ def test_damaged_command_lines(
         monkeypatch.setattr("sys.stdin", io.StringIO('1\n{"a": 2}\nx\n'))
         code = main(line)
         said = capsys.readouterr().err
-        assert code in set(Exit), line
+        assert code in set(ExitCode), line
         assert "E00" not in said, (line, said)
         ends[code] += 1
     print(ends)
-    assert {Exit.OK, Exit.USAGE, Exit.NOT_FOUND} <= ends.keys()
+    assert {ExitCode.OK, ExitCode.USAGE, ExitCode.NOT_FOUND} <= ends.keys()

@@ -14,13 +14,13 @@ import pytest
 
 from conveyor.errors import PayloadError
 from conveyor.payload.codec import ValueCodec, encode_json
-from conveyor.payload.formats import MSGPACK, FormatCodec, Formats, codec_for
-from conveyor.payload.pipeline import PLAIN, Sealing, choose
+from conveyor.payload.formats import MSGPACK, FormatCodec, FormatRegistry, codec_for
+from conveyor.payload.pipeline import PLAIN, PayloadPipeline, choose
 from conveyor.payload.records import (
-    Extra,
+    AttemptHistory,
+    EnvelopeOptions,
     Failure,
     Outcome,
-    State,
     read_envelope,
     read_failure,
     read_outcome,
@@ -28,7 +28,7 @@ from conveyor.payload.records import (
     write_rest,
 )
 from conveyor.payload.sealed_records import open_failure, open_result, pack_failure, pack_result
-from conveyor.payload.signature import Signature
+from conveyor.payload.signature import TaskSignature
 from conveyor.payload.wrapped import BARE, COMPRESSED, ELSEWHERE, GCM, HMAC, describe, read
 
 HOME = Path(__file__).parent / "golden"
@@ -60,16 +60,16 @@ def mail(to: str, copies: int = 1, *words: str, urgent: bool = False, **more: fl
 
 
 def body() -> bytes:
-    return Signature(mail, "mail.send").encode(("ada@example.org", 2, "a", "ü\n"), {"urgent": True, "x": 1.5})
+    return TaskSignature(mail, "mail.send").encode(("ada@example.org", 2, "a", "ü\n"), {"urgent": True, "x": 1.5})
 
 
 def large_body() -> bytes:
-    return Signature(mail, "mail.send").encode((WORDS,), {})
+    return TaskSignature(mail, "mail.send").encode((WORDS,), {})
 
 
 def sealing(
     shelf: Shelf | None = None, *, keys: bool = True, encrypt: bool = False, compress: int | None = None
-) -> Sealing:
+) -> PayloadPipeline:
     made = choose(
         keys=KEYS if keys else None, encrypt=encrypt, compress=compress, large=shelf, large_above=100, max_large="1MiB",
         max_payload=512 * 1024,
@@ -91,22 +91,24 @@ class Mirror:
 
 
 MESSAGE = {1: b"\xff", "x": [None, 1.5]}
-MIRROR = Formats(Mirror())
-PACKED = Formats(MSGPACK, MIRROR.known)
+MIRROR = FormatRegistry(Mirror())
+PACKED = FormatRegistry(MSGPACK, MIRROR.known)
 
 
-def called(formats: Formats) -> bytes:
-    return write_rest("mail.send", Signature(mail, "mail.send", formats=formats).encode(("ada", 2, "a"), {"x": 1.5}))
+def called(formats: FormatRegistry) -> bytes:
+    return write_rest(
+        "mail.send", TaskSignature(mail, "mail.send", formats=formats).encode(("ada", 2, "a"), {"x": 1.5})
+    )
 
 
 NO_LONGER_WRITTEN = {"state_alone"}  # a mark behind the counts, from before it moved elsewhere
 FAILURE = Failure(2, 1_764_000_000_000, "builtins.ValueError", "no ü", 'Traceback:\n  File "x"', "host:1")
-STATE = State(3, 2, 1, [to_json(FAILURE), to_json(Failure(3, 5, "crashed", "again"))])
+STATE = AttemptHistory(3, 2, 1, [to_json(FAILURE), to_json(Failure(3, 5, "crashed", "again"))])
 
 
 def written() -> dict[str, bytes]:
     """What this version writes, without what is random."""
-    extra = Extra({"trace": "1\n2"}, 2000, 60_000, 3, 2)
+    extra = EnvelopeOptions({"trace": "1\n2"}, 2000, 60_000, 3, 2)
     shelf = Shelf()
     sealing(shelf).wrap(large_body(), **PLACE)
     return {
@@ -141,7 +143,7 @@ def written_with_chance() -> dict[str, bytes]:
     }
 
 
-def value_codec(formats: Formats) -> FormatCodec[object]:
+def value_codec(formats: FormatRegistry) -> FormatCodec[object]:
     return codec_for(Any, formats=formats, max_payload=1000, what="it")
 
 
@@ -166,13 +168,13 @@ def test_every_release_is_still_read(golden):
     assert (plain.task, plain.body, plain.is_plain) == ("mail.send", body(), True)
     assert (extra.priority, extra.expires_ms, extra.due_ms) == (9, 1_764_000_000_000, 1_763_000_000_000)
     assert (extra.own_id, extra.unique, extra.body) == (True, "order 7", body())
-    assert extra.extra == Extra({"trace": "1\n2"}, 2000, 60_000, 3, 2)
+    assert extra.extra == EnvelopeOptions({"trace": "1\n2"}, 2000, 60_000, 3, 2)
     assert (message.task, message.body) == ("", b'{"id":1}')
-    args, kwargs = Signature(mail, "mail.send").decode(plain.body)
+    args, kwargs = TaskSignature(mail, "mail.send").decode(plain.body)
     assert (args, kwargs) == (["ada@example.org", 2, "a", "ü\n"], {"urgent": True, "x": 1.5})
-    state = State.decode(golden["state"])
+    state = AttemptHistory.decode(golden["state"])
     assert state == STATE
-    assert State.decode(golden.get("state_alone", golden["state"])) == STATE
+    assert AttemptHistory.decode(golden.get("state_alone", golden["state"])) == STATE
     assert state.failures_list()[0] == FAILURE
     assert read_outcome(golden["outcome_done"]).status == "done"
     assert read_outcome(golden["outcome_dead"]).failure == FAILURE
@@ -184,7 +186,7 @@ def test_formats_of_every_release_are_read(golden):
     assert value_codec(PACKED).decode(read_envelope(golden["message_msgpack"]).body) == MESSAGE
     result = open_result(None, read_outcome(golden["result_msgpack"]), "mail", PLACE["id"], 100)
     assert value_codec(PACKED).decode(result) == MESSAGE
-    signature = Signature(mail, "mail.send", formats=PACKED)
+    signature = TaskSignature(mail, "mail.send", formats=PACKED)
     for name in ("call_msgpack", "call_own"):
         assert signature.decode(read_envelope(golden[name]).body) == (["ada", 2, "a"], {"urgent": False, "x": 1.5})
     assert signature.decode(read_envelope(golden["envelope_plain"]).body)[0] == ["ada@example.org", 2, "a", "ü\n"]

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from conveyor.admin import doctor
-from conveyor.store.client.client import Backend
+from conveyor.store.client.client import Client
 from conveyor.store.client.durability import Durability
 from replicas import Pair
 from server import Server
@@ -15,9 +15,9 @@ from server import Server
 Start = Callable[..., Server]
 
 
-def said(url: str, asks: dict[str, Durability] | None = None) -> tuple[doctor.Report, list[tuple[str, str]]]:
+def said(url: str, asks: dict[str, Durability] | None = None) -> tuple[doctor.HealthReport, list[tuple[str, str]]]:
     """Return the report on a server, and level and text of what it says of durability."""
-    backend = Backend(url, namespace="t", patience=1)
+    backend = Client(url, namespace="t", patience=1)
     report = doctor.examine(backend, asks=asks)
     backend.close()
     return report, [(one.level, one.text) for one in report.findings if one.name == "durability"]

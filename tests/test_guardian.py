@@ -8,27 +8,27 @@ from typing import Any
 import redis as redis_py
 
 from conveyor.store import operations
-from conveyor.store.client.client import Backend
-from conveyor.worker.shared_memory import About, Board, Spec
-from conveyor.worker.supervision.lease_guard import Guardian
+from conveyor.store.client.client import Client
+from conveyor.worker.shared_memory import ChildInfo, ChildSpec, SharedMemory
+from conveyor.worker.supervision.lease_guard import LeaseGuard
 from supervised import KEYS, until
 
 
 def test_healthy_worker_costs_no_beats(url: str, redis: redis_py.Redis) -> None:
     """The guardian sends nothing for a worker that renews by itself, and beats for one that does not."""
-    board = Board(1)
+    board = SharedMemory(1)
     slot = board.slot(0)
-    slot.prepare(Spec("app", {}, 1, 1, burst=False, grace=1))
-    slot.set_about(About(url, "test"))
+    slot.prepare(ChildSpec("app", {}, 1, 1, burst=False, grace=1))
+    slot.set_about(ChildInfo(url, "test"))
     slot.set_identity(KEYS, "w1", 500)
-    backend = Backend(url, namespace="test")
+    backend = Client(url, namespace="test")
     backend.run(operations.register(KEYS, "w1", 500, b"{}"))
 
     def calls() -> int:
         stats: Any = redis.info("commandstats")
         return sum(stats.get(f"cmdstat_{name}", {"calls": 0})["calls"] for name in ("eval", "evalsha"))
 
-    guardian = Guardian()
+    guardian = LeaseGuard()
     guardian.watch(slot)
     start, end = calls(), time.monotonic() + 0.8
     while time.monotonic() < end:

@@ -11,9 +11,9 @@ from conveyor.errors import QueueFull
 from conveyor.messaging.plain_list import PlainList
 from conveyor.messaging.queue import Queue
 from conveyor.store import operations
-from conveyor.store.client.client import Backend
+from conveyor.store.client.client import Client
 from conveyor.store.plain_list import RAWPUSH
-from conveyor.store.transport.async_connection import Wire, WireLost
+from conveyor.store.transport.async_connection import AsyncConnection, ConnectionLost
 from conveyor.store.transport.connection import Connection
 
 PUSHES = {script.sha for script in (operations.PUSH, operations.PUSH_PLAIN, RAWPUSH)}
@@ -29,7 +29,7 @@ class Way:
     def __init__(self, monkeypatch, redis, *, early=None):
         self.redis, self.early = redis, early
         self.copy, self.sent = None, []
-        real, areal = Connection.execute, Wire.execute
+        real, areal = Connection.execute, AsyncConnection.execute
 
         def execute(connection, *command, block=0.0):
             if self.lose(command):
@@ -39,12 +39,12 @@ class Way:
 
         async def aexecute(wire, *command, block=0.0):
             if self.lose(command):
-                wire.drop(WireLost("cut"))
-                raise WireLost("cut")
+                wire.drop(ConnectionLost("cut"))
+                raise ConnectionLost("cut")
             return await areal(wire, *command, block=block)
 
         monkeypatch.setattr(Connection, "execute", execute)
-        monkeypatch.setattr(Wire, "execute", aexecute)
+        monkeypatch.setattr(AsyncConnection, "execute", aexecute)
 
     def lose(self, command):
         if command[0] != "EVALSHA":
@@ -68,7 +68,7 @@ async def push(queue, body, awaitable, **options):
 
 @pytest.fixture
 async def queue(url):
-    backend = Backend(url, patience=5)
+    backend = Client(url, patience=5)
     queue = Queue(backend, "mail", lease_ms=2000, max_length=1)
     await queue.apush("first")
     yield queue
@@ -120,7 +120,7 @@ async def test_a_copy_that_was_accepted_is_no_refusal(queue, redis, monkeypatch,
 @pytest.mark.parametrize("kind", [Queue, PlainList])
 async def test_the_same_on_a_server_that_is_full(url, redis, monkeypatch, kind):
     """A server at its maxmemory refuses the repeat, and with room again the copy too."""
-    backend = Backend(url, patience=5)
+    backend = Client(url, patience=5)
     queue = kind(backend, "raw", lease_ms=2000)
     await queue.apush("first")
     way = Way(monkeypatch, redis)

@@ -15,7 +15,7 @@ import pytest
 from conveyor.errors import LeaseLost, StoreUnavailable
 from conveyor.messaging.message import Batch
 from conveyor.messaging.queue import Queue
-from conveyor.store.client.client import Backend
+from conveyor.store.client.client import Client
 from messaging import FAST, crash, first, until
 from prompt import AT_ONCE
 
@@ -129,7 +129,7 @@ def _swallow(messages):
 
 def _process(url, code):
     prelude = (
-        "from conveyor.messaging.queue import Queue; from conveyor.store.client.client import Backend\n"
+        "from conveyor.messaging.queue import Queue; from conveyor.store.client.client import Client\n"
         f"q = Queue(Backend({url!r}), 'mail', lease_ms=400)\n"
     )
     return subprocess.Popen([sys.executable, "-c", prelude + code], stdout=subprocess.PIPE, env=os.environ)
@@ -139,7 +139,7 @@ class TestOutage:
     def test_consumers_and_producers_recover(self, start_server, caplog):
         """Through a kill of the server, with its log kept, nothing accepted is lost and no loop ends."""
         server = start_server("--appendonly", "yes", "--appendfsync", "always")
-        backend = Backend(server.url, patience=0.3)
+        backend = Client(server.url, patience=0.3)
         queue = Queue(backend, "mail", lease_ms=2000)
         queue.push_many(range(3))
         got = []

@@ -4,25 +4,25 @@ from __future__ import annotations
 
 import pytest
 
-from conveyor.messaging.leases import Lessee, Suspects
+from conveyor.messaging.leases import DeadWorkerDetector, LeaseSession
 from conveyor.messaging.retry import Retry
-from conveyor.messaging.settlement import Verdict
-from conveyor.payload.records import State
+from conveyor.messaging.settlement import SettlementPolicy
+from conveyor.payload.records import AttemptHistory
 from conveyor.store.keys import QueueKeys
-from conveyor.store.operations import Settlement, Turn, Unregistered
+from conveyor.store.operations import Settlement, TurnReply, WorkerUnregistered
 
 KEYS = QueueKeys("conveyor", "mail")
 
 
 def turn(now=1000, *, ids=(), held=None, lost=(), overdue=(), states=(), next_due=None):
-    return Turn(
+    return TurnReply(
         now, len(ids) if held is None else held, next_due, False, list(lost), list(ids), [b"\n\n{}" for _ in ids],
         list(states), list(overdue), [], False,
     )  # fmt: skip
 
 
 def lessee():
-    return Lessee(KEYS, 1000, b"{}", Suspects(1000))
+    return LeaseSession(KEYS, 1000, b"{}", DeadWorkerDetector(1000))
 
 
 def names(calls):
@@ -45,18 +45,18 @@ def play(program, replies):
 class TestSuspects:
     def test_one_look_convicts_nobody(self):
         """An end in the past alone is no proof: every worker's looks so after Redis was frozen."""
-        assert Suspects(1000).look(10_000, [("a", 5000)], 1.0) == []
+        assert DeadWorkerDetector(1000).look(10_000, [("a", 5000)], 1.0) == []
 
     def test_two_looks_convict(self):
         """The same end at a look 0.45 lease later, and past: dead."""
-        suspects = Suspects(1000)
+        suspects = DeadWorkerDetector(1000)
         suspects.look(10_000, [("a", 9990)], 1.0)
         assert suspects.look(10_400, [("a", 9990)], 1.40) == []
         assert suspects.look(10_460, [("a", 9990)], 1.46) == [("a", 9990)]
 
     def test_a_beat_in_between_acquits(self):
         """A moved end begins the observation anew."""
-        suspects = Suspects(1000)
+        suspects = DeadWorkerDetector(1000)
         suspects.look(10_000, [("a", 9990)], 1.0)
         assert suspects.look(10_500, [("a", 10_600)], 1.5) == []
         assert suspects.look(10_700, [("a", 10_600)], 1.7) == []
@@ -64,20 +64,20 @@ class TestSuspects:
 
     def test_an_end_still_ahead_waits(self):
         """Listed before its end, it is convicted only when the end has passed."""
-        suspects = Suspects(1000)
+        suspects = DeadWorkerDetector(1000)
         suspects.look(10_000, [("a", 10_490)], 1.0)
         assert suspects.look(10_460, [("a", 10_490)], 1.46) == []
         assert suspects.look(10_495, [("a", 10_490)], 1.495) == [("a", 10_490)]
 
     def test_an_end_far_ahead_counts_as_passed(self):
         """After a step of the clock backwards an end lies further ahead than a lease: such a worker is dead too."""
-        suspects = Suspects(1000)
+        suspects = DeadWorkerDetector(1000)
         suspects.look(10_000, [("a", 99_000)], 1.0)
         assert suspects.look(10_500, [("a", 99_000)], 1.5) == [("a", 99_000)]
 
     def test_looks_are_paced(self):
         """A third of a lease apart, sooner only when a suspect can be judged."""
-        suspects = Suspects(900)
+        suspects = DeadWorkerDetector(900)
         assert suspects.next_look(5.0) == 0
         suspects.look(10_000, [], 5.0)
         assert suspects.next_look(5.0) == pytest.approx(0.3)
@@ -112,7 +112,7 @@ class TestRounds:
         play(books.round(2), [0, turn(ids=["a", "b"])])
         old, (first, second) = books.worker, books.waiting
         books.settle(first, Settlement("A", "a"))
-        calls = play(books.round(), [Unregistered(), 0, turn()])
+        calls = play(books.round(), [WorkerUnregistered(), 0, turn()])
         assert names(calls) == ["turn", "register", "turn"]
         assert calls[-1].args[5] == 0, "nothing is reported under the new name"
         assert books.worker != old
@@ -144,7 +144,7 @@ class TestRounds:
 
     def test_due_instant_limits_the_wait(self):
         """An idle consumer wakes for the next due message."""
-        books = Lessee(KEYS, 60_000, b"{}", Suspects(60_000))
+        books = LeaseSession(KEYS, 60_000, b"{}", DeadWorkerDetector(60_000))
         play(books.round(1), [0, turn(now=1000, next_due=1200)])
         assert 0.1 < books.wait() <= 0.201
         play(books.round(1), [turn(now=1000)])
@@ -159,19 +159,19 @@ class TestVerdict:
 
     def test_failures_are_spent(self):
         """Backoff doubles, and the last attempt of the budget buries."""
-        verdict = Verdict(Retry(attempts=2, backoff="2s", jitter=False), "me")
+        verdict = SettlementPolicy(Retry(attempts=2, backoff="2s", jitter=False), "me")
         first = verdict.failed(self.leased(), ValueError("x"))
         assert (first.kind, first.ms) == ("R", 2000)
         second = verdict.failed(self.leased(first.state), ValueError("y"))
         assert second.kind == "X"
-        assert [f.message for f in State.decode(second.state).failures_list()] == ["x", "y"]
+        assert [f.message for f in AttemptHistory.decode(second.state).failures_list()] == ["x", "y"]
 
     def test_crashes_convict_after_three_starts(self):
         """Each start of a suspect is counted before it; the fourth does not happen."""
-        verdict = Verdict(Retry(), "me")
+        verdict = SettlementPolicy(Retry(), "me")
         assert verdict.suspected(self.leased()) is None
         raised = verdict.suspected(self.leased(b"1 0 1"))
         assert raised.kind == "M"
-        assert State.decode(raised.state).crashes == 2
+        assert AttemptHistory.decode(raised.state).crashes == 2
         assert verdict.poison(self.leased(b"2 0 2")) is None
         assert verdict.poison(self.leased(b"3 0 3")).kind == "X"

@@ -12,8 +12,8 @@ from redis.exceptions import ConnectionError as TransportError
 from conveyor.messaging.plain_list import PlainList
 from conveyor.messaging.queue import Queue
 from conveyor.store import inspection
-from conveyor.store.client.client import Backend
-from conveyor.store.transport.async_connection import Wire, WireLost
+from conveyor.store.client.client import Client
+from conveyor.store.transport.async_connection import AsyncConnection, ConnectionLost
 from conveyor.store.transport.connection import Connection
 
 
@@ -38,7 +38,7 @@ class Fault:
 
 
 def run_queue(url):
-    backend = Backend(url, patience=5)
+    backend = Client(url, patience=5)
     queue = Queue(backend, "mail", lease_ms=2000)
     queue.push(0)
     queue.push_many(range(1, 5))
@@ -51,7 +51,7 @@ def run_queue(url):
 
 
 def run_list(url):
-    backend = Backend(url, patience=5)
+    backend = Client(url, patience=5)
     tasks = PlainList(backend, "raw", lease_ms=2000)
     tasks.push(0)
     tasks.push_many(range(1, 6))
@@ -85,7 +85,7 @@ class AsyncFault(Fault):
 
     def __init__(self, monkeypatch, at, *, sent):
         self.at, self.sent, self.count = at, sent, 0
-        real, fault = Wire.execute, self
+        real, fault = AsyncConnection.execute, self
 
         async def execute(wire, *command, block=0.0):
             fault.count += command[0] != "SADD"
@@ -93,14 +93,14 @@ class AsyncFault(Fault):
                 return await real(wire, *command, block=block)
             if fault.sent:
                 await real(wire, *command, block=block)
-            wire.drop(WireLost("cut"))
-            raise WireLost("cut")
+            wire.drop(ConnectionLost("cut"))
+            raise ConnectionLost("cut")
 
-        monkeypatch.setattr(Wire, "execute", execute)
+        monkeypatch.setattr(AsyncConnection, "execute", execute)
 
 
 async def arun_queue(url, make):
-    backend = Backend(url, patience=5)
+    backend = Client(url, patience=5)
     queue = make(backend)
     await queue.apush(0)
     await queue.apush_many(range(1, 6))

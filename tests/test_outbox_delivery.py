@@ -15,7 +15,7 @@ from conveyor.errors import ConfigurationError, QueueFull
 from conveyor.jobs import spawn_outbox
 from conveyor.store import inspection, operations
 from conveyor.store.operations import Settlement
-from conveyor.store.transport.async_connection import Wire, WireLost
+from conveyor.store.transport.async_connection import AsyncConnection, ConnectionLost
 from conveyor.worker.leasing.spawn_delivery import deliver
 from hand import Hand
 from spawning import emptied, entry, settle, take_all
@@ -25,7 +25,7 @@ from working import drain
 @pytest.mark.row("A3")
 def test_zombie_spawns_nothing(family: Conveyor, redis: redis_py.Redis) -> None:
     """The end of an attempt whose lease was lost is refused with all that it spawned."""
-    with pytest.raises(operations.Unregistered):
+    with pytest.raises(operations.WorkerUnregistered):
         settle(family, [("two", 1)], reaped=True)
     assert redis.exists(family.keys("default").outbox) == 0
     assert take_all(family, "default") == [0]
@@ -74,18 +74,18 @@ class Fatal:
 
     def __init__(self, patch: pytest.MonkeyPatch, at: int, *, sent: bool, error: type[BaseException]) -> None:
         self.count = 0
-        real, fatal = Wire.execute, self
+        real, fatal = AsyncConnection.execute, self
 
-        async def execute(wire: Wire, *command: Any, block: float = 0.0) -> Any:
+        async def execute(wire: AsyncConnection, *command: Any, block: float = 0.0) -> Any:
             fatal.count += 1
             if fatal.count != at:
                 return await real(wire, *command, block=block)
             if sent:
                 await real(wire, *command, block=block)
-            wire.drop(WireLost("cut"))
+            wire.drop(ConnectionLost("cut"))
             raise error("cut")
 
-        patch.setattr(Wire, "execute", execute)
+        patch.setattr(AsyncConnection, "execute", execute)
 
 
 TARGETS = [("two", 1), ("three", 2), ("two", 3), ("default", 4), ("three", 5)]
@@ -93,7 +93,7 @@ TARGETS = [("two", 1), ("three", 2), ("two", 3), ("default", 4), ("three", 5)]
 
 @pytest.mark.row("A2", "C16", "D15")
 @pytest.mark.parametrize("sent", [False, True], ids=["not sent", "reply lost"])
-@pytest.mark.parametrize("error", [Dies, WireLost], ids=["dies", "cut"])
+@pytest.mark.parametrize("error", [Dies, ConnectionLost], ids=["dies", "cut"])
 def test_once_each_wherever_it_breaks(
     family: Conveyor, monkeypatch: pytest.MonkeyPatch, sent: bool, error: type[BaseException]
 ) -> None:
@@ -204,7 +204,7 @@ def test_late_deliverer_changes_nothing(family: Conveyor, redis: redis_py.Redis)
     assert now is not None
     backend.run(spawn_outbox.deliver(keys, app.keys("two"), now.number, now.parts["two"]))
 
-    with pytest.raises(operations.LateReply):
+    with pytest.raises(operations.StalePush):
         backend.run(spawn_outbox.deliver(keys, app.keys("two"), old.number, old.parts["two"]))
     assert backend.run(spawn_outbox.trim(keys, old.number)) == -1
     again = backend.run(spawn_outbox.take(keys, instead=old.number, least=now.number + 99))

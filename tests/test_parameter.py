@@ -13,7 +13,7 @@ import pydantic
 import pytest
 
 from conveyor.errors import PayloadError
-from conveyor.payload.signature import Signature
+from conveyor.payload.signature import TaskSignature
 
 
 class Color(Enum):
@@ -131,7 +131,7 @@ CONVERSIONS = [
 @pytest.mark.parametrize(("name", "text", "value"), CONVERSIONS)
 def test_text_is_converted_by_the_annotation(name, text, value):
     """``name=text`` becomes the parameter's type; a str stays as it was typed."""
-    converted = Signature(texts, "texts").convert_text(name, text)
+    converted = TaskSignature(texts, "texts").convert_text(name, text)
     assert converted == value
     assert type(converted) is type(value)
 
@@ -150,16 +150,16 @@ def test_text_is_converted_by_the_annotation(name, text, value):
 def test_text_that_does_not_fit_is_refused(name, text, message):
     """Text of another type, or for a parameter that does not exist, is E03."""
     with pytest.raises(PayloadError, match=message.replace("?", r"\?")) as caught:
-        Signature(texts, "texts").convert_text(name, text)
+        TaskSignature(texts, "texts").convert_text(name, text)
     assert caught.value.code == "E03"
 
 
 def test_text_for_other_keywords_takes_their_annotation():
     """Names that only ``**others`` takes are converted by its annotation, and ``*rest`` has no name."""
-    signature = Signature(variadic, "variadic")
+    signature = TaskSignature(variadic, "variadic")
     assert signature.convert_text("anything", "b") is Color.BLUE
     with pytest.raises(PayloadError, match="'db', which the worker fills"):
-        Signature(injected_between, "task", injected=is_injected).convert_text("db", "1")
+        TaskSignature(injected_between, "task", injected=is_injected).convert_text("db", "1")
 
 
 def test_a_signature_is_described_as_python_writes_it():
@@ -178,6 +178,6 @@ def test_a_signature_is_described_as_python_writes_it():
         (keyword_only, "keyword_only(a: int = 1, *, b: str, c: decimal.Decimal = Decimal('3'))"),
         (only_others, "only_others(a: int, /, **others: int)"),
     ]:
-        assert Signature(function, function.__name__).describe() == text
-        assert repr(Signature(function, function.__name__)) == f"<Signature {text}>"
-    assert Signature(broken, "broken").describe().startswith("broken(a=<Broken")
+        assert TaskSignature(function, function.__name__).describe() == text
+        assert repr(TaskSignature(function, function.__name__)) == f"<Signature {text}>"
+    assert TaskSignature(broken, "broken").describe().startswith("broken(a=<Broken")

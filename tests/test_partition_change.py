@@ -16,7 +16,7 @@ from conveyor.errors import ConfigurationError
 from conveyor.messaging.partitions import number_of
 from conveyor.messaging.queue import Queue
 from conveyor.store import partitions as partitioning
-from conveyor.store.client.client import Backend
+from conveyor.store.client.client import Client
 from conveyor.worker.worker import Worker
 from messaging import until
 from partitioning import ack_all, audits, clear, in_a_loop, lengths, spread
@@ -42,7 +42,7 @@ class TestWrongNumber:
     @pytest.mark.parametrize("wrong", [1, 4, 16])
     def test_whoever_says_another_number_is_refused(self, url, queue8, wrong):
         """Pushes, pulls and consumers with another number raise E34, store and take nothing, and say what to do."""
-        other = Backend(url)
+        other = Client(url)
         mine = spread(other, wrong) if wrong > 1 else Queue(other, "orders", lease_ms=2000)
         queue8.push_many(range(8))
         for attempt in (
@@ -62,7 +62,7 @@ class TestWrongNumber:
         """A program that begins to say partitions= on a queue in use is refused, and what is queued stays."""
         plain = Queue(backend, "orders", lease_ms=2000)
         plain.push_many(range(5))
-        mine = spread(Backend(url))
+        mine = spread(Client(url))
         for attempt in (lambda: mine.push(1), mine.pull):
             with pytest.raises(ConfigurationError, match="has 1 partition, and this program says 8"):
                 attempt()
@@ -219,7 +219,7 @@ class TestRepartition:
             taken = []
             thread = threading.Thread(target=produce)
             thread.start()
-            other = spread(Backend(url), before)
+            other = spread(Client(url), before)
             deadline, codes = time.monotonic() + 20, set()
             while not refused and time.monotonic() < deadline:
                 taken += ack_all(other.pull(1000))
@@ -253,7 +253,7 @@ class TestRepartition:
         thread = threading.Thread(target=take)
         thread.start()
         until(lambda: queue8.stats().workers == 1)
-        spread(Backend(url)).repartition(4)
+        spread(Client(url)).repartition(4)
         thread.join(10)
         assert failed == ["E34"]
 
@@ -273,7 +273,7 @@ class TestRepartition:
 
     def test_a_change_that_was_not_completed_is_completed_by_the_next(self, url, backend, queue8):
         """With the queue shut, pushes wait and then say so; the same command again completes it, wherever it stood."""
-        other = Backend(url, patience=0.2)
+        other = Client(url, patience=0.2)
         mine = spread(other)
         whole = backend.keys("orders")
         for steps in (1, 2, 5, 9):

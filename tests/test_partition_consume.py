@@ -13,10 +13,10 @@ from collections import Counter
 
 import pytest
 
-from conveyor.messaging.consumer.partition_steps import Rest, Rota, Visit
-from conveyor.messaging.consumer.steps import Flow
-from conveyor.messaging.leases import Lessee, Suspects
-from conveyor.messaging.settlement import Verdict
+from conveyor.messaging.consumer.partition_steps import PartitionRoundRobin, PartitionTurnStep, PartitionWaitStep
+from conveyor.messaging.consumer.steps import ConsumerSteps
+from conveyor.messaging.leases import DeadWorkerDetector, LeaseSession
+from conveyor.messaging.settlement import SettlementPolicy
 from conveyor.store import operations
 from conveyor.store.keys import QueueKeys
 from messaging import until
@@ -317,24 +317,37 @@ def _blocked(backend):
 
 def test_a_rota_looks_at_all_before_it_rests():
     """At first every partition may have work: each is visited once, then all are waited for at once."""
-    lessees = [Lessee(QueueKeys("c", f"q/{n}"), 6000, b"", Suspects(6000), clock=lambda: 0.0) for n in range(4)]
-    verdict = Verdict(FAST, "w")
-    rota = Rota(
-        [Flow(lessee, verdict, lambda leased: leased, clock=lambda: 0.0) for lessee in lessees], 2, clock=lambda: 0.0
+    lessees = [
+        LeaseSession(QueueKeys("c", f"q/{n}"), 6000, b"", DeadWorkerDetector(6000), clock=lambda: 0.0) for n in range(4)
+    ]
+    verdict = SettlementPolicy(FAST, "w")
+    rota = PartitionRoundRobin(
+        [ConsumerSteps(lessee, verdict, lambda leased: leased, clock=lambda: 0.0) for lessee in lessees],
+        2,
+        clock=lambda: 0.0,
     )
     program = rota.fetch(3)
     steps = [next(program) for _ in range(5)]
-    assert steps[:4] == [Visit(2, 3), Visit(3, 3), Visit(0, 3), Visit(1, 3)]
-    assert isinstance(steps[4], Rest)
+    assert steps[:4] == [
+        PartitionTurnStep(2, 3),
+        PartitionTurnStep(3, 3),
+        PartitionTurnStep(0, 3),
+        PartitionTurnStep(1, 3),
+    ]
+    assert isinstance(steps[4], PartitionWaitStep)
     assert not steps[4].full
     rota.rung(1)
-    assert next(program) == Visit(1, 3)
+    assert next(program) == PartitionTurnStep(1, 3)
 
 
 def test_a_rota_does_not_wait_while_it_holds_too_much():
     """A partition at which a consumer holds as much as it may is not asked for more."""
-    lessee = Lessee(QueueKeys("c", "q/0"), 6000, b"", Suspects(6000), clock=lambda: 0.0)
+    lessee = LeaseSession(QueueKeys("c", "q/0"), 6000, b"", DeadWorkerDetector(6000), clock=lambda: 0.0)
     lessee.held = {str(n): object() for n in range(operations.MOST_HELD)}
-    rota = Rota([Flow(lessee, Verdict(FAST, "w"), lambda leased: leased, clock=lambda: 0.0)], 0, clock=lambda: 0.0)
+    rota = PartitionRoundRobin(
+        [ConsumerSteps(lessee, SettlementPolicy(FAST, "w"), lambda leased: leased, clock=lambda: 0.0)],
+        0,
+        clock=lambda: 0.0,
+    )
     step = next(rota.fetch(3))
-    assert step == Rest(step.seconds, full=True)
+    assert step == PartitionWaitStep(step.seconds, full=True)

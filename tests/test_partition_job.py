@@ -255,10 +255,10 @@ def test_pushes_are_kept_while_redis_is_away(start_server: Any, tmp_path: Path) 
 def test_counts_are_what_a_person_expects() -> None:
     """Sums; the age of the oldest of all; paused when any partition is; a worker once, though it serves all."""
     parts = [
-        inspection.Counts(1, 2, 0, 3, 4, 5.0, False, 2, 10), inspection.Counts(1, 0, 0, 0, 1, 9.0, True, 3, 10),
-        inspection.Counts(0, 0, 0, 0, 0, None, False, 2, 10),
+        inspection.QueueCounts(1, 2, 0, 3, 4, 5.0, False, 2, 10), inspection.QueueCounts(1, 0, 0, 0, 1, 9.0, True, 3, 10),
+        inspection.QueueCounts(0, 0, 0, 0, 0, None, False, 2, 10),
     ]  # fmt: skip
-    assert inspection.total(parts) == inspection.Counts(2, 2, 0, 3, 5, 9.0, True, 3, 30)
+    assert inspection.total(parts) == inspection.QueueCounts(2, 2, 0, 3, 5, 9.0, True, 3, 30)
 
 
 async def test_what_a_job_spawns_finds_its_partition(app: Conveyor) -> None:

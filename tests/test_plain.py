@@ -19,7 +19,7 @@ from conveyor.messaging.plain_list import PlainList
 from conveyor.messaging.queue import Queue
 from conveyor.messaging.retry import Retry
 from conveyor.store import inspection, operations, plain_list
-from conveyor.store.client.client import Backend
+from conveyor.store.client.client import Client
 from messaging import until
 from prompt import AT_ONCE
 
@@ -150,7 +150,7 @@ class TestForeignProducers:
         """When Redis is full and refuses to move entries, a consumer still drains the list."""
         server = start_server("--maxmemory", "16mb", "--maxmemory-policy", "noeviction")
         with server.client() as client:
-            tasks = PlainList(Backend(server.url), LIST, lease_ms=2000)
+            tasks = PlainList(Client(server.url), LIST, lease_ms=2000)
             client.rpush(LIST, "1")
             client.config_set("maxmemory", "1mb")
             with pytest.raises(ConveyorError, match="maxmemory"):
@@ -213,7 +213,7 @@ class TestForeignConsumers:
 
     def test_a_repeated_push_is_answered_not_done_again(self, backend, tasks, redis):
         """The same call twice, as after a lost reply, appends once."""
-        lanes = plain_list.Lanes()
+        lanes = plain_list.SequencePool()
         with lanes.one() as lane:
             call = plain_list.push(tasks.keys, lane, [b"1", b"2"])
         backend.run(call)
@@ -248,7 +248,7 @@ class TestForeignConsumers:
 class TestAwaitable:
     async def test_push_and_consume(self, url, redis):
         """The awaitable forms, with a consumer that waits when the entries come."""
-        backend = Backend(url)
+        backend = Client(url)
         tasks = PlainList(backend, LIST, lease_ms=2000)
         await tasks.apush(1)
         await tasks.apush_many([2, 3])

@@ -19,10 +19,10 @@ import uvloop
 
 import process_jobs
 from conveyor import ConfigurationError, Conveyor, JobFailed, PayloadError, Retry, Snooze, ids
-from conveyor.messaging.retry import Again, Dead, State, after_failure
+from conveyor.messaging.retry import GiveUp, RetryAfter, State, after_failure
 from conveyor.payload import failures
-from conveyor.payload.records import Extra
-from conveyor.worker.execution.processes import ProcessCrashed, Processes
+from conveyor.payload.records import EnvelopeOptions
+from conveyor.worker.execution.processes import ProcessCrashed, ProcessPool
 from prompt import AT_ONCE
 from working import audit, drain
 
@@ -39,21 +39,21 @@ def attempt(name: str, /, **arguments: Any) -> Any:
         body=json.dumps(arguments).encode(),
         public_id=ids.public("default", ID),
         number=3,
-        envelope=SimpleNamespace(extra=Extra(headers={"trace": "t1"})),
+        envelope=SimpleNamespace(extra=EnvelopeOptions(headers={"trace": "t1"})),
         consumer=SimpleNamespace(queue="default"),
         move_deadline=lambda ms: None,
     )
 
 
 @pytest.fixture
-async def processes() -> AsyncIterator[Processes]:
-    found = Processes(APP, 2)
+async def processes() -> AsyncIterator[ProcessPool]:
+    found = ProcessPool(APP, 2)
     yield found
     await found.close()
 
 
 @pytest.fixture
-def run(processes: Processes) -> Run:
+def run(processes: ProcessPool) -> Run:
     return lambda name, /, **arguments: processes.run(attempt(name, **arguments))
 
 
@@ -91,7 +91,7 @@ async def test_arguments_and_result_arrive_typed(run: Run) -> None:
 
 async def test_a_process_is_used_again() -> None:
     """Jobs one after the other share a process, until it has done its number of jobs."""
-    processes = Processes(APP, 2, max_jobs=3)
+    processes = ProcessPool(APP, 2, max_jobs=3)
 
     pids = [await processes.run(attempt("pid")) for _ in range(4)]
 
@@ -101,7 +101,7 @@ async def test_a_process_is_used_again() -> None:
 
 
 async def test_an_idle_process_ends_in_order(
-    processes: Processes, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    processes: ProcessPool, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A process that was idle for long closes its lifespan and ends, and the next job gets a fresh one."""
     monkeypatch.setenv("CLOSED_MARKER", str(tmp_path / "closed"))
@@ -114,7 +114,7 @@ async def test_an_idle_process_ends_in_order(
     assert await run("pid") != first
 
 
-async def test_close_leaves_no_process(run: Run, processes: Processes, tmp_path: Path) -> None:
+async def test_close_leaves_no_process(run: Run, processes: ProcessPool, tmp_path: Path) -> None:
     """Closing ends idle processes and busy ones, and what waits for a process is told."""
     busy, pids = await staying(run, tmp_path, "busy")
     idle = await run("pid")
@@ -157,7 +157,7 @@ async def test_an_error_is_matched_by_the_policy(run: Run) -> None:
     policy = process_jobs.app.tasks["process_jobs.decline"].settings.retry
     assert isinstance(error, process_jobs.Declined)
     assert isinstance(error, LookupError)
-    assert isinstance(after_failure(policy, State(), 1, error, b"{}"), Dead)
+    assert isinstance(after_failure(policy, State(), 1, error, b"{}"), GiveUp)
     record = failures.describe(error, 1, 0, "w")
     assert record.type == "process_jobs.TooPoor"
     assert record.message == "declined: no money"
@@ -192,7 +192,7 @@ async def test_every_error_arrives(run: Run, kind: str, type_: str, base: type[E
     assert record.type == type_
     assert "raise errors[kind]" in record.traceback
     assert record.message == failures.message(caught.value)
-    assert isinstance(after_failure(Retry(), State(), 1, caught.value, b"{}"), Again)
+    assert isinstance(after_failure(Retry(), State(), 1, caught.value, b"{}"), RetryAfter)
     if kind not in {"cancelled", "interrupt"}:
         assert record.message
 
@@ -212,7 +212,7 @@ async def test_control_flow_and_codes_arrive(run: Run) -> None:
 
 
 @pytest.mark.row("A9")
-async def test_cancelling_kills(processes: Processes, run: Run, tmp_path: Path) -> None:
+async def test_cancelling_kills(processes: ProcessPool, run: Run, tmp_path: Path) -> None:
     """Cancelling a job kills its process and all it has started within a second, even one that holds the GIL."""
     job, pids = await staying(run, tmp_path, "stuck", hold=True)
 
@@ -227,7 +227,7 @@ async def test_cancelling_kills(processes: Processes, run: Run, tmp_path: Path) 
     assert await run("pid") != pids[0]
 
 
-async def test_cancelling_while_it_starts_leaves_nothing(processes: Processes, run: Run) -> None:
+async def test_cancelling_while_it_starts_leaves_nothing(processes: ProcessPool, run: Run) -> None:
     """A job cancelled before its process has loaded the app leaves no process behind, at whatever step."""
     for steps in (1, 3, 10):
         job = asyncio.ensure_future(run("pid"))
@@ -299,7 +299,7 @@ async def test_a_stop_of_the_service_does_not_hurt(run: Run) -> None:
     assert await run("signalled") == -signal.SIGTERM
 
 
-async def test_a_job_extends_its_limit(processes: Processes) -> None:
+async def test_a_job_extends_its_limit(processes: ProcessPool) -> None:
     """`context.extend` in a process moves the time limit that the worker keeps."""
     asked: list[int] = []
     one = attempt("extend", ms=90_000)
@@ -313,9 +313,9 @@ async def test_a_job_extends_its_limit(processes: Processes) -> None:
 async def test_an_app_that_does_not_load_is_named() -> None:
     """Without an app, or with one that a fresh process cannot load, the error says what is wrong."""
     with pytest.raises(ConfigurationError, match="conveyor worker module:app"):
-        await Processes(None, 1).run(attempt("pid"))
+        await ProcessPool(None, 1).run(attempt("pid"))
 
-    processes = Processes("process_jobs:lost", 1)
+    processes = ProcessPool("process_jobs:lost", 1)
     with pytest.raises(ConfigurationError, match=r"process_jobs:lost.*has no attribute 'lost'") as caught:
         await processes.run(attempt("pid"))
     assert caught.value.code == "E08"
@@ -324,7 +324,7 @@ async def test_an_app_that_does_not_load_is_named() -> None:
 
 PARENT = """
 import asyncio, sys
-from conveyor.worker.execution.processes import Processes
+from conveyor.worker.execution.processes import ProcessPool
 from test_process import APP, attempt
 asyncio.run(Processes(APP, 1).run(attempt("stay", place=sys.argv[1], name="orphan", hold=True)))
 """
@@ -348,7 +348,7 @@ def test_it_works_on_uvloop(tmp_path: Path) -> None:
     """On uvloop, results, errors, crashes and kills are the same."""
 
     async def all_of_it() -> None:
-        processes = Processes(APP, 2)
+        processes = ProcessPool(APP, 2)
 
         def run(name: str, /, **arguments: Any) -> Awaitable[Any]:
             return processes.run(attempt(name, **arguments))

@@ -14,7 +14,7 @@ from conveyor.errors import ConfigurationError, PayloadError, QueueFull
 from conveyor.messaging.message import Batch
 from conveyor.messaging.queue import Queue
 from conveyor.store import inspection
-from conveyor.store.client.client import Backend
+from conveyor.store.client.client import Client
 from prompt import AT_ONCE
 
 
@@ -282,7 +282,7 @@ async def apush(queue, value, options):
 
 @pytest.fixture
 async def queue_in_loop(url):
-    backend = Backend(url)
+    backend = Client(url)
     yield Queue(backend, "orders", Order, lease_ms=2000)
     await backend.aclose()
 
@@ -303,7 +303,7 @@ class TestCare:
 
     def test_repr_does_not_connect(self, url):
         """Before its first use a queue prints its name alone."""
-        assert repr(Queue(Backend("redis://127.0.0.1:1/0"), "orders", lease_ms=1000)) == "<Queue orders>"
+        assert repr(Queue(Client("redis://127.0.0.1:1/0"), "orders", lease_ms=1000)) == "<Queue orders>"
 
     def test_purge_takes_what_waits(self, queue):
         """Ready and scheduled messages go, leased and dead ones stay; dead ones go on request."""

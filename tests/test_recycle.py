@@ -13,7 +13,7 @@ from click.testing import CliRunner
 
 from conveyor.cli import cli
 from conveyor.worker import recycling
-from conveyor.worker.recycling import Quota
+from conveyor.worker.recycling import RecycleLimits
 from fleet import Fleet, fleet, wait
 
 MB = 1_000_000
@@ -195,11 +195,11 @@ def test_a_burst_waits_for_retries_of_who_was_replaced(crew: Fleet) -> None:
 
 def test_limits_are_drawn_apart_and_never_above() -> None:
     """Each process draws its limit from the last tenth below the one given; without limits nothing is ever used up."""
-    drawn = {Quota(1000, None).left(0) for _ in range(200)}
+    drawn = {RecycleLimits(1000, None).left(0) for _ in range(200)}
     assert 900 <= min(drawn) < max(drawn) <= 1000
     assert len(drawn) > 30
-    assert Quota(3, None).left(0) == 3
-    free = Quota(None, None)
+    assert RecycleLimits(3, None).left(0) == 3
+    free = RecycleLimits(None, None)
     free.begin()
     assert free.used_up(10**9) is None
 

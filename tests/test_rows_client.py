@@ -18,7 +18,7 @@ import pytest
 from chaos.proxy import Proxy
 from conveyor import Conveyor
 from conveyor.store import operations
-from conveyor.store.fork_safety import lazy
+from conveyor.store.fork_safety import lazy_property
 from conveyor.worker.worker import Worker
 from forking import exit_code, exit_codes, in_child
 from server import Server
@@ -83,7 +83,7 @@ def test_a_fork_while_another_thread_computes_what_is_kept() -> None:
     amid, go = threading.Event(), threading.Event()
 
     class Kept:
-        @lazy
+        @lazy_property
         def value(self) -> int:
             if threading.current_thread() is not threading.main_thread():
                 amid.set()

@@ -14,7 +14,7 @@ from conveyor import Context, Conveyor, JobFailed, Retry, current
 from conveyor.errors import StoreUnavailable
 from conveyor.ids import split
 from conveyor.store import inspection, operations
-from conveyor.store.transport.async_connection import Wire, WireLost
+from conveyor.store.transport.async_connection import AsyncConnection, ConnectionLost
 from conveyor.store.transport.connection import Connection
 from handworker import HandWorker
 from working import audit, counts, until
@@ -40,7 +40,7 @@ class Cut:
     @contextmanager
     def everywhere(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         """Lie in wait on blocking connections and on wires."""
-        cut, sendall, receive, wired = self, Connection._send, Connection._receive, Wire.send
+        cut, sendall, receive, wired = self, Connection._send, Connection._receive, AsyncConnection.send
         doomed: set[Connection] = set()
 
         def send(connection: Connection, command: tuple[Any, ...]) -> None:
@@ -59,10 +59,10 @@ class Cut:
                 raise TransportError("cut")
             return reply
 
-        def wire_send(wire: Wire, command: tuple[Any, ...], answer: Any, **options: Any) -> None:
+        def wire_send(wire: AsyncConnection, command: tuple[Any, ...], answer: Any, **options: Any) -> None:
             def lose() -> None:
-                wire.drop(WireLost("cut"))
-                answer(WireLost("cut"))
+                wire.drop(ConnectionLost("cut"))
+                answer(ConnectionLost("cut"))
 
             if not cut.falls(command):
                 wired(wire, command, answer, **options)
@@ -74,7 +74,7 @@ class Cut:
         with monkeypatch.context() as patch:
             patch.setattr(Connection, "_send", send)
             patch.setattr(Connection, "_receive", answered)
-            patch.setattr(Wire, "send", wire_send)
+            patch.setattr(AsyncConnection, "send", wire_send)
             yield
 
 

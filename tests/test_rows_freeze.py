@@ -18,7 +18,7 @@ import pytest
 from conveyor import Conveyor
 from conveyor.ids import split
 from conveyor.store import inspection, operations
-from conveyor.store.operations import Report
+from conveyor.store.operations import TurnReport
 from fleet import Fleet, fleet, wait
 from handworker import LEASE_MS, HandWorker
 
@@ -128,8 +128,8 @@ def test_a_late_beat_does_not_raise_the_dead(url: str, rounds: Rounds) -> None:
         before = ends()
         for number in range(rounds(1000, 100)):
             assert app.backend.run(operations.beat(keys, late.identity, LEASE_MS)) is False
-            with pytest.raises(operations.Unregistered):
-                app.backend.run(operations.turn(keys, late.identity, 2 + number, 0, LEASE_MS, Report(done=[id_])))
+            with pytest.raises(operations.WorkerUnregistered):
+                app.backend.run(operations.turn(keys, late.identity, 2 + number, 0, LEASE_MS, TurnReport(done=[id_])))
             assert app.backend.run(operations.extend(keys, late.identity, id_, "other", LEASE_MS, b"{}")) is False
         assert ends() == before
         assert app.backend.run(operations.held(keys, current.identity)) == [id_]

@@ -15,7 +15,7 @@ from conveyor.errors import ConfigurationError, QueueFull
 from conveyor.events import JobLost
 from conveyor.jobs.app import Conveyor
 from conveyor.store.transport import eviction
-from conveyor.store.transport.async_connection import Wire
+from conveyor.store.transport.async_connection import AsyncConnection
 from server import Server
 from working import audit, drain, until, working
 
@@ -91,14 +91,14 @@ async def test_a_policy_that_turns_bad_under_a_worker_is_said(
     assert eviction.EVERY == 3600
     monkeypatch.setattr(eviction, "EVERY", 0.01)
     server = start_server("--maxmemory", "100mb", "--maxmemory-policy", "allkeys-lru")  # it was away when it was asked
-    app, looks, ask = Conveyor(server.url), list[object](), Wire.ask
+    app, looks, ask = Conveyor(server.url), list[object](), AsyncConnection.ask
     app.task(name="note")(lambda n: None)
 
-    async def counted(self: Wire, *command: str, **options: float) -> object:
+    async def counted(self: AsyncConnection, *command: str, **options: float) -> object:
         looks.append(reply := await ask(self, *command, **options))
         return reply
 
-    monkeypatch.setattr(Wire, "ask", counted)
+    monkeypatch.setattr(AsyncConnection, "ask", counted)
 
     def said() -> list[str]:
         return [record.getMessage().split(".")[0] for record in caplog.records if record.getMessage().startswith("E10")]

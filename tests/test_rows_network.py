@@ -16,9 +16,9 @@ from redis import Redis
 from chaos.proxy import Proxy
 from conveyor.jobs.app import Conveyor
 from conveyor.store.transport import replies
-from conveyor.store.transport.async_connection import Wire
+from conveyor.store.transport.async_connection import AsyncConnection
 from conveyor.store.transport.connection import Connection
-from conveyor.store.transport.url import Address
+from conveyor.store.transport.url import StandaloneServer
 from load import Load
 from server import Server
 from working import until, working
@@ -139,7 +139,7 @@ async def test_our_sockets_keep_themselves_alive(start_server: Start) -> None:
     """Both kinds of connection have TCP keepalive on, so that a peer which is gone is noticed where nothing is sent."""
     server = start_server()
     with Proxy(server.socket) as proxy:
-        wire, connection = Wire(Address(proxy.url)), Connection(Address(proxy.url))
+        wire, connection = AsyncConnection(StandaloneServer(proxy.url)), Connection(StandaloneServer(proxy.url))
         await wire.open()
         connection.execute("PING")
         for one in (wire._transport.get_extra_info("socket"), connection._socket):
@@ -154,7 +154,7 @@ async def test_a_herd_comes_back_one_by_one(start_server: Start, rounds: Rounds)
     """Many connections that were lost at once try again spread out: a few times each, evenly, and not all in the same moment."""
     server, herd = start_server("--maxclients", "1000"), rounds(400, 100)
     with Proxy(server.socket) as proxy:
-        wires = [Wire(Address(proxy.url)) for _ in range(herd)]
+        wires = [AsyncConnection(StandaloneServer(proxy.url)) for _ in range(herd)]
         for wire in wires:
             await wire.open()
         proxy.refuse()
@@ -173,7 +173,7 @@ async def test_a_herd_comes_back_one_by_one(start_server: Start, rounds: Rounds)
     assert max(pauses.values()) < 1.3 * 20_000 / 20  # evenly over 2 s, once they have failed for a while
 
 
-async def _ping(wire: Wire) -> object:
+async def _ping(wire: AsyncConnection) -> object:
     from conveyor.store.operations import announce
 
     return await wire.run(announce("conveyor:queues", "herd"), patience=None)
@@ -193,14 +193,14 @@ async def test_a_wire_that_is_closed_while_it_opens(start_server: Start) -> None
     """What comes of an opening after the end of its wire is closed as well: no connection stays behind."""
     server, begun, go = start_server(), asyncio.Event(), asyncio.Event()
 
-    class Slow(Address):
+    class Slow(StandaloneServer):
         async def aopen(self) -> Any:
             opened = await super().aopen()
             begun.set()
             await go.wait()
             return opened
 
-    wire = Wire(Slow(server.url))
+    wire = AsyncConnection(Slow(server.url))
     opening = asyncio.create_task(wire.open())
     await begun.wait()
     wire.close()

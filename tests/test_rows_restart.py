@@ -12,7 +12,7 @@ import pytest
 
 from conveyor.jobs.app import Conveyor
 from conveyor.store import inspection
-from conveyor.store.operations import Unregistered
+from conveyor.store.operations import WorkerUnregistered
 from hand import Hand
 from load import Load
 from server import Server
@@ -86,7 +86,7 @@ def test_an_outcome_told_to_a_server_that_forgot_leaves_nothing(start_server: St
         [id_] = hand.take()
         with server.client() as client:
             client.flushall()
-            with pytest.raises(Unregistered):
+            with pytest.raises(WorkerUnregistered):
                 hand.done(id_, 1)
             assert client.keys() == []
 

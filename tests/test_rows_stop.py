@@ -16,8 +16,8 @@ import pytest
 
 from conveyor import Conveyor, current
 from conveyor.store import operations
-from conveyor.store.transport.async_connection import Wire
-from conveyor.worker.leasing.queue_consumer import Consumer
+from conveyor.store.transport.async_connection import AsyncConnection
+from conveyor.worker.leasing.queue_consumer import QueueConsumer
 from conveyor.worker.worker import Worker
 from fleet import fleet, wait
 from server import Server
@@ -96,19 +96,19 @@ async def test_a_stop_amid_a_claim_loses_nothing(
 
         workers: list[Worker] = []
         leased: list[int] = []
-        send, answered, absorb = Wire.send, Consumer._answered, Consumer._absorb
+        send, answered, absorb = AsyncConnection.send, QueueConsumer._answered, QueueConsumer._absorb
 
-        def sent_and_stopped(wire: Wire, command: Any, answer: Any, **options: Any) -> None:
+        def sent_and_stopped(wire: AsyncConnection, command: Any, answer: Any, **options: Any) -> None:
             send(wire, command, answer, **options)
             if command[:2] == ("EVALSHA", operations.TURN.sha) and not workers[-1]._stop_asked.is_set():
                 workers[-1].stop()
 
-        def stopped_and_answered(consumer: Consumer, reply: Any) -> None:
+        def stopped_and_answered(consumer: QueueConsumer, reply: Any) -> None:
             if not isinstance(reply, Exception):  # a new server does not know the script yet
                 workers[-1].stop()
             answered(consumer, reply)
 
-        def counted(consumer: Consumer, turn: Any, report: Any) -> None:
+        def counted(consumer: QueueConsumer, turn: Any, report: Any) -> None:
             assert workers[-1]._stop_asked.is_set()
             leased.append(len(turn.ids))
             absorb(consumer, turn, report)
@@ -117,11 +117,11 @@ async def test_a_stop_amid_a_claim_loses_nothing(
         for number in range(times):
             await app.aenqueue_many(note.s(10 * number + n) for n in range(10))
             with monkeypatch.context() as patch:
-                patch.setattr(Consumer, "_absorb", counted)
+                patch.setattr(QueueConsumer, "_absorb", counted)
                 if when == "sent":
-                    patch.setattr(Wire, "send", sent_and_stopped)
+                    patch.setattr(AsyncConnection, "send", sent_and_stopped)
                 else:
-                    patch.setattr(Consumer, "_answered", stopped_and_answered)
+                    patch.setattr(QueueConsumer, "_answered", stopped_and_answered)
                 workers.append(Worker(app, concurrency=3, grace=5))
                 leased.clear()
                 assert await asyncio.wait_for(workers[-1].run(), 30) == 0

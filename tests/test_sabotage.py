@@ -49,9 +49,9 @@ CAUGHT = (
     AssertionError,
     LookupError,
     ConveyorError,
-    operations.LateTurn,
-    operations.LateReply,
-    operations.Unregistered,
+    operations.StaleTurn,
+    operations.StalePush,
+    operations.WorkerUnregistered,
 )
 
 

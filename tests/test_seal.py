@@ -12,7 +12,7 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from conveyor.errors import ConfigurationError, PayloadError
 from conveyor.jobs.app import Conveyor
-from conveyor.payload.pipeline import PLAIN, Sealing, choose
+from conveyor.payload.pipeline import PLAIN, PayloadPipeline, choose
 from conveyor.payload.signing import Keyring
 from conveyor.payload.wrapped import bound, describe, read
 from conveyor.units import size
@@ -21,7 +21,7 @@ SECRET = "a secret of more than sixteen bytes"
 PLACE = {"queue": "mail", "task": "send", "id": "an id"}
 
 
-def sealing(keys=None, *, encrypt=False, compress=None) -> Sealing:
+def sealing(keys=None, *, encrypt=False, compress=None) -> PayloadPipeline:
     made = choose(
         keys=keys or {"k1": SECRET}, encrypt=encrypt, compress=compress, large=None, large_above=1, max_large=1,
         max_payload=1 << 20,

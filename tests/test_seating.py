@@ -14,9 +14,9 @@ import process_jobs
 from conveyor import Conveyor, JobFailed, Retry, current
 from conveyor.ids import split
 from conveyor.store import operations
-from conveyor.store.operations import Report, Settlement
-from conveyor.worker.crash_attribution import BESIDE, EXECUTING, FULL, LOOP, SEATS, Seating, Seats, named
-from conveyor.worker.shared_memory import Board, Slot, Spec
+from conveyor.store.operations import Settlement, TurnReport
+from conveyor.worker.crash_attribution import BESIDE, EXECUTING, FULL, LOOP, SEATS, RunningSnapshot, RunningTable, named
+from conveyor.worker.shared_memory import ChildSlot, ChildSpec, SharedMemory
 from conveyor.worker.worker import Worker
 from fleet import fleet, wait
 from handworker import HandWorker
@@ -27,22 +27,22 @@ ON_LOOP, ON_THREAD, WAITS, PREFETCHED = IDS
 
 
 @pytest.fixture
-def slot() -> Iterator[Slot]:
-    board = Board(1)
+def slot() -> Iterator[ChildSlot]:
+    board = SharedMemory(1)
     made = board.slot(0)
-    made.prepare(Spec("shop:app", {}, 1, 1, burst=False, grace=1))
+    made.prepare(ChildSpec("shop:app", {}, 1, 1, burst=False, grace=1))
     yield made
     board.close()
 
 
-def seated(*, loop: str = "", thread: str = "", waits: str = "", beside: str = "") -> Seating:
+def seated(*, loop: str = "", thread: str = "", waits: str = "", beside: str = "") -> RunningSnapshot:
     cells = [0] * SEATS
     cells[LOOP] = named(loop) if loop else 0
     cells[FULL + 1] = named(thread) | EXECUTING if thread else 0
     cells[FULL + 2] = named(waits) if waits else 0
     cells[FULL + 3] = cells[LOOP]  # it has suspended once
     cells[FULL + 4] = named(beside) | BESIDE if beside else 0
-    found = Seating.read(cells)
+    found = RunningSnapshot.read(cells)
     assert found is not None
     return found
 
@@ -62,29 +62,29 @@ def seated(*, loop: str = "", thread: str = "", waits: str = "", beside: str = "
         (seated(loop="of another queue", waits=WAITS), True, [], []),
     ],
 )  # fmt: skip
-def test_who_is_to_blame(seating: Seating, fault: bool, blamed: list[str], near: list[str]) -> None:
+def test_who_is_to_blame(seating: RunningSnapshot, fault: bool, blamed: list[str], near: list[str]) -> None:
     """What was executed is to blame; what was under way only when it was killed, or nothing else was; what had not begun never."""
     assert seating.judge(IDS, fault=fault) == (blamed, near)
 
 
 def test_more_jobs_than_seats_rule_nobody_out() -> None:
     """Who finds no seat takes the last one for ever; then nothing is known. Seats that are left are taken again."""
-    seats = Seats(memoryview(bytearray(8 * SEATS)).cast("q"))
+    seats = RunningTable(memoryview(bytearray(8 * SEATS)).cast("q"))
     taken = [seats.take() for _ in range(SEATS - 2)]
     assert len({*taken, LOOP, FULL}) == SEATS
     seats.cells[taken[5]] = named("a")
     seats.leave(taken[5])
     assert seats.cells[taken[5]] == 0
     assert seats.take() == taken[5]
-    assert Seating.read(seats.cells) == Seating(frozenset(), frozenset())
+    assert RunningSnapshot.read(seats.cells) == RunningSnapshot(frozenset(), frozenset())
 
     assert seats.take() == FULL
     seats.cells[FULL] = named("b")
     seats.leave(FULL)
-    assert Seating.read(seats.cells) is None
+    assert RunningSnapshot.read(seats.cells) is None
 
 
-async def test_a_worker_shows_what_it_runs(app: Conveyor, slot: Slot) -> None:
+async def test_a_worker_shows_what_it_runs(app: Conveyor, slot: ChildSlot) -> None:
     """A job is executing before its first wait, waiting during it, executing after it; on a thread it executes; then it is gone."""
     go, seen, begun = threading.Event(), list[tuple[bool, bool]](), asyncio.Event()
 
@@ -119,8 +119,8 @@ async def test_a_worker_shows_what_it_runs(app: Conveyor, slot: Slot) -> None:
         await job.aresult("5s")
 
     assert seen == [(True, False)] * 4
-    assert found == Seating(frozenset({executing}), frozenset({waiting}))
-    assert slot.seating() == Seating(frozenset(), frozenset())
+    assert found == RunningSnapshot(frozenset({executing}), frozenset({waiting}))
+    assert slot.seating() == RunningSnapshot(frozenset(), frozenset())
     worker.stop()
     assert await running == 0
     await app.aclose()
@@ -128,10 +128,10 @@ async def test_a_worker_shows_what_it_runs(app: Conveyor, slot: Slot) -> None:
 
 @pytest.mark.parametrize("run_in", ["loop", "thread"])
 async def test_who_found_no_seat_is_never_forgotten(
-    url: str, slot: Slot, monkeypatch: pytest.MonkeyPatch, run_in: str
+    url: str, slot: ChildSlot, monkeypatch: pytest.MonkeyPatch, run_in: str
 ) -> None:  # fmt: skip
     """The end of one job without a seat of its own does not hide that others may run without one."""
-    monkeypatch.setattr(Seats, "take", lambda _: FULL)
+    monkeypatch.setattr(RunningTable, "take", lambda _: FULL)
     async with Conveyor(url) as app:
 
         @app.task
@@ -161,7 +161,7 @@ def test_a_crash_that_was_counted_before_is_kept_or_taken_back(app: Conveyor, ho
     hand = HandWorker(app.backend, "default")
     ids = [split(public)[1] for public in hand.take(4)]
     marks = [Settlement("M", ids[2], state=b"1 0 2+"), Settlement("M", ids[3], state=b"1 0 2*")]
-    hand._turn(0, Report(others=marks))
+    hand._turn(0, TurnReport(others=marks))
     blame = {"blamed": (ids, []), "near": ([], ids), "neither": ([], [])}.get(how)
 
     app.backend.run(operations.reap(hand.keys, hand.identity, crashed=how != "leave", blame=blame))
@@ -190,9 +190,9 @@ def test_a_fault_is_charged_to_who_was_executed(url: str, tmp_path: Path, how: s
 
 
 @pytest.mark.row("A8")
-async def test_a_process_is_charged_until_its_crash_is_settled(url: str, slot: Slot) -> None:
+async def test_a_process_is_charged_until_its_crash_is_settled(url: str, slot: ChildSlot) -> None:
     """A job whose own process died is beside until Redis knows: when the worker dies just then, the crash counts all the same."""
-    seen: list[tuple[str, Seating | None]] = []
+    seen: list[tuple[str, RunningSnapshot | None]] = []
 
     class Look(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:

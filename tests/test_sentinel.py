@@ -15,8 +15,8 @@ from conveyor import Conveyor
 from conveyor.errors import ConfigurationError, ConveyorError, StoreUnavailable
 from conveyor.jobs import results
 from conveyor.store import inspection
-from conveyor.store.client.client import Backend
-from conveyor.store.transport.endpoint import Place
+from conveyor.store.client.client import Client
+from conveyor.store.transport.endpoint import Endpoint
 from conveyor.store.transport.url import redact
 from server import Server
 from topology import Node, Watched, free_port, wait_for
@@ -185,9 +185,9 @@ def test_subscriber_notices_a_server_that_fell_silent(
     monkeypatch.setattr(results, "PING_AFTER", 0.1)
     monkeypatch.setattr(results, "PONG_WITHIN", 0.2)
     server = start_server()
-    backend = Backend(server.url)
-    replies = results.Replies(backend)
-    listener = results.Listener(replies, backend)
+    backend = Client(server.url)
+    replies = results.ResultSubscriber(backend)
+    listener = results.SubscriptionThread(replies, backend)
     try:
         assert listener.ready.wait(5)
         with server.client() as client:
@@ -240,7 +240,7 @@ def test_master_the_sentinels_do_not_know_is_answered_with_those_they_do(watched
 def test_no_sentinel_that_answers_is_an_outage(url: str) -> None:
     """When no sentinel is there the error names each, within the caller's patience and without the passwords."""
     one, two = free_port(), free_port()
-    backend = Backend(
+    backend = Client(
         f"redis+sentinel://u:secret@127.0.0.1:{one},127.0.0.1:{two}/main?sentinel_password=hush", patience=0.5
     )
     began = time.monotonic()
@@ -274,12 +274,12 @@ def test_wrong_url_is_refused_where_it_is_written(wrong: str, code: str, says: s
 def test_parts_of_a_url_go_where_they_belong() -> None:
     """Credentials and database are the master's, the sentinels have their own, other options are everybody's."""
     url = "rediss+sentinel://me:p%40ss@h1,[::1]:7/main?db=3&sentinel_username=s&sentinel_password=x%2Fy&ssl_cert_reqs=none"
-    address: Any = Backend(url).address
+    address: Any = Client(url).address
     assert address.address(("m", 6380)).url == "rediss://me:p%40ss@m:6380/3?ssl_cert_reqs=none"
     assert [one.url for one in address.preferred()] == [
         "rediss://s:x%2Fy@h1:26379/?ssl_cert_reqs=none", "rediss://s:x%2Fy@[::1]:7/?ssl_cert_reqs=none",
     ]  # fmt: skip
-    place: Place = address.place("any")
+    place: Endpoint = address.place("any")
     assert str(place) == redact(url) == (
         "rediss+sentinel://me:***@h1,[::1]:7/main?db=3&sentinel_username=s&sentinel_password=***&ssl_cert_reqs=none"
     )  # fmt: skip

@@ -17,7 +17,7 @@ import pytest
 
 from conveyor.errors import ConfigurationError, PayloadError
 from conveyor.payload.codec import MAX_PAYLOAD, ValueCodec
-from conveyor.payload.signature import Signature
+from conveyor.payload.signature import TaskSignature
 
 
 class Color(Enum):
@@ -118,7 +118,7 @@ CALLS = [
 @pytest.mark.parametrize(("function", "args", "kwargs", "body"), CALLS, ids=range(len(CALLS)))
 def test_a_call_arrives_as_it_was_made(function, args, kwargs, body):
     """Calling with what was decoded is calling with what was encoded, and only what was given is stored."""
-    signature = Signature(function, "task")
+    signature = TaskSignature(function, "task")
     data = signature.encode(args, kwargs)
     assert json.loads(data) == json.loads(body)
     positional, keyword = signature.decode(data)
@@ -133,14 +133,14 @@ def test_defaults_are_those_of_the_worker():
     def old(a: int, b: int = 1): ...
     def new(a: int, b: int = 2, c: list[int] = shared): ...
 
-    positional, _ = Signature(new, "new").decode(Signature(old, "old").encode((1,), {}))
+    positional, _ = TaskSignature(new, "new").decode(TaskSignature(old, "old").encode((1,), {}))
     assert positional == [1, 2, []]
     assert positional[2] is shared
 
 
 def test_injected_parameters_are_left_out():
     """What the worker fills is neither stored nor taken, and what follows it goes by name."""
-    signature = Signature(injected_between, "task", injected=is_injected)
+    signature = TaskSignature(injected_between, "task", injected=is_injected)
     assert signature.injected == ("db", "context")
     assert signature.describe() == "task(x: int, *, y: int = 5, z: int = 6)"
     positional, keyword = signature.decode(signature.encode((1,), {"y": 2}))
@@ -158,7 +158,7 @@ def test_a_stored_keyword_cannot_reach_a_parameter_of_its_own():
 
     def task(a: int, *, db: Any = Worker(), **others: Any): ...  # noqa: B008
 
-    signature = Signature(task, "task", injected=is_injected)
+    signature = TaskSignature(task, "task", injected=is_injected)
     assert signature.decode(b'{"a":1,"**":{"b":2}}') == ([1], {"b": 2})
     for name in ("a", "db"):
         with pytest.raises(PayloadError, match=f"'{name}' is a parameter of its own"):
@@ -196,7 +196,7 @@ MISTAKES = [
 def test_a_wrong_call_says_what_is_wrong_and_how_to_write_it(function, args, kwargs, text):
     """A missing, unexpected or wrong argument is E03: which, why, the signature, and that nothing was enqueued."""
     with pytest.raises(PayloadError) as caught:
-        Signature(function, function.__name__).encode(args, kwargs)
+        TaskSignature(function, function.__name__).encode(args, kwargs)
     message = str(caught.value)
     assert message.startswith(text)
     assert message.endswith("Nothing was enqueued.")
@@ -210,7 +210,7 @@ def test_a_model_row_is_refused_with_what_to_pass_instead():
     def send_invoice(user): ...
 
     with pytest.raises(PayloadError) as caught:
-        Signature(send_invoice, "send_invoice").encode((Row(),), {})
+        TaskSignature(send_invoice, "send_invoice").encode((Row(),), {})
     assert caught.value.code == "E04"
     assert str(caught.value).startswith(
         "Argument 'user' of send_invoice() cannot be stored: <User: ada> is a Django model.\n"
@@ -222,7 +222,7 @@ def test_a_model_row_is_refused_with_what_to_pass_instead():
 @pytest.mark.parametrize("value", [math.nan, [None, math.inf], {"a": [math.nan]}])
 def test_nan_is_refused_also_beside_arguments_that_are_none(value):
     """NaN never becomes null, not even where other arguments are None."""
-    signature = Signature(plain, "plain")
+    signature = TaskSignature(plain, "plain")
     for args, kwargs in [((value,), {}), ((None, value), {}), ((None,), {"b": value})]:
         with pytest.raises(PayloadError, match="NaN") as caught:
             signature.encode(args, kwargs)
@@ -231,7 +231,7 @@ def test_nan_is_refused_also_beside_arguments_that_are_none(value):
 
 def test_what_argument_values_may_be_is_what_any_value_may_be():
     """Rich values need an annotation; sizes and depths count for each argument and for all of them together."""
-    signature = Signature(plain, "plain")
+    signature = TaskSignature(plain, "plain")
     deep: Any = []
     for _ in range(63):
         deep = [deep]
@@ -270,7 +270,7 @@ def test_what_argument_values_may_be_is_what_any_value_may_be():
 def test_a_payload_that_does_not_fit_says_where(body, code, text):
     """A payload of another shape of the function is E15, with the path and the function as it is now."""
     with pytest.raises(PayloadError, match=text) as caught:
-        Signature(greet, "greet").decode(body)
+        TaskSignature(greet, "greet").decode(body)
     assert caught.value.code == code
 
 
@@ -278,7 +278,7 @@ def test_a_payload_that_does_not_fit_says_where(body, code, text):
 def test_random_payloads_only_raise_payload_errors(function):
     """2,000 random or mutated payloads decode or raise PayloadError, never anything else."""
     chance = random.Random(4)
-    signature = Signature(function, "task")
+    signature = TaskSignature(function, "task")
     samples = [body.encode() for made, _, _, body in CALLS if made is function]
     refused = 0
     for _ in range(2_000):
@@ -299,12 +299,15 @@ def test_the_result_annotation_is_known():
     def nothing() -> None: ...
     def model() -> "User | None": ...
 
-    assert (Signature(greet, "t").result, Signature(greet, "t").returns_none) == (str, False)
-    assert (Signature(plain, "t").result, Signature(plain, "t").returns_none) == (inspect.Signature.empty, False)
-    assert Signature(nothing, "t").returns_none
-    codec: ValueCodec[Any] = ValueCodec(Signature(model, "t").result)
+    assert (TaskSignature(greet, "t").result, TaskSignature(greet, "t").returns_none) == (str, False)
+    assert (TaskSignature(plain, "t").result, TaskSignature(plain, "t").returns_none) == (
+        inspect.Signature.empty,
+        False,
+    )
+    assert TaskSignature(nothing, "t").returns_none
+    codec: ValueCodec[Any] = ValueCodec(TaskSignature(model, "t").result)
     assert codec.decode(codec.encode(User(id=1, name="eve"))) == User(id=1, name="eve")
-    assert ValueCodec(Signature(plain, "t").result).encode([1]) == b"[1]"
+    assert ValueCodec(TaskSignature(plain, "t").result).encode([1]) == b"[1]"
 
 
 def test_annotations_resolve_through_wrappers_and_partials():
@@ -316,7 +319,7 @@ def test_annotations_resolve_through_wrappers_and_partials():
     def wrapped(*args: Any, **kwargs: Any) -> Any: ...
 
     for function in (task, wrapped, functools.partial(task)):
-        signature = Signature(function, "task")
+        signature = TaskSignature(function, "task")
         assert signature.decode(b'{"order":{"id":"o","total":1}}')[0][0] == Order("o", 1)
         assert signature.result == list[Order]
 
@@ -340,7 +343,7 @@ def test_a_declaration_that_cannot_work_is_refused_at_once():
         (mangled, "rename its parameters"),
     ]:
         with pytest.raises(ConfigurationError, match=text):
-            Signature(function, "task", injected=is_injected)
+            TaskSignature(function, "task", injected=is_injected)
 
 
 def test_an_injected_annotation_need_not_resolve():
@@ -348,4 +351,4 @@ def test_an_injected_annotation_need_not_resolve():
 
     def task(a: int, db: "Database" = Worker()): ...  # type: ignore[name-defined]  # noqa: F821, B008
 
-    assert Signature(task, "task", injected=is_injected).injected == ("db",)
+    assert TaskSignature(task, "task", injected=is_injected).injected == ("db",)

@@ -15,8 +15,8 @@ import pytest
 from buffering import bare, line
 from conveyor.jobs.app import Conveyor
 from conveyor.sql import Outbox
-from conveyor.sql.delivery import Delivery
-from conveyor.sql.drivers import Answer, Driver, blocking
+from conveyor.sql.delivery import OutboxDelivery
+from conveyor.sql.drivers import DbapiConnection, StatementResult, blocking
 from database import Database, prepare, sqlite
 from hand import drain, eventually
 from mortal import Fate, attempt, fill
@@ -133,7 +133,7 @@ def test_two_relays_and_two_writers(app: Conveyor, outbox: Outbox, database: Dat
     def deliver(number: int) -> None:
         try:
             with closing(database.connect()) as connection:
-                delivery = Delivery(app, outbox._table)
+                delivery = OutboxDelivery(app, outbox._table)
                 while not stop.is_set() or outbox.stats().waiting:
                     delivered[number] += delivery.pass_through(blocking(connection), courtesy=number * 0.02).count
         except BaseException as error:
@@ -183,12 +183,12 @@ def test_a_claim_behind_another_is_taken_back(
     """A relay that claims while another does, which it could not see yet, lets its own claim go: one batch at a time."""
     ids = fill(outbox, database, "mail")["mail"]
 
-    class Racing(Driver):
+    class Racing(DbapiConnection):
         """A link on which another relay claims, and more is committed, right before the first look for rows."""
 
         raced = False
 
-        def run(self, sql: str, *values: object) -> Answer:
+        def run(self, sql: str, *values: object) -> StatementResult:
             if "LENGTH" in sql and not self.raced:
                 self.raced = True
                 self.commit()
@@ -198,9 +198,9 @@ def test_a_claim_behind_another_is_taken_back(
 
     with closing(database.connect()) as connection:
         own = blocking(connection)
-        assert isinstance(own, Driver)
+        assert isinstance(own, DbapiConnection)
         racing = Racing(connection, own._style, own.dialect)
-        passed = Delivery(app, outbox._table).pass_through(racing, courtesy=3600)
+        passed = OutboxDelivery(app, outbox._table).pass_through(racing, courtesy=3600)
     assert (passed.count, passed.left) == (0, True)
     assert database.one("SELECT COUNT(*) FROM conveyor_outbox WHERE batch > ''") == 3
     assert outbox.deliver() == 6
@@ -229,7 +229,7 @@ def test_another_relays_batch_is_left_to_it_for_a_while(
     assert database.one("SELECT COUNT(*) FROM conveyor_outbox WHERE batch > ''") == 3
     fill(outbox, database, "mail")
     with closing(database.connect()) as connection:
-        delivery = Delivery(app, outbox._table)
+        delivery = OutboxDelivery(app, outbox._table)
         first = delivery.pass_through(blocking(connection), courtesy=3600)
         assert (first.count, first.left) == (0, True)
         second = delivery.pass_through(blocking(connection), courtesy=0)

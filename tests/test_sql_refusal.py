@@ -15,7 +15,7 @@ from conveyor import QueueFull, StoreUnavailable
 from conveyor.errors import ConveyorError, DurabilityNotReached
 from conveyor.jobs.app import Conveyor
 from conveyor.sql import Outbox
-from conveyor.store.operations import LateReply
+from conveyor.store.operations import StalePush
 from database import Database, prepare
 from hand import eventually
 from mortal import Fate, attempt, fill
@@ -78,7 +78,7 @@ def test_a_late_copy_of_what_was_cut_counts_for_nothing(
     for message in mail.pull(4):
         message.ack()
     args, options = calls[0]
-    with pytest.raises(LateReply):
+    with pytest.raises(StalePush):
         carry(*args, **options)
     assert line(server) == []
     assert outbox.deliver() == 2

@@ -12,7 +12,7 @@ import pytest
 from conveyor.jobs.app import Conveyor
 from conveyor.jobs.context import Context, current
 from conveyor.worker.leasing.prefetch import Prefetch
-from conveyor.worker.leasing.queue_consumer import Consumer
+from conveyor.worker.leasing.queue_consumer import QueueConsumer
 from conveyor.worker.worker import Worker
 from working import counts, drain, until
 
@@ -41,9 +41,9 @@ async def test_a_stop_amid_a_lease_starts_nothing(app: Conveyor, monkeypatch: py
         seen.append((n, context.attempt))
         time.sleep(0.01)
 
-    start = Consumer._start
+    start = QueueConsumer._start
 
-    def started_and_stopped(consumer: Consumer, want: int) -> None:
+    def started_and_stopped(consumer: QueueConsumer, want: int) -> None:
         start(consumer, want)
         if want:
             worker.stop()
@@ -51,7 +51,7 @@ async def test_a_stop_amid_a_lease_starts_nothing(app: Conveyor, monkeypatch: py
     await app.aenqueue_many(app.tasks[kind].s(n) for n in range(10))
     worker = Worker(app, concurrency=3, grace=10)
     with monkeypatch.context() as patch:
-        patch.setattr(Consumer, "_start", started_and_stopped)
+        patch.setattr(QueueConsumer, "_start", started_and_stopped)
         await asyncio.wait_for(worker.run(), 10)
     assert seen == []
     found = await counts(app)

@@ -12,7 +12,7 @@ import pytest
 
 from conveyor import Buffer, ConfigurationError, Conveyor, Retry, StoreUnavailable
 from conveyor.errors import ConveyorError
-from conveyor.store.client.client import Backend
+from conveyor.store.client.client import Client
 from conveyor.store.transport import replies
 from conveyor.worker import logs
 from server import Server
@@ -49,7 +49,7 @@ def test_a_url_that_means_nothing_says_what_to_write(given: str, says: str) -> N
 def test_a_database_that_is_not_there(server: Server) -> None:
     """A number the server does not have is E02, for blocking and awaitable calls."""
     with pytest.raises(ConfigurationError, match="no database of that number") as caught:
-        Backend(re.sub(r"(/|db=)0(?=\?|$)", r"\g<1>99", server.url)).execute("PING")
+        Client(re.sub(r"(/|db=)0(?=\?|$)", r"\g<1>99", server.url)).execute("PING")
     assert caught.value.code == "E02"
 
 
@@ -68,7 +68,7 @@ def test_a_replica_takes_nothing_and_is_called_so(start_server: Start) -> None:
     replica = start_server()
     with replica.client() as client:
         client.execute_command("REPLICAOF", "127.0.0.1", "1")
-    backend = Backend(replica.url, patience=0.1)
+    backend = Client(replica.url, patience=0.1)
     with pytest.raises(StoreUnavailable, match="is a replica and takes no writes") as caught:
         backend.push(backend.keys("q"), [])
     assert "CONVEYOR_URL" not in str(caught.value)
@@ -93,7 +93,7 @@ def test_a_refused_user_is_told_what_to_mend(reply: str, says: str, not_said: st
 
 def test_patience_with_a_slot_outlasts_the_end_of_its_move() -> None:
     """Who waited for a slot on its way is not given up on when it has arrived: MOVED is the last step of the same move."""
-    patience, impatience = replies.Patience(5.0), replies.Patience(5.0)
+    patience, impatience = replies.RetryTimer(5.0), replies.RetryTimer(5.0)
     assert patience.pause("TRYAGAIN Multiple keys request during rehashing of slot") is not None
     for one in (patience, impatience):
         one._since -= 10
@@ -234,10 +234,10 @@ def test_a_cluster_with_a_dead_node_is_examined_all_the_same(cluster: ClusterOfN
     """The doctor reports the node that does not answer as a problem, and the others as ever; with no node at all it raises."""
     from conveyor.admin import doctor
 
-    backend, answers = Backend(cluster.url, patience=0.3), doctor._server
+    backend, answers = Client(cluster.url, patience=0.3), doctor._server
     gone = cluster.masters()[0].name
 
-    def server(one: Backend, report: doctor.Report) -> None:
+    def server(one: Client, report: doctor.HealthReport) -> None:
         if report.url == gone:
             raise replies.unreachable(gone, "Connection refused")
         answers(one, report)
@@ -250,7 +250,7 @@ def test_a_cluster_with_a_dead_node_is_examined_all_the_same(cluster: ClusterOfN
     }
     backend.close()
     with pytest.raises(ConveyorError, match="no node of the cluster answers"):
-        doctor.examine(Backend("redis+cluster://127.0.0.1:1", patience=0.1))
+        doctor.examine(Client("redis+cluster://127.0.0.1:1", patience=0.1))
 
 
 @pytest.mark.leaves_keys("the record of the last finished jobs")

@@ -46,7 +46,7 @@ async def until(condition: Callable[[], Any], seconds: float = 10.0) -> Any:
     return found
 
 
-async def counts(app: Conveyor, queue: str = "default") -> inspection.Counts:
+async def counts(app: Conveyor, queue: str = "default") -> inspection.QueueCounts:
     """Return what *queue* holds."""
     return await app.backend.arun(inspection.counts(app.keys(queue)))
 

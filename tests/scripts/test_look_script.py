@@ -7,9 +7,9 @@ from collections.abc import Callable
 import pytest
 
 from conveyor.store import inspection, operations
-from conveyor.store.inspection import Finished, write_finished
+from conveyor.store.inspection import FinishedJob, write_finished
 from conveyor.store.keys import QueueKeys
-from conveyor.store.operations import Report, Settlement
+from conveyor.store.operations import Settlement, TurnReport
 from scenario import furnish
 from scene import LEASE, Scene, entry
 
@@ -117,9 +117,9 @@ def test_page_of_finished_jobs(scene: Scene) -> None:
     """The recently finished come newest first, as they were written."""
     scene.register("w")
     made = [write_finished(f"j{n}", "t", "done", 5, n) for n in range(3)]
-    scene.turn("w", 1, report=Report(recent=made))
+    scene.turn("w", 1, report=TurnReport(recent=made))
 
-    assert scene.run(inspection.finished(scene.keys, 0, 2)) == [Finished(f"j{n}", "t", "done", 5, n) for n in (2, 1)]
+    assert scene.run(inspection.finished(scene.keys, 0, 2)) == [FinishedJob(f"j{n}", "t", "done", 5, n) for n in (2, 1)]
 
 
 @pytest.mark.redis6

@@ -7,7 +7,7 @@ import pytest
 from conveyor.store import operations
 from conveyor.store.keys import QueueKeys
 from conveyor.store.operations import Settlement
-from conveyor.store.partitions import WrongPartitions, claim, count, switch
+from conveyor.store.partitions import PartitionCountMismatch, claim, count, switch
 from scene import REST, Scene, full
 
 WHOLE = QueueKeys("c", "q")
@@ -32,7 +32,7 @@ def test_the_first_number_stands(scene: Scene, whole: bool) -> None:
 
     with scene.unchanged():
         assert scene.run(claim(scene.keys, 4, whole=whole)) is False
-        with pytest.raises(WrongPartitions, match="has 4 partitions, and this program says 8") as refused:
+        with pytest.raises(PartitionCountMismatch, match="has 4 partitions, and this program says 8") as refused:
             scene.run(claim(scene.keys, 8, whole=whole))
         assert (refused.value.found, refused.value.code) == (4, "E34")
 
@@ -43,7 +43,7 @@ def test_a_queue_that_was_used_without_partitions_has_one(scene: Scene) -> None:
     assert scene.run(count(scene.keys)) == (1, "")
     scene.register("w")
 
-    with scene.unchanged(), pytest.raises(WrongPartitions, match="has 1 partition, and this program says 4"):
+    with scene.unchanged(), pytest.raises(PartitionCountMismatch, match="has 1 partition, and this program says 4"):
         scene.run(claim(scene.keys, 4, whole=True))
 
 
@@ -59,7 +59,7 @@ def test_a_push_with_another_number_stores_nothing(scene: Scene, there: str | No
         operations.push_plain(keys, scene.lane, ["a", REST]),
         operations.register(keys, "w", 1000, b"{}"),
     ):
-        with scene.unchanged(), pytest.raises(WrongPartitions) as refused:
+        with scene.unchanged(), pytest.raises(PartitionCountMismatch) as refused:
             scene.run(call)
         assert (refused.value.found, refused.value.queue) == (found, "q")
 
@@ -67,9 +67,9 @@ def test_a_push_with_another_number_stores_nothing(scene: Scene, there: str | No
 def test_a_push_without_partitions_is_refused_by_a_queue_that_has_them(scene: Scene) -> None:
     """A program that knows nothing of the partitions stores nothing beside them."""
     scene.run(claim(scene.keys, 4, whole=True))
-    with scene.unchanged(), pytest.raises(WrongPartitions, match=r"app\.queue\('q', partitions=4\)"):
+    with scene.unchanged(), pytest.raises(PartitionCountMismatch, match=r"app\.queue\('q', partitions=4\)"):
         scene.push("a")
-    with scene.unchanged(), pytest.raises(WrongPartitions):
+    with scene.unchanged(), pytest.raises(PartitionCountMismatch):
         scene.register("w")
 
 
@@ -98,7 +98,7 @@ def test_begin_shuts_and_end_opens(scene: Scene) -> None:
     assert _switch(scene, WHOLE, "begin", "T", 8) == (1, 4)
     assert scene.dump()["conf"] == {"partitions": "0", "switch": "4 8 T", "schema": "1"}
     assert scene.run(count(WHOLE)) == (0, "4 8 T")
-    with pytest.raises(WrongPartitions, match="is being changed right now"):
+    with pytest.raises(PartitionCountMismatch, match="is being changed right now"):
         scene.run(claim(WHOLE, 4, whole=True))
 
     with scene.unchanged():
@@ -178,5 +178,5 @@ def test_close_sends_workers_away(part: Scene) -> None:
     assert "workers" not in state
     assert "leased:w" not in state
     assert state["wake:w ~60s"] == ["1"]
-    with pytest.raises(operations.Unregistered):
+    with pytest.raises(operations.WorkerUnregistered):
         part.turn("w", 1, 1)

@@ -6,7 +6,7 @@ import pytest
 
 from conveyor.errors import ConfigurationError, QueueFull
 from conveyor.store import operations
-from conveyor.store.operations import Lane, LateReply, Settlement
+from conveyor.store.operations import ProducerSequence, Settlement, StalePush
 from conveyor.store.script import Call
 from scene import PLAIN, REST, Scene, entry
 
@@ -142,14 +142,14 @@ def test_late_copy_changes_nothing(scene: Scene) -> None:
     late = operations.push(scene.keys, scene.lane, [entry("a")])
     scene.push("b")
 
-    with scene.unchanged(), pytest.raises(LateReply):
+    with scene.unchanged(), pytest.raises(StalePush):
         scene.run(late)
 
 
 def test_lanes_are_independent(scene: Scene) -> None:
     """The same number in another lane is another push."""
     scene.push("a")
-    scene.run(operations.push(scene.keys, Lane("M"), [entry("b")]))
+    scene.run(operations.push(scene.keys, ProducerSequence("M"), [entry("b")]))
 
     assert scene.dump()["ready:0"] == ["a", "b"]
 
@@ -171,7 +171,7 @@ def test_push_plain_does_what_push_does(scene: Scene, count: int) -> None:
     scene.push(*ids)
     expected = scene.dump()
     scene.client.flushall(asynchronous=False)
-    scene.lane = Lane("L")
+    scene.lane = ProducerSequence("L")
 
     scene.run(_plain(scene, *ids))
 
@@ -186,7 +186,7 @@ def test_push_plain_repeated_and_late(scene: Scene) -> None:
     scene.run(last)
     with scene.unchanged():
         scene.run(last)
-        with pytest.raises(LateReply):
+        with pytest.raises(StalePush):
             scene.run(late)
         scene.run(last)
         with pytest.raises(QueueFull):
@@ -203,7 +203,7 @@ def test_withdrawn_stays_withdrawn(scene: Scene, plain: bool) -> None:
     assert withdrawal is not None
     for _ in range(2):
         assert scene.run(withdrawal) is None
-        with scene.unchanged(), pytest.raises(LateReply):
+        with scene.unchanged(), pytest.raises(StalePush):
             scene.run(call)
 
     scene.push("b")

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from conveyor.store import operations
-from conveyor.store.operations import Report, Settlement
+from conveyor.store.operations import Settlement, TurnReport
 from scene import PLAIN, WORKER, Scene, entry
 
 LEASED_B = {".turn": "2", **WORKER, "b": "1.2"}
@@ -231,8 +231,8 @@ def test_cancel_request_reaches_its_worker(scene: Scene) -> None:
 def test_counters_and_recent(scene: Scene) -> None:
     """Counters of this minute add up and expire after a day; the recently finished are newest first, 1,000 at most."""
     scene.register("w")
-    scene.turn("w", 1, report=Report(stats={"t:done": 2, "t:failed": 1}, recent=[b"1", b"2"]))
-    scene.turn("w", 2, report=Report(stats={"t:done": 3}, recent=[b"3"]))
+    scene.turn("w", 1, report=TurnReport(stats={"t:done": 2, "t:failed": 1}, recent=[b"1", b"2"]))
+    scene.turn("w", 2, report=TurnReport(stats={"t:done": 3}, recent=[b"3"]))
 
     state = scene.dump()
     stats = [value for key, value in state.items() if key.startswith("stats:") and key.endswith("~90000s")]
@@ -240,5 +240,5 @@ def test_counters_and_recent(scene: Scene) -> None:
     assert totals == {"t:done": 5, "t:failed": 1}
     assert state["recent"] == ["3", "2", "1"]
 
-    scene.turn("w", 3, report=Report(recent=[b"%d" % n for n in range(9000)]))
+    scene.turn("w", 3, report=TurnReport(recent=[b"%d" % n for n in range(9000)]))
     assert scene.client.lrange(scene.keys.recent, 0, -1) == [b"%d" % n for n in range(8999, 7999, -1)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from conveyor.store import operations
-from conveyor.store.operations import LateTurn, Settlement, Unregistered
+from conveyor.store.operations import Settlement, StaleTurn, WorkerUnregistered
 from scene import LEASE, PLAIN, WORKER, Scene, entry
 
 
@@ -228,7 +228,7 @@ def test_late_copy_of_a_turn_changes_nothing(scene: Scene) -> None:
     late = scene.turn_call("w", 2, 5, done=["a"])
     scene.turn("w", 3)
 
-    with scene.unchanged(), pytest.raises(LateTurn):
+    with scene.unchanged(), pytest.raises(StaleTurn):
         scene.run(late)
 
 
@@ -244,7 +244,7 @@ def test_reaped_worker_changes_nothing(scene: Scene) -> None:
 
     stale = [Settlement(kind, "a", state=b"9 9 9") for kind in "DXCRFM"]
     for turn in (scene.turn_call("w", 2, 5, done=["a"]), scene.turn_call("w", 3, 5, others=stale)):
-        with scene.unchanged(), pytest.raises(Unregistered):
+        with scene.unchanged(), pytest.raises(WorkerUnregistered):
             scene.run(turn)
     with scene.unchanged():
         assert scene.run(operations.beat(scene.keys, "w", LEASE)) is False
@@ -254,7 +254,7 @@ def test_reaped_worker_changes_nothing(scene: Scene) -> None:
 def test_stranger_is_unregistered(scene: Scene) -> None:
     """A worker that never registered gets nothing."""
     scene.push("a")
-    with scene.unchanged(), pytest.raises(Unregistered):
+    with scene.unchanged(), pytest.raises(WorkerUnregistered):
         scene.turn("nobody", 1, 1)
 
 
@@ -354,7 +354,7 @@ def test_leaving(scene: Scene) -> None:
     assert state["leased:w ~10s"] == {".turn": "2", **WORKER, ".left": "1"}
     assert scene.run(call).held == 0
     with scene.unchanged():
-        with pytest.raises(Unregistered):
+        with pytest.raises(WorkerUnregistered):
             scene.turn("w", 3, 1)
         assert scene.run(operations.beat(scene.keys, "w", LEASE)) is False
 

@@ -94,7 +94,7 @@ ROLES: dict[str, Role] = {role.name: role for role in (_PRODUCER, _WORKER, _DASH
 
 
 @dataclass(frozen=True)
-class Rules:
+class AclRules:
     """What one user may do: the commands (lower case, sorted), the patterns of its keys and of its channels."""
 
     role: str
@@ -133,7 +133,7 @@ def rules(
     topology: str = TOPOLOGIES[0],
     database: int = 0,
     durable: bool = False,
-) -> Rules:
+) -> AclRules:
     """
     Return the least that *role* needs in *namespace*; raises ConfigurationError for a name that cannot be.
 
@@ -150,12 +150,12 @@ def rules(
         raise ConfigurationError(f"The name of a user has 1 to 64 of A-Z a-z 0-9 _ . : @ - and nothing else: {user!r}.")
     names = {command for script in found.scripts for command in commands_of(script)} | set(found.commands)
     if found is _SENTINEL:
-        return Rules(role, user, (), (), tuple(sorted(names | _connecting(server, TOPOLOGIES[0], 0))))
+        return AclRules(role, user, (), (), tuple(sorted(names | _connecting(server, TOPOLOGIES[0], 0))))
     names |= _connecting(server, topology, database)
     if durable:
         # The settings tell whether a reply, or WAITAOF, means that it is on disk.
         names |= {"wait", "info", "config|get", *(["waitaof"] if server == "7.2" else [])}
-    return Rules(
+    return AclRules(
         role, user, (f"{namespace}:queues", f"{namespace}:{{*}}:*", *(_pattern(one) for one in lists)),
         (f"{namespace}:replies:*",) if found.channels else (), tuple(sorted(names)),
     )  # fmt: skip

@@ -12,11 +12,11 @@ from itertools import islice
 from typing import Any
 
 from conveyor.admin import doctor
-from conveyor.admin.queue_directory import Logical
+from conveyor.admin.queue_directory import QueueDirectory
 from conveyor.admin.views import (
     LIVE,
     STATES,
-    Acted,
+    ActionResult,
     JobInfo,
     QueueInfo,
     WorkerInfo,
@@ -30,14 +30,14 @@ from conveyor.errors import ConfigurationError, JobNotFound
 from conveyor.ids import made_at_ms, public, split
 from conveyor.messaging.partitions import refuse_full
 from conveyor.payload.codec import MAX_PAYLOAD
-from conveyor.payload.formats import JSON, Formats
-from conveyor.payload.pipeline import Sealing
+from conveyor.payload.formats import JSON, FormatRegistry
+from conveyor.payload.pipeline import PayloadPipeline
 from conveyor.payload.records import read_outcome
-from conveyor.payload.sealed_records import Viewer
+from conveyor.payload.sealed_records import RecordDecoder
 from conveyor.store import inspection, operations
-from conveyor.store.client.client import Backend
+from conveyor.store.client.client import Client
 from conveyor.store.client.durability import Durability
-from conveyor.store.inspection import Finished, Row
+from conveyor.store.inspection import FinishedJob, JobRow
 from conveyor.store.keys import QueueKeys
 
 PAGE = 500
@@ -48,7 +48,7 @@ class _Found:
     keys: QueueKeys
     id: str
     place: str
-    row: Row | None
+    row: JobRow | None
     record: bytes
 
 
@@ -57,11 +57,11 @@ class Admin:
 
     def __init__(
         self,
-        backend: Backend,
+        backend: Client,
         *,
         plain_lists: Collection[str] = (),
-        sealing: Sealing | None = None,
-        formats: Formats = JSON,
+        sealing: PayloadPipeline | None = None,
+        formats: FormatRegistry = JSON,
         asks: Mapping[str, Durability] | None = None,
     ) -> None:
         """
@@ -71,10 +71,10 @@ class Admin:
         *asks* is what queues ask of every push, for the doctor.
         """
         self.asks = asks or {}
-        self._viewer = Viewer(sealing, formats)
+        self._viewer = RecordDecoder(sealing, formats)
         self.backend = backend
         self.plain_lists = frozenset(plain_lists)
-        self._logical = Logical(backend, plain_lists)
+        self._logical = QueueDirectory(backend, plain_lists)
 
     def names(self) -> list[str]:
         """Return the names of all known queues, sorted; one with partitions has one name."""
@@ -192,19 +192,19 @@ class Admin:
             return live_job(found.keys.queue, found.row, self._viewer)
         return self._ended(found)
 
-    def retry(self, ids: Iterable[str]) -> list[Acted]:
+    def retry(self, ids: Iterable[str]) -> list[ActionResult]:
         """Put dead jobs back with a fresh budget, and start scheduled ones now."""
         return [self._retry(one) for one in ids]
 
-    def cancel(self, ids: Iterable[str]) -> list[Acted]:
+    def cancel(self, ids: Iterable[str]) -> list[ActionResult]:
         """Cancel jobs that have not ended; a running one is asked of its worker."""
         return [self._cancel(one) for one in ids]
 
-    def delete(self, ids: Iterable[str]) -> list[Acted]:
+    def delete(self, ids: Iterable[str]) -> list[ActionResult]:
         """Remove jobs and dead letters without a trace; a leased one is refused."""
         return [self._delete(one) for one in ids]
 
-    def doctor(self) -> doctor.Report:
+    def doctor(self) -> doctor.HealthReport:
         """Examine the server and the queues."""
         return doctor.examine(self.backend, self._logical, self.asks)
 
@@ -261,7 +261,7 @@ class Admin:
                 trace = found
         return trace
 
-    def _remembered(self, found: _Found) -> Finished | None:
+    def _remembered(self, found: _Found) -> FinishedJob | None:
         for first in (0, PAGE):  # the list is cut at a thousand
             page = self.backend.run(inspection.finished(found.keys, first, PAGE))
             entry = next((entry for entry in page if entry.id == found.id), None)
@@ -291,37 +291,37 @@ class Admin:
         status: Any = entry.status if entry else "done"
         return JobInfo(**base, status=status, reason="" if entry else "it ended; no more is kept of it")
 
-    def _retry(self, one: str) -> Acted:
+    def _retry(self, one: str) -> ActionResult:
         found = self._find(one)
         if found is None:
-            return Acted(one, "not found")
+            return ActionResult(one, "not found")
         if found.place == "dead" and self.backend.run(operations.redrive(found.keys, ids=[found.id])):
-            return Acted(one, "retried", f"back in {found.keys.queue} with a fresh budget")
+            return ActionResult(one, "retried", f"back in {found.keys.queue} with a fresh budget")
         if found.place == "scheduled" and self.backend.run(operations.promote(found.keys, found.id)):
-            return Acted(one, "retried", "starts now, not when it was due")
-        return Acted(one, "refused", f"it is {_word(found)}, and only dead and scheduled jobs can be retried")
+            return ActionResult(one, "retried", "starts now, not when it was due")
+        return ActionResult(one, "refused", f"it is {_word(found)}, and only dead and scheduled jobs can be retried")
 
-    def _cancel(self, one: str) -> Acted:
+    def _cancel(self, one: str) -> ActionResult:
         found = self._find(one)
         if found is None:
-            return Acted(one, "not found")
+            return ActionResult(one, "not found")
         reply = self.backend.run(operations.cancel(found.keys, found.id))
         if reply == 1:
-            return Acted(one, "cancelled")
+            return ActionResult(one, "cancelled")
         if reply == 2:
-            return Acted(one, "asked", "it runs; its worker was asked to stop it")
-        return Acted(one, "refused", f"it is {_word(found)}, so it has ended")
+            return ActionResult(one, "asked", "it runs; its worker was asked to stop it")
+        return ActionResult(one, "refused", f"it is {_word(found)}, so it has ended")
 
-    def _delete(self, one: str) -> Acted:
+    def _delete(self, one: str) -> ActionResult:
         found = self._find(one)
         if found is None:
-            return Acted(one, "not found")
+            return ActionResult(one, "not found")
         reply = self.backend.run(operations.cancel(found.keys, found.id, delete=True))
         if reply == 1:
-            return Acted(one, "deleted")
+            return ActionResult(one, "deleted")
         if reply == -1:
-            return Acted(one, "refused", "a worker holds it; cancel it first")
-        return Acted(one, "refused", f"it is {_word(found)}; nothing of it is in the queue")
+            return ActionResult(one, "refused", "a worker holds it; cancel it first")
+        return ActionResult(one, "refused", f"it is {_word(found)}; nothing of it is in the queue")
 
 
 def _word(found: _Found) -> str:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from conveyor.errors import ConfigurationError, PayloadError
 from conveyor.jobs import spawn_outbox
-from conveyor.payload.pipeline import Sealing
+from conveyor.payload.pipeline import PayloadPipeline
 from conveyor.payload.records import read_whatever
 from conveyor.payload.versions import sealed_name
 from conveyor.units import Duration, milliseconds
@@ -44,7 +44,7 @@ def sweep(app: Conveyor, older: Duration = "1d", *, dry_run: bool = False) -> in
     return len(gone)
 
 
-def _needed(app: Conveyor, sealing: Sealing) -> set[str]:
+def _needed(app: Conveyor, sealing: PayloadPipeline) -> set[str]:
     names: set[str] = set()
     for queue, id_, data in _everything(app):
         envelope, _, _ = read_whatever(data, None)

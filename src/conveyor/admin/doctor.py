@@ -9,16 +9,16 @@ from statistics import median
 from typing import Literal
 
 from conveyor.admin import server_checks
-from conveyor.admin.queue_directory import Logical
+from conveyor.admin.queue_directory import QueueDirectory
 from conveyor.admin.server_checks import asked, confirmation, online, replication
 from conveyor.errors import ConveyorError, StoreUnavailable
 from conveyor.store import inspection
-from conveyor.store.client.client import Backend
+from conveyor.store.client.client import Client
 from conveyor.store.client.durability import Durability as Asked
 from conveyor.store.keys import QueueKeys
 from conveyor.store.transport import eviction, replies
 from conveyor.store.transport.cluster import Cluster
-from conveyor.store.transport.url import Address
+from conveyor.store.transport.url import StandaloneServer
 
 Level = Literal["ok", "note", "warning", "problem"]
 Durability = Literal["memory", "snapshots", "aof-os", "aof-everysec", "aof-always", "unknown"]
@@ -53,7 +53,7 @@ class Finding:
 
 
 @dataclass(slots=True)
-class Report:
+class HealthReport:
     """
     What an examination found. `latency_ms` is the median of a few pings; `url` has no password.
 
@@ -84,14 +84,16 @@ class Report:
         self.findings.append(Finding(name, level, text, remedy, code))
 
 
-def examine(backend: Backend, logical: Logical | None = None, asks: Mapping[str, Asked] | None = None) -> Report:
+def examine(
+    backend: Client, logical: QueueDirectory | None = None, asks: Mapping[str, Asked] | None = None
+) -> HealthReport:
     """
     Look at everything; raises StoreUnavailable when the server does not answer.
 
     *logical* says what is known of queues besides their names in Redis: which are plain lists; *asks* what queues ask
     of every push.
     """
-    report = Report(str(backend.address))
+    report = HealthReport(str(backend.address))
     if isinstance(backend.address, Cluster):
         if not _nodes(backend, backend.address, report):
             return report  # what is asked of the whole has no answer now
@@ -101,18 +103,18 @@ def examine(backend: Backend, logical: Logical | None = None, asks: Mapping[str,
         _server(backend, report)
     _asked(asks or {}, report)
     _clock(backend, report)
-    _queues(backend, logical or Logical(backend), report)
+    _queues(backend, logical or QueueDirectory(backend), report)
     return report
 
 
-def _server(backend: Backend, report: Report) -> None:
+def _server(backend: Client, report: HealthReport) -> None:
     facts = _information(backend)
     _version(facts, report)
     if backend.attachment is not None:
         report.add(
             "server", "note", "embedded server: for one machine, made for development", "Elsewhere: CONVEYOR_URL"
         )
-    elif facts.get("redis_mode") == "cluster" and isinstance(backend.address, Address):
+    elif facts.get("redis_mode") == "cluster" and isinstance(backend.address, StandaloneServer):
         host = backend.address.host
         report.add("server", "problem", "this is one node of a cluster", f"Write redis+cluster://{host}", "E33")
     _role(facts, report)
@@ -123,7 +125,7 @@ def _server(backend: Backend, report: Report) -> None:
     _connections(backend, report)
 
 
-def _nodes(backend: Backend, cluster: Cluster, report: Report) -> bool:
+def _nodes(backend: Client, cluster: Cluster, report: HealthReport) -> bool:
     """Examine each node that owns slots, and tell whether all answer; the whole is as durable as the least durable of them."""
     weakest = list(_DURABILITY)
     found = []
@@ -132,9 +134,9 @@ def _nodes(backend: Backend, cluster: Cluster, report: Report) -> bool:
     except OSError as error:
         raise replies.unreachable(str(cluster), error) from error
     for address in nodes:
-        node = Backend(address.url, patience=backend.patience)
+        node = Client(address.url, patience=backend.patience)
         try:
-            one = Report(address.host)
+            one = HealthReport(address.host)
             _server(node, one)
         except StoreUnavailable as error:
             one.add("node", "problem", str(error).partition("\n")[0], "Start it, or promote a replica of it.", "E01")
@@ -153,7 +155,7 @@ def _nodes(backend: Backend, cluster: Cluster, report: Report) -> bool:
     return not any(finding.name == "node" for finding in report.findings)
 
 
-def eviction_policy(backend: Backend) -> tuple[str, int]:
+def eviction_policy(backend: Client) -> tuple[str, int]:
     """Return (maxmemory-policy, keys evicted since the start); the policy is "" when this user may not know it."""
     facts = _information(backend)
     return _policy(backend, facts), int(facts.get("evicted_keys", 0))
@@ -188,7 +190,7 @@ def stranded(waiting: dict[str, int], served: list[str]) -> list[Finding]:
     ]
 
 
-def _latency(backend: Backend, report: Report) -> None:
+def _latency(backend: Client, report: HealthReport) -> None:
     took = []
     backend.execute("PING")  # opens the connection
     for _ in range(PINGS):
@@ -201,16 +203,16 @@ def _latency(backend: Backend, report: Report) -> None:
     report.add("latency", level, f"answers in {report.latency_ms:.2f} ms at {report.url}", remedy)
 
 
-def _information(backend: Backend) -> dict[str, str]:
+def _information(backend: Client) -> dict[str, str]:
     return eviction.facts(_allowed(backend, "INFO"))
 
 
-def _setting(backend: Backend, name: str) -> str | None:
+def _setting(backend: Client, name: str) -> str | None:
     reply = _allowed(backend, "CONFIG", "GET", name)
     return reply[1].decode() if isinstance(reply, list) and len(reply) > 1 else None
 
 
-def _allowed(backend: Backend, *command: str) -> object:
+def _allowed(backend: Client, *command: str) -> object:
     """Return the reply, None when this user may not ask or the server does not know the command."""
     try:
         return backend.execute(*command)
@@ -220,7 +222,7 @@ def _allowed(backend: Backend, *command: str) -> object:
         return None
 
 
-def _version(facts: dict[str, str], report: Report) -> None:
+def _version(facts: dict[str, str], report: HealthReport) -> None:
     if not facts:
         report.add("version", "warning", "INFO is refused: version, memory and role are unknown", "ACL SETUSER … +info")
         return
@@ -241,7 +243,7 @@ def _version(facts: dict[str, str], report: Report) -> None:
         report.add("version", "ok", name)
 
 
-def _role(facts: dict[str, str], report: Report) -> None:
+def _role(facts: dict[str, str], report: HealthReport) -> None:
     if facts.get("role") == "slave":
         primary = f"{facts.get('master_host', '?')}:{facts.get('master_port', '?')}"
         report.add("role", "problem", "this is a read-only replica", f"Use its primary: {primary}", "E16")
@@ -255,11 +257,11 @@ def _role(facts: dict[str, str], report: Report) -> None:
         report.add("role", "ok", text)
 
 
-def _policy(backend: Backend, facts: dict[str, str]) -> str:
+def _policy(backend: Client, facts: dict[str, str]) -> str:
     return facts.get("maxmemory_policy") or _setting(backend, "maxmemory-policy") or ""
 
 
-def _eviction(backend: Backend, facts: dict[str, str], report: Report) -> None:
+def _eviction(backend: Client, facts: dict[str, str], report: HealthReport) -> None:
     policy = _policy(backend, facts)
     wrong = evicting(policy, int(facts.get("evicted_keys", 0)))
     if wrong is not None:
@@ -270,7 +272,7 @@ def _eviction(backend: Backend, facts: dict[str, str], report: Report) -> None:
         report.add("eviction", "warning", eviction.UNKNOWN, "ACL SETUSER … +info")
 
 
-def _durability(backend: Backend, facts: dict[str, str], report: Report) -> None:
+def _durability(backend: Client, facts: dict[str, str], report: HealthReport) -> None:
     failed = [
         name
         for name in ("aof_last_write_status", "rdb_last_bgsave_status")
@@ -288,7 +290,7 @@ def _durability(backend: Backend, facts: dict[str, str], report: Report) -> None
     report.add("durability", level, _DURABILITY[report.durability], remedy)
 
 
-def _obtained(backend: Backend, facts: dict[str, str]) -> Durability:
+def _obtained(backend: Client, facts: dict[str, str]) -> Durability:
     append = facts.get("aof_enabled") or {"yes": "1", "no": "0"}.get(_setting(backend, "appendonly") or "")
     if append == "1":
         fsync = _setting(backend, "appendfsync")
@@ -300,7 +302,7 @@ def _obtained(backend: Backend, facts: dict[str, str]) -> Durability:
     return "memory" if save == "" else "snapshots" if save else "unknown"
 
 
-def _confirmations(backend: Backend, facts: dict[str, str], report: Report) -> None:
+def _confirmations(backend: Client, facts: dict[str, str], report: HealthReport) -> None:
     """Say what a push may ask for here."""
     least, lag = (_setting(backend, f"min-replicas-{what}") for what in ("to-write", "max-lag"))
     report.replicas = online(facts)
@@ -309,13 +311,13 @@ def _confirmations(backend: Backend, facts: dict[str, str], report: Report) -> N
         report.add("durability", one.level, one.text, one.remedy, one.code)
 
 
-def _asked(asks: Mapping[str, Asked], report: Report) -> None:
+def _asked(asks: Mapping[str, Asked], report: HealthReport) -> None:
     for queue, one in asks.items():
         line = asked(queue, one, synced=report.synced, replicas=report.replicas)
         report.add("durability", line.level, line.text, line.remedy, line.code)
 
 
-def _memory(facts: dict[str, str], report: Report) -> None:
+def _memory(facts: dict[str, str], report: HealthReport) -> None:
     if "used_memory" not in facts:
         return
     used, most = int(facts["used_memory"]), int(facts.get("maxmemory", 0))
@@ -328,7 +330,7 @@ def _memory(facts: dict[str, str], report: Report) -> None:
     report.add("memory", level, f"{share:.0%} of maxmemory used ({_size(used)} of {_size(most)})", remedy)
 
 
-def _connections(backend: Backend, report: Report) -> None:
+def _connections(backend: Client, report: HealthReport) -> None:
     """Say when the server closes connections that are only quiet, or keeps those whose clients are gone."""
     if (quiet := _setting(backend, "timeout")) not in {None, "0"}:
         text = f"timeout is {quiet}: connections that are quiet for {quiet} s are closed, and opened again at the next call"
@@ -338,7 +340,7 @@ def _connections(backend: Backend, report: Report) -> None:
         report.add("connections", "warning", text, "CONFIG SET tcp-keepalive 60")
 
 
-def _clock(backend: Backend, report: Report) -> None:
+def _clock(backend: Client, report: HealthReport) -> None:
     before = time.time()
     reply = _allowed(backend, "TIME")
     after = time.time()
@@ -355,7 +357,7 @@ def _clock(backend: Backend, report: Report) -> None:
         report.add("clock", "ok", f"clocks agree ({skew * 1000:.0f} ms apart)")
 
 
-def _queues(backend: Backend, logical: Logical, report: Report) -> None:
+def _queues(backend: Client, logical: QueueDirectory, report: HealthReport) -> None:
     counts = {name: logical.counts(name) for name in logical.names()}
     served = [name for name, found in counts.items() if found.workers]
     waiting = {n: found.ready for n, found in counts.items() if found.ready and not found.workers and not found.paused}
@@ -380,7 +382,7 @@ def _queues(backend: Backend, logical: Logical, report: Report) -> None:
         report.add("queue", "ok", f"{len(counts)} queue{'s' * (len(counts) != 1)}, none of them stuck")
 
 
-def _records(backend: Backend, places: list[QueueKeys], found: inspection.Counts, report: Report) -> None:
+def _records(backend: Client, places: list[QueueKeys], found: inspection.QueueCounts, report: HealthReport) -> None:
     """Look for jobs that stand in line without a record, where that takes a moment only."""
     if len(found) + found.leased + found.dead > _MOST_AUDITED:
         return

@@ -12,18 +12,18 @@ from conveyor.messaging.partitions import likely_first, number_of, partition_nam
 from conveyor.messaging.plain_list import PlainList
 from conveyor.messaging.queue import Queue
 from conveyor.store import inspection
-from conveyor.store.client.client import Backend
-from conveyor.store.inspection import Counts
+from conveyor.store.client.client import Client
+from conveyor.store.inspection import QueueCounts
 from conveyor.store.keys import QueueKeys
 from conveyor.store.partitions import count
 
 _LEASE_MS = 15_000  # administration leases nothing
 
 
-class Logical:
+class QueueDirectory:
     """The known queues of a backend. *plain_lists* are those shared with other programs: Redis does not say that."""
 
-    def __init__(self, backend: Backend, plain_lists: Collection[str] = ()) -> None:
+    def __init__(self, backend: Client, plain_lists: Collection[str] = ()) -> None:
         """Take the backend and its plain lists."""
         self._backend = backend
         self._plain_lists = frozenset(plain_lists)
@@ -54,7 +54,7 @@ class Logical:
         foreign = place if place in self._plain_lists else None
         return QueueKeys(self._backend.namespace, place, foreign=foreign)
 
-    def counts(self, name: str) -> Counts:
+    def counts(self, name: str) -> QueueCounts:
         """Return what a queue, or one partition, holds."""
         return inspection.total([self._backend.run(inspection.counts(self.keys(place))) for place in self.places(name)])
 

@@ -9,9 +9,9 @@ from typing import Any, Literal
 from conveyor.ids import made_at_ms, public
 from conveyor.payload.pipeline import MAX_LARGE
 from conveyor.payload.records import Failure, Status
-from conveyor.payload.sealed_records import Viewer
+from conveyor.payload.sealed_records import RecordDecoder
 from conveyor.payload.versions import sealed_name
-from conveyor.store.inspection import Finished, Row
+from conveyor.store.inspection import FinishedJob, JobRow
 
 STATES: tuple[Status, ...] = ("leased", "ready", "scheduled", "dead", "done")
 """The states that can be listed; `done` are the recently finished, about a thousand a queue."""
@@ -103,7 +103,7 @@ class WorkerInfo:
 
 
 @dataclass(frozen=True, slots=True)
-class Acted:
+class ActionResult:
     """What became of one id: `refused` and `not found` changed nothing, `asked` waits for the worker that runs it."""
 
     id: str
@@ -116,7 +116,7 @@ class Acted:
         return self.outcome not in {"refused", "not found"}
 
 
-def live_job(queue: str, row: Row, viewer: Viewer, limit: int = MAX_LARGE) -> JobInfo:
+def live_job(queue: str, row: JobRow, viewer: RecordDecoder, limit: int = MAX_LARGE) -> JobInfo:
     """Return a job that has not ended, or a dead one; as *viewer* may see it, of its body at most *limit* bytes."""
     envelope, state = row.envelope, row.state
     name = sealed_name(envelope.task, envelope.extra.version)
@@ -142,7 +142,7 @@ def live_job(queue: str, row: Row, viewer: Viewer, limit: int = MAX_LARGE) -> Jo
     )
 
 
-def finished_job(queue: str, entry: Finished) -> JobInfo:
+def finished_job(queue: str, entry: FinishedJob) -> JobInfo:
     """Return a job as the list of the recently finished knows it."""
     status: Any = entry.status
     return JobInfo(

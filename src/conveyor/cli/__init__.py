@@ -10,11 +10,11 @@ from typing import NamedTuple, cast
 
 import click
 
-from conveyor.cli.exit import Exit, exit_code
+from conveyor.cli.exit import ExitCode, exit_code
 from conveyor.errors import ConveyorError
 
 
-class Entry(NamedTuple):
+class CommandEntry(NamedTuple):
     """One command of the table: where it is, what it does, under which heading the help lists it."""
 
     target: str
@@ -22,18 +22,24 @@ class Entry(NamedTuple):
     section: str
 
 
-COMMANDS: dict[str, Entry] = {
-    "demo": Entry("conveyor.cli.demo.command:demo", "Watch real work pass through, and a worker being killed.", "Run"),
-    "worker": Entry("conveyor.cli.worker:worker", "Run the jobs of an app.", "Run"),
-    "relay": Entry("conveyor.cli.relay:relay", "Deliver what was enqueued in database transactions.", "Run"),
-    "server": Entry("conveyor.cli.server:server", "Start, stop or look at the embedded server.", "Run"),
-    "push": Entry("conveyor.cli.push:push", "Put messages on a queue.", "Send"),
-    "enqueue": Entry("conveyor.cli.enqueue:enqueue", "Enqueue a job of an app, and wait for it if you like.", "Send"),
-    "status": Entry("conveyor.cli.status:status", "Show queues, workers and what is wrong, on one screen.", "Look"),
-    "queue": Entry("conveyor.cli.queue:queue", "List, pause, purge and redrive queues.", "Look"),
-    "job": Entry("conveyor.cli.job:job", "List, show, retry, cancel and delete jobs.", "Look"),
-    "doctor": Entry("conveyor.cli.doctor:doctor", "Examine the server: eviction, durability, latency.", "Look"),
-    "acl": Entry("conveyor.cli.acl:acl", "Print least-privilege ACL rules for Redis.", "Look"),
+COMMANDS: dict[str, CommandEntry] = {
+    "demo": CommandEntry(
+        "conveyor.cli.demo.command:demo", "Watch real work pass through, and a worker being killed.", "Run"
+    ),
+    "worker": CommandEntry("conveyor.cli.worker:worker", "Run the jobs of an app.", "Run"),
+    "relay": CommandEntry("conveyor.cli.relay:relay", "Deliver what was enqueued in database transactions.", "Run"),
+    "server": CommandEntry("conveyor.cli.server:server", "Start, stop or look at the embedded server.", "Run"),
+    "push": CommandEntry("conveyor.cli.push:push", "Put messages on a queue.", "Send"),
+    "enqueue": CommandEntry(
+        "conveyor.cli.enqueue:enqueue", "Enqueue a job of an app, and wait for it if you like.", "Send"
+    ),
+    "status": CommandEntry(
+        "conveyor.cli.status:status", "Show queues, workers and what is wrong, on one screen.", "Look"
+    ),
+    "queue": CommandEntry("conveyor.cli.queue:queue", "List, pause, purge and redrive queues.", "Look"),
+    "job": CommandEntry("conveyor.cli.job:job", "List, show, retry, cancel and delete jobs.", "Look"),
+    "doctor": CommandEntry("conveyor.cli.doctor:doctor", "Examine the server: eviction, durability, latency.", "Look"),
+    "acl": CommandEntry("conveyor.cli.acl:acl", "Print least-privilege ACL rules for Redis.", "Look"),
 }
 
 
@@ -106,16 +112,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         code = cli.main(arguments, prog_name="conveyor", standalone_mode=False, obj=state)
     except click.Abort:
-        return Exit.INTERRUPTED
+        return ExitCode.INTERRUPTED
     except click.ClickException as error:
         error.show()
         return error.exit_code
     except KeyboardInterrupt:
-        return Exit.INTERRUPTED
+        return ExitCode.INTERRUPTED
     except Exception as error:
         _complain(error, verbose=state["verbose"])
         return exit_code(error)
-    return code if isinstance(code, int) else Exit.OK
+    return code if isinstance(code, int) else ExitCode.OK
 
 
 def _complain(error: Exception, *, verbose: bool) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from conveyor.cli.exit import Exit
+from conveyor.cli.exit import ExitCode
 from conveyor.cli.output import Output
 from conveyor.cli.status import print_finding
 from conveyor.cli.target import Target, redis_options
@@ -26,4 +26,4 @@ def doctor(target: Target, out: Output) -> int:
     else:
         rows = [(f.level, f.name, f.code, f.text, f.remedy) for f in report.findings]
         out.table(("level", "name", "code", "text", "remedy"), rows)
-    return Exit.OK if report.healthy else Exit.UNHEALTHY
+    return ExitCode.OK if report.healthy else ExitCode.UNHEALTHY

@@ -8,7 +8,7 @@ from enum import IntEnum
 from conveyor import errors
 
 
-class Exit(IntEnum):
+class ExitCode(IntEnum):
     """What the shell is told; docs/reference/cli.md lists them."""
 
     OK = 0
@@ -24,27 +24,33 @@ class Exit(IntEnum):
     INTERRUPTED = 130
 
 
-_BY_CODE = {"E08": Exit.IMPORT, "E09": Exit.IMPORT, "E10": Exit.REFUSED, "E17": Exit.REFUSED, "E35": Exit.REFUSED}
-_BY_CLASS: tuple[tuple[type[BaseException], Exit], ...] = (
-    (errors.StoreUnavailable, Exit.UNREACHABLE),
-    (errors.ConfigurationError, Exit.USAGE),
-    (errors.PayloadError, Exit.USAGE),
-    (errors.UnknownTask, Exit.NOT_FOUND),
-    (errors.JobNotFound, Exit.NOT_FOUND),
-    (errors.QueueNotFound, Exit.NOT_FOUND),
-    (errors.ResultExpired, Exit.NOT_FOUND),
-    (errors.QueueFull, Exit.REFUSED),
-    (errors.DurabilityNotReached, Exit.REFUSED),
-    (errors.Duplicate, Exit.REFUSED),
-    (errors.RateLimited, Exit.REFUSED),
-    (errors.JobFailed, Exit.JOB_FAILED),
-    (errors.JobCancelled, Exit.JOB_FAILED),
-    (builtins.TimeoutError, Exit.TIMED_OUT),
+_BY_CODE = {
+    "E08": ExitCode.IMPORT,
+    "E09": ExitCode.IMPORT,
+    "E10": ExitCode.REFUSED,
+    "E17": ExitCode.REFUSED,
+    "E35": ExitCode.REFUSED,
+}
+_BY_CLASS: tuple[tuple[type[BaseException], ExitCode], ...] = (
+    (errors.StoreUnavailable, ExitCode.UNREACHABLE),
+    (errors.ConfigurationError, ExitCode.USAGE),
+    (errors.PayloadError, ExitCode.USAGE),
+    (errors.UnknownTask, ExitCode.NOT_FOUND),
+    (errors.JobNotFound, ExitCode.NOT_FOUND),
+    (errors.QueueNotFound, ExitCode.NOT_FOUND),
+    (errors.ResultExpired, ExitCode.NOT_FOUND),
+    (errors.QueueFull, ExitCode.REFUSED),
+    (errors.DurabilityNotReached, ExitCode.REFUSED),
+    (errors.Duplicate, ExitCode.REFUSED),
+    (errors.RateLimited, ExitCode.REFUSED),
+    (errors.JobFailed, ExitCode.JOB_FAILED),
+    (errors.JobCancelled, ExitCode.JOB_FAILED),
+    (builtins.TimeoutError, ExitCode.TIMED_OUT),
 )
 
 
-def exit_code(error: BaseException) -> Exit:
+def exit_code(error: BaseException) -> ExitCode:
     """Return how a command ends that raised *error*."""
     if isinstance(error, errors.ConveyorError) and error.code in _BY_CODE:
         return _BY_CODE[error.code]
-    return next((code for kind, code in _BY_CLASS if isinstance(error, kind)), Exit.FAILED)
+    return next((code for kind, code in _BY_CLASS if isinstance(error, kind)), ExitCode.FAILED)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from conveyor.cli.exit import Exit
+from conveyor.cli.exit import ExitCode
 from conveyor.cli.output import Output, confirm_options, count, machine
 from conveyor.cli.target import Target, redis_options
 from conveyor.units import span
@@ -16,7 +16,7 @@ from conveyor.units import span
 if TYPE_CHECKING:
     from datetime import datetime
 
-    from conveyor.admin.views import Acted, JobInfo
+    from conveyor.admin.views import ActionResult, JobInfo
 
 STATES = ("leased", "ready", "scheduled", "dead", "done")
 HEADINGS = ("id", "queue", "task", "state", "attempt", "when", "about")
@@ -110,7 +110,7 @@ def cancel(target: Target, out: Output, ids: tuple[str, ...], yes: bool, dry_run
     chosen = _read(ids)
     ask = len(chosen) > 1 or dry_run
     if ask and not out.confirm(f"Cancel {_described(chosen)}?", yes=yes, dry_run=dry_run):
-        return Exit.OK
+        return ExitCode.OK
     return _report(out, "cancel", target.admin().cancel(chosen))
 
 
@@ -122,7 +122,7 @@ def delete(target: Target, out: Output, ids: tuple[str, ...], yes: bool, dry_run
     """Remove jobs and dead letters without a trace; a leased one is refused."""
     chosen = _read(ids)
     if not chosen or not out.confirm(f"Delete {_described(chosen)} for good?", yes=yes, dry_run=dry_run):
-        return Exit.OK
+        return ExitCode.OK
     return _report(out, "delete", target.admin().delete(chosen))
 
 
@@ -155,11 +155,11 @@ def _described(ids: Sequence[str]) -> str:
     return f"{count(len(ids), 'job')} ({', '.join(ids[:3])}{', …' if len(ids) > 3 else ''})"
 
 
-def _report(out: Output, schema: str, acted: Sequence[Acted]) -> int:
+def _report(out: Output, schema: str, acted: Sequence[ActionResult]) -> int:
     if out.as_json:
         out.document(schema, jobs=acted)
     else:
         out.table(("id", "outcome", "detail"), [(one.id, one.outcome, one.detail) for one in acted])
     if any(one.outcome == "not found" for one in acted):
-        return Exit.NOT_FOUND
-    return Exit.OK if all(one.done for one in acted) else Exit.REFUSED
+        return ExitCode.NOT_FOUND
+    return ExitCode.OK if all(one.done for one in acted) else ExitCode.REFUSED

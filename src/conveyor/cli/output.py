@@ -13,7 +13,7 @@ from typing import Any
 
 import click
 
-from conveyor.cli.exit import Exit
+from conveyor.cli.exit import ExitCode
 from conveyor.ids import clean
 from conveyor.units import span
 
@@ -72,7 +72,7 @@ class Output:
             return True
         if not sys.stdin.isatty():
             self.say(f"{question}  Not confirmed: give --yes. Nothing was done.")
-            raise click.exceptions.Exit(Exit.REFUSED)
+            raise click.exceptions.Exit(ExitCode.REFUSED)
         try:
             agreed = click.confirm(question, default=False, err=True)
         except click.Abort:
@@ -80,7 +80,7 @@ class Output:
             raise
         if not agreed:
             self.say("Nothing was done.")
-            raise click.exceptions.Exit(Exit.REFUSED)
+            raise click.exceptions.Exit(ExitCode.REFUSED)
         return True
 
 

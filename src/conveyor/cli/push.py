@@ -12,7 +12,7 @@ from conveyor.cli.output import Output, count, seconds
 from conveyor.cli.target import Target, redis_options
 
 if TYPE_CHECKING:
-    from conveyor.messaging.push_options import Posting
+    from conveyor.messaging.push_options import PreparedPush
     from conveyor.payload.formats import FormatCodec
     from conveyor.store.operations import Entry
 
@@ -167,7 +167,7 @@ def _headers(given: tuple[str, ...]) -> dict[str, str]:
     return headers
 
 
-def _choice(app: Any, queue: str, **options: Any) -> Posting:
+def _choice(app: Any, queue: str, **options: Any) -> PreparedPush:
     """Return what every message of this call is pushed with, sealed as the app seals."""
     from conveyor.messaging.push_options import posting, wrapped
 
@@ -182,7 +182,7 @@ def _codec(app: Any, queue: str) -> FormatCodec[Any] | None:
     return None if declared is None or declared.codec.formats.writes is None else declared.codec
 
 
-def _entry(body: bytes, choice: Posting, codec: FormatCodec[Any] | None) -> Entry:
+def _entry(body: bytes, choice: PreparedPush, codec: FormatCodec[Any] | None) -> Entry:
     from conveyor.ids import new_id
 
     if codec is not None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from conveyor.cli.app import load_outbox, settings
-from conveyor.cli.exit import Exit
+from conveyor.cli.exit import ExitCode
 from conveyor.cli.output import Output
 from conveyor.cli.target import verbose_option
 from conveyor.errors import ConveyorError
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from conveyor.sql import Outbox
 
 
-class _Ended(Exception):
+class _StopSignal(Exception):
     """A signal that asks to stop."""
 
 
@@ -45,7 +45,7 @@ def relay(ctx: click.Context, reference: str, once: bool, ddl: str | None) -> in
         out.line(str(outbox.deliver()))
     else:
         _run(out, outbox, verbose=bool(ctx.obj and ctx.obj["verbose"]))
-    return Exit.OK
+    return ExitCode.OK
 
 
 def _run(out: Output, outbox: Outbox, *, verbose: bool) -> None:
@@ -65,9 +65,9 @@ def _run(out: Output, outbox: Outbox, *, verbose: bool) -> None:
             out.say(f"Delivers {outbox.table} to namespace {outbox.app.namespace}; {waiting}")
             while True:
                 signal.pause()
-    except _Ended:
+    except _StopSignal:
         pass
 
 
 def _end(_signal: int, _frame: FrameType | None) -> None:
-    raise _Ended
+    raise _StopSignal

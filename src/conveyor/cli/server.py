@@ -10,7 +10,7 @@ from types import FrameType
 
 import click
 
-from conveyor.cli.exit import Exit
+from conveyor.cli.exit import ExitCode
 from conveyor.cli.output import Output, version
 from conveyor.cli.target import json_option, verbose_option
 
@@ -52,9 +52,9 @@ def start(out: Output, directory: Path | None) -> int:
             found = embedded.inspect(directory)
             if found is None or not found.running:
                 out.say("The server was stopped.")
-                return Exit.FAILED
+                return ExitCode.FAILED
     out.say("Let go; it stops when nobody else uses it.")
-    return Exit.OK
+    return ExitCode.OK
 
 
 @server.command()
@@ -95,4 +95,4 @@ def status(out: Output, directory: Path | None) -> int:
             [("running", running), ("url", found.url), ("pid", str(found.pid) if found.pid else None),
              ("version", found.version), ("directory", str(found.directory)), ("bytes", found.size)]
         )  # fmt: skip
-    return Exit.OK if running else Exit.NOT_FOUND
+    return ExitCode.OK if running else ExitCode.NOT_FOUND

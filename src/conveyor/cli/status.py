@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from conveyor.cli.exit import Exit
+from conveyor.cli.exit import ExitCode
 from conveyor.cli.output import MARKS, Output, count
 from conveyor.cli.queue import queue_table
 from conveyor.cli.target import Target, redis_options
@@ -34,7 +34,7 @@ def status(target: Target, out: Output) -> int:
             "status", healthy=report.healthy, url=report.url, namespace=admin.backend.namespace, family=report.family,
             version=report.version, queues=queues, workers=workers, findings=[asdict(finding) for finding in shown],
         )  # fmt: skip
-        return Exit.OK if report.healthy else Exit.UNHEALTHY
+        return ExitCode.OK if report.healthy else ExitCode.UNHEALTHY
     if out.on_terminal:
         out.line(f"{report.family.capitalize()} {report.version} at {report.url} · namespace {admin.backend.namespace}")
         out.line("")
@@ -48,7 +48,7 @@ def status(target: Target, out: Output) -> int:
         out.line("")
     for finding in shown:
         print_finding(out, finding, talk=True)
-    return Exit.OK if report.healthy else Exit.UNHEALTHY
+    return ExitCode.OK if report.healthy else ExitCode.UNHEALTHY
 
 
 def print_finding(out: Output, finding: Finding, *, talk: bool = False) -> None:

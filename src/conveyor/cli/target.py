@@ -16,7 +16,7 @@ from conveyor.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from conveyor.admin.admin import Admin
-    from conveyor.store.client.client import Backend
+    from conveyor.store.client.client import Client
 
 PATIENCE = 1.0
 """Seconds a command repeats a call before it says that the server is away."""
@@ -62,9 +62,9 @@ class Target:
         _unbuffered(app)
         return name, app
 
-    def backend(self) -> Backend:
+    def backend(self) -> Client:
         """Return the backend: of the flags, else of the app, else of the environment, else the embedded server."""
-        from conveyor.store.client.client import Backend
+        from conveyor.store.client.client import Client
 
         url, namespace = self.url, self._namespace()
         if (url is None or namespace is None) and reference(self.app_name, self.settings) is not None:
@@ -72,13 +72,13 @@ class Target:
             self._app = app
             if url is None and namespace in {None, app.backend.namespace}:
                 app.backend.patience = PATIENCE
-                found: Backend = _unbuffered(app)
+                found: Client = _unbuffered(app)
                 return _closed_later(found)
             namespace = namespace or app.backend.namespace
             url = url or app.backend.address.url
             _closed_later(app.backend)  # it may hold the embedded server
         url = url or os.environ.get("CONVEYOR_URL") or self.settings.url
-        return _closed_later(Backend(url, namespace=namespace or "conveyor", patience=PATIENCE))
+        return _closed_later(Client(url, namespace=namespace or "conveyor", patience=PATIENCE))
 
     @property
     def app(self) -> Any:
@@ -100,15 +100,15 @@ class Target:
         return self.namespace or os.environ.get("CONVEYOR_NAMESPACE") or self.settings.namespace
 
 
-def _unbuffered(app: Any) -> Backend:
+def _unbuffered(app: Any) -> Client:
     """Return the backend of an app; its buffer takes nothing: a command ends, so it fails when Redis is away."""
-    backend: Backend = app.backend
+    backend: Client = app.backend
     if backend.buffer is not None:
         backend.buffer.most = 0
     return backend
 
 
-def _closed_later(backend: Backend) -> Backend:
+def _closed_later(backend: Client) -> Client:
     click.get_current_context().call_on_close(backend.close)
     return backend
 

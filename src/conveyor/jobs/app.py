@@ -10,19 +10,19 @@ from typing import TYPE_CHECKING, Any, Literal, ParamSpec, Self, TypeVar, cast, 
 
 from conveyor import ids
 from conveyor.errors import ConfigurationError, ConveyorError
-from conveyor.jobs.bulk import Shipment, chunks, note
+from conveyor.jobs.bulk import ChunkSender, chunks, note
 from conveyor.jobs.decorator import TaskDecorator, refuse_later, register, task_options
 from conveyor.jobs.hooks import Hooks
 from conveyor.jobs.job import Job, refuse_in_loop
 from conveyor.jobs.job_options import positive_ms
-from conveyor.jobs.registry import Declarations
-from conveyor.jobs.results import Replies
+from conveyor.jobs.registry import QueueRegistry
+from conveyor.jobs.results import ResultSubscriber
 from conveyor.jobs.task import AsyncTask, RunIn, SyncTask, Task, TaskCall, Upcast
 from conveyor.messaging.retry import Retry
 from conveyor.payload.codec import MAX_PAYLOAD
 from conveyor.payload.formats import Choice, chosen
 from conveyor.payload.pipeline import LARGE_ABOVE, MAX_LARGE, choose
-from conveyor.store.client.client import Backend
+from conveyor.store.client.client import Client
 from conveyor.units import Duration, Size, size
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ Step = Callable[[int, Any], Any]
 """From a version and a message of it to the message as the next version has it."""
 
 
-class Conveyor(Declarations, Hooks):
+class Conveyor(QueueRegistry, Hooks):
     """
     One program's queues and tasks on one Redis.
 
@@ -77,7 +77,7 @@ class Conveyor(Declarations, Hooks):
         """
         super().__init__()
         self.backend = make_client(url, namespace, buffer)
-        self.replies = Replies(self.backend)
+        self.replies = ResultSubscriber(self.backend)
         self.namespace = namespace
         self.lease_ms = positive_ms(lease, "lease")
         self.max_payload = size(max_payload, "max_payload")
@@ -169,7 +169,7 @@ class Conveyor(Declarations, Hooks):
         list nothing was stored then, of a generator nothing from that thousand on.
         """
         refuse_in_loop("app.enqueue_many()", "await app.aenqueue_many(…)")
-        shipment = Shipment()
+        shipment = ChunkSender()
         try:
             with shipment:
                 for chunk in chunks(self, calls):
@@ -257,7 +257,7 @@ class Conveyor(Declarations, Hooks):
         await self.aclose()
 
 
-def make_client(url: str | None, namespace: str, buffer: Buffer | None) -> Backend:
+def make_client(url: str | None, namespace: str, buffer: Buffer | None) -> Client:
     """
     Return the client of an app: with a buffer, or without (None).
 
@@ -266,12 +266,12 @@ def make_client(url: str | None, namespace: str, buffer: Buffer | None) -> Backe
     if url is not None and not isinstance(url, str):
         raise ConfigurationError(f"The URL must be text such as 'redis://host:6379/0', not {type(url).__name__}.")
     if buffer is None:
-        return Backend(url, namespace=namespace)
+        return Client(url, namespace=namespace)
     from conveyor.store.client.buffer import Buffer
-    from conveyor.store.client.buffered import BufferedBackend
+    from conveyor.store.client.buffered import BufferedClient
 
     if not isinstance(buffer, Buffer):
         raise ConfigurationError(
             f"Conveyor(buffer=…) takes a Buffer, such as Buffer() or Buffer('spool'), not {type(buffer).__name__}."
         )
-    return BufferedBackend(url, namespace=namespace, buffer=buffer)
+    return BufferedClient(url, namespace=namespace, buffer=buffer)

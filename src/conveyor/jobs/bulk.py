@@ -13,14 +13,14 @@ from conveyor.store.client.batching import BULK
 from conveyor.store.operations import Entry
 
 if TYPE_CHECKING:
-    from conveyor.jobs.job_options import Choice
-    from conveyor.jobs.task import Sender, Task, TaskCall
-    from conveyor.store.client.durability import Wish
+    from conveyor.jobs.job_options import JobOptions
+    from conveyor.jobs.task import Task, TaskApp, TaskCall
+    from conveyor.store.client.durability import DurabilityRequest
 
 Encode = Callable[[tuple[Any, ...], dict[str, Any]], bytes]
 
 
-class Batch:
+class QueueBatch:
     """The jobs of one queue in a chunk: flat pairs of id and envelope while all are plain, entries else."""
 
     __slots__ = ("entries", "jobs", "pairs", "queue", "wish")
@@ -30,7 +30,7 @@ class Batch:
         self.jobs: list[Job[Any]] = []
         self.pairs: list[str | bytes] = []
         self.entries: list[Entry] = []
-        self.wish: Wish | None = None  # what satisfies all of them: they travel together, in their order
+        self.wish: DurabilityRequest | None = None  # what satisfies all of them: they travel together, in their order
 
     def add(self, entry: Entry, job: Job[Any]) -> None:
         """Append a job that needs more than an envelope."""
@@ -50,15 +50,15 @@ class Batch:
             job.settle(id_)
 
 
-class Chunk:
+class JobChunk:
     """Up to a thousand prepared calls: handles in the order of the calls, and what to push where."""
 
     __slots__ = ("_batches", "_home", "jobs")
 
-    def __init__(self, home: Sender, calls: list[TaskCall[Any]]) -> None:
+    def __init__(self, home: TaskApp, calls: list[TaskCall[Any]]) -> None:
         """Encode all of *calls*; raises PayloadError for the first that does not fit."""
         self._home = home
-        self._batches: dict[str, Batch] = {}
+        self._batches: dict[str, QueueBatch] = {}
         self.jobs: list[Job[Any]] = []
         if not calls:
             return
@@ -77,7 +77,7 @@ class Chunk:
                 job = self._special(task, call)
             append(job)
 
-    def _settings(self, task: Task[..., Any], choice: Choice) -> tuple[Batch, bool, Encode]:
+    def _settings(self, task: Task[..., Any], choice: JobOptions) -> tuple[QueueBatch, bool, Encode]:
         plain = task.is_plain(choice) and task.queue not in self._home.partitioned
         return self._batch(task.queue), plain, task.signature.encode
 
@@ -90,10 +90,10 @@ class Chunk:
             batch.wish = call.choice.wish.join(batch.wish)
         return job
 
-    def _batch(self, queue: str) -> Batch:
+    def _batch(self, queue: str) -> QueueBatch:
         found = self._batches.get(queue)
         if found is None:
-            found = self._batches[queue] = Batch(queue)
+            found = self._batches[queue] = QueueBatch(queue)
         return found
 
     def send(self) -> list[Callable[[], None]]:
@@ -114,7 +114,7 @@ class Chunk:
                 batch.settle(await self._home.asend(batch.queue, batch.as_entries(), batch.wish))
 
 
-class Shipment:
+class ChunkSender:
     """Chunks on their way: Redis works on one while the next is prepared. `jobs` are those accepted."""
 
     def __init__(self) -> None:
@@ -122,7 +122,7 @@ class Shipment:
         self._finish: list[Callable[[], None]] = []
         self._under_way: list[Job[Any]] = []
 
-    def send(self, chunk: Chunk) -> None:
+    def send(self, chunk: JobChunk) -> None:
         """Send *chunk* when the one before is accepted."""
         self._settle()
         self._under_way = chunk.jobs
@@ -141,7 +141,7 @@ class Shipment:
         self._settle()
 
 
-def chunks(home: Sender, calls: Iterable[TaskCall[Any]]) -> Iterator[Chunk]:
+def chunks(home: TaskApp, calls: Iterable[TaskCall[Any]]) -> Iterator[JobChunk]:
     """
     Yield prepared chunks of *calls*.
 
@@ -149,11 +149,11 @@ def chunks(home: Sender, calls: Iterable[TaskCall[Any]]) -> Iterator[Chunk]:
     consumed as it is sent.
     """
     if isinstance(calls, Sequence):
-        yield from [Chunk(home, list(calls[at : at + BULK])) for at in range(0, len(calls), BULK)]
+        yield from [JobChunk(home, list(calls[at : at + BULK])) for at in range(0, len(calls), BULK)]
         return
     source = iter(calls)
     while taken := list(islice(source, BULK)):
-        yield Chunk(home, taken)
+        yield JobChunk(home, taken)
 
 
 def note(error: ConveyorError, count: int) -> None:

@@ -21,7 +21,7 @@ MOST_SPAWNED = 1000
 """Most jobs that one attempt may spawn: its end is one step in Redis."""
 
 
-class Follower(Protocol[J_co]):
+class SpawnableCall(Protocol[J_co]):
     """A call of a task as a value, such as `task.s(…)`: what a job can spawn."""
 
     def follow(self) -> tuple[J_co, bytes]:
@@ -85,7 +85,7 @@ class Context:
         if self._deadline_hook is not None:
             self._deadline_hook(ms)
 
-    def spawn(self, call: Follower[J]) -> J:
+    def spawn(self, call: SpawnableCall[J]) -> J:
         """
         Have *call* (`task.s(…)`, also of `task.options(…)`) enqueued exactly once if, and only if, this attempt succeeds.
 
@@ -124,7 +124,7 @@ class Context:
         return f"<Context {self.job_id} {self.task} attempt {self.attempt}>"
 
 
-class _Placeholder(Context):
+class _ContextProxy(Context):
     """Stands for the context of a job to come; inside a job it speaks for that job's."""
 
     __slots__ = ()
@@ -148,7 +148,7 @@ class _Placeholder(Context):
         return "current()"
 
 
-class Lender(Protocol):
+class ContextSource(Protocol):
     """What holds a context, or can make it when it is asked for: most jobs never ask."""
 
     def open(self) -> Context:
@@ -156,8 +156,8 @@ class Lender(Protocol):
         ...
 
 
-CURRENT: ContextVar[Lender | None] = ContextVar("conveyor_context", default=None)
-_PLACEHOLDER = _Placeholder()
+CURRENT: ContextVar[ContextSource | None] = ContextVar("conveyor_context", default=None)
+_PLACEHOLDER = _ContextProxy()
 
 
 def current() -> Context:

@@ -8,9 +8,9 @@ from typing import Any, Literal, ParamSpec, Protocol, TypeVar, overload
 from conveyor import ids
 from conveyor.errors import ConfigurationError
 from conveyor.jobs.job_options import check_priority, positive_ms
-from conveyor.jobs.task import AsyncTask, RunIn, Sender, SyncTask, Task, TaskOptions, Upcast, default_name, is_async
+from conveyor.jobs.task import AsyncTask, RunIn, SyncTask, Task, TaskApp, TaskOptions, Upcast, default_name, is_async
 from conveyor.messaging.retry import Retry
-from conveyor.payload.formats import Choice, Formats
+from conveyor.payload.formats import Choice, FormatRegistry
 from conveyor.payload.versions import check_version
 from conveyor.units import Duration, Size, milliseconds, size
 
@@ -27,7 +27,7 @@ class TaskDecorator(Protocol):
     def __call__(self, function: Callable[P, R], /) -> SyncTask[P, R]: ...
 
 
-class Registry(Sender, Protocol):
+class TaskRegistry(TaskApp, Protocol):
     """What a registration needs of its app."""
 
     @property
@@ -37,7 +37,7 @@ class Registry(Sender, Protocol):
     @property
     def max_whole(self) -> int: ...
     @property
-    def formats(self) -> Formats: ...
+    def formats(self) -> FormatRegistry: ...
 
 
 def task_options(
@@ -72,7 +72,7 @@ def refuse_later(**options: object) -> None:
 
 
 def register(
-    home: Registry,
+    home: TaskRegistry,
     function: Callable[..., Any],
     name: str | None,
     queue: str,

@@ -46,7 +46,7 @@ class Middleware:
         return await call_next()
 
 
-class _Borrowed(Middleware):
+class _FunctionMiddleware(Middleware):
     """A function, or an object that has one of the two methods without being a Middleware."""
 
     def __init__(self, source: object, push: Callable[[Outgoing], None] | None, run: Around | None) -> None:
@@ -71,7 +71,7 @@ def adopt(source: object) -> Middleware:
                 f"Pass an instance: app.middleware({source.__name__}(…))."
             ) from error
     if inspect.iscoroutinefunction(source):
-        return _Borrowed(source, None, source)
+        return _FunctionMiddleware(source, None, source)
     push, run = getattr(source, "push", None), getattr(source, "run", None)
     if run is not None and not inspect.iscoroutinefunction(run):
         raise ConfigurationError(f"{source!r}: run must be `async def run(self, context, call_next)`.")
@@ -83,7 +83,7 @@ def adopt(source: object) -> Middleware:
         raise ConfigurationError(
             f"{source!r} is no middleware: write `async def name(context, call_next)`, or a class with push or run."
         )
-    return _Borrowed(source, push, run)
+    return _FunctionMiddleware(source, push, run)
 
 
 def pushes(middleware: Middleware) -> bool:

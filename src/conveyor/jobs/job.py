@@ -11,24 +11,24 @@ from conveyor import ids
 from conveyor.errors import ConfigurationError, JobCancelled, JobFailed, JobNotFound, ResultExpired
 from conveyor.payload.records import Failure, Status, read_outcome, read_whatever
 from conveyor.store import inspection, operations
-from conveyor.store.operations import Existing
+from conveyor.store.operations import ExistingId
 from conveyor.units import Duration, milliseconds
 
 if TYPE_CHECKING:
-    from conveyor.jobs.results import Answer, Replies
+    from conveyor.jobs.results import Answer, ResultSubscriber
     from conveyor.payload.codec import ValueCodec
-    from conveyor.payload.formats import Formats
-    from conveyor.payload.pipeline import Sealing
-    from conveyor.store.client.client import Backend
+    from conveyor.payload.formats import FormatRegistry
+    from conveyor.payload.pipeline import PayloadPipeline
+    from conveyor.store.client.client import Client
     from conveyor.store.keys import QueueKeys
 
 _LOOK = 0.02
 """Seconds between two looks at the buffer of this program."""
 R_co = TypeVar("R_co", covariant=True)
-Shown = tuple[str, inspection.Row | None, bytes]
+Shown = tuple[str, inspection.JobRow | None, bytes]
 
 
-class Promise(Protocol):
+class ResultSpec(Protocol):
     """What a task says about its results."""
 
     @property
@@ -39,21 +39,21 @@ class Promise(Protocol):
     def promises(self) -> bool: ...
 
 
-class Home(Protocol):
+class JobApp(Protocol):
     """What a handle needs of its app."""
 
     @property
     def namespace(self) -> str: ...
     @property
-    def backend(self) -> Backend: ...
+    def backend(self) -> Client: ...
     @property
-    def replies(self) -> Replies: ...
+    def replies(self) -> ResultSubscriber: ...
     @property
-    def promises(self) -> Mapping[str, Promise]: ...
+    def promises(self) -> Mapping[str, ResultSpec]: ...
     @property
-    def sealing(self) -> Sealing | None: ...
+    def sealing(self) -> PayloadPipeline | None: ...
     @property
-    def formats(self) -> Formats: ...
+    def formats(self) -> FormatRegistry: ...
 
     def keys(self, queue: str) -> QueueKeys: ...
 
@@ -70,10 +70,10 @@ class Job(Generic[R_co]):
 
     def __init__(
         self,
-        home: Home,
+        home: JobApp,
         id: str,  # noqa: A002
         queue: str | None,
-        promise: Promise | None = None,
+        promise: ResultSpec | None = None,
         *,
         duplicate: bool = False,
     ) -> None:
@@ -92,7 +92,7 @@ class Job(Generic[R_co]):
 
     def settle(self, id: str) -> None:  # noqa: A002
         """Take the id the queue answered with."""
-        self.duplicate = isinstance(id, Existing)
+        self.duplicate = isinstance(id, ExistingId)
         self._bare = id
 
     def __repr__(self) -> str:

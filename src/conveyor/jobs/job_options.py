@@ -11,18 +11,18 @@ from conveyor import ids
 from conveyor.errors import ConfigurationError, PayloadError
 from conveyor.messaging.push_options import MAX_HEADERS
 from conveyor.payload.codec import show
-from conveyor.payload.records import Extra, to_json, write_rest
+from conveyor.payload.records import EnvelopeOptions, to_json, write_rest
 from conveyor.payload.versions import sealed_name
-from conveyor.store.client.durability import Wish, wish
+from conveyor.store.client.durability import DurabilityRequest, wish
 from conveyor.store.operations import Entry
 from conveyor.units import Duration, instant_ms, milliseconds
 
 if TYPE_CHECKING:
-    from conveyor.payload.pipeline import Sealing
+    from conveyor.payload.pipeline import PayloadPipeline
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
+class JobOptions:
     """What `.options(…)` was given, checked; None where the task's own setting holds. Times in ms."""
 
     delay_ms: int | None = None
@@ -37,10 +37,10 @@ class Choice:
     keep_ms: int | None = None
     attempts: int | None = None
     front: bool = False
-    wish: Wish | None = None
+    wish: DurabilityRequest | None = None
 
 
-NOTHING = Choice()
+NOTHING = JobOptions()
 
 
 def choose(
@@ -60,7 +60,7 @@ def choose(
     fsync: bool | None,
     wait_replicas: int | None,
     wait_timeout: Duration | None,
-) -> Choice:
+) -> JobOptions:
     """Return the options of one call, checked; raises ConfigurationError."""
     if delay is not None and at is not None:
         raise ConfigurationError("options(delay=…, at=…): give one of them.")
@@ -68,7 +68,7 @@ def choose(
         raise ConfigurationError("options(front=True) is for a job that is ready now, without delay or at.")
     if unique is not None and not isinstance(unique, str):
         raise ConfigurationError(f"options(unique=…) takes the key itself, a text, not {unique!r}.")
-    return Choice(
+    return JobOptions(
         delay_ms=None if delay is None else milliseconds(delay, name="delay"),
         at_ms=None if at is None else instant_ms(at),
         priority=None if priority is None else check_priority(priority),
@@ -111,7 +111,7 @@ class Outgoing:
     attempts: int | None
     version: int = 1
 
-    def entry(self, body: bytes, sealing: Sealing | None = None, *, deferred: bool = False) -> Entry:
+    def entry(self, body: bytes, sealing: PayloadPipeline | None = None, *, deferred: bool = False) -> Entry:
         """
         Return what is pushed; *body* are the encoded arguments, which *sealing* wraps.
 
@@ -120,7 +120,7 @@ class Outgoing:
         extra = None
         options = (self.timeout_ms, self.keep_ms, self.attempts)
         if self.headers or self.version != 1 or options != (None, None, None):
-            extra = Extra(check_headers(self.headers), *options, self.version)
+            extra = EnvelopeOptions(check_headers(self.headers), *options, self.version)
         own = deferred or self.id is not None
         if self.id is not None:
             id_ = ids.given_id(self.id)

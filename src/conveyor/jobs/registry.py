@@ -13,9 +13,9 @@ from conveyor import ids
 from conveyor.errors import ConfigurationError
 from conveyor.jobs.job_options import positive_ms
 from conveyor.jobs.task import Task
-from conveyor.payload.formats import Choice, Formats
-from conveyor.store.client.client import Backend
-from conveyor.store.client.durability import Asking, Durability, Wish, asked
+from conveyor.payload.formats import Choice, FormatRegistry
+from conveyor.store.client.client import Client
+from conveyor.store.client.durability import Durability, DurabilityOptions, DurabilityRequest, asked
 from conveyor.store.operations import Entry
 from conveyor.units import Duration
 
@@ -23,14 +23,14 @@ if TYPE_CHECKING:
     from conveyor.messaging.partitions import Partitions
     from conveyor.messaging.plain_list import PlainList
     from conveyor.messaging.queue import Queue
-    from conveyor.payload.pipeline import Sealing
+    from conveyor.payload.pipeline import PayloadPipeline
     from conveyor.store.keys import QueueKeys
 
 
 class Sending:
     """Pushes entries to queues, as each of them is declared."""
 
-    backend: Backend
+    backend: Client
     bounded: dict[str, Queue[Any]]
     """
     The queues with a maximum length, a durability of their own, or partitions: jobs for them do not take the shortest
@@ -52,14 +52,14 @@ class Sending:
         found = self.partitioned.get(queue)
         return queue if found is None else found.placed(entry)
 
-    def send(self, queue: str, entries: Sequence[Entry], wish: Wish | None = None) -> list[str]:
+    def send(self, queue: str, entries: Sequence[Entry], wish: DurabilityRequest | None = None) -> list[str]:
         """Push prepared entries, placed, and return the id of each: its own, or that of a job that existed."""
         way = self.backend.way(self._asks(queue), wish)
         if self.partitioned and not way.deferred and (found := self.partitioned.get(ids.logical(queue))):
             return found.send(queue, entries, way)
         return way.push(self.keys(queue), entries, max_length=self._max_length(queue))
 
-    async def asend(self, queue: str, entries: Sequence[Entry], wish: Wish | None = None) -> list[str]:
+    async def asend(self, queue: str, entries: Sequence[Entry], wish: DurabilityRequest | None = None) -> list[str]:
         """Do the same without blocking the event loop."""
         way = self.backend.way(self._asks(queue), wish)
         if self.partitioned and not way.deferred and (found := self.partitioned.get(ids.logical(queue))):
@@ -81,14 +81,14 @@ Step = Callable[[int, Any], Any]
 """From a version and a message of it to the message as the next version has it."""
 
 
-class Declarations(Sending):
+class QueueRegistry(Sending):
     """What an app knows of its queues."""
 
-    sealing: Sealing | None
+    sealing: PayloadPipeline | None
     lease_ms: int
     max_payload: int
     max_whole: int
-    formats: Formats
+    formats: FormatRegistry
 
     def __init__(self) -> None:
         """Begin with none."""
@@ -104,19 +104,19 @@ class Declarations(Sending):
     def queue(
         self, name: str, *, partitions: int = 1, lease: Duration | None = None, max_attempts: int = 5,
         max_length: int | None = None, full: Full = "raise", version: int = 1, upcast: Step | None = None,
-        format: Choice | None = None, **durable: Unpack[Asking],
+        format: Choice | None = None, **durable: Unpack[DurabilityOptions],
     ) -> Queue[Any]: ...  # fmt: skip
     @overload
     def queue(
         self, name: str, type: type[T], *, partitions: int = 1, lease: Duration | None = None, max_attempts: int = 5,
         max_length: int | None = None, full: Full = "raise", version: int = 1, upcast: Step | None = None,
-        format: Choice | None = None, **durable: Unpack[Asking],
+        format: Choice | None = None, **durable: Unpack[DurabilityOptions],
     ) -> Queue[T]: ...  # fmt: skip
     @overload
     def queue(
         self, name: str, type: Any, *, partitions: int = 1, lease: Duration | None = None, max_attempts: int = 5,
         max_length: int | None = None, full: Full = "raise", version: int = 1, upcast: Step | None = None,
-        format: Choice | None = None, **durable: Unpack[Asking],
+        format: Choice | None = None, **durable: Unpack[DurabilityOptions],
     ) -> Queue[Any]: ...  # fmt: skip
 
     def queue(
@@ -132,7 +132,7 @@ class Declarations(Sending):
         version: int = 1,
         upcast: Step | None = None,
         format: Choice | None = None,  # noqa: A002
-        **durable: Unpack[Asking],
+        **durable: Unpack[DurabilityOptions],
     ) -> Queue[Any]:
         """
         Declare a queue of messages of *type* (any JSON value when left out), or set up one that tasks use.

@@ -24,7 +24,7 @@ from conveyor.store.keys import QueueKeys, reply_channel
 from conveyor.store.transport.replies import pause, unreachable
 
 if TYPE_CHECKING:
-    from conveyor.store.client.client import Backend
+    from conveyor.store.client.client import Client
 
 Answer = tuple[str, bytes]
 """What await.lua says: result | dead | gone | waiting, and its bytes."""
@@ -39,7 +39,7 @@ OUTAGE = 60.0
 _log = logging.getLogger("conveyor.result")
 
 
-class Waiter:
+class ResultWaiter:
     """One call that waits; `wake` lets it look at `answer`, None meaning that it should ask again."""
 
     __slots__ = ("answer", "wake")
@@ -49,10 +49,10 @@ class Waiter:
         self.answer: Answer | None = None
 
 
-class Replies:
+class ResultSubscriber:
     """The waiters of one app in this process, and the thread that wakes them."""
 
-    def __init__(self, backend: Backend) -> None:
+    def __init__(self, backend: Client) -> None:
         """Open nothing yet."""
         self._backend = backend
         self._reset()
@@ -61,14 +61,14 @@ class Replies:
     def _reset(self) -> None:
         self.channel = reply_channel(self._backend.namespace, new_identity())
         self._lock = threading.Lock()
-        self._waiters: dict[str, list[tuple[str, Waiter]]] = {}
-        self._listener: Listener | None = None
+        self._waiters: dict[str, list[tuple[str, ResultWaiter]]] = {}
+        self._listener: SubscriptionThread | None = None
 
     # -- waiting --------------------------------------------------------------------------------------------------
 
     def wait(self, keys: QueueKeys, id: str, timeout: float | None) -> Answer | None:  # noqa: A002
         """Return how the job ended, None when it had not after *timeout* seconds (None: wait for ever)."""
-        clock = _Clock(timeout)
+        clock = _Deadline(timeout)
         if clock.remaining() == 0.0 or not self._listening():
             answer = self._backend.run(operations.await_outcome(keys, id, ""))
             if answer[0] != "waiting" or clock.remaining() == 0.0:
@@ -76,7 +76,7 @@ class Replies:
             self._listen()
         gate = threading.Lock()
         gate.acquire()
-        waiter = Waiter(partial(_release, gate))
+        waiter = ResultWaiter(partial(_release, gate))
         self._add(keys, id, waiter)
         call = operations.await_outcome(keys, id, self.channel)
         try:
@@ -100,14 +100,14 @@ class Replies:
 
     async def await_(self, keys: QueueKeys, id: str, timeout: float | None) -> Answer | None:  # noqa: A002, ASYNC109
         """Do the same without blocking the event loop."""
-        clock = _Clock(timeout)
+        clock = _Deadline(timeout)
         if clock.remaining() == 0.0 or not self._listening():
             answer = await self._backend.arun(operations.await_outcome(keys, id, ""))
             if answer[0] != "waiting" or clock.remaining() == 0.0:
                 return answer if answer[0] != "waiting" else None
             await asyncio.get_running_loop().run_in_executor(None, self._listen)
         loop, event = asyncio.get_running_loop(), asyncio.Event()
-        waiter = Waiter(lambda: _call_soon(loop, event.set))
+        waiter = ResultWaiter(lambda: _call_soon(loop, event.set))
         self._add(keys, id, waiter)
         call = operations.await_outcome(keys, id, self.channel)
         try:
@@ -158,11 +158,11 @@ class Replies:
 
     # -- the table of waiters -------------------------------------------------------------------------------------
 
-    def _add(self, keys: QueueKeys, id: str, waiter: Waiter) -> None:  # noqa: A002
+    def _add(self, keys: QueueKeys, id: str, waiter: ResultWaiter) -> None:  # noqa: A002
         with self._lock:
             self._waiters.setdefault(id, []).append((keys.prefix, waiter))
 
-    def _remove(self, keys: QueueKeys, id: str, waiter: Waiter) -> bool:  # noqa: A002
+    def _remove(self, keys: QueueKeys, id: str, waiter: ResultWaiter) -> bool:  # noqa: A002
         """Take a waiter out; return whether Redis still believes that somebody here waits for this job."""
         with self._lock:
             found = self._waiters.get(id, [])
@@ -204,7 +204,7 @@ class Replies:
         """Return when the channel is subscribed; raises StoreUnavailable when that takes too long."""
         with self._lock:
             if self._listener is None:
-                self._listener = Listener(self, self._backend)
+                self._listener = SubscriptionThread(self, self._backend)
             listener = self._listener
         if not listener.ready.wait(self._backend.patience + 1.0):
             raise unreachable(str(self._backend.address), listener.error or "no answer")
@@ -221,10 +221,10 @@ class Replies:
         self._reset()
 
 
-class Listener:
+class SubscriptionThread:
     """The thread that reads the channel; it connects again, for ever, until it is closed."""
 
-    def __init__(self, replies: Replies, backend: Backend) -> None:
+    def __init__(self, replies: ResultSubscriber, backend: Client) -> None:
         self.ready = threading.Event()
         self.error: Exception | None = None
         self._replies = replies
@@ -280,7 +280,7 @@ class Listener:
                 self._replies.hear(message[2])
 
 
-class _Clock:
+class _Deadline:
     """How long a waiter still waits, and how long it bears Redis being away."""
 
     def __init__(self, timeout: float | None) -> None:

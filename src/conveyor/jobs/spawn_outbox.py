@@ -16,7 +16,7 @@ import msgspec
 
 from conveyor.errors import ConfigurationError
 from conveyor.store import operations
-from conveyor.store.operations import Entry, Lane
+from conveyor.store.operations import Entry, ProducerSequence
 from conveyor.store.script import Call, Script
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 TAKE, TRIM = Script("outbox_take"), Script("outbox_trim")
 
 
-class _Head(msgspec.Struct, array_like=True):
+class _OutboxHead(msgspec.Struct, array_like=True):
     queue: str
     id: str
     priority: int
@@ -38,12 +38,12 @@ class _Head(msgspec.Struct, array_like=True):
 
 
 _encode = msgspec.json.Encoder().encode
-_decode = msgspec.json.Decoder(_Head).decode
+_decode = msgspec.json.Decoder(_OutboxHead).decode
 
 
 def write(queue: str, entry: Entry) -> bytes:
     """Return *entry* for *queue* as it lies in an outbox: one line of JSON, then the envelope behind its marks."""
-    head = _Head(
+    head = _OutboxHead(
         queue, entry.id, entry.priority, entry.delay_ms, entry.due_at_ms, entry.expires_ms, entry.unique, entry.own_id,
         entry.front,
     )  # fmt: skip
@@ -59,7 +59,7 @@ def read(data: bytes) -> tuple[str, Entry]:
     )  # fmt: skip
 
 
-class Batch:
+class OutboxBatch:
     """The head of an outbox under its number, by receiver: what is for one queue stays in its order."""
 
     __slots__ = ("number", "parts")
@@ -83,7 +83,7 @@ class Batch:
         return f"<Batch {self.number}: {counts}>"
 
 
-def take(keys: QueueKeys, *, instead: int | str = "", least: int = 0) -> Call[Batch | None]:
+def take(keys: QueueKeys, *, instead: int | str = "", least: int = 0) -> Call[OutboxBatch | None]:
     """
     Return the call that fixes the next batch of the outbox; it yields None when that is empty.
 
@@ -92,8 +92,8 @@ def take(keys: QueueKeys, *, instead: int | str = "", least: int = 0) -> Call[Ba
     return Call(TAKE, (keys.outbox, keys.conf), (instead, least), _read_batch)
 
 
-def _read_batch(reply: list[Any]) -> Batch | None:
-    return Batch(reply[0], reply[1:]) if reply else None
+def _read_batch(reply: list[Any]) -> OutboxBatch | None:
+    return OutboxBatch(reply[0], reply[1:]) if reply else None
 
 
 def deliver(
@@ -105,7 +105,7 @@ def deliver(
     A part that was written for another place, *instead_of*, comes in a lane of its own: *target* may have a part too.
     """
     lane = source.queue if instead_of is None else f"{source.queue}>{instead_of}"
-    call = operations.push(target, Lane(lane, number - 1, insists=True), entries)
+    call = operations.push(target, ProducerSequence(lane, number - 1, insists=True), entries)
     return replace(call, keys=(target.inbox(lane), *call.keys[1:]))
 
 

@@ -18,20 +18,20 @@ from conveyor.errors import ConfigurationError
 from conveyor.ids import new_id
 from conveyor.jobs import spawn_outbox
 from conveyor.jobs.context import Context
-from conveyor.jobs.job import Home, Job
-from conveyor.jobs.job_options import NOTHING, Choice, Outgoing, choose
+from conveyor.jobs.job import Job, JobApp
+from conveyor.jobs.job_options import NOTHING, JobOptions, Outgoing, choose
 from conveyor.messaging.retry import Retry
 from conveyor.payload.codec import ValueCodec, show
-from conveyor.payload.formats import JSON, Formats, codec_for
+from conveyor.payload.formats import JSON, FormatRegistry, codec_for
 from conveyor.payload.records import write_rest
-from conveyor.payload.signature import Signature
-from conveyor.store.operations import Entry, Existing
+from conveyor.payload.signature import TaskSignature
+from conveyor.store.operations import Entry, ExistingId
 from conveyor.units import Duration
 
 if TYPE_CHECKING:
     from conveyor.jobs.hooks import Middleware
-    from conveyor.payload.pipeline import Sealing
-    from conveyor.store.client.durability import Wish
+    from conveyor.payload.pipeline import PayloadPipeline
+    from conveyor.store.client.durability import DurabilityRequest
     from conveyor.store.keys import QueueKeys
 
 P = ParamSpec("P")
@@ -42,7 +42,7 @@ Upcast = Callable[[int, dict[str, Any]], dict[str, Any]]
 """From a version and the arguments of a job that has it to those of the next version."""
 
 
-class Sender(Home, Protocol):
+class TaskApp(JobApp, Protocol):
     """What a task needs of its app."""
 
     @property
@@ -54,11 +54,11 @@ class Sender(Home, Protocol):
     def partitioned(self) -> Container[str]: ...
 
     @property
-    def sealing(self) -> Sealing | None: ...
+    def sealing(self) -> PayloadPipeline | None: ...
 
     def placed(self, queue: str, entry: Entry) -> str: ...
-    def send(self, queue: str, entries: Sequence[Entry], wish: Wish | None = None) -> list[str]: ...
-    async def asend(self, queue: str, entries: Sequence[Entry], wish: Wish | None = None) -> list[str]: ...
+    def send(self, queue: str, entries: Sequence[Entry], wish: DurabilityRequest | None = None) -> list[str]: ...
+    async def asend(self, queue: str, entries: Sequence[Entry], wish: DurabilityRequest | None = None) -> list[str]: ...
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class Task(Generic[P, R_co]):
 
     def __init__(
         self,
-        home: Sender,
+        home: TaskApp,
         function: Callable[P, Any],
         *,
         name: str,
@@ -93,7 +93,7 @@ class Task(Generic[P, R_co]):
         options: TaskOptions,
         max_payload: int,
         max_result: int | None = None,
-        formats: Formats = JSON,
+        formats: FormatRegistry = JSON,
     ) -> None:
         """Read the function's signature; raises ConfigurationError for one whose arguments JSON cannot carry."""
         functools.update_wrapper(self, function)
@@ -104,7 +104,7 @@ class Task(Generic[P, R_co]):
         self.is_async = is_async(function)
         self.run_in: RunIn = run_in
         self.settings = options
-        self.signature = Signature(function, name, max_payload=max_payload, formats=formats, injected=_is_injected)
+        self.signature = TaskSignature(function, name, max_payload=max_payload, formats=formats, injected=_is_injected)
         self.returns_none = self.signature.returns_none
         unannotated = self.signature.result is inspect.Signature.empty
         self.promises = not (unannotated or self.returns_none)
@@ -203,19 +203,19 @@ class Task(Generic[P, R_co]):
         )  # fmt: skip
         return BoundTask(self, choice)
 
-    def enqueue_with(self, choice: Choice, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Job[R_co]:
+    def enqueue_with(self, choice: JobOptions, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Job[R_co]:
         """Enqueue with checked options; what `options(…).enqueue` does."""
         if _get_running_loop() is not None:
             raise _in_loop(self, args, kwargs, sys._getframe(2))  # noqa: SLF001
         queue, entry = self.prepare(choice, args, kwargs)
         return self._handle(queue, entry, self._home.send(queue, (entry,), choice.wish)[0])
 
-    async def aenqueue_with(self, choice: Choice, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Job[R_co]:
+    async def aenqueue_with(self, choice: JobOptions, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Job[R_co]:
         """Do the same without blocking the event loop."""
         queue, entry = await self.aprepare(choice, args, kwargs)
         return self._handle(queue, entry, (await self._home.asend(queue, (entry,), choice.wish))[0])
 
-    def follow_with(self, choice: Choice, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Job[R_co], bytes]:
+    def follow_with(self, choice: JobOptions, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Job[R_co], bytes]:
         """Prepare a job for an outbox; raises PayloadError."""
         if choice.id is None:
             choice = replace(choice, id=ids.new_spawned_id())
@@ -223,19 +223,19 @@ class Task(Generic[P, R_co]):
         return Job(self._home, entry.id, queue, self), spawn_outbox.write(queue, entry)
 
     def _handle(self, queue: str, entry: Entry, id: str) -> Job[R_co]:  # noqa: A002
-        return Job(self._home, id, queue, self, duplicate=isinstance(id, Existing))
+        return Job(self._home, id, queue, self, duplicate=isinstance(id, ExistingId))
 
-    def is_plain(self, choice: Choice) -> bool:
+    def is_plain(self, choice: JobOptions) -> bool:
         """Tell whether a call is just an envelope at the tail of the task's queue, which is the cheapest."""
         return choice is NOTHING and self._plain and not self._home.pushers and not self._home.backend.diverted
 
-    def prepare(self, choice: Choice, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, Entry]:
+    def prepare(self, choice: JobOptions, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, Entry]:
         """Return the queue (or partition) and the entry of a call, with the middleware's changes; raises PayloadError."""
         outgoing, body = self._outgoing(choice, args, kwargs)
         entry = outgoing.entry(body, self._home.sealing, deferred=self._home.backend.diverted)
         return self._home.placed(outgoing.queue, entry), entry
 
-    async def aprepare(self, choice: Choice, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, Entry]:
+    async def aprepare(self, choice: JobOptions, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, Entry]:
         """Do the same; a body for the store of large ones is written there on a thread."""
         sealing, deferred = self._home.sealing, self._home.backend.diverted
         outgoing, body = self._outgoing(choice, args, kwargs)
@@ -245,7 +245,7 @@ class Task(Generic[P, R_co]):
             entry = await asyncio.to_thread(outgoing.entry, body, sealing, deferred=deferred)
         return self._home.placed(outgoing.queue, entry), entry
 
-    def _outgoing(self, choice: Choice, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Outgoing, bytes]:
+    def _outgoing(self, choice: JobOptions, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Outgoing, bytes]:
         settings = self.settings
         outgoing = Outgoing(
             task=self.name,
@@ -292,7 +292,7 @@ class BoundTask(Generic[P, R_co]):
 
     __slots__ = ("_choice", "_task")
 
-    def __init__(self, task: Task[P, R_co], choice: Choice) -> None:
+    def __init__(self, task: Task[P, R_co], choice: JobOptions) -> None:
         """Take options that were checked."""
         self._task = task
         self._choice = choice
@@ -318,7 +318,9 @@ class TaskCall(Generic[R_co]):
 
     __slots__ = ("args", "choice", "kwargs", "task")
 
-    def __init__(self, task: Task[..., R_co], args: tuple[Any, ...], kwargs: dict[str, Any], choice: Choice) -> None:
+    def __init__(
+        self, task: Task[..., R_co], args: tuple[Any, ...], kwargs: dict[str, Any], choice: JobOptions
+    ) -> None:
         """Take the task, its arguments and checked options."""
         self.task = task
         self.args = args

@@ -8,23 +8,23 @@ from collections.abc import Callable, Iterable
 from typing import Any, Generic, TypeVar
 
 from conveyor.errors import PayloadError, StoreUnavailable
-from conveyor.messaging.leases import Leased
+from conveyor.messaging.leases import LeasedMessage
 from conveyor.payload.formats import FormatCodec
-from conveyor.payload.pipeline import PLAIN, Sealing
-from conveyor.payload.versions import Old, TooNew, bring_up, sealed_name
+from conveyor.payload.pipeline import PLAIN, PayloadPipeline
+from conveyor.payload.versions import OldPayload, PayloadTooNew, bring_up, sealed_name
 from conveyor.payload.wrapped import MAGIC
 
 T = TypeVar("T")
 
 
-class Opening(Generic[T]):
+class MessageDecoder(Generic[T]):
     """How the messages of one queue are read."""
 
     def __init__(
         self,
         queue: str,
         codec: FormatCodec[T],
-        sealing: Sealing | None,
+        sealing: PayloadPipeline | None,
         version: int,
         upcast: Callable[[int, Any], Any] | None,
     ) -> None:
@@ -34,23 +34,23 @@ class Opening(Generic[T]):
         self._sealing = sealing
         self._version = version
         self._upcast = upcast
-        self._old = Old(f"A message of queue '{queue}'", codec.max_payload, codec.formats, call=False)
+        self._old = OldPayload(f"A message of queue '{queue}'", codec.max_payload, codec.formats, call=False)
 
-    def body(self, leased: Leased) -> T:
+    def body(self, leased: LeasedMessage) -> T:
         """Return what *leased* holds. Raises PayloadError, its kind TooNew, and BlobUnavailable."""
         if leased.damage:
             raise PayloadError(f"The envelope cannot be read: {leased.damage}.", code="E15")
         envelope = leased.envelope
         body, version = envelope.body, envelope.extra.version
         if version > self._version:
-            raise TooNew(f"A message of queue '{self._queue}'", version, self._version)
+            raise PayloadTooNew(f"A message of queue '{self._queue}'", version, self._version)
         if self._sealing is not None or body[:1] == MAGIC:
             body = self._opened(leased) if leased.opened is None else leased.opened
         if version < self._version and self._upcast is not None:
             body = bring_up(body, version, self._version, self._upcast, self._old)
         return self._codec.decode(body)
 
-    def _opened(self, leased: Leased) -> bytes:
+    def _opened(self, leased: LeasedMessage) -> bytes:
         sealing, data, place = (
             self._sealing or PLAIN,
             leased.envelope.body,
@@ -65,7 +65,7 @@ class Opening(Generic[T]):
         """True when bodies may lie in a store."""
         return self._sealing is not None and self._sealing.store is not None
 
-    async def fetch(self, waiting: Iterable[Leased]) -> None:
+    async def fetch(self, waiting: Iterable[LeasedMessage]) -> None:
         """Open those of *waiting* that lie in the store, on a thread; an error is met again when they are handed out."""
         for leased in list(waiting):
             if leased.opened is None and PLAIN.is_elsewhere(leased.envelope.body):

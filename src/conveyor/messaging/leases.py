@@ -1,7 +1,7 @@
 """
 The books of one identity that leases messages: what it holds, what it must report, whom it suspects.
 
-Nothing here talks to Redis. `Lessee.round` is a generator of calls: a driver carries each out and sends
+Nothing here talks to Redis. `LeaseSession.round` is a generator of calls: a driver carries each out and sends
 the decoded reply back, so blocking and awaitable consumers share every decision.
 """
 
@@ -14,10 +14,10 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from conveyor.ids import new_identity
-from conveyor.payload.records import Envelope, State, read_whatever
+from conveyor.payload.records import AttemptHistory, Envelope, read_whatever
 from conveyor.store import operations
 from conveyor.store.keys import QueueKeys
-from conveyor.store.operations import LateTurn, Report, Settlement, Turn, Unregistered
+from conveyor.store.operations import Settlement, StaleTurn, TurnReply, TurnReport, WorkerUnregistered
 from conveyor.store.script import Call
 
 DONE = "A"
@@ -28,7 +28,7 @@ MOST_BYTES = 4_000_000
 """Bytes of messages asked for in one turn, at the mean size seen."""
 
 
-class Suspects:
+class DeadWorkerDetector:
     """
     Whom an observer takes for dead: by two looks, never by the clock alone.
 
@@ -73,12 +73,12 @@ class Suspects:
 
 
 @dataclass(slots=True, eq=False)
-class Leased:
+class LeasedMessage:
     """One message as it was leased; `state` is from before this start."""
 
     id: str
     envelope: Envelope
-    state: State
+    state: AttemptHistory
     damage: str = ""
     """Why what is stored cannot be read; its body is then the bytes as they are."""
     started: bool = False
@@ -96,15 +96,15 @@ class Leased:
         return self.state.starts + 1
 
 
-class Opener(Protocol):
+class BodyFetcher(Protocol):
     """What the books need of who opens messages."""
 
-    async def fetch(self, waiting: Iterable[Leased]) -> None: ...
+    async def fetch(self, waiting: Iterable[LeasedMessage]) -> None: ...
     def ended(self, blob: str) -> None: ...
 
 
 @dataclass(slots=True)
-class Lessee:
+class LeaseSession:
     """
     One identity. `held` is what Redis must say it holds, `waiting` what of that was not handed out yet.
 
@@ -115,42 +115,42 @@ class Lessee:
     keys: QueueKeys
     lease_ms: int
     about: bytes
-    suspects: Suspects
+    suspects: DeadWorkerDetector
     intake: Callable[[int], Call[int]] | None = None
     """For a plain list: the call that moves up to that many raw entries in before a turn."""
     transient: bool = False
     """Not renewed by what it settles, never registered anew, and gone with the last message."""
-    opening: Opener | None = None
+    opening: BodyFetcher | None = None
     """Where bodies may lie outside Redis."""
     clock: Callable[[], float] = time.monotonic
     worker: str = field(default_factory=new_identity)
     number: int = 0
     registered: bool = False
-    held: dict[str, Leased] = field(default_factory=dict)
-    waiting: deque[Leased] = field(default_factory=deque)
+    held: dict[str, LeasedMessage] = field(default_factory=dict)
+    waiting: deque[LeasedMessage] = field(default_factory=deque)
     cancelled: set[str] = field(default_factory=set)
     renewed: float = 0.0
     due_at: float | None = None
     """When the next scheduled message is due, by our clock; None when there is none."""
     reaped: int = 0
-    refused: list[Leased] = field(default_factory=list)
+    refused: list[LeasedMessage] = field(default_factory=list)
     """What was settled in vain since somebody last looked: for the log."""
     missing: list[str] = field(default_factory=list)
     """Whose records the server has lost, since somebody last looked: for the log."""
-    _pending: deque[tuple[Leased | None, Settlement]] = field(default_factory=deque)
-    _call: Call[Turn] | None = None
-    _reported: dict[str, Leased] = field(default_factory=dict)
+    _pending: deque[tuple[LeasedMessage | None, Settlement]] = field(default_factory=deque)
+    _call: Call[TurnReply] | None = None
+    _reported: dict[str, LeasedMessage] = field(default_factory=dict)
     _mean: float = 0.0
     _looking: bool = False
     _leaving: bool = False
-    _blobs: list[Leased] = field(default_factory=list)
+    _blobs: list[LeasedMessage] = field(default_factory=list)
 
     @property
     def pending(self) -> bool:
         """Tell whether something waits to be reported."""
         return bool(self._pending)
 
-    def settle(self, leased: Leased, settlement: Settlement) -> None:
+    def settle(self, leased: LeasedMessage, settlement: Settlement) -> None:
         """Note how *leased* ends; the next turn reports it."""
         leased.settled = settlement.kind != "M"
         self._pending.append((leased, settlement))
@@ -181,8 +181,8 @@ class Lessee:
                     self.registered = True
                 if want and self.intake is not None and not repeated:
                     yield self.intake(want)
-                turn: Turn = yield self._call or self._turn(want, leave)
-            except (Unregistered, LateTurn):
+                turn: TurnReply = yield self._call or self._turn(want, leave)
+            except (WorkerUnregistered, StaleTurn):
                 self.forget()
                 if self.transient and not want:
                     return
@@ -212,16 +212,16 @@ class Lessee:
         self._call = None
         self.worker, self.number, self.registered = new_identity(), 0, False
 
-    def hand_back(self, leased: Iterable[Leased], states: Callable[[Leased], bytes]) -> None:
+    def hand_back(self, leased: Iterable[LeasedMessage], states: Callable[[LeasedMessage], bytes]) -> None:
         """Give *leased* back to the front, in their order, with the given states (b"" as it was)."""
         for one in reversed(list(leased)):
             if not (one.lost or one.settled):
                 self.settle(one, Settlement("F", one.id, state=states(one)))
                 one.returned = True
 
-    def split(self, leased: Leased, ms: int) -> Generator[Call[Any], Any, Lessee | None]:
+    def split(self, leased: LeasedMessage, ms: int) -> Generator[Call[Any], Any, LeaseSession | None]:
         """Move *leased* to an identity of its own with a lease of *ms* and return it; None when the lease is lost."""
-        own = Lessee(self.keys, ms, self.about, self.suspects, transient=True, clock=self.clock, registered=True)
+        own = LeaseSession(self.keys, ms, self.about, self.suspects, transient=True, clock=self.clock, registered=True)
         own.opening = self.opening
         if not (yield operations.extend(self.keys, self.worker, leased.id, own.worker, ms, self.about)):
             leased.lost = True
@@ -235,8 +235,8 @@ class Lessee:
 
     # -- inside a round -------------------------------------------------------------------------------------------
 
-    def _turn(self, want: int, leave: bool) -> Call[Turn]:
-        report = Report()
+    def _turn(self, want: int, leave: bool) -> Call[TurnReply]:
+        report = TurnReport()
         while self._pending:
             leased, settlement = self._pending.popleft()
             if leased is not None and self.held.get(settlement.id) is not leased:
@@ -266,7 +266,7 @@ class Lessee:
         self._call = operations.turn(self.keys, self.worker, self.number, want, self.lease_ms, report, flags=flags)
         return self._call
 
-    def _absorb(self, turn: Turn) -> bool:
+    def _absorb(self, turn: TurnReply) -> bool:
         """Take a reply into the books; False when Redis says we hold another number of messages."""
         self._call = None
         self.missing += turn.missing
@@ -294,7 +294,7 @@ class Lessee:
             self.forget()  # what is left of this identity expires, with whatever it would lease
         return known
 
-    def _judge(self, turn: Turn) -> list[tuple[str, int]]:
+    def _judge(self, turn: TurnReply) -> list[tuple[str, int]]:
         if not self._looking:
             return []
         self._looking = False
@@ -310,6 +310,6 @@ class Lessee:
         self.waiting = deque(leased for leased in self.waiting if not leased.lost)
 
 
-def _read(id_: str, data: bytes, state: bytes | None) -> Leased:
+def _read(id_: str, data: bytes, state: bytes | None) -> LeasedMessage:
     envelope, known, damage = read_whatever(data, state)
-    return Leased(id_, envelope, known, damage=damage)
+    return LeasedMessage(id_, envelope, known, damage=damage)

@@ -13,11 +13,11 @@ from typing import Any
 
 from conveyor import ids
 from conveyor.errors import ConfigurationError
-from conveyor.payload.pipeline import Sealing
+from conveyor.payload.pipeline import PayloadPipeline
 from conveyor.payload.records import Failure
 from conveyor.payload.sealed_records import open_failure
 from conveyor.store import inspection, operations
-from conveyor.store.inspection import Counts, Row
+from conveyor.store.inspection import JobRow, QueueCounts
 from conveyor.store.keys import QueueKeys
 from conveyor.store.script import Call
 
@@ -48,7 +48,7 @@ class DeadLetter:
 
 def purge_waiting(keys: QueueKeys) -> Sweep:
     """Remove as many ready and scheduled messages as there are now, from the front; the value is how many were."""
-    counts: Counts = yield inspection.counts(keys)
+    counts: QueueCounts = yield inspection.counts(keys)
     removed = 0
     for place, there in (("ready", counts.ready), ("due", counts.scheduled)):
         removed += yield from _purge(keys, place, there)
@@ -57,7 +57,7 @@ def purge_waiting(keys: QueueKeys) -> Sweep:
 
 def purge_dead(keys: QueueKeys) -> Sweep:
     """Remove as many dead letters as there are now, oldest first; the value is how many were."""
-    counts: Counts = yield inspection.counts(keys)
+    counts: QueueCounts = yield inspection.counts(keys)
     return (yield from _purge(keys, "dead", counts.dead))
 
 
@@ -75,7 +75,7 @@ def redrive(keys: QueueKeys, limit: int | None) -> Sweep:
     """Put back as many dead letters as there are now, at most *limit*, oldest first; the value is how many were."""
     if limit is not None and (not isinstance(limit, int) or isinstance(limit, bool) or limit < 0):
         raise ConfigurationError(f"limit must be a whole number of at least 0, not {limit!r}.")
-    counts: Counts = yield inspection.counts(keys)
+    counts: QueueCounts = yield inspection.counts(keys)
     there, back = counts.dead if limit is None else min(limit, counts.dead), 0
     while back < there:
         moved = yield operations.redrive(keys, limit=min(BATCH, there - back))
@@ -85,13 +85,13 @@ def redrive(keys: QueueKeys, limit: int | None) -> Sweep:
     return back
 
 
-def dead_page(keys: QueueKeys, offset: int, sealing: Sealing | None = None) -> Call[list[DeadLetter]]:
+def dead_page(keys: QueueKeys, offset: int, sealing: PayloadPipeline | None = None) -> Call[list[DeadLetter]]:
     """Return the call that reads one page of dead letters, oldest first."""
     page = inspection.page(keys, "dead-oldest", offset, PAGE)
     return page.then(lambda rows: [_letter(keys.queue, row, sealing) for row in rows])
 
 
-def _letter(queue: str, row: Row, sealing: Sealing | None) -> DeadLetter:
+def _letter(queue: str, row: JobRow, sealing: PayloadPipeline | None) -> DeadLetter:
     failures = row.state.failures_list()
     last = open_failure(sealing, failures[-1], queue, row.id) if failures else None
     error = "" if last is None else f"{last.type}: {last.message}"

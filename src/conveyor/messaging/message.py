@@ -9,31 +9,31 @@ from typing import Generic, Literal, Protocol, TypeVar
 
 from conveyor.errors import ConfigurationError, LeaseLost
 from conveyor.ids import clean, public
-from conveyor.messaging.leases import Leased
-from conveyor.messaging.settlement import Verdict
+from conveyor.messaging.leases import LeasedMessage
+from conveyor.messaging.settlement import SettlementPolicy
 from conveyor.payload import failures
 from conveyor.store.operations import Settlement
 from conveyor.units import Duration, milliseconds
 
 T = TypeVar("T")
 OnError = Literal["log", "raise"]
-Ending = tuple[Leased, Settlement]
+Ending = tuple[LeasedMessage, Settlement]
 logger = logging.getLogger("conveyor.queue")
 
 
-class Holder(Protocol):
+class Settler(Protocol):
     """Who holds leased messages and carries out how they end. `settle` and `extend` raise LeaseLost."""
 
-    verdict: Verdict
+    verdict: SettlementPolicy
     on_error: OnError
 
-    def is_cancelled(self, leased: Leased) -> bool: ...
+    def is_cancelled(self, leased: LeasedMessage) -> bool: ...
     def settle(self, endings: Sequence[Ending]) -> None: ...
     def settle_soon(self, endings: Sequence[Ending]) -> None: ...
-    def extend(self, leased: Leased, ms: int) -> Holder: ...
+    def extend(self, leased: LeasedMessage, ms: int) -> Settler: ...
     async def asettle(self, endings: Sequence[Ending]) -> None: ...
     async def asettle_soon(self, endings: Sequence[Ending]) -> None: ...
-    async def aextend(self, leased: Leased, ms: int) -> Holder: ...
+    async def aextend(self, leased: LeasedMessage, ms: int) -> Settler: ...
 
 
 class Message(Generic[T]):
@@ -47,7 +47,7 @@ class Message(Generic[T]):
 
     __slots__ = ("_holder", "_leased", "body", "id", "queue")
 
-    def __init__(self, queue: str, body: T, leased: Leased, holder: Holder) -> None:
+    def __init__(self, queue: str, body: T, leased: LeasedMessage, holder: Settler) -> None:
         """Made by the queue."""
         self.queue = queue
         self.id = public(queue, leased.id)
@@ -134,7 +134,7 @@ class Message(Generic[T]):
 
     # -- decisions ------------------------------------------------------------------------------------------------
 
-    def _ours(self) -> Leased:
+    def _ours(self) -> LeasedMessage:
         leased = self._leased
         if leased.settled or leased.lost:
             why = "its lease was given up" if leased.lost else "it was settled before"
@@ -244,7 +244,7 @@ class Batch(list[Message[T]]):
     def _open(self) -> list[Message[T]]:
         return [message for message in self if not message._leased.settled]  # noqa: SLF001
 
-    def _endings(self, error: BaseException | None) -> list[tuple[Holder, list[Ending]]]:
+    def _endings(self, error: BaseException | None) -> list[tuple[Settler, list[Ending]]]:
         # Newest first, so that what is handed back to the front keeps its order. One traceback says it for all.
         return _grouped(
             (message._holder, message._endings(error, log=number == 0))  # noqa: SLF001
@@ -252,9 +252,9 @@ class Batch(list[Message[T]]):
         )
 
 
-def _grouped(endings: Iterable[tuple[Holder, list[Ending]]]) -> list[tuple[Holder, list[Ending]]]:
+def _grouped(endings: Iterable[tuple[Settler, list[Ending]]]) -> list[tuple[Settler, list[Ending]]]:
     """Return what each holder has to settle; one that was extended has a holder of its own."""
-    by_holder: dict[int, tuple[Holder, list[Ending]]] = {}
+    by_holder: dict[int, tuple[Settler, list[Ending]]] = {}
     for holder, several in endings:
         by_holder.setdefault(id(holder), (holder, []))[1].extend(several)
     return [one for one in by_holder.values() if one[1]]
@@ -271,7 +271,7 @@ def _brief(error: BaseException) -> str:
     return clean(f"{failures.type_name(error)}: {failures.message(error)}")
 
 
-def lost(queue: str, leased: Iterable[Leased]) -> LeaseLost:
+def lost(queue: str, leased: Iterable[LeasedMessage]) -> LeaseLost:
     """Return the error for messages whose end was refused."""
     ids = ", ".join(public(queue, one.id) for one in leased)
     return LeaseLost(f"No longer ours, so another may run it: {ids}. The lease was given up; nothing was changed.")

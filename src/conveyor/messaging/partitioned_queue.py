@@ -10,17 +10,17 @@ from typing import Any, TypeVar, Unpack
 
 from conveyor.errors import ConfigurationError
 from conveyor.ids import queue_name, split
-from conveyor.messaging.consumer.asynchronous import AsyncSpread
-from conveyor.messaging.consumer.blocking import Spread
+from conveyor.messaging.consumer.asynchronous import AsyncPartitionedConsumer
+from conveyor.messaging.consumer.blocking import PartitionedConsumer
 from conveyor.messaging.maintenance import DeadLetter
 from conveyor.messaging.message import Batch, Message, OnError
 from conveyor.messaging.partitions import Partitions
-from conveyor.messaging.publisher import Pusher, Scatter
-from conveyor.messaging.push_options import Placement, Posting, PushOptions
+from conveyor.messaging.publisher import PartitionedPublisher, Publisher
+from conveyor.messaging.push_options import PreparedPush, PushManyOptions, PushOptions
 from conveyor.messaging.queue import Queue, _on_error, _whole
 from conveyor.store import operations
-from conveyor.store.client.client import Backend, refuse_in_loop
-from conveyor.store.inspection import Counts, total
+from conveyor.store.client.client import Client, refuse_in_loop
+from conveyor.store.inspection import QueueCounts, total
 from conveyor.store.keys import QueueKeys
 from conveyor.store.operations import MOST_HELD
 from conveyor.units import Duration, milliseconds
@@ -30,10 +30,10 @@ V = TypeVar("V")
 PAGE = 500
 
 
-class Part(Queue[T]):
+class PartitionQueue(Queue[T]):
     """One partition, whose name no user can write."""
 
-    def __init__(self, backend: Backend, keys: QueueKeys, type: Any, **options: Any) -> None:  # noqa: A002
+    def __init__(self, backend: Client, keys: QueueKeys, type: Any, **options: Any) -> None:  # noqa: A002
         """Take its keys."""
         self._counted = keys
         super().__init__(backend, keys.queue, type, **options)
@@ -56,7 +56,7 @@ class PartitionedQueue(Queue[T]):
 
     def __init__(
         self,
-        backend: Backend,
+        backend: Client,
         name: str,
         type: Any = Any,  # noqa: A002  the contract's name
         *,
@@ -70,16 +70,16 @@ class PartitionedQueue(Queue[T]):
             _whole("max_length", max_length, 1)
         self.partitions = Partitions(backend, queue_name(name), partitions, max_length)
         self.parts: tuple[Queue[T], ...] = tuple(
-            Part(backend, keys, type, lease_ms=lease_ms, max_length=self.partitions.most, **options)
+            PartitionQueue(backend, keys, type, lease_ms=lease_ms, max_length=self.partitions.most, **options)
             for keys in self.partitions.keys
         )
         super().__init__(backend, name, type, lease_ms=lease_ms, max_length=max_length, **options)
 
-    def _make_pusher(self) -> Pusher[T]:
-        self._scatter = Scatter(self.partitions, [part._pusher for part in self.parts], self.codec)  # noqa: SLF001
+    def _make_pusher(self) -> Publisher[T]:
+        self._scatter = PartitionedPublisher(self.partitions, [part._pusher for part in self.parts], self.codec)  # noqa: SLF001
         return self._scatter
 
-    def _scattered(self, options: Posting) -> Scatter[T]:
+    def _scattered(self, options: PreparedPush) -> PartitionedPublisher[T]:
         """Return what pushes with these options, to where pushes go right now."""
         if options.wish is None and not self.backend.diverted:
             return self._scatter
@@ -96,7 +96,7 @@ class PartitionedQueue(Queue[T]):
         group, chosen = _group(options), self._posting(options)
         return self._scattered(chosen).push(value, chosen, group)
 
-    def push_many(self, values: Iterable[T], **options: Unpack[Placement]) -> list[str]:
+    def push_many(self, values: Iterable[T], **options: Unpack[PushManyOptions]) -> list[str]:
         """
         Store many messages, spread evenly, in their order within each partition; return their ids in their order.
 
@@ -110,7 +110,7 @@ class PartitionedQueue(Queue[T]):
         group, chosen = _group(options), self._posting(options)
         return await self._scattered(chosen).apush(value, chosen, group)
 
-    async def apush_many(self, values: Iterable[T], **options: Unpack[Placement]) -> list[str]:
+    async def apush_many(self, values: Iterable[T], **options: Unpack[PushManyOptions]) -> list[str]:
         """Store many messages, spread evenly, as `push_many`."""
         group, chosen = _group(options), self._placement(options)
         return await self._scattered(chosen).apush_many(values, chosen, group)
@@ -121,7 +121,7 @@ class PartitionedQueue(Queue[T]):
         """Yield the messages of all partitions for ever, none of them starving; the rest as on any queue."""
         refuse_in_loop()
         prefetch = _whole("prefetch", prefetch, 1, MOST_HELD)
-        return Spread[T](self.partitions, self.parts, _on_error(on_error)).messages(prefetch)
+        return PartitionedConsumer[T](self.partitions, self.parts, _on_error(on_error)).messages(prefetch)
 
     def batches(
         self, size: int = 100, within: Duration = "1s", *, on_error: OnError = "log"
@@ -129,13 +129,13 @@ class PartitionedQueue(Queue[T]):
         """Yield lists of messages of any partitions for ever."""
         refuse_in_loop()
         size, wait_ms = _whole("size", size, 1, MOST_HELD), milliseconds(within, name="within")
-        return Spread[T](self.partitions, self.parts, _on_error(on_error)).batches(size, wait_ms / 1000)
+        return PartitionedConsumer[T](self.partitions, self.parts, _on_error(on_error)).batches(size, wait_ms / 1000)
 
     def pull(self, n: int = 1, wait: Duration = 0) -> list[Message[T]]:
         """Return up to *n* messages of any partitions as soon as there is one, or none after *wait*."""
         refuse_in_loop()
         n, wait_ms = _whole("n", n, 1, MOST_HELD), milliseconds(wait, name="wait")
-        return Spread[T](self.partitions, self.parts, "log", transient=True).pull(n, wait_ms / 1000)
+        return PartitionedConsumer[T](self.partitions, self.parts, "log", transient=True).pull(n, wait_ms / 1000)
 
     def aconsume(self, prefetch: int = 1, *, on_error: OnError = "log") -> AsyncGenerator[Message[T], None]:
         """Yield the messages of all partitions for ever, as `consume`, on this event loop."""
@@ -152,27 +152,29 @@ class PartitionedQueue(Queue[T]):
     async def apull(self, n: int = 1, wait: Duration = 0) -> list[Message[T]]:
         """Return up to *n* messages of any partitions as soon as there is one, as `pull`."""
         n, wait_ms = _whole("n", n, 1, MOST_HELD), milliseconds(wait, name="wait")
-        return await AsyncSpread[T](self.partitions, self.parts, "log", transient=True).pull(n, wait_ms / 1000)
+        return await AsyncPartitionedConsumer[T](self.partitions, self.parts, "log", transient=True).pull(
+            n, wait_ms / 1000
+        )
 
     async def _aspread(
-        self, on_error: OnError, begin: Callable[[AsyncSpread[T]], AsyncGenerator[V, None]]
+        self, on_error: OnError, begin: Callable[[AsyncPartitionedConsumer[T]], AsyncGenerator[V, None]]
     ) -> AsyncGenerator[V, None]:
         # Made inside the loop, at the first step; closing this one closes the inner one at once.
-        async with aclosing(begin(AsyncSpread(self.partitions, self.parts, on_error))) as things:
+        async with aclosing(begin(AsyncPartitionedConsumer(self.partitions, self.parts, on_error))) as things:
             async for thing in things:
                 yield thing
 
     # -- look and care --------------------------------------------------------------------------------------------
 
-    def stats(self) -> Counts:
+    def stats(self) -> QueueCounts:
         """Count over all partitions: sums, the age of the oldest, and `workers` as the partition with the most has them."""
         return total([part.stats() for part in self.parts])
 
-    async def astats(self) -> Counts:
+    async def astats(self) -> QueueCounts:
         """Count, as `stats`."""
         return total([await part.astats() for part in self.parts])
 
-    def _peek(self) -> Counts:
+    def _peek(self) -> QueueCounts:
         return total([part._peek() for part in self.parts])  # noqa: SLF001
 
     def pause(self) -> None:

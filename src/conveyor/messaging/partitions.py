@@ -29,11 +29,11 @@ from conveyor.errors import ConfigurationError, StoreUnavailable
 from conveyor.messaging.consumer.settling import adrive, drive
 from conveyor.store import inspection
 from conveyor.store import partitions as partitioning
-from conveyor.store.client.batching import Way
-from conveyor.store.client.client import Backend
+from conveyor.store.client.batching import PushTarget
+from conveyor.store.client.client import Client
 from conveyor.store.keys import QueueKeys, known_queues
 from conveyor.store.operations import Entry
-from conveyor.store.partitions import WrongPartitions
+from conveyor.store.partitions import PartitionCountMismatch
 from conveyor.store.script import Argument, Call
 
 V = TypeVar("V")
@@ -64,7 +64,7 @@ def checked(partitions: object) -> int:
     return partitions
 
 
-def agree(backend: Backend, queue: str, partitions: Partitions | None) -> None:
+def agree(backend: Client, queue: str, partitions: Partitions | None) -> None:
     """Refuse a queue whose number of partitions on record is not the program's, None when that declares none (E34)."""
     if partitions is not None:
         partitions.agree()
@@ -72,7 +72,7 @@ def agree(backend: Backend, queue: str, partitions: Partitions | None) -> None:
     keys = backend.keys(queue)
     number, _ = backend.run(partitioning.count(keys))
     if number != 1:
-        raise WrongPartitions(keys, str(number))
+        raise PartitionCountMismatch(keys, str(number))
 
 
 def share(max_length: int | None, partitions: int) -> int | None:
@@ -88,7 +88,7 @@ def share(max_length: int | None, partitions: int) -> int | None:
 class Partitions:
     """The partitions of one queue as one program declares them; `keys` are theirs, in order."""
 
-    def __init__(self, backend: Backend, name: str, number: int, max_length: int | None = None) -> None:
+    def __init__(self, backend: Client, name: str, number: int, max_length: int | None = None) -> None:
         """Take the queue's name, the number of its partitions, and the maximum length of the whole. Nothing is sent."""
         self.backend, self.name, self.count = backend, name, checked(number)
         self.most = share(max_length, number)
@@ -154,7 +154,7 @@ class Partitions:
         while True:
             try:
                 return drive(self._claiming(), partial(self.backend.run, patience=self._patience))
-            except WrongPartitions as error:
+            except PartitionCountMismatch as error:
                 if error.found != 0 or time.monotonic() >= deadline:
                     raise
                 time.sleep(_LOOK)
@@ -165,7 +165,7 @@ class Partitions:
         while True:
             try:
                 return await adrive(self._claiming(), partial(self.backend.arun, patience=self._patience))
-            except WrongPartitions as error:
+            except PartitionCountMismatch as error:
                 if error.found != 0 or time.monotonic() >= deadline:
                     raise
                 await asyncio.sleep(_LOOK)
@@ -194,7 +194,7 @@ class Partitions:
                     raise
         try:
             return work()
-        except WrongPartitions:
+        except PartitionCountMismatch:
             self.claim()
             return work()
 
@@ -210,13 +210,13 @@ class Partitions:
                     raise
         try:
             return await work()
-        except WrongPartitions:
+        except PartitionCountMismatch:
             await self.aclaim()
             return await work()
 
     # -- pushing jobs ---------------------------------------------------------------------------------------------
 
-    def send(self, partition: str, entries: Sequence[Entry], way: Way | None = None) -> list[str]:
+    def send(self, partition: str, entries: Sequence[Entry], way: PushTarget | None = None) -> list[str]:
         """Push jobs that were placed in *partition*, by the *way* in that was asked for; return an id for each."""
         way = way or self.backend
         keys, most = self.keys[self._numbers[partition]], self.most or 0
@@ -226,7 +226,7 @@ class Partitions:
             return [entry.id for entry in entries]
         return self.keep(lambda: way.push(keys, entries, max_length=most))
 
-    async def asend(self, partition: str, entries: Sequence[Entry], way: Way | None = None) -> list[str]:
+    async def asend(self, partition: str, entries: Sequence[Entry], way: PushTarget | None = None) -> list[str]:
         """Do the same on this event loop."""
         way = way or self.backend
         keys, most = self.keys[self._numbers[partition]], self.most or 0
@@ -236,7 +236,7 @@ class Partitions:
 Steps = Generator[Call[Any], Any, int]
 
 
-def number_of(backend: Backend, queue: str) -> int:
+def number_of(backend: Client, queue: str) -> int:
     """Return in how many partitions *queue* lies (1 when it lies in one piece), as recorded in Redis."""
     number, change = backend.run(partitioning.count(backend.keys(queue)))
     return number or int((change or "1").split()[0])
@@ -247,7 +247,7 @@ def partition_names(queue: str, number: int) -> list[str]:
     return [queue] if number == 1 else [ids.partition(queue, one) for one in range(number)]
 
 
-def repartition(backend: Backend, queue: str, number: int) -> int:
+def repartition(backend: Client, queue: str, number: int) -> int:
     """
     Lay *queue* in *number* partitions, and return in how many it lay before.
 
@@ -261,7 +261,7 @@ def repartition(backend: Backend, queue: str, number: int) -> int:
     return before
 
 
-async def arepartition(backend: Backend, queue: str, number: int) -> int:
+async def arepartition(backend: Client, queue: str, number: int) -> int:
     """Do the same on this event loop."""
     before = await adrive(_change(backend, ids.queue_name(queue), checked(number)), backend.arun)
     known = known_queues(backend.namespace)
@@ -278,7 +278,7 @@ def _renamed(queue: str, before: int, number: int) -> Generator[tuple[str, ...]]
         yield "SREM", *gone
 
 
-def _change(backend: Backend, queue: str, number: int) -> Steps:
+def _change(backend: Client, queue: str, number: int) -> Steps:
     whole, token = backend.keys(queue), ids.new_identity()
     there = yield partitioning.count(whole)
     yield from _refuse_full(backend, queue, there[0] or 1)
@@ -313,23 +313,23 @@ def _change(backend: Backend, queue: str, number: int) -> Steps:
     return int(before)
 
 
-def _refuse_full(backend: Backend, queue: str, number: int) -> Generator[Call[Any], Any, None]:
+def _refuse_full(backend: Client, queue: str, number: int) -> Generator[Call[Any], Any, None]:
     """Raise the error of a queue that obviously cannot change, before it is shut even for a moment."""
     full: dict[str, int] = {}
     for name in partition_names(queue, number):
-        found: inspection.Counts = yield inspection.counts(backend.keys(name))
+        found: inspection.QueueCounts = yield inspection.counts(backend.keys(name))
         if held := len(found) + found.leased + found.dead:
             full[name] = held
     if full:
         raise _full(queue, full)
 
 
-def refuse_full(backend: Backend, queue: str) -> None:
+def refuse_full(backend: Client, queue: str) -> None:
     """Raise ConfigurationError (E35) when the partitions of *queue* hold something; changes nothing."""
     drive(_refuse_full(backend, queue, number_of(backend, queue)), backend.run)
 
 
-def _mend(backend: Backend, queue: str, number: int, token: str) -> Generator[Call[Any], Any, None]:
+def _mend(backend: Client, queue: str, number: int, token: str) -> Generator[Call[Any], Any, None]:
     """Open what a change that was completed but for this has left shut."""
     for one in range(number if number > 1 else 0):
         keys = backend.keys(ids.partition(queue, one))

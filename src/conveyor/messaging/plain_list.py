@@ -9,13 +9,13 @@ from typing import Any, TypeVar
 from conveyor.errors import ConfigurationError
 from conveyor.messaging.consumer.list_mover import intake
 from conveyor.messaging.maintenance import Sweep
-from conveyor.messaging.publisher import Pusher
-from conveyor.messaging.push_options import PLAIN, Posting
+from conveyor.messaging.publisher import Publisher
+from conveyor.messaging.push_options import PLAIN, PreparedPush
 from conveyor.messaging.queue import Queue
 from conveyor.messaging.retry import Retry
 from conveyor.payload.codec import MAX_PAYLOAD, ValueCodec
 from conveyor.store import inspection, plain_list
-from conveyor.store.client.client import Backend
+from conveyor.store.client.client import Client
 from conveyor.store.keys import QueueKeys
 from conveyor.store.script import Call
 
@@ -33,7 +33,7 @@ class PlainList(Queue[T]):
 
     def __init__(
         self,
-        backend: Backend,
+        backend: Client,
         name: str,
         type: Any = Any,  # noqa: A002  the contract's name
         *,
@@ -57,10 +57,10 @@ class PlainList(Queue[T]):
     def _keys(self) -> QueueKeys:
         return QueueKeys(self.backend.namespace, self.name, foreign=self.name)
 
-    def _make_pusher(self) -> Pusher[T]:
-        return RawPusher(self.backend, self.keys, self.codec)
+    def _make_pusher(self) -> Publisher[T]:
+        return ListPublisher(self.backend, self.keys, self.codec)
 
-    def _by(self, options: Posting) -> Pusher[T]:
+    def _by(self, options: PreparedPush) -> Publisher[T]:
         if self.backend.diverted:
             raise ConfigurationError(
                 f"A plain list holds bare documents, so '{self.name}' cannot be delivered exactly once from an outbox. "
@@ -97,29 +97,29 @@ class PlainList(Queue[T]):
         return moved
 
 
-class RawPusher(Pusher[T]):
+class ListPublisher(Publisher[T]):
     """The way onto a plain list."""
 
-    def __init__(self, backend: Backend, keys: QueueKeys, codec: ValueCodec[T]) -> None:
+    def __init__(self, backend: Client, keys: QueueKeys, codec: ValueCodec[T]) -> None:
         """Take where to, and how."""
         super().__init__(backend, keys, codec, None)
         self._home = backend
-        self._lanes = plain_list.Lanes()
+        self._lanes = plain_list.SequencePool()
         self._known = False
 
-    def push(self, value: T, options: Posting) -> str:
+    def push(self, value: T, options: PreparedPush) -> str:
         """Append one document; it has no id."""
         _refuse(options)
         self._raw([self._codec.encode(value)])
         return ""
 
-    async def apush(self, value: T, options: Posting) -> str:
+    async def apush(self, value: T, options: PreparedPush) -> str:
         """Append one document; it has no id."""
         _refuse(options)
         await self._araw([self._codec.encode(value)])
         return ""
 
-    def push_many(self, values: Iterable[T], options: Posting) -> list[str]:
+    def push_many(self, values: Iterable[T], options: PreparedPush) -> list[str]:
         """Append documents in their order; the list is as long as what was pushed, its texts are empty."""
         _refuse(options)
         ids: list[str] = []
@@ -128,7 +128,7 @@ class RawPusher(Pusher[T]):
             ids += [""] * len(chunk)
         return ids
 
-    async def apush_many(self, values: Iterable[T], options: Posting) -> list[str]:
+    async def apush_many(self, values: Iterable[T], options: PreparedPush) -> list[str]:
         """Append documents in their order, as `push_many`."""
         _refuse(options)
         ids: list[str] = []
@@ -150,7 +150,7 @@ class RawPusher(Pusher[T]):
             await self._home.arun(plain_list.push(self._keys, lane, entries))
 
 
-def _refuse(options: Posting) -> None:
+def _refuse(options: PreparedPush) -> None:
     if options != PLAIN or options.wish is not None:
         raise ConfigurationError(
             "A plain list holds bare documents, so a push takes no delay, at, priority, id, unique, expires, headers, "

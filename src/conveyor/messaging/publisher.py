@@ -21,9 +21,9 @@ from conveyor.errors import (
 )
 from conveyor.ids import new_id, new_ids, public
 from conveyor.messaging.partitions import Partitions
-from conveyor.messaging.push_options import Posting, wrapped_entries
+from conveyor.messaging.push_options import PreparedPush, wrapped_entries
 from conveyor.payload.codec import ValueCodec
-from conveyor.store.client.batching import BULK, Way
+from conveyor.store.client.batching import BULK, PushTarget
 from conveyor.store.client.client import refuse_in_loop
 from conveyor.store.client.durability import after
 from conveyor.store.keys import QueueKeys
@@ -35,23 +35,23 @@ CHUNK_BYTES = 8_000_000
 """Bytes sent in one call, so that bulk pushes of large messages let others in."""
 
 
-class Pusher(Generic[T]):
+class Publisher(Generic[T]):
     """The way into one queue. `max_length` bounds it, None does not."""
 
-    def __init__(self, backend: Way, keys: QueueKeys, codec: ValueCodec[T], max_length: int | None) -> None:
+    def __init__(self, backend: PushTarget, keys: QueueKeys, codec: ValueCodec[T], max_length: int | None) -> None:
         """Take where to, how, and how many."""
         self._backend = backend
         self._keys = keys
         self._codec = codec
         self._most = max_length or 0
 
-    def through(self, backend: Way) -> Pusher[T]:
+    def through(self, backend: PushTarget) -> Publisher[T]:
         """Return the same with another way into Redis."""
         other = copy(self)
         other._backend = backend  # noqa: SLF001
         return other
 
-    def push(self, value: T, options: Posting) -> str:
+    def push(self, value: T, options: PreparedPush) -> str:
         """Store one value and return its public id."""
         envelope, id_ = options.head + self._codec.encode(value), new_id()
         if options.is_plain:
@@ -60,14 +60,14 @@ class Pusher(Generic[T]):
         [id_] = self._backend.push(self._keys, [options.entry(id_, envelope)], max_length=self._most)
         return public(self._keys.queue, id_)
 
-    async def apush(self, value: T, options: Posting) -> str:
+    async def apush(self, value: T, options: PreparedPush) -> str:
         """Store one value and return its public id."""
         envelope, id_ = options.head + self._codec.encode(value), new_id()
         made = await wrapped_entries(options, [id_], [envelope]) if options.wraps else [options.entry(id_, envelope)]
         [id_] = await self._backend.apush(self._keys, made, max_length=self._most)
         return public(self._keys.queue, id_)
 
-    def push_many(self, values: Iterable[T], options: Posting) -> list[str]:
+    def push_many(self, values: Iterable[T], options: PreparedPush) -> list[str]:
         """Store values in their order and return their public ids."""
         refuse_in_loop()
         ids: list[str] = []
@@ -82,7 +82,7 @@ class Pusher(Generic[T]):
             ids += fresh
         return self._public(ids)
 
-    async def apush_many(self, values: Iterable[T], options: Posting) -> list[str]:
+    async def apush_many(self, values: Iterable[T], options: PreparedPush) -> list[str]:
         """Store values in their order and return their public ids."""
         ids: list[str] = []
         for chunk in self._chunks(values, options.head, ids):
@@ -102,7 +102,7 @@ class Pusher(Generic[T]):
         place = f"{self._keys.queue}:"
         return [place + id_ for id_ in ids]
 
-    def _send(self, chunk: list[bytes], ids: list[str], options: Posting) -> None:
+    def _send(self, chunk: list[bytes], ids: list[str], options: PreparedPush) -> None:
         if options.is_plain:
             pairs: list[str | bytes] = [b""] * (2 * len(chunk))
             pairs[::2], pairs[1::2] = ids, chunk
@@ -111,7 +111,7 @@ class Pusher(Generic[T]):
         entries = [options.entry(id_, envelope) for id_, envelope in zip(ids, chunk, strict=True)]
         self._backend.push(self._keys, entries, max_length=self._most, whole=True)
 
-    async def _asend(self, chunk: list[bytes], ids: list[str], options: Posting) -> None:
+    async def _asend(self, chunk: list[bytes], ids: list[str], options: PreparedPush) -> None:
         entries = await wrapped_entries(options, ids, chunk)
         await self._backend.apush(self._keys, entries, max_length=self._most, whole=self._most > 0)
 
@@ -184,17 +184,17 @@ Part = tuple[int, slice]
 """A partition, and which of the messages go there."""
 
 
-class Scatter(Pusher[T]):
+class PartitionedPublisher(Publisher[T]):
     """The way into all partitions of a queue; `pushers` are the ways into each."""
 
-    def __init__(self, partitions: Partitions, pushers: Sequence[Pusher[T]], codec: ValueCodec[T]) -> None:
+    def __init__(self, partitions: Partitions, pushers: Sequence[Publisher[T]], codec: ValueCodec[T]) -> None:
         """Take the partitions, and how each is pushed to."""
         most = None if partitions.most is None else partitions.most * partitions.count
         super().__init__(partitions.backend, partitions.whole, codec, most)
         self._partitions = partitions
         self._pushers = pushers
 
-    def through(self, backend: Way) -> Scatter[T]:
+    def through(self, backend: PushTarget) -> PartitionedPublisher[T]:
         """Return the same with another way into Redis."""
         other = copy(self)
         other._pushers = [pusher.through(backend) for pusher in self._pushers]  # noqa: SLF001
@@ -202,17 +202,17 @@ class Scatter(Pusher[T]):
             other._partitions = self._partitions.unasked()  # noqa: SLF001
         return other
 
-    def push(self, value: T, options: Posting, group: str | None = None) -> str:
+    def push(self, value: T, options: PreparedPush, group: str | None = None) -> str:
         """Store one value and return its public id."""
         pusher = self._pusher(options, group)
         return self._partitions.keep(lambda: pusher.push(value, options))
 
-    async def apush(self, value: T, options: Posting, group: str | None = None) -> str:
+    async def apush(self, value: T, options: PreparedPush, group: str | None = None) -> str:
         """Store one value and return its public id."""
         pusher = self._pusher(options, group)
         return await self._partitions.akeep(lambda: pusher.apush(value, options))
 
-    def push_many(self, values: Iterable[T], options: Posting, group: str | None = None) -> list[str]:
+    def push_many(self, values: Iterable[T], options: PreparedPush, group: str | None = None) -> list[str]:
         """Store values, spread evenly, in their order within each partition; return their public ids in their order."""
         refuse_in_loop()
         ids: list[str] = []
@@ -233,7 +233,7 @@ class Scatter(Pusher[T]):
             ids += fresh
         return ids
 
-    async def apush_many(self, values: Iterable[T], options: Posting, group: str | None = None) -> list[str]:
+    async def apush_many(self, values: Iterable[T], options: PreparedPush, group: str | None = None) -> list[str]:
         """Do the same on this event loop."""
         ids: list[str] = []
         for window in self._windows(values, options.head, ids):
@@ -255,13 +255,15 @@ class Scatter(Pusher[T]):
 
     # -- steps ----------------------------------------------------------------------------------------------------
 
-    def _pusher(self, options: Posting, group: str | None) -> Pusher[T]:
+    def _pusher(self, options: PreparedPush, group: str | None) -> Publisher[T]:
         return self._pushers[self._partitions.pick(group=group, unique=options.unique, id=options.id)]
 
-    def _send_part(self, pusher: Pusher[T], chunk: list[bytes], ids: list[str], options: Posting) -> None:
+    def _send_part(self, pusher: Publisher[T], chunk: list[bytes], ids: list[str], options: PreparedPush) -> None:
         self._partitions.keep(lambda: pusher._send(chunk, ids, options))  # noqa: SLF001
 
-    async def _asend_part(self, pusher: Pusher[T], chunk: list[bytes], ids: list[str], options: Posting) -> None:
+    async def _asend_part(
+        self, pusher: Publisher[T], chunk: list[bytes], ids: list[str], options: PreparedPush
+    ) -> None:
         await self._partitions.akeep(lambda: pusher._asend(chunk, ids, options))  # noqa: SLF001
 
     def _parts(self, length: int, group: str | None) -> Iterator[Part]:

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, ClassVar, TypedDict
 
 from conveyor import ids as ident
 from conveyor.errors import ConfigurationError, PayloadError
-from conveyor.payload.pipeline import Sealing
-from conveyor.payload.records import Extra, write_rest
+from conveyor.payload.pipeline import PayloadPipeline
+from conveyor.payload.records import EnvelopeOptions, write_rest
 from conveyor.payload.versions import sealed_name
-from conveyor.store.client.durability import Wish, wish
+from conveyor.store.client.durability import DurabilityRequest, wish
 from conveyor.store.operations import Entry
 from conveyor.units import Duration, instant_ms, milliseconds
 
@@ -30,7 +30,7 @@ MAX_HEADERS = 8 * 1024
 
 
 @dataclass(frozen=True, slots=True)
-class Posting:
+class PreparedPush:
     """One way of pushing; `head` is what stands before the body in the envelope. Times in ms."""
 
     head: bytes
@@ -41,7 +41,7 @@ class Posting:
     front: bool = False
     id: str | None = None
     unique: str | None = None
-    wish: Wish | None = field(default=None, compare=False)
+    wish: DurabilityRequest | None = field(default=None, compare=False)
     """What is asked of the store beyond keeping it: no part of what is stored."""
     wraps: ClassVar[bool] = False
     """True when making an entry takes more than putting it together."""
@@ -49,7 +49,7 @@ class Posting:
     @property
     def is_plain(self) -> bool:
         """True when messages pushed so need nothing but an envelope and an entry at the tail."""
-        return self == Posting(self.head)
+        return self == PreparedPush(self.head)
 
     def entry(self, fresh_id: str, envelope: bytes) -> Entry:
         """Return what is pushed for *envelope*, head and body; *fresh_id* is used unless the caller gave an id."""
@@ -66,7 +66,7 @@ class Posting:
         )
 
 
-class Placement(TypedDict, total=False):
+class PushManyOptions(TypedDict, total=False):
     """The options of `push_many`."""
 
     delay: Duration
@@ -82,14 +82,14 @@ class Placement(TypedDict, total=False):
     timeout: Duration | None
 
 
-class PushOptions(Placement, total=False):
+class PushOptions(PushManyOptions, total=False):
     """The options of `push`."""
 
     id: str | None
     unique: str | None
 
 
-PLAIN = Posting(write_rest("", b""))
+PLAIN = PreparedPush(write_rest("", b""))
 """No option at all."""
 
 
@@ -109,7 +109,7 @@ def posting(
     front: bool = False,
     timeout: Duration | None = None,
     version: int = 1,
-) -> Posting:
+) -> PreparedPush:
     """Return the options as they are stored. Raises ConfigurationError and PayloadError."""
     if group is not None:
         raise later("group")
@@ -127,7 +127,7 @@ def posting(
     expires_ms = None if expires is None else milliseconds(expires, name="expires")
     if expires_ms == 0:
         raise ConfigurationError("expires must be longer than 0: such a message would never run. Nothing was stored.")
-    return Posting(
+    return PreparedPush(
         write_rest("", b"", _extra(headers, version)),
         priority=priority,
         delay_ms=delay_ms or None,
@@ -145,16 +145,16 @@ def later(option: str, why: str = "") -> ConfigurationError:
     return ConfigurationError(f"{option}= arrives with a later release; nothing was stored.{why and ' ' + why}")
 
 
-def _extra(headers: Mapping[str, str] | None, version: int) -> Extra | None:
+def _extra(headers: Mapping[str, str] | None, version: int) -> EnvelopeOptions | None:
     if not headers:
         if headers is None or isinstance(headers, Mapping):
-            return None if version == 1 else Extra(version=version)
+            return None if version == 1 else EnvelopeOptions(version=version)
         raise PayloadError(f"headers must be a dict of text, not {type(headers).__name__}. Nothing was stored.")
     if not isinstance(headers, Mapping) or not all(
         isinstance(key, str) and isinstance(value, str) for key, value in headers.items()
     ):
         raise PayloadError("headers must be a dict whose keys and values are text. Nothing was stored.")
-    extra = Extra(headers=dict(headers), version=version)
+    extra = EnvelopeOptions(headers=dict(headers), version=version)
     try:
         size = len(write_rest("", b"", extra))
     except UnicodeEncodeError:
@@ -169,10 +169,10 @@ def _extra(headers: Mapping[str, str] | None, version: int) -> Extra | None:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class WrappedPosting(Posting):
+class SealedPush(PreparedPush):
     """A way of pushing with what is done to bodies; never the shortest way, since each is bound to its id."""
 
-    sealing: Sealing
+    sealing: PayloadPipeline
     queue: str
     version: int
     wraps: ClassVar[bool] = True
@@ -191,22 +191,22 @@ class WrappedPosting(Posting):
         id_ = fresh_id if self.id is None else self.id
         task = sealed_name("", self.version)
         body = self.sealing.wrap(envelope[len(self.head) :], queue=self.queue, task=task, id=id_)
-        return Posting.entry(self, fresh_id, self.head + body)
+        return PreparedPush.entry(self, fresh_id, self.head + body)
 
 
-def wrapped(options: Posting, sealing: Sealing | None, queue: str, version: int) -> Posting:
+def wrapped(options: PreparedPush, sealing: PayloadPipeline | None, queue: str, version: int) -> PreparedPush:
     """Return *options* for a queue with that sealing, None for none."""
     if sealing is None:
         return options
-    given = {field.name: getattr(options, field.name) for field in fields(Posting)}
-    return WrappedPosting(**given, sealing=sealing, queue=queue, version=version)
+    given = {field.name: getattr(options, field.name) for field in fields(PreparedPush)}
+    return SealedPush(**given, sealing=sealing, queue=queue, version=version)
 
 
-async def wrapped_entries(options: Posting, ids: Sequence[str], envelopes: Sequence[bytes]) -> list[Entry]:
+async def wrapped_entries(options: PreparedPush, ids: Sequence[str], envelopes: Sequence[bytes]) -> list[Entry]:
     """Return what is pushed for *envelopes*; large bodies are written to their store on a thread."""
 
     def make() -> list[Entry]:
         return [options.entry(id_, envelope) for id_, envelope in zip(ids, envelopes, strict=True)]
 
-    large = isinstance(options, WrappedPosting) and any(options.is_large(envelope) for envelope in envelopes)
+    large = isinstance(options, SealedPush) and any(options.is_large(envelope) for envelope in envelopes)
     return await asyncio.to_thread(make) if large else make()

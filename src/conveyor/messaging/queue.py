@@ -15,29 +15,29 @@ from conveyor.messaging import maintenance
 from conveyor.messaging import partitions as partitioning
 from conveyor.messaging.consumer.aconsumer import AsyncConsumer
 from conveyor.messaging.consumer.consumer import Consumer
-from conveyor.messaging.consumer.settling import AwaitableHolder, BlockingHolder, adrive, arun_once, drive, run_once
-from conveyor.messaging.consumer.steps import Flow, Take
-from conveyor.messaging.decoder import Opening
-from conveyor.messaging.leases import Leased, Lessee, Suspects
+from conveyor.messaging.consumer.settling import AsyncSettler, BlockingSettler, adrive, arun_once, drive, run_once
+from conveyor.messaging.consumer.steps import ConsumerSteps, TurnStep
+from conveyor.messaging.decoder import MessageDecoder
+from conveyor.messaging.leases import DeadWorkerDetector, LeasedMessage, LeaseSession
 from conveyor.messaging.maintenance import DeadLetter
-from conveyor.messaging.message import Batch, Holder, Message, OnError
-from conveyor.messaging.publisher import Pusher
-from conveyor.messaging.push_options import PLAIN, Placement, Posting, PushOptions, later, posting, wrapped
+from conveyor.messaging.message import Batch, Message, OnError, Settler
+from conveyor.messaging.publisher import Publisher
+from conveyor.messaging.push_options import PLAIN, PreparedPush, PushManyOptions, PushOptions, later, posting, wrapped
 from conveyor.messaging.retry import Retry
-from conveyor.messaging.settlement import Verdict
+from conveyor.messaging.settlement import SettlementPolicy
 from conveyor.payload.codec import MAX_PAYLOAD
-from conveyor.payload.formats import JSON, FormatCodec, Formats, codec_for
-from conveyor.payload.pipeline import Sealing
+from conveyor.payload.formats import JSON, FormatCodec, FormatRegistry, codec_for
+from conveyor.payload.pipeline import PayloadPipeline
 from conveyor.payload.sealed_records import pack_failure, pack_refusal
 from conveyor.payload.versions import check_version
 from conveyor.store import inspection, operations
-from conveyor.store.client.client import Backend, refuse_in_loop
+from conveyor.store.client.client import Client, refuse_in_loop
 from conveyor.store.client.durability import Durability
-from conveyor.store.inspection import Counts
+from conveyor.store.inspection import QueueCounts
 from conveyor.store.keys import QueueKeys
 from conveyor.store.operations import MOST_HELD
 from conveyor.store.script import Call
-from conveyor.store.transport.wakeup import AsyncBell, Bell
+from conveyor.store.transport.wakeup import AsyncWakeupWaiter, WakeupWaiter
 from conveyor.units import Duration, milliseconds
 
 T = TypeVar("T")
@@ -55,7 +55,7 @@ class Queue(Generic[T]):
 
     def __init__(
         self,
-        backend: Backend,
+        backend: Client,
         name: str,
         type: Any = Any,  # noqa: A002  the contract's name
         *,
@@ -68,10 +68,10 @@ class Queue(Generic[T]):
         limits: Iterable[object] = (),
         asks: Durability | None = None,
         max_payload: int = MAX_PAYLOAD,
-        sealing: Sealing | None = None,
+        sealing: PayloadPipeline | None = None,
         version: int = 1,
         upcast: Callable[[int, Any], Any] | None = None,
-        formats: Formats = JSON,
+        formats: FormatRegistry = JSON,
     ) -> None:
         """Declare it; nothing is sent. Raises ConfigurationError for what it cannot do."""
         self.name = self._checked_name(name)
@@ -94,9 +94,9 @@ class Queue(Generic[T]):
         self.asks = asks
         self._sealing = sealing
         self.version = check_version(version, upcast, f"queue({name!r})")
-        self._opening: Opening[T] = Opening(name, self.codec, sealing, version, upcast)
-        self._suspects = Suspects(self.lease_ms)
-        self._pusher: Pusher[T] = self._make_pusher()
+        self._opening: MessageDecoder[T] = MessageDecoder(name, self.codec, sealing, version, upcast)
+        self._suspects = DeadWorkerDetector(self.lease_ms)
+        self._pusher: Publisher[T] = self._make_pusher()
 
     # -- what a plain list does otherwise ---------------------------------------------------------------------------
 
@@ -106,13 +106,13 @@ class Queue(Generic[T]):
     def _keys(self) -> QueueKeys:
         return self.backend.keys(self.name)
 
-    def _make_pusher(self) -> Pusher[T]:
-        return Pusher(self.backend.way(self.asks), self.keys, self.codec, self.max_length)
+    def _make_pusher(self) -> Publisher[T]:
+        return Publisher(self.backend.way(self.asks), self.keys, self.codec, self.max_length)
 
     def _intake(self) -> Callable[[int], Call[int]] | None:
         return None
 
-    def _by(self, options: Posting) -> Pusher[T]:
+    def _by(self, options: PreparedPush) -> Publisher[T]:
         """Return what pushes with these options, to where pushes go right now."""
         if options.wish is None and not self.backend.diverted:
             return self._pusher
@@ -134,7 +134,7 @@ class Queue(Generic[T]):
         chosen = self._posting(options)
         return self._by(chosen).push(value, chosen)
 
-    def push_many(self, values: Iterable[T], **options: Unpack[Placement]) -> list[str]:
+    def push_many(self, values: Iterable[T], **options: Unpack[PushManyOptions]) -> list[str]:
         """
         Store many messages in their order, in few round trips, and return their ids.
 
@@ -149,19 +149,19 @@ class Queue(Generic[T]):
         chosen = self._posting(options)
         return await self._by(chosen).apush(value, chosen)
 
-    async def apush_many(self, values: Iterable[T], **options: Unpack[Placement]) -> list[str]:
+    async def apush_many(self, values: Iterable[T], **options: Unpack[PushManyOptions]) -> list[str]:
         """Store many messages in their order and return their ids, as `push_many`."""
         chosen = self._placement(options)
         return await self._by(chosen).apush_many(values, chosen)
 
-    def _posting(self, options: PushOptions) -> Posting:
+    def _posting(self, options: PushOptions) -> PreparedPush:
         if not options and self._sealing is None and self.version == 1:
             return PLAIN
         if unknown := options.keys() - PushOptions.__annotations__.keys():
             raise TypeError(f"push() got an unexpected keyword argument {min(unknown)!r}")
         return wrapped(posting(**options, version=self.version), self._sealing, self.name, self.version)
 
-    def _placement(self, options: Placement) -> Posting:
+    def _placement(self, options: PushManyOptions) -> PreparedPush:
         if alone := {"id", "unique"} & options.keys():
             raise ConfigurationError(
                 f"push_many takes no {' and no '.join(sorted(alone))}: each belongs to one message."
@@ -197,17 +197,17 @@ class Queue(Generic[T]):
         Nobody renews their lease: settle each with `ack`, `nack` or `dead` before it ends, or `extend` it.
         """
         n, wait_ms = _whole("n", n, 1, MOST_HELD), milliseconds(wait, name="wait")
-        holder = BlockingHolder(self.backend, self._lessee("pull", transient=True), self._verdict(), "log")
-        flow = Flow(holder.lessee, holder.verdict, lambda leased: self._open(leased, holder))
+        holder = BlockingSettler(self.backend, self._lessee("pull", transient=True), self._verdict(), "log")
+        flow = ConsumerSteps(holder.lessee, holder.verdict, lambda leased: self._open(leased, holder))
         program, bell = flow.pull(n, wait_ms / 1000), None
         try:
             while True:
                 step = next(program)
-                if isinstance(step, Take):
+                if isinstance(step, TurnStep):
                     holder.round(step.want, leave=step.leave)
                     holder.note()
                 else:
-                    bell = bell or Bell(self.backend.place(self.keys))
+                    bell = bell or WakeupWaiter(self.backend.place(self.keys))
                     bell.wait(self.keys.wake, step.seconds)
         except StopIteration as stop:
             return stop.value  # type: ignore[no-any-return]
@@ -230,17 +230,17 @@ class Queue(Generic[T]):
     async def apull(self, n: int = 1, wait: Duration = 0) -> list[Message[T]]:
         """Return up to *n* messages as soon as there is one, or none after *wait*, as `pull`."""
         n, wait_ms = _whole("n", n, 1, MOST_HELD), milliseconds(wait, name="wait")
-        holder = AwaitableHolder(self.backend, self._lessee("pull", transient=True), self._verdict(), "log")
-        flow = Flow(holder.lessee, holder.verdict, lambda leased: self._open(leased, holder))
+        holder = AsyncSettler(self.backend, self._lessee("pull", transient=True), self._verdict(), "log")
+        flow = ConsumerSteps(holder.lessee, holder.verdict, lambda leased: self._open(leased, holder))
         program, bell = flow.pull(n, wait_ms / 1000), None
         try:
             while True:
                 step = next(program)
-                if isinstance(step, Take):
+                if isinstance(step, TurnStep):
                     await holder.around(step.want, leave=step.leave)
                     holder.note()
                 else:
-                    bell = bell or AsyncBell(self.backend.place(self.keys))
+                    bell = bell or AsyncWakeupWaiter(self.backend.place(self.keys))
                     await bell.wait(self.keys.wake, step.seconds)
         except StopIteration as stop:
             return stop.value  # type: ignore[no-any-return]
@@ -260,31 +260,31 @@ class Queue(Generic[T]):
             async for thing in things:
                 yield thing
 
-    def _lessee(self, kind: str, *, transient: bool = False) -> Lessee:
+    def _lessee(self, kind: str, *, transient: bool = False) -> LeaseSession:
         about = operations.about(kind=kind, host=socket.gethostname(), pid=os.getpid(), queue=self.name)
-        suspects = self._suspects if transient else Suspects(self.lease_ms)
-        lessee = Lessee(self.keys, self.lease_ms, about, suspects, intake=self._intake(), transient=transient)
+        suspects = self._suspects if transient else DeadWorkerDetector(self.lease_ms)
+        lessee = LeaseSession(self.keys, self.lease_ms, about, suspects, intake=self._intake(), transient=transient)
         lessee.opening = self._opening if self._opening.fetches else None
         return lessee
 
-    def _verdict(self) -> Verdict:
+    def _verdict(self) -> SettlementPolicy:
         sealing, worker = self._sealing, f"{socket.gethostname()}:{os.getpid()}"
         if sealing is None:
-            return Verdict(self.retry, worker)
-        return Verdict(
+            return SettlementPolicy(self.retry, worker)
+        return SettlementPolicy(
             self.retry,
             worker,
             pack=lambda id_, record: pack_failure(sealing, record, self.name, id_),
             pack_refusal=lambda id_, record, code: pack_refusal(sealing, record, code, self.name, id_),
         )
 
-    def _open(self, leased: Leased, holder: Holder) -> Message[T]:
+    def _open(self, leased: LeasedMessage, holder: Settler) -> Message[T]:
         """Return the message people see. Raises PayloadError."""
         return Message(self.name, self._opening.body(leased), leased, holder)
 
     # -- look and care ------------------------------------------------------------------------------------------------
 
-    def stats(self) -> Counts:
+    def stats(self) -> QueueCounts:
         """Count: `ready scheduled waiting leased dead oldest_age paused workers`."""
         return self.backend.run(inspection.counts(self.keys))
 
@@ -317,7 +317,7 @@ class Queue(Generic[T]):
             yield from page
             offset += len(page)
 
-    async def astats(self) -> Counts:
+    async def astats(self) -> QueueCounts:
         """Count, as `stats`."""
         return await self.backend.arun(inspection.counts(self.keys))
 
@@ -377,7 +377,7 @@ class Queue(Generic[T]):
         rest = "".join(f", {n} {word}" for word in ("scheduled", "leased", "dead") if (n := getattr(counts, word)))
         return f"<{kind} {self.name}: {counts.ready} ready{rest}{', paused' if counts.paused else ''}>"
 
-    def _peek(self) -> Counts:
+    def _peek(self) -> QueueCounts:
         return self.backend.run(inspection.counts(self.keys), patience=0)
 
     def _reached(self) -> bool:

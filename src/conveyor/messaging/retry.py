@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from conveyor.errors import ConfigurationError
-from conveyor.payload.records import State
+from conveyor.payload.records import AttemptHistory
 from conveyor.units import Duration, milliseconds
 
 Exceptions = type[BaseException] | tuple[type[BaseException], ...]
@@ -53,37 +53,43 @@ class Retry:
 
 
 @dataclass(frozen=True, slots=True)
-class Again:
+class RetryAfter:
     """Run again after `ms`; `state` is what is stored until then."""
 
     ms: int
-    state: State
+    state: AttemptHistory
 
 
 @dataclass(frozen=True, slots=True)
-class Dead:
+class GiveUp:
     """Give up: the job becomes a dead letter with this state."""
 
-    state: State
+    state: AttemptHistory
     reason: str
 
 
 def after_failure(
-    policy: Retry, state: State, attempt: int, error: BaseException, record: bytes, *, attempts: int | None = None
-) -> Again | Dead:
+    policy: Retry,
+    state: AttemptHistory,
+    attempt: int,
+    error: BaseException,
+    record: bytes,
+    *,
+    attempts: int | None = None,
+) -> RetryAfter | GiveUp:
     """
-    Return what follows a failed attempt: `Again` or `Dead`.
+    Return what follows a failed attempt: `RetryAfter` or `GiveUp`.
 
     *state* is as it was leased (before this start), *record* the stored form of the error, *attempts* an
     override of the policy's for this one job.
     """
     budget = policy.attempts if attempts is None else attempts
-    failed = State(attempt, state.failures + 1, state.crashes, [*state.errors, record])
+    failed = AttemptHistory(attempt, state.failures + 1, state.crashes, [*state.errors, record])
     if isinstance(error, _tuple(policy.give_up)) or not isinstance(error, _tuple(policy.on)):
-        return Dead(failed, f"{type(error).__name__} is not retried")
+        return GiveUp(failed, f"{type(error).__name__} is not retried")
     if failed.failures >= budget:
-        return Dead(failed, f"all {budget} attempts failed")
-    return Again(policy.pause_ms(failed.failures), failed)
+        return GiveUp(failed, f"all {budget} attempts failed")
+    return RetryAfter(policy.pause_ms(failed.failures), failed)
 
 
 def put_off_ms(age_ms: int) -> int | None:
@@ -93,27 +99,27 @@ def put_off_ms(age_ms: int) -> int | None:
     return min(600_000, max(2_000, age_ms))
 
 
-def handed_back(state: State, attempt: int, *, started: bool) -> State:
+def handed_back(state: AttemptHistory, attempt: int, *, started: bool) -> AttemptHistory:
     """Return the state of a job that is given back at a stop: its start is seen, its budget is untouched."""
-    return State(attempt if started else state.starts, state.failures, state.crashes, state.errors)
+    return AttemptHistory(attempt if started else state.starts, state.failures, state.crashes, state.errors)
 
 
-def snoozed(state: State, attempt: int) -> State:
+def snoozed(state: AttemptHistory, attempt: int) -> AttemptHistory:
     """Return the state of a job that asked to run later: its start is seen, its budget is untouched."""
     return handed_back(state, attempt, started=True)
 
 
-def suspected(state: State, *, alone: bool = False) -> State:
+def suspected(state: AttemptHistory, *, alone: bool = False) -> AttemptHistory:
     """
     Return the state written before a suspect starts: one more crash, taken back when it ends in order.
 
     It is marked as not certain yet: who knows more of a death than that it happened takes it back from those who were
     not running, and from one that ran *alone* among the suspects when something else was executed.
     """
-    return State(state.starts, state.failures, state.crashes + 1, state.errors, "*" if alone else "+")
+    return AttemptHistory(state.starts, state.failures, state.crashes + 1, state.errors, "*" if alone else "+")
 
 
-def runs_alone(state: State, max_crashes: int) -> bool:
+def runs_alone(state: AttemptHistory, max_crashes: int) -> bool:
     """
     Tell whether a job that came back from crashes must run alone, so that another crash convicts it and nobody else.
 

@@ -9,10 +9,10 @@ from functools import partial
 
 from conveyor.errors import PayloadError
 from conveyor.ids import made_at_ms
-from conveyor.messaging.leases import DONE, Leased
-from conveyor.messaging.retry import Again, Dead, Retry, after_failure, handed_back, put_off_ms, suspected
+from conveyor.messaging.leases import DONE, LeasedMessage
+from conveyor.messaging.retry import GiveUp, Retry, RetryAfter, after_failure, handed_back, put_off_ms, suspected
 from conveyor.payload import failures
-from conveyor.payload.records import Failure, Outcome, State, to_json
+from conveyor.payload.records import AttemptHistory, Failure, Outcome, to_json
 from conveyor.store.operations import Settlement
 
 CANCELLED_KEPT_MS = 600_000
@@ -24,7 +24,7 @@ def _now_ms() -> int:
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
+class SettlementPolicy:
     """The policy of a queue, and who judges: `worker` is written into every failure."""
 
     policy: Retry
@@ -35,11 +35,11 @@ class Verdict:
     pack_refusal: Callable[[str, Failure, str], Failure] | None = None
     """The same for an error with that code, of a body that could not be read."""
 
-    def done(self, leased: Leased) -> Settlement:
+    def done(self, leased: LeasedMessage) -> Settlement:
         """It succeeded."""
         return _settlement(leased, DONE if leased.envelope.is_plain else "D")
 
-    def failed(self, leased: Leased, error: BaseException, *, cancelled: bool = False) -> Settlement:
+    def failed(self, leased: LeasedMessage, error: BaseException, *, cancelled: bool = False) -> Settlement:
         """It raised: again after the policy's pause, or dead."""
         if cancelled:
             return self.cancelled(leased)
@@ -48,24 +48,24 @@ class Verdict:
             record = self.pack(leased.id, record)
         attempts = leased.envelope.extra.attempts
         follows = after_failure(self.policy, leased.state, leased.attempt, error, to_json(record), attempts=attempts)
-        if isinstance(follows, Again):
+        if isinstance(follows, RetryAfter):
             return _settlement(leased, "R", ms=follows.ms, state=follows.state.encode())
         return self._buried(leased, follows, record)
 
-    def nacked(self, leased: Leased, delay_ms: int | None, *, cancelled: bool = False) -> Settlement:
+    def nacked(self, leased: LeasedMessage, delay_ms: int | None, *, cancelled: bool = False) -> Settlement:
         """It was refused by hand: counts as a failure, and comes back after *delay_ms* (None: the policy's pause)."""
         if cancelled:
             return self.cancelled(leased)
         record = Failure(leased.attempt, self.now_ms(), "nack", "refused by nack()", worker=self.worker)
         before, attempts = leased.state, leased.envelope.extra.attempts
-        state = State(leased.attempt, before.failures + 1, before.crashes, [*before.errors, to_json(record)])
+        state = AttemptHistory(leased.attempt, before.failures + 1, before.crashes, [*before.errors, to_json(record)])
         budget = self.policy.attempts if attempts is None else attempts
         if state.failures >= budget:
-            return self._buried(leased, Dead(state, f"all {budget} attempts failed"), record)
+            return self._buried(leased, GiveUp(state, f"all {budget} attempts failed"), record)
         pause = self.policy.pause_ms(state.failures) if delay_ms is None else delay_ms
         return _settlement(leased, "R", ms=pause, state=state.encode())
 
-    def dead(self, leased: Leased, reason: str) -> Settlement:
+    def dead(self, leased: LeasedMessage, reason: str) -> Settlement:
         """It is given up for *reason*; its bytes are kept."""
         text = failures.shorten(reason, failures.MESSAGE_BYTES)
         record = Failure(leased.attempt, self.now_ms(), "dead", text, worker=self.worker)
@@ -73,12 +73,12 @@ class Verdict:
             text, record = "given up by its consumer", self.pack(leased.id, record)
         return self._given_up(leased, text, record)
 
-    def _given_up(self, leased: Leased, text: str, record: Failure) -> Settlement:
+    def _given_up(self, leased: LeasedMessage, text: str, record: Failure) -> Settlement:
         before = leased.state
-        state = State(leased.attempt, before.failures, before.crashes, [*before.errors, to_json(record)])
-        return self._buried(leased, Dead(state, text), record)
+        state = AttemptHistory(leased.attempt, before.failures, before.crashes, [*before.errors, to_json(record)])
+        return self._buried(leased, GiveUp(state, text), record)
 
-    def undecodable(self, leased: Leased, error: PayloadError) -> Settlement:
+    def undecodable(self, leased: LeasedMessage, error: PayloadError) -> Settlement:
         """Its body is not what the queue holds: repeating would not mend it."""
         text = failures.message(error)
         record = Failure(leased.attempt, self.now_ms(), "PayloadError", text, worker=self.worker)
@@ -86,15 +86,17 @@ class Verdict:
             record = self.pack_refusal(leased.id, record, error.code)
         return self._given_up(leased, f"{error.code}: its body cannot be read" if record.packed else text, record)
 
-    def put_off(self, leased: Leased, error: PayloadError) -> Settlement:
+    def put_off(self, leased: LeasedMessage, error: PayloadError) -> Settlement:
         """It is of a later version: it waits, without an attempt used, and is dead after a day."""
         now = self.now_ms()
         pause = put_off_ms(now - (made_at_ms(leased.id) or leased.envelope.due_ms or now))
         if pause is None:
             return self.undecodable(leased, error)
-        return _settlement(leased, "R", ms=pause, state=leased.state.encode() if leased.state != State() else b"")
+        return _settlement(
+            leased, "R", ms=pause, state=leased.state.encode() if leased.state != AttemptHistory() else b""
+        )
 
-    def poison(self, leased: Leased) -> Settlement | None:
+    def poison(self, leased: LeasedMessage) -> Settlement | None:
         """Dead instead of started, when its consumer crashed too often while it ran; else None."""
         crashes = leased.state.crashes
         if crashes < self.policy.max_crashes:
@@ -103,30 +105,32 @@ class Verdict:
             leased.state.starts, self.now_ms(), "crashed", f"its consumer crashed {crashes} times", worker=self.worker
         )
         before = leased.state
-        state = State(before.starts, before.failures, crashes, [*before.errors, to_json(record)])
-        return self._buried(leased, Dead(state, "crashed"), record)
+        state = AttemptHistory(before.starts, before.failures, crashes, [*before.errors, to_json(record)])
+        return self._buried(leased, GiveUp(state, "crashed"), record)
 
-    def suspected(self, leased: Leased) -> Settlement | None:
+    def suspected(self, leased: LeasedMessage) -> Settlement | None:
         """For one that came back from a crash: the count raised before it starts. None for any other."""
         if leased.state.crashes == 0:
             return None
         return _settlement(leased, "M", state=suspected(leased.state).encode())
 
-    def returned(self, leased: Leased) -> bytes:
+    def returned(self, leased: LeasedMessage) -> bytes:
         """The state of one that is given back: its start is seen, its budget untouched."""
         return handed_back(leased.state, leased.attempt, started=True).encode() if leased.started else b""
 
-    def cancelled(self, leased: Leased) -> Settlement:
+    def cancelled(self, leased: LeasedMessage) -> Settlement:
         """Somebody cancelled it."""
         record = to_json(Outcome("cancelled", at=self.now_ms()))
         return _settlement(leased, "C", ms=CANCELLED_KEPT_MS, record=record)
 
-    def _buried(self, leased: Leased, dead: Dead, last: Failure) -> Settlement:
+    def _buried(self, leased: LeasedMessage, dead: GiveUp, last: Failure) -> Settlement:
         record = to_json(Outcome("dead", failure=last, reason=dead.reason, at=last.at))
         return _settlement(leased, "X", record=record, state=dead.state.encode())
 
 
-def _settlement(leased: Leased, kind: str, *, ms: int = 0, record: bytes = b"", state: bytes = b"") -> Settlement:
+def _settlement(
+    leased: LeasedMessage, kind: str, *, ms: int = 0, record: bytes = b"", state: bytes = b""
+) -> Settlement:
     envelope = leased.envelope
     make = partial(Settlement, kind, leased.id, ms, record, state)
     return make() if envelope.is_plain else make(unique=envelope.unique, own_id=envelope.own_id)

@@ -127,9 +127,9 @@ class ValueCodec(Generic[T]):
     def _unstorable(self, value: object, error: Exception) -> PayloadError:
         if isinstance(error, RecursionError):
             return self._refusal("E22", f"{self._what} contains itself, or is nested deeper than {MAX_DEPTH} levels.")
-        if isinstance(error, Unstorable) and issubclass(type(error.thing), tuple | frozenset):
+        if isinstance(error, NotSerializable) and issubclass(type(error.thing), tuple | frozenset):
             why = f"{show(error.thing)} is a key of a dict, and in JSON keys are text (or a number, a date, an Enum)."
-        elif isinstance(error, Unstorable):
+        elif isinstance(error, NotSerializable):
             thing, advice = f"of type {_type_name(error.thing)}", "Pass what it is made of, or a dataclass."
             if _is_django_model(error.thing):
                 thing, advice = "a Django model", self._model_advice()
@@ -146,7 +146,7 @@ class ValueCodec(Generic[T]):
         except Exception as error:
             raise self._unstorable(value, error) from None
 
-    def _changed(self, change: Change) -> str:
+    def _changed(self, change: RoundTripDifference) -> str:
         sent, received = _type_name(change.sent), _type_name(change.received)
         if (
             change.path == "$"
@@ -160,13 +160,13 @@ class ValueCodec(Generic[T]):
         )
 
 
-class Unreadable(PayloadError):
+class UnreadablePayload(PayloadError):
     """What is stored for a job cannot be read: repeating it would not mend it. Raised before the job's own code runs."""
 
     code = "E15"
 
 
-class Unstorable(Exception):
+class NotSerializable(Exception):
     """The encoder met *thing*, which has no JSON form."""
 
     def __init__(self, thing: object) -> None:
@@ -210,7 +210,7 @@ def _is_deep(data: bytes) -> bool:
     return b"[]" in brackets
 
 
-class Change(NamedTuple):
+class RoundTripDifference(NamedTuple):
     """A place where what arrives is not what was sent."""
 
     path: str
@@ -226,7 +226,7 @@ def same(sent: Any, received: Any) -> bool:
         return False
 
 
-def difference(sent: Any, received: Any, path: str = "$") -> Change | None:
+def difference(sent: Any, received: Any, path: str = "$") -> RoundTripDifference | None:
     """
     Return the first place where *received* lost something of *sent*, else None.
 
@@ -254,24 +254,24 @@ def difference(sent: Any, received: Any, path: str = "$") -> Change | None:
         became_richer = str(sent) == str(received)
     else:
         became_richer = kind is type(received) and _is_pydantic_model(kind)
-    return None if became_richer else Change(path, sent, received)
+    return None if became_richer else RoundTripDifference(path, sent, received)
 
 
-def _difference_of_items(sent: Any, received: Any, path: str) -> Change | None:
+def _difference_of_items(sent: Any, received: Any, path: str) -> RoundTripDifference | None:
     if len(sent) != len(received):
-        return Change(path, sent, received)
+        return RoundTripDifference(path, sent, received)
     for index, (before, after) in enumerate(zip(sent, received, strict=True)):
         if change := difference(before, after, f"{path}[{index}]"):
             return change
     return None
 
 
-def _difference_of_mappings(sent: Any, received: Any, path: str) -> Change | None:
+def _difference_of_mappings(sent: Any, received: Any, path: str) -> RoundTripDifference | None:
     if len(sent) != len(received):  # 1 and "1" are one key in JSON
-        return Change(path, sent, received)
+        return RoundTripDifference(path, sent, received)
     for (key, before), (arrived, after) in zip(sent.items(), received.items(), strict=True):
         if type(key) is not str and not same(key, arrived):
-            return Change(f"a key of {path}", key, arrived)
+            return RoundTripDifference(f"a key of {path}", key, arrived)
         if change := difference(before, after, f"{path}.{arrived}"):
             return change
     return None
@@ -315,7 +315,7 @@ def _subclass_form(value: object) -> Any:
     for scalar, exactly in _SCALARS:
         if issubclass(type(value), scalar):
             return exactly(value)
-    raise Unstorable(value)
+    raise NotSerializable(value)
 
 
 def _to_json(value: Any) -> Any:

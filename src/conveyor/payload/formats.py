@@ -95,7 +95,7 @@ class Msgpack:
 MSGPACK = Msgpack()
 
 
-class Formats:
+class FormatRegistry:
     """The formats of an app by their names, and the one that something writes: None is JSON."""
 
     __slots__ = ("known", "writes")
@@ -110,9 +110,9 @@ class Formats:
     def __repr__(self) -> str:
         return f"<Formats {', '.join(['json', *self.known])}; writes {self.writes.name if self.writes else 'json'}>"
 
-    def writing(self, choice: Choice | None) -> Formats:
+    def writing(self, choice: Choice | None) -> FormatRegistry:
         """Return the same with another one to write, known to all from now on; None changes nothing. ConfigurationError."""
-        return self if choice is None else Formats(self._chosen(choice), self.known)
+        return self if choice is None else FormatRegistry(self._chosen(choice), self.known)
 
     def _chosen(self, choice: Choice) -> Format | None:
         if choice == "json":
@@ -182,7 +182,7 @@ class Formats:
         if body[:1] != MARK:
             return msgspec.json.decode(body), encode_json
         found, data = self.taken(body)
-        again = Formats(found, self.known)
+        again = FormatRegistry(found, self.known)
         if call:
             parts = self.arguments(body)[1]
             value: Any = {key: found.decode(part, Any) for key, part in parts.items()}
@@ -190,7 +190,7 @@ class Formats:
         return found.decode(data, Any), lambda new: again.marked(found.encode(new))
 
 
-JSON = Formats()
+JSON = FormatRegistry()
 """Writes JSON, and reads what needs no settings."""
 
 
@@ -201,7 +201,7 @@ class FormatCodec(ValueCodec[T], Generic[T]):
         self,
         type: Any = Any,  # noqa: A002
         *,
-        formats: Formats = JSON,
+        formats: FormatRegistry = JSON,
         max_payload: int = MAX_PAYLOAD,
         what: str = "value",
         lossy: bool = False,
@@ -257,7 +257,7 @@ class FormatCodec(ValueCodec[T], Generic[T]):
         return self.value(form, inner)
 
 
-class Writer(FormatCodec[T], Generic[T]):
+class FormatWriter(FormatCodec[T], Generic[T]):
     """The same, writing another format."""
 
     def encode(self, value: T) -> bytes:
@@ -270,22 +270,22 @@ class Writer(FormatCodec[T], Generic[T]):
 
 
 def codec_for(
-    annotation: Any, *, formats: Formats, max_payload: int, what: str, lossy: bool = False
+    annotation: Any, *, formats: FormatRegistry, max_payload: int, what: str, lossy: bool = False
 ) -> FormatCodec[Any]:
     """Return what encodes and decodes values of that type; of JSON the shortest. Raises ConfigurationError."""
-    kind = FormatCodec if formats.writes is None else Writer
+    kind = FormatCodec if formats.writes is None else FormatWriter
     return kind(annotation, formats=formats, max_payload=max_payload, what=what, lossy=lossy)
 
 
-def chosen(choice: Choice | Sequence[Choice]) -> Formats:
+def chosen(choice: Choice | Sequence[Choice]) -> FormatRegistry:
     """Return the formats that an app is given, of which the first is written; raises ConfigurationError."""
     several: Sequence[Any] = choice if isinstance(choice, list | tuple) and choice else [choice]
-    formats = Formats()
+    formats = FormatRegistry()
     first, *_ = [formats.writing(one) for one in several]
     return first
 
 
-def shown(body: bytes, formats: Formats, *, call: bool) -> str:
+def shown(body: bytes, formats: FormatRegistry, *, call: bool) -> str:
     """Return what a person is shown of any body: as JSON where it has that form, else what it is."""
     if body[:1] != MARK:
         return body.decode("utf-8", "backslashreplace")

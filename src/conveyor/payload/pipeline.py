@@ -20,8 +20,8 @@ import msgspec
 
 from conveyor.errors import BlobUnavailable, ConfigurationError, PayloadError
 from conveyor.payload.blobs import BlobStore, is_name, new_name
-from conveyor.payload.signing import Seal
-from conveyor.payload.wrapped import BARE, COMPRESSED, ELSEWHERE, MAGIC, Wrapped, head, read
+from conveyor.payload.signing import Sealer
+from conveyor.payload.wrapped import BARE, COMPRESSED, ELSEWHERE, MAGIC, WrappedPayload, head, read
 from conveyor.units import Size, size
 
 MAX_LARGE = 16 * 1024 * 1024
@@ -34,7 +34,7 @@ Kind = Literal[b"payload", b"result", b"error", b"blob"]
 log = logging.getLogger("conveyor.sealing")
 
 
-class Reference(msgspec.Struct, frozen=True):
+class BlobReference(msgspec.Struct, frozen=True):
     """What is stored in the place of a large body: where its bytes are, how many (`size`), and their SHA-256."""
 
     name: str
@@ -42,7 +42,7 @@ class Reference(msgspec.Struct, frozen=True):
     sha256: str
 
 
-class Sealing:
+class PayloadPipeline:
     """
     What is done to bodies, as the app was told. Made without anything it opens what needs no settings.
 
@@ -52,7 +52,7 @@ class Sealing:
     def __init__(
         self,
         *,
-        seal: Seal | None = None,
+        seal: Sealer | None = None,
         compress_above: int | None = None,
         store: BlobStore | None = None,
         large_above: int = LARGE_ABOVE,
@@ -105,7 +105,7 @@ class Sealing:
 
     def _put(self, blob: bytes) -> bytes:
         assert self.store is not None
-        reference = Reference(new_name(), len(blob), hashlib.sha256(blob).hexdigest())
+        reference = BlobReference(new_name(), len(blob), hashlib.sha256(blob).hexdigest())
         try:
             self.store.put(reference.name, blob)
         except Exception as error:
@@ -150,14 +150,14 @@ class Sealing:
         """Tell whether opening *data* asks the store."""
         return data[:1] == MAGIC and len(data) > 3 and bool(data[3] & ELSEWHERE)
 
-    def reference(self, data: bytes, *, queue: str, task: str, id: str) -> Reference | None:  # noqa: A002
+    def reference(self, data: bytes, *, queue: str, task: str, id: str) -> BlobReference | None:  # noqa: A002
         """Return where the large body of *data* is, None when it is in Redis. Raises PayloadError."""
         if not self.is_elsewhere(data):
             return None
         wrapped, body = self._opened(data, b"payload", queue.partition("/")[0], task, id)
         return None if wrapped is None else _reference(body)
 
-    def _opened(self, data: bytes, kind: Kind, queue: str, task: str, id_: str) -> tuple[Wrapped | None, bytes]:
+    def _opened(self, data: bytes, kind: Kind, queue: str, task: str, id_: str) -> tuple[WrappedPayload | None, bytes]:
         """Return the header (None for bare JSON) and the body behind its seal."""
         if data[:1] != MAGIC:
             if self.seal is not None:
@@ -184,7 +184,7 @@ class Sealing:
             code="E41",
         )
 
-    def _fetch(self, reference: Reference, limit: int) -> bytes:
+    def _fetch(self, reference: BlobReference, limit: int) -> bytes:
         if self.store is None:
             raise PayloadError(
                 f"E42 Its {reference.size:,} bytes lie in a store of large bodies, and this program has none. "
@@ -217,13 +217,13 @@ class Sealing:
             log.warning("the large body %s could not be deleted (%r); the sweep will", name, error)
 
 
-PLAIN = Sealing()
+PLAIN = PayloadPipeline()
 """Opens what needs no settings, and says of the rest what is missing."""
 
 
-def _reference(body: bytes) -> Reference:
+def _reference(body: bytes) -> BlobReference:
     try:
-        reference = msgspec.json.decode(body, type=Reference)
+        reference = msgspec.json.decode(body, type=BlobReference)
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise _unreadable(f"the reference to a large body is damaged ({type(error).__name__})") from None
     if not is_name(reference.name) or reference.size < 0:
@@ -273,7 +273,7 @@ def choose(
     large_above: Size,
     max_large: Size,
     max_payload: int,
-) -> Sealing | None:
+) -> PayloadPipeline | None:
     """Return what an app does to bodies, None for nothing at all; raises ConfigurationError."""
     if keys is None and compress is None and large is None:
         if encrypt:
@@ -283,9 +283,9 @@ def choose(
         return None
     seal = None
     if keys is not None:
-        from conveyor.payload.signing import Keyring, Seal
+        from conveyor.payload.signing import Keyring, Sealer
 
-        seal = Seal(Keyring(keys), encrypt=bool(encrypt))
+        seal = Sealer(Keyring(keys), encrypt=bool(encrypt))
     elif encrypt:
         raise ConfigurationError("Conveyor(encrypt=True) needs keys: Conveyor(keys={'2026-11': secret}, encrypt=True).")
     above, whole = size(large_above, "large_above"), size(max_large, "max_large")
@@ -295,7 +295,7 @@ def choose(
         )
     if large is not None and whole < max_payload:
         raise ConfigurationError(f"max_large ({whole:,} bytes) must be at least max_payload ({max_payload:,}).")
-    return Sealing(
+    return PayloadPipeline(
         seal=seal,
         compress_above=None if compress is None else size(compress, "compress"),
         store=checked_store(large),

@@ -28,7 +28,9 @@ ERRORS_KEPT = 20
 """Errors kept per job, newest last; more than any sensible number of attempts."""
 
 
-class Extra(msgspec.Struct, frozen=True, omit_defaults=True, rename={"timeout_ms": "timeout", "keep_ms": "keep"}):
+class EnvelopeOptions(
+    msgspec.Struct, frozen=True, omit_defaults=True, rename={"timeout_ms": "timeout", "keep_ms": "keep"}
+):
     """The rarely used part of an envelope: headers, and options given for this one job."""
 
     headers: dict[str, str] = {}
@@ -71,7 +73,7 @@ class Envelope(msgspec.Struct):
     due_ms: int | None = None
     own_id: bool = False
     unique: str | None = None
-    extra: Extra = Extra()
+    extra: EnvelopeOptions = EnvelopeOptions()
     stub: bool = False
 
     @property
@@ -80,7 +82,7 @@ class Envelope(msgspec.Struct):
         return not (self.own_id or self.unique)
 
 
-class State(msgspec.Struct):
+class AttemptHistory(msgspec.Struct):
     """What has happened to a job so far: starts (= the last attempt's number), failures, crashes, errors."""
 
     starts: int = 0
@@ -100,7 +102,7 @@ class State(msgspec.Struct):
         return [_failure(error) for error in self.errors]
 
     @classmethod
-    def decode(cls, data: bytes | None) -> State:
+    def decode(cls, data: bytes | None) -> AttemptHistory:
         """Read the stored form; None is a fresh job."""
         if not data:
             return cls()
@@ -118,10 +120,10 @@ def _failure(data: bytes) -> Failure:
 
 
 _FAILURE = msgspec.json.Decoder(Failure)
-_EXTRA = msgspec.json.Decoder(Extra)
+_EXTRA = msgspec.json.Decoder(EnvelopeOptions)
 _OUTCOME = msgspec.json.Decoder(Outcome)
 _encode = msgspec.json.Encoder().encode
-_NO_EXTRA = Extra()
+_NO_EXTRA = EnvelopeOptions()
 
 
 def to_json(value: Any) -> bytes:
@@ -142,7 +144,7 @@ def read_failure(data: bytes) -> Failure:
     return _FAILURE.decode(data)
 
 
-def write_rest(task: str, body: bytes, extra: Extra | None = None) -> bytes:
+def write_rest(task: str, body: bytes, extra: EnvelopeOptions | None = None) -> bytes:
     """Return an envelope without its first line's marks: what a plain job stores."""
     if extra is None or extra == _NO_EXTRA:
         return b"\n%b\n%b" % (task.encode(), body)
@@ -166,7 +168,7 @@ def read_envelope(data: bytes) -> Envelope:
     return envelope
 
 
-def read_whatever(envelope: bytes, state: bytes | None) -> tuple[Envelope, State, str]:
+def read_whatever(envelope: bytes, state: bytes | None) -> tuple[Envelope, AttemptHistory, str]:
     """
     Read what is stored of a job, and why it cannot be read: then the body is the stored bytes, or the state empty.
 
@@ -178,9 +180,9 @@ def read_whatever(envelope: bytes, state: bytes | None) -> tuple[Envelope, State
     except Exception as error:
         found, damage = Envelope("", envelope), f"{type(error).__name__}: {error}"
     try:
-        known = State.decode(state)
+        known = AttemptHistory.decode(state)
     except Exception as error:
-        known, damage = State(), damage or f"{type(error).__name__}: {error}"
+        known, damage = AttemptHistory(), damage or f"{type(error).__name__}: {error}"
     return found, known, damage
 
 

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import msgspec
 
 from conveyor.errors import PayloadError
-from conveyor.payload.formats import JSON, MARK, Formats, shown
-from conveyor.payload.pipeline import MAX_LARGE, PLAIN, Sealing
+from conveyor.payload.formats import JSON, MARK, FormatRegistry, shown
+from conveyor.payload.pipeline import MAX_LARGE, PLAIN, PayloadPipeline
 from conveyor.payload.records import Failure, Outcome
 from conveyor.payload.wrapped import MAGIC, describe
 
@@ -19,14 +19,14 @@ _UNOPENED = frozenset({"E38", "E39", "E40", "E41", "E43", "E50"})
 """What is said of a body that was not opened, or not decoded, quotes nothing of it, and is for those who lack the keys."""
 
 
-def pack_result(sealing: Sealing, value: bytes, queue: str, id: str) -> bytes:  # noqa: A002
+def pack_result(sealing: PayloadPipeline, value: bytes, queue: str, id: str) -> bytes:  # noqa: A002
     """Return the member of the outcome's JSON that holds *value*."""
     data = sealing.wrap(value, queue=queue, task=_NO_TASK, id=id, kind=b"result")
     return b'"packed":"%b"' % _text(data) if data[:1] in {MAGIC, MARK} else b'"value":%b' % value
 
 
-def open_result(sealing: Sealing | None, outcome: Outcome, queue: str, id: str, limit: int) -> bytes:  # noqa: A002
-    """Return the body of what a job returned; raises PayloadError as `Sealing.unwrap` does."""
+def open_result(sealing: PayloadPipeline | None, outcome: Outcome, queue: str, id: str, limit: int) -> bytes:  # noqa: A002
+    """Return the body of what a job returned; raises PayloadError as `PayloadPipeline.unwrap` does."""
     opener = sealing or PLAIN
     data = _bytes(outcome.packed) if outcome.packed else bytes(outcome.value)
     try:
@@ -35,7 +35,7 @@ def open_result(sealing: Sealing | None, outcome: Outcome, queue: str, id: str, 
         raise PayloadError(f"The result of {queue}:{id} cannot be opened. {error}", code=error.code) from None
 
 
-def pack_failure(sealing: Sealing, failure: Failure, queue: str, id: str) -> Failure:  # noqa: A002
+def pack_failure(sealing: PayloadPipeline, failure: Failure, queue: str, id: str) -> Failure:  # noqa: A002
     """Return *failure* with its texts wrapped; the class of the error stays readable, so that people can sort by it."""
     body = msgspec.json.encode((failure.message, failure.traceback))
     data = sealing.wrap(body, queue=queue, task=_NO_TASK, id=id, kind=b"error")
@@ -46,12 +46,12 @@ def pack_failure(sealing: Sealing, failure: Failure, queue: str, id: str) -> Fai
     )
 
 
-def pack_refusal(sealing: Sealing, failure: Failure, code: str, queue: str, id: str) -> Failure:  # noqa: A002
+def pack_refusal(sealing: PayloadPipeline, failure: Failure, code: str, queue: str, id: str) -> Failure:  # noqa: A002
     """Return *failure*, of a body that could not be read, wrapped where it may quote the body (a value of no Enum)."""
     return failure if code in _UNOPENED else pack_failure(sealing, failure, queue, id)
 
 
-def open_failure(sealing: Sealing | None, failure: Failure, queue: str, id: str) -> Failure:  # noqa: A002
+def open_failure(sealing: PayloadPipeline | None, failure: Failure, queue: str, id: str) -> Failure:  # noqa: A002
     """Return *failure* with its texts, or with the reason why they cannot be read here; never raises for what is stored."""
     if not failure.packed:
         return failure
@@ -67,11 +67,11 @@ def open_failure(sealing: Sealing | None, failure: Failure, queue: str, id: str)
     return Failure(failure.attempt, failure.at, failure.type, message, traceback, failure.worker)
 
 
-class Viewer(NamedTuple):
+class RecordDecoder(NamedTuple):
     """What a person who looks has: the keys and the store of the app, and its formats."""
 
-    sealing: Sealing | None = None
-    formats: Formats = JSON
+    sealing: PayloadPipeline | None = None
+    formats: FormatRegistry = JSON
 
     def preview(self, body: bytes, queue: str, task: str, id: str, *, limit: int = MAX_LARGE, call: bool) -> str:  # noqa: A002
         """Return what is shown of a body: its value of at most *limit* bytes as JSON, or what it is; asks no store."""

@@ -15,7 +15,7 @@ from conveyor.errors import ConfigurationError, PayloadError
 from conveyor.payload.codec import (
     MAX_PAYLOAD,
     SHALLOW,
-    Unreadable,
+    UnreadablePayload,
     bounds,
     encode_json,
     reason,
@@ -23,7 +23,7 @@ from conveyor.payload.codec import (
     too_large,
     typed_decoder,
 )
-from conveyor.payload.formats import JSON, MARK, Format, FormatCodec, Formats
+from conveyor.payload.formats import JSON, MARK, Format, FormatCodec, FormatRegistry
 from conveyor.payload.parameters import carried, from_text, payload_signature, read, written
 
 _EMPTY = inspect.Parameter.empty
@@ -34,7 +34,7 @@ def _none_injected(_: inspect.Parameter) -> bool:
     return False
 
 
-class Signature:
+class TaskSignature:
     """
     What a task takes and returns.
 
@@ -48,7 +48,7 @@ class Signature:
         name: str,
         *,
         max_payload: int = MAX_PAYLOAD,
-        formats: Formats = JSON,
+        formats: FormatRegistry = JSON,
         injected: Callable[[inspect.Parameter], bool] = _none_injected,
     ) -> None:
         """
@@ -171,7 +171,7 @@ class Signature:
         """
         try:
             if len(body) > SHALLOW and (excess := bounds(body, self.max_payload)):
-                raise Unreadable(f"The payload of {self.name}() {excess[1]}", code=excess[0])
+                raise UnreadablePayload(f"The payload of {self.name}() {excess[1]}", code=excess[0])
             values = astuple(self._decode(body))
         except MemoryError:
             raise
@@ -186,16 +186,16 @@ class Signature:
     def _unmarked(self, body: bytes) -> tuple[Any, ...]:
         """Return the values of arguments that are not in JSON, in the order of the parameters; raises Unreadable."""
         if excess := too_large(body, self.max_payload, "a call"):
-            raise Unreadable(f"The payload of {self.name}() {excess[1]}", code=excess[0])
+            raise UnreadablePayload(f"The payload of {self.name}() {excess[1]}", code=excess[0])
         try:
             form, given = self.formats.arguments(body)
             if unknown := given.keys() - set(map(self._key, self._parameters)):
                 raise self._undecodable(f"Object contains unknown field {show(min(unknown))}")
             return tuple(self._one(form, name, given.get(self._key(name))) for name in self._parameters)
-        except Unreadable:
+        except UnreadablePayload:
             raise
         except PayloadError as error:
-            raise Unreadable(f"The payload of {self.name}(): {error}", code=error.code) from error
+            raise UnreadablePayload(f"The payload of {self.name}(): {error}", code=error.code) from error
 
     def _one(self, form: Format, name: str, data: bytes | None) -> Any:
         if data is not None:
@@ -216,8 +216,8 @@ class Signature:
             raise self._undecodable(f"'{min(clash)}' is a parameter of its own - at $.**")
         return positional + rest, by_name | others
 
-    def _undecodable(self, why: str) -> Unreadable:
-        return Unreadable(
+    def _undecodable(self, why: str) -> UnreadablePayload:
+        return UnreadablePayload(
             f"The arguments stored for {self.name}() do not fit it: {why}.\n"
             f"    {self.describe()}          Was it changed while jobs were waiting?",
             code="E15",
@@ -315,7 +315,7 @@ class Signature:
 class _ArgumentCodec(FormatCodec[Any]):
     """One argument: the careful way of encoding, and the source of errors that name it."""
 
-    def __init__(self, name: str, type: Any, signature: Signature, function: str) -> None:  # noqa: A002
+    def __init__(self, name: str, type: Any, signature: TaskSignature, function: str) -> None:  # noqa: A002
         super().__init__(
             type,
             formats=signature.formats,

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from conveyor.errors import ConfigurationError, PayloadError
-from conveyor.payload.wrapped import GCM, HMAC, NONCE, Wrapped, bound, head
+from conveyor.payload.wrapped import GCM, HMAC, NONCE, WrappedPayload, bound, head
 
 MIN_SECRET = 16
 """Bytes a secret must have; 32 random ones are advised."""
@@ -93,7 +93,7 @@ def _checked(number: int, id_: object, secret: object) -> bytes:
     return material
 
 
-class Seal:
+class Sealer:
     """Seals with the first key of a ring, opens with all. Signs, or encrypts too."""
 
     __slots__ = ("_algorithm", "keyring")
@@ -119,7 +119,7 @@ class Seal:
         sealed: bytes = cipher.encrypt(nonce, body, context)
         return start + nonce + sealed
 
-    def open(self, wrapped: Wrapped, kind: bytes, queue: str, task: str, id_: str) -> bytes:
+    def open(self, wrapped: WrappedPayload, kind: bytes, queue: str, task: str, id_: str) -> bytes:
         """Return the body when its seal holds; raises PayloadError (E39 unknown key, E40 it does not)."""
         key_id = wrapped.key_id
         key = self.keyring.signing(key_id)

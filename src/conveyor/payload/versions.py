@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 
 from conveyor.errors import ConfigurationError, PayloadError
 from conveyor.payload.codec import bounds, too_large
-from conveyor.payload.formats import MARK, Formats
+from conveyor.payload.formats import MARK, FormatRegistry
 
 
-class TooNew(PayloadError):
+class PayloadTooNew(PayloadError):
     """A payload of a later version than this program knows: it waits for a program that does."""
 
     code = "E43"
@@ -39,16 +39,16 @@ def check_version(version: object, upcast: object, where: str) -> int:
     return version
 
 
-class Old(NamedTuple):
+class OldPayload(NamedTuple):
     """What a payload is that is to be brought up to date: for errors, its limit in bytes, and whether it holds arguments."""
 
     what: str
     limit: int
-    formats: Formats
+    formats: FormatRegistry
     call: bool
 
 
-def bring_up(body: bytes, version: int, current: int, upcast: Callable[[int, Any], Any], old: Old) -> bytes:
+def bring_up(body: bytes, version: int, current: int, upcast: Callable[[int, Any], Any], old: OldPayload) -> bytes:
     """
     Return the *body* of an older *version* as *current* has it, in its format; *upcast* takes each step.
 

@@ -24,7 +24,7 @@ TAGS = {BARE: 0, HMAC: 32, GCM: 16}
 NAMES = {BARE: "", HMAC: "hmac", GCM: "aes-256-gcm"}
 
 
-class Wrapped(NamedTuple):
+class WrappedPayload(NamedTuple):
     """The parts; `head` is all before `nonce`, `body` of AES-GCM is encrypted and ends with its tag."""
 
     algorithm: int
@@ -42,7 +42,7 @@ def head(algorithm: int, form: int, key_id: str = "") -> bytes:
     return start + bytes((len(key_id),)) + key_id.encode() if algorithm else start
 
 
-def read(data: bytes) -> Wrapped:
+def read(data: bytes) -> WrappedPayload:
     """Take a wrapped body apart without believing it; raises PayloadError (E15)."""
     if len(data) < 4 or data[:1] != MAGIC:
         raise _damaged("it is cut off")
@@ -52,7 +52,7 @@ def read(data: bytes) -> Wrapped:
     if algorithm not in TAGS or form & ~(COMPRESSED | ELSEWHERE):
         raise _damaged(f"algorithm {algorithm} and form {form} are not known")
     if algorithm == BARE:
-        return Wrapped(algorithm, form, "", data[:4], b"", data[4:], b"")
+        return WrappedPayload(algorithm, form, "", data[:4], b"", data[4:], b"")
     end = 5 + data[4] if len(data) > 4 else 0
     nonce_end = end + (NONCE if algorithm == GCM else 0)
     if end <= 5 or len(data) < nonce_end + TAGS[algorithm]:
@@ -63,7 +63,7 @@ def read(data: bytes) -> Wrapped:
     body, tag = data[nonce_end:], b""
     if algorithm == HMAC:
         body, tag = body[:-32], body[-32:]
-    return Wrapped(algorithm, form, key_id.decode(), data[:end], data[end:nonce_end], body, tag)
+    return WrappedPayload(algorithm, form, key_id.decode(), data[:end], data[end:nonce_end], body, tag)
 
 
 def bound(kind: bytes, queue: str, task: str, id_: str, *more: bytes) -> bytes:

@@ -25,23 +25,23 @@ from conveyor.jobs import spawn_outbox
 from conveyor.sql.transaction import explained
 from conveyor.store import operations
 from conveyor.store.client.buffer import DAY
-from conveyor.store.client.spool import MOST_BYTES, MOST_JOBS, Record
+from conveyor.store.client.spool import MOST_BYTES, MOST_JOBS, SpooledPush
 from conveyor.store.keys import known_queues
-from conveyor.store.operations import Entry, Lane, LateReply
+from conveyor.store.operations import Entry, ProducerSequence, StalePush
 
 if TYPE_CHECKING:
     from conveyor.messaging.partitions import Partitions
     from conveyor.messaging.queue import Queue
-    from conveyor.sql.drivers import Link
-    from conveyor.sql.tables import Table
-    from conveyor.store.client.client import Backend
+    from conveyor.sql.drivers import DbConnection
+    from conveyor.sql.tables import TableSql
+    from conveyor.store.client.client import Client
     from conveyor.store.keys import QueueKeys
 
     class Home(Protocol):
         """What a delivery needs of the app."""
 
         @property
-        def backend(self) -> Backend: ...
+        def backend(self) -> Client: ...
         @property
         def bounded(self) -> Mapping[str, Queue[object]]: ...
         @property
@@ -68,7 +68,7 @@ log = logging.getLogger("conveyor.relay")
 
 
 @dataclass(slots=True)
-class Part:
+class DeliveryBatch:
     """Rows of one batch that go to one place: pushed together, in a lane of their own."""
 
     batch: str
@@ -83,7 +83,7 @@ class Part:
 
 
 @dataclass(slots=True)
-class Passed:
+class DeliveryPass:
     """What one pass did, by queue: rows taken to Redis, refusals; and whether it left a batch to another deliverer."""
 
     counts: dict[str, int] = field(default_factory=dict)
@@ -96,24 +96,24 @@ class Passed:
         return sum(self.counts.values())
 
 
-class Delivery:
+class OutboxDelivery:
     """Delivers the rows of one table that belong to one app."""
 
-    def __init__(self, home: Home, table: Table) -> None:
+    def __init__(self, home: Home, table: TableSql) -> None:
         """Take whose rows, and where they lie."""
         self._home, self._table = home, table
         self._known: set[str] = set()
         self._mine: set[str] = set()
         self._seen: dict[str, float] = {}
 
-    def pass_through(self, link: Link, *, resting: Collection[str] = (), courtesy: float = 0.0) -> Passed:
+    def pass_through(self, link: DbConnection, *, resting: Collection[str] = (), courtesy: float = 0.0) -> DeliveryPass:
         """
         Deliver all that is committed by now, but for the queues that are *resting*.
 
         A batch of another deliverer is left to it for so many seconds of *courtesy*, and nothing is pushed before it.
         Raises what the driver raises; a refusal of Redis is told in what is returned.
         """
-        passed, rest = Passed(), set(resting)
+        passed, rest = DeliveryPass(), set(resting)
         with explained(self._table):
             while True:
                 parts = self._named(link)
@@ -138,12 +138,12 @@ class Delivery:
                 if not renamed and not self._claim(link, rest):
                     return passed
 
-    def _run(self, link: Link, sql: str, *values: object) -> int:
+    def _run(self, link: DbConnection, sql: str, *values: object) -> int:
         return link.run(self._table.fill(sql), *values).touched
 
     # -- which rows ---------------------------------------------------------------------------------------------------
 
-    def _claim(self, link: Link, resting: Collection[str]) -> bool:
+    def _claim(self, link: DbConnection, resting: Collection[str]) -> bool:
         """Name the next rows; return whether there were any."""
         space, waits = self._home.backend.namespace, tuple(resting)
         others = f" AND queue NOT IN ({', '.join('?' * len(waits))})" if waits else ""
@@ -162,7 +162,7 @@ class Delivery:
             self._mine.add(name)
         return True
 
-    def _named(self, link: Link) -> list[Part]:
+    def _named(self, link: DbConnection) -> list[DeliveryBatch]:
         rows = link.run(self._table.fill(NAMED), self._home.backend.namespace).rows
         link.commit()
         firsts: dict[tuple[str, str], int] = {}
@@ -173,8 +173,10 @@ class Delivery:
             self._part(link, *which, list(group)) for which, group in groupby(rows, key=lambda row: (row[0], row[1]))
         ]
 
-    def _part(self, link: Link, batch: str, queue: str, rows: Sequence[tuple[str, str, int, int, bytes]]) -> Part:
-        part, now = Part(batch, queue, [], []), time.time()
+    def _part(
+        self, link: DbConnection, batch: str, queue: str, rows: Sequence[tuple[str, str, int, int, bytes]]
+    ) -> DeliveryBatch:
+        part, now = DeliveryBatch(batch, queue, [], []), time.time()
         for _, _, seq, created_ms, data in rows:
             try:
                 _, entry = spawn_outbox.read(bytes(data))
@@ -182,10 +184,10 @@ class Delivery:
                 self._set_aside(link, part, seq, error)
                 continue
             part.seqs.append(seq)
-            part.entries += Record(self._home.backend.namespace, queue, [entry], created_ms / 1000).due(now)
+            part.entries += SpooledPush(self._home.backend.namespace, queue, [entry], created_ms / 1000).due(now)
         return part
 
-    def _set_aside(self, link: Link, part: Part, seq: int, error: Exception) -> None:
+    def _set_aside(self, link: DbConnection, part: DeliveryBatch, seq: int, error: Exception) -> None:
         self._run(link, SET_ASIDE, self._home.backend.namespace, part.batch, part.queue, seq)
         link.commit()
         log.error(
@@ -193,7 +195,7 @@ class Delivery:
             seq, self._table, part.queue, error,
         )  # fmt: skip
 
-    def _of_others(self, parts: Sequence[Part], courtesy: float) -> set[str]:
+    def _of_others(self, parts: Sequence[DeliveryBatch], courtesy: float) -> set[str]:
         """Return the batches that another deliverer is at work on, as far as one can see: they are new here."""
         now, names = time.monotonic(), {part.batch for part in parts}
         self._mine &= names
@@ -202,7 +204,7 @@ class Delivery:
 
     # -- one part -----------------------------------------------------------------------------------------------------
 
-    def _carry(self, link: Link, part: Part, patience: float) -> int:
+    def _carry(self, link: DbConnection, part: DeliveryBatch, patience: float) -> int:
         """Push a part and delete its rows; return how many, 0 when they were named anew instead."""
         if not part.entries:
             return 0
@@ -210,7 +212,7 @@ class Delivery:
             return self._move(link, part)
         try:
             self._push(part, patience)
-        except LateReply:
+        except StalePush:
             return self._split(link, part)
         except QueueFull:
             if len(part.entries) == 1:
@@ -220,11 +222,11 @@ class Delivery:
             self._home.backend.run(operations.fence(keys, part.lane), patience=patience)
             try:
                 self._push(part, patience)
-            except LateReply:
+            except StalePush:
                 return self._split(link, part)
         return self._delete(link, part)
 
-    def _push(self, part: Part, patience: float) -> None:
+    def _push(self, part: DeliveryBatch, patience: float) -> None:
         home, queue = self._home, ids.logical(part.queue)
         backend, keys = home.backend, home.keys(part.queue)
         if part.queue not in self._known:
@@ -235,19 +237,19 @@ class Delivery:
         asks = None if declared is None else declared.asks
         most = partitions.most if partitions else declared.max_length if declared else None
         # Not `push_plain`: its script would open a lane that was shut.
-        call = operations.push(keys, Lane(part.lane, insists=True), part.entries, max_length=most or 0)
+        call = operations.push(keys, ProducerSequence(part.lane, insists=True), part.entries, max_length=most or 0)
         work = partial(backend.carry, keys, call, asks, patience=patience)
         if partitions is None:
             work()
         else:
             partitions.keep(work)
 
-    def _delete(self, link: Link, part: Part) -> int:
+    def _delete(self, link: DbConnection, part: DeliveryBatch) -> int:
         count = self._run(link, DELETE, self._home.backend.namespace, part.batch, part.queue)
         link.commit()
         return len(part.entries) if count < 0 else count
 
-    def _split(self, link: Link, part: Part) -> int:
+    def _split(self, link: DbConnection, part: DeliveryBatch) -> int:
         """Give both halves of a part whose lane is shut names of their own: the first half first, in case of a kill."""
         space, middle, end = self._home.backend.namespace, len(part.seqs) // 2, part.seqs[-1]
         for last in [part.seqs[middle - 1], end] if middle else [end]:
@@ -271,7 +273,7 @@ class Delivery:
             return queue
         return partitions.keys[partitions.pick(unique=entry.unique, id=entry.id)].queue
 
-    def _move(self, link: Link, part: Part) -> int:
+    def _move(self, link: DbConnection, part: DeliveryBatch) -> int:
         """Have rows wait for where they go now, unless they had arrived where they went before."""
         lane, space = self._home.keys(part.queue).lane(part.lane), self._home.backend.namespace
         said = self._home.backend.execute("GET", lane, key=lane, patience=PATIENCE)
@@ -295,5 +297,5 @@ def _last(rows: Sequence[tuple[int, int]]) -> int:
     return rows[-1][0]
 
 
-def _away(passed: Passed) -> bool:
+def _away(passed: DeliveryPass) -> bool:
     return any(isinstance(error, StoreUnavailable) for error in passed.refusals.values())

@@ -73,14 +73,14 @@ _IN_TRANSACTION = 1
 """The bit of a MySQL server's status that says so."""
 
 
-class Answer(NamedTuple):
+class StatementResult(NamedTuple):
     """What a statement gave: its rows, and how many it touched (-1 where the driver does not say)."""
 
     rows: list[tuple[Any, ...]]
     touched: int
 
 
-class Link(Protocol):
+class DbConnection(Protocol):
     """A connection that blocks."""
 
     @property
@@ -88,7 +88,7 @@ class Link(Protocol):
         """One of `table.DIALECTS`, or the driver's name where that is not known."""
         ...
 
-    def run(self, sql: str, *values: object) -> Answer:
+    def run(self, sql: str, *values: object) -> StatementResult:
         """Carry out one statement, in the transaction that is open or opens now."""
         ...
 
@@ -104,20 +104,20 @@ class Link(Protocol):
         ...
 
 
-class Driver:
+class DbapiConnection:
     """A DB-API connection."""
 
     def __init__(self, connection: Any, style: str, dialect: str) -> None:
         """Take the driver's paramstyle, and the database's name."""
         self._connection, self._style, self.dialect = connection, style, dialect
 
-    def run(self, sql: str, *values: object) -> Answer:
+    def run(self, sql: str, *values: object) -> StatementResult:
         """Carry out one statement."""
         cursor = self._connection.cursor()
         try:
             cursor.execute(spelled(sql, self._style), given(values, self._style))
             rows = cursor.fetchall() if cursor.description else ()
-            return Answer(_tuples(rows), cursor.rowcount)
+            return StatementResult(_tuples(rows), cursor.rowcount)
         finally:
             cursor.close()
 
@@ -137,7 +137,7 @@ class Driver:
         """Do nothing: a transaction begins by itself."""
 
 
-class Django(Driver):
+class DjangoConnection(DbapiConnection):
     """A connection of Django, whose cursors take ``%s`` whatever the database."""
 
     def __init__(self, connection: Any) -> None:
@@ -153,7 +153,7 @@ class Django(Driver):
         self._connection.set_autocommit(False)
 
 
-class Alchemy:
+class SqlAlchemyConnection:
     """A Session or Connection of SQLAlchemy."""
 
     def __init__(self, owner: Any) -> None:
@@ -167,11 +167,11 @@ class Alchemy:
         # Asked for each time: after a commit a session gives another.
         return self._owner if hasattr(self._owner, "exec_driver_sql") else self._owner.connection()
 
-    def run(self, sql: str, *values: object) -> Answer:
+    def run(self, sql: str, *values: object) -> StatementResult:
         """Carry out one statement."""
         result = self._connection.exec_driver_sql(spelled(sql, self._style), given(values, self._style))
         rows = result.fetchall() if result.returns_rows else ()
-        return Answer(_tuples(rows), result.rowcount)
+        return StatementResult(_tuples(rows), result.rowcount)
 
     def commit(self) -> None:
         """Commit."""
@@ -191,20 +191,20 @@ class Alchemy:
         """Do nothing: a transaction begins by itself."""
 
 
-class AsyncDriver:
+class AsyncDbapiConnection:
     """A connection on asyncio with the names of DB-API."""
 
     def __init__(self, connection: Any, style: str, dialect: str) -> None:
         """Take the driver's paramstyle, and the database's name."""
         self._connection, self._style, self.dialect = connection, style, dialect
 
-    async def run(self, sql: str, *values: object) -> Answer:
+    async def run(self, sql: str, *values: object) -> StatementResult:
         """Carry out one statement."""
         cursor = await _awaited(self._connection.cursor())
         try:
             await _awaited(cursor.execute(spelled(sql, self._style), given(values, self._style)))
             rows = await _awaited(cursor.fetchall()) if cursor.description else ()
-            return Answer(_tuples(rows), cursor.rowcount)
+            return StatementResult(_tuples(rows), cursor.rowcount)
         finally:
             await _awaited(cursor.close())
 
@@ -221,7 +221,7 @@ class AsyncDriver:
         return _commits_alone(self._connection, self.dialect)
 
 
-class AsyncAlchemy:
+class AsyncSqlAlchemyConnection:
     """An AsyncSession or AsyncConnection of SQLAlchemy."""
 
     def __init__(self, owner: Any) -> None:
@@ -234,9 +234,9 @@ class AsyncAlchemy:
         inner = getattr(self._owner, "sync_connection", None) or self._owner.get_bind()
         return str(inner.dialect.name).replace("mariadb", "mysql")
 
-    async def run(self, sql: str, *values: object) -> Answer:
+    async def run(self, sql: str, *values: object) -> StatementResult:
         """Carry out one statement."""
-        return await self._within(lambda inner: Alchemy(inner).run(sql, *values))
+        return await self._within(lambda inner: SqlAlchemyConnection(inner).run(sql, *values))
 
     async def commit(self) -> None:
         """Commit."""
@@ -248,26 +248,26 @@ class AsyncAlchemy:
 
     async def commits_alone(self) -> bool:
         """Tell whether the isolation level is AUTOCOMMIT."""
-        return await self._within(lambda inner: Alchemy(inner).commits_alone())
+        return await self._within(lambda inner: SqlAlchemyConnection(inner).commits_alone())
 
     async def _within(self, work: Callable[[Any], T]) -> T:
         found: T = await self._owner.run_sync(work)
         return found
 
 
-AsyncLink = AsyncDriver | AsyncAlchemy
+AsyncLink = AsyncDbapiConnection | AsyncSqlAlchemyConnection
 
 
-def link(connection: Any) -> Link | AsyncLink:
+def link(connection: Any) -> DbConnection | AsyncLink:
     """Return how *connection* is spoken to. Raises ConfigurationError (E47) for what is no connection."""
     if hasattr(connection, "run_sync"):
-        return AsyncAlchemy(connection)
+        return AsyncSqlAlchemyConnection(connection)
     if hasattr(connection, "exec_driver_sql") or (
         hasattr(connection, "get_bind") and hasattr(connection, "connection")
     ):
-        return Alchemy(connection)
+        return SqlAlchemyConnection(connection)
     if hasattr(connection, "in_atomic_block") and hasattr(connection, "vendor"):
-        return Django(connection)
+        return DjangoConnection(connection)
     if not all(callable(getattr(connection, name, None)) for name in ("cursor", "commit", "rollback")):
         raise ConfigurationError(
             f"{connection!r} is no database connection that is understood: a DB-API connection (it has cursor, commit "
@@ -277,14 +277,14 @@ def link(connection: Any) -> Link | AsyncLink:
     # A connection of a pool stands for the driver's own.
     own = getattr(connection, "dbapi_connection", None) or connection
     style, dialect = _read(type(own))
-    kind = AsyncDriver if inspect.iscoroutinefunction(connection.commit) else Driver
+    kind = AsyncDbapiConnection if inspect.iscoroutinefunction(connection.commit) else DbapiConnection
     return kind(connection, style, dialect)
 
 
-def blocking(connection: Any) -> Link:
+def blocking(connection: Any) -> DbConnection:
     """Return how *connection* is spoken to. Raises ConfigurationError (E47) for one on asyncio too."""
     found = link(connection)
-    if isinstance(found, AsyncDriver | AsyncAlchemy):
+    if isinstance(found, AsyncDbapiConnection | AsyncSqlAlchemyConnection):
         raise ConfigurationError(
             f"{connection!r} is a connection on asyncio, and a blocking one is needed here. In a block write `async with`; "
             "for a relay give a function that opens a blocking connection. Nothing was stored.",
@@ -296,7 +296,7 @@ def blocking(connection: Any) -> Link:
 def awaitable(connection: Any) -> AsyncLink:
     """Return how *connection* is spoken to. Raises ConfigurationError (E47) for one that blocks."""
     found = link(connection)
-    if isinstance(found, AsyncDriver | AsyncAlchemy):
+    if isinstance(found, AsyncDbapiConnection | AsyncSqlAlchemyConnection):
         return found
     raise ConfigurationError(
         f"{connection!r} is a blocking connection, and one of asyncio is needed here. Nothing was stored. Call the "

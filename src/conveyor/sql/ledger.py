@@ -11,24 +11,24 @@ from typing import Any, ParamSpec, TypeVar, get_type_hints
 from conveyor.errors import ConfigurationError
 from conveyor.payload.codec import ValueCodec
 from conveyor.sql.drivers import (
-    Answer,
-    AsyncAlchemy,
-    AsyncDriver,
+    AsyncDbapiConnection,
     AsyncLink,
-    Link,
+    AsyncSqlAlchemyConnection,
+    DbConnection,
+    StatementResult,
     awaitable,
     blocking,
     link,
     refuse_alone,
 )
-from conveyor.sql.tables import LEDGER, Owner, Table
+from conveyor.sql.tables import LEDGER, ManagedTable, TableSql
 from conveyor.sql.transaction import explained
 from conveyor.units import Duration, milliseconds
 
 P = ParamSpec("P")
 R = TypeVar("R")
 T = TypeVar("T")
-Steps = Generator[tuple[str, tuple[object, ...]], Answer, T]
+Steps = Generator[tuple[str, tuple[object, ...]], StatementResult, T]
 """Statements with their values, each answered, and what comes of them: the same for both kinds of connection."""
 
 INSERT = "INSERT INTO {table} (id, created_ms) VALUES (?, ?) ON CONFLICT (id) DO NOTHING"
@@ -40,7 +40,7 @@ TRIM = "DELETE FROM {table} WHERE created_ms < ?"
 MOST = 255
 
 
-class Ledger(Owner):
+class Ledger(ManagedTable):
     """
     Tells, inside a transaction, whether something happens for the first time; what it told is part of the transaction.
 
@@ -50,7 +50,7 @@ class Ledger(Owner):
 
     def __init__(self, table: str = "conveyor_ledger") -> None:
         """Take the name of the table, perhaps with a schema. Nothing is opened; raises ConfigurationError."""
-        super().__init__(Table(table, LEDGER, "ledger"))
+        super().__init__(TableSql(table, LEDGER, "ledger"))
 
     def __repr__(self) -> str:
         return f"<Ledger {self._table}>"
@@ -149,14 +149,14 @@ class Ledger(Owner):
     async def _adrive(self, connection: Any, steps: Callable[[str], Steps[T]]) -> T:
         found = link(connection)
         with explained(self._table):
-            if not isinstance(found, AsyncDriver | AsyncAlchemy):
+            if not isinstance(found, AsyncDbapiConnection | AsyncSqlAlchemyConnection):
                 refuse_alone(found.commits_alone())
                 return _driven(found, steps(found.dialect))
             refuse_alone(await found.commits_alone())
             return await _adriven(found, steps(found.dialect))
 
 
-def _driven(found: Link, steps: Steps[T]) -> T:
+def _driven(found: DbConnection, steps: Steps[T]) -> T:
     try:
         sql, values = next(steps)
         while True:

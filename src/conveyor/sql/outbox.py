@@ -12,23 +12,23 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from conveyor.errors import ConfigurationError
 from conveyor.jobs.job import refuse_in_loop
 from conveyor.jobs.job_options import positive_ms
-from conveyor.sql.delivery import Delivery
+from conveyor.sql.delivery import OutboxDelivery
 from conveyor.sql.drivers import blocking, refuse_alone
 from conveyor.sql.relay import Relay
-from conveyor.sql.tables import OUTBOX, Owner, Table
-from conveyor.sql.transaction import Transaction, explained, find
+from conveyor.sql.tables import OUTBOX, ManagedTable, TableSql
+from conveyor.sql.transaction import OutboxTransaction, explained, find
 from conveyor.units import Duration
 
 if TYPE_CHECKING:
     from conveyor.jobs.app import Conveyor
-    from conveyor.sql.drivers import Link
+    from conveyor.sql.drivers import DbConnection
 
 COUNT = "SELECT COUNT(*), MIN(created_ms) FROM {table} WHERE namespace = ? AND batch <> '!'"
 COUNT_ASIDE = "SELECT COUNT(*) FROM {table} WHERE namespace = ? AND batch = '!'"
 REDRIVE = "UPDATE {table} SET batch = '' WHERE namespace = ? AND batch = '!'"
 
 
-class Backlog(NamedTuple):
+class OutboxBacklog(NamedTuple):
     """Rows that wait for a relay, those set aside because they cannot be read, and the age in seconds of the oldest waiting."""
 
     waiting: int
@@ -36,7 +36,7 @@ class Backlog(NamedTuple):
     oldest_age: float | None
 
 
-class Outbox(Owner):
+class Outbox(ManagedTable):
     """
     Enqueues jobs and pushes messages in the transactions of a database, and delivers them to Redis.
 
@@ -57,7 +57,7 @@ class Outbox(Owner):
         Without *connect* this program only enqueues. *table* is a name, perhaps with a schema; *interval* is how often
         a relay looks when nothing calls it. Nothing is opened. Raises ConfigurationError.
         """
-        super().__init__(Table(table, OUTBOX, "outbox"))
+        super().__init__(TableSql(table, OUTBOX, "outbox"))
         self.app = app
         self._connect = connect
         self._interval = positive_ms(interval, "interval") / 1000
@@ -74,7 +74,7 @@ class Outbox(Owner):
 
     # -- enqueuing ----------------------------------------------------------------------------------------------------
 
-    def transaction(self, connection: Any) -> Transaction:
+    def transaction(self, connection: Any) -> OutboxTransaction:
         """
         Return a block that is a transaction: it commits at its end, and rolls back on an error.
 
@@ -82,11 +82,11 @@ class Outbox(Owner):
         with`` for one of asyncio; the types that are understood stand in the guide. Raises, when it is entered,
         ConfigurationError: E47 for another, and for one in autocommit.
         """
-        return Transaction(self.app.backend, self._table, connection, self._ended, commits=True)
+        return OutboxTransaction(self.app.backend, self._table, connection, self._ended, commits=True)
 
-    def within(self, connection: Any) -> Transaction:
+    def within(self, connection: Any) -> OutboxTransaction:
         """Return a block that is part of a transaction of the program's: that commits or rolls back, the block does not."""
-        return Transaction(self.app.backend, self._table, connection, self._ended, commits=False)
+        return OutboxTransaction(self.app.backend, self._table, connection, self._ended, commits=False)
 
     def _ended(self, committed: bool) -> None:
         for relay in self._relays.copy():
@@ -122,14 +122,14 @@ class Outbox(Owner):
 
     # -- care ---------------------------------------------------------------------------------------------------------
 
-    def stats(self) -> Backlog:
+    def stats(self) -> OutboxBacklog:
         """Count what is committed and not delivered."""
         with self._opened() as link, explained(self._table):
             [(waiting, oldest)] = link.run(self._table.fill(COUNT), self.app.namespace).rows
             [(aside,)] = link.run(self._table.fill(COUNT_ASIDE), self.app.namespace).rows
-        return Backlog(waiting, aside, None if oldest is None else max(0.0, time() - oldest / 1000))
+        return OutboxBacklog(waiting, aside, None if oldest is None else max(0.0, time() - oldest / 1000))
 
-    async def astats(self) -> Backlog:
+    async def astats(self) -> OutboxBacklog:
         """Count what is committed and not delivered, as `stats`, on a thread."""
         return await asyncio.to_thread(self.stats)
 
@@ -145,8 +145,8 @@ class Outbox(Owner):
         """Have the rows that were set aside tried again, as `redrive`, on a thread."""
         return await asyncio.to_thread(self.redrive)
 
-    def _delivery(self) -> Delivery:
-        return Delivery(self.app, self._table)
+    def _delivery(self) -> OutboxDelivery:
+        return OutboxDelivery(self.app, self._table)
 
     def _connecting(self) -> Callable[[], Any]:
         if self._connect is None:
@@ -157,7 +157,7 @@ class Outbox(Owner):
         return self._connect
 
     @contextmanager
-    def _opened(self) -> Iterator[Link]:
+    def _opened(self) -> Iterator[DbConnection]:
         connection = self._connecting()()
         try:
             link = blocking(connection)

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from conveyor.errors import ConveyorError
-    from conveyor.sql.delivery import Delivery, Passed
-    from conveyor.sql.drivers import Link
+    from conveyor.sql.delivery import DeliveryPass, OutboxDelivery
+    from conveyor.sql.drivers import DbConnection
 
 COURTESY = 1.0
 """Seconds that a batch of another relay is left to it before it counts as dead."""
@@ -32,7 +32,7 @@ _log = logging.getLogger("conveyor.relay")
 
 
 @dataclass(slots=True)
-class _Rest:
+class _QueueBackoff:
     """A queue that refuses: when to try again, how often it did, whether that was said."""
 
     until: float = 0.0
@@ -45,14 +45,14 @@ class Relay:
 
     def __init__(
         self,
-        opened: Callable[[], AbstractContextManager[Link]],
-        delivery: Delivery,
+        opened: Callable[[], AbstractContextManager[DbConnection]],
+        delivery: OutboxDelivery,
         interval: float,
         running: set[Relay],
     ) -> None:
         """Take how to open the database, what delivers, seconds between two looks, and where to be found meanwhile."""
         self._opened, self._delivery, self._interval, self._running = opened, delivery, interval, running
-        self._rests: dict[str, _Rest] = {}
+        self._rests: dict[str, _QueueBackoff] = {}
         self._said: dict[str, float] = {}
         self._woken = threading.Event()
         self._stopped = False
@@ -92,7 +92,7 @@ class Relay:
         finally:
             self._running.discard(self)
 
-    def _look(self, link: Link) -> None:
+    def _look(self, link: DbConnection) -> None:
         now = time.monotonic()
         resting = {queue for queue, rest in self._rests.items() if rest.until > now}
         passed = self._delivery.pass_through(link, resting=resting, courtesy=COURTESY)
@@ -107,14 +107,14 @@ class Relay:
 
     def _refused(self, queue: str, error: ConveyorError, count: int) -> None:
         now = time.monotonic()
-        rest = self._rests.setdefault(queue, _Rest())
+        rest = self._rests.setdefault(queue, _QueueBackoff())
         rest.attempts = 1 if count else rest.attempts + 1  # a full queue that is being drained is asked again soon
         rest.until = now + replies.pause(rest.attempts, cap=CAP)
         if now - self._said.get(queue, -_SAY_AGAIN) >= _SAY_AGAIN:
             self._said[queue], rest.said = now, True
             _log.warning("rows of the outbox for queue '%s' wait, trying again: %s", queue, error)
 
-    def _plan(self, passed: Passed) -> None:
+    def _plan(self, passed: DeliveryPass) -> None:
         """Decide how long to wait for the next look."""
         now = time.monotonic()
         pauses = [self._interval, *(max(0.0, rest.until - now) for rest in self._rests.values())]

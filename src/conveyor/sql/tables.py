@@ -13,7 +13,7 @@ from conveyor.errors import ConfigurationError
 from conveyor.sql.drivers import awaitable, blocking
 
 if TYPE_CHECKING:
-    from conveyor.sql.drivers import AsyncLink, Link
+    from conveyor.sql.drivers import AsyncLink, DbConnection
 
 
 DIALECTS = ("sqlite", "postgresql", "mysql")
@@ -40,7 +40,7 @@ LEDGER = """CREATE TABLE IF NOT EXISTS {table} (
 CREATE INDEX IF NOT EXISTS {index} ON {table} (created_ms)"""
 
 
-class Table:
+class TableSql:
     """A table by its name: fills it into statements."""
 
     def __init__(self, name: str, ddl: str, kind: str) -> None:
@@ -78,7 +78,7 @@ class Table:
         """Return the same as one text."""
         return "".join(f"{statement};\n" for statement in self.ddl(dialect))
 
-    def create(self, link: Link) -> None:
+    def create(self, link: DbConnection) -> None:
         """Create it where it does not exist, and commit."""
         for statement in self.ddl(link.dialect):
             link.run(statement)
@@ -95,10 +95,10 @@ class Table:
         return sql.replace("{table}", self.name)
 
 
-class Owner:
+class ManagedTable:
     """Owns a table."""
 
-    def __init__(self, table: Table) -> None:
+    def __init__(self, table: TableSql) -> None:
         """Take the table; nothing is created yet."""
         self._table = table
 

@@ -12,34 +12,34 @@ from typing import TYPE_CHECKING, Any, Self
 from conveyor.errors import ConfigurationError
 from conveyor.jobs import spawn_outbox
 from conveyor.sql.drivers import (
-    AsyncAlchemy,
-    AsyncDriver,
+    AsyncDbapiConnection,
     AsyncLink,
-    Link,
+    AsyncSqlAlchemyConnection,
+    DbConnection,
     blocking,
     insertions,
     is_missing,
     link,
     refuse_alone,
 )
-from conveyor.sql.tables import Table
+from conveyor.sql.tables import TableSql
 from conveyor.store.client.client import refuse_in_loop
 from conveyor.store.client.confirmed import plain_entries
 
 if TYPE_CHECKING:
     from types import TracebackType
 
-    from conveyor.store.client.client import Backend
-    from conveyor.store.client.durability import Wish
+    from conveyor.store.client.client import Client
+    from conveyor.store.client.durability import DurabilityRequest
     from conveyor.store.keys import QueueKeys
     from conveyor.store.operations import Entry
     from conveyor.store.script import Argument
 
 INSERT = "INSERT INTO {table} (namespace, queue, created_ms, entry)"
-_OPEN: ContextVar[Transaction | None] = ContextVar("conveyor_transaction", default=None)
+_OPEN: ContextVar[OutboxTransaction | None] = ContextVar("conveyor_transaction", default=None)
 
 
-class Transaction:
+class OutboxTransaction:
     """
     A block of `Outbox.transaction` or `Outbox.within`, and the way its pushes take.
 
@@ -50,17 +50,17 @@ class Transaction:
     deferred = True
 
     def __init__(
-        self, backend: Backend, table: Table, connection: Any, ended: Callable[[bool], None], *, commits: bool
+        self, backend: Client, table: TableSql, connection: Any, ended: Callable[[bool], None], *, commits: bool
     ) -> None:
         """Take whose pushes, and whose transaction; *ended* is called at the end, with True when that was the commit."""
         self._backend, self._table, self._connection = backend, table, connection
         self._ended, self._commits = ended, commits
-        self._link: Link | AsyncLink | None = None
-        self.outer: Transaction | None = None
+        self._link: DbConnection | AsyncLink | None = None
+        self.outer: OutboxTransaction | None = None
         self._used = False
         self._turn = asyncio.Lock()
 
-    def stands_for(self, backend: Backend) -> bool:
+    def stands_for(self, backend: Client) -> bool:
         """Tell whether pushes of that app go here: the block has not ended."""
         return self._link is not None and self._backend is backend
 
@@ -75,7 +75,7 @@ class Transaction:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         found = self._end()
-        assert not isinstance(found, AsyncDriver | AsyncAlchemy)
+        assert not isinstance(found, AsyncDbapiConnection | AsyncSqlAlchemyConnection)
         self._conclude(found, failed=kind is not None)
 
     async def __aenter__(self) -> Self:
@@ -88,26 +88,26 @@ class Transaction:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         found = self._end()
-        if isinstance(found, AsyncDriver | AsyncAlchemy):
+        if isinstance(found, AsyncDbapiConnection | AsyncSqlAlchemyConnection):
             await self._aconclude(found, failed=kind is not None)
         else:
             self._conclude(found, failed=kind is not None)
 
-    def _begin(self, found: Link | AsyncLink) -> Self:
+    def _begin(self, found: DbConnection | AsyncLink) -> Self:
         if self._used:
             raise ConfigurationError("A block of an outbox is used once. Call transaction() or within() again.")
         self._used, self._link, self.outer = True, found, _OPEN.get()
         _OPEN.set(self)
         return self
 
-    def _end(self) -> Link | AsyncLink:
+    def _end(self) -> DbConnection | AsyncLink:
         assert self._link is not None
         found, self._link = self._link, None
         if _OPEN.get() is self:  # a generator that a framework closes elsewhere has left another context behind
             _OPEN.set(self.outer)
         return found
 
-    def _conclude(self, found: Link, *, failed: bool) -> None:
+    def _conclude(self, found: DbConnection, *, failed: bool) -> None:
         if self._commits and failed:
             found.rollback()
         elif self._commits:
@@ -137,7 +137,7 @@ class Transaction:
         """Insert *entries*, and return their ids. How much the queue takes is seen when they are delivered."""
         refuse_in_loop()
         found = self._link
-        if isinstance(found, AsyncDriver | AsyncAlchemy):
+        if isinstance(found, AsyncDbapiConnection | AsyncSqlAlchemyConnection):
             raise ConfigurationError(
                 "This block is on a connection of asyncio, and a blocking push was made in it. Nothing was stored. Write "
                 "the awaitable twin: await task.aenqueue(...), await queue.apush(...).",
@@ -176,7 +176,7 @@ class Transaction:
 
 
 @contextmanager
-def explained(table: Table) -> Iterator[None]:
+def explained(table: TableSql) -> Iterator[None]:
     """Say what to do about a table that is missing (E48) instead of what the driver says; other errors pass."""
     try:
         yield
@@ -190,7 +190,7 @@ def explained(table: Table) -> Iterator[None]:
         ) from error
 
 
-def find(backend: Backend, wish: Wish | None = None) -> Transaction | None:
+def find(backend: Client, wish: DurabilityRequest | None = None) -> OutboxTransaction | None:
     """Return the innermost open block that pushes of an app go to; raises ConfigurationError (E46) for one that asks more."""
     found = _OPEN.get()
     while found is not None and not found.stands_for(backend):

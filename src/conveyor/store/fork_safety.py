@@ -17,7 +17,7 @@ from weakref import WeakSet
 T = TypeVar("T")
 
 
-class lazy(Generic[T]):  # noqa: N801  used as a decorator, as property is
+class lazy_property(Generic[T]):  # noqa: N801  used as a decorator, as property is
     """Makes a method an attribute that is computed once."""
 
     def __init__(self, compute: Callable[[Any], T]) -> None:
@@ -29,17 +29,17 @@ class lazy(Generic[T]):  # noqa: N801  used as a decorator, as property is
         self._name = name
 
     @overload
-    def __get__(self, instance: None, owner: type) -> lazy[T]: ...
+    def __get__(self, instance: None, owner: type) -> lazy_property[T]: ...
     @overload
     def __get__(self, instance: object, owner: type) -> T: ...
-    def __get__(self, instance: object, owner: type) -> lazy[T] | T:
+    def __get__(self, instance: object, owner: type) -> lazy_property[T] | T:
         if instance is None:
             return self
         found = instance.__dict__[self._name] = self._compute(instance)
         return found
 
 
-class Forked(Protocol):
+class ForkAware(Protocol):
     """Something that must not use what its parent uses."""
 
     def forked(self) -> None:
@@ -48,10 +48,10 @@ class Forked(Protocol):
 
 
 # One hook for all, since hooks cannot be taken back: one for each would keep growing with every app that comes and goes.
-_holders: WeakSet[Forked] = WeakSet()
+_holders: WeakSet[ForkAware] = WeakSet()
 
 
-def on_fork(holder: Forked) -> None:
+def on_fork(holder: ForkAware) -> None:
     """Call ``holder.forked()`` in every child forked while it lives."""
     _holders.add(holder)
 

@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 
 from conveyor.ids import made_at_ms
-from conveyor.payload.records import Envelope, State, Status, read_envelope, read_whatever
+from conveyor.payload.records import AttemptHistory, Envelope, Status, read_envelope, read_whatever
 from conveyor.store.keys import QueueKeys
 from conveyor.store.script import Call, Script
 
@@ -17,7 +17,7 @@ COUNTS, PAGE, SHOW, CREW, AUDIT = Script("counts"), Script("page"), Script("show
 
 
 @dataclass(frozen=True, slots=True)
-class Counts:
+class QueueCounts:
     """What a queue holds. `oldest_age` is seconds since the oldest ready job could have started, None when none waits."""
 
     ready: int
@@ -34,11 +34,11 @@ class Counts:
         return self.ready + self.scheduled + self.waiting
 
 
-def total(parts: Sequence[Counts]) -> Counts:
+def total(parts: Sequence[QueueCounts]) -> QueueCounts:
     """Return what partitions hold together; each worker serves all of them, so `workers` is that of the one with the most."""
     ages = [part.oldest_age for part in parts if part.oldest_age is not None]
     limits = [part.max_length for part in parts if part.max_length is not None]
-    return Counts(
+    return QueueCounts(
         sum(part.ready for part in parts), sum(part.scheduled for part in parts), sum(part.waiting for part in parts),
         sum(part.leased for part in parts), sum(part.dead for part in parts), max(ages, default=None),
         any(part.paused for part in parts), max(part.workers for part in parts), sum(limits) if limits else None,
@@ -46,18 +46,18 @@ def total(parts: Sequence[Counts]) -> Counts:
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class JobRow:
     """One job as it stands: `extra` is its due instant or death in ms, or the worker that holds it."""
 
     id: str
     status: Status
     envelope: Envelope
-    state: State
+    state: AttemptHistory
     extra: str
 
 
 @dataclass(frozen=True, slots=True)
-class Finished:
+class FinishedJob:
     """One of the recently finished jobs; `at` in ms since the epoch, `ran_ms` how long its last attempt ran."""
 
     id: str
@@ -68,7 +68,7 @@ class Finished:
 
 
 @dataclass(frozen=True, slots=True)
-class Member:
+class WorkerRow:
     """One worker of a queue: its identity, when its lease ends (ms), what it said about itself, how much it holds."""
 
     worker: str
@@ -77,7 +77,7 @@ class Member:
     held: int
 
 
-def counts(keys: QueueKeys) -> Call[Counts]:
+def counts(keys: QueueKeys) -> Call[QueueCounts]:
     """Return the call that counts."""
     names = [keys.jobs, keys.due, keys.dead, keys.workers, keys.conf, *keys.ready]
     if keys.foreign is not None:
@@ -85,7 +85,7 @@ def counts(keys: QueueKeys) -> Call[Counts]:
     return Call(COUNTS, names, (), _read_counts)
 
 
-def _read_counts(reply: list[Any]) -> Counts:
+def _read_counts(reply: list[Any]) -> QueueCounts:
     ready, scheduled, leased, dead, workers, paused, now, oldest, marks, max_length, foreign = reply
     age = None
     if oldest:
@@ -93,15 +93,15 @@ def _read_counts(reply: list[Any]) -> Counts:
         since = max(made_at_ms(oldest.decode()) or 0, envelope.due_ms or 0)
         age = max(0.0, (now - since) / 1000) if since else 0.0
     limit = int(max_length) if max_length else None
-    return Counts(ready + foreign, scheduled, 0, leased, dead, age, paused == 1, workers, limit)
+    return QueueCounts(ready + foreign, scheduled, 0, leased, dead, age, paused == 1, workers, limit)
 
 
-def page(keys: QueueKeys, status: str, offset: int, count: int) -> Call[list[Row]]:
+def page(keys: QueueKeys, status: str, offset: int, count: int) -> Call[list[JobRow]]:
     """Return the call that reads *count* jobs in a state: ready, scheduled, leased, dead (newest first) or dead-oldest."""
     return Call(PAGE, _page_keys(keys), (status, offset, count), lambda reply: _read_rows(status, reply))
 
 
-def finished(keys: QueueKeys, offset: int, count: int) -> Call[list[Finished]]:
+def finished(keys: QueueKeys, offset: int, count: int) -> Call[list[FinishedJob]]:
     """Return the call that reads the recently finished jobs, newest first."""
     return Call(PAGE, _page_keys(keys), ("done", offset, count), lambda reply: [_read_finished(e) for e in reply[3::4]])
 
@@ -110,10 +110,10 @@ def _page_keys(keys: QueueKeys) -> tuple[str, ...]:
     return (keys.jobs, keys.state, keys.due, keys.dead, keys.workers, keys.recent, *keys.ready)
 
 
-def _read_rows(status: str, reply: list[bytes]) -> list[Row]:
+def _read_rows(status: str, reply: list[bytes]) -> list[JobRow]:
     kind: Status = "dead" if status == "dead-oldest" else status  # type: ignore[assignment]
     return [
-        Row(reply[i].decode(), kind, *read_whatever(reply[i + 1], reply[i + 2])[:2], reply[i + 3].decode())
+        JobRow(reply[i].decode(), kind, *read_whatever(reply[i + 1], reply[i + 2])[:2], reply[i + 3].decode())
         for i in range(0, len(reply), 4)
     ]
 
@@ -123,31 +123,33 @@ def write_finished(id: str, task: str, status: str, at: int, ran_ms: int) -> byt
     return f"{id}\t{task}\t{status}\t{at}\t{ran_ms}".encode()
 
 
-def _read_finished(entry: bytes) -> Finished:
+def _read_finished(entry: bytes) -> FinishedJob:
     id_, task, status, at, ran = entry.decode().split("\t")
-    return Finished(id_, task, status, int(at), int(ran))
+    return FinishedJob(id_, task, status, int(at), int(ran))
 
 
-def show(keys: QueueKeys, id: str) -> Call[tuple[str, Row | None, bytes]]:  # noqa: A002
+def show(keys: QueueKeys, id: str) -> Call[tuple[str, JobRow | None, bytes]]:  # noqa: A002
     """Return the call that says all about a job: (place, row, outcome record); places as in show.lua."""
     names = (keys.jobs, keys.state, keys.due, keys.dead, keys.workers, keys.result(id))
 
-    def decode(reply: list[bytes]) -> tuple[str, Row | None, bytes]:
+    def decode(reply: list[bytes]) -> tuple[str, JobRow | None, bytes]:
         place = reply[0].decode()
         if not reply[1]:
             return place, None, reply[3]
-        row = Row(id, place, *read_whatever(reply[1], reply[2])[:2], reply[3].decode())  # type: ignore[arg-type]
+        row = JobRow(id, place, *read_whatever(reply[1], reply[2])[:2], reply[3].decode())  # type: ignore[arg-type]
         return place, row, b""
 
     return Call(SHOW, names, (id,), decode)
 
 
-def crew(keys: QueueKeys) -> Call[list[Member]]:
+def crew(keys: QueueKeys) -> Call[list[WorkerRow]]:
     """Return the call that lists the workers of a queue."""
 
-    def decode(reply: list[Any]) -> list[Member]:
+    def decode(reply: list[Any]) -> list[WorkerRow]:
         return [
-            Member(reply[i].decode(), int(reply[i + 1]), msgspec.json.decode(reply[i + 2] or b"{}"), int(reply[i + 3]))
+            WorkerRow(
+                reply[i].decode(), int(reply[i + 1]), msgspec.json.decode(reply[i + 2] or b"{}"), int(reply[i + 3])
+            )
             for i in range(0, len(reply), 4)
         ]
 

@@ -15,7 +15,7 @@ from conveyor.errors import ConfigurationError, QueueFull
 from conveyor.ids import may_come
 from conveyor.payload.records import to_json, write_rest
 from conveyor.store.keys import QueueKeys
-from conveyor.store.partitions import WrongPartitions
+from conveyor.store.partitions import PartitionCountMismatch
 from conveyor.store.script import Argument, Call, Command, Script
 
 PUSH_PLAIN = Script("push_plain", bare=True)
@@ -58,7 +58,7 @@ class Entry:
 
 
 @dataclass(slots=True)
-class Lane:
+class ProducerSequence:
     """
     A producer's identity: one push in flight, each with the next number, so a repeat is answered, not done again.
 
@@ -76,7 +76,7 @@ class Lane:
         return self.number
 
 
-class LateReply(Exception):
+class StalePush(Exception):
     """A newer push of this lane was answered already."""
 
 
@@ -90,7 +90,9 @@ def ring(key: str) -> Call[int]:
     return Call(RING, (key,), (), int)
 
 
-def push_plain(keys: QueueKeys, lane: Lane, pairs: Sequence[Argument], *, max_length: int = 0) -> Call[None]:
+def push_plain(
+    keys: QueueKeys, lane: ProducerSequence, pairs: Sequence[Argument], *, max_length: int = 0
+) -> Call[None]:
     """Return the call that accepts plain messages: *pairs* is id, envelope, id, envelope, …"""
     if (names := lane.names.get(keys.prefix)) is None:
         names = (keys.lane(lane.identity), keys.jobs, keys.ready[0], keys.wake, keys.conf, keys.dead)
@@ -99,7 +101,7 @@ def push_plain(keys: QueueKeys, lane: Lane, pairs: Sequence[Argument], *, max_le
     return Call(PUSH_PLAIN, names, args, partial(_pushed_plain, keys), None if lane.insists else WITHDRAW)
 
 
-def push(keys: QueueKeys, lane: Lane, entries: Iterable[Entry], *, max_length: int = 0) -> Call[list[str]]:
+def push(keys: QueueKeys, lane: ProducerSequence, entries: Iterable[Entry], *, max_length: int = 0) -> Call[list[str]]:
     """Return the call that accepts *entries* in their order, all or none; it yields an id for each, a duplicate's holder's."""
     args: list[Argument] = [lane.next(), max_length, keys.partitions, 0]
     ids: list[str | None] = []
@@ -141,7 +143,7 @@ def _special(entry: Entry) -> tuple[Argument, ...]:
     )  # fmt: skip
 
 
-def _push_keys(keys: QueueKeys, lane: Lane) -> tuple[str, ...]:
+def _push_keys(keys: QueueKeys, lane: ProducerSequence) -> tuple[str, ...]:
     return (keys.lane(lane.identity), keys.jobs, keys.due, keys.wake, keys.conf, keys.dead, *keys.ready)
 
 
@@ -161,14 +163,14 @@ def _pushed(keys: QueueKeys, ids: list[str | None]) -> Any:
     return decode
 
 
-class Existing(str):
+class ExistingId(str):
     """The id of a job that was there already: the push that named it stored nothing."""
 
     __slots__ = ()
 
 
 def _accepted(answer: str) -> str:
-    return Existing(answer[1:]) if answer.startswith("\t") else answer
+    return ExistingId(answer[1:]) if answer.startswith("\t") else answer
 
 
 def _refused(keys: QueueKeys, reply: bytes) -> None:
@@ -185,8 +187,8 @@ def _refused(keys: QueueKeys, reply: bytes) -> None:
             f"Queue '{queue}' was written by another version (layout {rest[0]}; this one knows layout 1). Upgrade this program."
         )
     if status == "partitions":
-        raise WrongPartitions(keys, rest[0])
-    raise LateReply
+        raise PartitionCountMismatch(keys, rest[0])
+    raise StalePush
 
 
 @dataclass(slots=True)
@@ -203,7 +205,7 @@ class Settlement:
 
 
 @dataclass(slots=True)
-class Report:
+class TurnReport:
     """What a worker sends with a turn: settlements, counters of this minute, entries for the recently finished."""
 
     done: list[str] = field(default_factory=list)
@@ -217,7 +219,7 @@ class Report:
 
 
 @dataclass(slots=True)
-class Turn:
+class TurnReply:
     """
     The reply to a turn. Times in ms by the server's clock; `next_due` is None when nothing is scheduled.
 
@@ -239,17 +241,17 @@ class Turn:
     outbox: bool = False  # looked, and found it not empty
 
 
-class Unregistered(Exception):
+class WorkerUnregistered(Exception):
     """The worker was reaped, or Redis has forgotten it: its leases are gone."""
 
 
-class LateTurn(Exception):
+class StaleTurn(Exception):
     """A newer turn of this worker was carried out already."""
 
 
 def turn(
-    keys: QueueKeys, worker: str, number: int, want: int, lease_ms: int, report: Report, *, flags: str = ""
-) -> Call[Turn]:
+    keys: QueueKeys, worker: str, number: int, want: int, lease_ms: int, report: TurnReport, *, flags: str = ""
+) -> Call[TurnReply]:
     """Return the call that settles *report* and leases up to *want* more; `flags` as in turn.lua."""
     args: list[Argument] = [worker, number, want, lease_ms, flags, len(report.done), *report.done, len(report.others)]
     for one in report.others:
@@ -265,13 +267,13 @@ def turn(
     return Call(TURN, names, args, _read_turn)
 
 
-def _read_turn(reply: list[Any]) -> Turn:
+def _read_turn(reply: list[Any]) -> TurnReply:
     if reply[0] == 0:
-        raise Unregistered("Redis does not know this worker")
+        raise WorkerUnregistered("Redis does not know this worker")
     if reply[0] == -1:
-        raise LateTurn("a newer turn was carried out")
+        raise StaleTurn("a newer turn was carried out")
     _, now, held, next_due, more, lost, ids, envelopes, states, overdue, cancelled, paused, missing, outbox = reply
-    return Turn(
+    return TurnReply(
         now, held, next_due if next_due >= 0 else None, more == 1, [id_.decode() for id_ in lost],
         [id_.decode() for id_ in ids], envelopes, states,
         [(overdue[i].decode(), int(float(overdue[i + 1]))) for i in range(0, len(overdue), 2)] if overdue else [],
@@ -290,7 +292,7 @@ def register(keys: QueueKeys, worker: str, lease_ms: int, about: bytes) -> Call[
 
 def _registered(keys: QueueKeys, reply: list[Any]) -> int:
     if reply[0] == -2:
-        raise WrongPartitions(keys, reply[1].decode())
+        raise PartitionCountMismatch(keys, reply[1].decode())
     if reply[0] == -1:
         raise ConfigurationError(
             f"The queue was written by another version (layout {reply[1].decode()}; this one knows layout 1). Upgrade this worker."

@@ -18,7 +18,7 @@ from conveyor.store.script import Call, Script
 CLAIM, SWITCH, COUNT = Script("claim"), Script("switch"), Script("partitions", bare=True)
 
 
-class WrongPartitions(ConfigurationError):
+class PartitionCountMismatch(ConfigurationError):
     """A program and Redis differ in the number of partitions; `found` is 0 while it is changed, None while none is set."""
 
     code = "E34"
@@ -70,9 +70,9 @@ def claims(namespace: str, queue: str, count: int) -> list[Call[bool]]:
 
 def _claimed(keys: QueueKeys, reply: list[Any]) -> bool:
     if reply[0] == -1:
-        raise WrongPartitions(keys, reply[1].decode())
+        raise PartitionCountMismatch(keys, reply[1].decode())
     if reply[0] == -2:
-        raise WrongPartitions(keys, "0")
+        raise PartitionCountMismatch(keys, "0")
     return bool(reply[0])
 
 

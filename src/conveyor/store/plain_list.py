@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from conveyor.ids import new_identity
 from conveyor.store.keys import QueueKeys
-from conveyor.store.operations import WITHDRAW, Lane, LateReply
+from conveyor.store.operations import WITHDRAW, ProducerSequence, StalePush
 from conveyor.store.script import Call, Script
 
 if TYPE_CHECKING:
@@ -19,28 +19,28 @@ if TYPE_CHECKING:
 RAWPUSH = Script("rawpush")
 
 
-class Lanes:
+class SequencePool:
     """Lanes for pushes that overlap: each is used by one at a time, and none by a forked child."""
 
     def __init__(self) -> None:
         """Begin with none."""
-        self._free: deque[Lane] = deque()
+        self._free: deque[ProducerSequence] = deque()
         self._process = os.getpid()
 
     @contextmanager
-    def one(self) -> Iterator[Lane]:
+    def one(self) -> Iterator[ProducerSequence]:
         """Give out a lane; one whose push failed is not used again, since a repeat may still arrive."""
         if self._process != os.getpid():
             self._free, self._process = deque(), os.getpid()
         try:
             lane = self._free.pop()
         except IndexError:
-            lane = Lane(new_identity())
+            lane = ProducerSequence(new_identity())
         yield lane
         self._free.append(lane)
 
 
-def push(keys: QueueKeys, lane: Lane, entries: Sequence[bytes]) -> Call[None]:
+def push(keys: QueueKeys, lane: ProducerSequence, entries: Sequence[bytes]) -> Call[None]:
     """Return the call that appends *entries* to the plain list of *keys*."""
     assert keys.foreign is not None
     return Call(RAWPUSH, (keys.lane(lane.identity), keys.foreign), (lane.next(), *entries), _pushed, WITHDRAW)
@@ -48,4 +48,4 @@ def push(keys: QueueKeys, lane: Lane, entries: Sequence[bytes]) -> Call[None]:
 
 def _pushed(reply: bytes) -> None:
     if not reply.endswith(b"\nok"):
-        raise LateReply
+        raise StalePush

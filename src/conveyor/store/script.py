@@ -8,7 +8,7 @@ from hashlib import sha1
 from importlib.resources import files
 from typing import Any, Generic, TypeVar
 
-from conveyor.store.fork_safety import lazy
+from conveyor.store.fork_safety import lazy_property
 
 T = TypeVar("T")
 S = TypeVar("S")
@@ -22,14 +22,14 @@ class Script:
         self.name = name
         self._bare = bare
 
-    @lazy
+    @lazy_property
     def text(self) -> str:
         """The prelude and the file."""
         folder = files("conveyor.store").joinpath("scripts")
         prelude = "" if self._bare else folder.joinpath("_prelude.lua").read_text("utf-8")
         return prelude + folder.joinpath(f"{self.name}.lua").read_text("utf-8")
 
-    @lazy
+    @lazy_property
     def sha(self) -> str:
         """The digest by which the server knows the script."""
         return sha1(self.text.encode(), usedforsecurity=False).hexdigest()

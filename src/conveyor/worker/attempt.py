@@ -15,14 +15,14 @@ from conveyor.errors import ConveyorError, PayloadError
 from conveyor.ids import clean, made_at_ms, public
 from conveyor.jobs.context import Context
 from conveyor.payload.failures import message, type_name
-from conveyor.payload.records import Envelope, State, read_envelope
+from conveyor.payload.records import AttemptHistory, Envelope, read_envelope
 
 if TYPE_CHECKING:
     import asyncio
 
     from conveyor.jobs.task import Task
-    from conveyor.payload.signature import Signature
-    from conveyor.worker.protocols import Holder
+    from conveyor.payload.signature import TaskSignature
+    from conveyor.worker.protocols import AttemptOwner
 
 
 BUCKETS_MS = (5, 10, 25, 50, 100, 250, 500, 1000, 2500, 5000, 10_000, 30_000, 60_000, 300_000, 3_600_000)
@@ -32,7 +32,7 @@ BUCKETS_MS = (5, 10, 25, 50, 100, 250, 500, 1000, 2500, 5000, 10_000, 30_000, 60
 Decode = Callable[[bytes], tuple[list[Any], dict[str, Any]]]
 
 
-def _decode_entry(signature: Signature) -> Decode:
+def _decode_entry(signature: TaskSignature) -> Decode:
     """
     Return how an entry of a plain list becomes arguments: an object's members by name, as from `enqueue`.
 
@@ -137,14 +137,14 @@ class Attempt:
     closed = False
     """True while its body is still wrapped, or of an older version."""
 
-    def __init__(self, consumer: Holder, handler: Handler, id: str, body: bytes) -> None:  # noqa: A002
+    def __init__(self, consumer: AttemptOwner, handler: Handler, id: str, body: bytes) -> None:  # noqa: A002
         """Take a plain, fresh job; `mark` and `recall` add what is rarer."""
         self.consumer = consumer
         self.handler = handler
         self.id = id
         self.body = body
         self.envelope: Envelope = PLAIN
-        self.state: State | None = None
+        self.state: AttemptHistory | None = None
         self.number = 1
         self.started = 0.0
         self.ended = 0.0
@@ -163,7 +163,7 @@ class Attempt:
     def recall(self, state: bytes) -> None:
         """Read what happened to the job before."""
         try:
-            self.state = State.decode(state)
+            self.state = AttemptHistory.decode(state)
         except Exception as error:  # whatever somebody wrote there must not end the worker
             unfit = PayloadError(f"E15 The state cannot be read: {error}.", code="E15")
             self.handler = Handler.unknown(self.handler.name, unfit)
@@ -172,9 +172,9 @@ class Attempt:
         self.suspect = self.state.crashes > 0
 
     @property
-    def history(self) -> State:
+    def history(self) -> AttemptHistory:
         """The state as it was leased."""
-        return self.state or State()
+        return self.state or AttemptHistory()
 
     @property
     def timeout(self) -> float | None:
@@ -235,12 +235,12 @@ class Attempt:
         return f"<Attempt {self.number} of {self.public_id} ({self.handler.name})>"
 
 
-class Closed(Attempt):
+class SealedAttempt(Attempt):
     """An attempt at a job whose body must be opened before it can start."""
 
     __slots__ = ("closed",)
 
-    def __init__(self, consumer: Holder, handler: Handler, id: str, body: bytes) -> None:  # noqa: A002
+    def __init__(self, consumer: AttemptOwner, handler: Handler, id: str, body: bytes) -> None:  # noqa: A002
         """Take it as it was leased."""
         super().__init__(consumer, handler, id, body)
         self.closed = True

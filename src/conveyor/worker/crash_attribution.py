@@ -29,7 +29,7 @@ def named(id_: str) -> int:
     return crc32(id_.encode()) | _NAMED
 
 
-class Seats:
+class RunningTable:
     """The child's side. `cells` is written directly where every nanosecond counts."""
 
     def __init__(self, cells: memoryview) -> None:
@@ -55,7 +55,7 @@ class Seats:
 
 
 @dataclass(frozen=True, slots=True)
-class Seating:
+class RunningSnapshot:
     """What the seats said when their child was dead; names as in the seats."""
 
     executing: frozenset[int]
@@ -63,7 +63,7 @@ class Seating:
     beside: frozenset[int] = frozenset()
 
     @classmethod
-    def read(cls, cells: Iterable[int]) -> Seating | None:
+    def read(cls, cells: Iterable[int]) -> RunningSnapshot | None:
         """Take the cells; None where there were more jobs than seats."""
         loop, full, *seats = cells
         if full:

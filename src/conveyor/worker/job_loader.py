@@ -14,27 +14,27 @@ from typing import TYPE_CHECKING, Any
 from conveyor.errors import ConveyorError, PayloadError, StoreUnavailable, UnknownTask
 from conveyor.ids import clean, made_at_ms
 from conveyor.messaging.retry import put_off_ms
-from conveyor.payload.codec import Unreadable
+from conveyor.payload.codec import UnreadablePayload
 from conveyor.payload.pipeline import PLAIN
-from conveyor.payload.records import Failure, State, read_whatever, to_json
-from conveyor.payload.versions import Old, TooNew, bring_up, sealed_name
+from conveyor.payload.records import AttemptHistory, Failure, read_whatever, to_json
+from conveyor.payload.versions import OldPayload, PayloadTooNew, bring_up, sealed_name
 from conveyor.payload.wrapped import MAGIC
-from conveyor.store.operations import Report, Settlement
+from conveyor.store.operations import Settlement, TurnReport
 from conveyor.units import span
-from conveyor.worker.attempt import Attempt, Closed, Handler
-from conveyor.worker.crash_attribution import EXECUTING, LOOP, Seats, named
+from conveyor.worker.attempt import Attempt, Handler, SealedAttempt
+from conveyor.worker.crash_attribution import EXECUTING, LOOP, RunningTable, named
 
 if TYPE_CHECKING:
     from conveyor.jobs.app import Conveyor
-    from conveyor.worker.settlement import Settling
+    from conveyor.worker.settlement import SettlementWriter
 
 log = logging.getLogger("conveyor.worker")
 
 
-class Unusual:
+class JobLoader:
     """One worker's way with them."""
 
-    def __init__(self, app: Conveyor, settling: Settling, worker: str, seats: Seats | None) -> None:
+    def __init__(self, app: Conveyor, settling: SettlementWriter, worker: str, seats: RunningTable | None) -> None:
         """Take the app, who settles, the name recorded with errors, and where a supervisor sees what is opened."""
         self._sealing = app.sealing
         self._fed = {name: listed.task for name, listed in app.plain_lists.items()}
@@ -62,11 +62,13 @@ class Unusual:
         if damage:
             unfit = PayloadError(f"E15 The envelope cannot be read: {damage}.", code="E15")
         elif handler is not None and envelope.extra.version > handler.task.settings.version:
-            unfit = TooNew(f"The payload of {envelope.task}()", envelope.extra.version, handler.task.settings.version)
+            unfit = PayloadTooNew(
+                f"The payload of {envelope.task}()", envelope.extra.version, handler.task.settings.version
+            )
         if handler is None or unfit is not None:
             handler = Handler.unknown(envelope.task, unfit)
         closed = handler.kind != "unknown" and self._is_closed(consumer, handler, envelope.body, envelope.extra.version)
-        attempt = (Closed if closed else Attempt)(consumer, handler, id_, envelope.body)
+        attempt = (SealedAttempt if closed else Attempt)(consumer, handler, id_, envelope.body)
         attempt.envelope = envelope
         if handler.early:
             self._read_early(attempt)
@@ -104,7 +106,7 @@ class Unusual:
         version, current = envelope.extra.version, task.settings.version
         if version < current and task.settings.upcast is not None:
             signature = task.signature
-            old = Old(f"The payload of {handler.name}()", signature.max_payload, signature.formats, call=True)
+            old = OldPayload(f"The payload of {handler.name}()", signature.max_payload, signature.formats, call=True)
             body = bring_up(body, version, current, task.settings.upcast, old)
         return body
 
@@ -154,7 +156,7 @@ class Unusual:
         attempt.consumer.left()
         if attempt.ended == 0.0:
             if isinstance(error, PayloadError):
-                error = Unreadable(f"The payload of {attempt.handler.name}(): {error}", code=error.code)
+                error = UnreadablePayload(f"The payload of {attempt.handler.name}(): {error}", code=error.code)
             attempt.started = perf_counter()
             fail(attempt, None, error)
 
@@ -166,7 +168,7 @@ class Unusual:
         """
         report, now, error = consumer.report, consumer.now_ms, attempt.handler.unfit
         attempt.ended = monotonic()
-        if isinstance(error, PayloadError) and not isinstance(error, TooNew):
+        if isinstance(error, PayloadError) and not isinstance(error, PayloadTooNew):
             self._settling.unreadable(report, attempt, error, now)
             return
         age = now - (made_at_ms(attempt.id) or attempt.envelope.due_ms or now)
@@ -184,16 +186,16 @@ class Unusual:
         state = attempt.state.encode() if attempt.state else b""
         report.others.append(Settlement("R", attempt.id, pause, state=state))
 
-    def _give_up(self, report: Report, attempt: Attempt, now: int) -> None:
+    def _give_up(self, report: TurnReport, attempt: Attempt, now: int) -> None:
         name, error = attempt.handler.name, attempt.handler.unfit
         message = f"no worker knew the task {name!r} for a day" if error is None else f"{error} None came for a day."
         kind = UnknownTask.__name__ if error is None else "PayloadError"
         record = to_json(Failure(attempt.number, now, kind, message, worker=self._worker))
         old = attempt.history
-        state = State(old.starts, old.failures, old.crashes, [*old.errors, record])
+        state = AttemptHistory(old.starts, old.failures, old.crashes, [*old.errors, record])
         self._settling.bury(report, attempt, state, message, now)
 
-    def release(self, consumer: Any, report: Report, lost: Iterable[str]) -> None:
+    def release(self, consumer: Any, report: TurnReport, lost: Iterable[str]) -> None:
         """Remove the large bodies of jobs whose end Redis has confirmed; those of others are still needed."""
         refused = set(lost)
         ended = {*report.done, *(one.id for one in report.others if one.kind in {"D", "C"})} - refused
@@ -204,5 +206,5 @@ class Unusual:
 
 
 def _unclose(attempt: Attempt, body: bytes) -> None:
-    assert isinstance(attempt, Closed)
+    assert isinstance(attempt, SealedAttempt)
     attempt.body, attempt.closed = body, False

@@ -25,7 +25,7 @@ def complain(text: str, *arguments: Any) -> None:
     LOG.error("%s", words)
 
 
-class Tame(logging.Formatter):
+class SafeFormatter(logging.Formatter):
     """Lines that cannot steer a terminal: tracebacks tell what exceptions say, and these what payloads hold."""
 
     def format(self, record: logging.LogRecord) -> str:
@@ -37,7 +37,7 @@ def configure_log(*, verbose: bool = False) -> None:
     """Send lines of INFO and above (DEBUG with *verbose*) to standard error, unless the program has its own way."""
     if not logging.getLogger().handlers:
         handler = logging.StreamHandler()
-        handler.setFormatter(Tame("%(asctime)s %(levelname)-7s %(message)s", datefmt="%H:%M:%S"))
+        handler.setFormatter(SafeFormatter("%(asctime)s %(levelname)-7s %(message)s", datefmt="%H:%M:%S"))
         logging.basicConfig(handlers=[handler])
     logger = logging.getLogger("conveyor")
     if logger.level == logging.NOTSET:

@@ -7,16 +7,16 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     from conveyor.store.keys import QueueKeys
-    from conveyor.store.operations import Report
-    from conveyor.store.transport.async_connection import Wire
+    from conveyor.store.operations import TurnReport
+    from conveyor.store.transport.async_connection import AsyncConnection
 
 
-class Holder(Protocol):
+class AttemptOwner(Protocol):
     """What an attempt needs of the consumer that holds it."""
 
     queue: str
     shared_state: Mapping[str, Any]
-    report: Report
+    report: TurnReport
     own_retries: dict[str, float]
     worked: set[Any]
     more: bool
@@ -33,7 +33,7 @@ class Holder(Protocol):
     def move_deadline(self, attempt: Any, seconds: float) -> None: ...
 
 
-class Host(Protocol):
+class WorkerServices(Protocol):
     """What a consumer needs of its worker."""
 
     app: Any
@@ -52,7 +52,7 @@ class Host(Protocol):
 
     @property
     def unusual(self) -> Any: ...
-    def settle_stats(self, consumer: Any, report: Report) -> None: ...
+    def settle_stats(self, consumer: Any, report: TurnReport) -> None: ...
     def absorbed(self, consumer: Any) -> None: ...
     def listen(self) -> None: ...
     def note_identity(self, consumer: Any) -> None: ...
@@ -61,13 +61,13 @@ class Host(Protocol):
     def fail(self, error: BaseException) -> None: ...
 
 
-class Sleeper(Protocol):
+class WakeupTarget(Protocol):
     """What waiting for work needs of a consumer."""
 
     keys: QueueKeys
     queue: str
     identity: str
-    wire: Wire
+    wire: AsyncConnection
 
     @property
     def hungry(self) -> bool: ...
@@ -76,7 +76,7 @@ class Sleeper(Protocol):
     async def until_hungry(self) -> None: ...
 
 
-class Rival(Protocol):
+class PrefetchPeer(Protocol):
     """What sharing a worker's room needs of a consumer."""
 
     queue: str
@@ -86,21 +86,21 @@ class Rival(Protocol):
     def schedule(self) -> None: ...
 
 
-class Mortal(Protocol):
+class Stoppable(Protocol):
     """Something that ends."""
 
     @property
     def stopped(self) -> bool: ...
 
 
-class Tenant(Mortal, Protocol):
+class Tenant(Stoppable, Protocol):
     """A worker as the places it serves see it."""
 
     name: str
 
 
-class Dormitory(Mortal, Protocol):
+class Dormitory(Stoppable, Protocol):
     """What the listener needs to know of who waits at its place."""
 
     @property
-    def sleepers(self) -> Sequence[Sleeper]: ...
+    def sleepers(self) -> Sequence[WakeupTarget]: ...

@@ -17,7 +17,7 @@ _LOOK = 0.2
 _STATM = "/proc/self/statm"
 
 
-class Quota:
+class RecycleLimits:
     """The limits of the process it is made in. None: no limit of that kind; memory in bytes."""
 
     def __init__(self, max_jobs: int | None, max_memory: int | None) -> None:

@@ -11,12 +11,12 @@ from conveyor.errors import PayloadError, Snooze
 from conveyor.events import JobCancelledEvent, JobDead, JobDone, JobRetried
 from conveyor.messaging import retry as outcome
 from conveyor.payload import failures
-from conveyor.payload.codec import Unreadable
+from conveyor.payload.codec import UnreadablePayload
 from conveyor.payload.pipeline import PLAIN
-from conveyor.payload.records import Failure, Outcome, State, read_failure, to_json
+from conveyor.payload.records import AttemptHistory, Failure, Outcome, read_failure, to_json
 from conveyor.payload.sealed_records import pack_failure, pack_refusal, pack_result
 from conveyor.store.inspection import write_finished
-from conveyor.store.operations import Report, Settlement
+from conveyor.store.operations import Settlement, TurnReport
 from conveyor.units import milliseconds, span
 from conveyor.worker.attempt import Attempt, details, line
 
@@ -31,13 +31,13 @@ TOLD = 10
 CANCELLED_KEPT_MS = 600_000
 
 
-def _follow(report: Report, id: str, spawned: list[bytes]) -> None:  # noqa: A002
+def _follow(report: TurnReport, id: str, spawned: list[bytes]) -> None:  # noqa: A002
     """Put what a successful attempt spawned into the outbox, right before the settlement that ends it."""
     report.others += [Settlement("S", id, record=entry) for entry in spawned]
     report.spawned = True
 
 
-class Settling:
+class SettlementWriter:
     """Decides nothing about policy (`outcome.py` does); writes what was decided into a consumer's report."""
 
     def __init__(self, app: Conveyor, worker: str) -> None:
@@ -59,7 +59,7 @@ class Settling:
         if self._told <= TOLD:
             log.info("✓ %s %s", attempt.label, span(seconds))
 
-    def done(self, report: Report, attempt: Attempt, value: Any, now_ms: int) -> None:
+    def done(self, report: TurnReport, attempt: Attempt, value: Any, now_ms: int) -> None:
         """Settle a success; a result that cannot be stored makes it a dead letter."""
         handler, envelope = attempt.handler, attempt.envelope
         seconds = attempt.ended - attempt.started
@@ -99,13 +99,13 @@ class Settling:
             self._app.emit(JobDone(attempt.public_id, handler.name, attempt.consumer.queue, attempt.number, seconds))
 
     def failed(
-        self, report: Report, attempt: Attempt, error: BaseException, now_ms: int, *, retry: bool = True
+        self, report: TurnReport, attempt: Attempt, error: BaseException, now_ms: int, *, retry: bool = True
     ) -> None:
         """Settle a failure: again later, or dead."""
         if isinstance(error, Snooze):
             self._snoozed(report, attempt, error)
             return
-        if isinstance(error, Unreadable):
+        if isinstance(error, UnreadablePayload):
             self.unreadable(report, attempt, error, now_ms)
             return
         handler, queue = attempt.handler, attempt.consumer.queue
@@ -118,7 +118,7 @@ class Settling:
             attempts=attempt.envelope.extra.attempts if retry else 1,
         )  # fmt: skip
         handler.failed += 1
-        if isinstance(decision, outcome.Again):
+        if isinstance(decision, outcome.RetryAfter):
             handler.retried += 1
             report.others.append(Settlement("R", attempt.id, decision.ms, state=decision.state.encode()))
             attempt.consumer.own_retries[attempt.id] = monotonic() + decision.ms / 1000
@@ -137,22 +137,22 @@ class Settling:
         )
         self.bury(report, attempt, decision.state, decision.reason, now_ms, error)
 
-    def unreadable(self, report: Report, attempt: Attempt, error: PayloadError, now_ms: int) -> None:
+    def unreadable(self, report: TurnReport, attempt: Attempt, error: PayloadError, now_ms: int) -> None:
         """Give up a job whose payload cannot be read: repeating would not mend it. One line in the log."""
         log.error("✗ %s cannot be read and is dead: %s", attempt.label, line(failures.message(error)))
         record = Failure(attempt.number, now_ms, "PayloadError", failures.message(error), worker=self._worker)
         if self._sealing is not None:
             record = pack_refusal(self._sealing, record, error.code, attempt.consumer.queue, attempt.id)
         old = attempt.history
-        state = State(attempt.number, old.failures, old.crashes, [*old.errors, to_json(record)])
+        state = AttemptHistory(attempt.number, old.failures, old.crashes, [*old.errors, to_json(record)])
         attempt.handler.failed += 1
         self.bury(report, attempt, state, f"{error.code}: its payload cannot be read", now_ms, error)
 
     def bury(
         self,
-        report: Report,
+        report: TurnReport,
         attempt: Attempt,
-        state: State,
+        state: AttemptHistory,
         reason: str,
         now_ms: int,
         error: BaseException | None = None,
@@ -172,20 +172,20 @@ class Settling:
                 JobDead(attempt.public_id, attempt.handler.name, attempt.consumer.queue, attempt.number, reason, error)
             )
 
-    def poison(self, report: Report, attempt: Attempt, now_ms: int) -> None:
+    def poison(self, report: TurnReport, attempt: Attempt, now_ms: int) -> None:
         """Give up a job whose worker crashed each time it ran."""
         state = attempt.history
         message = f"its worker crashed {state.crashes} times while it ran"
         record = to_json(Failure(state.starts, now_ms, "crashed", message, worker=self._worker))
-        buried = State(state.starts, state.failures, state.crashes, [*state.errors, record])
+        buried = AttemptHistory(state.starts, state.failures, state.crashes, [*state.errors, record])
         log.error("✗ %s is poison: its worker crashed %d times", attempt.label, state.crashes)
         self.bury(report, attempt, buried, "crashed", now_ms)
 
-    def crashed(self, report: Report, attempt: Attempt, now_ms: int, error: BaseException) -> None:
+    def crashed(self, report: TurnReport, attempt: Attempt, now_ms: int, error: BaseException) -> None:
         """Settle a job that took its process with it: charge the crash, and try again alone, or give it up."""
         old = attempt.history
         record = to_json(failures.describe(error, attempt.number, now_ms, self._worker))
-        state = State(attempt.number, old.failures, old.crashes + 1, [*old.errors, record])
+        state = AttemptHistory(attempt.number, old.failures, old.crashes + 1, [*old.errors, record])
         log.error("✗ %s crashed its process: %s", attempt.label, error)
         if state.crashes >= attempt.handler.task.settings.retry.max_crashes:
             attempt.state = state
@@ -193,7 +193,7 @@ class Settling:
         else:
             report.others.append(Settlement("F", attempt.id, state=state.encode()))
 
-    def cancelled(self, report: Report, attempt: Attempt, now_ms: int) -> None:
+    def cancelled(self, report: TurnReport, attempt: Attempt, now_ms: int) -> None:
         """Settle a job that was cancelled while we held it."""
         record = to_json(Outcome("cancelled", at=now_ms))
         envelope = attempt.envelope
@@ -205,7 +205,7 @@ class Settling:
                 JobCancelledEvent(attempt.public_id, attempt.handler.name, attempt.consumer.queue, attempt.number)
             )
 
-    def handed_back(self, report: Report, attempt: Attempt, *, started: bool) -> None:
+    def handed_back(self, report: TurnReport, attempt: Attempt, *, started: bool) -> None:
         """Return a job to the front; it costs no attempt."""
         if started or attempt.state is not None:
             state = outcome.handed_back(attempt.history, attempt.number, started=started).encode()
@@ -213,7 +213,7 @@ class Settling:
             state = b""
         report.others.append(Settlement("F", attempt.id, state=state))
 
-    def _snoozed(self, report: Report, attempt: Attempt, snooze: Snooze) -> None:
+    def _snoozed(self, report: TurnReport, attempt: Attempt, snooze: Snooze) -> None:
         ms = milliseconds(snooze.delay, name="Snooze")
         state = outcome.snoozed(attempt.history, attempt.number)
         report.others.append(Settlement("R", attempt.id, ms, state=state.encode()))

@@ -22,7 +22,7 @@ import msgspec
 
 from conveyor.errors import ConfigurationError
 from conveyor.store.keys import QueueKeys
-from conveyor.worker.crash_attribution import SEATS, Seating, Seats
+from conveyor.worker.crash_attribution import SEATS, RunningSnapshot, RunningTable
 
 _TICK, _RETIRING, _EPOCH, _JOB_MARK, _JOB_SIZE, _FINISHED, _AWAIT, _RENEWALS = 0, 1, 2, 3, 4, 5, 6, 16
 _RENEWAL_CELLS = 256
@@ -36,7 +36,7 @@ SLOT_BYTES = _RECORDS_AT + 2 * RECORD_ROOM
 _HEAD = Struct("<II")  # length, checksum
 
 
-class Spec(msgspec.Struct, frozen=True, tag="spec"):
+class ChildSpec(msgspec.Struct, frozen=True, tag="spec"):
     """
     What a child is to run; the supervisor writes it before the child starts. Times in seconds, memory in bytes.
 
@@ -57,7 +57,7 @@ class Spec(msgspec.Struct, frozen=True, tag="spec"):
     await_until: float = 0.0
 
 
-class About(msgspec.Struct, frozen=True, tag="about"):
+class ChildInfo(msgspec.Struct, frozen=True, tag="about"):
     """What a child says of its app when it is up: where Redis is; for people, its queues and (some of) its tasks."""
 
     url: str
@@ -67,7 +67,7 @@ class About(msgspec.Struct, frozen=True, tag="about"):
     queues: tuple[str, ...] = ()
 
 
-class _Joined(msgspec.Struct, frozen=True, tag="joined"):
+class _RegisteredRecord(msgspec.Struct, frozen=True, tag="joined"):
     prefix: str
     queue: str
     foreign: str | None
@@ -76,17 +76,17 @@ class _Joined(msgspec.Struct, frozen=True, tag="joined"):
     cell: int
 
 
-class _Left(msgspec.Struct, frozen=True, tag="left"):
+class _UnregisteredRecord(msgspec.Struct, frozen=True, tag="left"):
     worker: str
 
 
-_Record = Spec | About | _Joined | _Left
+_Record = ChildSpec | ChildInfo | _RegisteredRecord | _UnregisteredRecord
 _DECODER: msgspec.json.Decoder[_Record] = msgspec.json.Decoder(_Record)
 _encode = msgspec.json.Encoder().encode
 
 
 @dataclass(frozen=True, slots=True)
-class Identity:
+class LeaseIdentity:
     """One identity of a child. Only a queue's last is `current`; `renewed` is when the child itself last renewed it."""
 
     namespace: str
@@ -103,7 +103,7 @@ class Identity:
         return QueueKeys(self.namespace, self.queue, foreign=self.foreign)
 
 
-class Board:
+class SharedMemory:
     """The slots of all children, in memory that outlives each of them. Hand `fd` to a child, which attaches to it."""
 
     def __init__(self, slots: int, fd: int | None = None) -> None:
@@ -112,11 +112,11 @@ class Board:
         self.fd = anonymous_file("conveyor-board", slots * SLOT_BYTES) if fd is None else fd
         self._memory = mmap.mmap(self.fd, slots * SLOT_BYTES)
         self._view = memoryview(self._memory)
-        self._taken: list[Slot] = []
+        self._taken: list[ChildSlot] = []
 
-    def slot(self, number: int) -> Slot:
+    def slot(self, number: int) -> ChildSlot:
         """Return one slot, counted from 0."""
-        slot = Slot(self._view[number * SLOT_BYTES : (number + 1) * SLOT_BYTES], number)
+        slot = ChildSlot(self._view[number * SLOT_BYTES : (number + 1) * SLOT_BYTES], number)
         self._taken.append(slot)
         return slot
 
@@ -129,7 +129,7 @@ class Board:
         os.close(self.fd)
 
 
-class Slot:
+class ChildSlot:
     """What one child shows to its supervisor. The child alone writes while it lives."""
 
     def __init__(self, view: memoryview, number: int) -> None:
@@ -168,12 +168,12 @@ class Slot:
         cell = self._cell_of.setdefault(keys.prefix, len(self._cell_of) % _RENEWAL_CELLS)
         self._cell_by[worker] = cell
         self._cells[_RENEWALS + cell] = monotonic_ns()
-        self._append(_Joined(keys.prefix, keys.queue, keys.foreign, worker, lease_ms, cell))
+        self._append(_RegisteredRecord(keys.prefix, keys.queue, keys.foreign, worker, lease_ms, cell))
 
     def drop_identity(self, worker: str) -> None:
         """Note that an identity has left Redis in order and holds nothing."""
         self._cell_by.pop(worker, None)
-        self._append(_Left(worker))
+        self._append(_UnregisteredRecord(worker))
 
     def set_job(self, task: str, job_id: str) -> None:
         """Name the job that the event loop is running, to be blamed when the loop stalls."""
@@ -188,11 +188,11 @@ class Slot:
         """Say that the event loop runs no job."""
         self._cells[_JOB_SIZE] = 0
 
-    def seats(self) -> Seats:
+    def seats(self) -> RunningTable:
         """Return the seats of the jobs it runs, all empty when it starts."""
-        return Seats(self._seats)
+        return RunningTable(self._seats)
 
-    def set_about(self, about: About) -> None:
+    def set_about(self, about: ChildInfo) -> None:
         """Say where Redis is."""
         self._append(about)
 
@@ -245,18 +245,18 @@ class Slot:
                 return (task, job_id) if size else None
         return None
 
-    def seating(self) -> Seating | None:
+    def seating(self) -> RunningSnapshot | None:
         """Return which jobs were running; None when that is not known."""
-        return Seating.read(self._seats)
+        return RunningSnapshot.read(self._seats)
 
-    def identities(self) -> list[Identity]:
+    def identities(self) -> list[LeaseIdentity]:
         """Return all identities that may hold leases, oldest first."""
         records = self._read()
-        left = {record.worker for record in records if isinstance(record, _Left)}
-        joined = [record for record in records if isinstance(record, _Joined)]
+        left = {record.worker for record in records if isinstance(record, _UnregisteredRecord)}
+        joined = [record for record in records if isinstance(record, _RegisteredRecord)]
         current = {record.prefix: record.worker for record in joined}
         return [
-            Identity(
+            LeaseIdentity(
                 one.prefix.partition(":{")[0],  # a namespace holds no braces
                 one.queue,
                 one.foreign,
@@ -269,15 +269,15 @@ class Slot:
             if one.worker not in left
         ]
 
-    def about(self) -> About | None:
+    def about(self) -> ChildInfo | None:
         """Return what the child said of its app, or None before it did."""
-        return next((record for record in reversed(self._read()) if isinstance(record, About)), None)
+        return next((record for record in reversed(self._read()) if isinstance(record, ChildInfo)), None)
 
-    def spec(self) -> Spec | None:
+    def spec(self) -> ChildSpec | None:
         """Return what the child is to run."""
-        return next((record for record in reversed(self._read()) if isinstance(record, Spec)), None)
+        return next((record for record in reversed(self._read()) if isinstance(record, ChildSpec)), None)
 
-    def prepare(self, spec: Spec) -> None:
+    def prepare(self, spec: ChildSpec) -> None:
         """Wipe what a dead child left, and say what the next one is to run."""
         epoch = self._cells[_EPOCH]
         for cell in range(_RENEWALS + _RENEWAL_CELLS):
@@ -315,14 +315,14 @@ class Slot:
     def _rewrite(self, epoch: int, newest: _Record) -> int:
         """Write what still counts to the other area, then make that the valid one with a single store."""
         records = self._read()
-        left = {record.worker for record in (*records, newest) if isinstance(record, _Left)}
+        left = {record.worker for record in (*records, newest) if isinstance(record, _UnregisteredRecord)}
         kept: dict[str, _Record] = {}
         for record in (*records, newest):
-            if isinstance(record, _Joined):
+            if isinstance(record, _RegisteredRecord):
                 kept.pop(record.prefix, None)
                 if record.worker not in left:
                     kept[record.prefix] = record
-            elif not isinstance(record, _Left):
+            elif not isinstance(record, _UnregisteredRecord):
                 kept[type(record).__name__] = record
         at = 0
         for record in kept.values():

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from conveyor.worker.attempt import Attempt
-    from conveyor.worker.leasing.queue_consumer import Consumer
+    from conveyor.worker.leasing.queue_consumer import QueueConsumer
 
 
-class Ending:
+class DrainMonitor:
     """What a stopping worker still waits for, and whether it is in a hurry."""
 
     def __init__(self) -> None:
@@ -33,7 +33,7 @@ class Ending:
         """Wait no more."""
         self._hurry.set()
 
-    async def wait(self, consumers: Sequence[Consumer], seconds: float, *, hurry: bool = True) -> None:
+    async def wait(self, consumers: Sequence[QueueConsumer], seconds: float, *, hurry: bool = True) -> None:
         """Wait until nothing runs that will end by itself, but not longer; *hurry* tells whether `hurry` cuts it short."""
         deadline = monotonic() + seconds
         while any(attempt not in self.stuck for attempt in running(consumers)):
@@ -47,7 +47,7 @@ class Ending:
                 wait.cancel()
 
 
-def unstarted(consumer: Consumer) -> list[Attempt]:
+def unstarted(consumer: QueueConsumer) -> list[Attempt]:
     """Return what was leased and has not started, the youngest first; an early ack that has not left is taken back."""
     found, report = [], consumer.report
     for attempt in reversed(consumer.held.values()):
@@ -60,7 +60,7 @@ def unstarted(consumer: Consumer) -> list[Attempt]:
     return found
 
 
-def running(consumers: Sequence[Consumer], *, early: bool = True) -> Iterator[Attempt]:
+def running(consumers: Sequence[QueueConsumer], *, early: bool = True) -> Iterator[Attempt]:
     """Yield what has not ended: of the jobs we hold and, with *early*, of those that Redis knows no more."""
     for consumer in consumers:
         for attempt in (*consumer.held.values(), *(consumer.antechamber.acknowledged if early else ())):
@@ -68,7 +68,7 @@ def running(consumers: Sequence[Consumer], *, early: bool = True) -> Iterator[At
                 yield attempt
 
 
-class Burst:
+class BurstMonitor:
     """Watches the queues run empty."""
 
     def __init__(self, *, until: float = 0.0) -> None:
@@ -76,7 +76,7 @@ class Burst:
         self.until = until
         self._emptied_at = -1
 
-    def is_over(self, consumers: Sequence[Consumer], ended: int) -> bool:
+    def is_over(self, consumers: Sequence[QueueConsumer], ended: int) -> bool:
         """
         Tell whether all queues were found empty twice; after the first time they are asked again.
 

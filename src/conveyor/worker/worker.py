@@ -17,24 +17,24 @@ from conveyor.events import WorkerStarted, WorkerStopped
 from conveyor.jobs.hooks import run_through, runs
 from conveyor.payload import failures
 from conveyor.store import operations
-from conveyor.store.operations import MOST_HELD, Report
+from conveyor.store.operations import MOST_HELD, TurnReport
 from conveyor.store.transport import eviction
 from conveyor.worker import settlement
 from conveyor.worker.attempt import Attempt, Handler, details
 from conveyor.worker.execution.executor import Executor
-from conveyor.worker.execution.processes import ProcessCrashed, Processes
-from conveyor.worker.job_loader import Unusual
+from conveyor.worker.execution.processes import ProcessCrashed, ProcessPool
+from conveyor.worker.job_loader import JobLoader
 from conveyor.worker.leasing.heartbeat import Watchdog
 from conveyor.worker.leasing.membership import served, weighted
 from conveyor.worker.leasing.prefetch import Prefetch
-from conveyor.worker.leasing.queue_consumer import Consumer
-from conveyor.worker.leasing.wakeup import Harbour
-from conveyor.worker.recycling import Quota
-from conveyor.worker.shutdown import Burst, Ending, running, unstarted
+from conveyor.worker.leasing.queue_consumer import QueueConsumer
+from conveyor.worker.leasing.wakeup import WorkerConnections
+from conveyor.worker.recycling import RecycleLimits
+from conveyor.worker.shutdown import BurstMonitor, DrainMonitor, running, unstarted
 
 if TYPE_CHECKING:
     from conveyor.jobs.app import Conveyor
-    from conveyor.worker.shared_memory import Slot
+    from conveyor.worker.shared_memory import ChildSlot
 
 log = logging.getLogger("conveyor.worker")
 BATCH = MOST_HELD // 2
@@ -48,8 +48,8 @@ class Worker:
 
     def __init__(
         self, app: Conveyor, *, queues: Mapping[str, float] | None = None, concurrency: int = 100, threads: int = 8,
-        burst: bool = False, grace: float = 30.0, slot: Slot | None = None, reference: str | None = None,
-        quota: Quota | None = None, await_until: float = 0.0,
+        burst: bool = False, grace: float = 30.0, slot: ChildSlot | None = None, reference: str | None = None,
+        quota: RecycleLimits | None = None, await_until: float = 0.0,
     ) -> None:  # fmt: skip
         """
         Take the app, its queues with their weights (default: those of its tasks), and the limits.
@@ -64,20 +64,20 @@ class Worker:
         self.stopped = False
         self.retiring = False
         self.state: Mapping[str, Any] = {}
-        self.consumers: list[Consumer] = []
-        self.settling = settlement.Settling(app, self.name)
+        self.consumers: list[QueueConsumer] = []
+        self.settling = settlement.SettlementWriter(app, self.name)
         self._seats = None if slot is None else slot.seats()
-        self.unusual = Unusual(app, self.settling, self.name, self._seats)
+        self.unusual = JobLoader(app, self.settling, self.name, self._seats)
         self.last_renewal = self.last_tick = monotonic()
         self._queues = weighted(app, queues)
         self._limits = (concurrency, threads)
-        self._quota = quota or Quota(None, None)
-        self._burst = Burst(until=await_until) if burst else None
+        self._quota = quota or RecycleLimits(None, None)
+        self._burst = BurstMonitor(until=await_until) if burst else None
         self._grace, self._slot, self._reference = grace, slot, reference
         self._handlers: dict[str, dict[bytes, Handler]] = {}
         self._named: dict[str, dict[str, Handler]] = {}
         self._prefetch = Prefetch()
-        self._ending = Ending()
+        self._ending = DrainMonitor()
         self.ready = asyncio.Event()
         self._stop_asked = asyncio.Event()
         self._failure: BaseException | None = None
@@ -119,13 +119,13 @@ class Worker:
 
     async def start(self, stack: AsyncExitStack) -> None:
         """Connect, run the lifespan, register, and begin."""
-        self.harbour = Harbour(self, self.app.backend)
+        self.harbour = WorkerConnections(self, self.app.backend)
         stack.push_async_callback(self.harbour.close)
         self.state = await stack.enter_async_context(self.app.lifespan_context())
         concurrency, threads = self._limits
         chain = [middleware for middleware in self.app.middlewares if runs(middleware)]
         self.executor = Executor(
-            concurrency=concurrency, threads=threads, processes=Processes(
+            concurrency=concurrency, threads=threads, processes=ProcessPool(
                 self._reference, os.cpu_count() or 1, max_jobs=self._quota.max_jobs, max_memory=self._quota.max_memory
             ),
             ended=self.ended, stuck=self._is_stuck, kinds={task.run_in for task in self.app.tasks.values()},
@@ -136,7 +136,7 @@ class Worker:
         for queue, weight in self._queues.items():
             places, lease_ms = await served(self.app, queue), self.app.queue_lease_ms(queue)
             for keys in places:
-                consumer = Consumer(self, self.harbour.berth(keys), keys, weight / len(places), lease_ms)
+                consumer = QueueConsumer(self, self.harbour.berth(keys), keys, weight / len(places), lease_ms)
                 self.consumers.append(consumer)
         for consumer in self.consumers:
             await consumer.register()
@@ -214,9 +214,9 @@ class Worker:
         """Whether nothing is started any more."""
         return self._stop_asked.is_set()
 
-    def hand_back(self, consumer: Consumer) -> None:
+    def hand_back(self, consumer: QueueConsumer) -> None:
         """Return what has not started to the front of its queue, in its order."""
-        returned = Report()
+        returned = TurnReport()
         for attempt in unstarted(consumer):
             self.executor.take_back(attempt)
             attempt.ended = monotonic()
@@ -225,7 +225,7 @@ class Worker:
 
     # -- for consumers --------------------------------------------------------------------------------------------
 
-    def room(self, consumer: Consumer) -> int:
+    def room(self, consumer: QueueConsumer) -> int:
         """Return how many jobs *consumer* may lease now."""
         if self.stopping:
             return 0
@@ -240,7 +240,7 @@ class Worker:
         settled = len(consumer.report.done) + len(consumer.report.others)  # given back before more is taken
         return max(0, min(room, BATCH, consumer.sizes.most, MOST_HELD - len(consumer.held) + settled))
 
-    def handlers(self, consumer: Consumer) -> dict[bytes, Handler]:
+    def handlers(self, consumer: QueueConsumer) -> dict[bytes, Handler]:
         """Return the handlers of *consumer* by what the envelope of a job that needs nothing more begins with."""
         found = self._handlers.get(consumer.queue)
         if found is None:
@@ -250,18 +250,18 @@ class Worker:
             found = self._handlers[consumer.queue] = self.unusual.fast(consumer.queue, named, foreign=foreign)
         return found
 
-    def arrive(self, consumer: Consumer, id_: str, data: bytes) -> Attempt:
+    def arrive(self, consumer: QueueConsumer, id_: str, data: bytes) -> Attempt:
         """Make an attempt of a job that is more than a name and JSON, or that cannot run here."""
         self.handlers(consumer)
         return self.unusual.arrive(consumer, self._named[consumer.queue], id_, data)
 
-    def settle_stats(self, consumer: Consumer, report: Report) -> None:
+    def settle_stats(self, consumer: QueueConsumer, report: TurnReport) -> None:
         """Put the counters since the last turn into *report*."""
         for handler in consumer.worked:
             handler.drain(report.stats)
         consumer.worked.clear()
 
-    def absorbed(self, consumer: Consumer) -> None:
+    def absorbed(self, consumer: QueueConsumer) -> None:
         """A turn was answered: see whether the burst is over."""
         self._end_burst()
         self._retire_if_worn()
@@ -278,18 +278,18 @@ class Worker:
         """Wait for work, if nobody does."""
         self.harbour.listen()
 
-    def note_identity(self, consumer: Consumer) -> None:
+    def note_identity(self, consumer: QueueConsumer) -> None:
         """Tell the supervisor under which identity we are about to register."""
         if self._slot is not None:
             self._slot.set_identity(consumer.keys, consumer.identity, consumer.lease_ms)
 
-    def note_renewal(self, consumer: Consumer) -> None:
+    def note_renewal(self, consumer: QueueConsumer) -> None:
         """Tell the supervisor that the lease on a queue was renewed."""
         self.last_renewal = monotonic()
         if self._slot is not None:
             self._slot.renewed(consumer.identity)
 
-    def about(self, consumer: Consumer) -> bytes:
+    def about(self, consumer: QueueConsumer) -> bytes:
         """Return who we are, as Redis keeps it."""
         concurrency, threads = self._limits
         return operations.about(

@@ -12,15 +12,15 @@ from typing import TYPE_CHECKING
 
 import click
 
-from conveyor.cli.exit import Exit
+from conveyor.cli.exit import ExitCode
 from conveyor.cli.output import Output
 from conveyor.cli.target import json_option, verbose_option
 
 if TYPE_CHECKING:
-    from conveyor.cli.demo.play import Play
-    from conveyor.cli.demo.report import Account
-    from conveyor.cli.demo.screen import Lines, Screen
-    from conveyor.cli.demo.stage import Stage
+    from conveyor.cli.demo.play import DemoRun
+    from conveyor.cli.demo.report import DemoReport
+    from conveyor.cli.demo.screen import LineDisplay, LiveDisplay
+    from conveyor.cli.demo.stage import DemoEnvironment
 
 UNATTENDED = 20.0
 """Seconds the demo lasts when nobody is there to end it."""
@@ -45,26 +45,30 @@ def demo(out: Output, seconds: float | None, url: str | None) -> int:
     live = out.on_terminal and not out.as_json
     if seconds is None and not live:
         seconds = UNATTENDED
-    from conveyor.cli.demo.stage import Stage
+    from conveyor.cli.demo.stage import DemoEnvironment
 
-    stage = Stage(url)
+    stage = DemoEnvironment(url)
     try:
         account, first_done = asyncio.run(_perform(stage, out, seconds, live=live))
         _report(out, stage, account, first_done)
-        return Exit.OK if account.sound else Exit.FAILED
+        return ExitCode.OK if account.sound else ExitCode.FAILED
     finally:
         stage.close()
 
 
-async def _perform(stage: Stage, out: Output, seconds: float | None, *, live: bool) -> tuple[Account, float | None]:
+async def _perform(
+    stage: DemoEnvironment, out: Output, seconds: float | None, *, live: bool
+) -> tuple[DemoReport, float | None]:
     # Imported only now: the demo's app reads where it is from what the stage has set.
-    from conveyor.cli.demo.play import Play
-    from conveyor.cli.demo.screen import Lines, Screen
+    from conveyor.cli.demo.play import DemoRun
+    from conveyor.cli.demo.screen import LineDisplay, LiveDisplay
 
     logging.basicConfig(filename=stage.log, format="%(asctime)s %(levelname)-7s %(message)s", datefmt="%H:%M:%S")
-    screen: Screen | Lines
-    screen = Screen(sys.stdout, seconds) if live else Lines(sys.stderr if out.as_json else sys.stdout, seconds)
-    play = Play(stage, seconds=seconds, show=screen.show)
+    screen: LiveDisplay | LineDisplay
+    screen = (
+        LiveDisplay(sys.stdout, seconds) if live else LineDisplay(sys.stderr if out.as_json else sys.stdout, seconds)
+    )
+    play = DemoRun(stage, seconds=seconds, show=screen.show)
     _obey(play)
     try:
         return await play.run(), play.view.first_done
@@ -73,13 +77,13 @@ async def _perform(stage: Stage, out: Output, seconds: float | None, *, live: bo
             screen.close()
 
 
-def _obey(play: Play) -> None:
+def _obey(play: DemoRun) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         loop.add_signal_handler(number, play.stop)
 
 
-def _report(out: Output, stage: Stage, account: Account, first_done: float | None) -> None:
+def _report(out: Output, stage: DemoEnvironment, account: DemoReport, first_done: float | None) -> None:
     if out.as_json:
         out.document("demo", sound=account.sound, server=stage.server, first_done_seconds=first_done, **asdict(account))
         return

@@ -21,7 +21,7 @@ SERVER, JOURNAL = "server", "journal"
 _PATIENCE = 40.0  # seconds for workers of a killed supervisor to drain, and for the server to stop
 
 
-class Orders(TypedDict):
+class CleanupRequest(TypedDict):
     """What is to be removed: *directory*, and at *url*, when there is one, the keys of *namespace*."""
 
     directory: str
@@ -31,7 +31,7 @@ class Orders(TypedDict):
 
 def main(text: str) -> None:
     """Wait for the end of all, then tidy up."""
-    orders: Orders = json.loads(text)
+    orders: CleanupRequest = json.loads(text)
     while os.read(0, 1024):
         pass
     with open(os.path.join(orders["directory"], JOURNAL), "rb") as journal:
@@ -47,7 +47,7 @@ def main(text: str) -> None:
             shutil.rmtree(orders["directory"], ignore_errors=True)
 
 
-def _keeper_lock(orders: Orders) -> str:
+def _keeper_lock(orders: CleanupRequest) -> str:
     return os.path.join(orders["directory"], SERVER, "keeper.lock")
 
 

@@ -23,7 +23,7 @@ _KINDS = get_args(Kind)
 
 
 @dataclass(frozen=True, slots=True)
-class Line:
+class JournalEntry:
     """
     One line: at `at` (s since the epoch) the process `pid` did something to what the producer knows as `key`.
 
@@ -93,14 +93,14 @@ class Journal:
         self.write("ok", task, key, attempt, time.perf_counter() - started, run.note)
 
 
-class Reader:
+class JournalReader:
     """Reads what was added to a journal since the last look."""
 
     def __init__(self, path: Path) -> None:
         """Begin at the beginning."""
         self._path, self._offset, self._rest = path, 0, b""
 
-    def read(self) -> list[Line]:
+    def read(self) -> list[JournalEntry]:
         """Return the new lines."""
         with self._path.open("rb") as file:
             file.seek(self._offset)
@@ -110,9 +110,9 @@ class Reader:
         return [parse(line.decode()) for line in lines]
 
 
-def parse(text: str) -> Line:
+def parse(text: str) -> JournalEntry:
     """Return a line from its text; raises ValueError."""
     at, kind, pid, task, key, attempt, seconds, note = text.split("\t")
     if kind not in _KINDS:
         raise ValueError(f"no line of a journal: {text!r}")
-    return Line(float(at), cast("Kind", kind), int(pid), task, key, int(attempt), float(seconds), note)
+    return JournalEntry(float(at), cast("Kind", kind), int(pid), task, key, int(attempt), float(seconds), note)

@@ -11,7 +11,7 @@ _SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 
 @dataclass(frozen=True, slots=True)
-class Picture:
+class Image:
     """`width` × `height` pixels of three bytes each (RGB), row by row."""
 
     width: int
@@ -19,7 +19,7 @@ class Picture:
     pixels: bytes
 
 
-def draw(number: int, width: int, height: int) -> Picture:
+def draw(number: int, width: int, height: int) -> Image:
     """Return a pattern of waves that depends on *number*."""
     across = [sin(x / (7 + number % 5)) for x in range(width)]
     pixels = bytearray()
@@ -28,10 +28,10 @@ def draw(number: int, width: int, height: int) -> Picture:
         for x in range(width):
             level = int(63 * (across[x] + wave + 2))
             pixels += bytes((level, (level * (1 + number % 3) + x) & 255, 255 - level))
-    return Picture(width, height, bytes(pixels))
+    return Image(width, height, bytes(pixels))
 
 
-def encode(picture: Picture) -> bytes:
+def encode(picture: Image) -> bytes:
     """Return it as a PNG file, 8 bits a channel, no filters."""
     stride = 3 * picture.width
     rows = b"".join(b"\0" + picture.pixels[at : at + stride] for at in range(0, len(picture.pixels), stride))
@@ -39,7 +39,7 @@ def encode(picture: Picture) -> bytes:
     return _SIGNATURE + _chunk(b"IHDR", head) + _chunk(b"IDAT", zlib.compress(rows)) + _chunk(b"IEND", b"")
 
 
-def decode(data: bytes) -> Picture:
+def decode(data: bytes) -> Image:
     """Read back what `encode` wrote; raises ValueError."""
     if not data.startswith(_SIGNATURE):
         raise ValueError("not a PNG file")
@@ -53,10 +53,10 @@ def decode(data: bytes) -> Picture:
         at += 12 + size
     width, height = struct.unpack_from(">II", chunks[b"IHDR"])
     rows, stride = zlib.decompress(chunks[b"IDAT"]), 3 * width + 1
-    return Picture(width, height, b"".join(rows[y * stride + 1 : (y + 1) * stride] for y in range(height)))
+    return Image(width, height, b"".join(rows[y * stride + 1 : (y + 1) * stride] for y in range(height)))
 
 
-def shrink(picture: Picture, factor: int) -> Picture:
+def shrink(picture: Image, factor: int) -> Image:
     """Return it *factor* times smaller: each new pixel is the mean of the box it stands for."""
     width, height, area = picture.width // factor, picture.height // factor, factor * factor
     pixels = bytearray()
@@ -67,7 +67,7 @@ def shrink(picture: Picture, factor: int) -> Picture:
                 for y in range(top, top + factor)
             )
             pixels += bytes(sum(box[channel::3]) // area for channel in range(3))
-    return Picture(width, height, bytes(pixels))
+    return Image(width, height, bytes(pixels))
 
 
 def _chunk(name: bytes, body: bytes) -> bytes:

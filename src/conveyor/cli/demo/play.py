@@ -17,11 +17,18 @@ from pathlib import Path
 from conveyor import JobNotFound, StoreUnavailable
 from conveyor.admin.admin import Admin
 from conveyor.cli.demo import report
-from conveyor.cli.demo.journal import Line, Reader
-from conveyor.cli.demo.producer import MESSAGE, READING, Ledger, Producer, Stranger, consume_orders
-from conveyor.cli.demo.report import Account, Kill, Trail
-from conveyor.cli.demo.stage import Stage
-from conveyor.store.inspection import Counts
+from conveyor.cli.demo.journal import JournalEntry, JournalReader
+from conveyor.cli.demo.producer import (
+    MESSAGE,
+    READING,
+    AcknowledgedPushes,
+    DemoProducer,
+    ForeignProducer,
+    consume_orders,
+)
+from conveyor.cli.demo.report import DemoReport, KeyHistory, Kill
+from conveyor.cli.demo.stage import DemoEnvironment
+from conveyor.store.inspection import QueueCounts
 
 PROCESSES = 2
 DRAIN, HASTY_DRAIN = 30.0, 10.0
@@ -33,28 +40,28 @@ _RETURNED = re.compile(r"\(pid (\d+)\) .*; (returned (\d+) jobs? in \d+ ms)")
 
 
 @dataclass
-class Worker:
+class WorkerStatus:
     """One worker process as the journal shows it."""
 
     pid: int
     since: float
     done: int = 0
-    running: dict[str, Line] = field(default_factory=dict)
+    running: dict[str, JournalEntry] = field(default_factory=dict)
     killed_at: float | None = None
 
 
 @dataclass
-class View:
+class DemoState:
     """What a display shows; `lines` and `news` are what happened since the last look."""
 
     server: str = ""
     accepted: int = 0
     phase: str = "starting"
     began: float = field(default_factory=time.monotonic)
-    counts: dict[str, Counts] = field(default_factory=dict)
-    workers: dict[int, Worker] = field(default_factory=dict)
+    counts: dict[str, QueueCounts] = field(default_factory=dict)
+    workers: dict[int, WorkerStatus] = field(default_factory=dict)
     totals: Counter[str] = field(default_factory=Counter)
-    lines: list[Line] = field(default_factory=list)
+    lines: list[JournalEntry] = field(default_factory=list)
     news: list[str] = field(default_factory=list)
     first_done: float | None = None
 
@@ -64,34 +71,34 @@ class View:
         return sum(len(counts) for counts in self.counts.values())
 
 
-class Play:
+class DemoRun:
     """One performance of the demo on a stage."""
 
-    def __init__(self, stage: Stage, *, seconds: float | None, show: Callable[[View], None]) -> None:
+    def __init__(self, stage: DemoEnvironment, *, seconds: float | None, show: Callable[[DemoState], None]) -> None:
         """Take how long to push (None: until `stop`), and who is shown what happens, about ten times a second."""
         self._stage, self._seconds, self._show = stage, seconds, show
-        self.view = View()
-        self.ledger = Ledger()
-        self.trails: dict[str, Trail] = {}
-        self._lines: list[Line] = []
+        self.view = DemoState()
+        self.ledger = AcknowledgedPushes()
+        self.trails: dict[str, KeyHistory] = {}
+        self._lines: list[JournalEntry] = []
         self._kills: list[Kill] = []
         self._stop, self._hurry = asyncio.Event(), asyncio.Event()
         self._deserted = False
-        self._journal, self._log_at = Reader(stage.journal), 0
+        self._journal, self._log_at = JournalReader(stage.journal), 0
 
     def stop(self) -> None:
         """Push no more and drain; called again, stop draining."""
         (self._hurry if self._stop.is_set() else self._stop).set()
 
-    async def run(self) -> Account:
+    async def run(self) -> DemoReport:
         """Play it to its end and return the accounts."""
         self._stage.start_workers(PROCESSES)
         app = await asyncio.to_thread(self._stage.start_server)
         self.view.server = self._stage.server
         from conveyor.cli.demo import task
 
-        producer = Producer(self.ledger)
-        stranger = Stranger(app.backend.address.url, task.readings.name, self.ledger)
+        producer = DemoProducer(self.ledger)
+        stranger = ForeignProducer(app.backend.address.url, task.readings.name, self.ledger)
         watching = asyncio.create_task(self._watch())
         consuming = asyncio.create_task(consume_orders())
         try:
@@ -117,7 +124,7 @@ class Play:
 
     # -- the middle ------------------------------------------------------------------------------------------------
 
-    async def _hold_until(self, producer: Producer) -> None:
+    async def _hold_until(self, producer: DemoProducer) -> None:
         """Let it run; half-way, kill a worker in the middle of its work."""
         half = FIRST_KILL if self._seconds is None else self._seconds / 2
         if await self._stopped_within(half):
@@ -131,7 +138,7 @@ class Play:
             await asyncio.wait_for(self._stop.wait(), seconds if seconds is None else max(0.0, seconds))
         return self._stop.is_set()
 
-    async def _kill(self, producer: Producer) -> None:
+    async def _kill(self, producer: DemoProducer) -> None:
         """SIGKILL the worker process that runs most, once it runs something, with a pile of work before it."""
         await producer.burst(_BURST)
         began = time.monotonic()
@@ -199,7 +206,7 @@ class Play:
             view.totals[line.kind] += 1
             worker = view.workers.get(line.pid)
             if line.kind == "up":
-                view.workers[line.pid] = Worker(line.pid, line.at)
+                view.workers[line.pid] = WorkerStatus(line.pid, line.at)
             elif worker is not None and line.kind == "start":
                 worker.running[line.key] = line
             elif worker is not None and line.kind in {"ok", "fail"}:
@@ -224,7 +231,7 @@ class Play:
         self._kills = [Kill(kill.pid, kill.at, count) if kill.pid == pid else kill for kill in self._kills]
         self.view.news.append(f"⟲ the supervisor of {pid} {found[2]} and starts another worker")
 
-    def _count(self) -> dict[str, Counts]:
+    def _count(self) -> dict[str, QueueCounts]:
         from conveyor.cli.demo import task
 
         try:

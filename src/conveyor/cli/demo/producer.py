@@ -24,7 +24,7 @@ _EASY, _HARD = 8_191 * 6_700_417, 999_999_937 * 999_999_929  # a small factor, a
 
 
 @dataclass
-class Ledger:
+class AcknowledgedPushes:
     """What Redis acknowledged: key → task. A key enters when the call has returned, and not before."""
 
     accepted: dict[str, str] = field(default_factory=dict)
@@ -35,10 +35,10 @@ class Ledger:
         self.accepted[job.id] = job.task or ""
 
 
-class Producer:
+class DemoProducer:
     """Pushes until it is stopped."""
 
-    def __init__(self, ledger: Ledger) -> None:
+    def __init__(self, ledger: AcknowledgedPushes) -> None:
         """Take where to write what was acknowledged."""
         self._ledger = ledger
         self._random = random.Random(7)  # noqa: S311  the same demo each time
@@ -60,14 +60,14 @@ class Producer:
 
     async def burst(self, count: int) -> None:
         """Enqueue many pictures in one call."""
-        with _outage(self._ledger):
+        with _ignore_outage(self._ledger):
             jobs = await task.app.aenqueue_many(task.thumbnail.s(number, 160) for number in range(count))
             for job in jobs:
                 self._ledger.note(job)
 
     async def _repeat(self, pause: float, push: Callable[[int], Awaitable[None]]) -> None:
         for number in itertools.count(1):
-            with _outage(self._ledger):
+            with _ignore_outage(self._ledger):
                 await push(number)
             try:
                 await asyncio.wait_for(self._stop.wait(), pause * self._random.uniform(0.7, 1.3))
@@ -97,10 +97,10 @@ class Producer:
         self._ledger.accepted[await task.orders.apush(order)] = MESSAGE
 
 
-class Stranger(threading.Thread):
+class ForeignProducer(threading.Thread):
     """Another program's producer: ``RPUSH`` of JSON by redis-py alone, on a thread of its own."""
 
-    def __init__(self, url: str, name: str, ledger: Ledger) -> None:
+    def __init__(self, url: str, name: str, ledger: AcknowledgedPushes) -> None:
         """Take the server, the list's name and where to write what was acknowledged."""
         super().__init__(name="conveyor-demo-stranger", daemon=True)
         self._url, self._list, self._ledger = url, name, ledger
@@ -143,10 +143,10 @@ async def consume_orders() -> None:
         await messages.aclose()
 
 
-class _outage:  # noqa: N801  reads as a statement
+class _ignore_outage:  # noqa: N801  reads as a statement
     """What Redis did not confirm is not in the ledger; the producer goes on."""
 
-    def __init__(self, ledger: Ledger) -> None:
+    def __init__(self, ledger: AcknowledgedPushes) -> None:
         self._ledger = ledger
 
     def __enter__(self) -> None:

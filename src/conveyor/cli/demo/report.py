@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 import click
 
-from conveyor.cli.demo.journal import Line
+from conveyor.cli.demo.journal import JournalEntry
 from conveyor.cli.output import count
 from conveyor.units import span
 
@@ -32,12 +32,12 @@ class Kill:
 
 
 @dataclass
-class Trail:
+class KeyHistory:
     """What the journal saw of one key."""
 
     task: str
-    starts: list[Line] = field(default_factory=list)
-    ends: list[Line] = field(default_factory=list)
+    starts: list[JournalEntry] = field(default_factory=list)
+    ends: list[JournalEntry] = field(default_factory=list)
     retries: int = 0
 
     @property
@@ -46,14 +46,14 @@ class Trail:
         return sum(line.kind == "ok" for line in self.ends)
 
     @property
-    def open(self) -> Line | None:
+    def open(self) -> JournalEntry | None:
         """The run that began and has not ended, if any: the last such."""
         ended = {(line.pid, line.attempt) for line in self.ends}
         return next((line for line in reversed(self.starts) if (line.pid, line.attempt) not in ended), None)
 
 
 @dataclass(frozen=True, slots=True)
-class TaskAccount:
+class TaskSummary:
     """One task: durations in ms of the runs that ended."""
 
     task: str
@@ -67,7 +67,7 @@ class TaskAccount:
 
 
 @dataclass(frozen=True, slots=True)
-class KillAccount:
+class KillSummary:
     """What a killed process ran, and how long after the kill each of these began again, in ms."""
 
     pid: int
@@ -80,7 +80,7 @@ class KillAccount:
 
 
 @dataclass(frozen=True, slots=True)
-class Account:
+class DemoReport:
     """The counts, and what is wrong with them: `problems` is empty when they add up."""
 
     accepted: int
@@ -92,8 +92,8 @@ class Account:
     runs: int
     retries: int
     done_twice: int
-    tasks: list[TaskAccount]
-    kills: list[KillAccount]
+    tasks: list[TaskSummary]
+    kills: list[KillSummary]
     problems: list[str]
 
     @property
@@ -102,13 +102,13 @@ class Account:
         return not self.problems
 
 
-def trails(lines: Iterable[Line]) -> dict[str, Trail]:
+def trails(lines: Iterable[JournalEntry]) -> dict[str, KeyHistory]:
     """Return what the journal saw, by key."""
-    found: dict[str, Trail] = {}
+    found: dict[str, KeyHistory] = {}
     for line in lines:
         if line.kind == "up":
             continue
-        trail = found.setdefault(line.key, Trail(line.task))
+        trail = found.setdefault(line.key, KeyHistory(line.task))
         if line.kind == "start":
             trail.starts.append(line)
         elif line.kind in {"ok", "fail"}:
@@ -119,8 +119,11 @@ def trails(lines: Iterable[Line]) -> dict[str, Trail]:
 
 
 def judge(
-    accepted: Mapping[str, str], states: Mapping[str, str | None], seen: Mapping[str, Trail], kills: Iterable[Kill] = ()
-) -> Account:
+    accepted: Mapping[str, str],
+    states: Mapping[str, str | None],
+    seen: Mapping[str, KeyHistory],
+    kills: Iterable[Kill] = (),
+) -> DemoReport:
     """
     Return the accounts of *accepted* (key → task) by *states* (key → how the queue says it stands; None: unknown to it).
 
@@ -138,7 +141,7 @@ def judge(
         for kill in kills for key, trail in _interrupted(kill, seen)
         if fates.get(key) == "done" and not _again(kill, trail)
     ]  # fmt: skip
-    return Account(
+    return DemoReport(
         accepted=len(accepted),
         **counts,
         lost=len(lost),
@@ -151,7 +154,7 @@ def judge(
     )
 
 
-def _fate(state: str | None, trail: Trail | None) -> str:
+def _fate(state: str | None, trail: KeyHistory | None) -> str:
     if state in LEFT:
         return "left"
     if state == "done":
@@ -159,11 +162,13 @@ def _fate(state: str | None, trail: Trail | None) -> str:
     return state if state in {"dead", "cancelled"} else "lost"
 
 
-def _task(name: str, accepted: Mapping[str, str], fates: Mapping[str, str], seen: Mapping[str, Trail]) -> TaskAccount:
+def _task(
+    name: str, accepted: Mapping[str, str], fates: Mapping[str, str], seen: Mapping[str, KeyHistory]
+) -> TaskSummary:
     keys = [key for key, task in accepted.items() if task == name]
     found = [seen[key] for key in keys if key in seen]
     took = sorted(1000 * line.seconds for trail in found for line in trail.ends)
-    return TaskAccount(
+    return TaskSummary(
         task=name,
         accepted=len(keys),
         done=sum(fates[key] == "done" for key in keys),
@@ -175,16 +180,16 @@ def _task(name: str, accepted: Mapping[str, str], fates: Mapping[str, str], seen
     )
 
 
-def _killed(kill: Kill, seen: Mapping[str, Trail]) -> KillAccount:
+def _killed(kill: Kill, seen: Mapping[str, KeyHistory]) -> KillSummary:
     interrupted = _interrupted(kill, seen)
     waits = sorted(1000 * (line.at - kill.at) for _, trail in interrupted for line in _again(kill, trail)[:1])
-    return KillAccount(
+    return KillSummary(
         kill.pid, kill.at, kill.returned, len(interrupted), len(waits), waits[0] if waits else None,
         waits[-1] if waits else None,
     )  # fmt: skip
 
 
-def _interrupted(kill: Kill, seen: Mapping[str, Trail]) -> list[tuple[str, Trail]]:
+def _interrupted(kill: Kill, seen: Mapping[str, KeyHistory]) -> list[tuple[str, KeyHistory]]:
     """Return what the killed process had begun and not ended."""
     found = []
     for key, trail in seen.items():
@@ -194,7 +199,7 @@ def _interrupted(kill: Kill, seen: Mapping[str, Trail]) -> list[tuple[str, Trail
     return found
 
 
-def _again(kill: Kill, trail: Trail) -> list[Line]:
+def _again(kill: Kill, trail: KeyHistory) -> list[JournalEntry]:
     return [line for line in trail.starts if line.at >= kill.at and line.pid != kill.pid]
 
 
@@ -206,7 +211,7 @@ def quantile(ordered: list[float], part: float) -> float:
 _HEADINGS = f"{'TASK':<18}{'ACCEPTED':>9}{'DONE':>7}{'DEAD':>6}{'RUNS':>7}{'RETRIES':>9}{'MEDIAN':>10}{'P95':>10}"
 
 
-def summary(account: Account) -> list[str]:
+def summary(account: DemoReport) -> list[str]:
     """Return the accounts, a line each."""
     parts = [
         ("done", account.done, "the queue says so, and the task itself wrote it down"),
@@ -242,7 +247,7 @@ def summary(account: Account) -> list[str]:
     return lines
 
 
-def _kill(kill: KillAccount) -> list[str]:
+def _kill(kill: KillSummary) -> list[str]:
     at = time.strftime("%H:%M:%S", time.localtime(kill.at))
     returned = "" if kill.returned is None else f", and {count(kill.returned, 'job')} went back"
     line = f"Worker {kill.pid} was killed at {at} while it ran {count(kill.interrupted, 'job')}{returned}."
@@ -252,7 +257,7 @@ def _kill(kill: KillAccount) -> list[str]:
     return [line, f"  {kill.again} of the {kill.interrupted} began again, the first {first} and the last {last} later."]
 
 
-def _runs(account: Account) -> list[str]:
+def _runs(account: DemoReport) -> list[str]:
     again = sum(kill.again for kill in account.kills)
     killed = f", {again:,} after the kill" if account.kills else ""
     twice = "No job succeeded twice."

@@ -9,8 +9,8 @@ from typing import TextIO
 
 import click
 
-from conveyor.cli.demo.journal import Line
-from conveyor.cli.demo.play import View
+from conveyor.cli.demo.journal import JournalEntry
+from conveyor.cli.demo.play import DemoState
 from conveyor.cli.output import version
 
 _BARS = "▁▂▃▄▅▆▇█"
@@ -19,7 +19,7 @@ _HIDE, _SHOW, _UP, _END_OF_LINE, _BELOW = "\x1b[?25l", "\x1b[?25h", "\x1b[{}A", 
 _EVENTS_KEPT = 200
 
 
-class Rate:
+class RateMeter:
     """How much a count grew in each of the last half seconds."""
 
     def __init__(self) -> None:
@@ -48,15 +48,15 @@ class Rate:
         return sum(last) / len(last) if last else 0.0
 
 
-class Lines:
+class LineDisplay:
     """Plain text: a line a second, and one for everything out of the ordinary."""
 
     def __init__(self, out: TextIO, seconds: float | None) -> None:
         """Take where to write."""
-        self._out, self._rate = out, Rate()
+        self._out, self._rate = out, RateMeter()
         self._next, self._introduced, self._began = 0.0, False, False
 
-    def show(self, view: View) -> None:
+    def show(self, view: DemoState) -> None:
         """Write what is new."""
         self._rate.take(view.totals["ok"])
         if view.server and not self._introduced:
@@ -84,7 +84,7 @@ class Lines:
         self._out.flush()
 
 
-class Screen:
+class LiveDisplay:
     """A picture redrawn in place, no taller and no wider than the terminal."""
 
     def __init__(self, out: TextIO, seconds: float | None) -> None:
@@ -92,12 +92,12 @@ class Screen:
         self._out, self._seconds = out, seconds
         self._events: deque[str] = deque(maxlen=_EVENTS_KEPT)
         self._news: deque[str] = deque(maxlen=2)  # stays while the events rush by
-        self._in, self._done = Rate(), Rate()
+        self._in, self._done = RateMeter(), RateMeter()
         self._height = 0
         self._colour = click.get_current_context().color is not False
         self._out.write(_HIDE)
 
-    def show(self, view: View) -> None:
+    def show(self, view: DemoState) -> None:
         """Draw *view* over what stood there before."""
         self._in.take(view.accepted)
         self._done.take(view.totals["ok"])
@@ -127,7 +127,7 @@ class Screen:
             return plain[: columns - 1]
         return line if self._colour else plain
 
-    def _picture(self, view: View) -> list[str]:
+    def _picture(self, view: DemoState) -> list[str]:
         spent = time.monotonic() - view.began
         clock = f"{spent:.0f} s" if self._seconds is None else f"{min(spent, self._seconds):.0f} of {self._seconds:g} s"
         totals, dim = view.totals, _dim
@@ -149,7 +149,7 @@ class Screen:
             "",
         ]
 
-    def _footer(self, view: View) -> str:
+    def _footer(self, view: DemoState) -> str:
         words = {
             "running": "ctrl-C ends it: what is queued is finished first",
             "draining": "draining: nothing more is pushed, what is queued is finished",
@@ -158,7 +158,7 @@ class Screen:
         return _dim(words.get(view.phase, ""))
 
 
-def describe(line: Line) -> str | None:
+def describe(line: JournalEntry) -> str | None:
     """Return a line of the journal for a person; None for those that are not shown."""
     if line.kind in {"up", "start", "fail"}:
         return None
@@ -173,7 +173,7 @@ def describe(line: Line) -> str | None:
     return f"{head} {took:>6}  {_dim(line.note + again)}"
 
 
-def _workers(view: View) -> list[str]:
+def _workers(view: DemoState) -> list[str]:
     lines = []
     for worker in sorted(view.workers.values(), key=lambda worker: worker.since)[-4:]:
         tasks = ", ".join(dict.fromkeys(line.task for line in worker.running.values()))

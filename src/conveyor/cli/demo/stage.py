@@ -24,7 +24,7 @@ _ENDING = 10.0
 """Seconds that workers have to stop: their grace of 5, and what ends them by force."""
 
 
-class Stage:
+class DemoEnvironment:
     """Everything that exists only while the demo runs. `close` leaves nothing; so does a SIGKILL of this process."""
 
     def __init__(self, url: str | None) -> None:
@@ -48,7 +48,7 @@ class Stage:
             "CONVEYOR_DEMO_JOURNAL": str(self.journal), "CONVEYOR_DEMO_PICTURES": str(pictures),
         }  # fmt: skip
         os.environ.update(self._environment)  # what the demo's app reads when it is imported, which comes after this
-        orders = custodian.Orders(directory=str(self.directory), url=url, namespace=self.namespace)
+        orders = custodian.CleanupRequest(directory=str(self.directory), url=url, namespace=self.namespace)
         ended, self._end = os.pipe()  # the custodian reads until nobody holds the other end
         self._custodian = subprocess.Popen(  # noqa: S603
             [sys.executable, "-P", *(["-I", "-S"] if url is None else []), custodian.__file__, json.dumps(orders)],
@@ -125,9 +125,9 @@ def _facts(app: Conveyor) -> dict[str, str]:
 def _refuse_several(url: str) -> None:
     """Raise ConfigurationError for a cluster or sentinels: a program of the demo knows only RPUSH, and one server."""
     from conveyor.store.transport.topology import locate
-    from conveyor.store.transport.url import Address, masked
+    from conveyor.store.transport.url import StandaloneServer, masked
 
-    if not isinstance(locate(url), Address):
+    if not isinstance(locate(url), StandaloneServer):
         raise ConfigurationError(
             f"conveyor demo plays on one server, and {masked(url)} is several. Give it redis://host:6379/0, or leave --url "
             "out: it starts a server of its own. Nothing was started."

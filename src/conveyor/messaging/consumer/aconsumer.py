@@ -8,38 +8,38 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import Generic, TypeVar
 
 from conveyor.errors import ConveyorError, StoreUnavailable
-from conveyor.messaging.consumer.list_mover import AsyncMover
-from conveyor.messaging.consumer.renewal import Pulse
-from conveyor.messaging.consumer.settling import AwaitableHolder
-from conveyor.messaging.consumer.steps import Flow, Program, Take, Wait, aquietly
-from conveyor.messaging.leases import Lessee
+from conveyor.messaging.consumer.list_mover import AsyncListMover
+from conveyor.messaging.consumer.renewal import LeaseRenewer
+from conveyor.messaging.consumer.settling import AsyncSettler
+from conveyor.messaging.consumer.steps import ConsumerSteps, Program, TurnStep, WaitStep, aquietly
+from conveyor.messaging.leases import LeaseSession
 from conveyor.messaging.message import Batch, Ending, Message, OnError
-from conveyor.messaging.settlement import Verdict
-from conveyor.store.client.client import Backend
-from conveyor.store.transport.wakeup import AsyncBell
+from conveyor.messaging.settlement import SettlementPolicy
+from conveyor.store.client.client import Client
+from conveyor.store.transport.wakeup import AsyncWakeupWaiter
 
 T = TypeVar("T")
 V = TypeVar("V")
 logger = logging.getLogger("conveyor.queue")
 
 
-class AsyncConsumer(AwaitableHolder, Generic[T]):
+class AsyncConsumer(AsyncSettler, Generic[T]):
     """Hands out messages, one or several at a time. Belongs to the loop it was made on."""
 
     def __init__(
         self,
-        backend: Backend,
-        lessee: Lessee,
-        verdict: Verdict,
+        backend: Client,
+        lessee: LeaseSession,
+        verdict: SettlementPolicy,
         on_error: OnError,
         open: Callable[..., Message[T]],  # noqa: A002
     ) -> None:
         """Connects when the first message is asked for."""
         super().__init__(backend, lessee, verdict, on_error)
-        self._flow = Flow(lessee, verdict, lambda leased: open(leased, self))
-        self._bell = AsyncBell(backend.place(lessee.keys))
-        self._pulse: Pulse | None = None
-        self._mover: AsyncMover | None = None
+        self._flow = ConsumerSteps(lessee, verdict, lambda leased: open(leased, self))
+        self._bell = AsyncWakeupWaiter(backend.place(lessee.keys))
+        self._pulse: LeaseRenewer | None = None
+        self._mover: AsyncListMover | None = None
         self._upkeep: asyncio.Task[None] | None = None
         self._flushing: asyncio.Task[None] | None = None
         self._freed = asyncio.Event()
@@ -75,9 +75,9 @@ class AsyncConsumer(AwaitableHolder, Generic[T]):
         self._loop.call_soon(self._begin_flush)
 
     def _begin(self) -> None:
-        self._pulse = Pulse(self.backend.place(self.lessee.keys), self.lessee, flush=lambda: False, slack=1.6)
+        self._pulse = LeaseRenewer(self.backend.place(self.lessee.keys), self.lessee, flush=lambda: False, slack=1.6)
         if self.lessee.keys.foreign is not None:
-            self._mover = AsyncMover(self.backend, self.lessee.keys)
+            self._mover = AsyncListMover(self.backend, self.lessee.keys)
         self._upkeep = self._loop.create_task(self._renew())
 
     async def _end(self) -> None:
@@ -90,7 +90,7 @@ class AsyncConsumer(AwaitableHolder, Generic[T]):
         self._bell.close()
         try:
             for step in self._flow.leave():
-                if isinstance(step, Take):
+                if isinstance(step, TurnStep):
                     await self.around(step.want, leave=step.leave)
             self.note()
         except ConveyorError as error:
@@ -103,7 +103,7 @@ class AsyncConsumer(AwaitableHolder, Generic[T]):
         try:
             step = next(program)
             while True:
-                if isinstance(step, Take):
+                if isinstance(step, TurnStep):
                     await self._take(step)
                 else:
                     await self._idle(step)
@@ -111,7 +111,7 @@ class AsyncConsumer(AwaitableHolder, Generic[T]):
         except StopIteration as stop:
             return stop.value  # type: ignore[no-any-return]
 
-    async def _take(self, step: Take) -> None:
+    async def _take(self, step: TurnStep) -> None:
         failures = 0
         while True:
             try:
@@ -129,7 +129,7 @@ class AsyncConsumer(AwaitableHolder, Generic[T]):
                 self.note()
                 return
 
-    async def _idle(self, step: Wait) -> None:
+    async def _idle(self, step: WaitStep) -> None:
         assert self._pulse is not None
         self._pulse.idle = True
         try:

@@ -9,29 +9,31 @@ from random import randrange
 from typing import Any, Generic, TypeVar
 
 from conveyor.errors import ConveyorError, StoreUnavailable
-from conveyor.messaging.consumer.blocking import Source
-from conveyor.messaging.consumer.partition_steps import Rest, Rota, Steps, Visit
+from conveyor.messaging.consumer.blocking import PartitionSource
+from conveyor.messaging.consumer.partition_steps import PartitionRoundRobin, PartitionTurnStep, PartitionWaitStep, Steps
 from conveyor.messaging.consumer.pulses import Pulses, by_place
-from conveyor.messaging.consumer.settling import AwaitableHolder, arun_once
-from conveyor.messaging.consumer.steps import Flow, aquietly
-from conveyor.messaging.leases import Lessee
+from conveyor.messaging.consumer.settling import AsyncSettler, arun_once
+from conveyor.messaging.consumer.steps import ConsumerSteps, aquietly
+from conveyor.messaging.leases import LeaseSession
 from conveyor.messaging.message import Batch, Ending, Message, OnError
 from conveyor.messaging.partitions import Partitions
-from conveyor.messaging.settlement import Verdict
-from conveyor.store.client.client import Backend
-from conveyor.store.partitions import WrongPartitions
+from conveyor.messaging.settlement import SettlementPolicy
+from conveyor.store.client.client import Client
+from conveyor.store.partitions import PartitionCountMismatch
 from conveyor.store.script import Call
-from conveyor.store.transport.wakeup import AsyncBell
+from conveyor.store.transport.wakeup import AsyncWakeupWaiter
 
 T = TypeVar("T")
 V = TypeVar("V")
 logger = logging.getLogger("conveyor.queue")
 
 
-class AsyncHolding(AwaitableHolder):
+class AsyncPartitionSettler(AsyncSettler):
     """Who holds the messages of one partition."""
 
-    def __init__(self, spread: AsyncSpread[Any], lessee: Lessee, verdict: Verdict, on_error: OnError) -> None:
+    def __init__(
+        self, spread: AsyncPartitionedConsumer[Any], lessee: LeaseSession, verdict: SettlementPolicy, on_error: OnError
+    ) -> None:
         """Take the consumer it belongs to, the books, and the judge."""
         super().__init__(spread.backend, lessee, verdict, on_error, run=spread.run)
         self._spread = spread
@@ -72,33 +74,40 @@ class AsyncHolding(AwaitableHolder):
         self.note()
 
 
-class AsyncSpread(Generic[T]):
+class AsyncPartitionedConsumer(Generic[T]):
     """Hands out the messages of all partitions, one or several at a time. Belongs to the loop it was made on."""
 
     def __init__(
-        self, partitions: Partitions, sources: Sequence[Source[T]], on_error: OnError, *, transient: bool = False
+        self,
+        partitions: Partitions,
+        sources: Sequence[PartitionSource[T]],
+        on_error: OnError,
+        *,
+        transient: bool = False,
     ) -> None:
         """Connects when the first message is asked for."""
-        self.backend: Backend = partitions.backend
+        self.backend: Client = partitions.backend
         self._partitions = partitions
         self.freed = asyncio.Event()
-        self.holders: list[AsyncHolding] = []
-        flows: list[Flow[Message[T]]] = []
+        self.holders: list[AsyncPartitionSettler] = []
+        flows: list[ConsumerSteps[Message[T]]] = []
         for source in sources:
             holder, flow = self._stand(source, on_error, transient=transient)
             self.holders.append(holder)
             flows.append(flow)
-        self._rota = Rota(flows, randrange(len(flows)))  # noqa: S311
-        self._tower = AsyncTower(self)
+        self._rota = PartitionRoundRobin(flows, randrange(len(flows)))  # noqa: S311
+        self._tower = AsyncWakeupWaiters(self)
         self._pulses: Pulses | None = None
         self._upkeep: asyncio.Task[None] | None = None
         self.idle = False
         self._failures = 0
 
-    def _stand(self, source: Source[T], on_error: OnError, *, transient: bool) -> tuple[AsyncHolding, Flow[Message[T]]]:
+    def _stand(
+        self, source: PartitionSource[T], on_error: OnError, *, transient: bool
+    ) -> tuple[AsyncPartitionSettler, ConsumerSteps[Message[T]]]:
         lessee, verdict = source._lessee("pull" if transient else "consumer", transient=transient), source._verdict()  # noqa: SLF001
-        holder = AsyncHolding(self, lessee, verdict, on_error)
-        return holder, Flow(lessee, verdict, lambda leased: source._open(leased, holder))  # noqa: SLF001
+        holder = AsyncPartitionSettler(self, lessee, verdict, on_error)
+        return holder, ConsumerSteps(lessee, verdict, lambda leased: source._open(leased, holder))  # noqa: SLF001
 
     # -- what the queue hands out -----------------------------------------------------------------------------------
 
@@ -132,7 +141,7 @@ class AsyncSpread(Generic[T]):
         """Carry out a step; after Redis was emptied the number of partitions is agreed on anew."""
         try:
             return await arun_once(self.backend, call)
-        except WrongPartitions:
+        except PartitionCountMismatch:
             await self._partitions.aclaim()
             return await arun_once(self.backend, call)
 
@@ -150,7 +159,7 @@ class AsyncSpread(Generic[T]):
             self._upkeep.cancel()
         self._tower.close()
         for step in self._rota.leave():
-            if isinstance(step, Visit):
+            if isinstance(step, PartitionTurnStep):
                 holder = self.holders[step.at]
                 try:
                     await holder.around(step.want, leave=step.leave)
@@ -166,7 +175,7 @@ class AsyncSpread(Generic[T]):
                 step = next(program)
                 for at in self._tower.heard():
                     self._rota.rung(at)
-                if isinstance(step, Rest):
+                if isinstance(step, PartitionWaitStep):
                     await self._idle(step)
                 elif patient:
                     await self._visit(step)
@@ -176,7 +185,7 @@ class AsyncSpread(Generic[T]):
         except StopIteration as stop:
             return stop.value  # type: ignore[no-any-return]
 
-    async def _visit(self, step: Visit) -> None:
+    async def _visit(self, step: PartitionTurnStep) -> None:
         holder = self.holders[step.at]
         while True:
             try:
@@ -195,7 +204,7 @@ class AsyncSpread(Generic[T]):
             holder.note()
             return
 
-    async def _idle(self, step: Rest) -> None:
+    async def _idle(self, step: PartitionWaitStep) -> None:
         self.idle = True
         if self._pulses is not None:
             self._pulses.idle = True
@@ -231,7 +240,7 @@ class AsyncSpread(Generic[T]):
                     logger.debug("Queue %s: not renewed: %s", lessee.keys.queue, error)
 
 
-class AsyncTower:
+class AsyncWakeupWaiters:
     """
     Waits for a token at any partition: one blocked connection for each place they lie at.
 
@@ -239,10 +248,10 @@ class AsyncTower:
     anything, which calls the next idle consumer.
     """
 
-    def __init__(self, spread: AsyncSpread[Any]) -> None:
+    def __init__(self, spread: AsyncPartitionedConsumer[Any]) -> None:
         """Connects when something is first waited for."""
         self._spread = spread
-        self._bells: list[_AsyncBell] | None = None
+        self._bells: list[_AsyncEndpointWaiter] | None = None
         self._heard: list[int] = []
         self._ring = asyncio.Event()
 
@@ -251,7 +260,7 @@ class AsyncTower:
         if self._bells is None:
             holders = list(enumerate(self._spread.holders))
             groups = by_place(self._spread.backend, holders, lambda one: one[1].lessee.keys)
-            self._bells = [_AsyncBell(self._spread, dict(group), self.hear) for group in groups]
+            self._bells = [_AsyncEndpointWaiter(self._spread, dict(group), self.hear) for group in groups]
         if len(self._bells) == 1:
             at = await self._bells[0].wait(seconds)
             return [] if at is None else [at]
@@ -281,14 +290,16 @@ class AsyncTower:
         self._bells = None
 
 
-class _AsyncBell:
+class _AsyncEndpointWaiter:
     """One place of a tower."""
 
-    def __init__(self, spread: AsyncSpread[Any], holders: dict[int, AsyncHolding], hear: Any) -> None:
+    def __init__(
+        self, spread: AsyncPartitionedConsumer[Any], holders: dict[int, AsyncPartitionSettler], hear: Any
+    ) -> None:
         self._spread, self._holders, self._hear = spread, holders, hear
         self._names = {holder.lessee.keys.wake: at for at, holder in holders.items()}
         first = next(iter(holders.values()))
-        self._bell = AsyncBell(spread.backend.place(first.lessee.keys))
+        self._bell = AsyncWakeupWaiter(spread.backend.place(first.lessee.keys))
         self._task: asyncio.Task[None] | None = None
 
     async def wait(self, seconds: float) -> int | None:

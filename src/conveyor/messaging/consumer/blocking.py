@@ -11,36 +11,38 @@ from random import randrange
 from typing import Any, Generic, Protocol, TypeVar
 
 from conveyor.errors import ConveyorError, StoreUnavailable
-from conveyor.messaging.consumer.partition_steps import Rest, Rota, Steps, Visit
+from conveyor.messaging.consumer.partition_steps import PartitionRoundRobin, PartitionTurnStep, PartitionWaitStep, Steps
 from conveyor.messaging.consumer.pulses import Pulses, by_place
-from conveyor.messaging.consumer.settling import BlockingHolder, run_once
-from conveyor.messaging.consumer.steps import Flow, quietly
-from conveyor.messaging.leases import Leased, Lessee
+from conveyor.messaging.consumer.settling import BlockingSettler, run_once
+from conveyor.messaging.consumer.steps import ConsumerSteps, quietly
+from conveyor.messaging.leases import LeasedMessage, LeaseSession
 from conveyor.messaging.message import Batch, Ending, Message, OnError
 from conveyor.messaging.partitions import Partitions
-from conveyor.messaging.settlement import Verdict
-from conveyor.store.client.client import Backend
-from conveyor.store.partitions import WrongPartitions
+from conveyor.messaging.settlement import SettlementPolicy
+from conveyor.store.client.client import Client
+from conveyor.store.partitions import PartitionCountMismatch
 from conveyor.store.script import Call
-from conveyor.store.transport.wakeup import Bell
+from conveyor.store.transport.wakeup import WakeupWaiter
 
 T = TypeVar("T")
 V = TypeVar("V")
 logger = logging.getLogger("conveyor.queue")
 
 
-class Source(Protocol[T]):
+class PartitionSource(Protocol[T]):
     """What a consumer needs of one partition."""
 
-    def _lessee(self, kind: str, *, transient: bool = False) -> Lessee: ...
-    def _verdict(self) -> Verdict: ...
-    def _open(self, leased: Leased, holder: Any) -> Message[T]: ...
+    def _lessee(self, kind: str, *, transient: bool = False) -> LeaseSession: ...
+    def _verdict(self) -> SettlementPolicy: ...
+    def _open(self, leased: LeasedMessage, holder: Any) -> Message[T]: ...
 
 
-class Holding(BlockingHolder):
+class PartitionSettler(BlockingSettler):
     """Who holds the messages of one partition."""
 
-    def __init__(self, spread: Spread[Any], lessee: Lessee, verdict: Verdict, on_error: OnError) -> None:
+    def __init__(
+        self, spread: PartitionedConsumer[Any], lessee: LeaseSession, verdict: SettlementPolicy, on_error: OnError
+    ) -> None:
         """Take the consumer it belongs to, the books, and the judge."""
         super().__init__(spread.backend, lessee, verdict, on_error, run=spread.run)
         self._spread = spread
@@ -67,33 +69,40 @@ class Holding(BlockingHolder):
         return made
 
 
-class Spread(Generic[T]):
+class PartitionedConsumer(Generic[T]):
     """Hands out the messages of all partitions, one or several at a time."""
 
     def __init__(
-        self, partitions: Partitions, sources: Sequence[Source[T]], on_error: OnError, *, transient: bool = False
+        self,
+        partitions: Partitions,
+        sources: Sequence[PartitionSource[T]],
+        on_error: OnError,
+        *,
+        transient: bool = False,
     ) -> None:
         """Connects when the first message is asked for."""
-        self.backend: Backend = partitions.backend
+        self.backend: Client = partitions.backend
         self._partitions = partitions
-        self.holders: list[Holding] = []
-        flows: list[Flow[Message[T]]] = []
+        self.holders: list[PartitionSettler] = []
+        flows: list[ConsumerSteps[Message[T]]] = []
         for source in sources:
             holder, flow = self._stand(source, on_error, transient=transient)
             self.holders.append(holder)
             flows.append(flow)
-        self._rota = Rota(flows, randrange(len(flows)))  # noqa: S311
-        self._tower = Tower(self)
+        self._rota = PartitionRoundRobin(flows, randrange(len(flows)))  # noqa: S311
+        self._tower = WakeupWaiters(self)
         self._pulses: Pulses | None = None
-        self._latest: Sequence[Leased] = ()
+        self._latest: Sequence[LeasedMessage] = ()
         self._waiting = False
         self._freed = threading.Event()
         self._failures = 0
 
-    def _stand(self, source: Source[T], on_error: OnError, *, transient: bool) -> tuple[Holding, Flow[Message[T]]]:
+    def _stand(
+        self, source: PartitionSource[T], on_error: OnError, *, transient: bool
+    ) -> tuple[PartitionSettler, ConsumerSteps[Message[T]]]:
         lessee, verdict = source._lessee("pull" if transient else "consumer", transient=transient), source._verdict()  # noqa: SLF001
-        holder = Holding(self, lessee, verdict, on_error)
-        return holder, Flow(lessee, verdict, lambda leased: source._open(leased, holder))  # noqa: SLF001
+        holder = PartitionSettler(self, lessee, verdict, on_error)
+        return holder, ConsumerSteps(lessee, verdict, lambda leased: source._open(leased, holder))  # noqa: SLF001
 
     # -- what the queue hands out -----------------------------------------------------------------------------------
 
@@ -127,7 +136,7 @@ class Spread(Generic[T]):
         """Carry out a step; after Redis was emptied the number of partitions is agreed on anew."""
         try:
             return run_once(self.backend, call)
-        except WrongPartitions:
+        except PartitionCountMismatch:
             self._partitions.claim()
             return run_once(self.backend, call)
 
@@ -149,7 +158,7 @@ class Spread(Generic[T]):
 
     # -- driving ------------------------------------------------------------------------------------------------------
 
-    def __enter__(self) -> Spread[T]:
+    def __enter__(self) -> PartitionedConsumer[T]:
         self._partitions.agree()
         self._pulses = Pulses(self.backend, self.holders)
         return self
@@ -159,7 +168,7 @@ class Spread(Generic[T]):
             self._pulses.stop()
         self._tower.close()
         for step in self._rota.leave():
-            if isinstance(step, Visit):
+            if isinstance(step, PartitionTurnStep):
                 holder = self.holders[step.at]
                 try:
                     holder.round(step.want, leave=step.leave)
@@ -175,7 +184,7 @@ class Spread(Generic[T]):
                 step = next(program)
                 for at in self._tower.heard():
                     self._rota.rung(at)
-                if isinstance(step, Rest):
+                if isinstance(step, PartitionWaitStep):
                     self._idle(step)
                 elif patient:
                     self._visit(step)
@@ -185,7 +194,7 @@ class Spread(Generic[T]):
         except StopIteration as stop:
             return stop.value  # type: ignore[no-any-return]
 
-    def _visit(self, step: Visit) -> None:
+    def _visit(self, step: PartitionTurnStep) -> None:
         holder = self.holders[step.at]
         while True:
             try:
@@ -204,7 +213,7 @@ class Spread(Generic[T]):
             holder.note()
             return
 
-    def _idle(self, step: Rest) -> None:
+    def _idle(self, step: PartitionWaitStep) -> None:
         self._waiting = True
         if self._pulses is not None:
             self._pulses.idle = True
@@ -224,7 +233,7 @@ class Spread(Generic[T]):
                 self._pulses.idle = False
 
 
-class Tower:
+class WakeupWaiters:
     """
     Waits for a token at any partition: one blocked connection for each place they lie at.
 
@@ -232,10 +241,10 @@ class Tower:
     the consumer is busy makes a turn without taking anything, which calls the next idle one.
     """
 
-    def __init__(self, spread: Spread[Any]) -> None:
+    def __init__(self, spread: PartitionedConsumer[Any]) -> None:
         """Connects when something is first waited for."""
         self._spread = spread
-        self._bells: list[_Bell] | None = None
+        self._bells: list[_EndpointWaiter] | None = None
         self._heard: SimpleQueue[int] = SimpleQueue()
 
     def wait(self, seconds: float) -> list[int]:
@@ -243,7 +252,7 @@ class Tower:
         if self._bells is None:
             holders = list(enumerate(self._spread.holders))
             groups = by_place(self._spread.backend, holders, lambda one: one[1].lessee.keys)
-            self._bells = [_Bell(self._spread, dict(group), self._heard) for group in groups]
+            self._bells = [_EndpointWaiter(self._spread, dict(group), self._heard) for group in groups]
         if len(self._bells) == 1:
             at = self._bells[0].wait(seconds)
             return [] if at is None else [at]
@@ -268,14 +277,16 @@ class Tower:
         self._bells = None
 
 
-class _Bell:
+class _EndpointWaiter:
     """One place of a tower."""
 
-    def __init__(self, spread: Spread[Any], holders: dict[int, Holding], heard: SimpleQueue[int]) -> None:
+    def __init__(
+        self, spread: PartitionedConsumer[Any], holders: dict[int, PartitionSettler], heard: SimpleQueue[int]
+    ) -> None:
         self._spread, self._holders, self._heard = spread, holders, heard
         self._names = {holder.lessee.keys.wake: at for at, holder in holders.items()}
         first = next(iter(holders.values()))
-        self._bell = Bell(spread.backend.place(first.lessee.keys))
+        self._bell = WakeupWaiter(spread.backend.place(first.lessee.keys))
         self._begin: SimpleQueue[float | None] = SimpleQueue()
         self._busy = False
         self._closed = False

@@ -9,17 +9,17 @@ from collections.abc import Callable, Generator, Sequence
 from typing import Any, Generic, TypeVar
 
 from conveyor.errors import ConveyorError, StoreUnavailable
-from conveyor.messaging.consumer.list_mover import Mover
-from conveyor.messaging.consumer.renewal import Pulse
-from conveyor.messaging.consumer.settling import BlockingHolder, patience
-from conveyor.messaging.consumer.steps import Flow, Program, Take, Wait, quietly
-from conveyor.messaging.leases import Leased, Lessee
+from conveyor.messaging.consumer.list_mover import ListMover
+from conveyor.messaging.consumer.renewal import LeaseRenewer
+from conveyor.messaging.consumer.settling import BlockingSettler, patience
+from conveyor.messaging.consumer.steps import ConsumerSteps, Program, TurnStep, WaitStep, quietly
+from conveyor.messaging.leases import LeasedMessage, LeaseSession
 from conveyor.messaging.message import Batch, Ending, Message, OnError
-from conveyor.messaging.settlement import Verdict
-from conveyor.store.client.client import Backend
+from conveyor.messaging.settlement import SettlementPolicy
+from conveyor.store.client.client import Client
 from conveyor.store.script import Call
 from conveyor.store.transport.connection import Connection
-from conveyor.store.transport.wakeup import Bell
+from conveyor.store.transport.wakeup import WakeupWaiter
 
 T = TypeVar("T")
 V = TypeVar("V")
@@ -27,25 +27,25 @@ Decode = Callable[[bytes], T]
 logger = logging.getLogger("conveyor.queue")
 
 
-class Consumer(BlockingHolder, Generic[T]):
+class Consumer(BlockingSettler, Generic[T]):
     """Hands out messages, one or several at a time, and carries their ends with the next turn."""
 
     def __init__(
         self,
-        backend: Backend,
-        lessee: Lessee,
-        verdict: Verdict,
+        backend: Client,
+        lessee: LeaseSession,
+        verdict: SettlementPolicy,
         on_error: OnError,
         open: Callable[..., Message[T]],  # noqa: A002
     ) -> None:
         """Connects when the first message is asked for."""
         super().__init__(backend, lessee, verdict, on_error, run=self._run_own)
-        self._flow = Flow(lessee, verdict, lambda leased: open(leased, self))
+        self._flow = ConsumerSteps(lessee, verdict, lambda leased: open(leased, self))
         self._connection = Connection(backend.place(lessee.keys))
-        self._bell = Bell(backend.place(lessee.keys))
-        self._pulse: Pulse | None = None
-        self._mover: Mover | None = None
-        self._latest: Sequence[Leased] = ()
+        self._bell = WakeupWaiter(backend.place(lessee.keys))
+        self._pulse: LeaseRenewer | None = None
+        self._mover: ListMover | None = None
+        self._latest: Sequence[LeasedMessage] = ()
         self._waiting = False
         self._freed = threading.Event()
         self._outage = False
@@ -89,9 +89,9 @@ class Consumer(BlockingHolder, Generic[T]):
     # -- driving ------------------------------------------------------------------------------------------------------
 
     def __enter__(self) -> Consumer[T]:
-        self._pulse = Pulse(self.backend.place(self.lessee.keys), self.lessee, flush=self._flush)
+        self._pulse = LeaseRenewer(self.backend.place(self.lessee.keys), self.lessee, flush=self._flush)
         if self.lessee.keys.foreign is not None:
-            self._mover = Mover(self.backend, self.lessee.keys)
+            self._mover = ListMover(self.backend, self.lessee.keys)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -101,7 +101,7 @@ class Consumer(BlockingHolder, Generic[T]):
             self._mover.stop()
         try:
             for step in self._flow.leave():
-                if isinstance(step, Take):
+                if isinstance(step, TurnStep):
                     self.round(step.want, leave=step.leave)
             self.note()
         except ConveyorError as error:
@@ -119,7 +119,7 @@ class Consumer(BlockingHolder, Generic[T]):
         try:
             step = next(program)
             while True:
-                if isinstance(step, Take):
+                if isinstance(step, TurnStep):
                     self._take(step)
                 else:
                     self._idle(step)
@@ -127,7 +127,7 @@ class Consumer(BlockingHolder, Generic[T]):
         except StopIteration as stop:
             return stop.value  # type: ignore[no-any-return]
 
-    def _take(self, step: Take) -> None:
+    def _take(self, step: TurnStep) -> None:
         failures = 0
         while True:
             try:
@@ -145,7 +145,7 @@ class Consumer(BlockingHolder, Generic[T]):
                 self.note()
                 return
 
-    def _idle(self, step: Wait) -> None:
+    def _idle(self, step: WaitStep) -> None:
         assert self._pulse is not None
         self._waiting = self._pulse.idle = True
         try:

@@ -8,11 +8,11 @@ import threading
 from conveyor.errors import ConveyorError
 from conveyor.ids import new_id
 from conveyor.store import operations
-from conveyor.store.client.client import Backend
+from conveyor.store.client.client import Client
 from conveyor.store.keys import QueueKeys
 from conveyor.store.script import Call
 from conveyor.store.transport.connection import Connection
-from conveyor.store.transport.wakeup import AsyncBell, Bell
+from conveyor.store.transport.wakeup import AsyncWakeupWaiter, WakeupWaiter
 
 POLL = 1.0
 """Seconds between looks at the list while Redis is too full to move an entry."""
@@ -23,14 +23,14 @@ def intake(keys: QueueKeys, want: int) -> Call[int]:
     return operations.intake(keys, want, new_id()[:18])  # the script counts the last four characters
 
 
-class Mover:
+class ListMover:
     """Moves one entry at a time to the intake list and from there into the queue, which wakes the consumer."""
 
-    def __init__(self, backend: Backend, keys: QueueKeys) -> None:
+    def __init__(self, backend: Client, keys: QueueKeys) -> None:
         """Starts its thread when it is first needed."""
         self._backend, self._keys = backend, keys
         self._known = False
-        self._bell = Bell(backend.place(keys))
+        self._bell = WakeupWaiter(backend.place(keys))
         self._connection = Connection(backend.place(keys))
         self._begin = threading.Event()
         self._stopped = False
@@ -85,13 +85,13 @@ class Mover:
         self._bell.close()
 
 
-class AsyncMover:
+class AsyncListMover:
     """The same as a task of an event loop."""
 
-    def __init__(self, backend: Backend, keys: QueueKeys) -> None:
+    def __init__(self, backend: Client, keys: QueueKeys) -> None:
         """Starts a task whenever the consumer is idle."""
         self._backend, self._keys = backend, keys
-        self._bell: AsyncBell | None = None
+        self._bell: AsyncWakeupWaiter | None = None
         self._refused = False
         self._task: asyncio.Task[None] | None = None
 
@@ -109,7 +109,7 @@ class AsyncMover:
 
     async def _move(self, seconds: float) -> None:
         assert self._keys.foreign is not None
-        bell = self._bell = self._bell or AsyncBell(self._backend.place(self._keys))
+        bell = self._bell = self._bell or AsyncWakeupWaiter(self._backend.place(self._keys))
         try:
             await self._backend.aannounce(self._keys)
             moved = await bell.move(self._keys.foreign, self._keys.intake, seconds)

@@ -13,8 +13,8 @@ from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from conveyor.messaging.consumer.steps import Flow, Program, Take
-from conveyor.messaging.leases import Leased
+from conveyor.messaging.consumer.steps import ConsumerSteps, Program, TurnStep
+from conveyor.messaging.leases import LeasedMessage
 from conveyor.store.operations import MOST_HELD
 
 M = TypeVar("M")
@@ -25,7 +25,7 @@ STINT_SECONDS = 0.05
 
 
 @dataclass(frozen=True, slots=True)
-class Visit:
+class PartitionTurnStep:
     """Make a turn at partition `at`; where Redis is away, go on without it unless it `must` be made."""
 
     at: int
@@ -35,20 +35,20 @@ class Visit:
 
 
 @dataclass(frozen=True, slots=True)
-class Rest:
+class PartitionWaitStep:
     """Block until a token comes at any partition, at most `seconds`; when `full`, until something held was settled."""
 
     seconds: float
     full: bool = False
 
 
-Steps = Generator[Visit | Rest, None, V]
+Steps = Generator[PartitionTurnStep | PartitionWaitStep, None, V]
 
 
-class Stand(Generic[M]):
+class PartitionCursor(Generic[M]):
     """One partition as a consumer sees it: `quiet` until `look_at` (by the clock), or until a token comes."""
 
-    def __init__(self, at: int, flow: Flow[M]) -> None:
+    def __init__(self, at: int, flow: ConsumerSteps[M]) -> None:
         """Take its number and its flow. It may have work until it was looked at."""
         self.at, self.flow, self.lessee = at, flow, flow.lessee
         self.quiet = False
@@ -68,21 +68,23 @@ class Stand(Generic[M]):
         try:
             step = next(program)
             while True:
-                if isinstance(step, Take):
-                    yield Visit(self.at, step.want, step.leave, must=True)
+                if isinstance(step, TurnStep):
+                    yield PartitionTurnStep(self.at, step.want, step.leave, must=True)
                 else:
-                    yield Rest(step.seconds, step.full)
+                    yield PartitionWaitStep(step.seconds, step.full)
                 step = next(program)
         except StopIteration as stop:
             return stop.value  # type: ignore[no-any-return]
 
 
-class Rota(Generic[M]):
+class PartitionRoundRobin(Generic[M]):
     """The programs of one consumer of several partitions."""
 
-    def __init__(self, flows: Sequence[Flow[M]], first: int, *, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, flows: Sequence[ConsumerSteps[M]], first: int, *, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         """Take the flows of the partitions, and with which to begin."""
-        self.stands = [Stand(at, flow) for at, flow in enumerate(flows)]
+        self.stands = [PartitionCursor(at, flow) for at, flow in enumerate(flows)]
         self._here = self.stands[first % len(flows)]
         self._clock = clock
         self._handed, self._arrived = 0, clock()
@@ -112,7 +114,7 @@ class Rota(Generic[M]):
 
     def gather(self, size: int, within: float) -> Steps[list[M]]:
         """Return up to *size* messages of any partitions, complete or *within* seconds after the first came."""
-        found: list[tuple[Leased, M]] = []
+        found: list[tuple[LeasedMessage, M]] = []
         deadline: float | None = None
         while True:
             closed = False
@@ -122,7 +124,7 @@ class Rota(Generic[M]):
                 if stand.wakes(self._clock()) and want > 0:
                     yield from self._visit(stand, want)
                 elif stand.lessee.pending:
-                    yield Visit(stand.at, 0)
+                    yield PartitionTurnStep(stand.at, 0)
                 if not closed and stand.lessee.waiting:
                     closed = yield from stand.follow(stand.flow._fill(found, size))  # noqa: SLF001
                     self._here = stand
@@ -135,7 +137,11 @@ class Rota(Generic[M]):
             if not any(stand.lessee.waiting for stand in self.stands):
                 rest = self._rest(now)
                 if rest is not None:
-                    yield rest if deadline is None else Rest(max(0.001, min(rest.seconds, deadline - now)), rest.full)
+                    yield (
+                        rest
+                        if deadline is None
+                        else PartitionWaitStep(max(0.001, min(rest.seconds, deadline - now)), rest.full)
+                    )
 
     def pull(self, count: int, wait: float) -> Steps[list[M]]:
         """Return up to *count* messages of any partitions, as soon as there is one, or none after *wait* seconds."""
@@ -151,7 +157,7 @@ class Rota(Generic[M]):
                 return found
             rest = self._rest(self._clock())
             if rest is not None:
-                yield Rest(max(0.001, min(rest.seconds, deadline - self._clock())))
+                yield PartitionWaitStep(max(0.001, min(rest.seconds, deadline - self._clock())))
 
     def leave(self) -> Steps[None]:
         """Give everything back, and take the registrations away."""
@@ -164,16 +170,16 @@ class Rota(Generic[M]):
     def _is_over(self, now: float) -> bool:
         return self._handed >= STINT or (self._handed > 0 and now - self._arrived >= STINT_SECONDS)
 
-    def _visit(self, stand: Stand[M], want: int) -> Steps[None]:
+    def _visit(self, stand: PartitionCursor[M], want: int) -> Steps[None]:
         if stand.full:
             stand.quiet, stand.look_at = True, self._clock() + stand.lessee.wait()
             if stand.lessee.pending:
-                yield Visit(stand.at, 0)
+                yield PartitionTurnStep(stand.at, 0)
             return
-        yield Visit(stand.at, want)
+        yield PartitionTurnStep(stand.at, want)
         self._note(stand)
 
-    def _note(self, stand: Stand[M]) -> None:
+    def _note(self, stand: PartitionCursor[M]) -> None:
         stand.quiet = not stand.lessee.waiting
         stand.look_at = self._clock() + stand.lessee.wait()
 
@@ -181,7 +187,7 @@ class Rota(Generic[M]):
         """Go where work is: to one that was quiet, if something has come, else to the next that is not."""
         left, stint = self._here, self._handed
         if left.lessee.pending:
-            yield Visit(left.at, 0)
+            yield PartitionTurnStep(left.at, 0)
         self._handed, self._arrived = 0, self._clock()
         quiet = self._quiet(left)
         if stint and quiet is not None:
@@ -200,7 +206,7 @@ class Rota(Generic[M]):
         if rest is not None:
             yield rest
 
-    def _quiet(self, left: Stand[M]) -> Stand[M] | None:
+    def _quiet(self, left: PartitionCursor[M]) -> PartitionCursor[M] | None:
         """Return the quiet partition that was looked at longest ago."""
         count, now = len(self.stands), self._clock()
         for _ in range(count):
@@ -210,21 +216,21 @@ class Rota(Generic[M]):
                 return stand
         return None
 
-    def _round(self, first: int | None = None) -> list[Stand[M]]:
+    def _round(self, first: int | None = None) -> list[PartitionCursor[M]]:
         """Return all partitions once: those that hold messages first, then on from the next."""
         at = (self._here.at + 1 if first is None else first) % len(self.stands)
         order = self.stands[at:] + self.stands[:at]
         return sorted(order, key=lambda stand: not stand.lessee.waiting)
 
-    def _rest(self, now: float) -> Rest | None:
+    def _rest(self, now: float) -> PartitionWaitStep | None:
         """Return how long to wait, None when one has woken meanwhile."""
         if any(stand.wakes(now) for stand in self.stands):
             return None
         seconds = min(stand.look_at for stand in self.stands) - now
-        return Rest(max(0.001, seconds), full=all(stand.full for stand in self.stands))
+        return PartitionWaitStep(max(0.001, seconds), full=all(stand.full for stand in self.stands))
 
     @staticmethod
-    def _begun(found: list[tuple[Leased, M]]) -> list[M]:
+    def _begun(found: list[tuple[LeasedMessage, M]]) -> list[M]:
         for leased, _ in found:
             leased.started = True
         return [message for _, message in found]

@@ -8,9 +8,9 @@ from typing import Protocol, TypeVar
 
 from conveyor.errors import ConveyorError
 from conveyor.messaging.consumer.renewal import BUSY, IDLE
-from conveyor.messaging.leases import Lessee
+from conveyor.messaging.leases import LeaseSession
 from conveyor.store import operations
-from conveyor.store.client.client import Backend
+from conveyor.store.client.client import Client
 from conveyor.store.keys import QueueKeys
 
 H = TypeVar("H")
@@ -19,7 +19,7 @@ H = TypeVar("H")
 class Lively(Protocol):
     """What renewing needs of a holder."""
 
-    lessee: Lessee
+    lessee: LeaseSession
 
     def flush(self) -> bool:
         """Make a whole turn where that is possible now; tell whether it was."""
@@ -29,7 +29,7 @@ class Lively(Protocol):
 class Pulses:
     """Daemon threads, so that a place which is away does not keep the leases at others from being renewed."""
 
-    def __init__(self, backend: Backend, holders: Sequence[Lively], *, slack: float = 1.0) -> None:
+    def __init__(self, backend: Client, holders: Sequence[Lively], *, slack: float = 1.0) -> None:
         """Start beating; *slack* stretches the pauses where something else renews first."""
         self._backend, self._slack = backend, slack
         self._stop = threading.Event()
@@ -65,7 +65,7 @@ class Pulses:
         lessee.renewed = lessee.clock()
 
 
-def by_place(backend: Backend, things: Sequence[H], keys: Callable[[H], QueueKeys]) -> list[list[H]]:
+def by_place(backend: Client, things: Sequence[H], keys: Callable[[H], QueueKeys]) -> list[list[H]]:
     """Return *things* in groups whose keys lie at the same place."""
     groups: dict[object, list[H]] = {}
     for thing in things:

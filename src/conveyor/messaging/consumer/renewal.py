@@ -6,19 +6,19 @@ import threading
 from collections.abc import Callable
 
 from conveyor.errors import ConveyorError
-from conveyor.messaging.leases import Lessee
+from conveyor.messaging.leases import LeaseSession
 from conveyor.store import operations
 from conveyor.store.transport.connection import Connection
-from conveyor.store.transport.endpoint import Place
+from conveyor.store.transport.endpoint import Endpoint
 
 BUSY, IDLE = 0.25, 0.42
 """Parts of a lease after which it is renewed; an idle consumer renews by the turns it makes anyway."""
 
 
-class Pulse:
+class LeaseRenewer:
     """A daemon thread with a connection of its own. `flush` makes a whole turn where it can and says whether it did."""
 
-    def __init__(self, place: Place, lessee: Lessee, *, flush: Callable[[], bool], slack: float = 1.0) -> None:
+    def __init__(self, place: Endpoint, lessee: LeaseSession, *, flush: Callable[[], bool], slack: float = 1.0) -> None:
         """Start beating; *slack* stretches the pauses where something else renews first."""
         self._lessee = lessee
         self._flush = flush

@@ -10,11 +10,11 @@ from functools import partial
 from typing import Any, TypeVar
 
 from conveyor import ids
-from conveyor.messaging.leases import Leased, Lessee
+from conveyor.messaging.leases import LeasedMessage, LeaseSession
 from conveyor.messaging.message import Ending, OnError, lost
-from conveyor.messaging.settlement import Verdict
-from conveyor.store.client.client import Backend, refuse_in_loop
-from conveyor.store.operations import INTAKE, LateTurn, Unregistered
+from conveyor.messaging.settlement import SettlementPolicy
+from conveyor.store.client.client import Client, refuse_in_loop
+from conveyor.store.operations import INTAKE, StaleTurn, WorkerUnregistered
 from conveyor.store.script import Call
 from conveyor.store.transport import eviction
 
@@ -24,17 +24,17 @@ AsyncRun = Callable[[Call[Any]], Awaitable[Any]]
 logger = logging.getLogger("conveyor.queue")
 
 
-class _Books:
+class _SettlerState:
     """What both drivers share."""
 
-    def __init__(self, backend: Backend, lessee: Lessee, verdict: Verdict, on_error: OnError) -> None:
+    def __init__(self, backend: Client, lessee: LeaseSession, verdict: SettlementPolicy, on_error: OnError) -> None:
         self.backend = backend
         self.lessee = lessee
         self.verdict = verdict
         self.on_error: OnError = on_error
         self._left = False
 
-    def is_cancelled(self, leased: Leased) -> bool:
+    def is_cancelled(self, leased: LeasedMessage) -> bool:
         """Tell whether somebody asked to cancel it while we hold it."""
         return leased.id in self.lessee.cancelled
 
@@ -62,11 +62,16 @@ class _Books:
             raise lost(self.lessee.keys.queue, gone)
 
 
-class BlockingHolder(_Books):
+class BlockingSettler(_SettlerState):
     """Settles by blocking calls; the awaitable forms use a thread."""
 
     def __init__(
-        self, backend: Backend, lessee: Lessee, verdict: Verdict, on_error: OnError, run: Run | None = None
+        self,
+        backend: Client,
+        lessee: LeaseSession,
+        verdict: SettlementPolicy,
+        on_error: OnError,
+        run: Run | None = None,
     ) -> None:
         """Take how calls are run; by default on a connection of the app."""
         super().__init__(backend, lessee, verdict, on_error)
@@ -84,14 +89,14 @@ class BlockingHolder(_Books):
         """Settle when it costs least; here at once."""
         self.settle(endings)
 
-    def extend(self, leased: Leased, ms: int) -> BlockingHolder:
+    def extend(self, leased: LeasedMessage, ms: int) -> BlockingSettler:
         """Move one message to an identity of its own."""
         refuse_in_loop()
         with self._lock:
             own = drive(self.lessee.split(leased, ms), self._run)
         if own is None:
             raise lost(self.lessee.keys.queue, [leased])
-        return BlockingHolder(self.backend, own, self.verdict, self.on_error)
+        return BlockingSettler(self.backend, own, self.verdict, self.on_error)
 
     async def asettle(self, endings: Sequence[Ending]) -> None:
         """Settle, from a loop."""
@@ -101,7 +106,7 @@ class BlockingHolder(_Books):
         """Settle when it costs least, from a loop."""
         await asyncio.to_thread(self.settle_soon, endings)
 
-    async def aextend(self, leased: Leased, ms: int) -> BlockingHolder:
+    async def aextend(self, leased: LeasedMessage, ms: int) -> BlockingSettler:
         """Move one message to an identity of its own, from a loop."""
         return await asyncio.to_thread(self.extend, leased, ms)
 
@@ -119,11 +124,16 @@ class BlockingHolder(_Books):
         return True
 
 
-class AwaitableHolder(_Books):
+class AsyncSettler(_SettlerState):
     """Settles by awaitable calls of one event loop; the blocking forms work from its other threads."""
 
     def __init__(
-        self, backend: Backend, lessee: Lessee, verdict: Verdict, on_error: OnError, run: AsyncRun | None = None
+        self,
+        backend: Client,
+        lessee: LeaseSession,
+        verdict: SettlementPolicy,
+        on_error: OnError,
+        run: AsyncRun | None = None,
     ) -> None:
         """Take how calls are run; by default on the wire of the app."""
         super().__init__(backend, lessee, verdict, on_error)
@@ -141,13 +151,13 @@ class AwaitableHolder(_Books):
         """Settle when it costs least; here at once."""
         await self.asettle(endings)
 
-    async def aextend(self, leased: Leased, ms: int) -> AwaitableHolder:
+    async def aextend(self, leased: LeasedMessage, ms: int) -> AsyncSettler:
         """Move one message to an identity of its own."""
         async with self._lock:
             own = await adrive(self.lessee.split(leased, ms), self._run)
         if own is None:
             raise lost(self.lessee.keys.queue, [leased])
-        return AwaitableHolder(self.backend, own, self.verdict, self.on_error)
+        return AsyncSettler(self.backend, own, self.verdict, self.on_error)
 
     def settle(self, endings: Sequence[Ending]) -> None:
         """Settle, from another thread."""
@@ -159,7 +169,7 @@ class AwaitableHolder(_Books):
         refuse_in_loop()
         asyncio.run_coroutine_threadsafe(self.asettle_soon(endings), self._loop).result()
 
-    def extend(self, leased: Leased, ms: int) -> AwaitableHolder:
+    def extend(self, leased: LeasedMessage, ms: int) -> AsyncSettler:
         """Move one message to an identity of its own, from another thread."""
         refuse_in_loop()
         return asyncio.run_coroutine_threadsafe(self.aextend(leased, ms), self._loop).result()
@@ -175,17 +185,17 @@ class AwaitableHolder(_Books):
             await self.lessee.opening.fetch(self.lessee.waiting)
 
 
-def patience(backend: Backend, call: Call[Any]) -> float:
+def patience(backend: Client, call: Call[Any]) -> float:
     """Return for how long a call is repeated: an intake never, since it would store new entries over old."""
     return 0.0 if call.script is INTAKE else backend.patience
 
 
-def run_once(backend: Backend, call: Call[Any]) -> Any:
+def run_once(backend: Client, call: Call[Any]) -> Any:
     """Carry out a call, repeated only when that is harmless."""
     return backend.run(call, patience=patience(backend, call))
 
 
-async def arun_once(backend: Backend, call: Call[Any]) -> Any:
+async def arun_once(backend: Client, call: Call[Any]) -> Any:
     """Carry out a call, repeated only when that is harmless."""
     return await backend.arun(call, patience=patience(backend, call))
 
@@ -197,7 +207,7 @@ def drive(calls: Generator[Call[Any], Any, V], run: Run) -> V:
         while True:
             try:
                 reply = run(call)
-            except (Unregistered, LateTurn) as error:
+            except (WorkerUnregistered, StaleTurn) as error:
                 call = calls.throw(error)
             else:
                 call = calls.send(reply)
@@ -212,7 +222,7 @@ async def adrive(calls: Generator[Call[Any], Any, V], run: AsyncRun) -> V:
         while True:
             try:
                 reply = await run(call)
-            except (Unregistered, LateTurn) as error:
+            except (WorkerUnregistered, StaleTurn) as error:
                 call = calls.throw(error)
             else:
                 call = calls.send(reply)

@@ -15,9 +15,9 @@ from typing import Generic, TypeVar
 
 from conveyor.errors import BlobUnavailable, PayloadError
 from conveyor.ids import clean, public
-from conveyor.messaging.leases import Leased, Lessee
-from conveyor.messaging.settlement import Verdict
-from conveyor.payload.versions import TooNew
+from conveyor.messaging.leases import LeasedMessage, LeaseSession
+from conveyor.messaging.settlement import SettlementPolicy
+from conveyor.payload.versions import PayloadTooNew
 from conveyor.store.operations import MOST_HELD
 
 M = TypeVar("M")
@@ -27,7 +27,7 @@ logger = logging.getLogger("conveyor.queue")
 
 
 @dataclass(frozen=True, slots=True)
-class Take:
+class TurnStep:
     """Make a turn: report what is pending and lease up to `want` more."""
 
     want: int
@@ -35,25 +35,25 @@ class Take:
 
 
 @dataclass(frozen=True, slots=True)
-class Wait:
+class WaitStep:
     """Block until a token comes, at most `seconds`; when `full`, until something held was settled."""
 
     seconds: float
     full: bool = False
 
 
-Step = Take | Wait
+Step = TurnStep | WaitStep
 Program = Generator[Step, None, M]
 
 
-class Flow(Generic[M]):
+class ConsumerSteps(Generic[M]):
     """The programs of one consumer. `open` makes the message people see, and raises PayloadError when it cannot."""
 
     def __init__(
         self,
-        lessee: Lessee,
-        verdict: Verdict,
-        open: Callable[[Leased], M],  # noqa: A002
+        lessee: LeaseSession,
+        verdict: SettlementPolicy,
+        open: Callable[[LeasedMessage], M],  # noqa: A002
         *,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -71,16 +71,16 @@ class Flow(Generic[M]):
                 if found is not None:
                     found[0].started = True
                     return found[1]
-            yield Take(prefetch)
+            yield TurnStep(prefetch)
             if not self.lessee.waiting:
                 yield self._wait()
 
     def gather(self, size: int, within: float) -> Program[list[M]]:
         """Return up to *size* messages, complete or *within* seconds after the first came."""
-        found: list[tuple[Leased, M]] = []
+        found: list[tuple[LeasedMessage, M]] = []
         deadline: float | None = None
         while True:
-            yield Take(max(0, size - len(found) - len(self.lessee.waiting)))
+            yield TurnStep(max(0, size - len(found) - len(self.lessee.waiting)))
             found = [one for one in found if not one[0].lost]
             closed = yield from self._fill(found, size)
             now = self._clock()
@@ -97,15 +97,15 @@ class Flow(Generic[M]):
         while True:
             now = self._clock()
             last = now >= deadline
-            yield Take(count, leave=last)
-            found: list[tuple[Leased, M]] = []
+            yield TurnStep(count, leave=last)
+            found: list[tuple[LeasedMessage, M]] = []
             while self.lessee.waiting and not (yield from self._fill(found, count)):
                 pass
             if self.lessee.waiting:  # behind a suspect, or a suspect behind others: it runs alone
                 self.lessee.hand_back(self.lessee.waiting, self._verdict.returned)
                 self.lessee.waiting.clear()
             if self.lessee.pending:
-                yield Take(0)
+                yield TurnStep(0)
             found = [one for one in found if not one[0].lost]
             if found or last:
                 return _start(found)
@@ -116,14 +116,14 @@ class Flow(Generic[M]):
         lessee = self.lessee
         lessee.hand_back(list(lessee.held.values()), self._verdict.returned)
         lessee.waiting.clear()
-        yield Take(0, leave=True)
+        yield TurnStep(0, leave=True)
 
-    def _wait(self, most: float | None = None) -> Wait:
+    def _wait(self, most: float | None = None) -> WaitStep:
         full = len(self.lessee.held) >= MOST_HELD
         seconds = self.lessee.wait()
-        return Wait(seconds if most is None else max(0.001, min(seconds, most)), full)
+        return WaitStep(seconds if most is None else max(0.001, min(seconds, most)), full)
 
-    def _fill(self, found: list[tuple[Leased, M]], size: int) -> Program[bool]:
+    def _fill(self, found: list[tuple[LeasedMessage, M]], size: int) -> Program[bool]:
         """Move what waits into *found*; True when that must be handed out as it is, since a suspect travels alone."""
         while self.lessee.waiting and len(found) < size:
             one = yield from self._next(alone=not found)
@@ -136,10 +136,10 @@ class Flow(Generic[M]):
                 return True
         return len(found) >= size
 
-    def _is_suspect(self, leased: Leased) -> bool:
+    def _is_suspect(self, leased: LeasedMessage) -> bool:
         return self._verdict.suspected(leased) is not None and self._verdict.poison(leased) is None
 
-    def _next(self, *, alone: bool) -> Program[tuple[Leased, M] | None]:
+    def _next(self, *, alone: bool) -> Program[tuple[LeasedMessage, M] | None]:
         """Return the first that waits, opened; None when it was settled instead, or is a suspect that must wait."""
         lessee = self.lessee
         leased = lessee.waiting[0]
@@ -158,7 +158,7 @@ class Flow(Generic[M]):
             return None
         try:
             message = self._open(leased)
-        except TooNew as error:
+        except PayloadTooNew as error:
             put_off = self._verdict.put_off(leased, error)
             log = logger.warning if put_off.kind == "R" else logger.error
             log("Message %s waits for a newer program: %s", name, _line(error))
@@ -174,7 +174,7 @@ class Flow(Generic[M]):
             return None
         if (suspicion := self._verdict.suspected(leased)) is not None:
             lessee.settle(leased, suspicion)
-            yield Take(0)
+            yield TurnStep(0)
             if leased.lost:
                 return None
         return leased, message
@@ -184,7 +184,7 @@ def _line(error: Exception) -> str:
     return clean(" ".join(str(error).split()))
 
 
-def _start(found: list[tuple[Leased, M]]) -> list[M]:
+def _start(found: list[tuple[LeasedMessage, M]]) -> list[M]:
     for leased, _ in found:
         leased.started = True
     return [message for _, message in found]

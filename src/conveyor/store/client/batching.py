@@ -15,16 +15,16 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 from conveyor.errors import ConveyorError, QueueFull, StoreUnavailable
 from conveyor.ids import new_identity
 from conveyor.store import operations
-from conveyor.store.operations import Entry, Lane
+from conveyor.store.operations import Entry, ProducerSequence
 from conveyor.store.script import Call
-from conveyor.store.transport.async_connection import Wire
+from conveyor.store.transport.async_connection import AsyncConnection
 
 if TYPE_CHECKING:
-    from conveyor.store.client.durability import Wish
+    from conveyor.store.client.durability import DurabilityRequest
     from conveyor.store.keys import QueueKeys
     from conveyor.store.operations import Entry
     from conveyor.store.script import Argument
-    from conveyor.store.transport.endpoint import Place
+    from conveyor.store.transport.endpoint import Endpoint
 
 
 T = TypeVar("T")
@@ -36,26 +36,26 @@ Item = tuple[str, bytes, Answer] | tuple[Sequence[Entry], None, Answer]
 """A plain message (id, envelope), or entries; and who waits."""
 
 
-class Shared:
+class LoopConnections:
     """One event loop's wires and, per queue, the lane of its pushes."""
 
     def __init__(
         self,
         loop: asyncio.AbstractEventLoop,
-        place: Callable[[QueueKeys | str], Place],
+        place: Callable[[QueueKeys | str], Endpoint],
         patience: float,
-        make: Callable[[Wire, QueueKeys, int, float], AsyncLane] | None = None,
+        make: Callable[[AsyncConnection, QueueKeys, int, float], PushBatcher] | None = None,
     ) -> None:
         """Take the loop (held weakly), what knows the place of keys, the seconds a push is repeated for, and what makes a lane."""
         self.loop = weakref.ref(loop)
         self._place = place
-        self._wires: dict[Place, Wire] = {}
+        self._wires: dict[Endpoint, AsyncConnection] = {}
         self.wire = self.wire_at(place(""))
         self._patience = patience
-        self._make = make or AsyncLane
-        self._lanes: dict[tuple[str, int, int], AsyncLane] = {}
+        self._make = make or PushBatcher
+        self._lanes: dict[tuple[str, int, int], PushBatcher] = {}
 
-    def lane(self, keys: QueueKeys, max_length: int) -> AsyncLane:
+    def lane(self, keys: QueueKeys, max_length: int) -> PushBatcher:
         """Return the lane of *keys*."""
         which = (keys.prefix, max_length, keys.partitions)
         found = self._lanes.get(which)
@@ -64,11 +64,11 @@ class Shared:
             found = self._lanes[which] = self._make(wire, keys, max_length, self._patience)
         return found
 
-    def wire_at(self, place: Place) -> Wire:
+    def wire_at(self, place: Endpoint) -> AsyncConnection:
         """Return the wire of *place*."""
         found = self._wires.get(place)
         if found is None:
-            found = self._wires[place] = Wire(place)
+            found = self._wires[place] = AsyncConnection(place)
         return found
 
     def close(self) -> None:
@@ -77,17 +77,17 @@ class Shared:
             wire.close()
 
 
-class AsyncLane:
+class PushBatcher:
     """
     Gathers the pushes of one queue.
 
     Cancelling a future leaves its push under way: whether it happened is then unknown, as with any lost answer.
     """
 
-    def __init__(self, wire: Wire, keys: QueueKeys, max_length: int, patience: float) -> None:
+    def __init__(self, wire: AsyncConnection, keys: QueueKeys, max_length: int, patience: float) -> None:
         """Take where to push, and the queue's maximum length (0: none)."""
         self._wire, self._keys, self._max_length, self._patience = wire, keys, max_length, patience
-        self._lane = Lane(new_identity())
+        self._lane = ProducerSequence(new_identity())
         self._waiting: deque[Item] = deque()
         self._sender: asyncio.Task[None] | None = None
         self._loop = asyncio.get_running_loop()
@@ -134,9 +134,9 @@ class AsyncLane:
         entries = entries_of(batch)
         return await self.run(operations.push(self._keys, self._lane, entries, max_length=self._max_length))
 
-    def fresh(self) -> Lane:
+    def fresh(self) -> ProducerSequence:
         """Return a lane nobody used."""
-        return Lane(new_identity())
+        return ProducerSequence(new_identity())
 
     async def _deliver(self, batch: list[Item], plain: bool) -> None:
         try:
@@ -147,7 +147,7 @@ class AsyncLane:
                 return
             for one in batch:  # together they do not fit; some may alone
                 await self._deliver([one], one[1] is not None)
-        except (ConveyorError, operations.LateReply) as error:
+        except (ConveyorError, operations.StalePush) as error:
             # The repeats may still arrive: a new lane keeps their number from being taken for ours.
             self._lane = self.fresh()
             _fail(batch, error)
@@ -195,7 +195,7 @@ def _fail(batch: list[Item], error: BaseException) -> None:
             future.set_exception(cause)
 
 
-class Way(Protocol):
+class PushTarget(Protocol):
     """A way in."""
 
     @property
@@ -212,9 +212,9 @@ class Way(Protocol):
     ) -> list[str]: ...
 
 
-class Outlet(Protocol):
+class PushTargetResolver(Protocol):
     """Tells whether pushes go somewhere else right now."""
 
-    def __call__(self, wish: Wish | None = None) -> Way | None:
+    def __call__(self, wish: DurabilityRequest | None = None) -> PushTarget | None:
         """Return that way; raises ConfigurationError where it cannot give what one push asks for."""
         ...

@@ -14,7 +14,7 @@ from pathlib import Path
 from conveyor.errors import ConfigurationError, StoreUnavailable
 from conveyor.ids import new_identity
 from conveyor.store.client import spool
-from conveyor.store.client.spool import Backlog, Batch, Record
+from conveyor.store.client.spool import MemorySpool, SpoolBatch, SpooledPush
 from conveyor.units import Duration, milliseconds
 
 _log = logging.getLogger("conveyor.buffer")
@@ -71,8 +71,8 @@ class Buffer:
 
     def _reset(self) -> None:
         self._changed = threading.Condition()
-        self._own: Backlog | None = None
-        self._others: list[Backlog] = []
+        self._own: MemorySpool | None = None
+        self._others: list[MemorySpool] = []
         self._ids: set[str] = set()
         self._since: float | None = None
         self._delivered = 0
@@ -120,7 +120,7 @@ class Buffer:
 
     # -- in -----------------------------------------------------------------------------------------------------------
 
-    def add(self, record: Record, error: StoreUnavailable | None) -> None:
+    def add(self, record: SpooledPush, error: StoreUnavailable | None) -> None:
         """
         Keep *record* and see that it is delivered.
 
@@ -154,7 +154,7 @@ class Buffer:
         if self._start is not None:
             self._start()
 
-    def _full(self, own: Backlog, count: int) -> StoreUnavailable:
+    def _full(self, own: MemorySpool, count: int) -> StoreUnavailable:
         return StoreUnavailable(
             f"Redis takes nothing, or less than is pushed, and the buffer is full: it holds {own.jobs:,} jobs in "
             f"{own.bytes:,} bytes and takes "
@@ -163,22 +163,22 @@ class Buffer:
             code="E37",
         )
 
-    def _mine(self) -> Backlog:
+    def _mine(self) -> MemorySpool:
         if self._own is None:
             lane = day_identity()
             if self.directory is None:
-                self._own = Backlog(lane)
+                self._own = MemorySpool(lane)
             else:
                 self._own = spool.claim(self.directory, lane, fsync=self._fsync)
                 self._remember(self._own)
         return self._own
 
-    def _remember(self, found: Backlog) -> None:
+    def _remember(self, found: MemorySpool) -> None:
         self._ids.update(entry.id for record in found.records for entry in record.entries)
 
     # -- out ----------------------------------------------------------------------------------------------------------
 
-    def next(self) -> tuple[Backlog, Batch] | None:
+    def next(self) -> tuple[MemorySpool, SpoolBatch] | None:
         """Return what is to be sent now, None when nothing waits."""
         with self._changed:
             if self.directory is not None and self._own is None and self.left_behind():
@@ -194,7 +194,7 @@ class Buffer:
                 return None
             return found, found.batch()
 
-    def done(self, backlog: Backlog) -> None:
+    def done(self, backlog: MemorySpool) -> None:
         """Take out what was sent."""
         with self._changed:
             self.flows = True
@@ -208,7 +208,7 @@ class Buffer:
                 self._finish()
             self._changed.notify_all()
 
-    def cut(self, backlog: Backlog) -> bool:
+    def cut(self, backlog: MemorySpool) -> bool:
         """Send less at a time; return False when it is one record already."""
         with self._changed:
             return backlog.cut()
@@ -223,7 +223,7 @@ class Buffer:
             _log.info("%s buffered jobs were delivered", f"{self._delivered:,}")
         self._since, self._delivered, self.flows = None, 0, False
 
-    def _all(self) -> list[Backlog]:
+    def _all(self) -> list[MemorySpool]:
         return [*self._others, *([self._own] if self._own is not None else [])]
 
     # -- waiting ------------------------------------------------------------------------------------------------------

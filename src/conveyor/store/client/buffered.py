@@ -13,21 +13,21 @@ from typing import TYPE_CHECKING, Any
 from conveyor.errors import ConveyorError, QueueFull, StoreUnavailable
 from conveyor.ids import logical
 from conveyor.store import operations
-from conveyor.store.client.batching import BULK, AsyncLane, Item, entries_of
+from conveyor.store.client.batching import BULK, Item, PushBatcher, entries_of
 from conveyor.store.client.buffer import Buffer, day_identity
-from conveyor.store.client.client import PATIENCE, Backend, refuse_in_loop
-from conveyor.store.client.confirmed import Confirmed, plain_entries
+from conveyor.store.client.client import PATIENCE, Client, refuse_in_loop
+from conveyor.store.client.confirmed import ConfirmedTarget, plain_entries
 from conveyor.store.client.durability import Durability
-from conveyor.store.client.spool import Backlog, Batch, Record
+from conveyor.store.client.spool import MemorySpool, SpoolBatch, SpooledPush
 from conveyor.store.keys import QueueKeys, known_queues
-from conveyor.store.operations import Entry, Lane
-from conveyor.store.partitions import WrongPartitions, claims
+from conveyor.store.operations import Entry, ProducerSequence
+from conveyor.store.partitions import PartitionCountMismatch, claims
 from conveyor.store.script import Argument
 from conveyor.store.transport import replies
 from conveyor.store.transport.connection import Connection
 
 if TYPE_CHECKING:
-    from conveyor.store.transport.endpoint import Place
+    from conveyor.store.transport.endpoint import Endpoint
 
 FIRST = 0.05
 """Seconds an attempt is repeated for: one that met a connection gone stale, or a slot that moved, is not an outage."""
@@ -39,7 +39,7 @@ _SAY_AGAIN = 60.0
 _log = logging.getLogger("conveyor.buffer")
 
 
-class BufferedBackend(Backend):
+class BufferedClient(Client):
     """A backend with a buffer: while it holds something, every push queues behind it."""
 
     def __init__(
@@ -49,8 +49,8 @@ class BufferedBackend(Backend):
         super().__init__(url, namespace=namespace, patience=patience)
         self.buffer: Buffer = buffer
         self.new_lane = _day_lane
-        self.lane_type = partial(BufferedLane, self)
-        self._delivery = Delivery(self, buffer)
+        self.lane_type = partial(BufferedBatcher, self)
+        self._delivery = SpoolDelivery(self, buffer)
         self._flushed = False
         buffer.bind(self._delivery.begin)
         if buffer.left_behind():
@@ -115,7 +115,7 @@ class BufferedBackend(Backend):
         keys: QueueKeys,
         content: Sequence[Any],
         max_length: int,
-        lane: Lane | None,
+        lane: ProducerSequence | None,
         error: StoreUnavailable | None,
     ) -> list[str]:
         """Put a push into the buffer: *content* are entries, or id, envelope, id, envelope, …"""
@@ -124,7 +124,7 @@ class BufferedBackend(Backend):
             raise QueueFull(
                 f"Queue '{keys.queue}' takes at most {max_length} jobs, and this push has {len(entries)}. Nothing was stored."
             )
-        record = Record(
+        record = SpooledPush(
             self.namespace, keys.queue, entries, time.time(), max_length, keys.partitions, foreign=keys.foreign
         )
         if lane is not None:
@@ -133,9 +133,9 @@ class BufferedBackend(Backend):
             self.buffer.add(record, error)
         return [entry.id for entry in entries]
 
-    def confirmed(self, asked: Durability) -> Confirmed:
+    def confirmed(self, asked: Durability) -> ConfirmedTarget:
         """Return the way in for confirmed pushes: they are never kept, and never overtake what is."""
-        return Behind(self, super().confirmed(asked))
+        return BufferedConfirmedTarget(self, super().confirmed(asked))
 
     # -- awaitable ----------------------------------------------------------------------------------------------------
 
@@ -187,10 +187,10 @@ class BufferedBackend(Backend):
         self._delivery.forked()
 
 
-class Behind(Confirmed):
+class BufferedConfirmedTarget(ConfirmedTarget):
     """Confirmed pushes of a buffered backend: they wait until the buffer is empty."""
 
-    def __init__(self, backend: BufferedBackend, confirmed: Confirmed) -> None:
+    def __init__(self, backend: BufferedClient, confirmed: ConfirmedTarget) -> None:
         """Take whose buffer, and the way."""
         self._backend = backend
         self._way = confirmed
@@ -220,10 +220,10 @@ class Behind(Confirmed):
         )
 
 
-class BufferedLane(AsyncLane):
+class BufferedBatcher(PushBatcher):
     """A lane of a loop whose calls are kept when Redis is away."""
 
-    def __init__(self, backend: BufferedBackend, *about: Any) -> None:
+    def __init__(self, backend: BufferedClient, *about: Any) -> None:
         """Take whose buffer, and what every lane takes."""
         super().__init__(*about)
         self._backend = backend
@@ -247,15 +247,15 @@ class BufferedLane(AsyncLane):
             lane, self._lane = self._lane, _day_lane()
             return backend.keep(self._keys, entries, self._max_length, lane, error)
 
-    def fresh(self) -> Lane:
+    def fresh(self) -> ProducerSequence:
         """Return a lane nobody used."""
         return _day_lane()
 
 
-class Delivery:
+class SpoolDelivery:
     """The thread that delivers: there while something waits."""
 
-    def __init__(self, backend: BufferedBackend, buffer: Buffer) -> None:
+    def __init__(self, backend: BufferedClient, buffer: Buffer) -> None:
         """Begin nothing yet."""
         self._backend = backend
         self._buffer = buffer
@@ -287,7 +287,7 @@ class Delivery:
 
     def _run(self) -> None:
         attempt, said = 0, 0.0
-        connections: dict[Place, Connection] = {}
+        connections: dict[Endpoint, Connection] = {}
         try:
             while not self._ending.is_set():
                 with self._lock:  # so that nobody adds something between the look and the end
@@ -305,7 +305,7 @@ class Delivery:
                     attempt, self._buffer.flows = attempt + 1, False
                 except QueueFull:
                     attempt = 0 if self._buffer.cut(backlog) else attempt + 1
-                except operations.LateReply:
+                except operations.StalePush:
                     self._buffer.done(backlog)  # a newer call of this lane was answered, so this one was before
                     attempt = 0
                     continue
@@ -326,14 +326,14 @@ class Delivery:
                 if self._thread is threading.current_thread():
                     self._thread = None
 
-    def _next(self) -> tuple[Backlog, Batch] | OSError | None:
+    def _next(self) -> tuple[MemorySpool, SpoolBatch] | OSError | None:
         try:
             return self._buffer.next()
         except OSError as error:
             _log.error("the buffer %s cannot be written: %s", self._buffer.directory, error)
             return error
 
-    def _send(self, batch: Batch, connections: dict[Place, Connection]) -> None:
+    def _send(self, batch: SpoolBatch, connections: dict[Endpoint, Connection]) -> None:
         first, backend = batch.records[0], self._backend
         keys = QueueKeys(first.namespace, first.queue, foreign=first.foreign, partitions=first.partitions)
         backend.hail(keys, FIRST)
@@ -341,11 +341,11 @@ class Delivery:
         connection = connections.get(place)
         if connection is None:
             connection = connections[place] = Connection(place)
-        lane = Lane(batch.lane, batch.number - 1, insists=True)
+        lane = ProducerSequence(batch.lane, batch.number - 1, insists=True)
         call = operations.push(keys, lane, batch.entries(time.time()), max_length=first.max_length)
         try:
             connection.run(call, patience=FIRST)
-        except WrongPartitions as error:
+        except PartitionCountMismatch as error:
             if error.found is not None:
                 raise
             # Redis was emptied meanwhile, so it has no number yet: ours, unless another program was first.
@@ -354,15 +354,15 @@ class Delivery:
             connection.run(call, patience=FIRST)
 
 
-def _refused(batch: Batch, error: Exception) -> None:
+def _refused(batch: SpoolBatch, error: Exception) -> None:
     _log.error(
         "buffered jobs for queue '%s' wait until this is mended: %s", batch.records[0].queue, error,
         exc_info=not isinstance(error, ConveyorError),
     )  # fmt: skip
 
 
-def _day_lane() -> Lane:
-    return Lane(day_identity())
+def _day_lane() -> ProducerSequence:
+    return ProducerSequence(day_identity())
 
 
 def _nothing() -> None:

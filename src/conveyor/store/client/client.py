@@ -17,32 +17,32 @@ from typing import TYPE_CHECKING, TypeVar
 from conveyor.errors import ConfigurationError
 from conveyor.ids import new_identity
 from conveyor.store import operations
-from conveyor.store.client.batching import BULK, AsyncLane, Shared
-from conveyor.store.client.confirmed import Confirmed, Confirmer
-from conveyor.store.client.durability import Durability, Wish
+from conveyor.store.client.batching import BULK, LoopConnections, PushBatcher
+from conveyor.store.client.confirmed import ConfirmedConnections, ConfirmedTarget
+from conveyor.store.client.durability import Durability, DurabilityRequest
 from conveyor.store.fork_safety import on_fork
 from conveyor.store.keys import QueueKeys, check_namespace, known_queues
-from conveyor.store.operations import Entry, Lane
+from conveyor.store.operations import Entry, ProducerSequence
 from conveyor.store.script import Argument, Call
-from conveyor.store.transport.async_connection import Wire
+from conveyor.store.transport.async_connection import AsyncConnection
 from conveyor.store.transport.connection import Connection
 from conveyor.store.transport.topology import embedded_directory, locate
-from conveyor.store.transport.url import Address, configured_url
+from conveyor.store.transport.url import StandaloneServer, configured_url
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from conveyor.store.client.batching import Outlet, Way
+    from conveyor.store.client.batching import PushTarget, PushTargetResolver
     from conveyor.store.client.buffer import Buffer
-    from conveyor.store.embedded.server import Attachment
-    from conveyor.store.transport.endpoint import Place, Topology
+    from conveyor.store.embedded.server import ServerHandle
+    from conveyor.store.transport.endpoint import Endpoint, Topology
 
 T = TypeVar("T")
 PATIENCE = 5.0
 """Seconds a producer's call is repeated while Redis is away before StoreUnavailable is raised."""
 
 
-class Backend:
+class Client:
     """The connections of one app; all are opened when first used."""
 
     deferred = False
@@ -57,20 +57,20 @@ class Backend:
             embedded_directory(self._url)  # a wrong URL is refused where it is written, not at the first push
         elif self._url is not None:
             found = locate(self._url)
-            self._single, self._plain = found.single, isinstance(found, Address)
+            self._single, self._plain = found.single, isinstance(found, StandaloneServer)
         self._address: Topology | None = None
-        self._attachment: Attachment | None = None
+        self._attachment: ServerHandle | None = None
         self._lock = threading.Lock()
-        self._free: deque[Producer] = deque()
-        self._crowd: dict[Place, deque[Producer]] = {}
-        self._loops: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, Shared] = weakref.WeakKeyDictionary()
-        self._last: Shared | None = None
+        self._free: deque[PushConnection] = deque()
+        self._crowd: dict[Endpoint, deque[PushConnection]] = {}
+        self._loops: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, LoopConnections] = weakref.WeakKeyDictionary()
+        self._last: LoopConnections | None = None
         self._announced: set[str] = set()
-        self._confirmer: Confirmer | None = None
-        self.outlet: Outlet | None = None
+        self._confirmer: ConfirmedConnections | None = None
+        self.outlet: PushTargetResolver | None = None
         self.buffer: Buffer | None = None  # these three are another's in a backend with a buffer
-        self.new_lane: Callable[[], Lane] = _lane
-        self.lane_type: Callable[[Wire, QueueKeys, int, float], AsyncLane] = AsyncLane
+        self.new_lane: Callable[[], ProducerSequence] = _lane
+        self.lane_type: Callable[[AsyncConnection, QueueKeys, int, float], PushBatcher] = PushBatcher
         on_fork(self)
 
     @property
@@ -95,10 +95,10 @@ class Backend:
             place = embedded_directory(self._url)
             directory = Path(place) if place else None
         self._attachment = server.attach(directory)
-        return Address(self._attachment.url)
+        return StandaloneServer(self._attachment.url)
 
     @property
-    def attachment(self) -> Attachment | None:
+    def attachment(self) -> ServerHandle | None:
         """The hold on the embedded server, when it is used and was needed already."""
         return self._attachment
 
@@ -116,7 +116,7 @@ class Backend:
         """Return the keys of *queue*."""
         return QueueKeys(self.namespace, queue)
 
-    def place(self, keys: QueueKeys | str) -> Place:
+    def place(self, keys: QueueKeys | str) -> Endpoint:
         """Return where the commands for these keys go."""
         return self.address.place(keys if isinstance(keys, str) else keys.jobs)
 
@@ -202,12 +202,12 @@ class Backend:
             self.run(operations.announce(known_queues(self.namespace), *names))
             self._announced.update(names)
 
-    def _take(self, key: str | None) -> Producer:
+    def _take(self, key: str | None) -> PushConnection:
         free = self._free if self._single else self._crowd.setdefault(self.place(key or ""), deque())
         try:
             return free.pop()
         except IndexError:
-            return Producer(Connection(self.place(key or "")), self.new_lane(), free)
+            return PushConnection(Connection(self.place(key or "")), self.new_lane(), free)
 
     # -- awaitable ------------------------------------------------------------------------------------------------
 
@@ -229,7 +229,7 @@ class Backend:
             ids += await lane.push(entries[first : first + step])
         return ids
 
-    def way(self, asks: Durability | None, wish: Wish | None = None) -> Way:
+    def way(self, asks: Durability | None, wish: DurabilityRequest | None = None) -> PushTarget:
         """Return the way in for one push to a queue that asks *asks* by itself."""
         if self.outlet is not None and (elsewhere := self.outlet(wish)) is not None:
             return elsewhere
@@ -241,13 +241,13 @@ class Backend:
         """True while pushes go somewhere else than to Redis."""
         return self.outlet is not None and self.outlet() is not None
 
-    def confirmed(self, asked: Durability) -> Confirmed:
+    def confirmed(self, asked: Durability) -> ConfirmedTarget:
         """Return the way in for pushes that ask for more than being stored."""
-        return Confirmed(self._confirming(), asked)
+        return ConfirmedTarget(self._confirming(), asked)
 
-    def _confirming(self) -> Confirmer:
+    def _confirming(self) -> ConfirmedConnections:
         if self._confirmer is None:
-            self._confirmer = Confirmer(self, refuse_in_loop)
+            self._confirmer = ConfirmedConnections(self, refuse_in_loop)
         return self._confirmer
 
     def carry(self, keys: QueueKeys, call: Call[T], asks: Durability | None, *, patience: float) -> T:
@@ -279,7 +279,7 @@ class Backend:
         known = known_queues(self.namespace)
         return _names(await self.aexecute("SMEMBERS", known, key=known))
 
-    def wire(self, keys: QueueKeys | str) -> Wire:
+    def wire(self, keys: QueueKeys | str) -> AsyncConnection:
         """Return this event loop's wire for these keys."""
         return self.shared().wire_at(self.place(keys))
 
@@ -287,7 +287,7 @@ class Backend:
         """Send one plain command on this event loop's wire for *key* (None: any), as `execute`."""
         return await self.wire(key or "").ask(*command, patience=self._borne(patience))
 
-    def shared(self) -> Shared:
+    def shared(self) -> LoopConnections:
         """Return what this event loop's callers share."""
         loop = asyncio.get_running_loop()
         last = self._last  # most programs have one loop: looking weak references up costs as much as all the rest
@@ -295,7 +295,7 @@ class Backend:
             return last
         found = self._loops.get(loop)
         if found is None:
-            found = self._loops[loop] = Shared(loop, self.place, self.patience, self.lane_type)
+            found = self._loops[loop] = LoopConnections(loop, self.place, self.patience, self.lane_type)
         self._last = found
         return found
 
@@ -332,19 +332,19 @@ class Backend:
         self._lock = threading.Lock()
 
 
-class Producer:
+class PushConnection:
     """A connection, the lane of the pushes that travel on it, and the list it goes back to."""
 
     __slots__ = ("connection", "home", "lane")
 
-    def __init__(self, connection: Connection, lane: Lane, home: deque[Producer]) -> None:
+    def __init__(self, connection: Connection, lane: ProducerSequence, home: deque[PushConnection]) -> None:
         self.connection = connection
         self.lane = lane
         self.home = home
 
 
-def _lane() -> Lane:
-    return Lane(new_identity())
+def _lane() -> ProducerSequence:
+    return ProducerSequence(new_identity())
 
 
 def _names(members: object) -> list[str]:

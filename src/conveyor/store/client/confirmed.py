@@ -18,26 +18,34 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 from conveyor.errors import ConfigurationError, DurabilityNotReached
 from conveyor.ids import new_identity, public
 from conveyor.store import operations
-from conveyor.store.client.batching import BULK, AsyncLane, Item
-from conveyor.store.client.durability import Durability, Got, Sync, WaitBroken, Watch, after, judge
+from conveyor.store.client.batching import BULK, Item, PushBatcher
+from conveyor.store.client.durability import (
+    Confirmation,
+    Durability,
+    FsyncMethod,
+    FsyncWatch,
+    WaitInterrupted,
+    after,
+    judge,
+)
 from conveyor.store.fork_safety import on_fork
-from conveyor.store.operations import Entry, Lane
+from conveyor.store.operations import Entry, ProducerSequence
 from conveyor.store.script import Argument, Call
-from conveyor.store.transport.async_connection import Wire, WireLost
+from conveyor.store.transport.async_connection import AsyncConnection, ConnectionLost
 from conveyor.store.transport.connection import Connection, answered
 
 if TYPE_CHECKING:
     from conveyor.store.keys import QueueKeys
-    from conveyor.store.transport.endpoint import Place
+    from conveyor.store.transport.endpoint import Endpoint
 
 
 T = TypeVar("T")
 EXAMINED = 10.0
 """Seconds after which the settings a connection relies on are looked at again."""
-NOTHING = Got(synced=False, replicas=0)
+NOTHING = Confirmation(synced=False, replicas=0)
 
 
-class _Errand:
+class _ConfirmedCall:
     """One confirmed call: what is asked, what was sent already, what came of it."""
 
     __slots__ = ("asked", "began", "got", "lane", "sent", "sync")
@@ -47,7 +55,7 @@ class _Errand:
         self.lane = lane
         self.sent = False
         self.began = time.monotonic()
-        self.sync = Sync.NONE
+        self.sync = FsyncMethod.NONE
         self.got = NOTHING
 
     def commands(self, command: tuple[Any, ...]) -> list[tuple[Any, ...]]:
@@ -69,11 +77,11 @@ class _Errand:
             self.got = self.asked.read(self.sync, replies[len(replies) - waits :])
         return replies[0]
 
-    def watch(self) -> Watch | None:
+    def watch(self) -> FsyncWatch | None:
         """Return what still has to be watched."""
-        if self.sync is not Sync.WATCH or not self.got.synced:
+        if self.sync is not FsyncMethod.WATCH or not self.got.synced:
             return None
-        return Watch(time.monotonic(), self.asked.timeout_ms)
+        return FsyncWatch(time.monotonic(), self.asked.timeout_ms)
 
     def judge(self, replies: Sequence[Any], where: str) -> None:
         """Take what the connection said of itself; what can never be had is refused, unless it may be stored already."""
@@ -82,22 +90,22 @@ class _Errand:
         except ConfigurationError:
             if not self.sent:
                 raise
-            self.sync = Sync.NONE
+            self.sync = FsyncMethod.NONE
 
 
 class ConfirmedConnection(Connection):
     """A blocking connection whose pushes are followed by a wait."""
 
-    def __init__(self, place: Place) -> None:
+    def __init__(self, place: Endpoint) -> None:
         """Remember where to connect."""
         super().__init__(place)
-        self._errand: _Errand | None = None
+        self._errand: _ConfirmedCall | None = None
         self._examined = 0.0
-        self._judged: dict[bool, Sync] = {}
+        self._judged: dict[bool, FsyncMethod] = {}
 
-    def confirm(self, call: Call[T], asked: Durability, *, patience: float) -> tuple[T, Got]:
+    def confirm(self, call: Call[T], asked: Durability, *, patience: float) -> tuple[T, Confirmation]:
         """Carry out *call*, repeated as any; return its reply and what was confirmed."""
-        errand = self._errand = _Errand(asked, call.keys[0])
+        errand = self._errand = _ConfirmedCall(asked, call.keys[0])
         try:
             return self.run(call, patience=patience), errand.got
         finally:
@@ -111,18 +119,18 @@ class ConfirmedConnection(Connection):
         try:
             self._examine(errand)
             reply = errand.settle(self._exchange(errand.commands(command), errand.asked.seconds))
-        except WaitBroken:
+        except WaitInterrupted:
             self.close()
             raise
         if isinstance(reply, Exception):
             raise reply
         if (watch := errand.watch()) is not None:
-            while (pause := watch.look(self._exchange([Watch.COMMAND], 0.0)[0], time.monotonic())) is not None:
+            while (pause := watch.look(self._exchange([FsyncWatch.COMMAND], 0.0)[0], time.monotonic())) is not None:
                 time.sleep(pause)
-            errand.got = Got(watch.synced, errand.got.replicas)
+            errand.got = Confirmation(watch.synced, errand.got.replicas)
         return reply
 
-    def _examine(self, errand: _Errand) -> None:
+    def _examine(self, errand: _ConfirmedCall) -> None:
         """Ask a new connection what it can confirm, and from time to time again."""
         if self._socket is None:
             self._open()
@@ -157,22 +165,22 @@ class ConfirmedConnection(Connection):
         return replies
 
 
-class ConfirmedWire(Wire):
+class AsyncConfirmedConnection(AsyncConnection):
     """The same on asyncio; one errand at a time, since a wait holds up whatever comes behind it."""
 
-    def __init__(self, place: Place) -> None:
+    def __init__(self, place: Endpoint) -> None:
         """Remember where to connect."""
         super().__init__(place)
         self._turn = asyncio.Lock()
-        self._errand: _Errand | None = None
+        self._errand: _ConfirmedCall | None = None
         self._examined = 0.0
-        self._judged: dict[bool, Sync] = {}
+        self._judged: dict[bool, FsyncMethod] = {}
         self._known: object = None
 
-    async def confirm(self, call: Call[T], asked: Durability, *, patience: float | None) -> tuple[T, Got]:
+    async def confirm(self, call: Call[T], asked: Durability, *, patience: float | None) -> tuple[T, Confirmation]:
         """Carry out *call*, repeated as any; return its reply and what was confirmed."""
         async with self._turn:
-            errand = self._errand = _Errand(asked, call.keys[0])
+            errand = self._errand = _ConfirmedCall(asked, call.keys[0])
             try:
                 return await self.run(call, patience=patience), errand.got
             finally:
@@ -186,19 +194,19 @@ class ConfirmedWire(Wire):
         try:
             await self._examine(errand)
             reply = errand.settle(await self._exchange(errand.commands(command), errand.asked.seconds))
-        except WaitBroken as error:
-            self.drop(WireLost(str(error)))
+        except WaitInterrupted as error:
+            self.drop(ConnectionLost(str(error)))
             raise
         if not isinstance(reply, Exception) and (watch := errand.watch()) is not None:
             while True:
-                [facts] = await self._exchange([Watch.COMMAND], 0.0)
+                [facts] = await self._exchange([FsyncWatch.COMMAND], 0.0)
                 if (pause := watch.look(facts, time.monotonic())) is None:
                     break
                 await asyncio.sleep(pause)
-            errand.got = Got(watch.synced, errand.got.replicas)
+            errand.got = Confirmation(watch.synced, errand.got.replicas)
         return reply
 
-    async def _examine(self, errand: _Errand) -> None:
+    async def _examine(self, errand: _ConfirmedCall) -> None:
         if not self.is_open:
             await self.open()
         now = time.monotonic()
@@ -234,11 +242,11 @@ MOST_WIRES = 8
 """Wires of one event loop and place for confirmed pushes: one that waits for a dead replica holds up an eighth."""
 
 
-class ConfirmedLane(AsyncLane):
+class ConfirmedBatcher(PushBatcher):
     """Gathers the pushes of one queue that ask the same."""
 
     def __init__(
-        self, wire: ConfirmedWire, keys: QueueKeys, max_length: int, patience: float, asked: Durability
+        self, wire: AsyncConfirmedConnection, keys: QueueKeys, max_length: int, patience: float, asked: Durability
     ) -> None:
         """Take what every lane takes, and what is asked."""
         super().__init__(wire, keys, max_length, patience)
@@ -262,30 +270,30 @@ class ConfirmedLane(AsyncLane):
                 future.set_exception(self._asked.failure(self._keys.queue, own, self._got))
 
 
-class _Loop:
+class _LoopState:
     """What one event loop's confirmed pushes share."""
 
     def __init__(self) -> None:
-        self.wires: dict[Place, list[ConfirmedWire]] = {}
-        self.lanes: dict[tuple[str, int, Durability], ConfirmedLane] = {}
+        self.wires: dict[Endpoint, list[AsyncConfirmedConnection]] = {}
+        self.lanes: dict[tuple[str, int, Durability], ConfirmedBatcher] = {}
 
 
-class Home(Protocol):
+class ClientProtocol(Protocol):
     """What is needed of the backend."""
 
     @property
     def patience(self) -> float: ...
-    def place(self, keys: QueueKeys) -> Place: ...
+    def place(self, keys: QueueKeys) -> Endpoint: ...
     def announce(self, keys: QueueKeys) -> None: ...
     async def aannounce(self, keys: QueueKeys) -> None: ...
 
 
-class Confirmed:
+class ConfirmedTarget:
     """The way into Redis for pushes that ask the same: as a backend's, and each returns when it is confirmed."""
 
     deferred = False
 
-    def __init__(self, confirmer: Confirmer, asked: Durability) -> None:
+    def __init__(self, confirmer: ConfirmedConnections, asked: Durability) -> None:
         """Take whose connections, and what is asked."""
         self._confirmer = confirmer
         self._asked = asked
@@ -329,10 +337,10 @@ class Confirmed:
         return ids
 
 
-class Confirmer:
+class ConfirmedConnections:
     """The connections of one app for confirmed pushes, opened when first used."""
 
-    def __init__(self, home: Home, refuse: Callable[[], None]) -> None:
+    def __init__(self, home: ClientProtocol, refuse: Callable[[], None]) -> None:
         """Open nothing yet; *refuse* raises where blocking calls may not be made."""
         self.home = home
         self._refuse = refuse
@@ -340,11 +348,11 @@ class Confirmer:
         on_fork(self)
 
     def _reset(self) -> None:
-        self._free: dict[Place, deque[tuple[ConfirmedConnection, Lane]]] = {}
-        self._loops: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Loop] = weakref.WeakKeyDictionary()
+        self._free: dict[Endpoint, deque[tuple[ConfirmedConnection, ProducerSequence]]] = {}
+        self._loops: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _LoopState] = weakref.WeakKeyDictionary()
 
     @contextmanager
-    def one(self, keys: QueueKeys) -> Iterator[tuple[ConfirmedConnection, Lane]]:
+    def one(self, keys: QueueKeys) -> Iterator[tuple[ConfirmedConnection, ProducerSequence]]:
         """Lend a connection and its lane; the queue is known by then."""
         self._refuse()
         self.home.announce(keys)
@@ -353,26 +361,26 @@ class Confirmer:
         try:
             found = free.pop()
         except IndexError:
-            found = ConfirmedConnection(place), Lane(new_identity())
+            found = ConfirmedConnection(place), ProducerSequence(new_identity())
         try:
             yield found
         finally:
             free.append(found)
 
-    def lane(self, keys: QueueKeys, max_length: int, asked: Durability) -> ConfirmedLane:
+    def lane(self, keys: QueueKeys, max_length: int, asked: Durability) -> ConfirmedBatcher:
         """Return this event loop's lane for pushes to a queue that ask the same."""
         loop = asyncio.get_running_loop()
         home = self._loops.get(loop)
         if home is None:
-            home = self._loops[loop] = _Loop()
+            home = self._loops[loop] = _LoopState()
         found = home.lanes.get((keys.prefix, max_length, asked))
         if found is None:
             place = self.home.place(keys)
             wires = home.wires.setdefault(place, [])
             if len(wires) < MOST_WIRES:
-                wires.append(ConfirmedWire(place))
+                wires.append(AsyncConfirmedConnection(place))
             wire = wires[len(home.lanes) % len(wires)]
-            found = ConfirmedLane(wire, keys, max_length, self.home.patience, asked)
+            found = ConfirmedBatcher(wire, keys, max_length, self.home.patience, asked)
             home.lanes[keys.prefix, max_length, asked] = found
         return found
 

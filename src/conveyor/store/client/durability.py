@@ -55,21 +55,21 @@ class Durability:
             ("CONFIG", "GET", "appendfsync"), ("CONFIG", "GET", "no-appendfsync-on-rewrite"),
         )  # fmt: skip
 
-    def waits(self, sync: Sync) -> list[tuple[str, ...]]:
+    def waits(self, sync: FsyncMethod) -> list[tuple[str, ...]]:
         """Return the commands that travel behind a push."""
         timeout = str(self.timeout_ms)
         found: list[tuple[str, ...]] = []
-        if self.fsync and sync is not Sync.REPLY:
+        if self.fsync and sync is not FsyncMethod.REPLY:
             found.append(("WAITAOF", "1", "0", timeout))
         if self.replicas:
             found.append(("WAIT", str(self.replicas), timeout))
         return found
 
-    def read(self, sync: Sync, replies: Sequence[Any]) -> Got:
+    def read(self, sync: FsyncMethod, replies: Sequence[Any]) -> Confirmation:
         """Return what was confirmed. Raises WaitBroken when the server changed its role meanwhile."""
         rest = list(replies)
-        synced = sync is Sync.REPLY
-        if self.fsync and sync is not Sync.REPLY:
+        synced = sync is FsyncMethod.REPLY
+        if self.fsync and sync is not FsyncMethod.REPLY:
             reply = rest.pop(0)
             synced = isinstance(reply, list) and int(reply[0]) > 0
             _check_role(reply)
@@ -77,13 +77,13 @@ class Durability:
         if self.replicas:
             _check_role(rest[0])
             replicas = rest[0] if isinstance(rest[0], int) else 0
-        return Got(synced, replicas)
+        return Confirmation(synced, replicas)
 
-    def reached(self, got: Got) -> bool:
+    def reached(self, got: Confirmation) -> bool:
         """Tell whether that is what was asked."""
         return got.replicas >= self.replicas and (got.synced or not self.fsync)
 
-    def failure(self, queue: str, ids: Sequence[str], got: Got) -> DurabilityNotReached:
+    def failure(self, queue: str, ids: Sequence[str], got: Confirmation) -> DurabilityNotReached:
         """Return the error for jobs that are stored and not confirmed; *ids* are bare."""
         missing = []
         if self.fsync and not got.synced:
@@ -110,14 +110,14 @@ def after(error: DurabilityNotReached, before: Sequence[str]) -> DurabilityNotRe
 
 
 @dataclass(frozen=True, slots=True)
-class Got:
+class Confirmation:
     """What a server confirmed of one push."""
 
     synced: bool
     replicas: int
 
 
-class Sync(Enum):
+class FsyncMethod(Enum):
     """How a connection learns that its push is on disk."""
 
     REPLY = "the reply itself says so: appendfsync always"
@@ -126,17 +126,17 @@ class Sync(Enum):
     NONE = "it cannot, or was not asked to"
 
 
-class WaitBroken(ConnectionError):
+class WaitInterrupted(ConnectionError):
     """The server ended the wait because it is no primary any more."""
 
 
 def _check_role(reply: Any) -> None:
     text = str(reply) if isinstance(reply, Exception) else ""
     if "UNBLOCKED" in text or "replica instance" in text or "READONLY" in text:
-        raise WaitBroken(text)
+        raise WaitInterrupted(text)
 
 
-def judge(asked: Durability, replies: Sequence[Any], where: str) -> Sync:
+def judge(asked: Durability, replies: Sequence[Any], where: str) -> FsyncMethod:
     """
     Return how syncs are confirmed, from the replies to `examination`.
 
@@ -146,7 +146,7 @@ def judge(asked: Durability, replies: Sequence[Any], where: str) -> Sync:
     if isinstance(replies[0], Exception):
         raise final(str(replies[0]), where) from replies[0]
     if not asked.fsync:
-        return Sync.NONE
+        return FsyncMethod.NONE
     _, waitaof, *told = replies
     server, persistence = _facts(told[0]), _facts(told[1])
     policy, lazy = _setting(told[2]), _setting(told[3])
@@ -158,7 +158,7 @@ def judge(asked: Durability, replies: Sequence[Any], where: str) -> Sync:
         raise _refused(where, "appendfsync is 'no', so it never syncs by itself", "CONFIG SET appendfsync everysec")
     if "unknown command" in text.lower():
         if always and persistence.get("aof_enabled") == "1":
-            return Sync.REPLY
+            return FsyncMethod.REPLY
         if policy is None or not persistence:
             raise _refused(
                 where, "it has no WAITAOF and does not tell this user its settings", "ACL SETUSER … +info +config|get"
@@ -171,10 +171,10 @@ def judge(asked: Durability, replies: Sequence[Any], where: str) -> Sync:
     if text:
         raise final(text, where) from waitaof
     if always or _is_honest(server):
-        return Sync.WAITAOF
+        return FsyncMethod.WAITAOF
     if not persistence:
         raise _refused(where, "it does not tell this user when it syncs", "ACL SETUSER … +info")
-    return Sync.WATCH
+    return FsyncMethod.WATCH
 
 
 def _refused(where: str, why: str, remedy: str) -> ConfigurationError:
@@ -201,7 +201,7 @@ def _setting(reply: Any) -> str | None:
     return reply[1].decode() if isinstance(reply, list) and len(reply) > 1 else None
 
 
-class Watch:
+class FsyncWatch:
     """
     Watches a sync go by, where WAITAOF answers before it (Valkey up to 9.1 and Redis before 8.0, under everysec).
 
@@ -239,7 +239,7 @@ class Watch:
 
 
 @dataclass(frozen=True, slots=True)
-class Wish:
+class DurabilityRequest:
     """What one call asks for; None takes over what its queue asks."""
 
     fsync: bool | None = None
@@ -256,18 +256,18 @@ class Wish:
         )
         return found or None
 
-    def join(self, other: Wish | None) -> Wish:
+    def join(self, other: DurabilityRequest | None) -> DurabilityRequest:
         """Return what satisfies both, for calls that travel together."""
         if other is None or other == self:
             return self
-        return Wish(
+        return DurabilityRequest(
             _most(self.fsync, other.fsync),
             _most(self.replicas, other.replicas),
             _most(self.timeout_ms, other.timeout_ms),
         )
 
 
-def wish(fsync: object = None, replicas: object = None, timeout: Duration | None = None) -> Wish | None:
+def wish(fsync: object = None, replicas: object = None, timeout: Duration | None = None) -> DurabilityRequest | None:
     """Return what a call asks for, checked; None where it leaves all to its queue. Raises ConfigurationError."""
     if fsync is None and replicas is None and timeout is None:
         return None
@@ -284,10 +284,10 @@ def wish(fsync: object = None, replicas: object = None, timeout: Duration | None
         raise ConfigurationError(
             "wait_timeout must be longer than nothing: WAIT 0 would wait for ever. Nothing was stored."
         )
-    return Wish(fsync, replicas, timeout_ms)
+    return DurabilityRequest(fsync, replicas, timeout_ms)
 
 
-class Asking(TypedDict, total=False):
+class DurabilityOptions(TypedDict, total=False):
     """What a queue asks of every push."""
 
     fsync: bool
@@ -295,9 +295,9 @@ class Asking(TypedDict, total=False):
     wait_timeout: Duration
 
 
-def asked(options: Asking) -> Durability | None:
+def asked(options: DurabilityOptions) -> Durability | None:
     """Return what a queue asks; None for nothing. Raises ConfigurationError, and TypeError for another word."""
-    if wrong := options.keys() - Asking.__annotations__.keys():
+    if wrong := options.keys() - DurabilityOptions.__annotations__.keys():
         raise TypeError(f"queue() got an unexpected keyword argument {min(wrong)!r}")
     own = wish(options.get("fsync"), options.get("wait_replicas"), options.get("wait_timeout"))
     return None if own is None else own.over(None)

@@ -32,7 +32,7 @@ _OVERHEAD = 100
 
 
 @dataclass(slots=True)
-class Record:
+class SpooledPush:
     """
     One push that waits. Its `lane` and `number` are those of an attempt that may have reached Redis, "" when there
     was none; `at` is when it was accepted (s since the epoch), since delays count from there.
@@ -64,7 +64,7 @@ class Record:
             life = None if entry.expires_ms is None else max(1, entry.expires_ms - waited)
             yield replace(entry, delay_ms=delay, expires_ms=life)
 
-    def goes_with(self, other: Record) -> bool:
+    def goes_with(self, other: SpooledPush) -> bool:
         """Tell whether both may travel in one call."""
         return (
             not self.lane and not other.lane and self.queue == other.queue and self.namespace == other.namespace
@@ -73,10 +73,10 @@ class Record:
 
 
 @dataclass(slots=True)
-class Batch:
+class SpoolBatch:
     """The records of one call, the first of the backlog, and the lane and number it is sent in, however often."""
 
-    records: list[Record]
+    records: list[SpooledPush]
     lane: str
     number: int
 
@@ -85,42 +85,42 @@ class Batch:
         return [entry for record in self.records for entry in record.due(now)]
 
 
-class Backlog:
+class MemorySpool:
     """Records in order. Not for several threads at once: the buffer's lock guards it."""
 
     def __init__(self, lane: str) -> None:
         """Begin empty; batches go in *lane*."""
-        self.records: deque[Record] = deque()
+        self.records: deque[SpooledPush] = deque()
         self.jobs = self.bytes = 0
         self._lane = lane
         self._number = 0
-        self._batch: Batch | None = None
+        self._batch: SpoolBatch | None = None
         self._most = MOST_JOBS
 
     def __bool__(self) -> bool:
         return bool(self.records)
 
-    def add(self, record: Record) -> None:
+    def add(self, record: SpooledPush) -> None:
         """Append a record."""
         self._keep(record)
         self.records.append(record)
         self.jobs += len(record.entries)
         self.bytes += record.size
 
-    def batch(self) -> Batch:
+    def batch(self) -> SpoolBatch:
         """Return what is to be sent now: the same until `done` or `cut`."""
         if self._batch is None:
             records = self._first()
             if records[0].lane:
-                self._batch = Batch(records, records[0].lane, records[0].number)
+                self._batch = SpoolBatch(records, records[0].lane, records[0].number)
             else:
                 self._number += 1
-                batch = Batch(records, self._lane, self._number)
+                batch = SpoolBatch(records, self._lane, self._number)
                 self._begin(batch)
                 self._batch = batch
         return self._batch
 
-    def _first(self) -> list[Record]:
+    def _first(self) -> list[SpooledPush]:
         head = self.records[0]
         taken, jobs, size = [head], len(head.entries), head.size
         for record in islice(self.records, 1, self._most) if not head.lane else ():
@@ -142,7 +142,7 @@ class Backlog:
         self._batch = None
         return True
 
-    def done(self) -> list[Record]:
+    def done(self) -> list[SpooledPush]:
         """Forget the batch, which is delivered, and return its records."""
         assert self._batch is not None
         delivered, self._batch = self._batch.records, None
@@ -159,8 +159,8 @@ class Backlog:
 
     # -- what a journal does besides --------------------------------------------------------------------------------
 
-    def _keep(self, record: Record) -> None: ...
-    def _begin(self, batch: Batch) -> None: ...
+    def _keep(self, record: SpooledPush) -> None: ...
+    def _begin(self, batch: SpoolBatch) -> None: ...
     def _end(self, count: int) -> None: ...
 
 
@@ -179,7 +179,7 @@ SLOTS = 256
 _log = logging.getLogger("conveyor.buffer")
 
 
-class Journal(Backlog):
+class DiskSpool(MemorySpool):
     """A backlog that stands in a file as well; the lock beside it says that somebody uses it."""
 
     def __init__(self, path: Path, lock: int, lane: str, *, fsync: bool) -> None:
@@ -193,10 +193,10 @@ class Journal(Backlog):
 
     # -- writing ------------------------------------------------------------------------------------------------------
 
-    def _keep(self, record: Record) -> None:
+    def _keep(self, record: SpooledPush) -> None:
         self._append(("P", record), sync=self._fsync, spare=_SPARE)
 
-    def _begin(self, batch: Batch) -> None:
+    def _begin(self, batch: SpoolBatch) -> None:
         # Before it is sent: who reads this sends exactly these records again, in the same lane and number.
         self._append(("B", len(batch.records), batch.lane, batch.number), sync=self._fsync)
 
@@ -270,12 +270,12 @@ class Journal(Backlog):
 
     def _replay(self, body: list[Any]) -> None:
         if body[0] == "P":
-            record = msgspec.convert(body[1], Record)
+            record = msgspec.convert(body[1], SpooledPush)
             self.records.append(record)
             self.jobs += len(record.entries)
             self.bytes += record.size
         elif body[0] == "B":
-            self._batch = Batch(list(islice(self.records, body[1])), body[2], body[3])
+            self._batch = SpoolBatch(list(islice(self.records, body[1])), body[2], body[3])
         else:
             for _ in range(body[1]):
                 record = self.records.popleft()
@@ -312,7 +312,7 @@ def prepare(directory: Path) -> None:
         raise PermissionError("Permission denied")
 
 
-def claim(directory: Path, lane: str, *, fsync: bool) -> Journal:
+def claim(directory: Path, lane: str, *, fsync: bool) -> DiskSpool:
     """Return the first journal of *directory* that no other process uses, with what was left in it."""
     directory.mkdir(parents=True, exist_ok=True)
     for slot in range(SLOTS):
@@ -324,9 +324,9 @@ def claim(directory: Path, lane: str, *, fsync: bool) -> Journal:
     )
 
 
-def orphans(directory: Path, lane: str) -> list[Journal]:
+def orphans(directory: Path, lane: str) -> list[DiskSpool]:
     """Return the journals of *directory* that hold something and whose processes are gone."""
-    found: list[Journal] = []
+    found: list[DiskSpool] = []
     for path in sorted(directory.glob("*.log")):
         if path.stem.isdigit() and path.stat().st_size and (one := _open(directory, int(path.stem), lane, fsync=False)):
             if one:
@@ -341,11 +341,11 @@ def left_behind(directory: Path) -> bool:
     return any(path.stat().st_size for path in directory.glob("*.log"))
 
 
-def _open(directory: Path, slot: int, lane: str, *, fsync: bool) -> Journal | None:
+def _open(directory: Path, slot: int, lane: str, *, fsync: bool) -> DiskSpool | None:
     lock = os.open(directory / f"{slot}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         os.close(lock)
         return None
-    return Journal(directory / f"{slot}.log", lock, lane, fsync=fsync)
+    return DiskSpool(directory / f"{slot}.log", lock, lane, fsync=fsync)

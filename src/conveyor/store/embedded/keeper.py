@@ -37,7 +37,7 @@ _LONGEST_PAUSE = 5.0  # seconds between two starts of a server that keeps crashi
 _STEADY = 10.0  # seconds after which a crash no longer counts as one of a series
 
 
-class Record(TypedDict):
+class ServerRecord(TypedDict):
     """What `server.json` says: who wrote the data, and where the server is. `pid` is 0 when none is ready."""
 
     family: str
@@ -51,7 +51,7 @@ class Record(TypedDict):
 _FIELDS = {"family": str, "version": str, "socket": str, "pid": int, "keeper": int, "host": str}
 
 
-class Orders(TypedDict):
+class KeeperRequest(TypedDict):
     """What the starter tells the keeper; `lock` is the descriptor of `keeper.lock`, already locked."""
 
     directory: str
@@ -62,7 +62,7 @@ class Orders(TypedDict):
     lock: int
 
 
-def read_record(directory: str) -> Record | None:
+def read_record(directory: str) -> ServerRecord | None:
     """Return the record of *directory*, None where no server has run. ValueError when it is damaged."""
     try:
         with open(os.path.join(directory, "server.json"), encoding="utf-8") as file:
@@ -71,10 +71,10 @@ def read_record(directory: str) -> Record | None:
         return None
     if not isinstance(found, dict) or not all(isinstance(found.get(key), kind) for key, kind in _FIELDS.items()):
         raise ValueError("not a record of a server")
-    return cast("Record", {key: found[key] for key in _FIELDS})
+    return cast("ServerRecord", {key: found[key] for key in _FIELDS})
 
 
-def write_record(directory: str, record: Record) -> None:
+def write_record(directory: str, record: ServerRecord) -> None:
     """Replace the record in one step: a reader sees the old or the new one."""
     path = os.path.join(directory, "server.json")
     with open(f"{path}.{os.getpid()}", "w", encoding="utf-8") as file:
@@ -134,7 +134,7 @@ def parent_death_signal() -> Callable[[], None] | None:
 class Keeper:
     """One server, its record, and the loop that watches over both."""
 
-    def __init__(self, orders: Orders) -> None:
+    def __init__(self, orders: KeeperRequest) -> None:
         """Take the starter's orders; nothing runs yet."""
         self.orders = orders
         self.directory = orders["directory"]
@@ -304,7 +304,7 @@ class Keeper:
             writer = _record_or_none(self.directory) or self.orders
         write_record(
             self.directory,
-            Record(
+            ServerRecord(
                 family=writer["family"],
                 version=writer["version"],
                 socket=self.orders["socket"],
@@ -318,7 +318,7 @@ class Keeper:
         print(f"{os.getpid()}:K {time.strftime('%d %b %Y %H:%M:%S')} {text}", flush=True)
 
 
-def _record_or_none(directory: str) -> Record | None:
+def _record_or_none(directory: str) -> ServerRecord | None:
     with contextlib.suppress(ValueError):
         return read_record(directory)
     return None
@@ -329,7 +329,7 @@ def main(text: str) -> None:
     if os.fork():
         os._exit(0)
     os.umask(0o077)
-    orders: Orders = json.loads(text)
+    orders: KeeperRequest = json.loads(text)
     code = 1
     try:
         code = Keeper(orders).run()

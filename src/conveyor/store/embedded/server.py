@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from types import TracebackType
 
-__all__ = ["Attachment", "Status", "attach", "inspect", "project_directory", "server_binary", "stop"]
+__all__ = ["ServerHandle", "ServerStatus", "attach", "inspect", "project_directory", "server_binary", "stop"]
 
 KEEPER = Path(keeper.__file__)
 
@@ -40,7 +40,7 @@ _LOG_LIMIT = 1_000_000  # bytes of server.log kept from one start to the next
 _SOCKET_PATH_LIMIT = 100  # bytes; the kernel's limit is 107 on Linux and 103 on macOS
 
 
-class _Hold:
+class _SharedLock:
     """A shared lock, held through one descriptor; a forked child shares it, an executed program does not inherit it."""
 
     def __init__(self, descriptor: int) -> None:
@@ -53,7 +53,7 @@ class _Hold:
 
 
 @dataclass(frozen=True, slots=True)
-class Attachment:
+class ServerHandle:
     """One user's hold on the server; the server lives at least as long. A context manager; `close` may be repeated."""
 
     url: str
@@ -61,13 +61,13 @@ class Attachment:
     directory: Path
     started: bool
     version: str
-    _hold: _Hold = field(repr=False, compare=False)
+    _hold: _SharedLock = field(repr=False, compare=False)
 
     def close(self) -> None:
         """Let go; the keeper stops the server when nobody else holds it."""
         self._hold.close()
 
-    def __enter__(self) -> Attachment:
+    def __enter__(self) -> ServerHandle:
         """Return itself."""
         return self
 
@@ -79,7 +79,7 @@ class Attachment:
 
 
 @dataclass(frozen=True, slots=True)
-class Status:
+class ServerStatus:
     """What is known of a project's server: `size` is its data in bytes; `pid` and `url` are None when none runs."""
 
     running: bool
@@ -91,7 +91,7 @@ class Status:
     size: int
 
 
-def attach(directory: Path | None = None, *, wait: float = 10.0) -> Attachment:
+def attach(directory: Path | None = None, *, wait: float = 10.0) -> ServerHandle:
     """
     Hold the server of *directory* (a `.conveyor`, by default the project's), starting it when none runs.
 
@@ -105,7 +105,7 @@ def attach(directory: Path | None = None, *, wait: float = 10.0) -> Attachment:
         place.mkdir(parents=True, exist_ok=True)
         if not (place / ".gitignore").exists():
             (place / ".gitignore").write_text("*\n")
-        hold = _Hold(_share(place, deadline))
+        hold = _SharedLock(_share(place, deadline))
     try:
         return _join(place, hold, deadline, wait)
     except BaseException:
@@ -122,14 +122,14 @@ def project_directory(start: Path | None = None) -> Path:
     return origin / ".conveyor"
 
 
-def inspect(directory: Path | None = None) -> Status | None:
+def inspect(directory: Path | None = None) -> ServerStatus | None:
     """Say how the server of *directory* is, without starting or holding it; None where none has ever run."""
     place = _resolve(directory)
     record = _record(place)
     if record is None:
         return None
     running = record["pid"] > 0 and _kept(place) and _answers(record["socket"])
-    return Status(
+    return ServerStatus(
         running=running,
         url=_url(record["socket"]) if running else None,
         pid=record["pid"] if running else None,
@@ -163,7 +163,7 @@ def stop(directory: Path | None = None, *, wait: float = 10.0) -> bool:
     return ran
 
 
-def _join(place: Path, hold: _Hold, deadline: float, wait: float) -> Attachment:
+def _join(place: Path, hold: _SharedLock, deadline: float, wait: float) -> ServerHandle:
     started_at: int | None = None  # where the log of our server begins
     while True:
         with _usable(place):
@@ -182,7 +182,7 @@ def _join(place: Path, hold: _Hold, deadline: float, wait: float) -> Attachment:
             reply = keeper.ask(record["socket"], b"PING")
             if record["pid"] and reply.startswith(b"+PONG"):
                 version = f"{record['family']} {record['version']}"
-                return Attachment(_url(record["socket"]), record["pid"], place, started_at is not None, version, hold)
+                return ServerHandle(_url(record["socket"]), record["pid"], place, started_at is not None, version, hold)
         if reply.startswith(b"-LOADING"):
             deadline = time.monotonic() + wait
         if time.monotonic() > deadline:
@@ -190,7 +190,7 @@ def _join(place: Path, hold: _Hold, deadline: float, wait: float) -> Attachment:
         time.sleep(_POLL)
 
 
-def _late(place: Path, record: keeper.Record | None, wait: float) -> str:
+def _late(place: Path, record: keeper.ServerRecord | None, wait: float) -> str:
     if record is None or not record["pid"]:
         return f"The embedded server of {place} is not ready after {wait:g} s."
     return (
@@ -206,7 +206,7 @@ def _start_keeper(place: Path, lock: int) -> int:
     binary, version = server_binary()
     family, _, number = version.partition(" ")
     _require_same_server(place, binary, family, number)
-    orders = keeper.Orders(
+    orders = keeper.KeeperRequest(
         directory=str(place),
         socket=str(_socket_path(place)),
         binary=str(binary),
@@ -297,7 +297,7 @@ def _usable(place: Path) -> Iterator[None]:
         ) from error
 
 
-def _record(place: Path) -> keeper.Record | None:
+def _record(place: Path) -> keeper.ServerRecord | None:
     try:
         with _usable(place):
             return keeper.read_record(str(place))
@@ -348,7 +348,7 @@ def _reached(path: str, command: bytes) -> bool:
     return True
 
 
-def _is_here(record: keeper.Record) -> bool:
+def _is_here(record: keeper.ServerRecord) -> bool:
     return record["keeper"] > 0 and record["host"] == socket.gethostname()  # in a container, the pid is another process
 
 

@@ -16,24 +16,24 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 from conveyor.errors import QueueFull
 from conveyor.store.script import Call
 from conveyor.store.transport import replies
-from conveyor.store.transport.connection import Plain, refusal
+from conveyor.store.transport.connection import IdempotentCommand, refusal
 
 if TYPE_CHECKING:
-    from conveyor.store.transport.endpoint import Place
+    from conveyor.store.transport.endpoint import Endpoint
 
 T = TypeVar("T")
 Reply = Callable[[Any], None]
 
 
-class WireLost(ConnectionError):
+class ConnectionLost(ConnectionError):
     """The connection went away before the reply came."""
 
 
-class _Stream(asyncio.Protocol):
+class _StreamProtocol(asyncio.Protocol):
     """The protocol of one connection; one that was given up says nothing to its wire any more."""
 
-    def __init__(self, wire: Wire) -> None:
-        self._wire: Wire | None = wire
+    def __init__(self, wire: AsyncConnection) -> None:
+        self._wire: AsyncConnection | None = wire
 
     def abandon(self) -> None:
         self._wire = None
@@ -47,19 +47,19 @@ class _Stream(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         if self._wire is not None:
-            self._wire.drop(WireLost(str(exc) if exc else "Connection closed by server"))
+            self._wire.drop(ConnectionLost(str(exc) if exc else "Connection closed by server"))
 
 
-class Wire:
+class AsyncConnection:
     """A connection of one event loop that opens itself; what is sent in one tick leaves in one write."""
 
-    def __init__(self, place: Place) -> None:
+    def __init__(self, place: Endpoint) -> None:
         """Remember where to connect."""
         self.place = place
         self._answers_within = place.answers_within
         self._raw: Any = None  # keeps redis-py's stream writer alive, which would close the transport
         self._transport: asyncio.WriteTransport | None = None
-        self._stream: _Stream | None = None
+        self._stream: _StreamProtocol | None = None
         self._reader: Any = None
         self._pack: Callable[[Any], bytes]
         self._pending: deque[tuple[Reply, float]] = deque()
@@ -76,31 +76,31 @@ class Wire:
 
     # -- for callers ----------------------------------------------------------------------------------------------
 
-    async def run(self, call: Call[T] | Plain, *, patience: float | None) -> T:
+    async def run(self, call: Call[T] | IdempotentCommand, *, patience: float | None) -> T:
         """
         Carry out *call* and return its decoded reply.
 
         Transport errors and passing refusals are repeated for *patience* seconds (None: for ever), then raise
         StoreUnavailable: the step may or may not have happened. Cancelling the caller disturbs nobody else.
         """
-        left = replies.Patience(patience)
+        left = replies.RetryTimer(patience)
         command, unsure = call.command, False
         while True:
             try:
                 reply = await self.execute(*command())
             except OSError as error:
                 unsure, cause = True, cast("Exception", error)
-                what = replies.Remedy.WAIT
+                what = replies.ErrorAction.WAIT
                 if self._closed:
                     raise replies.unreachable(str(self.place), error) from error
             else:
                 if not isinstance(reply, Exception):
                     return await self._decode(call, reply, patience) if unsure else call.decode(reply)
                 cause, what = reply, self.heed(reply)
-            if what is replies.Remedy.LOAD:
+            if what is replies.ErrorAction.LOAD:
                 command = call.load
                 continue
-            if what is replies.Remedy.RAISE:
+            if what is replies.ErrorAction.RAISE:
                 refusal = replies.final(str(cause), str(self.place))
                 if not unsure:
                     raise refusal from cause
@@ -109,22 +109,22 @@ class Wire:
             if wait is None:
                 raise replies.unreachable(str(self.place), cause) from cause
             await asyncio.sleep(wait)
-            if what is replies.Remedy.ASIDE:
+            if what is replies.ErrorAction.ASIDE:
                 reply = await self._aside(str(cause), command())
                 if not isinstance(reply, Exception):
                     return await self._decode(call, reply, patience) if unsure else call.decode(reply)
                 unsure = unsure or isinstance(reply, OSError)
-                if replies.remedy(str(reply)) is replies.Remedy.LOAD:
+                if replies.remedy(str(reply)) is replies.ErrorAction.LOAD:
                     command = call.load
 
-    async def _decode(self, call: Call[T] | Plain, reply: Any, patience: float | None) -> T:
+    async def _decode(self, call: Call[T] | IdempotentCommand, reply: Any, patience: float | None) -> T:
         """Decode the reply of a call that may have been carried out before."""
         try:
             return cast("T", call.decode(reply))
         except QueueFull as refusal:
             return await self._refuse(call, refusal, patience)
 
-    async def _refuse(self, call: Call[T] | Plain, refusal: Exception, patience: float | None) -> T:
+    async def _refuse(self, call: Call[T] | IdempotentCommand, refusal: Exception, patience: float | None) -> T:
         """Raise *refusal* of such a call; that a push is full only when no copy of it can be accepted any more."""
         withdrawal = call.withdrawal() if isinstance(refusal, QueueFull) else None
         if withdrawal is None or (reply := await self.run(withdrawal, patience=patience)) is None:
@@ -133,11 +133,11 @@ class Wire:
 
     async def ask(self, *command: Any, patience: float | None) -> Any:
         """Send one plain command, which may be repeated, and return the raw reply; errors as in `run`."""
-        return await self.run(Plain(command), patience=patience)
+        return await self.run(IdempotentCommand(command), patience=patience)
 
     async def _aside(self, redirection: str, command: tuple[Any, ...]) -> Any:
         """Send one command where ASK says; any error means that we ask here again."""
-        other = Wire(self.place.aside(redirection))
+        other = AsyncConnection(self.place.aside(redirection))
         try:
             await other.execute("ASKING")
             return await other.execute(*command)
@@ -146,7 +146,7 @@ class Wire:
         finally:
             other.close()
 
-    def heed(self, reply: object) -> replies.Remedy:
+    def heed(self, reply: object) -> replies.ErrorAction:
         """
         Return what to do about an error reply; when it says that we are at the wrong place, the wire is dropped.
 
@@ -154,11 +154,11 @@ class Wire:
         """
         text = str(reply)
         what = replies.remedy(text)
-        if what is replies.Remedy.MOVE:
-            self.drop(WireLost(f"this is the wrong node now ({text})"))
+        if what is replies.ErrorAction.MOVE:
+            self.drop(ConnectionLost(f"this is the wrong node now ({text})"))
             self.place.moved(text)
-        elif what is replies.Remedy.RECONNECT:
-            self.drop(WireLost(f"the server takes no writes now ({text})"))
+        elif what is replies.ErrorAction.RECONNECT:
+            self.drop(ConnectionLost(f"the server takes no writes now ({text})"))
         return what
 
     async def execute(self, *command: Any, block: float = 0.0) -> Any:
@@ -188,7 +188,7 @@ class Wire:
         It leaves at the end of this pass of the loop with what else is sent in it, or *at_once*.
         """
         if self._transport is None or self._loop is None:
-            answer(WireLost("not connected"))
+            answer(ConnectionLost("not connected"))
             return
         if not self._out and not at_once:
             self._loop.call_soon(self._flush)
@@ -207,7 +207,7 @@ class Wire:
             if self._transport is not None:
                 return
             if self._closed:
-                raise WireLost("closed")
+                raise ConnectionLost("closed")
             import hiredis
             from redis import RedisError
 
@@ -216,16 +216,16 @@ class Wire:
             except RedisError as error:
                 if (text := refusal(error)) is not None:
                     raise replies.final(text, str(self.place)) from error
-                raise WireLost(str(error)) from error
+                raise ConnectionLost(str(error)) from error
             if self._closed:  # meanwhile
                 await raw.disconnect(nowait=True)
-                raise WireLost("closed")
+                raise ConnectionLost("closed")
             self._raw, self._reader = raw, hiredis.Reader(replyError=_reply_error)
             self._pack = hiredis.pack_command
             self._loop = asyncio.get_running_loop()
             assert raw._writer is not None  # noqa: SLF001
             transport = raw._writer.transport  # noqa: SLF001  the one private name we use; a test holds it
-            self._stream = _Stream(self)
+            self._stream = _StreamProtocol(self)
             transport.set_protocol(self._stream)
             self._transport = transport
             if self._opened and self.reopened is not None:
@@ -235,7 +235,7 @@ class Wire:
     def close(self) -> None:
         """Close for good."""
         self._closed = True
-        self.drop(WireLost("closed"))
+        self.drop(ConnectionLost("closed"))
 
     @property
     def is_open(self) -> bool:
@@ -287,7 +287,7 @@ class Wire:
             return
         overdue = self._pending[0][1] - self._loop.time()
         if overdue <= 0:
-            self.drop(WireLost("Timeout reading from server"))
+            self.drop(ConnectionLost("Timeout reading from server"))
         else:
             self._watch = self._loop.call_later(overdue, self._check)
 

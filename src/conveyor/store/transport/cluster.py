@@ -13,8 +13,8 @@ from conveyor.errors import ConfigurationError, ConveyorError
 from conveyor.store.fork_safety import on_fork
 from conveyor.store.transport import replies
 from conveyor.store.transport.connection import ask, refusal
-from conveyor.store.transport.endpoint import ELSEWHERE_AFTER, Place, Unresolved, in_thread
-from conveyor.store.transport.url import Address, masked, split_hosts
+from conveyor.store.transport.endpoint import ELSEWHERE_AFTER, Endpoint, EndpointUnresolved, in_thread
+from conveyor.store.transport.url import StandaloneServer, masked, split_hosts
 
 if TYPE_CHECKING:
     from redis import Connection
@@ -63,8 +63,8 @@ class Cluster:
                 "namespace= to keep programs apart.",
                 code="E33",
             )
-        self._places: dict[int, SlotPlace] = {}
-        self._nodes: dict[Server, Address] = {}
+        self._places: dict[int, SlotEndpoint] = {}
+        self._nodes: dict[Server, StandaloneServer] = {}
         self._known: list[Server] = list(self._hosts.hosts)
         self._owners: list[Server | None] = [None] * SLOTS
         self._node(self._known[0]).check()
@@ -80,29 +80,29 @@ class Cluster:
         self._mapped_at = self._asked_at = float("-inf")
         self._failure: Exception | None = None
 
-    def place(self, key: str) -> Place:
+    def place(self, key: str) -> Endpoint:
         """Return where the commands for *key* go; "" is any node."""
         slot = slot_of(key) if key else ANYWHERE
         found = self._places.get(slot)
         if found is None:
-            found = self._places.setdefault(slot, SlotPlace(self, slot))
+            found = self._places.setdefault(slot, SlotEndpoint(self, slot))
         return found
 
-    def nodes(self) -> list[Address]:
+    def nodes(self) -> list[StandaloneServer]:
         """Return the nodes that own slots now."""
         self._refresh()
         return [self._node(server) for server in dict.fromkeys(one for one in self._owners if one is not None)]
 
     # -- the map --------------------------------------------------------------------------------------------------
 
-    def known_owner(self, slot: int) -> Address | None:
+    def known_owner(self, slot: int) -> StandaloneServer | None:
         """Return who owns *slot* by the map, None when the map is not to be believed any more."""
         if monotonic() - self._mapped_at > FRESH:
             return None
         server = next((one for one in self._known if one in self._owners), None) if slot < 0 else self._owners[slot]
         return None if server is None else self._node(server)
 
-    def owner(self, slot: int) -> Address:
+    def owner(self, slot: int) -> StandaloneServer:
         """Return who owns *slot*; asks the nodes when the map is old. Raises Unresolved, ConfigurationError."""
         found = self.known_owner(slot)
         if found is not None:
@@ -110,7 +110,7 @@ class Cluster:
         self._refresh()
         found = self.known_owner(slot)
         if found is None:
-            raise Unresolved(f"no node of the cluster owns slot {slot}")
+            raise EndpointUnresolved(f"no node of the cluster owns slot {slot}")
         return found
 
     def noted(self, slot: int, server: Server) -> None:
@@ -125,7 +125,7 @@ class Cluster:
             self._known.remove(server)
             self._known.append(server)
 
-    def redirected(self, reply: str, asked: Server | None) -> tuple[int, Address] | None:
+    def redirected(self, reply: str, asked: Server | None) -> tuple[int, StandaloneServer] | None:
         """Return the slot and the node that MOVED or ASK name; one without a host means the host that was *asked*."""
         found = _REDIRECT.search(reply)
         if found is None:
@@ -144,7 +144,7 @@ class Cluster:
                 self._owners = self._ask_for_map()
                 self._failure = None
                 self._mapped_at = monotonic()
-            except Unresolved as error:
+            except EndpointUnresolved as error:
                 self._failure = error
                 raise
             finally:
@@ -172,10 +172,12 @@ class Cluster:
             return doubtful
         if refused is not None:
             raise refused
-        raise Unresolved(f"no node of the cluster answers ({'; '.join(reasons) or 'none of them knows a slot'})")
+        raise EndpointUnresolved(
+            f"no node of the cluster answers ({'; '.join(reasons) or 'none of them knows a slot'})"
+        )
 
     def _ask(self, server: Server) -> tuple[bytes, list[Any]]:
-        node = Address(self._hosts.url(*server), min(self._timeout, ASK_TIMEOUT), ASK_TIMEOUT)
+        node = StandaloneServer(self._hosts.url(*server), min(self._timeout, ASK_TIMEOUT), ASK_TIMEOUT)
         connection = node.open(read_timeout=ASK_TIMEOUT)
         try:
             return ask(connection, "CLUSTER", "INFO") or b"cluster_state:ok", ask(connection, "CLUSTER", "SLOTS")
@@ -206,24 +208,24 @@ class Cluster:
             return replies.final(text, str(self))
         return ConfigurationError(f"{self} names a cluster, but the server at {host} {what}", code="E33")
 
-    def _node(self, server: Server) -> Address:
+    def _node(self, server: Server) -> StandaloneServer:
         found = self._nodes.get(server)
         if found is None:
-            found = self._nodes[server] = Address(self._hosts.url(*server), self._timeout, ANSWER_TIMEOUT)
+            found = self._nodes[server] = StandaloneServer(self._hosts.url(*server), self._timeout, ANSWER_TIMEOUT)
         return found
 
-    def server_of(self, node: Address) -> Server | None:
+    def server_of(self, node: StandaloneServer) -> Server | None:
         """Return host and port of a node."""
         return next((server for server, address in self._nodes.items() if address is node), None)
 
 
-class SlotPlace:
+class SlotEndpoint:
     """Where one slot lies, or any node."""
 
     def __init__(self, cluster: Cluster, slot: int) -> None:
         """Take the cluster and the slot's number, -1 for any."""
         self._cluster, self._slot = cluster, slot
-        self._asked: Address | None = None
+        self._asked: StandaloneServer | None = None
 
     def __str__(self) -> str:
         return str(self._cluster)
@@ -267,14 +269,14 @@ class SlotPlace:
         assert server is not None
         self._cluster.noted(found[0], server)
 
-    def aside(self, reply: str) -> Place:
+    def aside(self, reply: str) -> Endpoint:
         """Return the node that ASK names."""
         found = self._redirected(reply)
         if found is None:
-            raise Unresolved(reply)
+            raise EndpointUnresolved(reply)
         return found[1]
 
-    def _redirected(self, reply: str) -> tuple[int, Address] | None:
+    def _redirected(self, reply: str) -> tuple[int, StandaloneServer] | None:
         asked = None if self._asked is None else self._cluster.server_of(self._asked)
         return self._cluster.redirected(reply, asked)
 

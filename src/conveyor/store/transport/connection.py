@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from redis import Connection as RawConnection
     from redis.asyncio import Connection as AsyncRawConnection
 
-    from conveyor.store.transport.endpoint import Place
+    from conveyor.store.transport.endpoint import Endpoint
 
 
 T = TypeVar("T")
@@ -36,7 +36,7 @@ class Connection:
     a quarter of the time of a call. The timeout is the kernel's: Python's own costs a system call each way.
     """
 
-    def __init__(self, place: Place) -> None:
+    def __init__(self, place: Endpoint) -> None:
         """Remember where to connect."""
         self.place = place
         self._answers_within = place.answers_within
@@ -64,7 +64,7 @@ class Connection:
         try:
             return self.execute(*command)
         except Exception as error:
-            return self._persist(Plain(command), error, patience)
+            return self._persist(IdempotentCommand(command), error, patience)
 
     def post(self, call: Call[T]) -> Callable[[float], T]:
         """Send *call* and return what waits for its reply: called with a patience in seconds, it is the rest of `run`."""
@@ -85,15 +85,15 @@ class Connection:
 
         return collect
 
-    def _persist(self, call: Call[T] | Plain, error: Exception, seconds: float) -> T:
+    def _persist(self, call: Call[T] | IdempotentCommand, error: Exception, seconds: float) -> T:
         """Repeat *call*, which failed with *error*, until it is answered or *seconds* have passed."""
-        command, patience, unsure = call.command, replies.Patience(seconds), False
+        command, patience, unsure = call.command, replies.RetryTimer(seconds), False
         while True:
             what, text, at = _verdict(error), reply_text(error), self
             unsure = unsure or not answered(error)
-            if what is replies.Remedy.LOAD:
+            if what is replies.ErrorAction.LOAD:
                 command = call.load
-            elif what is replies.Remedy.RAISE:
+            elif what is replies.ErrorAction.RAISE:
                 refusal = replies.final(text, str(self.place))
                 if not unsure:
                     raise refusal from error
@@ -101,13 +101,13 @@ class Connection:
             else:
                 if what in _ELSEWHERE:
                     self.close()
-                    if what is replies.Remedy.MOVE:
+                    if what is replies.ErrorAction.MOVE:
                         self.place.moved(text)
                 wait = patience.pause(text)
                 if wait is None:
                     raise replies.unreachable(str(self.place), error) from error
                 time.sleep(wait)
-                if what is replies.Remedy.ASIDE:
+                if what is replies.ErrorAction.ASIDE:
                     at = Connection(self.place.aside(text))
             try:
                 if at is not self:
@@ -126,7 +126,7 @@ class Connection:
                     raise
                 return self._refuse(call, full, seconds)
 
-    def _refuse(self, call: Call[T] | Plain, refusal: Exception, seconds: float) -> T:
+    def _refuse(self, call: Call[T] | IdempotentCommand, refusal: Exception, seconds: float) -> T:
         """
         Raise *refusal* of a call that may have been carried out before.
 
@@ -199,10 +199,10 @@ class Connection:
             raw.disconnect()
 
 
-_ELSEWHERE = {replies.Remedy.RECONNECT, replies.Remedy.MOVE}
+_ELSEWHERE = {replies.ErrorAction.RECONNECT, replies.ErrorAction.MOVE}
 
 
-class Plain:
+class IdempotentCommand:
     """A command that is no script and may be repeated all the same."""
 
     __slots__ = ("_words",)
@@ -255,17 +255,17 @@ def answered(error: BaseException) -> bool:
     return isinstance(error, ResponseError) and not isinstance(error, TransportError)
 
 
-def _verdict(error: Exception) -> replies.Remedy:
+def _verdict(error: Exception) -> replies.ErrorAction:
     """Return what to do about an exception of the client library."""
     from redis import AuthenticationError, RedisError
 
     if isinstance(error, AuthenticationError):
-        return replies.Remedy.RAISE
+        return replies.ErrorAction.RAISE
     if answered(error):
         return replies.remedy(reply_text(error))
     if isinstance(error, RedisError | OSError):
         known = replies.remedy(reply_text(error))
-        return replies.Remedy.RECONNECT if known is replies.Remedy.RAISE else known
+        return replies.ErrorAction.RECONNECT if known is replies.ErrorAction.RAISE else known
     raise error
 
 
@@ -283,7 +283,7 @@ def refusal(error: Exception) -> str | None:
         if (
             isinstance(one, Exception)
             and answered(one)
-            and replies.remedy(text := reply_text(one)) is replies.Remedy.RAISE
+            and replies.remedy(text := reply_text(one)) is replies.ErrorAction.RAISE
         ):
             return text
     return None

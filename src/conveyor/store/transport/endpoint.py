@@ -20,11 +20,11 @@ ELSEWHERE_AFTER = 2.5
 """The same where another one may have taken its part: half of a producer's patience, so that the other is still asked."""
 
 
-class Unresolved(ConnectionError):
+class EndpointUnresolved(ConnectionError):
     """Nobody could say where to connect to, or who is there is not who we look for; it may be otherwise soon."""
 
 
-class Place(Protocol):
+class Endpoint(Protocol):
     """Something to connect to, again and again; each time it finds out anew where that is. Equal ones may share a connection."""
 
     @property
@@ -44,7 +44,7 @@ class Place(Protocol):
         """Take note of an error reply that says the keys are elsewhere. Raises ConfigurationError (E33) where that cannot be."""
         ...
 
-    def aside(self, reply: str) -> Place:
+    def aside(self, reply: str) -> Endpoint:
         """Return where a reply of ASK sends this one command: the node that takes the slot over."""
         ...
 
@@ -63,7 +63,7 @@ class Topology(Protocol):
     @property
     def url(self) -> str: ...
 
-    def place(self, key: str) -> Place:
+    def place(self, key: str) -> Endpoint:
         """Return where the commands for *key* go; "" is any key."""
         ...
 

@@ -27,7 +27,7 @@ SLOT_MOVES = 30.0
 """Seconds for which a call waits for a slot that is on its way to another node, where it would wait at all."""
 
 
-class Remedy(Enum):
+class ErrorAction(Enum):
     """What the caller of a script does next."""
 
     LOAD = "send the script's text"
@@ -39,9 +39,9 @@ class Remedy(Enum):
 
 
 _REMEDY = {
-    "NOSCRIPT": Remedy.LOAD, "BUSY": Remedy.WAIT, "LOADING": Remedy.WAIT, "TRYAGAIN": Remedy.WAIT, "CLUSTERDOWN": Remedy.MOVE,
-    "MASTERDOWN": Remedy.RECONNECT, "UNBLOCKED": Remedy.WAIT, "NOREPLICAS": Remedy.RECONNECT, "MISCONF": Remedy.WAIT,
-    "READONLY": Remedy.RECONNECT, "MOVED": Remedy.MOVE, "ASK": Remedy.ASIDE,
+    "NOSCRIPT": ErrorAction.LOAD, "BUSY": ErrorAction.WAIT, "LOADING": ErrorAction.WAIT, "TRYAGAIN": ErrorAction.WAIT, "CLUSTERDOWN": ErrorAction.MOVE,
+    "MASTERDOWN": ErrorAction.RECONNECT, "UNBLOCKED": ErrorAction.WAIT, "NOREPLICAS": ErrorAction.RECONNECT, "MISCONF": ErrorAction.WAIT,
+    "READONLY": ErrorAction.RECONNECT, "MOVED": ErrorAction.MOVE, "ASK": ErrorAction.ASIDE,
 }  # fmt: skip
 
 
@@ -50,15 +50,15 @@ def moving(text: str) -> bool:
     return "TRYAGAIN" in text or _ON_THE_WAY in text or text.startswith("ASK ")
 
 
-def remedy(text: str) -> Remedy:
+def remedy(text: str) -> ErrorAction:
     """Return what to do about an error reply."""
     found = _CODE.search(text)
     if found is None:
-        return Remedy.WAIT if _ON_THE_WAY in text else Remedy.RAISE
-    return _REMEDY.get(found[1] or found[2], Remedy.RAISE)
+        return ErrorAction.WAIT if _ON_THE_WAY in text else ErrorAction.RAISE
+    return _REMEDY.get(found[1] or found[2], ErrorAction.RAISE)
 
 
-class Patience:
+class RetryTimer:
     """How long one step is repeated, and the pauses between. `seconds` of None is for ever."""
 
     def __init__(self, seconds: float | None) -> None:

@@ -10,8 +10,8 @@ from urllib.parse import urlsplit
 from conveyor.errors import ConfigurationError, ConveyorError
 from conveyor.store.transport import replies
 from conveyor.store.transport.connection import aask, ask, refusal
-from conveyor.store.transport.endpoint import ELSEWHERE_AFTER, Place, Unresolved, in_thread
-from conveyor.store.transport.url import Address, check_database, masked, split_hosts
+from conveyor.store.transport.endpoint import ELSEWHERE_AFTER, Endpoint, EndpointUnresolved, in_thread
+from conveyor.store.transport.url import StandaloneServer, check_database, masked, split_hosts
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -55,7 +55,7 @@ class Sentinel:
         options |= {"password_file": own["password_file"]} if own["password_file"] else {}
         asking = replace(hosts, user=own["username"], password=own["password"], options=tuple(options.items()))
         timeout = min(self._timeout, ASK_TIMEOUT)
-        self._sentinels = [Address(asking.url(host, port), timeout, ASK_TIMEOUT) for host, port in hosts.hosts]
+        self._sentinels = [StandaloneServer(asking.url(host, port), timeout, ASK_TIMEOUT) for host, port in hosts.hosts]
         self._master: Server | None = None
         self.address(hosts.hosts[0]).check()
 
@@ -67,7 +67,7 @@ class Sentinel:
         """Seconds one answer may take."""
         return ELSEWHERE_AFTER
 
-    def place(self, key: str) -> Place:
+    def place(self, key: str) -> Endpoint:
         """Return where the commands for *key* go: all go to the master."""
         return self
 
@@ -75,13 +75,13 @@ class Sentinel:
         """Say that this is a node of a cluster."""
         self._sentinels[0].moved(reply)
 
-    def aside(self, reply: str) -> Place:
+    def aside(self, reply: str) -> Endpoint:
         """Never needed: a master that sentinels watch is no node of a cluster."""
         return self._sentinels[0].aside(reply)
 
     def open(self, *, read_timeout: float | None) -> Connection:
         """Return a connection to the master. Raises Unresolved, redis-py's errors, ConfigurationError (E32)."""
-        election = _Election(self)
+        election = _MasterLookup(self)
         for server in election.candidates():
             try:
                 connection = self.address(server).open(read_timeout=read_timeout)
@@ -98,7 +98,7 @@ class Sentinel:
 
     async def aopen(self) -> AsyncConnection:
         """Return a connection of asyncio to the master."""
-        election = _Election(self)
+        election = _MasterLookup(self)
         candidates = election.candidates()
         while (server := await in_thread(lambda: next(candidates, None))) is not None:
             try:
@@ -114,15 +114,15 @@ class Sentinel:
             await connection.disconnect(nowait=True)
         raise election.unresolved()
 
-    def address(self, server: Server) -> Address:
+    def address(self, server: Server) -> StandaloneServer:
         """Return the address of a server with our credentials."""
-        return Address(self._server.url(*server, database=self._database), self._timeout, ANSWER_TIMEOUT)
+        return StandaloneServer(self._server.url(*server, database=self._database), self._timeout, ANSWER_TIMEOUT)
 
-    def preferred(self) -> list[Address]:
+    def preferred(self) -> list[StandaloneServer]:
         """Return the sentinels, the one that answered last first."""
         return list(self._sentinels)
 
-    def prefer(self, sentinel: Address) -> None:
+    def prefer(self, sentinel: StandaloneServer) -> None:
         """Ask this one first from now on."""
         self._sentinels = [sentinel, *(one for one in self._sentinels if one != sentinel)]
 
@@ -133,7 +133,7 @@ class Sentinel:
         self._master = server
 
 
-class _Election:
+class _MasterLookup:
     """One search for the master: whom the sentinels name, who of them agrees, and why the others did not do."""
 
     def __init__(self, sentinel: Sentinel) -> None:
@@ -141,8 +141,8 @@ class _Election:
 
         self._sentinel = sentinel
         self._reasons: list[str] = []
-        self._ignorant: list[Address] = []
-        self._named: Address | None = None
+        self._ignorant: list[StandaloneServer] = []
+        self._named: StandaloneServer | None = None
         self.passing: tuple[type[Exception], ...] = (RedisError, OSError)
         self._refused: ConveyorError | None = None
 
@@ -164,7 +164,7 @@ class _Election:
                 self._named = address
                 yield server
 
-    def _ask(self, address: Address) -> Server | None:
+    def _ask(self, address: StandaloneServer) -> Server | None:
         connection = address.open(read_timeout=ASK_TIMEOUT)
         try:
             reply = ask(connection, "SENTINEL", "GET-MASTER-ADDR-BY-NAME", self._sentinel.name)
@@ -202,10 +202,12 @@ class _Election:
             )
         if self._named is None:
             reasons = self._reasons + [f"{_short(one)} knows no such master" for one in self._ignorant]
-            return Unresolved(f"no sentinel says who is the master {self._sentinel.name!r} ({'; '.join(reasons)})")
-        return Unresolved(f"the master {self._sentinel.name!r} is not to be found ({'; '.join(self._reasons)})")
+            return EndpointUnresolved(
+                f"no sentinel says who is the master {self._sentinel.name!r} ({'; '.join(reasons)})"
+            )
+        return EndpointUnresolved(f"the master {self._sentinel.name!r} is not to be found ({'; '.join(self._reasons)})")
 
-    def _known(self, address: Address) -> str:
+    def _known(self, address: StandaloneServer) -> str:
         try:
             connection = address.open(read_timeout=ASK_TIMEOUT)
             try:
@@ -218,7 +220,7 @@ class _Election:
         return f"They know: {', '.join(names)}." if names else "They know none."
 
 
-def _no_sentinel(address: Address, text: str) -> ConveyorError:
+def _no_sentinel(address: StandaloneServer, text: str) -> ConveyorError:
     """Return the error for what is asked as a sentinel and refuses."""
     if "unknown command" not in text:
         return replies.final(text, str(address))
@@ -230,5 +232,5 @@ def _no_sentinel(address: Address, text: str) -> ConveyorError:
     )
 
 
-def _short(address: Address | None) -> str:
+def _short(address: StandaloneServer | None) -> str:
     return "nobody" if address is None else address.host

@@ -8,7 +8,7 @@ from urllib.parse import parse_qs
 
 from conveyor.errors import ConfigurationError
 from conveyor.store.transport.endpoint import Topology
-from conveyor.store.transport.url import Address, masked, taken_apart
+from conveyor.store.transport.url import StandaloneServer, masked, taken_apart
 
 log = logging.getLogger("conveyor.store")
 SCHEMES = (
@@ -34,7 +34,7 @@ def locate(url: str, connect_timeout: float | None = None) -> Topology:
         from conveyor.store.transport.cluster import Cluster
 
         return Cluster(url, *timeout)
-    return Address(url, *timeout)
+    return StandaloneServer(url, *timeout)
 
 
 def embedded_directory(url: str) -> str:

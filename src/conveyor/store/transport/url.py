@@ -20,14 +20,14 @@ from urllib.parse import SplitResult, parse_qsl, quote, unquote, urlencode, urls
 from redis.credentials import CredentialProvider
 
 from conveyor.errors import ConfigurationError
-from conveyor.store.fork_safety import lazy
+from conveyor.store.fork_safety import lazy_property
 from conveyor.store.transport.endpoint import ANSWER_TIMEOUT
 
 if TYPE_CHECKING:
     from redis import Connection
     from redis.asyncio import Connection as AsyncConnection
 
-    from conveyor.store.transport.endpoint import Place
+    from conveyor.store.transport.endpoint import Endpoint
 
 
 # To the last "@" of the word: a password that was not quoted may hold "/", ":" and "@" itself.
@@ -80,7 +80,7 @@ def check_database(text: str, url: str) -> None:
 
 
 @dataclass(frozen=True)
-class Address:
+class StandaloneServer:
     """One Redis server by its URL: ``redis://``, ``rediss://`` or ``unix://``."""
 
     url: str
@@ -114,11 +114,11 @@ class Address:
     def __repr__(self) -> str:
         return f"<Address {self}>"
 
-    @lazy
+    @lazy_property
     def _parts(self) -> SplitResult:
         return taken_apart(self.url)
 
-    @lazy
+    @lazy_property
     def _parameters(self) -> dict[str, Any]:
         from redis import connection
 
@@ -161,7 +161,7 @@ class Address:
                 "sentinel_password_file."
             ) from None
 
-    def place(self, key: str) -> Place:
+    def place(self, key: str) -> Endpoint:
         """Return where the commands for *key* go: all go here."""
         return self
 
@@ -192,7 +192,7 @@ class Address:
             code="E33",
         )
 
-    def aside(self, reply: str) -> Place:
+    def aside(self, reply: str) -> Endpoint:
         """Raise the same."""
         self.moved(reply)
         raise AssertionError
@@ -248,7 +248,7 @@ def configured_url(argument: str | None) -> str | None:
 
 
 @dataclass(frozen=True)
-class Hosts:
+class HostList:
     """The parts of a URL that names several hosts: ``scheme://user:password@h1:1,h2:2/path?options``."""
 
     scheme: str
@@ -267,7 +267,7 @@ class Hosts:
         return f"{self.scheme}://{login}{name}:{port}/{database}{options}"
 
 
-def split_hosts(url: str, default_port: int) -> Hosts:
+def split_hosts(url: str, default_port: int) -> HostList:
     """Take a URL of several hosts apart. Raises ConfigurationError."""
     parts = taken_apart(url)
     login, _, names = parts.netloc.rpartition("@")
@@ -277,7 +277,7 @@ def split_hosts(url: str, default_port: int) -> Hosts:
         raise ConfigurationError(f"{masked(url)!r} names no host.")
     options = tuple(parse_qsl(parts.query, keep_blank_values=True))
     path = unquote(parts.path.strip("/"))
-    return Hosts(parts.scheme.partition("+")[0], unquote(user), unquote(password), hosts, path, options)
+    return HostList(parts.scheme.partition("+")[0], unquote(user), unquote(password), hosts, path, options)
 
 
 def _host(url: str, name: str, default_port: int) -> tuple[str, int]:

@@ -10,19 +10,19 @@ from typing import TYPE_CHECKING, Any
 
 from conveyor.store import operations
 from conveyor.store.transport import replies
-from conveyor.store.transport.async_connection import Wire
+from conveyor.store.transport.async_connection import AsyncConnection
 from conveyor.store.transport.connection import Connection
 
 if TYPE_CHECKING:
-    from conveyor.store.transport.endpoint import Place
+    from conveyor.store.transport.endpoint import Endpoint
 
 log = logging.getLogger("conveyor.store")
 
 
-class Bell:
+class WakeupWaiter:
     """A blocking connection that waits. One thread waits; any may close it."""
 
-    def __init__(self, place: Place) -> None:
+    def __init__(self, place: Endpoint) -> None:
         """Remember where to connect."""
         self._connection = Connection(place)
         self._failures = 0
@@ -50,11 +50,11 @@ class Bell:
             reply = self._connection.execute(*command, block=max(seconds, 0.001))
         except (RedisError, OSError, ValueError, AttributeError) as error:
             # The last two are what a read meets whose connection another thread has closed.
-            what = replies.remedy(str(error)) if isinstance(error, ResponseError) else replies.Remedy.RECONNECT
-            if what is replies.Remedy.RAISE:
+            what = replies.remedy(str(error)) if isinstance(error, ResponseError) else replies.ErrorAction.RECONNECT
+            if what is replies.ErrorAction.RAISE:
                 raise replies.final(str(error), str(self._connection.place)) from error
             self._connection.close()
-            if what is replies.Remedy.MOVE:
+            if what is replies.ErrorAction.MOVE:
                 self._connection.place.moved(str(error))
             time.sleep(min(replies.pause(self._failures), max(seconds, 0.001)))
             self._failures += 1
@@ -63,12 +63,12 @@ class Bell:
         return reply
 
 
-class AsyncBell:
+class AsyncWakeupWaiter:
     """The same on asyncio, with a wire of its own."""
 
-    def __init__(self, place: Place) -> None:
+    def __init__(self, place: Endpoint) -> None:
         """Remember where to connect."""
-        self._wire = Wire(place)
+        self._wire = AsyncConnection(place)
         self._failures = 0
 
     async def wait(self, key: str, seconds: float) -> bool:
@@ -96,21 +96,21 @@ class AsyncBell:
             if not isinstance(reply, Exception):
                 self._failures = 0
                 return reply
-            if self._wire.heed(reply) is replies.Remedy.RAISE:
+            if self._wire.heed(reply) is replies.ErrorAction.RAISE:
                 raise replies.final(str(reply), str(self._wire.place))
         await asyncio.sleep(min(replies.pause(self._failures), max(seconds, 0.001)))
         self._failures += 1
         return None
 
 
-def ring(wire: Wire, key: str) -> None:
+def ring(wire: AsyncConnection, key: str) -> None:
     """Put a token into *key* for whoever blocks on it; it goes away by itself if nobody does."""
     # With its text: nobody would send it after a NOSCRIPT. As two commands a cut between them left the token for ever.
     wire.send(operations.ring(key).load(), _ignore)
 
 
 def _ignore(reply: Any) -> None:
-    if isinstance(reply, Exception) and replies.remedy(str(reply)) is replies.Remedy.RAISE:
+    if isinstance(reply, Exception) and replies.remedy(str(reply)) is replies.ErrorAction.RAISE:
         log.debug("ignored: %s", reply)
 
 

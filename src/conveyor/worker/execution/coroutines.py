@@ -18,7 +18,7 @@ from time import perf_counter
 from typing import Any
 
 from conveyor.worker.attempt import Attempt
-from conveyor.worker.crash_attribution import FULL, LOOP, Seats, named
+from conveyor.worker.crash_attribution import FULL, LOOP, RunningTable, named
 
 SLICE = 0.005
 """Seconds the slots may run jobs that never suspend before the loop gets its turn: what was finished leaves in one batch."""
@@ -28,11 +28,11 @@ Finish = Callable[[Attempt, Any, BaseException | None], None]
 Suspend = Callable[[Attempt], None]
 
 
-class Slots:
+class CoroutinePool:
     """Up to *limit* coroutines at once, taken in order from `backlog`."""
 
     def __init__(
-        self, limit: int, begin: Begin, suspended: Suspend, finish: Finish, seats: Seats | None = None
+        self, limit: int, begin: Begin, suspended: Suspend, finish: Finish, seats: RunningTable | None = None
     ) -> None:  # fmt: skip
         """Take how an attempt begins, what to do when it first suspends and at its end, and where to show what runs."""
         self.backlog: deque[Attempt] = deque()

@@ -14,11 +14,11 @@ from typing import Any
 from conveyor.jobs.context import CURRENT, Context
 from conveyor.payload import failures
 from conveyor.worker.attempt import Attempt
-from conveyor.worker.crash_attribution import BESIDE, LOOP, Seats, named
-from conveyor.worker.execution.coroutines import Slots
-from conveyor.worker.execution.processes import Processes
-from conveyor.worker.execution.threads import Threads
-from conveyor.worker.job_loader import Unusual
+from conveyor.worker.crash_attribution import BESIDE, LOOP, RunningTable, named
+from conveyor.worker.execution.coroutines import CoroutinePool
+from conveyor.worker.execution.processes import ProcessPool
+from conveyor.worker.execution.threads import ThreadPool
+from conveyor.worker.job_loader import JobLoader
 from conveyor.worker.leasing.timers import Deadlines
 
 Chain = Callable[[Context, Callable[[], Awaitable[Any]]], Coroutine[Any, Any, Any]]
@@ -37,8 +37,8 @@ class Executor:
     """Runs attempts and reports each end exactly once to *ended*."""
 
     def __init__(
-        self, *, concurrency: int, threads: int, processes: Processes, ended: Ended, stuck: Callable[[Attempt], None],
-        kinds: set[str], unusual: Unusual, chain: Chain | None = None, seats: Seats | None = None,
+        self, *, concurrency: int, threads: int, processes: ProcessPool, ended: Ended, stuck: Callable[[Attempt], None],
+        kinds: set[str], unusual: JobLoader, chain: Chain | None = None, seats: RunningTable | None = None,
     ) -> None:  # fmt: skip
         """
         Take the limits, what to do with an end, what to do with a thread that outlives its limit,
@@ -51,10 +51,10 @@ class Executor:
         self._ended, self._stuck, self._chain = ended, stuck, chain
         self._base = copy_context()
         self._loop = asyncio.get_running_loop()
-        self.slots = Slots(concurrency, self._begin, self._suspended, self._finish, seats)
+        self.slots = CoroutinePool(concurrency, self._begin, self._suspended, self._finish, seats)
         self._seats = seats
         self._beside: dict[Attempt, int] = {}
-        self.threads = Threads(threads, self._thread_ended, self._watch, seats)
+        self.threads = ThreadPool(threads, self._thread_ended, self._watch, seats)
         self._waiters = 0  # attempts on a thread whose slot waits for them inside the middlewares
         self.processes = processes
         self.deadlines = Deadlines(self._loop, self._expire)

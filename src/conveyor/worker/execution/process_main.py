@@ -27,20 +27,20 @@ from conveyor.jobs.context import CURRENT, Context
 from conveyor.jobs.task import Task
 from conveyor.worker.execution.process_protocol import (
     HEAD,
-    Done,
-    Extend,
-    Failed,
-    Job,
+    DoneReply,
+    ExtendRequest,
+    FailedReply,
     Order,
-    Ready,
+    ReadyReply,
     Report,
-    Start,
+    RunRequest,
+    StartRequest,
     capture,
     pack,
     read_order,
 )
 from conveyor.worker.logs import configure_log
-from conveyor.worker.recycling import Quota
+from conveyor.worker.recycling import RecycleLimits
 from conveyor.worker.supervision.child_main import load
 
 
@@ -51,9 +51,9 @@ def main() -> None:
         # Sent to all of a service at its stop; the worker decides how long this job may go on. A handler and not
         # SIG_IGN, which the programs that a job starts would inherit.
         signal.signal(number, lambda *_: None)
-    connection = _Connection(int(sys.argv[2]))
+    connection = _ParentConnection(int(sys.argv[2]))
     start = connection.receive()
-    if not isinstance(start, Start):
+    if not isinstance(start, StartRequest):
         return
     sys.path[:] = start.path
     configure_log(verbose=start.verbose)
@@ -63,10 +63,10 @@ def main() -> None:
     except BaseException as error:
         connection.send(capture(error, (__file__,)))
         return
-    quota, jobs = Quota(start.max_jobs, start.max_memory), 0
+    quota, jobs = RecycleLimits(start.max_jobs, start.max_memory), 0
     quota.begin()
-    connection.send(Ready())
-    while isinstance(job := connection.receive(), Job):
+    connection.send(ReadyReply())
+    while isinstance(job := connection.receive(), RunRequest):
         report = runner.run(job)
         _flush()
         jobs += 1
@@ -75,7 +75,7 @@ def main() -> None:
     runner.close()
 
 
-class _Connection:
+class _ParentConnection:
     """The worker's orders, and what it is told."""
 
     def __init__(self, descriptor: int) -> None:
@@ -105,7 +105,7 @@ class _Runner:
     life of the process, so that what the lifespan opened can be used there; the loop stands still in between.
     """
 
-    def __init__(self, connection: _Connection) -> None:
+    def __init__(self, connection: _ParentConnection) -> None:
         self._connection = connection
         self._loop = asyncio.Runner()
         self._over = asyncio.Event()
@@ -145,7 +145,7 @@ class _Runner:
         self._loop.close()
         self._app.close()
 
-    def run(self, job: Job) -> Done | Failed:
+    def run(self, job: RunRequest) -> DoneReply | FailedReply:
         """Run one job; whatever it raises is what it failed with."""
         try:
             task: Task[..., Any] | None = self._app.tasks.get(job.task)
@@ -161,7 +161,7 @@ class _Runner:
             result = self._call(task, args, kwargs, variables)
             keep_ms = task.settings.keep_ms if job.keep_ms is None else job.keep_ms
             stored = None if task.returns_none or not keep_ms else task.results.encode(result)
-            return Done(stored, context.spawned or [])
+            return DoneReply(stored, context.spawned or [])
         except BaseException as error:
             return capture(error, (__file__,))
 
@@ -174,7 +174,7 @@ class _Runner:
 
         return self._loop.run(call(), context=variables)
 
-    def _context(self, job: Job) -> Context:
+    def _context(self, job: RunRequest) -> Context:
         return Context(
             job_id=job.id,
             task=job.task,
@@ -182,7 +182,7 @@ class _Runner:
             attempt=job.attempt,
             headers=job.headers,
             state=self._state,
-            deadline_hook=lambda ms: self._connection.send(Extend(ms)),
+            deadline_hook=lambda ms: self._connection.send(ExtendRequest(ms)),
             enqueued_at=_instant(job.enqueued_ms),
         )
 

@@ -29,7 +29,7 @@ HEAD = struct.Struct("<I")
 """Before each frame: the number of its bytes."""
 
 
-class Start(msgspec.Struct, tag="start"):
+class StartRequest(msgspec.Struct, tag="start"):
     """To the process, once: which app it loads, where modules are looked for, and when it has done enough."""
 
     app: str
@@ -39,7 +39,7 @@ class Start(msgspec.Struct, tag="start"):
     max_memory: int | None
 
 
-class Job(msgspec.Struct, tag="job"):
+class RunRequest(msgspec.Struct, tag="job"):
     """To the process: one attempt. `body` is the arguments' raw JSON; `keep_ms` None means as the task has it."""
 
     task: str
@@ -52,17 +52,17 @@ class Job(msgspec.Struct, tag="job"):
     enqueued_ms: int | None
 
 
-class Ready(msgspec.Struct, tag="ready"):
+class ReadyReply(msgspec.Struct, tag="ready"):
     """From the process: the app is loaded."""
 
 
-class Extend(msgspec.Struct, tag="extend"):
+class ExtendRequest(msgspec.Struct, tag="extend"):
     """From the process: the running job asks for so many ms from now on."""
 
     ms: int
 
 
-class Done(msgspec.Struct, tag="done"):
+class DoneReply(msgspec.Struct, tag="done"):
     """
     From the process: the job's result as JSON, or None where none is stored; and what it spawned.
 
@@ -74,7 +74,7 @@ class Done(msgspec.Struct, tag="done"):
     worn: str = ""
 
 
-class Failed(msgspec.Struct, tag="failed"):
+class FailedReply(msgspec.Struct, tag="failed"):
     """
     From the process: what the job raised.
 
@@ -89,8 +89,8 @@ class Failed(msgspec.Struct, tag="failed"):
     worn: str = ""
 
 
-Order = Start | Job
-Report = Ready | Extend | Done | Failed
+Order = StartRequest | RunRequest
+Report = ReadyReply | ExtendRequest | DoneReply | FailedReply
 
 _encode = msgspec.msgpack.Encoder().encode
 _orders: msgspec.msgpack.Decoder[Order] = msgspec.msgpack.Decoder(Order)
@@ -109,14 +109,14 @@ _ASYNCIO = {module.__file__ for module in (asyncio.base_events, asyncio.events, 
 _UNRAISABLE = (StopIteration, StopAsyncIteration)
 
 
-def capture(error: BaseException, ours: Collection[str] = ()) -> Failed:
+def capture(error: BaseException, ours: Collection[str] = ()) -> FailedReply:
     """Return *error* as it travels; the outermost frames from files in *ours* and from asyncio are left out."""
     try:
         error.__traceback__ = _beyond(error.__traceback__, _ASYNCIO.union(ours))
     except BaseException:  # noqa: S110  the class may refuse; then there is more to read
         pass
     record = failures.describe(error, 0, 0, "")
-    return Failed(
+    return FailedReply(
         kinds=[_name(kind) for kind in type.mro(type(error)) if kind is not object],
         message=record.message,
         traceback=record.traceback,
@@ -125,7 +125,7 @@ def capture(error: BaseException, ours: Collection[str] = ()) -> Failed:
     )
 
 
-def rebuild(failed: Failed, policy: Retry) -> Exception:
+def rebuild(failed: FailedReply, policy: Retry) -> Exception:
     """
     Return the exception that *failed* tells of, without running code of its class and without importing anything.
 
@@ -151,7 +151,7 @@ def rebuild(failed: Failed, policy: Retry) -> Exception:
     return error
 
 
-class _Remote:
+class _RemoteException:
     """Stands before the original's classes and answers for what their skipped `__init__` would have set."""
 
     conveyor_text: str
@@ -188,7 +188,7 @@ def _kind(names: list[str], bases: list[type[Exception]]) -> type[Exception]:
     facts = {"__module__": module, "__qualname__": qualified}
     for some in (bases, bases[:1], [Exception]):
         try:
-            return type(qualified.rpartition(".")[2], (_Remote, *some), facts)
+            return type(qualified.rpartition(".")[2], (_RemoteException, *some), facts)
         except Exception:  # noqa: S112  a metaclass, or a class that allows none below it
             continue
     raise AssertionError("a class below Exception can always be made")

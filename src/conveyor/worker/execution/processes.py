@@ -19,14 +19,14 @@ from conveyor import ids
 from conveyor.errors import ConfigurationError
 from conveyor.worker.execution.process_protocol import (
     HEAD,
-    Done,
-    Extend,
-    Failed,
-    Job,
+    DoneReply,
+    ExtendRequest,
+    FailedReply,
     Order,
-    Ready,
+    ReadyReply,
     Report,
-    Start,
+    RunRequest,
+    StartRequest,
     pack,
     read_report,
     rebuild,
@@ -51,18 +51,18 @@ class ProcessCrashed(RuntimeError):
     """The process that ran the job ended before the job did."""
 
 
-class _Source(Protocol):
+class _RequestSource(Protocol):
     @property
     def queue(self) -> str: ...
 
 
-class Errand(Protocol):
+class ProcessJob(Protocol):
     """What a process needs to know of an attempt."""
 
     @property
     def handler(self) -> Handler: ...
     @property
-    def consumer(self) -> _Source: ...
+    def consumer(self) -> _RequestSource: ...
     @property
     def envelope(self) -> Envelope: ...
     @property
@@ -79,7 +79,7 @@ class Errand(Protocol):
         """Take what it spawned."""
 
 
-class Processes:
+class ProcessPool:
     """
     Up to `limit` processes, started when they are needed and kept warm.
 
@@ -101,15 +101,15 @@ class Processes:
         self._quota = (max_jobs or MOST_JOBS, max_memory)
         self._reference = app_reference
         self._slots = asyncio.Semaphore(limit)
-        self._idle: list[tuple[_Child, asyncio.TimerHandle]] = []
-        self._alive: set[_Child] = set()
-        self._ending: dict[_Child, asyncio.Task[None]] = {}
+        self._idle: list[tuple[_PoolProcess, asyncio.TimerHandle]] = []
+        self._alive: set[_PoolProcess] = set()
+        self._ending: dict[_PoolProcess, asyncio.Task[None]] = {}
         self._closed = False
 
     def __repr__(self) -> str:
         return f"<Processes of {self._reference}: {len(self._alive)} of {self.limit}, {len(self._idle)} idle>"
 
-    async def run(self, attempt: Errand) -> Any:
+    async def run(self, attempt: ProcessJob) -> Any:
         """
         Run the job in a process, when one is free, and return its decoded result (None where none is stored).
 
@@ -131,7 +131,7 @@ class Processes:
                 await child.kill()
                 raise
             self._give_back(child, report.worn)
-        if isinstance(report, Failed):
+        if isinstance(report, FailedReply):
             raise rebuild(report, task.settings.retry)
         if report.spawned:
             attempt.adopt(report.spawned)
@@ -147,27 +147,27 @@ class Processes:
         ending = dict(self._ending)
         await asyncio.gather(*ending.values(), *(child.kill() for child in self._alive if child not in ending))
 
-    async def _take(self, reference: str) -> _Child:
+    async def _take(self, reference: str) -> _PoolProcess:
         while self._idle:
             child, timer = self._idle.pop()  # the last used, so that those beyond the need become idle
             timer.cancel()
             if child.is_alive:
                 return child
             self._end(child)
-        child = await _Child.start(reference)
+        child = await _PoolProcess.start(reference)
         self._alive.add(child)
         if self._closed:
             await child.kill()
             raise ProcessCrashed("The worker's processes are closed; this job has not started.")
         child.exit.add_done_callback(lambda _: self._alive.discard(child))
         try:
-            await child.ready(Start(reference, sys.path, LOG.isEnabledFor(logging.DEBUG), *self._quota))
+            await child.ready(StartRequest(reference, sys.path, LOG.isEnabledFor(logging.DEBUG), *self._quota))
         except BaseException:
             await child.kill()
             raise
         return child
 
-    def _give_back(self, child: _Child, worn: str) -> None:
+    def _give_back(self, child: _PoolProcess, worn: str) -> None:
         if worn:
             LOG.info('Process %d of run_in="process" %s: a fresh one takes its place', child.pid, worn)
         if self._closed or worn:
@@ -176,16 +176,16 @@ class Processes:
         timer = asyncio.get_running_loop().call_later(self.idle_seconds, lambda: self._retire(child))
         self._idle.append((child, timer))
 
-    def _retire(self, child: _Child) -> None:
+    def _retire(self, child: _PoolProcess) -> None:
         self._idle = [entry for entry in self._idle if entry[0] is not child]
         self._end(child)
 
-    def _end(self, child: _Child) -> None:
+    def _end(self, child: _PoolProcess) -> None:
         self._ending[child] = ending = asyncio.create_task(child.end(), name=f"end-process-{child.pid}")
         ending.add_done_callback(lambda _: self._ending.pop(child))
 
 
-class _Child:
+class _PoolProcess:
     """One process, seen from the worker."""
 
     def __init__(self, process: Process, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, life: int) -> None:
@@ -224,26 +224,26 @@ class _Child:
         # Its connection ends before anybody has waited for it: a job sent there would be charged with a crash.
         return not self.exit.done() and not self._reader.at_eof()
 
-    async def ready(self, start: Start) -> None:
+    async def ready(self, start: StartRequest) -> None:
         """Wait until the app is loaded; raises ConfigurationError with what it raised when it cannot be."""
         what = f"The process for jobs, which loads {start.app},"
         report = await self._ask(start, what)
-        if isinstance(report, Failed):
+        if isinstance(report, FailedReply):
             raise ConfigurationError(
                 f"{what} cannot start: {report.kinds[0].partition(':')[2]}: {report.message}\n{report.traceback}",
                 code="E08",
             )
-        if not isinstance(report, Ready):
+        if not isinstance(report, ReadyReply):
             raise await self._crash(what)
 
-    async def work(self, job: Job, extend: Callable[[int], None]) -> Done | Failed:
+    async def work(self, job: RunRequest, extend: Callable[[int], None]) -> DoneReply | FailedReply:
         """Run one job; raises ProcessCrashed."""
         what = f"The process of {job.task} ({job.id}, attempt {job.attempt})"
         report = await self._ask(job, what)
-        while isinstance(report, Extend):
+        while isinstance(report, ExtendRequest):
             extend(report.ms)
             report = await self._report(what)
-        if isinstance(report, Ready):
+        if isinstance(report, ReadyReply):
             raise await self._crash(what)
         return report
 
@@ -302,10 +302,10 @@ class _Child:
         return ProcessCrashed(f"{what} {how} before it was done. Its pid was {self.pid}.")
 
 
-def _job(attempt: Errand) -> Job:
+def _job(attempt: ProcessJob) -> RunRequest:
     envelope = attempt.envelope
     bare = ids.split(attempt.public_id)[1]
-    return Job(
+    return RunRequest(
         task=attempt.handler.name,
         body=attempt.body,
         id=attempt.public_id,

@@ -18,17 +18,17 @@ from time import perf_counter
 from typing import Any
 
 from conveyor.worker.attempt import Attempt
-from conveyor.worker.crash_attribution import EXECUTING, FULL, LOOP, Seats
+from conveyor.worker.crash_attribution import EXECUTING, FULL, LOOP, RunningTable
 
 Work = tuple[Attempt, Variables, Callable[[], Any], int]
 Finish = Callable[[Attempt, Any, BaseException | None], None]
 
 
-class Threads:
+class ThreadPool:
     """Up to *limit* functions at once. All methods belong to the event loop's thread."""
 
     def __init__(
-        self, limit: int, finish: Finish, started: Callable[[Attempt], None], seats: Seats | None = None
+        self, limit: int, finish: Finish, started: Callable[[Attempt], None], seats: RunningTable | None = None
     ) -> None:  # fmt: skip
         """Take what to do, on the loop, when one that has a time limit starts and when one ends, and where to show what runs."""
         self.limit = limit

@@ -21,7 +21,7 @@ from conveyor.store.transport.connection import Connection
 
 if TYPE_CHECKING:
     from conveyor.store.keys import QueueKeys
-    from conveyor.store.transport.endpoint import Place
+    from conveyor.store.transport.endpoint import Endpoint
 
 
 log = logging.getLogger("conveyor.worker")
@@ -97,7 +97,7 @@ class Heartbeat:
     """A daemon thread that renews leases which nobody renewed lately; a turn of the worker renews as well."""
 
     def __init__(
-        self, place: Callable[[QueueKeys], Place], leases: Callable[[], list[Lease]],
+        self, place: Callable[[QueueKeys], Endpoint], leases: Callable[[], list[Lease]],
         last_renewal: Callable[[], float], last_tick: Callable[[], float],
     ) -> None:  # fmt: skip
         """
@@ -107,7 +107,7 @@ class Heartbeat:
         by `time.monotonic`.
         """
         self._place = place
-        self._connections: dict[Place, Connection] = {}
+        self._connections: dict[Endpoint, Connection] = {}
         self._leases, self._last, self._tick = leases, last_renewal, last_tick
         self._gave_up = 0.0
         self._stop = threading.Event()

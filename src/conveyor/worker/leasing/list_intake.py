@@ -16,34 +16,34 @@ from conveyor.errors import ConveyorError
 from conveyor.ids import new_id
 from conveyor.store import operations
 from conveyor.store.transport import replies
-from conveyor.store.transport.async_connection import Wire
+from conveyor.store.transport.async_connection import AsyncConnection
 
 if TYPE_CHECKING:
-    from conveyor.worker.protocols import Sleeper
+    from conveyor.worker.protocols import WakeupTarget
 
 log = logging.getLogger("conveyor.worker")
 BLOCK = 5.0
 
 
-class Intake:
+class ListIntake:
     """Moves what others push on the foreign list."""
 
-    def __init__(self, consumer: Sleeper, task: str) -> None:
+    def __init__(self, consumer: WakeupTarget, task: str) -> None:
         """Take the consumer of the list, and the name of the task that gets the entries."""
         self._consumer = consumer
         self._name = task
         self._task: asyncio.Task[None] | None = None
-        self._wire: Wire | None = None
+        self._wire: AsyncConnection | None = None
         self.loading = False  # the server did not know the script: entries are still to come
 
-    def send(self, wire: Wire, want: int) -> None:
+    def send(self, wire: AsyncConnection, want: int) -> None:
         """Move up to *want* raw entries, on the wire the turn follows on."""
         call = operations.intake(self._consumer.keys, want, new_id()[:18], self._name)
         wire.send(call.command(), self._moved)
 
     def _moved(self, reply: Any) -> None:
         if isinstance(reply, Exception) and not isinstance(reply, OSError):
-            if replies.remedy(str(reply)) is replies.Remedy.LOAD:
+            if replies.remedy(str(reply)) is replies.ErrorAction.LOAD:
                 self.loading = True
                 asyncio.get_running_loop().create_task(self._load())
             else:
@@ -58,12 +58,12 @@ class Intake:
         self.loading = False
         self._consumer.woken()
 
-    def start(self, wire: Wire) -> None:
+    def start(self, wire: AsyncConnection) -> None:
         """Wait for entries while the worker lives."""
         self._wire = wire
         self._task = asyncio.get_running_loop().create_task(self._wait(wire))
 
-    async def _wait(self, wire: Wire) -> None:
+    async def _wait(self, wire: AsyncConnection) -> None:
         keys, attempt = self._consumer.keys, 0
         assert keys.foreign is not None
         while True:

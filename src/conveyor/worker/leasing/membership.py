@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, Protocol
 
 from conveyor import ids
 from conveyor.errors import ConfigurationError, ConveyorError
-from conveyor.messaging.leases import Suspects
+from conveyor.messaging.leases import DeadWorkerDetector
 from conveyor.store import operations
-from conveyor.store.partitions import WrongPartitions
+from conveyor.store.partitions import PartitionCountMismatch
 from conveyor.worker.logs import complain
 
 if TYPE_CHECKING:
@@ -29,9 +29,9 @@ if TYPE_CHECKING:
 
     from conveyor.jobs.app import Conveyor
     from conveyor.store.keys import QueueKeys
-    from conveyor.store.operations import Turn
+    from conveyor.store.operations import TurnReply
     from conveyor.store.script import Call
-    from conveyor.store.transport.async_connection import Wire
+    from conveyor.store.transport.async_connection import AsyncConnection
 
 
 def weighted(app: Conveyor, queues: Mapping[str, float] | None) -> dict[str, float]:
@@ -60,18 +60,18 @@ async def served(app: Conveyor, queue: str) -> list[QueueKeys]:
     return [app.keys(queue)]
 
 
-async def enrolled(app: Conveyor, wire: Wire, queue: str, call: Call[int]) -> int:
+async def enrolled(app: Conveyor, wire: AsyncConnection, queue: str, call: Call[int]) -> int:
     """Carry out a registration and return the server's time in ms; after Redis was emptied the number is agreed on anew."""
     try:
         return await wire.run(call, patience=None)
-    except WrongPartitions:
+    except PartitionCountMismatch:
         if (partitions := app.partitioned.get(ids.logical(queue))) is None:
             raise
         await partitions.aclaim()
         return await wire.run(call, patience=None)
 
 
-class Refugee(Protocol):
+class Registrable(Protocol):
     """Who registers again."""
 
     queue: str
@@ -83,13 +83,13 @@ class Refugee(Protocol):
         """Take a fresh identity and tell Redis; raises ConveyorError."""
 
 
-async def readmit(consumer: Refugee) -> None:
+async def readmit(consumer: Registrable) -> None:
     """Register until it is done: a right that was taken away is waited for, loudly. Raises WrongPartitions."""
     while not consumer.gone:
         try:
             await consumer.register()
             break
-        except WrongPartitions:
+        except PartitionCountMismatch:
             raise  # waiting does not mend it
         except ConveyorError as error:
             complain("registering on queue %s was refused: %s", consumer.queue, error)
@@ -99,18 +99,18 @@ async def readmit(consumer: Refugee) -> None:
 log = logging.getLogger("conveyor.worker")
 
 
-class Bookkeeper(Protocol):
+class LeaseHolder(Protocol):
     """Who holds leases of one queue."""
 
     keys: QueueKeys
-    wire: Wire
+    wire: AsyncConnection
     identity: str
 
     @property
     def held(self) -> Collection[str]: ...
 
 
-async def differences(books: Bookkeeper) -> tuple[list[str], list[str]]:
+async def differences(books: LeaseHolder) -> tuple[list[str], list[str]]:
     """Return the ids that Redis does not list as held here, and those it lists besides; none of them when it refuses to tell."""
     try:
         listed = await books.wire.run(operations.held(books.keys, books.identity), patience=None)
@@ -131,10 +131,10 @@ NEARLY = 0.3
 class Reaper:
     """Looks a few times a lease, and reaps by two looks (`lessee.Suspects`), never by the clock alone."""
 
-    def __init__(self, keys: QueueKeys, wire: Wire, lease_ms: int) -> None:
+    def __init__(self, keys: QueueKeys, wire: AsyncConnection, lease_ms: int) -> None:
         """Take the queue, the wire, and the lease in ms."""
         self._keys, self._wire = keys, wire
-        self._suspects = Suspects(lease_ms)
+        self._suspects = DeadWorkerDetector(lease_ms)
         self._tasks: set[asyncio.Task[None]] = set()
 
     @property
@@ -142,7 +142,7 @@ class Reaper:
         """True when the next turn should look."""
         return self._suspects.next_look(monotonic()) <= NEARLY
 
-    def look(self, turn: Turn, me: str) -> None:
+    def look(self, turn: TurnReply, me: str) -> None:
         """Take what a turn with the flag ``l`` saw."""
         for worker, end in self._suspects.look(turn.now, turn.overdue, monotonic()):
             if worker != me:

@@ -7,7 +7,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from conveyor.worker.protocols import Rival
+    from conveyor.worker.protocols import PrefetchPeer
 
 AHEAD = 0.05
 """Seconds of work to hold in advance."""
@@ -17,7 +17,7 @@ MOST = 1000
 REPLY_BYTES = 4 * 1024 * 1024
 
 
-class Sizes:
+class JobSizeEstimate:
     """The size of the jobs of a queue, as seen lately: one reply may weigh about 4 MB."""
 
     def __init__(self) -> None:
@@ -43,7 +43,7 @@ class Prefetch:
         self.ended = 0
         self._rate = 0.0
         self._seen, self._at = 0, perf_counter()
-        self._picked: Rival | None = None
+        self._picked: PrefetchPeer | None = None
         self._credit: dict[str, float] = {}
 
     def ahead(self, saturated: bool) -> int:
@@ -58,7 +58,7 @@ class Prefetch:
             self._seen, self._at = self.ended, now
         return min(MOST, int(self._rate * AHEAD))
 
-    def share(self, capacity: int, waiting: int, consumer: Rival, rivals: Sequence[Rival]) -> int:
+    def share(self, capacity: int, waiting: int, consumer: PrefetchPeer, rivals: Sequence[PrefetchPeer]) -> int:
         """
         Return how many jobs *consumer* may lease: its part of *capacity*, less what it has waiting.
 

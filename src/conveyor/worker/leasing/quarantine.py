@@ -13,7 +13,7 @@ from collections import deque
 from typing import TYPE_CHECKING
 
 from conveyor.messaging import retry
-from conveyor.store.operations import Report, Settlement
+from conveyor.store.operations import Settlement, TurnReport
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from conveyor.worker.attempt import Attempt
 
 
-class Antechamber:
+class Quarantine:
     """Holds attempts until the turn that carries their record is answered."""
 
     def __init__(self, free: Callable[[], int]) -> None:
@@ -51,7 +51,7 @@ class Antechamber:
         alone = history.crashes >= limit or retry.runs_alone(history, limit)
         (self._suspects if alone else self._returned).append(attempt)
 
-    def early(self, attempt: Attempt, report: Report) -> None:
+    def early(self, attempt: Attempt, report: TurnReport) -> None:
         """Take an attempt that is acknowledged before it starts."""
         self._early.append(attempt)
         report.done.append(attempt.id)
@@ -74,7 +74,7 @@ class Antechamber:
         if self._suspect is attempt:
             self._suspect = None
 
-    def advance(self, report: Report, held: Mapping[str, Attempt]) -> list[Attempt]:
+    def advance(self, report: TurnReport, held: Mapping[str, Attempt]) -> list[Attempt]:
         """Have the crashes of those counted that may start next; return those that are poison already."""
         while self._returned and self._free() > len(self._charged):
             attempt = self._returned.popleft()
@@ -95,7 +95,7 @@ class Antechamber:
             report.others.append(self._charge)
         return poison
 
-    def confirmed(self, report: Report, held: Mapping[str, Attempt]) -> list[Attempt]:
+    def confirmed(self, report: TurnReport, held: Mapping[str, Attempt]) -> list[Attempt]:
         """Return the attempts that may start, now that *report* is settled."""
         free: list[Attempt] = []
         for one in report.others if self._charged else ():

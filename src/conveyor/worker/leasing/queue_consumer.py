@@ -16,18 +16,18 @@ from conveyor import ids
 from conveyor.errors import ConveyorError
 from conveyor.events import JobLost, JobStarted
 from conveyor.store import operations
-from conveyor.store.operations import LateTurn, Report, Settlement, Turn, Unregistered
-from conveyor.store.partitions import WrongPartitions
+from conveyor.store.operations import Settlement, StaleTurn, TurnReply, TurnReport, WorkerUnregistered
+from conveyor.store.partitions import PartitionCountMismatch
 from conveyor.store.script import Call
 from conveyor.store.transport import eviction, wakeup
-from conveyor.store.transport.async_connection import Wire
+from conveyor.store.transport.async_connection import AsyncConnection
 from conveyor.worker.attempt import Attempt
-from conveyor.worker.leasing.list_intake import Intake
+from conveyor.worker.leasing.list_intake import ListIntake
 from conveyor.worker.leasing.membership import Reaper, differences, enrolled, readmit
-from conveyor.worker.leasing.prefetch import Sizes
-from conveyor.worker.leasing.quarantine import Antechamber
-from conveyor.worker.leasing.spawn_delivery import Delivery
-from conveyor.worker.leasing.timers import Alarm
+from conveyor.worker.leasing.prefetch import JobSizeEstimate
+from conveyor.worker.leasing.quarantine import Quarantine
+from conveyor.worker.leasing.spawn_delivery import SpawnDelivery
+from conveyor.worker.leasing.timers import DueTimer
 from conveyor.worker.logs import complain
 
 if TYPE_CHECKING:
@@ -36,18 +36,20 @@ if TYPE_CHECKING:
 
     from conveyor.store.keys import QueueKeys
     from conveyor.worker.attempt import Handler
-    from conveyor.worker.leasing.wakeup import Berth
-    from conveyor.worker.protocols import Host
+    from conveyor.worker.leasing.wakeup import EndpointConnections
+    from conveyor.worker.protocols import WorkerServices
 
 log = logging.getLogger("conveyor.worker")
 IDLE = 5.0
 """Longest pause between two turns in seconds: a lost wake-up token costs at most this."""
 
 
-class Consumer:
+class QueueConsumer:
     """A worker's share of one queue."""
 
-    def __init__(self, worker: Host, berth: Berth, keys: QueueKeys, weight: float, lease_ms: int) -> None:
+    def __init__(
+        self, worker: WorkerServices, berth: EndpointConnections, keys: QueueKeys, weight: float, lease_ms: int
+    ) -> None:
         """Take the worker, where its commands go, the queue's keys, its weight among the worker's queues, and its lease."""
         self.keys, self.queue, self.weight, self.lease_ms = keys, keys.queue, weight, lease_ms
         self.executor = worker.executor
@@ -56,7 +58,7 @@ class Consumer:
         self.held: dict[str, Attempt] = {}
         self.own_retries: dict[str, float] = {}  # id → when it is due
         self.blobs: dict[str, str] = {}  # id → where the large body of a job lies
-        self.report = Report()
+        self.report = TurnReport()
         self.worked: set[Handler] = set()  # whose counters have moved since the last turn
         self.more = True  # work may be there: ask
         self.paused = False
@@ -65,16 +67,18 @@ class Consumer:
         self.wire = berth.wire
         berth.sleepers.append(self)
         self._number, self._kick_soon = 0, False
-        self._flying: tuple[Call[Turn], Report] | None = None
+        self._flying: tuple[Call[TurnReply], TurnReport] | None = None
         self._reaper = Reaper(keys, berth.wire, lease_ms)
-        self.alarm = Alarm(self._due_now)
+        self.alarm = DueTimer(self._due_now)
         self._last_turn = 0.0
         self._looked = self.gone = self._absorbing = False
-        self.antechamber = Antechamber(lambda: worker.executor.free)
-        self._delivery = Delivery(keys, worker.app, self.schedule)
-        self._intake = Intake(self, worker.app.plain_lists[keys.queue].task or "") if keys.foreign is not None else None
+        self.antechamber = Quarantine(lambda: worker.executor.free)
+        self._delivery = SpawnDelivery(keys, worker.app, self.schedule)
+        self._intake = (
+            ListIntake(self, worker.app.plain_lists[keys.queue].task or "") if keys.foreign is not None else None
+        )
         self._recovery: asyncio.Task[None] | None = None
-        self._wanted, self.sizes = 0, Sizes()
+        self._wanted, self.sizes = 0, JobSizeEstimate()
         self._landed = asyncio.Event()
         self._idle = asyncio.Event()  # hungry: for the intake, which waits only then
         self._clock_offset = 0.0  # server ms minus our monotonic ms
@@ -91,7 +95,7 @@ class Consumer:
     def begin(self, stack: AsyncExitStack) -> None:
         """Start leasing."""
         if self._intake is not None:
-            self._intake.start(Wire(self.wire.place))
+            self._intake.start(AsyncConnection(self.wire.place))
             stack.push_async_callback(self._intake.close)
         self._kick()
 
@@ -172,7 +176,7 @@ class Consumer:
         if self.gone or self._worker.stopped:
             return
         self._idle.clear()
-        report, self.report = self.report, Report()
+        report, self.report = self.report, TurnReport()
         self._worker.settle_stats(self, report)
         now = monotonic()
         self._looked = self._reaper.is_due
@@ -196,16 +200,16 @@ class Consumer:
             return
         try:
             turn = call.decode(reply)
-        except (Unregistered, LateTurn) as error:
+        except (WorkerUnregistered, StaleTurn) as error:
             self._recovery = asyncio.get_running_loop().create_task(self._again_from_nothing(report, error))
             return
         self._absorb(turn, report)
 
-    async def _recover(self, call: Call[Turn], report: Report) -> None:
+    async def _recover(self, call: Call[TurnReply], report: TurnReport) -> None:
         """Repeat a turn whose reply was lost until it is answered; its number keeps it from being done twice."""
         try:
             turn = await self.wire.run(call, patience=None)
-        except (Unregistered, LateTurn) as error:
+        except (WorkerUnregistered, StaleTurn) as error:
             await self._again_from_nothing(report, error)
             return
         except ConveyorError as error:
@@ -219,7 +223,7 @@ class Consumer:
         self._recovery = None
         self._absorb(turn, report)
 
-    async def _again_from_nothing(self, report: Report, error: Exception) -> None:
+    async def _again_from_nothing(self, report: TurnReport, error: Exception) -> None:
         """Redis does not know us any more: all we held is somebody else's. Abandon it and register anew."""
         abandoned = list(self.held.values())
         log.warning("queue %s: our lease was lost (%s); %d jobs abandoned", self.queue, error, len(abandoned))
@@ -228,18 +232,18 @@ class Consumer:
         for attempt in abandoned:
             self._lost(attempt)
         self._worker.settle_stats(self, self.report)  # nobody counts what nobody accepted
-        self.report, self.more = Report(), True
+        self.report, self.more = TurnReport(), True
         self.antechamber.clear()
         try:
             await readmit(self)
-        except WrongPartitions as refused:  # not ours to serve any more
+        except PartitionCountMismatch as refused:  # not ours to serve any more
             self._worker.fail(refused)
             return
         self._recovery = self._flying = None
         self._landed.set()
         self.schedule()
 
-    def _absorb(self, turn: Turn, report: Report) -> None:
+    def _absorb(self, turn: TurnReply, report: TurnReport) -> None:
         self._absorbing = True
         try:
             self._settle_and_take(turn, report)
@@ -248,7 +252,7 @@ class Consumer:
             self._worker.fail(error)
         self._absorbing = False
 
-    def _settle_and_take(self, turn: Turn, report: Report) -> None:
+    def _settle_and_take(self, turn: TurnReply, report: TurnReport) -> None:
         self._flying = None
         self._clock_offset = turn.now - self._last_turn * 1000
         self._worker.note_renewal(self)
@@ -286,7 +290,7 @@ class Consumer:
         self._kick()
         self._worker.absorbed(self)
 
-    def _take(self, turn: Turn) -> None:
+    def _take(self, turn: TurnReply) -> None:
         """Turn what was leased into attempts, and hand them over."""
         held, lookup = self.held, self._worker.handlers(self)
         self.sizes.note(turn.envelopes)

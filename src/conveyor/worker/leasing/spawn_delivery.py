@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Protocol
 from conveyor import ids
 from conveyor.errors import ConveyorError
 from conveyor.jobs import spawn_outbox
-from conveyor.store.operations import LateReply
+from conveyor.store.operations import StalePush
 from conveyor.store.transport import replies
 
 if TYPE_CHECKING:
     from conveyor.messaging.partitions import Partitions
-    from conveyor.store.client.client import Backend
+    from conveyor.store.client.client import Client
     from conveyor.store.keys import QueueKeys
     from conveyor.store.operations import Entry
     from conveyor.store.script import Call
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
         """What a delivery needs of the app."""
 
         @property
-        def backend(self) -> Backend: ...
+        def backend(self) -> Client: ...
         @property
         def partitioned(self) -> Mapping[str, Partitions]: ...
         def keys(self, queue: str) -> QueueKeys: ...
@@ -36,7 +36,7 @@ PAUSES = 5.0
 """Longest pause in seconds before a delivery that was refused is tried again."""
 
 
-class Delivery:
+class SpawnDelivery:
     """Delivers one queue's outbox while there is something in it; nothing runs, and nothing is sent, while there is not."""
 
     def __init__(self, keys: QueueKeys, home: Home, done: Callable[[], None]) -> None:
@@ -94,7 +94,7 @@ async def deliver(keys: QueueKeys, home: Home) -> bool:
         try:
             for call in await _calls(keys, home, batch.number, queue, entries):
                 await _push(home, queue, call)
-        except _Late as late:
+        except _StaleDelivery as late:
             # Others have delivered and trimmed this batch, and a newer one. Or a failover took the source back to a
             # number that this receiver has seen: then the same batch gets a higher one.
             seen = await backend.aexecute("GET", late.inbox, key=late.inbox)
@@ -110,7 +110,7 @@ async def deliver(keys: QueueKeys, home: Home) -> bool:
     return True
 
 
-class _Late(Exception):
+class _StaleDelivery(Exception):
     """A receiver has seen a higher number; *inbox* is where it keeps it."""
 
     def __init__(self, inbox: str) -> None:
@@ -143,5 +143,5 @@ async def _push(home: Home, queue: str, call: Call[list[str]]) -> None:
             await home.backend.arun(call, patience=PATIENCE)
         else:
             await partitions.akeep(lambda: home.backend.arun(call, patience=PATIENCE))
-    except LateReply:
-        raise _Late(call.keys[0]) from None
+    except StalePush:
+        raise _StaleDelivery(call.keys[0]) from None

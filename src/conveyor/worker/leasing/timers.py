@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from conveyor.worker.attempt import Attempt
 
 if TYPE_CHECKING:
-    from conveyor.store.operations import Turn
+    from conveyor.store.operations import TurnReply
 
 
 class Deadlines:
@@ -69,7 +69,7 @@ class Deadlines:
             self._arm(self._heap[0][0])
 
 
-class Alarm:
+class DueTimer:
     """A timer for the first due instant of a queue. All workers watch it, and most of them lose the race."""
 
     def __init__(self, ring: Callable[[], None]) -> None:
@@ -84,7 +84,7 @@ class Alarm:
         """True when something is scheduled, as far as we know."""
         return self._watched is not None
 
-    def watch(self, turn: Turn, *, asked: bool) -> None:
+    def watch(self, turn: TurnReply, *, asked: bool) -> None:
         """Set the timer by a turn's reply; *asked* tells that it had room for work."""
         if turn.next_due is None:
             self._watched = None

@@ -17,15 +17,15 @@ from typing import TYPE_CHECKING, Any
 
 from conveyor.errors import ConveyorError
 from conveyor.store.transport import replies
-from conveyor.store.transport.async_connection import Wire, WireLost
+from conveyor.store.transport.async_connection import AsyncConnection, ConnectionLost
 from conveyor.units import span
 from conveyor.worker.logs import complain
 
 if TYPE_CHECKING:
-    from conveyor.store.client.client import Backend
+    from conveyor.store.client.client import Client
     from conveyor.store.keys import QueueKeys
-    from conveyor.store.transport.endpoint import Place
-    from conveyor.worker.protocols import Dormitory, Sleeper, Tenant
+    from conveyor.store.transport.endpoint import Endpoint
+    from conveyor.worker.protocols import Dormitory, Tenant, WakeupTarget
 
 
 BLOCK = 30.0
@@ -34,13 +34,13 @@ BUSY = 0.1
 """Seconds of uninterrupted work after which the worker's own lists are listened to as well."""
 
 
-class Listener:
+class WakeupListener:
     """Blocks on wake-up lists, and tells the consumer whose token it took."""
 
-    def __init__(self, worker: Dormitory, wire: Wire) -> None:
+    def __init__(self, worker: Dormitory, wire: AsyncConnection) -> None:
         """Take the worker whose consumers it serves, and a connection of its own."""
         self._worker, self._wire = worker, wire
-        self._listening: dict[bytes, Sleeper] | None = None
+        self._listening: dict[bytes, WakeupTarget] | None = None
         self._heard: frozenset[str] = frozenset()  # queues whose common list is part of the blocked call
         self._later: asyncio.TimerHandle | None = None
         self._retry: asyncio.Task[None] | None = None
@@ -72,11 +72,11 @@ class Listener:
         if self._listening is None and self._retry is None and not self._worker.stopped:
             self._block([consumer for consumer in self._worker.sleepers if consumer.hungry])
 
-    def _block(self, hungry: list[Sleeper]) -> None:
+    def _block(self, hungry: list[WakeupTarget]) -> None:
         if self._later is not None:
             self._later.cancel()
             self._later = None
-        names: dict[bytes, Sleeper] = {consumer.keys.wake.encode(): consumer for consumer in hungry}
+        names: dict[bytes, WakeupTarget] = {consumer.keys.wake.encode(): consumer for consumer in hungry}
         for consumer in self._worker.sleepers:
             if consumer.identity:
                 names[consumer.keys.wake_of(consumer.identity).encode()] = consumer
@@ -110,7 +110,7 @@ class Listener:
         if isinstance(reply, OSError):
             return
         try:
-            if self._wire.heed(reply) is replies.Remedy.RAISE:
+            if self._wire.heed(reply) is replies.ErrorAction.RAISE:
                 complain("waiting for work was refused: %s", reply)
         except ConveyorError as error:
             complain("waiting for work was refused: %s", error)
@@ -122,7 +122,7 @@ class Listener:
         Without this, workers live on but idle after a failover, blocked at a server nobody pushes to.
         """
         if self._wire.is_open:
-            self._wire.drop(WireLost("connected elsewhere now"))
+            self._wire.drop(ConnectionLost("connected elsewhere now"))
 
     def _reconnect(self) -> None:
         self._listening = {}
@@ -161,15 +161,15 @@ QUIET = 1.0
 """Seconds that Redis may be away without a word in the log: a restart or a cut connection."""
 
 
-class Berth:
+class EndpointConnections:
     """One place: a single one for all queues, but in a cluster, where a blocked call covers one slot."""
 
-    def __init__(self, worker: Tenant, place: Place) -> None:
+    def __init__(self, worker: Tenant, place: Endpoint) -> None:
         """Take the worker, and the place."""
         self._worker = worker
-        self.sleepers: list[Sleeper] = []
-        self.wire = Wire(place)
-        self.listener = Listener(self, Wire(place))
+        self.sleepers: list[WakeupTarget] = []
+        self.wire = AsyncConnection(place)
+        self.listener = WakeupListener(self, AsyncConnection(place))
         self.wire.reopened, self.wire.lost = self._found, self._lost
         self._since = 0.0
         self._telling: asyncio.TimerHandle | None = None
@@ -216,20 +216,20 @@ class Berth:
         self.wire.close()
 
 
-class Harbour:
+class WorkerConnections:
     """All places of one worker."""
 
-    def __init__(self, worker: Tenant, backend: Backend) -> None:
+    def __init__(self, worker: Tenant, backend: Client) -> None:
         """Take the worker, and what knows the places of its queues."""
         self._worker, self._backend = worker, backend
-        self._berths: dict[Place, Berth] = {}
+        self._berths: dict[Endpoint, EndpointConnections] = {}
 
-    def berth(self, keys: QueueKeys) -> Berth:
+    def berth(self, keys: QueueKeys) -> EndpointConnections:
         """Return the berth of a queue."""
         place = self._backend.place(keys)
         found = self._berths.get(place)
         if found is None:
-            found = self._berths[place] = Berth(self._worker, place)
+            found = self._berths[place] = EndpointConnections(self._worker, place)
         return found
 
     def listen(self) -> None:

@@ -24,9 +24,9 @@ from typing import Any, NoReturn, Protocol
 
 from conveyor.errors import ConveyorError
 from conveyor.worker.logs import LOG, configure_log
-from conveyor.worker.recycling import Quota
-from conveyor.worker.shared_memory import About, Board, Slot, Spec
-from conveyor.worker.supervision.lease_guard import Estate, Guardian
+from conveyor.worker.recycling import RecycleLimits
+from conveyor.worker.shared_memory import ChildInfo, ChildSlot, ChildSpec, SharedMemory
+from conveyor.worker.supervision.lease_guard import DeadChild, LeaseGuard
 
 RECYCLE = 75
 """A child exits with this code to be replaced by a fresh one; nothing went wrong."""
@@ -51,14 +51,14 @@ class Runnable(Protocol):
         """Lease no more."""
 
 
-def main(start: Callable[[Spec, Slot], tuple[About, Runnable]] | None = None) -> NoReturn:
+def main(start: Callable[[ChildSpec, ChildSlot], tuple[ChildInfo, Runnable]] | None = None) -> NoReturn:
     """Run the child that the command line describes; *start* makes what it runs (default: the app's worker)."""
     _, place, *descriptors = sys.argv[1:6]
     board_fd, life_fd, stack_fd = map(int, descriptors)
     for descriptor in (board_fd, life_fd, stack_fd):
         os.set_inheritable(descriptor, False)  # not for the processes that jobs start
     number, slots = map(int, place.split("/"))
-    slot = Board(slots, board_fd).slot(number)
+    slot = SharedMemory(slots, board_fd).slot(number)
     spec = slot.spec()
     assert spec is not None
     if spec.path:
@@ -70,7 +70,7 @@ def main(start: Callable[[Spec, Slot], tuple[About, Runnable]] | None = None) ->
     _end(code)
 
 
-def start_app(spec: Spec, slot: Slot) -> tuple[About, Runnable]:
+def start_app(spec: ChildSpec, slot: ChildSlot) -> tuple[ChildInfo, Runnable]:
     """Import the app and make its worker; an empty `queues` means all that its tasks and plain lists name."""
     # Needed by the first connection; on a loaded machine it takes longer than a loop may stand still.
     import hiredis  # noqa: F401
@@ -89,12 +89,12 @@ def start_app(spec: Spec, slot: Slot) -> tuple[About, Runnable]:
         grace=spec.grace,
         slot=slot,
         reference=spec.app,
-        quota=Quota(spec.max_jobs, spec.max_memory),
+        quota=RecycleLimits(spec.max_jobs, spec.max_memory),
         await_until=spec.await_until,
     )
     address, attachment = app.backend.address, app.backend.attachment
     url = address.url if attachment is None else f"embedded:{attachment.directory}"
-    return About(url, app.namespace, len(names), tuple(names[:10]), worker.queues), worker
+    return ChildInfo(url, app.namespace, len(names), tuple(names[:10]), worker.queues), worker
 
 
 def load(reference: str) -> Any:
@@ -104,7 +104,11 @@ def load(reference: str) -> Any:
 
 
 def _run(
-    spec: Spec, slot: Slot, life_fd: int, stack_fd: int, start: Callable[[Spec, Slot], tuple[About, Runnable]]
+    spec: ChildSpec,
+    slot: ChildSlot,
+    life_fd: int,
+    stack_fd: int,
+    start: Callable[[ChildSpec, ChildSlot], tuple[ChildInfo, Runnable]],
 ) -> int:
     try:
         about, worker = start(spec, slot)
@@ -149,11 +153,11 @@ def _write_tasks(loop: asyncio.AbstractEventLoop, stack_fd: int) -> None:
     os.write(stack_fd, text.getvalue().encode(errors="replace"))
 
 
-def _outlive(life_fd: int, loop: asyncio.AbstractEventLoop, worker: Runnable, slot: Slot, grace: float) -> None:
+def _outlive(life_fd: int, loop: asyncio.AbstractEventLoop, worker: Runnable, slot: ChildSlot, grace: float) -> None:
     """Wait for the end of the supervisor; then do for this child what it did, until the rest is done."""
     os.read(life_fd, 1)
     LOG.warning("The supervisor is gone: worker %d drains and ends", os.getpid())
-    guardian = Guardian()
+    guardian = LeaseGuard()
     guardian.watch(slot)
     loop.call_soon_threadsafe(worker.stop)
     time.sleep(grace + MARGIN)
@@ -161,7 +165,7 @@ def _outlive(life_fd: int, loop: asyncio.AbstractEventLoop, worker: Runnable, sl
     assert about is not None
     what = f"Worker {os.getpid()} was stuck beyond its grace of {grace:g} s"
     guardian.forget(slot)
-    guardian.settle(Estate(what, about, slot.identities(), crashed=False))
+    guardian.settle(DeadChild(what, about, slot.identities(), crashed=False))
     guardian.close(2.0)
     _end(RECYCLE)
 

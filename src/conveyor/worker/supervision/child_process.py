@@ -11,8 +11,8 @@ from time import monotonic
 
 import msgspec
 
-from conveyor.worker.shared_memory import Slot, Spec, anonymous_file
-from conveyor.worker.supervision.lease_guard import Estate
+from conveyor.worker.shared_memory import ChildSlot, ChildSpec, anonymous_file
+from conveyor.worker.supervision.lease_guard import DeadChild
 
 QUICK = 1.0
 """Seconds: a child that dies sooner is started again only after a pause, which doubles."""
@@ -29,15 +29,15 @@ _LONGEST_PAUSE = 5.0
 _LONGEST_PAUSE_UP = 1.0  # it came up, so what killed it is a job, and that ends by max_crashes
 
 
-class Offspring:
+class ChildProcess:
     """The process in one slot of the board, and its successors."""
 
-    def __init__(self, number: int, slot: Slot) -> None:
+    def __init__(self, number: int, slot: ChildSlot) -> None:
         """Take the slot; *number* is for people, from 1."""
         self.number = number
         self.slot = slot
         self.finished = False  # it has drained what there was, and is not replaced
-        self.estate: Estate | None = None  # of the last process, when it had leases
+        self.estate: DeadChild | None = None  # of the last process, when it had leases
         self.kill_reason = ""
         self.quiet = False  # it was told so
         self.succeeded = False  # it drains, and another works in its place already
@@ -67,7 +67,7 @@ class Offspring:
         """The process's id; 0 without one."""
         return self._process.pid if self._process is not None else 0
 
-    def start(self, spec: Spec, command: list[str], descriptors: tuple[int, ...]) -> None:
+    def start(self, spec: ChildSpec, command: list[str], descriptors: tuple[int, ...]) -> None:
         """Start a process with *command*, to which the slot's place and the descriptors were added."""
         self._await_until = max(self._await_until, self.slot.await_until)
         self.slot.prepare(msgspec.structs.replace(spec, await_until=self._await_until))

@@ -14,10 +14,10 @@ from time import monotonic
 
 from conveyor.errors import ConveyorError
 from conveyor.store import operations
-from conveyor.store.client.client import Backend
-from conveyor.worker.crash_attribution import Seating
+from conveyor.store.client.client import Client
+from conveyor.worker.crash_attribution import RunningSnapshot
 from conveyor.worker.logs import LOG
-from conveyor.worker.shared_memory import About, Identity, Slot
+from conveyor.worker.shared_memory import ChildInfo, ChildSlot, LeaseIdentity
 
 RENEW_AFTER = 0.4
 """The part of a lease without a renewal after which the guardian renews; a live worker does after a third."""
@@ -27,7 +27,7 @@ _MOST_ESTATES = 1000
 
 
 @dataclass(eq=False)
-class Estate:
+class DeadChild:
     """
     What a dead worker leaves: its identities, whose jobs are to be returned; `what` happened is said in the log.
 
@@ -35,45 +35,45 @@ class Estate:
     """
 
     what: str
-    about: About
-    identities: list[Identity]
+    about: ChildInfo
+    identities: list[LeaseIdentity]
     crashed: bool
-    seating: Seating | None = None
+    seating: RunningSnapshot | None = None
     fault: bool = False
     died: float = field(default_factory=monotonic)
     returned: int = 0
     settled: threading.Event = field(default_factory=threading.Event)
 
 
-class Guardian:
+class LeaseGuard:
     """Renews for watched slots and settles estates, in a thread of its own, however long Redis is away."""
 
     def __init__(self) -> None:
         """Start the thread."""
-        self._slots: list[Slot] = []
-        self._estates: deque[Estate] = deque()
+        self._slots: list[ChildSlot] = []
+        self._estates: deque[DeadChild] = deque()
         self._lock = threading.Lock()
         self._call = threading.Event()
         self._closing_at: float | None = None
         self._beaten: dict[str, float] = {}
-        self._backends: dict[tuple[str, str], Backend] = {}
+        self._backends: dict[tuple[str, str], Client] = {}
         self._failures = 0
         self._again_at = 0.0
         self._thread = threading.Thread(target=self._run, name="conveyor-guardian", daemon=True)
         self._thread.start()
 
-    def watch(self, slot: Slot) -> None:
+    def watch(self, slot: ChildSlot) -> None:
         """Renew what the owner of *slot* leaves unrenewed for too long."""
         with self._lock:
             self._slots.append(slot)
         self._call.set()
 
-    def forget(self, slot: Slot) -> None:
+    def forget(self, slot: ChildSlot) -> None:
         """Look at *slot* no more; afterwards it may be wiped."""
         with self._lock:
             self._slots.remove(slot)
 
-    def settle(self, estate: Estate) -> None:
+    def settle(self, estate: DeadChild) -> None:
         """Return the jobs of a dead worker: at once when Redis is there, else when it is back."""
         with self._lock:
             self._estates.append(estate)
@@ -152,9 +152,9 @@ class Guardian:
                 LOG.debug("Identity %s of queue '%s' is not registered; nothing was renewed", one.worker, one.queue)
         return min(_LONGEST_ROUND, max(_SHORTEST_ROUND, shortest / 10))
 
-    def _look(self) -> tuple[list[tuple[About, Identity | None]], float]:
+    def _look(self) -> tuple[list[tuple[ChildInfo, LeaseIdentity | None]], float]:
         """Return the identities to renew (None: an app to connect to), and the shortest lease of all (s)."""
-        found: list[tuple[About, Identity | None]] = []
+        found: list[tuple[ChildInfo, LeaseIdentity | None]] = []
         shortest, beaten = float("inf"), {}
         with self._lock:
             now = monotonic()
@@ -176,11 +176,11 @@ class Guardian:
         self._beaten = beaten
         return found, shortest
 
-    def _backend(self, about: About) -> Backend:
+    def _backend(self, about: ChildInfo) -> Client:
         key = (about.url, about.namespace)
         found = self._backends.get(key)
         if found is None:
-            found = Backend(about.url, namespace=about.namespace)
+            found = Client(about.url, namespace=about.namespace)
             found.execute("PING", patience=0.0)
             LOG.debug("The guardian is connected to %s", found.address)
             self._backends[key] = found
@@ -199,7 +199,7 @@ class Guardian:
         self._failures, self._again_at = 0, 0.0
 
 
-def _report(estate: Estate) -> None:
+def _report(estate: DeadChild) -> None:
     estate.settled.set()
     if estate.crashed or estate.returned:
         took = 1000 * (monotonic() - estate.died)

@@ -24,10 +24,10 @@ from conveyor.store.transport.url import masked
 from conveyor.worker.leasing.heartbeat import MAX_STALL
 from conveyor.worker.logs import LOG, configure_log
 from conveyor.worker.recycling import megabytes
-from conveyor.worker.shared_memory import About, Board, Spec
+from conveyor.worker.shared_memory import ChildInfo, ChildSpec, SharedMemory
 from conveyor.worker.supervision.child_main import IMPORT_FAILED, MARGIN, RECYCLE
-from conveyor.worker.supervision.child_process import NO_STACK, STALLED, Offspring, describe_end
-from conveyor.worker.supervision.lease_guard import Estate, Guardian
+from conveyor.worker.supervision.child_process import NO_STACK, STALLED, ChildProcess, describe_end
+from conveyor.worker.supervision.lease_guard import DeadChild, LeaseGuard
 
 FAILED_STARTS = 5
 FAREWELL = 2.0
@@ -51,7 +51,7 @@ def run(
 ) -> int:
     """Run worker processes for ``module:attribute`` until a signal, or with *burst* until all is drained; exit code."""
     configure_log(verbose=verbose)
-    spec = Spec(
+    spec = ChildSpec(
         app_reference, queues, concurrency, threads, burst=burst, grace=grace, verbose=verbose, path=tuple(sys.path),
         max_jobs=max_jobs, max_memory=max_memory,
     )  # fmt: skip
@@ -63,7 +63,7 @@ class Supervisor:
 
     def __init__(
         self,
-        spec: Spec,
+        spec: ChildSpec,
         *,
         processes: int,
         python: str = sys.executable,
@@ -75,11 +75,11 @@ class Supervisor:
         self._command = [python, "-m", child_module, spec.app]
         self._max_stall = max_stall
         self._processes = processes
-        self._board = Board(2 * processes)
+        self._board = SharedMemory(2 * processes)
         slots = [self._board.slot(number) for number in range(2 * processes)]
-        self._children = [Offspring(number + 1, slots[number]) for number in range(processes)]
+        self._children = [ChildProcess(number + 1, slots[number]) for number in range(processes)]
         self._spare = slots[processes:]  # for successors, while those that are to be replaced drain
-        self._guardian = Guardian()
+        self._guardian = LeaseGuard()
         self._life = os.pipe()  # children read it: when we are gone, however, it ends
         self._signals: deque[int] = deque()
         self._stops = 0
@@ -182,7 +182,7 @@ class Supervisor:
             if child.is_due(now) and self._stop_at is None and self._settled(child):
                 self._start(child)
 
-    def _start(self, child: Offspring) -> None:
+    def _start(self, child: ChildProcess) -> None:
         descriptors = (self._board.fd, self._life[0])
         place = f"{child.slot.number}/{self._board.slots}"
         try:
@@ -194,19 +194,19 @@ class Supervisor:
         self._guardian.watch(child.slot)
         LOG.debug("Started worker child %d (pid %d)", child.number, child.pid)
 
-    def _succeed(self, child: Offspring) -> None:
+    def _succeed(self, child: ChildProcess) -> None:
         """Start a successor beside a child that takes no more work; in a burst not before all that it hands back is back."""
         if self._spare and not self._spec.burst:
             child.succeeded = True
-            successor = Offspring(child.number, self._spare.pop())
+            successor = ChildProcess(child.number, self._spare.pop())
             self._children.append(successor)
             self._start(successor)
 
-    def _settled(self, child: Offspring) -> bool:
+    def _settled(self, child: ChildProcess) -> bool:
         # A burst ends when nothing is left: its last child must not look before a dead one's jobs are back.
         return not self._spec.burst or child.estate is None or child.estate.settled.is_set()
 
-    def _watch(self, child: Offspring, now: float) -> None:
+    def _watch(self, child: ChildProcess, now: float) -> None:
         stacks = child.stacks_ready("person", now)
         if stacks is not None:
             print(f"worker child {child.number} (pid {child.pid}):\n{stacks}", file=sys.stderr, flush=True)
@@ -235,7 +235,7 @@ class Supervisor:
         if now - since > self._max_stall:
             child.kill(f"was killed after blocking its event loop for {now - since:.0f} s{_in_job(child)}")
 
-    def _tell_stall(self, child: Offspring, seconds: float, stacks: str) -> None:
+    def _tell_stall(self, child: ChildProcess, seconds: float, stacks: str) -> None:
         if stacks == NO_STACK:
             LOG.warning(
                 "Worker child %d (pid %d) has not run for %.1f s: is it stopped? It keeps its jobs for now, and is killed "
@@ -253,7 +253,7 @@ class Supervisor:
 
     # -- deaths ---------------------------------------------------------------------------------------------------
 
-    def _bury(self, child: Offspring, code: int) -> None:
+    def _bury(self, child: ChildProcess, code: int) -> None:
         ours = {"": describe_end(code), "stop": "was ended after its grace"}
         what = f"Worker child {child.number} (pid {child.pid}) {ours.get(child.kill_reason, child.kill_reason)}"
         by_itself = code in {0, RECYCLE} and child.slot.finished  # else a job ended it, with whatever code
@@ -265,7 +265,7 @@ class Supervisor:
         if about is not None and identities:
             # A kill strikes whoever executes something just then; anything else was the doing of what was executed.
             fault = code != -signal.SIGKILL or bool(child.kill_reason)
-            child.estate = Estate(what, about, identities, crashed, child.slot.seating(), fault)
+            child.estate = DeadChild(what, about, identities, crashed, child.slot.seating(), fault)
             self._guardian.settle(child.estate)
         elif crashed:
             LOG.warning("%s; it had leased nothing", what)
@@ -280,7 +280,7 @@ class Supervisor:
             self._spare.append(child.slot)
             child.close()
 
-    def _give_up_if_hopeless(self, child: Offspring, code: int) -> None:
+    def _give_up_if_hopeless(self, child: ChildProcess, code: int) -> None:
         if child.failed_starts < FAILED_STARTS or any(other.up for other in self._children):
             return
         why = "importing it failed" if code == IMPORT_FAILED else f"the last one {describe_end(code)}"
@@ -293,7 +293,7 @@ class Supervisor:
 
     # -- the first and the last words ------------------------------------------------------------------------------
 
-    def _introduce(self, child: Offspring) -> None:
+    def _introduce(self, child: ChildProcess) -> None:
         if self._introduced or not child.up or (about := child.slot.about()) is None:
             return
         self._introduced = True
@@ -310,7 +310,7 @@ class Supervisor:
             LOG.info("Stopped")
 
 
-def banner(about: About, spec: Spec, processes: int) -> list[str]:
+def banner(about: ChildInfo, spec: ChildSpec, processes: int) -> list[str]:
     """Return what a worker says of itself when it is up, at most eight lines."""
     try:
         release = version("conveyor")
@@ -331,6 +331,6 @@ def banner(about: About, spec: Spec, processes: int) -> list[str]:
     ]
 
 
-def _in_job(child: Offspring) -> str:
+def _in_job(child: ChildProcess) -> str:
     job = child.slot.job()
     return f" in {job[0]} ({job[1]})" if job is not None else ""
