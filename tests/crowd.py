@@ -78,7 +78,7 @@ class SimulatedClient:
 
     def __init__(self, url: str, town: Town, name: str, seed: str) -> None:
         self.name, self.town, self.dice = name, town, random.Random(seed)
-        self.backend = Client(url, namespace="c", patience=0)
+        self.client = Client(url, namespace="c", patience=0)
         self.lane = ProducerSequence(f"L{name}")
         self.held: dict[str, dict[str, tuple[str | None, bool]]] = {}  # worker → id → unique key, own id
         self.turns: dict[str, int] = {}
@@ -87,17 +87,17 @@ class SimulatedClient:
 
     def live(self, steps: int) -> None:
         try:
-            self.backend.execute("ECHO", f"client {self.name}")
+            self.client.execute("ECHO", f"client {self.name}")
             for _ in range(steps):
                 getattr(self, self.dice.choices(list(STEPS), list(STEPS.values()))[0])()
         except BaseException as error:
             self.broken = error
         finally:
-            self.backend.close()
+            self.client.close()
 
     def carry_out(self, step: Step) -> Any:
         try:
-            reply = step.send(self.backend)
+            reply = step.send(self.client)
         except (StalePush, StaleTurn, WorkerUnregistered) as error:
             reply = error
         self.history.append((step, reply))

@@ -73,9 +73,9 @@ class Fleet:
 
     def tidy(self) -> None:
         """Take away what killed workers leave: their registrations, and the jobs."""
-        for member in self.app.backend.run(inspection.crew(self.keys)):
-            self.app.backend.run(operations.reap(self.keys, member.worker, crashed=False))
-        queue = self.app.backend
+        for member in self.app.client.run(inspection.crew(self.keys)):
+            self.app.client.run(operations.reap(self.keys, member.worker, crashed=False))
+        queue = self.app.client
         for place in ("ready", "due", "dead"):
             while queue.run(operations.purge(self.keys, place, 500))[0]:
                 pass
@@ -153,11 +153,11 @@ class Fleet:
 
     def counts(self) -> inspection.QueueCounts:
         """Return what the queue holds."""
-        return self.app.backend.run(inspection.counts(self.keys))
+        return self.app.client.run(inspection.counts(self.keys))
 
     def registered(self) -> set[int]:
         """Return the pids of the workers that Redis knows."""
-        return {int(member.about["pid"]) for member in self.app.backend.run(inspection.crew(self.keys))}
+        return {int(member.about["pid"]) for member in self.app.client.run(inspection.crew(self.keys))}
 
     def drained(self) -> bool:
         """Tell whether nothing is left to do."""
@@ -175,7 +175,7 @@ class Fleet:
 
     def is_sound(self) -> bool:
         """Tell whether the audit finds nothing."""
-        return self.app.backend.run(inspection.audit(self.keys)) == []
+        return self.app.client.run(inspection.audit(self.keys)) == []
 
 
 @contextmanager

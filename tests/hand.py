@@ -18,17 +18,17 @@ class Hand:
     """Holds what it took until it says how it ended."""
 
     def __init__(self, app: Conveyor, queue: str = "default") -> None:
-        self.backend = app.backend
+        self.client = app.client
         self.keys = app.keys(queue)
         self.worker = new_identity()
         self.number = 0
         self.envelopes: dict[str, Envelope] = {}
-        self.backend.run(operations.register(self.keys, self.worker, 60_000, operations.about()))
+        self.client.run(operations.register(self.keys, self.worker, 60_000, operations.about()))
 
     def turn(self, want: int = 0, *others: Settlement, done: tuple[str, ...] = (), flags: str = "") -> TurnReply:
         self.number += 1
         report = TurnReport(list(done), list(others))
-        return self.backend.run(operations.turn(self.keys, self.worker, self.number, want, 60_000, report, flags=flags))
+        return self.client.run(operations.turn(self.keys, self.worker, self.number, want, 60_000, report, flags=flags))
 
     def take(self, want: int = 1) -> list[str]:
         """Lease up to *want* jobs and return their ids, first come first; `envelopes` has the rest."""
@@ -62,7 +62,7 @@ class Hand:
 
     def leave(self) -> None:
         """Finish what is held and go."""
-        while ids := self.backend.run(operations.held(self.keys, self.worker)):
+        while ids := self.client.run(operations.held(self.keys, self.worker)):
             self.turn(0, done=tuple(ids))
         self.turn(0, flags="t")
 
@@ -74,15 +74,15 @@ def arguments(app: Conveyor, envelope: Envelope) -> tuple[list[Any], dict[str, A
 
 def drain(app: Conveyor) -> None:
     """Empty all queues of *app*."""
-    for queue in app.backend.queues():
+    for queue in app.client.queues():
         keys = app.keys(queue)
         for place in ("due", "dead", "ready"):
-            while app.backend.run(operations.purge(keys, place, 500))[0]:
+            while app.client.run(operations.purge(keys, place, 500))[0]:
                 pass
         hand = Hand(app, queue)
         assert hand.take(1000) == []
         hand.leave()
-        app.backend.execute("DEL", keys.wake, key=keys.wake)  # a token that no worker took
+        app.client.execute("DEL", keys.wake, key=keys.wake)  # a token that no worker took
 
 
 def eventually(condition: Any, within: float = 10.0) -> Any:

@@ -17,7 +17,7 @@ class HandWorker:
     """One registered worker of one queue. Ids are public ones."""
 
     def __init__(self, backend: Client, queue: str) -> None:
-        self.backend, self.queue, self.keys = backend, queue, backend.keys(queue)
+        self.client, self.queue, self.keys = backend, queue, backend.keys(queue)
         self.identity, self.number = new_identity(), 0
         about = operations.about(host="testhost", pid=4711)
         backend.run(operations.register(self.keys, self.identity, LEASE_MS, about))
@@ -43,7 +43,7 @@ class HandWorker:
 
     def _turn(self, want: int, report: TurnReport) -> operations.TurnReply:
         self.number += 1
-        return self.backend.run(operations.turn(self.keys, self.identity, self.number, want, LEASE_MS, report))
+        return self.client.run(operations.turn(self.keys, self.identity, self.number, want, LEASE_MS, report))
 
 
 def recent_entry(id_: str, status: str, ran_ms: int) -> bytes:

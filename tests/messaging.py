@@ -51,4 +51,4 @@ def first(queue, **options):
 
 def crash(queue, message):
     """Return what *message*'s holder has leased, as its supervisor does when it died."""
-    return queue.backend.run(operations.reap(queue.keys, message._holder.lessee.worker))
+    return queue.client.run(operations.reap(queue.keys, message._holder.lessee.worker))

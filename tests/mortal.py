@@ -52,7 +52,7 @@ class Mortal(DbapiConnection):
 
 def attempt(outbox: Outbox, database: Database, fate: Fate, monkeypatch: pytest.MonkeyPatch) -> bool:
     """Deliver until fate strikes; return whether it did."""
-    backend = outbox.app.backend
+    backend = outbox.app.client
     carry = backend.carry
     connection = database.connect()
     try:

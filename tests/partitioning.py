@@ -26,7 +26,7 @@ def lengths(queue: PartitionedQueue[Any]) -> list[int]:
 
 def audits(queue: PartitionedQueue[Any]) -> list[tuple[str, str]]:
     """Return what the audit of any partition finds wrong."""
-    return [wrong for part in queue.parts for wrong in queue.backend.run(inspection.audit(part.keys))]
+    return [wrong for part in queue.parts for wrong in queue.client.run(inspection.audit(part.keys))]
 
 
 def place_of(public_id: str) -> int:
@@ -56,6 +56,6 @@ def in_a_loop(queue: PartitionedQueue[Any], work: Coroutine[Any, Any, Any]) -> A
         try:
             return await work
         finally:
-            await queue.backend.aclose()
+            await queue.client.aclose()
 
     return asyncio.run(whole())

@@ -80,7 +80,7 @@ def _text(value: bytes | str) -> str:
 def shop(url: str) -> Iterator[Conveyor]:
     """Give the app of all these programs, at *url*."""
     app = Conveyor(url, namespace=NAMESPACE, lease="600ms")
-    app.backend.patience = 0.5
+    app.client.patience = 0.5
     app.plain_list(LIST, task="shop.double")
 
     @app.task(name="shop.double")
@@ -105,7 +105,7 @@ def shop(url: str) -> Iterator[Conveyor]:
 
 def furnish(app: Conveyor) -> Hand:
     """Put one job of each kind in the queues, as an owner of all rights; return who holds the leased ones."""
-    app.backend.execute("FLUSHALL", "SYNC")
+    app.client.execute("FLUSHALL", "SYNC")
     double, fail = app.tasks["shop.double"], app.tasks["shop.fail"]
     hand = Hand(app)
     double.options(id="done").enqueue(1)
@@ -119,7 +119,7 @@ def furnish(app: Conveyor) -> Hand:
             hand.dead(id_, None)
     double.options(unique="held", id="ready").enqueue(1)
     double.options(delay="1h", id="scheduled").enqueue(1)
-    app.backend.run(operations.await_outcome(app.keys("default"), "ready", f"{NAMESPACE}:replies:nobody"))
+    app.client.run(operations.await_outcome(app.keys("default"), "ready", f"{NAMESPACE}:replies:nobody"))
     return hand
 
 
@@ -147,13 +147,13 @@ def produce(app: Conveyor) -> None:
     waiting = threading.Thread(target=lambda: _ended(job))
     waiting.start()
     eventually(
-        lambda: app.backend.run(
+        lambda: app.client.run(
             operations.await_outcome(app.keys("default"), job.id.split(":")[1], f"{NAMESPACE}:replies:x")
         )[0]
     )
     assert job.cancel()
     waiting.join(5)
-    app.backend.execute("PING")  # as the thread does that waits for results
+    app.client.execute("PING")  # as the thread does that waits for results
     for name in ("ready", "scheduled", "leased"):
         app.job(name).cancel()
 
@@ -167,7 +167,7 @@ def _ended(job: Any) -> None:
 
 def look(app: Conveyor) -> None:
     """Show all that a dashboard shows."""
-    admin = Admin(app.backend, plain_lists=app.plain_lists)
+    admin = Admin(app.client, plain_lists=app.plain_lists)
     assert {one.name for one in admin.queues()} >= {"default"}
     assert admin.queue("default").dead >= 1
     assert admin.workers("default")
@@ -181,14 +181,14 @@ def look(app: Conveyor) -> None:
         pass
     report = admin.doctor()
     assert report.version
-    assert app.backend.run(inspection.audit(app.keys("default"))) == []
+    assert app.client.run(inspection.audit(app.keys("default"))) == []
     list(app.queue("default").dead_letters())
 
 
 def operate(app: Conveyor) -> None:
     """Do all that an operator does to queues and jobs."""
     look(app)
-    admin = Admin(app.backend, plain_lists=app.plain_lists)
+    admin = Admin(app.client, plain_lists=app.plain_lists)
     admin.pause("default")
     admin.resume("default")
     acted = [admin.retry(["scheduled"]), admin.cancel(["leased", "ready"])]
@@ -199,15 +199,15 @@ def operate(app: Conveyor) -> None:
     admin.purge("default", dead=True)
     app.plain_lists[LIST].purge()
     for number in (2, 1):
-        repartition(app.backend, "spread", number)
+        repartition(app.client, "spread", number)
     jobs = app.keys("default").jobs
-    app.backend.execute("HSCAN", jobs, 0, key=jobs)  # as `conveyor.admin.blob_sweep.sweep` reads them
+    app.client.execute("HSCAN", jobs, 0, key=jobs)  # as `conveyor.admin.blob_sweep.sweep` reads them
 
 
 async def work(app: Conveyor) -> None:
     """Be a worker with everything a worker does, and its supervisor, and a consumer of messages."""
     double, fail, long = (app.tasks[f"shop.{name}"] for name in ("double", "fail", "long"))
-    assert (await asyncio.to_thread(doctor.eviction_policy, app.backend))[0]
+    assert (await asyncio.to_thread(doctor.eviction_policy, app.client))[0]
     async with working(app) as worker:
         consumer = worker.consumers[0]
         assert await (await double.aenqueue(2)).aresult(timeout=5) == 4
@@ -219,7 +219,7 @@ async def work(app: Conveyor) -> None:
         await _reached(stopping, "leased")
         await stopping.acancel()
         await app.plain_lists[LIST].apush({"n": 5})
-        consumer.call_myself()
+        consumer.wake_self()
         await _reached(stopping, "cancelled")
         await _reached(dying, "dead")
         await double.options(priority=5, expires="1ms", delay="5ms").aenqueue(1)
@@ -239,7 +239,7 @@ async def _empty(app: Conveyor) -> None:
     lists = [app.keys("default"), app.plain_lists[LIST].keys]
     async with asyncio.timeout(8):
         while any(
-            [(c := await app.backend.arun(inspection.counts(one))).ready + c.leased + c.scheduled for one in lists]
+            [(c := await app.client.arun(inspection.counts(one))).ready + c.leased + c.scheduled for one in lists]
         ):
             await asyncio.sleep(0.005)
 
@@ -249,12 +249,10 @@ def _die(app: Conveyor) -> None:
     app.tasks["shop.double"].enqueue(1)
     hand = Hand(app)
     assert hand.take(1)
-    app.backend.run(
-        operations.turn(hand.keys, hand.worker, hand.number, 1, 60_000, operations.TurnReport())
-    )  # a repeat
-    app.backend.run(operations.beat(hand.keys, hand.worker, 60_000))
+    app.client.run(operations.turn(hand.keys, hand.worker, hand.number, 1, 60_000, operations.TurnReport()))  # a repeat
+    app.client.run(operations.beat(hand.keys, hand.worker, 60_000))
     identity = LeaseIdentity(NAMESPACE, "default", None, hand.worker, 60_000, True, time.monotonic())
-    estate = DeadChild("a child was killed", ChildInfo(app.backend.address.url, NAMESPACE), [identity], crashed=True)
+    estate = DeadChild("a child was killed", ChildInfo(app.client.address.url, NAMESPACE), [identity], crashed=True)
     guardian = LeaseGuard()
     guardian.settle(estate)
     assert guardian.close(5.0)

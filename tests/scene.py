@@ -49,13 +49,13 @@ class Scene:
     def __init__(self, client: redis_py.Redis, url: str, keys: QueueKeys | None = None) -> None:
         """Take a client of an emptied server."""
         self.client = client
-        self.backend = Client(url, namespace="c", patience=0)
-        self.keys = keys or self.backend.keys("q")
+        self.client = Client(url, namespace="c", patience=0)
+        self.keys = keys or self.client.keys("q")
         self.lane = ProducerSequence("L")
 
     def run(self, call: Call[T]) -> T:
         """Carry out a step, once."""
-        return self.backend.run(call)
+        return self.client.run(call)
 
     # -- seeds ----------------------------------------------------------------------------------------------------
 

@@ -23,7 +23,7 @@ def settle(app: Conveyor, followers: list[tuple[str, int]], *, reaped: bool = Fa
     hand = Hand(app)
     (id_,) = hand.take(1)
     if reaped:
-        app.backend.run(operations.reap(hand.keys, hand.worker))
+        app.client.run(operations.reap(hand.keys, hand.worker))
     spawned = [Settlement("S", id_, record=entry(app, queue, n)) for queue, n in followers]
     hand.turn(0, *spawned, Settlement("D", id_), flags="t")
     return hand
@@ -45,5 +45,5 @@ async def emptied(app: Conveyor) -> int:
         while await deliver(app.keys("default"), app):
             count += 1
     finally:
-        await app.backend.aclose()
+        await app.client.aclose()
     return count

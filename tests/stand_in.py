@@ -37,7 +37,7 @@ class StandIn:
 
     def __init__(self, spec: ChildSpec, slot: ChildSlot, url: str) -> None:
         self.spec, self.slot = spec, slot
-        self.backend = Client(url, namespace="test")
+        self.client = Client(url, namespace="test")
         self.keys = QueueKeys("test", next(iter(spec.queues)))
         self.worker = new_identity()
         self.running: dict[str, asyncio.Task[None]] = {}
@@ -60,7 +60,7 @@ class StandIn:
         ticking = asyncio.create_task(self.tick())
         self.slot.set_identity(self.keys, self.worker, LEASE_MS)
         about = to_json({"pid": os.getpid(), "group": os.getpgid(0)})
-        await self.backend.arun(operations.register(self.keys, self.worker, LEASE_MS, about), patience=60)
+        await self.client.arun(operations.register(self.keys, self.worker, LEASE_MS, about), patience=60)
         deadline = None
         while True:
             if self.stops and deadline is None:
@@ -81,7 +81,7 @@ class StandIn:
         call = operations.turn(
             self.keys, self.worker, self.number, want, LEASE_MS, report, flags="t" if self.stops else ""
         )
-        turn = await self.backend.arun(call, patience=60)
+        turn = await self.client.arun(call, patience=60)
         self.slot.renewed(self.worker)
         assert turn.lost == []
         for one in give_back:
@@ -115,7 +115,7 @@ class StandIn:
         self.done.append(id_)
 
     async def drained(self) -> bool:
-        return await self.backend.aexecute("HLEN", self.keys.jobs, key=self.keys.jobs) == 0
+        return await self.client.aexecute("HLEN", self.keys.jobs, key=self.keys.jobs) == 0
 
     async def tick(self) -> None:
         while True:

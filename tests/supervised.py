@@ -44,27 +44,27 @@ class Queue:
 
     def __init__(self, url: str) -> None:
         self._url = url
-        self.backend = Client(url, namespace="test", patience=30)
+        self.client = Client(url, namespace="test", patience=30)
 
     def push(self, task: str, count: int = 1, body: bytes = b"0") -> list[str]:
         entries = [Entry(id_, write_rest(task, body)) for id_ in new_ids(count)]
-        return self.backend.push(KEYS, entries)
+        return self.client.push(KEYS, entries)
 
     def crew(self) -> list[WorkerRow]:
-        return self.backend.run(inspection.crew(KEYS))
+        return self.client.run(inspection.crew(KEYS))
 
     def held(self, worker: str) -> set[str]:
-        return set(self.backend.run(operations.held(KEYS, worker)))
+        return set(self.client.run(operations.held(KEYS, worker)))
 
     def counts(self) -> inspection.QueueCounts:
-        return self.backend.run(inspection.counts(KEYS))
+        return self.client.run(inspection.counts(KEYS))
 
     def crashes(self, ids: Any) -> set[int]:
-        states = [self.backend.execute("HGET", KEYS.state, id_, key=KEYS.state) for id_ in ids]
+        states = [self.client.execute("HGET", KEYS.state, id_, key=KEYS.state) for id_ in ids]
         return {int(state.split(b" ")[2].split(b"\n")[0]) if isinstance(state, bytes) else 0 for state in states}
 
     def starts(self, ids: Any) -> set[int]:
-        states = [self.backend.execute("HGET", KEYS.state, id_, key=KEYS.state) for id_ in ids]
+        states = [self.client.execute("HGET", KEYS.state, id_, key=KEYS.state) for id_ in ids]
         return {int(state.split(b" ")[0]) if isinstance(state, bytes) else 0 for state in states}
 
     def by_pid(self, *held: int) -> dict[int, WorkerRow]:
@@ -77,7 +77,7 @@ class Queue:
 
         def turns() -> dict[str, int]:
             return {
-                one.worker: int(self.backend.execute("HGET", key := KEYS.leased(one.worker), "\tturn", key=key) or 0)
+                one.worker: int(self.client.execute("HGET", key := KEYS.leased(one.worker), "\tturn", key=key) or 0)
                 for one in found.values()
             }
 
@@ -87,7 +87,7 @@ class Queue:
         return found
 
     def is_sound(self) -> bool:
-        return self.backend.run(inspection.audit(KEYS)) == []
+        return self.client.run(inspection.audit(KEYS)) == []
 
     def purge(self) -> None:
         with connect(self._url) as client:

@@ -47,7 +47,7 @@ def live(role: str, member: Member, *, enough: bool = True) -> None:
     """Lead the life of a role; without *enough* rights until one was missed."""
     with shop(member.server.url) as owner, shop(member.url) as app:
         if role == "worker":
-            owner.backend.execute("FLUSHALL", "SYNC")
+            owner.client.execute("FLUSHALL", "SYNC")
         else:
             furnish(owner)
         with member.server.client() as client:

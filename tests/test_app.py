@@ -175,7 +175,7 @@ async def test_async_with_closes_the_loops_connection(url: str, redis: redis_py.
     """`async with app:` closes what this event loop opened."""
     idle = len(redis.client_list())
     async with Conveyor(url) as app:
-        await app.backend.aexecute("PING")
+        await app.client.aexecute("PING")
         assert len(redis.client_list()) == idle + 1
     await asyncio.to_thread(eventually, lambda: len(redis.client_list()) == idle)
 

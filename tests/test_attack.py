@@ -196,7 +196,7 @@ async def test_a_page_of_bombs_is_small(url, redis):
             id_ = new_id()
             redis.hset(keys.jobs, id_, b"\n\n\x01\x01\x00\x01" + zlib.compress(b" " * (8 << 20), 1))
             redis.rpush(keys.ready[0], id_)
-        listed = await asyncio.to_thread(Admin(app.backend).jobs, "mail", "ready", limit=100)
+        listed = await asyncio.to_thread(Admin(app.client).jobs, "mail", "ready", limit=100)
         assert len(listed) == 51
         assert sum(len(info.payload or "") for info in listed) < 200_000
         assert "compressed" in str(listed[-1].payload)
@@ -251,7 +251,7 @@ def test_passwords_that_need_quoting_are_not_shown(word):
         try:
             place = locate(url)
             shown = f"{place} {place!r} {vars(place).get('_hosts')} {vars(place).get('_server')}"
-            connection = place.place("x").open(read_timeout=1.0)
+            connection = place.endpoint("x").open(read_timeout=1.0)
             connection.disconnect()
         except (ConveyorError, OSError, RedisError) as error:
             shown += f"{error} {error!r}" + "".join(traceback.format_exception(error))

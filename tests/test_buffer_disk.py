@@ -83,8 +83,8 @@ def test_the_next_process_delivers(server: Server, tmp_path: Path) -> None:
     kill(process)
     server.start()
     with Conveyor(server.url, buffer=Buffer(tmp_path)) as app:
-        assert app.backend.buffer is not None
-        assert app.backend.buffer.wait_empty(10)
+        assert app.client.buffer is not None
+        assert app.client.buffer.wait_empty(10)
         until(lambda: len(line(server)) == 300)
     assert line(server) == bare(ids)
 
@@ -102,8 +102,8 @@ def test_killed_while_it_delivers(server: Server, tmp_path: Path, rounds: Callab
         kill(process)
     with Conveyor(server.url, buffer=Buffer(tmp_path)) as app:
         until(lambda: len(line(server)) == len(ids))
-        assert app.backend.buffer is not None
-        assert app.backend.buffer.wait_empty(10)
+        assert app.client.buffer is not None
+        assert app.client.buffer.wait_empty(10)
     assert line(server) == bare(ids), f"seed {seed}"
 
 
@@ -135,8 +135,8 @@ def test_a_full_disk_refuses_and_delivers(server: Server, tmp_path: Path, monkey
             ids.extend(mail.push(n) for n in range(1000))
         assert caught.value.code == "E37"
         server.start()
-        assert app.backend.buffer is not None
-        assert app.backend.buffer.wait_empty(10)
+        assert app.client.buffer is not None
+        assert app.client.buffer.wait_empty(10)
     assert line(server) == bare(ids)
 
 
@@ -157,7 +157,7 @@ def test_a_directory_that_goes_is_said(server: Server, tmp_path: Path) -> None:
     with pytest.raises(StoreUnavailable) as caught:
         app.queue("mail").push(1)
     assert isinstance(caught.value.__cause__, OSError)
-    assert len(app.backend.buffer or ()) == 0
+    assert len(app.client.buffer or ()) == 0
     app.close()
 
 

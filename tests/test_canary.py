@@ -72,11 +72,11 @@ def test_what_is_printed_of_objects(guarded):
     """No repr and no str of an app and of its parts has a secret, and keys are not pickled."""
     app = Conveyor(guarded, keys={"2026-11": SECRET, "b": SECRET.encode()}, encrypt=True)
     queue = app.queue("mail")
-    place = app.backend.place(queue.keys) if hasattr(app.backend, "place") else app.backend.address
+    place = app.client.endpoint(queue.keys) if hasattr(app.client, "endpoint") else app.client.address
     things = [
         app,
-        app.backend,
-        app.backend.address,
+        app.client,
+        app.client.address,
         place,
         app.sealing,
         app.sealing.seal,
@@ -117,7 +117,7 @@ def test_what_is_said_of_mistakes(guarded):
 
 def _reach(url: str) -> None:
     app = Conveyor(url)
-    app.backend.patience = 0.0
+    app.client.patience = 0.0
     try:
         app.queue("mail").push("x")
         raise RuntimeError("it was reached")

@@ -91,9 +91,9 @@ async def test_administration_fetches_nothing(app, store):
     """A list of jobs says where a large body is; it does not ask the store."""
     job = await length(app).aenqueue(BIG)
     store.broken = 99
-    seeing = await asyncio.to_thread(Admin(app.backend, sealing=app.sealing).job, job.id)
+    seeing = await asyncio.to_thread(Admin(app.client, sealing=app.sealing).job, job.id)
     assert seeing.payload.startswith("stored elsewhere as ")
-    blind = await asyncio.to_thread(Admin(app.backend).job, job.id)
+    blind = await asyncio.to_thread(Admin(app.client).job, job.id)
     assert blind.payload.startswith("sealed with key 2026-11 (hmac), stored elsewhere: ")
 
 
@@ -237,7 +237,7 @@ async def test_sweep_removes_only_what_no_job_needs(app, store, tmp_path):
     assert len(store.data) == 2
     with pytest.raises(ConfigurationError, match="an hour"):
         await asyncio.to_thread(sweep, app, "5m")
-    async with Conveyor(app.backend.configured, keys={"2026-11": "other" * 8}, large=store) as wrong:
+    async with Conveyor(app.client.configured, keys={"2026-11": "other" * 8}, large=store) as wrong:
         with pytest.raises(PayloadError, match="Nothing was removed"):
             await asyncio.to_thread(sweep, wrong)
     assert await asyncio.to_thread(sweep, app, dry_run=True) == 1

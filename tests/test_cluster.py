@@ -57,7 +57,7 @@ async def test_everything_works_on_a_cluster(cluster: ClusterOfNodes) -> None:
         await app.queue("letters").apush_many(range(2500))
         taken = [message.body async for message in _some(app.queue("letters"), 2500)]
         assert taken == list(range(2500))
-        admin = Admin(app.backend, plain_lists=app.plain_lists)
+        admin = Admin(app.client, plain_lists=app.plain_lists)
         found = await asyncio.to_thread(admin.queues)
         assert {one.name for one in found} == {*QUEUES, "readings", "letters"}
         assert sum(one.ready + one.leased for one in found) == 0
@@ -87,7 +87,7 @@ async def test_partitions_spread_one_queue_over_the_nodes(
         app.queue("hot", partitions=6)
         double = app.task(queue="hot", name="double", keep_result="10m")(_double)
         jobs = [await double.aenqueue(n) for n in range(60)]
-        report = await asyncio.to_thread(Admin(app.backend).doctor)
+        report = await asyncio.to_thread(Admin(app.client).doctor)
         assert "queue 'hot' has 10 jobs in a slot: moving it stops both nodes for about 0 s" in str(report.findings)
         async with working(app):
             assert [await job.aresult(timeout=20) for job in jobs] == [2 * n for n in range(60)]
@@ -147,7 +147,7 @@ async def test_pushes_wait_longer_for_a_slot_that_moves(cluster: ClusterOfNodes)
     """While its slot is half-way a push is repeated beyond the patience for an outage, blocking and on a loop."""
     assert replies.SLOT_MOVES == 30
     app = Conveyor(cluster.url)
-    app.backend.patience = 3.0
+    app.client.patience = 3.0
     mail, key = app.queue("mail"), "{mail}"
     source = cluster.owner(key)
     target = next(node for node in cluster.masters() if node is not source)

@@ -179,7 +179,7 @@ class TestOneByOne:
     def test_a_thread_of_the_caller_may_settle(self, queue):
         """A block that ends elsewhere, while the loop waits for new work, is acknowledged at once."""
         queue.push(1)
-        consumer, message = first(Queue(queue.backend, "mail", lease_ms=60_000))
+        consumer, message = first(Queue(queue.client, "mail", lease_ms=60_000))
         go = threading.Event()
 
         def work():

@@ -46,8 +46,11 @@ def fail_over(start: Start, dice: random.Random) -> tuple[int, int, int, int]:
     """Kill a loaded primary whose replica is behind; return (confirmed, of these lost, unconfirmed, of these lost)."""
     pair = Pair(start)
     door, stop = Switch(str(pair.primary.socket)), threading.Event()
-    wish = {"wait_replicas": 1, "wait_timeout": "300ms"}
-    producers = [Producer(door.url, options, stop) for options in (wish, wish, wish, {})]
+    durability_request = {"wait_replicas": 1, "wait_timeout": "300ms"}
+    producers = [
+        Producer(door.url, options, stop)
+        for options in (durability_request, durability_request, durability_request, {})
+    ]
     for one in producers:
         one.start()
     time.sleep(dice.uniform(0.1, 0.6))  # the load before the fault, not a wait for something
@@ -62,7 +65,7 @@ def fail_over(start: Start, dice: random.Random) -> tuple[int, int, int, int]:
         assert not one.is_alive()
     there = stored(pair.replica)
     with Conveyor(pair.replica.url) as app:
-        assert app.backend.run(inspection.audit(app.keys("mail"))) == []
+        assert app.client.run(inspection.audit(app.keys("mail"))) == []
     confirmed = set().union(*(bare(one.returned) for one in producers[:3]))
     unconfirmed = bare(producers[3].returned)
     door.close()
@@ -115,8 +118,8 @@ def test_a_lease_that_failover_forgets_is_refused(start_server: Start, known: bo
         else:
             with pytest.raises(WorkerUnregistered):
                 first.turn(0, done=("one",))
-        assert app.backend.run(operations.held(second.keys, second.worker)) == ["one"]
+        assert app.client.run(operations.held(second.keys, second.worker)) == ["one"]
         second.plainly_done("one")
-        assert app.backend.run(inspection.audit(app.keys("default"))) == []
+        assert app.client.run(inspection.audit(app.keys("default"))) == []
     door.close()
     pair.close()

@@ -133,7 +133,7 @@ def test_a_fork_uses_no_connection_of_its_parent(url: str) -> None:
         note.enqueue(1000 + n)
     assert exit_codes(children) == [0, 0, 0]
 
-    assert app.backend.run(operations.purge(app.keys("default"), "ready", 1000)) == (201, 201)
+    assert app.client.run(operations.purge(app.keys("default"), "ready", 1000)) == (201, 201)
     app.close()
 
 
@@ -143,7 +143,7 @@ async def test_a_server_that_is_absent_at_first_is_waited_for(start_server: Call
     server = start_server()
     server.kill()
     app = Conveyor(server.url)
-    app.backend.patience = 0.2
+    app.client.patience = 0.2
 
     @app.task
     async def add(a: int, b: int) -> int:
@@ -157,7 +157,7 @@ async def test_a_server_that_is_absent_at_first_is_waited_for(start_server: Call
     running = asyncio.create_task(worker.run())
     server.start()
     await asyncio.wait_for(worker.ready.wait(), 10)
-    app.backend.patience = 5.0
+    app.client.patience = 5.0
     job = await add.aenqueue(1, 2)
     assert await job.aresult(timeout=10) == 3
     worker.stop()
@@ -243,7 +243,7 @@ async def test_an_outage_is_told_once(start_server: Callable[..., Server], caplo
             await until(lambda: told("Redis is away"))
             await asyncio.to_thread(server.start)
             await until(lambda: told("Redis is back after"))
-            await until(lambda: worker.consumers[0].hungry)
+            await until(lambda: worker.consumers[0].has_capacity)
             wire = worker.consumers[0].wire
             wire.drop(ConnectionError("cut"))
             await until(lambda: wire.is_open)

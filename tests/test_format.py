@@ -153,7 +153,7 @@ async def test_classes_that_only_their_format_knows(made, redis):
     await message.aack()
     [letter] = [one async for one in queue.adead_letters()]
     assert "Expected Opaque, got dict" in letter.error
-    seeing = await asyncio.to_thread(Admin(app.backend, formats=app.formats).job, jobs[0].id)
+    seeing = await asyncio.to_thread(Admin(app.client, formats=app.formats).job, jobs[0].id)
     assert "Opaque" in str(seeing.result)
 
 
@@ -328,12 +328,12 @@ async def test_what_cannot_be_shown_is_said(made):
     app = made(format=Packed())
     queue = app.queue("points", Point)
     id_ = await queue.apush(Point(1, 2))
-    seeing = await asyncio.to_thread(Admin(app.backend, formats=app.formats).job, id_)
+    seeing = await asyncio.to_thread(Admin(app.client, formats=app.formats).job, id_)
     assert seeing.payload == '{"x":1,"y":2}'
-    blind = await asyncio.to_thread(Admin(app.backend).job, id_)
+    blind = await asyncio.to_thread(Admin(app.client).job, id_)
     assert "19 bytes" in str(blind.payload)
     assert "E50" in str(blind.payload)
     sealed = made(namespace="sealed", format="msgpack", keys=KEYS, encrypt=True)
     id_ = await sealed.queue("q").apush({1: "x"})
-    shown = await asyncio.to_thread(Admin(sealed.backend, sealing=sealed.sealing, formats=sealed.formats).job, id_)
+    shown = await asyncio.to_thread(Admin(sealed.client, sealing=sealed.sealing, formats=sealed.formats).job, id_)
     assert shown.payload == '{"1":"x"}'

@@ -130,7 +130,7 @@ def _swallow(messages):
 def _process(url, code):
     prelude = (
         "from conveyor.messaging.queue import Queue; from conveyor.store.client.client import Client\n"
-        f"q = Queue(Backend({url!r}), 'mail', lease_ms=400)\n"
+        f"q = Queue(Client({url!r}), 'mail', lease_ms=400)\n"
     )
     return subprocess.Popen([sys.executable, "-c", prelude + code], stdout=subprocess.PIPE, env=os.environ)
 

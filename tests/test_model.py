@@ -32,7 +32,7 @@ def scene(redis: redis_py.Redis, url: str) -> Iterator[Scene]:
     """The queue both runs use."""
     found = Scene(redis, url)
     yield found
-    found.backend.close()
+    found.client.close()
     redis.flushall(asynchronous=False)
 
 
@@ -81,7 +81,7 @@ def test_four_clients_at_once(start_server: Callable[..., Server], rounds: Calla
 
             assert read(client, keys) == model.snapshot()
             with Conveyor(server.url, namespace="c") as app:
-                assert app.backend.run(inspection.audit(keys)) == []
+                assert app.client.run(inspection.audit(keys)) == []
             assert model.told(), "there is work, no token, and nobody watches"
             changes += sum(one != two for (one, *_), (two, *_) in itertools.pairwise(history))
             repeats += len(history) - len({id(step) for _, step, _ in history})

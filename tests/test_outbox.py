@@ -110,12 +110,12 @@ async def test_a_job_to_come_is_waited_for(family: Conveyor) -> None:
             await job.aresult(timeout=0)
         waiting = asyncio.create_task(job.aresult(timeout=10))
         two = family.keys("two")
-        while not await family.backend.aexecute("HEXISTS", two.waiters, job.id.split(":")[1], key=two.jobs):
+        while not await family.client.aexecute("HEXISTS", two.waiters, job.id.split(":")[1], key=two.jobs):
             await asyncio.sleep(0.005)
         coming.append(None)
         assert await waiting == 3
         assert await family.tasks["family.follower"].job(job.id).astatus() == "done"
-    await family.backend.aexecute("DEL", two.result(job.id.split(":")[1]), key=two.jobs)
+    await family.client.aexecute("DEL", two.result(job.id.split(":")[1]), key=two.jobs)
     assert await job.astatus() == "done"
 
 

@@ -38,14 +38,14 @@ def test_one_refused_end_takes_its_followers_along(family: Conveyor, redis: redi
         app.tasks["family.parent"].enqueue(n)
     hand = Hand(app)
     kept, gone = hand.take(2)
-    app.backend.run(operations.extend(hand.keys, hand.worker, gone, "other", 60_000, b""))
+    app.client.run(operations.extend(hand.keys, hand.worker, gone, "other", 60_000, b""))
     ends = [
         one for id_ in (gone, kept) for one in (Settlement("S", id_, record=entry(app, "two", 1)), Settlement("D", id_))
     ]
 
     assert hand.turn(0, *ends).lost == [gone]
     assert [spawn_outbox.read(one)[0] for one in redis.lrange(hand.keys.outbox, 0, -1)] == ["two"]
-    app.backend.run(operations.reap(hand.keys, "other"))
+    app.client.run(operations.reap(hand.keys, "other"))
     hand.leave()
     assert asyncio.run(emptied(app)) == 1
     assert (take_all(app, "two"), take_all(app, "default")) == ([1], [1])
@@ -140,7 +140,7 @@ def test_deliverers_that_meet_push_once(family: Conveyor, rounds: Callable[[int,
             if rng.random() < 0.7:
                 one.cancel()  # its commands may be carried out all the same
         await asyncio.gather(*flock, return_exceptions=True)
-        await app.backend.aclose()
+        await app.client.aclose()
 
     for _ in range(rounds(2000, 60)):
         count = rng.choice([1, 5, 130])
@@ -194,20 +194,20 @@ def test_numbers_taken_back_lose_nothing(family: Conveyor, redis: redis_py.Redis
 def test_late_deliverer_changes_nothing(family: Conveyor, redis: redis_py.Redis) -> None:
     """Who took a batch, froze, and wakes after others have delivered it and the next, pushes and trims nothing."""
     app = family
-    keys, backend = app.keys("default"), app.backend
+    keys, client = app.keys("default"), app.client
     settle(app, [("two", 1)])
-    old = backend.run(spawn_outbox.take(keys))
+    old = client.run(spawn_outbox.take(keys))
     assert old is not None
     asyncio.run(emptied(app))
     settle(app, [("two", 2)])
-    now = backend.run(spawn_outbox.take(keys))
+    now = client.run(spawn_outbox.take(keys))
     assert now is not None
-    backend.run(spawn_outbox.deliver(keys, app.keys("two"), now.number, now.parts["two"]))
+    client.run(spawn_outbox.deliver(keys, app.keys("two"), now.number, now.parts["two"]))
 
     with pytest.raises(operations.StalePush):
-        backend.run(spawn_outbox.deliver(keys, app.keys("two"), old.number, old.parts["two"]))
-    assert backend.run(spawn_outbox.trim(keys, old.number)) == -1
-    again = backend.run(spawn_outbox.take(keys, instead=old.number, least=now.number + 99))
+        client.run(spawn_outbox.deliver(keys, app.keys("two"), old.number, old.parts["two"]))
+    assert client.run(spawn_outbox.trim(keys, old.number)) == -1
+    again = client.run(spawn_outbox.take(keys, instead=old.number, least=now.number + 99))
     assert again is not None
     assert again.number == now.number
     asyncio.run(emptied(app))
@@ -222,9 +222,9 @@ def test_large_entries_travel_in_small_batches(family: Conveyor, redis: redis_py
         keys.outbox, *(b'["two","%d",0,null,null,null,null,false,false]\n' % n + b"x" * 400_000 for n in range(5))
     )
     sizes = []
-    while batch := app.backend.run(spawn_outbox.take(keys)):
+    while batch := app.client.run(spawn_outbox.take(keys)):
         sizes.append(len(batch.parts["two"]))
-        app.backend.run(spawn_outbox.trim(keys, batch.number))
+        app.client.run(spawn_outbox.trim(keys, batch.number))
     assert sizes == [2, 2, 1]
 
 
@@ -266,21 +266,21 @@ async def test_a_partition_that_is_gone(url: str) -> None:
     app = Conveyor(url)
     app.queue("into", partitions=2)
     app.task(name="family.follower", queue="into")(_nothing)
-    keys, backend = app.keys("default"), app.backend
+    keys, client = app.keys("default"), app.client
     prepared = [spawn_outbox.read(app.tasks["family.follower"].s().follow()[1])[1] for _ in range(20)]
     written = [spawn_outbox.write("into", one) for one in prepared[:10]]
-    await backend.aexecute("RPUSH", keys.outbox, *written, key=keys.outbox)
-    await backend.aexecute(
+    await client.aexecute("RPUSH", keys.outbox, *written, key=keys.outbox)
+    await client.aexecute(
         "RPUSH", keys.outbox, *[spawn_outbox.write("into/7", one) for one in prepared[10:]], key=keys.outbox
     )
-    batch = await backend.arun(spawn_outbox.take(keys))
+    batch = await client.arun(spawn_outbox.take(keys))
     assert batch is not None
     for _ in range(2):
         assert await deliver(keys, app)
-        await backend.aexecute("RPUSH", keys.outbox, *written, key=keys.outbox)
-        await backend.aexecute("HSET", keys.conf, "outbox", f"{batch.number} 10", key=keys.conf)  # as if never trimmed
+        await client.aexecute("RPUSH", keys.outbox, *written, key=keys.outbox)
+        await client.aexecute("HSET", keys.conf, "outbox", f"{batch.number} 10", key=keys.conf)  # as if never trimmed
     await deliver(keys, app)
-    counts = [await backend.arun(inspection.counts(one)) for one in app.partitioned["into"].keys]
+    counts = [await client.arun(inspection.counts(one)) for one in app.partitioned["into"].keys]
     assert [one.ready > 0 for one in counts] == [True, True]
     assert sum(one.ready for one in counts) == 20
     await drain(app)

@@ -276,4 +276,4 @@ class TestHandles:
                 app.queue("orders", int, partitions=4)
             with pytest.raises(ConfigurationError, match="declared twice"):
                 app.queue("orders", int)
-            assert app.backend.queues() == []
+            assert app.client.queues() == []

@@ -101,7 +101,7 @@ class TestWrongNumber:
                 break
         consumer.close()
         assert sorted(found) == list(range(16))
-        assert number_of(queue8.backend, "orders") == 8
+        assert number_of(queue8.client, "orders") == 8
 
 
 def _nothing() -> None: ...
@@ -176,8 +176,8 @@ class TestRepartition:
             new.resume()
             new.push_many(range(20))
             assert sorted(ack_all(new.pull(20))) == list(range(20))
-            assert app.backend.queues() == (["orders"] if after == 1 else [f"orders/{n}" for n in range(after)])
-            assert [one.partitions for one in Admin(app.backend).queues()] == [after]
+            assert app.client.queues() == (["orders"] if after == 1 else [f"orders/{n}" for n in range(after)])
+            assert [one.partitions for one in Admin(app.client).queues()] == [after]
         if before != after:
             with pytest.raises(ConfigurationError, match="this program says"):
                 old.push(1)
@@ -193,7 +193,7 @@ class TestRepartition:
         with pytest.raises(ConfigurationError, match=r"orders/4 \(1\)") as refused:
             queue8.repartition(4)
         assert refused.value.code == "E35"
-        assert numbers(queue8.backend) == [8] * 8
+        assert numbers(queue8.client) == [8] * 8
         ack_all(held)
         clear(queue8)
         assert queue8.repartition(4) == 8
@@ -237,7 +237,7 @@ class TestRepartition:
             assert numbers(backend, 3) == [after] * 3
             new = spread(backend, after)
             assert (len(new), audits(new)) == (0, [])
-            other.backend.close()
+            other.client.close()
 
     def test_whoever_runs_with_the_old_number_ends(self, url, backend, queue8):
         """A consumer and a worker that run when the number changes end with E34, instead of serving some partitions."""

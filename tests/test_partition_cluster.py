@@ -25,7 +25,7 @@ def test_an_idle_consumer_waits_at_each_slot(cluster: ClusterOfNodes) -> None:
     """With a blocked connection for each partition, it is woken for any of them; none is left when it ends."""
     with Conveyor(cluster.url, lease="30s") as app:
         orders: Any = app.queue("orders", partitions=6)
-        assert len(by_place(app.backend, orders.partitions.keys, lambda keys: keys)) == 6
+        assert len(by_place(app.client, orders.partitions.keys, lambda keys: keys)) == 6
         assert len({cluster.owner(keys.jobs).port for keys in orders.partitions.keys}) > 1
         found, consumer = [], orders.consume()
 
@@ -81,7 +81,7 @@ def test_everything_works_over_the_nodes(cluster: ClusterOfNodes) -> None:
         orders: Any = app.queue("orders", partitions=6, lease="5s")
         orders.retry = FAST
         ids = orders.push_many(range(1200))
-        assert (len(orders), Admin(app.backend).names()) == (1200, ["orders"])
+        assert (len(orders), Admin(app.client).names()) == (1200, ["orders"])
         assert app.job(ids[7]).status() == "ready"
         assert orders.push(-1, id="own-7") == "own-7"
         assert app.job("own-7").cancel()

@@ -103,7 +103,7 @@ class TestConsume:
         thread = threading.Thread(target=take)
         thread.start()
         for number, part in enumerate(orders.parts):
-            until(lambda: _blocked(orders.backend) >= 1)
+            until(lambda: _blocked(orders.client) >= 1)
             begun = time.monotonic()
             part.push(number)
             until(lambda number=number: len(found) > number)

@@ -125,7 +125,7 @@ def test_people_see_one_queue(url: str) -> None:
         ids = orders.push_many(range(40))
         for message in orders.pull(8):
             message.dead("no")
-        admin = Admin(app.backend)
+        admin = Admin(app.client)
         assert [(one.name, one.ready, one.dead, one.partitions) for one in admin.queues()] == [
             ("mail", 1, 0, 1), ("orders", 32, 8, 4),
         ]  # fmt: skip
@@ -241,13 +241,13 @@ def test_pushes_are_kept_while_redis_is_away(start_server: Any, tmp_path: Path) 
     server = start_server()
     server.kill()
     with Conveyor(server.url, buffer=Buffer(tmp_path / "kept")) as app:
-        app.backend.patience = 0.2
+        app.client.patience = 0.2
         orders: Any = app.queue("orders", partitions=4)
         ids = [orders.push(n) for n in range(12)]
         assert len(set(ids)) == 12
         server.start()
-        assert app.backend.buffer is not None
-        app.backend.buffer.flush()
+        assert app.client.buffer is not None
+        app.client.buffer.flush()
         assert lengths(orders) == [3] * 4
         assert sorted(ack_all(orders.pull(12))) == list(range(12))
 

@@ -170,7 +170,7 @@ class TestForeignProducers:
 
         def promote():
             until(lambda: _blocked(redis, "blmove"))
-            tasks.backend.run(operations.promote(tasks.keys, message._leased.id))
+            tasks.client.run(operations.promote(tasks.keys, message._leased.id))
 
         thread = threading.Thread(target=promote)
         thread.start()

@@ -203,9 +203,9 @@ async def test_control_flow_and_codes_arrive(run: Run) -> None:
         await run("fail", kind="snooze")
     assert snoozed.value.delay == "5m"
 
-    with pytest.raises(PayloadError) as unfit:
+    with pytest.raises(PayloadError) as load_error:
         await run("swap", point=1)
-    assert unfit.value.code == "E15"
+    assert load_error.value.code == "E15"
 
     with pytest.raises(PayloadError, match="five"):
         await run("bad_result")

@@ -102,7 +102,7 @@ class TestPush:
         """A message that nobody took in time is dropped."""
         queue.push(order(1), expires="1ms")
         queue.push(order(2), expires="1h")
-        while queue.backend.execute("TIME") and not time.sleep(0.005):
+        while queue.client.execute("TIME") and not time.sleep(0.005):
             if take(queue, 9) == [order(2)]:
                 break
         assert len(queue) == 0
@@ -277,7 +277,7 @@ async def apush(queue, value, options):
     try:
         await queue.apush(value, **options)
     finally:
-        await queue.backend.aclose()
+        await queue.client.aclose()
 
 
 @pytest.fixture

@@ -102,7 +102,7 @@ def test_one_connection_serves_all_waiters(
         try:
             return await asyncio.gather(*(job.aresult(timeout=30) for job in some))
         finally:
-            await app.backend.aclose()
+            await app.client.aclose()
 
     threads = [pool.submit(job.result, timeout=30) for job in jobs[:20]]
     loops = [pool.submit(asyncio.run, wait_for(jobs[20:40])), pool.submit(asyncio.run, wait_for(jobs[40:]))]
@@ -231,7 +231,7 @@ def test_waiters_survive_a_restart(start_server: Callable[..., Server]) -> None:
             try:
                 return await jobs[1].aresult(timeout=60)
             finally:
-                await app.backend.aclose()
+                await app.client.aclose()
 
         waiting = [pool.submit(jobs[0].result, timeout=60), pool.submit(asyncio.run, wait())]
         with server.client() as client:
@@ -252,7 +252,7 @@ def test_server_that_is_away_is_an_error(start_server: Callable[..., Server]) ->
     """Asking for a result of a server that does not answer raises StoreUnavailable."""
     server = start_server()
     with Conveyor(server.url) as app:
-        app.backend.patience = 0.1
+        app.client.patience = 0.1
         job = make_echo(app).enqueue(1)
         server.kill()
         with pytest.raises(StoreUnavailable):

@@ -48,8 +48,8 @@ def _cost(app: Conveyor, redis: redis_py.Redis) -> tuple[dict[str, float], float
         done = tuple(turn.ids)
     hand.turn(0, done=done)
     for state in ("ready", "scheduled", "dead"):
-        app.backend.run(inspection.page(keys, state, 0, 50))
-    app.backend.run(inspection.counts(keys))
+        app.client.run(inspection.page(keys, state, 0, 50))
+    app.client.run(inspection.counts(keys))
     stats = redis.info("commandstats")
     hand.leave()
     per_job = {name.removeprefix("cmdstat_"): found["calls"] / jobs for name, found in stats.items()}
@@ -80,7 +80,7 @@ def test_a_job_costs_the_same_at_any_depth(app: Conveyor, redis: redis_py.Redis,
     )
     assert deep == pytest.approx(shallow, abs=0.01)
     assert slow == []
-    assert app.backend.run(inspection.counts(app.keys("default"))).ready == 500 + depth - 2000
+    assert app.client.run(inspection.counts(app.keys("default"))).ready == 500 + depth - 2000
 
 
 @pytest.mark.row("D7")
@@ -90,7 +90,7 @@ def test_a_purge_lets_others_work(app: Conveyor, redis: redis_py.Redis, rounds: 
     _push(app, depth)
     hand, queue = Hand(app), app.queue("default")
     held, newer, waits = hand.take(10), [], []
-    with Conveyor(app.backend.address.url) as other:
+    with Conveyor(app.client.address.url) as other:
         task = _note(other)
         task.enqueue(-1)  # its connection is open; this one is purged with the others
         redis.config_resetstat()
@@ -102,14 +102,14 @@ def test_a_purge_lets_others_work(app: Conveyor, redis: redis_py.Redis, rounds: 
             newer.append(task.enqueue(-1).id)
             waits.append(perf_counter() - began)
         purging.join()
-    left = app.backend.run(inspection.counts(app.keys("default")))
+    left = app.client.run(inspection.counts(app.keys("default")))
     batches = redis.info("commandstats")["cmdstat_evalsha"]["calls"] - len(newer)
     print(f"{depth} purged in {batches} calls; {len(waits)} pushes meanwhile, the slowest {1000 * max(waits):.1f} ms")
     assert batches >= (depth - 10) / 500
     assert len(waits) > 10
     assert (left.ready, left.leased) == (len(newer), 10)
     hand.plainly_done(*held)
-    assert app.backend.run(inspection.audit(app.keys("default"))) == []
+    assert app.client.run(inspection.audit(app.keys("default"))) == []
     hand.leave()
     queue.purge()
 

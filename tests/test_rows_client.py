@@ -35,7 +35,7 @@ def talk(app: Conveyor, who: str, times: int) -> int:
     wrong = 0
     for n in range(times):
         word = f"{who} {n} {random.random()}"
-        wrong += app.backend.execute("ECHO", word) != word.encode()
+        wrong += app.client.execute("ECHO", word) != word.encode()
         wrong += task.options(id=f"{who}-{n}", keep_result=0).enqueue(n).id != f"{who}-{n}"
     return wrong
 
@@ -72,7 +72,7 @@ def test_forks_amid_commands(url: str, rounds: Rounds) -> None:
         assert codes == [0] * times
         assert wrong.total() == 0
         assert len(wrong) == 20
-        app.backend.run(operations.purge(app.keys("default"), "ready", 1000))
+        app.client.run(operations.purge(app.keys("default"), "ready", 1000))
         app.queue("default").purge()
 
 
@@ -121,7 +121,7 @@ async def test_a_fork_amid_awaited_commands(url: str, rounds: Rounds) -> None:
         await task.aenqueue(0)
         for _ in range(rounds(50, 3)):
             flying = [asyncio.create_task(task.aenqueue(n)) for n in range(10)]
-            words = [asyncio.create_task(app.backend.aexecute("ECHO", str(n))) for n in range(10)]
+            words = [asyncio.create_task(app.client.aexecute("ECHO", str(n))) for n in range(10)]
             await asyncio.sleep(0)
 
             def child() -> int:
@@ -179,7 +179,7 @@ async def test_cancels_amid_commands(url: str, server: Server, rounds: Rounds) -
 
             async def call(n: int) -> None:
                 word = f"word {n}"
-                if await app.backend.aexecute("ECHO", word) != word.encode():
+                if await app.client.aexecute("ECHO", word) != word.encode():
                     wrong.append(word)
                 accepted[n] = await count.aenqueue(n)
                 if await accepted[n].astatus() not in {"ready", "leased", "done"}:
@@ -236,7 +236,7 @@ async def test_workers_of_one_name_are_two(url: str) -> None:
         await heir.ready.wait()
         assert heir.name == dead.name
         assert (await counts(app)).workers == 3
-        assert await app.backend.arun(operations.reap(app.keys("default"), identities[0])) == 1
+        assert await app.client.arun(operations.reap(app.keys("default"), identities[0])) == 1
         await until(lambda: runs[0] == 2)
         assert runs[1] == 1
         gate.set()

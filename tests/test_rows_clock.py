@@ -92,7 +92,7 @@ def clock(directory: Path) -> Iterator[tuple[Server, Callable[[str], None]]]:
 
 async def server_time(app: Conveyor) -> int:
     """Return the server's seconds since the epoch."""
-    return int((await app.backend.aexecute("TIME"))[0])
+    return int((await app.client.aexecute("TIME"))[0])
 
 
 @pytest.mark.parametrize(

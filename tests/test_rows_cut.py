@@ -191,8 +191,8 @@ def care(app: Conveyor) -> Any:
         for message in pulled:
             seen.append((message.body, message.attempt))
             message.ack()
-    backend = app.backend
-    assert [backend.run(inspection.audit(backend.keys(name))) for name in ("mail",)] == [[]]
+    client = app.client
+    assert [client.run(inspection.audit(client.keys(name))) for name in ("mail",)] == [[]]
     stats = queue.stats()
     return (
         sorted(seen),
@@ -213,19 +213,19 @@ def results(app: Conveyor) -> Any:
     job, later = send.enqueue(), send.options(delay="1h").enqueue()
     with pytest.raises(TimeoutError):
         job.result(timeout=0.001)
-    first = HandWorker(app.backend, "default")
+    first = HandWorker(app.client, "default")
     taken = first.take()
-    app.backend.run(operations.beat(first.keys, first.identity, 5000))
-    app.backend.run(operations.reap(first.keys, first.identity))
-    second = HandWorker(app.backend, "default")
+    app.client.run(operations.beat(first.keys, first.identity, 5000))
+    app.client.run(operations.reap(first.keys, first.identity))
+    second = HandWorker(app.client, "default")
     assert second.take() == taken == [job.id]
     second.succeed(job.id, b"1")
-    app.backend.run(operations.promote(second.keys, split(later.id)[1]))
+    app.client.run(operations.promote(second.keys, split(later.id)[1]))
     assert second.take() == [later.id]
     second.fail(later.id)
-    app.backend.run(operations.reap(second.keys, second.identity, crashed=False))
+    app.client.run(operations.reap(second.keys, second.identity, crashed=False))
     value, status = job.result(timeout=5), later.status()
-    assert app.backend.run(inspection.audit(second.keys)) == []
+    assert app.client.run(inspection.audit(second.keys)) == []
     return value, status
 
 

@@ -75,7 +75,7 @@ def test_a_unique_key_is_free_after_every_end(app: Conveyor, rounds: Rounds, way
         ids.add(handle.id)
         assert push.enqueue(n).id == handle.id  # held as long as it lives
         hand = _end(app, hand, way, handle) or hand
-    assert app.backend.run(inspection.audit(app.keys("default"))) == []
+    assert app.client.run(inspection.audit(app.keys("default"))) == []
     hand.leave()
 
 
@@ -83,7 +83,7 @@ def _end(app: Conveyor, hand: Hand, way: str, handle: Any) -> Hand | None:
     id_, queue = handle.id.partition(":")[2], app.queue("default")
     if way.startswith(("cancel", "delete")) and not way.endswith(("leased", "dead")):
         verb = operations.cancel(hand.keys, id_, delete=way == "delete")
-        assert app.backend.run(verb) == 1
+        assert app.client.run(verb) == 1
     elif way.startswith("purge") and way != "purge dead":
         assert queue.purge() == 1
     elif way == "expire":
@@ -101,16 +101,16 @@ def _end_leased(app: Conveyor, hand: Hand, way: str, id_: str) -> Hand | None:
     if way in {"done", "early"}:
         hand.done(id_, *([1] if way == "done" else []))
     elif way == "cancel leased":
-        assert app.backend.run(operations.cancel(hand.keys, id_)) == 2
+        assert app.client.run(operations.cancel(hand.keys, id_)) == 2
         hand.cancelled(id_)
     elif way == "reap":  # asked to cancel it, its worker dies
-        assert app.backend.run(operations.cancel(hand.keys, id_)) == 2
-        assert app.backend.run(operations.reap(hand.keys, hand.worker)) == 0
+        assert app.client.run(operations.cancel(hand.keys, id_)) == 2
+        assert app.client.run(operations.reap(hand.keys, hand.worker)) == 0
         return Hand(app)
     else:
         hand.dead(id_, None, crashes=3 if way == "poison" else 0)
         if way == "delete dead":
-            assert app.backend.run(operations.cancel(hand.keys, id_, delete=True)) == 1
+            assert app.client.run(operations.cancel(hand.keys, id_, delete=True)) == 1
         elif way == "purge dead":
             assert app.queue("default").purge(dead=True) == 1
     return None

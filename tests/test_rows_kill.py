@@ -139,9 +139,9 @@ async def test_a_job_that_never_started_is_not_convicted(url: str) -> None:
 
         job = await poison.aenqueue()
         for _ in range(5):
-            hand = await asyncio.to_thread(HandWorker, app.backend, "default")
+            hand = await asyncio.to_thread(HandWorker, app.client, "default")
             assert await asyncio.to_thread(hand.take) == [job.id]
-            await app.backend.arun(operations.reap(hand.keys, hand.identity))
+            await app.client.arun(operations.reap(hand.keys, hand.identity))
         while await job.astatus() != "dead":
             crash.clear()
             worker = Worker(app)
@@ -151,7 +151,7 @@ async def test_a_job_that_never_started_is_not_convicted(url: str) -> None:
             worker.fail(RuntimeError("crash"))
             with pytest.raises(RuntimeError, match="crash"):
                 await running
-            await app.backend.arun(operations.reap(app.keys("default"), worker.consumers[0].identity))
+            await app.client.arun(operations.reap(app.keys("default"), worker.consumers[0].identity))
 
         assert len(started) == 2
 

@@ -154,7 +154,7 @@ async def test_each_record_that_was_thrown_away_is_reported_once(
     with server.client() as client:
         client.hdel(app.keys("default").jobs, *gone)
     assert {id_ for _, id_ in await audit(app)} == set(gone)
-    report = await asyncio.to_thread(doctor.examine, app.backend)
+    report = await asyncio.to_thread(doctor.examine, app.client)
     assert [f.text for f in report.problems if f.code == "E10" and f"{len(gone):,} jobs" in f.text]
     with caplog.at_level(logging.ERROR, "conveyor.worker"):
         await drain(app)

@@ -94,7 +94,7 @@ async def _gone(server: Server, rounds: Rounds, name: str) -> None:
     ran: list[int] = []
     with Proxy(server.socket) as proxy, Conveyor(server.url) as other, server.client() as client:
         app = Conveyor(proxy.url, lease="3s")
-        app.backend.patience = 2.0  # who connects waits no longer either
+        app.client.patience = 2.0  # who connects waits no longer either
 
         @app.task(name="note")
         async def note(n: int) -> None:

@@ -60,7 +60,7 @@ def scene(redis: redis_py.Redis, url: str) -> Iterator[Scene]:
     """The queue the runs use."""
     found = Scene(redis, url)
     yield found
-    found.backend.close()
+    found.client.close()
     redis.flushall(asynchronous=False)
 
 

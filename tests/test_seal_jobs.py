@@ -214,11 +214,11 @@ async def test_administration_shows_what_it_may(made, redis):
     app = made(keys=OLD)
     job = await app.tasks["shop.fail"].aenqueue("luck")
     await drain(app)
-    blind = await asyncio.to_thread(Admin(app.backend).job, job.id)
+    blind = await asyncio.to_thread(Admin(app.client).job, job.id)
     assert blind.payload.startswith("sealed with key 2026-10 (hmac): ")
     assert blind.errors[-1].message.startswith("sealed with key 2026-10")
     assert blind.errors[-1].type == "ValueError"
-    seeing = await asyncio.to_thread(Admin(app.backend, sealing=app.sealing).job, job.id)
+    seeing = await asyncio.to_thread(Admin(app.client, sealing=app.sealing).job, job.id)
     assert seeing.payload == '{"word":"luck"}'
     assert seeing.errors[-1].message == "no luck"
 
@@ -240,7 +240,7 @@ async def test_compressed_results_and_errors_need_no_settings(made, redis):
     with pytest.raises(JobFailed, match="ValueError: abab"):
         await other.job(jobs[1].id).aresult("1s")
     assert (await letters(other))[0].error.startswith("ValueError: abab")
-    info = await asyncio.to_thread(Admin(other.backend).job, jobs[0].id)
+    info = await asyncio.to_thread(Admin(other.client).job, jobs[0].id)
     assert info.result == '"' + "ab" * 3000 + '"'
 
 

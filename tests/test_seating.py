@@ -158,15 +158,15 @@ def test_a_crash_that_was_counted_before_is_kept_or_taken_back(app: Conveyor, ho
     task = app.task(name="any")(lambda: None)
     for _ in range(4):
         task.enqueue()
-    hand = HandWorker(app.backend, "default")
+    hand = HandWorker(app.client, "default")
     ids = [split(public)[1] for public in hand.take(4)]
     marks = [Settlement("M", ids[2], state=b"1 0 2+"), Settlement("M", ids[3], state=b"1 0 2*")]
     hand._turn(0, TurnReport(others=marks))
     blame = {"blamed": (ids, []), "near": ([], ids), "neither": ([], [])}.get(how)
 
-    app.backend.run(operations.reap(hand.keys, hand.identity, crashed=how != "leave", blame=blame))
+    app.client.run(operations.reap(hand.keys, hand.identity, crashed=how != "leave", blame=blame))
 
-    states = [app.backend.execute("HGET", hand.keys.state, id_, key=hand.keys.state) for id_ in ids]
+    states = [app.client.execute("HGET", hand.keys.state, id_, key=hand.keys.state) for id_ in ids]
     assert [int(state.split()[2]) for state in states] == crashes  # with no doubt left
     app.queue("default").purge()
 
@@ -184,7 +184,7 @@ def test_a_fault_is_charged_to_who_was_executed(url: str, tmp_path: Path, how: s
         wait(lambda: [len(one.starts()[n]) for n in range(5)] == [4] * 5)
 
         keys = one.app.keys("default")
-        states = [one.app.backend.execute("HGET", keys.state, split(job.id)[1], key=keys.state) for job in waiting]
+        states = [one.app.client.execute("HGET", keys.state, split(job.id)[1], key=keys.state) for job in waiting]
         assert [state.split()[2] for state in states] == [b"0"] * 5
         assert len(one.starts()[5]) == 3
 

@@ -214,9 +214,9 @@ def test_sentinel_that_is_down_or_wrong_is_passed_over(watched: Watched) -> None
     try:
         right = watched.sentinels[0].name
         with Conveyor(f"redis+sentinel://127.0.0.1:{free_port()},{liar.name},{right}/main?db=3") as app:
-            assert app.backend.execute("ROLE")[0] == b"master"  # type: ignore[index]
-            assert b" db=3 " in app.backend.execute("CLIENT", "INFO")  # type: ignore[operator]
-            preferred: Any = app.backend.address
+            assert app.client.execute("ROLE")[0] == b"master"  # type: ignore[index]
+            assert b" db=3 " in app.client.execute("CLIENT", "INFO")  # type: ignore[operator]
+            preferred: Any = app.client.address
             assert preferred.preferred()[0].url == f"redis://{right}/"
     finally:
         liar.kill()
@@ -279,7 +279,7 @@ def test_parts_of_a_url_go_where_they_belong() -> None:
     assert [one.url for one in address.preferred()] == [
         "rediss://s:x%2Fy@h1:26379/?ssl_cert_reqs=none", "rediss://s:x%2Fy@[::1]:7/?ssl_cert_reqs=none",
     ]  # fmt: skip
-    place: Endpoint = address.place("any")
+    place: Endpoint = address.endpoint("any")
     assert str(place) == redact(url) == (
         "rediss+sentinel://me:***@h1,[::1]:7/main?db=3&sentinel_username=s&sentinel_password=***&ssl_cert_reqs=none"
     )  # fmt: skip

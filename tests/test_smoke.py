@@ -116,7 +116,7 @@ async def test_dead_jobs_come_back(shop: Conveyor) -> None:
         with pytest.raises(JobFailed, match="not yet"):
             await job.aresult(timeout=20)
         assert await job.astatus() == "dead"
-        await asyncio.to_thread(Admin(shop.backend).redrive, "right")
+        await asyncio.to_thread(Admin(shop.client).redrive, "right")
         assert await job.aresult(timeout=20) == "at last"
 
 
@@ -178,11 +178,11 @@ def test_supervised_worker_and_admin(url: str, tmp_path: Path) -> None:
         )
 
     with Conveyor(url, namespace="family") as app:
-        app.backend.push(app.keys("parents"), [Entry(new_id(), write_rest("outbox_jobs.parent", b'{"n":1}'))])
-        assert [(one.name, one.ready) for one in Admin(app.backend).queues()] == [("parents", 1)]
+        app.client.push(app.keys("parents"), [Entry(new_id(), write_rest("outbox_jobs.parent", b'{"n":1}'))])
+        assert [(one.name, one.ready) for one in Admin(app.client).queues()] == [("parents", 1)]
         done = conveyor("worker", "outbox_jobs:app", "--burst")
         assert (done.returncode, log.read_text().split()[0]) == (0, "1"), done.stderr
-        assert [(one.name, one.ready, one.leased) for one in Admin(app.backend).queues()] == [
+        assert [(one.name, one.ready, one.leased) for one in Admin(app.client).queues()] == [
             ("followers", 0, 0),
             ("parents", 0, 0),
         ]

@@ -24,7 +24,7 @@ def queue(url: str) -> Iterator[Queue]:
     made = Queue(url)
     yield made
     made.purge()
-    made.backend.close()
+    made.client.close()
 
 
 @pytest.fixture
@@ -110,7 +110,7 @@ def test_blocked_loop_is_named_and_keeps_its_lease(
         assert queue.crew()[0].end > time.time() * 1000
         time.sleep(0.02)
 
-    assert int(queue.backend.execute("HLEN", KEYS.jobs, key=KEYS.jobs)) == 0
+    assert int(queue.client.execute("HLEN", KEYS.jobs, key=KEYS.jobs)) == 0
     until(lambda: "goes on after" in one.log)
     assert re.search(rf"E11 .* has blocked its event loop for [12]\.\d s in {task} \(\S+\)", one.log)
     assert re.search(r'stand_in\.py", line \d+ in work', one.log)
@@ -258,7 +258,7 @@ def test_child_that_dies_while_redis_is_down(
     one.signal(signal.SIGTERM)
     assert one.wait() == 0
     assert (queue.counts().ready, queue.counts().leased) == (5, 0)
-    queue.backend.close()
+    queue.client.close()
 
 
 @pytest.mark.row("A11")
@@ -275,7 +275,7 @@ def test_stop_without_redis(supervise: Callable[..., Supervised], start_server: 
     assert one.wait() == 0
     assert time.monotonic() - stopped < 10
     assert "the last jobs of this worker return when their leases end" in one.log
-    queue.backend.close()
+    queue.client.close()
 
 
 def test_burst_ends_when_drained(supervise: Callable[..., Supervised], queue: Queue, url: str) -> None:
@@ -286,7 +286,7 @@ def test_burst_ends_when_drained(supervise: Callable[..., Supervised], queue: Qu
     os.kill(pids[0], signal.SIGKILL)
 
     assert one.wait() == 0
-    assert int(queue.backend.execute("HLEN", KEYS.jobs, key=KEYS.jobs)) == 0
+    assert int(queue.client.execute("HLEN", KEYS.jobs, key=KEYS.jobs)) == 0
     assert re.search(r"was killed by SIGKILL \(.*\); returned", one.log)
 
 
@@ -356,8 +356,8 @@ def test_embedded_server_outlives_its_only_child(supervise: Callable[..., Superv
     queue = Queue(url)
     ids = queue.push("hold", 5)
     (pid,) = queue.busy(5)
-    info = queue.backend.execute("INFO", "server")
-    queue.backend.close()
+    info = queue.client.execute("INFO", "server")
+    queue.client.close()
     os.kill(pid, signal.SIGKILL)
     until(lambda: "returned 5 jobs" in one.log)
     queue = Queue(url)
@@ -365,7 +365,7 @@ def test_embedded_server_outlives_its_only_child(supervise: Callable[..., Superv
 
     assert queue.crashes(ids) == {1}
     run_id = re.compile(rb"run_id:(\w+)")
-    assert run_id.findall(bytes(queue.backend.execute("INFO", "server"))) == run_id.findall(bytes(info))
+    assert run_id.findall(bytes(queue.client.execute("INFO", "server"))) == run_id.findall(bytes(info))
     one.signal(signal.SIGTERM)
     assert one.wait() == 0
-    queue.backend.close()
+    queue.client.close()

@@ -59,11 +59,11 @@ def refusals(url: str, *, patience: float = 0.3) -> list[ConveyorError]:
 
     async def push() -> None:
         async with Conveyor(url) as app:
-            app.backend.patience = patience
+            app.client.patience = patience
             await app.queue("q").apush(1)
 
     with Conveyor(url) as app:
-        app.backend.patience = patience
+        app.client.patience = patience
         with pytest.raises(ConveyorError) as blocking:
             app.queue("q").push(1)
     with pytest.raises(ConveyorError) as awaited:

@@ -84,7 +84,7 @@ async def test_newer_jobs_wait_and_use_no_attempt(made, caplog):
     assert "E43 The payload of charge() has version 2, and this program knows 1 at most" in caplog.text
     assert (await counts(old)).scheduled == 1
     assert await job.astatus() == "scheduled"
-    await new.backend.arun(_promote(new, job.id))
+    await new.client.arun(_promote(new, job.id))
     await drain(new)
     assert await job.aresult("1s") == [2, 6, "USD"]
 

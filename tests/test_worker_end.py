@@ -149,7 +149,7 @@ async def test_a_reaped_worker_is_refused_and_goes_on(app: Conveyor) -> None:
         job = await twice.aenqueue()
         await until(lambda: runs == [1])
         old = worker.consumers[0].identity
-        assert await app.backend.arun(operations.reap(app.keys("default"), old)) == 1
+        assert await app.client.arun(operations.reap(app.keys("default"), old)) == 1
         worker.consumers[0].woken()
         await until(lambda: runs == [1, 2])
         gate.set()
@@ -186,12 +186,12 @@ async def test_poison_stops_after_max_crashes_and_spares_its_neighbours(app: Con
         worker.fail(RuntimeError("crash"))  # ends without settling anything, as a killed process would
         with pytest.raises(RuntimeError, match="crash"):
             await running
-        await app.backend.arun(operations.reap(app.keys("default"), worker.consumers[0].identity))
+        await app.client.arun(operations.reap(app.keys("default"), worker.consumers[0].identity))
     await drain(app)
 
     assert len(poison_runs) == 3
     assert sorted(done) == list(range(20))
-    [row] = await app.backend.arun(inspection.page(app.keys("default"), "dead", 0, 10))
+    [row] = await app.client.arun(inspection.page(app.keys("default"), "dead", 0, 10))
     assert row.envelope.task.endswith("poison")
     assert row.state.failures_list()[-1].type == "crashed"
 
@@ -213,7 +213,7 @@ async def test_a_job_of_an_unknown_task_waits_for_a_newer_worker(url: str, app: 
         await until(lambda: True)
         while (await counts(app)).scheduled != 1:
             await asyncio.sleep(0.01)
-    await app.backend.arun(operations.promote(app.keys("default"), job.id.rpartition(":")[2]))
+    await app.client.arun(operations.promote(app.keys("default"), job.id.rpartition(":")[2]))
     await drain(newer)
 
     assert await job.aresult(timeout=5) == 1
@@ -347,7 +347,7 @@ async def test_kills_under_load_spare_who_is_only_held(app: Conveyor) -> None:
         worker.fail(RuntimeError("crash"))
         with pytest.raises(RuntimeError, match="crash"):
             await running
-        await app.backend.arun(operations.reap(app.keys("default"), worker.consumers[0].identity))
+        await app.client.arun(operations.reap(app.keys("default"), worker.consumers[0].identity))
     await drain(app, concurrency=50)
 
     convicted = (await counts(app)).dead

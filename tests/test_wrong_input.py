@@ -68,9 +68,9 @@ def test_a_replica_takes_nothing_and_is_called_so(start_server: Start) -> None:
     replica = start_server()
     with replica.client() as client:
         client.execute_command("REPLICAOF", "127.0.0.1", "1")
-    backend = Client(replica.url, patience=0.1)
+    client = Client(replica.url, patience=0.1)
     with pytest.raises(StoreUnavailable, match="is a replica and takes no writes") as caught:
-        backend.push(backend.keys("q"), [])
+        client.push(client.keys("q"), [])
     assert "CONVEYOR_URL" not in str(caught.value)
 
 
@@ -138,7 +138,7 @@ def test_a_buffer_that_cannot_be_written_is_refused_at_once(tmp_path: Path) -> N
 def test_a_buffer_that_is_lost_later_says_so(tmp_path: Path) -> None:
     """A directory that is taken away before the outage makes the push fail as it would have without a buffer."""
     with Conveyor("redis://127.0.0.1:1", buffer=Buffer(tmp_path / "spool", linger=0)) as app:
-        app.backend.patience = 0.1
+        app.client.patience = 0.1
         (tmp_path / "spool").rmdir()
         (tmp_path / "spool").write_text("")
         with pytest.raises(StoreUnavailable):
@@ -234,7 +234,7 @@ def test_a_cluster_with_a_dead_node_is_examined_all_the_same(cluster: ClusterOfN
     """The doctor reports the node that does not answer as a problem, and the others as ever; with no node at all it raises."""
     from conveyor.admin import doctor
 
-    backend, answers = Client(cluster.url, patience=0.3), doctor._server
+    client, answers = Client(cluster.url, patience=0.3), doctor._server
     gone = cluster.masters()[0].name
 
     def server(one: Client, report: doctor.HealthReport) -> None:
@@ -243,12 +243,12 @@ def test_a_cluster_with_a_dead_node_is_examined_all_the_same(cluster: ClusterOfN
         answers(one, report)
 
     monkeypatch.setattr(doctor, "_server", server)
-    report = doctor.examine(backend)
+    report = doctor.examine(client)
     assert [(one.name, one.code) for one in report.problems if one.name == "node"] == [("node", "E01")]
     assert {one.text.partition(": ")[0] for one in report.findings if one.name == "role"} == {
         node.name for node in cluster.masters() if node.name != gone
     }
-    backend.close()
+    client.close()
     with pytest.raises(ConveyorError, match="no node of the cluster answers"):
         doctor.examine(Client("redis+cluster://127.0.0.1:1", patience=0.1))
 

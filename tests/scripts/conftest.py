@@ -15,5 +15,5 @@ def scene(redis: redis_py.Redis, url: str) -> Iterator[Scene]:
     """An empty queue; what a test leaves in it is removed."""
     found = Scene(redis, url)
     yield found
-    found.backend.close()
+    found.client.close()
     redis.flushall(asynchronous=False)

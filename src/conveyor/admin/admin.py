@@ -1,7 +1,7 @@
 """
 What a person asks about queues and jobs, and does to them: the one interface of the command line and the dashboard.
 
-Everything is typed and works on any queue of one backend. Calls are blocking; workers never import this module.
+Everything is typed and works on any queue of one client. Calls are blocking; workers never import this module.
 """
 
 from __future__ import annotations
@@ -53,11 +53,11 @@ class _Found:
 
 
 class Admin:
-    """Reads and actions over all queues of one backend."""
+    """Reads and actions over all queues of one client."""
 
     def __init__(
         self,
-        backend: Client,
+        client: Client,
         *,
         plain_lists: Collection[str] = (),
         sealing: PayloadPipeline | None = None,
@@ -65,16 +65,16 @@ class Admin:
         asks: Mapping[str, Durability] | None = None,
     ) -> None:
         """
-        Take the backend, and which queues are plain lists shared with other programs: Redis does not say that.
+        Take the client, and which queues are plain lists shared with other programs: Redis does not say that.
 
         *sealing* and *formats* are the app's: with them payloads, errors and results are shown, without them what they are.
         *asks* is what queues ask of every push, for the doctor.
         """
         self.asks = asks or {}
         self._viewer = RecordDecoder(sealing, formats)
-        self.backend = backend
+        self.client = client
         self.plain_lists = frozenset(plain_lists)
-        self._logical = QueueDirectory(backend, plain_lists)
+        self._logical = QueueDirectory(client, plain_lists)
 
     def names(self) -> list[str]:
         """Return the names of all known queues, sorted; one with partitions has one name."""
@@ -113,7 +113,7 @@ class Admin:
 
     def refuse_full(self, name: str) -> None:
         """Raise ConfigurationError (E35) when a queue holds something, so that its partitions cannot change."""
-        refuse_full(self.backend, self._logical.whole(name).name)
+        refuse_full(self.client, self._logical.whole(name).name)
 
     def repartition(self, name: str, partitions: int) -> int:
         """Lay a queue that is empty in that many partitions, and return in how many it lay; raises ConfigurationError."""
@@ -129,7 +129,7 @@ class Admin:
             bare = [id_ for home, id_ in map(split, ids) if home in {None, place}]
             for first in range(0, len(bare), PAGE):
                 call = operations.redrive(self._logical.keys(place), ids=bare[first : first + PAGE])
-                moved += self.backend.run(call)
+                moved += self.client.run(call)
         return moved
 
     def workers(self, queue: str | None = None) -> list[WorkerInfo]:
@@ -140,7 +140,7 @@ class Admin:
                 instant(member.end), member.about,
             )
             for name in self._places(queue)
-            for member in self.backend.run(inspection.crew(self._keys(name)))
+            for member in self.client.run(inspection.crew(self._keys(name)))
         ]  # fmt: skip
 
     # -- jobs -----------------------------------------------------------------------------------------------------
@@ -206,7 +206,7 @@ class Admin:
 
     def doctor(self) -> doctor.HealthReport:
         """Examine the server and the queues."""
-        return doctor.examine(self.backend, self._logical, self.asks)
+        return doctor.examine(self.client, self._logical, self.asks)
 
     # -- inside ---------------------------------------------------------------------------------------------------
 
@@ -219,7 +219,7 @@ class Admin:
 
     def _counted(self, name: str) -> QueueInfo:
         places = self._logical.places(name)
-        counts = inspection.total([self.backend.run(inspection.counts(self._keys(place))) for place in places])
+        counts = inspection.total([self.client.run(inspection.counts(self._keys(place))) for place in places])
         oldest = counts.oldest_age if counts.ready else None  # what stands first may be a cancelled job's place
         return QueueInfo(
             name, counts.ready, counts.scheduled, counts.waiting, counts.leased, counts.dead, counts.workers,
@@ -229,21 +229,21 @@ class Admin:
     def _length(self, keys: QueueKeys, state: str) -> int:
         """Return how many entries a state has in Redis, cancelled ones that still stand in line included."""
         if state == "done":
-            return _number(self.backend.execute("LLEN", keys.recent, key=keys.recent))
-        counts = self.backend.run(inspection.counts(keys))
-        stubs = _number(self.backend.execute("HGET", keys.conf, "stubs", key=keys.conf) or 0) if state == "ready" else 0
+            return _number(self.client.execute("LLEN", keys.recent, key=keys.recent))
+        counts = self.client.run(inspection.counts(keys))
+        stubs = _number(self.client.execute("HGET", keys.conf, "stubs", key=keys.conf) or 0) if state == "ready" else 0
         return int(getattr(counts, state)) + stubs
 
     def _listed(self, queue: str, state: str, offset: int, total: int) -> Iterator[JobInfo]:
         keys = self._keys(queue)
         for first in range(offset, total, PAGE):
             if state == "done":
-                page = self.backend.run(inspection.finished(keys, first, PAGE))
+                page = self.client.run(inspection.finished(keys, first, PAGE))
                 yield from (finished_job(queue, entry) for entry in page if entry.status != "dead")
             else:
                 yield from (
                     live_job(queue, row, self._viewer, MAX_PAYLOAD)  # a page of bombs stays small
-                    for row in self.backend.run(inspection.page(keys, state, first, PAGE))
+                    for row in self.client.run(inspection.page(keys, state, first, PAGE))
                 )
 
     def _find(self, public_id: str) -> _Found | None:
@@ -251,7 +251,7 @@ class Admin:
         trace: _Found | None = None
         for name in [queue] if queue else self._logical.all_places(id_):
             keys = self._keys(name)
-            place, row, record = self.backend.run(inspection.show(keys, id_))
+            place, row, record = self.client.run(inspection.show(keys, id_))
             found = _Found(keys, id_, place, row, record)
             if place != "none":
                 return found
@@ -263,7 +263,7 @@ class Admin:
 
     def _remembered(self, found: _Found) -> FinishedJob | None:
         for first in (0, PAGE):  # the list is cut at a thousand
-            page = self.backend.run(inspection.finished(found.keys, first, PAGE))
+            page = self.client.run(inspection.finished(found.keys, first, PAGE))
             entry = next((entry for entry in page if entry.id == found.id), None)
             if entry is not None or len(page) < PAGE:
                 return entry
@@ -295,9 +295,9 @@ class Admin:
         found = self._find(one)
         if found is None:
             return ActionResult(one, "not found")
-        if found.place == "dead" and self.backend.run(operations.redrive(found.keys, ids=[found.id])):
+        if found.place == "dead" and self.client.run(operations.redrive(found.keys, ids=[found.id])):
             return ActionResult(one, "retried", f"back in {found.keys.queue} with a fresh budget")
-        if found.place == "scheduled" and self.backend.run(operations.promote(found.keys, found.id)):
+        if found.place == "scheduled" and self.client.run(operations.promote(found.keys, found.id)):
             return ActionResult(one, "retried", "starts now, not when it was due")
         return ActionResult(one, "refused", f"it is {_word(found)}, and only dead and scheduled jobs can be retried")
 
@@ -305,7 +305,7 @@ class Admin:
         found = self._find(one)
         if found is None:
             return ActionResult(one, "not found")
-        reply = self.backend.run(operations.cancel(found.keys, found.id))
+        reply = self.client.run(operations.cancel(found.keys, found.id))
         if reply == 1:
             return ActionResult(one, "cancelled")
         if reply == 2:
@@ -316,7 +316,7 @@ class Admin:
         found = self._find(one)
         if found is None:
             return ActionResult(one, "not found")
-        reply = self.backend.run(operations.cancel(found.keys, found.id, delete=True))
+        reply = self.client.run(operations.cancel(found.keys, found.id, delete=True))
         if reply == 1:
             return ActionResult(one, "deleted")
         if reply == -1:

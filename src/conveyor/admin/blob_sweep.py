@@ -63,7 +63,7 @@ def _needed(app: Conveyor, sealing: PayloadPipeline) -> set[str]:
 
 def _everything(app: Conveyor) -> Iterator[tuple[str, str, bytes]]:
     """Yield queue, id and envelope of every job, those on their way from one queue to another first."""
-    queues = app.backend.queues()
+    queues = app.client.queues()
     for queue in queues:
         # In one go: it is trimmed at its head meanwhile, so a second page would begin too late.
         for entry in _read(app, "LRANGE", app.keys(queue).outbox, 0, -1):
@@ -80,4 +80,4 @@ def _everything(app: Conveyor) -> Iterator[tuple[str, str, bytes]]:
 
 
 def _read(app: Conveyor, command: str, key: str, *rest: int | str | bytes) -> Any:
-    return app.backend.execute(command, key, *rest, key=key)
+    return app.client.execute(command, key, *rest, key=key)

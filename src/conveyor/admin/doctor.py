@@ -85,7 +85,7 @@ class HealthReport:
 
 
 def examine(
-    backend: Client, logical: QueueDirectory | None = None, asks: Mapping[str, Asked] | None = None
+    client: Client, logical: QueueDirectory | None = None, asks: Mapping[str, Asked] | None = None
 ) -> HealthReport:
     """
     Look at everything; raises StoreUnavailable when the server does not answer.
@@ -93,39 +93,39 @@ def examine(
     *logical* says what is known of queues besides their names in Redis: which are plain lists; *asks* what queues ask
     of every push.
     """
-    report = HealthReport(str(backend.address))
-    if isinstance(backend.address, Cluster):
-        if not _nodes(backend, backend.address, report):
+    report = HealthReport(str(client.address))
+    if isinstance(client.address, Cluster):
+        if not _nodes(client, client.address, report):
             return report  # what is asked of the whole has no answer now
-        _latency(backend, report)
+        _latency(client, report)
     else:
-        _latency(backend, report)
-        _server(backend, report)
+        _latency(client, report)
+        _server(client, report)
     _asked(asks or {}, report)
-    _clock(backend, report)
-    _queues(backend, logical or QueueDirectory(backend), report)
+    _clock(client, report)
+    _queues(client, logical or QueueDirectory(client), report)
     return report
 
 
-def _server(backend: Client, report: HealthReport) -> None:
-    facts = _information(backend)
+def _server(client: Client, report: HealthReport) -> None:
+    facts = _information(client)
     _version(facts, report)
-    if backend.attachment is not None:
+    if client.attachment is not None:
         report.add(
             "server", "note", "embedded server: for one machine, made for development", "Elsewhere: CONVEYOR_URL"
         )
-    elif facts.get("redis_mode") == "cluster" and isinstance(backend.address, StandaloneServer):
-        host = backend.address.host
+    elif facts.get("redis_mode") == "cluster" and isinstance(client.address, StandaloneServer):
+        host = client.address.host
         report.add("server", "problem", "this is one node of a cluster", f"Write redis+cluster://{host}", "E33")
     _role(facts, report)
-    _eviction(backend, facts, report)
-    _durability(backend, facts, report)
-    _confirmations(backend, facts, report)
+    _eviction(client, facts, report)
+    _durability(client, facts, report)
+    _confirmations(client, facts, report)
     _memory(facts, report)
-    _connections(backend, report)
+    _connections(client, report)
 
 
-def _nodes(backend: Client, cluster: Cluster, report: HealthReport) -> bool:
+def _nodes(client: Client, cluster: Cluster, report: HealthReport) -> bool:
     """Examine each node that owns slots, and tell whether all answer; the whole is as durable as the least durable of them."""
     weakest = list(_DURABILITY)
     found = []
@@ -134,7 +134,7 @@ def _nodes(backend: Client, cluster: Cluster, report: HealthReport) -> bool:
     except OSError as error:
         raise replies.unreachable(str(cluster), error) from error
     for address in nodes:
-        node = Client(address.url, patience=backend.patience)
+        node = Client(address.url, patience=client.patience)
         try:
             one = HealthReport(address.host)
             _server(node, one)
@@ -155,10 +155,10 @@ def _nodes(backend: Client, cluster: Cluster, report: HealthReport) -> bool:
     return not any(finding.name == "node" for finding in report.findings)
 
 
-def eviction_policy(backend: Client) -> tuple[str, int]:
+def eviction_policy(client: Client) -> tuple[str, int]:
     """Return (maxmemory-policy, keys evicted since the start); the policy is "" when this user may not know it."""
-    facts = _information(backend)
-    return _policy(backend, facts), int(facts.get("evicted_keys", 0))
+    facts = _information(client)
+    return _policy(client, facts), int(facts.get("evicted_keys", 0))
 
 
 def evicting(policy: str, evicted: int) -> Finding | None:
@@ -190,12 +190,12 @@ def stranded(waiting: dict[str, int], served: list[str]) -> list[Finding]:
     ]
 
 
-def _latency(backend: Client, report: HealthReport) -> None:
+def _latency(client: Client, report: HealthReport) -> None:
     took = []
-    backend.execute("PING")  # opens the connection
+    client.execute("PING")  # opens the connection
     for _ in range(PINGS):
         start = time.perf_counter()
-        backend.execute("PING")
+        client.execute("PING")
         took.append((time.perf_counter() - start) * 1000)
     report.latency_ms = round(median(took), 3)
     level: Level = "warning" if report.latency_ms > 10 else "ok"
@@ -203,19 +203,19 @@ def _latency(backend: Client, report: HealthReport) -> None:
     report.add("latency", level, f"answers in {report.latency_ms:.2f} ms at {report.url}", remedy)
 
 
-def _information(backend: Client) -> dict[str, str]:
-    return eviction.facts(_allowed(backend, "INFO"))
+def _information(client: Client) -> dict[str, str]:
+    return eviction.facts(_allowed(client, "INFO"))
 
 
-def _setting(backend: Client, name: str) -> str | None:
-    reply = _allowed(backend, "CONFIG", "GET", name)
+def _setting(client: Client, name: str) -> str | None:
+    reply = _allowed(client, "CONFIG", "GET", name)
     return reply[1].decode() if isinstance(reply, list) and len(reply) > 1 else None
 
 
-def _allowed(backend: Client, *command: str) -> object:
+def _allowed(client: Client, *command: str) -> object:
     """Return the reply, None when this user may not ask or the server does not know the command."""
     try:
-        return backend.execute(*command)
+        return client.execute(*command)
     except StoreUnavailable:
         raise
     except ConveyorError:
@@ -257,12 +257,12 @@ def _role(facts: dict[str, str], report: HealthReport) -> None:
         report.add("role", "ok", text)
 
 
-def _policy(backend: Client, facts: dict[str, str]) -> str:
-    return facts.get("maxmemory_policy") or _setting(backend, "maxmemory-policy") or ""
+def _policy(client: Client, facts: dict[str, str]) -> str:
+    return facts.get("maxmemory_policy") or _setting(client, "maxmemory-policy") or ""
 
 
-def _eviction(backend: Client, facts: dict[str, str], report: HealthReport) -> None:
-    policy = _policy(backend, facts)
+def _eviction(client: Client, facts: dict[str, str], report: HealthReport) -> None:
+    policy = _policy(client, facts)
     wrong = evicting(policy, int(facts.get("evicted_keys", 0)))
     if wrong is not None:
         report.findings.append(wrong)
@@ -272,7 +272,7 @@ def _eviction(backend: Client, facts: dict[str, str], report: HealthReport) -> N
         report.add("eviction", "warning", eviction.UNKNOWN, "ACL SETUSER … +info")
 
 
-def _durability(backend: Client, facts: dict[str, str], report: HealthReport) -> None:
+def _durability(client: Client, facts: dict[str, str], report: HealthReport) -> None:
     failed = [
         name
         for name in ("aof_last_write_status", "rdb_last_bgsave_status")
@@ -282,7 +282,7 @@ def _durability(backend: Client, facts: dict[str, str], report: HealthReport) ->
         report.add(
             "durability", "problem", f"the last write to disk failed ({name})", "See the server's log and its disk."
         )
-    report.durability = _obtained(backend, facts)
+    report.durability = _obtained(client, facts)
     level: Level = "warning" if report.durability in {"memory", "snapshots", "unknown"} else "ok"
     remedy = "CONFIG SET appendonly yes, and the same in its configuration file" if level == "warning" else ""
     if report.durability == "unknown":
@@ -290,23 +290,23 @@ def _durability(backend: Client, facts: dict[str, str], report: HealthReport) ->
     report.add("durability", level, _DURABILITY[report.durability], remedy)
 
 
-def _obtained(backend: Client, facts: dict[str, str]) -> Durability:
-    append = facts.get("aof_enabled") or {"yes": "1", "no": "0"}.get(_setting(backend, "appendonly") or "")
+def _obtained(client: Client, facts: dict[str, str]) -> Durability:
+    append = facts.get("aof_enabled") or {"yes": "1", "no": "0"}.get(_setting(client, "appendonly") or "")
     if append == "1":
-        fsync = _setting(backend, "appendfsync")
+        fsync = _setting(client, "appendfsync")
         found: dict[str | None, Durability] = {"always": "aof-always", "no": "aof-os"}
         return found.get(fsync, "aof-everysec")  # the default, where CONFIG is refused
     if append is None:
         return "unknown"
-    save = _setting(backend, "save")
+    save = _setting(client, "save")
     return "memory" if save == "" else "snapshots" if save else "unknown"
 
 
-def _confirmations(backend: Client, facts: dict[str, str], report: HealthReport) -> None:
+def _confirmations(client: Client, facts: dict[str, str], report: HealthReport) -> None:
     """Say what a push may ask for here."""
-    least, lag = (_setting(backend, f"min-replicas-{what}") for what in ("to-write", "max-lag"))
+    least, lag = (_setting(client, f"min-replicas-{what}") for what in ("to-write", "max-lag"))
     report.replicas = online(facts)
-    report.synced, line = confirmation(backend.execute, str(backend.address))
+    report.synced, line = confirmation(client.execute, str(client.address))
     for one in (line, *replication(facts, least, lag)):
         report.add("durability", one.level, one.text, one.remedy, one.code)
 
@@ -330,19 +330,19 @@ def _memory(facts: dict[str, str], report: HealthReport) -> None:
     report.add("memory", level, f"{share:.0%} of maxmemory used ({_size(used)} of {_size(most)})", remedy)
 
 
-def _connections(backend: Client, report: HealthReport) -> None:
+def _connections(client: Client, report: HealthReport) -> None:
     """Say when the server closes connections that are only quiet, or keeps those whose clients are gone."""
-    if (quiet := _setting(backend, "timeout")) not in {None, "0"}:
+    if (quiet := _setting(client, "timeout")) not in {None, "0"}:
         text = f"timeout is {quiet}: connections that are quiet for {quiet} s are closed, and opened again at the next call"
         report.add("connections", "note", text, "CONFIG SET timeout 0")
-    if _setting(backend, "tcp-keepalive") == "0":
+    if _setting(client, "tcp-keepalive") == "0":
         text = "tcp-keepalive is off: connections of machines that are gone stay, and a blocked one swallows a call for work"
         report.add("connections", "warning", text, "CONFIG SET tcp-keepalive 60")
 
 
-def _clock(backend: Client, report: HealthReport) -> None:
+def _clock(client: Client, report: HealthReport) -> None:
     before = time.time()
-    reply = _allowed(backend, "TIME")
+    reply = _allowed(client, "TIME")
     after = time.time()
     if not isinstance(reply, list):
         return
@@ -357,18 +357,18 @@ def _clock(backend: Client, report: HealthReport) -> None:
         report.add("clock", "ok", f"clocks agree ({skew * 1000:.0f} ms apart)")
 
 
-def _queues(backend: Client, logical: QueueDirectory, report: HealthReport) -> None:
+def _queues(client: Client, logical: QueueDirectory, report: HealthReport) -> None:
     counts = {name: logical.counts(name) for name in logical.names()}
     served = [name for name, found in counts.items() if found.workers]
     waiting = {n: found.ready for n, found in counts.items() if found.ready and not found.workers and not found.paused}
     report.findings += stranded(waiting, served)
     for name, found in counts.items():
-        _records(backend, [logical.keys(place) for place in logical.places(name)], found, report)
+        _records(client, [logical.keys(place) for place in logical.places(name)], found, report)
         if logical.is_shut(name):
             text = f"queue '{name}' takes nothing: a change of its partitions was not completed"
             report.add("queue", "problem", text, f"conveyor queue partition {name} N", "E34")
         size = (found.ready + found.scheduled + found.leased + found.dead) // len(logical.places(name))
-        if size > LARGE_SLOT and not backend.address.single:
+        if size > LARGE_SLOT and not client.address.single:
             text = (
                 f"queue '{name}' has {size:,} jobs in a slot: moving it stops both nodes for about {2e-6 * size:.0f} s"
             )
@@ -382,12 +382,12 @@ def _queues(backend: Client, logical: QueueDirectory, report: HealthReport) -> N
         report.add("queue", "ok", f"{len(counts)} queue{'s' * (len(counts) != 1)}, none of them stuck")
 
 
-def _records(backend: Client, places: list[QueueKeys], found: inspection.QueueCounts, report: HealthReport) -> None:
+def _records(client: Client, places: list[QueueKeys], found: inspection.QueueCounts, report: HealthReport) -> None:
     """Look for jobs that stand in line without a record, where that takes a moment only."""
     if len(found) + found.leased + found.dead > _MOST_AUDITED:
         return
     for keys in places:
-        lost = [id_ for what, id_ in backend.run(inspection.audit(keys)) if what.startswith("no envelope")]
+        lost = [id_ for what, id_ in client.run(inspection.audit(keys)) if what.startswith("no envelope")]
         if lost:
             named = ", ".join(lost[:3])
             text = f"queue '{keys.queue}': the records of {len(lost):,} jobs are gone, so they will not run: {named}"

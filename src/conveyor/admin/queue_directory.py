@@ -21,11 +21,11 @@ _LEASE_MS = 15_000  # administration leases nothing
 
 
 class QueueDirectory:
-    """The known queues of a backend. *plain_lists* are those shared with other programs: Redis does not say that."""
+    """The known queues of a client. *plain_lists* are those shared with other programs: Redis does not say that."""
 
-    def __init__(self, backend: Client, plain_lists: Collection[str] = ()) -> None:
-        """Take the backend and its plain lists."""
-        self._backend = backend
+    def __init__(self, client: Client, plain_lists: Collection[str] = ()) -> None:
+        """Take the client and its plain lists."""
+        self._client = client
         self._plain_lists = frozenset(plain_lists)
 
     def names(self) -> list[str]:
@@ -42,7 +42,7 @@ class QueueDirectory:
             return [name]
         names = sorted(known)
         listed = f"Known: {', '.join(names[:10])}{' …' if len(names) > 10 else ''}." if names else "There is none."
-        raise QueueNotFound(f"No queue {name!r} in namespace {self._backend.namespace!r}. {listed}")
+        raise QueueNotFound(f"No queue {name!r} in namespace {self._client.namespace!r}. {listed}")
 
     def all_places(self, id: str) -> list[str]:  # noqa: A002
         """Return all places, those first in which a caller's own *id* would be."""
@@ -52,35 +52,35 @@ class QueueDirectory:
     def keys(self, place: str) -> QueueKeys:
         """Return the keys of a place."""
         foreign = place if place in self._plain_lists else None
-        return QueueKeys(self._backend.namespace, place, foreign=foreign)
+        return QueueKeys(self._client.namespace, place, foreign=foreign)
 
     def counts(self, name: str) -> QueueCounts:
         """Return what a queue, or one partition, holds."""
-        return inspection.total([self._backend.run(inspection.counts(self.keys(place))) for place in self.places(name)])
+        return inspection.total([self._client.run(inspection.counts(self.keys(place))) for place in self.places(name)])
 
     def whole(self, name: str) -> Queue[Any]:
         """Return the queue to act on; raises QueueNotFound, and ConfigurationError for a partition."""
         if name in self._plain_lists:
-            return PlainList(self._backend, name, lease_ms=_LEASE_MS)
+            return PlainList(self._client, name, lease_ms=_LEASE_MS)
         if (queue := ids.logical(name)) != name and len(self.places(queue)) > 1:
             raise ConfigurationError(f"'{name}' is a partition, which can be looked at only. Name the queue: {queue}")
         number = len(self.places(name))
         if number == 1:
-            return Queue(self._backend, name, lease_ms=_LEASE_MS)
-        return PartitionedQueue(self._backend, name, lease_ms=_LEASE_MS, partitions=number)
+            return Queue(self._client, name, lease_ms=_LEASE_MS)
+        return PartitionedQueue(self._client, name, lease_ms=_LEASE_MS, partitions=number)
 
     def is_shut(self, name: str) -> bool:
         """Tell whether a change of a queue's partitions is under way, or was not completed."""
-        return self._backend.run(count(self._backend.keys(name)))[0] == 0
+        return self._client.run(count(self._client.keys(name)))[0] == 0
 
     def _known(self) -> dict[str, int]:
         """Return queue → in how many partitions it lies."""
         found = dict.fromkeys(self._plain_lists, 1)
         numbers: dict[str, int] = {}
-        for place in self._backend.queues():
+        for place in self._client.queues():
             queue = place if place in self._plain_lists else ids.logical(place)
             if queue != place and queue not in numbers:
-                numbers[queue] = number_of(self._backend, queue)
+                numbers[queue] = number_of(self._client, queue)
             number = numbers.get(queue, 1)
             # One that only looks like a partition is a plain list, which another program declares.
             found[queue if number > 1 else place] = number

@@ -36,11 +36,11 @@ def acl(
     if user is not None and role is None:
         raise click.UsageError("--user names the user of one role: conveyor acl ROLE --user NAME.")
     admin = target.admin()
-    url = urlsplit(admin.backend.configured or "")
+    url = urlsplit(admin.client.configured or "")
     topology = topology or _topology(url.scheme)
     chosen = [
         least.rules(
-            name, admin.backend.namespace, user=user, lists=[*dict.fromkeys([*admin.plain_lists, *lists])], server=server,
+            name, admin.client.namespace, user=user, lists=[*dict.fromkeys([*admin.plain_lists, *lists])], server=server,
             topology=topology, database=_database(url.path, url.query, url.scheme), durable=durable,
         )
         for name in ([role] if role else least.ROLES)
@@ -48,7 +48,7 @@ def acl(
     ]  # fmt: skip
     if out.as_json:
         users = [{**asdict(one), "rules": one.text} for one in chosen]
-        out.document("acl", namespace=admin.backend.namespace, users=users)
+        out.document("acl", namespace=admin.client.namespace, users=users)
         return
     for one in chosen:
         if role is None:

@@ -44,20 +44,20 @@ def push(
         raise click.UsageError("What shall be pushed? Give JSON, or - to read one message a line.")
     if from_stdin and own_id:
         raise click.UsageError("--id names one message; lines from standard input get ids of their own.")
-    backend, app = target.backend(), target.app  # in this order: the backend's app seals
+    client, app = target.client(), target.app  # in this order: the client's app seals
     choice = _choice(
         app, queue, id=own_id, priority=priority, front=front, headers=_headers(headers),
         delay=0 if delay is None else seconds(delay, name="--delay"),
         expires=None if expires is None else seconds(expires, name="--expires"),
     )  # fmt: skip
     codec = _codec(app, queue)
-    keys = _keys(backend, queue)
-    partitions = _partitions(backend, keys.queue)
+    keys = _keys(client, queue)
+    partitions = _partitions(client, keys.queue)
     ids: list[str] = []
     if not from_stdin:
         assert message is not None
         body = _body(message.encode("utf-8", "surrogateescape"), "")
-        ids = _store(backend, keys, partitions, [_entry(body, choice, codec)])
+        ids = _store(client, keys, partitions, [_entry(body, choice, codec)])
         _print(out, ids)
     else:
         stored = 0
@@ -70,7 +70,7 @@ def push(
         for bodies in _batches(sys.stdin.buffer):
             entries = [_entry(_body(line, _where(number, stored)), choice, codec) for number, line in bodies]
             # Each goes before all that wait: in reverse, so that the first line is taken first.
-            chunk = _store(backend, keys, partitions, entries[::-1] if front else entries)
+            chunk = _store(client, keys, partitions, entries[::-1] if front else entries)
             chunk = chunk[::-1] if front else chunk
             stored += len(chunk)
             ids += chunk if out.as_json else []
@@ -79,25 +79,25 @@ def push(
         out.document("pushed", queue=queue, ids=ids)
 
 
-def _keys(backend: Any, queue: str) -> Any:
+def _keys(client: Any, queue: str) -> Any:
     from conveyor.ids import queue_name
 
-    return backend.keys(queue_name(queue))
+    return client.keys(queue_name(queue))
 
 
-def _partitions(backend: Any, queue: str) -> Any:
+def _partitions(client: Any, queue: str) -> Any:
     """Return the partitions of a queue as they are on record, None when it lies in one piece."""
     from conveyor.messaging.partitions import Partitions, number_of
 
-    number = number_of(backend, queue)
-    return None if number == 1 else Partitions(backend, queue, number)
+    number = number_of(client, queue)
+    return None if number == 1 else Partitions(client, queue, number)
 
 
-def _store(backend: Any, keys: Any, partitions: Any, entries: list[Entry]) -> list[str]:
+def _store(client: Any, keys: Any, partitions: Any, entries: list[Entry]) -> list[str]:
     from conveyor.ids import public
 
     if partitions is None:
-        return [public(keys.queue, id_) for id_ in backend.push(keys, entries)]
+        return [public(keys.queue, id_) for id_ in client.push(keys, entries)]
     placed = [partitions.placed(entry) for entry in entries]
     found: dict[str, Iterator[str]] = {}
     for place in dict.fromkeys(placed):

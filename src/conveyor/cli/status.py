@@ -31,12 +31,12 @@ def status(target: Target, out: Output) -> int:
     shown = [finding for finding in report.findings if finding.level in {"problem", "warning"} or _is_note(finding)]
     if out.as_json:
         out.document(
-            "status", healthy=report.healthy, url=report.url, namespace=admin.backend.namespace, family=report.family,
+            "status", healthy=report.healthy, url=report.url, namespace=admin.client.namespace, family=report.family,
             version=report.version, queues=queues, workers=workers, findings=[asdict(finding) for finding in shown],
         )  # fmt: skip
         return ExitCode.OK if report.healthy else ExitCode.UNHEALTHY
     if out.on_terminal:
-        out.line(f"{report.family.capitalize()} {report.version} at {report.url} · namespace {admin.backend.namespace}")
+        out.line(f"{report.family.capitalize()} {report.version} at {report.url} · namespace {admin.client.namespace}")
         out.line("")
     if queues:
         queue_table(out, queues)

@@ -48,69 +48,69 @@ class Target:
         if self.url:
             os.environ["CONVEYOR_URL"] = self.url
         name, app = load(self.app_name, self.settings)
-        app.backend.patience = PATIENCE
+        app.client.patience = PATIENCE
         wanted = self._namespace()
-        if wanted is not None and wanted != app.backend.namespace:
+        if wanted is not None and wanted != app.client.namespace:
             raise ConfigurationError(
-                f"{name} uses namespace {app.backend.namespace!r} by its code, not {wanted!r}. Change one of them."
+                f"{name} uses namespace {app.client.namespace!r} by its code, not {wanted!r}. Change one of them."
             )
-        if self.url and not self.url.startswith("embedded:") and app.backend.address.url != self.url:
+        if self.url and not self.url.startswith("embedded:") and app.client.address.url != self.url:
             raise ConfigurationError(
-                f"{name} uses {app.backend.address} by its code, and --url cannot change that. Write Conveyor() there."
+                f"{name} uses {app.client.address} by its code, and --url cannot change that. Write Conveyor() there."
             )
         click.get_current_context().call_on_close(app.close)
         _unbuffered(app)
         return name, app
 
-    def backend(self) -> Client:
-        """Return the backend: of the flags, else of the app, else of the environment, else the embedded server."""
+    def client(self) -> Client:
+        """Return the client: of the flags, else of the app, else of the environment, else the embedded server."""
         from conveyor.store.client.client import Client
 
         url, namespace = self.url, self._namespace()
         if (url is None or namespace is None) and reference(self.app_name, self.settings) is not None:
             _, app = load(self.app_name, self.settings)
             self._app = app
-            if url is None and namespace in {None, app.backend.namespace}:
-                app.backend.patience = PATIENCE
+            if url is None and namespace in {None, app.client.namespace}:
+                app.client.patience = PATIENCE
                 found: Client = _unbuffered(app)
                 return _closed_later(found)
-            namespace = namespace or app.backend.namespace
-            url = url or app.backend.address.url
-            _closed_later(app.backend)  # it may hold the embedded server
+            namespace = namespace or app.client.namespace
+            url = url or app.client.address.url
+            _closed_later(app.client)  # it may hold the embedded server
         url = url or os.environ.get("CONVEYOR_URL") or self.settings.url
         return _closed_later(Client(url, namespace=namespace or "conveyor", patience=PATIENCE))
 
     @property
     def app(self) -> Any:
-        """The app that `backend` had to load, None when flags and environment said it all."""
+        """The app that `client` had to load, None when flags and environment said it all."""
         return self._app
 
     def admin(self) -> Admin:
-        """Return the admin interface of the backend."""
+        """Return the admin interface of the client."""
         from conveyor.admin.admin import Admin
 
-        backend = self.backend()
+        client = self.client()
         if self._app is None:
-            return Admin(backend)
+            return Admin(client)
         asks = {name: queue.asks for name, queue in self._app.queues.items() if queue.asks is not None}
         app = self._app
-        return Admin(backend, plain_lists=app.plain_lists, sealing=app.sealing, formats=app.formats, asks=asks)
+        return Admin(client, plain_lists=app.plain_lists, sealing=app.sealing, formats=app.formats, asks=asks)
 
     def _namespace(self) -> str | None:
         return self.namespace or os.environ.get("CONVEYOR_NAMESPACE") or self.settings.namespace
 
 
 def _unbuffered(app: Any) -> Client:
-    """Return the backend of an app; its buffer takes nothing: a command ends, so it fails when Redis is away."""
-    backend: Client = app.backend
-    if backend.buffer is not None:
-        backend.buffer.most = 0
-    return backend
+    """Return the client of an app; its buffer takes nothing: a command ends, so it fails when Redis is away."""
+    client: Client = app.client
+    if client.buffer is not None:
+        client.buffer.most = 0
+    return client
 
 
-def _closed_later(backend: Client) -> Client:
-    click.get_current_context().call_on_close(backend.close)
-    return backend
+def _closed_later(client: Client) -> Client:
+    click.get_current_context().call_on_close(client.close)
+    return client
 
 
 def _verbose(ctx: click.Context, _: click.Parameter, value: bool) -> None:

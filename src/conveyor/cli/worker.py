@@ -127,9 +127,9 @@ def _check(out: Output, app: Any, queues: list[str], *, allow_eviction: bool) ->
     from conveyor.store.transport import eviction
 
     try:
-        policy, evicted = doctor.eviction_policy(app.backend)
+        policy, evicted = doctor.eviction_policy(app.client)
         for queue in queues:
-            agree(app.backend, queue, app.partitioned.get(queue))
+            agree(app.client, queue, app.partitioned.get(queue))
     except StoreUnavailable as error:
         out.say(f"{str(error).splitlines()[0]} Waiting for it.")
         return

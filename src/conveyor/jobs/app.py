@@ -76,8 +76,8 @@ class Conveyor(QueueRegistry, Hooks):
         is pushed while Redis is away. Raises ConfigurationError.
         """
         super().__init__()
-        self.backend = make_client(url, namespace, buffer)
-        self.replies = ResultSubscriber(self.backend)
+        self.client = make_client(url, namespace, buffer)
+        self.replies = ResultSubscriber(self.client)
         self.namespace = namespace
         self.lease_ms = positive_ms(lease, "lease")
         self.max_payload = size(max_payload, "max_payload")
@@ -233,12 +233,12 @@ class Conveyor(QueueRegistry, Hooks):
     def close(self) -> None:
         """Close the connections of this process and leave the embedded server; using the app opens them again."""
         self.replies.close()
-        self.backend.close()
+        self.client.close()
 
     async def aclose(self) -> None:
         """Close the connections of this event loop, then the rest."""
         self.replies.close()
-        await self.backend.aclose()
+        await self.client.aclose()
 
     def __enter__(self) -> Self:
         return self

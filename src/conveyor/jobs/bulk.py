@@ -23,14 +23,16 @@ Encode = Callable[[tuple[Any, ...], dict[str, Any]], bytes]
 class QueueBatch:
     """The jobs of one queue in a chunk: flat pairs of id and envelope while all are plain, entries else."""
 
-    __slots__ = ("entries", "jobs", "pairs", "queue", "wish")
+    __slots__ = ("durability_request", "entries", "jobs", "pairs", "queue")
 
     def __init__(self, queue: str) -> None:
         self.queue = queue
         self.jobs: list[Job[Any]] = []
         self.pairs: list[str | bytes] = []
         self.entries: list[Entry] = []
-        self.wish: DurabilityRequest | None = None  # what satisfies all of them: they travel together, in their order
+        self.durability_request: DurabilityRequest | None = (
+            None  # what satisfies all of them: they travel together, in their order
+        )
 
     def add(self, entry: Entry, job: Job[Any]) -> None:
         """Append a job that needs more than an envelope."""
@@ -86,8 +88,8 @@ class JobChunk:
         job: Job[Any] = Job(self._home, entry.id, queue, task)
         batch = self._batch(queue)
         batch.add(entry, job)
-        if call.choice.wish is not None:
-            batch.wish = call.choice.wish.join(batch.wish)
+        if call.choice.durability_request is not None:
+            batch.durability_request = call.choice.durability_request.join(batch.durability_request)
         return job
 
     def _batch(self, queue: str) -> QueueBatch:
@@ -102,16 +104,16 @@ class JobChunk:
         finish: list[Callable[[], None]] = []
         for batch in self._batches.values():
             if batch.pairs and batch.queue not in home.bounded:
-                finish.append(home.backend.post_plain(home.keys(batch.queue), batch.pairs))
+                finish.append(home.client.post_plain(home.keys(batch.queue), batch.pairs))
             elif batch.jobs:
-                batch.settle(home.send(batch.queue, batch.as_entries(), batch.wish))
+                batch.settle(home.send(batch.queue, batch.as_entries(), batch.durability_request))
         return finish
 
     async def asend(self) -> None:
         """Do the same without blocking the event loop."""
         for batch in self._batches.values():
             if batch.jobs:
-                batch.settle(await self._home.asend(batch.queue, batch.as_entries(), batch.wish))
+                batch.settle(await self._home.asend(batch.queue, batch.as_entries(), batch.durability_request))
 
 
 class ChunkSender:

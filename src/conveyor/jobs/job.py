@@ -45,7 +45,7 @@ class JobApp(Protocol):
     @property
     def namespace(self) -> str: ...
     @property
-    def backend(self) -> Client: ...
+    def client(self) -> Client: ...
     @property
     def replies(self) -> ResultSubscriber: ...
     @property
@@ -136,12 +136,12 @@ class Job(Generic[R_co]):
         return "cancelled" if place == "cancelled" else "done"
 
     def _waits_here(self) -> bool:
-        buffer = self._home.backend.buffer
+        buffer = self._home.client.buffer
         return buffer is not None and buffer.holds(self._bare)
 
     def _left_here(self, seconds: float | None) -> float | None:
         """Wait until the buffer of this program has delivered it; return what is left of so many seconds."""
-        buffer = self._home.backend.buffer
+        buffer = self._home.client.buffer
         if buffer is None or not buffer.holds(self._bare):
             return seconds
         began = monotonic()
@@ -159,21 +159,21 @@ class Job(Generic[R_co]):
         return None if seconds is None else max(0.0, seconds - (monotonic() - began))
 
     def _show(self) -> Shown:
-        backend = self._home.backend
+        client = self._home.client
         if self.queue is not None:
-            return self._found(self.queue, backend.run(inspection.show(self._home.keys(self.queue), self._bare)))
-        for queue in self._likely(backend.queues()):
-            shown = backend.run(inspection.show(self._home.keys(queue), self._bare))
+            return self._found(self.queue, client.run(inspection.show(self._home.keys(self.queue), self._bare)))
+        for queue in self._likely(client.queues()):
+            shown = client.run(inspection.show(self._home.keys(queue), self._bare))
             if _is_known(shown):
                 return self._found(queue, shown)
         raise self._unknown()
 
     async def _ashow(self) -> Shown:
-        backend = self._home.backend
+        client = self._home.client
         if self.queue is not None:
-            return self._found(self.queue, await backend.arun(inspection.show(self._home.keys(self.queue), self._bare)))
-        for queue in self._likely(await backend.aqueues()):
-            shown = await backend.arun(inspection.show(self._home.keys(queue), self._bare))
+            return self._found(self.queue, await client.arun(inspection.show(self._home.keys(self.queue), self._bare)))
+        for queue in self._likely(await client.aqueues()):
+            shown = await client.arun(inspection.show(self._home.keys(queue), self._bare))
             if _is_known(shown):
                 return self._found(queue, shown)
         raise self._unknown()
@@ -216,7 +216,7 @@ class Job(Generic[R_co]):
     async def aresult(self, timeout: Duration | None = None) -> R_co:  # noqa: ASYNC109  the twin of result
         """Do the same without blocking the event loop."""
         seconds = _seconds(timeout)
-        left = seconds if self._home.backend.buffer is None else await self._aleft_here(seconds)
+        left = seconds if self._home.client.buffer is None else await self._aleft_here(seconds)
         if self.task is None:
             await self._ashow()
         answer = await self._home.replies.await_(self._keys(), self._bare, left)
@@ -291,15 +291,15 @@ class Job(Generic[R_co]):
         refuse_in_loop("job.cancel()", "await job.acancel()")
         if self.queue is None:
             self._show()
-        self._left_here(self._home.backend.patience)
-        return self._home.backend.run(operations.cancel(self._keys(), self._bare)) > 0
+        self._left_here(self._home.client.patience)
+        return self._home.client.run(operations.cancel(self._keys(), self._bare)) > 0
 
     async def acancel(self) -> bool:
         """Do the same without blocking the event loop."""
         if self.queue is None:
             await self._ashow()
-        await self._aleft_here(self._home.backend.patience)
-        return await self._home.backend.arun(operations.cancel(self._keys(), self._bare)) > 0
+        await self._aleft_here(self._home.client.patience)
+        return await self._home.client.arun(operations.cancel(self._keys(), self._bare)) > 0
 
 
 def refuse_in_loop(call: str, twin: str) -> None:

@@ -13,7 +13,7 @@ from conveyor.messaging.push_options import MAX_HEADERS
 from conveyor.payload.codec import show
 from conveyor.payload.records import EnvelopeOptions, to_json, write_rest
 from conveyor.payload.versions import sealed_name
-from conveyor.store.client.durability import DurabilityRequest, wish
+from conveyor.store.client.durability import DurabilityRequest, durability_request
 from conveyor.store.operations import Entry
 from conveyor.units import Duration, instant_ms, milliseconds
 
@@ -37,7 +37,7 @@ class JobOptions:
     keep_ms: int | None = None
     attempts: int | None = None
     front: bool = False
-    wish: DurabilityRequest | None = None
+    durability_request: DurabilityRequest | None = None
 
 
 NOTHING = JobOptions()
@@ -81,7 +81,7 @@ def choose(
         keep_ms=None if keep_result is None else milliseconds(keep_result, name="keep_result"),
         attempts=None if retry is None else check_attempts(retry),
         front=front,
-        wish=wish(fsync, wait_replicas, wait_timeout),
+        durability_request=durability_request(fsync, wait_replicas, wait_timeout),
     )
 
 

@@ -15,7 +15,7 @@ from conveyor.jobs.job_options import positive_ms
 from conveyor.jobs.task import Task
 from conveyor.payload.formats import Choice, FormatRegistry
 from conveyor.store.client.client import Client
-from conveyor.store.client.durability import Durability, DurabilityOptions, DurabilityRequest, asked
+from conveyor.store.client.durability import Durability, DurabilityOptions, DurabilityRequest, requested_durability
 from conveyor.store.operations import Entry
 from conveyor.units import Duration
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 class Sending:
     """Pushes entries to queues, as each of them is declared."""
 
-    backend: Client
+    client: Client
     bounded: dict[str, Queue[Any]]
     """
     The queues with a maximum length, a durability of their own, or partitions: jobs for them do not take the shortest
@@ -44,7 +44,7 @@ class Sending:
         """Return the keys of *queue*."""
         found = self._keys.get(queue)
         if found is None:
-            found = self._keys[queue] = self.backend.keys(queue)
+            found = self._keys[queue] = self.client.keys(queue)
         return found
 
     def placed(self, queue: str, entry: Entry) -> str:
@@ -52,16 +52,20 @@ class Sending:
         found = self.partitioned.get(queue)
         return queue if found is None else found.placed(entry)
 
-    def send(self, queue: str, entries: Sequence[Entry], wish: DurabilityRequest | None = None) -> list[str]:
+    def send(
+        self, queue: str, entries: Sequence[Entry], durability_request: DurabilityRequest | None = None
+    ) -> list[str]:
         """Push prepared entries, placed, and return the id of each: its own, or that of a job that existed."""
-        way = self.backend.way(self._asks(queue), wish)
+        way = self.client.push_target(self._asks(queue), durability_request)
         if self.partitioned and not way.deferred and (found := self.partitioned.get(ids.logical(queue))):
             return found.send(queue, entries, way)
         return way.push(self.keys(queue), entries, max_length=self._max_length(queue))
 
-    async def asend(self, queue: str, entries: Sequence[Entry], wish: DurabilityRequest | None = None) -> list[str]:
+    async def asend(
+        self, queue: str, entries: Sequence[Entry], durability_request: DurabilityRequest | None = None
+    ) -> list[str]:
         """Do the same without blocking the event loop."""
-        way = self.backend.way(self._asks(queue), wish)
+        way = self.client.push_target(self._asks(queue), durability_request)
         if self.partitioned and not way.deferred and (found := self.partitioned.get(ids.logical(queue))):
             return await found.asend(queue, entries, way)
         return await way.apush(self.keys(queue), entries, max_length=self._max_length(queue))
@@ -146,7 +150,7 @@ class QueueRegistry(Sending):
         """
         ids.queue_name(name)
         lease_ms = self.lease_ms if lease is None else positive_ms(lease, "lease")
-        asks = asked(durable)
+        asks = requested_durability(durable)
         facts = {
             "kind": "queue", "type": type, "lease_ms": lease_ms, "max_attempts": max_attempts, "max_length": max_length,
             "full": full, "partitions": partitions, "version": version, "upcast": upcast, "durability": asks, "format": format,
@@ -167,10 +171,10 @@ class QueueRegistry(Sending):
         from conveyor.messaging.queue import Queue
 
         if partitions == 1 and isinstance(partitions, int) and not isinstance(partitions, bool):
-            return Queue(self.backend, name, type, **options)
+            return Queue(self.client, name, type, **options)
         from conveyor.messaging.partitioned_queue import PartitionedQueue
 
-        queue: PartitionedQueue[Any] = PartitionedQueue(self.backend, name, type, partitions=partitions, **options)
+        queue: PartitionedQueue[Any] = PartitionedQueue(self.client, name, type, partitions=partitions, **options)
         self.partitioned[name] = queue.partitions
         self._keys.update((keys.queue, keys) for keys in queue.partitions.keys)
         return queue
@@ -206,7 +210,7 @@ class QueueRegistry(Sending):
         from conveyor.messaging.plain_list import PlainList
 
         found: PlainList[Any] = PlainList(
-            self.backend, name, type, task=fed, lease_ms=lease_ms, max_attempts=max_attempts,
+            self.client, name, type, task=fed, lease_ms=lease_ms, max_attempts=max_attempts,
             max_payload=self.max_payload,
         )  # fmt: skip
         self.plain_lists[name], self._declared[name] = found, facts

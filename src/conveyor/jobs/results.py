@@ -52,14 +52,14 @@ class ResultWaiter:
 class ResultSubscriber:
     """The waiters of one app in this process, and the thread that wakes them."""
 
-    def __init__(self, backend: Client) -> None:
+    def __init__(self, client: Client) -> None:
         """Open nothing yet."""
-        self._backend = backend
+        self._client = client
         self._reset()
         on_fork(self)
 
     def _reset(self) -> None:
-        self.channel = reply_channel(self._backend.namespace, new_identity())
+        self.channel = reply_channel(self._client.namespace, new_identity())
         self._lock = threading.Lock()
         self._waiters: dict[str, list[tuple[str, ResultWaiter]]] = {}
         self._listener: SubscriptionThread | None = None
@@ -70,7 +70,7 @@ class ResultSubscriber:
         """Return how the job ended, None when it had not after *timeout* seconds (None: wait for ever)."""
         clock = _Deadline(timeout)
         if clock.remaining() == 0.0 or not self._listening():
-            answer = self._backend.run(operations.await_outcome(keys, id, ""))
+            answer = self._client.run(operations.await_outcome(keys, id, ""))
             if answer[0] != "waiting" or clock.remaining() == 0.0:
                 return answer if answer[0] != "waiting" else None
             self._listen()
@@ -82,7 +82,7 @@ class ResultSubscriber:
         try:
             while True:
                 try:
-                    answer = self._backend.run(call)
+                    answer = self._client.run(call)
                 except StoreUnavailable:
                     clock.outage()
                 else:
@@ -102,7 +102,7 @@ class ResultSubscriber:
         """Do the same without blocking the event loop."""
         clock = _Deadline(timeout)
         if clock.remaining() == 0.0 or not self._listening():
-            answer = await self._backend.arun(operations.await_outcome(keys, id, ""))
+            answer = await self._client.arun(operations.await_outcome(keys, id, ""))
             if answer[0] != "waiting" or clock.remaining() == 0.0:
                 return answer if answer[0] != "waiting" else None
             await asyncio.get_running_loop().run_in_executor(None, self._listen)
@@ -114,7 +114,7 @@ class ResultSubscriber:
             while True:
                 event.clear()
                 try:
-                    answer = await self._backend.arun(call)
+                    answer = await self._client.arun(call)
                 except StoreUnavailable:
                     clock.outage()
                 else:
@@ -137,14 +137,14 @@ class ResultSubscriber:
 
     def _forget(self, keys: QueueKeys, id: str) -> None:  # noqa: A002
         try:
-            self._backend.run(operations.forget(keys, id, self.channel), patience=0.0)
+            self._client.run(operations.forget(keys, id, self.channel), patience=0.0)
         except StoreUnavailable:
             _log.debug("could not unregister from %s; the job's end removes the entry", id)
         self._wake(id)
 
     async def _aforget(self, keys: QueueKeys, id: str) -> None:  # noqa: A002
         try:
-            await self._backend.arun(operations.forget(keys, id, self.channel), patience=0.0)
+            await self._client.arun(operations.forget(keys, id, self.channel), patience=0.0)
         except StoreUnavailable:
             _log.debug("could not unregister from %s; the job's end removes the entry", id)
         self._wake(id)
@@ -204,10 +204,10 @@ class ResultSubscriber:
         """Return when the channel is subscribed; raises StoreUnavailable when that takes too long."""
         with self._lock:
             if self._listener is None:
-                self._listener = SubscriptionThread(self, self._backend)
+                self._listener = SubscriptionThread(self, self._client)
             listener = self._listener
-        if not listener.ready.wait(self._backend.patience + 1.0):
-            raise unreachable(str(self._backend.address), listener.error or "no answer")
+        if not listener.ready.wait(self._client.patience + 1.0):
+            raise unreachable(str(self._client.address), listener.error or "no answer")
 
     def close(self) -> None:
         """End the thread; waiters go on asking every few seconds."""
@@ -224,11 +224,11 @@ class ResultSubscriber:
 class SubscriptionThread:
     """The thread that reads the channel; it connects again, for ever, until it is closed."""
 
-    def __init__(self, replies: ResultSubscriber, backend: Client) -> None:
+    def __init__(self, replies: ResultSubscriber, client: Client) -> None:
         self.ready = threading.Event()
         self.error: Exception | None = None
         self._replies = replies
-        self._place = backend.place(replies.channel)
+        self._place = client.endpoint(replies.channel)
         self._closed = threading.Event()
         self._raw: Any = None  # a redis.Connection, whose methods have no types
         self._thread = threading.Thread(target=self._run, name="conveyor-replies", daemon=True)

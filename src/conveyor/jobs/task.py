@@ -57,8 +57,12 @@ class TaskApp(JobApp, Protocol):
     def sealing(self) -> PayloadPipeline | None: ...
 
     def placed(self, queue: str, entry: Entry) -> str: ...
-    def send(self, queue: str, entries: Sequence[Entry], wish: DurabilityRequest | None = None) -> list[str]: ...
-    async def asend(self, queue: str, entries: Sequence[Entry], wish: DurabilityRequest | None = None) -> list[str]: ...
+    def send(
+        self, queue: str, entries: Sequence[Entry], durability_request: DurabilityRequest | None = None
+    ) -> list[str]: ...
+    async def asend(
+        self, queue: str, entries: Sequence[Entry], durability_request: DurabilityRequest | None = None
+    ) -> list[str]: ...
 
 
 @dataclass(frozen=True)
@@ -139,9 +143,9 @@ class Task(Generic[P, R_co]):
         if _get_running_loop() is not None:
             raise _in_loop(self, args, kwargs, sys._getframe(1))  # noqa: SLF001  where to look is half of the help
         home = self._home
-        if self._plain and not home.pushers and not home.backend.diverted and self.queue not in home.bounded:
+        if self._plain and not home.pushers and not home.client.diverted and self.queue not in home.bounded:
             id_ = new_id()
-            home.backend.push_plain(self._keys, (id_, self.head + self.signature.encode(args, kwargs)))
+            home.client.push_plain(self._keys, (id_, self.head + self.signature.encode(args, kwargs)))
             return Job(home, id_, self.queue, self)
         queue, entry = self.prepare(NOTHING, args, kwargs)
         return self._handle(queue, entry, home.send(queue, (entry,))[0])
@@ -149,13 +153,13 @@ class Task(Generic[P, R_co]):
     async def aenqueue(self, *args: P.args, **kwargs: P.kwargs) -> Job[R_co]:
         """Do the same without blocking the event loop; calls of one tick share a round trip."""
         home = self._home
-        if self._plain and not home.pushers and not home.backend.diverted and self.queue not in home.bounded:
-            backend, keys = home.backend, self._keys
+        if self._plain and not home.pushers and not home.client.diverted and self.queue not in home.bounded:
+            client, keys = home.client, self._keys
             body = self.signature.encode(args, kwargs)
-            if not backend.knows(keys):
-                await backend.aannounce(keys)
+            if not client.knows(keys):
+                await client.aannounce(keys)
             id_ = new_id()
-            await backend.put(keys, id_, self.head + body)
+            await client.put(keys, id_, self.head + body)
             return Job(home, id_, self.queue, self)
         return await self.aenqueue_with(NOTHING, args, kwargs)
 
@@ -208,12 +212,12 @@ class Task(Generic[P, R_co]):
         if _get_running_loop() is not None:
             raise _in_loop(self, args, kwargs, sys._getframe(2))  # noqa: SLF001
         queue, entry = self.prepare(choice, args, kwargs)
-        return self._handle(queue, entry, self._home.send(queue, (entry,), choice.wish)[0])
+        return self._handle(queue, entry, self._home.send(queue, (entry,), choice.durability_request)[0])
 
     async def aenqueue_with(self, choice: JobOptions, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Job[R_co]:
         """Do the same without blocking the event loop."""
         queue, entry = await self.aprepare(choice, args, kwargs)
-        return self._handle(queue, entry, (await self._home.asend(queue, (entry,), choice.wish))[0])
+        return self._handle(queue, entry, (await self._home.asend(queue, (entry,), choice.durability_request))[0])
 
     def follow_with(self, choice: JobOptions, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Job[R_co], bytes]:
         """Prepare a job for an outbox; raises PayloadError."""
@@ -227,17 +231,17 @@ class Task(Generic[P, R_co]):
 
     def is_plain(self, choice: JobOptions) -> bool:
         """Tell whether a call is just an envelope at the tail of the task's queue, which is the cheapest."""
-        return choice is NOTHING and self._plain and not self._home.pushers and not self._home.backend.diverted
+        return choice is NOTHING and self._plain and not self._home.pushers and not self._home.client.diverted
 
     def prepare(self, choice: JobOptions, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, Entry]:
         """Return the queue (or partition) and the entry of a call, with the middleware's changes; raises PayloadError."""
         outgoing, body = self._outgoing(choice, args, kwargs)
-        entry = outgoing.entry(body, self._home.sealing, deferred=self._home.backend.diverted)
+        entry = outgoing.entry(body, self._home.sealing, deferred=self._home.client.diverted)
         return self._home.placed(outgoing.queue, entry), entry
 
     async def aprepare(self, choice: JobOptions, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, Entry]:
         """Do the same; a body for the store of large ones is written there on a thread."""
-        sealing, deferred = self._home.sealing, self._home.backend.diverted
+        sealing, deferred = self._home.sealing, self._home.client.diverted
         outgoing, body = self._outgoing(choice, args, kwargs)
         if sealing is None or not sealing.is_large(body, b"payload"):
             entry = outgoing.entry(body, sealing, deferred=deferred)

@@ -33,10 +33,10 @@ PAGE = 500
 class PartitionQueue(Queue[T]):
     """One partition, whose name no user can write."""
 
-    def __init__(self, backend: Client, keys: QueueKeys, type: Any, **options: Any) -> None:  # noqa: A002
+    def __init__(self, client: Client, keys: QueueKeys, type: Any, **options: Any) -> None:  # noqa: A002
         """Take its keys."""
         self._counted = keys
-        super().__init__(backend, keys.queue, type, **options)
+        super().__init__(client, keys.queue, type, **options)
 
     def _checked_name(self, name: str) -> str:
         return name
@@ -56,7 +56,7 @@ class PartitionedQueue(Queue[T]):
 
     def __init__(
         self,
-        backend: Client,
+        client: Client,
         name: str,
         type: Any = Any,  # noqa: A002  the contract's name
         *,
@@ -68,12 +68,12 @@ class PartitionedQueue(Queue[T]):
         """Declare it, with the other *options* of a queue; nothing is sent. Raises ConfigurationError for what it cannot do."""
         if max_length is not None:
             _whole("max_length", max_length, 1)
-        self.partitions = Partitions(backend, queue_name(name), partitions, max_length)
+        self.partitions = Partitions(client, queue_name(name), partitions, max_length)
         self.parts: tuple[Queue[T], ...] = tuple(
-            PartitionQueue(backend, keys, type, lease_ms=lease_ms, max_length=self.partitions.most, **options)
+            PartitionQueue(client, keys, type, lease_ms=lease_ms, max_length=self.partitions.most, **options)
             for keys in self.partitions.keys
         )
-        super().__init__(backend, name, type, lease_ms=lease_ms, max_length=max_length, **options)
+        super().__init__(client, name, type, lease_ms=lease_ms, max_length=max_length, **options)
 
     def _make_pusher(self) -> Publisher[T]:
         self._scatter = PartitionedPublisher(self.partitions, [part._pusher for part in self.parts], self.codec)  # noqa: SLF001
@@ -81,9 +81,9 @@ class PartitionedQueue(Queue[T]):
 
     def _scattered(self, options: PreparedPush) -> PartitionedPublisher[T]:
         """Return what pushes with these options, to where pushes go right now."""
-        if options.wish is None and not self.backend.diverted:
+        if options.durability_request is None and not self.client.diverted:
             return self._scatter
-        return self._scatter.through(self.backend.way(self.asks, options.wish))
+        return self._scatter.through(self.client.push_target(self.asks, options.durability_request))
 
     # -- push -----------------------------------------------------------------------------------------------------
 
@@ -214,7 +214,7 @@ class PartitionedQueue(Queue[T]):
         if limit is None:
             return sum(part.redrive() for part in self.parts)
         chosen = _chosen(islice(self.dead_letters(), _limit(limit)))
-        return sum(self.backend.run(operations.redrive(keys, ids=ids)) for keys, ids in self._batches(chosen))
+        return sum(self.client.run(operations.redrive(keys, ids=ids)) for keys, ids in self._batches(chosen))
 
     async def aredrive(self, limit: int | None = None) -> int:
         """Put dead letters back, as `redrive`."""
@@ -227,7 +227,7 @@ class PartitionedQueue(Queue[T]):
                 if len(letters) == limit:
                     break
         batches = self._batches(_chosen(letters))
-        return sum([await self.backend.arun(operations.redrive(keys, ids=ids)) for keys, ids in batches])
+        return sum([await self.client.arun(operations.redrive(keys, ids=ids)) for keys, ids in batches])
 
     def dead_letters(self) -> Iterator[DeadLetter]:
         """Yield what was given up, oldest first, of all partitions."""

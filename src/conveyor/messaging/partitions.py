@@ -64,13 +64,13 @@ def checked(partitions: object) -> int:
     return partitions
 
 
-def agree(backend: Client, queue: str, partitions: Partitions | None) -> None:
+def agree(client: Client, queue: str, partitions: Partitions | None) -> None:
     """Refuse a queue whose number of partitions on record is not the program's, None when that declares none (E34)."""
     if partitions is not None:
         partitions.agree()
         return
-    keys = backend.keys(queue)
-    number, _ = backend.run(partitioning.count(keys))
+    keys = client.keys(queue)
+    number, _ = client.run(partitioning.count(keys))
     if number != 1:
         raise PartitionCountMismatch(keys, str(number))
 
@@ -88,14 +88,14 @@ def share(max_length: int | None, partitions: int) -> int | None:
 class Partitions:
     """The partitions of one queue as one program declares them; `keys` are theirs, in order."""
 
-    def __init__(self, backend: Client, name: str, number: int, max_length: int | None = None) -> None:
+    def __init__(self, client: Client, name: str, number: int, max_length: int | None = None) -> None:
         """Take the queue's name, the number of its partitions, and the maximum length of the whole. Nothing is sent."""
-        self.backend, self.name, self.count = backend, name, checked(number)
+        self.client, self.name, self.count = client, name, checked(number)
         self.most = share(max_length, number)
         self.keys = tuple(
-            QueueKeys(backend.namespace, ids.partition(name, one), partitions=number) for one in range(number)
+            QueueKeys(client.namespace, ids.partition(name, one), partitions=number) for one in range(number)
         )
-        self.whole = backend.keys(name)
+        self.whole = client.keys(name)
         self._round = count(randrange(number))  # noqa: S311
         self._numbers = {keys.queue: one for one, keys in enumerate(self.keys)}
         self._claimed = self._known = False
@@ -150,10 +150,10 @@ class Partitions:
 
     def claim(self, patience: float | None = None) -> None:
         """Agree with Redis on the number; a change under way is waited for, for *patience* seconds."""
-        deadline = time.monotonic() + (self.backend.patience if patience is None else patience)
+        deadline = time.monotonic() + (self.client.patience if patience is None else patience)
         while True:
             try:
-                return drive(self._claiming(), partial(self.backend.run, patience=self._patience))
+                return drive(self._claiming(), partial(self.client.run, patience=self._patience))
             except PartitionCountMismatch as error:
                 if error.found != 0 or time.monotonic() >= deadline:
                     raise
@@ -161,10 +161,10 @@ class Partitions:
 
     async def aclaim(self, patience: float | None = None) -> None:
         """Do the same on this event loop."""
-        deadline = time.monotonic() + (self.backend.patience if patience is None else patience)
+        deadline = time.monotonic() + (self.client.patience if patience is None else patience)
         while True:
             try:
-                return await adrive(self._claiming(), partial(self.backend.arun, patience=self._patience))
+                return await adrive(self._claiming(), partial(self.client.arun, patience=self._patience))
             except PartitionCountMismatch as error:
                 if error.found != 0 or time.monotonic() >= deadline:
                     raise
@@ -173,10 +173,10 @@ class Partitions:
     @property
     def _patience(self) -> float:
         """How long a claim is repeated for: where pushes are kept when Redis is away, it is not waited for."""
-        return self.backend.patience if self.backend.buffer is None else _LOOK
+        return self.client.patience if self.client.buffer is None else _LOOK
 
     def _claiming(self) -> Generator[Call[Any], Any, None]:
-        whole, *parts = partitioning.claims(self.backend.namespace, self.name, self.count)
+        whole, *parts = partitioning.claims(self.client.namespace, self.name, self.count)
         first = yield whole
         if first or self._claimed:
             for part in parts:  # noqa: UP028  replies are sent in
@@ -187,10 +187,10 @@ class Partitions:
         if not self._known:
             try:
                 self.agree()
-                self.backend.announce(*self.keys)
+                self.client.announce(*self.keys)
                 self._known = True
             except StoreUnavailable:
-                if self.backend.buffer is None:  # else the push is kept, and agrees when it is delivered
+                if self.client.buffer is None:  # else the push is kept, and agrees when it is delivered
                     raise
         try:
             return work()
@@ -203,10 +203,10 @@ class Partitions:
         if not self._known:
             try:
                 await self.aagree()
-                await self.backend.aannounce(*self.keys)
+                await self.client.aannounce(*self.keys)
                 self._known = True
             except StoreUnavailable:
-                if self.backend.buffer is None:
+                if self.client.buffer is None:
                     raise
         try:
             return await work()
@@ -218,7 +218,7 @@ class Partitions:
 
     def send(self, partition: str, entries: Sequence[Entry], way: PushTarget | None = None) -> list[str]:
         """Push jobs that were placed in *partition*, by the *way* in that was asked for; return an id for each."""
-        way = way or self.backend
+        way = way or self.client
         keys, most = self.keys[self._numbers[partition]], self.most or 0
         if all(entry.is_plain for entry in entries):
             pairs: list[Argument] = [part for entry in entries for part in (entry.id, entry.rest)]
@@ -228,7 +228,7 @@ class Partitions:
 
     async def asend(self, partition: str, entries: Sequence[Entry], way: PushTarget | None = None) -> list[str]:
         """Do the same on this event loop."""
-        way = way or self.backend
+        way = way or self.client
         keys, most = self.keys[self._numbers[partition]], self.most or 0
         return await self.akeep(lambda: way.apush(keys, entries, max_length=most))
 
@@ -236,9 +236,9 @@ class Partitions:
 Steps = Generator[Call[Any], Any, int]
 
 
-def number_of(backend: Client, queue: str) -> int:
+def number_of(client: Client, queue: str) -> int:
     """Return in how many partitions *queue* lies (1 when it lies in one piece), as recorded in Redis."""
-    number, change = backend.run(partitioning.count(backend.keys(queue)))
+    number, change = client.run(partitioning.count(client.keys(queue)))
     return number or int((change or "1").split()[0])
 
 
@@ -247,26 +247,26 @@ def partition_names(queue: str, number: int) -> list[str]:
     return [queue] if number == 1 else [ids.partition(queue, one) for one in range(number)]
 
 
-def repartition(backend: Client, queue: str, number: int) -> int:
+def repartition(client: Client, queue: str, number: int) -> int:
     """
     Lay *queue* in *number* partitions, and return in how many it lay before.
 
     Raises ConfigurationError (E35), and changes nothing, when a partition is not empty: leased and dead ones count.
     Programs that still declare the old number are refused from then on (E34), running workers and consumers too.
     """
-    before = drive(_change(backend, ids.queue_name(queue), checked(number)), backend.run)
-    known = known_queues(backend.namespace)
+    before = drive(_change(client, ids.queue_name(queue), checked(number)), client.run)
+    known = known_queues(client.namespace)
     for command in _renamed(queue, before, number):
-        backend.execute(command[0], known, *command[1:], key=known)
+        client.execute(command[0], known, *command[1:], key=known)
     return before
 
 
-async def arepartition(backend: Client, queue: str, number: int) -> int:
+async def arepartition(client: Client, queue: str, number: int) -> int:
     """Do the same on this event loop."""
-    before = await adrive(_change(backend, ids.queue_name(queue), checked(number)), backend.arun)
-    known = known_queues(backend.namespace)
+    before = await adrive(_change(client, ids.queue_name(queue), checked(number)), client.arun)
+    known = known_queues(client.namespace)
     for command in _renamed(queue, before, number):
-        await backend.aexecute(command[0], known, *command[1:], key=known)
+        await client.aexecute(command[0], known, *command[1:], key=known)
     return before
 
 
@@ -278,18 +278,18 @@ def _renamed(queue: str, before: int, number: int) -> Generator[tuple[str, ...]]
         yield "SREM", *gone
 
 
-def _change(backend: Client, queue: str, number: int) -> Steps:
-    whole, token = backend.keys(queue), ids.new_identity()
+def _change(client: Client, queue: str, number: int) -> Steps:
+    whole, token = client.keys(queue), ids.new_identity()
     there = yield partitioning.count(whole)
-    yield from _refuse_full(backend, queue, there[0] or 1)
+    yield from _refuse_full(client, queue, there[0] or 1)
     if there[0] == number and not there[1]:
-        yield from _mend(backend, queue, number, token)
+        yield from _mend(client, queue, number, token)
         return number
     done, before = yield partitioning.switch(whole, "begin", token, number)
     if done != 1:
         raise _full(queue, {queue: before})
     most = max(before, number)
-    places = [backend.keys(ids.partition(queue, one)) for one in range(most)] if most > 1 else []
+    places = [client.keys(ids.partition(queue, one)) for one in range(most)] if most > 1 else []
     full: dict[str, int] = {}
     shut: list[QueueKeys] = []
     for one, keys in enumerate(places):
@@ -313,26 +313,26 @@ def _change(backend: Client, queue: str, number: int) -> Steps:
     return int(before)
 
 
-def _refuse_full(backend: Client, queue: str, number: int) -> Generator[Call[Any], Any, None]:
+def _refuse_full(client: Client, queue: str, number: int) -> Generator[Call[Any], Any, None]:
     """Raise the error of a queue that obviously cannot change, before it is shut even for a moment."""
     full: dict[str, int] = {}
     for name in partition_names(queue, number):
-        found: inspection.QueueCounts = yield inspection.counts(backend.keys(name))
+        found: inspection.QueueCounts = yield inspection.counts(client.keys(name))
         if held := len(found) + found.leased + found.dead:
             full[name] = held
     if full:
         raise _full(queue, full)
 
 
-def refuse_full(backend: Client, queue: str) -> None:
+def refuse_full(client: Client, queue: str) -> None:
     """Raise ConfigurationError (E35) when the partitions of *queue* hold something; changes nothing."""
-    drive(_refuse_full(backend, queue, number_of(backend, queue)), backend.run)
+    drive(_refuse_full(client, queue, number_of(client, queue)), client.run)
 
 
-def _mend(backend: Client, queue: str, number: int, token: str) -> Generator[Call[Any], Any, None]:
+def _mend(client: Client, queue: str, number: int, token: str) -> Generator[Call[Any], Any, None]:
     """Open what a change that was completed but for this has left shut."""
     for one in range(number if number > 1 else 0):
-        keys = backend.keys(ids.partition(queue, one))
+        keys = client.keys(ids.partition(queue, one))
         found = yield partitioning.count(keys)
         if found[0] == 0:
             done, _ = yield partitioning.switch(keys, "close", token, None)

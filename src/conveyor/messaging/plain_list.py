@@ -33,7 +33,7 @@ class PlainList(Queue[T]):
 
     def __init__(
         self,
-        backend: Client,
+        client: Client,
         name: str,
         type: Any = Any,  # noqa: A002  the contract's name
         *,
@@ -45,7 +45,7 @@ class PlainList(Queue[T]):
     ) -> None:
         """Declare it; *task* is the name of the task that workers run its entries with."""
         super().__init__(
-            backend, name, type, lease_ms=lease_ms, max_attempts=max_attempts, retry=retry, max_payload=max_payload
+            client, name, type, lease_ms=lease_ms, max_attempts=max_attempts, retry=retry, max_payload=max_payload
         )
         self.task = task
 
@@ -55,13 +55,13 @@ class PlainList(Queue[T]):
         return name
 
     def _keys(self) -> QueueKeys:
-        return QueueKeys(self.backend.namespace, self.name, foreign=self.name)
+        return QueueKeys(self.client.namespace, self.name, foreign=self.name)
 
     def _make_pusher(self) -> Publisher[T]:
-        return ListPublisher(self.backend, self.keys, self.codec)
+        return ListPublisher(self.client, self.keys, self.codec)
 
     def _by(self, options: PreparedPush) -> Publisher[T]:
-        if self.backend.diverted:
+        if self.client.diverted:
             raise ConfigurationError(
                 f"A plain list holds bare documents, so '{self.name}' cannot be delivered exactly once from an outbox. "
                 "Nothing was stored. Push to it after the commit, or use a queue.",
@@ -100,10 +100,10 @@ class PlainList(Queue[T]):
 class ListPublisher(Publisher[T]):
     """The way onto a plain list."""
 
-    def __init__(self, backend: Client, keys: QueueKeys, codec: ValueCodec[T]) -> None:
+    def __init__(self, client: Client, keys: QueueKeys, codec: ValueCodec[T]) -> None:
         """Take where to, and how."""
-        super().__init__(backend, keys, codec, None)
-        self._home = backend
+        super().__init__(client, keys, codec, None)
+        self._home = client
         self._lanes = plain_list.SequencePool()
         self._known = False
 
@@ -151,7 +151,7 @@ class ListPublisher(Publisher[T]):
 
 
 def _refuse(options: PreparedPush) -> None:
-    if options != PLAIN or options.wish is not None:
+    if options != PLAIN or options.durability_request is not None:
         raise ConfigurationError(
             "A plain list holds bare documents, so a push takes no delay, at, priority, id, unique, expires, headers, "
             "front, fsync or wait_replicas. Nothing was stored. Use a queue for these."

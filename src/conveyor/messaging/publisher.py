@@ -38,33 +38,33 @@ CHUNK_BYTES = 8_000_000
 class Publisher(Generic[T]):
     """The way into one queue. `max_length` bounds it, None does not."""
 
-    def __init__(self, backend: PushTarget, keys: QueueKeys, codec: ValueCodec[T], max_length: int | None) -> None:
+    def __init__(self, client: PushTarget, keys: QueueKeys, codec: ValueCodec[T], max_length: int | None) -> None:
         """Take where to, how, and how many."""
-        self._backend = backend
+        self._client = client
         self._keys = keys
         self._codec = codec
         self._most = max_length or 0
 
-    def through(self, backend: PushTarget) -> Publisher[T]:
+    def through(self, client: PushTarget) -> Publisher[T]:
         """Return the same with another way into Redis."""
         other = copy(self)
-        other._backend = backend  # noqa: SLF001
+        other._client = client  # noqa: SLF001
         return other
 
     def push(self, value: T, options: PreparedPush) -> str:
         """Store one value and return its public id."""
         envelope, id_ = options.head + self._codec.encode(value), new_id()
         if options.is_plain:
-            self._backend.push_plain(self._keys, (id_, envelope), max_length=self._most)
+            self._client.push_plain(self._keys, (id_, envelope), max_length=self._most)
             return public(self._keys.queue, id_)
-        [id_] = self._backend.push(self._keys, [options.entry(id_, envelope)], max_length=self._most)
+        [id_] = self._client.push(self._keys, [options.entry(id_, envelope)], max_length=self._most)
         return public(self._keys.queue, id_)
 
     async def apush(self, value: T, options: PreparedPush) -> str:
         """Store one value and return its public id."""
         envelope, id_ = options.head + self._codec.encode(value), new_id()
         made = await wrapped_entries(options, [id_], [envelope]) if options.wraps else [options.entry(id_, envelope)]
-        [id_] = await self._backend.apush(self._keys, made, max_length=self._most)
+        [id_] = await self._client.apush(self._keys, made, max_length=self._most)
         return public(self._keys.queue, id_)
 
     def push_many(self, values: Iterable[T], options: PreparedPush) -> list[str]:
@@ -106,14 +106,14 @@ class Publisher(Generic[T]):
         if options.is_plain:
             pairs: list[str | bytes] = [b""] * (2 * len(chunk))
             pairs[::2], pairs[1::2] = ids, chunk
-            self._backend.push_plain(self._keys, pairs, max_length=self._most)
+            self._client.push_plain(self._keys, pairs, max_length=self._most)
             return
         entries = [options.entry(id_, envelope) for id_, envelope in zip(ids, chunk, strict=True)]
-        self._backend.push(self._keys, entries, max_length=self._most, whole=True)
+        self._client.push(self._keys, entries, max_length=self._most, whole=True)
 
     async def _asend(self, chunk: list[bytes], ids: list[str], options: PreparedPush) -> None:
         entries = await wrapped_entries(options, ids, chunk)
-        await self._backend.apush(self._keys, entries, max_length=self._most, whole=self._most > 0)
+        await self._client.apush(self._keys, entries, max_length=self._most, whole=self._most > 0)
 
     def _chunks(self, values: Iterable[T], head: bytes, stored: list[str]) -> Iterator[list[bytes]]:
         """Yield envelopes as they are sent together; *stored* tells, in errors, how many went before."""
@@ -190,15 +190,15 @@ class PartitionedPublisher(Publisher[T]):
     def __init__(self, partitions: Partitions, pushers: Sequence[Publisher[T]], codec: ValueCodec[T]) -> None:
         """Take the partitions, and how each is pushed to."""
         most = None if partitions.most is None else partitions.most * partitions.count
-        super().__init__(partitions.backend, partitions.whole, codec, most)
+        super().__init__(partitions.client, partitions.whole, codec, most)
         self._partitions = partitions
         self._pushers = pushers
 
-    def through(self, backend: PushTarget) -> PartitionedPublisher[T]:
+    def through(self, client: PushTarget) -> PartitionedPublisher[T]:
         """Return the same with another way into Redis."""
         other = copy(self)
-        other._pushers = [pusher.through(backend) for pusher in self._pushers]  # noqa: SLF001
-        if backend.deferred:
+        other._pushers = [pusher.through(client) for pusher in self._pushers]  # noqa: SLF001
+        if client.deferred:
             other._partitions = self._partitions.unasked()  # noqa: SLF001
         return other
 

@@ -17,7 +17,7 @@ from conveyor.errors import ConfigurationError, PayloadError
 from conveyor.payload.pipeline import PayloadPipeline
 from conveyor.payload.records import EnvelopeOptions, write_rest
 from conveyor.payload.versions import sealed_name
-from conveyor.store.client.durability import DurabilityRequest, wish
+from conveyor.store.client.durability import DurabilityRequest, durability_request
 from conveyor.store.operations import Entry
 from conveyor.units import Duration, instant_ms, milliseconds
 
@@ -41,7 +41,7 @@ class PreparedPush:
     front: bool = False
     id: str | None = None
     unique: str | None = None
-    wish: DurabilityRequest | None = field(default=None, compare=False)
+    durability_request: DurabilityRequest | None = field(default=None, compare=False)
     """What is asked of the store beyond keeping it: no part of what is stored."""
     wraps: ClassVar[bool] = False
     """True when making an entry takes more than putting it together."""
@@ -136,7 +136,7 @@ def posting(
         front=bool(front),
         id=None if id is None else ident.own_id(id),
         unique=None if unique is None else ident.unique_key(unique),
-        wish=wish(fsync, wait_replicas, wait_timeout),
+        durability_request=durability_request(fsync, wait_replicas, wait_timeout),
     )
 
 

@@ -55,7 +55,7 @@ class Queue(Generic[T]):
 
     def __init__(
         self,
-        backend: Client,
+        client: Client,
         name: str,
         type: Any = Any,  # noqa: A002  the contract's name
         *,
@@ -75,7 +75,7 @@ class Queue(Generic[T]):
     ) -> None:
         """Declare it; nothing is sent. Raises ConfigurationError for what it cannot do."""
         self.name = self._checked_name(name)
-        self.backend = backend
+        self.client = client
         self.keys = self._keys()
         self.codec: FormatCodec[T] = codec_for(
             type, formats=formats, max_payload=max_payload, what=f"A message of queue '{name}'"
@@ -104,19 +104,19 @@ class Queue(Generic[T]):
         return ids.queue_name(name)
 
     def _keys(self) -> QueueKeys:
-        return self.backend.keys(self.name)
+        return self.client.keys(self.name)
 
     def _make_pusher(self) -> Publisher[T]:
-        return Publisher(self.backend.way(self.asks), self.keys, self.codec, self.max_length)
+        return Publisher(self.client.push_target(self.asks), self.keys, self.codec, self.max_length)
 
     def _intake(self) -> Callable[[int], Call[int]] | None:
         return None
 
     def _by(self, options: PreparedPush) -> Publisher[T]:
         """Return what pushes with these options, to where pushes go right now."""
-        if options.wish is None and not self.backend.diverted:
+        if options.durability_request is None and not self.client.diverted:
             return self._pusher
-        return self._pusher.through(self.backend.way(self.asks, options.wish))
+        return self._pusher.through(self.client.push_target(self.asks, options.durability_request))
 
     # -- push ---------------------------------------------------------------------------------------------------------
 
@@ -197,7 +197,7 @@ class Queue(Generic[T]):
         Nobody renews their lease: settle each with `ack`, `nack` or `dead` before it ends, or `extend` it.
         """
         n, wait_ms = _whole("n", n, 1, MOST_HELD), milliseconds(wait, name="wait")
-        holder = BlockingSettler(self.backend, self._lessee("pull", transient=True), self._verdict(), "log")
+        holder = BlockingSettler(self.client, self._lessee("pull", transient=True), self._verdict(), "log")
         flow = ConsumerSteps(holder.lessee, holder.verdict, lambda leased: self._open(leased, holder))
         program, bell = flow.pull(n, wait_ms / 1000), None
         try:
@@ -207,7 +207,7 @@ class Queue(Generic[T]):
                     holder.round(step.want, leave=step.leave)
                     holder.note()
                 else:
-                    bell = bell or WakeupWaiter(self.backend.place(self.keys))
+                    bell = bell or WakeupWaiter(self.client.endpoint(self.keys))
                     bell.wait(self.keys.wake, step.seconds)
         except StopIteration as stop:
             return stop.value  # type: ignore[no-any-return]
@@ -230,7 +230,7 @@ class Queue(Generic[T]):
     async def apull(self, n: int = 1, wait: Duration = 0) -> list[Message[T]]:
         """Return up to *n* messages as soon as there is one, or none after *wait*, as `pull`."""
         n, wait_ms = _whole("n", n, 1, MOST_HELD), milliseconds(wait, name="wait")
-        holder = AsyncSettler(self.backend, self._lessee("pull", transient=True), self._verdict(), "log")
+        holder = AsyncSettler(self.client, self._lessee("pull", transient=True), self._verdict(), "log")
         flow = ConsumerSteps(holder.lessee, holder.verdict, lambda leased: self._open(leased, holder))
         program, bell = flow.pull(n, wait_ms / 1000), None
         try:
@@ -240,7 +240,7 @@ class Queue(Generic[T]):
                     await holder.around(step.want, leave=step.leave)
                     holder.note()
                 else:
-                    bell = bell or AsyncWakeupWaiter(self.backend.place(self.keys))
+                    bell = bell or AsyncWakeupWaiter(self.client.endpoint(self.keys))
                     await bell.wait(self.keys.wake, step.seconds)
         except StopIteration as stop:
             return stop.value  # type: ignore[no-any-return]
@@ -249,13 +249,13 @@ class Queue(Generic[T]):
                 bell.close()
 
     def _consumer(self, on_error: OnError) -> Consumer[T]:
-        return Consumer(self.backend, self._lessee("consumer"), self._verdict(), on_error, self._open)
+        return Consumer(self.client, self._lessee("consumer"), self._verdict(), on_error, self._open)
 
     async def _async(
         self, on_error: OnError, begin: Callable[[AsyncConsumer[T]], AsyncGenerator[V, None]]
     ) -> AsyncGenerator[V, None]:
         # Made inside the loop, at the first step; closing this one closes the inner one at once.
-        consumer = AsyncConsumer(self.backend, self._lessee("consumer"), self._verdict(), on_error, self._open)
+        consumer = AsyncConsumer(self.client, self._lessee("consumer"), self._verdict(), on_error, self._open)
         async with aclosing(begin(consumer)) as things:
             async for thing in things:
                 yield thing
@@ -286,7 +286,7 @@ class Queue(Generic[T]):
 
     def stats(self) -> QueueCounts:
         """Count: `ready scheduled waiting leased dead oldest_age paused workers`."""
-        return self.backend.run(inspection.counts(self.keys))
+        return self.client.run(inspection.counts(self.keys))
 
     def __len__(self) -> int:
         return len(self.stats())
@@ -296,30 +296,30 @@ class Queue(Generic[T]):
 
     def pause(self) -> None:
         """Let nobody lease from it until `resume`; pushing goes on."""
-        self.backend.run(operations.configure(self.keys, "paused", "1"))
+        self.client.run(operations.configure(self.keys, "paused", "1"))
 
     def resume(self) -> None:
         """End a pause; waiting consumers go on at once."""
-        self.backend.run(operations.configure(self.keys, "paused", ""))
+        self.client.run(operations.configure(self.keys, "paused", ""))
 
     def purge(self, dead: bool = False) -> int:
         """Remove what waits, or the *dead* letters, and return how many; what is leased or comes later stays."""
-        return drive(self._purge(dead), partial(run_once, self.backend))
+        return drive(self._purge(dead), partial(run_once, self.client))
 
     def redrive(self, limit: int | None = None) -> int:
         """Put dead letters back, oldest first, with a fresh budget, and return how many."""
-        return drive(maintenance.redrive(self.keys, limit), self.backend.run)
+        return drive(maintenance.redrive(self.keys, limit), self.client.run)
 
     def dead_letters(self) -> Iterator[DeadLetter]:
         """Yield what was given up, oldest first."""
         offset = 0
-        while page := self.backend.run(maintenance.dead_page(self.keys, offset, self._sealing)):
+        while page := self.client.run(maintenance.dead_page(self.keys, offset, self._sealing)):
             yield from page
             offset += len(page)
 
     async def astats(self) -> QueueCounts:
         """Count, as `stats`."""
-        return await self.backend.arun(inspection.counts(self.keys))
+        return await self.client.arun(inspection.counts(self.keys))
 
     async def alen(self) -> int:
         """Return what `len` does."""
@@ -327,24 +327,24 @@ class Queue(Generic[T]):
 
     async def apause(self) -> None:
         """Let nobody lease from it until `aresume`."""
-        await self.backend.arun(operations.configure(self.keys, "paused", "1"))
+        await self.client.arun(operations.configure(self.keys, "paused", "1"))
 
     async def aresume(self) -> None:
         """End a pause."""
-        await self.backend.arun(operations.configure(self.keys, "paused", ""))
+        await self.client.arun(operations.configure(self.keys, "paused", ""))
 
     async def apurge(self, dead: bool = False) -> int:
         """Remove what waits, or the *dead* letters, as `purge`."""
-        return await adrive(self._purge(dead), partial(arun_once, self.backend))
+        return await adrive(self._purge(dead), partial(arun_once, self.client))
 
     async def aredrive(self, limit: int | None = None) -> int:
         """Put dead letters back, as `redrive`."""
-        return await adrive(maintenance.redrive(self.keys, limit), self.backend.arun)
+        return await adrive(maintenance.redrive(self.keys, limit), self.client.arun)
 
     async def adead_letters(self) -> AsyncIterator[DeadLetter]:
         """Yield what was given up, oldest first."""
         offset = 0
-        while page := await self.backend.arun(maintenance.dead_page(self.keys, offset, self._sealing)):
+        while page := await self.client.arun(maintenance.dead_page(self.keys, offset, self._sealing)):
             for letter in page:
                 yield letter
             offset += len(page)
@@ -356,11 +356,11 @@ class Queue(Generic[T]):
         Every program must then declare the new number: this object, with the old one, is refused too. Raises
         ConfigurationError (E35), with nothing changed, when something is ready, scheduled, leased or dead.
         """
-        return partitioning.repartition(self.backend, self.name, partitions)
+        return partitioning.repartition(self.client, self.name, partitions)
 
     async def arepartition(self, partitions: int) -> int:
         """Lay the queue in that many partitions, as `repartition`."""
-        return await partitioning.arepartition(self.backend, self.name, partitions)
+        return await partitioning.arepartition(self.client, self.name, partitions)
 
     def _purge(self, dead: bool) -> maintenance.Sweep:
         return maintenance.purge_dead(self.keys) if dead else maintenance.purge_waiting(self.keys)
@@ -378,10 +378,10 @@ class Queue(Generic[T]):
         return f"<{kind} {self.name}: {counts.ready} ready{rest}{', paused' if counts.paused else ''}>"
 
     def _peek(self) -> QueueCounts:
-        return self.backend.run(inspection.counts(self.keys), patience=0)
+        return self.client.run(inspection.counts(self.keys), patience=0)
 
     def _reached(self) -> bool:
-        return self.backend.reached
+        return self.client.reached
 
 
 def _on_error(value: OnError) -> OnError:

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
         """What a delivery needs of the app."""
 
         @property
-        def backend(self) -> Client: ...
+        def client(self) -> Client: ...
         @property
         def bounded(self) -> Mapping[str, Queue[object]]: ...
         @property
@@ -145,7 +145,7 @@ class OutboxDelivery:
 
     def _claim(self, link: DbConnection, resting: Collection[str]) -> bool:
         """Name the next rows; return whether there were any."""
-        space, waits = self._home.backend.namespace, tuple(resting)
+        space, waits = self._home.client.namespace, tuple(resting)
         others = f" AND queue NOT IN ({', '.join('?' * len(waits))})" if waits else ""
         rows = link.run(self._table.fill(NEXT).replace("{others}", others), space, *waits).rows
         link.commit()  # a database holds what a transaction has read, and some go on seeing just that
@@ -163,7 +163,7 @@ class OutboxDelivery:
         return True
 
     def _named(self, link: DbConnection) -> list[DeliveryBatch]:
-        rows = link.run(self._table.fill(NAMED), self._home.backend.namespace).rows
+        rows = link.run(self._table.fill(NAMED), self._home.client.namespace).rows
         link.commit()
         firsts: dict[tuple[str, str], int] = {}
         for batch, queue, seq, *_ in rows:
@@ -184,11 +184,11 @@ class OutboxDelivery:
                 self._set_aside(link, part, seq, error)
                 continue
             part.seqs.append(seq)
-            part.entries += SpooledPush(self._home.backend.namespace, queue, [entry], created_ms / 1000).due(now)
+            part.entries += SpooledPush(self._home.client.namespace, queue, [entry], created_ms / 1000).due(now)
         return part
 
     def _set_aside(self, link: DbConnection, part: DeliveryBatch, seq: int, error: Exception) -> None:
-        self._run(link, SET_ASIDE, self._home.backend.namespace, part.batch, part.queue, seq)
+        self._run(link, SET_ASIDE, self._home.client.namespace, part.batch, part.queue, seq)
         link.commit()
         log.error(
             "E49 row %d of %s, for queue '%s', cannot be read (%s). It is set aside, and outbox.redrive() puts it back",
@@ -219,7 +219,7 @@ class OutboxDelivery:
                 raise
             # Fewer may fit. First its lane is shut, so that no late copy of the whole can come after a half.
             keys = self._home.keys(part.queue)
-            self._home.backend.run(operations.fence(keys, part.lane), patience=patience)
+            self._home.client.run(operations.fence(keys, part.lane), patience=patience)
             try:
                 self._push(part, patience)
             except StalePush:
@@ -228,30 +228,30 @@ class OutboxDelivery:
 
     def _push(self, part: DeliveryBatch, patience: float) -> None:
         home, queue = self._home, ids.logical(part.queue)
-        backend, keys = home.backend, home.keys(part.queue)
+        client, keys = home.client, home.keys(part.queue)
         if part.queue not in self._known:
-            known = known_queues(backend.namespace)
-            backend.run(operations.announce(known, keys.queue), patience=patience)
+            known = known_queues(client.namespace)
+            client.run(operations.announce(known, keys.queue), patience=patience)
             self._known.add(part.queue)
         declared, partitions = home.bounded.get(queue), home.partitioned.get(queue)
         asks = None if declared is None else declared.asks
         most = partitions.most if partitions else declared.max_length if declared else None
         # Not `push_plain`: its script would open a lane that was shut.
         call = operations.push(keys, ProducerSequence(part.lane, insists=True), part.entries, max_length=most or 0)
-        work = partial(backend.carry, keys, call, asks, patience=patience)
+        work = partial(client.carry, keys, call, asks, patience=patience)
         if partitions is None:
             work()
         else:
             partitions.keep(work)
 
     def _delete(self, link: DbConnection, part: DeliveryBatch) -> int:
-        count = self._run(link, DELETE, self._home.backend.namespace, part.batch, part.queue)
+        count = self._run(link, DELETE, self._home.client.namespace, part.batch, part.queue)
         link.commit()
         return len(part.entries) if count < 0 else count
 
     def _split(self, link: DbConnection, part: DeliveryBatch) -> int:
         """Give both halves of a part whose lane is shut names of their own: the first half first, in case of a kill."""
-        space, middle, end = self._home.backend.namespace, len(part.seqs) // 2, part.seqs[-1]
+        space, middle, end = self._home.client.namespace, len(part.seqs) // 2, part.seqs[-1]
         for last in [part.seqs[middle - 1], end] if middle else [end]:
             name = new_identity()
             self._mine.add(name)
@@ -275,8 +275,8 @@ class OutboxDelivery:
 
     def _move(self, link: DbConnection, part: DeliveryBatch) -> int:
         """Have rows wait for where they go now, unless they had arrived where they went before."""
-        lane, space = self._home.keys(part.queue).lane(part.lane), self._home.backend.namespace
-        said = self._home.backend.execute("GET", lane, key=lane, patience=PATIENCE)
+        lane, space = self._home.keys(part.queue).lane(part.lane), self._home.client.namespace
+        said = self._home.client.execute("GET", lane, key=lane, patience=PATIENCE)
         if isinstance(said, bytes) and said.startswith(b"1\nok"):
             return self._delete(link, part)
         for seq, entry in zip(part.seqs, part.entries, strict=True):

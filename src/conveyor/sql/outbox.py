@@ -62,7 +62,7 @@ class Outbox(ManagedTable):
         self._connect = connect
         self._interval = positive_ms(interval, "interval") / 1000
         self._relays: set[Relay] = set()
-        app.backend.outlet = partial(find, app.backend)
+        app.client.outlet = partial(find, app.client)
 
     def __repr__(self) -> str:
         return f"<Outbox {self._table} of {self.app!r}>"
@@ -82,11 +82,11 @@ class Outbox(ManagedTable):
         with`` for one of asyncio; the types that are understood stand in the guide. Raises, when it is entered,
         ConfigurationError: E47 for another, and for one in autocommit.
         """
-        return OutboxTransaction(self.app.backend, self._table, connection, self._ended, commits=True)
+        return OutboxTransaction(self.app.client, self._table, connection, self._ended, commits=True)
 
     def within(self, connection: Any) -> OutboxTransaction:
         """Return a block that is part of a transaction of the program's: that commits or rolls back, the block does not."""
-        return OutboxTransaction(self.app.backend, self._table, connection, self._ended, commits=False)
+        return OutboxTransaction(self.app.client, self._table, connection, self._ended, commits=False)
 
     def _ended(self, committed: bool) -> None:
         for relay in self._relays.copy():

@@ -50,19 +50,19 @@ class OutboxTransaction:
     deferred = True
 
     def __init__(
-        self, backend: Client, table: TableSql, connection: Any, ended: Callable[[bool], None], *, commits: bool
+        self, client: Client, table: TableSql, connection: Any, ended: Callable[[bool], None], *, commits: bool
     ) -> None:
         """Take whose pushes, and whose transaction; *ended* is called at the end, with True when that was the commit."""
-        self._backend, self._table, self._connection = backend, table, connection
+        self._client, self._table, self._connection = client, table, connection
         self._ended, self._commits = ended, commits
         self._link: DbConnection | AsyncLink | None = None
         self.outer: OutboxTransaction | None = None
         self._used = False
         self._turn = asyncio.Lock()
 
-    def stands_for(self, backend: Client) -> bool:
+    def stands_for(self, client: Client) -> bool:
         """Tell whether pushes of that app go here: the block has not ended."""
-        return self._link is not None and self._backend is backend
+        return self._link is not None and self._client is client
 
     # -- the block ----------------------------------------------------------------------------------------------------
 
@@ -169,7 +169,7 @@ class OutboxTransaction:
 
     def _rows(self, keys: QueueKeys, entries: Sequence[Entry]) -> list[tuple[str, list[object]]]:
         now = int(time() * 1000)
-        place = (self._backend.namespace, keys.queue, now)
+        place = (self._client.namespace, keys.queue, now)
         return list(
             insertions(self._table.fill(INSERT), [(*place, spawn_outbox.write(keys.queue, one)) for one in entries])
         )
@@ -190,12 +190,12 @@ def explained(table: TableSql) -> Iterator[None]:
         ) from error
 
 
-def find(backend: Client, wish: DurabilityRequest | None = None) -> OutboxTransaction | None:
+def find(client: Client, durability_request: DurabilityRequest | None = None) -> OutboxTransaction | None:
     """Return the innermost open block that pushes of an app go to; raises ConfigurationError (E46) for one that asks more."""
     found = _OPEN.get()
-    while found is not None and not found.stands_for(backend):
+    while found is not None and not found.stands_for(client):
         found = found.outer
-    if found is not None and wish is not None and wish.over(None) is not None:
+    if found is not None and durability_request is not None and durability_request.over(None) is not None:
         raise ConfigurationError(
             "This push asks for fsync or wait_replicas, and inside a database transaction nothing is sent yet that could "
             "be confirmed. Nothing was stored. Declare it for the queue instead: app.queue(…, wait_replicas=1); then its "

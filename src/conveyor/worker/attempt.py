@@ -55,15 +55,28 @@ class Handler:
     """A task as one consumer runs it, with its counters since the last turn."""
 
     __slots__ = (
-        "buckets", "decode", "done", "early", "failed", "function", "injected", "kind", "name", "retried", "run_ms",
-        "stores", "task", "timeout", "unfit",
+        "buckets",
+        "decode",
+        "done",
+        "early",
+        "failed",
+        "function",
+        "injected",
+        "kind",
+        "load_error",
+        "name",
+        "retried",
+        "run_ms",
+        "stores",
+        "task",
+        "timeout",
     )  # fmt: skip
 
     def __init__(self, task: Task[Any, Any], *, raw: bool = False) -> None:
         """Look everything up once; *raw* for the entries of a plain list, written by programs that know no parameters."""
         self.task = task
         self.name = task.name
-        self.unfit: ConveyorError | None = None
+        self.load_error: ConveyorError | None = None
         self.function = task.function
         self.kind: str = task.run_in
         self.decode: Decode = _decode_entry(task.signature) if raw else task.signature.decode
@@ -76,10 +89,10 @@ class Handler:
         self.buckets: dict[int, int] = {}
 
     @classmethod
-    def unknown(cls, name: str, unfit: ConveyorError | None = None) -> Handler:
+    def unknown(cls, name: str, load_error: ConveyorError | None = None) -> Handler:
         """Return the handler of a job nobody here can run: why not is *unfit*, or that nobody knows the task."""
         found = cls.__new__(cls)
-        found.name, found.kind, found.unfit = name, "unknown", unfit
+        found.name, found.kind, found.load_error = name, "unknown", load_error
         found.early = found.stores = False
         found.done = found.failed = found.retried = 0
         found.timeout = None
@@ -165,8 +178,8 @@ class Attempt:
         try:
             self.state = AttemptHistory.decode(state)
         except Exception as error:  # whatever somebody wrote there must not end the worker
-            unfit = PayloadError(f"E15 The state cannot be read: {error}.", code="E15")
-            self.handler = Handler.unknown(self.handler.name, unfit)
+            load_error = PayloadError(f"E15 The state cannot be read: {error}.", code="E15")
+            self.handler = Handler.unknown(self.handler.name, load_error)
             return
         self.number = self.state.starts + 1
         self.suspect = self.state.crashes > 0

@@ -59,7 +59,7 @@ class EmbeddedWorker:
             await self._running
         worker = self._worker
         heartbeat = Heartbeat(
-            self._app.backend.place, self._leases, lambda: worker.last_renewal, lambda: worker.last_tick
+            self._app.client.endpoint, self._leases, lambda: worker.last_renewal, lambda: worker.last_tick
         )
         heartbeat.start()
         self._stack.callback(heartbeat.close)
@@ -68,7 +68,7 @@ class EmbeddedWorker:
     async def _check_eviction(self) -> None:
         """Refuse a server that deletes jobs (E10). One that is away is waited for, not an error."""
         try:
-            known = eviction.facts(await self._app.backend.aexecute("INFO"))
+            known = eviction.facts(await self._app.client.aexecute("INFO"))
         except StoreUnavailable:
             return
         except ConveyorError:

@@ -58,15 +58,15 @@ class JobLoader:
         """Make an attempt of a job; one that cannot run here has a handler of kind unknown, for `set_aside`."""
         envelope, _, damage = read_whatever(data, None)
         handler = handlers.get(envelope.task)
-        unfit: ConveyorError | None = None
+        load_error: ConveyorError | None = None
         if damage:
-            unfit = PayloadError(f"E15 The envelope cannot be read: {damage}.", code="E15")
+            load_error = PayloadError(f"E15 The envelope cannot be read: {damage}.", code="E15")
         elif handler is not None and envelope.extra.version > handler.task.settings.version:
-            unfit = PayloadTooNew(
+            load_error = PayloadTooNew(
                 f"The payload of {envelope.task}()", envelope.extra.version, handler.task.settings.version
             )
-        if handler is None or unfit is not None:
-            handler = Handler.unknown(envelope.task, unfit)
+        if handler is None or load_error is not None:
+            handler = Handler.unknown(envelope.task, load_error)
         closed = handler.kind != "unknown" and self._is_closed(consumer, handler, envelope.body, envelope.extra.version)
         attempt = (SealedAttempt if closed else Attempt)(consumer, handler, id_, envelope.body)
         attempt.envelope = envelope
@@ -166,7 +166,7 @@ class JobLoader:
 
         What no worker can read is a dead letter at once.
         """
-        report, now, error = consumer.report, consumer.now_ms, attempt.handler.unfit
+        report, now, error = consumer.report, consumer.now_ms, attempt.handler.load_error
         attempt.ended = monotonic()
         if isinstance(error, PayloadError) and not isinstance(error, PayloadTooNew):
             self._settling.unreadable(report, attempt, error, now)
@@ -187,7 +187,7 @@ class JobLoader:
         report.others.append(Settlement("R", attempt.id, pause, state=state))
 
     def _give_up(self, report: TurnReport, attempt: Attempt, now: int) -> None:
-        name, error = attempt.handler.name, attempt.handler.unfit
+        name, error = attempt.handler.name, attempt.handler.load_error
         message = f"no worker knew the task {name!r} for a day" if error is None else f"{error} None came for a day."
         kind = UnknownTask.__name__ if error is None else "PayloadError"
         record = to_json(Failure(attempt.number, now, kind, message, worker=self._worker))

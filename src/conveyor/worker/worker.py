@@ -119,7 +119,7 @@ class Worker:
 
     async def start(self, stack: AsyncExitStack) -> None:
         """Connect, run the lifespan, register, and begin."""
-        self.harbour = WorkerConnections(self, self.app.backend)
+        self.harbour = WorkerConnections(self, self.app.client)
         stack.push_async_callback(self.harbour.close)
         self.state = await stack.enter_async_context(self.app.lifespan_context())
         concurrency, threads = self._limits
@@ -142,13 +142,13 @@ class Worker:
             await consumer.register()
             # A full Redis takes no name; whoever pushes there makes the queue known.
             with suppress(QueueFull, StoreUnavailable):
-                await self.app.backend.aannounce(consumer.keys)
+                await self.app.client.aannounce(consumer.keys)
         self._quota.begin()
         watchdog = Watchdog(self._on_the_loop, self._tick, None if self._slot is None else self._slot.set_job)
         watchdog.start()
         stack.callback(watchdog.close)
-        vigil = asyncio.create_task(eviction.watch(self._informations, log))
-        stack.callback(vigil.cancel)
+        eviction_watch = asyncio.create_task(eviction.watch(self._informations, log))
+        stack.callback(eviction_watch.cancel)
         self.app.emit(WorkerStarted(self.name))
         for consumer in self.consumers:
             consumer.begin(stack)

@@ -98,7 +98,7 @@ class DemoRun:
         from conveyor.cli.demo import task
 
         producer = DemoProducer(self.ledger)
-        stranger = ForeignProducer(app.backend.address.url, task.readings.name, self.ledger)
+        stranger = ForeignProducer(app.client.address.url, task.readings.name, self.ledger)
         watching = asyncio.create_task(self._watch())
         consuming = asyncio.create_task(consume_orders())
         try:
@@ -247,7 +247,7 @@ class DemoRun:
         """Ask the queue about every acknowledged id."""
         from conveyor.cli.demo import task
 
-        admin, found = Admin(task.app.backend), dict[str, str | None]()
+        admin, found = Admin(task.app.client), dict[str, str | None]()
         readings = self._readings(admin, task.readings.name)
         for key, kind in self.ledger.accepted.items():
             if kind == READING:
@@ -269,10 +269,10 @@ class DemoRun:
         """Return how the readings stand that are still on their list or in the queue it feeds."""
         from conveyor.cli.demo import task
 
-        raw = admin.backend.execute("LRANGE", name, 0, -1)
+        raw = admin.client.execute("LRANGE", name, 0, -1)
         assert isinstance(raw, list)
         documents = [(bytes(entry).decode(), "ready") for entry in raw]
-        if name in admin.backend.queues():
+        if name in admin.client.queues():
             documents += [(job.payload or "{}", job.status) for job in admin.jobs(name, limit=1_000_000)]
         return {task.reading_key(json.loads(text)["id"]): state for text, state in documents}
 

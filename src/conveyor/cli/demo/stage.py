@@ -72,13 +72,13 @@ class DemoEnvironment:
         assert task.app.namespace == self.namespace, "the demo's app was imported before its stage was set"
         began = time.perf_counter()
         self.app = task.app
-        self.app.backend.patience = 2.0
+        self.app.client.patience = 2.0
         facts = _facts(self.app)
         self.server_ms = 1000 * (time.perf_counter() - began)
-        held = self.app.backend.attachment
+        held = self.app.client.attachment
         name = "Valkey" if "valkey_version" in facts else "Redis"
         number = facts.get("valkey_version", facts.get("redis_version", "?"))
-        where = "embedded, unix socket" if held is not None else str(self.app.backend.address)
+        where = "embedded, unix socket" if held is not None else str(self.app.client.address)
         self.server = f"{name} {number} ({where}, {self.server_ms:.0f} ms)"
         return self.app
 
@@ -117,7 +117,7 @@ class DemoEnvironment:
 
 
 def _facts(app: Conveyor) -> dict[str, str]:
-    reply = app.backend.execute("INFO", "server")
+    reply = app.client.execute("INFO", "server")
     text = reply.decode() if isinstance(reply, bytes) else str(reply)
     return dict(line.split(":", 1) for line in text.splitlines() if ":" in line)
 

@@ -28,16 +28,16 @@ class AsyncConsumer(AsyncSettler, Generic[T]):
 
     def __init__(
         self,
-        backend: Client,
+        client: Client,
         lessee: LeaseSession,
         verdict: SettlementPolicy,
         on_error: OnError,
         open: Callable[..., Message[T]],  # noqa: A002
     ) -> None:
         """Connects when the first message is asked for."""
-        super().__init__(backend, lessee, verdict, on_error)
+        super().__init__(client, lessee, verdict, on_error)
         self._flow = ConsumerSteps(lessee, verdict, lambda leased: open(leased, self))
-        self._bell = AsyncWakeupWaiter(backend.place(lessee.keys))
+        self._bell = AsyncWakeupWaiter(client.endpoint(lessee.keys))
         self._pulse: LeaseRenewer | None = None
         self._mover: AsyncListMover | None = None
         self._upkeep: asyncio.Task[None] | None = None
@@ -75,9 +75,9 @@ class AsyncConsumer(AsyncSettler, Generic[T]):
         self._loop.call_soon(self._begin_flush)
 
     def _begin(self) -> None:
-        self._pulse = LeaseRenewer(self.backend.place(self.lessee.keys), self.lessee, flush=lambda: False, slack=1.6)
+        self._pulse = LeaseRenewer(self.client.endpoint(self.lessee.keys), self.lessee, flush=lambda: False, slack=1.6)
         if self.lessee.keys.foreign is not None:
-            self._mover = AsyncListMover(self.backend, self.lessee.keys)
+            self._mover = AsyncListMover(self.client, self.lessee.keys)
         self._upkeep = self._loop.create_task(self._renew())
 
     async def _end(self) -> None:
@@ -118,7 +118,7 @@ class AsyncConsumer(AsyncSettler, Generic[T]):
                 await self.around(step.want, leave=step.leave)
             except StoreUnavailable as error:
                 failures += 1
-                if failures == 2 or (failures == 1 and self.backend.patience >= 1 and self.lessee.intake is None):
+                if failures == 2 or (failures == 1 and self.client.patience >= 1 and self.lessee.intake is None):
                     logger.warning("Queue %s: waiting for Redis. %s", self.lessee.keys.queue, error)
                     self._outage = True
                 await asyncio.sleep(min(1.0, 0.05 * failures))

@@ -35,7 +35,7 @@ class AsyncPartitionSettler(AsyncSettler):
         self, spread: AsyncPartitionedConsumer[Any], lessee: LeaseSession, verdict: SettlementPolicy, on_error: OnError
     ) -> None:
         """Take the consumer it belongs to, the books, and the judge."""
-        super().__init__(spread.backend, lessee, verdict, on_error, run=spread.run)
+        super().__init__(spread.client, lessee, verdict, on_error, run=spread.run)
         self._spread = spread
         self._flushing: asyncio.Task[None] | None = None
 
@@ -86,7 +86,7 @@ class AsyncPartitionedConsumer(Generic[T]):
         transient: bool = False,
     ) -> None:
         """Connects when the first message is asked for."""
-        self.backend: Client = partitions.backend
+        self.client: Client = partitions.client
         self._partitions = partitions
         self.freed = asyncio.Event()
         self.holders: list[AsyncPartitionSettler] = []
@@ -140,16 +140,16 @@ class AsyncPartitionedConsumer(Generic[T]):
     async def run(self, call: Call[Any]) -> Any:
         """Carry out a step; after Redis was emptied the number of partitions is agreed on anew."""
         try:
-            return await arun_once(self.backend, call)
+            return await arun_once(self.client, call)
         except PartitionCountMismatch:
             await self._partitions.aclaim()
-            return await arun_once(self.backend, call)
+            return await arun_once(self.client, call)
 
     # -- driving ------------------------------------------------------------------------------------------------------
 
     async def _begin(self) -> None:
         await self._partitions.aagree()
-        self._pulses = Pulses(self.backend, self.holders, slack=1.6)
+        self._pulses = Pulses(self.client, self.holders, slack=1.6)
         self._upkeep = asyncio.get_running_loop().create_task(self._renew())
 
     async def _end(self) -> None:
@@ -259,7 +259,7 @@ class AsyncWakeupWaiters:
         """Wait up to *seconds*; return the partitions whose tokens were taken."""
         if self._bells is None:
             holders = list(enumerate(self._spread.holders))
-            groups = by_place(self._spread.backend, holders, lambda one: one[1].lessee.keys)
+            groups = by_place(self._spread.client, holders, lambda one: one[1].lessee.keys)
             self._bells = [_AsyncEndpointWaiter(self._spread, dict(group), self.hear) for group in groups]
         if len(self._bells) == 1:
             at = await self._bells[0].wait(seconds)
@@ -299,7 +299,7 @@ class _AsyncEndpointWaiter:
         self._spread, self._holders, self._hear = spread, holders, hear
         self._names = {holder.lessee.keys.wake: at for at, holder in holders.items()}
         first = next(iter(holders.values()))
-        self._bell = AsyncWakeupWaiter(spread.backend.place(first.lessee.keys))
+        self._bell = AsyncWakeupWaiter(spread.client.endpoint(first.lessee.keys))
         self._task: asyncio.Task[None] | None = None
 
     async def wait(self, seconds: float) -> int | None:

@@ -44,7 +44,7 @@ class PartitionSettler(BlockingSettler):
         self, spread: PartitionedConsumer[Any], lessee: LeaseSession, verdict: SettlementPolicy, on_error: OnError
     ) -> None:
         """Take the consumer it belongs to, the books, and the judge."""
-        super().__init__(spread.backend, lessee, verdict, on_error, run=spread.run)
+        super().__init__(spread.client, lessee, verdict, on_error, run=spread.run)
         self._spread = spread
 
     def settle(self, endings: Sequence[Ending]) -> None:
@@ -81,7 +81,7 @@ class PartitionedConsumer(Generic[T]):
         transient: bool = False,
     ) -> None:
         """Connects when the first message is asked for."""
-        self.backend: Client = partitions.backend
+        self.client: Client = partitions.client
         self._partitions = partitions
         self.holders: list[PartitionSettler] = []
         flows: list[ConsumerSteps[Message[T]]] = []
@@ -135,10 +135,10 @@ class PartitionedConsumer(Generic[T]):
     def run(self, call: Call[Any]) -> Any:
         """Carry out a step; after Redis was emptied the number of partitions is agreed on anew."""
         try:
-            return run_once(self.backend, call)
+            return run_once(self.client, call)
         except PartitionCountMismatch:
             self._partitions.claim()
-            return run_once(self.backend, call)
+            return run_once(self.client, call)
 
     def freed(self) -> None:
         """Something that was held has been settled."""
@@ -160,7 +160,7 @@ class PartitionedConsumer(Generic[T]):
 
     def __enter__(self) -> PartitionedConsumer[T]:
         self._partitions.agree()
-        self._pulses = Pulses(self.backend, self.holders)
+        self._pulses = Pulses(self.client, self.holders)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -251,7 +251,7 @@ class WakeupWaiters:
         """Wait up to *seconds*; return the partitions whose tokens were taken."""
         if self._bells is None:
             holders = list(enumerate(self._spread.holders))
-            groups = by_place(self._spread.backend, holders, lambda one: one[1].lessee.keys)
+            groups = by_place(self._spread.client, holders, lambda one: one[1].lessee.keys)
             self._bells = [_EndpointWaiter(self._spread, dict(group), self._heard) for group in groups]
         if len(self._bells) == 1:
             at = self._bells[0].wait(seconds)
@@ -286,7 +286,7 @@ class _EndpointWaiter:
         self._spread, self._holders, self._heard = spread, holders, heard
         self._names = {holder.lessee.keys.wake: at for at, holder in holders.items()}
         first = next(iter(holders.values()))
-        self._bell = WakeupWaiter(spread.backend.place(first.lessee.keys))
+        self._bell = WakeupWaiter(spread.client.endpoint(first.lessee.keys))
         self._begin: SimpleQueue[float | None] = SimpleQueue()
         self._busy = False
         self._closed = False

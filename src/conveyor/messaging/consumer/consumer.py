@@ -32,17 +32,17 @@ class Consumer(BlockingSettler, Generic[T]):
 
     def __init__(
         self,
-        backend: Client,
+        client: Client,
         lessee: LeaseSession,
         verdict: SettlementPolicy,
         on_error: OnError,
         open: Callable[..., Message[T]],  # noqa: A002
     ) -> None:
         """Connects when the first message is asked for."""
-        super().__init__(backend, lessee, verdict, on_error, run=self._run_own)
+        super().__init__(client, lessee, verdict, on_error, run=self._run_own)
         self._flow = ConsumerSteps(lessee, verdict, lambda leased: open(leased, self))
-        self._connection = Connection(backend.place(lessee.keys))
-        self._bell = WakeupWaiter(backend.place(lessee.keys))
+        self._connection = Connection(client.endpoint(lessee.keys))
+        self._bell = WakeupWaiter(client.endpoint(lessee.keys))
         self._pulse: LeaseRenewer | None = None
         self._mover: ListMover | None = None
         self._latest: Sequence[LeasedMessage] = ()
@@ -89,9 +89,9 @@ class Consumer(BlockingSettler, Generic[T]):
     # -- driving ------------------------------------------------------------------------------------------------------
 
     def __enter__(self) -> Consumer[T]:
-        self._pulse = LeaseRenewer(self.backend.place(self.lessee.keys), self.lessee, flush=self._flush)
+        self._pulse = LeaseRenewer(self.client.endpoint(self.lessee.keys), self.lessee, flush=self._flush)
         if self.lessee.keys.foreign is not None:
-            self._mover = ListMover(self.backend, self.lessee.keys)
+            self._mover = ListMover(self.client, self.lessee.keys)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -134,7 +134,7 @@ class Consumer(BlockingSettler, Generic[T]):
                 self.round(step.want, leave=step.leave)
             except StoreUnavailable as error:
                 failures += 1
-                if failures == 2 or (failures == 1 and self.backend.patience >= 1 and self.lessee.intake is None):
+                if failures == 2 or (failures == 1 and self.client.patience >= 1 and self.lessee.intake is None):
                     logger.warning("Queue %s: waiting for Redis. %s", self.lessee.keys.queue, error)
                     self._outage = True
                 time.sleep(min(1.0, 0.05 * failures))
@@ -172,4 +172,4 @@ class Consumer(BlockingSettler, Generic[T]):
         return made
 
     def _run_own(self, call: Call[Any]) -> Any:
-        return self._connection.run(call, patience=patience(self.backend, call))
+        return self._connection.run(call, patience=patience(self.client, call))

@@ -26,12 +26,12 @@ def intake(keys: QueueKeys, want: int) -> Call[int]:
 class ListMover:
     """Moves one entry at a time to the intake list and from there into the queue, which wakes the consumer."""
 
-    def __init__(self, backend: Client, keys: QueueKeys) -> None:
+    def __init__(self, client: Client, keys: QueueKeys) -> None:
         """Starts its thread when it is first needed."""
-        self._backend, self._keys = backend, keys
+        self._client, self._keys = client, keys
         self._known = False
-        self._bell = WakeupWaiter(backend.place(keys))
-        self._connection = Connection(backend.place(keys))
+        self._bell = WakeupWaiter(client.endpoint(keys))
+        self._connection = Connection(client.endpoint(keys))
         self._begin = threading.Event()
         self._stopped = False
         self._seconds = 0.0
@@ -69,7 +69,7 @@ class ListMover:
             try:
                 assert self._keys.foreign is not None
                 if not self._known:
-                    self._backend.announce(self._keys)
+                    self._client.announce(self._keys)
                     self._known = True
                 self._moving = True
                 try:
@@ -88,9 +88,9 @@ class ListMover:
 class AsyncListMover:
     """The same as a task of an event loop."""
 
-    def __init__(self, backend: Client, keys: QueueKeys) -> None:
+    def __init__(self, client: Client, keys: QueueKeys) -> None:
         """Starts a task whenever the consumer is idle."""
-        self._backend, self._keys = backend, keys
+        self._client, self._keys = client, keys
         self._bell: AsyncWakeupWaiter | None = None
         self._refused = False
         self._task: asyncio.Task[None] | None = None
@@ -109,13 +109,13 @@ class AsyncListMover:
 
     async def _move(self, seconds: float) -> None:
         assert self._keys.foreign is not None
-        bell = self._bell = self._bell or AsyncWakeupWaiter(self._backend.place(self._keys))
+        bell = self._bell = self._bell or AsyncWakeupWaiter(self._client.endpoint(self._keys))
         try:
-            await self._backend.aannounce(self._keys)
+            await self._client.aannounce(self._keys)
             moved = await bell.move(self._keys.foreign, self._keys.intake, seconds)
             self._refused = False
             if moved:
-                await self._backend.arun(intake(self._keys, 1), patience=0)
+                await self._client.arun(intake(self._keys, 1), patience=0)
         except ConveyorError:
             self._refused = True
 

@@ -29,12 +29,12 @@ class Lively(Protocol):
 class Pulses:
     """Daemon threads, so that a place which is away does not keep the leases at others from being renewed."""
 
-    def __init__(self, backend: Client, holders: Sequence[Lively], *, slack: float = 1.0) -> None:
+    def __init__(self, client: Client, holders: Sequence[Lively], *, slack: float = 1.0) -> None:
         """Start beating; *slack* stretches the pauses where something else renews first."""
-        self._backend, self._slack = backend, slack
+        self._client, self._slack = client, slack
         self._stop = threading.Event()
         self.idle = False
-        for group in by_place(backend, holders, lambda holder: holder.lessee.keys):
+        for group in by_place(client, holders, lambda holder: holder.lessee.keys):
             threading.Thread(target=self._beat, args=(group,), name="conveyor-pulse", daemon=True).start()
 
     def stop(self) -> None:
@@ -60,14 +60,14 @@ class Pulses:
             return
         if holder.flush() or not due:
             return
-        self._backend.run(operations.beat(lessee.keys, lessee.worker, lessee.lease_ms), patience=lease / 4)
+        self._client.run(operations.beat(lessee.keys, lessee.worker, lessee.lease_ms), patience=lease / 4)
         # Also when it was refused: the next turn finds that out, and beating faster would not help.
         lessee.renewed = lessee.clock()
 
 
-def by_place(backend: Client, things: Sequence[H], keys: Callable[[H], QueueKeys]) -> list[list[H]]:
+def by_place(client: Client, things: Sequence[H], keys: Callable[[H], QueueKeys]) -> list[list[H]]:
     """Return *things* in groups whose keys lie at the same place."""
     groups: dict[object, list[H]] = {}
     for thing in things:
-        groups.setdefault(backend.place(keys(thing)), []).append(thing)
+        groups.setdefault(client.endpoint(keys(thing)), []).append(thing)
     return list(groups.values())

@@ -27,8 +27,8 @@ logger = logging.getLogger("conveyor.queue")
 class _SettlerState:
     """What both drivers share."""
 
-    def __init__(self, backend: Client, lessee: LeaseSession, verdict: SettlementPolicy, on_error: OnError) -> None:
-        self.backend = backend
+    def __init__(self, client: Client, lessee: LeaseSession, verdict: SettlementPolicy, on_error: OnError) -> None:
+        self.client = client
         self.lessee = lessee
         self.verdict = verdict
         self.on_error: OnError = on_error
@@ -67,15 +67,15 @@ class BlockingSettler(_SettlerState):
 
     def __init__(
         self,
-        backend: Client,
+        client: Client,
         lessee: LeaseSession,
         verdict: SettlementPolicy,
         on_error: OnError,
         run: Run | None = None,
     ) -> None:
         """Take how calls are run; by default on a connection of the app."""
-        super().__init__(backend, lessee, verdict, on_error)
-        self._run: Run = run if run is not None else partial(run_once, backend)
+        super().__init__(client, lessee, verdict, on_error)
+        self._run: Run = run if run is not None else partial(run_once, client)
         self._lock = threading.Lock()  # one turn of an identity in flight
 
     def settle(self, endings: Sequence[Ending]) -> None:
@@ -96,7 +96,7 @@ class BlockingSettler(_SettlerState):
             own = drive(self.lessee.split(leased, ms), self._run)
         if own is None:
             raise lost(self.lessee.keys.queue, [leased])
-        return BlockingSettler(self.backend, own, self.verdict, self.on_error)
+        return BlockingSettler(self.client, own, self.verdict, self.on_error)
 
     async def asettle(self, endings: Sequence[Ending]) -> None:
         """Settle, from a loop."""
@@ -129,15 +129,15 @@ class AsyncSettler(_SettlerState):
 
     def __init__(
         self,
-        backend: Client,
+        client: Client,
         lessee: LeaseSession,
         verdict: SettlementPolicy,
         on_error: OnError,
         run: AsyncRun | None = None,
     ) -> None:
         """Take how calls are run; by default on the wire of the app."""
-        super().__init__(backend, lessee, verdict, on_error)
-        self._run: AsyncRun = run if run is not None else partial(arun_once, backend)
+        super().__init__(client, lessee, verdict, on_error)
+        self._run: AsyncRun = run if run is not None else partial(arun_once, client)
         self._lock = asyncio.Lock()
         self._loop = asyncio.get_running_loop()
 
@@ -157,7 +157,7 @@ class AsyncSettler(_SettlerState):
             own = await adrive(self.lessee.split(leased, ms), self._run)
         if own is None:
             raise lost(self.lessee.keys.queue, [leased])
-        return AsyncSettler(self.backend, own, self.verdict, self.on_error)
+        return AsyncSettler(self.client, own, self.verdict, self.on_error)
 
     def settle(self, endings: Sequence[Ending]) -> None:
         """Settle, from another thread."""
@@ -185,19 +185,19 @@ class AsyncSettler(_SettlerState):
             await self.lessee.opening.fetch(self.lessee.waiting)
 
 
-def patience(backend: Client, call: Call[Any]) -> float:
+def patience(client: Client, call: Call[Any]) -> float:
     """Return for how long a call is repeated: an intake never, since it would store new entries over old."""
-    return 0.0 if call.script is INTAKE else backend.patience
+    return 0.0 if call.script is INTAKE else client.patience
 
 
-def run_once(backend: Client, call: Call[Any]) -> Any:
+def run_once(client: Client, call: Call[Any]) -> Any:
     """Carry out a call, repeated only when that is harmless."""
-    return backend.run(call, patience=patience(backend, call))
+    return client.run(call, patience=patience(client, call))
 
 
-async def arun_once(backend: Client, call: Call[Any]) -> Any:
+async def arun_once(client: Client, call: Call[Any]) -> Any:
     """Carry out a call, repeated only when that is harmless."""
-    return await backend.arun(call, patience=patience(backend, call))
+    return await client.arun(call, patience=patience(client, call))
 
 
 def drive(calls: Generator[Call[Any], Any, V], run: Run) -> V:

@@ -1,7 +1,7 @@
 """
 Pushes of one event loop: what comes while a call is in flight, or in the same tick, forms the next.
 
-What a push goes through: a backend, one whose pushes are confirmed, or one that keeps them for later.
+What a push goes through: a client, one whose pushes are confirmed, or one that keeps them for later.
 """
 
 from __future__ import annotations
@@ -215,6 +215,6 @@ class PushTarget(Protocol):
 class PushTargetResolver(Protocol):
     """Tells whether pushes go somewhere else right now."""
 
-    def __call__(self, wish: DurabilityRequest | None = None) -> PushTarget | None:
+    def __call__(self, durability_request: DurabilityRequest | None = None) -> PushTarget | None:
         """Return that way; raises ConfigurationError where it cannot give what one push asks for."""
         ...

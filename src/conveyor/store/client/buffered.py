@@ -1,4 +1,4 @@
-"""A backend whose pushes are kept when Redis is away, and the thread that delivers them."""
+"""A client whose pushes are kept when Redis is away, and the thread that delivers them."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ _log = logging.getLogger("conveyor.buffer")
 
 
 class BufferedClient(Client):
-    """A backend with a buffer: while it holds something, every push queues behind it."""
+    """A client with a buffer: while it holds something, every push queues behind it."""
 
     def __init__(
         self, url: str | None = None, *, namespace: str = "conveyor", patience: float = PATIENCE, buffer: Buffer
     ) -> None:
-        """Take what a backend takes; what an earlier process left in the buffer is delivered at once."""
+        """Take what a client takes; what an earlier process left in the buffer is delivered at once."""
         super().__init__(url, namespace=namespace, patience=patience)
         self.buffer: Buffer = buffer
         self.new_lane = _day_lane
@@ -59,7 +59,7 @@ class BufferedClient(Client):
     # -- blocking -----------------------------------------------------------------------------------------------------
 
     def push(self, keys: QueueKeys, entries: Sequence[Entry], *, max_length: int = 0, whole: bool = False) -> list[str]:
-        """Accept *entries* as a backend does, or keep them."""
+        """Accept *entries* as a client does, or keep them."""
         refuse_in_loop()
         ids: list[str] = []
         step = len(entries) or 1 if whole else BULK
@@ -70,7 +70,7 @@ class BufferedClient(Client):
         return ids
 
     def push_plain(self, keys: QueueKeys, pairs: Sequence[Argument], *, max_length: int = 0) -> None:
-        """Accept plain messages as a backend does, or keep them."""
+        """Accept plain messages as a client does, or keep them."""
         refuse_in_loop()
         self._try(keys, pairs, max_length, partial(operations.push_plain, keys, pairs=pairs, max_length=max_length))
 
@@ -85,7 +85,7 @@ class BufferedClient(Client):
                 self.buffer.wait_empty(GENTLY)
             return self.keep(keys, content, max_length, None, None)
         try:
-            self.hail(keys, FIRST)
+            self.announce_within(keys, FIRST)
         except StoreUnavailable as error:
             return self.keep(keys, content, max_length, None, error)
         producer = self._take(keys.jobs)
@@ -98,13 +98,13 @@ class BufferedClient(Client):
         finally:
             producer.home.append(producer)
 
-    def hail(self, keys: QueueKeys, patience: float) -> None:
+    def announce_within(self, keys: QueueKeys, patience: float) -> None:
         """Make a queue known, as `announce`, with a patience of its own."""
         if keys.queue not in self._announced:
             self.run(operations.announce(known_queues(self.namespace), keys.queue), patience=patience)
             self._announced.add(keys.queue)
 
-    async def ahail(self, keys: QueueKeys) -> None:
+    async def aannounce_within(self, keys: QueueKeys) -> None:
         """Do the same on this event loop."""
         if keys.queue not in self._announced:
             await self.arun(operations.announce(known_queues(self.namespace), keys.queue), patience=FIRST)
@@ -146,7 +146,7 @@ class BufferedClient(Client):
     async def apush(
         self, keys: QueueKeys, entries: Sequence[Entry], *, max_length: int = 0, whole: bool = False
     ) -> list[str]:
-        """Accept *entries* as a backend does, or keep them."""
+        """Accept *entries* as a client does, or keep them."""
         lane = self.shared().lane(keys, max_length)
         ids: list[str] = []
         step = len(entries) or 1 if whole else BULK
@@ -188,17 +188,17 @@ class BufferedClient(Client):
 
 
 class BufferedConfirmedTarget(ConfirmedTarget):
-    """Confirmed pushes of a buffered backend: they wait until the buffer is empty."""
+    """Confirmed pushes of a buffered client: they wait until the buffer is empty."""
 
-    def __init__(self, backend: BufferedClient, confirmed: ConfirmedTarget) -> None:
+    def __init__(self, client: BufferedClient, confirmed: ConfirmedTarget) -> None:
         """Take whose buffer, and the way."""
-        self._backend = backend
+        self._client = client
         self._way = confirmed
 
     def push(self, keys: QueueKeys, entries: Sequence[Entry], *, max_length: int = 0, whole: bool = False) -> list[str]:
         """Accept *entries* and wait until they are confirmed."""
         refuse_in_loop()
-        if self._backend.buffer.waiting and not self._backend.buffer.wait_empty(self._backend.patience):
+        if self._client.buffer.waiting and not self._client.buffer.wait_empty(self._client.patience):
             raise self._late()
         return self._way.push(keys, entries, max_length=max_length, whole=whole)
 
@@ -206,8 +206,8 @@ class BufferedConfirmedTarget(ConfirmedTarget):
         self, keys: QueueKeys, entries: Sequence[Entry], *, max_length: int = 0, whole: bool = False
     ) -> list[str]:
         """Do the same on this event loop."""
-        deadline = time.monotonic() + self._backend.patience
-        while self._backend.buffer.waiting:
+        deadline = time.monotonic() + self._client.patience
+        while self._client.buffer.waiting:
             if time.monotonic() > deadline:
                 raise self._late()
             await asyncio.sleep(0.02)
@@ -215,7 +215,7 @@ class BufferedConfirmedTarget(ConfirmedTarget):
 
     def _late(self) -> StoreUnavailable:
         return StoreUnavailable(
-            f"A push that asks for fsync or replicas does not overtake the {len(self._backend.buffer):,} jobs that wait in "
+            f"A push that asks for fsync or replicas does not overtake the {len(self._client.buffer):,} jobs that wait in "
             "the buffer, and Redis does not take them. Nothing was stored. Push again later."
         )
 
@@ -223,29 +223,29 @@ class BufferedConfirmedTarget(ConfirmedTarget):
 class BufferedBatcher(PushBatcher):
     """A lane of a loop whose calls are kept when Redis is away."""
 
-    def __init__(self, backend: BufferedClient, *about: Any) -> None:
+    def __init__(self, client: BufferedClient, *about: Any) -> None:
         """Take whose buffer, and what every lane takes."""
         super().__init__(*about)
-        self._backend = backend
+        self._client = client
         self._lane = _day_lane()
         self._patience = FIRST
 
     async def accept(self, batch: list[Item], plain: bool) -> list[str]:
         """Send one call, or keep it."""
-        backend, entries = self._backend, entries_of(batch)
-        if backend.buffer.waiting:
-            if backend.buffer.flows:
+        client, entries = self._client, entries_of(batch)
+        if client.buffer.waiting:
+            if client.buffer.flows:
                 await asyncio.sleep(GENTLY)
-            return backend.keep(self._keys, entries, self._max_length, None, None)
+            return client.keep(self._keys, entries, self._max_length, None, None)
         try:
-            await backend.ahail(self._keys)
+            await client.aannounce_within(self._keys)
         except StoreUnavailable as error:
-            return backend.keep(self._keys, entries, self._max_length, None, error)
+            return client.keep(self._keys, entries, self._max_length, None, error)
         try:
             return await super().accept(batch, plain)
         except StoreUnavailable as error:
             lane, self._lane = self._lane, _day_lane()
-            return backend.keep(self._keys, entries, self._max_length, lane, error)
+            return client.keep(self._keys, entries, self._max_length, lane, error)
 
     def fresh(self) -> ProducerSequence:
         """Return a lane nobody used."""
@@ -255,9 +255,9 @@ class BufferedBatcher(PushBatcher):
 class SpoolDelivery:
     """The thread that delivers: there while something waits."""
 
-    def __init__(self, backend: BufferedClient, buffer: Buffer) -> None:
+    def __init__(self, client: BufferedClient, buffer: Buffer) -> None:
         """Begin nothing yet."""
-        self._backend = backend
+        self._client = client
         self._buffer = buffer
         self.forked()
 
@@ -334,10 +334,10 @@ class SpoolDelivery:
             return error
 
     def _send(self, batch: SpoolBatch, connections: dict[Endpoint, Connection]) -> None:
-        first, backend = batch.records[0], self._backend
+        first, client = batch.records[0], self._client
         keys = QueueKeys(first.namespace, first.queue, foreign=first.foreign, partitions=first.partitions)
-        backend.hail(keys, FIRST)
-        place = backend.place(keys)
+        client.announce_within(keys, FIRST)
+        place = client.endpoint(keys)
         connection = connections.get(place)
         if connection is None:
             connection = connections[place] = Connection(place)
@@ -350,7 +350,7 @@ class SpoolDelivery:
                 raise
             # Redis was emptied meanwhile, so it has no number yet: ours, unless another program was first.
             for claim in claims(first.namespace, logical(first.queue), keys.partitions):
-                backend.run(claim, patience=FIRST)
+                client.run(claim, patience=FIRST)
             connection.run(call, patience=FIRST)
 
 

@@ -68,7 +68,7 @@ class Client:
         self._announced: set[str] = set()
         self._confirmer: ConfirmedConnections | None = None
         self.outlet: PushTargetResolver | None = None
-        self.buffer: Buffer | None = None  # these three are another's in a backend with a buffer
+        self.buffer: Buffer | None = None  # these three are another's in a client with a buffer
         self.new_lane: Callable[[], ProducerSequence] = _lane
         self.lane_type: Callable[[AsyncConnection, QueueKeys, int, float], PushBatcher] = PushBatcher
         on_fork(self)
@@ -116,9 +116,9 @@ class Client:
         """Return the keys of *queue*."""
         return QueueKeys(self.namespace, queue)
 
-    def place(self, keys: QueueKeys | str) -> Endpoint:
+    def endpoint(self, keys: QueueKeys | str) -> Endpoint:
         """Return where the commands for these keys go."""
-        return self.address.place(keys if isinstance(keys, str) else keys.jobs)
+        return self.address.endpoint(keys if isinstance(keys, str) else keys.jobs)
 
     # -- blocking -------------------------------------------------------------------------------------------------
 
@@ -203,18 +203,18 @@ class Client:
             self._announced.update(names)
 
     def _take(self, key: str | None) -> PushConnection:
-        free = self._free if self._single else self._crowd.setdefault(self.place(key or ""), deque())
+        free = self._free if self._single else self._crowd.setdefault(self.endpoint(key or ""), deque())
         try:
             return free.pop()
         except IndexError:
-            return PushConnection(Connection(self.place(key or "")), self.new_lane(), free)
+            return PushConnection(Connection(self.endpoint(key or "")), self.new_lane(), free)
 
     # -- awaitable ------------------------------------------------------------------------------------------------
 
     async def arun(self, call: Call[T], *, patience: float | None = None) -> T:
         """Carry out one step on this event loop's wire."""
         shared = self.shared()
-        wire = shared.wire if self._single else shared.wire_at(self.place(call.keys[0]))
+        wire = shared.wire if self._single else shared.wire_at(self.endpoint(call.keys[0]))
         return await wire.run(call, patience=self.patience if patience is None else patience)
 
     async def apush(
@@ -229,11 +229,11 @@ class Client:
             ids += await lane.push(entries[first : first + step])
         return ids
 
-    def way(self, asks: Durability | None, wish: DurabilityRequest | None = None) -> PushTarget:
+    def push_target(self, asks: Durability | None, durability_request: DurabilityRequest | None = None) -> PushTarget:
         """Return the way in for one push to a queue that asks *asks* by itself."""
-        if self.outlet is not None and (elsewhere := self.outlet(wish)) is not None:
+        if self.outlet is not None and (elsewhere := self.outlet(durability_request)) is not None:
             return elsewhere
-        asked = asks if wish is None else wish.over(asks)
+        asked = asks if durability_request is None else durability_request.over(asks)
         return self if asked is None else self.confirmed(asked)
 
     @property
@@ -281,7 +281,7 @@ class Client:
 
     def wire(self, keys: QueueKeys | str) -> AsyncConnection:
         """Return this event loop's wire for these keys."""
-        return self.shared().wire_at(self.place(keys))
+        return self.shared().wire_at(self.endpoint(keys))
 
     async def aexecute(self, *command: Argument, key: str | None = None, patience: float | None = None) -> object:
         """Send one plain command on this event loop's wire for *key* (None: any), as `execute`."""
@@ -295,7 +295,7 @@ class Client:
             return last
         found = self._loops.get(loop)
         if found is None:
-            found = self._loops[loop] = LoopConnections(loop, self.place, self.patience, self.lane_type)
+            found = self._loops[loop] = LoopConnections(loop, self.endpoint, self.patience, self.lane_type)
         self._last = found
         return found
 

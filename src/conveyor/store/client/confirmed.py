@@ -279,17 +279,17 @@ class _LoopState:
 
 
 class ClientProtocol(Protocol):
-    """What is needed of the backend."""
+    """What is needed of the client."""
 
     @property
     def patience(self) -> float: ...
-    def place(self, keys: QueueKeys) -> Endpoint: ...
+    def endpoint(self, keys: QueueKeys) -> Endpoint: ...
     def announce(self, keys: QueueKeys) -> None: ...
     async def aannounce(self, keys: QueueKeys) -> None: ...
 
 
 class ConfirmedTarget:
-    """The way into Redis for pushes that ask the same: as a backend's, and each returns when it is confirmed."""
+    """The way into Redis for pushes that ask the same: as a client's, and each returns when it is confirmed."""
 
     deferred = False
 
@@ -356,7 +356,7 @@ class ConfirmedConnections:
         """Lend a connection and its lane; the queue is known by then."""
         self._refuse()
         self.home.announce(keys)
-        place = self.home.place(keys)
+        place = self.home.endpoint(keys)
         free = self._free.setdefault(place, deque())
         try:
             found = free.pop()
@@ -375,7 +375,7 @@ class ConfirmedConnections:
             home = self._loops[loop] = _LoopState()
         found = home.lanes.get((keys.prefix, max_length, asked))
         if found is None:
-            place = self.home.place(keys)
+            place = self.home.endpoint(keys)
             wires = home.wires.setdefault(place, [])
             if len(wires) < MOST_WIRES:
                 wires.append(AsyncConfirmedConnection(place))

@@ -267,7 +267,9 @@ class DurabilityRequest:
         )
 
 
-def wish(fsync: object = None, replicas: object = None, timeout: Duration | None = None) -> DurabilityRequest | None:
+def durability_request(
+    fsync: object = None, replicas: object = None, timeout: Duration | None = None
+) -> DurabilityRequest | None:
     """Return what a call asks for, checked; None where it leaves all to its queue. Raises ConfigurationError."""
     if fsync is None and replicas is None and timeout is None:
         return None
@@ -295,11 +297,11 @@ class DurabilityOptions(TypedDict, total=False):
     wait_timeout: Duration
 
 
-def asked(options: DurabilityOptions) -> Durability | None:
+def requested_durability(options: DurabilityOptions) -> Durability | None:
     """Return what a queue asks; None for nothing. Raises ConfigurationError, and TypeError for another word."""
     if wrong := options.keys() - DurabilityOptions.__annotations__.keys():
         raise TypeError(f"queue() got an unexpected keyword argument {min(wrong)!r}")
-    own = wish(options.get("fsync"), options.get("wait_replicas"), options.get("wait_timeout"))
+    own = durability_request(options.get("fsync"), options.get("wait_replicas"), options.get("wait_timeout"))
     return None if own is None else own.over(None)
 
 

@@ -96,7 +96,7 @@ class AsyncConnection:
             else:
                 if not isinstance(reply, Exception):
                     return await self._decode(call, reply, patience) if unsure else call.decode(reply)
-                cause, what = reply, self.heed(reply)
+                cause, what = reply, self.handle_error_reply(reply)
             if what is replies.ErrorAction.LOAD:
                 command = call.load
                 continue
@@ -137,7 +137,7 @@ class AsyncConnection:
 
     async def _aside(self, redirection: str, command: tuple[Any, ...]) -> Any:
         """Send one command where ASK says; any error means that we ask here again."""
-        other = AsyncConnection(self.place.aside(redirection))
+        other = AsyncConnection(self.place.ask_redirect(redirection))
         try:
             await other.execute("ASKING")
             return await other.execute(*command)
@@ -146,7 +146,7 @@ class AsyncConnection:
         finally:
             other.close()
 
-    def heed(self, reply: object) -> replies.ErrorAction:
+    def handle_error_reply(self, reply: object) -> replies.ErrorAction:
         """
         Return what to do about an error reply; when it says that we are at the wrong place, the wire is dropped.
 
@@ -156,7 +156,7 @@ class AsyncConnection:
         what = replies.remedy(text)
         if what is replies.ErrorAction.MOVE:
             self.drop(ConnectionLost(f"this is the wrong node now ({text})"))
-            self.place.moved(text)
+            self.place.note_moved(text)
         elif what is replies.ErrorAction.RECONNECT:
             self.drop(ConnectionLost(f"the server takes no writes now ({text})"))
         return what

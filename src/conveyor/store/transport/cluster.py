@@ -80,7 +80,7 @@ class Cluster:
         self._mapped_at = self._asked_at = float("-inf")
         self._failure: Exception | None = None
 
-    def place(self, key: str) -> Endpoint:
+    def endpoint(self, key: str) -> Endpoint:
         """Return where the commands for *key* go; "" is any node."""
         slot = slot_of(key) if key else ANYWHERE
         found = self._places.get(slot)
@@ -259,7 +259,7 @@ class SlotEndpoint:
             self._cluster.doubt(self._cluster.server_of(node))
             raise
 
-    def moved(self, reply: str) -> None:
+    def note_moved(self, reply: str) -> None:
         """Go where MOVED says; any other word (CLUSTERDOWN) means that the map is in doubt."""
         found = self._redirected(reply)
         if found is None or found[1] is None:
@@ -269,7 +269,7 @@ class SlotEndpoint:
         assert server is not None
         self._cluster.noted(found[0], server)
 
-    def aside(self, reply: str) -> Endpoint:
+    def ask_redirect(self, reply: str) -> Endpoint:
         """Return the node that ASK names."""
         found = self._redirected(reply)
         if found is None:

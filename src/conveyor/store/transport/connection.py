@@ -102,13 +102,13 @@ class Connection:
                 if what in _ELSEWHERE:
                     self.close()
                     if what is replies.ErrorAction.MOVE:
-                        self.place.moved(text)
+                        self.place.note_moved(text)
                 wait = patience.pause(text)
                 if wait is None:
                     raise replies.unreachable(str(self.place), error) from error
                 time.sleep(wait)
                 if what is replies.ErrorAction.ASIDE:
-                    at = Connection(self.place.aside(text))
+                    at = Connection(self.place.ask_redirect(text))
             try:
                 if at is not self:
                     at.execute("ASKING")

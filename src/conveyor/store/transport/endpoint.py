@@ -40,11 +40,11 @@ class Endpoint(Protocol):
         """Return a connected connection of asyncio."""
         ...
 
-    def moved(self, reply: str) -> None:
+    def note_moved(self, reply: str) -> None:
         """Take note of an error reply that says the keys are elsewhere. Raises ConfigurationError (E33) where that cannot be."""
         ...
 
-    def aside(self, reply: str) -> Endpoint:
+    def ask_redirect(self, reply: str) -> Endpoint:
         """Return where a reply of ASK sends this one command: the node that takes the slot over."""
         ...
 
@@ -63,7 +63,7 @@ class Topology(Protocol):
     @property
     def url(self) -> str: ...
 
-    def place(self, key: str) -> Endpoint:
+    def endpoint(self, key: str) -> Endpoint:
         """Return where the commands for *key* go; "" is any key."""
         ...
 

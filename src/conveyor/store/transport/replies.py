@@ -38,11 +38,20 @@ class ErrorAction(Enum):
     RAISE = "give up"
 
 
-_REMEDY = {
-    "NOSCRIPT": ErrorAction.LOAD, "BUSY": ErrorAction.WAIT, "LOADING": ErrorAction.WAIT, "TRYAGAIN": ErrorAction.WAIT, "CLUSTERDOWN": ErrorAction.MOVE,
-    "MASTERDOWN": ErrorAction.RECONNECT, "UNBLOCKED": ErrorAction.WAIT, "NOREPLICAS": ErrorAction.RECONNECT, "MISCONF": ErrorAction.WAIT,
-    "READONLY": ErrorAction.RECONNECT, "MOVED": ErrorAction.MOVE, "ASK": ErrorAction.ASIDE,
-}  # fmt: skip
+_ACTIONS = {
+    "NOSCRIPT": ErrorAction.LOAD,
+    "BUSY": ErrorAction.WAIT,
+    "LOADING": ErrorAction.WAIT,
+    "TRYAGAIN": ErrorAction.WAIT,
+    "CLUSTERDOWN": ErrorAction.MOVE,
+    "MASTERDOWN": ErrorAction.RECONNECT,
+    "UNBLOCKED": ErrorAction.WAIT,
+    "NOREPLICAS": ErrorAction.RECONNECT,
+    "MISCONF": ErrorAction.WAIT,
+    "READONLY": ErrorAction.RECONNECT,
+    "MOVED": ErrorAction.MOVE,
+    "ASK": ErrorAction.ASIDE,
+}
 
 
 def moving(text: str) -> bool:
@@ -55,7 +64,7 @@ def remedy(text: str) -> ErrorAction:
     found = _CODE.search(text)
     if found is None:
         return ErrorAction.WAIT if _ON_THE_WAY in text else ErrorAction.RAISE
-    return _REMEDY.get(found[1] or found[2], ErrorAction.RAISE)
+    return _ACTIONS.get(found[1] or found[2], ErrorAction.RAISE)
 
 
 class RetryTimer:

@@ -67,17 +67,17 @@ class Sentinel:
         """Seconds one answer may take."""
         return ELSEWHERE_AFTER
 
-    def place(self, key: str) -> Endpoint:
+    def endpoint(self, key: str) -> Endpoint:
         """Return where the commands for *key* go: all go to the master."""
         return self
 
-    def moved(self, reply: str) -> None:
+    def note_moved(self, reply: str) -> None:
         """Say that this is a node of a cluster."""
-        self._sentinels[0].moved(reply)
+        self._sentinels[0].note_moved(reply)
 
-    def aside(self, reply: str) -> Endpoint:
+    def ask_redirect(self, reply: str) -> Endpoint:
         """Never needed: a master that sentinels watch is no node of a cluster."""
-        return self._sentinels[0].aside(reply)
+        return self._sentinels[0].ask_redirect(reply)
 
     def open(self, *, read_timeout: float | None) -> Connection:
         """Return a connection to the master. Raises Unresolved, redis-py's errors, ConfigurationError (E32)."""

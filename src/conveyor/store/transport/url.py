@@ -161,7 +161,7 @@ class StandaloneServer:
                 "sentinel_password_file."
             ) from None
 
-    def place(self, key: str) -> Endpoint:
+    def endpoint(self, key: str) -> Endpoint:
         """Return where the commands for *key* go: all go here."""
         return self
 
@@ -184,7 +184,7 @@ class StandaloneServer:
         """Raise ConfigurationError when the options of the URL mean nothing."""
         assert self._parameters is not None
 
-    def moved(self, reply: str) -> None:
+    def note_moved(self, reply: str) -> None:
         """Raise ConfigurationError (E33): only nodes of a cluster answer so."""
         raise ConfigurationError(
             f"The server at {self} is one node of a cluster ({reply}). Name some of its nodes in a cluster's URL: "
@@ -192,9 +192,9 @@ class StandaloneServer:
             code="E33",
         )
 
-    def aside(self, reply: str) -> Endpoint:
+    def ask_redirect(self, reply: str) -> Endpoint:
         """Raise the same."""
-        self.moved(reply)
+        self.note_moved(reply)
         raise AssertionError
 
     def open(self, *, read_timeout: float | None) -> Connection:

@@ -55,7 +55,7 @@ class WakeupWaiter:
                 raise replies.final(str(error), str(self._connection.place)) from error
             self._connection.close()
             if what is replies.ErrorAction.MOVE:
-                self._connection.place.moved(str(error))
+                self._connection.place.note_moved(str(error))
             time.sleep(min(replies.pause(self._failures), max(seconds, 0.001)))
             self._failures += 1
             return None
@@ -96,7 +96,7 @@ class AsyncWakeupWaiter:
             if not isinstance(reply, Exception):
                 self._failures = 0
                 return reply
-            if self._wire.heed(reply) is replies.ErrorAction.RAISE:
+            if self._wire.handle_error_reply(reply) is replies.ErrorAction.RAISE:
                 raise replies.final(str(reply), str(self._wire.place))
         await asyncio.sleep(min(replies.pause(self._failures), max(seconds, 0.001)))
         self._failures += 1

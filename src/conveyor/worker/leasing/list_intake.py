@@ -67,13 +67,13 @@ class ListIntake:
         keys, attempt = self._consumer.keys, 0
         assert keys.foreign is not None
         while True:
-            await self._consumer.until_hungry()
+            await self._consumer.until_has_capacity()
             try:
                 reply = await wire.execute(
                     "BLMOVE", keys.foreign, keys.intake, "LEFT", "RIGHT", int(BLOCK), block=BLOCK
                 )
                 if isinstance(reply, Exception):
-                    wire.heed(reply)
+                    wire.handle_error_reply(reply)
             except (OSError, ConveyorError) as error:
                 log.debug("cannot wait at the list %s: %s", keys.foreign, error)
                 await asyncio.sleep(replies.pause(attempt))

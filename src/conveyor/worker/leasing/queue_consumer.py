@@ -125,7 +125,7 @@ class QueueConsumer:
         return int(monotonic() * 1000 + self._clock_offset)
 
     @property
-    def hungry(self) -> bool:
+    def has_capacity(self) -> bool:
         """True when it would take work but there was none: then its wake-up list is listened to."""
         return not self.more and not self._worker.stopping and self._flying is None and self._worker.room(self) > 0
 
@@ -159,7 +159,7 @@ class QueueConsumer:
         if self.report or want > 0:
             self._start(want)
         else:
-            if self.hungry:
+            if self.has_capacity:
                 self._idle.set()
             self._worker.listen()
 
@@ -388,11 +388,11 @@ class QueueConsumer:
             self.own_retries.clear()  # nothing is scheduled, so another worker took them
         return not self.own_retries
 
-    def call_myself(self) -> None:
+    def wake_self(self) -> None:
         """Wake our own blocked listener: it hears one list too few."""
         wakeup.ring(self.wire, self.keys.wake_of(self.identity))
 
-    async def until_hungry(self) -> None:
+    async def until_has_capacity(self) -> None:
         """Wait until it would take work but has none."""
         await self._idle.wait()
 

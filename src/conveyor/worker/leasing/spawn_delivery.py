@@ -24,7 +24,7 @@ if TYPE_CHECKING:
         """What a delivery needs of the app."""
 
         @property
-        def backend(self) -> Client: ...
+        def client(self) -> Client: ...
         @property
         def partitioned(self) -> Mapping[str, Partitions]: ...
         def keys(self, queue: str) -> QueueKeys: ...
@@ -85,8 +85,8 @@ class SpawnDelivery:
 
 async def deliver(keys: QueueKeys, home: Home) -> bool:
     """Deliver one batch of an outbox; return whether there was one. Raises what the pushes raise: it stays to be repeated."""
-    backend = home.backend
-    batch = await backend.arun(spawn_outbox.take(keys), patience=PATIENCE)
+    client = home.client
+    batch = await client.arun(spawn_outbox.take(keys), patience=PATIENCE)
     if batch is None:
         return False
     failed: ConveyorError | None = None
@@ -97,16 +97,16 @@ async def deliver(keys: QueueKeys, home: Home) -> bool:
         except _StaleDelivery as late:
             # Others have delivered and trimmed this batch, and a newer one. Or a failover took the source back to a
             # number that this receiver has seen: then the same batch gets a higher one.
-            seen = await backend.aexecute("GET", late.inbox, key=late.inbox)
+            seen = await client.aexecute("GET", late.inbox, key=late.inbox)
             if isinstance(seen, bytes):
                 least = int(seen.partition(b"\n")[0]) + 1
-                await backend.arun(spawn_outbox.take(keys, instead=batch.number, least=least), patience=PATIENCE)
+                await client.arun(spawn_outbox.take(keys, instead=batch.number, least=least), patience=PATIENCE)
             return True
         except ConveyorError as error:
             failed = error  # the others need not wait for it; the repeat finds theirs done
     if failed is not None:
         raise failed
-    await backend.arun(spawn_outbox.trim(keys, batch.number), patience=PATIENCE)
+    await client.arun(spawn_outbox.trim(keys, batch.number), patience=PATIENCE)
     return True
 
 
@@ -123,7 +123,7 @@ async def _calls(source: QueueKeys, home: Home, number: int, queue: str, entries
     partitions = home.partitioned.get(ids.logical(queue))
     if partitions is None:
         target = home.keys(queue)
-        await home.backend.aannounce(target)
+        await home.client.aannounce(target)
         return [spawn_outbox.deliver(source, target, number, entries)]
     targets = {keys.queue: keys for keys in partitions.keys}
     if queue in targets:
@@ -140,8 +140,8 @@ async def _push(home: Home, queue: str, call: Call[list[str]]) -> None:
     partitions = home.partitioned.get(ids.logical(queue))
     try:
         if partitions is None:
-            await home.backend.arun(call, patience=PATIENCE)
+            await home.client.arun(call, patience=PATIENCE)
         else:
-            await partitions.akeep(lambda: home.backend.arun(call, patience=PATIENCE))
+            await partitions.akeep(lambda: home.client.arun(call, patience=PATIENCE))
     except StalePush:
         raise _StaleDelivery(call.keys[0]) from None

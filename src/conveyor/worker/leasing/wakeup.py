@@ -51,15 +51,15 @@ class WakeupListener:
         """Block if nothing is blocked yet; if a hungry queue is not heard, call ourselves and block anew."""
         if self._worker.stopped or self._retry is not None:
             return
-        hungry = [consumer for consumer in self._worker.sleepers if consumer.hungry]
+        has_capacity = [consumer for consumer in self._worker.sleepers if consumer.has_capacity]
         if self._listening is not None:
-            unheard = [consumer for consumer in hungry if consumer.queue not in self._heard]
+            unheard = [consumer for consumer in has_capacity if consumer.queue not in self._heard]
             if unheard:
                 self._heard = self._heard | {consumer.queue for consumer in unheard}  # one call is enough
-                unheard[0].call_myself()
+                unheard[0].wake_self()
             return
-        if hungry:
-            self._block(hungry)
+        if has_capacity:
+            self._block(has_capacity)
         else:
             self._wait_a_little()
 
@@ -70,20 +70,20 @@ class WakeupListener:
     def _busy(self) -> None:
         self._later = None
         if self._listening is None and self._retry is None and not self._worker.stopped:
-            self._block([consumer for consumer in self._worker.sleepers if consumer.hungry])
+            self._block([consumer for consumer in self._worker.sleepers if consumer.has_capacity])
 
-    def _block(self, hungry: list[WakeupTarget]) -> None:
+    def _block(self, has_capacity: list[WakeupTarget]) -> None:
         if self._later is not None:
             self._later.cancel()
             self._later = None
-        names: dict[bytes, WakeupTarget] = {consumer.keys.wake.encode(): consumer for consumer in hungry}
+        names: dict[bytes, WakeupTarget] = {consumer.keys.wake.encode(): consumer for consumer in has_capacity}
         for consumer in self._worker.sleepers:
             if consumer.identity:
                 names[consumer.keys.wake_of(consumer.identity).encode()] = consumer
         if not names:
             return
         self._listening = names
-        self._heard = frozenset(consumer.queue for consumer in hungry)
+        self._heard = frozenset(consumer.queue for consumer in has_capacity)
         if not self._wire.is_open:
             self._reconnect()
             return
@@ -110,7 +110,7 @@ class WakeupListener:
         if isinstance(reply, OSError):
             return
         try:
-            if self._wire.heed(reply) is replies.ErrorAction.RAISE:
+            if self._wire.handle_error_reply(reply) is replies.ErrorAction.RAISE:
                 complain("waiting for work was refused: %s", reply)
         except ConveyorError as error:
             complain("waiting for work was refused: %s", error)
@@ -219,14 +219,14 @@ class EndpointConnections:
 class WorkerConnections:
     """All places of one worker."""
 
-    def __init__(self, worker: Tenant, backend: Client) -> None:
+    def __init__(self, worker: Tenant, client: Client) -> None:
         """Take the worker, and what knows the places of its queues."""
-        self._worker, self._backend = worker, backend
+        self._worker, self._client = worker, client
         self._berths: dict[Endpoint, EndpointConnections] = {}
 
     def berth(self, keys: QueueKeys) -> EndpointConnections:
         """Return the berth of a queue."""
-        place = self._backend.place(keys)
+        place = self._client.endpoint(keys)
         found = self._berths.get(place)
         if found is None:
             found = self._berths[place] = EndpointConnections(self._worker, place)

@@ -56,7 +56,7 @@ class LeaseGuard:
         self._call = threading.Event()
         self._closing_at: float | None = None
         self._beaten: dict[str, float] = {}
-        self._backends: dict[tuple[str, str], Client] = {}
+        self._clients: dict[tuple[str, str], Client] = {}
         self._failures = 0
         self._again_at = 0.0
         self._thread = threading.Thread(target=self._run, name="conveyor-guardian", daemon=True)
@@ -105,22 +105,22 @@ class LeaseGuard:
                 pause = min(pause, max(self._again_at - monotonic(), _SHORTEST_ROUND))
             if self._closing_at is not None and (not self._estates or monotonic() >= self._closing_at):
                 break
-        for backend in self._backends.values():
-            backend.close()
+        for client in self._clients.values():
+            client.close()
 
     def _settle_all(self) -> None:
         while self._estates and monotonic() >= self._again_at:
             estate = self._estates[0]
             try:
-                backend = self._backend(estate.about)
+                client = self._client(estate.about)
                 while estate.identities:
                     one = estate.identities[0]
                     blame = None
                     if estate.crashed and estate.seating is not None:
-                        held = backend.run(operations.held(one.keys, one.worker), patience=PATIENCE)
+                        held = client.run(operations.held(one.keys, one.worker), patience=PATIENCE)
                         blame = estate.seating.judge(held, fault=estate.fault)
                     call = operations.reap(one.keys, one.worker, crashed=estate.crashed, blame=blame)
-                    estate.returned += max(0, backend.run(call, patience=PATIENCE))
+                    estate.returned += max(0, client.run(call, patience=PATIENCE))
                     del estate.identities[0]
             except Exception as error:
                 self._failed(error)
@@ -139,10 +139,10 @@ class LeaseGuard:
                 break
             try:
                 # Connected at first sight: a death is answered at once, and an embedded server has us as a user.
-                backend = self._backend(about)
+                client = self._client(about)
                 if one is None:
                     continue
-                known = backend.run(operations.beat(one.keys, one.worker, one.lease_ms), patience=PATIENCE)
+                known = client.run(operations.beat(one.keys, one.worker, one.lease_ms), patience=PATIENCE)
             except Exception as error:
                 self._failed(error)
                 continue
@@ -163,7 +163,7 @@ class LeaseGuard:
                 if about is None:
                     shortest = min(shortest, 1.0)  # just started: look again soon
                     continue
-                if (about.url, about.namespace) not in self._backends:
+                if (about.url, about.namespace) not in self._clients:
                     found.append((about, None))
                 for one in slot.identities():
                     if not one.current:
@@ -176,14 +176,14 @@ class LeaseGuard:
         self._beaten = beaten
         return found, shortest
 
-    def _backend(self, about: ChildInfo) -> Client:
+    def _client(self, about: ChildInfo) -> Client:
         key = (about.url, about.namespace)
-        found = self._backends.get(key)
+        found = self._clients.get(key)
         if found is None:
             found = Client(about.url, namespace=about.namespace)
             found.execute("PING", patience=0.0)
             LOG.debug("The guardian is connected to %s", found.address)
-            self._backends[key] = found
+            self._clients[key] = found
         return found
 
     def _failed(self, error: Exception) -> None:
