@@ -50,7 +50,7 @@ class Machine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.scene.client.flushall(asynchronous=False)
+        self.scene.redis.flushall(asynchronous=False)
         self.keys = self.scene.keys
         self.model = Model()
         self.base = self.scene.now()
@@ -212,7 +212,7 @@ class Machine(RuleBasedStateMachine):
         if name not in self.model.members:
             self.gone.append(name)
         for id_ in self.model.dead[buried:]:  # so that no two die in the same millisecond
-            self.scene.client.zadd(self.keys.dead, {id_: self.base - 10**6 + next(self.count)})
+            self.scene.redis.zadd(self.keys.dead, {id_: self.base - 10**6 + next(self.count)})
 
     @precondition(lambda self: any(self.model.ready.values()))
     @rule(seat=ANY, want=st.sampled_from([1, 1, 2, 3, 1000]))
@@ -266,13 +266,13 @@ class Machine(RuleBasedStateMachine):
         name, end = names[pick % len(names)], None
         if how in {"looks", "beaten", "moved"}:
             end = self.scene.now() - 1000
-            self.scene.client.zadd(self.keys.workers, {name: end})
+            self.scene.redis.zadd(self.keys.workers, {name: end})
         if how == "beaten":
             self._run(operations.beat(self.keys, name, LEASE))
         if how == "moved":  # it has beaten, and its lease has ended once more
-            self.scene.client.zadd(self.keys.workers, {name: end + 1})
+            self.scene.redis.zadd(self.keys.workers, {name: end + 1})
         if how == "alive":
-            end = int(self.scene.client.zscore(self.keys.workers, name))
+            end = int(self.scene.redis.zscore(self.keys.workers, name))
         blame = None
         if how == "blame":
             held = [*self.model.members[name].leases]
@@ -330,7 +330,7 @@ class Machine(RuleBasedStateMachine):
             assert self._run(operations.promote(self.keys, id_)) is False
         else:
             rank = next(self.count)
-            self.scene.client.zadd(self.keys.due, {id_: rank})
+            self.scene.redis.zadd(self.keys.due, {id_: rank})
             self.model.due[id_] = float(rank)
 
     @precondition(lambda self: self.model.jobs)
@@ -354,14 +354,14 @@ class Machine(RuleBasedStateMachine):
 
     @rule()
     def script_flush(self) -> None:
-        self.scene.client.script_flush()
+        self.scene.redis.script_flush()
 
     # -- what holds after every step ------------------------------------------------------------------------------
 
     @invariant()
     def is_alike(self) -> None:
         """The queue is where the model says, each id in one place, and nobody sleeps beside work."""
-        assert read(self.scene.client, self.keys) == self.model.snapshot()
+        assert read(self.scene.redis, self.keys) == self.model.snapshot()
         assert self._run(inspection.audit(self.keys)) == []
         counted, model = self._run(inspection.counts(self.keys)), self.model
         assert (len(counted), counted.leased, counted.dead) == (

@@ -33,17 +33,17 @@ def furnish(scene: Scene) -> None:
     scene.run(operations.cancel(scene.keys, "x1"))
     for id_ in ("h3", "v1"):
         scene.run(operations.cancel(scene.keys, id_))
-    scene.client.hset(scene.keys.state, mapping={"h1": "1 1 0", "h4": "3 0 1", "v2": "1 0 1", "r1": "1 1 0"})
+    scene.redis.hset(scene.keys.state, mapping={"h1": "1 1 0", "h4": "3 0 1", "v2": "1 0 1", "r1": "1 1 0"})
     for id_ in ("h1", "h2", "h3", "h4", "s1", "r1", "r2", "v1", "d1"):
         scene.run(operations.await_outcome(scene.keys, id_, f"channel-{id_}"))
-    scene.client.set(scene.keys.result("old"), "{}", ex=600)
-    scene.client.rpush(scene.keys.intake, "1", "2")
-    scene.client.rpush("q", "3", "4")
-    scene.client.zadd(scene.keys.due, {"s3": 1})
-    scene.client.rpush(
+    scene.redis.set(scene.keys.result("old"), "{}", ex=600)
+    scene.redis.rpush(scene.keys.intake, "1", "2")
+    scene.redis.rpush("q", "3", "4")
+    scene.redis.zadd(scene.keys.due, {"s3": 1})
+    scene.redis.rpush(
         scene.keys.outbox, spawn_outbox.write("other", entry("o1")), spawn_outbox.write("other", entry("o2"))
     )
-    scene.client.hset(scene.keys.conf, "outbox", "5 1")
+    scene.redis.hset(scene.keys.conf, "outbox", "5 1")
     problems = scene.audit()
     assert problems == [], problems
 

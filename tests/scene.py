@@ -48,7 +48,7 @@ class Scene:
 
     def __init__(self, client: redis_py.Redis, url: str, keys: QueueKeys | None = None) -> None:
         """Take a client of an emptied server."""
-        self.client = client
+        self.redis = client
         self.client = Client(url, namespace="c", patience=0)
         self.keys = keys or self.client.keys("q")
         self.lane = ProducerSequence("L")
@@ -98,11 +98,11 @@ class Scene:
         self.run(operations.reap(self.keys, "undertaker", crashed=False))
         base = self.now() - 100_000
         for place, id_ in enumerate(ids):
-            self.client.zadd(self.keys.dead, {id_: base + place})
+            self.redis.zadd(self.keys.dead, {id_: base + place})
 
     def take_token(self) -> bool:
         """Take the wake token, as an idle worker does; tell whether there was one."""
-        return self.client.lpop(self.keys.wake) is not None
+        return self.redis.lpop(self.keys.wake) is not None
 
     def pause(self, paused: bool = True) -> None:
         """Pause or resume, and take the token."""
@@ -113,12 +113,12 @@ class Scene:
 
     def now(self) -> int:
         """Return the server's clock in ms."""
-        seconds, micros = self.client.time()
+        seconds, micros = self.redis.time()
         return int(seconds) * 1000 + int(micros) // 1000
 
     def dump(self) -> dict[str, Any]:
         """Return the readable content of the whole server."""
-        return readable(self.client, self.keys.prefix)
+        return readable(self.redis, self.keys.prefix)
 
     def since(self, before: dict[str, Any]) -> dict[str, Any]:
         """Return every key that differs from an earlier `dump`, with its new content; None: gone."""
@@ -131,6 +131,6 @@ class Scene:
     @contextmanager
     def unchanged(self) -> Iterator[None]:
         """Fail when anything on the server differs afterwards."""
-        before = exact(self.client)
+        before = exact(self.redis)
         yield
-        assert difference(before, exact(self.client)) == {}
+        assert difference(before, exact(self.redis)) == {}

@@ -82,7 +82,7 @@ def test_repeated_cancel_asks_once(scene: Scene) -> None:
 def test_cancel_finds_the_holder_among_very_many(scene: Scene) -> None:
     """A leased job is never taken for a ready one, however many workers there are."""
     scene.lease("a", worker="zz")
-    scene.client.zadd(scene.keys.workers, {f"w{n}": 1 for n in range(1500)})
+    scene.redis.zadd(scene.keys.workers, {f"w{n}": 1 for n in range(1500)})
 
     assert scene.run(operations.cancel(scene.keys, "a")) == 2
 
@@ -136,7 +136,7 @@ def test_redriven_job_holds_its_own_id(scene: Scene) -> None:
     scene.register("w")
     scene.turn("w", 1, 1)
     scene.turn("w", 2, others=[Settlement("X", "a", state=b"1 1 0", own_id=True)])
-    scene.client.delete(scene.keys.prefix + "unique:i:a")
+    scene.redis.delete(scene.keys.prefix + "unique:i:a")
 
     scene.run(operations.redrive(scene.keys))
 
@@ -169,7 +169,7 @@ def test_purge_ready_in_batches(scene: Scene) -> None:
     scene.lease("held")
     scene.push("a", entry("u", priority=9, unique="k", own_id=True), "b", "c")
     scene.run(operations.cancel(scene.keys, "a"))
-    scene.client.hset(scene.keys.state, mapping={"b": "1 1 0", "c": "1 1 0"})
+    scene.redis.hset(scene.keys.state, mapping={"b": "1 1 0", "c": "1 1 0"})
 
     assert scene.run(operations.purge(scene.keys, "ready", 3)) == (3, 2)
 
@@ -194,7 +194,7 @@ def test_purge_elsewhere(scene: Scene, place: str) -> None:
     assert scene.run(operations.purge(scene.keys, place, 2)) == (2, 2)
 
     gone = {"s1", "s2"} if place == "due" else {"d1", "d2"}
-    assert {id_.decode() for id_ in scene.client.hkeys(scene.keys.jobs)} == {
+    assert {id_.decode() for id_ in scene.redis.hkeys(scene.keys.jobs)} == {
         "r",
         "s1",
         "s2",
@@ -213,14 +213,14 @@ def test_purge_is_bounded(scene: Scene, limit: int, taken: int) -> None:
     """One call removes 1,000 at most, and nothing when nothing is asked."""
     scene.push(*[str(n) for n in range(1300)])
     assert scene.run(operations.purge(scene.keys, "ready", limit)) == (taken, taken)
-    assert scene.client.hlen(scene.keys.jobs) == 1300 - taken
+    assert scene.redis.hlen(scene.keys.jobs) == 1300 - taken
 
 
 def test_purge_tells_who_waits(scene: Scene) -> None:
     """Who waits for a purged job hears that it was cancelled."""
     scene.push("a")
     scene.run(operations.await_outcome(scene.keys, "a", "one"))
-    with scene.client.pubsub() as pubsub:
+    with scene.redis.pubsub() as pubsub:
         pubsub.subscribe("one")
         pubsub.get_message(timeout=5)
         scene.run(operations.purge(scene.keys, "ready", 1))
@@ -247,16 +247,16 @@ def test_configure(scene: Scene) -> None:
 def test_intake(scene: Scene) -> None:
     """Raw entries move from the intake list first, then from the foreign list, in order, byte for byte."""
     keys = QueueKeys("c", "q", foreign="q")
-    scene.client.rpush(keys.intake, "1")
-    scene.client.rpush("q", b"\xff\n2", "3", "4")
+    scene.redis.rpush(keys.intake, "1")
+    scene.redis.rpush("q", b"\xff\n2", "3", "4")
 
     assert scene.run(operations.intake(keys, 3, "stem", "t")) == 3
 
-    assert scene.client.hgetall(keys.jobs) == {
+    assert scene.redis.hgetall(keys.jobs) == {
         b"stem0001": b"\nt\n1", b"stem0002": b"\nt\n\xff\n2", b"stem0003": b"\nt\n3",
     }  # fmt: skip
-    assert scene.client.lrange(keys.ready[0], 0, -1) == [b"stem0001", b"stem0002", b"stem0003"]
-    assert scene.client.lrange("q", 0, -1) == [b"4"]
+    assert scene.redis.lrange(keys.ready[0], 0, -1) == [b"stem0001", b"stem0002", b"stem0003"]
+    assert scene.redis.lrange("q", 0, -1) == [b"4"]
     assert scene.take_token()
 
 
@@ -264,7 +264,7 @@ def test_intake(scene: Scene) -> None:
 def test_repeated_intake_overwrites_nothing(scene: Scene) -> None:
     """An intake sent again with the same stem gives new entries new ids, also when some of the old are finished."""
     keys = QueueKeys("c", "q", foreign="q")
-    scene.client.rpush("q", *"123456")
+    scene.redis.rpush("q", *"123456")
     call = operations.intake(keys, 3, "stem")
     assert scene.run(call) == 3
     scene.register("w")
@@ -273,7 +273,7 @@ def test_repeated_intake_overwrites_nothing(scene: Scene) -> None:
 
     assert scene.run(call) == 3
 
-    bodies = sorted(body[-1:] for body in scene.client.hvals(keys.jobs))
+    bodies = sorted(body[-1:] for body in scene.redis.hvals(keys.jobs))
     assert bodies == [b"2", b"3", b"4", b"5", b"6"]
     assert scene.audit() == []
 
@@ -282,8 +282,8 @@ def test_repeated_intake_overwrites_nothing(scene: Scene) -> None:
 def test_intake_is_bounded(scene: Scene, limit: int) -> None:
     """One call moves 1,000 at most, and an empty list is no change."""
     keys = QueueKeys("c", "q", foreign="q")
-    scene.client.rpush("q", *range(1200))
+    scene.redis.rpush("q", *range(1200))
     assert scene.run(operations.intake(keys, limit, "stem")) == min(limit, 1000)
-    scene.client.delete("q")
+    scene.redis.delete("q")
     with scene.unchanged():
         assert scene.run(operations.intake(keys, 10, "stem")) == 0

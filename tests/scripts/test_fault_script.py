@@ -14,12 +14,12 @@ from scene import Scene, full
 
 def spoil(scene: Scene, key: str) -> None:
     """Put a value of another type where *key* is."""
-    kind = scene.client.type(key)
-    scene.client.delete(key)
+    kind = scene.redis.type(key)
+    scene.redis.delete(key)
     if kind == b"string" or (kind == b"none" and any(part in key for part in (":lane:", ":unique:", ":result:"))):
-        scene.client.rpush(key, "spoiled")
+        scene.redis.rpush(key, "spoiled")
     else:
-        scene.client.set(key, "spoiled")
+        scene.redis.set(key, "spoiled")
 
 
 @pytest.mark.row("I4")
@@ -36,18 +36,18 @@ def test_wrong_type_fails_with_nothing_written(scene: Scene, name: str) -> None:
     """With any key of another type a script fails before its first write, or never touches that key."""
     make, touched = CALLS[name]
     furnish(scene)
-    others = {key.removeprefix(KEYS.prefix) for key in exact(scene.client)} - {"q"}
+    others = {key.removeprefix(KEYS.prefix) for key in exact(scene.redis)} - {"q"}
     noticed = set()
     for key in sorted(touched | others):
-        scene.client.flushall(asynchronous=False)
+        scene.redis.flushall(asynchronous=False)
         furnish(scene)
         spoil(scene, name_of(key, scene))
-        before = exact(scene.client)
+        before = exact(scene.redis)
         try:
             scene.run(make(KEYS))
         except ConveyorError:
             noticed.add(key)
-            assert exact(scene.client) == before, f"{name} wrote something before it failed on {key}"
+            assert exact(scene.redis) == before, f"{name} wrote something before it failed on {key}"
 
     assert touched <= noticed
 
@@ -62,10 +62,10 @@ def test_full_server_still_drains(scene: Scene, name: str) -> None:
     furnish(scene)
     expected_reply = scene.run(make(KEYS))
     expected = scene.dump()
-    scene.client.flushall(asynchronous=False)
+    scene.redis.flushall(asynchronous=False)
     furnish(scene)
 
-    with full(scene.client):
+    with full(scene.redis):
         reply = scene.run(make(KEYS))
 
     assert scene.dump() == expected
@@ -85,7 +85,7 @@ def test_full_server_refuses_a_push_whole(scene: Scene, name: str) -> None:
     furnish(scene)
     call = make(KEYS)
     before = scene.dump()
-    with full(scene.client), scene.unchanged(), pytest.raises(QueueFull, match="maxmemory"):
+    with full(scene.redis), scene.unchanged(), pytest.raises(QueueFull, match="maxmemory"):
         scene.run(call)
 
     scene.run(call)
@@ -99,7 +99,7 @@ def test_full_server_refuses_a_push_whole(scene: Scene, name: str) -> None:
 def test_backlog_drains_on_a_full_server(scene: Scene) -> None:
     """A worker can register, lease and finish a whole backlog while the server takes nothing new."""
     scene.push(*[f"{n:04}" for n in range(2500)])
-    with full(scene.client):
+    with full(scene.redis):
         scene.register("w")
         number, done = 0, []
         while True:
@@ -109,7 +109,7 @@ def test_backlog_drains_on_a_full_server(scene: Scene) -> None:
                 break
 
     assert number == 4
-    assert scene.client.hlen(scene.keys.jobs) == 0
+    assert scene.redis.hlen(scene.keys.jobs) == 0
     assert scene.audit() == []
 
 
@@ -130,9 +130,9 @@ def test_forgotten_scripts_are_sent_again(scene: Scene, name: str) -> None:
     furnish(scene)
     scene.run(make(KEYS))
     expected = scene.dump()
-    scene.client.flushall(asynchronous=False)
+    scene.redis.flushall(asynchronous=False)
     furnish(scene)
-    scene.client.script_flush()
+    scene.redis.script_flush()
 
     scene.run(make(KEYS))
 
@@ -148,16 +148,16 @@ def test_call_sent_twice(scene: Scene, name: str) -> None:
     furnish(scene)
     call = make(KEYS)
     first = scene.run(call)
-    live = scene.client.hkeys(scene.keys.jobs)
-    before = exact(scene.client)
+    live = scene.redis.hkeys(scene.keys.jobs)
+    before = exact(scene.redis)
 
     second = scene.run(call)
 
     assert scene.audit() == []
     if name == "intake":  # takes what is still there, and overwrites nothing
         assert (first, second) == (3, 1)
-        assert set(live) < set(scene.client.hkeys(scene.keys.jobs))
+        assert set(live) < set(scene.redis.hkeys(scene.keys.jobs))
     elif name == "purge-ready":
         assert second == (0, 0)
     elif name not in {"turn", "register", "beat"}:  # these renew a lease
-        assert exact(scene.client) == before
+        assert exact(scene.redis) == before

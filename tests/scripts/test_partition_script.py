@@ -53,7 +53,7 @@ def test_a_push_with_another_number_stores_nothing(scene: Scene, there: str | No
     """Both scripts that push, and a registration, refuse a number that is not the partition's, and change nothing."""
     keys = QueueKeys("c", "q/1", partitions=8)
     if there is not None:
-        scene.client.hset(keys.conf, mapping={"partitions": there, "schema": "1"})
+        scene.redis.hset(keys.conf, mapping={"partitions": there, "schema": "1"})
     for call in (
         operations.push(keys, scene.lane, []),
         operations.push_plain(keys, scene.lane, ["a", REST]),
@@ -78,7 +78,7 @@ def test_a_repeat_is_answered_whatever_the_number_is_now(part: Scene, plain: boo
     """A push that was accepted, and whose repeat comes after the number changed, is still answered as accepted."""
     made = operations.push_plain(PART, part.lane, ["a", REST]) if plain else operations.push(PART, part.lane, [])
     part.run(made)
-    part.client.hset(PART.conf, "partitions", "8")
+    part.redis.hset(PART.conf, "partitions", "8")
     with part.unchanged():
         part.run(made)
 
@@ -113,7 +113,7 @@ def test_a_change_can_be_made_on_a_full_server(part: Scene) -> None:
     """A change that begins, or has begun, when the server is full is brought to its end."""
     part.run(claim(WHOLE, 4, whole=True))
     part.register("w")
-    with full(part.client):
+    with full(part.redis):
         assert _switch(part, WHOLE, "begin", "T", 2) == (1, 4)
         assert _switch(part, PART, "close", "T", 4) == (1, 4)
         assert _switch(part, PART, "open", "T", 2) == (1, 0)
@@ -144,8 +144,8 @@ def test_what_is_not_empty_stays_open(scene: Scene, place: str, step: str) -> No
     """A job in any state, and even the place of a cancelled one, keeps the queue and a partition from being shut."""
     scene.push("a")
     if place == "scheduled":
-        scene.client.lpop(scene.keys.ready[0])
-        scene.client.zadd(scene.keys.due, {"a": scene.now() + 60_000})
+        scene.redis.lpop(scene.keys.ready[0])
+        scene.redis.zadd(scene.keys.due, {"a": scene.now() + 60_000})
     elif place == "cancelled":
         scene.run(operations.cancel(scene.keys, "a"))
     elif place != "ready":

@@ -96,8 +96,8 @@ def test_large_push_crosses_the_limit_of_unpack(scene: Scene) -> None:
     ids = [f"{n:05}" for n in range(20_000)]
     scene.push(*ids)
 
-    assert scene.client.lrange(scene.keys.ready[0], 0, -1) == [id_.encode() for id_ in ids]
-    assert scene.client.hlen(scene.keys.jobs) == 20_000
+    assert scene.redis.lrange(scene.keys.ready[0], 0, -1) == [id_.encode() for id_ in ids]
+    assert scene.redis.hlen(scene.keys.jobs) == 20_000
 
 
 def test_only_the_first_delayed_job_calls(scene: Scene) -> None:
@@ -170,7 +170,7 @@ def test_push_plain_does_what_push_does(scene: Scene, count: int) -> None:
     ids = [f"{n:05}" for n in range(count)]
     scene.push(*ids)
     expected = scene.dump()
-    scene.client.flushall(asynchronous=False)
+    scene.redis.flushall(asynchronous=False)
     scene.lane = ProducerSequence("L")
 
     scene.run(_plain(scene, *ids))
@@ -209,7 +209,7 @@ def test_withdrawn_stays_withdrawn(scene: Scene, plain: bool) -> None:
     scene.push("b")
 
     assert scene.run(withdrawal) is None
-    assert scene.client.hkeys(scene.keys.jobs) == [b"b"]
+    assert scene.redis.hkeys(scene.keys.jobs) == [b"b"]
 
 
 @pytest.mark.parametrize("plain", [False, True], ids=["push", "push_plain"])
@@ -265,7 +265,7 @@ def test_own_id_is_taken_while_its_envelope_is_there(scene: Scene, place: str) -
         scene.register("w")
         scene.turn("w", 1, 1)
         scene.turn("w", 2, others=[Settlement("X", "a", state=b"1 1 0", own_id=True)])
-    scene.client.delete(scene.keys.prefix + "unique:i:a")  # the day is over
+    scene.redis.delete(scene.keys.prefix + "unique:i:a")  # the day is over
     before = scene.dump()
 
     assert scene.push(entry("a", own_id=True)) == ["a"]
@@ -322,7 +322,7 @@ def test_message_refused_for_its_key_does_not_take_its_id(scene: Scene) -> None:
 @pytest.mark.row("D12", "I13")
 def test_dead_holder_does_not_count(scene: Scene) -> None:
     """A unique key whose holder is no longer there is taken over: it cannot leak."""
-    scene.client.set(scene.keys.prefix + "unique:k:k", "ghost")
+    scene.redis.set(scene.keys.prefix + "unique:k:k", "ghost")
 
     assert scene.push(entry("b", unique="k")) == ["b"]
 
@@ -375,7 +375,7 @@ def test_operators_maximum_wins(scene: Scene) -> None:
 
 def test_other_layout_is_refused(scene: Scene) -> None:
     """A queue written by another layout takes nothing from this version."""
-    scene.client.hset(scene.keys.conf, "schema", "2")
+    scene.redis.hset(scene.keys.conf, "schema", "2")
 
     with scene.unchanged(), pytest.raises(ConfigurationError, match="layout 2"):
         scene.push("a")

@@ -86,7 +86,7 @@ def test_lost_and_held_in_one_report(scene: Scene) -> None:
     turn = scene.turn("w", 2, done=[*ghosts, *ids])
 
     assert turn.lost == ghosts
-    assert (turn.held, scene.client.hlen(scene.keys.jobs)) == (0, 0)
+    assert (turn.held, scene.redis.hlen(scene.keys.jobs)) == (0, 0)
 
 
 @pytest.mark.row("I7")
@@ -139,7 +139,7 @@ def test_key_that_another_holds_is_not_given_back(scene: Scene) -> None:
     scene.push(entry("a", unique="k"))
     scene.register("w")
     scene.turn("w", 1, 1)
-    scene.client.set(scene.keys.prefix + "unique:k:k", "other")
+    scene.redis.set(scene.keys.prefix + "unique:k:k", "other")
 
     scene.turn("w", 2, others=[Settlement("D", "a", unique="k")])
 
@@ -192,7 +192,7 @@ def test_end_is_announced_to_all_who_wait(scene: Scene, settlement: Settlement |
     for channel in ("one", "two"):
         scene.run(operations.await_outcome(scene.keys, "a", channel))
     scene.run(operations.await_outcome(scene.keys, "b", "one"))
-    with scene.client.pubsub() as pubsub:
+    with scene.redis.pubsub() as pubsub:
         pubsub.subscribe("one", "two")
         assert {pubsub.get_message(timeout=5)["channel"] for _ in range(2)} == {b"one", b"two"}
 
@@ -241,4 +241,4 @@ def test_counters_and_recent(scene: Scene) -> None:
     assert state["recent"] == ["3", "2", "1"]
 
     scene.turn("w", 3, report=TurnReport(recent=[b"%d" % n for n in range(9000)]))
-    assert scene.client.lrange(scene.keys.recent, 0, -1) == [b"%d" % n for n in range(8999, 7999, -1)]
+    assert scene.redis.lrange(scene.keys.recent, 0, -1) == [b"%d" % n for n in range(8999, 7999, -1)]

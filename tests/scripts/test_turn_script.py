@@ -46,7 +46,7 @@ def test_a_worker_holds_a_thousand_at_most(scene: Scene, want: int) -> None:
     assert scene.turn("w", 2, want).held == 1000
     full = scene.turn("w", 3, want)
     assert (full.ids, full.held, full.more) == ([], 1000, True)
-    assert scene.client.llen(scene.keys.ready[0]) == 200
+    assert scene.redis.llen(scene.keys.ready[0]) == 200
 
 
 @pytest.mark.parametrize("want", [0, -5])
@@ -103,14 +103,14 @@ def test_stub_is_dropped_when_reached(scene: Scene) -> None:
     assert scene.turn("w", 1, 1).ids == ["c"]
 
     assert scene.dump()["conf"] == {"schema": "1", "stubs": "0"}
-    assert scene.client.hkeys(scene.keys.jobs) == [b"c"]
+    assert scene.redis.hkeys(scene.keys.jobs) == [b"c"]
     assert scene.audit() == []
 
 
 def test_entry_without_a_job_is_dropped(scene: Scene) -> None:
     """An entry whose envelope is gone is dropped when it is reached."""
     scene.push("a", "b")
-    scene.client.hdel(scene.keys.jobs, "a")
+    scene.redis.hdel(scene.keys.jobs, "a")
     scene.register("w")
 
     assert scene.turn("w", 1, 1).ids == ["b"]
@@ -120,7 +120,7 @@ def test_entry_without_a_job_is_dropped(scene: Scene) -> None:
 def test_states_come_with_the_jobs(scene: Scene) -> None:
     """A job that is not fresh arrives with its state, a fresh one beside it with none."""
     scene.push("a", "b")
-    scene.client.hset(scene.keys.state, "b", "2 1 1\n{}")
+    scene.redis.hset(scene.keys.state, "b", "2 1 1\n{}")
     scene.register("w")
 
     assert scene.turn("w", 1, 2).states == [None, b"2 1 1\n{}"]
@@ -133,7 +133,7 @@ def test_states_come_with_the_jobs(scene: Scene) -> None:
 def test_due_jobs_join_the_tail_in_the_order_of_their_instants(scene: Scene) -> None:
     """Due jobs join their priority's tail, earliest first; those of later stay."""
     scene.push(*[entry(id_, delay_ms=60_000, priority=int(id_ == "p")) for id_ in ("x", "y", "z", "p", "later")])
-    scene.client.zadd(scene.keys.due, {"x": 3, "y": 1, "z": 2, "p": 4})
+    scene.redis.zadd(scene.keys.due, {"x": 3, "y": 1, "z": 2, "p": 4})
     scene.push("old")
     scene.register("w")
 
@@ -152,7 +152,7 @@ def test_due_jobs_join_the_tail_in_the_order_of_their_instants(scene: Scene) -> 
 def test_promotion_is_bounded(scene: Scene) -> None:
     """A turn promotes at most 200 due jobs and tells that the next one is due already."""
     scene.push(*[entry(f"{n:03}", delay_ms=60_000) for n in range(450)])
-    scene.client.zadd(scene.keys.due, {f"{n:03}": n + 1 for n in range(450)})
+    scene.redis.zadd(scene.keys.due, {f"{n:03}": n + 1 for n in range(450)})
     scene.register("w")
 
     turn = scene.turn("w", 1, 1000)
@@ -164,7 +164,7 @@ def test_promotion_is_bounded(scene: Scene) -> None:
 
 def test_due_entry_without_a_job_is_dropped(scene: Scene) -> None:
     """A due id whose envelope is gone does not become an entry."""
-    scene.client.zadd(scene.keys.due, {"ghost": 1})
+    scene.redis.zadd(scene.keys.due, {"ghost": 1})
     scene.register("w")
 
     turn = scene.turn("w", 1, 1)
@@ -181,7 +181,7 @@ def test_due_entry_without_a_job_is_dropped(scene: Scene) -> None:
 def test_repeat_gets_the_same_jobs(scene: Scene) -> None:
     """The same number again gets the same jobs in the same order and changes nothing."""
     scene.push("a", entry("b", priority=3), "c", "d")
-    scene.client.hset(scene.keys.state, "c", "1 1 0")
+    scene.redis.hset(scene.keys.state, "c", "1 1 0")
     scene.register("w")
     call = scene.turn_call("w", 1, 3)
     first = scene.run(call)
@@ -319,7 +319,7 @@ def test_paused_queue(scene: Scene) -> None:
 def test_jobs_come_due_while_paused(scene: Scene) -> None:
     """A turn on a paused queue moves due jobs to ready, where they wait."""
     scene.push(entry("a", delay_ms=60_000))
-    scene.client.zadd(scene.keys.due, {"a": 1})
+    scene.redis.zadd(scene.keys.due, {"a": 1})
     scene.pause()
     scene.register("w")
 
@@ -333,7 +333,7 @@ def test_jobs_come_due_while_paused(scene: Scene) -> None:
 def test_turn_renews_the_lease_unless_told_not_to(scene: Scene) -> None:
     """A turn renews as a beat does; with k it leaves the end as it is."""
     scene.register("w")
-    scene.client.zadd(scene.keys.workers, {"w": scene.now() + 20_000})
+    scene.redis.zadd(scene.keys.workers, {"w": scene.now() + 20_000})
     scene.turn("w", 1, flags="k")
     assert scene.dump()["workers"] == {"w": "now+20s"}
 
@@ -373,7 +373,7 @@ def test_look_finds_the_overdue(scene: Scene) -> None:
     scene.register("soon", "fine", "ahead", "w")
     scene.register("long", lease_ms=500_000)
     now = scene.now()
-    scene.client.zadd(scene.keys.workers, {"soon": now + 20_000, "ahead": now + 400_000})
+    scene.redis.zadd(scene.keys.workers, {"soon": now + 20_000, "ahead": now + 400_000})
 
     turn = scene.turn("w", 1, flags="l")
 
@@ -385,11 +385,11 @@ def test_look_finds_the_overdue(scene: Scene) -> None:
 def test_look_trims_old_dead_letters(scene: Scene) -> None:
     """With l a turn removes dead letters of more than 90 days, with their envelopes and states."""
     scene.bury("old", "new")
-    scene.client.zadd(scene.keys.dead, {"old": scene.now() - 91 * 86_400_000})
+    scene.redis.zadd(scene.keys.dead, {"old": scene.now() - 91 * 86_400_000})
     scene.register("w")
 
     scene.turn("w", 1, flags="l")
 
-    assert scene.client.hkeys(scene.keys.jobs) == [b"new"]
-    assert scene.client.hkeys(scene.keys.state) == [b"new"]
+    assert scene.redis.hkeys(scene.keys.jobs) == [b"new"]
+    assert scene.redis.hkeys(scene.keys.state) == [b"new"]
     assert scene.audit() == []

@@ -29,16 +29,16 @@ def test_register(scene: Scene) -> None:
 def test_register_makes_a_hashtable(scene: Scene) -> None:
     """However little a worker says of itself, its hash is a hashtable: leases in a listpack cost ten times as much."""
     scene.register("w")
-    assert scene.client.object("encoding", scene.keys.leased("w")) == b"hashtable"
+    assert scene.redis.object("encoding", scene.keys.leased("w")) == b"hashtable"
     scene.push("a")
     scene.turn("w", 1, 1)
     scene.run(operations.extend(scene.keys, "w", "a", "x", LEASE, b"{}"))
-    assert scene.client.object("encoding", scene.keys.leased("x")) == b"hashtable"
+    assert scene.redis.object("encoding", scene.keys.leased("x")) == b"hashtable"
 
 
 def test_register_refuses_another_layout(scene: Scene) -> None:
     """A worker of this version does not register on a queue of another layout."""
-    scene.client.hset(scene.keys.conf, "schema", "2")
+    scene.redis.hset(scene.keys.conf, "schema", "2")
     with scene.unchanged(), pytest.raises(ConfigurationError, match="layout 2"):
         scene.register("w")
 
@@ -46,7 +46,7 @@ def test_register_refuses_another_layout(scene: Scene) -> None:
 def test_beat(scene: Scene) -> None:
     """A beat moves the end of the whole lease and nothing else; one of a stranger changes nothing."""
     scene.lease("a", "b")
-    scene.client.zadd(scene.keys.workers, {"w": scene.now() + 5000})
+    scene.redis.zadd(scene.keys.workers, {"w": scene.now() + 5000})
     before = scene.dump()
 
     assert scene.run(operations.beat(scene.keys, "w", 120_000)) is True
@@ -91,11 +91,11 @@ def test_reap_charges(scene: Scene, state: str | None, crashed: bool, after: str
     """A crash charges a start, and the first crash of a job; a leave a start, since the job may have begun."""
     scene.lease("a")
     if state:
-        scene.client.hset(scene.keys.state, "a", state)
+        scene.redis.hset(scene.keys.state, "a", state)
 
     assert scene.run(operations.reap(scene.keys, "w", crashed=crashed)) == 1
 
-    found = scene.client.hget(scene.keys.state, "a")
+    found = scene.redis.hget(scene.keys.state, "a")
     assert (found.decode() if found else None) == after
     assert scene.dump()["ready:0"] == ["a"]
 
@@ -109,7 +109,7 @@ def test_reap_compares_the_end_it_saw(scene: Scene, end: int, seen: int, reaped:
     """With an end, a reap counts only for exactly that end, when it has passed or lies further off than the lease allows."""
     scene.lease("a")
     instant = scene.now() + end
-    scene.client.zadd(scene.keys.workers, {"w": instant})
+    scene.redis.zadd(scene.keys.workers, {"w": instant})
 
     call = operations.reap(scene.keys, "w", end=instant + seen)
     if reaped:
@@ -124,7 +124,7 @@ def test_beat_between_two_looks_saves_a_worker(scene: Scene) -> None:
     """Who beats after it was seen overdue is not reaped by who saw it."""
     scene.lease("a")
     seen = scene.now() - 1
-    scene.client.zadd(scene.keys.workers, {"w": seen})
+    scene.redis.zadd(scene.keys.workers, {"w": seen})
     scene.run(operations.beat(scene.keys, "w", LEASE))
 
     with scene.unchanged():
@@ -148,7 +148,7 @@ def test_reap_of_an_idle_worker_calls_nobody(scene: Scene) -> None:
 
 def test_reap_of_an_end_without_a_hash(scene: Scene) -> None:
     """A registration whose hash is gone is taken away too."""
-    scene.client.zadd(scene.keys.workers, {"w": 1})
+    scene.redis.zadd(scene.keys.workers, {"w": 1})
     assert scene.run(operations.reap(scene.keys, "w", end=1)) == 0
     assert scene.dump() == {}
 
@@ -176,8 +176,8 @@ def test_reap_honours_cancel_requests(scene: Scene) -> None:
 def test_reap_skips_a_job_that_is_gone(scene: Scene) -> None:
     """A leased id without an envelope is dropped with its state."""
     scene.lease("a", "b")
-    scene.client.hdel(scene.keys.jobs, "a")
-    scene.client.hset(scene.keys.state, "a", "1 1 0")
+    scene.redis.hdel(scene.keys.jobs, "a")
+    scene.redis.hset(scene.keys.state, "a", "1 1 0")
 
     assert scene.run(operations.reap(scene.keys, "w", crashed=False)) == 1
     assert scene.dump()["ready:0"] == ["b"]
