@@ -1,8 +1,4 @@
-"""
-Durations and instants as people write and read them, and the milliseconds that scripts take.
-
-Sizes as people write them.
-"""
+"""Durations, instants and sizes as people write them, as the milliseconds and bytes that scripts take."""
 
 from __future__ import annotations
 
@@ -14,7 +10,6 @@ from conveyor.errors import ConfigurationError
 
 Duration = float | int | str | timedelta
 """Seconds, a `timedelta`, or a text: ``"250ms"``, ``"5s"``, ``"2m"``, ``"1h30m"``, ``"7d"``."""
-
 _UNIT_MS = {"ms": 1, "s": 1_000, "m": 60_000, "h": 3_600_000, "d": 86_400_000}
 _PART = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)")
 _WHOLE = re.compile(rf"(?:{_PART.pattern})+")
@@ -76,7 +71,6 @@ def span(seconds: float) -> str:
 
 Size = int | str
 """Bytes, or a text: ``"256KiB"``, ``"16MiB"``."""
-
 _UNITS = {"B": 1, "KiB": 1024, "MiB": 1024**2, "GiB": 1024**3, "kB": 1000, "KB": 1000, "MB": 1000**2, "GB": 1000**3}
 _TEXT = re.compile(r"(\d{1,12}) ?(B|[KMG]iB|[kKMG]B)")
 

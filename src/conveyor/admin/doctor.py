@@ -204,7 +204,7 @@ def _latency(client: Client, report: HealthReport) -> None:
 
 
 def _information(client: Client) -> dict[str, str]:
-    return eviction.facts(_allowed(client, "INFO"))
+    return replies.parse_info(_allowed(client, "INFO"))
 
 
 def _setting(client: Client, name: str) -> str | None:

@@ -24,7 +24,7 @@ from conveyor.sql.drivers import (
 )
 from conveyor.sql.tables import TableSql
 from conveyor.store.client.client import refuse_in_loop
-from conveyor.store.client.confirmed import plain_entries
+from conveyor.store.operations import plain_entries
 
 if TYPE_CHECKING:
     from types import TracebackType

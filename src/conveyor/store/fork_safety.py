@@ -1,10 +1,8 @@
 """
-An attribute computed when it is first asked for, without a lock.
+Forks: a child uses no connection, sequence, thread or lock of its parent.
 
-`functools.cached_property` of Python 3.11 holds a lock meanwhile, one for all instances. A process that forks while
-another thread computes hands it on locked, and the child waits for ever. Here two threads may compute the same value twice.
-
-What happens in a forked child: whoever holds sockets or threads of its parent lets go of them.
+`on_fork` resets in every child the objects that hold such things. `lazy_property` computes an attribute without a lock
+that a fork could copy while it is held.
 """
 
 from __future__ import annotations
@@ -15,28 +13,6 @@ from typing import Any, Generic, Protocol, TypeVar, overload
 from weakref import WeakSet
 
 T = TypeVar("T")
-
-
-class lazy_property(Generic[T]):  # noqa: N801  used as a decorator, as property is
-    """Makes a method an attribute that is computed once."""
-
-    def __init__(self, compute: Callable[[Any], T]) -> None:
-        """Take the method."""
-        self._compute = compute
-        self.__doc__ = compute.__doc__
-
-    def __set_name__(self, owner: type, name: str) -> None:
-        self._name = name
-
-    @overload
-    def __get__(self, instance: None, owner: type) -> lazy_property[T]: ...
-    @overload
-    def __get__(self, instance: object, owner: type) -> T: ...
-    def __get__(self, instance: object, owner: type) -> lazy_property[T] | T:
-        if instance is None:
-            return self
-        found = instance.__dict__[self._name] = self._compute(instance)
-        return found
 
 
 class ForkAware(Protocol):
@@ -62,3 +38,25 @@ def _tell() -> None:
 
 
 os.register_at_fork(after_in_child=_tell)
+
+
+class lazy_property(Generic[T]):  # noqa: N801  used as a decorator, as property is
+    """Makes a method an attribute that is computed once."""
+
+    def __init__(self, compute: Callable[[Any], T]) -> None:
+        """Take the method."""
+        self._compute = compute
+        self.__doc__ = compute.__doc__
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    @overload
+    def __get__(self, instance: None, owner: type) -> lazy_property[T]: ...
+    @overload
+    def __get__(self, instance: object, owner: type) -> T: ...
+    def __get__(self, instance: object, owner: type) -> lazy_property[T] | T:
+        if instance is None:
+            return self
+        found = instance.__dict__[self._name] = self._compute(instance)
+        return found

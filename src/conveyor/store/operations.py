@@ -57,6 +57,12 @@ class Entry:
         )  # fmt: skip
 
 
+def plain_entries(pairs: Sequence[Argument]) -> list[Entry]:
+    """Return id, envelope, id, envelope, … as entries."""
+    both: Sequence[Any] = pairs
+    return [Entry(both[at], both[at + 1]) for at in range(0, len(both), 2)]
+
+
 @dataclass(slots=True)
 class ProducerSequence:
     """

@@ -9,7 +9,7 @@ from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING, Self
 
 from conveyor.errors import ConfigurationError, ConveyorError, StoreUnavailable
-from conveyor.store.transport import eviction
+from conveyor.store.transport import eviction, replies
 from conveyor.units import Duration, milliseconds
 from conveyor.worker.leasing.heartbeat import Heartbeat, Lease
 from conveyor.worker.worker import Worker
@@ -68,7 +68,7 @@ class EmbeddedWorker:
     async def _check_eviction(self) -> None:
         """Refuse a server that deletes jobs (E10). One that is away is waited for, not an error."""
         try:
-            known = eviction.facts(await self._app.client.aexecute("INFO"))
+            known = replies.parse_info(await self._app.client.aexecute("INFO"))
         except StoreUnavailable:
             return
         except ConveyorError:

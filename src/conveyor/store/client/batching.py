@@ -1,7 +1,8 @@
 """
-Pushes of one event loop: what comes while a call is in flight, or in the same tick, forms the next.
+Where pushes go, and how those of one event loop are batched.
 
-What a push goes through: a client, one whose pushes are confirmed, or one that keeps them for later.
+A `PushTarget` is a client, one whose pushes are confirmed, or one that stores them for later. A `PushBatcher` puts into
+one call what is pushed in one tick of the loop, or while the call before it is in flight.
 """
 
 from __future__ import annotations
@@ -26,10 +27,35 @@ if TYPE_CHECKING:
     from conveyor.store.script import Argument
     from conveyor.store.transport.endpoint import Endpoint
 
-
 T = TypeVar("T")
 BULK = 1000
 """Jobs per call of a bulk push: enough to share the round trip, short enough to let others in."""
+
+
+class PushTarget(Protocol):
+    """A way in."""
+
+    @property
+    def deferred(self) -> bool:
+        """True when nothing goes to Redis now, so nothing can be asked of it either."""
+        ...
+
+    def push(
+        self, keys: QueueKeys, entries: Sequence[Entry], *, max_length: int = 0, whole: bool = False
+    ) -> list[str]: ...
+    def push_plain(self, keys: QueueKeys, pairs: Sequence[Argument], *, max_length: int = 0) -> None: ...
+    async def apush(
+        self, keys: QueueKeys, entries: Sequence[Entry], *, max_length: int = 0, whole: bool = False
+    ) -> list[str]: ...
+
+
+class PushTargetResolver(Protocol):
+    """Tells whether pushes go somewhere else right now."""
+
+    def __call__(self, durability_request: DurabilityRequest | None = None) -> PushTarget | None:
+        """Return that way; raises ConfigurationError where it cannot give what one push asks for."""
+        ...
+
 
 Answer = asyncio.Future[Any]
 Item = tuple[str, bytes, Answer] | tuple[Sequence[Entry], None, Answer]
@@ -166,6 +192,12 @@ class PushBatcher:
         _answer(batch, ids)
 
 
+def chunks(entries: Sequence[Entry], whole: bool) -> list[Sequence[Entry]]:
+    """Return *entries* in parts of `BULK`, one call each; as one part when *whole*."""
+    step = len(entries) or 1 if whole else BULK
+    return [entries[first : first + step] for first in range(0, len(entries), step)]
+
+
 def entries_of(batch: list[Item]) -> list[Entry]:
     """Return all that is in a batch, in order."""
     return [entry for one in batch for entry in _entries(one)]
@@ -193,28 +225,3 @@ def _fail(batch: list[Item], error: BaseException) -> None:
     for _, _, future in batch:
         if not future.done():
             future.set_exception(cause)
-
-
-class PushTarget(Protocol):
-    """A way in."""
-
-    @property
-    def deferred(self) -> bool:
-        """True when nothing goes to Redis now, so nothing can be asked of it either."""
-        ...
-
-    def push(
-        self, keys: QueueKeys, entries: Sequence[Entry], *, max_length: int = 0, whole: bool = False
-    ) -> list[str]: ...
-    def push_plain(self, keys: QueueKeys, pairs: Sequence[Argument], *, max_length: int = 0) -> None: ...
-    async def apush(
-        self, keys: QueueKeys, entries: Sequence[Entry], *, max_length: int = 0, whole: bool = False
-    ) -> list[str]: ...
-
-
-class PushTargetResolver(Protocol):
-    """Tells whether pushes go somewhere else right now."""
-
-    def __call__(self, durability_request: DurabilityRequest | None = None) -> PushTarget | None:
-        """Return that way; raises ConfigurationError where it cannot give what one push asks for."""
-        ...

@@ -6,17 +6,17 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from conveyor.errors import ConveyorError, QueueFull, StoreUnavailable
 from conveyor.ids import logical
 from conveyor.store import operations
-from conveyor.store.client.batching import BULK, Item, PushBatcher, entries_of
+from conveyor.store.client.batching import Item, PushBatcher, chunks, entries_of
 from conveyor.store.client.buffer import Buffer, day_identity
 from conveyor.store.client.client import PATIENCE, Client, refuse_in_loop
-from conveyor.store.client.confirmed import ConfirmedTarget, plain_entries
+from conveyor.store.client.confirmed import ConfirmedTarget
 from conveyor.store.client.durability import Durability
 from conveyor.store.client.spool import MemorySpool, SpoolBatch, SpooledPush
 from conveyor.store.keys import QueueKeys, known_queues
@@ -62,9 +62,7 @@ class BufferedClient(Client):
         """Accept *entries* as a client does, or keep them."""
         refuse_in_loop()
         ids: list[str] = []
-        step = len(entries) or 1 if whole else BULK
-        for first in range(0, len(entries), step):
-            part = entries[first : first + step]
+        for part in chunks(entries, whole):
             make = partial(operations.push, keys, entries=part, max_length=max_length)
             ids += self._try(keys, part, max_length, make)
         return ids
@@ -119,7 +117,7 @@ class BufferedClient(Client):
         error: StoreUnavailable | None,
     ) -> list[str]:
         """Put a push into the buffer: *content* are entries, or id, envelope, id, envelope, …"""
-        entries = list(content) if content and isinstance(content[0], Entry) else plain_entries(content)
+        entries = list(content) if content and isinstance(content[0], Entry) else operations.plain_entries(content)
         if max_length and len(entries) > max_length:
             raise QueueFull(
                 f"Queue '{keys.queue}' takes at most {max_length} jobs, and this push has {len(entries)}. Nothing was stored."
@@ -149,14 +147,9 @@ class BufferedClient(Client):
         """Accept *entries* as a client does, or keep them."""
         lane = self.shared().lane(keys, max_length)
         ids: list[str] = []
-        step = len(entries) or 1 if whole else BULK
-        for first in range(0, len(entries), step):
-            ids += await lane.push(entries[first : first + step])
+        for part in chunks(entries, whole):
+            ids += await lane.push(part)
         return ids
-
-    def put(self, keys: QueueKeys, id: str, envelope: bytes) -> Awaitable[None]:  # noqa: A002
-        """Accept one plain message, or keep it."""
-        return self.shared().lane(keys, 0).put(id, envelope)
 
     # -- end ----------------------------------------------------------------------------------------------------------
 

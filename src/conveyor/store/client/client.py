@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, TypeVar
 from conveyor.errors import ConfigurationError
 from conveyor.ids import new_identity
 from conveyor.store import operations
-from conveyor.store.client.batching import BULK, LoopConnections, PushBatcher
+from conveyor.store.client.batching import LoopConnections, PushBatcher, chunks
 from conveyor.store.client.confirmed import ConfirmedConnections, ConfirmedTarget
 from conveyor.store.client.durability import Durability, DurabilityRequest
 from conveyor.store.fork_safety import on_fork
@@ -136,11 +136,10 @@ class Client:
         refuse_in_loop()
         self.announce(keys)
         ids: list[str] = []
-        step = len(entries) or 1 if whole else BULK
         producer = self._take(keys.jobs)
         try:
-            for first in range(0, len(entries), step):
-                call = operations.push(keys, producer.lane, entries[first : first + step], max_length=max_length)
+            for part in chunks(entries, whole):
+                call = operations.push(keys, producer.lane, part, max_length=max_length)
                 accepted = producer.connection.run(call, patience=self.patience)
                 ids += accepted
         finally:
@@ -224,9 +223,8 @@ class Client:
         await self.aannounce(keys)
         lane = self.shared().lane(keys, max_length)
         ids: list[str] = []
-        step = len(entries) or 1 if whole else BULK
-        for first in range(0, len(entries), step):
-            ids += await lane.push(entries[first : first + step])
+        for part in chunks(entries, whole):
+            ids += await lane.push(part)
         return ids
 
     def push_target(self, asks: Durability | None, durability_request: DurabilityRequest | None = None) -> PushTarget:

@@ -1,7 +1,8 @@
 """
-The way in for pushes that ask for more than being stored: on connections of their own, gathered by what they ask.
+Pushes that ask for more than being stored: an fsync, or replicas.
 
-Pushes that are confirmed: the wait travels right behind the push, in one write on the same connection.
+They travel on connections of their own, batched by what they ask. The wait (WAIT, WAITAOF) goes right behind the push, in
+the same write on the same connection, because it covers only what that connection wrote.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 from conveyor.errors import ConfigurationError, DurabilityNotReached
 from conveyor.ids import new_identity, public
 from conveyor.store import operations
-from conveyor.store.client.batching import BULK, Item, PushBatcher
+from conveyor.store.client.batching import Item, PushBatcher, chunks
 from conveyor.store.client.durability import (
     Confirmation,
     Durability,
@@ -38,59 +39,176 @@ if TYPE_CHECKING:
     from conveyor.store.keys import QueueKeys
     from conveyor.store.transport.endpoint import Endpoint
 
-
 T = TypeVar("T")
 EXAMINED = 10.0
 """Seconds after which the settings a connection relies on are looked at again."""
+MOST_WIRES = 8
+"""Wires of one event loop and place for confirmed pushes: one that waits for a dead replica holds up an eighth."""
 NOTHING = Confirmation(synced=False, replicas=0)
 
 
-class _ConfirmedCall:
-    """One confirmed call: what is asked, what was sent already, what came of it."""
+class ClientProtocol(Protocol):
+    """What is needed of the client."""
 
-    __slots__ = ("asked", "began", "got", "lane", "sent", "sync")
+    @property
+    def patience(self) -> float: ...
+    def endpoint(self, keys: QueueKeys) -> Endpoint: ...
+    def announce(self, keys: QueueKeys) -> None: ...
+    async def aannounce(self, keys: QueueKeys) -> None: ...
 
-    def __init__(self, asked: Durability, lane: str) -> None:
-        self.asked = asked
-        self.lane = lane
-        self.sent = False
-        self.began = time.monotonic()
-        self.sync = FsyncMethod.NONE
-        self.got = NOTHING
 
-    def commands(self, command: tuple[Any, ...]) -> list[tuple[Any, ...]]:
+class ConfirmedTarget:
+    """The way into Redis for pushes that ask the same: as a client's, and each returns when it is confirmed."""
+
+    deferred = False
+
+    def __init__(self, confirmer: ConfirmedConnections, asked: Durability) -> None:
+        """Take whose connections, and what is asked."""
+        self._confirmer = confirmer
+        self._asked = asked
+
+    def push(self, keys: QueueKeys, entries: Sequence[Entry], *, max_length: int = 0, whole: bool = False) -> list[str]:
         """
-        Return the push and what follows it.
+        Accept *entries* and wait, once for each thousand.
 
-        A repeat may be answered from its lane without a write, and a wait covers only what its connection wrote: a
-        wait on a new connection would confirm nothing, at once. So a repeat touches its lane, behind which every
-        earlier write stands in the stream of replication and in the file.
+        Raises DurabilityNotReached with the ids of all that this call stored: what follows the thousand that was not
+        confirmed is not stored.
         """
-        touch = [("PEXPIRE", self.lane, operations.LANE_MS)] if self.sent else []
-        self.sent = True
-        return [command, *touch, *self.asked.waits(self.sync)]
+        asked, ids = self._asked, list[str]()
+        with self._confirmer.one(keys) as (connection, lane):
+            for part in chunks(entries, whole):
+                call = operations.push(keys, lane, part, max_length=max_length)
+                accepted, got = connection.confirm(call, asked, patience=self._confirmer.home.patience)
+                if not asked.reached(got):
+                    failure = asked.failure(keys.queue, accepted, got)
+                    raise after(failure, _public(keys, ids)) if len(entries) > len(part) else failure
+                ids += accepted
+        return ids
 
-    def settle(self, replies: list[Any]) -> Any:
-        """Take the replies; return the first, that of the push."""
-        waits = len(self.asked.waits(self.sync))
-        if not isinstance(replies[0], Exception):
-            self.got = self.asked.read(self.sync, replies[len(replies) - waits :])
-        return replies[0]
+    def push_plain(self, keys: QueueKeys, pairs: Sequence[Argument], *, max_length: int = 0) -> None:
+        """Accept plain messages (id, envelope, id, envelope, …) and wait."""
+        self.push(keys, operations.plain_entries(pairs), max_length=max_length)
 
-    def watch(self) -> FsyncWatch | None:
-        """Return what still has to be watched."""
-        if self.sync is not FsyncMethod.WATCH or not self.got.synced:
-            return None
-        return FsyncWatch(time.monotonic(), self.asked.timeout_ms)
+    async def apush(
+        self, keys: QueueKeys, entries: Sequence[Entry], *, max_length: int = 0, whole: bool = False
+    ) -> list[str]:
+        """Do the same on this event loop; pushes of one tick that ask the same share a call."""
+        await self._confirmer.home.aannounce(keys)
+        lane = self._confirmer.lane(keys, max_length, self._asked)
+        ids: list[str] = []
+        for part in chunks(entries, whole):
+            try:
+                ids += await lane.push(part)
+            except DurabilityNotReached as error:
+                if len(part) == len(entries):
+                    raise
+                raise after(error, _public(keys, ids)) from None
+        return ids
 
-    def judge(self, replies: Sequence[Any], where: str) -> None:
-        """Take what the connection said of itself; what can never be had is refused, unless it may be stored already."""
+
+def _public(keys: QueueKeys, ids: Sequence[str]) -> list[str]:
+    return [public(keys.queue, id_) for id_ in ids]
+
+
+class ConfirmedConnections:
+    """The connections of one app for confirmed pushes, opened when first used."""
+
+    def __init__(self, home: ClientProtocol, refuse: Callable[[], None]) -> None:
+        """Open nothing yet; *refuse* raises where blocking calls may not be made."""
+        self.home = home
+        self._refuse = refuse
+        self._reset()
+        on_fork(self)
+
+    def _reset(self) -> None:
+        self._free: dict[Endpoint, deque[tuple[ConfirmedConnection, ProducerSequence]]] = {}
+        self._loops: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _LoopState] = weakref.WeakKeyDictionary()
+
+    @contextmanager
+    def one(self, keys: QueueKeys) -> Iterator[tuple[ConfirmedConnection, ProducerSequence]]:
+        """Lend a connection and its lane; the queue is known by then."""
+        self._refuse()
+        self.home.announce(keys)
+        place = self.home.endpoint(keys)
+        free = self._free.setdefault(place, deque())
         try:
-            self.sync = judge(self.asked, replies, where)
-        except ConfigurationError:
-            if not self.sent:
-                raise
-            self.sync = FsyncMethod.NONE
+            found = free.pop()
+        except IndexError:
+            found = ConfirmedConnection(place), ProducerSequence(new_identity())
+        try:
+            yield found
+        finally:
+            free.append(found)
+
+    def lane(self, keys: QueueKeys, max_length: int, asked: Durability) -> ConfirmedBatcher:
+        """Return this event loop's lane for pushes to a queue that ask the same."""
+        loop = asyncio.get_running_loop()
+        home = self._loops.get(loop)
+        if home is None:
+            home = self._loops[loop] = _LoopState()
+        found = home.lanes.get((keys.prefix, max_length, asked))
+        if found is None:
+            place = self.home.endpoint(keys)
+            wires = home.wires.setdefault(place, [])
+            if len(wires) < MOST_WIRES:
+                wires.append(AsyncConfirmedConnection(place))
+            wire = wires[len(home.lanes) % len(wires)]
+            found = ConfirmedBatcher(wire, keys, max_length, self.home.patience, asked)
+            home.lanes[keys.prefix, max_length, asked] = found
+        return found
+
+    def close(self) -> None:
+        """Close the blocking connections."""
+        for free in self._free.values():
+            while free:
+                free.pop()[0].close()
+
+    def aclose(self) -> None:
+        """Close this event loop's wires."""
+        home = self._loops.pop(asyncio.get_running_loop(), None)
+        for wires in home.wires.values() if home is not None else ():
+            for wire in wires:
+                wire.close()
+
+    def forked(self) -> None:
+        """Start anew in a forked child: the parent goes on using its sockets and lanes."""
+        self._reset()
+
+
+class _LoopState:
+    """What one event loop's confirmed pushes share."""
+
+    def __init__(self) -> None:
+        self.wires: dict[Endpoint, list[AsyncConfirmedConnection]] = {}
+        self.lanes: dict[tuple[str, int, Durability], ConfirmedBatcher] = {}
+
+
+class ConfirmedBatcher(PushBatcher):
+    """Gathers the pushes of one queue that ask the same."""
+
+    def __init__(
+        self, wire: AsyncConfirmedConnection, keys: QueueKeys, max_length: int, patience: float, asked: Durability
+    ) -> None:
+        """Take what every lane takes, and what is asked."""
+        super().__init__(wire, keys, max_length, patience)
+        self._confirmed, self._asked, self._got = wire, asked, NOTHING
+
+    async def run(self, call: Call[T]) -> T:
+        """Carry out one push."""
+        reply, self._got = await self._confirmed.confirm(call, self._asked, patience=self._patience)
+        return reply
+
+    def answer(self, batch: list[Item], ids: list[str]) -> None:
+        """Tell everybody who waits."""
+        if self._asked.reached(self._got):
+            super().answer(batch, ids)
+            return
+        at = 0
+        for first, _, future in batch:
+            own = ids[at : at + len(first)]
+            at += len(first)
+            if not future.done():
+                future.set_exception(self._asked.failure(self._keys.queue, own, self._got))
 
 
 class ConfirmedConnection(Connection):
@@ -238,181 +356,49 @@ def _answer(future: asyncio.Future[Any], reply: Any) -> None:
         future.set_result(reply)
 
 
-MOST_WIRES = 8
-"""Wires of one event loop and place for confirmed pushes: one that waits for a dead replica holds up an eighth."""
+class _ConfirmedCall:
+    """One confirmed call: what is asked, what was sent already, what came of it."""
 
+    __slots__ = ("asked", "began", "got", "lane", "sent", "sync")
 
-class ConfirmedBatcher(PushBatcher):
-    """Gathers the pushes of one queue that ask the same."""
+    def __init__(self, asked: Durability, lane: str) -> None:
+        self.asked = asked
+        self.lane = lane
+        self.sent = False
+        self.began = time.monotonic()
+        self.sync = FsyncMethod.NONE
+        self.got = NOTHING
 
-    def __init__(
-        self, wire: AsyncConfirmedConnection, keys: QueueKeys, max_length: int, patience: float, asked: Durability
-    ) -> None:
-        """Take what every lane takes, and what is asked."""
-        super().__init__(wire, keys, max_length, patience)
-        self._confirmed, self._asked, self._got = wire, asked, NOTHING
-
-    async def run(self, call: Call[T]) -> T:
-        """Carry out one push."""
-        reply, self._got = await self._confirmed.confirm(call, self._asked, patience=self._patience)
-        return reply
-
-    def answer(self, batch: list[Item], ids: list[str]) -> None:
-        """Tell everybody who waits."""
-        if self._asked.reached(self._got):
-            super().answer(batch, ids)
-            return
-        at = 0
-        for first, _, future in batch:
-            own = ids[at : at + len(first)]
-            at += len(first)
-            if not future.done():
-                future.set_exception(self._asked.failure(self._keys.queue, own, self._got))
-
-
-class _LoopState:
-    """What one event loop's confirmed pushes share."""
-
-    def __init__(self) -> None:
-        self.wires: dict[Endpoint, list[AsyncConfirmedConnection]] = {}
-        self.lanes: dict[tuple[str, int, Durability], ConfirmedBatcher] = {}
-
-
-class ClientProtocol(Protocol):
-    """What is needed of the client."""
-
-    @property
-    def patience(self) -> float: ...
-    def endpoint(self, keys: QueueKeys) -> Endpoint: ...
-    def announce(self, keys: QueueKeys) -> None: ...
-    async def aannounce(self, keys: QueueKeys) -> None: ...
-
-
-class ConfirmedTarget:
-    """The way into Redis for pushes that ask the same: as a client's, and each returns when it is confirmed."""
-
-    deferred = False
-
-    def __init__(self, confirmer: ConfirmedConnections, asked: Durability) -> None:
-        """Take whose connections, and what is asked."""
-        self._confirmer = confirmer
-        self._asked = asked
-
-    def push(self, keys: QueueKeys, entries: Sequence[Entry], *, max_length: int = 0, whole: bool = False) -> list[str]:
+    def commands(self, command: tuple[Any, ...]) -> list[tuple[Any, ...]]:
         """
-        Accept *entries* and wait, once for each thousand.
+        Return the push and what follows it.
 
-        Raises DurabilityNotReached with the ids of all that this call stored: what follows the thousand that was not
-        confirmed is not stored.
+        A repeat may be answered from its lane without a write, and a wait covers only what its connection wrote: a
+        wait on a new connection would confirm nothing, at once. So a repeat touches its lane, behind which every
+        earlier write stands in the stream of replication and in the file.
         """
-        asked, ids = self._asked, list[str]()
-        with self._confirmer.one(keys) as (connection, lane):
-            for part in _parts(entries, whole):
-                call = operations.push(keys, lane, part, max_length=max_length)
-                accepted, got = connection.confirm(call, asked, patience=self._confirmer.home.patience)
-                if not asked.reached(got):
-                    failure = asked.failure(keys.queue, accepted, got)
-                    raise after(failure, _public(keys, ids)) if len(entries) > len(part) else failure
-                ids += accepted
-        return ids
+        touch = [("PEXPIRE", self.lane, operations.LANE_MS)] if self.sent else []
+        self.sent = True
+        return [command, *touch, *self.asked.waits(self.sync)]
 
-    def push_plain(self, keys: QueueKeys, pairs: Sequence[Argument], *, max_length: int = 0) -> None:
-        """Accept plain messages (id, envelope, id, envelope, …) and wait."""
-        self.push(keys, plain_entries(pairs), max_length=max_length)
+    def settle(self, replies: list[Any]) -> Any:
+        """Take the replies; return the first, that of the push."""
+        waits = len(self.asked.waits(self.sync))
+        if not isinstance(replies[0], Exception):
+            self.got = self.asked.read(self.sync, replies[len(replies) - waits :])
+        return replies[0]
 
-    async def apush(
-        self, keys: QueueKeys, entries: Sequence[Entry], *, max_length: int = 0, whole: bool = False
-    ) -> list[str]:
-        """Do the same on this event loop; pushes of one tick that ask the same share a call."""
-        await self._confirmer.home.aannounce(keys)
-        lane = self._confirmer.lane(keys, max_length, self._asked)
-        ids: list[str] = []
-        for part in _parts(entries, whole):
-            try:
-                ids += await lane.push(part)
-            except DurabilityNotReached as error:
-                if len(part) == len(entries):
-                    raise
-                raise after(error, _public(keys, ids)) from None
-        return ids
+    def watch(self) -> FsyncWatch | None:
+        """Return what still has to be watched."""
+        if self.sync is not FsyncMethod.WATCH or not self.got.synced:
+            return None
+        return FsyncWatch(time.monotonic(), self.asked.timeout_ms)
 
-
-class ConfirmedConnections:
-    """The connections of one app for confirmed pushes, opened when first used."""
-
-    def __init__(self, home: ClientProtocol, refuse: Callable[[], None]) -> None:
-        """Open nothing yet; *refuse* raises where blocking calls may not be made."""
-        self.home = home
-        self._refuse = refuse
-        self._reset()
-        on_fork(self)
-
-    def _reset(self) -> None:
-        self._free: dict[Endpoint, deque[tuple[ConfirmedConnection, ProducerSequence]]] = {}
-        self._loops: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _LoopState] = weakref.WeakKeyDictionary()
-
-    @contextmanager
-    def one(self, keys: QueueKeys) -> Iterator[tuple[ConfirmedConnection, ProducerSequence]]:
-        """Lend a connection and its lane; the queue is known by then."""
-        self._refuse()
-        self.home.announce(keys)
-        place = self.home.endpoint(keys)
-        free = self._free.setdefault(place, deque())
+    def judge(self, replies: Sequence[Any], where: str) -> None:
+        """Take what the connection said of itself; what can never be had is refused, unless it may be stored already."""
         try:
-            found = free.pop()
-        except IndexError:
-            found = ConfirmedConnection(place), ProducerSequence(new_identity())
-        try:
-            yield found
-        finally:
-            free.append(found)
-
-    def lane(self, keys: QueueKeys, max_length: int, asked: Durability) -> ConfirmedBatcher:
-        """Return this event loop's lane for pushes to a queue that ask the same."""
-        loop = asyncio.get_running_loop()
-        home = self._loops.get(loop)
-        if home is None:
-            home = self._loops[loop] = _LoopState()
-        found = home.lanes.get((keys.prefix, max_length, asked))
-        if found is None:
-            place = self.home.endpoint(keys)
-            wires = home.wires.setdefault(place, [])
-            if len(wires) < MOST_WIRES:
-                wires.append(AsyncConfirmedConnection(place))
-            wire = wires[len(home.lanes) % len(wires)]
-            found = ConfirmedBatcher(wire, keys, max_length, self.home.patience, asked)
-            home.lanes[keys.prefix, max_length, asked] = found
-        return found
-
-    def close(self) -> None:
-        """Close the blocking connections."""
-        for free in self._free.values():
-            while free:
-                free.pop()[0].close()
-
-    def aclose(self) -> None:
-        """Close this event loop's wires."""
-        home = self._loops.pop(asyncio.get_running_loop(), None)
-        for wires in home.wires.values() if home is not None else ():
-            for wire in wires:
-                wire.close()
-
-    def forked(self) -> None:
-        """Start anew in a forked child: the parent goes on using its sockets and lanes."""
-        self._reset()
-
-
-def plain_entries(pairs: Sequence[Argument]) -> list[Entry]:
-    """Return id, envelope, id, envelope, … as entries."""
-    both: Sequence[Any] = pairs
-    return [Entry(both[at], both[at + 1]) for at in range(0, len(both), 2)]
-
-
-def _public(keys: QueueKeys, ids: Sequence[str]) -> list[str]:
-    return [public(keys.queue, id_) for id_ in ids]
-
-
-def _parts(entries: Sequence[Entry], whole: bool) -> list[Sequence[Entry]]:
-    if whole:
-        return [entries]
-    return [entries[first : first + BULK] for first in range(0, len(entries), BULK)]
+            self.sync = judge(self.asked, replies, where)
+        except ConfigurationError:
+            if not self.sent:
+                raise
+            self.sync = FsyncMethod.NONE

@@ -15,7 +15,7 @@ from typing import Any, TypedDict, TypeVar
 
 from conveyor import ids as ident
 from conveyor.errors import ConfigurationError, DurabilityNotReached
-from conveyor.store.transport.replies import final
+from conveyor.store.transport.replies import final, parse_info
 from conveyor.units import Duration, milliseconds
 
 N = TypeVar("N", bound=int)
@@ -148,7 +148,7 @@ def judge(asked: Durability, replies: Sequence[Any], where: str) -> FsyncMethod:
     if not asked.fsync:
         return FsyncMethod.NONE
     _, waitaof, *told = replies
-    server, persistence = _facts(told[0]), _facts(told[1])
+    server, persistence = parse_info(told[0]), parse_info(told[1])
     policy, lazy = _setting(told[2]), _setting(told[3])
     always = policy == "always" and lazy == "no"
     text = str(waitaof) if isinstance(waitaof, Exception) else ""
@@ -192,11 +192,6 @@ def _is_honest(server: dict[str, str]) -> bool:
     return (int(found[1]), int(found[2])) >= HONEST_REDIS
 
 
-def _facts(reply: Any) -> dict[str, str]:
-    text = reply.decode("utf-8", "replace") if isinstance(reply, bytes) else ""
-    return dict(line.split(":", 1) for line in text.splitlines() if ":" in line)
-
-
 def _setting(reply: Any) -> str | None:
     return reply[1].decode() if isinstance(reply, list) and len(reply) > 1 else None
 
@@ -219,7 +214,7 @@ class FsyncWatch:
 
     def look(self, reply: Any, now: float) -> float | None:
         """Return how long to wait before the next look; None when it is over: *synced* tells how."""
-        facts = _facts(reply)
+        facts = parse_info(reply)
         resting = (
             facts.get("aof_pending_bio_fsync") == "0"
             and facts.get("aof_buffer_length") == "0"

@@ -1,10 +1,9 @@
 """
-Pushes that wait for Redis to come back, in memory: in order, and each with the call it may have been sent in already.
+Pushes that wait until Redis is back: in memory, or also in a file that the next process reads when this one is gone.
 
-A backlog on disk: an append-only file that the next process reads when this one is gone.
-
-Frames of ``length(4) crc32(4) body``; the body is MessagePack, a record, the beginning of a call or its end. A torn tail
-is cut off and said; a file is emptied when all of it was delivered, and written anew when most of it was.
+They wait in order, each with the call in which it may have been sent already. The file is append-only: frames of
+``length(4) crc32(4) body``. The body is MessagePack: a push, the begin of a call or its end. A torn tail is cut off and
+logged. The file is emptied when all of it was delivered, and rewritten when most of it was.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ import logging
 import os
 import struct
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -26,9 +25,17 @@ import msgspec
 from conveyor.errors import ConfigurationError
 from conveyor.store.operations import Entry
 
+_log = logging.getLogger("conveyor.buffer")
 MOST_JOBS, MOST_BYTES = 1000, 4_000_000
 """What one call delivers at most."""
 _OVERHEAD = 100
+SLOTS = 256
+"""Processes that may share a directory."""
+_SLACK = 8_000_000
+"""Bytes of delivered records a file may hold before it is written anew."""
+_SPARE = 4096
+"""Bytes kept free behind the records for what is written during a delivery: a disk that is full must not hold it up."""
+_HEAD = struct.Struct("<II")
 
 
 @dataclass(slots=True)
@@ -162,21 +169,6 @@ class MemorySpool:
     def _keep(self, record: SpooledPush) -> None: ...
     def _begin(self, batch: SpoolBatch) -> None: ...
     def _end(self, count: int) -> None: ...
-
-
-def entries_of(pairs: Sequence[object]) -> list[Entry]:
-    """Return id, envelope, id, envelope, … as entries."""
-    return [Entry(pairs[at], pairs[at + 1]) for at in range(0, len(pairs), 2)]  # type: ignore[arg-type]
-
-
-_HEAD = struct.Struct("<II")
-_SLACK = 8_000_000
-"""Bytes of delivered records a file may hold before it is written anew."""
-_SPARE = 4096
-"""Bytes kept free behind the records for what is written during a delivery: a disk that is full must not hold it up."""
-SLOTS = 256
-"""Processes that may share a directory."""
-_log = logging.getLogger("conveyor.buffer")
 
 
 class DiskSpool(MemorySpool):

@@ -1,7 +1,7 @@
 """
-The blocking runner: one socket, one call in flight, repeated until it is answered or the deadline passes.
+The blocking runner: one socket, one call in flight, repeated until it is answered or its time is over.
 
-One question and its answer on a connection of redis-py, before it is ours to use.
+Below it: what an exception of redis-py means, and single commands on a connection that redis-py has just opened.
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ if TYPE_CHECKING:
 
     from conveyor.store.transport.endpoint import Endpoint
 
-
 T = TypeVar("T")
+ANSWER_TIMEOUT = 2.0
+"""Seconds an answer may take on a connection of asyncio, which has no time limit of its own."""
 
 
 class Connection:
@@ -199,9 +200,6 @@ class Connection:
             raw.disconnect()
 
 
-_ELSEWHERE = {replies.ErrorAction.RECONNECT, replies.ErrorAction.MOVE}
-
-
 class IdempotentCommand:
     """A command that is no script and may be repeated all the same."""
 
@@ -227,32 +225,7 @@ class IdempotentCommand:
         return reply
 
 
-def _lost(why: str) -> Exception:
-    from redis import ConnectionError as TransportError
-
-    return TransportError(why)
-
-
-# redis-py takes these codes off the text and turns them into classes.
-_CODES = {
-    "OutOfMemoryError": "OOM", "ReadOnlyError": "READONLY", "BusyLoadingError": "LOADING", "NoPermissionError": "NOPERM",
-    "AuthenticationError": "NOAUTH", "TryAgainError": "TRYAGAIN", "ClusterDownError": "CLUSTERDOWN",
-    "MasterDownError": "MASTERDOWN",
-}  # fmt: skip
-
-
-def reply_text(error: BaseException) -> str:
-    """Return an error reply as the server sent it, with the code in front."""
-    text, code = str(error), _CODES.get(type(error).__name__, "")
-    return text if not code or code in text else f"{code} {text}"
-
-
-def answered(error: BaseException) -> bool:
-    """Tell whether the server answered, so that the connection is good."""
-    from redis import ConnectionError as TransportError
-    from redis import ResponseError
-
-    return isinstance(error, ResponseError) and not isinstance(error, TransportError)
+_ELSEWHERE = {replies.ErrorAction.RECONNECT, replies.ErrorAction.MOVE}
 
 
 def _verdict(error: Exception) -> replies.ErrorAction:
@@ -269,8 +242,26 @@ def _verdict(error: Exception) -> replies.ErrorAction:
     raise error
 
 
-ANSWER_TIMEOUT = 2.0
-"""Seconds an answer may take on a connection of asyncio, which has no time limit of its own."""
+def reply_text(error: BaseException) -> str:
+    """Return an error reply as the server sent it, with the code in front."""
+    text, code = str(error), _CODES.get(type(error).__name__, "")
+    return text if not code or code in text else f"{code} {text}"
+
+
+# redis-py takes these codes off the text and turns them into classes.
+_CODES = {
+    "OutOfMemoryError": "OOM", "ReadOnlyError": "READONLY", "BusyLoadingError": "LOADING", "NoPermissionError": "NOPERM",
+    "AuthenticationError": "NOAUTH", "TryAgainError": "TRYAGAIN", "ClusterDownError": "CLUSTERDOWN",
+    "MasterDownError": "MASTERDOWN",
+}  # fmt: skip
+
+
+def answered(error: BaseException) -> bool:
+    """Tell whether the server answered, so that the connection is good."""
+    from redis import ConnectionError as TransportError
+    from redis import ResponseError
+
+    return isinstance(error, ResponseError) and not isinstance(error, TransportError)
 
 
 def refusal(error: Exception) -> str | None:
@@ -287,6 +278,12 @@ def refusal(error: Exception) -> str | None:
         ):
             return text
     return None
+
+
+def _lost(why: str) -> Exception:
+    from redis import ConnectionError as TransportError
+
+    return TransportError(why)
 
 
 def ask(connection: RawConnection, *command: str) -> Any:

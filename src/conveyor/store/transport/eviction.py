@@ -7,6 +7,7 @@ import logging
 from collections.abc import Awaitable, Callable, Sequence
 
 from conveyor.errors import ConveyorError
+from conveyor.store.transport import replies
 
 KEEPS = "noeviction"
 REMEDY = "CONFIG SET maxmemory-policy noeviction, and the same in its configuration file or parameter group"
@@ -25,12 +26,6 @@ def danger(policy: str, evicted: int) -> str | None:
     return f"Redis may delete {what}: maxmemory-policy is {policy}{since}."
 
 
-def facts(info: object) -> dict[str, str]:
-    """Return what the reply to INFO says; nothing for a reply that is none."""
-    text = info.decode("utf-8", "replace") if isinstance(info, bytes) else ""
-    return dict(line.split(":", 1) for line in text.splitlines() if ":" in line)
-
-
 async def watch(ask: Callable[[], Awaitable[Sequence[object]]], log: logging.Logger) -> None:
     """
     Look now and every hour, with the INFO of each server that *ask* gets; log a policy that deletes jobs, once until it changes.
@@ -40,7 +35,7 @@ async def watch(ask: Callable[[], Awaitable[Sequence[object]]], log: logging.Log
     told = KEEPS
     while True:
         try:
-            found = [facts(info) for info in await ask()]
+            found = [replies.parse_info(info) for info in await ask()]
         except ConveyorError:  # away, or this user may not ask
             found = []
         policies = {one.get("maxmemory_policy", ""): int(one.get("evicted_keys", 0)) for one in found}

@@ -171,3 +171,9 @@ def pause(attempt: int, *, cap: float = 2.0) -> float:
     """Return how long to wait before repeat number *attempt* (from 0): full jitter, so that a herd spreads out."""
     # The exponent is bounded too: after a quarter of an hour the power itself would be too large for a float.
     return random.uniform(0.005, min(cap, 0.02 * 2 ** min(attempt, 20)))  # noqa: S311  no secret
+
+
+def parse_info(reply: object) -> dict[str, str]:
+    """Return the fields of a reply to INFO; none for anything else, such as None or an error."""
+    text = reply.decode("utf-8", "replace") if isinstance(reply, bytes) else ""
+    return dict(line.split(":", 1) for line in text.splitlines() if ":" in line)

@@ -1,9 +1,8 @@
 """
-Where Redis is: a URL, checked, redacted, and turned into the parameters of a connection.
+URLs of Redis: checked, redacted, and turned into the parameters of connections.
 
-A URL that names several hosts, taken apart.
-
-A password that lies in a file and is read anew for each connection, so that it can be changed while programs run.
+`StandaloneServer` is one server by its URL, with the password in the URL or in a file. `HostList` holds the parts of a URL
+that names several hosts, as those of Sentinel and Cluster do.
 """
 
 from __future__ import annotations
@@ -17,8 +16,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import SplitResult, parse_qsl, quote, unquote, urlencode, urlsplit
 
-from redis.credentials import CredentialProvider
-
 from conveyor.errors import ConfigurationError
 from conveyor.store.fork_safety import lazy_property
 from conveyor.store.transport.endpoint import ANSWER_TIMEOUT
@@ -28,7 +25,6 @@ if TYPE_CHECKING:
     from redis.asyncio import Connection as AsyncConnection
 
     from conveyor.store.transport.endpoint import Endpoint
-
 
 # To the last "@" of the word: a password that was not quoted may hold "/", ":" and "@" itself.
 _SECRET = re.compile(r"(?<=://)([^/:@\s]*):\S*@")
@@ -43,6 +39,11 @@ _ALIVE = {
     for name, value in (("TCP_KEEPIDLE", 30), ("TCP_KEEPINTVL", 10), ("TCP_KEEPCNT", 3))
     if hasattr(socket, name)
 }
+
+
+def configured_url(argument: str | None) -> str | None:
+    """Return the URL by the order of settings: argument, ``CONVEYOR_URL``, else None (the embedded server)."""
+    return argument or os.environ.get("CONVEYOR_URL") or None
 
 
 def redact(text: str) -> str:
@@ -139,8 +140,6 @@ class StandaloneServer:
         path = parameters.pop("password_file", None)
         if path is None:
             return
-        from conveyor.store.transport.url import PasswordFile
-
         if parameters.pop("password", None):
             raise ConfigurationError(f"{self} has both a password and a password_file. Leave one out.")
         parameters["credential_provider"] = PasswordFile(path, parameters.pop("username", None))
@@ -242,9 +241,32 @@ class StandaloneServer:
         return cast("AsyncConnection", kind[self._parts.scheme](**parameters))
 
 
-def configured_url(argument: str | None) -> str | None:
-    """Return the URL by the order of settings: argument, ``CONVEYOR_URL``, else None (the embedded server)."""
-    return argument or os.environ.get("CONVEYOR_URL") or None
+class PasswordFile:  # a CredentialProvider of redis-py, which is not imported before the first connection
+    """The user of a URL with the password of a file; a line's end behind it does not count."""
+
+    def __init__(self, path: str, user: str | None) -> None:
+        """Take the file and the user, None for the default one. Raises ConfigurationError when nothing can be read there now."""
+        self._path, self._user = Path(path), user
+        try:
+            self.get_credentials()
+        except (OSError, ValueError) as error:
+            why = error.strerror if isinstance(error, OSError) else "it is not text"
+            raise ConfigurationError(
+                f"The password of Redis cannot be read from {path!r}: {why}. Behind password_file= stands the path of a "
+                "file that holds the password and nothing else.",
+                code="E17",
+            ) from None
+
+    def get_credentials(self) -> tuple[str] | tuple[str, str]:
+        """Read the file; what goes wrong later is an OSError, and repeated as if the server were away."""
+        password = self._path.read_text("utf-8").rstrip("\r\n")
+        if not password:
+            raise OSError(0, "it is empty")  # as one that is not there: somebody is writing it
+        return (password,) if self._user is None else (self._user, password)
+
+    async def get_credentials_async(self) -> tuple[str] | tuple[str, str]:
+        """Read the file; secrets are small and lie in memory."""
+        return self.get_credentials()
 
 
 @dataclass(frozen=True)
@@ -287,31 +309,3 @@ def _host(url: str, name: str, default_port: int) -> tuple[str, int]:
     if not port.isdecimal() or not 0 < int(port) < 65536 or not host or len(host.split()) > 1:
         raise ConfigurationError(f"{masked(url)!r}: {masked(name)!r} is not a host with a port.")
     return host.strip("[]"), int(port)
-
-
-class PasswordFile(CredentialProvider):
-    """The user of a URL with the password of a file; a line's end behind it does not count."""
-
-    def __init__(self, path: str, user: str | None) -> None:
-        """Take the file and the user, None for the default one. Raises ConfigurationError when nothing can be read there now."""
-        self._path, self._user = Path(path), user
-        try:
-            self.get_credentials()
-        except (OSError, ValueError) as error:
-            why = error.strerror if isinstance(error, OSError) else "it is not text"
-            raise ConfigurationError(
-                f"The password of Redis cannot be read from {path!r}: {why}. Behind password_file= stands the path of a "
-                "file that holds the password and nothing else.",
-                code="E17",
-            ) from None
-
-    def get_credentials(self) -> tuple[str] | tuple[str, str]:
-        """Read the file; what goes wrong later is an OSError, and repeated as if the server were away."""
-        password = self._path.read_text("utf-8").rstrip("\r\n")
-        if not password:
-            raise OSError(0, "it is empty")  # as one that is not there: somebody is writing it
-        return (password,) if self._user is None else (self._user, password)
-
-    async def get_credentials_async(self) -> tuple[str] | tuple[str, str]:
-        """Read the file; secrets are small and lie in memory."""
-        return self.get_credentials()
