@@ -49,7 +49,7 @@ class Scene:
     def __init__(self, client: redis_py.Redis, url: str, keys: QueueKeys | None = None) -> None:
         """Take a client of an emptied server."""
         self.redis = client
-        self.client = Client(url, namespace="c", patience=0)
+        self.client = Client(url, namespace="c", retry_for=0)
         self.keys = keys or self.client.keys("q")
         self.lane = ProducerSequence("L")
 

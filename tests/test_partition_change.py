@@ -273,7 +273,7 @@ class TestRepartition:
 
     def test_a_change_that_was_not_completed_is_completed_by_the_next(self, url, backend, queue8):
         """With the queue shut, pushes wait and then say so; the same command again completes it, wherever it stood."""
-        other = Client(url, patience=0.2)
+        other = Client(url, retry_for=0.2)
         mine = spread(other)
         whole = backend.keys("orders")
         for steps in (1, 2, 5, 9):

@@ -241,7 +241,7 @@ def test_pushes_are_kept_while_redis_is_away(start_server: Any, tmp_path: Path) 
     server = start_server()
     server.kill()
     with Conveyor(server.url, buffer=Buffer(tmp_path / "kept")) as app:
-        app.client.patience = 0.2
+        app.client.retry_for = 0.2
         orders: Any = app.queue("orders", partitions=4)
         ids = [orders.push(n) for n in range(12)]
         assert len(set(ids)) == 12

@@ -54,16 +54,16 @@ def test_wrong_url_is_refused_where_it_is_written(wrong: Any, code: str, says: s
     assert "cret" not in str(caught.value)
 
 
-def refusals(url: str, *, patience: float = 0.3) -> list[ConveyorError]:
+def refusals(url: str, *, retry_for: float = 0.3) -> list[ConveyorError]:
     """Return what a blocking push and one of a loop raise."""
 
     async def push() -> None:
         async with Conveyor(url) as app:
-            app.client.patience = patience
+            app.client.retry_for = retry_for
             await app.queue("q").apush(1)
 
     with Conveyor(url) as app:
-        app.client.patience = patience
+        app.client.retry_for = retry_for
         with pytest.raises(ConveyorError) as blocking:
             app.queue("q").push(1)
     with pytest.raises(ConveyorError) as awaited:
@@ -99,7 +99,7 @@ def test_a_password_file_is_read_where_it_is_named(tmp_path: Path) -> None:
 
     place = Sentinel(f"redis+sentinel://ada@127.0.0.1:1/main?password_file={secret}&sentinel_password_file={empty}")
     assert f"ada:@127.0.0.1:2/?password_file={quote(str(secret), safe='')}" in place.address(("127.0.0.1", 2)).url
-    [sentinel] = place.preferred()
+    [sentinel] = place.sentinels()
     assert sentinel.url == f"redis://127.0.0.1:1/?password_file={quote(str(empty), safe='')}"
 
 

@@ -98,7 +98,7 @@ def is_spawned(id: str) -> bool:  # noqa: A002
     return is_generated(id) and _ORDERED.index(ord(id[-1])) % 16 == 1
 
 
-def may_come(id: str) -> bool:  # noqa: A002
+def may_arrive_later(id: str) -> bool:  # noqa: A002
     """Tell whether a job that Redis does not know may be on its way: it was spawned, and not so long ago that it is forgotten."""
     return is_spawned(id) and time() * 1000 - (made_at_ms(id) or 0) < 86_400_000
 

@@ -93,9 +93,9 @@ def examine(
     *logical* says what is known of queues besides their names in Redis: which are plain lists; *asks* what queues ask
     of every push.
     """
-    report = HealthReport(str(client.address))
-    if isinstance(client.address, Cluster):
-        if not _nodes(client, client.address, report):
+    report = HealthReport(str(client.topology))
+    if isinstance(client.topology, Cluster):
+        if not _nodes(client, client.topology, report):
             return report  # what is asked of the whole has no answer now
         _latency(client, report)
     else:
@@ -110,12 +110,12 @@ def examine(
 def _server(client: Client, report: HealthReport) -> None:
     facts = _information(client)
     _version(facts, report)
-    if client.attachment is not None:
+    if client.server_handle is not None:
         report.add(
             "server", "note", "embedded server: for one machine, made for development", "Elsewhere: CONVEYOR_URL"
         )
-    elif facts.get("redis_mode") == "cluster" and isinstance(client.address, StandaloneServer):
-        host = client.address.host
+    elif facts.get("redis_mode") == "cluster" and isinstance(client.topology, StandaloneServer):
+        host = client.topology.host
         report.add("server", "problem", "this is one node of a cluster", f"Write redis+cluster://{host}", "E33")
     _role(facts, report)
     _eviction(client, facts, report)
@@ -132,9 +132,9 @@ def _nodes(client: Client, cluster: Cluster, report: HealthReport) -> bool:
     try:
         nodes = cluster.nodes()
     except OSError as error:
-        raise replies.unreachable(str(cluster), error) from error
+        raise replies.unavailable(str(cluster), error) from error
     for address in nodes:
-        node = Client(address.url, patience=client.patience)
+        node = Client(address.url, retry_for=client.retry_for)
         try:
             one = HealthReport(address.host)
             _server(node, one)
@@ -163,7 +163,7 @@ def eviction_policy(client: Client) -> tuple[str, int]:
 
 def evicting(policy: str, evicted: int) -> Finding | None:
     """Return what is wrong with an eviction policy, None when nothing is."""
-    wrong = eviction.danger(policy, evicted)
+    wrong = eviction.eviction_risk(policy, evicted)
     return None if wrong is None else Finding("eviction", "problem", wrong, eviction.REMEDY, "E10")
 
 
@@ -306,7 +306,7 @@ def _confirmations(client: Client, facts: dict[str, str], report: HealthReport) 
     """Say what a push may ask for here."""
     least, lag = (_setting(client, f"min-replicas-{what}") for what in ("to-write", "max-lag"))
     report.replicas = online(facts)
-    report.synced, line = confirmation(client.execute, str(client.address))
+    report.synced, line = confirmation(client.execute, str(client.topology))
     for one in (line, *replication(facts, least, lag)):
         report.add("durability", one.level, one.text, one.remedy, one.code)
 
@@ -368,7 +368,7 @@ def _queues(client: Client, logical: QueueDirectory, report: HealthReport) -> No
             text = f"queue '{name}' takes nothing: a change of its partitions was not completed"
             report.add("queue", "problem", text, f"conveyor queue partition {name} N", "E34")
         size = (found.ready + found.scheduled + found.leased + found.dead) // len(logical.places(name))
-        if size > LARGE_SLOT and not client.address.single:
+        if size > LARGE_SLOT and not client.topology.single:
             text = (
                 f"queue '{name}' has {size:,} jobs in a slot: moving it stops both nodes for about {2e-6 * size:.0f} s"
             )

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from conveyor.errors import ConveyorError
-from conveyor.store.client.durability import Durability, FsyncMethod, judge
+from conveyor.store.client.durability import Durability, FsyncMethod, decide_fsync_method
 
 Ask = Callable[..., object]
 _SAID = {
@@ -63,14 +63,14 @@ def replication(facts: Mapping[str, str], least: str | None, lag: str | None) ->
 def confirmation(execute: Ask, where: str) -> tuple[bool, DurabilityFinding]:
     """Return whether fsync=True can be confirmed, and how."""
     replies: list[object] = []
-    for command in Durability(fsync=True).examination():
+    for command in Durability(fsync=True).probe_commands():
         try:
             replies.append(execute(*command))
         except ConveyorError as error:
             replies.append(error.__cause__ or error)  # the server's own words, which `judge` knows
     try:
         return True, DurabilityFinding(
-            "ok", f"fsync=True can be confirmed: {_SAID[judge(Durability(fsync=True), replies, where)]}"
+            "ok", f"fsync=True can be confirmed: {_SAID[decide_fsync_method(Durability(fsync=True), replies, where)]}"
         )
     except (ConveyorError, OSError) as error:
         why = str(error).partition("\n")[0]

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from conveyor.admin.admin import Admin
     from conveyor.store.client.client import Client
 
-PATIENCE = 1.0
+RETRY_FOR = 1.0
 """Seconds a command repeats a call before it says that the server is away."""
 
 
@@ -48,7 +48,7 @@ class Target:
         if self.url:
             os.environ["CONVEYOR_URL"] = self.url
         name, app = load(self.app_name, self.settings)
-        app.client.patience = PATIENCE
+        app.client.retry_for = RETRY_FOR
         wanted = self._namespace()
         if wanted is not None and wanted != app.client.namespace:
             raise ConfigurationError(
@@ -71,14 +71,14 @@ class Target:
             _, app = load(self.app_name, self.settings)
             self._app = app
             if url is None and namespace in {None, app.client.namespace}:
-                app.client.patience = PATIENCE
+                app.client.retry_for = RETRY_FOR
                 found: Client = _unbuffered(app)
                 return _closed_later(found)
             namespace = namespace or app.client.namespace
             url = url or app.client.address.url
             _closed_later(app.client)  # it may hold the embedded server
         url = url or os.environ.get("CONVEYOR_URL") or self.settings.url
-        return _closed_later(Client(url, namespace=namespace or "conveyor", patience=PATIENCE))
+        return _closed_later(Client(url, namespace=namespace or "conveyor", retry_for=RETRY_FOR))
 
     @property
     def app(self) -> Any:

@@ -89,7 +89,7 @@ class JobChunk:
         batch = self._batch(queue)
         batch.add(entry, job)
         if call.choice.durability_request is not None:
-            batch.durability_request = call.choice.durability_request.join(batch.durability_request)
+            batch.durability_request = call.choice.durability_request.combined_with(batch.durability_request)
         return job
 
     def _batch(self, queue: str) -> QueueBatch:
@@ -104,7 +104,7 @@ class JobChunk:
         finish: list[Callable[[], None]] = []
         for batch in self._batches.values():
             if batch.pairs and batch.queue not in home.bounded:
-                finish.append(home.client.post_plain(home.keys(batch.queue), batch.pairs))
+                finish.append(home.client.start_push_plain(home.keys(batch.queue), batch.pairs))
             elif batch.jobs:
                 batch.settle(home.send(batch.queue, batch.as_entries(), batch.durability_request))
         return finish

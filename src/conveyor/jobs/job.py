@@ -131,7 +131,7 @@ class Job(Generic[R_co]):
             return row.status
         if place == "result":
             return read_outcome(record).status
-        if place == "none" and not record and ids.may_come(self._bare):
+        if place == "none" and not record and ids.may_arrive_later(self._bare):
             return "waiting"  # its parent has not ended, or has a moment ago
         return "cancelled" if place == "cancelled" else "done"
 
@@ -145,7 +145,7 @@ class Job(Generic[R_co]):
         if buffer is None or not buffer.holds(self._bare):
             return seconds
         began = monotonic()
-        if not buffer.wait_for(self._bare, seconds) and seconds is not None:
+        if not buffer.wait_delivered(self._bare, seconds) and seconds is not None:
             raise self._too_late(seconds)
         return None if seconds is None else max(0.0, seconds - (monotonic() - began))
 
@@ -291,14 +291,14 @@ class Job(Generic[R_co]):
         refuse_in_loop("job.cancel()", "await job.acancel()")
         if self.queue is None:
             self._show()
-        self._left_here(self._home.client.patience)
+        self._left_here(self._home.client.retry_for)
         return self._home.client.run(operations.cancel(self._keys(), self._bare)) > 0
 
     async def acancel(self) -> bool:
         """Do the same without blocking the event loop."""
         if self.queue is None:
             await self._ashow()
-        await self._aleft_here(self._home.client.patience)
+        await self._aleft_here(self._home.client.retry_for)
         return await self._home.client.arun(operations.cancel(self._keys(), self._bare)) > 0
 
 

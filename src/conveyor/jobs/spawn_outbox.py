@@ -105,7 +105,7 @@ def deliver(
     A part that was written for another place, *instead_of*, comes in a lane of its own: *target* may have a part too.
     """
     lane = source.queue if instead_of is None else f"{source.queue}>{instead_of}"
-    call = operations.push(target, ProducerSequence(lane, number - 1, insists=True), entries)
+    call = operations.push(target, ProducerSequence(lane, number - 1, resends_refused=True), entries)
     return replace(call, keys=(target.inbox(lane), *call.keys[1:]))
 
 

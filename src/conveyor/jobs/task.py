@@ -143,7 +143,7 @@ class Task(Generic[P, R_co]):
         if _get_running_loop() is not None:
             raise _in_loop(self, args, kwargs, sys._getframe(1))  # noqa: SLF001  where to look is half of the help
         home = self._home
-        if self._plain and not home.pushers and not home.client.diverted and self.queue not in home.bounded:
+        if self._plain and not home.pushers and not home.client.deferring and self.queue not in home.bounded:
             id_ = new_id()
             home.client.push_plain(self._keys, (id_, self.head + self.signature.encode(args, kwargs)))
             return Job(home, id_, self.queue, self)
@@ -153,10 +153,10 @@ class Task(Generic[P, R_co]):
     async def aenqueue(self, *args: P.args, **kwargs: P.kwargs) -> Job[R_co]:
         """Do the same without blocking the event loop; calls of one tick share a round trip."""
         home = self._home
-        if self._plain and not home.pushers and not home.client.diverted and self.queue not in home.bounded:
+        if self._plain and not home.pushers and not home.client.deferring and self.queue not in home.bounded:
             client, keys = home.client, self._keys
             body = self.signature.encode(args, kwargs)
-            if not client.knows(keys):
+            if not client.is_announced(keys):
                 await client.aannounce(keys)
             id_ = new_id()
             await client.put(keys, id_, self.head + body)
@@ -231,17 +231,17 @@ class Task(Generic[P, R_co]):
 
     def is_plain(self, choice: JobOptions) -> bool:
         """Tell whether a call is just an envelope at the tail of the task's queue, which is the cheapest."""
-        return choice is NOTHING and self._plain and not self._home.pushers and not self._home.client.diverted
+        return choice is NOTHING and self._plain and not self._home.pushers and not self._home.client.deferring
 
     def prepare(self, choice: JobOptions, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, Entry]:
         """Return the queue (or partition) and the entry of a call, with the middleware's changes; raises PayloadError."""
         outgoing, body = self._outgoing(choice, args, kwargs)
-        entry = outgoing.entry(body, self._home.sealing, deferred=self._home.client.diverted)
+        entry = outgoing.entry(body, self._home.sealing, deferred=self._home.client.deferring)
         return self._home.placed(outgoing.queue, entry), entry
 
     async def aprepare(self, choice: JobOptions, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, Entry]:
         """Do the same; a body for the store of large ones is written there on a thread."""
-        sealing, deferred = self._home.sealing, self._home.client.diverted
+        sealing, deferred = self._home.sealing, self._home.client.deferring
         outgoing, body = self._outgoing(choice, args, kwargs)
         if sealing is None or not sealing.is_large(body, b"payload"):
             entry = outgoing.entry(body, sealing, deferred=deferred)

@@ -81,7 +81,7 @@ class PartitionedQueue(Queue[T]):
 
     def _scattered(self, options: PreparedPush) -> PartitionedPublisher[T]:
         """Return what pushes with these options, to where pushes go right now."""
-        if options.durability_request is None and not self.client.diverted:
+        if options.durability_request is None and not self.client.deferring:
             return self._scatter
         return self._scatter.through(self.client.push_target(self.asks, options.durability_request))
 

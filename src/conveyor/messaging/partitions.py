@@ -148,32 +148,32 @@ class Partitions:
             await self.aclaim()
             self._claimed = True
 
-    def claim(self, patience: float | None = None) -> None:
-        """Agree with Redis on the number; a change under way is waited for, for *patience* seconds."""
-        deadline = time.monotonic() + (self.client.patience if patience is None else patience)
+    def claim(self, retry_for: float | None = None) -> None:
+        """Agree with Redis on the number; a change under way is waited for, for *retry_for* seconds."""
+        deadline = time.monotonic() + (self.client.retry_for if retry_for is None else retry_for)
         while True:
             try:
-                return drive(self._claiming(), partial(self.client.run, patience=self._patience))
+                return drive(self._claiming(), partial(self.client.run, retry_for=self._retry_for))
             except PartitionCountMismatch as error:
-                if error.found != 0 or time.monotonic() >= deadline:
+                if error.recorded != 0 or time.monotonic() >= deadline:
                     raise
                 time.sleep(_LOOK)
 
-    async def aclaim(self, patience: float | None = None) -> None:
+    async def aclaim(self, retry_for: float | None = None) -> None:
         """Do the same on this event loop."""
-        deadline = time.monotonic() + (self.client.patience if patience is None else patience)
+        deadline = time.monotonic() + (self.client.retry_for if retry_for is None else retry_for)
         while True:
             try:
-                return await adrive(self._claiming(), partial(self.client.arun, patience=self._patience))
+                return await adrive(self._claiming(), partial(self.client.arun, retry_for=self._retry_for))
             except PartitionCountMismatch as error:
-                if error.found != 0 or time.monotonic() >= deadline:
+                if error.recorded != 0 or time.monotonic() >= deadline:
                     raise
                 await asyncio.sleep(_LOOK)
 
     @property
-    def _patience(self) -> float:
+    def _retry_for(self) -> float:
         """How long a claim is repeated for: where pushes are kept when Redis is away, it is not waited for."""
-        return self.client.patience if self.client.buffer is None else _LOOK
+        return self.client.retry_for if self.client.buffer is None else _LOOK
 
     def _claiming(self) -> Generator[Call[Any], Any, None]:
         whole, *parts = partitioning.claims(self.client.namespace, self.name, self.count)

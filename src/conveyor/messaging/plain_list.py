@@ -61,7 +61,7 @@ class PlainList(Queue[T]):
         return ListPublisher(self.client, self.keys, self.codec)
 
     def _by(self, options: PreparedPush) -> Publisher[T]:
-        if self.client.diverted:
+        if self.client.deferring:
             raise ConfigurationError(
                 f"A plain list holds bare documents, so '{self.name}' cannot be delivered exactly once from an outbox. "
                 "Nothing was stored. Push to it after the commit, or use a queue.",
@@ -141,12 +141,12 @@ class ListPublisher(Publisher[T]):
         if not self._known:
             self._home.announce(self._keys)
             self._known = True
-        with self._lanes.one() as lane:
+        with self._lanes.lend() as lane:
             self._home.run(plain_list.push(self._keys, lane, entries))
 
     async def _araw(self, entries: list[bytes]) -> None:
         await self._home.aannounce(self._keys)
-        with self._lanes.one() as lane:
+        with self._lanes.lend() as lane:
             await self._home.arun(plain_list.push(self._keys, lane, entries))
 
 

@@ -25,7 +25,7 @@ from conveyor.messaging.push_options import PreparedPush, wrapped_entries
 from conveyor.payload.codec import ValueCodec
 from conveyor.store.client.batching import BULK, PushTarget
 from conveyor.store.client.client import refuse_in_loop
-from conveyor.store.client.durability import after
+from conveyor.store.client.durability import after_partial_push
 from conveyor.store.keys import QueueKeys
 
 T = TypeVar("T")
@@ -78,7 +78,7 @@ class Publisher(Generic[T]):
             except (QueueFull, StoreUnavailable) as error:
                 raise _partly(error, len(ids)) from error
             except DurabilityNotReached as error:
-                raise after(error, self._public(ids)) from None
+                raise after_partial_push(error, self._public(ids)) from None
             ids += fresh
         return self._public(ids)
 
@@ -92,7 +92,7 @@ class Publisher(Generic[T]):
             except (QueueFull, StoreUnavailable) as error:
                 raise _partly(error, len(ids)) from error
             except DurabilityNotReached as error:
-                raise after(error, self._public(ids)) from None
+                raise after_partial_push(error, self._public(ids)) from None
             ids += fresh
         return self._public(ids)
 
@@ -228,7 +228,7 @@ class PartitionedPublisher(Publisher[T]):
                 except (QueueFull, StoreUnavailable) as error:
                     raise self._some(error, at, len(stored)) from error
                 except DurabilityNotReached as error:
-                    raise after(error, stored) from None
+                    raise after_partial_push(error, stored) from None
                 fresh[part] = pusher._public(bare)  # noqa: SLF001
             ids += fresh
         return ids
@@ -248,7 +248,7 @@ class PartitionedPublisher(Publisher[T]):
                 except (QueueFull, StoreUnavailable) as error:
                     raise self._some(error, at, len(stored)) from error
                 except DurabilityNotReached as error:
-                    raise after(error, stored) from None
+                    raise after_partial_push(error, stored) from None
                 fresh[part] = pusher._public(bare)  # noqa: SLF001
             ids += fresh
         return ids

@@ -114,7 +114,7 @@ class Queue(Generic[T]):
 
     def _by(self, options: PreparedPush) -> Publisher[T]:
         """Return what pushes with these options, to where pushes go right now."""
-        if options.durability_request is None and not self.client.diverted:
+        if options.durability_request is None and not self.client.deferring:
             return self._pusher
         return self._pusher.through(self.client.push_target(self.asks, options.durability_request))
 
@@ -378,10 +378,10 @@ class Queue(Generic[T]):
         return f"<{kind} {self.name}: {counts.ready} ready{rest}{', paused' if counts.paused else ''}>"
 
     def _peek(self) -> QueueCounts:
-        return self.client.run(inspection.counts(self.keys), patience=0)
+        return self.client.run(inspection.counts(self.keys), retry_for=0)
 
     def _reached(self) -> bool:
-        return self.client.reached
+        return self.client.has_idle_connection
 
 
 def _on_error(value: OnError) -> OnError:

@@ -36,7 +36,7 @@ def type_name(error: BaseException) -> str:
     except BaseException:  # a metaclass may do anything
         return "Exception"
     # Where a class of ours lies in the package may change with any release; what is stored must not.
-    bare = module == "builtins" or module == "conveyor" or module.startswith("conveyor.")
+    bare = module in {"builtins", "conveyor"} or module.startswith("conveyor.")
     return shorten(_STORED_NAMES.get(name, name) if bare else f"{module}.{name}", _NAME_BYTES)
 
 

@@ -24,8 +24,8 @@ from conveyor.ids import new_identity
 from conveyor.jobs import spawn_outbox
 from conveyor.sql.transaction import explained
 from conveyor.store import operations
-from conveyor.store.client.buffer import DAY
-from conveyor.store.client.spool import MOST_BYTES, MOST_JOBS, SpooledPush
+from conveyor.store.client.buffer import DAY_SUFFIX
+from conveyor.store.client.spool import MAX_BYTES, MAX_JOBS, SpooledPush
 from conveyor.store.keys import known_queues
 from conveyor.store.operations import Entry, ProducerSequence, StalePush
 
@@ -51,7 +51,7 @@ if TYPE_CHECKING:
         def keys(self, queue: str) -> QueueKeys: ...
 
 
-PATIENCE = 1.0
+RETRY_FOR = 1.0
 NEXT = """SELECT seq, LENGTH(entry) FROM {table}
  WHERE namespace = ? AND batch = ''{others} ORDER BY seq LIMIT 1000"""
 CLAIM = "UPDATE {table} SET batch = ? WHERE namespace = ? AND batch = '' AND seq <= ?{others}"
@@ -79,7 +79,7 @@ class DeliveryBatch:
     @property
     def lane(self) -> str:
         """The name of their lane."""
-        return self.batch + DAY
+        return self.batch + DAY_SUFFIX
 
 
 @dataclass(slots=True)
@@ -126,7 +126,7 @@ class OutboxDelivery:
                     if part.queue in rest or part.queue in renamed:
                         continue
                     try:
-                        count = self._carry(link, part, PATIENCE if not _away(passed) else 0.0)
+                        count = self._carry(link, part, RETRY_FOR if not _away(passed) else 0.0)
                     except ConveyorError as error:
                         passed.refusals[part.queue] = error
                         rest.add(part.queue)
@@ -204,14 +204,14 @@ class OutboxDelivery:
 
     # -- one part -----------------------------------------------------------------------------------------------------
 
-    def _carry(self, link: DbConnection, part: DeliveryBatch, patience: float) -> int:
+    def _carry(self, link: DbConnection, part: DeliveryBatch, retry_for: float) -> int:
         """Push a part and delete its rows; return how many, 0 when they were named anew instead."""
         if not part.entries:
             return 0
         if any(self._place(part.queue, entry) != part.queue for entry in part.entries):
             return self._move(link, part)
         try:
-            self._push(part, patience)
+            self._push(part, retry_for)
         except StalePush:
             return self._split(link, part)
         except QueueFull:
@@ -219,26 +219,28 @@ class OutboxDelivery:
                 raise
             # Fewer may fit. First its lane is shut, so that no late copy of the whole can come after a half.
             keys = self._home.keys(part.queue)
-            self._home.client.run(operations.fence(keys, part.lane), patience=patience)
+            self._home.client.run(operations.fence(keys, part.lane), retry_for=retry_for)
             try:
-                self._push(part, patience)
+                self._push(part, retry_for)
             except StalePush:
                 return self._split(link, part)
         return self._delete(link, part)
 
-    def _push(self, part: DeliveryBatch, patience: float) -> None:
+    def _push(self, part: DeliveryBatch, retry_for: float) -> None:
         home, queue = self._home, ids.logical(part.queue)
         client, keys = home.client, home.keys(part.queue)
         if part.queue not in self._known:
             known = known_queues(client.namespace)
-            client.run(operations.announce(known, keys.queue), patience=patience)
+            client.run(operations.announce(known, keys.queue), retry_for=retry_for)
             self._known.add(part.queue)
         declared, partitions = home.bounded.get(queue), home.partitioned.get(queue)
         asks = None if declared is None else declared.asks
         most = partitions.most if partitions else declared.max_length if declared else None
         # Not `push_plain`: its script would open a lane that was shut.
-        call = operations.push(keys, ProducerSequence(part.lane, insists=True), part.entries, max_length=most or 0)
-        work = partial(client.carry, keys, call, asks, patience=patience)
+        call = operations.push(
+            keys, ProducerSequence(part.lane, resends_refused=True), part.entries, max_length=most or 0
+        )
+        work = partial(client.push_unbuffered, keys, call, asks, retry_for=retry_for)
         if partitions is None:
             work()
         else:
@@ -276,7 +278,7 @@ class OutboxDelivery:
     def _move(self, link: DbConnection, part: DeliveryBatch) -> int:
         """Have rows wait for where they go now, unless they had arrived where they went before."""
         lane, space = self._home.keys(part.queue).lane(part.lane), self._home.client.namespace
-        said = self._home.client.execute("GET", lane, key=lane, patience=PATIENCE)
+        said = self._home.client.execute("GET", lane, key=lane, retry_for=RETRY_FOR)
         if isinstance(said, bytes) and said.startswith(b"1\nok"):
             return self._delete(link, part)
         for seq, entry in zip(part.seqs, part.entries, strict=True):
@@ -290,9 +292,9 @@ def _last(rows: Sequence[tuple[int, int]]) -> int:
     size = 0
     for at, (seq, length) in enumerate(rows):
         size += length
-        if at and size > MOST_BYTES:
+        if at and size > MAX_BYTES:
             return rows[at - 1][0]
-        if at == MOST_JOBS - 1:
+        if at == MAX_JOBS - 1:
             return seq
     return rows[-1][0]
 

@@ -87,7 +87,7 @@ class Relay:
                     if time.monotonic() - said >= _SAY_AGAIN:
                         said = time.monotonic()
                         _log.warning("the outbox cannot be read, trying again: %s: %s", type(error).__name__, error)
-                    self._woken.wait(replies.pause(failures + 3, cap=CAP))
+                    self._woken.wait(replies.backoff(failures + 3, cap=CAP))
                     self._woken.clear()
         finally:
             self._running.discard(self)
@@ -109,7 +109,7 @@ class Relay:
         now = time.monotonic()
         rest = self._rests.setdefault(queue, _QueueBackoff())
         rest.attempts = 1 if count else rest.attempts + 1  # a full queue that is being drained is asked again soon
-        rest.until = now + replies.pause(rest.attempts, cap=CAP)
+        rest.until = now + replies.backoff(rest.attempts, cap=CAP)
         if now - self._said.get(queue, -_SAY_AGAIN) >= _SAY_AGAIN:
             self._said[queue], rest.said = now, True
             _log.warning("rows of the outbox for queue '%s' wait, trying again: %s", queue, error)

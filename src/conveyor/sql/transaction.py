@@ -195,7 +195,7 @@ def find(client: Client, durability_request: DurabilityRequest | None = None) ->
     found = _OPEN.get()
     while found is not None and not found.stands_for(client):
         found = found.outer
-    if found is not None and durability_request is not None and durability_request.over(None) is not None:
+    if found is not None and durability_request is not None and durability_request.applied_to(None) is not None:
         raise ConfigurationError(
             "This push asks for fsync or wait_replicas, and inside a database transaction nothing is sent yet that could "
             "be confirmed. Nothing was stored. Declare it for the queue instead: app.queue(…, wait_replicas=1); then its "

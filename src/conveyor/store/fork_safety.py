@@ -24,20 +24,20 @@ class ForkAware(Protocol):
 
 
 # One hook for all, since hooks cannot be taken back: one for each would keep growing with every app that comes and goes.
-_holders: WeakSet[ForkAware] = WeakSet()
+_fork_aware: WeakSet[ForkAware] = WeakSet()
 
 
 def on_fork(holder: ForkAware) -> None:
     """Call ``holder.forked()`` in every child forked while it lives."""
-    _holders.add(holder)
+    _fork_aware.add(holder)
 
 
-def _tell() -> None:
-    for holder in list(_holders):
+def _notify_children() -> None:
+    for holder in list(_fork_aware):
         holder.forked()
 
 
-os.register_at_fork(after_in_child=_tell)
+os.register_at_fork(after_in_child=_notify_children)
 
 
 class lazy_property(Generic[T]):  # noqa: N801  used as a decorator, as property is

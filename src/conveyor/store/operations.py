@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any
 
 from conveyor.errors import ConfigurationError, QueueFull
-from conveyor.ids import may_come
+from conveyor.ids import may_arrive_later
 from conveyor.payload.records import to_json, write_rest
 from conveyor.store.keys import QueueKeys
 from conveyor.store.partitions import PartitionCountMismatch
@@ -73,8 +73,8 @@ class ProducerSequence:
 
     identity: str
     number: int = 0
-    insists: bool = False
-    names: dict[str, tuple[str, ...]] = field(default_factory=dict)  # of the keys of a plain push, by queue
+    resends_refused: bool = False
+    key_names: dict[str, tuple[str, ...]] = field(default_factory=dict)  # of the keys of a plain push, by queue
 
     def next(self) -> int:
         """Return the number of the next push."""
@@ -100,11 +100,11 @@ def push_plain(
     keys: QueueKeys, lane: ProducerSequence, pairs: Sequence[Argument], *, max_length: int = 0
 ) -> Call[None]:
     """Return the call that accepts plain messages: *pairs* is id, envelope, id, envelope, …"""
-    if (names := lane.names.get(keys.prefix)) is None:
+    if (names := lane.key_names.get(keys.prefix)) is None:
         names = (keys.lane(lane.identity), keys.jobs, keys.ready[0], keys.wake, keys.conf, keys.dead)
-        lane.names[keys.prefix] = names
+        lane.key_names[keys.prefix] = names
     args = (lane.next(), max_length, keys.partitions, *pairs)
-    return Call(PUSH_PLAIN, names, args, partial(_pushed_plain, keys), None if lane.insists else WITHDRAW)
+    return Call(PUSH_PLAIN, names, args, partial(_pushed_plain, keys), None if lane.resends_refused else WITHDRAW)
 
 
 def push(keys: QueueKeys, lane: ProducerSequence, entries: Iterable[Entry], *, max_length: int = 0) -> Call[list[str]]:
@@ -128,7 +128,7 @@ def push(keys: QueueKeys, lane: ProducerSequence, entries: Iterable[Entry], *, m
     if run:
         args += ["p" if plain_run else "s", len(run) // (2 if plain_run else 10), *run]
     args[3] = len(ids)
-    return Call(PUSH, _push_keys(keys, lane), args, _pushed(keys, ids), None if lane.insists else WITHDRAW)
+    return Call(PUSH, _push_keys(keys, lane), args, _pushed(keys, ids), None if lane.resends_refused else WITHDRAW)
 
 
 def fence(keys: QueueKeys, lane: str) -> Call[bool]:
@@ -384,7 +384,7 @@ def await_outcome(keys: QueueKeys, id: str, channel: str) -> Call[tuple[str, byt
     return Call(
         AWAIT,
         names,
-        (id, channel, "1" if may_come(id) else ""),
+        (id, channel, "1" if may_arrive_later(id) else ""),
         lambda reply: (reply[0].decode(), reply[1] if len(reply) > 1 else b""),
     )
 

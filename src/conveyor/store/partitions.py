@@ -26,8 +26,8 @@ class PartitionCountMismatch(ConfigurationError):
     def __init__(self, keys: QueueKeys, found: str) -> None:
         """Take whose push or registration was refused, and the number that was found ("" none)."""
         self.queue = ids.logical(keys.queue)
-        self.found = int(found) if found else None
-        super().__init__(_said(self.queue, keys.partitions, self.found))
+        self.recorded = int(found) if found else None
+        super().__init__(_said(self.queue, keys.partitions, self.recorded))
 
 
 def _said(queue: str, wanted: int, found: int | None) -> str:

@@ -28,7 +28,7 @@ class SequencePool:
         self._process = os.getpid()
 
     @contextmanager
-    def one(self) -> Iterator[ProducerSequence]:
+    def lend(self) -> Iterator[ProducerSequence]:
         """Give out a lane; one whose push failed is not used again, since a repeat may still arrive."""
         if self._process != os.getpid():
             self._free, self._process = deque(), os.getpid()

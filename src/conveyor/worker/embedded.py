@@ -75,7 +75,7 @@ class EmbeddedWorker:
             known = {}  # this user may not ask
         if "maxmemory_policy" not in known:
             log.warning("%s: see `conveyor doctor`", eviction.UNKNOWN)
-        wrong = eviction.danger(known.get("maxmemory_policy", ""), int(known.get("evicted_keys", 0)))
+        wrong = eviction.eviction_risk(known.get("maxmemory_policy", ""), int(known.get("evicted_keys", 0)))
         if wrong is not None and not self._allow_eviction:
             raise ConfigurationError(
                 f"{wrong}\nSet:  {eviction.REMEDY}\nStart anyway:  app.worker(allow_eviction=True)", code="E10"

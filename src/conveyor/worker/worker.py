@@ -147,7 +147,7 @@ class Worker:
         watchdog = Watchdog(self._on_the_loop, self._tick, None if self._slot is None else self._slot.set_job)
         watchdog.start()
         stack.callback(watchdog.close)
-        eviction_watch = asyncio.create_task(eviction.watch(self._informations, log))
+        eviction_watch = asyncio.create_task(eviction.watch_policy(self._informations, log))
         stack.callback(eviction_watch.cancel)
         self.app.emit(WorkerStarted(self.name))
         for consumer in self.consumers:
@@ -156,7 +156,7 @@ class Worker:
 
     async def _informations(self) -> list[Any]:
         """Return what each server that holds a queue of ours says of itself."""
-        return [await wire.ask("INFO", patience=5.0) for wire in {one.wire: None for one in self.consumers}]
+        return [await wire.run_command("INFO", retry_for=5.0) for wire in {one.wire: None for one in self.consumers}]
 
     def stop(self) -> None:
         """Drain: lease no more, and give what runs its grace."""

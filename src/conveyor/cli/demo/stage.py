@@ -72,13 +72,13 @@ class DemoEnvironment:
         assert task.app.namespace == self.namespace, "the demo's app was imported before its stage was set"
         began = time.perf_counter()
         self.app = task.app
-        self.app.client.patience = 2.0
+        self.app.client.retry_for = 2.0
         facts = _facts(self.app)
         self.server_ms = 1000 * (time.perf_counter() - began)
-        held = self.app.client.attachment
+        held = self.app.client.server_handle
         name = "Valkey" if "valkey_version" in facts else "Redis"
         number = facts.get("valkey_version", facts.get("redis_version", "?"))
-        where = "embedded, unix socket" if held is not None else str(self.app.client.address)
+        where = "embedded, unix socket" if held is not None else str(self.app.client.topology)
         self.server = f"{name} {number} ({where}, {self.server_ms:.0f} ms)"
         return self.app
 
@@ -124,10 +124,10 @@ def _facts(app: Conveyor) -> dict[str, str]:
 
 def _refuse_several(url: str) -> None:
     """Raise ConfigurationError for a cluster or sentinels: a program of the demo knows only RPUSH, and one server."""
-    from conveyor.store.transport.topology import locate
+    from conveyor.store.transport.topology import topology_of
     from conveyor.store.transport.url import StandaloneServer, masked
 
-    if not isinstance(locate(url), StandaloneServer):
+    if not isinstance(topology_of(url), StandaloneServer):
         raise ConfigurationError(
             f"conveyor demo plays on one server, and {masked(url)} is several. Give it redis://host:6379/0, or leave --url "
             "out: it starts a server of its own. Nothing was started."

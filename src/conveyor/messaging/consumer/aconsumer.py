@@ -118,7 +118,7 @@ class AsyncConsumer(AsyncSettler, Generic[T]):
                 await self.around(step.want, leave=step.leave)
             except StoreUnavailable as error:
                 failures += 1
-                if failures == 2 or (failures == 1 and self.client.patience >= 1 and self.lessee.intake is None):
+                if failures == 2 or (failures == 1 and self.client.retry_for >= 1 and self.lessee.intake is None):
                     logger.warning("Queue %s: waiting for Redis. %s", self.lessee.keys.queue, error)
                     self._outage = True
                 await asyncio.sleep(min(1.0, 0.05 * failures))

@@ -303,7 +303,7 @@ class _AsyncEndpointWaiter:
         self._task: asyncio.Task[None] | None = None
 
     async def wait(self, seconds: float) -> int | None:
-        key = await self._bell.first(list(self._names), seconds)
+        key = await self._bell.wait_any(list(self._names), seconds)
         return None if key is None else self._names[key]
 
     def begin(self, seconds: float) -> None:

@@ -294,7 +294,7 @@ class _EndpointWaiter:
 
     def wait(self, seconds: float) -> int | None:
         """Wait here and now."""
-        key = self._bell.first(list(self._names), seconds)
+        key = self._bell.wait_any(list(self._names), seconds)
         return None if key is None else self._names[key]
 
     def begin(self, seconds: float) -> None:

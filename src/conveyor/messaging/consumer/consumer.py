@@ -11,7 +11,7 @@ from typing import Any, Generic, TypeVar
 from conveyor.errors import ConveyorError, StoreUnavailable
 from conveyor.messaging.consumer.list_mover import ListMover
 from conveyor.messaging.consumer.renewal import LeaseRenewer
-from conveyor.messaging.consumer.settling import BlockingSettler, patience
+from conveyor.messaging.consumer.settling import BlockingSettler, retry_for
 from conveyor.messaging.consumer.steps import ConsumerSteps, Program, TurnStep, WaitStep, quietly
 from conveyor.messaging.leases import LeasedMessage, LeaseSession
 from conveyor.messaging.message import Batch, Ending, Message, OnError
@@ -134,7 +134,7 @@ class Consumer(BlockingSettler, Generic[T]):
                 self.round(step.want, leave=step.leave)
             except StoreUnavailable as error:
                 failures += 1
-                if failures == 2 or (failures == 1 and self.client.patience >= 1 and self.lessee.intake is None):
+                if failures == 2 or (failures == 1 and self.client.retry_for >= 1 and self.lessee.intake is None):
                     logger.warning("Queue %s: waiting for Redis. %s", self.lessee.keys.queue, error)
                     self._outage = True
                 time.sleep(min(1.0, 0.05 * failures))
@@ -172,4 +172,4 @@ class Consumer(BlockingSettler, Generic[T]):
         return made
 
     def _run_own(self, call: Call[Any]) -> Any:
-        return self._connection.run(call, patience=patience(self.client, call))
+        return self._connection.run(call, retry_for=retry_for(self.client, call))

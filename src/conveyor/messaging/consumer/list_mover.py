@@ -73,12 +73,12 @@ class ListMover:
                     self._known = True
                 self._moving = True
                 try:
-                    moved = self._bell.move(self._keys.foreign, self._keys.intake, self._seconds)
+                    moved = self._bell.wait_and_move(self._keys.foreign, self._keys.intake, self._seconds)
                 finally:
                     self._moving = False
                 self._refused = False
                 if moved:
-                    self._connection.run(intake(self._keys, 1), patience=0)
+                    self._connection.run(intake(self._keys, 1), retry_for=0)
             except ConveyorError:
                 self._refused = True  # Redis is full or away: the consumer looks by itself, or reports it
         self._connection.close()
@@ -112,10 +112,10 @@ class AsyncListMover:
         bell = self._bell = self._bell or AsyncWakeupWaiter(self._client.endpoint(self._keys))
         try:
             await self._client.aannounce(self._keys)
-            moved = await bell.move(self._keys.foreign, self._keys.intake, seconds)
+            moved = await bell.wait_and_move(self._keys.foreign, self._keys.intake, seconds)
             self._refused = False
             if moved:
-                await self._client.arun(intake(self._keys, 1), patience=0)
+                await self._client.arun(intake(self._keys, 1), retry_for=0)
         except ConveyorError:
             self._refused = True
 

@@ -57,7 +57,7 @@ class _SettlerState:
             logger.warning("Queue %s: %d messages of a dead consumer are back.", self.lessee.keys.queue, reaped)
         missing, self.lessee.missing = self.lessee.missing, []
         if missing:
-            eviction.tell_missing(logger, self.lessee.keys.queue, missing)
+            eviction.log_missing_jobs(logger, self.lessee.keys.queue, missing)
         if gone := [leased for leased in known if leased.lost]:
             raise lost(self.lessee.keys.queue, gone)
 
@@ -185,19 +185,19 @@ class AsyncSettler(_SettlerState):
             await self.lessee.opening.fetch(self.lessee.waiting)
 
 
-def patience(client: Client, call: Call[Any]) -> float:
+def retry_for(client: Client, call: Call[Any]) -> float:
     """Return for how long a call is repeated: an intake never, since it would store new entries over old."""
-    return 0.0 if call.script is INTAKE else client.patience
+    return 0.0 if call.script is INTAKE else client.retry_for
 
 
 def run_once(client: Client, call: Call[Any]) -> Any:
     """Carry out a call, repeated only when that is harmless."""
-    return client.run(call, patience=patience(client, call))
+    return client.run(call, retry_for=retry_for(client, call))
 
 
 async def arun_once(client: Client, call: Call[Any]) -> Any:
     """Carry out a call, repeated only when that is harmless."""
-    return await client.arun(call, patience=patience(client, call))
+    return await client.arun(call, retry_for=retry_for(client, call))
 
 
 def drive(calls: Generator[Call[Any], Any, V], run: Run) -> V:

@@ -57,8 +57,8 @@ class PushTargetResolver(Protocol):
         ...
 
 
-Answer = asyncio.Future[Any]
-Item = tuple[str, bytes, Answer] | tuple[Sequence[Entry], None, Answer]
+ResultFuture = asyncio.Future[Any]
+PendingPush = tuple[str, bytes, ResultFuture] | tuple[Sequence[Entry], None, ResultFuture]
 """A plain message (id, envelope), or entries; and who waits."""
 
 
@@ -69,37 +69,37 @@ class LoopConnections:
         self,
         loop: asyncio.AbstractEventLoop,
         place: Callable[[QueueKeys | str], Endpoint],
-        patience: float,
+        retry_for: float,
         make: Callable[[AsyncConnection, QueueKeys, int, float], PushBatcher] | None = None,
     ) -> None:
         """Take the loop (held weakly), what knows the place of keys, the seconds a push is repeated for, and what makes a lane."""
         self.loop = weakref.ref(loop)
-        self._place = place
-        self._wires: dict[Endpoint, AsyncConnection] = {}
-        self.wire = self.wire_at(place(""))
-        self._patience = patience
-        self._make = make or PushBatcher
-        self._lanes: dict[tuple[str, int, int], PushBatcher] = {}
+        self._endpoint_of = place
+        self._connections: dict[Endpoint, AsyncConnection] = {}
+        self.connection = self.connection_to(place(""))
+        self._retry_for = retry_for
+        self._make_batcher = make or PushBatcher
+        self._batchers: dict[tuple[str, int, int], PushBatcher] = {}
 
-    def lane(self, keys: QueueKeys, max_length: int) -> PushBatcher:
+    def batcher(self, keys: QueueKeys, max_length: int) -> PushBatcher:
         """Return the lane of *keys*."""
         which = (keys.prefix, max_length, keys.partitions)
-        found = self._lanes.get(which)
+        found = self._batchers.get(which)
         if found is None:
-            wire = self.wire_at(self._place(keys))
-            found = self._lanes[which] = self._make(wire, keys, max_length, self._patience)
+            wire = self.connection_to(self._endpoint_of(keys))
+            found = self._batchers[which] = self._make_batcher(wire, keys, max_length, self._retry_for)
         return found
 
-    def wire_at(self, place: Endpoint) -> AsyncConnection:
+    def connection_to(self, place: Endpoint) -> AsyncConnection:
         """Return the wire of *place*."""
-        found = self._wires.get(place)
+        found = self._connections.get(place)
         if found is None:
-            found = self._wires[place] = AsyncConnection(place)
+            found = self._connections[place] = AsyncConnection(place)
         return found
 
     def close(self) -> None:
         """Close the wires."""
-        for wire in self._wires.values():
+        for wire in self._connections.values():
             wire.close()
 
 
@@ -110,11 +110,11 @@ class PushBatcher:
     Cancelling a future leaves its push under way: whether it happened is then unknown, as with any lost answer.
     """
 
-    def __init__(self, wire: AsyncConnection, keys: QueueKeys, max_length: int, patience: float) -> None:
+    def __init__(self, wire: AsyncConnection, keys: QueueKeys, max_length: int, retry_for: float) -> None:
         """Take where to push, and the queue's maximum length (0: none)."""
-        self._wire, self._keys, self._max_length, self._patience = wire, keys, max_length, patience
-        self._lane = ProducerSequence(new_identity())
-        self._waiting: deque[Item] = deque()
+        self._connection, self._keys, self._max_length, self._retry_for = wire, keys, max_length, retry_for
+        self._sequence = ProducerSequence(new_identity())
+        self._waiting: deque[PendingPush] = deque()
         self._sender: asyncio.Task[None] | None = None
         self._loop = asyncio.get_running_loop()
 
@@ -137,7 +137,7 @@ class PushBatcher:
     async def _send(self) -> None:
         try:
             while self._waiting:
-                batch: list[Item] = []
+                batch: list[PendingPush] = []
                 plain, size = True, 0
                 while self._waiting and size < BULK:
                     one = self._waiting.popleft()
@@ -151,22 +151,22 @@ class PushBatcher:
         finally:
             self._sender = None
 
-    async def accept(self, batch: list[Item], plain: bool) -> list[str]:
+    async def send_batch(self, batch: list[PendingPush], plain: bool) -> list[str]:
         """Send one call; return an id for each entry, none for plain messages."""
         if plain:
             pairs = [part for one in batch for part in one[:2]]
-            await self.run(operations.push_plain(self._keys, self._lane, pairs, max_length=self._max_length))  # type: ignore[arg-type]
+            await self.run(operations.push_plain(self._keys, self._sequence, pairs, max_length=self._max_length))  # type: ignore[arg-type]
             return []
         entries = entries_of(batch)
-        return await self.run(operations.push(self._keys, self._lane, entries, max_length=self._max_length))
+        return await self.run(operations.push(self._keys, self._sequence, entries, max_length=self._max_length))
 
-    def fresh(self) -> ProducerSequence:
+    def new_sequence(self) -> ProducerSequence:
         """Return a lane nobody used."""
         return ProducerSequence(new_identity())
 
-    async def _deliver(self, batch: list[Item], plain: bool) -> None:
+    async def _deliver(self, batch: list[PendingPush], plain: bool) -> None:
         try:
-            ids = await self.accept(batch, plain)
+            ids = await self.send_batch(batch, plain)
         except QueueFull as error:
             if len(batch) == 1:
                 _fail(batch, error)
@@ -175,19 +175,19 @@ class PushBatcher:
                 await self._deliver([one], one[1] is not None)
         except (ConveyorError, operations.StalePush) as error:
             # The repeats may still arrive: a new lane keeps their number from being taken for ours.
-            self._lane = self.fresh()
+            self._sequence = self.new_sequence()
             _fail(batch, error)
         except BaseException as error:
             _fail(batch, error)
             raise
         else:
-            self.answer(batch, ids)
+            self.resolve(batch, ids)
 
     async def run(self, call: Call[T]) -> T:
         """Carry out one push."""
-        return await self._wire.run(call, patience=self._patience)
+        return await self._connection.run(call, retry_for=self._retry_for)
 
-    def answer(self, batch: list[Item], ids: list[str]) -> None:
+    def resolve(self, batch: list[PendingPush], ids: list[str]) -> None:
         """Tell everybody who waits."""
         _answer(batch, ids)
 
@@ -198,16 +198,16 @@ def chunks(entries: Sequence[Entry], whole: bool) -> list[Sequence[Entry]]:
     return [entries[first : first + step] for first in range(0, len(entries), step)]
 
 
-def entries_of(batch: list[Item]) -> list[Entry]:
+def entries_of(batch: list[PendingPush]) -> list[Entry]:
     """Return all that is in a batch, in order."""
     return [entry for one in batch for entry in _entries(one)]
 
 
-def _entries(one: Item) -> Sequence[Entry]:
+def _entries(one: PendingPush) -> Sequence[Entry]:
     return one[0] if one[1] is None else (Entry(one[0], one[1]),)
 
 
-def _answer(batch: list[Item], ids: list[str]) -> None:
+def _answer(batch: list[PendingPush], ids: list[str]) -> None:
     at = 0
     for first, envelope, future in batch:
         if envelope is not None:
@@ -220,7 +220,7 @@ def _answer(batch: list[Item], ids: list[str]) -> None:
         at += len(first)
 
 
-def _fail(batch: list[Item], error: BaseException) -> None:
+def _fail(batch: list[PendingPush], error: BaseException) -> None:
     cause = StoreUnavailable(str(error)) if not isinstance(error, Exception) else error
     for _, _, future in batch:
         if not future.done():

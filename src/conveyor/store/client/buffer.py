@@ -18,13 +18,13 @@ from conveyor.store.client.spool import MemorySpool, SpoolBatch, SpooledPush
 from conveyor.units import Duration, milliseconds
 
 _log = logging.getLogger("conveyor.buffer")
-DAY = "+"
+DAY_SUFFIX = "+"
 """The last character of a lane that Redis remembers for a day instead of two hours; the scripts know it."""
 
 
 def day_identity() -> str:
     """Return a fresh identity for a lane that is remembered for a day."""
-    return new_identity() + DAY
+    return new_identity() + DAY_SUFFIX
 
 
 class Buffer:
@@ -74,9 +74,9 @@ class Buffer:
         self._own: MemorySpool | None = None
         self._others: list[MemorySpool] = []
         self._ids: set[str] = set()
-        self._since: float | None = None
-        self._delivered = 0
-        self.flows = False
+        self._outage_since: float | None = None
+        self._count_delivered = 0
+        self.draining = False
         """True while Redis takes what waits: who pushes then goes slowly, else what waits would never come to an end."""
 
     def bind(self, start: Callable[[], None]) -> None:
@@ -85,7 +85,7 @@ class Buffer:
             raise ConfigurationError("This Buffer belongs to another app already: make one for each.")
         if self.directory is not None:
             try:
-                spool.prepare(self.directory)  # now, not in the middle of the first outage
+                spool.prepare_directory(self.directory)  # now, not in the middle of the first outage
             except OSError as fault:
                 raise ConfigurationError(
                     f"Buffer('{self.directory}') cannot be used: {fault.strerror or fault}. Make the directory writable, "
@@ -110,9 +110,9 @@ class Buffer:
         own = self._own
         return own is not None and bool(own)
 
-    def left_behind(self) -> bool:
+    def has_leftovers(self) -> bool:
         """Tell whether an earlier process left something in the directory."""
-        return self.directory is not None and spool.left_behind(self.directory)
+        return self.directory is not None and spool.has_leftovers(self.directory)
 
     def holds(self, id: str) -> bool:  # noqa: A002
         """Tell whether the job with this bare id waits here."""
@@ -129,9 +129,9 @@ class Buffer:
         with self._changed:
             count = len(record.entries)
             try:
-                own = self._mine()
+                own = self._own_spool()
                 if own.jobs + count > self.most or own.bytes + record.size > self.most_bytes:
-                    raise error or self._full(own, count)
+                    raise error or self._full_error(own, count)
                 own.add(record)
             except OSError as fault:
                 raise error or StoreUnavailable(
@@ -140,21 +140,21 @@ class Buffer:
                     code="E37",
                 ) from fault
             self._ids.update(entry.id for entry in record.entries)
-            if self._since is None and error is not None:
-                self._since = time.monotonic()
+            if self._outage_since is None and error is not None:
+                self._outage_since = time.monotonic()
                 where = "in memory" if self.directory is None else f"in {self.directory}"
                 reason = str(error).partition("\n")[0].rstrip(".")
                 _log.warning(
                     "%s: pushes are kept %s until it answers, %s jobs at most", reason, where, f"{self.most:,}"
                 )
-        self.begin()
+        self.start_delivery()
 
-    def begin(self) -> None:
+    def start_delivery(self) -> None:
         """See that somebody delivers."""
         if self._start is not None:
             self._start()
 
-    def _full(self, own: MemorySpool, count: int) -> StoreUnavailable:
+    def _full_error(self, own: MemorySpool, count: int) -> StoreUnavailable:
         return StoreUnavailable(
             f"Redis takes nothing, or less than is pushed, and the buffer is full: it holds {own.jobs:,} jobs in "
             f"{own.bytes:,} bytes and takes "
@@ -163,13 +163,13 @@ class Buffer:
             code="E37",
         )
 
-    def _mine(self) -> MemorySpool:
+    def _own_spool(self) -> MemorySpool:
         if self._own is None:
             lane = day_identity()
             if self.directory is None:
                 self._own = MemorySpool(lane)
             else:
-                self._own = spool.claim(self.directory, lane, fsync=self._fsync)
+                self._own = spool.claim_spool(self.directory, lane, fsync=self._fsync)
                 self._remember(self._own)
         return self._own
 
@@ -178,28 +178,28 @@ class Buffer:
 
     # -- out ----------------------------------------------------------------------------------------------------------
 
-    def next(self) -> tuple[MemorySpool, SpoolBatch] | None:
+    def next_batch(self) -> tuple[MemorySpool, SpoolBatch] | None:
         """Return what is to be sent now, None when nothing waits."""
         with self._changed:
-            if self.directory is not None and self._own is None and self.left_behind():
-                self._mine()
+            if self.directory is not None and self._own is None and self.has_leftovers():
+                self._own_spool()
             found = next((one for one in self._all() if one), None)
             if found is None and self.directory is not None:
-                self._others += spool.orphans(self.directory, day_identity())
+                self._others += spool.orphaned_spools(self.directory, day_identity())
                 found = next((one for one in self._others if one), None)
                 if found is not None:
                     self._remember(found)
             if found is None:
                 self._finish()
                 return None
-            return found, found.batch()
+            return found, found.next_batch()
 
-    def done(self, backlog: MemorySpool) -> None:
+    def delivered(self, backlog: MemorySpool) -> None:
         """Take out what was sent."""
         with self._changed:
-            self.flows = True
-            for record in backlog.done():
-                self._delivered += len(record.entries)
+            self.draining = True
+            for record in backlog.finish_batch():
+                self._count_delivered += len(record.entries)
                 self._ids.difference_update(entry.id for entry in record.entries)
             if not backlog and backlog in self._others:
                 self._others.remove(backlog)
@@ -208,20 +208,20 @@ class Buffer:
                 self._finish()
             self._changed.notify_all()
 
-    def cut(self, backlog: MemorySpool) -> bool:
+    def halve_batch(self, backlog: MemorySpool) -> bool:
         """Send less at a time; return False when it is one record already."""
         with self._changed:
-            return backlog.cut()
+            return backlog.halve_batch()
 
     def _finish(self) -> None:
-        if self._since is not None:
+        if self._outage_since is not None:
             _log.warning(
                 "Redis answers again after %.1f s: %s buffered jobs were delivered",
-                time.monotonic() - self._since, f"{self._delivered:,}",
+                time.monotonic() - self._outage_since, f"{self._count_delivered:,}",
             )  # fmt: skip
-        elif self._delivered:
-            _log.info("%s buffered jobs were delivered", f"{self._delivered:,}")
-        self._since, self._delivered, self.flows = None, 0, False
+        elif self._count_delivered:
+            _log.info("%s buffered jobs were delivered", f"{self._count_delivered:,}")
+        self._outage_since, self._count_delivered, self.draining = None, 0, False
 
     def _all(self) -> list[MemorySpool]:
         return [*self._others, *([self._own] if self._own is not None else [])]
@@ -233,7 +233,7 @@ class Buffer:
         with self._changed:
             return self._changed.wait_for(lambda: not any(self._all()), seconds)
 
-    def wait_for(self, id: str, seconds: float | None) -> bool:  # noqa: A002
+    def wait_delivered(self, id: str, seconds: float | None) -> bool:  # noqa: A002
         """Wait until the job with this bare id is delivered; return whether that came."""
         with self._changed:
             return self._changed.wait_for(lambda: id not in self._ids, seconds)
@@ -242,7 +242,7 @@ class Buffer:
         """Give the delivery its last seconds, and say what remains."""
         if not len(self):
             return
-        self.begin()
+        self.start_delivery()
         if self.wait_empty(self.linger):
             return
         left = len(self)
@@ -259,7 +259,7 @@ class Buffer:
             left, self.linger, first, ", …" if left > 20 else "",
         )  # fmt: skip
 
-    def release(self) -> None:
+    def release_files(self) -> None:
         """Let go of files on disk, for the next process; what is in memory stays."""
         with self._changed:
             if self.directory is None:
@@ -268,7 +268,7 @@ class Buffer:
                 one.close()
             self._own, self._others = None, []
             self._ids.clear()
-            self._since = None
+            self._outage_since = None
 
     def forked(self) -> None:
         """Start empty in a forked child: what waits is the parent's to deliver."""

@@ -19,39 +19,39 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 from conveyor.errors import ConfigurationError, DurabilityNotReached
 from conveyor.ids import new_identity, public
 from conveyor.store import operations
-from conveyor.store.client.batching import Item, PushBatcher, chunks
+from conveyor.store.client.batching import PendingPush, PushBatcher, chunks
 from conveyor.store.client.durability import (
     Confirmation,
     Durability,
     FsyncMethod,
     FsyncWatch,
     WaitInterrupted,
-    after,
-    judge,
+    after_partial_push,
+    decide_fsync_method,
 )
 from conveyor.store.fork_safety import on_fork
 from conveyor.store.operations import Entry, ProducerSequence
 from conveyor.store.script import Argument, Call
 from conveyor.store.transport.async_connection import AsyncConnection, ConnectionLost
-from conveyor.store.transport.connection import Connection, answered
+from conveyor.store.transport.connection import Connection, is_error_reply
 
 if TYPE_CHECKING:
     from conveyor.store.keys import QueueKeys
     from conveyor.store.transport.endpoint import Endpoint
 
 T = TypeVar("T")
-EXAMINED = 10.0
+PROBE_INTERVAL = 10.0
 """Seconds after which the settings a connection relies on are looked at again."""
-MOST_WIRES = 8
+MAX_CONNECTIONS = 8
 """Wires of one event loop and place for confirmed pushes: one that waits for a dead replica holds up an eighth."""
-NOTHING = Confirmation(synced=False, replicas=0)
+UNCONFIRMED = Confirmation(synced=False, replicas=0)
 
 
 class ClientProtocol(Protocol):
     """What is needed of the client."""
 
     @property
-    def patience(self) -> float: ...
+    def retry_for(self) -> float: ...
     def endpoint(self, keys: QueueKeys) -> Endpoint: ...
     def announce(self, keys: QueueKeys) -> None: ...
     async def aannounce(self, keys: QueueKeys) -> None: ...
@@ -64,8 +64,8 @@ class ConfirmedTarget:
 
     def __init__(self, confirmer: ConfirmedConnections, asked: Durability) -> None:
         """Take whose connections, and what is asked."""
-        self._confirmer = confirmer
-        self._asked = asked
+        self._connections = confirmer
+        self._durability = asked
 
     def push(self, keys: QueueKeys, entries: Sequence[Entry], *, max_length: int = 0, whole: bool = False) -> list[str]:
         """
@@ -74,14 +74,14 @@ class ConfirmedTarget:
         Raises DurabilityNotReached with the ids of all that this call stored: what follows the thousand that was not
         confirmed is not stored.
         """
-        asked, ids = self._asked, list[str]()
-        with self._confirmer.one(keys) as (connection, lane):
+        asked, ids = self._durability, list[str]()
+        with self._connections.lend(keys) as (connection, lane):
             for part in chunks(entries, whole):
                 call = operations.push(keys, lane, part, max_length=max_length)
-                accepted, got = connection.confirm(call, asked, patience=self._confirmer.home.patience)
-                if not asked.reached(got):
+                accepted, got = connection.confirm(call, asked, retry_for=self._connections.client.retry_for)
+                if not asked.is_reached_by(got):
                     failure = asked.failure(keys.queue, accepted, got)
-                    raise after(failure, _public(keys, ids)) if len(entries) > len(part) else failure
+                    raise after_partial_push(failure, _public(keys, ids)) if len(entries) > len(part) else failure
                 ids += accepted
         return ids
 
@@ -93,8 +93,8 @@ class ConfirmedTarget:
         self, keys: QueueKeys, entries: Sequence[Entry], *, max_length: int = 0, whole: bool = False
     ) -> list[str]:
         """Do the same on this event loop; pushes of one tick that ask the same share a call."""
-        await self._confirmer.home.aannounce(keys)
-        lane = self._confirmer.lane(keys, max_length, self._asked)
+        await self._connections.client.aannounce(keys)
+        lane = self._connections.batcher(keys, max_length, self._durability)
         ids: list[str] = []
         for part in chunks(entries, whole):
             try:
@@ -102,7 +102,7 @@ class ConfirmedTarget:
             except DurabilityNotReached as error:
                 if len(part) == len(entries):
                     raise
-                raise after(error, _public(keys, ids)) from None
+                raise after_partial_push(error, _public(keys, ids)) from None
         return ids
 
 
@@ -115,8 +115,8 @@ class ConfirmedConnections:
 
     def __init__(self, home: ClientProtocol, refuse: Callable[[], None]) -> None:
         """Open nothing yet; *refuse* raises where blocking calls may not be made."""
-        self.home = home
-        self._refuse = refuse
+        self.client = home
+        self._refuse_in_loop = refuse
         self._reset()
         on_fork(self)
 
@@ -125,11 +125,11 @@ class ConfirmedConnections:
         self._loops: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _LoopState] = weakref.WeakKeyDictionary()
 
     @contextmanager
-    def one(self, keys: QueueKeys) -> Iterator[tuple[ConfirmedConnection, ProducerSequence]]:
+    def lend(self, keys: QueueKeys) -> Iterator[tuple[ConfirmedConnection, ProducerSequence]]:
         """Lend a connection and its lane; the queue is known by then."""
-        self._refuse()
-        self.home.announce(keys)
-        place = self.home.endpoint(keys)
+        self._refuse_in_loop()
+        self.client.announce(keys)
+        place = self.client.endpoint(keys)
         free = self._free.setdefault(place, deque())
         try:
             found = free.pop()
@@ -140,21 +140,21 @@ class ConfirmedConnections:
         finally:
             free.append(found)
 
-    def lane(self, keys: QueueKeys, max_length: int, asked: Durability) -> ConfirmedBatcher:
+    def batcher(self, keys: QueueKeys, max_length: int, asked: Durability) -> ConfirmedBatcher:
         """Return this event loop's lane for pushes to a queue that ask the same."""
         loop = asyncio.get_running_loop()
         home = self._loops.get(loop)
         if home is None:
             home = self._loops[loop] = _LoopState()
-        found = home.lanes.get((keys.prefix, max_length, asked))
+        found = home.batchers.get((keys.prefix, max_length, asked))
         if found is None:
-            place = self.home.endpoint(keys)
-            wires = home.wires.setdefault(place, [])
-            if len(wires) < MOST_WIRES:
+            place = self.client.endpoint(keys)
+            wires = home.connections.setdefault(place, [])
+            if len(wires) < MAX_CONNECTIONS:
                 wires.append(AsyncConfirmedConnection(place))
-            wire = wires[len(home.lanes) % len(wires)]
-            found = ConfirmedBatcher(wire, keys, max_length, self.home.patience, asked)
-            home.lanes[keys.prefix, max_length, asked] = found
+            wire = wires[len(home.batchers) % len(wires)]
+            found = ConfirmedBatcher(wire, keys, max_length, self.client.retry_for, asked)
+            home.batchers[keys.prefix, max_length, asked] = found
         return found
 
     def close(self) -> None:
@@ -166,7 +166,7 @@ class ConfirmedConnections:
     def aclose(self) -> None:
         """Close this event loop's wires."""
         home = self._loops.pop(asyncio.get_running_loop(), None)
-        for wires in home.wires.values() if home is not None else ():
+        for wires in home.connections.values() if home is not None else ():
             for wire in wires:
                 wire.close()
 
@@ -179,36 +179,38 @@ class _LoopState:
     """What one event loop's confirmed pushes share."""
 
     def __init__(self) -> None:
-        self.wires: dict[Endpoint, list[AsyncConfirmedConnection]] = {}
-        self.lanes: dict[tuple[str, int, Durability], ConfirmedBatcher] = {}
+        self.connections: dict[Endpoint, list[AsyncConfirmedConnection]] = {}
+        self.batchers: dict[tuple[str, int, Durability], ConfirmedBatcher] = {}
 
 
 class ConfirmedBatcher(PushBatcher):
     """Gathers the pushes of one queue that ask the same."""
 
     def __init__(
-        self, wire: AsyncConfirmedConnection, keys: QueueKeys, max_length: int, patience: float, asked: Durability
+        self, wire: AsyncConfirmedConnection, keys: QueueKeys, max_length: int, retry_for: float, asked: Durability
     ) -> None:
         """Take what every lane takes, and what is asked."""
-        super().__init__(wire, keys, max_length, patience)
-        self._confirmed, self._asked, self._got = wire, asked, NOTHING
+        super().__init__(wire, keys, max_length, retry_for)
+        self._confirmed_connection, self._durability, self._confirmation = wire, asked, UNCONFIRMED
 
     async def run(self, call: Call[T]) -> T:
         """Carry out one push."""
-        reply, self._got = await self._confirmed.confirm(call, self._asked, patience=self._patience)
+        reply, self._confirmation = await self._confirmed_connection.confirm(
+            call, self._durability, retry_for=self._retry_for
+        )
         return reply
 
-    def answer(self, batch: list[Item], ids: list[str]) -> None:
+    def resolve(self, batch: list[PendingPush], ids: list[str]) -> None:
         """Tell everybody who waits."""
-        if self._asked.reached(self._got):
-            super().answer(batch, ids)
+        if self._durability.is_reached_by(self._confirmation):
+            super().resolve(batch, ids)
             return
         at = 0
         for first, _, future in batch:
             own = ids[at : at + len(first)]
             at += len(first)
             if not future.done():
-                future.set_exception(self._asked.failure(self._keys.queue, own, self._got))
+                future.set_exception(self._durability.failure(self._keys.queue, own, self._confirmation))
 
 
 class ConfirmedConnection(Connection):
@@ -217,52 +219,54 @@ class ConfirmedConnection(Connection):
     def __init__(self, place: Endpoint) -> None:
         """Remember where to connect."""
         super().__init__(place)
-        self._errand: _ConfirmedCall | None = None
-        self._examined = 0.0
-        self._judged: dict[bool, FsyncMethod] = {}
+        self._call: _ConfirmedCall | None = None
+        self._probed_at = 0.0
+        self._methods: dict[bool, FsyncMethod] = {}
 
-    def confirm(self, call: Call[T], asked: Durability, *, patience: float) -> tuple[T, Confirmation]:
+    def confirm(self, call: Call[T], asked: Durability, *, retry_for: float) -> tuple[T, Confirmation]:
         """Carry out *call*, repeated as any; return its reply and what was confirmed."""
-        errand = self._errand = _ConfirmedCall(asked, call.keys[0])
+        errand = self._call = _ConfirmedCall(asked, call.keys[0])
         try:
-            return self.run(call, patience=patience), errand.got
+            return self.run(call, retry_for=retry_for), errand.confirmation
         finally:
-            self._errand = None
+            self._call = None
 
     def execute(self, *command: Any, block: float = 0.0) -> Any:
         """Send one command, and behind it what confirms it."""
-        errand = self._errand
+        errand = self._call
         if errand is None or command[0] not in {"EVALSHA", "EVAL"}:
             return super().execute(*command, block=block)
         try:
-            self._examine(errand)
-            reply = errand.settle(self._exchange(errand.commands(command), errand.asked.seconds))
+            self._probe(errand)
+            reply = errand.read_replies(self._exchange(errand.commands(command), errand.durability.seconds))
         except WaitInterrupted:
             self.close()
             raise
         if isinstance(reply, Exception):
             raise reply
-        if (watch := errand.watch()) is not None:
-            while (pause := watch.look(self._exchange([FsyncWatch.COMMAND], 0.0)[0], time.monotonic())) is not None:
+        if (watch := errand.fsync_watch()) is not None:
+            while (
+                pause := watch.next_pause(self._exchange([FsyncWatch.COMMAND], 0.0)[0], time.monotonic())
+            ) is not None:
                 time.sleep(pause)
-            errand.got = Confirmation(watch.synced, errand.got.replicas)
+            errand.confirmation = Confirmation(watch.synced, errand.confirmation.replicas)
         return reply
 
-    def _examine(self, errand: _ConfirmedCall) -> None:
+    def _probe(self, errand: _ConfirmedCall) -> None:
         """Ask a new connection what it can confirm, and from time to time again."""
         if self._socket is None:
             self._open()
-            self._judged = {}
+            self._methods = {}
         now = time.monotonic()
-        if now - self._examined > EXAMINED:
-            self._judged = {}
-        found = self._judged.get(errand.asked.fsync)
+        if now - self._probed_at > PROBE_INTERVAL:
+            self._methods = {}
+        found = self._methods.get(errand.durability.fsync)
         if found is None:
-            errand.judge(self._exchange(errand.asked.examination(), 0.0), str(self.place))
-            self._judged[errand.asked.fsync] = errand.sync
-            self._examined = now
+            errand.decide_method(self._exchange(errand.durability.probe_commands(), 0.0), str(self.endpoint))
+            self._methods[errand.durability.fsync] = errand.method
+            self._probed_at = now
         else:
-            errand.sync = found
+            errand.method = found
 
     def _exchange(self, commands: Sequence[tuple[Any, ...]], block: float) -> list[Any]:
         """Send *commands* in one write; return all replies, error replies as exceptions."""
@@ -277,7 +281,7 @@ class ConfirmedConnection(Connection):
             try:
                 replies.append(self._receive(block))
             except Exception as error:
-                if not answered(error):
+                if not is_error_reply(error):
                     raise
                 replies.append(error)
         return replies
@@ -289,54 +293,54 @@ class AsyncConfirmedConnection(AsyncConnection):
     def __init__(self, place: Endpoint) -> None:
         """Remember where to connect."""
         super().__init__(place)
-        self._turn = asyncio.Lock()
-        self._errand: _ConfirmedCall | None = None
-        self._examined = 0.0
-        self._judged: dict[bool, FsyncMethod] = {}
-        self._known: object = None
+        self._call_lock = asyncio.Lock()
+        self._call: _ConfirmedCall | None = None
+        self._probed_at = 0.0
+        self._methods: dict[bool, FsyncMethod] = {}
+        self._probed_stream: object = None
 
-    async def confirm(self, call: Call[T], asked: Durability, *, patience: float | None) -> tuple[T, Confirmation]:
+    async def confirm(self, call: Call[T], asked: Durability, *, retry_for: float | None) -> tuple[T, Confirmation]:
         """Carry out *call*, repeated as any; return its reply and what was confirmed."""
-        async with self._turn:
-            errand = self._errand = _ConfirmedCall(asked, call.keys[0])
+        async with self._call_lock:
+            errand = self._call = _ConfirmedCall(asked, call.keys[0])
             try:
-                return await self.run(call, patience=patience), errand.got
+                return await self.run(call, retry_for=retry_for), errand.confirmation
             finally:
-                self._errand = None
+                self._call = None
 
     async def execute(self, *command: Any, block: float = 0.0) -> Any:
         """Send one command, and behind it what confirms it."""
-        errand = self._errand
+        errand = self._call
         if errand is None or command[0] not in {"EVALSHA", "EVAL"}:
             return await super().execute(*command, block=block)
         try:
-            await self._examine(errand)
-            reply = errand.settle(await self._exchange(errand.commands(command), errand.asked.seconds))
+            await self._probe(errand)
+            reply = errand.read_replies(await self._exchange(errand.commands(command), errand.durability.seconds))
         except WaitInterrupted as error:
             self.drop(ConnectionLost(str(error)))
             raise
-        if not isinstance(reply, Exception) and (watch := errand.watch()) is not None:
+        if not isinstance(reply, Exception) and (watch := errand.fsync_watch()) is not None:
             while True:
                 [facts] = await self._exchange([FsyncWatch.COMMAND], 0.0)
-                if (pause := watch.look(facts, time.monotonic())) is None:
+                if (pause := watch.next_pause(facts, time.monotonic())) is None:
                     break
                 await asyncio.sleep(pause)
-            errand.got = Confirmation(watch.synced, errand.got.replicas)
+            errand.confirmation = Confirmation(watch.synced, errand.confirmation.replicas)
         return reply
 
-    async def _examine(self, errand: _ConfirmedCall) -> None:
+    async def _probe(self, errand: _ConfirmedCall) -> None:
         if not self.is_open:
             await self.open()
         now = time.monotonic()
-        if self._known is not self._stream or now - self._examined > EXAMINED:
-            self._judged, self._known = {}, self._stream
-        found = self._judged.get(errand.asked.fsync)
+        if self._probed_stream is not self._stream or now - self._probed_at > PROBE_INTERVAL:
+            self._methods, self._probed_stream = {}, self._stream
+        found = self._methods.get(errand.durability.fsync)
         if found is None:
-            errand.judge(await self._exchange(errand.asked.examination(), 0.0), str(self.place))
-            self._judged[errand.asked.fsync] = errand.sync
-            self._examined = now
+            errand.decide_method(await self._exchange(errand.durability.probe_commands(), 0.0), str(self.endpoint))
+            self._methods[errand.durability.fsync] = errand.method
+            self._probed_at = now
         else:
-            errand.sync = found
+            errand.method = found
 
     async def _exchange(self, commands: Sequence[tuple[Any, ...]], block: float) -> list[Any]:
         """Send *commands* in one write; return all replies, error replies as exceptions."""
@@ -359,15 +363,15 @@ def _answer(future: asyncio.Future[Any], reply: Any) -> None:
 class _ConfirmedCall:
     """One confirmed call: what is asked, what was sent already, what came of it."""
 
-    __slots__ = ("asked", "began", "got", "lane", "sent", "sync")
+    __slots__ = ("began", "confirmation", "durability", "method", "sent", "sequence_key")
 
     def __init__(self, asked: Durability, lane: str) -> None:
-        self.asked = asked
-        self.lane = lane
+        self.durability = asked
+        self.sequence_key = lane
         self.sent = False
         self.began = time.monotonic()
-        self.sync = FsyncMethod.NONE
-        self.got = NOTHING
+        self.method = FsyncMethod.NONE
+        self.confirmation = UNCONFIRMED
 
     def commands(self, command: tuple[Any, ...]) -> list[tuple[Any, ...]]:
         """
@@ -377,28 +381,28 @@ class _ConfirmedCall:
         wait on a new connection would confirm nothing, at once. So a repeat touches its lane, behind which every
         earlier write stands in the stream of replication and in the file.
         """
-        touch = [("PEXPIRE", self.lane, operations.LANE_MS)] if self.sent else []
+        touch = [("PEXPIRE", self.sequence_key, operations.LANE_MS)] if self.sent else []
         self.sent = True
-        return [command, *touch, *self.asked.waits(self.sync)]
+        return [command, *touch, *self.durability.wait_commands(self.method)]
 
-    def settle(self, replies: list[Any]) -> Any:
+    def read_replies(self, replies: list[Any]) -> Any:
         """Take the replies; return the first, that of the push."""
-        waits = len(self.asked.waits(self.sync))
+        waits = len(self.durability.wait_commands(self.method))
         if not isinstance(replies[0], Exception):
-            self.got = self.asked.read(self.sync, replies[len(replies) - waits :])
+            self.confirmation = self.durability.read_replies(self.method, replies[len(replies) - waits :])
         return replies[0]
 
-    def watch(self) -> FsyncWatch | None:
+    def fsync_watch(self) -> FsyncWatch | None:
         """Return what still has to be watched."""
-        if self.sync is not FsyncMethod.WATCH or not self.got.synced:
+        if self.method is not FsyncMethod.WATCH or not self.confirmation.synced:
             return None
-        return FsyncWatch(time.monotonic(), self.asked.timeout_ms)
+        return FsyncWatch(time.monotonic(), self.durability.timeout_ms)
 
-    def judge(self, replies: Sequence[Any], where: str) -> None:
+    def decide_method(self, replies: Sequence[Any], where: str) -> None:
         """Take what the connection said of itself; what can never be had is refused, unless it may be stored already."""
         try:
-            self.sync = judge(self.asked, replies, where)
+            self.method = decide_fsync_method(self.durability, replies, where)
         except ConfigurationError:
             if not self.sent:
                 raise
-            self.sync = FsyncMethod.NONE
+            self.method = FsyncMethod.NONE

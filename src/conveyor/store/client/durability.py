@@ -15,17 +15,17 @@ from typing import Any, TypedDict, TypeVar
 
 from conveyor import ids as ident
 from conveyor.errors import ConfigurationError, DurabilityNotReached
-from conveyor.store.transport.replies import final, parse_info
+from conveyor.store.transport.replies import fatal_error, parse_info
 from conveyor.units import Duration, milliseconds
 
 N = TypeVar("N", bound=int)
-MOST = 1000
+MAX_REPLICAS = 1000
 TIMEOUT_MS = 5_000
 """How long a confirmation is waited for, unless the caller says otherwise."""
-SYNC_ROUND = 1.2
+SYNC_INTERVAL = 1.2
 """Seconds within which ``appendfsync everysec`` begins a sync: a second, and a beat of the server's clock."""
-GLANCE = 0.05
-HONEST_REDIS = (8, 0)
+CHECK_INTERVAL = 0.05
+RELIABLE_WAITAOF_SINCE = (8, 0)
 """The first Redis whose WAITAOF waits under everysec; of Valkey no release up to 9.1 does."""
 
 
@@ -45,7 +45,7 @@ class Durability:
         """The longest that the server holds the replies back: the two waits follow each other."""
         return (self.fsync + (self.replicas > 0)) * self.timeout_ms / 1000
 
-    def examination(self) -> tuple[tuple[str, ...], ...]:
+    def probe_commands(self) -> tuple[tuple[str, ...], ...]:
         """Return what is asked of a new connection before the first push goes over it; `judge` reads the replies."""
         wait = ("WAIT", "0", "1")  # answers at once: may this user, and is this a primary?
         if not self.fsync:
@@ -55,7 +55,7 @@ class Durability:
             ("CONFIG", "GET", "appendfsync"), ("CONFIG", "GET", "no-appendfsync-on-rewrite"),
         )  # fmt: skip
 
-    def waits(self, sync: FsyncMethod) -> list[tuple[str, ...]]:
+    def wait_commands(self, sync: FsyncMethod) -> list[tuple[str, ...]]:
         """Return the commands that travel behind a push."""
         timeout = str(self.timeout_ms)
         found: list[tuple[str, ...]] = []
@@ -65,7 +65,7 @@ class Durability:
             found.append(("WAIT", str(self.replicas), timeout))
         return found
 
-    def read(self, sync: FsyncMethod, replies: Sequence[Any]) -> Confirmation:
+    def read_replies(self, sync: FsyncMethod, replies: Sequence[Any]) -> Confirmation:
         """Return what was confirmed. Raises WaitBroken when the server changed its role meanwhile."""
         rest = list(replies)
         synced = sync is FsyncMethod.REPLY
@@ -79,7 +79,7 @@ class Durability:
             replicas = rest[0] if isinstance(rest[0], int) else 0
         return Confirmation(synced, replicas)
 
-    def reached(self, got: Confirmation) -> bool:
+    def is_reached_by(self, got: Confirmation) -> bool:
         """Tell whether that is what was asked."""
         return got.replicas >= self.replicas and (got.synced or not self.fsync)
 
@@ -100,7 +100,7 @@ class Durability:
         )  # fmt: skip
 
 
-def after(error: DurabilityNotReached, before: Sequence[str]) -> DurabilityNotReached:
+def after_partial_push(error: DurabilityNotReached, before: Sequence[str]) -> DurabilityNotReached:
     """Return the error of a bulk push that ended there and had stored and confirmed the jobs of *before*: public ids."""
     first = f"The first {len(before):,} were stored and confirmed before; what" if before else "What"
     return DurabilityNotReached(
@@ -136,7 +136,7 @@ def _check_role(reply: Any) -> None:
         raise WaitInterrupted(text)
 
 
-def judge(asked: Durability, replies: Sequence[Any], where: str) -> FsyncMethod:
+def decide_fsync_method(asked: Durability, replies: Sequence[Any], where: str) -> FsyncMethod:
     """
     Return how syncs are confirmed, from the replies to `examination`.
 
@@ -144,7 +144,7 @@ def judge(asked: Durability, replies: Sequence[Any], where: str) -> FsyncMethod:
     """
     _check_role(replies[0])
     if isinstance(replies[0], Exception):
-        raise final(str(replies[0]), where) from replies[0]
+        raise fatal_error(str(replies[0]), where) from replies[0]
     if not asked.fsync:
         return FsyncMethod.NONE
     _, waitaof, *told = replies
@@ -153,31 +153,33 @@ def judge(asked: Durability, replies: Sequence[Any], where: str) -> FsyncMethod:
     always = policy == "always" and lazy == "no"
     text = str(waitaof) if isinstance(waitaof, Exception) else ""
     if persistence.get("aof_enabled") == "0" or "appendonly" in text:
-        raise _refused(where, "its append-only file is off", "CONFIG SET appendonly yes")
+        raise _not_confirmable(where, "its append-only file is off", "CONFIG SET appendonly yes")
     if policy == "no":
-        raise _refused(where, "appendfsync is 'no', so it never syncs by itself", "CONFIG SET appendfsync everysec")
+        raise _not_confirmable(
+            where, "appendfsync is 'no', so it never syncs by itself", "CONFIG SET appendfsync everysec"
+        )
     if "unknown command" in text.lower():
         if always and persistence.get("aof_enabled") == "1":
             return FsyncMethod.REPLY
         if policy is None or not persistence:
-            raise _refused(
+            raise _not_confirmable(
                 where, "it has no WAITAOF and does not tell this user its settings", "ACL SETUSER … +info +config|get"
             )
         what = "no-appendfsync-on-rewrite is on" if policy == "always" else f"appendfsync is {policy!r}"
-        raise _refused(
+        raise _not_confirmable(
             where, f"it is older than 7.2, which has WAITAOF, and {what}",
             "CONFIG SET appendfsync always" if policy != "always" else "CONFIG SET no-appendfsync-on-rewrite no",
         )  # fmt: skip
     if text:
-        raise final(text, where) from waitaof
-    if always or _is_honest(server):
+        raise fatal_error(text, where) from waitaof
+    if always or _waitaof_is_reliable(server):
         return FsyncMethod.WAITAOF
     if not persistence:
-        raise _refused(where, "it does not tell this user when it syncs", "ACL SETUSER … +info")
+        raise _not_confirmable(where, "it does not tell this user when it syncs", "ACL SETUSER … +info")
     return FsyncMethod.WATCH
 
 
-def _refused(where: str, why: str, remedy: str) -> ConfigurationError:
+def _not_confirmable(where: str, why: str, remedy: str) -> ConfigurationError:
     return ConfigurationError(
         f"fsync=True cannot be confirmed by Redis at {where}: {why}. Nothing was stored. Set it: {remedy}, and the same "
         "in its configuration file; or leave fsync out.",
@@ -185,11 +187,11 @@ def _refused(where: str, why: str, remedy: str) -> ConfigurationError:
     )
 
 
-def _is_honest(server: dict[str, str]) -> bool:
+def _waitaof_is_reliable(server: dict[str, str]) -> bool:
     """Tell whether WAITAOF waits for the sync under everysec: it did not before Redis 8.0, and does not in Valkey."""
     if "valkey_version" in server or not (found := re.match(r"(\d+)\.(\d+)", server.get("redis_version", ""))):
         return False
-    return (int(found[1]), int(found[2])) >= HONEST_REDIS
+    return (int(found[1]), int(found[2])) >= RELIABLE_WAITAOF_SINCE
 
 
 def _setting(reply: Any) -> str | None:
@@ -212,7 +214,7 @@ class FsyncWatch:
         self._deadline = now + timeout_ms / 1000
         self._since: float | None = None
 
-    def look(self, reply: Any, now: float) -> float | None:
+    def next_pause(self, reply: Any, now: float) -> float | None:
         """Return how long to wait before the next look; None when it is over: *synced* tells how."""
         facts = parse_info(reply)
         resting = (
@@ -220,14 +222,15 @@ class FsyncWatch:
             and facts.get("aof_buffer_length") == "0"
             and facts.get("aof_last_write_status") == "ok"
         )
-        if resting and self._since is not None and now - self._since >= SYNC_ROUND:
+        if resting and self._since is not None and now - self._since >= SYNC_INTERVAL:
             self.synced = True
             return None
         if resting and self._since is None:
             self._since = now
         if now >= self._deadline:
             return None
-        goal = self._since + SYNC_ROUND if self._since is not None and now < self._since + SYNC_ROUND else now + GLANCE
+        synced_at = now if self._since is None else self._since + SYNC_INTERVAL
+        goal = synced_at if now < synced_at else now + CHECK_INTERVAL
         return max(0.001, min(goal, self._deadline) - now)
 
     synced = False
@@ -241,7 +244,7 @@ class DurabilityRequest:
     replicas: int | None = None
     timeout_ms: int | None = None
 
-    def over(self, base: Durability | None) -> Durability | None:
+    def applied_to(self, base: Durability | None) -> Durability | None:
         """Return what is asked of a queue that asks *base* by itself; None for nothing."""
         own = base if base is not None else Durability()
         found = Durability(
@@ -251,14 +254,14 @@ class DurabilityRequest:
         )
         return found or None
 
-    def join(self, other: DurabilityRequest | None) -> DurabilityRequest:
+    def combined_with(self, other: DurabilityRequest | None) -> DurabilityRequest:
         """Return what satisfies both, for calls that travel together."""
         if other is None or other == self:
             return self
         return DurabilityRequest(
-            _most(self.fsync, other.fsync),
-            _most(self.replicas, other.replicas),
-            _most(self.timeout_ms, other.timeout_ms),
+            _larger(self.fsync, other.fsync),
+            _larger(self.replicas, other.replicas),
+            _larger(self.timeout_ms, other.timeout_ms),
         )
 
 
@@ -271,10 +274,10 @@ def durability_request(
     if fsync is not None and not isinstance(fsync, bool):
         raise ConfigurationError(f"fsync must be True or False, not {fsync!r}. Nothing was stored.")
     if replicas is not None and (
-        not isinstance(replicas, int) or isinstance(replicas, bool) or not 0 <= replicas <= MOST
+        not isinstance(replicas, int) or isinstance(replicas, bool) or not 0 <= replicas <= MAX_REPLICAS
     ):
         raise ConfigurationError(
-            f"wait_replicas must be a whole number from 0 to {MOST}, not {replicas!r}. Nothing was stored."
+            f"wait_replicas must be a whole number from 0 to {MAX_REPLICAS}, not {replicas!r}. Nothing was stored."
         )
     timeout_ms = None if timeout is None else milliseconds(timeout, name="wait_timeout")
     if timeout_ms == 0:
@@ -297,8 +300,8 @@ def requested_durability(options: DurabilityOptions) -> Durability | None:
     if wrong := options.keys() - DurabilityOptions.__annotations__.keys():
         raise TypeError(f"queue() got an unexpected keyword argument {min(wrong)!r}")
     own = durability_request(options.get("fsync"), options.get("wait_replicas"), options.get("wait_timeout"))
-    return None if own is None else own.over(None)
+    return None if own is None else own.applied_to(None)
 
 
-def _most(one: N | None, other: N | None) -> N | None:
+def _larger(one: N | None, other: N | None) -> N | None:
     return max((each for each in (one, other) if each is not None), default=None)

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 from conveyor.errors import ConfigurationError, ConveyorError
 from conveyor.store.fork_safety import on_fork
 from conveyor.store.transport import replies
-from conveyor.store.transport.connection import ask, refusal
-from conveyor.store.transport.endpoint import ELSEWHERE_AFTER, Endpoint, EndpointUnresolved, in_thread
+from conveyor.store.transport.connection import fatal_reply, query
+from conveyor.store.transport.endpoint import FAILOVER_REPLY_TIMEOUT, Endpoint, EndpointUnresolved, in_thread
 from conveyor.store.transport.url import StandaloneServer, masked, split_hosts
 
 if TYPE_CHECKING:
@@ -27,9 +27,9 @@ ANSWER_TIMEOUT = 2.0
 """Seconds a node may take for the first exchange on a connection."""
 ASK_TIMEOUT = 0.5
 """Seconds for connecting to a node to ask for the map, and for its answer: another one knows it too."""
-FRESH = 1.0
+MAP_FRESH = 1.0
 """Seconds a map is believed at a reopening: a lost connection may mean that its node has lost its slots."""
-_RATE = 0.1
+_MAP_INTERVAL = 0.1
 """Seconds between two questions for the map at least, however many connections are lost at once."""
 _REDIRECT = re.compile(r"\b(?:MOVED|ASK) (\d+) (\S*):(\d+)")
 ANYWHERE = -1
@@ -63,11 +63,11 @@ class Cluster:
                 "namespace= to keep programs apart.",
                 code="E33",
             )
-        self._places: dict[int, SlotEndpoint] = {}
+        self._endpoints: dict[int, SlotEndpoint] = {}
         self._nodes: dict[Server, StandaloneServer] = {}
         self._known: list[Server] = list(self._hosts.hosts)
         self._owners: list[Server | None] = [None] * SLOTS
-        self._node(self._known[0]).check()
+        self._node(self._known[0]).check_options()
         self.forked()
         on_fork(self)
 
@@ -83,9 +83,9 @@ class Cluster:
     def endpoint(self, key: str) -> Endpoint:
         """Return where the commands for *key* go; "" is any node."""
         slot = slot_of(key) if key else ANYWHERE
-        found = self._places.get(slot)
+        found = self._endpoints.get(slot)
         if found is None:
-            found = self._places.setdefault(slot, SlotEndpoint(self, slot))
+            found = self._endpoints.setdefault(slot, SlotEndpoint(self, slot))
         return found
 
     def nodes(self) -> list[StandaloneServer]:
@@ -97,7 +97,7 @@ class Cluster:
 
     def known_owner(self, slot: int) -> StandaloneServer | None:
         """Return who owns *slot* by the map, None when the map is not to be believed any more."""
-        if monotonic() - self._mapped_at > FRESH:
+        if monotonic() - self._mapped_at > MAP_FRESH:
             return None
         server = next((one for one in self._known if one in self._owners), None) if slot < 0 else self._owners[slot]
         return None if server is None else self._node(server)
@@ -113,19 +113,19 @@ class Cluster:
             raise EndpointUnresolved(f"no node of the cluster owns slot {slot}")
         return found
 
-    def noted(self, slot: int, server: Server) -> None:
+    def note_owner(self, slot: int, server: Server) -> None:
         """A node said that another owns *slot*."""
         self._owners[slot] = server
         self._mapped_at = monotonic()
 
-    def doubt(self, server: Server | None = None) -> None:
+    def distrust_map(self, server: Server | None = None) -> None:
         """The map may be wrong: ask before it is used again, and *server*, which did not answer, last."""
         self._mapped_at = float("-inf")
         if server in self._known:
             self._known.remove(server)
             self._known.append(server)
 
-    def redirected(self, reply: str, asked: Server | None) -> tuple[int, StandaloneServer] | None:
+    def redirect_target(self, reply: str, asked: Server | None) -> tuple[int, StandaloneServer] | None:
         """Return the slot and the node that MOVED or ASK name; one without a host means the host that was *asked*."""
         found = _REDIRECT.search(reply)
         if found is None:
@@ -138,7 +138,7 @@ class Cluster:
         with self._lock:
             if self._mapped_at >= began:
                 return  # another thread was asking
-            if monotonic() - self._asked_at < _RATE and self._failure is not None:
+            if monotonic() - self._asked_at < _MAP_INTERVAL and self._failure is not None:
                 raise self._failure
             try:
                 self._owners = self._ask_for_map()
@@ -160,7 +160,7 @@ class Cluster:
             try:
                 state, slots = self._ask(server)
             except (RedisError, OSError) as error:
-                if refused is None and (text := refusal(error)) is not None:
+                if refused is None and (text := fatal_reply(error)) is not None:
                     refused = self._refused(server, text)
                 reasons.append(f"{server[0]}:{server[1]}: {error}")
             else:
@@ -180,7 +180,7 @@ class Cluster:
         node = StandaloneServer(self._hosts.url(*server), min(self._timeout, ASK_TIMEOUT), ASK_TIMEOUT)
         connection = node.open(read_timeout=ASK_TIMEOUT)
         try:
-            return ask(connection, "CLUSTER", "INFO") or b"cluster_state:ok", ask(connection, "CLUSTER", "SLOTS")
+            return query(connection, "CLUSTER", "INFO") or b"cluster_state:ok", query(connection, "CLUSTER", "SLOTS")
         finally:
             connection.disconnect()
 
@@ -205,7 +205,7 @@ class Cluster:
         elif "unknown command" in text:
             what = f"is a sentinel, or knows no clusters. For a sentinel write {scheme}+sentinel://{host}/mymaster"
         else:
-            return replies.final(text, str(self))
+            return replies.fatal_error(text, str(self))
         return ConfigurationError(f"{self} names a cluster, but the server at {host} {what}", code="E33")
 
     def _node(self, server: Server) -> StandaloneServer:
@@ -234,9 +234,9 @@ class SlotEndpoint:
         return f"<SlotPlace {self._slot}>"
 
     @property
-    def answers_within(self) -> float:
+    def reply_timeout(self) -> float:
         """Seconds one answer may take."""
-        return ELSEWHERE_AFTER
+        return FAILOVER_REPLY_TIMEOUT
 
     def open(self, *, read_timeout: float | None) -> Connection:
         """Return a connection to the owner of the slot. Raises Unresolved, redis-py's errors, ConfigurationError (E33)."""
@@ -244,7 +244,7 @@ class SlotEndpoint:
         try:
             return node.open(read_timeout=read_timeout)
         except Exception:
-            self._cluster.doubt(self._cluster.server_of(node))
+            self._cluster.distrust_map(self._cluster.server_of(node))
             raise
 
     async def aopen(self) -> AsyncConnection:
@@ -256,29 +256,29 @@ class SlotEndpoint:
         try:
             return await node.aopen()
         except Exception:
-            self._cluster.doubt(self._cluster.server_of(node))
+            self._cluster.distrust_map(self._cluster.server_of(node))
             raise
 
     def note_moved(self, reply: str) -> None:
         """Go where MOVED says; any other word (CLUSTERDOWN) means that the map is in doubt."""
-        found = self._redirected(reply)
+        found = self._redirect_target(reply)
         if found is None or found[1] is None:
-            self._cluster.doubt()
+            self._cluster.distrust_map()
             return
         server = self._cluster.server_of(found[1])
         assert server is not None
-        self._cluster.noted(found[0], server)
+        self._cluster.note_owner(found[0], server)
 
     def ask_redirect(self, reply: str) -> Endpoint:
         """Return the node that ASK names."""
-        found = self._redirected(reply)
+        found = self._redirect_target(reply)
         if found is None:
             raise EndpointUnresolved(reply)
         return found[1]
 
-    def _redirected(self, reply: str) -> tuple[int, StandaloneServer] | None:
+    def _redirect_target(self, reply: str) -> tuple[int, StandaloneServer] | None:
         asked = None if self._asked is None else self._cluster.server_of(self._asked)
-        return self._cluster.redirected(reply, asked)
+        return self._cluster.redirect_target(reply, asked)
 
 
 def _server(entry: list[Any], asked: Server) -> Server:

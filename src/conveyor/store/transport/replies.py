@@ -21,9 +21,9 @@ _CODE = re.compile(
 _FORBIDDEN = re.compile(r"ACL failure in script|user executing the script")  # 7 and 6.2, for a command in a script
 _NO_DATABASE = "DB index is out of range"
 _UNKNOWN = re.compile(r"unknown command .(\w+)", re.IGNORECASE)
-_ON_THE_WAY = "non local key"
+_KEYS_MOVING = "non local key"
 """What a script meets while its slot moves and only some of its keys have arrived."""
-SLOT_MOVES = 30.0
+SLOT_MOVE_TIMEOUT = 30.0
 """Seconds for which a call waits for a slot that is on its way to another node, where it would wait at all."""
 
 
@@ -34,7 +34,7 @@ class ErrorAction(Enum):
     WAIT = "repeat after a pause"
     RECONNECT = "connect again, then repeat"
     MOVE = "find out where the keys are now, connect there, then repeat"
-    ASIDE = "send this one command to the node that takes the slot over"
+    ASK = "send this one command to the node that takes the slot over"
     RAISE = "give up"
 
 
@@ -50,20 +50,20 @@ _ACTIONS = {
     "MISCONF": ErrorAction.WAIT,
     "READONLY": ErrorAction.RECONNECT,
     "MOVED": ErrorAction.MOVE,
-    "ASK": ErrorAction.ASIDE,
+    "ASK": ErrorAction.ASK,
 }
 
 
-def moving(text: str) -> bool:
+def is_slot_moving(text: str) -> bool:
     """Tell whether an error reply means that the keys are on their way to another node."""
-    return "TRYAGAIN" in text or _ON_THE_WAY in text or text.startswith("ASK ")
+    return "TRYAGAIN" in text or _KEYS_MOVING in text or text.startswith("ASK ")
 
 
-def remedy(text: str) -> ErrorAction:
+def action_for(text: str) -> ErrorAction:
     """Return what to do about an error reply."""
     found = _CODE.search(text)
     if found is None:
-        return ErrorAction.WAIT if _ON_THE_WAY in text else ErrorAction.RAISE
+        return ErrorAction.WAIT if _KEYS_MOVING in text else ErrorAction.RAISE
     return _ACTIONS.get(found[1] or found[2], ErrorAction.RAISE)
 
 
@@ -74,19 +74,19 @@ class RetryTimer:
         """Begin now."""
         self._seconds, self._since, self._attempt = seconds, time.monotonic(), 0
 
-    def pause(self, text: str) -> float | None:
+    def next_pause(self, text: str) -> float | None:
         """Return how long to wait before the next try, None when patience has ended; *text* is why this one failed."""
-        wait, seconds = pause(self._attempt), self._seconds
+        wait, seconds = backoff(self._attempt), self._seconds
         self._attempt += 1
         if seconds is None:
             return wait
-        if seconds >= 1 and moving(text):
+        if seconds >= 1 and is_slot_moving(text):
             # A large slot moves for longer than an outage is borne, and what follows (MOVED, a new connection) is still its move.
-            self._seconds = seconds = max(seconds, SLOT_MOVES)
+            self._seconds = seconds = max(seconds, SLOT_MOVE_TIMEOUT)
         return wait if time.monotonic() - self._since + wait <= seconds else None
 
 
-def final(text: str, address: str) -> ConveyorError:
+def fatal_error(text: str, address: str) -> ConveyorError:
     """Return the error a person sees for a reply that repeating does not mend."""
     found = _CODE.search(text)
     code = found[1] if found else "NOPERM" if _FORBIDDEN.search(text) else ""
@@ -126,10 +126,10 @@ def final(text: str, address: str) -> ConveyorError:
     return ConveyorError(f"Redis at {address} answered: {text}")
 
 
-def unreachable(address: str, cause: object) -> StoreUnavailable:
+def unavailable(address: str, cause: object) -> StoreUnavailable:
     """Return the error for a server that does not answer."""
     reason = str(cause).strip().rstrip(".") or type(cause).__name__
-    if moving(reason):
+    if is_slot_moving(reason):
         return StoreUnavailable(
             f"The slot of these keys is moving to another node of {address}, and has not arrived yet: {reason}. Try again, or "
             "see what holds it up: redis-cli --cluster check."
@@ -167,7 +167,7 @@ def _hint(address: str, reason: str) -> str:
     return ""
 
 
-def pause(attempt: int, *, cap: float = 2.0) -> float:
+def backoff(attempt: int, *, cap: float = 2.0) -> float:
     """Return how long to wait before repeat number *attempt* (from 0): full jitter, so that a herd spreads out."""
     # The exponent is bounded too: after a quarter of an hour the power itself would be too large for a float.
     return random.uniform(0.005, min(cap, 0.02 * 2 ** min(attempt, 20)))  # noqa: S311  no secret

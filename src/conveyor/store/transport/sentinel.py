@@ -9,8 +9,8 @@ from urllib.parse import urlsplit
 
 from conveyor.errors import ConfigurationError, ConveyorError
 from conveyor.store.transport import replies
-from conveyor.store.transport.connection import aask, ask, refusal
-from conveyor.store.transport.endpoint import ELSEWHERE_AFTER, Endpoint, EndpointUnresolved, in_thread
+from conveyor.store.transport.connection import aquery, fatal_reply, query
+from conveyor.store.transport.endpoint import FAILOVER_REPLY_TIMEOUT, Endpoint, EndpointUnresolved, in_thread
 from conveyor.store.transport.url import StandaloneServer, check_database, masked, split_hosts
 
 if TYPE_CHECKING:
@@ -57,15 +57,15 @@ class Sentinel:
         timeout = min(self._timeout, ASK_TIMEOUT)
         self._sentinels = [StandaloneServer(asking.url(host, port), timeout, ASK_TIMEOUT) for host, port in hosts.hosts]
         self._master: Server | None = None
-        self.address(hosts.hosts[0]).check()
+        self.server(hosts.hosts[0]).check_options()
 
     def __str__(self) -> str:
         return masked(self.url)
 
     @property
-    def answers_within(self) -> float:
+    def reply_timeout(self) -> float:
         """Seconds one answer may take."""
-        return ELSEWHERE_AFTER
+        return FAILOVER_REPLY_TIMEOUT
 
     def endpoint(self, key: str) -> Endpoint:
         """Return where the commands for *key* go: all go to the master."""
@@ -84,17 +84,17 @@ class Sentinel:
         election = _MasterLookup(self)
         for server in election.candidates():
             try:
-                connection = self.address(server).open(read_timeout=read_timeout)
-                role = election.role(ask(connection, "ROLE"))
-            except election.passing as error:
-                election.note(server, error)
+                connection = self.server(server).open(read_timeout=read_timeout)
+                role = election.role(query(connection, "ROLE"))
+            except election.transient as error:
+                election.reject(server, error)
                 continue
             if role == "master":
-                election.won(server)
+                election.accept(server)
                 return connection
-            election.note(server, f"is a {role}")
+            election.reject(server, f"is a {role}")
             connection.disconnect()
-        raise election.unresolved()
+        raise election.error()
 
     async def aopen(self) -> AsyncConnection:
         """Return a connection of asyncio to the master."""
@@ -102,23 +102,23 @@ class Sentinel:
         candidates = election.candidates()
         while (server := await in_thread(lambda: next(candidates, None))) is not None:
             try:
-                connection = await self.address(server).aopen()
-                role = election.role(await aask(connection, "ROLE"))
-            except election.passing as error:
-                election.note(server, error)
+                connection = await self.server(server).aopen()
+                role = election.role(await aquery(connection, "ROLE"))
+            except election.transient as error:
+                election.reject(server, error)
                 continue
             if role == "master":
-                election.won(server)
+                election.accept(server)
                 return connection
-            election.note(server, f"is a {role}")
+            election.reject(server, f"is a {role}")
             await connection.disconnect(nowait=True)
-        raise election.unresolved()
+        raise election.error()
 
-    def address(self, server: Server) -> StandaloneServer:
+    def server(self, server: Server) -> StandaloneServer:
         """Return the address of a server with our credentials."""
         return StandaloneServer(self._server.url(*server, database=self._database), self._timeout, ANSWER_TIMEOUT)
 
-    def preferred(self) -> list[StandaloneServer]:
+    def sentinels(self) -> list[StandaloneServer]:
         """Return the sentinels, the one that answered last first."""
         return list(self._sentinels)
 
@@ -126,7 +126,7 @@ class Sentinel:
         """Ask this one first from now on."""
         self._sentinels = [sentinel, *(one for one in self._sentinels if one != sentinel)]
 
-    def changed(self, server: Server) -> None:
+    def note_master(self, server: Server) -> None:
         """Say in the log when the master is another one than before."""
         if self._master is not None and self._master != server:
             log.warning("The master %s is now at %s:%d", self.name, *server)
@@ -141,24 +141,24 @@ class _MasterLookup:
 
         self._sentinel = sentinel
         self._reasons: list[str] = []
-        self._ignorant: list[StandaloneServer] = []
+        self._without_master: list[StandaloneServer] = []
         self._named: StandaloneServer | None = None
-        self.passing: tuple[type[Exception], ...] = (RedisError, OSError)
+        self.transient: tuple[type[Exception], ...] = (RedisError, OSError)
         self._refused: ConveyorError | None = None
 
     def candidates(self) -> Iterator[Server]:
         """Ask the sentinels in turn; yield each server that one names and none named before."""
         seen: set[Server] = set()
-        for address in self._sentinel.preferred():
+        for address in self._sentinel.sentinels():
             try:
                 server = self._ask(address)
-            except self.passing as error:
-                self._reasons.append(f"{_short(address)}: {error}")
-                if (text := refusal(error)) is not None:
+            except self.transient as error:
+                self._reasons.append(f"{_host_of(address)}: {error}")
+                if (text := fatal_reply(error)) is not None:
                     self._refused = self._refused or _no_sentinel(address, text)
                 continue
             if server is None:
-                self._ignorant.append(address)
+                self._without_master.append(address)
             elif server not in seen:
                 seen.add(server)
                 self._named = address
@@ -167,16 +167,16 @@ class _MasterLookup:
     def _ask(self, address: StandaloneServer) -> Server | None:
         connection = address.open(read_timeout=ASK_TIMEOUT)
         try:
-            reply = ask(connection, "SENTINEL", "GET-MASTER-ADDR-BY-NAME", self._sentinel.name)
+            reply = query(connection, "SENTINEL", "GET-MASTER-ADDR-BY-NAME", self._sentinel.name)
         finally:
             connection.disconnect()
         return None if reply is None else (reply[0].decode(), int(reply[1]))
 
-    def note(self, server: Server, why: Exception | str) -> None:
+    def reject(self, server: Server, why: Exception | str) -> None:
         """Remember why a server would not do."""
-        self._reasons.append(f"{server[0]}:{server[1]}, named by {_short(self._named)}: {why}")
-        if isinstance(why, Exception) and (text := refusal(why)) is not None:
-            self._refused = replies.final(text, str(self._sentinel.address(server)))
+        self._reasons.append(f"{server[0]}:{server[1]}, named by {_host_of(self._named)}: {why}")
+        if isinstance(why, Exception) and (text := fatal_reply(why)) is not None:
+            self._refused = replies.fatal_error(text, str(self._sentinel.server(server)))
 
     @staticmethod
     def role(reply: Any) -> str:
@@ -186,22 +186,23 @@ class _MasterLookup:
         )  # ROLE is not permitted: believe the sentinel
         return "replica" if word == b"slave" else str(word.decode())
 
-    def won(self, server: Server) -> None:
+    def accept(self, server: Server) -> None:
         """A server agreed that it is the master."""
         if self._named is not None:
             self._sentinel.prefer(self._named)
-        self._sentinel.changed(server)
+        self._sentinel.note_master(server)
 
-    def unresolved(self) -> Exception:
+    def error(self) -> Exception:
         """Return the error when nobody agreed; what one of them refused for good says more than that another is away."""
         if self._refused is not None:
             return self._refused
-        if self._ignorant and self._named is None and not self._reasons:
+        if self._without_master and self._named is None and not self._reasons:
             return ConfigurationError(
-                f"The sentinels know no master {self._sentinel.name!r}. {self._known(self._ignorant[0])}", code="E32"
+                f"The sentinels know no master {self._sentinel.name!r}. {self._known(self._without_master[0])}",
+                code="E32",
             )
         if self._named is None:
-            reasons = self._reasons + [f"{_short(one)} knows no such master" for one in self._ignorant]
+            reasons = self._reasons + [f"{_host_of(one)} knows no such master" for one in self._without_master]
             return EndpointUnresolved(
                 f"no sentinel says who is the master {self._sentinel.name!r} ({'; '.join(reasons)})"
             )
@@ -211,10 +212,10 @@ class _MasterLookup:
         try:
             connection = address.open(read_timeout=ASK_TIMEOUT)
             try:
-                masters = ask(connection, "SENTINEL", "MASTERS")
+                masters = query(connection, "SENTINEL", "MASTERS")
             finally:
                 connection.disconnect()
-        except self.passing:
+        except self.transient:
             return ""
         names = sorted(one[1].decode() for one in masters or [])
         return f"They know: {', '.join(names)}." if names else "They know none."
@@ -223,7 +224,7 @@ class _MasterLookup:
 def _no_sentinel(address: StandaloneServer, text: str) -> ConveyorError:
     """Return the error for what is asked as a sentinel and refuses."""
     if "unknown command" not in text:
-        return replies.final(text, str(address))
+        return replies.fatal_error(text, str(address))
     scheme = urlsplit(address.url).scheme
     return ConfigurationError(
         f"The server at {address.host} is no sentinel. Name the sentinels, which listen at port 26379 by default; or, if there "
@@ -232,5 +233,5 @@ def _no_sentinel(address: StandaloneServer, text: str) -> ConveyorError:
     )
 
 
-def _short(address: StandaloneServer | None) -> str:
+def _host_of(address: StandaloneServer | None) -> str:
     return "nobody" if address is None else address.host

@@ -8,7 +8,7 @@ from urllib.parse import parse_qs
 
 from conveyor.errors import ConfigurationError
 from conveyor.store.transport.endpoint import Topology
-from conveyor.store.transport.url import StandaloneServer, masked, taken_apart
+from conveyor.store.transport.url import StandaloneServer, masked, split_url
 
 log = logging.getLogger("conveyor.store")
 SCHEMES = (
@@ -16,9 +16,9 @@ SCHEMES = (
 )  # fmt: skip
 
 
-def locate(url: str, connect_timeout: float | None = None) -> Topology:
+def topology_of(url: str, connect_timeout: float | None = None) -> Topology:
     """Return what *url* names; connects to nothing. Raises ConfigurationError."""
-    parts = taken_apart(url)
+    parts = split_url(url)
     whole = parts.scheme
     if whole.startswith("rediss") and parse_qs(parts.query).get("ssl_cert_reqs") == ["none"]:
         log.warning("%s: with ssl_cert_reqs=none anybody between can pretend to be this server.", masked(url))

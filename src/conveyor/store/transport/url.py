@@ -18,7 +18,7 @@ from urllib.parse import SplitResult, parse_qsl, quote, unquote, urlencode, urls
 
 from conveyor.errors import ConfigurationError
 from conveyor.store.fork_safety import lazy_property
-from conveyor.store.transport.endpoint import ANSWER_TIMEOUT
+from conveyor.store.transport.endpoint import REPLY_TIMEOUT
 
 if TYPE_CHECKING:
     from redis import Connection
@@ -56,7 +56,7 @@ def masked(url: str) -> str:
     return _LOGIN.sub(r"\1:***@", _LOGIN_OPTION.sub(r"\1***", url))
 
 
-def taken_apart(url: str) -> SplitResult:
+def split_url(url: str) -> SplitResult:
     """Return the parts of *url*. Raises ConfigurationError, also for a password that would be read as host or path."""
     try:
         url.encode()  # half a character could not be quoted
@@ -86,7 +86,7 @@ class StandaloneServer:
 
     url: str
     connect_timeout: float = _CONNECT_TIMEOUT
-    answer_timeout: float = ANSWER_TIMEOUT
+    handshake_timeout: float = REPLY_TIMEOUT
     """Seconds for the first exchange on a new connection (AUTH, SELECT): a frozen server is still connected to."""
 
     def __post_init__(self) -> None:
@@ -117,7 +117,7 @@ class StandaloneServer:
 
     @lazy_property
     def _parts(self) -> SplitResult:
-        return taken_apart(self.url)
+        return split_url(self.url)
 
     @lazy_property
     def _parameters(self) -> dict[str, Any]:
@@ -128,15 +128,15 @@ class StandaloneServer:
         except ValueError as error:
             raise ConfigurationError(f"{self} is not a Redis URL: {redact(str(error))}") from None
         parameters.pop("connection_class", None)
-        self._take_password_file(parameters)
+        self._use_password_file(parameters)
         # RESP2 is enough and every supported server speaks it; retries are ours, since only we know what may be repeated.
         local = self._parts.scheme == "unix"
         alive = {} if local else {"socket_keepalive": True, "socket_keepalive_options": _ALIVE}
         parameters = {"socket_connect_timeout": self.connect_timeout, **alive, **parameters, "protocol": 2}
-        self._try(parameters)
+        self._check_parameters(parameters)
         return parameters
 
-    def _take_password_file(self, parameters: dict[str, Any]) -> None:
+    def _use_password_file(self, parameters: dict[str, Any]) -> None:
         path = parameters.pop("password_file", None)
         if path is None:
             return
@@ -144,7 +144,7 @@ class StandaloneServer:
             raise ConfigurationError(f"{self} has both a password and a password_file. Leave one out.")
         parameters["credential_provider"] = PasswordFile(path, parameters.pop("username", None))
 
-    def _try(self, parameters: dict[str, Any]) -> None:
+    def _check_parameters(self, parameters: dict[str, Any]) -> None:
         """Raise ConfigurationError when redis-py does not take them: better now than when the first call is made."""
         from redis import Connection, RedisError, SSLConnection, UnixDomainSocketConnection
 
@@ -170,16 +170,16 @@ class StandaloneServer:
         return True
 
     @property
-    def answers_within(self) -> float:
+    def reply_timeout(self) -> float:
         """Seconds one answer may take."""
-        return self.answer_timeout
+        return self.handshake_timeout
 
     @property
     def host(self) -> str:
         """Host and port, as a URL has them."""
         return self._parts.netloc.rpartition("@")[2] or "host:6379"
 
-    def check(self) -> None:
+    def check_options(self) -> None:
         """Raise ConfigurationError when the options of the URL mean nothing."""
         assert self._parameters is not None
 
@@ -198,9 +198,9 @@ class StandaloneServer:
 
     def open(self, *, read_timeout: float | None) -> Connection:
         """Return a connected blocking connection."""
-        connection = self.connection(read_timeout=self.answer_timeout)
+        connection = self.new_connection(read_timeout=self.handshake_timeout)
         connection.connect()
-        if read_timeout != self.answer_timeout:
+        if read_timeout != self.handshake_timeout:
             assert connection._sock is not None  # noqa: SLF001
             connection._sock.settimeout(read_timeout)  # noqa: SLF001
             connection._parser._socket_timeout = read_timeout  # noqa: SLF001
@@ -208,9 +208,9 @@ class StandaloneServer:
 
     async def aopen(self) -> AsyncConnection:
         """Return a connected connection of asyncio."""
-        connection = self.async_connection()
+        connection = self.new_async_connection()
         try:
-            async with asyncio.timeout(self.connect_timeout + self.answer_timeout):
+            async with asyncio.timeout(self.connect_timeout + self.handshake_timeout):
                 await connection.connect()
         except TimeoutError as error:
             await connection.disconnect(nowait=True)
@@ -220,7 +220,7 @@ class StandaloneServer:
             raise
         return connection
 
-    def connection(self, *, read_timeout: float | None) -> Connection:
+    def new_connection(self, *, read_timeout: float | None) -> Connection:
         """Return an unopened blocking connection."""
         from redis import Connection, SSLConnection, UnixDomainSocketConnection
         from redis.backoff import NoBackoff
@@ -230,7 +230,7 @@ class StandaloneServer:
         parameters = {**self._parameters, "socket_timeout": read_timeout, "retry": Retry(NoBackoff(), 0)}
         return cast("Connection", kind[self._parts.scheme](**parameters))
 
-    def async_connection(self) -> AsyncConnection:
+    def new_async_connection(self) -> AsyncConnection:
         """Return an unopened connection of asyncio."""
         from redis import backoff
         from redis.asyncio.connection import Connection, SSLConnection, UnixDomainSocketConnection
@@ -291,7 +291,7 @@ class HostList:
 
 def split_hosts(url: str, default_port: int) -> HostList:
     """Take a URL of several hosts apart. Raises ConfigurationError."""
-    parts = taken_apart(url)
+    parts = split_url(url)
     login, _, names = parts.netloc.rpartition("@")
     user, _, password = login.partition(":")
     hosts = tuple(_host(url, name, default_port) for name in names.split(",") if name)

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("conveyor.worker")
 LOOK = 0.5
-PATIENCE = 1.0
+RETRY_FOR = 1.0
 """Seconds without a pass of the loop after which it counts as blocked."""
 MAX_STALL = 300.0
 """Seconds a worker may block its event loop before its jobs are given to others."""
@@ -71,10 +71,10 @@ class Watchdog:
         told, looked = 0.0, monotonic()
         while not self._stop.wait(LOOK if self._blame is None else LOOK / 2):
             tick, now = self._tick_at, monotonic()
-            blocked, late, looked = now - tick, now - looked > PATIENCE, now
+            blocked, late, looked = now - tick, now - looked > RETRY_FOR, now
             if late and self._who() is None:
                 continue  # the whole process stood still, and no job is to blame for it
-            if blocked < (PATIENCE if self._blame is None else LOOK / 2) or tick == told:
+            if blocked < (RETRY_FOR if self._blame is None else LOOK / 2) or tick == told:
                 continue
             told = tick
             task, job_id = self._who() or ("something", "-")
@@ -128,7 +128,7 @@ class Heartbeat:
                 continue
             for keys, identity, lease_ms in self._leases():
                 try:
-                    self._connection(keys).run(operations.beat(keys, identity, lease_ms), patience=shortest / 4)
+                    self._connection(keys).run(operations.beat(keys, identity, lease_ms), retry_for=shortest / 4)
                 except ConveyorError as error:
                     log.warning("could not renew the lease on queue %s: %s", keys.queue, error)
         for connection in self._connections.values():

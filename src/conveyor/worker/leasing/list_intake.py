@@ -43,7 +43,7 @@ class ListIntake:
 
     def _moved(self, reply: Any) -> None:
         if isinstance(reply, Exception) and not isinstance(reply, OSError):
-            if replies.remedy(str(reply)) is replies.ErrorAction.LOAD:
+            if replies.action_for(str(reply)) is replies.ErrorAction.LOAD:
                 self.loading = True
                 asyncio.get_running_loop().create_task(self._load())
             else:
@@ -52,7 +52,7 @@ class ListIntake:
     async def _load(self) -> None:
         call = operations.intake(self._consumer.keys, 1, new_id()[:18], self._name)
         try:
-            await self._consumer.wire.run(call, patience=30.0)
+            await self._consumer.wire.run(call, retry_for=30.0)
         except ConveyorError as error:
             log.warning("could not take from the list %s: %s", self._consumer.keys.foreign, error)
         self.loading = False
@@ -76,7 +76,7 @@ class ListIntake:
                     wire.handle_error_reply(reply)
             except (OSError, ConveyorError) as error:
                 log.debug("cannot wait at the list %s: %s", keys.foreign, error)
-                await asyncio.sleep(replies.pause(attempt))
+                await asyncio.sleep(replies.backoff(attempt))
                 attempt += 1
                 continue
             attempt = 0

@@ -63,12 +63,12 @@ async def served(app: Conveyor, queue: str) -> list[QueueKeys]:
 async def enrolled(app: Conveyor, wire: AsyncConnection, queue: str, call: Call[int]) -> int:
     """Carry out a registration and return the server's time in ms; after Redis was emptied the number is agreed on anew."""
     try:
-        return await wire.run(call, patience=None)
+        return await wire.run(call, retry_for=None)
     except PartitionCountMismatch:
         if (partitions := app.partitioned.get(ids.logical(queue))) is None:
             raise
         await partitions.aclaim()
-        return await wire.run(call, patience=None)
+        return await wire.run(call, retry_for=None)
 
 
 class Registrable(Protocol):
@@ -113,7 +113,7 @@ class LeaseHolder(Protocol):
 async def differences(books: LeaseHolder) -> tuple[list[str], list[str]]:
     """Return the ids that Redis does not list as held here, and those it lists besides; none of them when it refuses to tell."""
     try:
-        listed = await books.wire.run(operations.held(books.keys, books.identity), patience=None)
+        listed = await books.wire.run(operations.held(books.keys, books.identity), retry_for=None)
     except ConveyorError as error:
         log.warning("could not reconcile queue %s: %s", books.keys.queue, error)
         return [], []
@@ -152,7 +152,7 @@ class Reaper:
 
     async def _reap(self, worker: str, end: int) -> None:
         try:
-            count = await self._wire.run(operations.reap(self._keys, worker, end=end), patience=5.0)
+            count = await self._wire.run(operations.reap(self._keys, worker, end=end), retry_for=5.0)
         except ConveyorError as error:
             log.warning("could not reap a dead worker of queue %s: %s", self._keys.queue, error)
             return

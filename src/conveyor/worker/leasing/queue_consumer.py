@@ -95,7 +95,7 @@ class QueueConsumer:
     def begin(self, stack: AsyncExitStack) -> None:
         """Start leasing."""
         if self._intake is not None:
-            self._intake.start(AsyncConnection(self.wire.place))
+            self._intake.start(AsyncConnection(self.wire.endpoint))
             stack.push_async_callback(self._intake.close)
         self._kick()
 
@@ -109,7 +109,7 @@ class QueueConsumer:
         await self._delivery.finish(2.0)
         self.gone = True
         try:
-            await self.wire.run(operations.reap(self.keys, self.identity, crashed=False), patience=2.0)
+            await self.wire.run(operations.reap(self.keys, self.identity, crashed=False), retry_for=2.0)
         except ConveyorError as error:
             log.warning("could not leave queue %s: %s", self.queue, error)
 
@@ -208,7 +208,7 @@ class QueueConsumer:
     async def _recover(self, call: Call[TurnReply], report: TurnReport) -> None:
         """Repeat a turn whose reply was lost until it is answered; its number keeps it from being done twice."""
         try:
-            turn = await self.wire.run(call, patience=None)
+            turn = await self.wire.run(call, retry_for=None)
         except (WorkerUnregistered, StaleTurn) as error:
             await self._again_from_nothing(report, error)
             return
@@ -265,7 +265,7 @@ class QueueConsumer:
         for id_ in turn.lost:
             self._refused(id_)
         if turn.missing:
-            eviction.tell_missing(log, self.queue, turn.missing)
+            eviction.log_missing_jobs(log, self.queue, turn.missing)
         if self.blobs:
             self._worker.unusual.release(self, report, turn.lost)
         if report.spawned or turn.outbox:

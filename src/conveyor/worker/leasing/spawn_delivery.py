@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 
 log = logging.getLogger("conveyor.worker")
-PATIENCE = 5.0
+RETRY_FOR = 5.0
 PAUSES = 5.0
 """Longest pause in seconds before a delivery that was refused is tried again."""
 
@@ -75,7 +75,7 @@ class SpawnDelivery:
                     log.warning(
                         "followers of queue %s are not delivered yet, trying again: %s", self._keys.queue, error
                     )
-                    await asyncio.sleep(replies.pause(attempt + 5, cap=PAUSES))
+                    await asyncio.sleep(replies.backoff(attempt + 5, cap=PAUSES))
                     attempt += 1
                     self._asked = True
         finally:
@@ -86,7 +86,7 @@ class SpawnDelivery:
 async def deliver(keys: QueueKeys, home: Home) -> bool:
     """Deliver one batch of an outbox; return whether there was one. Raises what the pushes raise: it stays to be repeated."""
     client = home.client
-    batch = await client.arun(spawn_outbox.take(keys), patience=PATIENCE)
+    batch = await client.arun(spawn_outbox.take(keys), retry_for=RETRY_FOR)
     if batch is None:
         return False
     failed: ConveyorError | None = None
@@ -100,13 +100,13 @@ async def deliver(keys: QueueKeys, home: Home) -> bool:
             seen = await client.aexecute("GET", late.inbox, key=late.inbox)
             if isinstance(seen, bytes):
                 least = int(seen.partition(b"\n")[0]) + 1
-                await client.arun(spawn_outbox.take(keys, instead=batch.number, least=least), patience=PATIENCE)
+                await client.arun(spawn_outbox.take(keys, instead=batch.number, least=least), retry_for=RETRY_FOR)
             return True
         except ConveyorError as error:
             failed = error  # the others need not wait for it; the repeat finds theirs done
     if failed is not None:
         raise failed
-    await client.arun(spawn_outbox.trim(keys, batch.number), patience=PATIENCE)
+    await client.arun(spawn_outbox.trim(keys, batch.number), retry_for=RETRY_FOR)
     return True
 
 
@@ -140,8 +140,8 @@ async def _push(home: Home, queue: str, call: Call[list[str]]) -> None:
     partitions = home.partitioned.get(ids.logical(queue))
     try:
         if partitions is None:
-            await home.client.arun(call, patience=PATIENCE)
+            await home.client.arun(call, retry_for=RETRY_FOR)
         else:
-            await partitions.akeep(lambda: home.client.arun(call, patience=PATIENCE))
+            await partitions.akeep(lambda: home.client.arun(call, retry_for=RETRY_FOR))
     except StalePush:
         raise _StaleDelivery(call.keys[0]) from None

@@ -131,7 +131,7 @@ class WakeupListener:
 
     async def _open(self) -> None:
         while not self._worker.stopped:
-            await asyncio.sleep(replies.pause(self._attempt))
+            await asyncio.sleep(replies.backoff(self._attempt))
             self._attempt += 1
             try:
                 await self._wire.open()
@@ -170,7 +170,7 @@ class EndpointConnections:
         self.sleepers: list[WakeupTarget] = []
         self.wire = AsyncConnection(place)
         self.listener = WakeupListener(self, AsyncConnection(place))
-        self.wire.reopened, self.wire.lost = self._found, self._lost
+        self.wire.on_reopened, self.wire.on_lost = self._found, self._lost
         self._since = 0.0
         self._telling: asyncio.TimerHandle | None = None
         self._opening: asyncio.Task[None] | None = None

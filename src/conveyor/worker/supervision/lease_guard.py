@@ -21,7 +21,7 @@ from conveyor.worker.shared_memory import ChildInfo, ChildSlot, LeaseIdentity
 
 RENEW_AFTER = 0.4
 """The part of a lease without a renewal after which the guardian renews; a live worker does after a third."""
-PATIENCE = 0.5
+RETRY_FOR = 0.5
 _LONGEST_ROUND, _SHORTEST_ROUND = 1.0, 0.02
 _MOST_ESTATES = 1000
 
@@ -81,11 +81,11 @@ class LeaseGuard:
                 self._estates.popleft().settled.set()
         self._call.set()
 
-    def close(self, patience: float) -> bool:
-        """Settle what is open for *patience* seconds more, then end; return whether nothing is left open."""
-        self._closing_at = monotonic() + patience
+    def close(self, retry_for: float) -> bool:
+        """Settle what is open for *retry_for* seconds more, then end; return whether nothing is left open."""
+        self._closing_at = monotonic() + retry_for
         self._call.set()
-        self._thread.join(patience + 0.2)
+        self._thread.join(retry_for + 0.2)
         return not self._estates
 
     # -- the thread -----------------------------------------------------------------------------------------------
@@ -117,10 +117,10 @@ class LeaseGuard:
                     one = estate.identities[0]
                     blame = None
                     if estate.crashed and estate.seating is not None:
-                        held = client.run(operations.held(one.keys, one.worker), patience=PATIENCE)
+                        held = client.run(operations.held(one.keys, one.worker), retry_for=RETRY_FOR)
                         blame = estate.seating.judge(held, fault=estate.fault)
                     call = operations.reap(one.keys, one.worker, crashed=estate.crashed, blame=blame)
-                    estate.returned += max(0, client.run(call, patience=PATIENCE))
+                    estate.returned += max(0, client.run(call, retry_for=RETRY_FOR))
                     del estate.identities[0]
             except Exception as error:
                 self._failed(error)
@@ -142,7 +142,7 @@ class LeaseGuard:
                 client = self._client(about)
                 if one is None:
                     continue
-                known = client.run(operations.beat(one.keys, one.worker, one.lease_ms), patience=PATIENCE)
+                known = client.run(operations.beat(one.keys, one.worker, one.lease_ms), retry_for=RETRY_FOR)
             except Exception as error:
                 self._failed(error)
                 continue
@@ -181,8 +181,8 @@ class LeaseGuard:
         found = self._clients.get(key)
         if found is None:
             found = Client(about.url, namespace=about.namespace)
-            found.execute("PING", patience=0.0)
-            LOG.debug("The guardian is connected to %s", found.address)
+            found.execute("PING", retry_for=0.0)
+            LOG.debug("The guardian is connected to %s", found.topology)
             self._clients[key] = found
         return found
 

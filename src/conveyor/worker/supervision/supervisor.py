@@ -141,8 +141,8 @@ class Supervisor:
     def _stop(self) -> None:
         """First drain, then hurry, then kill."""
         self._stops += 1
-        patience = {1: self._spec.grace + MARGIN, 2: MARGIN}.get(self._stops, 0.0)
-        end = monotonic() + patience
+        retry_for = {1: self._spec.grace + MARGIN, 2: MARGIN}.get(self._stops, 0.0)
+        end = monotonic() + retry_for
         self._stop_at = end if self._stop_at is None else min(self._stop_at, end)
         if self._stops == 1:
             LOG.info("Stopping: what runs has %g s to end; a second signal hurries", self._spec.grace)
