@@ -190,6 +190,7 @@ def pickup(stage: Stage) -> Verdict:
     """A worker with nothing to do hears of a job at once."""
     stage.crew.embedded("program", stage.url)
     stage.ready(1)
+    # Over 2.5 s: whoever only looks every 5 s finds one of them late, whenever it looks.
     _push(stage, 6, rate=2, quick=1, own=0.3)
     stage.drain(8)
     verdict = stage.judge()
