@@ -200,14 +200,14 @@ def pickup(stage: Stage) -> Verdict:
 
 
 def term(stage: Stage) -> Verdict:
-    """A worker is asked to stop while it holds more than it runs; its successor does the rest."""
+    """A worker is asked to stop while it runs what its grace is too short for; its successor does the rest."""
     program = stage.crew.supervised("worker", stage.url, processes=1, concurrency=3, grace="0.2s")
     stage.ready(1)
-    _push(stage, 12, quick_ms500=1, steady_ms300=1)
-    stage.started(4)
+    _push(stage, 6, quick_ms1500=1, steady_ms1500=0.5)
+    stage.started(3)
     stage.fault("restart worker", pids=program.family(), lasting=5)
     program.signal(signal.SIGTERM)
-    stage.drain(8, stall=4)
+    stage.drain(8, stall=5)
     return stage.judge()
 
 
