@@ -6,6 +6,7 @@ import os
 import random
 import re
 import signal
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -16,6 +17,7 @@ from typing import Any
 import pytest
 
 from conveyor import Conveyor
+from conveyor.events import WorkerStarted
 from conveyor.ids import split
 from conveyor.store import inspection, operations
 from conveyor.store.operations import TurnReport
@@ -199,3 +201,20 @@ def test_a_loop_blocked_too_long_loses_its_jobs(url: str, tmp_path: Path, rounds
             words = "was killed after blocking" if supervised else "its leases are renewed no more"
             wait(lambda n=n, words=words: one.log.count(words) > n)
         one.repeats()
+
+
+@pytest.mark.row("A5")
+async def test_leases_are_renewed_before_the_first_job_is_taken(url: str) -> None:
+    """A job that blocks the loop as soon as a worker inside a program takes jobs finds the thread that renews at work."""
+    app, threads = Conveyor(url), list[str]()
+
+    def note(event: WorkerStarted) -> None:
+        threads.extend(thread.name for thread in threading.enumerate())
+
+    app.on(WorkerStarted, note)
+    app.task(name="any")(note)
+    async with app.worker():
+        pass
+    await app.aclose()
+
+    assert "conveyor-heartbeat" in threads

@@ -99,6 +99,10 @@ class Fleet:
         """Start a program with a worker inside: no supervisor looks after it."""
         return self.start(embed=True, **options)
 
+    def let_go(self) -> None:
+        """Let the jobs of task `first` end."""
+        (self.place / "go").touch()
+
     @property
     def log(self) -> str:
         """What all supervisors and their children said."""
