@@ -318,7 +318,7 @@ class Model:
         self.wake()
 
     def wait(self, id_: str, channel: str) -> str:
-        """Read an outcome or wait for it; return await.lua's word."""
+        """Read an outcome or wait for it; return await_result.lua's word."""
         if id_ in self.results:
             return "result"
         if id_ not in self.jobs or self.jobs[id_].stub:

@@ -50,11 +50,11 @@ class Queue:
         entries = [Entry(id_, write_rest(task, body)) for id_ in new_ids(count)]
         return self.backend.push(KEYS, entries)
 
-    def crew(self) -> list[Member]:
-        return self.backend.run(inspection.crew(KEYS))
+    def workers(self) -> list[Member]:
+        return self.backend.run(inspection.workers(KEYS))
 
     def held(self, worker: str) -> set[str]:
-        return set(self.backend.run(operations.held(KEYS, worker)))
+        return set(self.backend.run(operations.held_ids(KEYS, worker)))
 
     def counts(self) -> inspection.Counts:
         return self.backend.run(inspection.counts(KEYS))
@@ -69,7 +69,7 @@ class Queue:
 
     def by_pid(self, *held: int) -> dict[int, Member]:
         """The crew by process, once it holds just that many jobs each."""
-        found = until(lambda: (c := self.crew()) and sorted(m.held for m in c) == sorted(held) and c)
+        found = until(lambda: (c := self.workers()) and sorted(m.held for m in c) == sorted(held) and c)
         return {member.about["pid"]: member for member in found}
 
     def busy(self, *held: int) -> dict[int, Member]:

@@ -127,5 +127,5 @@ class TestAwaitable:
 
 
 async def _end(queue):
-    [member] = await queue.backend.arun(inspection.crew(queue.keys))
+    [member] = await queue.backend.arun(inspection.workers(queue.keys))
     return member.end

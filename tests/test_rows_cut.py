@@ -215,7 +215,7 @@ def results(app: Conveyor) -> Any:
         job.result(timeout=0.001)
     first = HandWorker(app.backend, "default")
     taken = first.take()
-    app.backend.run(operations.beat(first.keys, first.identity, 5000))
+    app.backend.run(operations.heartbeat(first.keys, first.identity, 5000))
     app.backend.run(operations.reap(first.keys, first.identity))
     second = HandWorker(app.backend, "default")
     assert second.take() == taken == [job.id]

@@ -69,8 +69,8 @@ def test_full_server_still_drains(scene: Scene, name: str) -> None:
         reply = scene.run(make(KEYS))
 
     assert scene.dump() == expected
-    if name not in {"turn", "register", "page", "show", "counts", "crew"}:  # these tell the time
-        in_order = sorted if name == "held" else repr  # of a hash, which has none
+    if name not in {"turn", "register", "list_jobs", "get_job", "counts", "workers"}:  # these tell the time
+        in_order = sorted if name == "held_ids" else repr  # of a hash, which has none
         assert in_order(reply) == in_order(expected_reply)
 
 
@@ -89,7 +89,9 @@ def test_full_server_refuses_a_push_whole(scene: Scene, name: str) -> None:
         scene.run(call)
 
     scene.run(call)
-    assert {"rawpush": "q", "push": "jobs", "push_plain": "jobs", "claim": "conf"}[name] in scene.since(before)
+    assert {"list_push": "q", "push": "jobs", "push_plain": "jobs", "claim_partitions": "conf"}[name] in scene.since(
+        before
+    )
     assert scene.audit() == []
 
 
@@ -154,10 +156,10 @@ def test_call_sent_twice(scene: Scene, name: str) -> None:
     second = scene.run(call)
 
     assert scene.audit() == []
-    if name == "intake":  # takes what is still there, and overwrites nothing
+    if name == "list_intake":  # takes what is still there, and overwrites nothing
         assert (first, second) == (3, 1)
         assert set(live) < set(scene.client.hkeys(scene.keys.jobs))
     elif name == "purge-ready":
         assert second == (0, 0)
-    elif name not in {"turn", "register", "beat"}:  # these renew a lease
+    elif name not in {"turn", "register", "heartbeat"}:  # these renew a lease
         assert exact(scene.client) == before

@@ -247,7 +247,7 @@ def test_reaped_worker_changes_nothing(scene: Scene) -> None:
         with scene.unchanged(), pytest.raises(Unregistered):
             scene.run(turn)
     with scene.unchanged():
-        assert scene.run(operations.beat(scene.keys, "w", LEASE)) is False
+        assert scene.run(operations.heartbeat(scene.keys, "w", LEASE)) is False
         assert scene.run(operations.extend(scene.keys, "w", "a", "x", LEASE, b"{}")) is False
 
 
@@ -356,7 +356,7 @@ def test_leaving(scene: Scene) -> None:
     with scene.unchanged():
         with pytest.raises(Unregistered):
             scene.turn("w", 3, 1)
-        assert scene.run(operations.beat(scene.keys, "w", LEASE)) is False
+        assert scene.run(operations.heartbeat(scene.keys, "w", LEASE)) is False
 
 
 def test_leaving_waits_for_what_is_held(scene: Scene) -> None:

@@ -53,8 +53,8 @@ _PRODUCER = Role(
     "producer",
     "pushes and enqueues, asks for status and results, cancels; takes nothing",
     (
-        operations.PUSH, operations.PUSH_PLAIN, operations.WITHDRAW, plain_list.RAWPUSH, operations.AWAIT, operations.FORGET,
-        operations.CANCEL, inspection.SHOW, inspection.COUNTS, partitions.CLAIM, partitions.COUNT,
+        operations.PUSH, operations.PUSH_PLAIN, operations.WITHDRAW, plain_list.LIST_PUSH, operations.AWAIT_RESULT,
+        operations.FORGET, operations.CANCEL, inspection.GET_JOB, inspection.COUNTS, partitions.CLAIM_PARTITIONS, partitions.COUNT,
     ),
     (*_RUN, "sadd", "smembers", "subscribe", "ping"),
     channels=True,
@@ -63,23 +63,30 @@ _WORKER = Role(
     "worker",
     "runs jobs and consumes messages, and may push and enqueue as a producer",
     (
-        operations.TURN, operations.REGISTER, operations.BEAT, operations.REAP, operations.EXTEND, operations.HELD,
-        operations.INTAKE, operations.RING, spawn_outbox.TAKE, spawn_outbox.TRIM,
+        operations.TURN, operations.REGISTER, operations.HEARTBEAT, operations.REAP, operations.EXTEND, operations.HELD_IDS,
+        operations.LIST_INTAKE, operations.WAKE, spawn_outbox.TAKE, spawn_outbox.TRIM,
     ),
     ("blpop", "blmove", "info"),
 ).and_(_PRODUCER)  # fmt: skip
 _DASHBOARD = Role(
     "dashboard",
     "looks: status, doctor, lists of queues, jobs and workers; changes nothing",
-    (inspection.COUNTS, inspection.PAGE, inspection.SHOW, inspection.CREW, inspection.AUDIT, partitions.COUNT),
+    (
+        inspection.COUNTS,
+        inspection.LIST_JOBS,
+        inspection.GET_JOB,
+        inspection.WORKERS,
+        inspection.AUDIT,
+        partitions.COUNT,
+    ),
     (*_RUN, "smembers", "llen", "hget", "ping", "info", "time"),
 )
 _OPERATOR = Role(
     "operator",
     "looks, and acts on queues and jobs: pause, purge, redrive, retry, cancel, delete",
     (
-        operations.CONFIGURE, operations.PURGE, operations.INTAKE, operations.REDRIVE, operations.PROMOTE,
-        operations.CANCEL, partitions.CLAIM, partitions.SWITCH,
+        operations.CONFIGURE, operations.PURGE, operations.LIST_INTAKE, operations.REDRIVE, operations.PROMOTE,
+        operations.CANCEL, partitions.CLAIM_PARTITIONS, partitions.REPARTITION,
     ),
     ("sadd", "srem", "hscan"),
     channels=True,

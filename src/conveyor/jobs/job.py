@@ -161,9 +161,9 @@ class Job(Generic[R_co]):
     def _show(self) -> Shown:
         backend = self._home.backend
         if self.queue is not None:
-            return self._found(self.queue, backend.run(inspection.show(self._home.keys(self.queue), self._bare)))
+            return self._found(self.queue, backend.run(inspection.get_job(self._home.keys(self.queue), self._bare)))
         for queue in self._likely(backend.queues()):
-            shown = backend.run(inspection.show(self._home.keys(queue), self._bare))
+            shown = backend.run(inspection.get_job(self._home.keys(queue), self._bare))
             if _is_known(shown):
                 return self._found(queue, shown)
         raise self._unknown()
@@ -171,9 +171,11 @@ class Job(Generic[R_co]):
     async def _ashow(self) -> Shown:
         backend = self._home.backend
         if self.queue is not None:
-            return self._found(self.queue, await backend.arun(inspection.show(self._home.keys(self.queue), self._bare)))
+            return self._found(
+                self.queue, await backend.arun(inspection.get_job(self._home.keys(self.queue), self._bare))
+            )
         for queue in self._likely(await backend.aqueues()):
-            shown = await backend.arun(inspection.show(self._home.keys(queue), self._bare))
+            shown = await backend.arun(inspection.get_job(self._home.keys(queue), self._bare))
             if _is_known(shown):
                 return self._found(queue, shown)
         raise self._unknown()

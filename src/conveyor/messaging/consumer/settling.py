@@ -14,7 +14,7 @@ from conveyor.messaging.leases import Leased, Lessee
 from conveyor.messaging.message import Ending, OnError, lost
 from conveyor.messaging.settlement import Verdict
 from conveyor.store.client.client import Backend, refuse_in_loop
-from conveyor.store.operations import INTAKE, LateTurn, Unregistered
+from conveyor.store.operations import LIST_INTAKE, LateTurn, Unregistered
 from conveyor.store.script import Call
 from conveyor.store.transport import eviction
 
@@ -177,7 +177,7 @@ class AwaitableHolder(_Books):
 
 def patience(backend: Backend, call: Call[Any]) -> float:
     """Return for how long a call is repeated: an intake never, since it would store new entries over old."""
-    return 0.0 if call.script is INTAKE else backend.patience
+    return 0.0 if call.script is LIST_INTAKE else backend.patience
 
 
 def run_once(backend: Backend, call: Call[Any]) -> Any:

@@ -386,7 +386,7 @@ class Consumer:
 
     def call_myself(self) -> None:
         """Wake our own blocked listener: it hears one list too few."""
-        wakeup.ring(self.wire, self.keys.wake_of(self.identity))
+        wakeup.wake(self.wire, self.keys.wake_of(self.identity))
 
     async def until_hungry(self) -> None:
         """Wait until it would take work but has none."""
