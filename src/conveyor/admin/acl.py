@@ -10,7 +10,6 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.resources import files
 
 from conveyor.errors import ConfigurationError
 from conveyor.jobs import spawn_outbox
@@ -24,7 +23,7 @@ TOPOLOGIES = ("standalone", "sentinel", "cluster")
 
 _USER = re.compile(r"[A-Za-z0-9_.:@-]{1,64}")
 _UNSAFE = re.compile(r"[^A-Za-z0-9_.:@/{}=+-]")  # has a meaning in a pattern, or in a line of redis-cli
-_FUNCTION = re.compile(r"^local function (\w+)", re.MULTILINE)
+_FUNCTION = re.compile(r"^local function (\w+)(?:[^\n]*\bend$|.*?^end$)", re.MULTILINE | re.DOTALL)
 _CALL = re.compile(r"redis\.p?call\(([^,()]*)")
 _PASSED = re.compile(r"(?<!redis\.)(?<!redis\.p)\b(?!redis)\w+\(([^()]*)")  # check('HLEN', key) calls what it is given
 _LITERAL = re.compile(r"'([A-Z]{2,})'")
@@ -181,27 +180,18 @@ def _connecting(server: str, topology: str, database: int) -> set[str]:
 
 
 def commands_of(script: Script) -> set[str]:
-    """Return the commands that *script* may call, in lower case: those of its text and of the prelude it uses."""
-    body = files("conveyor.store").joinpath("scripts", f"{script.name}.lua").read_text("utf-8")
-    helpers = _helpers()
-    found, seen, texts = set[str](), set[str](), [body]
+    """Return the commands that *script* may call, in lower case; a function that it never calls adds none."""
+    functions = {one[1]: one[0] for one in _FUNCTION.finditer(script.text)}
+    found, seen, texts = set[str](), set[str](), [_FUNCTION.sub("", script.text)]
     while texts:
         text = texts.pop()
         for expression in (*_CALL.findall(text), *_PASSED.findall(text)):
             found.update(_LITERAL.findall(expression))
-        for name, helper in helpers.items():
+        for name, function in functions.items():
             if name not in seen and re.search(rf"\b{name}\(", text):
                 seen.add(name)
-                texts.append(helper)
+                texts.append(function)
     return {command.lower() for command in found}
-
-
-def _helpers() -> dict[str, str]:
-    """Return the functions of the prelude by their names."""
-    text = files("conveyor.store").joinpath("scripts", "_prelude.lua").read_text("utf-8")
-    starts = [*_FUNCTION.finditer(text)]
-    ends = [one.start() for one in starts[1:]] + [len(text)]
-    return {one[1]: text[one.end() : end] for one, end in zip(starts, ends, strict=True)}
 
 
 def _pattern(name: str) -> str:

@@ -18,7 +18,7 @@ from conveyor.store.keys import QueueKeys
 from conveyor.store.partitions import WrongPartitions
 from conveyor.store.script import Argument, Call, Command, Script
 
-PUSH_PLAIN = Script("push_plain", bare=True)
+PUSH_PLAIN = Script("push_plain")
 PUSH, TURN, REGISTER, HEARTBEAT, REAP = (
     Script("push"),
     Script("turn"),
@@ -29,7 +29,7 @@ PUSH, TURN, REGISTER, HEARTBEAT, REAP = (
 EXTEND, HELD_IDS, CANCEL, REDRIVE = Script("extend"), Script("held_ids"), Script("cancel"), Script("redrive")
 PROMOTE, PURGE, CONFIGURE, LIST_INTAKE = Script("promote"), Script("purge"), Script("configure"), Script("list_intake")
 AWAIT_RESULT, FORGET, WITHDRAW = Script("await_result"), Script("forget"), Script("withdraw")
-WAKE = Script("wake", bare=True)
+WAKE = Script("wake")
 SADD, SET = Script("SADD"), Script("SET")
 
 LANE_MS = 7_200_000

@@ -18,7 +18,7 @@ from conveyor.store.script import Call, Script
 CLAIM_PARTITIONS, REPARTITION, COUNT = (
     Script("claim_partitions"),
     Script("repartition"),
-    Script("partitions", bare=True),
+    Script("partitions"),
 )
 
 

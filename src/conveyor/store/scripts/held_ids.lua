@@ -1,10 +1,7 @@
--- Say what a worker holds, for the one whose own count differs.
+-- List what a worker holds. A worker asks when its own count differs.
+-- needs: leased
 --
 -- KEYS  1 leased:<worker>
 -- ARGV  none
 -- returns ids
-local ids = {}
-for _, id in ipairs(redis.call('HKEYS', KEYS[1])) do
-  if string.byte(id) ~= 9 then ids[#ids + 1] = id end
-end
-return ids
+return ids_held(KEYS[1])
