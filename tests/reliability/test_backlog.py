@@ -48,7 +48,7 @@ def _cost(app: Conveyor, redis: redis_py.Redis) -> tuple[dict[str, float], float
         done = tuple(turn.ids)
     hand.turn(0, done=done)
     for state in ("ready", "scheduled", "dead"):
-        app.client.run(inspection.page(keys, state, 0, 50))
+        app.client.run(inspection.list_jobs(keys, state, 0, 50))
     app.client.run(inspection.counts(keys))
     stats = redis.info("commandstats")
     hand.leave()

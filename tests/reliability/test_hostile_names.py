@@ -90,11 +90,7 @@ def test_ids_keys_and_headers_that_mean_harm(app: Conveyor, redis: redis_py.Redi
 
 def _commands() -> set[str]:
     """Return every command that our scripts and our Python send."""
-    lua = {
-        name
-        for path in SOURCE.glob("store/scripts/*.lua")
-        for name in re.findall(r"redis\.p?call\('(\w+)'", path.read_text())
-    }
+    lua = {name for path in SOURCE.rglob("*.lua") for name in re.findall(r"redis\.p?call\('(\w+)'", path.read_text())}
     conditional = {"LPUSH", "RPUSH", "HEXISTS", "HDEL", "HLEN", "ZCARD", "LLEN"}  # chosen by an expression
     python = {
         word

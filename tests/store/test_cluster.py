@@ -218,8 +218,8 @@ async def test_one_key_is_asked_for_at_the_node_that_takes_the_slot_over(cluster
         source.ask("CLUSTER", "SETSLOT", slot_of(key), "MIGRATING", cluster.ids[target.port])
         target.ask("SCRIPT", "FLUSH")
     try:
-        assert await asyncio.to_thread(backend.run, inspection.crew(keys)) == []
-        assert await backend.arun(operations.held(keys, "nobody")) == []
+        assert await asyncio.to_thread(backend.run, inspection.workers(keys)) == []
+        assert await backend.arun(operations.held_ids(keys, "nobody")) == []
         assert await backend.aexecute("SISMEMBER", known, "half", key=known) == 0
         assert await asyncio.to_thread(backend.queues) == []
         with pytest.raises(StoreUnavailable, match="The slot of these keys is moving"):
@@ -242,11 +242,11 @@ def test_all_keys_of_a_step_lie_in_one_slot(queue: str, name: str) -> None:
         calls: list[Any] = [
             operations.push(keys, ProducerSequence("l"), entries), operations.push_plain(keys, ProducerSequence("l"), ("i", b"\n\n1")),
             operations.turn(keys, "w", 1, 1, 1000, TurnReport()), operations.register(keys, "w", 1, b""),
-            operations.reap(keys, "w"), operations.beat(keys, "w", 1), operations.extend(keys, "w", "i", "v", 1, b""),
+            operations.reap(keys, "w"), operations.heartbeat(keys, "w", 1), operations.extend(keys, "w", "i", "v", 1, b""),
             operations.cancel(keys, "i"), operations.redrive(keys), operations.promote(keys, "i"),
-            operations.purge(keys, "dead", 1), operations.await_outcome(keys, "i", "c"), inspection.counts(keys),
-            inspection.page(keys, "ready", 0, 1), inspection.show(keys, "i"), inspection.audit(keys), inspection.crew(keys),
-            *([] if keys.foreign is None else [operations.intake(keys, 1, "s")]),
+            operations.purge(keys, "dead", 1), operations.await_result(keys, "i", "c"), inspection.counts(keys),
+            inspection.list_jobs(keys, "ready", 0, 1), inspection.get_job(keys, "i"), inspection.audit(keys), inspection.workers(keys),
+            *([] if keys.foreign is None else [operations.list_intake(keys, 1, "s")]),
         ]  # fmt: skip
         assert {slot_of(key) for call in calls for key in call.keys} == {slot_of(keys.jobs)}
 

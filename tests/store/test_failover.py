@@ -118,7 +118,7 @@ def test_a_lease_that_failover_forgets_is_refused(start_server: Start, known: bo
         else:
             with pytest.raises(WorkerUnregistered):
                 first.turn(0, done=("one",))
-        assert app.client.run(operations.held(second.keys, second.worker)) == ["one"]
+        assert app.client.run(operations.held_ids(second.keys, second.worker)) == ["one"]
         second.plainly_done("one")
         assert app.client.run(inspection.audit(app.keys("default"))) == []
     door.close()

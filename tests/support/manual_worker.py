@@ -62,7 +62,7 @@ class Hand:
 
     def leave(self) -> None:
         """Finish what is held and go."""
-        while ids := self.client.run(operations.held(self.keys, self.worker)):
+        while ids := self.client.run(operations.held_ids(self.keys, self.worker)):
             self.turn(0, done=tuple(ids))
         self.turn(0, flags="t")
 

@@ -119,7 +119,7 @@ def furnish(app: Conveyor) -> Hand:
             hand.dead(id_, None)
     double.options(unique="held", id="ready").enqueue(1)
     double.options(delay="1h", id="scheduled").enqueue(1)
-    app.client.run(operations.await_outcome(app.keys("default"), "ready", f"{NAMESPACE}:replies:nobody"))
+    app.client.run(operations.await_result(app.keys("default"), "ready", f"{NAMESPACE}:replies:nobody"))
     return hand
 
 
@@ -148,7 +148,7 @@ def produce(app: Conveyor) -> None:
     waiting.start()
     eventually(
         lambda: app.client.run(
-            operations.await_outcome(app.keys("default"), job.id.split(":")[1], f"{NAMESPACE}:replies:x")
+            operations.await_result(app.keys("default"), job.id.split(":")[1], f"{NAMESPACE}:replies:x")
         )[0]
     )
     assert job.cancel()
@@ -224,7 +224,7 @@ async def work(app: Conveyor) -> None:
         await _reached(dying, "dead")
         await double.options(priority=5, expires="1ms", delay="5ms").aenqueue(1)
         await _empty(app)
-        await consumer.wire.run(operations.held(consumer.keys, consumer.identity), patience=1.0)
+        await consumer.wire.run(operations.held_ids(consumer.keys, consumer.identity), patience=1.0)
     await asyncio.to_thread(_die, app)
     await asyncio.to_thread(_consume, app)
 
@@ -250,7 +250,7 @@ def _die(app: Conveyor) -> None:
     hand = Hand(app)
     assert hand.take(1)
     app.client.run(operations.turn(hand.keys, hand.worker, hand.number, 1, 60_000, operations.TurnReport()))  # a repeat
-    app.client.run(operations.beat(hand.keys, hand.worker, 60_000))
+    app.client.run(operations.heartbeat(hand.keys, hand.worker, 60_000))
     identity = LeaseIdentity(NAMESPACE, "default", None, hand.worker, 60_000, True, time.monotonic())
     estate = DeadChild("a child was killed", ChildInfo(app.client.address.url, NAMESPACE), [identity], crashed=True)
     guardian = LeaseGuard()

@@ -161,9 +161,9 @@ class Job(Generic[R_co]):
     def _show(self) -> Shown:
         client = self._home.client
         if self.queue is not None:
-            return self._found(self.queue, client.run(inspection.show(self._home.keys(self.queue), self._bare)))
+            return self._found(self.queue, client.run(inspection.get_job(self._home.keys(self.queue), self._bare)))
         for queue in self._likely(client.queues()):
-            shown = client.run(inspection.show(self._home.keys(queue), self._bare))
+            shown = client.run(inspection.get_job(self._home.keys(queue), self._bare))
             if _is_known(shown):
                 return self._found(queue, shown)
         raise self._unknown()
@@ -171,9 +171,11 @@ class Job(Generic[R_co]):
     async def _ashow(self) -> Shown:
         client = self._home.client
         if self.queue is not None:
-            return self._found(self.queue, await client.arun(inspection.show(self._home.keys(self.queue), self._bare)))
+            return self._found(
+                self.queue, await client.arun(inspection.get_job(self._home.keys(self.queue), self._bare))
+            )
         for queue in self._likely(await client.aqueues()):
-            shown = await client.arun(inspection.show(self._home.keys(queue), self._bare))
+            shown = await client.arun(inspection.get_job(self._home.keys(queue), self._bare))
             if _is_known(shown):
                 return self._found(queue, shown)
         raise self._unknown()
