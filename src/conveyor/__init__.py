@@ -80,7 +80,7 @@ __all__ = [
 _HOME = {
     "BlobStore": "payload.blobs",
     "Buffer": "store.client.buffer",
-    "CallNext": "jobs.middleware",
+    "CallNext": "jobs.hooks",
     "Concurrency": "messaging.limits",
     "Context": "jobs.context",
     "Conveyor": "jobs.app",
@@ -89,7 +89,7 @@ _HOME = {
     "Format": "payload.formats",
     "Job": "jobs.job",
     "Message": "messaging.message",
-    "Middleware": "jobs.middleware",
+    "Middleware": "jobs.hooks",
     "Outgoing": "jobs.job_options",
     "PlainList": "messaging.plain_list",
     "Queue": "messaging.queue",
