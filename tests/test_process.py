@@ -19,9 +19,10 @@ import uvloop
 
 import process_jobs
 from conveyor import ConfigurationError, Conveyor, JobFailed, PayloadError, Retry, Snooze, ids
-from conveyor.messaging.retry import GiveUp, RetryAfter, State, after_failure
+from conveyor.jobs.task import definition_of
+from conveyor.messaging.retry import GiveUp, RetryAfter, after_failure
 from conveyor.payload import failures
-from conveyor.payload.records import EnvelopeOptions
+from conveyor.payload.records import AttemptHistory, EnvelopeOptions
 from conveyor.worker.execution.processes import ProcessCrashed, ProcessPool
 from prompt import AT_ONCE
 from working import audit, drain
@@ -35,7 +36,7 @@ Run = Callable[..., Awaitable[Any]]
 def attempt(name: str, /, **arguments: Any) -> Any:
     task = process_jobs.app.tasks[f"process_jobs.{name}"]
     return SimpleNamespace(
-        handler=SimpleNamespace(name=task.name, task=task),
+        handler=SimpleNamespace(name=task.name, task=definition_of(task)),
         body=json.dumps(arguments).encode(),
         public_id=ids.public("default", ID),
         number=3,
@@ -154,10 +155,10 @@ async def test_an_error_is_matched_by_the_policy(run: Run) -> None:
         await run("decline")
 
     error = caught.value
-    policy = process_jobs.app.tasks["process_jobs.decline"].settings.retry
+    policy = definition_of(process_jobs.app.tasks["process_jobs.decline"]).settings.retry
     assert isinstance(error, process_jobs.Declined)
     assert isinstance(error, LookupError)
-    assert isinstance(after_failure(policy, State(), 1, error, b"{}"), GiveUp)
+    assert isinstance(after_failure(policy, AttemptHistory(), 1, error, b"{}"), GiveUp)
     record = failures.describe(error, 1, 0, "w")
     assert record.type == "process_jobs.TooPoor"
     assert record.message == "declined: no money"
@@ -192,7 +193,7 @@ async def test_every_error_arrives(run: Run, kind: str, type_: str, base: type[E
     assert record.type == type_
     assert "raise errors[kind]" in record.traceback
     assert record.message == failures.message(caught.value)
-    assert isinstance(after_failure(Retry(), State(), 1, caught.value, b"{}"), RetryAfter)
+    assert isinstance(after_failure(Retry(), AttemptHistory(), 1, caught.value, b"{}"), RetryAfter)
     if kind not in {"cancelled", "interrupt"}:
         assert record.message
 

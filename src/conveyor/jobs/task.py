@@ -190,18 +190,19 @@ class Task(Generic[P, R_co]):
     """
     A function that workers run. Calling it runs it here; `enqueue` has a worker run it.
 
-    `name` is what jobs carry, `queue` is where they go.
+    `name` is what jobs carry, `queue` is where they go, `function` is the function itself.
     """
 
     def __init__(self, definition: TaskDefinition) -> None:
         functools.update_wrapper(self, definition.function)
         self._definition = definition
+        self.function: Callable[P, Any] = definition.function
         self.name = definition.name
         self.queue = definition.queue
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> Any:
         """Call the function, here and now."""
-        return self._definition.function(*args, **kwargs)
+        return self.function(*args, **kwargs)
 
     def __repr__(self) -> str:
         return f"<Task {self._definition.signature.describe()} on {self.queue}>"
