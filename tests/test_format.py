@@ -196,7 +196,7 @@ async def test_formats_change_while_jobs_wait(made):
         await app.queue("points", Point).apush(Point(7, 7))
     reader = made(format=["json", Packed()])
     declare(reader)
-    assert repr(reader.formats) == "<Formats json, msgpack, points.v1; writes json>"
+    assert repr(core_of(reader).formats) == "<Formats json, msgpack, points.v1; writes json>"
     await drain(reader)
     assert [await reader.tasks["move"].job(job.id).aresult("1s") for job in jobs] == [Point(2, 3)] * 3
     messages = await reader.queue("points", Point).apull(3)
@@ -335,5 +335,5 @@ async def test_what_cannot_be_shown_is_said(made):
     assert "E50" in str(blind.payload)
     sealed = made(namespace="sealed", format="msgpack", keys=KEYS, encrypt=True)
     id_ = await sealed.queue("q").apush({1: "x"})
-    shown = await asyncio.to_thread(Admin(sealed.client, sealing=sealed.sealing, formats=sealed.formats).job, id_)
+    shown = await asyncio.to_thread(Admin(sealed.client, sealing=sealed.sealing, formats=core_of(sealed).formats).job, id_)
     assert shown.payload == '{"1":"x"}'

@@ -20,7 +20,7 @@ import msgspec
 
 from conveyor.errors import BlobUnavailable, ConfigurationError, PayloadError
 from conveyor.payload.blobs import BlobStore, is_name, new_name
-from conveyor.payload.signing import Sealer
+
 from conveyor.payload.wrapped import BARE, COMPRESSED, ELSEWHERE, MAGIC, WrappedPayload, head, read
 from conveyor.units import Size, size
 
