@@ -335,5 +335,7 @@ async def test_what_cannot_be_shown_is_said(made):
     assert "E50" in str(blind.payload)
     sealed = made(namespace="sealed", format="msgpack", keys=KEYS, encrypt=True)
     id_ = await sealed.queue("q").apush({1: "x"})
-    shown = await asyncio.to_thread(Admin(sealed.client, sealing=sealed.sealing, formats=core_of(sealed).formats).job, id_)
+    shown = await asyncio.to_thread(
+        Admin(sealed.client, sealing=sealed.sealing, formats=core_of(sealed).formats).job, id_
+    )
     assert shown.payload == '{"1":"x"}'
