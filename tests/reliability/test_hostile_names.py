@@ -79,7 +79,7 @@ def test_ids_keys_and_headers_that_mean_harm(app: Conveyor, redis: redis_py.Redi
         assert hand.take(2) == [text]
         assert hand.envelopes[text].unique == text
         assert hand.envelopes[text].extra.headers == {"h": text, text: "v"}
-        assert app.client.run(inspection.audit(app.keys("default"))) == []
+        assert app.client.run(inspection.audit(app.client.keys("default"))) == []
         hand.done(text, served)
         assert handle.result(timeout=5) == served
         served += 1

@@ -16,6 +16,7 @@ from conveyor import Conveyor
 from conveyor.admin import doctor
 from conveyor.admin.admin import Admin
 from conveyor.errors import ConfigurationError, StoreUnavailable
+from conveyor.jobs.core import core_of
 from conveyor.store import inspection, operations
 from conveyor.store.client.client import Client
 from conveyor.store.keys import QueueKeys, known_queues
@@ -57,7 +58,7 @@ async def test_everything_works_on_a_cluster(cluster: ClusterOfNodes) -> None:
         await app.queue("letters").apush_many(range(2500))
         taken = [message.body async for message in _some(app.queue("letters"), 2500)]
         assert taken == list(range(2500))
-        admin = Admin(app.client, plain_lists=app.plain_lists)
+        admin = Admin(app.client, plain_lists=core_of(app).plain_lists)
         found = await asyncio.to_thread(admin.queues)
         assert {one.name for one in found} == {*QUEUES, "readings", "letters"}
         assert sum(one.ready + one.leased for one in found) == 0

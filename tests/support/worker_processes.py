@@ -49,7 +49,7 @@ class Fleet:
         self.url, self.place = url, place
         self.app = Conveyor(url, lease=lease)
         self.tasks = journal_app.declare(self.app)
-        self.keys = self.app.keys("default")
+        self.keys = self.app.client.keys("default")
         paths = os.pathsep.join(path for path in sys.path if path)
         self._env = {**os.environ, "PYTHONPATH": paths, "CONVEYOR_URL": url, "FLEET_PLACE": str(place)}
         self._env |= {"FLEET_LEASE": lease, **env}
