@@ -48,8 +48,8 @@ class BufferedClient(Client):
         """Take what a client takes; what an earlier process left in the buffer is delivered at once."""
         super().__init__(url, namespace=namespace, retry_for=retry_for)
         self.buffer: Buffer = buffer
-        self.new_lane = _day_sequence
-        self.lane_type = partial(BufferedBatcher, self)
+        self.new_sequence = _day_sequence
+        self.make_batcher = partial(BufferedBatcher, self)
         self._delivery = SpoolDelivery(self, buffer)
         self._flushed = False
         buffer.bind(self._delivery.start)
@@ -93,7 +93,7 @@ class BufferedClient(Client):
             return producer.connection.run(make(lane=producer.sequence), retry_for=FIRST_TRY)
         except StoreUnavailable as error:
             # It may have happened, so it keeps its lane and number, and whoever uses the connection next another lane.
-            lane, producer.sequence = producer.sequence, self.new_lane()
+            lane, producer.sequence = producer.sequence, self.new_sequence()
             return self.keep(keys, content, max_length, lane, error)
         finally:
             producer.free_list.append(producer)
