@@ -88,7 +88,7 @@ def size(value: object, name: str) -> int:
     """Return a size of at least one byte; raises ConfigurationError."""
     if isinstance(value, int) and not isinstance(value, bool) and value > 0:
         return value
-    found = _SIZE.fullmatch(value) if isinstance(value, str) else None
-    if found is None or found[1].strip("0") == "":
+    match = _SIZE.fullmatch(value) if isinstance(value, str) else None
+    if match is None or match[1].strip("0") == "":
         raise ConfigurationError(f"{name} must be a number of bytes or a text such as '256KiB', not {value!r}.")
-    return int(found[1]) * _SIZE_UNITS[found[2]]
+    return int(match[1]) * _SIZE_UNITS[match[2]]

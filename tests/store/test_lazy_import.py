@@ -14,7 +14,7 @@ import threading
 from conveyor.store.transport.url import StandaloneServer
 from conveyor.store.transport.connection import is_error_reply
 
-address, errors, gate = Address("redis://127.0.0.1:1/0"), [], threading.Barrier(4)
+address, errors, gate = StandaloneServer("redis://127.0.0.1:1/0"), [], threading.Barrier(4)
 
 def use(call):
     gate.wait()

@@ -27,14 +27,14 @@ class ForkAware(Protocol):
 _fork_aware: WeakSet[ForkAware] = WeakSet()
 
 
-def on_fork(holder: ForkAware) -> None:
+def on_fork(instance: ForkAware) -> None:
     """Call ``holder.forked()`` in every child forked while it lives."""
-    _fork_aware.add(holder)
+    _fork_aware.add(instance)
 
 
 def _notify_children() -> None:
-    for holder in list(_fork_aware):
-        holder.forked()
+    for instance in list(_fork_aware):
+        instance.forked()
 
 
 os.register_at_fork(after_in_child=_notify_children)
@@ -58,5 +58,5 @@ class lazy_property(Generic[T]):  # noqa: N801  used as a decorator, as property
     def __get__(self, instance: object, owner: type) -> lazy_property[T] | T:
         if instance is None:
             return self
-        found = instance.__dict__[self._name] = self._compute(instance)
-        return found
+        value = instance.__dict__[self._name] = self._compute(instance)
+        return value

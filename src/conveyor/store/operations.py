@@ -103,19 +103,21 @@ def wake(key: str) -> Call[int]:
 
 
 def push_plain(
-    keys: QueueKeys, lane: ProducerSequence, pairs: Sequence[Argument], *, max_length: int = 0
+    keys: QueueKeys, sequence: ProducerSequence, pairs: Sequence[Argument], *, max_length: int = 0
 ) -> Call[None]:
     """Return the call that accepts plain messages: *pairs* is id, envelope, id, envelope, …"""
-    if (names := lane.key_names.get(keys.prefix)) is None:
-        names = (keys.lane(lane.identity), keys.jobs, keys.ready[0], keys.wake, keys.conf, keys.dead)
-        lane.key_names[keys.prefix] = names
-    args = (lane.next(), max_length, keys.partitions, *pairs)
-    return Call(PUSH_PLAIN, names, args, partial(_pushed_plain, keys), None if lane.resends_refused else WITHDRAW)
+    if (names := sequence.key_names.get(keys.prefix)) is None:
+        names = (keys.lane(sequence.identity), keys.jobs, keys.ready[0], keys.wake, keys.conf, keys.dead)
+        sequence.key_names[keys.prefix] = names
+    args = (sequence.next(), max_length, keys.partitions, *pairs)
+    return Call(PUSH_PLAIN, names, args, partial(_pushed_plain, keys), None if sequence.resends_refused else WITHDRAW)
 
 
-def push(keys: QueueKeys, lane: ProducerSequence, entries: Iterable[Entry], *, max_length: int = 0) -> Call[list[str]]:
+def push(
+    keys: QueueKeys, sequence: ProducerSequence, entries: Iterable[Entry], *, max_length: int = 0
+) -> Call[list[str]]:
     """Return the call that accepts *entries* in their order, all or none; it yields an id for each, a duplicate's holder's."""
-    args: list[Argument] = [lane.next(), max_length, keys.partitions, 0]
+    args: list[Argument] = [sequence.next(), max_length, keys.partitions, 0]
     ids: list[str | None] = []
     run: list[Argument] = []
     plain_run = True
@@ -134,16 +136,18 @@ def push(keys: QueueKeys, lane: ProducerSequence, entries: Iterable[Entry], *, m
     if run:
         args += ["p" if plain_run else "s", len(run) // (2 if plain_run else 10), *run]
     args[3] = len(ids)
-    return Call(PUSH, _push_keys(keys, lane), args, _pushed(keys, ids), None if lane.resends_refused else WITHDRAW)
+    return Call(
+        PUSH, _push_keys(keys, sequence), args, _pushed(keys, ids), None if sequence.resends_refused else WITHDRAW
+    )
 
 
-def fence(keys: QueueKeys, lane: str) -> Call[bool]:
+def fence(keys: QueueKeys, identity: str) -> Call[bool]:
     """
-    Return the call that shuts a *lane* of one push for a day; it yields False when that lane was used or shut before.
+    Return the call that shuts the sequence *identity* of one push for a day; it yields False when it was used or shut before.
 
     From then on that push is answered as late, unless it had been accepted: then still with that.
     """
-    return Command(SET, (keys.lane(lane),), ("1\nlate", "NX", "PX", DAY_MS), bool)
+    return Command(SET, (keys.lane(identity),), ("1\nlate", "NX", "PX", DAY_MS), bool)
 
 
 def _special(entry: Entry) -> tuple[Argument, ...]:
@@ -155,8 +159,8 @@ def _special(entry: Entry) -> tuple[Argument, ...]:
     )  # fmt: skip
 
 
-def _push_keys(keys: QueueKeys, lane: ProducerSequence) -> tuple[str, ...]:
-    return (keys.lane(lane.identity), keys.jobs, keys.due, keys.wake, keys.conf, keys.dead, *keys.ready)
+def _push_keys(keys: QueueKeys, sequence: ProducerSequence) -> tuple[str, ...]:
+    return (keys.lane(sequence.identity), keys.jobs, keys.due, keys.wake, keys.conf, keys.dead, *keys.ready)
 
 
 def _pushed_plain(keys: QueueKeys, reply: bytes) -> None:

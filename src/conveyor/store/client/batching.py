@@ -68,39 +68,39 @@ class LoopConnections:
     def __init__(
         self,
         loop: asyncio.AbstractEventLoop,
-        place: Callable[[QueueKeys | str], Endpoint],
+        endpoint: Callable[[QueueKeys | str], Endpoint],
         retry_for: float,
         make: Callable[[AsyncConnection, QueueKeys, int, float], PushBatcher] | None = None,
     ) -> None:
         """Take the loop (held weakly), what knows the place of keys, the seconds a push is repeated for, and what makes a lane."""
         self.loop = weakref.ref(loop)
-        self._endpoint_of = place
+        self._endpoint_of = endpoint
         self._connections: dict[Endpoint, AsyncConnection] = {}
-        self.connection = self.connection_to(place(""))
+        self.connection = self.connection_to(endpoint(""))
         self._retry_for = retry_for
         self._make_batcher = make or PushBatcher
         self._batchers: dict[tuple[str, int, int], PushBatcher] = {}
 
     def batcher(self, keys: QueueKeys, max_length: int) -> PushBatcher:
         """Return the lane of *keys*."""
-        which = (keys.prefix, max_length, keys.partitions)
-        found = self._batchers.get(which)
-        if found is None:
-            wire = self.connection_to(self._endpoint_of(keys))
-            found = self._batchers[which] = self._make_batcher(wire, keys, max_length, self._retry_for)
-        return found
+        key = (keys.prefix, max_length, keys.partitions)
+        batcher = self._batchers.get(key)
+        if batcher is None:
+            connection = self.connection_to(self._endpoint_of(keys))
+            batcher = self._batchers[key] = self._make_batcher(connection, keys, max_length, self._retry_for)
+        return batcher
 
-    def connection_to(self, place: Endpoint) -> AsyncConnection:
+    def connection_to(self, endpoint: Endpoint) -> AsyncConnection:
         """Return the wire of *place*."""
-        found = self._connections.get(place)
-        if found is None:
-            found = self._connections[place] = AsyncConnection(place)
-        return found
+        connection = self._connections.get(endpoint)
+        if connection is None:
+            connection = self._connections[endpoint] = AsyncConnection(endpoint)
+        return connection
 
     def close(self) -> None:
         """Close the wires."""
-        for wire in self._connections.values():
-            wire.close()
+        for connection in self._connections.values():
+            connection.close()
 
 
 class PushBatcher:
@@ -110,9 +110,9 @@ class PushBatcher:
     Cancelling a future leaves its push under way: whether it happened is then unknown, as with any lost answer.
     """
 
-    def __init__(self, wire: AsyncConnection, keys: QueueKeys, max_length: int, retry_for: float) -> None:
+    def __init__(self, connection: AsyncConnection, keys: QueueKeys, max_length: int, retry_for: float) -> None:
         """Take where to push, and the queue's maximum length (0: none)."""
-        self._connection, self._keys, self._max_length, self._retry_for = wire, keys, max_length, retry_for
+        self._connection, self._keys, self._max_length, self._retry_for = connection, keys, max_length, retry_for
         self._sequence = ProducerSequence(new_identity())
         self._waiting: deque[PendingPush] = deque()
         self._sender: asyncio.Task[None] | None = None

@@ -13,8 +13,15 @@ from pathlib import Path
 
 from conveyor.errors import ConfigurationError, StoreUnavailable
 from conveyor.ids import new_identity
-from conveyor.store.client import spool
-from conveyor.store.client.spool import MemorySpool, SpoolBatch, SpooledPush
+from conveyor.store.client.spool import (
+    MemorySpool,
+    SpoolBatch,
+    SpooledPush,
+    claim_spool,
+    has_leftovers,
+    orphaned_spools,
+    prepare_directory,
+)
 from conveyor.units import Duration, milliseconds
 
 _log = logging.getLogger("conveyor.buffer")
@@ -85,7 +92,7 @@ class Buffer:
             raise ConfigurationError("This Buffer belongs to another app already: make one for each.")
         if self.directory is not None:
             try:
-                spool.prepare_directory(self.directory)  # now, not in the middle of the first outage
+                prepare_directory(self.directory)  # now, not in the middle of the first outage
             except OSError as fault:
                 raise ConfigurationError(
                     f"Buffer('{self.directory}') cannot be used: {fault.strerror or fault}. Make the directory writable, "
@@ -112,7 +119,7 @@ class Buffer:
 
     def has_leftovers(self) -> bool:
         """Tell whether an earlier process left something in the directory."""
-        return self.directory is not None and spool.has_leftovers(self.directory)
+        return self.directory is not None and has_leftovers(self.directory)
 
     def holds(self, id: str) -> bool:  # noqa: A002
         """Tell whether the job with this bare id waits here."""
@@ -165,16 +172,16 @@ class Buffer:
 
     def _own_spool(self) -> MemorySpool:
         if self._own is None:
-            lane = day_identity()
+            identity = day_identity()
             if self.directory is None:
-                self._own = MemorySpool(lane)
+                self._own = MemorySpool(identity)
             else:
-                self._own = spool.claim_spool(self.directory, lane, fsync=self._fsync)
+                self._own = claim_spool(self.directory, identity, fsync=self._fsync)
                 self._remember(self._own)
         return self._own
 
-    def _remember(self, found: MemorySpool) -> None:
-        self._ids.update(entry.id for record in found.records for entry in record.entries)
+    def _remember(self, spool: MemorySpool) -> None:
+        self._ids.update(entry.id for record in spool.records for entry in record.entries)
 
     # -- out ----------------------------------------------------------------------------------------------------------
 
@@ -183,35 +190,35 @@ class Buffer:
         with self._changed:
             if self.directory is not None and self._own is None and self.has_leftovers():
                 self._own_spool()
-            found = next((one for one in self._all() if one), None)
-            if found is None and self.directory is not None:
-                self._others += spool.orphaned_spools(self.directory, day_identity())
-                found = next((one for one in self._others if one), None)
-                if found is not None:
-                    self._remember(found)
-            if found is None:
+            spool = next((one for one in self._all() if one), None)
+            if spool is None and self.directory is not None:
+                self._others += orphaned_spools(self.directory, day_identity())
+                spool = next((one for one in self._others if one), None)
+                if spool is not None:
+                    self._remember(spool)
+            if spool is None:
                 self._finish()
                 return None
-            return found, found.next_batch()
+            return spool, spool.next_batch()
 
-    def delivered(self, backlog: MemorySpool) -> None:
+    def delivered(self, spool: MemorySpool) -> None:
         """Take out what was sent."""
         with self._changed:
             self.draining = True
-            for record in backlog.finish_batch():
+            for record in spool.finish_batch():
                 self._count_delivered += len(record.entries)
                 self._ids.difference_update(entry.id for entry in record.entries)
-            if not backlog and backlog in self._others:
-                self._others.remove(backlog)
-                backlog.close()
+            if not spool and spool in self._others:
+                self._others.remove(spool)
+                spool.close()
             if not any(self._all()):
                 self._finish()
             self._changed.notify_all()
 
-    def halve_batch(self, backlog: MemorySpool) -> bool:
+    def halve_batch(self, spool: MemorySpool) -> bool:
         """Send less at a time; return False when it is one record already."""
         with self._changed:
-            return backlog.halve_batch()
+            return spool.halve_batch()
 
     def _finish(self) -> None:
         if self._outage_since is not None:

@@ -90,11 +90,11 @@ class BufferedClient(Client):
             return self.keep(keys, content, max_length, None, error)
         producer = self._take_connection(keys.jobs)
         try:
-            return producer.connection.run(make(lane=producer.sequence), retry_for=FIRST_TRY)
+            return producer.connection.run(make(sequence=producer.sequence), retry_for=FIRST_TRY)
         except StoreUnavailable as error:
             # It may have happened, so it keeps its lane and number, and whoever uses the connection next another lane.
-            lane, producer.sequence = producer.sequence, self.new_sequence()
-            return self.keep(keys, content, max_length, lane, error)
+            sequence, producer.sequence = producer.sequence, self.new_sequence()
+            return self.keep(keys, content, max_length, sequence, error)
         finally:
             producer.free_list.append(producer)
 
@@ -115,7 +115,7 @@ class BufferedClient(Client):
         keys: QueueKeys,
         content: Sequence[Any],
         max_length: int,
-        lane: ProducerSequence | None,
+        sequence: ProducerSequence | None,
         error: StoreUnavailable | None,
     ) -> list[str]:
         """Put a push into the buffer: *content* are entries, or id, envelope, id, envelope, …"""
@@ -127,15 +127,15 @@ class BufferedClient(Client):
         record = SpooledPush(
             self.namespace, keys.queue, entries, time.time(), max_length, keys.partitions, foreign=keys.foreign
         )
-        if lane is not None:
-            record.lane, record.number = lane.identity, lane.number
+        if sequence is not None:
+            record.lane, record.number = sequence.identity, sequence.number
         if entries:
             self.buffer.add(record, error)
         return [entry.id for entry in entries]
 
-    def confirmed_target(self, asked: Durability) -> ConfirmedTarget:
+    def confirmed_target(self, durability: Durability) -> ConfirmedTarget:
         """Return the way in for confirmed pushes: they are never kept, and never overtake what is."""
-        return BufferedConfirmedTarget(self, super().confirmed_target(asked))
+        return BufferedConfirmedTarget(self, super().confirmed_target(durability))
 
     # -- awaitable ----------------------------------------------------------------------------------------------------
 
@@ -147,10 +147,10 @@ class BufferedClient(Client):
         self, keys: QueueKeys, entries: Sequence[Entry], *, max_length: int = 0, whole: bool = False
     ) -> list[str]:
         """Accept *entries* as a client does, or keep them."""
-        lane = self.loop_connections().batcher(keys, max_length)
+        sequence = self.loop_connections().batcher(keys, max_length)
         ids: list[str] = []
         for part in chunks(entries, whole):
-            ids += await lane.push(part)
+            ids += await sequence.push(part)
         return ids
 
     # -- end ----------------------------------------------------------------------------------------------------------
@@ -239,8 +239,8 @@ class BufferedBatcher(PushBatcher):
         try:
             return await super().send_batch(batch, plain)
         except StoreUnavailable as error:
-            lane, self._sequence = self._sequence, _day_sequence()
-            return client.keep(self._keys, entries, self._max_length, lane, error)
+            sequence, self._sequence = self._sequence, _day_sequence()
+            return client.keep(self._keys, entries, self._max_length, sequence, error)
 
     def new_sequence(self) -> ProducerSequence:
         """Return a lane nobody used."""
@@ -281,36 +281,36 @@ class SpoolDelivery:
         return not thread.is_alive()
 
     def _run(self) -> None:
-        attempt, said = 0, 0.0
+        attempt, logged_at = 0, 0.0
         connections: dict[Endpoint, Connection] = {}
         try:
             while not self._stopping.is_set():
                 with self._lock:  # so that nobody adds something between the look and the end
-                    found = self._next()
-                    if found is None:
+                    waiting = self._next()
+                    if waiting is None:
                         self._thread = None
                         return
-                if isinstance(found, OSError):
+                if isinstance(waiting, OSError):
                     self._stopping.wait(MAX_PAUSE)
                     continue
-                backlog, batch = found
+                spool, batch = waiting
                 try:
                     self._send(batch, connections)
                 except StoreUnavailable:
                     attempt, self._buffer.draining = attempt + 1, False
                 except QueueFull:
-                    attempt = 0 if self._buffer.halve_batch(backlog) else attempt + 1
+                    attempt = 0 if self._buffer.halve_batch(spool) else attempt + 1
                 except operations.StalePush:
-                    self._buffer.delivered(backlog)  # a newer call of this lane was answered, so this one was before
+                    self._buffer.delivered(spool)  # a newer call of this lane was answered, so this one was before
                     attempt = 0
                     continue
                 except Exception as error:
                     attempt += 1
-                    if time.monotonic() - said > _LOG_AGAIN_AFTER:
-                        said = time.monotonic()
+                    if time.monotonic() - logged_at > _LOG_AGAIN_AFTER:
+                        logged_at = time.monotonic()
                         _log_refusal(batch, error)
                 else:
-                    self._buffer.delivered(backlog)
+                    self._buffer.delivered(spool)
                     attempt = 0
                     continue
                 self._stopping.wait(replies.backoff(attempt, cap=MAX_PAUSE))
@@ -332,12 +332,12 @@ class SpoolDelivery:
         first, client = batch.records[0], self._client
         keys = QueueKeys(first.namespace, first.queue, foreign=first.foreign, partitions=first.partitions)
         client.announce_within(keys, FIRST_TRY)
-        place = client.endpoint(keys)
-        connection = connections.get(place)
+        endpoint = client.endpoint(keys)
+        connection = connections.get(endpoint)
         if connection is None:
-            connection = connections[place] = Connection(place)
-        lane = ProducerSequence(batch.lane, batch.number - 1, resends_refused=True)
-        call = operations.push(keys, lane, batch.entries(time.time()), max_length=first.max_length)
+            connection = connections[endpoint] = Connection(endpoint)
+        sequence = ProducerSequence(batch.identity, batch.number - 1, resends_refused=True)
+        call = operations.push(keys, sequence, batch.entries(time.time()), max_length=first.max_length)
         try:
             connection.run(call, retry_for=FIRST_TRY)
         except PartitionCountMismatch as error:

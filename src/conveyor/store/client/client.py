@@ -56,8 +56,8 @@ class Client:
         if self._url is not None and self._url.startswith("embedded:"):
             embedded_directory(self._url)  # a wrong URL is refused where it is written, not at the first push
         elif self._url is not None:
-            found = topology_of(self._url)
-            self._single, self._standalone = found.single, isinstance(found, StandaloneServer)
+            topology = topology_of(self._url)
+            self._single, self._standalone = topology.single, isinstance(topology, StandaloneServer)
         self._topology: Topology | None = None
         self._server_handle: ServerHandle | None = None
         self._lock = threading.Lock()
@@ -213,52 +213,54 @@ class Client:
     async def arun(self, call: Call[T], *, retry_for: float | None = None) -> T:
         """Carry out one step on this event loop's wire."""
         shared = self.loop_connections()
-        wire = shared.connection if self._single else shared.connection_to(self.endpoint(call.keys[0]))
-        return await wire.run(call, retry_for=self.retry_for if retry_for is None else retry_for)
+        connection = shared.connection if self._single else shared.connection_to(self.endpoint(call.keys[0]))
+        return await connection.run(call, retry_for=self.retry_for if retry_for is None else retry_for)
 
     async def apush(
         self, keys: QueueKeys, entries: Sequence[Entry], *, max_length: int = 0, whole: bool = False
     ) -> list[str]:
         """Accept *entries* as `push`; pushes of one tick travel together."""
         await self.aannounce(keys)
-        lane = self.loop_connections().batcher(keys, max_length)
+        sequence = self.loop_connections().batcher(keys, max_length)
         ids: list[str] = []
         for part in chunks(entries, whole):
-            ids += await lane.push(part)
+            ids += await sequence.push(part)
         return ids
 
-    def push_target(self, asks: Durability | None, durability_request: DurabilityRequest | None = None) -> PushTarget:
+    def push_target(
+        self, durability: Durability | None, durability_request: DurabilityRequest | None = None
+    ) -> PushTarget:
         """Return the way in for one push to a queue that asks *asks* by itself."""
         if (
             self.push_target_resolver is not None
             and (elsewhere := self.push_target_resolver(durability_request)) is not None
         ):
             return elsewhere
-        asked = asks if durability_request is None else durability_request.applied_to(asks)
-        return self if asked is None else self.confirmed_target(asked)
+        durability = durability if durability_request is None else durability_request.applied_to(durability)
+        return self if durability is None else self.confirmed_target(durability)
 
     @property
     def deferring(self) -> bool:
         """True while pushes go somewhere else than to Redis."""
         return self.push_target_resolver is not None and self.push_target_resolver() is not None
 
-    def confirmed_target(self, asked: Durability) -> ConfirmedTarget:
+    def confirmed_target(self, durability: Durability) -> ConfirmedTarget:
         """Return the way in for pushes that ask for more than being stored."""
-        return ConfirmedTarget(self._open_confirmed(), asked)
+        return ConfirmedTarget(self._open_confirmed(), durability)
 
     def _open_confirmed(self) -> ConfirmedConnections:
         if self._confirmed_connections is None:
             self._confirmed_connections = ConfirmedConnections(self, refuse_in_loop)
         return self._confirmed_connections
 
-    def push_unbuffered(self, keys: QueueKeys, call: Call[T], asks: Durability | None, *, retry_for: float) -> T:
+    def push_unbuffered(self, keys: QueueKeys, call: Call[T], durability: Durability | None, *, retry_for: float) -> T:
         """Carry out a push in a lane of the caller's, confirmed as *asks* says; it goes round a buffer."""
-        if asks is None:
+        if durability is None:
             return self.run(call, retry_for=retry_for)
         with self._open_confirmed().lend(keys) as (connection, _):
-            reply, got = connection.confirm(call, asks, retry_for=retry_for)
-        if not asks.is_reached_by(got):
-            raise asks.failure(keys.queue, (), got)
+            reply, confirmation = connection.confirm(call, durability, retry_for=retry_for)
+        if not durability.is_reached_by(confirmation):
+            raise durability.failure(keys.queue, (), confirmation)
         return reply
 
     def put(self, keys: QueueKeys, id: str, envelope: bytes) -> Awaitable[None]:  # noqa: A002
@@ -294,11 +296,11 @@ class Client:
         last = self._last_loop  # most programs have one loop: looking weak references up costs as much as all the rest
         if last is not None and last.loop() is loop:
             return last
-        found = self._loops.get(loop)
-        if found is None:
-            found = self._loops[loop] = LoopConnections(loop, self.endpoint, self.retry_for, self.make_batcher)
-        self._last_loop = found
-        return found
+        connections = self._loops.get(loop)
+        if connections is None:
+            connections = self._loops[loop] = LoopConnections(loop, self.endpoint, self.retry_for, self.make_batcher)
+        self._last_loop = connections
+        return connections
 
     # -- end ------------------------------------------------------------------------------------------------------
 
@@ -338,10 +340,10 @@ class PushConnection:
 
     __slots__ = ("connection", "free_list", "sequence")
 
-    def __init__(self, connection: Connection, lane: ProducerSequence, home: deque[PushConnection]) -> None:
+    def __init__(self, connection: Connection, sequence: ProducerSequence, free_list: deque[PushConnection]) -> None:
         self.connection = connection
-        self.sequence = lane
-        self.free_list = home
+        self.sequence = sequence
+        self.free_list = free_list
 
 
 def _new_sequence() -> ProducerSequence:

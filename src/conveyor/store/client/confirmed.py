@@ -62,10 +62,10 @@ class ConfirmedTarget:
 
     deferred = False
 
-    def __init__(self, confirmer: ConfirmedConnections, asked: Durability) -> None:
+    def __init__(self, confirmer: ConfirmedConnections, durability: Durability) -> None:
         """Take whose connections, and what is asked."""
         self._connections = confirmer
-        self._durability = asked
+        self._durability = durability
 
     def push(self, keys: QueueKeys, entries: Sequence[Entry], *, max_length: int = 0, whole: bool = False) -> list[str]:
         """
@@ -74,13 +74,15 @@ class ConfirmedTarget:
         Raises DurabilityNotReached with the ids of all that this call stored: what follows the thousand that was not
         confirmed is not stored.
         """
-        asked, ids = self._durability, list[str]()
-        with self._connections.lend(keys) as (connection, lane):
+        durability, ids = self._durability, list[str]()
+        with self._connections.lend(keys) as (connection, sequence):
             for part in chunks(entries, whole):
-                call = operations.push(keys, lane, part, max_length=max_length)
-                accepted, got = connection.confirm(call, asked, retry_for=self._connections.client.retry_for)
-                if not asked.is_reached_by(got):
-                    failure = asked.failure(keys.queue, accepted, got)
+                call = operations.push(keys, sequence, part, max_length=max_length)
+                accepted, confirmation = connection.confirm(
+                    call, durability, retry_for=self._connections.client.retry_for
+                )
+                if not durability.is_reached_by(confirmation):
+                    failure = durability.failure(keys.queue, accepted, confirmation)
                     raise after_partial_push(failure, _public(keys, ids)) if len(entries) > len(part) else failure
                 ids += accepted
         return ids
@@ -94,11 +96,11 @@ class ConfirmedTarget:
     ) -> list[str]:
         """Do the same on this event loop; pushes of one tick that ask the same share a call."""
         await self._connections.client.aannounce(keys)
-        lane = self._connections.batcher(keys, max_length, self._durability)
+        sequence = self._connections.batcher(keys, max_length, self._durability)
         ids: list[str] = []
         for part in chunks(entries, whole):
             try:
-                ids += await lane.push(part)
+                ids += await sequence.push(part)
             except DurabilityNotReached as error:
                 if len(part) == len(entries):
                     raise
@@ -113,10 +115,10 @@ def _public(keys: QueueKeys, ids: Sequence[str]) -> list[str]:
 class ConfirmedConnections:
     """The connections of one app for confirmed pushes, opened when first used."""
 
-    def __init__(self, home: ClientProtocol, refuse: Callable[[], None]) -> None:
+    def __init__(self, client: ClientProtocol, refuse_in_loop: Callable[[], None]) -> None:
         """Open nothing yet; *refuse* raises where blocking calls may not be made."""
-        self.client = home
-        self._refuse_in_loop = refuse
+        self.client = client
+        self._refuse_in_loop = refuse_in_loop
         self._reset()
         on_fork(self)
 
@@ -129,33 +131,33 @@ class ConfirmedConnections:
         """Lend a connection and its lane; the queue is known by then."""
         self._refuse_in_loop()
         self.client.announce(keys)
-        place = self.client.endpoint(keys)
-        free = self._free.setdefault(place, deque())
+        endpoint = self.client.endpoint(keys)
+        free = self._free.setdefault(endpoint, deque())
         try:
-            found = free.pop()
+            pair = free.pop()
         except IndexError:
-            found = ConfirmedConnection(place), ProducerSequence(new_identity())
+            pair = ConfirmedConnection(endpoint), ProducerSequence(new_identity())
         try:
-            yield found
+            yield pair
         finally:
-            free.append(found)
+            free.append(pair)
 
-    def batcher(self, keys: QueueKeys, max_length: int, asked: Durability) -> ConfirmedBatcher:
+    def batcher(self, keys: QueueKeys, max_length: int, durability: Durability) -> ConfirmedBatcher:
         """Return this event loop's lane for pushes to a queue that ask the same."""
         loop = asyncio.get_running_loop()
-        home = self._loops.get(loop)
-        if home is None:
-            home = self._loops[loop] = _LoopState()
-        found = home.batchers.get((keys.prefix, max_length, asked))
-        if found is None:
-            place = self.client.endpoint(keys)
-            wires = home.connections.setdefault(place, [])
-            if len(wires) < MAX_CONNECTIONS:
-                wires.append(AsyncConfirmedConnection(place))
-            wire = wires[len(home.batchers) % len(wires)]
-            found = ConfirmedBatcher(wire, keys, max_length, self.client.retry_for, asked)
-            home.batchers[keys.prefix, max_length, asked] = found
-        return found
+        state = self._loops.get(loop)
+        if state is None:
+            state = self._loops[loop] = _LoopState()
+        batcher = state.batchers.get((keys.prefix, max_length, durability))
+        if batcher is None:
+            endpoint = self.client.endpoint(keys)
+            connections = state.connections.setdefault(endpoint, [])
+            if len(connections) < MAX_CONNECTIONS:
+                connections.append(AsyncConfirmedConnection(endpoint))
+            connection = connections[len(state.batchers) % len(connections)]
+            batcher = ConfirmedBatcher(connection, keys, max_length, self.client.retry_for, durability)
+            state.batchers[keys.prefix, max_length, durability] = batcher
+        return batcher
 
     def close(self) -> None:
         """Close the blocking connections."""
@@ -165,10 +167,10 @@ class ConfirmedConnections:
 
     def aclose(self) -> None:
         """Close this event loop's wires."""
-        home = self._loops.pop(asyncio.get_running_loop(), None)
-        for wires in home.connections.values() if home is not None else ():
-            for wire in wires:
-                wire.close()
+        state = self._loops.pop(asyncio.get_running_loop(), None)
+        for connections in state.connections.values() if state is not None else ():
+            for connection in connections:
+                connection.close()
 
     def forked(self) -> None:
         """Start anew in a forked child: the parent goes on using its sockets and lanes."""
@@ -187,11 +189,16 @@ class ConfirmedBatcher(PushBatcher):
     """Gathers the pushes of one queue that ask the same."""
 
     def __init__(
-        self, wire: AsyncConfirmedConnection, keys: QueueKeys, max_length: int, retry_for: float, asked: Durability
+        self,
+        connection: AsyncConfirmedConnection,
+        keys: QueueKeys,
+        max_length: int,
+        retry_for: float,
+        durability: Durability,
     ) -> None:
         """Take what every lane takes, and what is asked."""
-        super().__init__(wire, keys, max_length, retry_for)
-        self._confirmed_connection, self._durability, self._confirmation = wire, asked, UNCONFIRMED
+        super().__init__(connection, keys, max_length, retry_for)
+        self._confirmed_connection, self._durability, self._confirmation = connection, durability, UNCONFIRMED
 
     async def run(self, call: Call[T]) -> T:
         """Carry out one push."""
@@ -216,43 +223,43 @@ class ConfirmedBatcher(PushBatcher):
 class ConfirmedConnection(Connection):
     """A blocking connection whose pushes are followed by a wait."""
 
-    def __init__(self, place: Endpoint) -> None:
+    def __init__(self, endpoint: Endpoint) -> None:
         """Remember where to connect."""
-        super().__init__(place)
-        self._call: _ConfirmedCall | None = None
+        super().__init__(endpoint)
+        self._pending_call: _ConfirmedCall | None = None
         self._probed_at = 0.0
         self._methods: dict[bool, FsyncMethod] = {}
 
-    def confirm(self, call: Call[T], asked: Durability, *, retry_for: float) -> tuple[T, Confirmation]:
+    def confirm(self, call: Call[T], durability: Durability, *, retry_for: float) -> tuple[T, Confirmation]:
         """Carry out *call*, repeated as any; return its reply and what was confirmed."""
-        errand = self._call = _ConfirmedCall(asked, call.keys[0])
+        pending = self._pending_call = _ConfirmedCall(durability, call.keys[0])
         try:
-            return self.run(call, retry_for=retry_for), errand.confirmation
+            return self.run(call, retry_for=retry_for), pending.confirmation
         finally:
-            self._call = None
+            self._pending_call = None
 
     def execute(self, *command: Any, block: float = 0.0) -> Any:
         """Send one command, and behind it what confirms it."""
-        errand = self._call
-        if errand is None or command[0] not in {"EVALSHA", "EVAL"}:
+        pending = self._pending_call
+        if pending is None or command[0] not in {"EVALSHA", "EVAL"}:
             return super().execute(*command, block=block)
         try:
-            self._probe(errand)
-            reply = errand.read_replies(self._exchange(errand.commands(command), errand.durability.seconds))
+            self._probe(pending)
+            reply = pending.read_replies(self._exchange(pending.commands(command), pending.durability.seconds))
         except WaitInterrupted:
             self.close()
             raise
         if isinstance(reply, Exception):
             raise reply
-        if (watch := errand.fsync_watch()) is not None:
+        if (watch := pending.fsync_watch()) is not None:
             while (
                 pause := watch.next_pause(self._exchange([FsyncWatch.COMMAND], 0.0)[0], time.monotonic())
             ) is not None:
                 time.sleep(pause)
-            errand.confirmation = Confirmation(watch.synced, errand.confirmation.replicas)
+            pending.confirmation = Confirmation(watch.synced, pending.confirmation.replicas)
         return reply
 
-    def _probe(self, errand: _ConfirmedCall) -> None:
+    def _probe(self, pending: _ConfirmedCall) -> None:
         """Ask a new connection what it can confirm, and from time to time again."""
         if self._socket is None:
             self._open()
@@ -260,13 +267,13 @@ class ConfirmedConnection(Connection):
         now = time.monotonic()
         if now - self._probed_at > PROBE_INTERVAL:
             self._methods = {}
-        found = self._methods.get(errand.durability.fsync)
-        if found is None:
-            errand.decide_method(self._exchange(errand.durability.probe_commands(), 0.0), str(self.endpoint))
-            self._methods[errand.durability.fsync] = errand.method
+        method = self._methods.get(pending.durability.fsync)
+        if method is None:
+            pending.decide_method(self._exchange(pending.durability.probe_commands(), 0.0), str(self.endpoint))
+            self._methods[pending.durability.fsync] = pending.method
             self._probed_at = now
         else:
-            errand.method = found
+            pending.method = method
 
     def _exchange(self, commands: Sequence[tuple[Any, ...]], block: float) -> list[Any]:
         """Send *commands* in one write; return all replies, error replies as exceptions."""
@@ -290,57 +297,59 @@ class ConfirmedConnection(Connection):
 class AsyncConfirmedConnection(AsyncConnection):
     """The same on asyncio; one errand at a time, since a wait holds up whatever comes behind it."""
 
-    def __init__(self, place: Endpoint) -> None:
+    def __init__(self, endpoint: Endpoint) -> None:
         """Remember where to connect."""
-        super().__init__(place)
+        super().__init__(endpoint)
         self._call_lock = asyncio.Lock()
-        self._call: _ConfirmedCall | None = None
+        self._pending_call: _ConfirmedCall | None = None
         self._probed_at = 0.0
         self._methods: dict[bool, FsyncMethod] = {}
         self._probed_stream: object = None
 
-    async def confirm(self, call: Call[T], asked: Durability, *, retry_for: float | None) -> tuple[T, Confirmation]:
+    async def confirm(
+        self, call: Call[T], durability: Durability, *, retry_for: float | None
+    ) -> tuple[T, Confirmation]:
         """Carry out *call*, repeated as any; return its reply and what was confirmed."""
         async with self._call_lock:
-            errand = self._call = _ConfirmedCall(asked, call.keys[0])
+            pending = self._pending_call = _ConfirmedCall(durability, call.keys[0])
             try:
-                return await self.run(call, retry_for=retry_for), errand.confirmation
+                return await self.run(call, retry_for=retry_for), pending.confirmation
             finally:
-                self._call = None
+                self._pending_call = None
 
     async def execute(self, *command: Any, block: float = 0.0) -> Any:
         """Send one command, and behind it what confirms it."""
-        errand = self._call
-        if errand is None or command[0] not in {"EVALSHA", "EVAL"}:
+        pending = self._pending_call
+        if pending is None or command[0] not in {"EVALSHA", "EVAL"}:
             return await super().execute(*command, block=block)
         try:
-            await self._probe(errand)
-            reply = errand.read_replies(await self._exchange(errand.commands(command), errand.durability.seconds))
+            await self._probe(pending)
+            reply = pending.read_replies(await self._exchange(pending.commands(command), pending.durability.seconds))
         except WaitInterrupted as error:
             self.drop(ConnectionLost(str(error)))
             raise
-        if not isinstance(reply, Exception) and (watch := errand.fsync_watch()) is not None:
+        if not isinstance(reply, Exception) and (watch := pending.fsync_watch()) is not None:
             while True:
                 [facts] = await self._exchange([FsyncWatch.COMMAND], 0.0)
                 if (pause := watch.next_pause(facts, time.monotonic())) is None:
                     break
                 await asyncio.sleep(pause)
-            errand.confirmation = Confirmation(watch.synced, errand.confirmation.replicas)
+            pending.confirmation = Confirmation(watch.synced, pending.confirmation.replicas)
         return reply
 
-    async def _probe(self, errand: _ConfirmedCall) -> None:
+    async def _probe(self, pending: _ConfirmedCall) -> None:
         if not self.is_open:
             await self.open()
         now = time.monotonic()
         if self._probed_stream is not self._stream or now - self._probed_at > PROBE_INTERVAL:
             self._methods, self._probed_stream = {}, self._stream
-        found = self._methods.get(errand.durability.fsync)
-        if found is None:
-            errand.decide_method(await self._exchange(errand.durability.probe_commands(), 0.0), str(self.endpoint))
-            self._methods[errand.durability.fsync] = errand.method
+        method = self._methods.get(pending.durability.fsync)
+        if method is None:
+            pending.decide_method(await self._exchange(pending.durability.probe_commands(), 0.0), str(self.endpoint))
+            self._methods[pending.durability.fsync] = pending.method
             self._probed_at = now
         else:
-            errand.method = found
+            pending.method = method
 
     async def _exchange(self, commands: Sequence[tuple[Any, ...]], block: float) -> list[Any]:
         """Send *commands* in one write; return all replies, error replies as exceptions."""
@@ -365,9 +374,9 @@ class _ConfirmedCall:
 
     __slots__ = ("began", "confirmation", "durability", "method", "sent", "sequence_key")
 
-    def __init__(self, asked: Durability, lane: str) -> None:
-        self.durability = asked
-        self.sequence_key = lane
+    def __init__(self, durability: Durability, sequence: str) -> None:
+        self.durability = durability
+        self.sequence_key = sequence
         self.sent = False
         self.began = time.monotonic()
         self.method = FsyncMethod.NONE

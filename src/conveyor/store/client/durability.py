@@ -55,21 +55,21 @@ class Durability:
             ("CONFIG", "GET", "appendfsync"), ("CONFIG", "GET", "no-appendfsync-on-rewrite"),
         )  # fmt: skip
 
-    def wait_commands(self, sync: FsyncMethod) -> list[tuple[str, ...]]:
+    def wait_commands(self, method: FsyncMethod) -> list[tuple[str, ...]]:
         """Return the commands that travel behind a push."""
         timeout = str(self.timeout_ms)
-        found: list[tuple[str, ...]] = []
-        if self.fsync and sync is not FsyncMethod.REPLY:
-            found.append(("WAITAOF", "1", "0", timeout))
+        commands: list[tuple[str, ...]] = []
+        if self.fsync and method is not FsyncMethod.REPLY:
+            commands.append(("WAITAOF", "1", "0", timeout))
         if self.replicas:
-            found.append(("WAIT", str(self.replicas), timeout))
-        return found
+            commands.append(("WAIT", str(self.replicas), timeout))
+        return commands
 
-    def read_replies(self, sync: FsyncMethod, replies: Sequence[Any]) -> Confirmation:
+    def read_replies(self, method: FsyncMethod, replies: Sequence[Any]) -> Confirmation:
         """Return what was confirmed. Raises WaitBroken when the server changed its role meanwhile."""
         rest = list(replies)
-        synced = sync is FsyncMethod.REPLY
-        if self.fsync and sync is not FsyncMethod.REPLY:
+        synced = method is FsyncMethod.REPLY
+        if self.fsync and method is not FsyncMethod.REPLY:
             reply = rest.pop(0)
             synced = isinstance(reply, list) and int(reply[0]) > 0
             _check_role(reply)
@@ -79,24 +79,24 @@ class Durability:
             replicas = rest[0] if isinstance(rest[0], int) else 0
         return Confirmation(synced, replicas)
 
-    def is_reached_by(self, got: Confirmation) -> bool:
+    def is_reached_by(self, confirmation: Confirmation) -> bool:
         """Tell whether that is what was asked."""
-        return got.replicas >= self.replicas and (got.synced or not self.fsync)
+        return confirmation.replicas >= self.replicas and (confirmation.synced or not self.fsync)
 
-    def failure(self, queue: str, ids: Sequence[str], got: Confirmation) -> DurabilityNotReached:
+    def failure(self, queue: str, ids: Sequence[str], confirmation: Confirmation) -> DurabilityNotReached:
         """Return the error for jobs that are stored and not confirmed; *ids* are bare."""
         missing = []
-        if self.fsync and not got.synced:
+        if self.fsync and not confirmation.synced:
             missing.append("no sync of the append-only file")
-        if got.replicas < self.replicas:
-            missing.append(f"{got.replicas} of {self.replicas} replica{'s' * (self.replicas > 1)}")
+        if confirmation.replicas < self.replicas:
+            missing.append(f"{confirmation.replicas} of {self.replicas} replica{'s' * (self.replicas > 1)}")
         public = [ident.public(queue, id_) for id_ in ids]
         what = f"Job {public[0]} is queued" if len(public) == 1 else f"{len(public):,} jobs are queued"
         return DurabilityNotReached(
             f"{what}, but not confirmed as widely as asked: {' and '.join(missing)} within {self.timeout_ms / 1000:g} s. "
             "It runs unless the server is lost before that; pushing it again with the same id stores nothing twice "
             "and waits again. See `conveyor doctor`.",
-            job_ids=public, asked=self.replicas, got=got.replicas, fsync=got.synced if self.fsync else None,
+            job_ids=public, asked=self.replicas, got=confirmation.replicas, fsync=confirmation.synced if self.fsync else None,
         )  # fmt: skip
 
 
@@ -136,7 +136,7 @@ def _check_role(reply: Any) -> None:
         raise WaitInterrupted(text)
 
 
-def decide_fsync_method(asked: Durability, replies: Sequence[Any], where: str) -> FsyncMethod:
+def decide_fsync_method(durability: Durability, replies: Sequence[Any], where: str) -> FsyncMethod:
     """
     Return how syncs are confirmed, from the replies to `examination`.
 
@@ -145,11 +145,11 @@ def decide_fsync_method(asked: Durability, replies: Sequence[Any], where: str) -
     _check_role(replies[0])
     if isinstance(replies[0], Exception):
         raise fatal_error(str(replies[0]), where) from replies[0]
-    if not asked.fsync:
+    if not durability.fsync:
         return FsyncMethod.NONE
-    _, waitaof, *told = replies
-    server, persistence = parse_info(told[0]), parse_info(told[1])
-    policy, lazy = _setting(told[2]), _setting(told[3])
+    _, waitaof, *settings = replies
+    server, persistence = parse_info(settings[0]), parse_info(settings[1])
+    policy, lazy = _setting(settings[2]), _setting(settings[3])
     always = policy == "always" and lazy == "no"
     text = str(waitaof) if isinstance(waitaof, Exception) else ""
     if persistence.get("aof_enabled") == "0" or "appendonly" in text:
@@ -189,9 +189,9 @@ def _not_confirmable(where: str, why: str, remedy: str) -> ConfigurationError:
 
 def _waitaof_is_reliable(server: dict[str, str]) -> bool:
     """Tell whether WAITAOF waits for the sync under everysec: it did not before Redis 8.0, and does not in Valkey."""
-    if "valkey_version" in server or not (found := re.match(r"(\d+)\.(\d+)", server.get("redis_version", ""))):
+    if "valkey_version" in server or not (version := re.match(r"(\d+)\.(\d+)", server.get("redis_version", ""))):
         return False
-    return (int(found[1]), int(found[2])) >= RELIABLE_WAITAOF_SINCE
+    return (int(version[1]), int(version[2])) >= RELIABLE_WAITAOF_SINCE
 
 
 def _setting(reply: Any) -> str | None:
@@ -244,15 +244,15 @@ class DurabilityRequest:
     replicas: int | None = None
     timeout_ms: int | None = None
 
-    def applied_to(self, base: Durability | None) -> Durability | None:
+    def applied_to(self, declared: Durability | None) -> Durability | None:
         """Return what is asked of a queue that asks *base* by itself; None for nothing."""
-        own = base if base is not None else Durability()
-        found = Durability(
-            own.fsync if self.fsync is None else self.fsync,
-            own.replicas if self.replicas is None else self.replicas,
-            own.timeout_ms if self.timeout_ms is None else self.timeout_ms,
+        default = declared if declared is not None else Durability()
+        durability = Durability(
+            default.fsync if self.fsync is None else self.fsync,
+            default.replicas if self.replicas is None else self.replicas,
+            default.timeout_ms if self.timeout_ms is None else self.timeout_ms,
         )
-        return found or None
+        return durability or None
 
     def combined_with(self, other: DurabilityRequest | None) -> DurabilityRequest:
         """Return what satisfies both, for calls that travel together."""
@@ -299,8 +299,8 @@ def requested_durability(options: DurabilityOptions) -> Durability | None:
     """Return what a queue asks; None for nothing. Raises ConfigurationError, and TypeError for another word."""
     if wrong := options.keys() - DurabilityOptions.__annotations__.keys():
         raise TypeError(f"queue() got an unexpected keyword argument {min(wrong)!r}")
-    own = durability_request(options.get("fsync"), options.get("wait_replicas"), options.get("wait_timeout"))
-    return None if own is None else own.applied_to(None)
+    request = durability_request(options.get("fsync"), options.get("wait_replicas"), options.get("wait_timeout"))
+    return None if request is None else request.applied_to(None)
 
 
 def _larger(one: N | None, other: N | None) -> N | None:

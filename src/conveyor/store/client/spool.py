@@ -84,7 +84,7 @@ class SpoolBatch:
     """The records of one call, the first of the backlog, and the lane and number it is sent in, however often."""
 
     records: list[SpooledPush]
-    lane: str
+    identity: str
     number: int
 
     def entries(self, now: float) -> list[Entry]:
@@ -95,11 +95,11 @@ class SpoolBatch:
 class MemorySpool:
     """Records in order. Not for several threads at once: the buffer's lock guards it."""
 
-    def __init__(self, lane: str) -> None:
+    def __init__(self, identity: str) -> None:
         """Begin empty; batches go in *lane*."""
         self.records: deque[SpooledPush] = deque()
         self.jobs = self.bytes = 0
-        self._identity = lane
+        self._identity = identity
         self._number = 0
         self._batch: SpoolBatch | None = None
         self._max_jobs = MAX_JOBS
@@ -174,9 +174,9 @@ class MemorySpool:
 class DiskSpool(MemorySpool):
     """A backlog that stands in a file as well; the lock beside it says that somebody uses it."""
 
-    def __init__(self, path: Path, lock: int, lane: str, *, fsync: bool) -> None:
+    def __init__(self, path: Path, lock: int, identity: str, *, fsync: bool) -> None:
         """Read what an earlier process left. *lock* is the descriptor that holds the lock."""
-        super().__init__(lane)
+        super().__init__(identity)
         self.path = path
         self._lock = lock
         self._fsync = fsync
@@ -190,7 +190,7 @@ class DiskSpool(MemorySpool):
 
     def _write_batch(self, batch: SpoolBatch) -> None:
         # Before it is sent: who reads this sends exactly these records again, in the same lane and number.
-        self._append(("B", len(batch.records), batch.lane, batch.number), sync=self._fsync)
+        self._append(("B", len(batch.records), batch.identity, batch.number), sync=self._fsync)
 
     def _write_delivered(self, count: int) -> None:
         if not self.records:
@@ -249,8 +249,8 @@ class DiskSpool(MemorySpool):
     def _read(self) -> int:
         data = self.path.read_bytes()
         at = 0
-        while (found := _unframe(data, at)) is not None:
-            body, at = found
+        while (frame := _unframe(data, at)) is not None:
+            body, at = frame
             self._replay(body)
         if any(data[at:]):
             _log.warning(
@@ -304,28 +304,32 @@ def prepare_directory(directory: Path) -> None:
         raise PermissionError("Permission denied")
 
 
-def claim_spool(directory: Path, lane: str, *, fsync: bool) -> DiskSpool:
+def claim_spool(directory: Path, identity: str, *, fsync: bool) -> DiskSpool:
     """Return the first journal of *directory* that no other process uses, with what was left in it."""
     directory.mkdir(parents=True, exist_ok=True)
     for slot in range(MAX_PROCESSES):
-        found = _open(directory, slot, lane, fsync=fsync)
-        if found is not None:
-            return found
+        spool = _open(directory, slot, identity, fsync=fsync)
+        if spool is not None:
+            return spool
     raise ConfigurationError(
         f"{MAX_PROCESSES} processes use the buffer {directory} already. Give each few of them a directory."
     )
 
 
-def orphaned_spools(directory: Path, lane: str) -> list[DiskSpool]:
+def orphaned_spools(directory: Path, identity: str) -> list[DiskSpool]:
     """Return the journals of *directory* that hold something and whose processes are gone."""
-    found: list[DiskSpool] = []
+    spools: list[DiskSpool] = []
     for path in sorted(directory.glob("*.log")):
-        if path.stem.isdigit() and path.stat().st_size and (one := _open(directory, int(path.stem), lane, fsync=False)):
-            if one:
-                found.append(one)
+        if (
+            path.stem.isdigit()
+            and path.stat().st_size
+            and (spool := _open(directory, int(path.stem), identity, fsync=False))
+        ):
+            if spool:
+                spools.append(spool)
             else:
-                one.close()
-    return found
+                spool.close()
+    return spools
 
 
 def has_leftovers(directory: Path) -> bool:
@@ -333,11 +337,11 @@ def has_leftovers(directory: Path) -> bool:
     return any(path.stat().st_size for path in directory.glob("*.log"))
 
 
-def _open(directory: Path, slot: int, lane: str, *, fsync: bool) -> DiskSpool | None:
+def _open(directory: Path, slot: int, identity: str, *, fsync: bool) -> DiskSpool | None:
     lock = os.open(directory / f"{slot}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         os.close(lock)
         return None
-    return DiskSpool(directory / f"{slot}.log", lock, lane, fsync=fsync)
+    return DiskSpool(directory / f"{slot}.log", lock, identity, fsync=fsync)

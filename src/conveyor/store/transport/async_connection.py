@@ -32,8 +32,8 @@ class ConnectionLost(ConnectionError):
 class _StreamProtocol(asyncio.Protocol):
     """The protocol of one connection; one that was given up says nothing to its wire any more."""
 
-    def __init__(self, wire: AsyncConnection) -> None:
-        self._connection: AsyncConnection | None = wire
+    def __init__(self, connection: AsyncConnection) -> None:
+        self._connection: AsyncConnection | None = connection
 
     def detach(self) -> None:
         self._connection = None
@@ -53,10 +53,10 @@ class _StreamProtocol(asyncio.Protocol):
 class AsyncConnection:
     """A connection of one event loop that opens itself; what is sent in one tick leaves in one write."""
 
-    def __init__(self, place: Endpoint) -> None:
+    def __init__(self, endpoint: Endpoint) -> None:
         """Remember where to connect."""
-        self.endpoint = place
-        self._reply_timeout = place.reply_timeout
+        self.endpoint = endpoint
+        self._reply_timeout = endpoint.reply_timeout
         self._raw: Any = None  # keeps redis-py's stream writer alive, which would close the transport
         self._transport: asyncio.WriteTransport | None = None
         self._stream: _StreamProtocol | None = None

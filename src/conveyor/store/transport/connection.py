@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from conveyor.store.transport.endpoint import Endpoint
 
 T = TypeVar("T")
-QUERY_TIMEOUT = 2.0
+ASYNC_QUERY_TIMEOUT = 2.0
 """Seconds an answer may take on a connection of asyncio, which has no time limit of its own."""
 
 
@@ -37,10 +37,10 @@ class Connection:
     a quarter of the time of a call. The timeout is the kernel's: Python's own costs a system call each way.
     """
 
-    def __init__(self, place: Endpoint) -> None:
+    def __init__(self, endpoint: Endpoint) -> None:
         """Remember where to connect."""
-        self.endpoint = place
-        self._reply_timeout = place.reply_timeout
+        self.endpoint = endpoint
+        self._reply_timeout = endpoint.reply_timeout
         self._raw: RawConnection | None = None
         self._socket: socket.socket | None = None
         self._reader: Any = None
@@ -305,7 +305,7 @@ async def aquery(connection: AsyncRawConnection, *command: str) -> Any:
     from redis import exceptions
 
     try:
-        async with asyncio.timeout(QUERY_TIMEOUT):
+        async with asyncio.timeout(ASYNC_QUERY_TIMEOUT):
             await connection.send_command(*command)
             return await connection.read_response()
     except exceptions.NoPermissionError:

@@ -32,17 +32,19 @@ async def watch_policy(ask: Callable[[], Awaitable[Sequence[object]]], log: logg
 
     A worker that runs is not stopped for it; the look at its start did not happen if the server was away.
     """
-    told = SAFE_POLICY
+    logged = SAFE_POLICY
     while True:
         try:
-            found = [replies.parse_info(info) for info in await ask()]
+            servers = [replies.parse_info(info) for info in await ask()]
         except ConveyorError:  # away, or this user may not ask
-            found = []
-        policies = {one.get("maxmemory_policy", ""): int(one.get("evicted_keys", 0)) for one in found}
-        worst = next((policy for policy in policies if policy not in {"", SAFE_POLICY}), SAFE_POLICY if found else told)
-        if worst != told and (wrong := eviction_risk(worst, policies[worst])) is not None:
+            servers = []
+        policies = {one.get("maxmemory_policy", ""): int(one.get("evicted_keys", 0)) for one in servers}
+        worst = next(
+            (policy for policy in policies if policy not in {"", SAFE_POLICY}), SAFE_POLICY if servers else logged
+        )
+        if worst != logged and (wrong := eviction_risk(worst, policies[worst])) is not None:
             log.error("E10 %s Set: %s", wrong, REMEDY)
-        told = worst
+        logged = worst
         await asyncio.sleep(CHECK_EVERY)
 
 

@@ -61,10 +61,10 @@ def is_slot_moving(text: str) -> bool:
 
 def action_for(text: str) -> ErrorAction:
     """Return what to do about an error reply."""
-    found = _CODE.search(text)
-    if found is None:
+    match = _CODE.search(text)
+    if match is None:
         return ErrorAction.WAIT if _KEYS_MOVING in text else ErrorAction.RAISE
-    return _ACTIONS.get(found[1] or found[2], ErrorAction.RAISE)
+    return _ACTIONS.get(match[1] or match[2], ErrorAction.RAISE)
 
 
 class RetryTimer:
@@ -88,8 +88,8 @@ class RetryTimer:
 
 def fatal_error(text: str, address: str) -> ConveyorError:
     """Return the error a person sees for a reply that repeating does not mend."""
-    found = _CODE.search(text)
-    code = found[1] if found else "NOPERM" if _FORBIDDEN.search(text) else ""
+    match = _CODE.search(text)
+    code = match[1] if match else "NOPERM" if _FORBIDDEN.search(text) else ""
     if code == "OOM":
         return QueueFull(
             f"Redis at {address} is at its maxmemory and takes no more. Nothing was enqueued. "

@@ -22,11 +22,11 @@ if TYPE_CHECKING:
 log = logging.getLogger("conveyor.store")
 CONNECT_TIMEOUT = 2.0
 """Seconds for connecting to a master, so that one that swallows packets does not use a caller's patience up."""
-ANSWER_TIMEOUT = 2.0
+HANDSHAKE_TIMEOUT = 2.0
 """Seconds a server may take to say that it is the master."""
-ASK_TIMEOUT = 0.5
+QUERY_TIMEOUT = 0.5
 """Seconds for connecting to a sentinel, and for its answer: another one may know."""
-Server = tuple[str, int]
+HostPort = tuple[str, int]
 
 
 class Sentinel:
@@ -54,9 +54,11 @@ class Sentinel:
         options.pop("password_file", None)
         options |= {"password_file": own["password_file"]} if own["password_file"] else {}
         asking = replace(hosts, user=own["username"], password=own["password"], options=tuple(options.items()))
-        timeout = min(self._timeout, ASK_TIMEOUT)
-        self._sentinels = [StandaloneServer(asking.url(host, port), timeout, ASK_TIMEOUT) for host, port in hosts.hosts]
-        self._master: Server | None = None
+        timeout = min(self._timeout, QUERY_TIMEOUT)
+        self._sentinels = [
+            StandaloneServer(asking.url(host, port), timeout, QUERY_TIMEOUT) for host, port in hosts.hosts
+        ]
+        self._master: HostPort | None = None
         self.server(hosts.hosts[0]).check_options()
 
     def __str__(self) -> str:
@@ -81,42 +83,42 @@ class Sentinel:
 
     def open(self, *, read_timeout: float | None) -> Connection:
         """Return a connection to the master. Raises Unresolved, redis-py's errors, ConfigurationError (E32)."""
-        election = _MasterLookup(self)
-        for server in election.candidates():
+        lookup = _MasterLookup(self)
+        for server in lookup.candidates():
             try:
                 connection = self.server(server).open(read_timeout=read_timeout)
-                role = election.role(query(connection, "ROLE"))
-            except election.transient as error:
-                election.reject(server, error)
+                role = lookup.role(query(connection, "ROLE"))
+            except lookup.transient as error:
+                lookup.reject(server, error)
                 continue
             if role == "master":
-                election.accept(server)
+                lookup.accept(server)
                 return connection
-            election.reject(server, f"is a {role}")
+            lookup.reject(server, f"is a {role}")
             connection.disconnect()
-        raise election.error()
+        raise lookup.error()
 
     async def aopen(self) -> AsyncConnection:
         """Return a connection of asyncio to the master."""
-        election = _MasterLookup(self)
-        candidates = election.candidates()
+        lookup = _MasterLookup(self)
+        candidates = lookup.candidates()
         while (server := await in_thread(lambda: next(candidates, None))) is not None:
             try:
                 connection = await self.server(server).aopen()
-                role = election.role(await aquery(connection, "ROLE"))
-            except election.transient as error:
-                election.reject(server, error)
+                role = lookup.role(await aquery(connection, "ROLE"))
+            except lookup.transient as error:
+                lookup.reject(server, error)
                 continue
             if role == "master":
-                election.accept(server)
+                lookup.accept(server)
                 return connection
-            election.reject(server, f"is a {role}")
+            lookup.reject(server, f"is a {role}")
             await connection.disconnect(nowait=True)
-        raise election.error()
+        raise lookup.error()
 
-    def server(self, server: Server) -> StandaloneServer:
+    def server(self, server: HostPort) -> StandaloneServer:
         """Return the address of a server with our credentials."""
-        return StandaloneServer(self._server.url(*server, database=self._database), self._timeout, ANSWER_TIMEOUT)
+        return StandaloneServer(self._server.url(*server, database=self._database), self._timeout, HANDSHAKE_TIMEOUT)
 
     def sentinels(self) -> list[StandaloneServer]:
         """Return the sentinels, the one that answered last first."""
@@ -126,7 +128,7 @@ class Sentinel:
         """Ask this one first from now on."""
         self._sentinels = [sentinel, *(one for one in self._sentinels if one != sentinel)]
 
-    def note_master(self, server: Server) -> None:
+    def note_master(self, server: HostPort) -> None:
         """Say in the log when the master is another one than before."""
         if self._master is not None and self._master != server:
             log.warning("The master %s is now at %s:%d", self.name, *server)
@@ -146,9 +148,9 @@ class _MasterLookup:
         self.transient: tuple[type[Exception], ...] = (RedisError, OSError)
         self._refused: ConveyorError | None = None
 
-    def candidates(self) -> Iterator[Server]:
+    def candidates(self) -> Iterator[HostPort]:
         """Ask the sentinels in turn; yield each server that one names and none named before."""
-        seen: set[Server] = set()
+        seen: set[HostPort] = set()
         for address in self._sentinel.sentinels():
             try:
                 server = self._ask(address)
@@ -164,15 +166,15 @@ class _MasterLookup:
                 self._named = address
                 yield server
 
-    def _ask(self, address: StandaloneServer) -> Server | None:
-        connection = address.open(read_timeout=ASK_TIMEOUT)
+    def _ask(self, address: StandaloneServer) -> HostPort | None:
+        connection = address.open(read_timeout=QUERY_TIMEOUT)
         try:
             reply = query(connection, "SENTINEL", "GET-MASTER-ADDR-BY-NAME", self._sentinel.name)
         finally:
             connection.disconnect()
         return None if reply is None else (reply[0].decode(), int(reply[1]))
 
-    def reject(self, server: Server, why: Exception | str) -> None:
+    def reject(self, server: HostPort, why: Exception | str) -> None:
         """Remember why a server would not do."""
         self._reasons.append(f"{server[0]}:{server[1]}, named by {_host_of(self._named)}: {why}")
         if isinstance(why, Exception) and (text := fatal_reply(why)) is not None:
@@ -186,7 +188,7 @@ class _MasterLookup:
         )  # ROLE is not permitted: believe the sentinel
         return "replica" if word == b"slave" else str(word.decode())
 
-    def accept(self, server: Server) -> None:
+    def accept(self, server: HostPort) -> None:
         """A server agreed that it is the master."""
         if self._named is not None:
             self._sentinel.prefer(self._named)
@@ -210,7 +212,7 @@ class _MasterLookup:
 
     def _known(self, address: StandaloneServer) -> str:
         try:
-            connection = address.open(read_timeout=ASK_TIMEOUT)
+            connection = address.open(read_timeout=QUERY_TIMEOUT)
             try:
                 masters = query(connection, "SENTINEL", "MASTERS")
             finally:

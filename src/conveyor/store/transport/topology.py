@@ -25,7 +25,7 @@ def topology_of(url: str, connect_timeout: float | None = None) -> Topology:
     timeout = () if connect_timeout is None else (connect_timeout,)
     topology = whole.partition("+")[2]
     if whole not in SCHEMES:
-        _refuse(url, whole, topology)
+        _refuse_scheme(url, whole, topology)
     if topology == "sentinel":
         from conveyor.store.transport.sentinel import Sentinel
 
@@ -43,16 +43,16 @@ def embedded_directory(url: str) -> str:
 
     Raises ConfigurationError for a host, which would be made a directory, with the password in its name.
     """
-    place = url.removeprefix("embedded:")
-    if place.startswith("//") and not place.startswith("///") and place != "//":
+    directory = url.removeprefix("embedded:")
+    if directory.startswith("//") and not directory.startswith("///") and directory != "//":
         raise ConfigurationError(
             f"{masked(url)!r}: an embedded server has a directory, no host and no password. Write embedded:///path/of/it, or "
             "embedded: for the one of this project."
         )
-    return place.removeprefix("//")
+    return directory.removeprefix("//")
 
 
-def _refuse(url: str, scheme: str, topology: str) -> None:
+def _refuse_scheme(url: str, scheme: str, topology: str) -> None:
     """Raise the error for a URL whose first word is none of ours, with the one that was probably meant."""
     near = difflib.get_close_matches(scheme.replace("valkey", "redis"), (*SCHEMES, "embedded"), 1, cutoff=0.7)
     guess = f" Did you mean {near[0]}://?" if near else ""

@@ -152,8 +152,8 @@ class StandaloneServer:
         try:
             kind[self._parts.scheme](**parameters)
         except (TypeError, ValueError, RedisError) as error:
-            found = re.search(r"unexpected keyword argument ('\w+')", str(error))
-            why = f"{found[1]} is not one of its options" if found else redact(str(error))
+            unknown = re.search(r"unexpected keyword argument ('\w+')", str(error))
+            why = f"{unknown[1]} is not one of its options" if unknown else redact(str(error))
             raise ConfigurationError(  # without the value, which may be a secret
                 f"{self._parts.scheme}://{self.host}: {why}. Behind ? stand options of redis-py's connections, such as "
                 "ssl_ca_certs, and password_file; for Sentinel also sentinel_username, sentinel_password and "

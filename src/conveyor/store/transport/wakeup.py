@@ -22,9 +22,9 @@ log = logging.getLogger("conveyor.store")
 class WakeupWaiter:
     """A blocking connection that waits. One thread waits; any may close it."""
 
-    def __init__(self, place: Endpoint) -> None:
+    def __init__(self, endpoint: Endpoint) -> None:
         """Remember where to connect."""
-        self._connection = Connection(place)
+        self._connection = Connection(endpoint)
         self._failures = 0
 
     def wait(self, key: str, seconds: float) -> bool:
@@ -66,9 +66,9 @@ class WakeupWaiter:
 class AsyncWakeupWaiter:
     """The same on asyncio, with a wire of its own."""
 
-    def __init__(self, place: Endpoint) -> None:
+    def __init__(self, endpoint: Endpoint) -> None:
         """Remember where to connect."""
-        self._connection = AsyncConnection(place)
+        self._connection = AsyncConnection(endpoint)
         self._failures = 0
 
     async def wait(self, key: str, seconds: float) -> bool:
@@ -103,10 +103,10 @@ class AsyncWakeupWaiter:
         return None
 
 
-def wake(wire: AsyncConnection, key: str) -> None:
+def wake(connection: AsyncConnection, key: str) -> None:
     """Put a token into *key* for whoever blocks on it; it goes away by itself if nobody does."""
     # With its text: nobody would send it after a NOSCRIPT. As two commands a cut between them left the token for ever.
-    wire.send(operations.wake(key).load(), _ignore)
+    connection.send(operations.wake(key).load(), _ignore)
 
 
 def _ignore(reply: Any) -> None:
