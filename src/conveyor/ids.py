@@ -117,12 +117,10 @@ def own_id(id: str) -> str:  # noqa: A002
     return id
 
 
-def queue_name(name: str) -> str:
-    """Return a usable queue or task name: ``[A-Za-z0-9_.:-]``, 1-128 characters. Raises ConfigurationError."""
+def queue_name(name: str, *, what: str = "queue") -> str:
+    """Return *name* if it is a valid queue or task name; raises ConfigurationError. *what* is named in the error."""
     if not isinstance(name, str) or not _NAME.fullmatch(name):
-        raise ConfigurationError(
-            f"A queue or task name has 1 to 128 of A-Z a-z 0-9 _ . : - and nothing else: {name!r}."
-        )
+        raise ConfigurationError(f"Invalid {what} name {name!r}: use 1 to 128 characters out of A-Z a-z 0-9 _ . : -")
     return name
 
 

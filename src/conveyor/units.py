@@ -46,10 +46,10 @@ def _parse(text: str, name: str) -> float:
 def instant_ms(at: datetime, *, name: str = "at") -> int:
     """Return an aware datetime as milliseconds since the epoch; a naive one raises ConfigurationError (E18)."""
     if not isinstance(at, datetime) or at.tzinfo is None:
-        raise ConfigurationError(
-            f"{name} needs a datetime with a time zone, not {at!r}: datetime.now(UTC), or tzinfo=ZoneInfo(...).",
-            code="E18",
+        problem = (
+            "needs a time zone" if isinstance(at, datetime) else f"must be a datetime with a time zone, not {at!r}"
         )
+        raise ConfigurationError(f"{name}= {problem}: use datetime.now(UTC) or tzinfo=ZoneInfo(…).", code="E18")
     return max(0, math.ceil(at.timestamp() * 1000))
 
 

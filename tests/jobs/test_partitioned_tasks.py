@@ -180,7 +180,7 @@ def test_the_command_line(url: str, tmp_path: Path) -> None:
         assert orders.purge() == 1
         done = json.loads(shell.run("queue", "partition", "orders", "2", "--yes", "--json").stdout)
         assert (done["before"], done["partitions"]) == (4, 2)
-        with pytest.raises(ConfigurationError, match="has 2 partitions, and this program says 4"):
+        with pytest.raises(ConfigurationError, match="has 2 partitions, but this program says 4"):
             orders.push(1)
         shell.write(
             "wrong.py", "from conveyor import Conveyor\napp = Conveyor()\n\n@app.task(queue='orders')\ndef t(): ...\n"

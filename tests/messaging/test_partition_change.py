@@ -49,7 +49,7 @@ class TestWrongNumber:
             lambda: mine.push(1), lambda: mine.push_many([1, 2]), mine.pull, lambda: next(mine.consume()),
             lambda: next(mine.batches()), lambda: asyncio.run(_twins(other, mine)),
         ):  # fmt: skip
-            with pytest.raises(ConfigurationError, match=f"has 8 partitions, and this program says {wrong}") as refused:
+            with pytest.raises(ConfigurationError, match=f"has 8 partitions, but this program says {wrong}") as refused:
                 attempt()
             assert refused.value.code == "E34"
             assert f"conveyor queue partition orders {wrong}" in str(refused.value)
@@ -64,7 +64,7 @@ class TestWrongNumber:
         plain.push_many(range(5))
         mine = spread(Client(url))
         for attempt in (lambda: mine.push(1), mine.pull):
-            with pytest.raises(ConfigurationError, match="has 1 partition, and this program says 8"):
+            with pytest.raises(ConfigurationError, match="has 1 partition, but this program says 8"):
                 attempt()
         assert ack_all(plain.pull(9)) == list(range(5))
 
@@ -267,7 +267,7 @@ class TestRepartition:
                 assert await app.queue("orders", partitions=4).arepartition(8) == 4
                 await asyncio.wait_for(running, 10)
 
-        with pytest.raises(ConfigurationError, match="has 8 partitions, and this program says 4"):
+        with pytest.raises(ConfigurationError, match="has 8 partitions, but this program says 4"):
             asyncio.run(work())
         assert all(part.stats().workers == 0 for part in queue8.parts)
 

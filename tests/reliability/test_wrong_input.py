@@ -70,7 +70,7 @@ def test_a_replica_takes_nothing_and_is_called_so(start_server: Start) -> None:
     with replica.client() as client:
         client.execute_command("REPLICAOF", "127.0.0.1", "1")
     client = Client(replica.url, retry_for=0.1)
-    with pytest.raises(StoreUnavailable, match="is a replica and takes no writes") as caught:
+    with pytest.raises(StoreUnavailable, match="is a replica and accepts no writes") as caught:
         client.push(client.keys("q"), [])
     assert "CONVEYOR_URL" not in str(caught.value)
 
@@ -132,7 +132,7 @@ def test_a_buffer_that_cannot_be_written_is_refused_at_once(tmp_path: Path) -> N
     """Not in the middle of the first outage."""
     (tmp_path / "file").write_text("")
     for place in (tmp_path / "file", tmp_path / "file" / "spool"):
-        with pytest.raises(ConfigurationError, match=r"cannot be used.*name another"):
+        with pytest.raises(ConfigurationError, match=r"cannot be used.*use another"):
             Conveyor("redis://127.0.0.1:1", buffer=Buffer(place))
 
 

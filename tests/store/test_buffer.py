@@ -283,7 +283,7 @@ def test_confirmed_pushes_do_not_overtake(server: Server, buffer: Buffer) -> Non
         app.client.retry_for = 0.2
         mail = app.queue("mail")
         ids = [mail.push(1)]
-        with pytest.raises(StoreUnavailable, match="does not overtake the 1 jobs"):
+        with pytest.raises(StoreUnavailable, match="cannot overtake the 1 jobs"):
             mail.push(2, fsync=True)
         server.start()
         app.client.retry_for = 10

@@ -294,7 +294,7 @@ async def test_one_server_is_no_cluster_and_a_node_is_no_server(
     port = free_port()
     start_server("--port", str(port), "--bind", "127.0.0.1")
     alone, node = Conveyor(f"redis+cluster://:@127.0.0.1:{port}"), cluster.masters()[0]
-    with pytest.raises(ConfigurationError, match=rf"is a single one. Write redis://127.0.0.1:{port}") as caught:
+    with pytest.raises(ConfigurationError, match=rf"is not part of one. Write redis://127.0.0.1:{port}") as caught:
         await alone.queue("q").apush(1)
     assert caught.value.code == "E33"
 

@@ -245,7 +245,7 @@ def test_no_sentinel_that_answers_is_an_outage(url: str) -> None:
     )
     began = time.monotonic()
     with pytest.raises(
-        StoreUnavailable, match=rf"no sentinel says who is the master 'main' \(127.0.0.1:{one}: .*127.0.0.1:{two}: "
+        StoreUnavailable, match=rf"no sentinel knows the master 'main' \(127.0.0.1:{one}: .*127.0.0.1:{two}: "
     ) as caught:
         backend.run(inspection.counts(backend.keys("q")))
     assert time.monotonic() - began < 5
@@ -256,7 +256,7 @@ def test_no_sentinel_that_answers_is_an_outage(url: str) -> None:
 @pytest.mark.parametrize(
     ("wrong", "code", "says"),
     [
-        ("redis+sentinel://h:26379,h2:26379", "E32", r"Write its name behind the hosts"),
+        ("redis+sentinel://h:26379,h2:26379", "E32", r"Write its name after the hosts"),
         ("redis+sentinel://h:26379/a/b", "E32", r"which master"),
         ("redis+sentinel:///main", "E02", r"names no host"),
         ("redis+sentinel://h:port/main", "E02", r"'h:port' is not a host with a port"),

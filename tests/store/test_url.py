@@ -134,7 +134,7 @@ def test_what_leads_to_sentinels_and_their_master(watched: Watched) -> None:
             assert says in str(error)
     for error in refusals(f"redis://{watched.replica.name}"):
         assert isinstance(error, StoreUnavailable)
-        assert "is a replica and takes no writes" in str(error)
+        assert "is a replica and accepts no writes" in str(error)
     assert master.ask("DBSIZE") == before
 
 
@@ -145,6 +145,6 @@ def test_refusal_for_now_is_no_absence(start_server: Start) -> None:
         client.config_set("min-replicas-to-write", 1)
     for error in refusals(server.url):
         assert isinstance(error, StoreUnavailable)
-        assert "does not take it now: NOREPLICAS" in str(error)
+        assert "cannot do this now: NOREPLICAS" in str(error)
         assert "Bring its replicas back" in str(error)
         assert "Cannot reach" not in str(error)

@@ -37,8 +37,8 @@ class PartitionCountMismatch(ConfigurationError):
 def _mismatch_text(queue: str, declared: int, recorded: int | None) -> str:
     if recorded == 0:
         return (
-            f"The number of partitions of queue '{queue}' is being changed right now. Nothing was stored. Try again; if "
-            f"that lasts, whoever began it has died: conveyor queue partition {queue} N completes it."
+            f"The number of partitions of queue '{queue}' is being changed right now. Nothing was stored. Try again. If "
+            f"this lasts, the program that began the change has died: conveyor queue partition {queue} N completes it."
         )
     number = 1 if recorded is None else recorded
     has = "1 partition" if number == 1 else f"{number} partitions"
@@ -46,7 +46,7 @@ def _mismatch_text(queue: str, declared: int, recorded: int | None) -> str:
         f"app.queue({queue!r}, partitions={number})" if number > 1 else f"app.queue({queue!r}) without partitions="
     )
     return (
-        f"Queue '{queue}' has {has}, and this program says {declared}. Nothing was stored. Declare it as {declare}; or, "
+        f"Queue '{queue}' has {has}, but this program says {declared}. Nothing was stored. Declare it as {declare}; or, "
         f"when all programs say {declared}, drain it and run: conveyor queue partition {queue} {declared}"
     )
 

@@ -89,14 +89,14 @@ class Buffer:
     def bind(self, start: Callable[[], None]) -> None:
         """Take what begins a delivery; a buffer belongs to one app. Raises ConfigurationError."""
         if self._start is not None:
-            raise ConfigurationError("This Buffer belongs to another app already: make one for each.")
+            raise ConfigurationError("This Buffer already belongs to another app. Create one for each app.")
         if self.directory is not None:
             try:
                 prepare_directory(self.directory)  # now, not in the middle of the first outage
             except OSError as fault:
                 raise ConfigurationError(
                     f"Buffer('{self.directory}') cannot be used: {fault.strerror or fault}. Make the directory writable, "
-                    "or name another."
+                    "or use another."
                 ) from None
         self._start = start
         _bound.add(self)
@@ -143,7 +143,7 @@ class Buffer:
             except OSError as fault:
                 raise error or StoreUnavailable(
                     f"Redis does not answer, and the buffer {self.directory} cannot be written: {fault}. Nothing was "
-                    "stored. Free the disk, or give the buffer another directory.",
+                    "stored. Free disk space, or give the buffer another directory.",
                     code="E37",
                 ) from fault
             self._ids.update(entry.id for entry in record.entries)
@@ -163,10 +163,9 @@ class Buffer:
 
     def _full_error(self, own: MemorySpool, count: int) -> StoreUnavailable:
         return StoreUnavailable(
-            f"Redis takes nothing, or less than is pushed, and the buffer is full: it holds {own.jobs:,} jobs in "
-            f"{own.bytes:,} bytes and takes "
-            f"at most {self.most:,} in {self.most_bytes:,}. {count:,} more were not stored. Push again later, or give it "
-            "more room: Buffer(most=…, most_bytes=…).",
+            f"Redis is unreachable or slower than the pushes, and the buffer is full: it holds {own.jobs:,} jobs in "
+            f"{own.bytes:,} bytes, and its limits are {self.most:,} jobs and {self.most_bytes:,} bytes. {count:,} more were "
+            "not stored. Push again later, or raise the limits: Buffer(most=…, most_bytes=…).",
             code="E37",
         )
 

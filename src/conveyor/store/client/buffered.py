@@ -210,8 +210,8 @@ class BufferedConfirmedTarget(ConfirmedTarget):
 
     def _not_empty_error(self) -> StoreUnavailable:
         return StoreUnavailable(
-            f"A push that asks for fsync or replicas does not overtake the {len(self._client.buffer):,} jobs that wait in "
-            "the buffer, and Redis does not take them. Nothing was stored. Push again later."
+            f"A push with fsync or wait_replicas cannot overtake the {len(self._client.buffer):,} jobs that wait in the buffer, "
+            "and Redis does not accept them now. Nothing was stored. Push again later."
         )
 
 
@@ -351,7 +351,7 @@ class SpoolDelivery:
 
 def _log_refusal(batch: SpoolBatch, error: Exception) -> None:
     _log.error(
-        "buffered jobs for queue '%s' wait until this is mended: %s", batch.records[0].queue, error,
+        "queue %s: buffered jobs cannot be delivered until this is fixed: %s", batch.records[0].queue, error,
         exc_info=not isinstance(error, ConveyorError),
     )  # fmt: skip
 

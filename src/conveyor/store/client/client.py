@@ -8,6 +8,9 @@ Awaitable calls share one wire per event loop; pushes of one tick share one call
 from __future__ import annotations
 
 import asyncio
+import linecache
+import re
+import sys
 import threading
 import weakref
 from collections import deque
@@ -31,6 +34,7 @@ from conveyor.store.transport.url import StandaloneServer, configured_url
 
 if TYPE_CHECKING:
     from pathlib import Path
+    from types import FrameType
 
     from conveyor.store.client.batching import PushTarget, PushTargetResolver
     from conveyor.store.client.buffer import Buffer
@@ -358,9 +362,29 @@ def _names(members: object) -> list[str]:
 def refuse_in_loop() -> None:
     """Raise ConfigurationError (E06) when an event loop runs in this thread: a blocking call would stop all of it."""
     if asyncio._get_running_loop() is not None:  # noqa: SLF001  the C function; get_running_loop raises instead
+        blocked, instead = _blocking_call(sys._getframe(1))  # noqa: SLF001
         raise ConfigurationError(
-            "A blocking call was made while an event loop is running in this thread; it would have stopped everything "
-            "else for a round trip. Write the awaitable twin: await task.aenqueue(...), await queue.apush(...), "
-            "await job.aresult(). Nothing was done.",
+            f"{blocked}. It would have blocked everything else on this loop for one round trip. Nothing was done.\n"
+            f"    Write:  {instead}",
             code="E06",
         )
+
+
+def _blocking_call(frame: FrameType | None) -> tuple[str, str]:
+    """Return which public method was called and from where, and what to write instead; *frame* lies below both."""
+    method = frame
+    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "conveyor":
+        method, frame = frame, frame.f_back
+    running = "was called while an event loop is running in this thread"
+    name = "" if method is None else method.f_code.co_name
+    owner = None if method is None else method.f_locals.get("self")
+    if frame is None or not hasattr(owner, f"a{name}"):
+        return (
+            f"A blocking method {running}",
+            "await and the same method with an a in front: apush, aenqueue, aresult, …",
+        )
+    path, line = frame.f_code.co_filename, frame.f_lineno
+    written = re.search(rf"([\w.]+)\.{name}\(", linecache.getline(path, line))
+    text = written[1] if written is not None else type(owner).__name__.lower()
+    where = f"{path.replace(chr(92), '/').rpartition('/')[2]}:{line} in {frame.f_code.co_name}"
+    return f"{text}.{name}() {running} (from {where})", f"await {text}.a{name}(…)"

@@ -282,7 +282,7 @@ def durability_request(
     timeout_ms = None if timeout is None else milliseconds(timeout, name="wait_timeout")
     if timeout_ms == 0:
         raise ConfigurationError(
-            "wait_timeout must be longer than nothing: WAIT 0 would wait for ever. Nothing was stored."
+            "wait_timeout must be greater than zero: Redis takes 0 as waiting without a limit. Nothing was stored."
         )
     return DurabilityRequest(fsync, replicas, timeout_ms)
 

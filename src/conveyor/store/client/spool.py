@@ -203,7 +203,7 @@ class DiskSpool(MemorySpool):
                 self._rewrite()
         except OSError as error:
             # Whoever reads the file sends the same call again, and its lane answers that.
-            _log.warning("%s: cannot write down what was delivered: %s", self.path, error)
+            _log.warning("%s: cannot record what was delivered: %s", self.path, error)
 
     def _append(self, body: tuple[Any, ...], *, sync: bool, spare: int = 0) -> None:
         frame = _frame(body)
@@ -254,8 +254,8 @@ class DiskSpool(MemorySpool):
             self._replay(body)
         if any(data[at:]):
             _log.warning(
-                "%s: the last %d bytes were written by a process or machine that died meanwhile and cannot be read; "
-                "what was accepted before them is kept", self.path, len(data) - at,
+                "%s: the last %d bytes cannot be read, because their writer died while it wrote them; "
+                "all pushes accepted before are kept", self.path, len(data) - at,
             )  # fmt: skip
         os.ftruncate(self._file, at)
         return at
@@ -311,9 +311,7 @@ def claim_spool(directory: Path, identity: str, *, fsync: bool) -> DiskSpool:
         spool = _open(directory, slot, identity, fsync=fsync)
         if spool is not None:
             return spool
-    raise ConfigurationError(
-        f"{MAX_PROCESSES} processes use the buffer {directory} already. Give each few of them a directory."
-    )
+    raise ConfigurationError(f"{MAX_PROCESSES} processes already use the buffer {directory}. Use several directories.")
 
 
 def orphaned_spools(directory: Path, identity: str) -> list[DiskSpool]:

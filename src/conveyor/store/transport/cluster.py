@@ -59,7 +59,7 @@ class Cluster:
         database = dict(self._hosts.options).get("db", self._hosts.path) or "0"
         if database != "0":
             raise ConfigurationError(
-                f"{masked(url)!r} asks for database {database}, and a cluster has only database 0. Leave it out, and use "
+                f"{masked(url)!r} asks for database {database}, but a cluster has only database 0. Leave it out, and use "
                 "namespace= to keep programs apart.",
                 code="E33",
             )
@@ -201,9 +201,11 @@ class Cluster:
     def _refused(self, server: HostPort, text: str) -> ConveyorError:
         scheme, host = self._hosts.scheme, f"{server[0]}:{server[1]}"
         if "cluster support disabled" in text:
-            what = f"is a single one. Write {scheme}://{host}"
+            what = f"is not part of one. Write {scheme}://{host}"
         elif "unknown command" in text:
-            what = f"is a sentinel, or knows no clusters. For a sentinel write {scheme}+sentinel://{host}/mymaster"
+            what = (
+                f"is a sentinel or does not support clusters. For a sentinel write {scheme}+sentinel://{host}/mymaster"
+            )
         else:
             return replies.fatal_error(text, str(self))
         return ConfigurationError(f"{self} names a cluster, but the server at {host} {what}", code="E33")

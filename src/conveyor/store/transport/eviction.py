@@ -22,7 +22,7 @@ def eviction_risk(policy: str, evicted: int) -> str | None:
     if policy in {"", SAFE_POLICY}:
         return None
     since = f", and {evicted:,} keys were evicted since its start" if evicted else ""
-    what = "jobs" if policy.startswith("allkeys") else "results and the marks that keep a push from happening twice"
+    what = "jobs" if policy.startswith("allkeys") else "results, and the keys that keep a push from being stored twice"
     return f"Redis may delete {what}: maxmemory-policy is {policy}{since}."
 
 
@@ -52,6 +52,6 @@ def log_missing_jobs(log: logging.Logger, queue: str, ids: Sequence[str]) -> Non
     """Log jobs that stood in line and whose record the server no longer has; a turn tells each once."""
     named = ", ".join(ids[:_MAX_IDS])
     log.error(
-        "E10 Queue '%s': the server has lost the records of %d jobs, which will not run: %s. It evicted them, or somebody "
-        "deleted them. See `conveyor doctor`.", queue, len(ids), named,
+        "E10 queue %s: the server has lost the records of %d jobs, which will not run: %s. It evicted them, or they were "
+        "deleted. See `conveyor doctor`.", queue, len(ids), named,
     )  # fmt: skip

@@ -92,15 +92,14 @@ def fatal_error(text: str, address: str) -> ConveyorError:
     code = match[1] if match else "NOPERM" if _FORBIDDEN.search(text) else ""
     if code == "OOM":
         return QueueFull(
-            f"Redis at {address} is at its maxmemory and takes no more. Nothing was enqueued. "
-            "Workers go on draining; give it more memory or try again later."
+            f"Redis at {address} has reached its maxmemory and refuses new data. Nothing was enqueued. "
+            "Workers continue to drain the queues. Give Redis more memory, or try again later."
         )
     if code in {"NOAUTH", "WRONGPASS"}:
-        return ConfigurationError(
-            f"Redis at {address} refuses the login: {text.rstrip('.')}. Correct the user and password in the URL: "
-            "redis://user:password@host:6379/0",
-            code="E17",
-        )
+        advice = "Correct the user and password in the URL: redis://user:password@host:6379/0"
+        if "without any password configured" in text:
+            advice = "The server has no password: remove it from the URL."
+        return ConfigurationError(f"Redis at {address} refuses the login: {text.rstrip('.')}. {advice}", code="E17")
     if code == "NOPERM":
         # Redis 6.2 and 7.0 say which script it was and not which command.
         why = "a script needs a command or a key that is not allowed" if _FORBIDDEN.search(text) else text.rstrip(".")
@@ -109,18 +108,18 @@ def fatal_error(text: str, address: str) -> ConveyorError:
         )
     if code == "WRONGTYPE":
         return ConfigurationError(
-            f"A key of Conveyor at {address} holds something else: {text}. Use another namespace."
+            f"A key of Conveyor at {address} holds data of another program: {text}. Use another namespace."
         )
     if _NO_DATABASE in text:
         return ConfigurationError(
             f"Redis at {address} has no database of that number: {text}. There are 16, numbered from 0, unless its "
-            "configuration says otherwise. To keep programs apart, namespace= is enough."
+            "configuration sets another number. To keep programs apart, namespace= is enough."
         )
     unknown = _UNKNOWN.search(text)
     if unknown is not None:
         return ConfigurationError(
-            f"The server at {address} knows no command {unknown[1]}. If it is a sentinel, write "
-            "redis+sentinel://host:26379,host:26379/mymaster; if not, somebody has renamed the command there.",
+            f"The server at {address} does not know the command {unknown[1]}. If it is a sentinel, write "
+            "redis+sentinel://host:26379,host:26379/mymaster. If not, the command was renamed in its configuration.",
             code="E33",
         )
     return ConveyorError(f"Redis at {address} answered: {text}")
@@ -131,12 +130,12 @@ def unavailable(address: str, cause: object) -> StoreUnavailable:
     reason = str(cause).strip().rstrip(".") or type(cause).__name__
     if is_slot_moving(reason):
         return StoreUnavailable(
-            f"The slot of these keys is moving to another node of {address}, and has not arrived yet: {reason}. Try again, or "
-            "see what holds it up: redis-cli --cluster check."
+            f"The slot of these keys is moving to another node of {address} and has not arrived yet: {reason}. Try again, or "
+            "find out what delays it: redis-cli --cluster check."
         )
     if reason.startswith("READONLY"):
         return StoreUnavailable(
-            f"Redis at {address} is a replica and takes no writes: {reason}. Use its primary, which `conveyor doctor` names."
+            f"Redis at {address} is a replica and accepts no writes: {reason}. Use its primary, which `conveyor doctor` names."
         )
     if "CERTIFICATE_VERIFY_FAILED" in reason:
         return StoreUnavailable(
@@ -144,7 +143,7 @@ def unavailable(address: str, cause: object) -> StoreUnavailable:
             "rediss://…?ssl_ca_certs=/path/ca.crt"
         )
     if _CODE.match(reason) or reason.startswith(("ERR ", "Error running")):  # it was reached, and said why not now
-        return StoreUnavailable(f"Redis at {address} does not take it now: {reason}.{_hint(address, reason)}")
+        return StoreUnavailable(f"Redis at {address} cannot do this now: {reason}.{_hint(address, reason)}")
     if "+" in address.partition("://")[0]:  # whoever names several hosts knows what CONVEYOR_URL is
         return StoreUnavailable(f"Cannot reach Redis at {address}: {reason}.{_hint(address, reason)}")
     return StoreUnavailable(
@@ -159,11 +158,11 @@ def _hint(address: str, reason: str) -> str:
     if "NOREPLICAS" in reason:
         return " Bring its replicas back, or lower min-replicas-to-write."
     if address.startswith("rediss") and "No such file" in reason:
-        return " A file that the URL names (ssl_ca_certs, ssl_certfile, ssl_keyfile) is not there."
+        return " A file that the URL names (ssl_ca_certs, ssl_certfile, ssl_keyfile) does not exist."
     if address.startswith("rediss") and re.search("(?i)timeout connecting|WRONG_VERSION|record layer", reason):
-        return " If it speaks no TLS, write redis instead of rediss."
+        return " If the server does not use TLS, write redis instead of rediss."
     if address.startswith("redis:") and re.search("(?i)closed by server|reset by peer", reason):
-        return " If it speaks TLS only, write rediss instead of redis."
+        return " If the server accepts only TLS, write rediss instead of redis."
     return ""
 
 

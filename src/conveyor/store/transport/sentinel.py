@@ -41,7 +41,7 @@ class Sentinel:
         hosts = split_hosts(url, 26379)
         if not hosts.path or "/" in hosts.path:
             raise ConfigurationError(
-                f"{masked(url)!r} does not say which master the sentinels are to be asked for. Write its name behind the "
+                f"{masked(url)!r} does not name the master that the sentinels watch. Write its name after the "
                 "hosts: redis+sentinel://host:26379,host:26379/mymaster?db=0",
                 code="E32",
             )
@@ -131,7 +131,7 @@ class Sentinel:
     def note_master(self, server: HostPort) -> None:
         """Say in the log when the master is another one than before."""
         if self._master is not None and self._master != server:
-            log.warning("The master %s is now at %s:%d", self.name, *server)
+            log.warning("master %s: now at %s:%d", self.name, *server)
         self._master = server
 
 
@@ -205,10 +205,8 @@ class _MasterLookup:
             )
         if self._named is None:
             reasons = self._reasons + [f"{_host_of(one)} knows no such master" for one in self._without_master]
-            return EndpointUnresolved(
-                f"no sentinel says who is the master {self._sentinel.name!r} ({'; '.join(reasons)})"
-            )
-        return EndpointUnresolved(f"the master {self._sentinel.name!r} is not to be found ({'; '.join(self._reasons)})")
+            return EndpointUnresolved(f"no sentinel knows the master {self._sentinel.name!r} ({'; '.join(reasons)})")
+        return EndpointUnresolved(f"the master {self._sentinel.name!r} cannot be reached ({'; '.join(self._reasons)})")
 
     def _known(self, address: StandaloneServer) -> str:
         try:
@@ -229,7 +227,7 @@ def _no_sentinel(address: StandaloneServer, text: str) -> ConveyorError:
         return replies.fatal_error(text, str(address))
     scheme = urlsplit(address.url).scheme
     return ConfigurationError(
-        f"The server at {address.host} is no sentinel. Name the sentinels, which listen at port 26379 by default; or, if there "
+        f"The server at {address.host} is no sentinel. Name the sentinels; their default port is 26379. If there "
         f"are none, write {scheme}://{address.host}, or {scheme}+cluster://{address.host} for a cluster.",
         code="E33",
     )

@@ -21,7 +21,7 @@ def topology_of(url: str, connect_timeout: float | None = None) -> Topology:
     parts = split_url(url)
     whole = parts.scheme
     if whole.startswith("rediss") and parse_qs(parts.query).get("ssl_cert_reqs") == ["none"]:
-        log.warning("%s: with ssl_cert_reqs=none anybody between can pretend to be this server.", masked(url))
+        log.warning("%s: ssl_cert_reqs=none lets anyone on the network path pretend to be this server.", masked(url))
     timeout = () if connect_timeout is None else (connect_timeout,)
     topology = whole.partition("+")[2]
     if whole not in SCHEMES:

@@ -69,8 +69,8 @@ def split_url(url: str) -> SplitResult:
         if not lost or "@" in parts.netloc:
             return parts
     raise ConfigurationError(
-        f"{masked(url)!r} is not a URL of Redis. When its user or password holds one of / ? # @ [ ] or a blank, write it "
-        "quoted:  python -c \"import urllib.parse as u; print(u.quote(input(), safe=''))\""
+        f"{masked(url)!r} is not a URL of Redis. If its user or password contains / ? # @ [ ] or a space, quote "
+        "it:  python -c \"import urllib.parse as u; print(u.quote(input(), safe=''))\""
     )
 
 
@@ -155,9 +155,9 @@ class StandaloneServer:
             unknown = re.search(r"unexpected keyword argument ('\w+')", str(error))
             why = f"{unknown[1]} is not one of its options" if unknown else redact(str(error))
             raise ConfigurationError(  # without the value, which may be a secret
-                f"{self._parts.scheme}://{self.host}: {why}. Behind ? stand options of redis-py's connections, such as "
-                "ssl_ca_certs, and password_file; for Sentinel also sentinel_username, sentinel_password and "
-                "sentinel_password_file."
+                f"{self._parts.scheme}://{self.host}: {why}. The options after ? are those of redis-py's "
+                "connections, such as ssl_ca_certs, and password_file; for Sentinel also sentinel_username, "
+                "sentinel_password and sentinel_password_file."
             ) from None
 
     def endpoint(self, key: str) -> Endpoint:
@@ -252,8 +252,8 @@ class PasswordFile:  # a CredentialProvider of redis-py, which is not imported b
         except (OSError, ValueError) as error:
             why = error.strerror if isinstance(error, OSError) else "it is not text"
             raise ConfigurationError(
-                f"The password of Redis cannot be read from {path!r}: {why}. Behind password_file= stands the path of a "
-                "file that holds the password and nothing else.",
+                f"The password of Redis cannot be read from {path!r}: {why}. password_file= must be the path of a file "
+                "that contains only the password.",
                 code="E17",
             ) from None
 
