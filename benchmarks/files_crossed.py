@@ -133,7 +133,7 @@ async def _idle(app: Conveyor) -> None:
     def wait() -> None:
         import redis
 
-        with redis.Redis.from_url(app.client.topology.url) as client:
+        with redis.Redis.from_url(app.client.address.url) as client:
             while client.hlen("bench:{warm}:jobs"):
                 threading.Event().wait(0.002)
             threading.Event().wait(0.05)  # the reply of the last turn has been read

@@ -90,7 +90,7 @@ def test_a_purge_lets_others_work(app: Conveyor, redis: redis_py.Redis, rounds: 
     _push(app, depth)
     hand, queue = Hand(app), app.queue("default")
     held, newer, waits = hand.take(10), [], []
-    with Conveyor(app.client.topology.url) as other:
+    with Conveyor(app.client.address.url) as other:
         task = _note(other)
         task.enqueue(-1)  # its connection is open; this one is purged with the others
         redis.config_resetstat()

@@ -72,11 +72,11 @@ def test_what_is_printed_of_objects(guarded):
     """No repr and no str of an app and of its parts has a secret, and keys are not pickled."""
     app = Conveyor(guarded, keys={"2026-11": SECRET, "b": SECRET.encode()}, encrypt=True)
     queue = app.queue("mail")
-    place = app.client.endpoint(queue.keys) if hasattr(app.client, "endpoint") else app.client.topology
+    place = app.client.endpoint(queue.keys) if hasattr(app.client, "endpoint") else app.client.address
     things = [
         app,
         app.client,
-        app.client.topology,
+        app.client.address,
         place,
         app.sealing,
         app.sealing.seal,

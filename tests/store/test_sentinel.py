@@ -216,7 +216,7 @@ def test_sentinel_that_is_down_or_wrong_is_passed_over(watched: Watched) -> None
         with Conveyor(f"redis+sentinel://127.0.0.1:{free_port()},{liar.name},{right}/main?db=3") as app:
             assert app.client.execute("ROLE")[0] == b"master"  # type: ignore[index]
             assert b" db=3 " in app.client.execute("CLIENT", "INFO")  # type: ignore[operator]
-            sentinel: Any = app.client.topology
+            sentinel: Any = app.client.address
             assert sentinel.sentinels()[0].url == f"redis://{right}/"
     finally:
         liar.kill()
@@ -257,7 +257,7 @@ def test_no_sentinel_that_answers_is_an_outage(url: str) -> None:
     ("wrong", "code", "says"),
     [
         ("redis+sentinel://h:26379,h2:26379", "E32", r"Write its name after the hosts"),
-        ("redis+sentinel://h:26379/a/b", "E32", r"which master"),
+        ("redis+sentinel://h:26379/a/b", "E32", r"does not name the master"),
         ("redis+sentinel:///main", "E02", r"names no host"),
         ("redis+sentinel://h:port/main", "E02", r"'h:port' is not a host with a port"),
         ("redis+sentinel://u:secret@h:0/main", "E02", r"'h:0' is not a host"),
@@ -274,7 +274,7 @@ def test_wrong_url_is_refused_where_it_is_written(wrong: str, code: str, says: s
 def test_parts_of_a_url_go_where_they_belong() -> None:
     """Credentials and database are the master's, the sentinels have their own, other options are everybody's."""
     url = "rediss+sentinel://me:p%40ss@h1,[::1]:7/main?db=3&sentinel_username=s&sentinel_password=x%2Fy&ssl_cert_reqs=none"
-    address: Any = Client(url).topology
+    address: Any = Client(url).address
     assert address.server(("m", 6380)).url == "rediss://me:p%40ss@m:6380/3?ssl_cert_reqs=none"
     assert [one.url for one in address.sentinels()] == [
         "rediss://s:x%2Fy@h1:26379/?ssl_cert_reqs=none", "rediss://s:x%2Fy@[::1]:7/?ssl_cert_reqs=none",

@@ -253,7 +253,7 @@ def _die(app: Conveyor) -> None:
     app.client.run(operations.turn(hand.keys, hand.worker, hand.number, 1, 60_000, operations.TurnReport()))  # a repeat
     app.client.run(operations.heartbeat(hand.keys, hand.worker, 60_000))
     identity = LeaseIdentity(NAMESPACE, "default", None, hand.worker, 60_000, True, time.monotonic())
-    estate = DeadChild("a child was killed", ChildInfo(app.client.topology.url, NAMESPACE), [identity], crashed=True)
+    estate = DeadChild("a child was killed", ChildInfo(app.client.address.url, NAMESPACE), [identity], crashed=True)
     guardian = LeaseGuard()
     guardian.settle(estate)
     assert guardian.close(5.0)

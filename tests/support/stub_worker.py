@@ -133,7 +133,7 @@ def start(spec: ChildSpec, slot: ChildSlot) -> tuple[ChildInfo, StandIn]:
     url = URL
     if url.startswith("embedded:"):
         backend = Client(url, namespace="test")
-        url = backend.topology.url
+        url = backend.address.url
         assert backend.server_handle is not None
         return ChildInfo(f"embedded:{backend.server_handle.directory}", "test"), StandIn(spec, slot, url)
     return ChildInfo(url, "test", 1, ("hold",), tuple(spec.queues)), StandIn(spec, slot, url)

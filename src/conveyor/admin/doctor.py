@@ -93,9 +93,9 @@ def examine(
     *logical* says what is known of queues besides their names in Redis: which are plain lists; *asks* what queues ask
     of every push.
     """
-    report = HealthReport(str(client.topology))
-    if isinstance(client.topology, Cluster):
-        if not _nodes(client, client.topology, report):
+    report = HealthReport(str(client.address))
+    if isinstance(client.address, Cluster):
+        if not _nodes(client, client.address, report):
             return report  # what is asked of the whole has no answer now
         _latency(client, report)
     else:
@@ -114,8 +114,8 @@ def _server(client: Client, report: HealthReport) -> None:
         report.add(
             "server", "note", "embedded server: for one machine, made for development", "Elsewhere: CONVEYOR_URL"
         )
-    elif facts.get("redis_mode") == "cluster" and isinstance(client.topology, StandaloneServer):
-        host = client.topology.host
+    elif facts.get("redis_mode") == "cluster" and isinstance(client.address, StandaloneServer):
+        host = client.address.host
         report.add("server", "problem", "this is one node of a cluster", f"Write redis+cluster://{host}", "E33")
     _role(facts, report)
     _eviction(client, facts, report)
@@ -306,7 +306,7 @@ def _confirmations(client: Client, facts: dict[str, str], report: HealthReport) 
     """Say what a push may ask for here."""
     least, lag = (_setting(client, f"min-replicas-{what}") for what in ("to-write", "max-lag"))
     report.replicas = online(facts)
-    report.synced, line = confirmation(client.execute, str(client.topology))
+    report.synced, line = confirmation(client.execute, str(client.address))
     for one in (line, *replication(facts, least, lag)):
         report.add("durability", one.level, one.text, one.remedy, one.code)
 
@@ -368,7 +368,7 @@ def _queues(client: Client, logical: QueueDirectory, report: HealthReport) -> No
             text = f"queue '{name}' takes nothing: a change of its partitions was not completed"
             report.add("queue", "problem", text, f"conveyor queue partition {name} N", "E34")
         size = (found.ready + found.scheduled + found.leased + found.dead) // len(logical.places(name))
-        if size > LARGE_SLOT and not client.topology.single:
+        if size > LARGE_SLOT and not client.address.single:
             text = (
                 f"queue '{name}' has {size:,} jobs in a slot: moving it stops both nodes for about {2e-6 * size:.0f} s"
             )

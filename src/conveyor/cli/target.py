@@ -54,9 +54,9 @@ class Target:
             raise ConfigurationError(
                 f"{name} uses namespace {app.client.namespace!r} by its code, not {wanted!r}. Change one of them."
             )
-        if self.url and not self.url.startswith("embedded:") and app.client.topology.url != self.url:
+        if self.url and not self.url.startswith("embedded:") and app.client.address.url != self.url:
             raise ConfigurationError(
-                f"{name} uses {app.client.topology} by its code, and --url cannot change that. Write Conveyor() there."
+                f"{name} uses {app.client.address} by its code, and --url cannot change that. Write Conveyor() there."
             )
         click.get_current_context().call_on_close(app.close)
         _unbuffered(app)
@@ -75,7 +75,7 @@ class Target:
                 found: Client = _unbuffered(app)
                 return _closed_later(found)
             namespace = namespace or app.client.namespace
-            url = url or app.client.topology.url
+            url = url or app.client.address.url
             _closed_later(app.client)  # it may hold the embedded server
         url = url or os.environ.get("CONVEYOR_URL") or self.settings.url
         return _closed_later(Client(url, namespace=namespace or "conveyor", retry_for=RETRY_FOR))

@@ -207,7 +207,7 @@ class ResultSubscriber:
                 self._listener = SubscriptionThread(self, self._client)
             listener = self._listener
         if not listener.ready.wait(self._client.retry_for + 1.0):
-            raise unavailable(str(self._client.topology), listener.error or "no answer")
+            raise unavailable(str(self._client.address), listener.error or "no answer")
 
     def close(self) -> None:
         """End the thread; waiters go on asking every few seconds."""

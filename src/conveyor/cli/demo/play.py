@@ -98,7 +98,7 @@ class DemoRun:
         from conveyor.cli.demo import task
 
         producer = DemoProducer(self.ledger)
-        stranger = ForeignProducer(app.client.topology.url, task.readings.name, self.ledger)
+        stranger = ForeignProducer(app.client.address.url, task.readings.name, self.ledger)
         watching = asyncio.create_task(self._watch())
         consuming = asyncio.create_task(consume_orders())
         try:

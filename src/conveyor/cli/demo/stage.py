@@ -78,7 +78,7 @@ class DemoEnvironment:
         held = self.app.client.server_handle
         name = "Valkey" if "valkey_version" in facts else "Redis"
         number = facts.get("valkey_version", facts.get("redis_version", "?"))
-        where = "embedded, unix socket" if held is not None else str(self.app.client.topology)
+        where = "embedded, unix socket" if held is not None else str(self.app.client.address)
         self.server = f"{name} {number} ({where}, {self.server_ms:.0f} ms)"
         return self.app
 

@@ -78,7 +78,7 @@ class Client:
         on_fork(self)
 
     @property
-    def topology(self) -> Topology:
+    def address(self) -> Topology:
         """Where Redis is; starts the embedded server when none is configured."""
         if self._topology is None:
             with self._lock:
@@ -122,7 +122,7 @@ class Client:
 
     def endpoint(self, keys: QueueKeys | str) -> Endpoint:
         """Return where the commands for these keys go."""
-        return self.topology.endpoint(keys if isinstance(keys, str) else keys.jobs)
+        return self.address.endpoint(keys if isinstance(keys, str) else keys.jobs)
 
     # -- blocking -------------------------------------------------------------------------------------------------
 

@@ -182,7 +182,7 @@ class LeaseGuard:
         if found is None:
             found = Client(about.url, namespace=about.namespace)
             found.execute("PING", retry_for=0.0)
-            LOG.debug("The guardian is connected to %s", found.topology)
+            LOG.debug("The guardian is connected to %s", found.address)
             self._clients[key] = found
         return found
 
