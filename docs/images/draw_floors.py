@@ -105,7 +105,7 @@ def draw() -> str:
     """Return the picture."""
     rooms, imports = read_packages()
     for name in [path.stem for path in ROOT.glob("*.py") if not path.stem.startswith("__")]:
-        rooms[name] = {"": [name]}  # type: ignore[assignment]
+        rooms[name] = {"": [name]}
     y, body = float(MARGIN), []
     for number, floor in reversed(list(enumerate(floors(imports, rooms), 1))):
         width = (WIDTH - 2 * MARGIN - 90 - GAP * (len(floor) - 1)) / len(floor)

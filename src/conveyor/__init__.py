@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from conveyor.errors import (
-        BlobUnavailable,
         ConfigurationError,
         ConveyorError,
         Duplicate,
@@ -33,7 +32,7 @@ if TYPE_CHECKING:
     from conveyor.messaging.plain_list import PlainList
     from conveyor.messaging.queue import Queue
     from conveyor.messaging.retry import Retry
-    from conveyor.payload.blobs import BlobStore, FileStore
+    from conveyor.payload.blobs import BlobStore, BlobUnavailable, FileStore
     from conveyor.payload.formats import Format
     from conveyor.store.client.buffer import Buffer
 
@@ -79,6 +78,7 @@ __all__ = [
 # Where each name is, apart from the errors: loaded at its first use, so that importing the package costs nothing.
 _HOME = {
     "BlobStore": "payload.blobs",
+    "BlobUnavailable": "payload.blobs",
     "Buffer": "store.client.buffer",
     "CallNext": "jobs.hooks",
     "Concurrency": "messaging.limits",

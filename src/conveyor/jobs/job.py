@@ -166,9 +166,9 @@ class Job(Generic[R_co]):
     def _show(self) -> Shown:
         client = self._core.client
         if self.queue is not None:
-            return self._found(self.queue, client.run(inspection.show(self._core.keys(self.queue), self._bare_id)))
+            return self._found(self.queue, client.run(inspection.get_job(self._core.keys(self.queue), self._bare_id)))
         for queue in self._likely(client.queues()):
-            shown = client.run(inspection.show(self._core.keys(queue), self._bare_id))
+            shown = client.run(inspection.get_job(self._core.keys(queue), self._bare_id))
             if _is_known(shown):
                 return self._found(queue, shown)
         raise self._unknown()
@@ -177,10 +177,10 @@ class Job(Generic[R_co]):
         client = self._core.client
         if self.queue is not None:
             return self._found(
-                self.queue, await client.arun(inspection.show(self._core.keys(self.queue), self._bare_id))
+                self.queue, await client.arun(inspection.get_job(self._core.keys(self.queue), self._bare_id))
             )
         for queue in self._likely(await client.aqueues()):
-            shown = await client.arun(inspection.show(self._core.keys(queue), self._bare_id))
+            shown = await client.arun(inspection.get_job(self._core.keys(queue), self._bare_id))
             if _is_known(shown):
                 return self._found(queue, shown)
         raise self._unknown()

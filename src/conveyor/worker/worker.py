@@ -6,7 +6,7 @@ import asyncio
 import logging
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AsyncExitStack, suppress
 from time import monotonic, time
 from typing import TYPE_CHECKING, Any
@@ -50,14 +50,15 @@ class Worker:
     def __init__(
         self, app: Conveyor, *, queues: Mapping[str, float] | None = None, concurrency: int = 100, threads: int = 8,
         burst: bool = False, grace: float = 30.0, slot: ChildSlot | None = None, reference: str | None = None,
-        quota: RecycleLimits | None = None, await_until: float = 0.0,
+        quota: RecycleLimits | None = None, await_until: float = 0.0, before_leasing: Callable[[], None] = lambda: None,
     ) -> None:  # fmt: skip
         """
         Take the app, its queues with their weights (default: those of its tasks), and the limits.
 
         `concurrency` jobs at once, at most `threads` of them plain functions; `grace` seconds for running
         jobs at a stop; `burst` ends when everything is drained; `reference` is the app's ``module:object``; a used up
-        `quota` makes it ask to be replaced, which takes a supervisor; no burst ends before `await_until` (monotonic).
+        `quota` makes it ask to be replaced, which takes a supervisor; no burst ends before `await_until` (monotonic);
+        `before_leasing` is called once every queue is registered, before the first job is leased.
         """
         self.app = core_of(app)
         self.name = f"{platform.node()}:{os.getpid()}"
@@ -75,6 +76,7 @@ class Worker:
         self._quota = quota or RecycleLimits(None, None)
         self._burst = BurstMonitor(until=await_until) if burst else None
         self._grace, self._slot, self._reference = grace, slot, reference
+        self._before_leasing = before_leasing
         self._handlers: dict[str, dict[bytes, Handler]] = {}
         self._named: dict[str, dict[str, Handler]] = {}
         self._prefetch = Prefetch()
@@ -150,6 +152,7 @@ class Worker:
         stack.callback(watchdog.close)
         eviction_watch = asyncio.create_task(eviction.watch(self._informations, log))
         stack.callback(eviction_watch.cancel)
+        self._before_leasing()
         self.app.emit(WorkerStarted(self.name))
         for consumer in self.consumers:
             consumer.begin(stack)

@@ -113,7 +113,7 @@ class LeaseHolder(Protocol):
 async def differences(books: LeaseHolder) -> tuple[list[str], list[str]]:
     """Return the ids that Redis does not list as held here, and those it lists besides; none of them when it refuses to tell."""
     try:
-        listed = await books.wire.run(operations.held(books.keys, books.identity), patience=None)
+        listed = await books.wire.run(operations.held_ids(books.keys, books.identity), patience=None)
     except ConveyorError as error:
         log.warning("could not reconcile queue %s: %s", books.keys.queue, error)
         return [], []
