@@ -9,7 +9,7 @@ from conveyor.errors import ConfigurationError, PayloadError
 from conveyor.jobs import spawn_outbox
 from conveyor.jobs.core import core_of
 from conveyor.payload.pipeline import PayloadPipeline
-from conveyor.payload.records import read_whatever
+from conveyor.payload.records import read_leniently
 from conveyor.payload.versions import sealed_name
 from conveyor.units import Duration, milliseconds
 
@@ -48,7 +48,7 @@ def sweep(app: Conveyor, older: Duration = "1d", *, dry_run: bool = False) -> in
 def _needed(app: Conveyor, sealing: PayloadPipeline) -> set[str]:
     names: set[str] = set()
     for queue, id_, data in _everything(app):
-        envelope, _, _ = read_whatever(data, None)
+        envelope, _, _ = read_leniently(data, None)
         try:
             name = sealed_name(envelope.task, envelope.extra.version)
             reference = sealing.reference(envelope.body, queue=queue, task=name, id=id_)

@@ -68,10 +68,10 @@ def enqueue(
 
 
 def _result(out: Output, job: Any, seconds: float | None) -> str:
-    from conveyor.payload.formats import display
+    from conveyor.payload.formats import value_text
 
     try:
-        return display(job.result(timeout=seconds))
+        return value_text(job.result(timeout=seconds))
     except TimeoutError:
         raise TimeoutError(f"Job {job.id} has not ended after {seconds:g} s. It goes on.") from None
     except JobFailed as error:

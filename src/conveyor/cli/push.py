@@ -137,10 +137,10 @@ def _body(raw: bytes, where: str) -> bytes:
     import msgspec
 
     from conveyor.errors import PayloadError
-    from conveyor.payload.codec import MAX_PAYLOAD, bounds
+    from conveyor.payload.codec import MAX_PAYLOAD, exceeded_limit
 
     body = raw.strip()
-    if excess := bounds(body, MAX_PAYLOAD):
+    if excess := exceeded_limit(body, MAX_PAYLOAD):
         raise PayloadError(f"The message{where} {excess[1]}", code=excess[0])
     try:
         msgspec.json.decode(body)

@@ -20,8 +20,8 @@ from conveyor.jobs.registry import Full, UpcastMessage
 from conveyor.jobs.task import AsyncTask, RunIn, SyncTask, Task, TaskCall, Upcast
 from conveyor.messaging.retry import Retry
 from conveyor.payload.codec import MAX_PAYLOAD
-from conveyor.payload.formats import FormatChoice, chosen
-from conveyor.payload.pipeline import LARGE_ABOVE, MAX_LARGE, choose
+from conveyor.payload.formats import FormatChoice, make_registry
+from conveyor.payload.pipeline import LARGE_ABOVE, MAX_LARGE, make_pipeline
 from conveyor.store.client.client import Client
 from conveyor.units import Duration, Size, size
 
@@ -86,11 +86,11 @@ class Conveyor:
             client,
             lease_ms=positive_ms(lease, "lease"),
             max_payload=max_payload,
-            sealing=choose(
+            sealing=make_pipeline(
                 keys=keys, encrypt=encrypt, compress=compress, large=large, large_above=large_above,
                 max_large=max_large, max_payload=max_payload,
             ),
-            formats=chosen(format),
+            formats=make_registry(format),
         )  # fmt: skip
         self.client = client
         self.namespace = namespace

@@ -105,7 +105,7 @@ def register(
         options=options,
         max_payload=core.max_whole if limit is None else limit,
         max_result=core.max_payload if limit is None else limit,
-        formats=core.formats.writing(format),
+        formats=core.formats.with_writer(format),
     )
     task: Task[..., Any] = (AsyncTask if awaitable else SyncTask)(definition)
     core.definitions[name], core.tasks[name] = definition, task

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar, cast
 
 from conveyor import ids
 from conveyor.errors import ConfigurationError, JobCancelled, JobFailed, JobNotFound, ResultExpired
-from conveyor.payload.records import Failure, Status, read_outcome, read_whatever
+from conveyor.payload.records import Failure, Status, read_leniently, read_outcome
 from conveyor.store import inspection, operations
 from conveyor.store.operations import ExistingId
 from conveyor.units import Duration, milliseconds
@@ -238,7 +238,7 @@ class Job(Generic[R_co]):
             raise self._too_late(seconds)
         word, data = answer
         if word == "dead":
-            _, state, _ = read_whatever(b"\n\n", data)
+            _, state, _ = read_leniently(b"\n\n", data)
             errors = state.failures_list()
             raise self._failed(errors[-1] if errors else None, f"its worker crashed {state.crashes} times while it ran")
         if word == "gone":

@@ -23,7 +23,7 @@ from conveyor.jobs.job_options import Outgoing, entry_of, outgoing_call, with_op
 from conveyor.messaging.retry import Retry
 from conveyor.payload.codec import ValueCodec, show
 from conveyor.payload.formats import JSON, FormatRegistry, codec_for
-from conveyor.payload.records import write_rest
+from conveyor.payload.records import write_envelope
 from conveyor.payload.signature import TaskSignature
 from conveyor.store.client.durability import DurabilityRequest, durability_request
 from conveyor.store.operations import Entry, ExistingId
@@ -115,7 +115,7 @@ class TaskDefinition:
             lossy=unannotated,
         )
         self.bare_results = core.sealing is None and formats.writes is None  # they stand in the outcome as they are
-        self.head = write_rest(name, b"")
+        self.head = write_envelope(name, b"")
         """An envelope up to its body, for a job without options."""
         self.keys: QueueKeys = core.keys(queue)
         self.plain = (

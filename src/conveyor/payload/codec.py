@@ -79,7 +79,7 @@ class ValueCodec(Generic[T]):
             data = encode_json(sent)
         except Exception as error:
             raise self._unstorable(value, error) from None
-        if excess := bounds(data, self.max_payload):
+        if excess := exceeded_limit(data, self.max_payload):
             raise self._refusal(excess[0], f"{self._what} {excess[1]}")
         if b"null" in data and (place := self._not_a_number(sent)):
             raise self._refusal(
@@ -90,7 +90,7 @@ class ValueCodec(Generic[T]):
             received = self._decode(data)
         except Exception as error:
             raise self._refusal("E03", f"{self._what} does not fit: {reason(error)} ({show(value)}).") from None
-        if not same(sent, received):
+        if not is_equal(sent, received):
             self._compare(value, sent, received)
         return data
 
@@ -105,7 +105,7 @@ class ValueCodec(Generic[T]):
     def decode(self, data: bytes) -> T:
         """Return the value in its annotated type; raises PayloadError (E15, E21, E22) where there is none."""
         try:
-            excess = bounds(data, self.max_payload)
+            excess = exceeded_limit(data, self.max_payload)
             if not excess:
                 return self._decode(data)  # type: ignore[no-any-return]
         except MemoryError:
@@ -127,13 +127,13 @@ class ValueCodec(Generic[T]):
     def _unstorable(self, value: object, error: Exception) -> PayloadError:
         if isinstance(error, RecursionError):
             return self._refusal("E22", f"{self._what} contains itself, or is nested deeper than {MAX_DEPTH} levels.")
-        if isinstance(error, NotSerializable) and issubclass(type(error.thing), tuple | frozenset):
-            why = f"{show(error.thing)} is a key of a dict, and in JSON keys are text (or a number, a date, an Enum)."
+        if isinstance(error, NotSerializable) and issubclass(type(error.value), tuple | frozenset):
+            why = f"{show(error.value)} is a key of a dict, and in JSON keys are text (or a number, a date, an Enum)."
         elif isinstance(error, NotSerializable):
-            thing, advice = f"of type {_type_name(error.thing)}", "Pass what it is made of, or a dataclass."
-            if _is_django_model(error.thing):
+            thing, advice = f"of type {_type_name(error.value)}", "Pass what it is made of, or a dataclass."
+            if _is_django_model(error.value):
                 thing, advice = "a Django model", self._model_advice()
-            why = f"{show(error.thing)} is {thing}.\n    {advice}\n    {STORABLE}"
+            why = f"{show(error.value)} is {thing}.\n    {advice}\n    {STORABLE}"
         elif isinstance(error, UnicodeEncodeError):
             why = f"{show(value)} holds text that is not Unicode (a lone surrogate). Pass bytes, or repair the text."
         else:
@@ -172,10 +172,10 @@ class NotSerializable(Exception):
     def __init__(self, thing: object) -> None:
         """Keep the object; it is not printed here, since its repr may fail."""
         super().__init__()
-        self.thing = thing
+        self.value = thing
 
 
-def bounds(data: bytes, max_payload: int) -> tuple[str, str] | None:
+def exceeded_limit(data: bytes, max_payload: int) -> tuple[str, str] | None:
     """Return the code and the words for JSON that is too large (E21) or nested too deep (E22), else None."""
     if excess := too_large(data, max_payload):
         return excess
@@ -218,7 +218,7 @@ class RoundTripDifference(NamedTuple):
     received: object
 
 
-def same(sent: Any, received: Any) -> bool:
+def is_equal(sent: Any, received: Any) -> bool:
     """Return whether the two are equal; a comparison that fails is a no."""
     try:
         return bool(sent == received)
@@ -245,7 +245,7 @@ def difference(sent: Any, received: Any, path: str = "$") -> RoundTripDifference
     if fields and isinstance(sent, dict):
         pairs = ((name, sent[name], getattr(received, name, None)) for name in fields if name in sent)
         return next((d for name, a, b in pairs if (d := difference(a, b, f"{path}.{name}"))), None)
-    if same(sent, received) or (kind is float is type(received) and str(sent) == str(received)):
+    if is_equal(sent, received) or (kind is float is type(received) and str(sent) == str(received)):
         return None  # NaN too
     if kind in _PLAIN or isinstance(sent, list | tuple | dict):
         became_richer = type(received) not in _PLAIN
@@ -270,7 +270,7 @@ def _difference_of_mappings(sent: Any, received: Any, path: str) -> RoundTripDif
     if len(sent) != len(received):  # 1 and "1" are one key in JSON
         return RoundTripDifference(path, sent, received)
     for (key, before), (arrived, after) in zip(sent.items(), received.items(), strict=True):
-        if type(key) is not str and not same(key, arrived):
+        if type(key) is not str and not is_equal(key, arrived):
             return RoundTripDifference(f"a key of {path}", key, arrived)
         if change := difference(before, after, f"{path}.{arrived}"):
             return change

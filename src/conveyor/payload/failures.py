@@ -55,7 +55,7 @@ def shorten(text: str, most: int) -> str:
     return f"{data[:head].decode(errors='ignore')}{mark.decode()}{data[-tail:].decode(errors='ignore')}"
 
 
-def tame(error: BaseException) -> BaseException:
+def safe_exception(error: BaseException) -> BaseException:
     """Return *error*, or when it lies about its class (so that `isinstance` raises) an ordinary one that says so."""
     try:
         isinstance(error, (Exception, type(None)))
@@ -65,7 +65,7 @@ def tame(error: BaseException) -> BaseException:
     return error
 
 
-def tell(logger: Logger, level: int, text: str, *arguments: Any, error: BaseException) -> None:
+def log_error(logger: Logger, level: int, text: str, *arguments: Any, error: BaseException) -> None:
     """Log with the traceback of *error*; one that cannot be formatted, whatever formatting it raises, is left out."""
     try:
         logger.log(level, text, *arguments, exc_info=error)

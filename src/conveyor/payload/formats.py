@@ -25,8 +25,8 @@ from conveyor.payload.codec import (
     ValueCodec,
     encode_json,
     from_json_form,
+    is_equal,
     reason,
-    same,
     show,
     to_plain,
     too_large,
@@ -110,11 +110,11 @@ class FormatRegistry:
     def __repr__(self) -> str:
         return f"<Formats {', '.join(['json', *self.known])}; writes {self.writes.name if self.writes else 'json'}>"
 
-    def writing(self, choice: FormatChoice | None) -> FormatRegistry:
+    def with_writer(self, choice: FormatChoice | None) -> FormatRegistry:
         """Return the same with another one to write, known to all from now on; None changes nothing. ConfigurationError."""
-        return self if choice is None else FormatRegistry(self._chosen(choice), self.known)
+        return self if choice is None else FormatRegistry(self._format_of(choice), self.known)
 
-    def _chosen(self, choice: FormatChoice) -> Format | None:
+    def _format_of(self, choice: FormatChoice) -> Format | None:
         if choice == "json":
             return None
         if choice == "msgpack":
@@ -136,13 +136,13 @@ class FormatRegistry:
 
     # -- bodies ---------------------------------------------------------------------------------------------------
 
-    def marked(self, data: bytes) -> bytes:
+    def add_mark(self, data: bytes) -> bytes:
         """Return the body for the data of what is written."""
         assert self.writes is not None
         name = self.writes.name.encode()
         return MARK + bytes((len(name),)) + name + data
 
-    def taken(self, body: bytes) -> tuple[Format, bytes]:
+    def split_mark(self, body: bytes) -> tuple[Format, bytes]:
         """Return the format of a marked body, and its data. Raises PayloadError: E15 damaged, E50 not known here."""
         end = 2 + body[1] if len(body) > 1 else 0
         name = body[2:end].decode("latin-1")
@@ -157,15 +157,15 @@ class FormatRegistry:
             )
         return found, body[end:]
 
-    def framed(self, arguments: dict[str, bytes]) -> bytes:
+    def encode_arguments(self, arguments: dict[str, bytes]) -> bytes:
         """Return the body for the arguments of a call, each encoded: a map of MessagePack, of bytes for other formats."""
         if self.writes is MSGPACK:
-            return self.marked(msgspec.msgpack.encode({key: msgspec.Raw(data) for key, data in arguments.items()}))
-        return self.marked(msgspec.msgpack.encode(arguments))
+            return self.add_mark(msgspec.msgpack.encode({key: msgspec.Raw(data) for key, data in arguments.items()}))
+        return self.add_mark(msgspec.msgpack.encode(arguments))
 
-    def arguments(self, body: bytes) -> tuple[Format, dict[str, bytes]]:
+    def split_arguments(self, body: bytes) -> tuple[Format, dict[str, bytes]]:
         """Return the format and the arguments of a marked body, each still encoded. Raises PayloadError (E15, E50)."""
-        found, data = self.taken(body)
+        found, data = self.split_mark(body)
         try:
             if found is MSGPACK:
                 return found, {key: bytes(raw) for key, raw in _RAW.decode(data).items()}
@@ -173,7 +173,7 @@ class FormatRegistry:
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
             raise PayloadError(f"The arguments cannot be taken apart: {reason(error)}.", code="E15") from None
 
-    def plain(self, body: bytes, *, call: bool) -> tuple[Any, Callable[[Any], bytes]]:
+    def decode_untyped(self, body: bytes, *, call: bool) -> tuple[Any, Callable[[Any], bytes]]:
         """
         Return what any body holds without knowing its type, and how something like it is written again.
 
@@ -181,13 +181,13 @@ class FormatRegistry:
         """
         if body[:1] != MARK:
             return msgspec.json.decode(body), encode_json
-        found, data = self.taken(body)
+        found, data = self.split_mark(body)
         again = FormatRegistry(found, self.known)
         if call:
-            parts = self.arguments(body)[1]
+            parts = self.split_arguments(body)[1]
             value: Any = {key: found.decode(part, Any) for key, part in parts.items()}
-            return value, lambda new: again.framed({key: found.encode(part) for key, part in new.items()})
-        return found.decode(data, Any), lambda new: again.marked(found.encode(new))
+            return value, lambda new: again.encode_arguments({key: found.encode(part) for key, part in new.items()})
+        return found.decode(data, Any), lambda new: again.add_mark(found.encode(new))
 
 
 JSON = FormatRegistry()
@@ -210,7 +210,7 @@ class FormatCodec(ValueCodec[T], Generic[T]):
         super().__init__(type, max_payload=max_payload, what=what, lossy=lossy)
         self.formats = formats
 
-    def data(self, value: T) -> bytes:
+    def encode_unmarked(self, value: T) -> bytes:
         """Return the bytes of *value* in the format that is written, without a mark; raises what `encode` raises."""
         form = self.formats.writes
         if form is None:
@@ -232,11 +232,11 @@ class FormatCodec(ValueCodec[T], Generic[T]):
             raise self._unstorable(value, error) from None
         except Exception as error:
             raise self._refusal("E03", f"{self._what} does not fit: {reason(error)} ({show(value)}).") from None
-        if not same(sent, received):
+        if not is_equal(sent, received):
             self._compare(value, sent, received)
         return data
 
-    def value(self, form: Format, data: bytes) -> T:
+    def decode_unmarked(self, form: Format, data: bytes) -> T:
         """Return the value of *data* in *form*; raises PayloadError (E15, E22)."""
         try:
             return form.decode(data, self._type)  # type: ignore[no-any-return]
@@ -251,10 +251,10 @@ class FormatCodec(ValueCodec[T], Generic[T]):
     def _no_json(self, data: bytes, refusal: PayloadError) -> T:
         if data[:1] != MARK:
             raise refusal
-        form, inner = self.formats.taken(data)
+        form, inner = self.formats.split_mark(data)
         if excess := too_large(data, self.max_payload, form.name):  # with the mark, as it was written
             raise PayloadError(f"{self._what} {excess[1]}", code=excess[0])
-        return self.value(form, inner)
+        return self.decode_unmarked(form, inner)
 
 
 class FormatWriter(FormatCodec[T], Generic[T]):
@@ -263,7 +263,7 @@ class FormatWriter(FormatCodec[T], Generic[T]):
     def encode(self, value: T) -> bytes:
         """Return *value* in its format, marked; raises what a ValueCodec raises."""
         assert self.formats.writes is not None
-        body = self.formats.marked(self.data(value))
+        body = self.formats.add_mark(self.encode_unmarked(value))
         if excess := too_large(body, self.max_payload, self.formats.writes.name):
             raise self._refusal(excess[0], f"{self._what} {excess[1]}")
         return body
@@ -277,27 +277,27 @@ def codec_for(
     return kind(annotation, formats=formats, max_payload=max_payload, what=what, lossy=lossy)
 
 
-def chosen(choice: FormatChoice | Sequence[FormatChoice]) -> FormatRegistry:
+def make_registry(choice: FormatChoice | Sequence[FormatChoice]) -> FormatRegistry:
     """Return the formats that an app is given, of which the first is written; raises ConfigurationError."""
     several: Sequence[Any] = choice if isinstance(choice, list | tuple) and choice else [choice]
     formats = FormatRegistry()
-    first, *_ = [formats.writing(one) for one in several]
+    first, *_ = [formats.with_writer(one) for one in several]
     return first
 
 
-def shown(body: bytes, formats: FormatRegistry, *, call: bool) -> str:
+def body_text(body: bytes, formats: FormatRegistry, *, call: bool) -> str:
     """Return what a person is shown of any body: as JSON where it has that form, else what it is."""
     if body[:1] != MARK:
         return body.decode("utf-8", "backslashreplace")
     try:
-        return display(formats.plain(body, call=call)[0])
+        return value_text(formats.decode_untyped(body, call=call)[0])
     except PayloadError as error:
         return f"{len(body):,} bytes. {error}"
     except Exception as error:  # of a format that a program brings
         return f"{len(body):,} bytes that cannot be shown: {reason(error)}"
 
 
-def display(value: Any) -> str:
+def value_text(value: Any) -> str:
     """Return what a person is shown of a value, as JSON where it has that form."""
     try:
         return encode_json(value).decode()

@@ -17,7 +17,7 @@ _EMPTY = inspect.Parameter.empty
 _STARRED = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.KEYWORD_ONLY)
 
 
-def read(
+def read_parameters(
     function: Callable[..., Any], name: str, injected: Callable[[inspect.Parameter], bool]
 ) -> tuple[list[inspect.Parameter], Any]:
     """
@@ -95,14 +95,14 @@ def payload_signature(parameters: Iterable[inspect.Parameter], injected: Iterabl
     return inspect.Signature(kept)
 
 
-def carried(annotation: Any) -> Any:
+def payload_type(annotation: Any) -> Any:
     """Return the type a payload has for an annotation: Any where there is none."""
     if annotation is _EMPTY or isinstance(annotation, typing.ParamSpecArgs | typing.ParamSpecKwargs):
         return Any
     return annotation
 
 
-def written(name: str, parameters: Iterable[inspect.Parameter], result: Any) -> str:
+def signature_text(name: str, parameters: Iterable[inspect.Parameter], result: Any) -> str:
     """Return a signature in Python's notation, e.g. ``greet(name: str, excited: bool = False) -> str``."""
     parts: list[str] = []
     before = None

@@ -20,7 +20,7 @@ import msgspec
 
 from conveyor.errors import ConfigurationError, PayloadError
 from conveyor.payload.blobs import BlobStore, BlobUnavailable, is_name, new_name
-from conveyor.payload.wrapped import BARE, COMPRESSED, ELSEWHERE, MAGIC, WrappedPayload, head, read
+from conveyor.payload.wrapped import BARE, COMPRESSED, ELSEWHERE, MAGIC, WrappedPayload, read_wrapped, write_head
 from conveyor.units import Size, size
 
 if TYPE_CHECKING:
@@ -61,14 +61,14 @@ class PayloadPipeline:
         max_whole: int = MAX_LARGE,
     ) -> None:
         """Take the parts, None for what is not wanted; sizes in bytes."""
-        self.seal = seal
+        self.sealer = seal
         self.store = store
         self.max_whole = max_whole
         self._compress_above = compress_above
         self._large_above = large_above
 
     def __repr__(self) -> str:
-        parts = [repr(self.seal.keyring)] if self.seal else []
+        parts = [repr(self.sealer.keyring)] if self.sealer else []
         parts += [f"compress above {self._compress_above:,}"] if self._compress_above is not None else []
         parts += [f"{self.store!r} above {self._large_above:,}"] if self.store is not None else []
         return f"<Sealing {', '.join(parts) or 'of nothing'}>"
@@ -87,8 +87,8 @@ class PayloadPipeline:
             if len(smaller) < len(body):
                 body, form = smaller, COMPRESSED
         if self.is_large(body, kind):
-            body, form = self._put(self._close(body, form, b"blob", queue, task, id)), ELSEWHERE
-        return self._close(body, form, kind, queue, task, id)
+            body, form = self._put(self._seal(body, form, b"blob", queue, task, id)), ELSEWHERE
+        return self._seal(body, form, kind, queue, task, id)
 
     async def awrap(self, body: bytes, *, queue: str, task: str, id: str) -> bytes:  # noqa: A002
         """Do the same without blocking the event loop on the store."""
@@ -100,10 +100,10 @@ class PayloadPipeline:
         """Tell whether a body goes to the store."""
         return self.store is not None and kind == b"payload" and len(body) > self._large_above
 
-    def _close(self, body: bytes, form: int, kind: Kind, queue: str, task: str, id_: str) -> bytes:
-        if self.seal is not None:
-            return self.seal.close(body, form, kind, queue, task, id_)
-        return head(BARE, form) + body if form else body
+    def _seal(self, body: bytes, form: int, kind: Kind, queue: str, task: str, id_: str) -> bytes:
+        if self.sealer is not None:
+            return self.sealer.seal(body, form, kind, queue, task, id_)
+        return write_head(BARE, form) + body if form else body
 
     def _put(self, blob: bytes) -> bytes:
         assert self.store is not None
@@ -134,54 +134,54 @@ class PayloadPipeline:
         """
         limit = self.max_whole if limit is None else limit
         queue = queue.partition("/")[0]
-        wrapped, body = self._opened(data, kind, queue, task, id)
+        wrapped, body = self._open(data, kind, queue, task, id)
         if wrapped is None:
             return _bounded(body, limit)
         if wrapped.form & ELSEWHERE:
             if kind != b"payload":
                 raise _unreadable("results and errors never lie in a store")
             blob = self._fetch(_reference(body), limit)
-            wrapped, body = self._opened(blob, b"blob", queue, task, id)
+            wrapped, body = self._open(blob, b"blob", queue, task, id)
             if wrapped is None:
                 return _bounded(body, limit)
             if wrapped.form & ELSEWHERE:
                 raise _unreadable("a large body refers to another one")
         return _inflate(body, limit) if wrapped.form & COMPRESSED else _bounded(body, limit)
 
-    def is_elsewhere(self, data: bytes) -> bool:
+    def is_stored_elsewhere(self, data: bytes) -> bool:
         """Tell whether opening *data* asks the store."""
         return data[:1] == MAGIC and len(data) > 3 and bool(data[3] & ELSEWHERE)
 
     def reference(self, data: bytes, *, queue: str, task: str, id: str) -> BlobReference | None:  # noqa: A002
         """Return where the large body of *data* is, None when it is in Redis. Raises PayloadError."""
-        if not self.is_elsewhere(data):
+        if not self.is_stored_elsewhere(data):
             return None
-        wrapped, body = self._opened(data, b"payload", queue.partition("/")[0], task, id)
+        wrapped, body = self._open(data, b"payload", queue.partition("/")[0], task, id)
         return None if wrapped is None else _reference(body)
 
-    def _opened(self, data: bytes, kind: Kind, queue: str, task: str, id_: str) -> tuple[WrappedPayload | None, bytes]:
+    def _open(self, data: bytes, kind: Kind, queue: str, task: str, id_: str) -> tuple[WrappedPayload | None, bytes]:
         """Return the header (None for bare JSON) and the body behind its seal."""
         if data[:1] != MAGIC:
-            if self.seal is not None:
+            if self.sealer is not None:
                 raise self._unsealed()
             return None, data
-        wrapped = read(data)
+        wrapped = read_wrapped(data)
         if wrapped.algorithm == BARE:
-            if self.seal is not None:
+            if self.sealer is not None:
                 raise self._unsealed()
             return wrapped, wrapped.body
-        if self.seal is None:
+        if self.sealer is None:
             raise PayloadError(
                 f"E38 It is sealed with key '{wrapped.key_id}', and this program has no keys. "
                 f"Give it the producer's: Conveyor(keys={{'{wrapped.key_id}': secret}}), then redrive.",
                 code="E38",
             )
-        return wrapped, self.seal.open(wrapped, kind, queue, task, id_)
+        return wrapped, self.sealer.open(wrapped, kind, queue, task, id_)
 
     def _unsealed(self) -> PayloadError:
-        assert self.seal is not None
+        assert self.sealer is not None
         return PayloadError(
-            f"E41 It is not sealed, and this program takes only what is sealed with {', '.join(self.seal.keyring.ids)}. "
+            f"E41 It is not sealed, and this program takes only what is sealed with {', '.join(self.sealer.keyring.ids)}. "
             "Give the producer the same keys and push it again; if you trust it, redrive it with a worker without keys.",
             code="E41",
         )
@@ -266,7 +266,7 @@ def checked_store(store: Any) -> BlobStore | None:
     return store
 
 
-def choose(
+def make_pipeline(
     *,
     keys: Mapping[str, str | bytes] | None,
     encrypt: bool,

@@ -144,7 +144,7 @@ def read_failure(data: bytes) -> Failure:
     return _FAILURE.decode(data)
 
 
-def write_rest(task: str, body: bytes, extra: EnvelopeOptions | None = None) -> bytes:
+def write_envelope(task: str, body: bytes, extra: EnvelopeOptions | None = None) -> bytes:
     """Return an envelope without its first line's marks: what a plain job stores."""
     if extra is None or extra == _NO_EXTRA:
         return b"\n%b\n%b" % (task.encode(), body)
@@ -168,7 +168,7 @@ def read_envelope(data: bytes) -> Envelope:
     return envelope
 
 
-def read_whatever(envelope: bytes, state: bytes | None) -> tuple[Envelope, AttemptHistory, str]:
+def read_leniently(envelope: bytes, state: bytes | None) -> tuple[Envelope, AttemptHistory, str]:
     """
     Read what is stored of a job, and why it cannot be read: then the body is the stored bytes, or the state empty.
 

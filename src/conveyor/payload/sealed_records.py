@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from conveyor.errors import PayloadError
-from conveyor.payload.formats import JSON, MARK, FormatRegistry, shown
+from conveyor.payload.formats import JSON, MARK, FormatRegistry, body_text
 from conveyor.payload.pipeline import MAX_LARGE, PLAIN, PayloadPipeline
 from conveyor.payload.records import Failure, Outcome
 from conveyor.payload.wrapped import MAGIC, describe
@@ -78,18 +78,18 @@ class RecordDecoder(NamedTuple):
         if body[:1] == MAGIC:
             opener: Any = self.sealing or PLAIN
             try:
-                if opener.is_elsewhere(body):
+                if opener.is_stored_elsewhere(body):
                     where = opener.reference(body, queue=queue, task=task, id=id)
                     return f"stored elsewhere as {where.name}: {where.size:,} bytes"
                 body = opener.unwrap(body, queue=queue, task=task, id=id, limit=limit)
             except PayloadError as error:
                 return f"{describe(body)}; {error.code}"
-        return shown(body, self.formats, call=call)
+        return body_text(body, self.formats, call=call)
 
     def result(self, outcome: Outcome, queue: str, id: str) -> str:  # noqa: A002
         """Return what is shown of a result."""
         try:
-            return shown(open_result(self.sealing, outcome, queue, id, MAX_LARGE), self.formats, call=False)
+            return body_text(open_result(self.sealing, outcome, queue, id, MAX_LARGE), self.formats, call=False)
         except PayloadError as error:
             return str(error)
 

@@ -16,15 +16,15 @@ from conveyor.payload.codec import (
     MAX_PAYLOAD,
     SHALLOW,
     UnreadablePayload,
-    bounds,
     encode_json,
+    exceeded_limit,
     reason,
     show,
     too_large,
     typed_decoder,
 )
 from conveyor.payload.formats import JSON, MARK, Format, FormatCodec, FormatRegistry
-from conveyor.payload.parameters import carried, from_text, payload_signature, read, written
+from conveyor.payload.parameters import from_text, payload_signature, payload_type, read_parameters, signature_text
 
 _EMPTY = inspect.Parameter.empty
 _IMMUTABLE = frozenset({str, int, float, bool, bytes, type(None)})
@@ -60,7 +60,7 @@ class TaskSignature:
         self._function_name = getattr(function, "__name__", name)
         self.max_payload = max_payload
         self.formats = formats
-        parameters, self.result = read(function, name, injected)
+        parameters, self.result = read_parameters(function, name, injected)
         self.injected = tuple(parameter.name for parameter in parameters if injected(parameter))
         self.returns_none = self.result is None or self.result is type(None)
         self._signature = payload_signature(parameters, self.injected, name)
@@ -84,7 +84,7 @@ class TaskSignature:
 
     def describe(self) -> str:
         """Return the call as a person writes it, without what the worker fills."""
-        return written(self.name, self._parameters.values(), self.result)
+        return signature_text(self.name, self._parameters.values(), self.result)
 
     @property
     def parameters(self) -> tuple[str, ...]:
@@ -100,7 +100,9 @@ class TaskSignature:
         if self._bind is not None:
             try:
                 data = encode_json(self._bind(*args, **kwargs))
-                if (len(data) <= SHALLOW or not bounds(data, self.max_payload)) and self._arrives(data, args, kwargs):
+                if (len(data) <= SHALLOW or not exceeded_limit(data, self.max_payload)) and self._arrives(
+                    data, args, kwargs
+                ):
                     return data
             except Exception:  # noqa: S110  the careful way says what is wrong, or that nothing is
                 pass
@@ -125,14 +127,16 @@ class TaskSignature:
         given = self._signature.bind(*args, **kwargs).arguments
         encoded = {}
         for name, value in given.items():
-            encoded[self._key(name)] = self._argument(name).data(list(value) if name == self._rest else value)
+            encoded[self._key(name)] = self._argument(name).encode_unmarked(
+                list(value) if name == self._rest else value
+            )
         form = self.formats.writes
         if form is not None:
-            data = self.formats.framed(encoded)
+            data = self.formats.encode_arguments(encoded)
             excess = too_large(data, self.max_payload, form.name)
         else:
             data = b"{" + b",".join(encode_json(key) + b":" + one for key, one in encoded.items()) + b"}"
-            excess = bounds(data, self.max_payload)
+            excess = exceeded_limit(data, self.max_payload)
         if excess:
             raise self.refusal(f"The call of {self.name}() {excess[1]}", excess[0])
         return data
@@ -170,7 +174,7 @@ class TaskSignature:
         Raises PayloadError: E15 it does not fit the function, E21 too large, E22 nested too deep.
         """
         try:
-            if len(body) > SHALLOW and (excess := bounds(body, self.max_payload)):
+            if len(body) > SHALLOW and (excess := exceeded_limit(body, self.max_payload)):
                 raise UnreadablePayload(f"The payload of {self.name}() {excess[1]}", code=excess[0])
             values = astuple(self._decode(body))
         except MemoryError:
@@ -188,7 +192,7 @@ class TaskSignature:
         if excess := too_large(body, self.max_payload, "a call"):
             raise UnreadablePayload(f"The payload of {self.name}() {excess[1]}", code=excess[0])
         try:
-            form, given = self.formats.arguments(body)
+            form, given = self.formats.split_arguments(body)
             if unknown := given.keys() - set(map(self._key, self._parameters)):
                 raise self._undecodable(f"Object contains unknown field {show(min(unknown))}")
             return tuple(self._one(form, name, given.get(self._key(name))) for name in self._parameters)
@@ -199,7 +203,7 @@ class TaskSignature:
 
     def _one(self, form: Format, name: str, data: bytes | None) -> Any:
         if data is not None:
-            return self._argument(name).value(form, data)
+            return self._argument(name).decode_unmarked(form, data)
         if name in {self._rest, self._others}:
             return [] if name == self._rest else {}
         if self._default(name) is _EMPTY:
@@ -234,15 +238,15 @@ class TaskSignature:
             if name in self.injected or not self._others:
                 raise self.refusal(self._misfit((), {name: text}) or f"'{name}' cannot be given as name=value.")
             annotation = self._parameters[self._others].annotation
-            codec: FormatCodec[Any] = _ArgumentCodec(name, carried(annotation), self, self._function_name)
+            codec: FormatCodec[Any] = _ArgumentCodec(name, payload_type(annotation), self, self._function_name)
         else:
             annotation = self._parameters[name].annotation
             codec = self._argument(name)
         try:
-            value = from_text(carried(annotation), text)
+            value = from_text(payload_type(annotation), text)
         except Exception as error:
             raise self.refusal(f"{name}={show(text)} does not fit: {reason(error)}.") from None
-        codec.data(value)
+        codec.encode_unmarked(value)
         return value
 
     def from_json(self, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Sequence[Any], dict[str, Any]]:
@@ -262,11 +266,11 @@ class TaskSignature:
     def _type(self, name: str) -> Any:
         annotation = self._parameters[name].annotation
         if name == self._rest:
-            return list[carried(annotation)]  # type: ignore[misc]
+            return list[payload_type(annotation)]  # type: ignore[misc]
         if name == self._others:
             packed = typing.get_origin(annotation) is typing.Unpack
-            return typing.get_args(annotation)[0] if packed else dict[str, carried(annotation)]  # type: ignore[misc]
-        return carried(annotation)
+            return typing.get_args(annotation)[0] if packed else dict[str, payload_type(annotation)]  # type: ignore[misc]
+        return payload_type(annotation)
 
     def _key(self, name: str) -> str:
         return "*" if name == self._rest else "**" if name == self._others else name

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from conveyor.errors import ConfigurationError, PayloadError
-from conveyor.payload.wrapped import GCM, HMAC, NONCE, WrappedPayload, bound, head
+from conveyor.payload.wrapped import GCM, HMAC, NONCE, WrappedPayload, sealed_context, write_head
 
 MIN_SECRET = 16
 """Bytes a secret must have; 32 random ones are advised."""
@@ -27,7 +27,7 @@ _ADVICE = 'Make one:  python -c "import secrets; print(secrets.token_urlsafe(32)
 class Keyring:
     """Keys for signing and for encrypting, derived from each secret; it never shows them."""
 
-    __slots__ = ("_keys", "first")
+    __slots__ = ("_keys", "sealing_key_id")
 
     def __init__(self, keys: Mapping[str, str | bytes]) -> None:
         """Take key id → secret, the sealing one first; raises ConfigurationError, which never shows a secret."""
@@ -42,7 +42,7 @@ class Keyring:
         for number, (id_, secret) in enumerate(keys.items(), 1):
             material = _checked(number, id_, secret)
             self._keys[id_] = (derive(material, b"hmac-sha256"), derive(material, b"aes-256-gcm"))
-        self.first = next(iter(self._keys))
+        self.sealing_key_id = next(iter(self._keys))
 
     def __repr__(self) -> str:
         return f"<Keyring {', '.join(self._keys)}>"
@@ -55,12 +55,12 @@ class Keyring:
         """The ids, the sealing one first."""
         return tuple(self._keys)
 
-    def signing(self, id_: str) -> bytes | None:
+    def signing_key(self, id_: str) -> bytes | None:
         """Return the key for HMAC, None for an id that is not known."""
         found = self._keys.get(id_)
         return None if found is None else found[0]
 
-    def encrypting(self, id_: str) -> bytes | None:
+    def encryption_key(self, id_: str) -> bytes | None:
         """Return the key that those of single jobs are derived from, None for an id that is not known."""
         found = self._keys.get(id_)
         return None if found is None else found[1]
@@ -105,13 +105,13 @@ class Sealer:
         if encrypt:
             _aesgcm("Conveyor(encrypt=True)")
 
-    def close(self, body: bytes, form: int, kind: bytes, queue: str, task: str, id_: str) -> bytes:
+    def seal(self, body: bytes, form: int, kind: bytes, queue: str, task: str, id_: str) -> bytes:
         """Return *body* sealed, bound to its kind and its place."""
-        key_id = self.keyring.first
-        start = head(self._algorithm, form, key_id)
-        context = bound(kind, queue, task, id_, start)
+        key_id = self.keyring.sealing_key_id
+        start = write_head(self._algorithm, form, key_id)
+        context = sealed_context(kind, queue, task, id_, start)
         if self._algorithm == HMAC:
-            key = self.keyring.signing(key_id)
+            key = self.keyring.signing_key(key_id)
             assert key is not None
             return start + body + hmac.digest(key, context + body, hashlib.sha256)
         nonce = os.urandom(NONCE)
@@ -122,7 +122,7 @@ class Sealer:
     def open(self, wrapped: WrappedPayload, kind: bytes, queue: str, task: str, id_: str) -> bytes:
         """Return the body when its seal holds; raises PayloadError (E39 unknown key, E40 it does not)."""
         key_id = wrapped.key_id
-        key = self.keyring.signing(key_id)
+        key = self.keyring.signing_key(key_id)
         if key is None:
             known = ", ".join(self.keyring.ids)
             raise PayloadError(
@@ -130,7 +130,7 @@ class Sealer:
                 f"Add it: Conveyor(keys={{…, '{key_id}': secret}}), then redrive.",
                 code="E39",
             )
-        context = bound(kind, queue, task, id_, wrapped.head)
+        context = sealed_context(kind, queue, task, id_, wrapped.write_head)
         if wrapped.algorithm == HMAC:
             if hmac.compare_digest(hmac.digest(key, context + wrapped.body, hashlib.sha256), wrapped.tag):
                 return wrapped.body
@@ -150,10 +150,10 @@ class Sealer:
     def _cipher(self, key_id: str, kind: bytes, queue: str, task: str, id_: str) -> Any:
         # A key of its own for each job: with random nonces one AES-GCM key is good for 2^32 bodies, which a busy
         # system pushes in a day.
-        key = self.keyring.encrypting(key_id)
+        key = self.keyring.encryption_key(key_id)
         assert key is not None
         return _aesgcm(f"What is encrypted with key '{key_id}'")(
-            hmac.digest(key, bound(kind, queue, task, id_), hashlib.sha256)
+            hmac.digest(key, sealed_context(kind, queue, task, id_), hashlib.sha256)
         )
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from conveyor.errors import ConfigurationError, PayloadError
-from conveyor.payload.codec import bounds, too_large
+from conveyor.payload.codec import exceeded_limit, too_large
 from conveyor.payload.formats import MARK, FormatRegistry
 
 
@@ -48,20 +48,20 @@ class OldPayload(NamedTuple):
     call: bool
 
 
-def bring_up(body: bytes, version: int, current: int, upcast: Callable[[int, Any], Any], old: OldPayload) -> bytes:
+def upcast_body(body: bytes, version: int, current: int, upcast: Callable[[int, Any], Any], old: OldPayload) -> bytes:
     """
     Return the *body* of an older *version* as *current* has it, in its format; *upcast* takes each step.
 
     Raises PayloadError: E15 with what *upcast* raised, E21 too large, E22 nested too deep, E50 of a format not known here.
     """
     what = old.what
-    excess = too_large(body, old.limit, "a payload") if body[:1] == MARK else bounds(body, old.limit)
+    excess = too_large(body, old.limit, "a payload") if body[:1] == MARK else exceeded_limit(body, old.limit)
     if excess:
         raise PayloadError(f"{what} {excess[1]}", code=excess[0])
     if version < 1:  # never ours; and the steps from far below would not end
         raise PayloadError(f"{what} has version {version}, and there is none below 1.", code="E15")
     try:
-        value, again = old.formats.plain(body, call=old.call)
+        value, again = old.formats.decode_untyped(body, call=old.call)
         for step in range(version, current):
             value = upcast(step, value)
         return again(value)

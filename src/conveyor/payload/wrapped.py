@@ -30,19 +30,19 @@ class WrappedPayload(NamedTuple):
     algorithm: int
     form: int
     key_id: str
-    head: bytes
+    write_head: bytes
     nonce: bytes
     body: bytes
     tag: bytes
 
 
-def head(algorithm: int, form: int, key_id: str = "") -> bytes:
+def write_head(algorithm: int, form: int, key_id: str = "") -> bytes:
     """Return what stands before nonce and body."""
     start = bytes((1, VERSION, algorithm, form))
     return start + bytes((len(key_id),)) + key_id.encode() if algorithm else start
 
 
-def read(data: bytes) -> WrappedPayload:
+def read_wrapped(data: bytes) -> WrappedPayload:
     """Take a wrapped body apart without believing it; raises PayloadError (E15)."""
     if len(data) < 4 or data[:1] != MAGIC:
         raise _damaged("it is cut off")
@@ -66,7 +66,7 @@ def read(data: bytes) -> WrappedPayload:
     return WrappedPayload(algorithm, form, key_id.decode(), data[:end], data[end:nonce_end], body, tag)
 
 
-def bound(kind: bytes, queue: str, task: str, id_: str, *more: bytes) -> bytes:
+def sealed_context(kind: bytes, queue: str, task: str, id_: str, *more: bytes) -> bytes:
     """Return what a seal covers beside the body: each part with its length before it, so no two lists look alike."""
     parts = (b"conveyor", kind, queue.encode(), task.encode(), id_.encode(errors="surrogatepass"), *more)
     return b"".join(len(part).to_bytes(4, "big") + part for part in parts)
@@ -75,7 +75,7 @@ def bound(kind: bytes, queue: str, task: str, id_: str, *more: bytes) -> bytes:
 def describe(data: bytes) -> str:
     """Return what a person is told of a wrapped body that is not opened; never raises."""
     try:
-        wrapped = read(data)
+        wrapped = read_wrapped(data)
     except PayloadError as error:
         return f"unreadable: {error}"
     words = []
