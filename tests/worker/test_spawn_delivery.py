@@ -208,7 +208,7 @@ def test_late_deliverer_changes_nothing(family: Conveyor, redis: redis_py.Redis)
     with pytest.raises(operations.StalePush):
         client.run(spawn_outbox.deliver(keys, app.client.keys("two"), old.number, old.parts["two"]))
     assert client.run(spawn_outbox.trim(keys, old.number)) == -1
-    again = client.run(spawn_outbox.take(keys, instead=old.number, least=now.number + 99))
+    again = client.run(spawn_outbox.take(keys, replacing=old.number, least=now.number + 99))
     assert again is not None
     assert again.number == now.number
     asyncio.run(emptied(app))

@@ -83,13 +83,13 @@ class OutboxBatch:
         return f"<Batch {self.number}: {counts}>"
 
 
-def take(keys: QueueKeys, *, instead: int | str = "", least: int = 0) -> Call[OutboxBatch | None]:
+def take(keys: QueueKeys, *, replacing: int | str = "", least: int = 0) -> Call[OutboxBatch | None]:
     """
     Return the call that fixes the next batch of the outbox; it yields None when that is empty.
 
     When the batch that is fixed has the number *instead*, it gets a new one of at least *least*.
     """
-    return Call(TAKE, (keys.outbox, keys.conf), (instead, least), _read_batch)
+    return Call(TAKE, (keys.outbox, keys.conf), (replacing, least), _read_batch)
 
 
 def _read_batch(reply: list[Any]) -> OutboxBatch | None:
@@ -97,16 +97,16 @@ def _read_batch(reply: list[Any]) -> OutboxBatch | None:
 
 
 def deliver(
-    source: QueueKeys, target: QueueKeys, number: int, entries: Sequence[Entry], *, instead_of: str | None = None
+    source: QueueKeys, target: QueueKeys, number: int, entries: Sequence[Entry], *, written_for: str | None = None
 ) -> Call[list[str]]:
     """
     Return the call that pushes a batch's part to *target*, once; raises what a push raises, and LateReply.
 
     A part that was written for another place, *instead_of*, comes in a lane of its own: *target* may have a part too.
     """
-    lane = source.queue if instead_of is None else f"{source.queue}>{instead_of}"
-    call = operations.push(target, ProducerSequence(lane, number - 1, insists=True), entries)
-    return replace(call, keys=(target.inbox(lane), *call.keys[1:]))
+    sequence = source.queue if written_for is None else f"{source.queue}>{written_for}"
+    call = operations.push(target, ProducerSequence(sequence, number - 1, insists=True), entries)
+    return replace(call, keys=(target.inbox(sequence), *call.keys[1:]))
 
 
 def trim(keys: QueueKeys, number: int) -> Call[int]:

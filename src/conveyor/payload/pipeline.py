@@ -1,10 +1,8 @@
 """
-The way of a body to Redis and back: compress, store elsewhere, seal; and in the other order open, fetch, decompress.
+The steps of a body on its way to Redis (compress, store elsewhere, seal) and back (open, fetch, decompress).
 
-Compression comes before encryption, because nothing encrypted compresses. The seal is checked before anything of the
-body is looked at.
-
-From the options of an app to its sealing.
+Compression comes before encryption, because encrypted bytes do not compress. On the way back the seal is checked before
+anything else of the body is read. `make_pipeline` reads the options of an app.
 """
 
 from __future__ import annotations

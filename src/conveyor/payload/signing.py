@@ -1,7 +1,7 @@
 """
-Signing and encrypting: a body and what it is bound to, to bytes and back.
+Seals: a body signed, or encrypted, together with its context.
 
-The secrets of an app by their ids: the first seals, all open.
+An app has one or more secrets, each with an id. The first seals, all of them open.
 """
 
 from __future__ import annotations

@@ -1,10 +1,9 @@
 """
-How a connection of the program's is spoken to, by what it can do: no driver is imported.
+Adapters of the program's database connections, and the statements as each driver wants them. No driver is imported.
 
-Any DB-API 2.0 connection, one of Django, a Session or Connection of SQLAlchemy; on asyncio the connections of psycopg and
-aiosqlite, and SQLAlchemy's AsyncSession and AsyncConnection.
-
-Statements as text with question marks, and what a driver wants instead.
+A connection is recognised by its methods: any DB-API 2.0 connection, one of Django, a Session or Connection of
+SQLAlchemy; on asyncio the connections of psycopg and aiosqlite, and SQLAlchemy's AsyncSession and AsyncConnection.
+Statements are written with question marks, which become the placeholders of the driver.
 """
 
 from __future__ import annotations
@@ -19,51 +18,11 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 
 from conveyor.errors import ConfigurationError, ConveyorError
 
+T = TypeVar("T")
 _MARKS = {"qmark": "?", "format": "%s", "pyformat": "%s", "numeric": ":{}", "numeric_dollar": "${}", "named": ":p{}"}
 MOST_ROWS, MOST_BYTES = 100, 1_000_000
 """What one INSERT carries: SQLite once took no more than 999 parameters, MySQL has a limit in bytes."""
 
-
-@lru_cache(256)
-def spelled(sql: str, style: str) -> str:
-    """Return *sql* with the question marks that the driver wants instead."""
-    numbers = count(1)
-    return re.sub(r"\?", lambda _: _MARKS[style].format(next(numbers)), sql)
-
-
-def given(values: Sequence[object], style: str) -> tuple[object, ...] | Mapping[str, object]:
-    """Return the values as the driver wants them."""
-    if style == "named":
-        return {f"p{number}": value for number, value in enumerate(values, 1)}
-    return tuple(values)
-
-
-def known_style(style: str) -> bool:
-    """Tell whether that ``paramstyle`` is one of ours."""
-    return style in _MARKS
-
-
-def insertions(head: str, rows: Sequence[tuple[object, ...]]) -> Iterator[tuple[str, list[object]]]:
-    """Yield statements and values that insert *rows*, in order; the last column decides how many go in one."""
-    values: list[object] = []
-    taken = size = 0
-    for row in rows:
-        length = len(row[-1]) if isinstance(row[-1], bytes) else 0
-        if taken and (taken == MOST_ROWS or size + length > MOST_BYTES):
-            yield _insertion(head, taken, len(row)), values
-            values, taken, size = [], 0, 0
-        values += row
-        taken, size = taken + 1, size + length
-    if taken:
-        yield _insertion(head, taken, len(rows[0])), values
-
-
-def _insertion(head: str, rows: int, columns: int) -> str:
-    marks = "(" + ", ".join("?" * columns) + ")"
-    return f"{head} VALUES {', '.join([marks] * rows)}"
-
-
-T = TypeVar("T")
 _DIALECTS = {
     "sqlite3": "sqlite", "aiosqlite": "sqlite", "pysqlite3": "sqlite", "psycopg": "postgresql", "psycopg2": "postgresql",
     "pg8000": "postgresql", "asyncpg": "postgresql", "pymysql": "mysql", "MySQLdb": "mysql", "mysql": "mysql",
@@ -73,11 +32,50 @@ _IN_TRANSACTION = 1
 """The bit of a MySQL server's status that says so."""
 
 
+@lru_cache(256)
+def with_placeholders(sql: str, style: str) -> str:
+    """Return *sql* with the question marks that the driver wants instead."""
+    numbers = count(1)
+    return re.sub(r"\?", lambda _: _MARKS[style].format(next(numbers)), sql)
+
+
+def parameters_for(values: Sequence[object], style: str) -> tuple[object, ...] | Mapping[str, object]:
+    """Return the values as the driver wants them."""
+    if style == "named":
+        return {f"p{number}": value for number, value in enumerate(values, 1)}
+    return tuple(values)
+
+
+def is_known_style(style: str) -> bool:
+    """Tell whether that ``paramstyle`` is one of ours."""
+    return style in _MARKS
+
+
+def insert_statements(head: str, rows: Sequence[tuple[object, ...]]) -> Iterator[tuple[str, list[object]]]:
+    """Yield statements and values that insert *rows*, in order; the last column decides how many go in one."""
+    values: list[object] = []
+    taken = size = 0
+    for row in rows:
+        length = len(row[-1]) if isinstance(row[-1], bytes) else 0
+        if taken and (taken == MOST_ROWS or size + length > MOST_BYTES):
+            yield _insert_statement(head, taken, len(row)), values
+            values, taken, size = [], 0, 0
+        values += row
+        taken, size = taken + 1, size + length
+    if taken:
+        yield _insert_statement(head, taken, len(rows[0])), values
+
+
+def _insert_statement(head: str, rows: int, columns: int) -> str:
+    marks = "(" + ", ".join("?" * columns) + ")"
+    return f"{head} VALUES {', '.join([marks] * rows)}"
+
+
 class StatementResult(NamedTuple):
     """What a statement gave: its rows, and how many it touched (-1 where the driver does not say)."""
 
     rows: list[tuple[Any, ...]]
-    touched: int
+    row_count: int
 
 
 class DbConnection(Protocol):
@@ -95,7 +93,7 @@ class DbConnection(Protocol):
     def commit(self) -> None: ...
     def rollback(self) -> None: ...
 
-    def commits_alone(self) -> bool:
+    def in_autocommit(self) -> bool:
         """Tell whether each statement would be a transaction of its own; False where that cannot be told."""
         ...
 
@@ -115,9 +113,9 @@ class DbapiConnection:
         """Carry out one statement."""
         cursor = self._connection.cursor()
         try:
-            cursor.execute(spelled(sql, self._style), given(values, self._style))
+            cursor.execute(with_placeholders(sql, self._style), parameters_for(values, self._style))
             rows = cursor.fetchall() if cursor.description else ()
-            return StatementResult(_tuples(rows), cursor.rowcount)
+            return StatementResult(_as_tuples(rows), cursor.rowcount)
         finally:
             cursor.close()
 
@@ -129,9 +127,9 @@ class DbapiConnection:
         """Roll back."""
         self._connection.rollback()
 
-    def commits_alone(self) -> bool:
+    def in_autocommit(self) -> bool:
         """Tell whether the connection is in autocommit, outside of a transaction begun by hand."""
-        return _commits_alone(self._connection, self.dialect)
+        return _in_autocommit(self._connection, self.dialect)
 
     def begin(self) -> None:
         """Do nothing: a transaction begins by itself."""
@@ -144,7 +142,7 @@ class DjangoConnection(DbapiConnection):
         """Take it from ``django.db.connection`` or ``connections[…]``."""
         super().__init__(connection, "format", connection.vendor)
 
-    def commits_alone(self) -> bool:
+    def in_autocommit(self) -> bool:
         """Tell whether no atomic block is open."""
         return bool(self._connection.get_autocommit() and not self._connection.in_atomic_block)
 
@@ -169,9 +167,11 @@ class SqlAlchemyConnection:
 
     def run(self, sql: str, *values: object) -> StatementResult:
         """Carry out one statement."""
-        result = self._connection.exec_driver_sql(spelled(sql, self._style), given(values, self._style))
+        result = self._connection.exec_driver_sql(
+            with_placeholders(sql, self._style), parameters_for(values, self._style)
+        )
         rows = result.fetchall() if result.returns_rows else ()
-        return StatementResult(_tuples(rows), result.rowcount)
+        return StatementResult(_as_tuples(rows), result.rowcount)
 
     def commit(self) -> None:
         """Commit."""
@@ -181,11 +181,11 @@ class SqlAlchemyConnection:
         """Roll back."""
         self._owner.rollback()
 
-    def commits_alone(self) -> bool:
+    def in_autocommit(self) -> bool:
         """Tell whether the isolation level is AUTOCOMMIT."""
         if self._connection.get_execution_options().get("isolation_level") == "AUTOCOMMIT":
             return True
-        return _commits_alone(self._connection.connection.dbapi_connection, self.dialect)
+        return _in_autocommit(self._connection.connection.dbapi_connection, self.dialect)
 
     def begin(self) -> None:
         """Do nothing: a transaction begins by itself."""
@@ -202,9 +202,9 @@ class AsyncDbapiConnection:
         """Carry out one statement."""
         cursor = await _awaited(self._connection.cursor())
         try:
-            await _awaited(cursor.execute(spelled(sql, self._style), given(values, self._style)))
+            await _awaited(cursor.execute(with_placeholders(sql, self._style), parameters_for(values, self._style)))
             rows = await _awaited(cursor.fetchall()) if cursor.description else ()
-            return StatementResult(_tuples(rows), cursor.rowcount)
+            return StatementResult(_as_tuples(rows), cursor.rowcount)
         finally:
             await _awaited(cursor.close())
 
@@ -216,9 +216,9 @@ class AsyncDbapiConnection:
         """Roll back."""
         await self._connection.rollback()
 
-    async def commits_alone(self) -> bool:
+    async def in_autocommit(self) -> bool:
         """Tell whether the connection is in autocommit, outside of a transaction begun by hand."""
-        return _commits_alone(self._connection, self.dialect)
+        return _in_autocommit(self._connection, self.dialect)
 
 
 class AsyncSqlAlchemyConnection:
@@ -246,19 +246,19 @@ class AsyncSqlAlchemyConnection:
         """Roll back."""
         await self._owner.rollback()
 
-    async def commits_alone(self) -> bool:
+    async def in_autocommit(self) -> bool:
         """Tell whether the isolation level is AUTOCOMMIT."""
-        return await self._within(lambda inner: SqlAlchemyConnection(inner).commits_alone())
+        return await self._within(lambda inner: SqlAlchemyConnection(inner).in_autocommit())
 
     async def _within(self, work: Callable[[Any], T]) -> T:
-        found: T = await self._owner.run_sync(work)
-        return found
+        value: T = await self._owner.run_sync(work)
+        return value
 
 
-AsyncLink = AsyncDbapiConnection | AsyncSqlAlchemyConnection
+AsyncDbConnection = AsyncDbapiConnection | AsyncSqlAlchemyConnection
 
 
-def link(connection: Any) -> DbConnection | AsyncLink:
+def adapt(connection: Any) -> DbConnection | AsyncDbConnection:
     """Return how *connection* is spoken to. Raises ConfigurationError (E47) for what is no connection."""
     if hasattr(connection, "run_sync"):
         return AsyncSqlAlchemyConnection(connection)
@@ -276,28 +276,28 @@ def link(connection: Any) -> DbConnection | AsyncLink:
         )
     # A connection of a pool stands for the driver's own.
     own = getattr(connection, "dbapi_connection", None) or connection
-    style, dialect = _read(type(own))
+    style, dialect = _style_and_dialect(type(own))
     kind = AsyncDbapiConnection if inspect.iscoroutinefunction(connection.commit) else DbapiConnection
     return kind(connection, style, dialect)
 
 
-def blocking(connection: Any) -> DbConnection:
+def adapt_blocking(connection: Any) -> DbConnection:
     """Return how *connection* is spoken to. Raises ConfigurationError (E47) for one on asyncio too."""
-    found = link(connection)
-    if isinstance(found, AsyncDbapiConnection | AsyncSqlAlchemyConnection):
+    db = adapt(connection)
+    if isinstance(db, AsyncDbapiConnection | AsyncSqlAlchemyConnection):
         raise ConfigurationError(
             f"{connection!r} is a connection on asyncio, and a blocking one is needed here. In a block write `async with`; "
             "for a relay give a function that opens a blocking connection. Nothing was stored.",
             code="E47",
         )
-    return found
+    return db
 
 
-def awaitable(connection: Any) -> AsyncLink:
+def adapt_async(connection: Any) -> AsyncDbConnection:
     """Return how *connection* is spoken to. Raises ConfigurationError (E47) for one that blocks."""
-    found = link(connection)
-    if isinstance(found, AsyncDbapiConnection | AsyncSqlAlchemyConnection):
-        return found
+    db = adapt(connection)
+    if isinstance(db, AsyncDbapiConnection | AsyncSqlAlchemyConnection):
+        return db
     raise ConfigurationError(
         f"{connection!r} is a blocking connection, and one of asyncio is needed here. Nothing was stored. Call the "
         "method without the a before its name.",
@@ -305,9 +305,9 @@ def awaitable(connection: Any) -> AsyncLink:
     )
 
 
-def refuse_alone(alone: bool) -> None:
+def refuse_autocommit(autocommit: bool) -> None:
     """Raise ConfigurationError (E47) for a connection on which nothing would be atomic."""
-    if alone:
+    if autocommit:
         raise ConfigurationError(
             "The connection commits each statement by itself (autocommit), and no transaction is open on it: jobs and "
             "data would not be stored together. Nothing was stored. Begin a transaction first, or turn autocommit off.",
@@ -315,7 +315,7 @@ def refuse_alone(alone: bool) -> None:
         )
 
 
-def is_missing(error: BaseException, table: str) -> bool:
+def is_missing_table(error: BaseException, table: str) -> bool:
     """Tell whether a driver's *error* says that *table* does not exist."""
     if isinstance(error, ConveyorError):
         return False
@@ -325,13 +325,13 @@ def is_missing(error: BaseException, table: str) -> bool:
     return code == "42P01" or (table.rpartition(".")[2] in text and ("no such table" in text or "exist" in text))
 
 
-def _read(kind: type) -> tuple[str, str]:
+def _style_and_dialect(kind: type) -> tuple[str, str]:
     """Return paramstyle and database of a connection's class, by the module that it or a class above it comes from."""
     for base in kind.__mro__:
         name = base.__module__
         while name:
             style = getattr(sys.modules.get(name), "paramstyle", None)
-            if isinstance(style, str) and known_style(style):
+            if isinstance(style, str) and is_known_style(style):
                 root = base.__module__.partition(".")[0]
                 return style, _DIALECTS.get(root, root)
             name = name.rpartition(".")[0]
@@ -342,7 +342,7 @@ def _read(kind: type) -> tuple[str, str]:
     )
 
 
-def _commits_alone(connection: Any, dialect: str) -> bool:
+def _in_autocommit(connection: Any, dialect: str) -> bool:
     status = getattr(getattr(connection, "info", None), "transaction_status", 0)  # psycopg, psycopg2
     server = getattr(connection, "server_status", 0)  # pymysql
     if (
@@ -359,7 +359,7 @@ def _commits_alone(connection: Any, dialect: str) -> bool:
     return isinstance(alone, int) and bool(alone)
 
 
-def _tuples(rows: Sequence[Any]) -> list[tuple[Any, ...]]:
+def _as_tuples(rows: Sequence[Any]) -> list[tuple[Any, ...]]:
     return [tuple(row.values()) if isinstance(row, Mapping) else tuple(row) for row in rows]
 
 

@@ -14,10 +14,10 @@ from conveyor.jobs.core import core_of
 from conveyor.jobs.job import refuse_in_loop
 from conveyor.jobs.job_options import positive_ms
 from conveyor.sql.delivery import OutboxDelivery
-from conveyor.sql.drivers import blocking, refuse_alone
+from conveyor.sql.drivers import adapt_blocking, refuse_autocommit
 from conveyor.sql.relay import Relay
 from conveyor.sql.tables import OUTBOX, ManagedTable, TableSql
-from conveyor.sql.transaction import OutboxTransaction, explained, find
+from conveyor.sql.transaction import OutboxTransaction, explain_missing_table, open_transaction
 from conveyor.units import Duration
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ class Outbox(ManagedTable):
         self._connect = connect
         self._interval = positive_ms(interval, "interval") / 1000
         self._relays: set[Relay] = set()
-        app.client.outlet = partial(find, app.client)
+        app.client.outlet = partial(open_transaction, app.client)
 
     def __repr__(self) -> str:
         return f"<Outbox {self._table} of {self.app!r}>"
@@ -83,13 +83,13 @@ class Outbox(ManagedTable):
         with`` for one of asyncio; the types that are understood stand in the guide. Raises, when it is entered,
         ConfigurationError: E47 for another, and for one in autocommit.
         """
-        return OutboxTransaction(self.app.client, self._table, connection, self._ended, commits=True)
+        return OutboxTransaction(self.app.client, self._table, connection, self._wake_relays, commits=True)
 
     def within(self, connection: Any) -> OutboxTransaction:
         """Return a block that is part of a transaction of the program's: that commits or rolls back, the block does not."""
-        return OutboxTransaction(self.app.client, self._table, connection, self._ended, commits=False)
+        return OutboxTransaction(self.app.client, self._table, connection, self._wake_relays, commits=False)
 
-    def _ended(self, committed: bool) -> None:
+    def _wake_relays(self, committed: bool) -> None:
         for relay in self._relays.copy():
             relay.wake(committed)
 
@@ -103,14 +103,14 @@ class Outbox(ManagedTable):
         StoreUnavailable, ConfigurationError. What the database driver raises is raised as it is.
         """
         refuse_in_loop("outbox.deliver()", "await outbox.adeliver()")
-        with self._opened() as link:
-            passed = self._delivery().pass_through(link)
-        for refusal in passed.refusals.values():
+        with self._connection() as db:
+            done = self._delivery().deliver(db)
+        for refusal in done.refusals.values():
             refusal.add_note(
-                f"{passed.count} rows of the outbox were delivered; those for {', '.join(passed.refusals)} wait."
+                f"{done.count} rows of the outbox were delivered; those for {', '.join(done.refusals)} wait."
             )
             raise refusal
-        return passed.count
+        return done.count
 
     async def adeliver(self) -> int:
         """Deliver what is committed by now, as `deliver`, on a thread."""
@@ -118,16 +118,16 @@ class Outbox(ManagedTable):
 
     def relay(self) -> Relay:
         """Return what delivers from a thread, for ever: between ``with`` or ``async with`` and the end of that block."""
-        self._connecting()
-        return Relay(self._opened, self._delivery(), self._interval, self._relays)
+        self._connect_function()
+        return Relay(self._connection, self._delivery(), self._interval, self._relays)
 
     # -- care ---------------------------------------------------------------------------------------------------------
 
     def stats(self) -> OutboxBacklog:
         """Count what is committed and not delivered."""
-        with self._opened() as link, explained(self._table):
-            [(waiting, oldest)] = link.run(self._table.fill(COUNT), self.app.namespace).rows
-            [(aside,)] = link.run(self._table.fill(COUNT_ASIDE), self.app.namespace).rows
+        with self._connection() as db, explain_missing_table(self._table):
+            [(waiting, oldest)] = db.run(self._table.fill(COUNT), self.app.namespace).rows
+            [(aside,)] = db.run(self._table.fill(COUNT_ASIDE), self.app.namespace).rows
         return OutboxBacklog(waiting, aside, None if oldest is None else max(0.0, time() - oldest / 1000))
 
     async def astats(self) -> OutboxBacklog:
@@ -136,10 +136,10 @@ class Outbox(ManagedTable):
 
     def redrive(self) -> int:
         """Have the rows that were set aside tried again, and return how many."""
-        with self._opened() as link, explained(self._table):
-            count = link.run(self._table.fill(REDRIVE), self.app.namespace).touched
-            link.commit()
-        self._ended(True)
+        with self._connection() as db, explain_missing_table(self._table):
+            count = db.run(self._table.fill(REDRIVE), self.app.namespace).row_count
+            db.commit()
+        self._wake_relays(True)
         return count
 
     async def aredrive(self) -> int:
@@ -149,7 +149,7 @@ class Outbox(ManagedTable):
     def _delivery(self) -> OutboxDelivery:
         return OutboxDelivery(core_of(self.app), self._table)
 
-    def _connecting(self) -> Callable[[], Any]:
+    def _connect_function(self) -> Callable[[], Any]:
         if self._connect is None:
             raise ConfigurationError(
                 "This Outbox was not told how to open a connection, so it can only enqueue. Write: Outbox(app, connect), "
@@ -158,17 +158,17 @@ class Outbox(ManagedTable):
         return self._connect
 
     @contextmanager
-    def _opened(self) -> Iterator[DbConnection]:
-        connection = self._connecting()()
+    def _connection(self) -> Iterator[DbConnection]:
+        connection = self._connect_function()()
         try:
-            link = blocking(connection)
-            link.begin()
-            refuse_alone(link.commits_alone())
+            db = adapt_blocking(connection)
+            db.begin()
+            refuse_autocommit(db.in_autocommit())
             try:
-                yield link
+                yield db
             finally:
                 with suppress(Exception):  # the connection may be what is broken
-                    link.rollback()
+                    db.rollback()
         finally:
             with suppress(Exception):
                 connection.close()

@@ -1,8 +1,4 @@
-"""
-The two tables: their names, and the SQL that creates them.
-
-What an outbox and a ledger have in common: a table that somebody must create.
-"""
+"""The tables of outbox and ledger: their names, and the SQL that creates them."""
 
 from __future__ import annotations
 
@@ -10,10 +6,10 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from conveyor.errors import ConfigurationError
-from conveyor.sql.drivers import awaitable, blocking
+from conveyor.sql.drivers import adapt_async, adapt_blocking
 
 if TYPE_CHECKING:
-    from conveyor.sql.drivers import AsyncLink, DbConnection
+    from conveyor.sql.drivers import AsyncDbConnection, DbConnection
 
 
 DIALECTS = ("sqlite", "postgresql", "mysql")
@@ -78,17 +74,17 @@ class TableSql:
         """Return the same as one text."""
         return "".join(f"{statement};\n" for statement in self.ddl(dialect))
 
-    def create(self, link: DbConnection) -> None:
+    def create(self, db: DbConnection) -> None:
         """Create it where it does not exist, and commit."""
-        for statement in self.ddl(link.dialect):
-            link.run(statement)
-        link.commit()
+        for statement in self.ddl(db.dialect):
+            db.run(statement)
+        db.commit()
 
-    async def acreate(self, link: AsyncLink) -> None:
+    async def acreate(self, db: AsyncDbConnection) -> None:
         """Do the same on a connection of asyncio."""
-        for statement in self.ddl(link.dialect):
-            await link.run(statement)
-        await link.commit()
+        for statement in self.ddl(db.dialect):
+            await db.run(statement)
+        await db.commit()
 
     def fill(self, sql: str) -> str:
         """Return *sql* with the name in it."""
@@ -108,8 +104,8 @@ class ManagedTable:
 
     def create(self, connection: Any) -> None:
         """Create the table where it does not exist, and commit. Raises ConfigurationError for an unknown database."""
-        self._table.create(blocking(connection))
+        self._table.create(adapt_blocking(connection))
 
     async def acreate(self, connection: Any) -> None:
         """Create the table, as `create`, on a connection of asyncio."""
-        await self._table.acreate(awaitable(connection))
+        await self._table.acreate(adapt_async(connection))
