@@ -137,7 +137,7 @@ def test_timeout_is_kept_and_leaves_nothing(echo: Task[[int], int], redis: redis
     """result() raises TimeoutError at its timeout, says which job, and is not registered any more."""
     job = echo.enqueue(1)
     began = time.monotonic()
-    with pytest.raises(TimeoutError, match=f"{job.id} has not ended within 0.15 s"):
+    with pytest.raises(TimeoutError, match=f"{job.id} has not ended after 0.15 s"):
         job.result(timeout="150ms")
 
     assert 0.14 < time.monotonic() - began < 5

@@ -114,7 +114,7 @@ async def test_upcast_that_fails_makes_a_dead_letter(made):
     first, wrong, right = made(1), made(2, lambda version, arguments: {}["x"]), made(2, upcast)
     job = await first.tasks["charge"].aenqueue(5)
     await drain(wrong)
-    with pytest.raises(JobFailed, match="could not be brought up to 2: KeyError"):
+    with pytest.raises(JobFailed, match="could not be upcast to 2: KeyError"):
         await right.job(job.id).aresult("1s")
     await right.queue("default").aredrive()
     await drain(right)

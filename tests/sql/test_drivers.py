@@ -346,9 +346,9 @@ async def test_what_a_block_cannot_take(app: Conveyor, outbox: Outbox, database:
 @pytest.mark.parametrize("table", ["", "a b", "a;b", "a.b.c", "ä", 'a"b', "1a", "x" * 49, None])
 def test_names_of_tables(app: Conveyor, table: Any) -> None:
     """A table's name is a name, perhaps behind a schema's, and nothing that SQL could read otherwise."""
-    with pytest.raises(ConfigurationError, match="table is named"):
+    with pytest.raises(ConfigurationError, match="Invalid table name"):
         Outbox(app, table=table)
-    with pytest.raises(ConfigurationError, match="table is named"):
+    with pytest.raises(ConfigurationError, match="Invalid table name"):
         Ledger(table)
 
 

@@ -95,13 +95,13 @@ class Context:
         """
         if self._spawned is None:
             raise ConfigurationError(
-                f'Job {self.job_id} spawned a job after its own end: with ack="early" it has ended before it runs, '
-                "else a thread of it goes on. Nothing was enqueued. Enqueue the job instead.",
+                f'Job {self.job_id} spawned a job after its own end: with ack="early" a job ends before it runs, '
+                "otherwise one of its threads is still running. Nothing was enqueued. Use enqueue instead.",
                 code="E44",
             )
         if len(self._spawned) >= MOST_SPAWNED:
             raise ConfigurationError(
-                f"Job {self.job_id} spawned {MOST_SPAWNED:,} jobs, the most that one end can take along. "
+                f"Job {self.job_id} spawned {MOST_SPAWNED:,} jobs, the most that one job can spawn. "
                 "Spawn a job that spawns the rest.",
                 code="E44",
             )

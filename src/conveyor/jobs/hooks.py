@@ -83,7 +83,7 @@ def as_middleware(source: object) -> Middleware:
         return source
     if push is None and run is None:
         raise ConfigurationError(
-            f"{source!r} is no middleware: write `async def name(context, call_next)`, or a class with push or run."
+            f"{source!r} is not a middleware: write `async def name(context, call_next)`, or a class with push or run."
         )
     return _AdaptedMiddleware(source, push, run)
 

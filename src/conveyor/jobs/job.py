@@ -269,7 +269,7 @@ class Job(Generic[R_co]):
         return cast("R_co", self._result_spec.results.decode(value))
 
     def _timeout_error(self, seconds: float | None) -> TimeoutError:
-        return TimeoutError(f"Job {self.id} has not ended within {seconds:g} s. It goes on; ask again later.")
+        return TimeoutError(f"Job {self.id} has not ended after {seconds:g} s. It was not cancelled: ask again later.")
 
     def _no_value(self, *, just_ended: bool) -> R_co:
         # Of a task that is not known here, nobody can say whether it had promised a value.

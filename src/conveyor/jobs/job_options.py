@@ -182,5 +182,5 @@ def positive_ms(value: Duration, name: str) -> int:
     """Return a duration longer than nothing as ms; raises ConfigurationError."""
     ms = milliseconds(value, name=name)
     if ms == 0:
-        raise ConfigurationError(f"{name} must be longer than nothing, not {value!r}.")
+        raise ConfigurationError(f"{name} must be greater than zero, not {value!r}.")
     return ms

@@ -73,7 +73,7 @@ class OutboxBatch:
                 queue, entry = read(data)
             except msgspec.DecodeError as error:
                 raise ConfigurationError(
-                    f"An outbox holds an entry that this version cannot read ({error}). Upgrade this worker.",
+                    f"The outbox of a queue holds an entry that this version cannot read ({error}). Upgrade this worker.",
                     code="E45",
                 ) from error
             self.parts.setdefault(queue, []).append(entry)

@@ -171,7 +171,7 @@ class FormatRegistry:
                 return found, {key: bytes(raw) for key, raw in _RAW.decode(data).items()}
             return found, _BYTES.decode(data)
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-            raise PayloadError(f"The arguments cannot be taken apart: {reason(error)}.", code="E15") from None
+            raise PayloadError(f"The arguments cannot be decoded: {reason(error)}.", code="E15") from None
 
     def decode_untyped(self, body: bytes, *, call: bool) -> tuple[Any, Callable[[Any], bytes]]:
         """

@@ -86,7 +86,7 @@ def payload_signature(parameters: Iterable[inspect.Parameter], injected: Iterabl
             by_name = by_name or parameter.kind is parameter.POSITIONAL_OR_KEYWORD
         elif by_name and parameter.kind is parameter.VAR_POSITIONAL:
             raise ConfigurationError(
-                f"{name}(): what the worker fills stands before '*{parameter.name}'. Move it behind, as keyword-only."
+                f"{name}(): the parameter that the worker fills stands before '*{parameter.name}'. Move it behind, as keyword-only."
             )
         elif by_name and parameter.kind is parameter.POSITIONAL_OR_KEYWORD:
             kept.append(parameter.replace(kind=parameter.KEYWORD_ONLY))

@@ -116,7 +116,7 @@ def _failure(data: bytes) -> Failure:
     try:
         return _FAILURE.decode(data)
     except (msgspec.MsgspecError, UnicodeDecodeError):
-        return Failure(0, 0, "unreadable", "what was stored of this error cannot be read")
+        return Failure(0, 0, "unreadable", "the stored error cannot be read")
 
 
 _FAILURE = msgspec.json.Decoder(Failure)
@@ -136,7 +136,7 @@ def read_outcome(data: bytes) -> Outcome:
     try:
         return _OUTCOME.decode(data) if data else Outcome("done")
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
-        raise PayloadError(f"What is stored of the job's end cannot be read: {error}.", code="E15") from None
+        raise PayloadError(f"The stored outcome of the job cannot be read: {error}.", code="E15") from None
 
 
 def read_failure(data: bytes) -> Failure:

@@ -63,7 +63,7 @@ def open_failure(sealing: PayloadPipeline | None, failure: Failure, queue: str, 
     except PayloadError as error:
         message, traceback = f"{failure.message}. {error}", ""
     except msgspec.MsgspecError:
-        message, traceback = f"{failure.message}. What is sealed is no error.", ""
+        message, traceback = f"{failure.message}. The sealed value is not an error.", ""
     return Failure(failure.attempt, failure.at, failure.type, message, traceback, failure.worker)
 
 
@@ -106,4 +106,4 @@ def _bytes(text: str) -> bytes:
     try:
         return binascii.a2b_base64(text.encode(), strict_mode=True)
     except ValueError:
-        raise PayloadError("What was sealed is no base64 any more: it was changed.", code="E40") from None
+        raise PayloadError("The sealed text is not base64: it was changed.", code="E40") from None

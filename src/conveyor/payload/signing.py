@@ -76,7 +76,8 @@ def _checked(number: int, id_: object, secret: object) -> bytes:
     if not isinstance(id_, str) or not _ID.fullmatch(id_):
         # Not shown: who swaps the two writes the secret here.
         raise ConfigurationError(
-            f"Conveyor(keys=…): the id of key number {number} is 1 to 64 of A-Z a-z 0-9 _ . and -, for example '2026-11'."
+            f"Conveyor(keys=…): the id of key number {number} must be 1 to 64 characters out of A-Z a-z 0-9 _ . -, "
+            "for example '2026-11'."
         )
     if not isinstance(secret, str | bytes):
         raise ConfigurationError(
@@ -88,7 +89,7 @@ def _checked(number: int, id_: object, secret: object) -> bytes:
         raise ConfigurationError(f"Conveyor(keys=…): the secret of key '{id_}' is not Unicode. {_ADVICE}") from None
     if len(material) < MIN_SECRET:
         raise ConfigurationError(
-            f"Conveyor(keys=…): the secret of key '{id_}' has {len(material)} bytes, and {MIN_SECRET} are the least. {_ADVICE}"
+            f"Conveyor(keys=…): the secret of key '{id_}' has {len(material)} bytes, and needs at least {MIN_SECRET}. {_ADVICE}"
         )
     return material
 
@@ -170,6 +171,6 @@ def _aesgcm(what: str) -> Any:
 def _mismatch(key_id: str) -> PayloadError:
     return PayloadError(
         f"E40 Its seal (key '{key_id}') does not match: it was changed or moved from another job, task or queue, or the "
-        "secret of that key is another one there. The bytes are kept; mend the keys, then redrive.",
+        "secret of that key is another one there. The bytes are kept: correct the keys, then redrive.",
         code="E40",
     )

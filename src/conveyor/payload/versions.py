@@ -34,7 +34,7 @@ def check_version(version: object, upcast: object, where: str) -> int:
         raise ConfigurationError(f"{where}(version=…) must be a whole number of at least 1, not {version!r}.")
     if upcast is not None and (not callable(upcast) or version == 1):
         raise ConfigurationError(
-            f"{where}(upcast=…) takes a function of a version and what a payload of it holds, and a version above 1."
+            f"{where}(upcast=…) takes a function of a version and the value of a payload, and needs a version above 1."
         )
     return version
 
@@ -69,6 +69,6 @@ def upcast_body(body: bytes, version: int, current: int, upcast: Callable[[int, 
         raise
     except Exception as error:
         raise PayloadError(
-            f"{what} has version {version} and could not be brought up to {current}: {type(error).__name__}: {error}.",
+            f"{what} has version {version} and could not be upcast to {current}: {type(error).__name__}: {error}.",
             code="E15",
         ) from error

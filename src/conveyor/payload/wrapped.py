@@ -59,7 +59,7 @@ def read_wrapped(data: bytes) -> WrappedPayload:
         raise _damaged("it is cut off")
     key_id = data[5:end]
     if not key_id.isascii() or not key_id.decode().isprintable():
-        raise _damaged("its key id is no text")
+        raise _damaged("its key id is not text")
     body, tag = data[nonce_end:], b""
     if algorithm == HMAC:
         body, tag = body[:-32], body[-32:]

@@ -270,7 +270,7 @@ def adapt(connection: Any) -> DbConnection | AsyncDbConnection:
         return DjangoConnection(connection)
     if not all(callable(getattr(connection, name, None)) for name in ("cursor", "commit", "rollback")):
         raise ConfigurationError(
-            f"{connection!r} is no database connection that is understood: a DB-API connection (it has cursor, commit "
+            f"{connection!r} is not a known kind of database connection: a DB-API connection (it has cursor, commit "
             "and rollback), one of Django, or a Session or Connection of SQLAlchemy. Nothing was stored.",
             code="E47",
         )
@@ -286,7 +286,7 @@ def adapt_blocking(connection: Any) -> DbConnection:
     db = adapt(connection)
     if isinstance(db, AsyncDbapiConnection | AsyncSqlAlchemyConnection):
         raise ConfigurationError(
-            f"{connection!r} is a connection on asyncio, and a blocking one is needed here. In a block write `async with`; "
+            f"{connection!r} is an asyncio connection, and this call needs a blocking one. In a block write `async with`; "
             "for a relay give a function that opens a blocking connection. Nothing was stored.",
             code="E47",
         )
@@ -299,7 +299,7 @@ def adapt_async(connection: Any) -> AsyncDbConnection:
     if isinstance(db, AsyncDbapiConnection | AsyncSqlAlchemyConnection):
         return db
     raise ConfigurationError(
-        f"{connection!r} is a blocking connection, and one of asyncio is needed here. Nothing was stored. Call the "
+        f"{connection!r} is a blocking connection, and this call needs an asyncio one. Nothing was stored. Call the "
         "method without the a before its name.",
         code="E47",
     )

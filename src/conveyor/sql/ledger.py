@@ -134,8 +134,8 @@ class Ledger(ManagedTable):
         result = yield self._table.fill(READ_MYSQL if dialect == "mysql" else READ), (key,)
         if not result.rows or result.rows[0][0] is None:
             raise ConfigurationError(
-                f"The ledger holds {key!r} without a result: it was written down by first(), or by a once() whose function "
-                "raised and whose transaction was committed all the same. Use different keys, and roll back after an "
+                f"The ledger holds {key!r} without a result: it was stored by first(), or by a once() whose function raised "
+                "and whose transaction was committed all the same. Use different keys, and roll back after an "
                 "error. Nothing was done."
             )
         return bytes(result.rows[0][0])
@@ -183,7 +183,7 @@ def _cutoff_ms(older_than: Duration) -> int:
 def _check_key(key: str) -> str:
     if not isinstance(key, str) or not 1 <= len(key) <= MOST or not key.isprintable():
         raise ConfigurationError(
-            f"A key of a ledger is 1 to {MOST} printable characters, not {key!r}. Nothing was done."
+            f"A key of a ledger must be 1 to {MOST} printable characters, not {key!r}. Nothing was done."
         )
     return key
 

@@ -152,7 +152,7 @@ class Outbox(ManagedTable):
     def _connect_function(self) -> Callable[[], Any]:
         if self._connect is None:
             raise ConfigurationError(
-                "This Outbox was not told how to open a connection, so it can only enqueue. Write: Outbox(app, connect), "
+                "This Outbox has no function that opens a connection, so it can only enqueue. Write: Outbox(app, connect), "
                 "with a function that returns a new blocking connection."
             )
         return self._connect

@@ -86,7 +86,7 @@ class Relay:
                     failures += 1
                     if time.monotonic() - logged >= _LOG_AGAIN:
                         logged = time.monotonic()
-                        _log.warning("the outbox cannot be read, trying again: %s: %s", type(error).__name__, error)
+                        _log.warning("the outbox cannot be read; trying again: %s: %s", type(error).__name__, error)
                     self._woken.wait(replies.pause(failures + 3, cap=LONGEST_PAUSE))
                     self._woken.clear()
         finally:
@@ -98,7 +98,7 @@ class Relay:
         result = self._delivery.deliver(db, skipped=skipped, grace=GRACE)
         for queue in () if result.left_to_another else self._backoffs.keys() - skipped - result.refusals.keys():
             if self._backoffs.pop(queue).logged:
-                _log.warning("queue '%s' takes rows of the outbox again", queue)
+                _log.warning("queue '%s': rows of the outbox are delivered again", queue)
         for queue, error in result.refusals.items():
             self._note_refusal(queue, error, result.counts.get(queue, 0))
         if result.count:
@@ -113,7 +113,7 @@ class Relay:
         backoff.until = now + replies.pause(backoff.attempts, cap=LONGEST_PAUSE)
         if now - self._logged_at.get(queue, -_LOG_AGAIN) >= _LOG_AGAIN:
             self._logged_at[queue], backoff.logged = now, True
-            _log.warning("rows of the outbox for queue '%s' wait, trying again: %s", queue, error)
+            _log.warning("queue '%s': rows of the outbox wait; trying again: %s", queue, error)
 
     def _plan_pause(self, result: DeliveryPass) -> None:
         """Decide how long to wait for the next look."""

@@ -46,7 +46,9 @@ class TableSql:
         Raises ConfigurationError.
         """
         if not isinstance(name, str) or not _NAME.fullmatch(name):
-            raise ConfigurationError(f"A table is named by letters, digits and _, perhaps behind a schema: {name!r}.")
+            raise ConfigurationError(
+                f"Invalid table name {name!r}: use letters, digits and _, with a schema in front if needed."
+            )
         self.name = name
         self.kind = kind
         self._ddl = ddl
@@ -57,7 +59,7 @@ class TableSql:
     def ddl(self, dialect: str) -> list[str]:
         """Return the statements that create it. Raises ConfigurationError for an unknown dialect."""
         if dialect not in _TYPES:
-            raise ConfigurationError(f"The tables are known for {', '.join(DIALECTS)}, not for {dialect!r}.")
+            raise ConfigurationError(f"There is SQL for {', '.join(DIALECTS)}, not for {dialect!r}.")
         text = self._ddl
         if dialect == "mysql":  # it knows no CREATE INDEX IF NOT EXISTS, and takes a for A unless told otherwise
             text = re.sub(

@@ -95,7 +95,7 @@ class OutboxTransaction:
 
     def _begin(self, db: DbConnection | AsyncDbConnection) -> Self:
         if self._used:
-            raise ConfigurationError("A block of an outbox is used once. Call transaction() or within() again.")
+            raise ConfigurationError("A block of an outbox can be used once. Call transaction() or within() again.")
         self._used, self._db, self.enclosing = True, db, _OPEN.get()
         _OPEN.set(self)
         return self
@@ -139,7 +139,7 @@ class OutboxTransaction:
         db = self._db
         if isinstance(db, AsyncDbapiConnection | AsyncSqlAlchemyConnection):
             raise ConfigurationError(
-                "This block is on a connection of asyncio, and a blocking push was made in it. Nothing was stored. Write "
+                "This block is on an asyncio connection, and a blocking push was made in it. Nothing was stored. Write "
                 "the awaitable twin: await task.aenqueue(...), await queue.apush(...).",
                 code="E46",
             )
