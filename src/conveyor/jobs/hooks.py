@@ -1,4 +1,4 @@
-"""What a program adds to its app: middleware around every push and every run, lifespans, listeners of events."""
+"""Extensions of an app by its program: middleware around pushes and runs, lifespans, listeners of events."""
 
 from __future__ import annotations
 

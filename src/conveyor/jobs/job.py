@@ -1,4 +1,4 @@
-"""A handle of one job: its id, how it stands, how it ended."""
+"""Handles of jobs: their id, status and result."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ if TYPE_CHECKING:
     from conveyor.store.keys import QueueKeys
 
 _POLL = 0.02
-"""Seconds between two looks at the buffer of this program."""
+"""Seconds between two checks of the buffer of this program."""
 R_co = TypeVar("R_co", covariant=True)
 JobLookup = tuple[str, inspection.JobRow | None, bytes]
 
 
 class ResultSpec(Protocol):
-    """What a task says about its results."""
+    """The part of a task that decodes results."""
 
     @property
     def name(self) -> str: ...
@@ -60,10 +60,10 @@ class JobCore(Protocol):
 
 class Job(Generic[R_co]):
     """
-    A handle of one job; making one costs nothing and asks nothing.
+    A handle of one job. Making one sends nothing.
 
-    `id` is the public id, `duplicate` is true when the enqueue met a job that existed. `queue` and `task` are None
-    for a handle made from an id that does not tell them, until something was asked.
+    `id` is the public id. `duplicate` is true when the enqueue met a job that existed. `queue` and `task` are None
+    for a handle made from an id that does not contain them, until the handle was used.
     """
 
     __slots__ = ("_bare_id", "_core", "_result_spec", "duplicate", "queue", "task")
@@ -97,7 +97,7 @@ class Job(Generic[R_co]):
 
     @property
     def id(self) -> str:
-        """The public id: ``queue:id`` when it was generated, as it is when the caller gave it."""
+        """The public id: ``queue:id`` for a generated id, the id itself when the caller gave it."""
         return self._bare_id if self.queue is None else ids.public(self.queue, self._bare_id)
 
     def __repr__(self) -> str:
@@ -113,11 +113,11 @@ class Job(Generic[R_co]):
 
     def status(self) -> Status:
         """
-        Return scheduled, ready, leased, done, dead or cancelled; waiting for a spawned job that has not left its parent,
-        and for one in the buffer of this program.
+        Return scheduled, ready, leased, done, dead, cancelled or waiting.
 
-        A job that Redis no longer knows is done: one that succeeded and keeps no result leaves no record. Raises
-        JobNotFound for an id of the caller's own that no queue has seen within a day.
+        A job is waiting while it is in the buffer of this program, and a spawned job until its parent has ended. A job
+        that Redis does not know is done: a job that succeeded and keeps no result leaves no record. Raises JobNotFound
+        for an id of the caller's own that no queue has seen within a day.
         """
         refuse_in_loop("job.status()", "await job.astatus()")
         if self._is_buffered():
@@ -125,7 +125,7 @@ class Job(Generic[R_co]):
         return self._status(self._look_up())
 
     async def astatus(self) -> Status:
-        """Do the same without blocking the event loop."""
+        """Awaitable form of `status`."""
         if self._is_buffered():
             return "waiting"
         return self._status(await self._alook_up())
@@ -137,7 +137,7 @@ class Job(Generic[R_co]):
         if where == "result":
             return read_outcome(record).status
         if where == "none" and not record and ids.may_come(self._bare_id):
-            return "waiting"  # its parent has not ended, or has a moment ago
+            return "waiting"  # its parent is still running, or ended a moment ago
         return "cancelled" if where == "cancelled" else "done"
 
     def _is_buffered(self) -> bool:
@@ -145,7 +145,7 @@ class Job(Generic[R_co]):
         return buffer is not None and buffer.holds(self._bare_id)
 
     def _wait_for_buffer(self, seconds: float | None) -> float | None:
-        """Wait until the buffer of this program has delivered it; return what is left of so many seconds."""
+        """Wait until the buffer of this program has delivered the job; return the rest of *seconds* (None: no limit)."""
         buffer = self._core.client.buffer
         if buffer is None or not buffer.holds(self._bare_id):
             return seconds
@@ -155,7 +155,7 @@ class Job(Generic[R_co]):
         return None if seconds is None else max(0.0, seconds - (monotonic() - started))
 
     async def _await_buffer(self, seconds: float | None) -> float | None:
-        """Do the same without blocking the event loop."""
+        """Awaitable form of `_wait_for_buffer`."""
         started = monotonic()
         while self._is_buffered():
             if seconds is not None and monotonic() - started >= seconds:
@@ -209,21 +209,21 @@ class Job(Generic[R_co]):
 
     def result(self, timeout: Duration | None = None) -> R_co:
         """
-        Wait until the job has ended and return what it returned.
+        Wait until the job has ended and return its result.
 
-        Raises TimeoutError after *timeout* (None: wait for ever), JobFailed, JobCancelled, and ResultExpired when the
-        job finished and the value it promised is no longer kept. The wait is by push: nothing is polled.
+        Raises TimeoutError after *timeout* (None: no limit), JobFailed, JobCancelled, and ResultExpired when the job
+        has finished and its value is no longer kept. Redis announces the end of the job; nothing is polled.
         """
         refuse_in_loop("job.result()", "await job.aresult()")
         seconds = _timeout_seconds(timeout)
         remaining = self._wait_for_buffer(seconds)
         if self.task is None:
-            self._look_up()  # the task says what type the result has, and only a live job names it
+            self._look_up()  # the task knows the type of the result, and only a live job names its task
         reply = self._core.result_subscriber.outcome(self._keys(), self._bare_id, remaining)
         return self._read_result(reply, seconds)
 
     async def aresult(self, timeout: Duration | None = None) -> R_co:  # noqa: ASYNC109  the twin of result
-        """Do the same without blocking the event loop."""
+        """Awaitable form of `result`."""
         seconds = _timeout_seconds(timeout)
         remaining = seconds if self._core.client.buffer is None else await self._await_buffer(seconds)
         if self.task is None:
@@ -272,7 +272,7 @@ class Job(Generic[R_co]):
         return TimeoutError(f"Job {self.id} has not ended after {seconds:g} s. It was not cancelled: ask again later.")
 
     def _no_value(self, *, just_ended: bool) -> R_co:
-        # Of a task that is not known here, nobody can say whether it had promised a value.
+        # For a task that is not known here it cannot be told whether it promised a value.
         promised = self._result_spec.promises_result if self._result_spec is not None else not just_ended
         if promised:
             raise ResultExpired(
@@ -294,10 +294,10 @@ class Job(Generic[R_co]):
 
     def cancel(self) -> bool:
         """
-        Cancel the job: it will not start, and a running one is asked to stop.
+        Cancel the job: it does not start, and a running one is asked to stop.
 
-        Return False when it had ended already; raises TimeoutError while it waits in a buffer. Whether a running job
-        does stop is its own affair: `result` tells.
+        Return False when it had ended already; raises TimeoutError while it waits in a buffer. A running job may ignore
+        the request: `result` tells how it ended.
         """
         refuse_in_loop("job.cancel()", "await job.acancel()")
         if self.queue is None:
@@ -306,7 +306,7 @@ class Job(Generic[R_co]):
         return self._core.client.run(operations.cancel(self._keys(), self._bare_id)) > 0
 
     async def acancel(self) -> bool:
-        """Do the same without blocking the event loop."""
+        """Awaitable form of `cancel`."""
         if self.queue is None:
             await self._alook_up()
         await self._await_buffer(self._core.client.patience)

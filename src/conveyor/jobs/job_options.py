@@ -179,7 +179,7 @@ def check_headers(headers: Mapping[str, str]) -> dict[str, str]:
 
 
 def positive_ms(value: Duration, name: str) -> int:
-    """Return a duration longer than nothing as ms; raises ConfigurationError."""
+    """Return a duration above zero in ms; raises ConfigurationError."""
     ms = milliseconds(value, name=name)
     if ms == 0:
         raise ConfigurationError(f"{name} must be greater than zero, not {value!r}.")

@@ -1,9 +1,9 @@
 """
-Waiting for the end of jobs by push: one subscribed connection and one thread for all waiters of an app.
+Waiting for results: one subscribed connection and one thread for all waiters of an app.
 
-A waiter registers in Redis (which answers at once when the job has ended) and then sleeps until the channel of its
-process says how the job ended. Since a message can be missed, it asks again every few seconds, and whenever the
-connection was lost in between.
+A waiter registers in Redis, which answers at once when the job has ended. Otherwise the waiter sleeps until a message on
+the channel of its process says how the job ended. A message can be missed, so the waiter asks again every few seconds,
+and whenever the connection was lost in between.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ if TYPE_CHECKING:
     from conveyor.store.client.client import Client
 
 WaitReply = tuple[str, bytes]
-"""What await_result.lua says: result | dead | gone | waiting, and its bytes."""
+"""The reply of await_result.lua: result | dead | gone | waiting, and its bytes."""
 
 CHECK_AGAIN = 5.0
 """Seconds after which a waiter asks again, in case its message was missed."""
 PING_AFTER, PONG_WITHIN = 15.0, 5.0
-"""Seconds of silence after which the server is asked whether it is there, and seconds it may take to say so."""
+"""Seconds of silence after which a PING is sent, and seconds that its answer may take."""
 OUTAGE_LIMIT = 60.0
-"""Seconds Redis may be away while somebody waits without a time limit."""
+"""Seconds that Redis may be away while a caller waits without a time limit."""
 
 _log = logging.getLogger("conveyor.result")
 
 
 class ResultWaiter:
-    """One call that waits; `wake` lets it look at `answer`, None meaning that it should ask again."""
+    """One call that waits. `wake` makes it read `reply`; None: it asks Redis again."""
 
     __slots__ = ("reply", "wake")
 
@@ -53,7 +53,6 @@ class ResultSubscriber:
     """The waiters of one app in this process, and the thread that wakes them."""
 
     def __init__(self, client: Client) -> None:
-        """Open nothing yet."""
         self._client = client
         self._reset()
         on_fork(self)
@@ -67,7 +66,7 @@ class ResultSubscriber:
     # -- waiting --------------------------------------------------------------------------------------------------
 
     def outcome(self, keys: QueueKeys, id: str, timeout: float | None) -> WaitReply | None:  # noqa: A002
-        """Return how the job ended, None when it had not after *timeout* seconds (None: wait for ever)."""
+        """Return how the job ended, None when it is running after *timeout* seconds (None: no limit)."""
         deadline = _Deadline(timeout)
         if deadline.remaining() == 0.0 or not self._is_subscribed():
             reply = self._client.run(operations.await_result(keys, id, ""))
@@ -99,7 +98,7 @@ class ResultSubscriber:
                 self._unregister(keys, id)
 
     async def aoutcome(self, keys: QueueKeys, id: str, timeout: float | None) -> WaitReply | None:  # noqa: A002, ASYNC109
-        """Do the same without blocking the event loop."""
+        """Awaitable form of `outcome`."""
         deadline = _Deadline(timeout)
         if deadline.remaining() == 0.0 or not self._is_subscribed():
             reply = await self._client.arun(operations.await_result(keys, id, ""))
@@ -150,7 +149,7 @@ class ResultSubscriber:
         self._wake_others(id)
 
     def _wake_others(self, id: str) -> None:  # noqa: A002
-        """Let those ask again who came while the last one left: its leaving may have struck them off."""
+        """Wake waiters that came while the last one unregistered: that may have removed their registration."""
         with self._lock:
             waiters = list(self._waiters.get(id, ()))
         for _, waiter in waiters:
@@ -163,22 +162,22 @@ class ResultSubscriber:
             self._waiters.setdefault(id, []).append((keys.prefix, waiter))
 
     def _remove_waiter(self, keys: QueueKeys, id: str, waiter: ResultWaiter) -> bool:  # noqa: A002
-        """Take a waiter out; return whether Redis still believes that somebody here waits for this job."""
+        """Remove a waiter; return whether this process is still registered in Redis for the job, without a waiter."""
         with self._lock:
             waiters = self._waiters.get(id, [])
             if (keys.prefix, waiter) not in waiters:
-                return False  # it was woken with the answer, and Redis had struck it off before
+                return False  # it was woken with the reply, and Redis had removed the registration before
             waiters.remove((keys.prefix, waiter))
             if not waiters:
                 del self._waiters[id]
             return not any(prefix == keys.prefix for prefix, _ in waiters)
 
     def handle_message(self, data: bytes) -> None:
-        """Wake those who wait for the job a message is about."""
+        """Wake the waiters for the job of a message."""
         id_, _, record = data.partition(b"\n")
         with self._lock:
             waiters = self._waiters.pop(id_.decode(), [])
-            # Two queues may hold the same id of a caller's own: the message does not say which of them it is about.
+            # Two queues may hold the same id of a caller's own: the message does not say which queue it is about.
             ambiguous = len({prefix for prefix, _ in waiters}) > 1
             if ambiguous:
                 self._waiters[id_.decode()] = waiters
@@ -188,7 +187,7 @@ class ResultSubscriber:
             waiter.wake()
 
     def wake_all(self) -> None:
-        """Let all waiters ask for themselves, after the connection was lost."""
+        """Make all waiters ask again, after the connection was lost."""
         with self._lock:
             waiters = [waiter for several in self._waiters.values() for _, waiter in several]
         for waiter in waiters:
@@ -201,7 +200,7 @@ class ResultSubscriber:
         return thread is not None and thread.ready.is_set()
 
     def _subscribe(self) -> None:
-        """Return when the channel is subscribed; raises StoreUnavailable when that takes too long."""
+        """Wait until the channel is subscribed; raises StoreUnavailable when that takes too long."""
         with self._lock:
             if self._thread is None:
                 self._thread = SubscriptionThread(self, self._client)
@@ -210,19 +209,19 @@ class ResultSubscriber:
             raise unreachable(str(self._client.address), thread.error or "no answer")
 
     def close(self) -> None:
-        """End the thread; waiters go on asking every few seconds."""
+        """End the thread; waiters still ask every few seconds."""
         with self._lock:
             thread, self._thread = self._thread, None
         if thread is not None:
             thread.close()
 
     def forked(self) -> None:
-        """Start anew in a forked child."""
+        """Start with an empty table in a forked child."""
         self._reset()
 
 
 class SubscriptionThread:
-    """The thread that reads the channel; it connects again, for ever, until it is closed."""
+    """A thread that reads the channel. It reconnects until it is closed."""
 
     def __init__(self, subscriber: ResultSubscriber, client: Client) -> None:
         self.ready = threading.Event()
@@ -272,9 +271,7 @@ class SubscriptionThread:
         self._subscriber.wake_all()
         while True:
             if not connection.can_read(timeout=PING_AFTER):
-                connection.send_command(
-                    "PING", check_health=False
-                )  # else a server that died silently would never be missed
+                connection.send_command("PING", check_health=False)  # detects a server that died silently
                 if not connection.can_read(timeout=PONG_WITHIN):
                     raise TimeoutError("no answer")
             message = connection.read_response()
@@ -283,7 +280,7 @@ class SubscriptionThread:
 
 
 class _Deadline:
-    """How long a waiter still waits, and how long it bears Redis being away."""
+    """The time limits of a waiter: for the result, and for an outage of Redis."""
 
     def __init__(self, timeout: float | None) -> None:
         self._deadline = None if timeout is None else time.monotonic() + timeout
@@ -291,11 +288,11 @@ class _Deadline:
         self._was_reached = False
 
     def remaining(self) -> float | None:
-        """Return the seconds left, None for ever."""
+        """Return the seconds until the time limit, None without one."""
         return None if self._deadline is None else max(0.0, self._deadline - time.monotonic())
 
     def next_check(self) -> float:
-        """Return how long to sleep before asking again."""
+        """Return the seconds until the waiter asks again."""
         remaining = self.remaining()
         return CHECK_AGAIN if remaining is None else min(CHECK_AGAIN, remaining)
 
@@ -304,7 +301,7 @@ class _Deadline:
         self._was_reached, self._outage_since = True, None
 
     def note_outage(self) -> None:
-        """Note, inside an except clause, that it did not; passes the error on when that has lasted too long."""
+        """Note, inside an except clause, that Redis did not answer; re-raise when that has lasted too long."""
         now = time.monotonic()
         self._outage_since = self._outage_since or now
         over = self._deadline is not None and now >= self._deadline
@@ -315,14 +312,14 @@ class _Deadline:
 def _release(lock: threading.Lock) -> None:
     try:
         lock.release()
-    except RuntimeError:  # somebody else released it between the look and now
+    except RuntimeError:  # another thread released it in between
         pass
 
 
 def _call_soon(loop: asyncio.AbstractEventLoop, function: Callable[[], object]) -> None:
     try:
         loop.call_soon_threadsafe(function)
-    except RuntimeError:  # the loop is closed, so nobody waits any more
+    except RuntimeError:  # the loop is closed, and its waiter with it
         pass
 
 

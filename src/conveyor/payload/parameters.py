@@ -1,4 +1,4 @@
-"""A function's parameters: their resolved annotations, how they are written down, and typed in as text."""
+"""The parameters of a function: resolved annotations, the signature as text, and values from text."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def read_parameters(
     """
     Return the parameters with their annotations resolved, and the return annotation.
 
-    Raises ConfigurationError for an annotation that does not resolve; an injected parameter keeps it as it is.
+    Raises ConfigurationError for an annotation that does not resolve; that of an injected parameter need not.
     """
     try:
         signature = inspect.signature(function)
@@ -61,7 +61,7 @@ def _resolved(annotation: Any, scope: dict[str, Any]) -> Any:
 
     def holder() -> None: ...
 
-    # One at a time, so that an error can say which.
+    # One at a time, so that an error can name it.
     holder.__annotations__ = {"it": annotation}
     return typing.get_type_hints(holder, scope, include_extras=True)["it"]
 
@@ -74,7 +74,7 @@ def _unresolved(name: str, place: str, annotation: object, error: Exception) -> 
 
 
 def payload_signature(parameters: Iterable[inspect.Parameter], injected: Iterable[str], name: str) -> inspect.Signature:
-    """Return what the caller passes: without the injected, after which parameters can be given by name only."""
+    """Return the signature without the injected parameters; those behind one can be given by name only."""
     kept: list[inspect.Parameter] = []
     by_name = False
     for parameter in parameters:
@@ -96,7 +96,7 @@ def payload_signature(parameters: Iterable[inspect.Parameter], injected: Iterabl
 
 
 def payload_type(annotation: Any) -> Any:
-    """Return the type a payload has for an annotation: Any where there is none."""
+    """Return the type of an annotation in a payload: Any where there is none."""
     if annotation is _EMPTY or isinstance(annotation, typing.ParamSpecArgs | typing.ParamSpecKwargs):
         return Any
     return annotation
@@ -136,9 +136,9 @@ def _annotation_text(annotation: Any) -> str:
 
 def from_text(type_: Any, text: str) -> Any:
     """
-    Return *text* in that type: a str as it is, else JSON, else a date, UUID, Enum value or name as people write it.
+    Return *text* in that type: a str as it is, else JSON, else a date, UUID, Enum value or Enum name.
 
-    Any is JSON if it can be, else the text. Raises msgspec.ValidationError for a text that does not fit.
+    With Any it is JSON if possible, else the text. Raises msgspec.ValidationError for a text that does not fit.
     """
     members = _members(type_)
     if set(members) <= {str, type(None)} and str in members:

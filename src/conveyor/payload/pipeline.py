@@ -27,15 +27,15 @@ if TYPE_CHECKING:
 MAX_LARGE = 16 * 1024 * 1024
 """Bytes of JSON that a body stored elsewhere may take, unless the app says otherwise."""
 LARGE_ABOVE = 256 * 1024
-_LEVEL = 1  # JSON shrinks to a sixth already; level 6 takes three times as long for a few per cent more
-_SLACK = 1024  # what header, nonce and tag add at most
+_LEVEL = 1  # JSON shrinks to a sixth at level 1; level 6 takes three times as long for a few per cent more
+_SLACK = 1024  # bytes that header, nonce and tag add at most
 
 Kind = Literal[b"payload", b"result", b"error", b"blob"]
 log = logging.getLogger("conveyor.sealing")
 
 
 class BlobReference(msgspec.Struct, frozen=True):
-    """What is stored in the place of a large body: where its bytes are, how many (`size`), and their SHA-256."""
+    """Stands in Redis for a large body: the name of its bytes, their number (`size`) and their SHA-256."""
 
     name: str
     size: int
@@ -44,9 +44,10 @@ class BlobReference(msgspec.Struct, frozen=True):
 
 class PayloadPipeline:
     """
-    What is done to bodies, as the app was told. Made without anything it opens what needs no settings.
+    Compresses, stores elsewhere and seals bodies as the app's options say, and undoes it.
 
-    `queue` may be a partition's name: seals are bound to the queue as a whole.
+    Without options it opens bodies that need no settings. `queue` may be the name of a partition: seals are bound to
+    the whole queue.
     """
 
     def __init__(
@@ -58,7 +59,7 @@ class PayloadPipeline:
         large_above: int = LARGE_ABOVE,
         max_whole: int = MAX_LARGE,
     ) -> None:
-        """Take the parts, None for what is not wanted; sizes in bytes."""
+        """Make a pipeline. None leaves a step out; sizes in bytes."""
         self.sealer = seal
         self.store = store
         self.max_whole = max_whole
@@ -75,9 +76,9 @@ class PayloadPipeline:
 
     def wrap(self, body: bytes, *, queue: str, task: str, id: str, kind: Kind = b"payload") -> bytes:  # noqa: A002
         """
-        Return what is stored for the JSON *body*; a large one is written to the store before this returns.
+        Return the bytes that Redis stores for *body*; a large body is in the store when this returns.
 
-        A body that needs nothing comes back as it is. What the store raises comes through as BlobUnavailable.
+        A body that needs no step is returned as it is. Raises BlobUnavailable when the store fails.
         """
         queue, form = queue.partition("/")[0], 0
         if self._compress_above is not None and len(body) > self._compress_above:
@@ -89,7 +90,7 @@ class PayloadPipeline:
         return self._seal(body, form, kind, queue, task, id)
 
     async def awrap(self, body: bytes, *, queue: str, task: str, id: str) -> bytes:  # noqa: A002
-        """Do the same without blocking the event loop on the store."""
+        """Awaitable form of `wrap`."""
         if self.is_large(body, b"payload"):
             return await asyncio.to_thread(self.wrap, body, queue=queue, task=task, id=id)
         return self.wrap(body, queue=queue, task=task, id=id)
@@ -125,10 +126,10 @@ class PayloadPipeline:
         kind: Kind = b"payload",
     ) -> bytes:
         """
-        Return the JSON that was wrapped, at most *limit* bytes of it.
+        Return the body that was wrapped, of at most *limit* bytes.
 
         Raises PayloadError: E15 damaged, E21 too large, E38 no keys here, E39 unknown key, E40 the seal does not
-        match, E41 not sealed, E42 the large body is gone; and BlobUnavailable when the store did not answer.
+        match, E41 not sealed, E42 the large body is gone. Raises BlobUnavailable when the store fails.
         """
         limit = self.max_whole if limit is None else limit
         queue = queue.partition("/")[0]
@@ -147,18 +148,18 @@ class PayloadPipeline:
         return _inflate(body, limit) if wrapped.form & COMPRESSED else _bounded(body, limit)
 
     def is_stored_elsewhere(self, data: bytes) -> bool:
-        """Tell whether opening *data* asks the store."""
+        """Tell whether opening *data* reads the store."""
         return data[:1] == MAGIC and len(data) > 3 and bool(data[3] & ELSEWHERE)
 
     def reference(self, data: bytes, *, queue: str, task: str, id: str) -> BlobReference | None:  # noqa: A002
-        """Return where the large body of *data* is, None when it is in Redis. Raises PayloadError."""
+        """Return the reference to the large body of *data*, None when it is in Redis. Raises PayloadError."""
         if not self.is_stored_elsewhere(data):
             return None
         wrapped, body = self._open(data, b"payload", queue.partition("/")[0], task, id)
         return None if wrapped is None else _reference(body)
 
     def _open(self, data: bytes, kind: Kind, queue: str, task: str, id_: str) -> tuple[WrappedPayload | None, bytes]:
-        """Return the header (None for bare JSON) and the body behind its seal."""
+        """Return the header (None for a bare body) and the body, its seal checked."""
         if data[:1] != MAGIC:
             if self.sealer is not None:
                 raise self._unsealed()
@@ -191,7 +192,7 @@ class PayloadPipeline:
                 "Give it the producer's: Conveyor(large=…), then redrive.",
                 code="E42",
             )
-        if reference.size > limit + _SLACK:  # before a byte is read
+        if reference.size > limit + _SLACK:  # checked before a byte is read
             raise PayloadError(f"E21 It refers to {reference.size:,} bytes, and the limit is {limit:,}.", code="E21")
         try:
             blob = self.store.get(reference.name, reference.size + 1)
@@ -209,7 +210,7 @@ class PayloadPipeline:
         )
 
     def delete(self, name: str) -> None:
-        """Remove a large body whose job has ended; a failure is only logged, the sweep comes later."""
+        """Remove the large body of a job that has ended. A failure is logged: the sweep removes it later."""
         try:
             if self.store is not None:
                 self.store.delete(name)
@@ -218,7 +219,7 @@ class PayloadPipeline:
 
 
 PLAIN = PayloadPipeline()
-"""Opens what needs no settings, and says of the rest what is missing."""
+"""Opens bodies that need no settings, and raises for the others what is missing."""
 
 
 def _reference(body: bytes) -> BlobReference:
@@ -240,7 +241,7 @@ def _bounded(body: bytes, limit: int) -> bytes:
 def _inflate(data: bytes, limit: int) -> bytes:
     inflater = zlib.decompressobj()
     try:
-        body = inflater.decompress(data, limit + 1)  # never more, whatever it claims to hold
+        body = inflater.decompress(data, limit + 1)  # never more, whatever size the data claims
     except zlib.error as error:
         raise _unreadable(f"it does not decompress ({error})") from None
     if len(body) > limit:
@@ -255,7 +256,7 @@ def _unreadable(why: str) -> PayloadError:
 
 
 def checked_store(store: Any) -> BlobStore | None:
-    """Return what ``large=`` was given; raises ConfigurationError for what cannot store."""
+    """Return the store of ``large=``; raises ConfigurationError for an object that is no store."""
     if store is not None and not isinstance(store, BlobStore):
         raise ConfigurationError(
             "Conveyor(large=…) takes a store with put, get, delete and old, such as FileStore('/srv/blobs'), "
@@ -274,7 +275,7 @@ def make_pipeline(
     max_large: Size,
     max_payload: int,
 ) -> PayloadPipeline | None:
-    """Return what an app does to bodies, None for nothing at all; raises ConfigurationError."""
+    """Return the pipeline of an app, None when no option needs one; raises ConfigurationError."""
     if keys is None and compress is None and large is None:
         if encrypt:
             raise ConfigurationError(

@@ -1,4 +1,4 @@
-"""Results and errors, wrapped as payloads are: what a job returned or said when it failed is as secret as its arguments."""
+"""Results and errors, wrapped like payloads: they are as secret as the arguments of their job."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from conveyor.payload.pipeline import MAX_LARGE, PLAIN, PayloadPipeline
 from conveyor.payload.records import Failure, Outcome
 from conveyor.payload.wrapped import MAGIC, describe
 
-# Bound to queue and id and not to the task: who asks for a result may know no more, and an id is one job's.
+# Bound to queue and id, not to the task: the reader of a result may not know the task, and an id is one job's.
 _NO_TASK = ""
 _UNOPENED = frozenset({"E38", "E39", "E40", "E41", "E43", "E50"})
-"""What is said of a body that was not opened, or not decoded, quotes nothing of it, and is for those who lack the keys."""
+"""Errors about a body that was not opened or decoded. They quote nothing of it, and must be readable without keys."""
 
 
 def pack_result(sealing: PayloadPipeline, value: bytes, queue: str, id: str) -> bytes:  # noqa: A002
-    """Return the member of the outcome's JSON that holds *value*."""
+    """Return the member of the outcome's JSON that contains *value*."""
     data = sealing.wrap(value, queue=queue, task=_NO_TASK, id=id, kind=b"result")
     return b'"packed":"%b"' % _text(data) if data[:1] in {MAGIC, MARK} else b'"value":%b' % value
 
 
 def open_result(sealing: PayloadPipeline | None, outcome: Outcome, queue: str, id: str, limit: int) -> bytes:  # noqa: A002
-    """Return the body of what a job returned; raises PayloadError as `PayloadPipeline.unwrap` does."""
+    """Return the body of a result; raises PayloadError as `PayloadPipeline.unwrap` does."""
     opener = sealing or PLAIN
     data = _bytes(outcome.packed) if outcome.packed else bytes(outcome.value)
     try:
@@ -36,7 +36,7 @@ def open_result(sealing: PayloadPipeline | None, outcome: Outcome, queue: str, i
 
 
 def pack_failure(sealing: PayloadPipeline, failure: Failure, queue: str, id: str) -> Failure:  # noqa: A002
-    """Return *failure* with its texts wrapped; the class of the error stays readable, so that people can sort by it."""
+    """Return *failure* with its texts wrapped; the class of the error stays readable, for sorting."""
     body = msgspec.json.encode((failure.message, failure.traceback))
     data = sealing.wrap(body, queue=queue, task=_NO_TASK, id=id, kind=b"error")
     if data[:1] != MAGIC:
@@ -47,12 +47,12 @@ def pack_failure(sealing: PayloadPipeline, failure: Failure, queue: str, id: str
 
 
 def pack_refusal(sealing: PayloadPipeline, failure: Failure, code: str, queue: str, id: str) -> Failure:  # noqa: A002
-    """Return *failure*, of a body that could not be read, wrapped where it may quote the body (a value of no Enum)."""
+    """Return *failure* of a body that could not be read, wrapped where it may quote the body (a value of no Enum)."""
     return failure if code in _UNOPENED else pack_failure(sealing, failure, queue, id)
 
 
 def open_failure(sealing: PayloadPipeline | None, failure: Failure, queue: str, id: str) -> Failure:  # noqa: A002
-    """Return *failure* with its texts, or with the reason why they cannot be read here; never raises for what is stored."""
+    """Return *failure* with its texts, or with the reason why they cannot be read here. Stored bytes never make it raise."""
     if not failure.packed:
         return failure
     try:
@@ -68,13 +68,13 @@ def open_failure(sealing: PayloadPipeline | None, failure: Failure, queue: str, 
 
 
 class RecordDecoder(NamedTuple):
-    """What a person who looks has: the keys and the store of the app, and its formats."""
+    """Shows bodies, results and errors to people, with the keys, the store and the formats of an app."""
 
     sealing: PayloadPipeline | None = None
     formats: FormatRegistry = JSON
 
     def preview(self, body: bytes, queue: str, task: str, id: str, *, limit: int = MAX_LARGE, call: bool) -> str:  # noqa: A002
-        """Return what is shown of a body: its value of at most *limit* bytes as JSON, or what it is; asks no store."""
+        """Return a body as people see it: its value of at most *limit* bytes as JSON, or a description; reads no store."""
         if body[:1] == MAGIC:
             opener: Any = self.sealing or PLAIN
             try:
@@ -87,7 +87,7 @@ class RecordDecoder(NamedTuple):
         return body_text(body, self.formats, call=call)
 
     def result(self, outcome: Outcome, queue: str, id: str) -> str:  # noqa: A002
-        """Return what is shown of a result."""
+        """Return a result as people see it."""
         try:
             return body_text(open_result(self.sealing, outcome, queue, id, MAX_LARGE), self.formats, call=False)
         except PayloadError as error:

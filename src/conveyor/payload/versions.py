@@ -1,4 +1,4 @@
-"""Versions of payloads: old ones are brought up to date, step by step, before they are decoded."""
+"""Versions of payloads: an old payload is upcast, version by version, before it is decoded."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from conveyor.payload.formats import MARK, FormatRegistry
 
 
 class PayloadTooNew(PayloadError):
-    """A payload of a later version than this program knows: it waits for a program that does."""
+    """A payload of a later version than this program knows. The job waits for a program that knows it."""
 
     code = "E43"
 
     def __init__(self, what: str, version: int, known: int) -> None:
-        """Take what it is, its version and the last one known here."""
+        """Make the error from the subject, its version and the last version known here."""
         super().__init__(f"E43 {what} has version {version}, and this program knows {known} at most. Upgrade it.")
 
 
@@ -24,7 +24,7 @@ MAX_VERSION = 1_000_000
 
 
 def sealed_name(task: str, version: int) -> str:
-    """Return what a seal is bound to as the task: with the version, which says how the payload is read."""
+    """Return the task name that a seal is bound to: with the version, which decides how the payload is read."""
     return task if version == 1 else f"{task}\t{version}"  # no task's name holds a tab
 
 
@@ -40,7 +40,7 @@ def check_version(version: object, upcast: object, where: str) -> int:
 
 
 class OldPayload(NamedTuple):
-    """What a payload is that is to be brought up to date: for errors, its limit in bytes, and whether it holds arguments."""
+    """An old payload: its subject in errors, its limit in bytes, its formats, and whether it is a task's arguments."""
 
     what: str
     limit: int
@@ -50,7 +50,7 @@ class OldPayload(NamedTuple):
 
 def upcast_body(body: bytes, version: int, current: int, upcast: Callable[[int, Any], Any], old: OldPayload) -> bytes:
     """
-    Return the *body* of an older *version* as *current* has it, in its format; *upcast* takes each step.
+    Return the *body* of an older *version* upcast to *current*, in its format; *upcast* is called for each version.
 
     Raises PayloadError: E15 with what *upcast* raised, E21 too large, E22 nested too deep, E50 of a format not known here.
     """
@@ -58,7 +58,7 @@ def upcast_body(body: bytes, version: int, current: int, upcast: Callable[[int, 
     excess = too_large(body, old.limit, "a payload") if body[:1] == MARK else exceeded_limit(body, old.limit)
     if excess:
         raise PayloadError(f"{what} {excess[1]}", code=excess[0])
-    if version < 1:  # never ours; and the steps from far below would not end
+    if version < 1:  # never written by this library, and the steps from far below would not end
         raise PayloadError(f"{what} has version {version}, and there is none below 1.", code="E15")
     try:
         value, again = old.formats.decode_untyped(body, call=old.call)

@@ -1,9 +1,10 @@
 """
-From committed rows to Redis, each exactly once, however often the deliverer is killed and however many there are.
+Delivery of committed rows to Redis, each exactly once, with any number of deliverers and after any number of kills.
 
-A batch of rows gets a name, and that is committed; then they are pushed in a lane of that name, and deleted. Who finds
-named rows pushes just these in that lane again, which Redis answers from its memory if it has them. Nothing goes before
-what was named earlier, so rows leave in their order. What one queue refuses holds up that queue alone.
+A batch of rows gets a name, and that is committed. Then its rows are pushed in a sequence of that name, and deleted. A
+deliverer that finds named rows pushes the same rows in the same sequence again, which Redis answers from its memory if
+it has them. Nothing is pushed before a batch that was named earlier, so rows leave in their order. A refusal of one
+queue holds up that queue alone.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ PATIENCE = 1.0
 NEXT = """SELECT seq, LENGTH(entry) FROM {table}
  WHERE namespace = ? AND batch = ''{others} ORDER BY seq LIMIT 1000"""
 CLAIM = "UPDATE {table} SET batch = ? WHERE namespace = ? AND batch = '' AND seq <= ?{others}"
-# Above '' and not unequal to it: that an index finds.
+# batch > '' and not batch <> '': an index finds it.
 NAMED = """SELECT batch, queue, seq, created_ms, entry FROM {table}
  WHERE namespace = ? AND batch > '' AND batch <> '!' ORDER BY seq"""
 ALSO_NAMED = """SELECT DISTINCT queue FROM {table}
@@ -53,7 +54,7 @@ log = logging.getLogger("conveyor.relay")
 
 @dataclass(slots=True)
 class DeliveryBatch:
-    """Rows of one batch that go to one place: pushed together, in a lane of their own."""
+    """The rows of one name that go to one queue or partition: pushed together, in a sequence of their own."""
 
     name: str
     queue: str
@@ -62,13 +63,13 @@ class DeliveryBatch:
 
     @property
     def sequence(self) -> str:
-        """The name of their lane."""
+        """The name of their sequence."""
         return self.name + DAY
 
 
 @dataclass(slots=True)
 class DeliveryPass:
-    """What one pass did, by queue: rows taken to Redis, refusals; and whether it left a batch to another deliverer."""
+    """The result of one pass: rows delivered and refusals, by queue; and whether a batch was left to another deliverer."""
 
     counts: dict[str, int] = field(default_factory=dict)
     refusals: dict[str, ConveyorError] = field(default_factory=dict)
@@ -76,7 +77,7 @@ class DeliveryPass:
 
     @property
     def count(self) -> int:
-        """All rows taken to Redis."""
+        """The number of rows delivered."""
         return sum(self.counts.values())
 
 
@@ -84,7 +85,6 @@ class OutboxDelivery:
     """Delivers the rows of one table that belong to one app."""
 
     def __init__(self, core: AppCore, table: TableSql) -> None:
-        """Take whose rows, and where they lie."""
         self._core, self._table = core, table
         self._known: set[str] = set()
         self._own_batches: set[str] = set()
@@ -92,17 +92,17 @@ class OutboxDelivery:
 
     def deliver(self, db: DbConnection, *, skipped: Collection[str] = (), grace: float = 0.0) -> DeliveryPass:
         """
-        Deliver all that is committed by now, but for the queues that are *resting*.
+        Deliver all committed rows, except for the queues that are *skipped*.
 
-        A batch of another deliverer is left to it for so many seconds of *courtesy*, and nothing is pushed before it.
-        Raises what the driver raises; a refusal of Redis is told in what is returned.
+        A batch of another deliverer is left to it for *grace* seconds, and nothing is pushed before it. Raises the
+        errors of the driver; refusals of Redis are part of the result.
         """
         result, skip = DeliveryPass(), set(skipped)
         with explain_missing_table(self._table):
             while True:
                 batches = self._named_batches(db)
                 recent = self._recent_of_others(batches, grace)
-                renamed: set[str] = set()  # queues whose first rows have other names now: what follows comes after them
+                renamed: set[str] = set()  # queues whose first rows have new names: the rows behind them must wait
                 for batch in batches:
                     if batch.name in recent:
                         result.left_to_another = True
@@ -128,17 +128,17 @@ class OutboxDelivery:
     # -- which rows ---------------------------------------------------------------------------------------------------
 
     def _claim(self, db: DbConnection, skipped: Collection[str]) -> bool:
-        """Name the next rows; return whether there were any."""
+        """Give the next rows a name; return whether there were any."""
         namespace, waits = self._core.client.namespace, tuple(skipped)
         others = f" AND queue NOT IN ({', '.join('?' * len(waits))})" if waits else ""
         rows = db.run(self._table.fill(NEXT).replace("{others}", others), namespace, *waits).rows
-        db.commit()  # a database holds what a transaction has read, and some go on seeing just that
+        db.commit()  # a database keeps the rows that a transaction has read, and some see the same snapshot until its end
         if not rows:
             return False
         name = new_identity()
         self._run(db, CLAIM.replace("{others}", others), name, namespace, _last_seq(rows), *waits)
-        # Another may have claimed a moment ago: what it left over follows its rows, even where it has lower numbers,
-        # since a number is drawn before its commit.
+        # Another deliverer may have claimed a moment ago. The rows that it left follow its rows, even with lower
+        # numbers, because a number is drawn before its commit.
         if {queue for (queue,) in db.run(self._table.fill(ALSO_NAMED), namespace, name).rows} - set(skipped):
             db.rollback()
         else:
@@ -152,7 +152,7 @@ class OutboxDelivery:
         firsts: dict[tuple[str, str], int] = {}
         for name, queue, seq, *_ in rows:
             firsts.setdefault((name, queue), seq)
-        rows.sort(key=lambda row: (firsts[row[0], row[1]], row[2]))  # what shares a lane stands together
+        rows.sort(key=lambda row: (firsts[row[0], row[1]], row[2]))  # rows of one sequence stand together
         return [
             self._read_batch(db, *which, list(group))
             for which, group in groupby(rows, key=lambda row: (row[0], row[1]))
@@ -181,7 +181,7 @@ class OutboxDelivery:
         )  # fmt: skip
 
     def _recent_of_others(self, batches: Sequence[DeliveryBatch], grace: float) -> set[str]:
-        """Return the batches that another deliverer is at work on, as far as one can see: they are new here."""
+        """Return the batches that another deliverer may be working on: they were first seen within *grace* seconds."""
         now, names = time.monotonic(), {batch.name for batch in batches}
         self._own_batches &= names
         self._first_seen = {name: self._first_seen.get(name, now) for name in names - self._own_batches}
@@ -190,7 +190,7 @@ class OutboxDelivery:
     # -- one part -----------------------------------------------------------------------------------------------------
 
     def _deliver_batch(self, db: DbConnection, batch: DeliveryBatch, patience: float) -> int:
-        """Push a part and delete its rows; return how many, 0 when they were named anew instead."""
+        """Push a batch and delete its rows; return how many, 0 when they got new names instead."""
         if not batch.entries:
             return 0
         if any(self._destination(batch.queue, entry) != batch.queue for entry in batch.entries):
@@ -202,7 +202,7 @@ class OutboxDelivery:
         except QueueFull:
             if len(batch.entries) == 1:
                 raise
-            # Fewer may fit. First its lane is shut, so that no late copy of the whole can come after a half.
+            # Fewer may fit. First the sequence is closed, so that no late copy of the whole can follow a half.
             keys = self._core.keys(batch.queue)
             self._core.client.run(operations.fence(keys, batch.sequence), patience=patience)
             try:
@@ -221,7 +221,7 @@ class OutboxDelivery:
         declared, partitions = core.bounded.get(queue), core.partitioned.get(queue)
         asks = None if declared is None else declared.asks
         most = partitions.most if partitions else declared.max_length if declared else None
-        # Not `push_plain`: its script would open a lane that was shut.
+        # Not `push_plain`: its script would open a sequence that was closed.
         call = operations.push(
             keys, ProducerSequence(batch.sequence, insists=True), batch.entries, max_length=most or 0
         )
@@ -237,7 +237,7 @@ class OutboxDelivery:
         return len(batch.entries) if count < 0 else count
 
     def _split(self, db: DbConnection, batch: DeliveryBatch) -> int:
-        """Give both halves of a part whose lane is shut names of their own: the first half first, in case of a kill."""
+        """Give both halves of a batch whose sequence is closed new names; the first half first, in case of a kill."""
         namespace, middle, end = self._core.client.namespace, len(batch.seqs) // 2, batch.seqs[-1]
         for last in [batch.seqs[middle - 1], end] if middle else [end]:
             name = new_identity()
@@ -249,7 +249,7 @@ class OutboxDelivery:
     # -- partitions that changed --------------------------------------------------------------------------------------
 
     def _destination(self, queue: str, entry: Entry) -> str:
-        """Return where a row for *queue* goes now: elsewhere when its partition is no more, or not yet."""
+        """Return the queue or partition of a row now: another one when the number of partitions has changed."""
         core = self._core
         if queue in core.plain_lists:
             return queue
@@ -261,7 +261,7 @@ class OutboxDelivery:
         return partitions.keys[partitions.pick(unique=entry.unique, id=entry.id)].queue
 
     def _requeue(self, db: DbConnection, batch: DeliveryBatch) -> int:
-        """Have rows wait for where they go now, unless they had arrived where they went before."""
+        """Let rows wait for their new partition, unless the old one had accepted them."""
         key, namespace = self._core.keys(batch.queue).lane(batch.sequence), self._core.client.namespace
         remembered = self._core.client.execute("GET", key, key=key, patience=PATIENCE)
         if isinstance(remembered, bytes) and remembered.startswith(b"1\nok"):
@@ -273,7 +273,7 @@ class OutboxDelivery:
 
 
 def _last_seq(rows: Sequence[tuple[int, int]]) -> int:
-    """Return the number of the last of the first *rows* that may travel in one batch."""
+    """Return the number of the last row that fits into one batch."""
     size = 0
     for at, (seq, length) in enumerate(rows):
         size += length

@@ -21,7 +21,7 @@ from conveyor.errors import ConfigurationError, ConveyorError
 T = TypeVar("T")
 _MARKS = {"qmark": "?", "format": "%s", "pyformat": "%s", "numeric": ":{}", "numeric_dollar": "${}", "named": ":p{}"}
 MOST_ROWS, MOST_BYTES = 100, 1_000_000
-"""What one INSERT carries: SQLite once took no more than 999 parameters, MySQL has a limit in bytes."""
+"""Rows and bytes of one INSERT: old SQLite takes at most 999 parameters, MySQL has a limit in bytes."""
 
 _DIALECTS = {
     "sqlite3": "sqlite", "aiosqlite": "sqlite", "pysqlite3": "sqlite", "psycopg": "postgresql", "psycopg2": "postgresql",
@@ -29,30 +29,30 @@ _DIALECTS = {
     "mariadb": "mysql", "aiomysql": "mysql", "asyncmy": "mysql",
 }  # fmt: skip
 _IN_TRANSACTION = 1
-"""The bit of a MySQL server's status that says so."""
+"""The bit in the status of a MySQL server for an open transaction."""
 
 
 @lru_cache(256)
 def with_placeholders(sql: str, style: str) -> str:
-    """Return *sql* with the question marks that the driver wants instead."""
+    """Return *sql* with the driver's placeholders instead of question marks."""
     numbers = count(1)
     return re.sub(r"\?", lambda _: _MARKS[style].format(next(numbers)), sql)
 
 
 def parameters_for(values: Sequence[object], style: str) -> tuple[object, ...] | Mapping[str, object]:
-    """Return the values as the driver wants them."""
+    """Return the values in the form that the driver takes."""
     if style == "named":
         return {f"p{number}": value for number, value in enumerate(values, 1)}
     return tuple(values)
 
 
 def is_known_style(style: str) -> bool:
-    """Tell whether that ``paramstyle`` is one of ours."""
+    """Tell whether a ``paramstyle`` is known here."""
     return style in _MARKS
 
 
 def insert_statements(head: str, rows: Sequence[tuple[object, ...]]) -> Iterator[tuple[str, list[object]]]:
-    """Yield statements and values that insert *rows*, in order; the last column decides how many go in one."""
+    """Yield statements and values that insert *rows*, in order; the size of the last column limits a statement."""
     values: list[object] = []
     taken = size = 0
     for row in rows:
@@ -72,45 +72,44 @@ def _insert_statement(head: str, rows: int, columns: int) -> str:
 
 
 class StatementResult(NamedTuple):
-    """What a statement gave: its rows, and how many it touched (-1 where the driver does not say)."""
+    """The result of a statement: its rows, and how many it changed (-1 where the driver does not say)."""
 
     rows: list[tuple[Any, ...]]
     row_count: int
 
 
 class DbConnection(Protocol):
-    """A connection that blocks."""
+    """A blocking connection."""
 
     @property
     def dialect(self) -> str:
-        """One of `table.DIALECTS`, or the driver's name where that is not known."""
+        """One of `tables.DIALECTS`, or the name of an unknown driver."""
         ...
 
     def run(self, sql: str, *values: object) -> StatementResult:
-        """Carry out one statement, in the transaction that is open or opens now."""
+        """Execute one statement, in the open transaction or a new one."""
         ...
 
     def commit(self) -> None: ...
     def rollback(self) -> None: ...
 
     def in_autocommit(self) -> bool:
-        """Tell whether each statement would be a transaction of its own; False where that cannot be told."""
+        """Tell whether each statement is a transaction of its own; False where that is not known."""
         ...
 
     def begin(self) -> None:
-        """Take a connection that was opened for us, and see that it has transactions."""
+        """Prepare a connection that the relay has opened: its statements must be in transactions."""
         ...
 
 
 class DbapiConnection:
-    """A DB-API connection."""
+    """A blocking DB-API connection."""
 
     def __init__(self, connection: Any, style: str, dialect: str) -> None:
-        """Take the driver's paramstyle, and the database's name."""
         self._connection, self._style, self.dialect = connection, style, dialect
 
     def run(self, sql: str, *values: object) -> StatementResult:
-        """Carry out one statement."""
+        """Execute one statement."""
         cursor = self._connection.cursor()
         try:
             cursor.execute(with_placeholders(sql, self._style), parameters_for(values, self._style))
@@ -120,15 +119,15 @@ class DbapiConnection:
             cursor.close()
 
     def commit(self) -> None:
-        """Commit."""
+        """Commit the transaction."""
         self._connection.commit()
 
     def rollback(self) -> None:
-        """Roll back."""
+        """Roll the transaction back."""
         self._connection.rollback()
 
     def in_autocommit(self) -> bool:
-        """Tell whether the connection is in autocommit, outside of a transaction begun by hand."""
+        """Tell whether the connection is in autocommit, without a transaction that was begun by hand."""
         return _in_autocommit(self._connection, self.dialect)
 
     def begin(self) -> None:
@@ -136,10 +135,9 @@ class DbapiConnection:
 
 
 class DjangoConnection(DbapiConnection):
-    """A connection of Django, whose cursors take ``%s`` whatever the database."""
+    """A connection of Django, whose cursors take ``%s`` for every database."""
 
     def __init__(self, connection: Any) -> None:
-        """Take it from ``django.db.connection`` or ``connections[…]``."""
         super().__init__(connection, "format", connection.vendor)
 
     def in_autocommit(self) -> bool:
@@ -147,7 +145,7 @@ class DjangoConnection(DbapiConnection):
         return bool(self._connection.get_autocommit() and not self._connection.in_atomic_block)
 
     def begin(self) -> None:
-        """Have transactions begin by themselves, as other drivers do."""
+        """Turn autocommit off: transactions begin by themselves, as with other drivers."""
         self._connection.set_autocommit(False)
 
 
@@ -155,18 +153,17 @@ class SqlAlchemyConnection:
     """A Session or Connection of SQLAlchemy."""
 
     def __init__(self, owner: Any) -> None:
-        """Take what commits; a session gives its connection, and has begun by that."""
         self._owner = owner
         self.dialect: str = self._connection.dialect.name.replace("mariadb", "mysql")
         self._style: str = self._connection.dialect.paramstyle
 
     @property
     def _connection(self) -> Any:
-        # Asked for each time: after a commit a session gives another.
+        # Read each time: after a commit a session has another connection.
         return self._owner if hasattr(self._owner, "exec_driver_sql") else self._owner.connection()
 
     def run(self, sql: str, *values: object) -> StatementResult:
-        """Carry out one statement."""
+        """Execute one statement."""
         result = self._connection.exec_driver_sql(
             with_placeholders(sql, self._style), parameters_for(values, self._style)
         )
@@ -174,11 +171,11 @@ class SqlAlchemyConnection:
         return StatementResult(_as_tuples(rows), result.rowcount)
 
     def commit(self) -> None:
-        """Commit."""
+        """Commit the transaction."""
         self._owner.commit()
 
     def rollback(self) -> None:
-        """Roll back."""
+        """Roll the transaction back."""
         self._owner.rollback()
 
     def in_autocommit(self) -> bool:
@@ -192,14 +189,13 @@ class SqlAlchemyConnection:
 
 
 class AsyncDbapiConnection:
-    """A connection on asyncio with the names of DB-API."""
+    """An asyncio connection with the methods of DB-API."""
 
     def __init__(self, connection: Any, style: str, dialect: str) -> None:
-        """Take the driver's paramstyle, and the database's name."""
         self._connection, self._style, self.dialect = connection, style, dialect
 
     async def run(self, sql: str, *values: object) -> StatementResult:
-        """Carry out one statement."""
+        """Execute one statement."""
         cursor = await _awaited(self._connection.cursor())
         try:
             await _awaited(cursor.execute(with_placeholders(sql, self._style), parameters_for(values, self._style)))
@@ -209,15 +205,15 @@ class AsyncDbapiConnection:
             await _awaited(cursor.close())
 
     async def commit(self) -> None:
-        """Commit."""
+        """Commit the transaction."""
         await self._connection.commit()
 
     async def rollback(self) -> None:
-        """Roll back."""
+        """Roll the transaction back."""
         await self._connection.rollback()
 
     async def in_autocommit(self) -> bool:
-        """Tell whether the connection is in autocommit, outside of a transaction begun by hand."""
+        """Tell whether the connection is in autocommit, without a transaction that was begun by hand."""
         return _in_autocommit(self._connection, self.dialect)
 
 
@@ -225,25 +221,24 @@ class AsyncSqlAlchemyConnection:
     """An AsyncSession or AsyncConnection of SQLAlchemy."""
 
     def __init__(self, owner: Any) -> None:
-        """Take what commits."""
         self._owner = owner
 
     @property
     def dialect(self) -> str:
-        """The name of the database."""
+        """One of `tables.DIALECTS`, or the name of an unknown driver."""
         inner = getattr(self._owner, "sync_connection", None) or self._owner.get_bind()
         return str(inner.dialect.name).replace("mariadb", "mysql")
 
     async def run(self, sql: str, *values: object) -> StatementResult:
-        """Carry out one statement."""
+        """Execute one statement."""
         return await self._within(lambda inner: SqlAlchemyConnection(inner).run(sql, *values))
 
     async def commit(self) -> None:
-        """Commit."""
+        """Commit the transaction."""
         await self._owner.commit()
 
     async def rollback(self) -> None:
-        """Roll back."""
+        """Roll the transaction back."""
         await self._owner.rollback()
 
     async def in_autocommit(self) -> bool:
@@ -259,7 +254,7 @@ AsyncDbConnection = AsyncDbapiConnection | AsyncSqlAlchemyConnection
 
 
 def adapt(connection: Any) -> DbConnection | AsyncDbConnection:
-    """Return how *connection* is spoken to. Raises ConfigurationError (E47) for what is no connection."""
+    """Return the adapter of *connection*. Raises ConfigurationError (E47) for an unknown kind of object."""
     if hasattr(connection, "run_sync"):
         return AsyncSqlAlchemyConnection(connection)
     if hasattr(connection, "exec_driver_sql") or (
@@ -274,7 +269,7 @@ def adapt(connection: Any) -> DbConnection | AsyncDbConnection:
             "and rollback), one of Django, or a Session or Connection of SQLAlchemy. Nothing was stored.",
             code="E47",
         )
-    # A connection of a pool stands for the driver's own.
+    # A connection of a pool wraps that of the driver.
     own = getattr(connection, "dbapi_connection", None) or connection
     style, dialect = _style_and_dialect(type(own))
     kind = AsyncDbapiConnection if inspect.iscoroutinefunction(connection.commit) else DbapiConnection
@@ -282,7 +277,7 @@ def adapt(connection: Any) -> DbConnection | AsyncDbConnection:
 
 
 def adapt_blocking(connection: Any) -> DbConnection:
-    """Return how *connection* is spoken to. Raises ConfigurationError (E47) for one on asyncio too."""
+    """Return the adapter of a blocking *connection*. Raises ConfigurationError (E47) for an asyncio one too."""
     db = adapt(connection)
     if isinstance(db, AsyncDbapiConnection | AsyncSqlAlchemyConnection):
         raise ConfigurationError(
@@ -294,7 +289,7 @@ def adapt_blocking(connection: Any) -> DbConnection:
 
 
 def adapt_async(connection: Any) -> AsyncDbConnection:
-    """Return how *connection* is spoken to. Raises ConfigurationError (E47) for one that blocks."""
+    """Return the adapter of an asyncio *connection*. Raises ConfigurationError (E47) for a blocking one."""
     db = adapt(connection)
     if isinstance(db, AsyncDbapiConnection | AsyncSqlAlchemyConnection):
         return db
@@ -306,7 +301,7 @@ def adapt_async(connection: Any) -> AsyncDbConnection:
 
 
 def refuse_autocommit(autocommit: bool) -> None:
-    """Raise ConfigurationError (E47) for a connection on which nothing would be atomic."""
+    """Raise ConfigurationError (E47) for a connection in autocommit, on which nothing would be atomic."""
     if autocommit:
         raise ConfigurationError(
             "The connection commits each statement by itself (autocommit), and no transaction is open on it: jobs and "
@@ -316,7 +311,7 @@ def refuse_autocommit(autocommit: bool) -> None:
 
 
 def is_missing_table(error: BaseException, table: str) -> bool:
-    """Tell whether a driver's *error* says that *table* does not exist."""
+    """Tell whether an *error* of a driver means that *table* does not exist."""
     if isinstance(error, ConveyorError):
         return False
     own = getattr(error, "orig", error)  # SQLAlchemy wraps it
@@ -326,7 +321,7 @@ def is_missing_table(error: BaseException, table: str) -> bool:
 
 
 def _style_and_dialect(kind: type) -> tuple[str, str]:
-    """Return paramstyle and database of a connection's class, by the module that it or a class above it comes from."""
+    """Return the paramstyle and dialect of a connection's class, from its module or that of a base class."""
     for base in kind.__mro__:
         name = base.__module__
         while name:
@@ -352,7 +347,7 @@ def _in_autocommit(connection: Any, dialect: str) -> bool:
     ):
         return False
     alone = getattr(connection, "autocommit", None)
-    if dialect == "sqlite" and alone not in {True, False}:  # before 3.12, and unless told otherwise after
+    if dialect == "sqlite" and alone not in {True, False}:  # before Python 3.12, and the default after
         return getattr(connection, "isolation_level", "") is None
     if callable(alone):
         alone = connection.get_autocommit() if hasattr(connection, "get_autocommit") else None

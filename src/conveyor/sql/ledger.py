@@ -1,4 +1,4 @@
-"""The ledger: which effects have happened, written down in the transaction that makes them."""
+"""The ledger: a table of the effects that have happened, written in the transaction of each effect."""
 
 from __future__ import annotations
 
@@ -29,27 +29,27 @@ P = ParamSpec("P")
 R = TypeVar("R")
 T = TypeVar("T")
 Steps = Generator[tuple[str, tuple[object, ...]], StatementResult, T]
-"""Statements with their values, each answered, and what comes of them: the same for both kinds of connection."""
+"""Yields statements with values, gets their results, returns a value: the same for both kinds of connection."""
 
 INSERT = "INSERT INTO {table} (id, created_ms) VALUES (?, ?) ON CONFLICT (id) DO NOTHING"
 INSERT_MYSQL = "INSERT IGNORE INTO {table} (id, created_ms) VALUES (?, ?)"
 KEEP = "UPDATE {table} SET result = ? WHERE id = ?"
 READ = "SELECT result FROM {table} WHERE id = ?"
-READ_MYSQL = READ + " FOR UPDATE"  # a plain read there may be of an older snapshot
+READ_MYSQL = READ + " FOR UPDATE"  # a plain read in MySQL may see an older snapshot
 TRIM = "DELETE FROM {table} WHERE created_ms < ?"
 MOST = 255
 
 
 class Ledger(ManagedTable):
     """
-    Tells, inside a transaction, whether something happens for the first time; what it told is part of the transaction.
+    Makes effects in a database happen once, by keys that are part of the same transactions.
 
-    A job may run twice, also at the same time. Its effects in that database then happen once: the second attempt waits
-    for the first to commit or roll back, and is told.
+    A job may run twice, also at the same time. Its effects in that database happen once: the second attempt waits for
+    the first to commit or roll back, and then learns whether the key is new.
     """
 
     def __init__(self, table: str = "conveyor_ledger") -> None:
-        """Take the name of the table, perhaps with a schema. Nothing is opened; raises ConfigurationError."""
+        """Make a ledger on *table*, a name with or without a schema. Nothing is opened; raises ConfigurationError."""
         super().__init__(TableSql(table, LEDGER, "ledger"))
 
     def __repr__(self) -> str:
@@ -57,26 +57,26 @@ class Ledger(ManagedTable):
 
     def first(self, connection: Any, key: str) -> bool:
         """
-        Write *key* down and return True; False when a committed transaction has done so before.
+        Store *key* and return True; return False when a committed transaction has stored it before.
 
-        `key` is 1 to 255 characters: the job's id, with the name of the effect where a job has several. Call it before
-        the effect, in its transaction. Raises ConfigurationError: E47 for a connection in autocommit, E48 without the
-        table; and what the driver raises.
+        `key` is 1 to 255 characters: the id of the job, with the name of the effect where a job has several. Call this
+        before the effect, in its transaction. Raises ConfigurationError (E47 for a connection in autocommit, E48
+        without the table) and the errors of the driver.
         """
         return self._run(connection, partial(self._insert_key, _check_key(key)))
 
     async def afirst(self, connection: Any, key: str) -> bool:
-        """Write *key* down and return whether it is new, as `first`, on a connection of asyncio."""
+        """Awaitable form of `first`."""
         return await self._arun(connection, partial(self._insert_key, _check_key(key)))
 
     def once(
         self, connection: Any, key: str, function: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs
     ) -> R:  # fmt: skip
         """
-        Call *function* if *key* is new, keep what it returns with the key, and return that; else return what was kept.
+        Call *function* if *key* is new and store its result with the key; return the stored result.
 
-        The result must be JSON, of the type that the function is annotated with. When the function raises, the
-        exception passes: roll back, and nothing has happened. Raises what `first` does, and PayloadError.
+        The result must be JSON, of the annotated type. An exception of the function is raised: roll back, and nothing
+        has happened. Raises what `first` raises, and PayloadError.
         """
         codec = _result_codec(function)
         if self.first(connection, key):
@@ -89,7 +89,7 @@ class Ledger(ManagedTable):
     async def aonce(
         self, connection: Any, key: str, function: Callable[P, Awaitable[R]], /, *args: P.args, **kwargs: P.kwargs
     ) -> R:  # fmt: skip
-        """Call an async *function* if *key* is new, as `once`, on a connection of asyncio."""
+        """Awaitable form of `once`."""
         codec = _result_codec(function)
         if await self.afirst(connection, key):
             result = await function(*args, **kwargs)
@@ -102,9 +102,10 @@ class Ledger(ManagedTable):
 
     def trim(self, connection: Any, older_than: Duration = "30d") -> int:
         """
-        Delete what was written down longer ago, commit, and return how many.
+        Delete the keys that are older, commit, and return how many.
 
-        A job that runs again after that finds its key new: take longer than jobs are retried, redriven or kept.
+        A job that runs again after that finds its key new, so choose a time longer than jobs are retried, redriven or
+        kept.
         """
         db, before = adapt_blocking(connection), _cutoff_ms(older_than)
         with explain_missing_table(self._table):
@@ -113,7 +114,7 @@ class Ledger(ManagedTable):
         return count
 
     async def atrim(self, connection: Any, older_than: Duration = "30d") -> int:
-        """Delete what was written down longer ago, as `trim`, on a connection of asyncio."""
+        """Awaitable form of `trim`."""
         db, before = adapt_async(connection), _cutoff_ms(older_than)
         with explain_missing_table(self._table):
             count = (await db.run(self._table.fill(TRIM), before)).row_count

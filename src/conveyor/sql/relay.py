@@ -1,4 +1,4 @@
-"""The relay: a thread that delivers an outbox for as long as its block lasts, or for ever."""
+"""The relay: a thread that delivers an outbox while its block lasts."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ if TYPE_CHECKING:
     from conveyor.sql.drivers import DbConnection
 
 GRACE = 1.0
-"""Seconds that a batch of another relay is left to it before it counts as dead."""
+"""Seconds for which a batch of another relay is left to it, before that relay counts as dead."""
 FIRST_PAUSE, WATCH_FOR = 0.005, 1.0
-"""A block has ended and its commit is near: first pause, which doubles, and for how long."""
+"""Seconds: the first pause after a block whose commit is near; it doubles, for so long."""
 SHORT_PAUSE = 0.05
 LONGEST_PAUSE = 1.0
-"""Longest pause in seconds before what was refused is tried again."""
+"""Longest pause in seconds before refused rows are tried again."""
 _LOG_AGAIN = 60.0
 _log = logging.getLogger("conveyor.relay")
 
 
 @dataclass(slots=True)
 class _QueueBackoff:
-    """A queue that refuses: when to try again, how often it did, whether that was said."""
+    """A queue that refuses rows: when to try again, how often it refused, whether that was logged."""
 
     until: float = 0.0
     attempts: int = 0
@@ -41,7 +41,7 @@ class _QueueBackoff:
 
 
 class Relay:
-    """Delivers what is committed: at once when it is woken, else every *interval*."""
+    """A thread that delivers committed rows: at once when it is woken, else every *interval* seconds."""
 
     def __init__(
         self,
@@ -50,7 +50,7 @@ class Relay:
         interval: float,
         relays: set[Relay],
     ) -> None:
-        """Take how to open the database, what delivers, seconds between two looks, and where to be found meanwhile."""
+        """Make a relay. It is a member of *relays* while it runs, to be woken there."""
         self._connect, self._delivery, self._interval, self._relays = connect, delivery, interval, relays
         self._backoffs: dict[str, _QueueBackoff] = {}
         self._logged_at: dict[str, float] = {}
@@ -60,18 +60,18 @@ class Relay:
         self._thread: threading.Thread | None = None
 
     def wake(self, committed: bool = True) -> None:
-        """Look now; and when it is not *sure* that something is committed already, a few times soon after."""
+        """Deliver now. When the rows may not be *committed* yet, deliver a few times more soon after."""
         if not committed:
             self._watch_until, self._next_pause = time.monotonic() + WATCH_FOR, FIRST_PAUSE
         self._woken.set()
 
     def stop(self) -> None:
-        """End after what is under way; `run` returns soon."""
+        """End after the current pass; `run` returns soon."""
         self._stopped = True
         self._woken.set()
 
     def run(self) -> None:
-        """Deliver until `stop`, in this thread. What the database or Redis refuses is logged and tried again."""
+        """Deliver until `stop`, in this thread. Refusals of the database or Redis are logged and tried again."""
         self._relays.add(self)
         failures, logged = 0, -_LOG_AGAIN
         try:
@@ -116,7 +116,7 @@ class Relay:
             _log.warning("queue '%s': rows of the outbox wait; trying again: %s", queue, error)
 
     def _plan_pause(self, result: DeliveryPass) -> None:
-        """Decide how long to wait for the next look."""
+        """Choose the pause before the next pass."""
         now = time.monotonic()
         pauses = [self._interval, *(max(0.0, backoff.until - now) for backoff in self._backoffs.values())]
         if now < self._watch_until:

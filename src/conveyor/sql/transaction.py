@@ -1,4 +1,4 @@
-"""A block in which pushes become rows: they are part of the program's transaction, and leave with its commit."""
+"""Blocks in which pushes become rows: they are part of the program's transaction, and are delivered after its commit."""
 
 from __future__ import annotations
 
@@ -41,10 +41,10 @@ _OPEN: ContextVar[OutboxTransaction | None] = ContextVar("conveyor_transaction",
 
 class OutboxTransaction:
     """
-    A block of `Outbox.transaction` or `Outbox.within`, and the way its pushes take.
+    A block of `Outbox.transaction` or `Outbox.within`, and the target of the pushes in it.
 
-    It holds for what this block calls, and for the tasks and threads begun in it that take the context along, until it
-    ends: from then on they push to Redis.
+    It is in effect for all calls in the block, and for tasks and threads that were started in it with its context.
+    After its end they push to Redis.
     """
 
     deferred = True
@@ -52,7 +52,7 @@ class OutboxTransaction:
     def __init__(
         self, client: Client, table: TableSql, connection: Any, on_end: Callable[[bool], None], *, commits: bool
     ) -> None:
-        """Take whose pushes, and whose transaction; *ended* is called at the end, with True when that was the commit."""
+        """Make a block. *on_end* is called after it, with True when the block itself committed."""
         self._client, self._table, self._connection = client, table, connection
         self._on_end, self._commits = on_end, commits
         self._db: DbConnection | AsyncDbConnection | None = None
@@ -61,7 +61,7 @@ class OutboxTransaction:
         self._statement_lock = asyncio.Lock()
 
     def takes_pushes_of(self, client: Client) -> bool:
-        """Tell whether pushes of that app go here: the block has not ended."""
+        """Tell whether the block is open and takes the pushes of that app."""
         return self._db is not None and self._client is client
 
     # -- the block ----------------------------------------------------------------------------------------------------
@@ -103,7 +103,7 @@ class OutboxTransaction:
     def _end(self) -> DbConnection | AsyncDbConnection:
         assert self._db is not None
         db, self._db = self._db, None
-        if _OPEN.get() is self:  # a generator that a framework closes elsewhere has left another context behind
+        if _OPEN.get() is self:  # a framework that closes a generator in another context leaves another block there
             _OPEN.set(self.enclosing)
         return db
 
@@ -131,10 +131,10 @@ class OutboxTransaction:
         if not failed:
             self._on_end(self._commits)
 
-    # -- the way ------------------------------------------------------------------------------------------------------
+    # -- pushing ------------------------------------------------------------------------------------------------------
 
     def push(self, keys: QueueKeys, entries: Sequence[Entry], *, max_length: int = 0, whole: bool = False) -> list[str]:
-        """Insert *entries*, and return their ids. How much the queue takes is seen when they are delivered."""
+        """Insert *entries*, and return their ids. A full queue refuses them later, when they are delivered."""
         refuse_in_loop()
         db = self._db
         if isinstance(db, AsyncDbapiConnection | AsyncSqlAlchemyConnection):
@@ -150,16 +150,16 @@ class OutboxTransaction:
         return [entry.id for entry in entries]
 
     def push_plain(self, keys: QueueKeys, pairs: Sequence[Argument], *, max_length: int = 0) -> None:
-        """Insert plain messages (id, envelope, id, envelope, …)."""
+        """Insert plain jobs or messages (id, envelope, id, envelope, …)."""
         self.push(keys, plain_entries(pairs))
 
     async def apush(
         self, keys: QueueKeys, entries: Sequence[Entry], *, max_length: int = 0, whole: bool = False
     ) -> list[str]:
-        """Do the same on asyncio. On a blocking connection it blocks, as every statement on it does."""
+        """Awaitable form of `push`. On a blocking connection it blocks, as every statement on it does."""
         db = self._db
         assert db is not None
-        async with self._statement_lock:  # some sessions take one statement at a time
+        async with self._statement_lock:  # some sessions execute one statement at a time
             with explain_missing_table(self._table):
                 for sql, values in self._rows(keys, entries):
                     result = db.run(sql, *values)
@@ -179,7 +179,7 @@ class OutboxTransaction:
 
 @contextmanager
 def explain_missing_table(table: TableSql) -> Iterator[None]:
-    """Say what to do about a table that is missing (E48) instead of what the driver says; other errors pass."""
+    """Replace the driver's error for a missing table with E48, which says what to do; other errors pass."""
     try:
         yield
     except Exception as error:
@@ -193,7 +193,7 @@ def explain_missing_table(table: TableSql) -> Iterator[None]:
 
 
 def open_transaction(client: Client, durability_request: DurabilityRequest | None = None) -> OutboxTransaction | None:
-    """Return the innermost open block that pushes of an app go to; raises ConfigurationError (E46) for one that asks more."""
+    """Return the innermost open block for pushes of an app; ConfigurationError (E46) for one that asks for durability."""
     transaction = _OPEN.get()
     while transaction is not None and not transaction.takes_pushes_of(client):
         transaction = transaction.enclosing
