@@ -27,7 +27,7 @@ FACADE = len(LAYERS) - 1.5  # the public names: gathered from everything below, 
 
 def package_of(module: str) -> str:
     """Return the package or top-level module that *module* belongs to: `conveyor.store.keys` → store."""
-    return (module.split(".") + [""])[1]
+    return [*module.split("."), ""][1]
 
 
 def layer_of(module: str) -> float | None:
