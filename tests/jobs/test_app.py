@@ -181,9 +181,7 @@ async def test_async_with_closes_the_loops_connection(url: str, redis: redis_py.
 
 def test_worker_comes_from_the_layer_above(app: Conveyor, monkeypatch: pytest.MonkeyPatch) -> None:
     """app.worker() hands itself and its options to the embedded worker, which is loaded by its name."""
-    from conveyor.worker import embedded
-
-    monkeypatch.setattr(embedded, "EmbeddedWorker", lambda app, **options: (app, options))
+    monkeypatch.setattr("conveyor.worker.embedded.EmbeddedWorker", lambda app, **options: (app, options))
 
     given, options = cast("tuple[Conveyor, dict[str, Any]]", app.worker(queues={"mail": 3}, threads=2))
     assert given is app

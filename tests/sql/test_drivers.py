@@ -279,7 +279,7 @@ def test_autocommit_of_newer_pythons(app: Conveyor, outbox: Outbox, database: Da
 def test_what_is_no_connection(app: Conveyor, thing: Any) -> None:
     """Anything else is refused with the kinds that are understood, before anything is done."""
     refused(Outbox(app), thing, "E47")
-    with pytest.raises(ConfigurationError, match="no database connection"):
+    with pytest.raises(ConfigurationError, match="not a known kind of database connection"):
         Ledger().first(thing, "k")
 
 

@@ -327,7 +327,7 @@ PARENT = """
 import asyncio, sys
 from conveyor.worker.execution.processes import ProcessPool
 from test_processes import APP, attempt
-asyncio.run(Processes(APP, 1).run(attempt("stay", place=sys.argv[1], name="orphan", hold=True)))
+asyncio.run(ProcessPool(APP, 1).run(attempt("stay", place=sys.argv[1], name="orphan", hold=True)))
 """
 
 
