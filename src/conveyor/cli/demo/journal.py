@@ -41,7 +41,7 @@ class JournalEntry:
     note: str = ""
 
 
-class Run:
+class TaskRun:
     """One run under way; the `note` is shown with its end."""
 
     note = ""
@@ -78,12 +78,12 @@ class Journal:
         os.write(self._file, ("\t".join(fields) + "\n").encode())
 
     @contextmanager
-    def run(self, task: str = "", key: str = "", attempt: int = 0) -> Iterator[Run]:
+    def run(self, task: str = "", key: str = "", attempt: int = 0) -> Iterator[TaskRun]:
         """Write the start and the end of what is inside; by default it is the job that runs here."""
         if not task or not attempt:
             job = current()
             task, key, attempt = job.task, key or job.job_id, job.attempt
-        started, run = time.perf_counter(), Run()
+        started, run = time.perf_counter(), TaskRun()
         self.write("start", task, key, attempt)
         try:
             yield run
@@ -98,7 +98,7 @@ class JournalReader:
 
     def __init__(self, path: Path) -> None:
         """Begin at the beginning."""
-        self._path, self._offset, self._rest = path, 0, b""
+        self._path, self._offset, self._incomplete = path, 0, b""
 
     def read(self) -> list[JournalEntry]:
         """Return the new lines."""
@@ -106,7 +106,7 @@ class JournalReader:
             file.seek(self._offset)
             data = file.read()
         self._offset += len(data)
-        *lines, self._rest = (self._rest + data).split(b"\n")
+        *lines, self._incomplete = (self._incomplete + data).split(b"\n")
         return [parse(line.decode()) for line in lines]
 
 

@@ -20,7 +20,10 @@ from conveyor.jobs.job import Job
 MESSAGE, READING = "orders (message)", "readings (RPUSH)"
 """How the accounts call what is no job by its id."""
 _CUSTOMERS = ("ada", "barbara", "dennis", "edsger", "grace", "ken", "margaret", "niklaus")
-_EASY, _HARD = 8_191 * 6_700_417, 999_999_937 * 999_999_929  # a small factor, and none for the next minutes
+_SMALL_FACTOR, _LARGE_FACTORS = (
+    8_191 * 6_700_417,
+    999_999_937 * 999_999_929,
+)  # a small factor, and none for the next minutes
 
 
 @dataclass
@@ -30,7 +33,7 @@ class AcknowledgedPushes:
     accepted: dict[str, str] = field(default_factory=dict)
     unanswered: int = 0
 
-    def note(self, job: Job[object]) -> None:
+    def record(self, job: Job[object]) -> None:
         """Enter a job."""
         self.accepted[job.id] = job.task or ""
 
@@ -38,9 +41,9 @@ class AcknowledgedPushes:
 class DemoProducer:
     """Pushes until it is stopped."""
 
-    def __init__(self, ledger: AcknowledgedPushes) -> None:
+    def __init__(self, pushes: AcknowledgedPushes) -> None:
         """Take where to write what was acknowledged."""
-        self._ledger = ledger
+        self._pushes = pushes
         self._random = random.Random(7)  # noqa: S311  the same demo each time
         self._files = _files()
         self._stop = asyncio.Event()
@@ -60,14 +63,14 @@ class DemoProducer:
 
     async def burst(self, count: int) -> None:
         """Enqueue many pictures in one call."""
-        with _ignore_outage(self._ledger):
+        with _count_outages(self._pushes):
             jobs = await task.app.aenqueue_many(task.thumbnail.s(number, 160) for number in range(count))
             for job in jobs:
-                self._ledger.note(job)
+                self._pushes.record(job)
 
     async def _repeat(self, pause: float, push: Callable[[int], Awaitable[None]]) -> None:
         for number in itertools.count(1):
-            with _ignore_outage(self._ledger):
+            with _count_outages(self._pushes):
                 await push(number)
             try:
                 await asyncio.wait_for(self._stop.wait(), pause * self._random.uniform(0.7, 1.3))
@@ -76,35 +79,35 @@ class DemoProducer:
             return
 
     async def _statistics(self, _: int) -> None:
-        self._ledger.note(await task.statistics.aenqueue(str(next(self._files))))
+        self._pushes.record(await task.statistics.aenqueue(str(next(self._files))))
 
     async def _thumbnail(self, number: int) -> None:
-        self._ledger.note(await task.thumbnail.aenqueue(number))
+        self._pushes.record(await task.thumbnail.aenqueue(number))
 
     async def _charge(self, number: int) -> None:
-        self._ledger.note(await task.charge.aenqueue(number, self._random.randrange(100, 20_000)))
+        self._pushes.record(await task.charge.aenqueue(number, self._random.randrange(100, 20_000)))
 
     async def _factor(self, number: int) -> None:
-        self._ledger.note(await task.factor.aenqueue(_HARD if number % 5 == 2 else _EASY))
+        self._pushes.record(await task.factor.aenqueue(_LARGE_FACTORS if number % 5 == 2 else _SMALL_FACTOR))
 
     async def _remind(self, number: int) -> None:
         due = datetime.now(UTC) + timedelta(seconds=1.5)
         customer = _CUSTOMERS[number % len(_CUSTOMERS)]
-        self._ledger.note(await task.remind.options(at=due).aenqueue(customer, due))
+        self._pushes.record(await task.remind.options(at=due).aenqueue(customer, due))
 
     async def _order(self, number: int) -> None:
         order = task.Order(number, self._random.choice(_CUSTOMERS), self._random.randrange(100, 20_000))
-        self._ledger.accepted[await task.orders.apush(order)] = MESSAGE
+        self._pushes.accepted[await task.orders.apush(order)] = MESSAGE
 
 
 class ForeignProducer(threading.Thread):
     """Another program's producer: ``RPUSH`` of JSON by redis-py alone, on a thread of its own."""
 
-    def __init__(self, url: str, name: str, ledger: AcknowledgedPushes) -> None:
+    def __init__(self, url: str, name: str, pushes: AcknowledgedPushes) -> None:
         """Take the server, the list's name and where to write what was acknowledged."""
-        super().__init__(name="conveyor-demo-stranger", daemon=True)
-        self._url, self._list, self._ledger = url, name, ledger
-        self._ended = threading.Event()
+        super().__init__(name="conveyor-demo-foreign-producer", daemon=True)
+        self._url, self._list, self._pushes = url, name, pushes
+        self._stopped = threading.Event()
 
     def run(self) -> None:
         """Push until `stop`."""
@@ -115,15 +118,15 @@ class ForeignProducer(threading.Thread):
                 values = [20 + (number * step) % 7 / 10 for step in range(1, 9)]
                 try:
                     client.rpush(self._list, json.dumps({"id": number, "values": values}))
-                    self._ledger.accepted[task.reading_key(number)] = READING
+                    self._pushes.accepted[task.reading_key(number)] = READING
                 except RedisError:
-                    self._ledger.unanswered += 1
-                if self._ended.wait(0.25):
+                    self._pushes.unanswered += 1
+                if self._stopped.wait(0.25):
                     return
 
     def stop(self) -> None:
         """Push no more, and wait for the last answer."""
-        self._ended.set()
+        self._stopped.set()
         self.join(5)
 
 
@@ -143,23 +146,23 @@ async def consume_orders() -> None:
         await messages.aclose()
 
 
-class _ignore_outage:  # noqa: N801  reads as a statement
+class _count_outages:  # noqa: N801  reads as a statement
     """What Redis did not confirm is not in the ledger; the producer goes on."""
 
-    def __init__(self, ledger: AcknowledgedPushes) -> None:
-        self._ledger = ledger
+    def __init__(self, pushes: AcknowledgedPushes) -> None:
+        self._pushes = pushes
 
     def __enter__(self) -> None:
         pass
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> bool:
         if isinstance(error, StoreUnavailable):
-            self._ledger.unanswered += 1
+            self._pushes.unanswered += 1
             return True
         return False
 
 
 def _files() -> Iterator[Path]:
     """Yield the source files of this package, again and again."""
-    found = sorted(Path(conveyor.__file__).parent.rglob("*.py")) + sorted(Path(conveyor.__file__).parent.rglob("*.lua"))
-    return itertools.cycle(found)
+    paths = sorted(Path(conveyor.__file__).parent.rglob("*.py")) + sorted(Path(conveyor.__file__).parent.rglob("*.lua"))
+    return itertools.cycle(paths)

@@ -20,7 +20,7 @@ from email.message import EmailMessage
 from pathlib import Path
 
 from conveyor import Conveyor, Retry, current
-from conveyor.cli.demo import picture
+from conveyor.cli.demo import image
 from conveyor.cli.demo.journal import Journal
 from conveyor.events import JobDead, JobRetried
 
@@ -60,17 +60,17 @@ def statistics(path: str) -> Statistics:
     with journal.run() as run:
         text = Path(path).read_text("utf-8", "replace")
         names = Counter(re.findall(r"[A-Za-z_]\w{3,}", text))
-        found = Statistics(len(text.split()), max(map(len, text.splitlines()), default=0), dict(names.most_common(5)))
-        run.note = f"{Path(path).name}: {found.words:,} words, mostly {next(iter(found.frequent), 'none')}"
-        return found
+        result = Statistics(len(text.split()), max(map(len, text.splitlines()), default=0), dict(names.most_common(5)))
+        run.note = f"{Path(path).name}: {result.words:,} words, mostly {next(iter(result.frequent), 'none')}"
+        return result
 
 
 @app.task(name="picture.thumbnail", queue="files", keep_result=KEEP)
 def thumbnail(number: int, side: int = 96) -> int:
     """Draw a picture, write it as PNG, read it back, shrink it; return the size of the thumbnail's file in bytes."""
     with journal.run() as run:
-        original = picture.encode(picture.draw(number, side, side))
-        small = picture.encode(picture.shrink(picture.decode(original), FACTOR))
+        original = image.encode(image.draw(number, side, side))
+        small = image.encode(image.shrink(image.decode(original), FACTOR))
         folder = os.environ.get(PICTURES)
         if folder:
             (Path(folder) / f"{number % 100}.png").write_bytes(small)
@@ -103,9 +103,9 @@ async def factor(number: int) -> int:
             if time.perf_counter() > slice_ends:
                 await asyncio.sleep(0.006)  # leaves the loop to others, and most of the processor too
                 slice_ends = time.perf_counter() + 0.002
-        found = candidate if number % candidate == 0 else number
-        run.note = f"{number} = {found} × {number // found}"
-        return found
+        smallest = candidate if number % candidate == 0 else number
+        run.note = f"{number} = {smallest} × {number // smallest}"
+        return smallest
 
 
 @app.task(name="mail.reminder", queue="mail", keep_result=KEEP)
@@ -139,24 +139,31 @@ def reading_key(number: int) -> str:
 
 
 @app.lifespan
-async def announce() -> AsyncIterator[None]:
+async def record_start() -> AsyncIterator[None]:
     """Say that this process works now."""
     journal.write("up")
     yield
 
 
 @app.on(JobRetried)
-def retried(event: JobRetried) -> None:
+def record_retry(event: JobRetried) -> None:
     """Write down that a run failed and another follows."""
-    of = app.tasks[event.task].settings.retry.attempts
-    journal.write("retry", event.task, event.job_id, event.attempt, event.delay, f"{event.attempt}/{of} {_kind(event)}")
+    attempts = app.tasks[event.task].settings.retry.attempts
+    journal.write(
+        "retry",
+        event.task,
+        event.job_id,
+        event.attempt,
+        event.delay,
+        f"{event.attempt}/{attempts} {_error_name(event)}",
+    )
 
 
 @app.on(JobDead)
-def died(event: JobDead) -> None:
+def record_dead(event: JobDead) -> None:
     """Write down that a job was given up."""
-    journal.write("dead", event.task, event.job_id, event.attempt, 0.0, _kind(event))
+    journal.write("dead", event.task, event.job_id, event.attempt, 0.0, _error_name(event))
 
 
-def _kind(event: JobRetried | JobDead) -> str:
+def _error_name(event: JobRetried | JobDead) -> str:
     return type(event.error).__name__ if event.error is not None else "crashed"

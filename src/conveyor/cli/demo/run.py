@@ -17,6 +17,7 @@ from pathlib import Path
 from conveyor import JobNotFound, StoreUnavailable
 from conveyor.admin.admin import Admin
 from conveyor.cli.demo import report
+from conveyor.cli.demo.environment import DemoEnvironment
 from conveyor.cli.demo.journal import JournalEntry, JournalReader
 from conveyor.cli.demo.producer import (
     MESSAGE,
@@ -26,16 +27,15 @@ from conveyor.cli.demo.producer import (
     ForeignProducer,
     consume_orders,
 )
-from conveyor.cli.demo.report import DemoReport, KeyHistory, Kill
-from conveyor.cli.demo.stage import DemoEnvironment
+from conveyor.cli.demo.report import DemoReport, Kill
 from conveyor.store.inspection import QueueCounts
 
 PROCESSES = 2
-DRAIN, HASTY_DRAIN = 30.0, 10.0
+DRAIN, INTERRUPTED_DRAIN = 30.0, 10.0
 """Seconds for what is queued to end: after the time is up, and after ctrl-C."""
 FIRST_KILL = 8.0
 """Seconds into a demo without an end at which a worker is killed."""
-_BURST = 40
+_BURST_SIZE = 40
 _RETURNED = re.compile(r"\(pid (\d+)\) .*; (returned (\d+) jobs? in \d+ ms)")
 
 
@@ -52,7 +52,7 @@ class WorkerStatus:
 
 @dataclass
 class DemoState:
-    """What a display shows; `lines` and `news` are what happened since the last look."""
+    """What a display shows; `entries` and `news` are what happened since the last look."""
 
     server: str = ""
     accepted: int = 0
@@ -61,7 +61,7 @@ class DemoState:
     counts: dict[str, QueueCounts] = field(default_factory=dict)
     workers: dict[int, WorkerStatus] = field(default_factory=dict)
     totals: Counter[str] = field(default_factory=Counter)
-    lines: list[JournalEntry] = field(default_factory=list)
+    entries: list[JournalEntry] = field(default_factory=list)
     news: list[str] = field(default_factory=list)
     first_done: float | None = None
 
@@ -72,65 +72,66 @@ class DemoState:
 
 
 class DemoRun:
-    """One performance of the demo on a stage."""
+    """One performance of the demo in an environment."""
 
-    def __init__(self, stage: DemoEnvironment, *, seconds: float | None, show: Callable[[DemoState], None]) -> None:
+    def __init__(
+        self, environment: DemoEnvironment, *, seconds: float | None, show: Callable[[DemoState], None]
+    ) -> None:
         """Take how long to push (None: until `stop`), and who is shown what happens, about ten times a second."""
-        self._stage, self._seconds, self._show = stage, seconds, show
-        self.view = DemoState()
-        self.ledger = AcknowledgedPushes()
-        self.trails: dict[str, KeyHistory] = {}
-        self._lines: list[JournalEntry] = []
+        self._environment, self._seconds, self._show = environment, seconds, show
+        self.state = DemoState()
+        self.pushes = AcknowledgedPushes()
+        self._entries: list[JournalEntry] = []
         self._kills: list[Kill] = []
-        self._stop, self._hurry = asyncio.Event(), asyncio.Event()
-        self._deserted = False
-        self._journal, self._log_at = JournalReader(stage.journal), 0
+        self._stop, self._stop_draining = asyncio.Event(), asyncio.Event()
+        self._workers_ended_early = False
+        self._journal, self._log_offset = JournalReader(environment.journal), 0
 
     def stop(self) -> None:
         """Push no more and drain; called again, stop draining."""
-        (self._hurry if self._stop.is_set() else self._stop).set()
+        (self._stop_draining if self._stop.is_set() else self._stop).set()
 
     async def run(self) -> DemoReport:
         """Play it to its end and return the accounts."""
-        self._stage.start_workers(PROCESSES)
-        app = await asyncio.to_thread(self._stage.start_server)
-        self.view.server = self._stage.server
+        self._environment.start_workers(PROCESSES)
+        app = await asyncio.to_thread(self._environment.start_server)
+        self.state.server = self._environment.server
         from conveyor.cli.demo import task
 
-        producer = DemoProducer(self.ledger)
-        stranger = ForeignProducer(app.client.address.url, task.readings.name, self.ledger)
+        producer = DemoProducer(self.pushes)
+        foreign_producer = ForeignProducer(app.client.address.url, task.readings.name, self.pushes)
         watching = asyncio.create_task(self._watch())
         consuming = asyncio.create_task(consume_orders())
         try:
-            stranger.start()
+            foreign_producer.start()
             pushing = asyncio.create_task(producer.run())
-            self.view.phase = "running"
-            await self._hold_until(producer)
+            self.state.phase = "running"
+            await self._run_until_stopped(producer)
             producer.stop()
-            await asyncio.gather(pushing, asyncio.to_thread(stranger.stop))
-            self.view.phase = "draining"
+            await asyncio.gather(pushing, asyncio.to_thread(foreign_producer.stop))
+            self.state.phase = "draining"
             await self._drain()
         finally:
             for one in (consuming, watching):
                 one.cancel()
             await asyncio.gather(consuming, watching, return_exceptions=True)
-        self.view.phase = "checking"
-        await asyncio.to_thread(self._stage.stop_workers)
-        self._look()
-        self._draw()
-        states = await asyncio.to_thread(self._states)
-        found = report.judge(self.ledger.accepted, states, report.trails(self._lines), self._kills)
-        return replace(found, problems=[*found.problems, *self._desertion()])
+        self.state.phase = "checking"
+        await asyncio.to_thread(self._environment.stop_workers)
+        self._update_state()
+        self._show_state()
+        states = await asyncio.to_thread(self._queue_states)
+        result = report.build_report(self.pushes.accepted, states, report.histories(self._entries), self._kills)
+        return replace(result, problems=[*result.problems, *self._early_end_problems()])
 
     # -- the middle ------------------------------------------------------------------------------------------------
 
-    async def _hold_until(self, producer: DemoProducer) -> None:
+    async def _run_until_stopped(self, producer: DemoProducer) -> None:
         """Let it run; half-way, kill a worker in the middle of its work."""
         half = FIRST_KILL if self._seconds is None else self._seconds / 2
         if await self._stopped_within(half):
             return
         await self._kill(producer)
-        rest = None if self._seconds is None else self._seconds - (time.monotonic() - self.view.began)
+        rest = None if self._seconds is None else self._seconds - (time.monotonic() - self.state.began)
         await self._stopped_within(rest)
 
     async def _stopped_within(self, seconds: float | None) -> bool:
@@ -140,33 +141,37 @@ class DemoRun:
 
     async def _kill(self, producer: DemoProducer) -> None:
         """SIGKILL the worker process that runs most, once it runs something, with a pile of work before it."""
-        await producer.burst(_BURST)
+        await producer.burst(_BURST_SIZE)
         began = time.monotonic()
         while (waited := time.monotonic() - began) < 3:
-            self._look()
-            alive = [worker for worker in self.view.workers.values() if worker.killed_at is None]
+            self._update_state()
+            alive = [worker for worker in self.state.workers.values() if worker.killed_at is None]
             victim = max(alive, key=lambda worker: len(worker.running), default=None)
             if victim is not None and len(victim.running) >= (4 if waited < 1 else 1):
                 break
             await asyncio.sleep(0.005)
         else:
-            self.view.news.append("no worker ran anything that could be cut off, so none was killed")
+            self.state.news.append("no worker ran anything that could be cut off, so none was killed")
             return
         running = len(victim.running)
         victim.killed_at = time.time()
         os.kill(victim.pid, signal.SIGKILL)
         self._kills.append(Kill(victim.pid, victim.killed_at))
-        self.view.news.append(f"⚡ SIGKILL to worker {victim.pid}, in the middle of {running} jobs")
+        self.state.news.append(f"⚡ SIGKILL to worker {victim.pid}, in the middle of {running} jobs")
 
     async def _drain(self) -> None:
         """Wait until nothing is queued or running."""
-        hasty = self._stop.is_set()
-        deadline = time.monotonic() + (HASTY_DRAIN if hasty else DRAIN)
-        while time.monotonic() < deadline and not self._hurry.is_set() and not (self._stop.is_set() and not hasty):
+        interrupted = self._stop.is_set()
+        deadline = time.monotonic() + (INTERRUPTED_DRAIN if interrupted else DRAIN)
+        while (
+            time.monotonic() < deadline
+            and not self._stop_draining.is_set()
+            and not (self._stop.is_set() and not interrupted)
+        ):
             counts = await asyncio.to_thread(self._count)
             if counts and all(len(one) + one.leased == 0 for one in counts.values()):
                 return
-            if self._crew_ended():
+            if self._workers_ended():
                 return  # nobody is there to finish it: it is left, and counted as such
             await asyncio.sleep(0.1)
 
@@ -176,96 +181,100 @@ class DemoRun:
         while True:
             counting = asyncio.create_task(asyncio.to_thread(self._count))
             for _ in range(5):
-                self._look()
-                self._draw()
+                self._update_state()
+                self._show_state()
                 await asyncio.sleep(0.1)
-            self.view.counts = await counting or self.view.counts
-            if self._crew_ended() and not self._deserted:
-                self._deserted = True
-                self.view.news.append("the workers ended by themselves: nothing more is pushed")
+            self.state.counts = await counting or self.state.counts
+            if self._workers_ended() and not self._workers_ended_early:
+                self._workers_ended_early = True
+                self.state.news.append("the workers ended by themselves: nothing more is pushed")
                 self._stop.set()
 
-    def _crew_ended(self) -> bool:
-        return self._stage.crew is not None and self._stage.crew.poll() is not None
+    def _workers_ended(self) -> bool:
+        return self._environment.supervisor is not None and self._environment.supervisor.poll() is not None
 
-    def _draw(self) -> None:
+    def _show_state(self) -> None:
         try:
-            self._show(self.view)
+            self._show(self.state)
         except OSError:  # nobody looks any more: the terminal is closed, or the other end of the pipe
             self._show = lambda _: None
             self._stop.set()
-        self.view.lines, self.view.news = [], []
+        self.state.entries, self.state.news = [], []
 
-    def _look(self) -> None:
+    def _update_state(self) -> None:
         """Read what the journal and the workers' log say that is new."""
-        view = self.view
-        view.accepted = len(self.ledger.accepted)
-        for line in self._journal.read():
-            self._lines.append(line)
-            view.lines.append(line)
-            view.totals[line.kind] += 1
-            worker = view.workers.get(line.pid)
-            if line.kind == "up":
-                view.workers[line.pid] = WorkerStatus(line.pid, line.at)
-            elif worker is not None and line.kind == "start":
-                worker.running[line.key] = line
-            elif worker is not None and line.kind in {"ok", "fail"}:
-                worker.running.pop(line.key, None)
+        state = self.state
+        state.accepted = len(self.pushes.accepted)
+        for entry in self._journal.read():
+            self._entries.append(entry)
+            state.entries.append(entry)
+            state.totals[entry.kind] += 1
+            worker = state.workers.get(entry.pid)
+            if entry.kind == "up":
+                state.workers[entry.pid] = WorkerStatus(entry.pid, entry.at)
+            elif worker is not None and entry.kind == "start":
+                worker.running[entry.key] = entry
+            elif worker is not None and entry.kind in {"ok", "fail"}:
+                worker.running.pop(entry.key, None)
                 worker.done += 1
-            if line.kind == "ok" and view.first_done is None:
-                view.first_done = time.monotonic() - view.began
-        with suppress(FileNotFoundError), self._stage.log.open("rb") as log:
-            log.seek(self._log_at)
+            if entry.kind == "ok" and state.first_done is None:
+                state.first_done = time.monotonic() - state.began
+        with suppress(FileNotFoundError), self._environment.log.open("rb") as log:
+            log.seek(self._log_offset)
             for raw in log:
                 if not raw.endswith(b"\n"):
                     break
-                self._log_at += len(raw)
-                self._heard(raw.decode("utf-8", "replace").strip())
+                self._log_offset += len(raw)
+                self._read_log_line(raw.decode("utf-8", "replace").strip())
 
-    def _heard(self, text: str) -> None:
+    def _read_log_line(self, text: str) -> None:
         """Take from the workers' log what the supervisor says of a death."""
-        found = _RETURNED.search(text)
-        if found is None:
+        matched = _RETURNED.search(text)
+        if matched is None:
             return
-        pid, count = int(found[1]), int(found[3])
+        pid, count = int(matched[1]), int(matched[3])
         self._kills = [Kill(kill.pid, kill.at, count) if kill.pid == pid else kill for kill in self._kills]
-        self.view.news.append(f"⟲ the supervisor of {pid} {found[2]} and starts another worker")
+        self.state.news.append(f"⟲ the supervisor of {pid} {matched[2]} and starts another worker")
 
     def _count(self) -> dict[str, QueueCounts]:
         from conveyor.cli.demo import task
 
         try:
             names = sorted({one.queue for one in task.app.tasks.values()})
-            found = {name: task.app.queue(name).stats() for name in names}
-            return found | {"orders": task.orders.stats(), "readings": task.readings.stats()}
+            counts = {name: task.app.queue(name).stats() for name in names}
+            return counts | {"orders": task.orders.stats(), "readings": task.readings.stats()}
         except StoreUnavailable:
             return {}
 
     # -- the end ---------------------------------------------------------------------------------------------------
 
-    def _states(self) -> dict[str, str | None]:
+    def _queue_states(self) -> dict[str, str | None]:
         """Ask the queue about every acknowledged id."""
         from conveyor.cli.demo import task
 
-        admin, found = Admin(task.app.client), dict[str, str | None]()
-        readings = self._readings(admin, task.readings.name)
-        for key, kind in self.ledger.accepted.items():
+        admin, states = Admin(task.app.client), dict[str, str | None]()
+        readings = self._reading_states(admin, task.readings.name)
+        for key, kind in self.pushes.accepted.items():
             if kind == READING:
-                found[key] = readings.get(key, "done")  # not there any more: then the journal has to prove it
+                states[key] = readings.get(key, "done")  # not there any more: then the journal has to prove it
             elif kind == MESSAGE:
-                found[key] = task.app.job(key).status()
+                states[key] = task.app.job(key).status()
             else:
                 try:
-                    found[key] = admin.job(key).status
+                    states[key] = admin.job(key).status
                 except JobNotFound:
-                    found[key] = None
-        return found
+                    states[key] = None
+        return states
 
-    def _desertion(self) -> list[str]:
-        crew = self._stage.crew
-        return [f"the workers ended by themselves, with {crew.returncode}"] if self._deserted and crew else []
+    def _early_end_problems(self) -> list[str]:
+        supervisor = self._environment.supervisor
+        return (
+            [f"the workers ended by themselves, with {supervisor.returncode}"]
+            if self._workers_ended_early and supervisor
+            else []
+        )
 
-    def _readings(self, admin: Admin, name: str) -> dict[str, str | None]:
+    def _reading_states(self, admin: Admin, name: str) -> dict[str, str | None]:
         """Return how the readings stand that are still on their list or in the queue it feeds."""
         from conveyor.cli.demo import task
 

@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import conveyor
-from conveyor.cli.demo import custodian
+from conveyor.cli.demo import cleanup
 from conveyor.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from conveyor.jobs.app import Conveyor
 
-_ENDING = 10.0
+_STOP_SECONDS = 10.0
 """Seconds that workers have to stop: their grace of 5, and what ends them by force."""
 
 
@@ -28,18 +28,18 @@ class DemoEnvironment:
     """Everything that exists only while the demo runs. `close` leaves nothing; so does a SIGKILL of this process."""
 
     def __init__(self, url: str | None) -> None:
-        """Make the directory, and the custodian who removes it. *url* None: an embedded server of the demo's own."""
+        """Make the directory, and the process that removes it. *url* None: an embedded server of the demo's own."""
         if url is not None:
-            _refuse_several(url)
+            _refuse_several_servers(url)
         self.directory = Path(tempfile.mkdtemp(prefix="conveyor-demo-"))
         self.namespace = f"demo-{secrets.token_hex(4)}"
         self.own_server = url is None
-        self.url = f"embedded:{self.directory / custodian.SERVER}" if url is None else url
-        self.journal = self.directory / custodian.JOURNAL
+        self.url = f"embedded:{self.directory / cleanup.SERVER}" if url is None else url
+        self.journal = self.directory / cleanup.JOURNAL
         self.journal.touch()
         self.log = self.directory / "worker.log"
         self.server, self.server_ms = "", 0.0
-        self.crew: subprocess.Popen[bytes] | None = None
+        self.supervisor: subprocess.Popen[bytes] | None = None
         self.app: Conveyor | None = None
         pictures = self.directory / "pictures"
         pictures.mkdir()
@@ -48,20 +48,20 @@ class DemoEnvironment:
             "CONVEYOR_DEMO_JOURNAL": str(self.journal), "CONVEYOR_DEMO_PICTURES": str(pictures),
         }  # fmt: skip
         os.environ.update(self._environment)  # what the demo's app reads when it is imported, which comes after this
-        orders = custodian.CleanupRequest(directory=str(self.directory), url=url, namespace=self.namespace)
-        ended, self._end = os.pipe()  # the custodian reads until nobody holds the other end
-        self._custodian = subprocess.Popen(  # noqa: S603
-            [sys.executable, "-P", *(["-I", "-S"] if url is None else []), custodian.__file__, json.dumps(orders)],
-            stdin=ended, env=self._variables(), start_new_session=True, cwd="/",
+        request = cleanup.CleanupRequest(directory=str(self.directory), url=url, namespace=self.namespace)
+        read_end, self._write_end = os.pipe()  # it reads until nobody holds the other end
+        self._cleanup_process = subprocess.Popen(  # noqa: S603
+            [sys.executable, "-P", *(["-I", "-S"] if url is None else []), cleanup.__file__, json.dumps(request)],
+            stdin=read_end, env=self._child_environment(), start_new_session=True, cwd="/",
         )  # fmt: skip
-        os.close(ended)
+        os.close(read_end)
 
     def start_workers(self, processes: int) -> None:
         """Start the supervisor with its children; returns at once."""
         with self.log.open("ab") as log:
-            self.crew = subprocess.Popen(  # noqa: S603
-                [sys.executable, "-P", "-m", "conveyor.cli.demo.crew", str(processes)],
-                stdin=subprocess.PIPE, stdout=log, stderr=log, env=self._variables(), pass_fds=(self._end,),
+            self.supervisor = subprocess.Popen(  # noqa: S603
+                [sys.executable, "-P", "-m", "conveyor.cli.demo.worker_processes", str(processes)],
+                stdin=subprocess.PIPE, stdout=log, stderr=log, env=self._child_environment(), pass_fds=(self._write_end,),
                 start_new_session=True,  # ctrl-C is for us alone
             )  # fmt: skip
 
@@ -73,27 +73,27 @@ class DemoEnvironment:
         began = time.perf_counter()
         self.app = task.app
         self.app.client.patience = 2.0
-        facts = _facts(self.app)
+        facts = _server_facts(self.app)
         self.server_ms = 1000 * (time.perf_counter() - began)
-        held = self.app.client.attachment
+        attachment = self.app.client.attachment
         name = "Valkey" if "valkey_version" in facts else "Redis"
         number = facts.get("valkey_version", facts.get("redis_version", "?"))
-        where = "embedded, unix socket" if held is not None else str(self.app.client.address)
+        where = "embedded, unix socket" if attachment is not None else str(self.app.client.address)
         self.server = f"{name} {number} ({where}, {self.server_ms:.0f} ms)"
         return self.app
 
     def stop_workers(self) -> None:
         """End the workers: what runs may finish, what has not started is handed back."""
-        crew = self.crew
-        if crew is None:
+        supervisor = self.supervisor
+        if supervisor is None:
             return
-        assert crew.stdin is not None
-        crew.stdin.close()  # its life line
+        assert supervisor.stdin is not None
+        supervisor.stdin.close()  # its life line
         try:
-            crew.wait(_ENDING)
+            supervisor.wait(_STOP_SECONDS)
         except subprocess.TimeoutExpired:
-            os.killpg(crew.pid, signal.SIGKILL)  # its children notice and end
-            crew.wait()
+            os.killpg(supervisor.pid, signal.SIGKILL)  # its children notice and end
+            supervisor.wait()
 
     def close(self) -> None:
         """End what still runs and wait until everything is removed."""
@@ -103,26 +103,26 @@ class DemoEnvironment:
 
             task.journal.close()
             self.app.close()
-        os.close(self._end)
+        os.close(self._write_end)
         try:
-            self._custodian.wait(_ENDING)
+            self._cleanup_process.wait(_STOP_SECONDS)
         except subprocess.TimeoutExpired:
             return  # it goes on without us
 
-    def _variables(self) -> dict[str, str]:
+    def _child_environment(self) -> dict[str, str]:
         # Found wherever this process found it, and nothing of the working directory in its place.
         package = str(Path(conveyor.__file__).parent.parent)
         paths = [package, *filter(None, [os.environ.get("PYTHONPATH")])]
         return {**os.environ, **self._environment, "PYTHONPATH": os.pathsep.join(paths)}
 
 
-def _facts(app: Conveyor) -> dict[str, str]:
+def _server_facts(app: Conveyor) -> dict[str, str]:
     reply = app.client.execute("INFO", "server")
     text = reply.decode() if isinstance(reply, bytes) else str(reply)
     return dict(line.split(":", 1) for line in text.splitlines() if ":" in line)
 
 
-def _refuse_several(url: str) -> None:
+def _refuse_several_servers(url: str) -> None:
     """Raise ConfigurationError for a cluster or sentinels: a program of the demo knows only RPUSH, and one server."""
     from conveyor.store.transport.topology import locate
     from conveyor.store.transport.url import StandaloneServer, masked

@@ -18,7 +18,7 @@ import time
 from typing import BinaryIO, TypedDict
 
 SERVER, JOURNAL = "server", "journal"
-_PATIENCE = 40.0  # seconds for workers of a killed supervisor to drain, and for the server to stop
+_PATIENCE_SECONDS = 40.0  # seconds for workers of a killed supervisor to drain, and for the server to stop
 
 
 class CleanupRequest(TypedDict):
@@ -31,29 +31,29 @@ class CleanupRequest(TypedDict):
 
 def main(text: str) -> None:
     """Wait for the end of all, then tidy up."""
-    orders: CleanupRequest = json.loads(text)
+    request: CleanupRequest = json.loads(text)
     while os.read(0, 1024):
         pass
-    with open(os.path.join(orders["directory"], JOURNAL), "rb") as journal:
+    with open(os.path.join(request["directory"], JOURNAL), "rb") as journal:
         try:
             # Kept to the end: a worker that comes up late is turned away here, before it starts a server again.
             _wait_for(journal)
-            if orders["url"] is None:
-                with contextlib.suppress(FileNotFoundError), open(_keeper_lock(orders), "rb") as keeper:
+            if request["url"] is None:
+                with contextlib.suppress(FileNotFoundError), open(_keeper_lock(request), "rb") as keeper:
                     _wait_for(keeper)
             else:
-                _delete_keys(orders["url"], orders["namespace"])
+                _delete_keys(request["url"], request["namespace"])
         finally:
-            shutil.rmtree(orders["directory"], ignore_errors=True)
+            shutil.rmtree(request["directory"], ignore_errors=True)
 
 
-def _keeper_lock(orders: CleanupRequest) -> str:
-    return os.path.join(orders["directory"], SERVER, "keeper.lock")
+def _keeper_lock(request: CleanupRequest) -> str:
+    return os.path.join(request["directory"], SERVER, "keeper.lock")
 
 
 def _wait_for(file: BinaryIO) -> None:
     """Lock *file* when nobody else does: workers lock the journal, the keeper its own file until its server stopped."""
-    end = time.monotonic() + _PATIENCE
+    end = time.monotonic() + _PATIENCE_SECONDS
     while time.monotonic() < end:
         with contextlib.suppress(BlockingIOError):
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -66,9 +66,9 @@ def _delete_keys(url: str, namespace: str) -> None:
 
     with contextlib.suppress(RedisError), Redis.from_url(url, socket_timeout=10) as client:
         for pattern in (f"{namespace}:*", f"{namespace}-*"):
-            found = list(client.scan_iter(pattern, count=1000))
-            for first in range(0, len(found), 500):
-                client.unlink(*found[first : first + 500])
+            keys = list(client.scan_iter(pattern, count=1000))
+            for first in range(0, len(keys), 500):
+                client.unlink(*keys[first : first + 500])
 
 
 if __name__ == "__main__":
