@@ -114,7 +114,7 @@ def test_settings_of_connections(
 )  # fmt: skip
 def test_known_holes(family: str, version: str, mended: str | None) -> None:
     """A release with a hole that any user with a script can use is known, with the first one without it."""
-    assert server_checks.mended(family, version) == mended
+    assert server_checks.first_patched_release(family, version) == mended
 
 
 @pytest.mark.parametrize("name", ["redis6", "redis7"])
@@ -123,11 +123,11 @@ def test_server_with_a_hole_is_a_warning(
 ) -> None:
     """The doctor names the hole of an old server, and the release to take."""
     report = examine(start_server(name=name).url)
-    if server_checks.mended(report.family, report.version) is None:
+    if server_checks.first_patched_release(report.family, report.version) is None:
         pytest.skip(f"{report.version} has none")
     finding = named(report, "version")
     assert (finding.level, "CVE-2025-49844" in finding.text) == ("warning", True)
-    assert finding.remedy == f"Use {server_checks.mended(report.family, report.version)} or newer."
+    assert finding.remedy == f"Use {server_checks.first_patched_release(report.family, report.version)} or newer."
 
 
 def test_full_memory_is_a_problem(start_server: Start, examine: Callable[[str], doctor.HealthReport]) -> None:

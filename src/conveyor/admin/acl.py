@@ -26,8 +26,10 @@ _USER = re.compile(r"[A-Za-z0-9_.:@-]{1,64}")
 _UNSAFE = re.compile(r"[^A-Za-z0-9_.:@/{}=+-]")  # has a meaning in a pattern, or in a line of redis-cli
 _FUNCTION = re.compile(r"^local function (\w+)", re.MULTILINE)
 _CALL = re.compile(r"redis\.p?call\(([^,()]*)")
-_PASSED = re.compile(r"(?<!redis\.)(?<!redis\.p)\b(?!redis)\w+\(([^()]*)")  # check('HLEN', key) calls what it is given
-_LITERAL = re.compile(r"'([A-Z]{2,})'")
+_PASSED_ARGUMENTS = re.compile(
+    r"(?<!redis\.)(?<!redis\.p)\b(?!redis)\w+\(([^()]*)"
+)  # check('HLEN', key) calls what it is given
+_COMMAND_NAME = re.compile(r"'([A-Z]{2,})'")
 
 
 @dataclass(frozen=True)
@@ -35,20 +37,20 @@ class Role:
     """A kind of program: its scripts, the commands it sends besides, and whether it hears or tells of results."""
 
     name: str
-    does: str
+    description: str
     scripts: tuple[Script, ...] = ()
     commands: tuple[str, ...] = ()
     channels: bool = False
 
-    def and_(self, other: Role) -> Role:
+    def combined_with(self, other: Role) -> Role:
         """Return this role with all that *other* may do besides."""
         return Role(
-            self.name, self.does, (*self.scripts, *other.scripts), (*self.commands, *other.commands),
+            self.name, self.description, (*self.scripts, *other.scripts), (*self.commands, *other.commands),
             self.channels or other.channels,
         )  # fmt: skip
 
 
-_RUN = ("evalsha", "eval")
+_RUN_SCRIPT = ("evalsha", "eval")
 _PRODUCER = Role(
     "producer",
     "pushes and enqueues, asks for status and results, cancels; takes nothing",
@@ -56,7 +58,7 @@ _PRODUCER = Role(
         operations.PUSH, operations.PUSH_PLAIN, operations.WITHDRAW, plain_list.RAWPUSH, operations.AWAIT, operations.FORGET,
         operations.CANCEL, inspection.SHOW, inspection.COUNTS, partitions.CLAIM, partitions.COUNT,
     ),
-    (*_RUN, "sadd", "smembers", "subscribe", "ping"),
+    (*_RUN_SCRIPT, "sadd", "smembers", "subscribe", "ping"),
     channels=True,
 )  # fmt: skip
 _WORKER = Role(
@@ -67,12 +69,12 @@ _WORKER = Role(
         operations.INTAKE, operations.RING, spawn_outbox.TAKE, spawn_outbox.TRIM,
     ),
     ("blpop", "blmove", "info"),
-).and_(_PRODUCER)  # fmt: skip
+).combined_with(_PRODUCER)  # fmt: skip
 _DASHBOARD = Role(
     "dashboard",
     "looks: status, doctor, lists of queues, jobs and workers; changes nothing",
     (inspection.COUNTS, inspection.PAGE, inspection.SHOW, inspection.CREW, inspection.AUDIT, partitions.COUNT),
-    (*_RUN, "smembers", "llen", "hget", "ping", "info", "time"),
+    (*_RUN_SCRIPT, "smembers", "llen", "hget", "ping", "info", "time"),
 )
 _OPERATOR = Role(
     "operator",
@@ -83,7 +85,7 @@ _OPERATOR = Role(
     ),
     ("sadd", "srem", "hscan"),
     channels=True,
-).and_(_DASHBOARD)  # fmt: skip
+).combined_with(_DASHBOARD)  # fmt: skip
 _SENTINEL = Role(
     "sentinel",
     "for the sentinels' own users: asks them who is the master (sentinel_username= in the URL)",
@@ -141,55 +143,55 @@ def rules(
     7.2 know what older ones refuse. *topology* and *database* say how the clients connect, *durable* that pushes ask
     for `fsync` or `wait_replicas`.
     """
-    found = ROLES.get(role)
-    if found is None:
+    definition = ROLES.get(role)
+    if definition is None:
         raise ConfigurationError(f"There is no role {role!r}. Known: {', '.join(ROLES)}.")
     check_namespace(namespace)
     user = user or f"{namespace}-{role}"
     if not _USER.fullmatch(user):
         raise ConfigurationError(f"The name of a user has 1 to 64 of A-Z a-z 0-9 _ . : @ - and nothing else: {user!r}.")
-    names = {command for script in found.scripts for command in commands_of(script)} | set(found.commands)
-    if found is _SENTINEL:
-        return AclRules(role, user, (), (), tuple(sorted(names | _connecting(server, TOPOLOGIES[0], 0))))
-    names |= _connecting(server, topology, database)
+    names = {command for script in definition.scripts for command in commands_of(script)} | set(definition.commands)
+    if definition is _SENTINEL:
+        return AclRules(role, user, (), (), tuple(sorted(names | _connection_commands(server, TOPOLOGIES[0], 0))))
+    names |= _connection_commands(server, topology, database)
     if durable:
         # The settings tell whether a reply, or WAITAOF, means that it is on disk.
         names |= {"wait", "info", "config|get", *(["waitaof"] if server == "7.2" else [])}
     return AclRules(
-        role, user, (f"{namespace}:queues", f"{namespace}:{{*}}:*", *(_pattern(one) for one in lists)),
-        (f"{namespace}:replies:*",) if found.channels else (), tuple(sorted(names)),
+        role, user, (f"{namespace}:queues", f"{namespace}:{{*}}:*", *(_key_pattern(one) for one in lists)),
+        (f"{namespace}:replies:*",) if definition.channels else (), tuple(sorted(names)),
     )  # fmt: skip
 
 
-def _connecting(server: str, topology: str, database: int) -> set[str]:
+def _connection_commands(server: str, topology: str, database: int) -> set[str]:
     """Return what a client sends before its first command. AUTH and HELLO are open to everybody."""
-    found = {"client|setinfo"} if server == "7.2" else set()  # older servers refuse the whole line for this one
+    commands = {"client|setinfo"} if server == "7.2" else set()  # older servers refuse the whole line for this one
     if database:
-        found.add("select")
+        commands.add("select")
     if topology == "sentinel":
-        found.add("role")
+        commands.add("role")
     if topology == "cluster":
-        found |= {"cluster|info", "cluster|slots", "asking"}
-    return found
+        commands |= {"cluster|info", "cluster|slots", "asking"}
+    return commands
 
 
 def commands_of(script: Script) -> set[str]:
     """Return the commands that *script* may call, in lower case: those of its text and of the prelude it uses."""
     body = files("conveyor.store").joinpath("scripts", f"{script.name}.lua").read_text("utf-8")
-    helpers = _helpers()
-    found, seen, texts = set[str](), set[str](), [body]
+    functions = _prelude_functions()
+    commands, seen, texts = set[str](), set[str](), [body]
     while texts:
         text = texts.pop()
-        for expression in (*_CALL.findall(text), *_PASSED.findall(text)):
-            found.update(_LITERAL.findall(expression))
-        for name, helper in helpers.items():
+        for expression in (*_CALL.findall(text), *_PASSED_ARGUMENTS.findall(text)):
+            commands.update(_COMMAND_NAME.findall(expression))
+        for name, function in functions.items():
             if name not in seen and re.search(rf"\b{name}\(", text):
                 seen.add(name)
-                texts.append(helper)
-    return {command.lower() for command in found}
+                texts.append(function)
+    return {command.lower() for command in commands}
 
 
-def _helpers() -> dict[str, str]:
+def _prelude_functions() -> dict[str, str]:
     """Return the functions of the prelude by their names."""
     text = files("conveyor.store").joinpath("scripts", "_prelude.lua").read_text("utf-8")
     starts = [*_FUNCTION.finditer(text)]
@@ -197,6 +199,6 @@ def _helpers() -> dict[str, str]:
     return {one[1]: text[one.end() : end] for one, end in zip(starts, ends, strict=True)}
 
 
-def _pattern(name: str) -> str:
+def _key_pattern(name: str) -> str:
     """Return a pattern for one key: what a pattern or a line would read as something else is any one byte."""
-    return _UNSAFE.sub(lambda found: "?" * len(found[0].encode()), name)
+    return _UNSAFE.sub(lambda match: "?" * len(match[0].encode()), name)

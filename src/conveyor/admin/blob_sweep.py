@@ -15,8 +15,8 @@ from conveyor.units import Duration, milliseconds
 if TYPE_CHECKING:
     from conveyor.jobs.app import Conveyor
 
-PAGE = 500
-LEAST_MS = 3_600_000
+PAGE_SIZE = 500
+MIN_AGE_MS = 3_600_000
 """A body is written before its job is pushed, so a young one may belong to a job that is about to come."""
 
 
@@ -34,19 +34,19 @@ def sweep(app: Conveyor, older: Duration = "1d", *, dry_run: bool = False) -> in
     if sealing is None or sealing.store is None:
         raise ConfigurationError("sweep() needs an app with a store: Conveyor(large=FileStore(…)).")
     age_ms = milliseconds(older, name="older")
-    if age_ms < LEAST_MS:
+    if age_ms < MIN_AGE_MS:
         raise ConfigurationError(f"sweep(older={older!r}): the least is an hour, since bodies are written before jobs.")
-    found = list(sealing.store.old(age_ms / 1000))  # before looking at jobs: what comes later is none of these
-    needed = _needed(app, sealing)
-    gone = [name for name in found if name not in needed]
-    for name in gone if not dry_run else ():
+    old_blobs = list(sealing.store.old(age_ms / 1000))  # before looking at jobs: what comes later is none of these
+    referenced = _referenced_blobs(app, sealing)
+    unneeded = [name for name in old_blobs if name not in referenced]
+    for name in unneeded if not dry_run else ():
         sealing.store.delete(name)
-    return len(gone)
+    return len(unneeded)
 
 
-def _needed(app: Conveyor, sealing: PayloadPipeline) -> set[str]:
+def _referenced_blobs(app: Conveyor, sealing: PayloadPipeline) -> set[str]:
     names: set[str] = set()
-    for queue, id_, data in _everything(app):
+    for queue, id_, data in _all_jobs(app):
         envelope, _, _ = read_whatever(data, None)
         try:
             name = sealed_name(envelope.task, envelope.extra.version)
@@ -61,7 +61,7 @@ def _needed(app: Conveyor, sealing: PayloadPipeline) -> set[str]:
     return names
 
 
-def _everything(app: Conveyor) -> Iterator[tuple[str, str, bytes]]:
+def _all_jobs(app: Conveyor) -> Iterator[tuple[str, str, bytes]]:
     """Yield queue, id and envelope of every job, those on their way from one queue to another first."""
     queues = app.client.queues()
     for queue in queues:
@@ -72,7 +72,7 @@ def _everything(app: Conveyor) -> Iterator[tuple[str, str, bytes]]:
     for queue in queues:
         jobs, cursor = app.keys(queue).jobs, b"0"
         while True:
-            cursor, page = _read(app, "HSCAN", jobs, cursor, "COUNT", PAGE)
+            cursor, page = _read(app, "HSCAN", jobs, cursor, "COUNT", PAGE_SIZE)
             for id_, data in zip(page[::2], page[1::2], strict=True):
                 yield queue, id_.decode(), data
             if cursor == b"0":

@@ -116,8 +116,8 @@ class ActionResult:
         return self.outcome not in {"refused", "not found"}
 
 
-def live_job(queue: str, row: JobRow, viewer: RecordDecoder, limit: int = MAX_LARGE) -> JobInfo:
-    """Return a job that has not ended, or a dead one; as *viewer* may see it, of its body at most *limit* bytes."""
+def live_job(queue: str, row: JobRow, decoder: RecordDecoder, limit: int = MAX_LARGE) -> JobInfo:
+    """Return a job that has not ended, or a dead one; as *decoder* may see it, of its body at most *limit* bytes."""
     envelope, state = row.envelope, row.state
     name = sealed_name(envelope.task, envelope.extra.version)
     at = int(row.extra) if row.status in {"scheduled", "dead"} and row.extra else None
@@ -130,14 +130,14 @@ def live_job(queue: str, row: JobRow, viewer: RecordDecoder, limit: int = MAX_LA
         failures=state.failures,
         crashes=state.crashes,
         priority=envelope.priority,
-        enqueued=maybe_instant(made_at_ms(row.id)),
-        due=maybe_instant(at) if row.status == "scheduled" else None,
-        expires=maybe_instant(envelope.expires_ms),
-        ended=maybe_instant(at) if row.status == "dead" else None,
+        enqueued=instant_or_none(made_at_ms(row.id)),
+        due=instant_or_none(at) if row.status == "scheduled" else None,
+        expires=instant_or_none(envelope.expires_ms),
+        ended=instant_or_none(at) if row.status == "dead" else None,
         unique=envelope.unique,
         headers=dict(envelope.extra.headers),
-        payload=viewer.preview(envelope.body, queue, name, row.id, limit=limit, call=bool(envelope.task)),
-        errors=[error_info(viewer.failure(failure, queue, row.id)) for failure in state.failures_list()],
+        payload=decoder.preview(envelope.body, queue, name, row.id, limit=limit, call=bool(envelope.task)),
+        errors=[error_info(decoder.failure(failure, queue, row.id)) for failure in state.failures_list()],
         worker=row.extra if row.status == "leased" else None,
     )
 
@@ -147,7 +147,7 @@ def finished_job(queue: str, entry: FinishedJob) -> JobInfo:
     status: Any = entry.status
     return JobInfo(
         id=public(queue, entry.id), queue=queue, status=status, task=entry.task, ended=instant(entry.at),
-        enqueued=maybe_instant(made_at_ms(entry.id)), ran_ms=entry.ran_ms,
+        enqueued=instant_or_none(made_at_ms(entry.id)), ran_ms=entry.ran_ms,
     )  # fmt: skip
 
 
@@ -163,6 +163,6 @@ def instant(ms: int) -> datetime:
     return datetime.fromtimestamp(ms / 1000, UTC)
 
 
-def maybe_instant(ms: int | None) -> datetime | None:
+def instant_or_none(ms: int | None) -> datetime | None:
     """Return the same, or None for nothing and zero."""
     return instant(ms) if ms else None

@@ -78,9 +78,9 @@ class LazyGroup(click.Group):
 
 def _version(ctx: click.Context, _: click.Parameter, value: bool) -> None:
     if value:
-        from conveyor.cli.output import version
+        from conveyor.cli.output import installed_version
 
-        click.echo(f"conveyor {version()}")
+        click.echo(f"conveyor {installed_version()}")
         ctx.exit()
 
 
@@ -98,9 +98,9 @@ def cli(ctx: click.Context) -> None:
     elif os.environ.get("FORCE_COLOR"):
         ctx.color = True
     if ctx.invoked_subcommand == "worker":
-        from conveyor.cli.app import settings
+        from conveyor.cli.app import read_settings
 
-        ctx.default_map = {"worker": settings().worker}
+        ctx.default_map = {"worker": read_settings().worker}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -119,12 +119,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return ExitCode.INTERRUPTED
     except Exception as error:
-        _complain(error, verbose=state["verbose"])
+        _print_error(error, verbose=state["verbose"])
         return exit_code(error)
     return code if isinstance(code, int) else ExitCode.OK
 
 
-def _complain(error: Exception, *, verbose: bool) -> None:
+def _print_error(error: Exception, *, verbose: bool) -> None:
     """Say what went wrong, in the form of docs/errors.md: code, what happened, what to do."""
     from conveyor.ids import clean
     from conveyor.store.transport.url import redact

@@ -9,8 +9,7 @@ from typing import Any
 
 import click
 
-from conveyor.cli.output import Output, machine
-from conveyor.cli.output import seconds as duration
+from conveyor.cli.output import Output, machine_text, parse_seconds
 from conveyor.cli.target import Target, redis_options
 from conveyor.errors import ConfigurationError, JobFailed, PayloadError, UnknownTask
 
@@ -41,12 +40,12 @@ def enqueue(
         raise click.UsageError("--timeout goes with --wait.")
     if delay is not None and at is not None:
         raise click.UsageError("--in and --at both say when: give one of them.")
-    seconds = None if timeout is None else duration(timeout, name="--timeout")
+    seconds = None if timeout is None else parse_seconds(timeout, name="--timeout")
     _, app = target.load_app()
-    chosen = _task(app, task)
-    args, kwargs = _arguments(chosen, pairs, document)
-    later = None if delay is None else duration(delay, name="--in")
-    bound = chosen.options(delay=later, at=_instant(at), queue=queue, priority=priority, id=own_id)
+    chosen = _find_task(app, task)
+    args, kwargs = _parse_arguments(chosen, pairs, document)
+    delay_seconds = None if delay is None else parse_seconds(delay, name="--in")
+    bound = chosen.options(delay=delay_seconds, at=_parse_instant(at), queue=queue, priority=priority, id=own_id)
     job = bound.enqueue(*args, **kwargs)
     if not wait:
         if out.as_json:
@@ -55,14 +54,14 @@ def enqueue(
             out.line(job.id)
         return
     out.say(job.id)
-    text = _result(out, job, seconds)
+    text = _wait_for_result(out, job, seconds)
     if out.as_json:
         out.document("result", id=job.id, task=chosen.name, result=json.loads(text))
     else:
         out.line(text)
 
 
-def _result(out: Output, job: Any, seconds: float | None) -> str:
+def _wait_for_result(out: Output, job: Any, seconds: float | None) -> str:
     from conveyor.payload.formats import display
 
     try:
@@ -72,19 +71,21 @@ def _result(out: Output, job: Any, seconds: float | None) -> str:
     except JobFailed as error:
         if error.traceback:
             for line in error.traceback.rstrip().splitlines():
-                out.say(machine(line))
+                out.say(machine_text(line))
         raise
 
 
-def _task(app: Any, name: str) -> Any:
+def _find_task(app: Any, name: str) -> Any:
     """Return the task of that name, or the only one whose last parts are that."""
     if name in app.tasks:
         return app.tasks[name]
-    found = {task.name: task for known, task in app.tasks.items() if known.endswith(f".{name}")}
-    if len(found) == 1:
-        return next(iter(found.values()))
-    if found:
-        raise ConfigurationError(f"Several tasks are named {name!r}: {', '.join(sorted(found))}. Give the whole name.")
+    matches = {task.name: task for known, task in app.tasks.items() if known.endswith(f".{name}")}
+    if len(matches) == 1:
+        return next(iter(matches.values()))
+    if matches:
+        raise ConfigurationError(
+            f"Several tasks are named {name!r}: {', '.join(sorted(matches))}. Give the whole name."
+        )
     close = get_close_matches(name, [*app.tasks, *(known.rpartition(".")[2] for known in app.tasks)], 1)
     if not app.tasks:
         raise UnknownTask(f"There is no task {name!r}: the app has none.")
@@ -93,7 +94,7 @@ def _task(app: Any, name: str) -> Any:
     raise UnknownTask(f"There is no task {name!r}.{advice}\nKnown: {known}. Nothing was enqueued.")
 
 
-def _arguments(task: Any, pairs: tuple[str, ...], document: str | None) -> tuple[Sequence[Any], dict[str, Any]]:
+def _parse_arguments(task: Any, pairs: tuple[str, ...], document: str | None) -> tuple[Sequence[Any], dict[str, Any]]:
     args: Sequence[Any] = []
     kwargs: dict[str, Any] = {}
     if document is not None:
@@ -122,7 +123,7 @@ def _arguments(task: Any, pairs: tuple[str, ...], document: str | None) -> tuple
     return args, kwargs
 
 
-def _instant(text: str | None) -> Any:
+def _parse_instant(text: str | None) -> Any:
     if text is None:
         return None
     from datetime import datetime

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from conveyor.cli.exit import ExitCode
-from conveyor.cli.output import Output, confirm_options, count, machine
+from conveyor.cli.output import Output, confirm_options, machine_text, quantity
 from conveyor.cli.target import Target, redis_options
 from conveyor.units import span
 
@@ -40,15 +40,15 @@ def list_(
     ids_only: bool,
 ) -> None:  # fmt: skip
     """List jobs in the order they are taken; dead and done ones newest first."""
-    found = target.admin().jobs(queue, state, task=task, offset=offset, limit=limit)
+    jobs = target.admin().jobs(queue, state, task=task, offset=offset, limit=limit)
     if out.as_json:
-        out.document("jobs", jobs=found)
+        out.document("jobs", jobs=jobs)
     elif ids_only:
-        for info in found:
+        for info in jobs:
             out.line(info.id)
-    elif found:
-        out.table(HEADINGS, [_row(info) for info in found])
-        if len(found) == limit and out.on_terminal:
+    elif jobs:
+        out.table(HEADINGS, [_row(info) for info in jobs])
+        if len(jobs) == limit and out.on_terminal:
             out.say(f"Perhaps there are more: --limit {2 * limit}, or --offset {offset + limit}.")
     else:
         out.say("There are no such jobs.")
@@ -90,7 +90,7 @@ def show(target: Target, out: Output, id_: str) -> None:
     if info.errors and info.errors[-1].traceback and out.on_terminal:
         out.line("")
         for line in info.errors[-1].traceback.rstrip().splitlines():
-            out.line(f"  {machine(line)}")
+            out.line(f"  {machine_text(line)}")
 
 
 @job.command()
@@ -98,7 +98,7 @@ def show(target: Target, out: Output, id_: str) -> None:
 @redis_options
 def retry(target: Target, out: Output, ids: tuple[str, ...]) -> int:
     """Put dead jobs back with a fresh budget; start scheduled ones now."""
-    return _report(out, "retry", target.admin().retry(_read(ids)))
+    return _print_results(out, "retry", target.admin().retry(_read_ids(ids)))
 
 
 @job.command()
@@ -107,11 +107,11 @@ def retry(target: Target, out: Output, ids: tuple[str, ...]) -> int:
 @redis_options
 def cancel(target: Target, out: Output, ids: tuple[str, ...], yes: bool, dry_run: bool) -> int:
     """Cancel jobs that have not ended; a running one is stopped by its worker."""
-    chosen = _read(ids)
-    ask = len(chosen) > 1 or dry_run
-    if ask and not out.confirm(f"Cancel {_described(chosen)}?", yes=yes, dry_run=dry_run):
+    chosen = _read_ids(ids)
+    needs_confirmation = len(chosen) > 1 or dry_run
+    if needs_confirmation and not out.confirm(f"Cancel {_describe_ids(chosen)}?", yes=yes, dry_run=dry_run):
         return ExitCode.OK
-    return _report(out, "cancel", target.admin().cancel(chosen))
+    return _print_results(out, "cancel", target.admin().cancel(chosen))
 
 
 @job.command()
@@ -120,10 +120,10 @@ def cancel(target: Target, out: Output, ids: tuple[str, ...], yes: bool, dry_run
 @redis_options
 def delete(target: Target, out: Output, ids: tuple[str, ...], yes: bool, dry_run: bool) -> int:
     """Remove jobs and dead letters without a trace; a leased one is refused."""
-    chosen = _read(ids)
-    if not chosen or not out.confirm(f"Delete {_described(chosen)} for good?", yes=yes, dry_run=dry_run):
+    chosen = _read_ids(ids)
+    if not chosen or not out.confirm(f"Delete {_describe_ids(chosen)} for good?", yes=yes, dry_run=dry_run):
         return ExitCode.OK
-    return _report(out, "delete", target.admin().delete(chosen))
+    return _print_results(out, "delete", target.admin().delete(chosen))
 
 
 def _row(info: JobInfo) -> tuple[object, ...]:
@@ -141,25 +141,25 @@ def _row(info: JobInfo) -> tuple[object, ...]:
     return (info.id, info.queue, info.task or None, info.status, attempt, when, about)
 
 
-def _read(ids: Sequence[str]) -> list[str]:
+def _read_ids(ids: Sequence[str]) -> list[str]:
     """Return the ids, with those of standard input in the place of ``-``, each once."""
-    found: list[str] = []
+    read: list[str] = []
     for one in ids:
-        found += (line.split("\t")[0].strip() for line in sys.stdin) if one == "-" else [one]
-    return [one for one in dict.fromkeys(found) if one]
+        read += (line.split("\t")[0].strip() for line in sys.stdin) if one == "-" else [one]
+    return [one for one in dict.fromkeys(read) if one]
 
 
-def _described(ids: Sequence[str]) -> str:
+def _describe_ids(ids: Sequence[str]) -> str:
     if len(ids) == 1:
         return ids[0]
-    return f"{count(len(ids), 'job')} ({', '.join(ids[:3])}{', …' if len(ids) > 3 else ''})"
+    return f"{quantity(len(ids), 'job')} ({', '.join(ids[:3])}{', …' if len(ids) > 3 else ''})"
 
 
-def _report(out: Output, schema: str, acted: Sequence[ActionResult]) -> int:
+def _print_results(out: Output, schema: str, results: Sequence[ActionResult]) -> int:
     if out.as_json:
-        out.document(schema, jobs=acted)
+        out.document(schema, jobs=results)
     else:
-        out.table(("id", "outcome", "detail"), [(one.id, one.outcome, one.detail) for one in acted])
-    if any(one.outcome == "not found" for one in acted):
+        out.table(("id", "outcome", "detail"), [(one.id, one.outcome, one.detail) for one in results])
+    if any(one.outcome == "not found" for one in results):
         return ExitCode.NOT_FOUND
-    return ExitCode.OK if all(one.done for one in acted) else ExitCode.REFUSED
+    return ExitCode.OK if all(one.done for one in results) else ExitCode.REFUSED

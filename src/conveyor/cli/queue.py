@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from conveyor.cli.output import Output, confirm_options, count
+from conveyor.cli.output import Output, confirm_options, quantity
 from conveyor.cli.target import Target, redis_options
 
 if TYPE_CHECKING:
@@ -18,18 +18,18 @@ if TYPE_CHECKING:
 _HEADINGS = ("queue", "ready", "scheduled", "leased", "dead", "workers", "oldest", "state")
 
 
-def queue_table(out: Output, queues: Sequence[QueueInfo]) -> None:
+def print_queues(out: Output, queues: Sequence[QueueInfo]) -> None:
     """Print queues as a table; the number of partitions comes last, and only where one has several."""
-    spread = any(info.partitions > 1 for info in queues)
-    headings = (*_HEADINGS, "partitions") if spread else _HEADINGS
+    partitioned = any(info.partitions > 1 for info in queues)
+    headings = (*_HEADINGS, "partitions") if partitioned else _HEADINGS
     out.table(headings, [_row(info)[: len(headings)] for info in queues])
 
 
 def _row(info: QueueInfo) -> tuple[object, ...]:
     oldest = None if info.oldest_age is None else timedelta(seconds=info.oldest_age)
     state = "paused" if info.paused else "stranded" if info.stranded else ""
-    there = (info.ready, info.scheduled, info.leased, info.dead, info.workers)
-    return (info.name, *there, oldest, state, info.partitions)
+    counts = (info.ready, info.scheduled, info.leased, info.dead, info.workers)
+    return (info.name, *counts, oldest, state, info.partitions)
 
 
 @click.group()
@@ -41,11 +41,11 @@ def queue() -> None:
 @redis_options
 def list_(target: Target, out: Output) -> None:
     """List all queues with what they hold."""
-    found = target.admin().queues()
+    queues = target.admin().queues()
     if out.as_json:
-        out.document("queues", queues=found)
-    elif found:
-        queue_table(out, found)
+        out.document("queues", queues=queues)
+    elif queues:
+        print_queues(out, queues)
     else:
         out.say("There are no queues yet.")
 
@@ -77,7 +77,7 @@ def show(target: Target, out: Output, name: str) -> None:
     )
     if partitions and out.on_terminal:
         out.line("")
-        queue_table(out, partitions)
+        print_queues(out, partitions)
     if workers and out.on_terminal:
         out.line("")
         rows = [(worker.id, worker.host, worker.pid, worker.held, worker.lease_ends) for worker in workers]
@@ -90,7 +90,7 @@ def show(target: Target, out: Output, name: str) -> None:
 def pause(target: Target, out: Output, name: str) -> None:
     """Let nothing more be taken from a queue; pushing goes on."""
     target.admin().pause(name)
-    _changed(out, name, paused=True)
+    _print_paused(out, name, paused=True)
 
 
 @queue.command()
@@ -99,7 +99,7 @@ def pause(target: Target, out: Output, name: str) -> None:
 def resume(target: Target, out: Output, name: str) -> None:
     """Undo pause."""
     target.admin().resume(name)
-    _changed(out, name, paused=False)
+    _print_paused(out, name, paused=False)
 
 
 @queue.command()
@@ -111,14 +111,14 @@ def purge(target: Target, out: Output, name: str, dead: bool, yes: bool, dry_run
     """Remove everything that is not leased."""
     admin = target.admin()
     info = admin.queue(name)
-    there = info.dead if dead else info.ready + info.scheduled
-    what = count(there, "dead letter" if dead else "job")
+    available = info.dead if dead else info.ready + info.scheduled
+    what = quantity(available, "dead letter" if dead else "job")
     removed = 0
-    if there and out.confirm(f"Remove {what} from {name} for good?", yes=yes, dry_run=dry_run):
+    if available and out.confirm(f"Remove {what} from {name} for good?", yes=yes, dry_run=dry_run):
         removed = admin.purge(name, dead=dead)
-    elif not there:
+    elif not available:
         out.say(f"There is nothing to remove in {name}.")
-    _counted(out, "purge", name, "removed", there if dry_run else removed, dry_run=dry_run)
+    _print_count(out, "purge", name, "removed", available if dry_run else removed, dry_run=dry_run)
 
 
 @queue.command()
@@ -129,14 +129,14 @@ def purge(target: Target, out: Output, name: str, dead: bool, yes: bool, dry_run
 def redrive(target: Target, out: Output, name: str, limit: int | None, yes: bool, dry_run: bool) -> None:
     """Put the dead letters of a queue back, oldest first, with a fresh budget."""
     admin = target.admin()
-    there = admin.queue(name).dead
-    chosen = there if limit is None else min(limit, there)
+    available = admin.queue(name).dead
+    chosen = available if limit is None else min(limit, available)
     moved = 0
-    if chosen and out.confirm(f"Put {count(chosen, 'dead letter')} back into {name}?", yes=yes, dry_run=dry_run):
+    if chosen and out.confirm(f"Put {quantity(chosen, 'dead letter')} back into {name}?", yes=yes, dry_run=dry_run):
         moved = admin.redrive(name, limit=chosen)
     elif not chosen:
         out.say(f"{name} has no dead letters.")
-    _counted(out, "redrive", name, "redriven", chosen if dry_run else moved, dry_run=dry_run)
+    _print_count(out, "redrive", name, "redriven", chosen if dry_run else moved, dry_run=dry_run)
 
 
 @queue.command("partition")
@@ -156,29 +156,29 @@ def partition(target: Target, out: Output, name: str, partitions: int, yes: bool
     admin.refuse_full(name)
     after = before
     # Asked also when it lies so already: that completes a change which somebody left half done.
-    question = f"{name} is empty and lies in {count(before, 'partition')}. Lay it in {partitions}?"
+    question = f"{name} is empty and lies in {quantity(before, 'partition')}. Lay it in {partitions}?"
     if out.confirm(question, yes=yes, dry_run=dry_run):
         admin.repartition(name, partitions)
         after = partitions
     if out.as_json:
         out.document("queue-partitioned", queue=name, before=before, partitions=after, dry_run=dry_run)
     elif not dry_run and after != before:
-        out.say(f"{name} lies in {count(after, 'partition')} now. Start its programs with partitions={after}.")
+        out.say(f"{name} lies in {quantity(after, 'partition')} now. Start its programs with partitions={after}.")
     elif after == before == partitions and not dry_run:
-        out.say(f"{name} lies in {count(after, 'partition')} already.")
+        out.say(f"{name} lies in {quantity(after, 'partition')} already.")
 
 
-def _changed(out: Output, name: str, *, paused: bool) -> None:
+def _print_paused(out: Output, name: str, *, paused: bool) -> None:
     if out.as_json:
         out.document("queue-paused", queue=name, paused=paused)
     else:
         out.say(f"{name} is paused: workers take nothing more from it." if paused else f"{name} goes on.")
 
 
-def _counted(out: Output, schema: str, name: str, word: str, number: int, *, dry_run: bool) -> None:
+def _print_count(out: Output, schema: str, name: str, word: str, number: int, *, dry_run: bool) -> None:
     if out.as_json:
         out.document(schema, queue=name, dry_run=dry_run, **{word: number})
     elif not out.on_terminal:
         out.line(str(number))
     elif not dry_run and number:
-        out.line(f"{count(number, 'job')} {word}.")
+        out.line(f"{quantity(number, 'job')} {word}.")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from conveyor.cli.app import load_outbox, settings
+from conveyor.cli.app import load_outbox, read_settings
 from conveyor.cli.exit import ExitCode
 from conveyor.cli.output import Output
 from conveyor.cli.target import verbose_option
@@ -37,18 +37,18 @@ def relay(ctx: click.Context, reference: str, once: bool, ddl: str | None) -> in
     under way. Several may run: one delivers, the others stand by.
     """
     out = Output()
-    outbox: Outbox = load_outbox(reference, settings())
+    outbox: Outbox = load_outbox(reference, read_settings())
     ctx.call_on_close(outbox.app.close)
     if ddl is not None:
         out.line(outbox.ddl(ddl).rstrip())
     elif once:
         out.line(str(outbox.deliver()))
     else:
-        _run(out, outbox, verbose=bool(ctx.obj and ctx.obj["verbose"]))
+        _deliver_until_stopped(out, outbox, verbose=bool(ctx.obj and ctx.obj["verbose"]))
     return ExitCode.OK
 
 
-def _run(out: Output, outbox: Outbox, *, verbose: bool) -> None:
+def _deliver_until_stopped(out: Output, outbox: Outbox, *, verbose: bool) -> None:
     from conveyor.worker.logs import configure_log
 
     configure_log(verbose=verbose)
@@ -60,7 +60,7 @@ def _run(out: Output, outbox: Outbox, *, verbose: bool) -> None:
         waiting = f"the database does not answer yet: {error}"
     try:
         for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, _end)
+            signal.signal(number, _raise_stop)
         with outbox.relay():
             out.say(f"Delivers {outbox.table} to namespace {outbox.app.namespace}; {waiting}")
             while True:
@@ -69,5 +69,5 @@ def _run(out: Output, outbox: Outbox, *, verbose: bool) -> None:
         pass
 
 
-def _end(_signal: int, _frame: FrameType | None) -> None:
+def _raise_stop(_signal: int, _frame: FrameType | None) -> None:
     raise _StopSignal

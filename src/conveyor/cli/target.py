@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from conveyor.cli.app import Settings, load, reference, settings
+from conveyor.cli.app import Settings, load, read_settings, reference
 from conveyor.cli.output import Output
 from conveyor.errors import ConfigurationError
 
@@ -36,7 +36,7 @@ class Target:
     def settings(self) -> Settings:
         """``[tool.conveyor]``, read once."""
         if self._settings is None:
-            self._settings = settings()
+            self._settings = read_settings()
         return self._settings
 
     def load_app(self) -> tuple[str, Any]:
@@ -59,7 +59,7 @@ class Target:
                 f"{name} uses {app.client.address} by its code, and --url cannot change that. Write Conveyor() there."
             )
         click.get_current_context().call_on_close(app.close)
-        _unbuffered(app)
+        _without_buffer(app)
         return name, app
 
     def client(self) -> Client:
@@ -72,13 +72,12 @@ class Target:
             self._app = app
             if url is None and namespace in {None, app.client.namespace}:
                 app.client.patience = PATIENCE
-                found: Client = _unbuffered(app)
-                return _closed_later(found)
+                return _close_at_exit(_without_buffer(app))
             namespace = namespace or app.client.namespace
             url = url or app.client.address.url
-            _closed_later(app.client)  # it may hold the embedded server
+            _close_at_exit(app.client)  # it may hold the embedded server
         url = url or os.environ.get("CONVEYOR_URL") or self.settings.url
-        return _closed_later(Client(url, namespace=namespace or "conveyor", patience=PATIENCE))
+        return _close_at_exit(Client(url, namespace=namespace or "conveyor", patience=PATIENCE))
 
     @property
     def app(self) -> Any:
@@ -92,15 +91,17 @@ class Target:
         client = self.client()
         if self._app is None:
             return Admin(client)
-        asks = {name: queue.asks for name, queue in self._app.queues.items() if queue.asks is not None}
+        requests = {name: queue.asks for name, queue in self._app.queues.items() if queue.asks is not None}
         app = self._app
-        return Admin(client, plain_lists=app.plain_lists, sealing=app.sealing, formats=app.formats, asks=asks)
+        return Admin(
+            client, plain_lists=app.plain_lists, sealing=app.sealing, formats=app.formats, durability_requests=requests
+        )
 
     def _namespace(self) -> str | None:
         return self.namespace or os.environ.get("CONVEYOR_NAMESPACE") or self.settings.namespace
 
 
-def _unbuffered(app: Any) -> Client:
+def _without_buffer(app: Any) -> Client:
     """Return the client of an app; its buffer takes nothing: a command ends, so it fails when Redis is away."""
     client: Client = app.client
     if client.buffer is not None:
@@ -108,7 +109,7 @@ def _unbuffered(app: Any) -> Client:
     return client
 
 
-def _closed_later(client: Client) -> Client:
+def _close_at_exit(client: Client) -> Client:
     click.get_current_context().call_on_close(client.close)
     return client
 

@@ -8,13 +8,12 @@ from typing import Any
 
 import click
 
-from conveyor.cli.output import Output
-from conveyor.cli.output import seconds as duration
+from conveyor.cli.output import Output, parse_seconds
 from conveyor.cli.target import Target, verbose_option
 from conveyor.errors import ConfigurationError, StoreUnavailable
 from conveyor.units import size
 
-_WEIGHED = re.compile(r"(?P<name>.+):(?P<weight>\d+(\.\d+)?)")
+_WITH_WEIGHT = re.compile(r"(?P<name>.+):(?P<weight>\d+(\.\d+)?)")
 
 
 @click.command()
@@ -66,61 +65,61 @@ def worker(
     """
     out = Output()
     name, app = Target(url, namespace, app_name).load_app()
-    chosen = _queues(queues) or _served(app, name)
-    _mention(out, app, chosen)
-    seconds = duration(grace, name="--grace")
-    _check(out, app, list(chosen), allow_eviction=allow_eviction)
+    chosen = _parse_queues(queues) or _default_queues(app, name)
+    _warn_of_unused_queues(out, app, chosen)
+    seconds = parse_seconds(grace, name="--grace")
+    _check_server(out, app, list(chosen), allow_eviction=allow_eviction)
     from conveyor.worker.supervision import supervisor
 
     verbose = bool(ctx.obj and ctx.obj["verbose"])
     return int(
         supervisor.run(
             name, queues=chosen, concurrency=concurrency, threads=threads, processes=processes, burst=burst,
-            grace=seconds, max_jobs=max_jobs, max_memory=_bytes(max_memory), verbose=verbose,
+            grace=seconds, max_jobs=max_jobs, max_memory=_parse_size(max_memory), verbose=verbose,
         )
     )  # fmt: skip
 
 
-def _bytes(given: str | None) -> int | None:
+def _parse_size(given: str | None) -> int | None:
     return None if given is None else size(int(given) if given.isdigit() else given, "--max-memory")
 
 
-def _queues(given: tuple[str, ...]) -> dict[str, float]:
+def _parse_queues(given: tuple[str, ...]) -> dict[str, float]:
     """Return queue → weight; a last part that is a number is a weight, since names may hold colons."""
     from conveyor.ids import queue_name
 
-    found: dict[str, float] = {}
+    weights: dict[str, float] = {}
     for text in (part.strip() for one in given for part in one.split(",")):
-        weighed = _WEIGHED.fullmatch(text)
+        weighed = _WITH_WEIGHT.fullmatch(text)
         name, weight = (weighed["name"], float(weighed["weight"])) if weighed else (text, 1.0)
         if weight <= 0:
             raise ConfigurationError(f"The weight of queue {name!r} must be above 0, not {weight:g}.")
-        found[queue_name(name)] = weight
-    return found
+        weights[queue_name(name)] = weight
+    return weights
 
 
-def _mention(out: Output, app: Any, queues: dict[str, float]) -> None:
+def _warn_of_unused_queues(out: Output, app: Any, queues: dict[str, float]) -> None:
     """Say which queues no task of the app goes to by itself: perhaps a slip of the pen, which would look like no work."""
-    own = _own(app)
+    own = _queues_of_tasks(app)
     for queue in sorted(queues.keys() - own) if own else ():
-        near = get_close_matches(queue, own, 1)
-        guess = f" Did you mean {near[0]!r}?" if near else f" They go to: {', '.join(sorted(own))}."
+        similar = get_close_matches(queue, own, 1)
+        guess = f" Did you mean {similar[0]!r}?" if similar else f" They go to: {', '.join(sorted(own))}."
         out.say(f"! No task of this app goes to queue {queue!r} unless options(queue=…) sends it there.{guess}")
 
 
-def _own(app: Any) -> set[str]:
-    lists = {queue for queue, found in app.plain_lists.items() if found.task}
+def _queues_of_tasks(app: Any) -> set[str]:
+    lists = {queue for queue, plain_list in app.plain_lists.items() if plain_list.task}
     return {task.queue for task in app.tasks.values()} | lists
 
 
-def _served(app: Any, name: str) -> dict[str, float]:
-    queues = _own(app)
+def _default_queues(app: Any, name: str) -> dict[str, float]:
+    queues = _queues_of_tasks(app)
     if not queues:
         raise ConfigurationError(f"{name} has no tasks, so there is nothing to run. Define one with @app.task.")
     return dict.fromkeys(sorted(queues), 1.0)
 
 
-def _check(out: Output, app: Any, queues: list[str], *, allow_eviction: bool) -> None:
+def _check_server(out: Output, app: Any, queues: list[str], *, allow_eviction: bool) -> None:
     """Refuse a server that deletes jobs, and queues with other partitions. One that is away is waited for, not an error."""
     from conveyor.admin import doctor
     from conveyor.messaging.partitions import agree
@@ -135,9 +134,9 @@ def _check(out: Output, app: Any, queues: list[str], *, allow_eviction: bool) ->
         return
     if not policy:
         out.say(f"! {eviction.UNKNOWN}: see `conveyor doctor`")
-    wrong = doctor.evicting(policy, evicted)
-    if wrong is not None and not allow_eviction:
-        advice = f"Set:  {wrong.remedy}\nStart anyway:  --allow-eviction"
-        raise ConfigurationError(f"{wrong.text}\n{advice}", code=wrong.code)
-    if wrong is not None:
-        out.say(f"! {wrong.text}")
+    finding = doctor.eviction_finding(policy, evicted)
+    if finding is not None and not allow_eviction:
+        advice = f"Set:  {finding.remedy}\nStart anyway:  --allow-eviction"
+        raise ConfigurationError(f"{finding.text}\n{advice}", code=finding.code)
+    if finding is not None:
+        out.say(f"! {finding.text}")

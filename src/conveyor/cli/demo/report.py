@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import click
 
 from conveyor.cli.demo.journal import JournalEntry
-from conveyor.cli.output import count
+from conveyor.cli.output import quantity
 from conveyor.units import span
 
 LEFT_STATES = frozenset({"ready", "scheduled", "leased", "waiting"})
@@ -253,8 +253,8 @@ def summary_lines(report: DemoReport) -> list[str]:
 
 def _kill_lines(kill: KillSummary) -> list[str]:
     at = time.strftime("%H:%M:%S", time.localtime(kill.at))
-    returned = "" if kill.returned is None else f", and {count(kill.returned, 'job')} went back"
-    line = f"Worker {kill.pid} was killed at {at} while it ran {count(kill.interrupted, 'job')}{returned}."
+    returned = "" if kill.returned is None else f", and {quantity(kill.returned, 'job')} went back"
+    line = f"Worker {kill.pid} was killed at {at} while it ran {quantity(kill.interrupted, 'job')}{returned}."
     if kill.first_ms is None or kill.last_ms is None:
         return [line]
     first, last = span(kill.first_ms / 1000), span(kill.last_ms / 1000)
@@ -267,7 +267,7 @@ def _run_lines(report: DemoReport) -> list[str]:
     twice = "No job succeeded twice."
     if report.done_twice:
         twice = f"{report.done_twice:,} succeeded twice: cut off between the work and saying so."
-    return [f"{count(report.runs, 'run')}: {report.retries:,} again after a failure{killed}.", twice]
+    return [f"{quantity(report.runs, 'run')}: {report.retries:,} again after a failure{killed}.", twice]
 
 
 def _ms(ms: float) -> str:

@@ -11,7 +11,7 @@ import click
 
 from conveyor.cli.demo.journal import JournalEntry
 from conveyor.cli.demo.run import DemoState
-from conveyor.cli.output import version
+from conveyor.cli.output import installed_version
 
 _BARS = "▁▂▃▄▅▆▇█"
 _BAR_COUNT = 24
@@ -67,7 +67,7 @@ class LineDisplay:
         self._rate.record(state.totals["ok"])
         if state.server and not self._introduced:
             self._introduced = True
-            self._say(f"conveyor {version()} · {state.server}")
+            self._say(f"conveyor {installed_version()} · {state.server}")
         if state.first_done is not None and not self._began:
             self._began = True
             self._say(f"the first job was done {state.first_done:.1f} s after the start")
@@ -141,7 +141,7 @@ class LiveDisplay:
         totals, dim = state.totals, _dim
         ended = f"{totals['ok']:,} · retried {totals['retry']:,} · dead {totals['dead']:,}"
         return [
-            f"{click.style('conveyor', bold=True)} {version()} · {state.server or 'starting a server …'} · {clock}",
+            f"{click.style('conveyor', bold=True)} {installed_version()} · {state.server or 'starting a server …'} · {clock}",
             "",
             f"{dim('pushed')}  {self._accepted_rate.render('cyan')}  accepted {state.accepted:,}",
             f"{dim('done')}    {self._done_rate.render('green')}  done {ended}",
