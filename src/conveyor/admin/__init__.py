@@ -1,4 +1,4 @@
-"""Questions about queues, jobs and workers, and actions on them. The one source of the command line."""
+"""Administration: questions about queues, jobs and workers, and actions on them. The command line uses nothing else."""
 
 from conveyor.admin.admin import Admin
 from conveyor.admin.blob_sweep import sweep

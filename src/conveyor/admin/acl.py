@@ -1,8 +1,8 @@
 """
-Least privilege: what each kind of program must be allowed to do in Redis, as rules of its ACL.
+ACL rules of least privilege for each kind of program.
 
-A role names its scripts and the commands sent beside them. What a script calls is read from its text, since
-Redis checks commands, keys and channels inside a script against the user who runs it.
+A role names its scripts and the commands that it sends besides. The commands of a script are read from its text,
+because Redis checks commands, keys and channels inside a script against the user that runs it.
 """
 
 from __future__ import annotations
@@ -18,23 +18,23 @@ from conveyor.store import inspection, operations, partitions, plain_list
 from conveyor.store.keys import check_namespace
 from conveyor.store.script import Script
 
-PASSWORD = "#SHA256-OF-THE-PASSWORD"  # noqa: S105  Redis refuses it as it stands, so nobody runs with a known password
+PASSWORD = "#SHA256-OF-THE-PASSWORD"  # noqa: S105  Redis refuses this text, so no user gets a known password
 SERVERS = ("6.2", "7.0", "7.2")
 TOPOLOGIES = ("standalone", "sentinel", "cluster")
 
 _USER = re.compile(r"[A-Za-z0-9_.:@-]{1,64}")
-_UNSAFE = re.compile(r"[^A-Za-z0-9_.:@/{}=+-]")  # has a meaning in a pattern, or in a line of redis-cli
+_UNSAFE = re.compile(r"[^A-Za-z0-9_.:@/{}=+-]")  # special in a key pattern, or on a line of redis-cli
 _FUNCTION = re.compile(r"^local function (\w+)", re.MULTILINE)
 _CALL = re.compile(r"redis\.p?call\(([^,()]*)")
 _PASSED_ARGUMENTS = re.compile(
     r"(?<!redis\.)(?<!redis\.p)\b(?!redis)\w+\(([^()]*)"
-)  # check('HLEN', key) calls what it is given
+)  # as in check('HLEN', key), which calls its argument
 _COMMAND_NAME = re.compile(r"'([A-Z]{2,})'")
 
 
 @dataclass(frozen=True)
 class Role:
-    """A kind of program: its scripts, the commands it sends besides, and whether it hears or tells of results."""
+    """A kind of program: its scripts, its other commands, and whether it uses the channels of results."""
 
     name: str
     description: str
@@ -43,7 +43,7 @@ class Role:
     channels: bool = False
 
     def combined_with(self, other: Role) -> Role:
-        """Return this role with all that *other* may do besides."""
+        """Return this role with the rights of *other* added."""
         return Role(
             self.name, self.description, (*self.scripts, *other.scripts), (*self.commands, *other.commands),
             self.channels or other.channels,
@@ -97,7 +97,7 @@ ROLES: dict[str, Role] = {role.name: role for role in (_PRODUCER, _WORKER, _DASH
 
 @dataclass(frozen=True)
 class AclRules:
-    """What one user may do: the commands (lower case, sorted), the patterns of its keys and of its channels."""
+    """The rights of one user: commands (lower case, sorted), key patterns and channel patterns."""
 
     role: str
     user: str
@@ -107,7 +107,7 @@ class AclRules:
 
     @property
     def text(self) -> str:
-        """The rules behind the user's name; whatever the user was allowed before is taken away first."""
+        """The rules that follow the user's name. They begin with `reset`, which removes all earlier rights."""
         words = [
             "reset", "on", PASSWORD, "resetchannels", *(f"~{one}" for one in self.keys),
             *(f"&{one}" for one in self.channels), *(f"+{one}" for one in self.commands),
@@ -116,12 +116,12 @@ class AclRules:
 
     @property
     def command(self) -> str:
-        """One line for redis-cli."""
+        """The line for redis-cli."""
         return f"ACL SETUSER {self.user} {self.text}"
 
     @property
     def line(self) -> str:
-        """One line for redis.conf or for a file of users."""
+        """The line for redis.conf or for an ACL file."""
         return f"user {self.user} {self.text}"
 
 
@@ -137,11 +137,11 @@ def rules(
     durable: bool = False,
 ) -> AclRules:
     """
-    Return the least that *role* needs in *namespace*; raises ConfigurationError for a name that cannot be.
+    Return the least rights that *role* needs in *namespace*. Raises ConfigurationError for an invalid name.
 
-    *lists* are the app's plain lists. The rules for *server* 6.2 are understood by every later one too; those for
-    7.2 know what older ones refuse. *topology* and *database* say how the clients connect, *durable* that pushes ask
-    for `fsync` or `wait_replicas`.
+    *lists*: the app's plain lists. *server*: the oldest server that must accept the rules; rules for 6.2 work on every
+    later one, rules for 7.2 hold commands that older servers refuse. *topology*, *database*: how clients connect.
+    *durable*: pushes use `fsync` or `wait_replicas`.
     """
     definition = ROLES.get(role)
     if definition is None:
@@ -155,7 +155,7 @@ def rules(
         return AclRules(role, user, (), (), tuple(sorted(names | _connection_commands(server, TOPOLOGIES[0], 0))))
     names |= _connection_commands(server, topology, database)
     if durable:
-        # The settings tell whether a reply, or WAITAOF, means that it is on disk.
+        # A client reads the settings to learn whether a reply, or WAITAOF, proves that data is on disk.
         names |= {"wait", "info", "config|get", *(["waitaof"] if server == "7.2" else [])}
     return AclRules(
         role, user, (f"{namespace}:queues", f"{namespace}:{{*}}:*", *(_key_pattern(one) for one in lists)),
@@ -164,8 +164,8 @@ def rules(
 
 
 def _connection_commands(server: str, topology: str, database: int) -> set[str]:
-    """Return what a client sends before its first command. AUTH and HELLO are open to everybody."""
-    commands = {"client|setinfo"} if server == "7.2" else set()  # older servers refuse the whole line for this one
+    """Return the commands that open a connection. AUTH and HELLO need no right."""
+    commands = {"client|setinfo"} if server == "7.2" else set()  # older servers do not know it and refuse the whole line
     if database:
         commands.add("select")
     if topology == "sentinel":
@@ -176,7 +176,7 @@ def _connection_commands(server: str, topology: str, database: int) -> set[str]:
 
 
 def commands_of(script: Script) -> set[str]:
-    """Return the commands that *script* may call, in lower case: those of its text and of the prelude it uses."""
+    """Return the commands that *script* may call, in lower case, with those of the functions it uses."""
     body = files("conveyor.store").joinpath("scripts", f"{script.name}.lua").read_text("utf-8")
     functions = _prelude_functions()
     commands, seen, texts = set[str](), set[str](), [body]
