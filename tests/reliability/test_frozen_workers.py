@@ -125,23 +125,23 @@ def test_a_late_beat_does_not_raise_the_dead(url: str, rounds: Rounds) -> None:
         keys, id_ = late.keys, split(job)[1]
 
         def ends() -> dict[str, int]:
-            return {one.worker: one.end for one in app.client.run(inspection.crew(keys))}
+            return {one.worker: one.end for one in app.client.run(inspection.workers(keys))}
 
         before = ends()
         for number in range(rounds(1000, 100)):
-            assert app.client.run(operations.beat(keys, late.identity, LEASE_MS)) is False
+            assert app.client.run(operations.heartbeat(keys, late.identity, LEASE_MS)) is False
             with pytest.raises(operations.WorkerUnregistered):
                 app.client.run(operations.turn(keys, late.identity, 2 + number, 0, LEASE_MS, TurnReport(done=[id_])))
             assert app.client.run(operations.extend(keys, late.identity, id_, "other", LEASE_MS, b"{}")) is False
         assert ends() == before
-        assert app.client.run(operations.held(keys, current.identity)) == [id_]
+        assert app.client.run(operations.held_ids(keys, current.identity)) == [id_]
         current.succeed(job)
         app.client.run(operations.reap(keys, current.identity, crashed=False))
 
 
 def together(one: Fleet, count: int) -> None:
     """Wait until so many workers are registered."""
-    wait(lambda: len(one.app.client.run(inspection.crew(one.keys))) == count)
+    wait(lambda: len(one.app.client.run(inspection.workers(one.keys))) == count)
 
 
 @pytest.mark.row("A5", "A6")

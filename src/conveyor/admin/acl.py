@@ -10,7 +10,6 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.resources import files
 
 from conveyor.errors import ConfigurationError
 from conveyor.jobs import spawn_outbox
@@ -24,11 +23,10 @@ TOPOLOGIES = ("standalone", "sentinel", "cluster")
 
 _USER = re.compile(r"[A-Za-z0-9_.:@-]{1,64}")
 _UNSAFE = re.compile(r"[^A-Za-z0-9_.:@/{}=+-]")  # special in a key pattern, or on a line of redis-cli
-_FUNCTION = re.compile(r"^local function (\w+)", re.MULTILINE)
+_FUNCTION = re.compile(r"^local function (\w+)(?:[^\n]*\bend$|.*?^end$)", re.MULTILINE | re.DOTALL)
 _CALL = re.compile(r"redis\.p?call\(([^,()]*)")
-_PASSED_ARGUMENTS = re.compile(
-    r"(?<!redis\.)(?<!redis\.p)\b(?!redis)\w+\(([^()]*)"
-)  # as in check('HLEN', key), which calls its argument
+# As in check('HLEN', key), which calls its argument.
+_PASSED_ARGUMENTS = re.compile(r"(?<!redis\.)(?<!redis\.p)\b(?!redis)\w+\(([^()]*)")
 _COMMAND_NAME = re.compile(r"'([A-Z]{2,})'")
 
 
@@ -55,8 +53,8 @@ _PRODUCER = Role(
     "producer",
     "pushes and enqueues, asks for status and results, cancels; takes nothing",
     (
-        operations.PUSH, operations.PUSH_PLAIN, operations.WITHDRAW, plain_list.RAWPUSH, operations.AWAIT, operations.FORGET,
-        operations.CANCEL, inspection.SHOW, inspection.COUNTS, partitions.CLAIM, partitions.COUNT,
+        operations.PUSH, operations.PUSH_PLAIN, operations.WITHDRAW, plain_list.LIST_PUSH, operations.AWAIT_RESULT,
+        operations.FORGET, operations.CANCEL, inspection.GET_JOB, inspection.COUNTS, partitions.CLAIM_PARTITIONS, partitions.COUNT,
     ),
     (*_RUN_SCRIPT, "sadd", "smembers", "subscribe", "ping"),
     channels=True,
@@ -65,23 +63,30 @@ _WORKER = Role(
     "worker",
     "runs jobs and consumes messages, and may push and enqueue as a producer",
     (
-        operations.TURN, operations.REGISTER, operations.BEAT, operations.REAP, operations.EXTEND, operations.HELD,
-        operations.INTAKE, operations.RING, spawn_outbox.TAKE, spawn_outbox.TRIM,
+        operations.TURN, operations.REGISTER, operations.HEARTBEAT, operations.REAP, operations.EXTEND, operations.HELD_IDS,
+        operations.LIST_INTAKE, operations.WAKE, spawn_outbox.TAKE, spawn_outbox.TRIM,
     ),
     ("blpop", "blmove", "info"),
 ).combined_with(_PRODUCER)  # fmt: skip
 _DASHBOARD = Role(
     "dashboard",
     "looks: status, doctor, lists of queues, jobs and workers; changes nothing",
-    (inspection.COUNTS, inspection.PAGE, inspection.SHOW, inspection.CREW, inspection.AUDIT, partitions.COUNT),
+    (
+        inspection.COUNTS,
+        inspection.LIST_JOBS,
+        inspection.GET_JOB,
+        inspection.WORKERS,
+        inspection.AUDIT,
+        partitions.COUNT,
+    ),
     (*_RUN_SCRIPT, "smembers", "llen", "hget", "ping", "info", "time"),
 )
 _OPERATOR = Role(
     "operator",
     "looks, and acts on queues and jobs: pause, purge, redrive, retry, cancel, delete",
     (
-        operations.CONFIGURE, operations.PURGE, operations.INTAKE, operations.REDRIVE, operations.PROMOTE,
-        operations.CANCEL, partitions.CLAIM, partitions.SWITCH,
+        operations.CONFIGURE, operations.PURGE, operations.LIST_INTAKE, operations.REDRIVE, operations.PROMOTE,
+        operations.CANCEL, partitions.CLAIM_PARTITIONS, partitions.REPARTITION,
     ),
     ("sadd", "srem", "hscan"),
     channels=True,
@@ -165,7 +170,9 @@ def rules(
 
 def _connection_commands(server: str, topology: str, database: int) -> set[str]:
     """Return the commands that open a connection. AUTH and HELLO need no right."""
-    commands = {"client|setinfo"} if server == "7.2" else set()  # older servers do not know it and refuse the whole line
+    commands = (
+        {"client|setinfo"} if server == "7.2" else set()
+    )  # older servers do not know it and refuse the whole line
     if database:
         commands.add("select")
     if topology == "sentinel":
@@ -176,10 +183,9 @@ def _connection_commands(server: str, topology: str, database: int) -> set[str]:
 
 
 def commands_of(script: Script) -> set[str]:
-    """Return the commands that *script* may call, in lower case, with those of the functions it uses."""
-    body = files("conveyor.store").joinpath("scripts", f"{script.name}.lua").read_text("utf-8")
-    functions = _prelude_functions()
-    commands, seen, texts = set[str](), set[str](), [body]
+    """Return the commands that *script* may call, in lower case. A function that it never calls adds none."""
+    functions = {one[1]: one[0] for one in _FUNCTION.finditer(script.text)}
+    commands, seen, texts = set[str](), set[str](), [_FUNCTION.sub("", script.text)]
     while texts:
         text = texts.pop()
         for expression in (*_CALL.findall(text), *_PASSED_ARGUMENTS.findall(text)):
@@ -191,14 +197,6 @@ def commands_of(script: Script) -> set[str]:
     return {command.lower() for command in commands}
 
 
-def _prelude_functions() -> dict[str, str]:
-    """Return the functions of the prelude by their names."""
-    text = files("conveyor.store").joinpath("scripts", "_prelude.lua").read_text("utf-8")
-    starts = [*_FUNCTION.finditer(text)]
-    ends = [one.start() for one in starts[1:]] + [len(text)]
-    return {one[1]: text[one.end() : end] for one, end in zip(starts, ends, strict=True)}
-
-
 def _key_pattern(name: str) -> str:
-    """Return a pattern for one key: what a pattern or a line would read as something else is any one byte."""
+    """Return a pattern for one key. `?` (any one byte) stands for each byte that is special in a pattern or on a line."""
     return _UNSAFE.sub(lambda match: "?" * len(match[0].encode()), name)

@@ -140,7 +140,7 @@ class Admin:
                 instant(member.end), member.about,
             )
             for name in self._partition_names(queue)
-            for member in self.client.run(inspection.crew(self._keys(name)))
+            for member in self.client.run(inspection.workers(self._keys(name)))
         ]  # fmt: skip
 
     # -- jobs -----------------------------------------------------------------------------------------------------
@@ -243,7 +243,7 @@ class Admin:
             else:
                 yield from (
                     live_job(queue, row, self._decoder, MAX_PAYLOAD)  # a page of bombs stays small
-                    for row in self.client.run(inspection.page(keys, state, first, PAGE_SIZE))
+                    for row in self.client.run(inspection.list_jobs(keys, state, first, PAGE_SIZE))
                 )
 
     def _find(self, public_id: str) -> _JobLookup | None:
@@ -251,7 +251,7 @@ class Admin:
         remains: _JobLookup | None = None
         for name in [queue] if queue else self._directory.all_partition_names(id_):
             keys = self._keys(name)
-            location, row, record = self.client.run(inspection.show(keys, id_))
+            location, row, record = self.client.run(inspection.get_job(keys, id_))
             lookup = _JobLookup(keys, id_, location, row, record)
             if location != "none":
                 return lookup

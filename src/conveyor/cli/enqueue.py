@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from difflib import get_close_matches
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from conveyor.cli.output import Output, machine_text, parse_seconds
 from conveyor.cli.target import Target, redis_options
 from conveyor.errors import ConfigurationError, JobFailed, PayloadError, UnknownTask
+
+if TYPE_CHECKING:
+    from conveyor.payload.signature import TaskSignature
 
 
 @click.command()
@@ -40,10 +43,12 @@ def enqueue(
         raise click.UsageError("--timeout goes with --wait.")
     if delay is not None and at is not None:
         raise click.UsageError("--in and --at both say when: give one of them.")
+    from conveyor.jobs.task import definition_of
+
     seconds = None if timeout is None else parse_seconds(timeout, name="--timeout")
     _, app = target.load_app()
     chosen = _find_task(app, task)
-    args, kwargs = _parse_arguments(chosen, pairs, document)
+    args, kwargs = _parse_arguments(definition_of(chosen).signature, pairs, document)
     delay_seconds = None if delay is None else parse_seconds(delay, name="--in")
     bound = chosen.options(delay=delay_seconds, at=_parse_instant(at), queue=queue, priority=priority, id=own_id)
     job = bound.enqueue(*args, **kwargs)
@@ -94,7 +99,9 @@ def _find_task(app: Any, name: str) -> Any:
     raise UnknownTask(f"There is no task {name!r}.{advice}\nKnown: {known}. Nothing was enqueued.")
 
 
-def _parse_arguments(task: Any, pairs: tuple[str, ...], document: str | None) -> tuple[Sequence[Any], dict[str, Any]]:
+def _parse_arguments(
+    signature: TaskSignature, pairs: tuple[str, ...], document: str | None
+) -> tuple[Sequence[Any], dict[str, Any]]:
     args: Sequence[Any] = []
     kwargs: dict[str, Any] = {}
     if document is not None:
@@ -108,18 +115,18 @@ def _parse_arguments(task: Any, pairs: tuple[str, ...], document: str | None) ->
             kwargs = value
         else:
             raise PayloadError("--args takes a list or an object. Nothing was enqueued.")
-        if task.signature.formats.writes is not None:
-            args, kwargs = task.signature.from_json(args, kwargs)
+        if signature.formats.writes is not None:
+            args, kwargs = signature.from_json(args, kwargs)
     for pair in pairs:
         name, equals, text = pair.partition("=")
         if not equals or not name:
             raise PayloadError(
-                f"Arguments are written name=value, not {pair!r}:  {task.signature.describe()}\n"
+                f"Arguments are written name=value, not {pair!r}:  {signature.describe()}\n"
                 "By position they go into --args '[1, 2]'. Nothing was enqueued."
             )
         if name in kwargs:
             raise PayloadError(f"Argument {name!r} is given twice. Nothing was enqueued.")
-        kwargs[name] = task.signature.convert_text(name, text)
+        kwargs[name] = signature.convert_text(name, text)
     return args, kwargs
 
 

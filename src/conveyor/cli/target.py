@@ -91,10 +91,16 @@ class Target:
         client = self.client()
         if self._app is None:
             return Admin(client)
-        requests = {name: queue.asks for name, queue in self._app.queues.items() if queue.asks is not None}
-        app = self._app
+        from conveyor.jobs.core import core_of
+
+        core = core_of(self._app)
+        requests = {name: queue.asks for name, queue in core.queues.items() if queue.asks is not None}
         return Admin(
-            client, plain_lists=app.plain_lists, sealing=app.sealing, formats=app.formats, durability_requests=requests
+            client,
+            plain_lists=core.plain_lists,
+            sealing=core.sealing,
+            formats=core.formats,
+            durability_requests=requests,
         )
 
     def _namespace(self) -> str | None:

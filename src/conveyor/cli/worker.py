@@ -108,7 +108,9 @@ def _warn_of_unused_queues(out: Output, app: Any, queues: dict[str, float]) -> N
 
 
 def _queues_of_tasks(app: Any) -> set[str]:
-    lists = {queue for queue, plain_list in app.plain_lists.items() if plain_list.task}
+    from conveyor.jobs.core import core_of
+
+    lists = {queue for queue, plain_list in core_of(app).plain_lists.items() if plain_list.task}
     return {task.queue for task in app.tasks.values()} | lists
 
 
@@ -122,13 +124,14 @@ def _default_queues(app: Any, name: str) -> dict[str, float]:
 def _check_server(out: Output, app: Any, queues: list[str], *, allow_eviction: bool) -> None:
     """Refuse a server that deletes jobs, and queues with other partitions. One that is away is waited for, not an error."""
     from conveyor.admin import doctor
+    from conveyor.jobs.core import core_of
     from conveyor.messaging.partitions import agree
     from conveyor.store.transport import eviction
 
     try:
         policy, evicted = doctor.eviction_policy(app.client)
         for queue in queues:
-            agree(app.client, queue, app.partitioned.get(queue))
+            agree(app.client, queue, core_of(app).partitioned.get(queue))
     except StoreUnavailable as error:
         out.say(f"{str(error).splitlines()[0]} Waiting for it.")
         return

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 from conveyor import ids
 from conveyor.errors import QueueFull, StoreUnavailable
 from conveyor.events import WorkerStarted, WorkerStopped
-from conveyor.jobs.hooks import run_through, runs
+from conveyor.jobs.core import core_of
+from conveyor.jobs.hooks import run_through, wraps_runs
 from conveyor.payload import failures
 from conveyor.store import operations
 from conveyor.store.operations import MOST_HELD, TurnReport
@@ -59,18 +60,18 @@ class Worker:
         `quota` makes it ask to be replaced, which takes a supervisor; no burst ends before `await_until` (monotonic);
         `before_leasing` is called once every queue is registered, before the first job is leased.
         """
-        self.app = app
+        self.app = core_of(app)
         self.name = f"{platform.node()}:{os.getpid()}"
         self.stopping = False
         self.stopped = False
         self.retiring = False
         self.state: Mapping[str, Any] = {}
         self.consumers: list[QueueConsumer] = []
-        self.settling = settlement.SettlementWriter(app, self.name)
+        self.settling = settlement.SettlementWriter(self.app, self.name)
         self._seats = None if slot is None else slot.seats()
-        self.unusual = JobLoader(app, self.settling, self.name, self._seats)
+        self.unusual = JobLoader(self.app, self.settling, self.name, self._seats)
         self.last_renewal = self.last_tick = monotonic()
-        self._queues = weighted(app, queues)
+        self._queues = weighted(self.app, queues)
         self._limits = (concurrency, threads)
         self._quota = quota or RecycleLimits(None, None)
         self._burst = BurstMonitor(until=await_until) if burst else None
@@ -125,12 +126,12 @@ class Worker:
         stack.push_async_callback(self.harbour.close)
         self.state = await stack.enter_async_context(self.app.lifespan_context())
         concurrency, threads = self._limits
-        chain = [middleware for middleware in self.app.middlewares if runs(middleware)]
+        chain = [middleware for middleware in self.app.run_middlewares if wraps_runs(middleware)]
         self.executor = Executor(
             concurrency=concurrency, threads=threads, processes=ProcessPool(
                 self._reference, os.cpu_count() or 1, max_jobs=self._quota.max_jobs, max_memory=self._quota.max_memory
             ),
-            ended=self.ended, stuck=self._is_stuck, kinds={task.run_in for task in self.app.tasks.values()},
+            ended=self.ended, stuck=self._is_stuck, kinds={task.run_in for task in self.app.definitions.values()},
             unusual=self.unusual, seats=self._seats,
             chain=(lambda context, call: run_through(chain, context, call)) if chain else None,
         )  # fmt: skip
@@ -248,7 +249,7 @@ class Worker:
         found = self._handlers.get(consumer.queue)
         if found is None:
             foreign = consumer.keys.foreign is not None
-            named = {name: Handler(task, raw=foreign) for name, task in self.app.tasks.items()}
+            named = {name: Handler(task, raw=foreign) for name, task in self.app.definitions.items()}
             self._named[consumer.queue] = named
             found = self._handlers[consumer.queue] = self.unusual.fast(consumer.queue, named, foreign=foreign)
         return found
@@ -297,7 +298,7 @@ class Worker:
         concurrency, threads = self._limits
         return operations.about(
             kind="worker", name=self.name, host=platform.node(), pid=os.getpid(), started=int(time() * 1000),
-            concurrency=concurrency, threads=threads, weight=consumer.weight, tasks=len(self.app.tasks),
+            concurrency=concurrency, threads=threads, weight=consumer.weight, tasks=len(self.app.definitions),
         )  # fmt: skip
 
     # -- ends -----------------------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ from conveyor import Conveyor, Retry, current
 from conveyor.cli.demo import image
 from conveyor.cli.demo.journal import Journal
 from conveyor.events import JobDead, JobRetried
+from conveyor.jobs.task import definition_of
 
 JOURNAL, NAMESPACE, PICTURES = "CONVEYOR_DEMO_JOURNAL", "CONVEYOR_DEMO_NAMESPACE", "CONVEYOR_DEMO_PICTURES"
 """Environment variables by which the demo tells its workers where to write."""
@@ -148,15 +149,9 @@ async def record_start() -> AsyncIterator[None]:
 @app.on(JobRetried)
 def record_retry(event: JobRetried) -> None:
     """Write down that a run failed and another follows."""
-    attempts = app.tasks[event.task].settings.retry.attempts
-    journal.write(
-        "retry",
-        event.task,
-        event.job_id,
-        event.attempt,
-        event.delay,
-        f"{event.attempt}/{attempts} {_error_name(event)}",
-    )
+    attempts = definition_of(app.tasks[event.task]).settings.retry.attempts
+    note = f"{event.attempt}/{attempts} {_error_name(event)}"
+    journal.write("retry", event.task, event.job_id, event.attempt, event.delay, note)
 
 
 @app.on(JobDead)
