@@ -1,4 +1,4 @@
-"""Administration: questions about queues, jobs and workers, and actions on them. The command line uses nothing else."""
+"""Reads and actions on queues, jobs and workers: all that the command line uses."""
 
 from conveyor.admin.admin import Admin
 from conveyor.admin.blob_sweep import sweep

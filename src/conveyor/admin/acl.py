@@ -32,7 +32,11 @@ _COMMAND_NAME = re.compile(r"'([A-Z]{2,})'")
 
 @dataclass(frozen=True)
 class Role:
-    """A kind of program: its scripts, its other commands, and whether it uses the channels of results."""
+    """
+    A kind of program, with the scripts and commands that it uses.
+
+    `channels`: whether it publishes or receives messages about results.
+    """
 
     name: str
     description: str
@@ -112,7 +116,11 @@ class AclRules:
 
     @property
     def text(self) -> str:
-        """The rules that follow the user's name. They begin with `reset`, which removes all earlier rights."""
+        """
+        The rules that follow the user's name.
+
+        They begin with `reset`, which removes all earlier rights.
+        """
         words = [
             "reset", "on", PASSWORD, "resetchannels", *(f"~{one}" for one in self.keys),
             *(f"&{one}" for one in self.channels), *(f"+{one}" for one in self.commands),
@@ -142,11 +150,11 @@ def rules(
     durable: bool = False,
 ) -> AclRules:
     """
-    Return the least rights that *role* needs in *namespace*. Raises ConfigurationError for an invalid name.
+    Return the least rights that *role* needs in *namespace*.
 
     *lists*: the app's plain lists. *server*: the oldest server that must accept the rules; rules for 6.2 work on every
     later one, rules for 7.2 hold commands that older servers refuse. *topology*, *database*: how clients connect.
-    *durable*: pushes use `fsync` or `wait_replicas`.
+    *durable*: pushes use `fsync` or `wait_replicas`. Raises ConfigurationError for an invalid name.
     """
     definition = ROLES.get(role)
     if definition is None:
@@ -183,7 +191,11 @@ def _connection_commands(server: str, topology: str, database: int) -> set[str]:
 
 
 def commands_of(script: Script) -> set[str]:
-    """Return the commands that *script* may call, in lower case. A function that it never calls adds none."""
+    """
+    Return the commands that *script* may call, in lower case.
+
+    A function that the script never calls adds none.
+    """
     functions = {one[1]: one[0] for one in _FUNCTION.finditer(script.text)}
     commands, seen, texts = set[str](), set[str](), [_FUNCTION.sub("", script.text)]
     while texts:
@@ -198,5 +210,9 @@ def commands_of(script: Script) -> set[str]:
 
 
 def _key_pattern(name: str) -> str:
-    """Return a pattern for one key. `?` (any one byte) stands for each byte that is special in a pattern or on a line."""
+    """
+    Return a key pattern that matches *name*.
+
+    `?` (any one byte) stands for each byte that is special in a pattern or on a line of redis-cli.
+    """
     return _UNSAFE.sub(lambda match: "?" * len(match[0].encode()), name)

@@ -1,7 +1,8 @@
 """
-What a person asks about queues and jobs, and does to them: the one interface of the command line and the dashboard.
+Reads and actions on queues, jobs and workers.
 
-Everything is typed and works on any queue of one client. Calls are blocking; workers never import this module.
+The interface behind the command line and the dashboard. Everything is typed and works on any queue of one client.
+Calls block. Workers never import this module.
 """
 
 from __future__ import annotations
@@ -65,10 +66,11 @@ class Admin:
         durability_requests: Mapping[str, Durability] | None = None,
     ) -> None:
         """
-        Take the client, and which queues are plain lists shared with other programs: Redis does not say that.
+        Create the interface to all queues of *client*.
 
-        *sealing* and *formats* are the app's: with them payloads, errors and results are shown, without them what they are.
-        *durability_requests* is what queues ask of every push, for the doctor.
+        *plain_lists*: names of lists shared with other programs; Redis does not record which ones are. *sealing* and
+        *formats*: those of the app; without them a sealed payload, error or result is described instead of shown.
+        *durability_requests*: the durability that queues request for every push; the doctor checks it.
         """
         self.durability_requests = durability_requests or {}
         self._decoder = RecordDecoder(sealing, formats)
@@ -77,7 +79,7 @@ class Admin:
         self._directory = QueueDirectory(client, plain_lists)
 
     def names(self) -> list[str]:
-        """Return the names of all known queues, sorted; one with partitions has one name."""
+        """Return the names of all known queues, sorted. A queue with partitions is listed once."""
         return self._directory.names()
 
     # -- queues ---------------------------------------------------------------------------------------------------
@@ -87,40 +89,48 @@ class Admin:
         return [self._queue_info(name) for name in self.names()]
 
     def queue(self, name: str) -> QueueInfo:
-        """Return one queue, or one partition of one (``orders/3``); raises QueueNotFound."""
+        """Return one queue, or one partition (``orders/3``). Raises QueueNotFound."""
         return self._queue_info(name)
 
     def partitions(self, name: str) -> list[QueueInfo]:
-        """Return the partitions of a queue, in order; none of one that lies in one piece. Raises QueueNotFound."""
+        """Return the partitions of a queue, in order; [] without partitions. Raises QueueNotFound."""
         partitions = self._directory.partition_names(name)
         return [self._queue_info(part) for part in partitions] if len(partitions) > 1 else []
 
     def pause(self, name: str) -> None:
-        """Let nothing more be taken from the queue; what runs goes on."""
+        """Pause a queue: workers lease nothing more from it. Jobs that run are not affected."""
         self._directory.queue(name).pause()
 
     def resume(self, name: str) -> None:
-        """Undo `pause`."""
+        """Resume a paused queue."""
         self._directory.queue(name).resume()
 
     def purge(self, name: str, *, dead: bool = False) -> int:
         """
-        Remove what is not leased, or the dead letters; return how many.
+        Remove all jobs that are not leased, or the dead letters; return how many.
 
-        Only what was there when it began: newer work survives. One that was interrupted is simply repeated.
+        Jobs that arrive during the call are kept. Call it again if it was interrupted.
         """
         return self._directory.queue(name).purge(dead)
 
     def refuse_full(self, name: str) -> None:
-        """Raise ConfigurationError (E35) when a queue holds something, so that its partitions cannot change."""
+        """Raise ConfigurationError (E35) when a queue is not empty: its partitions cannot change."""
         refuse_full(self.client, self._directory.queue(name).name)
 
     def repartition(self, name: str, partitions: int) -> int:
-        """Lay a queue that is empty in that many partitions, and return in how many it lay; raises ConfigurationError."""
+        """
+        Change the number of partitions of an empty queue; return the former number.
+
+        Raises ConfigurationError.
+        """
         return self._directory.queue(name).repartition(partitions)
 
     def redrive(self, name: str, *, limit: int | None = None, ids: Sequence[str] = ()) -> int:
-        """Put dead letters back, oldest first, or just those of *ids* (public or bare); return how many."""
+        """
+        Put dead letters back, oldest first; return how many.
+
+        *limit*: at most so many, None: all. *ids*: only these, with or without the name of the queue.
+        """
         queue = self._directory.queue(name)
         if not ids:
             return queue.redrive(limit)
@@ -133,7 +143,11 @@ class Admin:
         return moved
 
     def workers(self, queue: str | None = None) -> list[WorkerInfo]:
-        """Return who takes from a queue, or from any; a worker of three queues, or partitions, is listed three times."""
+        """
+        Return the workers of a queue, or of all queues (None).
+
+        A worker is listed once for each queue or partition it serves.
+        """
         return [
             WorkerInfo(
                 member.worker, name, str(member.about.get("host", "")), member.about.get("pid"), member.held,
@@ -155,10 +169,10 @@ class Admin:
         task: str | None = None,
     ) -> list[JobInfo]:
         """
-        Return jobs of a queue (None: of all) in a state (None: all that live), in the order they would be taken.
+        Return jobs of a queue in a state, in the order in which they would be leased.
 
-        Dead and finished ones come newest first; partitions one after the other. While the queue moves, a page may
-        repeat or miss a job.
+        *queue* None: of all queues. *state* None: all states except done. Dead and finished jobs come newest first,
+        partitions one after the other. While workers change the queue, a page may repeat or miss a job.
         """
         if state is not None and state not in STATES:
             raise ConfigurationError(f"There is no state {state!r} to list. Known: {', '.join(STATES)}.")
@@ -182,7 +196,7 @@ class Admin:
         return jobs
 
     def job(self, public_id: str) -> JobInfo:
-        """Return all that is known of a job; raises JobNotFound."""
+        """Return everything known about a job. Raises JobNotFound."""
         lookup = self._find(public_id)
         if lookup is None:
             raise JobNotFound(
@@ -193,15 +207,15 @@ class Admin:
         return self._ended_job(lookup)
 
     def retry(self, ids: Iterable[str]) -> list[ActionResult]:
-        """Put dead jobs back with a fresh budget, and start scheduled ones now."""
+        """Put dead jobs back with a new budget of attempts, and make scheduled ones ready now."""
         return [self._retry(one) for one in ids]
 
     def cancel(self, ids: Iterable[str]) -> list[ActionResult]:
-        """Cancel jobs that have not ended; a running one is asked of its worker."""
+        """Cancel jobs that have not ended. For a running job, its worker is asked to stop it."""
         return [self._cancel(one) for one in ids]
 
     def delete(self, ids: Iterable[str]) -> list[ActionResult]:
-        """Remove jobs and dead letters without a trace; a leased one is refused."""
+        """Remove jobs and dead letters completely. Leased jobs are refused."""
         return [self._delete(one) for one in ids]
 
     def doctor(self) -> doctor.HealthReport:
@@ -220,14 +234,14 @@ class Admin:
     def _queue_info(self, name: str) -> QueueInfo:
         partitions = self._directory.partition_names(name)
         counts = inspection.total([self.client.run(inspection.counts(self._keys(part))) for part in partitions])
-        oldest = counts.oldest_age if counts.ready else None  # what stands first may be a cancelled job's place
+        oldest = counts.oldest_age if counts.ready else None  # the first entry may be the stub of a cancelled job
         return QueueInfo(
             name, counts.ready, counts.scheduled, counts.waiting, counts.leased, counts.dead, counts.workers,
             oldest, counts.paused, counts.max_length, len(partitions),
         )  # fmt: skip
 
     def _count_entries(self, keys: QueueKeys, state: str) -> int:
-        """Return how many entries a state has in Redis, cancelled ones that still stand in line included."""
+        """Count the entries of a state in Redis, with stubs of cancelled jobs still in the list."""
         if state == "done":
             return _integer(self.client.execute("LLEN", keys.recent, key=keys.recent))
         counts = self.client.run(inspection.counts(keys))
@@ -242,7 +256,9 @@ class Admin:
                 yield from (finished_job(queue, entry) for entry in page if entry.status != "dead")
             else:
                 yield from (
-                    live_job(queue, row, self._decoder, MAX_PAYLOAD)  # a page of bombs stays small
+                    live_job(
+                        queue, row, self._decoder, MAX_PAYLOAD
+                    )  # bounds the page when bodies are decompression bombs
                     for row in self.client.run(inspection.list_jobs(keys, state, first, PAGE_SIZE))
                 )
 
@@ -256,13 +272,13 @@ class Admin:
             if location != "none":
                 return lookup
             entry = self._recent_entry(lookup)
-            # A dead letter that is only remembered was deleted or purged.
+            # A dead letter that only the list of recent jobs still names was deleted or purged.
             if record or (entry is not None and entry.status != "dead"):
                 remains = lookup
         return remains
 
     def _recent_entry(self, lookup: _JobLookup) -> FinishedJob | None:
-        for first in (0, PAGE_SIZE):  # the list is cut at a thousand
+        for first in (0, PAGE_SIZE):  # the list holds at most a thousand entries
             page = self.client.run(inspection.finished(lookup.keys, first, PAGE_SIZE))
             entry = next((entry for entry in page if entry.id == lookup.id), None)
             if entry is not None or len(page) < PAGE_SIZE:

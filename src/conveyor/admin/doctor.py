@@ -1,4 +1,4 @@
-"""Examine a server and the queues on it: what is wrong, why it matters, and what to do."""
+"""Examination of a server and its queues: what is wrong, why it matters, and what to do."""
 
 from __future__ import annotations
 
@@ -48,7 +48,11 @@ _LEVEL_TEXTS: dict[DurabilityLevel, str] = {
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing that was looked at; `problem` means something is wrong now, `warning` that it may go wrong."""
+    """
+    The result of one check.
+
+    `problem`: something is wrong now. `warning`: something may go wrong.
+    """
 
     name: str
     level: Level
@@ -60,9 +64,10 @@ class Finding:
 @dataclass(slots=True)
 class HealthReport:
     """
-    What an examination found. `latency_ms` is the median of a few pings; `url` has no password.
+    The findings of an examination.
 
-    `fsync_works` tells whether ``fsync=True`` can be confirmed, `replicas` how many are online; of a cluster, everywhere.
+    `url`: without the password. `latency_ms`: median of a few pings. `fsync_works`: whether ``fsync=True`` can be
+    confirmed. `replicas`: how many are online. For a cluster, both hold for the weakest node.
     """
 
     url: str
@@ -76,12 +81,12 @@ class HealthReport:
 
     @property
     def healthy(self) -> bool:
-        """True when nothing is wrong."""
+        """Whether nothing is wrong now."""
         return not self.problems
 
     @property
     def problems(self) -> list[Finding]:
-        """What is wrong now."""
+        """The findings that are wrong now."""
         return [finding for finding in self.findings if finding.level == "problem"]
 
     def add(self, name: str, level: Level, text: str, remedy: str = "", code: str = "") -> None:
@@ -93,15 +98,15 @@ def examine(
     client: Client, directory: QueueDirectory | None = None, durability_requests: Mapping[str, Durability] | None = None
 ) -> HealthReport:
     """
-    Look at everything; raises StoreUnavailable when the server does not answer.
+    Run all checks. Raises StoreUnavailable when the server does not answer.
 
-    *directory* says what is known of queues besides their names in Redis: which are plain lists.
-    *durability_requests*: what queues ask of every push.
+    *directory*: the known queues and plain lists. *durability_requests*: queue → the durability it requests for every
+    push.
     """
     report = HealthReport(str(client.address))
     if isinstance(client.address, Cluster):
         if not _check_nodes(client, client.address, report):
-            return report  # what is asked of the whole has no answer now
+            return report  # the checks of the whole cluster would fail now
         _check_latency(client, report)
     else:
         _check_latency(client, report)
@@ -131,7 +136,11 @@ def _check_server(client: Client, report: HealthReport) -> None:
 
 
 def _check_nodes(client: Client, cluster: Cluster, report: HealthReport) -> bool:
-    """Examine each node that owns slots, and tell whether all answer; the whole is as durable as the least durable of them."""
+    """
+    Check each node that owns slots; return whether all answer.
+
+    The least durable node counts for the cluster.
+    """
     weakest = list(_LEVEL_TEXTS)
     node_reports = []
     try:
@@ -161,22 +170,27 @@ def _check_nodes(client: Client, cluster: Cluster, report: HealthReport) -> bool
 
 
 def eviction_policy(client: Client) -> tuple[str, int]:
-    """Return (maxmemory-policy, keys evicted since the start); the policy is "" when this user may not know it."""
+    """
+    Return (maxmemory-policy, keys evicted since the start).
+
+    The policy is "" when this user may not read it.
+    """
     facts = _info(client)
     return _policy(client, facts), int(facts.get("evicted_keys", 0))
 
 
 def eviction_finding(policy: str, evicted: int) -> Finding | None:
-    """Return what is wrong with an eviction policy, None when nothing is."""
+    """Return a finding for a dangerous eviction policy, None for a safe one."""
     wrong = eviction.danger(policy, evicted)
     return None if wrong is None else Finding("eviction", "problem", wrong, eviction.REMEDY, "E10")
 
 
 def stranded_queues(waiting: dict[str, int], served: list[str]) -> list[Finding]:
     """
-    Return the findings for queues with jobs that no worker takes: *waiting* is queue → jobs that could start.
+    Return findings for queues with jobs that no worker takes.
 
-    *served* are the queues that workers take; when there is none at all, one finding says it for all.
+    *waiting*: queue → jobs that could start. *served*: the queues that have workers. Without any worker, one finding
+    names all queues.
     """
     if not served and len(waiting) > 1:
         names = ", ".join(list(waiting)[:_MAX_NAMED]) + (", …" if len(waiting) > _MAX_NAMED else "")
@@ -218,7 +232,7 @@ def _setting(client: Client, name: str) -> str | None:
 
 
 def _execute_if_allowed(client: Client, *command: str) -> object:
-    """Return the reply, None when this user may not ask or the server does not know the command."""
+    """Return the reply; None when the command is refused or unknown."""
     try:
         return client.execute(*command)
     except StoreUnavailable:
@@ -308,7 +322,7 @@ def _durability_level(client: Client, facts: dict[str, str]) -> DurabilityLevel:
 
 
 def _check_confirmations(client: Client, facts: dict[str, str], report: HealthReport) -> None:
-    """Say what a push may ask for here."""
+    """Report the durability that a push may request here."""
     minimum, lag = (_setting(client, f"min-replicas-{what}") for what in ("to-write", "max-lag"))
     report.replicas = online_replicas(facts)
     report.fsync_works, line = fsync_finding(client.execute, str(client.address))
@@ -336,7 +350,7 @@ def _check_memory(facts: dict[str, str], report: HealthReport) -> None:
 
 
 def _check_connections(client: Client, report: HealthReport) -> None:
-    """Say when the server closes connections that are only quiet, or keeps those whose clients are gone."""
+    """Report that idle connections are closed, or that those of vanished clients are kept."""
     if (quiet := _setting(client, "timeout")) not in {None, "0"}:
         text = f"timeout is {quiet}: connections that are quiet for {quiet} s are closed, and opened again at the next call"
         report.add("connections", "note", text, "CONFIG SET timeout 0")
@@ -390,7 +404,7 @@ def _check_queues(client: Client, directory: QueueDirectory, report: HealthRepor
 def _check_records(
     client: Client, partitions: list[QueueKeys], count: inspection.QueueCounts, report: HealthReport
 ) -> None:
-    """Look for jobs that stand in line without a record, where that takes a moment only."""
+    """Look for jobs in line that have no record. Large queues are skipped: it would take long."""
     if len(count) + count.leased + count.dead > _MAX_AUDITED:
         return
     for keys in partitions:

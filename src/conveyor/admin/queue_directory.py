@@ -1,4 +1,4 @@
-"""Queues as people name them: which places, a queue of one piece or its partitions, lie behind a name."""
+"""Queues by the names that people use: a queue with all partitions, or one partition."""
 
 from __future__ import annotations
 
@@ -21,10 +21,13 @@ _LEASE_MS = 15_000  # administration leases nothing
 
 
 class QueueDirectory:
-    """The known queues of a client. *plain_lists* are those shared with other programs: Redis does not say that."""
+    """
+    The known queues of a client.
+
+    *plain_lists* are the names of lists that are shared with other programs; Redis does not record which ones are.
+    """
 
     def __init__(self, client: Client, plain_lists: Collection[str] = ()) -> None:
-        """Take the client and its plain lists."""
         self._client = client
         self._plain_lists = frozenset(plain_lists)
 
@@ -33,7 +36,11 @@ class QueueDirectory:
         return sorted(self._partition_counts())
 
     def partition_names(self, name: str) -> list[str]:
-        """Return the places of a queue; a partition, ``orders/3``, is one by itself. Raises QueueNotFound."""
+        """
+        Return the names of a queue's partitions; a partition (``orders/3``) names itself alone.
+
+        Raises QueueNotFound.
+        """
         known = self._partition_counts()
         if name in known:
             return partition_names(name, known[name])
@@ -45,23 +52,27 @@ class QueueDirectory:
         raise QueueNotFound(f"No queue {name!r} in namespace {self._client.namespace!r}. {listed}")
 
     def all_partition_names(self, id: str) -> list[str]:  # noqa: A002
-        """Return all places, those first in which a caller's own *id* would be."""
+        """
+        Return the partitions of all queues.
+
+        Those come first in which a caller's own *id* would be stored.
+        """
         known = self._partition_counts()
         return likely_first([part for name in sorted(known) for part in partition_names(name, known[name])], id)
 
     def keys(self, name: str) -> QueueKeys:
-        """Return the keys of a place."""
+        """Return the keys of a partition."""
         foreign = name if name in self._plain_lists else None
         return QueueKeys(self._client.namespace, name, foreign=foreign)
 
     def counts(self, name: str) -> QueueCounts:
-        """Return what a queue, or one partition, holds."""
+        """Count the jobs and workers of a queue, or of one partition."""
         return inspection.total(
             [self._client.run(inspection.counts(self.keys(part))) for part in self.partition_names(name)]
         )
 
     def queue(self, name: str) -> Queue[Any]:
-        """Return the queue to act on; raises QueueNotFound, and ConfigurationError for a partition."""
+        """Return the queue to act on. Raises QueueNotFound, and ConfigurationError for a partition."""
         if name in self._plain_lists:
             return PlainList(self._client, name, lease_ms=_LEASE_MS)
         if (queue := ids.logical(name)) != name and len(self.partition_names(queue)) > 1:
@@ -72,11 +83,11 @@ class QueueDirectory:
         return PartitionedQueue(self._client, name, lease_ms=_LEASE_MS, partitions=number)
 
     def is_being_repartitioned(self, name: str) -> bool:
-        """Tell whether a change of a queue's partitions is under way, or was not completed."""
+        """Tell whether a change of the number of partitions is under way or incomplete."""
         return self._client.run(count(self._client.keys(name)))[0] == 0
 
     def _partition_counts(self) -> dict[str, int]:
-        """Return queue → in how many partitions it lies."""
+        """Return queue → number of partitions."""
         partitions = dict.fromkeys(self._plain_lists, 1)
         counted: dict[str, int] = {}
         for name in self._client.queues():
@@ -84,6 +95,6 @@ class QueueDirectory:
             if queue != name and queue not in counted:
                 counted[queue] = number_of(self._client, queue)
             number = counted.get(queue, 1)
-            # One that only looks like a partition is a plain list, which another program declares.
+            # A name that only looks like a partition belongs to a plain list that another program declares.
             partitions[queue if number > 1 else name] = number
         return partitions

@@ -1,7 +1,7 @@
 """
-What a server can confirm of a push: whether it is on disk, how many replicas have it. Read for the doctor.
+Checks of a server for the doctor.
 
-Which releases of Redis and Valkey are too old, and which have a known hole.
+The durability that it can confirm, and whether its release is too old or vulnerable.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _FSYNC_METHODS = {
 
 @dataclass(frozen=True, slots=True)
 class DurabilityFinding:
-    """One thing the doctor says."""
+    """A finding of the doctor about durability."""
 
     level: Literal["ok", "note", "warning", "problem"]
     text: str
@@ -33,12 +33,16 @@ class DurabilityFinding:
 
 
 def online_replicas(facts: Mapping[str, str]) -> int:
-    """Return how many replicas follow, by INFO."""
+    """Return the number of online replicas by INFO."""
     return sum("state=online" in state for name, state in facts.items() if re.fullmatch(r"slave\d+", name))
 
 
 def replication_findings(facts: Mapping[str, str], minimum: str | None, lag: str | None) -> Iterator[DurabilityFinding]:
-    """Yield what replicas can confirm; *minimum* and *lag* are min-replicas-to-write and -max-lag, None when not told."""
+    """
+    Yield findings about replicas.
+
+    *minimum*, *lag*: min-replicas-to-write and -max-lag, None: unknown.
+    """
     count = online_replicas(facts)
     if facts.get("role") == "slave":
         return
@@ -61,13 +65,13 @@ def replication_findings(facts: Mapping[str, str], minimum: str | None, lag: str
 
 
 def fsync_finding(execute: ExecuteCommand, where: str) -> tuple[bool, DurabilityFinding]:
-    """Return whether fsync=True can be confirmed, and how."""
+    """Return whether fsync=True can be confirmed, with a finding that says how."""
     replies: list[object] = []
     for command in Durability(fsync=True).examination():
         try:
             replies.append(execute(*command))
         except ConveyorError as error:
-            replies.append(error.__cause__ or error)  # the server's own words, which `judge` knows
+            replies.append(error.__cause__ or error)  # the server's own reply, which `judge` can read
     try:
         return True, DurabilityFinding(
             "ok", f"fsync=True can be confirmed: {_FSYNC_METHODS[judge(Durability(fsync=True), replies, where)]}"
@@ -83,7 +87,7 @@ def fsync_finding(execute: ExecuteCommand, where: str) -> tuple[bool, Durability
 def durability_request_finding(
     queue: str, request: Durability, *, fsync_works: bool, replicas: int
 ) -> DurabilityFinding:
-    """Return whether what a queue asks of every push can be had."""
+    """Return a finding on whether a queue gets the durability it requests for every push."""
     requested = ["fsync"] * request.fsync + [_replicas(request.replicas)] * (request.replicas > 0)
     text = f"queue '{queue}' asks for {' and '.join(requested)}"
     if request.fsync and not fsync_works:
@@ -102,8 +106,8 @@ def _replicas(count: int) -> str:
 
 OLDEST_SUPPORTED = {"redis": (6, 2), "valkey": (7, 2)}
 
-# Where CVE-2025-49844 is mended, with which a script of an authenticated user can run any code; all that came before it
-# (CVE-2022-24735, CVE-2024-31228, -31449, -46981, CVE-2025-46817, -46818) is mended there too. Of 7.0 there is no such release.
+# First releases with a patch for CVE-2025-49844, by which a script of an authenticated user can run any code. They also
+# patch the earlier ones (CVE-2022-24735, CVE-2024-31228, -31449, -46981, CVE-2025-46817, -46818). 7.0 has no such release.
 _PATCHED: dict[str, dict[tuple[int, ...], tuple[int, int, int]]] = {
     "redis": {(6, 2): (6, 2, 20), (7, 0): (7, 2, 11), (7, 2): (7, 2, 11), (7, 4): (7, 4, 6), (8, 0): (8, 0, 4), (8, 2): (8, 2, 2)},
     "valkey": {(7, 2): (7, 2, 11), (8, 0): (8, 0, 6), (8, 1): (8, 1, 4)},
@@ -111,12 +115,12 @@ _PATCHED: dict[str, dict[tuple[int, ...], tuple[int, int, int]]] = {
 
 
 def version_numbers(version: str) -> tuple[int, ...]:
-    """Return the parts of a version."""
+    """Return the numbers of a version: "7.2.11" as (7, 2, 11)."""
     return tuple(int(part) for part in version.split(".") if part.isdigit())
 
 
 def first_patched_release(family: str, version: str) -> str | None:
-    """Return the first release without the hole that this one has; None when it has none."""
+    """Return the first release with the patch that this one lacks; None when it lacks none."""
     own = version_numbers(version)
     patched = _PATCHED[family].get(own[:2])
     return ".".join(map(str, patched)) if patched is not None and len(own) > 2 and own < patched else None
