@@ -27,16 +27,16 @@ def said(url: str, requests: dict[str, Durability] | None = None) -> tuple[docto
     ("name", "options", "fsync_works", "how"),
     [
         ("valkey", (), False, "its append-only file is off"),
-        ("valkey", ("--appendonly", "yes"), True, "a sync is watched go by"),
-        ("valkey", ("--appendonly", "yes", "--appendfsync", "always"), True, "WAITAOF tells"),
+        ("valkey", ("--appendonly", "yes"), True, "each call waits 1 to 2 s"),
+        ("valkey", ("--appendonly", "yes", "--appendfsync", "always"), True, "WAITAOF confirms the sync"),
         ("redis7", ("--appendonly", "yes"), False, "older than 7.2"),
-        ("redis6", ("--appendonly", "yes", "--appendfsync", "always"), True, "every reply means it is synced"),
+        ("redis6", ("--appendonly", "yes", "--appendfsync", "always"), True, "every reply confirms the sync"),
     ],
 )
 def test_how_a_sync_is_confirmed(
     start_server: Start, name: str, options: tuple[str, ...], fsync_works: bool, how: str
 ) -> None:
-    """The doctor says whether fsync=True can be had, how, and if not, what to set."""
+    """The doctor says whether fsync=True works, how, and if not, what to set."""
     report, lines = said(start_server(*options, name=name).url)
     assert report.fsync_works is fsync_works
     assert [how in text for _, text in lines].count(True) == 1, lines
@@ -58,7 +58,7 @@ def test_what_queues_ask_and_what_replicas_there_are(start_server: Start) -> Non
             ("E29", "queue 'two' asks for 2 replicas"),
             ("E36", "queue 'disk' asks for fsync: every push is refused"),
         ]
-        assert any("queue 'one' asks for 1 replica: it can be had" in text for _, text in lines)
+        assert any("queue 'one' asks for 1 replica: available" in text for _, text in lines)
         assert any("min-replicas-to-write is 1" in text and level == "ok" for level, text in lines)
         client.config_set("min-replicas-to-write", 2)
         _, lines = said(pair.primary.url)

@@ -55,7 +55,7 @@ class Role:
 _RUN_SCRIPT = ("evalsha", "eval")
 _PRODUCER = Role(
     "producer",
-    "pushes and enqueues, asks for status and results, cancels; takes nothing",
+    "pushes and enqueues, reads status and results, cancels; leases nothing",
     (
         operations.PUSH, operations.PUSH_PLAIN, operations.WITHDRAW, plain_list.LIST_PUSH, operations.AWAIT_RESULT,
         operations.FORGET, operations.CANCEL, inspection.GET_JOB, inspection.COUNTS, partitions.CLAIM_PARTITIONS, partitions.COUNT,
@@ -74,7 +74,7 @@ _WORKER = Role(
 ).combined_with(_PRODUCER)  # fmt: skip
 _DASHBOARD = Role(
     "dashboard",
-    "looks: status, doctor, lists of queues, jobs and workers; changes nothing",
+    "reads status, doctor, and lists of queues, jobs and workers; changes nothing",
     (
         inspection.COUNTS,
         inspection.LIST_JOBS,
@@ -87,7 +87,7 @@ _DASHBOARD = Role(
 )
 _OPERATOR = Role(
     "operator",
-    "looks, and acts on queues and jobs: pause, purge, redrive, retry, cancel, delete",
+    "reads, and acts on queues and jobs: pause, purge, redrive, retry, cancel, delete",
     (
         operations.CONFIGURE, operations.PURGE, operations.LIST_INTAKE, operations.REDRIVE, operations.PROMOTE,
         operations.CANCEL, partitions.CLAIM_PARTITIONS, partitions.REPARTITION,
@@ -97,7 +97,7 @@ _OPERATOR = Role(
 ).combined_with(_DASHBOARD)  # fmt: skip
 _SENTINEL = Role(
     "sentinel",
-    "for the sentinels' own users: asks them who is the master (sentinel_username= in the URL)",
+    "for the users of the sentinels themselves: asks which server is the master (sentinel_username= in the URL)",
     (),
     ("sentinel|get-master-addr-by-name", "sentinel|masters"),
 )
@@ -162,7 +162,7 @@ def rules(
     check_namespace(namespace)
     user = user or f"{namespace}-{role}"
     if not _USER.fullmatch(user):
-        raise ConfigurationError(f"The name of a user has 1 to 64 of A-Z a-z 0-9 _ . : @ - and nothing else: {user!r}.")
+        raise ConfigurationError(f"Invalid user name {user!r}: use 1 to 64 characters out of A-Z a-z 0-9 _ . : @ -")
     names = {command for script in definition.scripts for command in commands_of(script)} | set(definition.commands)
     if definition is _SENTINEL:
         return AclRules(role, user, (), (), tuple(sorted(names | _connection_commands(server, TOPOLOGIES[0], 0))))

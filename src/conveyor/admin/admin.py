@@ -199,9 +199,7 @@ class Admin:
         """Return everything known about a job. Raises JobNotFound."""
         lookup = self._find(public_id)
         if lookup is None:
-            raise JobNotFound(
-                f"No job {public_id} is known. It never existed, or it ended and what was kept of it has expired."
-            )
+            raise JobNotFound(f"No job {public_id} is known. It never existed, or it ended and its record has expired.")
         if lookup.row is not None:
             return live_job(lookup.keys.queue, lookup.row, self._decoder)
         return self._ended_job(lookup)
@@ -305,14 +303,14 @@ class Admin:
         if lookup.location == "cancelled":
             return JobInfo(**base, status="cancelled")
         status: Any = entry.status if entry else "done"
-        return JobInfo(**base, status=status, reason="" if entry else "it ended; no more is kept of it")
+        return JobInfo(**base, status=status, reason="" if entry else "it has ended; nothing more is kept of it")
 
     def _retry(self, one: str) -> ActionResult:
         lookup = self._find(one)
         if lookup is None:
             return ActionResult(one, "not found")
         if lookup.location == "dead" and self.client.run(operations.redrive(lookup.keys, ids=[lookup.id])):
-            return ActionResult(one, "retried", f"back in {lookup.keys.queue} with a fresh budget")
+            return ActionResult(one, "retried", f"back in {lookup.keys.queue} with a new budget of attempts")
         if lookup.location == "scheduled" and self.client.run(operations.promote(lookup.keys, lookup.id)):
             return ActionResult(one, "retried", "starts now, not when it was due")
         return ActionResult(
@@ -338,7 +336,7 @@ class Admin:
         if reply == 1:
             return ActionResult(one, "deleted")
         if reply == -1:
-            return ActionResult(one, "refused", "a worker holds it; cancel it first")
+            return ActionResult(one, "refused", "a worker has leased it; cancel it first")
         return ActionResult(one, "refused", f"it is {_state_of(lookup)}; nothing of it is in the queue")
 
 

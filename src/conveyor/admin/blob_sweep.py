@@ -40,7 +40,9 @@ def sweep(app: Conveyor, older: Duration = "1d", *, dry_run: bool = False) -> in
         raise ConfigurationError("sweep() needs an app with a store: Conveyor(large=FileStore(…)).")
     age_ms = milliseconds(older, name="older")
     if age_ms < MIN_AGE_MS:
-        raise ConfigurationError(f"sweep(older={older!r}): the least is an hour, since bodies are written before jobs.")
+        raise ConfigurationError(
+            f"sweep(older={older!r}) must be at least an hour, because bodies are written before jobs."
+        )
     old_blobs = list(
         sealing.store.old(age_ms / 1000)
     )  # before jobs are read, so that bodies of newer jobs are not among them
@@ -60,7 +62,7 @@ def _referenced_blobs(app: Conveyor, sealing: PayloadPipeline) -> set[str]:
             reference = sealing.reference(envelope.body, queue=queue, task=name, id=id_)
         except PayloadError as error:
             raise PayloadError(
-                f"Job {queue}:{id_} refers to a large body, and nobody can tell to which. Nothing was removed. {error}",
+                f"Job {queue}:{id_} refers to a large body that cannot be identified. Nothing was removed. {error}",
                 code=error.code,
             ) from None
         if reference is not None:

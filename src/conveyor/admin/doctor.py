@@ -39,10 +39,10 @@ LARGE_SLOT = 1_000_000
 _LEVEL_TEXTS: dict[DurabilityLevel, str] = {
     "memory": "memory only: a restart of the server loses every job",
     "snapshots": "RDB snapshots only: a restart loses what was accepted since the last snapshot",
-    "aof-os": "append-only file, fsync when the system likes: a power cut may lose about 30 s",
+    "aof-os": "append-only file, fsync when the operating system decides: a power cut may lose about 30 s",
     "aof-everysec": "append-only file, fsync every second: a power cut may lose the last second",
     "aof-always": "append-only file, fsync before every reply: what was accepted survives a power cut",
-    "unknown": "unknown: the server does not tell this user (CONFIG and INFO are refused)",
+    "unknown": "unknown: this user may not read it (CONFIG and INFO are refused)",
 }
 
 
@@ -122,7 +122,7 @@ def _check_server(client: Client, report: HealthReport) -> None:
     _check_version(facts, report)
     if client.attachment is not None:
         report.add(
-            "server", "note", "embedded server: for one machine, made for development", "Elsewhere: CONVEYOR_URL"
+            "server", "note", "embedded server: for development on one machine", "In production set CONVEYOR_URL"
         )
     elif facts.get("redis_mode") == "cluster" and isinstance(client.address, StandaloneServer):
         host = client.address.host
@@ -256,7 +256,7 @@ def _check_version(facts: dict[str, str], report: HealthReport) -> None:
         return
     safe = server_checks.first_patched_release(report.family, report.version)
     if safe is not None:
-        text = f"{name} has a known hole (CVE-2025-49844), unless your distribution mended it"
+        text = f"{name} has a known vulnerability (CVE-2025-49844); your distribution may have patched it"
         report.add("version", "warning", text, f"Use {safe} or newer.")
     else:
         report.add("version", "ok", name)
@@ -352,10 +352,10 @@ def _check_memory(facts: dict[str, str], report: HealthReport) -> None:
 def _check_connections(client: Client, report: HealthReport) -> None:
     """Report that idle connections are closed, or that those of vanished clients are kept."""
     if (quiet := _setting(client, "timeout")) not in {None, "0"}:
-        text = f"timeout is {quiet}: connections that are quiet for {quiet} s are closed, and opened again at the next call"
+        text = f"timeout is {quiet}: idle connections are closed after {quiet} s, and opened again at the next call"
         report.add("connections", "note", text, "CONFIG SET timeout 0")
     if _setting(client, "tcp-keepalive") == "0":
-        text = "tcp-keepalive is off: connections of machines that are gone stay, and a blocked one swallows a call for work"
+        text = "tcp-keepalive is off: connections of vanished machines stay open, and a blocked one takes a wake-up for itself"
         report.add("connections", "warning", text, "CONFIG SET tcp-keepalive 60")
 
 
@@ -370,7 +370,10 @@ def _check_clock(client: Client, report: HealthReport) -> None:
     if skew > CLOCK_SKEW_WARNING:
         text = f"this machine's clock and the server's differ by {skew:.1f} s"
         report.add(
-            "clock", "warning", text, "Run NTP on both. Leases are safe (they use the server's); ages look wrong."
+            "clock",
+            "warning",
+            text,
+            "Run NTP on both. Leases are safe (they use the server's clock); ages are shown wrongly.",
         )
     else:
         report.add("clock", "ok", f"clocks agree ({skew * 1000:.0f} ms apart)")
@@ -384,14 +387,12 @@ def _check_queues(client: Client, directory: QueueDirectory, report: HealthRepor
     for name, count in counts.items():
         _check_records(client, [directory.keys(part) for part in directory.partition_names(name)], count, report)
         if directory.is_being_repartitioned(name):
-            text = f"queue '{name}' takes nothing: a change of its partitions was not completed"
+            text = f"queue '{name}' accepts nothing: a change of its partitions was not completed"
             report.add("queue", "problem", text, f"conveyor queue partition {name} N", "E34")
         size = (count.ready + count.scheduled + count.leased + count.dead) // len(directory.partition_names(name))
         if size > LARGE_SLOT and not client.address.single:
-            text = (
-                f"queue '{name}' has {size:,} jobs in a slot: moving it stops both nodes for about {2e-6 * size:.0f} s"
-            )
-            report.add("queue", "warning", text, "More partitions, or move it when it is short.")
+            text = f"queue '{name}' has {size:,} jobs in a slot: moving the slot blocks both nodes for about {2e-6 * size:.0f} s"
+            report.add("queue", "warning", text, "Use more partitions, or move the slot when the queue is short.")
         if count.paused:
             report.add("queue", "note", f"queue '{name}' is paused", f"conveyor queue resume {name}")
         if count.dead:
@@ -411,8 +412,10 @@ def _check_records(
         missing = [id_ for what, id_ in client.run(inspection.audit(keys)) if what.startswith("no envelope")]
         if missing:
             named = ", ".join(missing[:3])
-            text = f"queue '{keys.queue}': the records of {len(missing):,} jobs are gone, so they will not run: {named}"
-            report.add("queue", "problem", text, "Was the server evicting? Enqueue them again.", "E10")
+            text = (
+                f"queue '{keys.queue}': the records of {len(missing):,} jobs are missing, so they will not run: {named}"
+            )
+            report.add("queue", "problem", text, "The server may have evicted them. Enqueue them again.", "E10")
 
 
 def _size(number: int) -> str:

@@ -48,7 +48,9 @@ class QueueDirectory:
         if queue != name and name in partition_names(queue, known.get(queue, 1)):
             return [name]
         names = sorted(known)
-        listed = f"Known: {', '.join(names[:10])}{' …' if len(names) > 10 else ''}." if names else "There is none."
+        listed = (
+            f"Known: {', '.join(names[:10])}{' …' if len(names) > 10 else ''}." if names else "There are no queues."
+        )
         raise QueueNotFound(f"No queue {name!r} in namespace {self._client.namespace!r}. {listed}")
 
     def all_partition_names(self, id: str) -> list[str]:  # noqa: A002
@@ -76,7 +78,7 @@ class QueueDirectory:
         if name in self._plain_lists:
             return PlainList(self._client, name, lease_ms=_LEASE_MS)
         if (queue := ids.logical(name)) != name and len(self.partition_names(queue)) > 1:
-            raise ConfigurationError(f"'{name}' is a partition, which can be looked at only. Name the queue: {queue}")
+            raise ConfigurationError(f"'{name}' is a partition, which can only be read. Name the queue: {queue}")
         number = len(self.partition_names(name))
         if number == 1:
             return Queue(self._client, name, lease_ms=_LEASE_MS)

@@ -16,9 +16,9 @@ from conveyor.store.client.durability import Durability, FsyncMethod, judge
 
 ExecuteCommand = Callable[..., object]
 _FSYNC_METHODS = {
-    FsyncMethod.REPLY: "every reply means it is synced (appendfsync always)",
-    FsyncMethod.WAITAOF: "WAITAOF tells",
-    FsyncMethod.WATCH: "a sync is watched go by, which takes 1 to 2 s: this server's WAITAOF answers too early under everysec",
+    FsyncMethod.REPLY: "fsync=True works: every reply confirms the sync (appendfsync always)",
+    FsyncMethod.WAITAOF: "fsync=True works: WAITAOF confirms the sync",
+    FsyncMethod.WATCH: "fsync=True works; each call waits 1 to 2 s, because this server's WAITAOF is not reliable with everysec",
 }
 
 
@@ -49,18 +49,18 @@ def replication_findings(facts: Mapping[str, str], minimum: str | None, lag: str
     if count:
         yield DurabilityFinding("ok", f"{_replicas(count)} online: wait_replicas up to {count} can be confirmed")
     if count and minimum == "0":
-        text = "min-replicas-to-write is 0: a primary that is cut off goes on accepting what a failover loses"
+        text = "min-replicas-to-write is 0: a primary that is cut off keeps accepting jobs that a failover loses"
         yield DurabilityFinding("note", text, "CONFIG SET min-replicas-to-write 1, and min-replicas-max-lag 10")
     if minimum not in {None, "0"}:
         good = int(facts.get("min_slaves_good_slaves", count))
-        text = f"min-replicas-to-write is {minimum}, with a lag of at most {lag} s; {good} now"
+        text = f"min-replicas-to-write is {minimum}, with a lag of at most {lag} s; {good} qualify now"
         if good < int(str(minimum)):
             yield DurabilityFinding(
                 "problem", f"{text}: every push is refused", "Bring the replicas back, or lower it."
             )
         else:
             yield DurabilityFinding(
-                "ok", f"{text}. It bounds what a failover loses; only wait_replicas says what it cannot lose"
+                "ok", f"{text}. It limits what a failover loses; only a push with wait_replicas is safe from it"
             )
 
 
@@ -73,9 +73,7 @@ def fsync_finding(execute: ExecuteCommand, where: str) -> tuple[bool, Durability
         except ConveyorError as error:
             replies.append(error.__cause__ or error)  # the server's own reply, which `judge` can read
     try:
-        return True, DurabilityFinding(
-            "ok", f"fsync=True can be confirmed: {_FSYNC_METHODS[judge(Durability(fsync=True), replies, where)]}"
-        )
+        return True, DurabilityFinding("ok", _FSYNC_METHODS[judge(Durability(fsync=True), replies, where)])
     except (ConveyorError, OSError) as error:
         reason = str(error).partition("\n")[0]
         refusal = re.search(r"cannot be confirmed by Redis at .*?: (.*?)\. Nothing was stored\. Set it: (.*?),", reason)
@@ -92,12 +90,12 @@ def durability_request_finding(
     text = f"queue '{queue}' asks for {' and '.join(requested)}"
     if request.fsync and not fsync_works:
         return DurabilityFinding(
-            "problem", f"{text}: every push is refused", "See above, or declare it without fsync.", "E36"
+            "problem", f"{text}: every push is refused", "See above, or declare the queue without fsync.", "E36"
         )
     if request.replicas > replicas:
-        remedy = f"Add replicas, or declare it with wait_replicas={replicas}."
+        remedy = f"Add replicas, or declare the queue with wait_replicas={replicas}."
         return DurabilityFinding("problem", f"{text}, and {replicas} are online: every push raises", remedy, "E29")
-    return DurabilityFinding("ok", f"{text}: it can be had")
+    return DurabilityFinding("ok", f"{text}: available")
 
 
 def _replicas(count: int) -> str:
