@@ -1,4 +1,8 @@
-"""The command line. Commands are loaded when they run, so that `--help` stays quick."""
+"""
+The command line.
+
+A command's module is imported when the command runs, so that `--help` stays quick.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +19,7 @@ from conveyor.errors import ConveyorError
 
 
 class CommandEntry(NamedTuple):
-    """One command of the table: where it is, what it does, under which heading the help lists it."""
+    """One command: where it is defined, what it does, and its section in the help."""
 
     target: str
     help: str
@@ -44,14 +48,14 @@ COMMANDS: dict[str, CommandEntry] = {
 
 
 class LazyGroup(click.Group):
-    """A group that knows its commands by the table and imports one when it is called."""
+    """A group that lists its commands from a table and imports one when it is called."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        """Return the names in the order of the table."""
+        """Return the names of the commands in the order of the table."""
         return list(COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """Import and return a command."""
+        """Import a command and return it; None for an unknown one."""
         entry = COMMANDS.get(cmd_name)
         if entry is None:
             return None
@@ -61,7 +65,7 @@ class LazyGroup(click.Group):
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        """Return the command to call; an unknown one is answered with the closest."""
+        """Return the command to call. For an unknown one, fail with the closest name."""
         if args and args[0] not in COMMANDS and not args[0].startswith("-"):
             from difflib import get_close_matches
 
@@ -70,7 +74,7 @@ class LazyGroup(click.Group):
         return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write the table, by section, without importing anything."""
+        """Write the table by section, without importing any command."""
         for section in dict.fromkeys(entry.section for entry in COMMANDS.values()):
             with formatter.section(section):
                 formatter.write_dl([(name, entry.help) for name, entry in COMMANDS.items() if entry.section == section])
@@ -104,10 +108,10 @@ def cli(ctx: click.Context) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; return the exit code."""
+    """Run the command line; return its exit code."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")  # a terminal that cannot show a character gets its number
+            stream.reconfigure(errors="backslashreplace")  # a terminal that cannot show a character gets an escape
     state = {"verbose": False}
     try:
         code = cli.main(arguments, prog_name="conveyor", standalone_mode=False, obj=state)
@@ -125,7 +129,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _print_error(error: Exception, *, verbose: bool) -> None:
-    """Say what went wrong, in the form of docs/errors.md: code, what happened, what to do."""
+    """Print an error in the form of docs/errors.md: code, what happened, what to do."""
     from conveyor.ids import clean
     from conveyor.store.transport.url import redact
 

@@ -1,4 +1,4 @@
-"""`conveyor acl`: the least that producers, workers, dashboards and operators must be allowed in Redis."""
+"""`conveyor acl`: ACL rules of least privilege for Redis."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ def acl(
     topology: str | None, durable: bool,
 ) -> None:  # fmt: skip
     """
-    Print the ACL rules of least privilege for a ROLE, or for all: producer, worker, dashboard, operator.
+    Print the ACL rules of least privilege for one ROLE, or for all roles.
 
-    Nothing is sent to Redis. Put the SHA-256 of a password where the line says so; Redis refuses it unchanged.
+    Nothing is sent to Redis. Replace the placeholder with the SHA-256 of a password; Redis refuses it unchanged.
     """
     if user is not None and role is None:
         raise click.UsageError("--user names the user of one role: conveyor acl ROLE --user NAME.")

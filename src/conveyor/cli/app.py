@@ -1,4 +1,4 @@
-"""Finding the app: from the command line, the environment or pyproject.toml to an imported object."""
+"""Lookup of the app: from the command line, the environment or pyproject.toml to an object."""
 
 from __future__ import annotations
 
@@ -21,7 +21,11 @@ _MAX_FILES = 3000
 
 @dataclass(frozen=True)
 class Settings:
-    """What ``[tool.conveyor]`` of the nearest pyproject.toml says; `file` is None where there is none."""
+    """
+    The settings in ``[tool.conveyor]`` of the nearest pyproject.toml.
+
+    `file`: that file, None without one.
+    """
 
     file: Path | None = None
     app: str | None = None
@@ -58,7 +62,7 @@ def read_settings() -> Settings:
 
 
 def reference(given: str | None, settings: Settings) -> str | None:
-    """Return the app's reference by the order of settings, None where nobody named one."""
+    """Return the reference of the app by the order of settings; None: none is set."""
     return given or os.environ.get("CONVEYOR_APP") or settings.app or None
 
 
@@ -66,8 +70,8 @@ def load(given: str | None, settings: Settings) -> tuple[str, Any]:
     """
     Import the app and return (``module:object``, app).
 
-    The working directory, and the one of the pyproject.toml that names the app, are importable. Raises
-    ConfigurationError: E02 nobody named an app, E08 it cannot be imported, E09 the module has several.
+    The working directory is importable, and so is the directory of the pyproject.toml that names the app. Raises
+    ConfigurationError: E02 no app is named, E08 it cannot be imported, E09 the module has several.
     """
     name = reference(given, settings)
     if name is None:
@@ -95,7 +99,7 @@ def load(given: str | None, settings: Settings) -> tuple[str, Any]:
 
 
 def load_outbox(name: str, settings: Settings) -> Any:
-    """Import and return the Outbox that ``module:object`` names. Raises ConfigurationError (E08)."""
+    """Import the Outbox named ``module:object``. Raises ConfigurationError (E08)."""
     module_name, _, path = name.partition(":")
     value: Any = _import_configured(name, module_name, settings)
     for part in path.split("."):
@@ -109,7 +113,7 @@ def load_outbox(name: str, settings: Settings) -> Any:
 
 
 def _import_configured(name: str, module_name: str, settings: Settings) -> ModuleType:
-    """Import a module as every command does; *name* is the reference as it was given."""
+    """Import a module as every command does. *name*: the reference as it was given."""
     directories = [str(Path.cwd())]
     if settings.file is not None and name == settings.app:
         directories.append(str(settings.file.parent))
@@ -170,7 +174,7 @@ def _attribute(module: ModuleType, module_name: str, path: str) -> Any:
 
 
 def _apps(module: ModuleType) -> dict[str, Any]:
-    """Return the apps at the top level of *module*, each once, under its first public name."""
+    """Return the apps at the top level of *module*, each once, by its first public name."""
     by_identity: dict[int, tuple[str, Any]] = {}
     for name, value in vars(module).items():
         if _is_app(value) and (id(value) not in by_identity or by_identity[id(value)][0].startswith("_")):
@@ -183,12 +187,12 @@ def _is_app(value: object) -> bool:
 
 
 def _is_instance(value: object, name: str) -> bool:
-    # By the class alone: the top level of a module may hold proxies that fail when they are touched.
+    # Looks at the class only: the top level of a module may hold proxies that fail when they are used.
     return any(kind.__name__ == name and kind.__module__.startswith("conveyor") for kind in type(value).__mro__)
 
 
 def _module_suggestions(name: str) -> str:
-    """Return a line with modules around here that are named alike or seem to hold an app, or nothing."""
+    """Return lines that name nearby modules with a similar name or an app; "" without any."""
     wanted = name.rpartition(".")[2].removesuffix(".py").rpartition("/")[2]
     candidates: list[Path] = []
     for path in _python_files():
@@ -203,7 +207,11 @@ def _module_suggestions(name: str) -> str:
 
 
 def _python_files() -> Iterator[Path]:
-    """Yield Python files up to three levels below the working directory, as relative paths; a bounded number."""
+    """
+    Yield Python files as relative paths.
+
+    Up to three levels below the working directory, and a bounded number.
+    """
     here, seen = Path.cwd(), 0
     for directory, folders, files in os.walk(here):
         depth = len(Path(directory).relative_to(here).parts)

@@ -1,4 +1,4 @@
-"""`conveyor enqueue`: a job from the command line, and its result if one waits."""
+"""`conveyor enqueue`: enqueue a job, and wait for its result if asked."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ def enqueue(
     at: str | None, queue: str | None, priority: int | None, own_id: str | None, wait: bool, timeout: str | None,
 ) -> None:  # fmt: skip
     """
-    Enqueue a job and print its id alone.
+    Enqueue a job and print its id.
 
-    Values of K=V are read by the annotations of the task, so the app is needed: --app, CONVEYOR_APP, or
-    [tool.conveyor] app in pyproject.toml. TASK is a task's name, or its last part where that says enough.
+    Values of K=V are converted by the annotations of the task, so the app is needed: --app, CONVEYOR_APP, or
+    [tool.conveyor] app in pyproject.toml. TASK is the name of a task, or its last part where that is unique.
     """
     if timeout is not None and not wait:
         raise click.UsageError("--timeout goes with --wait.")
@@ -81,7 +81,7 @@ def _wait_for_result(out: Output, job: Any, seconds: float | None) -> str:
 
 
 def _find_task(app: Any, name: str) -> Any:
-    """Return the task of that name, or the only one whose last parts are that."""
+    """Return the task with this name, or the only one whose name ends with it."""
     if name in app.tasks:
         return app.tasks[name]
     matches = {task.name: task for known, task in app.tasks.items() if known.endswith(f".{name}")}

@@ -1,4 +1,4 @@
-"""`conveyor job`: what became of a job, and what is done to single ones."""
+"""`conveyor job`: list single jobs, and act on them."""
 
 from __future__ import annotations
 
@@ -39,7 +39,11 @@ def list_(
     target: Target, out: Output, queue: str | None, state: str | None, task: str | None, limit: int, offset: int,
     ids_only: bool,
 ) -> None:  # fmt: skip
-    """List jobs in the order they are taken; dead and done ones newest first."""
+    """
+    List jobs, in the order in which they are leased.
+
+    Dead and done ones come newest first.
+    """
     jobs = target.admin().jobs(queue, state, task=task, offset=offset, limit=limit)
     if out.as_json:
         out.document("jobs", jobs=jobs)
@@ -58,7 +62,11 @@ def list_(
 @click.argument("id_", metavar="ID")
 @redis_options
 def show(target: Target, out: Output, id_: str) -> None:
-    """Show all that is known of a job: payload, errors with tracebacks, result."""
+    """
+    Show everything about a job.
+
+    Its payload, errors with tracebacks, and result.
+    """
     info = target.admin().job(id_)
     if out.as_json:
         out.document("job", job=info)
@@ -97,7 +105,11 @@ def show(target: Target, out: Output, id_: str) -> None:
 @click.argument("ids", nargs=-1, required=True, metavar="ID... | -")
 @redis_options
 def retry(target: Target, out: Output, ids: tuple[str, ...]) -> int:
-    """Put dead jobs back with a fresh budget; start scheduled ones now."""
+    """
+    Make dead and scheduled jobs ready now.
+
+    Dead ones get a new budget of attempts.
+    """
     return _print_results(out, "retry", target.admin().retry(_read_ids(ids)))
 
 
@@ -106,7 +118,11 @@ def retry(target: Target, out: Output, ids: tuple[str, ...]) -> int:
 @confirm_options
 @redis_options
 def cancel(target: Target, out: Output, ids: tuple[str, ...], yes: bool, dry_run: bool) -> int:
-    """Cancel jobs that have not ended; a running one is stopped by its worker."""
+    """
+    Cancel jobs that have not ended.
+
+    A running job is stopped by its worker.
+    """
     chosen = _read_ids(ids)
     needs_confirmation = len(chosen) > 1 or dry_run
     if needs_confirmation and not out.confirm(f"Cancel {_describe_ids(chosen)}?", yes=yes, dry_run=dry_run):
@@ -119,7 +135,7 @@ def cancel(target: Target, out: Output, ids: tuple[str, ...], yes: bool, dry_run
 @confirm_options
 @redis_options
 def delete(target: Target, out: Output, ids: tuple[str, ...], yes: bool, dry_run: bool) -> int:
-    """Remove jobs and dead letters without a trace; a leased one is refused."""
+    """Remove jobs and dead letters completely; leased ones are refused."""
     chosen = _read_ids(ids)
     if not chosen or not out.confirm(f"Delete {_describe_ids(chosen)} for good?", yes=yes, dry_run=dry_run):
         return ExitCode.OK
@@ -137,12 +153,12 @@ def _row(info: JobInfo) -> tuple[object, ...]:
         about = info.payload[:200]
     elif info.ran_ms is not None:
         about = f"ran {span(info.ran_ms / 1000)}"
-    attempt = None if info.payload is None else info.attempt  # of one that has ended it is not kept
+    attempt = None if info.payload is None else info.attempt  # not kept for a job that has ended
     return (info.id, info.queue, info.task or None, info.status, attempt, when, about)
 
 
 def _read_ids(ids: Sequence[str]) -> list[str]:
-    """Return the ids, with those of standard input in the place of ``-``, each once."""
+    """Return the ids, each once; ``-`` stands for the ids on standard input."""
     read: list[str] = []
     for one in ids:
         read += (line.split("\t")[0].strip() for line in sys.stdin) if one == "-" else [one]

@@ -1,4 +1,8 @@
-"""Printing: tables on a terminal, tab-separated text when piped, one JSON document when asked; and asking back."""
+"""
+Output of commands, and questions to the user.
+
+Tables on a terminal, tab-separated text in a pipe, or one JSON document with `--json`.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +21,7 @@ from conveyor.cli.exit import ExitCode
 from conveyor.ids import clean
 from conveyor.units import span
 
-_CONTROL_CHARACTERS = re.compile(r"[\x7f-\x9f]")  # what JSON leaves as it is and a terminal may obey
+_CONTROL_CHARACTERS = re.compile(r"[\x7f-\x9f]")  # JSON leaves them unescaped, but a terminal may act on them
 _COLOURS = {
     "dead": "red", "leased": "cyan", "scheduled": "yellow", "ready": "green", "cancelled": "magenta",
     "paused": "yellow", "stranded": "red", "not found": "red", "refused": "red",
@@ -26,15 +30,14 @@ MARKS = {"ok": ("✓", "green"), "note": ("·", "cyan"), "warning": ("!", "yello
 
 
 class Output:
-    """How one command prints. Data goes to standard output, talk to standard error."""
+    """The output of one command: data on standard output, all other text on standard error."""
 
     def __init__(self, *, as_json: bool = False) -> None:
-        """Look once whether a person is reading."""
         self.as_json = as_json
         self.on_terminal = sys.stdout.isatty()
 
     def document(self, name: str, **content: Any) -> None:
-        """Print one JSON document under its versioned schema."""
+        """Print one JSON document with a versioned schema."""
         text = json.dumps({"schema": f"conveyor/{name}@1", **content}, default=_to_json, ensure_ascii=False)
         click.echo(_CONTROL_CHARACTERS.sub(lambda match: f"\\u{ord(match[0]):04x}", text))
 
@@ -43,11 +46,11 @@ class Output:
         click.echo(text)
 
     def say(self, text: str) -> None:
-        """Tell the person something that is not data."""
+        """Print a line that is not data, on standard error."""
         click.echo(text, err=True)
 
     def table(self, headings: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-        """Print rows: aligned under headings on a terminal, tab-separated and bare otherwise."""
+        """Print rows: aligned under headings on a terminal, otherwise tab-separated without them."""
         if self.on_terminal:
             _print_aligned(headings, rows)
         else:
@@ -55,7 +58,7 @@ class Output:
                 click.echo("\t".join(machine_text(cell) for cell in row))
 
     def pairs(self, rows: Sequence[tuple[str, object]]) -> None:
-        """Print named values, one a line; a terminal does not show the empty ones."""
+        """Print named values, one a line. A terminal does not show empty ones."""
         width = max((len(name) for name, _ in rows), default=0)
         for name, value in rows:
             if not self.on_terminal:
@@ -64,7 +67,11 @@ class Output:
                 click.echo(f"{click.style(name.ljust(width), dim=True)}  {_colour_state(human_text(value))}")
 
     def confirm(self, question: str, *, yes: bool, dry_run: bool) -> bool:
-        """Return whether to go on: yes, or a person says so. Ends the command with 6 when nobody does."""
+        """
+        Return whether to proceed: with *yes*, or when the user agrees.
+
+        Ends the command with 6 when the user does not agree, or there is no terminal to ask on.
+        """
         if dry_run:
             self.say(f"{question}  Nothing was done (--dry-run).")
             return False
@@ -76,7 +83,7 @@ class Output:
         try:
             confirmed = click.confirm(question, default=False, err=True)
         except click.Abort:
-            self.say("")  # the shell's prompt belongs on a line of its own
+            self.say("")  # the shell's prompt then starts on its own line
             raise
         if not confirmed:
             self.say("Nothing was done.")
@@ -91,7 +98,7 @@ def confirm_options(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def machine_text(value: object) -> str:
-    """Return a value for a program: exact, on one line, without tabs."""
+    """Return a value as text for programs: exact, on one line, without tabs."""
     if value is None:
         return ""
     if isinstance(value, bool):
@@ -104,7 +111,7 @@ def machine_text(value: object) -> str:
 
 
 def human_text(value: object) -> str:
-    """Return a value for a person."""
+    """Return a value as text for people."""
     if value is None:
         return "-"
     if isinstance(value, bool):
@@ -131,7 +138,7 @@ def quantity(number: int, word: str) -> str:
 
 
 def parse_seconds(text: str, *, name: str) -> float:
-    """Return a duration as seconds: ``30``, ``5s``, ``1h30m``; raises ConfigurationError."""
+    """Convert ``30``, ``5s`` or ``1h30m`` to seconds; raises ConfigurationError."""
     from conveyor.units import milliseconds
 
     return milliseconds(float(text) if text.replace(".", "", 1).isdigit() else text, name=name) / 1000

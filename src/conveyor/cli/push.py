@@ -1,4 +1,4 @@
-"""`conveyor push`: messages from the command line or from standard input."""
+"""`conveyor push`: push messages from the command line or from standard input."""
 
 from __future__ import annotations
 
@@ -35,16 +35,16 @@ def push(
     expires: str | None, headers: tuple[str, ...], front: bool,
 ) -> None:  # fmt: skip
     """
-    Put one JSON message on a queue, or one a line from standard input (-).
+    Push one JSON message to a queue, or one per line of standard input (-).
 
-    Prints the ids alone, one a line.
+    Prints the ids, one per line.
     """
     from_stdin = message == "-" or (message is None and not sys.stdin.isatty())
     if message is None and not from_stdin:
         raise click.UsageError("What shall be pushed? Give JSON, or - to read one message a line.")
     if from_stdin and own_id:
         raise click.UsageError("--id names one message; lines from standard input get ids of their own.")
-    client, app = target.client(), target.app  # in this order: the client's app seals
+    client, app = target.client(), target.app  # in this order: `client` loads the app
     prepared = _prepare(
         app, queue, id=own_id, priority=priority, front=front, headers=_parse_headers(headers),
         delay=0 if delay is None else parse_seconds(delay, name="--delay"),
@@ -61,7 +61,7 @@ def push(
         _print_ids(out, ids)
     else:
         stored = 0
-        if sys.stdin.seekable():  # a file is checked as a whole, so that a bad line in it stores nothing
+        if sys.stdin.seekable():  # a file is checked as a whole first, so that a bad line stores nothing
             start = sys.stdin.buffer.tell()
             for bodies in _read_lines(sys.stdin.buffer):
                 for number, line in bodies:
@@ -71,7 +71,7 @@ def push(
             entries = [
                 _entry(_checked_body(line, _line_position(number, stored)), prepared, codec) for number, line in bodies
             ]
-            # Each goes before all that wait: in reverse, so that the first line is taken first.
+            # Each message goes to the front: reversed, so that the first line is leased first.
             chunk = _push_entries(client, keys, partitions, entries[::-1] if front else entries)
             chunk = chunk[::-1] if front else chunk
             stored += len(chunk)
@@ -88,7 +88,7 @@ def _queue_keys(client: Any, queue: str) -> Any:
 
 
 def _recorded_partitions(client: Any, queue: str) -> Any:
-    """Return the partitions of a queue as they are on record, None when it lies in one piece."""
+    """Return the partitions of a queue as Redis records them; None without partitions."""
     from conveyor.messaging.partitions import Partitions, number_of
 
     number = number_of(client, queue)
@@ -121,12 +121,16 @@ def _line_position(number: int, stored: int) -> str:
 
 
 def _read_lines(stream: Any) -> Iterator[list[tuple[int, bytes]]]:
-    """Yield the lines that have arrived, numbered from 1: those of a slow pipe one by one, a file's in large parts."""
+    """
+    Yield lines as (number from 1, text), in lists.
+
+    Lines of a slow pipe come one by one, those of a file in large parts.
+    """
     rest, number = b"", 0
     while chunk := stream.read1(_CHUNK):
         *lines, rest = (rest + chunk).split(b"\n")
         if len(rest) > _MAX_LINE:
-            break  # too large whatever follows; what has arrived says so
+            break  # too large whatever follows; the check of this part reports it
         numbered = list(enumerate(lines, number + 1))
         number += len(lines)
         if kept := [(n, line) for n, line in numbered if line.strip()]:
@@ -170,7 +174,7 @@ def _parse_headers(given: tuple[str, ...]) -> dict[str, str]:
 
 
 def _prepare(app: Any, queue: str, **options: Any) -> PreparedPush:
-    """Return what every message of this call is pushed with, sealed as the app seals."""
+    """Return the options for every message of this call, with the sealing of the app."""
     from conveyor.jobs.core import core_of
     from conveyor.messaging.push_options import posting, wrapped
 
@@ -180,7 +184,7 @@ def _prepare(app: Any, queue: str, **options: Any) -> PreparedPush:
 
 
 def _queue_codec(app: Any, queue: str) -> FormatCodec[Any] | None:
-    """Return the queue's own codec where it writes something else than JSON."""
+    """Return the codec of the queue where it writes another format than JSON, else None."""
     from conveyor.jobs.core import core_of
 
     declared = None if app is None else core_of(app).queues.get(queue)

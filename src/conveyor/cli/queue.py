@@ -1,4 +1,4 @@
-"""`conveyor queue`: what queues hold, and what is done to a whole queue."""
+"""`conveyor queue`: show queues, and act on whole queues."""
 
 from __future__ import annotations
 
@@ -19,7 +19,11 @@ _HEADINGS = ("queue", "ready", "scheduled", "leased", "dead", "workers", "oldest
 
 
 def print_queues(out: Output, queues: Sequence[QueueInfo]) -> None:
-    """Print queues as a table; the number of partitions comes last, and only where one has several."""
+    """
+    Print queues as a table.
+
+    The column of partitions comes last, and only where a queue has several.
+    """
     partitioned = any(info.partitions > 1 for info in queues)
     headings = (*_HEADINGS, "partitions") if partitioned else _HEADINGS
     out.table(headings, [_row(info)[: len(headings)] for info in queues])
@@ -40,7 +44,7 @@ def queue() -> None:
 @queue.command("list")
 @redis_options
 def list_(target: Target, out: Output) -> None:
-    """List all queues with what they hold."""
+    """List all queues with their counts."""
     queues = target.admin().queues()
     if out.as_json:
         out.document("queues", queues=queues)
@@ -54,7 +58,7 @@ def list_(target: Target, out: Output) -> None:
 @click.argument("name", metavar="QUEUE")
 @redis_options
 def show(target: Target, out: Output, name: str) -> None:
-    """Show one queue, or one partition of one (orders/3), and its workers."""
+    """Show one queue, or one partition (orders/3), and its workers."""
     admin = target.admin()
     info, workers, partitions = admin.queue(name), admin.workers(name), admin.partitions(name)
     if out.as_json:
@@ -88,7 +92,7 @@ def show(target: Target, out: Output, name: str) -> None:
 @click.argument("name", metavar="QUEUE")
 @redis_options
 def pause(target: Target, out: Output, name: str) -> None:
-    """Let nothing more be taken from a queue; pushing goes on."""
+    """Stop workers from taking jobs of a queue; pushing still works."""
     target.admin().pause(name)
     _print_paused(out, name, paused=True)
 
@@ -97,7 +101,7 @@ def pause(target: Target, out: Output, name: str) -> None:
 @click.argument("name", metavar="QUEUE")
 @redis_options
 def resume(target: Target, out: Output, name: str) -> None:
-    """Undo pause."""
+    """Resume a paused queue."""
     target.admin().resume(name)
     _print_paused(out, name, paused=False)
 
@@ -108,7 +112,7 @@ def resume(target: Target, out: Output, name: str) -> None:
 @confirm_options
 @redis_options
 def purge(target: Target, out: Output, name: str, dead: bool, yes: bool, dry_run: bool) -> None:
-    """Remove everything that is not leased."""
+    """Remove all jobs that are not leased."""
     admin = target.admin()
     info = admin.queue(name)
     available = info.dead if dead else info.ready + info.scheduled
@@ -127,7 +131,11 @@ def purge(target: Target, out: Output, name: str, dead: bool, yes: bool, dry_run
 @confirm_options
 @redis_options
 def redrive(target: Target, out: Output, name: str, limit: int | None, yes: bool, dry_run: bool) -> None:
-    """Put the dead letters of a queue back, oldest first, with a fresh budget."""
+    """
+    Put dead letters back, oldest first.
+
+    They get a new budget of attempts.
+    """
     admin = target.admin()
     available = admin.queue(name).dead
     chosen = available if limit is None else min(limit, available)
@@ -146,16 +154,16 @@ def redrive(target: Target, out: Output, name: str, limit: int | None, yes: bool
 @redis_options
 def partition(target: Target, out: Output, name: str, partitions: int, yes: bool, dry_run: bool) -> None:
     """
-    Lay an empty queue in N partitions.
+    Change the number of partitions of an empty queue to N.
 
-    Refused while it holds anything, dead letters included. Programs that declare another number are refused from then
-    on, workers that run now included: start them anew with the new number.
+    Refused while the queue holds anything, dead letters included. From then on, programs that declare another number are
+    refused, running workers included: restart them with the new number.
     """
     admin = target.admin()
     before = admin.queue(name).partitions
     admin.refuse_full(name)
     after = before
-    # Asked also when it lies so already: that completes a change which somebody left half done.
+    # Also when it has N already: that completes a change which was interrupted.
     question = f"{name} is empty and lies in {quantity(before, 'partition')}. Lay it in {partitions}?"
     if out.confirm(question, yes=yes, dry_run=dry_run):
         admin.repartition(name, partitions)

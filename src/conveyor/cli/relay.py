@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class _StopSignal(Exception):
-    """A signal that asks to stop."""
+    """Raised by a signal that stops the relay."""
 
 
 @click.command()
@@ -31,10 +31,10 @@ class _StopSignal(Exception):
 @click.pass_context
 def relay(ctx: click.Context, reference: str, once: bool, ddl: str | None) -> int:
     """
-    Deliver what was enqueued in the transactions of a database, until it is stopped.
+    Deliver jobs that were enqueued in database transactions, until it is stopped.
 
-    MODULE:OUTBOX is where the program made its Outbox(app, connect). SIGTERM and ctrl-C end it with 0 after what is
-    under way. Several may run: one delivers, the others stand by.
+    MODULE:OUTBOX names the program's Outbox(app, connect). SIGTERM and ctrl-C finish the current batch and exit 0. Several
+    relays may run: one delivers, the others stand by.
     """
     out = Output()
     outbox: Outbox = load_outbox(reference, read_settings())
@@ -55,7 +55,7 @@ def _deliver_until_stopped(out: Output, outbox: Outbox, *, verbose: bool) -> Non
     try:
         waiting = f"{outbox.stats().waiting:,} rows wait"
     except ConveyorError:
-        raise  # the table is missing, or there is no way to connect: waiting would not mend it
+        raise  # the table or the driver is missing: waiting would not help
     except Exception as error:
         waiting = f"the database does not answer yet: {error}"
     try:

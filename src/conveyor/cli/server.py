@@ -51,7 +51,7 @@ def start(out: Output, directory: Path | None) -> int:
             f"conveyor {installed_version()} · {handle.version} {word}, data in {handle.directory}. Ctrl-C lets it go."
         )
         sys.stdout.flush()
-        # A server that is stopped from elsewhere ends this command too, instead of holding a corpse.
+        # A server that is stopped from elsewhere ends this command too.
         while not stop_requested.wait(1.0):
             state = embedded.inspect(directory)
             if state is None or not state.running:
@@ -66,7 +66,7 @@ def start(out: Output, directory: Path | None) -> int:
 @verbose_option
 @json_option
 def stop(out: Output, directory: Path | None) -> None:
-    """Stop the embedded server, even while others use it; its data stays on disk."""
+    """Stop the embedded server even while others use it; its data stays on disk."""
     from conveyor.store.embedded import server as embedded
 
     stopped = embedded.stop(directory)
@@ -81,7 +81,7 @@ def stop(out: Output, directory: Path | None) -> None:
 @verbose_option
 @json_option
 def status(out: Output, directory: Path | None) -> int:
-    """Say whether the embedded server runs, and where. Exits 5 when it does not."""
+    """Show whether the embedded server runs, and where. Exits 5 when it does not."""
     from conveyor.store.embedded import server as embedded
 
     state = embedded.inspect(directory)

@@ -1,4 +1,4 @@
-"""`conveyor status`: queues, workers, and what is wrong, on one screen."""
+"""`conveyor status`: queues, workers and problems on one screen."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _MAX_WORKERS = 10
 @click.command()
 @redis_options
 def status(target: Target, out: Output) -> int:
-    """Show queues, workers and what is wrong. Exits 8 when something is."""
+    """Show queues, workers and problems. Exits 8 when something is wrong."""
     admin = target.admin()
     report, queues, workers = admin.doctor(), admin.queues(), admin.workers()
     shown = [
@@ -54,7 +54,7 @@ def status(target: Target, out: Output) -> int:
 
 
 def print_finding(out: Output, finding: Finding, *, to_stderr: bool = False) -> None:
-    """Print a finding for a person: mark, text, what to do."""
+    """Print a finding: mark, text, and what to do."""
     mark, colour = MARKS[finding.level]
     code = f"  {finding.code}" if finding.code else ""
     write = out.say if to_stderr else out.line
@@ -68,7 +68,11 @@ def _is_queue_note(finding: Finding) -> bool:
 
 
 def _print_workers(out: Output, workers: Sequence[WorkerInfo]) -> None:
-    """Print the worker processes, one a line: a process has an identity for every queue it serves."""
+    """
+    Print the worker processes, one a line.
+
+    A process has an identity for every queue that it serves.
+    """
     processes: dict[tuple[str, int | None, str], list[WorkerInfo]] = {}
     for worker in workers:
         processes.setdefault((worker.host, worker.pid, "" if worker.pid else worker.id), []).append(worker)

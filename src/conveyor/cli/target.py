@@ -1,4 +1,4 @@
-"""What every command that talks to Redis takes: where it is, and how to print."""
+"""The options of every command that uses Redis, and the client and app that they name."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ if TYPE_CHECKING:
     from conveyor.store.client.client import Client
 
 PATIENCE = 1.0
-"""Seconds a command repeats a call before it says that the server is away."""
+"""Seconds for which a command repeats a call before it reports an unreachable server."""
 
 
 @dataclass
 class Target:
-    """Which server, namespace and app a command works on: what the flags said, and how the rest is found."""
+    """The server, namespace and app of a command: given by flags, or looked up."""
 
     url: str | None = field(default=None, repr=False)  # it may hold a password
     namespace: str | None = None
@@ -34,16 +34,17 @@ class Target:
 
     @property
     def settings(self) -> Settings:
-        """``[tool.conveyor]``, read once."""
+        """The settings in ``[tool.conveyor]``, read once."""
         if self._settings is None:
             self._settings = read_settings()
         return self._settings
 
     def load_app(self) -> tuple[str, Any]:
         """
-        Import the app and return (reference, app); flags that its code contradicts raise ConfigurationError.
+        Import the app and return (reference, app).
 
-        An app's own URL and namespace are what its workers and producers use, so a command must not use others.
+        The app's own URL and namespace are those of its workers and producers, so a command must not use others: flags
+        that contradict its code raise ConfigurationError.
         """
         if self.url:
             os.environ["CONVEYOR_URL"] = self.url
@@ -63,7 +64,11 @@ class Target:
         return name, app
 
     def client(self) -> Client:
-        """Return the client: of the flags, else of the app, else of the environment, else the embedded server."""
+        """
+        Return the client.
+
+        Its URL comes from the flags, else the app, else the environment, else the embedded server.
+        """
         from conveyor.store.client.client import Client
 
         url, namespace = self.url, self._namespace()
@@ -81,11 +86,11 @@ class Target:
 
     @property
     def app(self) -> Any:
-        """The app that `client` had to load, None when flags and environment said it all."""
+        """The app that `client` had to load; None: flags and environment were enough."""
         return self._app
 
     def admin(self) -> Admin:
-        """Return the admin interface of the client."""
+        """Return the administration interface of the client."""
         from conveyor.admin.admin import Admin
 
         client = self.client()
@@ -108,7 +113,11 @@ class Target:
 
 
 def _without_buffer(app: Any) -> Client:
-    """Return the client of an app; its buffer takes nothing: a command ends, so it fails when Redis is away."""
+    """
+    Return the client of an app, with a buffer that accepts nothing.
+
+    A command ends at once, so it fails when Redis is away.
+    """
     client: Client = app.client
     if client.buffer is not None:
         client.buffer.most = 0
@@ -145,7 +154,11 @@ def json_option(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def redis_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Add ``--url``, ``--namespace``, ``--app``, ``--json``, ``-v``; the command gets a `Target` and an `Output`."""
+    """
+    Add the options of commands that use Redis, ``--json`` and ``-v``.
+
+    The command gets a `Target` and an `Output`.
+    """
 
     @click.option("--url", metavar="URL", help="Where Redis is.  [env: CONVEYOR_URL]")
     @click.option("--namespace", metavar="NAME", help="Prefix of all keys.  [env: CONVEYOR_NAMESPACE]")

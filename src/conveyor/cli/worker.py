@@ -1,4 +1,4 @@
-"""`conveyor worker`: check what can be checked here, then hand over to the supervisor."""
+"""`conveyor worker`: check the settings, then start the supervisor."""
 
 from __future__ import annotations
 
@@ -60,8 +60,8 @@ def worker(
     """
     Run the jobs of an app until it is stopped.
 
-    APP is module:object, or a module with one app; without it CONVEYOR_APP, or [tool.conveyor] app in
-    pyproject.toml. SIGTERM and ctrl-C stop taking jobs, let the running ones end, hand back the rest and exit 0.
+    APP is module:object, or a module with one app. Default: CONVEYOR_APP, or [tool.conveyor] app in pyproject.toml.
+    SIGTERM and ctrl-C stop taking jobs, let running ones finish, hand back the rest and exit 0.
     """
     out = Output()
     name, app = Target(url, namespace, app_name).load_app()
@@ -85,7 +85,11 @@ def _parse_size(given: str | None) -> int | None:
 
 
 def _parse_queues(given: tuple[str, ...]) -> dict[str, float]:
-    """Return queue → weight; a last part that is a number is a weight, since names may hold colons."""
+    """
+    Return queue → weight.
+
+    A last part that is a number is a weight; names may hold colons.
+    """
     from conveyor.ids import queue_name
 
     weights: dict[str, float] = {}
@@ -99,7 +103,11 @@ def _parse_queues(given: tuple[str, ...]) -> dict[str, float]:
 
 
 def _warn_of_unused_queues(out: Output, app: Any, queues: dict[str, float]) -> None:
-    """Say which queues no task of the app goes to by itself: perhaps a slip of the pen, which would look like no work."""
+    """
+    Warn of queues to which no task of the app goes by itself.
+
+    A misspelt name would look as if there were no work.
+    """
     own = _queues_of_tasks(app)
     for queue in sorted(queues.keys() - own) if own else ():
         similar = get_close_matches(queue, own, 1)
@@ -122,7 +130,11 @@ def _default_queues(app: Any, name: str) -> dict[str, float]:
 
 
 def _check_server(out: Output, app: Any, queues: list[str], *, allow_eviction: bool) -> None:
-    """Refuse a server that deletes jobs, and queues with other partitions. One that is away is waited for, not an error."""
+    """
+    Refuse a server that may evict jobs, and queues with another number of partitions.
+
+    A server that is away is no error: the worker waits for it.
+    """
     from conveyor.admin import doctor
     from conveyor.jobs.core import core_of
     from conveyor.messaging.partitions import agree
