@@ -27,19 +27,17 @@ class CommandEntry(NamedTuple):
 
 
 COMMANDS: dict[str, CommandEntry] = {
-    "demo": CommandEntry(
-        "conveyor.cli.demo.command:demo", "Watch real work pass through, and a worker being killed.", "Run"
-    ),
+    "demo": CommandEntry("conveyor.cli.demo.command:demo", "Watch real jobs run while a worker is killed.", "Run"),
     "worker": CommandEntry("conveyor.cli.worker:worker", "Run the jobs of an app.", "Run"),
-    "relay": CommandEntry("conveyor.cli.relay:relay", "Deliver what was enqueued in database transactions.", "Run"),
+    "relay": CommandEntry(
+        "conveyor.cli.relay:relay", "Deliver jobs that were enqueued in database transactions.", "Run"
+    ),
     "server": CommandEntry("conveyor.cli.server:server", "Start, stop or look at the embedded server.", "Run"),
     "push": CommandEntry("conveyor.cli.push:push", "Put messages on a queue.", "Send"),
     "enqueue": CommandEntry(
-        "conveyor.cli.enqueue:enqueue", "Enqueue a job of an app, and wait for it if you like.", "Send"
+        "conveyor.cli.enqueue:enqueue", "Enqueue a job of an app, and wait for it with --wait.", "Send"
     ),
-    "status": CommandEntry(
-        "conveyor.cli.status:status", "Show queues, workers and what is wrong, on one screen.", "Look"
-    ),
+    "status": CommandEntry("conveyor.cli.status:status", "Show queues, workers and problems on one screen.", "Look"),
     "queue": CommandEntry("conveyor.cli.queue:queue", "List, pause, purge and redrive queues.", "Look"),
     "job": CommandEntry("conveyor.cli.job:job", "List, show, retry, cancel and delete jobs.", "Look"),
     "doctor": CommandEntry("conveyor.cli.doctor:doctor", "Examine the server: eviction, durability, latency.", "Look"),
@@ -130,6 +128,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _print_error(error: Exception, *, verbose: bool) -> None:
     """Print an error in the form of docs/errors.md: code, what happened, what to do."""
+    from conveyor.cli.output import StandardOutputError
     from conveyor.ids import clean
     from conveyor.store.transport.url import redact
 
@@ -138,9 +137,13 @@ def _print_error(error: Exception, *, verbose: bool) -> None:
         label, text = f"error {error.code}", str(error)
     elif isinstance(error, TimeoutError):
         label, text = "error", str(error) or "timed out"
+    elif isinstance(error, StandardOutputError):
+        label, text = "error E00", str(error)
     else:
         label, text = "error E00", f"{type(error).__name__}: {error}"
-        text += "" if verbose else "\nThis is a fault of Conveyor itself or of its surroundings; -v shows where."
+        text += (
+            "" if verbose else "\nThis is an error in Conveyor itself or in its environment; -v shows the traceback."
+        )
     first, *rest = [clean(line) for line in redact(text).splitlines()] or [""]
     click.echo(f"{click.style(label, fg='red', bold=True)}  {first}", err=True, color=colour)
     for line in rest:

@@ -20,7 +20,7 @@ _FORMATS = ("redis-cli", "redis.conf", "users.acl")
 @click.option("--format", "form", type=click.Choice(_FORMATS), default=_FORMATS[0], show_default=True)
 @click.option("--list", "lists", metavar="NAME", multiple=True, help="A plain list; those of a known app are added.")
 @click.option("--server", type=click.Choice(acl_rules.SERVERS), default=acl_rules.SERVERS[0], show_default=True,
-              help="Oldest server that must take the rules.")  # fmt: skip
+              help="Oldest server that must accept the rules.")  # fmt: skip
 @click.option("--topology", type=click.Choice(acl_rules.TOPOLOGIES), help="[default: as the URL says]")
 @click.option("--durable", is_flag=True, help="For pushes with fsync or wait_replicas.")
 @redis_options
@@ -54,7 +54,7 @@ def acl(
         if role is None:
             out.say(f"# {one.role}: {acl_rules.ROLES[one.role].description}")
         out.line(one.command if form == "redis-cli" else one.line)
-    out.say(f"# Instead of {acl_rules.PASSWORD} write # and what this prints:  printf %s 'the password' | sha256sum")
+    out.say(f"# Replace {acl_rules.PASSWORD} by # and the output of:  printf %s 'the password' | sha256sum")
 
 
 def _topology(scheme: str) -> str:

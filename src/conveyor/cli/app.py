@@ -11,6 +11,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import click
+
 from conveyor.errors import ConfigurationError, ConveyorError
 
 WORKER_SETTINGS = ("queues", "concurrency", "threads", "processes", "grace", "max_jobs", "max_memory")
@@ -54,7 +56,7 @@ def read_settings() -> Settings:
         )
     for name in ("app", "url", "namespace"):
         if not isinstance(table.get(name, ""), str):
-            raise ConfigurationError(f"[tool.conveyor] {name} in {file} must be a text, not {table[name]!r}.")
+            raise ConfigurationError(f"[tool.conveyor] {name} in {file} must be a string, not {table[name]!r}.")
     worker = {name: table[name] for name in WORKER_SETTINGS if name in table}
     if isinstance(worker.get("queues"), dict):
         worker["queues"] = [f"{queue}:{weight}" for queue, weight in worker["queues"].items()]
@@ -76,7 +78,7 @@ def load(given: str | None, settings: Settings) -> tuple[str, Any]:
     name = reference(given, settings)
     if name is None:
         raise ConfigurationError(
-            "Which app? Give it as module:object (or the module alone when it has one app),\n"
+            "No app is named. Give it as module:object (or the module alone when it has one app),\n"
             'or set CONVEYOR_APP, or [tool.conveyor] app = "module:object" in pyproject.toml.' + _module_suggestions("")
         )
     module_name, _, attribute = name.partition(":")
@@ -106,7 +108,7 @@ def load_outbox(name: str, settings: Settings) -> Any:
         value = getattr(value, part, None)
     if not _is_instance(value, "Outbox"):
         raise ConfigurationError(
-            f"{name!r} is no Outbox. Name where the program made it, as module:object:  outbox = Outbox(app, connect)",
+            f"{name!r} is not an Outbox. Name, as module:object, what the program made with  outbox = Outbox(app, connect)",
             code="E08",
         )
     return value
@@ -156,7 +158,7 @@ def _import_error(name: str, error: BaseException) -> ConfigurationError:
         location = f" ({error.filename}:{error.lineno})"
         error = SyntaxError(error.msg)
     return ConfigurationError(
-        f"Importing {name!r} failed: {type(error).__name__}: {error}{location}.\nThe whole traceback:  -v", code="E08"
+        f"Importing {name!r} failed: {type(error).__name__}: {error}{location}.\nThe full traceback:  -v", code="E08"
     )
 
 
@@ -203,7 +205,16 @@ def _module_suggestions(name: str) -> str:
     if not candidates:
         return ""
     modules = [".".join(path.with_suffix("").parts).removesuffix(".__init__") for path in candidates[:5]]
-    return f"\nHere are: {', '.join(str(path) for path in candidates[:5])}\nTry:  {modules[0]}"
+    return f"\nModules here: {', '.join(str(path) for path in candidates[:5])}\nTry:  {_usage(modules[0])}"
+
+
+def _usage(module: str) -> str:
+    """Return the present command with *module* as the one that holds its app or outbox."""
+    context = click.get_current_context(silent=True)
+    command = "conveyor worker" if context is None else context.command_path
+    if command.endswith(" worker"):
+        return f"{command} {module}"
+    return f"{command} {module}:outbox" if command.endswith(" relay") else f"{command} --app {module}"
 
 
 def _python_files() -> Iterator[Path]:

@@ -21,11 +21,11 @@ if TYPE_CHECKING:
 @click.argument("task", metavar="TASK")
 @click.argument("pairs", nargs=-1, metavar="[K=V]...")
 @click.option("--args", "document", metavar="JSON", help="Arguments as JSON: a list by position, an object by name.")
-@click.option("--in", "delay", metavar="10m", help="Start it after this.")
-@click.option("--at", metavar="ISO", help="Start it then: 2026-05-01T09:00+02:00.")
-@click.option("--queue", metavar="QUEUE", help="Another queue than the task's.")
+@click.option("--in", "delay", metavar="10m", help="Start it after this delay.")
+@click.option("--at", metavar="ISO", help="Start it at this time: 2026-05-01T09:00+02:00.")
+@click.option("--queue", metavar="QUEUE", help="Use this queue instead of the task's.")
 @click.option("--priority", type=click.IntRange(0, 9), help="0 to 9, higher goes first.")
-@click.option("--id", "own_id", metavar="ID", help="An id of your own: enqueuing it again stores nothing.")
+@click.option("--id", "own_id", metavar="ID", help="Your own id: enqueuing it again stores nothing.")
 @click.option("--wait", is_flag=True, help="Wait for the result and print it as JSON.")
 @click.option("--timeout", metavar="5s", help="With --wait: exit 124 when it takes longer.")
 @redis_options
@@ -72,7 +72,7 @@ def _wait_for_result(out: Output, job: Any, seconds: float | None) -> str:
     try:
         return display(job.result(timeout=seconds))
     except TimeoutError:
-        raise TimeoutError(f"Job {job.id} has not ended after {seconds:g} s. It goes on.") from None
+        raise TimeoutError(f"Job {job.id} has not ended after {seconds:g} s. It was not cancelled.") from None
     except JobFailed as error:
         if error.traceback:
             for line in error.traceback.rstrip().splitlines():
@@ -88,9 +88,7 @@ def _find_task(app: Any, name: str) -> Any:
     if len(matches) == 1:
         return next(iter(matches.values()))
     if matches:
-        raise ConfigurationError(
-            f"Several tasks are named {name!r}: {', '.join(sorted(matches))}. Give the whole name."
-        )
+        raise ConfigurationError(f"Several tasks are named {name!r}: {', '.join(sorted(matches))}. Give the full name.")
     close = get_close_matches(name, [*app.tasks, *(known.rpartition(".")[2] for known in app.tasks)], 1)
     if not app.tasks:
         raise UnknownTask(f"There is no task {name!r}: the app has none.")
@@ -122,7 +120,7 @@ def _parse_arguments(
         if not equals or not name:
             raise PayloadError(
                 f"Arguments are written name=value, not {pair!r}:  {signature.describe()}\n"
-                "By position they go into --args '[1, 2]'. Nothing was enqueued."
+                "Arguments by position:  --args '[1, 2]'. Nothing was enqueued."
             )
         if name in kwargs:
             raise PayloadError(f"Argument {name!r} is given twice. Nothing was enqueued.")
@@ -141,6 +139,6 @@ def _parse_instant(text: str | None) -> Any:
         raise ConfigurationError(f"--at {text!r} is not an ISO 8601 instant such as 2026-05-01T09:00+02:00.") from error
     if instant.tzinfo is None:
         raise ConfigurationError(
-            f"--at {text!r} has no time zone. Write it behind: 2026-05-01T09:00+02:00, or Z for UTC.", code="E18"
+            f"--at {text!r} has no time zone. Add one: 2026-05-01T09:00+02:00, or Z for UTC.", code="E18"
         )
     return instant

@@ -28,12 +28,14 @@ def job() -> None:
 
 
 @job.command("list")
-@click.option("--queue", "queue", metavar="QUEUE", help="Of one queue only.")
-@click.option("--state", type=click.Choice(STATES), help="In one state only; without it: all that live.")
-@click.option("--task", metavar="TASK", help="Of one task only.")
-@click.option("--limit", type=click.IntRange(min=1), default=50, show_default=True, help="At most so many.")
-@click.option("--offset", type=click.IntRange(min=0), default=0, help="Leave out so many first.")
-@click.option("-q", "--ids", "ids_only", is_flag=True, help="Print ids alone.")
+@click.option("--queue", "queue", metavar="QUEUE", help="Only jobs of this queue.")
+@click.option(
+    "--state", type=click.Choice(STATES), help="Only jobs in this state.  [default: all that have not ended, and dead ones]"
+)  # fmt: skip
+@click.option("--task", metavar="TASK", help="Only jobs of this task.")
+@click.option("--limit", type=click.IntRange(min=1), default=50, show_default=True, help="Show at most so many.")
+@click.option("--offset", type=click.IntRange(min=0), default=0, help="Skip so many first.")
+@click.option("-q", "--ids", "ids_only", is_flag=True, help="Print ids only.")
 @redis_options
 def list_(
     target: Target, out: Output, queue: str | None, state: str | None, task: str | None, limit: int, offset: int,
@@ -44,7 +46,8 @@ def list_(
 
     Dead and done ones come newest first.
     """
-    jobs = target.admin().jobs(queue, state, task=task, offset=offset, limit=limit)
+    jobs = target.admin().jobs(queue, state, task=task, offset=offset, limit=limit + 1)  # one more tells if that is all
+    more, jobs = len(jobs) > limit, jobs[:limit]
     if out.as_json:
         out.document("jobs", jobs=jobs)
     elif ids_only:
@@ -52,10 +55,10 @@ def list_(
             out.line(info.id)
     elif jobs:
         out.table(HEADINGS, [_row(info) for info in jobs])
-        if len(jobs) == limit and out.on_terminal:
-            out.say(f"Perhaps there are more: --limit {2 * limit}, or --offset {offset + limit}.")
+        if more and out.on_terminal:
+            out.say(f"Showing {limit}. More: --limit {2 * limit}, or --offset {offset + limit}")
     else:
-        out.say("There are no such jobs.")
+        out.say("No jobs match.")
 
 
 @job.command()
@@ -137,7 +140,7 @@ def cancel(target: Target, out: Output, ids: tuple[str, ...], yes: bool, dry_run
 def delete(target: Target, out: Output, ids: tuple[str, ...], yes: bool, dry_run: bool) -> int:
     """Remove jobs and dead letters completely; leased ones are refused."""
     chosen = _read_ids(ids)
-    if not chosen or not out.confirm(f"Delete {_describe_ids(chosen)} for good?", yes=yes, dry_run=dry_run):
+    if not chosen or not out.confirm(f"Delete {_describe_ids(chosen)} permanently?", yes=yes, dry_run=dry_run):
         return ExitCode.OK
     return _print_results(out, "delete", target.admin().delete(chosen))
 

@@ -29,6 +29,10 @@ _COLOURS = {
 MARKS = {"ok": ("✓", "green"), "note": ("·", "cyan"), "warning": ("!", "yellow"), "problem": ("✗", "red")}
 
 
+class StandardOutputError(Exception):
+    """Standard output cannot be written."""
+
+
 class Output:
     """The output of one command: data on standard output, all other text on standard error."""
 
@@ -39,11 +43,11 @@ class Output:
     def document(self, name: str, **content: Any) -> None:
         """Print one JSON document with a versioned schema."""
         text = json.dumps({"schema": f"conveyor/{name}@1", **content}, default=_to_json, ensure_ascii=False)
-        click.echo(_CONTROL_CHARACTERS.sub(lambda match: f"\\u{ord(match[0]):04x}", text))
+        _print(_CONTROL_CHARACTERS.sub(lambda match: f"\\u{ord(match[0]):04x}", text))
 
     def line(self, text: str) -> None:
         """Print one line of data."""
-        click.echo(text)
+        _print(text)
 
     def say(self, text: str) -> None:
         """Print a line that is not data, on standard error."""
@@ -55,16 +59,16 @@ class Output:
             _print_aligned(headings, rows)
         else:
             for row in rows:
-                click.echo("\t".join(machine_text(cell) for cell in row))
+                _print("\t".join(machine_text(cell) for cell in row))
 
     def pairs(self, rows: Sequence[tuple[str, object]]) -> None:
         """Print named values, one a line. A terminal does not show empty ones."""
         width = max((len(name) for name, _ in rows), default=0)
         for name, value in rows:
             if not self.on_terminal:
-                click.echo(f"{name}\t{machine_text(value)}")
+                _print(f"{name}\t{machine_text(value)}")
             elif value is not None and value != "":
-                click.echo(f"{click.style(name.ljust(width), dim=True)}  {_colour_state(human_text(value))}")
+                _print(f"{click.style(name.ljust(width), dim=True)}  {_colour_state(human_text(value))}")
 
     def confirm(self, question: str, *, yes: bool, dry_run: bool) -> bool:
         """
@@ -93,7 +97,7 @@ class Output:
 
 def confirm_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """Add ``--yes`` and ``--dry-run``."""
-    function = click.option("--dry-run", is_flag=True, help="Only say what would be done.")(function)
+    function = click.option("--dry-run", is_flag=True, help="Only show what would be done.")(function)
     return click.option("-y", "--yes", is_flag=True, help="Do not ask.")(function)
 
 
@@ -154,6 +158,16 @@ def installed_version() -> str:
         return "(not installed)"
 
 
+def _print(text: str) -> None:
+    """Print a line on standard output; raises StandardOutputError, such as for a full disk."""
+    try:
+        click.echo(text)
+    except BrokenPipeError:
+        raise  # the reader is gone: click ends the command without an error
+    except OSError as error:
+        raise StandardOutputError(f"Cannot write to standard output: {error.strerror or error}") from error
+
+
 def _to_json(value: object) -> object:
     if isinstance(value, datetime):
         return iso_timestamp(value)
@@ -178,9 +192,9 @@ def _print_aligned(headings: Sequence[str], rows: Sequence[Sequence[object]]) ->
             for i, cell in enumerate(fitted)
         ]
 
-    click.echo(click.style("  ".join(padded([name.upper() for name in headings])).rstrip(), bold=True))
+    _print(click.style("  ".join(padded([name.upper() for name in headings])).rstrip(), bold=True))
     for row in cells:
-        click.echo("  ".join(_colour_state(cell) for cell in padded(row)).rstrip())
+        _print("  ".join(_colour_state(cell) for cell in padded(row)).rstrip())
 
 
 def _colour_state(cell: str) -> str:

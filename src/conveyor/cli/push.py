@@ -23,12 +23,12 @@ _MAX_LINE = 1 << 24
 @click.command()
 @click.argument("queue", metavar="QUEUE")
 @click.argument("message", required=False, metavar="[JSON | -]")
-@click.option("--delay", metavar="5m", help="Deliver it no sooner than after this.")
+@click.option("--delay", metavar="5m", help="Deliver it after this delay.")
 @click.option("--priority", type=click.IntRange(0, 9), default=0, help="0 to 9, higher goes first.")
-@click.option("--id", "own_id", metavar="ID", help="An id of your own: pushing it again stores nothing.")
-@click.option("--expires", metavar="1h", help="Drop it if nobody has taken it by then.")
+@click.option("--id", "own_id", metavar="ID", help="Your own id: pushing it again stores nothing.")
+@click.option("--expires", metavar="1h", help="Drop it if no worker has taken it by then.")
 @click.option("--header", "headers", multiple=True, metavar="K=V", help="A header; may be repeated.")
-@click.option("--front", is_flag=True, help="Before all that wait, not behind them.")
+@click.option("--front", is_flag=True, help="Put it before the messages that wait.")
 @redis_options
 def push(
     target: Target, out: Output, queue: str, message: str | None, delay: str | None, priority: int, own_id: str | None,
@@ -41,7 +41,7 @@ def push(
     """
     from_stdin = message == "-" or (message is None and not sys.stdin.isatty())
     if message is None and not from_stdin:
-        raise click.UsageError("What shall be pushed? Give JSON, or - to read one message a line.")
+        raise click.UsageError("Nothing to push: give JSON, or - to read one message per line.")
     if from_stdin and own_id:
         raise click.UsageError("--id names one message; lines from standard input get ids of their own.")
     client, app = target.client(), target.app  # in this order: `client` loads the app
@@ -157,7 +157,7 @@ def _checked_body(raw: bytes, where: str) -> bytes:
             "A text needs its quotes: conveyor push mail '\"hello\"'"
         ) from error
     except RecursionError as error:
-        raise PayloadError(f"The message{where} is nested too deep.", code="E22") from error
+        raise PayloadError(f"The message{where} is nested too deeply.", code="E22") from error
     return body
 
 

@@ -118,7 +118,7 @@ def purge(target: Target, out: Output, name: str, dead: bool, yes: bool, dry_run
     available = info.dead if dead else info.ready + info.scheduled
     what = quantity(available, "dead letter" if dead else "job")
     removed = 0
-    if available and out.confirm(f"Remove {what} from {name} for good?", yes=yes, dry_run=dry_run):
+    if available and out.confirm(f"Remove {what} from {name} permanently?", yes=yes, dry_run=dry_run):
         removed = admin.purge(name, dead=dead)
     elif not available:
         out.say(f"There is nothing to remove in {name}.")
@@ -164,23 +164,23 @@ def partition(target: Target, out: Output, name: str, partitions: int, yes: bool
     admin.refuse_full(name)
     after = before
     # Also when it has N already: that completes a change which was interrupted.
-    question = f"{name} is empty and lies in {quantity(before, 'partition')}. Lay it in {partitions}?"
+    question = f"{name} is empty and has {quantity(before, 'partition')}. Change that to {partitions}?"
     if out.confirm(question, yes=yes, dry_run=dry_run):
         admin.repartition(name, partitions)
         after = partitions
     if out.as_json:
         out.document("queue-partitioned", queue=name, before=before, partitions=after, dry_run=dry_run)
     elif not dry_run and after != before:
-        out.say(f"{name} lies in {quantity(after, 'partition')} now. Start its programs with partitions={after}.")
+        out.say(f"{name} has {quantity(after, 'partition')} now. Restart its programs with partitions={after}.")
     elif after == before == partitions and not dry_run:
-        out.say(f"{name} lies in {quantity(after, 'partition')} already.")
+        out.say(f"{name} has {quantity(after, 'partition')} already.")
 
 
 def _print_paused(out: Output, name: str, *, paused: bool) -> None:
     if out.as_json:
         out.document("queue-paused", queue=name, paused=paused)
     else:
-        out.say(f"{name} is paused: workers take nothing more from it." if paused else f"{name} goes on.")
+        out.say(f"{name} is paused: workers take nothing more from it." if paused else f"{name} is resumed.")
 
 
 def _print_count(out: Output, schema: str, name: str, word: str, number: int, *, dry_run: bool) -> None:

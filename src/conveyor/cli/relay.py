@@ -25,7 +25,7 @@ class _StopSignal(Exception):
 
 @click.command()
 @click.argument("reference", metavar="MODULE:OUTBOX")
-@click.option("--once", is_flag=True, help="Deliver what is committed by now, print how many rows, and exit.")
+@click.option("--once", is_flag=True, help="Deliver the rows that are committed now, print their number, and exit.")
 @click.option("--ddl", type=click.Choice(DIALECTS), help="Print the SQL that creates the table, and exit.")
 @verbose_option
 @click.pass_context

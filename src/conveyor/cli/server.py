@@ -48,7 +48,7 @@ def start(out: Output, directory: Path | None) -> int:
         else:
             out.line(handle.url)
         out.say(
-            f"conveyor {installed_version()} · {handle.version} {word}, data in {handle.directory}. Ctrl-C lets it go."
+            f"conveyor {installed_version()} · {handle.version} {word}, data in {handle.directory}. Ctrl-C releases it."
         )
         sys.stdout.flush()
         # A server that is stopped from elsewhere ends this command too.
@@ -57,7 +57,7 @@ def start(out: Output, directory: Path | None) -> int:
             if state is None or not state.running:
                 out.say("The server was stopped.")
                 return ExitCode.FAILED
-    out.say("Let go; it stops when nobody else uses it.")
+    out.say("Released. It stops when no other program uses it.")
     return ExitCode.OK
 
 

@@ -82,7 +82,7 @@ def _print_workers(out: Output, workers: Sequence[WorkerInfo]) -> None:
         process = f"{host}:{pid}" if pid else id_
         queues = ", ".join(dict.fromkeys(logical(worker.queue) for worker in group))
         out.line(
-            f"  {clean(process)}  takes {clean(queues)}  holds {quantity(sum(worker.held for worker in group), 'job')}"
+            f"  {clean(process)}  serves {clean(queues)}  holds {quantity(sum(worker.held for worker in group), 'job')}"
         )
     if len(processes) > _MAX_WORKERS:
         out.line(f"  … and {len(processes) - _MAX_WORKERS} more")

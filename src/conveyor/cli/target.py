@@ -53,11 +53,11 @@ class Target:
         wanted = self._namespace()
         if wanted is not None and wanted != app.client.namespace:
             raise ConfigurationError(
-                f"{name} uses namespace {app.client.namespace!r} by its code, not {wanted!r}. Change one of them."
+                f"{name} sets namespace {app.client.namespace!r} in its code, not {wanted!r}. Change one of them."
             )
         if self.url and not self.url.startswith("embedded:") and app.client.address.url != self.url:
             raise ConfigurationError(
-                f"{name} uses {app.client.address} by its code, and --url cannot change that. Write Conveyor() there."
+                f"{name} sets {app.client.address} in its code, and --url cannot change that. Write Conveyor() there."
             )
         click.get_current_context().call_on_close(app.close)
         _without_buffer(app)
@@ -160,7 +160,7 @@ def redis_options(function: Callable[..., Any]) -> Callable[..., Any]:
     The command gets a `Target` and an `Output`.
     """
 
-    @click.option("--url", metavar="URL", help="Where Redis is.  [env: CONVEYOR_URL]")
+    @click.option("--url", metavar="URL", help="URL of Redis.  [env: CONVEYOR_URL]")
     @click.option("--namespace", metavar="NAME", help="Prefix of all keys.  [env: CONVEYOR_NAMESPACE]")
     @click.option("-A", "--app", "app_name", metavar="APP", help="module:object, or module.  [env: CONVEYOR_APP]")
     @verbose_option

@@ -20,7 +20,7 @@ _WITH_WEIGHT = re.compile(r"(?P<name>.+):(?P<weight>\d+(\.\d+)?)")
 @click.argument("app_name", required=False, metavar="[APP]")
 @click.option(
     "-q", "--queue", "queues", multiple=True, metavar="NAME[:WEIGHT]", envvar="CONVEYOR_QUEUES",
-    help="Take from this queue; may be repeated. Weight 3 gets three times the share.  [default: all of the app's]",
+    help="Take jobs from this queue; may be repeated. Weight 3 gets three times the share.  [default: all of the app's]",
 )  # fmt: skip
 @click.option(
     "-c", "--concurrency", type=click.IntRange(1, 10_000), default=100, show_default=True,
@@ -36,20 +36,20 @@ _WITH_WEIGHT = re.compile(r"(?P<name>.+):(?P<weight>\d+(\.\d+)?)")
 )  # fmt: skip
 @click.option(
     "--max-jobs", type=click.IntRange(min=1), metavar="N", envvar="CONVEYOR_MAX_JOBS",
-    help="Replace a worker process by a fresh one after N jobs.  [default: never]",
+    help="Replace a worker process by a new one after N jobs.  [default: never]",
 )  # fmt: skip
 @click.option(
     "--max-memory", metavar="SIZE", envvar="CONVEYOR_MAX_MEMORY",
-    help="Replace one that occupies more memory than, say, 500MB.  [default: never]",
+    help="Replace one that uses more memory than this, such as 500MB.  [default: never]",
 )  # fmt: skip
 @click.option("--burst", is_flag=True, help="Exit 0 when everything is drained.")
 @click.option(
     "--grace", default="30s", show_default=True, envvar="CONVEYOR_GRACE",
-    help="How long running jobs may go on when it is stopped.",
+    help="How long running jobs may continue after a stop.",
 )  # fmt: skip
 @click.option("--allow-eviction", is_flag=True, help="Start although Redis may delete jobs when its memory is full.")
-@click.option("--url", metavar="URL", help="Where Redis is.  [env: CONVEYOR_URL]")
-@click.option("--namespace", metavar="NAME", help="The app's namespace, to be sure.  [env: CONVEYOR_NAMESPACE]")
+@click.option("--url", metavar="URL", help="URL of Redis.  [env: CONVEYOR_URL]")
+@click.option("--namespace", metavar="NAME", help="Must match the app's namespace.  [env: CONVEYOR_NAMESPACE]")
 @verbose_option
 @click.pass_context
 def worker(
@@ -97,7 +97,7 @@ def _parse_queues(given: tuple[str, ...]) -> dict[str, float]:
         weighed = _WITH_WEIGHT.fullmatch(text)
         name, weight = (weighed["name"], float(weighed["weight"])) if weighed else (text, 1.0)
         if weight <= 0:
-            raise ConfigurationError(f"The weight of queue {name!r} must be above 0, not {weight:g}.")
+            raise ConfigurationError(f"The weight of queue {name!r} must be greater than 0, not {weight:g}.")
         weights[queue_name(name)] = weight
     return weights
 
@@ -111,7 +111,7 @@ def _warn_of_unused_queues(out: Output, app: Any, queues: dict[str, float]) -> N
     own = _queues_of_tasks(app)
     for queue in sorted(queues.keys() - own) if own else ():
         similar = get_close_matches(queue, own, 1)
-        guess = f" Did you mean {similar[0]!r}?" if similar else f" They go to: {', '.join(sorted(own))}."
+        guess = f" Did you mean {similar[0]!r}?" if similar else f" Its tasks go to: {', '.join(sorted(own))}."
         out.say(f"! No task of this app goes to queue {queue!r} unless options(queue=…) sends it there.{guess}")
 
 
