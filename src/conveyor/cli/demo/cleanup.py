@@ -1,9 +1,10 @@
 """
-The custodian: removes what a demo leaves, whoever died first. A plain script, on the standard library alone.
+Removal of everything that a demo leaves, also after a SIGKILL.
 
-Its standard input is a pipe whose other end the demo and the supervisor hold. When both are gone, it waits for the
-worker processes, which may outlive a killed supervisor for a while, and for the embedded server to stop; then it deletes
-the directory, and on a server of somebody else's the demo's keys.
+A script that needs only the standard library. The demo and the supervisor hold the other end of the pipe that is its
+standard input. When both are gone, it waits for the worker processes, which may outlive a killed supervisor for a
+while, and for the embedded server to stop. Then it deletes the directory and, on a server given by --url, the keys of
+the demo.
 """
 
 from __future__ import annotations
@@ -18,11 +19,11 @@ import time
 from typing import BinaryIO, TypedDict
 
 SERVER, JOURNAL = "server", "journal"
-_PATIENCE_SECONDS = 40.0  # seconds for workers of a killed supervisor to drain, and for the server to stop
+_PATIENCE_SECONDS = 40.0  # for workers of a killed supervisor to drain, and for the server to stop
 
 
 class CleanupRequest(TypedDict):
-    """What is to be removed: *directory*, and at *url*, when there is one, the keys of *namespace*."""
+    """The things to remove: *directory*, and the keys of *namespace* at *url* (None: no keys)."""
 
     directory: str
     url: str | None
@@ -30,13 +31,13 @@ class CleanupRequest(TypedDict):
 
 
 def main(text: str) -> None:
-    """Wait for the end of all, then tidy up."""
+    """Wait for all processes of the demo to end, then remove what they left."""
     request: CleanupRequest = json.loads(text)
     while os.read(0, 1024):
         pass
     with open(os.path.join(request["directory"], JOURNAL), "rb") as journal:
         try:
-            # Kept to the end: a worker that comes up late is turned away here, before it starts a server again.
+            # The lock is held to the end: a worker that starts late fails on it, before it starts a server again.
             _wait_for(journal)
             if request["url"] is None:
                 with contextlib.suppress(FileNotFoundError), open(_keeper_lock(request), "rb") as keeper:
@@ -52,7 +53,11 @@ def _keeper_lock(request: CleanupRequest) -> str:
 
 
 def _wait_for(file: BinaryIO) -> None:
-    """Lock *file* when nobody else does: workers lock the journal, the keeper its own file until its server stopped."""
+    """
+    Wait for the lock of *file*, at most `_PATIENCE_SECONDS`.
+
+    Workers hold the lock of the journal, the keeper that of its own file until its server has stopped.
+    """
     end = time.monotonic() + _PATIENCE_SECONDS
     while time.monotonic() < end:
         with contextlib.suppress(BlockingIOError):

@@ -1,4 +1,4 @@
-"""`conveyor demo`: a server, producers and workers on this machine for a while, and proof that nothing was lost."""
+"""`conveyor demo`: run it, show it, and print its report."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from conveyor.cli.demo.screen import LineDisplay, LiveDisplay
 
 UNATTENDED = 20.0
-"""Seconds the demo lasts when nobody is there to end it."""
+"""Seconds that the demo lasts when there is no terminal."""
 
 
 @click.command()
@@ -36,9 +36,9 @@ UNATTENDED = 20.0
 @json_option
 def demo(out: Output, seconds: float | None, url: str | None) -> int:
     """
-    Watch real work pass through a real queue, and a worker being killed.
+    Watch real jobs run while a worker is killed.
 
-    Starts a server of its own in a temporary directory, two producers (one knows only RPUSH) and two worker processes,
+    Starts a server of its own in a temporary directory, two producers (one uses only RPUSH) and two worker processes,
     kills one of them half-way with SIGKILL, drains, and looks up every job that was accepted. Exits 0 when the counts
     add up. Nothing is left behind.
     """
@@ -59,7 +59,7 @@ def demo(out: Output, seconds: float | None, url: str | None) -> int:
 async def _run_demo(
     environment: DemoEnvironment, out: Output, seconds: float | None, *, live: bool
 ) -> tuple[DemoReport, float | None]:
-    # Imported only now: the demo's app reads where it is from what the environment has set.
+    # Imported only now: the demo's app reads environment variables that DemoEnvironment has set.
     from conveyor.cli.demo.run import DemoRun
     from conveyor.cli.demo.screen import LineDisplay, LiveDisplay
 

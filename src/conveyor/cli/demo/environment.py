@@ -1,4 +1,4 @@
-"""The stage: a private directory, a server, the workers, and the certainty that all of it goes again."""
+"""The surroundings of a demo: a private directory, a server, the workers, and their removal."""
 
 from __future__ import annotations
 
@@ -21,14 +21,17 @@ if TYPE_CHECKING:
     from conveyor.jobs.app import Conveyor
 
 _STOP_SECONDS = 10.0
-"""Seconds that workers have to stop: their grace of 5, and what ends them by force."""
+"""Seconds for workers to stop: their grace of 5 s, and the force that follows it."""
 
 
 class DemoEnvironment:
-    """Everything that exists only while the demo runs. `close` leaves nothing; so does a SIGKILL of this process."""
+    """
+    The directory, server and processes of one demo.
+
+    `close` removes all of them; so does a SIGKILL of this process.
+    """
 
     def __init__(self, url: str | None) -> None:
-        """Make the directory, and the process that removes it. *url* None: an embedded server of the demo's own."""
         if url is not None:
             _refuse_several_servers(url)
         self.directory = Path(tempfile.mkdtemp(prefix="conveyor-demo-"))
@@ -47,9 +50,9 @@ class DemoEnvironment:
             "CONVEYOR_URL": self.url, "CONVEYOR_DEMO_NAMESPACE": self.namespace,
             "CONVEYOR_DEMO_JOURNAL": str(self.journal), "CONVEYOR_DEMO_PICTURES": str(pictures),
         }  # fmt: skip
-        os.environ.update(self._environment)  # what the demo's app reads when it is imported, which comes after this
+        os.environ.update(self._environment)  # the demo's app reads them when it is imported, later
         request = cleanup.CleanupRequest(directory=str(self.directory), url=url, namespace=self.namespace)
-        read_end, self._write_end = os.pipe()  # it reads until nobody holds the other end
+        read_end, self._write_end = os.pipe()  # it reads until no process holds the other end
         self._cleanup_process = subprocess.Popen(  # noqa: S603
             [sys.executable, "-P", *(["-I", "-S"] if url is None else []), cleanup.__file__, json.dumps(request)],
             stdin=read_end, env=self._child_environment(), start_new_session=True, cwd="/",
@@ -57,16 +60,20 @@ class DemoEnvironment:
         os.close(read_end)
 
     def start_workers(self, processes: int) -> None:
-        """Start the supervisor with its children; returns at once."""
+        """Start the supervisor of the workers; return at once."""
         with self.log.open("ab") as log:
             self.supervisor = subprocess.Popen(  # noqa: S603
                 [sys.executable, "-P", "-m", "conveyor.cli.demo.worker_processes", str(processes)],
                 stdin=subprocess.PIPE, stdout=log, stderr=log, env=self._child_environment(), pass_fds=(self._write_end,),
-                start_new_session=True,  # ctrl-C is for us alone
+                start_new_session=True,  # ctrl-C reaches only this process
             )  # fmt: skip
 
     def start_server(self) -> Conveyor:
-        """Start or reach the server and return the demo's app; raises StoreUnavailable, ConfigurationError."""
+        """
+        Start or reach the server; return the demo's app.
+
+        Raises StoreUnavailable, ConfigurationError.
+        """
         from conveyor.cli.demo import task
 
         assert task.app.namespace == self.namespace, "the demo's app was imported before its stage was set"
@@ -83,20 +90,20 @@ class DemoEnvironment:
         return self.app
 
     def stop_workers(self) -> None:
-        """End the workers: what runs may finish, what has not started is handed back."""
+        """Stop the workers: running jobs may finish, the others are handed back."""
         supervisor = self.supervisor
         if supervisor is None:
             return
         assert supervisor.stdin is not None
-        supervisor.stdin.close()  # its life line
+        supervisor.stdin.close()  # the workers stop when their standard input ends
         try:
             supervisor.wait(_STOP_SECONDS)
         except subprocess.TimeoutExpired:
-            os.killpg(supervisor.pid, signal.SIGKILL)  # its children notice and end
+            os.killpg(supervisor.pid, signal.SIGKILL)  # its children notice its death and end
             supervisor.wait()
 
     def close(self) -> None:
-        """End what still runs and wait until everything is removed."""
+        """Stop all processes and wait until everything is removed."""
         self.stop_workers()
         if self.app is not None:
             from conveyor.cli.demo import task
@@ -107,10 +114,10 @@ class DemoEnvironment:
         try:
             self._cleanup_process.wait(_STOP_SECONDS)
         except subprocess.TimeoutExpired:
-            return  # it goes on without us
+            return  # it finishes without this process
 
     def _child_environment(self) -> dict[str, str]:
-        # Found wherever this process found it, and nothing of the working directory in its place.
+        # The same package as in this process, and no module of the working directory in its place.
         package = str(Path(conveyor.__file__).parent.parent)
         paths = [package, *filter(None, [os.environ.get("PYTHONPATH")])]
         return {**os.environ, **self._environment, "PYTHONPATH": os.pathsep.join(paths)}
@@ -123,7 +130,11 @@ def _server_facts(app: Conveyor) -> dict[str, str]:
 
 
 def _refuse_several_servers(url: str) -> None:
-    """Raise ConfigurationError for a cluster or sentinels: a program of the demo knows only RPUSH, and one server."""
+    """
+    Raise ConfigurationError for a cluster or sentinels.
+
+    One producer of the demo knows only RPUSH, and needs one server.
+    """
     from conveyor.store.transport.topology import locate
     from conveyor.store.transport.url import StandaloneServer, masked
 

@@ -1,4 +1,4 @@
-"""Pictures without a library: draw one, write and read it as PNG, and shrink it."""
+"""Images without a library: draw one, write and read it as PNG, and shrink it."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def draw(number: int, width: int, height: int) -> Image:
 
 
 def encode(image: Image) -> bytes:
-    """Return it as a PNG file, 8 bits a channel, no filters."""
+    """Return an image as a PNG file, 8 bits a channel, without filters."""
     stride = 3 * image.width
     rows = b"".join(b"\0" + image.pixels[at : at + stride] for at in range(0, len(image.pixels), stride))
     head = struct.pack(">IIBBBBB", image.width, image.height, 8, 2, 0, 0, 0)
@@ -40,7 +40,7 @@ def encode(image: Image) -> bytes:
 
 
 def decode(data: bytes) -> Image:
-    """Read back what `encode` wrote; raises ValueError."""
+    """Read a PNG file that `encode` wrote; raises ValueError."""
     if not data.startswith(_SIGNATURE):
         raise ValueError("not a PNG file")
     at, chunks = len(_SIGNATURE), {}
@@ -57,7 +57,7 @@ def decode(data: bytes) -> Image:
 
 
 def shrink(image: Image, factor: int) -> Image:
-    """Return it *factor* times smaller: each new pixel is the mean of the box it stands for."""
+    """Return an image *factor* times smaller; a new pixel is the mean of its box."""
     width, height, area = image.width // factor, image.height // factor, factor * factor
     pixels = bytearray()
     for top in range(0, height * factor, factor):

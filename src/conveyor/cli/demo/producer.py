@@ -1,4 +1,8 @@
-"""The producers of the demo: jobs, messages and a plain list, at a steady pace. They keep what was acknowledged."""
+"""
+The producers of a demo: jobs, messages and entries of a plain list, at a steady pace.
+
+They record every push that Redis acknowledged.
+"""
 
 from __future__ import annotations
 
@@ -18,38 +22,37 @@ from conveyor.errors import StoreUnavailable
 from conveyor.jobs.job import Job
 
 MESSAGE, READING = "orders (message)", "readings (RPUSH)"
-"""How the accounts call what is no job by its id."""
+"""The names in the report for messages and readings, which belong to no task."""
 _CUSTOMERS = ("ada", "barbara", "dennis", "edsger", "grace", "ken", "margaret", "niklaus")
 _SMALL_FACTOR, _LARGE_FACTORS = (
     8_191 * 6_700_417,
     999_999_937 * 999_999_929,
-)  # a small factor, and none for the next minutes
+)  # the second takes minutes to factor
 
 
 @dataclass
 class AcknowledgedPushes:
-    """What Redis acknowledged: key → task. A key enters when the call has returned, and not before."""
+    """The pushes that Redis acknowledged: key → task. A key is added after its call returned."""
 
     accepted: dict[str, str] = field(default_factory=dict)
     unanswered: int = 0
 
     def record(self, job: Job[object]) -> None:
-        """Enter a job."""
+        """Record a job."""
         self.accepted[job.id] = job.task or ""
 
 
 class DemoProducer:
-    """Pushes until it is stopped."""
+    """A producer of jobs and messages that pushes until it is stopped."""
 
     def __init__(self, pushes: AcknowledgedPushes) -> None:
-        """Take where to write what was acknowledged."""
         self._pushes = pushes
-        self._random = random.Random(7)  # noqa: S311  the same demo each time
+        self._random = random.Random(7)  # noqa: S311  every demo pushes the same
         self._files = _files()
         self._stop = asyncio.Event()
 
     async def run(self) -> None:
-        """Push until `stop`; calls under way are finished."""
+        """Push until `stop`; calls in progress are finished."""
         async with asyncio.TaskGroup() as group:
             for pause, push in (
                 (0.10, self._statistics), (0.20, self._thumbnail), (0.15, self._charge), (0.8, self._factor),
@@ -58,11 +61,11 @@ class DemoProducer:
                 group.create_task(self._repeat(pause, push))
 
     def stop(self) -> None:
-        """Push no more."""
+        """Stop pushing."""
         self._stop.set()
 
     async def burst(self, count: int) -> None:
-        """Enqueue many pictures in one call."""
+        """Enqueue many thumbnails in one call."""
         with _count_outages(self._pushes):
             jobs = await task.app.aenqueue_many(task.thumbnail.s(number, 160) for number in range(count))
             for job in jobs:
@@ -101,10 +104,9 @@ class DemoProducer:
 
 
 class ForeignProducer(threading.Thread):
-    """Another program's producer: ``RPUSH`` of JSON by redis-py alone, on a thread of its own."""
+    """A producer of another program: a thread with ``RPUSH`` of JSON by redis-py alone."""
 
     def __init__(self, url: str, name: str, pushes: AcknowledgedPushes) -> None:
-        """Take the server, the list's name and where to write what was acknowledged."""
         super().__init__(name="conveyor-demo-foreign-producer", daemon=True)
         self._url, self._list, self._pushes = url, name, pushes
         self._stopped = threading.Event()
@@ -125,13 +127,13 @@ class ForeignProducer(threading.Thread):
                     return
 
     def stop(self) -> None:
-        """Push no more, and wait for the last answer."""
+        """Stop pushing, and wait for the last reply."""
         self._stopped.set()
         self.join(5)
 
 
 async def consume_orders() -> None:
-    """Take orders from their queue, as a program does that has no tasks; for ever."""
+    """Consume orders as a program without tasks does, until it is cancelled."""
     revenue: dict[str, int] = {}
     messages = task.orders.aconsume(prefetch=8)
     try:
@@ -147,7 +149,7 @@ async def consume_orders() -> None:
 
 
 class _count_outages:  # noqa: N801  reads as a statement
-    """What Redis did not confirm is not in the ledger; the producer goes on."""
+    """Counts a push that Redis did not confirm, so that the producer continues."""
 
     def __init__(self, pushes: AcknowledgedPushes) -> None:
         self._pushes = pushes

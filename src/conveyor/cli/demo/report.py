@@ -1,10 +1,9 @@
 """
-The accounts: what was acknowledged, what became of it, and whether the two agree. Pure: no clock, no files, no Redis.
+The report of a demo: what was acknowledged, what became of it, and whether the two agree.
 
-Three witnesses who know nothing of each other: the producers (what was acknowledged), the queue (how each id stands
-now) and the journal (what ran). A job counts as done only if the queue says so and the journal saw it succeed.
-
-The closing words of the demo: the accounts as a person reads them.
+Pure: no clock, no files, no Redis. It compares three independent sources: the producers (which pushes were
+acknowledged), the queue (the present state of each id) and the journal (which runs took place). A job counts as done
+only if the queue says so and the journal saw it succeed.
 """
 
 from __future__ import annotations
@@ -24,7 +23,11 @@ LEFT_STATES = frozenset({"ready", "scheduled", "leased", "waiting"})
 
 @dataclass(frozen=True, slots=True)
 class Kill:
-    """A worker process was killed at `at` (s since the epoch); its supervisor `returned` so many jobs, if it said so."""
+    """
+    A kill of worker process `pid` at `at` (s since the epoch).
+
+    `returned`: jobs that its supervisor returned to the queue; None: it reported none.
+    """
 
     pid: int
     at: float
@@ -33,7 +36,7 @@ class Kill:
 
 @dataclass
 class KeyHistory:
-    """What the journal saw of one key."""
+    """The runs of one key by the journal."""
 
     task: str
     starts: list[JournalEntry] = field(default_factory=list)
@@ -42,19 +45,19 @@ class KeyHistory:
 
     @property
     def succeeded(self) -> int:
-        """How often it ran to a good end."""
+        """The number of successful runs."""
         return sum(entry.kind == "ok" for entry in self.ends)
 
     @property
     def open(self) -> JournalEntry | None:
-        """The run that began and has not ended, if any: the last such."""
+        """The last run that started and has not ended; None without one."""
         ended = {(entry.pid, entry.attempt) for entry in self.ends}
         return next((entry for entry in reversed(self.starts) if (entry.pid, entry.attempt) not in ended), None)
 
 
 @dataclass(frozen=True, slots=True)
 class TaskSummary:
-    """One task: durations in ms of the runs that ended."""
+    """The counts of one task. Durations in ms are those of runs that ended."""
 
     task: str
     accepted: int
@@ -68,7 +71,11 @@ class TaskSummary:
 
 @dataclass(frozen=True, slots=True)
 class KillSummary:
-    """What a killed process ran, and how long after the kill each of these began again, in ms."""
+    """
+    The jobs that a kill interrupted.
+
+    `again`: how many of them started again; `first_ms`, `last_ms`: ms from the kill to the first and the last start.
+    """
 
     pid: int
     at: float
@@ -81,7 +88,7 @@ class KillSummary:
 
 @dataclass(frozen=True, slots=True)
 class DemoReport:
-    """The counts, and what is wrong with them: `problems` is empty when they add up."""
+    """The counts of a demo. `problems` is empty when they add up."""
 
     accepted: int
     done: int
@@ -98,12 +105,12 @@ class DemoReport:
 
     @property
     def sound(self) -> bool:
-        """Whether everything that was acknowledged is accounted for."""
+        """Whether every acknowledged push is accounted for."""
         return not self.problems
 
 
 def histories(entries: Iterable[JournalEntry]) -> dict[str, KeyHistory]:
-    """Return what the journal saw, by key."""
+    """Return key → history by the journal."""
     by_key: dict[str, KeyHistory] = {}
     for entry in entries:
         if entry.kind == "up":
@@ -125,9 +132,10 @@ def build_report(
     kills: Iterable[Kill] = (),
 ) -> DemoReport:
     """
-    Return the accounts of *accepted* (key → task) by *states* (key → how the queue says it stands; None: unknown to it).
+    Return the report on *accepted* (key → task).
 
-    `lost` is what was acknowledged and neither stands anywhere nor is proven to have run to its end.
+    *states*: key → state by the queue, None: the queue does not know it. `lost` counts acknowledged keys that are
+    neither kept anywhere nor proven to have run to their end.
     """
     outcomes = {key: _outcome(states.get(key), journaled.get(key)) for key in accepted}
     counts = {
@@ -194,7 +202,7 @@ def _kill_summary(kill: Kill, journaled: Mapping[str, KeyHistory]) -> KillSummar
 
 
 def _interrupted(kill: Kill, journaled: Mapping[str, KeyHistory]) -> list[tuple[str, KeyHistory]]:
-    """Return what the killed process had begun and not ended."""
+    """Return the histories with a run that the kill interrupted."""
     interrupted = []
     for key, history in journaled.items():
         ended = {entry.attempt for entry in history.ends if entry.pid == kill.pid}
@@ -208,7 +216,7 @@ def _later_starts(kill: Kill, history: KeyHistory) -> list[JournalEntry]:
 
 
 def quantile(ordered: list[float], part: float) -> float:
-    """Return the value below which *part* of the sorted values lie; 0 of none."""
+    """Return the value below which *part* of the sorted values lie; 0 without any."""
     return ordered[min(len(ordered) - 1, int(part * len(ordered)))] if ordered else 0.0
 
 
@@ -216,7 +224,7 @@ _TASK_HEADINGS = f"{'TASK':<18}{'ACCEPTED':>9}{'DONE':>7}{'DEAD':>6}{'RUNS':>7}{
 
 
 def summary_lines(report: DemoReport) -> list[str]:
-    """Return the accounts, a line each."""
+    """Return the report as lines of text."""
     parts = [
         ("done", report.done, "the queue says so, and the task itself wrote it down"),
         ("dead", report.dead, "kept as dead letters, with their errors"),

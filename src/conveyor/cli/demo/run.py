@@ -1,4 +1,4 @@
-"""The play: push, work, kill, drain, and look at every acknowledged id."""
+"""One run of the demo: push, work, kill, drain, and look up every acknowledged id."""
 
 from __future__ import annotations
 
@@ -32,16 +32,16 @@ from conveyor.store.inspection import QueueCounts
 
 PROCESSES = 2
 DRAIN, INTERRUPTED_DRAIN = 30.0, 10.0
-"""Seconds for what is queued to end: after the time is up, and after ctrl-C."""
+"""Seconds for queued jobs to end: after the time is up, and after ctrl-C."""
 FIRST_KILL = 8.0
-"""Seconds into a demo without an end at which a worker is killed."""
+"""Seconds into a demo without a time limit at which a worker is killed."""
 _BURST_SIZE = 40
 _RETURNED = re.compile(r"\(pid (\d+)\) .*; (returned (\d+) jobs? in \d+ ms)")
 
 
 @dataclass
 class WorkerStatus:
-    """One worker process as the journal shows it."""
+    """A worker process as the journal shows it."""
 
     pid: int
     since: float
@@ -52,7 +52,11 @@ class WorkerStatus:
 
 @dataclass
 class DemoState:
-    """What a display shows; `entries` and `news` are what happened since the last look."""
+    """
+    The state that a display shows.
+
+    `entries` and `news` are the events since it was shown last.
+    """
 
     server: str = ""
     accepted: int = 0
@@ -67,17 +71,17 @@ class DemoState:
 
     @property
     def queued(self) -> int:
-        """How much is accepted and has neither ended nor begun."""
+        """The number of accepted jobs and messages that wait in a queue."""
         return sum(len(counts) for counts in self.counts.values())
 
 
 class DemoRun:
-    """One performance of the demo in an environment."""
+    """One run of the demo in an environment."""
 
     def __init__(
         self, environment: DemoEnvironment, *, seconds: float | None, show: Callable[[DemoState], None]
     ) -> None:
-        """Take how long to push (None: until `stop`), and who is shown what happens, about ten times a second."""
+        """Push for *seconds* (None: until `stop`); call *show* about ten times a second."""
         self._environment, self._seconds, self._show = environment, seconds, show
         self.state = DemoState()
         self.pushes = AcknowledgedPushes()
@@ -88,11 +92,11 @@ class DemoRun:
         self._journal, self._log_offset = JournalReader(environment.journal), 0
 
     def stop(self) -> None:
-        """Push no more and drain; called again, stop draining."""
+        """Stop pushing and drain; called again, stop draining."""
         (self._stop_draining if self._stop.is_set() else self._stop).set()
 
     async def run(self) -> DemoReport:
-        """Play it to its end and return the accounts."""
+        """Run the demo to its end; return the report."""
         self._environment.start_workers(PROCESSES)
         app = await asyncio.to_thread(self._environment.start_server)
         self.state.server = self._environment.server
@@ -123,10 +127,10 @@ class DemoRun:
         result = report.build_report(self.pushes.accepted, states, report.histories(self._entries), self._kills)
         return replace(result, problems=[*result.problems, *self._early_end_problems()])
 
-    # -- the middle ------------------------------------------------------------------------------------------------
+    # -- pushing and draining ------------------------------------------------------------------------------------------------
 
     async def _run_until_stopped(self, producer: DemoProducer) -> None:
-        """Let it run; half-way, kill a worker in the middle of its work."""
+        """Wait until pushing is to stop; half-way, kill a worker that runs jobs."""
         half = FIRST_KILL if self._seconds is None else self._seconds / 2
         if await self._stopped_within(half):
             return
@@ -140,7 +144,11 @@ class DemoRun:
         return self._stop.is_set()
 
     async def _kill(self, producer: DemoProducer) -> None:
-        """SIGKILL the worker process that runs most, once it runs something, with a pile of work before it."""
+        """
+        SIGKILL the worker process that runs most jobs.
+
+        Waits until one runs jobs, after a burst of work.
+        """
         await producer.burst(_BURST_SIZE)
         began = time.monotonic()
         while (waited := time.monotonic() - began) < 3:
@@ -160,7 +168,7 @@ class DemoRun:
         self.state.news.append(f"⚡ SIGKILL to worker {victim.pid}, in the middle of {running} jobs")
 
     async def _drain(self) -> None:
-        """Wait until nothing is queued or running."""
+        """Wait until no job is queued or running."""
         interrupted = self._stop.is_set()
         deadline = time.monotonic() + (INTERRUPTED_DRAIN if interrupted else DRAIN)
         while (
@@ -172,10 +180,10 @@ class DemoRun:
             if counts and all(len(one) + one.leased == 0 for one in counts.values()):
                 return
             if self._workers_ended():
-                return  # nobody is there to finish it: it is left, and counted as such
+                return  # no worker is left: the rest is reported as left
             await asyncio.sleep(0.1)
 
-    # -- looking ---------------------------------------------------------------------------------------------------
+    # -- watching ---------------------------------------------------------------------------------------------------
 
     async def _watch(self) -> None:
         while True:
@@ -196,13 +204,13 @@ class DemoRun:
     def _show_state(self) -> None:
         try:
             self._show(self.state)
-        except OSError:  # nobody looks any more: the terminal is closed, or the other end of the pipe
+        except OSError:  # the terminal or the other end of the pipe is closed
             self._show = lambda _: None
             self._stop.set()
         self.state.entries, self.state.news = [], []
 
     def _update_state(self) -> None:
-        """Read what the journal and the workers' log say that is new."""
+        """Read the new lines of the journal and of the workers' log."""
         state = self.state
         state.accepted = len(self.pushes.accepted)
         for entry in self._journal.read():
@@ -228,7 +236,7 @@ class DemoRun:
                 self._read_log_line(raw.decode("utf-8", "replace").strip())
 
     def _read_log_line(self, text: str) -> None:
-        """Take from the workers' log what the supervisor says of a death."""
+        """Take the number of returned jobs from a line of the supervisor about a death."""
         matched = _RETURNED.search(text)
         if matched is None:
             return
@@ -249,14 +257,14 @@ class DemoRun:
     # -- the end ---------------------------------------------------------------------------------------------------
 
     def _queue_states(self) -> dict[str, str | None]:
-        """Ask the queue about every acknowledged id."""
+        """Ask the queue for the state of every acknowledged id."""
         from conveyor.cli.demo import task
 
         admin, states = Admin(task.app.client), dict[str, str | None]()
         readings = self._reading_states(admin, task.readings.name)
         for key, kind in self.pushes.accepted.items():
             if kind == READING:
-                states[key] = readings.get(key, "done")  # not there any more: then the journal has to prove it
+                states[key] = readings.get(key, "done")  # no longer queued: the journal has to prove that it ran
             elif kind == MESSAGE:
                 states[key] = task.app.job(key).status()
             else:
@@ -275,7 +283,7 @@ class DemoRun:
         )
 
     def _reading_states(self, admin: Admin, name: str) -> dict[str, str | None]:
-        """Return how the readings stand that are still on their list or in the queue it feeds."""
+        """Return the states of readings that are still on their list or in the queue it feeds."""
         from conveyor.cli.demo import task
 
         raw = admin.client.execute("LRANGE", name, 0, -1)
@@ -287,7 +295,7 @@ class DemoRun:
 
 
 def log_tail(path: Path, lines: int = 15) -> str:
-    """Return the end of the workers' log, for when something is wrong."""
+    """Return the last lines of the workers' log."""
     with suppress(FileNotFoundError):
         return "\n".join(path.read_text("utf-8", "replace").splitlines()[-lines:])
     return ""

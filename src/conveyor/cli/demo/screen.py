@@ -1,4 +1,4 @@
-"""What a person sees of the demo while it runs: a live picture on a terminal, plain lines elsewhere."""
+"""Displays of a running demo: redrawn in place on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -26,44 +26,42 @@ _EVENTS_KEPT = 200
 
 
 class RateMeter:
-    """How much a count grew in each of the last half seconds."""
+    """The growth of a count, measured every half second."""
 
     def __init__(self) -> None:
-        """Begin with nothing."""
         self._rates: deque[float] = deque(maxlen=_BAR_COUNT)
         self._last = 0
         self._at = time.monotonic()
 
     def record(self, count: int) -> None:
-        """Note the count; more often than twice a second changes nothing."""
+        """Record the count; calls within half a second of the last are ignored."""
         now = time.monotonic()
         if now - self._at >= 0.5:
             self._rates.append((count - self._last) / (now - self._at))
             self._last, self._at = count, now
 
     def render(self, colour: str) -> str:
-        """Return the steps as bars, the newest on the right, and the present rate."""
+        """Return the rates as bars, the newest on the right, and the present rate."""
         most = max(self._rates, default=0) or 1
         bars = "".join(_BARS[min(7, int(8 * rate / most))] for rate in self._rates).rjust(_BAR_COUNT)
         return f"{click.style(bars, fg=colour)} {self.per_second:4.0f}/s"
 
     @property
     def per_second(self) -> float:
-        """The mean of the last two seconds."""
+        """The mean rate of the last two seconds."""
         last = list(self._rates)[-4:]
         return sum(last) / len(last) if last else 0.0
 
 
 class LineDisplay:
-    """Plain text: a line a second, and one for everything out of the ordinary."""
+    """A display in plain text: a line a second, and one for every unusual event."""
 
     def __init__(self, out: TextIO, seconds: float | None) -> None:
-        """Take where to write."""
         self._out, self._rate = out, RateMeter()
         self._next, self._introduced, self._began = 0.0, False, False
 
     def show(self, state: DemoState) -> None:
-        """Write what is new."""
+        """Write lines for what is new in *state*."""
         self._rate.record(state.totals["ok"])
         if state.server and not self._introduced:
             self._introduced = True
@@ -83,7 +81,7 @@ class LineDisplay:
             )
 
     def close(self) -> None:
-        """Nothing to restore."""
+        """Do nothing: a plain display has nothing to restore."""
 
     def _say(self, text: str) -> None:
         self._out.write(text + "\n")
@@ -91,20 +89,19 @@ class LineDisplay:
 
 
 class LiveDisplay:
-    """A picture redrawn in place, no taller and no wider than the terminal."""
+    """A display redrawn in place, within the size of the terminal. It hides the cursor."""
 
     def __init__(self, out: TextIO, seconds: float | None) -> None:
-        """Hide the cursor; `close` shows it again."""
         self._out, self._seconds = out, seconds
         self._events: deque[str] = deque(maxlen=_EVENTS_KEPT)
-        self._news: deque[str] = deque(maxlen=2)  # stays while the events rush by
+        self._news: deque[str] = deque(maxlen=2)  # stays while events scroll
         self._accepted_rate, self._done_rate = RateMeter(), RateMeter()
         self._lines_drawn = 0
         self._colour = click.get_current_context().color is not False
         self._out.write(_HIDE_CURSOR)
 
     def show(self, state: DemoState) -> None:
-        """Draw *state* over what stood there before."""
+        """Draw *state* over what was drawn before."""
         self._accepted_rate.record(state.accepted)
         self._done_rate.record(state.totals["ok"])
         for entry in state.entries:
@@ -123,7 +120,7 @@ class LiveDisplay:
         self._lines_drawn = len(shown)
 
     def close(self) -> None:
-        """Show the cursor."""
+        """Show the cursor again."""
         self._out.write(_SHOW_CURSOR)
         self._out.flush()
 
@@ -167,7 +164,7 @@ class LiveDisplay:
 
 
 def describe(entry: JournalEntry) -> str | None:
-    """Return a line of the journal for a person; None for those that are not shown."""
+    """Return a journal entry as a line of text; None for entries that are not shown."""
     if entry.kind in {"up", "start", "fail"}:
         return None
     mark, colour = {"ok": ("✓", "green"), "retry": ("✗", "yellow"), "dead": ("✗", "red")}[entry.kind]

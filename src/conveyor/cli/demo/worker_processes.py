@@ -1,7 +1,8 @@
 """
-The workers of the demo: ``python -m conveyor.cli.demo.worker_processes PROCESSES``, which is `conveyor worker` and a life line.
+The workers of the demo: ``python -m conveyor.cli.demo.worker_processes PROCESSES``.
 
-Its standard input is a pipe held by the demo. When that ends, however the demo ended, the workers drain and stop.
+Like `conveyor worker`, but its standard input is a pipe that the demo holds. When that ends, however the demo ended,
+the workers drain and stop.
 """
 
 from __future__ import annotations
