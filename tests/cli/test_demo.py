@@ -6,17 +6,19 @@ import fcntl
 import json
 import os
 import pty
+import re
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import click
 import pytest
 
 from conveyor.cli.demo.image import decode, draw, encode, shrink
 from conveyor.cli.demo.journal import Journal, JournalEntry
-from conveyor.cli.demo.report import Kill, build_report, histories
+from conveyor.cli.demo.report import Kill, build_report, histories, summary_lines
 from support.shell import Shell
 from support.supervisor_process import running, until
 
@@ -52,6 +54,16 @@ def test_accounts_add_up_by_their_parts() -> None:
     assert kill.first_ms == pytest.approx(200)
     (task,) = report.tasks
     assert (task.runs, task.retries, task.median_ms) == (6, 1, pytest.approx(100))
+
+
+def test_the_counts_of_the_report_stand_in_one_column() -> None:
+    """With colours and without them, each count of the report ends in the same column."""
+    report = build_report(ACCEPTED, STATES, histories(lines()), [KILL])
+    names = "accepted|done|dead|cancelled|left|lost"
+
+    counts = [re.match(rf"\s*({names})\s+\d+", click.unstyle(line)) for line in summary_lines(report)]
+
+    assert [count.end() for count in counts if count is not None] == [19] * 6
 
 
 def test_an_acknowledged_id_that_nobody_knows_is_lost() -> None:
@@ -209,7 +221,7 @@ def test_demo_without_workers_fails(shell: Shell, temporary: dict[str, str]) -> 
     out, _ = demo.communicate(timeout=40)
 
     assert demo.returncode == 1, out
-    assert "the workers ended by themselves" in out
+    assert "the workers ended unexpectedly" in out
     assert "lost            0" in out
 
 
@@ -218,7 +230,7 @@ def parent(pid: int) -> int:
     return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
 
 
-@pytest.mark.standalone_only("the demo plays on one server")
+@pytest.mark.standalone_only("the demo needs a single server")
 def test_demo_on_a_server_of_somebody_elses(shell: Shell, temporary: dict[str, str], url: str) -> None:
     """With --url the demo uses that server, and deletes all its keys there; the leak check of `url` sees to the rest."""
     done = shell.run("demo", "--seconds", "2", "--url", url, **temporary)
@@ -233,7 +245,7 @@ def test_demo_refuses_several_servers(shell: Shell, several: str) -> None:
     done = shell.run("demo", "--seconds", "1", "--url", several)
 
     assert done.returncode == 2
-    assert "plays on one server" in done.stderr
+    assert "needs a single server" in done.stderr
     assert "Traceback" not in done.stderr
 
 

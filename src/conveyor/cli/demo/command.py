@@ -29,7 +29,7 @@ UNATTENDED = 20.0
 @click.command()
 @click.option(
     "--seconds", type=click.FloatRange(0.5, 86_400), metavar="N",
-    help=f"Push work for so long, then drain.  [default: until ctrl-C; {UNATTENDED:g} when not on a terminal]",
+    help=f"Push jobs for N seconds, then drain.  [default: until ctrl-C; {UNATTENDED:g} when not on a terminal]",
 )  # fmt: skip
 @click.option("--url", metavar="URL", help="Use this server instead of an embedded one; the demo's keys are deleted.")
 @verbose_option

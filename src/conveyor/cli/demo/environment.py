@@ -76,7 +76,9 @@ class DemoEnvironment:
         """
         from conveyor.cli.demo import task
 
-        assert task.app.namespace == self.namespace, "the demo's app was imported before its stage was set"
+        assert task.app.namespace == self.namespace, (
+            "the demo's app was imported before its environment variables were set"
+        )
         began = time.perf_counter()
         self.app = task.app
         self.app.client.patience = 2.0
@@ -140,6 +142,6 @@ def _refuse_several_servers(url: str) -> None:
 
     if not isinstance(locate(url), StandaloneServer):
         raise ConfigurationError(
-            f"conveyor demo plays on one server, and {masked(url)} is several. Give it redis://host:6379/0, or leave --url "
-            "out: it starts a server of its own. Nothing was started."
+            f"conveyor demo needs a single server, and {masked(url)} is a cluster or sentinels. Use redis://host:6379/0, or leave "
+            "--url out: then it starts a server of its own. Nothing was started."
         )

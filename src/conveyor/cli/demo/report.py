@@ -147,7 +147,7 @@ def build_report(
     if sum(counts.values()) + len(lost) != len(accepted):
         problems.append(f"{len(accepted)} accepted, but the parts are {counts} and {len(lost)} lost")
     problems += [
-        f"{key} was cut off by the kill of {kill.pid} and is said to be done, but did not run again"
+        f"{key} was interrupted by the kill of {kill.pid} and is reported as done, but did not run again"
         for kill in kills for key, history in _interrupted(kill, journaled)
         if outcomes.get(key) == "done" and not _later_starts(kill, history)
     ]  # fmt: skip
@@ -226,15 +226,15 @@ _TASK_HEADINGS = f"{'TASK':<18}{'ACCEPTED':>9}{'DONE':>7}{'DEAD':>6}{'RUNS':>7}{
 def summary_lines(report: DemoReport) -> list[str]:
     """Return the report as lines of text."""
     parts = [
-        ("done", report.done, "the queue says so, and the task itself wrote it down"),
+        ("done", report.done, "confirmed by the queue and by the tasks' own journal"),
         ("dead", report.dead, "kept as dead letters, with their errors"),
         ("cancelled", report.cancelled, ""),
-        ("left", report.left, "still in the queue when time was up" if report.left else ""),
+        ("left", report.left, "still queued at the end" if report.left else ""),
         ("lost", report.lost, "every acknowledged id was looked up"),
     ]
     lines = [
         "",
-        f"{click.style('accepted', bold=True):<10} {report.accepted:>8,}",
+        f"{click.style('accepted'.ljust(12), bold=True)}{report.accepted:>7,}",
         *(f"  {name:<10}{number:>7,}" + (f"  {click.style(why, dim=True)}" if why else "") for name, number, why in parts),
         "",
         *(line for kill in report.kills for line in _kill_lines(kill)),
@@ -261,12 +261,19 @@ def summary_lines(report: DemoReport) -> list[str]:
 
 def _kill_lines(kill: KillSummary) -> list[str]:
     at = time.strftime("%H:%M:%S", time.localtime(kill.at))
-    returned = "" if kill.returned is None else f", and {quantity(kill.returned, 'job')} went back"
+    returned = (
+        ""
+        if kill.returned is None
+        else f", and {quantity(kill.returned, 'job')} {'was' if kill.returned == 1 else 'were'} returned to the queue"
+    )
     line = f"Worker {kill.pid} was killed at {at} while it ran {quantity(kill.interrupted, 'job')}{returned}."
     if kill.first_ms is None or kill.last_ms is None:
         return [line]
     first, last = span(kill.first_ms / 1000), span(kill.last_ms / 1000)
-    return [line, f"  {kill.again} of the {kill.interrupted} began again, the first {first} and the last {last} later."]
+    return [
+        line,
+        f"  {kill.again} of the {kill.interrupted} started again, the first {first} and the last {last} later.",
+    ]
 
 
 def _run_lines(report: DemoReport) -> list[str]:
@@ -274,8 +281,8 @@ def _run_lines(report: DemoReport) -> list[str]:
     killed = f", {again:,} after the kill" if report.kills else ""
     twice = "No job succeeded twice."
     if report.done_twice:
-        twice = f"{report.done_twice:,} succeeded twice: cut off between the work and saying so."
-    return [f"{quantity(report.runs, 'run')}: {report.retries:,} again after a failure{killed}.", twice]
+        twice = f"{report.done_twice:,} succeeded twice: the worker was killed between the work and its report."
+    return [f"{quantity(report.runs, 'run')}: {report.retries:,} repeated after a failure{killed}.", twice]
 
 
 def _ms(ms: float) -> str:

@@ -28,6 +28,7 @@ from conveyor.cli.demo.producer import (
     consume_orders,
 )
 from conveyor.cli.demo.report import DemoReport, Kill
+from conveyor.cli.output import quantity
 from conveyor.store.inspection import QueueCounts
 
 PROCESSES = 2
@@ -159,13 +160,13 @@ class DemoRun:
                 break
             await asyncio.sleep(0.005)
         else:
-            self.state.news.append("no worker ran anything that could be cut off, so none was killed")
+            self.state.news.append("no worker ran a job that could be interrupted, so none was killed")
             return
         running = len(victim.running)
         victim.killed_at = time.time()
         os.kill(victim.pid, signal.SIGKILL)
         self._kills.append(Kill(victim.pid, victim.killed_at))
-        self.state.news.append(f"⚡ SIGKILL to worker {victim.pid}, in the middle of {running} jobs")
+        self.state.news.append(f"⚡ SIGKILL to worker {victim.pid} while it runs {quantity(running, 'job')}")
 
     async def _drain(self) -> None:
         """Wait until no job is queued or running."""
@@ -195,7 +196,7 @@ class DemoRun:
             self.state.counts = await counting or self.state.counts
             if self._workers_ended() and not self._workers_ended_early:
                 self._workers_ended_early = True
-                self.state.news.append("the workers ended by themselves: nothing more is pushed")
+                self.state.news.append("the workers ended unexpectedly: pushing stops")
                 self._stop.set()
 
     def _workers_ended(self) -> bool:
@@ -277,7 +278,7 @@ class DemoRun:
     def _early_end_problems(self) -> list[str]:
         supervisor = self._environment.supervisor
         return (
-            [f"the workers ended by themselves, with {supervisor.returncode}"]
+            [f"the workers ended unexpectedly with exit code {supervisor.returncode}"]
             if self._workers_ended_early and supervisor
             else []
         )

@@ -156,8 +156,8 @@ class LiveDisplay:
 
     def _footer(self, state: DemoState) -> str:
         words = {
-            "running": "ctrl-C ends it: what is queued is finished first",
-            "draining": "draining: nothing more is pushed, what is queued is finished",
+            "running": "ctrl-C to stop: queued jobs are finished first",
+            "draining": "draining: pushing has stopped, queued jobs are finished",
             "checking": "looking up every acknowledged id",
         }
         return _dim(words.get(state.phase, ""))

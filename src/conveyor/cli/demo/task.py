@@ -134,7 +134,7 @@ async def remind(customer: str, due: datetime) -> int:
         mail = EmailMessage()
         mail["To"], mail["Subject"] = f"{customer}@example.org", "Your order"
         mail.set_content(f"Dear {customer},\nthis was to be sent at {due:%H:%M:%S}.\n")
-        run.note = f"to {customer}, {1000 * late:,.0f} ms after its time"
+        run.note = f"to {customer}, {1000 * late:,.0f} ms after its due time"
         return len(bytes(mail))
 
 
@@ -143,7 +143,7 @@ def average(id: int, values: list[float]) -> float:  # noqa: A002  the name that
     """Average the values of a reading that another program put on a plain list."""
     with journal.run(key=reading_key(id)) as run:
         mean = sum(values) / len(values)
-        run.note = f"reading {id}: {mean:.2f} from a bare RPUSH"
+        run.note = f"reading {id}: {mean:.2f} from a plain RPUSH"
         return mean
 
 
