@@ -261,19 +261,12 @@ def summary_lines(report: DemoReport) -> list[str]:
 
 def _kill_lines(kill: KillSummary) -> list[str]:
     at = time.strftime("%H:%M:%S", time.localtime(kill.at))
-    returned = (
-        ""
-        if kill.returned is None
-        else f", and {quantity(kill.returned, 'job')} {'was' if kill.returned == 1 else 'were'} returned to the queue"
-    )
+    returned = "" if kill.returned is None else f"; {quantity(kill.returned, 'job')} returned to the queue"
     line = f"Worker {kill.pid} was killed at {at} while it ran {quantity(kill.interrupted, 'job')}{returned}."
     if kill.first_ms is None or kill.last_ms is None:
         return [line]
     first, last = span(kill.first_ms / 1000), span(kill.last_ms / 1000)
-    return [
-        line,
-        f"  {kill.again} of the {kill.interrupted} started again, the first {first} and the last {last} later.",
-    ]
+    return [line, f"  {kill.again} of the {kill.interrupted} started again, {first} to {last} after the kill."]
 
 
 def _run_lines(report: DemoReport) -> list[str]:
