@@ -9,12 +9,12 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
-from support.markdown_page import PAGES, ROOT, blocks
 
 import conveyor
 from conveyor import Context, Conveyor, Message, Outgoing
 from conveyor.messaging.message import Batch
 from conveyor.sql import Ledger, Outbox
+from support.markdown_page import PAGES, ROOT, blocks
 
 REFERENCE = (ROOT / "docs" / "reference" / "api.md").read_text("utf-8")
 EVENTS = (ROOT / "docs" / "reference" / "events.md").read_text("utf-8")
@@ -27,7 +27,7 @@ NAMES = {
         "Unique UnknownTask current"
     ),
     "conveyor.errors": (
-        "BlobUnavailable ConfigurationError ConveyorError Duplicate DurabilityNotReached JobCancelled JobFailed JobNotFound "
+        "ConfigurationError ConveyorError Duplicate DurabilityNotReached JobCancelled JobFailed JobNotFound "
         "LeaseLost PayloadError QueueFull QueueNotFound RateLimited ResultExpired Snooze StoreUnavailable UnknownTask"
     ),
     "conveyor.events": (
