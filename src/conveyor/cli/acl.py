@@ -58,8 +58,8 @@ def acl(
 
 
 def _topology(scheme: str) -> str:
-    found = scheme.removeprefix("redis+").removeprefix("rediss+")
-    return found if found in acl_rules.TOPOLOGIES else acl_rules.TOPOLOGIES[0]
+    topology = scheme.removeprefix("redis+").removeprefix("rediss+")
+    return topology if topology in acl_rules.TOPOLOGIES else acl_rules.TOPOLOGIES[0]
 
 
 def _database(path: str, query: str, scheme: str) -> int:

@@ -37,7 +37,7 @@ DRAIN, INTERRUPTED_DRAIN = 30.0, 10.0
 FIRST_KILL = 8.0
 """Seconds into a demo without a time limit at which a worker is killed."""
 WORKER_START = 30.0
-"""Seconds to wait for the first worker before it is said that none can be killed."""
+"""Seconds to wait for the first worker before the demo continues without a kill."""
 _BURST_SIZE = 40
 _RETURNED = re.compile(r"\(pid (\d+)\) .*; (returned (\d+) jobs? in \d+ ms)")
 
