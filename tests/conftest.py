@@ -42,7 +42,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """With `--on`, leave out what has no use for the place, and skip what only a single server can show."""
+    """
+    Start what takes long first. With `--on`, leave out what has no use for the place.
+
+    Then also skip what only a single server can show.
+    """
+    _long_first(items, int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
     place = config.getoption("--on")
     if place is None:
         return
@@ -55,6 +60,19 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason=reason))
         elif alone is not None and place not in alone.kwargs.get("on", matrix.ALONE):
             item.add_marker(pytest.mark.skip(reason=f"not on {place}: {alone.args[0]}"))
+
+
+def _long_first(items: list[pytest.Item], processes: int) -> None:
+    """Deal what takes long to the starts of the parts that the processes are given: none is left alone with it at the end."""
+    long = [item for item in items if item.get_closest_marker("long") is not None]
+    rest = [item for item in items if item.get_closest_marker("long") is None]
+    total, dealt = len(items), list[pytest.Item]()
+    for number in range(processes):
+        size = (total - len(dealt)) // (processes - number)  # as `--dist worksteal` cuts them
+        mine = long[number::processes]
+        dealt += mine + rest[: max(0, size - len(mine))]
+        del rest[: max(0, size - len(mine))]
+    items[:] = dealt + rest
 
 
 def _uses_the_server(item: pytest.Item) -> bool:

@@ -29,6 +29,7 @@ LATE = 6.0
 """Seconds a loaded machine may be late by."""
 
 
+@pytest.mark.long
 @pytest.mark.row("A10")
 @pytest.mark.leaves_keys("what is left is taken away by the fleet")
 def test_rolling_restarts_lose_and_charge_nothing(url: str, tmp_path: Path, rounds: Rounds) -> None:
