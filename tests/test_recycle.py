@@ -45,7 +45,7 @@ def test_two_thousand_jobs_in_processes_of_a_hundred(crew: Fleet) -> None:
     """With max_jobs every job runs exactly once, no process takes more, and no crash or second attempt is charged."""
     crew.app.enqueue_many(crew.tasks.note.s(n) for n in range(2000))
     crew.start(processes=2, max_jobs=100)
-    wait(lambda: len(crew.starts()) == 2000 and crew.drained(), 120)
+    wait(lambda: len(crew.starts()) == 2000 and crew.drained(), 600)
 
     taken = pids(crew)
     assert crew.repeats() == 0
