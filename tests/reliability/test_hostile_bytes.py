@@ -303,6 +303,7 @@ async def test_log_lines_cannot_be_forged(url, redis, caplog):
         await app.queue("default").apurge(dead=True)
 
 
+@pytest.mark.long
 @pytest.mark.leaves_keys("a queue's name that no client of ours would write")
 def test_terminals_are_not_steered(url, redis, tmp_path):
     """What stands in Redis reaches a terminal, or a document, with its control characters escaped."""

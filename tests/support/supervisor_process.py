@@ -23,7 +23,7 @@ from support.server_kinds import connect
 KEYS = QueueKeys("test", "q")
 
 
-def until(condition: Callable[[], Any], timeout: float = 15.0) -> Any:
+def until(condition: Callable[[], Any], timeout: float = 60.0) -> Any:
     """Return the condition's first true value."""
     deadline = time.monotonic() + timeout
     while not (found := condition()):
@@ -120,5 +120,5 @@ class Supervised:
         self.process.send_signal(number)
         return time.monotonic()
 
-    def wait(self, timeout: float = 15.0) -> int:
+    def wait(self, timeout: float = 60.0) -> int:
         return self.process.wait(timeout)
