@@ -9,6 +9,7 @@ from typing import Any, Generic, TypeVar
 
 from conveyor.errors import PayloadError, StoreUnavailable
 from conveyor.messaging.leases import LeasedMessage
+from conveyor.messaging.message import Message, Settler
 from conveyor.payload.formats import FormatCodec
 from conveyor.payload.pipeline import PLAIN, PayloadPipeline
 from conveyor.payload.versions import OldPayload, PayloadTooNew, bring_up, sealed_name
@@ -36,8 +37,11 @@ class MessageDecoder(Generic[T]):
         self._upcast = upcast
         self._old = OldPayload(f"A message of queue '{queue}'", codec.max_payload, codec.formats, call=False)
 
-    def body(self, leased: LeasedMessage) -> T:
-        """Return what *leased* holds. Raises PayloadError, its kind TooNew, and BlobUnavailable."""
+    def message(self, leased: LeasedMessage, settler: Settler) -> Message[T]:
+        """Return the message users see. Raises PayloadError, its kind PayloadTooNew, and BlobUnavailable."""
+        return Message(self._queue, self._body(leased), leased, settler)
+
+    def _body(self, leased: LeasedMessage) -> T:
         if leased.damage:
             raise PayloadError(f"The envelope cannot be read: {leased.damage}.", code="E15")
         envelope = leased.envelope
@@ -45,7 +49,7 @@ class MessageDecoder(Generic[T]):
         if version > self._version:
             raise PayloadTooNew(f"A message of queue '{self._queue}'", version, self._version)
         if self._sealing is not None or body[:1] == MAGIC:
-            body = self._opened(leased) if leased.opened is None else leased.opened
+            body = self._opened(leased) if leased.fetched_body is None else leased.fetched_body
         if version < self._version and self._upcast is not None:
             body = bring_up(body, version, self._version, self._upcast, self._old)
         return self._codec.decode(body)
@@ -68,11 +72,11 @@ class MessageDecoder(Generic[T]):
     async def fetch(self, waiting: Iterable[LeasedMessage]) -> None:
         """Open those of *waiting* that lie in the store, on a thread; an error is met again when they are handed out."""
         for leased in list(waiting):
-            if leased.opened is None and PLAIN.is_elsewhere(leased.envelope.body):
+            if leased.fetched_body is None and PLAIN.is_elsewhere(leased.envelope.body):
                 with contextlib.suppress(PayloadError, StoreUnavailable):
-                    leased.opened = await asyncio.to_thread(self._opened, leased)
+                    leased.fetched_body = await asyncio.to_thread(self._opened, leased)
 
-    def ended(self, blob: str) -> None:
+    def delete(self, blob: str) -> None:
         """Remove the large body of a message that has ended, confirmed by Redis."""
         sealing = self._sealing
         if sealing is None:

@@ -26,11 +26,11 @@ from zlib import crc32
 
 from conveyor import ids
 from conveyor.errors import ConfigurationError, StoreUnavailable
-from conveyor.messaging.consumer.settling import adrive, drive
 from conveyor.store import inspection
 from conveyor.store import partitions as partitioning
 from conveyor.store.client.batching import PushTarget
 from conveyor.store.client.client import Client
+from conveyor.store.client.programs import adrive, drive
 from conveyor.store.keys import QueueKeys, known_queues
 from conveyor.store.operations import Entry
 from conveyor.store.partitions import PartitionCountMismatch

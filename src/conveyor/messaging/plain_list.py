@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
 from conveyor.errors import ConfigurationError
 from conveyor.messaging.consumer.list_mover import intake
 from conveyor.messaging.maintenance import Sweep
-from conveyor.messaging.publisher import Publisher
+from conveyor.messaging.publisher import Plan, PlannedPush, Publisher
 from conveyor.messaging.push_options import PLAIN, PreparedPush
 from conveyor.messaging.queue import Queue
 from conveyor.messaging.retry import Retry
@@ -20,6 +20,8 @@ from conveyor.store.keys import QueueKeys
 from conveyor.store.script import Call
 
 T = TypeVar("T")
+BARE = PreparedPush(b"")
+"""An entry of a list has no envelope."""
 
 
 class PlainList(Queue[T]):
@@ -57,17 +59,17 @@ class PlainList(Queue[T]):
     def _keys(self) -> QueueKeys:
         return QueueKeys(self.client.namespace, self.name, foreign=self.name)
 
-    def _make_pusher(self) -> Publisher[T]:
+    def _make_publisher(self) -> Publisher[T]:
         return ListPublisher(self.client, self.keys, self.codec)
 
-    def _by(self, options: PreparedPush) -> Publisher[T]:
+    def _publisher_for(self, options: PreparedPush) -> Publisher[T]:
         if self.client.diverted:
             raise ConfigurationError(
                 f"A plain list holds bare documents, so '{self.name}' cannot be delivered exactly once from an outbox. "
                 "Nothing was stored. Push to it after the commit, or use a queue.",
                 code="E46",
             )
-        return self._pusher
+        return self._publisher
 
     def _intake(self) -> Callable[[int], Call[int]] | None:
         return partial(intake, self.keys)
@@ -98,56 +100,44 @@ class PlainList(Queue[T]):
 
 
 class ListPublisher(Publisher[T]):
-    """The way onto a plain list."""
+    """Appends values to a plain list."""
 
     def __init__(self, client: Client, keys: QueueKeys, codec: ValueCodec[T]) -> None:
-        """Take where to, and how."""
         super().__init__(client, keys, codec, None)
-        self._home = client
-        self._lanes = plain_list.SequencePool()
-        self._known = False
+        self._client = client
+        self._sequences = plain_list.SequencePool()
 
     def push(self, value: T, options: PreparedPush) -> str:
         """Append one document; it has no id."""
-        _refuse(options)
-        self._raw([self._codec.encode(value)])
+        self._send(self._entry(value, options))
         return ""
 
     async def apush(self, value: T, options: PreparedPush) -> str:
-        """Append one document; it has no id."""
-        _refuse(options)
-        await self._araw([self._codec.encode(value)])
+        """Awaitable form of `push`."""
+        await self._asend(self._entry(value, options))
         return ""
 
-    def push_many(self, values: Iterable[T], options: PreparedPush) -> list[str]:
-        """Append documents in their order; the list is as long as what was pushed, its texts are empty."""
+    def plan(self, values: Iterable[T], options: PreparedPush) -> Plan:
+        """Plan to append documents in their order; the result is as long as what was pushed, its texts are empty."""
         _refuse(options)
-        ids: list[str] = []
-        for chunk in self._chunks(values, b"", ids):
-            self._raw(chunk)
-            ids += [""] * len(chunk)
-        return ids
+        ids = yield from super().plan(values, BARE)
+        return [""] * len(ids)
 
-    async def apush_many(self, values: Iterable[T], options: PreparedPush) -> list[str]:
-        """Append documents in their order, as `push_many`."""
+    def _entry(self, value: T, options: PreparedPush) -> PlannedPush:
         _refuse(options)
-        ids: list[str] = []
-        for chunk in self._chunks(values, b"", ids):
-            await self._araw(chunk)
-            ids += [""] * len(chunk)
-        return ids
+        return PlannedPush(self._keys, (), (self._codec.encode(value),), BARE)
 
-    def _raw(self, entries: list[bytes]) -> None:
-        if not self._known:
-            self._home.announce(self._keys)
-            self._known = True
-        with self._lanes.one() as lane:
-            self._home.run(plain_list.push(self._keys, lane, entries))
+    def _send(self, push: PlannedPush) -> Sequence[str]:
+        self._client.announce(self._keys)
+        with self._sequences.one() as sequence:
+            self._client.run(plain_list.push(self._keys, sequence, push.envelopes))
+        return push.ids
 
-    async def _araw(self, entries: list[bytes]) -> None:
-        await self._home.aannounce(self._keys)
-        with self._lanes.one() as lane:
-            await self._home.arun(plain_list.push(self._keys, lane, entries))
+    async def _asend(self, push: PlannedPush) -> Sequence[str]:
+        await self._client.aannounce(self._keys)
+        with self._sequences.one() as sequence:
+            await self._client.arun(plain_list.push(self._keys, sequence, push.envelopes))
+        return push.ids
 
 
 def _refuse(options: PreparedPush) -> None:

@@ -43,13 +43,20 @@ class PreparedPush:
     unique: str | None = None
     durability_request: DurabilityRequest | None = field(default=None, compare=False)
     """What is asked of the store beyond keeping it: no part of what is stored."""
+    group: str | None = field(default=None, compare=False)
+    """What picks the partition: no part of what is stored."""
     wraps: ClassVar[bool] = False
     """True when making an entry takes more than putting it together."""
 
-    @property
-    def is_plain(self) -> bool:
-        """True when messages pushed so need nothing but an envelope and an entry at the tail."""
-        return self == PreparedPush(self.head)
+    is_plain: bool = field(init=False, repr=False, compare=False)
+    """True when messages pushed so need nothing but an envelope and an entry at the tail."""
+
+    def __post_init__(self) -> None:
+        plain = not self.wraps and self._placing() == (0, None, None, None, False, None, None)
+        object.__setattr__(self, "is_plain", plain)
+
+    def _placing(self) -> tuple[object, ...]:
+        return (self.priority, self.delay_ms, self.due_at_ms, self.expires_ms, self.front, self.id, self.unique)
 
     def entry(self, fresh_id: str, envelope: bytes) -> Entry:
         """Return what is pushed for *envelope*, head and body; *fresh_id* is used unless the caller gave an id."""
@@ -177,11 +184,6 @@ class SealedPush(PreparedPush):
     version: int
     wraps: ClassVar[bool] = True
 
-    @property
-    def is_plain(self) -> bool:
-        """False: each body is bound to its own id."""
-        return False
-
     def is_large(self, body: bytes) -> bool:
         """Tell whether *body* goes to the store of large ones."""
         return self.sealing.is_large(body, b"payload")
@@ -198,7 +200,7 @@ def wrapped(options: PreparedPush, sealing: PayloadPipeline | None, queue: str, 
     """Return *options* for a queue with that sealing, None for none."""
     if sealing is None:
         return options
-    given = {field.name: getattr(options, field.name) for field in fields(PreparedPush)}
+    given = {field.name: getattr(options, field.name) for field in fields(PreparedPush) if field.init}
     return SealedPush(**given, sealing=sealing, queue=queue, version=version)
 
 

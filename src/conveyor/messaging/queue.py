@@ -13,14 +13,13 @@ from conveyor import ids
 from conveyor.errors import ConfigurationError, ConveyorError
 from conveyor.messaging import maintenance
 from conveyor.messaging import partitions as partitioning
-from conveyor.messaging.consumer.aconsumer import AsyncConsumer
-from conveyor.messaging.consumer.consumer import Consumer
-from conveyor.messaging.consumer.settling import AsyncSettler, BlockingSettler, adrive, arun_once, drive, run_once
-from conveyor.messaging.consumer.steps import ConsumerSteps, TurnStep
+from conveyor.messaging.consumer.asynchronous import AsyncConsumer
+from conveyor.messaging.consumer.blocking import Consumer
+from conveyor.messaging.consumer.settling import PartitionSource
 from conveyor.messaging.decoder import MessageDecoder
-from conveyor.messaging.leases import DeadWorkerDetector, LeasedMessage, LeaseSession
+from conveyor.messaging.leases import DeadWorkerDetector, LeaseSession
 from conveyor.messaging.maintenance import DeadLetter
-from conveyor.messaging.message import Batch, Message, OnError, Settler
+from conveyor.messaging.message import Batch, Message, OnError
 from conveyor.messaging.publisher import Publisher
 from conveyor.messaging.push_options import PLAIN, PreparedPush, PushManyOptions, PushOptions, later, posting, wrapped
 from conveyor.messaging.retry import Retry
@@ -33,11 +32,11 @@ from conveyor.payload.versions import check_version
 from conveyor.store import inspection, operations
 from conveyor.store.client.client import Client, refuse_in_loop
 from conveyor.store.client.durability import Durability
+from conveyor.store.client.programs import adrive, arun_once, drive, run_once
 from conveyor.store.inspection import QueueCounts
 from conveyor.store.keys import QueueKeys
 from conveyor.store.operations import MOST_HELD
 from conveyor.store.script import Call
-from conveyor.store.transport.wakeup import AsyncWakeupWaiter, WakeupWaiter
 from conveyor.units import Duration, milliseconds
 
 T = TypeVar("T")
@@ -80,9 +79,9 @@ class Queue(Generic[T]):
         self.codec: FormatCodec[T] = codec_for(
             type, formats=formats, max_payload=max_payload, what=f"A message of queue '{name}'"
         )
-        self.lease_ms = _whole("lease_ms", lease_ms, SHORTEST_LEASE_MS)
-        self.max_length = None if max_length is None else _whole("max_length", max_length, 1)
-        self.retry = retry if retry is not None else Retry(attempts=_whole("max_attempts", max_attempts, 1))
+        self.lease_ms = whole_number("lease_ms", lease_ms, SHORTEST_LEASE_MS)
+        self.max_length = None if max_length is None else whole_number("max_length", max_length, 1)
+        self.retry = retry if retry is not None else Retry(attempts=whole_number("max_attempts", max_attempts, 1))
         if full not in get_args(Full):
             raise ConfigurationError(f"full must be one of {', '.join(get_args(Full))}, not {full!r}.")
         if full != "raise":
@@ -94,9 +93,9 @@ class Queue(Generic[T]):
         self.asks = asks
         self._sealing = sealing
         self.version = check_version(version, upcast, f"queue({name!r})")
-        self._opening: MessageDecoder[T] = MessageDecoder(name, self.codec, sealing, version, upcast)
-        self._suspects = DeadWorkerDetector(self.lease_ms)
-        self._pusher: Publisher[T] = self._make_pusher()
+        self._decoder: MessageDecoder[T] = MessageDecoder(name, self.codec, sealing, version, upcast)
+        self._detector = DeadWorkerDetector(self.lease_ms)
+        self._publisher: Publisher[T] = self._make_publisher()
 
     # -- what a plain list does otherwise ---------------------------------------------------------------------------
 
@@ -106,17 +105,17 @@ class Queue(Generic[T]):
     def _keys(self) -> QueueKeys:
         return self.client.keys(self.name)
 
-    def _make_pusher(self) -> Publisher[T]:
+    def _make_publisher(self) -> Publisher[T]:
         return Publisher(self.client.push_target(self.asks), self.keys, self.codec, self.max_length)
 
     def _intake(self) -> Callable[[int], Call[int]] | None:
         return None
 
-    def _by(self, options: PreparedPush) -> Publisher[T]:
+    def _publisher_for(self, options: PreparedPush) -> Publisher[T]:
         """Return what pushes with these options, to where pushes go right now."""
         if options.durability_request is None and not self.client.diverted:
-            return self._pusher
-        return self._pusher.through(self.client.push_target(self.asks, options.durability_request))
+            return self._publisher
+        return self._publisher.through(self.client.push_target(self.asks, options.durability_request))
 
     # -- push ---------------------------------------------------------------------------------------------------------
 
@@ -131,8 +130,8 @@ class Queue(Generic[T]):
         Raises PayloadError, ConfigurationError, QueueFull: nothing was stored; StoreUnavailable: perhaps it was, once;
         DurabilityNotReached: it was, and was not confirmed.
         """
-        chosen = self._posting(options)
-        return self._by(chosen).push(value, chosen)
+        prepared = self._prepared(options)
+        return self._publisher_for(prepared).push(value, prepared)
 
     def push_many(self, values: Iterable[T], **options: Unpack[PushManyOptions]) -> list[str]:
         """
@@ -141,32 +140,32 @@ class Queue(Generic[T]):
         A list is checked whole before anything is stored, an iterator in windows of 100,000, which are held no longer
         than needed. With `max_length` all are accepted or none, at most 100,000 at a time.
         """
-        chosen = self._placement(options)
-        return self._by(chosen).push_many(values, chosen)
+        prepared = self._prepared_many(options)
+        return self._publisher_for(prepared).push_many(values, prepared)
 
     async def apush(self, value: T, **options: Unpack[PushOptions]) -> str:
         """Store one message and return its id, as `push`; concurrent calls share round trips."""
-        chosen = self._posting(options)
-        return await self._by(chosen).apush(value, chosen)
+        prepared = self._prepared(options)
+        return await self._publisher_for(prepared).apush(value, prepared)
 
     async def apush_many(self, values: Iterable[T], **options: Unpack[PushManyOptions]) -> list[str]:
         """Store many messages in their order and return their ids, as `push_many`."""
-        chosen = self._placement(options)
-        return await self._by(chosen).apush_many(values, chosen)
+        prepared = self._prepared_many(options)
+        return await self._publisher_for(prepared).apush_many(values, prepared)
 
-    def _posting(self, options: PushOptions) -> PreparedPush:
+    def _prepared(self, options: PushOptions) -> PreparedPush:
         if not options and self._sealing is None and self.version == 1:
             return PLAIN
         if unknown := options.keys() - PushOptions.__annotations__.keys():
             raise TypeError(f"push() got an unexpected keyword argument {min(unknown)!r}")
         return wrapped(posting(**options, version=self.version), self._sealing, self.name, self.version)
 
-    def _placement(self, options: PushManyOptions) -> PreparedPush:
+    def _prepared_many(self, options: PushManyOptions) -> PreparedPush:
         if alone := {"id", "unique"} & options.keys():
             raise ConfigurationError(
                 f"push_many takes no {' and no '.join(sorted(alone))}: each belongs to one message."
             )
-        return self._posting(cast("PushOptions", options))
+        return self._prepared(cast("PushOptions", options))
 
     # -- take ---------------------------------------------------------------------------------------------------------
 
@@ -179,16 +178,16 @@ class Queue(Generic[T]):
         loop is left goes back to the front, what had not started without a trace.
         """
         refuse_in_loop()
-        prefetch = _whole("prefetch", prefetch, 1, MOST_HELD)
-        return self._consumer(_on_error(on_error)).messages(prefetch)
+        prefetch = whole_number("prefetch", prefetch, 1, MOST_HELD)
+        return self._consumer(checked_on_error(on_error)).messages(prefetch)
 
     def batches(
         self, size: int = 100, within: Duration = "1s", *, on_error: OnError = "log"
     ) -> Generator[Batch[T], None, None]:
         """Yield lists of messages for ever: of *size*, or what came *within* that time after the first."""
         refuse_in_loop()
-        size, wait_ms = _whole("size", size, 1, MOST_HELD), milliseconds(within, name="within")
-        return self._consumer(_on_error(on_error)).batches(size, wait_ms / 1000)
+        size, wait_ms = whole_number("size", size, 1, MOST_HELD), milliseconds(within, name="within")
+        return self._consumer(checked_on_error(on_error)).batches(size, wait_ms / 1000)
 
     def pull(self, n: int = 1, wait: Duration = 0) -> list[Message[T]]:
         """
@@ -196,78 +195,51 @@ class Queue(Generic[T]):
 
         Nobody renews their lease: settle each with `ack`, `nack` or `dead` before it ends, or `extend` it.
         """
-        n, wait_ms = _whole("n", n, 1, MOST_HELD), milliseconds(wait, name="wait")
-        holder = BlockingSettler(self.client, self._lessee("pull", transient=True), self._verdict(), "log")
-        flow = ConsumerSteps(holder.lessee, holder.verdict, lambda leased: self._open(leased, holder))
-        program, bell = flow.pull(n, wait_ms / 1000), None
-        try:
-            while True:
-                step = next(program)
-                if isinstance(step, TurnStep):
-                    holder.round(step.want, leave=step.leave)
-                    holder.note()
-                else:
-                    bell = bell or WakeupWaiter(self.client.endpoint(self.keys))
-                    bell.wait(self.keys.wake, step.seconds)
-        except StopIteration as stop:
-            return stop.value  # type: ignore[no-any-return]
-        finally:
-            if bell is not None:
-                bell.close()
+        n, wait_ms = whole_number("n", n, 1, MOST_HELD), milliseconds(wait, name="wait")
+        return self._consumer("log", transient=True).pull(n, wait_ms / 1000)
 
     def aconsume(self, prefetch: int = 1, *, on_error: OnError = "log") -> AsyncGenerator[Message[T], None]:
         """Yield messages for ever, as `consume`, on this event loop."""
-        prefetch = _whole("prefetch", prefetch, 1, MOST_HELD)
-        return self._async(_on_error(on_error), lambda consumer: consumer.messages(prefetch))
+        prefetch = whole_number("prefetch", prefetch, 1, MOST_HELD)
+        return self._async(checked_on_error(on_error), lambda consumer: consumer.messages(prefetch))
 
     def abatches(
         self, size: int = 100, within: Duration = "1s", *, on_error: OnError = "log"
     ) -> AsyncGenerator[Batch[T], None]:
         """Yield lists of messages for ever, as `batches`, on this event loop."""
-        size, wait_ms = _whole("size", size, 1, MOST_HELD), milliseconds(within, name="within")
-        return self._async(_on_error(on_error), lambda consumer: consumer.batches(size, wait_ms / 1000))
+        size, wait_ms = whole_number("size", size, 1, MOST_HELD), milliseconds(within, name="within")
+        return self._async(checked_on_error(on_error), lambda consumer: consumer.batches(size, wait_ms / 1000))
 
     async def apull(self, n: int = 1, wait: Duration = 0) -> list[Message[T]]:
         """Return up to *n* messages as soon as there is one, or none after *wait*, as `pull`."""
-        n, wait_ms = _whole("n", n, 1, MOST_HELD), milliseconds(wait, name="wait")
-        holder = AsyncSettler(self.client, self._lessee("pull", transient=True), self._verdict(), "log")
-        flow = ConsumerSteps(holder.lessee, holder.verdict, lambda leased: self._open(leased, holder))
-        program, bell = flow.pull(n, wait_ms / 1000), None
-        try:
-            while True:
-                step = next(program)
-                if isinstance(step, TurnStep):
-                    await holder.around(step.want, leave=step.leave)
-                    holder.note()
-                else:
-                    bell = bell or AsyncWakeupWaiter(self.client.endpoint(self.keys))
-                    await bell.wait(self.keys.wake, step.seconds)
-        except StopIteration as stop:
-            return stop.value  # type: ignore[no-any-return]
-        finally:
-            if bell is not None:
-                bell.close()
+        n, wait_ms = whole_number("n", n, 1, MOST_HELD), milliseconds(wait, name="wait")
+        return await self._async_consumer("log", transient=True).pull(n, wait_ms / 1000)
 
-    def _consumer(self, on_error: OnError) -> Consumer[T]:
-        return Consumer(self.client, self._lessee("consumer"), self._verdict(), on_error, self._open)
+    def _consumer(self, on_error: OnError, *, transient: bool = False) -> Consumer[T]:
+        return Consumer(self.client, [self._source(transient)], on_error, transient=transient)
+
+    def _async_consumer(self, on_error: OnError, *, transient: bool = False) -> AsyncConsumer[T]:
+        return AsyncConsumer(self.client, [self._source(transient)], on_error, transient=transient)
 
     async def _async(
         self, on_error: OnError, begin: Callable[[AsyncConsumer[T]], AsyncGenerator[V, None]]
     ) -> AsyncGenerator[V, None]:
         # Made inside the loop, at the first step; closing this one closes the inner one at once.
-        consumer = AsyncConsumer(self.client, self._lessee("consumer"), self._verdict(), on_error, self._open)
-        async with aclosing(begin(consumer)) as things:
+        async with aclosing(begin(self._async_consumer(on_error))) as things:
             async for thing in things:
                 yield thing
 
-    def _lessee(self, kind: str, *, transient: bool = False) -> LeaseSession:
+    def _source(self, transient: bool) -> PartitionSource[T]:
+        """Return what a consumer needs of this queue: with a new identity, *transient* for a single pull."""
+        kind = "pull" if transient else "consumer"
         about = operations.about(kind=kind, host=socket.gethostname(), pid=os.getpid(), queue=self.name)
-        suspects = self._suspects if transient else DeadWorkerDetector(self.lease_ms)
-        lessee = LeaseSession(self.keys, self.lease_ms, about, suspects, intake=self._intake(), transient=transient)
-        lessee.opening = self._opening if self._opening.fetches else None
-        return lessee
+        # Pulls share what they saw, since a single one seldom looks twice.
+        detector = self._detector if transient else DeadWorkerDetector(self.lease_ms)
+        session = LeaseSession(self.keys, self.lease_ms, about, detector, intake=self._intake(), transient=transient)
+        session.bodies = self._decoder if self._decoder.fetches else None
+        return PartitionSource(session, self._policy(), self._decoder)
 
-    def _verdict(self) -> SettlementPolicy:
+    def _policy(self) -> SettlementPolicy:
         sealing, worker = self._sealing, f"{socket.gethostname()}:{os.getpid()}"
         if sealing is None:
             return SettlementPolicy(self.retry, worker)
@@ -277,10 +249,6 @@ class Queue(Generic[T]):
             pack=lambda id_, record: pack_failure(sealing, record, self.name, id_),
             pack_refusal=lambda id_, record, code: pack_refusal(sealing, record, code, self.name, id_),
         )
-
-    def _open(self, leased: LeasedMessage, holder: Settler) -> Message[T]:
-        """Return the message people see. Raises PayloadError."""
-        return Message(self.name, self._opening.body(leased), leased, holder)
 
     # -- look and care ------------------------------------------------------------------------------------------------
 
@@ -384,13 +352,13 @@ class Queue(Generic[T]):
         return self.client.reached
 
 
-def _on_error(value: OnError) -> OnError:
+def checked_on_error(value: OnError) -> OnError:
     if value not in get_args(OnError):
         raise ConfigurationError(f"on_error must be 'log' or 'raise', not {value!r}.")
     return value
 
 
-def _whole(name: str, value: object, least: int, most: int | None = None) -> int:
+def whole_number(name: str, value: object, least: int, most: int | None = None) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value < least or (most is not None and value > most):
         limits = f"of at least {least}" if most is None else f"from {least} to {most:,}"
         raise ConfigurationError(f"{name} must be a whole number {limits}, not {value!r}.")

@@ -5,11 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 from conveyor.errors import PayloadError
 from conveyor.ids import made_at_ms
-from conveyor.messaging.leases import DONE, LeasedMessage
+from conveyor.messaging.leases import LeasedMessage
 from conveyor.messaging.retry import GiveUp, Retry, RetryAfter, after_failure, handed_back, put_off_ms, suspected
 from conveyor.payload import failures
 from conveyor.payload.records import AttemptHistory, Failure, Outcome, to_json
@@ -27,17 +26,13 @@ def _now_ms() -> int:
 class SettlementPolicy:
     """The policy of a queue, and who judges: `worker` is written into every failure."""
 
-    policy: Retry
+    retry: Retry
     worker: str
     now_ms: Callable[[], int] = _now_ms
     pack: Callable[[str, Failure], Failure] | None = None
     """Seals what an error says, given the id."""
     pack_refusal: Callable[[str, Failure, str], Failure] | None = None
     """The same for an error with that code, of a body that could not be read."""
-
-    def done(self, leased: LeasedMessage) -> Settlement:
-        """It succeeded."""
-        return _settlement(leased, DONE if leased.envelope.is_plain else "D")
 
     def failed(self, leased: LeasedMessage, error: BaseException, *, cancelled: bool = False) -> Settlement:
         """It raised: again after the policy's pause, or dead."""
@@ -47,7 +42,7 @@ class SettlementPolicy:
         if self.pack is not None:
             record = self.pack(leased.id, record)
         attempts = leased.envelope.extra.attempts
-        follows = after_failure(self.policy, leased.state, leased.attempt, error, to_json(record), attempts=attempts)
+        follows = after_failure(self.retry, leased.history, leased.attempt, error, to_json(record), attempts=attempts)
         if isinstance(follows, RetryAfter):
             return _settlement(leased, "R", ms=follows.ms, state=follows.state.encode())
         return self._buried(leased, follows, record)
@@ -57,12 +52,12 @@ class SettlementPolicy:
         if cancelled:
             return self.cancelled(leased)
         record = Failure(leased.attempt, self.now_ms(), "nack", "refused by nack()", worker=self.worker)
-        before, attempts = leased.state, leased.envelope.extra.attempts
+        before, attempts = leased.history, leased.envelope.extra.attempts
         state = AttemptHistory(leased.attempt, before.failures + 1, before.crashes, [*before.errors, to_json(record)])
-        budget = self.policy.attempts if attempts is None else attempts
+        budget = self.retry.attempts if attempts is None else attempts
         if state.failures >= budget:
             return self._buried(leased, GiveUp(state, f"all {budget} attempts failed"), record)
-        pause = self.policy.pause_ms(state.failures) if delay_ms is None else delay_ms
+        pause = self.retry.pause_ms(state.failures) if delay_ms is None else delay_ms
         return _settlement(leased, "R", ms=pause, state=state.encode())
 
     def dead(self, leased: LeasedMessage, reason: str) -> Settlement:
@@ -74,7 +69,7 @@ class SettlementPolicy:
         return self._given_up(leased, text, record)
 
     def _given_up(self, leased: LeasedMessage, text: str, record: Failure) -> Settlement:
-        before = leased.state
+        before = leased.history
         state = AttemptHistory(leased.attempt, before.failures, before.crashes, [*before.errors, to_json(record)])
         return self._buried(leased, GiveUp(state, text), record)
 
@@ -93,30 +88,30 @@ class SettlementPolicy:
         if pause is None:
             return self.undecodable(leased, error)
         return _settlement(
-            leased, "R", ms=pause, state=leased.state.encode() if leased.state != AttemptHistory() else b""
+            leased, "R", ms=pause, state=leased.history.encode() if leased.history != AttemptHistory() else b""
         )
 
     def poison(self, leased: LeasedMessage) -> Settlement | None:
         """Dead instead of started, when its consumer crashed too often while it ran; else None."""
-        crashes = leased.state.crashes
-        if crashes < self.policy.max_crashes:
+        crashes = leased.history.crashes
+        if crashes < self.retry.max_crashes:
             return None
         record = Failure(
-            leased.state.starts, self.now_ms(), "crashed", f"its consumer crashed {crashes} times", worker=self.worker
+            leased.history.starts, self.now_ms(), "crashed", f"its consumer crashed {crashes} times", worker=self.worker
         )
-        before = leased.state
+        before = leased.history
         state = AttemptHistory(before.starts, before.failures, crashes, [*before.errors, to_json(record)])
         return self._buried(leased, GiveUp(state, "crashed"), record)
 
-    def suspected(self, leased: LeasedMessage) -> Settlement | None:
-        """For one that came back from a crash: the count raised before it starts. None for any other."""
-        if leased.state.crashes == 0:
+    def presumed_crash(self, leased: LeasedMessage) -> Settlement | None:
+        """Count one more crash before a message starts that came back from one; None for any other."""
+        if leased.history.crashes == 0:
             return None
-        return _settlement(leased, "M", state=suspected(leased.state).encode())
+        return _settlement(leased, "M", state=suspected(leased.history).encode())
 
     def returned(self, leased: LeasedMessage) -> bytes:
         """The state of one that is given back: its start is seen, its budget untouched."""
-        return handed_back(leased.state, leased.attempt, started=True).encode() if leased.started else b""
+        return handed_back(leased.history, leased.attempt, started=True).encode() if leased.started else b""
 
     def cancelled(self, leased: LeasedMessage) -> Settlement:
         """Somebody cancelled it."""
@@ -132,5 +127,4 @@ def _settlement(
     leased: LeasedMessage, kind: str, *, ms: int = 0, record: bytes = b"", state: bytes = b""
 ) -> Settlement:
     envelope = leased.envelope
-    make = partial(Settlement, kind, leased.id, ms, record, state)
-    return make() if envelope.is_plain else make(unique=envelope.unique, own_id=envelope.own_id)
+    return Settlement(kind, leased.id, ms, record, state, unique=envelope.unique, own_id=envelope.own_id)
