@@ -188,7 +188,7 @@ class LeaseSession:
                 continue
             known = self._absorb(reply)
             if not known:
-                self._reconcile((yield operations.held(self.keys, self.worker)))
+                self._reconcile((yield operations.held_ids(self.keys, self.worker)))
             for worker, end in self._find_dead(reply):
                 self.reaped += max(0, (yield operations.reap(self.keys, worker, end=end)))
             if repeated:

@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable, Generator
 from typing import Any, TypeVar
 
 from conveyor.store.client.client import Client
-from conveyor.store.operations import INTAKE
+from conveyor.store.operations import LIST_INTAKE
 from conveyor.store.script import Call
 
 C = TypeVar("C")
@@ -32,7 +32,7 @@ async def arun_once(client: Client, call: Call[Any]) -> Any:
 def _patience(client: Client, call: Call[Any]) -> float:
     """Return the seconds for which *call* is repeated."""
     # An intake is never repeated: it would store new entries over old ones.
-    return 0.0 if call.script is INTAKE else client.patience
+    return 0.0 if call.script is LIST_INTAKE else client.patience
 
 
 def drive(program: Generator[C, Any, V], run: Callable[[C], Any]) -> V:
