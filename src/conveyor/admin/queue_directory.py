@@ -8,7 +8,7 @@ from typing import Any
 from conveyor import ids
 from conveyor.errors import ConfigurationError, QueueNotFound
 from conveyor.messaging.partitioned_queue import PartitionedQueue
-from conveyor.messaging.partitions import likely_first, number_of, partition_names
+from conveyor.messaging.partitions import likely_first, partition_count, partition_names
 from conveyor.messaging.plain_list import PlainList
 from conveyor.messaging.queue import Queue
 from conveyor.store import inspection
@@ -80,7 +80,7 @@ class QueueDirectory:
         for place in self._client.queues():
             queue = place if place in self._plain_lists else ids.logical(place)
             if queue != place and queue not in numbers:
-                numbers[queue] = number_of(self._client, queue)
+                numbers[queue] = partition_count(self._client, queue)
             number = numbers.get(queue, 1)
             # One that only looks like a partition is a plain list, which another program declares.
             found[queue if number > 1 else place] = number

@@ -87,9 +87,9 @@ def _keys(client: Any, queue: str) -> Any:
 
 def _partitions(client: Any, queue: str) -> Any:
     """Return the partitions of a queue as they are on record, None when it lies in one piece."""
-    from conveyor.messaging.partitions import Partitions, number_of
+    from conveyor.messaging.partitions import Partitions, partition_count
 
-    number = number_of(client, queue)
+    number = partition_count(client, queue)
     return None if number == 1 else Partitions(client, queue, number)
 
 
@@ -98,7 +98,7 @@ def _store(client: Any, keys: Any, partitions: Any, entries: list[Entry]) -> lis
 
     if partitions is None:
         return [public(keys.queue, id_) for id_ in client.push(keys, entries)]
-    placed = [partitions.placed(entry) for entry in entries]
+    placed = [partitions.partition_of(entry) for entry in entries]
     found: dict[str, Iterator[str]] = {}
     for place in dict.fromkeys(placed):
         chosen = [entry for entry, where in zip(entries, placed, strict=True) if where == place]
@@ -170,11 +170,11 @@ def _headers(given: tuple[str, ...]) -> dict[str, str]:
 def _choice(app: Any, queue: str, **options: Any) -> PreparedPush:
     """Return what every message of this call is pushed with, sealed as the app seals."""
     from conveyor.jobs.core import core_of
-    from conveyor.messaging.push_options import posting, wrapped
+    from conveyor.messaging.push_options import prepare_push, with_sealing
 
     declared = None if app is None else core_of(app).queues.get(queue)
     version = 1 if declared is None else declared.version
-    return wrapped(posting(**options, version=version), None if app is None else app.sealing, queue, version)
+    return with_sealing(prepare_push(**options, version=version), None if app is None else app.sealing, queue, version)
 
 
 def _codec(app: Any, queue: str) -> FormatCodec[Any] | None:

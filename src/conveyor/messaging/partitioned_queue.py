@@ -71,13 +71,13 @@ class PartitionedQueue(Queue[T]):
             whole_number("max_length", max_length, 1)
         self.partitions = Partitions(client, queue_name(name), partitions, max_length)
         self.parts: tuple[Queue[T], ...] = tuple(
-            PartitionQueue(client, keys, type, lease_ms=lease_ms, max_length=self.partitions.most, **options)
+            PartitionQueue(client, keys, type, lease_ms=lease_ms, max_length=self.partitions.max_length, **options)
             for keys in self.partitions.keys
         )
         super().__init__(client, name, type, lease_ms=lease_ms, max_length=max_length, **options)
 
     def _make_publisher(self) -> Publisher[T]:
-        return PartitionedPublisher(self.client.push_target(self.asks), self.partitions, self.codec)
+        return PartitionedPublisher(self.client.push_target(self.durability), self.partitions, self.codec)
 
     def _prepared(self, options: PushOptions) -> PreparedPush:
         group = options.pop("group", None)

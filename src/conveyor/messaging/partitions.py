@@ -37,12 +37,12 @@ from conveyor.store.partitions import PartitionCountMismatch
 from conveyor.store.script import Argument, Call
 
 V = TypeVar("V")
-MOST = 256
+MAX_PARTITIONS = 256
 """Partitions of one queue at most: a worker has an identity, and in a cluster a blocked connection, for each."""
-_LOOK = 0.05
+RETRY_PAUSE = 0.05
 
 
-def place(key: str, partitions: int) -> int:
+def partition_of(key: str, partitions: int) -> int:
     """Return the partition, from 0, that *key* picks of so many."""
     return crc32(key.encode("utf-8", "surrogatepass")) % partitions
 
@@ -53,14 +53,14 @@ def likely_first(names: Sequence[str], id: str) -> list[str]:  # noqa: A002
     for name in names:
         if (queue := ids.logical(name)) != name:
             counts[queue] = counts.get(queue, 0) + 1
-    likely = {ids.partition(queue, place(id, number)) for queue, number in counts.items()}
+    likely = {ids.partition(queue, partition_of(id, number)) for queue, number in counts.items()}
     return sorted(names, key=lambda name: name not in likely)
 
 
-def checked(partitions: object) -> int:
+def checked_count(partitions: object) -> int:
     """Return a usable number of partitions; raises ConfigurationError."""
-    if not isinstance(partitions, int) or isinstance(partitions, bool) or not 1 <= partitions <= MOST:
-        raise ConfigurationError(f"partitions must be a whole number from 1 to {MOST}, not {partitions!r}.")
+    if not isinstance(partitions, int) or isinstance(partitions, bool) or not 1 <= partitions <= MAX_PARTITIONS:
+        raise ConfigurationError(f"partitions must be a whole number from 1 to {MAX_PARTITIONS}, not {partitions!r}.")
     return partitions
 
 
@@ -75,7 +75,7 @@ def agree(client: Client, queue: str, partitions: Partitions | None) -> None:
         raise PartitionCountMismatch(keys, str(number))
 
 
-def share(max_length: int | None, partitions: int) -> int | None:
+def _max_length_share(max_length: int | None, partitions: int) -> int | None:
     """Return the part of a maximum length that falls to each partition; raises ConfigurationError."""
     if max_length is not None and max_length < partitions:
         raise ConfigurationError(
@@ -90,21 +90,21 @@ class Partitions:
 
     def __init__(self, client: Client, name: str, number: int, max_length: int | None = None) -> None:
         """Take the queue's name, the number of its partitions, and the maximum length of the whole. Nothing is sent."""
-        self.client, self.name, self.count = client, name, checked(number)
-        self.most = share(max_length, number)
+        self.client, self.name, self.count = client, name, checked_count(number)
+        self.max_length = _max_length_share(max_length, number)
         self.keys = tuple(
             QueueKeys(client.namespace, ids.partition(name, one), partitions=number) for one in range(number)
         )
-        self.whole = client.keys(name)
-        self._round = count(randrange(number))  # noqa: S311
-        self._numbers = {keys.queue: one for one, keys in enumerate(self.keys)}
-        self._claimed = self._known = False
+        self.queue_keys = client.keys(name)
+        self._turns = count(randrange(number))  # noqa: S311
+        self._number_of = {keys.queue: one for one, keys in enumerate(self.keys)}
+        self._has_agreed = self._is_announced = False
 
     # -- placing --------------------------------------------------------------------------------------------------
 
-    def turn(self) -> int:
+    def next_in_turn(self) -> int:
         """Return the partition whose turn it is."""
-        return next(self._round) % self.count
+        return next(self._turns) % self.count
 
     def pick(self, *, group: str | None = None, unique: str | None = None, id: str | None = None) -> int:  # noqa: A002
         """
@@ -113,82 +113,82 @@ class Partitions:
         Raises ConfigurationError for a unique key beside a group key that places elsewhere: two of them could live.
         """
         if group is not None:
-            at = place(group, self.count)
-            if unique is not None and unique != group and place(unique, self.count) != at:
+            at = partition_of(group, self.count)
+            if unique is not None and unique != group and partition_of(unique, self.count) != at:
                 raise ConfigurationError(
                     f"unique={unique!r} beside group={group!r} on queue '{self.name}': the group picks partition {at}, "
-                    f"the unique key partition {place(unique, self.count)}, and a key is unique within its partition "
+                    f"the unique key partition {partition_of(unique, self.count)}, and a key is unique within its partition "
                     "only. Use one key for both, or leave one out. Nothing was stored."
                 )
             return at
         key = id if unique is None else unique
-        return self.turn() if key is None else place(key, self.count)
+        return self.next_in_turn() if key is None else partition_of(key, self.count)
 
-    def placed(self, entry: Entry) -> str:
+    def partition_of(self, entry: Entry) -> str:
         """Return the name of the partition that a job goes to."""
         return self.keys[self.pick(unique=entry.unique, id=entry.id if entry.own_id else None)].queue
 
-    def unasked(self) -> Partitions:
+    def without_agreement(self) -> Partitions:
         """Return the same for pushes that do not go to Redis now: who delivers them agrees on the number."""
         other = copy(self)
-        other._known = True  # noqa: SLF001
+        other._is_announced = True  # noqa: SLF001
         return other
 
     # -- agreeing on their number ---------------------------------------------------------------------------------
 
     def agree(self) -> None:
         """See once that Redis has our number, or let it have it; raises ConfigurationError (E34)."""
-        if not self._claimed:
+        if not self._has_agreed:
             self.claim()
-            self._claimed = True
+            self._has_agreed = True
 
     async def aagree(self) -> None:
         """Do the same on this event loop."""
-        if not self._claimed:
+        if not self._has_agreed:
             await self.aclaim()
-            self._claimed = True
+            self._has_agreed = True
 
     def claim(self, patience: float | None = None) -> None:
         """Agree with Redis on the number; a change under way is waited for, for *patience* seconds."""
         deadline = time.monotonic() + (self.client.patience if patience is None else patience)
         while True:
             try:
-                return drive(self._claiming(), partial(self.client.run, patience=self._patience))
+                return drive(self._claim_calls(), partial(self.client.run, patience=self._patience))
             except PartitionCountMismatch as error:
                 if error.found != 0 or time.monotonic() >= deadline:
                     raise
-                time.sleep(_LOOK)
+                time.sleep(RETRY_PAUSE)
 
     async def aclaim(self, patience: float | None = None) -> None:
         """Do the same on this event loop."""
         deadline = time.monotonic() + (self.client.patience if patience is None else patience)
         while True:
             try:
-                return await adrive(self._claiming(), partial(self.client.arun, patience=self._patience))
+                return await adrive(self._claim_calls(), partial(self.client.arun, patience=self._patience))
             except PartitionCountMismatch as error:
                 if error.found != 0 or time.monotonic() >= deadline:
                     raise
-                await asyncio.sleep(_LOOK)
+                await asyncio.sleep(RETRY_PAUSE)
 
     @property
     def _patience(self) -> float:
         """How long a claim is repeated for: where pushes are kept when Redis is away, it is not waited for."""
-        return self.client.patience if self.client.buffer is None else _LOOK
+        return self.client.patience if self.client.buffer is None else RETRY_PAUSE
 
-    def _claiming(self) -> Generator[Call[Any], Any, None]:
+    def _claim_calls(self) -> Generator[Call[Any], Any, None]:
         whole, *parts = partitioning.claims(self.client.namespace, self.name, self.count)
         first = yield whole
-        if first or self._claimed:
+        if first or self._has_agreed:
             for part in parts:  # noqa: UP028  replies are sent in
                 yield part
 
-    def keep(self, work: Callable[[], V]) -> V:
+    def run_agreed(self, work: Callable[[], V]) -> V:
         """Push by *work*, again after agreeing anew when a partition knew another number: Redis was emptied, or it changed."""
-        if not self._known:
+        if not self._is_announced:
             try:
                 self.agree()
                 self.client.announce(*self.keys)
-                self._known = True
+                self._is_announced = True
             except StoreUnavailable:
                 if self.client.buffer is None:  # else the push is kept, and agrees when it is delivered
                     raise
@@ -198,13 +198,13 @@ class Partitions:
             self.claim()
             return work()
 
-    async def akeep(self, work: Callable[[], Awaitable[V]]) -> V:
+    async def arun_agreed(self, work: Callable[[], Awaitable[V]]) -> V:
         """Do the same on this event loop."""
-        if not self._known:
+        if not self._is_announced:
             try:
                 await self.aagree()
                 await self.client.aannounce(*self.keys)
-                self._known = True
+                self._is_announced = True
             except StoreUnavailable:
                 if self.client.buffer is None:
                     raise
@@ -216,27 +216,24 @@ class Partitions:
 
     # -- pushing jobs ---------------------------------------------------------------------------------------------
 
-    def send(self, partition: str, entries: Sequence[Entry], way: PushTarget | None = None) -> list[str]:
-        """Push jobs that were placed in *partition*, by the *way* in that was asked for; return an id for each."""
-        way = way or self.client
-        keys, most = self.keys[self._numbers[partition]], self.most or 0
+    def send(self, partition: str, entries: Sequence[Entry], target: PushTarget | None = None) -> list[str]:
+        """Push jobs that were placed in *partition*, by through *target* (None: the client); return an id for each."""
+        target = target or self.client
+        keys, most = self.keys[self._number_of[partition]], self.max_length or 0
         if all(entry.is_plain for entry in entries):
             pairs: list[Argument] = [part for entry in entries for part in (entry.id, entry.rest)]
-            self.keep(lambda: way.push_plain(keys, pairs, max_length=most))
+            self.run_agreed(lambda: target.push_plain(keys, pairs, max_length=most))
             return [entry.id for entry in entries]
-        return self.keep(lambda: way.push(keys, entries, max_length=most))
+        return self.run_agreed(lambda: target.push(keys, entries, max_length=most))
 
-    async def asend(self, partition: str, entries: Sequence[Entry], way: PushTarget | None = None) -> list[str]:
+    async def asend(self, partition: str, entries: Sequence[Entry], target: PushTarget | None = None) -> list[str]:
         """Do the same on this event loop."""
-        way = way or self.client
-        keys, most = self.keys[self._numbers[partition]], self.most or 0
-        return await self.akeep(lambda: way.apush(keys, entries, max_length=most))
+        target = target or self.client
+        keys, most = self.keys[self._number_of[partition]], self.max_length or 0
+        return await self.arun_agreed(lambda: target.apush(keys, entries, max_length=most))
 
 
-Steps = Generator[Call[Any], Any, int]
-
-
-def number_of(client: Client, queue: str) -> int:
+def partition_count(client: Client, queue: str) -> int:
     """Return in how many partitions *queue* lies (1 when it lies in one piece), as recorded in Redis."""
     number, change = client.run(partitioning.count(client.keys(queue)))
     return number or int((change or "1").split()[0])
@@ -254,23 +251,23 @@ def repartition(client: Client, queue: str, number: int) -> int:
     Raises ConfigurationError (E35), and changes nothing, when a partition is not empty: leased and dead ones count.
     Programs that still declare the old number are refused from then on (E34), running workers and consumers too.
     """
-    before = drive(_change(client, ids.queue_name(queue), checked(number)), client.run)
+    before = drive(_repartition(client, ids.queue_name(queue), checked_count(number)), client.run)
     known = known_queues(client.namespace)
-    for command in _renamed(queue, before, number):
+    for command in _known_queue_changes(queue, before, number):
         client.execute(command[0], known, *command[1:], key=known)
     return before
 
 
 async def arepartition(client: Client, queue: str, number: int) -> int:
     """Do the same on this event loop."""
-    before = await adrive(_change(client, ids.queue_name(queue), checked(number)), client.arun)
+    before = await adrive(_repartition(client, ids.queue_name(queue), checked_count(number)), client.arun)
     known = known_queues(client.namespace)
-    for command in _renamed(queue, before, number):
+    for command in _known_queue_changes(queue, before, number):
         await client.aexecute(command[0], known, *command[1:], key=known)
     return before
 
 
-def _renamed(queue: str, before: int, number: int) -> Generator[tuple[str, ...]]:
+def _known_queue_changes(queue: str, before: int, number: int) -> Generator[tuple[str, ...]]:
     """Yield how the set of known queues changes."""
     now, old = partition_names(queue, number), partition_names(queue, before)
     yield "SADD", *now
@@ -278,16 +275,16 @@ def _renamed(queue: str, before: int, number: int) -> Generator[tuple[str, ...]]
         yield "SREM", *gone
 
 
-def _change(client: Client, queue: str, number: int) -> Steps:
+def _repartition(client: Client, queue: str, number: int) -> Generator[Call[Any], Any, int]:
     whole, token = client.keys(queue), ids.new_identity()
     there = yield partitioning.count(whole)
     yield from _refuse_full(client, queue, there[0] or 1)
     if there[0] == number and not there[1]:
-        yield from _mend(client, queue, number, token)
+        yield from _open_all(client, queue, number, token)
         return number
     done, before = yield partitioning.repartition(whole, "begin", token, number)
     if done != 1:
-        raise _full(queue, {queue: before})
+        raise _not_empty(queue, {queue: before})
     most = max(before, number)
     places = [client.keys(ids.partition(queue, one)) for one in range(most)] if most > 1 else []
     full: dict[str, int] = {}
@@ -305,7 +302,7 @@ def _change(client: Client, queue: str, number: int) -> Steps:
     for keys in shut:
         yield partitioning.repartition(keys, "open", token, after)
     if full:
-        raise _full(queue, full)
+        raise _not_empty(queue, full)
     if done != 1:
         raise ConfigurationError(
             f"Somebody else is changing the partitions of queue '{queue}' too. Look, and try again.", code="E35"
@@ -321,15 +318,15 @@ def _refuse_full(client: Client, queue: str, number: int) -> Generator[Call[Any]
         if held := len(found) + found.leased + found.dead:
             full[name] = held
     if full:
-        raise _full(queue, full)
+        raise _not_empty(queue, full)
 
 
 def refuse_full(client: Client, queue: str) -> None:
     """Raise ConfigurationError (E35) when the partitions of *queue* hold something; changes nothing."""
-    drive(_refuse_full(client, queue, number_of(client, queue)), client.run)
+    drive(_refuse_full(client, queue, partition_count(client, queue)), client.run)
 
 
-def _mend(client: Client, queue: str, number: int, token: str) -> Generator[Call[Any], Any, None]:
+def _open_all(client: Client, queue: str, number: int, token: str) -> Generator[Call[Any], Any, None]:
     """Open what a change that was completed but for this has left shut."""
     for one in range(number if number > 1 else 0):
         keys = client.keys(ids.partition(queue, one))
@@ -340,7 +337,7 @@ def _mend(client: Client, queue: str, number: int, token: str) -> Generator[Call
                 yield partitioning.repartition(keys, "open", token, number)
 
 
-def _full(queue: str, full: dict[str, int]) -> ConfigurationError:
+def _not_empty(queue: str, full: dict[str, int]) -> ConfigurationError:
     held = ", ".join(
         f"{name} ({count:,})" if count >= 0 else f"{name} (changed meanwhile)" for name, count in full.items()
     )

@@ -22,7 +22,7 @@ from conveyor.errors import (
 )
 from conveyor.ids import new_id, new_ids, public
 from conveyor.messaging.partitions import Partitions
-from conveyor.messaging.push_options import PreparedPush, wrapped_entries
+from conveyor.messaging.push_options import PreparedPush, make_entries
 from conveyor.payload.codec import ValueCodec
 from conveyor.store.client.batching import BULK, PushTarget
 from conveyor.store.client.client import refuse_in_loop
@@ -121,7 +121,7 @@ class Publisher(Generic[T]):
 
     async def _asend(self, push: PlannedPush) -> Sequence[str]:
         keys, ids, envelopes, options, max_length, whole = push
-        entries = await wrapped_entries(options, ids, envelopes)
+        entries = await make_entries(options, ids, envelopes)
         return await self._target.apush(keys, entries, max_length=max_length, whole=whole and max_length > 0)
 
     # -- steps ----------------------------------------------------------------------------------------------------
@@ -168,7 +168,7 @@ class PartitionedPublisher(Publisher[T]):
     """Pushes values to all partitions of a queue, each message to the one its group, key or turn picks."""
 
     def __init__(self, target: PushTarget, partitions: Partitions, codec: ValueCodec[T]) -> None:
-        super().__init__(target, partitions.whole, codec, partitions.most)
+        super().__init__(target, partitions.queue_keys, codec, partitions.max_length)
         self._partitions = partitions
 
     def through(self, target: PushTarget) -> PartitionedPublisher[T]:
@@ -176,7 +176,7 @@ class PartitionedPublisher(Publisher[T]):
         other = copy(self)
         other._target = target  # noqa: SLF001
         if target.deferred:
-            other._partitions = self._partitions.unasked()  # noqa: SLF001
+            other._partitions = self._partitions.without_agreement()  # noqa: SLF001
         return other
 
     def plan(self, values: Iterable[T], options: PreparedPush) -> Plan:
@@ -201,10 +201,10 @@ class PartitionedPublisher(Publisher[T]):
         return ids
 
     def _send(self, push: PlannedPush) -> Sequence[str]:
-        return self._partitions.keep(lambda: super(PartitionedPublisher, self)._send(push))
+        return self._partitions.run_agreed(lambda: super(PartitionedPublisher, self)._send(push))
 
     async def _asend(self, push: PlannedPush) -> Sequence[str]:
-        return await self._partitions.akeep(lambda: super(PartitionedPublisher, self)._asend(push))
+        return await self._partitions.arun_agreed(lambda: super(PartitionedPublisher, self)._asend(push))
 
     def _place(self, options: PreparedPush) -> QueueKeys:
         partitions = self._partitions
@@ -216,7 +216,7 @@ class PartitionedPublisher(Publisher[T]):
             yield self._partitions.pick(group=group), slice(0, length)
             return
         count = self._partitions.count
-        first = self._partitions.turn()
+        first = self._partitions.next_in_turn()
         for step in range(min(count, length)):
             yield (first + step) % count, slice(step, length, count)
 

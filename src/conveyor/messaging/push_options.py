@@ -100,7 +100,7 @@ PLAIN = PreparedPush(write_rest("", b""))
 """No option at all."""
 
 
-def posting(
+def prepare_push(
     *,
     id: str | None = None,  # noqa: A002
     delay: Duration = 0,
@@ -119,9 +119,9 @@ def posting(
 ) -> PreparedPush:
     """Return the options as they are stored. Raises ConfigurationError and PayloadError."""
     if group is not None:
-        raise later("group")
+        raise not_yet("group")
     if timeout is not None:
-        raise later("timeout", "It belongs to full='block'.")
+        raise not_yet("timeout", "It belongs to full='block'.")
     delay_ms = milliseconds(delay, name="delay")
     if at is not None and delay_ms:
         raise ConfigurationError("Give delay or at, not both. Nothing was stored.")
@@ -147,7 +147,7 @@ def posting(
     )
 
 
-def later(option: str, why: str = "") -> ConfigurationError:
+def not_yet(option: str, why: str = "") -> ConfigurationError:
     """Return the error for an option that does not work yet."""
     return ConfigurationError(f"{option}= arrives with a later release; nothing was stored.{why and ' ' + why}")
 
@@ -196,7 +196,7 @@ class SealedPush(PreparedPush):
         return PreparedPush.entry(self, fresh_id, self.head + body)
 
 
-def wrapped(options: PreparedPush, sealing: PayloadPipeline | None, queue: str, version: int) -> PreparedPush:
+def with_sealing(options: PreparedPush, sealing: PayloadPipeline | None, queue: str, version: int) -> PreparedPush:
     """Return *options* for a queue with that sealing, None for none."""
     if sealing is None:
         return options
@@ -204,7 +204,7 @@ def wrapped(options: PreparedPush, sealing: PayloadPipeline | None, queue: str, 
     return SealedPush(**given, sealing=sealing, queue=queue, version=version)
 
 
-async def wrapped_entries(options: PreparedPush, ids: Sequence[str], envelopes: Sequence[bytes]) -> list[Entry]:
+async def make_entries(options: PreparedPush, ids: Sequence[str], envelopes: Sequence[bytes]) -> list[Entry]:
     """Return what is pushed for *envelopes*; large bodies are written to their store on a thread."""
 
     def make() -> list[Entry]:

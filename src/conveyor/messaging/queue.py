@@ -21,7 +21,15 @@ from conveyor.messaging.leases import DeadWorkerDetector, LeaseSession
 from conveyor.messaging.maintenance import DeadLetter
 from conveyor.messaging.message import Batch, Message, OnError
 from conveyor.messaging.publisher import Publisher
-from conveyor.messaging.push_options import PLAIN, PreparedPush, PushManyOptions, PushOptions, later, posting, wrapped
+from conveyor.messaging.push_options import (
+    PLAIN,
+    PreparedPush,
+    PushManyOptions,
+    PushOptions,
+    not_yet,
+    prepare_push,
+    with_sealing,
+)
 from conveyor.messaging.retry import Retry
 from conveyor.messaging.settlement import SettlementPolicy
 from conveyor.payload.codec import MAX_PAYLOAD
@@ -65,7 +73,7 @@ class Queue(Generic[T]):
         retry: Retry | None = None,
         partitions: int = 1,
         limits: Iterable[object] = (),
-        asks: Durability | None = None,
+        durability: Durability | None = None,
         max_payload: int = MAX_PAYLOAD,
         sealing: PayloadPipeline | None = None,
         version: int = 1,
@@ -85,12 +93,12 @@ class Queue(Generic[T]):
         if full not in get_args(Full):
             raise ConfigurationError(f"full must be one of {', '.join(get_args(Full))}, not {full!r}.")
         if full != "raise":
-            raise later("full", f"Only 'raise' works yet, not {full!r}.")
+            raise not_yet("full", f"Only 'raise' works yet, not {full!r}.")
         if partitions != 1:
             raise ConfigurationError("A Queue lies in one piece: app.queue(…, partitions=…) makes one that does not.")
         if tuple(limits):
-            raise later("limits")
-        self.asks = asks
+            raise not_yet("limits")
+        self.durability = durability
         self._sealing = sealing
         self.version = check_version(version, upcast, f"queue({name!r})")
         self._decoder: MessageDecoder[T] = MessageDecoder(name, self.codec, sealing, version, upcast)
@@ -106,7 +114,7 @@ class Queue(Generic[T]):
         return self.client.keys(self.name)
 
     def _make_publisher(self) -> Publisher[T]:
-        return Publisher(self.client.push_target(self.asks), self.keys, self.codec, self.max_length)
+        return Publisher(self.client.push_target(self.durability), self.keys, self.codec, self.max_length)
 
     def _intake(self) -> Callable[[int], Call[int]] | None:
         return None
@@ -115,7 +123,7 @@ class Queue(Generic[T]):
         """Return what pushes with these options, to where pushes go right now."""
         if options.durability_request is None and not self.client.diverted:
             return self._publisher
-        return self._publisher.through(self.client.push_target(self.asks, options.durability_request))
+        return self._publisher.through(self.client.push_target(self.durability, options.durability_request))
 
     # -- push ---------------------------------------------------------------------------------------------------------
 
@@ -158,7 +166,7 @@ class Queue(Generic[T]):
             return PLAIN
         if unknown := options.keys() - PushOptions.__annotations__.keys():
             raise TypeError(f"push() got an unexpected keyword argument {min(unknown)!r}")
-        return wrapped(posting(**options, version=self.version), self._sealing, self.name, self.version)
+        return with_sealing(prepare_push(**options, version=self.version), self._sealing, self.name, self.version)
 
     def _prepared_many(self, options: PushManyOptions) -> PreparedPush:
         if alone := {"id", "unique"} & options.keys():

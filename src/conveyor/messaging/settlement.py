@@ -9,7 +9,15 @@ from dataclasses import dataclass
 from conveyor.errors import PayloadError
 from conveyor.ids import made_at_ms
 from conveyor.messaging.leases import LeasedMessage
-from conveyor.messaging.retry import GiveUp, Retry, RetryAfter, after_failure, handed_back, put_off_ms, suspected
+from conveyor.messaging.retry import (
+    GiveUp,
+    Retry,
+    RetryAfter,
+    after_failure,
+    handed_back,
+    put_off_ms,
+    with_presumed_crash,
+)
 from conveyor.payload import failures
 from conveyor.payload.records import AttemptHistory, Failure, Outcome, to_json
 from conveyor.store.operations import Settlement
@@ -44,7 +52,7 @@ class SettlementPolicy:
         attempts = leased.envelope.extra.attempts
         follows = after_failure(self.retry, leased.history, leased.attempt, error, to_json(record), attempts=attempts)
         if isinstance(follows, RetryAfter):
-            return _settlement(leased, "R", ms=follows.ms, state=follows.state.encode())
+            return _settlement(leased, "R", ms=follows.ms, state=follows.history.encode())
         return self._buried(leased, follows, record)
 
     def nacked(self, leased: LeasedMessage, delay_ms: int | None, *, cancelled: bool = False) -> Settlement:
@@ -107,7 +115,7 @@ class SettlementPolicy:
         """Count one more crash before a message starts that came back from one; None for any other."""
         if leased.history.crashes == 0:
             return None
-        return _settlement(leased, "M", state=suspected(leased.history).encode())
+        return _settlement(leased, "M", state=with_presumed_crash(leased.history).encode())
 
     def returned(self, leased: LeasedMessage) -> bytes:
         """The state of one that is given back: its start is seen, its budget untouched."""
@@ -120,7 +128,7 @@ class SettlementPolicy:
 
     def _buried(self, leased: LeasedMessage, dead: GiveUp, last: Failure) -> Settlement:
         record = to_json(Outcome("dead", failure=last, reason=dead.reason, at=last.at))
-        return _settlement(leased, "X", record=record, state=dead.state.encode())
+        return _settlement(leased, "X", record=record, state=dead.history.encode())
 
 
 def _settlement(

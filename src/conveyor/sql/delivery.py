@@ -218,15 +218,15 @@ class OutboxDelivery:
             client.run(operations.announce(known, keys.queue), patience=patience)
             self._known.add(part.queue)
         declared, partitions = core.bounded.get(queue), core.partitioned.get(queue)
-        asks = None if declared is None else declared.asks
-        most = partitions.most if partitions else declared.max_length if declared else None
+        asks = None if declared is None else declared.durability
+        most = partitions.max_length if partitions else declared.max_length if declared else None
         # Not `push_plain`: its script would open a lane that was shut.
         call = operations.push(keys, ProducerSequence(part.lane, insists=True), part.entries, max_length=most or 0)
         work = partial(client.carry, keys, call, asks, patience=patience)
         if partitions is None:
             work()
         else:
-            partitions.keep(work)
+            partitions.run_agreed(work)
 
     def _delete(self, link: DbConnection, part: DeliveryBatch) -> int:
         count = self._run(link, DELETE, self._core.client.namespace, part.batch, part.queue)
