@@ -35,7 +35,7 @@ class MessageDecoder(Generic[T]):
         self._sealing = sealing
         self._version = version
         self._upcast = upcast
-        self._old = OldPayload(f"A message of queue '{queue}'", codec.max_payload, codec.formats, call=False)
+        self._old_payload = OldPayload(f"A message of queue '{queue}'", codec.max_payload, codec.formats, call=False)
 
     def message(self, leased: LeasedMessage, settler: Settler) -> Message[T]:
         """Return the message users see. Raises PayloadError, its kind PayloadTooNew, and BlobUnavailable."""
@@ -49,20 +49,17 @@ class MessageDecoder(Generic[T]):
         if version > self._version:
             raise PayloadTooNew(f"A message of queue '{self._queue}'", version, self._version)
         if self._sealing is not None or body[:1] == MAGIC:
-            body = self._opened(leased) if leased.fetched_body is None else leased.fetched_body
+            body = self._open(leased) if leased.fetched_body is None else leased.fetched_body
         if version < self._version and self._upcast is not None:
-            body = bring_up(body, version, self._version, self._upcast, self._old)
+            body = bring_up(body, version, self._version, self._upcast, self._old_payload)
         return self._codec.decode(body)
 
-    def _opened(self, leased: LeasedMessage) -> bytes:
-        sealing, data, place = (
-            self._sealing or PLAIN,
-            leased.envelope.body,
-            (self._queue, sealed_name("", leased.envelope.extra.version), leased.id),
-        )
-        reference = sealing.reference(data, queue=place[0], task=place[1], id=place[2])
+    def _open(self, leased: LeasedMessage) -> bytes:
+        sealing, data = self._sealing or PLAIN, leased.envelope.body
+        task = sealed_name("", leased.envelope.extra.version)
+        reference = sealing.reference(data, queue=self._queue, task=task, id=leased.id)
         leased.blob = "" if reference is None else reference.name
-        return sealing.unwrap(data, queue=place[0], task=place[1], id=place[2])
+        return sealing.unwrap(data, queue=self._queue, task=task, id=leased.id)
 
     @property
     def fetches(self) -> bool:
@@ -74,7 +71,7 @@ class MessageDecoder(Generic[T]):
         for leased in list(waiting):
             if leased.fetched_body is None and PLAIN.is_elsewhere(leased.envelope.body):
                 with contextlib.suppress(PayloadError, StoreUnavailable):
-                    leased.fetched_body = await asyncio.to_thread(self._opened, leased)
+                    leased.fetched_body = await asyncio.to_thread(self._open, leased)
 
     def delete(self, blob: str) -> None:
         """Remove the large body of a message that has ended, confirmed by Redis."""

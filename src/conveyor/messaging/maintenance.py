@@ -1,7 +1,7 @@
 """
 What goes over a whole queue in bounded batches: purge, redrive, reading the dead letters.
 
-Each is a generator of calls with a value at its end, carried out by `holder.drive` or `holder.adrive`.
+Each is a program of calls whose value is a count, carried out by `programs.drive` or `programs.adrive`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from conveyor.store.script import Call
 BATCH = 500
 PAGE = 100
 
-Sweep = Generator[Call[Any], Any, int]
+CountingProgram = Generator[Call[Any], Any, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,39 +46,39 @@ class DeadLetter:
     queue: str = ""
 
 
-def purge_waiting(keys: QueueKeys) -> Sweep:
+def purge_waiting(keys: QueueKeys) -> CountingProgram:
     """Remove as many ready and scheduled messages as there are now, from the front; the value is how many were."""
     counts: QueueCounts = yield inspection.counts(keys)
     removed = 0
-    for place, there in (("ready", counts.ready), ("due", counts.scheduled)):
-        removed += yield from _purge(keys, place, there)
+    for where, count in (("ready", counts.ready), ("due", counts.scheduled)):
+        removed += yield from _purge(keys, where, count)
     return removed
 
 
-def purge_dead(keys: QueueKeys) -> Sweep:
+def purge_dead(keys: QueueKeys) -> CountingProgram:
     """Remove as many dead letters as there are now, oldest first; the value is how many were."""
     counts: QueueCounts = yield inspection.counts(keys)
     return (yield from _purge(keys, "dead", counts.dead))
 
 
-def _purge(keys: QueueKeys, place: str, there: int) -> Sweep:
-    gone = 0
-    while gone < there:
-        taken, removed = yield operations.purge(keys, place, min(BATCH, there - gone))
-        gone += removed
+def _purge(keys: QueueKeys, where: str, count: int) -> CountingProgram:
+    removed = 0
+    while removed < count:
+        taken, gone = yield operations.purge(keys, where, min(BATCH, count - removed))
+        removed += gone
         if taken == 0:
             break
-    return gone
+    return removed
 
 
-def redrive(keys: QueueKeys, limit: int | None) -> Sweep:
+def redrive(keys: QueueKeys, limit: int | None) -> CountingProgram:
     """Put back as many dead letters as there are now, at most *limit*, oldest first; the value is how many were."""
     if limit is not None and (not isinstance(limit, int) or isinstance(limit, bool) or limit < 0):
         raise ConfigurationError(f"limit must be a whole number of at least 0, not {limit!r}.")
     counts: QueueCounts = yield inspection.counts(keys)
-    there, back = counts.dead if limit is None else min(limit, counts.dead), 0
-    while back < there:
-        moved = yield operations.redrive(keys, limit=min(BATCH, there - back))
+    count, back = counts.dead if limit is None else min(limit, counts.dead), 0
+    while back < count:
+        moved = yield operations.redrive(keys, limit=min(BATCH, count - back))
         if moved == 0:
             break
         back += moved

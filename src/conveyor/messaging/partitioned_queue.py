@@ -32,14 +32,14 @@ class PartitionQueue(Queue[T]):
 
     def __init__(self, client: Client, keys: QueueKeys, type: Any, **options: Any) -> None:  # noqa: A002
         """Take its keys."""
-        self._counted = keys
+        self._partition_keys = keys
         super().__init__(client, keys.queue, type, **options)
 
     def _checked_name(self, name: str) -> str:
         return name
 
     def _keys(self) -> QueueKeys:
-        return self._counted
+        return self._partition_keys
 
 
 class PartitionedQueue(Queue[T]):
@@ -143,7 +143,7 @@ class PartitionedQueue(Queue[T]):
         """Put dead letters back, those of all partitions oldest first, and return how many."""
         if limit is None:
             return sum(part.redrive() for part in self.parts)
-        chosen = _chosen(islice(self.dead_letters(), _limit(limit)))
+        chosen = _ids_by_partition(islice(self.dead_letters(), _limit(limit)))
         return sum(self.client.run(operations.redrive(keys, ids=ids)) for keys, ids in self._batches(chosen))
 
     async def aredrive(self, limit: int | None = None) -> int:
@@ -156,7 +156,7 @@ class PartitionedQueue(Queue[T]):
                 letters.append(letter)
                 if len(letters) == limit:
                     break
-        batches = self._batches(_chosen(letters))
+        batches = self._batches(_ids_by_partition(letters))
         return sum([await self.client.arun(operations.redrive(keys, ids=ids)) for keys, ids in batches])
 
     def dead_letters(self) -> Iterator[DeadLetter]:
@@ -168,10 +168,10 @@ class PartitionedQueue(Queue[T]):
         sources = [aiter(part.adead_letters()) for part in self.parts]
         heads = [(await anext(source, None), source) for source in sources]
         while True:
-            there = [number for number, (letter, _) in enumerate(heads) if letter is not None]
-            if not there:
+            left = [number for number, (letter, _) in enumerate(heads) if letter is not None]
+            if not left:
                 return
-            first = min(there, key=lambda number: _died(heads[number][0]))
+            first = min(left, key=lambda number: _died(heads[number][0]))
             letter, source = heads[first]
             assert letter is not None
             yield letter
@@ -194,8 +194,8 @@ def _died(letter: DeadLetter | None) -> float:
     return letter.died_at.timestamp()
 
 
-def _chosen(letters: Iterable[DeadLetter]) -> dict[str, list[str]]:
-    found: dict[str, list[str]] = {}
+def _ids_by_partition(letters: Iterable[DeadLetter]) -> dict[str, list[str]]:
+    chosen: dict[str, list[str]] = {}
     for letter in letters:
-        found.setdefault(letter.queue, []).append(split(letter.id)[1])
-    return found
+        chosen.setdefault(letter.queue, []).append(split(letter.id)[1])
+    return chosen

@@ -276,30 +276,30 @@ def _known_queue_changes(queue: str, before: int, number: int) -> Generator[tupl
 
 
 def _repartition(client: Client, queue: str, number: int) -> Generator[Call[Any], Any, int]:
-    whole, token = client.keys(queue), ids.new_identity()
-    there = yield partitioning.count(whole)
-    yield from _refuse_full(client, queue, there[0] or 1)
-    if there[0] == number and not there[1]:
+    queue_keys, token = client.keys(queue), ids.new_identity()
+    recorded = yield partitioning.count(queue_keys)
+    yield from _refuse_full(client, queue, recorded[0] or 1)
+    if recorded[0] == number and not recorded[1]:
         yield from _open_all(client, queue, number, token)
         return number
-    done, before = yield partitioning.repartition(whole, "begin", token, number)
+    done, before = yield partitioning.repartition(queue_keys, "begin", token, number)
     if done != 1:
         raise _not_empty(queue, {queue: before})
     most = max(before, number)
-    places = [client.keys(ids.partition(queue, one)) for one in range(most)] if most > 1 else []
+    partitions = [client.keys(ids.partition(queue, one)) for one in range(most)] if most > 1 else []
     full: dict[str, int] = {}
-    shut: list[QueueKeys] = []
-    for one, keys in enumerate(places):
-        done, found = yield partitioning.repartition(keys, "close", token, before if one < before else None)
+    closed: list[QueueKeys] = []
+    for one, keys in enumerate(partitions):
+        done, held = yield partitioning.repartition(keys, "close", token, before if one < before else None)
         if done == 1:
-            shut.append(keys)
+            closed.append(keys)
         elif done == 0:
-            full[keys.queue] = found
+            full[keys.queue] = held
         else:
             full[keys.queue] = -1
     after = before if full else number
-    done, _ = yield partitioning.repartition(whole, "end", token, after)
-    for keys in shut:
+    done, _ = yield partitioning.repartition(queue_keys, "end", token, after)
+    for keys in closed:
         yield partitioning.repartition(keys, "open", token, after)
     if full:
         raise _not_empty(queue, full)
@@ -314,8 +314,8 @@ def _refuse_full(client: Client, queue: str, number: int) -> Generator[Call[Any]
     """Raise the error of a queue that obviously cannot change, before it is shut even for a moment."""
     full: dict[str, int] = {}
     for name in partition_names(queue, number):
-        found: inspection.QueueCounts = yield inspection.counts(client.keys(name))
-        if held := len(found) + found.leased + found.dead:
+        counts: inspection.QueueCounts = yield inspection.counts(client.keys(name))
+        if held := len(counts) + counts.leased + counts.dead:
             full[name] = held
     if full:
         raise _not_empty(queue, full)
@@ -330,8 +330,8 @@ def _open_all(client: Client, queue: str, number: int, token: str) -> Generator[
     """Open what a change that was completed but for this has left shut."""
     for one in range(number if number > 1 else 0):
         keys = client.keys(ids.partition(queue, one))
-        found = yield partitioning.count(keys)
-        if found[0] == 0:
+        recorded = yield partitioning.count(keys)
+        if recorded[0] == 0:
             done, _ = yield partitioning.repartition(keys, "close", token, None)
             if done == 1:
                 yield partitioning.repartition(keys, "open", token, number)

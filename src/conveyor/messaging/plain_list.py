@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from conveyor.errors import ConfigurationError
 from conveyor.messaging.consumer.list_mover import intake
-from conveyor.messaging.maintenance import Sweep
+from conveyor.messaging.maintenance import CountingProgram
 from conveyor.messaging.publisher import Plan, PlannedPush, Publisher
 from conveyor.messaging.push_options import PLAIN, PreparedPush
 from conveyor.messaging.queue import Queue
@@ -74,7 +74,7 @@ class PlainList(Queue[T]):
     def _intake(self) -> Callable[[int], Call[int]] | None:
         return partial(intake, self.keys)
 
-    def _purge(self, dead: bool) -> Sweep:
+    def _purge(self, dead: bool) -> CountingProgram:
         if not dead:
             yield from self._move_in()
         return (yield from super()._purge(dead))
@@ -87,12 +87,12 @@ class PlainList(Queue[T]):
         """Refused, as `repartition`."""
         return self.repartition(partitions)
 
-    def _move_in(self) -> Sweep:
+    def _move_in(self) -> CountingProgram:
         """Move what is on the list now into the queue, where it can be counted out."""
         counts = yield inspection.counts(self.keys)
-        moved, there = 0, counts.ready
-        while moved < there:
-            count = yield intake(self.keys, min(500, there - moved))
+        moved = 0
+        while moved < counts.ready:
+            count = yield intake(self.keys, min(500, counts.ready - moved))
             if count == 0:
                 break
             moved += count

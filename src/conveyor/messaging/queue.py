@@ -338,7 +338,7 @@ class Queue(Generic[T]):
         """Lay the queue in that many partitions, as `repartition`."""
         return await partitioning.arepartition(self.client, self.name, partitions)
 
-    def _purge(self, dead: bool) -> maintenance.Sweep:
+    def _purge(self, dead: bool) -> maintenance.CountingProgram:
         return maintenance.purge_dead(self.keys) if dead else maintenance.purge_waiting(self.keys)
 
     def __dir__(self) -> list[str]:
