@@ -1,4 +1,4 @@
-"""From a leased message to what its body holds: opened, brought up to date, decoded."""
+"""Reads the body of a leased message: unseals it, upcasts it, decodes it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 
 class MessageDecoder(Generic[T]):
-    """How the messages of one queue are read."""
+    """Reads the messages of one queue."""
 
     def __init__(
         self,
@@ -29,7 +29,6 @@ class MessageDecoder(Generic[T]):
         version: int,
         upcast: Callable[[int, Any], Any] | None,
     ) -> None:
-        """Take what the queue was declared with."""
         self._queue = queue
         self._codec = codec
         self._sealing = sealing
@@ -38,7 +37,7 @@ class MessageDecoder(Generic[T]):
         self._old_payload = OldPayload(f"A message of queue '{queue}'", codec.max_payload, codec.formats, call=False)
 
     def message(self, leased: LeasedMessage, settler: Settler) -> Message[T]:
-        """Return the message users see. Raises PayloadError, its kind PayloadTooNew, and BlobUnavailable."""
+        """Return the message users see. Raises PayloadError (PayloadTooNew is one), BlobUnavailable."""
         return Message(self._queue, self._body(leased), leased, settler)
 
     def _body(self, leased: LeasedMessage) -> T:
@@ -63,18 +62,18 @@ class MessageDecoder(Generic[T]):
 
     @property
     def fetches(self) -> bool:
-        """True when bodies may lie in a store."""
+        """True when bodies may lie in a blob store."""
         return self._sealing is not None and self._sealing.store is not None
 
     async def fetch(self, waiting: Iterable[LeasedMessage]) -> None:
-        """Open those of *waiting* that lie in the store, on a thread; an error is met again when they are handed out."""
+        """Read bodies that lie in the blob store, on a thread. An error is raised later, by `message`."""
         for leased in list(waiting):
             if leased.fetched_body is None and PLAIN.is_elsewhere(leased.envelope.body):
                 with contextlib.suppress(PayloadError, StoreUnavailable):
                     leased.fetched_body = await asyncio.to_thread(self._open, leased)
 
     def delete(self, blob: str) -> None:
-        """Remove the large body of a message that has ended, confirmed by Redis."""
+        """Remove the blob of a message whose end Redis has confirmed."""
         sealing = self._sealing
         if sealing is None:
             return

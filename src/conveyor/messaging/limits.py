@@ -1,4 +1,4 @@
-"""Limits and keys as values: checked when they are written down, carried out by the queue they are given to."""
+"""Limits as values: checked when they are declared, enforced by the queue they are given to."""
 
 from __future__ import annotations
 

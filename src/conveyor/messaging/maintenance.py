@@ -1,5 +1,5 @@
 """
-What goes over a whole queue in bounded batches: purge, redrive, reading the dead letters.
+Operations on a whole queue in bounded batches: purge, redrive, reading the dead letters.
 
 Each is a program of calls whose value is a count, carried out by `programs.drive` or `programs.adrive`.
 """
@@ -30,10 +30,11 @@ CountingProgram = Generator[Call[Any], Any, int]
 @dataclass(frozen=True, slots=True)
 class DeadLetter:
     """
-    One that was given up: `payload` is the raw bytes of its body, as they were pushed (sealed, when they were).
+    A message or job that was given up.
 
-    `error` says what its last attempt ended with, `attempts` how many began, `failure` is the whole record
-    with the traceback. `died_at` has a time zone, `queue` is where it lies: a queue, or a partition of one.
+    `payload` is the raw bytes of its body as pushed (sealed, if they were). `error` is the error of its last attempt,
+    `attempts` the number of attempts that began, `failure` the whole record with the traceback. `died_at` has a time
+    zone. `queue` is the queue or partition it lies in.
     """
 
     id: str
@@ -47,7 +48,7 @@ class DeadLetter:
 
 
 def purge_waiting(keys: QueueKeys) -> CountingProgram:
-    """Remove as many ready and scheduled messages as there are now, from the front; the value is how many were."""
+    """Remove as many ready and scheduled messages as there are now, from the front; count them."""
     counts: QueueCounts = yield inspection.counts(keys)
     removed = 0
     for where, count in (("ready", counts.ready), ("due", counts.scheduled)):
@@ -56,7 +57,7 @@ def purge_waiting(keys: QueueKeys) -> CountingProgram:
 
 
 def purge_dead(keys: QueueKeys) -> CountingProgram:
-    """Remove as many dead letters as there are now, oldest first; the value is how many were."""
+    """Remove as many dead letters as there are now, oldest first; count them."""
     counts: QueueCounts = yield inspection.counts(keys)
     return (yield from _purge(keys, "dead", counts.dead))
 
@@ -72,7 +73,7 @@ def _purge(keys: QueueKeys, where: str, count: int) -> CountingProgram:
 
 
 def redrive(keys: QueueKeys, limit: int | None) -> CountingProgram:
-    """Put back as many dead letters as there are now, at most *limit*, oldest first; the value is how many were."""
+    """Put back as many dead letters as there are now, at most *limit* (None: all), oldest first; count them."""
     if limit is not None and (not isinstance(limit, int) or isinstance(limit, bool) or limit < 0):
         raise ConfigurationError(f"limit must be a whole number of at least 0, not {limit!r}.")
     counts: QueueCounts = yield inspection.counts(keys)

@@ -1,4 +1,4 @@
-"""One message as a consumer holds it, and several of them as a batch."""
+"""A leased message, and a batch of them."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ class Settler(Protocol):
 @dataclass(slots=True, eq=False, repr=False)
 class Message(Generic[T]):
     """
-    A leased message: `id`, `body`, `attempt` (from 1), `headers`. A queue makes it.
+    A leased message: `id`, `body`, `attempt` (from 1), `headers`.
 
     ``with message as body`` acks on success; an exception nacks with backoff, is logged, and does not leave the
     block; anything else (KeyboardInterrupt) hands the message back. The calls return when Redis confirmed them,
-    and raise LeaseLost when the message is no longer ours.
+    and raise LeaseLost when the lease is no longer held.
     """
 
     queue: str
@@ -59,7 +59,7 @@ class Message(Generic[T]):
 
     @property
     def attempt(self) -> int:
-        """The number of this delivery that a consumer began, from 1."""
+        """The number of this delivery, from 1."""
         return self._leased.attempt
 
     @property
@@ -79,35 +79,35 @@ class Message(Generic[T]):
     # -- how it ends ----------------------------------------------------------------------------------------------
 
     def ack(self) -> None:
-        """Finish it. Raises LeaseLost."""
+        """Acknowledge the message: it is done. Raises LeaseLost."""
         self._settler.settle([self._done()])
 
     def nack(self, delay: Duration | None = None) -> None:
-        """Refuse it: it comes back after *delay* (default: the queue's backoff), or is dead after `max_attempts`."""
+        """Refuse the message: retry after *delay* (None: the queue's backoff), dead after `max_attempts`."""
         self._settler.settle([self._nacked(delay)])
 
     def dead(self, reason: str) -> None:
-        """Make it a dead letter. Raises LeaseLost."""
+        """Make the message a dead letter. Raises LeaseLost."""
         self._settler.settle([self._dead(reason)])
 
     def extend(self, duration: Duration) -> None:
-        """Give it a lease of its own that ends *duration* from now, renewed by nobody else. Raises LeaseLost."""
+        """Give the message its own lease that ends *duration* from now and is not renewed. Raises LeaseLost."""
         self._settler = self._settler.extend(self._ours(), _lease(duration))
 
     async def aack(self) -> None:
-        """Finish it. Raises LeaseLost."""
+        """Awaitable form of `ack`."""
         await self._settler.asettle([self._done()])
 
     async def anack(self, delay: Duration | None = None) -> None:
-        """Refuse it, as `nack`."""
+        """Awaitable form of `nack`."""
         await self._settler.asettle([self._nacked(delay)])
 
     async def adead(self, reason: str) -> None:
-        """Make it a dead letter. Raises LeaseLost."""
+        """Awaitable form of `dead`."""
         await self._settler.asettle([self._dead(reason)])
 
     async def aextend(self, duration: Duration) -> None:
-        """Give it a lease of its own, as `extend`."""
+        """Awaitable form of `extend`."""
         self._settler = await self._settler.aextend(self._ours(), _lease(duration))
 
     # -- as a block -----------------------------------------------------------------------------------------------
@@ -161,7 +161,7 @@ class Message(Generic[T]):
         return leased, self._settler.policy.dead(leased, reason)
 
     def _endings(self, error: BaseException | None, *, log: bool = True) -> list[Ending]:
-        """Return how a block that ended with *error* settles this message, and log what a person should know."""
+        """Return how a block that ended with *error* settles this message, and log the failure."""
         leased, policy = self._leased, self._settler.policy
         if leased.settled or leased.lost:
             if isinstance(error, Exception) and self._settler.on_error == "log":
@@ -191,7 +191,7 @@ class Message(Generic[T]):
 
 class Batch(list[Message[T]]):
     """
-    Messages that came together. ``with batch as bodies`` acks all that were not settled one by one, or nacks them.
+    A list of messages. ``with batch as bodies`` acks all that were not settled one by one, or nacks them.
 
     A message that may have crashed a consumer comes in a batch of its own.
     """
@@ -200,26 +200,26 @@ class Batch(list[Message[T]]):
 
     @property
     def bodies(self) -> list[T]:
-        """What the messages hold, in their order."""
+        """The bodies of the messages, in their order."""
         return [message.body for message in self]
 
     def ack(self) -> None:
-        """Finish all that are not settled yet, in one round trip. Raises LeaseLost when some are no longer ours."""
+        """Acknowledge all that are not settled yet, in one round trip. Raises LeaseLost."""
         for settler, endings in _grouped((m._settler, [m._done()]) for m in self._open()):  # noqa: SLF001
             settler.settle(endings)
 
     def nack(self, delay: Duration | None = None) -> None:
-        """Refuse all that are not settled yet."""
+        """Refuse all that are not settled yet, as `Message.nack`."""
         for settler, endings in _grouped((m._settler, [m._nacked(delay)]) for m in self._open()):  # noqa: SLF001
             settler.settle(endings)
 
     async def aack(self) -> None:
-        """Finish all that are not settled yet."""
+        """Awaitable form of `ack`."""
         for settler, endings in _grouped((m._settler, [m._done()]) for m in self._open()):  # noqa: SLF001
             await settler.asettle(endings)
 
     async def anack(self, delay: Duration | None = None) -> None:
-        """Refuse all that are not settled yet."""
+        """Awaitable form of `nack`."""
         for settler, endings in _grouped((m._settler, [m._nacked(delay)]) for m in self._open()):  # noqa: SLF001
             await settler.asettle(endings)
 
@@ -255,7 +255,7 @@ class Batch(list[Message[T]]):
 
 
 def _grouped(endings: Iterable[tuple[Settler, list[Ending]]]) -> list[tuple[Settler, list[Ending]]]:
-    """Return what each settler has to settle; a message that was extended has a settler of its own."""
+    """Return the endings of each settler. A message that was extended has a settler of its own."""
     by_settler: dict[int, tuple[Settler, list[Ending]]] = {}
     for settler, several in endings:
         by_settler.setdefault(id(settler), (settler, []))[1].extend(several)
@@ -263,7 +263,7 @@ def _grouped(endings: Iterable[tuple[Settler, list[Ending]]]) -> list[tuple[Sett
 
 
 def _success(leased: LeasedMessage) -> Settlement:
-    """Return how a message ends that succeeded; there is nothing to decide."""
+    """Return the settlement of a message that succeeded; there is nothing to decide."""
     return Settlement("D", leased.id, unique=leased.envelope.unique, own_id=leased.envelope.own_id)
 
 

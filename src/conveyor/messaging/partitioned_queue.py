@@ -1,4 +1,4 @@
-"""A message queue in several partitions: the same interface, over a queue of its own in each."""
+"""A message queue in several partitions: the interface of a queue over one queue per partition."""
 
 from __future__ import annotations
 
@@ -28,10 +28,9 @@ PAGE = 500
 
 
 class PartitionQueue(Queue[T]):
-    """One partition, whose name no user can write."""
+    """The queue of one partition. Its name has a form that users cannot give to a queue."""
 
     def __init__(self, client: Client, keys: QueueKeys, type: Any, **options: Any) -> None:  # noqa: A002
-        """Take its keys."""
         self._partition_keys = keys
         super().__init__(client, keys.queue, type, **options)
 
@@ -44,7 +43,7 @@ class PartitionQueue(Queue[T]):
 
 class PartitionedQueue(Queue[T]):
     """
-    One queue by its name, spread over several partitions, which may lie on several nodes.
+    A queue in several partitions, which may lie on several nodes.
 
     Messages with the same `group` lie in the same partition, else those with the same `unique` key or `id`; the others
     go round. A `unique` key beside a `group` that places elsewhere is refused. The id of a message names its partition.
@@ -66,7 +65,7 @@ class PartitionedQueue(Queue[T]):
         max_length: int | None = None,
         **options: Any,
     ) -> None:
-        """Declare it, with the other *options* of a queue; nothing is sent. Raises ConfigurationError for what it cannot do."""
+        """Declare the queue, with the other *options* of one; nothing is sent. Raises ConfigurationError."""
         if max_length is not None:
             whole_number("max_length", max_length, 1)
         self.partitions = Partitions(client, queue_name(name), partitions, max_length)
@@ -97,57 +96,57 @@ class PartitionedQueue(Queue[T]):
     # -- look and care --------------------------------------------------------------------------------------------
 
     def stats(self) -> QueueCounts:
-        """Count over all partitions: sums, the age of the oldest, and `workers` as the partition with the most has them."""
+        """Count over all partitions: sums, the age of the oldest message, and the most `workers` of a partition."""
         return total([part.stats() for part in self.parts])
 
     async def astats(self) -> QueueCounts:
-        """Count, as `stats`."""
+        """Awaitable form of `stats`."""
         return total([await part.astats() for part in self.parts])
 
     def _peek(self) -> QueueCounts:
         return total([part._peek() for part in self.parts])  # noqa: SLF001
 
     def pause(self) -> None:
-        """Let nobody lease from any partition until `resume`; pushing goes on."""
+        """Stop leasing from all partitions until `resume`; pushes are still accepted."""
         self.partitions.agree()
         for part in self.parts:
             part.pause()
 
     def resume(self) -> None:
-        """End a pause; waiting consumers go on at once."""
+        """End a pause; waiting consumers continue at once."""
         self.partitions.agree()
         for part in self.parts:
             part.resume()
 
     async def apause(self) -> None:
-        """Let nobody lease from any partition until `aresume`."""
+        """Awaitable form of `pause`."""
         await self.partitions.aagree()
         for part in self.parts:
             await part.apause()
 
     async def aresume(self) -> None:
-        """End a pause."""
+        """Awaitable form of `resume`."""
         await self.partitions.aagree()
         for part in self.parts:
             await part.aresume()
 
     def purge(self, dead: bool = False) -> int:
-        """Remove what waits, or the *dead* letters, and return how many."""
+        """Remove all waiting messages, or the *dead* letters, and return how many."""
         return sum(part.purge(dead) for part in self.parts)
 
     async def apurge(self, dead: bool = False) -> int:
-        """Remove what waits, or the *dead* letters, as `purge`."""
+        """Awaitable form of `purge`."""
         return sum([await part.apurge(dead) for part in self.parts])
 
     def redrive(self, limit: int | None = None) -> int:
-        """Put dead letters back, those of all partitions oldest first, and return how many."""
+        """Put dead letters back, the oldest of all partitions first, and return how many."""
         if limit is None:
             return sum(part.redrive() for part in self.parts)
         chosen = _ids_by_partition(islice(self.dead_letters(), _limit(limit)))
         return sum(self.client.run(operations.redrive(keys, ids=ids)) for keys, ids in self._batches(chosen))
 
     async def aredrive(self, limit: int | None = None) -> int:
-        """Put dead letters back, as `redrive`."""
+        """Awaitable form of `redrive`."""
         if limit is None:
             return sum([await part.aredrive() for part in self.parts])
         letters: list[DeadLetter] = []
@@ -160,11 +159,11 @@ class PartitionedQueue(Queue[T]):
         return sum([await self.client.arun(operations.redrive(keys, ids=ids)) for keys, ids in batches])
 
     def dead_letters(self) -> Iterator[DeadLetter]:
-        """Yield what was given up, oldest first, of all partitions."""
+        """Yield the dead letters of all partitions, oldest first."""
         return heapq.merge(*(part.dead_letters() for part in self.parts), key=_died)
 
     async def adead_letters(self) -> AsyncIterator[DeadLetter]:
-        """Yield what was given up, oldest first, of all partitions."""
+        """Awaitable form of `dead_letters`."""
         sources = [aiter(part.adead_letters()) for part in self.parts]
         heads = [(await anext(source, None), source) for source in sources]
         while True:
@@ -178,7 +177,7 @@ class PartitionedQueue(Queue[T]):
             heads[first] = (await anext(source, None), source)
 
     def _batches(self, chosen: dict[str, list[str]]) -> Iterator[tuple[QueueKeys, list[str]]]:
-        """Yield what is put back in one call each: *chosen* is place → ids."""
+        """Yield the ids to put back in one call each; *chosen* maps partitions to ids."""
         for part in self.parts:
             ids = chosen.get(part.name, [])
             for first in range(0, len(ids), PAGE):

@@ -1,15 +1,17 @@
 """
-Queues that lie in several partitions: which one a message belongs in, and the number all programs must agree on.
+Queues in several partitions: the partition of a message, and the number of partitions that all programs agree on.
 
-A key picks its partition by CRC-32, which every process and version computes alike. A message without a key goes
-round: to the next partition at each push, beginning at a random one in each process.
+A key picks its partition by CRC-32, which every process and version computes alike. Messages without a key go to the
+partitions in turn; each process begins at a random one.
 
-Changing in how many partitions a queue lies: only while it is empty, since no order spans the change.
+The number of partitions changes only while the queue is empty, since no order spans the change. The steps are:
 
-The queue's own number is set to 0 first, which stops programs that come; then each partition is shut where it holds
-nothing, which stops those that were there. Then the queue's number is the new one, and the partitions are opened with it.
-A partition that still holds something ends it, and all is as it was. Who dies in between leaves the queue shut, and
-the same call completes it.
+1. The queue's own number is set to 0, which stops programs that come.
+2. Each partition is closed if it holds nothing, which stops programs that were there.
+3. The queue's number is set to the new one, and the partitions are opened with it.
+
+A partition that still holds something ends the change, and everything is as it was. A process that dies in between
+leaves the queue closed; the same call completes the change.
 """
 
 from __future__ import annotations
@@ -38,17 +40,17 @@ from conveyor.store.script import Argument, Call
 
 V = TypeVar("V")
 MAX_PARTITIONS = 256
-"""Partitions of one queue at most: a worker has an identity, and in a cluster a blocked connection, for each."""
+"""Most partitions of a queue. A worker has an identity for each, and in a cluster a blocked connection."""
 RETRY_PAUSE = 0.05
 
 
 def partition_of(key: str, partitions: int) -> int:
-    """Return the partition, from 0, that *key* picks of so many."""
+    """Return the partition that *key* picks: a number from 0 to *partitions* - 1."""
     return crc32(key.encode("utf-8", "surrogatepass")) % partitions
 
 
 def likely_first(names: Sequence[str], id: str) -> list[str]:  # noqa: A002
-    """Return known queues and partitions, those first in which a caller's own *id* picks its place."""
+    """Sort queues and partitions: first those that a caller's own *id* would be stored in."""
     counts: dict[str, int] = {}
     for name in names:
         if (queue := ids.logical(name)) != name:
@@ -58,14 +60,14 @@ def likely_first(names: Sequence[str], id: str) -> list[str]:  # noqa: A002
 
 
 def checked_count(partitions: object) -> int:
-    """Return a usable number of partitions; raises ConfigurationError."""
+    """Check a number of partitions and return it. Raises ConfigurationError."""
     if not isinstance(partitions, int) or isinstance(partitions, bool) or not 1 <= partitions <= MAX_PARTITIONS:
         raise ConfigurationError(f"partitions must be a whole number from 1 to {MAX_PARTITIONS}, not {partitions!r}.")
     return partitions
 
 
 def agree(client: Client, queue: str, partitions: Partitions | None) -> None:
-    """Refuse a queue whose number of partitions on record is not the program's, None when that declares none (E34)."""
+    """Raise E34 when Redis records another number of partitions than the program declares (None: one)."""
     if partitions is not None:
         partitions.agree()
         return
@@ -76,7 +78,7 @@ def agree(client: Client, queue: str, partitions: Partitions | None) -> None:
 
 
 def _max_length_share(max_length: int | None, partitions: int) -> int | None:
-    """Return the part of a maximum length that falls to each partition; raises ConfigurationError."""
+    """Return the maximum length of each partition (None: no limit). Raises ConfigurationError."""
     if max_length is not None and max_length < partitions:
         raise ConfigurationError(
             f"max_length={max_length} is less than partitions={partitions}: it is split, and each partition must take "
@@ -86,10 +88,14 @@ def _max_length_share(max_length: int | None, partitions: int) -> int | None:
 
 
 class Partitions:
-    """The partitions of one queue as one program declares them; `keys` are theirs, in order."""
+    """
+    The partitions of one queue as one program declares them.
+
+    `keys` are those of the partitions in their order, `queue_keys` those of the queue itself. `max_length` is the limit
+    of each partition (None: no limit), an equal share of the queue's.
+    """
 
     def __init__(self, client: Client, name: str, number: int, max_length: int | None = None) -> None:
-        """Take the queue's name, the number of its partitions, and the maximum length of the whole. Nothing is sent."""
         self.client, self.name, self.count = client, name, checked_count(number)
         self.max_length = _max_length_share(max_length, number)
         self.keys = tuple(
@@ -103,14 +109,15 @@ class Partitions:
     # -- placing --------------------------------------------------------------------------------------------------
 
     def next_in_turn(self) -> int:
-        """Return the partition whose turn it is."""
+        """Return the number of the partition whose turn it is."""
         return next(self._turns) % self.count
 
     def pick(self, *, group: str | None = None, unique: str | None = None, id: str | None = None) -> int:  # noqa: A002
         """
-        Return where a message goes: the group key decides, else the unique key, else the caller's id, else its turn.
+        Return the partition of a message: by its group key, else its unique key, else its own id, else in turn.
 
-        Raises ConfigurationError for a unique key beside a group key that places elsewhere: two of them could live.
+        Raises ConfigurationError for a group key and a unique key that pick different partitions: the same unique key
+        could then live twice.
         """
         if group is not None:
             at = partition_of(group, self.count)
@@ -125,11 +132,11 @@ class Partitions:
         return self.next_in_turn() if key is None else partition_of(key, self.count)
 
     def partition_of(self, entry: Entry) -> str:
-        """Return the name of the partition that a job goes to."""
+        """Return the name of the partition that a job is pushed to."""
         return self.keys[self.pick(unique=entry.unique, id=entry.id if entry.own_id else None)].queue
 
     def without_agreement(self) -> Partitions:
-        """Return the same for pushes that do not go to Redis now: who delivers them agrees on the number."""
+        """Return a copy for pushes that are delivered later: the delivery agrees on the number."""
         other = copy(self)
         other._is_announced = True  # noqa: SLF001
         return other
@@ -137,19 +144,19 @@ class Partitions:
     # -- agreeing on their number ---------------------------------------------------------------------------------
 
     def agree(self) -> None:
-        """See once that Redis has our number, or let it have it; raises ConfigurationError (E34)."""
+        """Agree with Redis on the number of partitions, once. Raises ConfigurationError (E34)."""
         if not self._has_agreed:
             self.claim()
             self._has_agreed = True
 
     async def aagree(self) -> None:
-        """Do the same on this event loop."""
+        """Awaitable form of `agree`."""
         if not self._has_agreed:
             await self.aclaim()
             self._has_agreed = True
 
     def claim(self, patience: float | None = None) -> None:
-        """Agree with Redis on the number; a change under way is waited for, for *patience* seconds."""
+        """Agree with Redis on the number. Wait up to *patience* seconds (None: the client's) for a change under way."""
         deadline = time.monotonic() + (self.client.patience if patience is None else patience)
         while True:
             try:
@@ -160,7 +167,7 @@ class Partitions:
                 time.sleep(RETRY_PAUSE)
 
     async def aclaim(self, patience: float | None = None) -> None:
-        """Do the same on this event loop."""
+        """Awaitable form of `claim`."""
         deadline = time.monotonic() + (self.client.patience if patience is None else patience)
         while True:
             try:
@@ -172,7 +179,7 @@ class Partitions:
 
     @property
     def _patience(self) -> float:
-        """How long a claim is repeated for: where pushes are kept when Redis is away, it is not waited for."""
+        """The seconds a claim is repeated for: short with a buffer, which keeps pushes while Redis is away."""
         return self.client.patience if self.client.buffer is None else RETRY_PAUSE
 
     def _claim_calls(self) -> Generator[Call[Any], Any, None]:
@@ -183,7 +190,7 @@ class Partitions:
                 yield part
 
     def run_agreed(self, work: Callable[[], V]) -> V:
-        """Push by *work*, again after agreeing anew when a partition knew another number: Redis was emptied, or it changed."""
+        """Run *work*, a push, after agreeing on the number; agree and run it again when a partition has another number."""
         if not self._is_announced:
             try:
                 self.agree()
@@ -194,12 +201,12 @@ class Partitions:
                     raise
         try:
             return work()
-        except PartitionCountMismatch:
+        except PartitionCountMismatch:  # Redis was emptied, or the number was changed
             self.claim()
             return work()
 
     async def arun_agreed(self, work: Callable[[], Awaitable[V]]) -> V:
-        """Do the same on this event loop."""
+        """Awaitable form of `run_agreed`."""
         if not self._is_announced:
             try:
                 await self.aagree()
@@ -217,7 +224,7 @@ class Partitions:
     # -- pushing jobs ---------------------------------------------------------------------------------------------
 
     def send(self, partition: str, entries: Sequence[Entry], target: PushTarget | None = None) -> list[str]:
-        """Push jobs that were placed in *partition*, by through *target* (None: the client); return an id for each."""
+        """Push jobs to *partition* through *target* (None: the client) and return their ids."""
         target = target or self.client
         keys, most = self.keys[self._number_of[partition]], self.max_length or 0
         if all(entry.is_plain for entry in entries):
@@ -234,21 +241,21 @@ class Partitions:
 
 
 def partition_count(client: Client, queue: str) -> int:
-    """Return in how many partitions *queue* lies (1 when it lies in one piece), as recorded in Redis."""
+    """Return the number of partitions of *queue* as recorded in Redis; 1 for a queue in one piece."""
     number, change = client.run(partitioning.count(client.keys(queue)))
     return number or int((change or "1").split()[0])
 
 
 def partition_names(queue: str, number: int) -> list[str]:
-    """Return the names of the places of a queue that lies in *number* partitions."""
+    """Return the names of a queue's partitions; the queue's own name when *number* is 1."""
     return [queue] if number == 1 else [ids.partition(queue, one) for one in range(number)]
 
 
 def repartition(client: Client, queue: str, number: int) -> int:
     """
-    Lay *queue* in *number* partitions, and return in how many it lay before.
+    Change the number of partitions of *queue*, and return the number it had before.
 
-    Raises ConfigurationError (E35), and changes nothing, when a partition is not empty: leased and dead ones count.
+    Raises ConfigurationError (E35), and changes nothing, when a partition holds a message; leased and dead ones count.
     Programs that still declare the old number are refused from then on (E34), running workers and consumers too.
     """
     before = drive(_repartition(client, ids.queue_name(queue), checked_count(number)), client.run)
@@ -259,7 +266,7 @@ def repartition(client: Client, queue: str, number: int) -> int:
 
 
 async def arepartition(client: Client, queue: str, number: int) -> int:
-    """Do the same on this event loop."""
+    """Awaitable form of `repartition`."""
     before = await adrive(_repartition(client, ids.queue_name(queue), checked_count(number)), client.arun)
     known = known_queues(client.namespace)
     for command in _known_queue_changes(queue, before, number):
@@ -268,7 +275,7 @@ async def arepartition(client: Client, queue: str, number: int) -> int:
 
 
 def _known_queue_changes(queue: str, before: int, number: int) -> Generator[tuple[str, ...]]:
-    """Yield how the set of known queues changes."""
+    """Yield the commands that change the set of known queues."""
     now, old = partition_names(queue, number), partition_names(queue, before)
     yield "SADD", *now
     if gone := [name for name in old if name not in now]:
@@ -311,7 +318,7 @@ def _repartition(client: Client, queue: str, number: int) -> Generator[Call[Any]
 
 
 def _refuse_full(client: Client, queue: str, number: int) -> Generator[Call[Any], Any, None]:
-    """Raise the error of a queue that obviously cannot change, before it is shut even for a moment."""
+    """Raise E35 for a queue that is not empty, before any partition is closed."""
     full: dict[str, int] = {}
     for name in partition_names(queue, number):
         counts: inspection.QueueCounts = yield inspection.counts(client.keys(name))
@@ -322,12 +329,12 @@ def _refuse_full(client: Client, queue: str, number: int) -> Generator[Call[Any]
 
 
 def refuse_full(client: Client, queue: str) -> None:
-    """Raise ConfigurationError (E35) when the partitions of *queue* hold something; changes nothing."""
+    """Raise ConfigurationError (E35) when a partition of *queue* is not empty. Changes nothing."""
     drive(_refuse_full(client, queue, partition_count(client, queue)), client.run)
 
 
 def _open_all(client: Client, queue: str, number: int, token: str) -> Generator[Call[Any], Any, None]:
-    """Open what a change that was completed but for this has left shut."""
+    """Open partitions that an interrupted change has left closed."""
     for one in range(number if number > 1 else 0):
         keys = client.keys(ids.partition(queue, one))
         recorded = yield partitioning.count(keys)

@@ -1,4 +1,4 @@
-"""A plain Redis list of JSON documents, shared with programs that know nothing of us."""
+"""A plain Redis list of JSON documents, shared with programs that do not use Conveyor."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ BARE = PreparedPush(b"")
 
 class PlainList(Queue[T]):
     """
-    A queue whose entries are raw JSON on a plain list: who does ``RPUSH`` is a producer, who does ``BLPOP`` a consumer.
+    A queue on a plain Redis list. Any program that does ``RPUSH`` is a producer, any that does ``BLPOP`` a consumer.
 
-    What we take from it gets leases, retries and dead letters; what we push is the bare document, so it has no id
-    (`push` returns an empty text) and takes none of the options of a queue. An entry that is not JSON, or not of the
-    declared type, becomes a dead letter with its bytes kept.
+    Entries taken through Conveyor get leases, retries and dead letters. A pushed entry is the bare JSON document, so it
+    has no id (`push` returns an empty text) and takes none of the options of a queue. An entry that is not JSON, or not
+    of the declared type, becomes a dead letter with its bytes kept.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class PlainList(Queue[T]):
         retry: Retry | None = None,
         max_payload: int = MAX_PAYLOAD,
     ) -> None:
-        """Declare it; *task* is the name of the task that workers run its entries with."""
+        """Declare the list; *task* is the name of the task that runs its entries."""
         super().__init__(
             client, name, type, lease_ms=lease_ms, max_attempts=max_attempts, retry=retry, max_payload=max_payload
         )
@@ -80,15 +80,15 @@ class PlainList(Queue[T]):
         return (yield from super()._purge(dead))
 
     def repartition(self, partitions: int) -> int:
-        """Refused: a plain list is one key."""
+        """Raise ConfigurationError: a plain list is one key."""
         raise ConfigurationError(f"The plain list '{self.name}' is one key and cannot lie in {partitions} partitions.")
 
     async def arepartition(self, partitions: int) -> int:
-        """Refused, as `repartition`."""
+        """Awaitable form of `repartition`."""
         return self.repartition(partitions)
 
     def _move_in(self) -> CountingProgram:
-        """Move what is on the list now into the queue, where it can be counted out."""
+        """Move the entries that are on the list now into the queue, where they can be purged."""
         counts = yield inspection.counts(self.keys)
         moved = 0
         while moved < counts.ready:
@@ -118,7 +118,7 @@ class ListPublisher(Publisher[T]):
         return ""
 
     def plan(self, values: Iterable[T], options: PreparedPush) -> Plan:
-        """Plan to append documents in their order; the result is as long as what was pushed, its texts are empty."""
+        """Plan to append documents in their order; return an empty text for each."""
         _refuse(options)
         ids = yield from super().plan(values, BARE)
         return [""] * len(ids)

@@ -1,4 +1,4 @@
-"""A message queue: push typed values, take them under a lease, and nothing is lost in between."""
+"""A message queue: typed values are pushed, and taken under a lease, so that none is lost."""
 
 from __future__ import annotations
 
@@ -55,9 +55,9 @@ SHORTEST_LEASE_MS = 100
 
 class Queue(Generic[T]):
     """
-    One queue by its name, holding values of one type.
+    A queue of messages of one type. `Conveyor.queue` makes it.
 
-    Every blocking call has an awaitable twin with an ``a`` before its name. Made by `Conveyor.queue`.
+    Every blocking call has an awaitable twin with an ``a`` before its name.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class Queue(Generic[T]):
         upcast: Callable[[int, Any], Any] | None = None,
         formats: FormatRegistry = JSON,
     ) -> None:
-        """Declare it; nothing is sent. Raises ConfigurationError for what it cannot do."""
+        """Declare the queue; nothing is sent. Raises ConfigurationError."""
         self.name = self._checked_name(name)
         self.client = client
         self.keys = self._keys()
@@ -120,7 +120,7 @@ class Queue(Generic[T]):
         return None
 
     def _publisher_for(self, options: PreparedPush) -> Publisher[T]:
-        """Return what pushes with these options, to where pushes go right now."""
+        """Return the publisher for these options; its target is where pushes go at the moment."""
         if options.durability_request is None and not self.client.diverted:
             return self._publisher
         return self._publisher.through(self.client.push_target(self.durability, options.durability_request))
@@ -132,11 +132,11 @@ class Queue(Generic[T]):
         Store one message and return its id.
 
         `delay` or `at` (an aware datetime) schedule it; `priority` is 0 to 9, higher first; `front` puts it before all
-        others; `expires` drops it when nobody took it by then; `headers` are text. While a message with the same
-        `unique` key lives, its id is returned and nothing is stored; so with `id`, until a day after it ended.
+        others; `expires` drops it when no consumer took it by then; `headers` are text. While a message with the same
+        `unique` key exists, its id is returned and nothing is stored; likewise with `id`, until a day after it ended.
         `fsync` waits until it is on disk, `wait_replicas` until so many replicas have it, each for `wait_timeout`.
-        Raises PayloadError, ConfigurationError, QueueFull: nothing was stored; StoreUnavailable: perhaps it was, once;
-        DurabilityNotReached: it was, and was not confirmed.
+        Raises PayloadError, ConfigurationError, QueueFull: nothing was stored; StoreUnavailable: it may have been
+        stored, once; DurabilityNotReached: it was stored, but not confirmed.
         """
         prepared = self._prepared(options)
         return self._publisher_for(prepared).push(value, prepared)
@@ -145,19 +145,19 @@ class Queue(Generic[T]):
         """
         Store many messages in their order, in few round trips, and return their ids.
 
-        A list is checked whole before anything is stored, an iterator in windows of 100,000, which are held no longer
-        than needed. With `max_length` all are accepted or none, at most 100,000 at a time.
+        A list is checked completely before anything is stored, an iterator in windows of 100,000 that are dropped as
+        soon as they are stored. With `max_length` all are accepted or none, at most 100,000 at a time.
         """
         prepared = self._prepared_many(options)
         return self._publisher_for(prepared).push_many(values, prepared)
 
     async def apush(self, value: T, **options: Unpack[PushOptions]) -> str:
-        """Store one message and return its id, as `push`; concurrent calls share round trips."""
+        """Awaitable form of `push`; concurrent calls share round trips."""
         prepared = self._prepared(options)
         return await self._publisher_for(prepared).apush(value, prepared)
 
     async def apush_many(self, values: Iterable[T], **options: Unpack[PushManyOptions]) -> list[str]:
-        """Store many messages in their order and return their ids, as `push_many`."""
+        """Awaitable form of `push_many`."""
         prepared = self._prepared_many(options)
         return await self._publisher_for(prepared).apush_many(values, prepared)
 
@@ -179,11 +179,11 @@ class Queue(Generic[T]):
 
     def consume(self, prefetch: int = 1, *, on_error: OnError = "log") -> Generator[Message[T], None, None]:
         """
-        Yield messages for ever, each as soon as there is one; their leases are renewed by a thread.
+        Yield messages without end, each as soon as there is one; a thread renews their leases.
 
         Up to *prefetch* are leased in one round trip. Errors inside ``with message`` are logged and nacked;
-        ``on_error="raise"`` passes them on as well. An outage of Redis is waited for. What was not settled when the
-        loop is left goes back to the front, what had not started without a trace.
+        ``on_error="raise"`` passes them on as well. An outage of Redis is waited for. Messages that are not settled
+        when the loop is left go back to the front; those that had not started keep no trace of it.
         """
         refuse_in_loop()
         prefetch = whole_number("prefetch", prefetch, 1, MOST_HELD)
@@ -192,7 +192,7 @@ class Queue(Generic[T]):
     def batches(
         self, size: int = 100, within: Duration = "1s", *, on_error: OnError = "log"
     ) -> Generator[Batch[T], None, None]:
-        """Yield lists of messages for ever: of *size*, or what came *within* that time after the first."""
+        """Yield lists of messages without end: of *size*, or fewer when *within* has passed since the first."""
         refuse_in_loop()
         size, wait_ms = whole_number("size", size, 1, MOST_HELD), milliseconds(within, name="within")
         return self._consumer(checked_on_error(on_error)).batches(size, wait_ms / 1000)
@@ -201,25 +201,25 @@ class Queue(Generic[T]):
         """
         Return up to *n* messages as soon as there is one, or none after *wait*.
 
-        Nobody renews their lease: settle each with `ack`, `nack` or `dead` before it ends, or `extend` it.
+        Their leases are not renewed: settle each with `ack`, `nack` or `dead` before its lease ends, or `extend` it.
         """
         n, wait_ms = whole_number("n", n, 1, MOST_HELD), milliseconds(wait, name="wait")
         return self._consumer("log", transient=True).pull(n, wait_ms / 1000)
 
     def aconsume(self, prefetch: int = 1, *, on_error: OnError = "log") -> AsyncGenerator[Message[T], None]:
-        """Yield messages for ever, as `consume`, on this event loop."""
+        """Awaitable form of `consume`."""
         prefetch = whole_number("prefetch", prefetch, 1, MOST_HELD)
         return self._async(checked_on_error(on_error), lambda consumer: consumer.messages(prefetch))
 
     def abatches(
         self, size: int = 100, within: Duration = "1s", *, on_error: OnError = "log"
     ) -> AsyncGenerator[Batch[T], None]:
-        """Yield lists of messages for ever, as `batches`, on this event loop."""
+        """Awaitable form of `batches`."""
         size, wait_ms = whole_number("size", size, 1, MOST_HELD), milliseconds(within, name="within")
         return self._async(checked_on_error(on_error), lambda consumer: consumer.batches(size, wait_ms / 1000))
 
     async def apull(self, n: int = 1, wait: Duration = 0) -> list[Message[T]]:
-        """Return up to *n* messages as soon as there is one, or none after *wait*, as `pull`."""
+        """Awaitable form of `pull`."""
         n, wait_ms = whole_number("n", n, 1, MOST_HELD), milliseconds(wait, name="wait")
         return await self._async_consumer("log", transient=True).pull(n, wait_ms / 1000)
 
@@ -238,7 +238,7 @@ class Queue(Generic[T]):
                 yield thing
 
     def _source(self, transient: bool) -> PartitionSource[T]:
-        """Return what a consumer needs of this queue: with a new identity, *transient* for a single pull."""
+        """Return this queue as a consumer needs it, with a new identity, *transient* for a single pull."""
         kind = "pull" if transient else "consumer"
         about = operations.about(kind=kind, host=socket.gethostname(), pid=os.getpid(), queue=self.name)
         # Pulls share what they saw, since a single one seldom looks twice.
@@ -271,54 +271,54 @@ class Queue(Generic[T]):
         return True  # an empty queue is a queue
 
     def pause(self) -> None:
-        """Let nobody lease from it until `resume`; pushing goes on."""
+        """Stop leasing from the queue until `resume`; pushes are still accepted."""
         self.client.run(operations.configure(self.keys, "paused", "1"))
 
     def resume(self) -> None:
-        """End a pause; waiting consumers go on at once."""
+        """End a pause; waiting consumers continue at once."""
         self.client.run(operations.configure(self.keys, "paused", ""))
 
     def purge(self, dead: bool = False) -> int:
-        """Remove what waits, or the *dead* letters, and return how many; what is leased or comes later stays."""
+        """Remove all waiting messages, or the *dead* letters, and return how many. Leased messages stay."""
         return drive(self._purge(dead), partial(run_once, self.client))
 
     def redrive(self, limit: int | None = None) -> int:
-        """Put dead letters back, oldest first, with a fresh budget, and return how many."""
+        """Put dead letters back, oldest first, with all their attempts; return how many."""
         return drive(maintenance.redrive(self.keys, limit), self.client.run)
 
     def dead_letters(self) -> Iterator[DeadLetter]:
-        """Yield what was given up, oldest first."""
+        """Yield the dead letters, oldest first."""
         offset = 0
         while page := self.client.run(maintenance.dead_page(self.keys, offset, self._sealing)):
             yield from page
             offset += len(page)
 
     async def astats(self) -> QueueCounts:
-        """Count, as `stats`."""
+        """Awaitable form of `stats`."""
         return await self.client.arun(inspection.counts(self.keys))
 
     async def alen(self) -> int:
-        """Return what `len` does."""
+        """Awaitable form of `len`."""
         return len(await self.astats())
 
     async def apause(self) -> None:
-        """Let nobody lease from it until `aresume`."""
+        """Awaitable form of `pause`."""
         await self.client.arun(operations.configure(self.keys, "paused", "1"))
 
     async def aresume(self) -> None:
-        """End a pause."""
+        """Awaitable form of `resume`."""
         await self.client.arun(operations.configure(self.keys, "paused", ""))
 
     async def apurge(self, dead: bool = False) -> int:
-        """Remove what waits, or the *dead* letters, as `purge`."""
+        """Awaitable form of `purge`."""
         return await adrive(self._purge(dead), partial(arun_once, self.client))
 
     async def aredrive(self, limit: int | None = None) -> int:
-        """Put dead letters back, as `redrive`."""
+        """Awaitable form of `redrive`."""
         return await adrive(maintenance.redrive(self.keys, limit), self.client.arun)
 
     async def adead_letters(self) -> AsyncIterator[DeadLetter]:
-        """Yield what was given up, oldest first."""
+        """Awaitable form of `dead_letters`."""
         offset = 0
         while page := await self.client.arun(maintenance.dead_page(self.keys, offset, self._sealing)):
             for letter in page:
@@ -327,7 +327,7 @@ class Queue(Generic[T]):
 
     def repartition(self, partitions: int) -> int:
         """
-        Lay the queue in that many partitions, all of which must be empty, and return in how many it lay.
+        Change the number of partitions, which must all be empty, and return the number before.
 
         Every program must then declare the new number: this object, with the old one, is refused too. Raises
         ConfigurationError (E35), with nothing changed, when something is ready, scheduled, leased or dead.
@@ -335,7 +335,7 @@ class Queue(Generic[T]):
         return partitioning.repartition(self.client, self.name, partitions)
 
     async def arepartition(self, partitions: int) -> int:
-        """Lay the queue in that many partitions, as `repartition`."""
+        """Awaitable form of `repartition`."""
         return await partitioning.arepartition(self.client, self.name, partitions)
 
     def _purge(self, dead: bool) -> maintenance.CountingProgram:

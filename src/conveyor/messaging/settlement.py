@@ -1,4 +1,4 @@
-"""What becomes of a leased message, decided purely: each verdict is the settlement that the next turn carries."""
+"""Decides purely how a leased message ends; each decision is the settlement that the next turn reports."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from conveyor.payload.records import AttemptHistory, Failure, Outcome, to_json
 from conveyor.store.operations import Settlement
 
 CANCELLED_KEPT_MS = 600_000
-"""How long the record of a cancelled message is kept, as after any cancel."""
+"""ms for which the record of a cancelled message is kept, as after any cancel."""
 
 
 def _now_ms() -> int:
@@ -32,18 +32,18 @@ def _now_ms() -> int:
 
 @dataclass(frozen=True, slots=True)
 class SettlementPolicy:
-    """The policy of a queue, and who judges: `worker` is written into every failure."""
+    """Decides what becomes of a leased message. `worker` is recorded in every failure."""
 
     retry: Retry
     worker: str
     now_ms: Callable[[], int] = _now_ms
     pack: Callable[[str, Failure], Failure] | None = None
-    """Seals what an error says, given the id."""
+    """Seals the text of an error, given the id; None: not sealed."""
     pack_refusal: Callable[[str, Failure, str], Failure] | None = None
-    """The same for an error with that code, of a body that could not be read."""
+    """Seals the text of an error with that code, for a body that cannot be read; None: not sealed."""
 
     def failed(self, leased: LeasedMessage, error: BaseException, *, cancelled: bool = False) -> Settlement:
-        """It raised: again after the policy's pause, or dead."""
+        """Settle a message whose body raised: retry after the policy's pause, or give up."""
         if cancelled:
             return self.cancelled(leased)
         record = failures.describe(error, leased.attempt, self.now_ms(), self.worker)
@@ -56,7 +56,7 @@ class SettlementPolicy:
         return self._buried(leased, follows, record)
 
     def nacked(self, leased: LeasedMessage, delay_ms: int | None, *, cancelled: bool = False) -> Settlement:
-        """It was refused by hand: counts as a failure, and comes back after *delay_ms* (None: the policy's pause)."""
+        """Settle a refused message as a failure: retry after *delay_ms* (None: the policy's pause), or give up."""
         if cancelled:
             return self.cancelled(leased)
         record = Failure(leased.attempt, self.now_ms(), "nack", "refused by nack()", worker=self.worker)
@@ -69,7 +69,7 @@ class SettlementPolicy:
         return _settlement(leased, "R", ms=pause, state=state.encode())
 
     def dead(self, leased: LeasedMessage, reason: str) -> Settlement:
-        """It is given up for *reason*; its bytes are kept."""
+        """Make it a dead letter for *reason*; its bytes are kept."""
         text = failures.shorten(reason, failures.MESSAGE_BYTES)
         record = Failure(leased.attempt, self.now_ms(), "dead", text, worker=self.worker)
         if self.pack is not None:
@@ -82,7 +82,7 @@ class SettlementPolicy:
         return self._buried(leased, GiveUp(state, text), record)
 
     def undecodable(self, leased: LeasedMessage, error: PayloadError) -> Settlement:
-        """Its body is not what the queue holds: repeating would not mend it."""
+        """Make it a dead letter because its body cannot be decoded: repeating would not help."""
         text = failures.message(error)
         record = Failure(leased.attempt, self.now_ms(), "PayloadError", text, worker=self.worker)
         if self.pack_refusal is not None:
@@ -90,7 +90,7 @@ class SettlementPolicy:
         return self._given_up(leased, f"{error.code}: its body cannot be read" if record.packed else text, record)
 
     def put_off(self, leased: LeasedMessage, error: PayloadError) -> Settlement:
-        """It is of a later version: it waits, without an attempt used, and is dead after a day."""
+        """Put off a message of a later version without using an attempt; after a day it is a dead letter."""
         now = self.now_ms()
         pause = put_off_ms(now - (made_at_ms(leased.id) or leased.envelope.due_ms or now))
         if pause is None:
@@ -100,7 +100,7 @@ class SettlementPolicy:
         )
 
     def poison(self, leased: LeasedMessage) -> Settlement | None:
-        """Dead instead of started, when its consumer crashed too often while it ran; else None."""
+        """Make it a dead letter when it crashed its consumers too often; else return None."""
         crashes = leased.history.crashes
         if crashes < self.retry.max_crashes:
             return None
@@ -112,17 +112,17 @@ class SettlementPolicy:
         return self._buried(leased, GiveUp(state, "crashed"), record)
 
     def presumed_crash(self, leased: LeasedMessage) -> Settlement | None:
-        """Count one more crash before a message starts that came back from one; None for any other."""
+        """Count one more crash before the message starts; None for one that came back from no crash."""
         if leased.history.crashes == 0:
             return None
         return _settlement(leased, "M", state=with_presumed_crash(leased.history).encode())
 
     def returned(self, leased: LeasedMessage) -> bytes:
-        """The state of one that is given back: its start is seen, its budget untouched."""
+        """Return the history of a message that is given back: its start counts, its budget is unchanged."""
         return handed_back(leased.history, leased.attempt, started=True).encode() if leased.started else b""
 
     def cancelled(self, leased: LeasedMessage) -> Settlement:
-        """Somebody cancelled it."""
+        """Settle a message that somebody cancelled."""
         record = to_json(Outcome("cancelled", at=self.now_ms()))
         return _settlement(leased, "C", ms=CANCELLED_KEPT_MS, record=record)
 

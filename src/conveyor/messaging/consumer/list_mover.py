@@ -1,4 +1,4 @@
-"""For a plain list: what waits for raw entries while a consumer is idle, in a thread or on a loop."""
+"""Moves raw entries of a plain list into the queue while a consumer is idle: in a thread, or on an event loop."""
 
 from __future__ import annotations
 
@@ -24,10 +24,9 @@ def intake(keys: QueueKeys, want: int) -> Call[int]:
 
 
 class ListMover:
-    """Moves one entry at a time to the intake list and from there into the queue, which wakes the consumer."""
+    """Moves one entry at a time into the queue, which wakes the consumer. Its thread starts when first needed."""
 
     def __init__(self, client: Client, keys: QueueKeys) -> None:
-        """Starts its thread when it is first needed."""
         self._client, self._keys = client, keys
         self._announced = False
         self._waiter = WakeupWaiter(client.endpoint(keys))
@@ -40,7 +39,7 @@ class ListMover:
         self._thread: threading.Thread | None = None
 
     def begin(self, seconds: float) -> float:
-        """Wait for an entry in the background, up to *seconds*; return how long the caller should wait beside it."""
+        """Wait up to *seconds* for an entry in the background; return the seconds the caller should wait."""
         if self._thread is None:
             self._thread = threading.Thread(target=self._move, name="conveyor-mover", daemon=True)
             self._thread.start()
@@ -49,13 +48,13 @@ class ListMover:
         return min(seconds, POLL) if self._is_refused else seconds
 
     def end(self) -> None:
-        """Wait no longer: the consumer is busy, and others may want what comes. An entry already moved is kept."""
+        """Stop waiting while the consumer is busy. An entry already moved is kept."""
         self._work.clear()
         if self._is_moving:
             self._waiter.close()
 
     def stop(self) -> None:
-        """Stop waiting; what arrived meanwhile stays in the intake list, for any consumer's next turn."""
+        """Stop for good. Entries that arrived meanwhile stay in the intake list for any consumer's next turn."""
         self._has_stopped = True
         self._work.set()
         self._waiter.close()
@@ -86,22 +85,21 @@ class ListMover:
 
 
 class AsyncListMover:
-    """The same as a task of an event loop."""
+    """Moves entries as `ListMover`, in a task of an event loop that starts whenever the consumer is idle."""
 
     def __init__(self, client: Client, keys: QueueKeys) -> None:
-        """Starts a task whenever the consumer is idle."""
         self._client, self._keys = client, keys
         self._waiter: AsyncWakeupWaiter | None = None
         self._is_refused = False
         self._task: asyncio.Task[None] | None = None
 
     def begin(self, seconds: float) -> float:
-        """Wait for an entry in the background, up to *seconds*; return how long the caller should wait beside it."""
+        """Wait up to *seconds* for an entry in the background; return the seconds the caller should wait."""
         self._task = asyncio.get_running_loop().create_task(self._move(seconds))
         return min(seconds, POLL) if self._is_refused else seconds
 
     def end(self) -> None:
-        """Wait no longer; an entry already moved is kept for any consumer's next turn."""
+        """Stop waiting while the consumer is busy. An entry already moved is kept."""
         task, self._task = self._task, None
         if task is not None and not task.done() and self._waiter is not None:
             waiter, self._waiter = self._waiter, None
@@ -120,7 +118,7 @@ class AsyncListMover:
             self._is_refused = True
 
     def stop(self) -> None:
-        """Stop waiting."""
+        """Stop for good, as `ListMover.stop`."""
         self.end()
         if self._waiter is not None:
             self._waiter.close()
