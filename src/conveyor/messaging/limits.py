@@ -107,5 +107,5 @@ def _check_name(what: str, value: object) -> None:
 def _positive(name: str, value: Duration) -> int:
     ms = milliseconds(value, name=name)
     if ms == 0:
-        raise ConfigurationError(f"{name} must be longer than nothing, not {value!r}.")
+        raise ConfigurationError(f"{name} must be greater than zero, not {value!r}.")
     return ms

@@ -139,10 +139,10 @@ class Message(Generic[T]):
     def _ours(self) -> LeasedMessage:
         leased = self._leased
         if leased.settled or leased.lost:
-            why = "its lease was given up" if leased.lost else "it was settled before"
+            what = "lost its lease, so another consumer may run it" if leased.lost else "was already settled"
             if leased.returned:
-                why = "the loop over consume() was left, which handed it back. Keep the iterator in a variable"
-            raise LeaseLost(f"Message {self.id} is no longer ours: {why}. Nothing was changed.")
+                what = "was handed back when the loop over consume() was left. Keep the iterator in a variable"
+            raise LeaseLost(f"Message {self.id} {what}. Nothing was changed.")
         return leased
 
     def _done(self) -> Ending:
@@ -167,9 +167,7 @@ class Message(Generic[T]):
             if isinstance(error, Exception) and self._settler.on_error == "log":
                 failures.tell(logger, logging.ERROR, "Message %s: %s", clean(self.id), _brief(error), error=error)
             elif leased.lost and not leased.settled:
-                logger.warning(
-                    "Message %s was lost while it ran: its lease was given up, another has it.", clean(self.id)
-                )
+                logger.warning("Message %s lost its lease while it ran: another consumer may run it.", clean(self.id))
             return []
         if error is None:
             return [(leased, _success(leased))]
@@ -270,7 +268,9 @@ def _success(leased: LeasedMessage) -> Settlement:
 def _lease(duration: Duration) -> int:
     ms = milliseconds(duration, name="duration")
     if ms < 1:
-        raise ConfigurationError("extend() needs a duration longer than 0. Use nack(delay=0) to give a message back.")
+        raise ConfigurationError(
+            "extend() needs a duration greater than zero. Use nack(delay=0) to give a message back."
+        )
     return ms
 
 
@@ -281,4 +281,4 @@ def _brief(error: BaseException) -> str:
 def lost(queue: str, leased: Iterable[LeasedMessage]) -> LeaseLost:
     """Return the error for messages whose end was refused."""
     ids = ", ".join(public(queue, one.id) for one in leased)
-    return LeaseLost(f"No longer ours, so another may run it: {ids}. The lease was given up; nothing was changed.")
+    return LeaseLost(f"The lease was lost, so another consumer may run {ids}. Nothing was changed.")

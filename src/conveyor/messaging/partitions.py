@@ -312,7 +312,7 @@ def _repartition(client: Client, queue: str, number: int) -> Generator[Call[Any]
         raise _not_empty(queue, full)
     if done != 1:
         raise ConfigurationError(
-            f"Somebody else is changing the partitions of queue '{queue}' too. Look, and try again.", code="E35"
+            f"Another program is changing the partitions of queue '{queue}' at the same time. Try again.", code="E35"
         )
     return int(before)
 

@@ -95,7 +95,9 @@ class Queue(Generic[T]):
         if full != "raise":
             raise not_yet("full", f"Only 'raise' works yet, not {full!r}.")
         if partitions != 1:
-            raise ConfigurationError("A Queue lies in one piece: app.queue(…, partitions=…) makes one that does not.")
+            raise ConfigurationError(
+                "A Queue has one partition; app.queue(…, partitions=…) makes a queue with several."
+            )
         if tuple(limits):
             raise not_yet("limits")
         self.durability = durability

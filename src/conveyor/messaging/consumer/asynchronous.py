@@ -395,7 +395,7 @@ class _AsyncEndpointWaiter:
             if not self._consumer.is_idle:
                 await self._settlers[at].aflush()
         except ConveyorError as error:
-            logger.warning("Waiting for work was refused: %s", error)
+            logger.warning("Waiting for messages was refused: %s", error)
             await asyncio.sleep(min(1.0, seconds))
 
     def close(self) -> None:

@@ -393,7 +393,7 @@ class _EndpointWaiter:
             try:
                 at = self.wait(seconds)
             except ConveyorError as error:
-                logger.warning("Waiting for work was refused: %s", error)
+                logger.warning("Waiting for messages was refused: %s", error)
                 time.sleep(min(1.0, seconds))
             self._busy = False
             if at is None or self._closed:

@@ -66,12 +66,12 @@ class SettlerState:
         for leased in refused:
             if not any(leased is one for one in known):
                 logger.warning(
-                    "Message %s: its end was refused, since the lease was given up before; it runs again.",
+                    "Message %s: its end was refused, because its lease had been lost; it runs again.",
                     ids.public(session.keys.queue, leased.id),
                 )
         reaped, session.reaped = session.reaped, 0
         if reaped:
-            logger.warning("Queue %s: %d messages of a dead consumer are back.", session.keys.queue, reaped)
+            logger.warning("Queue %s: %d messages of a dead consumer were returned.", session.keys.queue, reaped)
         missing, session.missing = session.missing, []
         if missing:
             eviction.tell_missing(logger, session.keys.queue, missing)
@@ -108,4 +108,4 @@ class OutageLog:
 def log_not_left(session: LeaseSession, error: Exception) -> None:
     """Log that what *session* holds could not be given back."""
     if session.registered:
-        logger.warning("Queue %s: what was leased returns when the lease ends: %s", session.keys.queue, error)
+        logger.warning("Queue %s: leased messages return when their lease ends: %s", session.keys.queue, error)

@@ -138,7 +138,11 @@ class ConsumerSteps(Generic[M]):
             session.settle(leased, self._policy.cancelled(leased))
             return None
         if leased.history.crashes and (poison := self._policy.poison(leased)) is not None:
-            logger.error("Message %s crashed its consumers %d times: dead.", self._name(leased), leased.history.crashes)
+            logger.error(
+                "Message %s crashed its consumers %d times and is now a dead letter.",
+                self._name(leased),
+                leased.history.crashes,
+            )
             session.settle(leased, poison)
             return None
         try:
