@@ -38,6 +38,7 @@ class AsyncSettler(SettlerState):
         self._run = run
         self._lock = asyncio.Lock()  # one turn of an identity in flight
         self._loop = asyncio.get_running_loop()
+        self._flushing: asyncio.Task[None] | None = None
 
     async def asettle(self, endings: Sequence[Ending]) -> None:
         """Settle, and return when Redis confirmed it. Raises LeaseLost, StoreUnavailable."""
@@ -82,29 +83,6 @@ class AsyncSettler(SettlerState):
         if self.session.bodies is not None:
             await self.session.bodies.fetch(self.session.waiting)
 
-
-class AsyncPartitionSettler(AsyncSettler):
-    """Settles the messages of one partition of a consumer, with the turns that the consumer makes anyway."""
-
-    def __init__(self, consumer: AsyncConsumer[Any], source: PartitionSource[Any], on_error: OnError) -> None:
-        super().__init__(consumer.client, source.session, source.policy, on_error, consumer.run)
-        self._consumer = consumer
-        self._flushing: asyncio.Task[None] | None = None
-
-    async def asettle(self, endings: Sequence[Ending]) -> None:
-        """Settle, and return when Redis confirmed it. Raises LeaseLost, StoreUnavailable."""
-        await super().asettle(endings)
-        self._consumer.settled.set()
-
-    async def asettle_soon(self, endings: Sequence[Ending]) -> None:
-        """Settle with the next turn, if the loop's body comes to it without waiting for anything else, or at once."""
-        if self.session.transient:
-            await self.asettle(endings)  # pulled: no turn follows
-            return
-        self.session.settle_all(endings)
-        self._consumer.settled.set()
-        self._loop.call_soon(self.begin_flush)
-
     def begin_flush(self) -> None:
         """Report what is pending, unless that is under way."""
         if self.session.pending and self._flushing is None:
@@ -129,6 +107,36 @@ class AsyncPartitionSettler(AsyncSettler):
             self._flushing = None
 
 
+class AsyncPartitionSettler(AsyncSettler):
+    """Settles the messages of one partition of a consumer, with the turns that the consumer makes anyway."""
+
+    def __init__(
+        self, consumer: AsyncConsumer[Any], source: PartitionSource[Any], on_error: OnError, run: AsyncRun
+    ) -> None:
+        super().__init__(consumer.client, source.session, source.policy, on_error, run)
+        self._consumer = consumer
+
+    async def asettle(self, endings: Sequence[Ending]) -> None:
+        """Settle, and return when Redis confirmed it. Raises LeaseLost, StoreUnavailable."""
+        await super().asettle(endings)
+        self._consumer.settled.set()
+
+    async def asettle_soon(self, endings: Sequence[Ending]) -> None:
+        """Settle with the next turn, if the loop's body comes to it without waiting for anything else, or at once."""
+        self.session.settle_all(endings)
+        self._consumer.settled.set()
+        self._loop.call_soon(self.begin_flush)
+
+
+async def arun_partitioned(partitions: Partitions, call: Call[Any]) -> Any:
+    """Awaitable form of `run_partitioned`."""
+    try:
+        return await arun_once(partitions.client, call)
+    except PartitionCountMismatch:
+        await partitions.aclaim()
+        return await arun_once(partitions.client, call)
+
+
 class AsyncConsumer(Generic[T]):
     """
     Hands out the messages of a queue, one or several at a time. Belongs to the event loop it was made on.
@@ -149,9 +157,16 @@ class AsyncConsumer(Generic[T]):
         self.client = client
         self._partitions = partitions
         self._only_session = sources[0].session if len(sources) == 1 else None
-        self.settlers = [AsyncPartitionSettler(self, source, on_error) for source in sources]
+        run = partial(arun_once, client) if partitions is None else partial(arun_partitioned, partitions)
+        # No turn follows a pull by itself, so its messages are settled at once; they outlive this consumer.
+        self.settlers = [
+            AsyncSettler(client, source.session, source.policy, on_error, run)
+            if transient
+            else AsyncPartitionSettler(self, source, on_error, run)
+            for source in sources
+        ]
         self._programs = programs([one.steps(settler) for one, settler in zip(sources, self.settlers, strict=True)])
-        self._waiters = AsyncWakeupWaiters(self)
+        self._waiters: AsyncWakeupWaiters | None = None
         self._renewer: LeaseRenewer | None = None
         self._renewal: asyncio.Task[None] | None = None
         self._mover: AsyncListMover | None = None
@@ -194,17 +209,7 @@ class AsyncConsumer(Generic[T]):
         try:
             return await self._follow(self._programs.pull(count, wait), patient=False)
         finally:
-            self._waiters.close()
-
-    async def run(self, call: Call[Any]) -> Any:
-        """Carry out *call*; after Redis was emptied the number of partitions is agreed on anew."""
-        try:
-            return await arun_once(self.client, call)
-        except PartitionCountMismatch:
-            if self._partitions is None:
-                raise
-            await self._partitions.aclaim()
-            return await arun_once(self.client, call)
+            self._close_waiters()
 
     # -- driving ------------------------------------------------------------------------------------------------------
 
@@ -223,7 +228,7 @@ class AsyncConsumer(Generic[T]):
             self._renewal.cancel()
         if self._mover is not None:
             self._mover.stop()
-        self._waiters.close()
+        self._close_waiters()
         for step in self._programs.leave():
             if isinstance(step, TurnStep):
                 await self._leave(step)
@@ -240,8 +245,9 @@ class AsyncConsumer(Generic[T]):
         try:
             while True:
                 step = next(program)
-                for at in self._waiters.heard():
-                    self._programs.woken(at)
+                if self._waiters is not None:
+                    for at in self._waiters.heard():
+                        self._programs.woken(at)
                 if isinstance(step, WaitStep):
                     await self._wait(step)
                 elif patient:
@@ -285,12 +291,18 @@ class AsyncConsumer(Generic[T]):
                     pass
                 return
             seconds = step.seconds if self._mover is None else self._mover.begin(step.seconds)
+            self._waiters = self._waiters or AsyncWakeupWaiters(self)
             for at in await self._waiters.wait(seconds):
                 self._programs.woken(at)
         finally:
             if self._mover is not None:
                 self._mover.end()
             self._set_idle(False)
+
+    def _close_waiters(self) -> None:
+        waiters, self._waiters = self._waiters, None
+        if waiters is not None:
+            waiters.close()
 
     def _set_idle(self, idle: bool) -> None:
         self.is_idle = idle
@@ -367,7 +379,7 @@ class _AsyncEndpointWaiter:
     def __init__(
         self,
         consumer: AsyncConsumer[Any],
-        settlers: dict[int, AsyncPartitionSettler],
+        settlers: dict[int, AsyncSettler],
         hear: Callable[[int], None],
     ) -> None:
         self._consumer, self._settlers, self._hear = consumer, settlers, hear

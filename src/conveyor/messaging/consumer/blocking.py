@@ -87,12 +87,21 @@ class BlockingSettler(SettlerState):
             self._lock.release()
         return True
 
+    def flush(self) -> bool:
+        """Make a turn that leases nothing; return False when one is under way, or Redis is away."""
+        try:
+            made = self.turn(blocking=False)
+        except ConveyorError:
+            return False
+        self.report_refused()
+        return made
+
 
 class PartitionSettler(BlockingSettler):
     """Settles the messages of one partition of a consumer, with the turns that the consumer makes anyway."""
 
-    def __init__(self, consumer: Consumer[Any], source: PartitionSource[Any], on_error: OnError) -> None:
-        super().__init__(consumer.client, source.session, source.policy, on_error, consumer.run)
+    def __init__(self, consumer: Consumer[Any], source: PartitionSource[Any], on_error: OnError, run: Run) -> None:
+        super().__init__(consumer.client, source.session, source.policy, on_error, run)
         self._consumer = consumer
 
     def settle(self, endings: Sequence[Ending]) -> None:
@@ -102,22 +111,19 @@ class PartitionSettler(BlockingSettler):
 
     def settle_soon(self, endings: Sequence[Ending]) -> None:
         """Settle with the next turn if one follows at once: if these are the ends the loop is at."""
-        if self.session.transient:
-            self.settle(endings)  # pulled: no turn follows
-            return
         self.session.settle_all(endings)
         self._consumer.note_settled()
         if not self._consumer.comes_to(endings):
             self.flush()
 
-    def flush(self) -> bool:
-        """Make a turn that leases nothing; return False when one is under way, or Redis is away."""
-        try:
-            made = self.turn(blocking=False)
-        except ConveyorError:
-            return False
-        self.report_refused()
-        return made
+
+def run_partitioned(partitions: Partitions, call: Call[Any]) -> Any:
+    """Carry out *call*; after Redis was emptied the number of *partitions* is agreed on anew."""
+    try:
+        return run_once(partitions.client, call)
+    except PartitionCountMismatch:
+        partitions.claim()
+        return run_once(partitions.client, call)
 
 
 class Consumer(Generic[T]):
@@ -141,13 +147,22 @@ class Consumer(Generic[T]):
         self._partitions = partitions
         first = sources[0].session
         self._only_session = first if len(sources) == 1 else None
-        self.settlers = [PartitionSettler(self, source, on_error) for source in sources]
-        self._programs = programs([one.steps(settler) for one, settler in zip(sources, self.settlers, strict=True)])
         # A loop over a queue in one piece has a connection of its own, which saves the way through the pool. An intake
         # goes through the pool all the same: it is repeated by other rules.
         own = partitions is None and not transient and first.intake is None
         self._connection = Connection(client.endpoint(first.keys)) if own else None
-        self._waiters = WakeupWaiters(self)
+        run: Run = self._run_own if own else partial(run_once, client)
+        if partitions is not None:
+            run = partial(run_partitioned, partitions)
+        # No turn follows a pull by itself, so its messages are settled at once; they outlive this consumer.
+        self.settlers = [
+            BlockingSettler(client, source.session, source.policy, on_error, run)
+            if transient
+            else PartitionSettler(self, source, on_error, run)
+            for source in sources
+        ]
+        self._programs = programs([one.steps(settler) for one, settler in zip(sources, self.settlers, strict=True)])
+        self._waiters: WakeupWaiters | None = None
         self._renewer: LeaseRenewer | None = None
         self._mover: ListMover | None = None
         self._latest: Sequence[LeasedMessage] = ()
@@ -186,21 +201,9 @@ class Consumer(Generic[T]):
         try:
             return self._follow(self._programs.pull(count, wait), patient=False)
         finally:
-            self._waiters.close()
+            self._close_waiters()
 
     # -- for the settlers ---------------------------------------------------------------------------------------------
-
-    def run(self, call: Call[Any]) -> Any:
-        """Carry out *call*; after Redis was emptied the number of partitions is agreed on anew."""
-        if self._connection is not None:
-            return self._connection.run(call, patience=self.client.patience)
-        try:
-            return run_once(self.client, call)
-        except PartitionCountMismatch:
-            if self._partitions is None:
-                raise
-            self._partitions.claim()
-            return run_once(self.client, call)
 
     def note_settled(self) -> None:
         """Take note that something which was held has been settled."""
@@ -233,7 +236,7 @@ class Consumer(Generic[T]):
             self._renewer.stop()
         if self._mover is not None:
             self._mover.stop()
-        self._waiters.close()
+        self._close_waiters()
         try:
             for step in self._programs.leave():
                 if isinstance(step, TurnStep):
@@ -243,6 +246,10 @@ class Consumer(Generic[T]):
         finally:
             if self._connection is not None:
                 self._connection.close()
+
+    def _run_own(self, call: Call[Any]) -> Any:
+        assert self._connection is not None
+        return self._connection.run(call, patience=self.client.patience)
 
     def _leave(self, step: TurnStep) -> None:
         settler = self.settlers[step.at]
@@ -256,8 +263,9 @@ class Consumer(Generic[T]):
         try:
             while True:
                 step = next(program)
-                for at in self._waiters.heard():
-                    self._programs.woken(at)
+                if self._waiters is not None:
+                    for at in self._waiters.heard():
+                        self._programs.woken(at)
                 if isinstance(step, WaitStep):
                     self._wait(step)
                 elif patient:
@@ -298,12 +306,18 @@ class Consumer(Generic[T]):
                 self._settled.wait(step.seconds)
                 return
             seconds = step.seconds if self._mover is None else self._mover.begin(step.seconds)
+            self._waiters = self._waiters or WakeupWaiters(self)
             for at in self._waiters.wait(seconds):
                 self._programs.woken(at)
         finally:
             if self._mover is not None:
                 self._mover.end()
             self._set_idle(False)
+
+    def _close_waiters(self) -> None:
+        waiters, self._waiters = self._waiters, None
+        if waiters is not None:
+            waiters.close()
 
     def _set_idle(self, idle: bool) -> None:
         self._is_idle = idle
@@ -357,7 +371,7 @@ class WakeupWaiters:
 class _EndpointWaiter:
     """Waits at one endpoint, by a call or from a thread of its own; *settlers* are those of the partitions there."""
 
-    def __init__(self, consumer: Consumer[Any], settlers: dict[int, PartitionSettler], heard: SimpleQueue[int]) -> None:
+    def __init__(self, consumer: Consumer[Any], settlers: dict[int, BlockingSettler], heard: SimpleQueue[int]) -> None:
         self._consumer, self._settlers, self._heard = consumer, settlers, heard
         self._partition_of = {settler.session.keys.wake: at for at, settler in settlers.items()}
         first = next(iter(settlers.values()))
