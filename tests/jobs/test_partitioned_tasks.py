@@ -14,7 +14,7 @@ from conveyor import Conveyor
 from conveyor.admin.admin import Admin
 from conveyor.errors import ConfigurationError, DurabilityNotReached, QueueNotFound
 from conveyor.jobs.context import current
-from conveyor.messaging.partitions import place
+from conveyor.messaging.partitions import partition_of
 from conveyor.store import inspection
 from support.partition_helpers import ack_all, audits, lengths, place_of
 from support.running_worker import drain, working
@@ -66,9 +66,9 @@ async def test_keys_of_jobs_place_them(app: Conveyor) -> None:
 
     there = note.options(queue="orders", unique="u1")
     first, again = await there.aenqueue(1), await there.aenqueue(2)
-    assert (again.id, again.duplicate, place_of(first.id)) == (first.id, True, place("u1", 8))
+    assert (again.id, again.duplicate, place_of(first.id)) == (first.id, True, partition_of("u1", 8))
     mine = await note.options(queue="orders", id="order-7").aenqueue(3)
-    assert (mine.id, mine.queue) == ("order-7", f"orders/{place('order-7', 8)}")
+    assert (mine.id, mine.queue) == ("order-7", f"orders/{partition_of('order-7', 8)}")
     assert (await note.options(queue="orders", id="order-7").aenqueue(4)).duplicate
     assert await app.job("order-7").astatus() == "ready"
     assert await mine.acancel()

@@ -81,7 +81,7 @@ class TestLost:
         got = []
         for message in queue.consume():
             with message as body:
-                got.append((body, message.attempt, message._leased.state.crashes))
+                got.append((body, message.attempt, message._leased.history.crashes))
             if len(got) == 2:
                 break
         assert got == [("a", 2, 1), ("b", 2, 1)]

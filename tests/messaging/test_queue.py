@@ -336,7 +336,7 @@ class TestCare:
         """Dead letters come back oldest first, with a new attempt number; those made meanwhile wait."""
         queue.push_many([order(n) for n in range(600)])
         pulled = queue.pull(600)
-        pulled[0]._holder.settle([message._dead("x") for message in pulled])
+        pulled[0]._settler.settle([message._dead("x") for message in pulled])
         assert queue.redrive(limit=0) == 0
         assert queue.redrive(limit=1) == 1
         assert queue.redrive() == 599

@@ -50,5 +50,5 @@ def first(queue, **options):
 
 
 def crash(queue, message):
-    """Return what *message*'s holder has leased, as its supervisor does when it died."""
-    return queue.client.run(operations.reap(queue.keys, message._holder.lessee.worker))
+    """Return what *message*'s consumer has leased, as its supervisor does when it died."""
+    return queue.client.run(operations.reap(queue.keys, message._settler.session.worker))

@@ -8,7 +8,7 @@ from typing import Any
 from conveyor import ids
 from conveyor.errors import ConfigurationError, QueueNotFound
 from conveyor.messaging.partitioned_queue import PartitionedQueue
-from conveyor.messaging.partitions import likely_first, number_of, partition_names
+from conveyor.messaging.partitions import likely_first, partition_count, partition_names
 from conveyor.messaging.plain_list import PlainList
 from conveyor.messaging.queue import Queue
 from conveyor.store import inspection
@@ -95,7 +95,7 @@ class QueueDirectory:
         for name in self._client.queues():
             queue = name if name in self._plain_lists else ids.logical(name)
             if queue != name and queue not in counted:
-                counted[queue] = number_of(self._client, queue)
+                counted[queue] = partition_count(self._client, queue)
             number = counted.get(queue, 1)
             # A name that only looks like a partition belongs to a plain list that another program declares.
             partitions[queue if number > 1 else name] = number

@@ -89,9 +89,9 @@ def _queue_keys(client: Any, queue: str) -> Any:
 
 def _recorded_partitions(client: Any, queue: str) -> Any:
     """Return the partitions of a queue as Redis records them; None without partitions."""
-    from conveyor.messaging.partitions import Partitions, number_of
+    from conveyor.messaging.partitions import Partitions, partition_count
 
-    number = number_of(client, queue)
+    number = partition_count(client, queue)
     return None if number == 1 else Partitions(client, queue, number)
 
 
@@ -100,7 +100,7 @@ def _push_entries(client: Any, keys: Any, partitions: Any, entries: list[Entry])
 
     if partitions is None:
         return [public(keys.queue, id_) for id_ in client.push(keys, entries)]
-    placed = [partitions.placed(entry) for entry in entries]
+    placed = [partitions.partition_of(entry) for entry in entries]
     ids: dict[str, Iterator[str]] = {}
     for partition in dict.fromkeys(placed):
         chosen = [entry for entry, where in zip(entries, placed, strict=True) if where == partition]
@@ -176,11 +176,11 @@ def _parse_headers(given: tuple[str, ...]) -> dict[str, str]:
 def _prepare(app: Any, queue: str, **options: Any) -> PreparedPush:
     """Return the options for every message of this call, with the sealing of the app."""
     from conveyor.jobs.core import core_of
-    from conveyor.messaging.push_options import posting, wrapped
+    from conveyor.messaging.push_options import prepare_push, with_sealing
 
     declared = None if app is None else core_of(app).queues.get(queue)
     version = 1 if declared is None else declared.version
-    return wrapped(posting(**options, version=version), None if app is None else app.sealing, queue, version)
+    return with_sealing(prepare_push(**options, version=version), None if app is None else app.sealing, queue, version)
 
 
 def _queue_codec(app: Any, queue: str) -> FormatCodec[Any] | None:

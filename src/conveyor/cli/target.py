@@ -99,7 +99,7 @@ class Target:
         from conveyor.jobs.core import core_of
 
         core = core_of(self._app)
-        requests = {name: queue.asks for name, queue in core.queues.items() if queue.asks is not None}
+        requests = {name: queue.durability for name, queue in core.queues.items() if queue.durability is not None}
         return Admin(
             client,
             plain_lists=core.plain_lists,

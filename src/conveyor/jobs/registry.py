@@ -69,7 +69,7 @@ class QueueRegistry:
     def place(self, queue: str, entry: Entry) -> str:
         """Return where a job of *queue* goes: the queue, or one of its partitions."""
         partitions = self.partitioned.get(queue)
-        return queue if partitions is None else partitions.placed(entry)
+        return queue if partitions is None else partitions.partition_of(entry)
 
     def push(
         self, queue: str, entries: Sequence[Entry], durability_request: DurabilityRequest | None = None
@@ -91,7 +91,7 @@ class QueueRegistry:
 
     def _durability(self, queue: str) -> Durability | None:
         declared = self.bounded.get(ids.logical(queue) if self.partitioned else queue)
-        return None if declared is None else declared.asks
+        return None if declared is None else declared.durability
 
     def _max_length(self, queue: str) -> int:
         declared = self.bounded.get(queue)
@@ -126,7 +126,7 @@ class QueueRegistry:
             return self.queues[name]
         queue = self._make_queue(
             name, type, partitions, lease_ms=lease_ms, max_attempts=max_attempts, max_length=max_length, full=full,
-            asks=asks, max_payload=self.max_whole, sealing=self.sealing, version=version, upcast=upcast,
+            durability=asks, max_payload=self.max_whole, sealing=self.sealing, version=version, upcast=upcast,
             formats=self.formats.with_writer(format),
         )  # fmt: skip
         self.queues[name], self._declared[name] = queue, options

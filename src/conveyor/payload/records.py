@@ -90,7 +90,7 @@ class AttemptHistory(msgspec.Struct):
     crashes: int = 0
     errors: list[bytes] = []
     doubt: str = ""
-    """+ or *: the last crash was counted before it happened (`outcome.suspected`)."""
+    """+ or *: the last crash was counted before it happened (`retry.with_presumed_crash`)."""
 
     def encode(self) -> bytes:
         """Return the stored form, with the newest ERRORS_KEPT errors."""

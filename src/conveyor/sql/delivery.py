@@ -219,8 +219,8 @@ class OutboxDelivery:
             client.run(operations.announce(known, keys.queue), patience=patience)
             self._known.add(batch.queue)
         declared, partitions = core.bounded.get(queue), core.partitioned.get(queue)
-        asks = None if declared is None else declared.asks
-        most = partitions.most if partitions else declared.max_length if declared else None
+        asks = None if declared is None else declared.durability
+        most = partitions.max_length if partitions else declared.max_length if declared else None
         # Not `push_plain`: its script would open a sequence that was closed.
         call = operations.push(
             keys, ProducerSequence(batch.sequence, insists=True), batch.entries, max_length=most or 0
@@ -229,7 +229,7 @@ class OutboxDelivery:
         if partitions is None:
             work()
         else:
-            partitions.keep(work)
+            partitions.run_agreed(work)
 
     def _delete(self, db: DbConnection, batch: DeliveryBatch) -> int:
         count = self._run(db, DELETE, self._core.client.namespace, batch.name, batch.queue)

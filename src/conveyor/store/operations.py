@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 from conveyor.errors import ConfigurationError, QueueFull
@@ -266,11 +266,15 @@ def turn(
     for counter, increment in report.stats.items():
         args += (counter, increment)
     args += (len(report.recent), *report.recent)
-    names = (
+    return Call(TURN, _turn_keys(keys, worker), args, _read_turn)
+
+
+@lru_cache(maxsize=256)  # the same at each turn of a worker
+def _turn_keys(keys: QueueKeys, worker: str) -> tuple[str, ...]:
+    return (
         keys.jobs, keys.state, keys.leased(worker), keys.workers, keys.due, keys.wake, keys.conf, keys.dead, keys.recent,
         keys.waiters, *keys.ready,
     )  # fmt: skip
-    return Call(TURN, names, args, _read_turn)
 
 
 def _read_turn(reply: list[Any]) -> TurnReply:

@@ -121,7 +121,7 @@ class SettlementWriter:
         handler.failed += 1
         if isinstance(decision, outcome.RetryAfter):
             handler.retried += 1
-            report.others.append(Settlement("R", attempt.id, decision.ms, state=decision.state.encode()))
+            report.others.append(Settlement("R", attempt.id, decision.ms, state=decision.history.encode()))
             attempt.consumer.own_retries[attempt.id] = monotonic() + decision.ms / 1000
             budget = attempt.envelope.extra.attempts or policy.attempts
             failures.log_error(
@@ -136,7 +136,7 @@ class SettlementWriter:
         failures.log_error(
             log, logging.ERROR, "✗ %s attempt %d dead: %s", attempt.label, attempt.number, details(error), error=error
         )
-        self.bury(report, attempt, decision.state, decision.reason, now_ms, error)
+        self.bury(report, attempt, decision.history, decision.reason, now_ms, error)
 
     def unreadable(self, report: TurnReport, attempt: Attempt, error: PayloadError, now_ms: int) -> None:
         """Give up a job whose payload cannot be read: repeating would not mend it. One line in the log."""

@@ -79,7 +79,7 @@ class Quarantine:
         while self._returned and self._free() > len(self._charged):
             attempt = self._returned.popleft()
             if held.get(attempt.id) is attempt and attempt.ended == 0.0:
-                charge = Settlement("M", attempt.id, state=retry.suspected(attempt.history).encode())
+                charge = Settlement("M", attempt.id, state=retry.with_presumed_crash(attempt.history).encode())
                 self._charged[attempt.id] = charge, attempt
                 report.others.append(charge)
         poison: list[Attempt] = []
@@ -91,7 +91,9 @@ class Quarantine:
                 poison.append(attempt)
                 continue
             self._suspect = attempt
-            self._charge = Settlement("M", attempt.id, state=retry.suspected(attempt.history, alone=True).encode())
+            self._charge = Settlement(
+                "M", attempt.id, state=retry.with_presumed_crash(attempt.history, alone=True).encode()
+            )
             report.others.append(self._charge)
         return poison
 

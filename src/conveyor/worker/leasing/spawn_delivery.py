@@ -144,6 +144,6 @@ async def _push(home: Home, queue: str, call: Call[list[str]]) -> None:
         if partitions is None:
             await home.client.arun(call, patience=PATIENCE)
         else:
-            await partitions.akeep(lambda: home.client.arun(call, patience=PATIENCE))
+            await partitions.arun_agreed(lambda: home.client.arun(call, patience=PATIENCE))
     except StalePush:
         raise _StaleDelivery(call.keys[0]) from None
