@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+import signal
 from time import monotonic
 from typing import Any
 
@@ -11,6 +12,11 @@ _STEERING = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 LOG = logging.getLogger("conveyor.worker")
 AGAIN = 60.0
 """Seconds until what goes on being wrong is said again."""
+_SIGNAL_HINTS = {
+    "SIGKILL": " (the kernel does that when memory runs out)",
+    "SIGSEGV": " (a fault in native code)",
+    "SIGABRT": " (native code gave up)",
+}
 _said: dict[str, float] = {}
 
 
@@ -42,3 +48,14 @@ def configure_log(*, verbose: bool = False) -> None:
     logger = logging.getLogger("conveyor")
     if logger.level == logging.NOTSET:
         logger.setLevel(logging.DEBUG if verbose else logging.INFO)
+
+
+def describe_end(code: int) -> str:
+    """Return in words how a process ended."""
+    if code >= 0:
+        return f"exited with code {code}"
+    try:
+        name = signal.Signals(-code).name
+    except ValueError:
+        name = f"signal {-code}"
+    return f"was killed by {name}{_SIGNAL_HINTS.get(name, '')}"

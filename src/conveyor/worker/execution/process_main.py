@@ -25,6 +25,7 @@ from typing import Any
 from conveyor.errors import UnknownTask
 from conveyor.jobs.context import CURRENT, Context
 from conveyor.jobs.task import Task
+from conveyor.worker.app_loading import load
 from conveyor.worker.execution.process_protocol import (
     HEAD,
     DoneReply,
@@ -41,7 +42,6 @@ from conveyor.worker.execution.process_protocol import (
 )
 from conveyor.worker.logs import configure_log
 from conveyor.worker.recycling import RecycleLimits
-from conveyor.worker.supervision.child_main import load
 
 
 def main() -> None:

@@ -31,8 +31,7 @@ from conveyor.worker.execution.process_protocol import (
     read_report,
     rebuild,
 )
-from conveyor.worker.logs import LOG
-from conveyor.worker.supervision.child_process import describe_end
+from conveyor.worker.logs import LOG, describe_end
 
 if TYPE_CHECKING:
     from conveyor.payload.records import Envelope

@@ -17,12 +17,11 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from functools import reduce
-from importlib import import_module
 from itertools import islice
-from typing import Any, NoReturn, Protocol
+from typing import NoReturn, Protocol
 
 from conveyor.errors import ConveyorError
+from conveyor.worker.app_loading import load
 from conveyor.worker.logs import LOG, configure_log
 from conveyor.worker.recycling import RecycleLimits
 from conveyor.worker.shared_memory import ChildInfo, ChildSlot, ChildSpec, SharedMemory
@@ -95,12 +94,6 @@ def start_app(spec: ChildSpec, slot: ChildSlot) -> tuple[ChildInfo, Runnable]:
     address, attachment = app.client.address, app.client.attachment
     url = address.url if attachment is None else f"embedded:{attachment.directory}"
     return ChildInfo(url, app.namespace, len(names), tuple(names[:10]), worker.queues), worker
-
-
-def load(reference: str) -> Any:
-    """Return the app that ``module:attribute`` names; raises what importing it raises."""
-    module, _, attribute = reference.partition(":")
-    return reduce(getattr, (attribute or "app").split("."), import_module(module))
 
 
 def _run(

@@ -20,11 +20,6 @@ STALLED = 1.0
 """Seconds without a turn of the event loop after which a child counts as stalled."""
 STACK_TIME = 0.2
 NO_STACK = "(no stack: the process does not run; is it stopped?)"
-_HINTS = {
-    "SIGKILL": " (the kernel does that when memory runs out)",
-    "SIGSEGV": " (a fault in native code)",
-    "SIGABRT": " (native code gave up)",
-}
 _LONGEST_PAUSE = 5.0
 _LONGEST_PAUSE_UP = 1.0  # it came up, so what killed it is a job, and that ends by max_crashes
 
@@ -133,14 +128,3 @@ class ChildProcess:
     def close(self) -> None:
         """Let go of what is held for the process."""
         os.close(self._stacks)
-
-
-def describe_end(code: int) -> str:
-    """Return in words how a process ended."""
-    if code >= 0:
-        return f"exited with code {code}"
-    try:
-        name = signal.Signals(-code).name
-    except ValueError:
-        name = f"signal {-code}"
-    return f"was killed by {name}{_HINTS.get(name, '')}"

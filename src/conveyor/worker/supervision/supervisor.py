@@ -22,11 +22,11 @@ import msgspec
 
 from conveyor.store.transport.url import masked
 from conveyor.worker.leasing.heartbeat import MAX_STALL
-from conveyor.worker.logs import LOG, configure_log
+from conveyor.worker.logs import LOG, configure_log, describe_end
 from conveyor.worker.recycling import megabytes
 from conveyor.worker.shared_memory import ChildInfo, ChildSpec, SharedMemory
 from conveyor.worker.supervision.child_main import IMPORT_FAILED, MARGIN, RECYCLE
-from conveyor.worker.supervision.child_process import NO_STACK, STALLED, ChildProcess, describe_end
+from conveyor.worker.supervision.child_process import NO_STACK, STALLED, ChildProcess
 from conveyor.worker.supervision.lease_guard import DeadChild, LeaseGuard
 
 FAILED_STARTS = 5
