@@ -224,7 +224,7 @@ async def work(app: Conveyor) -> None:
         await _reached(dying, "dead")
         await double.options(priority=5, expires="1ms", delay="5ms").aenqueue(1)
         await _empty(app)
-        await consumer.wire.run(operations.held(consumer.keys, consumer.identity), patience=1.0)
+        await consumer.connection.run(operations.held(consumer.keys, consumer.identity), patience=1.0)
     await asyncio.to_thread(_die, app)
     await asyncio.to_thread(_consume, app)
 

@@ -45,7 +45,7 @@ class StandIn:
         self.stops = 0
         self.is_quiet = False
         self.number = 0
-        self.seats = slot.seats()
+        self.seats = slot.running_table()
 
     def stop(self) -> None:
         self.stops += 1

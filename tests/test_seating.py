@@ -89,7 +89,7 @@ async def test_a_worker_shows_what_it_runs(app: Conveyor, slot: ChildSlot) -> No
     go, seen, begun = threading.Event(), list[tuple[bool, bool]](), asyncio.Event()
 
     def look() -> None:
-        seating, me = slot.seating(), named(split(current().job_id)[1])
+        seating, me = slot.running_snapshot(), named(split(current().job_id)[1])
         assert seating is not None
         seen.append((me in seating.executing, me in seating.waiting))
 
@@ -113,14 +113,14 @@ async def test_a_worker_shows_what_it_runs(app: Conveyor, slot: ChildSlot) -> No
     await asyncio.wait_for(begun.wait(), 5)
     await until(lambda: len(seen) == 3)
     waiting, executing = (named(split(job.id)[1]) for job in jobs)
-    found = slot.seating()
+    found = slot.running_snapshot()
     go.set()
     for job in jobs:
         await job.aresult("5s")
 
     assert seen == [(True, False)] * 4
     assert found == RunningSnapshot(frozenset({executing}), frozenset({waiting}))
-    assert slot.seating() == RunningSnapshot(frozenset(), frozenset())
+    assert slot.running_snapshot() == RunningSnapshot(frozenset(), frozenset())
     worker.stop()
     assert await running == 0
     await app.aclose()
@@ -146,7 +146,7 @@ async def test_who_found_no_seat_is_never_forgotten(
         await (await (on_loop if run_in == "loop" else on_thread).aenqueue()).aresult("5s")
         worker.stop()
         assert await running == 0
-    assert slot.seating() is None
+    assert slot.running_snapshot() is None
 
 
 @pytest.mark.parametrize(
@@ -196,7 +196,7 @@ async def test_a_process_is_charged_until_its_crash_is_settled(url: str, slot: C
 
     class Look(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
-            seen.append((record.getMessage(), slot.seating()))
+            seen.append((record.getMessage(), slot.running_snapshot()))
 
     look = Look()
     logging.getLogger("conveyor.worker").addHandler(look)

@@ -7,22 +7,23 @@ What a worker needs to know of a task, laid out for the hot path.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from conveyor.errors import ConveyorError, PayloadError
 from conveyor.ids import clean, made_at_ms, public
 from conveyor.jobs.context import Context
 from conveyor.payload.failures import message, type_name
-from conveyor.payload.records import AttemptHistory, Envelope, read_envelope
+from conveyor.payload.records import AttemptHistory, Envelope
 
 if TYPE_CHECKING:
     import asyncio
 
     from conveyor.jobs.task import Task
     from conveyor.payload.signature import TaskSignature
-    from conveyor.worker.protocols import AttemptOwner
+    from conveyor.store.keys import QueueKeys
+    from conveyor.store.operations import TurnReport
 
 
 BUCKETS_MS = (5, 10, 25, 50, 100, 250, 500, 1000, 2500, 5000, 10_000, 30_000, 60_000, 300_000, 3_600_000)
@@ -124,6 +125,28 @@ class Handler:
             self.retried = 0
 
 
+class AttemptOwner(Protocol):
+    """The consumer that leased an attempt and settles it."""
+
+    keys: QueueKeys
+    queue: str
+    shared_state: Mapping[str, Any]
+    report: TurnReport
+    own_retries: dict[str, float]
+    changed_handlers: set[Handler]
+    blobs: dict[str, str]
+
+    @property
+    def now_ms(self) -> int: ...
+    def on_started(self, attempt: Attempt) -> None: ...
+    def on_abandoned(self) -> None: ...
+    def on_finished(self, attempt: Attempt) -> None: ...
+    def holds(self, attempt: Attempt) -> bool: ...
+    def schedule(self, *, at_once: bool = False) -> None: ...
+    def move_deadline(self, attempt: Attempt, seconds: float) -> None: ...
+    def give_way(self, seconds: float) -> None: ...
+
+
 PLAIN = Envelope("", b"")
 
 
@@ -134,6 +157,8 @@ class Attempt:
         "body",
         "consumer",
         "context",
+        "crashed_before",
+        "deadline",
         "ended",
         "envelope",
         "handler",
@@ -142,12 +167,10 @@ class Attempt:
         "runner",
         "started",
         "state",
-        "stopped",
-        "suspect",
-        "until",
+        "stop_reason",
         "waiter",
     )  # fmt: skip
-    closed = False
+    sealed = False
     """True while its body is still wrapped, or of an older version."""
 
     def __init__(self, consumer: AttemptOwner, handler: Handler, id: str, body: bytes) -> None:  # noqa: A002
@@ -161,19 +184,14 @@ class Attempt:
         self.number = 1
         self.started = 0.0
         self.ended = 0.0
-        self.until: float | None = None
+        self.deadline: float | None = None
         self.context: Context | None = None
         self.runner: asyncio.Task[None] | None = None
-        self.stopped: str | None = None  # why it is being stopped: timeout, cancel, stop or lost
-        self.suspect = False
+        self.stop_reason: str | None = None  # timeout, cancel, stop or lost; None while it is not being stopped
+        self.crashed_before = False
         self.waiter: asyncio.Future[Any] | None = None  # set while it is on a thread and middlewares wait for it
 
-    def mark(self, data: bytes) -> None:
-        """Read the whole envelope of a job that is not plain."""
-        self.envelope = read_envelope(data)
-        self.body = self.envelope.body
-
-    def recall(self, state: bytes) -> None:
+    def load_state(self, state: bytes) -> None:
         """Read what happened to the job before."""
         try:
             self.state = AttemptHistory.decode(state)
@@ -182,7 +200,7 @@ class Attempt:
             self.handler = Handler.unknown(self.handler.name, load_error)
             return
         self.number = self.state.starts + 1
-        self.suspect = self.state.crashes > 0
+        self.crashed_before = self.state.crashes > 0
 
     @property
     def history(self) -> AttemptHistory:
@@ -216,8 +234,8 @@ class Attempt:
             )
             if self.handler.early:
                 self.context.spawned = None  # it has ended, as far as Redis knows
-            if self.stopped:
-                self.flag()
+            if self.stop_reason is not None:
+                self.flag_context()
         return self.context
 
     @property
@@ -225,15 +243,15 @@ class Attempt:
         """What it spawned so far."""
         return (self.context and self.context.spawned) or []
 
-    def adopt(self, spawned: list[bytes]) -> None:
+    def set_spawned(self, spawned: list[bytes]) -> None:
         """Take what it spawned in another process."""
         self.open().spawned = spawned
 
-    def flag(self) -> None:
+    def flag_context(self) -> None:
         """Tell the job, through its context, that it is being stopped."""
         if self.context is not None:
             self.context.cancelled = True
-            self.context.timed_out = self.stopped == "timeout"
+            self.context.timed_out = self.stop_reason == "timeout"
 
     @property
     def label(self) -> str:
@@ -251,12 +269,12 @@ class Attempt:
 class SealedAttempt(Attempt):
     """An attempt at a job whose body must be opened before it can start."""
 
-    __slots__ = ("closed",)
+    __slots__ = ("sealed",)
 
     def __init__(self, consumer: AttemptOwner, handler: Handler, id: str, body: bytes) -> None:  # noqa: A002
         """Take it as it was leased."""
         super().__init__(consumer, handler, id, body)
-        self.closed = True
+        self.sealed = True
 
 
 def details(error: Any) -> str:

@@ -9,7 +9,7 @@ import asyncio
 import logging
 from collections.abc import Callable, Iterable, Mapping
 from time import monotonic, perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from conveyor.errors import ConveyorError, PayloadError, StoreUnavailable, UnknownTask
 from conveyor.ids import clean, made_at_ms
@@ -21,7 +21,7 @@ from conveyor.payload.versions import OldPayload, PayloadTooNew, bring_up, seale
 from conveyor.payload.wrapped import MAGIC
 from conveyor.store.operations import Settlement, TurnReport
 from conveyor.units import span
-from conveyor.worker.attempt import Attempt, Handler, SealedAttempt
+from conveyor.worker.attempt import Attempt, AttemptOwner, Handler, SealedAttempt
 from conveyor.worker.crash_attribution import EXECUTING, LOOP, RunningTable, named
 
 if TYPE_CHECKING:
@@ -41,9 +41,10 @@ class JobLoader:
         self._settling = settling
         self._worker = worker
         self._seats = seats
-        self._fetching: set[asyncio.Task[None]] = set()
+        self.fetching: set[asyncio.Task[None]] = set()
+        """One task for each body that is on its way from the store."""
 
-    def fast(self, queue: str, handlers: Mapping[str, Handler], *, foreign: bool) -> dict[bytes, Handler]:
+    def plain_handlers(self, queue: str, handlers: Mapping[str, Handler], *, foreign: bool) -> dict[bytes, Handler]:
         """
         Return the handlers by what an envelope of theirs begins with when it needs nothing: the name and a brace.
 
@@ -54,7 +55,7 @@ class JobLoader:
             names &= {self._fed.get(queue)} if foreign else set()
         return {b"\n%b\n{" % name.encode(): handlers[name] for name in names}
 
-    def arrive(self, consumer: Any, handlers: Mapping[str, Handler], id_: str, data: bytes) -> Attempt:
+    def load(self, consumer: AttemptOwner, handlers: Mapping[str, Handler], id_: str, data: bytes) -> Attempt:
         """Make an attempt of a job; one that cannot run here has a handler of kind unknown, for `set_aside`."""
         envelope, _, damage = read_whatever(data, None)
         handler = handlers.get(envelope.task)
@@ -67,8 +68,8 @@ class JobLoader:
             )
         if handler is None or load_error is not None:
             handler = Handler.unknown(envelope.task, load_error)
-        closed = handler.kind != "unknown" and self._is_closed(consumer, handler, envelope.body, envelope.extra.version)
-        attempt = (SealedAttempt if closed else Attempt)(consumer, handler, id_, envelope.body)
+        sealed = handler.kind != "unknown" and self._is_sealed(consumer, handler, envelope.body, envelope.extra.version)
+        attempt = (SealedAttempt if sealed else Attempt)(consumer, handler, id_, envelope.body)
         attempt.envelope = envelope
         if handler.early:
             self._read_early(attempt)
@@ -78,13 +79,13 @@ class JobLoader:
         """Read a job that is acknowledged before it starts: what cannot be read must be known, and kept, before that."""
         handler = attempt.handler
         try:
-            if attempt.closed:
-                _unclose(attempt, self.open(attempt))
+            if attempt.sealed:
+                _unseal(attempt, self.open(attempt))
             handler.decode(attempt.body)
         except ConveyorError as error:
             attempt.handler = Handler.unknown(handler.name, error)
 
-    def _is_closed(self, consumer: Any, handler: Handler, body: bytes, version: int) -> bool:
+    def _is_sealed(self, consumer: AttemptOwner, handler: Handler, body: bytes, version: int) -> bool:
         if version != handler.task.settings.version:
             return True
         if consumer.keys.foreign is not None:
@@ -114,8 +115,8 @@ class JobLoader:
         """Open *attempt*, on a thread when its body lies in the store, and then *place* it or *fail* it."""
         if PLAIN.is_elsewhere(attempt.body):
             fetching = asyncio.get_running_loop().create_task(self._fetch(attempt, place, fail))
-            self._fetching.add(fetching)
-            fetching.add_done_callback(self._fetching.discard)
+            self.fetching.add(fetching)
+            fetching.add_done_callback(self.fetching.discard)
             return
         if self._seats is not None:
             self._seats.cells[LOOP] = named(attempt.id)  # who submits them empties it, once for all
@@ -125,11 +126,6 @@ class JobLoader:
             self._failed(attempt, error, fail)
         else:
             self._opened(attempt, body, place)
-
-    @property
-    def fetching(self) -> int:
-        """How many bodies are on their way from the store."""
-        return len(self._fetching)
 
     async def _fetch(self, attempt: Attempt, place: Callable[[Attempt], None], fail: Callable[..., None]) -> None:
         seat = 0 if self._seats is None else self._seats.take()
@@ -147,20 +143,20 @@ class JobLoader:
 
     def _opened(self, attempt: Attempt, body: bytes, place: Callable[[Attempt], None]) -> None:
         if attempt.ended != 0.0:  # cancelled or handed back meanwhile
-            attempt.consumer.left()
+            attempt.consumer.on_abandoned()
             return
-        _unclose(attempt, body)
+        _unseal(attempt, body)
         place(attempt)
 
     def _failed(self, attempt: Attempt, error: Exception, fail: Callable[..., None]) -> None:
-        attempt.consumer.left()
+        attempt.consumer.on_abandoned()
         if attempt.ended == 0.0:
             if isinstance(error, PayloadError):
                 error = UnreadablePayload(f"The payload of {attempt.handler.name}(): {error}", code=error.code)
             attempt.started = perf_counter()
             fail(attempt, None, error)
 
-    def set_aside(self, consumer: Any, attempt: Attempt) -> None:
+    def set_aside(self, consumer: AttemptOwner, attempt: Attempt) -> None:
         """
         Put off what a newer worker may run: 2 s at first, as long as it is old later, dead after a day; no attempt is used.
 
@@ -182,7 +178,7 @@ class JobLoader:
             "%s Job %s stays in '%s' and is tried again in %s; no attempt was used.",
             clean(why), clean(attempt.public_id), consumer.queue, span(pause / 1000),
         )  # fmt: skip
-        consumer.alarm.give_way(pause / 1000 + 1)
+        consumer.give_way(pause / 1000 + 1)
         state = attempt.state.encode() if attempt.state else b""
         report.others.append(Settlement("R", attempt.id, pause, state=state))
 
@@ -195,7 +191,7 @@ class JobLoader:
         state = AttemptHistory(old.starts, old.failures, old.crashes, [*old.errors, record])
         self._settling.bury(report, attempt, state, message, now)
 
-    def release(self, consumer: Any, report: TurnReport, lost: Iterable[str]) -> None:
+    def release(self, consumer: AttemptOwner, report: TurnReport, lost: Iterable[str]) -> None:
         """Remove the large bodies of jobs whose end Redis has confirmed; those of others are still needed."""
         refused = set(lost)
         ended = {*report.done, *(one.id for one in report.others if one.kind in {"D", "C"})} - refused
@@ -205,6 +201,6 @@ class JobLoader:
                 asyncio.get_running_loop().run_in_executor(None, self._sealing.delete, name)
 
 
-def _unclose(attempt: Attempt, body: bytes) -> None:
+def _unseal(attempt: Attempt, body: bytes) -> None:
     assert isinstance(attempt, SealedAttempt)
-    attempt.body, attempt.closed = body, False
+    attempt.body, attempt.sealed = body, False

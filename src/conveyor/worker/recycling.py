@@ -23,14 +23,10 @@ class RecycleLimits:
     def __init__(self, max_jobs: int | None, max_memory: int | None) -> None:
         """Draw the limits; call `begin` before the first job."""
         self.max_jobs, self.max_memory = max_jobs, max_memory
+        self.is_limited = max_jobs is not None or max_memory is not None
         self._jobs = None if max_jobs is None else max_jobs - random.randrange(max_jobs // SPREAD + 1)  # noqa: S311
         self._memory: float | None = None
         self._began = self._looked = monotonic()
-
-    @property
-    def is_limited(self) -> bool:
-        """Whether there is any limit."""
-        return self.max_jobs is not None or self.max_memory is not None
 
     def begin(self) -> None:
         """

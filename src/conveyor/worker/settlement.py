@@ -19,6 +19,7 @@ from conveyor.store.inspection import write_finished
 from conveyor.store.operations import Settlement, TurnReport
 from conveyor.units import milliseconds, span
 from conveyor.worker.attempt import Attempt, details, line
+from conveyor.worker.execution.processes import ProcessCrashed
 
 if TYPE_CHECKING:
     from conveyor.jobs.app import Conveyor
@@ -58,6 +59,29 @@ class SettlementWriter:
         self._told += 1
         if self._told <= TOLD:
             log.info("✓ %s %s", attempt.label, span(seconds))
+
+    def settle(self, attempt: Attempt, value: Any, error: BaseException | None, *, stuck: bool = False) -> None:
+        """
+        Settle an attempt by its end: the value it returned, the error it raised, or why it was stopped.
+
+        *stuck*: its thread goes on beyond the time limit.
+        """
+        consumer, why = attempt.consumer, attempt.stop_reason
+        consumer.changed_handlers.add(attempt.handler)
+        report, now = consumer.report, consumer.now_ms
+        unfinished = attempt.started == 0.0 or isinstance(error, asyncio.CancelledError) or stuck
+        if why == "cancel" and (unfinished or error is not None):
+            self.cancelled(report, attempt, now)
+        elif why == "stop" and (unfinished or error is not None):
+            self.handed_back(report, attempt, started=attempt.started != 0.0)
+        elif isinstance(error, ProcessCrashed) and why is None:
+            self.crashed(report, attempt, now, error)
+        else:
+            final = _error_of(attempt, error)
+            if final is None:
+                self.done(report, attempt, value, now)
+            else:
+                self.failed(report, attempt, final, now)
 
     def done(self, report: TurnReport, attempt: Attempt, value: Any, now_ms: int) -> None:
         """Settle a success; a result that cannot be stored makes it a dead letter."""
@@ -220,9 +244,9 @@ class SettlementWriter:
         attempt.consumer.own_retries[attempt.id] = monotonic() + ms / 1000
 
 
-def error_of(attempt: Attempt, error: BaseException | None) -> BaseException | None:
+def _error_of(attempt: Attempt, error: BaseException | None) -> BaseException | None:
     """Return the error an attempt is settled with: a stop by timeout counts as one, whatever the job made of it."""
-    if attempt.stopped == "timeout":
+    if attempt.stop_reason == "timeout":
         limit = attempt.timeout
         return TimeoutError(
             f"the attempt ran longer than its time limit of {limit:g} s" if limit else "time limit passed"

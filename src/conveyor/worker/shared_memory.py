@@ -188,7 +188,7 @@ class ChildSlot:
         """Say that the event loop runs no job."""
         self._cells[_JOB_SIZE] = 0
 
-    def seats(self) -> RunningTable:
+    def running_table(self) -> RunningTable:
         """Return the seats of the jobs it runs, all empty when it starts."""
         return RunningTable(self._seats)
 
@@ -245,7 +245,7 @@ class ChildSlot:
                 return (task, job_id) if size else None
         return None
 
-    def seating(self) -> RunningSnapshot | None:
+    def running_snapshot(self) -> RunningSnapshot | None:
         """Return which jobs were running; None when that is not known."""
         return RunningSnapshot.read(self._seats)
 

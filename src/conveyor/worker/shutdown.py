@@ -47,25 +47,10 @@ class DrainMonitor:
                 wait.cancel()
 
 
-def unstarted(consumer: QueueConsumer) -> list[Attempt]:
-    """Return what was leased and has not started, the youngest first; an early ack that has not left is taken back."""
-    found, report = [], consumer.report
-    for attempt in reversed(consumer.held.values()):
-        if attempt.started == 0.0 == attempt.ended:
-            if attempt.handler.early:
-                if attempt.id not in report.done:
-                    continue  # its ack is on the way: nobody else would run it
-                report.done.remove(attempt.id)
-            found.append(attempt)
-    return found
-
-
 def running(consumers: Sequence[QueueConsumer], *, early: bool = True) -> Iterator[Attempt]:
     """Yield what has not ended: of the jobs we hold and, with *early*, of those that Redis knows no more."""
     for consumer in consumers:
-        for attempt in (*consumer.held.values(), *(consumer.antechamber.acknowledged if early else ())):
-            if attempt.ended == 0.0:
-                yield attempt
+        yield from consumer.running(early=early)
 
 
 class BurstMonitor:
@@ -89,6 +74,6 @@ class BurstMonitor:
             return True
         self._emptied_at = ended
         for one in consumers:
-            one.more = True
+            one.has_more = True
             one.schedule()
         return False

@@ -109,7 +109,7 @@ class CoroutinePool:
                     value = await _rest(coroutine, variables, waited_on, cells, called)
             except BaseException as raised:
                 # By its type: what a job raises may lie about its class.
-                if issubclass(type(raised), asyncio.CancelledError) and attempt.stopped is None and me.cancelling():
+                if issubclass(type(raised), asyncio.CancelledError) and attempt.stop_reason is None and me.cancelling():
                     self.running -= 1
                     raise  # the slot itself is ended
                 error = raised

@@ -30,15 +30,16 @@ AFTER_TIMEOUT = 5.0
 UNSTARTED = float("inf")
 """The time limit of a job that waits for a thread: it counts from its start there."""
 
-Ended = Callable[[Attempt, Any, BaseException | None], None]
+OnFinished = Callable[[Attempt, Any, BaseException | None], None]
 
 
 class Executor:
-    """Runs attempts and reports each end exactly once to *ended*."""
+    """Runs attempts and reports each end exactly once to *on_finished*."""
 
     def __init__(
-        self, *, concurrency: int, threads: int, processes: ProcessPool, ended: Ended, stuck: Callable[[Attempt], None],
-        kinds: set[str], unusual: JobLoader, chain: Chain | None = None, seats: RunningTable | None = None,
+        self, *, concurrency: int, threads: int, processes: ProcessPool, on_finished: OnFinished,
+        on_stuck: Callable[[Attempt], None], kinds: set[str], loader: JobLoader, chain: Chain | None = None,
+        running_table: RunningTable | None = None,
     ) -> None:  # fmt: skip
         """
         Take the limits, what to do with an end, what to do with a thread that outlives its limit,
@@ -47,14 +48,14 @@ class Executor:
         """
         self.concurrency = concurrency
         self._kinds = kinds
-        self._unusual = unusual
-        self._ended, self._stuck, self._chain = ended, stuck, chain
+        self._loader = loader
+        self._on_finished, self._on_stuck, self._chain = on_finished, on_stuck, chain
         self._base = copy_context()
         self._loop = asyncio.get_running_loop()
-        self.slots = CoroutinePool(concurrency, self._begin, self._suspended, self._finish, seats)
-        self._seats = seats
+        self.coroutines = CoroutinePool(concurrency, self._begin, self._suspended, self._finish, running_table)
+        self._running_table = running_table
         self._beside: dict[Attempt, int] = {}
-        self.threads = ThreadPool(threads, self._thread_ended, self._watch, seats)
+        self.threads = ThreadPool(threads, self._thread_ended, self._watch, running_table)
         self._waiters = 0  # attempts on a thread whose slot waits for them inside the middlewares
         self.processes = processes
         self.deadlines = Deadlines(self._loop, self._expire)
@@ -65,7 +66,7 @@ class Executor:
     @property
     def running(self) -> int:
         """How many attempts have begun and not ended, and those that wait for a thread."""
-        return self.slots.running + self.threads.running + self._direct - self._waiters
+        return self.coroutines.running + self.threads.running + self._direct - self._waiters
 
     @property
     def free(self) -> int:
@@ -74,7 +75,7 @@ class Executor:
 
         What a job is shows only when it is leased; one that cannot begin would be held back from other workers.
         """
-        free = self.concurrency - self.running - len(self.slots.backlog) - self._unusual.fetching
+        free = self.concurrency - self.running - len(self.coroutines.backlog) - len(self._loader.fetching)
         if "thread" in self._kinds:
             free = min(free, self.threads.limit - self.threads.running)
         if "process" in self._kinds:
@@ -83,11 +84,11 @@ class Executor:
 
     def submit(self, attempts: list[Attempt]) -> None:
         """Run them, in their order."""
-        backlog = self.slots.backlog
-        before, cells = len(backlog), None if self._seats is None else self._seats.cells
+        backlog = self.coroutines.backlog
+        before, cells = len(backlog), None if self._running_table is None else self._running_table.cells
         for attempt in attempts:
-            if attempt.closed:
-                self._unusual.begin(attempt, lambda opened: self.submit([opened]), self._finish)
+            if attempt.sealed:
+                self._loader.begin(attempt, lambda opened: self.submit([opened]), self._finish)
                 continue
             kind = attempt.handler.kind
             if kind == "loop" or self._chain is not None:
@@ -99,18 +100,18 @@ class Executor:
         if cells is not None:
             cells[LOOP] = 0
         if len(backlog) > before:
-            self.slots.wake()
+            self.coroutines.wake()
 
     def take_back(self, attempt: Attempt) -> None:
         """Forget an attempt that has not begun; a thread that reaches it passes it over."""
-        if attempt in self.slots.backlog:
-            self.slots.backlog.remove(attempt)
-            attempt.consumer.left()
+        if attempt in self.coroutines.backlog:
+            self.coroutines.backlog.remove(attempt)
+            attempt.consumer.on_abandoned()
 
     # -- beginning ------------------------------------------------------------------------------------------------
 
     def _begin(self, attempt: Attempt) -> tuple[Variables, Coroutine[Any, Any, Any]]:
-        attempt.consumer.begun(attempt)
+        attempt.consumer.on_started(attempt)
         variables = self._base.copy()
         handler = attempt.handler
         attempt.runner = asyncio.current_task()
@@ -134,7 +135,7 @@ class Executor:
             return await handler.function(*args, **kwargs)
         attempt.waiter = self._loop.create_future()
         self._waiters += 1
-        called = 0 if self._seats is None else named(attempt.id)
+        called = 0 if self._running_table is None else named(attempt.id)
         self.threads.submit(attempt, copy_context(), partial(handler.function, *args, **kwargs), called)
         try:
             return await attempt.waiter
@@ -162,10 +163,10 @@ class Executor:
             kwargs[name] = attempt.open()
 
     def _thread(self, attempt: Attempt) -> None:
-        attempt.consumer.begun(attempt)
+        attempt.consumer.on_started(attempt)
         called = 0
-        if self._seats is not None:
-            self._seats.cells[LOOP] = called = named(attempt.id)  # validators are code of the job's, too
+        if self._running_table is not None:
+            self._running_table.cells[LOOP] = called = named(attempt.id)  # validators are code of the job's, too
         try:
             args, kwargs = attempt.handler.decode(attempt.body)
         except Exception as error:
@@ -177,11 +178,11 @@ class Executor:
         variables = self._base.copy()
         variables.run(CURRENT.set, attempt)
         if attempt.timeout is not None:
-            attempt.until = UNSTARTED
+            attempt.deadline = UNSTARTED
         self.threads.submit(attempt, variables, partial(attempt.handler.function, *args, **kwargs), called)
 
     def _process(self, attempt: Attempt) -> None:
-        attempt.consumer.begun(attempt)
+        attempt.consumer.on_started(attempt)
         attempt.started = perf_counter()
         self._direct += 1
         attempt.runner = self._loop.create_task(self._in_process(attempt))
@@ -200,11 +201,11 @@ class Executor:
 
     async def _run_beside(self, attempt: Attempt) -> Any:
         """Run it in a process, and show it for as long as it is held: a crash counts also when we die before it is settled."""
-        if self._seats is not None:
+        if self._running_table is not None:
             for one in [one for one in self._beside if not one.consumer.holds(one)]:
-                self._seats.leave(self._beside.pop(one))
-            self._beside[attempt] = seat = self._seats.take()
-            self._seats.cells[seat] = named(attempt.id) | BESIDE
+                self._running_table.leave(self._beside.pop(one))
+            self._beside[attempt] = seat = self._running_table.take()
+            self._running_table.cells[seat] = named(attempt.id) | BESIDE
         return await self.processes.run(attempt)
 
     # -- time limits ----------------------------------------------------------------------------------------------
@@ -215,46 +216,46 @@ class Executor:
 
     def _watch(self, attempt: Attempt) -> None:
         limit = attempt.timeout
-        moved = attempt.until is not None and attempt.until != UNSTARTED  # the job has set its own already
+        moved = attempt.deadline is not None and attempt.deadline != UNSTARTED  # the job has set its own already
         if limit is not None and attempt.ended == 0.0 and not moved:
-            attempt.until = attempt.started + limit
+            attempt.deadline = attempt.started + limit
             self.deadlines.add(attempt)
 
     def _expire(self, attempt: Attempt) -> None:
-        if attempt.stopped is None:
+        if attempt.stop_reason is None:
             self.stop(attempt, "timeout")
         elif attempt.runner is None or attempt.waiter is not None:
-            self._stuck(attempt)
+            self._on_stuck(attempt)
             return
         else:
             # It swallowed its cancellation: ask again, for as long as it takes.
             attempt.runner.cancel()
-        attempt.until = perf_counter() + AFTER_TIMEOUT
+        attempt.deadline = perf_counter() + AFTER_TIMEOUT
         self.deadlines.add(attempt)
 
     def stop(self, attempt: Attempt, why: str) -> None:
         """Stop an attempt: one that has not begun is settled at once, a coroutine or process is cancelled, a thread is told."""
-        if attempt.ended != 0.0 or attempt.stopped is not None:
+        if attempt.ended != 0.0 or attempt.stop_reason is not None:
             return
-        attempt.stopped = why
+        attempt.stop_reason = why
         if attempt.started == 0.0:
             self.take_back(attempt)
             self._finish(attempt, None, None)
         elif attempt.runner is not None and attempt.waiter is None:
             attempt.runner.cancel()
         if attempt.context is not None:
-            attempt.flag()
+            attempt.flag_context()
 
     # -- ends -----------------------------------------------------------------------------------------------------
 
     def _finish(self, attempt: Attempt, value: Any, error: BaseException | None) -> None:
         if attempt.ended == 0.0:
             attempt.ended = perf_counter()
-            self._ended(attempt, value, None if error is None else failures.tame(error))
+            self._on_finished(attempt, value, None if error is None else failures.tame(error))
 
     async def close(self) -> None:
         """End slots, threads and processes."""
         self.deadlines.close()
-        await self.slots.close()
+        await self.coroutines.close()
         self.threads.close()
         await self.processes.close()

@@ -11,7 +11,7 @@ import socket
 import sys
 from asyncio.subprocess import Process, create_subprocess_exec
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import msgspec
 
@@ -34,8 +34,7 @@ from conveyor.worker.execution.process_protocol import (
 from conveyor.worker.logs import LOG, describe_end
 
 if TYPE_CHECKING:
-    from conveyor.payload.records import Envelope
-    from conveyor.worker.attempt import Handler
+    from conveyor.worker.attempt import Attempt
 
 # Not `-m`: that would run a second copy of a module which `conveyor.worker` may have loaded already.
 _ENTRY = "from conveyor.worker.execution.process_main import main; main()"
@@ -48,34 +47,6 @@ _GRACE = 5.0
 
 class ProcessCrashed(RuntimeError):
     """The process that ran the job ended before the job did."""
-
-
-class _RequestSource(Protocol):
-    @property
-    def queue(self) -> str: ...
-
-
-class ProcessJob(Protocol):
-    """What a process needs to know of an attempt."""
-
-    @property
-    def handler(self) -> Handler: ...
-    @property
-    def consumer(self) -> _RequestSource: ...
-    @property
-    def envelope(self) -> Envelope: ...
-    @property
-    def body(self) -> bytes: ...
-    @property
-    def public_id(self) -> str: ...
-    @property
-    def number(self) -> int: ...
-
-    def move_deadline(self, ms: int) -> None:
-        """Give the attempt *ms* from now on."""
-
-    def adopt(self, spawned: list[bytes]) -> None:
-        """Take what it spawned."""
 
 
 class ProcessPool:
@@ -108,7 +79,7 @@ class ProcessPool:
     def __repr__(self) -> str:
         return f"<Processes of {self._reference}: {len(self._alive)} of {self.limit}, {len(self._idle)} idle>"
 
-    async def run(self, attempt: ProcessJob) -> Any:
+    async def run(self, attempt: Attempt) -> Any:
         """
         Run the job in a process, when one is free, and return its decoded result (None where none is stored).
 
@@ -133,7 +104,7 @@ class ProcessPool:
         if isinstance(report, FailedReply):
             raise rebuild(report, task.settings.retry)
         if report.spawned:
-            attempt.adopt(report.spawned)
+            attempt.set_spawned(report.spawned)
         return None if report.result is None else task.results.decode(report.result)
 
     async def close(self) -> None:
@@ -301,7 +272,7 @@ class _PoolProcess:
         return ProcessCrashed(f"{what} {how} before it was done. Its pid was {self.pid}.")
 
 
-def _job(attempt: ProcessJob) -> RunRequest:
+def _job(attempt: Attempt) -> RunRequest:
     envelope = attempt.envelope
     bare = ids.split(attempt.public_id)[1]
     return RunRequest(

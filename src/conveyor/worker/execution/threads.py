@@ -70,11 +70,11 @@ class ThreadPool:
         cells = None if self._seats is None else self._seats.cells
         while (work := self._queue.get()) is not None:
             attempt, variables, call, called = work
-            if attempt.ended != 0.0 or attempt.stopped is not None:
+            if attempt.ended != 0.0 or attempt.stop_reason is not None:
                 self._report(attempt, None, asyncio.CancelledError(), called)  # stopped before it began
                 continue
             attempt.started = perf_counter()
-            if attempt.until is not None:
+            if attempt.deadline is not None:
                 self._loop.call_soon_threadsafe(self._started, attempt)
             value: Any = None
             error: BaseException | None = None

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from conveyor.store.transport.async_connection import AsyncConnection
 
 
-def weighted(app: Conveyor, queues: Mapping[str, float] | None) -> dict[str, float]:
+def queue_weights(app: Conveyor, queues: Mapping[str, float] | None) -> dict[str, float]:
     """Return queue → weight: those asked for, else all that tasks name. Raises ConfigurationError where nothing could be done."""
     fed = [name for name, listed in app.plain_lists.items() if listed.task]
     own = [task.queue for task in app.tasks.values()]
@@ -50,7 +50,7 @@ def weighted(app: Conveyor, queues: Mapping[str, float] | None) -> dict[str, flo
     return found
 
 
-async def served(app: Conveyor, queue: str) -> list[QueueKeys]:
+async def partition_keys(app: Conveyor, queue: str) -> list[QueueKeys]:
     """Return the keys of a queue, or of each of its partitions; raises ConfigurationError (E34) for another number of them."""
     if (listed := app.plain_lists.get(queue)) is not None:
         return [listed.keys]
@@ -60,15 +60,15 @@ async def served(app: Conveyor, queue: str) -> list[QueueKeys]:
     return [app.keys(queue)]
 
 
-async def enrolled(app: Conveyor, wire: AsyncConnection, queue: str, call: Call[int]) -> int:
+async def register(app: Conveyor, connection: AsyncConnection, queue: str, call: Call[int]) -> int:
     """Carry out a registration and return the server's time in ms; after Redis was emptied the number is agreed on anew."""
     try:
-        return await wire.run(call, patience=None)
+        return await connection.run(call, patience=None)
     except PartitionCountMismatch:
         if (partitions := app.partitioned.get(ids.logical(queue))) is None:
             raise
         await partitions.aclaim()
-        return await wire.run(call, patience=None)
+        return await connection.run(call, patience=None)
 
 
 class Registrable(Protocol):
@@ -76,16 +76,16 @@ class Registrable(Protocol):
 
     queue: str
 
-    gone: bool
+    has_left: bool
     """It has left meanwhile."""
 
     async def register(self) -> None:
         """Take a fresh identity and tell Redis; raises ConveyorError."""
 
 
-async def readmit(consumer: Registrable) -> None:
+async def register_again(consumer: Registrable) -> None:
     """Register until it is done: a right that was taken away is waited for, loudly. Raises WrongPartitions."""
-    while not consumer.gone:
+    while not consumer.has_left:
         try:
             await consumer.register()
             break
@@ -103,25 +103,25 @@ class LeaseHolder(Protocol):
     """Who holds leases of one queue."""
 
     keys: QueueKeys
-    wire: AsyncConnection
+    connection: AsyncConnection
     identity: str
 
     @property
     def held(self) -> Collection[str]: ...
 
 
-async def differences(books: LeaseHolder) -> tuple[list[str], list[str]]:
+async def differences(holder: LeaseHolder) -> tuple[list[str], list[str]]:
     """Return the ids that Redis does not list as held here, and those it lists besides; none of them when it refuses to tell."""
     try:
-        listed = await books.wire.run(operations.held(books.keys, books.identity), patience=None)
+        listed = await holder.connection.run(operations.held(holder.keys, holder.identity), patience=None)
     except ConveyorError as error:
-        log.warning("could not reconcile queue %s: %s", books.keys.queue, error)
+        log.warning("could not reconcile queue %s: %s", holder.keys.queue, error)
         return [], []
     known = set(listed)
-    unknown = [id_ for id_ in known if id_ not in books.held]
+    unknown = [id_ for id_ in known if id_ not in holder.held]
     if unknown:
-        log.warning("queue %s: giving back %d leases we never learned of", books.keys.queue, len(unknown))
-    return [id_ for id_ in books.held if id_ not in known], unknown
+        log.warning("queue %s: giving back %d leases we never learned of", holder.keys.queue, len(unknown))
+    return [id_ for id_ in holder.held if id_ not in known], unknown
 
 
 NEARLY = 0.3
@@ -131,20 +131,20 @@ NEARLY = 0.3
 class Reaper:
     """Looks a few times a lease, and reaps by two looks (`lessee.Suspects`), never by the clock alone."""
 
-    def __init__(self, keys: QueueKeys, wire: AsyncConnection, lease_ms: int) -> None:
-        """Take the queue, the wire, and the lease in ms."""
-        self._keys, self._wire = keys, wire
-        self._suspects = DeadWorkerDetector(lease_ms)
+    def __init__(self, keys: QueueKeys, connection: AsyncConnection, lease_ms: int) -> None:
+        """Take the queue, the connection, and the lease in ms."""
+        self._keys, self._connection = keys, connection
+        self._detector = DeadWorkerDetector(lease_ms)
         self._tasks: set[asyncio.Task[None]] = set()
-
-    @property
-    def is_due(self) -> bool:
-        """True when the next turn should look."""
-        return self._suspects.next_look(monotonic()) <= NEARLY
+        self.due_at = 0.0
+        """From when on (monotonic) the next turn should look."""
 
     def look(self, turn: TurnReply, me: str) -> None:
-        """Take what a turn with the flag ``l`` saw."""
-        for worker, end in self._suspects.look(turn.now, turn.overdue, monotonic()):
+        """Take in what a turn with the flag ``l`` listed, and reap those that are dead; *me* is never one of them."""
+        now = monotonic()
+        dead = self._detector.look(turn.now, turn.overdue, now)
+        self.due_at = now + self._detector.next_look(now) - NEARLY
+        for worker, end in dead:
             if worker != me:
                 task = asyncio.get_running_loop().create_task(self._reap(worker, end))
                 self._tasks.add(task)
@@ -152,7 +152,7 @@ class Reaper:
 
     async def _reap(self, worker: str, end: int) -> None:
         try:
-            count = await self._wire.run(operations.reap(self._keys, worker, end=end), patience=5.0)
+            count = await self._connection.run(operations.reap(self._keys, worker, end=end), patience=5.0)
         except ConveyorError as error:
             log.warning("could not reap a dead worker of queue %s: %s", self._keys.queue, error)
             return

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from conveyor import ids
 from conveyor.errors import ConveyorError
@@ -14,21 +14,10 @@ from conveyor.store.operations import StalePush
 from conveyor.store.transport import replies
 
 if TYPE_CHECKING:
-    from conveyor.messaging.partitions import Partitions
-    from conveyor.store.client.client import Client
+    from conveyor.jobs.app import Conveyor
     from conveyor.store.keys import QueueKeys
     from conveyor.store.operations import Entry
     from conveyor.store.script import Call
-
-    class Home(Protocol):
-        """What a delivery needs of the app."""
-
-        @property
-        def client(self) -> Client: ...
-        @property
-        def partitioned(self) -> Mapping[str, Partitions]: ...
-        def keys(self, queue: str) -> QueueKeys: ...
-
 
 log = logging.getLogger("conveyor.worker")
 PATIENCE = 5.0
@@ -39,9 +28,9 @@ PAUSES = 5.0
 class SpawnDelivery:
     """Delivers one queue's outbox while there is something in it; nothing runs, and nothing is sent, while there is not."""
 
-    def __init__(self, keys: QueueKeys, home: Home, done: Callable[[], None]) -> None:
+    def __init__(self, keys: QueueKeys, app: Conveyor, done: Callable[[], None]) -> None:
         """Take whose outbox it is, how to reach all queues, and what to call when it was emptied."""
-        self._keys, self._home, self._done = keys, home, done
+        self._keys, self._app, self._done = keys, app, done
         self._task: asyncio.Task[None] | None = None
         self._asked = False
 
@@ -69,7 +58,7 @@ class SpawnDelivery:
             while self._asked:
                 self._asked = False
                 try:
-                    while await deliver(self._keys, self._home):
+                    while await deliver(self._keys, self._app):
                         attempt = 0
                 except ConveyorError as error:
                     log.warning(
@@ -83,17 +72,17 @@ class SpawnDelivery:
         self._done()
 
 
-async def deliver(keys: QueueKeys, home: Home) -> bool:
+async def deliver(keys: QueueKeys, app: Conveyor) -> bool:
     """Deliver one batch of an outbox; return whether there was one. Raises what the pushes raise: it stays to be repeated."""
-    client = home.client
+    client = app.client
     batch = await client.arun(spawn_outbox.take(keys), patience=PATIENCE)
     if batch is None:
         return False
     failed: ConveyorError | None = None
     for queue, entries in batch.parts.items():
         try:
-            for call in await _calls(keys, home, batch.number, queue, entries):
-                await _push(home, queue, call)
+            for call in await _calls(keys, app, batch.number, queue, entries):
+                await _push(app, queue, call)
         except _StaleDelivery as late:
             # Others have delivered and trimmed this batch, and a newer one. Or a failover took the source back to a
             # number that this receiver has seen: then the same batch gets a higher one.
@@ -118,12 +107,14 @@ class _StaleDelivery(Exception):
         self.inbox = inbox
 
 
-async def _calls(source: QueueKeys, home: Home, number: int, queue: str, entries: list[Entry]) -> list[Call[list[str]]]:
+async def _calls(
+    source: QueueKeys, app: Conveyor, number: int, queue: str, entries: list[Entry]
+) -> list[Call[list[str]]]:
     """Return the pushes of a part: one, unless it was written for a partition that there is no more, or not yet."""
-    partitions = home.partitioned.get(ids.logical(queue))
+    partitions = app.partitioned.get(ids.logical(queue))
     if partitions is None:
-        target = home.keys(queue)
-        await home.client.aannounce(target)
+        target = app.keys(queue)
+        await app.client.aannounce(target)
         return [spawn_outbox.deliver(source, target, number, entries)]
     targets = {keys.queue: keys for keys in partitions.keys}
     if queue in targets:
@@ -136,12 +127,12 @@ async def _calls(source: QueueKeys, home: Home, number: int, queue: str, entries
     return [spawn_outbox.deliver(source, targets[name], number, part, instead_of=queue) for name, part in moved.items()]
 
 
-async def _push(home: Home, queue: str, call: Call[list[str]]) -> None:
-    partitions = home.partitioned.get(ids.logical(queue))
+async def _push(app: Conveyor, queue: str, call: Call[list[str]]) -> None:
+    partitions = app.partitioned.get(ids.logical(queue))
     try:
         if partitions is None:
-            await home.client.arun(call, patience=PATIENCE)
+            await app.client.arun(call, patience=PATIENCE)
         else:
-            await partitions.akeep(lambda: home.client.arun(call, patience=PATIENCE))
+            await partitions.akeep(lambda: app.client.arun(call, patience=PATIENCE))
     except StalePush:
         raise _StaleDelivery(call.keys[0]) from None

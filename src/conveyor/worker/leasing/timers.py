@@ -33,15 +33,15 @@ class Deadlines:
 
     def add(self, attempt: Attempt) -> None:
         """Watch *attempt* until its `until`."""
-        assert attempt.until is not None
+        assert attempt.deadline is not None
         self._order += 1
-        heappush(self._heap, (attempt.until, self._order, attempt))
-        if self._timer is None or attempt.until < self._next:
-            self._arm(attempt.until)
+        heappush(self._heap, (attempt.deadline, self._order, attempt))
+        if self._timer is None or attempt.deadline < self._next:
+            self._arm(attempt.deadline)
 
     def move(self, attempt: Attempt, seconds: float) -> None:
         """Give *attempt* that many seconds from now; from any thread."""
-        attempt.until = perf_counter() + seconds
+        attempt.deadline = perf_counter() + seconds
         self._loop.call_soon_threadsafe(self.add, attempt)
 
     def close(self) -> None:
@@ -61,7 +61,7 @@ class Deadlines:
         now = perf_counter()
         while self._heap and self._heap[0][0] <= now:
             _, _, attempt = heappop(self._heap)
-            if attempt.ended == 0.0 and attempt.until is not None and attempt.until <= now:
+            if attempt.ended == 0.0 and attempt.deadline is not None and attempt.deadline <= now:
                 self._expire(attempt)
         while self._heap and self._heap[0][2].ended != 0.0:
             heappop(self._heap)

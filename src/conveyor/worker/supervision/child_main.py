@@ -88,7 +88,7 @@ def start_app(spec: ChildSpec, slot: ChildSlot) -> tuple[ChildInfo, Runnable]:
         grace=spec.grace,
         slot=slot,
         reference=spec.app,
-        quota=RecycleLimits(spec.max_jobs, spec.max_memory),
+        recycle_limits=RecycleLimits(spec.max_jobs, spec.max_memory),
         await_until=spec.await_until,
     )
     address, attachment = app.client.address, app.client.attachment

@@ -265,7 +265,7 @@ class Supervisor:
         if about is not None and identities:
             # A kill strikes whoever executes something just then; anything else was the doing of what was executed.
             fault = code != -signal.SIGKILL or bool(child.kill_reason)
-            child.estate = DeadChild(what, about, identities, crashed, child.slot.seating(), fault)
+            child.estate = DeadChild(what, about, identities, crashed, child.slot.running_snapshot(), fault)
             self._guardian.settle(child.estate)
         elif crashed:
             LOG.warning("%s; it had leased nothing", what)
