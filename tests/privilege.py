@@ -252,11 +252,11 @@ def _die(app: Conveyor) -> None:
     app.client.run(operations.turn(hand.keys, hand.worker, hand.number, 1, 60_000, operations.TurnReport()))  # a repeat
     app.client.run(operations.beat(hand.keys, hand.worker, 60_000))
     identity = LeaseIdentity(NAMESPACE, "default", None, hand.worker, 60_000, True, time.monotonic())
-    estate = DeadChild("a child was killed", ChildInfo(app.client.address.url, NAMESPACE), [identity], crashed=True)
+    dead_child = DeadChild("a child was killed", ChildInfo(app.client.address.url, NAMESPACE), [identity], crashed=True)
     guardian = LeaseGuard()
-    guardian.settle(estate)
+    guardian.return_jobs(dead_child)
     assert guardian.close(5.0)
-    assert estate.returned == 1
+    assert dead_child.returned == 1
 
 
 def _consume(app: Conveyor) -> None:

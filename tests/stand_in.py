@@ -22,7 +22,7 @@ from conveyor.store import operations
 from conveyor.store.client.client import Client
 from conveyor.store.keys import QueueKeys
 from conveyor.store.operations import Settlement, TurnReport
-from conveyor.worker.crash_attribution import named
+from conveyor.worker.crash_attribution import id_checksum
 from conveyor.worker.logs import configure_log
 from conveyor.worker.shared_memory import ChildInfo, ChildSlot, ChildSpec
 from conveyor.worker.supervision import child_main
@@ -45,7 +45,7 @@ class StandIn:
         self.stops = 0
         self.is_quiet = False
         self.number = 0
-        self.seats = slot.running_table()
+        self.running = slot.running_table()
 
     def stop(self) -> None:
         self.stops += 1
@@ -82,7 +82,7 @@ class StandIn:
             self.keys, self.worker, self.number, want, LEASE_MS, report, flags="t" if self.stops else ""
         )
         turn = await self.client.arun(call, patience=60)
-        self.slot.renewed(self.worker)
+        self.slot.note_renewal(self.worker)
         assert turn.lost == []
         for one in give_back:
             self.running.pop(one.id).cancel()
@@ -92,8 +92,8 @@ class StandIn:
 
     async def work(self, id_: str, task: str, body: bytes) -> None:
         self.slot.set_job(task, id_)
-        seat = self.seats.take()
-        self.seats.cells[seat] = named(id_)
+        seat = self.running.take_cell()
+        self.running.cells[seat] = id_checksum(id_)
         if task == "block":
             time.sleep(float(body))
         elif task == "clutch":
@@ -110,7 +110,7 @@ class StandIn:
         elif task == "hold":
             await asyncio.Event().wait()
         self.slot.clear_job()
-        self.seats.leave(seat)
+        self.running.release_cell(seat)
         del self.running[id_]
         self.done.append(id_)
 

@@ -184,13 +184,13 @@ def test_a_worker_repeats_a_complaint_once_a_minute(caplog: pytest.LogCaptureFix
     """The same words are said once a minute, others at once."""
     now = 1000.0
     monkeypatch.setattr(logs, "monotonic", lambda: now)
-    monkeypatch.setattr(logs, "_said", {})
+    monkeypatch.setattr(logs, "_logged_at", {})
     with caplog.at_level(logging.ERROR, "conveyor.worker"):
         for _ in range(5):
-            logs.complain("queue %s: refused", "a")
-        logs.complain("queue %s: refused", "b")
-        now += logs.AGAIN
-        logs.complain("queue %s: refused", "a")
+            logs.log_repeated_error("queue %s: refused", "a")
+        logs.log_repeated_error("queue %s: refused", "b")
+        now += logs.REPEAT_AFTER
+        logs.log_repeated_error("queue %s: refused", "a")
     assert [record.getMessage() for record in caplog.records] == [f"queue {name}: refused" for name in "aba"]
 
 

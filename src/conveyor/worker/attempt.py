@@ -277,11 +277,11 @@ class SealedAttempt(Attempt):
         self.sealed = True
 
 
-def details(error: Any) -> str:
+def error_line(error: Any) -> str:
     """Return an error's class and text in one line for a log, whatever its `__str__` does."""
-    return line(f"{type_name(error).rpartition('.')[2]}: {message(error)}")
+    return one_line(f"{type_name(error).rpartition('.')[2]}: {message(error)}")
 
 
-def line(text: str) -> str:
+def one_line(text: str) -> str:
     """Return *text* in one line for a log, with nothing that steers a terminal."""
     return clean(" ".join(text.split())[:500])

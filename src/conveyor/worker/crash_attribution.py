@@ -12,21 +12,21 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from zlib import crc32
 
-SEATS = 4096
-LOOP = 0
+CELLS = 4096
+LOOP_CELL = 0
 """The seat of the job whose code the event loop executes."""
-FULL = 1
+OVERFLOW_CELL = 1
 """Taken by everyone who found no seat, and never cleared: then nobody can be ruled out."""
 EXECUTING = 1 << 33
 """Added to the name of a job whose code a thread executes."""
-BESIDE = 1 << 34
+IN_PROCESS = 1 << 34
 """Added to the name of a job that a process of its own executes, until its end is settled: a crash may not have been told yet."""
-_NAMED = 1 << 32  # no name is 0, which is an empty seat
+_USED = 1 << 32  # no name is 0, which is an empty seat
 
 
-def named(id_: str) -> int:
+def id_checksum(id_: str) -> int:
     """Return what a job is called in a seat; two of the few thousand that a child holds share one once in a million times."""
-    return crc32(id_.encode()) | _NAMED
+    return crc32(id_.encode()) | _USED
 
 
 class RunningTable:
@@ -35,23 +35,23 @@ class RunningTable:
     def __init__(self, cells: memoryview) -> None:
         """Take `SEATS` cells of eight bytes."""
         self.cells = cells
-        self._next = FULL + 1
+        self._next = OVERFLOW_CELL + 1
         self._free: list[int] = []
 
-    def take(self) -> int:
+    def take_cell(self) -> int:
         """Return an empty seat; `FULL` when there is none."""
         if self._free:
             return self._free.pop()
-        if self._next == SEATS:
-            return FULL
+        if self._next == CELLS:
+            return OVERFLOW_CELL
         self._next += 1
         return self._next - 1
 
-    def leave(self, seat: int) -> None:
+    def release_cell(self, cell: int) -> None:
         """Give a seat back."""
-        if seat != FULL:
-            self.cells[seat] = 0
-            self._free.append(seat)
+        if cell != OVERFLOW_CELL:
+            self.cells[cell] = 0
+            self._free.append(cell)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,20 +60,20 @@ class RunningSnapshot:
 
     executing: frozenset[int]
     waiting: frozenset[int]
-    beside: frozenset[int] = frozenset()
+    in_process: frozenset[int] = frozenset()
 
     @classmethod
     def read(cls, cells: Iterable[int]) -> RunningSnapshot | None:
         """Take the cells; None where there were more jobs than seats."""
-        loop, full, *seats = cells
+        loop, full, *rest = cells
         if full:
             return None
-        executing = frozenset({loop} | {seat ^ EXECUTING for seat in seats if seat & EXECUTING}) - {0}
-        beside = frozenset(seat ^ BESIDE for seat in seats if seat & BESIDE)
-        waiting = frozenset(seat for seat in seats if seat and not seat & (EXECUTING | BESIDE))
-        return cls(executing, waiting - executing - beside, beside)
+        executing = frozenset({loop} | {cell ^ EXECUTING for cell in rest if cell & EXECUTING}) - {0}
+        in_process = frozenset(cell ^ IN_PROCESS for cell in rest if cell & IN_PROCESS)
+        waiting = frozenset(cell for cell in rest if cell and not cell & (EXECUTING | IN_PROCESS))
+        return cls(executing, waiting - executing - in_process, in_process)
 
-    def judge(self, ids: Iterable[str], *, fault: bool) -> tuple[list[str], list[str]]:
+    def blame(self, ids: Iterable[str], *, fault: bool) -> tuple[list[str], list[str]]:
         """
         Return those of *ids* that are to blame for the death, and those that may be.
 
@@ -85,6 +85,6 @@ class RunningSnapshot:
         executing, waiting = self.executing, self.waiting
         if not executing:
             executing, waiting = waiting, frozenset()
-        held = [(id_, named(id_)) for id_ in ids]
-        blamed = [id_ for id_, seat in held if seat in executing or seat in self.beside]
-        return blamed, [] if fault else [id_ for id_, seat in held if seat in waiting]
+        held = [(id_, id_checksum(id_)) for id_ in ids]
+        blamed = [id_ for id_, cell in held if cell in executing or cell in self.in_process]
+        return blamed, [] if fault else [id_ for id_, cell in held if cell in waiting]

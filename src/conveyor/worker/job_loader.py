@@ -22,7 +22,7 @@ from conveyor.payload.wrapped import MAGIC
 from conveyor.store.operations import Settlement, TurnReport
 from conveyor.units import span
 from conveyor.worker.attempt import Attempt, AttemptOwner, Handler, SealedAttempt
-from conveyor.worker.crash_attribution import EXECUTING, LOOP, RunningTable, named
+from conveyor.worker.crash_attribution import EXECUTING, LOOP_CELL, RunningTable, id_checksum
 
 if TYPE_CHECKING:
     from conveyor.jobs.app import Conveyor
@@ -34,13 +34,15 @@ log = logging.getLogger("conveyor.worker")
 class JobLoader:
     """One worker's way with them."""
 
-    def __init__(self, app: Conveyor, settling: SettlementWriter, worker: str, seats: RunningTable | None) -> None:
+    def __init__(
+        self, app: Conveyor, settlement_writer: SettlementWriter, worker: str, running_table: RunningTable | None
+    ) -> None:
         """Take the app, who settles, the name recorded with errors, and where a supervisor sees what is opened."""
         self._sealing = app.sealing
-        self._fed = {name: listed.task for name, listed in app.plain_lists.items()}
-        self._settling = settling
+        self._task_of_list = {name: listed.task for name, listed in app.plain_lists.items()}
+        self._settlement_writer = settlement_writer
         self._worker = worker
-        self._seats = seats
+        self._running_table = running_table
         self.fetching: set[asyncio.Task[None]] = set()
         """One task for each body that is on its way from the store."""
 
@@ -52,7 +54,7 @@ class JobLoader:
         """
         names = {name for name, one in handlers.items() if one.task.settings.version == 1 and not one.early}
         if self._sealing is not None and self._sealing.seal is not None:
-            names &= {self._fed.get(queue)} if foreign else set()
+            names &= {self._task_of_list.get(queue)} if foreign else set()
         return {b"\n%b\n{" % name.encode(): handlers[name] for name in names}
 
     def load(self, consumer: AttemptOwner, handlers: Mapping[str, Handler], id_: str, data: bytes) -> Attempt:
@@ -89,7 +91,7 @@ class JobLoader:
         if version != handler.task.settings.version:
             return True
         if consumer.keys.foreign is not None:
-            return handler.name != self._fed.get(consumer.queue)
+            return handler.name != self._task_of_list.get(consumer.queue)
         return body[:1] == MAGIC or (self._sealing is not None and self._sealing.seal is not None)
 
     def open(self, attempt: Attempt) -> bytes:
@@ -97,7 +99,7 @@ class JobLoader:
         envelope, handler, consumer = attempt.envelope, attempt.handler, attempt.consumer
         body, task, queue = envelope.body, handler.task, consumer.queue
         sealing = self._sealing or PLAIN
-        if consumer.keys.foreign is None or handler.name != self._fed.get(queue):
+        if consumer.keys.foreign is None or handler.name != self._task_of_list.get(queue):
             name = sealed_name(handler.name, envelope.extra.version)
             reference = sealing.reference(body, queue=queue, task=name, id=attempt.id)
             if reference is not None:
@@ -118,8 +120,8 @@ class JobLoader:
             self.fetching.add(fetching)
             fetching.add_done_callback(self.fetching.discard)
             return
-        if self._seats is not None:
-            self._seats.cells[LOOP] = named(attempt.id)  # who submits them empties it, once for all
+        if self._running_table is not None:
+            self._running_table.cells[LOOP_CELL] = id_checksum(attempt.id)  # who submits them empties it, once for all
         try:
             body = self.open(attempt)
         except Exception as error:
@@ -128,9 +130,9 @@ class JobLoader:
             self._opened(attempt, body, place)
 
     async def _fetch(self, attempt: Attempt, place: Callable[[Attempt], None], fail: Callable[..., None]) -> None:
-        seat = 0 if self._seats is None else self._seats.take()
-        if self._seats is not None:
-            self._seats.cells[seat] = named(attempt.id) | EXECUTING
+        cell = 0 if self._running_table is None else self._running_table.take_cell()
+        if self._running_table is not None:
+            self._running_table.cells[cell] = id_checksum(attempt.id) | EXECUTING
         try:
             body = await asyncio.to_thread(self.open, attempt)
         except Exception as error:
@@ -138,8 +140,8 @@ class JobLoader:
         else:
             self._opened(attempt, body, place)
         finally:
-            if self._seats is not None:
-                self._seats.leave(seat)
+            if self._running_table is not None:
+                self._running_table.release_cell(cell)
 
     def _opened(self, attempt: Attempt, body: bytes, place: Callable[[Attempt], None]) -> None:
         if attempt.ended != 0.0:  # cancelled or handed back meanwhile
@@ -165,7 +167,7 @@ class JobLoader:
         report, now, error = consumer.report, consumer.now_ms, attempt.handler.load_error
         attempt.ended = monotonic()
         if isinstance(error, PayloadError) and not isinstance(error, PayloadTooNew):
-            self._settling.unreadable(report, attempt, error, now)
+            self._settlement_writer.unreadable(report, attempt, error, now)
             return
         age = now - (made_at_ms(attempt.id) or attempt.envelope.due_ms or now)
         pause = put_off_ms(age)
@@ -189,7 +191,7 @@ class JobLoader:
         record = to_json(Failure(attempt.number, now, kind, message, worker=self._worker))
         old = attempt.history
         state = AttemptHistory(old.starts, old.failures, old.crashes, [*old.errors, record])
-        self._settling.bury(report, attempt, state, message, now)
+        self._settlement_writer.dead(report, attempt, state, message, now)
 
     def release(self, consumer: AttemptOwner, report: TurnReport, lost: Iterable[str]) -> None:
         """Remove the large bodies of jobs whose end Redis has confirmed; those of others are still needed."""

@@ -8,26 +8,26 @@ import signal
 from time import monotonic
 from typing import Any
 
-_STEERING = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+_CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 LOG = logging.getLogger("conveyor.worker")
-AGAIN = 60.0
+REPEAT_AFTER = 60.0
 """Seconds until what goes on being wrong is said again."""
 _SIGNAL_HINTS = {
     "SIGKILL": " (the kernel does that when memory runs out)",
     "SIGSEGV": " (a fault in native code)",
     "SIGABRT": " (native code gave up)",
 }
-_said: dict[str, float] = {}
+_logged_at: dict[str, float] = {}
 
 
-def complain(text: str, *arguments: Any) -> None:
+def log_repeated_error(text: str, *arguments: Any) -> None:
     """Log as an error what is tried again every second and fails: the same words once a minute."""
     words, now = text % arguments, monotonic()
-    if now - _said.get(words, -AGAIN) < AGAIN:
+    if now - _logged_at.get(words, -REPEAT_AFTER) < REPEAT_AFTER:
         return
-    if len(_said) >= 100:
-        _said.clear()
-    _said[words] = now
+    if len(_logged_at) >= 100:
+        _logged_at.clear()
+    _logged_at[words] = now
     LOG.error("%s", words)
 
 
@@ -36,7 +36,7 @@ class SafeFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         """Return the lines of *record* with control characters escaped."""
-        return _STEERING.sub(lambda match: match[0].encode("unicode_escape").decode(), super().format(record))
+        return _CONTROL_CHARACTERS.sub(lambda match: match[0].encode("unicode_escape").decode(), super().format(record))
 
 
 def configure_log(*, verbose: bool = False) -> None:

@@ -9,11 +9,11 @@ from time import monotonic
 
 from conveyor.worker.logs import LOG
 
-LEAST_LIFE = 10.0
+MIN_LIFE = 10.0
 """Seconds before a process is given up for its memory: else one whose first job needs it all would be replaced without end."""
 SPREAD = 10
 """Limits are drawn up to a tenth lower, so that processes which started together are not replaced together."""
-_LOOK = 0.2
+_CHECK_EVERY = 0.2
 _STATM = "/proc/self/statm"
 
 
@@ -26,7 +26,7 @@ class RecycleLimits:
         self.is_limited = max_jobs is not None or max_memory is not None
         self._jobs = None if max_jobs is None else max_jobs - random.randrange(max_jobs // SPREAD + 1)  # noqa: S311
         self._memory: float | None = None
-        self._began = self._looked = monotonic()
+        self._begun_at = self._checked_at = monotonic()
 
     def begin(self) -> None:
         """
@@ -34,20 +34,20 @@ class RecycleLimits:
 
         A limit that is below it would have fresh processes replaced one after the other; twice the need is allowed then.
         """
-        self._began = self._looked = monotonic()
+        self._begun_at = self._checked_at = monotonic()
         if self.max_memory is None:
             return
-        need = resident()
-        self._memory = self.max_memory - random.random() / SPREAD * max(0, self.max_memory - need)  # noqa: S311
-        if need >= self.max_memory:
-            self._memory = 2.0 * need
+        at_start = resident_memory()
+        self._memory = self.max_memory - random.random() / SPREAD * max(0, self.max_memory - at_start)  # noqa: S311
+        if at_start >= self.max_memory:
+            self._memory = 2.0 * at_start
             LOG.error(
                 "Process %d has %s before its first job, more than --max-memory %s: a fresh one would be no smaller, so it is "
                 "replaced above %s. Raise the limit.",
-                os.getpid(), megabytes(need), megabytes(self.max_memory), megabytes(self._memory),
+                os.getpid(), megabytes(at_start), megabytes(self.max_memory), megabytes(self._memory),
             )  # fmt: skip
 
-    def left(self, jobs: int) -> int:
+    def remaining(self, jobs: int) -> int:
         """Return how many jobs more it may take, when it took *jobs*."""
         return sys.maxsize if self._jobs is None else max(0, self._jobs - jobs)
 
@@ -56,17 +56,17 @@ class RecycleLimits:
         if self._jobs is not None and jobs >= self._jobs:
             return f"has had {_jobs(jobs)} (limit {self.max_jobs:,})"
         now = monotonic()
-        life = now - self._began
-        if self._memory is None or now - self._looked < _LOOK or life < LEAST_LIFE:
+        life = now - self._begun_at
+        if self._memory is None or now - self._checked_at < _CHECK_EVERY or life < MIN_LIFE:
             return None
-        self._looked = now
-        has = resident()
-        if has <= self._memory:
+        self._checked_at = now
+        resident = resident_memory()
+        if resident <= self._memory:
             return None
-        return f"has {megabytes(has)} after {_jobs(jobs)} and {life:.0f} s (limit {megabytes(self._memory)})"
+        return f"has {megabytes(resident)} after {_jobs(jobs)} and {life:.0f} s (limit {megabytes(self._memory)})"
 
 
-def resident() -> int:
+def resident_memory() -> int:
     """Return the bytes of memory this process occupies; the most it ever did on systems without /proc."""
     try:
         with open(_STATM, "rb") as file:

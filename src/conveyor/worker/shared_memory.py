@@ -22,14 +22,14 @@ import msgspec
 
 from conveyor.errors import ConfigurationError
 from conveyor.store.keys import QueueKeys
-from conveyor.worker.crash_attribution import SEATS, RunningSnapshot, RunningTable
+from conveyor.worker.crash_attribution import CELLS, RunningSnapshot, RunningTable
 
 _TICK, _RETIRING, _EPOCH, _JOB_MARK, _JOB_SIZE, _FINISHED, _AWAIT, _RENEWALS = 0, 1, 2, 3, 4, 5, 6, 16
 _RENEWAL_CELLS = 256
 _CELL_BYTES = 4096
 _JOB_ROOM = 4096
-_SEATS_AT = _CELL_BYTES + _JOB_ROOM
-_RECORDS_AT = _SEATS_AT + 8 * SEATS
+_RUNNING_AT = _CELL_BYTES + _JOB_ROOM
+_RECORDS_AT = _RUNNING_AT + 8 * CELLS
 RECORD_ROOM = 128 * 1024
 """Bytes for the records of a slot; there are two such areas. Pages that are never touched cost nothing."""
 SLOT_BYTES = _RECORDS_AT + 2 * RECORD_ROOM
@@ -112,18 +112,18 @@ class SharedMemory:
         self.fd = anonymous_file("conveyor-board", slots * SLOT_BYTES) if fd is None else fd
         self._memory = mmap.mmap(self.fd, slots * SLOT_BYTES)
         self._view = memoryview(self._memory)
-        self._taken: list[ChildSlot] = []
+        self._opened: list[ChildSlot] = []
 
     def slot(self, number: int) -> ChildSlot:
         """Return one slot, counted from 0."""
         slot = ChildSlot(self._view[number * SLOT_BYTES : (number + 1) * SLOT_BYTES], number)
-        self._taken.append(slot)
+        self._opened.append(slot)
         return slot
 
     def close(self) -> None:
         """Let go of the memory; the slots are unusable afterwards."""
-        while self._taken:
-            self._taken.pop().close()
+        while self._opened:
+            self._opened.pop().close()
         self._view.release()
         self._memory.close()
         os.close(self.fd)
@@ -137,12 +137,12 @@ class ChildSlot:
         self.number = number
         self._view = view
         self._cells = view[:_CELL_BYTES].cast("q")
-        self._job = view[_CELL_BYTES:_SEATS_AT]
-        self._seats = view[_SEATS_AT:_RECORDS_AT].cast("q")
+        self._job = view[_CELL_BYTES:_RUNNING_AT]
+        self._running = view[_RUNNING_AT:_RECORDS_AT].cast("q")
         self._tail: int | None = None
-        self._mark = 0
-        self._cell_of: dict[str, int] = {}  # prefix of a queue -> its renewal cell
-        self._cell_by: dict[str, int] = {}  # identity -> the same
+        self._job_mark = 0
+        self._cell_of_prefix: dict[str, int] = {}  # prefix of a queue -> its renewal cell
+        self._cell_of_identity: dict[str, int] = {}  # identity -> the same
 
     # -- the child ------------------------------------------------------------------------------------------------
 
@@ -150,13 +150,13 @@ class ChildSlot:
         """Say that the event loop turns."""
         self._cells[_TICK] = monotonic_ns()
 
-    def renewed(self, worker: str | None = None) -> None:
+    def note_renewal(self, worker: str | None = None) -> None:
         """Say that a turn has just renewed the lease of an identity; of all of them when none is named."""
         now = monotonic_ns()
         if worker is not None:
-            self._cells[_RENEWALS + self._cell_by[worker]] = now
+            self._cells[_RENEWALS + self._cell_of_identity[worker]] = now
         else:
-            for cell in self._cell_of.values():
+            for cell in self._cell_of_prefix.values():
                 self._cells[_RENEWALS + cell] = now
 
     def set_identity(self, keys: QueueKeys, worker: str, lease_ms: int) -> None:
@@ -165,24 +165,24 @@ class ChildSlot:
 
         The queue's earlier one is beaten for no more, and reaped all the same when the child dies.
         """
-        cell = self._cell_of.setdefault(keys.prefix, len(self._cell_of) % _RENEWAL_CELLS)
-        self._cell_by[worker] = cell
+        cell = self._cell_of_prefix.setdefault(keys.prefix, len(self._cell_of_prefix) % _RENEWAL_CELLS)
+        self._cell_of_identity[worker] = cell
         self._cells[_RENEWALS + cell] = monotonic_ns()
         self._append(_RegisteredRecord(keys.prefix, keys.queue, keys.foreign, worker, lease_ms, cell))
 
     def drop_identity(self, worker: str) -> None:
         """Note that an identity has left Redis in order and holds nothing."""
-        self._cell_by.pop(worker, None)
+        self._cell_of_identity.pop(worker, None)
         self._append(_UnregisteredRecord(worker))
 
     def set_job(self, task: str, job_id: str) -> None:
         """Name the job that the event loop is running, to be blamed when the loop stalls."""
         data = f"{task}\n{job_id}".encode()[:_JOB_ROOM]
-        cells, mark = self._cells, self._mark
+        cells, mark = self._cells, self._job_mark
         cells[_JOB_MARK] = mark + 1  # odd: do not read now
         self._job[: len(data)] = data
         cells[_JOB_SIZE] = len(data)
-        self._mark = cells[_JOB_MARK] = mark + 2
+        self._job_mark = cells[_JOB_MARK] = mark + 2
 
     def clear_job(self) -> None:
         """Say that the event loop runs no job."""
@@ -190,11 +190,11 @@ class ChildSlot:
 
     def running_table(self) -> RunningTable:
         """Return the seats of the jobs it runs, all empty when it starts."""
-        return RunningTable(self._seats)
+        return RunningTable(self._running)
 
-    def set_about(self, about: ChildInfo) -> None:
+    def set_info(self, info: ChildInfo) -> None:
         """Say where Redis is."""
-        self._append(about)
+        self._append(info)
 
     @property
     def retiring(self) -> bool:
@@ -247,14 +247,14 @@ class ChildSlot:
 
     def running_snapshot(self) -> RunningSnapshot | None:
         """Return which jobs were running; None when that is not known."""
-        return RunningSnapshot.read(self._seats)
+        return RunningSnapshot.read(self._running)
 
     def identities(self) -> list[LeaseIdentity]:
         """Return all identities that may hold leases, oldest first."""
         records = self._read()
-        left = {record.worker for record in records if isinstance(record, _UnregisteredRecord)}
-        joined = [record for record in records if isinstance(record, _RegisteredRecord)]
-        current = {record.prefix: record.worker for record in joined}
+        unregistered = {record.worker for record in records if isinstance(record, _UnregisteredRecord)}
+        registered = [record for record in records if isinstance(record, _RegisteredRecord)]
+        current = {record.prefix: record.worker for record in registered}
         return [
             LeaseIdentity(
                 one.prefix.partition(":{")[0],  # a namespace holds no braces
@@ -265,11 +265,11 @@ class ChildSlot:
                 current[one.prefix] == one.worker,
                 self._cells[_RENEWALS + one.cell] / 1e9,
             )
-            for one in joined
-            if one.worker not in left
+            for one in registered
+            if one.worker not in unregistered
         ]
 
-    def about(self) -> ChildInfo | None:
+    def info(self) -> ChildInfo | None:
         """Return what the child said of its app, or None before it did."""
         return next((record for record in reversed(self._read()) if isinstance(record, ChildInfo)), None)
 
@@ -283,16 +283,16 @@ class ChildSlot:
         for cell in range(_RENEWALS + _RENEWAL_CELLS):
             if cell != _EPOCH:
                 self._cells[cell] = 0
-        self._view[_SEATS_AT:_RECORDS_AT] = bytes(8 * SEATS)
+        self._view[_RUNNING_AT:_RECORDS_AT] = bytes(8 * CELLS)
         self._cells[_EPOCH] = epoch + 1  # records of another epoch do not count
-        self._tail, self._mark = 0, 0
+        self._tail, self._job_mark = 0, 0
         self._append(spec)
 
     def close(self) -> None:
         """Let go of the memory."""
         self._cells.release()
         self._job.release()
-        self._seats.release()
+        self._running.release()
         self._view.release()
 
     # -- records: two areas, of which the epoch's parity names the valid one; the epoch also seeds the checksums ----
@@ -315,12 +315,12 @@ class ChildSlot:
     def _rewrite(self, epoch: int, newest: _Record) -> int:
         """Write what still counts to the other area, then make that the valid one with a single store."""
         records = self._read()
-        left = {record.worker for record in (*records, newest) if isinstance(record, _UnregisteredRecord)}
+        unregistered = {record.worker for record in (*records, newest) if isinstance(record, _UnregisteredRecord)}
         kept: dict[str, _Record] = {}
         for record in (*records, newest):
             if isinstance(record, _RegisteredRecord):
                 kept.pop(record.prefix, None)
-                if record.worker not in left:
+                if record.worker not in unregistered:
                     kept[record.prefix] = record
             elif not isinstance(record, _UnregisteredRecord):
                 kept[type(record).__name__] = record
@@ -329,7 +329,7 @@ class ChildSlot:
             end = self._put(epoch, at, _encode(record))
             if end is None:
                 raise ConfigurationError(
-                    f"One worker serves {len(self._cell_of)} queues, and their names do not fit in {RECORD_ROOM} "
+                    f"One worker serves {len(self._cell_of_prefix)} queues, and their names do not fit in {RECORD_ROOM} "
                     "bytes. Spread them over several workers with -q."
                 )
             at = end

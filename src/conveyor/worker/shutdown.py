@@ -22,12 +22,12 @@ class DrainMonitor:
     def __init__(self) -> None:
         """Begin without haste."""
         self.stuck: list[Attempt] = []  # on threads that outlive their time limit: not waited for
-        self._moved = asyncio.Event()
+        self._ended = asyncio.Event()
         self._hurry = asyncio.Event()
 
-    def moved(self) -> None:
+    def note_end(self) -> None:
         """Say that an attempt ended."""
-        self._moved.set()
+        self._ended.set()
 
     def hurry(self) -> None:
         """Wait no more."""
@@ -40,8 +40,8 @@ class DrainMonitor:
             left = deadline - monotonic()
             if left <= 0 or (hurry and self._hurry.is_set()):
                 return
-            self._moved.clear()
-            waits = [asyncio.ensure_future(self._moved.wait()), asyncio.ensure_future(self._hurry.wait())]
+            self._ended.clear()
+            waits = [asyncio.ensure_future(self._ended.wait()), asyncio.ensure_future(self._hurry.wait())]
             await asyncio.wait(waits[: 2 if hurry else 1], timeout=left, return_when=asyncio.FIRST_COMPLETED)
             for wait in waits:
                 wait.cancel()

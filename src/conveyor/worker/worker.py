@@ -18,7 +18,7 @@ from conveyor.jobs.hooks import run_through, runs
 from conveyor.payload import failures
 from conveyor.store import operations
 from conveyor.store.transport import eviction
-from conveyor.worker.attempt import Attempt, details
+from conveyor.worker.attempt import Attempt, error_line
 from conveyor.worker.execution.executor import Executor
 from conveyor.worker.execution.processes import ProcessPool
 from conveyor.worker.job_loader import JobLoader
@@ -266,13 +266,13 @@ class Worker:
             self.settlement_writer.settle(attempt, value, error, stuck=attempt in self._drain_monitor.stuck)
         elif error is not None and attempt.handler.early:
             failures.tell(
-                log, logging.ERROR, "✗ %s failed after its early ack: %s", attempt.label, details(error), error=error
+                log, logging.ERROR, "✗ %s failed after its early ack: %s", attempt.label, error_line(error), error=error
             )
         consumer.on_finished(attempt)
         if attempt.handler.early:
             self._stop_if_drained()  # no turn follows, which would see to it
         if self.lifecycle.stopping:
-            self._drain_monitor.moved()
+            self._drain_monitor.note_end()
         if not self.executor.coroutines.backlog and len(self.consumers) == 1:
             consumer.schedule(at_once=True)
             return
@@ -310,7 +310,7 @@ class Worker:
         if not limits.is_limited or self.lifecycle.draining or (why := limits.used_up(self.capacity.taken)) is None:
             return
         waits = any(a.started == 0.0 == a.ended for one in self.consumers for a in one.held.values())
-        if waits and limits.left(self.capacity.taken) == 0:
+        if waits and limits.remaining(self.capacity.taken) == 0:
             return
         log.info("Process %d %s: it takes no more, and a fresh one takes its place", os.getpid(), why)
         self._retire()

@@ -14,7 +14,7 @@ from typing import Any
 from conveyor.jobs.context import CURRENT, Context
 from conveyor.payload import failures
 from conveyor.worker.attempt import Attempt
-from conveyor.worker.crash_attribution import BESIDE, LOOP, RunningTable, named
+from conveyor.worker.crash_attribution import IN_PROCESS, LOOP_CELL, RunningTable, id_checksum
 from conveyor.worker.execution.coroutines import CoroutinePool
 from conveyor.worker.execution.processes import ProcessPool
 from conveyor.worker.execution.threads import ThreadPool
@@ -52,10 +52,10 @@ class Executor:
         self._on_finished, self._on_stuck, self._chain = on_finished, on_stuck, chain
         self._base = copy_context()
         self._loop = asyncio.get_running_loop()
-        self.coroutines = CoroutinePool(concurrency, self._begin, self._suspended, self._finish, running_table)
+        self.coroutines = CoroutinePool(concurrency, self._begin, self._on_suspended, self._finish, running_table)
         self._running_table = running_table
-        self._beside: dict[Attempt, int] = {}
-        self.threads = ThreadPool(threads, self._thread_ended, self._watch, running_table)
+        self._in_processes: dict[Attempt, int] = {}
+        self.threads = ThreadPool(threads, self._thread_ended, self._watch_limit, running_table)
         self._waiters = 0  # attempts on a thread whose slot waits for them inside the middlewares
         self.processes = processes
         self.deadlines = Deadlines(self._loop, self._expire)
@@ -94,11 +94,11 @@ class Executor:
             if kind == "loop" or self._chain is not None:
                 backlog.append(attempt)
             elif kind == "thread":
-                self._thread(attempt)
+                self._start_on_thread(attempt)
             else:
-                self._process(attempt)
+                self._start_in_process(attempt)
         if cells is not None:
-            cells[LOOP] = 0
+            cells[LOOP_CELL] = 0
         if len(backlog) > before:
             self.coroutines.wake()
 
@@ -127,7 +127,7 @@ class Executor:
         """Run the function itself, at the inner end of the middlewares."""
         handler = attempt.handler
         if handler.kind == "process":
-            return await self._run_beside(attempt)
+            return await self._run_in_process(attempt)
         args, kwargs = handler.decode(attempt.body)
         if handler.injected:
             self._inject(attempt, kwargs)
@@ -135,8 +135,8 @@ class Executor:
             return await handler.function(*args, **kwargs)
         attempt.waiter = self._loop.create_future()
         self._waiters += 1
-        called = 0 if self._running_table is None else named(attempt.id)
-        self.threads.submit(attempt, copy_context(), partial(handler.function, *args, **kwargs), called)
+        checksum = 0 if self._running_table is None else id_checksum(attempt.id)
+        self.threads.submit(attempt, copy_context(), partial(handler.function, *args, **kwargs), checksum)
         try:
             return await attempt.waiter
         finally:
@@ -162,11 +162,13 @@ class Executor:
         for name in attempt.handler.injected:
             kwargs[name] = attempt.open()
 
-    def _thread(self, attempt: Attempt) -> None:
+    def _start_on_thread(self, attempt: Attempt) -> None:
         attempt.consumer.on_started(attempt)
-        called = 0
+        checksum = 0
         if self._running_table is not None:
-            self._running_table.cells[LOOP] = called = named(attempt.id)  # validators are code of the job's, too
+            self._running_table.cells[LOOP_CELL] = checksum = id_checksum(
+                attempt.id
+            )  # validators are code of the job's, too
         try:
             args, kwargs = attempt.handler.decode(attempt.body)
         except Exception as error:
@@ -179,42 +181,42 @@ class Executor:
         variables.run(CURRENT.set, attempt)
         if attempt.timeout is not None:
             attempt.deadline = UNSTARTED
-        self.threads.submit(attempt, variables, partial(attempt.handler.function, *args, **kwargs), called)
+        self.threads.submit(attempt, variables, partial(attempt.handler.function, *args, **kwargs), checksum)
 
-    def _process(self, attempt: Attempt) -> None:
+    def _start_in_process(self, attempt: Attempt) -> None:
         attempt.consumer.on_started(attempt)
         attempt.started = perf_counter()
         self._direct += 1
-        attempt.runner = self._loop.create_task(self._in_process(attempt))
+        attempt.runner = self._loop.create_task(self._watch_process_run(attempt))
 
-    async def _in_process(self, attempt: Attempt) -> None:
+    async def _watch_process_run(self, attempt: Attempt) -> None:
         value: Any = None
         error: BaseException | None = None
-        self._watch(attempt)
+        self._watch_limit(attempt)
         try:
-            value = await self._run_beside(attempt)
+            value = await self._run_in_process(attempt)
         except BaseException as raised:
             error = raised
         attempt.runner = None
         self._direct -= 1
         self._finish(attempt, value, error)
 
-    async def _run_beside(self, attempt: Attempt) -> Any:
+    async def _run_in_process(self, attempt: Attempt) -> Any:
         """Run it in a process, and show it for as long as it is held: a crash counts also when we die before it is settled."""
         if self._running_table is not None:
-            for one in [one for one in self._beside if not one.consumer.holds(one)]:
-                self._running_table.leave(self._beside.pop(one))
-            self._beside[attempt] = seat = self._running_table.take()
-            self._running_table.cells[seat] = named(attempt.id) | BESIDE
+            for one in [one for one in self._in_processes if not one.consumer.holds(one)]:
+                self._running_table.release_cell(self._in_processes.pop(one))
+            self._in_processes[attempt] = cell = self._running_table.take_cell()
+            self._running_table.cells[cell] = id_checksum(attempt.id) | IN_PROCESS
         return await self.processes.run(attempt)
 
     # -- time limits ----------------------------------------------------------------------------------------------
 
-    def _suspended(self, attempt: Attempt) -> None:
+    def _on_suspended(self, attempt: Attempt) -> None:
         """A job that never suspends needs no watch: nothing could stop it anyway."""
-        self._watch(attempt)
+        self._watch_limit(attempt)
 
-    def _watch(self, attempt: Attempt) -> None:
+    def _watch_limit(self, attempt: Attempt) -> None:
         limit = attempt.timeout
         moved = attempt.deadline is not None and attempt.deadline != UNSTARTED  # the job has set its own already
         if limit is not None and attempt.ended == 0.0 and not moved:

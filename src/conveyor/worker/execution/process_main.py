@@ -31,14 +31,14 @@ from conveyor.worker.execution.process_protocol import (
     DoneReply,
     ExtendRequest,
     FailedReply,
-    Order,
     ReadyReply,
-    Report,
+    Reply,
+    Request,
     RunRequest,
     StartRequest,
     capture,
     pack,
-    read_order,
+    read_request,
 )
 from conveyor.worker.logs import configure_log
 from conveyor.worker.recycling import RecycleLimits
@@ -46,7 +46,7 @@ from conveyor.worker.recycling import RecycleLimits
 
 def main() -> None:
     """Serve until the worker closes its end; the worker's death ends this process group at once."""
-    _die_with_the_worker()
+    _end_with_worker()
     for number in (signal.SIGTERM, signal.SIGINT):
         # Sent to all of a service at its stop; the worker decides how long this job may go on. A handler and not
         # SIG_IGN, which the programs that a job starts would inherit.
@@ -63,15 +63,15 @@ def main() -> None:
     except BaseException as error:
         connection.send(capture(error, (__file__,)))
         return
-    quota, jobs = RecycleLimits(start.max_jobs, start.max_memory), 0
-    quota.begin()
+    recycle_limits, jobs = RecycleLimits(start.max_jobs, start.max_memory), 0
+    recycle_limits.begin()
     connection.send(ReadyReply())
     while isinstance(job := connection.receive(), RunRequest):
-        report = runner.run(job)
+        reply = runner.run(job)
         _flush()
         jobs += 1
-        report.worn = quota.used_up(jobs) or ""
-        connection.send(report)
+        reply.worn = recycle_limits.used_up(jobs) or ""
+        connection.send(reply)
     runner.close()
 
 
@@ -82,12 +82,12 @@ class _ParentConnection:
         self._socket = socket.socket(fileno=descriptor)
         self._socket.set_inheritable(False)
 
-    def send(self, message: Report) -> None:
+    def send(self, message: Reply) -> None:
         self._socket.sendall(pack(message))
 
-    def receive(self) -> Order | None:
+    def receive(self) -> Request | None:
         head = self._exactly(HEAD.size)
-        return read_order(self._exactly(HEAD.unpack(head)[0])) if head else None
+        return read_request(self._exactly(HEAD.unpack(head)[0])) if head else None
 
     def _exactly(self, count: int) -> bytes:
         parts = []
@@ -108,7 +108,7 @@ class _Runner:
     def __init__(self, connection: _ParentConnection) -> None:
         self._connection = connection
         self._loop = asyncio.Runner()
-        self._over = asyncio.Event()
+        self._closing = asyncio.Event()
         self._lifespan: asyncio.Task[None]
         self._state: Mapping[str, Any] = {}
         self._app: Any
@@ -125,7 +125,7 @@ class _Runner:
             # One task from the opening to the closing: cancel scopes insist on it.
             async with self._app.lifespan_context() as state:
                 opened.set_result(state)
-                await self._over.wait()
+                await self._closing.wait()
 
         self._lifespan = asyncio.create_task(hold())
         await asyncio.wait({opened, self._lifespan}, return_when=asyncio.FIRST_COMPLETED)
@@ -137,7 +137,7 @@ class _Runner:
         """Close the lifespan and the app."""
 
         async def end() -> None:
-            self._over.set()
+            self._closing.set()
             await self._lifespan
             await self._app.aclose()
 
@@ -187,24 +187,24 @@ class _Runner:
         )
 
 
-def _die_with_the_worker() -> None:
+def _end_with_worker() -> None:
     """Have the whole process group killed when the worker's end of standard input closes; jobs get /dev/null."""
-    life = os.dup(0)  # not inherited by the programs that a job starts
+    alive_fd = os.dup(0)  # not inherited by the programs that a job starts
     with open(os.devnull, "rb") as nothing:
         os.dup2(nothing.fileno(), 0)
     if sys.platform == "linux":
         # The kernel does it, so a job that never lets go of the interpreter's lock ends too.
-        fcntl.fcntl(life, fcntl.F_SETOWN, -os.getpgrp())
-        fcntl.fcntl(life, fcntl.F_SETSIG, signal.SIGKILL)
-        fcntl.fcntl(life, fcntl.F_SETFL, fcntl.fcntl(life, fcntl.F_GETFL) | os.O_ASYNC)
+        fcntl.fcntl(alive_fd, fcntl.F_SETOWN, -os.getpgrp())
+        fcntl.fcntl(alive_fd, fcntl.F_SETSIG, signal.SIGKILL)
+        fcntl.fcntl(alive_fd, fcntl.F_SETFL, fcntl.fcntl(alive_fd, fcntl.F_GETFL) | os.O_ASYNC)
         poll = select.poll()
-        poll.register(life, 0)
+        poll.register(alive_fd, 0)
         if poll.poll(0):  # it closed before the kernel was asked
             os.killpg(0, signal.SIGKILL)
     else:
 
         def watch() -> None:
-            os.read(life, 1)
+            os.read(alive_fd, 1)
             os.killpg(0, signal.SIGKILL)
 
         threading.Thread(target=watch, name="conveyor-orphan", daemon=True).start()

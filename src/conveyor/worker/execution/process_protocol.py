@@ -89,16 +89,16 @@ class FailedReply(msgspec.Struct, tag="failed"):
     worn: str = ""
 
 
-Order = StartRequest | RunRequest
-Report = ReadyReply | ExtendRequest | DoneReply | FailedReply
+Request = StartRequest | RunRequest
+Reply = ReadyReply | ExtendRequest | DoneReply | FailedReply
 
 _encode = msgspec.msgpack.Encoder().encode
-_orders: msgspec.msgpack.Decoder[Order] = msgspec.msgpack.Decoder(Order)
-_reports: msgspec.msgpack.Decoder[Report] = msgspec.msgpack.Decoder(Report)
-read_order, read_report = _orders.decode, _reports.decode
+_requests: msgspec.msgpack.Decoder[Request] = msgspec.msgpack.Decoder(Request)
+_replies: msgspec.msgpack.Decoder[Reply] = msgspec.msgpack.Decoder(Reply)
+read_request, read_reply = _requests.decode, _replies.decode
 
 
-def pack(message: Order | Report) -> bytes:
+def pack(message: Request | Reply) -> bytes:
     """Return *message* as one frame."""
     data = _encode(message)
     return HEAD.pack(len(data)) + data
@@ -112,7 +112,7 @@ _UNRAISABLE = (StopIteration, StopAsyncIteration)
 def capture(error: BaseException, ours: Collection[str] = ()) -> FailedReply:
     """Return *error* as it travels; the outermost frames from files in *ours* and from asyncio are left out."""
     try:
-        error.__traceback__ = _beyond(error.__traceback__, _ASYNCIO.union(ours))
+        error.__traceback__ = _strip_frames(error.__traceback__, _ASYNCIO.union(ours))
     except BaseException:  # noqa: S110  the class may refuse; then there is more to read
         pass
     record = failures.describe(error, 0, 0, "")
@@ -134,19 +134,19 @@ def rebuild(failed: FailedReply, policy: Retry) -> Exception:
     """
     if failed.delay is not None:
         return Snooze(failed.delay)
-    kind = _kind(failed.kinds, _found(failed.kinds, policy))
+    kind = _make_class(failed.kinds, _loaded_classes(failed.kinds, policy))
     native: Any = next(one for one in kind.__mro__ if one.__module__ == "builtins" and issubclass(one, BaseException))
     group = issubclass(native, BaseExceptionGroup)
     arguments = (failed.message, [Exception(failed.message)]) if group else (failed.message,)
     error: Exception = native.__new__(kind, *arguments)
-    facts: dict[str, Any] = {
+    attributes: dict[str, Any] = {
         "conveyor_text": failed.message,
         "conveyor_traceback": failed.traceback,
         "__notes__": [f"In the process of the job:\n{failed.traceback}"],
     }
     if failed.code is not None:
-        facts["code"] = failed.code
-    for name, value in facts.items():
+        attributes["code"] = failed.code
+    for name, value in attributes.items():
         object.__setattr__(error, name, value)  # a frozen dataclass can be an exception too
     return error
 
@@ -167,7 +167,7 @@ class _RemoteException:
         return f"{type(self).__qualname__}({self.conveyor_text!r})"
 
 
-def _found(names: Iterable[str], policy: Retry) -> list[type[Exception]]:
+def _loaded_classes(names: Iterable[str], policy: Retry) -> list[type[Exception]]:
     """Return the loaded classes of those names, without the ones that another of them implies."""
     known: dict[str, type] = {}
     for given in (policy.on, policy.give_up):
@@ -175,7 +175,7 @@ def _found(names: Iterable[str], policy: Retry) -> list[type[Exception]]:
             known.setdefault(_name(named), named)
     found: list[type[Exception]] = []
     for name in names:
-        kind: type | None = known.get(name) or _loaded(name)
+        kind: type | None = known.get(name) or _loaded_class(name)
         if kind is None or not issubclass(kind, Exception) or issubclass(kind, _UNRAISABLE):
             continue
         if not any(issubclass(one, kind) for one in found):
@@ -183,18 +183,18 @@ def _found(names: Iterable[str], policy: Retry) -> list[type[Exception]]:
     return found or [Exception]
 
 
-def _kind(names: list[str], bases: list[type[Exception]]) -> type[Exception]:
+def _make_class(names: list[str], bases: list[type[Exception]]) -> type[Exception]:
     module, _, qualified = names[0].partition(":")
-    facts = {"__module__": module, "__qualname__": qualified}
-    for some in (bases, bases[:1], [Exception]):
+    attributes = {"__module__": module, "__qualname__": qualified}
+    for bases_ in (bases, bases[:1], [Exception]):
         try:
-            return type(qualified.rpartition(".")[2], (_RemoteException, *some), facts)
+            return type(qualified.rpartition(".")[2], (_RemoteException, *bases_), attributes)
         except Exception:  # noqa: S112  a metaclass, or a class that allows none below it
             continue
     raise AssertionError("a class below Exception can always be made")
 
 
-def _loaded(name: str) -> type | None:
+def _loaded_class(name: str) -> type | None:
     module, _, qualified = name.partition(":")
     found: Any = sys.modules.get(module)
     for part in qualified.split("."):
@@ -207,7 +207,7 @@ def _name(kind: type) -> str:
     return f"{kind.__module__}:{kind.__qualname__}"
 
 
-def _beyond(traceback: TracebackType | None, files: Collection[str | None]) -> TracebackType | None:
+def _strip_frames(traceback: TracebackType | None, files: Collection[str | None]) -> TracebackType | None:
     at = traceback
     while at is not None and at.tb_frame.f_code.co_filename in files:
         at = at.tb_next

@@ -22,13 +22,13 @@ from conveyor.worker.execution.process_protocol import (
     DoneReply,
     ExtendRequest,
     FailedReply,
-    Order,
     ReadyReply,
-    Report,
+    Reply,
+    Request,
     RunRequest,
     StartRequest,
     pack,
-    read_report,
+    read_reply,
     rebuild,
 )
 from conveyor.worker.logs import LOG, describe_end
@@ -38,8 +38,8 @@ if TYPE_CHECKING:
 
 # Not `-m`: that would run a second copy of a module which `conveyor.worker` may have loaded already.
 _ENTRY = "from conveyor.worker.execution.process_main import main; main()"
-MOST_JOBS = 1_000
-_LAST_WORDS = 1.0
+DEFAULT_MAX_JOBS = 1_000
+_EXIT_PATIENCE = 1.0
 """Seconds between the two ends of a process: that of its connection and its own."""
 _GRACE = 5.0
 """Seconds that an idle process has to close its lifespan."""
@@ -68,7 +68,7 @@ class ProcessPool:
         And after how many jobs (None: 1,000), or above how many bytes of memory, a process is replaced.
         """
         self.limit = limit
-        self._quota = (max_jobs or MOST_JOBS, max_memory)
+        self._recycle_limits = (max_jobs or DEFAULT_MAX_JOBS, max_memory)
         self._reference = app_reference
         self._slots = asyncio.Semaphore(limit)
         self._idle: list[tuple[_PoolProcess, asyncio.TimerHandle]] = []
@@ -96,16 +96,16 @@ class ProcessPool:
         async with self._slots:
             child = await self._take(self._reference)
             try:
-                report = await child.work(_job(attempt), attempt.move_deadline)
+                reply = await child.work(_run_request(attempt), attempt.move_deadline)
             except BaseException:
                 await child.kill()
                 raise
-            self._give_back(child, report.worn)
-        if isinstance(report, FailedReply):
-            raise rebuild(report, task.settings.retry)
-        if report.spawned:
-            attempt.set_spawned(report.spawned)
-        return None if report.result is None else task.results.decode(report.result)
+            self._give_back(child, reply.worn)
+        if isinstance(reply, FailedReply):
+            raise rebuild(reply, task.settings.retry)
+        if reply.spawned:
+            attempt.set_spawned(reply.spawned)
+        return None if reply.result is None else task.results.decode(reply.result)
 
     async def close(self) -> None:
         """End the idle processes in order and kill the others; every `run` under way raises ProcessCrashed."""
@@ -131,7 +131,7 @@ class ProcessPool:
             raise ProcessCrashed("The worker's processes are closed; this job has not started.")
         child.exit.add_done_callback(lambda _: self._alive.discard(child))
         try:
-            await child.ready(StartRequest(reference, sys.path, LOG.isEnabledFor(logging.DEBUG), *self._quota))
+            await child.ready(StartRequest(reference, sys.path, LOG.isEnabledFor(logging.DEBUG), *self._recycle_limits))
         except BaseException:
             await child.kill()
             raise
@@ -158,36 +158,38 @@ class ProcessPool:
 class _PoolProcess:
     """One process, seen from the worker."""
 
-    def __init__(self, process: Process, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, life: int) -> None:
+    def __init__(
+        self, process: Process, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, alive_fd: int
+    ) -> None:
         self.pid = process.pid
         self._process = process
         self._reader = reader
         self._writer = writer
-        self.exit = asyncio.create_task(self._bury(life), name=f"process-{self.pid}")
+        self.exit = asyncio.create_task(self._wait_for_exit(alive_fd), name=f"process-{self.pid}")
         """Done when the process has ended, with its exit code, or the negative number of a signal."""
 
     @classmethod
     async def start(cls, reference: str) -> Self:
         """Start a fresh interpreter; it has not loaded the app yet."""
         ours, theirs = socket.socketpair()
-        inherited, life = os.pipe()
+        alive_read_fd, alive_fd = os.pipe()
         try:
             reader, writer = await asyncio.open_unix_connection(sock=ours)
             try:
                 process = await create_subprocess_exec(
                     sys.executable, "-c", _ENTRY, reference, str(theirs.fileno()),
-                    stdin=inherited, pass_fds=(theirs.fileno(),), start_new_session=True,
+                    stdin=alive_read_fd, pass_fds=(theirs.fileno(),), start_new_session=True,
                 )  # fmt: skip
             except BaseException:
                 writer.close()
                 raise
         except BaseException:
-            os.close(life)
+            os.close(alive_fd)
             raise
         finally:
             theirs.close()
-            os.close(inherited)
-        return cls(process, reader, writer, life)
+            os.close(alive_read_fd)
+        return cls(process, reader, writer, alive_fd)
 
     @property
     def is_alive(self) -> bool:
@@ -196,26 +198,26 @@ class _PoolProcess:
 
     async def ready(self, start: StartRequest) -> None:
         """Wait until the app is loaded; raises ConfigurationError with what it raised when it cannot be."""
-        what = f"The process for jobs, which loads {start.app},"
-        report = await self._ask(start, what)
-        if isinstance(report, FailedReply):
+        subject = f"The process for jobs, which loads {start.app},"
+        reply = await self._ask(start, subject)
+        if isinstance(reply, FailedReply):
             raise ConfigurationError(
-                f"{what} cannot start: {report.kinds[0].partition(':')[2]}: {report.message}\n{report.traceback}",
+                f"{subject} cannot start: {reply.kinds[0].partition(':')[2]}: {reply.message}\n{reply.traceback}",
                 code="E08",
             )
-        if not isinstance(report, ReadyReply):
-            raise await self._crash(what)
+        if not isinstance(reply, ReadyReply):
+            raise await self._crash(subject)
 
     async def work(self, job: RunRequest, extend: Callable[[int], None]) -> DoneReply | FailedReply:
         """Run one job; raises ProcessCrashed."""
-        what = f"The process of {job.task} ({job.id}, attempt {job.attempt})"
-        report = await self._ask(job, what)
-        while isinstance(report, ExtendRequest):
-            extend(report.ms)
-            report = await self._report(what)
-        if isinstance(report, ReadyReply):
-            raise await self._crash(what)
-        return report
+        subject = f"The process of {job.task} ({job.id}, attempt {job.attempt})"
+        reply = await self._ask(job, subject)
+        while isinstance(reply, ExtendRequest):
+            extend(reply.ms)
+            reply = await self._read_reply(subject)
+        if isinstance(reply, ReadyReply):
+            raise await self._crash(subject)
+        return reply
 
     async def end(self) -> None:
         """Let an idle process close its lifespan and exit; one that does not is killed."""
@@ -233,48 +235,48 @@ class _PoolProcess:
         with contextlib.suppress(OSError):
             await self._writer.wait_closed()
 
-    async def _bury(self, life: int) -> int:
+    async def _wait_for_exit(self, alive_fd: int) -> int:
         try:
             return await self._process.wait()
         finally:
             # What the job has started may hold our connection open, and must not outlive the process.
             _kill_group(self.pid)
-            os.close(life)
+            os.close(alive_fd)
 
-    async def _ask(self, order: Order, what: str) -> Report:
+    async def _ask(self, request: Request, subject: str) -> Reply:
         with contextlib.suppress(OSError):  # it died; the reading says how
-            self._writer.write(pack(order))
+            self._writer.write(pack(request))
             await self._writer.drain()
-        return await self._report(what)
+        return await self._read_reply(subject)
 
-    async def _report(self, what: str) -> Report:
-        reading = asyncio.create_task(self._read())
+    async def _read_reply(self, subject: str) -> Reply:
+        reading = asyncio.create_task(self._read_frame())
         try:
             await asyncio.wait({reading, self.exit}, return_when=asyncio.FIRST_COMPLETED)
-            await asyncio.wait({reading}, timeout=_LAST_WORDS)  # what was sent before the end still counts
-            report = reading.result() if reading.done() else None
+            await asyncio.wait({reading}, timeout=_EXIT_PATIENCE)  # what was sent before the end still counts
+            reply = reading.result() if reading.done() else None
         finally:
             reading.cancel()
-        if report is None:
-            raise await self._crash(what)
-        return report
+        if reply is None:
+            raise await self._crash(subject)
+        return reply
 
-    async def _read(self) -> Report | None:
+    async def _read_frame(self) -> Reply | None:
         try:
             head = await self._reader.readexactly(HEAD.size)
-            return read_report(await self._reader.readexactly(HEAD.unpack(head)[0]))
+            return read_reply(await self._reader.readexactly(HEAD.unpack(head)[0]))
         except (OSError, asyncio.IncompleteReadError, msgspec.MsgspecError):
             return None
 
-    async def _crash(self, what: str) -> ProcessCrashed:
-        await asyncio.wait({self.exit}, timeout=_LAST_WORDS)
+    async def _crash(self, subject: str) -> ProcessCrashed:
+        await asyncio.wait({self.exit}, timeout=_EXIT_PATIENCE)
         how = describe_end(self.exit.result()) if self.exit.done() else "broke its connection to the worker"
-        return ProcessCrashed(f"{what} {how} before it was done. Its pid was {self.pid}.")
+        return ProcessCrashed(f"{subject} {how} before it was done. Its pid was {self.pid}.")
 
 
-def _job(attempt: Attempt) -> RunRequest:
+def _run_request(attempt: Attempt) -> RunRequest:
     envelope = attempt.envelope
-    bare = ids.split(attempt.public_id)[1]
+    bare_id = ids.split(attempt.public_id)[1]
     return RunRequest(
         task=attempt.handler.name,
         body=attempt.body,
@@ -283,7 +285,7 @@ def _job(attempt: Attempt) -> RunRequest:
         attempt=attempt.number,
         headers=envelope.extra.headers,
         keep_ms=envelope.extra.keep_ms,
-        enqueued_ms=ids.made_at_ms(bare),
+        enqueued_ms=ids.made_at_ms(bare_id),
     )
 
 

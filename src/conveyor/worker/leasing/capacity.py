@@ -88,7 +88,7 @@ class Capacity:
         free = self._executor.free + waiting - reserved  # slots that nobody runs in
         capacity = free + self.ahead(consumer.backlog > 0)
         if self._limits.is_limited:
-            capacity = min(capacity, waiting + self._limits.left(self.taken))
+            capacity = min(capacity, waiting + self._limits.remaining(self.taken))
         room = capacity - waiting if len(rivals) == 1 else self._share(capacity, waiting, consumer, rivals)
         settled = len(consumer.report.done) + len(consumer.report.others)  # given back before more is taken
         return max(0, min(room, BATCH, consumer.job_size.max_jobs, MOST_HELD - len(consumer.held) + settled))

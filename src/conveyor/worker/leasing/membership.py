@@ -22,7 +22,7 @@ from conveyor.errors import ConfigurationError, ConveyorError
 from conveyor.messaging.leases import DeadWorkerDetector
 from conveyor.store import operations
 from conveyor.store.partitions import PartitionCountMismatch
-from conveyor.worker.logs import complain
+from conveyor.worker.logs import log_repeated_error
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -36,18 +36,18 @@ if TYPE_CHECKING:
 
 def queue_weights(app: Conveyor, queues: Mapping[str, float] | None) -> dict[str, float]:
     """Return queue → weight: those asked for, else all that tasks name. Raises ConfigurationError where nothing could be done."""
-    fed = [name for name, listed in app.plain_lists.items() if listed.task]
-    own = [task.queue for task in app.tasks.values()]
-    found = dict(queues) if queues else dict.fromkeys((*own, *fed), 1.0)
-    for name in found:
-        if name in app.plain_lists and name not in fed:
+    fed_lists = [name for name, listed in app.plain_lists.items() if listed.task]
+    task_queues = [task.queue for task in app.tasks.values()]
+    weights = dict(queues) if queues else dict.fromkeys((*task_queues, *fed_lists), 1.0)
+    for name in weights:
+        if name in app.plain_lists and name not in fed_lists:
             raise ConfigurationError(
                 f"The plain list '{name}' feeds no task, so a worker can do nothing with it. "
                 f"Declare app.plain_list('{name}', task=…), or consume it with app.plain_list('{name}').consume()."
             )
-    if not found:
+    if not weights:
         raise ConfigurationError("This worker has no queue: the app has no tasks and none was named with -q.")
-    return found
+    return weights
 
 
 async def partition_keys(app: Conveyor, queue: str) -> list[QueueKeys]:
@@ -92,7 +92,7 @@ async def register_again(consumer: Registrable) -> None:
         except PartitionCountMismatch:
             raise  # waiting does not mend it
         except ConveyorError as error:
-            complain("registering on queue %s was refused: %s", consumer.queue, error)
+            log_repeated_error("registering on queue %s was refused: %s", consumer.queue, error)
             await asyncio.sleep(random.uniform(0.5, 1.0))  # noqa: S311
 
 
@@ -124,7 +124,7 @@ async def differences(holder: LeaseHolder) -> tuple[list[str], list[str]]:
     return [id_ for id_ in holder.held if id_ not in known], unknown
 
 
-NEARLY = 0.3
+LOOK_EARLY = 0.3
 """A look that is due so soon, in seconds, goes with the turn that is made anyway."""
 
 
@@ -143,7 +143,7 @@ class Reaper:
         """Take in what a turn with the flag ``l`` listed, and reap those that are dead; *me* is never one of them."""
         now = monotonic()
         dead = self._detector.look(turn.now, turn.overdue, now)
-        self.due_at = now + self._detector.next_look(now) - NEARLY
+        self.due_at = now + self._detector.next_look(now) - LOOK_EARLY
         for worker, end in dead:
             if worker != me:
                 task = asyncio.get_running_loop().create_task(self._reap(worker, end))

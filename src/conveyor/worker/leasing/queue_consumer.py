@@ -26,7 +26,7 @@ from conveyor.worker.leasing.membership import Reaper, differences, register, re
 from conveyor.worker.leasing.quarantine import EarlyAcks, Quarantine
 from conveyor.worker.leasing.spawn_delivery import SpawnDelivery
 from conveyor.worker.leasing.timers import DueTimer
-from conveyor.worker.logs import complain
+from conveyor.worker.logs import log_repeated_error
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -268,7 +268,7 @@ class QueueConsumer:
             await self._start_over(report, error)
             return
         except ConveyorError as error:
-            complain("a turn on queue %s was refused: %s", self.queue, error)
+            log_repeated_error("a turn on queue %s was refused: %s", self.queue, error)
             self.report.done[:0], self.report.others[:0] = report.done, report.others
             await asyncio.sleep(random.uniform(0.5, 1.0))  # noqa: S311
             self._end_recovery()
@@ -316,7 +316,7 @@ class QueueConsumer:
         self._clock_offset = turn.now - self._sent_at * 1000
         self.renewed_at = monotonic()
         if self._services.slot is not None:
-            self._services.slot.renewed(self.identity)
+            self._services.slot.note_renewal(self.identity)
         held = self.held
         self._drop_settled(turn, report)
         if report.spawned or turn.outbox:

@@ -21,18 +21,18 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("conveyor.worker")
 PATIENCE = 5.0
-PAUSES = 5.0
+LONGEST_PAUSE = 5.0
 """Longest pause in seconds before a delivery that was refused is tried again."""
 
 
 class SpawnDelivery:
     """Delivers one queue's outbox while there is something in it; nothing runs, and nothing is sent, while there is not."""
 
-    def __init__(self, keys: QueueKeys, app: Conveyor, done: Callable[[], None]) -> None:
+    def __init__(self, keys: QueueKeys, app: Conveyor, on_emptied: Callable[[], None]) -> None:
         """Take whose outbox it is, how to reach all queues, and what to call when it was emptied."""
-        self._keys, self._app, self._done = keys, app, done
+        self._keys, self._app, self._on_emptied = keys, app, on_emptied
         self._task: asyncio.Task[None] | None = None
-        self._asked = False
+        self._is_requested = False
 
     @property
     def busy(self) -> bool:
@@ -41,7 +41,7 @@ class SpawnDelivery:
 
     def begin(self) -> None:
         """Something lies in the outbox: deliver it, now or right after what is under way."""
-        self._asked = True
+        self._is_requested = True
         if self._task is None:
             self._task = asyncio.get_running_loop().create_task(self._run())
 
@@ -55,8 +55,8 @@ class SpawnDelivery:
     async def _run(self) -> None:
         attempt = 0
         try:
-            while self._asked:
-                self._asked = False
+            while self._is_requested:
+                self._is_requested = False
                 try:
                     while await deliver(self._keys, self._app):
                         attempt = 0
@@ -64,12 +64,12 @@ class SpawnDelivery:
                     log.warning(
                         "followers of queue %s are not delivered yet, trying again: %s", self._keys.queue, error
                     )
-                    await asyncio.sleep(replies.pause(attempt + 5, cap=PAUSES))
+                    await asyncio.sleep(replies.pause(attempt + 5, cap=LONGEST_PAUSE))
                     attempt += 1
-                    self._asked = True
+                    self._is_requested = True
         finally:
             self._task = None
-        self._done()
+        self._on_emptied()
 
 
 async def deliver(keys: QueueKeys, app: Conveyor) -> bool:
@@ -83,12 +83,12 @@ async def deliver(keys: QueueKeys, app: Conveyor) -> bool:
         try:
             for call in await _calls(keys, app, batch.number, queue, entries):
                 await _push(app, queue, call)
-        except _StaleDelivery as late:
+        except _StaleDelivery as stale:
             # Others have delivered and trimmed this batch, and a newer one. Or a failover took the source back to a
             # number that this receiver has seen: then the same batch gets a higher one.
-            seen = await client.aexecute("GET", late.inbox, key=late.inbox)
-            if isinstance(seen, bytes):
-                least = int(seen.partition(b"\n")[0]) + 1
+            last_seen = await client.aexecute("GET", stale.inbox, key=stale.inbox)
+            if isinstance(last_seen, bytes):
+                least = int(last_seen.partition(b"\n")[0]) + 1
                 await client.arun(spawn_outbox.take(keys, instead=batch.number, least=least), patience=PATIENCE)
             return True
         except ConveyorError as error:
@@ -119,12 +119,14 @@ async def _calls(
     targets = {keys.queue: keys for keys in partitions.keys}
     if queue in targets:
         return [spawn_outbox.deliver(source, targets[queue], number, entries)]
-    moved: dict[str, list[Entry]] = {}
+    by_queue: dict[str, list[Entry]] = {}
     for entry in entries:
         # By its id where it has no key: a repeat must find the same place.
         at = partitions.pick(unique=entry.unique, id=entry.id)
-        moved.setdefault(partitions.keys[at].queue, []).append(entry)
-    return [spawn_outbox.deliver(source, targets[name], number, part, instead_of=queue) for name, part in moved.items()]
+        by_queue.setdefault(partitions.keys[at].queue, []).append(entry)
+    return [
+        spawn_outbox.deliver(source, targets[name], number, part, instead_of=queue) for name, part in by_queue.items()
+    ]
 
 
 async def _push(app: Conveyor, queue: str, call: Call[list[str]]) -> None:

@@ -20,12 +20,12 @@ if TYPE_CHECKING:
 
 
 class Deadlines:
-    """Calls `expire(attempt)` when an attempt's `until` has passed. Entries of finished attempts fall out by themselves."""
+    """Calls `on_expired(attempt)` when an attempt's `until` has passed. Entries of finished attempts fall out by themselves."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, expire: Callable[[Attempt], None]) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, on_expired: Callable[[Attempt], None]) -> None:
         """Take what to do with an attempt whose time is up."""
         self._loop = loop
-        self._expire = expire
+        self._on_expired = on_expired
         self._heap: list[tuple[float, int, Attempt]] = []
         self._order = 0
         self._timer: asyncio.TimerHandle | None = None
@@ -54,15 +54,15 @@ class Deadlines:
         if self._timer is not None:
             self._timer.cancel()
         self._next = at
-        self._timer = self._loop.call_later(max(0.0, at - perf_counter()), self._ring)
+        self._timer = self._loop.call_later(max(0.0, at - perf_counter()), self._on_due)
 
-    def _ring(self) -> None:
+    def _on_due(self) -> None:
         self._timer = None
         now = perf_counter()
         while self._heap and self._heap[0][0] <= now:
             _, _, attempt = heappop(self._heap)
             if attempt.ended == 0.0 and attempt.deadline is not None and attempt.deadline <= now:
-                self._expire(attempt)
+                self._on_expired(attempt)
         while self._heap and self._heap[0][2].ended != 0.0:
             heappop(self._heap)
         if self._heap:
@@ -72,34 +72,34 @@ class Deadlines:
 class DueTimer:
     """A timer for the first due instant of a queue. All workers watch it, and most of them lose the race."""
 
-    def __init__(self, ring: Callable[[], None]) -> None:
+    def __init__(self, on_due: Callable[[], None]) -> None:
         """Take what to do when it is due."""
-        self._ring = ring
+        self._on_due = on_due
         self._timer: asyncio.TimerHandle | None = None
-        self._watched: int | None = None
+        self._due_ms: int | None = None
         self._yields_until = 0.0
 
     @property
     def is_set(self) -> bool:
         """True when something is scheduled, as far as we know."""
-        return self._watched is not None
+        return self._due_ms is not None
 
     def watch(self, turn: TurnReply, *, asked: bool) -> None:
         """Set the timer by a turn's reply; *asked* tells that it had room for work."""
         if turn.next_due is None:
-            self._watched = None
+            self._due_ms = None
             return
         if self._timer is not None:
             self._timer.cancel()
         late = 0.0
-        if self._watched is not None and turn.next_due > self._watched and not turn.ids and asked:
+        if self._due_ms is not None and turn.next_due > self._due_ms and not turn.ids and asked:
             # Somebody else was quicker: be the second line, a little later, until we win one.
             late = random.uniform(0.02, 0.08)  # noqa: S311  no secret
         if monotonic() < self._yields_until:
             late = random.uniform(0.1, 0.2)  # noqa: S311
-        self._watched = turn.next_due
+        self._due_ms = turn.next_due
         pause = max(0.001, (turn.next_due - turn.now) / 1000 + 0.001 + late)
-        self._timer = asyncio.get_running_loop().call_later(min(pause, 3600.0), self._due)
+        self._timer = asyncio.get_running_loop().call_later(min(pause, 3600.0), self._fire)
 
     def give_way(self, seconds: float) -> None:
         """Let others be first for so long: what comes due then are jobs that we cannot run, and they perhaps can."""
@@ -111,6 +111,6 @@ class DueTimer:
             self._timer.cancel()
             self._timer = None
 
-    def _due(self) -> None:
+    def _fire(self) -> None:
         self._timer = None
-        self._ring()
+        self._on_due()

@@ -18,7 +18,7 @@ from conveyor.errors import ConveyorError
 from conveyor.store.transport import replies
 from conveyor.store.transport.async_connection import AsyncConnection, ConnectionLost
 from conveyor.units import span
-from conveyor.worker.logs import complain
+from conveyor.worker.logs import log_repeated_error
 
 if TYPE_CHECKING:
     from conveyor.store.client.client import Client
@@ -120,9 +120,9 @@ class WakeupListener:
             return
         try:
             if self._connection.handle_error_reply(reply) is replies.ErrorAction.RAISE:
-                complain("waiting for work was refused: %s", reply)
+                log_repeated_error("waiting for work was refused: %s", reply)
         except ConveyorError as error:
-            complain("waiting for work was refused: %s", error)
+            log_repeated_error("waiting for work was refused: %s", error)
 
     def renew(self) -> None:
         """
@@ -147,7 +147,7 @@ class WakeupListener:
             except OSError:
                 continue
             except ConveyorError as error:  # its password is refused: for a while, we hope
-                complain("waiting for work was refused: %s", error)
+                log_repeated_error("waiting for work was refused: %s", error)
                 continue
             break
         self._retry = self._listening = None

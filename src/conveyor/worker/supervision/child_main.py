@@ -52,21 +52,21 @@ class Runnable(Protocol):
 
 def main(start: Callable[[ChildSpec, ChildSlot], tuple[ChildInfo, Runnable]] | None = None) -> NoReturn:
     """Run the child that the command line describes; *start* makes what it runs (default: the app's worker)."""
-    _, place, *descriptors = sys.argv[1:6]
-    board_fd, life_fd, stack_fd = map(int, descriptors)
-    for descriptor in (board_fd, life_fd, stack_fd):
+    _, slot_place, *descriptors = sys.argv[1:6]
+    memory_fd, alive_fd, stack_fd = map(int, descriptors)
+    for descriptor in (memory_fd, alive_fd, stack_fd):
         os.set_inheritable(descriptor, False)  # not for the processes that jobs start
-    number, slots = map(int, place.split("/"))
-    slot = SharedMemory(slots, board_fd).slot(number)
+    number, slots = map(int, slot_place.split("/"))
+    slot = SharedMemory(slots, memory_fd).slot(number)
     spec = slot.spec()
     assert spec is not None
     if spec.path:
         sys.path[:] = spec.path
     configure_log(verbose=spec.verbose)
     faulthandler.enable()
-    code = _run(spec, slot, life_fd, stack_fd, start or start_app)
+    code = _run(spec, slot, alive_fd, stack_fd, start or start_app)
     slot.finish()
-    _end(code)
+    _exit(code)
 
 
 def start_app(spec: ChildSpec, slot: ChildSlot) -> tuple[ChildInfo, Runnable]:
@@ -99,16 +99,16 @@ def start_app(spec: ChildSpec, slot: ChildSlot) -> tuple[ChildInfo, Runnable]:
 def _run(
     spec: ChildSpec,
     slot: ChildSlot,
-    life_fd: int,
+    alive_fd: int,
     stack_fd: int,
     start: Callable[[ChildSpec, ChildSlot], tuple[ChildInfo, Runnable]],
 ) -> int:
     try:
-        about, worker = start(spec, slot)
+        info, worker = start(spec, slot)
     except Exception:
         LOG.exception("Cannot start the worker of %s", spec.app)
         return IMPORT_FAILED
-    slot.set_about(about)
+    slot.set_info(info)
     # What was imported stays for ever: a collection that walks through it again and again holds jobs up for milliseconds.
     gc.collect()
     gc.freeze()
@@ -125,7 +125,10 @@ def _run(
         signal.SIGUSR2, file=stack_fd, all_threads=True, chain=True
     )  # this one at once, also in C code
     threading.Thread(
-        target=_outlive, args=(life_fd, loop, worker, slot, spec.grace), name="conveyor-orphan", daemon=True
+        target=_end_after_supervisor,
+        args=(alive_fd, loop, worker, slot, spec.grace),
+        name="conveyor-orphan",
+        daemon=True,
     ).start()
     slot.tick()  # signals are handled from here on: we are up
     try:
@@ -146,21 +149,23 @@ def _write_tasks(loop: asyncio.AbstractEventLoop, stack_fd: int) -> None:
     os.write(stack_fd, text.getvalue().encode(errors="replace"))
 
 
-def _outlive(life_fd: int, loop: asyncio.AbstractEventLoop, worker: Runnable, slot: ChildSlot, grace: float) -> None:
+def _end_after_supervisor(
+    alive_fd: int, loop: asyncio.AbstractEventLoop, worker: Runnable, slot: ChildSlot, grace: float
+) -> None:
     """Wait for the end of the supervisor; then do for this child what it did, until the rest is done."""
-    os.read(life_fd, 1)
+    os.read(alive_fd, 1)
     LOG.warning("The supervisor is gone: worker %d drains and ends", os.getpid())
-    guardian = LeaseGuard()
-    guardian.watch(slot)
+    lease_guard = LeaseGuard()
+    lease_guard.watch(slot)
     loop.call_soon_threadsafe(worker.stop)
     time.sleep(grace + MARGIN)
-    about = slot.about()
-    assert about is not None
+    info = slot.info()
+    assert info is not None
     what = f"Worker {os.getpid()} was stuck beyond its grace of {grace:g} s"
-    guardian.forget(slot)
-    guardian.settle(DeadChild(what, about, slot.identities(), crashed=False))
-    guardian.close(2.0)
-    _end(RECYCLE)
+    lease_guard.forget(slot)
+    lease_guard.return_jobs(DeadChild(what, info, slot.identities(), crashed=False))
+    lease_guard.close(2.0)
+    _exit(RECYCLE)
 
 
 def _new_loop() -> asyncio.AbstractEventLoop:
@@ -171,7 +176,7 @@ def _new_loop() -> asyncio.AbstractEventLoop:
     return uvloop.new_event_loop()
 
 
-def _end(code: int) -> NoReturn:
+def _exit(code: int) -> NoReturn:
     """Exit at once: a thread that is stuck in a job must not hold up the end."""
     if (buffers := sys.modules.get("conveyor.store.client.buffer")) is not None:
         buffers.flush_all()  # what jobs pushed while Redis was away

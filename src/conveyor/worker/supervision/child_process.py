@@ -14,7 +14,7 @@ import msgspec
 from conveyor.worker.shared_memory import ChildSlot, ChildSpec, anonymous_file
 from conveyor.worker.supervision.lease_guard import DeadChild
 
-QUICK = 1.0
+QUICK_DEATH = 1.0
 """Seconds: a child that dies sooner is started again only after a pause, which doubles."""
 STALLED = 1.0
 """Seconds without a turn of the event loop after which a child counts as stalled."""
@@ -32,10 +32,10 @@ class ChildProcess:
         self.number = number
         self.slot = slot
         self.finished = False  # it has drained what there was, and is not replaced
-        self.estate: DeadChild | None = None  # of the last process, when it had leases
+        self.dead_child: DeadChild | None = None  # of the last process, when it had leases
         self.kill_reason = ""
         self.quiet = False  # it was told so
-        self.succeeded = False  # it drains, and another works in its place already
+        self.has_successor = False  # it drains, and another works in its place already
         self.failed_starts = 0
         self.stalled_since: float | None = None
         self._await_until = 0.0
@@ -45,15 +45,15 @@ class ChildProcess:
         self._process: subprocess.Popen[bytes] | None = None
         self._stacks = anonymous_file("conveyor-stacks", 0)
         fcntl.fcntl(self._stacks, fcntl.F_SETFL, fcntl.fcntl(self._stacks, fcntl.F_GETFL) | os.O_APPEND)
-        self._asked: dict[str, float] = {}
+        self._stacks_due_at: dict[str, float] = {}
 
     @property
-    def alive(self) -> bool:
+    def has_process(self) -> bool:
         """Whether a process is there: running, or dead and not yet noticed by `exit_code`."""
         return self._process is not None
 
     @property
-    def up(self) -> bool:
+    def is_up(self) -> bool:
         """Whether it has come up: it handles signals, and its loop turns."""
         return self._process is not None and self.slot.last_tick > 0
 
@@ -66,8 +66,8 @@ class ChildProcess:
         """Start a process with *command*, to which the slot's place and the descriptors were added."""
         self._await_until = max(self._await_until, self.slot.await_until)
         self.slot.prepare(msgspec.structs.replace(spec, await_until=self._await_until))
-        self.kill_reason, self.stalled_since, self.estate = "", None, None
-        self._asked.clear()
+        self.kill_reason, self.stalled_since, self.dead_child = "", None, None
+        self._stacks_due_at.clear()
         self.quiet = spec.quiet
         self._started = monotonic()
         self._process = subprocess.Popen(  # noqa: S603  our own interpreter
@@ -86,12 +86,12 @@ class ChildProcess:
         assert self._process is not None
         return self._process.poll()
 
-    def bury(self) -> bool:
+    def note_exit(self) -> bool:
         """Note that the process is dead, and when the next may start; return whether this one had come up."""
-        was_up, lived = self.up, monotonic() - self._started
+        was_up, lived = self.is_up, monotonic() - self._started
         self._process = None
         self.failed_starts = 0 if was_up else self.failed_starts + 1
-        self._quick_deaths = self._quick_deaths + 1 if lived < QUICK or not was_up else 0
+        self._quick_deaths = self._quick_deaths + 1 if lived < QUICK_DEATH or not was_up else 0
         longest = _LONGEST_PAUSE_UP if was_up else _LONGEST_PAUSE
         pause = min(longest, 0.1 * 2 ** (self._quick_deaths - 1)) if self._quick_deaths else 0.0
         self._start_at = monotonic() + pause * random.uniform(0.5, 1.5)  # noqa: S311  no secret
@@ -99,7 +99,7 @@ class ChildProcess:
 
     def signal(self, number: int) -> None:
         """Send a signal; one that a process which is not up yet would die of is sent to none such."""
-        if self._process is not None and (self.up or number in {signal.SIGTERM, signal.SIGKILL}):
+        if self._process is not None and (self.is_up or number in {signal.SIGTERM, signal.SIGKILL}):
             self._process.send_signal(number)
 
     def kill(self, reason: str) -> None:
@@ -112,16 +112,16 @@ class ChildProcess:
 
     def ask_stacks(self, purpose: str) -> None:
         """Ask for the stacks of all threads; `stacks_ready` has them a moment later."""
-        if self.up:
+        if self.is_up:
             os.ftruncate(self._stacks, 0)
             self.signal(signal.SIGUSR2)
-            self._asked[purpose] = monotonic() + STACK_TIME
+            self._stacks_due_at[purpose] = monotonic() + STACK_TIME
 
     def stacks_ready(self, purpose: str, now: float) -> str | None:
         """Return the stacks that were asked for, once there was time to write them; else None."""
-        if now < self._asked.get(purpose, float("inf")):
+        if now < self._stacks_due_at.get(purpose, float("inf")):
             return None
-        del self._asked[purpose]
+        del self._stacks_due_at[purpose]
         text = os.pread(self._stacks, 100_000, 0).decode(errors="replace").rstrip()
         return text or NO_STACK
 

@@ -30,9 +30,9 @@ from conveyor.worker.supervision.child_process import NO_STACK, STALLED, ChildPr
 from conveyor.worker.supervision.lease_guard import DeadChild, LeaseGuard
 
 FAILED_STARTS = 5
-FAREWELL = 2.0
+CLOSE_PATIENCE = 2.0
 """Seconds that a supervisor without children waits for Redis to take back their last leases."""
-_LOOK, _QUICK_LOOK = 0.25, 0.05
+_CHECK_EVERY, _CHECK_EVERY_QUICK = 0.25, 0.05
 
 
 def run(
@@ -75,18 +75,18 @@ class Supervisor:
         self._command = [python, "-m", child_module, spec.app]
         self._max_stall = max_stall
         self._processes = processes
-        self._board = SharedMemory(2 * processes)
-        slots = [self._board.slot(number) for number in range(2 * processes)]
+        self._memory = SharedMemory(2 * processes)
+        slots = [self._memory.slot(number) for number in range(2 * processes)]
         self._children = [ChildProcess(number + 1, slots[number]) for number in range(processes)]
         self._spare = slots[processes:]  # for successors, while those that are to be replaced drain
-        self._guardian = LeaseGuard()
-        self._life = os.pipe()  # children read it: when we are gone, however, it ends
+        self._lease_guard = LeaseGuard()
+        self._alive_pipe = os.pipe()  # children read it: when we are gone, however, it ends
         self._signals: deque[int] = deque()
-        self._stops = 0
+        self._stop_signals = 0
         self._stop_at: float | None = None
         self._exit_code = 0
-        self._introduced = False
-        self._looked = self._resumed = monotonic()
+        self._banner_printed = False
+        self._checked_at = self._resumed_at = monotonic()
 
     def run(self) -> int:
         """Start the children and look after them; return the exit code when all have ended."""
@@ -96,13 +96,13 @@ class Supervisor:
         before = self._take_over_signals(waker.fileno())
         try:
             while not self._all_ended():
-                self._look()
+                self._check_children()
                 select.select([wakes], [], [], self._pause())
                 try:
                     wakes.recv(4096)
                 except BlockingIOError:
                     pass
-            self._say_goodbye()
+            self._close()
             return self._exit_code
         finally:
             signal.set_wakeup_fd(-1)
@@ -110,7 +110,7 @@ class Supervisor:
                 signal.signal(number, handler)
             waker.close()
             wakes.close()
-            for descriptor in self._life:
+            for descriptor in self._alive_pipe:
                 os.close(descriptor)
 
     # -- signals --------------------------------------------------------------------------------------------------
@@ -126,7 +126,7 @@ class Supervisor:
         signal.set_wakeup_fd(waker, warn_on_full_buffer=False)
         return before
 
-    def _obey(self) -> None:
+    def _handle_signals(self) -> None:
         while self._signals:
             number = self._signals.popleft()
             if number in {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}:
@@ -140,71 +140,71 @@ class Supervisor:
 
     def _stop(self) -> None:
         """First drain, then hurry, then kill."""
-        self._stops += 1
-        patience = {1: self._spec.grace + MARGIN, 2: MARGIN}.get(self._stops, 0.0)
+        self._stop_signals += 1
+        patience = {1: self._spec.grace + MARGIN, 2: MARGIN}.get(self._stop_signals, 0.0)
         end = monotonic() + patience
         self._stop_at = end if self._stop_at is None else min(self._stop_at, end)
-        if self._stops == 1:
+        if self._stop_signals == 1:
             LOG.info("Stopping: what runs has %g s to end; a second signal hurries", self._spec.grace)
-        elif self._stops == 2:
+        elif self._stop_signals == 2:
             LOG.info("Hurrying: what runs is handed back; a third signal kills")
-        self._tell(signal.SIGTERM if self._stops == 1 else signal.SIGINT)
+        self._signal_children(signal.SIGTERM if self._stop_signals == 1 else signal.SIGINT)
 
-    def _tell(self, number: int) -> None:
+    def _signal_children(self, number: int) -> None:
         for child in self._children:
             child.signal(number)
 
     # -- looking after children -----------------------------------------------------------------------------------
 
     def _all_ended(self) -> bool:
-        if any(child.alive for child in self._children):
+        if any(child.has_process for child in self._children):
             return False
         return self._stop_at is not None or all(child.finished for child in self._children)
 
     def _pause(self) -> float:
-        calm = all((child.up and child.stalled_since is None) or child.finished for child in self._children)
-        return _LOOK if calm and self._stop_at is None and self._introduced else _QUICK_LOOK
+        calm = all((child.is_up and child.stalled_since is None) or child.finished for child in self._children)
+        return _CHECK_EVERY if calm and self._stop_at is None and self._banner_printed else _CHECK_EVERY_QUICK
 
-    def _look(self) -> None:
+    def _check_children(self) -> None:
         now = monotonic()
-        if now - self._looked > STALLED:
-            self._resumed = now  # we were frozen, and so perhaps were they: nobody is to blame for that time
-        self._looked = now
-        self._obey()
+        if now - self._checked_at > STALLED:
+            self._resumed_at = now  # we were frozen, and so perhaps were they: nobody is to blame for that time
+        self._checked_at = now
+        self._handle_signals()
         for child in list(self._children):
-            if child.alive:
+            if child.has_process:
                 code = child.exit_code()
-                self._introduce(child)  # a short burst may be over by now
+                self._print_banner(child)  # a short burst may be over by now
                 if code is not None:
-                    self._bury(child, code)
+                    self._on_exit(child, code)
                 else:
                     self._watch(child, now)
-            if child.is_due(now) and self._stop_at is None and self._settled(child):
+            if child.is_due(now) and self._stop_at is None and self._may_restart(child):
                 self._start(child)
 
     def _start(self, child: ChildProcess) -> None:
-        descriptors = (self._board.fd, self._life[0])
-        place = f"{child.slot.number}/{self._board.slots}"
+        descriptors = (self._memory.fd, self._alive_pipe[0])
+        slot_place = f"{child.slot.number}/{self._memory.slots}"
         try:
-            child.start(self._spec, [*self._command, place, *map(str, descriptors)], descriptors)
+            child.start(self._spec, [*self._command, slot_place, *map(str, descriptors)], descriptors)
         except OSError as error:
             LOG.error("Cannot start worker child %d, trying again: %s", child.number, error)
-            child.bury()
+            child.note_exit()
             return
-        self._guardian.watch(child.slot)
+        self._lease_guard.watch(child.slot)
         LOG.debug("Started worker child %d (pid %d)", child.number, child.pid)
 
-    def _succeed(self, child: ChildProcess) -> None:
+    def _start_successor(self, child: ChildProcess) -> None:
         """Start a successor beside a child that takes no more work; in a burst not before all that it hands back is back."""
         if self._spare and not self._spec.burst:
-            child.succeeded = True
+            child.has_successor = True
             successor = ChildProcess(child.number, self._spare.pop())
             self._children.append(successor)
             self._start(successor)
 
-    def _settled(self, child: ChildProcess) -> bool:
+    def _may_restart(self, child: ChildProcess) -> bool:
         # A burst ends when nothing is left: its last child must not look before a dead one's jobs are back.
-        return not self._spec.burst or child.estate is None or child.estate.settled.is_set()
+        return not self._spec.burst or child.dead_child is None or child.dead_child.all_returned.is_set()
 
     def _watch(self, child: ChildProcess, now: float) -> None:
         stacks = child.stacks_ready("person", now)
@@ -213,14 +213,14 @@ class Supervisor:
         if self._stop_at is not None and now >= self._stop_at:
             child.kill("stop")
             return
-        if not child.up:
+        if not child.is_up:
             return
         if self._spec.quiet and not child.quiet:
             child.quiet = True
             child.signal(signal.SIGUSR1)
-        if child.slot.retiring and not child.succeeded and self._stop_at is None:
-            self._succeed(child)
-        since = max(child.slot.last_tick, self._resumed)
+        if child.slot.retiring and not child.has_successor and self._stop_at is None:
+            self._start_successor(child)
+        since = max(child.slot.last_tick, self._resumed_at)
         if now - since < STALLED:
             if child.stalled_since is not None:
                 stood = child.slot.last_tick - child.stalled_since
@@ -231,11 +231,11 @@ class Supervisor:
             child.ask_stacks("stall")
         stacks = child.stacks_ready("stall", now)
         if stacks is not None:
-            self._tell_stall(child, now - (child.stalled_since or since), stacks)
+            self._log_stall(child, now - (child.stalled_since or since), stacks)
         if now - since > self._max_stall:
             child.kill(f"was killed after blocking its event loop for {now - since:.0f} s{_in_job(child)}")
 
-    def _tell_stall(self, child: ChildProcess, seconds: float, stacks: str) -> None:
+    def _log_stall(self, child: ChildProcess, seconds: float, stacks: str) -> None:
         if stacks == NO_STACK:
             LOG.warning(
                 "Worker child %d (pid %d) has not run for %.1f s: is it stopped? It keeps its jobs for now, and is killed "
@@ -253,35 +253,35 @@ class Supervisor:
 
     # -- deaths ---------------------------------------------------------------------------------------------------
 
-    def _bury(self, child: ChildProcess, code: int) -> None:
-        ours = {"": describe_end(code), "stop": "was ended after its grace"}
-        what = f"Worker child {child.number} (pid {child.pid}) {ours.get(child.kill_reason, child.kill_reason)}"
+    def _on_exit(self, child: ChildProcess, code: int) -> None:
+        reasons = {"": describe_end(code), "stop": "was ended after its grace"}
+        event = f"Worker child {child.number} (pid {child.pid}) {reasons.get(child.kill_reason, child.kill_reason)}"
         by_itself = code in {0, RECYCLE} and child.slot.finished  # else a job ended it, with whatever code
         orderly = by_itself or (self._stop_at is not None and code == -signal.SIGTERM)
         crashed = not orderly and child.kill_reason != "stop"
-        about, identities = child.slot.about(), child.slot.identities()
-        self._guardian.forget(child.slot)
-        was_up = child.bury()
-        if about is not None and identities:
+        info, identities = child.slot.info(), child.slot.identities()
+        self._lease_guard.forget(child.slot)
+        was_up = child.note_exit()
+        if info is not None and identities:
             # A kill strikes whoever executes something just then; anything else was the doing of what was executed.
             fault = code != -signal.SIGKILL or bool(child.kill_reason)
-            child.estate = DeadChild(what, about, identities, crashed, child.slot.running_snapshot(), fault)
-            self._guardian.settle(child.estate)
+            child.dead_child = DeadChild(event, info, identities, crashed, child.slot.running_snapshot(), fault)
+            self._lease_guard.return_jobs(child.dead_child)
         elif crashed:
-            LOG.warning("%s; it had leased nothing", what)
+            LOG.warning("%s; it had leased nothing", event)
         if code == 0 and by_itself and self._spec.burst:
             child.finished = True
         elif code == RECYCLE and by_itself and self._stop_at is None:
-            LOG.info("%s to be replaced by a fresh one", what)
+            LOG.info("%s to be replaced by a fresh one", event)
         elif self._stop_at is None and not was_up:
-            self._give_up_if_hopeless(child, code)
-        if child.succeeded:
+            self._give_up_if_none_starts(child, code)
+        if child.has_successor:
             self._children.remove(child)
             self._spare.append(child.slot)
             child.close()
 
-    def _give_up_if_hopeless(self, child: ChildProcess, code: int) -> None:
-        if child.failed_starts < FAILED_STARTS or any(other.up for other in self._children):
+    def _give_up_if_none_starts(self, child: ChildProcess, code: int) -> None:
+        if child.failed_starts < FAILED_STARTS or any(other.is_up for other in self._children):
             return
         why = "importing it failed" if code == IMPORT_FAILED else f"the last one {describe_end(code)}"
         LOG.error(
@@ -293,39 +293,39 @@ class Supervisor:
 
     # -- the first and the last words ------------------------------------------------------------------------------
 
-    def _introduce(self, child: ChildProcess) -> None:
-        if self._introduced or not child.up or (about := child.slot.about()) is None:
+    def _print_banner(self, child: ChildProcess) -> None:
+        if self._banner_printed or not child.is_up or (info := child.slot.info()) is None:
             return
-        self._introduced = True
-        for line in banner(about, self._spec, self._processes):
+        self._banner_printed = True
+        for line in banner(info, self._spec, self._processes):
             LOG.info("%s", line)
 
-    def _say_goodbye(self) -> None:
-        if not self._guardian.close(FAREWELL):
+    def _close(self) -> None:
+        if not self._lease_guard.close(CLOSE_PATIENCE):
             LOG.warning("Redis does not answer: the last jobs of this worker return when their leases end")
         for child in self._children:
             child.close()
-        self._board.close()
+        self._memory.close()
         if self._stop_at is not None and not self._exit_code:
             LOG.info("Stopped")
 
 
-def banner(about: ChildInfo, spec: ChildSpec, processes: int) -> list[str]:
+def banner(info: ChildInfo, spec: ChildSpec, processes: int) -> list[str]:
     """Return what a worker says of itself when it is up, at most eight lines."""
     try:
         release = version("conveyor")
     except PackageNotFoundError:
         release = "(not installed)"
-    weights = {queue: spec.queues.get(queue, 1.0) for queue in about.queues or spec.queues}
+    weights = {queue: spec.queues.get(queue, 1.0) for queue in info.queues or spec.queues}
     queues = ", ".join(name if weight == 1 else f"{name} (weight {weight:g})" for name, weight in weights.items())
-    names = f": {', '.join(about.names)}" if about.tasks <= len(about.names) else ""
+    names = f": {', '.join(info.names)}" if info.tasks <= len(info.names) else ""
     limits = [f"{spec.max_jobs:,} jobs"] if spec.max_jobs else []
     limits += [megabytes(spec.max_memory)] if spec.max_memory else []
     return [
         f"Conveyor {release} works for {spec.app}" + (" until everything is drained" if spec.burst else ""),
-        f"  Redis      {masked(about.url)}, namespace {about.namespace}",
+        f"  Redis      {masked(info.url)}, namespace {info.namespace}",
         f"  queues     {queues}",
-        f"  tasks      {about.tasks}{names}",
+        f"  tasks      {info.tasks}{names}",
         f"  processes  {processes}, each with {spec.concurrency} jobs at a time and {spec.threads} threads",
         *([f"  replaced   after {' or '.join(limits)}"] if limits else []),
     ]
