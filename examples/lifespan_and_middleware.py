@@ -4,8 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from typing import Any
 
-from conveyor import Context, Conveyor, Middleware, Outgoing, current
-from conveyor.jobs.hooks import CallNext
+from conveyor import CallNext, Context, Conveyor, Middleware, Outgoing, current
 
 app = Conveyor()
 

@@ -12,7 +12,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 _FENCE = re.compile(r"^(?P<fence>`{3,})(?P<kind>\S*)\s*$")
 _FILE = re.compile(r"# (?P<name>[\w/]+\.(?:py|toml))$")
-_LINK = re.compile(r"(?<!!)\[[^\]]*\]\((?P<target>[^)\s]+)\)")
+_LINK = re.compile(r"\[[^\]]*\]\((?P<target>[^)\s]+)\)")
 _PRINTED = re.compile(r"^\s*print\(.*\)\s+# (?P<text>.+)$")
 
 
@@ -68,7 +68,7 @@ def prose(path: Path) -> str:
 
 
 def links(path: Path) -> list[str]:
-    """Return where a page links to."""
+    """Return where a page links to; its pictures are among them."""
     return [found["target"] for found in _LINK.finditer(prose(path))]
 
 

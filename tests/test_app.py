@@ -9,14 +9,12 @@ import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 import redis as redis_py
 
 import conveyor
-from conveyor import provider
 from conveyor.errors import ConfigurationError, PayloadError, QueueFull
 from conveyor.events import Event, JobDead, JobDone, JobEvent
 from conveyor.jobs.app import Conveyor
@@ -182,9 +180,9 @@ async def test_async_with_closes_the_loops_connection(url: str, redis: redis_py.
 
 def test_worker_comes_from_the_layer_above(app: Conveyor, monkeypatch: pytest.MonkeyPatch) -> None:
     """app.worker() hands itself and its options to the class that the package provides."""
-    assert provider.embedded_worker is not None
-    made = SimpleNamespace(EmbeddedWorker=lambda app, **options: (app, options))
-    monkeypatch.setattr(provider, "embedded_worker", lambda: made)
+    from conveyor.worker import embedded
+
+    monkeypatch.setattr(embedded, "EmbeddedWorker", lambda app, **options: (app, options))
 
     given, options = cast("tuple[Conveyor, dict[str, Any]]", app.worker(queues={"mail": 3}, threads=2))
     assert given is app

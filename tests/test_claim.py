@@ -11,10 +11,10 @@ import pytest
 
 from conveyor.admin.admin import Admin
 from conveyor.admin.blob_sweep import sweep
-from conveyor.errors import BlobUnavailable, ConfigurationError, JobFailed, PayloadError, StoreUnavailable
 from conveyor.jobs.app import Conveyor
 from conveyor.messaging.retry import Retry
 from conveyor.payload import FileStore
+from conveyor.payload.blobs import BlobUnavailable, ConfigurationError, JobFailed, PayloadError, StoreUnavailable
 from working import drain, until, working
 
 KEYS = {"2026-11": "k" * 32}

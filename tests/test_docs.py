@@ -87,11 +87,11 @@ def test_install_commands_exist() -> None:
 
 
 def test_proofs_exist() -> None:
-    """Each test that the README names as a proof is in the file it links to."""
-    text = (ROOT / "README.md").read_text()
-    proofs = re.findall(r"\]\((tests/\w+\.py)\): `(\w+)`", text)
-    assert len(proofs) >= 5
-    assert not [test for file, test in proofs if f"def {test}(" not in (ROOT / file).read_text()]
+    """Each test that the README and the overview name as a proof is in the file they link to."""
+    for page in (ROOT / "README.md", ROOT / "docs/overview.md"):
+        proofs = re.findall(r"\]\(((?:\.\./)?tests/[\w/]+\.py)\): `(\w+)`", page.read_text())
+        assert len(proofs) >= 5
+        assert not [test for file, test in proofs if f"def {test}(" not in (page.parent / file).read_text()]
 
 
 def test_reference_of_names_is_complete() -> None:

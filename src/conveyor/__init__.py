@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from conveyor.errors import (
-        BlobUnavailable,
         ConfigurationError,
         ConveyorError,
         Duplicate,
@@ -33,7 +32,7 @@ if TYPE_CHECKING:
     from conveyor.messaging.plain_list import PlainList
     from conveyor.messaging.queue import Queue
     from conveyor.messaging.retry import Retry
-    from conveyor.payload.blobs import BlobStore, FileStore
+    from conveyor.payload.blobs import BlobStore, BlobUnavailable, FileStore
     from conveyor.payload.formats import Format
     from conveyor.store.client.buffer import Buffer
 
@@ -79,8 +78,9 @@ __all__ = [
 # Where each name is, apart from the errors: loaded at its first use, so that importing the package costs nothing.
 _HOME = {
     "BlobStore": "payload.blobs",
+    "BlobUnavailable": "payload.blobs",
     "Buffer": "store.client.buffer",
-    "CallNext": "jobs.middleware",
+    "CallNext": "jobs.hooks",
     "Concurrency": "messaging.limits",
     "Context": "jobs.context",
     "Conveyor": "jobs.app",
@@ -89,7 +89,7 @@ _HOME = {
     "Format": "payload.formats",
     "Job": "jobs.job",
     "Message": "messaging.message",
-    "Middleware": "jobs.middleware",
+    "Middleware": "jobs.hooks",
     "Outgoing": "jobs.job_options",
     "PlainList": "messaging.plain_list",
     "Queue": "messaging.queue",

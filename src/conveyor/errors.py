@@ -46,10 +46,6 @@ class StoreUnavailable(ConveyorError):
     code = "E01"
 
 
-class BlobUnavailable(StoreUnavailable):
-    """The store of large bodies did not answer; nothing was pushed, and a job that needs it is tried again."""
-
-
 class ConfigurationError(ConveyorError):
     """Something is declared or set up wrongly; nothing was stored."""
 

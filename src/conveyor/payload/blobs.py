@@ -11,9 +11,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
-from conveyor.errors import ConfigurationError
+from conveyor.errors import ConfigurationError, StoreUnavailable
 
 _NAME = re.compile(r"[0-9a-f]{32}")
+
+
+class BlobUnavailable(StoreUnavailable):
+    """The store of large bodies did not answer; nothing was pushed, and a job that needs it is tried again."""
 
 
 @runtime_checkable

@@ -18,8 +18,8 @@ from typing import Any, Literal
 
 import msgspec
 
-from conveyor.errors import BlobUnavailable, ConfigurationError, PayloadError
-from conveyor.payload.blobs import BlobStore, is_name, new_name
+from conveyor.errors import ConfigurationError, PayloadError
+from conveyor.payload.blobs import BlobStore, BlobUnavailable, is_name, new_name
 from conveyor.payload.signing import Sealer
 from conveyor.payload.wrapped import BARE, COMPRESSED, ELSEWHERE, MAGIC, WrappedPayload, head, read
 from conveyor.units import Size, size

@@ -13,10 +13,11 @@ from collections.abc import Awaitable, Callable, Generator
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from conveyor.errors import BlobUnavailable, PayloadError
+from conveyor.errors import PayloadError
 from conveyor.ids import clean, public
 from conveyor.messaging.leases import LeasedMessage, LeaseSession
 from conveyor.messaging.settlement import SettlementPolicy
+from conveyor.payload.blobs import BlobUnavailable
 from conveyor.payload.versions import PayloadTooNew
 from conveyor.store.operations import MOST_HELD
 
