@@ -194,6 +194,6 @@ def test_a_loop_blocked_too_long_loses_its_jobs(url: str, tmp_path: Path, rounds
             job = one.tasks.block.enqueue(n, stall + 4 * LEASE)
             assert job.result(timeout=60).split()[0] == "2"
             assert time.monotonic() - begun < stall + 3 * LEASE + 5
-            words = "was killed after blocking" if supervised else "its leases are renewed no more"
+            words = "was killed after blocking" if supervised else "its leases are no longer renewed"
             wait(lambda n=n, words=words: one.log.count(words) > n)
         one.repeats()

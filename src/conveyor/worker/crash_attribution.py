@@ -1,9 +1,10 @@
 """
-Who ran what when a child died: a table on the board with a seat for each slot, thread and process, and one for the loop.
+Finds the jobs that can have crashed a child, from a table of the jobs that were running.
 
-A job is named by a checksum of its id, so that a seat is one cell of eight bytes, stored in one go. Writing costs a job
-0.2 µs; nobody reads before a death. Then it tells who can have caused it: whose code was being executed, and who was
-only under way, waiting for something.
+The table lies in the memory that the child shares with its supervisor. It has a cell for each coroutine, thread and
+process that runs a job, and one for the event loop. A cell holds a checksum of the job's id in eight bytes, which are
+stored in one go. Writing costs a job 0.2 µs; nothing is read before the child is dead. Then the table tells which jobs'
+code was being executed, and which jobs were only waiting for something.
 """
 
 from __future__ import annotations
@@ -13,33 +14,40 @@ from dataclasses import dataclass
 from zlib import crc32
 
 CELLS = 4096
+"""Cells of the table."""
 LOOP_CELL = 0
-"""The seat of the job whose code the event loop executes."""
+"""The cell of the job whose code the event loop executes."""
 OVERFLOW_CELL = 1
-"""Taken by everyone who found no seat, and never cleared: then nobody can be ruled out."""
+"""Overflow cell. Set when the table was full; never cleared, because afterwards no job can be ruled out."""
 EXECUTING = 1 << 33
-"""Added to the name of a job whose code a thread executes."""
+"""Bit that is set in the cell of a job whose code a thread executes."""
 IN_PROCESS = 1 << 34
-"""Added to the name of a job that a process of its own executes, until its end is settled: a crash may not have been told yet."""
-_USED = 1 << 32  # no name is 0, which is an empty seat
+"""
+Bit that is set in the cell of a job that a process of its own executes. It stays until the end of the job is settled: a
+crash of that process may not have been reported yet.
+"""
+_USED = 1 << 32  # set in every checksum: an empty cell is 0
 
 
 def id_checksum(id_: str) -> int:
-    """Return what a job is called in a seat; two of the few thousand that a child holds share one once in a million times."""
+    """
+    Return the value of a cell that stands for a job.
+
+    Two of the few thousand jobs that a child holds share one once in a million times.
+    """
     return crc32(id_.encode()) | _USED
 
 
 class RunningTable:
-    """The child's side. `cells` is written directly where every nanosecond counts."""
+    """The table as its child writes it. `cells` is written directly where every nanosecond counts."""
 
     def __init__(self, cells: memoryview) -> None:
-        """Take `SEATS` cells of eight bytes."""
         self.cells = cells
         self._next = OVERFLOW_CELL + 1
         self._free: list[int] = []
 
     def take_cell(self) -> int:
-        """Return an empty seat; `FULL` when there is none."""
+        """Return the number of an empty cell; `OVERFLOW_CELL` when there is none."""
         if self._free:
             return self._free.pop()
         if self._next == CELLS:
@@ -48,7 +56,7 @@ class RunningTable:
         return self._next - 1
 
     def release_cell(self, cell: int) -> None:
-        """Give a seat back."""
+        """Empty a cell and give it back."""
         if cell != OVERFLOW_CELL:
             self.cells[cell] = 0
             self._free.append(cell)
@@ -56,7 +64,7 @@ class RunningTable:
 
 @dataclass(frozen=True, slots=True)
 class RunningSnapshot:
-    """What the seats said when their child was dead; names as in the seats."""
+    """The jobs that were running when their child died, as checksums."""
 
     executing: frozenset[int]
     waiting: frozenset[int]
@@ -64,7 +72,7 @@ class RunningSnapshot:
 
     @classmethod
     def read(cls, cells: Iterable[int]) -> RunningSnapshot | None:
-        """Take the cells; None where there were more jobs than seats."""
+        """Return what the cells say; None if there were more jobs than cells."""
         loop, full, *rest = cells
         if full:
             return None
@@ -75,12 +83,12 @@ class RunningSnapshot:
 
     def blame(self, ids: Iterable[str], *, fault: bool) -> tuple[list[str], list[str]]:
         """
-        Return those of *ids* that are to blame for the death, and those that may be.
+        Return those of *ids* that are to blame for the crash, and those that may be.
 
-        With a *fault* in what was executed (a signal of the processor, an exit) nobody else comes into question. A kill
-        from outside, when memory runs out, strikes whoever executes something just then, and not always who took it.
-        When nobody executed anything, all that were under way are to blame. Jobs beside always are: what their own process
-        died of may not have been told yet.
+        With a *fault* in what was executed (a signal of the processor, an exit) no other job comes into question. A kill
+        from outside, when memory runs out, hits the jobs that execute something just then, and not always the one that
+        took the memory. When no job executed anything, all that were waiting are to blame. Jobs in processes of their own
+        always are: why that process died may not have been reported yet.
         """
         executing, waiting = self.executing, self.waiting
         if not executing:

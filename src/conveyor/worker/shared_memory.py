@@ -1,9 +1,9 @@
 """
-The board: memory that a supervisor shares with its children, one slot each.
+Memory that a supervisor shares with its children, one slot each.
 
-A child writes, the supervisor reads, also after the child is dead, whatever killed it and wherever it was: single
-numbers are cells of eight bytes, stored in one go; everything else is a record with its length and checksum, appended
-behind the last one, so a write that was cut off hides nothing written before it.
+A child writes, and the supervisor reads, also after the child is dead, whatever killed it at whatever point. Single
+numbers are cells of eight bytes, stored in one go. Everything else is a record with its length and checksum, appended
+behind the last one, so a write that was cut off hides nothing that was written before it.
 
 All instants are seconds of the monotonic clock, which the processes of a machine share.
 """
@@ -38,9 +38,10 @@ _HEAD = Struct("<II")  # length, checksum
 
 class ChildSpec(msgspec.Struct, frozen=True, tag="spec"):
     """
-    What a child is to run; the supervisor writes it before the child starts. Times in seconds, memory in bytes.
+    The worker that a child is to run. The supervisor writes it before the child starts.
 
-    A burst does not end before `await_until`: retries of its predecessor are due by then.
+    Times in seconds, memory in bytes. A burst does not end before `await_until` (monotonic): retries of the previous
+    process are due by then.
     """
 
     app: str
@@ -58,7 +59,7 @@ class ChildSpec(msgspec.Struct, frozen=True, tag="spec"):
 
 
 class ChildInfo(msgspec.Struct, frozen=True, tag="about"):
-    """What a child says of its app when it is up: where Redis is; for people, its queues and (some of) its tasks."""
+    """The app of a child, written when it is up: where Redis is, and for the log its queues and (some of) its tasks."""
 
     url: str
     namespace: str
@@ -87,7 +88,11 @@ _encode = msgspec.json.Encoder().encode
 
 @dataclass(frozen=True, slots=True)
 class LeaseIdentity:
-    """One identity of a child. Only a queue's last is `current`; `renewed` is when the child itself last renewed it."""
+    """
+    One identity under which a child holds leases.
+
+    Only a queue's last one is `current`. `renewed` is when the child itself last renewed it (monotonic).
+    """
 
     namespace: str
     queue: str
@@ -104,12 +109,16 @@ class LeaseIdentity:
 
 
 class SharedMemory:
-    """The slots of all children, in memory that outlives each of them. Hand `fd` to a child, which attaches to it."""
+    """The slots of all children, in memory that outlives each of them. A child that inherits `fd` attaches to it."""
 
     def __init__(self, slots: int, fd: int | None = None) -> None:
-        """Make a board of that many slots, or attach to the one behind *fd*."""
+        """
+        Args:
+            slots: how many slots.
+            fd: the descriptor of existing memory to attach to; None: make it.
+        """
         self.slots = slots
-        self.fd = anonymous_file("conveyor-board", slots * SLOT_BYTES) if fd is None else fd
+        self.fd = anonymous_file("conveyor-children", slots * SLOT_BYTES) if fd is None else fd
         self._memory = mmap.mmap(self.fd, slots * SLOT_BYTES)
         self._view = memoryview(self._memory)
         self._opened: list[ChildSlot] = []
@@ -121,7 +130,7 @@ class SharedMemory:
         return slot
 
     def close(self) -> None:
-        """Let go of the memory; the slots are unusable afterwards."""
+        """Release the memory; the slots are unusable afterwards."""
         while self._opened:
             self._opened.pop().close()
         self._view.release()
@@ -130,10 +139,14 @@ class SharedMemory:
 
 
 class ChildSlot:
-    """What one child shows to its supervisor. The child alone writes while it lives."""
+    """The part of the memory that one child writes. While the child lives, nothing else writes there."""
 
     def __init__(self, view: memoryview, number: int) -> None:
-        """Take the slot's bytes, `SLOT_BYTES` of them, and where on the board it is."""
+        """
+        Args:
+            view: its bytes, `SLOT_BYTES` of them.
+            number: its number in the memory, from 0.
+        """
         self.number = number
         self._view = view
         self._cells = view[:_CELL_BYTES].cast("q")
@@ -147,11 +160,11 @@ class ChildSlot:
     # -- the child ------------------------------------------------------------------------------------------------
 
     def tick(self) -> None:
-        """Say that the event loop turns."""
+        """Note that the event loop turns."""
         self._cells[_TICK] = monotonic_ns()
 
     def note_renewal(self, worker: str | None = None) -> None:
-        """Say that a turn has just renewed the lease of an identity; of all of them when none is named."""
+        """Note that a turn has just renewed the lease of an identity; None: of all of them."""
         now = monotonic_ns()
         if worker is not None:
             self._cells[_RENEWALS + self._cell_of_identity[worker]] = now
@@ -163,7 +176,7 @@ class ChildSlot:
         """
         Note the identity under which a queue is served from now on: before it is registered in Redis.
 
-        The queue's earlier one is beaten for no more, and reaped all the same when the child dies.
+        The queue's earlier one is no longer renewed, and reaped all the same when the child dies.
         """
         cell = self._cell_of_prefix.setdefault(keys.prefix, len(self._cell_of_prefix) % _RENEWAL_CELLS)
         self._cell_of_identity[worker] = cell
@@ -176,7 +189,7 @@ class ChildSlot:
         self._append(_UnregisteredRecord(worker))
 
     def set_job(self, task: str, job_id: str) -> None:
-        """Name the job that the event loop is running, to be blamed when the loop stalls."""
+        """Note the job that the event loop is running: the log names it when the loop is blocked."""
         data = f"{task}\n{job_id}".encode()[:_JOB_ROOM]
         cells, mark = self._cells, self._job_mark
         cells[_JOB_MARK] = mark + 1  # odd: do not read now
@@ -185,20 +198,20 @@ class ChildSlot:
         self._job_mark = cells[_JOB_MARK] = mark + 2
 
     def clear_job(self) -> None:
-        """Say that the event loop runs no job."""
+        """Note that the event loop runs no job."""
         self._cells[_JOB_SIZE] = 0
 
     def running_table(self) -> RunningTable:
-        """Return the seats of the jobs it runs, all empty when it starts."""
+        """Return the table of the jobs that the child runs; all its cells are empty when it starts."""
         return RunningTable(self._running)
 
     def set_info(self, info: ChildInfo) -> None:
-        """Say where Redis is."""
+        """Write what the supervisor needs to know of the app."""
         self._append(info)
 
     @property
     def retiring(self) -> bool:
-        """Whether the child takes no more work and wants a successor (it exits with 75 when the rest is done)."""
+        """Whether the child takes no more work and asks for a successor (it exits with 75 when the rest is done)."""
         return self._cells[_RETIRING] == 1
 
     @retiring.setter
@@ -207,7 +220,7 @@ class ChildSlot:
 
     @property
     def await_until(self) -> float:
-        """Until when a burst must go on after the child: its retries are due by then."""
+        """Until when a burst must go on after the child (monotonic): its retries are due by then."""
         return self._cells[_AWAIT] / 1e9
 
     @await_until.setter
@@ -215,7 +228,7 @@ class ChildSlot:
         self._cells[_AWAIT] = int(at * 1e9)
 
     def finish(self) -> None:
-        """Say that the child ends by its own decision; a job may end the process with any exit code."""
+        """Note that the child ends by its own decision: a job may end the process with any exit code."""
         self._cells[_FINISHED] = 1
 
     # -- the supervisor -------------------------------------------------------------------------------------------
@@ -236,7 +249,7 @@ class ChildSlot:
         return max((identity.renewed for identity in self.identities()), default=0.0)
 
     def job(self) -> tuple[str, str] | None:
-        """Return (task, job id) of what the loop runs, or None when it runs nothing or that cannot be read."""
+        """Return (task, job id) of what the event loop runs; None when it runs no job, or that cannot be read."""
         for _ in range(10):
             mark, size = self._cells[_JOB_MARK], self._cells[_JOB_SIZE]
             data = bytes(self._job[:size])
@@ -270,7 +283,7 @@ class ChildSlot:
         ]
 
     def info(self) -> ChildInfo | None:
-        """Return what the child said of its app, or None before it did."""
+        """Return what the child wrote about its app; None before it did."""
         return next((record for record in reversed(self._read()) if isinstance(record, ChildInfo)), None)
 
     def spec(self) -> ChildSpec | None:
@@ -278,7 +291,7 @@ class ChildSlot:
         return next((record for record in reversed(self._read()) if isinstance(record, ChildSpec)), None)
 
     def prepare(self, spec: ChildSpec) -> None:
-        """Wipe what a dead child left, and say what the next one is to run."""
+        """Clear what a dead child left, and write what the next one is to run."""
         epoch = self._cells[_EPOCH]
         for cell in range(_RENEWALS + _RENEWAL_CELLS):
             if cell != _EPOCH:
@@ -289,7 +302,7 @@ class ChildSlot:
         self._append(spec)
 
     def close(self) -> None:
-        """Let go of the memory."""
+        """Release the memory."""
         self._cells.release()
         self._job.release()
         self._running.release()
@@ -313,7 +326,7 @@ class ChildSlot:
         return at + len(whole)
 
     def _rewrite(self, epoch: int, newest: _Record) -> int:
-        """Write what still counts to the other area, then make that the valid one with a single store."""
+        """Write what still counts to the other area, then make that area the valid one with a single store."""
         records = self._read()
         unregistered = {record.worker for record in (*records, newest) if isinstance(record, _UnregisteredRecord)}
         kept: dict[str, _Record] = {}
@@ -330,7 +343,7 @@ class ChildSlot:
             if end is None:
                 raise ConfigurationError(
                     f"One worker serves {len(self._cell_of_prefix)} queues, and their names do not fit in {RECORD_ROOM} "
-                    "bytes. Spread them over several workers with -q."
+                    "bytes. Use several workers, each with some of the queues (-q)."
                 )
             at = end
         self._cells[_EPOCH] = epoch
@@ -363,7 +376,7 @@ class ChildSlot:
 
 
 def anonymous_file(name: str, size: int) -> int:
-    """Return the descriptor of a file without a name, gone when nobody has it open."""
+    """Return the descriptor of a file without a name, which is deleted when no process has it open."""
     if hasattr(os, "memfd_create"):
         fd = os.memfd_create(name)
     else:

@@ -62,7 +62,6 @@ class Worker:
             reference: the app as ``module:object``; None where no other process could load it.
             recycle_limits: above these the worker asks to be replaced, which takes a supervisor.
             await_until: monotonic time before which no burst ends.
-
         """
         self.app = app
         self.name = f"{platform.node()}:{os.getpid()}"

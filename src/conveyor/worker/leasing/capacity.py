@@ -17,17 +17,18 @@ if TYPE_CHECKING:
     from conveyor.worker.recycling import RecycleLimits
 
 BATCH = MOST_HELD // 2
-"""Jobs leased per turn at most: half of what may be held runs while Redis serves the other half (+25 % at full speed)."""
+"""Jobs leased per turn, at most. Half of what may be held runs while Redis serves the other half (+25 % at full speed)."""
 AHEAD = 0.05
 """Seconds of work to hold in advance."""
 WINDOW = 0.05
-"""Shortest time over which a rate is measured, in seconds: jobs that began together end together."""
+"""Seconds over which a rate is measured, at least: jobs that started together end together."""
 MAX_AHEAD = 1000
+"""Jobs to hold in advance, at most."""
 REPLY_BYTES = 4 * 1024 * 1024
 
 
 class JobSizeEstimate:
-    """The size of the jobs of a queue, as seen lately: one reply may weigh about 4 MB."""
+    """The size of the jobs of a queue, as seen lately. It keeps the reply of a turn below about 4 MB."""
 
     def __init__(self) -> None:
         self._mean = 200.0
@@ -99,7 +100,7 @@ class Capacity:
         return self.finished + sum(1 for one in self._queues for _ in one.running())
 
     def ahead(self, saturated: bool) -> int:
-        """Return how many jobs beyond the free slots to hold; *saturated* tells that work was waiting all the time."""
+        """Return how many jobs to hold beyond the free slots; *saturated* tells that work was waiting all the time."""
         now = perf_counter()
         passed = now - self._rated_at
         if passed >= WINDOW:

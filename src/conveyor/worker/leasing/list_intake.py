@@ -1,9 +1,9 @@
 """
-Plain lists in a worker: raw entries are moved into our structure before anyone works on them.
+Moves the raw entries of a plain list into a queue of the worker, before any of them is leased.
 
-Each turn that asks for work is preceded, in the same write, by a move of up to as many raw
-entries. Idle, a connection of its own blocks in `BLMOVE` to the intake list, which any turn
-empties, so no death orphans an entry (a cancelled `BLMOVE` does; a cancelled `BLPOP` loses one).
+Before each turn that asks for work, in the same write, up to as many raw entries are moved. While the worker is idle, a
+connection of its own blocks in `BLMOVE` to the intake list, which any turn empties. So no entry is left behind by a
+worker that dies (a cancelled `BLMOVE` leaves one in the intake list; a cancelled `BLPOP` would lose it).
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("conveyor.worker")
 BLOCK = 5.0
+"""Seconds of one blocking call."""
 
 
 class ListIntake:
@@ -37,7 +38,6 @@ class ListIntake:
             task: the name of the task that gets the entries.
             connection: the one that the turns of the queue use.
             on_entries: called when entries may have come.
-
         """
         self._keys, self._name, self._connection, self._on_entries = keys, task, connection, on_entries
         self._task: asyncio.Task[None] | None = None
@@ -58,14 +58,14 @@ class ListIntake:
                 self.loading = True
                 asyncio.get_running_loop().create_task(self._load())
             else:
-                log.warning("could not take from the list %s: %s", self._keys.foreign, reply)
+                log.warning("list %s: entries could not be taken: %s", self._keys.foreign, reply)
 
     async def _load(self) -> None:
         call = operations.intake(self._keys, 1, new_id()[:18], self._name)
         try:
             await self._connection.run(call, patience=30.0)
         except ConveyorError as error:
-            log.warning("could not take from the list %s: %s", self._keys.foreign, error)
+            log.warning("list %s: entries could not be taken: %s", self._keys.foreign, error)
         self.loading = False
         self._on_entries()
 
@@ -86,7 +86,7 @@ class ListIntake:
                 if isinstance(reply, Exception):
                     connection.handle_error_reply(reply)
             except (OSError, ConveyorError) as error:
-                log.debug("cannot wait at the list %s: %s", keys.foreign, error)
+                log.debug("list %s: waiting for entries was refused: %s", keys.foreign, error)
                 await asyncio.sleep(replies.pause(attempt))
                 attempt += 1
                 continue

@@ -28,7 +28,6 @@ class Quarantine:
         """
         Args:
             free: returns how many jobs could start now.
-
         """
         self._free = free
         self._crashed_once: deque[Attempt] = deque()

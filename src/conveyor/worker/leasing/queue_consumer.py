@@ -55,7 +55,6 @@ class QueueConsumer:
             keys: those of the queue.
             weight: that of the queue among all of the worker.
             lease_ms: how long a lease lasts.
-
         """
         self._services, self.connection = services, connection
         self._lifecycle, self._capacity, self._executor = services.lifecycle, services.capacity, services.executor

@@ -1,4 +1,4 @@
-"""Emptying the outbox of a queue: what its jobs spawned goes to where it belongs, whoever settled them."""
+"""Delivers the outbox of a queue: the jobs that its jobs spawned, each to its own queue."""
 
 from __future__ import annotations
 
@@ -22,14 +22,19 @@ if TYPE_CHECKING:
 log = logging.getLogger("conveyor.worker")
 PATIENCE = 5.0
 LONGEST_PAUSE = 5.0
-"""Longest pause in seconds before a delivery that was refused is tried again."""
+"""Seconds before a delivery that was refused is tried again, at most."""
 
 
 class SpawnDelivery:
-    """Delivers one queue's outbox while there is something in it; nothing runs, and nothing is sent, while there is not."""
+    """The delivery of one queue's outbox. While the outbox is empty, nothing runs and nothing is sent."""
 
     def __init__(self, keys: QueueKeys, app: Conveyor, on_emptied: Callable[[], None]) -> None:
-        """Take whose outbox it is, how to reach all queues, and what to call when it was emptied."""
+        """
+        Args:
+            keys: those of the queue.
+            app: the app that reaches all queues.
+            on_emptied: called each time the outbox was emptied.
+        """
         self._keys, self._app, self._on_emptied = keys, app, on_emptied
         self._task: asyncio.Task[None] | None = None
         self._is_requested = False
@@ -40,13 +45,13 @@ class SpawnDelivery:
         return self._task is not None
 
     def begin(self) -> None:
-        """Something lies in the outbox: deliver it, now or right after what is under way."""
+        """Deliver what lies in the outbox, now or right after the delivery that is under way."""
         self._is_requested = True
         if self._task is None:
             self._task = asyncio.get_running_loop().create_task(self._run())
 
     async def finish(self, seconds: float) -> None:
-        """Wait for what is under way, but not for ever: what is left, any worker of the queue delivers."""
+        """Wait up to *seconds* for what is under way. Any worker of the queue delivers what is left."""
         if self._task is not None:
             await asyncio.wait([self._task], timeout=seconds)
         if self._task is not None:
@@ -62,7 +67,7 @@ class SpawnDelivery:
                         attempt = 0
                 except ConveyorError as error:
                     log.warning(
-                        "followers of queue %s are not delivered yet, trying again: %s", self._keys.queue, error
+                        "queue %s: spawned jobs are not delivered yet, trying again: %s", self._keys.queue, error
                     )
                     await asyncio.sleep(replies.pause(attempt + 5, cap=LONGEST_PAUSE))
                     attempt += 1
@@ -73,7 +78,7 @@ class SpawnDelivery:
 
 
 async def deliver(keys: QueueKeys, app: Conveyor) -> bool:
-    """Deliver one batch of an outbox; return whether there was one. Raises what the pushes raise: it stays to be repeated."""
+    """Deliver one batch of an outbox; return whether there was one. Raises what the pushes raise; then the batch stays."""
     client = app.client
     batch = await client.arun(spawn_outbox.take(keys), patience=PATIENCE)
     if batch is None:
@@ -100,7 +105,7 @@ async def deliver(keys: QueueKeys, app: Conveyor) -> bool:
 
 
 class _StaleDelivery(Exception):
-    """A receiver has seen a higher number; *inbox* is where it keeps it."""
+    """A receiver has seen a higher number; *inbox* is the key that holds it."""
 
     def __init__(self, inbox: str) -> None:
         super().__init__(inbox)
@@ -110,7 +115,7 @@ class _StaleDelivery(Exception):
 async def _calls(
     source: QueueKeys, app: Conveyor, number: int, queue: str, entries: list[Entry]
 ) -> list[Call[list[str]]]:
-    """Return the pushes of a part: one, unless it was written for a partition that there is no more, or not yet."""
+    """Return the pushes of a part: one, unless it was written for a partition that does not exist (any more, or yet)."""
     partitions = app.partitioned.get(ids.logical(queue))
     if partitions is None:
         target = app.keys(queue)
@@ -121,7 +126,7 @@ async def _calls(
         return [spawn_outbox.deliver(source, targets[queue], number, entries)]
     by_queue: dict[str, list[Entry]] = {}
     for entry in entries:
-        # By its id where it has no key: a repeat must find the same place.
+        # By its id where it has no key: a repeat must find the same partition.
         at = partitions.pick(unique=entry.unique, id=entry.id)
         by_queue.setdefault(partitions.keys[at].queue, []).append(entry)
     return [

@@ -1,8 +1,4 @@
-"""
-The time limits of all running jobs in one heap: a timer per job costs 16 µs, an entry here less than one.
-
-Waking up when the next scheduled job is due.
-"""
+"""Timers of a worker: for the time limits of running jobs, and for the next scheduled job of a queue."""
 
 from __future__ import annotations
 
@@ -20,10 +16,14 @@ if TYPE_CHECKING:
 
 
 class Deadlines:
-    """Calls `on_expired(attempt)` when an attempt's `until` has passed. Entries of finished attempts fall out by themselves."""
+    """
+    The deadlines of all running attempts, in one heap.
+
+    Calls `on_expired` with each attempt whose deadline has passed. Entries of finished attempts fall out by themselves.
+    """
 
     def __init__(self, loop: asyncio.AbstractEventLoop, on_expired: Callable[[Attempt], None]) -> None:
-        """Take what to do with an attempt whose time is up."""
+        # One timer for all: a timer per job costs 16 µs, an entry in the heap less than one.
         self._loop = loop
         self._on_expired = on_expired
         self._heap: list[tuple[float, int, Attempt]] = []
@@ -32,7 +32,7 @@ class Deadlines:
         self._next = 0.0
 
     def add(self, attempt: Attempt) -> None:
-        """Watch *attempt* until its `until`."""
+        """Watch *attempt* until its `deadline`."""
         assert attempt.deadline is not None
         self._order += 1
         heappush(self._heap, (attempt.deadline, self._order, attempt))
@@ -40,12 +40,12 @@ class Deadlines:
             self._arm(attempt.deadline)
 
     def move(self, attempt: Attempt, seconds: float) -> None:
-        """Give *attempt* that many seconds from now; from any thread."""
+        """Set the deadline of *attempt* that many seconds ahead; from any thread."""
         attempt.deadline = perf_counter() + seconds
         self._loop.call_soon_threadsafe(self.add, attempt)
 
     def close(self) -> None:
-        """Forget everything."""
+        """Drop all deadlines."""
         if self._timer is not None:
             self._timer.cancel()
         self._heap.clear()
@@ -70,10 +70,9 @@ class Deadlines:
 
 
 class DueTimer:
-    """A timer for the first due instant of a queue. All workers watch it, and most of them lose the race."""
+    """A timer for the next due job of a queue. All workers set it, and one of them gets the job."""
 
     def __init__(self, on_due: Callable[[], None]) -> None:
-        """Take what to do when it is due."""
         self._on_due = on_due
         self._timer: asyncio.TimerHandle | None = None
         self._due_ms: int | None = None
@@ -81,11 +80,11 @@ class DueTimer:
 
     @property
     def is_set(self) -> bool:
-        """True when something is scheduled, as far as we know."""
+        """True when a job is scheduled, as far as this worker knows."""
         return self._due_ms is not None
 
     def watch(self, turn: TurnReply, *, asked: bool) -> None:
-        """Set the timer by a turn's reply; *asked* tells that it had room for work."""
+        """Set the timer by the reply of a turn; *asked* tells that the turn had room for work."""
         if turn.next_due is None:
             self._due_ms = None
             return
@@ -93,7 +92,7 @@ class DueTimer:
             self._timer.cancel()
         late = 0.0
         if self._due_ms is not None and turn.next_due > self._due_ms and not turn.ids and asked:
-            # Somebody else was quicker: be the second line, a little later, until we win one.
+            # Another worker was quicker: look a little later, until this one gets a job.
             late = random.uniform(0.02, 0.08)  # noqa: S311  no secret
         if monotonic() < self._yields_until:
             late = random.uniform(0.1, 0.2)  # noqa: S311
@@ -102,11 +101,11 @@ class DueTimer:
         self._timer = asyncio.get_running_loop().call_later(min(pause, 3600.0), self._fire)
 
     def give_way(self, seconds: float) -> None:
-        """Let others be first for so long: what comes due then are jobs that we cannot run, and they perhaps can."""
+        """Let other workers be first for so many seconds: what comes due then are jobs that this one cannot run."""
         self._yields_until = max(self._yields_until, monotonic() + seconds)
 
     def close(self) -> None:
-        """Watch no more."""
+        """Stop the timer."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None

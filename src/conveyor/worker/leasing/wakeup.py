@@ -45,7 +45,6 @@ class WakeupListener:
             lifecycle: that of the worker.
             connection: one that nothing else uses.
             consumers: those at this endpoint; more may be added.
-
         """
         self._lifecycle, self._connection, self._consumers = lifecycle, connection, consumers
         self._listening: dict[bytes, QueueConsumer] | None = None  # list → whose it is, while a call blocks

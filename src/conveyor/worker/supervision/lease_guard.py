@@ -59,7 +59,7 @@ class LeaseGuard:
         self._clients: dict[tuple[str, str], Client] = {}
         self._failures = 0
         self._retry_at = 0.0
-        self._thread = threading.Thread(target=self._run, name="conveyor-guardian", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="conveyor-lease-guard", daemon=True)
         self._thread.start()
 
     def watch(self, slot: ChildSlot) -> None:
