@@ -277,11 +277,11 @@ def test_a_worker_that_cannot_go_on_says_why_in_a_line(shell: Shell) -> None:
         try:
             assert running.stderr is not None
             lines = []
-            while not lines or "cannot go on" not in lines[-1]:
+            while not lines or "cannot continue" not in lines[-1]:
                 lines.append(running.stderr.readline())
                 assert lines[-1], lines
         finally:
             running.terminate()
             rest = running.communicate(timeout=40)[1]
-    assert "The worker cannot go on: E02 The lamp is dark. Plug it in." in lines[-1]
+    assert "The worker cannot continue: E02 The lamp is dark. Plug it in." in lines[-1]
     assert "Traceback" not in "".join(lines) + rest

@@ -1,7 +1,7 @@
 """
-One attempt at one job, from its lease to its settlement.
+One attempt at one job, from its lease to its settlement, and the task it runs.
 
-What a worker needs to know of a task, laid out for the hot path.
+Both are laid out for the hot path.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 BUCKETS_MS = (5, 10, 25, 50, 100, 250, 500, 1000, 2500, 5000, 10_000, 30_000, 60_000, 300_000, 3_600_000)
-"""Upper bounds of the duration histogram; the last field counts what took longer."""
+"""Upper bounds of the duration histogram in ms. The last field counts what took longer."""
 
 
 Decode = Callable[[bytes], tuple[list[Any], dict[str, Any]]]
@@ -35,9 +35,9 @@ Decode = Callable[[bytes], tuple[list[Any], dict[str, Any]]]
 
 def _decode_entry(signature: TaskSignature) -> Decode:
     """
-    Return how an entry of a plain list becomes arguments: an object's members by name, as from `enqueue`.
+    Return a decoder for the entries of a plain list: the members of an object become arguments by name.
 
-    What does not fit so is the one argument of a task that has one.
+    An entry that does not fit so is the argument of a task that has exactly one.
     """
     (name, *others) = signature.parameters or ("",)
 
@@ -53,7 +53,7 @@ def _decode_entry(signature: TaskSignature) -> Decode:
 
 
 class Handler:
-    """A task as one consumer runs it, with its counters since the last turn."""
+    """A task as one consumer runs it, with the counters since the last turn."""
 
     __slots__ = (
         "buckets",
@@ -74,7 +74,11 @@ class Handler:
     )  # fmt: skip
 
     def __init__(self, task: Task[Any, Any], *, raw: bool = False) -> None:
-        """Look everything up once; *raw* for the entries of a plain list, written by programs that know no parameters."""
+        """
+        Args:
+            task: the task.
+            raw: its jobs are entries of a plain list, written by programs that know no parameters.
+        """
         self.task = task
         self.name = task.name
         self.load_error: ConveyorError | None = None
@@ -91,13 +95,13 @@ class Handler:
 
     @classmethod
     def unknown(cls, name: str, load_error: ConveyorError | None = None) -> Handler:
-        """Return the handler of a job nobody here can run: why not is *unfit*, or that nobody knows the task."""
-        found = cls.__new__(cls)
-        found.name, found.kind, found.load_error = name, "unknown", load_error
-        found.early = found.stores = False
-        found.done = found.failed = found.retried = 0
-        found.timeout = None
-        return found
+        """Return the handler of a job that cannot run here, because of *load_error*; None: the task is not known."""
+        handler = cls.__new__(cls)
+        handler.name, handler.kind, handler.load_error = name, "unknown", load_error
+        handler.early = handler.stores = False
+        handler.done = handler.failed = handler.retried = 0
+        handler.timeout = None
+        return handler
 
     def count_done(self, seconds: float) -> None:
         """Count a success that ran for *seconds*."""
@@ -126,7 +130,7 @@ class Handler:
 
 
 class AttemptOwner(Protocol):
-    """The consumer that leased an attempt and settles it."""
+    """The consumer that leased an attempt, as the attempt and those that settle it use it."""
 
     keys: QueueKeys
     queue: str
@@ -151,7 +155,7 @@ PLAIN = Envelope("", b"")
 
 
 class Attempt:
-    """A leased job in the hands of this worker. Times in seconds by `time.perf_counter`."""
+    """One run of a leased job. Times in seconds by `time.perf_counter`; 0.0 until then."""
 
     __slots__ = (
         "body",
@@ -171,10 +175,10 @@ class Attempt:
         "waiter",
     )  # fmt: skip
     sealed = False
-    """True while its body is still wrapped, or of an older version."""
+    """True while its body is still sealed, or of an older version."""
 
     def __init__(self, consumer: AttemptOwner, handler: Handler, id: str, body: bytes) -> None:  # noqa: A002
-        """Take a plain, fresh job; `mark` and `recall` add what is rarer."""
+        # A plain, fresh job: the loader and `load_state` add what is rarer.
         self.consumer = consumer
         self.handler = handler
         self.id = id
@@ -192,10 +196,10 @@ class Attempt:
         self.waiter: asyncio.Future[Any] | None = None  # set while it is on a thread and middlewares wait for it
 
     def load_state(self, state: bytes) -> None:
-        """Read what happened to the job before."""
+        """Read what happened in earlier attempts."""
         try:
             self.state = AttemptHistory.decode(state)
-        except Exception as error:  # whatever somebody wrote there must not end the worker
+        except Exception as error:  # whatever a program wrote there must not end the worker
             load_error = PayloadError(f"E15 The state cannot be read: {error}.", code="E15")
             self.handler = Handler.unknown(self.handler.name, load_error)
             return
@@ -204,7 +208,7 @@ class Attempt:
 
     @property
     def history(self) -> AttemptHistory:
-        """The state as it was leased."""
+        """What happened in earlier attempts, as it was leased."""
         return self.state or AttemptHistory()
 
     @property
@@ -215,11 +219,11 @@ class Attempt:
 
     @property
     def public_id(self) -> str:
-        """The id people see."""
+        """The id as programs and people see it, with the queue."""
         return public(self.consumer.queue, self.id)
 
     def open(self) -> Context:
-        """Return the context handed to the job."""
+        """Return the context of the job, made at the first call."""
         if self.context is None:
             made = made_at_ms(self.id)
             self.context = Context(
@@ -240,11 +244,11 @@ class Attempt:
 
     @property
     def spawned(self) -> list[bytes]:
-        """What it spawned so far."""
+        """The outbox entries of the jobs that it spawned so far."""
         return (self.context and self.context.spawned) or []
 
     def set_spawned(self, spawned: list[bytes]) -> None:
-        """Take what it spawned in another process."""
+        """Take over the entries of the jobs that it spawned in another process."""
         self.open().spawned = spawned
 
     def flag_context(self) -> None:
@@ -255,11 +259,11 @@ class Attempt:
 
     @property
     def label(self) -> str:
-        """Task and id for a line of the log: whoever writes to Redis chooses them."""
+        """Task and id for a line of the log, cleaned: any program that writes to Redis chooses them."""
         return clean(f"{self.handler.name} {self.public_id}")
 
     def move_deadline(self, ms: int) -> None:
-        """Give the attempt *ms* from now on."""
+        """Set the deadline *ms* ahead."""
         self.consumer.move_deadline(self, ms / 1000)
 
     def __repr__(self) -> str:
@@ -267,12 +271,11 @@ class Attempt:
 
 
 class SealedAttempt(Attempt):
-    """An attempt at a job whose body must be opened before it can start."""
+    """An attempt whose body must be opened before it can start."""
 
     __slots__ = ("sealed",)
 
     def __init__(self, consumer: AttemptOwner, handler: Handler, id: str, body: bytes) -> None:  # noqa: A002
-        """Take it as it was leased."""
         super().__init__(consumer, handler, id, body)
         self.sealed = True
 
@@ -283,5 +286,5 @@ def error_line(error: Any) -> str:
 
 
 def one_line(text: str) -> str:
-    """Return *text* in one line for a log, with nothing that steers a terminal."""
+    """Return *text* in one line for a log, without control characters."""
     return clean(" ".join(text.split())[:500])

@@ -1,6 +1,8 @@
 """
-Jobs that are more than a name and JSON: with marks or options, wrapped, of another version, of a task nobody here
-knows, or damaged. What can run is made to; what cannot waits for a newer worker or becomes a dead letter, its bytes kept.
+Loads jobs that are more than a task name and JSON.
+
+They have marks or options, are sealed, have another version, are damaged, or need a task that this worker does not have.
+A job that cannot run here waits for a newer worker, or becomes a dead letter with its bytes kept.
 """
 
 from __future__ import annotations
@@ -32,25 +34,31 @@ log = logging.getLogger("conveyor.worker")
 
 
 class JobLoader:
-    """One worker's way with them."""
+    """Makes attempts of such jobs, and opens their bodies. One for each worker."""
 
     def __init__(
         self, app: Conveyor, settlement_writer: SettlementWriter, worker: str, running_table: RunningTable | None
     ) -> None:
-        """Take the app, who settles, the name recorded with errors, and where a supervisor sees what is opened."""
+        """
+        Args:
+            app: the app whose tasks run.
+            settlement_writer: that of the worker.
+            worker: the name that is recorded with errors.
+            running_table: where a supervisor reads which job's body is being opened; None without one.
+        """
         self._sealing = app.sealing
         self._task_of_list = {name: listed.task for name, listed in app.plain_lists.items()}
         self._settlement_writer = settlement_writer
         self._worker = worker
         self._running_table = running_table
         self.fetching: set[asyncio.Task[None]] = set()
-        """One task for each body that is on its way from the store."""
+        """One task for each body that is on its way from the blob store."""
 
     def plain_handlers(self, queue: str, handlers: Mapping[str, Handler], *, foreign: bool) -> dict[bytes, Handler]:
         """
-        Return the handlers by what an envelope of theirs begins with when it needs nothing: the name and a brace.
+        Return handlers by the first bytes of an envelope that needs no `load`: the task's name and a brace.
 
-        None where all are sealed, and none of tasks that have versions or are acknowledged early: those come here.
+        Left out are all where all jobs are sealed, and tasks that have versions or are acknowledged early.
         """
         names = {name for name, one in handlers.items() if one.task.settings.version == 1 and not one.early}
         if self._sealing is not None and self._sealing.seal is not None:
@@ -58,7 +66,7 @@ class JobLoader:
         return {b"\n%b\n{" % name.encode(): handlers[name] for name in names}
 
     def load(self, consumer: AttemptOwner, handlers: Mapping[str, Handler], id_: str, data: bytes) -> Attempt:
-        """Make an attempt of a job; one that cannot run here has a handler of kind unknown, for `set_aside`."""
+        """Return an attempt at a job. One that cannot run here has a handler of kind "unknown", for `set_aside`."""
         envelope, _, damage = read_whatever(data, None)
         handler = handlers.get(envelope.task)
         load_error: ConveyorError | None = None
@@ -78,7 +86,7 @@ class JobLoader:
         return attempt
 
     def _read_early(self, attempt: Attempt) -> None:
-        """Read a job that is acknowledged before it starts: what cannot be read must be known, and kept, before that."""
+        """Read a job that is acknowledged before it starts: one that cannot be read must be kept, so not acknowledged."""
         handler = attempt.handler
         try:
             if attempt.sealed:
@@ -95,7 +103,7 @@ class JobLoader:
         return body[:1] == MAGIC or (self._sealing is not None and self._sealing.seal is not None)
 
     def open(self, attempt: Attempt) -> bytes:
-        """Return the arguments' JSON as this worker's version of the task has them; raises PayloadError, BlobUnavailable."""
+        """Return the arguments' JSON in this worker's version of the task; raises PayloadError, BlobUnavailable."""
         envelope, handler, consumer = attempt.envelope, attempt.handler, attempt.consumer
         body, task, queue = envelope.body, handler.task, consumer.queue
         sealing = self._sealing or PLAIN
@@ -113,23 +121,25 @@ class JobLoader:
             body = bring_up(body, version, current, task.settings.upcast, old)
         return body
 
-    def begin(self, attempt: Attempt, place: Callable[[Attempt], None], fail: Callable[..., None]) -> None:
-        """Open *attempt*, on a thread when its body lies in the store, and then *place* it or *fail* it."""
+    def begin(self, attempt: Attempt, submit: Callable[[Attempt], None], fail: Callable[..., None]) -> None:
+        """Open *attempt*, on a thread when its body lies in the blob store, and then *submit* it or *fail* it."""
         if PLAIN.is_elsewhere(attempt.body):
-            fetching = asyncio.get_running_loop().create_task(self._fetch(attempt, place, fail))
+            fetching = asyncio.get_running_loop().create_task(self._fetch(attempt, submit, fail))
             self.fetching.add(fetching)
             fetching.add_done_callback(self.fetching.discard)
             return
         if self._running_table is not None:
-            self._running_table.cells[LOOP_CELL] = id_checksum(attempt.id)  # who submits them empties it, once for all
+            self._running_table.cells[LOOP_CELL] = id_checksum(
+                attempt.id
+            )  # `Executor.submit` clears it, once for all attempts
         try:
             body = self.open(attempt)
         except Exception as error:
             self._failed(attempt, error, fail)
         else:
-            self._opened(attempt, body, place)
+            self._opened(attempt, body, submit)
 
-    async def _fetch(self, attempt: Attempt, place: Callable[[Attempt], None], fail: Callable[..., None]) -> None:
+    async def _fetch(self, attempt: Attempt, submit: Callable[[Attempt], None], fail: Callable[..., None]) -> None:
         cell = 0 if self._running_table is None else self._running_table.take_cell()
         if self._running_table is not None:
             self._running_table.cells[cell] = id_checksum(attempt.id) | EXECUTING
@@ -138,17 +148,17 @@ class JobLoader:
         except Exception as error:
             self._failed(attempt, error, fail)
         else:
-            self._opened(attempt, body, place)
+            self._opened(attempt, body, submit)
         finally:
             if self._running_table is not None:
                 self._running_table.release_cell(cell)
 
-    def _opened(self, attempt: Attempt, body: bytes, place: Callable[[Attempt], None]) -> None:
+    def _opened(self, attempt: Attempt, body: bytes, submit: Callable[[Attempt], None]) -> None:
         if attempt.ended != 0.0:  # cancelled or handed back meanwhile
             attempt.consumer.on_abandoned()
             return
         _unseal(attempt, body)
-        place(attempt)
+        submit(attempt)
 
     def _failed(self, attempt: Attempt, error: Exception, fail: Callable[..., None]) -> None:
         attempt.consumer.on_abandoned()
@@ -160,9 +170,9 @@ class JobLoader:
 
     def set_aside(self, consumer: AttemptOwner, attempt: Attempt) -> None:
         """
-        Put off what a newer worker may run: 2 s at first, as long as it is old later, dead after a day; no attempt is used.
+        Put off a job that a newer worker may run: for 2 s at first, later for as long as it is old; after a day it is dead.
 
-        What no worker can read is a dead letter at once.
+        No attempt is used. A job that no worker can read is a dead letter at once.
         """
         report, now, error = consumer.report, consumer.now_ms, attempt.handler.load_error
         attempt.ended = monotonic()
@@ -193,8 +203,8 @@ class JobLoader:
         state = AttemptHistory(old.starts, old.failures, old.crashes, [*old.errors, record])
         self._settlement_writer.dead(report, attempt, state, message, now)
 
-    def release(self, consumer: AttemptOwner, report: TurnReport, lost: Iterable[str]) -> None:
-        """Remove the large bodies of jobs whose end Redis has confirmed; those of others are still needed."""
+    def delete_bodies(self, consumer: AttemptOwner, report: TurnReport, lost: Iterable[str]) -> None:
+        """Delete the large bodies of jobs whose end Redis has confirmed. Those of other jobs are still needed."""
         refused = set(lost)
         ended = {*report.done, *(one.id for one in report.others if one.kind in {"D", "C"})} - refused
         for id_ in ended | {one.id for one in report.others if one.kind != "M"} | refused:

@@ -1,4 +1,4 @@
-"""What a worker tells people: lines on standard error through `logging`, under the name ``conveyor.worker``."""
+"""The log of a worker: lines on standard error through `logging`, under the name ``conveyor.worker``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 _CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 LOG = logging.getLogger("conveyor.worker")
 REPEAT_AFTER = 60.0
-"""Seconds until what goes on being wrong is said again."""
+"""Seconds until the same error is logged again."""
 _SIGNAL_HINTS = {
     "SIGKILL": " (the kernel does that when memory runs out)",
     "SIGSEGV": " (a fault in native code)",
@@ -21,7 +21,7 @@ _logged_at: dict[str, float] = {}
 
 
 def log_repeated_error(text: str, *arguments: Any) -> None:
-    """Log as an error what is tried again every second and fails: the same words once a minute."""
+    """Log an error of something that is retried every second: the same words once a minute."""
     words, now = text % arguments, monotonic()
     if now - _logged_at.get(words, -REPEAT_AFTER) < REPEAT_AFTER:
         return
@@ -32,7 +32,7 @@ def log_repeated_error(text: str, *arguments: Any) -> None:
 
 
 class SafeFormatter(logging.Formatter):
-    """Lines that cannot steer a terminal: tracebacks tell what exceptions say, and these what payloads hold."""
+    """A formatter that escapes control characters: a traceback may hold text from a payload, which could steer a terminal."""
 
     def format(self, record: logging.LogRecord) -> str:
         """Return the lines of *record* with control characters escaped."""
@@ -40,7 +40,7 @@ class SafeFormatter(logging.Formatter):
 
 
 def configure_log(*, verbose: bool = False) -> None:
-    """Send lines of INFO and above (DEBUG with *verbose*) to standard error, unless the program has its own way."""
+    """Log INFO and above (DEBUG with *verbose*) to standard error, unless the program has configured logging."""
     if not logging.getLogger().handlers:
         handler = logging.StreamHandler()
         handler.setFormatter(SafeFormatter("%(asctime)s %(levelname)-7s %(message)s", datefmt="%H:%M:%S"))
@@ -51,7 +51,7 @@ def configure_log(*, verbose: bool = False) -> None:
 
 
 def describe_end(code: int) -> str:
-    """Return in words how a process ended."""
+    """Return in words how a process ended; *code* is its exit code, or minus the number of a signal."""
     if code >= 0:
         return f"exited with code {code}"
     try:

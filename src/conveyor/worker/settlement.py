@@ -1,4 +1,4 @@
-"""From the end of an attempt to what is reported to Redis with the next turn."""
+"""Writes the end of an attempt into the report that goes to Redis with the next turn."""
 
 from __future__ import annotations
 
@@ -26,27 +26,36 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("conveyor.worker")
 RECENT = 32
-"""Finished jobs listed per turn at most; at high rates the list shows a sample."""
+"""Finished jobs listed per turn, at most. At high rates the list shows a sample."""
 LOGGED_PER_SECOND = 10
-"""Successes logged a second, one line each."""
+"""Successes logged per second, one line each; the rest as one number."""
 CANCELLED_KEPT_MS = 600_000
+"""For how long the outcome of a cancelled job is kept, in ms."""
 
 
 def _add_spawned(report: TurnReport, id: str, spawned: list[bytes]) -> None:  # noqa: A002
-    """Put what a successful attempt spawned into the outbox, right before the settlement that ends it."""
+    """Add the jobs that a successful attempt spawned, right before the settlement that ends it."""
     report.others += [Settlement("S", id, record=entry) for entry in spawned]
     report.spawned = True
 
 
 class SettlementWriter:
-    """Decides nothing about policy (`retry.py` does); writes what was decided into a consumer's report."""
+    """
+    Settles attempts into the report of their consumer.
+
+    The policy of retries is decided in `messaging/retry.py`.
+    """
 
     def __init__(self, app: Conveyor, worker: str) -> None:
-        """Take the app whose listeners hear of it, and the name recorded with errors."""
+        """
+        Args:
+            app: its listeners get the events.
+            worker: the name that is recorded with errors.
+        """
         self._app = app
         self._worker = worker
         self._sealing = app.sealing
-        # One line a job while a person can read them; a summary of the rest. None when nobody wants them.
+        # One line a job while a person can read them, and a summary of the rest. None: the log does not show INFO.
         self._logged: int | None = 0 if log.isEnabledFor(logging.INFO) else None
         self._since = 0.0
 
@@ -84,7 +93,7 @@ class SettlementWriter:
                 self.failed(report, attempt, final, now)
 
     def done(self, report: TurnReport, attempt: Attempt, value: Any, now_ms: int) -> None:
-        """Settle a success; a result that cannot be stored makes it a dead letter."""
+        """Settle a success. A result that cannot be stored makes the job a dead letter."""
         handler, envelope = attempt.handler, attempt.envelope
         seconds = attempt.ended - attempt.started
         own = envelope.extra.keep_ms
@@ -113,7 +122,7 @@ class SettlementWriter:
                 _add_spawned(report, attempt.id, spawned)
             report.others.append(Settlement("D", attempt.id, unique=envelope.unique, own_id=envelope.own_id))
         if attempt.context is not None:
-            attempt.context.spawned = None  # a thread of it that goes on is told
+            attempt.context.spawned = None  # a thread of the job that goes on gets an error if it spawns
         handler.count_done(seconds)
         if self._logged is not None:
             self._log_done(attempt, seconds)
@@ -168,7 +177,7 @@ class SettlementWriter:
         self.dead(report, attempt, decision.state, decision.reason, now_ms, error)
 
     def unreadable(self, report: TurnReport, attempt: Attempt, error: PayloadError, now_ms: int) -> None:
-        """Give up a job whose payload cannot be read: repeating would not mend it. One line in the log."""
+        """Make a job dead whose payload cannot be read, with one line in the log: no retry could change it."""
         log.error("✗ %s cannot be read and is dead: %s", attempt.label, one_line(failures.message(error)))
         record = Failure(attempt.number, now_ms, "PayloadError", failures.message(error), worker=self._worker)
         if self._sealing is not None:
@@ -187,7 +196,7 @@ class SettlementWriter:
         now_ms: int,
         error: BaseException | None = None,
     ) -> None:
-        """Make a job a dead letter; its envelope, and so its payload, stays as it is."""
+        """Make a job a dead letter. Its envelope, and so its payload, stays as it is."""
         last = read_failure(state.errors[-1]) if state.errors else None
         record = to_json(Outcome("dead", failure=last, reason=reason, at=now_ms))
         envelope = attempt.envelope
@@ -203,7 +212,7 @@ class SettlementWriter:
             )
 
     def poison(self, report: TurnReport, attempt: Attempt, now_ms: int) -> None:
-        """Give up a job whose worker crashed each time it ran."""
+        """Make a job dead whose worker crashed each time it ran."""
         state = attempt.history
         message = f"its worker crashed {state.crashes} times while it ran"
         record = to_json(Failure(state.starts, now_ms, "crashed", message, worker=self._worker))
@@ -212,7 +221,7 @@ class SettlementWriter:
         self.dead(report, attempt, state, "crashed", now_ms)
 
     def crashed(self, report: TurnReport, attempt: Attempt, now_ms: int, error: BaseException) -> None:
-        """Settle a job that took its process with it: charge the crash, and try again alone, or give it up."""
+        """Settle a job that crashed its process: count the crash, and run the job again alone, or make it dead."""
         old = attempt.history
         record = to_json(failures.describe(error, attempt.number, now_ms, self._worker))
         state = AttemptHistory(attempt.number, old.failures, old.crashes + 1, [*old.errors, record])
@@ -224,7 +233,7 @@ class SettlementWriter:
             report.others.append(Settlement("F", attempt.id, state=state.encode()))
 
     def cancelled(self, report: TurnReport, attempt: Attempt, now_ms: int) -> None:
-        """Settle a job that was cancelled while we held it."""
+        """Settle a job that was cancelled while it was leased here."""
         record = to_json(Outcome("cancelled", at=now_ms))
         envelope = attempt.envelope
         report.others.append(
@@ -236,7 +245,7 @@ class SettlementWriter:
             )
 
     def handed_back(self, report: TurnReport, attempt: Attempt, *, started: bool) -> None:
-        """Return a job to the front; it costs no attempt."""
+        """Return a job to the front of its queue. It costs no attempt."""
         if started or attempt.state is not None:
             state = retry.handed_back(attempt.history, attempt.number, started=started).encode()
         else:
@@ -251,7 +260,7 @@ class SettlementWriter:
 
 
 def _error_of(attempt: Attempt, error: BaseException | None) -> BaseException | None:
-    """Return the error an attempt is settled with: a stop by timeout counts as one, whatever the job made of it."""
+    """Return the error that an attempt is settled with. A stop by timeout is one, whatever the job returned."""
     if attempt.stop_reason == "timeout":
         limit = attempt.timeout
         return TimeoutError(

@@ -1,4 +1,4 @@
-"""One worker in one event loop: consumers that lease, an executor that runs, and the end of both."""
+"""One worker in one event loop, from its start to its stop: consumers lease jobs, an executor runs them."""
 
 from __future__ import annotations
 
@@ -39,11 +39,11 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("conveyor.worker")
 RETIRED = 75
-"""Exit code of a child that asks to be replaced: one of its threads does not end."""
+"""Exit code of a child that asks to be replaced: a thread does not end, or a recycle limit is used up."""
 
 
 class Worker:
-    """Leases and runs jobs until it is told to stop; everything it holds is handed back or settled then."""
+    """Leases and runs jobs until it is told to stop. Then everything it holds is settled or handed back."""
 
     def __init__(
         self, app: Conveyor, *, queues: Mapping[str, float] | None = None, concurrency: int = 100, threads: int = 8,
@@ -84,7 +84,7 @@ class Worker:
 
     @property
     def queues(self) -> tuple[str, ...]:
-        """The names of the queues it takes from."""
+        """The names of the queues it leases from."""
         return tuple(self._queues)
 
     # -- start ----------------------------------------------------------------------------------------------------
@@ -114,7 +114,7 @@ class Worker:
         starting.cancel()
         await asyncio.gather(starting, return_exceptions=True)
         met = [one for one in self.consumers if one.identity and one.connection.is_open]
-        await asyncio.gather(*(consumer.leave() for consumer in met))  # its registration may be on the way already
+        await asyncio.gather(*(consumer.leave() for consumer in met))  # their registration may be on the way already
         return False
 
     async def start(self, stack: AsyncExitStack) -> None:
@@ -138,7 +138,7 @@ class Worker:
                 self.consumers.append(consumer)
         for consumer in self.consumers:
             await consumer.register()
-            # A full Redis takes no name; whoever pushes there makes the queue known.
+            # A full Redis takes no name; a program that pushes there makes the queue known.
             with suppress(QueueFull, StoreUnavailable):
                 await self.app.client.aannounce(consumer.keys)
         self._recycle_limits.begin()
@@ -176,7 +176,7 @@ class Worker:
     # -- stop -----------------------------------------------------------------------------------------------------
 
     def stop(self) -> None:
-        """Drain: lease no more, and give what runs its grace."""
+        """Drain: lease nothing more, and give running jobs their grace."""
         self.lifecycle.draining = True
         self._stop_asked.set()
 
@@ -192,7 +192,7 @@ class Worker:
         self.stop()
 
     def quiet(self) -> None:
-        """Lease nothing more; what runs goes on."""
+        """Lease nothing more; running jobs go on."""
         self.lifecycle.stopping = True
 
     async def _drain(self) -> None:
@@ -206,7 +206,7 @@ class Worker:
             async with asyncio.timeout(5.0):
                 await asyncio.gather(*(consumer.leave() for consumer in self.consumers))
         except TimeoutError:
-            log.warning("Redis does not answer; what is still held comes back when its lease ends")
+            log.warning("worker %s: Redis does not answer; jobs still held come back when their leases end", self.name)
         if self._slot is not None and self._burst is not None:
             due = [at for consumer in self.consumers for at in consumer.own_retries.values()]
             self._slot.await_until = max(self._burst.until, 0.0, *(at + 1.0 for at in due))
@@ -220,7 +220,9 @@ class Worker:
             jobs = "1 job that is" if len(late) == 1 else f"{len(late)} jobs that are"
             log.warning("worker %s: handing back %s still running", self.name, jobs)
         if len(every) > len(late):
-            log.warning("cutting off %d jobs: an early ack cannot be taken back", len(every) - len(late))
+            log.warning(
+                "worker %s: cutting off %d jobs: an early ack cannot be taken back", self.name, len(every) - len(late)
+            )
         for attempt in every:
             self.executor.stop(attempt, "stop")
         await self._drain_monitor.wait(self.consumers, 1.0, hurry=False)
@@ -258,7 +260,7 @@ class Worker:
     # -- ends of attempts -----------------------------------------------------------------------------------------
 
     def on_finished(self, attempt: Attempt, value: Any, error: BaseException | None) -> None:
-        """Settle an attempt: called by the executor once for each."""
+        """Settle an attempt. The executor calls this once for each."""
         consumer = attempt.consumer
         self.capacity.finished += 1
         if consumer.holds(attempt):

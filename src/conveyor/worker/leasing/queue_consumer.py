@@ -43,7 +43,7 @@ IDLE = 5.0
 
 
 class QueueConsumer:
-    """What a worker leases from one queue, from the first turn to the last."""
+    """A consumer of one queue: it leases jobs, hands them to the executor, and reports their ends, turn by turn."""
 
     def __init__(
         self, services: WorkerServices, connection: AsyncConnection, keys: QueueKeys, weight: float, lease_ms: int
@@ -130,7 +130,7 @@ class QueueConsumer:
         try:
             await self.connection.run(operations.reap(self.keys, self.identity, crashed=False), patience=2.0)
         except ConveyorError as error:
-            log.warning("could not leave queue %s: %s", self.queue, error)
+            log.warning("queue %s: this worker could not leave: %s", self.queue, error)
 
     async def _until_turn_ended(self) -> None:
         """Wait until no turn is on its way: its reply decides what is left to report."""
@@ -142,12 +142,12 @@ class QueueConsumer:
 
     @property
     def now_ms(self) -> int:
-        """The server's time, as far as we know it."""
+        """The server's time in ms, as far as it is known here."""
         return int(monotonic() * 1000 + self._clock_offset)
 
     @property
     def has_capacity(self) -> bool:
-        """True when it would take work but there was none: then its wake-up list is listened to."""
+        """True when it could lease jobs and there were none: then its wake-up list is listened to."""
         if self.has_more or self._lifecycle.stopping or self._in_flight is not None:
             return False
         return self._capacity.room(self) > 0
@@ -168,7 +168,7 @@ class QueueConsumer:
         return not self.own_retries
 
     def running(self, *, early: bool = True) -> Iterator[Attempt]:
-        """Yield what has not ended: of the jobs we hold and, with *early*, of those that Redis knows no more."""
+        """Yield the attempts that have not ended; with *early* also those whose jobs Redis no longer has."""
         for attempt in (*self.held.values(), *(self.early_acks.acknowledged if early else ())):
             if attempt.ended == 0.0:
                 yield attempt
@@ -176,7 +176,7 @@ class QueueConsumer:
     # -- when to make a turn --------------------------------------------------------------------------------------
 
     def schedule(self, *, at_once: bool = False) -> None:
-        """Look again once what runs now has come to a pause, so that many ends make one turn; or *at_once*."""
+        """Make a turn at the next pass of the event loop, so that many ends make one turn; or *at_once*."""
         if at_once and not self._is_scheduled and not self._is_absorbing:
             self._advance()
         elif not self._is_scheduled:
@@ -237,7 +237,7 @@ class QueueConsumer:
             self._intake.has_capacity.clear()
             if want > 0:
                 self._intake.send(want)
-        # At once: jobs that are about to run would keep the loop, and Redis would wait for us instead of beside us.
+        # At once: jobs that are about to run would keep the loop, and Redis would work after them instead of beside them.
         self.connection.send(call.command(), self._on_reply, at_once=True)
 
     def _drain_counters(self, report: TurnReport) -> None:
@@ -267,7 +267,7 @@ class QueueConsumer:
             await self._start_over(report, error)
             return
         except ConveyorError as error:
-            log_repeated_error("a turn on queue %s was refused: %s", self.queue, error)
+            log_repeated_error("queue %s: a turn was refused: %s", self.queue, error)
             self.report.done[:0], self.report.others[:0] = report.done, report.others
             await asyncio.sleep(random.uniform(0.5, 1.0))  # noqa: S311
             self._end_recovery()
@@ -276,20 +276,20 @@ class QueueConsumer:
         self._absorb(turn, report)
 
     async def _start_over(self, report: TurnReport, error: Exception) -> None:
-        """Abandon all jobs and register anew: Redis does not know us any more, and other workers have what we held."""
+        """Abandon all jobs and register anew: Redis has dropped this worker, and other workers have the jobs."""
         abandoned = list(self.held.values())
-        log.warning("queue %s: our lease was lost (%s); %d jobs abandoned", self.queue, error, len(abandoned))
+        log.warning("queue %s: the lease was lost (%s); %d jobs abandoned", self.queue, error, len(abandoned))
         self.held.clear()
         self.blobs.clear()
         for attempt in abandoned:
             self._lose(attempt)
-        self._drain_counters(self.report)  # nobody counts what nobody accepted
+        self._drain_counters(self.report)  # what was not accepted is not counted
         self.report, self.has_more = TurnReport(), True
         self.quarantine.clear()
         self.early_acks.clear()
         try:
             await register_again(self)
-        except PartitionCountMismatch as refused:  # not ours to serve any more
+        except PartitionCountMismatch as refused:  # this partition is not for this worker any more
             self._services.fail(refused)
             return
         self._end_recovery()
@@ -306,7 +306,7 @@ class QueueConsumer:
         try:
             self._settle_and_take(turn, report)
         except Exception as error:
-            # A defect of ours: end loudly, what is held comes back when the lease ends or the supervisor sees us go.
+            # A defect of Conveyor: end with the error. Jobs come back when the lease ends, or the supervisor sees the exit.
             self._services.fail(error)
         self._is_absorbing = False
 
@@ -358,7 +358,7 @@ class QueueConsumer:
         if turn.missing:
             eviction.tell_missing(log, self.queue, turn.missing)
         if self.blobs:
-            self._services.loader.release(self, report, turn.lost)
+            self._services.loader.delete_bodies(self, report, turn.lost)
 
     def _take(self, turn: TurnReply) -> None:
         """Turn what was leased into attempts, and hand them over."""
@@ -412,7 +412,9 @@ class QueueConsumer:
 
     def _on_refused(self, id_: str) -> None:
         attempt = self.held.pop(id_, None)
-        log.warning("the outcome of %s was refused: its lease was lost", ids.clean(ids.public(self.queue, id_)))
+        log.warning(
+            "job %s: its outcome was refused, because its lease was lost", ids.clean(ids.public(self.queue, id_))
+        )
         self.early_acks.forget(id_)
         if attempt is not None:
             self._lose(attempt)
@@ -422,7 +424,7 @@ class QueueConsumer:
         self._services.app.emit(JobLost(attempt.public_id, attempt.handler.name, self.queue, attempt.number))
 
     async def _reconcile(self) -> None:
-        """Drop what Redis does not believe we hold, and give back what we do not know: the counts differ."""
+        """Drop jobs that Redis does not list as held here, and give back those that it lists besides: the counts differ."""
         gone, unknown = await differences(self)
         for id_ in gone:
             self._lose(self.held.pop(id_))
@@ -434,17 +436,17 @@ class QueueConsumer:
     # -- attempts -------------------------------------------------------------------------------------------------
 
     def on_started(self, attempt: Attempt) -> None:
-        """Note that one of ours started."""
+        """Note that an attempt started."""
         self.backlog -= 1
         if self._services.app.has_listener(JobStarted):
             self._services.app.emit(JobStarted(attempt.public_id, attempt.handler.name, self.queue, attempt.number))
 
     def on_abandoned(self) -> None:
-        """Note that one of ours left the backlog without starting."""
+        """Note that an attempt left the backlog without starting."""
         self.backlog -= 1
 
     def on_finished(self, attempt: Attempt) -> None:
-        """Note that one of ours ended: the next of the quarantine may run."""
+        """Note that an attempt ended: the next of the quarantine may start."""
         if attempt.handler.early:
             self.early_acks.acknowledged.discard(attempt)
         if attempt.crashed_before or attempt.handler.early:
@@ -452,15 +454,15 @@ class QueueConsumer:
             self._advance_quarantine()
 
     def holds(self, attempt: Attempt) -> bool:
-        """Tell whether *attempt* is still ours to settle."""
+        """Tell whether *attempt* is still leased here, so that its end counts."""
         return self.held.get(attempt.id) is attempt
 
     def move_deadline(self, attempt: Attempt, seconds: float) -> None:
-        """Give *attempt* that many seconds from now on."""
+        """Set the deadline of *attempt* that many seconds ahead."""
         self._executor.deadlines.move(attempt, seconds)
 
     def give_way(self, seconds: float) -> None:
-        """Let other workers be first for so long: what comes due then are jobs that we cannot run, and they perhaps can."""
+        """Let other workers be first for so many seconds: what comes due then are jobs that this one cannot run."""
         self.due_timer.give_way(seconds)
 
     def hand_back(self) -> None:
@@ -479,13 +481,13 @@ class QueueConsumer:
             if attempt.started == 0.0 == attempt.ended:
                 if attempt.handler.early:
                     if attempt.id not in report.done:
-                        continue  # its ack is on the way: nobody else would run it
+                        continue  # its ack is on the way: no other worker would run it
                     report.done.remove(attempt.id)
                 unstarted.append(attempt)
         return unstarted
 
     def wake_self(self) -> None:
-        """Wake our own blocked listener: it hears one list too few."""
+        """Wake the blocked listener of this worker: it listens to one list too few."""
         wakeup.ring(self.connection, self.keys.wake_of(self.identity))
 
     def __repr__(self) -> str:

@@ -1,7 +1,7 @@
 """
-The entry of one child process: ``python -m conveyor.worker.supervision.child_main APP NUMBER/SLOTS BOARD LIFE STACK``.
+The main module of a child process: ``python -m conveyor.worker.supervision.child_main APP NUMBER/SLOTS MEMORY ALIVE STACK``.
 
-The last three are descriptors given by the supervisor: its memory, a pipe that ends when it does, a file for stacks.
+The last three are descriptors of the supervisor: its shared memory, a pipe that ends when it ends, a file for stacks.
 """
 
 from __future__ import annotations
@@ -28,30 +28,31 @@ from conveyor.worker.shared_memory import ChildInfo, ChildSlot, ChildSpec, Share
 from conveyor.worker.supervision.lease_guard import DeadChild, LeaseGuard
 
 RECYCLE = 75
-"""A child exits with this code to be replaced by a fresh one; nothing went wrong."""
+"""Exit code of a child that asks to be replaced by a fresh one; nothing went wrong."""
 IMPORT_FAILED = 4
+"""Exit code of a child whose app cannot be loaded."""
 MARGIN = 2.0
-"""Seconds beyond the grace after which a child that was told to stop is ended by force."""
+"""Seconds beyond the grace after which a child that was told to stop is killed."""
 
 
 class Runnable(Protocol):
-    """What a child runs: `worker.Worker`."""
+    """The worker of a child: `worker.Worker`, or a small one in tests."""
 
     async def run(self) -> int:
-        """Run until stopped, or drained; return the exit code."""
+        """Run until stopped or drained; return the exit code."""
 
     def stop(self) -> None:
         """Drain."""
 
     def hurry(self) -> None:
-        """Drain, and hand back at once what does not end at once."""
+        """Drain, and hand everything back at once."""
 
     def quiet(self) -> None:
         """Lease no more."""
 
 
 def main(start: Callable[[ChildSpec, ChildSlot], tuple[ChildInfo, Runnable]] | None = None) -> NoReturn:
-    """Run the child that the command line describes; *start* makes what it runs (default: the app's worker)."""
+    """Run the child that the command line describes; *start* makes its worker (None: `start_app`)."""
     _, slot_place, *descriptors = sys.argv[1:6]
     memory_fd, alive_fd, stack_fd = map(int, descriptors)
     for descriptor in (memory_fd, alive_fd, stack_fd):
@@ -70,8 +71,8 @@ def main(start: Callable[[ChildSpec, ChildSlot], tuple[ChildInfo, Runnable]] | N
 
 
 def start_app(spec: ChildSpec, slot: ChildSlot) -> tuple[ChildInfo, Runnable]:
-    """Import the app and make its worker; an empty `queues` means all that its tasks and plain lists name."""
-    # Needed by the first connection; on a loaded machine it takes longer than a loop may stand still.
+    """Import the app and make its worker. Empty `queues`: those that its tasks and plain lists name."""
+    # The first connection needs them; on a busy machine importing takes longer than a loop may be blocked.
     import hiredis  # noqa: F401
     import redis.asyncio  # noqa: F401
 
@@ -109,14 +110,14 @@ def _run(
         LOG.exception("Cannot start the worker of %s", spec.app)
         return IMPORT_FAILED
     slot.set_info(info)
-    # What was imported stays for ever: a collection that walks through it again and again holds jobs up for milliseconds.
+    # Imported objects stay for ever: a garbage collection that visits them again and again delays jobs by milliseconds.
     gc.collect()
     gc.freeze()
     if spec.quiet:
         worker.quiet()
     loop = _new_loop()
     asyncio.set_event_loop(loop)
-    # Not the second SIGTERM: a service manager sends one to every process, and the supervisor passes its own on.
+    # A second SIGTERM does not hurry: a service manager sends one to every process, and the supervisor passes its own on.
     loop.add_signal_handler(signal.SIGTERM, worker.stop)
     loop.add_signal_handler(signal.SIGINT, worker.hurry)
     loop.add_signal_handler(signal.SIGUSR1, worker.quiet)
@@ -130,11 +131,11 @@ def _run(
         name="conveyor-orphan",
         daemon=True,
     ).start()
-    slot.tick()  # signals are handled from here on: we are up
+    slot.tick()  # signals are handled from here on: the child is up
     try:
         return loop.run_until_complete(worker.run())
-    except ConveyorError as error:  # says itself what to do: a refused password, another number of partitions
-        LOG.critical("The worker cannot go on: %s %s", error.code, error, exc_info=LOG.isEnabledFor(logging.DEBUG))
+    except ConveyorError as error:  # its text says what to do: a refused password, another number of partitions
+        LOG.critical("The worker cannot continue: %s %s", error.code, error, exc_info=LOG.isEnabledFor(logging.DEBUG))
         return 1
     except BaseException:
         LOG.critical("The worker failed unexpectedly", exc_info=True)
@@ -142,7 +143,7 @@ def _run(
 
 
 def _write_tasks(loop: asyncio.AbstractEventLoop, stack_fd: int) -> None:
-    """Add to the stacks of the threads where each task of the loop waits, when the loop is free to say so."""
+    """Write where each task of the loop waits, below the stacks of the threads; called when the loop is free."""
     text = io.StringIO()
     for task in islice(asyncio.all_tasks(loop), 100):
         task.print_stack(file=text)
@@ -152,7 +153,7 @@ def _write_tasks(loop: asyncio.AbstractEventLoop, stack_fd: int) -> None:
 def _end_after_supervisor(
     alive_fd: int, loop: asyncio.AbstractEventLoop, worker: Runnable, slot: ChildSlot, grace: float
 ) -> None:
-    """Wait for the end of the supervisor; then do for this child what it did, until the rest is done."""
+    """Wait for the end of the supervisor; then drain, and guard the leases of this child until it ends."""
     os.read(alive_fd, 1)
     LOG.warning("The supervisor is gone: worker %d drains and ends", os.getpid())
     lease_guard = LeaseGuard()
@@ -177,7 +178,7 @@ def _new_loop() -> asyncio.AbstractEventLoop:
 
 
 def _exit(code: int) -> NoReturn:
-    """Exit at once: a thread that is stuck in a job must not hold up the end."""
+    """Exit at once: a thread that is stuck in a job must not delay the end."""
     if (buffers := sys.modules.get("conveyor.store.client.buffer")) is not None:
         buffers.flush_all()  # what jobs pushed while Redis was away
     logging.shutdown()
@@ -185,7 +186,7 @@ def _exit(code: int) -> NoReturn:
         try:
             stream.flush()
         except (OSError, ValueError):
-            pass  # closed by the other end
+            pass  # the other end has closed it
     os._exit(code)
 
 

@@ -1,8 +1,9 @@
 """
-The guardian: a thread that keeps the leases of workers which do not do it themselves, and returns those of dead ones.
+A thread that renews the leases of workers that do not renew them themselves, and returns the jobs of dead ones.
 
-It reads identities from slots of the board. A healthy worker renews by its own turns and costs the guardian no command.
-All Redis work of a supervisor happens here, so that a Redis which hangs never keeps it from watching its children.
+It reads identities from the slots of the shared memory. A healthy worker renews by its own turns and costs no command
+here. All commands of a supervisor to Redis are sent here, so that a Redis that hangs never keeps the supervisor from
+watching its children.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ from conveyor.worker.logs import LOG
 from conveyor.worker.shared_memory import ChildInfo, ChildSlot, LeaseIdentity
 
 RENEW_AFTER = 0.4
-"""The part of a lease without a renewal after which the guardian renews; a live worker does after a third."""
+"""Part of a lease without a renewal after which it is renewed here; a live worker renews after a third."""
 PATIENCE = 0.5
+"""Seconds that one call to Redis may take."""
 _LONGEST_PAUSE, _SHORTEST_PAUSE = 1.0, 0.02
 _MAX_DEAD_CHILDREN = 1000
 
@@ -29,9 +31,10 @@ _MAX_DEAD_CHILDREN = 1000
 @dataclass(eq=False)
 class DeadChild:
     """
-    What a dead worker leaves: its identities, whose jobs are to be returned; `what` happened is said in the log.
+    A dead worker and the identities whose jobs are to be returned. `event` is what happened, in words for the log.
 
-    `seating` is what ran, where that is known; `fault` says that what was executed ended it, as a segmentation fault does.
+    `running` are the jobs that ran, None where that is not known. `fault`: code that was executed ended the process, as a
+    segmentation fault does.
     """
 
     event: str
@@ -46,10 +49,9 @@ class DeadChild:
 
 
 class LeaseGuard:
-    """Renews for watched slots and settles estates, in a thread of its own, however long Redis is away."""
+    """A thread that renews for watched slots and returns the jobs of dead children, however long Redis is away."""
 
     def __init__(self) -> None:
-        """Start the thread."""
         self._slots: list[ChildSlot] = []
         self._dead_children: deque[DeadChild] = deque()
         self._lock = threading.Lock()
@@ -63,18 +65,18 @@ class LeaseGuard:
         self._thread.start()
 
     def watch(self, slot: ChildSlot) -> None:
-        """Renew what the owner of *slot* leaves unrenewed for too long."""
+        """Renew the leases that the owner of *slot* leaves unrenewed for too long."""
         with self._lock:
             self._slots.append(slot)
         self._wakeup.set()
 
     def forget(self, slot: ChildSlot) -> None:
-        """Look at *slot* no more; afterwards it may be wiped."""
+        """Stop reading *slot*; afterwards it may be cleared."""
         with self._lock:
             self._slots.remove(slot)
 
     def return_jobs(self, dead_child: DeadChild) -> None:
-        """Return the jobs of a dead worker: at once when Redis is there, else when it is back."""
+        """Return the jobs of a dead worker, at once or when Redis is back."""
         with self._lock:
             self._dead_children.append(dead_child)
             if len(self._dead_children) > _MAX_DEAD_CHILDREN:
@@ -83,7 +85,7 @@ class LeaseGuard:
         self._wakeup.set()
 
     def close(self, patience: float) -> bool:
-        """Settle what is open for *patience* seconds more, then end; return whether nothing is left open."""
+        """Go on for up to *patience* seconds, then end the thread; return whether all jobs were returned."""
         self._closing_at = monotonic() + patience
         self._wakeup.set()
         self._thread.join(patience + 0.2)
@@ -101,7 +103,7 @@ class LeaseGuard:
                 self._return_all()
                 pause = self._renew_all()
             except Exception:
-                LOG.exception("The guardian of leases failed unexpectedly; it goes on")
+                LOG.exception("The lease guard failed unexpectedly; it continues")
             if self._dead_children:
                 pause = min(pause, max(self._retry_at - monotonic(), _SHORTEST_PAUSE))
             if self._closing_at is not None and (not self._dead_children or monotonic() >= self._closing_at):
@@ -133,13 +135,13 @@ class LeaseGuard:
             _log_returned(dead_child)
 
     def _renew_all(self) -> float:
-        """Renew what is stale; return how long the next look may wait."""
-        found, shortest = self._find_stale()
-        for info, one in found:
+        """Renew what is stale; return the seconds until the next look."""
+        stale, shortest = self._find_stale()
+        for info, one in stale:
             if monotonic() < self._retry_at:
                 break
             try:
-                # Connected at first sight: a death is answered at once, and an embedded server has us as a user.
+                # Connected at first sight: a death is answered at once, and an embedded server counts this process as a user.
                 client = self._client(info)
                 if one is None:
                     continue
@@ -155,7 +157,7 @@ class LeaseGuard:
 
     def _find_stale(self) -> tuple[list[tuple[ChildInfo, LeaseIdentity | None]], float]:
         """Return the identities to renew (None: an app to connect to), and the shortest lease of all (s)."""
-        found: list[tuple[ChildInfo, LeaseIdentity | None]] = []
+        stale: list[tuple[ChildInfo, LeaseIdentity | None]] = []
         shortest, renewed_at = float("inf"), {}
         with self._lock:
             now = monotonic()
@@ -165,7 +167,7 @@ class LeaseGuard:
                     shortest = min(shortest, 1.0)  # just started: look again soon
                     continue
                 if (info.url, info.namespace) not in self._clients:
-                    found.append((info, None))
+                    stale.append((info, None))
                 for one in slot.identities():
                     if not one.current:
                         continue
@@ -173,19 +175,19 @@ class LeaseGuard:
                     shortest = min(shortest, lease)
                     last = renewed_at[one.worker] = self._renewed_at.get(one.worker, 0.0)
                     if now - max(last, one.renewed) > RENEW_AFTER * lease:
-                        found.append((info, one))
+                        stale.append((info, one))
         self._renewed_at = renewed_at
-        return found, shortest
+        return stale, shortest
 
     def _client(self, info: ChildInfo) -> Client:
         key = (info.url, info.namespace)
-        found = self._clients.get(key)
-        if found is None:
-            found = Client(info.url, namespace=info.namespace)
-            found.execute("PING", patience=0.0)
-            LOG.debug("The guardian is connected to %s", found.address)
-            self._clients[key] = found
-        return found
+        client = self._clients.get(key)
+        if client is None:
+            client = Client(info.url, namespace=info.namespace)
+            client.execute("PING", patience=0.0)
+            LOG.debug("The lease guard is connected to %s", client.address)
+            self._clients[key] = client
+        return client
 
     def _note_failure(self, error: Exception) -> None:
         self._failures += 1

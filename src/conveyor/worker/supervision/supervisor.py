@@ -1,8 +1,8 @@
 """
-The supervisor: keeps N children alive, and does for them what a process cannot do for itself.
+The supervisor keeps N children running, and does for them what a process cannot do for itself.
 
-It never imports the app, so nothing of the user's can block or break it. It starts children and restarts dead ones.
-What Redis must be told (leases renewed for a child that cannot, returned for one that is dead) the guardian tells it.
+It never imports the app, so no code of the user can block or break it. It starts children and restarts dead ones. All
+that Redis must be sent (leases renewed for a child that cannot, returned for one that is dead) goes through `LeaseGuard`.
 """
 
 from __future__ import annotations
@@ -30,8 +30,9 @@ from conveyor.worker.supervision.child_process import NO_STACK, STALLED, ChildPr
 from conveyor.worker.supervision.lease_guard import DeadChild, LeaseGuard
 
 FAILED_STARTS = 5
+"""Starts that fail one after another before the supervisor gives up."""
 CLOSE_PATIENCE = 2.0
-"""Seconds that a supervisor without children waits for Redis to take back their last leases."""
+"""Seconds that a supervisor without children waits until Redis has their last leases back."""
 _CHECK_EVERY, _CHECK_EVERY_QUICK = 0.25, 0.05
 
 
@@ -49,7 +50,7 @@ def run(
     verbose: bool = False,
     python: str = sys.executable,
 ) -> int:
-    """Run worker processes for ``module:attribute`` until a signal, or with *burst* until all is drained; exit code."""
+    """Run worker processes for ``module:attribute`` until a signal (with *burst* until all is drained); return the exit code."""
     configure_log(verbose=verbose)
     spec = ChildSpec(
         app_reference, queues, concurrency, threads, burst=burst, grace=grace, verbose=verbose, path=tuple(sys.path),
@@ -59,7 +60,7 @@ def run(
 
 
 class Supervisor:
-    """The children of one command and their guardian. `run` belongs into the main thread: it takes the signals."""
+    """The children of one command and the guard of their leases. `run` must be called in the main thread: it handles signals."""
 
     def __init__(
         self,
@@ -70,7 +71,14 @@ class Supervisor:
         child_module: str = "conveyor.worker.supervision.child_main",
         max_stall: float = MAX_STALL,
     ) -> None:
-        """Prepare; nothing starts before `run`. *child_module* is what each child executes."""
+        """
+        Args:
+            spec: what each child is to run.
+            processes: how many children.
+            python: the interpreter.
+            child_module: the module that each child executes.
+            max_stall: seconds that a child may block its event loop before it is killed.
+        """
         self._spec = spec
         self._command = [python, "-m", child_module, spec.app]
         self._max_stall = max_stall
@@ -78,9 +86,9 @@ class Supervisor:
         self._memory = SharedMemory(2 * processes)
         slots = [self._memory.slot(number) for number in range(2 * processes)]
         self._children = [ChildProcess(number + 1, slots[number]) for number in range(processes)]
-        self._spare = slots[processes:]  # for successors, while those that are to be replaced drain
+        self._spare = slots[processes:]  # for successors, while the children that they replace drain
         self._lease_guard = LeaseGuard()
-        self._alive_pipe = os.pipe()  # children read it: when we are gone, however, it ends
+        self._alive_pipe = os.pipe()  # children read it: it ends with this process, however that dies
         self._signals: deque[int] = deque()
         self._stop_signals = 0
         self._stop_at: float | None = None
@@ -89,7 +97,7 @@ class Supervisor:
         self._checked_at = self._resumed_at = monotonic()
 
     def run(self) -> int:
-        """Start the children and look after them; return the exit code when all have ended."""
+        """Start the children and watch them; return the exit code when all have ended."""
         waker, wakes = socket.socketpair()
         waker.setblocking(False)
         wakes.setblocking(False)
@@ -132,29 +140,29 @@ class Supervisor:
             if number in {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}:
                 self._stop()
             elif number == signal.SIGUSR1:
-                LOG.info("Quiet: what is running goes on, nothing new is taken")
+                LOG.info("Quiet: running jobs go on, no new ones are leased")
                 self._spec = msgspec.structs.replace(self._spec, quiet=True)
             elif number == signal.SIGUSR2:
                 for child in self._children:
                     child.ask_stacks("person")
 
     def _stop(self) -> None:
-        """First drain, then hurry, then kill."""
+        """Drain at the first signal, hand running jobs back at the second, kill at the third."""
         self._stop_signals += 1
         patience = {1: self._spec.grace + MARGIN, 2: MARGIN}.get(self._stop_signals, 0.0)
         end = monotonic() + patience
         self._stop_at = end if self._stop_at is None else min(self._stop_at, end)
         if self._stop_signals == 1:
-            LOG.info("Stopping: what runs has %g s to end; a second signal hurries", self._spec.grace)
+            LOG.info("Stopping: running jobs have %g s to finish; press ctrl-C again to stop now", self._spec.grace)
         elif self._stop_signals == 2:
-            LOG.info("Hurrying: what runs is handed back; a third signal kills")
+            LOG.info("Stopping now: running jobs are handed back; a third signal kills their processes")
         self._signal_children(signal.SIGTERM if self._stop_signals == 1 else signal.SIGINT)
 
     def _signal_children(self, number: int) -> None:
         for child in self._children:
             child.signal(number)
 
-    # -- looking after children -----------------------------------------------------------------------------------
+    # -- children ------------------------------------------------------------------------------------------------
 
     def _all_ended(self) -> bool:
         if any(child.has_process for child in self._children):
@@ -168,7 +176,9 @@ class Supervisor:
     def _check_children(self) -> None:
         now = monotonic()
         if now - self._checked_at > STALLED:
-            self._resumed_at = now  # we were frozen, and so perhaps were they: nobody is to blame for that time
+            self._resumed_at = (
+                now  # this process was frozen, and so perhaps were they: no job is to blame for that time
+            )
         self._checked_at = now
         self._handle_signals()
         for child in list(self._children):
@@ -195,7 +205,7 @@ class Supervisor:
         LOG.debug("Started worker child %d (pid %d)", child.number, child.pid)
 
     def _start_successor(self, child: ChildProcess) -> None:
-        """Start a successor beside a child that takes no more work; in a burst not before all that it hands back is back."""
+        """Start a successor beside a child that takes no more work. In a burst it starts after the child's end."""
         if self._spare and not self._spec.burst:
             child.has_successor = True
             successor = ChildProcess(child.number, self._spare.pop())
@@ -203,7 +213,7 @@ class Supervisor:
             self._start(successor)
 
     def _may_restart(self, child: ChildProcess) -> bool:
-        # A burst ends when nothing is left: its last child must not look before a dead one's jobs are back.
+        # A burst ends when nothing is left: its last child must not look before the jobs of a dead one are back.
         return not self._spec.burst or child.dead_child is None or child.dead_child.all_returned.is_set()
 
     def _watch(self, child: ChildProcess, now: float) -> None:
@@ -224,7 +234,7 @@ class Supervisor:
         if now - since < STALLED:
             if child.stalled_since is not None:
                 stood = child.slot.last_tick - child.stalled_since
-                LOG.info("Worker child %d (pid %d) goes on after %.1f s", child.number, child.pid, stood)
+                LOG.info("Worker child %d (pid %d) runs again after %.1f s", child.number, child.pid, stood)
                 child.stalled_since = None
         elif child.stalled_since is None:
             child.stalled_since = since
@@ -238,16 +248,16 @@ class Supervisor:
     def _log_stall(self, child: ChildProcess, seconds: float, stacks: str) -> None:
         if stacks == NO_STACK:
             LOG.warning(
-                "Worker child %d (pid %d) has not run for %.1f s: is it stopped? It keeps its jobs for now, and is killed "
-                "after %g s.",
+                "Worker child %d (pid %d) has not run for %.1f s: is it stopped? Its leases are kept; the process is killed "
+                "if this lasts %g s.",
                 child.number, child.pid, seconds, self._max_stall,
             )  # fmt: skip
             return
         job = _in_job(child)
         advice = " Make the task a plain def, so that it runs in a thread." if job else ""
         LOG.warning(
-            "E11 Worker child %d (pid %d) has blocked its event loop for %.1f s%s; it keeps its jobs for now, and is "
-            "killed after %g s.%s\n%s",
+            "E11 Worker child %d (pid %d) has blocked its event loop for %.1f s%s. Its leases are kept; the process is "
+            "killed if this lasts %g s.%s\n%s",
             child.number, child.pid, seconds, job, self._max_stall, advice, stacks,
         )  # fmt: skip
 
@@ -256,14 +266,14 @@ class Supervisor:
     def _on_exit(self, child: ChildProcess, code: int) -> None:
         reasons = {"": describe_end(code), "stop": "was ended after its grace"}
         event = f"Worker child {child.number} (pid {child.pid}) {reasons.get(child.kill_reason, child.kill_reason)}"
-        by_itself = code in {0, RECYCLE} and child.slot.finished  # else a job ended it, with whatever code
+        by_itself = code in {0, RECYCLE} and child.slot.finished  # otherwise a job ended it, with any code
         orderly = by_itself or (self._stop_at is not None and code == -signal.SIGTERM)
         crashed = not orderly and child.kill_reason != "stop"
         info, identities = child.slot.info(), child.slot.identities()
         self._lease_guard.forget(child.slot)
         was_up = child.note_exit()
         if info is not None and identities:
-            # A kill strikes whoever executes something just then; anything else was the doing of what was executed.
+            # A kill hits any job that executes something just then; any other end was caused by what was executed.
             fault = code != -signal.SIGKILL or bool(child.kill_reason)
             child.dead_child = DeadChild(event, info, identities, crashed, child.slot.running_snapshot(), fault)
             self._lease_guard.return_jobs(child.dead_child)
@@ -291,7 +301,7 @@ class Supervisor:
         self._exit_code = 1
         self._stop()
 
-    # -- the first and the last words ------------------------------------------------------------------------------
+    # -- the first and the last lines of the log -------------------------------------------------------------------
 
     def _print_banner(self, child: ChildProcess) -> None:
         if self._banner_printed or not child.is_up or (info := child.slot.info()) is None:
@@ -302,7 +312,7 @@ class Supervisor:
 
     def _close(self) -> None:
         if not self._lease_guard.close(CLOSE_PATIENCE):
-            LOG.warning("Redis does not answer: the last jobs of this worker return when their leases end")
+            LOG.warning("Redis does not answer: the last jobs of this worker come back when their leases end")
         for child in self._children:
             child.close()
         self._memory.close()
@@ -311,7 +321,7 @@ class Supervisor:
 
 
 def banner(info: ChildInfo, spec: ChildSpec, processes: int) -> list[str]:
-    """Return what a worker says of itself when it is up, at most eight lines."""
+    """Return the lines that a worker logs when it is up, at most eight."""
     try:
         release = version("conveyor")
     except PackageNotFoundError:
