@@ -1,10 +1,9 @@
 """
-Running coroutines: long-lived slots instead of a task per job.
+Runs coroutines in a pool of long-lived tasks.
 
-A slot is an asyncio task that runs one job after the other, so `current_task()`, timeouts and
-cancellation work as anywhere, and no task is created per job (6 µs). Each job runs in a context
-of its own. A job that never suspends costs no pass of the event loop; when one suspends, the
-next slot is woken if more jobs wait.
+A task runs one job after the other, so `current_task()`, timeouts and cancellation work as usual, and no task is created
+per job (6 µs). Each job runs in a context of its own. A job that never suspends costs no pass of the event loop; when
+one suspends, the next task is woken if more jobs wait.
 """
 
 from __future__ import annotations
@@ -21,7 +20,10 @@ from conveyor.worker.attempt import Attempt
 from conveyor.worker.crash_attribution import LOOP_CELL, OVERFLOW_CELL, RunningTable, id_checksum
 
 SLICE = 0.005
-"""Seconds the slots may run jobs that never suspend before the loop gets its turn: what was finished leaves in one batch."""
+"""
+Seconds for which jobs that never suspend may run before the event loop gets a pass: what was finished leaves in one
+batch.
+"""
 
 Begin = Callable[[Attempt], tuple[Variables, Coroutine[Any, Any, Any]]]
 OnFinished = Callable[[Attempt, Any, BaseException | None], None]
@@ -35,10 +37,18 @@ class CoroutinePool:
         self, limit: int, begin: Begin, on_suspended: OnSuspended, on_finished: OnFinished,
         running_table: RunningTable | None = None,
     ) -> None:  # fmt: skip
-        """Take how an attempt begins, what to do when it first suspends and at its end, and where to show what runs."""
+        """
+        Args:
+            limit: how many coroutines at once.
+            begin: returns the context and the coroutine of an attempt.
+            on_suspended: called when an attempt suspends for the first time.
+            on_finished: called at the end of an attempt.
+            running_table: where a supervisor reads which jobs run; None without one.
+        """
         self.backlog: deque[Attempt] = deque()
         self.running = 0
-        self.current: Attempt | None = None  # what holds the loop right now
+        self.current: Attempt | None = None
+        """The attempt whose code the event loop runs now."""
         self._limit = limit
         self._begin, self._on_suspended, self._on_finished = begin, on_suspended, on_finished
         self._running_table = running_table
@@ -48,19 +58,19 @@ class CoroutinePool:
         self._slice_end = 0.0
 
     def wake(self) -> None:
-        """See to it that somebody takes from the backlog."""
+        """Wake an idle task, or start one, to take from the backlog."""
         while self._idle:
             future = self._idle.pop()
             if not future.done():
                 future.set_result(None)
                 return
         if len(self._tasks) < self._limit:
-            task = self._loop.create_task(self._serve(), name=f"conveyor-slot-{len(self._tasks)}")
+            task = self._loop.create_task(self._serve(), name=f"conveyor-coroutine-{len(self._tasks)}")
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
 
     async def close(self) -> None:
-        """End the slots; whatever still runs is cancelled."""
+        """End all tasks; what still runs is cancelled."""
         tasks = list(self._tasks)
         for task in tasks:
             task.cancel()
@@ -112,7 +122,7 @@ class CoroutinePool:
                 # By its type: what a job raises may lie about its class.
                 if issubclass(type(raised), asyncio.CancelledError) and attempt.stop_reason is None and me.cancelling():
                     self.running -= 1
-                    raise  # the slot itself is ended
+                    raise  # the pool is closing
                 error = raised
             if is_shown and cells is not None and cell != OVERFLOW_CELL:
                 cells[cell], is_shown = 0, False
@@ -124,7 +134,7 @@ class CoroutinePool:
             self._on_finished(attempt, value, error)
 
     def _slice_is_over(self, now: float) -> bool:
-        """Tell whether the slice is over and the loop must have its turn; else another begins."""
+        """Tell whether the time slice is over and the event loop must get a pass; otherwise begin another slice."""
         if self._slice_end:
             self._slice_end = 0.0
             if self._running_table is not None:
@@ -142,7 +152,7 @@ class CoroutinePool:
 def _resume(
     coroutine: Coroutine[Any, Any, Any], variables: Variables, waited_on: Any, cells: memoryview | None, checksum: int
 ) -> Generator[Any, Any, Any]:  # fmt: skip
-    """Drive a coroutine that has suspended, every step in its own context, and show when it holds the loop."""
+    """Run a coroutine that has suspended to its end, each step in its own context, and note when its code is executed."""
     while True:
         try:
             sent = yield waited_on

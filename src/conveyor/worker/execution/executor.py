@@ -1,4 +1,4 @@
-"""What runs jobs inside one child: slots for coroutines, threads for functions, processes for the rest."""
+"""Runs the jobs of one worker: coroutines on the event loop, functions on threads, the rest in processes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Chain = Callable[[Context, Callable[[], Awaitable[Any]]], Coroutine[Any, Any, An
 
 log = logging.getLogger("conveyor.worker")
 AFTER_TIMEOUT = 5.0
-"""Seconds a coroutine may take to end after its time limit, or a thread before the child is recycled."""
+"""Seconds that a coroutine may take to end after its time limit, or a thread before the child is replaced."""
 
 UNSTARTED = float("inf")
 """The time limit of a job that waits for a thread: it counts from its start there."""
@@ -42,9 +42,16 @@ class Executor:
         running_table: RunningTable | None = None,
     ) -> None:  # fmt: skip
         """
-        Take the limits, what to do with an end, what to do with a thread that outlives its limit,
-        how the app's tasks run (loop, thread, process), who opens what is wrapped, its middlewares, and where a
-        supervisor sees what runs.
+        Args:
+            concurrency: how many attempts run at once.
+            threads: how many of them on threads.
+            processes: runs those of `run_in="process"`.
+            on_finished: called at the end of each attempt.
+            on_stuck: called with an attempt whose thread goes on beyond its time limit.
+            kinds: how the app's tasks run ("loop", "thread", "process").
+            loader: opens sealed bodies.
+            chain: calls the middlewares around a job; None without any.
+            running_table: where a supervisor reads which jobs run; None without one.
         """
         self.concurrency = concurrency
         self._kinds = kinds
@@ -56,10 +63,10 @@ class Executor:
         self._running_table = running_table
         self._in_processes: dict[Attempt, int] = {}
         self.threads = ThreadPool(threads, self._thread_ended, self._watch_limit, running_table)
-        self._waiters = 0  # attempts on a thread whose slot waits for them inside the middlewares
+        self._waiters = 0  # attempts on a thread while their coroutine waits for them inside the middlewares
         self.processes = processes
         self.deadlines = Deadlines(self._loop, self._expire)
-        self._direct = 0  # attempts that run beside the slots: threads through middlewares, processes
+        self._direct = 0  # attempts that run beside the coroutine pool: in processes
 
     # -- room -----------------------------------------------------------------------------------------------------
 
@@ -71,9 +78,9 @@ class Executor:
     @property
     def free(self) -> int:
         """
-        How many more could begin right now, of the kind that has the least room.
+        How many more could start now, of the kind that has the least room.
 
-        What a job is shows only when it is leased; one that cannot begin would be held back from other workers.
+        The kind of a job is known only when it is leased. One that cannot start would be kept from other workers.
         """
         free = self.concurrency - self.running - len(self.coroutines.backlog) - len(self._loader.fetching)
         if "thread" in self._kinds:
@@ -83,7 +90,7 @@ class Executor:
         return free
 
     def submit(self, attempts: list[Attempt]) -> None:
-        """Run them, in their order."""
+        """Run *attempts* in their order."""
         backlog = self.coroutines.backlog
         before, cells = len(backlog), None if self._running_table is None else self._running_table.cells
         for attempt in attempts:
@@ -103,7 +110,7 @@ class Executor:
             self.coroutines.wake()
 
     def take_back(self, attempt: Attempt) -> None:
-        """Forget an attempt that has not begun; a thread that reaches it passes it over."""
+        """Drop an attempt that has not started. A thread that reaches it skips it."""
         if attempt in self.coroutines.backlog:
             self.coroutines.backlog.remove(attempt)
             attempt.consumer.on_abandoned()
@@ -124,7 +131,7 @@ class Executor:
         return variables, variables.run(handler.function, *args, **kwargs)
 
     async def _call(self, attempt: Attempt) -> Any:
-        """Run the function itself, at the inner end of the middlewares."""
+        """Run the function itself, inside all middlewares."""
         handler = attempt.handler
         if handler.kind == "process":
             return await self._run_in_process(attempt)
@@ -168,7 +175,7 @@ class Executor:
         if self._running_table is not None:
             self._running_table.cells[LOOP_CELL] = checksum = id_checksum(
                 attempt.id
-            )  # validators are code of the job's, too
+            )  # validators are code of the job, too
         try:
             args, kwargs = attempt.handler.decode(attempt.body)
         except Exception as error:
@@ -187,9 +194,9 @@ class Executor:
         attempt.consumer.on_started(attempt)
         attempt.started = perf_counter()
         self._direct += 1
-        attempt.runner = self._loop.create_task(self._watch_process_run(attempt))
+        attempt.runner = self._loop.create_task(self._await_process(attempt))
 
-    async def _watch_process_run(self, attempt: Attempt) -> None:
+    async def _await_process(self, attempt: Attempt) -> None:
         value: Any = None
         error: BaseException | None = None
         self._watch_limit(attempt)
@@ -202,7 +209,7 @@ class Executor:
         self._finish(attempt, value, error)
 
     async def _run_in_process(self, attempt: Attempt) -> Any:
-        """Run it in a process, and show it for as long as it is held: a crash counts also when we die before it is settled."""
+        """Run it in a process, and note it in the table while it is held: a crash counts also if this process dies first."""
         if self._running_table is not None:
             for one in [one for one in self._in_processes if not one.consumer.holds(one)]:
                 self._running_table.release_cell(self._in_processes.pop(one))
@@ -213,7 +220,7 @@ class Executor:
     # -- time limits ----------------------------------------------------------------------------------------------
 
     def _on_suspended(self, attempt: Attempt) -> None:
-        """A job that never suspends needs no watch: nothing could stop it anyway."""
+        """Watch the time limit of a job that suspends. One that never suspends could not be stopped anyway."""
         self._watch_limit(attempt)
 
     def _watch_limit(self, attempt: Attempt) -> None:
@@ -230,13 +237,18 @@ class Executor:
             self._on_stuck(attempt)
             return
         else:
-            # It swallowed its cancellation: ask again, for as long as it takes.
+            # It ignored its cancellation: cancel it again, for as long as it takes.
             attempt.runner.cancel()
         attempt.deadline = perf_counter() + AFTER_TIMEOUT
         self.deadlines.add(attempt)
 
     def stop(self, attempt: Attempt, why: str) -> None:
-        """Stop an attempt: one that has not begun is settled at once, a coroutine or process is cancelled, a thread is told."""
+        """
+        Stop an attempt.
+
+        One that has not started is settled at once, a coroutine or process is cancelled, a thread learns it through its
+        context.
+        """
         if attempt.ended != 0.0 or attempt.stop_reason is not None:
             return
         attempt.stop_reason = why
@@ -256,7 +268,7 @@ class Executor:
             self._on_finished(attempt, value, None if error is None else failures.tame(error))
 
     async def close(self) -> None:
-        """End slots, threads and processes."""
+        """End coroutines, threads and processes."""
         self.deadlines.close()
         await self.coroutines.close()
         self.threads.close()

@@ -1,5 +1,5 @@
 """
-What runs in the fresh interpreter: loads the app, then runs one job after the other, each alone.
+The main module of a process for single jobs: it loads the app, then runs one job after the other, each alone.
 
 ``main()`` is called with the app's reference and the descriptor of a socket to the worker; standard input is a pipe
 that only says, by its end, that the worker is gone.
@@ -45,11 +45,11 @@ from conveyor.worker.recycling import RecycleLimits
 
 
 def main() -> None:
-    """Serve until the worker closes its end; the worker's death ends this process group at once."""
+    """Run jobs until the worker closes its end. The death of the worker ends this process group at once."""
     _end_with_worker()
     for number in (signal.SIGTERM, signal.SIGINT):
-        # Sent to all of a service at its stop; the worker decides how long this job may go on. A handler and not
-        # SIG_IGN, which the programs that a job starts would inherit.
+        # Sent to all processes of a service at its stop; the worker decides how long this job may go on. A handler and
+        # not SIG_IGN, which the programs that a job starts would inherit.
         signal.signal(number, lambda *_: None)
     connection = _ParentConnection(int(sys.argv[2]))
     start = connection.receive()
@@ -76,7 +76,7 @@ def main() -> None:
 
 
 class _ParentConnection:
-    """The worker's orders, and what it is told."""
+    """The connection to the worker: requests come in, replies go out."""
 
     def __init__(self, descriptor: int) -> None:
         self._socket = socket.socket(fileno=descriptor)
@@ -99,10 +99,10 @@ class _ParentConnection:
 
 class _Runner:
     """
-    The app, its lifespan and its jobs.
+    The app with its lifespans, and the jobs.
 
-    A `def` runs in the main thread with no event loop around it. An `async def` runs on one loop that stays for the
-    life of the process, so that what the lifespan opened can be used there; the loop stands still in between.
+    A `def` runs in the main thread without an event loop. An `async def` runs on one loop that stays for the life of the
+    process, so that it can use what the lifespans opened; between jobs the loop does not run.
     """
 
     def __init__(self, connection: _ParentConnection) -> None:
@@ -114,7 +114,7 @@ class _Runner:
         self._app: Any
 
     def open(self, reference: str) -> None:
-        """Load the app and open its lifespan; raises what these raise."""
+        """Load the app and open its lifespans; raises what these raise."""
         self._app = load(reference)
         self._loop.run(self._open_lifespan())
 
@@ -122,7 +122,7 @@ class _Runner:
         opened = asyncio.get_running_loop().create_future()
 
         async def hold() -> None:
-            # One task from the opening to the closing: cancel scopes insist on it.
+            # One task from the opening to the closing: cancel scopes require it.
             async with self._app.lifespan_context() as state:
                 opened.set_result(state)
                 await self._closing.wait()
@@ -134,7 +134,7 @@ class _Runner:
         self._state = await opened
 
     def close(self) -> None:
-        """Close the lifespan and the app."""
+        """Close the lifespans and the app."""
 
         async def end() -> None:
             self._closing.set()
@@ -146,7 +146,7 @@ class _Runner:
         self._app.close()
 
     def run(self, job: RunRequest) -> DoneReply | FailedReply:
-        """Run one job; whatever it raises is what it failed with."""
+        """Run one job; return its result, or what it raised."""
         try:
             task: Task[..., Any] | None = self._app.tasks.get(job.task)
             if task is None:
@@ -193,7 +193,7 @@ def _end_with_worker() -> None:
     with open(os.devnull, "rb") as nothing:
         os.dup2(nothing.fileno(), 0)
     if sys.platform == "linux":
-        # The kernel does it, so a job that never lets go of the interpreter's lock ends too.
+        # The kernel does it, so a job that never releases the interpreter's lock ends too.
         fcntl.fcntl(alive_fd, fcntl.F_SETOWN, -os.getpgrp())
         fcntl.fcntl(alive_fd, fcntl.F_SETSIG, signal.SIGKILL)
         fcntl.fcntl(alive_fd, fcntl.F_SETFL, fcntl.fcntl(alive_fd, fcntl.F_GETFL) | os.O_ASYNC)

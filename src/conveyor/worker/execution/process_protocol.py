@@ -1,10 +1,9 @@
 """
-What a worker and its processes for single jobs say to each other, and how it is cut into frames.
+The messages between a worker and its processes for single jobs, as frames, and how an exception travels in them.
 
-An exception's way from one process to another: as text and names, never pickled.
-
-What arrives is an instance of a class made for it, below those of the original's classes that this process has loaded
-anyway. So `except`, `isinstance` and a retry policy see what they would have seen; attributes do not travel.
+An exception travels as text and names, never pickled. It arrives as an instance of a class made for it, below those of
+the original's classes that the worker has loaded anyway. So `except`, `isinstance` and a retry policy see what they would
+have seen; attributes do not travel.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ HEAD = struct.Struct("<I")
 
 
 class StartRequest(msgspec.Struct, tag="start"):
-    """To the process, once: which app it loads, where modules are looked for, and when it has done enough."""
+    """To the process, once: the app to load, the path of its modules, and the limits above which it is replaced."""
 
     app: str
     path: list[str]
@@ -40,7 +39,7 @@ class StartRequest(msgspec.Struct, tag="start"):
 
 
 class RunRequest(msgspec.Struct, tag="job"):
-    """To the process: one attempt. `body` is the arguments' raw JSON; `keep_ms` None means as the task has it."""
+    """To the process: one attempt. `body` is the arguments' raw JSON. `keep_ms` None: that of the task."""
 
     task: str
     body: bytes
@@ -57,14 +56,14 @@ class ReadyReply(msgspec.Struct, tag="ready"):
 
 
 class ExtendRequest(msgspec.Struct, tag="extend"):
-    """From the process: the running job asks for so many ms from now on."""
+    """From the process: the running job asks for a deadline that many ms ahead."""
 
     ms: int
 
 
 class DoneReply(msgspec.Struct, tag="done"):
     """
-    From the process: the job's result as JSON, or None where none is stored; and what it spawned.
+    From the process: the job's result as JSON (None if none is stored), and the entries of the jobs it spawned.
 
     `worn` says why the process is to be replaced; empty while it is not.
     """
@@ -76,9 +75,10 @@ class DoneReply(msgspec.Struct, tag="done"):
 
 class FailedReply(msgspec.Struct, tag="failed"):
     """
-    From the process: what the job raised.
+    From the process: the exception that the job raised.
 
-    `kinds` are its class and all above it as ``module:qualified.name``; `delay` is a Snooze's; `worn` as in Done.
+    `kinds` are its class and all above it as ``module:qualified.name``. `delay` is that of a Snooze. `worn` as in
+    `DoneReply`.
     """
 
     kinds: list[str]
@@ -105,15 +105,15 @@ def pack(message: Request | Reply) -> bytes:
 
 
 _ASYNCIO = {module.__file__ for module in (asyncio.base_events, asyncio.events, asyncio.runners, asyncio.tasks)}
-# Raised out of a coroutine these mean something else than "the job failed".
+# Raised out of a coroutine, these do not mean that the job failed.
 _UNRAISABLE = (StopIteration, StopAsyncIteration)
 
 
 def capture(error: BaseException, ours: Collection[str] = ()) -> FailedReply:
-    """Return *error* as it travels; the outermost frames from files in *ours* and from asyncio are left out."""
+    """Return *error* as it travels, without the outermost frames from files in *ours* and from asyncio."""
     try:
         error.__traceback__ = _strip_frames(error.__traceback__, _ASYNCIO.union(ours))
-    except BaseException:  # noqa: S110  the class may refuse; then there is more to read
+    except BaseException:  # noqa: S110  the class may refuse it; then the traceback is longer
         pass
     record = failures.describe(error, 0, 0, "")
     return FailedReply(
@@ -127,10 +127,10 @@ def capture(error: BaseException, ours: Collection[str] = ()) -> FailedReply:
 
 def rebuild(failed: FailedReply, policy: Retry) -> Exception:
     """
-    Return the exception that *failed* tells of, without running code of its class and without importing anything.
+    Return the exception of *failed*, without running code of its class and without importing anything.
 
-    Its classes are those that *policy* names or that are loaded here; what ends a program there (SystemExit) is an
-    Exception of that name here.
+    Its base classes are those that *policy* names or that are loaded here. One that would end a program (SystemExit) is
+    an Exception of that name here.
     """
     if failed.delay is not None:
         return Snooze(failed.delay)
@@ -152,13 +152,13 @@ def rebuild(failed: FailedReply, policy: Retry) -> Exception:
 
 
 class _RemoteException:
-    """Stands before the original's classes and answers for what their skipped `__init__` would have set."""
+    """The first base of every rebuilt exception. It has the text that the skipped `__init__` would have set."""
 
     conveyor_text: str
     conveyor_traceback: str
 
     def __init_subclass__(cls) -> None:
-        pass  # theirs may want arguments
+        pass  # that of the other bases may want arguments
 
     def __str__(self) -> str:
         return self.conveyor_text
@@ -168,7 +168,7 @@ class _RemoteException:
 
 
 def _loaded_classes(names: Iterable[str], policy: Retry) -> list[type[Exception]]:
-    """Return the loaded classes of those names, without the ones that another of them implies."""
+    """Return the loaded classes of those names, without those that are bases of another of them."""
     known: dict[str, type] = {}
     for given in (policy.on, policy.give_up):
         for named in given if isinstance(given, tuple) else (given,):
@@ -186,9 +186,9 @@ def _loaded_classes(names: Iterable[str], policy: Retry) -> list[type[Exception]
 def _make_class(names: list[str], bases: list[type[Exception]]) -> type[Exception]:
     module, _, qualified = names[0].partition(":")
     attributes = {"__module__": module, "__qualname__": qualified}
-    for bases_ in (bases, bases[:1], [Exception]):
+    for possible in (bases, bases[:1], [Exception]):
         try:
-            return type(qualified.rpartition(".")[2], (_RemoteException, *bases_), attributes)
+            return type(qualified.rpartition(".")[2], (_RemoteException, *possible), attributes)
         except Exception:  # noqa: S112  a metaclass, or a class that allows none below it
             continue
     raise AssertionError("a class below Exception can always be made")

@@ -1,4 +1,4 @@
-"""Runs `run_in="process"` tasks, each alone in a process that can be killed."""
+"""Runs tasks of `run_in="process"`, each alone in a process that can be killed."""
 
 from __future__ import annotations
 
@@ -39,10 +39,11 @@ if TYPE_CHECKING:
 # Not `-m`: that would run a second copy of a module which `conveyor.worker` may have loaded already.
 _ENTRY = "from conveyor.worker.execution.process_main import main; main()"
 DEFAULT_MAX_JOBS = 1_000
+"""Jobs after which a process is replaced, where no limit is given."""
 _EXIT_PATIENCE = 1.0
-"""Seconds between the two ends of a process: that of its connection and its own."""
+"""Seconds between the end of a process's connection and its own, at most."""
 _GRACE = 5.0
-"""Seconds that an idle process has to close its lifespan."""
+"""Seconds that an idle process has to close its lifespans."""
 
 
 class ProcessCrashed(RuntimeError):
@@ -51,10 +52,10 @@ class ProcessCrashed(RuntimeError):
 
 class ProcessPool:
     """
-    Up to `limit` processes, started when they are needed and kept warm.
+    Up to `limit` processes, started when they are needed and kept for the next job.
 
-    Each runs one job at a time in a fresh interpreter and a process group of its own, which is killed with it. A
-    process ends when it was idle for `idle_seconds`, or has done enough (`quota.py`).
+    Each is a fresh interpreter that runs one job at a time, in a process group of its own that is killed with it. A
+    process ends when it was idle for `idle_seconds`, or has reached a limit (`RecycleLimits`).
     """
 
     idle_seconds = 60.0
@@ -63,9 +64,11 @@ class ProcessPool:
         self, app_reference: str | None, limit: int, *, max_jobs: int | None = None, max_memory: int | None = None
     ) -> None:
         """
-        Take the app as ``module:object`` (None: a worker inside another program, where `run` raises).
-
-        And after how many jobs (None: 1,000), or above how many bytes of memory, a process is replaced.
+        Args:
+            app_reference: the app as ``module:object``; None: a worker inside another program, where `run` raises.
+            limit: how many processes.
+            max_jobs: after how many jobs a process is replaced; None: 1,000.
+            max_memory: above how many bytes of memory it is replaced; None: no limit.
         """
         self.limit = limit
         self._recycle_limits = (max_jobs or DEFAULT_MAX_JOBS, max_memory)
@@ -81,11 +84,11 @@ class ProcessPool:
 
     async def run(self, attempt: Attempt) -> Any:
         """
-        Run the job in a process, when one is free, and return its decoded result (None where none is stored).
+        Run the job when a process is free, and return its decoded result (None if none is stored).
 
-        When this is cancelled, the process and all it has started are killed before it returns. Raises what the job
-        raised, as a class with the same name below those that are loaded here; ProcessCrashed when the process
-        died; ConfigurationError when it cannot load the app.
+        A cancellation kills the process and all it has started before this returns. Raises what the job raised, as a
+        class with the same name below those that are loaded here; ProcessCrashed if the process died; ConfigurationError
+        if it cannot load the app.
         """
         task = attempt.handler.task
         if self._reference is None:
@@ -108,7 +111,7 @@ class ProcessPool:
         return None if reply.result is None else task.results.decode(reply.result)
 
     async def close(self) -> None:
-        """End the idle processes in order and kill the others; every `run` under way raises ProcessCrashed."""
+        """End idle processes in order and kill the others. Every `run` under way raises ProcessCrashed."""
         self._closed = True
         for child, timer in self._idle:
             timer.cancel()
@@ -119,7 +122,7 @@ class ProcessPool:
 
     async def _take(self, reference: str) -> _PoolProcess:
         while self._idle:
-            child, timer = self._idle.pop()  # the last used, so that those beyond the need become idle
+            child, timer = self._idle.pop()  # the last used, so that those that are not needed become idle
             timer.cancel()
             if child.is_alive:
                 return child
@@ -156,7 +159,7 @@ class ProcessPool:
 
 
 class _PoolProcess:
-    """One process, seen from the worker."""
+    """One process of the pool, on the side of the worker."""
 
     def __init__(
         self, process: Process, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, alive_fd: int
@@ -193,11 +196,11 @@ class _PoolProcess:
 
     @property
     def is_alive(self) -> bool:
-        # Its connection ends before anybody has waited for it: a job sent there would be charged with a crash.
+        # Its connection ends before its exit is noticed: a job sent there would be charged with a crash.
         return not self.exit.done() and not self._reader.at_eof()
 
     async def ready(self, start: StartRequest) -> None:
-        """Wait until the app is loaded; raises ConfigurationError with what it raised when it cannot be."""
+        """Wait until the app is loaded; raises ConfigurationError with the error if it cannot be."""
         subject = f"The process for jobs, which loads {start.app},"
         reply = await self._ask(start, subject)
         if isinstance(reply, FailedReply):
@@ -220,7 +223,7 @@ class _PoolProcess:
         return reply
 
     async def end(self) -> None:
-        """Let an idle process close its lifespan and exit; one that does not is killed."""
+        """Let an idle process close its lifespans and exit; kill it if it does not."""
         with contextlib.suppress(OSError, RuntimeError):
             self._writer.write_eof()
         await asyncio.wait({self.exit}, timeout=_GRACE)
@@ -239,12 +242,12 @@ class _PoolProcess:
         try:
             return await self._process.wait()
         finally:
-            # What the job has started may hold our connection open, and must not outlive the process.
+            # Programs that the job has started may hold the connection open, and must not outlive the process.
             _kill_group(self.pid)
             os.close(alive_fd)
 
     async def _ask(self, request: Request, subject: str) -> Reply:
-        with contextlib.suppress(OSError):  # it died; the reading says how
+        with contextlib.suppress(OSError):  # it died; reading its reply says how
             self._writer.write(pack(request))
             await self._writer.drain()
         return await self._read_reply(subject)
@@ -253,7 +256,7 @@ class _PoolProcess:
         reading = asyncio.create_task(self._read_frame())
         try:
             await asyncio.wait({reading, self.exit}, return_when=asyncio.FIRST_COMPLETED)
-            await asyncio.wait({reading}, timeout=_EXIT_PATIENCE)  # what was sent before the end still counts
+            await asyncio.wait({reading}, timeout=_EXIT_PATIENCE)  # a reply that was sent before the end still counts
             reply = reading.result() if reading.done() else None
         finally:
             reading.cancel()

@@ -1,8 +1,8 @@
 """
-Running plain functions on threads that take from one queue and report in batches.
+Runs plain functions on threads that take from one queue and report in batches.
 
-A million hand-overs a second, against 15,000 through `run_in_executor` (design §6). Threads are
-daemons, so one that is stuck cannot hold up a stop.
+That makes a million hand-overs a second, against 15,000 through `run_in_executor`. Threads are daemons, so one that is
+stuck cannot delay a stop.
 """
 
 from __future__ import annotations
@@ -30,7 +30,13 @@ class ThreadPool:
     def __init__(
         self, limit: int, on_finished: OnFinished, on_started: Callable[[Attempt], None], running_table: RunningTable | None = None
     ) -> None:  # fmt: skip
-        """Take what to do, on the loop, when one that has a time limit starts and when one ends, and where to show what runs."""
+        """
+        Args:
+            limit: how many threads.
+            on_finished: called on the loop when a function ends.
+            on_started: called on the loop when one starts that has a time limit.
+            running_table: where a supervisor reads which jobs run; None without one.
+        """
         self.limit = limit
         self.running = 0
         self._on_finished, self._on_started, self._running_table = on_finished, on_started, running_table
@@ -42,14 +48,14 @@ class ThreadPool:
         self._loop = asyncio.get_running_loop()
 
     def submit(self, attempt: Attempt, variables: Variables, call: Callable[[], Any], checksum: int) -> None:
-        """Run *call* on a thread, in *variables*; a seat shows it as *called*."""
+        """Run *call* on a thread, in *variables*; *checksum* stands for its job in the running table."""
         self.running += 1
         self._queue.put((attempt, variables, call, checksum))
         if self._alive < min(self.limit, self.running):
             self._spawn()
 
     def replace(self, attempt: Attempt) -> None:
-        """Give up on the thread of an attempt that does not end: another takes its place."""
+        """Start another thread in place of one whose attempt does not end."""
         self._abandoned.add(attempt)
         self.running -= 1
         self._alive -= 1
@@ -57,7 +63,7 @@ class ThreadPool:
             self._spawn()
 
     def close(self) -> None:
-        """Let idle threads end; busy ones end after their job."""
+        """End idle threads now, and busy ones after their job."""
         for _ in range(self._alive):
             self._queue.put(None)
 
@@ -92,7 +98,7 @@ class ThreadPool:
         self._ended.append((attempt, value, error, checksum))
         if not self._signalled:
             self._signalled = True
-            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nothing waits any more
                 self._loop.call_soon_threadsafe(self._collect)
 
     def _collect(self) -> None:

@@ -86,7 +86,7 @@ class Capacity:
             reserved += one.quarantine.reserved
             if one is consumer or (one.has_more and not one.paused):
                 rivals.append(one)
-        free = self._executor.free + waiting - reserved  # slots that nobody runs in
+        free = self._executor.free + waiting - reserved  # slots that no job runs in
         capacity = free + self.ahead(consumer.backlog > 0)
         if self._limits.is_limited:
             capacity = min(capacity, waiting + self._limits.remaining(self.taken))
@@ -123,7 +123,7 @@ class Capacity:
             return part - consumer.backlog
         if capacity - waiting < 1:
             return 0
-        # Too little for a part each: smooth weighted round robin (as nginx does) says whose turn it is.
+        # Too little for a part each: smooth weighted round robin (as nginx does) picks the next queue.
         if self._picked is None or self._picked not in rivals:
             for rival in rivals:
                 self._credit[rival.queue] = self._credit.get(rival.queue, 0.0) + rival.weight

@@ -47,7 +47,7 @@ class WakeupListener:
             consumers: those at this endpoint; more may be added.
         """
         self._lifecycle, self._connection, self._consumers = lifecycle, connection, consumers
-        self._listening: dict[bytes, QueueConsumer] | None = None  # list → whose it is, while a call blocks
+        self._listening: dict[bytes, QueueConsumer] | None = None  # list → its consumer, while a call blocks
         self._heard: frozenset[str] = frozenset()  # queues whose common list is part of the blocked call
         self._later: asyncio.TimerHandle | None = None
         self._retry: asyncio.Task[None] | None = None
@@ -107,7 +107,7 @@ class WakeupListener:
             return
         self._attempt = 0
         if reply is not None and names is not None:
-            # Not at once: it makes a turn now, so it would not be among those with capacity, and would wake us again as
+            # Not at once: it makes a turn now, so it would not be among those with capacity, and would wake this one again as
             # soon as it is. Its turn ends in `listen`; one that leads to work is not waited for longer than this.
             names[reply[0]].on_token()
             self._listen_later()
@@ -127,7 +127,7 @@ class WakeupListener:
         """
         Connect anew: the connection of the turns had to, so this one may lead to a server that is no longer the right one.
 
-        Without this, workers live on but idle after a failover, blocked at a server nobody pushes to.
+        Without this, workers live on but idle after a failover, blocked at a server that gets no pushes.
         """
         if self._connection.is_open:
             self._connection.drop(ConnectionLost("connected elsewhere now"))
@@ -145,7 +145,7 @@ class WakeupListener:
                 await self._connection.open()
             except OSError:
                 continue
-            except ConveyorError as error:  # its password is refused: for a while, we hope
+            except ConveyorError as error:  # its password is refused, perhaps for a while
                 log_repeated_error("waiting for work was refused: %s", error)
                 continue
             break
