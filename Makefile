@@ -26,16 +26,16 @@ test: $(VENV)/.dev
 	$(BIN)/python -m pytest --numprocesses $(CORES) --dist worksteal $(ARGS)
 
 test-matrix: $(VENV)/.dev
-	@$(BIN)/python tests/run_matrix.py --numprocesses $(CORES) --dist worksteal $(if $(PLACES),--places "$(PLACES)") $(ARGS)
+	@$(BIN)/python tests/support/run_matrix.py --numprocesses $(CORES) --dist worksteal $(if $(PLACES),--places "$(PLACES)") $(ARGS)
 
 test-smoke: $(VENV)/.dev
-	@$(BIN)/python tests/run_matrix.py --at-once $(CORES) $(if $(PLACES),--places "$(PLACES)") -m smoke tests/test_smoke.py $(ARGS)
+	@$(BIN)/python tests/support/run_matrix.py --at-once $(CORES) $(if $(PLACES),--places "$(PLACES)") -m smoke tests/test_smoke.py $(ARGS)
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/ruff format --check $(SOURCES)
 	$(BIN)/mypy --strict $(TYPED)
-	$(BIN)/python -m pytest -q -p no:cacheprovider tests/test_layers.py tests/test_house.py
+	$(BIN)/python -m pytest -q -p no:cacheprovider tests/house/test_layers.py tests/house/test_house_rules.py
 
 bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks $(ARGS)

@@ -18,7 +18,7 @@ from redis.retry import Retry
 HOME = Path(__file__).parent.parent
 sys.path.append(str(HOME / "tests"))
 
-from server import Server, find_binary  # type: ignore[import-not-found]  # noqa: E402  of the test suite
+from support.server_process import Server, find_binary  # type: ignore[import-not-found]  # noqa: E402  of the test suite
 
 FAKETIME = next(iter(sorted(Path("/usr/lib").glob("*/faketime/libfaketime.so.1"))), None)
 """Where libfaketime is, None where it is not installed: then nobody steps clocks."""

@@ -11,7 +11,7 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from chaos import ground  # noqa: F401  makes the servers of the test suite importable
-from topology import ClusterOfNodes, Watched, slot_of  # type: ignore[import-not-found]
+from support.server_groups import ClusterOfNodes, Watched, slot_of  # type: ignore[import-not-found]
 
 KEYS = tuple(
     f"chaos:{{{queue}}}:jobs"

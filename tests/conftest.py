@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 import redis as redis_py
 
-import matrix
 from conveyor.jobs.app import Conveyor
-from hand import drain
-from leaks import complaint, leaked
-from server import Server, find_binary
+from support import server_kinds as matrix
+from support.leaked_keys import complaint, leaked
+from support.manual_worker import drain
+from support.server_process import Server, find_binary
 
-pytest_plugins = ["pytester", "messaging", "nodes", "database"]
+pytest_plugins = ["pytester", "support.message_fixtures", "support.cluster_fixtures", "support.databases"]
 
 _OLDER = ("redis6", "redis7")
 

@@ -18,7 +18,7 @@ from conveyor.admin.admin import Admin
 from conveyor.ids import new_id
 from conveyor.payload.records import write_rest
 from conveyor.store.operations import Entry
-from working import audit, drain, until, working
+from support.running_worker import audit, drain, until, working
 
 pytestmark = pytest.mark.smoke
 HERE = Path(__file__).parent
@@ -154,7 +154,7 @@ async def test_spawned_jobs_cross_slots(shop: Conveyor) -> None:
 
 async def test_dead_workers_are_found(shop: Conveyor, redis: Any) -> None:
     """Jobs of a worker that is gone without a word come back to another one when its lease has ended."""
-    from hand import Hand
+    from support.manual_worker import Hand
 
     job = await shop.tasks["shop.add"].aenqueue(20, 22)
     hand = await asyncio.to_thread(Hand, shop, "left")
@@ -178,9 +178,11 @@ def test_supervised_worker_and_admin(url: str, tmp_path: Path) -> None:
         )
 
     with Conveyor(url, namespace="family") as app:
-        app.client.push(app.keys("parents"), [Entry(new_id(), write_rest("outbox_jobs.parent", b'{"n":1}'))])
+        app.client.push(
+            app.client.keys("parents"), [Entry(new_id(), write_rest("support.spawning_app.parent", b'{"n":1}'))]
+        )
         assert [(one.name, one.ready) for one in Admin(app.client).queues()] == [("parents", 1)]
-        done = conveyor("worker", "outbox_jobs:app", "--burst")
+        done = conveyor("worker", "support.spawning_app:app", "--burst")
         assert (done.returncode, log.read_text().split()[0]) == (0, "1"), done.stderr
         assert [(one.name, one.ready, one.leased) for one in Admin(app.client).queues()] == [
             ("followers", 0, 0),

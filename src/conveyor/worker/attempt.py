@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from conveyor.errors import ConveyorError, PayloadError
 from conveyor.ids import clean, made_at_ms, public
-from conveyor.jobs.context import Context
+from conveyor.jobs.context import Context, adopt_spawned, end_spawning, spawned_entries
 from conveyor.payload.failures import message, type_name
 from conveyor.payload.records import AttemptHistory, Envelope
 
 if TYPE_CHECKING:
     import asyncio
 
-    from conveyor.jobs.task import Task
+    from conveyor.jobs.task import TaskDefinition
     from conveyor.payload.signature import TaskSignature
     from conveyor.store.keys import QueueKeys
     from conveyor.store.operations import TurnReport
@@ -73,7 +73,7 @@ class Handler:
         "timeout",
     )  # fmt: skip
 
-    def __init__(self, task: Task[Any, Any], *, raw: bool = False) -> None:
+    def __init__(self, task: TaskDefinition, *, raw: bool = False) -> None:
         """
         Args:
             task: the task.
@@ -237,7 +237,7 @@ class Attempt:
                 enqueued_at=None if made is None else datetime.fromtimestamp(made / 1000, UTC),
             )
             if self.handler.early:
-                self.context.spawned = None  # it has ended, as far as Redis knows
+                end_spawning(self.context)  # it has ended, as far as Redis knows
             if self.stop_reason is not None:
                 self.flag_context()
         return self.context
@@ -245,11 +245,11 @@ class Attempt:
     @property
     def spawned(self) -> list[bytes]:
         """The outbox entries of the jobs that it spawned so far."""
-        return (self.context and self.context.spawned) or []
+        return [] if self.context is None else spawned_entries(self.context)
 
     def set_spawned(self, spawned: list[bytes]) -> None:
         """Take over the entries of the jobs that it spawned in another process."""
-        self.open().spawned = spawned
+        adopt_spawned(self.open(), spawned)
 
     def flag_context(self) -> None:
         """Tell the job, through its context, that it is being stopped."""

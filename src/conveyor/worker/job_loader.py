@@ -27,7 +27,7 @@ from conveyor.worker.attempt import Attempt, AttemptOwner, Handler, SealedAttemp
 from conveyor.worker.crash_attribution import EXECUTING, LOOP_CELL, RunningTable, id_checksum
 
 if TYPE_CHECKING:
-    from conveyor.jobs.app import Conveyor
+    from conveyor.jobs.core import AppCore
     from conveyor.worker.settlement import SettlementWriter
 
 log = logging.getLogger("conveyor.worker")
@@ -37,7 +37,7 @@ class JobLoader:
     """Makes attempts of such jobs, and opens their bodies. One for each worker."""
 
     def __init__(
-        self, app: Conveyor, settlement_writer: SettlementWriter, worker: str, running_table: RunningTable | None
+        self, app: AppCore, settlement_writer: SettlementWriter, worker: str, running_table: RunningTable | None
     ) -> None:
         """
         Args:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from conveyor.jobs.app import Conveyor
+    from conveyor.jobs.core import AppCore
     from conveyor.worker.execution.executor import Executor
     from conveyor.worker.job_loader import JobLoader
     from conveyor.worker.leasing.capacity import Capacity
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 class WorkerServices:
     """The parts of one worker, as its consumers use them. Made once, when the worker starts."""
 
-    app: Conveyor
+    app: AppCore
     lifecycle: Lifecycle
     executor: Executor
     capacity: Capacity

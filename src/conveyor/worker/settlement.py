@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from conveyor.errors import PayloadError, Snooze
 from conveyor.events import JobCancelledEvent, JobDead, JobDone, JobRetried
+from conveyor.jobs.context import end_spawning
 from conveyor.messaging import retry
 from conveyor.payload import failures
 from conveyor.payload.codec import UnreadablePayload
@@ -22,7 +23,7 @@ from conveyor.worker.attempt import Attempt, error_line, one_line
 from conveyor.worker.execution.processes import ProcessCrashed
 
 if TYPE_CHECKING:
-    from conveyor.jobs.app import Conveyor
+    from conveyor.jobs.core import AppCore
 
 log = logging.getLogger("conveyor.worker")
 RECENT = 32
@@ -46,7 +47,7 @@ class SettlementWriter:
     The policy of retries is decided in `messaging/retry.py`.
     """
 
-    def __init__(self, app: Conveyor, worker: str) -> None:
+    def __init__(self, app: AppCore, worker: str) -> None:
         """
         Args:
             app: its listeners get the events.
@@ -122,7 +123,7 @@ class SettlementWriter:
                 _add_spawned(report, attempt.id, spawned)
             report.others.append(Settlement("D", attempt.id, unique=envelope.unique, own_id=envelope.own_id))
         if attempt.context is not None:
-            attempt.context.spawned = None  # a thread of the job that goes on gets an error if it spawns
+            end_spawning(attempt.context)  # a thread of the job that goes on gets an error if it spawns
         handler.count_done(seconds)
         if self._logged is not None:
             self._log_done(attempt, seconds)

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AsyncExitStack, suppress
 from time import monotonic, time
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 from conveyor import ids
 from conveyor.errors import QueueFull, StoreUnavailable
 from conveyor.events import WorkerStarted, WorkerStopped
-from conveyor.jobs.hooks import run_through, runs
+from conveyor.jobs.core import core_of
+from conveyor.jobs.hooks import run_through, wraps_runs
 from conveyor.payload import failures
 from conveyor.store import operations
 from conveyor.store.transport import eviction
@@ -49,6 +50,7 @@ class Worker:
         self, app: Conveyor, *, queues: Mapping[str, float] | None = None, concurrency: int = 100, threads: int = 8,
         burst: bool = False, grace: float = 30.0, slot: ChildSlot | None = None, reference: str | None = None,
         recycle_limits: RecycleLimits | None = None, await_until: float = 0.0,
+        before_leasing: Callable[[], None] = lambda: None,
     ) -> None:  # fmt: skip
         """
         Args:
@@ -62,21 +64,23 @@ class Worker:
             reference: the app as ``module:object``; None where no other process could load it.
             recycle_limits: above these the worker asks to be replaced, which takes a supervisor.
             await_until: monotonic time before which no burst ends.
+            before_leasing: called when all queues are registered, before the first job is leased.
         """
-        self.app = app
+        self.app = core_of(app)
         self.name = f"{platform.node()}:{os.getpid()}"
         self.lifecycle = Lifecycle()
         self.retiring = False
         self.consumers: list[QueueConsumer] = []
-        self.settlement_writer = SettlementWriter(app, self.name)
+        self.settlement_writer = SettlementWriter(self.app, self.name)
         self._running_table = None if slot is None else slot.running_table()
-        self.loader = JobLoader(app, self.settlement_writer, self.name, self._running_table)
+        self.loader = JobLoader(self.app, self.settlement_writer, self.name, self._running_table)
         self._created_at = self.last_tick = monotonic()
-        self._queues = queue_weights(app, queues)
+        self._queues = queue_weights(self.app, queues)
         self._limits = (concurrency, threads)
         self._recycle_limits = recycle_limits or RecycleLimits(None, None)
         self._burst = BurstMonitor(until=await_until) if burst else None
         self._grace, self._slot, self._reference = grace, slot, reference
+        self._before_leasing = before_leasing
         self._drain_monitor = DrainMonitor()
         self.ready = asyncio.Event()
         self._stop_asked = asyncio.Event()
@@ -143,6 +147,7 @@ class Worker:
                 await self.app.client.aannounce(consumer.keys)
         self._recycle_limits.begin()
         self._watch_loop(stack)
+        self._before_leasing()
         self.app.emit(WorkerStarted(self.name))
         for consumer in self.consumers:
             consumer.begin(stack)
@@ -151,12 +156,12 @@ class Worker:
     def _make_executor(self) -> Executor:
         concurrency, threads = self._limits
         limits = self._recycle_limits
-        chain = [middleware for middleware in self.app.middlewares if runs(middleware)]
+        chain = [middleware for middleware in self.app.run_middlewares if wraps_runs(middleware)]
         return Executor(
             concurrency=concurrency, threads=threads, processes=ProcessPool(
                 self._reference, os.cpu_count() or 1, max_jobs=limits.max_jobs, max_memory=limits.max_memory
             ),
-            on_finished=self.on_finished, on_stuck=self._on_stuck, kinds={task.run_in for task in self.app.tasks.values()},
+            on_finished=self.on_finished, on_stuck=self._on_stuck, kinds={task.run_in for task in self.app.definitions.values()},
             loader=self.loader, running_table=self._running_table,
             chain=(lambda context, call: run_through(chain, context, call)) if chain else None,
         )  # fmt: skip
@@ -251,7 +256,7 @@ class Worker:
         concurrency, threads = self._limits
         return operations.about(
             kind="worker", name=self.name, host=platform.node(), pid=os.getpid(), started=int(time() * 1000),
-            concurrency=concurrency, threads=threads, weight=weight, tasks=len(self.app.tasks),
+            concurrency=concurrency, threads=threads, weight=weight, tasks=len(self.app.definitions),
         )  # fmt: skip
 
     @property

@@ -49,7 +49,7 @@ class ListIntake:
 
     def send(self, want: int) -> None:
         """Move up to *want* raw entries, on the connection that the turn follows on."""
-        call = operations.intake(self._keys, want, new_id()[:18], self._name)
+        call = operations.list_intake(self._keys, want, new_id()[:18], self._name)
         self._connection.send(call.command(), self._moved)
 
     def _moved(self, reply: Any) -> None:
@@ -61,7 +61,7 @@ class ListIntake:
                 log.warning("list %s: entries could not be taken: %s", self._keys.foreign, reply)
 
     async def _load(self) -> None:
-        call = operations.intake(self._keys, 1, new_id()[:18], self._name)
+        call = operations.list_intake(self._keys, 1, new_id()[:18], self._name)
         try:
             await self._connection.run(call, patience=30.0)
         except ConveyorError as error:

@@ -24,7 +24,7 @@ from conveyor.worker.logs import log_repeated_error
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from conveyor.jobs.app import Conveyor
+    from conveyor.jobs.core import AppCore
     from conveyor.store.keys import QueueKeys
     from conveyor.store.operations import TurnReply
     from conveyor.store.script import Call
@@ -35,14 +35,14 @@ LOOK_EARLY = 0.3
 """Seconds: a look that is due so soon goes with the turn that is made anyway."""
 
 
-def queue_weights(app: Conveyor, queues: Mapping[str, float] | None) -> dict[str, float]:
+def queue_weights(app: AppCore, queues: Mapping[str, float] | None) -> dict[str, float]:
     """
     Return queue → weight: those of *queues*, else all that tasks name.
 
     Raises ConfigurationError for a plain list that feeds no task, and where there is no queue at all.
     """
     fed_lists = [name for name, listed in app.plain_lists.items() if listed.task]
-    task_queues = [task.queue for task in app.tasks.values()]
+    task_queues = [task.queue for task in app.definitions.values()]
     weights = dict(queues) if queues else dict.fromkeys((*task_queues, *fed_lists), 1.0)
     for name in weights:
         if name in app.plain_lists and name not in fed_lists:
@@ -55,7 +55,7 @@ def queue_weights(app: Conveyor, queues: Mapping[str, float] | None) -> dict[str
     return weights
 
 
-async def partition_keys(app: Conveyor, queue: str) -> list[QueueKeys]:
+async def partition_keys(app: AppCore, queue: str) -> list[QueueKeys]:
     """Return the keys of a queue, or of each of its partitions; raises ConfigurationError (E34) if their number differs."""
     if (listed := app.plain_lists.get(queue)) is not None:
         return [listed.keys]
@@ -65,7 +65,7 @@ async def partition_keys(app: Conveyor, queue: str) -> list[QueueKeys]:
     return [app.keys(queue)]
 
 
-async def register(app: Conveyor, connection: AsyncConnection, queue: str, call: Call[int]) -> int:
+async def register(app: AppCore, connection: AsyncConnection, queue: str, call: Call[int]) -> int:
     """Carry out a registration and return the server's time in ms. After Redis was emptied, agree anew on the partitions."""
     try:
         return await connection.run(call, patience=None)
@@ -123,7 +123,7 @@ async def differences(holder: LeaseHolder) -> tuple[list[str], list[str]]:
     Both are empty when Redis refuses to tell.
     """
     try:
-        listed = await holder.connection.run(operations.held(holder.keys, holder.identity), patience=None)
+        listed = await holder.connection.run(operations.held_ids(holder.keys, holder.identity), patience=None)
     except ConveyorError as error:
         log.warning("queue %s: leases could not be compared: %s", holder.keys.queue, error)
         return [], []

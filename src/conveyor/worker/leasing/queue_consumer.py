@@ -395,7 +395,7 @@ class QueueConsumer:
     def _load_handlers(self) -> dict[str, Handler]:
         """Make the handlers of all tasks, by name, and by what the envelope of a job that needs nothing more begins with."""
         raw = self.keys.foreign is not None
-        handlers = {name: Handler(task, raw=raw) for name, task in self._services.app.tasks.items()}
+        handlers = {name: Handler(task, raw=raw) for name, task in self._services.app.definitions.items()}
         self._plain_handlers = self._services.loader.plain_handlers(self.queue, handlers, foreign=raw)
         self._handlers = handlers
         return handlers
@@ -488,7 +488,7 @@ class QueueConsumer:
 
     def wake_self(self) -> None:
         """Wake the blocked listener of this worker: it listens to one list too few."""
-        wakeup.ring(self.connection, self.keys.wake_of(self.identity))
+        wakeup.wake(self.connection, self.keys.wake_of(self.identity))
 
     def __repr__(self) -> str:
         return f"<Consumer {self.queue}: {len(self.held)} held, {self.backlog} waiting>"

@@ -14,7 +14,7 @@ from conveyor.store.operations import StalePush
 from conveyor.store.transport import replies
 
 if TYPE_CHECKING:
-    from conveyor.jobs.app import Conveyor
+    from conveyor.jobs.core import AppCore
     from conveyor.store.keys import QueueKeys
     from conveyor.store.operations import Entry
     from conveyor.store.script import Call
@@ -28,7 +28,7 @@ LONGEST_PAUSE = 5.0
 class SpawnDelivery:
     """The delivery of one queue's outbox. While the outbox is empty, nothing runs and nothing is sent."""
 
-    def __init__(self, keys: QueueKeys, app: Conveyor, on_emptied: Callable[[], None]) -> None:
+    def __init__(self, keys: QueueKeys, app: AppCore, on_emptied: Callable[[], None]) -> None:
         """
         Args:
             keys: those of the queue.
@@ -77,7 +77,7 @@ class SpawnDelivery:
         self._on_emptied()
 
 
-async def deliver(keys: QueueKeys, app: Conveyor) -> bool:
+async def deliver(keys: QueueKeys, app: AppCore) -> bool:
     """Deliver one batch of an outbox; return whether there was one. Raises what the pushes raise; then the batch stays."""
     client = app.client
     batch = await client.arun(spawn_outbox.take(keys), patience=PATIENCE)
@@ -113,7 +113,7 @@ class _StaleDelivery(Exception):
 
 
 async def _calls(
-    source: QueueKeys, app: Conveyor, number: int, queue: str, entries: list[Entry]
+    source: QueueKeys, app: AppCore, number: int, queue: str, entries: list[Entry]
 ) -> list[Call[list[str]]]:
     """Return the pushes of a part: one, unless it was written for a partition that does not exist (any more, or yet)."""
     partitions = app.partitioned.get(ids.logical(queue))
@@ -134,7 +134,7 @@ async def _calls(
     ]
 
 
-async def _push(app: Conveyor, queue: str, call: Call[list[str]]) -> None:
+async def _push(app: AppCore, queue: str, call: Call[list[str]]) -> None:
     partitions = app.partitioned.get(ids.logical(queue))
     try:
         if partitions is None:

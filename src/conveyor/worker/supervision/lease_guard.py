@@ -120,7 +120,7 @@ class LeaseGuard:
                     one = dead_child.identities[0]
                     blame = None
                     if dead_child.crashed and dead_child.running is not None:
-                        held = client.run(operations.held(one.keys, one.worker), patience=PATIENCE)
+                        held = client.run(operations.held_ids(one.keys, one.worker), patience=PATIENCE)
                         blame = dead_child.running.blame(held, fault=dead_child.fault)
                     call = operations.reap(one.keys, one.worker, crashed=dead_child.crashed, blame=blame)
                     dead_child.returned += max(0, client.run(call, patience=PATIENCE))
@@ -145,7 +145,7 @@ class LeaseGuard:
                 client = self._client(info)
                 if one is None:
                     continue
-                known = client.run(operations.beat(one.keys, one.worker, one.lease_ms), patience=PATIENCE)
+                known = client.run(operations.heartbeat(one.keys, one.worker, one.lease_ms), patience=PATIENCE)
             except Exception as error:
                 self._note_failure(error)
                 continue

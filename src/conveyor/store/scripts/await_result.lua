@@ -1,0 +1,22 @@
+-- Read how a job ended, or register a process that waits for it.
+-- needs: listed
+--
+-- KEYS  1 jobs  2 state  3 dead  4 waiters  5 result:<id>
+-- ARGV  1 id  2 channel of the waiting process, "" to ask only  3 "1" for a spawned job, which may not have arrived yet
+-- returns {"result", record} · {"dead", state} · {"waiting"} not finished · {"gone"} finished without a record, or never known
+local record = redis.call('GET', KEYS[5])
+if record then return {'result', record} end
+local envelope = redis.call('HGET', KEYS[1], ARGV[1])
+local coming = not envelope and ARGV[3] == '1'
+  and redis.call('EXISTS', string.sub(KEYS[1], 1, -5) .. 'unique:i:' .. ARGV[1]) == 0
+if not coming and (not envelope or string.byte(envelope) == 120) then return {'gone'} end
+if redis.call('ZSCORE', KEYS[3], ARGV[1]) then return {'dead', redis.call('HGET', KEYS[2], ARGV[1]) or ''} end
+if ARGV[2] == '' then return {'waiting'} end
+local waiting = redis.call('HGET', KEYS[4], ARGV[1])
+redis.call('HDEL', KEYS[4], '\t')
+if not waiting then
+  redis.call('HSET', KEYS[4], ARGV[1], ARGV[2])
+elseif not listed(waiting, ' ', ARGV[2]) then
+  redis.call('HSET', KEYS[4], ARGV[1], waiting .. ' ' .. ARGV[2])
+end
+return {'waiting'}

@@ -1,0 +1,247 @@
+"""The admin interface: what it says of queues and jobs, and what its actions change and leave alone."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+
+import pytest
+from redis import Redis
+
+from conveyor.admin.admin import Admin
+from conveyor.errors import ConfigurationError, JobNotFound, QueueNotFound
+from conveyor.store.client.client import Client
+from support.client_worker import HandWorker, dead, push
+
+pytestmark = pytest.mark.leaves_keys("jobs are pushed here to be looked at")
+
+
+@pytest.fixture
+def backend(url: str) -> Iterator[Client]:
+    backend = Client(url, namespace="t", patience=1)
+    yield backend
+    backend.close()
+
+
+@pytest.fixture
+def admin(backend: Client) -> Admin:
+    return Admin(backend)
+
+
+def test_counts_of_a_queue(admin: Admin, backend: Client) -> None:
+    """Each job is counted in its state, once, and a worker as long as it is registered."""
+    dead(backend, "mail", "no")
+    push(backend, "mail", b"1", b"2", b"3")
+    push(backend, "mail", b"4", delay_ms=60_000)
+    HandWorker(backend, "mail").take()
+
+    (mail,) = admin.queues()
+
+    assert (mail.name, mail.ready, mail.scheduled, mail.leased, mail.dead, mail.workers) == ("mail", 2, 1, 1, 1, 1)
+    assert mail.oldest_age is not None
+    assert 0 <= mail.oldest_age < 10
+    assert admin.queue("mail").dead == 1
+
+
+def test_unknown_queue_is_named(admin: Admin, backend: Client) -> None:
+    """An action on a queue that never was raises, and says which queues there are."""
+    push(backend, "mail", b"1")
+
+    for action in (admin.queue, admin.pause, admin.resume, admin.purge, admin.redrive, admin.workers, admin.jobs):
+        with pytest.raises(QueueNotFound, match=r"mial.*Known: mail"):
+            action("mial")
+
+
+def test_paused_queue_gives_nothing_until_it_is_resumed(admin: Admin, backend: Client) -> None:
+    """A paused queue takes pushes and gives no job; resumed, it gives them."""
+    push(backend, "mail", b"1")
+    worker = HandWorker(backend, "mail")
+
+    admin.pause("mail")
+    assert admin.queue("mail").paused
+    assert worker.take() == []
+    admin.resume("mail")
+    assert len(worker.take()) == 1
+
+
+def test_purge_spares_what_is_leased_or_dead(admin: Admin, backend: Client) -> None:
+    """Purge removes ready and scheduled jobs and says how many; leased jobs and dead letters stay."""
+    dead(backend, "mail", "no")
+    push(backend, "mail", *[b"1"] * 1200)
+    push(backend, "mail", b"2", b"3", delay_ms=60_000)
+    HandWorker(backend, "mail").take()
+
+    assert admin.purge("mail") == 1201
+
+    left = admin.queue("mail")
+    assert (left.ready, left.scheduled, left.leased, left.dead) == (0, 0, 1, 1)
+    assert admin.purge("mail", dead=True) == 1
+    assert admin.queue("mail").dead == 0
+
+
+def test_redrive_takes_the_oldest_first(admin: Admin, backend: Client) -> None:
+    """Redrive with a limit puts the oldest dead letters back, and with ids just those."""
+    died = []
+    for body in "abc":
+        died += dead(backend, "mail", body)
+        time.sleep(0.003)  # deaths are ordered by their millisecond
+    first, second, third = died
+
+    assert admin.redrive("mail", limit=1) == 1
+    assert admin.job(first).status == "ready"
+    assert admin.redrive("mail", ids=[third]) == 1
+    assert admin.job(third).status == "ready"
+    assert admin.job(second).status == "dead"
+    assert admin.redrive("mail") == 1
+    assert admin.redrive("mail") == 0
+
+
+def test_jobs_are_listed_in_pages(admin: Admin, backend: Client) -> None:
+    """Pages of any size together list every job once, in order, though hundreds of cancelled ones stand between them."""
+    ids = push(backend, "mail", *[b"1"] * 1100)
+    admin.cancel(ids[:600])
+
+    pages = [admin.jobs("mail", "ready", offset=offset, limit=200) for offset in range(600, 1100, 200)]
+
+    assert [job.id for page in pages for job in page] == ids[600:]
+    assert [job.id for job in admin.jobs("mail", "ready", limit=3)] == ids[600:603]
+
+
+def test_jobs_of_all_queues_and_states(admin: Admin, backend: Client) -> None:
+    """Without a queue and a state, all that live are listed; a task narrows it."""
+    (failed,) = dead(backend, "mail", "no", task="shop.send")
+    (waiting,) = push(backend, "films", b"1", task="shop.cut")
+    (later,) = push(backend, "mail", b"2", task="shop.send", delay_ms=60_000)
+
+    assert {job.id for job in admin.jobs()} == {failed, waiting, later}
+    assert {job.id for job in admin.jobs(task="shop.send")} == {failed, later}
+    assert [job.id for job in admin.jobs(task="shop.send", offset=1)] == [failed]
+    assert [job.id for job in admin.jobs(state="dead")] == [failed]
+    with pytest.raises(ConfigurationError, match="no state 'lost'"):
+        admin.jobs(state="lost")
+
+
+def test_a_scheduled_job_says_when(admin: Admin, backend: Client) -> None:
+    """A scheduled job shows its due instant, payload, priority and own id."""
+    (id_,) = push(backend, "mail", b'{"a": 1}', task="shop.send", delay_ms=60_000, priority=4, id="order-7")
+
+    job = admin.job("order-7")
+
+    assert (id_, job.id, job.status, job.queue, job.task) == ("order-7", "order-7", "scheduled", "mail", "shop.send")
+    assert (job.payload, job.priority, job.attempt) == ('{"a": 1}', 4, 0)
+    assert job.due is not None
+    assert timedelta(seconds=40) < job.due - datetime.now(UTC) < timedelta(seconds=80)
+
+
+def test_a_leased_job_says_who_holds_it(admin: Admin, backend: Client) -> None:
+    """A leased job shows its worker, and the worker how much it holds."""
+    (id_,) = push(backend, "mail", b"1")
+    worker = HandWorker(backend, "mail")
+    worker.take()
+
+    job = admin.job(id_)
+    (info,) = admin.workers("mail")
+
+    assert (job.status, job.worker, job.attempt) == ("leased", worker.identity, 1)
+    assert (info.id, info.queue, info.host, info.pid, info.held) == (worker.identity, "mail", "testhost", 4711, 1)
+    assert info.lease_ends > datetime.now(UTC)
+
+
+def test_a_dead_job_says_why(admin: Admin, backend: Client) -> None:
+    """A dead letter shows the error of its attempt with its traceback."""
+    (id_,) = dead(backend, "mail", "no such user")
+
+    job = admin.job(id_)
+
+    assert (job.status, job.attempt, job.failures) == ("dead", 1, 1)
+    assert job.ended is not None
+    (error,) = job.errors
+    assert (error.type, error.message, error.attempt) == ("ValueError", "no such user", 1)
+    assert "Traceback" in error.traceback
+
+
+def test_a_finished_job_shows_its_result(admin: Admin, backend: Client) -> None:
+    """A finished job shows its result while that is kept, and afterwards still that it is done."""
+    kept, bare = push(backend, "mail", b"1", b"2", task="shop.send")
+    worker = HandWorker(backend, "mail")
+    worker.take(2)
+    worker.succeed(kept, b'{"sent":3}')
+    worker.succeed(bare, keep_ms=0)
+
+    assert (admin.job(kept).status, admin.job(kept).result) == ("done", '{"sent":3}')
+    assert (admin.job(bare).status, admin.job(bare).result, admin.job(bare).ran_ms) == ("done", None, 5)
+    assert [job.id for job in admin.jobs("mail", "done")] == [bare, kept]
+
+
+def test_a_cancelled_job_is_cancelled(admin: Admin, backend: Client) -> None:
+    """A job cancelled before its start is known as cancelled, and counts no more."""
+    (id_,) = push(backend, "mail", b"1")
+
+    assert [one.outcome for one in admin.cancel([id_])] == ["cancelled"]
+
+    assert admin.job(id_).status == "cancelled"
+    assert admin.queue("mail").ready == 0
+    assert admin.queue("mail").oldest_age is None
+
+
+def test_unknown_job_raises(admin: Admin, backend: Client) -> None:
+    """An id that nobody knows raises, generated or bare, also when its queue never was."""
+    push(backend, "mail", b"1")
+
+    for id_ in ("nope", "mail:" + "0" * 22, "mial:" + "0" * 22):
+        with pytest.raises(JobNotFound, match=id_):
+            admin.job(id_)
+
+
+def test_retry_revives_dead_and_scheduled_jobs_only(admin: Admin, backend: Client) -> None:
+    """Retry puts a dead job back with its history and a fresh budget, starts a scheduled one, and refuses others."""
+    (failed,) = dead(backend, "mail", "no")
+    (later,) = push(backend, "mail", b"1", delay_ms=60_000)
+    (waiting,) = push(backend, "mail", b"2")
+
+    outcomes = [one.outcome for one in admin.retry([failed, later, waiting, "nope"])]
+
+    assert outcomes == ["retried", "retried", "refused", "not found"]
+    revived = admin.job(failed)
+    assert (revived.status, revived.attempt, revived.failures, len(revived.errors)) == ("ready", 1, 0, 1)
+    assert admin.job(later).status == "ready"
+
+
+def test_cancel_asks_the_worker_of_a_running_job(admin: Admin, backend: Client) -> None:
+    """Cancelling a leased job asks its worker; one that has ended is refused."""
+    (id_,) = push(backend, "mail", b"1")
+    HandWorker(backend, "mail").take()
+    (failed,) = push(backend, "films", b"1")
+    other = HandWorker(backend, "films")
+    other.take()
+    other.fail(failed)
+
+    assert [one.outcome for one in admin.cancel([id_, failed, "nope"])] == ["asked", "refused", "not found"]
+    assert "dead" in admin.cancel([failed])[0].detail
+
+
+def test_delete_leaves_no_trace(admin: Admin, backend: Client) -> None:
+    """Delete removes ready jobs and dead letters; a leased one stays."""
+    (failed,) = dead(backend, "mail", "no")
+    (held,) = push(backend, "mail", b"1")
+    HandWorker(backend, "mail").take()
+    (waiting,) = push(backend, "mail", b"2")
+
+    assert [one.outcome for one in admin.delete([failed, held, waiting])] == ["deleted", "refused", "deleted"]
+
+    assert [job.id for job in admin.jobs("mail")] == [held]
+    with pytest.raises(JobNotFound):
+        admin.job(failed)
+
+
+def test_plain_list_is_counted_and_purged_whole(backend: Client, redis: Redis) -> None:
+    """Of a plain list, what other programs pushed and what we moved in are counted and purged together."""
+    redis.rpush("{t1}:numbers", *range(5))
+    admin = Admin(backend, plain_lists=["{t1}:numbers"])
+
+    assert [(info.name, info.ready) for info in admin.queues()] == [("{t1}:numbers", 5)]
+    assert "{t1}:numbers" in admin.doctor().problems[0].text
+    assert admin.purge("{t1}:numbers") == 5
+    assert admin.queue("{t1}:numbers").ready == 0
+    assert redis.llen("{t1}:numbers") == 0

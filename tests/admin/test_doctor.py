@@ -1,0 +1,211 @@
+"""The doctor: each thing that can be wrong with a server is found, named, and comes with what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from conveyor.admin import doctor, server_checks
+from conveyor.errors import StoreUnavailable
+from conveyor.store.client.client import Client
+from support.client_worker import HandWorker, dead, push
+from support.server_process import Server
+
+pytestmark = pytest.mark.leaves_keys("jobs are pushed here to be looked at")
+Start = Callable[..., Server]
+
+
+@pytest.fixture
+def examine() -> Iterator[Callable[[str], doctor.HealthReport]]:
+    backends: list[Client] = []
+
+    def look(url: str) -> doctor.HealthReport:
+        backends.append(Client(url, namespace="t", patience=1))
+        return doctor.examine(backends[-1])
+
+    yield look
+    for backend in backends:
+        backend.close()
+
+
+def named(report: doctor.HealthReport, name: str) -> doctor.Finding:
+    """Return the gravest finding of that name."""
+    grave = ["problem", "warning", "note", "ok"]
+    return min((f for f in report.findings if f.name == name), key=lambda f: grave.index(f.level))
+
+
+@pytest.mark.redis6
+@pytest.mark.redis7
+@pytest.mark.standalone_only("a primary without replicas, and no node of a cluster")
+def test_a_sound_server_is_healthy(url: str, examine: Callable[[str], doctor.HealthReport]) -> None:
+    """A primary that evicts nothing is healthy; that it keeps jobs in memory only is a warning."""
+    report = examine(url)
+
+    assert report.healthy
+    assert report.family in {"valkey", "redis"}
+    assert 0 < report.latency_ms < 1000
+    assert (report.durability, named(report, "durability").level) == ("memory", "warning")
+    assert named(report, "eviction").level == "ok"
+    assert named(report, "clock").level == "ok"
+    assert named(report, "role").text == "primary, no replica"
+
+
+@pytest.mark.parametrize(
+    ("options", "durability"),
+    [
+        (("--appendonly", "yes"), "aof-everysec"),
+        (("--appendonly", "yes", "--appendfsync", "always"), "aof-always"),
+        (("--appendonly", "yes", "--appendfsync", "no"), "aof-os"),
+        (("--save", "60 1"), "snapshots"),
+    ],
+)
+def test_durability_is_said_in_words(
+    start_server: Start, examine: Callable[[str], doctor.HealthReport], options: tuple[str, ...], durability: str
+) -> None:
+    """The durability really obtained is read from the server, not assumed."""
+    report = examine(start_server(*options).url)
+
+    assert report.durability == durability
+    assert report.healthy
+
+
+@pytest.mark.row("C12")
+@pytest.mark.parametrize("policy", ["allkeys-lru", "volatile-ttl"])
+def test_eviction_is_a_problem(start_server: Start, examine: Callable[[str], doctor.HealthReport], policy: str) -> None:
+    """A server that may delete keys is unhealthy, with E10 and the command that mends it."""
+    report = examine(start_server("--maxmemory", "100mb", "--maxmemory-policy", policy).url)
+
+    finding = named(report, "eviction")
+    assert not report.healthy
+    assert (finding.level, finding.code) == ("problem", "E10")
+    assert policy in finding.text
+    assert "noeviction" in finding.remedy
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "level", "says"),
+    [
+        ("timeout", "60", "note", "connections that are quiet for 60 s are closed"),
+        ("tcp-keepalive", "0", "warning", "connections of machines that are gone stay"),
+    ],
+)
+def test_settings_of_connections(
+    start_server: Start, examine: Callable[[str], doctor.HealthReport], option: str, value: str, level: str, says: str
+) -> None:
+    """A server that closes quiet connections, or keeps those of the dead, is told of with what to set; one with defaults is not."""
+    server = start_server()
+    assert [one for one in examine(server.url).findings if one.name == "connections"] == []
+    with server.client() as client:
+        client.config_set(option, value)
+    finding = named(examine(server.url), "connections")
+    assert (finding.level, says in finding.text) == (level, True)
+    assert finding.remedy.startswith(f"CONFIG SET {option} ")
+
+
+@pytest.mark.parametrize(
+    ("family", "version", "mended"),
+    [
+        ("redis", "6.2.14", "6.2.20"), ("redis", "6.2.20", None), ("redis", "7.0.15", "7.2.11"), ("redis", "7.2.10", "7.2.11"),
+        ("redis", "7.4.6", None), ("redis", "8.0.3", "8.0.4"), ("redis", "8.2.1", "8.2.2"), ("redis", "8.4.0", None),
+        ("valkey", "7.2.10", "7.2.11"), ("valkey", "8.0.6", None), ("valkey", "8.1.3", "8.1.4"), ("valkey", "9.0.0", None),
+    ],
+)  # fmt: skip
+def test_known_holes(family: str, version: str, mended: str | None) -> None:
+    """A release with a hole that any user with a script can use is known, with the first one without it."""
+    assert server_checks.mended(family, version) == mended
+
+
+@pytest.mark.parametrize("name", ["redis6", "redis7"])
+def test_server_with_a_hole_is_a_warning(
+    start_server: Start, examine: Callable[[str], doctor.HealthReport], name: str
+) -> None:
+    """The doctor names the hole of an old server, and the release to take."""
+    report = examine(start_server(name=name).url)
+    if server_checks.mended(report.family, report.version) is None:
+        pytest.skip(f"{report.version} has none")
+    finding = named(report, "version")
+    assert (finding.level, "CVE-2025-49844" in finding.text) == ("warning", True)
+    assert finding.remedy == f"Use {server_checks.mended(report.family, report.version)} or newer."
+
+
+def test_full_memory_is_a_problem(start_server: Start, examine: Callable[[str], doctor.HealthReport]) -> None:
+    """A server close to its maxmemory is unhealthy before it refuses anything."""
+    server = start_server()
+    with server.client() as client:
+        client.config_set("maxmemory", int(client.info("memory")["used_memory"] * 1.03))
+
+    report = examine(server.url)
+
+    assert named(report, "memory").level == "problem"
+    assert not report.healthy
+
+
+def test_replica_is_a_problem(
+    url: str, server: Server, start_server: Start, examine: Callable[[str], doctor.HealthReport]
+) -> None:
+    """A read-only replica is unhealthy, and its primary is named."""
+    replica = start_server()
+    with replica.client() as client:
+        client.replicaof("127.0.0.1", "1")
+
+    report = examine(replica.url)
+
+    finding = named(report, "role")
+    assert (finding.level, finding.code) == ("problem", "E16")
+    assert "127.0.0.1:1" in finding.remedy
+
+
+def test_what_this_user_may_not_ask_is_unknown(
+    start_server: Start, examine: Callable[[str], doctor.HealthReport]
+) -> None:
+    """Where CONFIG and INFO are refused, the rest is examined and the gaps are said."""
+    server = start_server()
+    with server.client() as client:
+        client.execute_command("ACL", "SETUSER", "shy", "on", ">canary-of-shy", "~*", "&*", "+@all", "-config", "-info")
+
+    report = examine(server.url.replace("unix://", "unix://shy:canary-of-shy@"))
+
+    assert report.healthy
+    assert report.durability == "unknown"
+    assert named(report, "version").level == "warning"
+    assert named(report, "eviction").level == "warning"
+    assert "canary-of-shy" not in report.url
+
+
+def test_config_alone_refused(start_server: Start, examine: Callable[[str], doctor.HealthReport]) -> None:
+    """Where only CONFIG is refused, as at most providers, eviction and the append-only file are still known."""
+    server = start_server("--appendonly", "yes")
+    with server.client() as client:
+        client.execute_command("ACL", "SETUSER", "shy", "on", ">canary-of-shy", "~*", "&*", "+@all", "-config")
+
+    report = examine(server.url.replace("unix://", "unix://shy:canary-of-shy@"))
+
+    assert report.durability == "aof-everysec"
+    assert named(report, "eviction").level == "ok"
+
+
+def test_stranded_jobs_are_a_problem(url: str, examine: Callable[[str], doctor.HealthReport]) -> None:
+    """Ready jobs that no worker takes are a problem that names who works; dead letters and a pause are notes."""
+    backend = Client(url, namespace="t", patience=1)
+    dead(backend, "films", "no")
+    push(backend, "mail", b"1")
+    HandWorker(backend, "mail")
+    assert examine(url).healthy
+
+    push(backend, "mial", b"1", b"2")
+    report = examine(url)
+    backend.close()
+
+    (problem,) = report.problems
+    assert problem.code == "E12"
+    assert "'mial' has 2 jobs" in problem.text
+    assert "Workers take: mail" in problem.text
+    assert any("1 dead letter" in f.text and f.level == "note" for f in report.findings)
+
+
+def test_absent_server_raises(directory: Path, examine: Callable[[str], doctor.HealthReport]) -> None:
+    """Where nothing listens there is no report but an error."""
+    with pytest.raises(StoreUnavailable, match="nowhere"):
+        examine(f"unix://{directory}/nowhere")

@@ -1,0 +1,302 @@
+"""The command line and the app: how it is found, what `enqueue` makes of words, and what `worker` checks first."""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from conveyor.admin.admin import Admin
+from conveyor.store.client.client import Client
+from support.client_worker import HandWorker, wait_for_job
+from support.shell import Shell
+
+pytestmark = pytest.mark.leaves_keys("jobs are enqueued here to be looked at")
+
+JOBS = """
+import datetime
+from conveyor import Conveyor
+app = Conveyor()
+
+@app.task
+async def greet(name: str, excited: bool = False) -> str:
+    return f"Hello {name}{'!' if excited else '.'}"
+
+@app.task(queue="mail")
+def remind(when: datetime.datetime, times: int = 1) -> None: ...
+"""
+
+
+@pytest.fixture
+def shell(url: str, tmp_path: Path) -> Shell:
+    shell = Shell(tmp_path, url)
+    shell.write("jobs.py", JOBS)
+    return shell
+
+
+@pytest.fixture
+def backend(url: str) -> Iterator[Client]:
+    backend = Client(url, patience=1)
+    yield backend
+    backend.close()
+
+
+# -- finding the app ----------------------------------------------------------------------------------------------
+
+
+def test_app_is_found_in_the_order_of_settings(shell: Shell, backend: Client) -> None:
+    """The flag wins over the environment, and that over pyproject.toml; a module with one app needs no object."""
+    shell.write("pyproject.toml", '[tool.conveyor]\napp = "jobs:app"\n')
+    assert shell.run("enqueue", "greet", "name=Ada").returncode == 0
+    assert shell.run("enqueue", "greet", "name=Ada", CONVEYOR_APP="nope").returncode == 4
+    assert shell.run("enqueue", "greet", "name=Ada", "--app", "jobs", CONVEYOR_APP="nope").returncode == 0
+    assert Admin(backend).queue("default").ready == 2
+
+
+def test_pyproject_names_the_server(shell: Shell, backend: Client) -> None:
+    """[tool.conveyor] url counts for commands and for the app where no variable and no flag says other."""
+    shell.write("pyproject.toml", f'[tool.conveyor]\nurl = "{shell.url}"\n')
+    shell.url = None
+
+    assert shell.run("push", "mail", "1").returncode == 0
+    assert shell.run("enqueue", "greet", "name=Ada", "-A", "jobs").returncode == 0
+    assert [info.name for info in Admin(backend).queues()] == ["default", "mail"]
+
+
+def test_namespace_of_the_app_is_used(shell: Shell, backend: Client) -> None:
+    """Commands look where the app's workers look; a flag that contradicts its code is refused, not ignored."""
+    shell.write("shop.py", JOBS.replace("Conveyor()", 'Conveyor(namespace="shop")'))
+    assert shell.run("enqueue", "greet", "name=Ada", CONVEYOR_APP="shop").returncode == 0
+
+    assert shell.run("queue", "list", CONVEYOR_APP="shop").stdout.startswith("default\t1")
+    assert shell.run("queue", "list").stdout == ""
+    refused = shell.run("enqueue", "greet", "name=Ada", "--namespace", "other", CONVEYOR_APP="shop")
+    assert refused.returncode == 2
+    assert "'shop'" in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("reference", "code", "words"),
+    [
+        ("nope", "E08", ["No module named 'nope'", "Here are: jobs.py"]),
+        ("jobs:nope", "E08", ["'jobs' has no 'nope'", "jobs:app"]),
+        ("jobs:greet", "E08", ["is not an app"]),
+        ("broken", "E08", ["ZeroDivisionError", "broken.py:3"]),
+        ("gone", "E08", ["No module named 'not_installed'", "gone.py:1"]),
+        ("wrong", "E08", ["SyntaxError", "wrong.py:1"]),
+        ("leaving", "E08", ["SystemExit"]),
+        ("empty", "E08", ["'empty' has no app", "jobs.py"]),
+        ("pack.jobz", "E08", ["pack/jobs.py"]),
+        ("two", "E09", ["two:app", "two:other"]),
+        ("jobs.py", "E08", ["jobs"]),
+        ("../jobs", "E08", ["is not a module"]),
+    ],
+)
+def test_app_that_cannot_be_found(shell: Shell, reference: str, code: str, words: list[str]) -> None:
+    """What is wrong with the app is said in one screen, with what is nearby; the exit code is 4."""
+    shell.write("broken.py", "import jobs\n\n1 / 0\n")
+    shell.write("gone.py", "import not_installed\n")
+    shell.write("wrong.py", "def\n")
+    shell.write("leaving.py", "raise SystemExit(0)\n")
+    shell.write("empty.py", "")
+    shell.write("pack/__init__.py", "")
+    shell.write("pack/jobs.py", JOBS)
+    shell.write("two.py", "from conveyor import Conveyor\nfrom jobs import app\nother = Conveyor()\nsame = app\n")
+
+    done = shell.run("worker", reference)
+
+    assert done.returncode == 4
+    assert done.stderr.startswith(f"error {code}  ")
+    assert "Traceback" not in done.stderr
+    for word in words:
+        assert word in done.stderr, done.stderr
+
+
+def test_no_app_is_usage(shell: Shell) -> None:
+    """Without any app the ways to name one are told, and what is nearby."""
+    done = shell.run("worker")
+
+    assert done.returncode == 2
+    assert "CONVEYOR_APP" in done.stderr
+    assert "jobs" in done.stderr
+
+
+def test_unknown_setting_is_refused(shell: Shell) -> None:
+    """A misspelt setting in pyproject.toml is named, not ignored."""
+    shell.write("pyproject.toml", "[tool.conveyor]\nconcurency = 3\n")
+
+    done = shell.run("status")
+
+    assert done.returncode == 2
+    assert "concurency" in done.stderr
+
+
+# -- enqueue ------------------------------------------------------------------------------------------------------
+
+
+def test_enqueue_converts_by_annotation(shell: Shell, backend: Client) -> None:
+    """Words become what the annotations say, and the id alone is printed; --args takes the rest."""
+    done = shell.run(
+        "enqueue", "remind", "when=2026-01-01T09:00:00+00:00", "times=3", "--in", "10m", CONVEYOR_APP="jobs"
+    )
+    other = shell.run(
+        "enqueue", "jobs.remind", "--args", '["2026-01-01T09:00:00Z", 2]', "--queue", "vip", "--priority", "5",
+        "--id", "r-1", "--json", CONVEYOR_APP="jobs",
+    )  # fmt: skip
+
+    assert (done.returncode, other.returncode) == (0, 0)
+    job = Admin(backend).job(done.stdout.strip())
+    assert (job.task, job.queue, job.status) == ("jobs.remind", "mail", "scheduled")
+    assert json.loads(job.payload or "")["times"] == 3
+    assert json.loads(other.stdout) == {"schema": "conveyor/enqueued@1", "id": "r-1", "task": "jobs.remind"}
+    assert (Admin(backend).job("r-1").queue, Admin(backend).job("r-1").priority) == ("vip", 5)
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        (["greet", "nam=Ada"], 2, "Did you mean 'name'?"),
+        (["greet"], 2, "name"),
+        (["greet", "Ada"], 2, "name=value"),
+        (["greet", "name=Ada", "excited=maybe"], 2, "excited"),
+        (["remind", "when=tomorrow"], 2, "when"),
+        (["greet", "name=Ada", "--args", "{"], 2, "--args is not JSON"),
+        (["greet", "name=Ada", "--args", '{"name": "Bob"}'], 2, "twice"),
+        (["greet", "name=Ada", "--in", "soon"], 2, "soon"),
+        (["greet", "name=Ada", "--at", "2026-01-01T00:00:00"], 2, "E18"),
+        (["greet", "name=Ada", "--timeout", "5s"], 2, "--wait"),
+        (["gret", "name=Ada"], 5, "Did you mean 'greet'?"),
+    ],
+)
+def test_bad_call_enqueues_nothing(shell: Shell, backend: Client, words: list[str], code: int, said: str) -> None:
+    """A call that does not fit its task is refused with what would fit, and stores nothing."""
+    done = shell.run("enqueue", *words, CONVEYOR_APP="jobs")
+
+    assert (done.returncode, done.stdout) == (code, "")
+    assert said in done.stderr
+    assert backend.queues() == []
+
+
+def test_enqueue_waits_for_the_result(shell: Shell, backend: Client) -> None:
+    """With --wait the result is printed as JSON, the id on standard error."""
+    process = shell.start("enqueue", "greet", "name=Ada", "--wait", CONVEYOR_APP="jobs")
+    worker = HandWorker(backend, "default")
+    id_ = wait_for_job(worker)
+    worker.succeed(id_, b'"Hello Ada."')
+    out, err = process.communicate(timeout=30)
+
+    assert (process.returncode, out) == (0, '"Hello Ada."\n')
+    assert id_ in err
+
+
+def test_failed_job_ends_with_7(shell: Shell, backend: Client) -> None:
+    """With --wait a failed job ends with 7, its error and traceback on standard error."""
+    process = shell.start("enqueue", "greet", "name=Ada", "--wait", CONVEYOR_APP="jobs")
+    worker = HandWorker(backend, "default")
+    worker.fail(wait_for_job(worker), "no such user")
+    out, err = process.communicate(timeout=30)
+
+    assert (process.returncode, out) == (7, "")
+    assert "Traceback: no such user" in err
+    assert "error E24" in err
+    assert "ValueError: no such user" in err
+
+
+def test_waiting_too_long_ends_with_124(shell: Shell) -> None:
+    """With --timeout waiting ends with 124, and the job goes on."""
+    done = shell.run("enqueue", "greet", "name=Ada", "--wait", "--timeout", "200ms", CONVEYOR_APP="jobs")
+
+    assert (done.returncode, done.stdout) == (124, "")
+    assert "It goes on" in done.stderr
+
+
+def test_interrupted_ends_with_130(shell: Shell, backend: Client) -> None:
+    """Ctrl-C while waiting ends with 130 and no traceback."""
+    process = shell.start("enqueue", "greet", "name=Ada", "--wait", CONVEYOR_APP="jobs")
+    wait_for_job(HandWorker(backend, "default"))
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=30)
+
+    assert process.returncode == 130
+    assert "Traceback" not in err
+
+
+# -- worker -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.row("C12")
+def test_worker_refuses_a_server_that_evicts(shell: Shell, start_server: object) -> None:
+    """On a server that may delete jobs a worker does not start: exit 6, E10, and how to start anyway."""
+    evicting = start_server("--maxmemory", "100mb", "--maxmemory-policy", "allkeys-lru")  # type: ignore[operator]
+
+    done = shell.run("worker", "jobs", "--url", evicting.url)
+
+    assert done.returncode == 6
+    assert done.stderr.startswith("error E10")
+    assert "--allow-eviction" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["-q", "no queue"], "no queue"),
+        (["-q", "mail:0"], "weight"),
+        (["--grace", "soon"], "soon"),
+        (["--processes", "0"], "processes"),
+        (["--health-port", "9191"], "health-port"),
+    ],
+)
+def test_wrong_option_of_a_worker_is_usage(shell: Shell, words: list[str], said: str) -> None:
+    """An option that means nothing, or that does not work yet, is refused before anything starts."""
+    done = shell.run("worker", "jobs", *words)
+
+    assert done.returncode == 2
+    assert said in done.stderr
+
+
+def test_worker_settings_by_source(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the supervisor is given: the flag, else the variable, else pyproject.toml, else the default."""
+    import sys
+
+    from click.testing import CliRunner
+
+    from conveyor.cli import cli
+    from conveyor.worker.supervision import supervisor
+
+    given: dict[str, object] = {}
+    monkeypatch.setattr(supervisor, "run", lambda name, **options: given.update(options, name=name) or 0)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.chdir(shell.directory)
+    monkeypatch.setenv("CONVEYOR_URL", shell.url or "")
+    monkeypatch.setenv("CONVEYOR_THREADS", "3")
+    monkeypatch.setenv("CONVEYOR_MAX_MEMORY", "1500MB")
+    shell.write(
+        "pyproject.toml",
+        '[tool.conveyor]\napp = "jobs"\nprocesses = 4\nthreads = 2\nconcurrency = 7\nmax_jobs = 500\nqueues = {mail = 3, vip = 1}\n',
+    )
+    try:
+        result = CliRunner().invoke(cli, ["worker", "-c", "9", "--burst"], obj={"verbose": False})
+    finally:
+        sys.modules.pop("jobs", None)
+
+    assert result.exit_code == 0, result.output
+    assert given == {
+        "name": "jobs:app", "queues": {"mail": 3.0, "vip": 1.0}, "concurrency": 9, "threads": 3, "processes": 4,
+        "burst": True, "grace": 30.0, "max_jobs": 500, "max_memory": 1_500_000_000, "verbose": False,
+    }  # fmt: skip
+
+
+def test_worker_runs_what_is_enqueued(shell: Shell) -> None:
+    """A worker started on the command line runs a job that another command waits for, and ends with 0 when told to."""
+    worker = shell.start("worker", "jobs", "-q", "default")
+    done = shell.run("enqueue", "greet", "name=Ada", "excited=true", "--wait", "--timeout", "30s", CONVEYOR_APP="jobs")
+    listed = shell.run("job", "list", "--state", "done")
+    worker.send_signal(signal.SIGTERM)
+    _, err = worker.communicate(timeout=60)
+
+    assert (done.returncode, done.stdout) == (0, '"Hello Ada!"\n')
+    assert listed.stdout.split("\t")[:4] == [done.stderr.strip(), "default", "jobs.greet", "done"]
+    assert worker.returncode == 0, err

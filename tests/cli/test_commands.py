@@ -1,0 +1,393 @@
+"""The command line through real invocations: what it prints, where, and with which exit code it ends."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from conveyor.admin.admin import Admin
+from conveyor.store.client.client import Client
+from support.client_worker import HandWorker, dead, push
+from support.shell import Shell
+
+pytestmark = pytest.mark.leaves_keys("jobs are pushed here to be looked at")
+
+
+@pytest.fixture
+def shell(url: str, tmp_path: Path) -> Shell:
+    return Shell(tmp_path, url)
+
+
+@pytest.fixture
+def backend(url: str) -> Iterator[Client]:
+    backend = Client(url, patience=1)
+    yield backend
+    backend.close()
+
+
+def documents(text: str) -> dict[str, object]:
+    """Return the one JSON document of *text*."""
+    found: dict[str, object] = json.loads(text)
+    return found
+
+
+# -- loading and help ---------------------------------------------------------------------------------------------
+
+
+def test_help_loads_nothing_heavy(tmp_path: Path) -> None:
+    """`conveyor --help` names every command without importing redis, asyncio or msgspec, or any command's module."""
+    code = (
+        "import sys; from conveyor.cli import COMMANDS, main; code = main(['--help'])\n"
+        "heavy = {'redis', 'asyncio', 'msgspec', 'conveyor.admin', *(e.target.partition(':')[0] for e in COMMANDS.values())}\n"
+        "print(sorted(heavy & set(sys.modules)), code, all(name in sys.argv for name in []))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=Shell(tmp_path).environment(), capture_output=True, text=True, check=True
+    )
+
+    assert done.stdout.splitlines()[-1].startswith("[] 0")
+    for name in ("worker", "push", "enqueue", "status", "queue", "job", "doctor", "server"):
+        assert f"  {name} " in done.stdout
+
+
+def test_every_command_has_help() -> None:
+    """Every command of the table can be loaded, and it and each of its subcommands explain themselves."""
+    from click.testing import CliRunner
+
+    from conveyor.cli import COMMANDS, cli
+
+    for name in COMMANDS:
+        command = cli.get_command(None, name)  # type: ignore[arg-type]
+        for words in [[name], *([name, sub] for sub in getattr(command, "commands", {}))]:
+            result = CliRunner().invoke(cli, [*words, "--help"])
+            assert result.exit_code == 0, words
+            assert "Usage:" in result.output
+
+
+def test_unknown_command_is_usage(shell: Shell) -> None:
+    """A mistyped command ends with 2 and names the closest."""
+    done = shell.run("pus", "mail", "1")
+
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "Did you mean 'push'?" in done.stderr
+
+
+# -- push ---------------------------------------------------------------------------------------------------------
+
+
+def test_push_prints_the_id_alone(shell: Shell, backend: Client) -> None:
+    """`push QUEUE JSON` stores the message and prints its id, nothing else."""
+    done = shell.run("push", "mail", '{"id": 1}', "--header", "a=b", "--priority", "3", "--delay", "1h")
+
+    assert (done.returncode, done.stderr) == (0, "")
+    (id_,) = done.stdout.split()
+    job = Admin(backend).job(id_)
+    assert (job.payload, job.headers, job.priority, job.status) == ('{"id": 1}', {"a": "b"}, 3, "scheduled")
+
+
+def test_push_reads_one_message_a_line(shell: Shell, backend: Client) -> None:
+    """`push QUEUE -` prints an id for each line, in their order; blank lines are none."""
+    done = shell.run("push", "mail", "-", stdin='1\n\n"two"\n{"three": 3}')
+
+    ids = done.stdout.split()
+    assert done.returncode == 0
+    assert [(job.id, job.payload) for job in Admin(backend).jobs("mail")] == list(
+        zip(ids, ["1", '"two"', '{"three": 3}'], strict=True)
+    )
+
+
+def test_push_passes_a_slow_pipe_on(shell: Shell, backend: Client) -> None:
+    """A line is stored when it arrives, not when its pipe ends."""
+    process = shell.start("push", "mail", "-")
+    assert process.stdin is not None
+    assert process.stdout is not None
+    process.stdin.write("1\n")
+    process.stdin.flush()
+    first = process.stdout.readline().strip()
+
+    assert Admin(backend).job(first).status == "ready"
+
+    process.communicate("2\n", timeout=30)
+    assert process.returncode == 0
+    assert Admin(backend).queue("mail").ready == 2
+
+
+@pytest.mark.parametrize("bad", ["{bad", "", "nan", "[" * 500 + "]" * 500])
+def test_bad_message_stores_nothing(shell: Shell, backend: Client, bad: str) -> None:
+    """What is no JSON or too deep ends with 2, says which line, and stores nothing of what came with it."""
+    done = shell.run("push", "mail", "-", stdin=f"1\n{bad or '}'}\n")
+
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "line 2" in done.stderr
+    assert done.stderr.startswith("error E")
+    assert "Traceback" not in done.stderr
+    assert backend.queues() == []
+
+
+def test_file_is_checked_as_a_whole(shell: Shell, backend: Client) -> None:
+    """Of a file with one message that is too large nothing is stored, wherever it stands."""
+    shell.write("rows.jsonl", "1\n" * 50_000 + '"' + "x" * 600_000 + '"\n2\n')
+
+    with (shell.directory / "rows.jsonl").open() as rows:
+        done = subprocess.run(
+            [sys.executable, "-m", "conveyor", "push", "mail", "-"], stdin=rows, cwd=shell.directory,
+            env=shell.environment(), capture_output=True, text=True, timeout=60, check=False,
+        )  # fmt: skip
+
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error E21")
+    assert "line 50001 " in done.stderr
+    assert backend.queues() == []
+
+
+def test_pipe_says_what_was_stored(shell: Shell, backend: Client) -> None:
+    """Of a pipe, which is passed on as it comes, a bad message says how many before it were stored."""
+    done = shell.run("push", "mail", "-", stdin="1\n2\n" + '"' + "x" * 600_000 + '"')
+
+    assert done.returncode == 2
+    assert len(done.stdout.split()) == Admin(backend).queue("mail").ready == 2
+    assert "after 2 messages that were stored" in done.stderr
+
+
+def test_push_with_an_own_id_twice(shell: Shell, backend: Client) -> None:
+    """The same --id again prints the same id and stores nothing more; at the front it goes before what waits."""
+    first = shell.run("push", "mail", "1", "--id", "order-1")
+    again = shell.run("push", "mail", "2", "--id", "order-1")
+    shell.run("push", "mail", "0", "--front")
+
+    assert first.stdout == again.stdout == "order-1\n"
+    assert [job.payload for job in Admin(backend).jobs("mail")] == ["0", "1"]
+
+
+def test_push_without_a_message_on_a_bad_queue(shell: Shell) -> None:
+    """A queue's name is checked before anything is sent."""
+    done = shell.run("push", "no queue", "1")
+
+    assert done.returncode == 2
+    assert "'no queue'" in done.stderr
+
+
+# -- queue --------------------------------------------------------------------------------------------------------
+
+
+def test_queue_list_piped_and_json(shell: Shell, backend: Client) -> None:
+    """Piped, a queue is one tab-separated line without headings; with --json one document that names its schema."""
+    push(backend, "mail", b"1", b"2")
+
+    piped = shell.run("queue", "list")
+    document = documents(shell.run("queue", "list", "--json").stdout)
+
+    assert piped.stdout.rstrip("\n").split("\t")[:6] == ["mail", "2", "0", "0", "0", "0"]
+    assert document["schema"] == "conveyor/queues@1"
+    (mail,) = document["queues"]  # type: ignore[misc]
+    assert (mail["name"], mail["ready"], mail["paused"]) == ("mail", 2, False)
+
+
+def test_queue_pause_resume_show(shell: Shell, backend: Client) -> None:
+    """Pause and resume are seen by show."""
+    push(backend, "mail", b"1")
+
+    assert shell.run("queue", "pause", "mail").returncode == 0
+    assert "paused\ttrue" in shell.run("queue", "show", "mail").stdout
+    assert shell.run("queue", "resume", "mail").returncode == 0
+    assert "paused\tfalse" in shell.run("queue", "show", "mail").stdout
+
+
+def test_purge_asks(shell: Shell, backend: Client) -> None:
+    """Without a terminal purge says how many and ends with 6; --dry-run removes nothing; --yes removes."""
+    push(backend, "mail", *[b"1"] * 12)
+
+    unasked = shell.run("queue", "purge", "mail")
+    dry = shell.run("queue", "purge", "mail", "--dry-run")
+    assert (unasked.returncode, unasked.stdout) == (6, "")
+    assert "12 jobs" in unasked.stderr
+    assert (dry.returncode, dry.stdout) == (0, "12\n")
+    assert Admin(backend).queue("mail").ready == 12
+
+    done = shell.run("queue", "purge", "mail", "--yes")
+    assert (done.returncode, done.stdout) == (0, "12\n")
+    assert Admin(backend).queue("mail").ready == 0
+
+
+def test_redrive_prints_how_many(shell: Shell, backend: Client) -> None:
+    """Redrive puts dead letters back and prints their number."""
+    dead(backend, "mail", "a", "b", "c")
+
+    done = shell.run("queue", "redrive", "mail", "--limit", "2", "--yes", "--json")
+
+    assert documents(done.stdout) == {
+        "schema": "conveyor/redrive@1", "queue": "mail", "dry_run": False, "redriven": 2,
+    }  # fmt: skip
+    assert Admin(backend).queue("mail").ready == 2
+
+
+# -- job ----------------------------------------------------------------------------------------------------------
+
+
+def test_job_ids_flow_through_pipes(shell: Shell, backend: Client) -> None:
+    """`job list -q` prints ids that `job retry -` takes."""
+    ids = dead(backend, "mail", "a", "b")
+
+    listed = shell.run("job", "list", "-q", "--state", "dead", "--queue", "mail")
+    assert sorted(listed.stdout.split()) == sorted(ids)
+    retried = shell.run("job", "retry", "-", stdin=listed.stdout)
+
+    assert retried.returncode == 0
+    assert Admin(backend).queue("mail").ready == 2
+
+
+def test_job_show(shell: Shell, backend: Client) -> None:
+    """`job show` names state, payload and errors; in JSON all of them, under a schema."""
+    (id_,) = dead(backend, "mail", "no such user", task="shop.send")
+
+    text = shell.run("job", "show", id_)
+    document = documents(shell.run("job", "show", id_, "--json").stdout)
+
+    assert "state\tdead\n" in text.stdout
+    assert "error.1\tValueError: no such user\n" in text.stdout
+    assert document["schema"] == "conveyor/job@1"
+    job = document["job"]
+    assert job["task"] == "shop.send"  # type: ignore[index]
+    assert job["errors"][0]["at"] == "2023-11-14T22:13:20.000Z"  # type: ignore[index]
+
+
+def test_a_hostile_message_stays_on_its_line(shell: Shell, backend: Client) -> None:
+    """Text from jobs cannot steer the terminal or forge lines and columns."""
+    dead(backend, "mail", "\x1b[2Jfirst\nsecond\tthird")
+
+    done = shell.run("job", "list", "--state", "dead")
+
+    assert len(done.stdout.splitlines()) == 1
+    assert "\x1b" not in done.stdout
+    assert "\\x1b[2Jfirst\\nsecond\\tthird" in done.stdout
+
+
+def test_cancel_and_delete_ask_when_it_matters(shell: Shell, backend: Client) -> None:
+    """One job is cancelled at once; many, and every deletion, need a yes."""
+    ids = push(backend, "mail", b"1", b"2", b"3")
+
+    assert shell.run("job", "cancel", ids[0]).returncode == 0
+    many = shell.run("job", "cancel", ids[1], ids[2])
+    deletion = shell.run("job", "delete", ids[1])
+    assert (many.returncode, deletion.returncode) == (6, 6)
+    assert "2 jobs" in many.stderr
+    assert Admin(backend).queue("mail").ready == 2
+
+    assert shell.run("job", "delete", ids[1], ids[2], "--yes").returncode == 0
+    assert Admin(backend).queue("mail").ready == 0
+
+
+def test_unknown_names_end_with_5(shell: Shell, backend: Client) -> None:
+    """A job or queue that is not there ends with 5; one that cannot be acted on with 6."""
+    (waiting,) = push(backend, "mail", b"1")
+
+    for words in (["job", "show", "nope"], ["job", "cancel", "nope"], ["queue", "show", "nope"]):
+        assert shell.run(*words).returncode == 5, words
+    assert shell.run("job", "retry", waiting).returncode == 6
+
+
+# -- status and doctor --------------------------------------------------------------------------------------------
+
+
+def test_status_is_8_when_jobs_are_stranded(shell: Shell, backend: Client) -> None:
+    """Status ends with 0 while workers take what is ready, and with 8 and E12 when nobody does."""
+    push(backend, "mail", b"1")
+    HandWorker(backend, "mail")
+    well = shell.run("status")
+    push(backend, "mial", b"1")
+    ill = shell.run("status")
+    document = documents(shell.run("status", "--json").stdout)
+
+    assert (well.returncode, ill.returncode) == (0, 8)
+    assert len(ill.stdout.splitlines()) == 2
+    assert "E12" in ill.stderr
+    assert (document["schema"], document["healthy"]) == ("conveyor/status@1", False)
+
+
+def test_doctor_exit_codes(shell: Shell, start_server: object) -> None:
+    """Doctor ends with 0 on a sound server and with 8 on one that evicts, in the same words as its JSON."""
+    evicting = start_server("--maxmemory", "100mb", "--maxmemory-policy", "allkeys-lru")  # type: ignore[operator]
+    well = shell.run("doctor")
+    ill = shell.run("doctor", "--json", "--url", evicting.url)
+
+    assert (well.returncode, ill.returncode) == (0, 8)
+    assert all(len(line.split("\t")) == 5 for line in well.stdout.splitlines())
+    document = documents(ill.stdout)
+    assert document["schema"] == "conveyor/doctor@1"
+    assert any(finding["code"] == "E10" for finding in document["findings"])  # type: ignore[index,union-attr]
+
+
+# -- errors -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "place", ["redis://:s3cr3t-canary@127.0.0.1:1/0", "redis://127.0.0.1:1/0?password=s3cr3t-canary"]
+)
+def test_absent_server_ends_with_3_soon_and_keeps_secrets(shell: Shell, place: str) -> None:
+    """Every command against an absent server ends with 3 soon, says E01, and prints no password, even with -v."""
+    for words in (
+        ["status"],
+        ["push", "mail", "1"],
+        ["queue", "list", "-v"],
+        ["job", "show", "x"],
+        ["doctor", "--json"],
+    ):
+        start = time.monotonic()
+        done = shell.run(*words, CONVEYOR_URL=place)
+
+        assert done.returncode == 3, words
+        assert time.monotonic() - start < 5  # what a program would wait for Redis, and the start of an interpreter
+        assert done.stderr.startswith("error E01  Cannot reach Redis at redis://")
+        assert "s3cr3t" not in done.stdout + done.stderr
+        assert ("Traceback" in done.stderr) == ("-v" in words)
+
+
+def test_wrong_password_is_refused_without_showing_it(shell: Shell, start_server: object) -> None:
+    """A refused login ends with 6 and E17."""
+    server = start_server()  # type: ignore[operator]
+    with server.client() as client:
+        client.config_set("requirepass", "right-canary")
+    done = shell.run("queue", "list", CONVEYOR_URL=server.url.replace("unix://", "unix://:wrong-canary@"))
+
+    assert done.returncode == 6
+    assert done.stderr.startswith("error E17")
+    assert "canary" not in done.stdout + done.stderr
+
+
+def test_wrong_url_is_usage(shell: Shell) -> None:
+    """A URL of another kind ends with 2."""
+    done = shell.run("status", "--url", "http://example.org")
+
+    assert done.returncode == 2
+    assert "not a Redis URL" in done.stderr
+
+
+# -- server -------------------------------------------------------------------------------------------------------
+
+
+def test_server_start_status_stop(tmp_path: Path) -> None:
+    """The embedded server runs as long as `server start`, commands find it without a URL, and ctrl-C ends both."""
+    shell = Shell(tmp_path)
+    shell.write("pyproject.toml", "")
+    assert shell.run("server", "status").returncode == 5
+
+    process = shell.start("server", "start")
+    assert process.stdout is not None
+    url = process.stdout.readline().strip()
+    assert url.startswith("unix:///")
+    assert f"url\t{url}" in shell.run("server", "status").stdout
+    assert shell.run("push", "mail", "1").returncode == 0
+    assert shell.run("queue", "list").stdout.startswith("mail\t1\t")
+
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=30)
+    assert process.returncode == 0
+    assert shell.run("server", "stop").returncode == 0
+    assert shell.run("server", "status").returncode == 5

@@ -1,0 +1,261 @@
+"""`conveyor demo` as a person and a script run it, and the judge who says whether its counts add up."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import pty
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from conveyor.cli.demo.journal import Journal, JournalEntry
+from conveyor.cli.demo.picture import decode, draw, encode, shrink
+from conveyor.cli.demo.report import Kill, judge, trails
+from support.shell import Shell
+from support.supervisor_process import running, until
+
+ACCEPTED = {"q:a": "work", "q:b": "work", "q:c": "work", "q:d": "work"}
+KILL = Kill(7, 10.0, returned=3)
+
+
+def lines() -> list[JournalEntry]:
+    """a ran, b was cut off by the kill of 7 and ran again, c failed twice and died, d waits for its retry."""
+    return [
+        JournalEntry(1.0, "up", 7), JournalEntry(1.0, "up", 8),
+        JournalEntry(2.0, "start", 8, "work", "q:a", 1), JournalEntry(2.5, "ok", 8, "work", "q:a", 1, 0.5),
+        JournalEntry(9.0, "start", 7, "work", "q:b", 1),
+        JournalEntry(10.2, "start", 8, "work", "q:b", 2), JournalEntry(10.4, "ok", 8, "work", "q:b", 2, 0.2),
+        JournalEntry(3.0, "start", 7, "work", "q:c", 1), JournalEntry(3.1, "fail", 7, "work", "q:c", 1, 0.1),
+        JournalEntry(3.1, "retry", 7, "work", "q:c", 1), JournalEntry(4.0, "start", 8, "work", "q:c", 2),
+        JournalEntry(4.1, "fail", 8, "work", "q:c", 2, 0.1), JournalEntry(4.1, "dead", 8, "work", "q:c", 2),
+        JournalEntry(5.0, "start", 8, "work", "q:d", 1), JournalEntry(5.1, "fail", 8, "work", "q:d", 1, 0.1),
+    ]  # fmt: skip
+
+
+STATES = {"q:a": "done", "q:b": "done", "q:c": "dead", "q:d": "scheduled"}
+
+
+def test_accounts_add_up_by_their_parts() -> None:
+    """What was accepted is done, dead or left, and the job that a kill cut off is seen to run again."""
+    account = judge(ACCEPTED, STATES, trails(lines()), [KILL])
+
+    assert (account.accepted, account.done, account.dead, account.left, account.lost) == (4, 2, 1, 1, 0)
+    assert account.sound
+    (kill,) = account.kills
+    assert (kill.interrupted, kill.again, kill.returned) == (1, 1, 3)
+    assert kill.first_ms == pytest.approx(200)
+    (task,) = account.tasks
+    assert (task.runs, task.retries, task.median_ms) == (6, 1, pytest.approx(100))
+
+
+def test_an_acknowledged_id_that_nobody_knows_is_lost() -> None:
+    """The judge reports a loss when the queue does not know an acknowledged id, whatever the journal saw of it."""
+    account = judge(ACCEPTED, {**STATES, "q:a": None}, trails(lines()), [KILL])
+
+    assert account.lost == 1
+    assert not account.sound
+    assert "q:a" in account.problems[0]
+
+
+def test_done_without_a_run_is_lost() -> None:
+    """The queue's word is not enough: a job that is said to be done and was never seen to succeed is lost."""
+    unseen = [line for line in lines() if not (line.key == "q:a" and line.kind == "ok")]
+
+    account = judge(ACCEPTED, STATES, trails(unseen), [KILL])
+
+    assert (account.done, account.lost) == (1, 1)
+    assert not account.sound
+
+
+def test_a_job_cut_off_and_not_run_again_is_no_success() -> None:
+    """A job that a kill cut off counts as done only when another process ran it afterwards."""
+    cut = [line for line in lines() if not (line.key == "q:b" and line.pid == 8)]
+
+    account = judge(ACCEPTED, STATES, trails(cut), [KILL])
+
+    assert account.lost == 1
+    assert account.kills[0].again == 0
+
+
+def test_pictures_survive_the_way_through_png() -> None:
+    """A picture comes back from its PNG as it was, and shrinking takes the mean of each box."""
+    original = draw(3, 24, 16)
+
+    assert decode(encode(original)) == original
+    small = shrink(original, 8)
+    assert (small.width, small.height) == (3, 2)
+    box = [original.pixels[3 * (y * 24 + x)] for y in range(8) for x in range(8)]
+    assert small.pixels[0] == sum(box) // 64
+
+
+def test_late_worker_is_turned_away(tmp_path: Path) -> None:
+    """Nobody opens the journal of a demo that is being removed, so no late worker starts its server again."""
+    path = tmp_path / "journal"
+    path.touch()
+    early = Journal(str(path))
+    early.write("up")
+    with path.open("rb") as custodian:
+        with pytest.raises(BlockingIOError):
+            fcntl.flock(custodian, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        early.close()
+        fcntl.flock(custodian, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+        with pytest.raises(BlockingIOError):
+            Journal(str(path))
+
+    path.unlink()
+    with pytest.raises(FileNotFoundError):
+        Journal(str(path))
+
+
+@pytest.fixture
+def shell(tmp_path: Path) -> Shell:
+    """A shell in an empty directory, whose temporary files lie there too."""
+    (tmp_path / "tmp").mkdir()
+    return Shell(tmp_path)
+
+
+@pytest.fixture
+def temporary(tmp_path: Path) -> Iterator[dict[str, str]]:
+    """Where the demo of this test may put things; nothing of it is left afterwards."""
+    yield {"TMPDIR": str(tmp_path / "tmp")}
+    until(lambda: not list((tmp_path / "tmp").iterdir()))
+
+
+def processes_with(text: str) -> list[int]:
+    """Return the processes whose command line or environment names *text*."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit() and int(entry.name) != os.getpid():
+            try:
+                known = (entry / "cmdline").read_bytes() + (entry / "environ").read_bytes()
+            except OSError:
+                continue
+            if text.encode() in known and running(int(entry.name)):
+                found.append(int(entry.name))
+    return found
+
+
+def test_unattended_demo_adds_up_and_leaves_nothing(shell: Shell, temporary: dict[str, str]) -> None:
+    """Four seconds of demo kill a worker, say which, account for every job, exit 0 and leave no process or file."""
+    done = shell.run("demo", "--seconds", "4", "--json", **temporary)
+
+    assert done.returncode == 0, done.stderr
+    account = json.loads(done.stdout)
+    assert account["schema"] == "conveyor/demo@1"
+    assert account["sound"]
+    assert account["lost"] == 0
+    assert account["accepted"] == account["done"] + account["dead"] + account["cancelled"] + account["left"] > 60
+    assert account["first_done_seconds"] < 15
+    (kill,) = account["kills"]
+    assert kill["interrupted"] == kill["again"] >= 1
+    assert kill["returned"] >= kill["interrupted"]
+    assert f"SIGKILL to worker {kill['pid']}" in done.stderr
+    assert f"the supervisor of {kill['pid']} returned {kill['returned']} job" in done.stderr
+    assert {task["task"] for task in account["tasks"] if task["done"]} >= {
+        "text.statistics", "picture.thumbnail", "payment.charge", "mail.reminder", "orders (message)",
+        "readings (RPUSH)",
+    }  # fmt: skip
+    assert processes_with(temporary["TMPDIR"]) == []
+    assert not (shell.directory / ".conveyor").exists()
+
+
+def test_ctrl_c_drains_and_exits_0(shell: Shell, temporary: dict[str, str]) -> None:
+    """Ctrl-C ends a demo in order: what was accepted is finished, counted and printed."""
+    demo = shell.start("demo", "--seconds", "300", **temporary)
+    assert demo.stdout is not None
+    said = ""
+    while "the first job was done" not in said:
+        line = demo.stdout.readline()
+        assert line, said
+        said += line
+
+    demo.send_signal(signal.SIGINT)
+    out, _ = demo.communicate(timeout=40)
+
+    assert demo.returncode == 0, out
+    assert "The counts add up" in out
+
+
+def test_killed_demo_leaves_nothing(shell: Shell, temporary: dict[str, str]) -> None:
+    """Nothing of a demo that was killed with SIGKILL stays: no worker, no server, no file."""
+    demo = shell.start("demo", "--seconds", "300", **temporary)
+    assert demo.stdout is not None
+    while "the first job was done" not in demo.stdout.readline():
+        pass
+    assert len(processes_with(temporary["TMPDIR"])) >= 5
+
+    demo.kill()
+    demo.communicate()
+
+    until(lambda: processes_with(temporary["TMPDIR"]) == [], timeout=20)
+
+
+def test_demo_without_workers_fails(shell: Shell, temporary: dict[str, str]) -> None:
+    """When the supervisor itself is killed, the demo ends early, counts what is left, and exits 1."""
+    demo = shell.start("demo", "--seconds", "300", **temporary)
+    assert demo.stdout is not None
+    while "the first job was done" not in demo.stdout.readline():
+        pass
+    (crew,) = [pid for pid in processes_with("conveyor.cli.demo.crew") if parent(pid) == demo.pid]
+
+    os.kill(crew, signal.SIGKILL)
+    out, _ = demo.communicate(timeout=40)
+
+    assert demo.returncode == 1, out
+    assert "the workers ended by themselves" in out
+    assert "lost            0" in out
+
+
+def parent(pid: int) -> int:
+    """Return the parent of a process."""
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+
+
+@pytest.mark.standalone_only("the demo plays on one server")
+def test_demo_on_a_server_of_somebody_elses(shell: Shell, temporary: dict[str, str], url: str) -> None:
+    """With --url the demo uses that server, and deletes all its keys there; the leak check of `url` sees to the rest."""
+    done = shell.run("demo", "--seconds", "2", "--url", url, **temporary)
+
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "The counts add up" in done.stdout
+
+
+@pytest.mark.parametrize("several", ["redis+cluster://127.0.0.1:1", "redis+sentinel://127.0.0.1:1/mymaster"])
+def test_demo_refuses_several_servers(shell: Shell, several: str) -> None:
+    """A cluster or sentinels are refused with a sentence before anything starts."""
+    done = shell.run("demo", "--seconds", "1", "--url", several)
+
+    assert done.returncode == 2
+    assert "plays on one server" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_live_picture_on_a_terminal(shell: Shell, temporary: dict[str, str]) -> None:
+    """On a terminal the demo draws queues, workers and events in place, and shows the cursor again at its end."""
+    ours, theirs = pty.openpty()
+    demo = subprocess.Popen(
+        [sys.executable, "-m", "conveyor", "demo", "--seconds", "2"],
+        cwd=shell.directory, env=shell.environment(TERM="xterm", **temporary), stdin=theirs, stdout=theirs, stderr=theirs,
+    )  # fmt: skip
+    os.close(theirs)
+    seen = b""
+    try:
+        while chunk := os.read(ours, 65536):
+            seen += chunk
+    except OSError:  # the terminal of nobody
+        pass
+    os.close(ours)
+
+    assert demo.wait(30) == 0
+    text = seen.decode()
+    assert "QUEUE" in text
+    assert "✓ text.statistics" in text.replace("\x1b[32m", "").replace("\x1b[0m", "")
+    assert text.rindex("\x1b[?25h") > text.rindex("\x1b[?25l")
+    assert "The counts add up" in text

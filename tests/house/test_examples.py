@@ -1,0 +1,75 @@
+"""The examples: each is run as a process of its own and prints what it says."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+from support.shell import Shell
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+PRINTED = {
+    "jobs_quickstart": ["Hello Ada.", "999000"],
+    "messages_quickstart": ["urgent 100 attempt 1", "o1 1 attempt 1", "o3 3 attempt 1", "o2 2 attempt 2"],
+    "partitions": ["each customer in one partition: True", "partitions used: 4", "taken in order: 36 left: 0"],
+    "retries": ["ada served at attempt 3", "patient ran 3 times", "PermissionError: not for eve"],
+    "rpc": ["0.25", "ZeroDivisionError: float division by zero", "the worker ended with 0"],
+    "transactions": ["delivered: 1", "('o1', 1)"],
+    "lifespan_and_middleware": ["opened", "name t1", "Ada", "closed"],
+}
+PAIRED = {
+    f"{kind}_{side}" for kind in ("plain", "conveyor") for side in ("producer", "consumer")
+}  # in test_plain_list.py
+
+
+@pytest.mark.leaves_keys("some show dead letters")
+@pytest.mark.parametrize("name", PRINTED)
+def test_example_does_what_it_says(name: str, url: str) -> None:
+    """An example runs by itself, prints what is expected in that order, and exits 0."""
+    done = subprocess.run(
+        [sys.executable, f"{name}.py"], cwd=EXAMPLES, env=Shell(EXAMPLES, url).environment(), capture_output=True, text=True,
+        timeout=40, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    lines = iter(done.stdout.splitlines())
+    for expected in PRINTED[name]:
+        assert any(expected in line for line in lines), (
+            f"{expected!r} is not in order in:\n{done.stdout}\n{done.stderr}"
+        )
+
+
+@pytest.mark.leaves_keys("it is ended by a signal, like a web server, and not by the end of its worker")
+def test_web_handler_answers(url: str) -> None:
+    """A request enqueues and is answered with an id, under which the job can be asked for."""
+    process = subprocess.Popen(
+        [sys.executable, "async_web_handler.py", "0"], cwd=EXAMPLES, env=Shell(EXAMPLES, url).environment(),
+        stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stdout is not None
+    try:
+        port = process.stdout.readline().split()[-1]
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/thumbnail/cat.png", timeout=10) as answer:
+            assert answer.status == 202
+            job = answer.read().decode()
+        for _ in range(100):
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/job/{job}", timeout=10) as answer:
+                status = answer.read().decode()
+            if status == "done":
+                break
+        assert status == "done"
+    finally:
+        process.terminate()
+        process.wait(10)
+        process.stdout.close()
+
+
+def test_examples_are_short_and_tested() -> None:
+    """Each example is run by a test, and fits on a screen."""
+    files = {path.stem: path for path in EXAMPLES.glob("*.py")}
+    assert set(files) == {*PRINTED, *PAIRED, "async_web_handler"}
+    assert [name for name, path in files.items() if len(path.read_text().splitlines()) > 42] == []

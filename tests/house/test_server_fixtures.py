@@ -1,0 +1,121 @@
+"""The servers and the leak check that every other test leans on."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import redis as redis_py
+
+from support.leaked_keys import leaked
+from support.server_process import Server
+
+
+@pytest.mark.redis6
+@pytest.mark.redis7
+@pytest.mark.standalone_only("with --on there is one server for all", on=())
+def test_marked_test_runs_on_the_server_it_names(request: pytest.FixtureRequest, server: Server) -> None:
+    """A test marked for an older server runs on Valkey and on that server, and on no other."""
+    expected = {"valkey": (7,), "redis6": (6, 2), "redis7": (7,)}[request.node.callspec.params["server"]]
+
+    with server.client() as client:
+        info = client.info("server")
+    version = tuple(int(part) for part in str(info["redis_version"]).split("."))
+
+    assert version[: len(expected)] == expected
+    assert ("valkey_version" in info) == (request.node.callspec.params["server"] == "valkey")
+
+
+def test_server_keeps_nothing_on_disk(redis: redis_py.Redis) -> None:
+    """The shared server has persistence off, so tests measure and crash without a disk."""
+    assert redis.config_get("save")["save"] == ""
+    assert redis.config_get("appendonly")["appendonly"] == "no"
+
+
+@pytest.mark.row("I19")
+@pytest.mark.leaves_keys("it shows that the keys are found")
+def test_keys_that_never_expire_are_leaks(redis: redis_py.Redis) -> None:
+    """Keys without a TTL are leaks, save the constant ones; a counter of a minute needs a TTL too."""
+    redis.set("conveyor:{q}:result:1", "x", ex=60)
+    redis.sadd("conveyor:queues", "q")
+    redis.hset("conveyor:{q}:conf", "paused", "0")
+    redis.lpush("conveyor:{q}:recent", "1")
+    redis.hset("conveyor:{q}:jobs", "1", "x")
+    redis.hset("conveyor:{q}:stats:29001", "done", "1")
+
+    assert leaked(redis) == ["conveyor:{q}:jobs", "conveyor:{q}:stats:29001"]
+
+
+@pytest.mark.row("I19")
+def test_leaking_test_fails(pytester: pytest.Pytester) -> None:
+    """A test that passes and leaves a key behind is reported as an error; one that says why is not."""
+    here = Path(__file__).parents[1]
+    pytester.makeconftest((here / "conftest.py").read_text())
+    pytester.makeini(
+        f"[pytest]\npythonpath = {here}\nasyncio_default_fixture_loop_scope = function\n"
+        "markers =\n  leaves_keys(reason): x\n  redis6: x\n  redis7: x\n"
+    )
+    pytester.makepyfile(
+        """
+        import pytest
+
+        def test_leaks(redis): redis.set("forgotten", 1)
+        def test_is_tidy(redis): redis.set("short", 1, ex=60)
+        @pytest.mark.leaves_keys("on purpose")
+        def test_says_so(redis): redis.set("meant", 1)
+        """
+    )
+
+    result = pytester.runpytest_subprocess("-q", "-p", "no:cacheprovider")
+
+    result.assert_outcomes(passed=3, errors=1)
+    result.stdout.fnmatch_lines(["*left 1 keys without a TTL behind*", "*forgotten*"])
+
+
+def test_server_dies_with_its_test_process(directory: Path) -> None:
+    """A server is gone soon after the process that started it was killed with SIGKILL."""
+    program = (
+        f"import sys, time; sys.path.insert(0, {str(Path(__file__).parents[1])!r})\n"
+        "from pathlib import Path; from support.server_process import Server, find_binary\n"
+        f"print(Server(find_binary('valkey'), Path({str(directory / 'orphan')!r})).pid, flush=True); time.sleep(60)"
+    )
+    owner = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    assert owner.stdout is not None
+    pid = int(owner.stdout.readline())
+    os.kill(pid, 0)
+
+    owner.kill()
+    owner.wait(10)
+    owner.stdout.close()
+
+    deadline = time.monotonic() + 10
+    while Path(f"/proc/{pid}").exists() and _state(pid) != "Z":
+        assert time.monotonic() < deadline, "the server outlived its owner"
+        time.sleep(0.01)
+
+
+def test_killed_server_starts_again_with_its_data(start_server: Callable[..., Server]) -> None:
+    """A server with an append-only file that was killed comes back on the same socket with what it had acknowledged."""
+    server = start_server("--appendonly", "yes", "--appendfsync", "always")
+    with server.client() as client:
+        client.set("kept", "1")
+
+    os.kill(server.pid, signal.SIGKILL)
+    server.kill()
+    server.start()
+
+    with server.client() as client:
+        assert client.get("kept") == b"1"
+
+
+def _state(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return "Z"

@@ -1,0 +1,162 @@
+"""What users write, as type checkers see it; nothing here is run."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any, assert_type
+
+from conveyor import (
+    CallNext,
+    Concurrency,
+    Context,
+    Conveyor,
+    Debounce,
+    Job,
+    JobFailed,
+    Middleware,
+    Outgoing,
+    Queue,
+    Rate,
+    Retry,
+    Task,
+    Unique,
+    current,
+)
+from conveyor.events import JobDead
+from conveyor.sql import Ledger, Outbox
+
+app = Conveyor("redis://127.0.0.1:6379/0", namespace="shop", lease="15s")
+
+
+@dataclass
+class Order:
+    id: str
+    total: int
+
+
+@app.task
+async def add(a: int, b: int = 2, *, context: Context = current()) -> int:
+    context.logger.info("%s of %s", context.attempt, context.job_id)
+    return a + b
+
+
+@app.task(name="mail.send", queue="mail", timeout="30s", retry=Retry(attempts=3, backoff="1s"), keep_result=60)
+def send(user: int, tenant: str, tokens: int = 1) -> str:
+    return f"{user} {tenant} {tokens}"
+
+
+@app.task(retry=3, run_in="process", ack="early", expires="1h", priority=5)
+async def load(order: Order, at: datetime | None = None) -> list[Order]:
+    return [order]
+
+
+@app.task
+def nothing() -> None: ...
+
+
+def spread() -> None:
+    orders = app.queue("orders", Order, partitions=8, max_length=80)
+    assert_type(orders, Queue[Order])
+    assert_type(orders.push(Order("o1", 3), group="c7"), str)
+    assert_type(orders.push_many([Order("o2", 3)], group="c7"), list[str])
+    for message in orders.pull(3, wait="1s"):
+        assert_type(message.body, Order)
+    assert_type(orders.repartition(4), int)
+
+
+async def chain(context: Context = current()) -> None:
+    assert_type(context.spawn(add.s(1, 2)), Job[int])
+    assert_type(context.spawn(send.options(delay="1m").s(1, "acme")), Job[str])
+
+
+async def twins() -> None:
+    assert_type(await add.aenqueue(1, b=2), Job[int])
+    assert_type(await (await add.aenqueue(1)).aresult(timeout="5s"), int)
+    assert_type(await send.options(delay="10m", id="order-7").aenqueue(1, "acme"), Job[str])
+    assert_type(await app.aenqueue_many(add.s(i, i) for i in range(10)), list[Job[int]])
+    assert_type(await add(1, 2), int)
+    async with app, app.worker(queues={"mail": 3, "default": 1}, concurrency=100, threads=8):
+        pass
+
+
+def blocking() -> None:
+    assert_type(add.enqueue(1), Job[int])
+    assert_type(send(1, "acme"), str)
+    assert_type(send.enqueue(1, tenant="acme").result(timeout=5), str)
+    assert_type(nothing.enqueue().result(), None)
+    assert_type(load.enqueue(Order("o1", 3), at=datetime.now(UTC)).result(), list[Order])
+    assert_type(send.options(priority=5, at=datetime.now(UTC), headers={"a": "b"}).enqueue(1, "acme"), Job[str])
+    assert_type(app.enqueue_many([send.s(1, "a"), send.options(delay=1).s(2, "b")]), list[Job[str]])
+    assert_type(send.job("mail:x"), Job[str])
+    assert_type(app.job("mail:x"), Job[Any])
+    mixed = app.enqueue_many(iter([add.s(1)])) + app.enqueue_many([add.s(2)])
+    assert_type(mixed[0].cancel(), bool)
+    with app:
+        try:
+            add.enqueue(1).result()
+        except JobFailed as error:
+            assert_type(error.traceback, str)
+
+
+def takes_any(task: Task[..., object]) -> str:
+    return task.name
+
+
+names = [takes_any(add), takes_any(send)]
+values = [Rate(100, "1s", by="tenant"), Concurrency(2), Unique(by=("user",), until="5m"), Debounce("5s", max_wait="1m")]
+
+
+@app.middleware
+class Trace(Middleware):
+    def push(self, outgoing: Outgoing) -> None:
+        outgoing.headers["trace"] = "1"
+
+    async def run(self, context: Context, call_next: CallNext) -> Any:
+        return await call_next()
+
+
+@app.middleware
+async def timed(context: Context, call_next: CallNext) -> Any:
+    return await call_next()
+
+
+@app.lifespan
+async def resources() -> AsyncIterator[Mapping[str, Any]]:
+    yield {"db": 1}
+
+
+@app.on(JobDead)
+def dead(event: JobDead) -> None:
+    print(event.reason)
+
+
+@app.on("done")
+async def done(event: object) -> None: ...
+
+
+app.on(JobDead, dead)
+
+
+# -- transactions -----------------------------------------------------------------------------------------------------
+outbox, ledger = Outbox(app, lambda: sqlite3.connect("shop.db")), Ledger()
+
+
+def charge(amount: int) -> list[str]:
+    return [str(amount)]
+
+
+async def acharge(amount: int) -> list[str]:
+    return [str(amount)]
+
+
+async def transact(connection: sqlite3.Connection) -> None:
+    with outbox.transaction(connection):
+        assert_type(ledger.first(connection, "k"), bool)
+    async with outbox.within(connection):
+        assert_type(ledger.once(connection, "k", charge, amount=1), list[str])
+        assert_type(await ledger.aonce(connection, "k", acharge, 1), list[str])
+    with outbox.relay():
+        assert_type(outbox.deliver(), int)

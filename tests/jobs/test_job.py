@@ -1,0 +1,232 @@
+"""Handles: how a job stands, and how it ended."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+import pytest
+import redis as redis_py
+
+from conveyor.errors import ConfigurationError, JobCancelled, JobFailed, JobNotFound, PayloadError, ResultExpired
+from conveyor.jobs.app import Conveyor
+from conveyor.payload.records import Failure
+from support.manual_worker import Hand, eventually
+
+
+@dataclass
+class Receipt:
+    id: str
+    at: datetime
+
+
+AT = datetime(2026, 5, 4, tzinfo=UTC)
+FAILURE = Failure(1, 5, "builtins.ValueError", "no such card", "Traceback …")
+
+
+class Tasks:
+    """One task of each kind of promise."""
+
+    def __init__(self, app: Conveyor) -> None:
+        @app.task
+        def pay(amount: int) -> Receipt: ...  # type: ignore[empty-body]
+
+        @app.task
+        def forget() -> None: ...
+
+        @app.task
+        def plain(): ...  # type: ignore[no-untyped-def]
+
+        self.pay, self.forget, self.plain = pay, forget, plain
+
+
+@pytest.fixture
+def tasks(app: Conveyor) -> Tasks:
+    return Tasks(app)
+
+
+@pytest.fixture
+def hand(app: Conveyor, tasks: Tasks) -> Iterator[Hand]:
+    hand = Hand(app)
+    yield hand
+    hand.leave()
+
+
+def test_status_follows_the_job(app: Conveyor, tasks: Tasks, hand: Hand) -> None:
+    """A job is ready, then leased, then done; a handle from its id says the same, a result or none."""
+    job = tasks.pay.enqueue(1)
+    seen = [job.status()]
+    [id_] = hand.take()
+    seen.append(job.status())
+    hand.done(id_, Receipt("r", AT))
+
+    assert [*seen, job.status(), app.job(job.id).status()] == ["ready", "leased", "done", "done"]
+
+    other = tasks.forget.enqueue()
+    [id_] = hand.take()
+    hand.plainly_done(id_)
+    assert other.status() == "done"
+
+
+def test_status_of_those_that_did_not_succeed(app: Conveyor, tasks: Tasks, hand: Hand) -> None:
+    """Dead letters are dead, cancelled jobs cancelled whether they waited, were delayed or ran."""
+    dead, waiting, later, running = (
+        tasks.forget.enqueue(),
+        tasks.forget.options(priority=1).enqueue(),
+        tasks.forget.options(delay=60).enqueue(),
+        tasks.forget.enqueue(),
+    )
+    assert waiting.cancel()
+    assert later.cancel()
+    first, second = hand.take(2)
+    hand.dead(first, FAILURE)
+    assert running.cancel()
+    assert running.status() == "leased"
+    hand.cancelled(second)
+
+    assert [job.status() for job in (dead, waiting, later, running)] == ["dead", *["cancelled"] * 3]
+
+
+def test_cancel_tells_whether_there_was_something_to_cancel(app: Conveyor, tasks: Tasks, hand: Hand) -> None:
+    """Cancelling is refused for jobs that ended; a running one is asked of its worker, which hears of it."""
+    job = tasks.forget.enqueue()
+    [id_] = hand.take()
+
+    assert job.cancel()
+    assert hand.turn().cancelled == [id_]
+    hand.cancelled(id_)
+    assert not job.cancel()
+    assert not app.job(job.id).cancel()
+
+
+def test_result_comes_in_its_type(app: Conveyor, tasks: Tasks, hand: Hand) -> None:
+    """A result is decoded into what the function says it returns; without the function it is plain JSON."""
+    job = tasks.pay.enqueue(1)
+    [id_] = hand.take()
+    hand.done(id_, Receipt("r1", AT))
+
+    assert job.result() == Receipt("r1", AT)
+    assert tasks.pay.job(job.id).result(timeout=0) == Receipt("r1", AT)
+    assert app.job(job.id).result() == {"id": "r1", "at": "2026-05-04T00:00:00Z"}
+
+
+def test_handle_from_an_id_learns_the_task(app: Conveyor, tasks: Tasks, hand: Hand) -> None:
+    """A handle made from the id of a job that is not finished types the result as the task does."""
+    handle = app.job(tasks.pay.enqueue(1).id)
+    assert (handle.queue, handle.task) == ("default", None)
+    assert handle.status() == "ready"
+    assert handle.task == tasks.pay.name
+    [id_] = hand.take()
+    hand.done(id_, Receipt("r1", AT))
+
+    assert handle.result() == Receipt("r1", AT)
+
+
+def test_failure_is_raised_with_what_the_job_raised(app: Conveyor, tasks: Tasks, hand: Hand) -> None:
+    """JobFailed carries type, message and traceback of the last attempt; of a poison job it says that it crashed."""
+    job, poison = tasks.pay.enqueue(1), tasks.pay.enqueue(2)
+    first, second = hand.take(2)
+    hand.dead(first, FAILURE)
+    hand.dead(second, None, crashes=3)
+
+    with pytest.raises(JobFailed) as caught:
+        job.result()
+    error = caught.value
+    assert (error.job_id, error.type, error.message, error.traceback) == (
+        job.id, "builtins.ValueError", "no such card", "Traceback …",
+    )  # fmt: skip
+    with pytest.raises(JobFailed, match="crashed 3 times"):
+        poison.result()
+
+
+def test_result_of_a_cancelled_job(app: Conveyor, tasks: Tasks, hand: Hand, redis: redis_py.Redis) -> None:
+    """The result of a job that was cancelled, or expired, is JobCancelled and says which."""
+    job = tasks.pay.enqueue(1)
+    job.cancel()
+    late = tasks.pay.options(expires="1ms").enqueue(1)
+    seconds, micros = redis.time()
+    eventually(lambda: redis.time() > (seconds, micros + 2000))
+    assert hand.take() == []
+
+    with pytest.raises(JobCancelled, match="was cancelled"):
+        job.result()
+    with pytest.raises(JobCancelled, match="expired before it started"):
+        late.result()
+
+
+def test_promised_value_that_is_gone_is_an_error(
+    app: Conveyor, tasks: Tasks, hand: Hand, redis: redis_py.Redis
+) -> None:
+    """ResultExpired when a value was promised and is not kept; None when none was promised."""
+    jobs = [tasks.pay.enqueue(1), tasks.forget.enqueue(), tasks.plain.enqueue()]
+    ids = hand.take(3)
+    hand.done(ids[0], Receipt("r", AT))
+    hand.plainly_done(*ids[1:])
+    redis.delete(f"conveyor:{{default}}:result:{ids[0]}")
+
+    with pytest.raises(ResultExpired):
+        jobs[0].result()
+    assert [jobs[1].result(), jobs[2].result()] == [None, None]
+    with pytest.raises(ResultExpired):
+        app.job(jobs[1].id).result()  # nobody here can tell what that task had promised
+
+
+def test_result_that_does_not_fit_is_an_error(app: Conveyor, tasks: Tasks, hand: Hand) -> None:
+    """A stored result that is not what the function says it returns raises PayloadError."""
+    job = tasks.pay.enqueue(1)
+    [id_] = hand.take()
+    hand.done(id_, 5)
+
+    with pytest.raises(PayloadError):
+        job.result()
+
+
+def test_own_id_is_found_in_any_queue(app: Conveyor, tasks: Tasks, redis: redis_py.Redis) -> None:
+    """An id of one's own does not name its queue: all known ones are asked; one that none knows is JobNotFound."""
+    tasks.forget.enqueue()
+    tasks.forget.options(id="order-7", queue="mail").enqueue()
+
+    handle = app.job("order-7")
+    assert (handle.queue, handle.id, handle.status(), handle.queue) == (None, "order-7", "ready", "mail")
+    assert app.job("order-7").cancel()
+    assert app.job("order-7").status() == "cancelled"
+    redis.delete("conveyor:{mail}:result:order-7")
+    hand = Hand(app, "mail")
+    assert hand.take() == []
+    hand.leave()
+    assert app.job("order-7").status() == "done"
+    for ask in (app.job("order-8").status, app.job("order-8").cancel, app.job("order-8").result):
+        with pytest.raises(JobNotFound, match="order-8"):
+            ask()
+
+
+async def test_awaitable_twins(app: Conveyor, tasks: Tasks) -> None:
+    """Each blocking method has a twin that does the same; the blocking one is refused inside a loop, naming it."""
+    job = await tasks.pay.aenqueue(1)
+    own = await tasks.forget.options(id="mine").aenqueue()
+    assert [await job.astatus(), await app.job("mine").astatus()] == ["ready", "ready"]
+    assert await app.job("mine").acancel()
+    with pytest.raises(JobCancelled):
+        await own.aresult()
+    with pytest.raises(TimeoutError):
+        await job.aresult(timeout=0)
+    with pytest.raises(JobNotFound):
+        await app.job("nobody").aresult()
+
+    calls: list[tuple[Any, str]] = [(job.status, "astatus"), (job.result, "aresult"), (job.cancel, "acancel")]
+    for call, twin in calls:
+        with pytest.raises(ConfigurationError, match=f"await job.{twin}") as caught:
+            call()
+        assert caught.value.code == "E06"
+    await app.aclose()
+
+
+def test_handles_print_and_compare(app: Conveyor, tasks: Tasks) -> None:
+    """A handle shows id and task; two handles of one job are equal."""
+    job = tasks.forget.options(id="x").enqueue()
+
+    assert repr(job) == "<Job x test_job.forget>"
+    assert repr(app.job("mail:0Q8AowMY__caJ~9pfQBvJl")) == "<Job mail:0Q8AowMY__caJ~9pfQBvJl>"
+    assert len({job, tasks.forget.job("x"), app.job("y")}) == 2

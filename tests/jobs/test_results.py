@@ -1,0 +1,301 @@
+"""Waiting for results: by push, on one connection, through timeouts, restarts and forks."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import redis as redis_py
+
+from conveyor.errors import JobFailed, ResultExpired, StoreUnavailable
+from conveyor.jobs import results
+from conveyor.jobs.app import Conveyor
+from conveyor.jobs.task import Task
+from conveyor.payload.records import Failure
+from support.forked_children import exit_code, in_child
+from support.manual_worker import Hand, drain, eventually
+from support.server_process import Server
+
+WAITERS = "conveyor:{default}:waiters"
+
+
+@pytest.fixture
+def echo(app: Conveyor) -> Task[[int], int]:
+    return make_echo(app)
+
+
+def make_echo(app: Conveyor) -> Task[[int], int]:
+    @app.task
+    def echo(n: int) -> int:
+        return n
+
+    return echo
+
+
+@pytest.fixture
+def hand(app: Conveyor) -> Iterator[Hand]:
+    hand = Hand(app)
+    yield hand
+    hand.leave()
+
+
+@pytest.fixture
+def pool() -> Iterator[ThreadPoolExecutor]:
+    with ThreadPoolExecutor(40) as pool:
+        yield pool
+
+
+def subscribers(client: redis_py.Redis) -> list[dict[str, Any]]:
+    return [one for one in client.client_list() if int(one["sub"]) > 0]
+
+
+def test_waiter_is_woken_by_push(
+    echo: Task[[int], int], hand: Hand, pool: ThreadPoolExecutor, redis: redis_py.Redis
+) -> None:
+    """A waiting call returns when the job ends, and asked Redis at its beginning only."""
+    job = echo.enqueue(1)
+    [id_] = hand.take()
+    waiting = pool.submit(job.result, timeout=30)
+    eventually(lambda: redis.hexists(WAITERS, id_))
+    redis.config_resetstat()
+    began = time.monotonic()
+    hand.done(id_, 41)
+
+    assert waiting.result(10) == 41
+    assert time.monotonic() - began < results.ASK_AGAIN / 2
+    assert redis.info("commandstats")["cmdstat_evalsha"]["calls"] == 1  # the turn that finished it
+    assert not redis.exists(WAITERS)
+
+
+def test_all_kinds_of_ends_are_pushed(
+    echo: Task[[int], int], hand: Hand, pool: ThreadPoolExecutor, redis: redis_py.Redis
+) -> None:
+    """A waiter hears of a death, and of a success without a value, as it hears of a value."""
+    jobs = [echo.enqueue(n) for n in range(2)]
+    ids = hand.take(2)
+    waiting = [pool.submit(job.result, timeout=30) for job in jobs]
+    eventually(lambda: redis.hlen(WAITERS) == 2)
+    hand.dead(ids[0], Failure(1, 0, "ValueError", "no", "trace"))
+    hand.plainly_done(ids[1])
+
+    with pytest.raises(JobFailed, match="ValueError: no"):
+        waiting[0].result(10)
+    with pytest.raises(ResultExpired):
+        waiting[1].result(10)
+
+
+@pytest.mark.standalone_only(
+    "counts subscribers, and sentinels are some", on=("redis6", "redis7", "tls", "acl", "cluster")
+)
+def test_one_connection_serves_all_waiters(
+    app: Conveyor, echo: Task[[int], int], hand: Hand, pool: ThreadPoolExecutor, redis: redis_py.Redis
+) -> None:
+    """Threads and event loops that wait together share one subscribed connection, and each gets its own result."""
+    jobs = [echo.enqueue(n) for n in range(60)]
+
+    async def wait_for(some: list[Any]) -> list[int]:
+        try:
+            return await asyncio.gather(*(job.aresult(timeout=30) for job in some))
+        finally:
+            await app.client.aclose()
+
+    threads = [pool.submit(job.result, timeout=30) for job in jobs[:20]]
+    loops = [pool.submit(asyncio.run, wait_for(jobs[20:40])), pool.submit(asyncio.run, wait_for(jobs[40:]))]
+    ids = hand.take(60)
+    eventually(lambda: redis.hlen(WAITERS) == 60)
+    assert len(subscribers(redis)) == 1
+    for n, id_ in enumerate(ids):
+        hand.done(id_, n)
+
+    assert [one.result(10) for one in threads] == list(range(20))
+    assert [one.result(10) for one in loops] == [list(range(20, 40)), list(range(40, 60))]
+    assert not redis.exists(WAITERS)
+
+
+def test_many_wait_for_one_job(
+    echo: Task[[int], int], hand: Hand, pool: ThreadPoolExecutor, redis: redis_py.Redis
+) -> None:
+    """All who wait for the same job are woken, and one that gives up leaves the others registered."""
+    job = echo.enqueue(1)
+    [id_] = hand.take()
+    waiting = [pool.submit(job.result, timeout=30) for _ in range(5)]
+    eventually(lambda: redis.hexists(WAITERS, id_))
+    with pytest.raises(TimeoutError):
+        job.result(timeout="10ms")
+    assert redis.hexists(WAITERS, id_)
+    hand.done(id_, 7)
+
+    assert [one.result(10) for one in waiting] == [7] * 5
+
+
+def test_timeout_is_kept_and_leaves_nothing(echo: Task[[int], int], redis: redis_py.Redis) -> None:
+    """result() raises TimeoutError at its timeout, says which job, and is not registered any more."""
+    job = echo.enqueue(1)
+    began = time.monotonic()
+    with pytest.raises(TimeoutError, match=f"{job.id} has not ended within 0.15 s"):
+        job.result(timeout="150ms")
+
+    assert 0.14 < time.monotonic() - began < 5
+    assert not redis.exists(WAITERS)
+    with pytest.raises(TimeoutError):
+        job.result(timeout=0)
+
+
+async def test_cancelled_waiter_leaves_nothing(app: Conveyor, echo: Task[[int], int], redis: redis_py.Redis) -> None:
+    """A cancelled aresult() is not registered any more."""
+    job = await echo.aenqueue(1)
+    waiting = asyncio.create_task(job.aresult())
+    await asyncio.to_thread(eventually, lambda: redis.exists(WAITERS))
+    waiting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+
+    assert not redis.exists(WAITERS)
+    with pytest.raises(TimeoutError):
+        await job.aresult(timeout=0.05)
+    await app.aclose()
+
+
+def test_same_own_id_in_two_queues(
+    app: Conveyor, echo: Task[[int], int], pool: ThreadPoolExecutor, redis: redis_py.Redis
+) -> None:
+    """Two queues may hold the same id of a caller's own; each waiter gets the end of its own job."""
+    jobs = [echo.options(id="x", queue=queue).enqueue(1) for queue in ("a", "b")]
+    hands = [Hand(app, "a"), Hand(app, "b")]
+    assert [hand.take() for hand in hands] == [["x"], ["x"]]
+    waiting = [pool.submit(job.result, timeout=30) for job in jobs]
+    eventually(lambda: redis.exists("conveyor:{a}:waiters", "conveyor:{b}:waiters") == 2)
+    hands[1].done("x", 2)
+    assert waiting[1].result(10) == 2
+    assert not waiting[0].done()
+    hands[0].done("x", 1)
+
+    assert waiting[0].result(10) == 1
+    for hand in hands:
+        hand.leave()
+
+
+@pytest.mark.row("D11")
+def test_missed_message_is_made_good(
+    echo: Task[[int], int], hand: Hand, pool: ThreadPoolExecutor, redis: redis_py.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A waiter whose message never came asks again after a while."""
+    monkeypatch.setattr(results, "ASK_AGAIN", 0.2)
+    job = echo.enqueue(1)
+    [id_] = hand.take()
+    waiting = pool.submit(job.result, timeout=30)
+    eventually(lambda: redis.hexists(WAITERS, id_))
+    redis.delete(WAITERS)
+    hand.done(id_, 5)
+
+    assert waiting.result(10) == 5
+
+
+@pytest.mark.row("D11")
+@pytest.mark.standalone_only("kills one connection and deletes a key in one transaction")
+def test_lost_connection_is_made_good(
+    echo: Task[[int], int], hand: Hand, pool: ThreadPoolExecutor, redis: redis_py.Redis
+) -> None:
+    """When the subscribed connection breaks it is opened again, and waiters ask at once for what they missed."""
+    job = echo.enqueue(1)
+    [id_] = hand.take()
+    waiting = pool.submit(job.result, timeout=30)
+    eventually(lambda: redis.hexists(WAITERS, id_))
+    [one] = subscribers(redis)
+    began = time.monotonic()
+    with redis.pipeline(transaction=True) as pipeline:  # nobody can subscribe between the two
+        pipeline.client_kill_filter(_id=one["id"])
+        pipeline.delete(WAITERS)
+        pipeline.execute()
+    hand.done(id_, 6)
+
+    assert waiting.result(10) == 6
+    assert time.monotonic() - began < results.ASK_AGAIN / 2
+
+
+@pytest.mark.row("C1", "D11")
+def test_waiters_survive_a_restart(start_server: Callable[..., Server]) -> None:
+    """A waiter outlives a restart of Redis: it registers again and gets the result that comes afterwards."""
+    server = start_server("--appendonly", "yes", "--appendfsync", "always")
+    with Conveyor(server.url) as app, ThreadPoolExecutor(2) as pool:
+        echo, hand = make_echo(app), Hand(app)
+        jobs = [echo.enqueue(n) for n in range(2)]
+        ids = hand.take(2)
+
+        async def wait() -> int:
+            try:
+                return await jobs[1].aresult(timeout=60)
+            finally:
+                await app.client.aclose()
+
+        waiting = [pool.submit(jobs[0].result, timeout=60), pool.submit(asyncio.run, wait())]
+        with server.client() as client:
+            eventually(lambda: client.hlen(WAITERS) == 2)
+        server.kill()
+        server.start()
+        with server.client() as client:
+            eventually(lambda: len(subscribers(client)) == 1)
+        hand.done(ids[0], 10)
+        hand.done(ids[1], 11)
+
+        assert [one.result(20) for one in waiting] == [10, 11]
+        hand.leave()
+        drain(app)
+
+
+def test_server_that_is_away_is_an_error(start_server: Callable[..., Server]) -> None:
+    """Asking for a result of a server that does not answer raises StoreUnavailable."""
+    server = start_server()
+    with Conveyor(server.url) as app:
+        app.client.patience = 0.1
+        job = make_echo(app).enqueue(1)
+        server.kill()
+        with pytest.raises(StoreUnavailable):
+            job.result(timeout=30)
+
+
+@pytest.mark.standalone_only(
+    "counts subscribers, and sentinels are some", on=("redis6", "redis7", "tls", "acl", "cluster")
+)
+def test_close_ends_the_thread_and_use_starts_it_again(
+    app: Conveyor, echo: Task[[int], int], redis: redis_py.Redis
+) -> None:
+    """close() ends the listening thread and its connection; waiting afterwards opens both again."""
+    job = echo.enqueue(1)
+    for _ in range(2):
+        with pytest.raises(TimeoutError):
+            job.result(timeout=0.2)
+        assert [t.name for t in threading.enumerate()].count("conveyor-replies") == 1
+        app.close()
+        assert [t.name for t in threading.enumerate()].count("conveyor-replies") == 0
+        eventually(lambda: subscribers(redis) == [])
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+@pytest.mark.standalone_only(
+    "counts subscribers, and sentinels are some", on=("redis6", "redis7", "tls", "acl", "cluster")
+)
+def test_child_process_waits_on_its_own(
+    app: Conveyor, echo: Task[[int], int], hand: Hand, redis: redis_py.Redis
+) -> None:
+    """A forked child listens on a channel of its own; the parent goes on hearing its results."""
+    with pytest.raises(TimeoutError):
+        echo.enqueue(0).result(timeout=0.01)  # the parent listens already
+    jobs = [echo.enqueue(n) for n in (1, 2)]
+    _, first, second = hand.take(3)
+    child = in_child(lambda: jobs[0].result(timeout=20))
+    eventually(lambda: redis.hexists(WAITERS, first))
+    assert len(subscribers(redis)) == 2
+    hand.done(first, 33)
+    assert exit_code(child) == 33
+
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(jobs[1].result, timeout=20)
+        eventually(lambda: redis.hexists(WAITERS, second))
+        hand.done(second, 34)
+        assert waiting.result(10) == 34

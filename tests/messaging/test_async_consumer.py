@@ -1,0 +1,131 @@
+"""Taking messages on an event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from contextlib import aclosing
+
+import pytest
+
+from conveyor.errors import LeaseLost
+from conveyor.messaging.queue import Queue
+from conveyor.store import inspection
+from conveyor.store.client.client import Client
+from support.message_fixtures import FAST
+
+
+@pytest.fixture
+async def aqueue(url):
+    backend = Client(url)
+    queue = Queue(backend, "mail", lease_ms=1000, retry=FAST)
+    yield queue
+    await queue.apurge()
+    await queue.apurge(dead=True)
+    assert (await queue.astats()).workers == 0
+    await backend.aclose()
+
+
+class TestAwaitable:
+    async def test_loop(self, aqueue):
+        """Success acks, an exception nacks and is logged, an interrupt hands back; leaving leaves nothing."""
+        await aqueue.apush_many(["good", "bad"])
+        seen = []
+        async with aclosing(aqueue.aconsume(prefetch=2)) as messages:
+            async for message in messages:
+                async with message as body:
+                    seen.append((body, message.attempt))
+                    if body == "bad" and message.attempt == 1:
+                        raise ValueError
+                if len(seen) == 3:
+                    break
+        assert seen == [("good", 1), ("bad", 1), ("bad", 2)]
+        assert (await aqueue.astats()).leased == 0
+
+    async def test_acks_leave_when_the_body_goes_on(self, aqueue):
+        """An end travels with the next turn, or alone as soon as the loop is free."""
+        await aqueue.apush_many([1, 2])
+        async with aclosing(aqueue.aconsume()) as messages:
+            async with await anext(messages):
+                pass
+            async with asyncio.timeout(1):
+                while (await aqueue.astats()).leased:
+                    await asyncio.sleep(0)
+            await (await anext(messages)).aack()
+
+    async def test_a_blocked_loop_keeps_its_messages(self, aqueue):
+        """The lease is renewed from a thread while the loop does nothing else."""
+        await aqueue.apush(1)
+        async with aclosing(aqueue.aconsume()) as messages:
+            message = await anext(messages)
+            ends = await _end(aqueue)
+            time.sleep(1.3)  # blocks the loop for more than a lease
+            assert await _end(aqueue) > ends + 800
+            await message.aack()
+
+    async def test_cancelled_body(self, aqueue):
+        """A cancelled task hands its message back."""
+        await aqueue.apush(1)
+        started = asyncio.Event()
+
+        async def run():
+            async with aclosing(aqueue.aconsume()) as messages:
+                async for message in messages:
+                    async with message:
+                        started.set()
+                        await asyncio.sleep(60)
+
+        task = asyncio.create_task(run())
+        await started.wait()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        [message] = await aqueue.apull()
+        assert (message.attempt, message._leased.state.failures) == (2, 0)
+        await message.aack()
+
+    async def test_cancelled_while_waiting(self, aqueue):
+        """A consumer cancelled while it waits leaves nothing and loses nothing."""
+
+        async def run():
+            async with aclosing(aqueue.aconsume()) as messages:
+                await anext(messages)
+
+        task = asyncio.create_task(run())
+        while not (await aqueue.astats()).workers:
+            await asyncio.sleep(0.005)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        await aqueue.apush(1)
+        [message] = await aqueue.apull(wait="1s")
+        await message.aack()
+
+    async def test_batches_and_explicit_ends(self, aqueue):
+        """The awaitable batch, pull and extend."""
+        await aqueue.apush_many(range(5))
+        async with aclosing(aqueue.abatches(size=3, within="50ms")) as batches:
+            async with await anext(batches) as bodies:
+                assert bodies == [0, 1, 2]
+            await (await anext(batches)).anack("1h")
+        assert (await aqueue.astats()).scheduled == 2
+        await aqueue.apush("x")
+        [message] = await aqueue.apull(wait="1s")
+        await message.aextend("1m")
+        await message.aack()
+        with pytest.raises(LeaseLost):
+            await message.anack()
+
+    async def test_ends_from_a_thread(self, aqueue):
+        """A message of a loop may be settled by blocking calls from other threads, and the other way round."""
+        await aqueue.apush_many([1, 2])
+        [message] = await aqueue.apull()
+        await asyncio.to_thread(message.ack)
+        [message] = await asyncio.to_thread(aqueue.pull)
+        await message.aack()
+        assert (await aqueue.astats()).leased == 0
+
+
+async def _end(queue):
+    [member] = await queue.client.arun(inspection.workers(queue.keys))
+    return member.end

@@ -1,0 +1,285 @@
+"""Taking messages: consume, and what an idle consumer does."""
+
+from __future__ import annotations
+
+import logging
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from conveyor.errors import ConfigurationError, LeaseLost
+from conveyor.messaging.message import Batch
+from conveyor.messaging.queue import Queue
+from support.message_fixtures import first, until
+from support.time_limits import AT_ONCE
+
+_LOOP = """
+from conveyor import Conveyor
+for message in Conveyor({url!r}, namespace={namespace!r}).queue("c", partitions={partitions}).{loop}:
+    pass
+"""
+_AWAITABLE_LOOP = """
+import asyncio
+from conveyor import Conveyor
+async def main():
+    async for message in Conveyor({url!r}, namespace={namespace!r}).queue("c", partitions={partitions}).{loop}:
+        pass
+asyncio.run(main())
+"""
+
+
+class TestOneByOne:
+    def test_success_acks(self, queue):
+        """Leaving the block finishes the message; leaving the loop leaves nothing behind."""
+        queue.push_many([1, 2, 3])
+        seen = []
+        for message in queue.consume():
+            with message as body:
+                seen.append((body, message.attempt))
+            if len(seen) == 3:
+                break
+        assert seen == [(1, 1), (2, 1), (3, 1)]
+        assert queue.stats().leased == 0
+
+    def test_an_exception_comes_back_later_and_ends_dead(self, queue, caplog):
+        """Each failure is logged with its traceback and counted, and the loop goes on; the last one buries."""
+        queue.push("bad")
+        attempts = []
+        with closing(queue.consume()) as messages:
+            for message in messages:
+                with message as body:
+                    if body == "end":
+                        break
+                    attempts.append(message.attempt)
+                    if len(attempts) == 3:
+                        queue.push("end")
+                    raise ValueError(f"boom {message.attempt}")
+        assert attempts == [1, 2, 3]
+        records = [r for r in caplog.records if r.levelno == logging.ERROR]
+        assert len(records) == 3
+        assert "failed at attempt 1, again in 0.0 s: ValueError: boom 1" in records[0].getMessage()
+        assert records[2].exc_info[0] is ValueError
+        [letter] = queue.dead_letters()
+        assert (letter.error, letter.attempts, letter.payload) == ("ValueError: boom 3", 3, b'"bad"')
+        assert "raise ValueError" in letter.failure.traceback
+
+    def test_hostile_exceptions_are_like_others(self, queue):
+        """An exception whose __str__ raises is recorded and retried."""
+
+        class Hostile(Exception):
+            def __str__(self):
+                raise SystemExit
+
+        queue.push(1)
+        consumer, message = first(queue)
+        with message:
+            raise Hostile
+        message = next(consumer)
+        assert message.attempt == 2
+        message.ack()
+        consumer.close()
+
+    def test_on_error_raise(self, queue):
+        """The exception passes on, and the message is nacked as well."""
+        queue.push(1)
+        with pytest.raises(ValueError, match="boom"):  # noqa: PT012  the loop is what is tested
+            for message in queue.consume(on_error="raise"):
+                with message:
+                    raise ValueError("boom")
+        assert queue.stats().scheduled == 1
+        with pytest.raises(ConfigurationError):
+            queue.consume(on_error="ignore")
+
+    def test_an_interrupt_hands_back(self, queue):
+        """KeyboardInterrupt costs no attempt of the budget, though the start was seen."""
+        queue.push(1)
+        with pytest.raises(KeyboardInterrupt):  # noqa: PT012  the loop is what is tested
+            for message in queue.consume():
+                with message:
+                    raise KeyboardInterrupt
+        [message] = queue.pull()
+        assert (message.attempt, message._leased.state.failures) == (2, 0)
+        message.ack()
+
+    @pytest.mark.parametrize("loop", ["consume()", "batches(2)", "aconsume()"])
+    @pytest.mark.parametrize("partitions", [1, 2])
+    def test_an_interrupt_shows_the_loop_and_not_where_it_waited(self, url, redis, backend, loop, partitions):
+        """Ctrl-C ends a waiting loop with KeyboardInterrupt; the traceback ends with it, not in our sockets."""
+        program = _LOOP if loop[0] != "a" else _AWAITABLE_LOOP
+        program = program.format(url=url, namespace=backend.namespace, partitions=partitions, loop=loop)
+        with subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.PIPE, text=True) as child:
+            try:
+                parts = [backend.keys(name) for name in (["c"] if partitions == 1 else ["c/0", "c/1"])]
+                until(lambda: all(backend.execute("ZCARD", one.workers, key=one.workers) for one in parts), 30)
+                until(lambda: int(redis.info("clients")["blocked_clients"]) > 0, 30)
+                child.send_signal(signal.SIGINT)
+                _, errors = child.communicate(timeout=30)
+            finally:
+                child.kill()
+        assert child.returncode == -signal.SIGINT
+        assert errors.rstrip().endswith("KeyboardInterrupt")
+        ours = {Path(name).name for name in re.findall(r'File "([^"]*conveyor[^"]*)"', errors)}
+        assert ours <= {
+            "queue.py",
+            "partitioned_queue.py",
+            "blocking.py",
+            "asynchronous.py",
+            "consumer.py",
+            "aconsumer.py",
+            "steps.py",
+        }
+        assert errors.count("During handling") == (loop[0] == "a")  # asyncio tells a cancellation that way itself
+
+    def test_undecodable(self, backend, queue, caplog):
+        """A body that is not what the queue holds becomes a dead letter with its bytes, and the loop goes on."""
+        queue.push("text")
+        queue.push(7)
+        numbers = Queue(backend, "mail", int, lease_ms=2000)
+        for message in numbers.consume():
+            with message as body:
+                assert body == 7
+            break
+        [letter] = queue.dead_letters()
+        assert letter.payload == b'"text"'
+        assert "cannot be decoded" in letter.error
+        assert letter.failure.type == "PayloadError"
+        assert f"Message {letter.id} cannot be decoded" in caplog.text
+        assert sum("cannot be decoded" in r.getMessage() for r in caplog.records) == 1
+
+    def test_leaving_returns_what_had_not_started(self, queue):
+        """Prefetched messages go back in their order without a trace, the started one with its start seen."""
+        queue.push_many(range(5))
+        consumer, message = first(queue, prefetch=3)
+        assert message.body == 0
+        assert queue.stats().leased == 3
+        consumer.close()
+        messages = queue.pull(5)
+        assert [(m.body, m.attempt) for m in messages] == [(0, 2), (1, 1), (2, 1), (3, 1), (4, 1)]
+        Batch(messages).ack()
+
+    def test_turns_carry_the_acks(self, queue, redis):
+        """With prefetch 100, a hundred messages cost one command beside the waiting."""
+        queue.push_many(range(1000))
+        redis.config_resetstat()
+        for number, message in enumerate(queue.consume(prefetch=100)):
+            with message:
+                pass
+            if number == 999:
+                break
+        calls = redis.info("commandstats")["cmdstat_evalsha"]["calls"]
+        assert calls <= 13
+
+    def test_a_thread_of_the_caller_may_settle(self, queue):
+        """A block that ends elsewhere, while the loop waits for new work, is acknowledged at once."""
+        queue.push(1)
+        consumer, message = first(Queue(queue.client, "mail", lease_ms=60_000))
+        go = threading.Event()
+
+        def work():
+            with message:
+                go.wait(5)
+
+        worker = threading.Thread(target=work)
+        waiter = threading.Thread(target=lambda: next(consumer).ack())
+        worker.start()
+        waiter.start()
+        until(lambda: message._holder._waiting)
+        go.set()
+        worker.join()
+        until(lambda: queue.stats().leased == 0, 1.0)
+        queue.push(2)
+        waiter.join(5)
+        consumer.close()
+
+    def test_an_end_that_nothing_follows_leaves_soon(self, queue):
+        """When the loop does not come back for the next message, the ack goes without it."""
+        queue.push(1)
+        consumer, message = first(queue)
+        with message:
+            pass
+        until(lambda: queue.stats().leased == 0, 2.0)
+        consumer.close()
+
+    def test_a_forgotten_iterator(self, queue):
+        """A message whose loop is gone was handed back, and the error says so."""
+        queue.push(1)
+        message = next(queue.consume())
+        with pytest.raises(LeaseLost, match="the loop over consume"):
+            message.ack()
+
+    def test_mistakes(self, queue):
+        """Numbers that make no sense are refused at the call, not at the first message."""
+        for call in (lambda: queue.consume(prefetch=0), lambda: queue.consume(prefetch=1001), lambda: queue.pull(0),
+                     lambda: queue.batches(size=0), lambda: queue.batches(within="soon")):  # fmt: skip
+            with pytest.raises(ConfigurationError):
+                call()
+
+
+class TestWaiting:
+    def test_a_push_is_taken_at_once(self, queue):
+        """An idle consumer is woken; it does not poll."""
+        queue.push(0)
+        consumer, message = first(queue)
+        message.ack()
+        seen = []
+        thread = threading.Thread(target=lambda: seen.append((next(consumer), time.monotonic())))
+        thread.start()
+        until(lambda: message._holder._waiting)
+        begin = time.monotonic()
+        queue.push(1)
+        thread.join(3)
+        assert seen[0][1] - begin < AT_ONCE
+        seen[0][0].ack()
+        consumer.close()
+
+    def test_resume_wakes(self, queue):
+        """While paused nothing is leased; the end of a pause wakes a blocked consumer at once."""
+        queue.pause()
+        queue.push(1)
+        assert queue.pull() == []
+        assert queue.stats().paused
+        got = []
+        thread = threading.Thread(target=lambda: got.extend(queue.pull(wait="4s")))
+        begin = time.monotonic()
+        thread.start()
+        until(lambda: queue.stats().workers == 1)
+        queue.resume()
+        thread.join(3)
+        assert time.monotonic() - begin < AT_ONCE
+        got[0].ack()
+
+    @pytest.mark.standalone_only("counts every command that one server gets")
+    def test_idle_rate(self, backend, redis):
+        """An idle consumer sends less than one command a second, and no more than its waits and turns."""
+        queue = Queue(backend, "calm", lease_ms=15_000)
+        queue.push(1)
+        consumer, message = first(queue)
+        message.ack()
+        thread = threading.Thread(target=lambda: next(consumer).ack(), daemon=True)
+        thread.start()
+        until(lambda: redis.info("clients")["blocked_clients"] == 1)
+        before = redis.info("stats")["total_commands_processed"]
+        time.sleep(2.5)  # the law is about a span of time
+        sent = redis.info("stats")["total_commands_processed"] - before
+        assert sent <= 2, "the question itself, and at most one more"
+        queue.push(2)
+        thread.join(3)
+        consumer.close()
+
+    def test_a_due_message_is_taken_in_time(self, queue):
+        """A blocked consumer wakes for what was scheduled while it was blocked."""
+        with closing(queue.consume()) as messages:
+            timer = threading.Timer(0.1, lambda: queue.push("later", delay="300ms"))
+            timer.start()
+            begin = time.monotonic()
+            message = next(messages)
+            assert 0.35 < time.monotonic() - begin < 0.4 + AT_ONCE
+            message.ack()
+            timer.join()

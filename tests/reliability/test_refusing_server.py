@@ -1,0 +1,260 @@
+"""What the server may refuse for a while: rows C6, C7, C8, C9, C13, C14 and C27 of docs/reliability.md."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from time import monotonic
+
+import pytest
+from redis import Redis
+
+from conveyor.errors import ConfigurationError, StoreUnavailable
+from conveyor.jobs.app import Conveyor
+from support.job_load import Load
+from support.replica_pair import Switch
+from support.running_worker import until, working
+from support.server_process import Server
+
+Rounds = Callable[[int, int], int]
+Start = Callable[..., Server]
+
+
+@pytest.mark.row("C6", "C7")
+@pytest.mark.parametrize("name", ["valkey", "redis7", "redis6"])
+async def test_demotions_under_load_cost_no_job(start_server: Start, rounds: Rounds, name: str) -> None:
+    """A server made a replica and a primary again under load: blocked workers go on, refused writes are repeated, no job fails."""
+    server = start_server(name=name)
+    with server.client() as client:
+        async with Load(server.url) as load:
+            for _ in range(rounds(50, 4)):
+                client.execute_command("REPLICAOF", "127.0.0.1", "1")
+                accepted = len(load.accepted)
+                await asyncio.sleep(0.03)  # under fire for so long
+                client.execute_command("REPLICAOF", "NO", "ONE")
+                await load.more(20)
+                assert len(load.accepted) > accepted
+        refused = client.info("errorstats")
+    met = "errorstat_ERR" if name == "redis6" else "errorstat_READONLY"  # 6.2 wraps it
+    assert refused[met]["count"] > 0
+    assert load.errors == []
+    assert load.again == []
+
+
+@pytest.mark.row("C7")
+async def test_a_blocked_worker_outlives_its_unblocking(start_server: Start, rounds: Rounds) -> None:
+    """An idle worker whose blocked call ends with UNBLOCKED takes the next job at once, each time."""
+    server = start_server()
+    app, ran = Conveyor(server.url), []
+
+    @app.task
+    async def note(n: int) -> None:
+        ran.append(n)
+
+    with server.client() as client:
+        async with working(app):
+            for n in range(rounds(50, 5)):
+                await until(lambda: client.info("clients")["blocked_clients"] == 1)
+                client.execute_command("REPLICAOF", "127.0.0.1", "1")
+                client.execute_command("REPLICAOF", "NO", "ONE")
+                await note.aenqueue(n)
+                await until(lambda n=n: ran == list(range(n + 1)), 4)
+        assert client.info("errorstats")["errorstat_UNBLOCKED"]["count"] > 0
+    await app.aclose()
+
+
+@pytest.mark.row("C8")
+async def test_a_server_that_loads_its_file_is_waited_for(start_server: Start, rounds: Rounds) -> None:
+    """While the server reads its file it answers LOADING; workers wait, and producers for as long as they have patience."""
+    server = start_server("--appendonly", "yes", "--appendfsync", "always")
+    with server.client() as client, client.pipeline(transaction=False) as ballast:  # what it will have to read
+        for n in range(10_000):
+            ballast.set(f"ballast:{n % 10}", n)
+        ballast.execute()
+    server.options += ("--key-load-delay", "50")
+    refused = 0
+    async with Load(server.url) as load:
+        for _ in range(rounds(10, 1)):
+            await load.more(20)
+            server.kill()
+            await asyncio.to_thread(server.start)  # returns when it is loaded
+            await load.more(20)
+            with server.client() as client:
+                refused += client.info("errorstats").get("errorstat_LOADING", {"count": 0})["count"]
+    assert refused > 0  # the load did meet it
+    assert load.errors == []
+
+
+@pytest.mark.row("C8")
+async def test_a_replica_without_its_primary_is_left(start_server: Start) -> None:
+    """MASTERDOWN: a server that became a replica and lost its primary is left for the one that took over, blocking and on a loop."""
+    old, new = start_server(), start_server()
+    door = Switch(str(old.socket))
+    app = Conveyor(door.url)
+    mail = app.queue("mail")
+    with old.client() as client, new.client() as other:
+        await mail.apush(0)
+        await asyncio.to_thread(mail.push, 0)
+        client.config_set("replica-serve-stale-data", "no")
+        client.execute_command("REPLICAOF", "127.0.0.1", "1")
+        pushes = [asyncio.create_task(mail.apush(1)), asyncio.create_task(asyncio.to_thread(mail.push, 2))]
+        await until(lambda: client.info("errorstats").get("errorstat_MASTERDOWN", {"count": 0})["count"] >= 2)
+        door.target = str(new.socket)  # who is connected stays connected
+        await asyncio.gather(*pushes)
+        assert other.llen("conveyor:{mail}:ready:0") == 2
+    await app.aclose()
+    door.close()
+
+
+@pytest.mark.row("C9")
+@pytest.mark.parametrize("name", ["valkey", "redis6"])
+async def test_a_script_of_others_that_hogs_the_server_is_waited_for(
+    start_server: Start, rounds: Rounds, name: str
+) -> None:
+    """A foreign script that keeps the server busy delays jobs and no more: no lease is lost, and nobody kills the script."""
+    server = start_server("--lua-time-limit", "50", name=name)
+    clock = (
+        "(function() local t = redis.call('TIME') return t[1] + t[2] / 1e6 end)()" if name == "redis6" else "os.clock()"
+    )  # it stands still on newer ones, and 6.2 has no os
+    hog = f"local e = {clock} + {rounds(3, 1)} while {clock} < e do end return 'whole'"
+    with server.client(socket_timeout=30) as client:
+        async with Load(server.url, workers=2, lease="2s") as load:
+            answer = asyncio.create_task(asyncio.to_thread(client.eval, hog, 0))
+            await until(answer.done, 30)
+            assert answer.result() == b"whole"
+            assert client.info("errorstats")["errorstat_BUSY"]["count"] > 0  # the load did meet it
+            await load.more(20)
+    assert (load.errors, load.lost, load.again) == ([], [], [])
+
+
+@pytest.mark.row("C13", "I20")
+async def test_a_server_that_cannot_save_is_waited_for(start_server: Start) -> None:
+    """MISCONF: a producer is told after its patience, workers wait, and both go on when the disk is well again."""
+    server = start_server("--save", "3600 1")
+    app, ran = Conveyor(server.url, lease="900ms"), []
+
+    @app.task
+    async def note(n: int) -> None:
+        ran.append(n)
+
+    in_the_way = server.directory / "dump.rdb"
+    with server.client() as client:
+        client.set("x", 1)
+        async with working(app):
+            (in_the_way / "full").mkdir(parents=True)
+            client.bgsave()
+            await until(lambda: client.info("persistence")["rdb_last_bgsave_status"] == "err")
+            async with Conveyor(server.url) as hasty:
+                hasty.client.patience = 0.3
+                with pytest.raises(StoreUnavailable, match="MISCONF"):
+                    await hasty.task(name=note.name)(note.function).aenqueue(1)
+            met = client.info("errorstats")["errorstat_MISCONF"]["count"]
+            await until(
+                lambda: client.info("errorstats")["errorstat_MISCONF"]["count"] >= met + 2
+            )  # the worker's turns
+            waiting = asyncio.create_task(note.aenqueue(2))
+            (in_the_way / "full").rmdir()
+            in_the_way.rmdir()
+            client.bgsave()
+            await waiting
+            await until(lambda: ran == [2])
+    await app.aclose()
+
+
+@pytest.mark.row("C14")
+async def test_scripts_forgotten_all_the_time_are_not_noticed(start_server: Start, rounds: Rounds) -> None:
+    """SCRIPT FLUSH every 50 ms under load, bulk pushes included, is no error to anybody and loses nothing."""
+    server = start_server()
+    with server.client() as client:
+        async with Load(server.url, bulk=20) as load:
+            for _ in range(rounds(1200, 30)):
+                client.script_flush()
+                await asyncio.sleep(0.05)
+        assert client.info("errorstats")["errorstat_NOSCRIPT"]["count"] > 10
+    assert (load.errors, load.unknown, load.lost, load.again) == ([], [], [], [])
+
+
+def _user(server: Server, *rules: str) -> str:
+    with server.client() as client:
+        client.execute_command("ACL", "SETUSER", "worker", "reset", "on", *rules)
+    return f"unix://worker:old@{server.socket}?db=0"
+
+
+def _banish(client: Redis) -> None:
+    client.execute_command("CLIENT", "KILL", "USER", "worker")
+
+
+@pytest.mark.row("C27", "I20")
+@pytest.mark.parametrize("name", ["valkey", "redis6"])
+async def test_a_password_that_is_rotated_under_load(
+    start_server: Start, rounds: Rounds, caplog: pytest.LogCaptureFixture, name: str
+) -> None:
+    """While its password is refused a worker waits and says so, a producer gets E17; both go on when it is valid again."""
+    server = start_server(name=name)
+    url = _user(server, ">old", "~*", "&*", "+@all")
+    with server.client() as client:
+        async with Load(url, producer=server.url) as load:
+            for _ in range(rounds(5, 2)):
+                caplog.clear()
+                client.execute_command("ACL", "SETUSER", "worker", "resetpass", ">new")
+                _banish(client)
+                with pytest.raises(ConfigurationError) as refused:
+                    await load.note.aenqueue(-1)
+                assert refused.value.code == "E17"
+                await until(lambda: any(record.levelno >= logging.WARNING for record in caplog.records))
+                client.execute_command("ACL", "SETUSER", "worker", "resetpass", ">old")
+                await load.more(20)
+                await until(lambda: client.info("clients")["blocked_clients"] == 1 or load.ran.total() % 2)
+    assert "old@" not in caplog.text
+    assert (load.errors, load.again) == ([], [])
+
+
+@pytest.mark.row("C27")
+async def test_a_password_in_a_file_is_read_for_each_connection(
+    start_server: Start, rounds: Rounds, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Rotated under load, in Redis and in the file that the URL names: no producer sees an error, and the worker goes on."""
+    server, secret = start_server(), tmp_path / "password"
+    secret.write_text("secret-0\n")
+    url = _user(server, ">secret-0", "~*", "&*", "+@all").replace("worker:old@", "worker@") + f"&password_file={secret}"
+    with server.client() as client:
+        async with Load(url, producer=url) as load:
+            for number in range(1, rounds(5, 2) + 1):
+                client.execute_command("ACL", "SETUSER", "worker", f">secret-{number}")
+                secret.write_text(f"secret-{number}\n")
+                client.execute_command("ACL", "SETUSER", "worker", f"<secret-{number - 1}")
+                _banish(client)
+                await load.more(20)
+    assert "secret-" not in caplog.text
+    assert (load.errors, load.again) == ([], [])
+
+
+@pytest.mark.row("C27")
+async def test_rights_that_are_taken_away_and_given_back(start_server: Start, rounds: Rounds) -> None:
+    """A worker that may run no scripts for a while, and was forgotten meanwhile, works again as soon as it may."""
+    server = start_server()
+    url = _user(server, ">old", "~*", "&*", "+@all")
+    app, ran = Conveyor(url, lease="1s"), []
+
+    @app.task
+    async def note(n: int) -> None:
+        ran.append(n)
+
+    with server.client() as client, Conveyor(server.url) as other:
+        task = other.task(name=note.name)(note.function)
+        async with working(app):
+            for n in range(rounds(5, 2)):
+                client.execute_command("ACL", "SETUSER", "worker", "-evalsha", "-eval", "-blpop")
+                with pytest.raises(ConfigurationError) as refused:
+                    await note.aenqueue(n)
+                assert refused.value.code == "E17"
+                client.delete(*[key for key in client.scan_iter() if b"leased:" in key or b"workers" in key])
+                await asyncio.to_thread(task.enqueue, n)
+                await asyncio.sleep(0.7)  # some refused turns long
+                client.execute_command("ACL", "SETUSER", "worker", "+@all")
+                began = monotonic()
+                await until(lambda n=n: ran == list(range(n + 1)))
+                print(f"worked again after {monotonic() - began:.2f} s")
+    await app.aclose()

@@ -1,0 +1,93 @@
+"""The tests of the scripts are themselves tested: each sabotaged script must be caught by the model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import redis as redis_py
+from hypothesis import HealthCheck, Phase, settings
+from hypothesis.stateful import run_state_machine_as_test
+
+from conveyor.errors import ConveyorError
+from conveyor.store import operations
+from conveyor.store.script import Script
+from support.seeded_queue import Scene
+from support.state_machine import Machine
+
+# what is broken → the operation, the line of its script, what stands there instead
+SABOTAGES = {
+    "turn settles what others hold": (
+        "TURN", "if redis.call('HEXISTS', leased, ARGV[i + 1]) == 1 then", "if true then",
+    ),
+    "turn acknowledges what others hold": ("TURN", "if held[i] then done", "if true then done"),
+    "turn settles a job twice": ("TURN", "'HDEL', leased, id) == 0", "'HDEL', leased, id) == 9"),
+    "turn ignores a repeated number": ("TURN", "if number == last then", "if false then"),
+    "turn carries out a late copy": ("TURN", "if number < last then return {-1} end", ""),
+    "turn serves who has left": ("TURN", "(about[3] and number ~= last)", "false"),
+    "turn wakes no other worker": ("TURN", "if more == 1 or next_due >= 0 then wake(KEYS[6]) end", ""),
+    "turn wakes no other worker for due jobs": ("TURN", "if more == 1 or next_due >= 0 then", "if more == 1 then"),
+    "turn miscounts stubs": ("TURN", "redis.call('HINCRBY', queue.conf, 'stubs', -1)", ""),
+    "turn leases while paused": ("TURN", "if want > 0 and not paused then", "if want > 0 then"),
+    "turn returns jobs to the tail": ("TURN", "redis.call('LPUSH', KEYS[queue", "redis.call('RPUSH', KEYS[queue"),
+    "push ignores its sequence": ("PUSH", "if seen == number then return last end", ""),
+    "push_plain ignores its sequence": ("PUSH_PLAIN", "if seen == number then", "if false then"),
+    "push_plain forgets what its sequence was": ("PUSH_PLAIN", "redis.call('SET', KEYS[1], last, 'PX', kept)\n", "\n"),
+    "push accepts a late copy": ("PUSH", "if seen > number then", "if false then"),
+    "push overwrites a job of the same id": ("PUSH", "redis.call('GET', prefix .. 'unique:i:' .. id)", "false"),
+    "push wakes no worker": ("PUSH", "if takeable then wake(KEYS[4]) end", ""),
+    "reap does not compare": ("REAP", "tonumber(ends) ~= tonumber(ARGV[2])", "false"),
+    "reap ignores a lease that goes on": ("REAP", "if tonumber(ends) > now and", "if false and"),
+    "reap turns the order round": ("REAP", "for i = #ids, 1, -1 do", "for i = 1, #ids do"),
+    "reap forgets cancellations": ("REAP", "elseif asked[id] then", "elseif false then"),
+    "cancel leaves a stub uncounted": ("CANCEL", "redis.call('HINCRBY', KEYS[6], 'stubs', 1)", ""),
+    "extend copies instead of moving": ("EXTEND", "redis.call('HDEL', KEYS[1], ARGV[1])", ""),
+    "purge keeps unique keys": ("PURGE", "if found then release(prefix, id, found.unique, found.own) end", ""),
+}  # fmt: skip
+
+CAUGHT = (
+    AssertionError,
+    LookupError,
+    ConveyorError,
+    operations.StaleTurn,
+    operations.StalePush,
+    operations.WorkerUnregistered,
+)
+
+
+@pytest.fixture
+def scene(redis: redis_py.Redis, url: str) -> Iterator[Scene]:
+    """The queue the runs use."""
+    found = Scene(redis, url)
+    yield found
+    found.client.close()
+    redis.flushall(asynchronous=False)
+
+
+@pytest.mark.standalone_only("tries the model, which is left to single servers")
+@pytest.mark.parametrize("name", SABOTAGES)
+def test_sabotage_is_caught(scene: Scene, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """A short run against the model fails when the script is broken in this way."""
+    operation, line, instead = SABOTAGES[name]
+    honest = getattr(operations, operation)
+    assert line in honest.text, "the script has changed: aim the sabotage anew"
+    broken = Script(honest.name)
+    broken.text = honest.text.replace(line, instead)
+    monkeypatch.setattr(operations, operation, broken)
+
+    with pytest.raises(CAUGHT) as caught:
+        run_state_machine_as_test(
+            type("Sabotaged", (Machine,), {"scene": scene}),
+            settings=settings(
+                max_examples=1500,  # a run ends at the first difference: only what is rarely met needs many
+                stateful_step_count=40,
+                derandomize=True,
+                database=None,
+                deadline=None,
+                phases=[Phase.generate],
+                report_multiple_bugs=False,
+                suppress_health_check=list(HealthCheck),
+            ),
+        )
+
+    assert "user_script" not in str(caught.value), "the sabotage does not even run"

@@ -1,0 +1,160 @@
+"""Workers that are told to stop: in a rolling deployment, amid a lease's reply, and while Redis is down."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from conveyor import Conveyor, current
+from conveyor.store import operations
+from conveyor.store.transport.async_connection import AsyncConnection
+from conveyor.worker.leasing.queue_consumer import QueueConsumer
+from conveyor.worker.worker import Worker
+from support.running_worker import audit, counts, drain
+from support.server_process import Server
+from support.worker_processes import fleet, wait
+
+Rounds = Callable[[int, int], int]
+GRACE = 0.5
+LATE = 6.0
+"""Seconds a loaded machine may be late by."""
+
+
+@pytest.mark.row("A10")
+@pytest.mark.leaves_keys("what is left is taken away by the fleet")
+def test_rolling_restarts_lose_and_charge_nothing(url: str, tmp_path: Path, rounds: Rounds) -> None:
+    """Supervisors stopped one after the other under load: all jobs done, none charged, each exits 0 within grace + 2 s."""
+    restarts, pushed = rounds(200, 6), 0
+    with fleet(url, tmp_path, lease="15s") as one:
+        alive = [one.start(concurrency=10, grace=GRACE) for _ in range(2)]
+        took: list[float] = []
+        charged: set[tuple[bytes, ...]] = set()  # failures and crashes of what was handed back
+        for number in range(restarts):
+            # One of them outlives the grace, on whoever it is; two workers have three, so it is the oldest's turn at times.
+            calls = [one.tasks.note.s(pushed + n, 0.02) for n in range(98)]
+            calls += [one.tasks.note.s(pushed + 98 + n, 1.5 * GRACE + 0.5 * (number % 2)) for n in range(3)]
+            calls += [one.tasks.plain.s(pushed + 101 + n, 0.01) for n in range(20)]
+            one.app.enqueue_many(calls)
+            pushed += len(calls)
+            alive.append(one.start(concurrency=10, grace=GRACE))
+            oldest = alive.pop(0)
+            wait(lambda oldest=oldest: set(one.children(oldest)) & one.registered())
+            stopped = time.monotonic()
+            oldest.send_signal(signal.SIGTERM)
+            assert oldest.wait(60) == 0
+            took.append(time.monotonic() - stopped)
+            with one.client() as client:
+                charged |= {tuple(state.split()[1:3]) for state in client.hgetall(one.keys.state).values()}
+        wait(one.drained)
+        print(f"exits took at most {max(took):.2f} s")
+
+        assert one.completions() == pushed
+        assert set(one.starts()) == set(range(pushed))
+        assert one.repeats() > 0
+        assert charged == {(b"0", b"0")}
+        assert max(took) < GRACE + 2 + LATE
+        assert not re.search(r"is dead; returned|exited with code|SIGSEGV|is poison", one.log)
+        assert one.counts().dead == 0
+        assert one.is_sound()
+
+
+@pytest.mark.row("A10")
+def test_a_signal_to_the_whole_group_is_one_stop(url: str, tmp_path: Path) -> None:
+    """A service manager tells the supervisor and its children; nobody hurries for that, and what runs ends by itself."""
+    with fleet(url, tmp_path) as one:
+        one.app.enqueue_many(one.tasks.note.s(n, 1.5) for n in range(20))
+        supervisor = one.start(grace=20)
+        wait(lambda: len(one.starts()) == 20)
+        [child] = one.children(supervisor)
+        os.kill(child, signal.SIGTERM)
+        supervisor.send_signal(signal.SIGTERM)
+        assert supervisor.wait(30) == 0
+        assert (one.completions(), one.repeats(), one.counts().ready) == (20, 0, 0)
+
+
+@pytest.mark.row("A10")
+@pytest.mark.parametrize("when", ["sent", "answered"])
+async def test_a_stop_amid_a_claim_loses_nothing(
+    url: str, monkeypatch: pytest.MonkeyPatch, rounds: Rounds, when: str
+) -> None:
+    """A stop between a turn and its reply, or at the reply: what it leased goes back to the front, in order and uncharged."""
+    async with Conveyor(url) as app:
+        seen: list[tuple[int, int]] = []
+
+        @app.task(retry=1)
+        async def note(n: int) -> None:
+            seen.append((n, current().attempt))
+
+        workers: list[Worker] = []
+        leased: list[int] = []
+        send, answered, absorb = AsyncConnection.send, QueueConsumer._on_reply, QueueConsumer._absorb
+
+        def sent_and_stopped(wire: AsyncConnection, command: Any, answer: Any, **options: Any) -> None:
+            send(wire, command, answer, **options)
+            if command[:2] == ("EVALSHA", operations.TURN.sha) and not workers[-1]._stop_asked.is_set():
+                workers[-1].stop()
+
+        def stopped_and_answered(consumer: QueueConsumer, reply: Any) -> None:
+            if not isinstance(reply, Exception):  # a new server does not know the script yet
+                workers[-1].stop()
+            answered(consumer, reply)
+
+        def counted(consumer: QueueConsumer, turn: Any, report: Any) -> None:
+            assert workers[-1]._stop_asked.is_set()
+            leased.append(len(turn.ids))
+            absorb(consumer, turn, report)
+
+        times = rounds(50, 10)
+        for number in range(times):
+            await app.aenqueue_many(note.s(10 * number + n) for n in range(10))
+            with monkeypatch.context() as patch:
+                patch.setattr(QueueConsumer, "_absorb", counted)
+                if when == "sent":
+                    patch.setattr(AsyncConnection, "send", sent_and_stopped)
+                else:
+                    patch.setattr(QueueConsumer, "_on_reply", stopped_and_answered)
+                workers.append(Worker(app, concurrency=3, grace=5))
+                leased.clear()
+                assert await asyncio.wait_for(workers[-1].run(), 30) == 0
+            assert leased[0] > 0
+            found = await counts(app)
+            assert (found.leased, found.workers, found.dead) == (0, 0, 0)
+        await drain(app, concurrency=1)
+        assert [n for n, _ in seen] == list(range(10 * times))
+        assert {attempt for _, attempt in seen} == {1}
+        assert await audit(app) == []
+
+
+@pytest.mark.row("A11")
+def test_a_stop_while_redis_is_down(start_server: Callable[..., Server], tmp_path: Path, rounds: Rounds) -> None:
+    """Stopped while Redis is gone, with jobs running, a worker exits 0 within grace + 5 s; others have its jobs a lease later."""
+    server = start_server("--appendonly", "yes", "--appendfsync", "always")
+    for number in range(rounds(20, 2) // 2):
+        place = tmp_path / str(number)
+        place.mkdir()
+        with fleet(server.url, place, lease="2s") as one:
+            both: list[subprocess.Popen[bytes]] = [one.start(grace=GRACE), one.start(grace=GRACE)]
+            one.app.enqueue_many(one.tasks.note.s(n, 60) for n in range(40))
+            wait(lambda one=one: len({line.pid for line in one.journal}) == 2)
+            server.kill()
+            stopped = time.monotonic()
+            for supervisor in both:
+                supervisor.send_signal(signal.SIGTERM)
+            assert [supervisor.wait(60) for supervisor in both] == [0, 0]
+            assert time.monotonic() - stopped < GRACE + 5 + LATE
+            assert one.log.count("Redis does not answer") >= 2
+            server.start()
+            heir = one.start(grace=GRACE, concurrency=50)
+            (child,) = wait(lambda one=one, heir=heir: one.children(heir))
+            wait(lambda one=one, child=child: {line.n for line in one.journal if line.pid == child} == set(range(40)))
+            wait(lambda one=one, child=child: one.registered() == {child})
+            assert one.repeats() > 0

@@ -1,0 +1,389 @@
+"""push.lua: seed, call, compare everything."""
+
+from __future__ import annotations
+
+import pytest
+
+from conveyor.errors import ConfigurationError, QueueFull
+from conveyor.store import operations
+from conveyor.store.operations import ProducerSequence, Settlement, StalePush
+from conveyor.store.script import Call
+from support.seeded_queue import PLAIN, REST, Scene, entry
+
+SCHEMA = {"schema": "1"}
+
+
+@pytest.mark.redis6
+@pytest.mark.redis7
+def test_plain_push(scene: Scene) -> None:
+    """A plain push writes envelopes, entries in order, the lane's answer and one wake token, and nothing else."""
+    assert scene.push("a", "b", "c") == ["a", "b", "c"]
+
+    assert scene.dump() == {
+        "conf": SCHEMA,
+        "jobs": {"a": PLAIN, "b": PLAIN, "c": PLAIN},
+        "lane:L ~7200s": "1\nok",
+        "ready:0": ["a", "b", "c"],
+        "wake ~3600s": ["1"],
+    }
+
+
+def test_second_push_adds_no_second_token(scene: Scene) -> None:
+    """A push onto a queue with a wake token adds none; one after the token was taken adds the next."""
+    scene.push("a")
+    before = scene.dump()
+    scene.push("b")
+    assert scene.since(before) == {
+        "jobs": {"a": PLAIN, "b": PLAIN}, "lane:L ~7200s": "2\nok", "ready:0": ["a", "b"],
+    }  # fmt: skip
+
+    assert scene.take_token()
+    scene.push("c")
+    assert scene.take_token()
+    assert not scene.take_token()
+
+
+@pytest.mark.parametrize(
+    ("options", "changes"),
+    [
+        ({"priority": 3}, {"jobs": {"x": "p3" + PLAIN}, "ready:3": ["x"], "wake ~3600s": ["1"]}),
+        ({"priority": 9}, {"jobs": {"x": "p9" + PLAIN}, "ready:9": ["x"], "wake ~3600s": ["1"]}),
+        ({"delay_ms": 60_000}, {"jobs": {"x": " dnow+60s" + PLAIN}, "due": {"x": "now+60s"}, "wake ~3600s": ["1"]}),
+        ({"delay_ms": 0}, {"jobs": {"x": PLAIN}, "ready:0": ["x"], "wake ~3600s": ["1"]}),
+        ({"due_at_ms": 1000}, {"jobs": {"x": PLAIN}, "ready:0": ["x"], "wake ~3600s": ["1"]}),
+        ({"expires_ms": 90_000}, {"jobs": {"x": " enow+90s" + PLAIN}, "ready:0": ["x"], "wake ~3600s": ["1"]}),
+        ({"front": True}, {"jobs": {"x": PLAIN}, "ready:0": ["x"], "wake ~3600s": ["1"]}),
+        (
+            {"unique": "k u"},
+            {"jobs": {"x": " uk u" + PLAIN}, "ready:0": ["x"], "unique:k:k u": "x", "wake ~3600s": ["1"]},
+        ),
+        ({"own_id": True}, {"jobs": {"x": " i" + PLAIN}, "ready:0": ["x"], "unique:i:x": "x", "wake ~3600s": ["1"]}),
+        (
+            {"priority": 2, "delay_ms": 60_000, "expires_ms": 120_000, "unique": "k", "own_id": True},
+            {
+                "jobs": {"x": "p2 enow+120s dnow+60s i uk" + PLAIN}, "due": {"x": "now+60s"},
+                "unique:k:k": "x", "unique:i:x": "x", "wake ~3600s": ["1"],
+            },
+        ),
+    ],
+)  # fmt: skip
+def test_special_push(scene: Scene, options: dict[str, object], changes: dict[str, object]) -> None:
+    """Each option leaves its mark in the envelope's first line and the job in its one place."""
+    assert scene.push(entry("x", **options)) == ["x"]
+
+    assert scene.dump() == {"conf": SCHEMA, "lane:L ~7200s": "1\nok\nx", **changes}
+    assert scene.audit() == []
+
+
+@pytest.mark.redis6
+def test_mixed_runs_keep_their_order(scene: Scene) -> None:
+    """Plain and special messages of one push stand in the order they were given, per priority."""
+    front = entry("f", front=True)
+    given = ["a", entry("b", unique="1"), entry("c", priority=5), "d", "e", entry("g", priority=5), front, "h"]
+
+    assert scene.push(*given) == ["a", "b", "c", "d", "e", "g", "f", "h"]
+
+    state = scene.dump()
+    assert state["ready:0"] == ["f", "a", "b", "d", "e", "h"]
+    assert state["ready:5"] == ["c", "g"]
+    assert state["lane:L ~7200s"] == "1\nok\nb\nc\ng\nf"
+
+
+@pytest.mark.redis6
+@pytest.mark.redis7
+def test_large_push_crosses_the_limit_of_unpack(scene: Scene) -> None:
+    """20,000 plain messages in one call arrive whole and in order."""
+    ids = [f"{n:05}" for n in range(20_000)]
+    scene.push(*ids)
+
+    assert scene.redis.lrange(scene.keys.ready[0], 0, -1) == [id_.encode() for id_ in ids]
+    assert scene.redis.hlen(scene.keys.jobs) == 20_000
+
+
+def test_only_the_first_delayed_job_calls(scene: Scene) -> None:
+    """A delayed push wakes somebody only when it becomes the first that is due."""
+    scene.push(entry("a", delay_ms=60_000))
+    assert scene.take_token()
+    scene.push(entry("b", delay_ms=90_000))
+    assert not scene.take_token()
+    scene.push(entry("c", delay_ms=30_000))
+    assert scene.take_token()
+
+
+# -- repeats ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.redis6
+@pytest.mark.redis7
+@pytest.mark.parametrize("options", [{}, {"priority": 4}, {"unique": "k"}, {"own_id": True}, {"delay_ms": 60_000}])
+def test_repeat_is_answered_and_not_done(scene: Scene, options: dict[str, object]) -> None:
+    """The same number of a lane again gets the same answer and changes nothing."""
+    call = operations.push(scene.keys, scene.lane, [entry("a", **options), entry("b")])
+    first = scene.run(call)
+
+    with scene.unchanged():
+        assert scene.run(call) == first == ["a", "b"]
+
+
+def test_repeat_after_the_job_is_finished(scene: Scene) -> None:
+    """A repeat that arrives after a fast consumer has finished the job does not run it again."""
+    call = operations.push(scene.keys, scene.lane, [entry("a")])
+    scene.run(call)
+    scene.register("w")
+    scene.turn("w", 1, 1)
+    scene.turn("w", 2, done=["a"])
+
+    with scene.unchanged():
+        assert scene.run(call) == ["a"]
+
+
+def test_late_copy_changes_nothing(scene: Scene) -> None:
+    """A lower number than the lane's last is a late copy: refused, nothing stored."""
+    late = operations.push(scene.keys, scene.lane, [entry("a")])
+    scene.push("b")
+
+    with scene.unchanged(), pytest.raises(StalePush):
+        scene.run(late)
+
+
+def test_lanes_are_independent(scene: Scene) -> None:
+    """The same number in another lane is another push."""
+    scene.push("a")
+    scene.run(operations.push(scene.keys, ProducerSequence("M"), [entry("b")]))
+
+    assert scene.dump()["ready:0"] == ["a", "b"]
+
+
+# -- the script for plain messages only -------------------------------------------------------------------------------
+
+
+def _plain(scene: Scene, *ids: str, maximum: int = 0) -> Call[None]:
+    pairs: list[str | bytes] = [part for id_ in ids for part in (id_, REST)]
+    return operations.push_plain(scene.keys, scene.lane, pairs, max_length=maximum)
+
+
+@pytest.mark.redis6
+@pytest.mark.redis7
+@pytest.mark.parametrize("count", [1, 3, 20_000])
+def test_push_plain_does_what_push_does(scene: Scene, count: int) -> None:
+    """The short script leaves exactly what the long one leaves."""
+    ids = [f"{n:05}" for n in range(count)]
+    scene.push(*ids)
+    expected = scene.dump()
+    scene.redis.flushall(asynchronous=False)
+    scene.lane = ProducerSequence("L")
+
+    scene.run(_plain(scene, *ids))
+
+    assert scene.dump() == expected
+
+
+@pytest.mark.redis6
+@pytest.mark.redis7
+def test_push_plain_repeated_and_late(scene: Scene) -> None:
+    """A repeat is answered and a late copy refused; neither changes anything, and the lane still knows its last push."""
+    late, last = _plain(scene, "a"), _plain(scene, "b")
+    scene.run(last)
+    with scene.unchanged():
+        scene.run(last)
+        with pytest.raises(StalePush):
+            scene.run(late)
+        scene.run(last)
+        with pytest.raises(QueueFull):
+            scene.run(_plain(scene, "c", "d", maximum=2))
+
+
+@pytest.mark.redis6
+@pytest.mark.redis7
+@pytest.mark.parametrize("plain", [False, True], ids=["push", "push_plain"])
+def test_withdrawn_stays_withdrawn(scene: Scene, plain: bool) -> None:
+    """What was withdrawn stores nothing, however often copies and the withdrawal itself come again, until the next number."""
+    call = _plain(scene, "a") if plain else operations.push(scene.keys, scene.lane, [entry("a")])
+    withdrawal = call.withdrawal()
+    assert withdrawal is not None
+    for _ in range(2):
+        assert scene.run(withdrawal) is None
+        with scene.unchanged(), pytest.raises(StalePush):
+            scene.run(call)
+
+    scene.push("b")
+
+    assert scene.run(withdrawal) is None
+    assert scene.redis.hkeys(scene.keys.jobs) == [b"b"]
+
+
+@pytest.mark.parametrize("plain", [False, True], ids=["push", "push_plain"])
+def test_what_was_accepted_is_not_withdrawn(scene: Scene, plain: bool) -> None:
+    """Who withdraws what a copy has stored gets the answer of that copy."""
+    call = _plain(scene, "a") if plain else operations.push(scene.keys, scene.lane, [entry("a")])
+    withdrawal = call.withdrawal()
+    assert withdrawal is not None
+    scene.run(call)
+
+    with scene.unchanged():
+        assert scene.run(withdrawal) == b"1\nok"
+
+
+# -- duplicates -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.row("I3")
+def test_own_id_is_stored_once(scene: Scene) -> None:
+    """A second push of a caller's id returns it and changes nothing but the lane: the first payload wins."""
+    scene.push(entry("a", own_id=True))
+    before = scene.dump()
+
+    assert scene.push(entry("a", own_id=True, priority=7)) == ["a"]
+
+    assert scene.since(before) == {"lane:L ~7200s": "2\nok\n.a"}
+
+
+@pytest.mark.row("I3")
+@pytest.mark.parametrize("kind", ["D", "C", "X"])
+def test_own_id_outlives_its_job_by_a_day(scene: Scene, kind: str) -> None:
+    """However the job ended, its own id is taken for another day."""
+    scene.push(entry("a", own_id=True))
+    scene.register("w")
+    scene.turn("w", 1, 1)
+    scene.turn("w", 2, others=[Settlement(kind, "a", state=b"1 1 0", own_id=True)])
+    before = scene.dump()
+    assert before["unique:i:a ~86400s"] == "a"
+
+    assert scene.push(entry("a", own_id=True)) == ["a"]
+
+    assert scene.since(before) == {"lane:L ~7200s": "2\nok\n.a"}
+
+
+@pytest.mark.row("I3")
+@pytest.mark.parametrize("place", ["dead", "stub", "scheduled"])
+def test_own_id_is_taken_while_its_envelope_is_there(scene: Scene, place: str) -> None:
+    """A dead letter or stub older than the day its id was kept for is never overwritten by a push of that id."""
+    scene.push(entry("a", own_id=True, delay_ms=60_000 if place == "scheduled" else None))
+    if place == "stub":
+        scene.run(operations.cancel(scene.keys, "a"))
+    if place == "dead":
+        scene.register("w")
+        scene.turn("w", 1, 1)
+        scene.turn("w", 2, others=[Settlement("X", "a", state=b"1 1 0", own_id=True)])
+    scene.redis.delete(scene.keys.prefix + "unique:i:a")  # the day is over
+    before = scene.dump()
+
+    assert scene.push(entry("a", own_id=True)) == ["a"]
+
+    assert scene.since(before) == {"lane:L ~7200s": "2\nok\n.a"}
+    assert scene.audit() == []
+
+
+def test_unique_key_returns_its_holder(scene: Scene) -> None:
+    """A push whose unique key is held stores nothing and returns the holder's id."""
+    scene.push(entry("a", unique="k"))
+    before = scene.dump()
+
+    assert scene.push(entry("b", unique="k"), "c", entry("d", unique="l")) == ["a", "c", "d"]
+
+    assert scene.since(before) == {
+        "jobs": {"a": " uk" + PLAIN, "c": PLAIN, "d": " ul" + PLAIN},
+        "lane:L ~7200s": "2\nok\n.a\nd",
+        "ready:0": ["a", "c", "d"],
+        "unique:k:l": "d",
+    }
+
+
+def test_duplicates_within_one_push(scene: Scene) -> None:
+    """Of messages with the same key or the same own id in one push, the first is stored."""
+    given = [entry("a", unique="k"), entry("b", unique="k"), entry("o", own_id=True), "p", entry("o", own_id=True)]
+
+    assert scene.push(*given) == ["a", "a", "o", "p", "o"]
+
+    state = scene.dump()
+    assert state["ready:0"] == ["a", "o", "p"]
+    assert state["unique:k:k"] == "a"
+    assert set(state["jobs"]) == {"a", "o", "p"}
+
+
+def test_duplicate_id_does_not_take_its_key(scene: Scene) -> None:
+    """A message refused because of its id does not take the unique key it came with."""
+    scene.push(entry("a", own_id=True))
+
+    assert scene.push(entry("a", own_id=True, unique="k"), entry("b", unique="k")) == ["a", "b"]
+    assert scene.dump()["unique:k:k"] == "b"
+
+
+def test_message_refused_for_its_key_does_not_take_its_id(scene: Scene) -> None:
+    """After a message that is refused because of its key, one of the same push with its id is stored."""
+    scene.push(entry("a", unique="k"))
+
+    assert scene.push(entry("o", own_id=True, unique="k"), entry("o", own_id=True)) == ["a", "o"]
+
+    assert scene.dump()["ready:0"] == ["a", "o"]
+    assert scene.audit() == []
+
+
+@pytest.mark.row("D12", "I13")
+def test_dead_holder_does_not_count(scene: Scene) -> None:
+    """A unique key whose holder is no longer there is taken over: it cannot leak."""
+    scene.redis.set(scene.keys.prefix + "unique:k:k", "ghost")
+
+    assert scene.push(entry("b", unique="k")) == ["b"]
+
+    assert scene.dump()["unique:k:k"] == "b"
+
+
+def test_push_of_duplicates_only_calls_nobody(scene: Scene) -> None:
+    """A push that stores nothing makes nothing takeable, so it adds no token."""
+    scene.push(entry("a", unique="k"))
+    scene.take_token()
+    scene.push(entry("b", unique="k"))
+
+    assert not scene.take_token()
+
+
+# -- limits -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.redis6
+def test_push_beyond_the_maximum_is_refused_whole(scene: Scene) -> None:
+    """A push that would exceed the maximum length stores nothing of itself, not even what would fit."""
+    scene.push("a", "b", max_length=3)
+
+    with scene.unchanged(), pytest.raises(QueueFull, match="holds 2 jobs and takes at most 3"):
+        scene.push("c", "d", max_length=3)
+
+    scene.push("c", max_length=3)
+
+
+def test_maximum_counts_what_is_accepted_and_not_finished(scene: Scene) -> None:
+    """Leased and scheduled jobs count towards the maximum; dead letters and stubs do not."""
+    scene.bury("dead")
+    scene.lease("held")
+    scene.push("stub", "ready", entry("later", delay_ms=60_000))
+    scene.run(operations.cancel(scene.keys, "stub"))
+
+    with pytest.raises(QueueFull, match="holds 3 jobs"):
+        scene.push("x", max_length=3)
+    scene.push("x", max_length=4)
+
+
+def test_operators_maximum_wins(scene: Scene) -> None:
+    """A maximum set on the queue wins over the one the code brings."""
+    scene.run(operations.configure(scene.keys, "max_length", "1"))
+    scene.push("a", max_length=100)
+
+    with scene.unchanged(), pytest.raises(QueueFull, match="at most 1"):
+        scene.push("b", max_length=100)
+
+
+def test_other_layout_is_refused(scene: Scene) -> None:
+    """A queue written by another layout takes nothing from this version."""
+    scene.redis.hset(scene.keys.conf, "schema", "2")
+
+    with scene.unchanged(), pytest.raises(ConfigurationError, match="layout 2"):
+        scene.push("a")
+
+
+@pytest.mark.parametrize("options", [{"priority": 12}, {"priority": -1}, {"delay_ms": "x"}, {"expires_ms": "x"}])
+def test_silly_number_fails_with_nothing_done(scene: Scene, options: dict[str, object]) -> None:
+    """A number that cannot be is found before the first write."""
+    scene.push("a")
+    with scene.unchanged(), pytest.raises(Exception, match=r"answered|holds"):
+        scene.push("b", entry("c", **options))

@@ -1,0 +1,398 @@
+"""The embedded server, with real processes: users are killed, keepers are killed, servers are killed."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+import redis
+
+from conveyor.errors import ConfigurationError, StoreUnavailable
+from conveyor.store.embedded import keeper
+from conveyor.store.embedded import server as embedded
+from conveyor.store.embedded.server import attach, inspect, stop
+from support.forked_children import in_child
+
+SOURCE = Path(embedded.__file__).parents[2]
+USER = """
+import json, sys, pathlib
+from conveyor.store.embedded.server import attach
+held = attach(pathlib.Path(sys.argv[1]))
+print(json.dumps([held.url, held.pid, held.started]), flush=True)
+sys.stdin.read()
+"""
+
+
+def eventually(condition, what, seconds=10.0):
+    end = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < end, f"not within {seconds} s: {what}"
+        time.sleep(0.01)
+    return value
+
+
+def processes(*words):
+    found = {}  # command lines by pid of the living processes that name one of *words*
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit() and int(entry.name) != os.getpid():
+            with contextlib.suppress(OSError):
+                line = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+                if any(str(word) in line for word in words):
+                    found[int(entry.name)] = line
+    return found
+
+
+def alive(pid):
+    try:  # a zombie is dead
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+class Place:
+    """A data directory, the sockets' directory, and the processes that use them."""
+
+    def __init__(self, root, runtime):
+        self.directory, self.runtime, self.users = root / "project" / ".conveyor", runtime, []
+
+    def user(self):
+        command, environment = (
+            [sys.executable, "-c", USER, str(self.directory)],
+            {**os.environ, "PYTHONPATH": str(SOURCE)},
+        )
+        user = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.users.append(user)
+        return user
+
+    def record(self):
+        return keeper.read_record(str(self.directory))
+
+    def leftovers(self):
+        return [*processes(self.directory, self.runtime).values(), *self.runtime.glob("conveyor/*.sock")]
+
+    def close(self):
+        for user in self.users:
+            user.kill()
+            user.communicate()
+        stop(self.directory)
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A place that must be left without processes and sockets."""
+    runtime = Path(tempfile.mkdtemp(prefix="cv-", dir="/tmp"))
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(runtime))
+    monkeypatch.delenv("CONVEYOR_SERVER_BIN", raising=False)
+    place = Place(tmp_path.resolve(), runtime)
+    yield place
+    place.close()
+    eventually(lambda: not place.leftovers(), "no process or socket is left")
+    shutil.rmtree(runtime)
+
+
+def heard(user):
+    line = user.stdout.readline()  # url, the server's pid, started
+    assert line, "the user ended before it was attached"
+    return json.loads(line)
+
+
+def client(url):
+    return redis.Redis.from_url(url, decode_responses=True)
+
+
+def test_the_server_lives_from_the_first_attach_to_the_last_close(place):
+    """The first attach starts the server, the second finds it, and the last close ends it; closing twice is allowed."""
+    first = attach(place.directory)
+    second = attach(place.directory)
+
+    assert (first.started, second.started) == (True, False)
+    assert first.pid == second.pid
+    assert first.version.split()[0] in {"Valkey", "Redis"}
+    first.close()
+    first.close()
+    with client(second.url) as server:
+        assert server.ping()
+    second.close()
+    eventually(lambda: not place.leftovers(), "the server stops")
+
+
+def test_the_server_is_durable_private_and_complete(place):
+    """It appends to a file, evicts nothing, debugs nothing, and listens on a socket in a directory of its owner alone."""
+    with attach(place.directory) as held, client(held.url) as server:
+        settings = {"appendonly": "yes", "appendfsync": "everysec", "port": "0", "maxmemory-policy": "noeviction"}
+        settings["enable-debug-command"] = "no"
+        found = {name: server.config_get(name)[name] for name in settings}
+        path = Path(held.url.removeprefix("unix://"))
+
+        assert found == settings
+        assert path.parent.stat().st_mode & 0o777 == 0o700
+        assert path.stat().st_mode & 0o077 == 0
+        assert (place.directory / ".gitignore").read_text() == "*\n"
+
+
+def test_processes_share_one_server_however_many_begin_at_once(place):
+    """Five processes that attach at the same moment get one server, started by one of them."""
+    users = [place.user() for _ in range(5)]
+    said = [heard(user) for user in users]
+
+    assert len({(url, pid) for url, pid, _ in said}) == 1
+    assert sum(started for *_, started in said) == 1
+    with attach(place.directory) as held, client(held.url) as server:
+        assert server.info("server")["process_id"] == held.pid == said[0][1]
+
+
+def test_a_killed_user_counts_as_gone(place):
+    """When the only user is killed with SIGKILL, the server stops; a newcomer finds what was written."""
+    user = place.user()
+    url, pid, _ = heard(user)
+    with client(url) as server:
+        server.set("written", "before")
+
+    user.kill()
+    user.wait()
+    eventually(lambda: not alive(pid), "the server stops")
+    with attach(place.directory) as held, client(held.url) as server:
+        assert held.started
+        assert held.pid != pid
+        assert server.get("written") == "before"
+
+
+def test_data_is_found_again_while_starts_and_stops_overlap(place):
+    """A newcomer that comes while the server stops waits and finds everything; ten times in a row nothing is lost."""
+    for turn in range(10):
+        with attach(place.directory) as held, client(held.url) as server:
+            assert server.incr("turns") == turn + 1
+
+
+def test_no_server_outlives_its_keeper(place):
+    """A killed keeper takes its server along; the next attach starts both, with the data, on the same socket."""
+    with attach(place.directory) as held, client(held.url) as server:
+        server.set("written", "before")
+        os.kill(place.record()["keeper"], signal.SIGKILL)
+        eventually(lambda: not alive(held.pid), "the server goes with its keeper")
+        assert not inspect(place.directory).running
+
+        with attach(place.directory) as again:
+            assert again.started
+            assert again.url == held.url
+            assert server.get("written") == "before"
+
+
+def test_an_attach_right_after_the_keeper_was_killed_gets_the_new_server(place):
+    """While the old server is still going, an attach is not handed to it."""
+    with attach(place.directory) as held:
+        guardian = place.record()["keeper"]
+        os.kill(guardian, signal.SIGKILL)
+        eventually(lambda: not alive(guardian), "the keeper is dead")
+        with attach(place.directory) as again, client(again.url) as server:
+            assert again.started
+            assert again.pid != held.pid
+            assert server.info("server")["process_id"] == again.pid
+
+
+def test_a_crashed_server_comes_back_while_it_has_users(place):
+    """A server killed with SIGKILL is started again on the same socket, with its data, as often as it happens."""
+    with attach(place.directory) as held, client(held.url) as server:
+        server.set("written", "before")
+        pid = held.pid
+        for _ in range(3):
+            os.kill(pid, signal.SIGKILL)
+            back = eventually(
+                lambda pid=pid: (s := inspect(place.directory)).running and s.pid != pid and s, "it is back"
+            )
+            assert back.url == held.url
+            assert server.get("written") == "before"
+            pid = back.pid
+
+
+def test_where_the_kernel_cannot_tie_the_server_a_guard_does(place, tmp_path, monkeypatch):
+    """Without a parent-death signal the server goes with a killed keeper all the same, and a normal stop leaves no guard."""
+    driver = tmp_path / "driver.py"
+    driver.write_text(
+        f"import sys; sys.path.insert(0, {str(Path(keeper.__file__).parent)!r}); import keeper\n"
+        "keeper.parent_death_signal = lambda: None\n"
+        "keeper.main(sys.argv[1])\n"
+    )
+    monkeypatch.setattr(embedded, "KEEPER", driver)
+    with attach(place.directory) as held:
+        guards = processes(f'kill "$0" {held.pid}')
+        assert len(guards) == 1
+        os.kill(place.record()["keeper"], signal.SIGKILL)
+        eventually(lambda: not alive(held.pid), "the server goes with its keeper")
+        eventually(lambda: not any(map(alive, guards)), "the guard ends")
+    with attach(place.directory) as held:
+        guards = processes(f'kill "$0" {held.pid}')
+        assert len(guards) == 1
+    eventually(lambda: not any(map(alive, guards)), "the guard ends")
+
+
+def test_the_keeper_stands_apart_from_its_starter(place):
+    """The keeper is in no session or process group of the starter, so ctrl-C and a closed terminal pass it by."""
+    with attach(place.directory) as held:
+        guardian = place.record()["keeper"]
+
+        for pid in (guardian, held.pid):
+            assert os.getsid(pid) != os.getsid(0)
+            assert os.getpgid(pid) != os.getpgid(0)
+        assert "redis" not in (Path("/proc") / str(guardian) / "maps").read_text()
+
+
+def test_a_forked_child_holds_the_server_too(place):
+    """After fork() the child keeps the server alive although its parent let go; an executed program does not."""
+    held = attach(place.directory)
+    child = in_child(lambda: signal.pause() or 0)
+    try:
+        program = subprocess.Popen([sys.executable, "-c", "import sys; sys.stdin.read()"], stdin=subprocess.PIPE)
+        place.users.append(program)
+        held.close()
+        with attach(place.directory) as again:
+            assert (again.pid, again.started) == (held.pid, False)
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    eventually(lambda: not alive(held.pid), "the server stops beside the executed program")
+    assert program.poll() is None
+
+
+def test_stop_ends_a_server_that_has_users(place):
+    """`stop` ends the server under its users and keeps the data; a second one says that none ran."""
+    with attach(place.directory) as held, client(held.url) as server:
+        server.set("written", "before")
+
+        assert stop(place.directory)
+        assert not alive(held.pid)
+        assert not stop(place.directory)
+        with attach(place.directory) as again:
+            assert again.started
+            assert server.get("written") == "before"
+
+
+def test_stop_works_without_the_socket(place):
+    """A server whose socket was deleted, by a cleaner of /tmp or at a logout, can still be stopped."""
+    with attach(place.directory) as held:
+        Path(held.url.removeprefix("unix://")).unlink()
+
+        assert stop(place.directory)
+        assert not alive(held.pid)
+
+
+def test_inspect_tells_without_touching(place):
+    """`inspect` knows nothing of a new place, sees a running server and a resting one, and starts none."""
+    assert inspect(place.directory) is None
+    assert not place.directory.exists()
+    with attach(place.directory) as held:
+        running = inspect(place.directory)
+        assert (running.running, running.url, running.pid) == (True, held.url, held.pid)
+        assert (running.version, running.directory) == (held.version, place.directory)
+        assert running.size > 0
+    eventually(lambda: not place.leftovers(), "the server stops")
+    resting = inspect(place.directory)
+    assert (resting.running, resting.url, resting.pid, resting.version) == (False, None, None, held.version)
+
+
+def test_a_deep_project_has_a_short_socket(place):
+    """A data directory whose path is longer than a socket's may be has a server like any other."""
+    deep = place.directory / ("d" * 80) / ("e" * 80) / "with space" / ".conveyor"
+    with attach(deep) as held, client(held.url) as server:
+        assert server.ping()
+        assert len(held.url) < 100
+
+
+def test_another_family_or_an_older_version_is_refused(place):
+    """Data is opened by the family that wrote it, in the same or a newer version; else a sentence says what to do."""
+    with attach(place.directory):
+        pass
+    eventually(lambda: not place.leftovers(), "the server stops")
+    record = place.record()
+    family = {"Redis": "Valkey", "Valkey": "Redis"}[record["family"]]
+    for other in ({"family": family}, {"version": "99.0.0"}):
+        keeper.write_record(str(place.directory), {**record, **other})
+        with pytest.raises(ConfigurationError, match=r"was written by .*\n.*CONVEYOR_SERVER_BIN") as refused:
+            attach(place.directory)
+        assert refused.value.code == "E02"
+        assert not inspect(place.directory).running
+
+    keeper.write_record(str(place.directory), {**record, "version": "6.2.0"})
+    with attach(place.directory):
+        assert place.record()["version"] == record["version"]
+
+
+def test_a_damaged_record_is_refused(place):
+    """When nobody can tell who wrote the data, no server is let at it."""
+    place.directory.mkdir(parents=True)
+    (place.directory / "server.json").write_text("{}")
+    with pytest.raises(ConfigurationError, match=r"server\.json is damaged"):
+        attach(place.directory)
+    (place.directory / "server.json").unlink()
+
+
+def test_a_server_that_does_not_start_says_why(place):
+    """When the server refuses its files, the error carries the last lines of its log, and nothing keeps running."""
+    with attach(place.directory):
+        stop(place.directory)
+    for file in (place.directory / "data").rglob("*"):
+        if file.is_file():
+            file.write_bytes(b"not an append-only file, nor its manifest\n")
+    with pytest.raises(StoreUnavailable, match=r"does not start\. The end of its log(.|\n)*AOF"):
+        attach(place.directory)
+    eventually(lambda: not place.leftovers(), "nothing keeps running")
+
+
+def test_a_directory_that_cannot_be_used_is_named(place):
+    """A data directory that cannot be made is a mistake of the setup, named in the error."""
+    place.directory.parent.mkdir(parents=True)
+    place.directory.write_text("a file")
+    with pytest.raises(ConfigurationError, match=r"cannot keep its data in .*\.conveyor: File exists") as refused:
+        attach(place.directory)
+    assert refused.value.code == "E02"
+    place.directory.unlink()
+
+
+def test_a_socket_directory_open_to_others_is_refused(place):
+    """A socket is never put where another user could have put his own."""
+    (place.runtime / "conveyor").mkdir(mode=0o755)
+    with pytest.raises(ConfigurationError, match="not private"):
+        attach(place.directory)
+
+
+def test_the_log_is_bounded(place):
+    """A log that has grown beyond a megabyte begins anew with the next start."""
+    place.directory.mkdir(parents=True)
+    (log := place.directory / "server.log").write_bytes(b"x" * 1_500_000)
+    with attach(place.directory):
+        assert 0 < log.stat().st_size < 100_000
+
+
+def test_a_killed_watcher_is_replaced(place):
+    """When the process that waits for the lock is killed, another waits, and the last close still ends the server."""
+    with attach(place.directory) as held:
+        guardian = place.record()["keeper"]
+        children = Path(f"/proc/{guardian}/task/{guardian}/children").read_text().split()
+        (watcher,) = {int(pid) for pid in children} - {held.pid}
+        os.kill(watcher, signal.SIGKILL)
+        eventually(lambda: not alive(watcher), "the watcher is dead")
+    eventually(lambda: not alive(held.pid), "the server stops")
+
+
+@pytest.mark.redis7
+def test_a_redis_on_path_serves_as_well(place, monkeypatch):
+    """Where there is a redis-server, it can be the embedded server, and its data survives a restart."""
+    found = shutil.which("redis-server")
+    if found is None:
+        pytest.skip("no redis-server on PATH")
+    monkeypatch.setenv("CONVEYOR_SERVER_BIN", found)
+    with attach(place.directory) as held, client(held.url) as server:
+        assert held.version.startswith("Redis ")
+        server.set("written", "before")
+        stop(place.directory)
+        with attach(place.directory):
+            assert server.get("written") == "before"

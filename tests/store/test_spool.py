@@ -1,0 +1,199 @@
+"""The producer's buffer on disk: what a process kept outlives it."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from conveyor import Buffer
+from conveyor.errors import ConfigurationError, StoreUnavailable
+from conveyor.jobs.app import Conveyor
+from support.ready_ids import bare, line, until
+from support.server_process import Server
+
+Start = Callable[..., Server]
+
+
+@pytest.fixture
+def server(start_server: Start) -> Server:
+    """A server that may be killed and started again."""
+    return start_server("--appendonly", "yes", "--appendfsync", "always")
+
+
+_PROGRAM = """
+import sys
+from conveyor import Buffer, Conveyor
+from conveyor.store.client import spool
+spool.MOST_JOBS = 20  # so that a delivery takes many calls
+url, directory, first, count = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
+app = Conveyor(url, buffer=Buffer(directory, most=100_000))
+mail = app.queue("mail")
+for n in range(first, first + count):
+    print(mail.push(n), flush=True)
+print("done", flush=True)
+import time
+time.sleep(60)
+"""
+
+
+def program(url: str, directory: Path, first: int, count: int) -> subprocess.Popen[str]:
+    """Start a process that pushes and then stays."""
+    return subprocess.Popen(
+        [sys.executable, "-c", _PROGRAM, url, str(directory), str(first), str(count)],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
+def kill(process: subprocess.Popen[str]) -> list[str]:
+    """Kill a program and return the ids it printed."""
+    process.send_signal(signal.SIGKILL)
+    assert process.stdout is not None
+    ids = [row.strip() for row in process.stdout.read().splitlines() if row.endswith(tuple(_ID_END)) and ":" in row]
+    process.wait()
+    process.stdout.close()
+    return ids
+
+
+_ID_END = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ_abcdefghijklmnopqrstuvwxyz~"
+
+
+def printed(process: subprocess.Popen[str], ids: list[str], word: str = "done") -> None:
+    assert process.stdout is not None
+    for row in process.stdout:
+        if row.strip() == word:
+            return
+        ids.append(row.strip())
+
+
+def test_the_next_process_delivers(server: Server, tmp_path: Path) -> None:
+    """What a process kept on disk when it was killed is delivered by the next one that uses the directory."""
+    server.kill()
+    ids: list[str] = []
+    process = program(server.url, tmp_path, 0, 300)
+    printed(process, ids)
+    kill(process)
+    server.start()
+    with Conveyor(server.url, buffer=Buffer(tmp_path)) as app:
+        assert app.client.buffer is not None
+        assert app.client.buffer.wait_empty(10)
+        until(lambda: len(line(server)) == 300)
+    assert line(server) == bare(ids)
+
+
+def test_killed_while_it_delivers(server: Server, tmp_path: Path, rounds: Callable[[int, int], int]) -> None:
+    """Processes that are killed again and again while they deliver lose nothing, double nothing, and keep the order."""
+    seed = random.randrange(2**32)
+    dice, ids = random.Random(seed), list[str]()
+    for turn in range(rounds(30, 3)):
+        server.kill()
+        process = program(server.url, tmp_path, turn * 1000, 1000)
+        printed(process, ids)
+        server.start()
+        time.sleep(dice.uniform(0.0, 0.08))  # anywhere in the delivery
+        kill(process)
+    with Conveyor(server.url, buffer=Buffer(tmp_path)) as app:
+        until(lambda: len(line(server)) == len(ids))
+        assert app.client.buffer is not None
+        assert app.client.buffer.wait_empty(10)
+    assert line(server) == bare(ids), f"seed {seed}"
+
+
+def test_a_torn_tail(server: Server, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Of a file whose end was not written whole, all before that is delivered, and the loss is said."""
+    server.kill()
+    app = Conveyor(server.url, buffer=Buffer(tmp_path, linger=0))
+    ids = [app.queue("mail").push(n) for n in range(3)]
+    app.close()
+    path = tmp_path / "0.log"
+    os.truncate(path, path.read_bytes().index(bare(ids)[2].encode()) + 10)
+    server.start()
+    with Conveyor(server.url, buffer=Buffer(tmp_path)):
+        until(lambda: len(line(server)) == 2)
+    assert line(server) == bare(ids[:2])
+    assert "cannot be read" in caplog.text
+    assert path.stat().st_size == 0
+
+
+def test_a_full_disk_refuses_and_delivers(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a disk that is full to the last byte pushes are refused (E37), and what was accepted is delivered, with nothing freed."""
+    server.kill()
+    with Conveyor(server.url, buffer=Buffer(tmp_path)) as app:
+        mail = app.queue("mail")
+        ids = [mail.push(n) for n in range(30)]
+        most, real = (tmp_path / "0.log").stat().st_size, os.pwrite
+        monkeypatch.setattr(os, "pwrite", lambda file, data, at: real(file, data[: max(0, most - at)], at))
+        with pytest.raises(StoreUnavailable, match="cannot be written") as caught:
+            ids.extend(mail.push(n) for n in range(1000))
+        assert caught.value.code == "E37"
+        server.start()
+        assert app.client.buffer is not None
+        assert app.client.buffer.wait_empty(10)
+    assert line(server) == bare(ids)
+
+
+@pytest.mark.parametrize("place", ["file", "file/below", "/proc/nowhere"])
+def test_a_directory_that_cannot_be_is_refused_at_once(tmp_path: Path, place: str) -> None:
+    """A buffer whose directory cannot be used is refused when the app is made, not when Redis is away."""
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigurationError, match="cannot be used"):
+        Conveyor("redis://127.0.0.1:1", buffer=Buffer(tmp_path / place))
+
+
+def test_a_directory_that_goes_is_said(server: Server, tmp_path: Path) -> None:
+    """When the directory is no more as it is needed, the push raises as without a buffer, and nothing is half kept."""
+    app = Conveyor(server.url, buffer=Buffer(tmp_path / "spool", linger=0))
+    (tmp_path / "spool").rmdir()
+    (tmp_path / "spool").touch()
+    server.kill()
+    with pytest.raises(StoreUnavailable) as caught:
+        app.queue("mail").push(1)
+    assert isinstance(caught.value.__cause__, OSError)
+    assert len(app.client.buffer or ()) == 0
+    app.close()
+
+
+def test_two_processes_share_a_directory(server: Server, tmp_path: Path) -> None:
+    """Each process has a file of its own there; one that lives is left alone, and that of a dead one is taken over."""
+    server.kill()
+    first, second = list[str](), list[str]()
+    one, two = program(server.url, tmp_path, 0, 50), program(server.url, tmp_path, 1000, 50)
+    printed(one, first)
+    printed(two, second)
+    assert sorted(path.name for path in tmp_path.glob("*.log")) == ["0.log", "1.log"]
+    kill(one)
+    server.start()
+    until(lambda: len(line(server)) == 100)  # the one that lives delivers for both
+    found = line(server)
+    assert [id_ for id_ in found if id_ in bare(first)] == bare(first)
+    assert [id_ for id_ in found if id_ in bare(second)] == bare(second)
+    kill(two)
+
+
+def test_a_long_life_does_not_grow_the_file(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file that never empties is written anew when most of it was delivered, and reads the same afterwards."""
+    from conveyor.store.client import spool
+
+    monkeypatch.setattr(spool, "_SLACK", 10_000)
+    server.kill()
+    app = Conveyor(server.url, buffer=Buffer(tmp_path, linger=0))
+    mail, other = app.queue("mail"), app.queue("other", max_length=1)
+    ids = [mail.push("x" * 100) for _ in range(500)]
+    blocked = [other.push(n) for n in range(2)]  # the second waits for ever, so the file never empties
+    server.start()
+    until(lambda: len(line(server)) == 500 and len(line(server, "other")) == 1)
+    until(lambda: (tmp_path / "0.log").stat().st_size < 12_000)
+    app.close()
+    with server.client() as client:
+        client.delete("conveyor:{other}:jobs", "conveyor:{other}:ready:0")
+    with Conveyor(server.url, buffer=Buffer(tmp_path)):
+        until(lambda: line(server, "other") == bare(blocked[1:]))
+    assert line(server) == bare(ids)

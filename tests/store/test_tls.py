@@ -1,0 +1,118 @@
+"""The whole way over TLS: blocking and awaitable calls, a worker, a result."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from conveyor.errors import StoreUnavailable
+from conveyor.jobs.app import Conveyor
+from support.running_worker import working
+from support.server_groups import Node, free_port, wait_for
+from support.server_process import Server, find_binary
+
+
+@pytest.fixture
+def identity(tmp_path: Path) -> tuple[str, ...]:
+    """The options of a server that speaks TLS with a certificate of its own; the second of them is the certificate."""
+    if find_binary("redis7") is None or shutil.which("openssl") is None:
+        pytest.skip("needs a Redis 7 that speaks TLS, and openssl")
+    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", key, "-out", certificate, "-days", "2",
+         "-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1"],
+        check=True, capture_output=True,
+    )  # fmt: skip
+    return (
+        "--tls-cert-file", str(certificate), "--tls-key-file", str(key), "--tls-ca-cert-file", str(certificate),
+        "--tls-auth-clients", "no", "--tls-replication", "yes", "--tls-cluster", "yes", "--bind", "127.0.0.1",
+    )  # fmt: skip
+
+
+@pytest.fixture
+def secure_url(start_server: Callable[..., Server], identity: tuple[str, ...]) -> str:
+    """The URL of a server that speaks TLS."""
+    port = str(free_port())
+    start_server("--tls-port", port, *identity, name="redis7")
+    return f"rediss://127.0.0.1:{port}/0?ssl_ca_certs={identity[1]}"
+
+
+def _one_job(url: str) -> None:
+    with Conveyor(url) as app:
+        app.queue("orders").push(1)
+        [message] = app.queue("orders").pull(wait="2s")
+        assert message.body == 1
+        message.ack()
+
+
+def test_sentinels_and_their_master_are_asked_over_tls(
+    secure_url: str, identity: tuple[str, ...], tmp_path: Path
+) -> None:
+    """`rediss+sentinel://`: neither the sentinel nor the master is spoken to in the clear."""
+    port, master = free_port(), secure_url.partition("/0")[0].rpartition(":")[2]
+    monitor = f"sentinel monitor main 127.0.0.1 {master} 1\n"
+    options = ("--port", "0", "--tls-port", str(port), *identity, "--sentinel")
+    sentinel = Node(tmp_path, *options, configuration=monitor, name="redis7", check=False)
+    try:
+        url = f"rediss+sentinel://127.0.0.1:{port}/main?ssl_ca_certs={identity[1]}"
+        wait_for(lambda: _one_job(url) is None, what="no job came through")
+    finally:
+        sentinel.kill()
+
+
+def test_nodes_of_a_cluster_are_spoken_to_over_tls(
+    start_server: Callable[..., Server], identity: tuple[str, ...]
+) -> None:
+    """`rediss+cluster://`: the map and the nodes it leads to."""
+    port = free_port()
+    server = start_server("--tls-port", str(port), *identity, "--cluster-enabled", "yes", name="redis7")
+    with server.client() as client:
+        client.execute_command("CLUSTER", "ADDSLOTSRANGE", 0, 16383)
+        wait_for(
+            lambda: "ok" in str(client.execute_command("CLUSTER INFO")["cluster_state"]), what="the cluster is down"
+        )
+    _one_job(f"rediss+cluster://127.0.0.1:{port}?ssl_ca_certs={identity[1]}")
+
+
+async def test_jobs_and_messages_travel_over_tls(secure_url: str) -> None:
+    """Pushes, bulk, a worker, results by push and message consumers work over `rediss://`."""
+    app = Conveyor(secure_url)
+
+    @app.task
+    async def add(a: int, b: int) -> int:
+        return a + b
+
+    async with working(app):
+        jobs = [await add.aenqueue(n, n) for n in range(20)]
+        assert [await job.aresult(timeout=10) for job in jobs] == [2 * n for n in range(20)]
+
+    def blocking() -> list[str]:
+        queue = app.queue("orders")
+        queue.push_many({"text": "x" * 1000, "n": n} for n in range(3000))
+        found = []
+        for message in queue.pull(n=3, wait="5s"):
+            found.append(message.body["n"])
+            message.ack()
+        assert queue.purge() == 2997
+        return found
+
+    assert await asyncio.to_thread(blocking) == [0, 1, 2]
+    await app.aclose()
+
+
+def test_a_server_of_unknown_origin_is_refused(secure_url: str) -> None:
+    """A certificate that nobody vouches for is an error, not a warning."""
+    app = Conveyor(secure_url.partition("?")[0])
+    app.client.patience = 0.2
+
+    @app.task
+    async def never() -> None: ...
+
+    with pytest.raises(StoreUnavailable, match=r"(?i)certificate"):
+        never.enqueue()
+    app.close()

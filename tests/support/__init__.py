@@ -1,0 +1,1 @@
+"""Helpers that tests and chaos runs share: servers, workers, programs and checks. No test lies here."""

@@ -1,0 +1,79 @@
+"""Relays that die at a step of their own choice, and rows for them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import closing
+from typing import Any
+
+import pytest
+
+from conveyor.jobs.core import core_of
+from conveyor.sql import Outbox
+from conveyor.sql.delivery import OutboxDelivery
+from conveyor.sql.drivers import DbapiConnection, StatementResult, blocking
+from support.databases import Database
+from support.ready_ids import bare
+
+
+class Killed(BaseException):
+    """Stands for the end of the process."""
+
+
+class Fate:
+    """Kills at the n-th act of a delivery: before it is carried out, or right after."""
+
+    def __init__(self, at: int, *, after: bool) -> None:
+        self.left, self.after = at, after
+
+    def act(self, work: Callable[..., Any], *args: Any, **options: Any) -> Any:
+        self.left -= 1
+        if self.left == 0 and not self.after:
+            raise Killed
+        try:
+            return work(*args, **options)
+        finally:
+            if self.left == 0:
+                raise Killed
+
+
+class Mortal(DbapiConnection):
+    """A link whose statements and commits are acts."""
+
+    def __init__(self, link: Any, fate: Fate) -> None:
+        super().__init__(link._connection, link._style, link.dialect)
+        self.fate = fate
+
+    def run(self, sql: str, *values: object) -> StatementResult:
+        return self.fate.act(super().run, sql, *values)  # type: ignore[no-any-return]
+
+    def commit(self) -> None:
+        self.fate.act(super().commit)
+
+
+def attempt(outbox: Outbox, database: Database, fate: Fate, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Deliver until fate strikes; return whether it did."""
+    backend = outbox.app.client
+    carry = backend.carry
+    connection = database.connect()
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(backend, "carry", lambda *args, **options: fate.act(carry, *args, **options))
+            OutboxDelivery(outbox.app, outbox._table).pass_through(Mortal(blocking(connection), fate))
+    except Killed:
+        return True
+    else:
+        return False
+    finally:
+        connection.close()  # what was not committed is rolled back, as when the process ends
+
+
+def fill(outbox: Outbox, database: Database, *names: str, count: int = 3, rounds: int = 1) -> dict[str, list[str]]:
+    """Push to queues in turns, in one transaction; return the ids by queue."""
+    ids: dict[str, list[str]] = {name: [] for name in names}
+    with closing(database.connect()) as connection, outbox.transaction(connection):
+        for _ in range(rounds):
+            for name in names:
+                queue = core_of(outbox.app).queues.get(name) or outbox.app.queue(name)
+                ids[name] += bare(queue.push_many(range(count)))
+    return ids

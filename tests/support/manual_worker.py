@@ -1,0 +1,95 @@
+"""A worker moved by hand: leases jobs and settles them through the store's own operations."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import msgspec
+
+from conveyor.ids import new_identity
+from conveyor.jobs.app import Conveyor
+from conveyor.jobs.task import definition_of
+from conveyor.payload.records import AttemptHistory, Envelope, Failure, Outcome, read_envelope, to_json
+from conveyor.store import operations
+from conveyor.store.operations import Settlement, TurnReply, TurnReport
+
+
+class Hand:
+    """Holds what it took until it says how it ended."""
+
+    def __init__(self, app: Conveyor, queue: str = "default") -> None:
+        self.client = app.client
+        self.keys = app.client.keys(queue)
+        self.worker = new_identity()
+        self.number = 0
+        self.envelopes: dict[str, Envelope] = {}
+        self.client.run(operations.register(self.keys, self.worker, 60_000, operations.about()))
+
+    def turn(self, want: int = 0, *others: Settlement, done: tuple[str, ...] = (), flags: str = "") -> TurnReply:
+        self.number += 1
+        report = TurnReport(list(done), list(others))
+        return self.client.run(operations.turn(self.keys, self.worker, self.number, want, 60_000, report, flags=flags))
+
+    def take(self, want: int = 1) -> list[str]:
+        """Lease up to *want* jobs and return their ids, first come first; `envelopes` has the rest."""
+        turn = self.turn(want)
+        self.envelopes.update((id_, read_envelope(data)) for id_, data in zip(turn.ids, turn.envelopes, strict=True))
+        return turn.ids
+
+    def done(self, id: str, *value: Any, keep_ms: int = 600_000) -> None:  # noqa: A002
+        """Finish a job, with its value when there is one to keep."""
+        record = to_json(Outcome("done", msgspec.Raw(to_json(value[0])))) if value else b""
+        self._settle("D", id, keep_ms if value else 0, record)
+
+    def plainly_done(self, *ids: str) -> None:
+        """Finish jobs that keep nothing and hold nothing."""
+        self.turn(0, done=ids)
+
+    def dead(self, id: str, failure: Failure | None, crashes: int = 0) -> None:  # noqa: A002
+        """Give a job up."""
+        errors = [] if failure is None else [to_json(failure)]
+        record = to_json(Outcome("dead", failure=failure, reason="gave up"))
+        self._settle("X", id, 0, record, AttemptHistory(1, len(errors), crashes, errors).encode())
+
+    def cancelled(self, id: str) -> None:  # noqa: A002
+        """End a job as cancelled while it ran."""
+        self._settle("C", id, 600_000, to_json(Outcome("cancelled")))
+
+    def _settle(self, kind: str, id: str, ms: int, record: bytes, state: bytes = b"") -> None:  # noqa: A002
+        envelope = self.envelopes[id]
+        one = Settlement(kind, id, ms, record, state, envelope.unique, envelope.own_id)
+        assert self.turn(0, one).lost == []
+
+    def leave(self) -> None:
+        """Finish what is held and go."""
+        while ids := self.client.run(operations.held_ids(self.keys, self.worker)):
+            self.turn(0, done=tuple(ids))
+        self.turn(0, flags="t")
+
+
+def arguments(app: Conveyor, envelope: Envelope) -> tuple[list[Any], dict[str, Any]]:
+    """Return what the function would be called with."""
+    return definition_of(app.tasks[envelope.task]).signature.decode(envelope.body)
+
+
+def drain(app: Conveyor) -> None:
+    """Empty all queues of *app*."""
+    for queue in app.client.queues():
+        keys = app.client.keys(queue)
+        for place in ("due", "dead", "ready"):
+            while app.client.run(operations.purge(keys, place, 500))[0]:
+                pass
+        hand = Hand(app, queue)
+        assert hand.take(1000) == []
+        hand.leave()
+        app.client.execute("DEL", keys.wake, key=keys.wake)  # a token that no worker took
+
+
+def eventually(condition: Any, within: float = 10.0) -> Any:
+    """Return what *condition* returns as soon as that is true; fail after *within* seconds."""
+    deadline = time.monotonic() + within
+    while not (found := condition()):
+        assert time.monotonic() < deadline, "this did not become true"
+        time.sleep(0.002)
+    return found

@@ -1,0 +1,185 @@
+"""The app of test_processes.py: what it does, a fresh process can load by this module's name."""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from conveyor import Context, Conveyor, Retry, Snooze, current
+
+app = Conveyor("unix:///nonexistent/conveyor.sock")
+
+
+class Declined(Exception):
+    """Has an `__init__` that cannot be called with a text."""
+
+    def __init__(self, code: int, *, reason: str) -> None:
+        super().__init__(code, reason)
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"declined: {self.reason}"
+
+
+class TooPoor(Declined, LookupError):
+    pass
+
+
+@dataclass(frozen=True)
+class Frozen(Exception):
+    field: int
+
+
+@dataclass
+class Point:
+    x: int
+    y: int
+
+
+@app.lifespan
+async def resources() -> AsyncIterator[dict[str, Any]]:
+    loop = asyncio.get_running_loop()
+    yield {"loop": loop, "pid": os.getpid()}
+    if marker := os.environ.get("CLOSED_MARKER"):
+        Path(marker).touch()
+
+
+def process(**options: Any) -> Any:
+    return app.task(run_in="process", **options)
+
+
+@process()
+def swap(point: Point, note: str = "-") -> Point:
+    return Point(point.y, point.x)
+
+
+@process()
+def pid() -> int:
+    return os.getpid()
+
+
+@process()
+def nothing() -> None:
+    return None
+
+
+@process(keep_result=0)
+def unkept() -> int:
+    return 5
+
+
+@process()
+def about(context: Context = current()) -> list[Any]:
+    same = current() is context
+    assert context.enqueued_at is not None
+    made = context.enqueued_at.timestamp()
+    return [context.job_id, context.task, context.queue, context.attempt, dict(context.headers), made, same]
+
+
+@process()
+async def on_loop(context: Context = current()) -> bool:
+    await asyncio.sleep(0)
+    return context.state["loop"] is asyncio.get_running_loop() and current() is context
+
+
+@process()
+def no_loop(context: Context = current()) -> bool:
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return context.state["pid"] == os.getpid()
+    return False
+
+
+@process(retry=Retry(on=(LookupError,), give_up=(Declined,)))
+def decline() -> None:
+    raise TooPoor(402, reason="no money")
+
+
+@process()
+def fail(kind: str) -> None:
+    class Local(KeyError):
+        pass
+
+    errors: dict[str, BaseException] = {
+        "local": Local("gone"), "frozen": Frozen(3), "exit": SystemExit(7), "os": FileNotFoundError(2, "No such", "/x"),
+        "cancelled": asyncio.CancelledError(), "stop": StopIteration(1), "interrupt": KeyboardInterrupt(),
+        "group": ExceptionGroup("both", [ValueError("a"), Local("b")]), "unicode": UnicodeDecodeError("utf8", b"", 0, 1, "r"),
+        "snooze": Snooze("5m"), "long": ValueError("m" * 100_000),
+    }  # fmt: skip
+    raise errors[kind]
+
+
+@process()
+def bad_result() -> int:
+    return "five"  # type: ignore[return-value]
+
+
+@process()
+def die(how: str) -> None:
+    if how == "exit":
+        os._exit(3)
+    elif how == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    elif how == "segfault":
+        ctypes.string_at(0)
+    elif how == "close":
+        os.closerange(3, 64)
+        time.sleep(60)
+    elif how == "heir":  # a fork that goes on and holds all descriptors, as multiprocessing makes them
+        if os.fork() == 0:
+            time.sleep(60)
+        os._exit(3)
+
+
+@process()
+def chatter(text: str) -> int:
+    print(text)
+    print(text * 20_000, file=sys.stderr)
+    os.write(1, b"raw bytes\n")
+    subprocess.run([sys.executable, "-c", "print(input.__name__)"], check=True)
+    return len(sys.stdin.read())
+
+
+@process()
+def big(count: int) -> str:
+    return "x" * count
+
+
+@process()
+def stay(place: str, name: str, hold: bool = False) -> str:
+    """Write the pids of this process and of one it has started, then wait for the file `go`."""
+    started = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    note = Path(place, name + ".part")
+    note.write_text(f"{os.getpid()} {started.pid}")
+    note.rename(Path(place, name))
+    if hold:
+        re.match("(a+)+$", "a" * 60 + "b")  # years, and never lets go of the lock
+    while not Path(place, "go").exists():
+        time.sleep(0.005)
+    started.kill()
+    started.wait()
+    return name
+
+
+@process()
+def extend(ms: int, context: Context = current()) -> None:
+    context.extend(ms / 1000)
+
+
+@process()
+def signalled() -> int:
+    """Ask the whole group to stop, as a service manager does."""
+    os.killpg(0, signal.SIGTERM)
+    os.killpg(0, signal.SIGINT)
+    return subprocess.run([sys.executable, "-c", "import os; os.kill(os.getpid(), 15)"], check=False).returncode

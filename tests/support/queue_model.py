@@ -1,0 +1,359 @@
+"""
+What a queue must do, in plain Python: the reference for the state machine in test_queue_model.py.
+
+Instants are ranks: due ones lie below `NOW`, far ones above, and equal ranks are ordered by id, as Redis does.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+NOW = 1_000_000.0
+History = tuple[int, int, int, bytes]
+"""Starts, failures, crashes, and + or * behind a crash that was counted before it happened."""
+FRESH: History = (0, 0, 0, b"")
+
+
+@dataclass
+class Job:
+    """One accepted job; `state` is None while it is fresh."""
+
+    priority: int = 0
+    unique: str | None = None
+    own: bool = False
+    expired: bool = False
+    stub: bool = False
+    state: History | None = None
+
+
+@dataclass
+class Member:
+    """One registered worker. `watching`: it left its last turn with room and knows the first due instant."""
+
+    turn: int = 0
+    leases: dict[str, int] = field(default_factory=dict)
+    cancel: list[str] = field(default_factory=list)
+    watching: bool = False
+
+
+@dataclass
+class Reply:
+    """What a turn answers."""
+
+    ids: list[str]
+    lost: list[str]
+    held: int
+    cancelled: list[str]
+    more: bool
+    due: bool
+    states: list[History | None]
+
+
+class Model:
+    """One queue."""
+
+    def __init__(self) -> None:
+        """Begin empty."""
+        self.jobs: dict[str, Job] = {}
+        self.ready: dict[int, list[str]] = {priority: [] for priority in range(10)}
+        self.due: dict[str, float] = {}
+        self.dead: list[str] = []
+        self.members: dict[str, Member] = {}
+        self.unique: dict[str, str] = {}
+        self.own: dict[str, bool] = {}  # id → kept for a day only
+        self.results: set[str] = set()
+        self.waiters: dict[str, list[str]] = {}
+        self.paused = False
+        self.token = False
+        self.blind = False  # who watched the clock has died: the others look again after a few seconds
+
+    # -- what is true of every queue ------------------------------------------------------------------------------
+
+    def length(self) -> int:
+        """Return how many jobs are accepted and not finished."""
+        return len(self.jobs) - len(self.dead) - self.stubs()
+
+    def stubs(self) -> int:
+        """Return how many cancelled jobs still have an entry."""
+        return sum(job.stub for job in self.jobs.values())
+
+    def in_order(self) -> list[str]:
+        """Return the scheduled ids, earliest first."""
+        return sorted(self.due, key=lambda id_: (self.due[id_], id_))
+
+    def holder(self, id_: str) -> str | None:
+        """Return the worker that holds a job."""
+        return next((name for name, member in self.members.items() if id_ in member.leases), None)
+
+    def told(self) -> bool:
+        """
+        Tell whether nobody is left waiting beside work.
+
+        On a queue that is not paused: while an entry stands in ready, a wake token is there; while anything is
+        scheduled, a token is there or a worker watches the clock that had room when it learned of the first instant.
+        """
+        if self.paused or self.token:
+            return True
+        if any(self.ready.values()):
+            return False
+        return not self.due or self.blind or any(member.watching for member in self.members.values())
+
+    def wake(self) -> None:
+        """Leave one token."""
+        self.token, self.blind = True, False
+
+    # -- ends -----------------------------------------------------------------------------------------------------
+
+    def release(self, id_: str) -> None:
+        """Give back the unique key; keep the own id for a day."""
+        job = self.jobs[id_]
+        if job.unique and self.unique.get(job.unique) == id_:
+            del self.unique[job.unique]
+        if job.own and id_ in self.own:
+            self.own[id_] = True
+
+    def end(self, id_: str, *, record: bool) -> None:
+        """Remove a job."""
+        self.release(id_)
+        del self.jobs[id_]
+        self.waiters.pop(id_, None)
+        if record:
+            self.results.add(id_)
+
+    # -- steps ----------------------------------------------------------------------------------------------------
+
+    def push(self, id_: str, job: Job, rank: float | None, front: bool) -> str:
+        """Accept one message; return its id or the one that is there already."""
+        if job.own and (id_ in self.own or id_ in self.jobs):
+            return id_
+        if job.unique and self.unique.get(job.unique) in self.jobs:
+            return self.unique[job.unique]
+        self.jobs[id_] = job
+        if job.own:
+            self.own[id_] = False
+        if job.unique:
+            self.unique[job.unique] = id_
+        if rank is not None:
+            self.due[id_] = rank
+            if self.in_order()[0] == id_:
+                self.wake()
+        else:
+            self.ready[job.priority].insert(0 if front else len(self.ready[job.priority]), id_)
+            self.wake()
+        return id_
+
+    def turn(self, name: str, want: int, settled: list[tuple[str, str, Any]], *, leave: bool = False) -> Reply:
+        """Settle (kind, id, state or rank of a retry with state)… and lease up to *want*."""
+        member = self.members[name]
+        member.turn += 1
+        lost = [id_ for _, id_, _ in settled if id_ not in member.leases]
+        for kind, id_, what in settled:
+            if id_ in member.leases:
+                self._settle(member, kind, id_, what)
+        cancelled = [id_ for id_ in member.cancel if id_ in member.leases]
+        if not cancelled:
+            member.cancel = []
+        for id_ in [id_ for id_ in self.in_order() if self.due[id_] <= NOW]:
+            del self.due[id_]
+            self.ready[self.jobs[id_].priority].append(id_)
+        taken: list[str] = []
+        if not self.paused:
+            for priority in range(9, -1, -1):
+                while self.ready[priority] and len(taken) < want:
+                    self._take(self.ready[priority].pop(0), taken)
+        for place, id_ in enumerate(taken, 1):
+            member.leases[id_] = member.turn * 8192 + place
+        more = self._wakes_another(member, want, taken, leave=leave and not member.leases)
+        states = [self.jobs[id_].state for id_ in taken]
+        held = len(member.leases)
+        if leave and not held:
+            del self.members[name]
+        return Reply(taken, lost, held, cancelled, more, bool(self.due) and not self.paused, states)
+
+    def _settle(self, member: Member, kind: str, id_: str, what: Any) -> None:
+        if kind == "M":
+            self.jobs[id_].state = what
+            return
+        del member.leases[id_]
+        if kind in {"done", "D", "C"}:
+            self.end(id_, record=kind != "done")
+        elif kind == "X":
+            self.jobs[id_].state = what
+            self.release(id_)
+            self.waiters.pop(id_, None)
+            self.dead.append(id_)
+        elif kind == "R":
+            self.due[id_], self.jobs[id_].state = what
+        else:
+            if what is not None:
+                self.jobs[id_].state = what
+            self.ready[self.jobs[id_].priority].insert(0, id_)
+
+    def _take(self, id_: str, taken: list[str]) -> None:
+        if self.jobs[id_].stub:
+            del self.jobs[id_]
+        elif self.jobs[id_].expired:
+            self.end(id_, record=True)
+        else:
+            taken.append(id_)
+
+    def _wakes_another(self, member: Member, want: int, taken: list[str], *, leave: bool) -> bool:
+        member.watching = False
+        if self.paused:
+            return False
+        if leave or len(taken) >= want:
+            more = any(self.ready.values())
+            if more or self.due:
+                self.wake()
+            return more
+        member.watching = True
+        return False
+
+    def again(self, name: str) -> list[str]:
+        """Return what a repeat of the last turn gets: the jobs of that turn which are still held."""
+        member = self.members[name]
+        places = {place: id_ for id_, place in member.leases.items() if place // 8192 == member.turn}
+        return [places[place] for place in sorted(places)]
+
+    def reap(self, name: str, *, crashed: bool, blame: tuple[list[str], list[str]] | None = None) -> int:
+        """Take a worker away, with a crash for all it held or for those in *blame*; return how many jobs came back."""
+        member = self.members.pop(name)
+        self.blind = self.blind or member.watching
+        returned = 0
+        for id_ in sorted(member.leases, key=lambda one: -member.leases[one]):
+            job = self.jobs[id_]
+            if id_ in member.cancel:
+                self.end(id_, record=True)
+                continue
+            starts, failures, crashes, doubt = job.state or FRESH
+            charged = crashed if blame is None else id_ in blame[0] or (id_ in blame[1] and doubt != b"*")
+            crashes = max(crashes, 1) if charged else crashes - len(doubt)
+            job.state = (starts + 1, failures, crashes, b"")
+            self.ready[job.priority].insert(0, id_)
+            returned += 1
+        if returned:
+            self.wake()
+        return returned
+
+    def extend(self, name: str, id_: str, new: str) -> bool:
+        """Move a lease to an identity of its own."""
+        member = self.members.get(name)
+        if member is None or id_ not in member.leases:
+            return False
+        del member.leases[id_]
+        self.members[new] = Member(0, {id_: 1}, [id_] if id_ in member.cancel else [])
+        return True
+
+    def cancel(self, id_: str, *, delete: bool) -> int:
+        """Cancel or delete; return what cancel.lua does."""
+        job = self.jobs.get(id_)
+        if job is None or job.stub or (id_ in self.dead and not delete):
+            return 0
+        holder = self.holder(id_)
+        if holder is not None:
+            if delete:
+                return -1
+            if id_ not in self.members[holder].cancel:
+                self.members[holder].cancel.append(id_)
+            return 2
+        if id_ in self.due or id_ in self.dead:
+            self.due.pop(id_, None)
+            if id_ in self.dead:
+                self.dead.remove(id_)
+            self.end(id_, record=not delete)
+            return 1
+        self.release(id_)
+        self.waiters.pop(id_, None)
+        if not delete:
+            self.results.add(id_)
+        self.jobs[id_] = Job(job.priority, stub=True)
+        return 1
+
+    def redrive(self, ids: list[str]) -> int:
+        """Put dead letters back."""
+        found = [id_ for id_ in ids if id_ in self.dead]
+        for id_ in found:
+            self.dead.remove(id_)
+            job = self.jobs[id_]
+            job.state = ((job.state or FRESH)[0], 0, 0, b"")
+            if job.own:
+                self.own[id_] = False
+            self.ready[job.priority].append(id_)
+        if found:
+            self.wake()
+        return len(found)
+
+    def promote(self, id_: str) -> bool:
+        """Make a scheduled job ready."""
+        if id_ not in self.due:
+            return False
+        del self.due[id_]
+        self.ready[self.jobs[id_].priority].append(id_)
+        self.wake()
+        return True
+
+    def purge(self, place: str, limit: int) -> tuple[int, int]:
+        """Remove one batch; return (entries, jobs)."""
+        if place == "ready":
+            ids = [id_ for priority in range(9, -1, -1) for id_ in self.ready[priority]][:limit]
+        else:
+            ids = (self.in_order() if place == "due" else list(self.dead))[:limit]
+        removed = 0
+        for id_ in ids:
+            for entries in (*self.ready.values(), self.dead):
+                if id_ in entries:
+                    entries.remove(id_)
+            self.due.pop(id_, None)
+            if self.jobs[id_].stub:
+                del self.jobs[id_]
+            else:
+                removed += 1
+                self.end(id_, record=False)
+        return len(ids), removed
+
+    def configure(self, *, paused: bool) -> None:
+        """Pause or resume."""
+        self.paused = paused
+        self.wake()
+
+    def wait(self, id_: str, channel: str) -> str:
+        """Read an outcome or wait for it; return await_result.lua's word."""
+        if id_ in self.results:
+            return "result"
+        if id_ not in self.jobs or self.jobs[id_].stub:
+            return "gone"
+        if id_ in self.dead:
+            return "dead"
+        channels = self.waiters.setdefault(id_, [])
+        if channel not in channels:
+            channels.append(channel)
+        return "waiting"
+
+    def forget(self, id_: str, channel: str) -> None:
+        """Stop waiting."""
+        rest = [one for one in self.waiters.pop(id_, []) if one != channel]
+        if rest:
+            self.waiters[id_] = rest
+
+    # -- compared with the real thing -----------------------------------------------------------------------------
+
+    def snapshot(self) -> dict[str, Any]:
+        """Return everything that must be equal to what `reading.read` finds."""
+        return {
+            "jobs": {id_: job.stub for id_, job in self.jobs.items()},
+            "ready": {priority: list(ids) for priority, ids in self.ready.items() if ids},
+            "due": self.in_order(),
+            "dead": list(self.dead),
+            "leased": {
+                name: (member.turn, dict(member.leases), list(member.cancel)) for name, member in self.members.items()
+            },
+            "state": {id_: job.state for id_, job in self.jobs.items() if job.state is not None},
+            "unique": dict(self.unique),
+            "own": dict(self.own),
+            "results": set(self.results),
+            "waiters": {id_: list(channels) for id_, channels in self.waiters.items()},
+            "stubs": self.stubs(),
+            "paused": self.paused,
+            "token": self.token,
+        }

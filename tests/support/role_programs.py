@@ -1,0 +1,270 @@
+"""What each role does in its life, whole: once with all its rights, and again with one of them taken away."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from conveyor.admin import acl, doctor
+from conveyor.admin.admin import Admin
+from conveyor.errors import JobNotFound
+from conveyor.ids import new_identity
+from conveyor.jobs.app import Conveyor
+from conveyor.jobs.context import Context, current
+from conveyor.jobs.core import core_of
+from conveyor.messaging.partitions import repartition
+from conveyor.messaging.retry import Retry
+from conveyor.store import inspection, operations
+from conveyor.worker.shared_memory import ChildInfo, LeaseIdentity
+from conveyor.worker.supervision.lease_guard import DeadChild, LeaseGuard
+from support.manual_worker import Hand, eventually
+from support.running_worker import working
+from support.server_process import Server
+
+NAMESPACE = "shop"
+LIST = "foreign:{t1}:list"
+PASSWORD = "pass-canary"
+FAST = Retry(attempts=2, backoff="1ms", jitter=False)
+EXPECTED = {"client|setinfo", "client", "config|get", "config", "wait", "waitaof"}
+"""What redis-py and the doctor ask for and can do without."""
+SERVER = {"redis6": "6.2", "redis7": "7.0", "valkey": "7.2"}
+
+
+@dataclass
+class Member:
+    """A user of one role on a server, made with the very line that is printed."""
+
+    server: Server
+    rules: acl.AclRules
+
+    @property
+    def url(self) -> str:
+        return self.server.url.replace("unix://", f"unix://{self.rules.user}:{PASSWORD}@")
+
+    def allow(self, *changes: str) -> None:
+        """Make the user as printed, then change a rule."""
+        digest = "#" + hashlib.sha256(PASSWORD.encode()).hexdigest()
+        with self.server.client() as client:
+            client.execute_command(*self.rules.command.replace(acl.PASSWORD, digest).split(" "))
+            if changes:
+                client.execute_command("ACL", "SETUSER", self.rules.user, *changes)
+            client.execute_command("ACL", "LOG", "RESET")
+
+    def denied(self) -> set[str]:
+        """Return what the server has refused this user since, commands in lower case."""
+        with self.server.client() as client:
+            entries = client.acl_log(128)
+        mine = [one for one in entries if _text(one["username"]) == self.rules.user]
+        return {_text(one["object"]).lower() for one in mine} - EXPECTED
+
+    def refuse(self, *command: str) -> str:
+        """Send a command as this user; return how it was refused."""
+        with self.server.client(username=self.rules.user, password=PASSWORD) as client:
+            try:
+                reply = client.execute_command(*command)
+            except Exception as error:
+                return str(error)
+        raise AssertionError(f"{self.rules.user} was allowed {command}: {reply!r}")
+
+
+def _text(value: bytes | str) -> str:
+    return value.decode() if isinstance(value, bytes) else value
+
+
+@contextmanager
+def shop(url: str) -> Iterator[Conveyor]:
+    """Give the app of all these programs, at *url*."""
+    app = Conveyor(url, namespace=NAMESPACE, lease="600ms")
+    app.client.patience = 0.5
+    app.plain_list(LIST, task="shop.double")
+
+    @app.task(name="shop.double")
+    async def double(n: int) -> int:
+        return 2 * n
+
+    @app.task(name="shop.fail", retry=FAST)
+    async def fail() -> None:
+        raise ValueError("as asked")
+
+    @app.task(name="shop.chain")
+    async def chain(context: Context = current()) -> None:
+        context.spawn(double.options(delay="1ms").s(1))
+
+    @app.task(name="shop.long")
+    async def long() -> None:
+        await asyncio.sleep(60)
+
+    with app:
+        yield app
+
+
+def furnish(app: Conveyor) -> Hand:
+    """Put one job of each kind in the queues, as an owner of all rights; return who holds the leased ones."""
+    app.client.execute("FLUSHALL", "SYNC")
+    double, fail = app.tasks["shop.double"], app.tasks["shop.fail"]
+    hand = Hand(app)
+    double.options(id="done").enqueue(1)
+    double.options(id="leased").enqueue(1)
+    fail.options(id="dead").enqueue()
+    fail.options(id="dead-too").enqueue()
+    for id_, end in zip(hand.take(4), ("done", "", "dead", "dead"), strict=True):
+        if end == "done":
+            hand.done(id_, 2)
+        elif end:
+            hand.dead(id_, None)
+    double.options(unique="held", id="ready").enqueue(1)
+    double.options(delay="1h", id="scheduled").enqueue(1)
+    app.client.run(operations.await_result(app.client.keys("default"), "ready", f"{NAMESPACE}:replies:nobody"))
+    return hand
+
+
+def produce(app: Conveyor) -> None:
+    """Push and enqueue in every way, and ask for it."""
+    orders, double = app.queue("orders"), app.tasks["shop.double"]
+    orders.push({"n": 1})
+    orders.push_many([1, 2, 3], priority=3)
+    orders.push(1, delay="1m")
+    orders.push(1, unique="u", expires="1m")
+    orders.push(1, unique="u")
+    orders.push(1, id="mine", front=True)
+    core_of(app).plain_lists[LIST].push({"n": 1})
+    app.queue("spread", partitions=2).push_many([1, 2])
+    assert len(orders) >= 5
+    assert orders.stats().ready >= 5
+    job = double.enqueue(4)
+    app.enqueue_many([double.s(1), double.s(2)])
+    assert job.status() == "ready"
+    try:
+        job.result(timeout=0.05)
+    except TimeoutError:
+        pass
+    assert app.job("done").result(timeout=5) == 2
+    waiting = threading.Thread(target=lambda: _ended(job))
+    waiting.start()
+    eventually(
+        lambda: app.client.run(
+            operations.await_result(app.client.keys("default"), job.id.split(":")[1], f"{NAMESPACE}:replies:x")
+        )[0]
+    )
+    assert job.cancel()
+    waiting.join(5)
+    app.client.execute("PING")  # as the thread does that waits for results
+    for name in ("ready", "scheduled", "leased"):
+        app.job(name).cancel()
+
+
+def _ended(job: Any) -> None:
+    try:
+        job.result(timeout=5)
+    except Exception:
+        return
+
+
+def look(app: Conveyor) -> None:
+    """Show all that a dashboard shows."""
+    admin = Admin(app.client, plain_lists=core_of(app).plain_lists)
+    assert {one.name for one in admin.queues()} >= {"default"}
+    assert admin.queue("default").dead >= 1
+    assert admin.workers("default")
+    for state in ("ready", "scheduled", "leased", "dead", "done"):
+        admin.jobs("default", state)
+    assert admin.job("done").status == "done"
+    admin.job("leased")
+    try:
+        admin.job("unheard-of")
+    except JobNotFound:
+        pass
+    report = admin.doctor()
+    assert report.version
+    assert app.client.run(inspection.audit(app.client.keys("default"))) == []
+    list(app.queue("default").dead_letters())
+
+
+def operate(app: Conveyor) -> None:
+    """Do all that an operator does to queues and jobs."""
+    look(app)
+    admin = Admin(app.client, plain_lists=core_of(app).plain_lists)
+    admin.pause("default")
+    admin.resume("default")
+    acted = [admin.retry(["scheduled"]), admin.cancel(["leased", "ready"])]
+    assert [one.outcome for pair in acted for one in pair] == ["retried", "asked", "cancelled"]
+    assert admin.redrive("default", limit=1) == 1
+    assert [one.outcome for one in admin.delete(["dead-too"])] == ["deleted"]
+    admin.purge("default")
+    admin.purge("default", dead=True)
+    core_of(app).plain_lists[LIST].purge()
+    for number in (2, 1):
+        repartition(app.client, "spread", number)
+    jobs = app.client.keys("default").jobs
+    app.client.execute("HSCAN", jobs, 0, key=jobs)  # as `conveyor.admin.blob_sweep.sweep` reads them
+
+
+async def work(app: Conveyor) -> None:
+    """Be a worker with everything a worker does, and its supervisor, and a consumer of messages."""
+    double, fail, long = (app.tasks[f"shop.{name}"] for name in ("double", "fail", "long"))
+    assert (await asyncio.to_thread(doctor.eviction_policy, app.client))[0]
+    async with working(app) as worker:
+        consumer = worker.consumers[0]
+        assert await (await double.aenqueue(2)).aresult(timeout=5) == 4
+        own = await double.options(delay="10ms", unique="k", id=new_identity()).aenqueue(3)
+        assert await app.job(own.id).aresult(timeout=5) == 6
+        await app.tasks["shop.chain"].aenqueue()
+        dying = await fail.aenqueue()
+        stopping = await long.aenqueue()
+        await _reached(stopping, "leased")
+        await stopping.acancel()
+        await core_of(app).plain_lists[LIST].apush({"n": 5})
+        consumer.wake_self()
+        await _reached(stopping, "cancelled")
+        await _reached(dying, "dead")
+        await double.options(priority=5, expires="1ms", delay="5ms").aenqueue(1)
+        await _empty(app)
+        await consumer.connection.run(operations.held_ids(consumer.keys, consumer.identity), patience=1.0)
+    await asyncio.to_thread(_die, app)
+    await asyncio.to_thread(_consume, app)
+
+
+async def _reached(job: Any, status: str) -> None:
+    async with asyncio.timeout(5):
+        while await job.astatus() != status:
+            await asyncio.sleep(0.005)
+
+
+async def _empty(app: Conveyor) -> None:
+    lists = [app.client.keys("default"), core_of(app).plain_lists[LIST].keys]
+    async with asyncio.timeout(8):
+        while any(
+            [(c := await app.client.arun(inspection.counts(one))).ready + c.leased + c.scheduled for one in lists]
+        ):
+            await asyncio.sleep(0.005)
+
+
+def _die(app: Conveyor) -> None:
+    """Lease as a child that dies, and return it as its supervisor does."""
+    app.tasks["shop.double"].enqueue(1)
+    hand = Hand(app)
+    assert hand.take(1)
+    app.client.run(operations.turn(hand.keys, hand.worker, hand.number, 1, 60_000, operations.TurnReport()))  # a repeat
+    app.client.run(operations.heartbeat(hand.keys, hand.worker, 60_000))
+    identity = LeaseIdentity(NAMESPACE, "default", None, hand.worker, 60_000, True, time.monotonic())
+    dead_child = DeadChild("a child was killed", ChildInfo(app.client.address.url, NAMESPACE), [identity], crashed=True)
+    guardian = LeaseGuard()
+    guardian.return_jobs(dead_child)
+    assert guardian.close(5.0)
+    assert dead_child.returned == 1
+
+
+def _consume(app: Conveyor) -> None:
+    """Consume messages, one of them with a lease of its own."""
+    orders = app.queue("orders")
+    orders.push_many([1, 2])
+    messages = orders.pull(n=2, wait="1s")
+    messages[0].extend("1m")
+    for message in messages:
+        message.ack()

@@ -1,0 +1,56 @@
+"""Helpers of the worker's tests: an app on the server, a worker in this loop, and waiting for conditions."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from time import monotonic
+from typing import Any
+
+from conveyor.jobs.app import Conveyor
+from conveyor.store import inspection
+from conveyor.worker.worker import Worker
+
+
+async def drain(app: Conveyor, **options: Any) -> Worker:
+    """Run a worker until everything is drained, at most 20 s."""
+    worker = Worker(app, burst=True, **options)
+    await asyncio.wait_for(worker.run(), 20)
+    return worker
+
+
+@asynccontextmanager
+async def working(app: Conveyor, **options: Any) -> AsyncIterator[Worker]:
+    """Run a worker beside the block, and stop it at its end."""
+    worker = Worker(app, **options)
+    running = asyncio.create_task(worker.run())
+    ready = asyncio.create_task(worker.ready.wait())
+    await asyncio.wait([running, ready], return_when=asyncio.FIRST_COMPLETED, timeout=10)
+    ready.cancel()
+    try:
+        if running.done():
+            await running
+        yield worker
+    finally:
+        worker.stop()
+        await asyncio.wait_for(running, 40)
+
+
+async def until(condition: Callable[[], Any], seconds: float = 10.0) -> Any:
+    """Wait until *condition* holds; return what it returned."""
+    deadline = monotonic() + seconds
+    while not (found := condition()):
+        assert monotonic() < deadline, "the condition never came true"
+        await asyncio.sleep(0.005)
+    return found
+
+
+async def counts(app: Conveyor, queue: str = "default") -> inspection.QueueCounts:
+    """Return what *queue* holds."""
+    return await app.client.arun(inspection.counts(app.client.keys(queue)))
+
+
+async def audit(app: Conveyor, queue: str = "default") -> list[tuple[str, str]]:
+    """Return what the audit of *queue* finds wrong."""
+    return await app.client.arun(inspection.audit(app.client.keys(queue)))

@@ -1,0 +1,144 @@
+"""A queue with something in every key, and for each script a call that touches as much of it as it can."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from conveyor.jobs import spawn_outbox
+from conveyor.store import inspection, operations, partitions, plain_list
+from conveyor.store.keys import QueueKeys
+from conveyor.store.operations import ProducerSequence, Settlement, TurnReport
+from conveyor.store.script import Call
+from support.seeded_queue import REST, Scene, entry
+
+KEYS = QueueKeys("c", "q", foreign="q")
+
+
+def furnish(scene: Scene) -> None:
+    """Make jobs in every place and priority, a suspect, a stub, two workers, cancel requests, and processes that wait."""
+    scene.lane = ProducerSequence("L")
+    scene.push(entry("d1", priority=3, unique="kd", own_id=True), entry("d2"))
+    scene.register("w", "v")
+    scene.turn("v", 1, 2)
+    dead = [Settlement("X", id_, state=b"2 2 0\n{}") for id_ in ("d1", "d2")]
+    scene.turn("v", 2, others=dead, report=TurnReport([], dead, {"t:done": 1}, [b"d1\tt\tdead\t1\t1"]))
+    scene.push("h1", entry("h2", priority=4, unique="kh", own_id=True), "h3", "h4", "h5", "h6")
+    scene.turn("w", 1, 6)
+    scene.push("v1", "v2")
+    scene.turn("v", 3, 2)
+    scene.push("r1", entry("r2", priority=5), "x1", entry("r3", unique="kr", own_id=True))
+    scene.push(entry("s1", priority=2, delay_ms=60_000, own_id=True), entry("s2", delay_ms=90_000))
+    scene.push(entry("s3", priority=7, delay_ms=60_000))
+    scene.run(operations.cancel(scene.keys, "x1"))
+    for id_ in ("h3", "v1"):
+        scene.run(operations.cancel(scene.keys, id_))
+    scene.redis.hset(scene.keys.state, mapping={"h1": "1 1 0", "h4": "3 0 1", "v2": "1 0 1", "r1": "1 1 0"})
+    for id_ in ("h1", "h2", "h3", "h4", "s1", "r1", "r2", "v1", "d1"):
+        scene.run(operations.await_result(scene.keys, id_, f"channel-{id_}"))
+    scene.redis.set(scene.keys.result("old"), "{}", ex=600)
+    scene.redis.rpush(scene.keys.intake, "1", "2")
+    scene.redis.rpush("q", "3", "4")
+    scene.redis.zadd(scene.keys.due, {"s3": 1})
+    scene.redis.rpush(
+        scene.keys.outbox, spawn_outbox.write("other", entry("o1")), spawn_outbox.write("other", entry("o2"))
+    )
+    scene.redis.hset(scene.keys.conf, "outbox", "5 1")
+    problems = scene.audit()
+    assert problems == [], problems
+
+
+def _turn(keys: QueueKeys) -> Call[Any]:
+    others = [
+        Settlement("D", "h2", ms=60_000, record=b"{}", unique="kh", own_id=True),
+        Settlement("R", "h3", ms=60_000, state=b"1 1 0"),
+        Settlement("F", "h4", state=b"4 0 1"),
+        Settlement("X", "h5", state=b"1 1 0", record=b"{}"),
+        Settlement("M", "h6", state=b"1 0 1"),
+    ]
+    report = TurnReport(["h1"], others, {"t:done": 2}, [b"h1\tt\tdone\t1\t1"])
+    return operations.turn(keys, "w", 2, 3, 60_000, report, flags="l")
+
+
+def _push(keys: QueueKeys) -> Call[Any]:
+    entries = [entry("n1"), entry("n2", priority=5, unique="kn", own_id=True), entry("n3", delay_ms=60_000)]
+    return operations.push(keys, ProducerSequence("N"), entries, max_length=100)
+
+
+def _withdraw(keys: QueueKeys) -> Call[Any]:
+    withdrawal = _push(keys).withdrawal()
+    assert withdrawal is not None
+    return withdrawal
+
+
+#: name → the call, and the keys whose wrong type it must notice before it writes
+CALLS: dict[str, tuple[Callable[[QueueKeys], Call[Any]], set[str]]] = {
+    "push": (_push, {"lane:N", "jobs", "conf", "due", "dead", "ready:0", "ready:5", "unique:k:kn", "unique:i:n2"}),
+    "push_plain": (
+        lambda k: operations.push_plain(k, ProducerSequence("N"), ["n1", REST, "n2", REST], max_length=100),
+        {"lane:N", "jobs", "conf", "dead", "ready:0"},
+    ),
+    "list_push": (lambda k: plain_list.push(k, ProducerSequence("N"), [b"1", b"2"]), {"lane:N", "foreign"}),
+    "withdraw": (_withdraw, {"lane:N"}),
+    "turn": (
+        _turn,
+        {"jobs", "state", "leased:w", "workers", "conf", "due", "dead", "recent", "waiters", "stats"}
+        | {f"ready:{n}" for n in range(10)},
+    ),
+    "register": (lambda k: operations.register(k, "u", 60_000, b"{}"), {"leased:u", "workers", "conf"}),
+    "heartbeat": (lambda k: operations.heartbeat(k, "w", 60_000), {"leased:w", "workers"}),
+    "reap": (
+        lambda k: operations.reap(k, "w"), {"leased:w", "workers", "jobs", "state", "waiters", "ready:0", "ready:4"},
+    ),
+    "leave": (lambda k: operations.reap(k, "v", crashed=False), {"leased:v", "workers", "jobs", "state", "ready:0"}),
+    "extend": (
+        lambda k: operations.extend(k, "w", "h3", "u", 60_000, b"{}"), {"leased:w", "leased:u", "workers"},
+    ),
+    "held_ids": (lambda k: operations.held_ids(k, "w"), {"leased:w"}),
+    "cancel-scheduled": (
+        lambda k: operations.cancel(k, "s1"), {"jobs", "state", "due", "dead", "workers", "conf", "waiters"},
+    ),
+    "cancel-ready": (
+        lambda k: operations.cancel(k, "r1"), {"jobs", "state", "due", "dead", "workers", "conf", "waiters", "leased:w"},
+    ),
+    "cancel-leased": (lambda k: operations.cancel(k, "h1"), {"jobs", "due", "dead", "workers", "leased:w"}),
+    "delete-dead": (lambda k: operations.cancel(k, "d1", delete=True), {"jobs", "state", "due", "dead", "waiters"}),
+    "redrive": (operations.redrive, {"dead", "jobs", "state", "ready:0", "ready:3"}),
+    "redrive-ids": (lambda k: operations.redrive(k, ids=["d1"]), {"dead", "jobs", "state", "ready:3"}),
+    "promote": (lambda k: operations.promote(k, "s1"), {"due", "jobs", "ready:2"}),
+    "purge-ready": (
+        lambda k: operations.purge(k, "ready", 10), {"jobs", "state", "conf", "waiters"} | {f"ready:{n}" for n in range(10)},
+    ),
+    "purge-due": (lambda k: operations.purge(k, "due", 10), {"jobs", "state", "due", "waiters"}),
+    "purge-dead": (lambda k: operations.purge(k, "dead", 10), {"jobs", "state", "dead", "waiters"}),
+    "outbox_take": (lambda k: spawn_outbox.take(k, instead=5, least=9), {"outbox", "conf"}),
+    "outbox_trim": (lambda k: spawn_outbox.trim(k, 5), {"outbox", "conf"}),
+    "claim_partitions": (lambda k: partitions.claim_partitions(k, 3, whole=False), {"conf"}),
+    "repartition": (lambda k: partitions.repartition(k, "begin", "change", 3), {"conf", "jobs", "workers"}),
+    "partitions": (partitions.count, {"conf"}),
+    "configure": (lambda k: operations.configure(k, "paused", "1"), {"conf"}),
+    "list_intake": (lambda k: operations.list_intake(k, 3, "stem"), {"jobs", "ready:0", "intake", "foreign"}),
+    "wake": (lambda k: operations.wake(k.wake), set()),
+    "await_result": (lambda k: operations.await_result(k, "r3", "me"), {"jobs", "dead", "waiters", "result:r3"}),
+    "forget": (lambda k: operations.forget(k, "r1", "channel-r1"), {"waiters"}),
+    "counts": (inspection.counts, {"jobs", "due", "dead", "workers", "conf", "ready:0", "foreign", "leased:w"}),
+    "list_jobs": (lambda k: inspection.list_jobs(k, "ready", 0, 9), {"jobs", "state", "ready:0", "ready:9"}),
+    "get_job": (lambda k: inspection.get_job(k, "r1"), {"jobs", "state", "due", "dead", "workers", "leased:w"}),
+    "workers": (inspection.workers, {"workers", "leased:w"}),
+    "audit": (inspection.audit, {"jobs", "state", "due", "dead", "workers", "conf", "ready:4", "leased:w"}),
+}  # fmt: skip
+
+#: scripts that accept, so that a full server refuses them
+PUSHES = {"push", "push_plain", "list_push", "claim_partitions"}
+
+#: scripts that change nothing
+READS = {"held_ids", "counts", "list_jobs", "get_job", "workers", "audit", "partitions"}
+
+
+def name_of(key: str, scene: Scene) -> str:
+    """Return the full name of a key of the table above."""
+    if key == "foreign":
+        return "q"
+    if key == "stats":
+        return f"{KEYS.prefix}stats:{scene.now() // 60_000}"
+    return KEYS.prefix + key

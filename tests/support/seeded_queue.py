@@ -1,0 +1,136 @@
+"""One queue on a real server: seed it, call its scripts, compare everything it holds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import pytest
+import redis as redis_py
+
+from conveyor.payload.records import write_rest
+from conveyor.store import inspection, operations
+from conveyor.store.client.client import Client
+from conveyor.store.keys import QueueKeys
+from conveyor.store.operations import Entry, ProducerSequence, Settlement, TurnReply, TurnReport
+from conveyor.store.script import Call
+from support.server_dump import difference, exact, readable
+
+T = TypeVar("T")
+REST = write_rest("", b"1")
+PLAIN = REST.decode()
+"""What a plain job's envelope reads like in a dump."""
+LEASE = 60_000
+WORKER = {".about": "{}", ".lease": str(LEASE)}
+"""What a lease hash holds besides `.turn` and the jobs."""
+
+
+def entry(id: str, **options: Any) -> Entry:  # noqa: A002
+    """Return a message with a body of 1."""
+    return Entry(id, REST, **options)
+
+
+@contextmanager
+def full(client: redis_py.Redis) -> Iterator[None]:
+    """Let the server be at its maxmemory, with nothing to evict."""
+    client.config_set("maxmemory", "1")
+    try:
+        with pytest.raises(redis_py.ResponseError, match="maxmemory"):
+            client.set("probe", "x")
+        yield
+    finally:
+        client.config_set("maxmemory", "0")
+
+
+class Scene:
+    """The queue `q` of one server. Workers have a lease of a minute, so nothing ends by itself."""
+
+    def __init__(self, client: redis_py.Redis, url: str, keys: QueueKeys | None = None) -> None:
+        """Take a client of an emptied server."""
+        self.redis = client
+        self.client = Client(url, namespace="c", patience=0)
+        self.keys = keys or self.client.keys("q")
+        self.lane = ProducerSequence("L")
+
+    def run(self, call: Call[T]) -> T:
+        """Carry out a step, once."""
+        return self.client.run(call)
+
+    # -- seeds ----------------------------------------------------------------------------------------------------
+
+    def push(self, *entries: Entry | str, **options: Any) -> list[str]:
+        """Push messages, or plain ones named by their ids, in one call."""
+        made = [one if isinstance(one, Entry) else entry(one) for one in entries]
+        return self.run(operations.push(self.keys, self.lane, made, **options))
+
+    def register(self, *workers: str, lease_ms: int = LEASE) -> None:
+        """Register workers."""
+        for worker in workers:
+            self.run(operations.register(self.keys, worker, lease_ms, b"{}"))
+
+    def turn(
+        self, worker: str = "w", number: int = 1, want: int = 0, *,
+        done: Iterable[str] = (), others: Iterable[Settlement] = (), flags: str = "", report: TurnReport | None = None,
+    ) -> TurnReply:  # fmt: skip
+        """Make a turn."""
+        return self.run(self.turn_call(worker, number, want, done=done, others=others, flags=flags, report=report))
+
+    def turn_call(
+        self, worker: str = "w", number: int = 1, want: int = 0, *,
+        done: Iterable[str] = (), others: Iterable[Settlement] = (), flags: str = "", report: TurnReport | None = None,
+    ) -> Call[TurnReply]:  # fmt: skip
+        """Return the call of a turn, to be sent more than once."""
+        sent = TurnReport(list(done), list(others)) if report is None else report
+        return operations.turn(self.keys, worker, number, want, LEASE, sent, flags=flags)
+
+    def lease(self, *ids: str, worker: str = "w") -> None:
+        """Let a new worker hold fresh plain jobs, leased in its turn 1; the wake token is taken."""
+        self.push(*ids)
+        self.register(worker)
+        assert self.turn(worker, 1, len(ids)).ids == list(ids)
+        self.take_token()
+
+    def bury(self, *ids: str, state: bytes = b"1 1 0\n{}") -> None:
+        """Make dead letters, in this order; nothing else remains but the declared constant keys."""
+        self.lease(*ids, worker="undertaker")
+        self.turn("undertaker", 2, others=[Settlement("X", id_, state=state) for id_ in ids])
+        self.run(operations.reap(self.keys, "undertaker", crashed=False))
+        base = self.now() - 100_000
+        for place, id_ in enumerate(ids):
+            self.redis.zadd(self.keys.dead, {id_: base + place})
+
+    def take_token(self) -> bool:
+        """Take the wake token, as an idle worker does; tell whether there was one."""
+        return self.redis.lpop(self.keys.wake) is not None
+
+    def pause(self, paused: bool = True) -> None:
+        """Pause or resume, and take the token."""
+        self.run(operations.configure(self.keys, "paused", "1" if paused else ""))
+        self.take_token()
+
+    # -- looks ----------------------------------------------------------------------------------------------------
+
+    def now(self) -> int:
+        """Return the server's clock in ms."""
+        seconds, micros = self.redis.time()
+        return int(seconds) * 1000 + int(micros) // 1000
+
+    def dump(self) -> dict[str, Any]:
+        """Return the readable content of the whole server."""
+        return readable(self.redis, self.keys.prefix)
+
+    def since(self, before: dict[str, Any]) -> dict[str, Any]:
+        """Return every key that differs from an earlier `dump`, with its new content; None: gone."""
+        return difference(before, self.dump())
+
+    def audit(self) -> list[tuple[str, str]]:
+        """Return what is inconsistent."""
+        return self.run(inspection.audit(self.keys))
+
+    @contextmanager
+    def unchanged(self) -> Iterator[None]:
+        """Fail when anything on the server differs afterwards."""
+        before = exact(self.redis)
+        yield
+        assert difference(before, exact(self.redis)) == {}

@@ -1,0 +1,57 @@
+"""The command line as a shell calls it: a process of its own, its two streams and its exit code."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+SOURCES = Path(__file__).parents[2] / "src"
+
+
+@dataclass
+class Shell:
+    """Runs `conveyor …` in *directory* against *url*; nothing of the tests' own environment reaches it."""
+
+    directory: Path
+    url: str | None = None
+
+    def environment(self, **extra: str) -> dict[str, str]:
+        """Return the variables that a command sees."""
+        kept = {name: value for name, value in os.environ.items() if not name.startswith(("CONVEYOR_", "PYTEST"))}
+        kept |= {"PYTHONPATH": str(SOURCES), "PYTHONDONTWRITEBYTECODE": "1"}
+        return kept | ({"CONVEYOR_URL": self.url} if self.url else {}) | extra
+
+    def run(self, *arguments: str, stdin: str | None = None, **extra: str) -> subprocess.CompletedProcess[str]:
+        """Run one command to its end."""
+        return subprocess.run(
+            [sys.executable, "-m", "conveyor", *arguments],
+            cwd=self.directory,
+            env=self.environment(**extra),
+            input=stdin,
+            stdin=subprocess.DEVNULL if stdin is None else None,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+
+    def start(self, *arguments: str, **extra: str) -> subprocess.Popen[str]:
+        """Start one command and leave it running."""
+        return subprocess.Popen(
+            [sys.executable, "-m", "conveyor", *arguments],
+            cwd=self.directory,
+            env=self.environment(**extra),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def write(self, name: str, text: str) -> None:
+        """Write a file into the working directory of the commands."""
+        path = self.directory / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)

@@ -1,0 +1,124 @@
+"""Supervisors as processes, and the queue that their stand-in children serve, for the tests."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from conveyor.ids import new_ids
+from conveyor.payload.records import write_rest
+from conveyor.store import inspection, operations
+from conveyor.store.client.client import Client
+from conveyor.store.inspection import WorkerRow
+from conveyor.store.keys import QueueKeys
+from conveyor.store.operations import Entry
+from support.server_kinds import connect
+
+KEYS = QueueKeys("test", "q")
+
+
+def until(condition: Callable[[], Any], timeout: float = 15.0) -> Any:
+    """Return the condition's first true value."""
+    deadline = time.monotonic() + timeout
+    while not (found := condition()):
+        assert time.monotonic() < deadline, "what the test waits for did not happen"
+        time.sleep(0.005)
+    return found
+
+
+def running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+class Queue:
+    """What the tests ask of the queue that the stand-ins serve."""
+
+    def __init__(self, url: str) -> None:
+        self._url = url
+        self.client = Client(url, namespace="test", patience=30)
+
+    def push(self, task: str, count: int = 1, body: bytes = b"0") -> list[str]:
+        entries = [Entry(id_, write_rest(task, body)) for id_ in new_ids(count)]
+        return self.client.push(KEYS, entries)
+
+    def workers(self) -> list[WorkerRow]:
+        return self.client.run(inspection.workers(KEYS))
+
+    def held(self, worker: str) -> set[str]:
+        return set(self.client.run(operations.held_ids(KEYS, worker)))
+
+    def counts(self) -> inspection.QueueCounts:
+        return self.client.run(inspection.counts(KEYS))
+
+    def crashes(self, ids: Any) -> set[int]:
+        states = [self.client.execute("HGET", KEYS.state, id_, key=KEYS.state) for id_ in ids]
+        return {int(state.split(b" ")[2].split(b"\n")[0]) if isinstance(state, bytes) else 0 for state in states}
+
+    def starts(self, ids: Any) -> set[int]:
+        states = [self.client.execute("HGET", KEYS.state, id_, key=KEYS.state) for id_ in ids]
+        return {int(state.split(b" ")[0]) if isinstance(state, bytes) else 0 for state in states}
+
+    def by_pid(self, *held: int) -> dict[int, WorkerRow]:
+        """The crew by process, once it holds just that many jobs each."""
+        found = until(lambda: (c := self.workers()) and sorted(m.held for m in c) == sorted(held) and c)
+        return {member.about["pid"]: member for member in found}
+
+    def busy(self, *held: int) -> dict[int, WorkerRow]:
+        """The same, once all that they hold has begun, too: after the next turn of each."""
+
+        def turns() -> dict[str, int]:
+            return {
+                one.worker: int(self.client.execute("HGET", key := KEYS.leased(one.worker), "\tturn", key=key) or 0)
+                for one in found.values()
+            }
+
+        found = self.by_pid(*held)
+        before = turns()
+        until(lambda: all(number > before[worker] for worker, number in turns().items()))
+        return found
+
+    def is_sound(self) -> bool:
+        return self.client.run(inspection.audit(KEYS)) == []
+
+    def purge(self) -> None:
+        with connect(self._url) as client:
+            for key in client.keys("test:*"):
+                client.delete(key)
+
+
+class Supervised:
+    """A supervisor with its children."""
+
+    def __init__(self, url: str, log: Path, env: dict[str, str], **options: Any) -> None:
+        self.log_path = log
+        with log.open("wb") as out:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "support.stub_worker", json.dumps(options)],
+                env={**os.environ, "STAND_IN_URL": url, "PYTHONPATH": os.pathsep.join(sys.path), **env},
+                stderr=out,
+                stdin=subprocess.DEVNULL,
+            )
+        self.pid = self.process.pid
+
+    @property
+    def log(self) -> str:
+        return self.log_path.read_text()
+
+    def children(self) -> list[int]:
+        return [int(pid) for pid in Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()]
+
+    def signal(self, number: int) -> float:
+        self.process.send_signal(number)
+        return time.monotonic()
+
+    def wait(self, timeout: float = 15.0) -> int:
+        return self.process.wait(timeout)

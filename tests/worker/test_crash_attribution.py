@@ -1,0 +1,226 @@
+"""Who is charged for the death of a process: what its seats say, and what follows from it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from conveyor import Conveyor, JobFailed, Retry, current
+from conveyor.ids import split
+from conveyor.store import operations
+from conveyor.store.operations import Settlement, TurnReport
+from conveyor.worker.crash_attribution import (
+    CELLS,
+    EXECUTING,
+    IN_PROCESS,
+    LOOP_CELL,
+    OVERFLOW_CELL,
+    RunningSnapshot,
+    RunningTable,
+    id_checksum,
+)
+from conveyor.worker.shared_memory import ChildSlot, ChildSpec, SharedMemory
+from conveyor.worker.worker import Worker
+from support import process_app
+from support.client_worker import HandWorker
+from support.running_worker import until
+from support.worker_processes import fleet, wait
+
+IDS = ["on-the-loop", "on-a-thread", "waits", "prefetched"]
+ON_LOOP, ON_THREAD, WAITS, PREFETCHED = IDS
+
+
+@pytest.fixture
+def slot() -> Iterator[ChildSlot]:
+    board = SharedMemory(1)
+    made = board.slot(0)
+    made.prepare(ChildSpec("shop:app", {}, 1, 1, burst=False, grace=1))
+    yield made
+    board.close()
+
+
+def seated(*, loop: str = "", thread: str = "", waits: str = "", beside: str = "") -> RunningSnapshot:
+    cells = [0] * CELLS
+    cells[LOOP_CELL] = id_checksum(loop) if loop else 0
+    cells[OVERFLOW_CELL + 1] = id_checksum(thread) | EXECUTING if thread else 0
+    cells[OVERFLOW_CELL + 2] = id_checksum(waits) if waits else 0
+    cells[OVERFLOW_CELL + 3] = cells[LOOP_CELL]  # it has suspended once
+    cells[OVERFLOW_CELL + 4] = id_checksum(beside) | IN_PROCESS if beside else 0
+    found = RunningSnapshot.read(cells)
+    assert found is not None
+    return found
+
+
+@pytest.mark.row("A8")
+@pytest.mark.parametrize(
+    ("seating", "fault", "blamed", "near"),
+    [
+        (seated(loop=ON_LOOP, thread=ON_THREAD, waits=WAITS), True, [ON_LOOP, ON_THREAD], []),
+        (seated(loop=ON_LOOP, thread=ON_THREAD, waits=WAITS), False, [ON_LOOP, ON_THREAD], [WAITS]),
+        (seated(loop=ON_LOOP, waits=WAITS), True, [ON_LOOP], []),
+        (seated(waits=WAITS), True, [WAITS], []),
+        (seated(waits=WAITS), False, [WAITS], []),
+        (seated(), False, [], []),
+        (seated(loop=ON_LOOP, beside=WAITS), True, [ON_LOOP, WAITS], []),
+        (seated(waits=WAITS, beside=ON_THREAD), True, [ON_THREAD, WAITS], []),
+        (seated(loop="of another queue", waits=WAITS), True, [], []),
+    ],
+)  # fmt: skip
+def test_who_is_to_blame(seating: RunningSnapshot, fault: bool, blamed: list[str], near: list[str]) -> None:
+    """What was executed is to blame; what was under way only when it was killed, or nothing else was; what had not begun never."""
+    assert seating.blame(IDS, fault=fault) == (blamed, near)
+
+
+def test_more_jobs_than_seats_rule_nobody_out() -> None:
+    """Who finds no seat takes the last one for ever; then nothing is known. Seats that are left are taken again."""
+    seats = RunningTable(memoryview(bytearray(8 * CELLS)).cast("q"))
+    taken = [seats.take_cell() for _ in range(CELLS - 2)]
+    assert len({*taken, LOOP_CELL, OVERFLOW_CELL}) == CELLS
+    seats.cells[taken[5]] = id_checksum("a")
+    seats.release_cell(taken[5])
+    assert seats.cells[taken[5]] == 0
+    assert seats.take_cell() == taken[5]
+    assert RunningSnapshot.read(seats.cells) == RunningSnapshot(frozenset(), frozenset())
+
+    assert seats.take_cell() == OVERFLOW_CELL
+    seats.cells[OVERFLOW_CELL] = id_checksum("b")
+    seats.release_cell(OVERFLOW_CELL)
+    assert RunningSnapshot.read(seats.cells) is None
+
+
+async def test_a_worker_shows_what_it_runs(app: Conveyor, slot: ChildSlot) -> None:
+    """A job is executing before its first wait, waiting during it, executing after it; on a thread it executes; then it is gone."""
+    go, seen, begun = threading.Event(), list[tuple[bool, bool]](), asyncio.Event()
+
+    def look() -> None:
+        seating, me = slot.running_snapshot(), id_checksum(split(current().job_id)[1])
+        assert seating is not None
+        seen.append((me in seating.executing, me in seating.waiting))
+
+    @app.task
+    async def waits() -> None:
+        look()
+        await asyncio.sleep(0)
+        look()
+        begun.set()
+        await asyncio.to_thread(go.wait)
+        look()
+
+    @app.task
+    def blocks() -> None:
+        look()
+        go.wait()
+
+    worker = Worker(app, slot=slot)
+    running = asyncio.create_task(worker.run())
+    jobs = [await waits.aenqueue(), await blocks.aenqueue()]
+    await asyncio.wait_for(begun.wait(), 5)
+    await until(lambda: len(seen) == 3)
+    waiting, executing = (id_checksum(split(job.id)[1]) for job in jobs)
+    found = slot.running_snapshot()
+    go.set()
+    for job in jobs:
+        await job.aresult("5s")
+
+    assert seen == [(True, False)] * 4
+    assert found == RunningSnapshot(frozenset({executing}), frozenset({waiting}))
+    assert slot.running_snapshot() == RunningSnapshot(frozenset(), frozenset())
+    worker.stop()
+    assert await running == 0
+    await app.aclose()
+
+
+@pytest.mark.parametrize("run_in", ["loop", "thread"])
+async def test_who_found_no_seat_is_never_forgotten(
+    url: str, slot: ChildSlot, monkeypatch: pytest.MonkeyPatch, run_in: str
+) -> None:  # fmt: skip
+    """The end of one job without a seat of its own does not hide that others may run without one."""
+    monkeypatch.setattr(RunningTable, "take_cell", lambda _: OVERFLOW_CELL)
+    async with Conveyor(url) as app:
+
+        @app.task
+        async def on_loop() -> None:
+            await asyncio.sleep(0)
+
+        @app.task
+        def on_thread() -> None: ...
+
+        worker = Worker(app, slot=slot)
+        running = asyncio.create_task(worker.run())
+        await (await (on_loop if run_in == "loop" else on_thread).aenqueue()).aresult("5s")
+        worker.stop()
+        assert await running == 0
+    assert slot.running_snapshot() is None
+
+
+@pytest.mark.parametrize(
+    ("how", "crashes"),
+    [("crash", [1, 1, 2, 2]), ("leave", [0, 0, 1, 1]), ("blamed", [1, 1, 2, 2]), ("near", [1, 1, 2, 1]), ("neither", [0, 0, 1, 1])],
+)  # fmt: skip
+def test_a_crash_that_was_counted_before_is_kept_or_taken_back(app: Conveyor, how: str, crashes: list[int]) -> None:
+    """Of fresh jobs, of one charged among others and of one charged alone: who is not to blame has no crash more than before."""
+    task = app.task(name="any")(lambda: None)
+    for _ in range(4):
+        task.enqueue()
+    hand = HandWorker(app.client, "default")
+    ids = [split(public)[1] for public in hand.take(4)]
+    marks = [Settlement("M", ids[2], state=b"1 0 2+"), Settlement("M", ids[3], state=b"1 0 2*")]
+    hand._turn(0, TurnReport(others=marks))
+    blame = {"blamed": (ids, []), "near": ([], ids), "neither": ([], [])}.get(how)
+
+    app.client.run(operations.reap(hand.keys, hand.identity, crashed=how != "leave", blame=blame))
+
+    states = [app.client.execute("HGET", hand.keys.state, id_, key=hand.keys.state) for id_ in ids]
+    assert [int(state.split()[2]) for state in states] == crashes  # with no doubt left
+    app.queue("default").purge()
+
+
+@pytest.mark.row("A8")
+@pytest.mark.parametrize("how", ["segfault", "exit", "abort"])
+def test_a_fault_is_charged_to_who_was_executed(url: str, tmp_path: Path, how: str) -> None:
+    """Jobs that wait in the same process while another one ends it three times are back each time, and have no crash."""
+    with fleet(url, tmp_path, lease="10s") as one:
+        one.start(processes=1, concurrency=10)
+        waiting = one.app.enqueue_many(one.tasks.note.s(n, 60) for n in range(5))
+        wait(lambda: len(one.starts()) == 5)
+        one.tasks.poison.enqueue(5, how)
+        wait(lambda: one.counts().dead == 1)
+        wait(lambda: [len(one.starts()[n]) for n in range(5)] == [4] * 5)
+
+        keys = one.app.client.keys("default")
+        states = [one.app.client.execute("HGET", keys.state, split(job.id)[1], key=keys.state) for job in waiting]
+        assert [state.split()[2] for state in states] == [b"0"] * 5
+        assert len(one.starts()[5]) == 3
+
+
+@pytest.mark.row("A8")
+async def test_a_process_is_charged_until_its_crash_is_settled(url: str, slot: ChildSlot) -> None:
+    """A job whose own process died is beside until Redis knows: when the worker dies just then, the crash counts all the same."""
+    seen: list[tuple[str, RunningSnapshot | None]] = []
+
+    class Look(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            seen.append((record.getMessage(), slot.running_snapshot()))
+
+    look = Look()
+    logging.getLogger("conveyor.worker").addHandler(look)
+    async with Conveyor(url) as app:
+        function = process_app.app.tasks["support.process_app.die"].function
+        task = app.task(name="support.process_app.die", run_in="process", retry=Retry(max_crashes=1))(function)
+        worker = Worker(app, slot=slot, reference="support.process_app:app")
+        running = asyncio.create_task(worker.run())
+        job = await task.aenqueue("exit")
+        with pytest.raises(JobFailed):
+            await job.aresult("20s")
+        worker.stop()
+        assert await running == 0
+        await asyncio.to_thread(app.queue("default").purge, dead=True)
+    logging.getLogger("conveyor.worker").removeHandler(look)
+    [found] = [seating for text, seating in seen if "crashed its process" in text]
+    assert found is not None
+    assert found.blame([split(job.id)[1]], fault=True) == ([split(job.id)[1]], [])

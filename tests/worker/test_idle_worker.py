@@ -1,0 +1,74 @@
+"""A worker with nothing to do: it blocks, and hears of a job at once."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import Any
+
+import pytest
+
+from conveyor.jobs.app import Conveyor
+from support.running_worker import drain, until, working
+from support.time_limits import AT_ONCE
+
+
+@pytest.fixture
+async def app(url: str) -> Any:
+    """An app on the emptied server."""
+    app = Conveyor(url)
+    yield app
+    await app.aclose()
+
+
+async def test_an_idle_worker_is_woken_at_once(app: Conveyor) -> None:
+    """A job pushed to an idle worker starts without waiting for any clock."""
+
+    @app.task
+    async def when() -> float:
+        return time.monotonic()
+
+    async with working(app) as worker:
+        for _ in range(5):
+            await until(lambda: worker.connections.blocked and not worker.consumers[0].busy)
+            start = time.monotonic()
+            job = await when.aenqueue()
+            assert await job.aresult(timeout=5) - start < AT_ONCE
+
+
+@pytest.mark.standalone_only("counts every command the server gets, those of a replica and of sentinels too")
+@pytest.mark.parametrize("queues", [1, 4])
+async def test_an_idle_worker_sends_next_to_nothing(app: Conveyor, redis: Any, queues: int) -> None:
+    """An idle worker blocks, also when it has worked: in two seconds it sends at most two commands for each of its queues."""
+
+    async def nothing() -> None: ...
+
+    tasks = [app.task(name=f"nothing{n}", queue=f"q{n}")(nothing) for n in range(queues)]
+    async with working(app) as worker:
+        for task in tasks:
+            await (await task.aenqueue()).aresult(timeout=20)
+        await until(lambda: worker.connections.blocked)
+        await asyncio.sleep(0.1)  # let the first turns pass
+        before = redis.info("stats")["total_commands_processed"]
+        await asyncio.sleep(2)  # the law is about time that passes
+        sent = redis.info("stats")["total_commands_processed"] - before - 1
+
+    assert sent <= 2 * queues
+
+
+async def test_a_burst_ends_when_no_queue_has_work(app: Conveyor) -> None:
+    """What the last job of a burst enqueues in a queue that was found empty before is run as well, each of 30 times."""
+    ran: list[int] = []
+
+    @app.task(queue="other")
+    async def follower(n: int) -> None:
+        ran.append(n)
+
+    @app.task
+    async def leader(n: int) -> None:
+        await follower.aenqueue(n)
+
+    for n in range(30):
+        await leader.aenqueue(n)
+        await drain(app)
+        assert ran == list(range(n + 1))

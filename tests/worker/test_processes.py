@@ -1,0 +1,399 @@
+"""Jobs alone in a process of their own."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import uvloop
+
+from conveyor import ConfigurationError, Conveyor, JobFailed, PayloadError, Retry, Snooze, ids
+from conveyor.jobs.task import definition_of
+from conveyor.messaging.retry import GiveUp, RetryAfter, after_failure
+from conveyor.payload import failures
+from conveyor.payload.records import AttemptHistory, EnvelopeOptions
+from conveyor.worker.execution.processes import ProcessCrashed, ProcessPool
+from support import process_app
+from support.running_worker import audit, drain
+from support.time_limits import AT_ONCE
+
+APP = "support.process_app:app"
+ID = ids.new_id()
+
+Run = Callable[..., Awaitable[Any]]
+
+
+def attempt(name: str, /, **arguments: Any) -> Any:
+    task = process_app.app.tasks[f"support.process_app.{name}"]
+    return SimpleNamespace(
+        handler=SimpleNamespace(name=task.name, task=definition_of(task)),
+        body=json.dumps(arguments).encode(),
+        public_id=ids.public("default", ID),
+        number=3,
+        envelope=SimpleNamespace(extra=EnvelopeOptions(headers={"trace": "t1"})),
+        consumer=SimpleNamespace(queue="default"),
+        move_deadline=lambda ms: None,
+    )
+
+
+@pytest.fixture
+async def processes() -> AsyncIterator[ProcessPool]:
+    found = ProcessPool(APP, 2)
+    yield found
+    await found.close()
+
+
+@pytest.fixture
+def run(processes: ProcessPool) -> Run:
+    return lambda name, /, **arguments: processes.run(attempt(name, **arguments))
+
+
+async def until(condition: Callable[[], bool], seconds: float = 10) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "not in time"
+        await asyncio.sleep(0.01)
+
+
+def ended(pid: int) -> bool:
+    """Tell whether a process runs no more; one that nobody has waited for yet has ended too."""
+    try:
+        os.kill(pid, 0)
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except (ProcessLookupError, FileNotFoundError):
+        return True
+
+
+async def staying(run: Run, place: Path, name: str, **more: Any) -> tuple[asyncio.Task[Any], list[int]]:
+    """Start a job that stays, and return it with the pids of its process and of the one it has started."""
+    job = asyncio.ensure_future(run("stay", place=str(place), name=name, **more))
+    await until((place / name).exists)
+    return job, [int(pid) for pid in (place / name).read_text().split()]
+
+
+async def test_arguments_and_result_arrive_typed(run: Run) -> None:
+    """A job gets its arguments and gives its result in the annotated types, in another process."""
+    assert await run("swap", point={"x": 1, "y": 2}) == process_app.Point(2, 1)
+    assert await run("pid") != os.getpid()
+    assert await run("nothing") is None
+    assert await run("unkept") is None
+    assert await run("big", count=300_000) == "x" * 300_000
+
+
+async def test_a_process_is_used_again() -> None:
+    """Jobs one after the other share a process, until it has done its number of jobs."""
+    processes = ProcessPool(APP, 2, max_jobs=3)
+
+    pids = [await processes.run(attempt("pid")) for _ in range(4)]
+
+    assert pids[0] == pids[1] == pids[2] != pids[3]
+    await until(lambda: ended(pids[0]))
+    await processes.close()
+
+
+async def test_an_idle_process_ends_in_order(
+    processes: ProcessPool, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process that was idle for long closes its lifespan and ends, and the next job gets a fresh one."""
+    monkeypatch.setenv("CLOSED_MARKER", str(tmp_path / "closed"))
+    processes.idle_seconds = 0.05
+
+    first = await run("pid")
+    await until(lambda: ended(first))
+
+    assert (tmp_path / "closed").exists()
+    assert await run("pid") != first
+
+
+async def test_close_leaves_no_process(run: Run, processes: ProcessPool, tmp_path: Path) -> None:
+    """Closing ends idle processes and busy ones, and what waits for a process is told."""
+    busy, pids = await staying(run, tmp_path, "busy")
+    idle = await run("pid")
+    other, more = await staying(run, tmp_path, "other")
+    assert more[0] == idle
+    waiting = asyncio.ensure_future(run("pid"))
+    await asyncio.sleep(0)
+
+    await processes.close()
+
+    assert all(map(ended, pids[:1] + more[:1]))
+    for job in (busy, other, waiting):
+        with pytest.raises(ProcessCrashed):
+            await job
+
+
+async def test_the_context_is_known(run: Run) -> None:
+    """A job in a process knows who it is, by its parameter and by `current()`."""
+    job_id, task, queue, number, headers, made, same = await run("about")
+
+    assert (job_id, task, queue, number) == (f"default:{ID}", "support.process_app.about", "default", 3)
+    assert headers == {"trace": "t1"}
+    assert made * 1000 == pytest.approx(ids.made_at_ms(ID))
+    assert same
+
+
+async def test_the_lifespan_is_open(run: Run) -> None:
+    """An `async def` runs on the loop of the lifespan, a `def` on none, and both see what it yielded."""
+    assert await run("on_loop") is True
+    assert await run("no_loop") is True
+    assert await run("on_loop") is True
+
+
+async def test_an_error_is_matched_by_the_policy(run: Run) -> None:
+    """What a job raises is an instance of its class here, so the retry policy decides as for any job."""
+    with pytest.raises(process_app.TooPoor, match="declined: no money") as caught:
+        await run("decline")
+
+    error = caught.value
+    policy = definition_of(process_app.app.tasks["support.process_app.decline"]).settings.retry
+    assert isinstance(error, process_app.Declined)
+    assert isinstance(error, LookupError)
+    assert isinstance(after_failure(policy, AttemptHistory(), 1, error, b"{}"), GiveUp)
+    record = failures.describe(error, 1, 0, "w")
+    assert record.type == "support.process_app.TooPoor"
+    assert record.message == "declined: no money"
+    assert 'raise TooPoor(402, reason="no money")' in record.traceback
+    assert "process_child.py" not in record.traceback
+    assert record.traceback.count("declined: no money") == 1
+    assert "raise TooPoor" in error.__notes__[0]
+
+
+@pytest.mark.row("A14")
+@pytest.mark.parametrize(
+    ("kind", "type_", "base"),
+    [
+        ("local", "support.process_app.fail.<locals>.Local", KeyError),
+        ("frozen", "support.process_app.Frozen", process_app.Frozen),
+        ("os", "FileNotFoundError", FileNotFoundError),
+        ("group", "ExceptionGroup", ExceptionGroup),
+        ("unicode", "UnicodeDecodeError", UnicodeDecodeError),
+        ("exit", "SystemExit", Exception),
+        ("interrupt", "KeyboardInterrupt", Exception),
+        ("cancelled", "asyncio.exceptions.CancelledError", Exception),
+        ("stop", "StopIteration", Exception),
+        ("long", "ValueError", ValueError),
+    ],
+)
+async def test_every_error_arrives(run: Run, kind: str, type_: str, base: type[Exception]) -> None:
+    """Whatever a job raises arrives with its name and message, as an Exception that a policy can judge."""
+    with pytest.raises(base) as caught:
+        await run("fail", kind=kind)
+
+    record = failures.describe(caught.value, 1, 0, "w")
+    assert record.type == type_
+    assert "raise errors[kind]" in record.traceback
+    assert record.message == failures.message(caught.value)
+    assert isinstance(after_failure(Retry(), AttemptHistory(), 1, caught.value, b"{}"), RetryAfter)
+    if kind not in {"cancelled", "interrupt"}:
+        assert record.message
+
+
+async def test_control_flow_and_codes_arrive(run: Run) -> None:
+    """A Snooze keeps its delay, an error of the library its code, and neither is a crash."""
+    with pytest.raises(Snooze) as snoozed:
+        await run("fail", kind="snooze")
+    assert snoozed.value.delay == "5m"
+
+    with pytest.raises(PayloadError) as load_error:
+        await run("swap", point=1)
+    assert load_error.value.code == "E15"
+
+    with pytest.raises(PayloadError, match="five"):
+        await run("bad_result")
+
+
+@pytest.mark.row("A9")
+async def test_cancelling_kills(processes: ProcessPool, run: Run, tmp_path: Path) -> None:
+    """Cancelling a job kills its process and all it has started within a second, even one that holds the GIL."""
+    job, pids = await staying(run, tmp_path, "stuck", hold=True)
+
+    began = time.monotonic()
+    job.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await job
+
+    assert time.monotonic() - began < AT_ONCE
+    assert ended(pids[0])
+    await until(lambda: ended(pids[1]), 1)
+    assert await run("pid") != pids[0]
+
+
+async def test_cancelling_while_it_starts_leaves_nothing(processes: ProcessPool, run: Run) -> None:
+    """A job cancelled before its process has loaded the app leaves no process behind, at whatever step."""
+    for steps in (1, 3, 10):
+        job = asyncio.ensure_future(run("pid"))
+        for _ in range(steps):
+            await asyncio.sleep(0)
+        job.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await job
+        assert "0 of 2" in repr(processes)
+
+
+@pytest.mark.row("A7")
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        ("exit", "exited with code 3"),
+        ("kill", "killed by SIGKILL"),
+        ("segfault", "killed by SIGSEGV"),
+        ("close", "broke its connection"),
+        ("heir", "exited with code 3"),
+    ],
+)
+async def test_a_crash_is_reported(run: Run, how: str, words: str) -> None:
+    """A process that ends under its job is a crash that says which job and how; the next job gets a fresh one."""
+    with pytest.raises(ProcessCrashed, match=rf"process_app\.die \(default:{ID}, attempt 3\).*{words}"):
+        await run("die", how=how)
+
+    assert await run("pid") > 0
+
+
+async def test_an_idle_death_costs_nobody(run: Run) -> None:
+    """A process that dies while idle is replaced, and no job is told."""
+    first = await run("pid")
+    os.kill(first, signal.SIGKILL)
+    await until(lambda: not Path(f"/proc/{first}").exists())
+
+    assert await run("pid") != first
+
+
+async def test_as_many_run_as_there_is_room(run: Run, tmp_path: Path) -> None:
+    """Jobs run side by side up to the limit; one more waits for the end of another."""
+    (one, first), (two, second) = [await staying(run, tmp_path, name) for name in ("one", "two")]
+    three = asyncio.ensure_future(run("stay", place=str(tmp_path), name="three"))
+    for _ in range(5):
+        await asyncio.sleep(0)
+    assert not (tmp_path / "three").exists()
+
+    (tmp_path / "go").touch()
+
+    assert await asyncio.gather(one, two, three) == ["one", "two", "three"]
+    third = int((tmp_path / "three").read_text().split()[0])
+    assert len({first[0], second[0]}) == 2
+    assert third in {first[0], second[0]}
+
+
+async def test_output_is_the_jobs_own(run: Run, capfd: pytest.CaptureFixture[str]) -> None:
+    """What a job and its programs print goes where the worker's output goes, and its standard input is empty."""
+    assert await run("chatter", text="hello") == 0
+
+    out, err = capfd.readouterr()
+    assert "hello\n" in out
+    assert "raw bytes\n" in out
+    assert "input\n" in out
+    assert "hello" * 20_000 in err
+
+
+async def test_a_stop_of_the_service_does_not_hurt(run: Run) -> None:
+    """SIGTERM and SIGINT to all of a service end no job, and the programs that a job starts still heed them."""
+    assert await run("signalled") == -signal.SIGTERM
+
+
+async def test_a_job_extends_its_limit(processes: ProcessPool) -> None:
+    """`context.extend` in a process moves the time limit that the worker keeps."""
+    asked: list[int] = []
+    one = attempt("extend", ms=90_000)
+    one.move_deadline = asked.append
+
+    await processes.run(one)
+
+    assert asked == [90_000]
+
+
+async def test_an_app_that_does_not_load_is_named() -> None:
+    """Without an app, or with one that a fresh process cannot load, the error says what is wrong."""
+    with pytest.raises(ConfigurationError, match="conveyor worker module:app"):
+        await ProcessPool(None, 1).run(attempt("pid"))
+
+    processes = ProcessPool("support.process_app:lost", 1)
+    with pytest.raises(ConfigurationError, match=r"support\.process_app:lost.*has no attribute 'lost'") as caught:
+        await processes.run(attempt("pid"))
+    assert caught.value.code == "E08"
+    assert "0 of 1" in repr(processes)
+
+
+PARENT = """
+import asyncio, sys
+from conveyor.worker.execution.processes import ProcessPool
+from test_process import APP, attempt
+asyncio.run(ProcessPool(APP, 1).run(attempt("stay", place=sys.argv[1], name="orphan", hold=True)))
+"""
+
+
+async def test_a_killed_worker_leaves_nothing(tmp_path: Path) -> None:
+    """When the worker is killed, its process ends at once, GIL held or not, with all that the job has started."""
+    paths = os.pathsep.join(path for path in sys.path if path)
+    worker = subprocess.Popen([sys.executable, "-c", PARENT, str(tmp_path)], env=os.environ | {"PYTHONPATH": paths})
+    try:
+        await until((tmp_path / "orphan").exists)
+    finally:
+        worker.kill()
+        worker.wait()
+
+    for pid in map(int, (tmp_path / "orphan").read_text().split()):
+        await until(lambda pid=pid: ended(pid), 2)
+
+
+def test_it_works_on_uvloop(tmp_path: Path) -> None:
+    """On uvloop, results, errors, crashes and kills are the same."""
+
+    async def all_of_it() -> None:
+        processes = ProcessPool(APP, 2)
+
+        def run(name: str, /, **arguments: Any) -> Awaitable[Any]:
+            return processes.run(attempt(name, **arguments))
+
+        first = await run("pid")
+        assert await run("pid") == first
+        with pytest.raises(process_app.TooPoor):
+            await run("decline")
+        with pytest.raises(ProcessCrashed, match="SIGSEGV"):
+            await run("die", how="segfault")
+        job, pids = await staying(run, tmp_path, "stuck", hold=True)
+        job.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await job
+        assert ended(pids[0])
+        last = await run("pid")
+        await processes.close()
+        assert ended(last)
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(all_of_it())
+
+
+@pytest.mark.leaves_keys("dead letters stay until somebody looks at them")
+async def test_a_worker_runs_its_jobs_in_processes(url: str, tmp_path: Path) -> None:
+    """Through a worker: a result is kept, an error and a time limit follow the policy, a crash counts as one."""
+    async with Conveyor(url) as app:
+
+        def task(name: str, **options: Any) -> Any:
+            function = process_app.app.tasks[f"support.process_app.{name}"].function
+            return app.task(name=f"support.process_app.{name}", run_in="process", **options)(function)
+
+        swapped = await task("swap").aenqueue(process_app.Point(1, 2))
+        declined = await task("decline", retry=Retry(on=(LookupError,), give_up=(process_app.Declined,))).aenqueue()
+        stuck = await task("stay", timeout="500ms", retry=1).aenqueue(str(tmp_path), "stuck", True)
+        crashed = await task("die", retry=Retry(max_crashes=1)).aenqueue("segfault")
+        await drain(app, reference=APP)
+
+        assert await swapped.aresult(timeout=5) == process_app.Point(2, 1)
+        for job, type_ in ((declined, "support.process_app.TooPoor"), (stuck, "TimeoutError")):
+            with pytest.raises(JobFailed) as caught:
+                await job.aresult(timeout=5)
+            assert caught.value.type == type_
+        with pytest.raises(JobFailed):
+            await crashed.aresult(timeout=5)
+        assert all(ended(int(pid)) for pid in (tmp_path / "stuck").read_text().split())
+        assert await audit(app) == []

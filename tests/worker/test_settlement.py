@@ -1,0 +1,376 @@
+"""The worker in one process: jobs that are cancelled, handed back, lost, or bad."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from typing import Any
+
+import pytest
+
+from conveyor.errors import JobCancelled, JobFailed
+from conveyor.jobs.app import Conveyor
+from conveyor.jobs.context import Context, current
+from conveyor.messaging.retry import Retry
+from conveyor.store import inspection, operations
+from conveyor.worker.worker import Worker
+from support.running_worker import audit, counts, drain, until, working
+from support.time_limits import AT_ONCE
+
+
+@pytest.fixture
+async def app(url: str) -> Any:
+    """An app on the emptied server."""
+    app = Conveyor(url)
+    yield app
+    await app.aclose()
+
+
+@pytest.mark.row("I18")
+async def test_cancelling_a_waiting_job_keeps_it_from_starting(app: Conveyor) -> None:
+    """After `cancel()` a job that had not started never starts."""
+    ran: list[int] = []
+
+    @app.task
+    async def note(n: int) -> None:
+        ran.append(n)
+
+    jobs = [await note.aenqueue(n) for n in range(3)]
+    later = await note.options(delay="1h").aenqueue(9)
+    assert await jobs[1].acancel()
+    assert await later.acancel()
+    await drain(app)
+
+    assert ran == [0, 2]
+    assert await jobs[1].astatus() == "cancelled"
+    assert await later.astatus() == "cancelled"
+    assert await audit(app) == []
+
+
+async def test_cancelling_a_running_job_stops_it(app: Conveyor) -> None:
+    """A running coroutine is cancelled within a second, and its job is cancelled, not failed."""
+    started = asyncio.Event()
+
+    @app.task
+    async def endless() -> None:
+        started.set()
+        await asyncio.sleep(60)
+
+    async with working(app):
+        job = await endless.aenqueue()
+        await asyncio.wait_for(started.wait(), 5)
+        begun = time.monotonic()
+        assert await job.acancel()
+        with pytest.raises(JobCancelled):
+            await job.aresult(timeout=5)
+        assert time.monotonic() - begun < AT_ONCE
+    assert await job.astatus() == "cancelled"
+
+
+async def test_a_thread_is_told_that_it_is_cancelled(app: Conveyor) -> None:
+    """A function on a thread sees the cancellation in its context."""
+    started = threading.Event()
+
+    @app.task
+    def patient(context: Context = current()) -> None:
+        started.set()
+        while not context.cancelled:
+            time.sleep(0.005)
+        context.check()
+
+    async with working(app):
+        job = await patient.aenqueue()
+        await until(started.is_set)
+        assert await job.acancel()
+        with pytest.raises(JobCancelled):
+            await job.aresult(timeout=5)
+
+
+async def test_a_stop_hands_back_what_has_not_started(app: Conveyor) -> None:
+    """A stopping worker finishes what runs and returns the rest in order, without using an attempt."""
+    gate = asyncio.Event()
+    seen: list[int] = []
+
+    @app.task
+    async def wait(n: int) -> None:
+        seen.append(n)
+        await gate.wait()
+
+    await app.aenqueue_many(wait.s(n) for n in range(10))
+    worker = Worker(app, concurrency=2, grace=10)
+    running = asyncio.create_task(worker.run())
+    await until(lambda: len(seen) == 2)
+    worker.stop()
+    gate.set()
+    await asyncio.wait_for(running, 10)
+
+    assert seen == [0, 1]
+    found = await counts(app)
+    assert (found.ready, found.leased, found.workers) == (8, 0, 0)
+    await drain(app, concurrency=1)
+    assert seen == list(range(10))
+
+
+@pytest.mark.row("A10")
+async def test_what_outlives_the_grace_is_handed_back_free(app: Conveyor) -> None:
+    """A job that still runs at the end of the grace goes back: its start is seen, its budget is untouched."""
+
+    @app.task(retry=1)
+    async def long(context: Context = current()) -> int:
+        if context.attempt == 1:
+            await asyncio.sleep(60)
+        return context.attempt
+
+    job = await long.aenqueue()
+    worker = Worker(app, grace=0.05)
+    running = asyncio.create_task(worker.run())
+    await until(lambda: worker.consumers and worker.executor.coroutines.running)
+    worker.stop()
+    await asyncio.wait_for(running, 10)
+    assert (await counts(app)).ready == 1
+    await drain(app)
+
+    assert await job.aresult(timeout=5) == 2
+
+
+async def test_a_reaped_worker_is_refused_and_goes_on(app: Conveyor) -> None:
+    """A worker that lost its lease abandons its jobs: one outcome per job, and it works on under a new identity."""
+    runs: list[int] = []
+    gate = asyncio.Event()
+
+    @app.task
+    async def twice(context: Context = current()) -> int:
+        runs.append(context.attempt)
+        await gate.wait()
+        return context.attempt
+
+    async with working(app) as worker:
+        job = await twice.aenqueue()
+        await until(lambda: runs == [1])
+        old = worker.consumers[0].identity
+        assert await app.client.arun(operations.reap(app.client.keys("default"), old)) == 1
+        worker.consumers[0].on_token()
+        await until(lambda: runs == [1, 2])
+        gate.set()
+        assert await job.aresult(timeout=5) == 2
+        assert worker.consumers[0].identity != old
+    assert await audit(app) == []
+
+
+@pytest.mark.row("A8")
+@pytest.mark.leaves_keys("a poison job is a dead letter")
+async def test_poison_stops_after_max_crashes_and_spares_its_neighbours(app: Conveyor) -> None:
+    """A job whose worker crashes each time it runs is started three times; jobs leased beside it all succeed."""
+    poison_runs: list[int] = []
+    done: list[int] = []
+
+    @app.task
+    async def poison() -> None:
+        poison_runs.append(1)
+        crash.set()
+        await asyncio.sleep(60)
+
+    @app.task
+    async def good(n: int) -> None:
+        done.append(n)
+
+    crash = asyncio.Event()
+    await poison.aenqueue()
+    await app.aenqueue_many(good.s(n) for n in range(20))
+    for _ in range(3):
+        crash.clear()
+        worker = Worker(app, concurrency=1)
+        running = asyncio.create_task(worker.run())
+        await asyncio.wait_for(crash.wait(), 5)
+        worker.fail(RuntimeError("crash"))  # ends without settling anything, as a killed process would
+        with pytest.raises(RuntimeError, match="crash"):
+            await running
+        await app.client.arun(operations.reap(app.client.keys("default"), worker.consumers[0].identity))
+    await drain(app)
+
+    assert len(poison_runs) == 3
+    assert sorted(done) == list(range(20))
+    [row] = await app.client.arun(inspection.list_jobs(app.client.keys("default"), "dead", 0, 10))
+    assert row.envelope.task.endswith("poison")
+    assert row.state.failures_list()[-1].type == "crashed"
+
+
+async def test_a_job_of_an_unknown_task_waits_for_a_newer_worker(url: str, app: Conveyor) -> None:
+    """A worker that does not know a task puts its job off without using an attempt."""
+    newer = Conveyor(url)
+
+    @newer.task(name="new.task", retry=1)
+    async def task(context: Context = current()) -> int:
+        return context.attempt
+
+    @app.task
+    async def old() -> None: ...
+
+    job = await task.aenqueue()
+    await old.aenqueue()
+    async with working(app):
+        await until(lambda: True)
+        while (await counts(app)).scheduled != 1:
+            await asyncio.sleep(0.01)
+    await app.client.arun(operations.promote(app.client.keys("default"), job.id.rpartition(":")[2]))
+    await drain(newer)
+
+    assert await job.aresult(timeout=5) == 1
+    await newer.aclose()
+
+
+async def test_an_early_ack_runs_at_most_once(app: Conveyor) -> None:
+    """With `ack="early"` the job is gone from Redis before it starts."""
+    seen: list[int] = []
+
+    @app.task(ack="early", retry=5)
+    async def once() -> None:
+        found = await counts(app)
+        seen.append(found.leased + found.ready + found.scheduled)
+        raise ValueError
+
+    await once.aenqueue()
+    await drain(app)
+
+    assert seen == [0]
+    assert (await counts(app)).dead == 0
+
+
+@pytest.mark.row("I17")
+async def test_undecodable_arguments_make_a_dead_letter_with_their_bytes(app: Conveyor, redis: Any) -> None:
+    """Arguments that no longer fit the task are not retried for ever, and their bytes are kept."""
+
+    @app.task(name="typed", retry=Retry(attempts=1))
+    async def typed(n: int) -> None: ...
+
+    job = await typed.aenqueue(1)
+    key = app.client.keys("default").jobs
+    [id_] = redis.hkeys(key)
+    redis.hset(key, id_, b'\ntyped\n{"n":"x"}')
+    await drain(app)
+
+    assert await job.astatus() == "dead"
+    assert redis.hget(key, id_) == b'\ntyped\n{"n":"x"}'
+    with pytest.raises(JobFailed, match=r"Expected `int`|Expected int"):
+        await job.aresult(timeout=5)
+    redis.delete(key, app.client.keys("default").dead, app.client.keys("default").state)
+
+
+async def test_a_result_that_cannot_be_stored_is_a_visible_failure(app: Conveyor, redis: Any) -> None:
+    """A task whose result JSON cannot carry ends as a dead letter, once."""
+    runs: list[int] = []
+
+    @app.task
+    async def odd() -> Any:
+        runs.append(1)
+        return object()
+
+    job = await odd.aenqueue()
+    await drain(app)
+
+    assert runs == [1]
+    assert await job.astatus() == "dead"
+    redis.delete(app.client.keys("default").jobs, app.client.keys("default").dead, app.client.keys("default").state)
+
+
+@pytest.mark.leaves_keys("dead letters stay")
+async def test_hostile_exceptions_do_not_hurt_the_worker(app: Conveyor) -> None:
+    """Exceptions that cannot be shown, endless ones, and ones that are no Exception are recorded, and work goes on."""
+
+    class Hostile(Exception):
+        def __str__(self) -> str:
+            raise RuntimeError("no text")
+
+    errors: list[Any] = [
+        Hostile(),
+        ValueError("x" * 1_000_000),
+        SystemExit(3),
+        asyncio.CancelledError(),
+        GeneratorExit(),
+    ]
+
+    @app.task(retry=1)
+    async def hostile(n: int) -> None:
+        raise errors[n]
+
+    @app.task(retry=1)
+    def in_thread(n: int) -> None:
+        raise errors[n]
+
+    @app.task
+    async def fine() -> str:
+        return "fine"
+
+    for n in range(len(errors)):
+        await hostile.aenqueue(n)
+        await in_thread.aenqueue(n)
+    job = await fine.aenqueue()
+    await drain(app)
+
+    assert await job.aresult(timeout=5) == "fine"
+    assert (await counts(app)).dead == 2 * len(errors)
+
+
+async def test_a_worker_that_never_reached_redis_stops_at_once() -> None:
+    """A stop ends a worker that still waits for a server, without waiting for any grace."""
+    app = Conveyor("redis://127.0.0.1:1/0")
+
+    @app.task
+    async def never() -> None: ...
+
+    worker = Worker(app, grace=30)
+    running = asyncio.create_task(worker.run())
+    await until(lambda: not worker.ready.is_set())
+    worker.stop()
+    assert await asyncio.wait_for(running, 5) == 0
+    await app.aclose()
+
+
+@pytest.mark.row("A8")
+@pytest.mark.leaves_keys("a suspect that was killed may be a dead letter")
+async def test_kills_under_load_spare_who_is_only_held(app: Conveyor) -> None:
+    """Of the many jobs a dying worker holds at most one can be convicted: the suspect that it ran, at its third crash."""
+    done: set[int] = set()
+
+    @app.task
+    async def work(n: int) -> None:
+        await asyncio.sleep(0.005)
+        done.add(n)
+
+    await app.aenqueue_many(work.s(n) for n in range(1000))
+    for _ in range(5):
+        worker = Worker(app, concurrency=50)
+        running = asyncio.create_task(worker.run())
+        before = len(done)
+        await until(lambda least=before + 110: len(done) > least)
+        worker.fail(RuntimeError("crash"))
+        with pytest.raises(RuntimeError, match="crash"):
+            await running
+        await app.client.arun(operations.reap(app.client.keys("default"), worker.consumers[0].identity))
+    await drain(app, concurrency=50)
+
+    convicted = (await counts(app)).dead
+    assert convicted <= 3  # the first two of five crashes convict nobody
+    assert len(done) >= 1000 - convicted
+
+
+@pytest.mark.row("A11")
+async def test_a_worker_without_its_server_leaves_nothing_running(start_server: Any) -> None:
+    """A worker stopped while its server is gone ends in bounded time, and no task of it goes on trying."""
+    server = start_server()
+    app = Conveyor(server.url)
+
+    @app.task
+    async def never() -> None: ...
+
+    worker = Worker(app, grace=0.1)
+    running = asyncio.create_task(worker.run())
+    await worker.ready.wait()
+    server.kill()
+    worker.consumers[0].on_token()
+    worker.stop()
+    assert await asyncio.wait_for(running, 10) == 0
+    await app.aclose()
+    others = asyncio.all_tasks() - {asyncio.current_task()}
+    await asyncio.wait_for(asyncio.gather(*others, return_exceptions=True), 5)

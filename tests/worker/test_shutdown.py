@@ -1,0 +1,140 @@
+"""When a worker stops, and when it acknowledges: what runs by then is neither cut off nor run twice without need."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from typing import Any
+
+import pytest
+
+from conveyor.jobs.app import Conveyor
+from conveyor.jobs.context import Context, current
+from conveyor.worker.leasing.capacity import Capacity
+from conveyor.worker.leasing.queue_consumer import QueueConsumer
+from conveyor.worker.worker import Worker
+from support.running_worker import counts, drain, until
+
+
+@pytest.fixture
+async def app(url: str) -> Any:
+    """An app on the emptied server."""
+    app = Conveyor(url)
+    yield app
+    await app.aclose()
+
+
+@pytest.mark.row("A10")
+@pytest.mark.parametrize("kind", ["loop", "thread"])
+async def test_a_stop_amid_a_lease_starts_nothing(app: Conveyor, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    """What a turn brings after the stop goes back in order and unseen: started, it would be cut off and run again."""
+    seen: list[tuple[int, int]] = []
+
+    @app.task(name="loop")
+    async def on_the_loop(n: int, context: Context = current()) -> None:
+        seen.append((n, context.attempt))
+        await asyncio.sleep(0.01)
+
+    @app.task(name="thread")
+    def on_a_thread(n: int, context: Context = current()) -> None:
+        seen.append((n, context.attempt))
+        time.sleep(0.01)
+
+    start = QueueConsumer._send_turn
+
+    def started_and_stopped(consumer: QueueConsumer, want: int) -> None:
+        start(consumer, want)
+        if want:
+            worker.stop()
+
+    await app.aenqueue_many(app.tasks[kind].s(n) for n in range(10))
+    worker = Worker(app, concurrency=3, grace=10)
+    with monkeypatch.context() as patch:
+        patch.setattr(QueueConsumer, "_send_turn", started_and_stopped)
+        await asyncio.wait_for(worker.run(), 10)
+    assert seen == []
+    found = await counts(app)
+    assert (found.ready, found.leased, found.workers) == (10, 0, 0)
+    await drain(app, concurrency=1, threads=1)
+
+    assert seen == [(n, 1) for n in range(10)]
+
+
+async def test_leaving_the_block_after_a_stop_does_not_hurry(app: Conveyor) -> None:
+    """A worker inside a program that was stopped, and whose block then ends, still gives what runs its grace."""
+    started, ended = asyncio.Event(), []
+
+    @app.task
+    async def slow() -> None:
+        started.set()
+        await asyncio.sleep(0.2)
+        ended.append(1)
+
+    await slow.aenqueue()
+    async with app.worker(grace=10) as worker:
+        await started.wait()
+        worker.stop()
+
+    assert ended == [1]
+    assert (await counts(app)).ready == 0
+
+
+@pytest.mark.standalone_only("MONITOR shows one server")
+async def test_a_late_ack_and_the_result_are_one_step(app: Conveyor, redis: Any) -> None:
+    """The script that takes a job off stores its result, too: there is no moment between the two, for anybody."""
+
+    @app.task
+    async def double(n: int) -> int:
+        return 2 * n
+
+    job = await double.aenqueue(4)
+    id_, keys = job.id.rpartition(":")[2], app.client.keys("default")
+    steps: list[list[str]] = [[]]
+    with redis.monitor() as monitor:
+        await drain(app)
+        redis.ping()
+        while (seen := await asyncio.to_thread(monitor.next_command))["command"] != "PING":
+            if seen["client_type"] != "lua":
+                steps.append([])
+            steps[-1].append(seen["command"])
+    [taken] = [step for step in steps if f"HDEL {keys.jobs} {id_}" in step]
+
+    assert any(command.startswith(f"SET {keys.prefix}result:{id_} ") for command in taken)
+    assert await job.aresult(timeout=5) == 8
+
+
+@pytest.mark.parametrize("kind", ["loop", "thread"])
+@pytest.mark.parametrize("end", ["burst", "stop"])
+async def test_an_early_ack_is_not_cut_off(app: Conveyor, monkeypatch: pytest.MonkeyPatch, kind: str, end: str) -> None:
+    """A job that Redis knows no more is waited for at the end of a burst, and has its grace at a stop, begun or not."""
+    started, go_on = asyncio.Event(), threading.Event()
+    loop, ended = asyncio.get_running_loop(), []
+
+    @app.task(name="async", ack="early")
+    async def waits() -> None:
+        started.set()
+        while not go_on.is_set():
+            await asyncio.sleep(0.005)
+        ended.append(1)
+
+    @app.task(name="plain", ack="early")
+    def blocks() -> None:
+        loop.call_soon_threadsafe(started.set)
+        go_on.wait()
+        ended.append(1)
+
+    monkeypatch.setattr(Capacity, "ahead", lambda *_: 10)  # so that it takes more than it can start
+    task = waits if kind == "loop" else blocks
+    await app.aenqueue_many(task.s() for _ in range(5))
+    worker = Worker(app, burst=end == "burst", concurrency=2, threads=2, grace=20)
+    running = asyncio.create_task(worker.run())
+    await asyncio.wait_for(started.wait(), 10)
+    await until(lambda: sum(len(one.early_acks.acknowledged) for one in worker.consumers) == 5)
+    if end == "stop":
+        worker.stop()
+    go_on.set()
+    await asyncio.wait_for(running, 15)
+
+    assert len(ended) == 5
+    assert (await counts(app)).ready == 0
