@@ -45,7 +45,7 @@ class StandIn:
         self.stops = 0
         self.is_quiet = False
         self.number = 0
-        self.running = slot.running_table()
+        self.table = slot.running_table()
 
     def stop(self) -> None:
         self.stops += 1
@@ -92,8 +92,8 @@ class StandIn:
 
     async def work(self, id_: str, task: str, body: bytes) -> None:
         self.slot.set_job(task, id_)
-        seat = self.running.take_cell()
-        self.running.cells[seat] = id_checksum(id_)
+        seat = self.table.take_cell()
+        self.table.cells[seat] = id_checksum(id_)
         if task == "block":
             time.sleep(float(body))
         elif task == "clutch":
@@ -104,13 +104,13 @@ class StandIn:
             await asyncio.sleep(float(body))
         elif task == "recycle":
             self.slot.finish()
-            asyncio.get_running_loop().call_later(0.05, child_main._end, child_main.RECYCLE)
+            asyncio.get_running_loop().call_later(0.05, child_main._exit, child_main.RECYCLE)
         elif task == "exit":
             os._exit(int(body))
         elif task == "hold":
             await asyncio.Event().wait()
         self.slot.clear_job()
-        self.running.release_cell(seat)
+        self.table.release_cell(seat)
         del self.running[id_]
         self.done.append(id_)
 

@@ -72,7 +72,7 @@ class Executor:
 
     @property
     def running(self) -> int:
-        """How many attempts have begun and not ended, and those that wait for a thread."""
+        """How many attempts have started and not ended, and those that wait for a thread."""
         return self.coroutines.running + self.threads.running + self._direct - self._waiters
 
     @property
@@ -173,9 +173,8 @@ class Executor:
         attempt.consumer.on_started(attempt)
         checksum = 0
         if self._running_table is not None:
-            self._running_table.cells[LOOP_CELL] = checksum = id_checksum(
-                attempt.id
-            )  # validators are code of the job, too
+            # From here on: validators are code of the job, too.
+            self._running_table.cells[LOOP_CELL] = checksum = id_checksum(attempt.id)
         try:
             args, kwargs = attempt.handler.decode(attempt.body)
         except Exception as error:
