@@ -102,7 +102,7 @@ def test_a_stop_does_not_hurry_who_drains_already(crew: Fleet) -> None:
     supervisor = crew.start(max_jobs=1, grace=60)
     wait(lambda: "it takes no more" in crew.log)
     supervisor.send_signal(signal.SIGTERM)
-    wait(lambda: "Stopping: what runs has" in crew.log)
+    wait(lambda: "Stopping: running jobs have" in crew.log)
     crew.let_go()
 
     assert supervisor.wait(60) == 0

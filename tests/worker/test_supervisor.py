@@ -274,7 +274,7 @@ def test_stop_without_redis(supervise: Callable[..., Supervised], start_server: 
 
     assert one.wait() == 0
     assert time.monotonic() - stopped < 10
-    assert "the last jobs of this worker return when their leases end" in one.log
+    assert "the last jobs of this worker come back when their leases end" in one.log
     queue.client.close()
 
 
@@ -334,7 +334,7 @@ def test_quiet_and_stacks(supervise: Callable[..., Supervised], queue: Queue, ur
     (pid,) = queue.by_pid(2)
     one.signal(signal.SIGUSR2)
     stacks = until(lambda: "most recent call" in one.log and one.log.partition("worker child 1 (pid ")[2])
-    assert re.search(r'child\.py", line \d+ in main', stacks)
+    assert re.search(r'child_main\.py", line \d+ in main', stacks)
     assert re.search(r"name='hold' (.*\n)+?.*in work", stacks)
     one.signal(signal.SIGUSR1)
     until(lambda: "Quiet" in one.log)
