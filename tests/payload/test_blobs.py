@@ -218,7 +218,7 @@ async def test_cancel_while_a_body_is_fetched(app, store):
     store.get = get
     await slow.aenqueue(BIG)
     async with working(app, grace=0.0) as worker:
-        await until(lambda: worker.unusual.fetching)
+        await until(lambda: worker.loader.fetching)
         worker.stop()
         gate.set()
     assert ran == []

@@ -244,7 +244,7 @@ async def test_an_outage_is_told_once(start_server: Callable[..., Server], caplo
             await asyncio.to_thread(server.start)
             await until(lambda: told("Redis is back after"))
             await until(lambda: worker.consumers[0].has_capacity)
-            wire = worker.consumers[0].wire
+            wire = worker.consumers[0].connection
             wire.drop(ConnectionError("cut"))
             await until(lambda: wire.is_open)
         assert (told("Redis is away"), told("Redis is back after")) == (1, 1)

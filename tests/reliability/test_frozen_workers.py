@@ -105,7 +105,7 @@ def test_frozen_workers_change_nothing_afterwards(url: str, redis: Any, tmp_path
             assert len(attempts) == len(starts[n])
             assert results[split(job.id)[1]] == f"{max(attempts)} {attempts[max(attempts)]}"
         assert sum(map(len, starts.values())) > len(jobs)
-        assert one.log.count("our lease was lost") > 0
+        assert one.log.count("the lease was lost") > 0
         assert one.counts().dead == 0
         assert [worker.poll() for worker in workers] == [None] * 4
         assert one.is_sound()
@@ -175,7 +175,7 @@ def test_a_blocked_worker_inside_a_program(url: str, redis: Any, tmp_path: Path,
             assert block.result(timeout=60).split()[0] == "1"
             assert clutch.result(timeout=60).split()[0] == "2"
             assert f"Task block ({block.id}) has blocked" in one.log
-            wait(lambda n=n: one.log.count("our lease was lost") > n)
+            wait(lambda n=n: one.log.count("the lease was lost") > n)
             assert clutch.result(timeout=5).split()[0] == "2"
             assert [written()[split(job.id)[1]] for job in (block, clutch)] == [1, 1]
         assert one.repeats() == rounds(50, 1)
@@ -198,7 +198,7 @@ def test_a_loop_blocked_too_long_loses_its_jobs(url: str, tmp_path: Path, rounds
             job = one.tasks.block.enqueue(n, stall + 4 * LEASE)
             assert job.result(timeout=60).split()[0] == "2"
             assert time.monotonic() - begun < stall + 3 * LEASE + 5
-            words = "was killed after blocking" if supervised else "its leases are renewed no more"
+            words = "was killed after blocking" if supervised else "its leases are no longer renewed"
             wait(lambda n=n, words=words: one.log.count(words) > n)
         one.repeats()
 

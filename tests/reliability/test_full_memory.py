@@ -114,7 +114,7 @@ async def test_a_policy_that_turns_bad_under_a_worker_is_said(
             await look(2)
             client.config_set("maxmemory-policy", "volatile-ttl")
             await look(5)
-            assert not worker.stopping
+            assert not worker.lifecycle.stopping
     policies = [text.rpartition(" ")[2] for text in said()]
     assert policies == ["allkeys-lru", "volatile-ttl"]
     await app.aclose()
@@ -187,7 +187,7 @@ async def test_a_worker_outlives_evictions(start_server: Start, rounds: Rounds) 
                 while client.info("stats")["evicted_keys"] < evicted + 60:
                     client.set(f"ballast:{filler}", "x" * 100_000)
                     filler += 1
-                assert not worker.stopping
+                assert not worker.lifecycle.stopping
             client.config_set("maxmemory", "0")
             client.delete(*client.keys("ballast:*"))
             await note.aenqueue(1)

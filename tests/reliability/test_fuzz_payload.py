@@ -165,7 +165,7 @@ async def test_random_bodies_are_set_aside(url, redis, rounds, keys):
         good = await add.aenqueue(2)
         async with working(app) as worker:
             assert await good.aresult("60s") == 2
-            assert not worker.stopped
+            assert not worker.lifecycle.stopped
         left = await counts(app)
         stored = redis.hgetall(held.jobs)
         assert {id_: stored[id_.encode()] for id_ in written} == written

@@ -159,7 +159,7 @@ def test_ordinary_jobs_take_the_short_way():
     task = app.tasks["move"]
     other = Conveyor(format="msgpack")
     declare(other)
-    table = worker.unusual.fast("default", {task.name: Handler(definition_of(task))}, foreign=False)
+    table = worker.loader.plain_handlers("default", {task.name: Handler(definition_of(task))}, foreign=False)
     for home, short in ((app, True), (other, False)):
         body = definition_of(home.tasks["move"]).signature.encode((Point(1, 2),), {})
         assert ((definition_of(task).head + body)[: len(definition_of(task).head) + 1] in table) is short

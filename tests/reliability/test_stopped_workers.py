@@ -100,7 +100,7 @@ async def test_a_stop_amid_a_claim_loses_nothing(
 
         workers: list[Worker] = []
         leased: list[int] = []
-        send, answered, absorb = AsyncConnection.send, QueueConsumer._answered, QueueConsumer._absorb
+        send, answered, absorb = AsyncConnection.send, QueueConsumer._on_reply, QueueConsumer._absorb
 
         def sent_and_stopped(wire: AsyncConnection, command: Any, answer: Any, **options: Any) -> None:
             send(wire, command, answer, **options)
@@ -125,7 +125,7 @@ async def test_a_stop_amid_a_claim_loses_nothing(
                 if when == "sent":
                     patch.setattr(AsyncConnection, "send", sent_and_stopped)
                 else:
-                    patch.setattr(QueueConsumer, "_answered", stopped_and_answered)
+                    patch.setattr(QueueConsumer, "_on_reply", stopped_and_answered)
                 workers.append(Worker(app, concurrency=3, grace=5))
                 leased.clear()
                 assert await asyncio.wait_for(workers[-1].run(), 30) == 0

@@ -185,13 +185,13 @@ def test_a_worker_repeats_a_complaint_once_a_minute(caplog: pytest.LogCaptureFix
     """The same words are said once a minute, others at once."""
     now = 1000.0
     monkeypatch.setattr(logs, "monotonic", lambda: now)
-    monkeypatch.setattr(logs, "_said", {})
+    monkeypatch.setattr(logs, "_logged_at", {})
     with caplog.at_level(logging.ERROR, "conveyor.worker"):
         for _ in range(5):
-            logs.complain("queue %s: refused", "a")
-        logs.complain("queue %s: refused", "b")
-        now += logs.AGAIN
-        logs.complain("queue %s: refused", "a")
+            logs.log_repeated_error("queue %s: refused", "a")
+        logs.log_repeated_error("queue %s: refused", "b")
+        now += logs.REPEAT_AFTER
+        logs.log_repeated_error("queue %s: refused", "a")
     assert [record.getMessage() for record in caplog.records] == [f"queue {name}: refused" for name in "aba"]
 
 
@@ -278,11 +278,11 @@ def test_a_worker_that_cannot_go_on_says_why_in_a_line(shell: Shell) -> None:
         try:
             assert running.stderr is not None
             lines = []
-            while not lines or "cannot go on" not in lines[-1]:
+            while not lines or "cannot continue" not in lines[-1]:
                 lines.append(running.stderr.readline())
                 assert lines[-1], lines
         finally:
             running.terminate()
             rest = running.communicate(timeout=40)[1]
-    assert "The worker cannot go on: E02 The lamp is dark. Plug it in." in lines[-1]
+    assert "The worker cannot continue: E02 The lamp is dark. Plug it in." in lines[-1]
     assert "Traceback" not in "".join(lines) + rest

@@ -195,7 +195,7 @@ async def test_idle_worker_takes_what_comes_after_a_failover(cluster: ClusterOfN
     app, ran = Conveyor(cluster.url), []
     task = app.task(queue="mail", name="note")(ran.append)
     async with working(app) as worker:
-        await until(lambda: worker.harbour.blocked)
+        await until(lambda: worker.connections.blocked)
         new = await asyncio.to_thread(cluster.failover, "{mail}")
         deadline = time.monotonic() + 20
         while b"cmd=blpop" not in await asyncio.to_thread(new.ask, "CLIENT", "LIST"):

@@ -25,7 +25,7 @@ from conveyor.worker.leasing.queue_consumer import QueueConsumer
 from conveyor.worker.worker import Worker
 
 executor.AFTER_TIMEOUT = float(os.environ.get("FLEET_AFTER_TIMEOUT", "5"))
-recycling.LEAST_LIFE = float(os.environ.get("FLEET_LEAST_LIFE", "10"))
+recycling.MIN_LIFE = float(os.environ.get("FLEET_LEAST_LIFE", "10"))
 PLACE = Path(os.environ.get("FLEET_PLACE", "/nowhere"))
 POINT = os.environ.get("FLEET_POINT", "")
 _RUNS = itertools.count()
@@ -193,7 +193,7 @@ def _ends(consumer: QueueConsumer) -> list[str]:
 def _arm() -> None:
     """Put the kill at the point that the environment names."""
     absorb, begin, thread, ended, start = (
-        QueueConsumer._absorb, Executor._begin, Executor._thread, Worker.ended, QueueConsumer._start,
+        QueueConsumer._absorb, Executor._begin, Executor._start_on_thread, Worker.on_finished, QueueConsumer._send_turn,
     )  # fmt: skip
 
     def after_claim(self: Any, turn: Any, report: Any) -> None:
@@ -217,19 +217,19 @@ def _arm() -> None:
         start(self, want)
 
     def mid_ack(self: Any, want: int) -> None:
-        struck = self.wire.is_open and bool(ids := _ends(self)) and _strike(*ids)
+        struck = self.connection.is_open and bool(ids := _ends(self)) and _strike(*ids)
         if struck:
-            self.wire._transport.pause_reading()  # nobody reads the reply
+            self.connection._transport.pause_reading()  # nobody reads the reply
         start(self, want)
         if struck:
             asyncio.get_running_loop().call_later(0.05, _die)  # uvloop sends when this pass of the loop is over
 
     places: dict[str, list[tuple[Any, str, Any]]] = {
         "after_claim": [(QueueConsumer, "_absorb", after_claim)],
-        "before_run": [(Executor, "_begin", before_run), (Executor, "_thread", before_run)],
-        "after_run": [(Worker, "ended", after_run)],
-        "before_ack": [(QueueConsumer, "_start", before_ack)],
-        "mid_ack": [(QueueConsumer, "_start", mid_ack)],
+        "before_run": [(Executor, "_begin", before_run), (Executor, "_start_on_thread", before_run)],
+        "after_run": [(Worker, "on_finished", after_run)],
+        "before_ack": [(QueueConsumer, "_send_turn", before_ack)],
+        "mid_ack": [(QueueConsumer, "_send_turn", mid_ack)],
     }
     for kind, name, instead in places.get(POINT, []):
         setattr(kind, name, instead)

@@ -225,7 +225,7 @@ async def work(app: Conveyor) -> None:
         await _reached(dying, "dead")
         await double.options(priority=5, expires="1ms", delay="5ms").aenqueue(1)
         await _empty(app)
-        await consumer.wire.run(operations.held_ids(consumer.keys, consumer.identity), patience=1.0)
+        await consumer.connection.run(operations.held_ids(consumer.keys, consumer.identity), patience=1.0)
     await asyncio.to_thread(_die, app)
     await asyncio.to_thread(_consume, app)
 
@@ -253,11 +253,11 @@ def _die(app: Conveyor) -> None:
     app.client.run(operations.turn(hand.keys, hand.worker, hand.number, 1, 60_000, operations.TurnReport()))  # a repeat
     app.client.run(operations.heartbeat(hand.keys, hand.worker, 60_000))
     identity = LeaseIdentity(NAMESPACE, "default", None, hand.worker, 60_000, True, time.monotonic())
-    estate = DeadChild("a child was killed", ChildInfo(app.client.address.url, NAMESPACE), [identity], crashed=True)
+    dead_child = DeadChild("a child was killed", ChildInfo(app.client.address.url, NAMESPACE), [identity], crashed=True)
     guardian = LeaseGuard()
-    guardian.settle(estate)
+    guardian.return_jobs(dead_child)
     assert guardian.close(5.0)
-    assert estate.returned == 1
+    assert dead_child.returned == 1
 
 
 def _consume(app: Conveyor) -> None:

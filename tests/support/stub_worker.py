@@ -22,7 +22,7 @@ from conveyor.store import operations
 from conveyor.store.client.client import Client
 from conveyor.store.keys import QueueKeys
 from conveyor.store.operations import Settlement, TurnReport
-from conveyor.worker.crash_attribution import named
+from conveyor.worker.crash_attribution import id_checksum
 from conveyor.worker.logs import configure_log
 from conveyor.worker.shared_memory import ChildInfo, ChildSlot, ChildSpec
 from conveyor.worker.supervision import child_main
@@ -45,7 +45,7 @@ class StandIn:
         self.stops = 0
         self.is_quiet = False
         self.number = 0
-        self.seats = slot.seats()
+        self.table = slot.running_table()
 
     def stop(self) -> None:
         self.stops += 1
@@ -82,7 +82,7 @@ class StandIn:
             self.keys, self.worker, self.number, want, LEASE_MS, report, flags="t" if self.stops else ""
         )
         turn = await self.client.arun(call, patience=60)
-        self.slot.renewed(self.worker)
+        self.slot.note_renewal(self.worker)
         assert turn.lost == []
         for one in give_back:
             self.running.pop(one.id).cancel()
@@ -92,8 +92,8 @@ class StandIn:
 
     async def work(self, id_: str, task: str, body: bytes) -> None:
         self.slot.set_job(task, id_)
-        seat = self.seats.take()
-        self.seats.cells[seat] = named(id_)
+        seat = self.table.take_cell()
+        self.table.cells[seat] = id_checksum(id_)
         if task == "block":
             time.sleep(float(body))
         elif task == "clutch":
@@ -104,13 +104,13 @@ class StandIn:
             await asyncio.sleep(float(body))
         elif task == "recycle":
             self.slot.finish()
-            asyncio.get_running_loop().call_later(0.05, child_main._end, child_main.RECYCLE)
+            asyncio.get_running_loop().call_later(0.05, child_main._exit, child_main.RECYCLE)
         elif task == "exit":
             os._exit(int(body))
         elif task == "hold":
             await asyncio.Event().wait()
         self.slot.clear_job()
-        self.seats.leave(seat)
+        self.table.release_cell(seat)
         del self.running[id_]
         self.done.append(id_)
 

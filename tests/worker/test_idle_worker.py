@@ -30,7 +30,7 @@ async def test_an_idle_worker_is_woken_at_once(app: Conveyor) -> None:
 
     async with working(app) as worker:
         for _ in range(5):
-            await until(lambda: worker.harbour.blocked and not worker.consumers[0].busy)
+            await until(lambda: worker.connections.blocked and not worker.consumers[0].busy)
             start = time.monotonic()
             job = await when.aenqueue()
             assert await job.aresult(timeout=5) - start < AT_ONCE
@@ -47,7 +47,7 @@ async def test_an_idle_worker_sends_next_to_nothing(app: Conveyor, redis: Any, q
     async with working(app) as worker:
         for task in tasks:
             await (await task.aenqueue()).aresult(timeout=20)
-        await until(lambda: worker.harbour.blocked)
+        await until(lambda: worker.connections.blocked)
         await asyncio.sleep(0.1)  # let the first turns pass
         before = redis.info("stats")["total_commands_processed"]
         await asyncio.sleep(2)  # the law is about time that passes

@@ -19,7 +19,7 @@ def test_healthy_worker_costs_no_beats(url: str, redis: redis_py.Redis) -> None:
     board = SharedMemory(1)
     slot = board.slot(0)
     slot.prepare(ChildSpec("app", {}, 1, 1, burst=False, grace=1))
-    slot.set_about(ChildInfo(url, "test"))
+    slot.set_info(ChildInfo(url, "test"))
     slot.set_identity(KEYS, "w1", 500)
     backend = Client(url, namespace="test")
     backend.run(operations.register(KEYS, "w1", 500, b"{}"))
@@ -32,7 +32,7 @@ def test_healthy_worker_costs_no_beats(url: str, redis: redis_py.Redis) -> None:
     guardian.watch(slot)
     start, end = calls(), time.monotonic() + 0.8
     while time.monotonic() < end:
-        slot.renewed("w1")
+        slot.note_renewal("w1")
         time.sleep(0.02)
     assert calls() == start
 

@@ -103,7 +103,7 @@ def test_a_stop_does_not_hurry_who_drains_already(crew: Fleet) -> None:
     supervisor = crew.start(max_jobs=1, grace=60)
     wait(lambda: "it takes no more" in crew.log)
     supervisor.send_signal(signal.SIGTERM)
-    wait(lambda: "Stopping: what runs has" in crew.log)
+    wait(lambda: "Stopping: running jobs have" in crew.log)
     crew.let_go()
 
     assert supervisor.wait(60) == 0
@@ -203,10 +203,10 @@ def test_a_burst_waits_for_retries_of_who_was_replaced(crew: Fleet) -> None:
 
 def test_limits_are_drawn_apart_and_never_above() -> None:
     """Each process draws its limit from the last tenth below the one given; without limits nothing is ever used up."""
-    drawn = {RecycleLimits(1000, None).left(0) for _ in range(200)}
+    drawn = {RecycleLimits(1000, None).remaining(0) for _ in range(200)}
     assert 900 <= min(drawn) < max(drawn) <= 1000
     assert len(drawn) > 30
-    assert RecycleLimits(3, None).left(0) == 3
+    assert RecycleLimits(3, None).remaining(0) == 3
     free = RecycleLimits(None, None)
     free.begin()
     assert free.used_up(10**9) is None
@@ -214,11 +214,11 @@ def test_limits_are_drawn_apart_and_never_above() -> None:
 
 def test_memory_is_measured_also_without_proc(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where there is no /proc the peak stands in for what is occupied now; both are plausible for this process."""
-    now = recycling.resident()
+    now = recycling.resident_memory()
     monkeypatch.setattr(recycling, "_STATM", "/nowhere/statm")
 
     assert 10 * MB < now < 4000 * MB
-    assert now * 0.9 < recycling.resident() < 8000 * MB
+    assert now * 0.9 < recycling.resident_memory() < 8000 * MB
 
 
 def test_the_command_line_refuses_what_is_no_limit(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -125,7 +125,7 @@ async def test_what_outlives_the_grace_is_handed_back_free(app: Conveyor) -> Non
     job = await long.aenqueue()
     worker = Worker(app, grace=0.05)
     running = asyncio.create_task(worker.run())
-    await until(lambda: worker.consumers and worker.executor.slots.running)
+    await until(lambda: worker.consumers and worker.executor.coroutines.running)
     worker.stop()
     await asyncio.wait_for(running, 10)
     assert (await counts(app)).ready == 1
@@ -150,7 +150,7 @@ async def test_a_reaped_worker_is_refused_and_goes_on(app: Conveyor) -> None:
         await until(lambda: runs == [1])
         old = worker.consumers[0].identity
         assert await app.client.arun(operations.reap(app.client.keys("default"), old)) == 1
-        worker.consumers[0].woken()
+        worker.consumers[0].on_token()
         await until(lambda: runs == [1, 2])
         gate.set()
         assert await job.aresult(timeout=5) == 2
@@ -368,7 +368,7 @@ async def test_a_worker_without_its_server_leaves_nothing_running(start_server: 
     running = asyncio.create_task(worker.run())
     await worker.ready.wait()
     server.kill()
-    worker.consumers[0].woken()
+    worker.consumers[0].on_token()
     worker.stop()
     assert await asyncio.wait_for(running, 10) == 0
     await app.aclose()

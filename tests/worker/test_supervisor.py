@@ -78,7 +78,7 @@ def test_stopped_child_keeps_its_jobs(supervise: Callable[..., Supervised], queu
     one = supervise(url)
     ids = queue.push("hold", 5)
     ((pid, member),) = queue.by_pid(5).items()
-    until(lambda: "The guardian is connected" in one.log)
+    until(lambda: "The lease guard is connected" in one.log)
     os.kill(pid, signal.SIGSTOP)
     thaw = time.monotonic() + 3.3 * LEASE
     while time.monotonic() < thaw:
@@ -87,7 +87,7 @@ def test_stopped_child_keeps_its_jobs(supervise: Callable[..., Supervised], queu
         time.sleep(0.05)
     assert one.log.count("has not run for") == 1
     os.kill(pid, signal.SIGCONT)
-    until(lambda: "goes on after" in one.log)
+    until(lambda: "runs again after" in one.log)
 
     assert queue.held(member.worker) == set(ids)
     one.signal(signal.SIGTERM)
@@ -103,7 +103,7 @@ def test_blocked_loop_is_named_and_keeps_its_lease(
 ) -> None:
     """A job that blocks the loop, or holds the GIL, for two leases keeps them, and the log says which, and where it stood."""
     one = supervise(url)
-    until(lambda: "The guardian is connected" in one.log)
+    until(lambda: "The lease guard is connected" in one.log)
     queue.push(task, body=b"2.2")
     until(lambda: queue.counts().leased == 1)
     while queue.counts().leased:
@@ -111,7 +111,7 @@ def test_blocked_loop_is_named_and_keeps_its_lease(
         time.sleep(0.02)
 
     assert int(queue.client.execute("HLEN", KEYS.jobs, key=KEYS.jobs)) == 0
-    until(lambda: "goes on after" in one.log)
+    until(lambda: "runs again after" in one.log)
     assert re.search(rf"E11 .* has blocked its event loop for [12]\.\d s in {task} \(\S+\)", one.log)
     assert re.search(r'stub_worker\.py", line \d+ in work', one.log)
     assert one.log.count("E11") == 1
@@ -274,7 +274,7 @@ def test_stop_without_redis(supervise: Callable[..., Supervised], start_server: 
 
     assert one.wait() == 0
     assert time.monotonic() - stopped < 10
-    assert "the last jobs of this worker return when their leases end" in one.log
+    assert "the last jobs of this worker come back when their leases end" in one.log
     queue.client.close()
 
 
@@ -333,7 +333,7 @@ def test_quiet_and_stacks(supervise: Callable[..., Supervised], queue: Queue, ur
     queue.push("hold", 2)
     (pid,) = queue.by_pid(2)
     one.signal(signal.SIGUSR2)
-    for stack in (r'child\.py", line \d+ in main', r"name='hold' (.*\n)+?.*in work"):
+    for stack in (r'child_main\.py", line \d+ in main', r"name='hold' (.*\n)+?.*in work"):
         # The log is written line by line.
         until(lambda stack=stack: re.search(stack, one.log.partition("worker child 1 (pid ")[2]))
     one.signal(signal.SIGUSR1)
@@ -352,7 +352,7 @@ def test_embedded_server_outlives_its_only_child(supervise: Callable[..., Superv
     """With the embedded server the supervisor is a user of it too: the server does not stop with the last child."""
     url = f"embedded:{directory / 'project'}"
     one = supervise(url, env={"STAND_IN_LEASE_MS": "30000"})
-    until(lambda: "The guardian is connected" in one.log, 30)
+    until(lambda: "The lease guard is connected" in one.log, 30)
     queue = Queue(url)
     ids = queue.push("hold", 5)
     (pid,) = queue.busy(5)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from conveyor.ids import new_identity
-from conveyor.payload.records import AttemptHistory, Envelope
+from conveyor.payload.records import AttemptHistory, Envelope, read_leniently
 from conveyor.store import operations
 from conveyor.store.keys import QueueKeys
 from conveyor.store.operations import Settlement, StaleTurn, TurnReply, TurnReport, WorkerUnregistered
