@@ -66,6 +66,7 @@ def test_a_patch_that_aims_at_nothing_is_refused(tmp_path: Path) -> None:
         mutant.changed(patch)
 
 
+@pytest.mark.long
 def test_every_sabotage_is_caught() -> None:
     """The checker finds what each sabotaged build does wrong."""
     names = [name for name, patch in PATCHES.items() if playable([mutant.case_of(patch)])]
@@ -75,6 +76,7 @@ def test_every_sabotage_is_caught() -> None:
     assert [name for name, failed in found.items() if not failed] == []
 
 
+@pytest.mark.long
 def test_this_build_passes_every_scene() -> None:
     """The same scenes find nothing wrong with the build as it is."""
     names = playable(list(case.CASES))

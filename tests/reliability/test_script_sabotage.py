@@ -64,6 +64,7 @@ def scene(redis: redis_py.Redis, url: str) -> Iterator[Scene]:
     redis.flushall(asynchronous=False)
 
 
+@pytest.mark.long
 @pytest.mark.standalone_only("tries the model, which is left to single servers")
 @pytest.mark.parametrize("name", SABOTAGES)
 def test_sabotage_is_caught(scene: Scene, monkeypatch: pytest.MonkeyPatch, name: str) -> None:

@@ -11,7 +11,7 @@ import pytest
 from conveyor.jobs.core import core_of
 from conveyor.sql import Outbox
 from conveyor.sql.delivery import OutboxDelivery
-from conveyor.sql.drivers import DbapiConnection, StatementResult, blocking
+from conveyor.sql.drivers import DbapiConnection, StatementResult, adapt_blocking
 from support.databases import Database
 from support.ready_ids import bare
 
@@ -59,7 +59,7 @@ def attempt(outbox: Outbox, database: Database, fate: Fate, monkeypatch: pytest.
     try:
         with monkeypatch.context() as patch:
             patch.setattr(backend, "carry", lambda *args, **options: fate.act(carry, *args, **options))
-            OutboxDelivery(outbox.app, outbox._table).pass_through(Mortal(blocking(connection), fate))
+            OutboxDelivery(core_of(outbox.app), outbox._table).deliver(Mortal(adapt_blocking(connection), fate))
     except Killed:
         return True
     else:

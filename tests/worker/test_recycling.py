@@ -40,11 +40,12 @@ def charged(crew: Fleet) -> set[int]:
         return {int(state.split(b" ")[2].split(b"\n")[0]) for state in client.hgetall(crew.keys.state).values()}
 
 
+@pytest.mark.long
 def test_two_thousand_jobs_in_processes_of_a_hundred(crew: Fleet) -> None:
     """With max_jobs every job runs exactly once, no process takes more, and no crash or second attempt is charged."""
     crew.app.enqueue_many(crew.tasks.note.s(n) for n in range(2000))
     crew.start(processes=2, max_jobs=100)
-    wait(lambda: len(crew.starts()) == 2000 and crew.drained(), 120)
+    wait(lambda: len(crew.starts()) == 2000 and crew.drained(), 600)
 
     taken = pids(crew)
     assert crew.repeats() == 0

@@ -12,7 +12,7 @@ from conveyor.messaging.leases import LeasedMessage
 from conveyor.messaging.message import Message, Settler
 from conveyor.payload.formats import FormatCodec
 from conveyor.payload.pipeline import PLAIN, PayloadPipeline
-from conveyor.payload.versions import OldPayload, PayloadTooNew, bring_up, sealed_name
+from conveyor.payload.versions import OldPayload, PayloadTooNew, sealed_name, upcast_body
 from conveyor.payload.wrapped import MAGIC
 
 T = TypeVar("T")
@@ -50,7 +50,7 @@ class MessageDecoder(Generic[T]):
         if self._sealing is not None or body[:1] == MAGIC:
             body = self._open(leased) if leased.fetched_body is None else leased.fetched_body
         if version < self._version and self._upcast is not None:
-            body = bring_up(body, version, self._version, self._upcast, self._old_payload)
+            body = upcast_body(body, version, self._version, self._upcast, self._old_payload)
         return self._codec.decode(body)
 
     def _open(self, leased: LeasedMessage) -> bytes:
@@ -68,7 +68,7 @@ class MessageDecoder(Generic[T]):
     async def fetch(self, waiting: Iterable[LeasedMessage]) -> None:
         """Read bodies that lie in the blob store, on a thread. An error is raised later, by `message`."""
         for leased in list(waiting):
-            if leased.fetched_body is None and PLAIN.is_elsewhere(leased.envelope.body):
+            if leased.fetched_body is None and PLAIN.is_stored_elsewhere(leased.envelope.body):
                 with contextlib.suppress(PayloadError, StoreUnavailable):
                     leased.fetched_body = await asyncio.to_thread(self._open, leased)
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from conveyor.ids import new_identity
-from conveyor.payload.records import AttemptHistory, Envelope, read_whatever
+from conveyor.payload.records import AttemptHistory, Envelope, read_leniently
 from conveyor.store import operations
 from conveyor.store.keys import QueueKeys
 from conveyor.store.operations import Settlement, StaleTurn, TurnReply, TurnReport, WorkerUnregistered
@@ -282,7 +282,7 @@ class LeaseSession:
                 self.bodies.delete(ended.blob)
         states = reply.states or [None] * len(reply.ids)
         for id_, data, state in zip(reply.ids, reply.envelopes, states, strict=True):
-            envelope, history, damage = read_whatever(data, state)
+            envelope, history, damage = read_leniently(data, state)
             leased = self.held[id_] = LeasedMessage(id_, envelope, history, damage=damage)
             self.waiting.append(leased)
             self._mean_bytes += (len(data) - self._mean_bytes) / 16 if self._mean_bytes else len(data)

@@ -165,7 +165,7 @@ class Message(Generic[T]):
         leased, policy = self._leased, self._settler.policy
         if leased.settled or leased.lost:
             if isinstance(error, Exception) and self._settler.on_error == "log":
-                failures.tell(logger, logging.ERROR, "Message %s: %s", clean(self.id), _brief(error), error=error)
+                failures.log_error(logger, logging.ERROR, "Message %s: %s", clean(self.id), _brief(error), error=error)
             elif leased.lost and not leased.settled:
                 logger.warning("Message %s lost its lease while it ran: another consumer may run it.", clean(self.id))
             return []
@@ -177,7 +177,7 @@ class Message(Generic[T]):
         ending = policy.failed(leased, error, cancelled=self._settler.is_cancelled(leased))
         if log and self._settler.on_error == "log":
             follows = {"R": f"again in {ending.ms / 1000:.1f} s", "X": "dead"}.get(ending.kind, "cancelled")
-            failures.tell(
+            failures.log_error(
                 logger, logging.ERROR, "Message %s failed at attempt %d, %s: %s", clean(self.id), self.attempt, follows,
                 _brief(error), error=error,
             )  # fmt: skip
