@@ -42,7 +42,7 @@ class DeadWorkerDetector:
         self._last_look: float | None = None
 
     def look(self, now_ms: int, overdue: Iterable[tuple[str, int]], monotonic: float) -> list[tuple[str, int]]:
-        """Take what a look listed, (worker, end in ms) by the server's clock; return those declared dead."""
+        """Take the workers that a look listed, with their ends in ms; return those declared dead."""
         seen: dict[str, tuple[int, float]] = {}
         declared_dead: list[tuple[str, int]] = []
         self._last_look, self._decidable_at = monotonic, None
@@ -145,12 +145,12 @@ class LeaseSession:
     _with_blobs: list[LeasedMessage] = field(default_factory=list)
 
     def settle(self, leased: LeasedMessage, settlement: Settlement) -> None:
-        """Note how *leased* ends; the next turn reports it."""
+        """Note how *leased* ends. The next turn reports it."""
         leased.settled = settlement.kind != "M"
         self.pending.append((leased, settlement))
 
     def settle_all(self, endings: Iterable[tuple[LeasedMessage, Settlement]]) -> None:
-        """Note how several messages end; the next turn reports it."""
+        """Note how several messages end. The next turn reports it."""
         for leased, settlement in endings:
             self.settle(leased, settlement)
 
@@ -166,7 +166,7 @@ class LeaseSession:
 
     def turn(self, want: int = 0, *, leave: bool = False) -> Generator[Call[Any], Any, None]:
         """
-        Report what is pending, lease up to *want* more, and see to what the reply asks for.
+        Report what is pending, lease up to *want* more, and do what the reply asks for.
 
         *leave* takes the registration away when nothing is held any more. A driver that gives up in the middle
         loses nothing: the next turn begins with the same call.
@@ -198,7 +198,7 @@ class LeaseSession:
             want, reconciled = 0, True  # what was given back leaves at once
 
     def forget(self) -> None:
-        """Take a new identity: the old one was reaped, or Redis lost its data, and all it held with it."""
+        """Take a new identity. What the old one held is lost: it was reaped, or Redis lost its data."""
         for leased in (*self.held.values(), *self._reported.values()):
             leased.lost = True
             if leased.settled:
@@ -219,7 +219,7 @@ class LeaseSession:
                 one.returned = True
 
     def split(self, leased: LeasedMessage, ms: int) -> Generator[Call[Any], Any, LeaseSession | None]:
-        """Move *leased* to an identity of its own with a lease of *ms* and return it; None when the lease is lost."""
+        """Move *leased* to its own identity with a lease of *ms*; return None when the lease is lost."""
         own = LeaseSession(self.keys, ms, self.about, self.detector, transient=True, clock=self.clock, registered=True)
         own.bodies = self.bodies
         if not (yield operations.extend(self.keys, self.worker, leased.id, own.worker, ms, self.about)):

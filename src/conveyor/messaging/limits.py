@@ -74,7 +74,7 @@ class Unique:
 
 @dataclass(frozen=True)
 class Debounce:
-    """Run once, `wait` after the last of several calls with the same `by`; after `max_wait` at the latest."""
+    """Run once, `wait` after the last call with the same `by`, at the latest after `max_wait`."""
 
     wait: Duration
     by: str | None = None

@@ -48,7 +48,7 @@ class DeadLetter:
 
 
 def purge_waiting(keys: QueueKeys) -> CountingProgram:
-    """Remove as many ready and scheduled messages as there are now, from the front; count them."""
+    """Remove the ready and scheduled messages there are now, from the front; count them."""
     counts: QueueCounts = yield inspection.counts(keys)
     removed = 0
     for where, count in (("ready", counts.ready), ("due", counts.scheduled)):
@@ -57,7 +57,7 @@ def purge_waiting(keys: QueueKeys) -> CountingProgram:
 
 
 def purge_dead(keys: QueueKeys) -> CountingProgram:
-    """Remove as many dead letters as there are now, oldest first; count them."""
+    """Remove the dead letters there are now, oldest first; count them."""
     counts: QueueCounts = yield inspection.counts(keys)
     return (yield from _purge(keys, "dead", counts.dead))
 
@@ -73,7 +73,7 @@ def _purge(keys: QueueKeys, where: str, count: int) -> CountingProgram:
 
 
 def redrive(keys: QueueKeys, limit: int | None) -> CountingProgram:
-    """Put back as many dead letters as there are now, at most *limit* (None: all), oldest first; count them."""
+    """Put back the dead letters there are now, at most *limit* (None: all), oldest first; count them."""
     if limit is not None and (not isinstance(limit, int) or isinstance(limit, bool) or limit < 0):
         raise ConfigurationError(f"limit must be a whole number of at least 0, not {limit!r}.")
     counts: QueueCounts = yield inspection.counts(keys)

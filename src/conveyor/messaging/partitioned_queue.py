@@ -96,7 +96,7 @@ class PartitionedQueue(Queue[T]):
     # -- look and care --------------------------------------------------------------------------------------------
 
     def stats(self) -> QueueCounts:
-        """Count over all partitions: sums, the age of the oldest message, and the most `workers` of a partition."""
+        """Count over all partitions: sums, the oldest age, and the most `workers` of a partition."""
         return total([part.stats() for part in self.parts])
 
     async def astats(self) -> QueueCounts:

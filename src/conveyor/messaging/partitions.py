@@ -40,7 +40,7 @@ from conveyor.store.script import Argument, Call
 
 V = TypeVar("V")
 MAX_PARTITIONS = 256
-"""Most partitions of a queue. A worker has an identity for each, and in a cluster a blocked connection."""
+"""Most partitions of a queue: each costs a worker an identity, in a cluster also a connection."""
 RETRY_PAUSE = 0.05
 
 
@@ -50,7 +50,7 @@ def partition_of(key: str, partitions: int) -> int:
 
 
 def likely_first(names: Sequence[str], id: str) -> list[str]:  # noqa: A002
-    """Sort queues and partitions: first those that a caller's own *id* would be stored in."""
+    """Sort queues and partitions: first those that a job with the caller's own *id* lies in."""
     counts: dict[str, int] = {}
     for name in names:
         if (queue := ids.logical(name)) != name:
@@ -156,7 +156,7 @@ class Partitions:
             self._has_agreed = True
 
     def claim(self, patience: float | None = None) -> None:
-        """Agree with Redis on the number. Wait up to *patience* seconds (None: the client's) for a change under way."""
+        """Agree with Redis on the number; wait *patience* seconds (None: the client's) for a change."""
         deadline = time.monotonic() + (self.client.patience if patience is None else patience)
         while True:
             try:
@@ -179,7 +179,7 @@ class Partitions:
 
     @property
     def _patience(self) -> float:
-        """The seconds a claim is repeated for: short with a buffer, which keeps pushes while Redis is away."""
+        """The seconds a claim is repeated for: short with a buffer, which keeps the pushes."""
         return self.client.patience if self.client.buffer is None else RETRY_PAUSE
 
     def _claim_calls(self) -> Generator[Call[Any], Any, None]:
@@ -190,7 +190,7 @@ class Partitions:
                 yield part
 
     def run_agreed(self, work: Callable[[], V]) -> V:
-        """Run *work*, a push, after agreeing on the number; agree and run it again when a partition has another number."""
+        """Run a push after agreeing on the number; once more when a partition has another number."""
         if not self._is_announced:
             try:
                 self.agree()

@@ -1,5 +1,5 @@
 """
-Storing values in a queue: planned purely, then sent in as few round trips as there can be.
+Pushes values to a queue: plans the calls purely, and sends them in few round trips.
 
 A plan is a program whose steps are calls of a push: values are encoded and checked, placed in a partition, and cut into
 calls. A blocking and an awaitable driver send them.
@@ -32,13 +32,13 @@ from conveyor.store.keys import QueueKeys
 
 T = TypeVar("T")
 WINDOW = 100_000
-"""Messages of an iterator that are checked before any is sent, and most that a bounded queue takes in one call."""
+"""Messages of an iterator checked before any is sent; most that a bounded queue takes at once."""
 CHUNK_BYTES = 8_000_000
 """Bytes sent in one call, so that bulk pushes of large messages let others in."""
 
 
 class PlannedPush(NamedTuple):
-    """One call of a push: fresh ids and envelopes that go to one queue or partition, all or none when `whole`."""
+    """One call of a push to one queue or partition. `whole`: all messages are stored, or none."""
 
     keys: QueueKeys
     ids: Sequence[str]
@@ -50,7 +50,7 @@ class PlannedPush(NamedTuple):
 
 
 Plan = Generator[PlannedPush, Sequence[str], list[str]]
-"""Yields what to send, receives the ids the queue answered with, and returns the public ids of all messages."""
+"""Yields calls, receives the ids in their replies, and returns the public ids of all messages."""
 
 
 class Publisher(Generic[T]):
@@ -92,7 +92,7 @@ class Publisher(Generic[T]):
         return await adrive(self.plan(values, options), self._asend)
 
     def plan(self, values: Iterable[T], options: PreparedPush) -> Plan:
-        """Plan a push of *values* in their order. An error thrown in is raised again with what was stored before."""
+        """Plan a push of *values* in their order. An error thrown in is raised with what was stored."""
         keys = self._keys
         ids: list[str] = []
         for window in self._windows(values, options.head, ids):
@@ -131,7 +131,7 @@ class Publisher(Generic[T]):
         return self._keys
 
     def _windows(self, values: Iterable[T], head: bytes, stored: list[str]) -> Iterator[list[bytes]]:
-        """Yield envelopes as they are checked together; *stored* tells, in errors, how many went before."""
+        """Yield envelopes that are checked together. *stored* are the messages before, for errors."""
         rest = iter(values)
         if self._max_length:
             window = self._encode(islice(rest, WINDOW + 1), head, stored)
@@ -165,7 +165,7 @@ Part = tuple[int, slice]
 
 
 class PartitionedPublisher(Publisher[T]):
-    """Pushes values to all partitions of a queue, each message to the one its group, key or turn picks."""
+    """Pushes values to a queue in partitions, each to the one its group, key or turn picks."""
 
     def __init__(self, target: PushTarget, partitions: Partitions, codec: ValueCodec[T]) -> None:
         super().__init__(target, partitions.queue_keys, codec, partitions.max_length)
@@ -180,7 +180,7 @@ class PartitionedPublisher(Publisher[T]):
         return other
 
     def plan(self, values: Iterable[T], options: PreparedPush) -> Plan:
-        """Plan a push of *values*, spread evenly, in their order within each partition; the ids are in their order."""
+        """Plan a push of *values*, spread evenly, in their order within each partition."""
         ids: list[str] = []
         for window in self._windows(values, options.head, ids):
             fresh, stored = new_ids(len(window)), list(ids)
@@ -211,7 +211,7 @@ class PartitionedPublisher(Publisher[T]):
         return partitions.keys[partitions.pick(group=options.group, unique=options.unique, id=options.id)]
 
     def _parts(self, length: int, group: str | None) -> Iterator[Part]:
-        """Yield where which of *length* messages go: all to their group's partition, or every Nth to the same."""
+        """Yield the part of each partition: all messages of a group, or every Nth of *length*."""
         if group is not None:
             yield self._partitions.pick(group=group), slice(0, length)
             return
@@ -259,7 +259,7 @@ def _partly(error: ConveyorError, stored: int) -> ConveyorError:
 
 
 def _partly_placed(error: ConveyorError, at: int, stored: int) -> ConveyorError:
-    """Return the error of a bulk push of which other partitions than *at* may have taken their part."""
+    """Return the error of a bulk push that partition *at* refused after others took their part."""
     if not stored:
         return error
     return type(error)(

@@ -194,7 +194,7 @@ class Queue(Generic[T]):
     def batches(
         self, size: int = 100, within: Duration = "1s", *, on_error: OnError = "log"
     ) -> Generator[Batch[T], None, None]:
-        """Yield lists of messages without end: of *size*, or fewer when *within* has passed since the first."""
+        """Yield lists of messages without end: of *size*, or what came *within* that time of the first."""
         refuse_in_loop()
         size, wait_ms = whole_number("size", size, 1, MOST_HELD), milliseconds(within, name="within")
         return self._consumer(checked_on_error(on_error)).batches(size, wait_ms / 1000)

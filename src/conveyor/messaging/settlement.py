@@ -1,4 +1,4 @@
-"""Decides purely how a leased message ends; each decision is the settlement that the next turn reports."""
+"""Decides purely how a leased message ends: the settlement that the next turn reports."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class SettlementPolicy:
         return self._buried(leased, follows, record)
 
     def nacked(self, leased: LeasedMessage, delay_ms: int | None, *, cancelled: bool = False) -> Settlement:
-        """Settle a refused message as a failure: retry after *delay_ms* (None: the policy's pause), or give up."""
+        """Settle a refused message: retry after *delay_ms* (None: the policy's pause), or give up."""
         if cancelled:
             return self.cancelled(leased)
         record = Failure(leased.attempt, self.now_ms(), "nack", "refused by nack()", worker=self.worker)

@@ -1,4 +1,4 @@
-"""The awaitable consumer of a queue, in one piece or in several partitions: an identity at each, one wait for all."""
+"""The awaitable consumer: an identity at each partition of a queue, and one wait for all."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ logger = logging.getLogger("conveyor.queue")
 
 
 class AsyncSettler(SettlerState):
-    """Settles by awaitable calls of one event loop, which *run* carries out; the blocking forms work from other threads."""
+    """Settles by awaitable calls on one event loop. The blocking forms work from other threads."""
 
     def __init__(
         self, client: Client, session: LeaseSession, policy: SettlementPolicy, on_error: OnError, run: AsyncRun
@@ -74,7 +74,7 @@ class AsyncSettler(SettlerState):
         return asyncio.run_coroutine_threadsafe(self.aextend(leased, ms), self._loop).result()
 
     async def aturn(self, want: int = 0, *, leave: bool = False) -> None:
-        """Make one turn, and what its reply asks for."""
+        """Make one turn and the calls that its reply asks for."""
         async with self._lock:
             if self._has_left:
                 return
@@ -89,7 +89,7 @@ class AsyncSettler(SettlerState):
             self._flushing = self._loop.create_task(self._flush())
 
     def flush(self) -> bool:
-        """Return False: a thread that renews makes no turn of its own, because turns belong to the loop."""
+        """Return False: turns belong to the loop, so the renewing thread makes none."""
         return False
 
     async def aflush(self) -> None:
@@ -108,7 +108,7 @@ class AsyncSettler(SettlerState):
 
 
 class AsyncPartitionSettler(AsyncSettler):
-    """Settles the messages of one partition of a consumer, with the turns that the consumer makes anyway."""
+    """Settles the messages of one partition with the turns that its consumer makes anyway."""
 
     def __init__(
         self, consumer: AsyncConsumer[Any], source: PartitionSource[Any], on_error: OnError, run: AsyncRun
@@ -122,7 +122,7 @@ class AsyncPartitionSettler(AsyncSettler):
         self._consumer.settled.set()
 
     async def asettle_soon(self, endings: Sequence[Ending]) -> None:
-        """Settle with the next turn, if the loop's body comes to it without waiting for anything else, or at once."""
+        """Settle with the next turn if the loop's body comes to it without waiting, else at once."""
         self.session.settle_all(endings)
         self._consumer.settled.set()
         self._loop.call_soon(self.begin_flush)
@@ -177,7 +177,7 @@ class AsyncConsumer(Generic[T]):
     # -- what the queue hands out -----------------------------------------------------------------------------------
 
     async def messages(self, prefetch: int) -> AsyncGenerator[Message[T], None]:
-        """Yield messages for ever, each as soon as there is one."""
+        """Yield messages without end, each as soon as there is one."""
         await self._begin()
         try:
             while True:
@@ -190,7 +190,7 @@ class AsyncConsumer(Generic[T]):
             await self._end()
 
     async def batches(self, size: int, within: float) -> AsyncGenerator[Batch[T], None]:
-        """Yield batches for ever: of *size*, or what came *within* so many seconds after the first message."""
+        """Yield batches without end: of *size*, or what came *within* seconds after the first."""
         await self._begin()
         try:
             while True:
@@ -310,7 +310,7 @@ class AsyncConsumer(Generic[T]):
             self._renewer.idle = idle
 
     async def _renew(self) -> None:
-        """Make turns a few times a lease while the body runs; the threads stand in when the loop is blocked."""
+        """Make turns a few times a lease while the body runs. The threads cover a blocked loop."""
         lease = min(settler.session.lease_ms for settler in self.settlers) / 1000
         while True:
             await asyncio.sleep(lease / 8)

@@ -1,4 +1,4 @@
-"""The blocking consumer of a queue, in one piece or in several partitions: an identity at each, and one wait for all."""
+"""The blocking consumer: an identity at each partition of a queue, and one wait for all."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ logger = logging.getLogger("conveyor.queue")
 
 
 class BlockingSettler(SettlerState):
-    """Settles leased messages by blocking calls, which *run* carries out; the awaitable forms use a thread."""
+    """Settles leased messages by blocking calls. The awaitable forms use a thread."""
 
     def __init__(
         self, client: Client, session: LeaseSession, policy: SettlementPolicy, on_error: OnError, run: Run
@@ -75,7 +75,7 @@ class BlockingSettler(SettlerState):
         return await asyncio.to_thread(self.extend, leased, ms)
 
     def turn(self, want: int = 0, *, leave: bool = False, blocking: bool = True) -> bool:
-        """Make one turn, and what its reply asks for; return False, without *blocking*, when one is under way."""
+        """Make one turn and the calls that its reply asks for. Return False when none was made."""
         if not self._lock.acquire(blocking=blocking):
             return False
         try:
@@ -98,7 +98,7 @@ class BlockingSettler(SettlerState):
 
 
 class PartitionSettler(BlockingSettler):
-    """Settles the messages of one partition of a consumer, with the turns that the consumer makes anyway."""
+    """Settles the messages of one partition with the turns that its consumer makes anyway."""
 
     def __init__(self, consumer: Consumer[Any], source: PartitionSource[Any], on_error: OnError, run: Run) -> None:
         super().__init__(consumer.client, source.session, source.policy, on_error, run)
@@ -110,7 +110,7 @@ class PartitionSettler(BlockingSettler):
         self._consumer.note_settled()
 
     def settle_soon(self, endings: Sequence[Ending]) -> None:
-        """Settle with the next turn if one follows at once: if these are the ends the loop is at."""
+        """Settle with the next turn if the loop comes to it at once, else now."""
         self.session.settle_all(endings)
         self._consumer.note_settled()
         if not self._consumer.comes_to(endings):
@@ -173,7 +173,7 @@ class Consumer(Generic[T]):
     # -- what the queue hands out -----------------------------------------------------------------------------------
 
     def messages(self, prefetch: int) -> Generator[Message[T], None, None]:
-        """Yield messages for ever, each as soon as there is one."""
+        """Yield messages without end, each as soon as there is one."""
         with self:
             while True:
                 try:
@@ -184,7 +184,7 @@ class Consumer(Generic[T]):
                 yield message
 
     def batches(self, size: int, within: float) -> Generator[Batch[T], None, None]:
-        """Yield batches for ever: of *size*, or what came *within* so many seconds after the first message."""
+        """Yield batches without end: of *size*, or what came *within* seconds after the first."""
         with self:
             while True:
                 try:
@@ -211,7 +211,7 @@ class Consumer(Generic[T]):
             self._settled.set()
 
     def comes_to(self, endings: Sequence[Ending]) -> bool:
-        """Tell whether the loop's next turn will report these ends, since they are those of what it handed out last."""
+        """Tell whether the loop's next turn reports these ends: those of what it handed out last."""
         # The order matters: entered first, then looked, as the loop first says that it waits and then looks.
         latest = self._latest
         return not self._is_idle and all(any(leased is one for one in latest) for leased, _ in endings)
@@ -369,7 +369,7 @@ class WakeupWaiters:
 
 
 class _EndpointWaiter:
-    """Waits at one endpoint, by a call or from a thread of its own; *settlers* are those of the partitions there."""
+    """Waits at one endpoint for *settlers*, the partitions there: by a call, or from a thread."""
 
     def __init__(self, consumer: Consumer[Any], settlers: dict[int, BlockingSettler], heard: SimpleQueue[int]) -> None:
         self._consumer, self._settlers, self._heard = consumer, settlers, heard

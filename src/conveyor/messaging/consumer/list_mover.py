@@ -1,4 +1,4 @@
-"""Moves raw entries of a plain list into the queue while a consumer is idle: in a thread, or on an event loop."""
+"""Moves raw entries of a plain list into the queue while a consumer is idle."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def intake(keys: QueueKeys, want: int) -> Call[int]:
 
 
 class ListMover:
-    """Moves one entry at a time into the queue, which wakes the consumer. Its thread starts when first needed."""
+    """A thread that moves one entry at a time into the queue, which wakes the consumer."""
 
     def __init__(self, client: Client, keys: QueueKeys) -> None:
         self._client, self._keys = client, keys
@@ -54,7 +54,7 @@ class ListMover:
             self._waiter.close()
 
     def stop(self) -> None:
-        """Stop for good. Entries that arrived meanwhile stay in the intake list for any consumer's next turn."""
+        """Stop for good. Entries in the intake list stay there for any consumer's next turn."""
         self._has_stopped = True
         self._work.set()
         self._waiter.close()
@@ -85,7 +85,7 @@ class ListMover:
 
 
 class AsyncListMover:
-    """Moves entries as `ListMover`, in a task of an event loop that starts whenever the consumer is idle."""
+    """Tasks that do on an event loop what `ListMover` does in a thread."""
 
     def __init__(self, client: Client, keys: QueueKeys) -> None:
         self._client, self._keys = client, keys

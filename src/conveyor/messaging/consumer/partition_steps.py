@@ -24,7 +24,7 @@ STINT_SECONDS = 0.05
 
 
 class PartitionCursor(Generic[M]):
-    """One partition as a consumer sees it: `quiet` until `look_at` (by the clock), or until a token comes."""
+    """One partition as a consumer sees it: `quiet` until the time `look_at`, or until a token comes."""
 
     def __init__(self, at: int, steps: ConsumerSteps[M]) -> None:
         self.at, self.steps, self.session = at, steps, steps.session
@@ -55,7 +55,7 @@ class PartitionCursor(Generic[M]):
 
 
 class PartitionRoundRobin(Generic[M]):
-    """The programs of a consumer of several partitions: `steps` are those of each, `first` is where it begins."""
+    """The programs of a consumer of several partitions. *first* is the partition it begins at."""
 
     def __init__(
         self, steps: Sequence[ConsumerSteps[M]], first: int, *, clock: Callable[[], float] = time.monotonic
@@ -89,7 +89,7 @@ class PartitionRoundRobin(Generic[M]):
                 yield from self._visit(here, prefetch)
 
     def gather(self, size: int, within: float) -> Program[list[M]]:
-        """Return up to *size* messages of any partitions, complete or *within* seconds after the first came."""
+        """Return up to *size* messages, complete or *within* seconds after the first came."""
         gathered: list[tuple[LeasedMessage, M]] = []
         deadline: float | None = None
         while True:
@@ -114,7 +114,7 @@ class PartitionRoundRobin(Generic[M]):
                 yield from self._wait(now, None if deadline is None else deadline - now)
 
     def pull(self, count: int, wait: float) -> Program[list[M]]:
-        """Return up to *count* messages of any partitions, as soon as there is one, or none after *wait* seconds."""
+        """Return up to *count* messages as soon as there is one, or none after *wait* seconds."""
         deadline = self._clock() + wait
         while True:
             last = self._clock() >= deadline
@@ -152,7 +152,7 @@ class PartitionRoundRobin(Generic[M]):
         cursor.look_at = self._clock() + cursor.session.wait()
 
     def _move(self, prefetch: int) -> Program[None]:
-        """Go where work is: to one that was quiet, if something has come, else to the next that is not."""
+        """Move to a quiet partition if something came there, else to the next that is not quiet."""
         left, stint = self._here, self._handed_out
         if left.session.pending:
             yield left.turn()
@@ -173,7 +173,7 @@ class PartitionRoundRobin(Generic[M]):
             yield from self._visit(following, prefetch)
 
     def _next_quiet(self, left: PartitionCursor[M]) -> PartitionCursor[M] | None:
-        """Return the quiet partition that was looked at longest ago, None when there is none beside *left*."""
+        """Return the quiet partition looked at longest ago; None when there is none beside *left*."""
         count, now = len(self._cursors), self._clock()
         for _ in range(count):
             self._last_probed = (self._last_probed + 1) % count
@@ -183,13 +183,13 @@ class PartitionRoundRobin(Generic[M]):
         return None
 
     def _in_turn(self, first: int | None = None) -> list[PartitionCursor[M]]:
-        """Return all partitions once: those that hold messages first, then on from *first* (None: the next)."""
+        """Return all partitions: those that hold messages, then from *first* on (None: the next)."""
         at = (self._here.at + 1 if first is None else first) % len(self._cursors)
         order = self._cursors[at:] + self._cursors[:at]
         return sorted(order, key=lambda cursor: not cursor.session.waiting)
 
     def _wait(self, now: float, most: float | None = None) -> Program[None]:
-        """Wait for all partitions at once, at most *most* seconds; not at all when one may have work meanwhile."""
+        """Wait for all partitions at once, at most *most* seconds, unless one may have work now."""
         if any(cursor.may_have_work(now) for cursor in self._cursors):
             return
         seconds = min(cursor.look_at for cursor in self._cursors) - now

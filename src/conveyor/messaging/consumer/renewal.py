@@ -1,4 +1,4 @@
-"""Keeping leases alive from threads, so that a body which blocks its loop or runs for hours keeps its messages."""
+"""Renews leases from threads, so that a body that blocks its loop keeps its messages."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from conveyor.store.keys import QueueKeys
 
 V = TypeVar("V")
 BUSY, IDLE = 0.25, 0.42
-"""Parts of a lease after which it is renewed; an idle consumer renews by the turns it makes anyway."""
+"""Parts of a lease after which it is renewed. An idle consumer makes turns anyway."""
 
 
 class Renewable(Protocol):

@@ -1,4 +1,4 @@
-"""What the blocking and the awaitable consumer share: telling how messages ended, and telling of an outage."""
+"""What both consumers share: the state of a settler, and the log of an outage."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ logger = logging.getLogger("conveyor.queue")
 
 @dataclass(frozen=True, slots=True)
 class PartitionSource(Generic[T]):
-    """A queue or partition as a consumer needs it: a fresh session, its policy, and what reads its messages."""
+    """A queue or partition as a consumer needs it: new session, policy, decoder."""
 
     session: LeaseSession
     policy: SettlementPolicy
@@ -40,12 +40,12 @@ class PartitionSource(Generic[T]):
 def programs(
     steps: Sequence[ConsumerSteps[Message[T]]],
 ) -> ConsumerSteps[Message[T]] | PartitionRoundRobin[Message[T]]:
-    """Return the programs of a consumer: those of its only partition, or a round over all, begun at a random one."""
+    """Return the programs of the only partition, or a round over all that begins at a random one."""
     return steps[0] if len(steps) == 1 else PartitionRoundRobin(steps, randrange(len(steps)))  # noqa: S311
 
 
 class SettlerState:
-    """What a blocking and an awaitable settler share: the leases of one identity, and the policy for how they end."""
+    """What both settlers share: the leases of one identity, and the policy for their ends."""
 
     def __init__(self, client: Client, session: LeaseSession, policy: SettlementPolicy, on_error: OnError) -> None:
         self.client = client
@@ -80,7 +80,7 @@ class SettlerState:
 
 
 class OutageLog:
-    """Counts the turns that failed in a row, and logs an outage once when it begins and once when it is over."""
+    """Counts failed turns in a row. Logs an outage once when it begins and once when it is over."""
 
     def __init__(self, client: Client) -> None:
         self._client = client

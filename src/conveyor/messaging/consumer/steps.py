@@ -49,7 +49,7 @@ Program = Generator[TurnStep | WaitStep, None, V]
 
 
 class ConsumerSteps(Generic[M]):
-    """The programs of a consumer at one queue or partition. `open` makes the message users see; it raises PayloadError."""
+    """The programs of a consumer at one queue or partition. `open` makes the message users see."""
 
     def __init__(
         self,
@@ -126,7 +126,7 @@ class ConsumerSteps(Generic[M]):
     # -- parts of programs ----------------------------------------------------------------------------------------
 
     def next_message(self, *, alone: bool) -> Program[tuple[LeasedMessage, M] | None]:
-        """Return the first that waits, opened; None when it was settled instead, or is a suspect that must wait."""
+        """Return the first waiting message; None when it was settled, or is a suspect that must wait."""
         session = self.session
         leased = session.waiting[0]
         if not alone and self._is_suspect(leased):
@@ -158,7 +158,7 @@ class ConsumerSteps(Generic[M]):
         return leased, message
 
     def fill(self, gathered: list[tuple[LeasedMessage, M]], size: int) -> Program[bool]:
-        """Move what waits into *gathered*; True when that must be handed out as it is, since a suspect travels alone."""
+        """Move waiting messages into *gathered*. Return True when it must be handed out as it is."""
         while self.session.waiting and len(gathered) < size:
             opened = yield from self.next_message(alone=not gathered)
             if opened is None:
@@ -176,7 +176,7 @@ class ConsumerSteps(Generic[M]):
         return WaitStep(seconds if most is None else max(0.001, min(seconds, most)), full)
 
     def _is_suspect(self, leased: LeasedMessage) -> bool:
-        """Tell whether it may have crashed a consumer, and may be tried again."""
+        """Tell whether it may have crashed a consumer and may be tried again. A suspect runs alone."""
         return leased.history.crashes != 0 and self._policy.poison(leased) is None
 
     def _settle_unreadable(self, leased: LeasedMessage, error: PayloadError | BlobUnavailable) -> None:

@@ -36,7 +36,7 @@ def _patience(client: Client, call: Call[Any]) -> float:
 
 
 def drive(program: Generator[C, Any, V], run: Callable[[C], Any]) -> V:
-    """Carry out *program* and return its value. An error of *run* is raised inside the program, which may handle it."""
+    """Carry out *program* and return its value. Errors of *run* are raised inside the program."""
     try:
         call = next(program)
         while True:
