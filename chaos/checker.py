@@ -9,9 +9,9 @@ import itertools
 from collections import Counter
 from collections.abc import Iterable
 
-from chaos.audit import judge_history
-from chaos.evidence import POISONS, Evidence, Run, Token
-from chaos.verdict import MUST_BE_ZERO, Verdict, spread
+from chaos.history_check import judge_history
+from chaos.run_data import POISONS, Evidence, Run, Token
+from chaos.run_result import MUST_BE_ZERO, Verdict, spread
 
 COUNTED = (
     "attempted", "acknowledged", "confirmed", "existing", "refused", "unknown", "ok", "dead", "cancelled", "convicted", "recovered",

@@ -7,7 +7,7 @@ import platform
 from pathlib import Path
 from typing import Any
 
-from chaos.verdict import MUST_BE_ZERO, Verdict
+from chaos.run_result import MUST_BE_ZERO, Verdict
 
 ROWS = (
     "attempted", "acknowledged", "confirmed", "existing", "refused", "unknown", "recovered", "ok", "dead", "convicted", "cancelled",

@@ -7,9 +7,9 @@ import time
 from collections import Counter
 from typing import Any
 
-from chaos.nemesis import DECKS, Fault, Nemesis
-from chaos.stage import Stage
-from chaos.verdict import Verdict
+from chaos.environment import Stage
+from chaos.fault_injector import DECKS, Fault, Nemesis
+from chaos.run_result import Verdict
 
 RATE = 60.0
 """Jobs a second, of all producers together."""

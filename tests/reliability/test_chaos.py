@@ -11,14 +11,14 @@ from pathlib import Path
 
 import pytest
 
-from chaos import report, scenario
-from chaos.ground import FAKETIME
-from chaos.nemesis import DECKS, Fault, schedule
+from chaos import report, single_fault_runs
+from chaos.fault_injector import DECKS, Fault, schedule
+from chaos.recording_server import FAKETIME
 from chaos.soak import soak
 
 SECONDS = float(os.environ.get("CONVEYOR_CHAOS_SECONDS", "12"))
 HOME = Path(__file__).parents[2]
-UNDER_TEST = {"program", "embedded", "producer"}
+UNDER_TEST = {"tested_app", "embedded_worker", "producer_program"}
 """The modules of chaos that are what is judged, in processes of their own; all others judge."""
 
 
@@ -77,7 +77,7 @@ def test_who_judges_imports_nothing_of_conveyor() -> None:
             whole = {f"{getattr(node, 'module', None) or ''}.{one}".strip(".") for one in found}
             assert not [one for one in whole if one.split(".")[0] == "conveyor"], name
             assert not whole & {f"chaos.{one}" for one in UNDER_TEST}, name
-    loaded = "import sys, chaos.__main__, chaos.case, chaos.terrain; print([m for m in sys.modules if m.startswith('conveyor')])"
+    loaded = "import sys, chaos.__main__, chaos.sabotage_cases, chaos.server_topologies; print([m for m in sys.modules if m.startswith('conveyor')])"
     result = subprocess.run([sys.executable, "-c", loaded], cwd=HOME, check=True, capture_output=True, text=True)
     assert result.stdout == "[]\n"
 
@@ -85,7 +85,7 @@ def test_who_judges_imports_nothing_of_conveyor() -> None:
 @pytest.mark.parametrize(("name", "count"), [("redis-kill", 2), ("cut", 30), ("maxmemory", 300)])
 def test_scenarios_of_the_published_figures_pass(name: str, count: int) -> None:
     """A few rounds of what `make chaos ARGS="--scenario …"` does many times."""
-    verdict, stage, facts = scenario.run(name, count, seed=1)
+    verdict, stage, facts = single_fault_runs.run(name, count, seed=1)
 
     print(report.table(verdict, stage.faults, facts))
     assert verdict.failed == []

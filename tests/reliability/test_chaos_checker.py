@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 
 from chaos.checker import check
-from chaos.dump import Dump, take
-from chaos.evidence import gather
-from chaos.history import History, transactions
-from chaos.record import Record, read
+from chaos.redis_history import History, transactions
+from chaos.remaining_state import Dump, take
 from chaos.report import ROWS
-from chaos.verdict import MUST_BE_ZERO, Verdict, spread
+from chaos.run_data import gather
+from chaos.run_log import Record, read
+from chaos.run_result import MUST_BE_ZERO, Verdict, spread
 
 ID = "default:0Q8BSAkvxDi695FnFb8ddl"
 BARE = ID.partition(":")[2]

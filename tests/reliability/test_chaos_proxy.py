@@ -12,8 +12,8 @@ import redis as redis_py
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
-from chaos.proxy import Proxy
-from chaos.resp import Splitter
+from chaos.fault_proxy import Proxy
+from chaos.resp_framing import Splitter
 from support.server_process import Server
 from support.supervisor_process import until
 

@@ -8,17 +8,17 @@ from pathlib import Path
 
 import pytest
 
-from chaos import case, mutant
-from chaos.ground import FAKETIME
+from chaos import sabotage_cases, sabotaged_build
+from chaos.recording_server import FAKETIME
 
-PATCHES = mutant.patches()
+PATCHES = sabotaged_build.patches()
 CLASSICS = {
-    "fence_off", "repeat_without_number", "reaper_by_the_clock", "growing_write_first", "late_first_beat", "wake_token_dropped",
-    "ack_before_store", "no_reconciliation", "non_atomic_claim", "early_ack", "result_after_ack", "clock_of_the_client",
-    "crashes_without_end", "unique_key_without_owner", "lane_ignored",
+    "ends_after_lost_lease_accepted", "attempt_number_used_again", "worker_reaped_after_one_look", "first_write_of_turn_grows", "first_renewal_too_late", "wake_token_not_pushed",
+    "push_acknowledged_before_stored", "lease_count_not_compared", "lease_in_two_steps", "every_job_acked_early", "result_written_after_ack", "delay_by_client_clock",
+    "crash_limit_ignored", "unique_key_of_another_job_deleted", "repeated_push_stored_again",
 }  # fmt: skip
 SIDE_BY_SIDE = 5  # scenes are mostly waiting: for a lease to end, for work to drain
-NEEDED = {mutant.case_of(patch) for patch in PATCHES.values()}
+NEEDED = {sabotaged_build.case_of(patch) for patch in PATCHES.values()}
 
 
 def playable(names: list[str]) -> list[str]:
@@ -29,13 +29,15 @@ def playable(names: list[str]) -> list[str]:
 def play_sabotaged(name: str) -> list[str]:
     patch = PATCHES[name]
     with tempfile.TemporaryDirectory() as directory:
-        return case.run(mutant.case_of(patch), source=mutant.build(patch, Path(directory))).failed
+        return sabotage_cases.run(
+            sabotaged_build.case_of(patch), source=sabotaged_build.build(patch, Path(directory))
+        ).failed
 
 
 def play_honest(name: str) -> str:
     # Once more after a failure: on a loaded machine a worker may really be late for a lease of one second.
     for _ in range(2):
-        verdict = case.run(name)
+        verdict = sabotage_cases.run(name)
         if not verdict.failed:
             return ""
     return f"{verdict.failed} {verdict.examples}"
@@ -44,11 +46,11 @@ def play_honest(name: str) -> str:
 def test_patches_are_many_and_aimed() -> None:
     """The sabotages that any queue should be tried with are there; each applies to the source as it is and names a scene."""
     assert PATCHES.keys() >= CLASSICS
-    assert set(case.CASES) >= NEEDED
+    assert set(sabotage_cases.CASES) >= NEEDED
     for patch in PATCHES.values():
-        files = mutant.changed(patch)
+        files = sabotaged_build.changed(patch)
         assert files, patch.name
-        assert [name for name, text in files.items() if text == (mutant.HOME / name).read_text()] == []
+        assert [name for name, text in files.items() if text == (sabotaged_build.HOME / name).read_text()] == []
 
 
 def test_a_patch_that_aims_at_nothing_is_refused(tmp_path: Path) -> None:
@@ -58,13 +60,13 @@ def test_a_patch_that_aims_at_nothing_is_refused(tmp_path: Path) -> None:
         "Case: kill\n--- a/src/conveyor/jobs/app.py\n+++ b/src/conveyor/jobs/app.py\n@@ -1 +1 @@\n-not there\n+neither\n"
     )
 
-    with pytest.raises(mutant.DoesNotApplyError, match="found 0 times"):
-        mutant.changed(patch)
+    with pytest.raises(sabotaged_build.DoesNotApplyError, match="found 0 times"):
+        sabotaged_build.changed(patch)
 
 
 def test_every_sabotage_is_caught() -> None:
     """The checker finds what each sabotaged build does wrong."""
-    names = [name for name, patch in PATCHES.items() if playable([mutant.case_of(patch)])]
+    names = [name for name, patch in PATCHES.items() if playable([sabotaged_build.case_of(patch)])]
     with ThreadPoolExecutor(SIDE_BY_SIDE) as pool:
         found = dict(zip(names, pool.map(play_sabotaged, names), strict=True))
 
@@ -73,7 +75,7 @@ def test_every_sabotage_is_caught() -> None:
 
 def test_this_build_passes_every_scene() -> None:
     """The same scenes find nothing wrong with the build as it is."""
-    names = playable(list(case.CASES))
+    names = playable(list(sabotage_cases.CASES))
     with ThreadPoolExecutor(SIDE_BY_SIDE) as pool:
         found = dict(zip(names, pool.map(play_honest, names), strict=True))
 

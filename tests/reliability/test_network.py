@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from redis import Redis
 
-from chaos.proxy import Proxy
+from chaos.fault_proxy import Proxy
 from conveyor.jobs.app import Conveyor
 from conveyor.store.transport import replies
 from conveyor.store.transport.async_connection import AsyncConnection

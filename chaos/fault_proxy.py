@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from chaos.link import DIRECTIONS, Cut, End, Fabric, Link, Swallow
+from chaos.proxy_connections import DIRECTIONS, Cut, End, Fabric, Link, Swallow
 
 
 class Proxy(Fabric):

@@ -16,15 +16,15 @@ from typing import Any, Self
 
 import redis as redis_py
 
-from chaos import dump as dumping
+from chaos import remaining_state as dumping
 from chaos.checker import check
-from chaos.crew import Crew
-from chaos.evidence import gather
-from chaos.ground import Ground
-from chaos.history import read_history
-from chaos.proxy import Proxy
-from chaos.record import Record, read
-from chaos.verdict import Verdict
+from chaos.fault_proxy import Proxy
+from chaos.processes import Crew
+from chaos.recording_server import Ground
+from chaos.redis_history import read_history
+from chaos.run_data import gather
+from chaos.run_log import Record, read
+from chaos.run_result import Verdict
 
 QUEUES = ("default", "mail", "box", *(f"{queue}/{number}" for queue in ("wide", "post") for number in range(3)))
 
@@ -54,9 +54,11 @@ class Stage:
         if topology == "standalone":
             self.ground = Ground(self.directory / "r", clock=clock, fsync=fsync)
         else:
-            from chaos import terrain
+            from chaos import server_topologies
 
-            self.ground = {"cluster": terrain.Cluster, "sentinel": terrain.Sentinel}[topology](self.directory / "r")
+            self.ground = {"cluster": server_topologies.Cluster, "sentinel": server_topologies.Sentinel}[topology](
+                self.directory / "r"
+            )
         self.proxy = Proxy(getattr(self.ground, "socket", "nobody"), seed=seed).start()
         self.crew = Crew(self.directory, lease=lease, source=source)
         self.faults: Counter[str] = Counter()

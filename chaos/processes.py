@@ -11,7 +11,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from chaos.ground import HOME
+from chaos.recording_server import HOME
 
 
 class Program:
@@ -126,7 +126,7 @@ class Crew:
     ) -> Program:
         """Start `conveyor worker` with that many children."""
         return self._add(
-            name, "conveyor", "worker", "chaos.program:app", "--processes", str(processes), "--concurrency",
+            name, "conveyor", "worker", "chaos.tested_app:app", "--processes", str(processes), "--concurrency",
             str(concurrency), "--threads", "4", "--grace", grace, *(f"--queue={queue}" for queue in self.queues), url=url,
         )  # fmt: skip
 
@@ -134,7 +134,7 @@ class Crew:
         """Start a program with a worker inside and a consumer of messages."""
         return self._add(
             name,
-            "chaos.embedded",
+            "chaos.embedded_worker",
             url=url,
             env={"CHAOS_QUEUES": " ".join(queue for queue in self.queues if queue != "box")},
         )
@@ -143,12 +143,12 @@ class Crew:
         self, number: int, url: str, *, seed: int, rate: float, count: int, mix: str = "", confirm: int = 0
     ) -> Program:
         """Start a producer that is never killed, and not started again; *confirm* replicas must have what it pushes."""
-        command = ["chaos.producer", str(number), str(seed), str(rate), str(count), *([mix] if mix else [])]
+        command = ["chaos.producer_program", str(number), str(seed), str(rate), str(count), *([mix] if mix else [])]
         return self._add(f"producer{number}", *command, url=url, keep=False, env={"CHAOS_CONFIRM": str(confirm)})
 
     def mortal(self, number: int, url: str, *, seed: int, rate: float) -> Program:
         """Start a producer that may be killed: it has a buffer on disk, and its successor delivers what lies there."""
-        command = ["chaos.producer", str(number), str(seed), str(rate), str(10**9)]
+        command = ["chaos.producer_program", str(number), str(seed), str(rate), str(10**9)]
         return self._add(
             f"producer{number}", *command, url=url, env={"CHAOS_SPOOL": str(self.directory / f"spool{number}")}
         )

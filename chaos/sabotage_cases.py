@@ -13,10 +13,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from chaos.crew import Program
-from chaos.ground import FAKETIME
-from chaos.stage import Stage
-from chaos.verdict import Verdict
+from chaos.environment import Stage
+from chaos.processes import Program
+from chaos.recording_server import FAKETIME
+from chaos.run_result import Verdict
 
 
 class Case(NamedTuple):

@@ -6,7 +6,7 @@ import re
 import shutil
 from pathlib import Path
 
-from chaos.ground import HOME
+from chaos.recording_server import HOME
 
 FOLDER = Path(__file__).parent / "sabotage"
 

@@ -9,7 +9,7 @@ import time
 
 from benchmarks.drain import live_jobs
 from benchmarks.harness import Bench, Worker, wait_for
-from benchmarks.record import Record
+from benchmarks.job_notes import Record
 
 _LOAD = 1000  # jobs that wait, at least, while processes are killed
 _SECONDS = 20  # the longest wait for the jobs of one killed process
@@ -41,7 +41,7 @@ class Watch:
 
     def fill(self, count: int) -> None:
         """Enqueue *count* more jobs."""
-        from benchmarks.jobs import app, hold
+        from benchmarks.measured_jobs import app, hold
 
         app.enqueue_many(hold.s(number) for number in range(self.enqueued, self.enqueued + count))
         self.enqueued += count

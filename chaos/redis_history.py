@@ -14,7 +14,7 @@ from typing import Any
 
 import hiredis
 
-from chaos.ledger import Command, Ledger
+from chaos.job_places import Command, Ledger
 
 
 @dataclass

@@ -10,7 +10,7 @@ import redis as redis_py
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
-from chaos import ground  # noqa: F401  makes the servers of the test suite importable
+from chaos import recording_server  # noqa: F401  makes the servers of the test suite importable
 from support.server_groups import ClusterOfNodes, Watched, slot_of  # type: ignore[import-not-found]
 
 KEYS = tuple(

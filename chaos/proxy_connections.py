@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from chaos.resp import Splitter
+from chaos.resp_framing import Splitter
 
 DIRECTIONS = ("up", "down")
 _HIGH_WATER = 4_000_000  # bytes waiting for one receiver; its sender is not read from until they are fewer

@@ -11,9 +11,9 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, NamedTuple
 
-from chaos.crew import Program
-from chaos.stage import Stage
-from chaos.verdict import Verdict, spread
+from chaos.environment import Stage
+from chaos.processes import Program
+from chaos.run_result import Verdict, spread
 
 Facts = dict[str, Any]
 

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from chaos.record import Record
+from chaos.run_log import Record
 from conveyor import Buffer, Context, Conveyor, Retry, current
 
 LEASE = float(os.environ.get("CHAOS_LEASE", "2"))

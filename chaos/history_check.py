@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import itertools
 
-from chaos.evidence import Evidence, Run
-from chaos.history import History
-from chaos.verdict import Verdict
+from chaos.redis_history import History
+from chaos.run_data import Evidence, Run
+from chaos.run_result import Verdict
 
 
 def judge_history(evidence: Evidence, verdict: Verdict) -> None:

@@ -13,9 +13,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from chaos.crew import Program
-from chaos.link import DIRECTIONS
-from chaos.stage import Stage
+from chaos.environment import Stage
+from chaos.processes import Program
+from chaos.proxy_connections import DIRECTIONS
 
 PAUSE = 0.5
 """Seconds between two faults on average."""

@@ -1,6 +1,6 @@
 """A program that pushes: it writes down each call before it makes it, and afterwards how it ended.
 
-``python -m chaos.producer NUMBER SEED RATE COUNT [MIX]``: RATE jobs a second (0: as fast as it can) until COUNT were
+``python -m chaos.producer_program NUMBER SEED RATE COUNT [MIX]``: RATE jobs a second (0: as fast as it can) until COUNT were
 attempted or SIGTERM comes. MIX is JSON, kind → weight.
 """
 
@@ -18,9 +18,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from chaos import program
-from chaos.program import CONFIRM, LEASE, SPOOL, app, mail, post
-from chaos.record import Record
+from chaos import tested_app
+from chaos.run_log import Record
+from chaos.tested_app import CONFIRM, LEASE, SPOOL, app, mail, post
 from conveyor import ConfigurationError, ConveyorError, DurabilityNotReached, PayloadError, QueueFull
 
 MIX: dict[str, float] = {
@@ -95,7 +95,7 @@ class Producer:
         ms = float(fixed) if fixed else draw.uniform(1, 10)
         long = (1 + min(4, draw.expovariate(1.5))) * LEASE * 1000
         if kind in {"quick", "steady", "boxed", "bystander", "spread"}:
-            self.task(kind, getattr(program, kind), ms)
+            self.task(kind, getattr(tested_app, kind), ms)
         elif "bulk" in kind or "message" in kind:
             self.many(kind, int(fixed) if fixed else BULK, ms)
         elif kind in {"slow", "slow_steady", "blocking"}:
@@ -103,14 +103,14 @@ class Producer:
         elif kind in {"delayed", "unique", "own"}:
             self.special(kind, ms)
         elif kind == "flaky":
-            self.task(kind, program.flaky, draw.randint(1, 3))
+            self.task(kind, tested_app.flaky, draw.randint(1, 3))
         elif kind == "parent":
             children, failures = draw.randint(1, 4), draw.choice((0, 0, 1))
-            self.task(kind, program.parent, children, failures, facts={"spawns": children})
+            self.task(kind, tested_app.parent, children, failures, facts={"spawns": children})
         elif kind == "poison":
-            self.task(kind, program.poison, draw.choice(["0", "1", "75", "SIGKILL", "SIGSEGV"]))
+            self.task(kind, tested_app.poison, draw.choice(["0", "1", "75", "SIGKILL", "SIGSEGV"]))
         elif kind == "boxed_poison":
-            self.task(kind, program.boxed_poison, draw.choice(["1", "SIGKILL"]))
+            self.task(kind, tested_app.boxed_poison, draw.choice(["1", "SIGKILL"]))
         elif kind == "cancel":
             self.cancel(draw.uniform(0, 1) < 0.5)
         elif kind == "keys":
@@ -121,29 +121,29 @@ class Producer:
     def long(self, kind: str, ms: float) -> None:
         """Enqueue a job that takes a lease or several."""
         if kind == "slow":
-            self.task(kind, program.quick, ms)
+            self.task(kind, tested_app.quick, ms)
         elif kind == "slow_steady":
-            self.task(kind, program.steady, ms / 2)
+            self.task(kind, tested_app.steady, ms / 2)
         else:
-            self.task(kind, program.blocking, self.random.uniform(0.5, 1.5) * LEASE * 1000)
+            self.task(kind, tested_app.blocking, self.random.uniform(0.5, 1.5) * LEASE * 1000)
 
     def special(self, kind: str, ms: float) -> None:
         """Enqueue a job for later, or one that may be there already."""
         draw = self.random
         if kind == "delayed":
             delay = round(draw.uniform(0.2, 3), 3)
-            self.task(kind, program.quick, ms, facts={"delay": delay}, delay=delay)
+            self.task(kind, tested_app.quick, ms, facts={"delay": delay}, delay=delay)
         elif kind == "unique":
             key = f"key{draw.randint(0, 20)}"
-            self.task(kind, program.quick, draw.uniform(50, 1500), facts={"key": key}, unique=key)
+            self.task(kind, tested_app.quick, draw.uniform(50, 1500), facts={"key": key}, unique=key)
         else:
             name = f"own-{self.prefix}{draw.randint(0, self.made // 2)}"
-            self.task(kind, program.quick, ms, facts={"own": name}, id=name)
+            self.task(kind, tested_app.quick, ms, facts={"own": name}, id=name)
 
     def many(self, kind: str, size: int, ms: float) -> None:
         """Push a message, to a queue in one piece or to partitions, or many jobs or messages in one call."""
         if kind == "bulk":
-            self.call(kind, lambda tokens: app.enqueue_many(program.quick.s(token, 5) for token in tokens), size)
+            self.call(kind, lambda tokens: app.enqueue_many(tested_app.quick.s(token, 5) for token in tokens), size)
         elif kind == "messages":
             self.call(kind, lambda tokens: mail.push_many([{"token": t, "ms": ms} for t in tokens]), size)
         elif kind == "spread_messages":
@@ -156,7 +156,7 @@ class Producer:
     def cancel(self, later: bool) -> None:
         """Push a job and cancel it at once: before it is due, or while it may already run."""
         delay = self.random.uniform(1, 2) if later else 0
-        job = self.task("cancel", program.quick, 500, facts={"delay": delay}, **({"delay": delay} if later else {}))
+        job = self.task("cancel", tested_app.quick, 500, facts={"delay": delay}, **({"delay": delay} if later else {}))
         if job is not None:
             name = f"cancel-{job.id}"
             self.calls.write(call=name, phase="cancel", id=job.id)
@@ -169,12 +169,12 @@ class Producer:
 
     def keys(self, key: str) -> None:
         """Let a dead letter come back while another job holds the key it once had; then ask for the key again."""
-        first = self.task("hopeless", program.hopeless, facts={"key": key}, unique=key)
+        first = self.task("hopeless", tested_app.hopeless, facts={"key": key}, unique=key)
         _until(lambda: first.status() == "dead")
-        self.task("quick", program.quick, 2000, facts={"key": key}, unique=key)
+        self.task("quick", tested_app.quick, 2000, facts={"key": key}, unique=key)
         app.queue("default").redrive()
         _until(lambda: first.status() == "done")
-        self.task("quick", program.quick, 10, facts={"key": key}, unique=key)
+        self.task("quick", tested_app.quick, 10, facts={"key": key}, unique=key)
 
     def run(self, rate: float, count: int, mix: dict[str, float]) -> None:
         """Push until *count* were attempted or somebody stops us."""

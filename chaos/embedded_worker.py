@@ -10,7 +10,7 @@ import time
 from contextlib import suppress
 from typing import Any
 
-from chaos.program import app, mail, noted, post
+from chaos.tested_app import app, mail, noted, post
 from conveyor import ConveyorError
 
 QUEUES = os.environ["CHAOS_QUEUES"].split()

@@ -8,8 +8,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from chaos.dump import Dump
-from chaos.history import History
+from chaos.redis_history import History
+from chaos.remaining_state import Dump
 
 Line = dict[str, Any]
 POISONS = {"poison", "boxed_poison"}

@@ -6,12 +6,12 @@ import asyncio
 import time
 
 from benchmarks.harness import TEXT, Bench, Worker, commands_sent, percentile, rates, wait_for
-from benchmarks.record import Record
+from benchmarks.job_notes import Record
 
 
 def enqueue(bench: Bench) -> None:
     """Enqueue one at a time, from 100 coroutines, and in bulk; push messages in bulk."""
-    from benchmarks.jobs import app, noop
+    from benchmarks.measured_jobs import app, noop
 
     def each(count: int) -> None:
         for number in range(count):
@@ -35,7 +35,7 @@ def enqueue(bench: Bench) -> None:
 
 
 async def _concurrently(count: int, callers: int = 100) -> float:
-    from benchmarks.jobs import app, noop
+    from benchmarks.measured_jobs import app, noop
 
     async def caller(first: int, last: int) -> None:
         for number in range(first, last):
@@ -52,7 +52,7 @@ async def _concurrently(count: int, callers: int = 100) -> float:
 
 def latency(bench: Bench) -> None:
     """Time from enqueue to the start of the function in an idle worker, one each 20 ms; and enqueue to result."""
-    from benchmarks.jobs import echo, stamp
+    from benchmarks.measured_jobs import echo, stamp
 
     bench.flush()
     count = bench.size(500)
@@ -85,7 +85,7 @@ def latency(bench: Bench) -> None:
 
 def memory(bench: Bench) -> None:
     """Bytes that the server uses per queued job with a 100-byte argument."""
-    from benchmarks.jobs import app, noop
+    from benchmarks.measured_jobs import app, noop
 
     bench.flush()
     count = bench.size(100_000)
@@ -100,7 +100,7 @@ def memory(bench: Bench) -> None:
 
 def idle(bench: Bench) -> None:
     """Commands a second, and CPU, of a worker with one process and nothing to do."""
-    from benchmarks.jobs import echo
+    from benchmarks.measured_jobs import echo
 
     bench.flush()
     seconds = 5 if bench.quick else 20

@@ -1,4 +1,4 @@
-"""The jobs that are measured: `conveyor worker benchmarks.jobs:app`. Each has its own queue."""
+"""The jobs that are measured: `conveyor worker benchmarks.measured_jobs:app`. Each has its own queue."""
 
 from __future__ import annotations
 
