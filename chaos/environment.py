@@ -41,13 +41,15 @@ class Stage:
         clock: bool = False,
         topology: str = "standalone",
         fsync: str = "always",
+        patience: float = 1.0,
     ) -> None:
         """
         Start Redis and, before a single server, the proxy; programs are started through `crew`.
 
+        *patience* multiplies the seconds that draining and ending may take.
         Under `everysec` a server that is killed on a slow disk forgets what it had answered, whoever uses it.
         """
-        self.seed, self.lease = seed, lease
+        self.seed, self.lease, self.patience = seed, lease, patience
         self.directory = Path(tempfile.mkdtemp(prefix="cx", dir="/tmp"))
         self.topology = topology
         self.ground: Any
@@ -106,7 +108,7 @@ class Stage:
             time.sleep(0.02)
         return found
 
-    def ready(self, workers: int, seconds: float = 20.0) -> None:
+    def ready(self, workers: int, seconds: float = 60.0) -> None:
         """Wait until that many workers have registered for jobs; raises when they do not."""
 
         def registered() -> bool:
@@ -117,7 +119,7 @@ class Stage:
             logs = [f"{path.name}:\n{path.read_text()[-2000:]}" for path in self.directory.glob("*.log")]
             raise RuntimeError("the workers did not start\n" + "\n".join(logs))
 
-    def started(self, count: int, seconds: float = 20.0) -> Any:
+    def started(self, count: int, seconds: float = 60.0) -> Any:
         """Wait until that many runs have begun."""
         return self.wait(lambda: sum(line["phase"] == "start" for line in self.lines("runs")) >= count, seconds)
 
@@ -137,12 +139,13 @@ class Stage:
         """
         Wait until the producers are done and every job has ended; return how long it took, None when it did not.
 
-        It may take longer than *seconds* as long as jobs end: *stall* seconds without one is too long.
+        It may take longer than *seconds* as long as jobs end: *stall* seconds without one is too long. Both are multiplied
+        by the patience of the stage.
         """
         began = time.monotonic()
+        seconds, stall = seconds * self.patience, (stall or max(15.0, 8 * self.lease)) * self.patience
         if not self.wait(lambda: not any(one.alive() for one in self.crew.producers()), seconds):
             return None
-        stall = stall or max(15.0, 8 * self.lease)
         fewest, progress = 1 << 60, time.monotonic()
         while left := self.remaining():
             now = time.monotonic()
@@ -165,7 +168,7 @@ class Stage:
     def judge(self, *, also: Iterable[str] = (), waived: Iterable[str] = ()) -> Verdict:
         """Let the workers bury their dead and end, then judge what is left."""
         self.wait(self._only_the_living, min(10.0, 3 * self.lease + 1))
-        orderly = self.crew.retire()
+        orderly = self.crew.retire(15 * self.patience)
         with self.ground.client(socket_timeout=60) as client:
             left = dumping.take(client)
         self.ground.stop()

@@ -182,8 +182,7 @@ class Producer:
         began = time.monotonic()
         while self.made < count and not self.stopped:
             self.one(self.random.choices(kinds, weights)[0])
-            ahead = self.made / rate - (time.monotonic() - began) if rate else 0
-            if ahead > 0:
+            while rate and not self.stopped and (ahead := self.made / rate - (time.monotonic() - began)) > 0:
                 time.sleep(min(ahead, 0.2))
 
 

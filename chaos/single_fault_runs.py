@@ -181,7 +181,7 @@ def redis_kill(stage: Stage, count: int, facts: Facts) -> Verdict:
     stage.ready(3)
     mix = {"quick": 1, "bulk": 0.02, "steady": 0.1, "message": 0.2, "own": 0.1, "quick:1500": 0.02}
     _producers(stage, [stage.url] * 2, rate=120, count=1_000_000, mix=mix)
-    stage.started(50)
+    stage.started(150)
     back: list[float] = []
     for _ in range(count):
         stage.fault("kill redis", lasting=1)
@@ -203,6 +203,7 @@ def cut(stage: Stage, count: int, facts: Facts) -> Verdict:
     stage.ready(2)
     mix = {"quick": 1, "bulk:15": 0.05, "message": 0.2, "own": 0.1, "unique": 0.05, "delayed": 0.1}
     _producers(stage, [stage.proxy.url] * 2, rate=250, count=1_000_000, mix=mix)
+    stage.started(150)  # else the workers' own connections use up the cuts before there is load
     stage.fault("cut", lasting=600, connections=count)
     stage.proxy.cut_randomly(mean=3000, times=count, seed=stage.seed)
     stage.wait(lambda: stage.proxy.count["cut"] >= count, 330)

@@ -178,7 +178,9 @@ def test_supervised_worker_and_admin(url: str, tmp_path: Path) -> None:
         )
 
     with Conveyor(url, namespace="family") as app:
-        app.client.push(app.keys("parents"), [Entry(new_id(), write_rest("support.spawning_app.parent", b'{"n":1}'))])
+        app.client.push(
+            app.client.keys("parents"), [Entry(new_id(), write_rest("support.spawning_app.parent", b'{"n":1}'))]
+        )
         assert [(one.name, one.ready) for one in Admin(app.client).queues()] == [("parents", 1)]
         done = conveyor("worker", "support.spawning_app:app", "--burst")
         assert (done.returncode, log.read_text().split()[0]) == (0, "1"), done.stderr

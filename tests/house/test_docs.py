@@ -109,7 +109,7 @@ def test_reference_of_keys_is_complete() -> None:
         for slot in QueueKeys.__slots__
         if slot not in {"foreign", "partitions", "prefix", "queue", "ready"}
     }
-    scripts = "".join(path.read_text() for path in (ROOT / "src/conveyor/store/scripts").glob("*.lua"))
+    scripts = "".join(path.read_text() for path in (ROOT / "src/conveyor/store/scripts").rglob("*.lua"))
     names |= set(re.findall(r"prefix \.\. '([\w:]+?):?'", scripts)) | {"ready", "lane", "leased", "wake", "result"}
     assert not [one for one in names if f"`{one.removeprefix(keys.prefix)}" not in text]
 

@@ -9,18 +9,17 @@ import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 import redis as redis_py
 
 import conveyor
-from conveyor import provider
 from conveyor.errors import ConfigurationError, PayloadError, QueueFull
 from conveyor.events import Event, JobDead, JobDone, JobEvent
 from conveyor.jobs.app import Conveyor
-from conveyor.jobs.task import Task, TaskCall
+from conveyor.jobs.core import core_of
+from conveyor.jobs.task import Task, TaskCall, definition_of
 from support.manual_worker import Hand, arguments, eventually
 
 SOURCE = str(Path(__file__).parents[2] / "src")
@@ -155,7 +154,7 @@ def test_payload_limit_of_the_app_holds_for_tasks(url: str) -> None:
         with pytest.raises(PayloadError) as caught:
             small.enqueue("x" * 200)
         assert caught.value.code == "E21"
-        assert large.signature.max_payload == 1000
+        assert definition_of(large).signature.max_payload == 1000
 
 
 @pytest.mark.standalone_only("counts the connections of one server")
@@ -181,10 +180,8 @@ async def test_async_with_closes_the_loops_connection(url: str, redis: redis_py.
 
 
 def test_worker_comes_from_the_layer_above(app: Conveyor, monkeypatch: pytest.MonkeyPatch) -> None:
-    """app.worker() hands itself and its options to the class that the package provides."""
-    assert provider.embedded_worker is not None
-    made = SimpleNamespace(EmbeddedWorker=lambda app, **options: (app, options))
-    monkeypatch.setattr(provider, "embedded_worker", lambda: made)
+    """app.worker() hands itself and its options to the embedded worker, which is loaded by its name."""
+    monkeypatch.setattr("conveyor.worker.embedded.EmbeddedWorker", lambda app, **options: (app, options))
 
     given, options = cast("tuple[Conveyor, dict[str, Any]]", app.worker(queues={"mail": 3}, threads=2))
     assert given is app
@@ -199,7 +196,7 @@ def test_queue_is_declared_once(app: Conveyor) -> None:
     orders = app.queue("orders", int, lease="30s", max_attempts=3)
 
     assert app.queue("orders", int, lease=30, max_attempts=3) is orders
-    assert (app.queues, app.queue_lease_ms("orders"), app.queue_lease_ms("other")) == (
+    assert (core_of(app).queues, core_of(app).queue_lease_ms("orders"), core_of(app).queue_lease_ms("other")) == (
         {"orders": orders},
         30_000,
         15_000,
@@ -231,8 +228,12 @@ def test_plain_list_is_declared_once(app: Conveyor, note: Task[[int], None], red
     numbers = app.plain_list("app:{t1}:numbers", int, task=note, lease="5s")
 
     assert app.plain_list("app:{t1}:numbers", int, task=note.name, lease=5) is numbers
-    assert app.plain_lists == {"app:{t1}:numbers": numbers}
-    assert (numbers.task, app.queue_lease_ms(numbers.name), app.keys(numbers.name)) == (note.name, 5_000, numbers.keys)
+    assert core_of(app).plain_lists == {"app:{t1}:numbers": numbers}
+    assert (numbers.task, core_of(app).queue_lease_ms(numbers.name), core_of(app).keys(numbers.name)) == (
+        note.name,
+        5_000,
+        numbers.keys,
+    )
     for declare in (
         lambda: app.plain_list("app:{t1}:numbers"),
         lambda: (app.plain_list("orders"), app.queue("orders")),
@@ -283,14 +284,14 @@ def test_listeners_hear_their_events(app: Conveyor) -> None:
     app.on("dead", lambda event: heard.append(("name", event)))
     app.on(JobDead)(lambda event: heard.append(("class", event)))
 
-    assert (app.has_listener(JobDead), app.has_listener(JobDone)) == (True, False)
+    assert (core_of(app).has_listener(JobDead), core_of(app).has_listener(JobDone)) == (True, False)
 
     @app.on(JobEvent)
     def all_kinds(event: JobEvent) -> None:
         heard.append(("above", event))
 
     for event in (DONE, DEAD):
-        app.emit(event)
+        core_of(app).emit(event)
 
     assert heard == [("above", DONE), ("name", DEAD), ("class", DEAD), ("above", DEAD)]
     wrong: list[Any] = ["died", int, 5]
@@ -316,7 +317,7 @@ async def test_async_listeners_are_scheduled(app: Conveyor, caplog: pytest.LogCa
         heard.set()
 
     with caplog.at_level(logging.ERROR):
-        app.emit(DONE)
+        core_of(app).emit(DONE)
         await asyncio.wait_for(heard.wait(), 10)
 
     assert [str(record.exc_info[1]) for record in caplog.records if record.exc_info] == ["broken", "broken later"]
@@ -328,7 +329,7 @@ def test_async_listener_without_a_loop_is_told(app: Conveyor, caplog: pytest.Log
     @app.on("done")
     async def listen(event: JobDone) -> None: ...
 
-    app.emit(DONE)
+    core_of(app).emit(DONE)
 
     assert "was not called" in caplog.text
 
@@ -352,11 +353,11 @@ async def test_lifespans_open_in_order_and_close_in_reverse(app: Conveyor) -> No
         yield None
         steps.append("close nothing")
 
-    async with app.lifespan_context() as state:
+    async with core_of(app).lifespan_context() as state:
         assert state == {"db": 1}
     assert steps == ["open database", "open nothing", "close nothing", "close database"]
     with pytest.raises(KeyError):
-        async with app.lifespan_context():
+        async with core_of(app).lifespan_context():
             raise KeyError
     assert steps[-1] == "close database"
 

@@ -7,11 +7,12 @@ from typing import Any
 import pytest
 import redis as redis_py
 
+from conveyor import CallNext, Middleware, Outgoing
 from conveyor.errors import ConfigurationError, PayloadError
 from conveyor.jobs.app import Conveyor
 from conveyor.jobs.context import Context
-from conveyor.jobs.hooks import CallNext, Middleware, run_through
-from conveyor.jobs.job_options import Outgoing
+from conveyor.jobs.core import core_of
+from conveyor.jobs.hooks import run_through
 from conveyor.jobs.task import Task
 from support.manual_worker import Hand, arguments
 
@@ -58,7 +59,7 @@ async def test_pushes_pass_all_middlewares_in_order(app: Conveyor, note: Task[[i
 
     await app.aclose()
     assert await asyncio.to_thread(take) == {1: "td", 2: "own td", 3: "td", 4: "td", 5: "td"}
-    assert app.middlewares == []  # they have nothing to say about runs
+    assert core_of(app).run_middlewares == []  # they have nothing to say about runs
 
 
 def test_push_may_change_what_goes_out(app: Conveyor, note: Task[[int], None]) -> None:
@@ -119,9 +120,9 @@ async def test_runs_nest_the_first_outermost(app: Conveyor) -> None:
         steps.append("job")
         return 10
 
-    assert await run_through(app.middlewares, context(), job) == 22
+    assert await run_through(core_of(app).run_middlewares, context(), job) == 22
     assert steps == ["outer q:x", "inner", "job", "outer ends"]
-    assert app.pushers == []
+    assert core_of(app).push_middlewares == []
 
 
 async def test_run_sees_what_the_job_raises(app: Conveyor) -> None:
@@ -137,7 +138,7 @@ async def test_run_sees_what_the_job_raises(app: Conveyor) -> None:
     async def job() -> int:
         raise ValueError("no")
 
-    assert await run_through(app.middlewares, context(), job) == "no"
+    assert await run_through(core_of(app).run_middlewares, context(), job) == "no"
 
 
 def test_what_is_no_middleware_is_refused(app: Conveyor) -> None:
@@ -158,4 +159,4 @@ def test_what_is_no_middleware_is_refused(app: Conveyor) -> None:
     for one in wrong:
         with pytest.raises(ConfigurationError):
             app.middleware(one)
-    assert (app.middlewares, app.pushers) == ([], [])
+    assert (core_of(app).run_middlewares, core_of(app).push_middlewares) == ([], [])

@@ -57,7 +57,7 @@ async def family(url: str) -> AsyncIterator[Conveyor]:
 
 
 def queued(redis: redis_py.Redis, app: Conveyor, queue: str) -> list[str]:
-    return [one.decode() for one in redis.lrange(app.keys(queue).ready[0], 0, -1)]
+    return [one.decode() for one in redis.lrange(app.client.keys(queue).ready[0], 0, -1)]
 
 
 async def test_follower_leaves_with_the_success(family: Conveyor, redis: redis_py.Redis) -> None:
@@ -69,7 +69,7 @@ async def test_follower_leaves_with_the_success(family: Conveyor, redis: redis_p
     assert follower.queue == "two"
     assert await follower.aresult(timeout=1) == 7
     assert ran == [7]
-    assert redis.exists(family.keys("default").outbox) == 0
+    assert redis.exists(family.client.keys("default").outbox) == 0
 
 
 async def test_nothing_leaves_an_attempt_without_success(family: Conveyor, redis: redis_py.Redis) -> None:
@@ -109,7 +109,7 @@ async def test_a_job_to_come_is_waited_for(family: Conveyor) -> None:
         with pytest.raises(TimeoutError):
             await job.aresult(timeout=0)
         waiting = asyncio.create_task(job.aresult(timeout=10))
-        two = family.keys("two")
+        two = family.client.keys("two")
         while not await family.client.aexecute("HEXISTS", two.waiters, job.id.split(":")[1], key=two.jobs):
             await asyncio.sleep(0.005)
         coming.append(None)

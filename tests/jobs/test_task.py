@@ -18,6 +18,7 @@ import redis as redis_py
 from conveyor.errors import ConfigurationError, PayloadError
 from conveyor.jobs.app import Conveyor
 from conveyor.jobs.context import Context, current
+from conveyor.jobs.task import definition_of
 from conveyor.messaging.limits import Concurrency, Debounce, Rate, Unique
 from conveyor.messaging.retry import Retry
 from support.manual_worker import Hand, arguments
@@ -44,7 +45,12 @@ def test_task_stays_the_function(app: Conveyor) -> None:
 
     assert task(1, b=5) == 6
     assert (task.__name__, task.__doc__, inspect.signature(task)) == ("add", "Add.", inspect.signature(add))
-    assert (task.name, task.queue, task.run_in, task.is_async) == ("test_task.add", "default", "thread", False)
+    assert (task.name, task.queue, definition_of(task).run_in, definition_of(task).is_async) == (
+        "test_task.add",
+        "default",
+        "thread",
+        False,
+    )
     assert app.tasks == {"test_task.add": task}
 
 
@@ -56,7 +62,7 @@ async def test_async_task_stays_the_function(app: Conveyor) -> None:
         return 2 * n
 
     assert await double(4) == 8
-    assert (double.is_async, double.run_in) == (True, "loop")
+    assert (definition_of(double).is_async, definition_of(double).run_in) == (True, "loop")
 
 
 def test_default_name_of_a_script_is_its_modules(tmp_path: Path) -> None:
@@ -100,7 +106,7 @@ def test_context_is_not_an_argument(app: Conveyor) -> None:
 
     work.enqueue(1)
 
-    assert work.signature.injected == ("context",)
+    assert definition_of(work).signature.injected == ("context",)
     with pytest.raises(PayloadError, match="which the worker fills"):
         work.enqueue(1, context=current())
     hand = Hand(app)
@@ -276,9 +282,9 @@ def test_settings_are_kept_for_the_worker(app: Conveyor) -> None:
     task = app.task(
         name="mail.add", queue="mail", timeout="30s", retry=3, keep_result=0, run_in="process", ack="early"
     )(add)
-    settings = task.settings
+    settings = definition_of(task).settings
 
-    assert (task.name, task.queue, task.run_in) == ("mail.add", "mail", "process")
+    assert (task.name, task.queue, definition_of(task).run_in) == ("mail.add", "mail", "process")
     assert (settings.timeout_ms, settings.retry.attempts, settings.keep_ms, settings.ack) == (30_000, 3, 0, "early")
 
 
@@ -308,4 +314,4 @@ def test_partial_of_an_async_function_is_async(app: Conveyor) -> None:
     async def fetch(url: str, n: int) -> int:
         return n
 
-    assert app.task(name="partial")(partial(fetch, n=1)).run_in == "loop"
+    assert definition_of(app.task(name="partial")(partial(fetch, n=1))).run_in == "loop"

@@ -127,5 +127,5 @@ class TestAwaitable:
 
 
 async def _end(queue):
-    [member] = await queue.client.arun(inspection.crew(queue.keys))
+    [member] = await queue.client.arun(inspection.workers(queue.keys))
     return member.end

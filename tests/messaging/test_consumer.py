@@ -128,12 +128,12 @@ class TestOneByOne:
         ours = {Path(name).name for name in re.findall(r'File "([^"]*conveyor[^"]*)"', errors)}
         assert ours <= {
             "queue.py",
-            "partitioned.py",
+            "partitioned_queue.py",
+            "blocking.py",
+            "asynchronous.py",
             "consumer.py",
             "aconsumer.py",
-            "spread.py",
-            "aspread.py",
-            "flow.py",
+            "steps.py",
         }
         assert errors.count("During handling") == (loop[0] == "a")  # asyncio tells a cancellation that way itself
 

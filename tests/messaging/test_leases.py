@@ -127,7 +127,7 @@ class TestRounds:
         play(books.round(2), [0, turn(ids=["a", "b"])])
         lost = books.held["b"]
         calls = play(books.round(), [turn(held=3), ["a", "x", "y"], turn(held=1)])
-        assert names(calls) == ["turn", "held", "turn"]
+        assert names(calls) == ["turn", "held_ids", "turn"]
         assert {calls[-1].args[i] for i in (8, 15)} == {"x", "y"}
         assert calls[-1].args[7] == "F"
         assert lost.lost

@@ -277,9 +277,9 @@ class TestRepartition:
         mine = spread(other)
         whole = backend.keys("orders")
         for steps in (1, 2, 5, 9):
-            backend.run(partitioning.switch(whole, "begin", "dead", 4))
+            backend.run(partitioning.repartition(whole, "begin", "dead", 4))
             for one in range(min(steps - 1, 8)):
-                backend.run(partitioning.switch(queue8.parts[one].keys, "close", "dead", 8))
+                backend.run(partitioning.repartition(queue8.parts[one].keys, "close", "dead", 8))
             with pytest.raises(ConfigurationError, match="is being changed right now"):
                 spread(other).push(1)
             assert Admin(backend).queue("orders").partitions == 8
@@ -288,10 +288,10 @@ class TestRepartition:
             mine.push(1)
             assert ack_all(mine.pull()) == [1]
         # The queue has its new number, and its partitions are still shut.
-        backend.run(partitioning.switch(whole, "begin", "dead", 4))
+        backend.run(partitioning.repartition(whole, "begin", "dead", 4))
         for part in queue8.parts:
-            backend.run(partitioning.switch(part.keys, "close", "dead", 8))
-        backend.run(partitioning.switch(whole, "end", "dead", 4))
+            backend.run(partitioning.repartition(part.keys, "close", "dead", 8))
+        backend.run(partitioning.repartition(whole, "end", "dead", 4))
         assert spread(backend, 4).repartition(4) == 4
         four = spread(other, 4)
         assert len(four.push_many(range(8))) == 8
@@ -301,17 +301,17 @@ class TestRepartition:
     def test_a_push_waits_for_a_change_to_end(self, backend, queue8):
         """A push that meets a change waits for it, and succeeds when the number is its own again."""
         whole = backend.keys("orders")
-        backend.run(partitioning.switch(whole, "begin", "T", 4))
+        backend.run(partitioning.repartition(whole, "begin", "T", 4))
         for part in queue8.parts:
-            backend.run(partitioning.switch(part.keys, "close", "T", 8))
+            backend.run(partitioning.repartition(part.keys, "close", "T", 8))
         done = []
         thread = threading.Thread(target=lambda: done.append(queue8.push(1)))
         thread.start()
         time.sleep(0.1)
         assert done == []
-        backend.run(partitioning.switch(whole, "end", "T", 8))
+        backend.run(partitioning.repartition(whole, "end", "T", 8))
         for part in queue8.parts:
-            backend.run(partitioning.switch(part.keys, "open", "T", 8))
+            backend.run(partitioning.repartition(part.keys, "open", "T", 8))
         thread.join(5)
         assert (len(done), queue8.purge()) == (1, 1)
 

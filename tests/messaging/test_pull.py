@@ -52,7 +52,7 @@ class TestExplicit:
         message.extend("1m")
         message.extend("5m")
         consumer.close()
-        [member] = queue.client.run(inspection.crew(queue.keys))
+        [member] = queue.client.run(inspection.workers(queue.keys))
         assert member.held == 1
         assert member.end > time.time() * 1000 + 200_000
         message.ack()

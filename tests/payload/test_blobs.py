@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
+from conveyor import BlobUnavailable, FileStore
 from conveyor.admin.admin import Admin
 from conveyor.admin.blob_sweep import sweep
+from conveyor.errors import ConfigurationError, JobFailed, PayloadError, StoreUnavailable
 from conveyor.jobs.app import Conveyor
 from conveyor.messaging.retry import Retry
-from conveyor.payload import FileStore
-from conveyor.payload.blobs import BlobUnavailable, ConfigurationError, JobFailed, PayloadError, StoreUnavailable
 from support.running_worker import drain, until, working
 
 KEYS = {"2026-11": "k" * 32}
@@ -81,7 +81,7 @@ async def test_large_arguments_lie_in_the_store_until_their_job_ended(url, redis
         assert len(files) == 2
         assert all(file.stat().st_mode & 0o777 == 0o600 for file in files)
         assert all(file.read_bytes().startswith(b"\x01\x01\x01") for file in files)
-        assert max(map(len, redis.hvals(app.keys("default").jobs))) < 300
+        assert max(map(len, redis.hvals(app.client.keys("default").jobs))) < 300
         await drain(app)
         assert [await job.aresult("1s") for job in jobs] == [600_000, 599_999, 5]
         await until(lambda: not list(tmp_path.glob("??/*")))
@@ -185,7 +185,7 @@ async def test_refused_end_leaves_the_body(app, store, redis):
         return len(ran)
 
     job = await slow.aenqueue(BIG)
-    keys, id_ = app.keys("default"), job.id.partition(":")[2]
+    keys, id_ = app.client.keys("default"), job.id.partition(":")[2]
     async with working(app) as worker:
         await until(lambda: ran)
         assert redis.hdel(keys.leased(worker.consumers[0].identity), id_) == 1  # as if another had taken it

@@ -11,11 +11,11 @@ import msgspec
 import pytest
 import pytest_asyncio
 
+from conveyor import FileStore, Format
 from conveyor.admin.admin import Admin
 from conveyor.errors import ConfigurationError, JobFailed, PayloadError
 from conveyor.jobs.app import Conveyor
-from conveyor.payload import FileStore
-from conveyor.payload.formats import Format
+from conveyor.jobs.core import core_of
 from support.custom_formats import Opaque, OpaqueFormat, Packed, Point, declare
 from support.running_worker import drain
 from support.shell import Shell
@@ -44,8 +44,8 @@ async def made(url):
 
     yield one
     for app in apps:
-        for queue in ("default", *app.queues):
-            held = app.queues.get(queue) or app.queue(queue)
+        for queue in ("default", *core_of(app).queues):
+            held = core_of(app).queues.get(queue) or app.queue(queue)
             await held.apurge()
             await held.apurge(dead=True)
         await app.aclose()
@@ -72,7 +72,7 @@ async def test_jobs_and_results_travel_in_msgpack(made, redis, tmp_path, way):
     assert [await job.aresult("1s") for job in jobs[1:4]] == [[n, b"\x00", [], {}] for n in range(3)]
     assert await app.job("mine").aresult("1s") == [b"x", b"\x00", [], {}]
     assert await moved.aresult("1s") == Point(2, 3)
-    record = redis.get(app.keys("default").result(moved.id.split(":")[1]))
+    record = redis.get(app.client.keys("default").result(moved.id.split(":")[1]))
     assert b'"packed":"' in record
     assert not list(redis.scan_iter("*dead*"))
 
@@ -106,7 +106,7 @@ async def test_a_format_of_ones_own(made, redis):
     [message] = await queue.apull()
     assert message.body == Point(3, -4)
     await message.aack()
-    declare(app, format=app.formats.known["points.v1"])
+    declare(app, format=core_of(app).formats.known["points.v1"])
     job = await app.tasks["move"].aenqueue(Point(5, 6), by=Point(-1, -2))
     await drain(app)
     assert await job.aresult("1s") == Point(4, 4)
@@ -144,8 +144,8 @@ async def test_classes_that_only_their_format_knows(made, redis):
     queue = app.queue("words", Opaque)
     await queue.apush(Opaque("a"))
     jobs = [await say.aenqueue(Opaque("b")), await say.aenqueue(Opaque("b"), Opaque("c"))]
-    redis.hset(app.keys("words").jobs, "json", b'\n\n{"words":"x"}')
-    redis.rpush(app.keys("words").ready[0], "json")
+    redis.hset(app.client.keys("words").jobs, "json", b'\n\n{"words":"x"}')
+    redis.rpush(app.client.keys("words").ready[0], "json")
     await drain(app)
     assert [(await job.aresult("1s")).words for job in jobs] == ["b0", "bc0"]
     [message] = await queue.apull(2)
@@ -153,7 +153,7 @@ async def test_classes_that_only_their_format_knows(made, redis):
     await message.aack()
     [letter] = [one async for one in queue.adead_letters()]
     assert "Expected Opaque, got dict" in letter.error
-    seeing = await asyncio.to_thread(Admin(app.client, formats=app.formats).job, jobs[0].id)
+    seeing = await asyncio.to_thread(Admin(app.client, formats=core_of(app).formats).job, jobs[0].id)
     assert "Opaque" in str(seeing.result)
 
 
@@ -196,7 +196,7 @@ async def test_formats_change_while_jobs_wait(made):
         await app.queue("points", Point).apush(Point(7, 7))
     reader = made(format=["json", Packed()])
     declare(reader)
-    assert repr(reader.formats) == "<Formats json, msgpack, points.v1; writes json>"
+    assert repr(core_of(reader).formats) == "<Formats json, msgpack, points.v1; writes json>"
     await drain(reader)
     assert [await reader.tasks["move"].job(job.id).aresult("1s") for job in jobs] == [Point(2, 3)] * 3
     messages = await reader.queue("points", Point).apull(3)
@@ -328,12 +328,14 @@ async def test_what_cannot_be_shown_is_said(made):
     app = made(format=Packed())
     queue = app.queue("points", Point)
     id_ = await queue.apush(Point(1, 2))
-    seeing = await asyncio.to_thread(Admin(app.client, formats=app.formats).job, id_)
+    seeing = await asyncio.to_thread(Admin(app.client, formats=core_of(app).formats).job, id_)
     assert seeing.payload == '{"x":1,"y":2}'
     blind = await asyncio.to_thread(Admin(app.client).job, id_)
     assert "19 bytes" in str(blind.payload)
     assert "E50" in str(blind.payload)
     sealed = made(namespace="sealed", format="msgpack", keys=KEYS, encrypt=True)
     id_ = await sealed.queue("q").apush({1: "x"})
-    shown = await asyncio.to_thread(Admin(sealed.client, sealing=sealed.sealing, formats=sealed.formats).job, id_)
+    shown = await asyncio.to_thread(
+        Admin(sealed.client, sealing=sealed.sealing, formats=core_of(sealed).formats).job, id_
+    )
     assert shown.payload == '{"1":"x"}'

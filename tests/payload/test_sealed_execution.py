@@ -13,8 +13,7 @@ from support.shell import Shell
 
 JOBS = """
 import os
-from conveyor import Conveyor, Middleware, current
-from conveyor.sealing import FileStore
+from conveyor import Conveyor, FileStore, Middleware, current
 
 app = Conveyor(
     keys={"2026-11": "k" * 32}, encrypt=True, compress="1KiB", large=FileStore("blobs"), large_above="2KiB"

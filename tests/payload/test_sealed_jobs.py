@@ -13,6 +13,7 @@ from conveyor.admin.admin import Admin
 from conveyor.errors import ConfigurationError, JobFailed, PayloadError
 from conveyor.jobs.app import Conveyor
 from conveyor.jobs.context import current
+from conveyor.jobs.core import core_of
 from conveyor.messaging.retry import Retry
 from support.running_worker import drain
 
@@ -57,8 +58,8 @@ async def made(url):
 
     yield one
     for app in apps:
-        for queue in ("default", *app.plain_lists):
-            one = app.plain_lists.get(queue) or app.queue(queue)
+        for queue in ("default", *core_of(app).plain_lists):
+            one = core_of(app).plain_lists.get(queue) or app.queue(queue)
             await one.apurge()
             await one.apurge(dead=True)
         await app.aclose()
@@ -69,7 +70,7 @@ JOBS, STATE = "conveyor:{default}:jobs", "conveyor:{default}:state"
 
 async def letters(app: Conveyor, queue: str = "default") -> list[Any]:
     """The dead letters of a queue."""
-    held = app.plain_lists.get(queue) or app.queue(queue)
+    held = core_of(app).plain_lists.get(queue) or app.queue(queue)
     return [letter async for letter in held.adead_letters()]
 
 
@@ -92,7 +93,7 @@ async def test_sealed_jobs_run_and_answer(made, redis, encrypt):
         await failed.aresult("1s")
     assert "Traceback" in caught.value.traceback
     [state] = redis.hvals(STATE)
-    record = redis.get(app.keys("default").result(jobs[0].id.split(":")[1]))
+    record = redis.get(app.client.keys("default").result(jobs[0].id.split(":")[1]))
     assert b"no luck" not in state
     assert b"ValueError" in state
     assert b'"packed":"' in record
@@ -163,7 +164,7 @@ async def test_sealed_bytes_hold_nowhere_else(made, redis, encrypt):
     job = await app.tasks["shop.add"].aenqueue(1, 2)
     [envelope] = redis.hvals(JOBS)
     body = envelope.split(b"\n", 2)[2]
-    keys = app.keys("default")
+    keys = app.client.keys("default")
     bare = job.id.split(":")[1]
     opened = {"queue": "default", "task": "shop.add", "id": bare}
     assert app.sealing.unwrap(body, **opened) == b'{"a":1,"b":2}'
@@ -197,7 +198,7 @@ async def test_forged_result_is_refused(made, redis):
     app = made(keys=OLD)
     job = await app.tasks["shop.add"].aenqueue(1, 2)
     await drain(app)
-    keys, bare = app.keys("default"), job.id.split(":")[1]
+    keys, bare = app.client.keys("default"), job.id.split(":")[1]
     genuine = redis.get(keys.result(bare))
     for forged, code in (
         (b'{"status":"done","value":99}', "E41"),
@@ -235,7 +236,7 @@ async def test_compressed_results_and_errors_need_no_settings(made, redis):
 
     jobs = [await talk.aenqueue("ab", times) for times in (3000, 0)]
     await drain(app)
-    assert len(redis.get(app.keys("default").result(jobs[0].id.split(":")[1]))) < 200
+    assert len(redis.get(app.client.keys("default").result(jobs[0].id.split(":")[1]))) < 200
     assert await other.job(jobs[0].id).aresult("1s") == "ab" * 3000
     with pytest.raises(JobFailed, match="ValueError: abab"):
         await other.job(jobs[1].id).aresult("1s")
@@ -253,8 +254,8 @@ async def test_plain_list_is_taken_only_when_told(made, redis):
     redis.rpush("foreign", b'{"a": 1, "b": 2}')
     await drain(app, queues={"foreign": 1})
     assert ran == [(1, 2)]
-    redis.hset(app.keys("foreign").jobs, "forged", b'\nshop.early\n{"word":"x"}')
-    redis.rpush(app.keys("foreign").ready[0], "forged")
+    redis.hset(app.client.keys("foreign").jobs, "forged", b'\nshop.early\n{"word":"x"}')
+    redis.rpush(app.client.keys("foreign").ready[0], "forged")
     await drain(app, queues={"foreign": 1})
     assert ran == [(1, 2)]
     assert "E41" in (await letters(app, "foreign"))[0].error

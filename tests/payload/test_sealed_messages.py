@@ -7,9 +7,10 @@ from contextlib import aclosing
 
 import pytest
 
+from conveyor import FileStore
 from conveyor.errors import ConfigurationError, JobFailed
 from conveyor.jobs.app import Conveyor
-from conveyor.payload import FileStore
+from conveyor.jobs.core import core_of
 from support.running_worker import drain, until
 
 KEYS = {"2026-11": "s" * 32}
@@ -26,7 +27,7 @@ def made(url):
 
     yield one
     for app in apps:
-        for queue in app.queues.values():
+        for queue in core_of(app).queues.values():
             queue.purge()
             queue.purge(dead=True)
         app.close()

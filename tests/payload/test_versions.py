@@ -96,7 +96,7 @@ async def test_newer_job_is_dead_after_a_day(made, redis):
     job = await new.tasks["charge"].aenqueue(6, "USD")
     bare = job.id.split(":")[1]
     aged = _older(new_id(), 25 * 3_600_000)
-    keys = old.keys("default")
+    keys = old.client.keys("default")
     redis.hset(keys.jobs, aged, redis.hget(keys.jobs, bare))
     redis.hdel(keys.jobs, bare)
     redis.delete(keys.ready[0])
@@ -145,7 +145,7 @@ async def test_version_without_upcast_only_waits(made):
 def _promote(app: Conveyor, public: str) -> Any:
     from conveyor.store import operations
 
-    return operations.promote(app.keys("default"), public.split(":")[1])
+    return operations.promote(app.client.keys("default"), public.split(":")[1])
 
 
 def _older(id_: str, ms: int) -> str:

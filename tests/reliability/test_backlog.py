@@ -39,7 +39,7 @@ def _push(app: Conveyor, count: int) -> float:
 
 def _cost(app: Conveyor, redis: redis_py.Redis) -> tuple[dict[str, float], float]:
     """Lease and finish 2,000 jobs, look at pages and counts; return commands per job by name, and µs per script."""
-    keys, jobs, done = app.keys("default"), 2000, ()
+    keys, jobs, done = app.client.keys("default"), 2000, ()
     hand = Hand(app)
     redis.config_resetstat()
     for _ in range(jobs // 500):
@@ -48,7 +48,7 @@ def _cost(app: Conveyor, redis: redis_py.Redis) -> tuple[dict[str, float], float
         done = tuple(turn.ids)
     hand.turn(0, done=done)
     for state in ("ready", "scheduled", "dead"):
-        app.client.run(inspection.page(keys, state, 0, 50))
+        app.client.run(inspection.list_jobs(keys, state, 0, 50))
     app.client.run(inspection.counts(keys))
     stats = redis.info("commandstats")
     hand.leave()
@@ -80,7 +80,7 @@ def test_a_job_costs_the_same_at_any_depth(app: Conveyor, redis: redis_py.Redis,
     )
     assert deep == pytest.approx(shallow, abs=0.01)
     assert slow == []
-    assert app.client.run(inspection.counts(app.keys("default"))).ready == 500 + depth - 2000
+    assert app.client.run(inspection.counts(app.client.keys("default"))).ready == 500 + depth - 2000
 
 
 @pytest.mark.row("D7")
@@ -102,14 +102,14 @@ def test_a_purge_lets_others_work(app: Conveyor, redis: redis_py.Redis, rounds: 
             newer.append(task.enqueue(-1).id)
             waits.append(perf_counter() - began)
         purging.join()
-    left = app.client.run(inspection.counts(app.keys("default")))
+    left = app.client.run(inspection.counts(app.client.keys("default")))
     batches = redis.info("commandstats")["cmdstat_evalsha"]["calls"] - len(newer)
     print(f"{depth} purged in {batches} calls; {len(waits)} pushes meanwhile, the slowest {1000 * max(waits):.1f} ms")
     assert batches >= (depth - 10) / 500
     assert len(waits) > 10
     assert (left.ready, left.leased) == (len(newer), 10)
     hand.plainly_done(*held)
-    assert app.client.run(inspection.audit(app.keys("default"))) == []
+    assert app.client.run(inspection.audit(app.client.keys("default"))) == []
     hand.leave()
     queue.purge()
 
@@ -129,7 +129,7 @@ async def test_jobs_that_fail_together_come_back_apart(app: Conveyor, redis: red
 
     worker = Worker(app)
     running = asyncio.create_task(worker.run())
-    due = app.keys("default").due
+    due = app.client.keys("default").due
     await until(lambda: redis.zcard(due) == jobs, 120)
     worker.stop()
     await running
@@ -154,7 +154,7 @@ async def test_a_herd_that_is_due_at_one_instant(app: Conveyor, redis: redis_py.
 
     for first in range(0, jobs, 50_000):
         await app.aenqueue_many([note.options(delay="1h").s(n) for n in range(first, min(first + 50_000, jobs))])
-    keys = app.keys("default")
+    keys = app.client.keys("default")
     now = int(redis.time()[0]) * 1000
     for first in range(0, jobs, 5000):
         redis.zadd(keys.due, dict.fromkeys(redis.zrange(keys.due, first, first + 4999), now))

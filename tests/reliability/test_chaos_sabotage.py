@@ -17,6 +17,7 @@ CLASSICS = {
     "push_acknowledged_before_stored", "lease_count_not_compared", "lease_in_two_steps", "every_job_acked_early", "result_written_after_ack", "delay_by_client_clock",
     "crash_limit_ignored", "unique_key_of_another_job_deleted", "repeated_push_stored_again",
 }  # fmt: skip
+ROUNDS = 5
 SIDE_BY_SIDE = 5  # scenes are mostly waiting: for a lease to end, for work to drain
 NEEDED = {sabotaged_build.case_of(patch) for patch in PATCHES.values()}
 
@@ -27,20 +28,21 @@ def playable(names: list[str]) -> list[str]:
 
 
 def play_sabotaged(name: str) -> list[str]:
-    patch = PATCHES[name]
-    with tempfile.TemporaryDirectory() as directory:
-        return sabotage_cases.run(
-            sabotaged_build.case_of(patch), source=sabotaged_build.build(patch, Path(directory))
-        ).failed
+    """Return what the checker finds wrong; plays the scene with one seed after another until it does."""
+    # A fault may strike when nothing is in its way, and then shows nothing of what it strikes.
+    patch, failed = PATCHES[name], list[str]()
+    for seed in range(1, ROUNDS + 1):
+        with tempfile.TemporaryDirectory() as directory:
+            source = sabotaged_build.build(patch, Path(directory))
+            failed = sabotage_cases.run(sabotaged_build.case_of(patch), source=source, seed=seed).failed
+        if failed:
+            break
+    return failed
 
 
-def play_honest(name: str) -> str:
-    # Once more after a failure: on a loaded machine a worker may really be late for a lease of one second.
-    for _ in range(2):
-        verdict = sabotage_cases.run(name)
-        if not verdict.failed:
-            return ""
-    return f"{verdict.failed} {verdict.examples}"
+def play_honest(name: str, seed: int = 1) -> str:
+    verdict = sabotage_cases.run(name, seed=seed)
+    return f"{verdict.failed} {verdict.examples}" if verdict.failed else ""
 
 
 def test_patches_are_many_and_aimed() -> None:
@@ -78,5 +80,7 @@ def test_this_build_passes_every_scene() -> None:
     names = playable(list(sabotage_cases.CASES))
     with ThreadPoolExecutor(SIDE_BY_SIDE) as pool:
         found = dict(zip(names, pool.map(play_honest, names), strict=True))
+    # Once more after a failure, and alone: beside others a worker may really be late for a lease of one second.
+    found = {name: play_honest(name, seed=2) for name, failed in found.items() if failed}
 
     assert {name: failed for name, failed in found.items() if failed} == {}

@@ -72,7 +72,7 @@ def test_forks_amid_commands(url: str, rounds: Rounds) -> None:
         assert codes == [0] * times
         assert wrong.total() == 0
         assert len(wrong) == 20
-        app.client.run(operations.purge(app.keys("default"), "ready", 1000))
+        app.client.run(operations.purge(app.client.keys("default"), "ready", 1000))
         app.queue("default").purge()
 
 
@@ -236,7 +236,7 @@ async def test_workers_of_one_name_are_two(url: str) -> None:
         await heir.ready.wait()
         assert heir.name == dead.name
         assert (await counts(app)).workers == 3
-        assert await app.client.arun(operations.reap(app.keys("default"), identities[0])) == 1
+        assert await app.client.arun(operations.reap(app.client.keys("default"), identities[0])) == 1
         await until(lambda: runs[0] == 2)
         assert runs[1] == 1
         gate.set()

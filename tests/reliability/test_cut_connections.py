@@ -215,7 +215,7 @@ def results(app: Conveyor) -> Any:
         job.result(timeout=0.001)
     first = HandWorker(app.client, "default")
     taken = first.take()
-    app.client.run(operations.beat(first.keys, first.identity, 5000))
+    app.client.run(operations.heartbeat(first.keys, first.identity, 5000))
     app.client.run(operations.reap(first.keys, first.identity))
     second = HandWorker(app.client, "default")
     assert second.take() == taken == [job.id]

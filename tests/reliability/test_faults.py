@@ -133,7 +133,7 @@ def test_a_fork_uses_no_connection_of_its_parent(url: str) -> None:
         note.enqueue(1000 + n)
     assert exit_codes(children) == [0, 0, 0]
 
-    assert app.client.run(operations.purge(app.keys("default"), "ready", 1000)) == (201, 201)
+    assert app.client.run(operations.purge(app.client.keys("default"), "ready", 1000)) == (201, 201)
     app.close()
 
 

@@ -6,6 +6,7 @@ import os
 import random
 import re
 import signal
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -16,6 +17,7 @@ from typing import Any
 import pytest
 
 from conveyor import Conveyor
+from conveyor.events import WorkerStarted
 from conveyor.ids import split
 from conveyor.store import inspection, operations
 from conveyor.store.operations import TurnReport
@@ -123,23 +125,23 @@ def test_a_late_beat_does_not_raise_the_dead(url: str, rounds: Rounds) -> None:
         keys, id_ = late.keys, split(job)[1]
 
         def ends() -> dict[str, int]:
-            return {one.worker: one.end for one in app.client.run(inspection.crew(keys))}
+            return {one.worker: one.end for one in app.client.run(inspection.workers(keys))}
 
         before = ends()
         for number in range(rounds(1000, 100)):
-            assert app.client.run(operations.beat(keys, late.identity, LEASE_MS)) is False
+            assert app.client.run(operations.heartbeat(keys, late.identity, LEASE_MS)) is False
             with pytest.raises(operations.WorkerUnregistered):
                 app.client.run(operations.turn(keys, late.identity, 2 + number, 0, LEASE_MS, TurnReport(done=[id_])))
             assert app.client.run(operations.extend(keys, late.identity, id_, "other", LEASE_MS, b"{}")) is False
         assert ends() == before
-        assert app.client.run(operations.held(keys, current.identity)) == [id_]
+        assert app.client.run(operations.held_ids(keys, current.identity)) == [id_]
         current.succeed(job)
         app.client.run(operations.reap(keys, current.identity, crashed=False))
 
 
 def together(one: Fleet, count: int) -> None:
     """Wait until so many workers are registered."""
-    wait(lambda: len(one.app.client.run(inspection.crew(one.keys))) == count)
+    wait(lambda: len(one.app.client.run(inspection.workers(one.keys))) == count)
 
 
 @pytest.mark.row("A5", "A6")
@@ -199,3 +201,20 @@ def test_a_loop_blocked_too_long_loses_its_jobs(url: str, tmp_path: Path, rounds
             words = "was killed after blocking" if supervised else "its leases are renewed no more"
             wait(lambda n=n, words=words: one.log.count(words) > n)
         one.repeats()
+
+
+@pytest.mark.row("A5")
+async def test_leases_are_renewed_before_the_first_job_is_taken(url: str) -> None:
+    """A job that blocks the loop as soon as a worker inside a program takes jobs finds the thread that renews at work."""
+    app, threads = Conveyor(url), list[str]()
+
+    def note(event: WorkerStarted) -> None:
+        threads.extend(thread.name for thread in threading.enumerate())
+
+    app.on(WorkerStarted, note)
+    app.task(name="any")(note)
+    async with app.worker():
+        pass
+    await app.aclose()
+
+    assert "conveyor-heartbeat" in threads

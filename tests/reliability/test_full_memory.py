@@ -59,7 +59,7 @@ async def test_a_backlog_drains_on_a_full_server(start_server: Start, rounds: Ro
                 client.config_set("maxmemory", "0")
                 assert await handles[1].aresult(timeout=10) == 1
                 assert await (await task.aenqueue(jobs)).aresult(timeout=10) == jobs
-                await until(lambda: client.hlen(app.keys("default").jobs) == 0)
+                await until(lambda: client.hlen(app.client.keys("default").jobs) == 0)
     assert {n for n, times in ran.items() if times != (2 if n % 100 == 0 else 1)} == set()
     assert lost == []
     assert await audit(app) == []
@@ -152,7 +152,7 @@ async def test_each_record_that_was_thrown_away_is_reported_once(
     handles = await app.aenqueue_many([note.s(n) for n in range(jobs)])
     gone = [handle.id.partition(":")[2] for handle in handles[::5]]
     with server.client() as client:
-        client.hdel(app.keys("default").jobs, *gone)
+        client.hdel(app.client.keys("default").jobs, *gone)
     assert {id_ for _, id_ in await audit(app)} == set(gone)
     report = await asyncio.to_thread(doctor.examine, app.client)
     assert [f.text for f in report.problems if f.code == "E10" and f"{len(gone):,} jobs" in f.text]

@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
+from conveyor import FileStore
 from conveyor.errors import PayloadError
 from conveyor.ids import new_ids
 from conveyor.jobs.app import Conveyor
-from conveyor.payload import FileStore
 from conveyor.payload.codec import ValueCodec
 from conveyor.payload.pipeline import PLAIN, PayloadPipeline, choose
 from conveyor.payload.records import AttemptHistory, read_outcome, read_whatever, write_rest
@@ -151,7 +151,7 @@ async def test_random_bodies_are_set_aside(url, redis, rounds, keys):
             return a
 
         await (await add.aenqueue(1)).astatus()
-        held = app.keys("default")
+        held = app.client.keys("default")
         written: dict[str, bytes] = {}
         for number, id_ in enumerate(new_ids(count)):
             noise = source.randbytes(source.randint(0, 200))

@@ -16,11 +16,11 @@ from typing import Any
 import pytest
 from redis import RedisError
 
+from conveyor import FileStore
 from conveyor.admin.admin import Admin
 from conveyor.errors import ConfigurationError, ConveyorError, PayloadError
 from conveyor.ids import clean, new_id
 from conveyor.jobs.app import Conveyor
-from conveyor.payload import FileStore
 from conveyor.payload.pipeline import PayloadPipeline, choose
 from conveyor.payload.records import Failure, to_json
 from conveyor.payload.sealed_records import open_failure
@@ -167,7 +167,7 @@ async def test_old_versions_are_bounded_too(url, redis):
         await write.aenqueue("x")
         await queue.apush("x")
         for name, body in itertools.product(("default", "letters"), (b'{"word":"%b"}' % (b"x" * 20_000), b"[" * 9_000)):
-            keys, id_ = app.keys(name), new_id()
+            keys, id_ = app.client.keys(name), new_id()
             redis.hset(keys.jobs, id_, b"\n%b\n%b" % (b"write" if name == "default" else b"", body))
             redis.rpush(keys.ready[0], id_)
         await drain(app)
@@ -191,7 +191,7 @@ async def test_a_page_of_bombs_is_small(url, redis):
     """A list of jobs shows what a bomb is, and does not hold what it would become."""
     async with Conveyor(url, compress=10) as app:
         await app.queue("mail").apush("x" * 100_000)
-        keys = app.keys("mail")
+        keys = app.client.keys("mail")
         for _ in range(50):
             id_ = new_id()
             redis.hset(keys.jobs, id_, b"\n\n\x01\x01\x00\x01" + zlib.compress(b" " * (8 << 20), 1))
@@ -285,7 +285,7 @@ async def test_log_lines_cannot_be_forged(url, redis, caplog):
             raise ValueError(word)
 
         await read.options(retry=1).aenqueue(f"{STEERING}\nERROR forged")
-        keys = app.keys("default")
+        keys = app.client.keys("default")
         hostile = f"own{STEERING}\nERROR forged"
         for task, id_ in ((f"no{STEERING}\rtask", new_id()), ("read", hostile)):
             redis.hset(keys.jobs, id_, f"\n{task}\n[".encode())

@@ -13,6 +13,7 @@ import pytest
 
 from conveyor.errors import PayloadError
 from conveyor.jobs.app import Conveyor
+from conveyor.jobs.task import definition_of
 from conveyor.payload.formats import MSGPACK, FormatCodec, FormatRegistry, codec_for
 from conveyor.payload.signature import TaskSignature
 from conveyor.worker.attempt import Handler
@@ -132,7 +133,7 @@ async def test_damaged_msgpack_is_set_aside(url, redis):
     app = Conveyor(url, format="msgpack")
     declare(app)
     jobs = [await app.tasks["move"].aenqueue(Point(n, n)) for n in range(20)]
-    held = app.keys("default")
+    held = app.client.keys("default")
     written = {}
     for n, job in enumerate(jobs):
         id_ = job.id.split(":")[1]
@@ -158,7 +159,7 @@ def test_ordinary_jobs_take_the_short_way():
     task = app.tasks["move"]
     other = Conveyor(format="msgpack")
     declare(other)
-    table = worker.unusual.fast("default", {task.name: Handler(task)}, foreign=False)
+    table = worker.unusual.fast("default", {task.name: Handler(definition_of(task))}, foreign=False)
     for home, short in ((app, True), (other, False)):
-        body = home.tasks["move"].signature.encode((Point(1, 2),), {})
-        assert ((task.head + body)[: len(task.head) + 1] in table) is short
+        body = definition_of(home.tasks["move"]).signature.encode((Point(1, 2),), {})
+        assert ((definition_of(task).head + body)[: len(definition_of(task).head) + 1] in table) is short

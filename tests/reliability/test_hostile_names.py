@@ -79,7 +79,7 @@ def test_ids_keys_and_headers_that_mean_harm(app: Conveyor, redis: redis_py.Redi
         assert hand.take(2) == [text]
         assert hand.envelopes[text].unique == text
         assert hand.envelopes[text].extra.headers == {"h": text, text: "v"}
-        assert app.client.run(inspection.audit(app.keys("default"))) == []
+        assert app.client.run(inspection.audit(app.client.keys("default"))) == []
         hand.done(text, served)
         assert handle.result(timeout=5) == served
         served += 1
@@ -90,11 +90,7 @@ def test_ids_keys_and_headers_that_mean_harm(app: Conveyor, redis: redis_py.Redi
 
 def _commands() -> set[str]:
     """Return every command that our scripts and our Python send."""
-    lua = {
-        name
-        for path in SOURCE.glob("store/scripts/*.lua")
-        for name in re.findall(r"redis\.p?call\('(\w+)'", path.read_text())
-    }
+    lua = {name for path in SOURCE.rglob("*.lua") for name in re.findall(r"redis\.p?call\('(\w+)'", path.read_text())}
     conditional = {"LPUSH", "RPUSH", "HEXISTS", "HDEL", "HLEN", "ZCARD", "LLEN"}  # chosen by an expression
     python = {
         word

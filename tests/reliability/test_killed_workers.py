@@ -151,7 +151,7 @@ async def test_a_job_that_never_started_is_not_convicted(url: str) -> None:
             worker.fail(RuntimeError("crash"))
             with pytest.raises(RuntimeError, match="crash"):
                 await running
-            await app.client.arun(operations.reap(app.keys("default"), worker.consumers[0].identity))
+            await app.client.arun(operations.reap(app.client.keys("default"), worker.consumers[0].identity))
 
         assert len(started) == 2
 

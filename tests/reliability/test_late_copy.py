@@ -12,11 +12,11 @@ from conveyor.messaging.plain_list import PlainList
 from conveyor.messaging.queue import Queue
 from conveyor.store import operations
 from conveyor.store.client.client import Client
-from conveyor.store.plain_list import RAWPUSH
+from conveyor.store.plain_list import LIST_PUSH
 from conveyor.store.transport.async_connection import AsyncConnection, ConnectionLost
 from conveyor.store.transport.connection import Connection
 
-PUSHES = {script.sha for script in (operations.PUSH, operations.PUSH_PLAIN, RAWPUSH)}
+PUSHES = {script.sha for script in (operations.PUSH, operations.PUSH_PLAIN, LIST_PUSH)}
 
 
 class Way:

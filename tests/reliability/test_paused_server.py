@@ -48,7 +48,7 @@ async def test_a_frozen_server_makes_no_duplicate(
             await _pass(1.5 * LEASE)  # some looks for the dead
             go.set()
             with server.client() as client:
-                await until(lambda: client.hlen(app.keys("default").jobs) == 0)
+                await until(lambda: client.hlen(app.client.keys("default").jobs) == 0)
     assert ran == Counter(range(jobs))
     assert lost == []
     assert await audit(app) == []

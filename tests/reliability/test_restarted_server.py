@@ -138,8 +138,8 @@ def test_a_file_cut_anywhere_is_sound(start_server: Start, directory: Path, roun
         server.start()
         with Conveyor(server.url) as app:
             for queue in app.client.queues():
-                assert app.client.run(inspection.audit(app.keys(queue))) == [], f"cut at byte {at}"
-                counts = app.client.run(inspection.counts(app.keys(queue)))
+                assert app.client.run(inspection.audit(app.client.keys(queue))) == [], f"cut at byte {at}"
+                counts = app.client.run(inspection.counts(app.client.keys(queue)))
                 seen.add((counts.ready, counts.leased, counts.dead))
         server.kill()
     assert len(seen) > 3  # the cuts did fall into the life of the queues

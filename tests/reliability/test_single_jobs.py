@@ -75,7 +75,7 @@ def test_a_unique_key_is_free_after_every_end(app: Conveyor, rounds: Rounds, way
         ids.add(handle.id)
         assert push.enqueue(n).id == handle.id  # held as long as it lives
         hand = _end(app, hand, way, handle) or hand
-    assert app.client.run(inspection.audit(app.keys("default"))) == []
+    assert app.client.run(inspection.audit(app.client.keys("default"))) == []
     hand.leave()
 
 

@@ -12,6 +12,7 @@ import pytest
 
 from conveyor import Buffer, ConfigurationError, Conveyor, Retry, StoreUnavailable
 from conveyor.errors import ConveyorError
+from conveyor.jobs.task import definition_of
 from conveyor.store.client.client import Client
 from conveyor.store.transport import replies
 from conveyor.worker import logs
@@ -121,7 +122,7 @@ def test_options_of_an_app_that_mean_nothing_are_refused(options: dict[str, Any]
 def test_sizes_are_written_alike() -> None:
     """What a size is for an option is one for the others."""
     assert Conveyor(max_payload="64KiB").max_payload == 64 * 1024
-    assert Conveyor().task(max_payload="1KiB")(_nothing).signature.max_payload == 1024
+    assert definition_of(Conveyor().task(max_payload="1KiB")(_nothing)).signature.max_payload == 1024
 
 
 def _nothing() -> None: ...

@@ -16,6 +16,7 @@ from conveyor import Conveyor
 from conveyor.admin import doctor
 from conveyor.admin.admin import Admin
 from conveyor.errors import ConfigurationError, StoreUnavailable
+from conveyor.jobs.core import core_of
 from conveyor.store import inspection, operations
 from conveyor.store.client.client import Client
 from conveyor.store.keys import QueueKeys, known_queues
@@ -57,7 +58,7 @@ async def test_everything_works_on_a_cluster(cluster: ClusterOfNodes) -> None:
         await app.queue("letters").apush_many(range(2500))
         taken = [message.body async for message in _some(app.queue("letters"), 2500)]
         assert taken == list(range(2500))
-        admin = Admin(app.client, plain_lists=app.plain_lists)
+        admin = Admin(app.client, plain_lists=core_of(app).plain_lists)
         found = await asyncio.to_thread(admin.queues)
         assert {one.name for one in found} == {*QUEUES, "readings", "letters"}
         assert sum(one.ready + one.leased for one in found) == 0
@@ -218,8 +219,8 @@ async def test_one_key_is_asked_for_at_the_node_that_takes_the_slot_over(cluster
         source.ask("CLUSTER", "SETSLOT", slot_of(key), "MIGRATING", cluster.ids[target.port])
         target.ask("SCRIPT", "FLUSH")
     try:
-        assert await asyncio.to_thread(backend.run, inspection.crew(keys)) == []
-        assert await backend.arun(operations.held(keys, "nobody")) == []
+        assert await asyncio.to_thread(backend.run, inspection.workers(keys)) == []
+        assert await backend.arun(operations.held_ids(keys, "nobody")) == []
         assert await backend.aexecute("SISMEMBER", known, "half", key=known) == 0
         assert await asyncio.to_thread(backend.queues) == []
         with pytest.raises(StoreUnavailable, match="The slot of these keys is moving"):
@@ -242,11 +243,11 @@ def test_all_keys_of_a_step_lie_in_one_slot(queue: str, name: str) -> None:
         calls: list[Any] = [
             operations.push(keys, ProducerSequence("l"), entries), operations.push_plain(keys, ProducerSequence("l"), ("i", b"\n\n1")),
             operations.turn(keys, "w", 1, 1, 1000, TurnReport()), operations.register(keys, "w", 1, b""),
-            operations.reap(keys, "w"), operations.beat(keys, "w", 1), operations.extend(keys, "w", "i", "v", 1, b""),
+            operations.reap(keys, "w"), operations.heartbeat(keys, "w", 1), operations.extend(keys, "w", "i", "v", 1, b""),
             operations.cancel(keys, "i"), operations.redrive(keys), operations.promote(keys, "i"),
-            operations.purge(keys, "dead", 1), operations.await_outcome(keys, "i", "c"), inspection.counts(keys),
-            inspection.page(keys, "ready", 0, 1), inspection.show(keys, "i"), inspection.audit(keys), inspection.crew(keys),
-            *([] if keys.foreign is None else [operations.intake(keys, 1, "s")]),
+            operations.purge(keys, "dead", 1), operations.await_result(keys, "i", "c"), inspection.counts(keys),
+            inspection.list_jobs(keys, "ready", 0, 1), inspection.get_job(keys, "i"), inspection.audit(keys), inspection.workers(keys),
+            *([] if keys.foreign is None else [operations.list_intake(keys, 1, "s")]),
         ]  # fmt: skip
         assert {slot_of(key) for call in calls for key in call.keys} == {slot_of(keys.jobs)}
 

@@ -15,6 +15,7 @@ from redis.exceptions import ConnectionError as TransportError
 
 from conveyor.errors import ConfigurationError, DurabilityNotReached
 from conveyor.jobs.app import Conveyor
+from conveyor.jobs.core import core_of
 from conveyor.store.client import confirmed
 from conveyor.store.client.confirmed import AsyncConfirmedConnection, ConfirmedConnection
 from conveyor.store.transport.async_connection import ConnectionLost
@@ -62,7 +63,7 @@ def silent(pair: Pair) -> Iterator[None]:
 async def apush(app: Conveyor, value: object) -> str:
     """Push on a loop of its own and leave nothing open."""
     try:
-        return await app.queues["mail"].apush(value)
+        return await core_of(app).queues["mail"].apush(value)
     finally:
         await app.aclose()
 

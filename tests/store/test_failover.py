@@ -65,7 +65,7 @@ def fail_over(start: Start, dice: random.Random) -> tuple[int, int, int, int]:
         assert not one.is_alive()
     there = stored(pair.replica)
     with Conveyor(pair.replica.url) as app:
-        assert app.client.run(inspection.audit(app.keys("mail"))) == []
+        assert app.client.run(inspection.audit(app.client.keys("mail"))) == []
     confirmed = set().union(*(bare(one.returned) for one in producers[:3]))
     unconfirmed = bare(producers[3].returned)
     door.close()
@@ -118,8 +118,8 @@ def test_a_lease_that_failover_forgets_is_refused(start_server: Start, known: bo
         else:
             with pytest.raises(WorkerUnregistered):
                 first.turn(0, done=("one",))
-        assert app.client.run(operations.held(second.keys, second.worker)) == ["one"]
+        assert app.client.run(operations.held_ids(second.keys, second.worker)) == ["one"]
         second.plainly_done("one")
-        assert app.client.run(inspection.audit(app.keys("default"))) == []
+        assert app.client.run(inspection.audit(app.client.keys("default"))) == []
     door.close()
     pair.close()

@@ -290,7 +290,7 @@ class SimulatedClient:
     def beat(self) -> None:
         if self.town.workers:
             name = self.some(self.town.workers)
-            self.run(f"beat {name}", operations.beat(KEYS, name, LEASE), lambda world: name in world.model.members)
+            self.run(f"beat {name}", operations.heartbeat(KEYS, name, LEASE), lambda world: name in world.model.members)
 
     # -- people ---------------------------------------------------------------------------------------------------
 
@@ -325,7 +325,7 @@ class SimulatedClient:
             call.decode = lambda _: None
             self.run(f"forget {id_}", call, lambda world: world.model.forget(id_, channel))
         else:
-            call = operations.await_outcome(KEYS, id_, channel)
+            call = operations.await_result(KEYS, id_, channel)
             call.decode = lambda reply: reply[0].decode()
             self.run(f"wait for {id_}", call, lambda world: world.model.wait(id_, channel))
 

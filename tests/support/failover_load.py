@@ -103,7 +103,7 @@ class Traffic:
 
     async def audit(self) -> list[tuple[str, str]]:
         """Return what the audit of the queue finds wrong."""
-        return await self.app.client.arun(inspection.audit(self.app.keys(self.queue)))
+        return await self.app.client.arun(inspection.audit(self.app.client.keys(self.queue)))
 
 
 async def _nothing(n: int) -> None:

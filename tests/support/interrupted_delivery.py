@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from conveyor.jobs.core import core_of
 from conveyor.sql import Outbox
 from conveyor.sql.delivery import OutboxDelivery
 from conveyor.sql.drivers import DbapiConnection, StatementResult, blocking
@@ -73,6 +74,6 @@ def fill(outbox: Outbox, database: Database, *names: str, count: int = 3, rounds
     with closing(database.connect()) as connection, outbox.transaction(connection):
         for _ in range(rounds):
             for name in names:
-                queue = outbox.app.queues.get(name) or outbox.app.queue(name)
+                queue = core_of(outbox.app).queues.get(name) or outbox.app.queue(name)
                 ids[name] += bare(queue.push_many(range(count)))
     return ids

@@ -9,6 +9,7 @@ import msgspec
 
 from conveyor.ids import new_identity
 from conveyor.jobs.app import Conveyor
+from conveyor.jobs.task import definition_of
 from conveyor.payload.records import AttemptHistory, Envelope, Failure, Outcome, read_envelope, to_json
 from conveyor.store import operations
 from conveyor.store.operations import Settlement, TurnReply, TurnReport
@@ -19,7 +20,7 @@ class Hand:
 
     def __init__(self, app: Conveyor, queue: str = "default") -> None:
         self.client = app.client
-        self.keys = app.keys(queue)
+        self.keys = app.client.keys(queue)
         self.worker = new_identity()
         self.number = 0
         self.envelopes: dict[str, Envelope] = {}
@@ -62,20 +63,20 @@ class Hand:
 
     def leave(self) -> None:
         """Finish what is held and go."""
-        while ids := self.client.run(operations.held(self.keys, self.worker)):
+        while ids := self.client.run(operations.held_ids(self.keys, self.worker)):
             self.turn(0, done=tuple(ids))
         self.turn(0, flags="t")
 
 
 def arguments(app: Conveyor, envelope: Envelope) -> tuple[list[Any], dict[str, Any]]:
     """Return what the function would be called with."""
-    return app.tasks[envelope.task].signature.decode(envelope.body)
+    return definition_of(app.tasks[envelope.task]).signature.decode(envelope.body)
 
 
 def drain(app: Conveyor) -> None:
     """Empty all queues of *app*."""
     for queue in app.client.queues():
-        keys = app.keys(queue)
+        keys = app.client.keys(queue)
         for place in ("due", "dead", "ready"):
             while app.client.run(operations.purge(keys, place, 500))[0]:
                 pass

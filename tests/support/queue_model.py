@@ -164,7 +164,7 @@ class Model:
                     self._take(self.ready[priority].pop(0), taken)
         for place, id_ in enumerate(taken, 1):
             member.leases[id_] = member.turn * 8192 + place
-        more = self._baton(member, want, taken, leave=leave and not member.leases)
+        more = self._wakes_another(member, want, taken, leave=leave and not member.leases)
         states = [self.jobs[id_].state for id_ in taken]
         held = len(member.leases)
         if leave and not held:
@@ -198,7 +198,7 @@ class Model:
         else:
             taken.append(id_)
 
-    def _baton(self, member: Member, want: int, taken: list[str], *, leave: bool) -> bool:
+    def _wakes_another(self, member: Member, want: int, taken: list[str], *, leave: bool) -> bool:
         member.watching = False
         if self.paused:
             return False
@@ -318,7 +318,7 @@ class Model:
         self.wake()
 
     def wait(self, id_: str, channel: str) -> str:
-        """Read an outcome or wait for it; return await.lua's word."""
+        """Read an outcome or wait for it; return await_result.lua's word."""
         if id_ in self.results:
             return "result"
         if id_ not in self.jobs or self.jobs[id_].stub:

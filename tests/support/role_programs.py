@@ -17,6 +17,7 @@ from conveyor.errors import JobNotFound
 from conveyor.ids import new_identity
 from conveyor.jobs.app import Conveyor
 from conveyor.jobs.context import Context, current
+from conveyor.jobs.core import core_of
 from conveyor.messaging.partitions import repartition
 from conveyor.messaging.retry import Retry
 from conveyor.store import inspection, operations
@@ -119,7 +120,7 @@ def furnish(app: Conveyor) -> Hand:
             hand.dead(id_, None)
     double.options(unique="held", id="ready").enqueue(1)
     double.options(delay="1h", id="scheduled").enqueue(1)
-    app.client.run(operations.await_outcome(app.keys("default"), "ready", f"{NAMESPACE}:replies:nobody"))
+    app.client.run(operations.await_result(app.client.keys("default"), "ready", f"{NAMESPACE}:replies:nobody"))
     return hand
 
 
@@ -132,7 +133,7 @@ def produce(app: Conveyor) -> None:
     orders.push(1, unique="u", expires="1m")
     orders.push(1, unique="u")
     orders.push(1, id="mine", front=True)
-    app.plain_lists[LIST].push({"n": 1})
+    core_of(app).plain_lists[LIST].push({"n": 1})
     app.queue("spread", partitions=2).push_many([1, 2])
     assert len(orders) >= 5
     assert orders.stats().ready >= 5
@@ -148,7 +149,7 @@ def produce(app: Conveyor) -> None:
     waiting.start()
     eventually(
         lambda: app.client.run(
-            operations.await_outcome(app.keys("default"), job.id.split(":")[1], f"{NAMESPACE}:replies:x")
+            operations.await_result(app.client.keys("default"), job.id.split(":")[1], f"{NAMESPACE}:replies:x")
         )[0]
     )
     assert job.cancel()
@@ -167,7 +168,7 @@ def _ended(job: Any) -> None:
 
 def look(app: Conveyor) -> None:
     """Show all that a dashboard shows."""
-    admin = Admin(app.client, plain_lists=app.plain_lists)
+    admin = Admin(app.client, plain_lists=core_of(app).plain_lists)
     assert {one.name for one in admin.queues()} >= {"default"}
     assert admin.queue("default").dead >= 1
     assert admin.workers("default")
@@ -181,14 +182,14 @@ def look(app: Conveyor) -> None:
         pass
     report = admin.doctor()
     assert report.version
-    assert app.client.run(inspection.audit(app.keys("default"))) == []
+    assert app.client.run(inspection.audit(app.client.keys("default"))) == []
     list(app.queue("default").dead_letters())
 
 
 def operate(app: Conveyor) -> None:
     """Do all that an operator does to queues and jobs."""
     look(app)
-    admin = Admin(app.client, plain_lists=app.plain_lists)
+    admin = Admin(app.client, plain_lists=core_of(app).plain_lists)
     admin.pause("default")
     admin.resume("default")
     acted = [admin.retry(["scheduled"]), admin.cancel(["leased", "ready"])]
@@ -197,10 +198,10 @@ def operate(app: Conveyor) -> None:
     assert [one.outcome for one in admin.delete(["dead-too"])] == ["deleted"]
     admin.purge("default")
     admin.purge("default", dead=True)
-    app.plain_lists[LIST].purge()
+    core_of(app).plain_lists[LIST].purge()
     for number in (2, 1):
         repartition(app.client, "spread", number)
-    jobs = app.keys("default").jobs
+    jobs = app.client.keys("default").jobs
     app.client.execute("HSCAN", jobs, 0, key=jobs)  # as `conveyor.admin.blob_sweep.sweep` reads them
 
 
@@ -218,13 +219,13 @@ async def work(app: Conveyor) -> None:
         stopping = await long.aenqueue()
         await _reached(stopping, "leased")
         await stopping.acancel()
-        await app.plain_lists[LIST].apush({"n": 5})
+        await core_of(app).plain_lists[LIST].apush({"n": 5})
         consumer.wake_self()
         await _reached(stopping, "cancelled")
         await _reached(dying, "dead")
         await double.options(priority=5, expires="1ms", delay="5ms").aenqueue(1)
         await _empty(app)
-        await consumer.wire.run(operations.held(consumer.keys, consumer.identity), patience=1.0)
+        await consumer.wire.run(operations.held_ids(consumer.keys, consumer.identity), patience=1.0)
     await asyncio.to_thread(_die, app)
     await asyncio.to_thread(_consume, app)
 
@@ -236,7 +237,7 @@ async def _reached(job: Any, status: str) -> None:
 
 
 async def _empty(app: Conveyor) -> None:
-    lists = [app.keys("default"), app.plain_lists[LIST].keys]
+    lists = [app.client.keys("default"), core_of(app).plain_lists[LIST].keys]
     async with asyncio.timeout(8):
         while any(
             [(c := await app.client.arun(inspection.counts(one))).ready + c.leased + c.scheduled for one in lists]
@@ -250,7 +251,7 @@ def _die(app: Conveyor) -> None:
     hand = Hand(app)
     assert hand.take(1)
     app.client.run(operations.turn(hand.keys, hand.worker, hand.number, 1, 60_000, operations.TurnReport()))  # a repeat
-    app.client.run(operations.beat(hand.keys, hand.worker, 60_000))
+    app.client.run(operations.heartbeat(hand.keys, hand.worker, 60_000))
     identity = LeaseIdentity(NAMESPACE, "default", None, hand.worker, 60_000, True, time.monotonic())
     estate = DeadChild("a child was killed", ChildInfo(app.client.address.url, NAMESPACE), [identity], crashed=True)
     guardian = LeaseGuard()

@@ -48,9 +48,9 @@ async def until(condition: Callable[[], Any], seconds: float = 10.0) -> Any:
 
 async def counts(app: Conveyor, queue: str = "default") -> inspection.QueueCounts:
     """Return what *queue* holds."""
-    return await app.client.arun(inspection.counts(app.keys(queue)))
+    return await app.client.arun(inspection.counts(app.client.keys(queue)))
 
 
 async def audit(app: Conveyor, queue: str = "default") -> list[tuple[str, str]]:
     """Return what the audit of *queue* finds wrong."""
-    return await app.client.arun(inspection.audit(app.keys(queue)))
+    return await app.client.arun(inspection.audit(app.client.keys(queue)))

@@ -35,7 +35,7 @@ def furnish(scene: Scene) -> None:
         scene.run(operations.cancel(scene.keys, id_))
     scene.redis.hset(scene.keys.state, mapping={"h1": "1 1 0", "h4": "3 0 1", "v2": "1 0 1", "r1": "1 1 0"})
     for id_ in ("h1", "h2", "h3", "h4", "s1", "r1", "r2", "v1", "d1"):
-        scene.run(operations.await_outcome(scene.keys, id_, f"channel-{id_}"))
+        scene.run(operations.await_result(scene.keys, id_, f"channel-{id_}"))
     scene.redis.set(scene.keys.result("old"), "{}", ex=600)
     scene.redis.rpush(scene.keys.intake, "1", "2")
     scene.redis.rpush("q", "3", "4")
@@ -78,7 +78,7 @@ CALLS: dict[str, tuple[Callable[[QueueKeys], Call[Any]], set[str]]] = {
         lambda k: operations.push_plain(k, ProducerSequence("N"), ["n1", REST, "n2", REST], max_length=100),
         {"lane:N", "jobs", "conf", "dead", "ready:0"},
     ),
-    "rawpush": (lambda k: plain_list.push(k, ProducerSequence("N"), [b"1", b"2"]), {"lane:N", "foreign"}),
+    "list_push": (lambda k: plain_list.push(k, ProducerSequence("N"), [b"1", b"2"]), {"lane:N", "foreign"}),
     "withdraw": (_withdraw, {"lane:N"}),
     "turn": (
         _turn,
@@ -86,7 +86,7 @@ CALLS: dict[str, tuple[Callable[[QueueKeys], Call[Any]], set[str]]] = {
         | {f"ready:{n}" for n in range(10)},
     ),
     "register": (lambda k: operations.register(k, "u", 60_000, b"{}"), {"leased:u", "workers", "conf"}),
-    "beat": (lambda k: operations.beat(k, "w", 60_000), {"leased:w", "workers"}),
+    "heartbeat": (lambda k: operations.heartbeat(k, "w", 60_000), {"leased:w", "workers"}),
     "reap": (
         lambda k: operations.reap(k, "w"), {"leased:w", "workers", "jobs", "state", "waiters", "ready:0", "ready:4"},
     ),
@@ -94,7 +94,7 @@ CALLS: dict[str, tuple[Callable[[QueueKeys], Call[Any]], set[str]]] = {
     "extend": (
         lambda k: operations.extend(k, "w", "h3", "u", 60_000, b"{}"), {"leased:w", "leased:u", "workers"},
     ),
-    "held": (lambda k: operations.held(k, "w"), {"leased:w"}),
+    "held_ids": (lambda k: operations.held_ids(k, "w"), {"leased:w"}),
     "cancel-scheduled": (
         lambda k: operations.cancel(k, "s1"), {"jobs", "state", "due", "dead", "workers", "conf", "waiters"},
     ),
@@ -113,26 +113,26 @@ CALLS: dict[str, tuple[Callable[[QueueKeys], Call[Any]], set[str]]] = {
     "purge-dead": (lambda k: operations.purge(k, "dead", 10), {"jobs", "state", "dead", "waiters"}),
     "outbox_take": (lambda k: spawn_outbox.take(k, instead=5, least=9), {"outbox", "conf"}),
     "outbox_trim": (lambda k: spawn_outbox.trim(k, 5), {"outbox", "conf"}),
-    "claim": (lambda k: partitions.claim(k, 3, whole=False), {"conf"}),
-    "switch": (lambda k: partitions.switch(k, "begin", "change", 3), {"conf", "jobs", "workers"}),
+    "claim_partitions": (lambda k: partitions.claim_partitions(k, 3, whole=False), {"conf"}),
+    "repartition": (lambda k: partitions.repartition(k, "begin", "change", 3), {"conf", "jobs", "workers"}),
     "partitions": (partitions.count, {"conf"}),
     "configure": (lambda k: operations.configure(k, "paused", "1"), {"conf"}),
-    "intake": (lambda k: operations.intake(k, 3, "stem"), {"jobs", "ready:0", "intake", "foreign"}),
-    "ring": (lambda k: operations.ring(k.wake), set()),
-    "await": (lambda k: operations.await_outcome(k, "r3", "me"), {"jobs", "dead", "waiters", "result:r3"}),
+    "list_intake": (lambda k: operations.list_intake(k, 3, "stem"), {"jobs", "ready:0", "intake", "foreign"}),
+    "wake": (lambda k: operations.wake(k.wake), set()),
+    "await_result": (lambda k: operations.await_result(k, "r3", "me"), {"jobs", "dead", "waiters", "result:r3"}),
     "forget": (lambda k: operations.forget(k, "r1", "channel-r1"), {"waiters"}),
     "counts": (inspection.counts, {"jobs", "due", "dead", "workers", "conf", "ready:0", "foreign", "leased:w"}),
-    "page": (lambda k: inspection.page(k, "ready", 0, 9), {"jobs", "state", "ready:0", "ready:9"}),
-    "show": (lambda k: inspection.show(k, "r1"), {"jobs", "state", "due", "dead", "workers", "leased:w"}),
-    "crew": (inspection.crew, {"workers", "leased:w"}),
+    "list_jobs": (lambda k: inspection.list_jobs(k, "ready", 0, 9), {"jobs", "state", "ready:0", "ready:9"}),
+    "get_job": (lambda k: inspection.get_job(k, "r1"), {"jobs", "state", "due", "dead", "workers", "leased:w"}),
+    "workers": (inspection.workers, {"workers", "leased:w"}),
     "audit": (inspection.audit, {"jobs", "state", "due", "dead", "workers", "conf", "ready:4", "leased:w"}),
 }  # fmt: skip
 
 #: scripts that accept, so that a full server refuses them
-PUSHES = {"push", "push_plain", "rawpush", "claim"}
+PUSHES = {"push", "push_plain", "list_push", "claim_partitions"}
 
 #: scripts that change nothing
-READS = {"held", "counts", "page", "show", "crew", "audit", "partitions"}
+READS = {"held_ids", "counts", "list_jobs", "get_job", "workers", "audit", "partitions"}
 
 
 def name_of(key: str, scene: Scene) -> str:

@@ -42,7 +42,7 @@ async def emptied(app: Conveyor) -> int:
     """Deliver until nothing is left; return how many batches there were."""
     count = 0
     try:
-        while await deliver(app.keys("default"), app):
+        while await deliver(app.client.keys("default"), app):
             count += 1
     finally:
         await app.client.aclose()

@@ -252,12 +252,12 @@ class Machine(RuleBasedStateMachine):
         late = operations.turn(self.keys, name, 10**6, 5, LEASE, TurnReport([id_], [Settlement("X", id_)]))
         with self._refused(WorkerUnregistered):
             self._run(late)
-        assert self._run(operations.beat(self.keys, name, LEASE)) is False
+        assert self._run(operations.heartbeat(self.keys, name, LEASE)) is False
         assert self._run(operations.extend(self.keys, name, id_, "heir", LEASE, b"{}")) is False
 
     @rule(seat=ANY)
     def beat(self, seat: int) -> None:
-        assert self._run(operations.beat(self.keys, self._seat(seat), LEASE)) is True
+        assert self._run(operations.heartbeat(self.keys, self._seat(seat), LEASE)) is True
 
     @precondition(lambda self: self.model.members)
     @rule(pick=ANY, how=st.sampled_from(["crash", "blame", "leave", "looks", "beaten", "moved", "alive"]), share=ANY)
@@ -268,7 +268,7 @@ class Machine(RuleBasedStateMachine):
             end = self.scene.now() - 1000
             self.scene.redis.zadd(self.keys.workers, {name: end})
         if how == "beaten":
-            self._run(operations.beat(self.keys, name, LEASE))
+            self._run(operations.heartbeat(self.keys, name, LEASE))
         if how == "moved":  # it has beaten, and its lease has ended once more
             self.scene.redis.zadd(self.keys.workers, {name: end + 1})
         if how == "alive":
@@ -280,7 +280,7 @@ class Machine(RuleBasedStateMachine):
         answer = self._run(operations.reap(self.keys, name, end=end, crashed=how != "leave", blame=blame))
         if how in {"beaten", "moved", "alive"}:
             assert answer == -1
-            self._run(operations.beat(self.keys, name, LEASE))
+            self._run(operations.heartbeat(self.keys, name, LEASE))
             return
         assert answer == self.model.reap(name, crashed=how != "leave", blame=blame)
         self.gone.append(name)
@@ -350,7 +350,7 @@ class Machine(RuleBasedStateMachine):
             self.model.forget(id_, channel)
             self._run(operations.forget(self.keys, id_, channel))
         else:
-            assert self._run(operations.await_outcome(self.keys, id_, channel))[0] == self.model.wait(id_, channel)
+            assert self._run(operations.await_result(self.keys, id_, channel))[0] == self.model.wait(id_, channel)
 
     @rule()
     def script_flush(self) -> None:

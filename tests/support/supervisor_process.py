@@ -50,11 +50,11 @@ class Queue:
         entries = [Entry(id_, write_rest(task, body)) for id_ in new_ids(count)]
         return self.client.push(KEYS, entries)
 
-    def crew(self) -> list[WorkerRow]:
-        return self.client.run(inspection.crew(KEYS))
+    def workers(self) -> list[WorkerRow]:
+        return self.client.run(inspection.workers(KEYS))
 
     def held(self, worker: str) -> set[str]:
-        return set(self.client.run(operations.held(KEYS, worker)))
+        return set(self.client.run(operations.held_ids(KEYS, worker)))
 
     def counts(self) -> inspection.QueueCounts:
         return self.client.run(inspection.counts(KEYS))
@@ -69,7 +69,7 @@ class Queue:
 
     def by_pid(self, *held: int) -> dict[int, WorkerRow]:
         """The crew by process, once it holds just that many jobs each."""
-        found = until(lambda: (c := self.crew()) and sorted(m.held for m in c) == sorted(held) and c)
+        found = until(lambda: (c := self.workers()) and sorted(m.held for m in c) == sorted(held) and c)
         return {member.about["pid"]: member for member in found}
 
     def busy(self, *held: int) -> dict[int, WorkerRow]:

@@ -49,7 +49,7 @@ class Fleet:
         self.url, self.place = url, place
         self.app = Conveyor(url, lease=lease)
         self.tasks = journal_app.declare(self.app)
-        self.keys = self.app.keys("default")
+        self.keys = self.app.client.keys("default")
         paths = os.pathsep.join(path for path in sys.path if path)
         self._env = {**os.environ, "PYTHONPATH": paths, "CONVEYOR_URL": url, "FLEET_PLACE": str(place)}
         self._env |= {"FLEET_LEASE": lease, **env}
@@ -73,7 +73,7 @@ class Fleet:
 
     def tidy(self) -> None:
         """Take away what killed workers leave: their registrations, and the jobs."""
-        for member in self.app.client.run(inspection.crew(self.keys)):
+        for member in self.app.client.run(inspection.workers(self.keys)):
             self.app.client.run(operations.reap(self.keys, member.worker, crashed=False))
         queue = self.app.client
         for place in ("ready", "due", "dead"):
@@ -98,6 +98,10 @@ class Fleet:
     def embed(self, **options: Any) -> subprocess.Popen[bytes]:
         """Start a program with a worker inside: no supervisor looks after it."""
         return self.start(embed=True, **options)
+
+    def let_go(self) -> None:
+        """Let the jobs of task `first` end."""
+        (self.place / "go").touch()
 
     @property
     def log(self) -> str:
@@ -157,7 +161,7 @@ class Fleet:
 
     def registered(self) -> set[int]:
         """Return the pids of the workers that Redis knows."""
-        return {int(member.about["pid"]) for member in self.app.client.run(inspection.crew(self.keys))}
+        return {int(member.about["pid"]) for member in self.app.client.run(inspection.workers(self.keys))}
 
     def drained(self) -> bool:
         """Tell whether nothing is left to do."""

@@ -183,7 +183,7 @@ def test_a_fault_is_charged_to_who_was_executed(url: str, tmp_path: Path, how: s
         wait(lambda: one.counts().dead == 1)
         wait(lambda: [len(one.starts()[n]) for n in range(5)] == [4] * 5)
 
-        keys = one.app.keys("default")
+        keys = one.app.client.keys("default")
         states = [one.app.client.execute("HGET", keys.state, split(job.id)[1], key=keys.state) for job in waiting]
         assert [state.split()[2] for state in states] == [b"0"] * 5
         assert len(one.starts()[5]) == 3

@@ -18,9 +18,10 @@ import pytest
 import uvloop
 
 from conveyor import ConfigurationError, Conveyor, JobFailed, PayloadError, Retry, Snooze, ids
-from conveyor.messaging.retry import GiveUp, RetryAfter, State, after_failure
+from conveyor.jobs.task import definition_of
+from conveyor.messaging.retry import GiveUp, RetryAfter, after_failure
 from conveyor.payload import failures
-from conveyor.payload.records import EnvelopeOptions
+from conveyor.payload.records import AttemptHistory, EnvelopeOptions
 from conveyor.worker.execution.processes import ProcessCrashed, ProcessPool
 from support import process_app
 from support.running_worker import audit, drain
@@ -35,7 +36,7 @@ Run = Callable[..., Awaitable[Any]]
 def attempt(name: str, /, **arguments: Any) -> Any:
     task = process_app.app.tasks[f"support.process_app.{name}"]
     return SimpleNamespace(
-        handler=SimpleNamespace(name=task.name, task=task),
+        handler=SimpleNamespace(name=task.name, task=definition_of(task)),
         body=json.dumps(arguments).encode(),
         public_id=ids.public("default", ID),
         number=3,
@@ -154,10 +155,10 @@ async def test_an_error_is_matched_by_the_policy(run: Run) -> None:
         await run("decline")
 
     error = caught.value
-    policy = process_app.app.tasks["support.process_app.decline"].settings.retry
+    policy = definition_of(process_app.app.tasks["support.process_app.decline"]).settings.retry
     assert isinstance(error, process_app.Declined)
     assert isinstance(error, LookupError)
-    assert isinstance(after_failure(policy, State(), 1, error, b"{}"), GiveUp)
+    assert isinstance(after_failure(policy, AttemptHistory(), 1, error, b"{}"), GiveUp)
     record = failures.describe(error, 1, 0, "w")
     assert record.type == "support.process_app.TooPoor"
     assert record.message == "declined: no money"
@@ -192,7 +193,7 @@ async def test_every_error_arrives(run: Run, kind: str, type_: str, base: type[E
     assert record.type == type_
     assert "raise errors[kind]" in record.traceback
     assert record.message == failures.message(caught.value)
-    assert isinstance(after_failure(Retry(), State(), 1, caught.value, b"{}"), RetryAfter)
+    assert isinstance(after_failure(Retry(), AttemptHistory(), 1, caught.value, b"{}"), RetryAfter)
     if kind not in {"cancelled", "interrupt"}:
         assert record.message
 
@@ -325,8 +326,8 @@ async def test_an_app_that_does_not_load_is_named() -> None:
 PARENT = """
 import asyncio, sys
 from conveyor.worker.execution.processes import ProcessPool
-from test_processes import APP, attempt
-asyncio.run(Processes(APP, 1).run(attempt("stay", place=sys.argv[1], name="orphan", hold=True)))
+from test_process import APP, attempt
+asyncio.run(ProcessPool(APP, 1).run(attempt("stay", place=sys.argv[1], name="orphan", hold=True)))
 """
 
 

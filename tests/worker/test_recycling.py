@@ -70,8 +70,10 @@ def test_replacing_loses_no_early_ack(crew: Fleet) -> None:
 
 def test_the_successor_works_while_the_old_one_drains(crew: Fleet) -> None:
     """With one process there is no gap: a fresh one takes the next job while the job of the old one still runs."""
-    crew.app.enqueue_many(crew.tasks.note.s(n, 2.0 if n == 0 else 0.0) for n in range(2))
-    supervisor = crew.start(max_jobs=1, grace=30)
+    crew.app.enqueue_many([crew.tasks.first.s(0), crew.tasks.note.s(1)])
+    supervisor = crew.start(max_jobs=1, grace=60)
+    wait(lambda: any(line.what == "end" for line in crew.journal))  # of the second: the first waits for the file
+    crew.let_go()
     wait(lambda: len([line for line in crew.journal if line.what == "end"]) == 2)
     wait(lambda: len(crew.children(supervisor)) == 1)
 
@@ -96,12 +98,14 @@ def test_what_outlives_its_grace_is_handed_back_uncharged(crew: Fleet) -> None:
 
 def test_a_stop_does_not_hurry_who_drains_already(crew: Fleet) -> None:
     """SIGTERM while a process drains to be replaced leaves its jobs what is left of their grace."""
-    crew.tasks.note.enqueue(0, 2.0)
-    supervisor = crew.start(max_jobs=1, grace=30)
+    crew.tasks.first.enqueue(0)
+    supervisor = crew.start(max_jobs=1, grace=60)
     wait(lambda: "it takes no more" in crew.log)
     supervisor.send_signal(signal.SIGTERM)
+    wait(lambda: "Stopping: what runs has" in crew.log)
+    crew.let_go()
 
-    assert supervisor.wait(30) == 0
+    assert supervisor.wait(60) == 0
     assert (crew.completions(), crew.repeats(), crew.counts().ready) == (1, 0, 0)
 
 
@@ -122,8 +126,8 @@ def test_a_death_amid_the_replacement_is_told_from_it(crew: Fleet) -> None:
 
 def test_more_wear_out_than_there_are_places(crew: Fleet) -> None:
     """At most twice as many processes are there; who wears out beyond that is replaced when another has ended."""
-    crew.app.enqueue_many(crew.tasks.note.s(n, 1.0) for n in range(6))
-    supervisor = crew.start(max_jobs=1, grace=30)
+    crew.app.enqueue_many(crew.tasks.first.s(n) for n in range(6))
+    supervisor = crew.start(max_jobs=1, grace=60)
     most = 0
 
     def all_done() -> bool:
@@ -131,6 +135,9 @@ def test_more_wear_out_than_there_are_places(crew: Fleet) -> None:
         most = max(most, len(crew.children(supervisor)))
         return crew.completions() == 6
 
+    wait(lambda: crew.log.count("it takes no more") == 2)  # both are worn out, and their jobs wait for the file
+    assert not all_done()
+    crew.let_go()
     wait(all_done)
     assert most == 2
     assert (crew.repeats(), len(pids(crew))) == (0, 6)

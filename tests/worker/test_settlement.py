@@ -149,7 +149,7 @@ async def test_a_reaped_worker_is_refused_and_goes_on(app: Conveyor) -> None:
         job = await twice.aenqueue()
         await until(lambda: runs == [1])
         old = worker.consumers[0].identity
-        assert await app.client.arun(operations.reap(app.keys("default"), old)) == 1
+        assert await app.client.arun(operations.reap(app.client.keys("default"), old)) == 1
         worker.consumers[0].woken()
         await until(lambda: runs == [1, 2])
         gate.set()
@@ -186,12 +186,12 @@ async def test_poison_stops_after_max_crashes_and_spares_its_neighbours(app: Con
         worker.fail(RuntimeError("crash"))  # ends without settling anything, as a killed process would
         with pytest.raises(RuntimeError, match="crash"):
             await running
-        await app.client.arun(operations.reap(app.keys("default"), worker.consumers[0].identity))
+        await app.client.arun(operations.reap(app.client.keys("default"), worker.consumers[0].identity))
     await drain(app)
 
     assert len(poison_runs) == 3
     assert sorted(done) == list(range(20))
-    [row] = await app.client.arun(inspection.page(app.keys("default"), "dead", 0, 10))
+    [row] = await app.client.arun(inspection.list_jobs(app.client.keys("default"), "dead", 0, 10))
     assert row.envelope.task.endswith("poison")
     assert row.state.failures_list()[-1].type == "crashed"
 
@@ -213,7 +213,7 @@ async def test_a_job_of_an_unknown_task_waits_for_a_newer_worker(url: str, app: 
         await until(lambda: True)
         while (await counts(app)).scheduled != 1:
             await asyncio.sleep(0.01)
-    await app.client.arun(operations.promote(app.keys("default"), job.id.rpartition(":")[2]))
+    await app.client.arun(operations.promote(app.client.keys("default"), job.id.rpartition(":")[2]))
     await drain(newer)
 
     assert await job.aresult(timeout=5) == 1
@@ -245,7 +245,7 @@ async def test_undecodable_arguments_make_a_dead_letter_with_their_bytes(app: Co
     async def typed(n: int) -> None: ...
 
     job = await typed.aenqueue(1)
-    key = app.keys("default").jobs
+    key = app.client.keys("default").jobs
     [id_] = redis.hkeys(key)
     redis.hset(key, id_, b'\ntyped\n{"n":"x"}')
     await drain(app)
@@ -254,7 +254,7 @@ async def test_undecodable_arguments_make_a_dead_letter_with_their_bytes(app: Co
     assert redis.hget(key, id_) == b'\ntyped\n{"n":"x"}'
     with pytest.raises(JobFailed, match=r"Expected `int`|Expected int"):
         await job.aresult(timeout=5)
-    redis.delete(key, app.keys("default").dead, app.keys("default").state)
+    redis.delete(key, app.client.keys("default").dead, app.client.keys("default").state)
 
 
 async def test_a_result_that_cannot_be_stored_is_a_visible_failure(app: Conveyor, redis: Any) -> None:
@@ -271,7 +271,7 @@ async def test_a_result_that_cannot_be_stored_is_a_visible_failure(app: Conveyor
 
     assert runs == [1]
     assert await job.astatus() == "dead"
-    redis.delete(app.keys("default").jobs, app.keys("default").dead, app.keys("default").state)
+    redis.delete(app.client.keys("default").jobs, app.client.keys("default").dead, app.client.keys("default").state)
 
 
 @pytest.mark.leaves_keys("dead letters stay")
@@ -347,7 +347,7 @@ async def test_kills_under_load_spare_who_is_only_held(app: Conveyor) -> None:
         worker.fail(RuntimeError("crash"))
         with pytest.raises(RuntimeError, match="crash"):
             await running
-        await app.client.arun(operations.reap(app.keys("default"), worker.consumers[0].identity))
+        await app.client.arun(operations.reap(app.client.keys("default"), worker.consumers[0].identity))
     await drain(app, concurrency=50)
 
     convicted = (await counts(app)).dead

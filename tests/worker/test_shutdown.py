@@ -89,7 +89,7 @@ async def test_a_late_ack_and_the_result_are_one_step(app: Conveyor, redis: Any)
         return 2 * n
 
     job = await double.aenqueue(4)
-    id_, keys = job.id.rpartition(":")[2], app.keys("default")
+    id_, keys = job.id.rpartition(":")[2], app.client.keys("default")
     steps: list[list[str]] = [[]]
     with redis.monitor() as monitor:
         await drain(app)

@@ -13,6 +13,7 @@ import redis as redis_py
 from conveyor import Conveyor, current
 from conveyor.errors import ConfigurationError, QueueFull
 from conveyor.jobs import spawn_outbox
+from conveyor.jobs.core import core_of
 from conveyor.store import inspection, operations
 from conveyor.store.operations import Settlement
 from conveyor.store.transport.async_connection import AsyncConnection, ConnectionLost
@@ -27,7 +28,7 @@ def test_zombie_spawns_nothing(family: Conveyor, redis: redis_py.Redis) -> None:
     """The end of an attempt whose lease was lost is refused with all that it spawned."""
     with pytest.raises(operations.WorkerUnregistered):
         settle(family, [("two", 1)], reaped=True)
-    assert redis.exists(family.keys("default").outbox) == 0
+    assert redis.exists(family.client.keys("default").outbox) == 0
     assert take_all(family, "default") == [0]
 
 
@@ -132,7 +133,7 @@ def test_deliverers_that_meet_push_once(family: Conveyor, rounds: Callable[[int,
     got: dict[str, list[int]] = {"two": [], "three": []}
 
     async def scene() -> None:
-        flock = [asyncio.create_task(deliver(app.keys("default"), app)) for _ in range(3)]
+        flock = [asyncio.create_task(deliver(app.client.keys("default"), app)) for _ in range(3)]
         for _ in range(rng.randrange(12)):
             await asyncio.sleep(0)
             await asyncio.sleep(rng.choice([0, 0, 0.0005]))
@@ -162,12 +163,12 @@ def test_full_target_keeps_only_its_own(family: Conveyor, redis: redis_py.Redis)
     """A queue at its maximum gets its followers when there is room; those for others arrive before, and none twice."""
     app = family
     settle(app, TARGETS)
-    redis.hset(app.keys("three").conf, "max_length", 1)
+    redis.hset(app.client.keys("three").conf, "max_length", 1)
     for _ in range(2):
         with pytest.raises(QueueFull):
             asyncio.run(emptied(app))
     assert take_all(app, "two") == [1, 3]
-    redis.hdel(app.keys("three").conf, "max_length")
+    redis.hdel(app.client.keys("three").conf, "max_length")
     assert asyncio.run(emptied(app)) == 1
     assert (take_all(app, "two"), take_all(app, "three"), take_all(app, "default")) == ([], [2, 5], [4])
 
@@ -176,7 +177,7 @@ def test_full_target_keeps_only_its_own(family: Conveyor, redis: redis_py.Redis)
 def test_numbers_taken_back_lose_nothing(family: Conveyor, redis: redis_py.Redis) -> None:
     """A source whose number a failover took back, even to a clock that runs behind, still delivers what is new."""
     app = family
-    conf, inbox = app.keys("default").conf, app.keys("two").inbox("default")
+    conf, inbox = app.client.keys("default").conf, app.client.keys("two").inbox("default")
     for n, change in enumerate(
         (
             lambda: redis.hset(conf, "outbox", "5"),
@@ -194,7 +195,7 @@ def test_numbers_taken_back_lose_nothing(family: Conveyor, redis: redis_py.Redis
 def test_late_deliverer_changes_nothing(family: Conveyor, redis: redis_py.Redis) -> None:
     """Who took a batch, froze, and wakes after others have delivered it and the next, pushes and trims nothing."""
     app = family
-    keys, client = app.keys("default"), app.client
+    keys, client = app.client.keys("default"), app.client
     settle(app, [("two", 1)])
     old = client.run(spawn_outbox.take(keys))
     assert old is not None
@@ -202,10 +203,10 @@ def test_late_deliverer_changes_nothing(family: Conveyor, redis: redis_py.Redis)
     settle(app, [("two", 2)])
     now = client.run(spawn_outbox.take(keys))
     assert now is not None
-    client.run(spawn_outbox.deliver(keys, app.keys("two"), now.number, now.parts["two"]))
+    client.run(spawn_outbox.deliver(keys, app.client.keys("two"), now.number, now.parts["two"]))
 
     with pytest.raises(operations.StalePush):
-        client.run(spawn_outbox.deliver(keys, app.keys("two"), old.number, old.parts["two"]))
+        client.run(spawn_outbox.deliver(keys, app.client.keys("two"), old.number, old.parts["two"]))
     assert client.run(spawn_outbox.trim(keys, old.number)) == -1
     again = client.run(spawn_outbox.take(keys, instead=old.number, least=now.number + 99))
     assert again is not None
@@ -217,7 +218,7 @@ def test_late_deliverer_changes_nothing(family: Conveyor, redis: redis_py.Redis)
 def test_large_entries_travel_in_small_batches(family: Conveyor, redis: redis_py.Redis) -> None:
     """A batch holds about a megabyte, and always something."""
     app = family
-    keys = app.keys("default")
+    keys = app.client.keys("default")
     redis.rpush(
         keys.outbox, *(b'["two","%d",0,null,null,null,null,false,false]\n' % n + b"x" * 400_000 for n in range(5))
     )
@@ -230,7 +231,7 @@ def test_large_entries_travel_in_small_batches(family: Conveyor, redis: redis_py
 
 def test_unreadable_entry_is_an_error(family: Conveyor, redis: redis_py.Redis) -> None:
     """An entry of another version stays where it is, with an error that says so."""
-    keys = family.keys("default")
+    keys = family.client.keys("default")
     redis.rpush(keys.outbox, b"from the future")
     with pytest.raises(ConfigurationError, match="Upgrade") as caught:
         asyncio.run(emptied(family))
@@ -266,7 +267,7 @@ async def test_a_partition_that_is_gone(url: str) -> None:
     app = Conveyor(url)
     app.queue("into", partitions=2)
     app.task(name="family.follower", queue="into")(_nothing)
-    keys, client = app.keys("default"), app.client
+    keys, client = app.client.keys("default"), app.client
     prepared = [spawn_outbox.read(app.tasks["family.follower"].s().follow()[1])[1] for _ in range(20)]
     written = [spawn_outbox.write("into", one) for one in prepared[:10]]
     await client.aexecute("RPUSH", keys.outbox, *written, key=keys.outbox)
@@ -280,7 +281,7 @@ async def test_a_partition_that_is_gone(url: str) -> None:
         await client.aexecute("RPUSH", keys.outbox, *written, key=keys.outbox)
         await client.aexecute("HSET", keys.conf, "outbox", f"{batch.number} 10", key=keys.conf)  # as if never trimmed
     await deliver(keys, app)
-    counts = [await client.arun(inspection.counts(one)) for one in app.partitioned["into"].keys]
+    counts = [await client.arun(inspection.counts(one)) for one in core_of(app).partitioned["into"].keys]
     assert [one.ready > 0 for one in counts] == [True, True]
     assert sum(one.ready for one in counts) == 20
     await drain(app)

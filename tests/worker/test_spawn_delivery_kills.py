@@ -38,7 +38,7 @@ def test_killed_deliverers_lose_and_double_nothing(url: str, tmp_path: Path, rou
     parents = 200 * kills
     app = Conveyor(url, namespace="family")
     app.client.push(
-        app.keys("parents"),
+        app.client.keys("parents"),
         [
             Entry(id_, write_rest("support.spawning_app.parent", b'{"n":%d}' % n))
             for n, id_ in enumerate(new_ids(parents))
@@ -72,7 +72,7 @@ def test_killed_deliverers_lose_and_double_nothing(url: str, tmp_path: Path, rou
         born[int(n)].add(job)
     doubled = {n: jobs for n, jobs in born.items() if len(jobs) > 1}
     assert (sorted(set(range(parents)) - set(born)), doubled) == ([], {}), f"lost, doubled (seed {seed})"
-    for keys in (app.keys("parents"), app.keys("followers")):
+    for keys in (app.client.keys("parents"), app.client.keys("followers")):
         app.client.execute("DEL", keys.wake, key=keys.wake)
     app.close()
 
@@ -82,7 +82,7 @@ def test_a_process_of_its_own_spawns_too(url: str, tmp_path: Path) -> None:
     log = tmp_path / "log"
     with Conveyor(url, namespace="family") as app:
         app.client.push(
-            app.keys("parents"), [Entry(new_ids(1)[0], write_rest("support.spawning_app.distant", b'{"n":7}'))]
+            app.client.keys("parents"), [Entry(new_ids(1)[0], write_rest("support.spawning_app.distant", b'{"n":7}'))]
         )
     done = subprocess.run(
         [sys.executable, "-m", "conveyor", "worker", "support.spawning_app:app", "--burst"], cwd=HERE, timeout=60, check=False,
@@ -93,7 +93,7 @@ def test_a_process_of_its_own_spawns_too(url: str, tmp_path: Path) -> None:
 
 
 def _is_empty(app: Conveyor) -> bool:
-    found = [app.client.run(inspection.counts(app.keys(queue))) for queue in ("parents", "followers")]
-    keys = app.keys("parents")
+    found = [app.client.run(inspection.counts(app.client.keys(queue))) for queue in ("parents", "followers")]
+    keys = app.client.keys("parents")
     outbox = app.client.execute("LLEN", keys.outbox, key=keys.outbox)
     return not outbox and not any(one.ready + one.scheduled + one.leased + one.dead for one in found)

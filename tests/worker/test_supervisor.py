@@ -58,7 +58,7 @@ def test_killed_child_loses_nothing(supervise: Callable[..., Supervised], queue:
 
     os.kill(victim, signal.SIGKILL)
     killed = time.monotonic()
-    until(lambda: before[victim].worker not in {member.worker for member in queue.crew()})
+    until(lambda: before[victim].worker not in {member.worker for member in queue.workers()})
     assert time.monotonic() - killed < AT_ONCE
     after = queue.by_pid(20, 20)
 
@@ -82,7 +82,7 @@ def test_stopped_child_keeps_its_jobs(supervise: Callable[..., Supervised], queu
     os.kill(pid, signal.SIGSTOP)
     thaw = time.monotonic() + 3.3 * LEASE
     while time.monotonic() < thaw:
-        left = queue.crew()[0].end - time.time() * 1000  # the server's clock is this machine's
+        left = queue.workers()[0].end - time.time() * 1000  # the server's clock is this machine's
         assert left > 0
         time.sleep(0.05)
     assert one.log.count("has not run for") == 1
@@ -107,7 +107,7 @@ def test_blocked_loop_is_named_and_keeps_its_lease(
     queue.push(task, body=b"2.2")
     until(lambda: queue.counts().leased == 1)
     while queue.counts().leased:
-        assert queue.crew()[0].end > time.time() * 1000
+        assert queue.workers()[0].end > time.time() * 1000
         time.sleep(0.02)
 
     assert int(queue.client.execute("HLEN", KEYS.jobs, key=KEYS.jobs)) == 0
@@ -124,7 +124,7 @@ def test_stall_without_end_is_ended(supervise: Callable[..., Supervised], queue:
     (id_,) = queue.push("block", body=b"60")
     (pid,) = queue.by_pid(1)
     until(lambda: not running(pid))
-    until(lambda: [m.held for m in queue.crew() if m.about["pid"] != pid] == [1])
+    until(lambda: [m.held for m in queue.workers() if m.about["pid"] != pid] == [1])
 
     assert queue.crashes([id_]) == {1}
     assert re.search(r"was killed after blocking its event loop for \d s in block \(\S+\); returned 1 job in", one.log)
@@ -145,7 +145,7 @@ def test_orphans_drain_and_end(supervise: Callable[..., Supervised], queue: Queu
     assert time.monotonic() - killed < 2 * AT_ONCE
     while any(running(pid) for pid in pids):
         assert queue.counts().ready + queue.counts().leased == 2
-        assert all(member.end > time.time() * 1000 for member in queue.crew())
+        assert all(member.end > time.time() * 1000 for member in queue.workers())
         assert time.monotonic() - killed < 10
         time.sleep(0.05)
 
@@ -231,8 +231,8 @@ def test_child_that_dies_while_redis_hangs(
     finally:
         os.kill(server.pid, signal.SIGCONT)
 
-    until(lambda: [m.held for m in queue.crew() if m.worker != member.worker] == [5])
-    assert len(queue.crew()) == 1
+    until(lambda: [m.held for m in queue.workers() if m.worker != member.worker] == [5])
+    assert len(queue.workers()) == 1
     assert queue.crashes(ids) == {1}
 
 
@@ -251,7 +251,7 @@ def test_child_that_dies_while_redis_is_down(
     server.start()
     back = time.monotonic()
 
-    until(lambda: member.worker not in {m.worker for m in queue.crew()})
+    until(lambda: member.worker not in {m.worker for m in queue.workers()})
     assert time.monotonic() - back < 10
     queue.by_pid(5)
     assert queue.crashes(ids) == {1}
@@ -321,7 +321,7 @@ def test_recycled_child_is_replaced_without_blame(supervise: Callable[..., Super
     (pid,) = queue.by_pid(3)
     queue.push("recycle")
     until(lambda: "to be replaced by a fresh one" in one.log)
-    until(lambda: [m for m in queue.crew() if m.about["pid"] != pid and m.held == 3])
+    until(lambda: [m for m in queue.workers() if m.about["pid"] != pid and m.held == 3])
 
     assert queue.crashes(ids) == {0}
     assert "SIG" not in one.log
@@ -338,13 +338,13 @@ def test_quiet_and_stacks(supervise: Callable[..., Supervised], queue: Queue, ur
     assert re.search(r"name='hold' (.*\n)+?.*in work", stacks)
     one.signal(signal.SIGUSR1)
     until(lambda: "Quiet" in one.log)
-    until(lambda: queue.crew()[0].held == 2)
+    until(lambda: queue.workers()[0].held == 2)
     os.kill(pid, signal.SIGKILL)
     until(lambda: queue.counts().ready == 2)
     queue.by_pid(0)
     queue.push("noop")
-    end = queue.crew()[0].end
-    until(lambda: queue.crew()[0].end > end + 300)  # it went on making turns meanwhile
+    end = queue.workers()[0].end
+    until(lambda: queue.workers()[0].end > end + 300)  # it went on making turns meanwhile
     assert (queue.counts().ready, queue.counts().leased) == (3, 0)
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.resources import files
 
 from conveyor.errors import ConfigurationError
 from conveyor.jobs import spawn_outbox
@@ -24,7 +23,7 @@ TOPOLOGIES = ("standalone", "sentinel", "cluster")
 
 _USER = re.compile(r"[A-Za-z0-9_.:@-]{1,64}")
 _UNSAFE = re.compile(r"[^A-Za-z0-9_.:@/{}=+-]")  # has a meaning in a pattern, or in a line of redis-cli
-_FUNCTION = re.compile(r"^local function (\w+)", re.MULTILINE)
+_FUNCTION = re.compile(r"^local function (\w+)(?:[^\n]*\bend$|.*?^end$)", re.MULTILINE | re.DOTALL)
 _CALL = re.compile(r"redis\.p?call\(([^,()]*)")
 _PASSED = re.compile(r"(?<!redis\.)(?<!redis\.p)\b(?!redis)\w+\(([^()]*)")  # check('HLEN', key) calls what it is given
 _LITERAL = re.compile(r"'([A-Z]{2,})'")
@@ -53,8 +52,8 @@ _PRODUCER = Role(
     "producer",
     "pushes and enqueues, asks for status and results, cancels; takes nothing",
     (
-        operations.PUSH, operations.PUSH_PLAIN, operations.WITHDRAW, plain_list.RAWPUSH, operations.AWAIT, operations.FORGET,
-        operations.CANCEL, inspection.SHOW, inspection.COUNTS, partitions.CLAIM, partitions.COUNT,
+        operations.PUSH, operations.PUSH_PLAIN, operations.WITHDRAW, plain_list.LIST_PUSH, operations.AWAIT_RESULT,
+        operations.FORGET, operations.CANCEL, inspection.GET_JOB, inspection.COUNTS, partitions.CLAIM_PARTITIONS, partitions.COUNT,
     ),
     (*_RUN, "sadd", "smembers", "subscribe", "ping"),
     channels=True,
@@ -63,23 +62,30 @@ _WORKER = Role(
     "worker",
     "runs jobs and consumes messages, and may push and enqueue as a producer",
     (
-        operations.TURN, operations.REGISTER, operations.BEAT, operations.REAP, operations.EXTEND, operations.HELD,
-        operations.INTAKE, operations.RING, spawn_outbox.TAKE, spawn_outbox.TRIM,
+        operations.TURN, operations.REGISTER, operations.HEARTBEAT, operations.REAP, operations.EXTEND, operations.HELD_IDS,
+        operations.LIST_INTAKE, operations.WAKE, spawn_outbox.TAKE, spawn_outbox.TRIM,
     ),
     ("blpop", "blmove", "info"),
 ).and_(_PRODUCER)  # fmt: skip
 _DASHBOARD = Role(
     "dashboard",
     "looks: status, doctor, lists of queues, jobs and workers; changes nothing",
-    (inspection.COUNTS, inspection.PAGE, inspection.SHOW, inspection.CREW, inspection.AUDIT, partitions.COUNT),
+    (
+        inspection.COUNTS,
+        inspection.LIST_JOBS,
+        inspection.GET_JOB,
+        inspection.WORKERS,
+        inspection.AUDIT,
+        partitions.COUNT,
+    ),
     (*_RUN, "smembers", "llen", "hget", "ping", "info", "time"),
 )
 _OPERATOR = Role(
     "operator",
     "looks, and acts on queues and jobs: pause, purge, redrive, retry, cancel, delete",
     (
-        operations.CONFIGURE, operations.PURGE, operations.INTAKE, operations.REDRIVE, operations.PROMOTE,
-        operations.CANCEL, partitions.CLAIM, partitions.SWITCH,
+        operations.CONFIGURE, operations.PURGE, operations.LIST_INTAKE, operations.REDRIVE, operations.PROMOTE,
+        operations.CANCEL, partitions.CLAIM_PARTITIONS, partitions.REPARTITION,
     ),
     ("sadd", "srem", "hscan"),
     channels=True,
@@ -174,27 +180,18 @@ def _connecting(server: str, topology: str, database: int) -> set[str]:
 
 
 def commands_of(script: Script) -> set[str]:
-    """Return the commands that *script* may call, in lower case: those of its text and of the prelude it uses."""
-    body = files("conveyor.store").joinpath("scripts", f"{script.name}.lua").read_text("utf-8")
-    helpers = _helpers()
-    found, seen, texts = set[str](), set[str](), [body]
+    """Return the commands that *script* may call, in lower case; a function that it never calls adds none."""
+    functions = {one[1]: one[0] for one in _FUNCTION.finditer(script.text)}
+    found, seen, texts = set[str](), set[str](), [_FUNCTION.sub("", script.text)]
     while texts:
         text = texts.pop()
         for expression in (*_CALL.findall(text), *_PASSED.findall(text)):
             found.update(_LITERAL.findall(expression))
-        for name, helper in helpers.items():
+        for name, function in functions.items():
             if name not in seen and re.search(rf"\b{name}\(", text):
                 seen.add(name)
-                texts.append(helper)
+                texts.append(function)
     return {command.lower() for command in found}
-
-
-def _helpers() -> dict[str, str]:
-    """Return the functions of the prelude by their names."""
-    text = files("conveyor.store").joinpath("scripts", "_prelude.lua").read_text("utf-8")
-    starts = [*_FUNCTION.finditer(text)]
-    ends = [one.start() for one in starts[1:]] + [len(text)]
-    return {one[1]: text[one.end() : end] for one, end in zip(starts, ends, strict=True)}
 
 
 def _pattern(name: str) -> str:

@@ -140,7 +140,7 @@ class Admin:
                 instant(member.end), member.about,
             )
             for name in self._places(queue)
-            for member in self.client.run(inspection.crew(self._keys(name)))
+            for member in self.client.run(inspection.workers(self._keys(name)))
         ]  # fmt: skip
 
     # -- jobs -----------------------------------------------------------------------------------------------------
@@ -243,7 +243,7 @@ class Admin:
             else:
                 yield from (
                     live_job(queue, row, self._viewer, MAX_PAYLOAD)  # a page of bombs stays small
-                    for row in self.client.run(inspection.page(keys, state, first, PAGE))
+                    for row in self.client.run(inspection.list_jobs(keys, state, first, PAGE))
                 )
 
     def _find(self, public_id: str) -> _Found | None:
@@ -251,7 +251,7 @@ class Admin:
         trace: _Found | None = None
         for name in [queue] if queue else self._logical.all_places(id_):
             keys = self._keys(name)
-            place, row, record = self.client.run(inspection.show(keys, id_))
+            place, row, record = self.client.run(inspection.get_job(keys, id_))
             found = _Found(keys, id_, place, row, record)
             if place != "none":
                 return found

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from conveyor.errors import ConfigurationError, PayloadError
 from conveyor.jobs import spawn_outbox
+from conveyor.jobs.core import core_of
 from conveyor.payload.pipeline import PayloadPipeline
 from conveyor.payload.records import read_whatever
 from conveyor.payload.versions import sealed_name
@@ -66,11 +67,11 @@ def _everything(app: Conveyor) -> Iterator[tuple[str, str, bytes]]:
     queues = app.client.queues()
     for queue in queues:
         # In one go: it is trimmed at its head meanwhile, so a second page would begin too late.
-        for entry in _read(app, "LRANGE", app.keys(queue).outbox, 0, -1):
+        for entry in _read(app, "LRANGE", core_of(app).keys(queue).outbox, 0, -1):
             target, sent = spawn_outbox.read(entry)
             yield target, sent.id, sent.rest
     for queue in queues:
-        jobs, cursor = app.keys(queue).jobs, b"0"
+        jobs, cursor = core_of(app).keys(queue).jobs, b"0"
         while True:
             cursor, page = _read(app, "HSCAN", jobs, cursor, "COUNT", PAGE)
             for id_, data in zip(page[::2], page[1::2], strict=True):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from difflib import get_close_matches
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -13,6 +13,9 @@ from conveyor.cli.output import Output, machine
 from conveyor.cli.output import seconds as duration
 from conveyor.cli.target import Target, redis_options
 from conveyor.errors import ConfigurationError, JobFailed, PayloadError, UnknownTask
+
+if TYPE_CHECKING:
+    from conveyor.payload.signature import TaskSignature
 
 
 @click.command()
@@ -41,10 +44,12 @@ def enqueue(
         raise click.UsageError("--timeout goes with --wait.")
     if delay is not None and at is not None:
         raise click.UsageError("--in and --at both say when: give one of them.")
+    from conveyor.jobs.task import definition_of
+
     seconds = None if timeout is None else duration(timeout, name="--timeout")
     _, app = target.load_app()
     chosen = _task(app, task)
-    args, kwargs = _arguments(chosen, pairs, document)
+    args, kwargs = _arguments(definition_of(chosen).signature, pairs, document)
     later = None if delay is None else duration(delay, name="--in")
     bound = chosen.options(delay=later, at=_instant(at), queue=queue, priority=priority, id=own_id)
     job = bound.enqueue(*args, **kwargs)
@@ -93,7 +98,9 @@ def _task(app: Any, name: str) -> Any:
     raise UnknownTask(f"There is no task {name!r}.{advice}\nKnown: {known}. Nothing was enqueued.")
 
 
-def _arguments(task: Any, pairs: tuple[str, ...], document: str | None) -> tuple[Sequence[Any], dict[str, Any]]:
+def _arguments(
+    signature: TaskSignature, pairs: tuple[str, ...], document: str | None
+) -> tuple[Sequence[Any], dict[str, Any]]:
     args: Sequence[Any] = []
     kwargs: dict[str, Any] = {}
     if document is not None:
@@ -107,18 +114,18 @@ def _arguments(task: Any, pairs: tuple[str, ...], document: str | None) -> tuple
             kwargs = value
         else:
             raise PayloadError("--args takes a list or an object. Nothing was enqueued.")
-        if task.signature.formats.writes is not None:
-            args, kwargs = task.signature.from_json(args, kwargs)
+        if signature.formats.writes is not None:
+            args, kwargs = signature.from_json(args, kwargs)
     for pair in pairs:
         name, equals, text = pair.partition("=")
         if not equals or not name:
             raise PayloadError(
-                f"Arguments are written name=value, not {pair!r}:  {task.signature.describe()}\n"
+                f"Arguments are written name=value, not {pair!r}:  {signature.describe()}\n"
                 "By position they go into --args '[1, 2]'. Nothing was enqueued."
             )
         if name in kwargs:
             raise PayloadError(f"Argument {name!r} is given twice. Nothing was enqueued.")
-        kwargs[name] = task.signature.convert_text(name, text)
+        kwargs[name] = signature.convert_text(name, text)
     return args, kwargs
 
 

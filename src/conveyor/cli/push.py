@@ -169,16 +169,19 @@ def _headers(given: tuple[str, ...]) -> dict[str, str]:
 
 def _choice(app: Any, queue: str, **options: Any) -> PreparedPush:
     """Return what every message of this call is pushed with, sealed as the app seals."""
+    from conveyor.jobs.core import core_of
     from conveyor.messaging.push_options import posting, wrapped
 
-    declared = None if app is None else app.queues.get(queue)
+    declared = None if app is None else core_of(app).queues.get(queue)
     version = 1 if declared is None else declared.version
     return wrapped(posting(**options, version=version), None if app is None else app.sealing, queue, version)
 
 
 def _codec(app: Any, queue: str) -> FormatCodec[Any] | None:
     """Return the queue's own codec where it writes something else than JSON."""
-    declared = None if app is None else app.queues.get(queue)
+    from conveyor.jobs.core import core_of
+
+    declared = None if app is None else core_of(app).queues.get(queue)
     return None if declared is None or declared.codec.formats.writes is None else declared.codec
 
 

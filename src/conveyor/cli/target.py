@@ -92,9 +92,11 @@ class Target:
         client = self.client()
         if self._app is None:
             return Admin(client)
-        asks = {name: queue.asks for name, queue in self._app.queues.items() if queue.asks is not None}
-        app = self._app
-        return Admin(client, plain_lists=app.plain_lists, sealing=app.sealing, formats=app.formats, asks=asks)
+        from conveyor.jobs.core import core_of
+
+        core = core_of(self._app)
+        asks = {name: queue.asks for name, queue in core.queues.items() if queue.asks is not None}
+        return Admin(client, plain_lists=core.plain_lists, sealing=core.sealing, formats=core.formats, asks=asks)
 
     def _namespace(self) -> str | None:
         return self.namespace or os.environ.get("CONVEYOR_NAMESPACE") or self.settings.namespace

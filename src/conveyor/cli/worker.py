@@ -109,7 +109,9 @@ def _mention(out: Output, app: Any, queues: dict[str, float]) -> None:
 
 
 def _own(app: Any) -> set[str]:
-    lists = {queue for queue, found in app.plain_lists.items() if found.task}
+    from conveyor.jobs.core import core_of
+
+    lists = {queue for queue, found in core_of(app).plain_lists.items() if found.task}
     return {task.queue for task in app.tasks.values()} | lists
 
 
@@ -123,13 +125,14 @@ def _served(app: Any, name: str) -> dict[str, float]:
 def _check(out: Output, app: Any, queues: list[str], *, allow_eviction: bool) -> None:
     """Refuse a server that deletes jobs, and queues with other partitions. One that is away is waited for, not an error."""
     from conveyor.admin import doctor
+    from conveyor.jobs.core import core_of
     from conveyor.messaging.partitions import agree
     from conveyor.store.transport import eviction
 
     try:
         policy, evicted = doctor.eviction_policy(app.client)
         for queue in queues:
-            agree(app.client, queue, app.partitioned.get(queue))
+            agree(app.client, queue, core_of(app).partitioned.get(queue))
     except StoreUnavailable as error:
         out.say(f"{str(error).splitlines()[0]} Waiting for it.")
         return

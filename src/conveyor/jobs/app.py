@@ -1,4 +1,4 @@
-"""The app: where a program's tasks, queues, hooks and its connection to Redis come together."""
+"""The app: a program's tasks, queues and hooks on one Redis."""
 
 from __future__ import annotations
 
@@ -6,21 +6,21 @@ import asyncio
 from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, Literal, ParamSpec, Self, TypeVar, cast, overload
+from typing import TYPE_CHECKING, Any, Literal, ParamSpec, Self, TypeVar, Unpack, cast, overload
 
 from conveyor import ids
 from conveyor.errors import ConfigurationError, ConveyorError
-from conveyor.jobs.bulk import ChunkSender, chunks, note
+from conveyor.jobs.bulk import ChunkSender, add_count, chunks
+from conveyor.jobs.core import AppCore
 from conveyor.jobs.decorator import TaskDecorator, refuse_later, register, task_options
-from conveyor.jobs.hooks import Hooks
+from conveyor.jobs.hooks import Lifespan
 from conveyor.jobs.job import Job, refuse_in_loop
 from conveyor.jobs.job_options import positive_ms
-from conveyor.jobs.registry import QueueRegistry
-from conveyor.jobs.results import ResultSubscriber
+from conveyor.jobs.registry import Full, UpcastMessage
 from conveyor.jobs.task import AsyncTask, RunIn, SyncTask, Task, TaskCall, Upcast
 from conveyor.messaging.retry import Retry
 from conveyor.payload.codec import MAX_PAYLOAD
-from conveyor.payload.formats import Choice, chosen
+from conveyor.payload.formats import FormatChoice, chosen
 from conveyor.payload.pipeline import LARGE_ABOVE, MAX_LARGE, choose
 from conveyor.store.client.client import Client
 from conveyor.units import Duration, Size, size
@@ -28,19 +28,24 @@ from conveyor.units import Duration, Size, size
 if TYPE_CHECKING:
     from types import TracebackType
 
+    from conveyor.events import Event
     from conveyor.messaging.limits import Concurrency, Debounce, Rate, Unique
+    from conveyor.messaging.plain_list import PlainList
+    from conveyor.messaging.queue import Queue
     from conveyor.payload.blobs import BlobStore
     from conveyor.store.client.buffer import Buffer
+    from conveyor.store.client.durability import DurabilityOptions
 
 P = ParamSpec("P")
 R = TypeVar("R")
 T = TypeVar("T")
-Full = Literal["raise", "block", "drop-oldest"]
-Step = Callable[[int, Any], Any]
-"""From a version and a message of it to the message as the next version has it."""
+E = TypeVar("E", bound="Event")
+F = TypeVar("F", bound=Callable[..., Any])
+M = TypeVar("M")
+L = TypeVar("L", bound=Lifespan)
 
 
-class Conveyor(QueueRegistry, Hooks):
+class Conveyor:
     """
     One program's queues and tasks on one Redis.
 
@@ -61,7 +66,7 @@ class Conveyor(QueueRegistry, Hooks):
         large: BlobStore | None = None,
         large_above: Size = LARGE_ABOVE,
         max_large: Size = MAX_LARGE,
-        format: Choice | Sequence[Choice] = "json",  # noqa: A002
+        format: FormatChoice | Sequence[FormatChoice] = "json",  # noqa: A002
         buffer: Buffer | None = None,
     ) -> None:
         """
@@ -75,28 +80,100 @@ class Conveyor(QueueRegistry, Hooks):
         ``"json"``, ``"msgpack"`` or a Format of your own; of several the first writes, all are read. `buffer` keeps what
         is pushed while Redis is away. Raises ConfigurationError.
         """
-        super().__init__()
-        self.client = make_client(url, namespace, buffer)
-        self.replies = ResultSubscriber(self.client)
-        self.namespace = namespace
-        self.lease_ms = positive_ms(lease, "lease")
-        self.max_payload = size(max_payload, "max_payload")
-        self.sealing = choose(
-            keys=keys, encrypt=encrypt, compress=compress, large=large, large_above=large_above, max_large=max_large,
-            max_payload=self.max_payload,
+        max_payload = size(max_payload, "max_payload")
+        client = make_client(url, namespace, buffer)
+        self._core = AppCore(
+            client,
+            lease_ms=positive_ms(lease, "lease"),
+            max_payload=max_payload,
+            sealing=choose(
+                keys=keys, encrypt=encrypt, compress=compress, large=large, large_above=large_above,
+                max_large=max_large, max_payload=max_payload,
+            ),
+            formats=chosen(format),
         )  # fmt: skip
+        self.client = client
+        self.namespace = namespace
+        self.sealing = self._core.sealing
         """What happens to bodies on their way; None when nothing does."""
-        self.formats = chosen(format)
-        self.max_whole = self.max_payload if self.sealing is None else self.sealing.max_whole
-        self.tasks: dict[str, Task[..., Any]] = {}
+        self.tasks: Mapping[str, Task[..., Any]] = self._core.tasks
+        """The tasks by their names."""
 
     def __repr__(self) -> str:
-        return f"<Conveyor {self.namespace}: {len(self.tasks)} tasks, {len(self.queues)} queues>"
+        return f"<Conveyor {self.namespace}: {len(self.tasks)} tasks, {len(self._core.queues)} queues>"
 
-    @property
-    def promises(self) -> Mapping[str, Task[..., Any]]:
-        """The tasks, for handles that want to know what a result is."""
-        return self.tasks
+    # -- queues ---------------------------------------------------------------------------------------------------
+
+    @overload
+    def queue(
+        self, name: str, *, partitions: int = 1, lease: Duration | None = None, max_attempts: int = 5,
+        max_length: int | None = None, full: Full = "raise", version: int = 1, upcast: UpcastMessage | None = None,
+        format: FormatChoice | None = None, **durability: Unpack[DurabilityOptions],
+    ) -> Queue[Any]: ...  # fmt: skip
+    @overload
+    def queue(
+        self, name: str, type: type[T], *, partitions: int = 1, lease: Duration | None = None, max_attempts: int = 5,
+        max_length: int | None = None, full: Full = "raise", version: int = 1, upcast: UpcastMessage | None = None,
+        format: FormatChoice | None = None, **durability: Unpack[DurabilityOptions],
+    ) -> Queue[T]: ...  # fmt: skip
+    @overload
+    def queue(
+        self, name: str, type: Any, *, partitions: int = 1, lease: Duration | None = None, max_attempts: int = 5,
+        max_length: int | None = None, full: Full = "raise", version: int = 1, upcast: UpcastMessage | None = None,
+        format: FormatChoice | None = None, **durability: Unpack[DurabilityOptions],
+    ) -> Queue[Any]: ...  # fmt: skip
+
+    def queue(
+        self,
+        name: str,
+        type: Any = Any,  # noqa: A002  the contract's name
+        *,
+        partitions: int = 1,
+        lease: Duration | None = None,
+        max_attempts: int = 5,
+        max_length: int | None = None,
+        full: Full = "raise",
+        version: int = 1,
+        upcast: UpcastMessage | None = None,
+        format: FormatChoice | None = None,  # noqa: A002
+        **durability: Unpack[DurabilityOptions],
+    ) -> Queue[Any]:
+        """
+        Declare a queue of messages of *type* (any JSON value when left out), or set up one that tasks use.
+
+        `lease` is as for the app. `max_attempts` is how often a message is tried. `max_length` is how many may be
+        unfinished, `full` what a push beyond that does. `version`, `upcast(version, value)` and `format` are as for a
+        task. With `partitions` the queue is spread over so many, which may lie on several nodes: order holds within
+        each, and all programs must say the same number. `fsync` and `wait_replicas` make each push, of jobs too, wait
+        until it is on disk and until that many replicas have it, each for `wait_timeout`; after that comes
+        DurabilityNotReached. The same declaration again returns the same object; with other options it raises
+        ConfigurationError.
+        """
+        return self._core.declare_queue(
+            name, type, partitions=partitions, lease=lease, max_attempts=max_attempts, max_length=max_length, full=full,
+            version=version, upcast=upcast, format=format, **durability,
+        )  # fmt: skip
+
+    def plain_list(
+        self,
+        name: str,
+        type: Any = Any,  # noqa: A002  the contract's name
+        *,
+        task: Task[..., Any] | str | None = None,
+        lease: Duration | None = None,
+        max_attempts: int = 5,
+        sealed: bool = True,
+    ) -> PlainList[Any]:
+        """
+        Declare a plain Redis list of JSON documents, shared with programs that know nothing of Conveyor.
+
+        With *task* its entries run as jobs of that task. The rest is as in `queue`. Other programs cannot seal, so an
+        app with keys refuses a plain list without ``sealed=False``.
+        """
+        task_name = task.name if isinstance(task, Task) else task
+        return self._core.declare_plain_list(
+            name, type, task=task_name, lease=lease, max_attempts=max_attempts, sealed=sealed
+        )
 
     # -- tasks ----------------------------------------------------------------------------------------------------
 
@@ -112,7 +189,7 @@ class Conveyor(QueueRegistry, Hooks):
         max_payload: Size | None = None, unique: Unique | None = None,
         limits: Sequence[Rate | Concurrency] | None = None, group_by: str | None = None,
         debounce: Debounce | None = None, version: int = 1, upcast: Upcast | None = None,
-        format: Choice | None = None,
+        format: FormatChoice | None = None,
     ) -> TaskDecorator: ...  # fmt: skip
 
     def task(
@@ -136,7 +213,7 @@ class Conveyor(QueueRegistry, Hooks):
         debounce: Debounce | None = None,
         version: int = 1,
         upcast: Upcast | None = None,
-        format: Choice | None = None,  # noqa: A002
+        format: FormatChoice | None = None,  # noqa: A002
     ) -> Any:
         """
         Register a function as a task; used bare (``@app.task``) or with options.
@@ -155,7 +232,7 @@ class Conveyor(QueueRegistry, Hooks):
         )  # fmt: skip
 
         def add(function: Callable[..., Any]) -> Task[..., Any]:
-            return register(self, function, name, ids.queue_name(queue), run_in, options, max_payload, format)
+            return register(self._core, function, name, ids.queue_name(queue), run_in, options, max_payload, format)
 
         return add if function is None else add(function)
 
@@ -169,28 +246,28 @@ class Conveyor(QueueRegistry, Hooks):
         list nothing was stored then, of a generator nothing from that thousand on.
         """
         refuse_in_loop("app.enqueue_many()", "await app.aenqueue_many(…)")
-        shipment = ChunkSender()
+        sender = ChunkSender()
         try:
-            with shipment:
-                for chunk in chunks(self, calls):
-                    shipment.send(chunk)
+            with sender:
+                for chunk in chunks(self._core, calls):
+                    sender.send(chunk)
         except ConveyorError as error:
-            note(error, len(shipment.jobs))
+            add_count(error, len(sender.jobs))
             raise
-        return shipment.jobs
+        return sender.jobs
 
     async def aenqueue_many(self, calls: Iterable[TaskCall[R]]) -> list[Job[R]]:
-        """Do the same without blocking the event loop."""
+        """Awaitable form of `enqueue_many`."""
         jobs: list[Job[R]] = []
         stored = self.sealing is not None and self.sealing.store is not None
-        prepared = chunks(self, calls)
+        prepared = chunks(self._core, calls)
         try:
             # Large bodies are written while a chunk is prepared, and that is no work for the loop.
             while chunk := await asyncio.to_thread(next, prepared, None) if stored else next(prepared, None):
-                await chunk.asend()
+                await chunk.apush()
                 jobs += chunk.jobs
         except ConveyorError as error:
-            note(error, len(jobs))
+            add_count(error, len(jobs))
             raise
         return jobs
 
@@ -202,7 +279,52 @@ class Conveyor(QueueRegistry, Hooks):
         when it is in none. `Task.job` types the result.
         """
         queue, bare = ids.split(id)
-        return Job(self, bare, queue)
+        return Job(self._core, bare, queue)
+
+    # -- hooks ----------------------------------------------------------------------------------------------------
+
+    def middleware(self, source: M, /) -> M:
+        """
+        Add a middleware: a class (which is instantiated), an instance, or ``async def name(context, call_next)``.
+
+        The first one added is the outermost. Usable as a decorator; raises ConfigurationError.
+        """
+        self._core.add_middleware(source)
+        return source
+
+    def lifespan(self, function: L, /) -> L:
+        """
+        Add resources that are opened before a worker's first job and closed after its last.
+
+        *function* is an async generator function that yields once, or a function that returns an async context manager.
+        The mapping it yields (or None) is part of `context.state`.
+        """
+        self._core.add_lifespan(function)
+        return function
+
+    @overload
+    def on(self, kind: type[E], /) -> Callable[[F], F]: ...
+    @overload
+    def on(self, kind: str, /) -> Callable[[F], F]: ...
+    @overload
+    def on(self, kind: type[E], listener: Callable[[E], Any], /) -> None: ...
+    @overload
+    def on(self, kind: str, listener: Callable[[Any], Any], /) -> None: ...
+
+    def on(self, kind: type[Any] | str, listener: Callable[[Any], Any] | None = None, /) -> Any:
+        """
+        Call *listener*, a `def` or an `async def`, with every event of a kind: ``"dead"``, or ``JobDead``.
+
+        Without *listener* it is a decorator. A class above several kinds, such as `JobEvent`, stands for all of them.
+        An exception in a listener is logged and disturbs nothing else.
+        """
+        add = self._core.listen(kind)
+
+        def decorate(function: F) -> F:
+            add(function)
+            return function
+
+        return decorate if listener is None else add(listener)
 
     # -- running --------------------------------------------------------------------------------------------------
 
@@ -232,13 +354,11 @@ class Conveyor(QueueRegistry, Hooks):
 
     def close(self) -> None:
         """Close the connections of this process and leave the embedded server; using the app opens them again."""
-        self.replies.close()
-        self.client.close()
+        self._core.close()
 
     async def aclose(self) -> None:
         """Close the connections of this event loop, then the rest."""
-        self.replies.close()
-        await self.client.aclose()
+        await self._core.aclose()
 
     def __enter__(self) -> Self:
         return self

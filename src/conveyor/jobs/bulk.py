@@ -1,4 +1,4 @@
-"""Many calls at once: a thousand at a time, one push for each queue among them, in their order."""
+"""Many calls at once: a thousand at a time, one push for each of their queues, in their order."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from typing import TYPE_CHECKING, Any
 
 from conveyor.errors import ConveyorError
 from conveyor.ids import new_ids
-from conveyor.jobs.job import Job
+from conveyor.jobs.job import Job, note_accepted
 from conveyor.store.client.batching import BULK
 from conveyor.store.operations import Entry
 
 if TYPE_CHECKING:
-    from conveyor.jobs.job_options import JobOptions
-    from conveyor.jobs.task import Task, TaskApp, TaskCall
+    from conveyor.jobs.job_options import Outgoing
+    from conveyor.jobs.task import TaskCall, TaskCore, TaskDefinition
     from conveyor.store.client.durability import DurabilityRequest
 
 Encode = Callable[[tuple[Any, ...], dict[str, Any]], bytes]
 
 
 class QueueBatch:
-    """The jobs of one queue in a chunk: flat pairs of id and envelope while all are plain, entries else."""
+    """The jobs of one queue in a chunk: flat pairs of id and envelope while all are plain, else entries."""
 
     __slots__ = ("durability_request", "entries", "jobs", "pairs", "queue")
 
@@ -30,9 +30,8 @@ class QueueBatch:
         self.jobs: list[Job[Any]] = []
         self.pairs: list[str | bytes] = []
         self.entries: list[Entry] = []
-        self.durability_request: DurabilityRequest | None = (
-            None  # what satisfies all of them: they travel together, in their order
-        )
+        # One that satisfies all of them: they are pushed together, in their order.
+        self.durability_request: DurabilityRequest | None = None
 
     def add(self, entry: Entry, job: Job[Any]) -> None:
         """Append a job that needs more than an envelope."""
@@ -46,104 +45,107 @@ class QueueBatch:
         pairs: list[Any] = self.pairs
         return [*(Entry(pairs[i], pairs[i + 1]) for i in range(0, len(pairs), 2)), *self.entries]
 
-    def settle(self, ids: Sequence[str]) -> None:
-        """Take the ids the queue answered with: another one than asked for is that of a job that existed."""
+    def note_accepted(self, ids: Sequence[str]) -> None:
+        """Note the ids that the queue answered with: another one than asked for is that of a job that existed."""
         for job, id_ in zip(self.jobs, ids, strict=True):
-            job.settle(id_)
+            note_accepted(job, id_)
 
 
 class JobChunk:
-    """Up to a thousand prepared calls: handles in the order of the calls, and what to push where."""
+    """Up to a thousand prepared calls: handles in the order of the calls, and what to push to each queue."""
 
-    __slots__ = ("_batches", "_home", "jobs")
+    __slots__ = ("_batches", "_core", "jobs")
 
-    def __init__(self, home: TaskApp, calls: list[TaskCall[Any]]) -> None:
+    def __init__(self, core: TaskCore, calls: list[TaskCall[Any]]) -> None:
         """Encode all of *calls*; raises PayloadError for the first that does not fit."""
-        self._home = home
+        self._core = core
         self._batches: dict[str, QueueBatch] = {}
         self.jobs: list[Job[Any]] = []
         if not calls:
             return
         append = self.jobs.append
-        task, choice = calls[0].task, calls[0].choice
-        batch, plain, encode = self._settings(task, choice)
+        definition, outgoing = calls[0].definition, calls[0].outgoing
+        batch, plain, encode = self._settings(definition, outgoing)
         for id_, call in zip(new_ids(len(calls)), calls, strict=True):
-            if call.task is not task or call.choice is not choice:
-                task, choice = call.task, call.choice
-                batch, plain, encode = self._settings(task, choice)
+            if call.definition is not definition or call.outgoing is not outgoing:
+                definition, outgoing = call.definition, call.outgoing
+                batch, plain, encode = self._settings(definition, outgoing)
             if plain and not batch.entries:
-                batch.pairs += (id_, task.head + encode(call.args, call.kwargs))
-                job: Job[Any] = Job(home, id_, task.queue, task)
+                batch.pairs += (id_, definition.head + encode(call.args, call.kwargs))
+                job: Job[Any] = Job(core, id_, definition.queue, definition)
                 batch.jobs.append(job)
             else:
-                job = self._special(task, call)
+                job = self._add_entry(call)
             append(job)
 
-    def _settings(self, task: Task[..., Any], choice: JobOptions) -> tuple[QueueBatch, bool, Encode]:
-        plain = task.is_plain(choice) and task.queue not in self._home.partitioned
-        return self._batch(task.queue), plain, task.signature.encode
+    def _settings(self, definition: TaskDefinition, outgoing: Outgoing) -> tuple[QueueBatch, bool, Encode]:
+        plain = definition.is_plain(outgoing) and definition.queue not in self._core.partitioned
+        return self._batch(definition.queue), plain, definition.signature.encode
 
-    def _special(self, task: Task[..., Any], call: TaskCall[Any]) -> Job[Any]:
-        queue, entry = task.prepare(call.choice, call.args, call.kwargs)
-        job: Job[Any] = Job(self._home, entry.id, queue, task)
+    def _add_entry(self, call: TaskCall[Any]) -> Job[Any]:
+        queue, entry = call.definition.prepare(call.outgoing, call.args, call.kwargs)
+        job: Job[Any] = Job(self._core, entry.id, queue, call.definition)
         batch = self._batch(queue)
         batch.add(entry, job)
-        if call.choice.durability_request is not None:
-            batch.durability_request = call.choice.durability_request.join(batch.durability_request)
+        if call.durability_request is not None:
+            batch.durability_request = call.durability_request.join(batch.durability_request)
         return job
 
     def _batch(self, queue: str) -> QueueBatch:
-        found = self._batches.get(queue)
-        if found is None:
-            found = self._batches[queue] = QueueBatch(queue)
-        return found
+        batch = self._batches.get(queue)
+        if batch is None:
+            batch = self._batches[queue] = QueueBatch(queue)
+        return batch
 
-    def send(self) -> list[Callable[[], None]]:
-        """Push all; return what has to be called before anything else is pushed."""
-        home = self._home
+    def push(self) -> list[Callable[[], None]]:
+        """Push all; return the functions to call before anything else is pushed: each waits for an answer."""
+        core = self._core
         finish: list[Callable[[], None]] = []
         for batch in self._batches.values():
-            if batch.pairs and batch.queue not in home.bounded:
-                finish.append(home.client.post_plain(home.keys(batch.queue), batch.pairs))
+            if batch.pairs and batch.queue not in core.bounded:
+                finish.append(core.client.post_plain(core.keys(batch.queue), batch.pairs))
             elif batch.jobs:
-                batch.settle(home.send(batch.queue, batch.as_entries(), batch.durability_request))
+                batch.note_accepted(core.push(batch.queue, batch.as_entries(), batch.durability_request))
         return finish
 
-    async def asend(self) -> None:
-        """Do the same without blocking the event loop."""
+    async def apush(self) -> None:
+        """Awaitable form of `push`; returns when all is accepted."""
         for batch in self._batches.values():
             if batch.jobs:
-                batch.settle(await self._home.asend(batch.queue, batch.as_entries(), batch.durability_request))
+                batch.note_accepted(await self._core.apush(batch.queue, batch.as_entries(), batch.durability_request))
 
 
 class ChunkSender:
-    """Chunks on their way: Redis works on one while the next is prepared. `jobs` are those accepted."""
+    """
+    Sends chunks one behind the other: Redis works on one while the next is prepared. `jobs` are those accepted.
+
+    Leaving the block waits for the last chunk, so that its answer is known before an error is reported.
+    """
 
     def __init__(self) -> None:
         self.jobs: list[Job[Any]] = []
         self._finish: list[Callable[[], None]] = []
-        self._under_way: list[Job[Any]] = []
+        self._in_flight: list[Job[Any]] = []
 
     def send(self, chunk: JobChunk) -> None:
         """Send *chunk* when the one before is accepted."""
-        self._settle()
-        self._under_way = chunk.jobs
-        self._finish = chunk.send()
+        self._wait()
+        self._in_flight = chunk.jobs
+        self._finish = chunk.push()
 
-    def _settle(self) -> None:
+    def _wait(self) -> None:
         while self._finish:
             self._finish.pop(0)()
-        self.jobs += self._under_way
-        self._under_way = []
+        self.jobs += self._in_flight
+        self._in_flight = []
 
     def __enter__(self) -> None: ...
 
     def __exit__(self, *_: object) -> None:
-        """What was sent is accepted or refused before anything else is said."""
-        self._settle()
+        self._wait()
 
 
-def chunks(home: TaskApp, calls: Iterable[TaskCall[Any]]) -> Iterator[JobChunk]:
+def chunks(core: TaskCore, calls: Iterable[TaskCall[Any]]) -> Iterator[JobChunk]:
     """
     Yield prepared chunks of *calls*.
 
@@ -151,14 +153,14 @@ def chunks(home: TaskApp, calls: Iterable[TaskCall[Any]]) -> Iterator[JobChunk]:
     consumed as it is sent.
     """
     if isinstance(calls, Sequence):
-        yield from [JobChunk(home, list(calls[at : at + BULK])) for at in range(0, len(calls), BULK)]
+        yield from [JobChunk(core, list(calls[at : at + BULK])) for at in range(0, len(calls), BULK)]
         return
     source = iter(calls)
     while taken := list(islice(source, BULK)):
-        yield JobChunk(home, taken)
+        yield JobChunk(core, taken)
 
 
-def note(error: ConveyorError, count: int) -> None:
-    """Say on *error* how many jobs were enqueued before it."""
+def add_count(error: ConveyorError, count: int) -> None:
+    """Add a note to *error* with the number of jobs that were enqueued before it."""
     if count:
         error.add_note(f"{count} jobs were enqueued before it.")

@@ -39,8 +39,8 @@ class Context:
     """
 
     __slots__ = (
-        "_deadline_hook", "_logger", "attempt", "cancelled", "enqueued_at", "headers", "job_id",
-        "queue", "scheduled_for", "spawned", "state", "task", "timed_out",
+        "_deadline_hook", "_logger", "_spawned", "attempt", "cancelled", "enqueued_at", "headers", "job_id",
+        "queue", "scheduled_for", "state", "task", "timed_out",
     )  # fmt: skip
 
     def __init__(
@@ -67,7 +67,7 @@ class Context:
         self.scheduled_for = scheduled_for
         self.cancelled = False
         self.timed_out = False
-        self.spawned: list[bytes] | None = []
+        self._spawned: list[bytes] | None = []
         self._deadline_hook = deadline_hook
         self._logger: Logger | None = None
 
@@ -93,25 +93,21 @@ class Context:
         all from an attempt that fails, is cancelled, or has lost its lease. Raises PayloadError for arguments that
         cannot be stored, ConfigurationError (E44) for more than 1,000 and where no end is to come.
         """
-        if self.spawned is None:
+        if self._spawned is None:
             raise ConfigurationError(
                 f'Job {self.job_id} spawned a job after its own end: with ack="early" it has ended before it runs, '
                 "else a thread of it goes on. Nothing was enqueued. Enqueue the job instead.",
                 code="E44",
             )
-        if len(self.spawned) >= MOST_SPAWNED:
+        if len(self._spawned) >= MOST_SPAWNED:
             raise ConfigurationError(
                 f"Job {self.job_id} spawned {MOST_SPAWNED:,} jobs, the most that one end can take along. "
                 "Spawn a job that spawns the rest.",
                 code="E44",
             )
         job, entry = call.follow()
-        self.spawned.append(entry)
+        self._spawned.append(entry)
         return job
-
-    def open(self) -> Context:
-        """Return itself: a context lends itself, as a worker's attempt lends the one it makes."""
-        return self
 
     def check(self) -> None:
         """Raise TimeoutError when the time limit has passed, JobCancelled when the job was cancelled."""
@@ -136,27 +132,27 @@ class _ContextProxy(Context):
         # The slots are empty, so every attribute arrives here.
         if name.startswith("__"):
             raise AttributeError(name)
-        found = CURRENT.get()
-        if found is None:
+        source = CURRENT.get()
+        if source is None:
             raise ConfigurationError(
                 f"context.{name}: no job is running here. A context exists only while a worker runs a job; "
                 "in a test, pass one: Context(job_id=…, …)."
             )
-        return getattr(found.open(), name)
+        return getattr(_context(source), name)
 
     def __repr__(self) -> str:
         return "current()"
 
 
 class ContextSource(Protocol):
-    """What holds a context, or can make it when it is asked for: most jobs never ask."""
+    """Makes a context when it is asked for: most jobs never ask."""
 
     def open(self) -> Context:
         """Return the context."""
         ...
 
 
-CURRENT: ContextVar[ContextSource | None] = ContextVar("conveyor_context", default=None)
+CURRENT: ContextVar[Context | ContextSource | None] = ContextVar("conveyor_context", default=None)
 _PLACEHOLDER = _ContextProxy()
 
 
@@ -167,5 +163,24 @@ def current() -> Context:
     Outside a job it returns a placeholder: as the default value of a task's parameter it asks the worker for the
     real one; touched outside a job it raises ConfigurationError.
     """
-    found = CURRENT.get()
-    return _PLACEHOLDER if found is None else found.open()
+    source = CURRENT.get()
+    return _PLACEHOLDER if source is None else _context(source)
+
+
+def _context(source: Context | ContextSource) -> Context:
+    return source if isinstance(source, Context) else source.open()
+
+
+def spawned_entries(context: Context) -> list[bytes]:
+    """Return what an attempt spawned so far: entries of an outbox."""
+    return context._spawned or []  # noqa: SLF001
+
+
+def adopt_spawned(context: Context, entries: list[bytes]) -> None:
+    """Make *entries*, spawned in another process, those of this context."""
+    context._spawned = entries  # noqa: SLF001
+
+
+def end_spawning(context: Context) -> None:
+    """Refuse what is spawned from now on: the job has ended, as far as Redis knows."""
+    context._spawned = None  # noqa: SLF001

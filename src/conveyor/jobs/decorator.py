@@ -7,10 +7,21 @@ from typing import Any, Literal, ParamSpec, Protocol, TypeVar, overload
 
 from conveyor import ids
 from conveyor.errors import ConfigurationError
+from conveyor.jobs.core import AppCore
 from conveyor.jobs.job_options import check_priority, positive_ms
-from conveyor.jobs.task import AsyncTask, RunIn, SyncTask, Task, TaskApp, TaskOptions, Upcast, default_name, is_async
+from conveyor.jobs.task import (
+    AsyncTask,
+    RunIn,
+    SyncTask,
+    Task,
+    TaskDefinition,
+    TaskOptions,
+    Upcast,
+    default_name,
+    is_async,
+)
 from conveyor.messaging.retry import Retry
-from conveyor.payload.formats import Choice, FormatRegistry
+from conveyor.payload.formats import FormatChoice
 from conveyor.payload.versions import check_version
 from conveyor.units import Duration, Size, milliseconds, size
 
@@ -19,25 +30,12 @@ R = TypeVar("R")
 
 
 class TaskDecorator(Protocol):
-    """What `@app.task(…)` with options is."""
+    """The decorator that `@app.task(…)` with options returns."""
 
     @overload
     def __call__(self, function: Callable[P, Coroutine[Any, Any, R]], /) -> AsyncTask[P, R]: ...  # type: ignore[overload-overlap]
     @overload
     def __call__(self, function: Callable[P, R], /) -> SyncTask[P, R]: ...
-
-
-class TaskRegistry(TaskApp, Protocol):
-    """What a registration needs of its app."""
-
-    @property
-    def tasks(self) -> dict[str, Task[..., Any]]: ...
-    @property
-    def max_payload(self) -> int: ...
-    @property
-    def max_whole(self) -> int: ...
-    @property
-    def formats(self) -> FormatRegistry: ...
 
 
 def task_options(
@@ -72,22 +70,22 @@ def refuse_later(**options: object) -> None:
 
 
 def register(
-    home: TaskRegistry,
+    core: AppCore,
     function: Callable[..., Any],
     name: str | None,
     queue: str,
     run_in: RunIn | None,
     options: TaskOptions,
     max_payload: Size | None,
-    form: Choice | None,
+    format: FormatChoice | None,  # noqa: A002
 ) -> Task[..., Any]:
-    """Make *function* a task of *home* and return it; raises ConfigurationError."""
+    """Make *function* a task of the app and return it; raises ConfigurationError."""
     if isinstance(function, Task) or not callable(function):
         raise ConfigurationError(
             f"@app.task takes a function, not {function!r}. Options go by name: @app.task(queue='…')."
         )
     name = ids.queue_name(default_name(function) if name is None else name)
-    known = home.tasks.get(name)
+    known = core.definitions.get(name)
     if known is not None and not _is_redefined(known.function, function):
         raise ConfigurationError(
             f"Two tasks are called {name!r}: {known.function!r} and {function!r}. "
@@ -98,19 +96,19 @@ def register(
     if where == "thread" and awaitable:
         raise ConfigurationError(f"{name}: run_in='thread' needs a plain `def`; an `async def` runs on the loop.")
     limit = None if max_payload is None else size(max_payload, "@app.task(max_payload=…)")
-    kind: type[Task[..., Any]] = AsyncTask if awaitable else SyncTask
-    task = kind(
-        home,
+    definition = TaskDefinition(
+        core,
         function,
         name=name,
         queue=queue,
         run_in=where,
         options=options,
-        max_payload=home.max_whole if limit is None else limit,
-        max_result=home.max_payload if limit is None else limit,
-        formats=home.formats.writing(form),
+        max_payload=core.max_whole if limit is None else limit,
+        max_result=core.max_payload if limit is None else limit,
+        formats=core.formats.writing(format),
     )
-    home.tasks[name] = task
+    task: Task[..., Any] = (AsyncTask if awaitable else SyncTask)(definition)
+    core.definitions[name], core.tasks[name] = definition, task
     return task
 
 

@@ -1,8 +1,4 @@
-"""
-What a program hangs on its app: middleware, lifespans, listeners.
-
-The one extension point: code around every push and around every run.
-"""
+"""What a program adds to its app: middleware around every push and every run, lifespans, listeners of events."""
 
 from __future__ import annotations
 
@@ -11,45 +7,51 @@ import inspect
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
-from typing import Any, Protocol, TypeVar, overload
+from typing import Any, Protocol
 
 from conveyor.errors import ConfigurationError
 from conveyor.events import EVENTS, Event
 from conveyor.jobs.context import Context
 from conveyor.jobs.job_options import Outgoing
 
+_log = logging.getLogger("conveyor.app")
+
 
 class CallNext(Protocol):
-    """What a middleware awaits to go on inwards; it returns the job's result. The argument may be left out."""
+    """The next middleware, or the job, as a middleware calls it: the call returns the job's result."""
 
     def __call__(self, context: Context | None = None, /) -> Awaitable[Any]:
-        """Run the next middleware, or the job."""
+        """Run the next middleware, or the job. The argument may be left out."""
         ...
 
 
-Around = Callable[[Context, CallNext], Awaitable[Any]]
+RunFunction = Callable[[Context, CallNext], Awaitable[Any]]
+Resources = Mapping[str, Any] | None
+Lifespan = Callable[
+    [], AsyncGenerator[Resources, None] | AsyncIterator[Resources] | AbstractAsyncContextManager[Resources]
+]
 
 
 class Middleware:
     """
     Code around pushes and runs; override one or both. The first one added is the outermost.
 
-    `push` runs in the producer, inside `enqueue` and `aenqueue` alike, and may change what goes out. `run` wraps
-    every attempt in the worker, on its event loop; what it raises fails the attempt.
+    `push` runs in the producer, inside `enqueue` and `aenqueue` alike, and may change the job that goes out. `run`
+    wraps every attempt in the worker, on its event loop; an exception that it raises fails the attempt.
     """
 
     def push(self, outgoing: Outgoing) -> None:
-        """Look at a job that is about to be enqueued, or change it; what is raised here reaches the caller."""
+        """Look at a job that is about to be enqueued, or change it. An exception reaches the caller of `enqueue`."""
 
     async def run(self, context: Context, call_next: CallNext) -> Any:
         """Await ``call_next()`` to run the job, and return its result or another one."""
         return await call_next()
 
 
-class _FunctionMiddleware(Middleware):
-    """A function, or an object that has one of the two methods without being a Middleware."""
+class _AdaptedMiddleware(Middleware):
+    """A function, or an object that has `push` or `run` without being a Middleware."""
 
-    def __init__(self, source: object, push: Callable[[Outgoing], None] | None, run: Around | None) -> None:
+    def __init__(self, source: object, push: Callable[[Outgoing], None] | None, run: RunFunction | None) -> None:
         self._source = source
         if push is not None:
             vars(self)["push"] = push
@@ -60,18 +62,18 @@ class _FunctionMiddleware(Middleware):
         return f"<Middleware {self._source!r}>"
 
 
-def adopt(source: object) -> Middleware:
+def as_middleware(source: object) -> Middleware:
     """Return a middleware from a class (instantiated here), an instance or an async function; or ConfigurationError."""
     if inspect.isclass(source):
         try:
-            return adopt(source())
+            return as_middleware(source())
         except TypeError as error:
             raise ConfigurationError(
                 f"@app.middleware cannot make a {source.__name__}: {error}. "
                 f"Pass an instance: app.middleware({source.__name__}(…))."
             ) from error
     if inspect.iscoroutinefunction(source):
-        return _FunctionMiddleware(source, None, source)
+        return _AdaptedMiddleware(source, None, source)
     push, run = getattr(source, "push", None), getattr(source, "run", None)
     if run is not None and not inspect.iscoroutinefunction(run):
         raise ConfigurationError(f"{source!r}: run must be `async def run(self, context, call_next)`.")
@@ -83,15 +85,15 @@ def adopt(source: object) -> Middleware:
         raise ConfigurationError(
             f"{source!r} is no middleware: write `async def name(context, call_next)`, or a class with push or run."
         )
-    return _FunctionMiddleware(source, push, run)
+    return _AdaptedMiddleware(source, push, run)
 
 
-def pushes(middleware: Middleware) -> bool:
+def wraps_pushes(middleware: Middleware) -> bool:
     """Tell whether it does anything when a job is enqueued."""
     return "push" in vars(middleware) or type(middleware).push is not Middleware.push
 
 
-def runs(middleware: Middleware) -> bool:
+def wraps_runs(middleware: Middleware) -> bool:
     """Tell whether it does anything when a job runs."""
     return "run" in vars(middleware) or type(middleware).run is not Middleware.run
 
@@ -111,51 +113,28 @@ async def run_through(middlewares: Sequence[Middleware], context: Context, job: 
     return await step(0)
 
 
-E = TypeVar("E", bound=Event)
-F = TypeVar("F", bound=Callable[..., Any])
-M = TypeVar("M")
-Resources = Mapping[str, Any] | None
-Lifespan = Callable[
-    [], AsyncGenerator[Resources, None] | AsyncIterator[Resources] | AbstractAsyncContextManager[Resources]
-]
-L = TypeVar("L", bound=Lifespan)
-
-_log = logging.getLogger("conveyor.app")
-
-
 class Hooks:
-    """The hooks of an app; they are kept in the order they were added."""
+    """The middleware, lifespans and listeners of an app, each in the order they were added."""
 
     def __init__(self) -> None:
-        """Have none."""
-        self.middlewares: list[Middleware] = []
+        self.run_middlewares: list[Middleware] = []
         """Those that wrap runs, the outermost first."""
-        self.pushers: list[Middleware] = []
-        """Those that see what is enqueued."""
+        self.push_middlewares: list[Middleware] = []
+        """Those that see pushes, the outermost first."""
         self._lifespans: list[Callable[[], AbstractAsyncContextManager[Resources]]] = []
         self._listeners: dict[type[Event], list[Callable[[Any], Any]]] = {}
         self._running: set[asyncio.Future[Any]] = set()
 
-    def middleware(self, source: M, /) -> M:
-        """
-        Add a middleware: a class (which is instantiated), an instance, or ``async def name(context, call_next)``.
+    def add_middleware(self, source: object) -> None:
+        """Add a middleware; raises ConfigurationError."""
+        middleware = as_middleware(source)
+        if wraps_pushes(middleware):
+            self.push_middlewares.append(middleware)
+        if wraps_runs(middleware):
+            self.run_middlewares.append(middleware)
 
-        The first one added is the outermost. Usable as a decorator; raises ConfigurationError.
-        """
-        found = adopt(source)
-        if pushes(found):
-            self.pushers.append(found)
-        if runs(found):
-            self.middlewares.append(found)
-        return source
-
-    def lifespan(self, function: L, /) -> L:
-        """
-        Add what is opened before a worker's first job and closed after its last.
-
-        An async generator function that yields once, or a function that returns an async context manager; the
-        mapping it yields (or None) is part of `context.state`.
-        """
+    def add_lifespan(self, function: Lifespan) -> None:
+        """Add a lifespan; raises ConfigurationError."""
         if inspect.isasyncgenfunction(function):
             self._lifespans.append(asynccontextmanager(function))
         elif inspect.iscoroutinefunction(function) or not callable(function):
@@ -164,54 +143,35 @@ class Hooks:
             )
         else:
             self._lifespans.append(function)  # type: ignore[arg-type]
-        return function
 
     @asynccontextmanager
     async def lifespan_context(self) -> AsyncIterator[Mapping[str, Any]]:
-        """Open all lifespans, in order, and yield what they yielded, together; close them in reverse."""
+        """Open all lifespans, in order, and yield their resources as one mapping; close them in reverse."""
         state: dict[str, Any] = {}
         async with AsyncExitStack() as stack:
-            for open_one in self._lifespans:
-                resources = await stack.enter_async_context(open_one())
+            for open_lifespan in self._lifespans:
+                resources = await stack.enter_async_context(open_lifespan())
                 state.update(resources or {})
             yield state
 
-    @overload
-    def on(self, kind: type[E], /) -> Callable[[F], F]: ...
-    @overload
-    def on(self, kind: str, /) -> Callable[[F], F]: ...
-    @overload
-    def on(self, kind: type[E], listener: Callable[[E], Any], /) -> None: ...
-    @overload
-    def on(self, kind: str, listener: Callable[[Any], Any], /) -> None: ...
-
-    def on(self, kind: type[Any] | str, listener: Callable[[Any], Any] | None = None, /) -> Any:
-        """
-        Call *listener*, a `def` or an `async def`, with every event of a kind: ``"dead"``, or ``JobDead``.
-
-        Without *listener* it is a decorator. A class above several kinds, such as `JobEvent`, stands for all of them.
-        What a listener raises is logged and disturbs nobody.
-        """
+    def listen(self, kind: type[Any] | str) -> Callable[[Callable[..., Any]], None]:
+        """Return the function that adds a listener to events of a kind; raises ConfigurationError."""
         if isinstance(kind, str):
             if kind not in EVENTS:
                 raise ConfigurationError(f"There is no event {kind!r}. There are: {', '.join(EVENTS)}.")
             kind = EVENTS[kind]
         if not (isinstance(kind, type) and issubclass(kind, Event)):
             raise ConfigurationError(f"app.on takes the name of an event or a class of conveyor.events, not {kind!r}.")
-        kinds = {found for found in EVENTS.values() if issubclass(found, kind)} | {kind}
+        kinds = {event for event in EVENTS.values() if issubclass(event, kind)} | {kind}
 
-        def add(function: F) -> F:
-            for one in kinds:
-                self._listeners.setdefault(one, []).append(function)
-            return function
+        def add(listener: Callable[..., Any]) -> None:
+            for event in kinds:
+                self._listeners.setdefault(event, []).append(listener)
 
-        if listener is None:
-            return add
-        add(listener)
-        return None
+        return add
 
     def has_listener(self, kind: type[Event]) -> bool:
-        """Tell whether anybody listens to events of exactly this class."""
+        """Tell whether there is a listener to events of exactly this class."""
         return kind in self._listeners
 
     def emit(self, event: Event) -> None:
@@ -233,9 +193,9 @@ class Hooks:
         future = asyncio.ensure_future(answer)
         self._running.add(future)  # the loop itself holds tasks only weakly
 
-        def ended(future: asyncio.Future[Any]) -> None:
+        def on_finished(future: asyncio.Future[Any]) -> None:
             self._running.discard(future)
             if not future.cancelled() and (error := future.exception()) is not None:
                 _log.error("the listener %r failed", listener, exc_info=error)
 
-        future.add_done_callback(ended)
+        future.add_done_callback(on_finished)

@@ -36,20 +36,20 @@ class ResultSpec(Protocol):
     @property
     def results(self) -> ValueCodec[Any]: ...
     @property
-    def promises(self) -> bool: ...
+    def promises_result(self) -> bool: ...
 
 
-class JobApp(Protocol):
-    """What a handle needs of its app."""
+class JobCore(Protocol):
+    """The part of an app's inside that handles use."""
 
     @property
     def namespace(self) -> str: ...
     @property
     def client(self) -> Client: ...
     @property
-    def replies(self) -> ResultSubscriber: ...
+    def result_subscriber(self) -> ResultSubscriber: ...
     @property
-    def promises(self) -> Mapping[str, ResultSpec]: ...
+    def definitions(self) -> Mapping[str, ResultSpec]: ...
     @property
     def sealing(self) -> PayloadPipeline | None: ...
     @property
@@ -66,40 +66,45 @@ class Job(Generic[R_co]):
     for a handle made from an id that does not tell them, until something was asked.
     """
 
-    __slots__ = ("_bare", "_home", "_promise", "duplicate", "queue", "task")
+    __slots__ = ("_bare_id", "_core", "_result_spec", "duplicate", "queue", "task")
 
     def __init__(
         self,
-        home: JobApp,
-        id: str,  # noqa: A002
+        core: JobCore,
+        bare_id: str,
         queue: str | None,
-        promise: ResultSpec | None = None,
+        result_spec: ResultSpec | None = None,
         *,
         duplicate: bool = False,
     ) -> None:
-        """Take the bare id and where the job is; *promise* is the task, when it is known."""
-        self._home = home
-        self._bare = id
-        self._promise = promise
+        """
+        Make a handle; nothing is sent.
+
+        Args:
+            core: the inside of the app.
+            bare_id: the id without the queue.
+            queue: the queue or partition, None when it is to be looked for.
+            result_spec: the task, None when it is not known yet.
+            duplicate: whether the enqueue met a job that existed.
+
+        """
+        self._core = core
+        self._bare_id = bare_id
+        self._result_spec = result_spec
         self.queue = queue
-        self.task: str | None = None if promise is None else promise.name
+        self.task: str | None = None if result_spec is None else result_spec.name
         self.duplicate = duplicate
 
     @property
     def id(self) -> str:
         """The public id: ``queue:id`` when it was generated, as it is when the caller gave it."""
-        return self._bare if self.queue is None else ids.public(self.queue, self._bare)
-
-    def settle(self, id: str) -> None:  # noqa: A002
-        """Take the id the queue answered with."""
-        self.duplicate = isinstance(id, ExistingId)
-        self._bare = id
+        return self._bare_id if self.queue is None else ids.public(self.queue, self._bare_id)
 
     def __repr__(self) -> str:
         return f"<Job {self.id}{f' {self.task}' if self.task else ''}{' (duplicate)' if self.duplicate else ''}>"
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Job) and other.id == self.id and other._home is self._home
+        return isinstance(other, Job) and other.id == self.id and other._core is self._core
 
     def __hash__(self) -> int:
         return hash(self.id)
@@ -131,21 +136,21 @@ class Job(Generic[R_co]):
             return row.status
         if place == "result":
             return read_outcome(record).status
-        if place == "none" and not record and ids.may_come(self._bare):
+        if place == "none" and not record and ids.may_come(self._bare_id):
             return "waiting"  # its parent has not ended, or has a moment ago
         return "cancelled" if place == "cancelled" else "done"
 
     def _waits_here(self) -> bool:
-        buffer = self._home.client.buffer
-        return buffer is not None and buffer.holds(self._bare)
+        buffer = self._core.client.buffer
+        return buffer is not None and buffer.holds(self._bare_id)
 
     def _left_here(self, seconds: float | None) -> float | None:
         """Wait until the buffer of this program has delivered it; return what is left of so many seconds."""
-        buffer = self._home.client.buffer
-        if buffer is None or not buffer.holds(self._bare):
+        buffer = self._core.client.buffer
+        if buffer is None or not buffer.holds(self._bare_id):
             return seconds
         began = monotonic()
-        if not buffer.wait_for(self._bare, seconds) and seconds is not None:
+        if not buffer.wait_for(self._bare_id, seconds) and seconds is not None:
             raise self._too_late(seconds)
         return None if seconds is None else max(0.0, seconds - (monotonic() - began))
 
@@ -159,21 +164,23 @@ class Job(Generic[R_co]):
         return None if seconds is None else max(0.0, seconds - (monotonic() - began))
 
     def _show(self) -> Shown:
-        client = self._home.client
+        client = self._core.client
         if self.queue is not None:
-            return self._found(self.queue, client.run(inspection.show(self._home.keys(self.queue), self._bare)))
+            return self._found(self.queue, client.run(inspection.get_job(self._core.keys(self.queue), self._bare_id)))
         for queue in self._likely(client.queues()):
-            shown = client.run(inspection.show(self._home.keys(queue), self._bare))
+            shown = client.run(inspection.get_job(self._core.keys(queue), self._bare_id))
             if _is_known(shown):
                 return self._found(queue, shown)
         raise self._unknown()
 
     async def _ashow(self) -> Shown:
-        client = self._home.client
+        client = self._core.client
         if self.queue is not None:
-            return self._found(self.queue, await client.arun(inspection.show(self._home.keys(self.queue), self._bare)))
+            return self._found(
+                self.queue, await client.arun(inspection.get_job(self._core.keys(self.queue), self._bare_id))
+            )
         for queue in self._likely(await client.aqueues()):
-            shown = await client.arun(inspection.show(self._home.keys(queue), self._bare))
+            shown = await client.arun(inspection.get_job(self._core.keys(queue), self._bare_id))
             if _is_known(shown):
                 return self._found(queue, shown)
         raise self._unknown()
@@ -181,18 +188,18 @@ class Job(Generic[R_co]):
     def _likely(self, queues: list[str]) -> list[str]:
         from conveyor.messaging.partitions import likely_first
 
-        return likely_first(queues, self._bare)
+        return likely_first(queues, self._bare_id)
 
     def _found(self, queue: str, shown: Shown) -> Shown:
         self.queue = queue
         if self.task is None and shown[1] is not None:
             self.task = name = shown[1].envelope.task
-            self._promise = self._home.promises.get(name)
+            self._result_spec = self._core.definitions.get(name)
         return shown
 
     def _unknown(self) -> JobNotFound:
         return JobNotFound(
-            f"No queue of namespace {self._home.namespace!r} knows a job {self._bare!r}. An id of your own is "
+            f"No queue of namespace {self._core.namespace!r} knows a job {self._bare_id!r}. An id of your own is "
             "remembered until a day after its job ended."
         )
 
@@ -210,21 +217,21 @@ class Job(Generic[R_co]):
         left = self._left_here(seconds)
         if self.task is None:
             self._show()  # the task says what type the result has, and only a live job names it
-        answer = self._home.replies.wait(self._keys(), self._bare, left)
+        answer = self._core.result_subscriber.wait(self._keys(), self._bare_id, left)
         return self._value(answer, seconds)
 
     async def aresult(self, timeout: Duration | None = None) -> R_co:  # noqa: ASYNC109  the twin of result
         """Do the same without blocking the event loop."""
         seconds = _seconds(timeout)
-        left = seconds if self._home.client.buffer is None else await self._aleft_here(seconds)
+        left = seconds if self._core.client.buffer is None else await self._aleft_here(seconds)
         if self.task is None:
             await self._ashow()
-        answer = await self._home.replies.await_(self._keys(), self._bare, left)
+        answer = await self._core.result_subscriber.await_(self._keys(), self._bare_id, left)
         return self._value(answer, seconds)
 
     def _keys(self) -> QueueKeys:
         assert self.queue is not None
-        return self._home.keys(self.queue)
+        return self._core.keys(self.queue)
 
     def _value(self, answer: Answer | None, seconds: float | None) -> R_co:
         if answer is None:
@@ -240,29 +247,29 @@ class Job(Generic[R_co]):
         if outcome.status == "dead":
             raise self._failed(outcome.failure, outcome.reason)
         value = bytes(outcome.value)
-        if outcome.packed or (self._home.sealing is not None and data and outcome.status == "done"):
+        if outcome.packed or (self._core.sealing is not None and data and outcome.status == "done"):
             from conveyor.payload.pipeline import MAX_LARGE
             from conveyor.payload.sealed_records import open_result
 
-            limit = MAX_LARGE if self._promise is None else self._promise.results.max_payload
-            value = open_result(self._home.sealing, outcome, str(self.queue), self._bare, limit)
+            limit = MAX_LARGE if self._result_spec is None else self._result_spec.results.max_payload
+            value = open_result(self._core.sealing, outcome, str(self.queue), self._bare_id, limit)
         if outcome.status == "cancelled":
             why = "expired before it started" if outcome.reason == "expired" else "was cancelled"
             raise JobCancelled(f"Job {self.id} {why}.")
-        if self._promise is None:
+        if self._result_spec is None:
             from conveyor.payload.formats import FormatCodec
 
             what = f"The result of {self.id}"
-            untyped: FormatCodec[R_co] = FormatCodec(formats=self._home.formats, what=what, max_payload=1 << 30)
+            untyped: FormatCodec[R_co] = FormatCodec(formats=self._core.formats, what=what, max_payload=1 << 30)
             return untyped.decode(value)
-        return cast("R_co", self._promise.results.decode(value))
+        return cast("R_co", self._result_spec.results.decode(value))
 
     def _too_late(self, seconds: float | None) -> TimeoutError:
         return TimeoutError(f"Job {self.id} has not ended within {seconds:g} s. It goes on; ask again later.")
 
     def _nothing(self, *, just_ended: bool) -> R_co:
         # Of a task that is not known here, nobody can say whether it had promised a value.
-        promised = self._promise.promises if self._promise is not None else not just_ended
+        promised = self._result_spec.promises_result if self._result_spec is not None else not just_ended
         if promised:
             raise ResultExpired(
                 f"Job {self.id} has finished, and its result is not kept any more (or never was). "
@@ -276,7 +283,7 @@ class Job(Generic[R_co]):
         if failure.packed:
             from conveyor.payload.sealed_records import open_failure
 
-            failure = open_failure(self._home.sealing, failure, str(self.queue), self._bare)
+            failure = open_failure(self._core.sealing, failure, str(self.queue), self._bare_id)
         return JobFailed(self.id, failure.type, failure.message, failure.traceback)
 
     # -- cancelling -----------------------------------------------------------------------------------------------
@@ -291,15 +298,21 @@ class Job(Generic[R_co]):
         refuse_in_loop("job.cancel()", "await job.acancel()")
         if self.queue is None:
             self._show()
-        self._left_here(self._home.client.patience)
-        return self._home.client.run(operations.cancel(self._keys(), self._bare)) > 0
+        self._left_here(self._core.client.patience)
+        return self._core.client.run(operations.cancel(self._keys(), self._bare_id)) > 0
 
     async def acancel(self) -> bool:
         """Do the same without blocking the event loop."""
         if self.queue is None:
             await self._ashow()
-        await self._aleft_here(self._home.client.patience)
-        return await self._home.client.arun(operations.cancel(self._keys(), self._bare)) > 0
+        await self._aleft_here(self._core.client.patience)
+        return await self._core.client.arun(operations.cancel(self._keys(), self._bare_id)) > 0
+
+
+def note_accepted(job: Job[Any], id: str) -> None:  # noqa: A002
+    """Note the id that the queue answered with: the job's own, or that of a job that existed."""
+    job.duplicate = isinstance(id, ExistingId)
+    job._bare_id = id  # noqa: SLF001
 
 
 def refuse_in_loop(call: str, twin: str) -> None:

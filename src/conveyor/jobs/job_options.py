@@ -1,4 +1,4 @@
-"""A job on its way out: the options given for it, and the entry they become."""
+"""A job on its way out: its options, checked, and the entry that it becomes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from conveyor.messaging.push_options import MAX_HEADERS
 from conveyor.payload.codec import show
 from conveyor.payload.records import EnvelopeOptions, to_json, write_rest
 from conveyor.payload.versions import sealed_name
-from conveyor.store.client.durability import DurabilityRequest, durability_request
 from conveyor.store.operations import Entry
 from conveyor.units import Duration, instant_ms, milliseconds
 
@@ -21,29 +20,35 @@ if TYPE_CHECKING:
     from conveyor.payload.pipeline import PayloadPipeline
 
 
-@dataclass(frozen=True, slots=True)
-class JobOptions:
-    """What `.options(…)` was given, checked; None where the task's own setting holds. Times in ms."""
+@dataclass(slots=True)
+class Outgoing:
+    """
+    A job that is about to be enqueued, as a middleware's `push` sees it.
 
+    All but `task` and `version` may be changed; `headers` reach the job as `context.headers`. Times in ms. `id` is the
+    caller's own, None when one will be made. None elsewhere: as the task has it.
+    """
+
+    task: str
+    queue: str
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    headers: dict[str, str] = field(default_factory=dict)
+    priority: int = 0
     delay_ms: int | None = None
     at_ms: int | None = None
-    priority: int | None = None
-    id: str | None = None
-    queue: str | None = None
-    unique: str | None = None
     expires_ms: int | None = None
-    headers: Mapping[str, str] = field(default_factory=dict)
+    unique: str | None = None
+    id: str | None = None
+    front: bool = False
     timeout_ms: int | None = None
     keep_ms: int | None = None
     attempts: int | None = None
-    front: bool = False
-    durability_request: DurabilityRequest | None = None
+    version: int = 1
 
 
-NOTHING = JobOptions()
-
-
-def choose(
+def with_options(
+    outgoing: Outgoing,
     *,
     delay: Duration | None,
     at: datetime | None,
@@ -57,88 +62,83 @@ def choose(
     keep_result: Duration | None,
     retry: int | None,
     front: bool,
-    fsync: bool | None,
-    wait_replicas: int | None,
-    wait_timeout: Duration | None,
-) -> JobOptions:
-    """Return the options of one call, checked; raises ConfigurationError."""
+) -> Outgoing:
+    """Return a task's *outgoing* with the options of `.options(…)`, checked; raises ConfigurationError."""
     if delay is not None and at is not None:
         raise ConfigurationError("options(delay=…, at=…): give one of them.")
     if front and (delay is not None or at is not None):
         raise ConfigurationError("options(front=True) is for a job that is ready now, without delay or at.")
     if unique is not None and not isinstance(unique, str):
         raise ConfigurationError(f"options(unique=…) takes the key itself, a text, not {unique!r}.")
-    return JobOptions(
+    return Outgoing(
+        task=outgoing.task,
+        version=outgoing.version,
         delay_ms=None if delay is None else milliseconds(delay, name="delay"),
         at_ms=None if at is None else instant_ms(at),
-        priority=None if priority is None else check_priority(priority),
+        priority=outgoing.priority if priority is None else check_priority(priority),
         id=None if id is None else ids.own_id(id),
-        queue=None if queue is None else ids.queue_name(queue),
+        queue=outgoing.queue if queue is None else ids.queue_name(queue),
         unique=None if unique is None else ids.unique_key(unique),
-        expires_ms=None if expires is None else positive_ms(expires, "expires"),
+        expires_ms=outgoing.expires_ms if expires is None else positive_ms(expires, "expires"),
         headers=check_headers(headers or {}),
         timeout_ms=None if timeout is None else positive_ms(timeout, "timeout"),
         keep_ms=None if keep_result is None else milliseconds(keep_result, name="keep_result"),
         attempts=None if retry is None else check_attempts(retry),
         front=front,
-        durability_request=durability_request(fsync, wait_replicas, wait_timeout),
     )
 
 
-@dataclass(slots=True)
-class Outgoing:
+def outgoing_call(outgoing: Outgoing, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Outgoing:
+    """Return a copy of *outgoing* for one call; a middleware may change the copy."""
+    return Outgoing(
+        outgoing.task,
+        outgoing.queue,
+        args,
+        kwargs,
+        dict(outgoing.headers),
+        outgoing.priority,
+        outgoing.delay_ms,
+        outgoing.at_ms,
+        outgoing.expires_ms,
+        outgoing.unique,
+        outgoing.id,
+        outgoing.front,
+        outgoing.timeout_ms,
+        outgoing.keep_ms,
+        outgoing.attempts,
+        outgoing.version,
+    )
+
+
+def entry_of(outgoing: Outgoing, body: bytes, sealing: PayloadPipeline | None, *, deferred: bool) -> Entry:
     """
-    A job that is about to be enqueued, as a middleware's `push` sees it.
+    Return the entry that is pushed; *body* are the encoded arguments, which *sealing* wraps.
 
-    All but `task` may be changed; `headers` reach the job as `context.headers`. Times in ms; `id` is the caller's
-    own, None when one will be made.
+    A *deferred* job gets an id as a spawned one has: Redis may hear of it later than a caller that waits for it.
     """
-
-    task: str
-    queue: str
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    headers: dict[str, str]
-    priority: int
-    delay_ms: int | None
-    at_ms: int | None
-    expires_ms: int | None
-    unique: str | None
-    id: str | None
-    front: bool
-    timeout_ms: int | None
-    keep_ms: int | None
-    attempts: int | None
-    version: int = 1
-
-    def entry(self, body: bytes, sealing: PayloadPipeline | None = None, *, deferred: bool = False) -> Entry:
-        """
-        Return what is pushed; *body* are the encoded arguments, which *sealing* wraps.
-
-        A *deferred* job gets an id as a spawned one has: Redis may hear of it later than who waits for it.
-        """
-        extra = None
-        options = (self.timeout_ms, self.keep_ms, self.attempts)
-        if self.headers or self.version != 1 or options != (None, None, None):
-            extra = EnvelopeOptions(check_headers(self.headers), *options, self.version)
-        own = deferred or self.id is not None
-        if self.id is not None:
-            id_ = ids.given_id(self.id)
-        else:
-            id_ = ids.new_spawned_id() if deferred else ids.new_id()
-        if sealing is not None:
-            body = sealing.wrap(body, queue=self.queue, task=sealed_name(self.task, self.version), id=id_)
-        return Entry(
-            id_,
-            write_rest(self.task, body, extra),
-            priority=check_priority(self.priority),
-            delay_ms=self.delay_ms,
-            due_at_ms=self.at_ms,
-            expires_ms=self.expires_ms,
-            unique=self.unique,
-            own_id=own,
-            front=self.front,
-        )
+    extra = None
+    options = (outgoing.timeout_ms, outgoing.keep_ms, outgoing.attempts)
+    if outgoing.headers or outgoing.version != 1 or options != (None, None, None):
+        extra = EnvelopeOptions(check_headers(outgoing.headers), *options, outgoing.version)
+    own = deferred or outgoing.id is not None
+    if outgoing.id is not None:
+        id_ = ids.given_id(outgoing.id)
+    else:
+        id_ = ids.new_spawned_id() if deferred else ids.new_id()
+    if sealing is not None:
+        name = sealed_name(outgoing.task, outgoing.version)
+        body = sealing.wrap(body, queue=outgoing.queue, task=name, id=id_)
+    return Entry(
+        id_,
+        write_rest(outgoing.task, body, extra),
+        priority=check_priority(outgoing.priority),
+        delay_ms=outgoing.delay_ms,
+        due_at_ms=outgoing.at_ms,
+        expires_ms=outgoing.expires_ms,
+        unique=outgoing.unique,
+        own_id=own,
+        front=outgoing.front,
+    )
 
 
 def check_priority(priority: object) -> int:

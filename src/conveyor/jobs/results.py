@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from conveyor.store.client.client import Client
 
 Answer = tuple[str, bytes]
-"""What await.lua says: result | dead | gone | waiting, and its bytes."""
+"""What await_result.lua says: result | dead | gone | waiting, and its bytes."""
 
 ASK_AGAIN = 5.0
 """Seconds after which a waiter asks again, in case its message was missed."""
@@ -70,7 +70,7 @@ class ResultSubscriber:
         """Return how the job ended, None when it had not after *timeout* seconds (None: wait for ever)."""
         clock = _Deadline(timeout)
         if clock.remaining() == 0.0 or not self._listening():
-            answer = self._client.run(operations.await_outcome(keys, id, ""))
+            answer = self._client.run(operations.await_result(keys, id, ""))
             if answer[0] != "waiting" or clock.remaining() == 0.0:
                 return answer if answer[0] != "waiting" else None
             self._listen()
@@ -78,7 +78,7 @@ class ResultSubscriber:
         gate.acquire()
         waiter = ResultWaiter(partial(_release, gate))
         self._add(keys, id, waiter)
-        call = operations.await_outcome(keys, id, self.channel)
+        call = operations.await_result(keys, id, self.channel)
         try:
             while True:
                 try:
@@ -102,14 +102,14 @@ class ResultSubscriber:
         """Do the same without blocking the event loop."""
         clock = _Deadline(timeout)
         if clock.remaining() == 0.0 or not self._listening():
-            answer = await self._client.arun(operations.await_outcome(keys, id, ""))
+            answer = await self._client.arun(operations.await_result(keys, id, ""))
             if answer[0] != "waiting" or clock.remaining() == 0.0:
                 return answer if answer[0] != "waiting" else None
             await asyncio.get_running_loop().run_in_executor(None, self._listen)
         loop, event = asyncio.get_running_loop(), asyncio.Event()
         waiter = ResultWaiter(lambda: _call_soon(loop, event.set))
         self._add(keys, id, waiter)
-        call = operations.await_outcome(keys, id, self.channel)
+        call = operations.await_result(keys, id, self.channel)
         try:
             while True:
                 event.clear()

@@ -18,20 +18,19 @@ from conveyor.errors import ConfigurationError
 from conveyor.ids import new_id
 from conveyor.jobs import spawn_outbox
 from conveyor.jobs.context import Context
-from conveyor.jobs.job import Job, JobApp
-from conveyor.jobs.job_options import NOTHING, JobOptions, Outgoing, choose
+from conveyor.jobs.job import Job, JobCore
+from conveyor.jobs.job_options import Outgoing, entry_of, outgoing_call, with_options
 from conveyor.messaging.retry import Retry
 from conveyor.payload.codec import ValueCodec, show
 from conveyor.payload.formats import JSON, FormatRegistry, codec_for
 from conveyor.payload.records import write_rest
 from conveyor.payload.signature import TaskSignature
+from conveyor.store.client.durability import DurabilityRequest, durability_request
 from conveyor.store.operations import Entry, ExistingId
 from conveyor.units import Duration
 
 if TYPE_CHECKING:
     from conveyor.jobs.hooks import Middleware
-    from conveyor.payload.pipeline import PayloadPipeline
-    from conveyor.store.client.durability import DurabilityRequest
     from conveyor.store.keys import QueueKeys
 
 P = ParamSpec("P")
@@ -42,25 +41,21 @@ Upcast = Callable[[int, dict[str, Any]], dict[str, Any]]
 """From a version and the arguments of a job that has it to those of the next version."""
 
 
-class TaskApp(JobApp, Protocol):
-    """What a task needs of its app."""
+class TaskCore(JobCore, Protocol):
+    """The part of an app's inside that tasks use."""
 
     @property
-    def pushers(self) -> Sequence[Middleware]: ...
-
+    def push_middlewares(self) -> Sequence[Middleware]: ...
     @property
     def bounded(self) -> Container[str]: ...
     @property
     def partitioned(self) -> Container[str]: ...
 
-    @property
-    def sealing(self) -> PayloadPipeline | None: ...
-
-    def placed(self, queue: str, entry: Entry) -> str: ...
-    def send(
+    def place(self, queue: str, entry: Entry) -> str: ...
+    def push(
         self, queue: str, entries: Sequence[Entry], durability_request: DurabilityRequest | None = None
     ) -> list[str]: ...
-    async def asend(
+    async def apush(
         self, queue: str, entries: Sequence[Entry], durability_request: DurabilityRequest | None = None
     ) -> list[str]: ...
 
@@ -79,17 +74,18 @@ class TaskOptions:
     upcast: Upcast | None = None
 
 
-class Task(Generic[P, R_co]):
+class TaskDefinition:
     """
-    A function that workers run. Calling it runs it here; `enqueue` has a worker run it.
+    A task as the library uses it: its function and options, and how a call of it becomes a job.
 
-    `name` is what jobs carry, `queue` where they go, `run_in` where they run (loop, thread or process), `settings` how.
+    `settings` says how its jobs run, `results` encodes and decodes what they return. `outgoing` is the job that a call
+    without options becomes, before the arguments.
     """
 
     def __init__(
         self,
-        home: TaskApp,
-        function: Callable[P, Any],
+        core: TaskCore,
+        function: Callable[..., Any],
         *,
         name: str,
         queue: str,
@@ -100,9 +96,8 @@ class Task(Generic[P, R_co]):
         formats: FormatRegistry = JSON,
     ) -> None:
         """Read the function's signature; raises ConfigurationError for one whose arguments JSON cannot carry."""
-        functools.update_wrapper(self, function)
-        self._home = home
-        self.function: Callable[P, Any] = function
+        self.core = core
+        self.function = function
         self.name = name
         self.queue = queue
         self.is_async = is_async(function)
@@ -111,27 +106,106 @@ class Task(Generic[P, R_co]):
         self.signature = TaskSignature(function, name, max_payload=max_payload, formats=formats, injected=_is_injected)
         self.returns_none = self.signature.returns_none
         unannotated = self.signature.result is inspect.Signature.empty
-        self.promises = not (unannotated or self.returns_none)
+        self.promises_result = not (unannotated or self.returns_none)
         self.results: ValueCodec[Any] = codec_for(
-            self.signature.result if options.keep_ms or not self.promises else Any,
+            self.signature.result if options.keep_ms or not self.promises_result else Any,
             formats=formats,
             max_payload=max_payload if max_result is None else max_result,
             what=f"The result of {name}()",
             lossy=unannotated,
         )
-        self.bare_results = home.sealing is None and formats.writes is None  # they stand in the outcome as they are
+        self.bare_results = core.sealing is None and formats.writes is None  # they stand in the outcome as they are
         self.head = write_rest(name, b"")
-        self._keys: QueueKeys = home.keys(queue)
-        self._plain = (
-            options.priority == 0 and options.expires_ms is None and home.sealing is None and options.version == 1
+        """An envelope up to its body, for a job without options."""
+        self.keys: QueueKeys = core.keys(queue)
+        self.plain = (
+            options.priority == 0 and options.expires_ms is None and core.sealing is None and options.version == 1
         )
+        """True when a call without options is stored as a bare envelope."""
+        self.outgoing = Outgoing(
+            task=name, queue=queue, priority=options.priority, expires_ms=options.expires_ms, version=options.version
+        )
+
+    def __repr__(self) -> str:
+        return f"<TaskDefinition {self.signature.describe()} on {self.queue}>"
+
+    def is_plain(self, outgoing: Outgoing) -> bool:
+        """Tell whether a call is just an envelope at the tail of the task's queue, which is the cheapest."""
+        core = self.core
+        return outgoing is self.outgoing and self.plain and not core.push_middlewares and not core.client.diverted
+
+    def prepare(self, outgoing: Outgoing, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, Entry]:
+        """Return the queue (or partition) and the entry of a call, with the middleware's changes; raises PayloadError."""
+        sent, body = self._encode(outgoing, args, kwargs)
+        entry = entry_of(sent, body, self.core.sealing, deferred=self.core.client.diverted)
+        return self.core.place(sent.queue, entry), entry
+
+    async def aprepare(self, outgoing: Outgoing, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, Entry]:
+        """Awaitable form of `prepare`."""
+        sealing, deferred = self.core.sealing, self.core.client.diverted
+        sent, body = self._encode(outgoing, args, kwargs)
+        if sealing is None or not sealing.is_large(body, b"payload"):
+            entry = entry_of(sent, body, sealing, deferred=deferred)
+        else:  # it is written to a store, which blocks
+            entry = await asyncio.to_thread(entry_of, sent, body, sealing, deferred=deferred)
+        return self.core.place(sent.queue, entry), entry
+
+    def _encode(self, outgoing: Outgoing, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Outgoing, bytes]:
+        """Return the job as the middleware leaves it, and its encoded arguments."""
+        sent = outgoing_call(outgoing, args, kwargs)
+        for middleware in self.core.push_middlewares:
+            middleware.push(sent)
+        ids.queue_name(sent.queue)
+        return sent, self.signature.encode(tuple(sent.args), sent.kwargs)
+
+    def enqueue(
+        self, outgoing: Outgoing, request: DurabilityRequest | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Job[Any]:
+        """Enqueue a call with checked options; call it from what the program calls."""
+        if _get_running_loop() is not None:
+            raise in_loop(self, args, kwargs, sys._getframe(2))  # noqa: SLF001
+        queue, entry = self.prepare(outgoing, args, kwargs)
+        return self._handle(queue, entry, self.core.push(queue, (entry,), request))
+
+    async def aenqueue(
+        self, outgoing: Outgoing, request: DurabilityRequest | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Job[Any]:
+        """Awaitable form of `enqueue`."""
+        queue, entry = await self.aprepare(outgoing, args, kwargs)
+        return self._handle(queue, entry, await self.core.apush(queue, (entry,), request))
+
+    def _handle(self, queue: str, entry: Entry, accepted: list[str]) -> Job[Any]:
+        [id_] = accepted
+        return Job(self.core, id_, queue, self, duplicate=isinstance(id_, ExistingId))
+
+    def follow(self, outgoing: Outgoing, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Job[Any], bytes]:
+        """Return the handle of a job that is spawned, and its entry in an outbox; raises PayloadError."""
+        if outgoing.id is None:
+            outgoing = replace(outgoing, id=ids.new_spawned_id())
+        queue, entry = self.prepare(outgoing, args, kwargs)
+        return Job(self.core, entry.id, queue, self), spawn_outbox.write(queue, entry)
+
+
+class Task(Generic[P, R_co]):
+    """
+    A function that workers run. Calling it runs it here; `enqueue` has a worker run it.
+
+    `name` is what jobs carry, `queue` is where they go, `function` is the function itself.
+    """
+
+    def __init__(self, definition: TaskDefinition) -> None:
+        functools.update_wrapper(self, definition.function)
+        self._definition = definition
+        self.function: Callable[P, Any] = definition.function
+        self.name = definition.name
+        self.queue = definition.queue
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> Any:
         """Call the function, here and now."""
         return self.function(*args, **kwargs)
 
     def __repr__(self) -> str:
-        return f"<Task {self.signature.describe()} on {self.queue}>"
+        return f"<Task {self._definition.signature.describe()} on {self.queue}>"
 
     def enqueue(self, *args: P.args, **kwargs: P.kwargs) -> Job[R_co]:
         """
@@ -140,37 +214,38 @@ class Task(Generic[P, R_co]):
         Raises PayloadError for arguments that do not fit or cannot be stored, QueueFull, StoreUnavailable, and
         ConfigurationError inside a running event loop. When it raises the first two, nothing was stored.
         """
+        definition = self._definition
         if _get_running_loop() is not None:
-            raise _in_loop(self, args, kwargs, sys._getframe(1))  # noqa: SLF001  where to look is half of the help
-        home = self._home
-        if self._plain and not home.pushers and not home.client.diverted and self.queue not in home.bounded:
+            raise in_loop(definition, args, kwargs, sys._getframe(1))  # noqa: SLF001  where to look is half of the help
+        core, queue = definition.core, definition.queue
+        if definition.plain and not core.push_middlewares and not core.client.diverted and queue not in core.bounded:
             id_ = new_id()
-            home.client.push_plain(self._keys, (id_, self.head + self.signature.encode(args, kwargs)))
-            return Job(home, id_, self.queue, self)
-        queue, entry = self.prepare(NOTHING, args, kwargs)
-        return self._handle(queue, entry, home.send(queue, (entry,))[0])
+            core.client.push_plain(definition.keys, (id_, definition.head + definition.signature.encode(args, kwargs)))
+            return Job(core, id_, queue, definition)
+        return definition.enqueue(definition.outgoing, None, args, kwargs)
 
     async def aenqueue(self, *args: P.args, **kwargs: P.kwargs) -> Job[R_co]:
-        """Do the same without blocking the event loop; calls of one tick share a round trip."""
-        home = self._home
-        if self._plain and not home.pushers and not home.client.diverted and self.queue not in home.bounded:
-            client, keys = home.client, self._keys
-            body = self.signature.encode(args, kwargs)
+        """Awaitable form of `enqueue`; calls of one tick of the loop share a round trip."""
+        definition = self._definition
+        core, queue = definition.core, definition.queue
+        if definition.plain and not core.push_middlewares and not core.client.diverted and queue not in core.bounded:
+            client, keys = core.client, definition.keys
+            body = definition.signature.encode(args, kwargs)
             if not client.knows(keys):
                 await client.aannounce(keys)
             id_ = new_id()
-            await client.put(keys, id_, self.head + body)
-            return Job(home, id_, self.queue, self)
-        return await self.aenqueue_with(NOTHING, args, kwargs)
+            await client.put(keys, id_, definition.head + body)
+            return Job(core, id_, queue, definition)
+        return await definition.aenqueue(definition.outgoing, None, args, kwargs)
 
     def s(self, *args: P.args, **kwargs: P.kwargs) -> TaskCall[R_co]:
-        """Return the call as a value, for `app.enqueue_many`."""
-        return TaskCall(self, args, kwargs, NOTHING)
+        """Return the call as a value, for `app.enqueue_many` and `context.spawn`."""
+        return TaskCall(self._definition, self._definition.outgoing, None, args, kwargs)
 
     def job(self, id: str) -> Job[R_co]:  # noqa: A002  the contract's name
         """Return a handle from the id of a job of this task, with its result typed; asks nothing."""
         queue, bare = ids.split(id)
-        return Job(self._home, bare, queue, self)
+        return Job(self._definition.core, bare, queue, self._definition)
 
     def options(
         self,
@@ -192,87 +267,18 @@ class Task(Generic[P, R_co]):
         wait_timeout: Duration | None = None,
     ) -> BoundTask[P, R_co]:
         """
-        Return the task with options for single jobs; what is None stays as the task has it.
+        Return the task with options for single jobs; an option that is None stays as the task has it.
 
-        `delay` or `at` (an aware datetime) starts it later, `expires` cancels it when it has not started by
-        then, `id` is an id of your own and a unique key, `retry` the number of attempts, `front` goes before all
-        of its priority. `fsync` waits until it is on disk, `wait_replicas` until so many replicas have it, each for
-        `wait_timeout`; then DurabilityNotReached.
-        Raises ConfigurationError.
+        `delay` or `at` (an aware datetime) starts the job later. `expires` cancels it when it has not started by
+        then. `id` is an id of your own and a unique key. `retry` is the number of attempts. `front` puts it before all
+        others of its priority. `fsync` waits until it is on disk, `wait_replicas` until so many replicas have it, each
+        for `wait_timeout`; after that comes DurabilityNotReached. Raises ConfigurationError.
         """
-        choice = choose(
-            delay=delay, at=at, priority=priority, id=id, queue=queue, unique=unique, expires=expires, headers=headers,
-            timeout=timeout, keep_result=keep_result, retry=retry, front=front, fsync=fsync,
-            wait_replicas=wait_replicas, wait_timeout=wait_timeout,
+        outgoing = with_options(
+            self._definition.outgoing, delay=delay, at=at, priority=priority, id=id, queue=queue, unique=unique,
+            expires=expires, headers=headers, timeout=timeout, keep_result=keep_result, retry=retry, front=front,
         )  # fmt: skip
-        return BoundTask(self, choice)
-
-    def enqueue_with(self, choice: JobOptions, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Job[R_co]:
-        """Enqueue with checked options; what `options(…).enqueue` does."""
-        if _get_running_loop() is not None:
-            raise _in_loop(self, args, kwargs, sys._getframe(2))  # noqa: SLF001
-        queue, entry = self.prepare(choice, args, kwargs)
-        return self._handle(queue, entry, self._home.send(queue, (entry,), choice.durability_request)[0])
-
-    async def aenqueue_with(self, choice: JobOptions, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Job[R_co]:
-        """Do the same without blocking the event loop."""
-        queue, entry = await self.aprepare(choice, args, kwargs)
-        return self._handle(queue, entry, (await self._home.asend(queue, (entry,), choice.durability_request))[0])
-
-    def follow_with(self, choice: JobOptions, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Job[R_co], bytes]:
-        """Prepare a job for an outbox; raises PayloadError."""
-        if choice.id is None:
-            choice = replace(choice, id=ids.new_spawned_id())
-        queue, entry = self.prepare(choice, args, kwargs)
-        return Job(self._home, entry.id, queue, self), spawn_outbox.write(queue, entry)
-
-    def _handle(self, queue: str, entry: Entry, id: str) -> Job[R_co]:  # noqa: A002
-        return Job(self._home, id, queue, self, duplicate=isinstance(id, ExistingId))
-
-    def is_plain(self, choice: JobOptions) -> bool:
-        """Tell whether a call is just an envelope at the tail of the task's queue, which is the cheapest."""
-        return choice is NOTHING and self._plain and not self._home.pushers and not self._home.client.diverted
-
-    def prepare(self, choice: JobOptions, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, Entry]:
-        """Return the queue (or partition) and the entry of a call, with the middleware's changes; raises PayloadError."""
-        outgoing, body = self._outgoing(choice, args, kwargs)
-        entry = outgoing.entry(body, self._home.sealing, deferred=self._home.client.diverted)
-        return self._home.placed(outgoing.queue, entry), entry
-
-    async def aprepare(self, choice: JobOptions, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, Entry]:
-        """Do the same; a body for the store of large ones is written there on a thread."""
-        sealing, deferred = self._home.sealing, self._home.client.diverted
-        outgoing, body = self._outgoing(choice, args, kwargs)
-        if sealing is None or not sealing.is_large(body, b"payload"):
-            entry = outgoing.entry(body, sealing, deferred=deferred)
-        else:
-            entry = await asyncio.to_thread(outgoing.entry, body, sealing, deferred=deferred)
-        return self._home.placed(outgoing.queue, entry), entry
-
-    def _outgoing(self, choice: JobOptions, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Outgoing, bytes]:
-        settings = self.settings
-        outgoing = Outgoing(
-            task=self.name,
-            queue=self.queue if choice.queue is None else choice.queue,
-            args=args,
-            kwargs=kwargs,
-            headers=dict(choice.headers),
-            priority=settings.priority if choice.priority is None else choice.priority,
-            delay_ms=choice.delay_ms,
-            at_ms=choice.at_ms,
-            expires_ms=settings.expires_ms if choice.expires_ms is None else choice.expires_ms,
-            unique=choice.unique,
-            id=choice.id,
-            front=choice.front,
-            timeout_ms=choice.timeout_ms,
-            keep_ms=choice.keep_ms,
-            attempts=choice.attempts,
-            version=settings.version,
-        )
-        for middleware in self._home.pushers:
-            middleware.push(outgoing)
-        ids.queue_name(outgoing.queue)
-        return outgoing, self.signature.encode(tuple(outgoing.args), outgoing.kwargs)
+        return BoundTask(self._definition, outgoing, durability_request(fsync, wait_replicas, wait_timeout))
 
 
 class SyncTask(Task[P, R_co]):
@@ -294,57 +300,67 @@ class AsyncTask(Task[P, R_co]):
 class BoundTask(Generic[P, R_co]):
     """A task with options for the jobs enqueued through it."""
 
-    __slots__ = ("_choice", "_task")
+    __slots__ = ("_definition", "_durability", "_outgoing")
 
-    def __init__(self, task: Task[P, R_co], choice: JobOptions) -> None:
-        """Take options that were checked."""
-        self._task = task
-        self._choice = choice
+    def __init__(self, definition: TaskDefinition, outgoing: Outgoing, durability: DurabilityRequest | None) -> None:
+        self._definition = definition
+        self._outgoing = outgoing
+        self._durability = durability
 
     def __repr__(self) -> str:
-        return f"<{self._task.name} with {self._choice}>"
+        return f"<{self._definition.name} with {self._outgoing}>"
 
     def enqueue(self, *args: P.args, **kwargs: P.kwargs) -> Job[R_co]:
         """Have a worker call the function with these arguments and options; raises what `Task.enqueue` does."""
-        return self._task.enqueue_with(self._choice, args, kwargs)
+        return self._definition.enqueue(self._outgoing, self._durability, args, kwargs)
 
     async def aenqueue(self, *args: P.args, **kwargs: P.kwargs) -> Job[R_co]:
-        """Do the same without blocking the event loop."""
-        return await self._task.aenqueue_with(self._choice, args, kwargs)
+        """Awaitable form of `enqueue`."""
+        return await self._definition.aenqueue(self._outgoing, self._durability, args, kwargs)
 
     def s(self, *args: P.args, **kwargs: P.kwargs) -> TaskCall[R_co]:
-        """Return the call as a value, for `app.enqueue_many`."""
-        return TaskCall(self._task, args, kwargs, self._choice)
+        """Return the call as a value, for `app.enqueue_many` and `context.spawn`."""
+        return TaskCall(self._definition, self._outgoing, self._durability, args, kwargs)
 
 
 class TaskCall(Generic[R_co]):
     """One call of a task as a value; its arguments are checked when it is enqueued."""
 
-    __slots__ = ("args", "choice", "kwargs", "task")
+    __slots__ = ("args", "definition", "durability_request", "kwargs", "outgoing")
 
     def __init__(
-        self, task: Task[..., R_co], args: tuple[Any, ...], kwargs: dict[str, Any], choice: JobOptions
+        self,
+        definition: TaskDefinition,
+        outgoing: Outgoing,
+        durability_request: DurabilityRequest | None,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
     ) -> None:
-        """Take the task, its arguments and checked options."""
-        self.task = task
+        self.definition = definition
+        self.outgoing = outgoing
+        self.durability_request = durability_request
         self.args = args
         self.kwargs = kwargs
-        self.choice = choice
 
     def __repr__(self) -> str:
-        return f"<{_call_text(self.task.name, self.args, self.kwargs)}>"
+        return f"<{_call_text(self.definition.name, self.args, self.kwargs)}>"
 
     def follow(self) -> tuple[Job[R_co], bytes]:
-        """Return the handle of the job this call is to become, and its entry in an outbox: for `context.spawn`."""
-        return self.task.follow_with(self.choice, self.args, self.kwargs)
+        """Return the handle of the job that this call is to become, and its entry in an outbox: for `context.spawn`."""
+        return self.definition.follow(self.outgoing, self.args, self.kwargs)
 
     def enqueue(self) -> Job[R_co]:
         """Enqueue this call alone."""
-        return self.task.enqueue_with(self.choice, self.args, self.kwargs)
+        return self.definition.enqueue(self.outgoing, self.durability_request, self.args, self.kwargs)
 
     async def aenqueue(self) -> Job[R_co]:
-        """Do the same without blocking the event loop."""
-        return await self.task.aenqueue_with(self.choice, self.args, self.kwargs)
+        """Awaitable form of `enqueue`."""
+        return await self.definition.aenqueue(self.outgoing, self.durability_request, self.args, self.kwargs)
+
+
+def definition_of(task: Task[..., Any]) -> TaskDefinition:
+    """Return the inside of a task."""
+    return task._definition  # noqa: SLF001  the one way to it
 
 
 def is_async(function: Callable[..., Any]) -> bool:
@@ -383,10 +399,11 @@ def _call_text(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
     return f"{name}({', '.join(given)})"
 
 
-def _in_loop(
-    task: Task[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], frame: FrameType
+def in_loop(
+    definition: TaskDefinition, args: tuple[Any, ...], kwargs: dict[str, Any], frame: FrameType
 ) -> ConfigurationError:
-    name = getattr(task, "__name__", task.name)
+    """Return the error for an enqueue that would block a running event loop; *frame* is where it was called."""
+    name = getattr(definition.function, "__name__", definition.name)
     where = f"{frame.f_code.co_filename.replace(chr(92), '/').rpartition('/')[2]}:{frame.f_lineno}"
     return ConfigurationError(
         f"{name}.enqueue() called while an event loop is running in this thread "

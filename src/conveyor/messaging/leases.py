@@ -189,7 +189,7 @@ class LeaseSession:
                 continue
             known = self._absorb(turn)
             if not known:
-                self._reconcile((yield operations.held(self.keys, self.worker)))
+                self._reconcile((yield operations.held_ids(self.keys, self.worker)))
             for worker, end in self._judge(turn):
                 self.reaped += max(0, (yield operations.reap(self.keys, worker, end=end)))
             if repeated:

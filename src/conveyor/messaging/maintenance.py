@@ -87,7 +87,7 @@ def redrive(keys: QueueKeys, limit: int | None) -> Sweep:
 
 def dead_page(keys: QueueKeys, offset: int, sealing: PayloadPipeline | None = None) -> Call[list[DeadLetter]]:
     """Return the call that reads one page of dead letters, oldest first."""
-    page = inspection.page(keys, "dead-oldest", offset, PAGE)
+    page = inspection.list_jobs(keys, "dead-oldest", offset, PAGE)
     return page.then(lambda rows: [_letter(keys.queue, row, sealing) for row in rows])
 
 

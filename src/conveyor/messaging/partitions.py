@@ -285,7 +285,7 @@ def _change(client: Client, queue: str, number: int) -> Steps:
     if there[0] == number and not there[1]:
         yield from _mend(client, queue, number, token)
         return number
-    done, before = yield partitioning.switch(whole, "begin", token, number)
+    done, before = yield partitioning.repartition(whole, "begin", token, number)
     if done != 1:
         raise _full(queue, {queue: before})
     most = max(before, number)
@@ -293,7 +293,7 @@ def _change(client: Client, queue: str, number: int) -> Steps:
     full: dict[str, int] = {}
     shut: list[QueueKeys] = []
     for one, keys in enumerate(places):
-        done, found = yield partitioning.switch(keys, "close", token, before if one < before else None)
+        done, found = yield partitioning.repartition(keys, "close", token, before if one < before else None)
         if done == 1:
             shut.append(keys)
         elif done == 0:
@@ -301,9 +301,9 @@ def _change(client: Client, queue: str, number: int) -> Steps:
         else:
             full[keys.queue] = -1
     after = before if full else number
-    done, _ = yield partitioning.switch(whole, "end", token, after)
+    done, _ = yield partitioning.repartition(whole, "end", token, after)
     for keys in shut:
-        yield partitioning.switch(keys, "open", token, after)
+        yield partitioning.repartition(keys, "open", token, after)
     if full:
         raise _full(queue, full)
     if done != 1:
@@ -335,9 +335,9 @@ def _mend(client: Client, queue: str, number: int, token: str) -> Generator[Call
         keys = client.keys(ids.partition(queue, one))
         found = yield partitioning.count(keys)
         if found[0] == 0:
-            done, _ = yield partitioning.switch(keys, "close", token, None)
+            done, _ = yield partitioning.repartition(keys, "close", token, None)
             if done == 1:
-                yield partitioning.switch(keys, "open", token, number)
+                yield partitioning.repartition(keys, "open", token, number)
 
 
 def _full(queue: str, full: dict[str, int]) -> ConfigurationError:

@@ -365,6 +365,10 @@ class Queue(Generic[T]):
     def _purge(self, dead: bool) -> maintenance.Sweep:
         return maintenance.purge_dead(self.keys) if dead else maintenance.purge_waiting(self.keys)
 
+    def __dir__(self) -> list[str]:
+        # Completion shows the methods and `name`; the other attributes are for the library.
+        return [name for name in super().__dir__() if name == "name" or name not in vars(self)]
+
     def __repr__(self) -> str:
         kind = type(self).__name__
         try:

@@ -59,7 +59,7 @@ class Format(Protocol):
         """Return the value of bytes, as *type*."""
 
 
-Choice = Format | Literal["json", "msgpack"]
+FormatChoice = Format | Literal["json", "msgpack"]
 """What ``format=`` takes."""
 
 
@@ -110,11 +110,11 @@ class FormatRegistry:
     def __repr__(self) -> str:
         return f"<Formats {', '.join(['json', *self.known])}; writes {self.writes.name if self.writes else 'json'}>"
 
-    def writing(self, choice: Choice | None) -> FormatRegistry:
+    def writing(self, choice: FormatChoice | None) -> FormatRegistry:
         """Return the same with another one to write, known to all from now on; None changes nothing. ConfigurationError."""
         return self if choice is None else FormatRegistry(self._chosen(choice), self.known)
 
-    def _chosen(self, choice: Choice) -> Format | None:
+    def _chosen(self, choice: FormatChoice) -> Format | None:
         if choice == "json":
             return None
         if choice == "msgpack":
@@ -277,7 +277,7 @@ def codec_for(
     return kind(annotation, formats=formats, max_payload=max_payload, what=what, lossy=lossy)
 
 
-def chosen(choice: Choice | Sequence[Choice]) -> FormatRegistry:
+def chosen(choice: FormatChoice | Sequence[FormatChoice]) -> FormatRegistry:
     """Return the formats that an app is given, of which the first is written; raises ConfigurationError."""
     several: Sequence[Any] = choice if isinstance(choice, list | tuple) and choice else [choice]
     formats = FormatRegistry()

@@ -14,15 +14,17 @@ import hashlib
 import logging
 import zlib
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
 from conveyor.errors import ConfigurationError, PayloadError
 from conveyor.payload.blobs import BlobStore, BlobUnavailable, is_name, new_name
-from conveyor.payload.signing import Sealer
 from conveyor.payload.wrapped import BARE, COMPRESSED, ELSEWHERE, MAGIC, WrappedPayload, head, read
 from conveyor.units import Size, size
+
+if TYPE_CHECKING:
+    from conveyor.payload.signing import Sealer
 
 MAX_LARGE = 16 * 1024 * 1024
 """Bytes of JSON that a body stored elsewhere may take, unless the app says otherwise."""

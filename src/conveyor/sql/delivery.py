@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import groupby
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -30,25 +30,9 @@ from conveyor.store.keys import known_queues
 from conveyor.store.operations import Entry, ProducerSequence, StalePush
 
 if TYPE_CHECKING:
-    from conveyor.messaging.partitions import Partitions
-    from conveyor.messaging.queue import Queue
+    from conveyor.jobs.core import AppCore
     from conveyor.sql.drivers import DbConnection
     from conveyor.sql.tables import TableSql
-    from conveyor.store.client.client import Client
-    from conveyor.store.keys import QueueKeys
-
-    class Home(Protocol):
-        """What a delivery needs of the app."""
-
-        @property
-        def client(self) -> Client: ...
-        @property
-        def bounded(self) -> Mapping[str, Queue[object]]: ...
-        @property
-        def partitioned(self) -> Mapping[str, Partitions]: ...
-        @property
-        def plain_lists(self) -> Mapping[str, object]: ...
-        def keys(self, queue: str) -> QueueKeys: ...
 
 
 PATIENCE = 1.0
@@ -99,9 +83,9 @@ class DeliveryPass:
 class OutboxDelivery:
     """Delivers the rows of one table that belong to one app."""
 
-    def __init__(self, home: Home, table: TableSql) -> None:
+    def __init__(self, core: AppCore, table: TableSql) -> None:
         """Take whose rows, and where they lie."""
-        self._home, self._table = home, table
+        self._core, self._table = core, table
         self._known: set[str] = set()
         self._mine: set[str] = set()
         self._seen: dict[str, float] = {}
@@ -145,7 +129,7 @@ class OutboxDelivery:
 
     def _claim(self, link: DbConnection, resting: Collection[str]) -> bool:
         """Name the next rows; return whether there were any."""
-        space, waits = self._home.client.namespace, tuple(resting)
+        space, waits = self._core.client.namespace, tuple(resting)
         others = f" AND queue NOT IN ({', '.join('?' * len(waits))})" if waits else ""
         rows = link.run(self._table.fill(NEXT).replace("{others}", others), space, *waits).rows
         link.commit()  # a database holds what a transaction has read, and some go on seeing just that
@@ -163,7 +147,7 @@ class OutboxDelivery:
         return True
 
     def _named(self, link: DbConnection) -> list[DeliveryBatch]:
-        rows = link.run(self._table.fill(NAMED), self._home.client.namespace).rows
+        rows = link.run(self._table.fill(NAMED), self._core.client.namespace).rows
         link.commit()
         firsts: dict[tuple[str, str], int] = {}
         for batch, queue, seq, *_ in rows:
@@ -184,11 +168,11 @@ class OutboxDelivery:
                 self._set_aside(link, part, seq, error)
                 continue
             part.seqs.append(seq)
-            part.entries += SpooledPush(self._home.client.namespace, queue, [entry], created_ms / 1000).due(now)
+            part.entries += SpooledPush(self._core.client.namespace, queue, [entry], created_ms / 1000).due(now)
         return part
 
     def _set_aside(self, link: DbConnection, part: DeliveryBatch, seq: int, error: Exception) -> None:
-        self._run(link, SET_ASIDE, self._home.client.namespace, part.batch, part.queue, seq)
+        self._run(link, SET_ASIDE, self._core.client.namespace, part.batch, part.queue, seq)
         link.commit()
         log.error(
             "E49 row %d of %s, for queue '%s', cannot be read (%s). It is set aside, and outbox.redrive() puts it back",
@@ -218,8 +202,8 @@ class OutboxDelivery:
             if len(part.entries) == 1:
                 raise
             # Fewer may fit. First its lane is shut, so that no late copy of the whole can come after a half.
-            keys = self._home.keys(part.queue)
-            self._home.client.run(operations.fence(keys, part.lane), patience=patience)
+            keys = self._core.keys(part.queue)
+            self._core.client.run(operations.fence(keys, part.lane), patience=patience)
             try:
                 self._push(part, patience)
             except StalePush:
@@ -227,13 +211,13 @@ class OutboxDelivery:
         return self._delete(link, part)
 
     def _push(self, part: DeliveryBatch, patience: float) -> None:
-        home, queue = self._home, ids.logical(part.queue)
-        client, keys = home.client, home.keys(part.queue)
+        core, queue = self._core, ids.logical(part.queue)
+        client, keys = core.client, core.keys(part.queue)
         if part.queue not in self._known:
             known = known_queues(client.namespace)
             client.run(operations.announce(known, keys.queue), patience=patience)
             self._known.add(part.queue)
-        declared, partitions = home.bounded.get(queue), home.partitioned.get(queue)
+        declared, partitions = core.bounded.get(queue), core.partitioned.get(queue)
         asks = None if declared is None else declared.asks
         most = partitions.most if partitions else declared.max_length if declared else None
         # Not `push_plain`: its script would open a lane that was shut.
@@ -245,13 +229,13 @@ class OutboxDelivery:
             partitions.keep(work)
 
     def _delete(self, link: DbConnection, part: DeliveryBatch) -> int:
-        count = self._run(link, DELETE, self._home.client.namespace, part.batch, part.queue)
+        count = self._run(link, DELETE, self._core.client.namespace, part.batch, part.queue)
         link.commit()
         return len(part.entries) if count < 0 else count
 
     def _split(self, link: DbConnection, part: DeliveryBatch) -> int:
         """Give both halves of a part whose lane is shut names of their own: the first half first, in case of a kill."""
-        space, middle, end = self._home.client.namespace, len(part.seqs) // 2, part.seqs[-1]
+        space, middle, end = self._core.client.namespace, len(part.seqs) // 2, part.seqs[-1]
         for last in [part.seqs[middle - 1], end] if middle else [end]:
             name = new_identity()
             self._mine.add(name)
@@ -263,10 +247,10 @@ class OutboxDelivery:
 
     def _place(self, queue: str, entry: Entry) -> str:
         """Return where a row for *queue* goes now: elsewhere when its partition is no more, or not yet."""
-        home = self._home
-        if queue in home.plain_lists:
+        core = self._core
+        if queue in core.plain_lists:
             return queue
-        partitions = home.partitioned.get(ids.logical(queue))
+        partitions = core.partitioned.get(ids.logical(queue))
         if partitions is None:
             return ids.logical(queue)
         if any(keys.queue == queue for keys in partitions.keys):
@@ -275,8 +259,8 @@ class OutboxDelivery:
 
     def _move(self, link: DbConnection, part: DeliveryBatch) -> int:
         """Have rows wait for where they go now, unless they had arrived where they went before."""
-        lane, space = self._home.keys(part.queue).lane(part.lane), self._home.client.namespace
-        said = self._home.client.execute("GET", lane, key=lane, patience=PATIENCE)
+        lane, space = self._core.keys(part.queue).lane(part.lane), self._core.client.namespace
+        said = self._core.client.execute("GET", lane, key=lane, patience=PATIENCE)
         if isinstance(said, bytes) and said.startswith(b"1\nok"):
             return self._delete(link, part)
         for seq, entry in zip(part.seqs, part.entries, strict=True):

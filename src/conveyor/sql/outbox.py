@@ -10,6 +10,7 @@ from time import time
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from conveyor.errors import ConfigurationError
+from conveyor.jobs.core import core_of
 from conveyor.jobs.job import refuse_in_loop
 from conveyor.jobs.job_options import positive_ms
 from conveyor.sql.delivery import OutboxDelivery
@@ -146,7 +147,7 @@ class Outbox(ManagedTable):
         return await asyncio.to_thread(self.redrive)
 
     def _delivery(self) -> OutboxDelivery:
-        return OutboxDelivery(self.app, self._table)
+        return OutboxDelivery(core_of(self.app), self._table)
 
     def _connecting(self) -> Callable[[], Any]:
         if self._connect is None:

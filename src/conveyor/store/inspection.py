@@ -13,7 +13,8 @@ from conveyor.payload.records import AttemptHistory, Envelope, Status, read_enve
 from conveyor.store.keys import QueueKeys
 from conveyor.store.script import Call, Script
 
-COUNTS, PAGE, SHOW, CREW, AUDIT = Script("counts"), Script("page"), Script("show"), Script("crew"), Script("audit")
+COUNTS, LIST_JOBS, GET_JOB = Script("counts"), Script("list_jobs"), Script("get_job")
+WORKERS, AUDIT = Script("workers"), Script("audit")
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,17 +97,19 @@ def _read_counts(reply: list[Any]) -> QueueCounts:
     return QueueCounts(ready + foreign, scheduled, 0, leased, dead, age, paused == 1, workers, limit)
 
 
-def page(keys: QueueKeys, status: str, offset: int, count: int) -> Call[list[JobRow]]:
+def list_jobs(keys: QueueKeys, status: str, offset: int, count: int) -> Call[list[JobRow]]:
     """Return the call that reads *count* jobs in a state: ready, scheduled, leased, dead (newest first) or dead-oldest."""
-    return Call(PAGE, _page_keys(keys), (status, offset, count), lambda reply: _read_rows(status, reply))
+    return Call(LIST_JOBS, _list_keys(keys), (status, offset, count), lambda reply: _read_rows(status, reply))
 
 
 def finished(keys: QueueKeys, offset: int, count: int) -> Call[list[FinishedJob]]:
     """Return the call that reads the recently finished jobs, newest first."""
-    return Call(PAGE, _page_keys(keys), ("done", offset, count), lambda reply: [_read_finished(e) for e in reply[3::4]])
+    return Call(
+        LIST_JOBS, _list_keys(keys), ("done", offset, count), lambda reply: [_read_finished(e) for e in reply[3::4]]
+    )
 
 
-def _page_keys(keys: QueueKeys) -> tuple[str, ...]:
+def _list_keys(keys: QueueKeys) -> tuple[str, ...]:
     return (keys.jobs, keys.state, keys.due, keys.dead, keys.workers, keys.recent, *keys.ready)
 
 
@@ -128,8 +131,8 @@ def _read_finished(entry: bytes) -> FinishedJob:
     return FinishedJob(id_, task, status, int(at), int(ran))
 
 
-def show(keys: QueueKeys, id: str) -> Call[tuple[str, JobRow | None, bytes]]:  # noqa: A002
-    """Return the call that says all about a job: (place, row, outcome record); places as in show.lua."""
+def get_job(keys: QueueKeys, id: str) -> Call[tuple[str, JobRow | None, bytes]]:  # noqa: A002
+    """Return the call that says all about a job: (place, row, outcome record); places as in get_job.lua."""
     names = (keys.jobs, keys.state, keys.due, keys.dead, keys.workers, keys.result(id))
 
     def decode(reply: list[bytes]) -> tuple[str, JobRow | None, bytes]:
@@ -139,10 +142,10 @@ def show(keys: QueueKeys, id: str) -> Call[tuple[str, JobRow | None, bytes]]:  #
         row = JobRow(id, place, *read_whatever(reply[1], reply[2])[:2], reply[3].decode())  # type: ignore[arg-type]
         return place, row, b""
 
-    return Call(SHOW, names, (id,), decode)
+    return Call(GET_JOB, names, (id,), decode)
 
 
-def crew(keys: QueueKeys) -> Call[list[WorkerRow]]:
+def workers(keys: QueueKeys) -> Call[list[WorkerRow]]:
     """Return the call that lists the workers of a queue."""
 
     def decode(reply: list[Any]) -> list[WorkerRow]:
@@ -153,7 +156,7 @@ def crew(keys: QueueKeys) -> Call[list[WorkerRow]]:
             for i in range(0, len(reply), 4)
         ]
 
-    return Call(CREW, (keys.workers,), (keys.prefix,), decode)
+    return Call(WORKERS, (keys.workers,), (keys.prefix,), decode)
 
 
 def audit(keys: QueueKeys, *, most: int = 200_000) -> Call[list[tuple[str, str]]]:

@@ -18,12 +18,18 @@ from conveyor.store.keys import QueueKeys
 from conveyor.store.partitions import PartitionCountMismatch
 from conveyor.store.script import Argument, Call, Command, Script
 
-PUSH_PLAIN = Script("push_plain", bare=True)
-PUSH, TURN, REGISTER, BEAT, REAP = Script("push"), Script("turn"), Script("register"), Script("beat"), Script("reap")
-EXTEND, HELD, CANCEL, REDRIVE = Script("extend"), Script("held"), Script("cancel"), Script("redrive")
-PROMOTE, PURGE, CONFIGURE, INTAKE = Script("promote"), Script("purge"), Script("configure"), Script("intake")
-AWAIT, FORGET, WITHDRAW = Script("await"), Script("forget"), Script("withdraw")
-RING = Script("ring", bare=True)
+PUSH_PLAIN = Script("push_plain")
+PUSH, TURN, REGISTER, HEARTBEAT, REAP = (
+    Script("push"),
+    Script("turn"),
+    Script("register"),
+    Script("heartbeat"),
+    Script("reap"),
+)
+EXTEND, HELD_IDS, CANCEL, REDRIVE = Script("extend"), Script("held_ids"), Script("cancel"), Script("redrive")
+PROMOTE, PURGE, CONFIGURE, LIST_INTAKE = Script("promote"), Script("purge"), Script("configure"), Script("list_intake")
+AWAIT_RESULT, FORGET, WITHDRAW = Script("await_result"), Script("forget"), Script("withdraw")
+WAKE = Script("wake")
 SADD, SET = Script("SADD"), Script("SET")
 
 LANE_MS = 7_200_000
@@ -85,9 +91,9 @@ def announce(known: str, *queues: str) -> Call[int]:
     return Command(SADD, (known,), queues, int)
 
 
-def ring(key: str) -> Call[int]:
+def wake(key: str) -> Call[int]:
     """Return the call that puts a token into the list *key* for whoever blocks on it, for a minute."""
-    return Call(RING, (key,), (), int)
+    return Call(WAKE, (key,), (), int)
 
 
 def push_plain(
@@ -300,9 +306,9 @@ def _registered(keys: QueueKeys, reply: list[Any]) -> int:
     return int(reply[0])
 
 
-def beat(keys: QueueKeys, worker: str, lease_ms: int) -> Call[bool]:
+def heartbeat(keys: QueueKeys, worker: str, lease_ms: int) -> Call[bool]:
     """Return the call that renews all leases of *worker*; it yields False when the worker was reaped."""
-    return Call(BEAT, (keys.leased(worker), keys.workers), (worker, lease_ms), bool)
+    return Call(HEARTBEAT, (keys.leased(worker), keys.workers), (worker, lease_ms), bool)
 
 
 def reap(
@@ -329,9 +335,9 @@ def extend(keys: QueueKeys, worker: str, id: str, new_worker: str, ms: int, abou
     return Call(EXTEND, names, (id, new_worker, ms, about.ljust(65)), bool)
 
 
-def held(keys: QueueKeys, worker: str) -> Call[list[str]]:
+def held_ids(keys: QueueKeys, worker: str) -> Call[list[str]]:
     """Return the call that lists what *worker* holds according to Redis."""
-    return Call(HELD, (keys.leased(worker),), (), _read_ids)
+    return Call(HELD_IDS, (keys.leased(worker),), (), _read_ids)
 
 
 def _read_ids(reply: list[bytes]) -> list[str]:
@@ -365,18 +371,18 @@ def configure(keys: QueueKeys, setting: str, value: str) -> Call[bool]:
     return Call(CONFIGURE, (keys.conf, keys.wake), (setting, value), bool)
 
 
-def intake(keys: QueueKeys, limit: int, stem: str, task: str = "") -> Call[int]:
+def list_intake(keys: QueueKeys, limit: int, stem: str, task: str = "") -> Call[int]:
     """Return the call that moves raw entries of a plain list into the queue; it yields how many."""
     assert keys.foreign is not None
     names = (keys.jobs, keys.ready[0], keys.foreign, keys.intake, keys.wake)
-    return Call(INTAKE, names, (limit, stem, write_rest(task, b"")), int)
+    return Call(LIST_INTAKE, names, (limit, stem, write_rest(task, b"")), int)
 
 
-def await_outcome(keys: QueueKeys, id: str, channel: str) -> Call[tuple[str, bytes]]:  # noqa: A002
-    """Return the call that reads an outcome or registers *channel* as waiting; it yields await.lua's (word, bytes)."""
+def await_result(keys: QueueKeys, id: str, channel: str) -> Call[tuple[str, bytes]]:  # noqa: A002
+    """Return the call that reads an outcome or registers *channel* as waiting; it yields await_result.lua's (word, bytes)."""
     names = (keys.jobs, keys.state, keys.dead, keys.waiters, keys.result(id))
     return Call(
-        AWAIT,
+        AWAIT_RESULT,
         names,
         (id, channel, "1" if may_come(id) else ""),
         lambda reply: (reply[0].decode(), reply[1] if len(reply) > 1 else b""),

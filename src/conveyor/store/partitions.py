@@ -15,7 +15,11 @@ from conveyor.errors import ConfigurationError
 from conveyor.store.keys import QueueKeys
 from conveyor.store.script import Call, Script
 
-CLAIM, SWITCH, COUNT = Script("claim"), Script("switch"), Script("partitions", bare=True)
+CLAIM_PARTITIONS, REPARTITION, COUNT = (
+    Script("claim_partitions"),
+    Script("repartition"),
+    Script("partitions"),
+)
 
 
 class PartitionCountMismatch(ConfigurationError):
@@ -47,14 +51,14 @@ def _said(queue: str, wanted: int, found: int | None) -> str:
     )
 
 
-def claim(keys: QueueKeys, count: int, *, whole: bool) -> Call[bool]:
+def claim_partitions(keys: QueueKeys, count: int, *, whole: bool) -> Call[bool]:
     """
     Return the call that records *count* where none is recorded, for the *whole* queue or one partition.
 
     It yields True when it was recorded now, False when it was already. Raises WrongPartitions for another.
     """
     wanted = QueueKeys("_", keys.queue, partitions=count)
-    return Call(CLAIM, (keys.conf,), (count, "queue" if whole else "partition"), partial(_claimed, wanted))
+    return Call(CLAIM_PARTITIONS, (keys.conf,), (count, "queue" if whole else "partition"), partial(_claimed, wanted))
 
 
 def claims(namespace: str, queue: str, count: int) -> list[Call[bool]]:
@@ -64,8 +68,8 @@ def claims(namespace: str, queue: str, count: int) -> list[Call[bool]]:
     The queue's own is the first: of two programs that differ, one loses there, before it has touched a partition.
     """
     parts = [QueueKeys(namespace, ids.partition(queue, number)) for number in range(count)]
-    whole = claim(QueueKeys(namespace, queue), count, whole=True)
-    return [whole, *(claim(keys, count, whole=False) for keys in parts)]
+    whole = claim_partitions(QueueKeys(namespace, queue), count, whole=True)
+    return [whole, *(claim_partitions(keys, count, whole=False) for keys in parts)]
 
 
 def _claimed(keys: QueueKeys, reply: list[Any]) -> bool:
@@ -81,9 +85,12 @@ def count(keys: QueueKeys) -> Call[tuple[int, str]]:
     return Call(COUNT, (keys.conf,), (), lambda reply: (int(reply[0]), reply[1].decode()))
 
 
-def switch(keys: QueueKeys, step: str, token: str, number: int | None) -> Call[tuple[int, int]]:
-    """Return the call that makes one step of a change (see switch.lua); it yields its two numbers."""
+def repartition(keys: QueueKeys, step: str, token: str, number: int | None) -> Call[tuple[int, int]]:
+    """Return the call that makes one step of a change (see repartition.lua); it yields its two numbers."""
     names = (keys.conf, keys.jobs, keys.workers, keys.wake)
     return Call(
-        SWITCH, names, (step, token, "" if number is None else number), lambda reply: (int(reply[0]), int(reply[1]))
+        REPARTITION,
+        names,
+        (step, token, "" if number is None else number),
+        lambda reply: (int(reply[0]), int(reply[1])),
     )

@@ -16,7 +16,7 @@ from conveyor.store.script import Call, Script
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-RAWPUSH = Script("rawpush")
+LIST_PUSH = Script("list_push")
 
 
 class SequencePool:
@@ -43,7 +43,7 @@ class SequencePool:
 def push(keys: QueueKeys, lane: ProducerSequence, entries: Sequence[bytes]) -> Call[None]:
     """Return the call that appends *entries* to the plain list of *keys*."""
     assert keys.foreign is not None
-    return Call(RAWPUSH, (keys.lane(lane.identity), keys.foreign), (lane.next(), *entries), _pushed, WITHDRAW)
+    return Call(LIST_PUSH, (keys.lane(lane.identity), keys.foreign), (lane.next(), *entries), _pushed, WITHDRAW)
 
 
 def _pushed(reply: bytes) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha1
@@ -13,21 +14,27 @@ from conveyor.store.fork_safety import lazy_property
 T = TypeVar("T")
 S = TypeVar("S")
 
+_FOLDER = files("conveyor.store").joinpath("scripts")
+_NEEDS = re.compile(r"^-- needs: (.+)$", re.MULTILINE)
+
 
 class Script:
-    """One atomic step, kept in ``scripts/<name>.lua``; text and digest are read when first used."""
+    """
+    One atomic step, kept in ``scripts/<name>.lua``.
 
-    def __init__(self, name: str, *, bare: bool = False) -> None:
-        """Name the file; a *bare* one uses nothing of the prelude."""
+    Its header may name parts that several steps share, as in ``-- needs: numbers keys``. They stand in ``scripts/lib/``
+    and come before the file's own text, in the order of that line. A part may call a part that is named before it.
+    """
+
+    def __init__(self, name: str) -> None:
         self.name = name
-        self._bare = bare
 
     @lazy_property
     def text(self) -> str:
-        """The prelude and the file."""
-        folder = files("conveyor.store").joinpath("scripts")
-        prelude = "" if self._bare else folder.joinpath("_prelude.lua").read_text("utf-8")
-        return prelude + folder.joinpath(f"{self.name}.lua").read_text("utf-8")
+        """The text that the server gets: the parts, then the file. It is put together once in a process."""
+        own = _read(f"{self.name}.lua")
+        needs = _NEEDS.search(own)
+        return "".join(_read(f"lib/{part}.lua") for part in (needs[1].split() if needs else ())) + own
 
     @lazy_property
     def sha(self) -> str:
@@ -36,6 +43,10 @@ class Script:
 
     def __repr__(self) -> str:
         return f"<Script {self.name}>"
+
+
+def _read(path: str) -> str:
+    return _FOLDER.joinpath(path).read_text("utf-8")
 
 
 Argument = str | bytes | int

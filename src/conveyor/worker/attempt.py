@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 from conveyor.errors import ConveyorError, PayloadError
 from conveyor.ids import clean, made_at_ms, public
-from conveyor.jobs.context import Context
+from conveyor.jobs.context import Context, adopt_spawned, end_spawning, spawned_entries
 from conveyor.payload.failures import message, type_name
 from conveyor.payload.records import AttemptHistory, Envelope, read_envelope
 
 if TYPE_CHECKING:
     import asyncio
 
-    from conveyor.jobs.task import Task
+    from conveyor.jobs.task import TaskDefinition
     from conveyor.payload.signature import TaskSignature
     from conveyor.worker.protocols import AttemptOwner
 
@@ -72,7 +72,7 @@ class Handler:
         "timeout",
     )  # fmt: skip
 
-    def __init__(self, task: Task[Any, Any], *, raw: bool = False) -> None:
+    def __init__(self, task: TaskDefinition, *, raw: bool = False) -> None:
         """Look everything up once; *raw* for the entries of a plain list, written by programs that know no parameters."""
         self.task = task
         self.name = task.name
@@ -215,7 +215,7 @@ class Attempt:
                 enqueued_at=None if made is None else datetime.fromtimestamp(made / 1000, UTC),
             )
             if self.handler.early:
-                self.context.spawned = None  # it has ended, as far as Redis knows
+                end_spawning(self.context)  # it has ended, as far as Redis knows
             if self.stopped:
                 self.flag()
         return self.context
@@ -223,11 +223,11 @@ class Attempt:
     @property
     def spawned(self) -> list[bytes]:
         """What it spawned so far."""
-        return (self.context and self.context.spawned) or []
+        return [] if self.context is None else spawned_entries(self.context)
 
     def adopt(self, spawned: list[bytes]) -> None:
         """Take what it spawned in another process."""
-        self.open().spawned = spawned
+        adopt_spawned(self.open(), spawned)
 
     def flag(self) -> None:
         """Tell the job, through its context, that it is being stopped."""

@@ -40,7 +40,7 @@ class EmbeddedWorker:
             )
         self._worker = Worker(
             app, queues=queues, concurrency=concurrency, threads=threads, burst=burst,
-            grace=milliseconds(grace, name="grace") / 1000,
+            grace=milliseconds(grace, name="grace") / 1000, before_leasing=self._keep_leases,
         )  # fmt: skip
         self._app = app
         self._allow_eviction = allow_eviction
@@ -56,14 +56,21 @@ class EmbeddedWorker:
         await asyncio.wait([self._running, ready], return_when=asyncio.FIRST_COMPLETED)
         ready.cancel()
         if self._running.done():
-            await self._running
+            try:
+                await self._running
+            except BaseException:
+                await self._stack.aclose()
+                raise
+        return self
+
+    def _keep_leases(self) -> None:
+        # Before the first job is leased: one that blocks the loop at once would not let us come to it afterwards.
         worker = self._worker
         heartbeat = Heartbeat(
             self._app.client.endpoint, self._leases, lambda: worker.last_renewal, lambda: worker.last_tick
         )
         heartbeat.start()
         self._stack.callback(heartbeat.close)
-        return self
 
     async def _check_eviction(self) -> None:
         """Refuse a server that deletes jobs (E10). One that is away is waited for, not an error."""

@@ -25,7 +25,7 @@ from conveyor.worker.attempt import Attempt, Handler, SealedAttempt
 from conveyor.worker.crash_attribution import EXECUTING, LOOP, RunningTable, named
 
 if TYPE_CHECKING:
-    from conveyor.jobs.app import Conveyor
+    from conveyor.jobs.core import AppCore
     from conveyor.worker.settlement import SettlementWriter
 
 log = logging.getLogger("conveyor.worker")
@@ -34,7 +34,7 @@ log = logging.getLogger("conveyor.worker")
 class JobLoader:
     """One worker's way with them."""
 
-    def __init__(self, app: Conveyor, settling: SettlementWriter, worker: str, seats: RunningTable | None) -> None:
+    def __init__(self, app: AppCore, settling: SettlementWriter, worker: str, seats: RunningTable | None) -> None:
         """Take the app, who settles, the name recorded with errors, and where a supervisor sees what is opened."""
         self._sealing = app.sealing
         self._fed = {name: listed.task for name, listed in app.plain_lists.items()}

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from conveyor.errors import PayloadError, Snooze
 from conveyor.events import JobCancelledEvent, JobDead, JobDone, JobRetried
+from conveyor.jobs.context import end_spawning
 from conveyor.messaging import retry as outcome
 from conveyor.payload import failures
 from conveyor.payload.codec import UnreadablePayload
@@ -21,7 +22,7 @@ from conveyor.units import milliseconds, span
 from conveyor.worker.attempt import Attempt, details, line
 
 if TYPE_CHECKING:
-    from conveyor.jobs.app import Conveyor
+    from conveyor.jobs.core import AppCore
 
 log = logging.getLogger("conveyor.worker")
 RECENT = 32
@@ -40,7 +41,7 @@ def _follow(report: TurnReport, id: str, spawned: list[bytes]) -> None:  # noqa:
 class SettlementWriter:
     """Decides nothing about policy (`outcome.py` does); writes what was decided into a consumer's report."""
 
-    def __init__(self, app: Conveyor, worker: str) -> None:
+    def __init__(self, app: AppCore, worker: str) -> None:
         """Take the app whose listeners hear of it, and the name recorded with errors."""
         self._app = app
         self._worker = worker
@@ -89,7 +90,7 @@ class SettlementWriter:
                 _follow(report, attempt.id, spawned)
             report.others.append(Settlement("D", attempt.id, unique=envelope.unique, own_id=envelope.own_id))
         if attempt.context is not None:
-            attempt.context.spawned = None  # a thread of it that goes on is told
+            end_spawning(attempt.context)  # a thread of it that goes on is told
         handler.count_done(seconds)
         if self._told is not None:
             self._tell(attempt, seconds)

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AsyncExitStack, suppress
 from time import monotonic, time
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 from conveyor import ids
 from conveyor.errors import QueueFull, StoreUnavailable
 from conveyor.events import WorkerStarted, WorkerStopped
-from conveyor.jobs.hooks import run_through, runs
+from conveyor.jobs.core import core_of
+from conveyor.jobs.hooks import run_through, wraps_runs
 from conveyor.payload import failures
 from conveyor.store import operations
 from conveyor.store.operations import MOST_HELD, TurnReport
@@ -49,31 +50,33 @@ class Worker:
     def __init__(
         self, app: Conveyor, *, queues: Mapping[str, float] | None = None, concurrency: int = 100, threads: int = 8,
         burst: bool = False, grace: float = 30.0, slot: ChildSlot | None = None, reference: str | None = None,
-        quota: RecycleLimits | None = None, await_until: float = 0.0,
+        quota: RecycleLimits | None = None, await_until: float = 0.0, before_leasing: Callable[[], None] = lambda: None,
     ) -> None:  # fmt: skip
         """
         Take the app, its queues with their weights (default: those of its tasks), and the limits.
 
         `concurrency` jobs at once, at most `threads` of them plain functions; `grace` seconds for running
         jobs at a stop; `burst` ends when everything is drained; `reference` is the app's ``module:object``; a used up
-        `quota` makes it ask to be replaced, which takes a supervisor; no burst ends before `await_until` (monotonic).
+        `quota` makes it ask to be replaced, which takes a supervisor; no burst ends before `await_until` (monotonic);
+        `before_leasing` is called once every queue is registered, before the first job is leased.
         """
-        self.app = app
+        self.app = core_of(app)
         self.name = f"{platform.node()}:{os.getpid()}"
         self.stopping = False
         self.stopped = False
         self.retiring = False
         self.state: Mapping[str, Any] = {}
         self.consumers: list[QueueConsumer] = []
-        self.settling = settlement.SettlementWriter(app, self.name)
+        self.settling = settlement.SettlementWriter(self.app, self.name)
         self._seats = None if slot is None else slot.seats()
-        self.unusual = JobLoader(app, self.settling, self.name, self._seats)
+        self.unusual = JobLoader(self.app, self.settling, self.name, self._seats)
         self.last_renewal = self.last_tick = monotonic()
-        self._queues = weighted(app, queues)
+        self._queues = weighted(self.app, queues)
         self._limits = (concurrency, threads)
         self._quota = quota or RecycleLimits(None, None)
         self._burst = BurstMonitor(until=await_until) if burst else None
         self._grace, self._slot, self._reference = grace, slot, reference
+        self._before_leasing = before_leasing
         self._handlers: dict[str, dict[bytes, Handler]] = {}
         self._named: dict[str, dict[str, Handler]] = {}
         self._prefetch = Prefetch()
@@ -123,12 +126,12 @@ class Worker:
         stack.push_async_callback(self.harbour.close)
         self.state = await stack.enter_async_context(self.app.lifespan_context())
         concurrency, threads = self._limits
-        chain = [middleware for middleware in self.app.middlewares if runs(middleware)]
+        chain = [middleware for middleware in self.app.run_middlewares if wraps_runs(middleware)]
         self.executor = Executor(
             concurrency=concurrency, threads=threads, processes=ProcessPool(
                 self._reference, os.cpu_count() or 1, max_jobs=self._quota.max_jobs, max_memory=self._quota.max_memory
             ),
-            ended=self.ended, stuck=self._is_stuck, kinds={task.run_in for task in self.app.tasks.values()},
+            ended=self.ended, stuck=self._is_stuck, kinds={task.run_in for task in self.app.definitions.values()},
             unusual=self.unusual, seats=self._seats,
             chain=(lambda context, call: run_through(chain, context, call)) if chain else None,
         )  # fmt: skip
@@ -149,6 +152,7 @@ class Worker:
         stack.callback(watchdog.close)
         eviction_watch = asyncio.create_task(eviction.watch(self._informations, log))
         stack.callback(eviction_watch.cancel)
+        self._before_leasing()
         self.app.emit(WorkerStarted(self.name))
         for consumer in self.consumers:
             consumer.begin(stack)
@@ -245,7 +249,7 @@ class Worker:
         found = self._handlers.get(consumer.queue)
         if found is None:
             foreign = consumer.keys.foreign is not None
-            named = {name: Handler(task, raw=foreign) for name, task in self.app.tasks.items()}
+            named = {name: Handler(task, raw=foreign) for name, task in self.app.definitions.items()}
             self._named[consumer.queue] = named
             found = self._handlers[consumer.queue] = self.unusual.fast(consumer.queue, named, foreign=foreign)
         return found
@@ -294,7 +298,7 @@ class Worker:
         concurrency, threads = self._limits
         return operations.about(
             kind="worker", name=self.name, host=platform.node(), pid=os.getpid(), started=int(time() * 1000),
-            concurrency=concurrency, threads=threads, weight=consumer.weight, tasks=len(self.app.tasks),
+            concurrency=concurrency, threads=threads, weight=consumer.weight, tasks=len(self.app.definitions),
         )  # fmt: skip
 
     # -- ends -----------------------------------------------------------------------------------------------------

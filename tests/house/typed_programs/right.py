@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from typing import Any, assert_type
 
 from conveyor import (
+    CallNext,
     Concurrency,
     Context,
     Conveyor,
@@ -25,7 +26,6 @@ from conveyor import (
     current,
 )
 from conveyor.events import JobDead
-from conveyor.jobs.hooks import CallNext
 from conveyor.sql import Ledger, Outbox
 
 app = Conveyor("redis://127.0.0.1:6379/0", namespace="shop", lease="15s")

@@ -1,4 +1,4 @@
-"""turn.lua, the half that leases: order, what is dropped, promotion, repeats, the baton."""
+"""turn.lua, the half that leases: order, what is dropped, promotion, repeats, waking others."""
 
 from __future__ import annotations
 
@@ -247,7 +247,7 @@ def test_reaped_worker_changes_nothing(scene: Scene) -> None:
         with scene.unchanged(), pytest.raises(WorkerUnregistered):
             scene.run(turn)
     with scene.unchanged():
-        assert scene.run(operations.beat(scene.keys, "w", LEASE)) is False
+        assert scene.run(operations.heartbeat(scene.keys, "w", LEASE)) is False
         assert scene.run(operations.extend(scene.keys, "w", "a", "x", LEASE, b"{}")) is False
 
 
@@ -258,15 +258,15 @@ def test_stranger_is_unregistered(scene: Scene) -> None:
         scene.turn("nobody", 1, 1)
 
 
-# -- the baton --------------------------------------------------------------------------------------------------------
+# -- waking another worker --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("left", "due", "want", "token"),
     [(0, False, 2, False), (0, False, 3, False), (1, False, 2, True), (0, True, 2, True), (0, True, 3, False), (3, True, 0, True)],
 )  # fmt: skip
-def test_baton(scene: Scene, left: int, due: bool, want: int, token: bool) -> None:
-    """Who leaves full while work or a due instant remains passes a token on; who has room watches the clock itself."""
+def test_turn_wakes_another_worker(scene: Scene, left: int, due: bool, want: int, token: bool) -> None:
+    """A worker that got all it wanted wakes another while ready or scheduled jobs remain; one with room watches the clock itself."""
     scene.push(*[str(n) for n in range(left if want == 0 else 2 + left)])
     if due:
         scene.push(entry("later", delay_ms=60_000))
@@ -280,7 +280,7 @@ def test_baton(scene: Scene, left: int, due: bool, want: int, token: bool) -> No
 
 
 def test_no_second_token(scene: Scene) -> None:
-    """The baton is not passed twice."""
+    """A second token is not added."""
     scene.push("a", "b")
     scene.register("w")
     scene.turn("w", 1, 1)
@@ -289,8 +289,8 @@ def test_no_second_token(scene: Scene) -> None:
     assert not scene.take_token()
 
 
-def test_who_goes_passes_the_baton(scene: Scene) -> None:
-    """A worker that goes does not watch the clock, though it had room: it passes the token on."""
+def test_worker_that_leaves_wakes_another(scene: Scene) -> None:
+    """A worker that leaves does not watch the clock, though it had room: it wakes another."""
     scene.push(entry("later", delay_ms=60_000))
     scene.take_token()
     scene.register("w")
@@ -302,7 +302,7 @@ def test_who_goes_passes_the_baton(scene: Scene) -> None:
 
 @pytest.mark.row("D19")
 def test_paused_queue(scene: Scene) -> None:
-    """A paused queue leases nothing, passes no baton, and still settles; resuming calls a worker."""
+    """A paused queue leases nothing, wakes no worker, and still settles; resuming wakes a worker."""
     scene.lease("a")
     scene.push("b", entry("later", delay_ms=60_000))
     scene.pause()
@@ -356,7 +356,7 @@ def test_leaving(scene: Scene) -> None:
     with scene.unchanged():
         with pytest.raises(WorkerUnregistered):
             scene.turn("w", 3, 1)
-        assert scene.run(operations.beat(scene.keys, "w", LEASE)) is False
+        assert scene.run(operations.heartbeat(scene.keys, "w", LEASE)) is False
 
 
 def test_leaving_waits_for_what_is_held(scene: Scene) -> None:

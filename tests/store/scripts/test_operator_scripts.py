@@ -219,7 +219,7 @@ def test_purge_is_bounded(scene: Scene, limit: int, taken: int) -> None:
 def test_purge_tells_who_waits(scene: Scene) -> None:
     """Who waits for a purged job hears that it was cancelled."""
     scene.push("a")
-    scene.run(operations.await_outcome(scene.keys, "a", "one"))
+    scene.run(operations.await_result(scene.keys, "a", "one"))
     with scene.redis.pubsub() as pubsub:
         pubsub.subscribe("one")
         pubsub.get_message(timeout=5)
@@ -244,13 +244,13 @@ def test_configure(scene: Scene) -> None:
 
 @pytest.mark.redis6
 @pytest.mark.redis7
-def test_intake(scene: Scene) -> None:
+def test_list_intake(scene: Scene) -> None:
     """Raw entries move from the intake list first, then from the foreign list, in order, byte for byte."""
     keys = QueueKeys("c", "q", foreign="q")
     scene.redis.rpush(keys.intake, "1")
     scene.redis.rpush("q", b"\xff\n2", "3", "4")
 
-    assert scene.run(operations.intake(keys, 3, "stem", "t")) == 3
+    assert scene.run(operations.list_intake(keys, 3, "stem", "t")) == 3
 
     assert scene.redis.hgetall(keys.jobs) == {
         b"stem0001": b"\nt\n1", b"stem0002": b"\nt\n\xff\n2", b"stem0003": b"\nt\n3",
@@ -261,11 +261,11 @@ def test_intake(scene: Scene) -> None:
 
 
 @pytest.mark.redis6
-def test_repeated_intake_overwrites_nothing(scene: Scene) -> None:
+def test_repeated_list_intake_overwrites_nothing(scene: Scene) -> None:
     """An intake sent again with the same stem gives new entries new ids, also when some of the old are finished."""
     keys = QueueKeys("c", "q", foreign="q")
     scene.redis.rpush("q", *"123456")
-    call = operations.intake(keys, 3, "stem")
+    call = operations.list_intake(keys, 3, "stem")
     assert scene.run(call) == 3
     scene.register("w")
     scene.turn("w", 1, 1)
@@ -279,11 +279,11 @@ def test_repeated_intake_overwrites_nothing(scene: Scene) -> None:
 
 
 @pytest.mark.parametrize("limit", [0, 5000])
-def test_intake_is_bounded(scene: Scene, limit: int) -> None:
+def test_list_intake_is_bounded(scene: Scene, limit: int) -> None:
     """One call moves 1,000 at most, and an empty list is no change."""
     keys = QueueKeys("c", "q", foreign="q")
     scene.redis.rpush("q", *range(1200))
-    assert scene.run(operations.intake(keys, limit, "stem")) == min(limit, 1000)
+    assert scene.run(operations.list_intake(keys, limit, "stem")) == min(limit, 1000)
     scene.redis.delete("q")
     with scene.unchanged():
-        assert scene.run(operations.intake(keys, 10, "stem")) == 0
+        assert scene.run(operations.list_intake(keys, 10, "stem")) == 0

@@ -1,4 +1,4 @@
-"""claim.lua, switch.lua and partitions.lua, and what pushes and registrations say of another number of partitions."""
+"""claim_partitions.lua, repartition.lua and partitions.lua, and what pushes and registrations say of another number of partitions."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import pytest
 from conveyor.store import operations
 from conveyor.store.keys import QueueKeys
 from conveyor.store.operations import Settlement
-from conveyor.store.partitions import PartitionCountMismatch, claim, count, switch
+from conveyor.store.partitions import PartitionCountMismatch, claim_partitions, count, repartition
 from support.seeded_queue import REST, Scene, full
 
 WHOLE = QueueKeys("c", "q")
@@ -18,7 +18,7 @@ PART = QueueKeys("c", "q/1", partitions=4)
 def part(scene: Scene) -> Scene:
     """Partition 1 of a queue with four, claimed."""
     scene.keys = PART
-    scene.run(claim(PART, 4, whole=False))
+    scene.run(claim_partitions(PART, 4, whole=False))
     return scene
 
 
@@ -27,13 +27,13 @@ def part(scene: Scene) -> Scene:
 @pytest.mark.parametrize("whole", [True, False])
 def test_the_first_number_stands(scene: Scene, whole: bool) -> None:
     """A fresh queue takes the first number that comes, tells the same one so, refuses another, and changes no more."""
-    assert scene.run(claim(scene.keys, 4, whole=whole)) is True
+    assert scene.run(claim_partitions(scene.keys, 4, whole=whole)) is True
     assert scene.dump() == {"conf": {"partitions": "4", "schema": "1"}}
 
     with scene.unchanged():
-        assert scene.run(claim(scene.keys, 4, whole=whole)) is False
+        assert scene.run(claim_partitions(scene.keys, 4, whole=whole)) is False
         with pytest.raises(PartitionCountMismatch, match="has 4 partitions, and this program says 8") as refused:
-            scene.run(claim(scene.keys, 8, whole=whole))
+            scene.run(claim_partitions(scene.keys, 8, whole=whole))
         assert (refused.value.found, refused.value.code) == (4, "E34")
 
 
@@ -44,7 +44,7 @@ def test_a_queue_that_was_used_without_partitions_has_one(scene: Scene) -> None:
     scene.register("w")
 
     with scene.unchanged(), pytest.raises(PartitionCountMismatch, match="has 1 partition, and this program says 4"):
-        scene.run(claim(scene.keys, 4, whole=True))
+        scene.run(claim_partitions(scene.keys, 4, whole=True))
 
 
 @pytest.mark.redis6
@@ -66,7 +66,7 @@ def test_a_push_with_another_number_stores_nothing(scene: Scene, there: str | No
 
 def test_a_push_without_partitions_is_refused_by_a_queue_that_has_them(scene: Scene) -> None:
     """A program that knows nothing of the partitions stores nothing beside them."""
-    scene.run(claim(scene.keys, 4, whole=True))
+    scene.run(claim_partitions(scene.keys, 4, whole=True))
     with scene.unchanged(), pytest.raises(PartitionCountMismatch, match=r"app\.queue\('q', partitions=4\)"):
         scene.push("a")
     with scene.unchanged(), pytest.raises(PartitionCountMismatch):
@@ -87,19 +87,19 @@ def test_a_repeat_is_answered_whatever_the_number_is_now(part: Scene, plain: boo
 
 
 def _switch(scene: Scene, keys: QueueKeys, step: str, token: str, number: int | None) -> tuple[int, int]:
-    return scene.run(switch(keys, step, token, number))
+    return scene.run(repartition(keys, step, token, number))
 
 
 @pytest.mark.redis6
 @pytest.mark.redis7
 def test_begin_shuts_and_end_opens(scene: Scene) -> None:
     """Between begin and end nobody pushes, registers or claims; afterwards the number is the one that end said."""
-    scene.run(claim(WHOLE, 4, whole=True))
+    scene.run(claim_partitions(WHOLE, 4, whole=True))
     assert _switch(scene, WHOLE, "begin", "T", 8) == (1, 4)
     assert scene.dump()["conf"] == {"partitions": "0", "switch": "4 8 T", "schema": "1"}
     assert scene.run(count(WHOLE)) == (0, "4 8 T")
     with pytest.raises(PartitionCountMismatch, match="is being changed right now"):
-        scene.run(claim(WHOLE, 4, whole=True))
+        scene.run(claim_partitions(WHOLE, 4, whole=True))
 
     with scene.unchanged():
         assert _switch(scene, WHOLE, "end", "other", 4) == (-1, 0)
@@ -111,7 +111,7 @@ def test_begin_shuts_and_end_opens(scene: Scene) -> None:
 @pytest.mark.redis7
 def test_a_change_can_be_made_on_a_full_server(part: Scene) -> None:
     """A change that begins, or has begun, when the server is full is brought to its end."""
-    part.run(claim(WHOLE, 4, whole=True))
+    part.run(claim_partitions(WHOLE, 4, whole=True))
     part.register("w")
     with full(part.redis):
         assert _switch(part, WHOLE, "begin", "T", 2) == (1, 4)
@@ -123,7 +123,7 @@ def test_a_change_can_be_made_on_a_full_server(part: Scene) -> None:
 
 def test_one_piece_is_what_is_not_said(scene: Scene) -> None:
     """A queue that is laid in one piece again looks as one that never had partitions."""
-    scene.run(claim(WHOLE, 4, whole=True))
+    scene.run(claim_partitions(WHOLE, 4, whole=True))
     _switch(scene, WHOLE, "begin", "T", 1)
     _switch(scene, WHOLE, "end", "T", 1)
     assert scene.dump()["conf"] == {"schema": "1"}
@@ -131,7 +131,7 @@ def test_one_piece_is_what_is_not_said(scene: Scene) -> None:
 
 def test_an_abandoned_change_is_taken_over(scene: Scene) -> None:
     """Who begins where another had begun owns the change, and the number before is still known; the other owns nothing."""
-    scene.run(claim(WHOLE, 4, whole=True))
+    scene.run(claim_partitions(WHOLE, 4, whole=True))
     _switch(scene, WHOLE, "begin", "T", 8)
     assert _switch(scene, WHOLE, "begin", "U", 2) == (1, 4)
     assert _switch(scene, WHOLE, "end", "T", 8)[0] == -1

@@ -24,7 +24,7 @@ from support.seeded_queue import LEASE, Scene, entry
         ("scheduled", "waiting", b""), ("stub", "result", None), ("unknown", "gone", b""),
     ],
 )  # fmt: skip
-def test_await(scene: Scene, place: str, word: str, data: bytes | None) -> None:
+def test_await_result(scene: Scene, place: str, word: str, data: bytes | None) -> None:
     """Awaiting reads an outcome that is there, and registers the waiter for one that is still to come."""
     if place in {"ready", "scheduled", "stub"}:
         scene.push(entry("a", delay_ms=60_000 if place == "scheduled" else None))
@@ -39,8 +39,8 @@ def test_await(scene: Scene, place: str, word: str, data: bytes | None) -> None:
     before = scene.dump()
 
     with scene.unchanged():
-        asked = scene.run(operations.await_outcome(scene.keys, "a", ""))
-    answer = scene.run(operations.await_outcome(scene.keys, "a", "one"))
+        asked = scene.run(operations.await_result(scene.keys, "a", ""))
+    answer = scene.run(operations.await_result(scene.keys, "a", "one"))
 
     assert asked == answer
     assert answer[0] == word
@@ -52,14 +52,14 @@ def test_stub_without_a_record_is_gone(scene: Scene) -> None:
     """A deleted job whose entry was not reached yet is gone for who asks."""
     scene.push("a")
     scene.run(operations.cancel(scene.keys, "a", delete=True))
-    assert scene.run(operations.await_outcome(scene.keys, "a", "one")) == ("gone", b"")
+    assert scene.run(operations.await_result(scene.keys, "a", "one")) == ("gone", b"")
 
 
 def test_waiters_are_a_set(scene: Scene) -> None:
     """Each process waits once, in any order, and forgetting one leaves the others, whatever their names begin with."""
     scene.push("a")
     for channel in ("one", "on", "one", "two", "on"):
-        scene.run(operations.await_outcome(scene.keys, "a", channel))
+        scene.run(operations.await_result(scene.keys, "a", channel))
     assert scene.dump()["waiters"] == {"a": "one on two"}
 
     scene.run(operations.forget(scene.keys, "a", "on"))
@@ -96,10 +96,10 @@ def test_counts_of_nothing(scene: Scene) -> None:
 
 
 @pytest.mark.parametrize("status", ["ready", "scheduled", "leased", "dead", "dead-oldest"])
-def test_pages_cut_one_order(scene: Scene, status: str) -> None:
+def test_list_jobs_cuts_one_order(scene: Scene, status: str) -> None:
     """Pages of any size, one after the other, give each job of a state once, in the order of one large page."""
     furnish(scene)
-    whole = [row.id for row in scene.run(inspection.page(scene.keys, status, 0, 500))]
+    whole = [row.id for row in scene.run(inspection.list_jobs(scene.keys, status, 0, 500))]
     expected = {
         "ready": ["r2", "r1", "r3"], "scheduled": ["s3", "s1", "s2"], "leased": None,
         "dead": ["d2", "d1"], "dead-oldest": ["d1", "d2"],
@@ -109,11 +109,11 @@ def test_pages_cut_one_order(scene: Scene, status: str) -> None:
     elif not status.startswith("dead"):  # these died in one millisecond
         assert whole == expected
     for size in (1, 2, 3):
-        pages = [scene.run(inspection.page(scene.keys, status, at, size)) for at in range(0, 12, size)]
+        pages = [scene.run(inspection.list_jobs(scene.keys, status, at, size)) for at in range(0, 12, size)]
         assert [row.id for page in pages for row in page] == whole
 
 
-def test_page_of_finished_jobs(scene: Scene) -> None:
+def test_list_jobs_that_finished(scene: Scene) -> None:
     """The recently finished come newest first, as they were written."""
     scene.register("w")
     made = [write_finished(f"j{n}", "t", "done", 5, n) for n in range(3)]
@@ -130,10 +130,10 @@ def test_page_of_finished_jobs(scene: Scene) -> None:
         ("d1", "dead", None), ("x1", "result", None), ("old", "result", None), ("ghost", "none", None),
     ],
 )  # fmt: skip
-def test_show(scene: Scene, id: str, place: str, extra: str | None) -> None:  # noqa: A002
+def test_get_job(scene: Scene, id: str, place: str, extra: str | None) -> None:  # noqa: A002
     """A job is shown where it is, with who holds it or when it is due."""
     furnish(scene)
-    found, row, record = scene.run(inspection.show(scene.keys, id))
+    found, row, record = scene.run(inspection.get_job(scene.keys, id))
 
     assert found == place
     if place in {"result", "none"}:
@@ -144,22 +144,22 @@ def test_show(scene: Scene, id: str, place: str, extra: str | None) -> None:  # 
         assert extra is None or row.extra == extra
 
 
-def test_show_knows_an_own_id_that_ended(scene: Scene) -> None:
+def test_get_job_knows_an_own_id_that_ended(scene: Scene) -> None:
     """An own id that ended without a record is told from one that never was."""
     scene.push(entry("a", own_id=True))
     scene.register("w")
     scene.turn("w", 1, 1)
     scene.turn("w", 2, others=[Settlement("D", "a", own_id=True)])
-    assert scene.run(inspection.show(scene.keys, "a")) == ("none", None, b"1")
+    assert scene.run(inspection.get_job(scene.keys, "a")) == ("none", None, b"1")
 
 
-def test_crew(scene: Scene) -> None:
+def test_workers(scene: Scene) -> None:
     """Each worker is listed with its end, what it said of itself, and how much it holds, cancel requests apart."""
     scene.lease("a", "b")
     scene.run(operations.cancel(scene.keys, "a"))
     scene.run(operations.register(scene.keys, "z", 2 * LEASE, operations.about(host="h")))
 
-    first, second = scene.run(inspection.crew(scene.keys))
+    first, second = scene.run(inspection.workers(scene.keys))
 
     assert (first.worker, first.about, first.held) == ("w", {}, 2)
     assert (second.worker, second.about, second.held) == ("z", {"host": "h"}, 0)

@@ -190,8 +190,8 @@ def test_end_is_announced_to_all_who_wait(scene: Scene, settlement: Settlement |
     """Whoever waits for a job is told its outcome on his channel, once, and is forgotten."""
     scene.lease("a", "b")
     for channel in ("one", "two"):
-        scene.run(operations.await_outcome(scene.keys, "a", channel))
-    scene.run(operations.await_outcome(scene.keys, "b", "one"))
+        scene.run(operations.await_result(scene.keys, "a", channel))
+    scene.run(operations.await_result(scene.keys, "b", "one"))
     with scene.redis.pubsub() as pubsub:
         pubsub.subscribe("one", "two")
         assert {pubsub.get_message(timeout=5)["channel"] for _ in range(2)} == {b"one", b"two"}
@@ -207,7 +207,7 @@ def test_end_is_announced_to_all_who_wait(scene: Scene, settlement: Settlement |
 def test_going_on_is_not_announced(scene: Scene, kind: str) -> None:
     """Who waits for a job goes on waiting while the job does."""
     scene.lease("a")
-    scene.run(operations.await_outcome(scene.keys, "a", "one"))
+    scene.run(operations.await_result(scene.keys, "a", "one"))
 
     scene.turn("w", 2, others=[Settlement(kind, "a", ms=60_000, state=b"1 1 0")])
 

@@ -43,17 +43,17 @@ def test_register_refuses_another_layout(scene: Scene) -> None:
         scene.register("w")
 
 
-def test_beat(scene: Scene) -> None:
+def test_heartbeat(scene: Scene) -> None:
     """A beat moves the end of the whole lease and nothing else; one of a stranger changes nothing."""
     scene.lease("a", "b")
     scene.redis.zadd(scene.keys.workers, {"w": scene.now() + 5000})
     before = scene.dump()
 
-    assert scene.run(operations.beat(scene.keys, "w", 120_000)) is True
+    assert scene.run(operations.heartbeat(scene.keys, "w", 120_000)) is True
 
     assert scene.since(before) == {"workers": {"w": "now+120s"}}
     with scene.unchanged():
-        assert scene.run(operations.beat(scene.keys, "nobody", LEASE)) is False
+        assert scene.run(operations.heartbeat(scene.keys, "nobody", LEASE)) is False
 
 
 # -- reap -------------------------------------------------------------------------------------------------------------
@@ -120,12 +120,12 @@ def test_reap_compares_the_end_it_saw(scene: Scene, end: int, seen: int, reaped:
             assert scene.run(call) == -1
 
 
-def test_beat_between_two_looks_saves_a_worker(scene: Scene) -> None:
+def test_heartbeat_between_two_looks_saves_a_worker(scene: Scene) -> None:
     """Who beats after it was seen overdue is not reaped by who saw it."""
     scene.lease("a")
     seen = scene.now() - 1
     scene.redis.zadd(scene.keys.workers, {"w": seen})
-    scene.run(operations.beat(scene.keys, "w", LEASE))
+    scene.run(operations.heartbeat(scene.keys, "w", LEASE))
 
     with scene.unchanged():
         assert scene.run(operations.reap(scene.keys, "w", end=seen)) == -1
@@ -160,7 +160,7 @@ def test_reap_honours_cancel_requests(scene: Scene) -> None:
     scene.register("w")
     scene.turn("w", 1, 2)
     scene.run(operations.cancel(scene.keys, "b"))
-    scene.run(operations.await_outcome(scene.keys, "b", "one"))
+    scene.run(operations.await_result(scene.keys, "b", "one"))
 
     assert scene.run(operations.reap(scene.keys, "w")) == 1
 
@@ -238,15 +238,15 @@ def test_extend_of_what_is_not_held(scene: Scene) -> None:
 
 
 @pytest.mark.parametrize("asked", [False, True])
-def test_held(scene: Scene, asked: bool) -> None:
+def test_held_ids(scene: Scene, asked: bool) -> None:
     """What a worker holds is listed without what else its hash holds."""
     scene.lease("a", "b")
     if asked:
         scene.run(operations.cancel(scene.keys, "a"))
 
     with scene.unchanged():
-        assert sorted(scene.run(operations.held(scene.keys, "w"))) == ["a", "b"]
-        assert scene.run(operations.held(scene.keys, "nobody")) == []
+        assert sorted(scene.run(operations.held_ids(scene.keys, "w"))) == ["a", "b"]
+        assert scene.run(operations.held_ids(scene.keys, "nobody")) == []
 
 
 @pytest.mark.parametrize("number", [8, 20])

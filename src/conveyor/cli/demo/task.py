@@ -23,6 +23,7 @@ from conveyor import Conveyor, Retry, current
 from conveyor.cli.demo import picture
 from conveyor.cli.demo.journal import Journal
 from conveyor.events import JobDead, JobRetried
+from conveyor.jobs.task import definition_of
 
 JOURNAL, NAMESPACE, PICTURES = "CONVEYOR_DEMO_JOURNAL", "CONVEYOR_DEMO_NAMESPACE", "CONVEYOR_DEMO_PICTURES"
 """Environment variables by which the demo tells its workers where to write."""
@@ -148,7 +149,7 @@ async def announce() -> AsyncIterator[None]:
 @app.on(JobRetried)
 def retried(event: JobRetried) -> None:
     """Write down that a run failed and another follows."""
-    of = app.tasks[event.task].settings.retry.attempts
+    of = definition_of(app.tasks[event.task]).settings.retry.attempts
     journal.write("retry", event.task, event.job_id, event.attempt, event.delay, f"{event.attempt}/{of} {_kind(event)}")
 
 

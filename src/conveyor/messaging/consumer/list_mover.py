@@ -20,7 +20,7 @@ POLL = 1.0
 
 def intake(keys: QueueKeys, want: int) -> Call[int]:
     """Return the call that moves up to *want* raw entries into the queue, under fresh ids."""
-    return operations.intake(keys, want, new_id()[:18])  # the script counts the last four characters
+    return operations.list_intake(keys, want, new_id()[:18])  # the script counts the last four characters
 
 
 class ListMover:

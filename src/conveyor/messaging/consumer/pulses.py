@@ -60,7 +60,7 @@ class Pulses:
             return
         if holder.flush() or not due:
             return
-        self._client.run(operations.beat(lessee.keys, lessee.worker, lessee.lease_ms), patience=lease / 4)
+        self._client.run(operations.heartbeat(lessee.keys, lessee.worker, lessee.lease_ms), patience=lease / 4)
         # Also when it was refused: the next turn finds that out, and beating faster would not help.
         lessee.renewed = lessee.clock()
 

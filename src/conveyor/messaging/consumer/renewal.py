@@ -44,7 +44,7 @@ class LeaseRenewer:
             try:
                 if self._flush() or not due:
                     continue
-                call = operations.beat(lessee.keys, lessee.worker, lessee.lease_ms)
+                call = operations.heartbeat(lessee.keys, lessee.worker, lessee.lease_ms)
                 self._connection.run(call, patience=lease / 4)
                 # Also when it was refused: the next turn finds that out, and beating faster would not help.
                 lessee.renewed = lessee.clock()

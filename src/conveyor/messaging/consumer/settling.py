@@ -14,7 +14,7 @@ from conveyor.messaging.leases import LeasedMessage, LeaseSession
 from conveyor.messaging.message import Ending, OnError, lost
 from conveyor.messaging.settlement import SettlementPolicy
 from conveyor.store.client.client import Client, refuse_in_loop
-from conveyor.store.operations import INTAKE, StaleTurn, WorkerUnregistered
+from conveyor.store.operations import LIST_INTAKE, StaleTurn, WorkerUnregistered
 from conveyor.store.script import Call
 from conveyor.store.transport import eviction
 
@@ -187,7 +187,7 @@ class AsyncSettler(_SettlerState):
 
 def patience(client: Client, call: Call[Any]) -> float:
     """Return for how long a call is repeated: an intake never, since it would store new entries over old."""
-    return 0.0 if call.script is INTAKE else client.patience
+    return 0.0 if call.script is LIST_INTAKE else client.patience
 
 
 def run_once(client: Client, call: Call[Any]) -> Any:

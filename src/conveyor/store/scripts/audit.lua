@@ -1,4 +1,5 @@
--- Prove that every live id is in exactly one place. Reads the whole queue in one step: for tests and quiet hours.
+-- Prove that every live id is in exactly one place. This reads the whole queue in one step: for tests and quiet hours.
+-- needs: numbers leased
 --
 -- KEYS  1 jobs  2 state  3 due  4 dead  5 workers  6 conf  7-16 ready:0 … ready:9
 -- ARGV  1 refuse above this many jobs
@@ -6,7 +7,9 @@
 local count = redis.call('HLEN', KEYS[1])
 if count > tonumber(ARGV[1]) then return {'too-large', int(count)} end
 local prefix, places, problems, stubs = string.sub(KEYS[1], 1, -5), {}, {}, 0
-local function problem(what, id) problems[#problems + 1], problems[#problems + 2] = what, id end
+local function problem(what, id)
+  problems[#problems + 1], problems[#problems + 2] = what, id
+end
 local function place(id, where)
   if places[id] then problem('in ' .. places[id] .. ' and ' .. where, id) end
   places[id] = where
@@ -17,9 +20,7 @@ end
 for _, id in ipairs(redis.call('ZRANGE', KEYS[3], 0, -1)) do place(id, 'scheduled') end
 for _, id in ipairs(redis.call('ZRANGE', KEYS[4], 0, -1)) do place(id, 'dead') end
 for _, worker in ipairs(redis.call('ZRANGE', KEYS[5], 0, -1)) do
-  for _, id in ipairs(redis.call('HKEYS', prefix .. 'leased:' .. worker)) do
-    if string.byte(id) ~= 9 then place(id, 'leased') end
-  end
+  for _, id in ipairs(ids_held(prefix .. 'leased:' .. worker)) do place(id, 'leased') end
 end
 local all = redis.call('HGETALL', KEYS[1])
 for i = 1, #all, 2 do

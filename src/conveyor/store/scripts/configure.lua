@@ -1,4 +1,5 @@
--- Change a queue's own setting, and call a worker when that may make work takeable.
+-- Change a setting that is kept with the queue, and wake a worker, since the change may let it take jobs.
+-- needs: tokens
 --
 -- KEYS  1 conf  2 wake
 -- ARGV  1 field  2 value, "" to remove it

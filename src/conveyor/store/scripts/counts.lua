@@ -1,8 +1,10 @@
 -- Count what a queue holds.
+-- needs: numbers leased
 --
 -- KEYS  1 jobs  2 due  3 dead  4 workers  5 conf  6-15 ready:0 … ready:9  then, for a plain list, the list and its intake
 -- ARGV  none
--- returns {ready, scheduled, leased, dead, workers, paused, now_ms, oldest ready id or "", its envelope's marks, max_length or "", foreign}
+-- returns {ready, scheduled, leased, dead, workers, paused, now_ms, oldest ready id or "", its envelope's marks, max_length or "",
+--         entries of the plain list and its intake}
 local prefix = string.sub(KEYS[1], 1, -5)
 local ready, oldest = 0, ''
 for i = 6, 15 do
@@ -14,11 +16,7 @@ end
 local foreign = 0
 for i = 16, #KEYS do foreign = foreign + redis.call('LLEN', KEYS[i]) end
 local leased, workers = 0, redis.call('ZRANGE', KEYS[4], 0, 999)
-for _, worker in ipairs(workers) do
-  local key = prefix .. 'leased:' .. worker
-  local length = redis.call('HLEN', key)
-  if length > 0 then leased = leased + length - 3 - redis.call('HEXISTS', key, '\tcancel') end
-end
+for _, worker in ipairs(workers) do leased = leased + count_held(prefix .. 'leased:' .. worker) end
 local conf = redis.call('HMGET', KEYS[5], 'stubs', 'paused', 'max_length')
 local line = oldest ~= '' and string.match(redis.call('HGET', KEYS[1], oldest) or '', '^[^\n]*') or ''
 return {ready - tonumber(conf[1] or 0), redis.call('ZCARD', KEYS[2]), leased, redis.call('ZCARD', KEYS[3]), #workers,

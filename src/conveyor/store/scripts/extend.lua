@@ -1,4 +1,5 @@
--- Split one message off to an identity of its own, with its own end.
+-- Move one message to an identity of its own, with its own end.
+-- needs: numbers keys listed
 --
 -- KEYS  1 leased:<worker>  2 leased:<new worker>  3 workers
 -- ARGV  1 id  2 new worker  3 ms from now  4 about
@@ -10,8 +11,6 @@ local asked = redis.call('HGET', KEYS[1], '\tcancel')
 redis.call('HDEL', KEYS[1], ARGV[1])
 redis.call('HSET', KEYS[2], '\tturn', 0, '\tabout', ARGV[4], '\tlease', ARGV[3], ARGV[1], 1)
 -- A cancellation asked of the old identity goes with the message.
-if asked and string.find('\n' .. asked .. '\n', '\n' .. ARGV[1] .. '\n', 1, true) then
-  redis.call('HSET', KEYS[2], '\tcancel', ARGV[1])
-end
+if asked and listed(asked, '\n', ARGV[1]) then redis.call('HSET', KEYS[2], '\tcancel', ARGV[1]) end
 redis.call('ZADD', KEYS[3], clock() + tonumber(ARGV[3]), ARGV[2])
 return 1

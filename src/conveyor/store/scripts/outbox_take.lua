@@ -1,7 +1,8 @@
 -- Fix the head of an outbox as a batch, or return the one that is fixed: it stays the same until it is trimmed.
+-- needs: numbers
 --
 -- KEYS  1 outbox  2 conf
--- ARGV  1 number of a batch that needs a higher one ("": none)  2 the least that one may have
+-- ARGV  1 number of a batch that needs a higher one ("": none)  2 the least number that this one may have
 -- returns {} when the outbox is empty · {number, entry…}
 --         numbers rise, also over a failover that forgets some: they follow the server's clock
 local outbox, conf = KEYS[1], KEYS[2]

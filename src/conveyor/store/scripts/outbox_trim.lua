@@ -1,8 +1,8 @@
--- Drop a batch that all its receivers have accepted.
+-- Remove a batch that all its receivers have accepted.
 --
 -- KEYS  1 outbox  2 conf
 -- ARGV  1 number of the batch
--- returns how many entries are left; -1 when another batch is fixed, or none: nothing was changed
+-- returns the number of entries left; -1 when another batch is fixed, or none: nothing was changed
 local outbox, conf = KEYS[1], KEYS[2]
 local last, count = string.match(redis.call('HGET', conf, 'outbox') or '', '^(%d+) (%d+)$')
 if last ~= ARGV[1] then return -1 end

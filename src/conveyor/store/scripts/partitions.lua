@@ -1,4 +1,4 @@
--- Read in how many partitions a queue lies.
+-- Read the number of partitions of a queue.
 --
 -- KEYS  1 conf
 -- ARGV  none

@@ -1,11 +1,11 @@
 -- Make a scheduled job ready now.
+-- needs: keys tokens envelope
 --
 -- KEYS  1 due  2 jobs  3 wake  4-13 ready:0 … ready:9
 -- ARGV  1 id
 -- returns 1, or 0 when it is not scheduled
 local envelope = redis.call('HGET', KEYS[2], ARGV[1])
-local found = envelope and marks(envelope)
-local ready = KEYS[4 + (found and found.priority or 0)]
+local ready = KEYS[4 + priority_of(envelope)]
 check('LLEN', ready)
 if redis.call('ZREM', KEYS[1], ARGV[1]) == 0 then return 0 end
 if not envelope then return 0 end

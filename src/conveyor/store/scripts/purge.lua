@@ -1,4 +1,5 @@
--- Remove jobs that wait, from the front, in one bounded batch; newer work survives a purge that was begun before it.
+-- Remove jobs that wait, from the front, in one bounded batch. Jobs that arrive after a purge began survive it.
+-- needs: numbers keys envelope outcome
 --
 -- KEYS  1 jobs  2 state  3 due  4 dead  5 conf  6 waiters  7-16 ready:0 … ready:9
 -- ARGV  1 "ready", "due" or "dead"  2 how many at most (at most 1,000)
@@ -22,7 +23,7 @@ else
 end
 if #ids == 0 then return {0, 0} end
 local envelopes, removed = redis.call('HMGET', jobs, unpack(ids)), 0
-local record = '{"status":"cancelled","reason":"purged","at":' .. int(clock()) .. '}'
+local record = cancelled_record(clock(), 'purged')
 for i, id in ipairs(ids) do
   local found = envelopes[i] and marks(envelopes[i])
   if found and found.stub then

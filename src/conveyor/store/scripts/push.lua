@@ -1,23 +1,18 @@
 -- Accept messages: all of them, or none.
+-- needs: numbers keys tokens sequence
 --
--- KEYS  1 lane  2 jobs  3 due  4 wake  5 conf  6 dead  7-16 ready:0 … ready:9
--- ARGV  1 number of this push in its lane  2 maximum length (0: none)  3 partitions of the queue (1: none)
+-- KEYS  1 lane:<producer>  2 jobs  3 due  4 wake  5 conf  6 dead  7-16 ready:0 … ready:9
+-- ARGV  1 number of this push in its sequence  2 maximum length (0: none)  3 partitions of the queue (1: none)
 --       4 number of jobs  then runs, in order:
 --       "p" count (id envelope)…
 --       "s" count (id marks rest delay_ms due_at_ms expires_ms priority unique own front)…   "" where not given
 -- returns "<number>\nok\n<id>\n<id>…"    the ids of the special jobs: the one given, or behind a tab the one that exists
 --         "<number>\nfull\n<length>\n<maximum>", "<number>\nschema\n<found>": nothing stored
 --         "<number>\npartitions\n<found>": the queue has another number of them, "" none yet; nothing stored
---         "<number>\nlate": a newer push of this lane was answered already; nothing stored
-local lane, jobs, due, wakes, conf, dead = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6]
-local number = tonumber(ARGV[1])
-
-local last = redis.call('GET', lane)
-if last then
-  local seen = tonumber(string.match(last, '^%d+'))
-  if seen == number then return last end
-  if seen > number then return ARGV[1] .. '\nlate' end
-end
+--         "<number>\nlate": a later push of this producer was answered already; nothing stored
+local sequence, jobs, due, conf, dead = KEYS[1], KEYS[2], KEYS[3], KEYS[5], KEYS[6]
+local reply = answered(sequence, ARGV[1])
+if reply then return reply end
 
 local conf_now = redis.call('HMGET', conf, 'max_length', 'schema', 'stubs', 'partitions')
 if conf_now[2] and conf_now[2] ~= '1' then return ARGV[1] .. '\nschema\n' .. conf_now[2] end
@@ -63,7 +58,7 @@ while at <= runs do
         end
         claimed[key] = holder or id
       end
-      -- Only what will be stored takes its id: one refused for its key must not stand in for the next of that id.
+      -- Only a job that will be stored takes its id: one that is refused for its key must not block the next of that id.
       if not holder then claimed['i' .. id] = id end
       ids[#ids + 1] = holder and '\t' .. holder or id
       existing[i] = holder and true or false
@@ -73,30 +68,21 @@ while at <= runs do
 end
 
 -- The first write is refused when Redis is full, and the whole push with it.
-local reply = ARGV[1] .. '\nok'
+reply = ARGV[1] .. '\nok'
 if #ids > 0 then reply = reply .. '\n' .. table.concat(ids, '\n') end
-if string.sub(lane, #prefix + 1, #prefix + 6) == 'inbox:' then
-  redis.call('SET', lane, reply)  -- of an outbox: it may be repeated however late
+if string.sub(sequence, #prefix + 1, #prefix + 6) == 'inbox:' then
+  redis.call('SET', sequence, reply) -- of an outbox, which may repeat a push however late
 else
-  -- A lane that ends in + is a buffer's: what it sent may be sent again after a long outage.
-  redis.call('SET', lane, reply, 'PX', string.byte(lane, -1) == 43 and 86400000 or 7200000)
+  redis.call('SET', sequence, reply, 'PX', sequence_ms(sequence))
 end
 if not conf_now[2] then redis.call('HSET', conf, 'schema', '1') end
 
 local takeable = false
-local function add(key, list, front)
-  for first = 1, #list, 7000 do
-    redis.call(front and 'LPUSH' or 'RPUSH', key, unpack(list, first, math.min(first + 6999, #list)))
-  end
-end
-
 local function plain(first, count)
   local entries = {}
   for i = 0, count - 1 do entries[i + 1] = ARGV[first + 2 * i] end
-  for i = first, first + 2 * count - 1, 7000 do
-    redis.call('HSET', jobs, unpack(ARGV, i, math.min(i + 6999, first + 2 * count - 1)))
-  end
-  add(KEYS[7], entries)
+  in_chunks('HSET', jobs, ARGV, first, first + 2 * count - 1)
+  in_chunks('RPUSH', KEYS[7], entries, 1, count)
   takeable = true
 end
 
@@ -138,5 +124,5 @@ while at <= runs do
     at = at + 2 + 10 * count
   end
 end
-if takeable then wake(wakes) end
+if takeable then wake(KEYS[4]) end
 return reply

@@ -1,7 +1,8 @@
--- Accept plain messages, all of them or none: the shortest way in, for what needs an envelope and an entry and no more.
+-- Accept plain messages, all of them or none: messages that need an envelope and an entry and no more. This script needs no
+-- part and repeats a few lines of push.lua and its parts, because it is called most: it takes 14 µs in Redis instead of 33.
 --
--- KEYS  1 lane  2 jobs  3 ready:0  4 wake  5 conf  6 dead
--- ARGV  1 number of this push in its lane  2 maximum length (0: none)  3 partitions of the queue (1: none)
+-- KEYS  1 lane:<producer>  2 jobs  3 ready:0  4 wake  5 conf  6 dead
+-- ARGV  1 number of this push in its sequence  2 maximum length (0: none)  3 partitions of the queue (1: none)
 --       4… (id envelope)…
 -- returns as push.lua: "<number>\nok", "<number>\nfull\n<length>\n<maximum>", "<number>\nschema\n<found>",
 --         "<number>\npartitions\n<found>", "<number>\nlate"
@@ -22,9 +23,9 @@ if maximum > 0 then
   end
 end
 
--- The first write is refused when Redis is full, and the whole push with it. The lane tells a repeat from a new push.
+-- The first write is refused when Redis is full, and the whole push with it. The sequence tells a repeat from a new push.
 local reply = number .. '\nok'
-local kept = string.byte(KEYS[1], -1) == 43 and '86400000' or '7200000' -- a lane that ends in + is a buffer's
+local kept = string.byte(KEYS[1], -1) == 43 and '86400000' or '7200000' -- as in lib/sequence.lua
 local last = redis.call('SET', KEYS[1], reply, 'PX', kept, 'GET')
 if last then
   local seen = string.match(last, '^%d+')
@@ -38,8 +39,8 @@ if last then
   end
 end
 
--- Scripts do not roll back. Instead of reading each key first, which costs every push, take back what was done when a
--- key turns out to hold something else.
+-- Scripts do not roll back. Reading each key first would cost every push, so the writes are undone when a key turns out to
+-- hold another type.
 local ids = {}
 local function failed(answer)
   if type(answer) ~= 'table' or not answer.err then return false end

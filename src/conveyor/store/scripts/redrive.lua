@@ -1,4 +1,5 @@
--- Put dead letters back, oldest first, with a fresh budget; what happened before stays in their state.
+-- Put dead letters back, oldest first, with all their attempts again. Their state keeps what happened before.
+-- needs: keys tokens envelope
 --
 -- KEYS  1 dead  2 jobs  3 state  4 wake  5-14 ready:0 … ready:9
 -- ARGV  1 how many at most (of the oldest; at most 500)  2… or these ids
@@ -15,8 +16,7 @@ local envelopes = redis.call('HMGET', KEYS[2], unpack(ids))
 local states = redis.call('HMGET', KEYS[3], unpack(ids))
 local lists = {}
 for i in ipairs(ids) do
-  local found = envelopes[i] and marks(envelopes[i])
-  lists[i] = KEYS[5 + (found and found.priority or 0)]
+  lists[i] = KEYS[5 + priority_of(envelopes[i])]
   check('LLEN', lists[i])
 end
 redis.call('ZREM', KEYS[1], unpack(ids))
@@ -26,7 +26,7 @@ for i, id in ipairs(ids) do
     local found = marks(envelopes[i])
     local starts, rest = string.match(states[i] or '', '^(%d+) %d+ %d+w?(.*)$')
     redis.call('HSET', KEYS[3], id, (starts or '0') .. ' 0 0' .. (rest or ''))
-    -- It lives again, so its own id is taken until a day after it ends.
+    -- The job lives again, so its own id is taken until a day after it ends.
     if found and found.own then redis.call('SET', prefix .. 'unique:i:' .. id, id) end
     redis.call('RPUSH', lists[i], id)
     count = count + 1

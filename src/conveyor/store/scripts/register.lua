@@ -1,9 +1,10 @@
 -- Register a worker under an identity that was never used before. Repeating it changes nothing.
+-- needs: numbers keys
 --
 -- KEYS  1 leased:<worker>  2 workers  3 conf
 -- ARGV  1 worker  2 lease_ms  3 about (JSON, longer than 64 bytes so that the hash is a hashtable)
 --       4 partitions of the queue (1: none)
--- returns now_ms, or -1 and the schema found when the layout is not ours,
+-- returns now_ms, or -1 and the schema found when the layout is another version's,
 --         or -2 and the partitions found, "" none yet, when their number is another
 local conf = redis.call('HMGET', KEYS[3], 'schema', 'partitions')
 local schema = conf[1]

@@ -103,10 +103,10 @@ class AsyncWakeupWaiter:
         return None
 
 
-def ring(wire: AsyncConnection, key: str) -> None:
+def wake(wire: AsyncConnection, key: str) -> None:
     """Put a token into *key* for whoever blocks on it; it goes away by itself if nobody does."""
     # With its text: nobody would send it after a NOSCRIPT. As two commands a cut between them left the token for ever.
-    wire.send(operations.ring(key).load(), _ignore)
+    wire.send(operations.wake(key).load(), _ignore)
 
 
 def _ignore(reply: Any) -> None:

@@ -23,8 +23,9 @@ from datetime import UTC, datetime
 from typing import Any
 
 from conveyor.errors import UnknownTask
-from conveyor.jobs.context import CURRENT, Context
-from conveyor.jobs.task import Task
+from conveyor.jobs.context import CURRENT, Context, end_spawning, spawned_entries
+from conveyor.jobs.core import core_of
+from conveyor.jobs.task import TaskDefinition
 from conveyor.worker.execution.process_protocol import (
     HEAD,
     DoneReply,
@@ -123,7 +124,7 @@ class _Runner:
 
         async def hold() -> None:
             # One task from the opening to the closing: cancel scopes insist on it.
-            async with self._app.lifespan_context() as state:
+            async with core_of(self._app).lifespan_context() as state:
                 opened.set_result(state)
                 await self._over.wait()
 
@@ -148,24 +149,24 @@ class _Runner:
     def run(self, job: RunRequest) -> DoneReply | FailedReply:
         """Run one job; whatever it raises is what it failed with."""
         try:
-            task: Task[..., Any] | None = self._app.tasks.get(job.task)
+            task = core_of(self._app).definitions.get(job.task)
             if task is None:
                 raise UnknownTask(f"The app has no task {job.task!r} in the process that should run {job.id}.")
             args, kwargs = task.signature.decode(job.body)
             context = self._context(job)
             if task.settings.ack == "early":
-                context.spawned = None
+                end_spawning(context)
             kwargs.update(dict.fromkeys(task.signature.injected, context))
             variables = copy_context()
             variables.run(CURRENT.set, context)
             result = self._call(task, args, kwargs, variables)
             keep_ms = task.settings.keep_ms if job.keep_ms is None else job.keep_ms
             stored = None if task.returns_none or not keep_ms else task.results.encode(result)
-            return DoneReply(stored, context.spawned or [])
+            return DoneReply(stored, spawned_entries(context))
         except BaseException as error:
             return capture(error, (__file__,))
 
-    def _call(self, task: Task[..., Any], args: list[Any], kwargs: dict[str, Any], variables: Variables) -> Any:
+    def _call(self, task: TaskDefinition, args: list[Any], kwargs: dict[str, Any], variables: Variables) -> Any:
         if not task.is_async:
             return variables.run(task.function, *args, **kwargs)
 

@@ -128,7 +128,7 @@ class Heartbeat:
                 continue
             for keys, identity, lease_ms in self._leases():
                 try:
-                    self._connection(keys).run(operations.beat(keys, identity, lease_ms), patience=shortest / 4)
+                    self._connection(keys).run(operations.heartbeat(keys, identity, lease_ms), patience=shortest / 4)
                 except ConveyorError as error:
                     log.warning("could not renew the lease on queue %s: %s", keys.queue, error)
         for connection in self._connections.values():

@@ -38,7 +38,7 @@ class ListIntake:
 
     def send(self, wire: AsyncConnection, want: int) -> None:
         """Move up to *want* raw entries, on the wire the turn follows on."""
-        call = operations.intake(self._consumer.keys, want, new_id()[:18], self._name)
+        call = operations.list_intake(self._consumer.keys, want, new_id()[:18], self._name)
         wire.send(call.command(), self._moved)
 
     def _moved(self, reply: Any) -> None:
@@ -50,7 +50,7 @@ class ListIntake:
                 log.warning("could not take from the list %s: %s", self._consumer.keys.foreign, reply)
 
     async def _load(self) -> None:
-        call = operations.intake(self._consumer.keys, 1, new_id()[:18], self._name)
+        call = operations.list_intake(self._consumer.keys, 1, new_id()[:18], self._name)
         try:
             await self._consumer.wire.run(call, patience=30.0)
         except ConveyorError as error:

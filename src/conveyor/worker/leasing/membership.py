@@ -27,17 +27,17 @@ from conveyor.worker.logs import complain
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from conveyor.jobs.app import Conveyor
+    from conveyor.jobs.core import AppCore
     from conveyor.store.keys import QueueKeys
     from conveyor.store.operations import TurnReply
     from conveyor.store.script import Call
     from conveyor.store.transport.async_connection import AsyncConnection
 
 
-def weighted(app: Conveyor, queues: Mapping[str, float] | None) -> dict[str, float]:
+def weighted(app: AppCore, queues: Mapping[str, float] | None) -> dict[str, float]:
     """Return queue → weight: those asked for, else all that tasks name. Raises ConfigurationError where nothing could be done."""
     fed = [name for name, listed in app.plain_lists.items() if listed.task]
-    own = [task.queue for task in app.tasks.values()]
+    own = [task.queue for task in app.definitions.values()]
     found = dict(queues) if queues else dict.fromkeys((*own, *fed), 1.0)
     for name in found:
         if name in app.plain_lists and name not in fed:
@@ -50,7 +50,7 @@ def weighted(app: Conveyor, queues: Mapping[str, float] | None) -> dict[str, flo
     return found
 
 
-async def served(app: Conveyor, queue: str) -> list[QueueKeys]:
+async def served(app: AppCore, queue: str) -> list[QueueKeys]:
     """Return the keys of a queue, or of each of its partitions; raises ConfigurationError (E34) for another number of them."""
     if (listed := app.plain_lists.get(queue)) is not None:
         return [listed.keys]
@@ -60,7 +60,7 @@ async def served(app: Conveyor, queue: str) -> list[QueueKeys]:
     return [app.keys(queue)]
 
 
-async def enrolled(app: Conveyor, wire: AsyncConnection, queue: str, call: Call[int]) -> int:
+async def enrolled(app: AppCore, wire: AsyncConnection, queue: str, call: Call[int]) -> int:
     """Carry out a registration and return the server's time in ms; after Redis was emptied the number is agreed on anew."""
     try:
         return await wire.run(call, patience=None)
@@ -113,7 +113,7 @@ class LeaseHolder(Protocol):
 async def differences(books: LeaseHolder) -> tuple[list[str], list[str]]:
     """Return the ids that Redis does not list as held here, and those it lists besides; none of them when it refuses to tell."""
     try:
-        listed = await books.wire.run(operations.held(books.keys, books.identity), patience=None)
+        listed = await books.wire.run(operations.held_ids(books.keys, books.identity), patience=None)
     except ConveyorError as error:
         log.warning("could not reconcile queue %s: %s", books.keys.queue, error)
         return [], []

@@ -390,7 +390,7 @@ class QueueConsumer:
 
     def wake_self(self) -> None:
         """Wake our own blocked listener: it hears one list too few."""
-        wakeup.ring(self.wire, self.keys.wake_of(self.identity))
+        wakeup.wake(self.wire, self.keys.wake_of(self.identity))
 
     async def until_has_capacity(self) -> None:
         """Wait until it would take work but has none."""

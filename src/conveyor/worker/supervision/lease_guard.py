@@ -117,7 +117,7 @@ class LeaseGuard:
                     one = estate.identities[0]
                     blame = None
                     if estate.crashed and estate.seating is not None:
-                        held = client.run(operations.held(one.keys, one.worker), patience=PATIENCE)
+                        held = client.run(operations.held_ids(one.keys, one.worker), patience=PATIENCE)
                         blame = estate.seating.judge(held, fault=estate.fault)
                     call = operations.reap(one.keys, one.worker, crashed=estate.crashed, blame=blame)
                     estate.returned += max(0, client.run(call, patience=PATIENCE))
@@ -142,7 +142,7 @@ class LeaseGuard:
                 client = self._client(about)
                 if one is None:
                     continue
-                known = client.run(operations.beat(one.keys, one.worker, one.lease_ms), patience=PATIENCE)
+                known = client.run(operations.heartbeat(one.keys, one.worker, one.lease_ms), patience=PATIENCE)
             except Exception as error:
                 self._failed(error)
                 continue

@@ -1,7 +1,8 @@
--- Move raw entries of a plain list into our own structure, where they are kept before anyone works on them.
+-- Move raw entries of a plain list into the queue, where they are kept before a worker takes them.
+-- needs: numbers keys tokens
 --
--- KEYS  1 jobs  2 ready:0  3 the foreign list  4 intake  5 wake
--- ARGV  1 how many at most  2 the stem of the new ids  3 what goes before each entry to make an envelope
+-- KEYS  1 jobs  2 ready:0  3 the plain list  4 intake  5 wake
+-- ARGV  1 how many at most  2 the stem of the new ids  3 the text before each entry that makes it an envelope
 -- returns the number of entries moved
 local want, moved, base = math.min(number_in(ARGV[1]), 1000), 0, 0
 check('LLEN', KEYS[2], KEYS[3], KEYS[4])

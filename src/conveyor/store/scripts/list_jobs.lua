@@ -1,4 +1,5 @@
 -- Read one page of jobs in a state.
+-- needs: numbers leased
 --
 -- KEYS  1 jobs  2 state  3 due  4 dead  5 workers  6 recent  7-16 ready:0 … ready:9
 -- ARGV  1 ready, scheduled, leased, dead or done  2 offset  3 count (at most 500)
@@ -32,14 +33,12 @@ end
 local function leased()
   local seen = 0
   for _, worker in ipairs(redis.call('ZRANGE', KEYS[5], 0, 999)) do
-    for _, id in ipairs(redis.call('HKEYS', prefix .. 'leased:' .. worker)) do
-      if string.byte(id) ~= 9 then
-        if seen >= offset and #rows < count then
-          rows[#rows + 1] = id
-          extras[#rows] = worker
-        end
-        seen = seen + 1
+    for _, id in ipairs(ids_held(prefix .. 'leased:' .. worker)) do
+      if seen >= offset and #rows < count then
+        rows[#rows + 1] = id
+        extras[#rows] = worker
       end
+      seen = seen + 1
     end
     if #rows >= count then return end
   end

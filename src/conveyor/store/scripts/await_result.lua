@@ -1,7 +1,8 @@
--- Read how a job ended, or register as one who waits for it.
+-- Read how a job ended, or register a process that waits for it.
+-- needs: listed
 --
 -- KEYS  1 jobs  2 state  3 dead  4 waiters  5 result:<id>
--- ARGV  1 id  2 channel of the waiting process, "" to ask only  3 "1" for a spawned job, which may not have come yet
+-- ARGV  1 id  2 channel of the waiting process, "" to ask only  3 "1" for a spawned job, which may not have arrived yet
 -- returns {"result", record} · {"dead", state} · {"waiting"} not finished · {"gone"} finished without a record, or never known
 local record = redis.call('GET', KEYS[5])
 if record then return {'result', record} end
@@ -15,7 +16,7 @@ local waiting = redis.call('HGET', KEYS[4], ARGV[1])
 redis.call('HDEL', KEYS[4], '\t')
 if not waiting then
   redis.call('HSET', KEYS[4], ARGV[1], ARGV[2])
-elseif not string.find(' ' .. waiting .. ' ', ' ' .. ARGV[2] .. ' ', 1, true) then
+elseif not listed(waiting, ' ', ARGV[2]) then
   redis.call('HSET', KEYS[4], ARGV[1], waiting .. ' ' .. ARGV[2])
 end
 return {'waiting'}

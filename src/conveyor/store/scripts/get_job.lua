@@ -1,4 +1,5 @@
--- Say all that is known of one job.
+-- Read all that is known of one job.
+-- needs: numbers
 --
 -- KEYS  1 jobs  2 state  3 due  4 dead  5 workers  6 result:<id>
 -- ARGV  1 id

@@ -1,4 +1,5 @@
--- One step of changing in how many partitions a queue lies. Nothing is pushed or leased where the number is 0.
+-- Make one step of changing the number of partitions of a queue. Nothing is pushed or leased where the number is 0.
+-- needs: tokens
 --
 -- KEYS  1 conf  2 jobs  3 workers  4 wake
 -- ARGV  1 step  2 token of this change  then
@@ -14,7 +15,7 @@ local number = found[1] or '1'
 if step == 'end' or step == 'open' then
   if not found[2] or string.match(found[2], '%S+$') ~= token then return {-1, number} end
   redis.call('HDEL', conf, 'switch')
-  -- The queue itself says nothing when it lies in one piece: so it does from the beginning.
+  -- A queue of one partition has no number recorded, as if it had never been changed.
   if step == 'end' and ARGV[3] == '1' then redis.call('HDEL', conf, 'partitions')
   else redis.call('HSET', conf, 'partitions', ARGV[3]) end
   wake(KEYS[4])
@@ -26,7 +27,7 @@ local workers = redis.call('ZRANGE', KEYS[3], 0, -1)
 if step == 'close' and found[1] and found[1] ~= '0' and ARGV[3] ~= '' and found[1] ~= ARGV[3] then return {-1, found[1]} end
 if length > 0 then return {0, length} end
 
--- Whoever takes from it holds nothing, and learns the new number when it registers again.
+-- Its workers hold nothing. Each learns the new number when it registers again.
 redis.call('DEL', KEYS[3])
 local prefix = string.sub(jobs, 1, -5)
 for _, worker in ipairs(workers) do

@@ -1,0 +1,57 @@
+"""The inside of an app: what its tasks, its handles, workers, outboxes and the command line share."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from conveyor.jobs.hooks import Hooks
+from conveyor.jobs.registry import QueueRegistry
+from conveyor.jobs.results import ResultSubscriber
+
+if TYPE_CHECKING:
+    from conveyor.jobs.task import Task, TaskDefinition
+    from conveyor.payload.formats import FormatRegistry
+    from conveyor.payload.pipeline import PayloadPipeline
+    from conveyor.store.client.client import Client
+
+
+class AppCore(QueueRegistry, Hooks):
+    """
+    The connections, tasks, queues and hooks of one app.
+
+    `Conveyor` is what programs see of it. It is a class of its own so that completion on an app shows its interface.
+    """
+
+    def __init__(
+        self,
+        client: Client,
+        *,
+        lease_ms: int,
+        max_payload: int,
+        sealing: PayloadPipeline | None,
+        formats: FormatRegistry,
+    ) -> None:
+        QueueRegistry.__init__(
+            self, client, lease_ms=lease_ms, max_payload=max_payload, sealing=sealing, formats=formats
+        )
+        Hooks.__init__(self)
+        self.namespace = client.namespace
+        self.result_subscriber = ResultSubscriber(client)
+        self.tasks: dict[str, Task[..., Any]] = {}
+        self.definitions: dict[str, TaskDefinition] = {}
+
+    def close(self) -> None:
+        """Close the connections of this process and leave the embedded server; a later use opens them again."""
+        self.result_subscriber.close()
+        self.client.close()
+
+    async def aclose(self) -> None:
+        """Close the connections of this event loop, then the rest."""
+        self.result_subscriber.close()
+        await self.client.aclose()
+
+
+def core_of(app: Any) -> AppCore:
+    """Return the inside of an app."""
+    core: AppCore = app._core  # noqa: SLF001  the one way to it
+    return core

@@ -1,0 +1,52 @@
+-- How a job ends: its record, what its id had reserved, and the processes that wait for it.
+
+-- Write the record of a cancelled job.
+-- at       ms since the epoch
+-- reason   "expired" or "purged"; nil when a caller cancelled it
+-- returns  JSON
+local function cancelled_record(at, reason)
+  return '{"status":"cancelled",' .. (reason and '"reason":"' .. reason .. '",' or '') .. string.format('"at":%.0f}', at)
+end
+
+-- Release what a job had reserved: its unique key at once, an id that the caller gave after a day.
+-- prefix   of the queue's keys
+-- id       of the job
+-- unique   its unique key; nil: none. The key is kept when another job holds it by now.
+-- own      true when the id is the caller's
+-- returns  nothing
+local function release(prefix, id, unique, own)
+  if unique then
+    local key = prefix .. 'unique:k:' .. unique
+    if redis.pcall('GET', key) == id then redis.call('DEL', key) end
+  end
+  if own then redis.call('PEXPIRE', prefix .. 'unique:i:' .. id, 86400000) end
+end
+
+-- Tell the processes that wait for a job how it ended.
+-- waiters  key waiters
+-- id       of the job
+-- record   JSON; "" for a success that keeps no value
+-- returns  nothing
+local function announce(waiters, id, record)
+  local channels = redis.call('HGET', waiters, id)
+  if not channels then return end
+  redis.call('HDEL', waiters, id)
+  for channel in string.gmatch(channels, '%S+') do
+    redis.call('PUBLISH', channel, id .. '\n' .. record)
+  end
+end
+
+-- End a job: remove it, keep its record, release and announce.
+-- queue   fields prefix, jobs, state and waiters are used
+-- id      of the job
+-- keep    ms that the record is kept; 0: it is only announced
+-- record  as for announce
+-- unique, own  as for release
+-- returns nothing
+local function finish(queue, id, keep, record, unique, own)
+  redis.call('HDEL', queue.jobs, id)
+  redis.call('HDEL', queue.state, id)
+  if keep > 0 then redis.call('SET', queue.prefix .. 'result:' .. id, record, 'PX', keep) end
+  release(queue.prefix, id, unique, own)
+  announce(queue.waiters, id, record)
+end

@@ -1,0 +1,91 @@
+-- Settling: what becomes of the jobs that a worker has finished. The letters stand in the header of turn.lua.
+
+-- Read which settlements count, and check the keys they write to. Nothing is written here.
+-- queue        fields prefix and dead are used
+-- leased       key leased:<worker>
+-- done_at, done_count    where in ARGV the ids stand that are simply done, and their number
+-- other_at, other_count  where the other settlements stand, seven arguments each, and their number
+-- returns      done: ids that the worker holds; others: where in ARGV those stand that it holds; lost: ids it holds no more
+local function read_settlements(queue, leased, done_at, done_count, other_at, other_count)
+  local done, others, lost = {}, {}, {}
+  local last = done_at + done_count - 1
+  for first = done_at, last, 7000 do
+    local held = redis.call('HMGET', leased, unpack(ARGV, first, math.min(first + 6999, last)))
+    for i = 1, #held do
+      if held[i] then done[#done + 1] = ARGV[first + i - 1] else lost[#lost + 1] = ARGV[first + i - 1] end
+    end
+  end
+  for i = other_at, other_at + 7 * (other_count - 1), 7 do
+    number_in(ARGV[i + 2])
+    if ARGV[i] == 'X' then redis.call('ZCARD', queue.dead) end
+    if ARGV[i] == 'S' then redis.call('LLEN', queue.prefix .. 'outbox') end
+    if redis.call('HEXISTS', leased, ARGV[i + 1]) == 1 then
+      others[#others + 1] = i
+    elseif ARGV[i] ~= 'S' then
+      lost[#lost + 1] = ARGV[i + 1]
+    end
+  end
+  return done, others, lost
+end
+
+-- Remove the jobs that are simply done.
+-- queue     fields jobs, state and waiters are used
+-- leased    key leased:<worker>
+-- done      the ids
+-- stateful  true when some job of the queue has a state
+-- awaited   true when some process waits for a result
+-- returns   nothing
+local function settle_done(queue, leased, done, stateful, awaited)
+  in_chunks('HDEL', leased, done, 1, #done)
+  in_chunks('HDEL', queue.jobs, done, 1, #done)
+  if stateful then in_chunks('HDEL', queue.state, done, 1, #done) end
+  if awaited then
+    for _, id in ipairs(done) do announce(queue.waiters, id, '') end
+  end
+end
+
+-- Carry out one other settlement.
+-- queue    all fields but conf are used
+-- leased   key leased:<worker>
+-- i        where in ARGV its seven arguments stand
+-- now      ms
+-- returns  true when a job went back to a ready list of a priority above 0
+local function settle_other(queue, leased, i, now)
+  local kind, id, ms, record, attempts = ARGV[i], ARGV[i + 1], tonumber(ARGV[i + 2]), ARGV[i + 3], ARGV[i + 4]
+  local unique, own = ARGV[i + 5] ~= '' and ARGV[i + 5] or nil, ARGV[i + 6] == '1'
+  -- Of two settlements of one job in a report the first counts.
+  local keeps = kind == 'M' or kind == 'S'
+  if redis.call(keeps and 'HEXISTS' or 'HDEL', leased, id) == 0 then return false end
+  if kind == 'S' then
+    redis.call('RPUSH', queue.prefix .. 'outbox', record)
+  elseif kind == 'D' or kind == 'C' then
+    finish(queue, id, ms, record, unique, own)
+  elseif kind == 'X' then
+    redis.call('ZADD', queue.dead, now, id)
+    redis.call('HSET', queue.state, id, attempts)
+    release(queue.prefix, id, unique, own)
+    announce(queue.waiters, id, record)
+  else
+    if attempts ~= '' then redis.call('HSET', queue.state, id, attempts) end
+    if kind == 'R' then redis.call('ZADD', queue.due, now + ms, id) end
+    if kind == 'F' then
+      local priority = priority_of(redis.call('HGET', queue.jobs, id))
+      redis.call('LPUSH', KEYS[queue.ready + priority], id)
+      return priority > 0
+    end
+  end
+  return false
+end
+
+-- Find which of the cancellations that were asked of a worker are still to be carried out, and forget them when none is.
+-- leased   key leased:<worker>
+-- asked    its field \tcancel: ids, one a line
+-- returns  those of the ids that the worker holds
+local function held_cancellations(leased, asked)
+  local ids = {}
+  for id in string.gmatch(asked, '[^\n]+') do
+    if redis.call('HEXISTS', leased, id) == 1 then ids[#ids + 1] = id end
+  end
+  if #ids == 0 then redis.call('HDEL', leased, '\tcancel') end
+  return ids
+end

@@ -1,0 +1,55 @@
+-- Upkeep: what a worker does for the whole queue, a few times a lease.
+
+-- Find the workers that seem to be dead: those whose lease ends within half a lease, and those whose end lies further ahead
+-- than their own lease allows, because the clock was set back.
+-- queue     field prefix is used
+-- workers   key workers
+-- now       ms
+-- lease_ms  lease of the worker that asks
+-- returns   (worker, end)…
+local function find_overdue(queue, workers, now, lease_ms)
+  local overdue = redis.call('ZRANGEBYSCORE', workers, '-inf', now + lease_ms / 2, 'WITHSCORES', 'LIMIT', 0, 100)
+  local ahead = redis.call('ZRANGEBYSCORE', workers, now + 1.5 * lease_ms, '+inf', 'WITHSCORES', 'LIMIT', 0, 100)
+  for i = 1, #ahead, 2 do
+    local own = tonumber(redis.call('HGET', queue.prefix .. 'leased:' .. ahead[i], '\tlease') or 0)
+    if tonumber(ahead[i + 1]) > now + 1.5 * own then
+      overdue[#overdue + 1], overdue[#overdue + 2] = ahead[i], ahead[i + 1]
+    end
+  end
+  return overdue
+end
+
+-- Remove dead letters that are older than 90 days, or the oldest of more than 100,000; at most 100 a turn.
+-- queue    fields jobs, state and dead are used
+-- now      ms
+-- returns  nothing
+local function trim_dead(queue, now)
+  local old = redis.call('ZRANGEBYSCORE', queue.dead, '-inf', now - 7776000000, 'LIMIT', 0, 100)
+  if #old == 0 and redis.call('ZCARD', queue.dead) > 100000 then old = redis.call('ZRANGE', queue.dead, 0, 99) end
+  if #old > 0 then
+    redis.call('ZREM', queue.dead, unpack(old))
+    redis.call('HDEL', queue.jobs, unpack(old))
+    redis.call('HDEL', queue.state, unpack(old))
+  end
+end
+
+-- Add to the counters of this minute. They are kept for 25 hours.
+-- stats    key stats:<minute>
+-- at       where in ARGV the pairs (field, increment) stand
+-- count    number of pairs
+-- returns  nothing
+local function add_counters(stats, at, count)
+  for i = at, at + 2 * count - 1, 2 do redis.call('HINCRBY', stats, ARGV[i], ARGV[i + 1]) end
+  redis.call('EXPIRE', stats, 90000)
+end
+
+-- Add to the list of recently finished jobs, which keeps 1,000.
+-- recent   key recent
+-- at       where in ARGV the entries stand
+-- count    number of entries
+-- returns  nothing
+local function add_recent(recent, at, count)
+  local last = at + count - 1
+  redis.call('LPUSH', recent, unpack(ARGV, math.max(at, last - 999), last))
+  redis.call('LTRIM', recent, 0, 999)
+end

@@ -1,0 +1,9 @@
+-- Put one token into a list on which a worker blocks. The token expires after a minute.
+--
+-- KEYS  1 the list
+-- ARGV  none
+-- returns 1
+redis.call('DEL', KEYS[1]) -- a removal first, so that a full Redis takes the token too
+redis.call('RPUSH', KEYS[1], '1')
+redis.call('PEXPIRE', KEYS[1], 60000)
+return 1

@@ -1,0 +1,139 @@
+"""The texts that the server gets: parts of `scripts/lib/` and a script, put together. Each test also shows that its check works."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections import Counter
+from hashlib import sha1
+from importlib.resources import files
+
+from conveyor.store.script import Script
+
+FOLDER = files("conveyor.store").joinpath("scripts")
+FILES = {path.name.removesuffix(".lua"): path.read_text("utf-8") for path in FOLDER.iterdir() if path.is_file()}
+PARTS = {path.name.removesuffix(".lua"): path.read_text("utf-8") for path in FOLDER.joinpath("lib").iterdir()}
+
+_DIGESTS = "import sys; from conveyor.store.script import Script; print(*[Script(name).sha for name in sys.argv[1:]])"
+
+
+def needs(text: str) -> list[str]:
+    """Return the parts that the header of a script names, in their order."""
+    header = re.match(r"(?:--.*\n)*", text)
+    assert header is not None
+    return [part for line in re.findall(r"^-- needs: (.+)$", header[0], re.MULTILINE) for part in line.split()]
+
+
+def functions(text: str) -> list[str]:
+    """Return the names of the functions that a text defines, wherever they stand."""
+    return re.findall(r"^ *local function (\w+)", text, re.MULTILINE)
+
+
+def code(text: str) -> str:
+    """Return a text without its comments."""
+    return re.sub(r"--.*", "", text)
+
+
+def doubled(text: str) -> list[str]:
+    """Return the functions that a text defines more than once."""
+    return [name for name, count in Counter(functions(text)).items() if count > 1]
+
+
+def called_before_defined(text: str, names: set[str]) -> list[str]:
+    """Return those of the functions *names* that a text calls before it defines them, or without defining them."""
+    found = []
+    for name in sorted(names):
+        definition = re.search(rf"^ *local function {name}\b", text, re.MULTILINE)
+        call = re.search(rf"(?<![\w.'\"])(?<!function ){name}\(", text)
+        if call and (definition is None or call.start() < definition.start()):
+            found.append(name)
+    return found
+
+
+def idle_parts(text: str, parts: dict[str, str]) -> list[str]:
+    """Return the parts that a script names, and whose functions neither it nor a later part calls."""
+    named = needs(text)
+    later = {part: "".join(code(parts[one]) for one in named[place + 1 :]) for place, part in enumerate(named)}
+    return [
+        part
+        for part in named
+        if not any(re.search(rf"\b{name}\(", later[part] + code(text)) for name in functions(parts[part]))
+    ]
+
+
+def test_every_part_that_is_named_exists() -> None:
+    """Each `needs` names parts that are there, once; only scripts name parts, and each part is named by a script."""
+    assert needs("-- Do it.\n-- needs: one two\n--\nreturn 1\n-- needs: three\n") == ["one", "two"]
+    assert needs("return 1\n-- needs: one\n") == []
+
+    named = {name: needs(text) for name, text in FILES.items()}
+    assert {name: missing for name, found in named.items() if (missing := set(found) - PARTS.keys())} == {}
+    assert {name: found for name, found in named.items() if len(found) != len(set(found))} == {}
+    assert [name for name, text in FILES.items() if text.count("-- needs:") > 1] == []
+    assert [name for name, text in PARTS.items() if "-- needs:" in text] == []
+    assert PARTS.keys() - {part for found in named.values() for part in found} == set()
+
+
+def test_no_part_is_named_in_vain() -> None:
+    """A script, or a later part of its text, calls a function of each part that it names."""
+    parts = {"one": "local function f()\nend\n", "two": "local function g()\n  f()\nend\n"}
+    assert idle_parts("-- needs: one two\nreturn g()\n", parts) == []
+    assert idle_parts("-- needs: one two\nreturn f() -- not g()\n", parts) == ["two"]
+    assert idle_parts("-- needs: two one\nreturn g()\n", parts) == ["one"]
+
+    found = {name: idle_parts(text, PARTS) for name, text in FILES.items()}
+    assert {name: parts for name, parts in found.items() if parts} == {}
+
+
+def test_nothing_is_defined_twice() -> None:
+    """No text defines a function twice, and no two parts define one of the same name."""
+    assert doubled("local function f()\nend\n  local function f(a)\n  end\nlocal function ff()\nend\n") == ["f"]
+
+    assert {name: found for name in FILES if (found := doubled(Script(name).text))} == {}
+    assert doubled("".join(PARTS.values())) == []
+
+
+def test_functions_are_defined_before_they_are_called() -> None:
+    """A text has each function of a part that it calls, and has it before the call: any other name is an error at run time."""
+    text = "local function f()\n  g()\nend\nlocal function g()\nend\nf()\nredis.call('h()')\nx.k()\n"
+    assert called_before_defined(text, {"f", "g", "h", "k"}) == ["g"]
+    assert called_before_defined("f(1)\n", {"f"}) == ["f"]
+
+    names = set(functions("".join(PARTS.values())))
+    assert len(names) > 20
+    found = {name: called_before_defined(code(Script(name).text), names) for name in FILES}
+    assert {name: calls for name, calls in found.items() if calls} == {}
+
+
+def test_texts_are_the_parts_and_the_file() -> None:
+    """A text is its parts in the order of the header, then the file, whatever the order in a folder or a dict."""
+    assert Script("held_ids").text != FILES["held_ids"]
+    assert Script("wake").text == FILES["wake"]
+
+    for name, text in FILES.items():
+        assert Script(name).text == "".join([*(PARTS[part] for part in needs(text)), text]), name
+
+
+def test_digests_are_stable() -> None:
+    """The same release makes the same texts: put together again, and in another process with another hash seed."""
+    names = sorted(FILES)
+    digests = [sha1(Script(name).text.encode()).hexdigest() for name in names]
+    assert [Script(name).sha for name in names] == digests
+    assert len(set(digests)) == len(names)
+
+    for seed in ("1", "2"):
+        environment = {**os.environ, "PYTHONHASHSEED": seed}
+        run = [sys.executable, "-c", _DIGESTS, *names]
+        assert subprocess.check_output(run, env=environment, text=True).split() == digests
+
+
+def test_texts_stay_small() -> None:
+    """Print the size of each text. A server that does not know a script gets the whole text with the call."""
+    sizes = {name: (len(Script(name).text.encode()), Script(name).text.count("\n")) for name in FILES}
+    for name, (size, lines) in sorted(sizes.items(), key=lambda item: -item[1][0]):
+        print(f"{name:16} {size:6} bytes {lines:4} lines   {Script(name).sha}   {' '.join(needs(FILES[name]))}")
+
+    assert max(size for size, _ in sizes.values()) < 32 * 1024
+    assert sum(size for size, _ in sizes.values()) < 192 * 1024
