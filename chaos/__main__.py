@@ -34,13 +34,13 @@ def main() -> int:
     if options.schedule:
         return 0
     if options.scenario:
-        verdict, stage, facts = single_fault_runs.run(options.scenario, options.count, options.seed)
+        result, environment, facts = single_fault_runs.run(options.scenario, options.count, options.seed)
     else:
-        verdict, stage, facts = soak(60 * options.minutes, options.seed, faults, topology=options.topology)
-    print(report.table(verdict, stage.faults, facts))
+        result, environment, facts = soak(60 * options.minutes, options.seed, faults, topology=options.topology)
+    print(report.table(result, environment.faults, facts))
     if options.report:
-        report.write(options.report, verdict, stage.faults, facts)
-    return 1 if verdict.failed else 0
+        report.write(options.report, result, environment.faults, facts)
+    return 1 if result.failed else 0
 
 
 if __name__ == "__main__":

@@ -16,20 +16,20 @@ from typing import Any, Self
 
 import redis as redis_py
 
-from chaos import remaining_state as dumping
+from chaos import remaining_state
 from chaos.checker import check
 from chaos.fault_proxy import Proxy
-from chaos.processes import Crew
-from chaos.recording_server import Ground
+from chaos.processes import ProcessGroup
+from chaos.recording_server import RecordingServer
 from chaos.redis_history import read_history
 from chaos.run_data import gather
-from chaos.run_log import Record, read
-from chaos.run_result import Verdict
+from chaos.run_log import RunLog, read
+from chaos.run_result import RunResult
 
 QUEUES = ("default", "mail", "box", *(f"{queue}/{number}" for queue in ("wide", "post") for number in range(3)))
 
 
-class Stage:
+class Environment:
     """One run. Its directory is removed at the end unless something was found, or `CHAOS_KEEP` is set."""
 
     def __init__(
@@ -52,26 +52,26 @@ class Stage:
         self.seed, self.lease, self.patience = seed, lease, patience
         self.directory = Path(tempfile.mkdtemp(prefix="cx", dir="/tmp"))
         self.topology = topology
-        self.ground: Any
+        self.server: Any
         if topology == "standalone":
-            self.ground = Ground(self.directory / "r", clock=clock, fsync=fsync)
+            self.server = RecordingServer(self.directory / "r", clock=clock, fsync=fsync)
         else:
             from chaos import server_topologies
 
-            self.ground = {"cluster": server_topologies.Cluster, "sentinel": server_topologies.Sentinel}[topology](
+            self.server = {"cluster": server_topologies.Cluster, "sentinel": server_topologies.Sentinel}[topology](
                 self.directory / "r"
             )
-        self.proxy = Proxy(getattr(self.ground, "socket", "nobody"), seed=seed).start()
-        self.crew = Crew(self.directory, lease=lease, source=source)
+        self.proxy = Proxy(getattr(self.server, "socket", "nobody"), seed=seed).start()
+        self.process_group = ProcessGroup(self.directory, lease=lease, source=source)
         self.faults: Counter[str] = Counter()
-        self._record = Record(self.directory / "faults")
+        self._record = RunLog(self.directory / "faults")
         self._lock = threading.Lock()
         self.keep = bool(os.environ.get("CHAOS_KEEP"))
 
     @property
     def url(self) -> str:
         """Redis itself."""
-        return str(self.ground.url)
+        return str(self.server.url)
 
     def fault(self, kind: str, *, pids: Iterable[int] = (), lasting: float = 0.0, **facts: Any) -> None:
         """Write a fault down, before it is made; it strikes *pids*, or everybody when there are none."""
@@ -89,7 +89,7 @@ class Stage:
     def remaining(self) -> int:
         """Return how many jobs have not ended; -1 when Redis does not answer."""
         try:
-            with self.ground.client() as client:
+            with self.server.client() as client:
                 pipe = client.pipeline(transaction=False)
                 for queue in QUEUES:
                     pipe.hlen(f"chaos:{{{queue}}}:jobs")
@@ -112,7 +112,7 @@ class Stage:
         """Wait until that many workers have registered for jobs; raises when they do not."""
 
         def registered() -> bool:
-            with self.ground.client() as client:
+            with self.server.client() as client:
                 return int(client.zcard("chaos:{default}:workers")) >= workers
 
         if not self.wait(registered, seconds):
@@ -128,12 +128,12 @@ class Stage:
     def heal(self) -> None:
         """End every fault that lasts."""
         self.proxy.heal()
-        self.ground.thaw()
+        self.server.thaw()
         if self.faults["step clock"]:
             # What was scheduled while the clock was an hour ahead is due now, too. Not two hours: a push whose reply is
             # lost just now is repeated, and a lane remembers it for so long (docs/reliability.md, Limits).
-            self.ground.set_clock(70 * 60)
-        self.wait(lambda: self.ground.command("CONFIG", "SET", "maxmemory", "0"), 20)
+            self.server.set_clock(70 * 60)
+        self.wait(lambda: self.server.command("CONFIG", "SET", "maxmemory", "0"), 20)
 
     def drain(self, seconds: float, *, stall: float | None = None) -> float | None:
         """
@@ -144,7 +144,7 @@ class Stage:
         """
         began = time.monotonic()
         seconds, stall = seconds * self.patience, (stall or max(15.0, 8 * self.lease)) * self.patience
-        if not self.wait(lambda: not any(one.alive() for one in self.crew.producers()), seconds):
+        if not self.wait(lambda: not any(one.alive() for one in self.process_group.producers()), seconds):
             return None
         fewest, progress = 1 << 60, time.monotonic()
         while left := self.remaining():
@@ -158,44 +158,44 @@ class Stage:
 
     def _only_the_living(self) -> bool:
         """Tell whether the registrations of all dead workers are gone."""
-        with self.ground.client() as client:
+        with self.server.client() as client:
             for key in client.scan_iter("chaos:*:leased:*", count=1000):
                 about = client.hget(key, "\tabout")
                 if about and not Path(f"/proc/{json.loads(about).get('pid', 1)}").exists():
                     return False
         return True
 
-    def judge(self, *, also: Iterable[str] = (), waived: Iterable[str] = ()) -> Verdict:
+    def evaluate(self, *, also: Iterable[str] = (), waived: Iterable[str] = ()) -> RunResult:
         """Let the workers bury their dead and end, then judge what is left."""
         self.wait(self._only_the_living, min(10.0, 3 * self.lease + 1))
-        orderly = self.crew.retire(15 * self.patience)
-        with self.ground.client(socket_timeout=60) as client:
-            left = dumping.take(client)
-        self.ground.stop()
-        evidence = gather(
+        orderly = self.process_group.retire(15 * self.patience)
+        with self.server.client(socket_timeout=60) as client:
+            left = remaining_state.take(client)
+        self.server.stop()
+        data = gather(
             self.lines("calls"),
             self.lines("runs"),
             self.lines("faults"),
             left,
-            read_history(self.ground.directory) if self.topology == "standalone" else None,
+            read_history(self.server.directory) if self.topology == "standalone" else None,
             self.lease,
         )
-        verdict = check(evidence, also=also, waived=waived)
+        result = check(data, also=also, waived=waived)
         finished = sum(line["phase"] == "end" for line in self.lines("calls"))
-        if finished != len(self.crew.producers()):
-            verdict.counts["producers that failed"] = len(self.crew.producers()) - finished
-            verdict.failed.append("producers that failed")
+        if finished != len(self.process_group.producers()):
+            result.counts["producers that failed"] = len(self.process_group.producers()) - finished
+            result.failed.append("producers that failed")
         if not orderly:
-            verdict.counts["workers that did not end"] = 1
-            verdict.failed.append("workers that did not end")
-        self.keep = self.keep or bool(verdict.failed)
-        return verdict
+            result.counts["workers that did not end"] = 1
+            result.failed.append("workers that did not end")
+        self.keep = self.keep or bool(result.failed)
+        return result
 
     def close(self) -> None:
         """End every process and remove the directory."""
-        self.crew.close()
+        self.process_group.close()
         self.proxy.stop()
-        self.ground.stop()
+        self.server.stop()
         self._record.close()
         if self.keep:
             print(f"what was recorded lies in {self.directory}", flush=True)

@@ -13,7 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from chaos.environment import Stage
+from chaos.environment import Environment
 from chaos.processes import Program
 from chaos.proxy_connections import DIRECTIONS
 
@@ -80,12 +80,12 @@ def schedule(seed: int, seconds: float, *, topology: str = "standalone") -> list
     return found
 
 
-class Nemesis:
+class FaultInjector:
     """Carries a schedule out on a stage, on a thread of its own; what lasts ends on another."""
 
-    def __init__(self, stage: Stage, faults: list[Fault]) -> None:
+    def __init__(self, environment: Environment, faults: list[Fault]) -> None:
         """Take the stage and the schedule."""
-        self.stage, self.faults = stage, faults
+        self.environment, self.faults = environment, faults
         self.struck: Counter[str] = Counter()
         """Kind → how often it was carried out to the end."""
         self.missed: Counter[str] = Counter()
@@ -96,7 +96,7 @@ class Nemesis:
         self._server = threading.Lock()  # one fault of Redis itself at a time
         self._clock = threading.Lock()  # one step of it at a time
         self._later: list[threading.Thread] = []
-        self._thread = threading.Thread(target=self._run, name="nemesis", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="fault injector", daemon=True)
 
     def start(self) -> None:
         """Begin."""
@@ -116,7 +116,7 @@ class Nemesis:
     def idle(self) -> list[str]:
         """Return the kinds that came more than once, never struck, and could have."""
         planned = Counter(fault.kind for fault in self.faults)
-        able = planned.keys() - (set() if self.stage.ground.has_clock else {"step clock"})
+        able = planned.keys() - (set() if self.environment.server.has_clock else {"step clock"})
         return sorted(kind for kind in able if planned[kind] > 1 and not self.struck[kind])
 
     def _run(self) -> None:
@@ -160,28 +160,28 @@ class Nemesis:
 
     def _pick(self, fault: Fault, find: Callable[[], list[Any]], patience: float = PATIENCE) -> Any:
         """Draw one of those there are; one that has just died is back in a moment."""
-        found = self.stage.wait(find, patience)
+        found = self.environment.wait(find, patience)
         if not found:
             raise MissedError("there was none")
         return found[int(fault.draw * len(found))]
 
     def _supervisors(self) -> list[Program]:
-        return [one for one in self.stage.crew.workers() if one.supervised and one.children()]
+        return [one for one in self.environment.process_group.workers() if one.supervised and one.children()]
 
     def _programs(self) -> list[Program]:
-        return [one for one in self.stage.crew.workers() if not one.supervised and one.alive()]
+        return [one for one in self.environment.process_group.workers() if not one.supervised and one.alive()]
 
     def _children(self) -> list[int]:
         return [child for one in self._supervisors() for child in one.children()]
 
     def _job_processes(self) -> list[int]:
-        workers = {one.pid for one in self.stage.crew.workers()} | set(self._children())
-        return [pid for one in self.stage.crew.workers() for pid in one.family() if pid not in workers]
+        workers = {one.pid for one in self.environment.process_group.workers()} | set(self._children())
+        return [pid for one in self.environment.process_group.workers() for pid in one.family() if pid not in workers]
 
     def _kill(
         self, fault: Fault, pids: list[int], *, struck: list[int] | None = None, supervised: bool = False
     ) -> None:
-        self.stage.fault(fault.kind, pids=struck or pids, supervised=supervised)
+        self.environment.fault(fault.kind, pids=struck or pids, supervised=supervised)
         for pid in pids:
             os.kill(pid, signal.SIGKILL)
 
@@ -203,12 +203,12 @@ class Nemesis:
         return self._beside(fault, lambda: self._kill(fault, [self._pick(fault, self._job_processes, QUEUE)]))
 
     def _kill_producer(self, fault: Fault) -> None:
-        mortal = lambda: [one for one in self.stage.crew.producers() if one.mortal and one.alive()]  # noqa: E731
+        mortal = lambda: [one for one in self.environment.process_group.producers() if one.mortal and one.alive()]  # noqa: E731
         self._kill(fault, [self._pick(fault, mortal).pid])
 
     def _stop(self, fault: Fault, pid: int, struck: list[int]) -> None:
-        seconds = self.stage.lease * (1.2 + 1.8 * fault.size)
-        self.stage.fault(fault.kind, pids=struck, lasting=seconds)
+        seconds = self.environment.lease * (1.2 + 1.8 * fault.size)
+        self.environment.fault(fault.kind, pids=struck, lasting=seconds)
         os.kill(pid, signal.SIGSTOP)
         self._after(lambda: os.kill(pid, signal.SIGCONT), seconds)
 
@@ -226,7 +226,7 @@ class Nemesis:
 
     def _restart_worker(self, fault: Fault) -> None:
         program = self._pick(fault, lambda: [*self._supervisors(), *self._programs()])
-        self.stage.fault(fault.kind, pids=program.family(), lasting=10)
+        self.environment.fault(fault.kind, pids=program.family(), lasting=10)
         program.signal(signal.SIGTERM)
 
     # -- Redis -----------------------------------------------------------------------------------------------------
@@ -236,7 +236,7 @@ class Nemesis:
             raise MissedError("another fault held the server")
 
     def _command(self, *parts: Any) -> None:
-        if self.stage.ground.command(*parts) is None:
+        if self.environment.server.command(*parts) is None:
             raise MissedError("the server did not answer")
 
     def _apart(self, fault: Fault, act: Callable[[], Any], lasting: float) -> object:
@@ -245,7 +245,7 @@ class Nemesis:
         def alone() -> None:
             self._hold()
             try:
-                self.stage.fault(fault.kind, lasting=lasting)
+                self.environment.fault(fault.kind, lasting=lasting)
                 act()
             finally:
                 self._server.release()
@@ -262,7 +262,7 @@ class Nemesis:
     ) -> None:
         """Begin what holds the server for some time, and end it then; *after* that it may still be felt."""
         self._hold()
-        self.stage.fault(fault.kind, lasting=seconds + after)
+        self.environment.fault(fault.kind, lasting=seconds + after)
 
         def over() -> None:
             end()
@@ -274,46 +274,46 @@ class Nemesis:
             self._after(over, seconds)
 
     def _kill_redis(self, fault: Fault) -> object:
-        return self._apart(fault, lambda: self.stage.ground.restart(fault.size), 2 + fault.size)
+        return self._apart(fault, lambda: self.environment.server.restart(fault.size), 2 + fault.size)
 
     def _freeze_redis(self, fault: Fault) -> None:
-        ground, lease = self.stage.ground, self.stage.lease
-        self._lasting(fault, ground.freeze, ground.thaw, lease * (0.5 + 2.5 * fault.size), lease)
+        server, lease = self.environment.server, self.environment.lease
+        self._lasting(fault, server.freeze, server.thaw, lease * (0.5 + 2.5 * fault.size), lease)
 
     def _pause_clients(self, fault: Fault) -> None:
-        seconds = self.stage.lease * (0.3 + 1.2 * fault.size)
+        seconds = self.environment.lease * (0.3 + 1.2 * fault.size)
         self._lasting(
             fault,
             lambda: self._command("CLIENT", "PAUSE", int(seconds * 1000), "ALL"),
             lambda: None,
             seconds,
-            self.stage.lease,
+            self.environment.lease,
         )
 
     def _kill_clients(self, fault: Fault) -> None:
-        self.stage.fault(fault.kind)
+        self.environment.fault(fault.kind)
         self._command("CLIENT", "KILL", "TYPE", "normal")
 
     def _flush_scripts(self, fault: Fault) -> None:
-        self.stage.fault(fault.kind)
+        self.environment.fault(fault.kind)
         self._command("SCRIPT", "FLUSH")
 
     def _squeeze_memory(self, fault: Fault) -> None:
-        ground = self.stage.ground
-        self._lasting(fault, lambda: ground.squeeze(0.9), lambda: ground.squeeze(0), 1 + 3 * fault.size, 0)
+        server = self.environment.server
+        self._lasting(fault, lambda: server.squeeze(0.9), lambda: server.squeeze(0), 1 + 3 * fault.size, 0)
 
     def _step_clock(self, fault: Fault) -> None:
-        ground = self.stage.ground
-        if not ground.has_clock:
+        server = self.environment.server
+        if not server.has_clock:
             raise MissedError("libfaketime is not installed")
         if not self._clock.acquire(blocking=False):  # from an hour behind to an hour ahead is more than is promised
             raise MissedError("the clock was off already")
         hours = 3600 if fault.draw < 0.5 else -3600
-        self.stage.fault(fault.kind, lasting=5, by=hours)
-        ground.set_clock(hours)
+        self.environment.fault(fault.kind, lasting=5, by=hours)
+        server.set_clock(hours)
 
         def right() -> None:
-            ground.set_clock(0)
+            server.set_clock(0)
             self._clock.release()
 
         self._after(right, 2 + 3 * fault.size)
@@ -321,17 +321,17 @@ class Nemesis:
     # -- more than one server --------------------------------------------------------------------------------------
 
     def _move_slot(self, fault: Fault) -> object:
-        ground = self.stage.ground
-        return self._apart(fault, lambda: ground.move(fault.draw, whole=fault.size < 0.5), 2)
+        server = self.environment.server
+        return self._apart(fault, lambda: server.move(fault.draw, whole=fault.size < 0.5), 2)
 
     def _fail_over(self, fault: Fault) -> object:
-        return self._apart(fault, lambda: self.stage.ground.fail_over(fault.draw), 3)
+        return self._apart(fault, lambda: self.environment.server.fail_over(fault.draw), 3)
 
     def _kill_master(self, fault: Fault) -> object:
-        return self._apart(fault, self.stage.ground.kill_master, 5)
+        return self._apart(fault, self.environment.server.kill_master, 5)
 
     def _freeze_master(self, fault: Fault) -> object:
-        return self._apart(fault, self.stage.ground.freeze_master, 5)
+        return self._apart(fault, self.environment.server.freeze_master, 5)
 
     # -- the way between -------------------------------------------------------------------------------------------
 
@@ -342,26 +342,26 @@ class Nemesis:
 
     def _cut(self, fault: Fault) -> None:
         count = 1 + int(10 * fault.size)
-        self.stage.fault(fault.kind, connections=count)
+        self.environment.fault(fault.kind, connections=count)
         seed = int(fault.draw * 1e9)
-        self.stage.proxy.cut_randomly(mean=2000, times=count, seed=seed, directions=self._ways(fault))
+        self.environment.proxy.cut_randomly(mean=2000, times=count, seed=seed, directions=self._ways(fault))
 
     def _swallow_replies(self, fault: Fault, *, hang: bool = False) -> None:
-        self.stage.fault(fault.kind)
+        self.environment.fault(fault.kind)
         for n in range(1, 2 + int(5 * fault.size)):
-            self.stage.proxy.swallow_reply(3 * n, "EVALSHA", hang=hang)
+            self.environment.proxy.swallow_reply(3 * n, "EVALSHA", hang=hang)
 
     def _swallow_and_hang(self, fault: Fault) -> None:
         self._swallow_replies(fault, hang=True)
 
     def _delay(self, fault: Fault) -> None:
         seconds, ways = 1 + 4 * fault.size, self._ways(fault)
-        self.stage.fault(fault.kind, lasting=seconds)
-        self.stage.proxy.delay(0.2, 0.15, ways)
-        self._after(lambda: self.stage.proxy.delay(0, 0, ways), seconds)
+        self.environment.fault(fault.kind, lasting=seconds)
+        self.environment.proxy.delay(0.2, 0.15, ways)
+        self._after(lambda: self.environment.proxy.delay(0, 0, ways), seconds)
 
     def _black_hole(self, fault: Fault) -> None:
-        seconds = self.stage.lease * (0.5 + 2 * fault.size)
-        self.stage.fault(fault.kind, lasting=seconds + self.stage.lease)
-        self.stage.proxy.black_hole(self._ways(fault))
-        self._after(self.stage.proxy.heal, seconds)
+        seconds = self.environment.lease * (0.5 + 2 * fault.size)
+        self.environment.fault(fault.kind, lasting=seconds + self.environment.lease)
+        self.environment.proxy.black_hole(self._ways(fault))
+        self._after(self.environment.proxy.heal, seconds)

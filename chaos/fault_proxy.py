@@ -13,10 +13,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from chaos.proxy_connections import DIRECTIONS, Cut, End, Fabric, Link, Swallow
+from chaos.proxy_connections import DIRECTIONS, Cut, ProxyConnection, ProxyState, SocketEnd, Swallow
 
 
-class Proxy(Fabric):
+class Proxy(ProxyState):
     """`with Proxy("/tmp/redis.sock") as proxy: Conveyor(proxy.url)`, and then `proxy.cut(after=100)`."""
 
     def __init__(self, upstream: str | Path | tuple[str, int], *, listen: Path | None = None, seed: int = 0) -> None:
@@ -148,9 +148,9 @@ class Proxy(Fabric):
             self._storm = None
 
     async def _open_door(self) -> None:
-        def meet() -> End:
-            link = Link(self)
-            return End(link, link.up, link.down)
+        def meet() -> SocketEnd:
+            link = ProxyConnection(self)
+            return SocketEnd(link, link.up, link.down)
 
         if self._listen:
             self._door = await self._loop.create_unix_server(meet, str(self._listen))

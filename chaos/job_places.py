@@ -11,7 +11,7 @@ GONE = {b"DEL", b"UNLINK"}
 
 
 @dataclass
-class Places:
+class QueuePlaces:
     """One queue: which jobs it knows, and the four kinds of places where one may be."""
 
     jobs: set[bytes] = field(default_factory=set)
@@ -29,13 +29,13 @@ class Places:
         return found + ["due"] * (id_ in self.due) + ["dead"] * (id_ in self.dead)
 
 
-class Ledger:
+class JobPlaces:
     """The places of all jobs of all queues. `findings` tell after which step a job was nowhere, or in two places."""
 
     def __init__(self) -> None:
         """Begin with an empty Redis."""
         self.findings: list[str] = []
-        self._queues: dict[bytes, Places] = defaultdict(Places)
+        self._queues: dict[bytes, QueuePlaces] = defaultdict(QueuePlaces)
         self._touched: set[tuple[bytes, bytes]] = set()
         self._wrong: set[tuple[bytes, bytes]] = set()
 
@@ -66,7 +66,7 @@ class Ledger:
         self._touched.clear()
 
     @staticmethod
-    def _on_jobs(places: Places, name: bytes, rest: Command) -> list[bytes]:
+    def _on_jobs(places: QueuePlaces, name: bytes, rest: Command) -> list[bytes]:
         if name in {b"HSET", b"HMSET"}:
             places.jobs.update(rest[::2])
             return rest[::2]
@@ -75,7 +75,7 @@ class Ledger:
         return gone
 
     @staticmethod
-    def _on_ready(places: Places, name: bytes, kind: bytes, rest: Command) -> list[bytes]:
+    def _on_ready(places: QueuePlaces, name: bytes, kind: bytes, rest: Command) -> list[bytes]:
         line = places.ready[kind]
         moved: list[bytes] = []
         if name in FRONT:
@@ -103,7 +103,7 @@ class Ledger:
         return gone
 
     @staticmethod
-    def _on_leased(places: Places, name: bytes, worker: bytes, rest: Command) -> list[bytes]:
+    def _on_leased(places: QueuePlaces, name: bytes, worker: bytes, rest: Command) -> list[bytes]:
         held = places.leased[worker]
         ids: list[bytes] = []
         if name in {b"HSET", b"HMSET"}:

@@ -19,7 +19,7 @@ class Program:
 
     def __init__(
         self,
-        crew: Crew,
+        process_group: ProcessGroup,
         name: str,
         command: list[str],
         *,
@@ -28,7 +28,7 @@ class Program:
         env: dict[str, str] | None = None,
     ) -> None:
         """Start *command* with Redis at *url*; *keep* it running."""
-        self.crew, self.name, self.command, self.url, self.keep = crew, name, command, url, keep
+        self.process_group, self.name, self.command, self.url, self.keep = process_group, name, command, url, keep
         self.starts = 0
         self.env = env or {}
         self.start()
@@ -51,10 +51,10 @@ class Program:
     def start(self) -> None:
         """Start it."""
         self.starts += 1
-        with (self.crew.directory / f"{self.name}.log").open("ab") as log:
+        with (self.process_group.directory / f"{self.name}.log").open("ab") as log:
             self.process = subprocess.Popen(
                 self.command,
-                env={**self.crew.env, **self.env, "CONVEYOR_URL": self.url},
+                env={**self.process_group.env, **self.env, "CONVEYOR_URL": self.url},
                 cwd=HOME,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -101,7 +101,7 @@ def _children(pid: int) -> list[int]:
     return found
 
 
-class Crew:
+class ProcessGroup:
     """All programs of a run."""
 
     def __init__(self, directory: Path, *, lease: float, source: Path | None = None) -> None:
@@ -118,7 +118,7 @@ class Crew:
         self.restarts = 0
         self._lock = threading.Lock()
         self._stop = threading.Event()
-        self._watch = threading.Thread(target=self._keep_running, name="crew", daemon=True)
+        self._watch = threading.Thread(target=self._keep_running, name="process group", daemon=True)
         self._watch.start()
 
     def supervised(

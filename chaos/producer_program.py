@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from chaos import tested_app
-from chaos.run_log import Record
+from chaos.run_log import RunLog
 from chaos.tested_app import CONFIRM, LEASE, SPOOL, app, mail, post
 from conveyor import ConfigurationError, ConveyorError, DurabilityNotReached, PayloadError, QueueFull
 
@@ -42,7 +42,7 @@ class Producer:
     def __init__(self, number: int, seed: int) -> None:
         """Take the number that tells this producer's tokens from the others'."""
         self.random = random.Random(f"{seed}/{number}")
-        self.calls = Record(Path(os.environ["CHAOS_DIR"]) / "calls")
+        self.calls = RunLog(Path(os.environ["CHAOS_DIR"]) / "calls")
         self.prefix = f"{number}.{os.getpid()}."
         self.count = itertools.count()
         self.made = 0

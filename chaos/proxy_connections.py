@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from chaos.resp_framing import Splitter
+from chaos.resp_framing import RespSplitter
 
 DIRECTIONS = ("up", "down")
 _HIGH_WATER = 4_000_000  # bytes waiting for one receiver; its sender is not read from until they are fewer
@@ -34,7 +34,7 @@ class Swallow:
         self.hang = hang
 
 
-class Fabric:
+class ProxyState:
     """What all connections of a proxy share: the faults that are on, and what was counted."""
 
     def __init__(self, upstream: str | Path | tuple[str, int], seed: int) -> None:
@@ -44,7 +44,7 @@ class Fabric:
         self.bytes: Counter[str] = Counter()  # by direction, as passed on
         self.count: Counter[str] = Counter()  # faults made: cut, swallowed, closed
         self.accepted = 0
-        self.links: set[Link] = set()
+        self.links: set[ProxyConnection] = set()
         self.cuts: list[Cut] = []
         self.swallows: list[Swallow] = []
         self.delays = dict.fromkeys(DIRECTIONS, (0.0, 0.0))
@@ -52,7 +52,7 @@ class Fabric:
         self.refusing = False
         self.tasks: set[asyncio.Task[Any]] = set()
 
-    async def open(self, loop: asyncio.AbstractEventLoop, end: Callable[[], End]) -> None:
+    async def open(self, loop: asyncio.AbstractEventLoop, end: Callable[[], SocketEnd]) -> None:
         """Connect to the server."""
         if isinstance(self.upstream, tuple):
             await loop.create_connection(end, *self.upstream)
@@ -71,10 +71,10 @@ class Fabric:
 class Pipe:
     """One direction of one connection: bytes in, bytes out, perhaps later, perhaps never."""
 
-    def __init__(self, link: Link, direction: str) -> None:
+    def __init__(self, link: ProxyConnection, direction: str) -> None:
         self.link = link
         self.direction = direction
-        self.splitter = Splitter()
+        self.splitter = RespSplitter()
         self.queue: deque[tuple[float, bytes | None]] = deque()  # None: the end of the connection
         self.waiting = 0
         self.source: asyncio.Transport | None = None
@@ -122,10 +122,10 @@ class Pipe:
         self.flush()
 
 
-class End(asyncio.Protocol):
+class SocketEnd(asyncio.Protocol):
     """One of the two sockets of a link."""
 
-    def __init__(self, link: Link, incoming: Pipe, outgoing: Pipe) -> None:
+    def __init__(self, link: ProxyConnection, incoming: Pipe, outgoing: Pipe) -> None:
         self.link = link
         self.incoming = incoming
         self.outgoing = outgoing
@@ -144,10 +144,10 @@ class End(asyncio.Protocol):
         self.incoming.put(None)
 
 
-class Link:
+class ProxyConnection:
     """A client's connection and the one to the server that was opened for it."""
 
-    def __init__(self, proxy: Fabric) -> None:
+    def __init__(self, proxy: ProxyState) -> None:
         self.proxy = proxy
         self.up = Pipe(self, "up")
         self.down = Pipe(self, "down")
@@ -169,7 +169,7 @@ class Link:
     async def _connect(self) -> None:
         loop = asyncio.get_running_loop()
         try:
-            await self.proxy.open(loop, lambda: End(self, self.down, self.up))
+            await self.proxy.open(loop, lambda: SocketEnd(self, self.down, self.up))
         except OSError:
             self.cut()
 

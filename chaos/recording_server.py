@@ -28,7 +28,7 @@ exec {binary} "$@"
 """
 
 
-class Ground:
+class RecordingServer:
     """One server with an append-only file that is never rewritten: the history of the run."""
 
     def __init__(self, directory: Path, *, fsync: str = "always", clock: bool = False, name: str = "valkey") -> None:

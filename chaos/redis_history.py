@@ -14,7 +14,7 @@ from typing import Any
 
 import hiredis
 
-from chaos.job_places import Command, Ledger
+from chaos.job_places import Command, JobPlaces
 
 
 @dataclass
@@ -43,10 +43,10 @@ class History:
     def __init__(self, namespace: str = "chaos") -> None:
         """Begin with an empty Redis."""
         self.jobs: dict[str, Job] = {}
-        self.crew: dict[str, int] = {}  # identity → pid
+        self.processes: dict[str, int] = {}  # identity → pid
         self.taken: list[tuple[str, set[str]]] = []
         """Registrations that ended with jobs still held: the identity, and which jobs went back."""
-        self.ledger = Ledger()
+        self.places = JobPlaces()
         self.writes = 0
         self._prefix = f"{namespace}:".encode()
         self._live: set[str] = set()
@@ -66,7 +66,7 @@ class History:
             queue, kind = self._place(command[1])
             if queue is None:
                 continue
-            self.ledger.take(name, queue, kind, command[2:])
+            self.places.take(name, queue, kind, command[2:])
             if kind == b"jobs":
                 self._on_jobs(name, queue, command[2:], released, before, ended)
             elif kind.startswith(b"leased:"):
@@ -75,7 +75,7 @@ class History:
                 self._on_dead(name, queue, command[2:], released, before)
             elif kind.startswith(b"result:") and name in {b"SET", b"PSETEX", b"SETEX"}:
                 self._on_result(queue, kind[7:], command[2:], before, ended)
-        self.ledger.settle()
+        self.places.settle()
         for public in ended:
             self.jobs[public].silent = not self.jobs[public].records
 
@@ -133,7 +133,7 @@ class History:
         if name in {b"HSET", b"HMSET"}:
             for field_, value in zip(rest[::2], rest[1::2], strict=True):
                 if field_ == b"\tabout":
-                    self.crew[worker.decode()] = int(json.loads(value).get("pid", 0))
+                    self.processes[worker.decode()] = int(json.loads(value).get("pid", 0))
                 elif field_[:1] != b"\t":
                     public = _public(queue, field_)
                     self.jobs.setdefault(public, Job()).leases += 1

@@ -11,7 +11,7 @@ CONSTANT = ("*:queues", "*:conf", "*:wake", "*:recent", "*:inbox:*")
 
 
 @dataclass
-class Dump:
+class RemainingState:
     """The state of one namespace. Ids are public ones."""
 
     live: dict[str, str] = field(default_factory=dict)
@@ -25,9 +25,9 @@ class Dump:
     """What does not agree: a job in no place or in two, an entry, a state or a lease of nobody, a wrong count."""
 
 
-def take(client: Any, namespace: str = "chaos") -> Dump:
+def take(client: Any, namespace: str = "chaos") -> RemainingState:
     """Read everything of *namespace*; *client* is a redis-py client with bytes as replies."""
-    dump = Dump()
+    dump = RemainingState()
     keys: list[bytes] = list(client.scan_iter(f"{namespace}:*", count=5000))
     queues = {key.split(b"{", 1)[1].split(b"}", 1)[0] for key in keys if b"{" in key}
     expected: set[str] = set()
@@ -41,7 +41,7 @@ def take(client: Any, namespace: str = "chaos") -> Dump:
     return dump
 
 
-def _queue(client: Any, namespace: str, queue: str, keys: list[bytes], dump: Dump) -> set[str]:
+def _queue(client: Any, namespace: str, queue: str, keys: list[bytes], dump: RemainingState) -> set[str]:
     prefix = f"{namespace}:{{{queue}}}:"
     dead = {id_.decode() for id_ in client.zrange(prefix + "dead", 0, -1)}
     states = client.hgetall(prefix + "state")
@@ -73,7 +73,7 @@ def _queue(client: Any, namespace: str, queue: str, keys: list[bytes], dump: Dum
     return {prefix + name for name in (*kept, "dead", "recent")}
 
 
-def _places(client: Any, prefix: str, keys: list[bytes], dump: Dump) -> dict[str, list[str]]:
+def _places(client: Any, prefix: str, keys: list[bytes], dump: RemainingState) -> dict[str, list[str]]:
     """Return id → where it is, but for dead letters; more than one place is one too many."""
     found: dict[str, list[str]] = {}
     workers = set(client.zrange(prefix + "workers", 0, -1))
@@ -91,7 +91,7 @@ def _places(client: Any, prefix: str, keys: list[bytes], dump: Dump) -> dict[str
     return found
 
 
-def _audit(queue: str, jobs: dict[bytes, bytes], places: dict[str, list[str]], dump: Dump) -> None:
+def _audit(queue: str, jobs: dict[bytes, bytes], places: dict[str, list[str]], dump: RemainingState) -> None:
     known = {id_.decode() for id_ in jobs}
     for id_ in sorted(known | places.keys()):
         where = places.get(id_, [])

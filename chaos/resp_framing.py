@@ -7,7 +7,7 @@ _BULKS = b"$=!"
 _AGGREGATES = {ord("*"): 1, ord("~"): 1, ord(">"): 1, ord("%"): 2, ord("|"): 2}
 
 
-class Splitter:
+class RespSplitter:
     """Follows one direction of a connection, RESP2 or RESP3, however its bytes are cut into chunks."""
 
     def __init__(self) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from chaos.redis_history import History
-from chaos.remaining_state import Dump
+from chaos.remaining_state import RemainingState
 
 Line = dict[str, Any]
 POISONS = {"poison", "boxed_poison"}
@@ -48,7 +48,7 @@ class Run:
 
 
 @dataclass
-class Evidence:
+class RunData:
     """All that is known of a run."""
 
     tokens: dict[str, Token]
@@ -57,7 +57,7 @@ class Evidence:
     cancelled: dict[str, float]
     """id → when `cancel()` returned True (0 when it never answered)."""
     faults: list[Line]
-    dump: Dump
+    dump: RemainingState
     history: History | None
     lease: float
     max_crashes: int = 3
@@ -85,14 +85,14 @@ def gather(
     calls: Iterable[Line],
     runs: Iterable[Line],
     faults: Iterable[Line],
-    dump: Dump,
+    dump: RemainingState,
     history: History | None,
     lease: float,
-) -> Evidence:
+) -> RunData:
     """Put lines together."""
     tokens, cancelled = _tokens(calls)
     by_id, by_token = _runs(runs)
-    return Evidence(tokens, by_id, cancelled, list(faults), dump, history, lease, by_token=by_token)
+    return RunData(tokens, by_id, cancelled, list(faults), dump, history, lease, by_token=by_token)
 
 
 def normal(id_: str) -> str:

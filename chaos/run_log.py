@@ -13,7 +13,7 @@ LONGEST = 4000
 """Bytes of a line at most: an append of less than a page is never mixed with another's."""
 
 
-class Record:
+class RunLog:
     """Appends lines of JSON to a file of the run's directory. `at` is the machine's monotonic clock, one for all processes."""
 
     def __init__(self, path: Path | str) -> None:

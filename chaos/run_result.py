@@ -16,7 +16,7 @@ MUST_BE_ZERO = (
 
 
 @dataclass
-class Verdict:
+class RunResult:
     """Counts by the lines of the table, and examples of what is wrong."""
 
     counts: dict[str, Any] = field(default_factory=dict)

@@ -11,7 +11,7 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from chaos import recording_server  # noqa: F401  makes the servers of the test suite importable
-from support.server_groups import ClusterOfNodes, Watched, slot_of  # type: ignore[import-not-found]
+from support.server_groups import ClusterOfNodes, SentinelGroup, slot_of  # type: ignore[import-not-found]
 
 KEYS = tuple(
     f"chaos:{{{queue}}}:jobs"
@@ -21,7 +21,7 @@ KEYS = tuple(
 ONCE: dict[str, Any] = {"socket_timeout": 5}
 
 
-class Terrain:
+class ServerTopology:
     """What a stage asks of its Redis; there is no append-only file, so no history."""
 
     directory: Path
@@ -44,7 +44,7 @@ class Terrain:
         """Let everything go on."""
 
 
-class Cluster(Terrain):
+class Cluster(ServerTopology):
     """Three masters with a replica each."""
 
     def __init__(self, directory: Path) -> None:
@@ -83,13 +83,13 @@ class Cluster(Terrain):
         self.nodes.stop()
 
 
-class Sentinel(Terrain):
+class Sentinel(ServerTopology):
     """A master, a replica, three sentinels."""
 
     def __init__(self, directory: Path) -> None:
         """Start five processes."""
         self.directory = directory
-        self.watched = Watched(directory)
+        self.watched = SentinelGroup(directory)
         for node in self.watched.servers:  # as Sentinel's manual advises: who is alone takes no writes
             node.ask("CONFIG", "SET", "min-replicas-to-write", 1, "min-replicas-max-lag", 1)
         self.url = str(self.watched.url)

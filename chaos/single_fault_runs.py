@@ -11,9 +11,9 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, NamedTuple
 
-from chaos.environment import Stage
+from chaos.environment import Environment
 from chaos.processes import Program
-from chaos.run_result import Verdict, spread
+from chaos.run_result import RunResult, spread
 
 Facts = dict[str, Any]
 
@@ -21,40 +21,42 @@ Facts = dict[str, Any]
 class Scenario(NamedTuple):
     """What it does, how often in a full run, and the lease of its workers."""
 
-    play: Callable[[Stage, int, Facts], Verdict]
+    play: Callable[[Environment, int, Facts], RunResult]
     times: int
     lease: float
     fsync: str = "always"
 
 
-def run(name: str, count: int | None, seed: int) -> tuple[Verdict, Stage, Facts]:
+def run(name: str, count: int | None, seed: int) -> tuple[RunResult, Environment, Facts]:
     """Play a scenario; *count* None is a full run."""
     scenario = SCENARIOS[name]
     count = scenario.times if count is None else count
     facts: Facts = {"scenario": name, "count": count, "seed": seed, "lease": scenario.lease}
     began = time.monotonic()
-    with Stage(seed=seed, lease=scenario.lease, fsync=scenario.fsync) as stage:
-        verdict = scenario.play(stage, count, facts)
+    with Environment(seed=seed, lease=scenario.lease, fsync=scenario.fsync) as environment:
+        result = scenario.play(environment, count, facts)
         facts["took"] = f"{time.monotonic() - began:.0f} s"
-        return verdict, stage, facts
+        return result, environment, facts
 
 
-def _producers(stage: Stage, urls: list[str], *, rate: float, count: int, mix: dict[str, float]) -> None:
+def _producers(environment: Environment, urls: list[str], *, rate: float, count: int, mix: dict[str, float]) -> None:
     for number, url in enumerate(urls):
-        place, text = 10 * len(stage.crew.producers()) + number, json.dumps(mix)
-        stage.crew.producer(place, url, seed=stage.seed, rate=rate / len(urls), count=count // len(urls), mix=text)
+        place, text = 10 * len(environment.process_group.producers()) + number, json.dumps(mix)
+        environment.process_group.producer(
+            place, url, seed=environment.seed, rate=rate / len(urls), count=count // len(urls), mix=text
+        )
 
 
-def _finish(stage: Stage, facts: Facts, *, seconds: float = 60, also: tuple[str, ...] = ()) -> Verdict:
+def _finish(environment: Environment, facts: Facts, *, seconds: float = 60, also: tuple[str, ...] = ()) -> RunResult:
     began = time.monotonic()
-    stage.heal()
-    if stage.drain(seconds) is not None:
+    environment.heal()
+    if environment.drain(seconds) is not None:
         facts["drained in"] = f"{time.monotonic() - began:.1f} s"
-    return stage.judge(also=also)
+    return environment.evaluate(also=also)
 
 
-def _end_producers(stage: Stage) -> None:
-    for program in stage.crew.producers():
+def _end_producers(environment: Environment) -> None:
+    for program in environment.process_group.producers():
         program.signal(signal.SIGTERM)
 
 
@@ -67,47 +69,47 @@ def _kill(pids: list[int]) -> None:
 # -- workers -----------------------------------------------------------------------------------------------------------
 
 
-def sigkill(stage: Stage, count: int, facts: Facts) -> Verdict:
+def sigkill(environment: Environment, count: int, facts: Facts) -> RunResult:
     """SIGKILL a random worker, again and again, while 200 jobs for each kill go through."""
-    draw = random.Random(stage.seed)
-    workers = [stage.crew.supervised(f"worker{n}", stage.url, grace="1s") for n in range(2)]
-    workers.append(stage.crew.embedded("program", stage.url))
-    stage.ready(5)
+    draw = random.Random(environment.seed)
+    workers = [environment.process_group.supervised(f"worker{n}", environment.url, grace="1s") for n in range(2)]
+    workers.append(environment.process_group.embedded("program", environment.url))
+    environment.ready(5)
     every = 0.45
     mix = {"bulk": 0.06, "quick": 1, "steady": 0.1, "message": 0.1, "quick:300": 0.2}
-    _producers(stage, [stage.url] * 2, rate=200 / every, count=200 * count, mix=mix)
+    _producers(environment, [environment.url] * 2, rate=200 / every, count=200 * count, mix=mix)
     began = time.monotonic()
     for number in range(count):
         time.sleep(max(0.0, began + every * (number + draw.random()) - time.monotonic()))  # the rhythm of the fault
-        _kill_one(stage, draw, workers)
-    return _finish(stage, facts, seconds=120)
+        _kill_one(environment, draw, workers)
+    return _finish(environment, facts, seconds=120)
 
 
-def _kill_one(stage: Stage, draw: random.Random, workers: list[Program]) -> None:
+def _kill_one(environment: Environment, draw: random.Random, workers: list[Program]) -> None:
     """Kill a child, or now and then a whole worker: one that is up, so that every kill strikes."""
     while True:
         program = draw.choice(workers)
         children = program.children() if program.supervised else []
         if children and draw.random() < 0.95:
             child = draw.choice(children)
-            stage.fault("kill worker", pids=[child], supervised=True)
+            environment.fault("kill worker", pids=[child], supervised=True)
             _kill([child])
             return
         if program.alive():
             family = program.family()
-            stage.fault("kill worker", pids=family)
+            environment.fault("kill worker", pids=family)
             _kill(family)
             return
 
 
-def sigstop(stage: Stage, count: int, facts: Facts) -> Verdict:
+def sigstop(environment: Environment, count: int, facts: Facts) -> RunResult:
     """SIGSTOP a worker for 1.2 to 4 leases while it runs jobs; it wakes, and reports what others have run meanwhile."""
-    draw = random.Random(stage.seed)
-    workers = [stage.crew.embedded(f"program{n}", stage.url) for n in range(5)]
-    stage.ready(5)
+    draw = random.Random(environment.seed)
+    workers = [environment.process_group.embedded(f"program{n}", environment.url) for n in range(5)]
+    environment.ready(5)
     mix = {"quick:900": 1, "quick:300": 1, "steady:500": 0.3, "quick": 2, "message": 0.5}
-    _producers(stage, [stage.url], rate=40, count=1_000_000, mix=mix)
-    stage.started(40)
+    _producers(environment, [environment.url], rate=40, count=1_000_000, mix=mix)
+    environment.started(40)
     frozen: dict[int, float] = {}
     made = 0
     while made < count or frozen:
@@ -118,49 +120,51 @@ def sigstop(stage: Stage, count: int, facts: Facts) -> Verdict:
         awake = [program for program in workers if program.pid not in frozen]
         if made < count and len(frozen) < 3:
             pid = draw.choice(awake).pid
-            seconds = stage.lease * draw.uniform(1.2, 4)
-            stage.fault("stop worker", pids=[pid], lasting=seconds)
+            seconds = environment.lease * draw.uniform(1.2, 4)
+            environment.fault("stop worker", pids=[pid], lasting=seconds)
             os.kill(pid, signal.SIGSTOP)
             frozen[pid] = now + seconds
             made += 1
         time.sleep(draw.uniform(0.1, 0.3))  # the rhythm of the fault
-    _end_producers(stage)
-    verdict = _finish(stage, facts)
-    facts["runs that zombies finished"] = verdict.counts["overlapping executions"]
-    return verdict
+    _end_producers(environment)
+    result = _finish(environment, facts)
+    facts["runs that zombies finished"] = result.counts["overlapping executions"]
+    return result
 
 
-def recovery(stage: Stage, count: int, facts: Facts) -> Verdict:
+def recovery(environment: Environment, count: int, facts: Facts) -> RunResult:
     """Kill children under a supervisor, then whole hosts; how long until what they ran has begun elsewhere."""
-    draw = random.Random(stage.seed)
-    hosts = [stage.crew.supervised(f"host{n}", stage.url, processes=2, concurrency=10) for n in range(4)]
-    survivor = stage.crew.supervised("survivor", stage.url, processes=1, concurrency=60)
-    stage.ready(9)
-    _producers(stage, [stage.url], rate=8, count=1_000_000, mix={"quick:3000": 1})
-    stage.started(20)
+    draw = random.Random(environment.seed)
+    hosts = [
+        environment.process_group.supervised(f"host{n}", environment.url, processes=2, concurrency=10) for n in range(4)
+    ]
+    survivor = environment.process_group.supervised("survivor", environment.url, processes=1, concurrency=60)
+    environment.ready(9)
+    _producers(environment, [environment.url], rate=8, count=1_000_000, mix={"quick:3000": 1})
+    environment.started(20)
     for _ in range(count):
-        child = draw.choice(stage.wait(lambda: _fresh(stage, [*hosts, survivor]), 20))
-        stage.fault("kill worker", pids=[child], supervised=True)
+        child = draw.choice(environment.wait(lambda: _fresh(environment, [*hosts, survivor]), 20))
+        environment.fault("kill worker", pids=[child], supervised=True)
         _kill([child])
         time.sleep(0.8)  # the rhythm of the fault
     for _ in range(max(1, count // 15)):
-        child = draw.choice(stage.wait(lambda: _fresh(stage, hosts), 20))
+        child = draw.choice(environment.wait(lambda: _fresh(environment, hosts), 20))
         family = next(program for program in hosts if child in program.children()).family()
-        stage.fault("kill host", pids=family)
+        environment.fault("kill host", pids=family)
         _kill(family)
         # The host is gone for as long as its lease lasts and longer: nobody on it gives anything back.
-        time.sleep(stage.lease / 3)
-    time.sleep(stage.lease + 5)  # what the last host held is due by then
-    _end_producers(stage)
-    verdict = _finish(stage, facts, seconds=60)
-    facts["promised"] = f"supervised within 1 s; host gone within {stage.lease + 5:g} s"
-    return verdict
+        time.sleep(environment.lease / 3)
+    time.sleep(environment.lease + 5)  # what the last host held is due by then
+    _end_producers(environment)
+    result = _finish(environment, facts, seconds=60)
+    facts["promised"] = f"supervised within 1 s; host gone within {environment.lease + 5:g} s"
+    return result
 
 
-def _fresh(stage: Stage, programs: list[Program]) -> list[int]:
+def _fresh(environment: Environment, programs: list[Program]) -> list[int]:
     """Return the children that run jobs, all for the first time: one that came back twice would wait to run alone."""
     open_: dict[int, dict[str, int]] = {}
-    for line in stage.lines("runs"):
+    for line in environment.lines("runs"):
         held = open_.setdefault(line["pid"], {})
         if line["phase"] == "start":
             held[line["id"]] = line["attempt"]
@@ -173,67 +177,67 @@ def _fresh(stage: Stage, programs: list[Program]) -> list[int]:
 # -- Redis and the way to it -------------------------------------------------------------------------------------------
 
 
-def redis_kill(stage: Stage, count: int, facts: Facts) -> Verdict:
+def redis_kill(environment: Environment, count: int, facts: Facts) -> RunResult:
     """SIGKILL Redis, again and again; its append-only file is synced every second."""
-    draw = random.Random(stage.seed)
-    stage.crew.supervised("worker", stage.url)
-    stage.crew.embedded("program", stage.url)
-    stage.ready(3)
+    draw = random.Random(environment.seed)
+    environment.process_group.supervised("worker", environment.url)
+    environment.process_group.embedded("program", environment.url)
+    environment.ready(3)
     mix = {"quick": 1, "bulk": 0.02, "steady": 0.1, "message": 0.2, "own": 0.1, "quick:1500": 0.02}
-    _producers(stage, [stage.url] * 2, rate=120, count=1_000_000, mix=mix)
-    stage.started(150)
+    _producers(environment, [environment.url] * 2, rate=120, count=1_000_000, mix=mix)
+    environment.started(150)
     back: list[float] = []
     for _ in range(count):
-        stage.fault("kill redis", lasting=1)
-        stage.ground.restart(draw.choice([0.0, 0.0, 0.3]))
+        environment.fault("kill redis", lasting=1)
+        environment.server.restart(draw.choice([0.0, 0.0, 0.3]))
         back.append(time.monotonic())
         time.sleep(draw.uniform(0.6, 1.4))  # the rhythm of the fault
-    _end_producers(stage)
-    verdict = _finish(stage, facts)
-    starts = sorted(line["at"] for line in stage.lines("runs") if line["phase"] == "start")
+    _end_producers(environment)
+    result = _finish(environment, facts)
+    starts = sorted(line["at"] for line in environment.lines("runs") if line["phase"] == "start")
     pauses = [next((at - moment for at in starts if at >= moment), 99.0) for moment in back]
-    verdict.counts["throughput back"] = spread(pauses)
-    return verdict
+    result.counts["throughput back"] = spread(pauses)
+    return result
 
 
-def cut(stage: Stage, count: int, facts: Facts) -> Verdict:
+def cut(environment: Environment, count: int, facts: Facts) -> RunResult:
     """Cut connections at random bytes, of producers and workers alike: as many jobs as calls."""
-    stage.crew.embedded("program1", stage.proxy.url)
-    stage.crew.supervised("worker", stage.proxy.url, processes=1)
-    stage.ready(2)
+    environment.process_group.embedded("program1", environment.proxy.url)
+    environment.process_group.supervised("worker", environment.proxy.url, processes=1)
+    environment.ready(2)
     mix = {"quick": 1, "bulk:15": 0.05, "message": 0.2, "own": 0.1, "unique": 0.05, "delayed": 0.1}
-    _producers(stage, [stage.proxy.url] * 2, rate=250, count=1_000_000, mix=mix)
-    stage.started(150)  # else the workers' own connections use up the cuts before there is load
-    stage.fault("cut", lasting=600, connections=count)
-    stage.proxy.cut_randomly(mean=3000, times=count, seed=stage.seed)
-    stage.wait(lambda: stage.proxy.count["cut"] >= count, 330)
-    _end_producers(stage)
-    verdict = _finish(stage, facts)
-    facts["connections cut"] = stage.proxy.count["cut"]
-    return verdict
+    _producers(environment, [environment.proxy.url] * 2, rate=250, count=1_000_000, mix=mix)
+    environment.started(150)  # else the workers' own connections use up the cuts before there is load
+    environment.fault("cut", lasting=600, connections=count)
+    environment.proxy.cut_randomly(mean=3000, times=count, seed=environment.seed)
+    environment.wait(lambda: environment.proxy.count["cut"] >= count, 330)
+    _end_producers(environment)
+    result = _finish(environment, facts)
+    facts["connections cut"] = environment.proxy.count["cut"]
+    return result
 
 
-def maxmemory(stage: Stage, count: int, facts: Facts) -> Verdict:
+def maxmemory(environment: Environment, count: int, facts: Facts) -> RunResult:
     """Fill Redis to its maxmemory with jobs waiting: all drain, no lease is lost, pushes are refused whole."""
     for number in range(2):
-        stage.crew.supervised(f"worker{number}", stage.url)
-    stage.ready(4)
-    stage.ground.command("HSET", "chaos:{default}:conf", "paused", "1")
-    _producers(stage, [stage.url] * 2, rate=0, count=count, mix={"bulk": 1, "quick:2500": 0.05, "flaky": 1})
-    stage.wait(lambda: not any(one.alive() for one in stage.crew.producers()), 120)
-    facts["waiting at maxmemory"] = stage.remaining()
-    stage.fault("squeeze memory", lasting=60)
-    stage.ground.squeeze(0.8)
-    stage.ground.command("HDEL", "chaos:{default}:conf", "paused")
-    _producers(stage, [stage.url], rate=50, count=300, mix={"quick": 1, "bulk": 0.02})
-    facts["drained at maxmemory"] = stage.drain(60) is not None
-    facts["maxmemory"] = stage.ground.command("CONFIG", "GET", "maxmemory")[b"maxmemory"].decode() + " bytes"
-    stage.heal()
-    before = len(stage.lines("runs"))
-    _producers(stage, [stage.url], rate=0, count=100, mix={"quick": 1})
-    verdict = _finish(stage, facts, also=("unexplained repeats",))
-    facts["runs after it was lifted"] = (len(stage.lines("runs")) - before) // 2
-    return verdict
+        environment.process_group.supervised(f"worker{number}", environment.url)
+    environment.ready(4)
+    environment.server.command("HSET", "chaos:{default}:conf", "paused", "1")
+    _producers(environment, [environment.url] * 2, rate=0, count=count, mix={"bulk": 1, "quick:2500": 0.05, "flaky": 1})
+    environment.wait(lambda: not any(one.alive() for one in environment.process_group.producers()), 120)
+    facts["waiting at maxmemory"] = environment.remaining()
+    environment.fault("squeeze memory", lasting=60)
+    environment.server.squeeze(0.8)
+    environment.server.command("HDEL", "chaos:{default}:conf", "paused")
+    _producers(environment, [environment.url], rate=50, count=300, mix={"quick": 1, "bulk": 0.02})
+    facts["drained at maxmemory"] = environment.drain(60) is not None
+    facts["maxmemory"] = environment.server.command("CONFIG", "GET", "maxmemory")[b"maxmemory"].decode() + " bytes"
+    environment.heal()
+    before = len(environment.lines("runs"))
+    _producers(environment, [environment.url], rate=0, count=100, mix={"quick": 1})
+    result = _finish(environment, facts, also=("unexplained repeats",))
+    facts["runs after it was lifted"] = (len(environment.lines("runs")) - before) // 2
+    return result
 
 
 SCENARIOS = {

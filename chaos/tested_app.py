@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from chaos.run_log import Record
+from chaos.run_log import RunLog
 from conveyor import Buffer, Context, Conveyor, Retry, current
 
 LEASE = float(os.environ.get("CHAOS_LEASE", "2"))
@@ -41,9 +41,9 @@ post = app.queue("post", partitions=PARTITIONS, max_attempts=40, **ASKED)
 
 
 @functools.cache
-def runs() -> Record:
+def runs() -> RunLog:
     """Return this process's hold on the file of runs."""
-    return Record(Path(os.environ["CHAOS_DIR"]) / "runs")
+    return RunLog(Path(os.environ["CHAOS_DIR"]) / "runs")
 
 
 @contextmanager

@@ -12,7 +12,7 @@ import pytest
 import redis as redis_py
 
 from conveyor.jobs.app import Conveyor
-from support import server_kinds as matrix
+from support import server_kinds
 from support.leaked_keys import complaint, leaked
 from support.manual_worker import drain
 from support.server_process import Server, find_binary
@@ -34,7 +34,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--full", action="store_true", help="as many rounds as docs/reliability.md states, not the fewer of CI"
     )
     parser.addoption(
-        "--on", choices=matrix.PLACES, help="run the tests that use the shared server there, and no others"
+        "--on", choices=server_kinds.PLACES, help="run the tests that use the shared server there, and no others"
     )
 
 
@@ -48,9 +48,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items[:] = chosen
     for item in items:
         alone = item.get_closest_marker("standalone_only")
-        if reason := matrix.missing(place):
+        if reason := server_kinds.missing(place):
             item.add_marker(pytest.mark.skip(reason=reason))
-        elif alone is not None and place not in alone.kwargs.get("on", matrix.ALONE):
+        elif alone is not None and place not in alone.kwargs.get("on", server_kinds.ALONE):
             item.add_marker(pytest.mark.skip(reason=f"not on {place}: {alone.args[0]}"))
 
 
@@ -100,7 +100,7 @@ def server(request: pytest.FixtureRequest, servers: dict[str, Server], directory
     """A real server shared by all tests; Valkey where the test is not marked for others too."""
     name = request.config.getoption("--on") or getattr(request, "param", "valkey")
     if name not in servers:
-        servers[name] = matrix.start(name, directory / name)
+        servers[name] = server_kinds.start(name, directory / name)
     return servers[name]
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from conveyor.admin.admin import Admin
 from conveyor.store.client.client import Client
-from support.client_worker import HandWorker, wait_for_job
+from support.client_worker import ClientWorker, wait_for_job
 from support.shell import Shell
 
 pytestmark = pytest.mark.leaves_keys("jobs are enqueued here to be looked at")
@@ -183,7 +183,7 @@ def test_bad_call_enqueues_nothing(shell: Shell, backend: Client, words: list[st
 def test_enqueue_waits_for_the_result(shell: Shell, backend: Client) -> None:
     """With --wait the result is printed as JSON, the id on standard error."""
     process = shell.start("enqueue", "greet", "name=Ada", "--wait", CONVEYOR_APP="jobs")
-    worker = HandWorker(backend, "default")
+    worker = ClientWorker(backend, "default")
     id_ = wait_for_job(worker)
     worker.succeed(id_, b'"Hello Ada."')
     out, err = process.communicate(timeout=30)
@@ -195,7 +195,7 @@ def test_enqueue_waits_for_the_result(shell: Shell, backend: Client) -> None:
 def test_failed_job_ends_with_7(shell: Shell, backend: Client) -> None:
     """With --wait a failed job ends with 7, its error and traceback on standard error."""
     process = shell.start("enqueue", "greet", "name=Ada", "--wait", CONVEYOR_APP="jobs")
-    worker = HandWorker(backend, "default")
+    worker = ClientWorker(backend, "default")
     worker.fail(wait_for_job(worker), "no such user")
     out, err = process.communicate(timeout=30)
 
@@ -216,7 +216,7 @@ def test_waiting_too_long_ends_with_124(shell: Shell) -> None:
 def test_interrupted_ends_with_130(shell: Shell, backend: Client) -> None:
     """Ctrl-C while waiting ends with 130 and no traceback."""
     process = shell.start("enqueue", "greet", "name=Ada", "--wait", CONVEYOR_APP="jobs")
-    wait_for_job(HandWorker(backend, "default"))
+    wait_for_job(ClientWorker(backend, "default"))
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=30)
 

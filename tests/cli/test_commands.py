@@ -14,7 +14,7 @@ import pytest
 
 from conveyor.admin.admin import Admin
 from conveyor.store.client.client import Client
-from support.client_worker import HandWorker, dead, push
+from support.client_worker import ClientWorker, dead, push
 from support.shell import Shell
 
 pytestmark = pytest.mark.leaves_keys("jobs are pushed here to be looked at")
@@ -299,7 +299,7 @@ def test_unknown_names_end_with_5(shell: Shell, backend: Client) -> None:
 def test_status_is_8_when_jobs_are_stranded(shell: Shell, backend: Client) -> None:
     """Status ends with 0 while workers take what is ready, and with 8 and E12 when nobody does."""
     push(backend, "mail", b"1")
-    HandWorker(backend, "mail")
+    ClientWorker(backend, "mail")
     well = shell.run("status")
     push(backend, "mial", b"1")
     ill = shell.run("status")

@@ -20,7 +20,7 @@ from conveyor.events import Event, JobDead, JobDone, JobEvent
 from conveyor.jobs.app import Conveyor
 from conveyor.jobs.core import core_of
 from conveyor.jobs.task import Task, TaskCall, definition_of
-from support.manual_worker import Hand, arguments, eventually
+from support.manual_worker import ManualWorker, arguments, eventually
 
 SOURCE = str(Path(__file__).parents[2] / "src")
 
@@ -35,12 +35,12 @@ def note(app: Conveyor) -> Task[[int], None]:
 
 def numbers(app: Conveyor, queue: str = "default") -> list[int]:
     """Take all jobs of *queue* and return the numbers they were enqueued with, first come first."""
-    hand, found = Hand(app, queue), []
-    while ids := hand.take(1000):
-        found += [arguments(app, hand.envelopes[id_])[0][0] for id_ in ids]
+    manual, found = ManualWorker(app, queue), []
+    while ids := manual.take(1000):
+        found += [arguments(app, manual.envelopes[id_])[0][0] for id_ in ids]
         for id_ in ids:
-            hand.done(id_)
-    hand.leave()
+            manual.done(id_)
+    manual.leave()
     return found
 
 

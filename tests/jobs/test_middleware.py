@@ -14,7 +14,7 @@ from conveyor.jobs.context import Context
 from conveyor.jobs.core import core_of
 from conveyor.jobs.hooks import run_through
 from conveyor.jobs.task import Task
-from support.manual_worker import Hand, arguments
+from support.manual_worker import ManualWorker, arguments
 
 
 class Trace(Middleware):
@@ -49,10 +49,10 @@ async def test_pushes_pass_all_middlewares_in_order(app: Conveyor, note: Task[[i
 
     def take() -> dict[int, str]:
         note.enqueue(5)
-        hand = Hand(app)
-        ids = hand.take(10)
-        found = {arguments(app, hand.envelopes[i])[0][0]: hand.envelopes[i].extra.headers["trace"] for i in ids}
-        hand.leave()
+        manual = ManualWorker(app)
+        ids = manual.take(10)
+        found = {arguments(app, manual.envelopes[i])[0][0]: manual.envelopes[i].extra.headers["trace"] for i in ids}
+        manual.leave()
         return found
 
     import asyncio
@@ -73,10 +73,10 @@ def test_push_may_change_what_goes_out(app: Conveyor, note: Task[[int], None]) -
     job = note.enqueue(1)
 
     assert (job.queue, job.status()) == ("vip", "ready")
-    hand = Hand(app, "vip")
-    [id_] = hand.take()
-    assert (arguments(app, hand.envelopes[id_]), hand.envelopes[id_].priority) == (([2], {}), 3)
-    hand.leave()
+    manual = ManualWorker(app, "vip")
+    [id_] = manual.take()
+    assert (arguments(app, manual.envelopes[id_]), manual.envelopes[id_].priority) == (([2], {}), 3)
+    manual.leave()
 
 
 @pytest.mark.parametrize(

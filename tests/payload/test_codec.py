@@ -56,7 +56,7 @@ class Point(msgspec.Struct):
     y: float | None = None
 
 
-class Pair(NamedTuple):
+class ReplicaPair(NamedTuple):
     left: int
     right: str
 
@@ -149,7 +149,7 @@ ROUND_TRIPS = [
     (Level, Level.HIGH),
     (Item, ORDER.items[0]),
     (Point, Point(1.5)),
-    (Pair, Pair(1, "b")),
+    (ReplicaPair, ReplicaPair(1, "b")),
     (Row, {"id": 1, "when": date(2026, 1, 1)}),
     (Model, Model(id=1, at=INSTANT, inner=[Model(id=2, camelCase=5)])),
     (list[Model], [Model(id=1), Model(id=2)]),

@@ -26,12 +26,12 @@ def test_nothing_is_lost_and_nothing_happens_twice_unseen() -> None:
     """Workers, Redis and the way between are broken under load; every bold line of the table in chaos/README.md is zero."""
     seed = int(os.environ.get("CONVEYOR_CHAOS_SEED", random.randrange(1_000_000)))
 
-    verdict, stage, facts = soak(SECONDS, seed, schedule(seed, SECONDS))
+    run_result, environment, facts = soak(SECONDS, seed, schedule(seed, SECONDS))
 
-    print(report.table(verdict, stage.faults, facts))
-    assert verdict.counts["acknowledged"] > 10 * SECONDS
-    assert sum(stage.faults.values()) > SECONDS / 2
-    assert verdict.failed == [], f"again: make chaos ARGS='--minutes {SECONDS / 60:g} --seed {seed}'"
+    print(report.table(run_result, environment.faults, facts))
+    assert run_result.counts["acknowledged"] > 10 * SECONDS
+    assert sum(environment.faults.values()) > SECONDS / 2
+    assert run_result.failed == [], f"again: make chaos ARGS='--minutes {SECONDS / 60:g} --seed {seed}'"
 
 
 @pytest.mark.parametrize("topology", DECKS)
@@ -40,11 +40,11 @@ def test_every_kind_of_fault_strikes(topology: str) -> None:
     kinds = [kind for kind in DECKS[topology] if kind != "step clock" or FAKETIME is not None]
     faults = [Fault(2 + 0.4 * at, kind, 0.5, 0.3) for at, kind in enumerate(kinds)]
 
-    verdict, stage, facts = soak(faults[-1].at, 1, faults, topology=topology)
+    run_result, environment, facts = soak(faults[-1].at, 1, faults, topology=topology)
 
-    print(report.table(verdict, stage.faults, facts))
-    assert {kind: stage.faults[kind] for kind in kinds} == dict.fromkeys(kinds, 1)
-    assert verdict.failed == []
+    print(report.table(run_result, environment.faults, facts))
+    assert {kind: environment.faults[kind] for kind in kinds} == dict.fromkeys(kinds, 1)
+    assert run_result.failed == []
 
 
 @pytest.mark.parametrize("topology", DECKS)
@@ -85,9 +85,9 @@ def test_who_judges_imports_nothing_of_conveyor() -> None:
 @pytest.mark.parametrize(("name", "count"), [("redis-kill", 2), ("cut", 30), ("maxmemory", 300)])
 def test_scenarios_of_the_published_figures_pass(name: str, count: int) -> None:
     """A few rounds of what `make chaos ARGS="--scenario …"` does many times."""
-    verdict, stage, facts = single_fault_runs.run(name, count, seed=1)
+    run_result, environment, facts = single_fault_runs.run(name, count, seed=1)
 
-    print(report.table(verdict, stage.faults, facts))
-    assert verdict.failed == []
-    assert sum(stage.faults.values()) >= 1
-    assert verdict.counts["ok"] > 100
+    print(report.table(run_result, environment.faults, facts))
+    assert run_result.failed == []
+    assert sum(environment.faults.values()) >= 1
+    assert run_result.counts["ok"] > 100

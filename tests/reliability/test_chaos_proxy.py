@@ -13,7 +13,7 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from chaos.fault_proxy import Proxy
-from chaos.resp_framing import Splitter
+from chaos.resp_framing import RespSplitter
 from support.server_process import Server
 from support.supervisor_process import until
 
@@ -56,7 +56,7 @@ def test_splitter_finds_the_same_wholes_in_any_chunks() -> None:
     ends = [sum(map(len, wholes[: i + 1])) for i in range(len(wholes))]
 
     for size in (1, 2, 7, len(stream)):
-        splitter = Splitter()
+        splitter = RespSplitter()
         found = [
             (at + end, name, push)
             for at in range(0, len(stream), size)

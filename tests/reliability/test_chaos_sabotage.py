@@ -41,8 +41,8 @@ def play_sabotaged(name: str) -> list[str]:
 
 
 def play_honest(name: str, seed: int = 1) -> str:
-    verdict = sabotage_cases.run(name, seed=seed)
-    return f"{verdict.failed} {verdict.examples}" if verdict.failed else ""
+    result = sabotage_cases.run(name, seed=seed)
+    return f"{result.failed} {result.examples}" if result.failed else ""
 
 
 def test_patches_are_many_and_aimed() -> None:

@@ -18,7 +18,7 @@ from conveyor import ConfigurationError, Conveyor
 from conveyor.worker.worker import Worker
 from support.running_worker import audit, counts, until, working
 from support.server_process import Server, find_binary
-from support.worker_processes import fleet, wait
+from support.worker_processes import wait, worker_processes
 
 Rounds = Callable[[int, int], int]
 LEASE = 4.0
@@ -31,7 +31,7 @@ RIGHT = {"FAKETIME_DONT_FAKE_MONOTONIC": "1"}
 
 
 @pytest.mark.row("B1", "I11")
-@pytest.mark.leaves_keys("what is left is taken away by the fleet")
+@pytest.mark.leaves_keys("what is left is taken away by its fixture")
 @needs_faketime
 @pytest.mark.standalone_only(
     "a certificate made just now is not valid yet an hour ago", on=("valkey", "redis6", "redis7", "acl")
@@ -39,7 +39,7 @@ RIGHT = {"FAKETIME_DONT_FAKE_MONOTONIC": "1"}
 def test_workers_with_wrong_clocks_are_on_time(url: str, tmp_path: Path, rounds: Rounds) -> None:
     """Workers an hour ahead and an hour behind: delayed jobs start at their instants, and nobody's lease is doubted."""
     count = rounds(1000, 100)
-    with fleet(url, tmp_path, lease="1s") as one:
+    with worker_processes(url, tmp_path, lease="1s") as one:
         for shift in ("+3600s", "-3600s"):
             one.start(env={"LD_PRELOAD": str(_LIBRARY[0]), "FAKETIME": shift, **RIGHT})
         one.start()

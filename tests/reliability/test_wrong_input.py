@@ -16,7 +16,7 @@ from conveyor.jobs.task import definition_of
 from conveyor.store.client.client import Client
 from conveyor.store.transport import replies
 from conveyor.worker import logs
-from support.server_groups import ClusterOfNodes, Watched
+from support.server_groups import ClusterOfNodes, SentinelGroup
 from support.server_process import Server
 from support.shell import Shell
 
@@ -54,10 +54,10 @@ def test_a_database_that_is_not_there(server: Server) -> None:
     assert caught.value.code == "E02"
 
 
-def test_a_sentinel_is_no_server(watched: Watched) -> None:
+def test_a_sentinel_is_no_server(sentinel_group: SentinelGroup) -> None:
     """A plain URL that leads to a sentinel is E33, and says what to write."""
     with (
-        Conveyor(f"redis://{watched.sentinels[0].name}") as app,
+        Conveyor(f"redis://{sentinel_group.sentinels[0].name}") as app,
         pytest.raises(ConfigurationError, match=r"write redis\+sentinel://") as caught,
     ):
         app.queue("q").push(1)

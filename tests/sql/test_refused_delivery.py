@@ -16,7 +16,7 @@ from conveyor.jobs.app import Conveyor
 from conveyor.sql import Outbox
 from conveyor.store.operations import StalePush
 from support.databases import Database, prepare
-from support.interrupted_delivery import Fate, attempt, fill
+from support.interrupted_delivery import KillAtStep, attempt, fill
 from support.manual_worker import eventually
 from support.ready_ids import bare, line
 from support.server_process import Server
@@ -94,7 +94,7 @@ def test_killed_while_a_batch_is_cut(
     while killed:
         step += 1
         ids = fill(outbox, database, "mail", count=6)["mail"]
-        killed = attempt(outbox, database, Fate(step, after=after), monkeypatch)
+        killed = attempt(outbox, database, KillAtStep(step, after=after), monkeypatch)
         taken: list[str] = []
         while outbox.stats().waiting or len(mail):
             for message in mail.pull(10):

@@ -15,7 +15,7 @@ from conveyor.jobs.app import Conveyor
 from conveyor.payload.records import read_envelope
 from conveyor.sql import Outbox
 from support.databases import Database, prepare
-from support.manual_worker import Hand, arguments, eventually
+from support.manual_worker import ManualWorker, arguments, eventually
 from support.ready_ids import bare, line
 from support.running_worker import working
 from support.server_process import Server
@@ -91,10 +91,10 @@ def test_a_savepoint_takes_its_jobs_along(app: Conveyor, outbox: Outbox, databas
         add.enqueue(2)
         say(connection, "ROLLBACK TO here")
     assert outbox.deliver() == 1
-    hand = Hand(app)
-    assert hand.take(5) == bare([kept.id])
-    hand.done(*bare([kept.id]))
-    hand.leave()
+    manual = ManualWorker(app)
+    assert manual.take(5) == bare([kept.id])
+    manual.done(*bare([kept.id]))
+    manual.leave()
 
 
 def test_within_leaves_the_commit_to_the_program(app: Conveyor, outbox: Outbox, database: Database) -> None:
@@ -151,13 +151,13 @@ def test_options_arrive(app: Conveyor, outbox: Outbox, database: Database) -> No
 
     assert own.id == again.id == "order-7"
     assert later.status() == "scheduled"
-    hand = Hand(app)
-    taken = hand.take(5)
-    assert [arguments(app, hand.envelopes[id_])[0] for id_ in taken] == [[1, 0], [3, 0]]
-    assert hand.envelopes["order-7"].extra.headers == {"trace": "t1"}
+    manual = ManualWorker(app)
+    taken = manual.take(5)
+    assert [arguments(app, manual.envelopes[id_])[0] for id_ in taken] == [[1, 0], [3, 0]]
+    assert manual.envelopes["order-7"].extra.headers == {"trace": "t1"}
     for id_ in taken:
-        hand.done(id_)
-    hand.leave()
+        manual.done(id_)
+    manual.leave()
     assert [message.body for message in ack_all(mail, 5)] == ["before", "first"]
     later.cancel()
 
@@ -310,11 +310,11 @@ def test_arguments_and_middleware_are_the_same(app: Conveyor, outbox: Outbox, da
             add.enqueue("one")
     assert seen == [None, None]
     assert outbox.deliver() == 1
-    hand = Hand(app)
-    [id_] = hand.take(1)
-    assert hand.envelopes[id_].extra.headers == {"trace": "t1"}
-    hand.done(id_)
-    hand.leave()
+    manual = ManualWorker(app)
+    [id_] = manual.take(1)
+    assert manual.envelopes[id_].extra.headers == {"trace": "t1"}
+    manual.done(id_)
+    manual.leave()
 
 
 def test_sealed_payloads(url: str, database: Database) -> None:

@@ -23,7 +23,7 @@ from conveyor.store.keys import QueueKeys, known_queues
 from conveyor.store.operations import Entry, ProducerSequence, TurnReport
 from conveyor.store.transport import replies
 from conveyor.store.transport.cluster import slot_of
-from support.failover_load import Traffic
+from support.failover_load import FailoverLoad
 from support.running_worker import until, working
 from support.server_groups import ClusterOfNodes, free_port
 from support.shell import Shell
@@ -125,7 +125,7 @@ def test_blocking_calls_and_consumers_work_on_a_cluster(cluster: ClusterOfNodes)
 async def test_slot_with_jobs_moves_under_load(cluster: ClusterOfNodes, rounds: Callable[[int, int], int]) -> None:
     """The slot of a queue moves key by key, then whole, while a producer pushes and a worker runs: nothing lost, doubled, or refused."""
     many = rounds(50_000, 2_000)
-    traffic = Traffic(cluster.url, pace=0.001)
+    traffic = FailoverLoad(cluster.url, pace=0.001)
     task = traffic.app.tasks["note"]
     await traffic.app.aenqueue_many(task.s(-n - 1) for n in range(many))
     for node in cluster.masters():
@@ -170,7 +170,7 @@ async def test_pushes_wait_longer_for_a_slot_that_moves(cluster: ClusterOfNodes)
 @pytest.mark.row("C8")
 async def test_nodes_fail_over_under_load(cluster: ClusterOfNodes, rounds: Callable[[int, int], int]) -> None:
     """A replica takes over in good order, then its master is killed: work goes on by itself, no error is seen, nothing is lost or doubled."""
-    traffic, kills = Traffic(cluster.url), []
+    traffic, kills = FailoverLoad(cluster.url), []
     async with traffic.flowing():
         for _ in range(rounds(10, 1)):
             await asyncio.to_thread(cluster.failover, "{mail}")

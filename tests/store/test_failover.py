@@ -14,8 +14,8 @@ from conveyor.errors import DurabilityNotReached, StoreUnavailable
 from conveyor.jobs.app import Conveyor
 from conveyor.store import inspection, operations
 from conveyor.store.operations import WorkerUnregistered
-from support.manual_worker import Hand
-from support.replica_pair import Pair, Switch, bare, stored
+from support.manual_worker import ManualWorker
+from support.replica_pair import ReplicaPair, Switch, bare, stored
 from support.server_process import Server
 
 Start = Callable[..., Server]
@@ -44,7 +44,7 @@ class Producer(threading.Thread):
 
 def fail_over(start: Start, dice: random.Random) -> tuple[int, int, int, int]:
     """Kill a loaded primary whose replica is behind; return (confirmed, of these lost, unconfirmed, of these lost)."""
-    pair = Pair(start)
+    pair = ReplicaPair(start)
     door, stop = Switch(str(pair.primary.socket)), threading.Event()
     durability_request = {"wait_replicas": 1, "wait_timeout": "300ms"}
     producers = [
@@ -97,21 +97,21 @@ def test_failover_loses_nothing_that_was_confirmed(
 @pytest.mark.parametrize("known", [True, False], ids=["a known worker", "a worker that is forgotten too"])
 def test_a_lease_that_failover_forgets_is_refused(start_server: Start, known: bool) -> None:
     """A job leased from a primary that dies before its replica heard of it is leased to another, and the first holder changes nothing."""
-    pair = Pair(start_server)
+    pair = ReplicaPair(start_server)
     door = Switch(str(pair.primary.socket))
     with Conveyor(door.url) as app:
         task = app.task(name="note")(lambda n: None)
         task.options(id="one", wait_replicas=1).enqueue(1)
-        first = Hand(app) if known else None
+        first = ManualWorker(app) if known else None
         if known:
             task.options(id="two", wait_replicas=1).enqueue(2)  # the replica has what came before it
         pair.link.hold()
-        first = first or Hand(app)
+        first = first or ManualWorker(app)
         assert first.take() == ["one"]
         pair.primary.kill()
         pair.promote()
         door.turn(str(pair.replica.socket))
-        second = Hand(app)
+        second = ManualWorker(app)
         assert second.take() == ["one"]
         if known:
             assert first.turn(0, done=("one",)).lost == ["one"]

@@ -17,7 +17,7 @@ from support.running_worker import until, working
 
 
 @dataclass
-class Traffic:
+class FailoverLoad:
     """What was accepted, what ran how often, and which errors a producer saw."""
 
     url: str

@@ -16,11 +16,11 @@ from support.databases import Database
 from support.ready_ids import bare
 
 
-class Killed(BaseException):
+class ProcessKilled(BaseException):
     """Stands for the end of the process."""
 
 
-class Fate:
+class KillAtStep:
     """Kills at the n-th act of a delivery: before it is carried out, or right after."""
 
     def __init__(self, at: int, *, after: bool) -> None:
@@ -29,18 +29,18 @@ class Fate:
     def act(self, work: Callable[..., Any], *args: Any, **options: Any) -> Any:
         self.left -= 1
         if self.left == 0 and not self.after:
-            raise Killed
+            raise ProcessKilled
         try:
             return work(*args, **options)
         finally:
             if self.left == 0:
-                raise Killed
+                raise ProcessKilled
 
 
-class Mortal(DbapiConnection):
+class InterruptedConnection(DbapiConnection):
     """A link whose statements and commits are acts."""
 
-    def __init__(self, link: Any, fate: Fate) -> None:
+    def __init__(self, link: Any, fate: KillAtStep) -> None:
         super().__init__(link._connection, link._style, link.dialect)
         self.fate = fate
 
@@ -51,7 +51,7 @@ class Mortal(DbapiConnection):
         self.fate.act(super().commit)
 
 
-def attempt(outbox: Outbox, database: Database, fate: Fate, monkeypatch: pytest.MonkeyPatch) -> bool:
+def attempt(outbox: Outbox, database: Database, fate: KillAtStep, monkeypatch: pytest.MonkeyPatch) -> bool:
     """Deliver until fate strikes; return whether it did."""
     backend = outbox.app.client
     carry = backend.carry
@@ -59,8 +59,8 @@ def attempt(outbox: Outbox, database: Database, fate: Fate, monkeypatch: pytest.
     try:
         with monkeypatch.context() as patch:
             patch.setattr(backend, "carry", lambda *args, **options: fate.act(carry, *args, **options))
-            OutboxDelivery(outbox.app, outbox._table).pass_through(Mortal(blocking(connection), fate))
-    except Killed:
+            OutboxDelivery(outbox.app, outbox._table).pass_through(InterruptedConnection(blocking(connection), fate))
+    except ProcessKilled:
         return True
     else:
         return False

@@ -17,7 +17,7 @@ from support.running_worker import audit, counts, until, working
 PAUSE = 0.001
 
 
-class Load:
+class JobLoad:
     """
     Jobs with rising numbers are enqueued and run until the block ends; then everything accepted must have run.
 

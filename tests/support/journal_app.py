@@ -1,7 +1,7 @@
 """
 The app that the tests of failures run in real workers. It writes down each start and end of a job, one line each.
 
-With ``FLEET_POINT=name`` a process kills itself when it passes that point and finds the file *name* to take away; the ids
+With ``WORKERS_POINT=name`` a process kills itself when it passes that point and finds the file *name* to take away; the ids
 of the jobs it was at go into the file ``struck``.
 """
 
@@ -24,10 +24,10 @@ from conveyor.worker.execution.executor import Executor
 from conveyor.worker.leasing.queue_consumer import QueueConsumer
 from conveyor.worker.worker import Worker
 
-executor.AFTER_TIMEOUT = float(os.environ.get("FLEET_AFTER_TIMEOUT", "5"))
-recycling.LEAST_LIFE = float(os.environ.get("FLEET_LEAST_LIFE", "10"))
-PLACE = Path(os.environ.get("FLEET_PLACE", "/nowhere"))
-POINT = os.environ.get("FLEET_POINT", "")
+executor.AFTER_TIMEOUT = float(os.environ.get("WORKERS_AFTER_TIMEOUT", "5"))
+recycling.LEAST_LIFE = float(os.environ.get("WORKERS_LEAST_LIFE", "10"))
+PLACE = Path(os.environ.get("WORKERS_PLACE", "/nowhere"))
+POINT = os.environ.get("WORKERS_POINT", "")
 _RUNS = itertools.count()
 
 
@@ -236,5 +236,5 @@ def _arm() -> None:
 
 
 _arm()
-app = Conveyor(os.environ.get("CONVEYOR_URL"), lease=os.environ.get("FLEET_LEASE", "15s"))
+app = Conveyor(os.environ.get("CONVEYOR_URL"), lease=os.environ.get("WORKERS_LEASE", "15s"))
 declare(app)

@@ -15,7 +15,7 @@ from conveyor.store import operations
 from conveyor.store.operations import Settlement, TurnReply, TurnReport
 
 
-class Hand:
+class ManualWorker:
     """Holds what it took until it says how it ended."""
 
     def __init__(self, app: Conveyor, queue: str = "default") -> None:
@@ -80,9 +80,9 @@ def drain(app: Conveyor) -> None:
         for place in ("due", "dead", "ready"):
             while app.client.run(operations.purge(keys, place, 500))[0]:
                 pass
-        hand = Hand(app, queue)
-        assert hand.take(1000) == []
-        hand.leave()
+        manual = ManualWorker(app, queue)
+        assert manual.take(1000) == []
+        manual.leave()
         app.client.execute("DEL", keys.wake, key=keys.wake)  # a token that no worker took
 
 

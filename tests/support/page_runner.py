@@ -117,7 +117,7 @@ class Terminal:
         os.close(self._screen)
 
 
-class Reader:
+class PageRunner:
     """Does with the blocks of a page what a person does."""
 
     def __init__(self, directory: Path, url: str | None) -> None:
@@ -137,7 +137,7 @@ class Reader:
         self._running: list[Terminal] = []
         self._snippets: subprocess.Popen[str] | None = None
 
-    def __enter__(self) -> Reader:
+    def __enter__(self) -> PageRunner:
         return self
 
     def __exit__(

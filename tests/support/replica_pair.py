@@ -18,7 +18,7 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-class Pair:
+class ReplicaPair:
     """A primary and one replica that follows it through a `link` that can be held; `promote` makes it the primary."""
 
     def __init__(self, start: Callable[..., Server], name: str = "valkey", *options: str) -> None:

@@ -43,7 +43,7 @@ def full(client: redis_py.Redis) -> Iterator[None]:
         client.config_set("maxmemory", "0")
 
 
-class Scene:
+class SeededQueue:
     """The queue `q` of one server. Workers have a lease of a minute, so nothing ends by itself."""
 
     def __init__(self, client: redis_py.Redis, url: str, keys: QueueKeys | None = None) -> None:
@@ -91,7 +91,7 @@ class Scene:
         assert self.turn(worker, 1, len(ids)).ids == list(ids)
         self.take_token()
 
-    def bury(self, *ids: str, state: bytes = b"1 1 0\n{}") -> None:
+    def add_dead(self, *ids: str, state: bytes = b"1 1 0\n{}") -> None:
         """Make dead letters, in this order; nothing else remains but the declared constant keys."""
         self.lease(*ids, worker="undertaker")
         self.turn("undertaker", 2, others=[Settlement("X", id_, state=state) for id_ in ids])

@@ -134,7 +134,7 @@ class Node:
 QUIET = ("--save", "", "--appendonly", "no", "--repl-diskless-sync", "yes", "--repl-diskless-sync-delay", "0")
 
 
-class Watched:
+class SentinelGroup:
     """A master with a replica, and three sentinels that watch them: `url` leads to whoever is master."""
 
     NAME = "main"

@@ -23,9 +23,9 @@ from conveyor.store.operations import (
     WorkerUnregistered,
 )
 from conveyor.store.script import Call
-from support.queue_model import FRESH, History, Job, Member, Model, Reply
+from support.queue_model import FRESH, History, Job, Model, ModelWorker, Reply
 from support.queue_snapshot import history, read
-from support.seeded_queue import LEASE, REST, Scene
+from support.seeded_queue import LEASE, REST, SeededQueue
 
 KINDS = ["keep", "done", "done", "D", "C", "X", "R0", "R", "F", "F-", "M", "M*"]
 SPECS = ["plain", "plain", "plain", "urgent", "later", "zero", "unique", "own", "expired", "front", "all"]
@@ -43,17 +43,17 @@ def same_turn(found: TurnReply, expected: Reply, *, paused: bool) -> None:
     assert (found.more, found.next_due is not None, found.paused) == (expected.more, expected.due, paused)
 
 
-class Machine(RuleBasedStateMachine):
+class QueueMachine(RuleBasedStateMachine):
     """Three workers, two producers, and people who cancel, purge, pause, redrive; calls arrive twice and late."""
 
-    scene: ClassVar[Scene]
+    seeded: ClassVar[SeededQueue]
 
     def __init__(self) -> None:
         super().__init__()
-        self.scene.redis.flushall(asynchronous=False)
-        self.keys = self.scene.keys
+        self.seeded.redis.flushall(asynchronous=False)
+        self.keys = self.seeded.keys
         self.model = Model()
-        self.base = self.scene.now()
+        self.base = self.seeded.now()
         self.count = itertools.count(1)
         self.lanes = [ProducerSequence("L0"), ProducerSequence("L1")]
         self.pushed: list[list[tuple[Call[Any], list[str]]]] = [[], []]
@@ -64,8 +64,8 @@ class Machine(RuleBasedStateMachine):
 
     def _hire(self, seat: int) -> str:
         name = f"w{seat}-{next(self.count)}"
-        self.scene.register(name)
-        self.model.members[name] = Member()
+        self.seeded.register(name)
+        self.model.members[name] = ModelWorker()
         return name
 
     def _seat(self, pick: int) -> str:
@@ -88,7 +88,7 @@ class Machine(RuleBasedStateMachine):
         raise AssertionError(f"{error} was expected")
 
     def _run(self, call: Call[Any]) -> Any:
-        return self.scene.run(call)
+        return self.seeded.run(call)
 
     # -- producers ------------------------------------------------------------------------------------------------
 
@@ -189,7 +189,7 @@ class Machine(RuleBasedStateMachine):
         name = self._seat(seat)
         member = self.model.members[name]
         if woken:  # an idle worker takes the token, then makes its turn
-            self.scene.take_token()
+            self.seeded.take_token()
             self.model.token = False
         chosen = [(kind, id_) for kind, id_ in zip(kinds, list(member.leases), strict=False) if kind != "keep"]
         if foreign < 10 and (stranger := self._any(foreign)) not in member.leases:
@@ -212,7 +212,7 @@ class Machine(RuleBasedStateMachine):
         if name not in self.model.members:
             self.gone.append(name)
         for id_ in self.model.dead[buried:]:  # so that no two die in the same millisecond
-            self.scene.redis.zadd(self.keys.dead, {id_: self.base - 10**6 + next(self.count)})
+            self.seeded.redis.zadd(self.keys.dead, {id_: self.base - 10**6 + next(self.count)})
 
     @precondition(lambda self: any(self.model.ready.values()))
     @rule(seat=ANY, want=st.sampled_from([1, 1, 2, 3, 1000]))
@@ -265,14 +265,14 @@ class Machine(RuleBasedStateMachine):
         names = list(self.model.members)
         name, end = names[pick % len(names)], None
         if how in {"looks", "beaten", "moved"}:
-            end = self.scene.now() - 1000
-            self.scene.redis.zadd(self.keys.workers, {name: end})
+            end = self.seeded.now() - 1000
+            self.seeded.redis.zadd(self.keys.workers, {name: end})
         if how == "beaten":
             self._run(operations.heartbeat(self.keys, name, LEASE))
         if how == "moved":  # it has beaten, and its lease has ended once more
-            self.scene.redis.zadd(self.keys.workers, {name: end + 1})
+            self.seeded.redis.zadd(self.keys.workers, {name: end + 1})
         if how == "alive":
-            end = int(self.scene.redis.zscore(self.keys.workers, name))
+            end = int(self.seeded.redis.zscore(self.keys.workers, name))
         blame = None
         if how == "blame":
             held = [*self.model.members[name].leases]
@@ -330,7 +330,7 @@ class Machine(RuleBasedStateMachine):
             assert self._run(operations.promote(self.keys, id_)) is False
         else:
             rank = next(self.count)
-            self.scene.redis.zadd(self.keys.due, {id_: rank})
+            self.seeded.redis.zadd(self.keys.due, {id_: rank})
             self.model.due[id_] = float(rank)
 
     @precondition(lambda self: self.model.jobs)
@@ -354,14 +354,14 @@ class Machine(RuleBasedStateMachine):
 
     @rule()
     def script_flush(self) -> None:
-        self.scene.redis.script_flush()
+        self.seeded.redis.script_flush()
 
     # -- what holds after every step ------------------------------------------------------------------------------
 
     @invariant()
     def is_alike(self) -> None:
         """The queue is where the model says, each id in one place, and nobody sleeps beside work."""
-        assert read(self.scene.redis, self.keys) == self.model.snapshot()
+        assert read(self.seeded.redis, self.keys) == self.model.snapshot()
         assert self._run(inspection.audit(self.keys)) == []
         counted, model = self._run(inspection.counts(self.keys)), self.model
         assert (len(counted), counted.leased, counted.dead) == (

@@ -95,7 +95,7 @@ class Queue:
                 client.delete(key)
 
 
-class Supervised:
+class SupervisorProcess:
     """A supervisor with its children."""
 
     def __init__(self, url: str, log: Path, env: dict[str, str], **options: Any) -> None:
@@ -103,7 +103,7 @@ class Supervised:
         with log.open("wb") as out:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "support.stub_worker", json.dumps(options)],
-                env={**os.environ, "STAND_IN_URL": url, "PYTHONPATH": os.pathsep.join(sys.path), **env},
+                env={**os.environ, "STUB_URL": url, "PYTHONPATH": os.pathsep.join(sys.path), **env},
                 stderr=out,
                 stdin=subprocess.DEVNULL,
             )

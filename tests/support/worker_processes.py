@@ -41,7 +41,7 @@ class Line(NamedTuple):
     wall: float
 
 
-class Fleet:
+class WorkerProcesses:
     """The app of the tests in this process, and supervisors that serve it, started by `start`."""
 
     def __init__(self, url: str, place: Path, *, lease: str = "15s", **env: str) -> None:
@@ -51,8 +51,8 @@ class Fleet:
         self.tasks = journal_app.declare(self.app)
         self.keys = self.app.client.keys("default")
         paths = os.pathsep.join(path for path in sys.path if path)
-        self._env = {**os.environ, "PYTHONPATH": paths, "CONVEYOR_URL": url, "FLEET_PLACE": str(place)}
-        self._env |= {"FLEET_LEASE": lease, **env}
+        self._env = {**os.environ, "PYTHONPATH": paths, "CONVEYOR_URL": url, "WORKERS_PLACE": str(place)}
+        self._env |= {"WORKERS_LEASE": lease, **env}
         self.supervisors: list[subprocess.Popen[bytes]] = []
         self._read, self._lines = 0, []
 
@@ -183,9 +183,9 @@ class Fleet:
 
 
 @contextmanager
-def fleet(url: str, place: Path, **options: Any) -> Iterator[Fleet]:
-    """Give a fleet; after the block its processes are gone, and so is what they left in Redis."""
-    made = Fleet(url, place, **options)
+def worker_processes(url: str, place: Path, **options: Any) -> Iterator[WorkerProcesses]:
+    """Give worker processes; after the block its processes are gone, and so is what they left in Redis."""
+    made = WorkerProcesses(url, place, **options)
     with made:
         yield made
     made.tidy()

@@ -18,9 +18,9 @@ from conveyor.worker.crash_attribution import BESIDE, EXECUTING, FULL, LOOP, SEA
 from conveyor.worker.shared_memory import ChildSlot, ChildSpec, SharedMemory
 from conveyor.worker.worker import Worker
 from support import process_app
-from support.client_worker import HandWorker
+from support.client_worker import ClientWorker
 from support.running_worker import until
-from support.worker_processes import fleet, wait
+from support.worker_processes import wait, worker_processes
 
 IDS = ["on-the-loop", "on-a-thread", "waits", "prefetched"]
 ON_LOOP, ON_THREAD, WAITS, PREFETCHED = IDS
@@ -158,15 +158,15 @@ def test_a_crash_that_was_counted_before_is_kept_or_taken_back(app: Conveyor, ho
     task = app.task(name="any")(lambda: None)
     for _ in range(4):
         task.enqueue()
-    hand = HandWorker(app.client, "default")
-    ids = [split(public)[1] for public in hand.take(4)]
+    manual = ClientWorker(app.client, "default")
+    ids = [split(public)[1] for public in manual.take(4)]
     marks = [Settlement("M", ids[2], state=b"1 0 2+"), Settlement("M", ids[3], state=b"1 0 2*")]
-    hand._turn(0, TurnReport(others=marks))
+    manual._turn(0, TurnReport(others=marks))
     blame = {"blamed": (ids, []), "near": ([], ids), "neither": ([], [])}.get(how)
 
-    app.client.run(operations.reap(hand.keys, hand.identity, crashed=how != "leave", blame=blame))
+    app.client.run(operations.reap(manual.keys, manual.identity, crashed=how != "leave", blame=blame))
 
-    states = [app.client.execute("HGET", hand.keys.state, id_, key=hand.keys.state) for id_ in ids]
+    states = [app.client.execute("HGET", manual.keys.state, id_, key=manual.keys.state) for id_ in ids]
     assert [int(state.split()[2]) for state in states] == crashes  # with no doubt left
     app.queue("default").purge()
 
@@ -175,7 +175,7 @@ def test_a_crash_that_was_counted_before_is_kept_or_taken_back(app: Conveyor, ho
 @pytest.mark.parametrize("how", ["segfault", "exit", "abort"])
 def test_a_fault_is_charged_to_who_was_executed(url: str, tmp_path: Path, how: str) -> None:
     """Jobs that wait in the same process while another one ends it three times are back each time, and have no crash."""
-    with fleet(url, tmp_path, lease="10s") as one:
+    with worker_processes(url, tmp_path, lease="10s") as one:
         one.start(processes=1, concurrency=10)
         waiting = one.app.enqueue_many(one.tasks.note.s(n, 60) for n in range(5))
         wait(lambda: len(one.starts()) == 5)
