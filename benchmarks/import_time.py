@@ -1,4 +1,4 @@
-"""How long `import conveyor` and `conveyor --help` take, in fresh processes, beside `import asyncio`."""
+"""Time `import conveyor` and `conveyor --help` in fresh processes, beside `import asyncio`."""
 
 from __future__ import annotations
 

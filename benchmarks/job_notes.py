@@ -1,4 +1,4 @@
-"""What the jobs of a scenario wrote down, read while they write it."""
+"""The lines that the jobs of a scenario write, read while they are written."""
 
 from __future__ import annotations
 

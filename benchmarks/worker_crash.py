@@ -16,7 +16,7 @@ _SECONDS = 20  # the longest wait for the jobs of one killed process
 
 
 class Watch:
-    """What is known of each job from the notes that the jobs make."""
+    """The state of each job, read from the notes that the jobs write."""
 
     def __init__(self, record: Record) -> None:
         """Know of no job yet."""

@@ -130,7 +130,7 @@ class Environment:
         self.proxy.heal()
         self.server.thaw()
         if self.faults["step clock"]:
-            # What was scheduled while the clock was an hour ahead is due now, too. Not two hours: a push whose reply is
+            # Jobs scheduled while the clock was an hour ahead are due now, too. Not two hours: a push whose reply is
             # lost just now is repeated, and a lane remembers it for so long (docs/reliability.md, Limits).
             self.server.set_clock(70 * 60)
         self.wait(lambda: self.server.command("CONFIG", "SET", "maxmemory", "0"), 20)

@@ -1,4 +1,4 @@
-"""What goes wrong in a run: a schedule drawn from the seed, and the hand that carries it out."""
+"""The faults of a run: a schedule drawn from the seed, and the thread that carries it out."""
 
 from __future__ import annotations
 
@@ -84,7 +84,6 @@ class FaultInjector:
     """Carries a schedule out on a stage, on a thread of its own; what lasts ends on another."""
 
     def __init__(self, environment: Environment, faults: list[Fault]) -> None:
-        """Take the stage and the schedule."""
         self.environment, self.faults = environment, faults
         self.struck: Counter[str] = Counter()
         """Kind → how often it was carried out to the end."""

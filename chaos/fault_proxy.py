@@ -53,7 +53,7 @@ class Proxy(ProxyState):
 
     @property
     def url(self) -> str:
-        """What clients connect to."""
+        """The URL that clients connect to."""
         return f"unix://{self._listen}?db=0" if self._listen else f"redis://127.0.0.1:{self.port}/0"
 
     # Faults

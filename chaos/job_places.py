@@ -40,7 +40,7 @@ class JobPlaces:
         self._wrong: set[tuple[bytes, bytes]] = set()
 
     def take(self, name: bytes, queue: bytes, kind: bytes, rest: Command) -> None:
-        """Take one command on the key *kind* of *queue*; *rest* are its arguments after the key."""
+        """Apply one command on the key *kind* of *queue*; *rest* are its arguments after the key."""
         places = self._queues[queue]
         if kind == b"jobs":
             touched = self._on_jobs(places, name, rest)

@@ -40,7 +40,7 @@ class Producer:
     """Draws calls, makes them, and keeps the books."""
 
     def __init__(self, number: int, seed: int) -> None:
-        """Take the number that tells this producer's tokens from the others'."""
+        """*number* tells the tokens of this producer from those of the others."""
         self.random = random.Random(f"{seed}/{number}")
         self.calls = RunLog(Path(os.environ["CHAOS_DIR"]) / "calls")
         self.prefix = f"{number}.{os.getpid()}."

@@ -35,7 +35,7 @@ class Swallow:
 
 
 class ProxyState:
-    """What all connections of a proxy share: the faults that are on, and what was counted."""
+    """The state that all connections of a proxy share: active faults and counters."""
 
     def __init__(self, upstream: str | Path | tuple[str, int], seed: int) -> None:
         self.upstream = upstream
@@ -84,7 +84,7 @@ class Pipe:
         self.timer: asyncio.TimerHandle | None = None
 
     def put(self, data: bytes | None) -> None:
-        """Take bytes, or the end, from the source."""
+        """Accept bytes, or the end of the stream, from the source."""
         if self.muted:
             return
         proxy = self.link.proxy

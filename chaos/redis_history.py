@@ -1,4 +1,4 @@
-"""What Redis recorded, read from its append-only file: every effect of every script, in order, none left out.
+"""The history of a run as Redis recorded it in its append-only file: every effect of every script, in order.
 
 The file is written before a reply leaves, so it knows more than any client: which jobs were accepted, who held them,
 how they ended. Key names are those of docs/reference/redis-keys.md.
@@ -19,7 +19,7 @@ from chaos.job_places import Command, JobPlaces
 
 @dataclass
 class Job:
-    """What became of one id of one queue."""
+    """The recorded life of one id of one queue."""
 
     created: int = 0
     """How often it was stored: more than once is a push that happened twice."""
@@ -54,7 +54,7 @@ class History:
         self._keys: dict[tuple[bytes, bytes], str] = {}
 
     def apply(self, transaction: list[Command]) -> None:
-        """Take one script's effects."""
+        """Apply the effects of one script."""
         self.writes += len(transaction)
         released: dict[str, bytes] = {}
         before = set[str]()

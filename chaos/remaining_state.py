@@ -1,4 +1,4 @@
-"""What is left in Redis, read with plain redis-py and the key names of docs/reference/redis-keys.md."""
+"""The content of Redis after a run, read with plain redis-py and the key names of docs/reference/redis-keys.md."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run left behind, in the form the checker reads: calls, runs, faults, Redis' own history, and what remained."""
+"""The data of a run in the form the checker reads: calls, runs, faults, Redis' own history, and what remained."""
 
 from __future__ import annotations
 

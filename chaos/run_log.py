@@ -1,4 +1,4 @@
-"""What programs write down outside the queue: one line, one write, however many processes share the file."""
+"""The log that programs keep outside the queue: one write a line, so that any number of processes can share the file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a judgement consists of: counts by the lines of the table, examples of what is wrong, and which of it fails the run."""
+"""The result of a run: counts by the lines of the table, examples of errors, and the lines that fail the run."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ class Case(NamedTuple):
 def run(name: str, *, source: Path | None = None, seed: int = 1) -> RunResult:
     """Play a case on the given `src`; returns the verdict."""
     case = CASES[name]
-    # What is meant to fail ends early when it is stuck. Ours is stuck only when it is: a busy machine is slow at everything.
+    # A sabotaged build ends early when it is stuck. For ours the limit is long, because a busy machine is slow at everything.
     with Environment(
         seed=seed, lease=case.lease, source=source, patience=1.0 if source is not None else 4.0
     ) as environment:

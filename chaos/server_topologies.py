@@ -22,7 +22,7 @@ ONCE: dict[str, Any] = {"socket_timeout": 5}
 
 
 class ServerTopology:
-    """What a stage asks of its Redis; there is no append-only file, so no history."""
+    """The servers of a run, as its environment uses them; there is no append-only file, so no history."""
 
     directory: Path
     url: str

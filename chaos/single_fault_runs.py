@@ -19,7 +19,7 @@ Facts = dict[str, Any]
 
 
 class Scenario(NamedTuple):
-    """What it does, how often in a full run, and the lease of its workers."""
+    """A scenario: its function, its count in a full run, and the lease of its workers."""
 
     play: Callable[[Environment, int, Facts], RunResult]
     times: int

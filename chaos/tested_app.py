@@ -136,14 +136,14 @@ async def hopeless(token: str, context: Context = current()) -> dict[str, Any]:
 
 @app.task(name="poison", retry=Retry(attempts=40, max_crashes=MAX_CRASHES))
 async def poison(token: str, how: str, context: Context = current()) -> None:
-    """Take the worker along: with the exit code that *how* says, or with a signal."""
+    """End the worker process, with the exit code or the signal that *how* names."""
     with noted(token, context.job_id, context.attempt):
         die(how)
 
 
 @app.task(name="boxed_poison", queue="box", run_in="process", retry=Retry(attempts=40, max_crashes=MAX_CRASHES))
 def boxed_poison(token: str, how: str, context: Context = current()) -> None:
-    """Take the job's own process along."""
+    """End the job's own process."""
     with noted(token, context.job_id, context.attempt):
         die(how)
 

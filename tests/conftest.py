@@ -23,7 +23,7 @@ _OLDER = ("redis6", "redis7")
 
 
 def pytest_configure() -> None:
-    """Take interrupts even where a shell started the tests in the background: programs under test inherit what we do."""
+    """Restore SIGINT where a background shell ignored it: programs under test inherit the setting."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -62,7 +62,7 @@ def _uses_the_server(item: pytest.Item) -> bool:
 
 @pytest.fixture
 def rounds(request: pytest.FixtureRequest) -> Callable[[int, int], int]:
-    """How often a fault is made: `rounds(500, 20)` is the first with --full, the second without."""
+    """The number of rounds of a fault: `rounds(500, 20)` is the first with --full, the second without."""
     whole = bool(request.config.getoption("--full"))
     return lambda full, ci: full if whole else ci
 

@@ -86,7 +86,7 @@ def test_messages(alone: Conveyor) -> None:
 
 
 def test_plain_list(alone: Conveyor, redis: Any) -> None:
-    """What another program pushes on a plain list is consumed under leases, and the other way round."""
+    """Entries that another program pushes on a plain list are consumed under leases, and the other way round."""
     tasks = alone.plain_list("my_task_queue")
     redis.rpush("my_task_queue", '{"id": 1}', '{"id": 2}')
     with closing(tasks.consume()) as messages:

@@ -172,7 +172,7 @@ def test_durable_pushes_need_a_little_more(name: str, start_server: Callable[...
 
 @pytest.mark.parametrize("name", ["valkey", "redis6"])
 def test_lines_make_a_file_of_users(name: str, start_server: Callable[..., Server], tmp_path: Path) -> None:
-    """What is printed for users.acl is a file that a server starts with, once passwords are in; as printed it refuses it."""
+    """The text printed for users.acl is a file that a server starts with once passwords are in; as printed the server refuses it."""
     printed = Shell(tmp_path).run("acl", "--namespace", NAMESPACE, "--format", "users.acl")
     assert printed.returncode == 0
     place = tmp_path / "users.acl"

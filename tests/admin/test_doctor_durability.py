@@ -1,4 +1,4 @@
-"""What the doctor says of what a push may ask for."""
+"""The doctor's findings about durability: `wait_replicas` and `fsync`."""
 
 from __future__ import annotations
 

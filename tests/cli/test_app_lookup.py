@@ -96,7 +96,7 @@ def test_namespace_of_the_app_is_used(shell: Shell, backend: Client) -> None:
     ],
 )
 def test_app_that_cannot_be_found(shell: Shell, reference: str, code: str, words: list[str]) -> None:
-    """What is wrong with the app is said in one screen, with what is nearby; the exit code is 4."""
+    """An error in the app is explained in one screen, with the names that exist nearby; the exit code is 4."""
     shell.write("broken.py", "import jobs\n\n1 / 0\n")
     shell.write("gone.py", "import not_installed\n")
     shell.write("wrong.py", "def\n")
@@ -258,7 +258,7 @@ def test_wrong_option_of_a_worker_is_usage(shell: Shell, words: list[str], said:
 
 
 def test_worker_settings_by_source(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the supervisor is given: the flag, else the variable, else pyproject.toml, else the default."""
+    """The supervisor gets the flag, else the variable, else the value in pyproject.toml, else the default."""
     import sys
 
     from click.testing import CliRunner

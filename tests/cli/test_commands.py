@@ -121,7 +121,7 @@ def test_push_passes_a_slow_pipe_on(shell: Shell, backend: Client) -> None:
 
 @pytest.mark.parametrize("bad", ["{bad", "", "nan", "[" * 500 + "]" * 500])
 def test_bad_message_stores_nothing(shell: Shell, backend: Client, bad: str) -> None:
-    """What is no JSON or too deep ends with 2, says which line, and stores nothing of what came with it."""
+    """A line that is no JSON, or too deep, ends the command with 2 and its number, and nothing of the input is stored."""
     done = shell.run("push", "mail", "-", stdin=f"1\n{bad or '}'}\n")
 
     assert (done.returncode, done.stdout) == (2, "")

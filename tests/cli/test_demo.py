@@ -42,7 +42,7 @@ STATES = {"q:a": "done", "q:b": "done", "q:c": "dead", "q:d": "scheduled"}
 
 
 def test_accounts_add_up_by_their_parts() -> None:
-    """What was accepted is done, dead or left, and the job that a kill cut off is seen to run again."""
+    """Every accepted job is done, dead or left, and the report shows that the job cut off by a kill ran again."""
     account = judge(ACCEPTED, STATES, trails(lines()), [KILL])
 
     assert (account.accepted, account.done, account.dead, account.left, account.lost) == (4, 2, 1, 1, 0)

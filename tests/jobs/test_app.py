@@ -34,7 +34,7 @@ def note(app: Conveyor) -> Task[[int], None]:
 
 
 def numbers(app: Conveyor, queue: str = "default") -> list[int]:
-    """Take all jobs of *queue* and return the numbers they were enqueued with, first come first."""
+    """Lease all jobs of *queue* and return the numbers they were enqueued with, in order."""
     manual, found = ManualWorker(app, queue), []
     while ids := manual.take(1000):
         found += [arguments(app, manual.envelopes[id_])[0][0] for id_ in ids]

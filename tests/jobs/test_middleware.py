@@ -85,7 +85,7 @@ def test_push_may_change_what_goes_out(app: Conveyor, note: Task[[int], None]) -
 def test_push_cannot_break_the_rules(
     app: Conveyor, note: Task[[int], None], redis: redis_py.Redis, name: str, value: Any
 ) -> None:
-    """What a push made of a job is checked as what the caller wrote; nothing is stored."""
+    """A call that middleware has changed is checked like one that the caller wrote; nothing is stored."""
 
     class Break(Middleware):
         def push(self, outgoing: Outgoing) -> None:
@@ -126,7 +126,7 @@ async def test_runs_nest_the_first_outermost(app: Conveyor) -> None:
 
 
 async def test_run_sees_what_the_job_raises(app: Conveyor) -> None:
-    """What a job raises passes outwards, and a middleware may answer instead of it."""
+    """An exception of a job passes outwards through the middleware, which may answer instead."""
 
     @app.middleware
     async def rescue(context: Context, call_next: CallNext) -> Any:

@@ -82,7 +82,7 @@ def test_default_name_of_a_script_is_its_modules(tmp_path: Path) -> None:
 
 
 def test_arguments_arrive_in_their_types(app: Conveyor) -> None:
-    """What is enqueued is what the function would be called with, dataclasses and datetimes included."""
+    """The stored arguments are those the function would be called with, dataclasses and datetimes included."""
     seen = datetime(2026, 1, 2, tzinfo=UTC)
 
     @app.task
@@ -278,7 +278,7 @@ def test_wrong_settings_are_refused(app: Conveyor, wrong: dict[str, Any]) -> Non
 
 
 def test_settings_are_kept_for_the_worker(app: Conveyor) -> None:
-    """What the decorator was given is what the worker reads, in ms."""
+    """The worker reads the options of the decorator, in ms."""
     task = app.task(
         name="mail.add", queue="mail", timeout="30s", retry=3, keep_result=0, run_in="process", ack="early"
     )(add)

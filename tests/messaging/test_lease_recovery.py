@@ -1,4 +1,4 @@
-"""What happens to leases when somebody dies: a consumer, the server, or its data."""
+"""Leases after a death: of a consumer, of the server, or of its data."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class TestLost:
         consumer.close()
 
     def test_a_killed_consumer_gives_back(self, backend, url):
-        """What a process held that was killed comes back with the next attempt number, by two looks of another."""
+        """Messages of a killed process come back with the next attempt number, after two looks by another consumer."""
         queue = Queue(backend, "mail", lease_ms=400, retry=FAST)
         queue.push_many(["a", "b"])
         process = _process(

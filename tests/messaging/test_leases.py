@@ -122,7 +122,7 @@ class TestRounds:
         assert not books.held
 
     def test_another_count_is_reconciled(self):
-        """What Redis holds for us and we do not know goes back; what it does not know is lost."""
+        """Leases that Redis lists and the session does not know go back; those that Redis does not list are lost."""
         books = lessee()
         play(books.round(2), [0, turn(ids=["a", "b"])])
         lost = books.held["b"]
@@ -134,7 +134,7 @@ class TestRounds:
         assert list(books.held) == ["a"]
 
     def test_identity_is_not_used_again_after_it_left(self):
-        """What is left of an identity that went away expires, so it must lease nothing."""
+        """An identity that has left leases nothing, because what remains of it expires."""
         books = lessee()
         play(books.round(1), [0, turn()])
         before = books.worker

@@ -316,7 +316,7 @@ class TestRepartition:
         assert (len(done), queue8.purge()) == (1, 1)
 
     def test_a_plain_list_is_one_key(self, url):
-        """What is not a queue of ours cannot be laid elsewhere."""
+        """The number of partitions cannot be changed for a name that is no queue of Conveyor."""
         with Conveyor(url) as app:
             readings = app.plain_list("readings")
             with pytest.raises(ConfigurationError, match="is one key"):

@@ -49,7 +49,7 @@ def drained(queue, **options):
 class TestConsume:
     @pytest.mark.parametrize("prefetch", [1, 7, 500])
     def test_everything_once_in_order_within_a_partition(self, orders, prefetch):
-        """Whatever is leased ahead, each message is handed out once, those of a partition in their order."""
+        """With any prefetch each message is handed out once, those of a partition in their order."""
         orders.push_many(range(600))
         found = drained(orders, prefetch=prefetch)
         assert sorted(message.body for message in found) == list(range(600))
@@ -293,7 +293,7 @@ class TestModel:
 
 
 def _consume_some(queue, chance, ended):
-    """Take a few with a loop that is then left; never more than there are, or it would wait for ever."""
+    """Take a few messages in a loop that is then left; with more than there are it would wait for ever."""
     few = min(chance.randrange(12), queue.stats().ready)
     if few:
         for message in queue.consume(prefetch=chance.randrange(1, 10)):

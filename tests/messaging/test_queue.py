@@ -190,7 +190,7 @@ class TestMaximumLength:
         assert queue.purge() == 1
 
     def test_too_many_at_a_time(self, backend, monkeypatch):
-        """What could not be accepted in one step is refused before any of it is sent."""
+        """A push that cannot be accepted in one step is refused before any of it is sent."""
         monkeypatch.setattr("conveyor.messaging.publisher.WINDOW", 10)
         queue = Queue(backend, "small", Order, lease_ms=2000, max_length=100)
         with pytest.raises(ConfigurationError, match="at most 10 messages at a time"):
@@ -253,7 +253,7 @@ class TestBadInput:
         ],
     )  # fmt: skip
     def test_declarations(self, backend, options):
-        """What does not work yet, or never, is refused where it is declared."""
+        """An option that is not supported is refused where it is declared."""
         with pytest.raises(ConfigurationError):
             Queue(backend, "q", Order, **{"lease_ms": 1000, **options})
 

@@ -121,7 +121,7 @@ async def test_large_arguments_survive_retries_and_death(app, store):
 
 @pytest.mark.parametrize("fault", ["missing", "changed", "cut", "another"])
 async def test_body_that_is_gone_makes_a_dead_letter(app, store, fault):
-    """What is not there any more, or not what was stored, is E42; put back and redriven, the job runs."""
+    """A blob that is gone or changed is E42; put back and redriven, the job runs."""
     task = length(app)
     job, other = await task.aenqueue(BIG), await task.aenqueue(BIG[1:])
     (name, data), (_second, theirs) = store.data.items()
@@ -277,7 +277,7 @@ def test_file_store_keeps_to_its_directory(tmp_path):
     [{"large": "not a store"}, {"large": Memory(), "large_above": "1MiB"}, {"large": Memory(), "max_large": 1}],
 )
 def test_bad_stores_are_refused(url, options):
-    """What cannot work is refused where it is written."""
+    """Options that cannot work are refused where they are written."""
     with pytest.raises(ConfigurationError):
         Conveyor(url, **options)
     assert issubclass(BlobUnavailable, StoreUnavailable)

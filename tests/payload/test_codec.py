@@ -325,7 +325,7 @@ def test_depth_of_many_chains_is_that_of_the_deepest(lengths, hung):
     ids=range(11),
 )
 def test_bytes_that_hold_no_value_are_refused(type_, data, code, text):
-    """What does not decode into the type raises PayloadError, with the place where it went wrong."""
+    """A document that does not decode into the type raises PayloadError with the place of the error."""
     with pytest.raises(PayloadError, match=text) as caught:
         ValueCodec(type_).decode(data)
     assert caught.value.code == code

@@ -187,7 +187,7 @@ async def test_who_lacks_a_format_sets_the_job_aside(made, redis, caplog):
 
 
 async def test_formats_change_while_jobs_wait(made):
-    """Whatever a program was told to know it reads, so the one that is written can change at any time, and back."""
+    """A program reads every format it was given, so the one it writes can change at any time, and back."""
     writers = [made(), made(format="msgpack"), made(format=Packed())]
     jobs = []
     for app in writers:
@@ -264,7 +264,7 @@ async def test_what_just_fits_arrives(made):
               type("Msgpack", (Packed,), {"name": "msgpack"})(), type("Long", (Packed,), {"name": "x" * 17})(), ()],
 )  # fmt: skip
 def test_wrong_formats_are_refused(wrong):
-    """What is no format, or has a name that means something else, is refused where it is written."""
+    """An object that is no format, or whose name is taken, is refused where it is written."""
     with pytest.raises(ConfigurationError, match=r"[Ff]ormat"):
         Conveyor(format=wrong)
 

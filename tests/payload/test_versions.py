@@ -159,7 +159,7 @@ def _older(id_: str, ms: int) -> str:
 
 
 async def test_version_cannot_be_changed_under_a_seal(made, redis):
-    """Who may write to Redis cannot have a sealed payload read as another version's."""
+    """Write access to Redis does not suffice to have a sealed payload read as another version's."""
     app = made(2, upcast, keys=KEYS)
     await app.tasks["charge"].aenqueue(5, "EUR")
     key = "conveyor:{default}:jobs"

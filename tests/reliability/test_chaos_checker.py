@@ -229,7 +229,7 @@ def test_poison_may_start_so_often_and_no_oftener() -> None:
 
 
 def test_an_unknown_push_may_or_may_not_have_happened() -> None:
-    """What was never answered is recovered when it ran, and nobody's loss when it did not."""
+    """A push without an answer counts as recovered when the job ran, and as no loss when it did not."""
     absent = clean().push("1.1.1", "default:u", ends="unknown")
     present = clean().push("1.1.1", ends="unknown").stored("u").leased(bare="u").run(id_="default:u", token="1.1.1")
 

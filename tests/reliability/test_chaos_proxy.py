@@ -146,7 +146,7 @@ def test_a_delay_keeps_the_order(proxy: Proxy, client: redis_py.Redis) -> None:
 
 
 def test_a_black_hole_delivers_late(proxy: Proxy, redis: redis_py.Redis) -> None:
-    """What is sent into a black hole is not refused; it arrives when the way is free again, though the sender has gone."""
+    """Bytes sent into a swallowed direction are not refused; they arrive when it is free again, even if the sender has gone."""
     with socket.create_connection(("127.0.0.1", proxy.port), 5) as raw:
         raw.sendall(b"PING\r\n")
         assert raw.recv(100) == b"+PONG\r\n"

@@ -1,4 +1,4 @@
-"""What happens to jobs when the server, the network or the program itself misbehaves."""
+"""Jobs under faults of the server, of the network and of the program itself."""
 
 from __future__ import annotations
 

@@ -169,7 +169,7 @@ async def test_each_record_that_was_thrown_away_is_reported_once(
 
 @pytest.mark.row("C12")
 async def test_a_worker_outlives_evictions(start_server: Start, rounds: Rounds) -> None:
-    """Whatever keys of ours the server throws away, again and again, the worker lives on and runs what comes afterwards."""
+    """A worker survives repeated eviction of any key and runs the jobs that come afterwards."""
     server = start_server("--maxmemory", "6mb", "--maxmemory-policy", "allkeys-random")
     app, ran = Conveyor(server.url, lease="3s"), set[int]()
 

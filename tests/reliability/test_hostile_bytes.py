@@ -305,7 +305,7 @@ async def test_log_lines_cannot_be_forged(url, redis, caplog):
 
 @pytest.mark.leaves_keys("a queue's name that no client of ours would write")
 def test_terminals_are_not_steered(url, redis, tmp_path):
-    """What stands in Redis reaches a terminal, or a document, with its control characters escaped."""
+    """Text from Redis reaches a terminal, or a document, with its control characters escaped."""
     shell = Shell(tmp_path, url)
     shell.write("jobs.py", JOBS)
     run = {"CONVEYOR_APP": "jobs:app"}

@@ -60,7 +60,7 @@ def test_no_name_reaches_beyond_its_queue(app: Conveyor, redis: redis_py.Redis, 
 
 @pytest.mark.row("C24")
 def test_ids_keys_and_headers_that_mean_harm(app: Conveyor, redis: redis_py.Redis, rounds: Rounds) -> None:
-    """Whatever an id, a unique key or a header holds, it is refused with nothing stored or comes back as it was, in its job only."""
+    """Any id, unique key or header is refused with nothing stored, or comes back unchanged, in its job only."""
     seed = random.randrange(2**32)
     print(f"seed {seed}")
     draw, manual = random.Random(seed), ManualWorker(app)

@@ -173,7 +173,7 @@ def test_a_killed_supervisor_is_told_by_its_exit(url: str, tmp_path: Path) -> No
 @pytest.mark.row("I9")
 @pytest.mark.parametrize("supervised", [True, False], ids=["supervised", "alone"])
 def test_the_jobs_of_the_dead_are_back_in_time(url: str, tmp_path: Path, rounds: Rounds, supervised: bool) -> None:
-    """What a killed worker held runs again long before its lease ends under a supervisor, else at most 5 s after that."""
+    """Jobs of a killed worker run again long before the lease ends under a supervisor, else at most 5 s after it."""
     lease = 15.0 if supervised else 2.0
     with worker_processes(url, tmp_path, lease=f"{lease}s") as one:
         if supervised:

@@ -1,4 +1,4 @@
-"""What lies between: rows C16 to C20 of docs/reliability.md, through a proxy that breaks connections."""
+"""Network faults: rows C16 to C20 of docs/reliability.md, through a proxy that breaks connections."""
 
 from __future__ import annotations
 
@@ -190,7 +190,7 @@ async def _rates(proxy: Proxy, seconds: float) -> list[int]:
 
 
 async def test_a_wire_that_is_closed_while_it_opens(start_server: Start) -> None:
-    """What comes of an opening after the end of its wire is closed as well: no connection stays behind."""
+    """A socket that opens after its connection was closed is closed as well, so none stays behind."""
     server, begun, go = start_server(), asyncio.Event(), asyncio.Event()
 
     class Slow(StandaloneServer):

@@ -66,7 +66,7 @@ def test_queue_and_model_stay_alike(seeded: SeededQueue, part: int) -> None:
 @pytest.mark.row("I1", "I5", "I18")
 def test_four_clients_at_once(start_server: Callable[..., Server], rounds: Callable[[int, int], int]) -> None:
     """
-    What four clients get who push, lease, settle, reap, cancel and repeat each other's calls at once is what the model says.
+    Four clients that push, lease, settle, reap, cancel and repeat each other's calls at once get the replies of the model.
 
     `CONVEYOR_MODEL_SEED` makes the clients' choices another; who comes first is up to the machine.
     """

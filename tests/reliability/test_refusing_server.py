@@ -1,4 +1,4 @@
-"""What the server may refuse for a while: rows C6, C7, C8, C9, C13, C14 and C27 of docs/reliability.md."""
+"""Refusals by the server for a while: rows C6, C7, C8, C9, C13, C14 and C27 of docs/reliability.md."""
 
 from __future__ import annotations
 

@@ -78,7 +78,7 @@ async def test_a_server_that_forgot_everything_takes_new_work(start_server: Star
 
 @pytest.mark.row("C2")
 def test_an_outcome_told_to_a_server_that_forgot_leaves_nothing(start_server: Start) -> None:
-    """Whoever finishes a job that the server forgot is told so, and no half of a record comes back to life."""
+    """The end of a job that the server forgot is refused with an error, and no partial record is created."""
     server = start_server()
     with Conveyor(server.url) as app:
         app.task(name="note")(lambda n: None).enqueue(1)

@@ -1,4 +1,4 @@
-"""What becomes of single jobs: rows D2, D12, D19, D21 and D22 of docs/reliability.md."""
+"""Single jobs: rows D2, D12, D19, D21 and D22 of docs/reliability.md."""
 
 from __future__ import annotations
 

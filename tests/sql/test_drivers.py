@@ -353,7 +353,7 @@ def test_names_of_tables(app: Conveyor, table: Any) -> None:
 
 
 def test_an_outbox_without_a_way_to_connect(app: Conveyor) -> None:
-    """Who only enqueues needs no function that connects; who delivers is told."""
+    """An outbox that only enqueues needs no function that connects; delivering without one is refused."""
     with pytest.raises(ConfigurationError, match="connect"):
         Outbox(app).relay()
 

@@ -82,7 +82,7 @@ def test_a_rollback_leaves_nothing(app: Conveyor, outbox: Outbox, database: Data
 
 
 def test_a_savepoint_takes_its_jobs_along(app: Conveyor, outbox: Outbox, database: Database) -> None:
-    """What was enqueued behind a savepoint is gone when the program rolls back to it; the rest stays."""
+    """Jobs enqueued after a savepoint are gone when the program rolls back to it; the rest stays."""
     add = add_task(app)
     with closing(database.connect()) as connection, outbox.transaction(connection):
         say(connection)
@@ -163,7 +163,7 @@ def test_options_arrive(app: Conveyor, outbox: Outbox, database: Database) -> No
 
 
 def test_delays_count_from_the_push(app: Conveyor, outbox: Outbox, database: Database, redis: Any) -> None:
-    """What waited for its relay longer than its delay is ready, what outlived its expiry has no time left, the rest is due later."""
+    """A job that waited for the relay longer than its delay is ready, one past its expiry has no time left, others are due later."""
     mail = app.queue("mail")
     with closing(database.connect()) as connection, outbox.transaction(connection):
         late = mail.push("late", delay="1m")
@@ -199,7 +199,7 @@ def test_nothing_goes_to_redis_in_a_block(database: Database) -> None:
 
 
 async def test_a_waiting_caller_gets_the_result(app: Conveyor, outbox: Outbox, database: Database) -> None:
-    """Who waits for a job before it was delivered waits on, and gets its result; the relay needs no call."""
+    """A caller that waits for a job before its delivery waits on and gets the result; the relay needs no call."""
     add = add_task(app)
     async with working(app, threads=2):
         with closing(database.connect()) as connection:

@@ -237,7 +237,7 @@ async def test_one_key_is_asked_for_at_the_node_that_takes_the_slot_over(cluster
 @settings(max_examples=100, deadline=None)
 @given(st.from_regex(r"[A-Za-z0-9_.:-]{1,40}", fullmatch=True), st.from_regex(r"[^\s{}]{1,20}", fullmatch=True))
 def test_all_keys_of_a_step_lie_in_one_slot(queue: str, name: str) -> None:
-    """Whatever a queue or a plain list is called, every step's keys hash to one slot."""
+    """All keys of a step hash to one slot, for any name of a queue or a plain list."""
     for keys in (QueueKeys("n", queue), *(QueueKeys("n", one, foreign=one) for one in (name, f"x{{{name}}}y"))):
         entries = [Entry("i", b"\n\n1", priority=3, unique="u")]
         calls: list[Any] = [

@@ -1,4 +1,4 @@
-"""What a push may ask for beyond being stored: that replicas have it, that it is on disk. Real replicas, real files."""
+"""Durability of pushes: confirmed by replicas, confirmed on disk. Real replicas, real files."""
 
 from __future__ import annotations
 

@@ -159,7 +159,7 @@ def _slow(url: str, answer: str, gate: asyncio.Event | None, started: list[str])
 
 @pytest.mark.row("C25")
 async def test_results_arrive_across_a_failover(sentinel_group: SentinelGroup) -> None:
-    """Who waits for a result while the master dies gets it, blocking or not."""
+    """A caller that waits for a result while the master dies gets it, blocking or not."""
     app, gate = Conveyor(sentinel_group.url, lease="5s"), asyncio.Event()
 
     @app.task(keep_result="10m")

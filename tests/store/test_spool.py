@@ -75,7 +75,7 @@ def printed(process: subprocess.Popen[str], ids: list[str], word: str = "done") 
 
 
 def test_the_next_process_delivers(server: Server, tmp_path: Path) -> None:
-    """What a process kept on disk when it was killed is delivered by the next one that uses the directory."""
+    """Jobs that a killed process kept on disk are delivered by the next process that uses the directory."""
     server.kill()
     ids: list[str] = []
     process = program(server.url, tmp_path, 0, 300)

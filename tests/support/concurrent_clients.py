@@ -55,7 +55,7 @@ Check = Callable[[ReplayState, Any], None]
 
 @dataclass
 class Step:
-    """What is sent, maybe more than once, and what the model says to the answer."""
+    """One step: the function that sends it, maybe more than once, and the check of its reply against the model."""
 
     name: str
     send: Callable[[Client], Any]
@@ -64,7 +64,7 @@ class Step:
 
 @dataclass
 class SharedState:
-    """What all clients know of."""
+    """The state that all clients share."""
 
     base: int
     count: Any = field(default_factory=lambda: itertools.count(1))
@@ -249,7 +249,7 @@ class SimulatedClient:
         return True
 
     def token(self) -> None:
-        """Take the wake-up token, then make the turns that whoever takes it owes."""
+        """Take the wake token, then make the turns that taking it requires."""
 
         def check(replayed: ReplayState, reply: Any) -> None:
             assert (reply is not None) is replayed.model.token

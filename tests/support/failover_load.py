@@ -18,7 +18,7 @@ from support.running_worker import until, working
 
 @dataclass
 class FailoverLoad:
-    """What was accepted, what ran how often, and which errors a producer saw."""
+    """A load with its account: accepted jobs, how often each ran, and the errors that the producer saw."""
 
     url: str
     queue: str = "mail"
@@ -85,7 +85,7 @@ class FailoverLoad:
 
     @property
     def missing(self) -> list[int]:
-        """What was accepted and never ran."""
+        """The accepted jobs that never ran."""
         return [n for n in self.accepted if n not in self.ran]
 
     def lost(self, kills: list[tuple[float, float]]) -> list[int]:
@@ -98,7 +98,7 @@ class FailoverLoad:
 
     @property
     def doubled(self) -> list[int]:
-        """What ran more than once."""
+        """The jobs that ran more than once."""
         return [n for n, count in self.ran.items() if count > 1]
 
     async def audit(self) -> list[tuple[str, str]]:

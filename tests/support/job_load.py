@@ -30,7 +30,7 @@ class JobLoad:
         **options: Any,
     ) -> None:  # fmt: skip
         """
-        Take where the workers connect, and the *producer* if elsewhere; *bulk* jobs go with every tenth push.
+        `url` is for the workers, *producer* for the producer if it differs; *bulk* jobs go with every tenth push.
 
         Of a *forgetful* server only the order at the end is asked, not that everything accepted has run.
         """

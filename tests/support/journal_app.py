@@ -171,7 +171,7 @@ def declare(app: Conveyor) -> Any:
 
 
 def _strike(*ids: str) -> bool:
-    """Take the file away that arms the point; tell whether it was there, and write down whose point it is."""
+    """Remove the file that arms the point; return whether it was there, and record the process."""
     try:
         os.unlink(PLACE / POINT)
     except FileNotFoundError:

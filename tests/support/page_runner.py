@@ -66,7 +66,7 @@ class Terminal:
         os.close(inner)
 
     def read(self, seconds: float) -> bool:
-        """Take what comes within that time; False when the command has closed its screen."""
+        """Read what comes within that time; False when the command has closed its terminal."""
         if not select.select([self._screen], [], [], seconds)[0]:
             return True
         try:

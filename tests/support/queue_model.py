@@ -1,5 +1,5 @@
 """
-What a queue must do, in plain Python: the reference for the state machine in test_queue_model.py.
+The reference model of a queue, in plain Python, for the state machine in test_queue_model.py.
 
 Instants are ranks: due ones lie below `NOW`, far ones above, and equal ranks are ordered by id, as Redis does.
 """
@@ -39,7 +39,7 @@ class ModelWorker:
 
 @dataclass
 class Reply:
-    """What a turn answers."""
+    """The reply to a turn."""
 
     ids: list[str]
     lost: list[str]
@@ -217,7 +217,7 @@ class Model:
         return [places[place] for place in sorted(places)]
 
     def reap(self, name: str, *, crashed: bool, blame: tuple[list[str], list[str]] | None = None) -> int:
-        """Take a worker away, with a crash for all it held or for those in *blame*; return how many jobs came back."""
+        """Remove a worker, with a crash for all it held or for those in *blame*; return how many jobs came back."""
         member = self.members.pop(name)
         self.blind = self.blind or member.watching
         returned = 0

@@ -1,4 +1,4 @@
-"""What each role does in its life, whole: once with all its rights, and again with one of them taken away."""
+"""Programs that use every right of a role: run once with all of them, and again with one taken away."""
 
 from __future__ import annotations
 

@@ -47,7 +47,6 @@ class SeededQueue:
     """The queue `q` of one server. Workers have a lease of a minute, so nothing ends by itself."""
 
     def __init__(self, client: redis_py.Redis, url: str, keys: QueueKeys | None = None) -> None:
-        """Take a client of an emptied server."""
         self.redis = client
         self.client = Client(url, namespace="c", patience=0)
         self.keys = keys or self.client.keys("q")
@@ -101,7 +100,7 @@ class SeededQueue:
             self.redis.zadd(self.keys.dead, {id_: base + place})
 
     def take_token(self) -> bool:
-        """Take the wake token, as an idle worker does; tell whether there was one."""
+        """Pop the wake token, as an idle worker does; return whether there was one."""
         return self.redis.lpop(self.keys.wake) is not None
 
     def pause(self, paused: bool = True) -> None:

@@ -1,4 +1,4 @@
-"""What the tests of spawned jobs do by hand: end a job with followers, deliver them, take what arrived."""
+"""Steps of spawned jobs, one by one: end a job with followers, deliver them, lease what arrived."""
 
 from __future__ import annotations
 

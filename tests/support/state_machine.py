@@ -247,7 +247,7 @@ class QueueMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.gone)
     @rule(which=ANY, pick=ANY)
     def call_of_the_dead(self, which: int, pick: int) -> None:
-        """Who was reaped or has left changes nothing, whatever it sends."""
+        """A worker that was reaped or has left changes nothing, whatever it sends."""
         name, id_ = self.gone[which % len(self.gone)], self._any(pick)
         late = operations.turn(self.keys, name, 10**6, 5, LEASE, TurnReport([id_], [Settlement("X", id_)]))
         with self._refused(WorkerUnregistered):

@@ -40,7 +40,7 @@ def running(pid: int) -> bool:
 
 
 class Queue:
-    """What the tests ask of the queue that the stand-ins serve."""
+    """The queue that the stub workers serve, as the tests inspect it."""
 
     def __init__(self, url: str) -> None:
         self._url = url

@@ -45,7 +45,7 @@ class WorkerProcesses:
     """The app of the tests in this process, and supervisors that serve it, started by `start`."""
 
     def __init__(self, url: str, place: Path, *, lease: str = "15s", **env: str) -> None:
-        """Take the server, an empty folder for journal and logs, and further variables of the workers' environment."""
+        """*place* is an empty folder for journal and logs, *env* more variables of the workers' environment."""
         self.url, self.place = url, place
         self.app = Conveyor(url, lease=lease)
         self.tasks = journal_app.declare(self.app)
@@ -72,7 +72,7 @@ class WorkerProcesses:
             print(self.log)
 
     def tidy(self) -> None:
-        """Take away what killed workers leave: their registrations, and the jobs."""
+        """Remove what killed workers leave: their registrations, and the jobs."""
         for member in self.app.client.run(inspection.workers(self.keys)):
             self.app.client.run(operations.reap(self.keys, member.worker, crashed=False))
         queue = self.app.client
@@ -105,7 +105,7 @@ class WorkerProcesses:
 
     @property
     def log(self) -> str:
-        """What all supervisors and their children said."""
+        """The log of all supervisors and their children."""
         return "".join((self.place / f"log{n}").read_text() for n in range(len(self.supervisors)))
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""Who is charged for the death of a process: what its seats say, and what follows from it."""
+"""Crash attribution: what the table of running jobs records, and the job that is charged for a crash."""
 
 from __future__ import annotations
 
@@ -63,12 +63,12 @@ def seated(*, loop: str = "", thread: str = "", waits: str = "", beside: str = "
     ],
 )  # fmt: skip
 def test_who_is_to_blame(seating: RunningSnapshot, fault: bool, blamed: list[str], near: list[str]) -> None:
-    """What was executed is to blame; what was under way only when it was killed, or nothing else was; what had not begun never."""
+    """A job that was executing is charged; one that was under way only when killed, or alone; one that had not begun never."""
     assert seating.judge(IDS, fault=fault) == (blamed, near)
 
 
 def test_more_jobs_than_seats_rule_nobody_out() -> None:
-    """Who finds no seat takes the last one for ever; then nothing is known. Seats that are left are taken again."""
+    """A job without a free cell takes the overflow cell for ever; then nothing is known. Cells that are left are used again."""
     seats = RunningTable(memoryview(bytearray(8 * SEATS)).cast("q"))
     taken = [seats.take() for _ in range(SEATS - 2)]
     assert len({*taken, LOOP, FULL}) == SEATS

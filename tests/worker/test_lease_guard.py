@@ -1,4 +1,4 @@
-"""What the supervisor's guardian asks of Redis."""
+"""The calls that the supervisor's lease guard makes to Redis."""
 
 from __future__ import annotations
 

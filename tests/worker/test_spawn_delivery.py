@@ -193,7 +193,7 @@ def test_numbers_taken_back_lose_nothing(family: Conveyor, redis: redis_py.Redis
 
 
 def test_late_deliverer_changes_nothing(family: Conveyor, redis: redis_py.Redis) -> None:
-    """Who took a batch, froze, and wakes after others have delivered it and the next, pushes and trims nothing."""
+    """A deliverer that froze with a batch and wakes after others delivered it and the next pushes and trims nothing."""
     app = family
     keys, client = app.client.keys("default"), app.client
     settle(app, [("two", 1)])
@@ -263,7 +263,7 @@ async def test_partitions_at_both_ends(url: str) -> None:
 
 
 async def test_a_partition_that_is_gone(url: str) -> None:
-    """What was written for a place that there is no more goes where its id belongs now, once, however often it is repeated."""
+    """A follower for a partition that is gone goes where its id belongs now, once, however often it is repeated."""
     app = Conveyor(url)
     app.queue("into", partitions=2)
     app.task(name="family.follower", queue="into")(_nothing)

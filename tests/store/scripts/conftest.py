@@ -1,4 +1,4 @@
-"""What every test of a script gets."""
+"""The fixture of every test of a script."""
 
 from __future__ import annotations
 

@@ -217,7 +217,7 @@ def test_purge_is_bounded(seeded: SeededQueue, limit: int, taken: int) -> None:
 
 
 def test_purge_tells_who_waits(seeded: SeededQueue) -> None:
-    """Who waits for a purged job hears that it was cancelled."""
+    """A waiter for a purged job is told that it was cancelled."""
     seeded.push("a")
     seeded.run(operations.await_result(seeded.keys, "a", "one"))
     with seeded.redis.pubsub() as pubsub:

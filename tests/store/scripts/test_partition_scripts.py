@@ -130,7 +130,7 @@ def test_one_piece_is_what_is_not_said(seeded: SeededQueue) -> None:
 
 
 def test_an_abandoned_change_is_taken_over(seeded: SeededQueue) -> None:
-    """Who begins where another had begun owns the change, and the number before is still known; the other owns nothing."""
+    """Starting a change that another started takes it over; the number before is still known, and the other owns nothing."""
     seeded.run(claim_partitions(WHOLE, 4, whole=True))
     _switch(seeded, WHOLE, "begin", "T", 8)
     assert _switch(seeded, WHOLE, "begin", "U", 2) == (1, 4)

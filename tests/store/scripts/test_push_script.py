@@ -197,7 +197,7 @@ def test_push_plain_repeated_and_late(seeded: SeededQueue) -> None:
 @pytest.mark.redis7
 @pytest.mark.parametrize("plain", [False, True], ids=["push", "push_plain"])
 def test_withdrawn_stays_withdrawn(seeded: SeededQueue, plain: bool) -> None:
-    """What was withdrawn stores nothing, however often copies and the withdrawal itself come again, until the next number."""
+    """A withdrawn push stores nothing, however often copies and the withdrawal itself come again, until the next number."""
     call = _plain(seeded, "a") if plain else operations.push(seeded.keys, seeded.lane, [entry("a")])
     withdrawal = call.withdrawal()
     assert withdrawal is not None
@@ -214,7 +214,7 @@ def test_withdrawn_stays_withdrawn(seeded: SeededQueue, plain: bool) -> None:
 
 @pytest.mark.parametrize("plain", [False, True], ids=["push", "push_plain"])
 def test_what_was_accepted_is_not_withdrawn(seeded: SeededQueue, plain: bool) -> None:
-    """Who withdraws what a copy has stored gets the answer of that copy."""
+    """Withdrawing a push that a copy has stored returns the answer of that copy."""
     call = _plain(seeded, "a") if plain else operations.push(seeded.keys, seeded.lane, [entry("a")])
     withdrawal = call.withdrawal()
     assert withdrawal is not None

@@ -107,7 +107,7 @@ def test_one_job_has_one_outcome(seeded: SeededQueue, second: str) -> None:
 @pytest.mark.row("D12")
 @pytest.mark.parametrize("kind", ["D", "C", "X"])
 def test_end_gives_back_the_unique_key(seeded: SeededQueue, kind: str) -> None:
-    """Whatever ends a job gives its unique key back at once and keeps its own id for a day."""
+    """Every end of a job frees its unique key at once and keeps its own id for a day."""
     seeded.push(entry("a", unique="k", own_id=True))
     seeded.register("w")
     seeded.turn("w", 1, 1)
@@ -168,7 +168,7 @@ def test_settled_and_leased_in_one_turn(seeded: SeededQueue) -> None:
 
 
 def test_first_retry_is_watched_or_told(seeded: SeededQueue) -> None:
-    """Who sets the first due instant either has room and learns of it, or passes the token on."""
+    """A turn that sets the first due instant either has room and returns it, or passes the wake token on."""
     seeded.lease("a", "b")
     turn = seeded.turn("w", 2, 1, others=[Settlement("R", "a", ms=60_000, state=b"1 1 0")])
     assert turn.next_due is not None
@@ -187,7 +187,7 @@ def test_first_retry_is_watched_or_told(seeded: SeededQueue) -> None:
     ],
 )  # fmt: skip
 def test_end_is_announced_to_all_who_wait(seeded: SeededQueue, settlement: Settlement | None, record: bytes) -> None:
-    """Whoever waits for a job is told its outcome on his channel, once, and is forgotten."""
+    """A waiter for a job is told its outcome on its channel, once, and is forgotten."""
     seeded.lease("a", "b")
     for channel in ("one", "two"):
         seeded.run(operations.await_result(seeded.keys, "a", channel))
@@ -205,7 +205,7 @@ def test_end_is_announced_to_all_who_wait(seeded: SeededQueue, settlement: Settl
 
 @pytest.mark.parametrize("kind", ["R", "F", "M"])
 def test_going_on_is_not_announced(seeded: SeededQueue, kind: str) -> None:
-    """Who waits for a job goes on waiting while the job does."""
+    """A waiter for a job stays registered while the job waits."""
     seeded.lease("a")
     seeded.run(operations.await_result(seeded.keys, "a", "one"))
 

@@ -62,7 +62,7 @@ def test_heartbeat(seeded: SeededQueue) -> None:
 @pytest.mark.redis6
 @pytest.mark.redis7
 def test_reap_returns_jobs_to_the_front_in_their_order(seeded: SeededQueue) -> None:
-    """What a dead worker held comes back in front of everything, in the order it was leased, each charged a crash."""
+    """Jobs of a dead worker come back in front of all others, in the order they were leased, each charged a crash."""
     seeded.lease("a", "b")
     seeded.push("c", entry("u", priority=3), "d")
     seeded.turn("w", 2, 2)
@@ -121,7 +121,7 @@ def test_reap_compares_the_end_it_saw(seeded: SeededQueue, end: int, seen: int, 
 
 
 def test_heartbeat_between_two_looks_saves_a_worker(seeded: SeededQueue) -> None:
-    """Who beats after it was seen overdue is not reaped by who saw it."""
+    """A worker that renews after it was seen overdue is not reaped by the observer."""
     seeded.lease("a")
     seen = seeded.now() - 1
     seeded.redis.zadd(seeded.keys.workers, {"w": seen})
@@ -229,7 +229,7 @@ def test_extend_takes_the_cancel_request_along(seeded: SeededQueue) -> None:
 
 
 def test_extend_of_what_is_not_held(seeded: SeededQueue) -> None:
-    """What the worker does not hold cannot be extended."""
+    """A job that the worker does not hold cannot be extended."""
     seeded.lease("a")
     seeded.push("b")
     with seeded.unchanged():
@@ -239,7 +239,7 @@ def test_extend_of_what_is_not_held(seeded: SeededQueue) -> None:
 
 @pytest.mark.parametrize("asked", [False, True])
 def test_held_ids(seeded: SeededQueue, asked: bool) -> None:
-    """What a worker holds is listed without what else its hash holds."""
+    """The jobs of a worker are listed without the other fields of its hash."""
     seeded.lease("a", "b")
     if asked:
         seeded.run(operations.cancel(seeded.keys, "a"))
