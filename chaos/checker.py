@@ -1,4 +1,4 @@
-"""The judge: a pure function from evidence to counts. It imports nothing of Conveyor and trusts nothing it says of itself.
+"""The checker: a pure function from the data of a run to counts. It imports nothing of Conveyor and trusts none of its reports.
 
 The words are those of the Jepsen suites of message brokers; chaos/README.md explains each line of the table.
 """
@@ -20,7 +20,7 @@ COUNTED = (
 
 
 def check(data: RunData, *, also: Iterable[str] = (), waived: Iterable[str] = ()) -> RunResult:
-    """Judge a run; *also* must be zero too, *waived* need not be."""
+    """Check a run; the lines *also* must be zero too, the lines *waived* need not be."""
     result = RunResult(dict.fromkeys((*COUNTED, *MUST_BE_ZERO, *also), 0))
     for token in data.tokens.values():
         if token.parent:
@@ -72,7 +72,7 @@ def _check_token(data: RunData, token: Token, result: RunResult) -> None:
 
 
 def _check_spawned(data: RunData, token: Token, result: RunResult) -> None:
-    """Judge what a job spawned: it runs, as one job, exactly when its parent ended well."""
+    """Check a spawned job: it runs, as one job, exactly when its parent ended well."""
     ran_as = data.by_token.get(token.name, set())
     parents = data.by_token.get(token.parent, set())
     ended_well = any(
@@ -175,7 +175,7 @@ def _check_result(data: RunData, id_: str, runs: list[Run], result: RunResult) -
 
 
 def _unexplained(data: RunData, result: RunResult) -> int:
-    """Count runs that began although the one before had neither failed nor met a fault: a lease taken from the living."""
+    """Count runs that began although the one before had neither failed nor met a fault: a living worker lost its lease."""
     struck, common = data.struck()
     for id_, runs in data.runs.items():
         for before, after in itertools.pairwise(runs):

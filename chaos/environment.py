@@ -1,4 +1,4 @@
-"""Everything a run needs, put up and taken down: Redis, a proxy before it, programs, and the books."""
+"""The environment of a run, set up and torn down: Redis, a proxy before it, programs, and their logs."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Environment:
         patience: float = 1.0,
     ) -> None:
         """
-        Start Redis and, before a single server, the proxy; programs are started through `crew`.
+        Start Redis and, before a single server, the proxy; programs are started through `process_group`.
 
         *patience* multiplies the seconds that draining and ending may take.
         Under `everysec` a server that is killed on a slow disk forgets what it had answered, whoever uses it.
@@ -140,7 +140,7 @@ class Environment:
         Wait until the producers are done and every job has ended; return how long it took, None when it did not.
 
         It may take longer than *seconds* as long as jobs end: *stall* seconds without one is too long. Both are multiplied
-        by the patience of the stage.
+        by the patience of the environment.
         """
         began = time.monotonic()
         seconds, stall = seconds * self.patience, (stall or max(15.0, 8 * self.lease)) * self.patience
@@ -157,7 +157,7 @@ class Environment:
         return time.monotonic() - began
 
     def _only_the_living(self) -> bool:
-        """Tell whether the registrations of all dead workers are gone."""
+        """Return whether the registrations of all dead workers are gone."""
         with self.server.client() as client:
             for key in client.scan_iter("chaos:*:leased:*", count=1000):
                 about = client.hget(key, "\tabout")
@@ -166,7 +166,7 @@ class Environment:
         return True
 
     def evaluate(self, *, also: Iterable[str] = (), waived: Iterable[str] = ()) -> RunResult:
-        """Let the workers bury their dead and end, then judge what is left."""
+        """Wait until dead workers are reaped, end the living ones, then check what is left."""
         self.wait(self._only_the_living, min(10.0, 3 * self.lease + 1))
         orderly = self.process_group.retire(15 * self.patience)
         with self.server.client(socket_timeout=60) as client:

@@ -62,7 +62,7 @@ _LATER = object()
 
 
 class MissedError(Exception):
-    """A fault found nobody to strike."""
+    """A fault that found no process or connection to strike."""
 
 
 def schedule(seed: int, seconds: float, *, topology: str = "standalone") -> list[Fault]:
@@ -81,7 +81,7 @@ def schedule(seed: int, seconds: float, *, topology: str = "standalone") -> list
 
 
 class FaultInjector:
-    """Carries a schedule out on a stage, on a thread of its own; what lasts ends on another."""
+    """A thread that carries a schedule out on an environment; faults that last end on another thread."""
 
     def __init__(self, environment: Environment, faults: list[Fault]) -> None:
         self.environment, self.faults = environment, faults

@@ -90,7 +90,7 @@ class Proxy(ProxyState):
         self._do(lambda: self.black.update(directions))
 
     def refuse(self) -> None:
-        """Close whoever comes, and leave those who are there."""
+        """Close every new connection, and leave the open ones."""
         self._do(lambda: setattr(self, "refusing", True))
 
     def close_all(self) -> int:

@@ -1,4 +1,4 @@
-"""Judging what Redis itself wrote down: how jobs were stored and ended, who held them, and where they were meanwhile."""
+"""Checks of the history that Redis recorded: how jobs were stored and ended, their holders, and their places in between."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from chaos.run_result import RunResult
 
 
 def check_history(data: RunData, result: RunResult) -> None:
-    """Judge the history of a run, and what was left of it at the end."""
+    """Check the history of a run, and the content of Redis at its end."""
     for finding in data.dump.findings:
         result.note("audit findings", finding)
     history = data.history
@@ -43,7 +43,7 @@ def _owes_a_result(data: RunData, id_: str) -> bool:
 
 
 def _false_reaps(data: RunData, history: History, result: RunResult) -> None:
-    """Count registrations that were taken, jobs and all, from a process that had met no fault: nobody may bury the living."""
+    """Count registrations that were taken, with their jobs, from a process that had met no fault: a false reap."""
     struck, common = data.struck()
     for identity, ids in history.taken:
         pid = history.processes.get(identity, 0)

@@ -37,7 +37,7 @@ BULK = 60
 
 
 class Producer:
-    """Draws calls, makes them, and keeps the books."""
+    """A producer that draws calls at random, makes them, and logs each one."""
 
     def __init__(self, number: int, seed: int) -> None:
         """*number* tells the tokens of this producer from those of the others."""

@@ -38,7 +38,7 @@ class Job:
 
 
 class History:
-    """The books of one namespace, kept while transactions are replayed."""
+    """The history of one namespace, built while transactions are replayed."""
 
     def __init__(self, namespace: str = "chaos") -> None:
         """Begin with an empty Redis."""
@@ -201,7 +201,7 @@ def transactions(chunks: Iterator[bytes]) -> Iterator[list[Command]]:
 
 
 def read_history(directory: Path, namespace: str = "chaos") -> History:
-    """Return the books kept from the append-only files of a server's directory; raises ValueError without any."""
+    """Return the history read from the append-only files of a server's directory; raises ValueError without any."""
     files = sorted(directory.glob("appendonlydir/*.incr.aof"), key=lambda path: int(path.name.split(".")[-3]))
     files = files or sorted(directory.glob("appendonly.aof"))
     if not files:

@@ -1,6 +1,6 @@
-"""Short scenes, each with the one fault that shows a certain kind of defect: what a sabotaged build must fail, and ours pass.
+"""Short cases, each with the one fault that shows a certain kind of defect: a sabotaged build must fail it, and ours pass.
 
-A case gets a stage, makes its fault, and returns a verdict; it takes a few seconds.
+A case gets an environment, makes its fault, and returns a result; it takes a few seconds.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from chaos.run_result import RunResult
 
 
 class Case(NamedTuple):
-    """A scene and the stage it wants."""
+    """A case: its function, and the environment it wants."""
 
     play: Callable[[Environment], RunResult]
     lease: float = 1.0
 
 
 def run(name: str, *, source: Path | None = None, seed: int = 1) -> RunResult:
-    """Play a case on the given `src`; returns the verdict."""
+    """Run a case on the given `src`; returns the result."""
     case = CASES[name]
     # A sabotaged build ends early when it is stuck. For ours the limit is long, because a busy machine is slow at everything.
     with Environment(

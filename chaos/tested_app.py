@@ -23,7 +23,7 @@ LEASE = float(os.environ.get("CHAOS_LEASE", "2"))
 NAMESPACE = "chaos"
 MAX_CRASHES = 3
 PATIENT = Retry(attempts=40, backoff="50ms", cap="500ms", max_crashes=1_000_000)
-"""Of jobs that are innocent of every crash around them: none of them may die."""
+"""Jobs that cause no crash, beside others that do: none of them may become a dead letter."""
 
 PARTITIONS = 3
 SPOOL = os.environ.get("CHAOS_SPOOL")
@@ -150,7 +150,7 @@ def boxed_poison(token: str, how: str, context: Context = current()) -> None:
 
 @app.task(name="bystander", retry=Retry(attempts=40, max_crashes=MAX_CRASHES))
 async def bystander(token: str, ms: float, context: Context = current()) -> dict[str, Any]:
-    """Stand beside poison: whoever dies for its neighbour's crashes dies an innocent."""
+    """Run beside poison jobs: as it causes no crash, it must never become a dead letter for one."""
     with noted(token, context.job_id, context.attempt):
         await asyncio.sleep(ms / 1000)
         return answer(token, context)

@@ -15,7 +15,7 @@ DIGEST = "#" + hashlib.sha256(PASSWORD.encode()).hexdigest()
 
 
 def allow(nodes: Iterable[Node], *roles: str, topology: str, default: bool = True) -> None:
-    """Make the users as printed, on each node; without *default* nobody else may do anything."""
+    """Make the users as printed, on each node; without *default* no other user may do anything."""
     for node in nodes:
         for role in roles:
             rules = acl.rules(role, NAMESPACE, lists=[LIST], server="7.2", topology=topology)

@@ -1,4 +1,4 @@
-"""The admin interface: what it says of queues and jobs, and what its actions change and leave alone."""
+"""The admin interface: its views of queues and jobs, and the effects of its actions."""
 
 from __future__ import annotations
 
@@ -186,7 +186,7 @@ def test_a_cancelled_job_is_cancelled(admin: Admin, backend: Client) -> None:
 
 
 def test_unknown_job_raises(admin: Admin, backend: Client) -> None:
-    """An id that nobody knows raises, generated or bare, also when its queue never was."""
+    """An unknown id raises, generated or bare, also when its queue never existed."""
     push(backend, "mail", b"1")
 
     for id_ in ("nope", "mail:" + "0" * 22, "mial:" + "0" * 22):

@@ -1,4 +1,4 @@
-"""The command line and the app: how it is found, what `enqueue` makes of words, and what `worker` checks first."""
+"""The command line and the app: the look-up of the app, the arguments of `enqueue`, the checks of `worker`."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def test_app_that_cannot_be_found(shell: Shell, reference: str, code: str, words
 
 
 def test_no_app_is_usage(shell: Shell) -> None:
-    """Without any app the ways to name one are told, and what is nearby."""
+    """Without any app the error lists the ways to name one, and the candidates nearby."""
     done = shell.run("worker")
 
     assert done.returncode == 2

@@ -1,4 +1,4 @@
-"""The command line through real invocations: what it prints, where, and with which exit code it ends."""
+"""The command line through real invocations: its output, its streams, its exit codes."""
 
 from __future__ import annotations
 

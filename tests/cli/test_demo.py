@@ -1,4 +1,4 @@
-"""`conveyor demo` as a person and a script run it, and the judge who says whether its counts add up."""
+"""`conveyor demo` as a person and a script run it, and the report that checks its counts."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_accounts_add_up_by_their_parts() -> None:
 
 
 def test_an_acknowledged_id_that_nobody_knows_is_lost() -> None:
-    """The judge reports a loss when the queue does not know an acknowledged id, whatever the journal saw of it."""
+    """The report shows a loss when the queue does not know an acknowledged id, whatever the journal has of it."""
     account = judge(ACCEPTED, {**STATES, "q:a": None}, trails(lines()), [KILL])
 
     assert account.lost == 1
@@ -95,7 +95,7 @@ def test_pictures_survive_the_way_through_png() -> None:
 
 
 def test_late_worker_is_turned_away(tmp_path: Path) -> None:
-    """Nobody opens the journal of a demo that is being removed, so no late worker starts its server again."""
+    """The journal of a demo that is being removed cannot be opened, so no late worker starts its server again."""
     path = tmp_path / "journal"
     path.touch()
     early = Journal(str(path))
@@ -167,7 +167,7 @@ def test_unattended_demo_adds_up_and_leaves_nothing(shell: Shell, temporary: dic
 
 
 def test_ctrl_c_drains_and_exits_0(shell: Shell, temporary: dict[str, str]) -> None:
-    """Ctrl-C ends a demo in order: what was accepted is finished, counted and printed."""
+    """Ctrl-C ends a demo in order: accepted jobs are finished, counted and printed."""
     demo = shell.start("demo", "--seconds", "300", **temporary)
     assert demo.stdout is not None
     said = ""

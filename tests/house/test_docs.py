@@ -1,4 +1,4 @@
-"""The documentation: what it shows is run, where it links to exists, and what it lists is complete."""
+"""The documentation: its examples run, its links resolve, and its lists are complete."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The app: bulk enqueues, closing, hooks, and what importing costs."""
+"""The app: bulk enqueues, closing, hooks, and the cost of importing it."""
 
 from __future__ import annotations
 
@@ -301,7 +301,7 @@ def test_listeners_hear_their_events(app: Conveyor) -> None:
 
 
 async def test_async_listeners_are_scheduled(app: Conveyor, caplog: pytest.LogCaptureFixture) -> None:
-    """An async listener runs on the loop; what any listener raises is logged, and the others are still called."""
+    """An async listener runs on the loop; an error of a listener is logged, and the others are still called."""
     heard = asyncio.Event()
 
     @app.on("done")

@@ -1,4 +1,4 @@
-"""Tasks on a queue in several partitions, what people see of it, and what else a push may ask for."""
+"""Tasks on a queue in several partitions: running, views for people, and options of a push."""
 
 from __future__ import annotations
 

@@ -88,7 +88,7 @@ class TestLost:
         assert time.monotonic() - begin < 2 * AT_ONCE
 
     def test_poison_dies_and_its_neighbours_live(self, queue):
-        """Only what crashed its consumer three times is given up; what was merely prefetched beside it is not."""
+        """Only a message that crashed its consumer three times is given up; those merely prefetched beside it are not."""
         queue.push_many(["poison", "good"])
         for _ in range(3):
             consumer, message = first(queue, prefetch=2)
@@ -103,7 +103,7 @@ class TestLost:
         assert (letter.error, letter.attempts) == ("crashed: its consumer crashed 3 times", 3)
 
     def test_suspects_travel_alone(self, queue):
-        """After a crash nobody gets two suspects together, in a batch or in a pull."""
+        """After a crash no batch and no pull contains two suspects."""
         queue.push_many(range(3))
         crash(queue, queue.pull(3)[0])
         queue.push(3)
@@ -167,7 +167,7 @@ class TestOutage:
         backend.close()
 
     def test_data_gone(self, queue, redis):
-        """When Redis forgets everything, a consumer registers anew and goes on; what it held is lost."""
+        """When Redis loses all data, a consumer registers anew and goes on; the messages it held are lost."""
         queue.push(1)
         consumer, message = first(queue)
         redis.flushall()

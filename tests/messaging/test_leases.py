@@ -1,4 +1,4 @@
-"""The books of a lessee, without a server."""
+"""The lease session and the detector of dead workers, without a server."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class TestSuspects:
         assert suspects.look(10_960, [("a", 10_600)], 1.96) == [("a", 10_600)]
 
     def test_an_end_still_ahead_waits(self):
-        """Listed before its end, it is convicted only when the end has passed."""
+        """A worker listed before the end of its lease is found dead only when that end has passed."""
         suspects = DeadWorkerDetector(1000)
         suspects.look(10_000, [("a", 10_490)], 1.0)
         assert suspects.look(10_460, [("a", 10_490)], 1.46) == []
@@ -76,7 +76,7 @@ class TestSuspects:
         assert suspects.look(10_500, [("a", 99_000)], 1.5) == [("a", 99_000)]
 
     def test_looks_are_paced(self):
-        """A third of a lease apart, sooner only when a suspect can be judged."""
+        """Looks are a third of a lease apart, sooner only when a suspect can be decided."""
         suspects = DeadWorkerDetector(900)
         assert suspects.next_look(5.0) == 0
         suspects.look(10_000, [], 5.0)

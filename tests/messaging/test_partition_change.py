@@ -165,7 +165,7 @@ for n in range({count}):
 class TestRepartition:
     @pytest.mark.parametrize(("before", "after"), [(8, 4), (8, 1), (1, 8), (4, 8), (8, 8)])
     def test_an_empty_queue_changes(self, url, backend, before, after):
-        """From any number to any other: who says the new one goes on, who says the old one is refused, names follow."""
+        """The number changes from any to any other: programs with the new one go on, those with the old one are refused, names follow."""
         old = spread(backend, before) if before > 1 else Queue(backend, "orders", lease_ms=2000)
         old.push(1)
         ack_all(old.pull())

@@ -1,4 +1,4 @@
-"""A queue in several partitions: where messages go, what is counted and cared for, and what it costs."""
+"""A queue in several partitions: the place of messages, counts, maintenance, and costs."""
 
 from __future__ import annotations
 

@@ -175,7 +175,7 @@ async def test_limits_hold_on_both_sides(app, url, store):
 
 
 async def test_refused_end_leaves_the_body(app, store, redis):
-    """A job that ran to its end and is not ours any more keeps its body: whoever runs it again needs it."""
+    """A finished job whose lease is lost keeps its body, because another worker runs it again."""
     ran, gate = [], asyncio.Event()
 
     @app.task(name="slow")
@@ -247,7 +247,7 @@ async def test_sweep_removes_only_what_no_job_needs(app, store, tmp_path):
 
 
 def test_file_store_keeps_to_its_directory(tmp_path):
-    """Names lead nowhere else, drafts are not seen, and what is old is listed."""
+    """Names cannot leave the directory, drafts are not listed, and old blobs are."""
     store = FileStore(tmp_path / "blobs")
     name = "ab" * 16
     store.put(name, b"x" * 10)

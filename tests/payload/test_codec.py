@@ -1,4 +1,4 @@
-"""Values to JSON and back: nothing changes silently, and whatever is wrong is a PayloadError."""
+"""Values to JSON and back: nothing changes silently, and every error is a PayloadError."""
 
 import enum
 import math

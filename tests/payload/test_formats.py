@@ -97,7 +97,7 @@ async def test_messages_travel_in_msgpack(made, tmp_path, way, partitions):
 
 
 async def test_a_format_of_ones_own(made, redis):
-    """Messages, arguments and results go through it, each with its annotated type, and what it brings back is checked."""
+    """Messages, arguments and results go through an own format with their annotated types, and decoded values are checked."""
     app = made()
     queue = app.queue("points", Point, format=Packed())
     await queue.apush(Point(3, -4))
@@ -233,7 +233,7 @@ async def test_old_versions_are_brought_up_in_their_format(made):
 
 
 async def test_what_just_fits_arrives(made):
-    """The limit holds for what is stored, mark included, and is the same on both sides of a seal: what is accepted is read."""
+    """The limit holds for the stored bytes, mark included, and is the same for writing and reading a sealed body."""
     app = made(keys=KEYS, format="msgpack", max_payload=1000)
 
     @app.task(name="same")
@@ -324,7 +324,7 @@ def test_the_command_line_writes_and_shows_it(url, redis, tmp_path):
 
 
 async def test_what_cannot_be_shown_is_said(made):
-    """A body of a format nobody here knows is shown as what it is, and its bytes lie in the dead letter as they came."""
+    """A body of an unknown format is shown with the format's name, and its bytes lie in the dead letter as they came."""
     app = made(format=Packed())
     queue = app.queue("points", Point)
     id_ = await queue.apush(Point(1, 2))

@@ -1,4 +1,4 @@
-"""The seal itself: its keys, its bytes as documented, and what it refuses."""
+"""Sealing: the keys, the bytes as documented, and refused bodies."""
 
 from __future__ import annotations
 

@@ -85,7 +85,7 @@ def test_a_job_costs_the_same_at_any_depth(app: Conveyor, redis: redis_py.Redis,
 
 @pytest.mark.row("D7")
 def test_a_purge_lets_others_work(app: Conveyor, redis: redis_py.Redis, rounds: Rounds) -> None:
-    """A huge queue is purged in batches while others push: what is leased and what is newer stay, nobody waits for the whole."""
+    """A huge queue is purged in batches while others push: leased and newer jobs stay, and no call waits for the whole purge."""
     depth = rounds(1_000_000, 30_000)
     _push(app, depth)
     manual, queue = ManualWorker(app), app.queue("default")

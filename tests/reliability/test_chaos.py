@@ -19,7 +19,7 @@ from chaos.soak import soak
 SECONDS = float(os.environ.get("CONVEYOR_CHAOS_SECONDS", "12"))
 HOME = Path(__file__).parents[2]
 UNDER_TEST = {"tested_app", "embedded_worker", "producer_program"}
-"""The modules of chaos that are what is judged, in processes of their own; all others judge."""
+"""The modules of chaos that are under test, in processes of their own; all others drive or check."""
 
 
 def test_nothing_is_lost_and_nothing_happens_twice_unseen() -> None:
@@ -68,7 +68,7 @@ def test_the_command_prints_the_schedule_of_its_seed() -> None:
 
 
 def test_who_judges_imports_nothing_of_conveyor() -> None:
-    """No module that drives, breaks or judges imports the library, nor what does: in functions, for types, or by way of others."""
+    """No module that drives, breaks or checks imports the library, nor a module that does: in functions, for types, or indirectly."""
     modules = {path.stem: ast.walk(ast.parse(path.read_text())) for path in (HOME / "chaos").glob("*.py")}
     assert modules.keys() > UNDER_TEST
     for name in modules.keys() - UNDER_TEST:

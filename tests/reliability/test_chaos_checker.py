@@ -1,4 +1,4 @@
-"""The chaos checker itself, judged with histories made by hand: each kind of wrong is found, and a clean run passes."""
+"""The chaos checker, tested with histories written for it: each kind of error is found, and a clean run passes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ P = "chaos:{default}:"
 
 
 class RunBuilder:
-    """A run told step by step: what programs wrote down, and what Redis recorded."""
+    """Builds the data of a run step by step: lines of the programs, and the history of Redis."""
 
     def __init__(self) -> None:
         self.calls: list[dict[str, Any]] = []
@@ -288,7 +288,7 @@ def test_every_line_of_the_table_is_explained() -> None:
 
 
 def test_what_is_left_is_audited(redis: Any) -> None:
-    """A job in two places, an entry without a job, a state of nobody, a lease of nobody, a wrong count: each is told."""
+    """A job in two places, an entry without a job, an orphaned state or lease, a wrong count: each is reported."""
     pipe = redis.pipeline()
     pipe.hset(f"{P}jobs", mapping={"twice": ENVELOPE, "held": ENVELOPE, "fine": ENVELOPE, "gone": "x" + ENVELOPE})
     pipe.rpush(f"{P}ready:0", "twice", "fine", "gone", "nobody").zadd(f"{P}due", {"twice": 5})

@@ -174,7 +174,7 @@ def test_a_black_hole_may_have_one_direction(proxy: Proxy, redis: redis_py.Redis
 
 
 def test_storms_close_connections_until_healed(proxy: Proxy, client: redis_py.Redis) -> None:
-    """A storm ends connections again and again, and a healed proxy none; a refusing one lets nobody in."""
+    """A storm ends connections again and again, and a healed proxy none; a refusing one accepts no connection."""
     client.ping()
     proxy.storm(every=0.01)
     until(lambda: proxy.count["closed"] >= 1)

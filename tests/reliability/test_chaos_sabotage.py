@@ -1,4 +1,4 @@
-"""The chaos checker must fail on builds that are broken on purpose, each in a scene with the right fault; ours passes it."""
+"""The chaos checker fails for each sabotaged build in a case with the right fault, and passes for the build as it is."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def playable(names: list[str]) -> list[str]:
 
 
 def play_sabotaged(name: str) -> list[str]:
-    """Return what the checker finds wrong; plays the scene with one seed after another until it does."""
+    """Return the checker's errors; runs the case with one seed after another until there are some."""
     # A fault may strike when nothing is in its way, and then shows nothing of what it strikes.
     patch, failed = PATCHES[name], list[str]()
     for seed in range(1, ROUNDS + 1):
@@ -46,7 +46,7 @@ def play_honest(name: str, seed: int = 1) -> str:
 
 
 def test_patches_are_many_and_aimed() -> None:
-    """The sabotages that any queue should be tried with are there; each applies to the source as it is and names a scene."""
+    """The sabotages that any queue should be tried with are there; each applies to the source as it is and names a case."""
     assert PATCHES.keys() >= CLASSICS
     assert set(sabotage_cases.CASES) >= NEEDED
     for patch in PATCHES.values():
@@ -56,7 +56,7 @@ def test_patches_are_many_and_aimed() -> None:
 
 
 def test_a_patch_that_aims_at_nothing_is_refused(tmp_path: Path) -> None:
-    """When the source has changed where a sabotage was aimed, it is not quietly left out."""
+    """A sabotage whose target has changed in the source is refused, not left out."""
     patch = tmp_path / "old.patch"
     patch.write_text(
         "Case: kill\n--- a/src/conveyor/jobs/app.py\n+++ b/src/conveyor/jobs/app.py\n@@ -1 +1 @@\n-not there\n+neither\n"
@@ -67,7 +67,7 @@ def test_a_patch_that_aims_at_nothing_is_refused(tmp_path: Path) -> None:
 
 
 def test_every_sabotage_is_caught() -> None:
-    """The checker finds what each sabotaged build does wrong."""
+    """The checker finds the defect of each sabotaged build."""
     names = [name for name, patch in PATCHES.items() if playable([sabotaged_build.case_of(patch)])]
     with ThreadPoolExecutor(SIDE_BY_SIDE) as pool:
         found = dict(zip(names, pool.map(play_sabotaged, names), strict=True))
@@ -76,7 +76,7 @@ def test_every_sabotage_is_caught() -> None:
 
 
 def test_this_build_passes_every_scene() -> None:
-    """The same scenes find nothing wrong with the build as it is."""
+    """The same cases find no error in the build as it is."""
     names = playable(list(sabotage_cases.CASES))
     with ThreadPoolExecutor(SIDE_BY_SIDE) as pool:
         found = dict(zip(names, pool.map(play_honest, names), strict=True))

@@ -37,7 +37,7 @@ RIGHT = {"FAKETIME_DONT_FAKE_MONOTONIC": "1"}
     "a certificate made just now is not valid yet an hour ago", on=("valkey", "redis6", "redis7", "acl")
 )
 def test_workers_with_wrong_clocks_are_on_time(url: str, tmp_path: Path, rounds: Rounds) -> None:
-    """Workers an hour ahead and an hour behind: delayed jobs start at their instants, and nobody's lease is doubted."""
+    """Workers an hour ahead and an hour behind: delayed jobs start at their instants, and no lease is taken."""
     count = rounds(1000, 100)
     with worker_processes(url, tmp_path, lease="1s") as one:
         for shift in ("+3600s", "-3600s"):
@@ -65,7 +65,7 @@ def test_workers_with_wrong_clocks_are_on_time(url: str, tmp_path: Path, rounds:
 
 @pytest.fixture
 def clock(directory: Path) -> Iterator[tuple[Server, Callable[[str], None]]]:
-    """Give a server whose clock can be set, and what sets it: `step("+3600")`."""
+    """Yield a server whose clock can be set, and the function that sets it: `step("+3600")`."""
     place = directory / f"clock{time.monotonic_ns()}"
     place.mkdir()
     offset = place / "offset"
@@ -106,7 +106,7 @@ async def server_time(app: Conveyor) -> int:
 async def test_a_step_of_the_servers_clock(
     clock: tuple[Server, Callable[[str], None]], before: str, after: str, bound: float
 ) -> None:
-    """With 100 jobs running the server's clock jumps an hour: none runs twice, and what a dead worker held is recovered."""
+    """With 100 jobs running the server's clock jumps an hour: none runs twice, and the jobs of a dead worker are recovered."""
     server, step = clock
     step(before)
     async with Conveyor(server.url, lease=f"{LEASE}s") as app:
@@ -155,7 +155,7 @@ async def test_a_step_of_the_servers_clock(
 
 @pytest.mark.row("B8")
 async def test_instants_in_the_past_and_far_away(url: str) -> None:
-    """An instant in the past is now, one in the year 9999 is kept, and what is no instant or duration stores nothing."""
+    """An instant in the past is now, one in the year 9999 is kept, and an invalid instant or duration stores nothing."""
     async with Conveyor(url) as app:
         ran: list[str] = []
 

@@ -204,7 +204,7 @@ def care(app: Conveyor) -> Any:
 
 
 def results(app: Conveyor) -> Any:
-    """Wait for a result that a worker made by hand brings, return a dead worker's job, and promote a scheduled one."""
+    """Wait for a result that a manual worker writes, return a dead worker's job, and promote a scheduled one."""
 
     @app.task(name="shop.send")
     def send() -> int:

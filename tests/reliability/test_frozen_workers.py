@@ -165,7 +165,7 @@ def test_a_blocked_worker_keeps_its_jobs_under_a_supervisor(url: str, tmp_path: 
     "listens to the notifications of one server", on=("redis6", "redis7", "tls", "acl", "sentinel")
 )
 def test_a_blocked_worker_inside_a_program(url: str, redis: Any, tmp_path: Path, rounds: Rounds) -> None:
-    """A blocked loop keeps its job there too; under a held lock nobody renews: it runs twice, and the first end is refused."""
+    """A blocked loop keeps its job there too; under a held GIL no thread renews: the job runs twice, and the first end is refused."""
     with worker_processes(url, tmp_path, lease=f"{LEASE}s") as one, told(redis) as written:
         for _ in range(3):
             one.embed(concurrency=1)

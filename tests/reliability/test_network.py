@@ -76,7 +76,7 @@ async def test_a_slow_way_takes_no_lease(start_server: Start, rounds: Rounds, ca
 
 @pytest.mark.row("C17")
 async def test_a_peer_that_is_gone_without_a_word(start_server: Start, rounds: Rounds) -> None:
-    """Nothing passes, or one reply never comes and its connection stays open: work is picked up within 15 s; who is idle stays."""
+    """Nothing passes, or one reply never comes and its connection stays open: work is picked up within 15 s; idle workers stay."""
     server = start_server()
     idle = Conveyor(server.url)
     idle.task(name="idle")(_nothing)

@@ -1,4 +1,4 @@
-"""Jobs that raise what nobody should: the failure is recorded within bounds, and the worker lives."""
+"""Jobs that raise unusual exceptions: the failure is recorded within bounds, and the worker lives."""
 
 from __future__ import annotations
 

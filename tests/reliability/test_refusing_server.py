@@ -113,7 +113,7 @@ async def test_a_replica_without_its_primary_is_left(start_server: Start) -> Non
 async def test_a_script_of_others_that_hogs_the_server_is_waited_for(
     start_server: Start, rounds: Rounds, name: str
 ) -> None:
-    """A foreign script that keeps the server busy delays jobs and no more: no lease is lost, and nobody kills the script."""
+    """A foreign script that keeps the server busy only delays jobs: no lease is lost, and the script is not killed."""
     server = start_server("--lua-time-limit", "50", name=name)
     clock = (
         "(function() local t = redis.call('TIME') return t[1] + t[2] / 1e6 end)()" if name == "redis6" else "os.clock()"

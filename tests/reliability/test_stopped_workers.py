@@ -69,7 +69,7 @@ def test_rolling_restarts_lose_and_charge_nothing(url: str, tmp_path: Path, roun
 
 @pytest.mark.row("A10")
 def test_a_signal_to_the_whole_group_is_one_stop(url: str, tmp_path: Path) -> None:
-    """A service manager tells the supervisor and its children; nobody hurries for that, and what runs ends by itself."""
+    """A service manager signals the supervisor and its children: that is one stop, and running jobs end by themselves."""
     with worker_processes(url, tmp_path) as one:
         one.app.enqueue_many(one.tasks.note.s(n, 1.5) for n in range(20))
         supervisor = one.start(grace=20)
@@ -86,7 +86,7 @@ def test_a_signal_to_the_whole_group_is_one_stop(url: str, tmp_path: Path) -> No
 async def test_a_stop_amid_a_claim_loses_nothing(
     url: str, monkeypatch: pytest.MonkeyPatch, rounds: Rounds, when: str
 ) -> None:
-    """A stop between a turn and its reply, or at the reply: what it leased goes back to the front, in order and uncharged."""
+    """A stop between a turn and its reply, or at the reply: the leased jobs go back to the front, in order and uncharged."""
     async with Conveyor(url) as app:
         seen: list[tuple[int, int]] = []
 

@@ -1,4 +1,4 @@
-"""Time limits of all kinds of tasks, and what a long life costs a worker."""
+"""Time limits of all kinds of tasks, and the resources of a worker that lives long."""
 
 from __future__ import annotations
 

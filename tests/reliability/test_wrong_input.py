@@ -147,7 +147,7 @@ def test_a_buffer_that_is_lost_later_says_so(tmp_path: Path) -> None:
 
 
 def test_a_queue_declared_twice_names_what_differs() -> None:
-    """The difference is told in the words of the options, and what agrees is left out."""
+    """The error names the options that differ, and leaves out those that agree."""
     app = Conveyor()
     app.queue("orders", int, max_length=5)
     with pytest.raises(

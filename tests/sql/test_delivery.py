@@ -1,4 +1,4 @@
-"""The relay: whatever breaks between the database and Redis, each row becomes one job, in its order."""
+"""The relay: each row becomes one job, in its order, whatever breaks between the database and Redis."""
 
 from __future__ import annotations
 

@@ -214,7 +214,7 @@ async def test_a_waiting_caller_gets_the_result(app: Conveyor, outbox: Outbox, d
 
 
 def test_a_relay_is_called_by_the_end_of_a_block(app: Conveyor, outbox: Outbox, database: Database) -> None:
-    """In a process with a relay nobody waits for its next look: an interval of an hour does not hold up any block."""
+    """In a process with a relay the end of a block calls it: an interval of an hour delays no row."""
     outbox = Outbox(app, database.connect, interval="1h")
     mail = app.queue("mail")
     with outbox.relay(), closing(database.connect()) as connection:

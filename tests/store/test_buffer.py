@@ -1,4 +1,4 @@
-"""The producer's buffer: what is pushed while Redis is away arrives, in order and once."""
+"""The producer's buffer: jobs pushed while Redis is away arrive, in order and once."""
 
 from __future__ import annotations
 
@@ -347,7 +347,7 @@ def test_a_worker_delivers_before_it_ends(
 
 
 def test_commands_do_not_buffer(server: Server, tmp_path: Path) -> None:
-    """A command that pushes fails when Redis is away, also with an app that has a buffer: it ends, and nobody delivers."""
+    """A command that pushes fails when Redis is away, also with an app that has a buffer, because it ends before a delivery."""
     (tmp_path / "shop.py").write_text(
         f"from conveyor import Buffer, Conveyor\napp = Conveyor({server.url!r}, buffer=Buffer())\n"
     )

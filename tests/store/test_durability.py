@@ -245,7 +245,7 @@ async def test_a_repeat_on_a_loop_confirms_nothing_by_itself(app: Conveyor, monk
 def test_a_lost_connection_is_confirmed_by_the_repeat(
     app: Conveyor, pair: ReplicaPair, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A connection lost between push and wait costs nothing: the repeat stores nothing twice, and what returned is there."""
+    """A connection lost between push and wait costs nothing: the repeat stores nothing twice, and returned pushes are confirmed."""
     mail = app.queue("mail", wait_replicas=1)
     lose_first_push(monkeypatch)
     id_ = mail.push("hello")

@@ -1,4 +1,4 @@
-"""A primary dies under load with its replica behind: what was confirmed is there."""
+"""A primary dies under load with its replica behind: confirmed jobs are there."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def fail_over(start: Start, dice: random.Random) -> tuple[int, int, int, int]:
 def test_failover_loses_nothing_that_was_confirmed(
     start_server: Start, rounds: Callable[[int, int], int], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """However the primary dies: what was confirmed by the replica is on it when it takes over."""
+    """Jobs confirmed by the replica are on it when it takes over, however the primary dies."""
     seed, count = random.randrange(2**32), rounds(50, 3)
     dice, total = random.Random(seed), [0, 0, 0, 0]
     for _ in range(count):

@@ -116,7 +116,7 @@ async def test_blocked_call_at_a_demoted_master_goes_on_at_the_new_one(sentinel_
 async def test_no_late_end_is_accepted_after_two_masters_were_one_again(
     sentinel_group: SentinelGroup, rounds: Callable[[int, int], int]
 ) -> None:
-    """A worker that ended its job at a master nobody else believed in changes nothing at the real one: the job ran again, once."""
+    """A worker that ended its job at a deposed master changes nothing at the real one: the job ran again, once."""
     for number in range(rounds(20, 1)):
         await _split(sentinel_group, number)
 

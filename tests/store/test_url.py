@@ -1,4 +1,4 @@
-"""URLs that cannot be right, and right ones that lead to another kind of server: what is said, blocking or not, and that nothing is stored."""
+"""Invalid URLs, and valid ones of another kind of server: the error, blocking or not, and that nothing is stored."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ def test_what_leads_to_sentinels_and_their_master(sentinel_group: SentinelGroup)
 
 
 def test_refusal_for_now_is_no_absence(start_server: Start) -> None:
-    """A server that is there and takes nothing for now is not called unreachable: its reason stands there, and what to do."""
+    """A server that refuses everything for now is not called unreachable: the error has its reason, and what to do."""
     server = start_server()
     with server.client() as client:
         client.config_set("min-replicas-to-write", 1)

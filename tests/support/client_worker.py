@@ -1,4 +1,4 @@
-"""A worker whose every step a test does by hand, with the same calls as a real one."""
+"""A worker of one queue on a `Client`: a test calls its every step, with the same calls as a real worker."""
 
 from __future__ import annotations
 

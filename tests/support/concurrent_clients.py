@@ -1,5 +1,5 @@
 """
-Four clients at once on one queue, and the model led through all they did, in the order in which the server did it.
+Four clients at once on one queue, and the model led through all their steps in the order of the server.
 
 Scripts are atomic, so there is one such order, and MONITOR tells it: the n-th command from a client's port is its n-th
 step. In that order the model must have given every answer that the clients got, whatever overtook what.
@@ -42,7 +42,7 @@ STEPS = {
 
 @dataclass
 class ReplayState:
-    """The model, and what it needs besides to tell a repeat from a late copy."""
+    """The model, and the state it needs to tell a repeat from a late copy."""
 
     model: Model = field(default_factory=Model)
     lanes: dict[str, tuple[int, Any]] = field(default_factory=dict)
@@ -74,7 +74,7 @@ class SharedState:
 
 
 class SimulatedClient:
-    """A producer, a worker and a person, with one connection and one thing at a time under way."""
+    """A client that acts as producer, worker and operator, with one connection and one call at a time."""
 
     def __init__(self, url: str, shared: SharedState, name: str, seed: str) -> None:
         self.name, self.shared, self.rng = name, shared, random.Random(seed)
@@ -335,7 +335,7 @@ class SimulatedClient:
 
 
 def run_clients(client: Any, url: str, seed: int, steps: int) -> list[tuple[str, Step, Any]]:
-    """Let four clients live on an emptied server; return (client, step, answer) in the server's order."""
+    """Run four clients on an emptied server; return (client, step, answer) in the server's order."""
     client.flushall()
     for script in vars(operations).values():
         if isinstance(script, Script) and script.name.islower():

@@ -1,4 +1,4 @@
-"""A producer and a worker beside each other while servers fail, and what came of every job. No pytest in here."""
+"""A producer and a worker side by side while servers fail, and the account of every job. No pytest in here."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Relays that die at a step of their own choice, and rows for them."""
+"""Deliveries of an outbox that are killed at a chosen step, and rows for them."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from support.ready_ids import bare
 
 
 class ProcessKilled(BaseException):
-    """Stands for the end of the process."""
+    """Stands for the SIGKILL of the delivering process."""
 
 
 class KillAtStep:
-    """Kills at the n-th act of a delivery: before it is carried out, or right after."""
+    """Raises `ProcessKilled` at the n-th step of a delivery: before it is carried out, or right after."""
 
     def __init__(self, at: int, *, after: bool) -> None:
         self.left, self.after = at, after
@@ -38,7 +38,7 @@ class KillAtStep:
 
 
 class InterruptedConnection(DbapiConnection):
-    """A link whose statements and commits are acts."""
+    """A connection whose statements and commits are steps that may be the last."""
 
     def __init__(self, link: Any, fate: KillAtStep) -> None:
         super().__init__(link._connection, link._style, link.dialect)
@@ -52,7 +52,7 @@ class InterruptedConnection(DbapiConnection):
 
 
 def attempt(outbox: Outbox, database: Database, fate: KillAtStep, monkeypatch: pytest.MonkeyPatch) -> bool:
-    """Deliver until fate strikes; return whether it did."""
+    """Deliver until *fate* kills the process; return whether it did."""
     backend = outbox.app.client
     carry = backend.carry
     connection = database.connect()

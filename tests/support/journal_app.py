@@ -1,5 +1,5 @@
 """
-The app that the tests of failures run in real workers. It writes down each start and end of a job, one line each.
+The app that the tests of failures run in real workers. Its jobs write each start and end into a journal, a line each.
 
 With ``WORKERS_POINT=name`` a process kills itself when it passes that point and finds the file *name* to take away; the ids
 of the jobs it was at go into the file ``struck``.
@@ -32,7 +32,7 @@ _RUNS = itertools.count()
 
 
 def write(what: str, n: int) -> None:
-    """Append a line in one write, so that lines of several processes do not mix: what, number, attempt, pid, instants."""
+    """Append a line in one write, so that lines of several processes do not mix: event, number, attempt, pid, instants."""
     line = f"{what} {n} {current().attempt} {os.getpid()} {time.monotonic():.4f} {time.time():.4f}\n"
     descriptor = os.open(PLACE / "journal", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     os.write(descriptor, line.encode())

@@ -1,4 +1,4 @@
-"""A worker moved by hand: leases jobs and settles them through the store's own operations."""
+"""A manual worker of an app's queue: leases jobs and settles them through the store's own operations."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from conveyor.store.operations import Settlement, TurnReply, TurnReport
 
 
 class ManualWorker:
-    """Holds what it took until it says how it ended."""
+    """A registered worker that holds what it leased until a test settles it."""
 
     def __init__(self, app: Conveyor, queue: str = "default") -> None:
         self.client = app.client

@@ -96,7 +96,7 @@ class Terminal:
         return self.process.wait(PATIENCE)
 
     def interrupt(self) -> None:
-        """Press ctrl-C when the command is at rest, as a person does: what it printed last it has also finished."""
+        """Press ctrl-C when the command is at rest, as a person does: its last output is complete."""
         with contextlib.suppress(ProcessLookupError, FileNotFoundError):
             deadline, before = time.monotonic() + PATIENCE, ""
             while (now := self._effort()) != before and time.monotonic() < deadline:
@@ -143,7 +143,7 @@ class PageRunner:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        """Stop what the page has left running; what is stopped must end well."""
+        """Stop the commands that the page has left running; each must end well."""
         try:
             for terminal in self._running:
                 terminal.interrupt()

@@ -88,7 +88,7 @@ class Model:
 
     def told(self) -> bool:
         """
-        Tell whether nobody is left waiting beside work.
+        Return whether no worker waits while there is work.
 
         On a queue that is not paused: while an entry stands in ready, a wake token is there; while anything is
         scheduled, a token is there or a worker watches the clock that had room when it learned of the first instant.

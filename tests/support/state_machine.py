@@ -69,7 +69,7 @@ class QueueMachine(RuleBasedStateMachine):
         return name
 
     def _seat(self, pick: int) -> str:
-        """Return the worker of a seat; who was reaped there or has left comes back under a new identity."""
+        """Return the worker of a place; one that was reaped there or has left comes back under a new identity."""
         seat = pick % 3
         if self.workers[seat] not in self.model.members:
             self.workers[seat] = self._hire(seat)
@@ -360,7 +360,7 @@ class QueueMachine(RuleBasedStateMachine):
 
     @invariant()
     def is_alike(self) -> None:
-        """The queue is where the model says, each id in one place, and nobody sleeps beside work."""
+        """The queue equals the model, each id is in one place, and no worker waits while there is work."""
         assert read(self.seeded.redis, self.keys) == self.model.snapshot()
         assert self._run(inspection.audit(self.keys)) == []
         counted, model = self._run(inspection.counts(self.keys)), self.model

@@ -1,5 +1,5 @@
 """
-A child with a worker small enough to be seen through: everything of `conveyor.worker.supervision.child_main` around it is the real thing.
+A child process with a minimal worker; everything of `conveyor.worker.supervision.child_main` around it is real.
 
 As a program it is both: with JSON as its only argument a supervisor, otherwise the child which that starts. A message's
 task says what happens: `hold` (until told to stop), `sleep`, `block` (the loop stands still), `clutch` (so does

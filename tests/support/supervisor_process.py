@@ -1,4 +1,4 @@
-"""Supervisors as processes, and the queue that their stand-in children serve, for the tests."""
+"""Supervisors as processes, and the queue that their stub workers serve."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class Queue:
         return {int(state.split(b" ")[0]) if isinstance(state, bytes) else 0 for state in states}
 
     def by_pid(self, *held: int) -> dict[int, WorkerRow]:
-        """The crew by process, once it holds just that many jobs each."""
+        """Return the registered workers by process, once each holds exactly that many jobs."""
         found = until(lambda: (c := self.workers()) and sorted(m.held for m in c) == sorted(held) and c)
         return {member.about["pid"]: member for member in found}
 

@@ -1,5 +1,5 @@
 """
-Real workers on a real server, and what they wrote down of each job: for the tests that kill, freeze and stop them.
+Real workers on a real server, and the journal that their jobs write: for tests that kill, freeze and stop them.
 
 As a program it is a supervisor with its options as JSON, or with `{"embed": true}` a program with a worker inside.
 """
@@ -197,14 +197,14 @@ def wait(condition: Callable[[], Any], seconds: float = 60.0) -> Any:
 
 
 async def embed(options: dict[str, Any]) -> None:
-    """Be another program, with a worker inside; `max_stall` in seconds."""
+    """Run as another program, with a worker inside; `max_stall` in seconds."""
     heartbeat.MAX_STALL = options.pop("max_stall", heartbeat.MAX_STALL)
     async with journal_app.app.worker(**{"concurrency": 20, "grace": 5.0, **options}):
         await asyncio.Event().wait()
 
 
 def supervise(options: dict[str, Any]) -> int:
-    """Be the supervisor."""
+    """Run as the supervisor."""
     configure_log(verbose=True)
     logging.getLogger("asyncio").setLevel(logging.ERROR)
     processes, stall = options.pop("processes"), float(options.pop("max_stall", 300))

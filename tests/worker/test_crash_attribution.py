@@ -130,7 +130,7 @@ async def test_a_worker_shows_what_it_runs(app: Conveyor, slot: ChildSlot) -> No
 async def test_who_found_no_seat_is_never_forgotten(
     url: str, slot: ChildSlot, monkeypatch: pytest.MonkeyPatch, run_in: str
 ) -> None:  # fmt: skip
-    """The end of one job without a seat of its own does not hide that others may run without one."""
+    """The end of one job without a cell of its own does not hide that others may run without one."""
     monkeypatch.setattr(RunningTable, "take", lambda _: FULL)
     async with Conveyor(url) as app:
 
@@ -154,7 +154,7 @@ async def test_who_found_no_seat_is_never_forgotten(
     [("crash", [1, 1, 2, 2]), ("leave", [0, 0, 1, 1]), ("blamed", [1, 1, 2, 2]), ("near", [1, 1, 2, 1]), ("neither", [0, 0, 1, 1])],
 )  # fmt: skip
 def test_a_crash_that_was_counted_before_is_kept_or_taken_back(app: Conveyor, how: str, crashes: list[int]) -> None:
-    """Of fresh jobs, of one charged among others and of one charged alone: who is not to blame has no crash more than before."""
+    """For fresh jobs, one charged among others and one charged alone: a job without blame has no crash more than before."""
     task = app.task(name="any")(lambda: None)
     for _ in range(4):
         task.enqueue()

@@ -66,7 +66,7 @@ async def until(condition: Callable[[], bool], seconds: float = 10) -> None:
 
 
 def ended(pid: int) -> bool:
-    """Tell whether a process runs no more; one that nobody has waited for yet has ended too."""
+    """Return whether a process has ended; one that has not been waited for yet counts as ended."""
     try:
         os.kill(pid, 0)
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
@@ -116,7 +116,7 @@ async def test_an_idle_process_ends_in_order(
 
 
 async def test_close_leaves_no_process(run: Run, processes: ProcessPool, tmp_path: Path) -> None:
-    """Closing ends idle processes and busy ones, and what waits for a process is told."""
+    """Closing ends idle processes and busy ones, and jobs that wait for a process get an error."""
     busy, pids = await staying(run, tmp_path, "busy")
     idle = await run("pid")
     other, more = await staying(run, tmp_path, "other")

@@ -110,7 +110,7 @@ def test_a_stop_does_not_hurry_who_drains_already(workers: WorkerProcesses) -> N
 
 
 def test_a_death_amid_the_replacement_is_told_from_it(workers: WorkerProcesses) -> None:
-    """A process that is killed while it drains is charged as ever; its job goes to the successor, its place to nobody else."""
+    """A process killed while it drains is charged as ever; its job goes to the successor, and no second successor starts."""
     workers.tasks.note.enqueue(0, 60)
     supervisor = workers.start(max_jobs=1, grace=60)
     wait(lambda: len(workers.registered()) == 2)
@@ -125,7 +125,7 @@ def test_a_death_amid_the_replacement_is_told_from_it(workers: WorkerProcesses) 
 
 
 def test_more_wear_out_than_there_are_places(workers: WorkerProcesses) -> None:
-    """At most twice as many processes are there; who wears out beyond that is replaced when another has ended."""
+    """At most twice as many processes exist; one that wears out beyond that is replaced when another has ended."""
     workers.app.enqueue_many(workers.tasks.first.s(n) for n in range(6))
     supervisor = workers.start(max_jobs=1, grace=60)
     most = 0

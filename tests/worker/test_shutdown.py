@@ -1,4 +1,4 @@
-"""When a worker stops, and when it acknowledges: what runs by then is neither cut off nor run twice without need."""
+"""The stop of a worker, and its acks: running jobs are neither cut off nor run twice without need."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An outbox at every step: what lies in it arrives once, in its order, whoever delivers it and however that ends."""
+"""The outbox of a queue at every step: its jobs arrive once, in order, whichever worker delivers and however that ends."""
 
 from __future__ import annotations
 

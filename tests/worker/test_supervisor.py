@@ -29,7 +29,7 @@ def queue(url: str) -> Iterator[Queue]:
 
 @pytest.fixture
 def supervise(tmp_path: Path, queue: Queue) -> Iterator[Callable[..., SupervisorProcess]]:
-    """Start supervisors; what is left of them after the test is killed, before the queue is purged."""
+    """Start supervisors; those left after the test are killed before the queue is purged."""
     started: list[SupervisorProcess] = []
 
     def start(url: str, env: dict[str, str] | None = None, **options: Any) -> SupervisorProcess:

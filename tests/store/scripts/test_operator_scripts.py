@@ -1,4 +1,4 @@
-"""cancel, redrive, promote, purge, configure, intake: what a person or another program asks for."""
+"""Scripts for operators and other programs: cancel, redrive, promote, purge, configure, list intake."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""claim_partitions.lua, repartition.lua and partitions.lua, and what pushes and registrations say of another number of partitions."""
+"""claim_partitions.lua, repartition.lua and partitions.lua, and the refusal of pushes and registrations with another number."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def _switch(seeded: SeededQueue, keys: QueueKeys, step: str, token: str, number:
 @pytest.mark.redis6
 @pytest.mark.redis7
 def test_begin_shuts_and_end_opens(seeded: SeededQueue) -> None:
-    """Between begin and end nobody pushes, registers or claims; afterwards the number is the one that end said."""
+    """Between begin and end no push, registration or claim is accepted; afterwards the number is that of end."""
     seeded.run(claim_partitions(WHOLE, 4, whole=True))
     assert _switch(seeded, WHOLE, "begin", "T", 8) == (1, 4)
     assert seeded.dump()["conf"] == {"partitions": "0", "switch": "4 8 T", "schema": "1"}

@@ -1,4 +1,4 @@
-"""await, forget, counts, page, show, crew, audit: what can be known of a queue."""
+"""Scripts that read a queue: await_result, forget, counts, list_jobs, get_job, workers, audit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""turn.lua, the half that settles: what each kind leaves behind."""
+"""turn.lua, the half that settles: the keys that each kind of settlement leaves."""
 
 from __future__ import annotations
 
