@@ -14,8 +14,8 @@ from chaos.run_data import POISONS, Run, RunData, Token
 from chaos.run_result import MUST_BE_ZERO, RunResult, spread
 
 COUNTED = (
-    "attempted", "acknowledged", "confirmed", "existing", "refused", "unknown", "ok", "dead", "cancelled", "convicted", "recovered",
-    "spawned", "false reaps",
+    "attempted", "acknowledged", "confirmed", "existing", "refused", "unknown", "ok", "dead", "cancelled", "dead by crashes",
+    "recovered", "spawned", "false reaps",
 )  # fmt: skip
 
 
@@ -103,8 +103,8 @@ def _check_end(data: RunData, token: Token, id_: str, result: RunResult, *, ackn
         result.counts["cancelled"] += 1
     elif ended == "dead" and (token.kind in POISONS or token.kind == "hopeless"):
         result.counts["dead"] += 1
-    elif ended == "dead" and _convicted(data, id_, runs):
-        result.counts["convicted"] += 1
+    elif ended == "dead" and _dead_by_crashes(data, id_, runs):
+        result.counts["dead by crashes"] += 1
     else:
         line = "confirmed lost" if token.confirmed else "lost"
         result.note(line, f"{id_} ({token.kind} {token.name}): {ended or 'nowhere'}, runs {_brief(runs)}")
@@ -125,7 +125,7 @@ def _ending(data: RunData, id_: str, finished: bool) -> str:
     return "dead" if job.ends[-1].startswith("dead") else "done"
 
 
-def _convicted(data: RunData, id_: str, runs: list[Run]) -> bool:
+def _dead_by_crashes(data: RunData, id_: str, runs: list[Run]) -> bool:
     # Dead for crashes: only who was running at nearly all of them (the first may have struck while it waited its turn).
     crashed = '"crashed"' in data.dump.dead.get(id_, "")
     return crashed and sum(not run.how for run in runs) >= data.max_crashes - 1

@@ -202,8 +202,8 @@ class FaultInjector:
         return self._beside(fault, lambda: self._kill(fault, [self._pick(fault, self._job_processes, QUEUE)]))
 
     def _kill_producer(self, fault: Fault) -> None:
-        mortal = lambda: [one for one in self.environment.process_group.producers() if one.mortal and one.alive()]  # noqa: E731
-        self._kill(fault, [self._pick(fault, mortal).pid])
+        killable = lambda: [one for one in self.environment.process_group.producers() if one.killable and one.alive()]  # noqa: E731
+        self._kill(fault, [self._pick(fault, killable).pid])
 
     def _stop(self, fault: Fault, pid: int, struck: list[int]) -> None:
         seconds = self.environment.lease * (1.2 + 1.8 * fault.size)

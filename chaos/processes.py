@@ -39,7 +39,7 @@ class Program:
         return "conveyor" in self.command
 
     @property
-    def mortal(self) -> bool:
+    def killable(self) -> bool:
         """Whether it is a producer that may be killed: it keeps what it pushes in a buffer on disk."""
         return "CHAOS_SPOOL" in self.env
 
@@ -146,17 +146,17 @@ class ProcessGroup:
         command = ["chaos.producer_program", str(number), str(seed), str(rate), str(count), *([mix] if mix else [])]
         return self._add(f"producer{number}", *command, url=url, keep=False, env={"CHAOS_CONFIRM": str(confirm)})
 
-    def mortal(self, number: int, url: str, *, seed: int, rate: float) -> Program:
+    def killable(self, number: int, url: str, *, seed: int, rate: float) -> Program:
         """Start a producer that may be killed: it has a buffer on disk, and its successor delivers what lies there."""
         command = ["chaos.producer_program", str(number), str(seed), str(rate), str(10**9)]
         return self._add(
             f"producer{number}", *command, url=url, env={"CHAOS_SPOOL": str(self.directory / f"spool{number}")}
         )
 
-    def bequeath(self) -> None:
+    def drain_buffers(self) -> None:
         """Kill the producers that may be killed, for good; a last one each delivers what is left in its buffer."""
         with self._lock:
-            for program in [program for program in self.producers() if program.mortal]:
+            for program in [program for program in self.producers() if program.killable]:
                 program.end()
                 program.command[-1] = "0"
                 program.start()

@@ -10,8 +10,8 @@ from typing import Any
 from chaos.run_result import MUST_BE_ZERO, RunResult
 
 ROWS = (
-    "attempted", "acknowledged", "confirmed", "existing", "refused", "unknown", "recovered", "ok", "dead", "convicted", "cancelled",
-    "spawned", "executions", "repeated executions", "highest attempt", "overlapping executions", "unexplained repeats",
+    "attempted", "acknowledged", "confirmed", "existing", "refused", "unknown", "recovered", "ok", "dead", "dead by crashes",
+    "cancelled", "spawned", "executions", "repeated executions", "highest attempt", "overlapping executions", "unexplained repeats",
     "false reaps", "workers registered", *MUST_BE_ZERO[:-3], "limit violations", *MUST_BE_ZERO[-3:],
     "recovery, supervised", "recovery, by lease", "pickup",
 )  # fmt: skip

@@ -39,9 +39,9 @@ def soak(
         injector.finish()
         environment.heal()
         for program in environment.process_group.producers():
-            if not program.mortal:
+            if not program.killable:
                 program.signal(signal.SIGTERM)
-        environment.process_group.bequeath()
+        environment.process_group.drain_buffers()
         began = time.monotonic()
         drained = environment.drain(20 + 10 * lease)
         result = environment.evaluate(waived=FORGOTTEN if topology == "sentinel" else ())
@@ -76,4 +76,4 @@ def _people(environment: Environment, seed: int, seconds: float) -> None:
     for number, url in enumerate((direct, proxied)):
         confirm = 0 if alone or number == 0 else 1
         processes.producer(number, url, seed=seed, rate=RATE / 3, count=int(RATE * (seconds + 600)), confirm=confirm)
-    processes.mortal(2, proxied, seed=seed, rate=RATE / 3)
+    processes.killable(2, proxied, seed=seed, rate=RATE / 3)

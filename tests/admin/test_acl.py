@@ -136,7 +136,7 @@ def test_all_else_is_refused(member: Callable[..., RoleUser]) -> None:
 
 @pytest.mark.redis6
 @pytest.mark.redis7
-def test_who_may_not_is_told_what_to_print(member: Callable[..., RoleUser]) -> None:
+def test_a_refused_role_is_told_what_to_print(member: Callable[..., RoleUser]) -> None:
     """A call that the ACL refuses, in a script or before it, raises E17, which names `conveyor acl`."""
     for act in ("push", "pause"):
         with shop(member("dashboard").url) as app, pytest.raises(ConfigurationError, match="conveyor acl") as caught:

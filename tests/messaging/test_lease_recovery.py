@@ -87,7 +87,7 @@ class TestLost:
         assert got == [("a", 2, 1), ("b", 2, 1)]
         assert time.monotonic() - begin < 2 * AT_ONCE
 
-    def test_poison_dies_and_its_neighbours_live(self, queue):
+    def test_poison_is_given_up_and_its_neighbours_are_not(self, queue):
         """Only a message that crashed its consumer three times is given up; those merely prefetched beside it are not."""
         queue.push_many(["poison", "good"])
         for _ in range(3):
@@ -102,7 +102,7 @@ class TestLost:
         [letter] = queue.dead_letters()
         assert (letter.error, letter.attempts) == ("crashed: its consumer crashed 3 times", 3)
 
-    def test_suspects_travel_alone(self, queue):
+    def test_suspects_are_leased_alone(self, queue):
         """After a crash no batch and no pull contains two suspects."""
         queue.push_many(range(3))
         crash(queue, queue.pull(3)[0])

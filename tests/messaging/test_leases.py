@@ -43,18 +43,18 @@ def play(program, replies):
 
 
 class TestSuspects:
-    def test_one_look_convicts_nobody(self):
+    def test_one_look_finds_no_dead_worker(self):
         """An end in the past alone is no proof: every worker's looks so after Redis was frozen."""
         assert DeadWorkerDetector(1000).look(10_000, [("a", 5000)], 1.0) == []
 
-    def test_two_looks_convict(self):
+    def test_two_looks_find_a_dead_worker(self):
         """The same end at a look 0.45 lease later, and past: dead."""
         suspects = DeadWorkerDetector(1000)
         suspects.look(10_000, [("a", 9990)], 1.0)
         assert suspects.look(10_400, [("a", 9990)], 1.40) == []
         assert suspects.look(10_460, [("a", 9990)], 1.46) == [("a", 9990)]
 
-    def test_a_beat_in_between_acquits(self):
+    def test_a_beat_in_between_keeps_a_worker(self):
         """A moved end begins the observation anew."""
         suspects = DeadWorkerDetector(1000)
         suspects.look(10_000, [("a", 9990)], 1.0)
@@ -166,7 +166,7 @@ class TestVerdict:
         assert second.kind == "X"
         assert [f.message for f in AttemptHistory.decode(second.state).failures_list()] == ["x", "y"]
 
-    def test_crashes_convict_after_three_starts(self):
+    def test_crashes_end_a_message_after_three_starts(self):
         """Each start of a suspect is counted before it; the fourth does not happen."""
         verdict = SettlementPolicy(Retry(), "me")
         assert verdict.suspected(self.leased()) is None

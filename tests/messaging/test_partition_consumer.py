@@ -315,7 +315,7 @@ def _blocked(backend):
 # -- decisions, without Redis -------------------------------------------------------------------------------------------
 
 
-def test_a_rota_looks_at_all_before_it_rests():
+def test_a_round_robin_looks_at_all_before_it_rests():
     """At first every partition may have work: each is visited once, then all are waited for at once."""
     lessees = [
         LeaseSession(QueueKeys("c", f"q/{n}"), 6000, b"", DeadWorkerDetector(6000), clock=lambda: 0.0) for n in range(4)
@@ -340,7 +340,7 @@ def test_a_rota_looks_at_all_before_it_rests():
     assert next(program) == PartitionTurnStep(1, 3)
 
 
-def test_a_rota_does_not_wait_while_it_holds_too_much():
+def test_a_round_robin_does_not_wait_while_it_holds_too_much():
     """A partition at which a consumer holds as much as it may is not asked for more."""
     lessee = LeaseSession(QueueKeys("c", "q/0"), 6000, b"", DeadWorkerDetector(6000), clock=lambda: 0.0)
     lessee.held = {str(n): object() for n in range(operations.MOST_HELD)}

@@ -157,7 +157,7 @@ async def test_classes_that_only_their_format_knows(made, redis):
     assert "Opaque" in str(seeing.result)
 
 
-async def test_who_lacks_a_format_sets_the_job_aside(made, redis, caplog):
+async def test_a_worker_without_a_format_sets_the_job_aside(made, redis, caplog):
     """It is a dead letter after one attempt with its bytes, which says which format it is; redriven to who has it, it runs."""
     old, new = made(), made(format=Packed())
     declare(old)

@@ -67,7 +67,7 @@ def test_the_command_prints_the_schedule_of_its_seed() -> None:
     assert printed(7).splitlines() == ["seed 7", *map(str, schedule(7, 30))]
 
 
-def test_who_judges_imports_nothing_of_conveyor() -> None:
+def test_drivers_and_checkers_import_nothing_of_conveyor() -> None:
     """No module that drives, breaks or checks imports the library, nor a module that does: in functions, for types, or indirectly."""
     modules = {path.stem: ast.walk(ast.parse(path.read_text())) for path in (HOME / "chaos").glob("*.py")}
     assert modules.keys() > UNDER_TEST

@@ -75,7 +75,7 @@ def test_every_sabotage_is_caught() -> None:
     assert [name for name, failed in found.items() if not failed] == []
 
 
-def test_this_build_passes_every_scene() -> None:
+def test_this_build_passes_every_case() -> None:
     """The same cases find no error in the build as it is."""
     names = playable(list(sabotage_cases.CASES))
     with ThreadPoolExecutor(SIDE_BY_SIDE) as pool:

@@ -112,7 +112,7 @@ def test_frozen_workers_change_nothing_afterwards(url: str, redis: Any, tmp_path
 
 
 @pytest.mark.row("A4", "I6")
-def test_a_late_beat_does_not_raise_the_dead(url: str, rounds: Rounds) -> None:
+def test_a_late_beat_does_not_restore_a_reaped_worker(url: str, rounds: Rounds) -> None:
     """After a reap no beat, turn or extension under the old identity changes anything, however often it comes."""
     with Conveyor(url) as app:
         queue = app.queue("mail")

@@ -99,7 +99,7 @@ def test_kills_at_the_worst_points(url: str, tmp_path: Path, rounds: Rounds, poi
 
 
 @pytest.mark.row("A7", "A8", "I8")
-def test_poison_is_convicted_and_nobody_else(url: str, tmp_path: Path, rounds: Rounds) -> None:
+def test_only_poison_jobs_die_by_crashes(url: str, tmp_path: Path, rounds: Rounds) -> None:
     """A job that ends its process is started `max_crashes` times, then dead; the good ones around it, and between two, succeed."""
     bad, good = rounds(100, 8), rounds(10_000, 300)
     ways = ["kill", "segfault", "exit", "abort"]
@@ -125,7 +125,7 @@ def test_poison_is_convicted_and_nobody_else(url: str, tmp_path: Path, rounds: R
 
 
 @pytest.mark.row("A8")
-async def test_a_job_that_never_started_is_not_convicted(url: str) -> None:
+async def test_a_job_that_never_started_is_no_poison(url: str) -> None:
     """Workers that died while they held a job make it a suspect, once; only its own starts make it poison."""
     async with Conveyor(url) as app:
         started: list[int] = []

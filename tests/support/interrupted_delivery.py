@@ -26,7 +26,7 @@ class KillAtStep:
     def __init__(self, at: int, *, after: bool) -> None:
         self.left, self.after = at, after
 
-    def act(self, work: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    def step(self, work: Callable[..., Any], *args: Any, **options: Any) -> Any:
         self.left -= 1
         if self.left == 0 and not self.after:
             raise ProcessKilled
@@ -40,26 +40,26 @@ class KillAtStep:
 class InterruptedConnection(DbapiConnection):
     """A connection whose statements and commits are steps that may be the last."""
 
-    def __init__(self, link: Any, fate: KillAtStep) -> None:
+    def __init__(self, link: Any, killer: KillAtStep) -> None:
         super().__init__(link._connection, link._style, link.dialect)
-        self.fate = fate
+        self.killer = killer
 
     def run(self, sql: str, *values: object) -> StatementResult:
-        return self.fate.act(super().run, sql, *values)  # type: ignore[no-any-return]
+        return self.killer.step(super().run, sql, *values)  # type: ignore[no-any-return]
 
     def commit(self) -> None:
-        self.fate.act(super().commit)
+        self.killer.step(super().commit)
 
 
-def attempt(outbox: Outbox, database: Database, fate: KillAtStep, monkeypatch: pytest.MonkeyPatch) -> bool:
-    """Deliver until *fate* kills the process; return whether it did."""
+def attempt(outbox: Outbox, database: Database, killer: KillAtStep, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Deliver until *killer* kills the process; return whether it did."""
     backend = outbox.app.client
     carry = backend.carry
     connection = database.connect()
     try:
         with monkeypatch.context() as patch:
-            patch.setattr(backend, "carry", lambda *args, **options: fate.act(carry, *args, **options))
-            OutboxDelivery(outbox.app, outbox._table).pass_through(InterruptedConnection(blocking(connection), fate))
+            patch.setattr(backend, "carry", lambda *args, **options: killer.step(carry, *args, **options))
+            OutboxDelivery(outbox.app, outbox._table).pass_through(InterruptedConnection(blocking(connection), killer))
     except ProcessKilled:
         return True
     else:

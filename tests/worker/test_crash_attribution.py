@@ -62,12 +62,12 @@ def seated(*, loop: str = "", thread: str = "", waits: str = "", beside: str = "
         (seated(loop="of another queue", waits=WAITS), True, [], []),
     ],
 )  # fmt: skip
-def test_who_is_to_blame(seating: RunningSnapshot, fault: bool, blamed: list[str], near: list[str]) -> None:
+def test_the_job_that_is_charged(seating: RunningSnapshot, fault: bool, blamed: list[str], near: list[str]) -> None:
     """A job that was executing is charged; one that was under way only when killed, or alone; one that had not begun never."""
     assert seating.judge(IDS, fault=fault) == (blamed, near)
 
 
-def test_more_jobs_than_seats_rule_nobody_out() -> None:
+def test_more_jobs_than_cells_rule_no_job_out() -> None:
     """A job without a free cell takes the overflow cell for ever; then nothing is known. Cells that are left are used again."""
     seats = RunningTable(memoryview(bytearray(8 * SEATS)).cast("q"))
     taken = [seats.take() for _ in range(SEATS - 2)]
@@ -127,7 +127,7 @@ async def test_a_worker_shows_what_it_runs(app: Conveyor, slot: ChildSlot) -> No
 
 
 @pytest.mark.parametrize("run_in", ["loop", "thread"])
-async def test_who_found_no_seat_is_never_forgotten(
+async def test_a_job_without_a_cell_is_never_forgotten(
     url: str, slot: ChildSlot, monkeypatch: pytest.MonkeyPatch, run_in: str
 ) -> None:  # fmt: skip
     """The end of one job without a cell of its own does not hide that others may run without one."""
@@ -173,7 +173,7 @@ def test_a_crash_that_was_counted_before_is_kept_or_taken_back(app: Conveyor, ho
 
 @pytest.mark.row("A8")
 @pytest.mark.parametrize("how", ["segfault", "exit", "abort"])
-def test_a_fault_is_charged_to_who_was_executed(url: str, tmp_path: Path, how: str) -> None:
+def test_a_fault_is_charged_to_the_executed_job(url: str, tmp_path: Path, how: str) -> None:
     """Jobs that wait in the same process while another one ends it three times are back each time, and have no crash."""
     with worker_processes(url, tmp_path, lease="10s") as one:
         one.start(processes=1, concurrency=10)

@@ -96,7 +96,7 @@ def test_what_outlives_its_grace_is_handed_back_uncharged(workers: WorkerProcess
     assert state.split(b" ")[1:3] == [b"0", b"0"]
 
 
-def test_a_stop_does_not_hurry_who_drains_already(workers: WorkerProcesses) -> None:
+def test_a_stop_does_not_hurry_a_draining_process(workers: WorkerProcesses) -> None:
     """SIGTERM while a process drains to be replaced leaves its jobs what is left of their grace."""
     workers.tasks.first.enqueue(0)
     supervisor = workers.start(max_jobs=1, grace=60)
@@ -190,7 +190,7 @@ def test_a_burst_ends_when_drained(workers: WorkerProcesses) -> None:
     assert workers.drained()
 
 
-def test_a_burst_waits_for_retries_of_who_was_replaced(workers: WorkerProcesses) -> None:
+def test_a_burst_waits_for_retries_of_a_replaced_process(workers: WorkerProcesses) -> None:
     """A retry that is not due yet when its process is replaced keeps the burst from ending: the successor runs it."""
     workers.tasks.again.enqueue(0)
     supervisor = workers.start(burst=True, max_jobs=1)

@@ -171,7 +171,7 @@ def test_records_never_run_out_of_room(slot: ChildSlot) -> None:
     assert slot.about() == ChildInfo("unix:///s", "shop")
 
 
-def test_too_many_queues_are_refused_and_the_board_stays_whole(slot: ChildSlot) -> None:
+def test_too_many_queues_are_refused_and_the_memory_stays_whole(slot: ChildSlot) -> None:
     """Names that do not fit are refused with a sentence, and the names written before remain."""
     slot.prepare(SPEC)
     names = [f"{number:04}".ljust(128, "x") for number in range(2000)]

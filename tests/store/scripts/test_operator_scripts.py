@@ -216,7 +216,7 @@ def test_purge_is_bounded(seeded: SeededQueue, limit: int, taken: int) -> None:
     assert seeded.redis.hlen(seeded.keys.jobs) == 1300 - taken
 
 
-def test_purge_tells_who_waits(seeded: SeededQueue) -> None:
+def test_purge_tells_waiters(seeded: SeededQueue) -> None:
     """A waiter for a purged job is told that it was cancelled."""
     seeded.push("a")
     seeded.run(operations.await_result(seeded.keys, "a", "one"))

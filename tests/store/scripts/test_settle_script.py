@@ -186,7 +186,7 @@ def test_first_retry_is_watched_or_told(seeded: SeededQueue) -> None:
         (Settlement("C", "a", record=b"{2}"), b"{2}"), (Settlement("X", "a", record=b"{3}", state=b"1 1 0"), b"{3}"),
     ],
 )  # fmt: skip
-def test_end_is_announced_to_all_who_wait(seeded: SeededQueue, settlement: Settlement | None, record: bytes) -> None:
+def test_end_is_announced_to_all_waiters(seeded: SeededQueue, settlement: Settlement | None, record: bytes) -> None:
     """A waiter for a job is told its outcome on its channel, once, and is forgotten."""
     seeded.lease("a", "b")
     for channel in ("one", "two"):
