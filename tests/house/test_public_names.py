@@ -27,7 +27,7 @@ NAMES = {
         "Unique UnknownTask current"
     ),
     "conveyor.errors": (
-        "BlobUnavailable ConfigurationError ConveyorError Duplicate DurabilityNotReached JobCancelled JobFailed JobNotFound "
+        "ConfigurationError ConveyorError Duplicate DurabilityNotReached JobCancelled JobFailed JobNotFound "
         "LeaseLost PayloadError QueueFull QueueNotFound RateLimited ResultExpired Snooze StoreUnavailable UnknownTask"
     ),
     "conveyor.events": (
