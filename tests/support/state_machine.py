@@ -62,18 +62,18 @@ class QueueMachine(RuleBasedStateMachine):
         self.turns: dict[str, list[Call[Any]]] = {}
         self.ends: list[str] = []  # who died, in order
 
-    def _hire(self, seat: int) -> str:
-        name = f"w{seat}-{next(self.count)}"
+    def _hire(self, index: int) -> str:
+        name = f"w{index}-{next(self.count)}"
         self.seeded.register(name)
         self.model.members[name] = ModelWorker()
         return name
 
-    def _seat(self, pick: int) -> str:
-        """Return the worker of a place; one that was reaped there or has left comes back under a new identity."""
-        seat = pick % 3
-        if self.workers[seat] not in self.model.members:
-            self.workers[seat] = self._hire(seat)
-        return self.workers[seat]
+    def _worker_at(self, pick: int) -> str:
+        """Return the worker at an index; one that was reaped there or has left comes back under a new identity."""
+        index = pick % 3
+        if self.workers[index] not in self.model.members:
+            self.workers[index] = self._hire(index)
+        return self.workers[index]
 
     def _any(self, pick: int) -> str:
         ids = list(self.model.jobs) or ["ghost"]
@@ -182,11 +182,11 @@ class QueueMachine(RuleBasedStateMachine):
         return sent, ("R", id_, (1e6 if kind == "R0" else 3e6 + number, after))
 
     @rule(
-        seat=ANY, want=st.sampled_from([0, 1, 2, 3, 1000]), kinds=st.lists(st.sampled_from(KINDS), max_size=8),
+        index=ANY, want=st.sampled_from([0, 1, 2, 3, 1000]), kinds=st.lists(st.sampled_from(KINDS), max_size=8),
         woken=st.booleans(), foreign=ANY, flags=st.sampled_from(["", "", "l", "k", "t", "kt"]),
     )  # fmt: skip
-    def turn(self, seat: int, want: int, kinds: list[str], woken: bool, foreign: int, flags: str) -> None:
-        name = self._seat(seat)
+    def turn(self, index: int, want: int, kinds: list[str], woken: bool, foreign: int, flags: str) -> None:
+        name = self._worker_at(index)
         member = self.model.members[name]
         if woken:  # an idle worker takes the token, then makes its turn
             self.seeded.take_token()
@@ -215,10 +215,10 @@ class QueueMachine(RuleBasedStateMachine):
             self.seeded.redis.zadd(self.keys.dead, {id_: self.base - 10**6 + next(self.count)})
 
     @precondition(lambda self: any(self.model.ready.values()))
-    @rule(seat=ANY, want=st.sampled_from([1, 1, 2, 3, 1000]))
-    def lease(self, seat: int, want: int) -> None:
+    @rule(index=ANY, want=st.sampled_from([1, 1, 2, 3, 1000]))
+    def lease(self, index: int, want: int) -> None:
         """A worker with room takes the token, then what there is."""
-        self.turn(seat, want, [], True, 99, "")
+        self.turn(index, want, [], True, 99, "")
 
     @precondition(lambda self: any(member.leases for member in self.model.members.values()))
     @rule(pick=ANY, want=st.sampled_from([0, 1, 2]), kinds=st.lists(st.sampled_from(KINDS[1:]), min_size=1, max_size=5))
@@ -228,9 +228,9 @@ class QueueMachine(RuleBasedStateMachine):
         self.workers[pick % 3] = busy[pick % len(busy)]
         self.turn(pick, want, kinds, False, pick, "")
 
-    @rule(seat=ANY, which=ANY)
-    def turn_again(self, seat: int, which: int) -> None:
-        name = self._seat(seat)
+    @rule(index=ANY, which=ANY)
+    def turn_again(self, index: int, which: int) -> None:
+        name = self._worker_at(index)
         sent = self.turns.get(name, [])
         if not sent:
             return
@@ -255,9 +255,9 @@ class QueueMachine(RuleBasedStateMachine):
         assert self._run(operations.heartbeat(self.keys, name, LEASE)) is False
         assert self._run(operations.extend(self.keys, name, id_, "heir", LEASE, b"{}")) is False
 
-    @rule(seat=ANY)
-    def beat(self, seat: int) -> None:
-        assert self._run(operations.heartbeat(self.keys, self._seat(seat), LEASE)) is True
+    @rule(index=ANY)
+    def beat(self, index: int) -> None:
+        assert self._run(operations.heartbeat(self.keys, self._worker_at(index), LEASE)) is True
 
     @precondition(lambda self: self.model.members)
     @rule(pick=ANY, how=st.sampled_from(["crash", "blame", "leave", "looks", "beaten", "moved", "alive"]), share=ANY)
@@ -286,17 +286,17 @@ class QueueMachine(RuleBasedStateMachine):
         self.gone.append(name)
 
     @precondition(lambda self: any(member.leases for member in self.model.members.values()))
-    @rule(seat=ANY, pick=ANY)
-    def extend(self, seat: int, pick: int) -> None:
+    @rule(index=ANY, pick=ANY)
+    def extend(self, index: int, pick: int) -> None:
         busy = [name for name, member in self.model.members.items() if member.leases]
-        name, heir = busy[seat % len(busy)], f"x{next(self.count)}"
+        name, heir = busy[index % len(busy)], f"x{next(self.count)}"
         ids = ["ghost"] if pick > 90 else list(self.model.members[name].leases)
         id_ = ids[pick % len(ids)]
         call = operations.extend(self.keys, name, id_, heir, LEASE, b"{}")
         assert self._run(call) is self.model.extend(name, id_, heir)
         if heir in self.model.members:
             assert self._run(call) is True
-            self.workers[seat % 3] = heir if pick % 2 else name
+            self.workers[index % 3] = heir if pick % 2 else name
 
     # -- people ---------------------------------------------------------------------------------------------------
 
