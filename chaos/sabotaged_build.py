@@ -31,9 +31,12 @@ def case_of(patch: Path) -> str:
 def build(patch: Path, directory: Path) -> Path:
     """Copy this tree's `src` into *directory*, apply *patch*, and return the copy."""
     source = directory / "src"
-    shutil.copytree(HOME / "src", source, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(HOME / "src", source)  # with the compiled modules: else every process compiles all of them anew
     for name, text in changed(patch).items():
-        (directory / name).write_text(text)
+        path = directory / name
+        path.write_text(text)
+        for compiled in (path.parent / "__pycache__").glob(f"{path.stem}.*"):
+            compiled.unlink()
     return source
 
 

@@ -16,7 +16,7 @@ import pytest
 from conveyor import Context, Conveyor, JobFailed, Retry, current
 from conveyor.admin.admin import Admin
 from conveyor.ids import new_id
-from conveyor.payload.records import write_rest
+from conveyor.payload.records import write_envelope
 from conveyor.store.operations import Entry
 from support.running_worker import audit, drain, until, working
 
@@ -179,7 +179,7 @@ def test_supervised_worker_and_admin(url: str, tmp_path: Path) -> None:
 
     with Conveyor(url, namespace="family") as app:
         app.client.push(
-            app.client.keys("parents"), [Entry(new_id(), write_rest("support.spawning_app.parent", b'{"n":1}'))]
+            app.client.keys("parents"), [Entry(new_id(), write_envelope("support.spawning_app.parent", b'{"n":1}'))]
         )
         assert [(one.name, one.ready) for one in Admin(app.client).queues()] == [("parents", 1)]
         done = conveyor("worker", "support.spawning_app:app", "--burst")

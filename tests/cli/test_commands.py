@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+import pty
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -294,6 +297,45 @@ def test_unknown_names_end_with_5(shell: Shell, backend: Client) -> None:
 
 
 # -- status and doctor --------------------------------------------------------------------------------------------
+
+
+def test_a_page_says_whether_there_are_more(shell: Shell, backend: Client) -> None:
+    """On a terminal `job list` says how to get more jobs when there are more than it shows, and only then."""
+    push(backend, "q", *(f"{n}".encode() for n in range(3)))
+
+    shown = on_terminal(shell, "job", "list", "--limit", "2")
+    assert shown.count("ready") == 2
+    assert "Showing 2. More: --limit 4, or --offset 2" in shown
+    assert "More:" not in on_terminal(shell, "job", "list", "--limit", "3")
+
+
+def on_terminal(shell: Shell, *arguments: str) -> str:
+    """Return what a command prints in a terminal."""
+    ours, theirs = pty.openpty()
+    command = subprocess.Popen(
+        [sys.executable, "-m", "conveyor", *arguments],
+        cwd=shell.directory, env=shell.environment(TERM="xterm"), stdin=theirs, stdout=theirs, stderr=theirs,
+    )  # fmt: skip
+    os.close(theirs)
+    printed = b""
+    with suppress(OSError):  # EIO: the command has ended
+        while chunk := os.read(ours, 65536):
+            printed += chunk
+    os.close(ours)
+    assert command.wait(30) == 0
+    return printed.decode()
+
+
+def test_full_disk_is_named(shell: Shell) -> None:
+    """A command that cannot write to standard output says so, and ends with 1."""
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "conveyor", "queue", "list", "--json"],
+            cwd=shell.directory, env=shell.environment(), stdout=full, stderr=subprocess.PIPE, text=True, check=False,
+        )  # fmt: skip
+
+    assert done.returncode == 1
+    assert done.stderr == "error E00  Cannot write to standard output: No space left on device\n"
 
 
 def test_status_is_8_when_jobs_are_stranded(shell: Shell, backend: Client) -> None:

@@ -299,6 +299,7 @@ def away(word: bytes) -> bytes:
 """
 
 
+@pytest.mark.long
 def test_the_command_line_writes_and_shows_it(url, redis, tmp_path):
     """`push` and `enqueue` write the declared format from JSON, `job show` decodes, and tasks run in processes of their own."""
     shell = Shell(tmp_path, url)

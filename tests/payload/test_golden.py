@@ -15,7 +15,7 @@ import pytest
 from conveyor.errors import PayloadError
 from conveyor.payload.codec import ValueCodec, encode_json
 from conveyor.payload.formats import MSGPACK, FormatCodec, FormatRegistry, codec_for
-from conveyor.payload.pipeline import PLAIN, PayloadPipeline, choose
+from conveyor.payload.pipeline import PLAIN, PayloadPipeline, make_pipeline
 from conveyor.payload.records import (
     AttemptHistory,
     EnvelopeOptions,
@@ -25,11 +25,11 @@ from conveyor.payload.records import (
     read_failure,
     read_outcome,
     to_json,
-    write_rest,
+    write_envelope,
 )
 from conveyor.payload.sealed_records import open_failure, open_result, pack_failure, pack_result
 from conveyor.payload.signature import TaskSignature
-from conveyor.payload.wrapped import BARE, COMPRESSED, ELSEWHERE, GCM, HMAC, describe, read
+from conveyor.payload.wrapped import BARE, COMPRESSED, ELSEWHERE, GCM, HMAC, describe, read_wrapped
 
 HOME = Path(__file__).parents[1] / "golden"
 RELEASES = sorted(path.name for path in HOME.iterdir() if path.is_dir())
@@ -70,7 +70,7 @@ def large_body() -> bytes:
 def sealing(
     shelf: Shelf | None = None, *, keys: bool = True, encrypt: bool = False, compress: int | None = None
 ) -> PayloadPipeline:
-    made = choose(
+    made = make_pipeline(
         keys=KEYS if keys else None, encrypt=encrypt, compress=compress, large=shelf, large_above=100, max_large="1MiB",
         max_payload=512 * 1024,
     )  # fmt: skip
@@ -96,7 +96,7 @@ PACKED = FormatRegistry(MSGPACK, MIRROR.known)
 
 
 def called(formats: FormatRegistry) -> bytes:
-    return write_rest(
+    return write_envelope(
         "mail.send", TaskSignature(mail, "mail.send", formats=formats).encode(("ada", 2, "a"), {"x": 1.5})
     )
 
@@ -112,10 +112,10 @@ def written() -> dict[str, bytes]:
     shelf = Shelf()
     sealing(shelf).wrap(large_body(), **PLACE)
     return {
-        "envelope_plain": write_rest("mail.send", body()),
-        "envelope_extra": b"p9 e1764000000000 d1763000000000 i uorder 7" + write_rest("mail.send", body(), extra),
-        "message": write_rest("", b'{"id":1}'),
-        "message_msgpack": write_rest("", value_codec(PACKED).encode(MESSAGE)),
+        "envelope_plain": write_envelope("mail.send", body()),
+        "envelope_extra": b"p9 e1764000000000 d1763000000000 i uorder 7" + write_envelope("mail.send", body(), extra),
+        "message": write_envelope("", b'{"id":1}'),
+        "message_msgpack": write_envelope("", value_codec(PACKED).encode(MESSAGE)),
         "call_msgpack": called(PACKED),
         "call_own": called(MIRROR),
         "result_msgpack": b'{"status":"done",%b,"at":7}'
@@ -200,7 +200,7 @@ def test_sealed_bytes_of_every_release_open(golden):
         ("sealed_hmac", HMAC, 0), ("sealed_gcm", GCM, 0), ("sealed_gcm_compressed", GCM, COMPRESSED),
         ("compressed", BARE, COMPRESSED), ("claim_hmac", HMAC, ELSEWHERE),
     ):  # fmt: skip
-        header = read(golden[name])
+        header = read_wrapped(golden[name])
         assert (header.algorithm, header.form) == (algorithm, form)
         opener = PLAIN if algorithm == BARE else sealing(Shelf(golden["blob_hmac"]))
         assert opener.unwrap(golden[name], **PLACE) == (

@@ -10,7 +10,7 @@ import pytest
 from conveyor.errors import JobFailed
 from conveyor.ids import new_id
 from conveyor.jobs.app import Conveyor
-from conveyor.payload.records import EnvelopeOptions, write_rest
+from conveyor.payload.records import EnvelopeOptions, write_envelope
 from support.running_worker import counts, drain
 
 KEYS = {"2026-11": "v" * 32}
@@ -114,7 +114,7 @@ async def test_upcast_that_fails_makes_a_dead_letter(made):
     first, wrong, right = made(1), made(2, lambda version, arguments: {}["x"]), made(2, upcast)
     job = await first.tasks["charge"].aenqueue(5)
     await drain(wrong)
-    with pytest.raises(JobFailed, match="could not be brought up to 2: KeyError"):
+    with pytest.raises(JobFailed, match="could not be upcast to 2: KeyError"):
         await right.job(job.id).aresult("1s")
     await right.queue("default").aredrive()
     await drain(right)
@@ -137,7 +137,7 @@ async def test_version_without_upcast_only_waits(made):
     """Without an upcast an older payload is read as it is: the number then only keeps old workers away."""
     app = made(2)
     job = await app.tasks["charge"].aenqueue(1, "EUR")
-    assert write_rest("charge", b"{}", EnvelopeOptions(version=2)) == b'\ncharge\t{"version":2}\n{}'
+    assert write_envelope("charge", b"{}", EnvelopeOptions(version=2)) == b'\ncharge\t{"version":2}\n{}'
     await drain(app)
     assert await job.aresult("1s") == [2, 1, "EUR"]
 

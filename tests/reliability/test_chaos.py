@@ -22,6 +22,7 @@ UNDER_TEST = {"tested_app", "embedded_worker", "producer_program"}
 """The modules of chaos that are under test, in processes of their own; all others drive or check."""
 
 
+@pytest.mark.long
 def test_nothing_is_lost_and_nothing_happens_twice_unseen() -> None:
     """Workers, Redis and the way between are broken under load; every bold line of the table in chaos/README.md is zero."""
     seed = int(os.environ.get("CONVEYOR_CHAOS_SEED", random.randrange(1_000_000)))
@@ -34,6 +35,7 @@ def test_nothing_is_lost_and_nothing_happens_twice_unseen() -> None:
     assert run_result.failed == [], f"again: make chaos ARGS='--minutes {SECONDS / 60:g} --seed {seed}'"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("topology", DECKS)
 def test_every_kind_of_fault_strikes(topology: str) -> None:
     """Each kind of fault there is finds somebody and is carried out, and is counted; none of them costs anything."""
@@ -82,6 +84,7 @@ def test_drivers_and_checkers_import_nothing_of_conveyor() -> None:
     assert result.stdout == "[]\n"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("name", "count"), [("redis-kill", 2), ("cut", 30), ("maxmemory", 300)])
 def test_scenarios_of_the_published_figures_pass(name: str, count: int) -> None:
     """A few rounds of what `make chaos ARGS="--scenario …"` does many times."""

@@ -18,7 +18,7 @@ CLASSICS = {
     "crash_limit_ignored", "unique_key_of_another_job_deleted", "repeated_push_stored_again",
 }  # fmt: skip
 ROUNDS = 5
-SIDE_BY_SIDE = 5  # scenes are mostly waiting: for a lease to end, for work to drain
+SIDE_BY_SIDE = 5  # cases are mostly waiting: for a lease to end, for work to drain
 NEEDED = {sabotaged_build.case_of(patch) for patch in PATCHES.values()}
 
 
@@ -66,6 +66,7 @@ def test_a_patch_that_aims_at_nothing_is_refused(tmp_path: Path) -> None:
         sabotaged_build.changed(patch)
 
 
+@pytest.mark.long
 def test_every_sabotage_is_caught() -> None:
     """The checker finds the defect of each sabotaged build."""
     names = [name for name, patch in PATCHES.items() if playable([sabotaged_build.case_of(patch)])]
@@ -75,6 +76,7 @@ def test_every_sabotage_is_caught() -> None:
     assert [name for name, failed in found.items() if not failed] == []
 
 
+@pytest.mark.long
 def test_this_build_passes_every_case() -> None:
     """The same cases find no error in the build as it is."""
     names = playable(list(sabotage_cases.CASES))

@@ -21,7 +21,7 @@ from conveyor.admin.admin import Admin
 from conveyor.errors import ConfigurationError, ConveyorError, PayloadError
 from conveyor.ids import clean, new_id
 from conveyor.jobs.app import Conveyor
-from conveyor.payload.pipeline import PayloadPipeline, choose
+from conveyor.payload.pipeline import PayloadPipeline, make_pipeline
 from conveyor.payload.records import Failure, to_json
 from conveyor.payload.sealed_records import open_failure
 from conveyor.store.transport.topology import locate
@@ -37,7 +37,7 @@ STEERING = "\x1b[2J\x9b2J"
 
 def sealing(**options: Any) -> PayloadPipeline:
     defaults: dict[str, Any] = {"keys": KEYS, "encrypt": False, "compress": None, "large": None}
-    made = choose(**defaults | {"large_above": 300, "max_large": "2MiB", "max_payload": 512 * 1024} | options)
+    made = make_pipeline(**defaults | {"large_above": 300, "max_large": "2MiB", "max_payload": 512 * 1024} | options)
     assert made is not None
     return made
 
@@ -303,6 +303,7 @@ async def test_log_lines_cannot_be_forged(url, redis, caplog):
         await app.queue("default").apurge(dead=True)
 
 
+@pytest.mark.long
 @pytest.mark.leaves_keys("a queue's name that no client of ours would write")
 def test_terminals_are_not_steered(url, redis, tmp_path):
     """Text from Redis reaches a terminal, or a document, with its control characters escaped."""

@@ -80,7 +80,7 @@ def test_damaged_msgpack_gives_typed_errors(rounds):
     seed = random.randrange(1 << 32)
     print(f"seed {seed}")
     source = random.Random(seed)
-    formats = FormatRegistry().writing(Packed())  # known to the others too
+    formats = FormatRegistry().with_writer(Packed())  # known to the others too
     packed = FormatRegistry(MSGPACK, formats.known)
     signatures = [TaskSignature(add, "add", formats=packed), TaskSignature(move, "move", formats=formats)]
     values: list[FormatCodec[Any]] = [

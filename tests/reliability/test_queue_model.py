@@ -36,6 +36,7 @@ def seeded(redis: redis_py.Redis, url: str) -> Iterator[SeededQueue]:
     redis.flushall(asynchronous=False)
 
 
+@pytest.mark.long
 @pytest.mark.row("I1", "I5")
 @pytest.mark.parametrize("part", range(PARTS))
 @pytest.mark.standalone_only(
@@ -63,6 +64,7 @@ def test_queue_and_model_stay_alike(seeded: SeededQueue, part: int) -> None:
     )
 
 
+@pytest.mark.long
 @pytest.mark.row("I1", "I5", "I18")
 def test_four_clients_at_once(start_server: Callable[..., Server], rounds: Callable[[int, int], int]) -> None:
     """

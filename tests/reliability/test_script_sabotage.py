@@ -64,6 +64,7 @@ def seeded(redis: redis_py.Redis, url: str) -> Iterator[SeededQueue]:
     redis.flushall(asynchronous=False)
 
 
+@pytest.mark.long
 @pytest.mark.standalone_only("tries the model, which is left to single servers")
 @pytest.mark.parametrize("name", SABOTAGES)
 def test_sabotage_is_caught(seeded: SeededQueue, monkeypatch: pytest.MonkeyPatch, name: str) -> None:

@@ -13,9 +13,10 @@ from typing import Any
 import pytest
 
 from conveyor.jobs.app import Conveyor
+from conveyor.jobs.core import core_of
 from conveyor.sql import Outbox
 from conveyor.sql.delivery import OutboxDelivery
-from conveyor.sql.drivers import DbapiConnection, StatementResult, blocking
+from conveyor.sql.drivers import DbapiConnection, StatementResult, adapt_blocking
 from support.databases import Database, prepare, sqlite
 from support.interrupted_delivery import KillAtStep, attempt, fill
 from support.manual_worker import drain, eventually
@@ -133,9 +134,9 @@ def test_two_relays_and_two_writers(app: Conveyor, outbox: Outbox, database: Dat
     def deliver(number: int) -> None:
         try:
             with closing(database.connect()) as connection:
-                delivery = OutboxDelivery(app, outbox._table)
+                delivery = OutboxDelivery(core_of(app), outbox._table)
                 while not stop.is_set() or outbox.stats().waiting:
-                    delivered[number] += delivery.pass_through(blocking(connection), courtesy=number * 0.02).count
+                    delivered[number] += delivery.deliver(adapt_blocking(connection), grace=number * 0.02).count
         except BaseException as error:
             failed.append(error)
 
@@ -197,11 +198,11 @@ def test_a_claim_behind_another_is_taken_back(
             return super().run(sql, *values)
 
     with closing(database.connect()) as connection:
-        own = blocking(connection)
+        own = adapt_blocking(connection)
         assert isinstance(own, DbapiConnection)
         racing = Racing(connection, own._style, own.dialect)
-        passed = OutboxDelivery(app, outbox._table).pass_through(racing, courtesy=3600)
-    assert (passed.count, passed.left) == (0, True)
+        passed = OutboxDelivery(core_of(app), outbox._table).deliver(racing, grace=3600)
+    assert (passed.count, passed.left_to_another) == (0, True)
     assert database.one("SELECT COUNT(*) FROM conveyor_outbox WHERE batch > ''") == 3
     assert outbox.deliver() == 6
     assert line(server) == ids
@@ -229,8 +230,8 @@ def test_another_relays_batch_is_left_to_it_for_a_while(
     assert database.one("SELECT COUNT(*) FROM conveyor_outbox WHERE batch > ''") == 3
     fill(outbox, database, "mail")
     with closing(database.connect()) as connection:
-        delivery = OutboxDelivery(app, outbox._table)
-        first = delivery.pass_through(blocking(connection), courtesy=3600)
-        assert (first.count, first.left) == (0, True)
-        second = delivery.pass_through(blocking(connection), courtesy=0)
-        assert (second.count, second.left) == (6, False)
+        delivery = OutboxDelivery(core_of(app), outbox._table)
+        first = delivery.deliver(adapt_blocking(connection), grace=3600)
+        assert (first.count, first.left_to_another) == (0, True)
+        second = delivery.deliver(adapt_blocking(connection), grace=0)
+        assert (second.count, second.left_to_another) == (6, False)

@@ -145,7 +145,7 @@ def test_a_relay_at_a_full_queue(
         eventually(lambda: outbox.stats().waiting == 0)
     assert taken == ids["mail"]
     said = [record.getMessage() for record in caplog.records]
-    assert [("wait, trying again" in one, "again" in one) for one in said] in (
+    assert [("wait; trying again" in one, "again" in one) for one in said] in (
         [(True, True)],
         [(True, True), (False, True)],
     )

@@ -118,11 +118,11 @@ async def test_every_way_to_push(app: Conveyor, outbox: Outbox, database: Databa
             jobs = [add.enqueue(0), *app.enqueue_many([add.s(n) for n in range(1200)]), add.s(1).enqueue()]
             return ids + [job.id for job in jobs]
 
-    def blocking() -> list[str]:
+    def adapt_blocking() -> list[str]:
         with closing(database.connect()) as connection:
             return block(connection)
 
-    ids = await asyncio.to_thread(blocking)
+    ids = await asyncio.to_thread(adapt_blocking)
     with closing(database.connect()) as connection:
         async with outbox.transaction(connection):
             ids += [await mail.apush(0), *await mail.apush_many(range(250))]

@@ -89,7 +89,9 @@ async def test_partitions_spread_one_queue_over_the_nodes(
         double = app.task(queue="hot", name="double", keep_result="10m")(_double)
         jobs = [await double.aenqueue(n) for n in range(60)]
         report = await asyncio.to_thread(Admin(app.client).doctor)
-        assert "queue 'hot' has 10 jobs in a slot: moving it stops both nodes for about 0 s" in str(report.findings)
+        assert "queue 'hot' has 10 jobs in a slot: moving the slot blocks both nodes for about 0 s" in str(
+            report.findings
+        )
         async with working(app):
             assert [await job.aresult(timeout=20) for job in jobs] == [2 * n for n in range(60)]
 

@@ -57,7 +57,7 @@ def push(backend: Client, queue: str, *bodies: bytes, task: str = "", **options:
     """Push jobs; return their public ids."""
     own = options.pop("id", None)
     entries = [
-        Entry(str(own) if own else new_id(), records.write_rest(task, body), own_id=bool(own), **options)  # type: ignore[arg-type]
+        Entry(str(own) if own else new_id(), records.write_envelope(task, body), own_id=bool(own), **options)  # type: ignore[arg-type]
         for body in bodies
     ]
     return [public(queue, id_) for id_ in backend.push(backend.keys(queue), entries)]

@@ -11,7 +11,7 @@ import pytest
 from conveyor.jobs.core import core_of
 from conveyor.sql import Outbox
 from conveyor.sql.delivery import OutboxDelivery
-from conveyor.sql.drivers import DbapiConnection, StatementResult, blocking
+from conveyor.sql.drivers import DbapiConnection, StatementResult, adapt_blocking
 from support.databases import Database
 from support.ready_ids import bare
 
@@ -59,7 +59,9 @@ def attempt(outbox: Outbox, database: Database, killer: KillAtStep, monkeypatch:
     try:
         with monkeypatch.context() as patch:
             patch.setattr(backend, "carry", lambda *args, **options: killer.step(carry, *args, **options))
-            OutboxDelivery(outbox.app, outbox._table).pass_through(InterruptedConnection(blocking(connection), killer))
+            OutboxDelivery(core_of(outbox.app), outbox._table).deliver(
+                InterruptedConnection(adapt_blocking(connection), killer)
+            )
     except ProcessKilled:
         return True
     else:

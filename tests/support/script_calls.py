@@ -111,7 +111,7 @@ CALLS: dict[str, tuple[Callable[[QueueKeys], Call[Any]], set[str]]] = {
     ),
     "purge-due": (lambda k: operations.purge(k, "due", 10), {"jobs", "state", "due", "waiters"}),
     "purge-dead": (lambda k: operations.purge(k, "dead", 10), {"jobs", "state", "dead", "waiters"}),
-    "outbox_take": (lambda k: spawn_outbox.take(k, instead=5, least=9), {"outbox", "conf"}),
+    "outbox_take": (lambda k: spawn_outbox.take(k, replacing=5, least=9), {"outbox", "conf"}),
     "outbox_trim": (lambda k: spawn_outbox.trim(k, 5), {"outbox", "conf"}),
     "claim_partitions": (lambda k: partitions.claim_partitions(k, 3, whole=False), {"conf"}),
     "repartition": (lambda k: partitions.repartition(k, "begin", "change", 3), {"conf", "jobs", "workers"}),

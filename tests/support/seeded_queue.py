@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import pytest
 import redis as redis_py
 
-from conveyor.payload.records import write_rest
+from conveyor.payload.records import write_envelope
 from conveyor.store import inspection, operations
 from conveyor.store.client.client import Client
 from conveyor.store.keys import QueueKeys
@@ -18,7 +18,7 @@ from conveyor.store.script import Call
 from support.server_dump import difference, exact, readable
 
 T = TypeVar("T")
-REST = write_rest("", b"1")
+REST = write_envelope("", b"1")
 PLAIN = REST.decode()
 """What a plain job's envelope reads like in a dump."""
 LEASE = 60_000

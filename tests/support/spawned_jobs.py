@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from conveyor import Conveyor
 from conveyor.jobs import spawn_outbox
+from conveyor.jobs.core import core_of
 from conveyor.store import operations
 from conveyor.store.operations import Settlement
 from conveyor.worker.leasing.spawn_delivery import deliver
@@ -42,7 +43,7 @@ async def emptied(app: Conveyor) -> int:
     """Deliver until nothing is left; return how many batches there were."""
     count = 0
     try:
-        while await deliver(app.client.keys("default"), app):
+        while await deliver(app.client.keys("default"), core_of(app)):
             count += 1
     finally:
         await app.client.aclose()

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from conveyor.ids import new_ids
-from conveyor.payload.records import write_rest
+from conveyor.payload.records import write_envelope
 from conveyor.store import inspection, operations
 from conveyor.store.client.client import Client
 from conveyor.store.inspection import WorkerRow
@@ -23,7 +23,7 @@ from support.server_kinds import connect
 KEYS = QueueKeys("test", "q")
 
 
-def until(condition: Callable[[], Any], timeout: float = 15.0) -> Any:
+def until(condition: Callable[[], Any], timeout: float = 60.0) -> Any:
     """Return the condition's first true value."""
     deadline = time.monotonic() + timeout
     while not (found := condition()):
@@ -47,7 +47,7 @@ class Queue:
         self.client = Client(url, namespace="test", patience=30)
 
     def push(self, task: str, count: int = 1, body: bytes = b"0") -> list[str]:
-        entries = [Entry(id_, write_rest(task, body)) for id_ in new_ids(count)]
+        entries = [Entry(id_, write_envelope(task, body)) for id_ in new_ids(count)]
         return self.client.push(KEYS, entries)
 
     def workers(self) -> list[WorkerRow]:
@@ -120,5 +120,5 @@ class SupervisorProcess:
         self.process.send_signal(number)
         return time.monotonic()
 
-    def wait(self, timeout: float = 15.0) -> int:
+    def wait(self, timeout: float = 60.0) -> int:
         return self.process.wait(timeout)

@@ -191,7 +191,7 @@ def worker_processes(url: str, place: Path, **options: Any) -> Iterator[WorkerPr
     made.tidy()
 
 
-def wait(condition: Callable[[], Any], seconds: float = 60.0) -> Any:
+def wait(condition: Callable[[], Any], seconds: float = 300.0) -> Any:
     """Return the condition's first true value."""
     return until(condition, seconds)
 

@@ -326,7 +326,7 @@ async def test_an_app_that_does_not_load_is_named() -> None:
 PARENT = """
 import asyncio, sys
 from conveyor.worker.execution.processes import ProcessPool
-from test_process import APP, attempt
+from test_processes import APP, attempt
 asyncio.run(ProcessPool(APP, 1).run(attempt("stay", place=sys.argv[1], name="orphan", hold=True)))
 """
 

@@ -133,7 +133,7 @@ def test_deliverers_that_meet_push_once(family: Conveyor, rounds: Callable[[int,
     got: dict[str, list[int]] = {"two": [], "three": []}
 
     async def work() -> None:
-        flock = [asyncio.create_task(deliver(app.client.keys("default"), app)) for _ in range(3)]
+        flock = [asyncio.create_task(deliver(app.client.keys("default"), core_of(app))) for _ in range(3)]
         for _ in range(rng.randrange(12)):
             await asyncio.sleep(0)
             await asyncio.sleep(rng.choice([0, 0, 0.0005]))
@@ -208,7 +208,7 @@ def test_late_deliverer_changes_nothing(family: Conveyor, redis: redis_py.Redis)
     with pytest.raises(operations.StalePush):
         client.run(spawn_outbox.deliver(keys, app.client.keys("two"), old.number, old.parts["two"]))
     assert client.run(spawn_outbox.trim(keys, old.number)) == -1
-    again = client.run(spawn_outbox.take(keys, instead=old.number, least=now.number + 99))
+    again = client.run(spawn_outbox.take(keys, replacing=old.number, least=now.number + 99))
     assert again is not None
     assert again.number == now.number
     asyncio.run(emptied(app))
@@ -277,10 +277,10 @@ async def test_a_partition_that_is_gone(url: str) -> None:
     batch = await client.arun(spawn_outbox.take(keys))
     assert batch is not None
     for _ in range(2):
-        assert await deliver(keys, app)
+        assert await deliver(keys, core_of(app))
         await client.aexecute("RPUSH", keys.outbox, *written, key=keys.outbox)
         await client.aexecute("HSET", keys.conf, "outbox", f"{batch.number} 10", key=keys.conf)  # as if never trimmed
-    await deliver(keys, app)
+    await deliver(keys, core_of(app))
     counts = [await client.arun(inspection.counts(one)) for one in core_of(app).partitioned["into"].keys]
     assert [one.ready > 0 for one in counts] == [True, True]
     assert sum(one.ready for one in counts) == 20

@@ -11,7 +11,7 @@ from conveyor.errors import PayloadError, StoreUnavailable
 from conveyor.messaging.leases import LeasedMessage
 from conveyor.payload.formats import FormatCodec
 from conveyor.payload.pipeline import PLAIN, PayloadPipeline
-from conveyor.payload.versions import OldPayload, PayloadTooNew, bring_up, sealed_name
+from conveyor.payload.versions import OldPayload, PayloadTooNew, sealed_name, upcast_body
 from conveyor.payload.wrapped import MAGIC
 
 T = TypeVar("T")
@@ -47,7 +47,7 @@ class MessageDecoder(Generic[T]):
         if self._sealing is not None or body[:1] == MAGIC:
             body = self._opened(leased) if leased.opened is None else leased.opened
         if version < self._version and self._upcast is not None:
-            body = bring_up(body, version, self._version, self._upcast, self._old)
+            body = upcast_body(body, version, self._version, self._upcast, self._old)
         return self._codec.decode(body)
 
     def _opened(self, leased: LeasedMessage) -> bytes:
@@ -68,7 +68,7 @@ class MessageDecoder(Generic[T]):
     async def fetch(self, waiting: Iterable[LeasedMessage]) -> None:
         """Open those of *waiting* that lie in the store, on a thread; an error is met again when they are handed out."""
         for leased in list(waiting):
-            if leased.opened is None and PLAIN.is_elsewhere(leased.envelope.body):
+            if leased.opened is None and PLAIN.is_stored_elsewhere(leased.envelope.body):
                 with contextlib.suppress(PayloadError, StoreUnavailable):
                     leased.opened = await asyncio.to_thread(self._opened, leased)
 

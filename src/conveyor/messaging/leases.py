@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from conveyor.ids import new_identity
-from conveyor.payload.records import AttemptHistory, Envelope, read_whatever
+from conveyor.payload.records import AttemptHistory, Envelope, read_leniently
 from conveyor.store import operations
 from conveyor.store.keys import QueueKeys
 from conveyor.store.operations import Settlement, StaleTurn, TurnReply, TurnReport, WorkerUnregistered
@@ -311,5 +311,5 @@ class LeaseSession:
 
 
 def _read(id_: str, data: bytes, state: bytes | None) -> LeasedMessage:
-    envelope, known, damage = read_whatever(data, state)
+    envelope, known, damage = read_leniently(data, state)
     return LeasedMessage(id_, envelope, known, damage=damage)

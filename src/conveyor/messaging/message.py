@@ -163,7 +163,7 @@ class Message(Generic[T]):
         leased, verdict = self._leased, self._holder.verdict
         if leased.settled or leased.lost:
             if isinstance(error, Exception) and self._holder.on_error == "log":
-                failures.tell(logger, logging.ERROR, "Message %s: %s", clean(self.id), _brief(error), error=error)
+                failures.log_error(logger, logging.ERROR, "Message %s: %s", clean(self.id), _brief(error), error=error)
             elif leased.lost and not leased.settled:
                 logger.warning(
                     "Message %s was lost while it ran: its lease was given up, another has it.", clean(self.id)
@@ -177,7 +177,7 @@ class Message(Generic[T]):
         ending = verdict.failed(leased, error, cancelled=self._holder.is_cancelled(leased))
         if log and self._holder.on_error == "log":
             follows = {"R": f"again in {ending.ms / 1000:.1f} s", "X": "dead"}.get(ending.kind, "cancelled")
-            failures.tell(
+            failures.log_error(
                 logger, logging.ERROR, "Message %s failed at attempt %d, %s: %s", clean(self.id), self.attempt, follows,
                 _brief(error), error=error,
             )  # fmt: skip

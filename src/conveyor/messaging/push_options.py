@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, ClassVar, TypedDict
 from conveyor import ids as ident
 from conveyor.errors import ConfigurationError, PayloadError
 from conveyor.payload.pipeline import PayloadPipeline
-from conveyor.payload.records import EnvelopeOptions, write_rest
+from conveyor.payload.records import EnvelopeOptions, write_envelope
 from conveyor.payload.versions import sealed_name
 from conveyor.store.client.durability import DurabilityRequest, durability_request
 from conveyor.store.operations import Entry
@@ -89,7 +89,7 @@ class PushOptions(PushManyOptions, total=False):
     unique: str | None
 
 
-PLAIN = PreparedPush(write_rest("", b""))
+PLAIN = PreparedPush(write_envelope("", b""))
 """No option at all."""
 
 
@@ -128,7 +128,7 @@ def posting(
     if expires_ms == 0:
         raise ConfigurationError("expires must be longer than 0: such a message would never run. Nothing was stored.")
     return PreparedPush(
-        write_rest("", b"", _extra(headers, version)),
+        write_envelope("", b"", _extra(headers, version)),
         priority=priority,
         delay_ms=delay_ms or None,
         due_at_ms=None if at is None else instant_ms(at),
@@ -156,7 +156,7 @@ def _extra(headers: Mapping[str, str] | None, version: int) -> EnvelopeOptions |
         raise PayloadError("headers must be a dict whose keys and values are text. Nothing was stored.")
     extra = EnvelopeOptions(headers=dict(headers), version=version)
     try:
-        size = len(write_rest("", b"", extra))
+        size = len(write_envelope("", b"", extra))
     except UnicodeEncodeError:
         raise PayloadError(
             "headers hold text that is not Unicode (a lone surrogate). Nothing was stored.", code="E04"

@@ -13,7 +13,7 @@ from typing import Any
 
 from conveyor.errors import ConfigurationError, QueueFull
 from conveyor.ids import may_come
-from conveyor.payload.records import to_json, write_rest
+from conveyor.payload.records import to_json, write_envelope
 from conveyor.store.keys import QueueKeys
 from conveyor.store.partitions import PartitionCountMismatch
 from conveyor.store.script import Argument, Call, Command, Script
@@ -42,7 +42,7 @@ MOST_HELD = 1000
 
 @dataclass(slots=True)
 class Entry:
-    """One message to push. `rest` is the envelope behind its marks (`model.write_rest`); times in ms."""
+    """One message to push. `rest` is the envelope behind its marks (`model.write_envelope`); times in ms."""
 
     id: str
     rest: bytes
@@ -375,7 +375,7 @@ def list_intake(keys: QueueKeys, limit: int, stem: str, task: str = "") -> Call[
     """Return the call that moves raw entries of a plain list into the queue; it yields how many."""
     assert keys.foreign is not None
     names = (keys.jobs, keys.ready[0], keys.foreign, keys.intake, keys.wake)
-    return Call(LIST_INTAKE, names, (limit, stem, write_rest(task, b"")), int)
+    return Call(LIST_INTAKE, names, (limit, stem, write_envelope(task, b"")), int)
 
 
 def await_result(keys: QueueKeys, id: str, channel: str) -> Call[tuple[str, bytes]]:  # noqa: A002

@@ -16,8 +16,8 @@ from conveyor.ids import clean, made_at_ms
 from conveyor.messaging.retry import put_off_ms
 from conveyor.payload.codec import UnreadablePayload
 from conveyor.payload.pipeline import PLAIN
-from conveyor.payload.records import AttemptHistory, Failure, read_whatever, to_json
-from conveyor.payload.versions import OldPayload, PayloadTooNew, bring_up, sealed_name
+from conveyor.payload.records import AttemptHistory, Failure, read_leniently, to_json
+from conveyor.payload.versions import OldPayload, PayloadTooNew, sealed_name, upcast_body
 from conveyor.payload.wrapped import MAGIC
 from conveyor.store.operations import Settlement, TurnReport
 from conveyor.units import span
@@ -50,13 +50,13 @@ class JobLoader:
         None where all are sealed, and none of tasks that have versions or are acknowledged early: those come here.
         """
         names = {name for name, one in handlers.items() if one.task.settings.version == 1 and not one.early}
-        if self._sealing is not None and self._sealing.seal is not None:
+        if self._sealing is not None and self._sealing.sealer is not None:
             names &= {self._fed.get(queue)} if foreign else set()
         return {b"\n%b\n{" % name.encode(): handlers[name] for name in names}
 
     def arrive(self, consumer: Any, handlers: Mapping[str, Handler], id_: str, data: bytes) -> Attempt:
         """Make an attempt of a job; one that cannot run here has a handler of kind unknown, for `set_aside`."""
-        envelope, _, damage = read_whatever(data, None)
+        envelope, _, damage = read_leniently(data, None)
         handler = handlers.get(envelope.task)
         load_error: ConveyorError | None = None
         if damage:
@@ -89,7 +89,7 @@ class JobLoader:
             return True
         if consumer.keys.foreign is not None:
             return handler.name != self._fed.get(consumer.queue)
-        return body[:1] == MAGIC or (self._sealing is not None and self._sealing.seal is not None)
+        return body[:1] == MAGIC or (self._sealing is not None and self._sealing.sealer is not None)
 
     def open(self, attempt: Attempt) -> bytes:
         """Return the arguments' JSON as this worker's version of the task has them; raises PayloadError, BlobUnavailable."""
@@ -107,12 +107,12 @@ class JobLoader:
         if version < current and task.settings.upcast is not None:
             signature = task.signature
             old = OldPayload(f"The payload of {handler.name}()", signature.max_payload, signature.formats, call=True)
-            body = bring_up(body, version, current, task.settings.upcast, old)
+            body = upcast_body(body, version, current, task.settings.upcast, old)
         return body
 
     def begin(self, attempt: Attempt, place: Callable[[Attempt], None], fail: Callable[..., None]) -> None:
         """Open *attempt*, on a thread when its body lies in the store, and then *place* it or *fail* it."""
-        if PLAIN.is_elsewhere(attempt.body):
+        if PLAIN.is_stored_elsewhere(attempt.body):
             fetching = asyncio.get_running_loop().create_task(self._fetch(attempt, place, fail))
             self._fetching.add(fetching)
             fetching.add_done_callback(self._fetching.discard)

@@ -124,7 +124,7 @@ class SettlementWriter:
             report.others.append(Settlement("R", attempt.id, decision.ms, state=decision.state.encode()))
             attempt.consumer.own_retries[attempt.id] = monotonic() + decision.ms / 1000
             budget = attempt.envelope.extra.attempts or policy.attempts
-            failures.tell(
+            failures.log_error(
                 log, logging.WARNING, "✗ %s attempt %d/%d %s → retry in %s", attempt.label,
                 attempt.number, budget, details(error), span(decision.ms / 1000), error=error,
             )  # fmt: skip
@@ -133,7 +133,7 @@ class SettlementWriter:
                     JobRetried(attempt.public_id, handler.name, queue, attempt.number, decision.ms / 1000, error)
                 )
             return
-        failures.tell(
+        failures.log_error(
             log, logging.ERROR, "✗ %s attempt %d dead: %s", attempt.label, attempt.number, details(error), error=error
         )
         self.bury(report, attempt, decision.state, decision.reason, now_ms, error)

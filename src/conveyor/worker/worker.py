@@ -310,7 +310,7 @@ class Worker:
         if consumer.holds(attempt):
             self._settle(attempt, value, error)
         elif error is not None and attempt.handler.early:
-            failures.tell(
+            failures.log_error(
                 log, logging.ERROR, "✗ %s failed after its early ack: %s", attempt.label, details(error), error=error
             )
         consumer.ended(attempt)

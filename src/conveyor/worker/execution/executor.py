@@ -145,7 +145,7 @@ class Executor:
     def _thread_ended(self, attempt: Attempt, value: Any, error: BaseException | None) -> None:
         """Take what came back from a thread: to the middlewares that wait for it, or as the end of the attempt."""
         waiter = attempt.waiter
-        error = None if error is None else failures.tame(error)
+        error = None if error is None else failures.safe_exception(error)
         if waiter is None:
             self._finish(attempt, value, error)
         elif waiter.done():
@@ -250,7 +250,7 @@ class Executor:
     def _finish(self, attempt: Attempt, value: Any, error: BaseException | None) -> None:
         if attempt.ended == 0.0:
             attempt.ended = perf_counter()
-            self._ended(attempt, value, None if error is None else failures.tame(error))
+            self._ended(attempt, value, None if error is None else failures.safe_exception(error))
 
     async def close(self) -> None:
         """End slots, threads and processes."""

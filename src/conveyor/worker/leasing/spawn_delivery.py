@@ -100,7 +100,7 @@ async def deliver(keys: QueueKeys, home: Home) -> bool:
             seen = await client.aexecute("GET", late.inbox, key=late.inbox)
             if isinstance(seen, bytes):
                 least = int(seen.partition(b"\n")[0]) + 1
-                await client.arun(spawn_outbox.take(keys, instead=batch.number, least=least), patience=PATIENCE)
+                await client.arun(spawn_outbox.take(keys, replacing=batch.number, least=least), patience=PATIENCE)
             return True
         except ConveyorError as error:
             failed = error  # the others need not wait for it; the repeat finds theirs done
@@ -133,7 +133,9 @@ async def _calls(source: QueueKeys, home: Home, number: int, queue: str, entries
         # By its id where it has no key: a repeat must find the same place.
         at = partitions.pick(unique=entry.unique, id=entry.id)
         moved.setdefault(partitions.keys[at].queue, []).append(entry)
-    return [spawn_outbox.deliver(source, targets[name], number, part, instead_of=queue) for name, part in moved.items()]
+    return [
+        spawn_outbox.deliver(source, targets[name], number, part, written_for=queue) for name, part in moved.items()
+    ]
 
 
 async def _push(home: Home, queue: str, call: Call[list[str]]) -> None:

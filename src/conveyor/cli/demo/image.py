@@ -1,4 +1,4 @@
-"""Pictures without a library: draw one, write and read it as PNG, and shrink it."""
+"""Images without a library: draw one, write and read it as PNG, and shrink it."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ def draw(number: int, width: int, height: int) -> Image:
     return Image(width, height, bytes(pixels))
 
 
-def encode(picture: Image) -> bytes:
-    """Return it as a PNG file, 8 bits a channel, no filters."""
-    stride = 3 * picture.width
-    rows = b"".join(b"\0" + picture.pixels[at : at + stride] for at in range(0, len(picture.pixels), stride))
-    head = struct.pack(">IIBBBBB", picture.width, picture.height, 8, 2, 0, 0, 0)
+def encode(image: Image) -> bytes:
+    """Return an image as a PNG file, 8 bits a channel, without filters."""
+    stride = 3 * image.width
+    rows = b"".join(b"\0" + image.pixels[at : at + stride] for at in range(0, len(image.pixels), stride))
+    head = struct.pack(">IIBBBBB", image.width, image.height, 8, 2, 0, 0, 0)
     return _SIGNATURE + _chunk(b"IHDR", head) + _chunk(b"IDAT", zlib.compress(rows)) + _chunk(b"IEND", b"")
 
 
 def decode(data: bytes) -> Image:
-    """Read back what `encode` wrote; raises ValueError."""
+    """Read a PNG file that `encode` wrote; raises ValueError."""
     if not data.startswith(_SIGNATURE):
         raise ValueError("not a PNG file")
     at, chunks = len(_SIGNATURE), {}
@@ -56,14 +56,14 @@ def decode(data: bytes) -> Image:
     return Image(width, height, b"".join(rows[y * stride + 1 : (y + 1) * stride] for y in range(height)))
 
 
-def shrink(picture: Image, factor: int) -> Image:
-    """Return it *factor* times smaller: each new pixel is the mean of the box it stands for."""
-    width, height, area = picture.width // factor, picture.height // factor, factor * factor
+def shrink(image: Image, factor: int) -> Image:
+    """Return an image *factor* times smaller; a new pixel is the mean of its box."""
+    width, height, area = image.width // factor, image.height // factor, factor * factor
     pixels = bytearray()
     for top in range(0, height * factor, factor):
         for left in range(0, width * factor, factor):
             box = b"".join(
-                picture.pixels[3 * (y * picture.width + left) : 3 * (y * picture.width + left + factor)]
+                image.pixels[3 * (y * image.width + left) : 3 * (y * image.width + left + factor)]
                 for y in range(top, top + factor)
             )
             pixels += bytes(sum(box[channel::3]) // area for channel in range(3))
