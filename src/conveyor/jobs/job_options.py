@@ -164,9 +164,9 @@ def check_headers(headers: Mapping[str, str]) -> dict[str, str]:
         isinstance(key, str) and isinstance(value, str) for key, value in headers.items()
     ):
         raise PayloadError(f"headers must map texts to texts, not {show(headers)}. Nothing was enqueued.", code="E04")
-    found = dict(headers)
+    checked = dict(headers)
     try:
-        size = len(to_json(found)) if found else 0
+        size = len(to_json(checked)) if checked else 0
     except UnicodeEncodeError:
         raise PayloadError(
             "headers hold text that is not Unicode (a lone surrogate). Nothing was enqueued.", code="E04"
@@ -175,7 +175,7 @@ def check_headers(headers: Mapping[str, str]) -> dict[str, str]:
         raise PayloadError(
             f"headers take {size:,} bytes, and the limit is {MAX_HEADERS:,}. Nothing was enqueued.", code="E21"
         )
-    return found
+    return checked
 
 
 def positive_ms(value: Duration, name: str) -> int:

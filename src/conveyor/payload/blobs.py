@@ -48,10 +48,10 @@ class FileStore:
         """Use a directory, which is created when it is missing. Raises ConfigurationError."""
         self.directory = Path(directory).expanduser().resolve()
         try:
-            missing = [place for place in (self.directory, *self.directory.parents) if not place.exists()]
+            missing = [path for path in (self.directory, *self.directory.parents) if not path.exists()]
             self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-            for place in missing:
-                _sync(place.parent)
+            for path in missing:
+                _sync(path.parent)
         except OSError as error:
             raise ConfigurationError(f"FileStore({str(directory)!r}) cannot be used: {error.strerror}.") from None
 
@@ -60,25 +60,25 @@ class FileStore:
 
     def put(self, name: str, data: bytes) -> None:
         """Write a draft, sync it, and rename it: no reader ever gets half of a file."""
-        place = self._place(name)
-        place.parent.mkdir(mode=0o700, exist_ok=True)
-        draft = place.with_name(f".{name}.{secrets.token_hex(4)}")
+        path = self._path(name)
+        path.parent.mkdir(mode=0o700, exist_ok=True)
+        draft = path.with_name(f".{name}.{secrets.token_hex(4)}")
         try:
             with open(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
-            draft.replace(place)
+            draft.replace(path)
         except BaseException:
             draft.unlink(missing_ok=True)
             raise
-        for folder in (place.parent, self.directory):
+        for folder in (path.parent, self.directory):
             _sync(folder)
 
     def get(self, name: str, most: int) -> bytes | None:
         """Return the first *most* bytes of a file, None when the file is missing and the directory is there."""
         try:
-            with self._place(name).open("rb") as file:
+            with self._path(name).open("rb") as file:
                 return file.read(most)
         except FileNotFoundError:
             if self.directory.is_dir():
@@ -87,20 +87,20 @@ class FileStore:
 
     def delete(self, name: str) -> None:
         """Remove a file."""
-        self._place(name).unlink(missing_ok=True)
+        self._path(name).unlink(missing_ok=True)
 
     def old(self, seconds: float) -> Iterator[str]:
         """Yield the names of files written more than *seconds* ago; remove old drafts of dead writers on the way."""
         before = time.time() - seconds
-        for place in self.directory.glob("??/*"):
+        for path in self.directory.glob("??/*"):
             with contextlib.suppress(FileNotFoundError):
-                if place.stat().st_mtime < before:
-                    if place.name.startswith("."):
-                        place.unlink(missing_ok=True)
-                    elif _NAME.fullmatch(place.name):
-                        yield place.name
+                if path.stat().st_mtime < before:
+                    if path.name.startswith("."):
+                        path.unlink(missing_ok=True)
+                    elif _NAME.fullmatch(path.name):
+                        yield path.name
 
-    def _place(self, name: str) -> Path:
+    def _path(self, name: str) -> Path:
         if not _NAME.fullmatch(name):  # it may come from Redis, and must not lead out of the directory
             raise ValueError("a name in this store is 32 hexadecimal digits")
         return self.directory / name[:2] / name

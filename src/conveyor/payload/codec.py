@@ -81,10 +81,10 @@ class ValueCodec(Generic[T]):
             raise self._unstorable(value, error) from None
         if excess := exceeded_limit(data, self.max_payload):
             raise self._refusal(excess[0], f"{self._what} {excess[1]}")
-        if b"null" in data and (place := self._not_a_number(sent)):
+        if b"null" in data and (path := self._not_a_number(sent)):
             raise self._refusal(
                 "E04",
-                f"{self._what} cannot be stored: JSON has no NaN and no Infinity (at {place}). Pass None instead.",
+                f"{self._what} cannot be stored: JSON has no NaN and no Infinity (at {path}). Pass None instead.",
             )
         try:
             received = self._decode(data)
@@ -130,10 +130,10 @@ class ValueCodec(Generic[T]):
         if isinstance(error, NotSerializable) and issubclass(type(error.value), tuple | frozenset):
             why = f"{show(error.value)} is a key of a dict, and in JSON keys are text (or a number, a date, an Enum)."
         elif isinstance(error, NotSerializable):
-            thing, advice = f"of type {_type_name(error.value)}", "Pass what it is made of, or a dataclass."
+            kind, advice = f"of type {_type_name(error.value)}", "Pass what it is made of, or a dataclass."
             if _is_django_model(error.value):
-                thing, advice = "a Django model", self._model_advice()
-            why = f"{show(error.value)} is {thing}.\n    {advice}\n    {STORABLE}"
+                kind, advice = "a Django model", self._model_advice()
+            why = f"{show(error.value)} is {kind}.\n    {advice}\n    {STORABLE}"
         elif isinstance(error, UnicodeEncodeError):
             why = f"{show(value)} holds text that is not Unicode (a lone surrogate). Pass bytes, or repair the text."
         else:
@@ -169,10 +169,10 @@ class UnreadablePayload(PayloadError):
 class NotSerializable(Exception):
     """A value without a JSON form, met by the encoder."""
 
-    def __init__(self, thing: object) -> None:
+    def __init__(self, value: object) -> None:
         """Keep the value. It is not printed here, because its repr may fail."""
         super().__init__()
-        self.value = thing
+        self.value = value
 
 
 def exceeded_limit(data: bytes, max_payload: int) -> tuple[str, str] | None:
@@ -294,7 +294,7 @@ def _not_finite(value: Any, path: str) -> str | None:
         pairs = ((f"{path}[{index}]", item) for index, item in enumerate(value))
     else:
         return None
-    return next((found for place, item in pairs if (found := _not_finite(item, place))), None)
+    return next((hit for where, item in pairs if (hit := _not_finite(item, where))), None)
 
 
 def typed_decoder(type: Any, what: str) -> Callable[[bytes], Any]:  # noqa: A002
@@ -340,8 +340,8 @@ def from_json_form(type: Any, value: Any) -> Any:  # noqa: A002
         return type.model_validate_json(encode_json(value))
     except ValueError as error:
         first: dict[str, Any] = next(iter(getattr(error, "errors", list)()), {})
-        place = ".".join(map(str, first.get("loc", ())))
-        text = f"{first.get('msg', 'does not validate')}{place and f' - at {type.__name__}.{place}'}"
+        where = ".".join(map(str, first.get("loc", ())))
+        text = f"{first.get('msg', 'does not validate')}{where and f' - at {type.__name__}.{where}'}"
         raise ValueError(text) from None
 
 

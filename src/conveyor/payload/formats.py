@@ -148,14 +148,14 @@ class FormatRegistry:
         name = body[2:end].decode("latin-1")
         if len(body) < end or not _NAME.fullmatch(name):
             raise PayloadError("The name of its format is damaged.", code="E15")
-        found = self.known.get(name)
-        if found is None:
+        form = self.known.get(name)
+        if form is None:
             raise PayloadError(
                 f"E50 It is in the format '{name}', and this program knows {', '.join(['json', *self.known])}. "
                 "Give it the producer's: Conveyor(format=…), then redrive.",
                 code="E50",
             )
-        return found, body[end:]
+        return form, body[end:]
 
     def encode_arguments(self, arguments: dict[str, bytes]) -> bytes:
         """Return the body of a call from its encoded arguments: a map of MessagePack, of bytes for other formats."""
@@ -165,11 +165,11 @@ class FormatRegistry:
 
     def split_arguments(self, body: bytes) -> tuple[Format, dict[str, bytes]]:
         """Return the format and the arguments of a marked body, each still encoded. Raises PayloadError (E15, E50)."""
-        found, data = self.split_mark(body)
+        form, data = self.split_mark(body)
         try:
-            if found is MSGPACK:
-                return found, {key: bytes(raw) for key, raw in _RAW.decode(data).items()}
-            return found, _BYTES.decode(data)
+            if form is MSGPACK:
+                return form, {key: bytes(raw) for key, raw in _RAW.decode(data).items()}
+            return form, _BYTES.decode(data)
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
             raise PayloadError(f"The arguments cannot be decoded: {reason(error)}.", code="E15") from None
 
@@ -181,13 +181,13 @@ class FormatRegistry:
         """
         if body[:1] != MARK:
             return msgspec.json.decode(body), encode_json
-        found, data = self.split_mark(body)
-        again = FormatRegistry(found, self.known)
+        form, data = self.split_mark(body)
+        again = FormatRegistry(form, self.known)
         if call:
             parts = self.split_arguments(body)[1]
-            value: Any = {key: found.decode(part, Any) for key, part in parts.items()}
-            return value, lambda new: again.encode_arguments({key: found.encode(part) for key, part in new.items()})
-        return found.decode(data, Any), lambda new: again.add_mark(found.encode(new))
+            value: Any = {key: form.decode(part, Any) for key, part in parts.items()}
+            return value, lambda new: again.encode_arguments({key: form.encode(part) for key, part in new.items()})
+        return form.decode(data, Any), lambda new: again.add_mark(form.encode(new))
 
 
 JSON = FormatRegistry()

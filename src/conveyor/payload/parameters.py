@@ -66,9 +66,9 @@ def _resolved(annotation: Any, scope: dict[str, Any]) -> Any:
     return typing.get_type_hints(holder, scope, include_extras=True)["it"]
 
 
-def _unresolved(name: str, place: str, annotation: object, error: Exception) -> ConfigurationError:
+def _unresolved(name: str, where: str, annotation: object, error: Exception) -> ConfigurationError:
     return ConfigurationError(
-        f"{name}(): the annotation {show(annotation)} of {place} does not resolve: {reason(error)}.\n"
+        f"{name}(): the annotation {show(annotation)} of {where} does not resolve: {reason(error)}.\n"
         "    Define it at the top of a module. If its import stands under `if TYPE_CHECKING:`, import it at run time."
     )
 

@@ -177,14 +177,14 @@ def read_leniently(envelope: bytes, state: bytes | None) -> tuple[Envelope, Atte
     """
     damage = ""
     try:
-        found = read_envelope(envelope)
+        record = read_envelope(envelope)
     except Exception as error:
-        found, damage = Envelope("", envelope), f"{type(error).__name__}: {error}"
+        record, damage = Envelope("", envelope), f"{type(error).__name__}: {error}"
     try:
-        known = AttemptHistory.decode(state)
+        history = AttemptHistory.decode(state)
     except Exception as error:
-        known, damage = AttemptHistory(), damage or f"{type(error).__name__}: {error}"
-    return found, known, damage
+        history, damage = AttemptHistory(), damage or f"{type(error).__name__}: {error}"
+    return record, history, damage
 
 
 def _read_marks(envelope: Envelope, marks: str) -> None:

@@ -57,13 +57,13 @@ class Keyring:
 
     def signing_key(self, id_: str) -> bytes | None:
         """Return the key for HMAC, None for an unknown id."""
-        found = self._keys.get(id_)
-        return None if found is None else found[0]
+        keys = self._keys.get(id_)
+        return None if keys is None else keys[0]
 
     def encryption_key(self, id_: str) -> bytes | None:
         """Return the key from which the keys of single jobs are derived, None for an unknown id."""
-        found = self._keys.get(id_)
-        return None if found is None else found[1]
+        keys = self._keys.get(id_)
+        return None if keys is None else keys[1]
 
 
 def derive(secret: bytes, use: bytes) -> bytes:
