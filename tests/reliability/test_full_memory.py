@@ -28,7 +28,7 @@ Start = Callable[..., Server]
 async def test_a_backlog_drains_on_a_full_server(start_server: Start, rounds: Rounds, name: str) -> None:
     """Workers start, lease, retry, keep results and finish a backlog on a full server; a refused push leaves no key."""
     server = start_server(name=name)
-    jobs, crew = rounds(10_000, 1000), rounds(4, 2)
+    jobs, workers = rounds(10_000, 1000), rounds(4, 2)
     app, ran, lost = Conveyor(server.url, lease="2s"), Counter[int](), list[JobLost]()
     app.on(JobLost)(lost.append)
 
@@ -53,7 +53,7 @@ async def test_a_backlog_drains_on_a_full_server(start_server: Start, rounds: Ro
                 await producer.aenqueue_many([task.s(-1), task.s(-1)])
             assert sorted(client.scan_iter()) == before
             async with AsyncExitStack() as stack:
-                for _ in range(crew):
+                for _ in range(workers):
                     await stack.enter_async_context(working(app))
                 await until(lambda: len(ran) == jobs, 60)
                 client.config_set("maxmemory", "0")
@@ -169,7 +169,7 @@ async def test_each_record_that_was_thrown_away_is_reported_once(
 
 @pytest.mark.row("C12")
 async def test_a_worker_outlives_evictions(start_server: Start, rounds: Rounds) -> None:
-    """Whatever keys of ours the server throws away, again and again, the worker lives on and runs what comes afterwards."""
+    """A worker survives repeated eviction of any key and runs the jobs that come afterwards."""
     server = start_server("--maxmemory", "6mb", "--maxmemory-policy", "allkeys-random")
     app, ran = Conveyor(server.url, lease="3s"), set[int]()
 

@@ -1,7 +1,7 @@
 """
-The app that the tests of failures run in real workers. It writes down each start and end of a job, one line each.
+The app that the tests of failures run in real workers. Its jobs write each start and end into a journal, a line each.
 
-With ``FLEET_POINT=name`` a process kills itself when it passes that point and finds the file *name* to take away; the ids
+With ``WORKERS_POINT=name`` a process kills itself when it passes that point and finds the file *name* to take away; the ids
 of the jobs it was at go into the file ``struck``.
 """
 
@@ -32,7 +32,7 @@ _RUNS = itertools.count()
 
 
 def write(what: str, n: int) -> None:
-    """Append a line in one write, so that lines of several processes do not mix: what, number, attempt, pid, instants."""
+    """Append a line in one write, so that lines of several processes do not mix: event, number, attempt, pid, instants."""
     line = f"{what} {n} {current().attempt} {os.getpid()} {time.monotonic():.4f} {time.time():.4f}\n"
     descriptor = os.open(PLACE / "journal", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     os.write(descriptor, line.encode())
@@ -171,7 +171,7 @@ def declare(app: Conveyor) -> Any:
 
 
 def _strike(*ids: str) -> bool:
-    """Take the file away that arms the point; tell whether it was there, and write down whose point it is."""
+    """Remove the file that arms the point; return whether it was there, and record the process."""
     try:
         os.unlink(PLACE / POINT)
     except FileNotFoundError:
@@ -236,5 +236,5 @@ def _arm() -> None:
 
 
 _arm()
-app = Conveyor(os.environ.get("CONVEYOR_URL"), lease=os.environ.get("FLEET_LEASE", "15s"))
+app = Conveyor(os.environ.get("CONVEYOR_URL"), lease=os.environ.get("WORKERS_LEASE", "15s"))
 declare(app)

@@ -1,5 +1,5 @@
 """
-A child with a worker small enough to be seen through: everything of `conveyor.worker.supervision.child_main` around it is the real thing.
+A child process with a minimal worker; everything of `conveyor.worker.supervision.child_main` around it is real.
 
 As a program it is both: with JSON as its only argument a supervisor, otherwise the child which that starts. A message's
 task says what happens: `hold` (until told to stop), `sleep`, `block` (the loop stands still), `clutch` (so does
@@ -28,11 +28,11 @@ from conveyor.worker.shared_memory import ChildInfo, ChildSlot, ChildSpec
 from conveyor.worker.supervision import child_main
 from conveyor.worker.supervision.supervisor import Supervisor
 
-URL, LEASE_MS = os.environ.get("STAND_IN_URL", ""), int(os.environ.get("STAND_IN_LEASE_MS", "1000"))
-WANT = int(os.environ.get("STAND_IN_WANT", "20"))
+URL, LEASE_MS = os.environ.get("STUB_URL", ""), int(os.environ.get("STUB_LEASE_MS", "1000"))
+WANT = int(os.environ.get("STUB_WANT", "20"))
 
 
-class StandIn:
+class StubWorker:
     """Leases up to WANT jobs of one queue, and runs them all at once."""
 
     def __init__(self, spec: ChildSpec, slot: ChildSlot, url: str) -> None:
@@ -127,7 +127,7 @@ def is_held(task: asyncio.Task[None]) -> bool:
     return task.get_name() == "hold"
 
 
-def start(spec: ChildSpec, slot: ChildSlot) -> tuple[ChildInfo, StandIn]:
+def start(spec: ChildSpec, slot: ChildSlot) -> tuple[ChildInfo, StubWorker]:
     if spec.app == "broken:app":
         raise ImportError("No module named 'broken'")
     url = URL
@@ -135,8 +135,8 @@ def start(spec: ChildSpec, slot: ChildSlot) -> tuple[ChildInfo, StandIn]:
         backend = Client(url, namespace="test")
         url = backend.address.url
         assert backend.attachment is not None
-        return ChildInfo(f"embedded:{backend.attachment.directory}", "test"), StandIn(spec, slot, url)
-    return ChildInfo(url, "test", 1, ("hold",), tuple(spec.queues)), StandIn(spec, slot, url)
+        return ChildInfo(f"embedded:{backend.attachment.directory}", "test"), StubWorker(spec, slot, url)
+    return ChildInfo(url, "test", 1, ("hold",), tuple(spec.queues)), StubWorker(spec, slot, url)
 
 
 def supervise(options: dict[str, object]) -> int:

@@ -57,7 +57,7 @@ async def test_an_idle_worker_sends_next_to_nothing(app: Conveyor, redis: Any, q
 
 
 async def test_a_burst_ends_when_no_queue_has_work(app: Conveyor) -> None:
-    """What the last job of a burst enqueues in a queue that was found empty before is run as well, each of 30 times."""
+    """A job that the last job of a burst enqueues in a queue found empty before is run as well, each of 30 times."""
     ran: list[int] = []
 
     @app.task(queue="other")

@@ -1,4 +1,4 @@
-"""What the supervisor's guardian asks of Redis."""
+"""The calls that the supervisor's lease guard makes to Redis."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from support.supervisor_process import KEYS, until
 
 
 def test_healthy_worker_costs_no_beats(url: str, redis: redis_py.Redis) -> None:
-    """The guardian sends nothing for a worker that renews by itself, and beats for one that does not."""
+    """The lease guard sends nothing for a worker that renews by itself, and renews for one that does not."""
     board = SharedMemory(1)
     slot = board.slot(0)
     slot.prepare(ChildSpec("app", {}, 1, 1, burst=False, grace=1))

@@ -42,7 +42,7 @@ def workers(slot: ChildSlot) -> list[str]:
 
 
 def test_everything_written_is_read(board: SharedMemory, slot: ChildSlot) -> None:
-    """What a child writes is what the supervisor reads, through another mapping of the same memory."""
+    """The supervisor reads what a child writes, through another mapping of the same memory."""
     slot.prepare(SPEC)
     other = SharedMemory(3, os.dup(board.fd))
     child = other.slot(1)
@@ -71,7 +71,7 @@ def test_everything_written_is_read(board: SharedMemory, slot: ChildSlot) -> Non
 
 
 def test_slots_are_apart(board: SharedMemory) -> None:
-    """What is written in one slot shows in no other, and wiping one leaves the others as they were."""
+    """A write in one slot shows in no other, and wiping one leaves the others as they were."""
     slots = [board.slot(number) for number in range(3)]
     for number, slot in enumerate(slots):
         slot.prepare(SPEC)
@@ -171,8 +171,8 @@ def test_records_never_run_out_of_room(slot: ChildSlot) -> None:
     assert slot.info() == ChildInfo("unix:///s", "shop")
 
 
-def test_too_many_queues_are_refused_and_the_board_stays_whole(slot: ChildSlot) -> None:
-    """Names that do not fit are refused with a sentence, and what was written before still stands."""
+def test_too_many_queues_are_refused_and_the_memory_stays_whole(slot: ChildSlot) -> None:
+    """Names that do not fit are refused with a sentence, and the names written before remain."""
     slot.prepare(SPEC)
     names = [f"{number:04}".ljust(128, "x") for number in range(2000)]
 

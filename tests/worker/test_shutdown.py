@@ -1,4 +1,4 @@
-"""When a worker stops, and when it acknowledges: what runs by then is neither cut off nor run twice without need."""
+"""The stop of a worker, and its acks: running jobs are neither cut off nor run twice without need."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ async def app(url: str) -> Any:
 @pytest.mark.row("A10")
 @pytest.mark.parametrize("kind", ["loop", "thread"])
 async def test_a_stop_amid_a_lease_starts_nothing(app: Conveyor, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
-    """What a turn brings after the stop goes back in order and unseen: started, it would be cut off and run again."""
+    """Jobs that a turn brings after the stop go back in order and unseen: started, they would be cut off and run again."""
     seen: list[tuple[int, int]] = []
 
     @app.task(name="loop")
