@@ -1,4 +1,4 @@
-"""`python -m conveyor` is the command line."""
+"""The command line as `python -m conveyor`."""
 
 from __future__ import annotations
 

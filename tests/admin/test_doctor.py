@@ -10,7 +10,7 @@ import pytest
 from conveyor.admin import doctor, server_checks
 from conveyor.errors import StoreUnavailable
 from conveyor.store.client.client import Client
-from support.client_worker import HandWorker, dead, push
+from support.client_worker import ClientWorker, dead, push
 from support.server_process import Server
 
 pytestmark = pytest.mark.leaves_keys("jobs are pushed here to be looked at")
@@ -87,8 +87,8 @@ def test_eviction_is_a_problem(start_server: Start, examine: Callable[[str], doc
 @pytest.mark.parametrize(
     ("option", "value", "level", "says"),
     [
-        ("timeout", "60", "note", "connections that are quiet for 60 s are closed"),
-        ("tcp-keepalive", "0", "warning", "connections of machines that are gone stay"),
+        ("timeout", "60", "note", "idle connections are closed after 60 s"),
+        ("tcp-keepalive", "0", "warning", "connections of vanished machines stay open"),
     ],
 )
 def test_settings_of_connections(
@@ -105,16 +105,16 @@ def test_settings_of_connections(
 
 
 @pytest.mark.parametrize(
-    ("family", "version", "mended"),
+    ("family", "version", "patched"),
     [
         ("redis", "6.2.14", "6.2.20"), ("redis", "6.2.20", None), ("redis", "7.0.15", "7.2.11"), ("redis", "7.2.10", "7.2.11"),
         ("redis", "7.4.6", None), ("redis", "8.0.3", "8.0.4"), ("redis", "8.2.1", "8.2.2"), ("redis", "8.4.0", None),
         ("valkey", "7.2.10", "7.2.11"), ("valkey", "8.0.6", None), ("valkey", "8.1.3", "8.1.4"), ("valkey", "9.0.0", None),
     ],
 )  # fmt: skip
-def test_known_holes(family: str, version: str, mended: str | None) -> None:
+def test_known_vulnerabilities(family: str, version: str, patched: str | None) -> None:
     """A release with a hole that any user with a script can use is known, with the first one without it."""
-    assert server_checks.mended(family, version) == mended
+    assert server_checks.first_patched_release(family, version) == patched
 
 
 @pytest.mark.parametrize("name", ["redis6", "redis7"])
@@ -123,11 +123,11 @@ def test_server_with_a_hole_is_a_warning(
 ) -> None:
     """The doctor names the hole of an old server, and the release to take."""
     report = examine(start_server(name=name).url)
-    if server_checks.mended(report.family, report.version) is None:
+    if server_checks.first_patched_release(report.family, report.version) is None:
         pytest.skip(f"{report.version} has none")
     finding = named(report, "version")
     assert (finding.level, "CVE-2025-49844" in finding.text) == ("warning", True)
-    assert finding.remedy == f"Use {server_checks.mended(report.family, report.version)} or newer."
+    assert finding.remedy == f"Use {server_checks.first_patched_release(report.family, report.version)} or newer."
 
 
 def test_full_memory_is_a_problem(start_server: Start, examine: Callable[[str], doctor.HealthReport]) -> None:
@@ -191,7 +191,7 @@ def test_stranded_jobs_are_a_problem(url: str, examine: Callable[[str], doctor.H
     backend = Client(url, namespace="t", retry_for=1)
     dead(backend, "films", "no")
     push(backend, "mail", b"1")
-    HandWorker(backend, "mail")
+    ClientWorker(backend, "mail")
     assert examine(url).healthy
 
     push(backend, "mial", b"1", b"2")

@@ -1,20 +1,23 @@
-"""The command line through real invocations: what it prints, where, and with which exit code it ends."""
+"""The command line through real invocations: its output, its streams, its exit codes."""
 
 from __future__ import annotations
 
 import json
+import os
+import pty
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from conveyor.admin.admin import Admin
 from conveyor.store.client.client import Client
-from support.client_worker import HandWorker, dead, push
+from support.client_worker import ClientWorker, dead, push
 from support.shell import Shell
 
 pytestmark = pytest.mark.leaves_keys("jobs are pushed here to be looked at")
@@ -121,7 +124,7 @@ def test_push_passes_a_slow_pipe_on(shell: Shell, backend: Client) -> None:
 
 @pytest.mark.parametrize("bad", ["{bad", "", "nan", "[" * 500 + "]" * 500])
 def test_bad_message_stores_nothing(shell: Shell, backend: Client, bad: str) -> None:
-    """What is no JSON or too deep ends with 2, says which line, and stores nothing of what came with it."""
+    """A line that is no JSON, or too deep, ends the command with 2 and its number, and nothing of the input is stored."""
     done = shell.run("push", "mail", "-", stdin=f"1\n{bad or '}'}\n")
 
     assert (done.returncode, done.stdout) == (2, "")
@@ -296,10 +299,49 @@ def test_unknown_names_end_with_5(shell: Shell, backend: Client) -> None:
 # -- status and doctor --------------------------------------------------------------------------------------------
 
 
+def test_a_page_says_whether_there_are_more(shell: Shell, backend: Client) -> None:
+    """On a terminal `job list` says how to get more jobs when there are more than it shows, and only then."""
+    push(backend, "q", *(f"{n}".encode() for n in range(3)))
+
+    shown = on_terminal(shell, "job", "list", "--limit", "2")
+    assert shown.count("ready") == 2
+    assert "Showing 2. More: --limit 4, or --offset 2" in shown
+    assert "More:" not in on_terminal(shell, "job", "list", "--limit", "3")
+
+
+def on_terminal(shell: Shell, *arguments: str) -> str:
+    """Return what a command prints in a terminal."""
+    ours, theirs = pty.openpty()
+    command = subprocess.Popen(
+        [sys.executable, "-m", "conveyor", *arguments],
+        cwd=shell.directory, env=shell.environment(TERM="xterm"), stdin=theirs, stdout=theirs, stderr=theirs,
+    )  # fmt: skip
+    os.close(theirs)
+    printed = b""
+    with suppress(OSError):  # EIO: the command has ended
+        while chunk := os.read(ours, 65536):
+            printed += chunk
+    os.close(ours)
+    assert command.wait(30) == 0
+    return printed.decode()
+
+
+def test_full_disk_is_named(shell: Shell) -> None:
+    """A command that cannot write to standard output says so, and ends with 1."""
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "conveyor", "queue", "list", "--json"],
+            cwd=shell.directory, env=shell.environment(), stdout=full, stderr=subprocess.PIPE, text=True, check=False,
+        )  # fmt: skip
+
+    assert done.returncode == 1
+    assert done.stderr == "error E00  Cannot write to standard output: No space left on device\n"
+
+
 def test_status_is_8_when_jobs_are_stranded(shell: Shell, backend: Client) -> None:
     """Status ends with 0 while workers take what is ready, and with 8 and E12 when nobody does."""
     push(backend, "mail", b"1")
-    HandWorker(backend, "mail")
+    ClientWorker(backend, "mail")
     well = shell.run("status")
     push(backend, "mial", b"1")
     ill = shell.run("status")

@@ -1,4 +1,4 @@
-"""`conveyor demo` as a person and a script run it, and the judge who says whether its counts add up."""
+"""`conveyor demo` as a person and a script run it, and its report, which says whether the counts add up."""
 
 from __future__ import annotations
 
@@ -6,17 +6,19 @@ import fcntl
 import json
 import os
 import pty
+import re
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import click
 import pytest
 
+from conveyor.cli.demo.image import decode, draw, encode, shrink
 from conveyor.cli.demo.journal import Journal, JournalEntry
-from conveyor.cli.demo.picture import decode, draw, encode, shrink
-from conveyor.cli.demo.report import Kill, judge, trails
+from conveyor.cli.demo.report import Kill, build_report, histories, summary_lines
 from support.shell import Shell
 from support.supervisor_process import running, until
 
@@ -42,45 +44,55 @@ STATES = {"q:a": "done", "q:b": "done", "q:c": "dead", "q:d": "scheduled"}
 
 
 def test_accounts_add_up_by_their_parts() -> None:
-    """What was accepted is done, dead or left, and the job that a kill cut off is seen to run again."""
-    account = judge(ACCEPTED, STATES, trails(lines()), [KILL])
+    """Every accepted job is done, dead or left, and the report shows that the job cut off by a kill ran again."""
+    report = build_report(ACCEPTED, STATES, histories(lines()), [KILL])
 
-    assert (account.accepted, account.done, account.dead, account.left, account.lost) == (4, 2, 1, 1, 0)
-    assert account.sound
-    (kill,) = account.kills
+    assert (report.accepted, report.done, report.dead, report.left, report.lost) == (4, 2, 1, 1, 0)
+    assert report.sound
+    (kill,) = report.kills
     assert (kill.interrupted, kill.again, kill.returned) == (1, 1, 3)
     assert kill.first_ms == pytest.approx(200)
-    (task,) = account.tasks
+    (task,) = report.tasks
     assert (task.runs, task.retries, task.median_ms) == (6, 1, pytest.approx(100))
 
 
-def test_an_acknowledged_id_that_nobody_knows_is_lost() -> None:
-    """The judge reports a loss when the queue does not know an acknowledged id, whatever the journal saw of it."""
-    account = judge(ACCEPTED, {**STATES, "q:a": None}, trails(lines()), [KILL])
+def test_the_counts_of_the_report_stand_in_one_column() -> None:
+    """With colours and without them, each count of the report ends in the same column."""
+    report = build_report(ACCEPTED, STATES, histories(lines()), [KILL])
+    names = "accepted|done|dead|cancelled|left|lost"
 
-    assert account.lost == 1
-    assert not account.sound
-    assert "q:a" in account.problems[0]
+    counts = [re.match(rf"\s*({names})\s+\d+", click.unstyle(line)) for line in summary_lines(report)]
+
+    assert [count.end() for count in counts if count is not None] == [19] * 6
+
+
+def test_an_acknowledged_id_that_nobody_knows_is_lost() -> None:
+    """The report names a loss when the queue does not know an acknowledged id, whatever the journal saw of it."""
+    report = build_report(ACCEPTED, {**STATES, "q:a": None}, histories(lines()), [KILL])
+
+    assert report.lost == 1
+    assert not report.sound
+    assert "q:a" in report.problems[0]
 
 
 def test_done_without_a_run_is_lost() -> None:
     """The queue's word is not enough: a job that is said to be done and was never seen to succeed is lost."""
     unseen = [line for line in lines() if not (line.key == "q:a" and line.kind == "ok")]
 
-    account = judge(ACCEPTED, STATES, trails(unseen), [KILL])
+    report = build_report(ACCEPTED, STATES, histories(unseen), [KILL])
 
-    assert (account.done, account.lost) == (1, 1)
-    assert not account.sound
+    assert (report.done, report.lost) == (1, 1)
+    assert not report.sound
 
 
 def test_a_job_cut_off_and_not_run_again_is_no_success() -> None:
     """A job that a kill cut off counts as done only when another process ran it afterwards."""
     cut = [line for line in lines() if not (line.key == "q:b" and line.pid == 8)]
 
-    account = judge(ACCEPTED, STATES, trails(cut), [KILL])
+    report = build_report(ACCEPTED, STATES, histories(cut), [KILL])
 
-    assert account.lost == 1
-    assert account.kills[0].again == 0
+    assert report.lost == 1
+    assert report.kills[0].again == 0
 
 
 def test_pictures_survive_the_way_through_png() -> None:
@@ -95,16 +107,16 @@ def test_pictures_survive_the_way_through_png() -> None:
 
 
 def test_late_worker_is_turned_away(tmp_path: Path) -> None:
-    """Nobody opens the journal of a demo that is being removed, so no late worker starts its server again."""
+    """The journal of a demo that is being removed cannot be opened, so no late worker starts its server again."""
     path = tmp_path / "journal"
     path.touch()
     early = Journal(str(path))
     early.write("up")
-    with path.open("rb") as custodian:
+    with path.open("rb") as remover:
         with pytest.raises(BlockingIOError):
-            fcntl.flock(custodian, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(remover, fcntl.LOCK_EX | fcntl.LOCK_NB)
         early.close()
-        fcntl.flock(custodian, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(remover, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
         with pytest.raises(BlockingIOError):
             Journal(str(path))
@@ -147,18 +159,18 @@ def test_unattended_demo_adds_up_and_leaves_nothing(shell: Shell, temporary: dic
     done = shell.run("demo", "--seconds", "4", "--json", **temporary)
 
     assert done.returncode == 0, done.stderr
-    account = json.loads(done.stdout)
-    assert account["schema"] == "conveyor/demo@1"
-    assert account["sound"]
-    assert account["lost"] == 0
-    assert account["accepted"] == account["done"] + account["dead"] + account["cancelled"] + account["left"] > 60
-    assert account["first_done_seconds"] < 15
-    (kill,) = account["kills"]
+    report = json.loads(done.stdout)
+    assert report["schema"] == "conveyor/demo@1"
+    assert report["sound"]
+    assert report["lost"] == 0
+    assert report["accepted"] == report["done"] + report["dead"] + report["cancelled"] + report["left"] > 60
+    assert report["first_done_seconds"] < 15
+    (kill,) = report["kills"]
     assert kill["interrupted"] == kill["again"] >= 1
     assert kill["returned"] >= kill["interrupted"]
     assert f"SIGKILL to worker {kill['pid']}" in done.stderr
     assert f"the supervisor of {kill['pid']} returned {kill['returned']} job" in done.stderr
-    assert {task["task"] for task in account["tasks"] if task["done"]} >= {
+    assert {task["task"] for task in report["tasks"] if task["done"]} >= {
         "text.statistics", "picture.thumbnail", "payment.charge", "mail.reminder", "orders (message)",
         "readings (RPUSH)",
     }  # fmt: skip
@@ -167,7 +179,7 @@ def test_unattended_demo_adds_up_and_leaves_nothing(shell: Shell, temporary: dic
 
 
 def test_ctrl_c_drains_and_exits_0(shell: Shell, temporary: dict[str, str]) -> None:
-    """Ctrl-C ends a demo in order: what was accepted is finished, counted and printed."""
+    """Ctrl-C ends a demo in order: accepted jobs are finished, counted and printed."""
     demo = shell.start("demo", "--seconds", "300", **temporary)
     assert demo.stdout is not None
     said = ""
@@ -203,13 +215,13 @@ def test_demo_without_workers_fails(shell: Shell, temporary: dict[str, str]) -> 
     assert demo.stdout is not None
     while "the first job was done" not in demo.stdout.readline():
         pass
-    (crew,) = [pid for pid in processes_with("conveyor.cli.demo.crew") if parent(pid) == demo.pid]
+    (supervisor,) = [pid for pid in processes_with("conveyor.cli.demo.worker_processes") if parent(pid) == demo.pid]
 
-    os.kill(crew, signal.SIGKILL)
+    os.kill(supervisor, signal.SIGKILL)
     out, _ = demo.communicate(timeout=40)
 
     assert demo.returncode == 1, out
-    assert "the workers ended by themselves" in out
+    assert "the workers ended unexpectedly" in out
     assert "lost            0" in out
 
 
@@ -218,7 +230,7 @@ def parent(pid: int) -> int:
     return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
 
 
-@pytest.mark.standalone_only("the demo plays on one server")
+@pytest.mark.standalone_only("the demo needs a single server")
 def test_demo_on_a_server_of_somebody_elses(shell: Shell, temporary: dict[str, str], url: str) -> None:
     """With --url the demo uses that server, and deletes all its keys there; the leak check of `url` sees to the rest."""
     done = shell.run("demo", "--seconds", "2", "--url", url, **temporary)
@@ -233,7 +245,7 @@ def test_demo_refuses_several_servers(shell: Shell, several: str) -> None:
     done = shell.run("demo", "--seconds", "1", "--url", several)
 
     assert done.returncode == 2
-    assert "plays on one server" in done.stderr
+    assert "needs a single server" in done.stderr
     assert "Traceback" not in done.stderr
 
 

@@ -1,4 +1,4 @@
-"""What both type checkers say, in strict mode, of right and of wrong uses."""
+"""Right uses pass both type checkers in strict mode, and wrong ones are reported."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from support.type_checkers import mypy_errors_in, pyright_errors_in
 PROGRAMS = Path(__file__).parent / "typed_programs"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("check", [mypy_errors_in, pyright_errors_in])
 def test_right_uses_pass_and_wrong_ones_are_refused(
     check: Callable[[Path], dict[tuple[str, int], str]], tmp_path: Path

@@ -1,4 +1,4 @@
-"""Tasks on a queue in several partitions, what people see of it, and what else a push may ask for."""
+"""Tasks on a queue in several partitions: running, views for people, and options of a push."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from conveyor import Conveyor
 from conveyor.admin.admin import Admin
 from conveyor.errors import ConfigurationError, DurabilityNotReached, QueueNotFound
 from conveyor.jobs.context import current
-from conveyor.messaging.partitions import place
+from conveyor.messaging.partitions import partition_of
 from conveyor.store import inspection
 from support.partition_helpers import ack_all, audits, lengths, place_of
 from support.running_worker import drain, working
@@ -66,9 +66,9 @@ async def test_keys_of_jobs_place_them(app: Conveyor) -> None:
 
     there = note.options(queue="orders", unique="u1")
     first, again = await there.aenqueue(1), await there.aenqueue(2)
-    assert (again.id, again.duplicate, place_of(first.id)) == (first.id, True, place("u1", 8))
+    assert (again.id, again.duplicate, place_of(first.id)) == (first.id, True, partition_of("u1", 8))
     mine = await note.options(queue="orders", id="order-7").aenqueue(3)
-    assert (mine.id, mine.queue) == ("order-7", f"orders/{place('order-7', 8)}")
+    assert (mine.id, mine.queue) == ("order-7", f"orders/{partition_of('order-7', 8)}")
     assert (await note.options(queue="orders", id="order-7").aenqueue(4)).duplicate
     assert await app.job("order-7").astatus() == "ready"
     assert await mine.acancel()
@@ -81,7 +81,7 @@ async def test_keys_of_jobs_place_them(app: Conveyor) -> None:
 
 
 async def test_an_idle_worker_starts_a_job_of_any_partition_at_once(app: Conveyor) -> None:
-    """Whatever partition a job falls into, it runs within a moment, and beside a partition that is full of work."""
+    """A job runs within a moment whichever partition it falls into, and beside a partition that is full of work."""
 
     @app.task(queue="orders")
     async def note(n: int) -> int:
@@ -175,7 +175,7 @@ def test_the_command_line(url: str, tmp_path: Path) -> None:
         assert (refused.returncode, "E35" in refused.stderr, "orders/3 (2)" in refused.stderr) == (6, True, True)
         assert shell.run("queue", "purge", "orders", "--yes").stdout == "8\n"
         dry = shell.run("queue", "partition", "orders", "2", "--dry-run")
-        assert (dry.returncode, "lies in 4 partitions" in dry.stderr.replace("\n", " ")) == (0, True)
+        assert (dry.returncode, "has 4 partitions" in dry.stderr.replace("\n", " ")) == (0, True)
         orders.push(1)
         assert orders.purge() == 1
         done = json.loads(shell.run("queue", "partition", "orders", "2", "--yes", "--json").stdout)

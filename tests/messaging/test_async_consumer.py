@@ -81,7 +81,7 @@ class TestAwaitable:
         with pytest.raises(asyncio.CancelledError):
             await task
         [message] = await aqueue.apull()
-        assert (message.attempt, message._leased.state.failures) == (2, 0)
+        assert (message.attempt, message._leased.history.failures) == (2, 0)
         await message.aack()
 
     async def test_cancelled_while_waiting(self, aqueue):

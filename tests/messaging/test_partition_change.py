@@ -13,7 +13,7 @@ import pytest
 from conveyor import Conveyor
 from conveyor.admin.admin import Admin
 from conveyor.errors import ConfigurationError
-from conveyor.messaging.partitions import number_of
+from conveyor.messaging.partitions import partition_count
 from conveyor.messaging.queue import Queue
 from conveyor.store import partitions as partitioning
 from conveyor.store.client.client import Client
@@ -101,7 +101,7 @@ class TestWrongNumber:
                 break
         consumer.close()
         assert sorted(found) == list(range(16))
-        assert number_of(queue8.client, "orders") == 8
+        assert partition_count(queue8.client, "orders") == 8
 
 
 def _nothing() -> None: ...
@@ -149,7 +149,7 @@ for n in range({count}):
                 assert sorted(said) == ["E34", "won"]
                 winner = (3, 5)[said.index("won")]
                 won[winner] += 1
-                assert number_of(backend, f"race{n}") == winner
+                assert partition_count(backend, f"race{n}") == winner
                 places = [backend.keys(f"race{n}/{one}") for one in range(5)]
                 found = [backend.run(partitioning.count(keys))[0] for keys in places]
                 assert found == [winner] * winner + [1] * (5 - winner)
@@ -165,7 +165,7 @@ for n in range({count}):
 class TestRepartition:
     @pytest.mark.parametrize(("before", "after"), [(8, 4), (8, 1), (1, 8), (4, 8), (8, 8)])
     def test_an_empty_queue_changes(self, url, backend, before, after):
-        """From any number to any other: who says the new one goes on, who says the old one is refused, names follow."""
+        """The number changes from any to any other: programs with the new one go on, those with the old one are refused, names follow."""
         old = spread(backend, before) if before > 1 else Queue(backend, "orders", lease_ms=2000)
         old.push(1)
         ack_all(old.pull())
@@ -181,7 +181,7 @@ class TestRepartition:
         if before != after:
             with pytest.raises(ConfigurationError, match="this program says"):
                 old.push(1)
-            assert number_of(backend, "orders") == after
+            assert partition_count(backend, "orders") == after
 
     @pytest.mark.parametrize("place", ["ready", "scheduled", "leased", "dead"])
     def test_what_holds_something_is_named(self, queue8, place):
@@ -316,7 +316,7 @@ class TestRepartition:
         assert (len(done), queue8.purge()) == (1, 1)
 
     def test_a_plain_list_is_one_key(self, url):
-        """What is not a queue of ours cannot be laid elsewhere."""
+        """The number of partitions cannot be changed for a name that is no queue of Conveyor."""
         with Conveyor(url) as app:
             readings = app.plain_list("readings")
             with pytest.raises(ConfigurationError, match="is one key"):

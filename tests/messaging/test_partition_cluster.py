@@ -8,7 +8,7 @@ from typing import Any
 
 from conveyor import Conveyor
 from conveyor.admin.admin import Admin
-from conveyor.messaging.consumer.pulses import by_place
+from conveyor.messaging.consumer.renewal import by_endpoint
 from support.message_fixtures import until
 from support.partition_helpers import FAST, audits
 from support.running_worker import working
@@ -25,7 +25,7 @@ def test_an_idle_consumer_waits_at_each_slot(cluster: ClusterOfNodes) -> None:
     """With a blocked connection for each partition, it is woken for any of them; none is left when it ends."""
     with Conveyor(cluster.url, lease="30s") as app:
         orders: Any = app.queue("orders", partitions=6)
-        assert len(by_place(app.client, orders.partitions.keys, lambda keys: keys)) == 6
+        assert len(by_endpoint(app.client, orders.partitions.keys, lambda keys: keys)) == 6
         assert len({cluster.owner(keys.jobs).port for keys in orders.partitions.keys}) > 1
         found, consumer = [], orders.consume()
 

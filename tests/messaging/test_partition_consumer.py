@@ -13,8 +13,8 @@ from collections import Counter
 
 import pytest
 
-from conveyor.messaging.consumer.partition_steps import PartitionRoundRobin, PartitionTurnStep, PartitionWaitStep
-from conveyor.messaging.consumer.steps import ConsumerSteps
+from conveyor.messaging.consumer.partition_steps import PartitionRoundRobin
+from conveyor.messaging.consumer.steps import ConsumerSteps, TurnStep, WaitStep
 from conveyor.messaging.leases import DeadWorkerDetector, LeaseSession
 from conveyor.messaging.settlement import SettlementPolicy
 from conveyor.store import operations
@@ -49,7 +49,7 @@ def drained(queue, **options):
 class TestConsume:
     @pytest.mark.parametrize("prefetch", [1, 7, 500])
     def test_everything_once_in_order_within_a_partition(self, orders, prefetch):
-        """Whatever is leased ahead, each message is handed out once, those of a partition in their order."""
+        """With any prefetch each message is handed out once, those of a partition in their order."""
         orders.push_many(range(600))
         found = drained(orders, prefetch=prefetch)
         assert sorted(message.body for message in found) == list(range(600))
@@ -293,7 +293,7 @@ class TestModel:
 
 
 def _consume_some(queue, chance, ended):
-    """Take a few with a loop that is then left; never more than there are, or it would wait for ever."""
+    """Take a few messages in a loop that is then left; with more than there are it would wait for ever."""
     few = min(chance.randrange(12), queue.stats().ready)
     if few:
         for message in queue.consume(prefetch=chance.randrange(1, 10)):
@@ -315,39 +315,39 @@ def _blocked(backend):
 # -- decisions, without Redis -------------------------------------------------------------------------------------------
 
 
-def test_a_rota_looks_at_all_before_it_rests():
+def test_a_round_robin_looks_at_all_before_it_rests():
     """At first every partition may have work: each is visited once, then all are waited for at once."""
-    lessees = [
+    sessions = [
         LeaseSession(QueueKeys("c", f"q/{n}"), 6000, b"", DeadWorkerDetector(6000), clock=lambda: 0.0) for n in range(4)
     ]
-    verdict = SettlementPolicy(FAST, "w")
-    rota = PartitionRoundRobin(
-        [ConsumerSteps(lessee, verdict, lambda leased: leased, clock=lambda: 0.0) for lessee in lessees],
+    policy = SettlementPolicy(FAST, "w")
+    programs = PartitionRoundRobin(
+        [ConsumerSteps(session, policy, lambda leased: leased, clock=lambda: 0.0) for session in sessions],
         2,
         clock=lambda: 0.0,
     )
-    program = rota.fetch(3)
+    program = programs.fetch(3)
     steps = [next(program) for _ in range(5)]
     assert steps[:4] == [
-        PartitionTurnStep(2, 3),
-        PartitionTurnStep(3, 3),
-        PartitionTurnStep(0, 3),
-        PartitionTurnStep(1, 3),
+        TurnStep(3, at=2, must=False),
+        TurnStep(3, at=3, must=False),
+        TurnStep(3, at=0, must=False),
+        TurnStep(3, at=1, must=False),
     ]
-    assert isinstance(steps[4], PartitionWaitStep)
+    assert isinstance(steps[4], WaitStep)
     assert not steps[4].full
-    rota.rung(1)
-    assert next(program) == PartitionTurnStep(1, 3)
+    programs.woken(1)
+    assert next(program) == TurnStep(3, at=1, must=False)
 
 
-def test_a_rota_does_not_wait_while_it_holds_too_much():
+def test_a_round_robin_does_not_wait_while_it_holds_too_much():
     """A partition at which a consumer holds as much as it may is not asked for more."""
-    lessee = LeaseSession(QueueKeys("c", "q/0"), 6000, b"", DeadWorkerDetector(6000), clock=lambda: 0.0)
-    lessee.held = {str(n): object() for n in range(operations.MOST_HELD)}
-    rota = PartitionRoundRobin(
-        [ConsumerSteps(lessee, SettlementPolicy(FAST, "w"), lambda leased: leased, clock=lambda: 0.0)],
+    session = LeaseSession(QueueKeys("c", "q/0"), 6000, b"", DeadWorkerDetector(6000), clock=lambda: 0.0)
+    session.held = {str(n): object() for n in range(operations.MOST_HELD)}
+    programs = PartitionRoundRobin(
+        [ConsumerSteps(session, SettlementPolicy(FAST, "w"), lambda leased: leased, clock=lambda: 0.0)],
         0,
         clock=lambda: 0.0,
     )
-    step = next(rota.fetch(3))
-    assert step == PartitionWaitStep(step.seconds, full=True)
+    step = next(programs.fetch(3))
+    assert step == WaitStep(step.seconds, full=True)

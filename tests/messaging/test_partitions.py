@@ -1,4 +1,4 @@
-"""A queue in several partitions: where messages go, what is counted and cared for, and what it costs."""
+"""A queue in several partitions: the place of messages, counts, maintenance, and costs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from test_queue import commands
 from conveyor import Conveyor
 from conveyor.errors import ConfigurationError, JobNotFound, QueueFull
 from conveyor.ids import logical, new_id, own_id, public, queue_name, split
-from conveyor.messaging.partitions import likely_first, place
+from conveyor.messaging.partitions import likely_first, partition_of
 from conveyor.messaging.queue import Queue
 from support.partition_helpers import ack_all, audits, clear, in_a_loop, lengths, place_of, spread
 
@@ -31,9 +31,9 @@ def orders(backend):
 class TestPlacement:
     def test_a_key_picks_the_same_partition_for_ever(self):
         """CRC-32: programs in other languages, and later versions, must place alike."""
-        found = [place(key, 8) for key in ("c7", "c8", "order-7", "ü€", "a b")]
+        found = [partition_of(key, 8) for key in ("c7", "c8", "order-7", "ü€", "a b")]
         assert found == [4, 5, 2, 0, 3]
-        code = "from conveyor.messaging.partitions import place; print([place(k, 8) for k in ('c7', 'c8', 'order-7', 'ü€', 'a b')])"
+        code = "from conveyor.messaging.partitions import partition_of; print([partition_of(k, 8) for k in ('c7', 'c8', 'order-7', 'ü€', 'a b')])"
         other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
         assert other.stdout.strip() == str(found)
 
@@ -51,15 +51,15 @@ class TestPlacement:
             own_id(f"orders/3:{id_}")
 
     def test_the_group_decides_then_the_unique_key_then_the_id(self, orders):
-        """Whatever else is given, messages of a group lie together; so do those of a key, and of an id."""
-        at = place("c7", 8)
+        """Messages of one group lie in one partition whatever else is given; so do those of a key, and of an id."""
+        at = partition_of("c7", 8)
         assert {place_of(orders.push(n, group="c7")) for n in range(3)} == {at}
         assert place_of(orders.push(1, group="c7", unique="c7")) == at
         first = orders.push(1, unique="u1")
-        assert place_of(first) == place("u1", 8)
+        assert place_of(first) == partition_of("u1", 8)
         assert orders.push(2, unique="u1") == first
         assert [orders.push(1, id="order-7"), orders.push(2, id="order-7")] == ["order-7", "order-7"]
-        assert lengths(orders)[place("order-7", 8)] >= 1
+        assert lengths(orders)[partition_of("order-7", 8)] >= 1
         assert orders.push_many(range(10), group="c7")[0].startswith(f"orders/{at}:")
 
     def test_a_unique_key_must_not_be_torn_apart(self, orders):

@@ -1,5 +1,5 @@
 """
-What a release wrote stays readable: files with its bytes, read by this version, and written again where they can be.
+Bytes of every release stay readable: this version reads its files, and writes the same bytes where they are reproducible.
 
 A release adds its own: ``PYTHONPATH=src:tests:tests/payload python -c "import test_golden as t; t.keep('0.2.0')"``. Files of earlier
 ones are never changed.
@@ -15,7 +15,7 @@ import pytest
 from conveyor.errors import PayloadError
 from conveyor.payload.codec import ValueCodec, encode_json
 from conveyor.payload.formats import MSGPACK, FormatCodec, FormatRegistry, codec_for
-from conveyor.payload.pipeline import PLAIN, PayloadPipeline, choose
+from conveyor.payload.pipeline import PLAIN, PayloadPipeline, make_pipeline
 from conveyor.payload.records import (
     AttemptHistory,
     EnvelopeOptions,
@@ -25,11 +25,11 @@ from conveyor.payload.records import (
     read_failure,
     read_outcome,
     to_json,
-    write_rest,
+    write_envelope,
 )
 from conveyor.payload.sealed_records import open_failure, open_result, pack_failure, pack_result
 from conveyor.payload.signature import TaskSignature
-from conveyor.payload.wrapped import BARE, COMPRESSED, ELSEWHERE, GCM, HMAC, describe, read
+from conveyor.payload.wrapped import BARE, COMPRESSED, ELSEWHERE, GCM, HMAC, describe, read_wrapped
 
 HOME = Path(__file__).parents[1] / "golden"
 RELEASES = sorted(path.name for path in HOME.iterdir() if path.is_dir())
@@ -70,7 +70,7 @@ def large_body() -> bytes:
 def sealing(
     shelf: Shelf | None = None, *, keys: bool = True, encrypt: bool = False, compress: int | None = None
 ) -> PayloadPipeline:
-    made = choose(
+    made = make_pipeline(
         keys=KEYS if keys else None, encrypt=encrypt, compress=compress, large=shelf, large_above=100, max_large="1MiB",
         max_payload=512 * 1024,
     )  # fmt: skip
@@ -96,7 +96,7 @@ PACKED = FormatRegistry(MSGPACK, MIRROR.known)
 
 
 def called(formats: FormatRegistry) -> bytes:
-    return write_rest(
+    return write_envelope(
         "mail.send", TaskSignature(mail, "mail.send", formats=formats).encode(("ada", 2, "a"), {"x": 1.5})
     )
 
@@ -107,15 +107,15 @@ STATE = AttemptHistory(3, 2, 1, [to_json(FAILURE), to_json(Failure(3, 5, "crashe
 
 
 def written() -> dict[str, bytes]:
-    """What this version writes, without what is random."""
+    """Return the files of this version whose bytes are reproducible."""
     extra = EnvelopeOptions({"trace": "1\n2"}, 2000, 60_000, 3, 2)
     shelf = Shelf()
     sealing(shelf).wrap(large_body(), **PLACE)
     return {
-        "envelope_plain": write_rest("mail.send", body()),
-        "envelope_extra": b"p9 e1764000000000 d1763000000000 i uorder 7" + write_rest("mail.send", body(), extra),
-        "message": write_rest("", b'{"id":1}'),
-        "message_msgpack": write_rest("", value_codec(PACKED).encode(MESSAGE)),
+        "envelope_plain": write_envelope("mail.send", body()),
+        "envelope_extra": b"p9 e1764000000000 d1763000000000 i uorder 7" + write_envelope("mail.send", body(), extra),
+        "message": write_envelope("", b'{"id":1}'),
+        "message_msgpack": write_envelope("", value_codec(PACKED).encode(MESSAGE)),
         "call_msgpack": called(PACKED),
         "call_own": called(MIRROR),
         "result_msgpack": b'{"status":"done",%b,"at":7}'
@@ -131,7 +131,7 @@ def written() -> dict[str, bytes]:
 
 
 def written_with_chance() -> dict[str, bytes]:
-    """What this version writes with a nonce or a random name in it, or by a zlib that may be another one elsewhere."""
+    """Return the files of this version that hold a nonce or a random name, or depend on the version of zlib."""
     shelf = Shelf()
     return {
         "sealed_gcm": sealing(encrypt=True).wrap(body(), **PLACE),
@@ -194,13 +194,13 @@ def test_formats_of_every_release_are_read(golden):
 
 @pytest.mark.row("D3")
 def test_sealed_bytes_of_every_release_open(golden):
-    """What was sealed, compressed or stored elsewhere then opens now, with the keys of then."""
+    """Bodies that earlier releases sealed, compressed or stored elsewhere open with the keys of then."""
     keyed = sealing()
     for name, algorithm, form in (
         ("sealed_hmac", HMAC, 0), ("sealed_gcm", GCM, 0), ("sealed_gcm_compressed", GCM, COMPRESSED),
         ("compressed", BARE, COMPRESSED), ("claim_hmac", HMAC, ELSEWHERE),
     ):  # fmt: skip
-        header = read(golden[name])
+        header = read_wrapped(golden[name])
         assert (header.algorithm, header.form) == (algorithm, form)
         opener = PLAIN if algorithm == BARE else sealing(Shelf(golden["blob_hmac"]))
         assert opener.unwrap(golden[name], **PLACE) == (

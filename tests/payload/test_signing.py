@@ -1,4 +1,4 @@
-"""The seal itself: its keys, its bytes as documented, and what it refuses."""
+"""Sealing: the keys, the bytes as documented, and refused bodies."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from conveyor.errors import ConfigurationError, PayloadError
 from conveyor.jobs.app import Conveyor
-from conveyor.payload.pipeline import PLAIN, PayloadPipeline, choose
+from conveyor.payload.pipeline import PLAIN, PayloadPipeline, make_pipeline
 from conveyor.payload.signing import Keyring
-from conveyor.payload.wrapped import bound, describe, read
+from conveyor.payload.wrapped import describe, read_wrapped, sealed_context
 from conveyor.units import size
 
 SECRET = "a secret of more than sixteen bytes"
@@ -22,7 +22,7 @@ PLACE = {"queue": "mail", "task": "send", "id": "an id"}
 
 
 def sealing(keys=None, *, encrypt=False, compress=None) -> PayloadPipeline:
-    made = choose(
+    made = make_pipeline(
         keys=keys or {"k1": SECRET}, encrypt=encrypt, compress=compress, large=None, large_above=1, max_large=1,
         max_payload=1 << 20,
     )  # fmt: skip
@@ -73,7 +73,7 @@ def test_every_byte_is_covered():
 
 def test_places_cannot_be_shifted_into_each_other():
     """Parts are bound with their lengths: "ab" + "c" is not "a" + "bc"."""
-    assert bound(b"payload", "ab", "c", "d") != bound(b"payload", "a", "bc", "d")
+    assert sealed_context(b"payload", "ab", "c", "d") != sealed_context(b"payload", "a", "bc", "d")
     data = sealing().wrap(b"{}", queue="ab", task="c", id="d")
     with pytest.raises(PayloadError, match="E40"):
         sealing().unwrap(data, queue="a", task="bc", id="d")
@@ -112,7 +112,7 @@ def test_bad_keys_are_refused(keys, word):
 
 
 def test_encryption_needs_keys():
-    """Who asks for encryption and gives no keys is told, and not left with bare payloads."""
+    """Encryption without keys is refused; payloads are not left bare."""
     for options in ({"encrypt": True}, {"encrypt": True, "compress": 100}):
         with pytest.raises(ConfigurationError, match="needs keys"):
             Conveyor("redis://localhost", **options)
@@ -120,7 +120,7 @@ def test_encryption_needs_keys():
 
 
 def test_repr_shows_ids_only():
-    """What is printed of a keyring are its ids."""
+    """The text of a keyring shows its ids only."""
     assert repr(Keyring({"2026-11": SECRET, "b": SECRET})) == "<Keyring 2026-11, b>"
     assert repr(sealing()) == "<Sealing <Keyring k1>>"
     with pytest.raises(TypeError):
@@ -132,7 +132,7 @@ def test_what_a_person_is_told():
     assert describe(sealing().wrap(b"{}", **PLACE)) == "sealed with key k1 (hmac): 41 bytes"
     assert describe(b"\x01\x01\x00\x01xyz") == "compressed: 7 bytes"
     assert describe(b"\x01\x09").startswith("unreadable: ")
-    assert read(b"\x01\x01\x00\x02{}").form == 2
+    assert read_wrapped(b"\x01\x01\x00\x02{}").form == 2
     with pytest.raises(PayloadError, match=r"has version 9, and this program knows 1. Upgrade"):
         PLAIN.unwrap(b"\x01\x09\x01\x00", **PLACE)
 

@@ -1,4 +1,4 @@
-"""Whatever lies in Redis: typed errors, dead letters with their bytes, and no worker that ends."""
+"""Random bytes in Redis give typed errors and dead letters with their bytes, and end no worker."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from conveyor.errors import PayloadError
 from conveyor.ids import new_ids
 from conveyor.jobs.app import Conveyor
 from conveyor.payload.codec import ValueCodec
-from conveyor.payload.pipeline import PLAIN, PayloadPipeline, choose
-from conveyor.payload.records import AttemptHistory, read_outcome, read_whatever, write_rest
+from conveyor.payload.pipeline import PLAIN, PayloadPipeline, make_pipeline
+from conveyor.payload.records import AttemptHistory, read_leniently, read_outcome, write_envelope
 from conveyor.payload.sealed_records import RecordDecoder, open_failure, pack_failure
 from conveyor.payload.signature import TaskSignature
 from conveyor.payload.wrapped import describe
@@ -31,7 +31,7 @@ KEYS = {"2026-11": "f" * 32}
 def sealing(tmp_path: Any, **options: Any) -> PayloadPipeline:
     defaults: dict[str, Any] = {"keys": None, "encrypt": False, "compress": None, "large": None}
     limits = {"large_above": 300, "max_large": "2MiB", "max_payload": 512 * 1024}
-    made = choose(**defaults | limits | options)
+    made = make_pipeline(**defaults | limits | options)
     assert made is not None
     return made
 
@@ -98,15 +98,15 @@ def test_damaged_bytes_give_typed_errors(tmp_path, rounds):
         data = mutated(source, bodies[number], bodies)
         for way in (ways[number], source.choice(ways)):
             opened = attempt(way.unwrap, data, **PLACE)
-            assert opened is None or way.seal is None or opened == body, "a changed body was taken for genuine"
+            assert opened is None or way.sealer is None or opened == body, "a changed body was taken for genuine"
             attempt(partial(RecordDecoder(way).preview, call=True), data, "q", "shop.add", "an id")
         attempt(describe, data)
         damaged = mutated(source, body, bodies)
         attempt(signature.decode, damaged)
         attempt(source.choice(values).decode, damaged)
         attempt(read_outcome, mutated(source, outcome, [body]))
-        _, known, _ = read_whatever(
-            mutated(source, write_rest("shop.add", body), bodies), mutated(source, state, [body])
+        _, known, _ = read_leniently(
+            mutated(source, write_envelope("shop.add", body), bodies), mutated(source, state, [body])
         )
         for failure in known.failures_list():
             attempt(open_failure, ways[1], failure, "q", "an id")
@@ -117,12 +117,12 @@ def test_damaged_bytes_give_typed_errors(tmp_path, rounds):
 
 @pytest.mark.row("D4", "D5")
 def test_bombs_do_not_grow(tmp_path):
-    """What claims to be a gigabyte is refused before it is one: in a compressed body, and in a reference."""
+    """A body that claims to be a gigabyte is refused before it is inflated: a compressed one, and a reference."""
     bomb = b"\x01\x01\x00\x01" + zlib.compress(b" " * (1 << 28), 1)
     keyed = sealing(tmp_path, keys=KEYS, large=FileStore(tmp_path))
-    assert keyed.seal is not None
+    assert keyed.sealer is not None
     claim = b'{"name":"%b","size":%d,"sha256":"00"}' % (b"ab" * 16, 1 << 30)
-    reference = keyed.seal.close(claim, 2, b"payload", "q", "shop.add", "an id")
+    reference = keyed.sealer.seal(claim, 2, b"payload", "q", "shop.add", "an id")
     tracemalloc.start()
     for way, data in ((PLAIN, bomb), (keyed, reference)):
         with pytest.raises(PayloadError) as caught:
@@ -165,7 +165,7 @@ async def test_random_bodies_are_set_aside(url, redis, rounds, keys):
         good = await add.aenqueue(2)
         async with working(app) as worker:
             assert await good.aresult("60s") == 2
-            assert not worker.stopped
+            assert not worker.lifecycle.stopped
         left = await counts(app)
         stored = redis.hgetall(held.jobs)
         assert {id_: stored[id_.encode()] for id_ in written} == written

@@ -1,4 +1,4 @@
-"""Hostile bytes, and secrets in awkward places: what somebody may write into Redis, and what a person then sees of it."""
+"""Hostile bytes in Redis, secrets in awkward places, and the views that people get of both."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from conveyor.admin.admin import Admin
 from conveyor.errors import ConfigurationError, ConveyorError, PayloadError
 from conveyor.ids import clean, new_id
 from conveyor.jobs.app import Conveyor
-from conveyor.payload.pipeline import PayloadPipeline, choose
+from conveyor.payload.pipeline import PayloadPipeline, make_pipeline
 from conveyor.payload.records import Failure, to_json
 from conveyor.payload.sealed_records import open_failure
 from conveyor.store.transport.topology import topology_of
@@ -37,7 +37,7 @@ STEERING = "\x1b[2J\x9b2J"
 
 def sealing(**options: Any) -> PayloadPipeline:
     defaults: dict[str, Any] = {"keys": KEYS, "encrypt": False, "compress": None, "large": None}
-    made = choose(**defaults | {"large_above": 300, "max_large": "2MiB", "max_payload": 512 * 1024} | options)
+    made = make_pipeline(**defaults | {"large_above": 300, "max_large": "2MiB", "max_payload": 512 * 1024} | options)
     assert made is not None
     return made
 
@@ -140,7 +140,7 @@ async def test_what_cannot_be_read_is_not_quoted(url, redis, encrypt):
 
 
 async def test_what_was_not_opened_is_told_without_keys(url):
-    """Why a seal does not match is no secret: who lacks the keys reads it too."""
+    """The reason why a seal does not match is no secret: it is shown without the keys, too."""
     async with Conveyor(url) as bare, Conveyor(url, keys=KEYS) as keyed:
         await bare.queue("mail").apush("x")
         assert await keyed.queue("mail").apull() == []
@@ -303,9 +303,10 @@ async def test_log_lines_cannot_be_forged(url, redis, caplog):
         await app.queue("default").apurge(dead=True)
 
 
+@pytest.mark.long
 @pytest.mark.leaves_keys("a queue's name that no client of ours would write")
 def test_terminals_are_not_steered(url, redis, tmp_path):
-    """What stands in Redis reaches a terminal, or a document, with its control characters escaped."""
+    """Text from Redis reaches a terminal, or a document, with its control characters escaped."""
     shell = Shell(tmp_path, url)
     shell.write("jobs.py", JOBS)
     run = {"CONVEYOR_APP": "jobs:app"}

@@ -79,8 +79,8 @@ def test_what_is_printed_of_objects(guarded):
         app.client.address,
         place,
         app.sealing,
-        app.sealing.seal,
-        app.sealing.seal.keyring,
+        app.sealing.sealer,
+        app.sealing.sealer.keyring,
         queue,
     ]
     shown = "\n".join(
@@ -88,7 +88,7 @@ def test_what_is_printed_of_objects(guarded):
     )
     assert "2026-11" in shown
     assert sightings(shown) == []
-    assert sightings(raised(lambda: pickle.dumps(app.sealing.seal.keyring))) == []
+    assert sightings(raised(lambda: pickle.dumps(app.sealing.sealer.keyring))) == []
     app.close()
 
 

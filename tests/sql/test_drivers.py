@@ -16,7 +16,7 @@ import pytest
 from conveyor.errors import ConfigurationError
 from conveyor.jobs.app import Conveyor
 from conveyor.sql import Ledger, Outbox
-from conveyor.sql.drivers import _read, blocking, given, spelled
+from conveyor.sql.drivers import _style_and_dialect, adapt_blocking, parameters_for, with_placeholders
 from conveyor.sql.tables import DIALECTS
 from support.databases import Database, sqlite
 from support.ready_ids import bare, line
@@ -119,7 +119,7 @@ def test_psycopg2(app: Conveyor, database: Database, outbox: Outbox, server: Ser
 
 @pytest.mark.parametrize("kind", ["session", "connection", "pool"])
 def test_sqlalchemy(kind: str, app: Conveyor, database: Database, outbox: Outbox, server: Server) -> None:
-    """A Session, a Connection, and what `engine.raw_connection` gives; a relay takes `engine.connect`."""
+    """A Session, a Connection, and the result of `engine.raw_connection` are accepted; a relay takes `engine.connect`."""
     sqlalchemy = pytest.importorskip("sqlalchemy", reason="SQLAlchemy is not installed")
     from sqlalchemy.orm import Session
 
@@ -231,7 +231,7 @@ def refused(outbox: Outbox, connection: Any, code: str) -> None:
 
 
 def test_autocommit_is_refused(app: Conveyor, database: Database, outbox: Outbox) -> None:
-    """A connection that commits each statement by itself is refused, unless a transaction was begun on it by hand."""
+    """A connection that commits each statement by itself is refused, unless a transaction was begun on it explicitly."""
     mail = app.queue("mail")
     with closing(database.connect()) as connection:
         if database.dialect == "sqlite":
@@ -279,12 +279,12 @@ def test_autocommit_of_newer_pythons(app: Conveyor, outbox: Outbox, database: Da
 def test_what_is_no_connection(app: Conveyor, thing: Any) -> None:
     """Anything else is refused with the kinds that are understood, before anything is done."""
     refused(Outbox(app), thing, "E47")
-    with pytest.raises(ConfigurationError, match="no database connection"):
+    with pytest.raises(ConfigurationError, match="not a known kind of database connection"):
         Ledger().first(thing, "k")
 
 
 def test_a_driver_that_says_nothing(app: Conveyor) -> None:
-    """A driver without `paramstyle` is refused: what would be written for it is a guess."""
+    """A driver without `paramstyle` is refused, because the form of its statements would be a guess."""
 
     class Odd:
         def cursor(self) -> None: ...
@@ -292,7 +292,7 @@ def test_a_driver_that_says_nothing(app: Conveyor) -> None:
         def rollback(self) -> None: ...
 
     with pytest.raises(ConfigurationError, match="paramstyle"):
-        blocking(Odd())
+        adapt_blocking(Odd())
 
 
 def test_a_missing_table(app: Conveyor, database: Database) -> None:
@@ -346,27 +346,30 @@ async def test_what_a_block_cannot_take(app: Conveyor, outbox: Outbox, database:
 @pytest.mark.parametrize("table", ["", "a b", "a;b", "a.b.c", "ä", 'a"b', "1a", "x" * 49, None])
 def test_names_of_tables(app: Conveyor, table: Any) -> None:
     """A table's name is a name, perhaps behind a schema's, and nothing that SQL could read otherwise."""
-    with pytest.raises(ConfigurationError, match="table is named"):
+    with pytest.raises(ConfigurationError, match="Invalid table name"):
         Outbox(app, table=table)
-    with pytest.raises(ConfigurationError, match="table is named"):
+    with pytest.raises(ConfigurationError, match="Invalid table name"):
         Ledger(table)
 
 
 def test_an_outbox_without_a_way_to_connect(app: Conveyor) -> None:
-    """Who only enqueues needs no function that connects; who delivers is told."""
+    """An outbox that only enqueues needs no function that connects; delivering without one is refused."""
     with pytest.raises(ConfigurationError, match="connect"):
         Outbox(app).relay()
 
 
 def test_statements_are_spelled_for_every_driver() -> None:
     """Each paramstyle of DB-API gets its own marks."""
-    styles = {style: spelled("a = ? AND b = ?", style) for style in ("qmark", "format", "pyformat", "numeric", "named")}
+    styles = {
+        style: with_placeholders("a = ? AND b = ?", style)
+        for style in ("qmark", "format", "pyformat", "numeric", "named")
+    }
     assert styles == {
         "qmark": "a = ? AND b = ?", "format": "a = %s AND b = %s", "pyformat": "a = %s AND b = %s",
         "numeric": "a = :1 AND b = :2", "named": "a = :p1 AND b = :p2",
     }  # fmt: skip
-    assert given([1, 2], "named") == {"p1": 1, "p2": 2}
-    assert given([1, 2], "format") == (1, 2)
+    assert parameters_for([1, 2], "named") == {"p1": 1, "p2": 2}
+    assert parameters_for([1, 2], "format") == (1, 2)
 
 
 @pytest.mark.parametrize("dialect", DIALECTS)
@@ -385,4 +388,4 @@ def test_a_driver_is_known_by_a_class_above(database: Database) -> None:
     """A class of the program's own that stands on a driver's connection is spoken to as that."""
     with closing(database.connect()) as connection:
         own = type("Own", (type(connection),), {"__module__": "shop.models"})
-    assert _read(own)[1] == database.dialect
+    assert _style_and_dialect(own)[1] == database.dialect

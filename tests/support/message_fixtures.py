@@ -1,4 +1,4 @@
-"""What the tests of messages share."""
+"""Fixtures and helpers of the tests of messages."""
 
 from __future__ import annotations
 
@@ -44,11 +44,11 @@ def until(check, seconds=4.0):
 
 
 def first(queue, **options):
-    """Take one message with a consumer that goes on."""
+    """Return a consumer that stays open, and the first message it yields."""
     consumer = queue.consume(**options)
     return consumer, next(consumer)
 
 
 def crash(queue, message):
-    """Return what *message*'s holder has leased, as its supervisor does when it died."""
-    return queue.client.run(operations.reap(queue.keys, message._holder.lessee.worker))
+    """Return what *message*'s consumer has leased, as its supervisor does when it died."""
+    return queue.client.run(operations.reap(queue.keys, message._settler.session.worker))

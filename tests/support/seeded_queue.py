@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import pytest
 import redis as redis_py
 
-from conveyor.payload.records import write_rest
+from conveyor.payload.records import write_envelope
 from conveyor.store import inspection, operations
 from conveyor.store.client.client import Client
 from conveyor.store.keys import QueueKeys
@@ -18,7 +18,7 @@ from conveyor.store.script import Call
 from support.server_dump import difference, exact, readable
 
 T = TypeVar("T")
-REST = write_rest("", b"1")
+REST = write_envelope("", b"1")
 PLAIN = REST.decode()
 """What a plain job's envelope reads like in a dump."""
 LEASE = 60_000
@@ -43,11 +43,10 @@ def full(client: redis_py.Redis) -> Iterator[None]:
         client.config_set("maxmemory", "0")
 
 
-class Scene:
+class SeededQueue:
     """The queue `q` of one server. Workers have a lease of a minute, so nothing ends by itself."""
 
     def __init__(self, client: redis_py.Redis, url: str, keys: QueueKeys | None = None) -> None:
-        """Take a client of an emptied server."""
         self.redis = client
         self.client = Client(url, namespace="c", retry_for=0)
         self.keys = keys or self.client.keys("q")
@@ -91,7 +90,7 @@ class Scene:
         assert self.turn(worker, 1, len(ids)).ids == list(ids)
         self.take_token()
 
-    def bury(self, *ids: str, state: bytes = b"1 1 0\n{}") -> None:
+    def add_dead(self, *ids: str, state: bytes = b"1 1 0\n{}") -> None:
         """Make dead letters, in this order; nothing else remains but the declared constant keys."""
         self.lease(*ids, worker="undertaker")
         self.turn("undertaker", 2, others=[Settlement("X", id_, state=state) for id_ in ids])
@@ -101,7 +100,7 @@ class Scene:
             self.redis.zadd(self.keys.dead, {id_: base + place})
 
     def take_token(self) -> bool:
-        """Take the wake token, as an idle worker does; tell whether there was one."""
+        """Pop the wake token, as an idle worker does; return whether there was one."""
         return self.redis.lpop(self.keys.wake) is not None
 
     def pause(self, paused: bool = True) -> None:

@@ -1,4 +1,4 @@
-"""Supervisors as processes, and the queue that their stand-in children serve, for the tests."""
+"""Supervisors as processes, and the queue that their stub workers serve."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from conveyor.ids import new_ids
-from conveyor.payload.records import write_rest
+from conveyor.payload.records import write_envelope
 from conveyor.store import inspection, operations
 from conveyor.store.client.client import Client
 from conveyor.store.inspection import WorkerRow
@@ -23,7 +23,7 @@ from support.server_kinds import connect
 KEYS = QueueKeys("test", "q")
 
 
-def until(condition: Callable[[], Any], timeout: float = 15.0) -> Any:
+def until(condition: Callable[[], Any], timeout: float = 60.0) -> Any:
     """Return the condition's first true value."""
     deadline = time.monotonic() + timeout
     while not (found := condition()):
@@ -40,14 +40,14 @@ def running(pid: int) -> bool:
 
 
 class Queue:
-    """What the tests ask of the queue that the stand-ins serve."""
+    """The queue that the stub workers serve, as the tests inspect it."""
 
     def __init__(self, url: str) -> None:
         self._url = url
         self.client = Client(url, namespace="test", retry_for=30)
 
     def push(self, task: str, count: int = 1, body: bytes = b"0") -> list[str]:
-        entries = [Entry(id_, write_rest(task, body)) for id_ in new_ids(count)]
+        entries = [Entry(id_, write_envelope(task, body)) for id_ in new_ids(count)]
         return self.client.push(KEYS, entries)
 
     def workers(self) -> list[WorkerRow]:
@@ -68,7 +68,7 @@ class Queue:
         return {int(state.split(b" ")[0]) if isinstance(state, bytes) else 0 for state in states}
 
     def by_pid(self, *held: int) -> dict[int, WorkerRow]:
-        """The crew by process, once it holds just that many jobs each."""
+        """Return the registered workers by process, once each holds exactly that many jobs."""
         found = until(lambda: (c := self.workers()) and sorted(m.held for m in c) == sorted(held) and c)
         return {member.about["pid"]: member for member in found}
 
@@ -95,7 +95,7 @@ class Queue:
                 client.delete(key)
 
 
-class Supervised:
+class SupervisorProcess:
     """A supervisor with its children."""
 
     def __init__(self, url: str, log: Path, env: dict[str, str], **options: Any) -> None:
@@ -103,7 +103,7 @@ class Supervised:
         with log.open("wb") as out:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "support.stub_worker", json.dumps(options)],
-                env={**os.environ, "STAND_IN_URL": url, "PYTHONPATH": os.pathsep.join(sys.path), **env},
+                env={**os.environ, "STUB_URL": url, "PYTHONPATH": os.pathsep.join(sys.path), **env},
                 stderr=out,
                 stdin=subprocess.DEVNULL,
             )
@@ -120,5 +120,5 @@ class Supervised:
         self.process.send_signal(number)
         return time.monotonic()
 
-    def wait(self, timeout: float = 15.0) -> int:
+    def wait(self, timeout: float = 60.0) -> int:
         return self.process.wait(timeout)

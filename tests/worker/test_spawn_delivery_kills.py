@@ -16,7 +16,7 @@ import pytest
 
 from conveyor.ids import new_ids
 from conveyor.jobs.app import Conveyor
-from conveyor.payload.records import write_rest
+from conveyor.payload.records import write_envelope
 from conveyor.store import inspection
 from conveyor.store.operations import Entry
 
@@ -40,7 +40,7 @@ def test_killed_deliverers_lose_and_double_nothing(url: str, tmp_path: Path, rou
     app.client.push(
         app.client.keys("parents"),
         [
-            Entry(id_, write_rest("support.spawning_app.parent", b'{"n":%d}' % n))
+            Entry(id_, write_envelope("support.spawning_app.parent", b'{"n":%d}' % n))
             for n, id_ in enumerate(new_ids(parents))
         ],
     )
@@ -78,11 +78,12 @@ def test_killed_deliverers_lose_and_double_nothing(url: str, tmp_path: Path, rou
 
 
 def test_a_process_of_its_own_spawns_too(url: str, tmp_path: Path) -> None:
-    """What a job in a fresh process spawns comes back with its result and leaves with its end."""
+    """Jobs spawned in a fresh process come back with its result and leave with its end."""
     log = tmp_path / "log"
     with Conveyor(url, namespace="family") as app:
         app.client.push(
-            app.client.keys("parents"), [Entry(new_ids(1)[0], write_rest("support.spawning_app.distant", b'{"n":7}'))]
+            app.client.keys("parents"),
+            [Entry(new_ids(1)[0], write_envelope("support.spawning_app.distant", b'{"n":7}'))],
         )
     done = subprocess.run(
         [sys.executable, "-m", "conveyor", "worker", "support.spawning_app:app", "--burst"], cwd=HERE, timeout=60, check=False,

@@ -1,4 +1,4 @@
-"""Questions about queues, jobs and workers, and actions on them. The one source of the command line."""
+"""Reads and actions on queues, jobs and workers: all that the command line uses."""
 
 from conveyor.admin.admin import Admin
 from conveyor.admin.blob_sweep import sweep

@@ -1,7 +1,8 @@
 """
-What a person asks about queues and jobs, and does to them: the one interface of the command line and the dashboard.
+Reads and actions on queues, jobs and workers.
 
-Everything is typed and works on any queue of one client. Calls are blocking; workers never import this module.
+The interface behind the command line and the dashboard. Everything is typed and works on any queue of one client.
+Calls block. Workers never import this module.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ from conveyor.admin.views import (
     error_info,
     finished_job,
     instant,
+    instant_or_none,
     live_job,
-    maybe_instant,
 )
 from conveyor.errors import ConfigurationError, JobNotFound
 from conveyor.ids import made_at_ms, public, split
@@ -40,14 +41,14 @@ from conveyor.store.client.durability import Durability
 from conveyor.store.inspection import FinishedJob, JobRow
 from conveyor.store.keys import QueueKeys
 
-PAGE = 500
+PAGE_SIZE = 500
 
 
 @dataclass(frozen=True, slots=True)
-class _Found:
+class _JobLookup:
     keys: QueueKeys
     id: str
-    place: str
+    location: str
     row: JobRow | None
     record: bytes
 
@@ -62,84 +63,97 @@ class Admin:
         plain_lists: Collection[str] = (),
         sealing: PayloadPipeline | None = None,
         formats: FormatRegistry = JSON,
-        asks: Mapping[str, Durability] | None = None,
+        durability_requests: Mapping[str, Durability] | None = None,
     ) -> None:
         """
-        Take the client, and which queues are plain lists shared with other programs: Redis does not say that.
+        Create the interface to all queues of *client*.
 
-        *sealing* and *formats* are the app's: with them payloads, errors and results are shown, without them what they are.
-        *asks* is what queues ask of every push, for the doctor.
+        *plain_lists*: names of lists shared with other programs; Redis does not record which ones are. *sealing* and
+        *formats*: those of the app; without them a sealed payload, error or result is described instead of shown.
+        *durability_requests*: the durability that queues request for every push; the doctor checks it.
         """
-        self.asks = asks or {}
-        self._viewer = RecordDecoder(sealing, formats)
+        self.durability_requests = durability_requests or {}
+        self._decoder = RecordDecoder(sealing, formats)
         self.client = client
         self.plain_lists = frozenset(plain_lists)
-        self._logical = QueueDirectory(client, plain_lists)
+        self._directory = QueueDirectory(client, plain_lists)
 
     def names(self) -> list[str]:
-        """Return the names of all known queues, sorted; one with partitions has one name."""
-        return self._logical.names()
+        """Return the names of all known queues, sorted. A queue with partitions is listed once."""
+        return self._directory.names()
 
     # -- queues ---------------------------------------------------------------------------------------------------
 
     def queues(self) -> list[QueueInfo]:
         """Return all known queues, by name."""
-        return [self._counted(name) for name in self.names()]
+        return [self._queue_info(name) for name in self.names()]
 
     def queue(self, name: str) -> QueueInfo:
-        """Return one queue, or one partition of one (``orders/3``); raises QueueNotFound."""
-        return self._counted(name)
+        """Return one queue, or one partition (``orders/3``). Raises QueueNotFound."""
+        return self._queue_info(name)
 
     def partitions(self, name: str) -> list[QueueInfo]:
-        """Return the partitions of a queue, in order; none of one that lies in one piece. Raises QueueNotFound."""
-        places = self._logical.places(name)
-        return [self._counted(place) for place in places] if len(places) > 1 else []
+        """Return the partitions of a queue, in order; [] without partitions. Raises QueueNotFound."""
+        partitions = self._directory.partition_names(name)
+        return [self._queue_info(part) for part in partitions] if len(partitions) > 1 else []
 
     def pause(self, name: str) -> None:
-        """Let nothing more be taken from the queue; what runs goes on."""
-        self._logical.whole(name).pause()
+        """Pause a queue: workers lease nothing more from it. Jobs that run are not affected."""
+        self._directory.queue(name).pause()
 
     def resume(self, name: str) -> None:
-        """Undo `pause`."""
-        self._logical.whole(name).resume()
+        """Resume a paused queue."""
+        self._directory.queue(name).resume()
 
     def purge(self, name: str, *, dead: bool = False) -> int:
         """
-        Remove what is not leased, or the dead letters; return how many.
+        Remove all jobs that are not leased, or the dead letters; return how many.
 
-        Only what was there when it began: newer work survives. One that was interrupted is simply repeated.
+        Jobs that arrive during the call are kept. Call it again if it was interrupted.
         """
-        return self._logical.whole(name).purge(dead)
+        return self._directory.queue(name).purge(dead)
 
     def refuse_full(self, name: str) -> None:
-        """Raise ConfigurationError (E35) when a queue holds something, so that its partitions cannot change."""
-        refuse_full(self.client, self._logical.whole(name).name)
+        """Raise ConfigurationError (E35) when a queue is not empty: its partitions cannot change."""
+        refuse_full(self.client, self._directory.queue(name).name)
 
     def repartition(self, name: str, partitions: int) -> int:
-        """Lay a queue that is empty in that many partitions, and return in how many it lay; raises ConfigurationError."""
-        return self._logical.whole(name).repartition(partitions)
+        """
+        Change the number of partitions of an empty queue; return the former number.
+
+        Raises ConfigurationError.
+        """
+        return self._directory.queue(name).repartition(partitions)
 
     def redrive(self, name: str, *, limit: int | None = None, ids: Sequence[str] = ()) -> int:
-        """Put dead letters back, oldest first, or just those of *ids* (public or bare); return how many."""
-        queue = self._logical.whole(name)
+        """
+        Put dead letters back, oldest first; return how many.
+
+        *limit*: at most so many, None: all. *ids*: only these, with or without the name of the queue.
+        """
+        queue = self._directory.queue(name)
         if not ids:
             return queue.redrive(limit)
         moved = 0
-        for place in self._logical.places(name):
-            bare = [id_ for home, id_ in map(split, ids) if home in {None, place}]
-            for first in range(0, len(bare), PAGE):
-                call = operations.redrive(self._logical.keys(place), ids=bare[first : first + PAGE])
+        for part in self._directory.partition_names(name):
+            bare = [id_ for home, id_ in map(split, ids) if home in {None, part}]
+            for first in range(0, len(bare), PAGE_SIZE):
+                call = operations.redrive(self._directory.keys(part), ids=bare[first : first + PAGE_SIZE])
                 moved += self.client.run(call)
         return moved
 
     def workers(self, queue: str | None = None) -> list[WorkerInfo]:
-        """Return who takes from a queue, or from any; a worker of three queues, or partitions, is listed three times."""
+        """
+        Return the workers of a queue, or of all queues (None).
+
+        A worker is listed once for each queue or partition it serves.
+        """
         return [
             WorkerInfo(
                 member.worker, name, str(member.about.get("host", "")), member.about.get("pid"), member.held,
                 instant(member.end), member.about,
             )
-            for name in self._places(queue)
+            for name in self._partition_names(queue)
             for member in self.client.run(inspection.workers(self._keys(name)))
         ]  # fmt: skip
 
@@ -155,180 +169,182 @@ class Admin:
         task: str | None = None,
     ) -> list[JobInfo]:
         """
-        Return jobs of a queue (None: of all) in a state (None: all that live), in the order they would be taken.
+        Return jobs of a queue in a state, in the order in which they would be leased.
 
-        Dead and finished ones come newest first; partitions one after the other. While the queue moves, a page may
-        repeat or miss a job.
+        *queue* None: of all queues. *state* None: all states except done. Dead and finished jobs come newest first,
+        partitions one after the other. While workers change the queue, a page may repeat or miss a job.
         """
         if state is not None and state not in STATES:
             raise ConfigurationError(f"There is no state {state!r} to list. Known: {', '.join(STATES)}.")
-        found: list[JobInfo] = []
-        for name in self._places(queue):
+        jobs: list[JobInfo] = []
+        for name in self._partition_names(queue):
             for one in (state,) if state else LIVE:
-                total = self._length(self._keys(name), one)
+                total = self._count_entries(self._keys(name), one)
                 if task is None and offset >= total:
                     offset -= total
                     continue
-                rows = self._listed(name, one, 0 if task else offset, total)
+                rows = self._list_state(name, one, 0 if task else offset, total)
                 chosen = (row for row in rows if task is None or row.task == task)
                 if task:
                     while offset and next(chosen, None) is not None:
                         offset -= 1
                 else:
                     offset = 0
-                found += islice(chosen, limit - len(found))
-                if len(found) >= limit:
-                    return found
-        return found
+                jobs += islice(chosen, limit - len(jobs))
+                if len(jobs) >= limit:
+                    return jobs
+        return jobs
 
     def job(self, public_id: str) -> JobInfo:
-        """Return all that is known of a job; raises JobNotFound."""
-        found = self._find(public_id)
-        if found is None:
-            raise JobNotFound(
-                f"No job {public_id} is known. It never existed, or it ended and what was kept of it has expired."
-            )
-        if found.row is not None:
-            return live_job(found.keys.queue, found.row, self._viewer)
-        return self._ended(found)
+        """Return everything known about a job. Raises JobNotFound."""
+        lookup = self._find(public_id)
+        if lookup is None:
+            raise JobNotFound(f"No job {public_id} is known. It never existed, or it ended and its record has expired.")
+        if lookup.row is not None:
+            return live_job(lookup.keys.queue, lookup.row, self._decoder)
+        return self._ended_job(lookup)
 
     def retry(self, ids: Iterable[str]) -> list[ActionResult]:
-        """Put dead jobs back with a fresh budget, and start scheduled ones now."""
+        """Put dead jobs back with a new budget of attempts, and make scheduled ones ready now."""
         return [self._retry(one) for one in ids]
 
     def cancel(self, ids: Iterable[str]) -> list[ActionResult]:
-        """Cancel jobs that have not ended; a running one is asked of its worker."""
+        """Cancel jobs that have not ended. For a running job, its worker is asked to stop it."""
         return [self._cancel(one) for one in ids]
 
     def delete(self, ids: Iterable[str]) -> list[ActionResult]:
-        """Remove jobs and dead letters without a trace; a leased one is refused."""
+        """Remove jobs and dead letters completely. Leased jobs are refused."""
         return [self._delete(one) for one in ids]
 
     def doctor(self) -> doctor.HealthReport:
         """Examine the server and the queues."""
-        return doctor.examine(self.client, self._logical, self.asks)
+        return doctor.examine(self.client, self._directory, self.durability_requests)
 
     # -- inside ---------------------------------------------------------------------------------------------------
 
-    def _keys(self, place: str) -> QueueKeys:
-        return self._logical.keys(place)
+    def _keys(self, name: str) -> QueueKeys:
+        return self._directory.keys(name)
 
-    def _places(self, queue: str | None) -> list[str]:
+    def _partition_names(self, queue: str | None) -> list[str]:
         names = self.names() if queue is None else [queue]
-        return [place for name in names for place in self._logical.places(name)]
+        return [part for name in names for part in self._directory.partition_names(name)]
 
-    def _counted(self, name: str) -> QueueInfo:
-        places = self._logical.places(name)
-        counts = inspection.total([self.client.run(inspection.counts(self._keys(place))) for place in places])
-        oldest = counts.oldest_age if counts.ready else None  # what stands first may be a cancelled job's place
+    def _queue_info(self, name: str) -> QueueInfo:
+        partitions = self._directory.partition_names(name)
+        counts = inspection.total([self.client.run(inspection.counts(self._keys(part))) for part in partitions])
+        oldest = counts.oldest_age if counts.ready else None  # the first entry may be the stub of a cancelled job
         return QueueInfo(
             name, counts.ready, counts.scheduled, counts.waiting, counts.leased, counts.dead, counts.workers,
-            oldest, counts.paused, counts.max_length, len(places),
+            oldest, counts.paused, counts.max_length, len(partitions),
         )  # fmt: skip
 
-    def _length(self, keys: QueueKeys, state: str) -> int:
-        """Return how many entries a state has in Redis, cancelled ones that still stand in line included."""
+    def _count_entries(self, keys: QueueKeys, state: str) -> int:
+        """Count the entries of a state in Redis, with stubs of cancelled jobs still in the list."""
         if state == "done":
-            return _number(self.client.execute("LLEN", keys.recent, key=keys.recent))
+            return _integer(self.client.execute("LLEN", keys.recent, key=keys.recent))
         counts = self.client.run(inspection.counts(keys))
-        stubs = _number(self.client.execute("HGET", keys.conf, "stubs", key=keys.conf) or 0) if state == "ready" else 0
+        stubs = _integer(self.client.execute("HGET", keys.conf, "stubs", key=keys.conf) or 0) if state == "ready" else 0
         return int(getattr(counts, state)) + stubs
 
-    def _listed(self, queue: str, state: str, offset: int, total: int) -> Iterator[JobInfo]:
+    def _list_state(self, queue: str, state: str, offset: int, total: int) -> Iterator[JobInfo]:
         keys = self._keys(queue)
-        for first in range(offset, total, PAGE):
+        for first in range(offset, total, PAGE_SIZE):
             if state == "done":
-                page = self.client.run(inspection.finished(keys, first, PAGE))
+                page = self.client.run(inspection.finished(keys, first, PAGE_SIZE))
                 yield from (finished_job(queue, entry) for entry in page if entry.status != "dead")
             else:
                 yield from (
-                    live_job(queue, row, self._viewer, MAX_PAYLOAD)  # a page of bombs stays small
-                    for row in self.client.run(inspection.list_jobs(keys, state, first, PAGE))
+                    live_job(
+                        queue, row, self._decoder, MAX_PAYLOAD
+                    )  # bounds the page when bodies are decompression bombs
+                    for row in self.client.run(inspection.list_jobs(keys, state, first, PAGE_SIZE))
                 )
 
-    def _find(self, public_id: str) -> _Found | None:
+    def _find(self, public_id: str) -> _JobLookup | None:
         queue, id_ = split(public_id)
-        trace: _Found | None = None
-        for name in [queue] if queue else self._logical.all_places(id_):
+        remains: _JobLookup | None = None
+        for name in [queue] if queue else self._directory.all_partition_names(id_):
             keys = self._keys(name)
-            place, row, record = self.client.run(inspection.get_job(keys, id_))
-            found = _Found(keys, id_, place, row, record)
-            if place != "none":
-                return found
-            entry = self._remembered(found)
-            # A dead letter that is only remembered was deleted or purged.
+            location, row, record = self.client.run(inspection.get_job(keys, id_))
+            lookup = _JobLookup(keys, id_, location, row, record)
+            if location != "none":
+                return lookup
+            entry = self._recent_entry(lookup)
+            # A dead letter that only the list of recent jobs still names was deleted or purged.
             if record or (entry is not None and entry.status != "dead"):
-                trace = found
-        return trace
+                remains = lookup
+        return remains
 
-    def _remembered(self, found: _Found) -> FinishedJob | None:
-        for first in (0, PAGE):  # the list is cut at a thousand
-            page = self.client.run(inspection.finished(found.keys, first, PAGE))
-            entry = next((entry for entry in page if entry.id == found.id), None)
-            if entry is not None or len(page) < PAGE:
+    def _recent_entry(self, lookup: _JobLookup) -> FinishedJob | None:
+        for first in (0, PAGE_SIZE):  # the list holds at most a thousand entries
+            page = self.client.run(inspection.finished(lookup.keys, first, PAGE_SIZE))
+            entry = next((entry for entry in page if entry.id == lookup.id), None)
+            if entry is not None or len(page) < PAGE_SIZE:
                 return entry
         return None
 
-    def _ended(self, found: _Found) -> JobInfo:
-        entry = self._remembered(found)
+    def _ended_job(self, lookup: _JobLookup) -> JobInfo:
+        entry = self._recent_entry(lookup)
         base: dict[str, Any] = {
-            "id": public(found.keys.queue, found.id),
-            "queue": found.keys.queue,
-            "enqueued": maybe_instant(made_at_ms(found.id)),
+            "id": public(lookup.keys.queue, lookup.id),
+            "queue": lookup.keys.queue,
+            "enqueued": instant_or_none(made_at_ms(lookup.id)),
             "task": entry.task if entry else None,
             "ended": instant(entry.at) if entry else None,
             "ran_ms": entry.ran_ms if entry else None,
         }
-        if found.place == "result":
-            outcome = read_outcome(found.record)
-            base["ended"] = maybe_instant(outcome.at) or base["ended"]
-            failure, queue = outcome.failure, found.keys.queue
-            errors = [error_info(self._viewer.failure(failure, queue, found.id))] if failure else []
-            result = self._viewer.result(outcome, queue, found.id) if outcome.status == "done" else None
+        if lookup.location == "result":
+            outcome = read_outcome(lookup.record)
+            base["ended"] = instant_or_none(outcome.at) or base["ended"]
+            failure, queue = outcome.failure, lookup.keys.queue
+            errors = [error_info(self._decoder.failure(failure, queue, lookup.id))] if failure else []
+            result = self._decoder.result(outcome, queue, lookup.id) if outcome.status == "done" else None
             return JobInfo(**base, status=outcome.status, errors=errors, result=result, reason=outcome.reason)
-        if found.place == "cancelled":
+        if lookup.location == "cancelled":
             return JobInfo(**base, status="cancelled")
         status: Any = entry.status if entry else "done"
-        return JobInfo(**base, status=status, reason="" if entry else "it ended; no more is kept of it")
+        return JobInfo(**base, status=status, reason="" if entry else "it has ended; nothing more is kept of it")
 
     def _retry(self, one: str) -> ActionResult:
-        found = self._find(one)
-        if found is None:
+        lookup = self._find(one)
+        if lookup is None:
             return ActionResult(one, "not found")
-        if found.place == "dead" and self.client.run(operations.redrive(found.keys, ids=[found.id])):
-            return ActionResult(one, "retried", f"back in {found.keys.queue} with a fresh budget")
-        if found.place == "scheduled" and self.client.run(operations.promote(found.keys, found.id)):
+        if lookup.location == "dead" and self.client.run(operations.redrive(lookup.keys, ids=[lookup.id])):
+            return ActionResult(one, "retried", f"back in {lookup.keys.queue} with a new budget of attempts")
+        if lookup.location == "scheduled" and self.client.run(operations.promote(lookup.keys, lookup.id)):
             return ActionResult(one, "retried", "starts now, not when it was due")
-        return ActionResult(one, "refused", f"it is {_word(found)}, and only dead and scheduled jobs can be retried")
+        return ActionResult(
+            one, "refused", f"it is {_state_of(lookup)}, and only dead and scheduled jobs can be retried"
+        )
 
     def _cancel(self, one: str) -> ActionResult:
-        found = self._find(one)
-        if found is None:
+        lookup = self._find(one)
+        if lookup is None:
             return ActionResult(one, "not found")
-        reply = self.client.run(operations.cancel(found.keys, found.id))
+        reply = self.client.run(operations.cancel(lookup.keys, lookup.id))
         if reply == 1:
             return ActionResult(one, "cancelled")
         if reply == 2:
             return ActionResult(one, "asked", "it runs; its worker was asked to stop it")
-        return ActionResult(one, "refused", f"it is {_word(found)}, so it has ended")
+        return ActionResult(one, "refused", f"it is {_state_of(lookup)}, so it has ended")
 
     def _delete(self, one: str) -> ActionResult:
-        found = self._find(one)
-        if found is None:
+        lookup = self._find(one)
+        if lookup is None:
             return ActionResult(one, "not found")
-        reply = self.client.run(operations.cancel(found.keys, found.id, delete=True))
+        reply = self.client.run(operations.cancel(lookup.keys, lookup.id, delete=True))
         if reply == 1:
             return ActionResult(one, "deleted")
         if reply == -1:
-            return ActionResult(one, "refused", "a worker holds it; cancel it first")
-        return ActionResult(one, "refused", f"it is {_word(found)}; nothing of it is in the queue")
+            return ActionResult(one, "refused", "a worker has leased it; cancel it first")
+        return ActionResult(one, "refused", f"it is {_state_of(lookup)}; nothing of it is in the queue")
 
 
-def _word(found: _Found) -> str:
-    if found.place == "result":
-        return read_outcome(found.record).status
-    return "done" if found.place == "none" else found.place
+def _state_of(lookup: _JobLookup) -> str:
+    if lookup.location == "result":
+        return read_outcome(lookup.record).status
+    return "done" if lookup.location == "none" else lookup.location
 
 
-def _number(reply: object) -> int:
+def _integer(reply: object) -> int:
     return int(reply)  # type: ignore[call-overload,no-any-return]

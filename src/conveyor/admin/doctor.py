@@ -1,4 +1,4 @@
-"""Examine a server and the queues on it: what is wrong, why it matters, and what to do."""
+"""Examination of a server and its queues: what is wrong, why it matters, and what to do."""
 
 from __future__ import annotations
 
@@ -10,40 +10,49 @@ from typing import Literal
 
 from conveyor.admin import server_checks
 from conveyor.admin.queue_directory import QueueDirectory
-from conveyor.admin.server_checks import asked, confirmation, online, replication
+from conveyor.admin.server_checks import (
+    durability_request_finding,
+    fsync_finding,
+    online_replicas,
+    replication_findings,
+)
 from conveyor.errors import ConveyorError, StoreUnavailable
 from conveyor.store import inspection
 from conveyor.store.client.client import Client
-from conveyor.store.client.durability import Durability as Asked
+from conveyor.store.client.durability import Durability
 from conveyor.store.keys import QueueKeys
 from conveyor.store.transport import eviction, replies
 from conveyor.store.transport.cluster import Cluster
 from conveyor.store.transport.url import StandaloneServer
 
 Level = Literal["ok", "note", "warning", "problem"]
-Durability = Literal["memory", "snapshots", "aof-os", "aof-everysec", "aof-always", "unknown"]
+DurabilityLevel = Literal["memory", "snapshots", "aof-os", "aof-everysec", "aof-always", "unknown"]
 
-PINGS = 7
-SKEW_WARNING = 1.0
-_NAMED = 10
-_MOST_AUDITED = 10_000
+PING_COUNT = 7
+CLOCK_SKEW_WARNING = 1.0
+_MAX_NAMED = 10
+_MAX_AUDITED = 10_000
 _OR_CONSUMER = "  (for messages: a program that consumes them)"
 MEMORY_WARNING, MEMORY_PROBLEM = 0.75, 0.9
 LARGE_SLOT = 1_000_000
 
-_DURABILITY: dict[Durability, str] = {
+_LEVEL_TEXTS: dict[DurabilityLevel, str] = {
     "memory": "memory only: a restart of the server loses every job",
     "snapshots": "RDB snapshots only: a restart loses what was accepted since the last snapshot",
-    "aof-os": "append-only file, fsync when the system likes: a power cut may lose about 30 s",
+    "aof-os": "append-only file, fsync when the operating system decides: a power cut may lose about 30 s",
     "aof-everysec": "append-only file, fsync every second: a power cut may lose the last second",
     "aof-always": "append-only file, fsync before every reply: what was accepted survives a power cut",
-    "unknown": "unknown: the server does not tell this user (CONFIG and INFO are refused)",
+    "unknown": "unknown: this user may not read it (CONFIG and INFO are refused)",
 }
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing that was looked at; `problem` means something is wrong now, `warning` that it may go wrong."""
+    """
+    The result of one check.
+
+    `problem`: something is wrong now. `warning`: something may go wrong.
+    """
 
     name: str
     level: Level
@@ -55,28 +64,29 @@ class Finding:
 @dataclass(slots=True)
 class HealthReport:
     """
-    What an examination found. `latency_ms` is the median of a few pings; `url` has no password.
+    The findings of an examination.
 
-    `synced` tells whether ``fsync=True`` can be confirmed, `replicas` how many are online; of a cluster, everywhere.
+    `url`: without the password. `latency_ms`: median of a few pings. `fsync_works`: whether ``fsync=True`` can be
+    confirmed. `replicas`: how many are online. For a cluster, both hold for the weakest node.
     """
 
     url: str
     family: str = ""
     version: str = ""
     latency_ms: float = 0.0
-    durability: Durability = "unknown"
-    synced: bool = False
+    durability: DurabilityLevel = "unknown"
+    fsync_works: bool = False
     replicas: int = 0
     findings: list[Finding] = field(default_factory=list)
 
     @property
     def healthy(self) -> bool:
-        """True when nothing is wrong."""
+        """Whether nothing is wrong now."""
         return not self.problems
 
     @property
     def problems(self) -> list[Finding]:
-        """What is wrong now."""
+        """The findings that are wrong now."""
         return [finding for finding in self.findings if finding.level == "problem"]
 
     def add(self, name: str, level: Level, text: str, remedy: str = "", code: str = "") -> None:
@@ -85,50 +95,54 @@ class HealthReport:
 
 
 def examine(
-    client: Client, logical: QueueDirectory | None = None, asks: Mapping[str, Asked] | None = None
+    client: Client, directory: QueueDirectory | None = None, durability_requests: Mapping[str, Durability] | None = None
 ) -> HealthReport:
     """
-    Look at everything; raises StoreUnavailable when the server does not answer.
+    Run all checks. Raises StoreUnavailable when the server does not answer.
 
-    *logical* says what is known of queues besides their names in Redis: which are plain lists; *asks* what queues ask
-    of every push.
+    *directory*: the known queues and plain lists. *durability_requests*: queue → the durability it requests for every
+    push.
     """
     report = HealthReport(str(client.address))
     if isinstance(client.address, Cluster):
-        if not _nodes(client, client.address, report):
-            return report  # what is asked of the whole has no answer now
-        _latency(client, report)
+        if not _check_nodes(client, client.address, report):
+            return report  # the checks of the whole cluster would fail now
+        _check_latency(client, report)
     else:
-        _latency(client, report)
-        _server(client, report)
-    _asked(asks or {}, report)
-    _clock(client, report)
-    _queues(client, logical or QueueDirectory(client), report)
+        _check_latency(client, report)
+        _check_server(client, report)
+    _check_durability_requests(durability_requests or {}, report)
+    _check_clock(client, report)
+    _check_queues(client, directory or QueueDirectory(client), report)
     return report
 
 
-def _server(client: Client, report: HealthReport) -> None:
-    facts = _information(client)
-    _version(facts, report)
+def _check_server(client: Client, report: HealthReport) -> None:
+    facts = _info(client)
+    _check_version(facts, report)
     if client.server_handle is not None:
         report.add(
-            "server", "note", "embedded server: for one machine, made for development", "Elsewhere: CONVEYOR_URL"
+            "server", "note", "embedded server: for development on one machine", "In production set CONVEYOR_URL"
         )
     elif facts.get("redis_mode") == "cluster" and isinstance(client.address, StandaloneServer):
         host = client.address.host
         report.add("server", "problem", "this is one node of a cluster", f"Write redis+cluster://{host}", "E33")
-    _role(facts, report)
-    _eviction(client, facts, report)
-    _durability(client, facts, report)
-    _confirmations(client, facts, report)
-    _memory(facts, report)
-    _connections(client, report)
+    _check_role(facts, report)
+    _check_eviction(client, facts, report)
+    _check_durability(client, facts, report)
+    _check_confirmations(client, facts, report)
+    _check_memory(facts, report)
+    _check_connections(client, report)
 
 
-def _nodes(client: Client, cluster: Cluster, report: HealthReport) -> bool:
-    """Examine each node that owns slots, and tell whether all answer; the whole is as durable as the least durable of them."""
-    weakest = list(_DURABILITY)
-    found = []
+def _check_nodes(client: Client, cluster: Cluster, report: HealthReport) -> bool:
+    """
+    Check each node that owns slots; return whether all answer.
+
+    The least durable node counts for the cluster.
+    """
+    weakest = list(_LEVEL_TEXTS)
+    node_reports = []
     try:
         nodes = cluster.nodes()
     except OSError as error:
@@ -137,47 +151,52 @@ def _nodes(client: Client, cluster: Cluster, report: HealthReport) -> bool:
         node = Client(address.url, retry_for=client.retry_for)
         try:
             one = HealthReport(address.host)
-            _server(node, one)
+            _check_server(node, one)
         except StoreUnavailable as error:
             one.add("node", "problem", str(error).partition("\n")[0], "Start it, or promote a replica of it.", "E01")
         finally:
             node.close()
-        found.append(one)
+        node_reports.append(one)
         report.family, report.version = one.family, one.version
         report.findings += [
             replace(finding, text=f"{address.host}: {finding.text}")
             for finding in one.findings
             if (finding.name, finding.code) != ("server", "E33")
         ]
-    report.replicas = min((one.replicas for one in found), default=0)
-    report.synced = all(one.synced for one in found)
-    report.durability = min((one.durability for one in found), key=weakest.index, default="unknown")
+    report.replicas = min((one.replicas for one in node_reports), default=0)
+    report.fsync_works = all(one.fsync_works for one in node_reports)
+    report.durability = min((one.durability for one in node_reports), key=weakest.index, default="unknown")
     return not any(finding.name == "node" for finding in report.findings)
 
 
 def eviction_policy(client: Client) -> tuple[str, int]:
-    """Return (maxmemory-policy, keys evicted since the start); the policy is "" when this user may not know it."""
-    facts = _information(client)
+    """
+    Return (maxmemory-policy, keys evicted since the start).
+
+    The policy is "" when this user may not read it.
+    """
+    facts = _info(client)
     return _policy(client, facts), int(facts.get("evicted_keys", 0))
 
 
-def evicting(policy: str, evicted: int) -> Finding | None:
-    """Return what is wrong with an eviction policy, None when nothing is."""
+def eviction_finding(policy: str, evicted: int) -> Finding | None:
+    """Return a finding for a dangerous eviction policy, None for a safe one."""
     wrong = eviction.eviction_risk(policy, evicted)
     return None if wrong is None else Finding("eviction", "problem", wrong, eviction.REMEDY, "E10")
 
 
-def stranded(waiting: dict[str, int], served: list[str]) -> list[Finding]:
+def stranded_queues(waiting: dict[str, int], served: list[str]) -> list[Finding]:
     """
-    Return the findings for queues with jobs that no worker takes: *waiting* is queue → jobs that could start.
+    Return findings for queues with jobs that no worker takes.
 
-    *served* are the queues that workers take; when there is none at all, one finding says it for all.
+    *waiting*: queue → jobs that could start. *served*: the queues that have workers. Without any worker, one finding
+    names all queues.
     """
     if not served and len(waiting) > 1:
-        names = ", ".join(list(waiting)[:_NAMED]) + (", …" if len(waiting) > _NAMED else "")
+        names = ", ".join(list(waiting)[:_MAX_NAMED]) + (", …" if len(waiting) > _MAX_NAMED else "")
         text = f"{len(waiting)} queues have {sum(waiting.values()):,} jobs and no worker is running: {names}"
         return [Finding("queue", "problem", text, f"conveyor worker{_OR_CONSUMER}", "E12")]
-    takers = f"Workers take: {', '.join(served[:_NAMED])}." if served else "No worker is running."
+    takers = f"Workers take: {', '.join(served[:_MAX_NAMED])}." if served else "No worker is running."
     return [
         Finding(
             "queue",
@@ -190,10 +209,10 @@ def stranded(waiting: dict[str, int], served: list[str]) -> list[Finding]:
     ]
 
 
-def _latency(client: Client, report: HealthReport) -> None:
+def _check_latency(client: Client, report: HealthReport) -> None:
     took = []
     client.execute("PING")  # opens the connection
-    for _ in range(PINGS):
+    for _ in range(PING_COUNT):
         start = time.perf_counter()
         client.execute("PING")
         took.append((time.perf_counter() - start) * 1000)
@@ -203,17 +222,17 @@ def _latency(client: Client, report: HealthReport) -> None:
     report.add("latency", level, f"answers in {report.latency_ms:.2f} ms at {report.url}", remedy)
 
 
-def _information(client: Client) -> dict[str, str]:
-    return replies.parse_info(_allowed(client, "INFO"))
+def _info(client: Client) -> dict[str, str]:
+    return replies.parse_info(_execute_if_allowed(client, "INFO"))
 
 
 def _setting(client: Client, name: str) -> str | None:
-    reply = _allowed(client, "CONFIG", "GET", name)
+    reply = _execute_if_allowed(client, "CONFIG", "GET", name)
     return reply[1].decode() if isinstance(reply, list) and len(reply) > 1 else None
 
 
-def _allowed(client: Client, *command: str) -> object:
-    """Return the reply, None when this user may not ask or the server does not know the command."""
+def _execute_if_allowed(client: Client, *command: str) -> object:
+    """Return the reply; None when the command is refused or unknown."""
     try:
         return client.execute(*command)
     except StoreUnavailable:
@@ -222,28 +241,28 @@ def _allowed(client: Client, *command: str) -> object:
         return None
 
 
-def _version(facts: dict[str, str], report: HealthReport) -> None:
+def _check_version(facts: dict[str, str], report: HealthReport) -> None:
     if not facts:
         report.add("version", "warning", "INFO is refused: version, memory and role are unknown", "ACL SETUSER … +info")
         return
     report.family = "valkey" if "valkey_version" in facts else "redis"
     report.version = facts.get("valkey_version") or facts.get("redis_version", "")
-    numbers = server_checks.numbers(report.version)
+    numbers = server_checks.version_numbers(report.version)
     name = f"{report.family.capitalize()} {report.version}"
-    oldest = server_checks.OLDEST[report.family]
+    oldest = server_checks.OLDEST_SUPPORTED[report.family]
     if numbers and numbers[:2] < oldest:
         wanted = f"{oldest[0]}.{oldest[1]}"
         report.add("version", "problem", f"{name} is too old", f"Use {wanted} or newer, or Valkey 7.2 or newer.")
         return
-    safe = server_checks.mended(report.family, report.version)
+    safe = server_checks.first_patched_release(report.family, report.version)
     if safe is not None:
-        text = f"{name} has a known hole (CVE-2025-49844), unless your distribution mended it"
+        text = f"{name} has a known vulnerability (CVE-2025-49844); your distribution may have patched it"
         report.add("version", "warning", text, f"Use {safe} or newer.")
     else:
         report.add("version", "ok", name)
 
 
-def _role(facts: dict[str, str], report: HealthReport) -> None:
+def _check_role(facts: dict[str, str], report: HealthReport) -> None:
     if facts.get("role") == "slave":
         primary = f"{facts.get('master_host', '?')}:{facts.get('master_port', '?')}"
         report.add("role", "problem", "this is a read-only replica", f"Use its primary: {primary}", "E16")
@@ -261,9 +280,9 @@ def _policy(client: Client, facts: dict[str, str]) -> str:
     return facts.get("maxmemory_policy") or _setting(client, "maxmemory-policy") or ""
 
 
-def _eviction(client: Client, facts: dict[str, str], report: HealthReport) -> None:
+def _check_eviction(client: Client, facts: dict[str, str], report: HealthReport) -> None:
     policy = _policy(client, facts)
-    wrong = evicting(policy, int(facts.get("evicted_keys", 0)))
+    wrong = eviction_finding(policy, int(facts.get("evicted_keys", 0)))
     if wrong is not None:
         report.findings.append(wrong)
     elif policy:
@@ -272,7 +291,7 @@ def _eviction(client: Client, facts: dict[str, str], report: HealthReport) -> No
         report.add("eviction", "warning", eviction.UNKNOWN, "ACL SETUSER … +info")
 
 
-def _durability(client: Client, facts: dict[str, str], report: HealthReport) -> None:
+def _check_durability(client: Client, facts: dict[str, str], report: HealthReport) -> None:
     failed = [
         name
         for name in ("aof_last_write_status", "rdb_last_bgsave_status")
@@ -282,42 +301,42 @@ def _durability(client: Client, facts: dict[str, str], report: HealthReport) -> 
         report.add(
             "durability", "problem", f"the last write to disk failed ({name})", "See the server's log and its disk."
         )
-    report.durability = _obtained(client, facts)
+    report.durability = _durability_level(client, facts)
     level: Level = "warning" if report.durability in {"memory", "snapshots", "unknown"} else "ok"
     remedy = "CONFIG SET appendonly yes, and the same in its configuration file" if level == "warning" else ""
     if report.durability == "unknown":
         remedy = "ACL SETUSER … +info +config|get"
-    report.add("durability", level, _DURABILITY[report.durability], remedy)
+    report.add("durability", level, _LEVEL_TEXTS[report.durability], remedy)
 
 
-def _obtained(client: Client, facts: dict[str, str]) -> Durability:
+def _durability_level(client: Client, facts: dict[str, str]) -> DurabilityLevel:
     append = facts.get("aof_enabled") or {"yes": "1", "no": "0"}.get(_setting(client, "appendonly") or "")
     if append == "1":
         fsync = _setting(client, "appendfsync")
-        found: dict[str | None, Durability] = {"always": "aof-always", "no": "aof-os"}
-        return found.get(fsync, "aof-everysec")  # the default, where CONFIG is refused
+        levels: dict[str | None, DurabilityLevel] = {"always": "aof-always", "no": "aof-os"}
+        return levels.get(fsync, "aof-everysec")  # the default, where CONFIG is refused
     if append is None:
         return "unknown"
     save = _setting(client, "save")
     return "memory" if save == "" else "snapshots" if save else "unknown"
 
 
-def _confirmations(client: Client, facts: dict[str, str], report: HealthReport) -> None:
-    """Say what a push may ask for here."""
-    least, lag = (_setting(client, f"min-replicas-{what}") for what in ("to-write", "max-lag"))
-    report.replicas = online(facts)
-    report.synced, line = confirmation(client.execute, str(client.address))
-    for one in (line, *replication(facts, least, lag)):
+def _check_confirmations(client: Client, facts: dict[str, str], report: HealthReport) -> None:
+    """Report the durability that a push may request here."""
+    minimum, lag = (_setting(client, f"min-replicas-{what}") for what in ("to-write", "max-lag"))
+    report.replicas = online_replicas(facts)
+    report.fsync_works, line = fsync_finding(client.execute, str(client.address))
+    for one in (line, *replication_findings(facts, minimum, lag)):
         report.add("durability", one.level, one.text, one.remedy, one.code)
 
 
-def _asked(asks: Mapping[str, Asked], report: HealthReport) -> None:
-    for queue, one in asks.items():
-        line = asked(queue, one, synced=report.synced, replicas=report.replicas)
+def _check_durability_requests(durability_requests: Mapping[str, Durability], report: HealthReport) -> None:
+    for queue, one in durability_requests.items():
+        line = durability_request_finding(queue, one, fsync_works=report.fsync_works, replicas=report.replicas)
         report.add("durability", line.level, line.text, line.remedy, line.code)
 
 
-def _memory(facts: dict[str, str], report: HealthReport) -> None:
+def _check_memory(facts: dict[str, str], report: HealthReport) -> None:
     if "used_memory" not in facts:
         return
     used, most = int(facts["used_memory"]), int(facts.get("maxmemory", 0))
@@ -330,68 +349,73 @@ def _memory(facts: dict[str, str], report: HealthReport) -> None:
     report.add("memory", level, f"{share:.0%} of maxmemory used ({_size(used)} of {_size(most)})", remedy)
 
 
-def _connections(client: Client, report: HealthReport) -> None:
-    """Say when the server closes connections that are only quiet, or keeps those whose clients are gone."""
+def _check_connections(client: Client, report: HealthReport) -> None:
+    """Report that idle connections are closed, or that those of vanished clients are kept."""
     if (quiet := _setting(client, "timeout")) not in {None, "0"}:
-        text = f"timeout is {quiet}: connections that are quiet for {quiet} s are closed, and opened again at the next call"
+        text = f"timeout is {quiet}: idle connections are closed after {quiet} s, and opened again at the next call"
         report.add("connections", "note", text, "CONFIG SET timeout 0")
     if _setting(client, "tcp-keepalive") == "0":
-        text = "tcp-keepalive is off: connections of machines that are gone stay, and a blocked one swallows a call for work"
+        text = "tcp-keepalive is off: connections of vanished machines stay open, and a blocked one takes a wake-up for itself"
         report.add("connections", "warning", text, "CONFIG SET tcp-keepalive 60")
 
 
-def _clock(client: Client, report: HealthReport) -> None:
+def _check_clock(client: Client, report: HealthReport) -> None:
     before = time.time()
-    reply = _allowed(client, "TIME")
+    reply = _execute_if_allowed(client, "TIME")
     after = time.time()
     if not isinstance(reply, list):
         return
     theirs = int(reply[0]) + int(reply[1]) / 1e6
     skew = max(before - theirs, theirs - after, 0.0)
-    if skew > SKEW_WARNING:
+    if skew > CLOCK_SKEW_WARNING:
         text = f"this machine's clock and the server's differ by {skew:.1f} s"
         report.add(
-            "clock", "warning", text, "Run NTP on both. Leases are safe (they use the server's); ages look wrong."
+            "clock",
+            "warning",
+            text,
+            "Run NTP on both. Leases are safe (they use the server's clock); ages are shown wrongly.",
         )
     else:
         report.add("clock", "ok", f"clocks agree ({skew * 1000:.0f} ms apart)")
 
 
-def _queues(client: Client, logical: QueueDirectory, report: HealthReport) -> None:
-    counts = {name: logical.counts(name) for name in logical.names()}
-    served = [name for name, found in counts.items() if found.workers]
-    waiting = {n: found.ready for n, found in counts.items() if found.ready and not found.workers and not found.paused}
-    report.findings += stranded(waiting, served)
-    for name, found in counts.items():
-        _records(client, [logical.keys(place) for place in logical.places(name)], found, report)
-        if logical.is_shut(name):
-            text = f"queue '{name}' takes nothing: a change of its partitions was not completed"
+def _check_queues(client: Client, directory: QueueDirectory, report: HealthReport) -> None:
+    counts = {name: directory.counts(name) for name in directory.names()}
+    served = [name for name, count in counts.items() if count.workers]
+    waiting = {n: count.ready for n, count in counts.items() if count.ready and not count.workers and not count.paused}
+    report.findings += stranded_queues(waiting, served)
+    for name, count in counts.items():
+        _check_records(client, [directory.keys(part) for part in directory.partition_names(name)], count, report)
+        if directory.is_being_repartitioned(name):
+            text = f"queue '{name}' accepts nothing: a change of its partitions was not completed"
             report.add("queue", "problem", text, f"conveyor queue partition {name} N", "E34")
-        size = (found.ready + found.scheduled + found.leased + found.dead) // len(logical.places(name))
+        size = (count.ready + count.scheduled + count.leased + count.dead) // len(directory.partition_names(name))
         if size > LARGE_SLOT and not client.address.single:
-            text = (
-                f"queue '{name}' has {size:,} jobs in a slot: moving it stops both nodes for about {2e-6 * size:.0f} s"
-            )
-            report.add("queue", "warning", text, "More partitions, or move it when it is short.")
-        if found.paused:
+            text = f"queue '{name}' has {size:,} jobs in a slot: moving the slot blocks both nodes for about {2e-6 * size:.0f} s"
+            report.add("queue", "warning", text, "Use more partitions, or move the slot when the queue is short.")
+        if count.paused:
             report.add("queue", "note", f"queue '{name}' is paused", f"conveyor queue resume {name}")
-        if found.dead:
-            text = f"queue '{name}' has {found.dead:,} dead letter{'s' * (found.dead > 1)}"
+        if count.dead:
+            text = f"queue '{name}' has {count.dead:,} dead letter{'s' * (count.dead > 1)}"
             report.add("queue", "note", text, f"conveyor job list --queue {name} --state dead")
     if all(finding.name != "queue" for finding in report.findings):
         report.add("queue", "ok", f"{len(counts)} queue{'s' * (len(counts) != 1)}, none of them stuck")
 
 
-def _records(client: Client, places: list[QueueKeys], found: inspection.QueueCounts, report: HealthReport) -> None:
-    """Look for jobs that stand in line without a record, where that takes a moment only."""
-    if len(found) + found.leased + found.dead > _MOST_AUDITED:
+def _check_records(
+    client: Client, partitions: list[QueueKeys], count: inspection.QueueCounts, report: HealthReport
+) -> None:
+    """Look for jobs in line that have no record. Large queues are skipped: it would take long."""
+    if len(count) + count.leased + count.dead > _MAX_AUDITED:
         return
-    for keys in places:
-        lost = [id_ for what, id_ in client.run(inspection.audit(keys)) if what.startswith("no envelope")]
-        if lost:
-            named = ", ".join(lost[:3])
-            text = f"queue '{keys.queue}': the records of {len(lost):,} jobs are gone, so they will not run: {named}"
-            report.add("queue", "problem", text, "Was the server evicting? Enqueue them again.", "E10")
+    for keys in partitions:
+        missing = [id_ for what, id_ in client.run(inspection.audit(keys)) if what.startswith("no envelope")]
+        if missing:
+            named = ", ".join(missing[:3])
+            text = (
+                f"queue '{keys.queue}': the records of {len(missing):,} jobs are missing, so they will not run: {named}"
+            )
+            report.add("queue", "problem", text, "The server may have evicted them. Enqueue them again.", "E10")
 
 
 def _size(number: int) -> str:

@@ -1,4 +1,4 @@
-"""Queues as people name them: which places, a queue of one piece or its partitions, lie behind a name."""
+"""Queues by the names that people use: a queue with all partitions, or one partition."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from conveyor import ids
 from conveyor.errors import ConfigurationError, QueueNotFound
 from conveyor.messaging.partitioned_queue import PartitionedQueue
-from conveyor.messaging.partitions import likely_first, number_of, partition_names
+from conveyor.messaging.partitions import likely_first, partition_count, partition_names
 from conveyor.messaging.plain_list import PlainList
 from conveyor.messaging.queue import Queue
 from conveyor.store import inspection
@@ -21,67 +21,82 @@ _LEASE_MS = 15_000  # administration leases nothing
 
 
 class QueueDirectory:
-    """The known queues of a client. *plain_lists* are those shared with other programs: Redis does not say that."""
+    """
+    The known queues of a client.
+
+    *plain_lists* are the names of lists that are shared with other programs; Redis does not record which ones are.
+    """
 
     def __init__(self, client: Client, plain_lists: Collection[str] = ()) -> None:
-        """Take the client and its plain lists."""
         self._client = client
         self._plain_lists = frozenset(plain_lists)
 
     def names(self) -> list[str]:
         """Return the names of all known queues, sorted."""
-        return sorted(self._known())
+        return sorted(self._partition_counts())
 
-    def places(self, name: str) -> list[str]:
-        """Return the places of a queue; a partition, ``orders/3``, is one by itself. Raises QueueNotFound."""
-        known = self._known()
+    def partition_names(self, name: str) -> list[str]:
+        """
+        Return the names of a queue's partitions; a partition (``orders/3``) names itself alone.
+
+        Raises QueueNotFound.
+        """
+        known = self._partition_counts()
         if name in known:
             return partition_names(name, known[name])
         queue = ids.logical(name)
         if queue != name and name in partition_names(queue, known.get(queue, 1)):
             return [name]
         names = sorted(known)
-        listed = f"Known: {', '.join(names[:10])}{' …' if len(names) > 10 else ''}." if names else "There is none."
+        listed = (
+            f"Known: {', '.join(names[:10])}{' …' if len(names) > 10 else ''}." if names else "There are no queues."
+        )
         raise QueueNotFound(f"No queue {name!r} in namespace {self._client.namespace!r}. {listed}")
 
-    def all_places(self, id: str) -> list[str]:  # noqa: A002
-        """Return all places, those first in which a caller's own *id* would be."""
-        known = self._known()
-        return likely_first([place for name in sorted(known) for place in partition_names(name, known[name])], id)
+    def all_partition_names(self, id: str) -> list[str]:  # noqa: A002
+        """
+        Return the partitions of all queues.
 
-    def keys(self, place: str) -> QueueKeys:
-        """Return the keys of a place."""
-        foreign = place if place in self._plain_lists else None
-        return QueueKeys(self._client.namespace, place, foreign=foreign)
+        Those come first in which a caller's own *id* would be stored.
+        """
+        known = self._partition_counts()
+        return likely_first([part for name in sorted(known) for part in partition_names(name, known[name])], id)
+
+    def keys(self, name: str) -> QueueKeys:
+        """Return the keys of a partition."""
+        foreign = name if name in self._plain_lists else None
+        return QueueKeys(self._client.namespace, name, foreign=foreign)
 
     def counts(self, name: str) -> QueueCounts:
-        """Return what a queue, or one partition, holds."""
-        return inspection.total([self._client.run(inspection.counts(self.keys(place))) for place in self.places(name)])
+        """Count the jobs and workers of a queue, or of one partition."""
+        return inspection.total(
+            [self._client.run(inspection.counts(self.keys(part))) for part in self.partition_names(name)]
+        )
 
-    def whole(self, name: str) -> Queue[Any]:
-        """Return the queue to act on; raises QueueNotFound, and ConfigurationError for a partition."""
+    def queue(self, name: str) -> Queue[Any]:
+        """Return the queue to act on. Raises QueueNotFound, and ConfigurationError for a partition."""
         if name in self._plain_lists:
             return PlainList(self._client, name, lease_ms=_LEASE_MS)
-        if (queue := ids.logical(name)) != name and len(self.places(queue)) > 1:
-            raise ConfigurationError(f"'{name}' is a partition, which can be looked at only. Name the queue: {queue}")
-        number = len(self.places(name))
+        if (queue := ids.logical(name)) != name and len(self.partition_names(queue)) > 1:
+            raise ConfigurationError(f"'{name}' is a partition, which can only be read. Name the queue: {queue}")
+        number = len(self.partition_names(name))
         if number == 1:
             return Queue(self._client, name, lease_ms=_LEASE_MS)
         return PartitionedQueue(self._client, name, lease_ms=_LEASE_MS, partitions=number)
 
-    def is_shut(self, name: str) -> bool:
-        """Tell whether a change of a queue's partitions is under way, or was not completed."""
+    def is_being_repartitioned(self, name: str) -> bool:
+        """Tell whether a change of the number of partitions is under way or incomplete."""
         return self._client.run(count(self._client.keys(name)))[0] == 0
 
-    def _known(self) -> dict[str, int]:
-        """Return queue → in how many partitions it lies."""
-        found = dict.fromkeys(self._plain_lists, 1)
-        numbers: dict[str, int] = {}
-        for place in self._client.queues():
-            queue = place if place in self._plain_lists else ids.logical(place)
-            if queue != place and queue not in numbers:
-                numbers[queue] = number_of(self._client, queue)
-            number = numbers.get(queue, 1)
-            # One that only looks like a partition is a plain list, which another program declares.
-            found[queue if number > 1 else place] = number
-        return found
+    def _partition_counts(self) -> dict[str, int]:
+        """Return queue → number of partitions."""
+        partitions = dict.fromkeys(self._plain_lists, 1)
+        counted: dict[str, int] = {}
+        for name in self._client.queues():
+            queue = name if name in self._plain_lists else ids.logical(name)
+            if queue != name and queue not in counted:
+                counted[queue] = partition_count(self._client, queue)
+            number = counted.get(queue, 1)
+            # A name that only looks like a partition belongs to a plain list that another program declares.
+            partitions[queue if number > 1 else name] = number
+        return partitions

@@ -1,7 +1,7 @@
 """
-What a server can confirm of a push: whether it is on disk, how many replicas have it. Read for the doctor.
+Checks of a server for the doctor.
 
-Which releases of Redis and Valkey are too old, and which have a known hole.
+The durability that it can confirm, and whether its release is too old or vulnerable.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ from typing import Literal
 from conveyor.errors import ConveyorError
 from conveyor.store.client.durability import Durability, FsyncMethod, decide_fsync_method
 
-Ask = Callable[..., object]
-_SAID = {
-    FsyncMethod.REPLY: "every reply means it is synced (appendfsync always)",
-    FsyncMethod.WAITAOF: "WAITAOF tells",
-    FsyncMethod.WATCH: "a sync is watched go by, which takes 1 to 2 s: this server's WAITAOF answers too early under everysec",
+ExecuteCommand = Callable[..., object]
+_FSYNC_METHODS = {
+    FsyncMethod.REPLY: "fsync=True works: every reply confirms the sync (appendfsync always)",
+    FsyncMethod.WAITAOF: "fsync=True works: WAITAOF confirms the sync",
+    FsyncMethod.WATCH: "fsync=True works; each call waits 1 to 2 s, because this server's WAITAOF is not reliable with everysec",
 }
 
 
 @dataclass(frozen=True, slots=True)
 class DurabilityFinding:
-    """One thing the doctor says."""
+    """A finding of the doctor about durability."""
 
     level: Literal["ok", "note", "warning", "problem"]
     text: str
@@ -32,89 +32,95 @@ class DurabilityFinding:
     code: str = ""
 
 
-def online(facts: Mapping[str, str]) -> int:
-    """Return how many replicas follow, by INFO."""
-    return sum("state=online" in told for name, told in facts.items() if re.fullmatch(r"slave\d+", name))
+def online_replicas(facts: Mapping[str, str]) -> int:
+    """Return the number of online replicas by INFO."""
+    return sum("state=online" in state for name, state in facts.items() if re.fullmatch(r"slave\d+", name))
 
 
-def replication(facts: Mapping[str, str], least: str | None, lag: str | None) -> Iterator[DurabilityFinding]:
-    """Yield what replicas can confirm; *least* and *lag* are min-replicas-to-write and -max-lag, None when not told."""
-    count = online(facts)
+def replication_findings(facts: Mapping[str, str], minimum: str | None, lag: str | None) -> Iterator[DurabilityFinding]:
+    """
+    Yield findings about replicas.
+
+    *minimum*, *lag*: min-replicas-to-write and -max-lag, None: unknown.
+    """
+    count = online_replicas(facts)
     if facts.get("role") == "slave":
         return
     if count:
         yield DurabilityFinding("ok", f"{_replicas(count)} online: wait_replicas up to {count} can be confirmed")
-    if count and least == "0":
-        text = "min-replicas-to-write is 0: a primary that is cut off goes on accepting what a failover loses"
+    if count and minimum == "0":
+        text = "min-replicas-to-write is 0: a primary that is cut off keeps accepting jobs that a failover loses"
         yield DurabilityFinding("note", text, "CONFIG SET min-replicas-to-write 1, and min-replicas-max-lag 10")
-    if least not in {None, "0"}:
+    if minimum not in {None, "0"}:
         good = int(facts.get("min_slaves_good_slaves", count))
-        text = f"min-replicas-to-write is {least}, with a lag of at most {lag} s; {good} now"
-        if good < int(str(least)):
+        text = f"min-replicas-to-write is {minimum}, with a lag of at most {lag} s; {good} qualify now"
+        if good < int(str(minimum)):
             yield DurabilityFinding(
                 "problem", f"{text}: every push is refused", "Bring the replicas back, or lower it."
             )
         else:
             yield DurabilityFinding(
-                "ok", f"{text}. It bounds what a failover loses; only wait_replicas says what it cannot lose"
+                "ok", f"{text}. It limits what a failover loses; only a push with wait_replicas is safe from it"
             )
 
 
-def confirmation(execute: Ask, where: str) -> tuple[bool, DurabilityFinding]:
-    """Return whether fsync=True can be confirmed, and how."""
+def fsync_finding(execute: ExecuteCommand, where: str) -> tuple[bool, DurabilityFinding]:
+    """Return whether fsync=True can be confirmed, with a finding that says how."""
     replies: list[object] = []
     for command in Durability(fsync=True).probe_commands():
         try:
             replies.append(execute(*command))
         except ConveyorError as error:
-            replies.append(error.__cause__ or error)  # the server's own words, which `judge` knows
+            replies.append(error.__cause__ or error)  # the server's own reply, which `decide_fsync_method` can read
     try:
         return True, DurabilityFinding(
-            "ok", f"fsync=True can be confirmed: {_SAID[decide_fsync_method(Durability(fsync=True), replies, where)]}"
+            "ok", _FSYNC_METHODS[decide_fsync_method(Durability(fsync=True), replies, where)]
         )
     except (ConveyorError, OSError) as error:
-        why = str(error).partition("\n")[0]
-        found = re.search(r"cannot be confirmed by Redis at .*?: (.*?)\. Nothing was stored\. Set it: (.*?),", why)
-        if found is None:
-            return False, DurabilityFinding("note", f"fsync=True cannot be confirmed: {why}")
-        return False, DurabilityFinding("note", f"fsync=True would be refused (E36): {found[1]}", found[2])
+        reason = str(error).partition("\n")[0]
+        refusal = re.search(r"cannot be confirmed by Redis at .*?: (.*?)\. Nothing was stored\. Set it: (.*?),", reason)
+        if refusal is None:
+            return False, DurabilityFinding("note", f"fsync=True cannot be confirmed: {reason}")
+        return False, DurabilityFinding("note", f"fsync=True would be refused (E36): {refusal[1]}", refusal[2])
 
 
-def asked(queue: str, asks: Durability, *, synced: bool, replicas: int) -> DurabilityFinding:
-    """Return whether what a queue asks of every push can be had."""
-    wants = ["fsync"] * asks.fsync + [_replicas(asks.replicas)] * (asks.replicas > 0)
-    text = f"queue '{queue}' asks for {' and '.join(wants)}"
-    if asks.fsync and not synced:
+def durability_request_finding(
+    queue: str, request: Durability, *, fsync_works: bool, replicas: int
+) -> DurabilityFinding:
+    """Return a finding on whether a queue gets the durability it requests for every push."""
+    requested = ["fsync"] * request.fsync + [_replicas(request.replicas)] * (request.replicas > 0)
+    text = f"queue '{queue}' asks for {' and '.join(requested)}"
+    if request.fsync and not fsync_works:
         return DurabilityFinding(
-            "problem", f"{text}: every push is refused", "See above, or declare it without fsync.", "E36"
+            "problem", f"{text}: every push is refused", "See above, or declare the queue without fsync.", "E36"
         )
-    if asks.replicas > replicas:
-        remedy = f"Add replicas, or declare it with wait_replicas={replicas}."
+    if request.replicas > replicas:
+        remedy = f"Add replicas, or declare the queue with wait_replicas={replicas}."
         return DurabilityFinding("problem", f"{text}, and {replicas} are online: every push raises", remedy, "E29")
-    return DurabilityFinding("ok", f"{text}: it can be had")
+    return DurabilityFinding("ok", f"{text}: available")
 
 
 def _replicas(count: int) -> str:
     return f"{count} replica{'s' * (count != 1)}"
 
 
-OLDEST = {"redis": (6, 2), "valkey": (7, 2)}
+OLDEST_SUPPORTED = {"redis": (6, 2), "valkey": (7, 2)}
 
-# Where CVE-2025-49844 is mended, with which a script of an authenticated user can run any code; all that came before it
-# (CVE-2022-24735, CVE-2024-31228, -31449, -46981, CVE-2025-46817, -46818) is mended there too. Of 7.0 there is no such release.
-_MENDED: dict[str, dict[tuple[int, ...], tuple[int, int, int]]] = {
+# First releases with a patch for CVE-2025-49844, by which a script of an authenticated user can run any code. They also
+# patch the earlier ones (CVE-2022-24735, CVE-2024-31228, -31449, -46981, CVE-2025-46817, -46818). 7.0 has no such release.
+_PATCHED: dict[str, dict[tuple[int, ...], tuple[int, int, int]]] = {
     "redis": {(6, 2): (6, 2, 20), (7, 0): (7, 2, 11), (7, 2): (7, 2, 11), (7, 4): (7, 4, 6), (8, 0): (8, 0, 4), (8, 2): (8, 2, 2)},
     "valkey": {(7, 2): (7, 2, 11), (8, 0): (8, 0, 6), (8, 1): (8, 1, 4)},
 }  # fmt: skip
 
 
-def numbers(version: str) -> tuple[int, ...]:
-    """Return the parts of a version."""
+def version_numbers(version: str) -> tuple[int, ...]:
+    """Return the numbers of a version: "7.2.11" as (7, 2, 11)."""
     return tuple(int(part) for part in version.split(".") if part.isdigit())
 
 
-def mended(family: str, version: str) -> str | None:
-    """Return the first release without the hole that this one has; None when it has none."""
-    own = numbers(version)
-    found = _MENDED[family].get(own[:2])
-    return ".".join(map(str, found)) if found is not None and len(own) > 2 and own < found else None
+def first_patched_release(family: str, version: str) -> str | None:
+    """Return the first release with the patch that this one lacks; None when it lacks none."""
+    own = version_numbers(version)
+    patched = _PATCHED[family].get(own[:2])
+    return ".".join(map(str, patched)) if patched is not None and len(own) > 2 and own < patched else None

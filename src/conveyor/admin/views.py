@@ -1,4 +1,4 @@
-"""What a person sees of queues, jobs and workers: plain typed values, made from what is stored."""
+"""Queues, jobs and workers as people see them: typed values made from stored records."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from conveyor.payload.versions import sealed_name
 from conveyor.store.inspection import FinishedJob, JobRow
 
 STATES: tuple[Status, ...] = ("leased", "ready", "scheduled", "dead", "done")
-"""The states that can be listed; `done` are the recently finished, about a thousand a queue."""
+"""The states that can be listed. `done`: recently finished jobs, about a thousand per queue."""
 
 LIVE: tuple[Status, ...] = ("leased", "ready", "scheduled", "dead")
 
@@ -22,9 +22,10 @@ LIVE: tuple[Status, ...] = ("leased", "ready", "scheduled", "dead")
 @dataclass(frozen=True, slots=True)
 class QueueInfo:
     """
-    What a queue holds; `oldest_age` in seconds since the oldest ready job could have started.
+    The contents of a queue.
 
-    Of one with partitions these are sums, and `workers` is what the partition with the most of them has.
+    `oldest_age`: seconds since the oldest ready job could have started, None without one. For a queue with partitions
+    the counts are sums; `workers` is the largest number of workers in one partition.
     """
 
     name: str
@@ -41,13 +42,13 @@ class QueueInfo:
 
     @property
     def stranded(self) -> bool:
-        """True when jobs could start and no worker takes them."""
+        """Whether jobs could start and no worker takes them."""
         return self.ready > 0 and self.workers == 0 and not self.paused
 
 
 @dataclass(frozen=True, slots=True)
 class ErrorInfo:
-    """What one attempt ended with."""
+    """The error of one attempt."""
 
     attempt: int
     at: datetime
@@ -60,11 +61,11 @@ class ErrorInfo:
 @dataclass(frozen=True, slots=True)
 class JobInfo:
     """
-    One job or message as it stands; `id` is the public one.
+    One job or message in its present state.
 
-    `attempt` counts starts, `failures` those that used the budget. `due` is when a scheduled job starts, `ended` when a
-    finished or dead one ended. `payload` and `result` are JSON text, None where nothing is
-    kept. An empty `task` is a message.
+    `id`: the public id. `task`: "" for a message. `attempt`: number of starts; `failures`: starts that used up the
+    budget. `due`: when a scheduled job starts; `ended`: when a finished or dead one ended. `payload` and `result` are
+    JSON text, None where nothing is kept.
     """
 
     id: str
@@ -91,7 +92,11 @@ class JobInfo:
 
 @dataclass(frozen=True, slots=True)
 class WorkerInfo:
-    """One worker of one queue: who it is, how many jobs it holds, when its lease ends unless it renews it."""
+    """
+    One worker of one queue.
+
+    `held`: number of leased jobs. `lease_ends`: when its leases expire unless it renews them.
+    """
 
     id: str
     queue: str
@@ -104,7 +109,11 @@ class WorkerInfo:
 
 @dataclass(frozen=True, slots=True)
 class ActionResult:
-    """What became of one id: `refused` and `not found` changed nothing, `asked` waits for the worker that runs it."""
+    """
+    The result of an action on one id.
+
+    `refused`, `not found`: nothing changed. `asked`: the worker that runs the job was asked to stop it.
+    """
 
     id: str
     outcome: Literal["retried", "cancelled", "asked", "deleted", "refused", "not found"]
@@ -112,12 +121,16 @@ class ActionResult:
 
     @property
     def done(self) -> bool:
-        """True when it was carried out."""
+        """Whether the action was carried out."""
         return self.outcome not in {"refused", "not found"}
 
 
-def live_job(queue: str, row: JobRow, viewer: RecordDecoder, limit: int = MAX_LARGE) -> JobInfo:
-    """Return a job that has not ended, or a dead one; as *viewer* may see it, of its body at most *limit* bytes."""
+def live_job(queue: str, row: JobRow, decoder: RecordDecoder, limit: int = MAX_LARGE) -> JobInfo:
+    """
+    Return a job that is kept in its queue, dead ones included.
+
+    *decoder* shows at most *limit* bytes of its body.
+    """
     envelope, state = row.envelope, row.state
     name = sealed_name(envelope.task, envelope.extra.version)
     at = int(row.extra) if row.status in {"scheduled", "dead"} and row.extra else None
@@ -126,43 +139,43 @@ def live_job(queue: str, row: JobRow, viewer: RecordDecoder, limit: int = MAX_LA
         queue=queue,
         status=row.status,
         task=envelope.task,
-        attempt=state.starts + (row.status == "leased"),  # the stored count is from before this start
+        attempt=state.starts + (row.status == "leased"),  # the stored count does not include this start
         failures=state.failures,
         crashes=state.crashes,
         priority=envelope.priority,
-        enqueued=maybe_instant(made_at_ms(row.id)),
-        due=maybe_instant(at) if row.status == "scheduled" else None,
-        expires=maybe_instant(envelope.expires_ms),
-        ended=maybe_instant(at) if row.status == "dead" else None,
+        enqueued=instant_or_none(made_at_ms(row.id)),
+        due=instant_or_none(at) if row.status == "scheduled" else None,
+        expires=instant_or_none(envelope.expires_ms),
+        ended=instant_or_none(at) if row.status == "dead" else None,
         unique=envelope.unique,
         headers=dict(envelope.extra.headers),
-        payload=viewer.preview(envelope.body, queue, name, row.id, limit=limit, call=bool(envelope.task)),
-        errors=[error_info(viewer.failure(failure, queue, row.id)) for failure in state.failures_list()],
+        payload=decoder.preview(envelope.body, queue, name, row.id, limit=limit, call=bool(envelope.task)),
+        errors=[error_info(decoder.failure(failure, queue, row.id)) for failure in state.failures_list()],
         worker=row.extra if row.status == "leased" else None,
     )
 
 
 def finished_job(queue: str, entry: FinishedJob) -> JobInfo:
-    """Return a job as the list of the recently finished knows it."""
+    """Return a job from its entry in the list of recently finished jobs."""
     status: Any = entry.status
     return JobInfo(
         id=public(queue, entry.id), queue=queue, status=status, task=entry.task, ended=instant(entry.at),
-        enqueued=maybe_instant(made_at_ms(entry.id)), ran_ms=entry.ran_ms,
+        enqueued=instant_or_none(made_at_ms(entry.id)), ran_ms=entry.ran_ms,
     )  # fmt: skip
 
 
 def error_info(failure: Failure) -> ErrorInfo:
-    """Return a stored error."""
+    """Return a stored failure as an ErrorInfo."""
     return ErrorInfo(
         failure.attempt, instant(failure.at), failure.type, failure.message, failure.traceback, failure.worker
     )
 
 
 def instant(ms: int) -> datetime:
-    """Return ms since the epoch as a datetime."""
+    """Return a time in ms since the epoch as a datetime."""
     return datetime.fromtimestamp(ms / 1000, UTC)
 
 
-def maybe_instant(ms: int | None) -> datetime | None:
-    """Return the same, or None for nothing and zero."""
+def instant_or_none(ms: int | None) -> datetime | None:
+    """Return a time in ms since the epoch as a datetime; None for None and 0."""
     return instant(ms) if ms else None

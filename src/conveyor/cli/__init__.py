@@ -1,4 +1,8 @@
-"""The command line. Commands are loaded when they run, so that `--help` stays quick."""
+"""
+The command line.
+
+A command's module is imported when the command runs, so that `--help` stays quick.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +19,7 @@ from conveyor.errors import ConveyorError
 
 
 class CommandEntry(NamedTuple):
-    """One command of the table: where it is, what it does, under which heading the help lists it."""
+    """One command: where it is defined, what it does, and its section in the help."""
 
     target: str
     help: str
@@ -23,19 +27,17 @@ class CommandEntry(NamedTuple):
 
 
 COMMANDS: dict[str, CommandEntry] = {
-    "demo": CommandEntry(
-        "conveyor.cli.demo.command:demo", "Watch real work pass through, and a worker being killed.", "Run"
-    ),
+    "demo": CommandEntry("conveyor.cli.demo.command:demo", "Watch real jobs run while a worker is killed.", "Run"),
     "worker": CommandEntry("conveyor.cli.worker:worker", "Run the jobs of an app.", "Run"),
-    "relay": CommandEntry("conveyor.cli.relay:relay", "Deliver what was enqueued in database transactions.", "Run"),
+    "relay": CommandEntry(
+        "conveyor.cli.relay:relay", "Deliver jobs that were enqueued in database transactions.", "Run"
+    ),
     "server": CommandEntry("conveyor.cli.server:server", "Start, stop or look at the embedded server.", "Run"),
     "push": CommandEntry("conveyor.cli.push:push", "Put messages on a queue.", "Send"),
     "enqueue": CommandEntry(
-        "conveyor.cli.enqueue:enqueue", "Enqueue a job of an app, and wait for it if you like.", "Send"
+        "conveyor.cli.enqueue:enqueue", "Enqueue a job of an app, and wait for it with --wait.", "Send"
     ),
-    "status": CommandEntry(
-        "conveyor.cli.status:status", "Show queues, workers and what is wrong, on one screen.", "Look"
-    ),
+    "status": CommandEntry("conveyor.cli.status:status", "Show queues, workers and problems on one screen.", "Look"),
     "queue": CommandEntry("conveyor.cli.queue:queue", "List, pause, purge and redrive queues.", "Look"),
     "job": CommandEntry("conveyor.cli.job:job", "List, show, retry, cancel and delete jobs.", "Look"),
     "doctor": CommandEntry("conveyor.cli.doctor:doctor", "Examine the server: eviction, durability, latency.", "Look"),
@@ -44,14 +46,14 @@ COMMANDS: dict[str, CommandEntry] = {
 
 
 class LazyGroup(click.Group):
-    """A group that knows its commands by the table and imports one when it is called."""
+    """A group that lists its commands from a table and imports one when it is called."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        """Return the names in the order of the table."""
+        """Return the names of the commands in the order of the table."""
         return list(COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """Import and return a command."""
+        """Import a command and return it; None for an unknown one."""
         entry = COMMANDS.get(cmd_name)
         if entry is None:
             return None
@@ -61,7 +63,7 @@ class LazyGroup(click.Group):
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        """Return the command to call; an unknown one is answered with the closest."""
+        """Return the command to call. For an unknown one, fail with the closest name."""
         if args and args[0] not in COMMANDS and not args[0].startswith("-"):
             from difflib import get_close_matches
 
@@ -70,7 +72,7 @@ class LazyGroup(click.Group):
         return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write the table, by section, without importing anything."""
+        """Write the table by section, without importing any command."""
         for section in dict.fromkeys(entry.section for entry in COMMANDS.values()):
             with formatter.section(section):
                 formatter.write_dl([(name, entry.help) for name, entry in COMMANDS.items() if entry.section == section])
@@ -78,9 +80,9 @@ class LazyGroup(click.Group):
 
 def _version(ctx: click.Context, _: click.Parameter, value: bool) -> None:
     if value:
-        from conveyor.cli.output import version
+        from conveyor.cli.output import installed_version
 
-        click.echo(f"conveyor {version()}")
+        click.echo(f"conveyor {installed_version()}")
         ctx.exit()
 
 
@@ -98,16 +100,16 @@ def cli(ctx: click.Context) -> None:
     elif os.environ.get("FORCE_COLOR"):
         ctx.color = True
     if ctx.invoked_subcommand == "worker":
-        from conveyor.cli.app import settings
+        from conveyor.cli.app import read_settings
 
-        ctx.default_map = {"worker": settings().worker}
+        ctx.default_map = {"worker": read_settings().worker}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; return the exit code."""
+    """Run the command line; return its exit code."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")  # a terminal that cannot show a character gets its number
+            stream.reconfigure(errors="backslashreplace")  # a terminal that cannot show a character gets an escape
     state = {"verbose": False}
     try:
         code = cli.main(arguments, prog_name="conveyor", standalone_mode=False, obj=state)
@@ -119,13 +121,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return ExitCode.INTERRUPTED
     except Exception as error:
-        _complain(error, verbose=state["verbose"])
+        _print_error(error, verbose=state["verbose"])
         return exit_code(error)
     return code if isinstance(code, int) else ExitCode.OK
 
 
-def _complain(error: Exception, *, verbose: bool) -> None:
-    """Say what went wrong, in the form of docs/errors.md: code, what happened, what to do."""
+def _print_error(error: Exception, *, verbose: bool) -> None:
+    """Print an error in the form of docs/errors.md: code, what happened, what to do."""
+    from conveyor.cli.output import StandardOutputError
     from conveyor.ids import clean
     from conveyor.store.transport.url import redact
 
@@ -134,9 +137,13 @@ def _complain(error: Exception, *, verbose: bool) -> None:
         label, text = f"error {error.code}", str(error)
     elif isinstance(error, TimeoutError):
         label, text = "error", str(error) or "timed out"
+    elif isinstance(error, StandardOutputError):
+        label, text = "error E00", str(error)
     else:
         label, text = "error E00", f"{type(error).__name__}: {error}"
-        text += "" if verbose else "\nThis is a fault of Conveyor itself or of its surroundings; -v shows where."
+        text += (
+            "" if verbose else "\nThis is an error in Conveyor itself or in its environment; -v shows the traceback."
+        )
     first, *rest = [clean(line) for line in redact(text).splitlines()] or [""]
     click.echo(f"{click.style(label, fg='red', bold=True)}  {first}", err=True, color=colour)
     for line in rest:

@@ -1,4 +1,4 @@
-"""`conveyor acl`: the least that producers, workers, dashboards and operators must be allowed in Redis."""
+"""`conveyor acl`: ACL rules of least privilege for Redis."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from urllib.parse import parse_qs, urlsplit
 
 import click
 
-from conveyor.admin import acl as least
+from conveyor.admin import acl as acl_rules
 from conveyor.cli.output import Output
 from conveyor.cli.target import Target, redis_options
 
@@ -15,13 +15,13 @@ _FORMATS = ("redis-cli", "redis.conf", "users.acl")
 
 
 @click.command()
-@click.argument("role", type=click.Choice(list(least.ROLES)), required=False)
+@click.argument("role", type=click.Choice(list(acl_rules.ROLES)), required=False)
 @click.option("--user", metavar="NAME", help="Name of the user; needs a role.  [default: NAMESPACE-ROLE]")
 @click.option("--format", "form", type=click.Choice(_FORMATS), default=_FORMATS[0], show_default=True)
 @click.option("--list", "lists", metavar="NAME", multiple=True, help="A plain list; those of a known app are added.")
-@click.option("--server", type=click.Choice(least.SERVERS), default=least.SERVERS[0], show_default=True,
-              help="Oldest server that must take the rules.")  # fmt: skip
-@click.option("--topology", type=click.Choice(least.TOPOLOGIES), help="[default: as the URL says]")
+@click.option("--server", type=click.Choice(acl_rules.SERVERS), default=acl_rules.SERVERS[0], show_default=True,
+              help="Oldest server that must accept the rules.")  # fmt: skip
+@click.option("--topology", type=click.Choice(acl_rules.TOPOLOGIES), help="[default: as the URL says]")
 @click.option("--durable", is_flag=True, help="For pushes with fsync or wait_replicas.")
 @redis_options
 def acl(
@@ -29,9 +29,9 @@ def acl(
     topology: str | None, durable: bool,
 ) -> None:  # fmt: skip
     """
-    Print the ACL rules of least privilege for a ROLE, or for all: producer, worker, dashboard, operator.
+    Print the ACL rules of least privilege for one ROLE, or for all roles.
 
-    Nothing is sent to Redis. Put the SHA-256 of a password where the line says so; Redis refuses it unchanged.
+    Nothing is sent to Redis. Replace the placeholder with the SHA-256 of a password; Redis refuses it unchanged.
     """
     if user is not None and role is None:
         raise click.UsageError("--user names the user of one role: conveyor acl ROLE --user NAME.")
@@ -39,11 +39,11 @@ def acl(
     url = urlsplit(admin.client.configured_url or "")
     topology = topology or _topology(url.scheme)
     chosen = [
-        least.rules(
+        acl_rules.rules(
             name, admin.client.namespace, user=user, lists=[*dict.fromkeys([*admin.plain_lists, *lists])], server=server,
             topology=topology, database=_database(url.path, url.query, url.scheme), durable=durable,
         )
-        for name in ([role] if role else least.ROLES)
+        for name in ([role] if role else acl_rules.ROLES)
         if role or name != "sentinel" or topology == "sentinel"
     ]  # fmt: skip
     if out.as_json:
@@ -52,14 +52,14 @@ def acl(
         return
     for one in chosen:
         if role is None:
-            out.say(f"# {one.role}: {least.ROLES[one.role].does}")
+            out.say(f"# {one.role}: {acl_rules.ROLES[one.role].description}")
         out.line(one.command if form == "redis-cli" else one.line)
-    out.say(f"# Instead of {least.PASSWORD} write # and what this prints:  printf %s 'the password' | sha256sum")
+    out.say(f"# Replace {acl_rules.PASSWORD} by # and the output of:  printf %s 'the password' | sha256sum")
 
 
 def _topology(scheme: str) -> str:
-    found = scheme.removeprefix("redis+").removeprefix("rediss+")
-    return found if found in least.TOPOLOGIES else least.TOPOLOGIES[0]
+    topology = scheme.removeprefix("redis+").removeprefix("rediss+")
+    return topology if topology in acl_rules.TOPOLOGIES else acl_rules.TOPOLOGIES[0]
 
 
 def _database(path: str, query: str, scheme: str) -> int:

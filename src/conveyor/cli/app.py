@@ -1,4 +1,4 @@
-"""Finding the app: from the command line, the environment or pyproject.toml to an imported object."""
+"""Lookup of the app: from the command line, the environment or pyproject.toml to an object."""
 
 from __future__ import annotations
 
@@ -11,17 +11,23 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import click
+
 from conveyor.errors import ConfigurationError, ConveyorError
 
 WORKER_SETTINGS = ("queues", "concurrency", "threads", "processes", "grace", "max_jobs", "max_memory")
 SETTINGS = ("app", "url", "namespace", *WORKER_SETTINGS)
-_SKIPPED = {"node_modules", "site-packages", "__pycache__", "build", "dist"}
-_MOST_FILES = 3000
+_SKIPPED_FOLDERS = {"node_modules", "site-packages", "__pycache__", "build", "dist"}
+_MAX_FILES = 3000
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What ``[tool.conveyor]`` of the nearest pyproject.toml says; `file` is None where there is none."""
+    """
+    The settings in ``[tool.conveyor]`` of the nearest pyproject.toml.
+
+    `file`: that file, None without one.
+    """
 
     file: Path | None = None
     app: str | None = None
@@ -30,10 +36,10 @@ class Settings:
     worker: dict[str, Any] = field(default_factory=dict)
 
 
-def settings() -> Settings:
+def read_settings() -> Settings:
     """Read ``[tool.conveyor]``, upwards from the working directory; raises ConfigurationError."""
     here = Path.cwd()
-    file = next((p for place in (here, *here.parents) if (p := place / "pyproject.toml").is_file()), None)
+    file = next((p for directory in (here, *here.parents) if (p := directory / "pyproject.toml").is_file()), None)
     if file is None:
         return Settings()
     import tomllib
@@ -50,39 +56,40 @@ def settings() -> Settings:
         )
     for name in ("app", "url", "namespace"):
         if not isinstance(table.get(name, ""), str):
-            raise ConfigurationError(f"[tool.conveyor] {name} in {file} must be a text, not {table[name]!r}.")
+            raise ConfigurationError(f"[tool.conveyor] {name} in {file} must be a string, not {table[name]!r}.")
     worker = {name: table[name] for name in WORKER_SETTINGS if name in table}
     if isinstance(worker.get("queues"), dict):
         worker["queues"] = [f"{queue}:{weight}" for queue, weight in worker["queues"].items()]
     return Settings(file, table.get("app"), table.get("url"), table.get("namespace"), worker)
 
 
-def reference(given: str | None, found: Settings) -> str | None:
-    """Return the app's reference by the order of settings, None where nobody named one."""
-    return given or os.environ.get("CONVEYOR_APP") or found.app or None
+def reference(given: str | None, settings: Settings) -> str | None:
+    """Return the reference of the app by the order of settings; None: none is set."""
+    return given or os.environ.get("CONVEYOR_APP") or settings.app or None
 
 
-def load(given: str | None, found: Settings) -> tuple[str, Any]:
+def load(given: str | None, settings: Settings) -> tuple[str, Any]:
     """
     Import the app and return (``module:object``, app).
 
-    The working directory, and the one of the pyproject.toml that names the app, are importable. Raises
-    ConfigurationError: E02 nobody named an app, E08 it cannot be imported, E09 the module has several.
+    The working directory is importable, and so is the directory of the pyproject.toml that names the app. Raises
+    ConfigurationError: E02 no app is named, E08 it cannot be imported, E09 the module has several.
     """
-    name = reference(given, found)
+    name = reference(given, settings)
     if name is None:
         raise ConfigurationError(
-            "Which app? Give it as module:object (or the module alone when it has one app),\n"
-            'or set CONVEYOR_APP, or [tool.conveyor] app = "module:object" in pyproject.toml.' + _nearby("")
+            "No app is named. Give it as module:object (or the module alone when it has one app),\n"
+            'or set CONVEYOR_APP, or [tool.conveyor] app = "module:object" in pyproject.toml.' + _module_suggestions("")
         )
     module_name, _, attribute = name.partition(":")
-    module = _prepared(name, module_name, found)
+    module = _import_configured(name, module_name, settings)
     if attribute:
         return name, _attribute(module, module_name, attribute)
     apps = _apps(module)
     if not apps:
         raise ConfigurationError(
-            f"{module_name!r} has no app. Is there an  app = Conveyor()  at its top level?" + _nearby(module_name),
+            f"{module_name!r} has no app. Is there an  app = Conveyor()  at its top level?"
+            + _module_suggestions(module_name),
             code="E08",
         )
     if len(apps) > 1:
@@ -93,28 +100,28 @@ def load(given: str | None, found: Settings) -> tuple[str, Any]:
     return next((f"{module_name}:{one}", app) for one, app in apps.items())
 
 
-def load_outbox(name: str, found: Settings) -> Any:
-    """Import and return the Outbox that ``module:object`` names. Raises ConfigurationError (E08)."""
+def load_outbox(name: str, settings: Settings) -> Any:
+    """Import the Outbox named ``module:object``. Raises ConfigurationError (E08)."""
     module_name, _, path = name.partition(":")
-    value: Any = _prepared(name, module_name, found)
+    value: Any = _import_configured(name, module_name, settings)
     for part in path.split("."):
         value = getattr(value, part, None)
-    if not _is(value, "Outbox"):
+    if not _is_instance(value, "Outbox"):
         raise ConfigurationError(
-            f"{name!r} is no Outbox. Name where the program made it, as module:object:  outbox = Outbox(app, connect)",
+            f"{name!r} is not an Outbox. Name, as module:object, what the program made with  outbox = Outbox(app, connect)",
             code="E08",
         )
     return value
 
 
-def _prepared(name: str, module_name: str, found: Settings) -> ModuleType:
-    """Import a module as every command does; *name* is the reference as it was given."""
-    places = [str(Path.cwd())]
-    if found.file is not None and name == found.app:
-        places.append(str(found.file.parent))
-    sys.path[:0] = [place for place in places if place not in sys.path]
-    if found.url and not os.environ.get("CONVEYOR_URL"):
-        os.environ["CONVEYOR_URL"] = found.url  # for Conveyor() in the app, and for the processes of a worker
+def _import_configured(name: str, module_name: str, settings: Settings) -> ModuleType:
+    """Import a module as every command does. *name*: the reference as it was given."""
+    directories = [str(Path.cwd())]
+    if settings.file is not None and name == settings.app:
+        directories.append(str(settings.file.parent))
+    sys.path[:0] = [directory for directory in directories if directory not in sys.path]
+    if settings.url and not os.environ.get("CONVEYOR_URL"):
+        os.environ["CONVEYOR_URL"] = settings.url  # for Conveyor() in the app, and for the processes of a worker
     return _import(module_name)
 
 
@@ -127,31 +134,31 @@ def _import(name: str) -> ModuleType:
         if error.name is not None and (name == error.name or name.startswith(f"{error.name}.")):
             raise ConfigurationError(
                 f"Cannot import {name!r}: {error}.\nLooked in {Path.cwd()} (the working directory) and sys.path."
-                + _nearby(name),
+                + _module_suggestions(name),
                 code="E08",
             ) from error
-        raise _broken(name, error) from error
+        raise _import_error(name, error) from error
     except (Exception, SystemExit) as error:
-        raise _broken(name, error) from error
+        raise _import_error(name, error) from error
 
 
-def _broken(name: str, error: BaseException) -> ConfigurationError:
+def _import_error(name: str, error: BaseException) -> ConfigurationError:
     if not all(name.split(".")):
         return ConfigurationError(
-            f"{name!r} is not a module. Write it with dots: shop.jobs:app" + _nearby(name), code="E08"
+            f"{name!r} is not a module. Write it with dots: shop.jobs:app" + _module_suggestions(name), code="E08"
         )
     frame = error.__traceback__
-    place = ""
+    location = ""
     while frame is not None:
         file = frame.tb_frame.f_code.co_filename
         if not file.startswith("<frozen") and file != __file__:
-            place = f" ({file}:{frame.tb_lineno})"
+            location = f" ({file}:{frame.tb_lineno})"
         frame = frame.tb_next
     if isinstance(error, SyntaxError):
-        place = f" ({error.filename}:{error.lineno})"
+        location = f" ({error.filename}:{error.lineno})"
         error = SyntaxError(error.msg)
     return ConfigurationError(
-        f"Importing {name!r} failed: {type(error).__name__}: {error}{place}.\nThe whole traceback:  -v", code="E08"
+        f"Importing {name!r} failed: {type(error).__name__}: {error}{location}.\nThe full traceback:  -v", code="E08"
     )
 
 
@@ -169,48 +176,65 @@ def _attribute(module: ModuleType, module_name: str, path: str) -> Any:
 
 
 def _apps(module: ModuleType) -> dict[str, Any]:
-    """Return the apps at the top level of *module*, each once, under its first public name."""
-    found: dict[int, tuple[str, Any]] = {}
+    """Return the apps at the top level of *module*, each once, by its first public name."""
+    by_identity: dict[int, tuple[str, Any]] = {}
     for name, value in vars(module).items():
-        if _is_app(value) and (id(value) not in found or found[id(value)][0].startswith("_")):
-            found[id(value)] = (name, value)
-    return dict(found.values())
+        if _is_app(value) and (id(value) not in by_identity or by_identity[id(value)][0].startswith("_")):
+            by_identity[id(value)] = (name, value)
+    return dict(by_identity.values())
 
 
 def _is_app(value: object) -> bool:
-    return _is(value, "Conveyor")
+    return _is_instance(value, "Conveyor")
 
 
-def _is(value: object, name: str) -> bool:
-    # By the class alone: the top level of a module may hold proxies that fail when they are touched.
+def _is_instance(value: object, name: str) -> bool:
+    # Looks at the class only: the top level of a module may hold proxies that fail when they are used.
     return any(kind.__name__ == name and kind.__module__.startswith("conveyor") for kind in type(value).__mro__)
 
 
-def _nearby(name: str) -> str:
-    """Return a line with modules around here that are named alike or seem to hold an app, or nothing."""
+def _module_suggestions(name: str) -> str:
+    """Return lines that name nearby modules with a similar name or an app; "" without any."""
     wanted = name.rpartition(".")[2].removesuffix(".py").rpartition("/")[2]
-    found: list[Path] = []
+    candidates: list[Path] = []
     for path in _python_files():
         if path.stem == wanted and wanted:
-            found.insert(0, path)
+            candidates.insert(0, path)
         elif "Conveyor(" in path.read_text("utf-8", "replace")[:100_000]:
-            found.append(path)
-    if not found:
+            candidates.append(path)
+    if not candidates:
         return ""
-    modules = [".".join(path.with_suffix("").parts).removesuffix(".__init__") for path in found[:5]]
-    return f"\nHere are: {', '.join(str(path) for path in found[:5])}\nTry:  {modules[0]}"
+    modules = [".".join(path.with_suffix("").parts).removesuffix(".__init__") for path in candidates[:5]]
+    return f"\nModules here: {', '.join(str(path) for path in candidates[:5])}\nTry:  {_usage(modules[0])}"
+
+
+def _usage(module: str) -> str:
+    """Return the present command with *module* as the one that holds its app or outbox."""
+    context = click.get_current_context(silent=True)
+    command = "conveyor worker" if context is None else context.command_path
+    if command.endswith(" worker"):
+        return f"{command} {module}"
+    return f"{command} {module}:outbox" if command.endswith(" relay") else f"{command} --app {module}"
 
 
 def _python_files() -> Iterator[Path]:
-    """Yield Python files up to three levels below the working directory, as relative paths; a bounded number."""
+    """
+    Yield Python files as relative paths.
+
+    Up to three levels below the working directory, and a bounded number.
+    """
     here, seen = Path.cwd(), 0
     for directory, folders, files in os.walk(here):
         depth = len(Path(directory).relative_to(here).parts)
-        kept = [f for f in folders if not f.startswith(".") and f not in _SKIPPED and not _is_environment(directory, f)]
+        kept = [
+            f
+            for f in folders
+            if not f.startswith(".") and f not in _SKIPPED_FOLDERS and not _is_environment(directory, f)
+        ]
         folders[:] = sorted(kept) if depth < 2 else []
         for file in sorted(files):
             seen += 1
-            if seen > _MOST_FILES:
+            if seen > _MAX_FILES:
                 return
             if file.endswith(".py"):
                 yield Path(directory, file).relative_to(here)

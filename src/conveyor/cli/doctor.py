@@ -13,7 +13,11 @@ from conveyor.cli.target import Target, redis_options
 @click.command()
 @redis_options
 def doctor(target: Target, out: Output) -> int:
-    """Examine the server: eviction, durability, memory, latency, queues. Exits 8 when something is wrong."""
+    """
+    Examine the server and the queues. Exits 8 when something is wrong.
+
+    Checks latency, version, role, eviction, durability, memory, connections, clock and queues.
+    """
     report = target.admin().doctor()
     if out.as_json:
         out.document(

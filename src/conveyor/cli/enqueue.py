@@ -1,4 +1,4 @@
-"""`conveyor enqueue`: a job from the command line, and its result if one waits."""
+"""`conveyor enqueue`: enqueue a job, and wait for its result if asked."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from conveyor.cli.output import Output, machine
-from conveyor.cli.output import seconds as duration
+from conveyor.cli.output import Output, machine_text, parse_seconds
 from conveyor.cli.target import Target, redis_options
 from conveyor.errors import ConfigurationError, JobFailed, PayloadError, UnknownTask
 
@@ -22,11 +21,11 @@ if TYPE_CHECKING:
 @click.argument("task", metavar="TASK")
 @click.argument("pairs", nargs=-1, metavar="[K=V]...")
 @click.option("--args", "document", metavar="JSON", help="Arguments as JSON: a list by position, an object by name.")
-@click.option("--in", "delay", metavar="10m", help="Start it after this.")
-@click.option("--at", metavar="ISO", help="Start it then: 2026-05-01T09:00+02:00.")
-@click.option("--queue", metavar="QUEUE", help="Another queue than the task's.")
+@click.option("--in", "delay", metavar="10m", help="Start it after this delay.")
+@click.option("--at", metavar="ISO", help="Start it at this time: 2026-05-01T09:00+02:00.")
+@click.option("--queue", metavar="QUEUE", help="Use this queue instead of the task's.")
 @click.option("--priority", type=click.IntRange(0, 9), help="0 to 9, higher goes first.")
-@click.option("--id", "own_id", metavar="ID", help="An id of your own: enqueuing it again stores nothing.")
+@click.option("--id", "own_id", metavar="ID", help="Your own id: enqueuing it again stores nothing.")
 @click.option("--wait", is_flag=True, help="Wait for the result and print it as JSON.")
 @click.option("--timeout", metavar="5s", help="With --wait: exit 124 when it takes longer.")
 @redis_options
@@ -35,10 +34,10 @@ def enqueue(
     at: str | None, queue: str | None, priority: int | None, own_id: str | None, wait: bool, timeout: str | None,
 ) -> None:  # fmt: skip
     """
-    Enqueue a job and print its id alone.
+    Enqueue a job and print its id.
 
-    Values of K=V are read by the annotations of the task, so the app is needed: --app, CONVEYOR_APP, or
-    [tool.conveyor] app in pyproject.toml. TASK is a task's name, or its last part where that says enough.
+    Values of K=V are converted by the annotations of the task, so the app is needed: --app, CONVEYOR_APP, or
+    [tool.conveyor] app in pyproject.toml. TASK is the name of a task, or its last part where that is unique.
     """
     if timeout is not None and not wait:
         raise click.UsageError("--timeout goes with --wait.")
@@ -46,12 +45,12 @@ def enqueue(
         raise click.UsageError("--in and --at both say when: give one of them.")
     from conveyor.jobs.task import definition_of
 
-    seconds = None if timeout is None else duration(timeout, name="--timeout")
+    seconds = None if timeout is None else parse_seconds(timeout, name="--timeout")
     _, app = target.load_app()
-    chosen = _task(app, task)
-    args, kwargs = _arguments(definition_of(chosen).signature, pairs, document)
-    later = None if delay is None else duration(delay, name="--in")
-    bound = chosen.options(delay=later, at=_instant(at), queue=queue, priority=priority, id=own_id)
+    chosen = _find_task(app, task)
+    args, kwargs = _parse_arguments(definition_of(chosen).signature, pairs, document)
+    delay_seconds = None if delay is None else parse_seconds(delay, name="--in")
+    bound = chosen.options(delay=delay_seconds, at=_parse_instant(at), queue=queue, priority=priority, id=own_id)
     job = bound.enqueue(*args, **kwargs)
     if not wait:
         if out.as_json:
@@ -60,36 +59,36 @@ def enqueue(
             out.line(job.id)
         return
     out.say(job.id)
-    text = _result(out, job, seconds)
+    text = _wait_for_result(out, job, seconds)
     if out.as_json:
         out.document("result", id=job.id, task=chosen.name, result=json.loads(text))
     else:
         out.line(text)
 
 
-def _result(out: Output, job: Any, seconds: float | None) -> str:
-    from conveyor.payload.formats import display
+def _wait_for_result(out: Output, job: Any, seconds: float | None) -> str:
+    from conveyor.payload.formats import value_text
 
     try:
-        return display(job.result(timeout=seconds))
+        return value_text(job.result(timeout=seconds))
     except TimeoutError:
-        raise TimeoutError(f"Job {job.id} has not ended after {seconds:g} s. It goes on.") from None
+        raise TimeoutError(f"Job {job.id} has not ended after {seconds:g} s. It was not cancelled.") from None
     except JobFailed as error:
         if error.traceback:
             for line in error.traceback.rstrip().splitlines():
-                out.say(machine(line))
+                out.say(machine_text(line))
         raise
 
 
-def _task(app: Any, name: str) -> Any:
-    """Return the task of that name, or the only one whose last parts are that."""
+def _find_task(app: Any, name: str) -> Any:
+    """Return the task with this name, or the only one whose name ends with it."""
     if name in app.tasks:
         return app.tasks[name]
-    found = {task.name: task for known, task in app.tasks.items() if known.endswith(f".{name}")}
-    if len(found) == 1:
-        return next(iter(found.values()))
-    if found:
-        raise ConfigurationError(f"Several tasks are named {name!r}: {', '.join(sorted(found))}. Give the whole name.")
+    matches = {task.name: task for known, task in app.tasks.items() if known.endswith(f".{name}")}
+    if len(matches) == 1:
+        return next(iter(matches.values()))
+    if matches:
+        raise ConfigurationError(f"Several tasks are named {name!r}: {', '.join(sorted(matches))}. Give the full name.")
     close = get_close_matches(name, [*app.tasks, *(known.rpartition(".")[2] for known in app.tasks)], 1)
     if not app.tasks:
         raise UnknownTask(f"There is no task {name!r}: the app has none.")
@@ -98,7 +97,7 @@ def _task(app: Any, name: str) -> Any:
     raise UnknownTask(f"There is no task {name!r}.{advice}\nKnown: {known}. Nothing was enqueued.")
 
 
-def _arguments(
+def _parse_arguments(
     signature: TaskSignature, pairs: tuple[str, ...], document: str | None
 ) -> tuple[Sequence[Any], dict[str, Any]]:
     args: Sequence[Any] = []
@@ -121,7 +120,7 @@ def _arguments(
         if not equals or not name:
             raise PayloadError(
                 f"Arguments are written name=value, not {pair!r}:  {signature.describe()}\n"
-                "By position they go into --args '[1, 2]'. Nothing was enqueued."
+                "Arguments by position:  --args '[1, 2]'. Nothing was enqueued."
             )
         if name in kwargs:
             raise PayloadError(f"Argument {name!r} is given twice. Nothing was enqueued.")
@@ -129,7 +128,7 @@ def _arguments(
     return args, kwargs
 
 
-def _instant(text: str | None) -> Any:
+def _parse_instant(text: str | None) -> Any:
     if text is None:
         return None
     from datetime import datetime
@@ -140,6 +139,6 @@ def _instant(text: str | None) -> Any:
         raise ConfigurationError(f"--at {text!r} is not an ISO 8601 instant such as 2026-05-01T09:00+02:00.") from error
     if instant.tzinfo is None:
         raise ConfigurationError(
-            f"--at {text!r} has no time zone. Write it behind: 2026-05-01T09:00+02:00, or Z for UTC.", code="E18"
+            f"--at {text!r} has no time zone. Add one: 2026-05-01T09:00+02:00, or Z for UTC.", code="E18"
         )
     return instant

@@ -1,4 +1,4 @@
-"""Exit codes, and which error ends with which."""
+"""Exit codes of commands, and the exit code for each error."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from conveyor import errors
 
 
 class ExitCode(IntEnum):
-    """What the shell is told; docs/reference/cli.md lists them."""
+    """The exit codes; docs/reference/cli.md explains them."""
 
     OK = 0
     FAILED = 1
@@ -50,7 +50,7 @@ _BY_CLASS: tuple[tuple[type[BaseException], ExitCode], ...] = (
 
 
 def exit_code(error: BaseException) -> ExitCode:
-    """Return how a command ends that raised *error*."""
+    """Return the exit code of a command that raised *error*."""
     if isinstance(error, errors.ConveyorError) and error.code in _BY_CODE:
         return _BY_CODE[error.code]
     return next((code for kind, code in _BY_CLASS if isinstance(error, kind)), ExitCode.FAILED)

@@ -1,4 +1,4 @@
-"""`conveyor job`: what became of a job, and what is done to single ones."""
+"""`conveyor job`: list single jobs, and act on them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from conveyor.cli.exit import ExitCode
-from conveyor.cli.output import Output, confirm_options, count, machine
+from conveyor.cli.output import Output, confirm_options, machine_text, quantity
 from conveyor.cli.target import Target, redis_options
 from conveyor.units import span
 
@@ -28,37 +28,48 @@ def job() -> None:
 
 
 @job.command("list")
-@click.option("--queue", "queue", metavar="QUEUE", help="Of one queue only.")
-@click.option("--state", type=click.Choice(STATES), help="In one state only; without it: all that live.")
-@click.option("--task", metavar="TASK", help="Of one task only.")
-@click.option("--limit", type=click.IntRange(min=1), default=50, show_default=True, help="At most so many.")
-@click.option("--offset", type=click.IntRange(min=0), default=0, help="Leave out so many first.")
-@click.option("-q", "--ids", "ids_only", is_flag=True, help="Print ids alone.")
+@click.option("--queue", "queue", metavar="QUEUE", help="Only jobs of this queue.")
+@click.option(
+    "--state", type=click.Choice(STATES), help="Only jobs in this state.  [default: all that have not ended, and dead ones]"
+)  # fmt: skip
+@click.option("--task", metavar="TASK", help="Only jobs of this task.")
+@click.option("--limit", type=click.IntRange(min=1), default=50, show_default=True, help="Show at most so many.")
+@click.option("--offset", type=click.IntRange(min=0), default=0, help="Skip so many first.")
+@click.option("-q", "--ids", "ids_only", is_flag=True, help="Print ids only.")
 @redis_options
 def list_(
     target: Target, out: Output, queue: str | None, state: str | None, task: str | None, limit: int, offset: int,
     ids_only: bool,
 ) -> None:  # fmt: skip
-    """List jobs in the order they are taken; dead and done ones newest first."""
-    found = target.admin().jobs(queue, state, task=task, offset=offset, limit=limit)
+    """
+    List jobs, in the order in which they are leased.
+
+    Dead and done ones come newest first.
+    """
+    jobs = target.admin().jobs(queue, state, task=task, offset=offset, limit=limit + 1)  # one more tells if that is all
+    more, jobs = len(jobs) > limit, jobs[:limit]
     if out.as_json:
-        out.document("jobs", jobs=found)
+        out.document("jobs", jobs=jobs)
     elif ids_only:
-        for info in found:
+        for info in jobs:
             out.line(info.id)
-    elif found:
-        out.table(HEADINGS, [_row(info) for info in found])
-        if len(found) == limit and out.on_terminal:
-            out.say(f"Perhaps there are more: --limit {2 * limit}, or --offset {offset + limit}.")
+    elif jobs:
+        out.table(HEADINGS, [_row(info) for info in jobs])
+        if more and out.on_terminal:
+            out.say(f"Showing {limit}. More: --limit {2 * limit}, or --offset {offset + limit}")
     else:
-        out.say("There are no such jobs.")
+        out.say("No jobs match.")
 
 
 @job.command()
 @click.argument("id_", metavar="ID")
 @redis_options
 def show(target: Target, out: Output, id_: str) -> None:
-    """Show all that is known of a job: payload, errors with tracebacks, result."""
+    """
+    Show everything about a job.
+
+    Its payload, errors with tracebacks, and result.
+    """
     info = target.admin().job(id_)
     if out.as_json:
         out.document("job", job=info)
@@ -90,15 +101,19 @@ def show(target: Target, out: Output, id_: str) -> None:
     if info.errors and info.errors[-1].traceback and out.on_terminal:
         out.line("")
         for line in info.errors[-1].traceback.rstrip().splitlines():
-            out.line(f"  {machine(line)}")
+            out.line(f"  {machine_text(line)}")
 
 
 @job.command()
 @click.argument("ids", nargs=-1, required=True, metavar="ID... | -")
 @redis_options
 def retry(target: Target, out: Output, ids: tuple[str, ...]) -> int:
-    """Put dead jobs back with a fresh budget; start scheduled ones now."""
-    return _report(out, "retry", target.admin().retry(_read(ids)))
+    """
+    Make dead and scheduled jobs ready now.
+
+    Dead ones get a new budget of attempts.
+    """
+    return _print_results(out, "retry", target.admin().retry(_read_ids(ids)))
 
 
 @job.command()
@@ -106,12 +121,16 @@ def retry(target: Target, out: Output, ids: tuple[str, ...]) -> int:
 @confirm_options
 @redis_options
 def cancel(target: Target, out: Output, ids: tuple[str, ...], yes: bool, dry_run: bool) -> int:
-    """Cancel jobs that have not ended; a running one is stopped by its worker."""
-    chosen = _read(ids)
-    ask = len(chosen) > 1 or dry_run
-    if ask and not out.confirm(f"Cancel {_described(chosen)}?", yes=yes, dry_run=dry_run):
+    """
+    Cancel jobs that have not ended.
+
+    A running job is stopped by its worker.
+    """
+    chosen = _read_ids(ids)
+    needs_confirmation = len(chosen) > 1 or dry_run
+    if needs_confirmation and not out.confirm(f"Cancel {_describe_ids(chosen)}?", yes=yes, dry_run=dry_run):
         return ExitCode.OK
-    return _report(out, "cancel", target.admin().cancel(chosen))
+    return _print_results(out, "cancel", target.admin().cancel(chosen))
 
 
 @job.command()
@@ -119,11 +138,11 @@ def cancel(target: Target, out: Output, ids: tuple[str, ...], yes: bool, dry_run
 @confirm_options
 @redis_options
 def delete(target: Target, out: Output, ids: tuple[str, ...], yes: bool, dry_run: bool) -> int:
-    """Remove jobs and dead letters without a trace; a leased one is refused."""
-    chosen = _read(ids)
-    if not chosen or not out.confirm(f"Delete {_described(chosen)} for good?", yes=yes, dry_run=dry_run):
+    """Remove jobs and dead letters completely; leased ones are refused."""
+    chosen = _read_ids(ids)
+    if not chosen or not out.confirm(f"Delete {_describe_ids(chosen)} permanently?", yes=yes, dry_run=dry_run):
         return ExitCode.OK
-    return _report(out, "delete", target.admin().delete(chosen))
+    return _print_results(out, "delete", target.admin().delete(chosen))
 
 
 def _row(info: JobInfo) -> tuple[object, ...]:
@@ -137,29 +156,29 @@ def _row(info: JobInfo) -> tuple[object, ...]:
         about = info.payload[:200]
     elif info.ran_ms is not None:
         about = f"ran {span(info.ran_ms / 1000)}"
-    attempt = None if info.payload is None else info.attempt  # of one that has ended it is not kept
+    attempt = None if info.payload is None else info.attempt  # not kept for a job that has ended
     return (info.id, info.queue, info.task or None, info.status, attempt, when, about)
 
 
-def _read(ids: Sequence[str]) -> list[str]:
-    """Return the ids, with those of standard input in the place of ``-``, each once."""
-    found: list[str] = []
+def _read_ids(ids: Sequence[str]) -> list[str]:
+    """Return the ids, each once; ``-`` stands for the ids on standard input."""
+    read: list[str] = []
     for one in ids:
-        found += (line.split("\t")[0].strip() for line in sys.stdin) if one == "-" else [one]
-    return [one for one in dict.fromkeys(found) if one]
+        read += (line.split("\t")[0].strip() for line in sys.stdin) if one == "-" else [one]
+    return [one for one in dict.fromkeys(read) if one]
 
 
-def _described(ids: Sequence[str]) -> str:
+def _describe_ids(ids: Sequence[str]) -> str:
     if len(ids) == 1:
         return ids[0]
-    return f"{count(len(ids), 'job')} ({', '.join(ids[:3])}{', …' if len(ids) > 3 else ''})"
+    return f"{quantity(len(ids), 'job')} ({', '.join(ids[:3])}{', …' if len(ids) > 3 else ''})"
 
 
-def _report(out: Output, schema: str, acted: Sequence[ActionResult]) -> int:
+def _print_results(out: Output, schema: str, results: Sequence[ActionResult]) -> int:
     if out.as_json:
-        out.document(schema, jobs=acted)
+        out.document(schema, jobs=results)
     else:
-        out.table(("id", "outcome", "detail"), [(one.id, one.outcome, one.detail) for one in acted])
-    if any(one.outcome == "not found" for one in acted):
+        out.table(("id", "outcome", "detail"), [(one.id, one.outcome, one.detail) for one in results])
+    if any(one.outcome == "not found" for one in results):
         return ExitCode.NOT_FOUND
-    return ExitCode.OK if all(one.done for one in acted) else ExitCode.REFUSED
+    return ExitCode.OK if all(one.done for one in results) else ExitCode.REFUSED

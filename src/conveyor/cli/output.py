@@ -1,4 +1,8 @@
-"""Printing: tables on a terminal, tab-separated text when piped, one JSON document when asked; and asking back."""
+"""
+Output of commands, and questions to the user.
+
+Tables on a terminal, tab-separated text in a pipe, or one JSON document with `--json`.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +21,7 @@ from conveyor.cli.exit import ExitCode
 from conveyor.ids import clean
 from conveyor.units import span
 
-_UNESCAPED = re.compile(r"[\x7f-\x9f]")  # what JSON leaves as it is and a terminal may obey
+_CONTROL_CHARACTERS = re.compile(r"[\x7f-\x9f]")  # JSON leaves them unescaped, but a terminal may act on them
 _COLOURS = {
     "dead": "red", "leased": "cyan", "scheduled": "yellow", "ready": "green", "cancelled": "magenta",
     "paused": "yellow", "stranded": "red", "not found": "red", "refused": "red",
@@ -25,46 +29,53 @@ _COLOURS = {
 MARKS = {"ok": ("✓", "green"), "note": ("·", "cyan"), "warning": ("!", "yellow"), "problem": ("✗", "red")}
 
 
+class StandardOutputError(Exception):
+    """Standard output cannot be written."""
+
+
 class Output:
-    """How one command prints. Data goes to standard output, talk to standard error."""
+    """The output of one command: data on standard output, all other text on standard error."""
 
     def __init__(self, *, as_json: bool = False) -> None:
-        """Look once whether a person is reading."""
         self.as_json = as_json
         self.on_terminal = sys.stdout.isatty()
 
     def document(self, name: str, **content: Any) -> None:
-        """Print one JSON document under its versioned schema."""
-        text = json.dumps({"schema": f"conveyor/{name}@1", **content}, default=_jsonable, ensure_ascii=False)
-        click.echo(_UNESCAPED.sub(lambda match: f"\\u{ord(match[0]):04x}", text))
+        """Print one JSON document with a versioned schema."""
+        text = json.dumps({"schema": f"conveyor/{name}@1", **content}, default=_to_json, ensure_ascii=False)
+        _print(_CONTROL_CHARACTERS.sub(lambda match: f"\\u{ord(match[0]):04x}", text))
 
     def line(self, text: str) -> None:
         """Print one line of data."""
-        click.echo(text)
+        _print(text)
 
     def say(self, text: str) -> None:
-        """Tell the person something that is not data."""
+        """Print a line that is not data, on standard error."""
         click.echo(text, err=True)
 
     def table(self, headings: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-        """Print rows: aligned under headings on a terminal, tab-separated and bare otherwise."""
+        """Print rows: aligned under headings on a terminal, otherwise tab-separated without them."""
         if self.on_terminal:
-            _aligned(headings, rows)
+            _print_aligned(headings, rows)
         else:
             for row in rows:
-                click.echo("\t".join(machine(cell) for cell in row))
+                _print("\t".join(machine_text(cell) for cell in row))
 
     def pairs(self, rows: Sequence[tuple[str, object]]) -> None:
-        """Print named values, one a line; a terminal does not show the empty ones."""
+        """Print named values, one a line. A terminal does not show empty ones."""
         width = max((len(name) for name, _ in rows), default=0)
         for name, value in rows:
             if not self.on_terminal:
-                click.echo(f"{name}\t{machine(value)}")
+                _print(f"{name}\t{machine_text(value)}")
             elif value is not None and value != "":
-                click.echo(f"{click.style(name.ljust(width), dim=True)}  {_coloured(human(value))}")
+                _print(f"{click.style(name.ljust(width), dim=True)}  {_colour_state(human_text(value))}")
 
     def confirm(self, question: str, *, yes: bool, dry_run: bool) -> bool:
-        """Return whether to go on: yes, or a person says so. Ends the command with 6 when nobody does."""
+        """
+        Return whether to proceed: with *yes*, or when the user agrees.
+
+        Ends the command with 6 when the user does not agree, or there is no terminal to ask on.
+        """
         if dry_run:
             self.say(f"{question}  Nothing was done (--dry-run).")
             return False
@@ -74,11 +85,11 @@ class Output:
             self.say(f"{question}  Not confirmed: give --yes. Nothing was done.")
             raise click.exceptions.Exit(ExitCode.REFUSED)
         try:
-            agreed = click.confirm(question, default=False, err=True)
+            confirmed = click.confirm(question, default=False, err=True)
         except click.Abort:
-            self.say("")  # the shell's prompt belongs on a line of its own
+            self.say("")  # the shell's prompt then starts on its own line
             raise
-        if not agreed:
+        if not confirmed:
             self.say("Nothing was done.")
             raise click.exceptions.Exit(ExitCode.REFUSED)
         return True
@@ -86,25 +97,25 @@ class Output:
 
 def confirm_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """Add ``--yes`` and ``--dry-run``."""
-    function = click.option("--dry-run", is_flag=True, help="Only say what would be done.")(function)
+    function = click.option("--dry-run", is_flag=True, help="Only show what would be done.")(function)
     return click.option("-y", "--yes", is_flag=True, help="Do not ask.")(function)
 
 
-def machine(value: object) -> str:
-    """Return a value for a program: exact, on one line, without tabs."""
+def machine_text(value: object) -> str:
+    """Return a value as text for programs: exact, on one line, without tabs."""
     if value is None:
         return ""
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, datetime):
-        return stamp(value)
+        return iso_timestamp(value)
     if isinstance(value, timedelta):
         return f"{value.total_seconds():.3f}"
     return clean(str(value))
 
 
-def human(value: object) -> str:
-    """Return a value for a person."""
+def human_text(value: object) -> str:
+    """Return a value as text for people."""
     if value is None:
         return "-"
     if isinstance(value, bool):
@@ -119,38 +130,47 @@ def human(value: object) -> str:
     return clean(str(value))
 
 
-def stamp(at: datetime) -> str:
+def iso_timestamp(at: datetime) -> str:
     """Return an instant as ISO 8601 in UTC, with milliseconds."""
     return at.astimezone(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
-def count(number: int, word: str) -> str:
+def quantity(number: int, word: str) -> str:
     """Return ``1 job``, ``1,200 jobs``, ``2 processes``."""
     plural = "es" if word.endswith("s") else "s"
     return f"{number:,} {word}" if number == 1 else f"{number:,} {word}{plural}"
 
 
-def seconds(text: str, *, name: str) -> float:
-    """Return a duration as seconds: ``30``, ``5s``, ``1h30m``; raises ConfigurationError."""
+def parse_seconds(text: str, *, name: str) -> float:
+    """Convert ``30``, ``5s`` or ``1h30m`` to seconds; raises ConfigurationError."""
     from conveyor.units import milliseconds
 
     return milliseconds(float(text) if text.replace(".", "", 1).isdigit() else text, name=name) / 1000
 
 
-def version() -> str:
+def installed_version() -> str:
     """Return the version of the installed package."""
-    from importlib.metadata import PackageNotFoundError
-    from importlib.metadata import version as installed
+    from importlib.metadata import PackageNotFoundError, version
 
     try:
-        return installed("conveyor")
+        return version("conveyor")
     except PackageNotFoundError:
         return "(not installed)"
 
 
-def _jsonable(value: object) -> object:
+def _print(text: str) -> None:
+    """Print a line on standard output; raises StandardOutputError, such as for a full disk."""
+    try:
+        click.echo(text)
+    except BrokenPipeError:
+        raise  # the reader is gone: click ends the command without an error
+    except OSError as error:
+        raise StandardOutputError(f"Cannot write to standard output: {error.strerror or error}") from error
+
+
+def _to_json(value: object) -> object:
     if isinstance(value, datetime):
-        return stamp(value)
+        return iso_timestamp(value)
     if isinstance(value, timedelta):
         return value.total_seconds()
     if is_dataclass(value) and not isinstance(value, type):
@@ -158,25 +178,25 @@ def _jsonable(value: object) -> object:
     raise TypeError(f"{type(value).__name__} has no JSON form")
 
 
-def _aligned(headings: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    cells = [[human(cell) for cell in row] for row in rows]
+def _print_aligned(headings: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    cells = [[human_text(cell) for cell in row] for row in rows]
     numeric = [all(isinstance(row[i], int | float | timedelta | None) for row in rows) for i in range(len(headings))]
     widths = [max([len(name), *(len(row[i]) for row in cells)]) for i, name in enumerate(headings)]
-    room = shutil.get_terminal_size().columns - sum(widths[:-1]) - 2 * (len(widths) - 1)
-    widths[-1] = min(widths[-1], max(room, 12))
+    last_width = shutil.get_terminal_size().columns - sum(widths[:-1]) - 2 * (len(widths) - 1)
+    widths[-1] = min(widths[-1], max(last_width, 12))
 
-    def text(row: Sequence[str]) -> list[str]:
+    def padded(row: Sequence[str]) -> list[str]:
         fitted = [*row[:-1], row[-1] if len(row[-1]) <= widths[-1] else row[-1][: widths[-1] - 1] + "…"]
         return [
             cell.rjust(widths[i]) if numeric[i] else cell.ljust(widths[i]) if i + 1 < len(row) else cell
             for i, cell in enumerate(fitted)
         ]
 
-    click.echo(click.style("  ".join(text([name.upper() for name in headings])).rstrip(), bold=True))
+    _print(click.style("  ".join(padded([name.upper() for name in headings])).rstrip(), bold=True))
     for row in cells:
-        click.echo("  ".join(_coloured(cell) for cell in text(row)).rstrip())
+        _print("  ".join(_colour_state(cell) for cell in padded(row)).rstrip())
 
 
-def _coloured(cell: str) -> str:
+def _colour_state(cell: str) -> str:
     colour = _COLOURS.get(cell.strip())
     return click.style(cell, fg=colour) if colour else cell

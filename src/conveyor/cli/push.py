@@ -1,4 +1,4 @@
-"""`conveyor push`: messages from the command line or from standard input."""
+"""`conveyor push`: push messages from the command line or from standard input."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from conveyor.cli.output import Output, count, seconds
+from conveyor.cli.output import Output, parse_seconds, quantity
 from conveyor.cli.target import Target, redis_options
 
 if TYPE_CHECKING:
@@ -17,114 +17,120 @@ if TYPE_CHECKING:
     from conveyor.store.operations import Entry
 
 _CHUNK = 1 << 16
-_LONGEST_LINE = 1 << 24
+_MAX_LINE = 1 << 24
 
 
 @click.command()
 @click.argument("queue", metavar="QUEUE")
 @click.argument("message", required=False, metavar="[JSON | -]")
-@click.option("--delay", metavar="5m", help="Deliver it no sooner than after this.")
+@click.option("--delay", metavar="5m", help="Deliver it after this delay.")
 @click.option("--priority", type=click.IntRange(0, 9), default=0, help="0 to 9, higher goes first.")
-@click.option("--id", "own_id", metavar="ID", help="An id of your own: pushing it again stores nothing.")
-@click.option("--expires", metavar="1h", help="Drop it if nobody has taken it by then.")
+@click.option("--id", "own_id", metavar="ID", help="Your own id: pushing it again stores nothing.")
+@click.option("--expires", metavar="1h", help="Drop it if no worker has taken it by then.")
 @click.option("--header", "headers", multiple=True, metavar="K=V", help="A header; may be repeated.")
-@click.option("--front", is_flag=True, help="Before all that wait, not behind them.")
+@click.option("--front", is_flag=True, help="Put it before the messages that wait.")
 @redis_options
 def push(
     target: Target, out: Output, queue: str, message: str | None, delay: str | None, priority: int, own_id: str | None,
     expires: str | None, headers: tuple[str, ...], front: bool,
 ) -> None:  # fmt: skip
     """
-    Put one JSON message on a queue, or one a line from standard input (-).
+    Push one JSON message to a queue, or one per line of standard input (-).
 
-    Prints the ids alone, one a line.
+    Prints the ids, one per line.
     """
     from_stdin = message == "-" or (message is None and not sys.stdin.isatty())
     if message is None and not from_stdin:
-        raise click.UsageError("What shall be pushed? Give JSON, or - to read one message a line.")
+        raise click.UsageError("Nothing to push: give JSON, or - to read one message per line.")
     if from_stdin and own_id:
         raise click.UsageError("--id names one message; lines from standard input get ids of their own.")
-    client, app = target.client(), target.app  # in this order: the client's app seals
-    choice = _choice(
-        app, queue, id=own_id, priority=priority, front=front, headers=_headers(headers),
-        delay=0 if delay is None else seconds(delay, name="--delay"),
-        expires=None if expires is None else seconds(expires, name="--expires"),
+    client, app = target.client(), target.app  # in this order: `client` loads the app
+    prepared = _prepare(
+        app, queue, id=own_id, priority=priority, front=front, headers=_parse_headers(headers),
+        delay=0 if delay is None else parse_seconds(delay, name="--delay"),
+        expires=None if expires is None else parse_seconds(expires, name="--expires"),
     )  # fmt: skip
-    codec = _codec(app, queue)
-    keys = _keys(client, queue)
-    partitions = _partitions(client, keys.queue)
+    codec = _queue_codec(app, queue)
+    keys = _queue_keys(client, queue)
+    partitions = _recorded_partitions(client, keys.queue)
     ids: list[str] = []
     if not from_stdin:
         assert message is not None
-        body = _body(message.encode("utf-8", "surrogateescape"), "")
-        ids = _store(client, keys, partitions, [_entry(body, choice, codec)])
-        _print(out, ids)
+        body = _checked_body(message.encode("utf-8", "surrogateescape"), "")
+        ids = _push_entries(client, keys, partitions, [_entry(body, prepared, codec)])
+        _print_ids(out, ids)
     else:
         stored = 0
-        if sys.stdin.seekable():  # a file is checked as a whole, so that a bad line in it stores nothing
+        if sys.stdin.seekable():  # a file is checked as a whole first, so that a bad line stores nothing
             start = sys.stdin.buffer.tell()
-            for bodies in _batches(sys.stdin.buffer):
+            for bodies in _read_lines(sys.stdin.buffer):
                 for number, line in bodies:
-                    _body(line, _where(number, 0))
+                    _checked_body(line, _line_position(number, 0))
             sys.stdin.buffer.seek(start)
-        for bodies in _batches(sys.stdin.buffer):
-            entries = [_entry(_body(line, _where(number, stored)), choice, codec) for number, line in bodies]
-            # Each goes before all that wait: in reverse, so that the first line is taken first.
-            chunk = _store(client, keys, partitions, entries[::-1] if front else entries)
+        for bodies in _read_lines(sys.stdin.buffer):
+            entries = [
+                _entry(_checked_body(line, _line_position(number, stored)), prepared, codec) for number, line in bodies
+            ]
+            # Each message goes to the front: reversed, so that the first line is leased first.
+            chunk = _push_entries(client, keys, partitions, entries[::-1] if front else entries)
             chunk = chunk[::-1] if front else chunk
             stored += len(chunk)
             ids += chunk if out.as_json else []
-            _print(out, chunk)
+            _print_ids(out, chunk)
     if out.as_json:
         out.document("pushed", queue=queue, ids=ids)
 
 
-def _keys(client: Any, queue: str) -> Any:
+def _queue_keys(client: Any, queue: str) -> Any:
     from conveyor.ids import queue_name
 
     return client.keys(queue_name(queue))
 
 
-def _partitions(client: Any, queue: str) -> Any:
-    """Return the partitions of a queue as they are on record, None when it lies in one piece."""
-    from conveyor.messaging.partitions import Partitions, number_of
+def _recorded_partitions(client: Any, queue: str) -> Any:
+    """Return the partitions of a queue as Redis records them; None without partitions."""
+    from conveyor.messaging.partitions import Partitions, partition_count
 
-    number = number_of(client, queue)
+    number = partition_count(client, queue)
     return None if number == 1 else Partitions(client, queue, number)
 
 
-def _store(client: Any, keys: Any, partitions: Any, entries: list[Entry]) -> list[str]:
+def _push_entries(client: Any, keys: Any, partitions: Any, entries: list[Entry]) -> list[str]:
     from conveyor.ids import public
 
     if partitions is None:
         return [public(keys.queue, id_) for id_ in client.push(keys, entries)]
-    placed = [partitions.placed(entry) for entry in entries]
-    found: dict[str, Iterator[str]] = {}
-    for place in dict.fromkeys(placed):
-        chosen = [entry for entry, where in zip(entries, placed, strict=True) if where == place]
-        found[place] = iter(partitions.send(place, chosen))
-    return [public(place, next(found[place])) for place in placed]
+    placed = [partitions.partition_of(entry) for entry in entries]
+    ids: dict[str, Iterator[str]] = {}
+    for partition in dict.fromkeys(placed):
+        chosen = [entry for entry, where in zip(entries, placed, strict=True) if where == partition]
+        ids[partition] = iter(partitions.send(partition, chosen))
+    return [public(partition, next(ids[partition])) for partition in placed]
 
 
-def _print(out: Output, ids: list[str]) -> None:
+def _print_ids(out: Output, ids: list[str]) -> None:
     if not out.as_json:
         for id_ in ids:
             out.line(id_)
         sys.stdout.flush()
 
 
-def _where(number: int, stored: int) -> str:
-    before = f" (after {count(stored, 'message')} that {'was' if stored == 1 else 'were'} stored)" if stored else ""
+def _line_position(number: int, stored: int) -> str:
+    before = f" (after {quantity(stored, 'message')} that {'was' if stored == 1 else 'were'} stored)" if stored else ""
     return f" in line {number} of standard input{before}"
 
 
-def _batches(stream: Any) -> Iterator[list[tuple[int, bytes]]]:
-    """Yield the lines that have arrived, numbered from 1: those of a slow pipe one by one, a file's in large parts."""
+def _read_lines(stream: Any) -> Iterator[list[tuple[int, bytes]]]:
+    """
+    Yield lines as (number from 1, text), in lists.
+
+    Lines of a slow pipe come one by one, those of a file in large parts.
+    """
     rest, number = b"", 0
     while chunk := stream.read1(_CHUNK):
         *lines, rest = (rest + chunk).split(b"\n")
-        if len(rest) > _LONGEST_LINE:
-            break  # too large whatever follows; what has arrived says so
+        if len(rest) > _MAX_LINE:
+            break  # too large whatever follows; the check of this part reports it
         numbered = list(enumerate(lines, number + 1))
         number += len(lines)
         if kept := [(n, line) for n, line in numbered if line.strip()]:
@@ -133,14 +139,14 @@ def _batches(stream: Any) -> Iterator[list[tuple[int, bytes]]]:
         yield [(number + 1, rest)]
 
 
-def _body(raw: bytes, where: str) -> bytes:
+def _checked_body(raw: bytes, where: str) -> bytes:
     import msgspec
 
     from conveyor.errors import PayloadError
-    from conveyor.payload.codec import MAX_PAYLOAD, bounds
+    from conveyor.payload.codec import MAX_PAYLOAD, exceeded_limit
 
     body = raw.strip()
-    if excess := bounds(body, MAX_PAYLOAD):
+    if excess := exceeded_limit(body, MAX_PAYLOAD):
         raise PayloadError(f"The message{where} {excess[1]}", code=excess[0])
     try:
         msgspec.json.decode(body)
@@ -151,11 +157,11 @@ def _body(raw: bytes, where: str) -> bytes:
             "A text needs its quotes: conveyor push mail '\"hello\"'"
         ) from error
     except RecursionError as error:
-        raise PayloadError(f"The message{where} is nested too deep.", code="E22") from error
+        raise PayloadError(f"The message{where} is nested too deeply.", code="E22") from error
     return body
 
 
-def _headers(given: tuple[str, ...]) -> dict[str, str]:
+def _parse_headers(given: tuple[str, ...]) -> dict[str, str]:
     from conveyor.errors import ConfigurationError
 
     headers = {}
@@ -167,27 +173,27 @@ def _headers(given: tuple[str, ...]) -> dict[str, str]:
     return headers
 
 
-def _choice(app: Any, queue: str, **options: Any) -> PreparedPush:
-    """Return what every message of this call is pushed with, sealed as the app seals."""
+def _prepare(app: Any, queue: str, **options: Any) -> PreparedPush:
+    """Return the options for every message of this call, with the sealing of the app."""
     from conveyor.jobs.core import core_of
-    from conveyor.messaging.push_options import posting, wrapped
+    from conveyor.messaging.push_options import prepare_push, with_sealing
 
     declared = None if app is None else core_of(app).queues.get(queue)
     version = 1 if declared is None else declared.version
-    return wrapped(posting(**options, version=version), None if app is None else app.sealing, queue, version)
+    return with_sealing(prepare_push(**options, version=version), None if app is None else app.sealing, queue, version)
 
 
-def _codec(app: Any, queue: str) -> FormatCodec[Any] | None:
-    """Return the queue's own codec where it writes something else than JSON."""
+def _queue_codec(app: Any, queue: str) -> FormatCodec[Any] | None:
+    """Return the codec of the queue where it writes another format than JSON, else None."""
     from conveyor.jobs.core import core_of
 
     declared = None if app is None else core_of(app).queues.get(queue)
     return None if declared is None or declared.codec.formats.writes is None else declared.codec
 
 
-def _entry(body: bytes, choice: PreparedPush, codec: FormatCodec[Any] | None) -> Entry:
+def _entry(body: bytes, prepared: PreparedPush, codec: FormatCodec[Any] | None) -> Entry:
     from conveyor.ids import new_id
 
     if codec is not None:
         body = codec.encode(codec.decode(body))
-    return choice.entry(new_id(), choice.head + body)
+    return prepared.entry(new_id(), prepared.head + body)

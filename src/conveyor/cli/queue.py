@@ -1,4 +1,4 @@
-"""`conveyor queue`: what queues hold, and what is done to a whole queue."""
+"""`conveyor queue`: show queues, and act on whole queues."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from conveyor.cli.output import Output, confirm_options, count
+from conveyor.cli.output import Output, confirm_options, quantity
 from conveyor.cli.target import Target, redis_options
 
 if TYPE_CHECKING:
@@ -18,18 +18,22 @@ if TYPE_CHECKING:
 _HEADINGS = ("queue", "ready", "scheduled", "leased", "dead", "workers", "oldest", "state")
 
 
-def queue_table(out: Output, queues: Sequence[QueueInfo]) -> None:
-    """Print queues as a table; the number of partitions comes last, and only where one has several."""
-    spread = any(info.partitions > 1 for info in queues)
-    headings = (*_HEADINGS, "partitions") if spread else _HEADINGS
+def print_queues(out: Output, queues: Sequence[QueueInfo]) -> None:
+    """
+    Print queues as a table.
+
+    The column of partitions comes last, and only where a queue has several.
+    """
+    partitioned = any(info.partitions > 1 for info in queues)
+    headings = (*_HEADINGS, "partitions") if partitioned else _HEADINGS
     out.table(headings, [_row(info)[: len(headings)] for info in queues])
 
 
 def _row(info: QueueInfo) -> tuple[object, ...]:
     oldest = None if info.oldest_age is None else timedelta(seconds=info.oldest_age)
     state = "paused" if info.paused else "stranded" if info.stranded else ""
-    there = (info.ready, info.scheduled, info.leased, info.dead, info.workers)
-    return (info.name, *there, oldest, state, info.partitions)
+    counts = (info.ready, info.scheduled, info.leased, info.dead, info.workers)
+    return (info.name, *counts, oldest, state, info.partitions)
 
 
 @click.group()
@@ -40,12 +44,12 @@ def queue() -> None:
 @queue.command("list")
 @redis_options
 def list_(target: Target, out: Output) -> None:
-    """List all queues with what they hold."""
-    found = target.admin().queues()
+    """List all queues with their counts."""
+    queues = target.admin().queues()
     if out.as_json:
-        out.document("queues", queues=found)
-    elif found:
-        queue_table(out, found)
+        out.document("queues", queues=queues)
+    elif queues:
+        print_queues(out, queues)
     else:
         out.say("There are no queues yet.")
 
@@ -54,7 +58,7 @@ def list_(target: Target, out: Output) -> None:
 @click.argument("name", metavar="QUEUE")
 @redis_options
 def show(target: Target, out: Output, name: str) -> None:
-    """Show one queue, or one partition of one (orders/3), and its workers."""
+    """Show one queue, or one partition (orders/3), and its workers."""
     admin = target.admin()
     info, workers, partitions = admin.queue(name), admin.workers(name), admin.partitions(name)
     if out.as_json:
@@ -77,7 +81,7 @@ def show(target: Target, out: Output, name: str) -> None:
     )
     if partitions and out.on_terminal:
         out.line("")
-        queue_table(out, partitions)
+        print_queues(out, partitions)
     if workers and out.on_terminal:
         out.line("")
         rows = [(worker.id, worker.host, worker.pid, worker.held, worker.lease_ends) for worker in workers]
@@ -88,18 +92,18 @@ def show(target: Target, out: Output, name: str) -> None:
 @click.argument("name", metavar="QUEUE")
 @redis_options
 def pause(target: Target, out: Output, name: str) -> None:
-    """Let nothing more be taken from a queue; pushing goes on."""
+    """Stop workers from taking jobs of a queue; pushing still works."""
     target.admin().pause(name)
-    _changed(out, name, paused=True)
+    _print_paused(out, name, paused=True)
 
 
 @queue.command()
 @click.argument("name", metavar="QUEUE")
 @redis_options
 def resume(target: Target, out: Output, name: str) -> None:
-    """Undo pause."""
+    """Resume a paused queue."""
     target.admin().resume(name)
-    _changed(out, name, paused=False)
+    _print_paused(out, name, paused=False)
 
 
 @queue.command()
@@ -108,17 +112,17 @@ def resume(target: Target, out: Output, name: str) -> None:
 @confirm_options
 @redis_options
 def purge(target: Target, out: Output, name: str, dead: bool, yes: bool, dry_run: bool) -> None:
-    """Remove everything that is not leased."""
+    """Remove all jobs that are not leased."""
     admin = target.admin()
     info = admin.queue(name)
-    there = info.dead if dead else info.ready + info.scheduled
-    what = count(there, "dead letter" if dead else "job")
+    available = info.dead if dead else info.ready + info.scheduled
+    what = quantity(available, "dead letter" if dead else "job")
     removed = 0
-    if there and out.confirm(f"Remove {what} from {name} for good?", yes=yes, dry_run=dry_run):
+    if available and out.confirm(f"Remove {what} from {name} permanently?", yes=yes, dry_run=dry_run):
         removed = admin.purge(name, dead=dead)
-    elif not there:
+    elif not available:
         out.say(f"There is nothing to remove in {name}.")
-    _counted(out, "purge", name, "removed", there if dry_run else removed, dry_run=dry_run)
+    _print_count(out, "purge", name, "removed", available if dry_run else removed, dry_run=dry_run)
 
 
 @queue.command()
@@ -127,16 +131,20 @@ def purge(target: Target, out: Output, name: str, dead: bool, yes: bool, dry_run
 @confirm_options
 @redis_options
 def redrive(target: Target, out: Output, name: str, limit: int | None, yes: bool, dry_run: bool) -> None:
-    """Put the dead letters of a queue back, oldest first, with a fresh budget."""
+    """
+    Put dead letters back, oldest first.
+
+    They get a new budget of attempts.
+    """
     admin = target.admin()
-    there = admin.queue(name).dead
-    chosen = there if limit is None else min(limit, there)
+    available = admin.queue(name).dead
+    chosen = available if limit is None else min(limit, available)
     moved = 0
-    if chosen and out.confirm(f"Put {count(chosen, 'dead letter')} back into {name}?", yes=yes, dry_run=dry_run):
+    if chosen and out.confirm(f"Put {quantity(chosen, 'dead letter')} back into {name}?", yes=yes, dry_run=dry_run):
         moved = admin.redrive(name, limit=chosen)
     elif not chosen:
         out.say(f"{name} has no dead letters.")
-    _counted(out, "redrive", name, "redriven", chosen if dry_run else moved, dry_run=dry_run)
+    _print_count(out, "redrive", name, "redriven", chosen if dry_run else moved, dry_run=dry_run)
 
 
 @queue.command("partition")
@@ -146,39 +154,39 @@ def redrive(target: Target, out: Output, name: str, limit: int | None, yes: bool
 @redis_options
 def partition(target: Target, out: Output, name: str, partitions: int, yes: bool, dry_run: bool) -> None:
     """
-    Lay an empty queue in N partitions.
+    Change the number of partitions of an empty queue to N.
 
-    Refused while it holds anything, dead letters included. Programs that declare another number are refused from then
-    on, workers that run now included: start them anew with the new number.
+    Refused while the queue holds anything, dead letters included. From then on, programs that declare another number are
+    refused, running workers included: restart them with the new number.
     """
     admin = target.admin()
     before = admin.queue(name).partitions
     admin.refuse_full(name)
     after = before
-    # Asked also when it lies so already: that completes a change which somebody left half done.
-    question = f"{name} is empty and lies in {count(before, 'partition')}. Lay it in {partitions}?"
+    # Also when it has N already: that completes a change which was interrupted.
+    question = f"{name} is empty and has {quantity(before, 'partition')}. Change that to {partitions}?"
     if out.confirm(question, yes=yes, dry_run=dry_run):
         admin.repartition(name, partitions)
         after = partitions
     if out.as_json:
         out.document("queue-partitioned", queue=name, before=before, partitions=after, dry_run=dry_run)
     elif not dry_run and after != before:
-        out.say(f"{name} lies in {count(after, 'partition')} now. Start its programs with partitions={after}.")
+        out.say(f"{name} has {quantity(after, 'partition')} now. Restart its programs with partitions={after}.")
     elif after == before == partitions and not dry_run:
-        out.say(f"{name} lies in {count(after, 'partition')} already.")
+        out.say(f"{name} has {quantity(after, 'partition')} already.")
 
 
-def _changed(out: Output, name: str, *, paused: bool) -> None:
+def _print_paused(out: Output, name: str, *, paused: bool) -> None:
     if out.as_json:
         out.document("queue-paused", queue=name, paused=paused)
     else:
-        out.say(f"{name} is paused: workers take nothing more from it." if paused else f"{name} goes on.")
+        out.say(f"{name} is paused: workers take nothing more from it." if paused else f"{name} is resumed.")
 
 
-def _counted(out: Output, schema: str, name: str, word: str, number: int, *, dry_run: bool) -> None:
+def _print_count(out: Output, schema: str, name: str, word: str, number: int, *, dry_run: bool) -> None:
     if out.as_json:
         out.document(schema, queue=name, dry_run=dry_run, **{word: number})
     elif not out.on_terminal:
         out.line(str(number))
     elif not dry_run and number:
-        out.line(f"{count(number, 'job')} {word}.")
+        out.line(f"{quantity(number, 'job')} {word}.")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from conveyor.cli.app import load_outbox, settings
+from conveyor.cli.app import load_outbox, read_settings
 from conveyor.cli.exit import ExitCode
 from conveyor.cli.output import Output
 from conveyor.cli.target import verbose_option
@@ -20,47 +20,47 @@ if TYPE_CHECKING:
 
 
 class _StopSignal(Exception):
-    """A signal that asks to stop."""
+    """Raised by a signal that stops the relay."""
 
 
 @click.command()
 @click.argument("reference", metavar="MODULE:OUTBOX")
-@click.option("--once", is_flag=True, help="Deliver what is committed by now, print how many rows, and exit.")
+@click.option("--once", is_flag=True, help="Deliver the rows that are committed now, print their number, and exit.")
 @click.option("--ddl", type=click.Choice(DIALECTS), help="Print the SQL that creates the table, and exit.")
 @verbose_option
 @click.pass_context
 def relay(ctx: click.Context, reference: str, once: bool, ddl: str | None) -> int:
     """
-    Deliver what was enqueued in the transactions of a database, until it is stopped.
+    Deliver jobs that were enqueued in database transactions, until it is stopped.
 
-    MODULE:OUTBOX is where the program made its Outbox(app, connect). SIGTERM and ctrl-C end it with 0 after what is
-    under way. Several may run: one delivers, the others stand by.
+    MODULE:OUTBOX names the program's Outbox(app, connect). SIGTERM and ctrl-C finish the current batch and exit 0. Several
+    relays may run: one delivers, the others stand by.
     """
     out = Output()
-    outbox: Outbox = load_outbox(reference, settings())
+    outbox: Outbox = load_outbox(reference, read_settings())
     ctx.call_on_close(outbox.app.close)
     if ddl is not None:
         out.line(outbox.ddl(ddl).rstrip())
     elif once:
         out.line(str(outbox.deliver()))
     else:
-        _run(out, outbox, verbose=bool(ctx.obj and ctx.obj["verbose"]))
+        _deliver_until_stopped(out, outbox, verbose=bool(ctx.obj and ctx.obj["verbose"]))
     return ExitCode.OK
 
 
-def _run(out: Output, outbox: Outbox, *, verbose: bool) -> None:
+def _deliver_until_stopped(out: Output, outbox: Outbox, *, verbose: bool) -> None:
     from conveyor.worker.logs import configure_log
 
     configure_log(verbose=verbose)
     try:
         waiting = f"{outbox.stats().waiting:,} rows wait"
     except ConveyorError:
-        raise  # the table is missing, or there is no way to connect: waiting would not mend it
+        raise  # the table or the driver is missing: waiting would not help
     except Exception as error:
         waiting = f"the database does not answer yet: {error}"
     try:
         for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, _end)
+            signal.signal(number, _raise_stop)
         with outbox.relay():
             out.say(f"Delivers {outbox.table} to namespace {outbox.app.namespace}; {waiting}")
             while True:
@@ -69,5 +69,5 @@ def _run(out: Output, outbox: Outbox, *, verbose: bool) -> None:
         pass
 
 
-def _end(_signal: int, _frame: FrameType | None) -> None:
+def _raise_stop(_signal: int, _frame: FrameType | None) -> None:
     raise _StopSignal

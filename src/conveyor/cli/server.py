@@ -11,7 +11,7 @@ from types import FrameType
 import click
 
 from conveyor.cli.exit import ExitCode
-from conveyor.cli.output import Output, version
+from conveyor.cli.output import Output, installed_version
 from conveyor.cli.target import json_option, verbose_option
 
 _DIRECTORY = click.option(
@@ -32,28 +32,32 @@ def start(out: Output, directory: Path | None) -> int:
     """Keep the embedded server running until ctrl-C, and print its URL."""
     from conveyor.store.embedded import server as embedded
 
-    ended = threading.Event()
+    stop_requested = threading.Event()
 
-    def end(_signal: int, _frame: FrameType | None) -> None:
-        ended.set()
+    def request_stop(_signal: int, _frame: FrameType | None) -> None:
+        stop_requested.set()
 
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, end)
-    with embedded.attach(directory) as held:
-        word = "started" if held.started else "was running already"
+        signal.signal(number, request_stop)
+    with embedded.attach(directory) as handle:
+        word = "started" if handle.started else "was running already"
         if out.as_json:
-            out.document("server", running=True, url=held.url, pid=held.pid, version=held.version, started=held.started)
+            out.document(
+                "server", running=True, url=handle.url, pid=handle.pid, version=handle.version, started=handle.started
+            )
         else:
-            out.line(held.url)
-        out.say(f"conveyor {version()} · {held.version} {word}, data in {held.directory}. Ctrl-C lets it go.")
+            out.line(handle.url)
+        out.say(
+            f"conveyor {installed_version()} · {handle.version} {word}, data in {handle.directory}. Ctrl-C releases it."
+        )
         sys.stdout.flush()
-        # A server that is stopped from elsewhere ends this command too, instead of holding a corpse.
-        while not ended.wait(1.0):
-            found = embedded.inspect(directory)
-            if found is None or not found.running:
+        # A server that is stopped from elsewhere ends this command too.
+        while not stop_requested.wait(1.0):
+            state = embedded.inspect(directory)
+            if state is None or not state.running:
                 out.say("The server was stopped.")
                 return ExitCode.FAILED
-    out.say("Let go; it stops when nobody else uses it.")
+    out.say("Released. It stops when no other program uses it.")
     return ExitCode.OK
 
 
@@ -62,7 +66,7 @@ def start(out: Output, directory: Path | None) -> int:
 @verbose_option
 @json_option
 def stop(out: Output, directory: Path | None) -> None:
-    """Stop the embedded server, even while others use it; its data stays on disk."""
+    """Stop the embedded server even while others use it; its data stays on disk."""
     from conveyor.store.embedded import server as embedded
 
     stopped = embedded.stop(directory)
@@ -77,22 +81,22 @@ def stop(out: Output, directory: Path | None) -> None:
 @verbose_option
 @json_option
 def status(out: Output, directory: Path | None) -> int:
-    """Say whether the embedded server runs, and where. Exits 5 when it does not."""
+    """Show whether the embedded server runs, and where. Exits 5 when it does not."""
     from conveyor.store.embedded import server as embedded
 
-    found = embedded.inspect(directory)
-    running = found is not None and found.running
-    place = directory.resolve() if directory else embedded.project_directory()
+    state = embedded.inspect(directory)
+    running = state is not None and state.running
+    where = directory.resolve() if directory else embedded.project_directory()
     if out.as_json:
         out.document(
-            "server", running=running, url=found.url if found else None, pid=found.pid if found else None,
-            version=found.version if found else None, directory=str(place), bytes=found.size if found else 0,
+            "server", running=running, url=state.url if state else None, pid=state.pid if state else None,
+            version=state.version if state else None, directory=str(where), bytes=state.size if state else 0,
         )  # fmt: skip
-    elif found is None:
-        out.say(f"No embedded server has run in {place}.")
+    elif state is None:
+        out.say(f"No embedded server has run in {where}.")
     else:
         out.pairs(
-            [("running", running), ("url", found.url), ("pid", str(found.pid) if found.pid else None),
-             ("version", found.version), ("directory", str(found.directory)), ("bytes", found.size)]
+            [("running", running), ("url", state.url), ("pid", str(state.pid) if state.pid else None),
+             ("version", state.version), ("directory", str(state.directory)), ("bytes", state.size)]
         )  # fmt: skip
     return ExitCode.OK if running else ExitCode.NOT_FOUND

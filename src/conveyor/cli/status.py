@@ -1,4 +1,4 @@
-"""`conveyor status`: queues, workers, and what is wrong, on one screen."""
+"""`conveyor status`: queues, workers and problems on one screen."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import click
 
 from conveyor.cli.exit import ExitCode
-from conveyor.cli.output import MARKS, Output, count
-from conveyor.cli.queue import queue_table
+from conveyor.cli.output import MARKS, Output, quantity
+from conveyor.cli.queue import print_queues
 from conveyor.cli.target import Target, redis_options
 from conveyor.ids import clean, logical
 
@@ -19,16 +19,18 @@ if TYPE_CHECKING:
     from conveyor.admin.doctor import Finding
     from conveyor.admin.views import WorkerInfo
 
-_MOST_WORKERS = 10
+_MAX_WORKERS = 10
 
 
 @click.command()
 @redis_options
 def status(target: Target, out: Output) -> int:
-    """Show queues, workers and what is wrong. Exits 8 when something is."""
+    """Show queues, workers and problems. Exits 8 when something is wrong."""
     admin = target.admin()
     report, queues, workers = admin.doctor(), admin.queues(), admin.workers()
-    shown = [finding for finding in report.findings if finding.level in {"problem", "warning"} or _is_note(finding)]
+    shown = [
+        finding for finding in report.findings if finding.level in {"problem", "warning"} or _is_queue_note(finding)
+    ]
     if out.as_json:
         out.document(
             "status", healthy=report.healthy, url=report.url, namespace=admin.client.namespace, family=report.family,
@@ -39,42 +41,48 @@ def status(target: Target, out: Output) -> int:
         out.line(f"{report.family.capitalize()} {report.version} at {report.url} · namespace {admin.client.namespace}")
         out.line("")
     if queues:
-        queue_table(out, queues)
+        print_queues(out, queues)
     else:
         out.say("There are no queues yet.")
     if out.on_terminal:
-        _people(out, workers)
+        _print_workers(out, workers)
     if shown and out.on_terminal:
         out.line("")
     for finding in shown:
-        print_finding(out, finding, talk=True)
+        print_finding(out, finding, to_stderr=True)
     return ExitCode.OK if report.healthy else ExitCode.UNHEALTHY
 
 
-def print_finding(out: Output, finding: Finding, *, talk: bool = False) -> None:
-    """Print a finding for a person: mark, text, what to do."""
+def print_finding(out: Output, finding: Finding, *, to_stderr: bool = False) -> None:
+    """Print a finding: mark, text, and what to do."""
     mark, colour = MARKS[finding.level]
     code = f"  {finding.code}" if finding.code else ""
-    tell = out.say if talk else out.line
-    tell(f"{click.style(mark, fg=colour)} {clean(finding.text)}{click.style(code, dim=True)}")
+    write = out.say if to_stderr else out.line
+    write(f"{click.style(mark, fg=colour)} {clean(finding.text)}{click.style(code, dim=True)}")
     if finding.remedy and finding.level != "ok":
-        tell(click.style(f"    {clean(finding.remedy)}", dim=True))
+        write(click.style(f"    {clean(finding.remedy)}", dim=True))
 
 
-def _is_note(finding: Finding) -> bool:
+def _is_queue_note(finding: Finding) -> bool:
     return finding.level == "note" and finding.name == "queue"
 
 
-def _people(out: Output, workers: Sequence[WorkerInfo]) -> None:
-    """Print the worker processes, one a line: a process has an identity for every queue it serves."""
+def _print_workers(out: Output, workers: Sequence[WorkerInfo]) -> None:
+    """
+    Print the worker processes, one a line.
+
+    A process has an identity for every queue that it serves.
+    """
     processes: dict[tuple[str, int | None, str], list[WorkerInfo]] = {}
     for worker in workers:
         processes.setdefault((worker.host, worker.pid, "" if worker.pid else worker.id), []).append(worker)
     out.line("")
-    out.line(f"{count(len(processes), 'worker process')}:" if processes else "No workers.")
-    for (host, pid, id_), group in list(processes.items())[:_MOST_WORKERS]:
-        who = f"{host}:{pid}" if pid else id_
+    out.line(f"{quantity(len(processes), 'worker process')}:" if processes else "No workers.")
+    for (host, pid, id_), group in list(processes.items())[:_MAX_WORKERS]:
+        process = f"{host}:{pid}" if pid else id_
         queues = ", ".join(dict.fromkeys(logical(worker.queue) for worker in group))
-        out.line(f"  {clean(who)}  takes {clean(queues)}  holds {count(sum(worker.held for worker in group), 'job')}")
-    if len(processes) > _MOST_WORKERS:
-        out.line(f"  … and {len(processes) - _MOST_WORKERS} more")
+        out.line(
+            f"  {clean(process)}  serves {clean(queues)}  holds {quantity(sum(worker.held for worker in group), 'job')}"
+        )
+    if len(processes) > _MAX_WORKERS:
+        out.line(f"  … and {len(processes) - _MAX_WORKERS} more")

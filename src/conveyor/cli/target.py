@@ -1,4 +1,4 @@
-"""What every command that talks to Redis takes: where it is, and how to print."""
+"""The options of every command that uses Redis, and the client and app that they name."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from conveyor.cli.app import Settings, load, reference, settings
+from conveyor.cli.app import Settings, load, read_settings, reference
 from conveyor.cli.output import Output
 from conveyor.errors import ConfigurationError
 
@@ -19,12 +19,12 @@ if TYPE_CHECKING:
     from conveyor.store.client.client import Client
 
 RETRY_FOR = 1.0
-"""Seconds a command repeats a call before it says that the server is away."""
+"""Seconds for which a command repeats a call before it reports an unreachable server."""
 
 
 @dataclass
 class Target:
-    """Which server, namespace and app a command works on: what the flags said, and how the rest is found."""
+    """The server, namespace and app of a command: given by flags, or looked up."""
 
     url: str | None = field(default=None, repr=False)  # it may hold a password
     namespace: str | None = None
@@ -34,16 +34,17 @@ class Target:
 
     @property
     def settings(self) -> Settings:
-        """``[tool.conveyor]``, read once."""
+        """The settings in ``[tool.conveyor]``, read once."""
         if self._settings is None:
-            self._settings = settings()
+            self._settings = read_settings()
         return self._settings
 
     def load_app(self) -> tuple[str, Any]:
         """
-        Import the app and return (reference, app); flags that its code contradicts raise ConfigurationError.
+        Import the app and return (reference, app).
 
-        An app's own URL and namespace are what its workers and producers use, so a command must not use others.
+        The app's own URL and namespace are those of its workers and producers, so a command must not use others: flags
+        that contradict its code raise ConfigurationError.
         """
         if self.url:
             os.environ["CONVEYOR_URL"] = self.url
@@ -52,18 +53,22 @@ class Target:
         wanted = self._namespace()
         if wanted is not None and wanted != app.client.namespace:
             raise ConfigurationError(
-                f"{name} uses namespace {app.client.namespace!r} by its code, not {wanted!r}. Change one of them."
+                f"{name} sets namespace {app.client.namespace!r} in its code, not {wanted!r}. Change one of them."
             )
         if self.url and not self.url.startswith("embedded:") and app.client.address.url != self.url:
             raise ConfigurationError(
-                f"{name} uses {app.client.address} by its code, and --url cannot change that. Write Conveyor() there."
+                f"{name} sets {app.client.address} in its code, and --url cannot change that. Write Conveyor() there."
             )
         click.get_current_context().call_on_close(app.close)
-        _unbuffered(app)
+        _without_buffer(app)
         return name, app
 
     def client(self) -> Client:
-        """Return the client: of the flags, else of the app, else of the environment, else the embedded server."""
+        """
+        Return the client.
+
+        Its URL comes from the flags, else the app, else the environment, else the embedded server.
+        """
         from conveyor.store.client.client import Client
 
         url, namespace = self.url, self._namespace()
@@ -72,21 +77,20 @@ class Target:
             self._app = app
             if url is None and namespace in {None, app.client.namespace}:
                 app.client.retry_for = RETRY_FOR
-                found: Client = _unbuffered(app)
-                return _closed_later(found)
+                return _close_at_exit(_without_buffer(app))
             namespace = namespace or app.client.namespace
             url = url or app.client.address.url
-            _closed_later(app.client)  # it may hold the embedded server
+            _close_at_exit(app.client)  # it may hold the embedded server
         url = url or os.environ.get("CONVEYOR_URL") or self.settings.url
-        return _closed_later(Client(url, namespace=namespace or "conveyor", retry_for=RETRY_FOR))
+        return _close_at_exit(Client(url, namespace=namespace or "conveyor", retry_for=RETRY_FOR))
 
     @property
     def app(self) -> Any:
-        """The app that `client` had to load, None when flags and environment said it all."""
+        """The app that `client` had to load; None: flags and environment were enough."""
         return self._app
 
     def admin(self) -> Admin:
-        """Return the admin interface of the client."""
+        """Return the administration interface of the client."""
         from conveyor.admin.admin import Admin
 
         client = self.client()
@@ -95,22 +99,32 @@ class Target:
         from conveyor.jobs.core import core_of
 
         core = core_of(self._app)
-        asks = {name: queue.asks for name, queue in core.queues.items() if queue.asks is not None}
-        return Admin(client, plain_lists=core.plain_lists, sealing=core.sealing, formats=core.formats, asks=asks)
+        requests = {name: queue.durability for name, queue in core.queues.items() if queue.durability is not None}
+        return Admin(
+            client,
+            plain_lists=core.plain_lists,
+            sealing=core.sealing,
+            formats=core.formats,
+            durability_requests=requests,
+        )
 
     def _namespace(self) -> str | None:
         return self.namespace or os.environ.get("CONVEYOR_NAMESPACE") or self.settings.namespace
 
 
-def _unbuffered(app: Any) -> Client:
-    """Return the client of an app; its buffer takes nothing: a command ends, so it fails when Redis is away."""
+def _without_buffer(app: Any) -> Client:
+    """
+    Return the client of an app, with a buffer that accepts nothing.
+
+    A command ends at once, so it fails when Redis is away.
+    """
     client: Client = app.client
     if client.buffer is not None:
         client.buffer.most = 0
     return client
 
 
-def _closed_later(client: Client) -> Client:
+def _close_at_exit(client: Client) -> Client:
     click.get_current_context().call_on_close(client.close)
     return client
 
@@ -140,9 +154,13 @@ def json_option(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def redis_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Add ``--url``, ``--namespace``, ``--app``, ``--json``, ``-v``; the command gets a `Target` and an `Output`."""
+    """
+    Add the options of commands that use Redis, ``--json`` and ``-v``.
 
-    @click.option("--url", metavar="URL", help="Where Redis is.  [env: CONVEYOR_URL]")
+    The command gets a `Target` and an `Output`.
+    """
+
+    @click.option("--url", metavar="URL", help="URL of Redis.  [env: CONVEYOR_URL]")
     @click.option("--namespace", metavar="NAME", help="Prefix of all keys.  [env: CONVEYOR_NAMESPACE]")
     @click.option("-A", "--app", "app_name", metavar="APP", help="module:object, or module.  [env: CONVEYOR_APP]")
     @verbose_option

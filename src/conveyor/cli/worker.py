@@ -1,4 +1,4 @@
-"""`conveyor worker`: check what can be checked here, then hand over to the supervisor."""
+"""`conveyor worker`: check the settings, then start the supervisor."""
 
 from __future__ import annotations
 
@@ -8,20 +8,19 @@ from typing import Any
 
 import click
 
-from conveyor.cli.output import Output
-from conveyor.cli.output import seconds as duration
+from conveyor.cli.output import Output, parse_seconds
 from conveyor.cli.target import Target, verbose_option
 from conveyor.errors import ConfigurationError, StoreUnavailable
 from conveyor.units import size
 
-_WEIGHED = re.compile(r"(?P<name>.+):(?P<weight>\d+(\.\d+)?)")
+_WITH_WEIGHT = re.compile(r"(?P<name>.+):(?P<weight>\d+(\.\d+)?)")
 
 
 @click.command()
 @click.argument("app_name", required=False, metavar="[APP]")
 @click.option(
     "-q", "--queue", "queues", multiple=True, metavar="NAME[:WEIGHT]", envvar="CONVEYOR_QUEUES",
-    help="Take from this queue; may be repeated. Weight 3 gets three times the share.  [default: all of the app's]",
+    help="Take jobs from this queue; may be repeated. Weight 3 gets three times the share.  [default: all of the app's]",
 )  # fmt: skip
 @click.option(
     "-c", "--concurrency", type=click.IntRange(1, 10_000), default=100, show_default=True,
@@ -37,20 +36,20 @@ _WEIGHED = re.compile(r"(?P<name>.+):(?P<weight>\d+(\.\d+)?)")
 )  # fmt: skip
 @click.option(
     "--max-jobs", type=click.IntRange(min=1), metavar="N", envvar="CONVEYOR_MAX_JOBS",
-    help="Replace a worker process by a fresh one after N jobs.  [default: never]",
+    help="Replace a worker process by a new one after N jobs.  [default: never]",
 )  # fmt: skip
 @click.option(
     "--max-memory", metavar="SIZE", envvar="CONVEYOR_MAX_MEMORY",
-    help="Replace one that occupies more memory than, say, 500MB.  [default: never]",
+    help="Replace one that uses more memory than this, such as 500MB.  [default: never]",
 )  # fmt: skip
 @click.option("--burst", is_flag=True, help="Exit 0 when everything is drained.")
 @click.option(
     "--grace", default="30s", show_default=True, envvar="CONVEYOR_GRACE",
-    help="How long running jobs may go on when it is stopped.",
+    help="How long running jobs may continue after a stop.",
 )  # fmt: skip
 @click.option("--allow-eviction", is_flag=True, help="Start although Redis may delete jobs when its memory is full.")
-@click.option("--url", metavar="URL", help="Where Redis is.  [env: CONVEYOR_URL]")
-@click.option("--namespace", metavar="NAME", help="The app's namespace, to be sure.  [env: CONVEYOR_NAMESPACE]")
+@click.option("--url", metavar="URL", help="URL of Redis.  [env: CONVEYOR_URL]")
+@click.option("--namespace", metavar="NAME", help="Must match the app's namespace.  [env: CONVEYOR_NAMESPACE]")
 @verbose_option
 @click.pass_context
 def worker(
@@ -61,69 +60,81 @@ def worker(
     """
     Run the jobs of an app until it is stopped.
 
-    APP is module:object, or a module with one app; without it CONVEYOR_APP, or [tool.conveyor] app in
-    pyproject.toml. SIGTERM and ctrl-C stop taking jobs, let the running ones end, hand back the rest and exit 0.
+    APP is module:object, or a module with one app. Default: CONVEYOR_APP, or [tool.conveyor] app in pyproject.toml.
+    SIGTERM and ctrl-C stop taking jobs, let running ones finish, hand back the rest and exit 0.
     """
     out = Output()
     name, app = Target(url, namespace, app_name).load_app()
-    chosen = _queues(queues) or _served(app, name)
-    _mention(out, app, chosen)
-    seconds = duration(grace, name="--grace")
-    _check(out, app, list(chosen), allow_eviction=allow_eviction)
+    chosen = _parse_queues(queues) or _default_queues(app, name)
+    _warn_of_unused_queues(out, app, chosen)
+    seconds = parse_seconds(grace, name="--grace")
+    _check_server(out, app, list(chosen), allow_eviction=allow_eviction)
     from conveyor.worker.supervision import supervisor
 
     verbose = bool(ctx.obj and ctx.obj["verbose"])
     return int(
         supervisor.run(
             name, queues=chosen, concurrency=concurrency, threads=threads, processes=processes, burst=burst,
-            grace=seconds, max_jobs=max_jobs, max_memory=_bytes(max_memory), verbose=verbose,
+            grace=seconds, max_jobs=max_jobs, max_memory=_parse_size(max_memory), verbose=verbose,
         )
     )  # fmt: skip
 
 
-def _bytes(given: str | None) -> int | None:
+def _parse_size(given: str | None) -> int | None:
     return None if given is None else size(int(given) if given.isdigit() else given, "--max-memory")
 
 
-def _queues(given: tuple[str, ...]) -> dict[str, float]:
-    """Return queue → weight; a last part that is a number is a weight, since names may hold colons."""
+def _parse_queues(given: tuple[str, ...]) -> dict[str, float]:
+    """
+    Return queue → weight.
+
+    A last part that is a number is a weight; names may hold colons.
+    """
     from conveyor.ids import queue_name
 
-    found: dict[str, float] = {}
+    weights: dict[str, float] = {}
     for text in (part.strip() for one in given for part in one.split(",")):
-        weighed = _WEIGHED.fullmatch(text)
+        weighed = _WITH_WEIGHT.fullmatch(text)
         name, weight = (weighed["name"], float(weighed["weight"])) if weighed else (text, 1.0)
         if weight <= 0:
-            raise ConfigurationError(f"The weight of queue {name!r} must be above 0, not {weight:g}.")
-        found[queue_name(name)] = weight
-    return found
+            raise ConfigurationError(f"The weight of queue {name!r} must be greater than 0, not {weight:g}.")
+        weights[queue_name(name)] = weight
+    return weights
 
 
-def _mention(out: Output, app: Any, queues: dict[str, float]) -> None:
-    """Say which queues no task of the app goes to by itself: perhaps a slip of the pen, which would look like no work."""
-    own = _own(app)
+def _warn_of_unused_queues(out: Output, app: Any, queues: dict[str, float]) -> None:
+    """
+    Warn of queues to which no task of the app goes by itself.
+
+    A misspelt name would look as if there were no work.
+    """
+    own = _queues_of_tasks(app)
     for queue in sorted(queues.keys() - own) if own else ():
-        near = get_close_matches(queue, own, 1)
-        guess = f" Did you mean {near[0]!r}?" if near else f" They go to: {', '.join(sorted(own))}."
+        similar = get_close_matches(queue, own, 1)
+        guess = f" Did you mean {similar[0]!r}?" if similar else f" Its tasks go to: {', '.join(sorted(own))}."
         out.say(f"! No task of this app goes to queue {queue!r} unless options(queue=…) sends it there.{guess}")
 
 
-def _own(app: Any) -> set[str]:
+def _queues_of_tasks(app: Any) -> set[str]:
     from conveyor.jobs.core import core_of
 
-    lists = {queue for queue, found in core_of(app).plain_lists.items() if found.task}
+    lists = {queue for queue, plain_list in core_of(app).plain_lists.items() if plain_list.task}
     return {task.queue for task in app.tasks.values()} | lists
 
 
-def _served(app: Any, name: str) -> dict[str, float]:
-    queues = _own(app)
+def _default_queues(app: Any, name: str) -> dict[str, float]:
+    queues = _queues_of_tasks(app)
     if not queues:
         raise ConfigurationError(f"{name} has no tasks, so there is nothing to run. Define one with @app.task.")
     return dict.fromkeys(sorted(queues), 1.0)
 
 
-def _check(out: Output, app: Any, queues: list[str], *, allow_eviction: bool) -> None:
-    """Refuse a server that deletes jobs, and queues with other partitions. One that is away is waited for, not an error."""
+def _check_server(out: Output, app: Any, queues: list[str], *, allow_eviction: bool) -> None:
+    """
+    Refuse a server that may evict jobs, and queues with another number of partitions.
+
+    A server that is away is no error: the worker waits for it.
+    """
     from conveyor.admin import doctor
     from conveyor.jobs.core import core_of
     from conveyor.messaging.partitions import agree
@@ -138,9 +149,9 @@ def _check(out: Output, app: Any, queues: list[str], *, allow_eviction: bool) ->
         return
     if not policy:
         out.say(f"! {eviction.UNKNOWN}: see `conveyor doctor`")
-    wrong = doctor.evicting(policy, evicted)
-    if wrong is not None and not allow_eviction:
-        advice = f"Set:  {wrong.remedy}\nStart anyway:  --allow-eviction"
-        raise ConfigurationError(f"{wrong.text}\n{advice}", code=wrong.code)
-    if wrong is not None:
-        out.say(f"! {wrong.text}")
+    finding = doctor.eviction_finding(policy, evicted)
+    if finding is not None and not allow_eviction:
+        advice = f"Set:  {finding.remedy}\nStart anyway:  --allow-eviction"
+        raise ConfigurationError(f"{finding.text}\n{advice}", code=finding.code)
+    if finding is not None:
+        out.say(f"! {finding.text}")

@@ -20,8 +20,8 @@ from conveyor.jobs.registry import Full, UpcastMessage
 from conveyor.jobs.task import AsyncTask, RunIn, SyncTask, Task, TaskCall, Upcast
 from conveyor.messaging.retry import Retry
 from conveyor.payload.codec import MAX_PAYLOAD
-from conveyor.payload.formats import FormatChoice, chosen
-from conveyor.payload.pipeline import LARGE_ABOVE, MAX_LARGE, choose
+from conveyor.payload.formats import FormatChoice, make_registry
+from conveyor.payload.pipeline import LARGE_ABOVE, MAX_LARGE, make_pipeline
 from conveyor.store.client.client import Client
 from conveyor.units import Duration, Size, size
 
@@ -70,15 +70,24 @@ class Conveyor:
         buffer: Buffer | None = None,
     ) -> None:
         """
-        Take the URL (None: ``CONVEYOR_URL``, else the embedded server) and what holds for all queues.
+        Make the app; raises ConfigurationError.
 
-        `lease` is how long a worker may be silent before its jobs go to others, `max_payload` the limit of
-        one set of arguments, one message or one result. `keys` (key id to secret) seal payloads, results and errors:
-        the first seals, all open, and what is not sealed is set aside; `encrypt` makes them unreadable too.
-        `compress` is a size above which they are compressed; with `large`, a store, arguments and messages above
-        `large_above` lie there, up to `max_large`. Sizes: bytes or ``"256KiB"``. `format` is how values are written:
-        ``"json"``, ``"msgpack"`` or a Format of your own; of several the first writes, all are read. `buffer` keeps what
-        is pushed while Redis is away. Raises ConfigurationError.
+        Args:
+            url: the server. None: ``CONVEYOR_URL``, else the embedded server.
+            namespace: the prefix of all keys in Redis.
+            lease: how long a worker may be silent before its jobs go to others.
+            keys: key id to secret. Payloads, results and errors are sealed: the first key seals, all open. A payload
+                that is not sealed is set aside.
+            encrypt: with `keys`, payloads cannot be read in Redis either.
+            max_payload: the limit of one set of arguments, one message or one result; bytes, or ``"256KiB"``.
+            compress: the size above which payloads are compressed. None: never.
+            large: a store for large arguments and messages.
+            large_above: the size above which they go there.
+            max_large: the limit of those.
+            format: how values are written: ``"json"``, ``"msgpack"`` or a Format of your own. Of several the first
+                is written and all are read.
+            buffer: keeps pushes while Redis is away. None: they raise StoreUnavailable.
+
         """
         max_payload = size(max_payload, "max_payload")
         client = make_client(url, namespace, buffer)
@@ -86,16 +95,16 @@ class Conveyor:
             client,
             lease_ms=positive_ms(lease, "lease"),
             max_payload=max_payload,
-            sealing=choose(
+            sealing=make_pipeline(
                 keys=keys, encrypt=encrypt, compress=compress, large=large, large_above=large_above,
                 max_large=max_large, max_payload=max_payload,
             ),
-            formats=chosen(format),
+            formats=make_registry(format),
         )  # fmt: skip
         self.client = client
         self.namespace = namespace
         self.sealing = self._core.sealing
-        """What happens to bodies on their way; None when nothing does."""
+        """The sealing, compression and store of payloads; None when there is none."""
         self.tasks: Mapping[str, Task[..., Any]] = self._core.tasks
         """The tasks by their names."""
 
@@ -218,12 +227,12 @@ class Conveyor:
         """
         Register a function as a task; used bare (``@app.task``) or with options.
 
-        `timeout` limits one attempt, `retry` is a policy or a number of attempts, `keep_result` how long the result
-        stays (0: not at all), `expires` cancels a job that has not started by then, `ack="early"` gives up the
+        `timeout` limits one attempt. `retry` is a policy or a number of attempts. `keep_result` is how long the result
+        stays (0: not at all). `expires` cancels a job that has not started by then. `ack="early"` gives up the
         promise to run again after a crash. `run_in` is loop, thread or process: by default loop for an `async def`,
-        thread for a `def`. `version` numbers what the payload looks like; `upcast(version, arguments)` turns the
-        arguments of that version into those of the next. `format` is how arguments and results are written, as of the app.
-        Raises ConfigurationError, also for a function whose arguments JSON cannot carry.
+        thread for a `def`. `version` is the version of the payload's layout; `upcast(version, arguments)` turns the
+        arguments of that version into those of the next. `format` is how arguments and results are written; None: as
+        the app says. Raises ConfigurationError, also for a function whose arguments JSON cannot carry.
         """
         refuse_later(unique=unique, limits=limits, group_by=group_by, debounce=debounce)
         options = task_options(
@@ -242,8 +251,8 @@ class Conveyor:
         """
         Enqueue many calls (``task.s(…)``) in a few round trips, each queue's in their order; return their handles.
 
-        Each thousand for a queue is accepted whole or not at all. A call that does not fit raises PayloadError: of a
-        list nothing was stored then, of a generator nothing from that thousand on.
+        Each thousand for a queue is accepted whole or not at all. A call that does not fit raises PayloadError. Of a
+        list nothing is stored then; of a generator nothing is stored from that thousand on.
         """
         refuse_in_loop("app.enqueue_many()", "await app.aenqueue_many(…)")
         sender = ChunkSender()
@@ -262,7 +271,7 @@ class Conveyor:
         stored = self.sealing is not None and self.sealing.store is not None
         prepared = chunks(self._core, calls)
         try:
-            # Large bodies are written while a chunk is prepared, and that is no work for the loop.
+            # Large bodies are written while a chunk is prepared, which would block the loop.
             while chunk := await asyncio.to_thread(next, prepared, None) if stored else next(prepared, None):
                 await chunk.apush()
                 jobs += chunk.jobs
@@ -273,10 +282,10 @@ class Conveyor:
 
     def job(self, id: str) -> Job[Any]:  # noqa: A002  the contract's name
         """
-        Return a handle from a public id; asks nothing.
+        Return a handle from a public id; nothing is sent.
 
-        An id of a caller's own is looked for in all known queues when the handle is used, which raises JobNotFound
-        when it is in none. `Task.job` types the result.
+        An id of the caller's own is looked for in all known queues when the handle is used. JobNotFound is raised then
+        when no queue has it. The handle of `Task.job` has a typed result.
         """
         queue, bare = ids.split(id)
         return Job(self._core, bare, queue)
@@ -341,11 +350,12 @@ class Conveyor:
         """
         Return a worker for `async with`, which runs jobs inside this program until the block ends.
 
-        `queues` maps names to weights (None: those of all tasks), `concurrency` limits the jobs on the loop and
-        `threads` those on threads, `burst` stops it when all is drained, `grace` is what running jobs get at the end.
-        A server that may delete jobs when its memory is full is refused (E10), unless `allow_eviction`.
+        `queues` maps names to weights (None: the queues of all tasks). `concurrency` limits the jobs on the loop,
+        `threads` those on threads. `burst` stops the worker when the queues are drained. `grace` is the time that
+        running jobs get at the end. A server that may delete jobs when its memory is full is refused (E10), unless
+        `allow_eviction`.
         """
-        # By name: the worker is built on the jobs, and an app that only sends never loads it.
+        # By name: the package stands above this one, and an app that only enqueues never loads it.
         made = import_module("conveyor.worker.embedded").EmbeddedWorker(
             self, queues=queues, concurrency=concurrency, threads=threads, burst=burst, grace=grace,
             allow_eviction=allow_eviction,
@@ -353,7 +363,7 @@ class Conveyor:
         return cast("AbstractAsyncContextManager[Any]", made)
 
     def close(self) -> None:
-        """Close the connections of this process and leave the embedded server; using the app opens them again."""
+        """Close the connections of this process and leave the embedded server; a later use opens them again."""
         self._core.close()
 
     async def aclose(self) -> None:

@@ -46,7 +46,7 @@ class QueueBatch:
         return [*(Entry(pairs[i], pairs[i + 1]) for i in range(0, len(pairs), 2)), *self.entries]
 
     def note_accepted(self, ids: Sequence[str]) -> None:
-        """Note the ids that the queue answered with: another one than asked for is that of a job that existed."""
+        """Note the ids that the queue answered with: an id other than the one sent is that of a job that existed."""
         for job, id_ in zip(self.jobs, ids, strict=True):
             note_accepted(job, id_)
 

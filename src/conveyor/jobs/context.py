@@ -1,4 +1,4 @@
-"""What a job can know of itself, and ask for, while it runs."""
+"""The context of a running job: what it is, how much time it has, and the jobs that it spawns."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ _LOGGER = logging.getLogger("conveyor.job")
 J_co = TypeVar("J_co", covariant=True)
 J = TypeVar("J")
 MOST_SPAWNED = 1000
-"""Most jobs that one attempt may spawn: its end is one step in Redis."""
+"""Jobs that one attempt may spawn at most, because its end is one step in Redis."""
 
 
 class SpawnableCall(Protocol[J_co]):
-    """A call of a task as a value, such as `task.s(…)`: what a job can spawn."""
+    """A call of a task as a value, such as `task.s(…)`, which a job can spawn."""
 
     def follow(self) -> tuple[J_co, bytes]:
-        """Return the handle of the job to come, and the entry that an outbox keeps of it."""
+        """Return the handle of the future job, and its entry in an outbox."""
         ...
 
 
@@ -33,9 +33,9 @@ class Context:
     """
     One attempt of one job, as `current()` returns it.
 
-    `job_id` is the public id, `attempt` counts from 1, `state` is what the lifespan yielded. `enqueued_at` and
-    `scheduled_for` are instants with a time zone, or None. In a thread, which nobody can interrupt, `cancelled`
-    becomes true when the time limit has passed or the job was cancelled: look at it, or call `check()`.
+    `job_id` is the public id, `attempt` counts from 1, `state` holds the resources of the lifespan. `enqueued_at` and
+    `scheduled_for` are instants with a time zone, or None. A thread cannot be interrupted: there `cancelled` becomes
+    true when the time limit has passed or the job was cancelled. Read it, or call `check()`.
     """
 
     __slots__ = (
@@ -56,7 +56,7 @@ class Context:
         enqueued_at: datetime | None = None,
         scheduled_for: datetime | None = None,
     ) -> None:
-        """Take what the worker knows; *deadline_hook* moves the time limit to so many ms from now."""
+        """Make the context of an attempt. *deadline_hook* gets the ms from now to the new time limit; None: no limit."""
         self.job_id = job_id
         self.task = task
         self.queue = queue
@@ -80,28 +80,28 @@ class Context:
         return self._logger
 
     def extend(self, duration: Duration) -> None:
-        """Give this attempt *duration* from now on, whatever its time limit was."""
+        """Move the time limit of this attempt to *duration* from now."""
         ms = milliseconds(duration)
         if self._deadline_hook is not None:
             self._deadline_hook(ms)
 
     def spawn(self, call: SpawnableCall[J]) -> J:
         """
-        Have *call* (`task.s(…)`, also of `task.options(…)`) enqueued exactly once if, and only if, this attempt succeeds.
+        Enqueue *call* (`task.s(…)`, also of `task.options(…)`) exactly once if, and only if, this attempt succeeds.
 
-        Returns the handle of the job to come, with its id. Nothing leaves before this job has ended, and nothing at
-        all from an attempt that fails, is cancelled, or has lost its lease. Raises PayloadError for arguments that
-        cannot be stored, ConfigurationError (E44) for more than 1,000 and where no end is to come.
+        Return the handle of the future job, with its id. Nothing is sent before this job has ended, and nothing at
+        all when the attempt fails, is cancelled, or has lost its lease. Raises PayloadError for arguments that cannot
+        be stored, and ConfigurationError (E44) for more than 1,000 jobs or after the end of the job.
         """
         if self._spawned is None:
             raise ConfigurationError(
-                f'Job {self.job_id} spawned a job after its own end: with ack="early" it has ended before it runs, '
-                "else a thread of it goes on. Nothing was enqueued. Enqueue the job instead.",
+                f'Job {self.job_id} spawned a job after its own end: with ack="early" a job ends before it runs, '
+                "otherwise one of its threads is still running. Nothing was enqueued. Use enqueue instead.",
                 code="E44",
             )
         if len(self._spawned) >= MOST_SPAWNED:
             raise ConfigurationError(
-                f"Job {self.job_id} spawned {MOST_SPAWNED:,} jobs, the most that one end can take along. "
+                f"Job {self.job_id} spawned {MOST_SPAWNED:,} jobs, the most that one job can spawn. "
                 "Spawn a job that spawns the rest.",
                 code="E44",
             )
@@ -121,7 +121,7 @@ class Context:
 
 
 class _ContextProxy(Context):
-    """Stands for the context of a job to come; inside a job it speaks for that job's."""
+    """Stands for the context of a future job; inside a job it passes everything on to that job's context."""
 
     __slots__ = ()
 
@@ -145,7 +145,7 @@ class _ContextProxy(Context):
 
 
 class ContextSource(Protocol):
-    """Makes a context when it is asked for: most jobs never ask."""
+    """Makes a context at first use: most jobs never use one."""
 
     def open(self) -> Context:
         """Return the context."""
@@ -158,10 +158,10 @@ _PLACEHOLDER = _ContextProxy()
 
 def current() -> Context:
     """
-    Return the context of the job that runs here.
+    Return the context of the running job.
 
-    Outside a job it returns a placeholder: as the default value of a task's parameter it asks the worker for the
-    real one; touched outside a job it raises ConfigurationError.
+    Outside a job it returns a placeholder. As the default value of a task's parameter the placeholder makes the worker
+    pass the real context. Any other use of it raises ConfigurationError.
     """
     source = CURRENT.get()
     return _PLACEHOLDER if source is None else _context(source)

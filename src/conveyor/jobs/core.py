@@ -19,7 +19,7 @@ class AppCore(QueueRegistry, Hooks):
     """
     The connections, tasks, queues and hooks of one app.
 
-    `Conveyor` is what programs see of it. It is a class of its own so that completion on an app shows its interface.
+    `Conveyor` is its public face. The two are separate so that completion on an app shows the documented members alone.
     """
 
     def __init__(

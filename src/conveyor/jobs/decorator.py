@@ -1,4 +1,4 @@
-"""From a function and the options of `@app.task` to a registered task."""
+"""Registering a function as a task: the options of `@app.task`, checked."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def task_options(
     version: int,
     upcast: Upcast | None,
 ) -> TaskOptions:
-    """Return how the jobs of a task run, checked; raises ConfigurationError."""
+    """Return the options of a task, checked; raises ConfigurationError."""
     return TaskOptions(
         timeout_ms=None if timeout is None else positive_ms(timeout, "timeout"),
         retry=_retry(retry),
@@ -63,7 +63,7 @@ def task_options(
 
 
 def refuse_later(**options: object) -> None:
-    """Raise ConfigurationError for an option that is part of the interface and does not work yet."""
+    """Raise ConfigurationError for an option that is reserved for a later feature."""
     for option, value in options.items():
         if value is not None:
             raise ConfigurationError(f"@app.task({option}=…) is not available yet. Leave it out.")
@@ -105,7 +105,7 @@ def register(
         options=options,
         max_payload=core.max_whole if limit is None else limit,
         max_result=core.max_payload if limit is None else limit,
-        formats=core.formats.writing(format),
+        formats=core.formats.with_writer(format),
     )
     task: Task[..., Any] = (AsyncTask if awaitable else SyncTask)(definition)
     core.definitions[name], core.tasks[name] = definition, task
@@ -125,5 +125,5 @@ def _one_of(name: str, value: Any, known: tuple[str, ...]) -> Any:
 
 
 def _is_redefined(known: Callable[..., Any], function: Callable[..., Any]) -> bool:
-    """Tell whether a function takes an earlier one's place: a cell of a notebook that was run again."""
+    """Tell whether a function replaces an earlier one: a cell of a notebook that was run again."""
     return known is function or getattr(getattr(known, "__code__", None), "co_filename", "").startswith("<")

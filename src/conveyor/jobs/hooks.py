@@ -1,4 +1,4 @@
-"""What a program adds to its app: middleware around every push and every run, lifespans, listeners of events."""
+"""Extensions of an app by its program: middleware around pushes and runs, lifespans, listeners of events."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def as_middleware(source: object) -> Middleware:
         return source
     if push is None and run is None:
         raise ConfigurationError(
-            f"{source!r} is no middleware: write `async def name(context, call_next)`, or a class with push or run."
+            f"{source!r} is not a middleware: write `async def name(context, call_next)`, or a class with push or run."
         )
     return _AdaptedMiddleware(source, push, run)
 

@@ -1,4 +1,4 @@
-"""A handle of one job: its id, how it stands, how it ended."""
+"""Handles of jobs: their id, status and result."""
 
 from __future__ import annotations
 
@@ -9,27 +9,27 @@ from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar, cast
 
 from conveyor import ids
 from conveyor.errors import ConfigurationError, JobCancelled, JobFailed, JobNotFound, ResultExpired
-from conveyor.payload.records import Failure, Status, read_outcome, read_whatever
+from conveyor.payload.records import Failure, Status, read_leniently, read_outcome
 from conveyor.store import inspection, operations
 from conveyor.store.operations import ExistingId
 from conveyor.units import Duration, milliseconds
 
 if TYPE_CHECKING:
-    from conveyor.jobs.results import Answer, ResultSubscriber
+    from conveyor.jobs.results import ResultSubscriber, WaitReply
     from conveyor.payload.codec import ValueCodec
     from conveyor.payload.formats import FormatRegistry
     from conveyor.payload.pipeline import PayloadPipeline
     from conveyor.store.client.client import Client
     from conveyor.store.keys import QueueKeys
 
-_LOOK = 0.02
-"""Seconds between two looks at the buffer of this program."""
+_POLL = 0.02
+"""Seconds between two checks of the buffer of this program."""
 R_co = TypeVar("R_co", covariant=True)
-Shown = tuple[str, inspection.JobRow | None, bytes]
+JobLookup = tuple[str, inspection.JobRow | None, bytes]
 
 
 class ResultSpec(Protocol):
-    """What a task says about its results."""
+    """The part of a task that decodes results."""
 
     @property
     def name(self) -> str: ...
@@ -60,10 +60,10 @@ class JobCore(Protocol):
 
 class Job(Generic[R_co]):
     """
-    A handle of one job; making one costs nothing and asks nothing.
+    A handle of one job. Making one sends nothing.
 
-    `id` is the public id, `duplicate` is true when the enqueue met a job that existed. `queue` and `task` are None
-    for a handle made from an id that does not tell them, until something was asked.
+    `id` is the public id. `duplicate` is true when the enqueue met a job that existed. `queue` and `task` are None
+    for a handle made from an id that does not contain them, until the handle was used.
     """
 
     __slots__ = ("_bare_id", "_core", "_result_spec", "duplicate", "queue", "task")
@@ -97,7 +97,7 @@ class Job(Generic[R_co]):
 
     @property
     def id(self) -> str:
-        """The public id: ``queue:id`` when it was generated, as it is when the caller gave it."""
+        """The public id: ``queue:id`` for a generated id, the id itself when the caller gave it."""
         return self._bare_id if self.queue is None else ids.public(self.queue, self._bare_id)
 
     def __repr__(self) -> str:
@@ -113,91 +113,93 @@ class Job(Generic[R_co]):
 
     def status(self) -> Status:
         """
-        Return scheduled, ready, leased, done, dead or cancelled; waiting for a spawned job that has not left its parent,
-        and for one in the buffer of this program.
+        Return scheduled, ready, leased, done, dead, cancelled or waiting.
 
-        A job that Redis no longer knows is done: one that succeeded and keeps no result leaves no record. Raises
-        JobNotFound for an id of the caller's own that no queue has seen within a day.
+        A job is waiting while it is in the buffer of this program, and a spawned job until its parent has ended. A job
+        that Redis does not know is done: a job that succeeded and keeps no result leaves no record. Raises JobNotFound
+        for an id of the caller's own that no queue has seen within a day.
         """
         refuse_in_loop("job.status()", "await job.astatus()")
-        if self._waits_here():
+        if self._is_buffered():
             return "waiting"
-        return self._status(self._show())
+        return self._status(self._look_up())
 
     async def astatus(self) -> Status:
-        """Do the same without blocking the event loop."""
-        if self._waits_here():
+        """Awaitable form of `status`."""
+        if self._is_buffered():
             return "waiting"
-        return self._status(await self._ashow())
+        return self._status(await self._alook_up())
 
-    def _status(self, shown: Shown) -> Status:
-        place, row, record = shown
+    def _status(self, lookup: JobLookup) -> Status:
+        where, row, record = lookup
         if row is not None:
             return row.status
-        if place == "result":
+        if where == "result":
             return read_outcome(record).status
-        if place == "none" and not record and ids.may_arrive_later(self._bare_id):
-            return "waiting"  # its parent has not ended, or has a moment ago
-        return "cancelled" if place == "cancelled" else "done"
+        if where == "none" and not record and ids.may_arrive_later(self._bare_id):
+            return "waiting"  # its parent is still running, or ended a moment ago
+        return "cancelled" if where == "cancelled" else "done"
 
-    def _waits_here(self) -> bool:
+    def _is_buffered(self) -> bool:
         buffer = self._core.client.buffer
         return buffer is not None and buffer.holds(self._bare_id)
 
-    def _left_here(self, seconds: float | None) -> float | None:
-        """Wait until the buffer of this program has delivered it; return what is left of so many seconds."""
+    def _wait_for_buffer(self, seconds: float | None) -> float | None:
+        """Wait until the buffer of this program has delivered the job; return the rest of *seconds* (None: no limit)."""
         buffer = self._core.client.buffer
         if buffer is None or not buffer.holds(self._bare_id):
             return seconds
-        began = monotonic()
+        started = monotonic()
         if not buffer.wait_delivered(self._bare_id, seconds) and seconds is not None:
-            raise self._too_late(seconds)
-        return None if seconds is None else max(0.0, seconds - (monotonic() - began))
+            raise self._timeout_error(seconds)
+        return None if seconds is None else max(0.0, seconds - (monotonic() - started))
 
-    async def _aleft_here(self, seconds: float | None) -> float | None:
-        """Do the same without blocking the event loop."""
-        began = monotonic()
-        while self._waits_here():
-            if seconds is not None and monotonic() - began >= seconds:
-                raise self._too_late(seconds)
-            await sleep(_LOOK)
-        return None if seconds is None else max(0.0, seconds - (monotonic() - began))
+    async def _await_buffer(self, seconds: float | None) -> float | None:
+        """Awaitable form of `_wait_for_buffer`."""
+        started = monotonic()
+        while self._is_buffered():
+            if seconds is not None and monotonic() - started >= seconds:
+                raise self._timeout_error(seconds)
+            await sleep(_POLL)
+        return None if seconds is None else max(0.0, seconds - (monotonic() - started))
 
-    def _show(self) -> Shown:
+    def _look_up(self) -> JobLookup:
         client = self._core.client
         if self.queue is not None:
-            return self._found(self.queue, client.run(inspection.get_job(self._core.keys(self.queue), self._bare_id)))
-        for queue in self._likely(client.queues()):
-            shown = client.run(inspection.get_job(self._core.keys(queue), self._bare_id))
-            if _is_known(shown):
-                return self._found(queue, shown)
-        raise self._unknown()
+            return self._note_queue(
+                self.queue, client.run(inspection.get_job(self._core.keys(self.queue), self._bare_id))
+            )
+        for queue in self._likely_queues(client.queues()):
+            lookup = client.run(inspection.get_job(self._core.keys(queue), self._bare_id))
+            if _is_known(lookup):
+                return self._note_queue(queue, lookup)
+        raise self._not_found()
 
-    async def _ashow(self) -> Shown:
+    async def _alook_up(self) -> JobLookup:
         client = self._core.client
         if self.queue is not None:
-            return self._found(
+            return self._note_queue(
                 self.queue, await client.arun(inspection.get_job(self._core.keys(self.queue), self._bare_id))
             )
-        for queue in self._likely(await client.aqueues()):
-            shown = await client.arun(inspection.get_job(self._core.keys(queue), self._bare_id))
-            if _is_known(shown):
-                return self._found(queue, shown)
-        raise self._unknown()
+        for queue in self._likely_queues(await client.aqueues()):
+            lookup = await client.arun(inspection.get_job(self._core.keys(queue), self._bare_id))
+            if _is_known(lookup):
+                return self._note_queue(queue, lookup)
+        raise self._not_found()
 
-    def _likely(self, queues: list[str]) -> list[str]:
+    def _likely_queues(self, queues: list[str]) -> list[str]:
         from conveyor.messaging.partitions import likely_first
 
         return likely_first(queues, self._bare_id)
 
-    def _found(self, queue: str, shown: Shown) -> Shown:
+    def _note_queue(self, queue: str, lookup: JobLookup) -> JobLookup:
         self.queue = queue
-        if self.task is None and shown[1] is not None:
-            self.task = name = shown[1].envelope.task
+        if self.task is None and lookup[1] is not None:
+            self.task = name = lookup[1].envelope.task
             self._result_spec = self._core.definitions.get(name)
-        return shown
+        return lookup
 
-    def _unknown(self) -> JobNotFound:
+    def _not_found(self) -> JobNotFound:
         return JobNotFound(
             f"No queue of namespace {self._core.namespace!r} knows a job {self._bare_id!r}. An id of your own is "
             "remembered until a day after its job ended."
@@ -207,45 +209,47 @@ class Job(Generic[R_co]):
 
     def result(self, timeout: Duration | None = None) -> R_co:
         """
-        Wait until the job has ended and return what it returned.
+        Wait until the job has ended and return its result.
 
-        Raises TimeoutError after *timeout* (None: wait for ever), JobFailed, JobCancelled, and ResultExpired when the
-        job finished and the value it promised is no longer kept. The wait is by push: nothing is polled.
+        Raises TimeoutError after *timeout* (None: no limit), JobFailed, JobCancelled, and ResultExpired when the job
+        has finished and its value is no longer kept. Redis announces the end of the job; nothing is polled.
         """
         refuse_in_loop("job.result()", "await job.aresult()")
-        seconds = _seconds(timeout)
-        left = self._left_here(seconds)
+        seconds = _timeout_seconds(timeout)
+        remaining = self._wait_for_buffer(seconds)
         if self.task is None:
-            self._show()  # the task says what type the result has, and only a live job names it
-        answer = self._core.result_subscriber.wait(self._keys(), self._bare_id, left)
-        return self._value(answer, seconds)
+            self._look_up()  # the task knows the type of the result, and only a live job names its task
+        reply = self._core.result_subscriber.outcome(self._keys(), self._bare_id, remaining)
+        return self._read_result(reply, seconds)
 
     async def aresult(self, timeout: Duration | None = None) -> R_co:  # noqa: ASYNC109  the twin of result
-        """Do the same without blocking the event loop."""
-        seconds = _seconds(timeout)
-        left = seconds if self._core.client.buffer is None else await self._aleft_here(seconds)
+        """Awaitable form of `result`."""
+        seconds = _timeout_seconds(timeout)
+        remaining = seconds if self._core.client.buffer is None else await self._await_buffer(seconds)
         if self.task is None:
-            await self._ashow()
-        answer = await self._core.result_subscriber.await_(self._keys(), self._bare_id, left)
-        return self._value(answer, seconds)
+            await self._alook_up()
+        reply = await self._core.result_subscriber.aoutcome(self._keys(), self._bare_id, remaining)
+        return self._read_result(reply, seconds)
 
     def _keys(self) -> QueueKeys:
         assert self.queue is not None
         return self._core.keys(self.queue)
 
-    def _value(self, answer: Answer | None, seconds: float | None) -> R_co:
-        if answer is None:
-            raise self._too_late(seconds)
-        word, data = answer
-        if word == "dead":
-            _, state, _ = read_whatever(b"\n\n", data)
+    def _read_result(self, reply: WaitReply | None, seconds: float | None) -> R_co:
+        if reply is None:
+            raise self._timeout_error(seconds)
+        kind, data = reply
+        if kind == "dead":
+            _, state, _ = read_leniently(b"\n\n", data)
             errors = state.failures_list()
-            raise self._failed(errors[-1] if errors else None, f"its worker crashed {state.crashes} times while it ran")
-        if word == "gone":
-            return self._nothing(just_ended=data == b"done")
+            raise self._failure_error(
+                errors[-1] if errors else None, f"its worker crashed {state.crashes} times while it ran"
+            )
+        if kind == "gone":
+            return self._no_value(just_ended=data == b"done")
         outcome = read_outcome(data)
         if outcome.status == "dead":
-            raise self._failed(outcome.failure, outcome.reason)
+            raise self._failure_error(outcome.failure, outcome.reason)
         value = bytes(outcome.value)
         if outcome.packed or (self._core.sealing is not None and data and outcome.status == "done"):
             from conveyor.payload.pipeline import MAX_LARGE
@@ -264,11 +268,11 @@ class Job(Generic[R_co]):
             return untyped.decode(value)
         return cast("R_co", self._result_spec.results.decode(value))
 
-    def _too_late(self, seconds: float | None) -> TimeoutError:
-        return TimeoutError(f"Job {self.id} has not ended within {seconds:g} s. It goes on; ask again later.")
+    def _timeout_error(self, seconds: float | None) -> TimeoutError:
+        return TimeoutError(f"Job {self.id} has not ended after {seconds:g} s. It was not cancelled: ask again later.")
 
-    def _nothing(self, *, just_ended: bool) -> R_co:
-        # Of a task that is not known here, nobody can say whether it had promised a value.
+    def _no_value(self, *, just_ended: bool) -> R_co:
+        # For a task that is not known here it cannot be told whether it promised a value.
         promised = self._result_spec.promises_result if self._result_spec is not None else not just_ended
         if promised:
             raise ResultExpired(
@@ -277,7 +281,7 @@ class Job(Generic[R_co]):
             )
         return cast("R_co", None)
 
-    def _failed(self, failure: Failure | None, reason: str) -> JobFailed:
+    def _failure_error(self, failure: Failure | None, reason: str) -> JobFailed:
         if failure is None:
             return JobFailed(self.id, "Crashed", reason, "")
         if failure.packed:
@@ -290,22 +294,22 @@ class Job(Generic[R_co]):
 
     def cancel(self) -> bool:
         """
-        Cancel the job: it will not start, and a running one is asked to stop.
+        Cancel the job: it does not start, and a running one is asked to stop.
 
-        Return False when it had ended already; raises TimeoutError while it waits in a buffer. Whether a running job
-        does stop is its own affair: `result` tells.
+        Return False when it had ended already; raises TimeoutError while it waits in a buffer. A running job may ignore
+        the request: `result` tells how it ended.
         """
         refuse_in_loop("job.cancel()", "await job.acancel()")
         if self.queue is None:
-            self._show()
-        self._left_here(self._core.client.retry_for)
+            self._look_up()
+        self._wait_for_buffer(self._core.client.retry_for)
         return self._core.client.run(operations.cancel(self._keys(), self._bare_id)) > 0
 
     async def acancel(self) -> bool:
-        """Do the same without blocking the event loop."""
+        """Awaitable form of `cancel`."""
         if self.queue is None:
-            await self._ashow()
-        await self._aleft_here(self._core.client.retry_for)
+            await self._alook_up()
+        await self._await_buffer(self._core.client.retry_for)
         return await self._core.client.arun(operations.cancel(self._keys(), self._bare_id)) > 0
 
 
@@ -325,9 +329,9 @@ def refuse_in_loop(call: str, twin: str) -> None:
         )
 
 
-def _is_known(shown: Shown) -> bool:
-    return shown[0] != "none" or bool(shown[2])
+def _is_known(lookup: JobLookup) -> bool:
+    return lookup[0] != "none" or bool(lookup[2])
 
 
-def _seconds(timeout: Duration | None) -> float | None:
+def _timeout_seconds(timeout: Duration | None) -> float | None:
     return None if timeout is None else milliseconds(timeout, name="timeout") / 1000

@@ -11,7 +11,7 @@ from conveyor import ids
 from conveyor.errors import ConfigurationError, PayloadError
 from conveyor.messaging.push_options import MAX_HEADERS
 from conveyor.payload.codec import show
-from conveyor.payload.records import EnvelopeOptions, to_json, write_rest
+from conveyor.payload.records import EnvelopeOptions, to_json, write_envelope
 from conveyor.payload.versions import sealed_name
 from conveyor.store.operations import Entry
 from conveyor.units import Duration, instant_ms, milliseconds
@@ -130,7 +130,7 @@ def entry_of(outgoing: Outgoing, body: bytes, sealing: PayloadPipeline | None, *
         body = sealing.wrap(body, queue=outgoing.queue, task=name, id=id_)
     return Entry(
         id_,
-        write_rest(outgoing.task, body, extra),
+        write_envelope(outgoing.task, body, extra),
         priority=check_priority(outgoing.priority),
         delay_ms=outgoing.delay_ms,
         due_at_ms=outgoing.at_ms,
@@ -164,9 +164,9 @@ def check_headers(headers: Mapping[str, str]) -> dict[str, str]:
         isinstance(key, str) and isinstance(value, str) for key, value in headers.items()
     ):
         raise PayloadError(f"headers must map texts to texts, not {show(headers)}. Nothing was enqueued.", code="E04")
-    found = dict(headers)
+    checked = dict(headers)
     try:
-        size = len(to_json(found)) if found else 0
+        size = len(to_json(checked)) if checked else 0
     except UnicodeEncodeError:
         raise PayloadError(
             "headers hold text that is not Unicode (a lone surrogate). Nothing was enqueued.", code="E04"
@@ -175,12 +175,12 @@ def check_headers(headers: Mapping[str, str]) -> dict[str, str]:
         raise PayloadError(
             f"headers take {size:,} bytes, and the limit is {MAX_HEADERS:,}. Nothing was enqueued.", code="E21"
         )
-    return found
+    return checked
 
 
 def positive_ms(value: Duration, name: str) -> int:
-    """Return a duration longer than nothing as ms; raises ConfigurationError."""
+    """Return a duration above zero in ms; raises ConfigurationError."""
     ms = milliseconds(value, name=name)
     if ms == 0:
-        raise ConfigurationError(f"{name} must be longer than nothing, not {value!r}.")
+        raise ConfigurationError(f"{name} must be greater than zero, not {value!r}.")
     return ms

@@ -69,7 +69,7 @@ class QueueRegistry:
     def place(self, queue: str, entry: Entry) -> str:
         """Return where a job of *queue* goes: the queue, or one of its partitions."""
         partitions = self.partitioned.get(queue)
-        return queue if partitions is None else partitions.placed(entry)
+        return queue if partitions is None else partitions.partition_of(entry)
 
     def push(
         self, queue: str, entries: Sequence[Entry], durability_request: DurabilityRequest | None = None
@@ -91,7 +91,7 @@ class QueueRegistry:
 
     def _durability(self, queue: str) -> Durability | None:
         declared = self.bounded.get(ids.logical(queue) if self.partitioned else queue)
-        return None if declared is None else declared.asks
+        return None if declared is None else declared.durability
 
     def _max_length(self, queue: str) -> int:
         declared = self.bounded.get(queue)
@@ -126,8 +126,8 @@ class QueueRegistry:
             return self.queues[name]
         queue = self._make_queue(
             name, type, partitions, lease_ms=lease_ms, max_attempts=max_attempts, max_length=max_length, full=full,
-            asks=asks, max_payload=self.max_whole, sealing=self.sealing, version=version, upcast=upcast,
-            formats=self.formats.writing(format),
+            durability=asks, max_payload=self.max_whole, sealing=self.sealing, version=version, upcast=upcast,
+            formats=self.formats.with_writer(format),
         )  # fmt: skip
         self.queues[name], self._declared[name] = queue, options
         if max_length is not None or asks is not None or name in self.partitioned:
@@ -157,7 +157,7 @@ class QueueRegistry:
         sealed: bool,
     ) -> PlainList[Any]:
         """Return the plain list of that name, made at its first declaration. Raises ConfigurationError."""
-        if sealed and self.sealing is not None and self.sealing.seal is not None:
+        if sealed and self.sealing is not None and self.sealing.sealer is not None:
             raise ConfigurationError(
                 f"plain_list({name!r}): programs that know nothing of Conveyor cannot seal, and this app takes only "
                 "sealed payloads. If every program that can write to that list is trusted, say so: "

@@ -1,9 +1,9 @@
 """
-What leaves a queue's slot together with the end of a job: entries for other queues, each delivered exactly once.
+The outbox of a queue: entries for other queues that were spawned by its jobs, each delivered exactly once.
 
-The turn that settles the job appends them to its queue's outbox. Whoever delivers takes the head as a numbered batch,
-which stays the same until it is trimmed, pushes it to each receiver in a lane that never expires, then trims it by its
-number. So two deliverers, or a repeat of any step, push once.
+The turn that settles a job appends its entries to the outbox of its queue. A worker that delivers takes the head of the
+outbox as a numbered batch, which stays the same until it is trimmed. It pushes the batch to each receiver in a sequence
+that never expires, then trims it by its number. So two workers that deliver, or a repeated step, push each entry once.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _decode = msgspec.json.Decoder(_OutboxHead).decode
 
 
 def write(queue: str, entry: Entry) -> bytes:
-    """Return *entry* for *queue* as it lies in an outbox: one line of JSON, then the envelope behind its marks."""
+    """Return *entry* for *queue* as an outbox stores it: a line of JSON, then the envelope without marks."""
     head = _OutboxHead(
         queue, entry.id, entry.priority, entry.delay_ms, entry.due_at_ms, entry.expires_ms, entry.unique, entry.own_id,
         entry.front,
@@ -60,12 +60,12 @@ def read(data: bytes) -> tuple[str, Entry]:
 
 
 class OutboxBatch:
-    """The head of an outbox under its number, by receiver: what is for one queue stays in its order."""
+    """The numbered head of an outbox, by receiving queue; the entries for one queue keep their order."""
 
     __slots__ = ("number", "parts")
 
     def __init__(self, number: int, entries: Sequence[bytes]) -> None:
-        """Read the entries; raises ConfigurationError for one that another version wrote."""
+        """Read the entries; raises ConfigurationError (E45) for an entry of another version."""
         self.number = number
         self.parts: dict[str, list[Entry]] = {}
         for data in entries:
@@ -73,7 +73,7 @@ class OutboxBatch:
                 queue, entry = read(data)
             except msgspec.DecodeError as error:
                 raise ConfigurationError(
-                    f"An outbox holds an entry that this version cannot read ({error}). Upgrade this worker.",
+                    f"The outbox of a queue holds an entry that this version cannot read ({error}). Upgrade this worker.",
                     code="E45",
                 ) from error
             self.parts.setdefault(queue, []).append(entry)
@@ -83,13 +83,13 @@ class OutboxBatch:
         return f"<Batch {self.number}: {counts}>"
 
 
-def take(keys: QueueKeys, *, instead: int | str = "", least: int = 0) -> Call[OutboxBatch | None]:
+def take(keys: QueueKeys, *, replacing: int | str = "", least: int = 0) -> Call[OutboxBatch | None]:
     """
-    Return the call that fixes the next batch of the outbox; it yields None when that is empty.
+    Return the call that fixes the next batch of the outbox; it yields None when the outbox is empty.
 
-    When the batch that is fixed has the number *instead*, it gets a new one of at least *least*.
+    When the fixed batch has the number *replacing*, it gets a new number of at least *least*.
     """
-    return Call(TAKE, (keys.outbox, keys.conf), (instead, least), _read_batch)
+    return Call(TAKE, (keys.outbox, keys.conf), (replacing, least), _read_batch)
 
 
 def _read_batch(reply: list[Any]) -> OutboxBatch | None:
@@ -97,18 +97,19 @@ def _read_batch(reply: list[Any]) -> OutboxBatch | None:
 
 
 def deliver(
-    source: QueueKeys, target: QueueKeys, number: int, entries: Sequence[Entry], *, instead_of: str | None = None
+    source: QueueKeys, target: QueueKeys, number: int, entries: Sequence[Entry], *, written_for: str | None = None
 ) -> Call[list[str]]:
     """
-    Return the call that pushes a batch's part to *target*, once; raises what a push raises, and LateReply.
+    Return the call that pushes a part of a batch to *target*, once; raises what a push raises, and LateReply.
 
-    A part that was written for another place, *instead_of*, comes in a lane of its own: *target* may have a part too.
+    A part that was written for another queue or partition, *written_for*, has a sequence of its own, because *target*
+    may have a part of its own.
     """
-    lane = source.queue if instead_of is None else f"{source.queue}>{instead_of}"
-    call = operations.push(target, ProducerSequence(lane, number - 1, resends_refused=True), entries)
-    return replace(call, keys=(target.inbox(lane), *call.keys[1:]))
+    sequence = source.queue if written_for is None else f"{source.queue}>{written_for}"
+    call = operations.push(target, ProducerSequence(sequence, number - 1, resends_refused=True), entries)
+    return replace(call, keys=(target.inbox(sequence), *call.keys[1:]))
 
 
 def trim(keys: QueueKeys, number: int) -> Call[int]:
-    """Return the call that drops a batch all have accepted; it yields how many entries are left, -1 when it was not the one."""
+    """Return the call that drops a delivered batch; it yields how many entries are left, -1 for a wrong number."""
     return Call(TRIM, (keys.outbox, keys.conf), (number,), int)

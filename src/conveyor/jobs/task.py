@@ -1,4 +1,4 @@
-"""A registered function: called as it is, or enqueued with its arguments checked and its result typed."""
+"""Tasks: registered functions, called in this process or enqueued with checked arguments and a typed result."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from conveyor.jobs.job_options import Outgoing, entry_of, outgoing_call, with_op
 from conveyor.messaging.retry import Retry
 from conveyor.payload.codec import ValueCodec, show
 from conveyor.payload.formats import JSON, FormatRegistry, codec_for
-from conveyor.payload.records import write_rest
+from conveyor.payload.records import write_envelope
 from conveyor.payload.signature import TaskSignature
 from conveyor.store.client.durability import DurabilityRequest, durability_request
 from conveyor.store.operations import Entry, ExistingId
@@ -38,7 +38,7 @@ R = TypeVar("R")
 R_co = TypeVar("R_co", covariant=True)
 RunIn = Literal["loop", "thread", "process"]
 Upcast = Callable[[int, dict[str, Any]], dict[str, Any]]
-"""From a version and the arguments of a job that has it to those of the next version."""
+"""Turns the arguments of a version into those of the next version."""
 
 
 class TaskCore(JobCore, Protocol):
@@ -62,7 +62,7 @@ class TaskCore(JobCore, Protocol):
 
 @dataclass(frozen=True)
 class TaskOptions:
-    """How the jobs of a task run. Times in ms; `keep_ms` 0 keeps no result, None elsewhere sets no limit."""
+    """The options of a task: how its jobs run. Times in ms; `keep_ms` 0 keeps no result, None elsewhere sets no limit."""
 
     timeout_ms: int | None = None
     retry: Retry = field(default_factory=Retry)
@@ -78,8 +78,8 @@ class TaskDefinition:
     """
     A task as the library uses it: its function and options, and how a call of it becomes a job.
 
-    `settings` says how its jobs run, `results` encodes and decodes what they return. `outgoing` is the job that a call
-    without options becomes, before the arguments.
+    `settings` are its options, `results` is the codec of its results. `outgoing` is the job that a call without options
+    becomes, without its arguments.
     """
 
     def __init__(
@@ -115,7 +115,7 @@ class TaskDefinition:
             lossy=unannotated,
         )
         self.bare_results = core.sealing is None and formats.writes is None  # they stand in the outcome as they are
-        self.head = write_rest(name, b"")
+        self.head = write_envelope(name, b"")
         """An envelope up to its body, for a job without options."""
         self.keys: QueueKeys = core.keys(queue)
         self.plain = (
@@ -130,7 +130,7 @@ class TaskDefinition:
         return f"<TaskDefinition {self.signature.describe()} on {self.queue}>"
 
     def is_plain(self, outgoing: Outgoing) -> bool:
-        """Tell whether a call is just an envelope at the tail of the task's queue, which is the cheapest."""
+        """Tell whether a call is stored as a bare envelope at the tail of the task's queue, the cheapest way."""
         core = self.core
         return outgoing is self.outgoing and self.plain and not core.push_middlewares and not core.client.deferring
 
@@ -161,7 +161,7 @@ class TaskDefinition:
     def enqueue(
         self, outgoing: Outgoing, request: DurabilityRequest | None, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Job[Any]:
-        """Enqueue a call with checked options; call it from what the program calls."""
+        """Enqueue a call with checked options. The caller's caller is named in the error inside an event loop."""
         if _get_running_loop() is not None:
             raise in_loop(self, args, kwargs, sys._getframe(2))  # noqa: SLF001
         queue, entry = self.prepare(outgoing, args, kwargs)
@@ -216,7 +216,7 @@ class Task(Generic[P, R_co]):
         """
         definition = self._definition
         if _get_running_loop() is not None:
-            raise in_loop(definition, args, kwargs, sys._getframe(1))  # noqa: SLF001  where to look is half of the help
+            raise in_loop(definition, args, kwargs, sys._getframe(1))  # noqa: SLF001  the line of the call goes into the message
         core, queue = definition.core, definition.queue
         if definition.plain and not core.push_middlewares and not core.client.deferring and queue not in core.bounded:
             id_ = new_id()
@@ -243,7 +243,7 @@ class Task(Generic[P, R_co]):
         return TaskCall(self._definition, self._definition.outgoing, None, args, kwargs)
 
     def job(self, id: str) -> Job[R_co]:  # noqa: A002  the contract's name
-        """Return a handle from the id of a job of this task, with its result typed; asks nothing."""
+        """Return a handle from the id of a job of this task, with its result typed; nothing is sent."""
         queue, bare = ids.split(id)
         return Job(self._definition.core, bare, queue, self._definition)
 
@@ -364,7 +364,7 @@ def definition_of(task: Task[..., Any]) -> TaskDefinition:
 
 
 def is_async(function: Callable[..., Any]) -> bool:
-    """Tell whether calling *function* gives a coroutine; looks through partials and callable objects."""
+    """Tell whether calling *function* returns a coroutine, also for partials and callable objects."""
     while isinstance(function, functools.partial):
         function = function.func
     return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
@@ -372,9 +372,9 @@ def is_async(function: Callable[..., Any]) -> bool:
 
 def default_name(function: Callable[..., Any]) -> str:
     """
-    Return ``module.function``; raises ConfigurationError for what has no name of its own.
+    Return ``module.function``; raises ConfigurationError for a function without a name.
 
-    A module that runs as a script is called as a worker will import it, by its file's name.
+    A module that runs as a script is named as a worker imports it: by its file.
     """
     name = getattr(function, "__name__", "")
     if not name or name == "<lambda>":

@@ -1,4 +1,4 @@
-"""From a leased message to what its body holds: opened, brought up to date, decoded."""
+"""Reads the body of a leased message: unseals it, upcasts it, decodes it."""
 
 from __future__ import annotations
 
@@ -9,16 +9,17 @@ from typing import Any, Generic, TypeVar
 
 from conveyor.errors import PayloadError, StoreUnavailable
 from conveyor.messaging.leases import LeasedMessage
+from conveyor.messaging.message import Message, Settler
 from conveyor.payload.formats import FormatCodec
 from conveyor.payload.pipeline import PLAIN, PayloadPipeline
-from conveyor.payload.versions import OldPayload, PayloadTooNew, bring_up, sealed_name
+from conveyor.payload.versions import OldPayload, PayloadTooNew, sealed_name, upcast_body
 from conveyor.payload.wrapped import MAGIC
 
 T = TypeVar("T")
 
 
 class MessageDecoder(Generic[T]):
-    """How the messages of one queue are read."""
+    """Reads the messages of one queue."""
 
     def __init__(
         self,
@@ -28,16 +29,18 @@ class MessageDecoder(Generic[T]):
         version: int,
         upcast: Callable[[int, Any], Any] | None,
     ) -> None:
-        """Take what the queue was declared with."""
         self._queue = queue
         self._codec = codec
         self._sealing = sealing
         self._version = version
         self._upcast = upcast
-        self._old = OldPayload(f"A message of queue '{queue}'", codec.max_payload, codec.formats, call=False)
+        self._old_payload = OldPayload(f"A message of queue '{queue}'", codec.max_payload, codec.formats, call=False)
 
-    def body(self, leased: LeasedMessage) -> T:
-        """Return what *leased* holds. Raises PayloadError, its kind TooNew, and BlobUnavailable."""
+    def message(self, leased: LeasedMessage, settler: Settler) -> Message[T]:
+        """Return the message users see. Raises PayloadError (PayloadTooNew is one), BlobUnavailable."""
+        return Message(self._queue, self._body(leased), leased, settler)
+
+    def _body(self, leased: LeasedMessage) -> T:
         if leased.damage:
             raise PayloadError(f"The envelope cannot be read: {leased.damage}.", code="E15")
         envelope = leased.envelope
@@ -45,35 +48,32 @@ class MessageDecoder(Generic[T]):
         if version > self._version:
             raise PayloadTooNew(f"A message of queue '{self._queue}'", version, self._version)
         if self._sealing is not None or body[:1] == MAGIC:
-            body = self._opened(leased) if leased.opened is None else leased.opened
+            body = self._open(leased) if leased.fetched_body is None else leased.fetched_body
         if version < self._version and self._upcast is not None:
-            body = bring_up(body, version, self._version, self._upcast, self._old)
+            body = upcast_body(body, version, self._version, self._upcast, self._old_payload)
         return self._codec.decode(body)
 
-    def _opened(self, leased: LeasedMessage) -> bytes:
-        sealing, data, place = (
-            self._sealing or PLAIN,
-            leased.envelope.body,
-            (self._queue, sealed_name("", leased.envelope.extra.version), leased.id),
-        )
-        reference = sealing.reference(data, queue=place[0], task=place[1], id=place[2])
+    def _open(self, leased: LeasedMessage) -> bytes:
+        sealing, data = self._sealing or PLAIN, leased.envelope.body
+        task = sealed_name("", leased.envelope.extra.version)
+        reference = sealing.reference(data, queue=self._queue, task=task, id=leased.id)
         leased.blob = "" if reference is None else reference.name
-        return sealing.unwrap(data, queue=place[0], task=place[1], id=place[2])
+        return sealing.unwrap(data, queue=self._queue, task=task, id=leased.id)
 
     @property
     def fetches(self) -> bool:
-        """True when bodies may lie in a store."""
+        """True when bodies may lie in a blob store."""
         return self._sealing is not None and self._sealing.store is not None
 
     async def fetch(self, waiting: Iterable[LeasedMessage]) -> None:
-        """Open those of *waiting* that lie in the store, on a thread; an error is met again when they are handed out."""
+        """Read bodies that lie in the blob store, on a thread. An error is raised later, by `message`."""
         for leased in list(waiting):
-            if leased.opened is None and PLAIN.is_elsewhere(leased.envelope.body):
+            if leased.fetched_body is None and PLAIN.is_stored_elsewhere(leased.envelope.body):
                 with contextlib.suppress(PayloadError, StoreUnavailable):
-                    leased.opened = await asyncio.to_thread(self._opened, leased)
+                    leased.fetched_body = await asyncio.to_thread(self._open, leased)
 
-    def ended(self, blob: str) -> None:
-        """Remove the large body of a message that has ended, confirmed by Redis."""
+    def delete(self, blob: str) -> None:
+        """Remove the blob of a message whose end Redis has confirmed."""
         sealing = self._sealing
         if sealing is None:
             return

@@ -1,4 +1,4 @@
-"""Limits and keys as values: checked when they are written down, carried out by the queue they are given to."""
+"""Limits as values: checked when they are declared, enforced by the queue they are given to."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ class Unique:
 
 @dataclass(frozen=True)
 class Debounce:
-    """Run once, `wait` after the last of several calls with the same `by`; after `max_wait` at the latest."""
+    """Run once, `wait` after the last call with the same `by`, at the latest after `max_wait`."""
 
     wait: Duration
     by: str | None = None
@@ -107,5 +107,5 @@ def _check_name(what: str, value: object) -> None:
 def _positive(name: str, value: Duration) -> int:
     ms = milliseconds(value, name=name)
     if ms == 0:
-        raise ConfigurationError(f"{name} must be longer than nothing, not {value!r}.")
+        raise ConfigurationError(f"{name} must be greater than zero, not {value!r}.")
     return ms

@@ -1,7 +1,7 @@
 """
-What goes over a whole queue in bounded batches: purge, redrive, reading the dead letters.
+Operations on a whole queue in bounded batches: purge, redrive, reading the dead letters.
 
-Each is a generator of calls with a value at its end, carried out by `holder.drive` or `holder.adrive`.
+Each is a program of calls whose value is a count, carried out by `programs.drive` or `programs.adrive`.
 """
 
 from __future__ import annotations
@@ -24,16 +24,17 @@ from conveyor.store.script import Call
 BATCH = 500
 PAGE = 100
 
-Sweep = Generator[Call[Any], Any, int]
+CountingProgram = Generator[Call[Any], Any, int]
 
 
 @dataclass(frozen=True, slots=True)
 class DeadLetter:
     """
-    One that was given up: `payload` is the raw bytes of its body, as they were pushed (sealed, when they were).
+    A message or job that was given up.
 
-    `error` says what its last attempt ended with, `attempts` how many began, `failure` is the whole record
-    with the traceback. `died_at` has a time zone, `queue` is where it lies: a queue, or a partition of one.
+    `payload` is the raw bytes of its body as pushed (sealed, if they were). `error` is the error of its last attempt,
+    `attempts` the number of attempts that began, `failure` the whole record with the traceback. `died_at` has a time
+    zone. `queue` is the queue or partition it lies in.
     """
 
     id: str
@@ -46,39 +47,39 @@ class DeadLetter:
     queue: str = ""
 
 
-def purge_waiting(keys: QueueKeys) -> Sweep:
-    """Remove as many ready and scheduled messages as there are now, from the front; the value is how many were."""
+def purge_waiting(keys: QueueKeys) -> CountingProgram:
+    """Remove the ready and scheduled messages there are now, from the front; count them."""
     counts: QueueCounts = yield inspection.counts(keys)
     removed = 0
-    for place, there in (("ready", counts.ready), ("due", counts.scheduled)):
-        removed += yield from _purge(keys, place, there)
+    for where, count in (("ready", counts.ready), ("due", counts.scheduled)):
+        removed += yield from _purge(keys, where, count)
     return removed
 
 
-def purge_dead(keys: QueueKeys) -> Sweep:
-    """Remove as many dead letters as there are now, oldest first; the value is how many were."""
+def purge_dead(keys: QueueKeys) -> CountingProgram:
+    """Remove the dead letters there are now, oldest first; count them."""
     counts: QueueCounts = yield inspection.counts(keys)
     return (yield from _purge(keys, "dead", counts.dead))
 
 
-def _purge(keys: QueueKeys, place: str, there: int) -> Sweep:
-    gone = 0
-    while gone < there:
-        taken, removed = yield operations.purge(keys, place, min(BATCH, there - gone))
-        gone += removed
+def _purge(keys: QueueKeys, where: str, count: int) -> CountingProgram:
+    removed = 0
+    while removed < count:
+        taken, gone = yield operations.purge(keys, where, min(BATCH, count - removed))
+        removed += gone
         if taken == 0:
             break
-    return gone
+    return removed
 
 
-def redrive(keys: QueueKeys, limit: int | None) -> Sweep:
-    """Put back as many dead letters as there are now, at most *limit*, oldest first; the value is how many were."""
+def redrive(keys: QueueKeys, limit: int | None) -> CountingProgram:
+    """Put back the dead letters there are now, at most *limit* (None: all), oldest first; count them."""
     if limit is not None and (not isinstance(limit, int) or isinstance(limit, bool) or limit < 0):
         raise ConfigurationError(f"limit must be a whole number of at least 0, not {limit!r}.")
     counts: QueueCounts = yield inspection.counts(keys)
-    there, back = counts.dead if limit is None else min(limit, counts.dead), 0
-    while back < there:
-        moved = yield operations.redrive(keys, limit=min(BATCH, there - back))
+    count, back = counts.dead if limit is None else min(limit, counts.dead), 0
+    while back < count:
+        moved = yield operations.redrive(keys, limit=min(BATCH, count - back))
         if moved == 0:
             break
         back += moved

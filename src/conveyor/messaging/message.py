@@ -1,9 +1,10 @@
-"""One message as a consumer holds it, and several of them as a batch."""
+"""A leased message, and a batch of them."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Generic, Literal, Protocol, TypeVar
 
@@ -22,9 +23,9 @@ logger = logging.getLogger("conveyor.queue")
 
 
 class Settler(Protocol):
-    """Who holds leased messages and carries out how they end. `settle` and `extend` raise LeaseLost."""
+    """Carries out how leased messages end. `settle` and `extend` raise LeaseLost."""
 
-    verdict: SettlementPolicy
+    policy: SettlementPolicy
     on_error: OnError
 
     def is_cancelled(self, leased: LeasedMessage) -> bool: ...
@@ -36,28 +37,29 @@ class Settler(Protocol):
     async def aextend(self, leased: LeasedMessage, ms: int) -> Settler: ...
 
 
+@dataclass(slots=True, eq=False, repr=False)
 class Message(Generic[T]):
     """
     A leased message: `id`, `body`, `attempt` (from 1), `headers`.
 
     ``with message as body`` acks on success; an exception nacks with backoff, is logged, and does not leave the
     block; anything else (KeyboardInterrupt) hands the message back. The calls return when Redis confirmed them,
-    and raise LeaseLost when the message is no longer ours.
+    and raise LeaseLost when the lease is no longer held.
     """
 
-    __slots__ = ("_holder", "_leased", "body", "id", "queue")
+    queue: str
+    body: T
+    _leased: LeasedMessage
+    _settler: Settler
 
-    def __init__(self, queue: str, body: T, leased: LeasedMessage, holder: Settler) -> None:
-        """Made by the queue."""
-        self.queue = queue
-        self.id = public(queue, leased.id)
-        self.body = body
-        self._leased = leased
-        self._holder = holder
+    @property
+    def id(self) -> str:
+        """The id that `push` returned."""
+        return public(self.queue, self._leased.id)
 
     @property
     def attempt(self) -> int:
-        """The number of this delivery that a consumer began, from 1."""
+        """The number of this delivery, from 1."""
         return self._leased.attempt
 
     @property
@@ -77,36 +79,36 @@ class Message(Generic[T]):
     # -- how it ends ----------------------------------------------------------------------------------------------
 
     def ack(self) -> None:
-        """Finish it. Raises LeaseLost."""
-        self._holder.settle([self._done()])
+        """Acknowledge the message: it is done. Raises LeaseLost."""
+        self._settler.settle([self._done()])
 
     def nack(self, delay: Duration | None = None) -> None:
-        """Refuse it: it comes back after *delay* (default: the queue's backoff), or is dead after `max_attempts`."""
-        self._holder.settle([self._nacked(delay)])
+        """Refuse the message: retry after *delay* (None: the queue's backoff), dead after `max_attempts`."""
+        self._settler.settle([self._nacked(delay)])
 
     def dead(self, reason: str) -> None:
-        """Make it a dead letter. Raises LeaseLost."""
-        self._holder.settle([self._dead(reason)])
+        """Make the message a dead letter. Raises LeaseLost."""
+        self._settler.settle([self._dead(reason)])
 
     def extend(self, duration: Duration) -> None:
-        """Give it a lease of its own that ends *duration* from now, renewed by nobody else. Raises LeaseLost."""
-        self._holder = self._holder.extend(self._ours(), _lease(duration))
+        """Give the message its own lease that ends *duration* from now and is not renewed. Raises LeaseLost."""
+        self._settler = self._settler.extend(self._ours(), _lease(duration))
 
     async def aack(self) -> None:
-        """Finish it. Raises LeaseLost."""
-        await self._holder.asettle([self._done()])
+        """Awaitable form of `ack`."""
+        await self._settler.asettle([self._done()])
 
     async def anack(self, delay: Duration | None = None) -> None:
-        """Refuse it, as `nack`."""
-        await self._holder.asettle([self._nacked(delay)])
+        """Awaitable form of `nack`."""
+        await self._settler.asettle([self._nacked(delay)])
 
     async def adead(self, reason: str) -> None:
-        """Make it a dead letter. Raises LeaseLost."""
-        await self._holder.asettle([self._dead(reason)])
+        """Awaitable form of `dead`."""
+        await self._settler.asettle([self._dead(reason)])
 
     async def aextend(self, duration: Duration) -> None:
-        """Give it a lease of its own, as `extend`."""
-        self._holder = await self._holder.aextend(self._ours(), _lease(duration))
+        """Awaitable form of `extend`."""
+        self._settler = await self._settler.aextend(self._ours(), _lease(duration))
 
     # -- as a block -----------------------------------------------------------------------------------------------
 
@@ -118,7 +120,7 @@ class Message(Generic[T]):
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> bool:
         if endings := self._endings(error):
-            self._holder.settle_soon(endings)
+            self._settler.settle_soon(endings)
         return self._stops(error)
 
     async def __aenter__(self) -> T:
@@ -129,7 +131,7 @@ class Message(Generic[T]):
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> bool:
         if endings := self._endings(error):
-            await self._holder.asettle_soon(endings)
+            await self._settler.asettle_soon(endings)
         return self._stops(error)
 
     # -- decisions ------------------------------------------------------------------------------------------------
@@ -137,59 +139,57 @@ class Message(Generic[T]):
     def _ours(self) -> LeasedMessage:
         leased = self._leased
         if leased.settled or leased.lost:
-            why = "its lease was given up" if leased.lost else "it was settled before"
+            what = "lost its lease, so another consumer may run it" if leased.lost else "was already settled"
             if leased.returned:
-                why = "the loop over consume() was left, which handed it back. Keep the iterator in a variable"
-            raise LeaseLost(f"Message {self.id} is no longer ours: {why}. Nothing was changed.")
+                what = "was handed back when the loop over consume() was left. Keep the iterator in a variable"
+            raise LeaseLost(f"Message {self.id} {what}. Nothing was changed.")
         return leased
 
     def _done(self) -> Ending:
         leased = self._ours()
-        return leased, self._holder.verdict.done(leased)
+        return leased, _success(leased)
 
     def _nacked(self, delay: Duration | None) -> Ending:
         delay_ms = None if delay is None else milliseconds(delay, name="delay")
         leased = self._ours()
-        return leased, self._holder.verdict.nacked(leased, delay_ms, cancelled=self._holder.is_cancelled(leased))
+        return leased, self._settler.policy.nacked(leased, delay_ms, cancelled=self._settler.is_cancelled(leased))
 
     def _dead(self, reason: str) -> Ending:
         if not isinstance(reason, str):
             raise ConfigurationError(f"dead() takes the reason as text, not {type(reason).__name__}.")
         leased = self._ours()
-        return leased, self._holder.verdict.dead(leased, reason)
+        return leased, self._settler.policy.dead(leased, reason)
 
     def _endings(self, error: BaseException | None, *, log: bool = True) -> list[Ending]:
-        """Return how a block that ended with *error* settles this message, and log what a person should know."""
-        leased, verdict = self._leased, self._holder.verdict
+        """Return how a block that ended with *error* settles this message, and log the failure."""
+        leased, policy = self._leased, self._settler.policy
         if leased.settled or leased.lost:
-            if isinstance(error, Exception) and self._holder.on_error == "log":
-                failures.tell(logger, logging.ERROR, "Message %s: %s", clean(self.id), _brief(error), error=error)
+            if isinstance(error, Exception) and self._settler.on_error == "log":
+                failures.log_error(logger, logging.ERROR, "Message %s: %s", clean(self.id), _brief(error), error=error)
             elif leased.lost and not leased.settled:
-                logger.warning(
-                    "Message %s was lost while it ran: its lease was given up, another has it.", clean(self.id)
-                )
+                logger.warning("Message %s lost its lease while it ran: another consumer may run it.", clean(self.id))
             return []
         if error is None:
-            return [(leased, verdict.done(leased))]
+            return [(leased, _success(leased))]
         if not isinstance(error, Exception):
             leased.started = True
-            return [(leased, Settlement("F", leased.id, state=verdict.returned(leased)))]
-        ending = verdict.failed(leased, error, cancelled=self._holder.is_cancelled(leased))
-        if log and self._holder.on_error == "log":
+            return [(leased, Settlement("F", leased.id, state=policy.returned(leased)))]
+        ending = policy.failed(leased, error, cancelled=self._settler.is_cancelled(leased))
+        if log and self._settler.on_error == "log":
             follows = {"R": f"again in {ending.ms / 1000:.1f} s", "X": "dead"}.get(ending.kind, "cancelled")
-            failures.tell(
+            failures.log_error(
                 logger, logging.ERROR, "Message %s failed at attempt %d, %s: %s", clean(self.id), self.attempt, follows,
                 _brief(error), error=error,
             )  # fmt: skip
         return [(leased, ending)]
 
     def _stops(self, error: BaseException | None) -> bool:
-        return isinstance(error, Exception) and self._holder.on_error == "log"
+        return isinstance(error, Exception) and self._settler.on_error == "log"
 
 
 class Batch(list[Message[T]]):
     """
-    Messages that came together. ``with batch as bodies`` acks all that were not settled one by one, or nacks them.
+    A list of messages. ``with batch as bodies`` acks all that were not settled one by one, or nacks them.
 
     A message that may have crashed a consumer comes in a batch of its own.
     """
@@ -198,28 +198,28 @@ class Batch(list[Message[T]]):
 
     @property
     def bodies(self) -> list[T]:
-        """What the messages hold, in their order."""
+        """The bodies of the messages, in their order."""
         return [message.body for message in self]
 
     def ack(self) -> None:
-        """Finish all that are not settled yet, in one round trip. Raises LeaseLost when some are no longer ours."""
-        for holder, endings in _grouped((m._holder, [m._done()]) for m in self._open()):  # noqa: SLF001
-            holder.settle(endings)
+        """Acknowledge all that are not settled yet, in one round trip. Raises LeaseLost."""
+        for settler, endings in _grouped((m._settler, [m._done()]) for m in self._open()):  # noqa: SLF001
+            settler.settle(endings)
 
     def nack(self, delay: Duration | None = None) -> None:
-        """Refuse all that are not settled yet."""
-        for holder, endings in _grouped((m._holder, [m._nacked(delay)]) for m in self._open()):  # noqa: SLF001
-            holder.settle(endings)
+        """Refuse all that are not settled yet, as `Message.nack`."""
+        for settler, endings in _grouped((m._settler, [m._nacked(delay)]) for m in self._open()):  # noqa: SLF001
+            settler.settle(endings)
 
     async def aack(self) -> None:
-        """Finish all that are not settled yet."""
-        for holder, endings in _grouped((m._holder, [m._done()]) for m in self._open()):  # noqa: SLF001
-            await holder.asettle(endings)
+        """Awaitable form of `ack`."""
+        for settler, endings in _grouped((m._settler, [m._done()]) for m in self._open()):  # noqa: SLF001
+            await settler.asettle(endings)
 
     async def anack(self, delay: Duration | None = None) -> None:
-        """Refuse all that are not settled yet."""
-        for holder, endings in _grouped((m._holder, [m._nacked(delay)]) for m in self._open()):  # noqa: SLF001
-            await holder.asettle(endings)
+        """Awaitable form of `nack`."""
+        for settler, endings in _grouped((m._settler, [m._nacked(delay)]) for m in self._open()):  # noqa: SLF001
+            await settler.asettle(endings)
 
     def __enter__(self) -> list[T]:
         return self.bodies
@@ -227,8 +227,8 @@ class Batch(list[Message[T]]):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> bool:
-        for holder, endings in self._endings(error):
-            holder.settle_soon(endings)
+        for settler, endings in self._endings(error):
+            settler.settle_soon(endings)
         return bool(self) and self[0]._stops(error)  # noqa: SLF001
 
     async def __aenter__(self) -> list[T]:
@@ -237,8 +237,8 @@ class Batch(list[Message[T]]):
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> bool:
-        for holder, endings in self._endings(error):
-            await holder.asettle_soon(endings)
+        for settler, endings in self._endings(error):
+            await settler.asettle_soon(endings)
         return bool(self) and self[0]._stops(error)  # noqa: SLF001
 
     def _open(self) -> list[Message[T]]:
@@ -247,23 +247,30 @@ class Batch(list[Message[T]]):
     def _endings(self, error: BaseException | None) -> list[tuple[Settler, list[Ending]]]:
         # Newest first, so that what is handed back to the front keeps its order. One traceback says it for all.
         return _grouped(
-            (message._holder, message._endings(error, log=number == 0))  # noqa: SLF001
+            (message._settler, message._endings(error, log=number == 0))  # noqa: SLF001
             for number, message in enumerate(reversed(self._open()))
         )
 
 
 def _grouped(endings: Iterable[tuple[Settler, list[Ending]]]) -> list[tuple[Settler, list[Ending]]]:
-    """Return what each holder has to settle; one that was extended has a holder of its own."""
-    by_holder: dict[int, tuple[Settler, list[Ending]]] = {}
-    for holder, several in endings:
-        by_holder.setdefault(id(holder), (holder, []))[1].extend(several)
-    return [one for one in by_holder.values() if one[1]]
+    """Return the endings of each settler. A message that was extended has a settler of its own."""
+    by_settler: dict[int, tuple[Settler, list[Ending]]] = {}
+    for settler, several in endings:
+        by_settler.setdefault(id(settler), (settler, []))[1].extend(several)
+    return [one for one in by_settler.values() if one[1]]
+
+
+def _success(leased: LeasedMessage) -> Settlement:
+    """Return the settlement of a message that succeeded; there is nothing to decide."""
+    return Settlement("D", leased.id, unique=leased.envelope.unique, own_id=leased.envelope.own_id)
 
 
 def _lease(duration: Duration) -> int:
     ms = milliseconds(duration, name="duration")
     if ms < 1:
-        raise ConfigurationError("extend() needs a duration longer than 0. Use nack(delay=0) to give a message back.")
+        raise ConfigurationError(
+            "extend() needs a duration greater than zero. Use nack(delay=0) to give a message back."
+        )
     return ms
 
 
@@ -274,4 +281,4 @@ def _brief(error: BaseException) -> str:
 def lost(queue: str, leased: Iterable[LeasedMessage]) -> LeaseLost:
     """Return the error for messages whose end was refused."""
     ids = ", ".join(public(queue, one.id) for one in leased)
-    return LeaseLost(f"No longer ours, so another may run it: {ids}. The lease was given up; nothing was changed.")
+    return LeaseLost(f"The lease was lost, so another consumer may run {ids}. Nothing was changed.")

@@ -1,57 +1,57 @@
-"""A message queue in several partitions: the same interface, over a queue of its own in each."""
+"""A message queue in several partitions: the interface of a queue over one queue per partition."""
 
 from __future__ import annotations
 
 import heapq
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Iterable, Iterator
-from contextlib import aclosing
+from collections.abc import AsyncIterator, Iterable, Iterator
+from dataclasses import replace
 from itertools import islice
-from typing import Any, TypeVar, Unpack
+from typing import Any, TypeVar
 
 from conveyor.errors import ConfigurationError
 from conveyor.ids import queue_name, split
-from conveyor.messaging.consumer.asynchronous import AsyncPartitionedConsumer
-from conveyor.messaging.consumer.blocking import PartitionedConsumer
+from conveyor.messaging.consumer.asynchronous import AsyncConsumer
+from conveyor.messaging.consumer.blocking import Consumer
 from conveyor.messaging.maintenance import DeadLetter
-from conveyor.messaging.message import Batch, Message, OnError
+from conveyor.messaging.message import OnError
 from conveyor.messaging.partitions import Partitions
 from conveyor.messaging.publisher import PartitionedPublisher, Publisher
-from conveyor.messaging.push_options import PreparedPush, PushManyOptions, PushOptions
-from conveyor.messaging.queue import Queue, _on_error, _whole
+from conveyor.messaging.push_options import PreparedPush, PushOptions
+from conveyor.messaging.queue import Queue, whole_number
 from conveyor.store import operations
-from conveyor.store.client.client import Client, refuse_in_loop
+from conveyor.store.client.client import Client
 from conveyor.store.inspection import QueueCounts, total
 from conveyor.store.keys import QueueKeys
-from conveyor.store.operations import MOST_HELD
-from conveyor.units import Duration, milliseconds
 
 T = TypeVar("T")
-V = TypeVar("V")
 PAGE = 500
 
 
 class PartitionQueue(Queue[T]):
-    """One partition, whose name no user can write."""
+    """The queue of one partition. Its name has a form that users cannot give to a queue."""
 
     def __init__(self, client: Client, keys: QueueKeys, type: Any, **options: Any) -> None:  # noqa: A002
-        """Take its keys."""
-        self._counted = keys
+        self._partition_keys = keys
         super().__init__(client, keys.queue, type, **options)
 
     def _checked_name(self, name: str) -> str:
         return name
 
     def _keys(self) -> QueueKeys:
-        return self._counted
+        return self._partition_keys
 
 
 class PartitionedQueue(Queue[T]):
     """
-    One queue by its name, spread over several partitions, which may lie on several nodes.
+    A queue in several partitions, which may lie on several nodes.
 
     Messages with the same `group` lie in the same partition, else those with the same `unique` key or `id`; the others
-    go round. Within a partition all promises of a queue hold; between partitions there is no order. The maximum length
-    is split: each takes its part. Made by `Conveyor.queue` with `partitions`.
+    go round. A `unique` key beside a `group` that places elsewhere is refused. The id of a message names its partition.
+    `push_many` spreads messages evenly, in their order within each partition; with `group` all go to its partition.
+
+    Within a partition all promises of a queue hold; between partitions there is no order, and `consume` lets none
+    starve. The maximum length is split: each partition takes all of its part of a bulk push, or nothing of it. Made by
+    `Conveyor.queue` with `partitions`.
     """
 
     def __init__(
@@ -65,159 +65,88 @@ class PartitionedQueue(Queue[T]):
         max_length: int | None = None,
         **options: Any,
     ) -> None:
-        """Declare it, with the other *options* of a queue; nothing is sent. Raises ConfigurationError for what it cannot do."""
+        """Declare the queue, with the other *options* of one; nothing is sent. Raises ConfigurationError."""
         if max_length is not None:
-            _whole("max_length", max_length, 1)
+            whole_number("max_length", max_length, 1)
         self.partitions = Partitions(client, queue_name(name), partitions, max_length)
         self.parts: tuple[Queue[T], ...] = tuple(
-            PartitionQueue(client, keys, type, lease_ms=lease_ms, max_length=self.partitions.most, **options)
+            PartitionQueue(client, keys, type, lease_ms=lease_ms, max_length=self.partitions.max_length, **options)
             for keys in self.partitions.keys
         )
         super().__init__(client, name, type, lease_ms=lease_ms, max_length=max_length, **options)
 
-    def _make_pusher(self) -> Publisher[T]:
-        self._scatter = PartitionedPublisher(self.partitions, [part._pusher for part in self.parts], self.codec)  # noqa: SLF001
-        return self._scatter
+    def _make_publisher(self) -> Publisher[T]:
+        return PartitionedPublisher(self.client.push_target(self.durability), self.partitions, self.codec)
 
-    def _scattered(self, options: PreparedPush) -> PartitionedPublisher[T]:
-        """Return what pushes with these options, to where pushes go right now."""
-        if options.durability_request is None and not self.client.deferring:
-            return self._scatter
-        return self._scatter.through(self.client.push_target(self.asks, options.durability_request))
+    def _prepared(self, options: PushOptions) -> PreparedPush:
+        group = options.pop("group", None)
+        if group is not None and (not isinstance(group, str) or not 1 <= len(group) <= 200 or not group.isprintable()):
+            raise ConfigurationError(f"group must be 1 to 200 printable characters: {group!r}. Nothing was stored.")
+        prepared = super()._prepared(options)
+        return prepared if group is None else replace(prepared, group=group)
 
-    # -- push -----------------------------------------------------------------------------------------------------
+    def _consumer(self, on_error: OnError, *, transient: bool = False) -> Consumer[T]:
+        sources = [part._source(transient) for part in self.parts]  # noqa: SLF001
+        return Consumer(self.client, sources, on_error, partitions=self.partitions, transient=transient)
 
-    def push(self, value: T, **options: Unpack[PushOptions]) -> str:
-        """
-        Store one message and return its id, which names the partition.
-
-        As on any queue; `group` places it. A `unique` key beside a `group` that places elsewhere is refused.
-        """
-        group, chosen = _group(options), self._posting(options)
-        return self._scattered(chosen).push(value, chosen, group)
-
-    def push_many(self, values: Iterable[T], **options: Unpack[PushManyOptions]) -> list[str]:
-        """
-        Store many messages, spread evenly, in their order within each partition; return their ids in their order.
-
-        With `group` all go to its partition. With `max_length` each partition takes all of its part or nothing of it.
-        """
-        group, chosen = _group(options), self._placement(options)
-        return self._scattered(chosen).push_many(values, chosen, group)
-
-    async def apush(self, value: T, **options: Unpack[PushOptions]) -> str:
-        """Store one message and return its id, as `push`."""
-        group, chosen = _group(options), self._posting(options)
-        return await self._scattered(chosen).apush(value, chosen, group)
-
-    async def apush_many(self, values: Iterable[T], **options: Unpack[PushManyOptions]) -> list[str]:
-        """Store many messages, spread evenly, as `push_many`."""
-        group, chosen = _group(options), self._placement(options)
-        return await self._scattered(chosen).apush_many(values, chosen, group)
-
-    # -- take -----------------------------------------------------------------------------------------------------
-
-    def consume(self, prefetch: int = 1, *, on_error: OnError = "log") -> Generator[Message[T], None, None]:
-        """Yield the messages of all partitions for ever, none of them starving; the rest as on any queue."""
-        refuse_in_loop()
-        prefetch = _whole("prefetch", prefetch, 1, MOST_HELD)
-        return PartitionedConsumer[T](self.partitions, self.parts, _on_error(on_error)).messages(prefetch)
-
-    def batches(
-        self, size: int = 100, within: Duration = "1s", *, on_error: OnError = "log"
-    ) -> Generator[Batch[T], None, None]:
-        """Yield lists of messages of any partitions for ever."""
-        refuse_in_loop()
-        size, wait_ms = _whole("size", size, 1, MOST_HELD), milliseconds(within, name="within")
-        return PartitionedConsumer[T](self.partitions, self.parts, _on_error(on_error)).batches(size, wait_ms / 1000)
-
-    def pull(self, n: int = 1, wait: Duration = 0) -> list[Message[T]]:
-        """Return up to *n* messages of any partitions as soon as there is one, or none after *wait*."""
-        refuse_in_loop()
-        n, wait_ms = _whole("n", n, 1, MOST_HELD), milliseconds(wait, name="wait")
-        return PartitionedConsumer[T](self.partitions, self.parts, "log", transient=True).pull(n, wait_ms / 1000)
-
-    def aconsume(self, prefetch: int = 1, *, on_error: OnError = "log") -> AsyncGenerator[Message[T], None]:
-        """Yield the messages of all partitions for ever, as `consume`, on this event loop."""
-        prefetch = _whole("prefetch", prefetch, 1, MOST_HELD)
-        return self._aspread(_on_error(on_error), lambda spread: spread.messages(prefetch))
-
-    def abatches(
-        self, size: int = 100, within: Duration = "1s", *, on_error: OnError = "log"
-    ) -> AsyncGenerator[Batch[T], None]:
-        """Yield lists of messages of any partitions for ever, on this event loop."""
-        size, wait_ms = _whole("size", size, 1, MOST_HELD), milliseconds(within, name="within")
-        return self._aspread(_on_error(on_error), lambda spread: spread.batches(size, wait_ms / 1000))
-
-    async def apull(self, n: int = 1, wait: Duration = 0) -> list[Message[T]]:
-        """Return up to *n* messages of any partitions as soon as there is one, as `pull`."""
-        n, wait_ms = _whole("n", n, 1, MOST_HELD), milliseconds(wait, name="wait")
-        return await AsyncPartitionedConsumer[T](self.partitions, self.parts, "log", transient=True).pull(
-            n, wait_ms / 1000
-        )
-
-    async def _aspread(
-        self, on_error: OnError, begin: Callable[[AsyncPartitionedConsumer[T]], AsyncGenerator[V, None]]
-    ) -> AsyncGenerator[V, None]:
-        # Made inside the loop, at the first step; closing this one closes the inner one at once.
-        async with aclosing(begin(AsyncPartitionedConsumer(self.partitions, self.parts, on_error))) as things:
-            async for thing in things:
-                yield thing
+    def _async_consumer(self, on_error: OnError, *, transient: bool = False) -> AsyncConsumer[T]:
+        sources = [part._source(transient) for part in self.parts]  # noqa: SLF001
+        return AsyncConsumer(self.client, sources, on_error, partitions=self.partitions, transient=transient)
 
     # -- look and care --------------------------------------------------------------------------------------------
 
     def stats(self) -> QueueCounts:
-        """Count over all partitions: sums, the age of the oldest, and `workers` as the partition with the most has them."""
+        """Count over all partitions: sums, the oldest age, and the most `workers` of a partition."""
         return total([part.stats() for part in self.parts])
 
     async def astats(self) -> QueueCounts:
-        """Count, as `stats`."""
+        """Awaitable form of `stats`."""
         return total([await part.astats() for part in self.parts])
 
     def _peek(self) -> QueueCounts:
         return total([part._peek() for part in self.parts])  # noqa: SLF001
 
     def pause(self) -> None:
-        """Let nobody lease from any partition until `resume`; pushing goes on."""
+        """Stop leasing from all partitions until `resume`; pushes are still accepted."""
         self.partitions.agree()
         for part in self.parts:
             part.pause()
 
     def resume(self) -> None:
-        """End a pause; waiting consumers go on at once."""
+        """End a pause; waiting consumers continue at once."""
         self.partitions.agree()
         for part in self.parts:
             part.resume()
 
     async def apause(self) -> None:
-        """Let nobody lease from any partition until `aresume`."""
+        """Awaitable form of `pause`."""
         await self.partitions.aagree()
         for part in self.parts:
             await part.apause()
 
     async def aresume(self) -> None:
-        """End a pause."""
+        """Awaitable form of `resume`."""
         await self.partitions.aagree()
         for part in self.parts:
             await part.aresume()
 
     def purge(self, dead: bool = False) -> int:
-        """Remove what waits, or the *dead* letters, and return how many."""
+        """Remove all waiting messages, or the *dead* letters, and return how many."""
         return sum(part.purge(dead) for part in self.parts)
 
     async def apurge(self, dead: bool = False) -> int:
-        """Remove what waits, or the *dead* letters, as `purge`."""
+        """Awaitable form of `purge`."""
         return sum([await part.apurge(dead) for part in self.parts])
 
     def redrive(self, limit: int | None = None) -> int:
-        """Put dead letters back, those of all partitions oldest first, and return how many."""
+        """Put dead letters back, the oldest of all partitions first, and return how many."""
         if limit is None:
             return sum(part.redrive() for part in self.parts)
-        chosen = _chosen(islice(self.dead_letters(), _limit(limit)))
+        chosen = _ids_by_partition(islice(self.dead_letters(), _limit(limit)))
         return sum(self.client.run(operations.redrive(keys, ids=ids)) for keys, ids in self._batches(chosen))
 
     async def aredrive(self, limit: int | None = None) -> int:
-        """Put dead letters back, as `redrive`."""
+        """Awaitable form of `redrive`."""
         if limit is None:
             return sum([await part.aredrive() for part in self.parts])
         letters: list[DeadLetter] = []
@@ -226,45 +155,37 @@ class PartitionedQueue(Queue[T]):
                 letters.append(letter)
                 if len(letters) == limit:
                     break
-        batches = self._batches(_chosen(letters))
+        batches = self._batches(_ids_by_partition(letters))
         return sum([await self.client.arun(operations.redrive(keys, ids=ids)) for keys, ids in batches])
 
     def dead_letters(self) -> Iterator[DeadLetter]:
-        """Yield what was given up, oldest first, of all partitions."""
+        """Yield the dead letters of all partitions, oldest first."""
         return heapq.merge(*(part.dead_letters() for part in self.parts), key=_died)
 
     async def adead_letters(self) -> AsyncIterator[DeadLetter]:
-        """Yield what was given up, oldest first, of all partitions."""
+        """Awaitable form of `dead_letters`."""
         sources = [aiter(part.adead_letters()) for part in self.parts]
         heads = [(await anext(source, None), source) for source in sources]
         while True:
-            there = [number for number, (letter, _) in enumerate(heads) if letter is not None]
-            if not there:
+            left = [number for number, (letter, _) in enumerate(heads) if letter is not None]
+            if not left:
                 return
-            first = min(there, key=lambda number: _died(heads[number][0]))
+            first = min(left, key=lambda number: _died(heads[number][0]))
             letter, source = heads[first]
             assert letter is not None
             yield letter
             heads[first] = (await anext(source, None), source)
 
     def _batches(self, chosen: dict[str, list[str]]) -> Iterator[tuple[QueueKeys, list[str]]]:
-        """Yield what is put back in one call each: *chosen* is place → ids."""
+        """Yield the ids to put back in one call each; *chosen* maps partitions to ids."""
         for part in self.parts:
             ids = chosen.get(part.name, [])
             for first in range(0, len(ids), PAGE):
                 yield part.keys, ids[first : first + PAGE]
 
 
-def _group(options: Any) -> str | None:
-    """Take the group key out of *options*, checked."""
-    group = options.pop("group", None)
-    if group is not None and (not isinstance(group, str) or not 1 <= len(group) <= 200 or not group.isprintable()):
-        raise ConfigurationError(f"group must be 1 to 200 printable characters: {group!r}. Nothing was stored.")
-    return group
-
-
 def _limit(limit: object) -> int:
-    return _whole("limit", limit, 0)
+    return whole_number("limit", limit, 0)
 
 
 def _died(letter: DeadLetter | None) -> float:
@@ -272,8 +193,8 @@ def _died(letter: DeadLetter | None) -> float:
     return letter.died_at.timestamp()
 
 
-def _chosen(letters: Iterable[DeadLetter]) -> dict[str, list[str]]:
-    found: dict[str, list[str]] = {}
+def _ids_by_partition(letters: Iterable[DeadLetter]) -> dict[str, list[str]]:
+    chosen: dict[str, list[str]] = {}
     for letter in letters:
-        found.setdefault(letter.queue, []).append(split(letter.id)[1])
-    return found
+        chosen.setdefault(letter.queue, []).append(split(letter.id)[1])
+    return chosen

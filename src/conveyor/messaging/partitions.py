@@ -1,15 +1,17 @@
 """
-Queues that lie in several partitions: which one a message belongs in, and the number all programs must agree on.
+Queues in several partitions: the partition of a message, and the number of partitions that all programs agree on.
 
-A key picks its partition by CRC-32, which every process and version computes alike. A message without a key goes
-round: to the next partition at each push, beginning at a random one in each process.
+A key picks its partition by CRC-32, which every process and version computes alike. Messages without a key go to the
+partitions in turn; each process begins at a random one.
 
-Changing in how many partitions a queue lies: only while it is empty, since no order spans the change.
+The number of partitions changes only while the queue is empty, since no order spans the change. The steps are:
 
-The queue's own number is set to 0 first, which stops programs that come; then each partition is shut where it holds
-nothing, which stops those that were there. Then the queue's number is the new one, and the partitions are opened with it.
-A partition that still holds something ends it, and all is as it was. Who dies in between leaves the queue shut, and
-the same call completes it.
+1. The queue's own number is set to 0, which stops programs that come.
+2. Each partition is closed if it holds nothing, which stops programs that were there.
+3. The queue's number is set to the new one, and the partitions are opened with it.
+
+A partition that still holds something ends the change, and everything is as it was. A process that dies in between
+leaves the queue closed; the same call completes the change.
 """
 
 from __future__ import annotations
@@ -26,46 +28,46 @@ from zlib import crc32
 
 from conveyor import ids
 from conveyor.errors import ConfigurationError, StoreUnavailable
-from conveyor.messaging.consumer.settling import adrive, drive
 from conveyor.store import inspection
 from conveyor.store import partitions as partitioning
 from conveyor.store.client.batching import PushTarget
 from conveyor.store.client.client import Client
+from conveyor.store.client.programs import adrive, drive
 from conveyor.store.keys import QueueKeys, known_queues
 from conveyor.store.operations import Entry
 from conveyor.store.partitions import PartitionCountMismatch
 from conveyor.store.script import Argument, Call
 
 V = TypeVar("V")
-MOST = 256
-"""Partitions of one queue at most: a worker has an identity, and in a cluster a blocked connection, for each."""
-_LOOK = 0.05
+MAX_PARTITIONS = 256
+"""Most partitions of a queue: each costs a worker an identity, in a cluster also a connection."""
+RETRY_PAUSE = 0.05
 
 
-def place(key: str, partitions: int) -> int:
-    """Return the partition, from 0, that *key* picks of so many."""
+def partition_of(key: str, partitions: int) -> int:
+    """Return the partition that *key* picks: a number from 0 to *partitions* - 1."""
     return crc32(key.encode("utf-8", "surrogatepass")) % partitions
 
 
 def likely_first(names: Sequence[str], id: str) -> list[str]:  # noqa: A002
-    """Return known queues and partitions, those first in which a caller's own *id* picks its place."""
+    """Sort queues and partitions: first those that a job with the caller's own *id* lies in."""
     counts: dict[str, int] = {}
     for name in names:
         if (queue := ids.logical(name)) != name:
             counts[queue] = counts.get(queue, 0) + 1
-    likely = {ids.partition(queue, place(id, number)) for queue, number in counts.items()}
+    likely = {ids.partition(queue, partition_of(id, number)) for queue, number in counts.items()}
     return sorted(names, key=lambda name: name not in likely)
 
 
-def checked(partitions: object) -> int:
-    """Return a usable number of partitions; raises ConfigurationError."""
-    if not isinstance(partitions, int) or isinstance(partitions, bool) or not 1 <= partitions <= MOST:
-        raise ConfigurationError(f"partitions must be a whole number from 1 to {MOST}, not {partitions!r}.")
+def checked_count(partitions: object) -> int:
+    """Check a number of partitions and return it. Raises ConfigurationError."""
+    if not isinstance(partitions, int) or isinstance(partitions, bool) or not 1 <= partitions <= MAX_PARTITIONS:
+        raise ConfigurationError(f"partitions must be a whole number from 1 to {MAX_PARTITIONS}, not {partitions!r}.")
     return partitions
 
 
 def agree(client: Client, queue: str, partitions: Partitions | None) -> None:
-    """Refuse a queue whose number of partitions on record is not the program's, None when that declares none (E34)."""
+    """Raise E34 when Redis records another number of partitions than the program declares (None: one)."""
     if partitions is not None:
         partitions.agree()
         return
@@ -75,8 +77,8 @@ def agree(client: Client, queue: str, partitions: Partitions | None) -> None:
         raise PartitionCountMismatch(keys, str(number))
 
 
-def share(max_length: int | None, partitions: int) -> int | None:
-    """Return the part of a maximum length that falls to each partition; raises ConfigurationError."""
+def _max_length_share(max_length: int | None, partitions: int) -> int | None:
+    """Return the maximum length of each partition (None: no limit). Raises ConfigurationError."""
     if max_length is not None and max_length < partitions:
         raise ConfigurationError(
             f"max_length={max_length} is less than partitions={partitions}: it is split, and each partition must take "
@@ -86,125 +88,130 @@ def share(max_length: int | None, partitions: int) -> int | None:
 
 
 class Partitions:
-    """The partitions of one queue as one program declares them; `keys` are theirs, in order."""
+    """
+    The partitions of one queue as one program declares them.
+
+    `keys` are those of the partitions in their order, `queue_keys` those of the queue itself. `max_length` is the limit
+    of each partition (None: no limit), an equal share of the queue's.
+    """
 
     def __init__(self, client: Client, name: str, number: int, max_length: int | None = None) -> None:
-        """Take the queue's name, the number of its partitions, and the maximum length of the whole. Nothing is sent."""
-        self.client, self.name, self.count = client, name, checked(number)
-        self.most = share(max_length, number)
+        self.client, self.name, self.count = client, name, checked_count(number)
+        self.max_length = _max_length_share(max_length, number)
         self.keys = tuple(
             QueueKeys(client.namespace, ids.partition(name, one), partitions=number) for one in range(number)
         )
-        self.whole = client.keys(name)
-        self._round = count(randrange(number))  # noqa: S311
-        self._numbers = {keys.queue: one for one, keys in enumerate(self.keys)}
-        self._claimed = self._known = False
+        self.queue_keys = client.keys(name)
+        self._turns = count(randrange(number))  # noqa: S311
+        self._number_of = {keys.queue: one for one, keys in enumerate(self.keys)}
+        self._has_agreed = self._is_announced = False
 
     # -- placing --------------------------------------------------------------------------------------------------
 
-    def turn(self) -> int:
-        """Return the partition whose turn it is."""
-        return next(self._round) % self.count
+    def next_in_turn(self) -> int:
+        """Return the number of the partition whose turn it is."""
+        return next(self._turns) % self.count
 
     def pick(self, *, group: str | None = None, unique: str | None = None, id: str | None = None) -> int:  # noqa: A002
         """
-        Return where a message goes: the group key decides, else the unique key, else the caller's id, else its turn.
+        Return the partition of a message: by its group key, else its unique key, else its own id, else in turn.
 
-        Raises ConfigurationError for a unique key beside a group key that places elsewhere: two of them could live.
+        Raises ConfigurationError for a group key and a unique key that pick different partitions: the same unique key
+        could then live twice.
         """
         if group is not None:
-            at = place(group, self.count)
-            if unique is not None and unique != group and place(unique, self.count) != at:
+            at = partition_of(group, self.count)
+            if unique is not None and unique != group and partition_of(unique, self.count) != at:
                 raise ConfigurationError(
                     f"unique={unique!r} beside group={group!r} on queue '{self.name}': the group picks partition {at}, "
-                    f"the unique key partition {place(unique, self.count)}, and a key is unique within its partition "
+                    f"the unique key partition {partition_of(unique, self.count)}, and a key is unique within its partition "
                     "only. Use one key for both, or leave one out. Nothing was stored."
                 )
             return at
         key = id if unique is None else unique
-        return self.turn() if key is None else place(key, self.count)
+        return self.next_in_turn() if key is None else partition_of(key, self.count)
 
-    def placed(self, entry: Entry) -> str:
-        """Return the name of the partition that a job goes to."""
+    def partition_of(self, entry: Entry) -> str:
+        """Return the name of the partition that a job is pushed to."""
         return self.keys[self.pick(unique=entry.unique, id=entry.id if entry.own_id else None)].queue
 
-    def unasked(self) -> Partitions:
-        """Return the same for pushes that do not go to Redis now: who delivers them agrees on the number."""
+    def without_agreement(self) -> Partitions:
+        """Return a copy for pushes that are delivered later: the delivery agrees on the number."""
         other = copy(self)
-        other._known = True  # noqa: SLF001
+        other._is_announced = True  # noqa: SLF001
         return other
 
     # -- agreeing on their number ---------------------------------------------------------------------------------
 
     def agree(self) -> None:
-        """See once that Redis has our number, or let it have it; raises ConfigurationError (E34)."""
-        if not self._claimed:
+        """Agree with Redis on the number of partitions, once. Raises ConfigurationError (E34)."""
+        if not self._has_agreed:
             self.claim()
-            self._claimed = True
+            self._has_agreed = True
 
     async def aagree(self) -> None:
-        """Do the same on this event loop."""
-        if not self._claimed:
+        """Awaitable form of `agree`."""
+        if not self._has_agreed:
             await self.aclaim()
-            self._claimed = True
+            self._has_agreed = True
 
     def claim(self, retry_for: float | None = None) -> None:
-        """Agree with Redis on the number; a change under way is waited for, for *retry_for* seconds."""
+        """Agree with Redis on the number; wait *patience* seconds (None: the client's) for a change."""
         deadline = time.monotonic() + (self.client.retry_for if retry_for is None else retry_for)
         while True:
             try:
-                return drive(self._claiming(), partial(self.client.run, retry_for=self._retry_for))
+                return drive(self._claim_calls(), partial(self.client.run, retry_for=self._retry_for))
             except PartitionCountMismatch as error:
                 if error.recorded != 0 or time.monotonic() >= deadline:
                     raise
-                time.sleep(_LOOK)
+                time.sleep(RETRY_PAUSE)
 
     async def aclaim(self, retry_for: float | None = None) -> None:
-        """Do the same on this event loop."""
+        """Awaitable form of `claim`."""
         deadline = time.monotonic() + (self.client.retry_for if retry_for is None else retry_for)
         while True:
             try:
-                return await adrive(self._claiming(), partial(self.client.arun, retry_for=self._retry_for))
+                return await adrive(self._claim_calls(), partial(self.client.arun, retry_for=self._retry_for))
             except PartitionCountMismatch as error:
                 if error.recorded != 0 or time.monotonic() >= deadline:
                     raise
-                await asyncio.sleep(_LOOK)
+                await asyncio.sleep(RETRY_PAUSE)
 
     @property
     def _retry_for(self) -> float:
-        """How long a claim is repeated for: where pushes are kept when Redis is away, it is not waited for."""
-        return self.client.retry_for if self.client.buffer is None else _LOOK
+        """The seconds a claim is repeated for: short with a buffer, which keeps the pushes."""
+        return self.client.retry_for if self.client.buffer is None else RETRY_PAUSE
 
-    def _claiming(self) -> Generator[Call[Any], Any, None]:
+    def _claim_calls(self) -> Generator[Call[Any], Any, None]:
         whole, *parts = partitioning.claims(self.client.namespace, self.name, self.count)
         first = yield whole
-        if first or self._claimed:
+        if first or self._has_agreed:
             for part in parts:  # noqa: UP028  replies are sent in
                 yield part
 
-    def keep(self, work: Callable[[], V]) -> V:
-        """Push by *work*, again after agreeing anew when a partition knew another number: Redis was emptied, or it changed."""
-        if not self._known:
+    def run_agreed(self, work: Callable[[], V]) -> V:
+        """Run a push after agreeing on the number; once more when a partition has another number."""
+        if not self._is_announced:
             try:
                 self.agree()
                 self.client.announce(*self.keys)
-                self._known = True
+                self._is_announced = True
             except StoreUnavailable:
                 if self.client.buffer is None:  # else the push is kept, and agrees when it is delivered
                     raise
         try:
             return work()
-        except PartitionCountMismatch:
+        except PartitionCountMismatch:  # Redis was emptied, or the number was changed
             self.claim()
             return work()
 
-    async def akeep(self, work: Callable[[], Awaitable[V]]) -> V:
-        """Do the same on this event loop."""
-        if not self._known:
+    async def arun_agreed(self, work: Callable[[], Awaitable[V]]) -> V:
+        """Awaitable form of `run_agreed`."""
+        if not self._is_announced:
             try:
                 await self.aagree()
                 await self.client.aannounce(*self.keys)
-                self._known = True
+                self._is_announced = True
             except StoreUnavailable:
                 if self.client.buffer is None:
                     raise
@@ -216,131 +223,128 @@ class Partitions:
 
     # -- pushing jobs ---------------------------------------------------------------------------------------------
 
-    def send(self, partition: str, entries: Sequence[Entry], way: PushTarget | None = None) -> list[str]:
-        """Push jobs that were placed in *partition*, by the *way* in that was asked for; return an id for each."""
-        way = way or self.client
-        keys, most = self.keys[self._numbers[partition]], self.most or 0
+    def send(self, partition: str, entries: Sequence[Entry], target: PushTarget | None = None) -> list[str]:
+        """Push jobs to *partition* through *target* (None: the client) and return their ids."""
+        target = target or self.client
+        keys, most = self.keys[self._number_of[partition]], self.max_length or 0
         if all(entry.is_plain for entry in entries):
             pairs: list[Argument] = [part for entry in entries for part in (entry.id, entry.rest)]
-            self.keep(lambda: way.push_plain(keys, pairs, max_length=most))
+            self.run_agreed(lambda: target.push_plain(keys, pairs, max_length=most))
             return [entry.id for entry in entries]
-        return self.keep(lambda: way.push(keys, entries, max_length=most))
+        return self.run_agreed(lambda: target.push(keys, entries, max_length=most))
 
-    async def asend(self, partition: str, entries: Sequence[Entry], way: PushTarget | None = None) -> list[str]:
+    async def asend(self, partition: str, entries: Sequence[Entry], target: PushTarget | None = None) -> list[str]:
         """Do the same on this event loop."""
-        way = way or self.client
-        keys, most = self.keys[self._numbers[partition]], self.most or 0
-        return await self.akeep(lambda: way.apush(keys, entries, max_length=most))
+        target = target or self.client
+        keys, most = self.keys[self._number_of[partition]], self.max_length or 0
+        return await self.arun_agreed(lambda: target.apush(keys, entries, max_length=most))
 
 
-Steps = Generator[Call[Any], Any, int]
-
-
-def number_of(client: Client, queue: str) -> int:
-    """Return in how many partitions *queue* lies (1 when it lies in one piece), as recorded in Redis."""
+def partition_count(client: Client, queue: str) -> int:
+    """Return the number of partitions of *queue* as recorded in Redis; 1 for a queue in one piece."""
     number, change = client.run(partitioning.count(client.keys(queue)))
     return number or int((change or "1").split()[0])
 
 
 def partition_names(queue: str, number: int) -> list[str]:
-    """Return the names of the places of a queue that lies in *number* partitions."""
+    """Return the names of a queue's partitions; the queue's own name when *number* is 1."""
     return [queue] if number == 1 else [ids.partition(queue, one) for one in range(number)]
 
 
 def repartition(client: Client, queue: str, number: int) -> int:
     """
-    Lay *queue* in *number* partitions, and return in how many it lay before.
+    Change the number of partitions of *queue*, and return the number it had before.
 
-    Raises ConfigurationError (E35), and changes nothing, when a partition is not empty: leased and dead ones count.
+    Raises ConfigurationError (E35), and changes nothing, when a partition holds a message; leased and dead ones count.
     Programs that still declare the old number are refused from then on (E34), running workers and consumers too.
     """
-    before = drive(_change(client, ids.queue_name(queue), checked(number)), client.run)
+    before = drive(_repartition(client, ids.queue_name(queue), checked_count(number)), client.run)
     known = known_queues(client.namespace)
-    for command in _renamed(queue, before, number):
+    for command in _known_queue_changes(queue, before, number):
         client.execute(command[0], known, *command[1:], key=known)
     return before
 
 
 async def arepartition(client: Client, queue: str, number: int) -> int:
-    """Do the same on this event loop."""
-    before = await adrive(_change(client, ids.queue_name(queue), checked(number)), client.arun)
+    """Awaitable form of `repartition`."""
+    before = await adrive(_repartition(client, ids.queue_name(queue), checked_count(number)), client.arun)
     known = known_queues(client.namespace)
-    for command in _renamed(queue, before, number):
+    for command in _known_queue_changes(queue, before, number):
         await client.aexecute(command[0], known, *command[1:], key=known)
     return before
 
 
-def _renamed(queue: str, before: int, number: int) -> Generator[tuple[str, ...]]:
-    """Yield how the set of known queues changes."""
+def _known_queue_changes(queue: str, before: int, number: int) -> Generator[tuple[str, ...]]:
+    """Yield the commands that change the set of known queues."""
     now, old = partition_names(queue, number), partition_names(queue, before)
     yield "SADD", *now
     if gone := [name for name in old if name not in now]:
         yield "SREM", *gone
 
 
-def _change(client: Client, queue: str, number: int) -> Steps:
-    whole, token = client.keys(queue), ids.new_identity()
-    there = yield partitioning.count(whole)
-    yield from _refuse_full(client, queue, there[0] or 1)
-    if there[0] == number and not there[1]:
-        yield from _mend(client, queue, number, token)
+def _repartition(client: Client, queue: str, number: int) -> Generator[Call[Any], Any, int]:
+    queue_keys, token = client.keys(queue), ids.new_identity()
+    recorded = yield partitioning.count(queue_keys)
+    yield from _refuse_full(client, queue, recorded[0] or 1)
+    if recorded[0] == number and not recorded[1]:
+        yield from _open_all(client, queue, number, token)
         return number
-    done, before = yield partitioning.repartition(whole, "begin", token, number)
+    done, before = yield partitioning.repartition(queue_keys, "begin", token, number)
     if done != 1:
-        raise _full(queue, {queue: before})
+        raise _not_empty(queue, {queue: before})
     most = max(before, number)
-    places = [client.keys(ids.partition(queue, one)) for one in range(most)] if most > 1 else []
+    partitions = [client.keys(ids.partition(queue, one)) for one in range(most)] if most > 1 else []
     full: dict[str, int] = {}
-    shut: list[QueueKeys] = []
-    for one, keys in enumerate(places):
-        done, found = yield partitioning.repartition(keys, "close", token, before if one < before else None)
+    closed: list[QueueKeys] = []
+    for one, keys in enumerate(partitions):
+        done, held = yield partitioning.repartition(keys, "close", token, before if one < before else None)
         if done == 1:
-            shut.append(keys)
+            closed.append(keys)
         elif done == 0:
-            full[keys.queue] = found
+            full[keys.queue] = held
         else:
             full[keys.queue] = -1
     after = before if full else number
-    done, _ = yield partitioning.repartition(whole, "end", token, after)
-    for keys in shut:
+    done, _ = yield partitioning.repartition(queue_keys, "end", token, after)
+    for keys in closed:
         yield partitioning.repartition(keys, "open", token, after)
     if full:
-        raise _full(queue, full)
+        raise _not_empty(queue, full)
     if done != 1:
         raise ConfigurationError(
-            f"Somebody else is changing the partitions of queue '{queue}' too. Look, and try again.", code="E35"
+            f"Another program is changing the partitions of queue '{queue}' at the same time. Try again.", code="E35"
         )
     return int(before)
 
 
 def _refuse_full(client: Client, queue: str, number: int) -> Generator[Call[Any], Any, None]:
-    """Raise the error of a queue that obviously cannot change, before it is shut even for a moment."""
+    """Raise E35 for a queue that is not empty, before any partition is closed."""
     full: dict[str, int] = {}
     for name in partition_names(queue, number):
-        found: inspection.QueueCounts = yield inspection.counts(client.keys(name))
-        if held := len(found) + found.leased + found.dead:
+        counts: inspection.QueueCounts = yield inspection.counts(client.keys(name))
+        if held := len(counts) + counts.leased + counts.dead:
             full[name] = held
     if full:
-        raise _full(queue, full)
+        raise _not_empty(queue, full)
 
 
 def refuse_full(client: Client, queue: str) -> None:
-    """Raise ConfigurationError (E35) when the partitions of *queue* hold something; changes nothing."""
-    drive(_refuse_full(client, queue, number_of(client, queue)), client.run)
+    """Raise ConfigurationError (E35) when a partition of *queue* is not empty. Changes nothing."""
+    drive(_refuse_full(client, queue, partition_count(client, queue)), client.run)
 
 
-def _mend(client: Client, queue: str, number: int, token: str) -> Generator[Call[Any], Any, None]:
-    """Open what a change that was completed but for this has left shut."""
+def _open_all(client: Client, queue: str, number: int, token: str) -> Generator[Call[Any], Any, None]:
+    """Open partitions that an interrupted change has left closed."""
     for one in range(number if number > 1 else 0):
         keys = client.keys(ids.partition(queue, one))
-        found = yield partitioning.count(keys)
-        if found[0] == 0:
+        recorded = yield partitioning.count(keys)
+        if recorded[0] == 0:
             done, _ = yield partitioning.repartition(keys, "close", token, None)
             if done == 1:
                 yield partitioning.repartition(keys, "open", token, number)
 
 
-def _full(queue: str, full: dict[str, int]) -> ConfigurationError:
+def _not_empty(queue: str, full: dict[str, int]) -> ConfigurationError:
     held = ", ".join(
         f"{name} ({count:,})" if count >= 0 else f"{name} (changed meanwhile)" for name, count in full.items()
     )

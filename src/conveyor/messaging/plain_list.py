@@ -1,15 +1,15 @@
-"""A plain Redis list of JSON documents, shared with programs that know nothing of us."""
+"""A plain Redis list of JSON documents, shared with programs that do not use Conveyor."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
 from conveyor.errors import ConfigurationError
 from conveyor.messaging.consumer.list_mover import intake
-from conveyor.messaging.maintenance import Sweep
-from conveyor.messaging.publisher import Publisher
+from conveyor.messaging.maintenance import CountingProgram
+from conveyor.messaging.publisher import Plan, PlannedPush, Publisher
 from conveyor.messaging.push_options import PLAIN, PreparedPush
 from conveyor.messaging.queue import Queue
 from conveyor.messaging.retry import Retry
@@ -20,15 +20,17 @@ from conveyor.store.keys import QueueKeys
 from conveyor.store.script import Call
 
 T = TypeVar("T")
+BARE = PreparedPush(b"")
+"""An entry of a list has no envelope."""
 
 
 class PlainList(Queue[T]):
     """
-    A queue whose entries are raw JSON on a plain list: who does ``RPUSH`` is a producer, who does ``BLPOP`` a consumer.
+    A queue on a plain Redis list. Any program that does ``RPUSH`` is a producer, any that does ``BLPOP`` a consumer.
 
-    What we take from it gets leases, retries and dead letters; what we push is the bare document, so it has no id
-    (`push` returns an empty text) and takes none of the options of a queue. An entry that is not JSON, or not of the
-    declared type, becomes a dead letter with its bytes kept.
+    Entries taken through Conveyor get leases, retries and dead letters. A pushed entry is the bare JSON document, so it
+    has no id (`push` returns an empty text) and takes none of the options of a queue. An entry that is not JSON, or not
+    of the declared type, becomes a dead letter with its bytes kept.
     """
 
     def __init__(
@@ -43,7 +45,7 @@ class PlainList(Queue[T]):
         retry: Retry | None = None,
         max_payload: int = MAX_PAYLOAD,
     ) -> None:
-        """Declare it; *task* is the name of the task that workers run its entries with."""
+        """Declare the list; *task* is the name of the task that runs its entries."""
         super().__init__(
             client, name, type, lease_ms=lease_ms, max_attempts=max_attempts, retry=retry, max_payload=max_payload
         )
@@ -57,40 +59,40 @@ class PlainList(Queue[T]):
     def _keys(self) -> QueueKeys:
         return QueueKeys(self.client.namespace, self.name, foreign=self.name)
 
-    def _make_pusher(self) -> Publisher[T]:
+    def _make_publisher(self) -> Publisher[T]:
         return ListPublisher(self.client, self.keys, self.codec)
 
-    def _by(self, options: PreparedPush) -> Publisher[T]:
+    def _publisher_for(self, options: PreparedPush) -> Publisher[T]:
         if self.client.deferring:
             raise ConfigurationError(
                 f"A plain list holds bare documents, so '{self.name}' cannot be delivered exactly once from an outbox. "
                 "Nothing was stored. Push to it after the commit, or use a queue.",
                 code="E46",
             )
-        return self._pusher
+        return self._publisher
 
     def _intake(self) -> Callable[[int], Call[int]] | None:
         return partial(intake, self.keys)
 
-    def _purge(self, dead: bool) -> Sweep:
+    def _purge(self, dead: bool) -> CountingProgram:
         if not dead:
             yield from self._move_in()
         return (yield from super()._purge(dead))
 
     def repartition(self, partitions: int) -> int:
-        """Refused: a plain list is one key."""
+        """Raise ConfigurationError: a plain list is one key."""
         raise ConfigurationError(f"The plain list '{self.name}' is one key and cannot lie in {partitions} partitions.")
 
     async def arepartition(self, partitions: int) -> int:
-        """Refused, as `repartition`."""
+        """Awaitable form of `repartition`."""
         return self.repartition(partitions)
 
-    def _move_in(self) -> Sweep:
-        """Move what is on the list now into the queue, where it can be counted out."""
+    def _move_in(self) -> CountingProgram:
+        """Move the entries that are on the list now into the queue, where they can be purged."""
         counts = yield inspection.counts(self.keys)
-        moved, there = 0, counts.ready
-        while moved < there:
-            count = yield intake(self.keys, min(500, there - moved))
+        moved = 0
+        while moved < counts.ready:
+            count = yield intake(self.keys, min(500, counts.ready - moved))
             if count == 0:
                 break
             moved += count
@@ -98,56 +100,44 @@ class PlainList(Queue[T]):
 
 
 class ListPublisher(Publisher[T]):
-    """The way onto a plain list."""
+    """Appends values to a plain list."""
 
     def __init__(self, client: Client, keys: QueueKeys, codec: ValueCodec[T]) -> None:
-        """Take where to, and how."""
         super().__init__(client, keys, codec, None)
-        self._home = client
-        self._lanes = plain_list.SequencePool()
-        self._known = False
+        self._client = client
+        self._sequences = plain_list.SequencePool()
 
     def push(self, value: T, options: PreparedPush) -> str:
         """Append one document; it has no id."""
-        _refuse(options)
-        self._raw([self._codec.encode(value)])
+        self._send(self._entry(value, options))
         return ""
 
     async def apush(self, value: T, options: PreparedPush) -> str:
-        """Append one document; it has no id."""
-        _refuse(options)
-        await self._araw([self._codec.encode(value)])
+        """Awaitable form of `push`."""
+        await self._asend(self._entry(value, options))
         return ""
 
-    def push_many(self, values: Iterable[T], options: PreparedPush) -> list[str]:
-        """Append documents in their order; the list is as long as what was pushed, its texts are empty."""
+    def plan(self, values: Iterable[T], options: PreparedPush) -> Plan:
+        """Plan to append documents in their order; return an empty text for each."""
         _refuse(options)
-        ids: list[str] = []
-        for chunk in self._chunks(values, b"", ids):
-            self._raw(chunk)
-            ids += [""] * len(chunk)
-        return ids
+        ids = yield from super().plan(values, BARE)
+        return [""] * len(ids)
 
-    async def apush_many(self, values: Iterable[T], options: PreparedPush) -> list[str]:
-        """Append documents in their order, as `push_many`."""
+    def _entry(self, value: T, options: PreparedPush) -> PlannedPush:
         _refuse(options)
-        ids: list[str] = []
-        for chunk in self._chunks(values, b"", ids):
-            await self._araw(chunk)
-            ids += [""] * len(chunk)
-        return ids
+        return PlannedPush(self._keys, (), (self._codec.encode(value),), BARE)
 
-    def _raw(self, entries: list[bytes]) -> None:
-        if not self._known:
-            self._home.announce(self._keys)
-            self._known = True
-        with self._lanes.lend() as lane:
-            self._home.run(plain_list.push(self._keys, lane, entries))
+    def _send(self, push: PlannedPush) -> Sequence[str]:
+        self._client.announce(self._keys)
+        with self._sequences.lend() as sequence:
+            self._client.run(plain_list.push(self._keys, sequence, push.envelopes))
+        return push.ids
 
-    async def _araw(self, entries: list[bytes]) -> None:
-        await self._home.aannounce(self._keys)
-        with self._lanes.lend() as lane:
-            await self._home.arun(plain_list.push(self._keys, lane, entries))
+    async def _asend(self, push: PlannedPush) -> Sequence[str]:
+        await self._client.aannounce(self._keys)
+        with self._sequences.lend() as sequence:
+            await self._client.arun(plain_list.push(self._keys, sequence, push.envelopes))
+        return push.ids
 
 
 def _refuse(options: PreparedPush) -> None:

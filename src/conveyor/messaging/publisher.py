@@ -1,15 +1,16 @@
 """
-Storing values in a queue: encoded and checked first, then sent in as few round trips as there can be.
+Pushes values to a queue: plans the calls purely, and sends them in few round trips.
 
-Storing values in a queue of several partitions: each message placed, then sent with what goes to the same one.
+A plan is a program whose steps are calls of a push: values are encoded and checked, placed in a partition, and cut into
+calls. A blocking and an awaitable driver send them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Generator, Iterable, Iterator, Sequence
 from copy import copy
 from itertools import islice
-from typing import Generic, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 from conveyor.errors import (
     ConfigurationError,
@@ -21,117 +22,118 @@ from conveyor.errors import (
 )
 from conveyor.ids import new_id, new_ids, public
 from conveyor.messaging.partitions import Partitions
-from conveyor.messaging.push_options import PreparedPush, wrapped_entries
+from conveyor.messaging.push_options import PreparedPush, make_entries
 from conveyor.payload.codec import ValueCodec
 from conveyor.store.client.batching import BULK, PushTarget
 from conveyor.store.client.client import refuse_in_loop
 from conveyor.store.client.durability import after_partial_push
+from conveyor.store.client.programs import adrive, drive
 from conveyor.store.keys import QueueKeys
 
 T = TypeVar("T")
 WINDOW = 100_000
-"""Messages of an iterator that are checked before any is sent, and most that a bounded queue takes in one call."""
+"""Messages of an iterator checked before any is sent; most that a bounded queue takes at once."""
 CHUNK_BYTES = 8_000_000
 """Bytes sent in one call, so that bulk pushes of large messages let others in."""
 
 
-class Publisher(Generic[T]):
-    """The way into one queue. `max_length` bounds it, None does not."""
+class PlannedPush(NamedTuple):
+    """One call of a push to one queue or partition. `whole`: all messages are stored, or none."""
 
-    def __init__(self, client: PushTarget, keys: QueueKeys, codec: ValueCodec[T], max_length: int | None) -> None:
-        """Take where to, how, and how many."""
-        self._client = client
+    keys: QueueKeys
+    ids: Sequence[str]
+    envelopes: Sequence[bytes]
+    options: PreparedPush
+    max_length: int = 0
+    """0: no limit."""
+    whole: bool = False
+
+
+Plan = Generator[PlannedPush, Sequence[str], list[str]]
+"""Yields calls, receives the ids in their replies, and returns the public ids of all messages."""
+
+
+class Publisher(Generic[T]):
+    """Pushes values to one queue. `max_length` bounds the queue; None does not."""
+
+    def __init__(self, target: PushTarget, keys: QueueKeys, codec: ValueCodec[T], max_length: int | None) -> None:
+        self._target = target
         self._keys = keys
         self._codec = codec
-        self._most = max_length or 0
+        self._max_length = max_length or 0
 
-    def through(self, client: PushTarget) -> Publisher[T]:
-        """Return the same with another way into Redis."""
+    def through(self, target: PushTarget) -> Publisher[T]:
+        """Return the same with another push target."""
         other = copy(self)
-        other._client = client  # noqa: SLF001
+        other._target = target  # noqa: SLF001
         return other
 
     def push(self, value: T, options: PreparedPush) -> str:
         """Store one value and return its public id."""
+        keys = self._place(options)
         envelope, id_ = options.head + self._codec.encode(value), new_id()
-        if options.is_plain:
-            self._client.push_plain(self._keys, (id_, envelope), max_length=self._most)
-            return public(self._keys.queue, id_)
-        [id_] = self._client.push(self._keys, [options.entry(id_, envelope)], max_length=self._most)
-        return public(self._keys.queue, id_)
+        [id_] = self._send(PlannedPush(keys, (id_,), (envelope,), options, self._max_length))
+        return public(keys.queue, id_)
 
     async def apush(self, value: T, options: PreparedPush) -> str:
-        """Store one value and return its public id."""
+        """Awaitable form of `push`."""
+        keys = self._place(options)
         envelope, id_ = options.head + self._codec.encode(value), new_id()
-        made = await wrapped_entries(options, [id_], [envelope]) if options.wraps else [options.entry(id_, envelope)]
-        [id_] = await self._client.apush(self._keys, made, max_length=self._most)
-        return public(self._keys.queue, id_)
+        [id_] = await self._asend(PlannedPush(keys, (id_,), (envelope,), options, self._max_length))
+        return public(keys.queue, id_)
 
     def push_many(self, values: Iterable[T], options: PreparedPush) -> list[str]:
         """Store values in their order and return their public ids."""
         refuse_in_loop()
-        ids: list[str] = []
-        for chunk in self._chunks(values, options.head, ids):
-            fresh = new_ids(len(chunk))
-            try:
-                self._send(chunk, fresh, options)
-            except (QueueFull, StoreUnavailable) as error:
-                raise _partly(error, len(ids)) from error
-            except DurabilityNotReached as error:
-                raise after_partial_push(error, self._public(ids)) from None
-            ids += fresh
-        return self._public(ids)
+        return drive(self.plan(values, options), self._send)
 
     async def apush_many(self, values: Iterable[T], options: PreparedPush) -> list[str]:
-        """Store values in their order and return their public ids."""
+        """Awaitable form of `push_many`."""
+        return await adrive(self.plan(values, options), self._asend)
+
+    def plan(self, values: Iterable[T], options: PreparedPush) -> Plan:
+        """Plan a push of *values* in their order. An error thrown in is raised with what was stored."""
+        keys = self._keys
         ids: list[str] = []
-        for chunk in self._chunks(values, options.head, ids):
-            fresh = new_ids(len(chunk))
-            try:
-                await self._asend(chunk, fresh, options)
-            except (QueueFull, StoreUnavailable) as error:
-                raise _partly(error, len(ids)) from error
-            except DurabilityNotReached as error:
-                raise after_partial_push(error, self._public(ids)) from None
-            ids += fresh
-        return self._public(ids)
+        for window in self._windows(values, options.head, ids):
+            for chunk in _cut(window, self._max_length):
+                fresh = new_ids(len(chunk))
+                try:
+                    yield PlannedPush(keys, fresh, chunk, options, self._max_length, whole=True)
+                except (QueueFull, StoreUnavailable) as error:
+                    raise _partly(error, len(ids)) from error
+                except DurabilityNotReached as error:
+                    raise after_partial_push(error, ids) from None
+                ids += _public(keys, fresh)
+        return ids
+
+    # -- drivers of one call --------------------------------------------------------------------------------------
+
+    def _send(self, push: PlannedPush) -> Sequence[str]:
+        keys, ids, envelopes, options, max_length, whole = push
+        if options.is_plain:
+            pairs: list[str | bytes] = [b""] * (2 * len(ids))
+            pairs[::2], pairs[1::2] = ids, envelopes
+            self._target.push_plain(keys, pairs, max_length=max_length)
+            return ids
+        entries = [options.entry(id_, envelope) for id_, envelope in zip(ids, envelopes, strict=True)]
+        return self._target.push(keys, entries, max_length=max_length, whole=whole)
+
+    async def _asend(self, push: PlannedPush) -> Sequence[str]:
+        keys, ids, envelopes, options, max_length, whole = push
+        entries = await make_entries(options, ids, envelopes)
+        return await self._target.apush(keys, entries, max_length=max_length, whole=whole and max_length > 0)
 
     # -- steps ----------------------------------------------------------------------------------------------------
 
-    def _public(self, ids: list[str]) -> list[str]:
-        place = f"{self._keys.queue}:"
-        return [place + id_ for id_ in ids]
-
-    def _send(self, chunk: list[bytes], ids: list[str], options: PreparedPush) -> None:
-        if options.is_plain:
-            pairs: list[str | bytes] = [b""] * (2 * len(chunk))
-            pairs[::2], pairs[1::2] = ids, chunk
-            self._client.push_plain(self._keys, pairs, max_length=self._most)
-            return
-        entries = [options.entry(id_, envelope) for id_, envelope in zip(ids, chunk, strict=True)]
-        self._client.push(self._keys, entries, max_length=self._most, whole=True)
-
-    async def _asend(self, chunk: list[bytes], ids: list[str], options: PreparedPush) -> None:
-        entries = await wrapped_entries(options, ids, chunk)
-        await self._client.apush(self._keys, entries, max_length=self._most, whole=self._most > 0)
-
-    def _chunks(self, values: Iterable[T], head: bytes, stored: list[str]) -> Iterator[list[bytes]]:
-        """Yield envelopes as they are sent together; *stored* tells, in errors, how many went before."""
-        for window in self._windows(values, head, stored):
-            yield from self._cut(window)
-
-    def _cut(self, window: list[bytes]) -> Iterator[list[bytes]]:
-        if self._most:
-            yield window
-        elif sum(map(len, window)) <= len(window) * CHUNK_BYTES // BULK:
-            for first in range(0, len(window), BULK):
-                yield window[first : first + BULK]
-        else:
-            yield from _by_bytes(window)
+    def _place(self, options: PreparedPush) -> QueueKeys:
+        """Return where one message with these options goes."""
+        return self._keys
 
     def _windows(self, values: Iterable[T], head: bytes, stored: list[str]) -> Iterator[list[bytes]]:
+        """Yield envelopes that are checked together. *stored* are the messages before, for errors."""
         rest = iter(values)
-        if self._most:
+        if self._max_length:
             window = self._encode(islice(rest, WINDOW + 1), head, stored)
             if len(window) > WINDOW:
                 raise ConfigurationError(
@@ -158,6 +160,84 @@ class Publisher(Generic[T]):
         return envelopes
 
 
+Part = tuple[int, slice]
+"""A partition, and which of the messages go there."""
+
+
+class PartitionedPublisher(Publisher[T]):
+    """Pushes values to a queue in partitions, each to the one its group, key or turn picks."""
+
+    def __init__(self, target: PushTarget, partitions: Partitions, codec: ValueCodec[T]) -> None:
+        super().__init__(target, partitions.queue_keys, codec, partitions.max_length)
+        self._partitions = partitions
+
+    def through(self, target: PushTarget) -> PartitionedPublisher[T]:
+        """Return the same with another push target."""
+        other = copy(self)
+        other._target = target  # noqa: SLF001
+        if target.deferred:
+            other._partitions = self._partitions.without_agreement()  # noqa: SLF001
+        return other
+
+    def plan(self, values: Iterable[T], options: PreparedPush) -> Plan:
+        """Plan a push of *values*, spread evenly, in their order within each partition."""
+        ids: list[str] = []
+        for window in self._windows(values, options.head, ids):
+            fresh, stored = new_ids(len(window)), list(ids)
+            for at, part in self._parts(len(window), options.group):
+                keys, bare, done = self._partitions.keys[at], fresh[part], 0
+                try:
+                    for chunk in _cut(window[part], self._max_length):
+                        sent = bare[done : done + len(chunk)]
+                        yield PlannedPush(keys, sent, chunk, options, self._max_length, whole=True)
+                        stored += _public(keys, sent)
+                        done += len(chunk)
+                except (QueueFull, StoreUnavailable) as error:
+                    raise _partly_placed(error, at, len(stored)) from error
+                except DurabilityNotReached as error:
+                    raise after_partial_push(error, stored) from None
+                fresh[part] = _public(keys, bare)
+            ids += fresh
+        return ids
+
+    def _send(self, push: PlannedPush) -> Sequence[str]:
+        return self._partitions.run_agreed(lambda: super(PartitionedPublisher, self)._send(push))
+
+    async def _asend(self, push: PlannedPush) -> Sequence[str]:
+        return await self._partitions.arun_agreed(lambda: super(PartitionedPublisher, self)._asend(push))
+
+    def _place(self, options: PreparedPush) -> QueueKeys:
+        partitions = self._partitions
+        return partitions.keys[partitions.pick(group=options.group, unique=options.unique, id=options.id)]
+
+    def _parts(self, length: int, group: str | None) -> Iterator[Part]:
+        """Yield the part of each partition: all messages of a group, or every Nth of *length*."""
+        if group is not None:
+            yield self._partitions.pick(group=group), slice(0, length)
+            return
+        count = self._partitions.count
+        first = self._partitions.next_in_turn()
+        for step in range(min(count, length)):
+            yield (first + step) % count, slice(step, length, count)
+
+
+def _public(keys: QueueKeys, ids: Iterable[str]) -> list[str]:
+    """Return the public forms of generated ids."""
+    prefix = f"{keys.queue}:"
+    return [prefix + id_ for id_ in ids]
+
+
+def _cut(window: list[bytes], max_length: int) -> Iterator[list[bytes]]:
+    """Yield envelopes as they are sent together: all at once to a bounded queue."""
+    if max_length:
+        yield window
+    elif sum(map(len, window)) <= len(window) * CHUNK_BYTES // BULK:
+        for first in range(0, len(window), BULK):
+            yield window[first : first + BULK]
+    else:
+        yield from _by_bytes(window)
+
+
 def _by_bytes(window: list[bytes]) -> Iterator[list[bytes]]:
     chunk: list[bytes] = []
     size = 0
@@ -174,115 +254,21 @@ def _partly(error: ConveyorError, stored: int) -> ConveyorError:
     """Return the error of a bulk push that had stored some before."""
     if not stored:
         return error
-    text = str(error)
-    for nothing in ("Nothing was stored.", "Nothing was enqueued."):
-        text = text.replace(nothing, "")
-    return type(error)(f"{text.strip()}\nThe first {stored:,} messages were stored, the rest was not.", code=error.code)
+    rest = f"\nThe first {stored:,} messages were stored, the rest was not."
+    return type(error)(_without_nothing(error) + rest, code=error.code)
 
 
-Part = tuple[int, slice]
-"""A partition, and which of the messages go there."""
+def _partly_placed(error: ConveyorError, at: int, stored: int) -> ConveyorError:
+    """Return the error of a bulk push that partition *at* refused after others took their part."""
+    if not stored:
+        return error
+    return type(error)(
+        f"{_without_nothing(error)}\nEach partition takes its part of a bulk push by itself: {stored:,} messages were "
+        f"stored before partition {at} refused, the rest was not.",
+        code=error.code,
+    )
 
 
-class PartitionedPublisher(Publisher[T]):
-    """The way into all partitions of a queue; `pushers` are the ways into each."""
-
-    def __init__(self, partitions: Partitions, pushers: Sequence[Publisher[T]], codec: ValueCodec[T]) -> None:
-        """Take the partitions, and how each is pushed to."""
-        most = None if partitions.most is None else partitions.most * partitions.count
-        super().__init__(partitions.client, partitions.whole, codec, most)
-        self._partitions = partitions
-        self._pushers = pushers
-
-    def through(self, client: PushTarget) -> PartitionedPublisher[T]:
-        """Return the same with another way into Redis."""
-        other = copy(self)
-        other._pushers = [pusher.through(client) for pusher in self._pushers]  # noqa: SLF001
-        if client.deferred:
-            other._partitions = self._partitions.unasked()  # noqa: SLF001
-        return other
-
-    def push(self, value: T, options: PreparedPush, group: str | None = None) -> str:
-        """Store one value and return its public id."""
-        pusher = self._pusher(options, group)
-        return self._partitions.keep(lambda: pusher.push(value, options))
-
-    async def apush(self, value: T, options: PreparedPush, group: str | None = None) -> str:
-        """Store one value and return its public id."""
-        pusher = self._pusher(options, group)
-        return await self._partitions.akeep(lambda: pusher.apush(value, options))
-
-    def push_many(self, values: Iterable[T], options: PreparedPush, group: str | None = None) -> list[str]:
-        """Store values, spread evenly, in their order within each partition; return their public ids in their order."""
-        refuse_in_loop()
-        ids: list[str] = []
-        for window in self._windows(values, options.head, ids):
-            fresh, stored = new_ids(len(window)), list(ids)
-            for at, part in self._parts(len(window), group):
-                pusher, bare, done = self._pushers[at], fresh[part], 0
-                try:
-                    for chunk in pusher._cut(window[part]):  # noqa: SLF001
-                        self._send_part(pusher, chunk, bare[done : done + len(chunk)], options)
-                        stored += pusher._public(bare[done : done + len(chunk)])  # noqa: SLF001
-                        done += len(chunk)
-                except (QueueFull, StoreUnavailable) as error:
-                    raise self._some(error, at, len(stored)) from error
-                except DurabilityNotReached as error:
-                    raise after_partial_push(error, stored) from None
-                fresh[part] = pusher._public(bare)  # noqa: SLF001
-            ids += fresh
-        return ids
-
-    async def apush_many(self, values: Iterable[T], options: PreparedPush, group: str | None = None) -> list[str]:
-        """Do the same on this event loop."""
-        ids: list[str] = []
-        for window in self._windows(values, options.head, ids):
-            fresh, stored = new_ids(len(window)), list(ids)
-            for at, part in self._parts(len(window), group):
-                pusher, bare, done = self._pushers[at], fresh[part], 0
-                try:
-                    for chunk in pusher._cut(window[part]):  # noqa: SLF001
-                        await self._asend_part(pusher, chunk, bare[done : done + len(chunk)], options)
-                        stored += pusher._public(bare[done : done + len(chunk)])  # noqa: SLF001
-                        done += len(chunk)
-                except (QueueFull, StoreUnavailable) as error:
-                    raise self._some(error, at, len(stored)) from error
-                except DurabilityNotReached as error:
-                    raise after_partial_push(error, stored) from None
-                fresh[part] = pusher._public(bare)  # noqa: SLF001
-            ids += fresh
-        return ids
-
-    # -- steps ----------------------------------------------------------------------------------------------------
-
-    def _pusher(self, options: PreparedPush, group: str | None) -> Publisher[T]:
-        return self._pushers[self._partitions.pick(group=group, unique=options.unique, id=options.id)]
-
-    def _send_part(self, pusher: Publisher[T], chunk: list[bytes], ids: list[str], options: PreparedPush) -> None:
-        self._partitions.keep(lambda: pusher._send(chunk, ids, options))  # noqa: SLF001
-
-    async def _asend_part(
-        self, pusher: Publisher[T], chunk: list[bytes], ids: list[str], options: PreparedPush
-    ) -> None:
-        await self._partitions.akeep(lambda: pusher._asend(chunk, ids, options))  # noqa: SLF001
-
-    def _parts(self, length: int, group: str | None) -> Iterator[Part]:
-        """Yield where which of *length* messages go: all to their group's partition, or every Nth to the same."""
-        if group is not None:
-            yield self._partitions.pick(group=group), slice(0, length)
-            return
-        count = self._partitions.count
-        first = self._partitions.turn()
-        for step in range(min(count, length)):
-            yield (first + step) % count, slice(step, length, count)
-
-    def _some(self, error: ConveyorError, at: int, stored: int) -> ConveyorError:
-        """Return the error of a bulk push of which other partitions may have taken their part."""
-        if not stored:
-            return error
-        text = str(error).replace("Nothing was enqueued.", "").replace("Nothing was stored.", "").strip()
-        return type(error)(
-            f"{text}\nEach partition takes its part of a bulk push by itself: {stored:,} messages were stored before "
-            f"partition {at} refused, the rest was not.",
-            code=error.code,
-        )
+def _without_nothing(error: ConveyorError) -> str:
+    """Return the text of *error* without the claim that nothing was stored."""
+    return str(error).replace("Nothing was stored.", "").replace("Nothing was enqueued.", "").strip()

@@ -1,7 +1,7 @@
 """
-The options of a push, checked, and what they make of encoded bodies. Nothing is stored before all of it is right.
+The options of a push: checked before anything is stored, and turned into entries together with encoded bodies.
 
-Pushes of a queue whose bodies are wrapped: where an id and a body meet, the body is sealed.
+A queue with sealing wraps each body when its entry is made, since a body is sealed together with its id.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, ClassVar, TypedDict
 from conveyor import ids as ident
 from conveyor.errors import ConfigurationError, PayloadError
 from conveyor.payload.pipeline import PayloadPipeline
-from conveyor.payload.records import EnvelopeOptions, write_rest
+from conveyor.payload.records import EnvelopeOptions, write_envelope
 from conveyor.payload.versions import sealed_name
 from conveyor.store.client.durability import DurabilityRequest, durability_request
 from conveyor.store.operations import Entry
@@ -31,7 +31,7 @@ MAX_HEADERS = 8 * 1024
 
 @dataclass(frozen=True, slots=True)
 class PreparedPush:
-    """One way of pushing; `head` is what stands before the body in the envelope. Times in ms."""
+    """The checked options of a push; `head` is the part of the envelope before the body. Times in ms."""
 
     head: bytes
     priority: int = 0
@@ -42,17 +42,24 @@ class PreparedPush:
     id: str | None = None
     unique: str | None = None
     durability_request: DurabilityRequest | None = field(default=None, compare=False)
-    """What is asked of the store beyond keeping it: no part of what is stored."""
+    """The confirmation asked of the store; not stored."""
+    group: str | None = field(default=None, compare=False)
+    """The key that picks the partition; not stored."""
     wraps: ClassVar[bool] = False
-    """True when making an entry takes more than putting it together."""
+    """True when an entry needs its body wrapped."""
 
-    @property
-    def is_plain(self) -> bool:
-        """True when messages pushed so need nothing but an envelope and an entry at the tail."""
-        return self == PreparedPush(self.head)
+    is_plain: bool = field(init=False, repr=False, compare=False)
+    """True when a message needs nothing but its envelope, appended at the tail."""
+
+    def __post_init__(self) -> None:
+        plain = not self.wraps and self._placing() == (0, None, None, None, False, None, None)
+        object.__setattr__(self, "is_plain", plain)
+
+    def _placing(self) -> tuple[object, ...]:
+        return (self.priority, self.delay_ms, self.due_at_ms, self.expires_ms, self.front, self.id, self.unique)
 
     def entry(self, fresh_id: str, envelope: bytes) -> Entry:
-        """Return what is pushed for *envelope*, head and body; *fresh_id* is used unless the caller gave an id."""
+        """Return the entry for *envelope* (head and body), with *fresh_id* unless the caller gave an id."""
         return Entry(
             fresh_id if self.id is None else self.id,
             envelope,
@@ -89,11 +96,11 @@ class PushOptions(PushManyOptions, total=False):
     unique: str | None
 
 
-PLAIN = PreparedPush(write_rest("", b""))
-"""No option at all."""
+PLAIN = PreparedPush(write_envelope("", b""))
+"""A push without options."""
 
 
-def posting(
+def prepare_push(
     *,
     id: str | None = None,  # noqa: A002
     delay: Duration = 0,
@@ -110,11 +117,11 @@ def posting(
     timeout: Duration | None = None,
     version: int = 1,
 ) -> PreparedPush:
-    """Return the options as they are stored. Raises ConfigurationError and PayloadError."""
+    """Check the options of a push and return them. Raises ConfigurationError, PayloadError."""
     if group is not None:
-        raise later("group")
+        raise not_yet("group")
     if timeout is not None:
-        raise later("timeout", "It belongs to full='block'.")
+        raise not_yet("timeout", "It belongs to full='block'.")
     delay_ms = milliseconds(delay, name="delay")
     if at is not None and delay_ms:
         raise ConfigurationError("Give delay or at, not both. Nothing was stored.")
@@ -128,7 +135,7 @@ def posting(
     if expires_ms == 0:
         raise ConfigurationError("expires must be longer than 0: such a message would never run. Nothing was stored.")
     return PreparedPush(
-        write_rest("", b"", _extra(headers, version)),
+        write_envelope("", b"", _extra(headers, version)),
         priority=priority,
         delay_ms=delay_ms or None,
         due_at_ms=None if at is None else instant_ms(at),
@@ -140,8 +147,8 @@ def posting(
     )
 
 
-def later(option: str, why: str = "") -> ConfigurationError:
-    """Return the error for an option that does not work yet."""
+def not_yet(option: str, why: str = "") -> ConfigurationError:
+    """Return the error for an option that is not available yet."""
     return ConfigurationError(f"{option}= arrives with a later release; nothing was stored.{why and ' ' + why}")
 
 
@@ -156,7 +163,7 @@ def _extra(headers: Mapping[str, str] | None, version: int) -> EnvelopeOptions |
         raise PayloadError("headers must be a dict whose keys and values are text. Nothing was stored.")
     extra = EnvelopeOptions(headers=dict(headers), version=version)
     try:
-        size = len(write_rest("", b"", extra))
+        size = len(write_envelope("", b"", extra))
     except UnicodeEncodeError:
         raise PayloadError(
             "headers hold text that is not Unicode (a lone surrogate). Nothing was stored.", code="E04"
@@ -170,40 +177,35 @@ def _extra(headers: Mapping[str, str] | None, version: int) -> EnvelopeOptions |
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SealedPush(PreparedPush):
-    """A way of pushing with what is done to bodies; never the shortest way, since each is bound to its id."""
+    """The options of a push to a queue with sealing. Never plain, since each body is bound to its id."""
 
     sealing: PayloadPipeline
     queue: str
     version: int
     wraps: ClassVar[bool] = True
 
-    @property
-    def is_plain(self) -> bool:
-        """False: each body is bound to its own id."""
-        return False
-
     def is_large(self, body: bytes) -> bool:
-        """Tell whether *body* goes to the store of large ones."""
+        """Tell whether *body* goes to the blob store."""
         return self.sealing.is_large(body, b"payload")
 
     def entry(self, fresh_id: str, envelope: bytes) -> Entry:
-        """Return what is pushed for *envelope*, with its body wrapped."""
+        """Return the entry for *envelope*, with its body wrapped."""
         id_ = fresh_id if self.id is None else self.id
         task = sealed_name("", self.version)
         body = self.sealing.wrap(envelope[len(self.head) :], queue=self.queue, task=task, id=id_)
         return PreparedPush.entry(self, fresh_id, self.head + body)
 
 
-def wrapped(options: PreparedPush, sealing: PayloadPipeline | None, queue: str, version: int) -> PreparedPush:
-    """Return *options* for a queue with that sealing, None for none."""
+def with_sealing(options: PreparedPush, sealing: PayloadPipeline | None, queue: str, version: int) -> PreparedPush:
+    """Return *options* for a queue with that sealing (None: no sealing)."""
     if sealing is None:
         return options
-    given = {field.name: getattr(options, field.name) for field in fields(PreparedPush)}
+    given = {field.name: getattr(options, field.name) for field in fields(PreparedPush) if field.init}
     return SealedPush(**given, sealing=sealing, queue=queue, version=version)
 
 
-async def wrapped_entries(options: PreparedPush, ids: Sequence[str], envelopes: Sequence[bytes]) -> list[Entry]:
-    """Return what is pushed for *envelopes*; large bodies are written to their store on a thread."""
+async def make_entries(options: PreparedPush, ids: Sequence[str], envelopes: Sequence[bytes]) -> list[Entry]:
+    """Return the entries for *envelopes*; bodies for the blob store are written on a thread."""
 
     def make() -> list[Entry]:
         return [options.entry(id_, envelope) for id_, envelope in zip(ids, envelopes, strict=True)]

@@ -1,4 +1,4 @@
-"""From what an attempt ended with to what happens next. Decided purely here; the worker only carries it out."""
+"""Decides purely what follows an attempt: a retry, or the end. Workers and consumers carry it out."""
 
 from __future__ import annotations
 
@@ -47,30 +47,30 @@ class Retry:
         object.__setattr__(self, "cap_ms", milliseconds(self.cap, name="cap"))
 
     def pause_ms(self, failures: int, uniform: Callable[[float, float], float] = random.uniform) -> int:
-        """Return how long to wait after the given number of failures: ``min(cap, backoff × 2^(failures-1))``, spread."""
+        """Return the pause after so many failures: ``min(cap, backoff × 2^(failures-1))``, with jitter."""
         pause: int = min(self.cap_ms, self.backoff_ms << min(failures - 1, 62))
         return round(pause * uniform(0.5, 1.5)) if self.jitter else pause
 
 
 @dataclass(frozen=True, slots=True)
 class RetryAfter:
-    """Run again after `ms`; `state` is what is stored until then."""
+    """Run again after `ms`; `history` is what is stored until then."""
 
     ms: int
-    state: AttemptHistory
+    history: AttemptHistory
 
 
 @dataclass(frozen=True, slots=True)
 class GiveUp:
-    """Give up: the job becomes a dead letter with this state."""
+    """The job becomes a dead letter with this history."""
 
-    state: AttemptHistory
+    history: AttemptHistory
     reason: str
 
 
 def after_failure(
     policy: Retry,
-    state: AttemptHistory,
+    history: AttemptHistory,
     attempt: int,
     error: BaseException,
     record: bytes,
@@ -80,11 +80,11 @@ def after_failure(
     """
     Return what follows a failed attempt: `RetryAfter` or `GiveUp`.
 
-    *state* is as it was leased (before this start), *record* the stored form of the error, *attempts* an
+    *history* is as it was leased (before this start), *record* the stored form of the error, *attempts* an
     override of the policy's for this one job.
     """
     budget = policy.attempts if attempts is None else attempts
-    failed = AttemptHistory(attempt, state.failures + 1, state.crashes, [*state.errors, record])
+    failed = AttemptHistory(attempt, history.failures + 1, history.crashes, [*history.errors, record])
     if isinstance(error, _tuple(policy.give_up)) or not isinstance(error, _tuple(policy.on)):
         return GiveUp(failed, f"{type(error).__name__} is not retried")
     if failed.failures >= budget:
@@ -93,40 +93,40 @@ def after_failure(
 
 
 def put_off_ms(age_ms: int) -> int | None:
-    """Return how long a job waits for a program that can run it, when none could for *age_ms*; None after a day."""
+    """Return the ms a job waits for a newer program, when none ran it for *age_ms*; None after a day."""
     if age_ms > 86_400_000:
         return None
     return min(600_000, max(2_000, age_ms))
 
 
-def handed_back(state: AttemptHistory, attempt: int, *, started: bool) -> AttemptHistory:
-    """Return the state of a job that is given back at a stop: its start is seen, its budget is untouched."""
-    return AttemptHistory(attempt if started else state.starts, state.failures, state.crashes, state.errors)
+def handed_back(history: AttemptHistory, attempt: int, *, started: bool) -> AttemptHistory:
+    """Return the history of a job given back at a stop: its start counts, its budget is unchanged."""
+    return AttemptHistory(attempt if started else history.starts, history.failures, history.crashes, history.errors)
 
 
-def snoozed(state: AttemptHistory, attempt: int) -> AttemptHistory:
-    """Return the state of a job that asked to run later: its start is seen, its budget is untouched."""
-    return handed_back(state, attempt, started=True)
+def snoozed(history: AttemptHistory, attempt: int) -> AttemptHistory:
+    """Return the history of a job that snoozed: its start counts, its budget is unchanged."""
+    return handed_back(history, attempt, started=True)
 
 
-def suspected(state: AttemptHistory, *, alone: bool = False) -> AttemptHistory:
+def with_presumed_crash(history: AttemptHistory, *, alone: bool = False) -> AttemptHistory:
     """
-    Return the state written before a suspect starts: one more crash, taken back when it ends in order.
+    Return the history written before a suspect starts: one more crash, taken back when it ends in order.
 
-    It is marked as not certain yet: who knows more of a death than that it happened takes it back from those who were
-    not running, and from one that ran *alone* among the suspects when something else was executed.
+    The crash is marked as presumed. A process that knows more about a death takes it back from jobs that were not
+    running, and from a suspect that ran *alone* when another job was being executed.
     """
-    return AttemptHistory(state.starts, state.failures, state.crashes + 1, state.errors, "*" if alone else "+")
+    return AttemptHistory(history.starts, history.failures, history.crashes + 1, history.errors, "*" if alone else "+")
 
 
-def runs_alone(state: AttemptHistory, max_crashes: int) -> bool:
+def runs_alone(history: AttemptHistory, max_crashes: int) -> bool:
     """
-    Tell whether a job that came back from crashes must run alone, so that another crash convicts it and nobody else.
+    Tell whether a job that came back from crashes must run alone, so that another crash is charged to it only.
 
     After one crash it runs with the others again, unless the next is its last: whole workers die too, and what
     they held, a thousand jobs perhaps, would come back one by one.
     """
-    return state.crashes >= min(2, max_crashes - 1) and state.crashes > 0
+    return history.crashes >= min(2, max_crashes - 1) and history.crashes > 0
 
 
 def _tuple(types: Exceptions) -> tuple[type[BaseException], ...]:

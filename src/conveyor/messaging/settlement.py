@@ -1,22 +1,29 @@
-"""What becomes of a leased message, decided purely: each verdict is the settlement that the next turn carries."""
+"""Decides purely how a leased message ends: the settlement that the next turn reports."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 from conveyor.errors import PayloadError
 from conveyor.ids import made_at_ms
-from conveyor.messaging.leases import DONE, LeasedMessage
-from conveyor.messaging.retry import GiveUp, Retry, RetryAfter, after_failure, handed_back, put_off_ms, suspected
+from conveyor.messaging.leases import LeasedMessage
+from conveyor.messaging.retry import (
+    GiveUp,
+    Retry,
+    RetryAfter,
+    after_failure,
+    handed_back,
+    put_off_ms,
+    with_presumed_crash,
+)
 from conveyor.payload import failures
 from conveyor.payload.records import AttemptHistory, Failure, Outcome, to_json
 from conveyor.store.operations import Settlement
 
 CANCELLED_KEPT_MS = 600_000
-"""How long the record of a cancelled message is kept, as after any cancel."""
+"""ms for which the record of a cancelled message is kept, as after any cancel."""
 
 
 def _now_ms() -> int:
@@ -25,48 +32,44 @@ def _now_ms() -> int:
 
 @dataclass(frozen=True, slots=True)
 class SettlementPolicy:
-    """The policy of a queue, and who judges: `worker` is written into every failure."""
+    """Decides what becomes of a leased message. `worker` is recorded in every failure."""
 
-    policy: Retry
+    retry: Retry
     worker: str
     now_ms: Callable[[], int] = _now_ms
     pack: Callable[[str, Failure], Failure] | None = None
-    """Seals what an error says, given the id."""
+    """Seals the text of an error, given the id; None: not sealed."""
     pack_refusal: Callable[[str, Failure, str], Failure] | None = None
-    """The same for an error with that code, of a body that could not be read."""
-
-    def done(self, leased: LeasedMessage) -> Settlement:
-        """It succeeded."""
-        return _settlement(leased, DONE if leased.envelope.is_plain else "D")
+    """Seals the text of an error with that code, for a body that cannot be read; None: not sealed."""
 
     def failed(self, leased: LeasedMessage, error: BaseException, *, cancelled: bool = False) -> Settlement:
-        """It raised: again after the policy's pause, or dead."""
+        """Settle a message whose body raised: retry after the policy's pause, or give up."""
         if cancelled:
             return self.cancelled(leased)
         record = failures.describe(error, leased.attempt, self.now_ms(), self.worker)
         if self.pack is not None:
             record = self.pack(leased.id, record)
         attempts = leased.envelope.extra.attempts
-        follows = after_failure(self.policy, leased.state, leased.attempt, error, to_json(record), attempts=attempts)
+        follows = after_failure(self.retry, leased.history, leased.attempt, error, to_json(record), attempts=attempts)
         if isinstance(follows, RetryAfter):
-            return _settlement(leased, "R", ms=follows.ms, state=follows.state.encode())
+            return _settlement(leased, "R", ms=follows.ms, state=follows.history.encode())
         return self._buried(leased, follows, record)
 
     def nacked(self, leased: LeasedMessage, delay_ms: int | None, *, cancelled: bool = False) -> Settlement:
-        """It was refused by hand: counts as a failure, and comes back after *delay_ms* (None: the policy's pause)."""
+        """Settle a refused message: retry after *delay_ms* (None: the policy's pause), or give up."""
         if cancelled:
             return self.cancelled(leased)
         record = Failure(leased.attempt, self.now_ms(), "nack", "refused by nack()", worker=self.worker)
-        before, attempts = leased.state, leased.envelope.extra.attempts
+        before, attempts = leased.history, leased.envelope.extra.attempts
         state = AttemptHistory(leased.attempt, before.failures + 1, before.crashes, [*before.errors, to_json(record)])
-        budget = self.policy.attempts if attempts is None else attempts
+        budget = self.retry.attempts if attempts is None else attempts
         if state.failures >= budget:
             return self._buried(leased, GiveUp(state, f"all {budget} attempts failed"), record)
-        pause = self.policy.pause_ms(state.failures) if delay_ms is None else delay_ms
+        pause = self.retry.pause_ms(state.failures) if delay_ms is None else delay_ms
         return _settlement(leased, "R", ms=pause, state=state.encode())
 
     def dead(self, leased: LeasedMessage, reason: str) -> Settlement:
-        """It is given up for *reason*; its bytes are kept."""
+        """Make it a dead letter for *reason*; its bytes are kept."""
         text = failures.shorten(reason, failures.MESSAGE_BYTES)
         record = Failure(leased.attempt, self.now_ms(), "dead", text, worker=self.worker)
         if self.pack is not None:
@@ -74,12 +77,12 @@ class SettlementPolicy:
         return self._given_up(leased, text, record)
 
     def _given_up(self, leased: LeasedMessage, text: str, record: Failure) -> Settlement:
-        before = leased.state
+        before = leased.history
         state = AttemptHistory(leased.attempt, before.failures, before.crashes, [*before.errors, to_json(record)])
         return self._buried(leased, GiveUp(state, text), record)
 
     def undecodable(self, leased: LeasedMessage, error: PayloadError) -> Settlement:
-        """Its body is not what the queue holds: repeating would not mend it."""
+        """Make it a dead letter because its body cannot be decoded: repeating would not help."""
         text = failures.message(error)
         record = Failure(leased.attempt, self.now_ms(), "PayloadError", text, worker=self.worker)
         if self.pack_refusal is not None:
@@ -87,50 +90,49 @@ class SettlementPolicy:
         return self._given_up(leased, f"{error.code}: its body cannot be read" if record.packed else text, record)
 
     def put_off(self, leased: LeasedMessage, error: PayloadError) -> Settlement:
-        """It is of a later version: it waits, without an attempt used, and is dead after a day."""
+        """Put off a message of a later version without using an attempt; after a day it is a dead letter."""
         now = self.now_ms()
         pause = put_off_ms(now - (made_at_ms(leased.id) or leased.envelope.due_ms or now))
         if pause is None:
             return self.undecodable(leased, error)
         return _settlement(
-            leased, "R", ms=pause, state=leased.state.encode() if leased.state != AttemptHistory() else b""
+            leased, "R", ms=pause, state=leased.history.encode() if leased.history != AttemptHistory() else b""
         )
 
     def poison(self, leased: LeasedMessage) -> Settlement | None:
-        """Dead instead of started, when its consumer crashed too often while it ran; else None."""
-        crashes = leased.state.crashes
-        if crashes < self.policy.max_crashes:
+        """Make it a dead letter when it crashed its consumers too often; else return None."""
+        crashes = leased.history.crashes
+        if crashes < self.retry.max_crashes:
             return None
         record = Failure(
-            leased.state.starts, self.now_ms(), "crashed", f"its consumer crashed {crashes} times", worker=self.worker
+            leased.history.starts, self.now_ms(), "crashed", f"its consumer crashed {crashes} times", worker=self.worker
         )
-        before = leased.state
+        before = leased.history
         state = AttemptHistory(before.starts, before.failures, crashes, [*before.errors, to_json(record)])
         return self._buried(leased, GiveUp(state, "crashed"), record)
 
-    def suspected(self, leased: LeasedMessage) -> Settlement | None:
-        """For one that came back from a crash: the count raised before it starts. None for any other."""
-        if leased.state.crashes == 0:
+    def presumed_crash(self, leased: LeasedMessage) -> Settlement | None:
+        """Count one more crash before the message starts; None for one that came back from no crash."""
+        if leased.history.crashes == 0:
             return None
-        return _settlement(leased, "M", state=suspected(leased.state).encode())
+        return _settlement(leased, "M", state=with_presumed_crash(leased.history).encode())
 
     def returned(self, leased: LeasedMessage) -> bytes:
-        """The state of one that is given back: its start is seen, its budget untouched."""
-        return handed_back(leased.state, leased.attempt, started=True).encode() if leased.started else b""
+        """Return the history of a message that is given back: its start counts, its budget is unchanged."""
+        return handed_back(leased.history, leased.attempt, started=True).encode() if leased.started else b""
 
     def cancelled(self, leased: LeasedMessage) -> Settlement:
-        """Somebody cancelled it."""
+        """Settle a message that somebody cancelled."""
         record = to_json(Outcome("cancelled", at=self.now_ms()))
         return _settlement(leased, "C", ms=CANCELLED_KEPT_MS, record=record)
 
     def _buried(self, leased: LeasedMessage, dead: GiveUp, last: Failure) -> Settlement:
         record = to_json(Outcome("dead", failure=last, reason=dead.reason, at=last.at))
-        return _settlement(leased, "X", record=record, state=dead.state.encode())
+        return _settlement(leased, "X", record=record, state=dead.history.encode())
 
 
 def _settlement(
     leased: LeasedMessage, kind: str, *, ms: int = 0, record: bytes = b"", state: bytes = b""
 ) -> Settlement:
     envelope = leased.envelope
-    make = partial(Settlement, kind, leased.id, ms, record, state)
-    return make() if envelope.is_plain else make(unique=envelope.unique, own_id=envelope.own_id)
+    return Settlement(kind, leased.id, ms, record, state, unique=envelope.unique, own_id=envelope.own_id)

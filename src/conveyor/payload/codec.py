@@ -1,8 +1,8 @@
 """
 Values to JSON bytes and back, into the annotated type; never pickle.
 
-What `encode` returns will decode: it is decoded and compared before it is handed out, so a value that would arrive
-changed (NaN as null, bytes as text, keys that collapse) is refused where it was made, and not found in a worker.
+`encode` decodes its own result and compares it before it returns. So a value that would arrive changed (NaN as null,
+bytes as text, keys that collapse) is refused in the producer, and does not fail in a worker.
 """
 
 from __future__ import annotations
@@ -57,10 +57,10 @@ class ValueCodec(Generic[T]):
         lossy: bool = False,
     ) -> None:
         """
-        Take the annotation, the limit in bytes and the words that errors use for the value.
+        Make the codec of an annotation; raises ConfigurationError for a type that JSON cannot tell apart.
 
-        *lossy* lets values take their JSON form where no type says how they come back (a datetime in a result
-        nobody annotated arrives as text). Raises ConfigurationError for a type that JSON cannot tell apart.
+        *max_payload* is the limit in bytes, *what* the subject of error messages. *lossy* lets values take their JSON
+        form where no type says how to decode them (a datetime in a result without annotation arrives as text).
         """
         self._type = Any if type is inspect.Signature.empty else type
         self.max_payload = max_payload
@@ -70,7 +70,7 @@ class ValueCodec(Generic[T]):
 
     def encode(self, value: T) -> bytes:
         """
-        Return *value* as JSON that `decode` takes.
+        Return *value* as JSON that `decode` accepts.
 
         Raises PayloadError: E03 it does not fit the type, E04 it cannot be stored, E21 too large, E22 nested too deep.
         """
@@ -79,18 +79,18 @@ class ValueCodec(Generic[T]):
             data = encode_json(sent)
         except Exception as error:
             raise self._unstorable(value, error) from None
-        if excess := bounds(data, self.max_payload):
+        if excess := exceeded_limit(data, self.max_payload):
             raise self._refusal(excess[0], f"{self._what} {excess[1]}")
-        if b"null" in data and (place := self._not_a_number(sent)):
+        if b"null" in data and (path := self._not_a_number(sent)):
             raise self._refusal(
                 "E04",
-                f"{self._what} cannot be stored: JSON has no NaN and no Infinity (at {place}). Pass None instead.",
+                f"{self._what} cannot be stored: JSON has no NaN and no Infinity (at {path}). Pass None instead.",
             )
         try:
             received = self._decode(data)
         except Exception as error:
             raise self._refusal("E03", f"{self._what} does not fit: {reason(error)} ({show(value)}).") from None
-        if not same(sent, received):
+        if not is_equal(sent, received):
             self._compare(value, sent, received)
         return data
 
@@ -105,17 +105,17 @@ class ValueCodec(Generic[T]):
     def decode(self, data: bytes) -> T:
         """Return the value in its annotated type; raises PayloadError (E15, E21, E22) where there is none."""
         try:
-            excess = bounds(data, self.max_payload)
+            excess = exceeded_limit(data, self.max_payload)
             if not excess:
                 return self._decode(data)  # type: ignore[no-any-return]
         except MemoryError:
-            raise  # says nothing about the bytes
+            raise  # it says nothing about the bytes
         except Exception as error:
             return self._no_json(data, PayloadError(f"{self._what} cannot be decoded: {reason(error)}.", code="E15"))
         return self._no_json(data, PayloadError(f"{self._what} {excess[1]}", code=excess[0]))
 
     def _no_json(self, data: bytes, refusal: PayloadError) -> T:
-        """Return what bytes hold that are not JSON, or too much of it; here that is nothing."""
+        """Return the value of bytes that are not JSON, or are too large as JSON; here there is none."""
         raise refusal
 
     def _refusal(self, code: str, text: str) -> PayloadError:
@@ -127,13 +127,13 @@ class ValueCodec(Generic[T]):
     def _unstorable(self, value: object, error: Exception) -> PayloadError:
         if isinstance(error, RecursionError):
             return self._refusal("E22", f"{self._what} contains itself, or is nested deeper than {MAX_DEPTH} levels.")
-        if isinstance(error, NotSerializable) and issubclass(type(error.thing), tuple | frozenset):
-            why = f"{show(error.thing)} is a key of a dict, and in JSON keys are text (or a number, a date, an Enum)."
+        if isinstance(error, NotSerializable) and issubclass(type(error.value), tuple | frozenset):
+            why = f"{show(error.value)} is a key of a dict, and in JSON keys are text (or a number, a date, an Enum)."
         elif isinstance(error, NotSerializable):
-            thing, advice = f"of type {_type_name(error.thing)}", "Pass what it is made of, or a dataclass."
-            if _is_django_model(error.thing):
-                thing, advice = "a Django model", self._model_advice()
-            why = f"{show(error.thing)} is {thing}.\n    {advice}\n    {STORABLE}"
+            kind, advice = f"of type {_type_name(error.value)}", "Pass what it is made of, or a dataclass."
+            if _is_django_model(error.value):
+                kind, advice = "a Django model", self._model_advice()
+            why = f"{show(error.value)} is {kind}.\n    {advice}\n    {STORABLE}"
         elif isinstance(error, UnicodeEncodeError):
             why = f"{show(value)} holds text that is not Unicode (a lone surrogate). Pass bytes, or repair the text."
         else:
@@ -161,32 +161,32 @@ class ValueCodec(Generic[T]):
 
 
 class UnreadablePayload(PayloadError):
-    """What is stored for a job cannot be read: repeating it would not mend it. Raised before the job's own code runs."""
+    """The payload of a job cannot be read, now or later. Raised before the job's own code runs."""
 
     code = "E15"
 
 
 class NotSerializable(Exception):
-    """The encoder met *thing*, which has no JSON form."""
+    """A value without a JSON form, met by the encoder."""
 
-    def __init__(self, thing: object) -> None:
-        """Keep the object; it is not printed here, since its repr may fail."""
+    def __init__(self, value: object) -> None:
+        """Keep the value. It is not printed here, because its repr may fail."""
         super().__init__()
-        self.thing = thing
+        self.value = value
 
 
-def bounds(data: bytes, max_payload: int) -> tuple[str, str] | None:
-    """Return the code and the words for JSON that is too large (E21) or nested too deep (E22), else None."""
+def exceeded_limit(data: bytes, max_payload: int) -> tuple[str, str] | None:
+    """Return the code and text for JSON that is too large (E21) or nested too deep (E22), else None."""
     if excess := too_large(data, max_payload):
         return excess
-    # Counting is enough for nearly all: what has few brackets is not deep.
+    # Counting is enough for nearly all: JSON with few brackets is not deep.
     if len(data) > SHALLOW and data.count(b"[") + data.count(b"{") > MAX_DEPTH and _is_deep(data):
         return "E22", f"is nested deeper than {MAX_DEPTH} levels."
     return None
 
 
 def too_large(data: bytes, max_payload: int, form: str = "JSON") -> tuple[str, str] | None:
-    """Return the code and the words for what is too large (E21), else None."""
+    """Return the code and text for bytes that are too large (E21), else None."""
     if len(data) <= max_payload:
         return None
     return "E21", (
@@ -197,7 +197,7 @@ def too_large(data: bytes, max_payload: int, form: str = "JSON") -> tuple[str, s
 
 def _is_deep(data: bytes) -> bool:
     # All in C: drop the texts, then all but brackets, then dips between siblings (which are never the deepest
-    # place), then one level of innermost pairs at a time. Malformed JSON may come out either way; the decoder
+    # place), then one level of innermost pairs at a time. The answer for malformed JSON does not matter: the decoder
     # refuses it, and stops at its own depth.
     bare = b"".join(data.replace(b"\\\\", b"").replace(b'\\"', b"").split(b'"')[::2])
     brackets = bare.translate(_ONE_KIND, _NOT_BRACKET)
@@ -211,15 +211,15 @@ def _is_deep(data: bytes) -> bool:
 
 
 class RoundTripDifference(NamedTuple):
-    """A place where what arrives is not what was sent."""
+    """A place in a value where the received value is not the sent one."""
 
     path: str
     sent: object
     received: object
 
 
-def same(sent: Any, received: Any) -> bool:
-    """Return whether the two are equal; a comparison that fails is a no."""
+def is_equal(sent: Any, received: Any) -> bool:
+    """Return whether the two are equal; False when the comparison fails."""
     try:
         return bool(sent == received)
     except Exception:
@@ -230,8 +230,8 @@ def difference(sent: Any, received: Any, path: str = "$") -> RoundTripDifference
     """
     Return the first place where *received* lost something of *sent*, else None.
 
-    A plain value may become a richer one, since a type asked for that (text a datetime, a list a set); a tuple may
-    become a list. A richer one may not become plain, and nothing may become a different value.
+    A plain value may become a richer one, because the type asks for that (text a datetime, a list a set). A tuple may
+    become a list. A richer value may not become plain, and no value may become a different one.
     """
     if isinstance(sent, list | tuple) and isinstance(received, list | tuple):
         return _difference_of_items(sent, received, path)
@@ -245,7 +245,7 @@ def difference(sent: Any, received: Any, path: str = "$") -> RoundTripDifference
     if fields and isinstance(sent, dict):
         pairs = ((name, sent[name], getattr(received, name, None)) for name in fields if name in sent)
         return next((d for name, a, b in pairs if (d := difference(a, b, f"{path}.{name}"))), None)
-    if same(sent, received) or (kind is float is type(received) and str(sent) == str(received)):
+    if is_equal(sent, received) or (kind is float is type(received) and str(sent) == str(received)):
         return None  # NaN too
     if kind in _PLAIN or isinstance(sent, list | tuple | dict):
         became_richer = type(received) not in _PLAIN
@@ -270,7 +270,7 @@ def _difference_of_mappings(sent: Any, received: Any, path: str) -> RoundTripDif
     if len(sent) != len(received):  # 1 and "1" are one key in JSON
         return RoundTripDifference(path, sent, received)
     for (key, before), (arrived, after) in zip(sent.items(), received.items(), strict=True):
-        if type(key) is not str and not same(key, arrived):
+        if type(key) is not str and not is_equal(key, arrived):
             return RoundTripDifference(f"a key of {path}", key, arrived)
         if change := difference(before, after, f"{path}.{arrived}"):
             return change
@@ -294,7 +294,7 @@ def _not_finite(value: Any, path: str) -> str | None:
         pairs = ((f"{path}[{index}]", item) for index, item in enumerate(value))
     else:
         return None
-    return next((found for place, item in pairs if (found := _not_finite(item, place))), None)
+    return next((hit for where, item in pairs if (hit := _not_finite(item, where))), None)
 
 
 def typed_decoder(type: Any, what: str) -> Callable[[bytes], Any]:  # noqa: A002
@@ -325,37 +325,37 @@ def _to_json(value: Any) -> Any:
 
 
 def to_plain(value: Any) -> Any:
-    """Return a plain form of what msgspec does not know: the hook of its encoders. Raises Unstorable."""
+    """Return the plain form of a value that msgspec does not know: the hook of its encoders. Raises NotSerializable."""
     if _is_pydantic_model(type(value)):
         return value.model_dump(mode="json", by_alias=True, round_trip=True)
     return _subclass_form(value)
 
 
 def from_json_form(type: Any, value: Any) -> Any:  # noqa: A002
-    """Return a plain value as what msgspec does not know: the hook of its decoders."""
+    """Return a plain value in a type that msgspec does not know: the hook of its decoders."""
     if not _is_pydantic_model(type):
-        return value  # msgspec itself then says what was expected
+        return value  # msgspec then names the expected type
     try:
         # From JSON, because a strict model takes a datetime from text in JSON only.
         return type.model_validate_json(encode_json(value))
     except ValueError as error:
         first: dict[str, Any] = next(iter(getattr(error, "errors", list)()), {})
-        place = ".".join(map(str, first.get("loc", ())))
-        text = f"{first.get('msg', 'does not validate')}{place and f' - at {type.__name__}.{place}'}"
+        where = ".".join(map(str, first.get("loc", ())))
+        text = f"{first.get('msg', 'does not validate')}{where and f' - at {type.__name__}.{where}'}"
         raise ValueError(text) from None
 
 
 encode_json: Callable[[Any], bytes] = msgspec.json.Encoder(enc_hook=_to_json).encode
-"""Any storable value to JSON, unchecked."""
+"""Encodes any storable value as JSON, unchecked."""
 
 
 def plain_form(value: object) -> Any:
-    """Return *value* as dicts, lists and scalars, NaN included; raises what the encoder raises."""
+    """Return *value* as dicts, lists and scalars, NaN included; raises as the encoder does."""
     return msgspec.to_builtins(value, str_keys=True, enc_hook=to_plain)
 
 
 def _is_pydantic_model(type_: Any) -> bool:
-    # Who has a model has imported pydantic; we never do.
+    # A program with a model has imported pydantic; the library never imports it.
     model = getattr(sys.modules.get("pydantic"), "BaseModel", None)
     return model is not None and isinstance(type_, type) and issubclass(type_, model)
 
@@ -372,7 +372,7 @@ _short.maxstring = _short.maxother = 80
 
 
 def show(value: object) -> str:
-    """Return a short repr for an error text, whatever the object's own repr does."""
+    """Return a short repr for an error text, also when the object's own repr fails."""
     try:
         text = value.__qualname__ if isinstance(value, type) else _short.repr(value)
     except Exception:
@@ -388,7 +388,7 @@ def _type_name(value: object) -> str:
 
 
 def reason(error: Exception) -> str:
-    """Return an error's own words, for a sentence of ours: ``Expected int, got str - at $.id``."""
+    """Return the text of an error as part of a message: ``Expected int, got str - at $.id``."""
     if isinstance(error, RecursionError):
         return "it is nested too deep"
     try:

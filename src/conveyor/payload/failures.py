@@ -1,4 +1,4 @@
-"""An exception as a stored record: bounded, printable, and safe whatever the exception's own methods do."""
+"""Exceptions as stored records: bounded, printable, and safe also when the exception's own methods fail."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def type_name(error: BaseException) -> str:
 
 
 def message(error: BaseException) -> str:
-    """Return what an exception says, at most 2 KiB of UTF-8, even when its `__str__` fails."""
+    """Return the text of an exception, at most 2 KiB of UTF-8, also when its `__str__` fails."""
     try:
         text = str(error)
     except BaseException as reason:  # a __str__ that raises SystemExit ends no worker either
@@ -50,9 +50,11 @@ def message(error: BaseException) -> str:
 
 
 def shorten(text: str, most: int) -> str:
-    """Return *text* as storable Unicode of at most *most* bytes in UTF-8; what is too long loses its middle."""
+    """Return *text* as storable Unicode of at most *most* bytes in UTF-8; a longer one loses its middle."""
     if len(text) > most:
-        text = text[:most] + text[-most:]  # whatever is cut below is between these, and a gigabyte is not encoded first
+        text = (
+            text[:most] + text[-most:]
+        )  # all that is cut below lies between these, and a gigabyte is not encoded first
     data = text.encode("utf-8", "backslashreplace")
     if len(data) <= most:
         return data.decode()
@@ -63,8 +65,8 @@ def shorten(text: str, most: int) -> str:
     return f"{data[:head].decode(errors='ignore')}{mark.decode()}{data[-tail:].decode(errors='ignore')}"
 
 
-def tame(error: BaseException) -> BaseException:
-    """Return *error*, or when it lies about its class (so that `isinstance` raises) an ordinary one that says so."""
+def safe_exception(error: BaseException) -> BaseException:
+    """Return *error*, or an ordinary exception that names it when `isinstance` on it raises."""
     try:
         isinstance(error, (Exception, type(None)))
     except BaseException as reason:
@@ -73,8 +75,8 @@ def tame(error: BaseException) -> BaseException:
     return error
 
 
-def tell(logger: Logger, level: int, text: str, *arguments: Any, error: BaseException) -> None:
-    """Log with the traceback of *error*; one that cannot be formatted, whatever formatting it raises, is left out."""
+def log_error(logger: Logger, level: int, text: str, *arguments: Any, error: BaseException) -> None:
+    """Log with the traceback of *error*, without it when it cannot be formatted."""
     try:
         logger.log(level, text, *arguments, exc_info=error)
     except BaseException as reason:  # the methods of an exception are the caller's code
@@ -83,7 +85,9 @@ def tell(logger: Logger, level: int, text: str, *arguments: Any, error: BaseExce
 
 def _traceback(error: BaseException) -> str:
     try:
-        text = getattr(error, "conveyor_traceback", None)  # of the process that raised it; ours shows only its arrival
+        text = getattr(
+            error, "conveyor_traceback", None
+        )  # of the process that raised it; the traceback here shows only its arrival
         if not isinstance(text, str):
             text = "".join(TracebackException(type(error), error, error.__traceback__).format())
     except BaseException as reason:  # notes, causes and groups are the caller's objects too

@@ -1,7 +1,7 @@
 """
-Other forms of a value than JSON: MessagePack, and formats that a program brings.
+Formats beside JSON: MessagePack, and formats of a program.
 
-JSON stands as it is. Everything else is marked, so that nobody ever guesses::
+JSON is stored as it is. Every other format is marked, so that no reader has to guess::
 
     02  [length of the name, name]  data
 
@@ -25,8 +25,8 @@ from conveyor.payload.codec import (
     ValueCodec,
     encode_json,
     from_json_form,
+    is_equal,
     reason,
-    same,
     show,
     to_plain,
     too_large,
@@ -41,30 +41,30 @@ _NOT_CONTAINER = bytes(byte for byte in range(256) if not (0x80 <= byte <= 0x9F 
 @runtime_checkable
 class Format(Protocol):
     """
-    How values become bytes and come back. `name` stands in Redis: 1 to 16 of ``a-z 0-9 _ . -``.
+    A format: values to bytes and back. `name` is stored in Redis: 1 to 16 characters out of ``a-z 0-9 _ . -``.
 
-    Both are called from several threads, with one message, one result, or one argument of a task at a time, and what
-    they raise makes a PayloadError. The type is the annotated one, or Any where none is known: to show a value, or for
-    an upcast. `decode` gets bytes that anybody may have written. It must bring back what equals what `encode` was given.
+    Both methods are called from several threads, with one message, one result, or one argument of a task at a time.
+    An exception in them becomes a PayloadError. The type is the annotated one, or Any where none is known: to show a
+    value, or for an upcast. `decode` gets bytes from any source. Its result must equal the value that `encode` was given.
     """
 
     @property
     def name(self) -> str:
-        """The name; another meaning of the bytes needs another one."""
+        """The name. Bytes with another meaning need another name."""
 
     def encode(self, value: Any, /) -> bytes:
         """Return the bytes of *value*."""
 
     def decode(self, data: bytes, type: Any, /) -> Any:  # noqa: A002
-        """Return the value of bytes, as *type*."""
+        """Return the value of *data* as *type*."""
 
 
 FormatChoice = Format | Literal["json", "msgpack"]
-"""What ``format=`` takes."""
+"""The values of ``format=``."""
 
 
 class Msgpack:
-    """MessagePack: as JSON, but bytes stay bytes, keys stay numbers, and NaN has a form. No types of an extension."""
+    """MessagePack: like JSON, but bytes stay bytes, keys stay numbers, and NaN has a form. No extension types."""
 
     name = "msgpack"
 
@@ -72,7 +72,7 @@ class Msgpack:
         return "msgpack"
 
     def plain(self, value: Any) -> Any:
-        """Return *value* as it is written: dicts, lists, scalars and bytes."""
+        """Return *value* as dicts, lists, scalars and bytes, as it is written."""
         return msgspec.to_builtins(value, builtin_types=(bytes, bytearray, memoryview), enc_hook=to_plain)
 
     def encode(self, value: Any, /) -> bytes:
@@ -81,13 +81,13 @@ class Msgpack:
 
     def decode(self, data: bytes, type: Any, /) -> Any:  # noqa: A002
         """Return the value of bytes as *type*; raises RecursionError for more than 64 levels."""
-        # Counting first, as for JSON: few bytes that may open a list or a map are not deep.
+        # Counting first, as for JSON: with few bytes that can open a list or a map it is not deep.
         suspect = len(data) > MAX_DEPTH and len(data.translate(None, _NOT_CONTAINER)) > MAX_DEPTH
         if suspect and _is_deep(_decoder(Any).decode(data)):
             raise RecursionError
         try:
             decoder = _decoder(type)
-        except TypeError:  # an annotation without a hash
+        except TypeError:  # an annotation that cannot be hashed
             decoder = _decoder.__wrapped__(type)
         return decoder.decode(data)
 
@@ -96,12 +96,12 @@ MSGPACK = Msgpack()
 
 
 class FormatRegistry:
-    """The formats of an app by their names, and the one that something writes: None is JSON."""
+    """The formats of an app by their names, and the one that is written (`writes`; None: JSON)."""
 
     __slots__ = ("known", "writes")
 
     def __init__(self, writes: Format | None = None, known: dict[str, Format] | None = None) -> None:
-        """Take what is written, and all that is read; MessagePack always is."""
+        """Make a registry that writes one format and reads all of *known*; MessagePack is always read."""
         self.known: dict[str, Format] = {MSGPACK.name: MSGPACK} if known is None else known
         self.writes = writes
         if writes is not None:
@@ -110,11 +110,11 @@ class FormatRegistry:
     def __repr__(self) -> str:
         return f"<Formats {', '.join(['json', *self.known])}; writes {self.writes.name if self.writes else 'json'}>"
 
-    def writing(self, choice: FormatChoice | None) -> FormatRegistry:
-        """Return the same with another one to write, known to all from now on; None changes nothing. ConfigurationError."""
-        return self if choice is None else FormatRegistry(self._chosen(choice), self.known)
+    def with_writer(self, choice: FormatChoice | None) -> FormatRegistry:
+        """Return a registry that writes *choice*, which the others read from now on. None: the same. ConfigurationError."""
+        return self if choice is None else FormatRegistry(self._format_of(choice), self.known)
 
-    def _chosen(self, choice: FormatChoice) -> Format | None:
+    def _format_of(self, choice: FormatChoice) -> Format | None:
         if choice == "json":
             return None
         if choice == "msgpack":
@@ -136,66 +136,66 @@ class FormatRegistry:
 
     # -- bodies ---------------------------------------------------------------------------------------------------
 
-    def marked(self, data: bytes) -> bytes:
+    def add_mark(self, data: bytes) -> bytes:
         """Return the body for the data of what is written."""
         assert self.writes is not None
         name = self.writes.name.encode()
         return MARK + bytes((len(name),)) + name + data
 
-    def taken(self, body: bytes) -> tuple[Format, bytes]:
+    def split_mark(self, body: bytes) -> tuple[Format, bytes]:
         """Return the format of a marked body, and its data. Raises PayloadError: E15 damaged, E50 not known here."""
         end = 2 + body[1] if len(body) > 1 else 0
         name = body[2:end].decode("latin-1")
         if len(body) < end or not _NAME.fullmatch(name):
             raise PayloadError("The name of its format is damaged.", code="E15")
-        found = self.known.get(name)
-        if found is None:
+        form = self.known.get(name)
+        if form is None:
             raise PayloadError(
                 f"E50 It is in the format '{name}', and this program knows {', '.join(['json', *self.known])}. "
                 "Give it the producer's: Conveyor(format=…), then redrive.",
                 code="E50",
             )
-        return found, body[end:]
+        return form, body[end:]
 
-    def framed(self, arguments: dict[str, bytes]) -> bytes:
-        """Return the body for the arguments of a call, each encoded: a map of MessagePack, of bytes for other formats."""
+    def encode_arguments(self, arguments: dict[str, bytes]) -> bytes:
+        """Return the body of a call from its encoded arguments: a map of MessagePack, of bytes for other formats."""
         if self.writes is MSGPACK:
-            return self.marked(msgspec.msgpack.encode({key: msgspec.Raw(data) for key, data in arguments.items()}))
-        return self.marked(msgspec.msgpack.encode(arguments))
+            return self.add_mark(msgspec.msgpack.encode({key: msgspec.Raw(data) for key, data in arguments.items()}))
+        return self.add_mark(msgspec.msgpack.encode(arguments))
 
-    def arguments(self, body: bytes) -> tuple[Format, dict[str, bytes]]:
+    def split_arguments(self, body: bytes) -> tuple[Format, dict[str, bytes]]:
         """Return the format and the arguments of a marked body, each still encoded. Raises PayloadError (E15, E50)."""
-        found, data = self.taken(body)
+        form, data = self.split_mark(body)
         try:
-            if found is MSGPACK:
-                return found, {key: bytes(raw) for key, raw in _RAW.decode(data).items()}
-            return found, _BYTES.decode(data)
+            if form is MSGPACK:
+                return form, {key: bytes(raw) for key, raw in _RAW.decode(data).items()}
+            return form, _BYTES.decode(data)
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-            raise PayloadError(f"The arguments cannot be taken apart: {reason(error)}.", code="E15") from None
+            raise PayloadError(f"The arguments cannot be decoded: {reason(error)}.", code="E15") from None
 
-    def plain(self, body: bytes, *, call: bool) -> tuple[Any, Callable[[Any], bytes]]:
+    def decode_untyped(self, body: bytes, *, call: bool) -> tuple[Any, Callable[[Any], bytes]]:
         """
-        Return what any body holds without knowing its type, and how something like it is written again.
+        Return the value of a body whose type is not known, and the function that encodes another one likewise.
 
-        *call* tells that it holds the arguments of a task. Raises PayloadError (E15, E50), and what decoding raises.
+        *call*: the body holds the arguments of a task. Raises PayloadError (E15, E50), and the errors of decoding.
         """
         if body[:1] != MARK:
             return msgspec.json.decode(body), encode_json
-        found, data = self.taken(body)
-        again = FormatRegistry(found, self.known)
+        form, data = self.split_mark(body)
+        again = FormatRegistry(form, self.known)
         if call:
-            parts = self.arguments(body)[1]
-            value: Any = {key: found.decode(part, Any) for key, part in parts.items()}
-            return value, lambda new: again.framed({key: found.encode(part) for key, part in new.items()})
-        return found.decode(data, Any), lambda new: again.marked(found.encode(new))
+            parts = self.split_arguments(body)[1]
+            value: Any = {key: form.decode(part, Any) for key, part in parts.items()}
+            return value, lambda new: again.encode_arguments({key: form.encode(part) for key, part in new.items()})
+        return form.decode(data, Any), lambda new: again.add_mark(form.encode(new))
 
 
 JSON = FormatRegistry()
-"""Writes JSON, and reads what needs no settings."""
+"""Writes JSON, and reads JSON and MessagePack."""
 
 
 class FormatCodec(ValueCodec[T], Generic[T]):
-    """Turns values of one type into JSON; reads that, and whatever is marked with a known format."""
+    """Writes values of one type as JSON; reads JSON and every known format."""
 
     def __init__(
         self,
@@ -206,12 +206,12 @@ class FormatCodec(ValueCodec[T], Generic[T]):
         what: str = "value",
         lossy: bool = False,
     ) -> None:
-        """Take what a ValueCodec does, and the formats; raises ConfigurationError."""
+        """Make a ValueCodec with *formats*; raises ConfigurationError."""
         super().__init__(type, max_payload=max_payload, what=what, lossy=lossy)
         self.formats = formats
 
-    def data(self, value: T) -> bytes:
-        """Return the bytes of *value* in the format that is written, without a mark; raises what `encode` raises."""
+    def encode_unmarked(self, value: T) -> bytes:
+        """Return the bytes of *value* in the written format, without a mark; raises as `encode` does."""
         form = self.formats.writes
         if form is None:
             return ValueCodec.encode(self, value)
@@ -232,11 +232,11 @@ class FormatCodec(ValueCodec[T], Generic[T]):
             raise self._unstorable(value, error) from None
         except Exception as error:
             raise self._refusal("E03", f"{self._what} does not fit: {reason(error)} ({show(value)}).") from None
-        if not same(sent, received):
+        if not is_equal(sent, received):
             self._compare(value, sent, received)
         return data
 
-    def value(self, form: Format, data: bytes) -> T:
+    def decode_unmarked(self, form: Format, data: bytes) -> T:
         """Return the value of *data* in *form*; raises PayloadError (E15, E22)."""
         try:
             return form.decode(data, self._type)  # type: ignore[no-any-return]
@@ -251,19 +251,19 @@ class FormatCodec(ValueCodec[T], Generic[T]):
     def _no_json(self, data: bytes, refusal: PayloadError) -> T:
         if data[:1] != MARK:
             raise refusal
-        form, inner = self.formats.taken(data)
-        if excess := too_large(data, self.max_payload, form.name):  # with the mark, as it was written
+        form, inner = self.formats.split_mark(data)
+        if excess := too_large(data, self.max_payload, form.name):  # with the mark, as when it was written
             raise PayloadError(f"{self._what} {excess[1]}", code=excess[0])
-        return self.value(form, inner)
+        return self.decode_unmarked(form, inner)
 
 
 class FormatWriter(FormatCodec[T], Generic[T]):
-    """The same, writing another format."""
+    """A FormatCodec that writes another format than JSON."""
 
     def encode(self, value: T) -> bytes:
-        """Return *value* in its format, marked; raises what a ValueCodec raises."""
+        """Return *value* in the written format, marked; raises as a ValueCodec does."""
         assert self.formats.writes is not None
-        body = self.formats.marked(self.data(value))
+        body = self.formats.add_mark(self.encode_unmarked(value))
         if excess := too_large(body, self.max_payload, self.formats.writes.name):
             raise self._refusal(excess[0], f"{self._what} {excess[1]}")
         return body
@@ -272,33 +272,33 @@ class FormatWriter(FormatCodec[T], Generic[T]):
 def codec_for(
     annotation: Any, *, formats: FormatRegistry, max_payload: int, what: str, lossy: bool = False
 ) -> FormatCodec[Any]:
-    """Return what encodes and decodes values of that type; of JSON the shortest. Raises ConfigurationError."""
+    """Return the codec of a type, for JSON the shortest one. Raises ConfigurationError."""
     kind = FormatCodec if formats.writes is None else FormatWriter
     return kind(annotation, formats=formats, max_payload=max_payload, what=what, lossy=lossy)
 
 
-def chosen(choice: FormatChoice | Sequence[FormatChoice]) -> FormatRegistry:
-    """Return the formats that an app is given, of which the first is written; raises ConfigurationError."""
+def make_registry(choice: FormatChoice | Sequence[FormatChoice]) -> FormatRegistry:
+    """Return the formats of ``format=``, of which the first is written; raises ConfigurationError."""
     several: Sequence[Any] = choice if isinstance(choice, list | tuple) and choice else [choice]
     formats = FormatRegistry()
-    first, *_ = [formats.writing(one) for one in several]
+    first, *_ = [formats.with_writer(one) for one in several]
     return first
 
 
-def shown(body: bytes, formats: FormatRegistry, *, call: bool) -> str:
-    """Return what a person is shown of any body: as JSON where it has that form, else what it is."""
+def body_text(body: bytes, formats: FormatRegistry, *, call: bool) -> str:
+    """Return a body as people see it: as JSON where it has that form, else a description."""
     if body[:1] != MARK:
         return body.decode("utf-8", "backslashreplace")
     try:
-        return display(formats.plain(body, call=call)[0])
+        return value_text(formats.decode_untyped(body, call=call)[0])
     except PayloadError as error:
         return f"{len(body):,} bytes. {error}"
-    except Exception as error:  # of a format that a program brings
+    except Exception as error:  # of a format of a program
         return f"{len(body):,} bytes that cannot be shown: {reason(error)}"
 
 
-def display(value: Any) -> str:
-    """Return what a person is shown of a value, as JSON where it has that form."""
+def value_text(value: Any) -> str:
+    """Return a value as people see it, as JSON where it has that form."""
     try:
         return encode_json(value).decode()
     except Exception:

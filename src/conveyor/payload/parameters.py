@@ -1,4 +1,4 @@
-"""A function's parameters: their resolved annotations, how they are written down, and typed in as text."""
+"""The parameters of a function: resolved annotations, the signature as text, and values from text."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ _EMPTY = inspect.Parameter.empty
 _STARRED = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.KEYWORD_ONLY)
 
 
-def read(
+def read_parameters(
     function: Callable[..., Any], name: str, injected: Callable[[inspect.Parameter], bool]
 ) -> tuple[list[inspect.Parameter], Any]:
     """
     Return the parameters with their annotations resolved, and the return annotation.
 
-    Raises ConfigurationError for an annotation that does not resolve; an injected parameter keeps it as it is.
+    Raises ConfigurationError for an annotation that does not resolve; that of an injected parameter need not.
     """
     try:
         signature = inspect.signature(function)
@@ -61,20 +61,20 @@ def _resolved(annotation: Any, scope: dict[str, Any]) -> Any:
 
     def holder() -> None: ...
 
-    # One at a time, so that an error can say which.
+    # One at a time, so that an error can name it.
     holder.__annotations__ = {"it": annotation}
     return typing.get_type_hints(holder, scope, include_extras=True)["it"]
 
 
-def _unresolved(name: str, place: str, annotation: object, error: Exception) -> ConfigurationError:
+def _unresolved(name: str, where: str, annotation: object, error: Exception) -> ConfigurationError:
     return ConfigurationError(
-        f"{name}(): the annotation {show(annotation)} of {place} does not resolve: {reason(error)}.\n"
+        f"{name}(): the annotation {show(annotation)} of {where} does not resolve: {reason(error)}.\n"
         "    Define it at the top of a module. If its import stands under `if TYPE_CHECKING:`, import it at run time."
     )
 
 
 def payload_signature(parameters: Iterable[inspect.Parameter], injected: Iterable[str], name: str) -> inspect.Signature:
-    """Return what the caller passes: without the injected, after which parameters can be given by name only."""
+    """Return the signature without the injected parameters; those behind one can be given by name only."""
     kept: list[inspect.Parameter] = []
     by_name = False
     for parameter in parameters:
@@ -86,7 +86,7 @@ def payload_signature(parameters: Iterable[inspect.Parameter], injected: Iterabl
             by_name = by_name or parameter.kind is parameter.POSITIONAL_OR_KEYWORD
         elif by_name and parameter.kind is parameter.VAR_POSITIONAL:
             raise ConfigurationError(
-                f"{name}(): what the worker fills stands before '*{parameter.name}'. Move it behind, as keyword-only."
+                f"{name}(): the parameter that the worker fills stands before '*{parameter.name}'. Move it behind, as keyword-only."
             )
         elif by_name and parameter.kind is parameter.POSITIONAL_OR_KEYWORD:
             kept.append(parameter.replace(kind=parameter.KEYWORD_ONLY))
@@ -95,14 +95,14 @@ def payload_signature(parameters: Iterable[inspect.Parameter], injected: Iterabl
     return inspect.Signature(kept)
 
 
-def carried(annotation: Any) -> Any:
-    """Return the type a payload has for an annotation: Any where there is none."""
+def payload_type(annotation: Any) -> Any:
+    """Return the type of an annotation in a payload: Any where there is none."""
     if annotation is _EMPTY or isinstance(annotation, typing.ParamSpecArgs | typing.ParamSpecKwargs):
         return Any
     return annotation
 
 
-def written(name: str, parameters: Iterable[inspect.Parameter], result: Any) -> str:
+def signature_text(name: str, parameters: Iterable[inspect.Parameter], result: Any) -> str:
     """Return a signature in Python's notation, e.g. ``greet(name: str, excited: bool = False) -> str``."""
     parts: list[str] = []
     before = None
@@ -136,9 +136,9 @@ def _annotation_text(annotation: Any) -> str:
 
 def from_text(type_: Any, text: str) -> Any:
     """
-    Return *text* in that type: a str as it is, else JSON, else a date, UUID, Enum value or name as people write it.
+    Return *text* in that type: a str as it is, else JSON, else a date, UUID, Enum value or Enum name.
 
-    Any is JSON if it can be, else the text. Raises msgspec.ValidationError for a text that does not fit.
+    With Any it is JSON if possible, else the text. Raises msgspec.ValidationError for a text that does not fit.
     """
     members = _members(type_)
     if set(members) <= {str, type(None)} and str in members:

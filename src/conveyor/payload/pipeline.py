@@ -1,10 +1,8 @@
 """
-The way of a body to Redis and back: compress, store elsewhere, seal; and in the other order open, fetch, decompress.
+The steps of a body on its way to Redis (compress, store elsewhere, seal) and back (open, fetch, decompress).
 
-Compression comes before encryption, because nothing encrypted compresses. The seal is checked before anything of the
-body is looked at.
-
-From the options of an app to its sealing.
+Compression comes before encryption, because encrypted bytes do not compress. On the way back the seal is checked before
+anything else of the body is read. `make_pipeline` reads the options of an app.
 """
 
 from __future__ import annotations
@@ -20,7 +18,7 @@ import msgspec
 
 from conveyor.errors import ConfigurationError, PayloadError
 from conveyor.payload.blobs import BlobStore, BlobUnavailable, is_name, new_name
-from conveyor.payload.wrapped import BARE, COMPRESSED, ELSEWHERE, MAGIC, WrappedPayload, head, read
+from conveyor.payload.wrapped import BARE, COMPRESSED, ELSEWHERE, MAGIC, WrappedPayload, read_wrapped, write_head
 from conveyor.units import Size, size
 
 if TYPE_CHECKING:
@@ -29,15 +27,15 @@ if TYPE_CHECKING:
 MAX_LARGE = 16 * 1024 * 1024
 """Bytes of JSON that a body stored elsewhere may take, unless the app says otherwise."""
 LARGE_ABOVE = 256 * 1024
-_LEVEL = 1  # JSON shrinks to a sixth already; level 6 takes three times as long for a few per cent more
-_SLACK = 1024  # what header, nonce and tag add at most
+_LEVEL = 1  # JSON shrinks to a sixth at level 1; level 6 takes three times as long for a few per cent more
+_SLACK = 1024  # bytes that header, nonce and tag add at most
 
 Kind = Literal[b"payload", b"result", b"error", b"blob"]
 log = logging.getLogger("conveyor.sealing")
 
 
 class BlobReference(msgspec.Struct, frozen=True):
-    """What is stored in the place of a large body: where its bytes are, how many (`size`), and their SHA-256."""
+    """Stands in Redis for a large body: the name of its bytes, their number (`size`) and their SHA-256."""
 
     name: str
     size: int
@@ -46,9 +44,10 @@ class BlobReference(msgspec.Struct, frozen=True):
 
 class PayloadPipeline:
     """
-    What is done to bodies, as the app was told. Made without anything it opens what needs no settings.
+    Compresses, stores elsewhere and seals bodies as the app's options say, and undoes it.
 
-    `queue` may be a partition's name: seals are bound to the queue as a whole.
+    Without options it opens bodies that need no settings. `queue` may be the name of a partition: seals are bound to
+    the whole queue.
     """
 
     def __init__(
@@ -60,15 +59,15 @@ class PayloadPipeline:
         large_above: int = LARGE_ABOVE,
         max_whole: int = MAX_LARGE,
     ) -> None:
-        """Take the parts, None for what is not wanted; sizes in bytes."""
-        self.seal = seal
+        """Make a pipeline. None leaves a step out; sizes in bytes."""
+        self.sealer = seal
         self.store = store
         self.max_whole = max_whole
         self._compress_above = compress_above
         self._large_above = large_above
 
     def __repr__(self) -> str:
-        parts = [repr(self.seal.keyring)] if self.seal else []
+        parts = [repr(self.sealer.keyring)] if self.sealer else []
         parts += [f"compress above {self._compress_above:,}"] if self._compress_above is not None else []
         parts += [f"{self.store!r} above {self._large_above:,}"] if self.store is not None else []
         return f"<Sealing {', '.join(parts) or 'of nothing'}>"
@@ -77,9 +76,9 @@ class PayloadPipeline:
 
     def wrap(self, body: bytes, *, queue: str, task: str, id: str, kind: Kind = b"payload") -> bytes:  # noqa: A002
         """
-        Return what is stored for the JSON *body*; a large one is written to the store before this returns.
+        Return the bytes that Redis stores for *body*; a large body is in the store when this returns.
 
-        A body that needs nothing comes back as it is. What the store raises comes through as BlobUnavailable.
+        A body that needs no step is returned as it is. Raises BlobUnavailable when the store fails.
         """
         queue, form = queue.partition("/")[0], 0
         if self._compress_above is not None and len(body) > self._compress_above:
@@ -87,11 +86,11 @@ class PayloadPipeline:
             if len(smaller) < len(body):
                 body, form = smaller, COMPRESSED
         if self.is_large(body, kind):
-            body, form = self._put(self._close(body, form, b"blob", queue, task, id)), ELSEWHERE
-        return self._close(body, form, kind, queue, task, id)
+            body, form = self._put(self._seal(body, form, b"blob", queue, task, id)), ELSEWHERE
+        return self._seal(body, form, kind, queue, task, id)
 
     async def awrap(self, body: bytes, *, queue: str, task: str, id: str) -> bytes:  # noqa: A002
-        """Do the same without blocking the event loop on the store."""
+        """Awaitable form of `wrap`."""
         if self.is_large(body, b"payload"):
             return await asyncio.to_thread(self.wrap, body, queue=queue, task=task, id=id)
         return self.wrap(body, queue=queue, task=task, id=id)
@@ -100,10 +99,10 @@ class PayloadPipeline:
         """Tell whether a body goes to the store."""
         return self.store is not None and kind == b"payload" and len(body) > self._large_above
 
-    def _close(self, body: bytes, form: int, kind: Kind, queue: str, task: str, id_: str) -> bytes:
-        if self.seal is not None:
-            return self.seal.close(body, form, kind, queue, task, id_)
-        return head(BARE, form) + body if form else body
+    def _seal(self, body: bytes, form: int, kind: Kind, queue: str, task: str, id_: str) -> bytes:
+        if self.sealer is not None:
+            return self.sealer.seal(body, form, kind, queue, task, id_)
+        return write_head(BARE, form) + body if form else body
 
     def _put(self, blob: bytes) -> bytes:
         assert self.store is not None
@@ -127,61 +126,61 @@ class PayloadPipeline:
         kind: Kind = b"payload",
     ) -> bytes:
         """
-        Return the JSON that was wrapped, at most *limit* bytes of it.
+        Return the body that was wrapped, of at most *limit* bytes.
 
         Raises PayloadError: E15 damaged, E21 too large, E38 no keys here, E39 unknown key, E40 the seal does not
-        match, E41 not sealed, E42 the large body is gone; and BlobUnavailable when the store did not answer.
+        match, E41 not sealed, E42 the large body is gone. Raises BlobUnavailable when the store fails.
         """
         limit = self.max_whole if limit is None else limit
         queue = queue.partition("/")[0]
-        wrapped, body = self._opened(data, kind, queue, task, id)
+        wrapped, body = self._open(data, kind, queue, task, id)
         if wrapped is None:
             return _bounded(body, limit)
         if wrapped.form & ELSEWHERE:
             if kind != b"payload":
                 raise _unreadable("results and errors never lie in a store")
             blob = self._fetch(_reference(body), limit)
-            wrapped, body = self._opened(blob, b"blob", queue, task, id)
+            wrapped, body = self._open(blob, b"blob", queue, task, id)
             if wrapped is None:
                 return _bounded(body, limit)
             if wrapped.form & ELSEWHERE:
                 raise _unreadable("a large body refers to another one")
         return _inflate(body, limit) if wrapped.form & COMPRESSED else _bounded(body, limit)
 
-    def is_elsewhere(self, data: bytes) -> bool:
-        """Tell whether opening *data* asks the store."""
+    def is_stored_elsewhere(self, data: bytes) -> bool:
+        """Tell whether opening *data* reads the store."""
         return data[:1] == MAGIC and len(data) > 3 and bool(data[3] & ELSEWHERE)
 
     def reference(self, data: bytes, *, queue: str, task: str, id: str) -> BlobReference | None:  # noqa: A002
-        """Return where the large body of *data* is, None when it is in Redis. Raises PayloadError."""
-        if not self.is_elsewhere(data):
+        """Return the reference to the large body of *data*, None when it is in Redis. Raises PayloadError."""
+        if not self.is_stored_elsewhere(data):
             return None
-        wrapped, body = self._opened(data, b"payload", queue.partition("/")[0], task, id)
+        wrapped, body = self._open(data, b"payload", queue.partition("/")[0], task, id)
         return None if wrapped is None else _reference(body)
 
-    def _opened(self, data: bytes, kind: Kind, queue: str, task: str, id_: str) -> tuple[WrappedPayload | None, bytes]:
-        """Return the header (None for bare JSON) and the body behind its seal."""
+    def _open(self, data: bytes, kind: Kind, queue: str, task: str, id_: str) -> tuple[WrappedPayload | None, bytes]:
+        """Return the header (None for a bare body) and the body, its seal checked."""
         if data[:1] != MAGIC:
-            if self.seal is not None:
+            if self.sealer is not None:
                 raise self._unsealed()
             return None, data
-        wrapped = read(data)
+        wrapped = read_wrapped(data)
         if wrapped.algorithm == BARE:
-            if self.seal is not None:
+            if self.sealer is not None:
                 raise self._unsealed()
             return wrapped, wrapped.body
-        if self.seal is None:
+        if self.sealer is None:
             raise PayloadError(
                 f"E38 It is sealed with key '{wrapped.key_id}', and this program has no keys. "
                 f"Give it the producer's: Conveyor(keys={{'{wrapped.key_id}': secret}}), then redrive.",
                 code="E38",
             )
-        return wrapped, self.seal.open(wrapped, kind, queue, task, id_)
+        return wrapped, self.sealer.open(wrapped, kind, queue, task, id_)
 
     def _unsealed(self) -> PayloadError:
-        assert self.seal is not None
+        assert self.sealer is not None
         return PayloadError(
-            f"E41 It is not sealed, and this program takes only what is sealed with {', '.join(self.seal.keyring.ids)}. "
+            f"E41 It is not sealed, and this program takes only what is sealed with {', '.join(self.sealer.keyring.ids)}. "
             "Give the producer the same keys and push it again; if you trust it, redrive it with a worker without keys.",
             code="E41",
         )
@@ -193,7 +192,7 @@ class PayloadPipeline:
                 "Give it the producer's: Conveyor(large=…), then redrive.",
                 code="E42",
             )
-        if reference.size > limit + _SLACK:  # before a byte is read
+        if reference.size > limit + _SLACK:  # checked before a byte is read
             raise PayloadError(f"E21 It refers to {reference.size:,} bytes, and the limit is {limit:,}.", code="E21")
         try:
             blob = self.store.get(reference.name, reference.size + 1)
@@ -211,7 +210,7 @@ class PayloadPipeline:
         )
 
     def delete(self, name: str) -> None:
-        """Remove a large body whose job has ended; a failure is only logged, the sweep comes later."""
+        """Remove the large body of a job that has ended. A failure is logged: the sweep removes it later."""
         try:
             if self.store is not None:
                 self.store.delete(name)
@@ -220,7 +219,7 @@ class PayloadPipeline:
 
 
 PLAIN = PayloadPipeline()
-"""Opens what needs no settings, and says of the rest what is missing."""
+"""Opens bodies that need no settings, and raises for the others what is missing."""
 
 
 def _reference(body: bytes) -> BlobReference:
@@ -242,7 +241,7 @@ def _bounded(body: bytes, limit: int) -> bytes:
 def _inflate(data: bytes, limit: int) -> bytes:
     inflater = zlib.decompressobj()
     try:
-        body = inflater.decompress(data, limit + 1)  # never more, whatever it claims to hold
+        body = inflater.decompress(data, limit + 1)  # never more, whatever size the data claims
     except zlib.error as error:
         raise _unreadable(f"it does not decompress ({error})") from None
     if len(body) > limit:
@@ -257,7 +256,7 @@ def _unreadable(why: str) -> PayloadError:
 
 
 def checked_store(store: Any) -> BlobStore | None:
-    """Return what ``large=`` was given; raises ConfigurationError for what cannot store."""
+    """Return the store of ``large=``; raises ConfigurationError for an object that is no store."""
     if store is not None and not isinstance(store, BlobStore):
         raise ConfigurationError(
             "Conveyor(large=…) takes a store with put, get, delete and old, such as FileStore('/srv/blobs'), "
@@ -266,7 +265,7 @@ def checked_store(store: Any) -> BlobStore | None:
     return store
 
 
-def choose(
+def make_pipeline(
     *,
     keys: Mapping[str, str | bytes] | None,
     encrypt: bool,
@@ -276,7 +275,7 @@ def choose(
     max_large: Size,
     max_payload: int,
 ) -> PayloadPipeline | None:
-    """Return what an app does to bodies, None for nothing at all; raises ConfigurationError."""
+    """Return the pipeline of an app, None when no option needs one; raises ConfigurationError."""
     if keys is None and compress is None and large is None:
         if encrypt:
             raise ConfigurationError(

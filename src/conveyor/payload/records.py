@@ -1,13 +1,13 @@
 r"""
-What is stored for a job: its envelope, its state, its outcome.
+The records of a job in Redis: its envelope, its state, its outcome.
 
-Envelope (written once, opaque to Redis but for its first line)::
+Envelope (written once; scripts read only its first line)::
 
     <marks>\n<task>[\t<extra JSON>]\n<body JSON>
 
 A plain job has no marks, so scripts recognise it by its first byte. Marks, separated by
 spaces: ``p<0-9>`` priority, ``e<ms>`` expiry, ``d<ms>`` first due, ``i`` the id is the caller's,
-``u<key>`` unique key (last). A stub (cancelled, its entry not reached yet) begins with ``x``.
+``u<key>`` unique key (last). A stub begins with ``x``: it is a cancelled job whose entry was not reached yet.
 
 State (only of jobs that are not fresh)::
 
@@ -25,7 +25,7 @@ from conveyor.errors import PayloadError
 Status = Literal["scheduled", "ready", "leased", "done", "dead", "cancelled", "waiting"]
 
 ERRORS_KEPT = 20
-"""Errors kept per job, newest last; more than any sensible number of attempts."""
+"""Errors kept for each job, newest last; more than any sensible number of attempts."""
 
 
 class EnvelopeOptions(
@@ -41,7 +41,7 @@ class EnvelopeOptions(
 
 
 class Failure(msgspec.Struct, omit_defaults=True):
-    """What one attempt ended with; `at` in ms since the epoch. `packed` holds the texts where they are sealed."""
+    """The error of one attempt; `at` in ms since the epoch. `packed` holds the texts where they are sealed."""
 
     attempt: int
     at: int
@@ -53,7 +53,7 @@ class Failure(msgspec.Struct, omit_defaults=True):
 
 
 class Outcome(msgspec.Struct, omit_defaults=True):
-    """How a job ended; `value` is the raw JSON of its result, `packed` the same where it is sealed or compressed."""
+    """The end of a job; `value` is the raw JSON of its result, `packed` the result where it is sealed or compressed."""
 
     status: Status
     value: msgspec.Raw = msgspec.Raw(b"null")
@@ -78,32 +78,32 @@ class Envelope(msgspec.Struct):
 
     @property
     def is_plain(self) -> bool:
-        """True when scripts need to know nothing about it, so acknowledging it costs the least."""
+        """True when scripts need not read it, so that acknowledging it costs the least."""
         return not (self.own_id or self.unique)
 
 
 class AttemptHistory(msgspec.Struct):
-    """What has happened to a job so far: starts (= the last attempt's number), failures, crashes, errors."""
+    """The attempts of a job so far: starts (= the number of the last attempt), failures, crashes, errors."""
 
     starts: int = 0
     failures: int = 0
     crashes: int = 0
     errors: list[bytes] = []
     doubt: str = ""
-    """+ or *: the last crash was counted before it happened (`outcome.suspected`)."""
+    """+ or *: the last crash was counted before it happened (`retry.with_presumed_crash`)."""
 
     def encode(self) -> bytes:
-        """Return the stored form, with the newest errors only."""
+        """Return the stored form, with the newest ERRORS_KEPT errors."""
         head = b"%d %d %d%b" % (self.starts, self.failures, self.crashes, self.doubt.encode())
         return b"\n".join([head, *self.errors[-ERRORS_KEPT:]])
 
     def failures_list(self) -> list[Failure]:
-        """Return the errors of every attempt, oldest first; one that cannot be read says so."""
+        """Return the errors of every attempt, oldest first; a damaged one is replaced by a note."""
         return [_failure(error) for error in self.errors]
 
     @classmethod
     def decode(cls, data: bytes | None) -> AttemptHistory:
-        """Read the stored form; None is a fresh job."""
+        """Read the stored form (None: a fresh job)."""
         if not data:
             return cls()
         head, *errors = data.split(b"\n")
@@ -116,7 +116,7 @@ def _failure(data: bytes) -> Failure:
     try:
         return _FAILURE.decode(data)
     except (msgspec.MsgspecError, UnicodeDecodeError):
-        return Failure(0, 0, "unreadable", "what was stored of this error cannot be read")
+        return Failure(0, 0, "unreadable", "the stored error cannot be read")
 
 
 _FAILURE = msgspec.json.Decoder(Failure)
@@ -136,7 +136,7 @@ def read_outcome(data: bytes) -> Outcome:
     try:
         return _OUTCOME.decode(data) if data else Outcome("done")
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
-        raise PayloadError(f"What is stored of the job's end cannot be read: {error}.", code="E15") from None
+        raise PayloadError(f"The stored outcome of the job cannot be read: {error}.", code="E15") from None
 
 
 def read_failure(data: bytes) -> Failure:
@@ -144,8 +144,8 @@ def read_failure(data: bytes) -> Failure:
     return _FAILURE.decode(data)
 
 
-def write_rest(task: str, body: bytes, extra: EnvelopeOptions | None = None) -> bytes:
-    """Return an envelope without its first line's marks: what a plain job stores."""
+def write_envelope(task: str, body: bytes, extra: EnvelopeOptions | None = None) -> bytes:
+    """Return an envelope without marks, as a plain job is stored."""
     if extra is None or extra == _NO_EXTRA:
         return b"\n%b\n%b" % (task.encode(), body)
     return b"\n%b\t%b\n%b" % (task.encode(), _encode(extra), body)
@@ -155,7 +155,7 @@ def read_envelope(data: bytes) -> Envelope:
     """
     Read a stored envelope.
 
-    The JSON of headers escapes line breaks, so the first two are always ours.
+    The JSON of headers escapes line breaks, so the first two always end the two lines of the head.
     """
     marks, _, rest = data.partition(b"\n")
     head, _, body = rest.partition(b"\n")
@@ -168,26 +168,27 @@ def read_envelope(data: bytes) -> Envelope:
     return envelope
 
 
-def read_whatever(envelope: bytes, state: bytes | None) -> tuple[Envelope, AttemptHistory, str]:
+def read_leniently(envelope: bytes, state: bytes | None) -> tuple[Envelope, AttemptHistory, str]:
     """
-    Read what is stored of a job, and why it cannot be read: then the body is the stored bytes, or the state empty.
+    Read the envelope and the state of a job, also damaged ones; the third value says what is damaged ("": nothing).
 
-    For those who must go on whatever somebody wrote there.
+    The body of a damaged envelope is all its bytes; a damaged state is empty. For callers that must not fail on bytes
+    that another program wrote.
     """
     damage = ""
     try:
-        found = read_envelope(envelope)
+        record = read_envelope(envelope)
     except Exception as error:
-        found, damage = Envelope("", envelope), f"{type(error).__name__}: {error}"
+        record, damage = Envelope("", envelope), f"{type(error).__name__}: {error}"
     try:
-        known = AttemptHistory.decode(state)
+        history = AttemptHistory.decode(state)
     except Exception as error:
-        known, damage = AttemptHistory(), damage or f"{type(error).__name__}: {error}"
-    return found, known, damage
+        history, damage = AttemptHistory(), damage or f"{type(error).__name__}: {error}"
+    return record, history, damage
 
 
 def _read_marks(envelope: Envelope, marks: str) -> None:
-    marks, _, unique = marks.partition("u")  # the key comes last and may hold anything
+    marks, _, unique = marks.partition("u")  # the key comes last and may contain anything
     envelope.unique = unique or None
     for mark in marks.split():
         kind, value = mark[:1], mark[1:]

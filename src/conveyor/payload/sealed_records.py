@@ -1,4 +1,4 @@
-"""Results and errors, wrapped as payloads are: what a job returned or said when it failed is as secret as its arguments."""
+"""Results and errors, wrapped like payloads: they are as secret as the arguments of their job."""
 
 from __future__ import annotations
 
@@ -8,25 +8,25 @@ from typing import Any, NamedTuple
 import msgspec
 
 from conveyor.errors import PayloadError
-from conveyor.payload.formats import JSON, MARK, FormatRegistry, shown
+from conveyor.payload.formats import JSON, MARK, FormatRegistry, body_text
 from conveyor.payload.pipeline import MAX_LARGE, PLAIN, PayloadPipeline
 from conveyor.payload.records import Failure, Outcome
 from conveyor.payload.wrapped import MAGIC, describe
 
-# Bound to queue and id and not to the task: who asks for a result may know no more, and an id is one job's.
+# Bound to queue and id, not to the task: the reader of a result may not know the task, and an id is one job's.
 _NO_TASK = ""
 _UNOPENED = frozenset({"E38", "E39", "E40", "E41", "E43", "E50"})
-"""What is said of a body that was not opened, or not decoded, quotes nothing of it, and is for those who lack the keys."""
+"""Errors about a body that was not opened or decoded. They quote nothing of it, and must be readable without keys."""
 
 
 def pack_result(sealing: PayloadPipeline, value: bytes, queue: str, id: str) -> bytes:  # noqa: A002
-    """Return the member of the outcome's JSON that holds *value*."""
+    """Return the member of the outcome's JSON that contains *value*."""
     data = sealing.wrap(value, queue=queue, task=_NO_TASK, id=id, kind=b"result")
     return b'"packed":"%b"' % _text(data) if data[:1] in {MAGIC, MARK} else b'"value":%b' % value
 
 
 def open_result(sealing: PayloadPipeline | None, outcome: Outcome, queue: str, id: str, limit: int) -> bytes:  # noqa: A002
-    """Return the body of what a job returned; raises PayloadError as `PayloadPipeline.unwrap` does."""
+    """Return the body of a result; raises PayloadError as `PayloadPipeline.unwrap` does."""
     opener = sealing or PLAIN
     data = _bytes(outcome.packed) if outcome.packed else bytes(outcome.value)
     try:
@@ -36,7 +36,7 @@ def open_result(sealing: PayloadPipeline | None, outcome: Outcome, queue: str, i
 
 
 def pack_failure(sealing: PayloadPipeline, failure: Failure, queue: str, id: str) -> Failure:  # noqa: A002
-    """Return *failure* with its texts wrapped; the class of the error stays readable, so that people can sort by it."""
+    """Return *failure* with its texts wrapped; the class of the error stays readable, for sorting."""
     body = msgspec.json.encode((failure.message, failure.traceback))
     data = sealing.wrap(body, queue=queue, task=_NO_TASK, id=id, kind=b"error")
     if data[:1] != MAGIC:
@@ -47,12 +47,12 @@ def pack_failure(sealing: PayloadPipeline, failure: Failure, queue: str, id: str
 
 
 def pack_refusal(sealing: PayloadPipeline, failure: Failure, code: str, queue: str, id: str) -> Failure:  # noqa: A002
-    """Return *failure*, of a body that could not be read, wrapped where it may quote the body (a value of no Enum)."""
+    """Return *failure* of a body that could not be read, wrapped where it may quote the body (a value of no Enum)."""
     return failure if code in _UNOPENED else pack_failure(sealing, failure, queue, id)
 
 
 def open_failure(sealing: PayloadPipeline | None, failure: Failure, queue: str, id: str) -> Failure:  # noqa: A002
-    """Return *failure* with its texts, or with the reason why they cannot be read here; never raises for what is stored."""
+    """Return *failure* with its texts, or with the reason why they cannot be read here. Stored bytes never make it raise."""
     if not failure.packed:
         return failure
     try:
@@ -63,33 +63,33 @@ def open_failure(sealing: PayloadPipeline | None, failure: Failure, queue: str, 
     except PayloadError as error:
         message, traceback = f"{failure.message}. {error}", ""
     except msgspec.MsgspecError:
-        message, traceback = f"{failure.message}. What is sealed is no error.", ""
+        message, traceback = f"{failure.message}. The sealed value is not an error.", ""
     return Failure(failure.attempt, failure.at, failure.type, message, traceback, failure.worker)
 
 
 class RecordDecoder(NamedTuple):
-    """What a person who looks has: the keys and the store of the app, and its formats."""
+    """Shows bodies, results and errors to people, with the keys, the store and the formats of an app."""
 
     sealing: PayloadPipeline | None = None
     formats: FormatRegistry = JSON
 
     def preview(self, body: bytes, queue: str, task: str, id: str, *, limit: int = MAX_LARGE, call: bool) -> str:  # noqa: A002
-        """Return what is shown of a body: its value of at most *limit* bytes as JSON, or what it is; asks no store."""
+        """Return a body as people see it: its value of at most *limit* bytes as JSON, or a description; reads no store."""
         if body[:1] == MAGIC:
             opener: Any = self.sealing or PLAIN
             try:
-                if opener.is_elsewhere(body):
+                if opener.is_stored_elsewhere(body):
                     where = opener.reference(body, queue=queue, task=task, id=id)
                     return f"stored elsewhere as {where.name}: {where.size:,} bytes"
                 body = opener.unwrap(body, queue=queue, task=task, id=id, limit=limit)
             except PayloadError as error:
                 return f"{describe(body)}; {error.code}"
-        return shown(body, self.formats, call=call)
+        return body_text(body, self.formats, call=call)
 
     def result(self, outcome: Outcome, queue: str, id: str) -> str:  # noqa: A002
-        """Return what is shown of a result."""
+        """Return a result as people see it."""
         try:
-            return shown(open_result(self.sealing, outcome, queue, id, MAX_LARGE), self.formats, call=False)
+            return body_text(open_result(self.sealing, outcome, queue, id, MAX_LARGE), self.formats, call=False)
         except PayloadError as error:
             return str(error)
 
@@ -106,4 +106,4 @@ def _bytes(text: str) -> bytes:
     try:
         return binascii.a2b_base64(text.encode(), strict_mode=True)
     except ValueError:
-        raise PayloadError("What was sealed is no base64 any more: it was changed.", code="E40") from None
+        raise PayloadError("The sealed text is not base64: it was changed.", code="E40") from None

@@ -1,4 +1,4 @@
-"""The arguments of a call as a JSON object: checked when enqueued, decoded into the annotated types to run."""
+"""The arguments of a call as one JSON object: checked when enqueued, decoded into the annotated types to run."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from conveyor.payload.codec import (
     MAX_PAYLOAD,
     SHALLOW,
     UnreadablePayload,
-    bounds,
     encode_json,
+    exceeded_limit,
     reason,
     show,
     too_large,
     typed_decoder,
 )
 from conveyor.payload.formats import JSON, MARK, Format, FormatCodec, FormatRegistry
-from conveyor.payload.parameters import carried, from_text, payload_signature, read, written
+from conveyor.payload.parameters import from_text, payload_signature, payload_type, read_parameters, signature_text
 
 _EMPTY = inspect.Parameter.empty
 _IMMUTABLE = frozenset({str, int, float, bool, bytes, type(None)})
@@ -36,10 +36,10 @@ def _none_injected(_: inspect.Parameter) -> bool:
 
 class TaskSignature:
     """
-    What a task takes and returns.
+    The parameters and the result of a task.
 
-    `injected` names the parameters that the worker fills; `result` is the return annotation
-    (`inspect.Signature.empty` when there is none); `returns_none` says that it is None.
+    `injected` names the parameters that the worker fills. `result` is the return annotation
+    (`inspect.Signature.empty` when there is none); `returns_none` is true when it is None.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class TaskSignature:
         self._function_name = getattr(function, "__name__", name)
         self.max_payload = max_payload
         self.formats = formats
-        parameters, self.result = read(function, name, injected)
+        parameters, self.result = read_parameters(function, name, injected)
         self.injected = tuple(parameter.name for parameter in parameters if injected(parameter))
         self.returns_none = self.result is None or self.result is type(None)
         self._signature = payload_signature(parameters, self.injected, name)
@@ -71,8 +71,8 @@ class TaskSignature:
         self._rest = next(iter(self._of_kind(inspect.Parameter.VAR_POSITIONAL)), None)
         self._others = next(iter(self._of_kind(inspect.Parameter.VAR_KEYWORD)), None)
         named = [*self._positional[len(self._positional_only) :], *self._keyword, *self.injected]
-        self._by_name = frozenset(named)  # what ``**others`` can never hold
-        # The common case binds in C; all else, and all errors, take the careful way.
+        self._by_name = frozenset(named)  # names that ``**others`` can never contain
+        # The common case binds in C; all other cases, and all errors, take the careful way.
         simple = not (self._rest or self._others or self._positional_only or formats.writes)
         self._bind: Callable[..., Any] | None = self._sending_struct() if simple else None
         self._all_positional = len(self._positional) == len(self._parameters)
@@ -83,8 +83,8 @@ class TaskSignature:
         return f"<Signature {self.describe()}>"
 
     def describe(self) -> str:
-        """Return the call as a person writes it, without what the worker fills."""
-        return written(self.name, self._parameters.values(), self.result)
+        """Return the signature as people write it, without the injected parameters."""
+        return signature_text(self.name, self._parameters.values(), self.result)
 
     @property
     def parameters(self) -> tuple[str, ...]:
@@ -93,16 +93,18 @@ class TaskSignature:
 
     def encode(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bytes:
         """
-        Return an object of the arguments that were given, by parameter, in the task's format; it will decode.
+        Return an object of the given arguments, by parameter, in the task's format; `decode` accepts it.
 
         Raises PayloadError: E03 missing, unexpected or of a wrong type, E04 not storable, E21 too large, E22 too deep.
         """
         if self._bind is not None:
             try:
                 data = encode_json(self._bind(*args, **kwargs))
-                if (len(data) <= SHALLOW or not bounds(data, self.max_payload)) and self._arrives(data, args, kwargs):
+                if (len(data) <= SHALLOW or not exceeded_limit(data, self.max_payload)) and self._arrives(
+                    data, args, kwargs
+                ):
                     return data
-            except Exception:  # noqa: S110  the careful way says what is wrong, or that nothing is
+            except Exception:  # noqa: S110  the careful way finds the error, if there is one
                 pass
         return self._encode_carefully(args, kwargs)
 
@@ -110,7 +112,7 @@ class TaskSignature:
         decoded = self._decode(data)
         nulls = data.count(b"null")
         if nulls and nulls != sum(value is None for value in (*args, *kwargs.values())):
-            return False  # maybe NaN
+            return False  # perhaps NaN
         values = astuple(decoded)
         if args != (values if len(args) == len(values) else values[: len(args)]):
             return False
@@ -125,14 +127,16 @@ class TaskSignature:
         given = self._signature.bind(*args, **kwargs).arguments
         encoded = {}
         for name, value in given.items():
-            encoded[self._key(name)] = self._argument(name).data(list(value) if name == self._rest else value)
+            encoded[self._key(name)] = self._argument(name).encode_unmarked(
+                list(value) if name == self._rest else value
+            )
         form = self.formats.writes
         if form is not None:
-            data = self.formats.framed(encoded)
+            data = self.formats.encode_arguments(encoded)
             excess = too_large(data, self.max_payload, form.name)
         else:
             data = b"{" + b",".join(encode_json(key) + b":" + one for key, one in encoded.items()) + b"}"
-            excess = bounds(data, self.max_payload)
+            excess = exceeded_limit(data, self.max_payload)
         if excess:
             raise self.refusal(f"The call of {self.name}() {excess[1]}", excess[0])
         return data
@@ -160,17 +164,17 @@ class TaskSignature:
         return f"{name}() is missing {', '.join(missing)}." if missing else None
 
     def refusal(self, text: str, code: str = "E03") -> PayloadError:
-        """Return the error of a call that was not enqueued, with how it should be written."""
+        """Return the error of a call that was not enqueued, with the signature."""
         return PayloadError(f"{text}\n    {self.describe()}          Nothing was enqueued.", code=code)
 
     def decode(self, body: bytes) -> tuple[list[Any], dict[str, Any]]:
         """
-        Return positional and keyword arguments, ready for ``function(*args, **kwargs)`` with the injected ones added.
+        Return the arguments for ``function(*args, **kwargs)``, without the injected ones.
 
         Raises PayloadError: E15 it does not fit the function, E21 too large, E22 nested too deep.
         """
         try:
-            if len(body) > SHALLOW and (excess := bounds(body, self.max_payload)):
+            if len(body) > SHALLOW and (excess := exceeded_limit(body, self.max_payload)):
                 raise UnreadablePayload(f"The payload of {self.name}() {excess[1]}", code=excess[0])
             values = astuple(self._decode(body))
         except MemoryError:
@@ -184,11 +188,11 @@ class TaskSignature:
         return self._spread(values)
 
     def _unmarked(self, body: bytes) -> tuple[Any, ...]:
-        """Return the values of arguments that are not in JSON, in the order of the parameters; raises Unreadable."""
+        """Return the values of arguments that are not in JSON, in the order of the parameters; UnreadablePayload."""
         if excess := too_large(body, self.max_payload, "a call"):
             raise UnreadablePayload(f"The payload of {self.name}() {excess[1]}", code=excess[0])
         try:
-            form, given = self.formats.arguments(body)
+            form, given = self.formats.split_arguments(body)
             if unknown := given.keys() - set(map(self._key, self._parameters)):
                 raise self._undecodable(f"Object contains unknown field {show(min(unknown))}")
             return tuple(self._one(form, name, given.get(self._key(name))) for name in self._parameters)
@@ -199,7 +203,7 @@ class TaskSignature:
 
     def _one(self, form: Format, name: str, data: bytes | None) -> Any:
         if data is not None:
-            return self._argument(name).value(form, data)
+            return self._argument(name).decode_unmarked(form, data)
         if name in {self._rest, self._others}:
             return [] if name == self._rest else {}
         if self._default(name) is _EMPTY:
@@ -211,7 +215,7 @@ class TaskSignature:
         others = by_name.pop(self._others) if self._others else {}
         rest = by_name.pop(self._rest) if self._rest else []
         positional = [by_name.pop(name) for name in self._positional]
-        # A foreign producer could otherwise reach past the types, or fill what the worker fills.
+        # A foreign producer could otherwise evade the types, or fill an injected parameter.
         if clash := self._by_name & others.keys():
             raise self._undecodable(f"'{min(clash)}' is a parameter of its own - at $.**")
         return positional + rest, by_name | others
@@ -227,28 +231,28 @@ class TaskSignature:
         """
         Return *text*, the right side of ``name=text``, in the parameter's type; raises PayloadError (E03).
 
-        A str stays as it is. Everything else is read as JSON, or as what is written without quotes: a date, a UUID,
-        an Enum's value or name. Without an annotation it is JSON if it can be, else the text.
+        A str stays as it is. Other types are read as JSON, or from text without quotes: a date, a UUID, an Enum's
+        value or name. Without an annotation the value is JSON if possible, else the text.
         """
         if name in self.injected or name in {self._rest, self._others} or name not in self._parameters:
             if name in self.injected or not self._others:
                 raise self.refusal(self._misfit((), {name: text}) or f"'{name}' cannot be given as name=value.")
             annotation = self._parameters[self._others].annotation
-            codec: FormatCodec[Any] = _ArgumentCodec(name, carried(annotation), self, self._function_name)
+            codec: FormatCodec[Any] = _ArgumentCodec(name, payload_type(annotation), self, self._function_name)
         else:
             annotation = self._parameters[name].annotation
             codec = self._argument(name)
         try:
-            value = from_text(carried(annotation), text)
+            value = from_text(payload_type(annotation), text)
         except Exception as error:
             raise self.refusal(f"{name}={show(text)} does not fit: {reason(error)}.") from None
-        codec.data(value)
+        codec.encode_unmarked(value)
         return value
 
     def from_json(self, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Sequence[Any], dict[str, Any]]:
-        """Return arguments that were read from JSON in the parameters' types, as another format wants them; PayloadError."""
+        """Return arguments that were read from JSON in the types of the parameters, for another format; PayloadError."""
         if self._misfit(tuple(args), kwargs):
-            return args, kwargs  # `encode` says what is wrong
+            return args, kwargs  # `encode` reports the error
         bound = self._signature.bind(*args, **kwargs)
         for name, value in bound.arguments.items():
             bound.arguments[name] = self._argument(name).decode(encode_json(value))
@@ -262,17 +266,17 @@ class TaskSignature:
     def _type(self, name: str) -> Any:
         annotation = self._parameters[name].annotation
         if name == self._rest:
-            return list[carried(annotation)]  # type: ignore[misc]
+            return list[payload_type(annotation)]  # type: ignore[misc]
         if name == self._others:
             packed = typing.get_origin(annotation) is typing.Unpack
-            return typing.get_args(annotation)[0] if packed else dict[str, carried(annotation)]  # type: ignore[misc]
-        return carried(annotation)
+            return typing.get_args(annotation)[0] if packed else dict[str, payload_type(annotation)]  # type: ignore[misc]
+        return payload_type(annotation)
 
     def _key(self, name: str) -> str:
         return "*" if name == self._rest else "**" if name == self._others else name
 
     def _sending_struct(self) -> Any:
-        # UNSET is left out of the bytes, so a default that changes later holds for jobs that relied on it.
+        # UNSET is left out of the bytes, so jobs that relied on a default get the default of the time when they run.
         def fields(names: list[str]) -> list[Any]:
             return [(n, Any) if self._default(n) is _EMPTY else (n, Any, msgspec.UNSET) for n in names]
 
@@ -296,7 +300,7 @@ class TaskSignature:
             return typed_decoder(struct, f"What {self.name}() takes")
         except ConfigurationError:
             for name in self._parameters:
-                self._argument(name)  # raises with the name of the one at fault
+                self._argument(name)  # raises with the name of the argument
             raise
 
     def _struct(self, fields: list[Any], **options: Any) -> Any:
@@ -313,7 +317,7 @@ class TaskSignature:
 
 
 class _ArgumentCodec(FormatCodec[Any]):
-    """One argument: the careful way of encoding, and the source of errors that name it."""
+    """The codec of one argument: the careful way of encoding, with errors that name the argument."""
 
     def __init__(self, name: str, type: Any, signature: TaskSignature, function: str) -> None:  # noqa: A002
         super().__init__(
@@ -337,7 +341,7 @@ class _ArgumentCodec(FormatCodec[Any]):
 def _as_field(default: Any) -> Any:
     if type(default) in _IMMUTABLE:
         return msgspec.field(default=default)
-    return msgspec.field(default_factory=lambda: default)  # the very object, as Python itself passes it
+    return msgspec.field(default_factory=lambda: default)  # the same object for every call, as Python passes it
 
 
 def _did_you_mean(name: str, known: list[str]) -> str:

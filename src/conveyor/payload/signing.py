@@ -1,7 +1,7 @@
 """
-Signing and encrypting: a body and what it is bound to, to bytes and back.
+Seals: a body signed, or encrypted, together with its context.
 
-The secrets of an app by their ids: the first seals, all open.
+An app has one or more secrets, each with an id. The first seals, all of them open.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from conveyor.errors import ConfigurationError, PayloadError
-from conveyor.payload.wrapped import GCM, HMAC, NONCE, WrappedPayload, bound, head
+from conveyor.payload.wrapped import GCM, HMAC, NONCE, WrappedPayload, sealed_context, write_head
 
 MIN_SECRET = 16
-"""Bytes a secret must have; 32 random ones are advised."""
+"""Bytes that a secret must have at least; 32 random ones are advised."""
 
 _ID = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 _SALT = b"conveyor sealing"
@@ -25,24 +25,24 @@ _ADVICE = 'Make one:  python -c "import secrets; print(secrets.token_urlsafe(32)
 
 
 class Keyring:
-    """Keys for signing and for encrypting, derived from each secret; it never shows them."""
+    """The keys for signing and for encrypting, derived from each secret. It never shows them."""
 
-    __slots__ = ("_keys", "first")
+    __slots__ = ("_keys", "sealing_key_id")
 
     def __init__(self, keys: Mapping[str, str | bytes]) -> None:
-        """Take key id → secret, the sealing one first; raises ConfigurationError, which never shows a secret."""
+        """Derive the keys of key id → secret, the sealing one first; raises ConfigurationError, without secrets in it."""
         if not isinstance(keys, Mapping) or not keys:
             raise ConfigurationError(
                 "Conveyor(keys=…) takes a dict of key id to secret with at least one: keys={'2026-11': secret}. "
                 "Leave it out to seal nothing."
             )
-        # HKDF gives each use a key of its own, uniform whatever the secret looks like: what one algorithm
-        # gives away says nothing to the other.
+        # HKDF derives a uniform key for each use from any secret: a leak through one algorithm does not weaken the
+        # other.
         self._keys: dict[str, tuple[bytes, bytes]] = {}
         for number, (id_, secret) in enumerate(keys.items(), 1):
             material = _checked(number, id_, secret)
             self._keys[id_] = (derive(material, b"hmac-sha256"), derive(material, b"aes-256-gcm"))
-        self.first = next(iter(self._keys))
+        self.sealing_key_id = next(iter(self._keys))
 
     def __repr__(self) -> str:
         return f"<Keyring {', '.join(self._keys)}>"
@@ -52,18 +52,18 @@ class Keyring:
 
     @property
     def ids(self) -> tuple[str, ...]:
-        """The ids, the sealing one first."""
+        """The key ids, the sealing one first."""
         return tuple(self._keys)
 
-    def signing(self, id_: str) -> bytes | None:
-        """Return the key for HMAC, None for an id that is not known."""
-        found = self._keys.get(id_)
-        return None if found is None else found[0]
+    def signing_key(self, id_: str) -> bytes | None:
+        """Return the key for HMAC, None for an unknown id."""
+        keys = self._keys.get(id_)
+        return None if keys is None else keys[0]
 
-    def encrypting(self, id_: str) -> bytes | None:
-        """Return the key that those of single jobs are derived from, None for an id that is not known."""
-        found = self._keys.get(id_)
-        return None if found is None else found[1]
+    def encryption_key(self, id_: str) -> bytes | None:
+        """Return the key from which the keys of single jobs are derived, None for an unknown id."""
+        keys = self._keys.get(id_)
+        return None if keys is None else keys[1]
 
 
 def derive(secret: bytes, use: bytes) -> bytes:
@@ -74,9 +74,10 @@ def derive(secret: bytes, use: bytes) -> bytes:
 
 def _checked(number: int, id_: object, secret: object) -> bytes:
     if not isinstance(id_, str) or not _ID.fullmatch(id_):
-        # Not shown: who swaps the two writes the secret here.
+        # The id is not shown: a program that swaps the two has the secret here.
         raise ConfigurationError(
-            f"Conveyor(keys=…): the id of key number {number} is 1 to 64 of A-Z a-z 0-9 _ . and -, for example '2026-11'."
+            f"Conveyor(keys=…): the id of key number {number} must be 1 to 64 characters out of A-Z a-z 0-9 _ . -, "
+            "for example '2026-11'."
         )
     if not isinstance(secret, str | bytes):
         raise ConfigurationError(
@@ -88,30 +89,30 @@ def _checked(number: int, id_: object, secret: object) -> bytes:
         raise ConfigurationError(f"Conveyor(keys=…): the secret of key '{id_}' is not Unicode. {_ADVICE}") from None
     if len(material) < MIN_SECRET:
         raise ConfigurationError(
-            f"Conveyor(keys=…): the secret of key '{id_}' has {len(material)} bytes, and {MIN_SECRET} are the least. {_ADVICE}"
+            f"Conveyor(keys=…): the secret of key '{id_}' has {len(material)} bytes, and needs at least {MIN_SECRET}. {_ADVICE}"
         )
     return material
 
 
 class Sealer:
-    """Seals with the first key of a ring, opens with all. Signs, or encrypts too."""
+    """Seals with the first key of a keyring, opens with all. It signs, and encrypts where asked."""
 
     __slots__ = ("_algorithm", "keyring")
 
     def __init__(self, keyring: Keyring, *, encrypt: bool) -> None:
-        """Take the keys; *encrypt* needs the package ``cryptography`` and raises ConfigurationError without it."""
+        """Make the sealer; *encrypt* needs the package ``cryptography``, else it raises ConfigurationError."""
         self.keyring = keyring
         self._algorithm = GCM if encrypt else HMAC
         if encrypt:
             _aesgcm("Conveyor(encrypt=True)")
 
-    def close(self, body: bytes, form: int, kind: bytes, queue: str, task: str, id_: str) -> bytes:
-        """Return *body* sealed, bound to its kind and its place."""
-        key_id = self.keyring.first
-        start = head(self._algorithm, form, key_id)
-        context = bound(kind, queue, task, id_, start)
+    def seal(self, body: bytes, form: int, kind: bytes, queue: str, task: str, id_: str) -> bytes:
+        """Return *body* sealed, bound to its kind, queue, task and id."""
+        key_id = self.keyring.sealing_key_id
+        start = write_head(self._algorithm, form, key_id)
+        context = sealed_context(kind, queue, task, id_, start)
         if self._algorithm == HMAC:
-            key = self.keyring.signing(key_id)
+            key = self.keyring.signing_key(key_id)
             assert key is not None
             return start + body + hmac.digest(key, context + body, hashlib.sha256)
         nonce = os.urandom(NONCE)
@@ -120,9 +121,9 @@ class Sealer:
         return start + nonce + sealed
 
     def open(self, wrapped: WrappedPayload, kind: bytes, queue: str, task: str, id_: str) -> bytes:
-        """Return the body when its seal holds; raises PayloadError (E39 unknown key, E40 it does not)."""
+        """Return the body when its seal matches; raises PayloadError (E39 unknown key, E40 no match)."""
         key_id = wrapped.key_id
-        key = self.keyring.signing(key_id)
+        key = self.keyring.signing_key(key_id)
         if key is None:
             known = ", ".join(self.keyring.ids)
             raise PayloadError(
@@ -130,7 +131,7 @@ class Sealer:
                 f"Add it: Conveyor(keys={{…, '{key_id}': secret}}), then redrive.",
                 code="E39",
             )
-        context = bound(kind, queue, task, id_, wrapped.head)
+        context = sealed_context(kind, queue, task, id_, wrapped.write_head)
         if wrapped.algorithm == HMAC:
             if hmac.compare_digest(hmac.digest(key, context + wrapped.body, hashlib.sha256), wrapped.tag):
                 return wrapped.body
@@ -148,12 +149,12 @@ class Sealer:
         return opened
 
     def _cipher(self, key_id: str, kind: bytes, queue: str, task: str, id_: str) -> Any:
-        # A key of its own for each job: with random nonces one AES-GCM key is good for 2^32 bodies, which a busy
+        # Each job has a key of its own: with random nonces one AES-GCM key is good for 2^32 bodies, which a busy
         # system pushes in a day.
-        key = self.keyring.encrypting(key_id)
+        key = self.keyring.encryption_key(key_id)
         assert key is not None
         return _aesgcm(f"What is encrypted with key '{key_id}'")(
-            hmac.digest(key, bound(kind, queue, task, id_), hashlib.sha256)
+            hmac.digest(key, sealed_context(kind, queue, task, id_), hashlib.sha256)
         )
 
 
@@ -170,6 +171,6 @@ def _aesgcm(what: str) -> Any:
 def _mismatch(key_id: str) -> PayloadError:
     return PayloadError(
         f"E40 Its seal (key '{key_id}') does not match: it was changed or moved from another job, task or queue, or the "
-        "secret of that key is another one there. The bytes are kept; mend the keys, then redrive.",
+        "secret of that key is another one there. The bytes are kept: correct the keys, then redrive.",
         code="E40",
     )

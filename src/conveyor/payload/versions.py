@@ -1,4 +1,4 @@
-"""Versions of payloads: old ones are brought up to date, step by step, before they are decoded."""
+"""Versions of payloads: an old payload is upcast, version by version, before it is decoded."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from conveyor.errors import ConfigurationError, PayloadError
-from conveyor.payload.codec import bounds, too_large
+from conveyor.payload.codec import exceeded_limit, too_large
 from conveyor.payload.formats import MARK, FormatRegistry
 
 
 class PayloadTooNew(PayloadError):
-    """A payload of a later version than this program knows: it waits for a program that does."""
+    """A payload of a later version than this program knows. The job waits for a program that knows it."""
 
     code = "E43"
 
     def __init__(self, what: str, version: int, known: int) -> None:
-        """Take what it is, its version and the last one known here."""
+        """Make the error from the subject, its version and the last version known here."""
         super().__init__(f"E43 {what} has version {version}, and this program knows {known} at most. Upgrade it.")
 
 
@@ -24,7 +24,7 @@ MAX_VERSION = 1_000_000
 
 
 def sealed_name(task: str, version: int) -> str:
-    """Return what a seal is bound to as the task: with the version, which says how the payload is read."""
+    """Return the task name that a seal is bound to: with the version, which decides how the payload is read."""
     return task if version == 1 else f"{task}\t{version}"  # no task's name holds a tab
 
 
@@ -34,13 +34,13 @@ def check_version(version: object, upcast: object, where: str) -> int:
         raise ConfigurationError(f"{where}(version=…) must be a whole number of at least 1, not {version!r}.")
     if upcast is not None and (not callable(upcast) or version == 1):
         raise ConfigurationError(
-            f"{where}(upcast=…) takes a function of a version and what a payload of it holds, and a version above 1."
+            f"{where}(upcast=…) takes a function of a version and the value of a payload, and needs a version above 1."
         )
     return version
 
 
 class OldPayload(NamedTuple):
-    """What a payload is that is to be brought up to date: for errors, its limit in bytes, and whether it holds arguments."""
+    """An old payload: its subject in errors, its limit in bytes, its formats, and whether it is a task's arguments."""
 
     what: str
     limit: int
@@ -48,20 +48,20 @@ class OldPayload(NamedTuple):
     call: bool
 
 
-def bring_up(body: bytes, version: int, current: int, upcast: Callable[[int, Any], Any], old: OldPayload) -> bytes:
+def upcast_body(body: bytes, version: int, current: int, upcast: Callable[[int, Any], Any], old: OldPayload) -> bytes:
     """
-    Return the *body* of an older *version* as *current* has it, in its format; *upcast* takes each step.
+    Return the *body* of an older *version* upcast to *current*, in its format; *upcast* is called for each version.
 
     Raises PayloadError: E15 with what *upcast* raised, E21 too large, E22 nested too deep, E50 of a format not known here.
     """
     what = old.what
-    excess = too_large(body, old.limit, "a payload") if body[:1] == MARK else bounds(body, old.limit)
+    excess = too_large(body, old.limit, "a payload") if body[:1] == MARK else exceeded_limit(body, old.limit)
     if excess:
         raise PayloadError(f"{what} {excess[1]}", code=excess[0])
-    if version < 1:  # never ours; and the steps from far below would not end
+    if version < 1:  # never written by this library, and the steps from far below would not end
         raise PayloadError(f"{what} has version {version}, and there is none below 1.", code="E15")
     try:
-        value, again = old.formats.plain(body, call=old.call)
+        value, again = old.formats.decode_untyped(body, call=old.call)
         for step in range(version, current):
             value = upcast(step, value)
         return again(value)
@@ -69,6 +69,6 @@ def bring_up(body: bytes, version: int, current: int, upcast: Callable[[int, Any
         raise
     except Exception as error:
         raise PayloadError(
-            f"{what} has version {version} and could not be brought up to {current}: {type(error).__name__}: {error}.",
+            f"{what} has version {version} and could not be upcast to {current}: {type(error).__name__}: {error}.",
             code="E15",
         ) from error

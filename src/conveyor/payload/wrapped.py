@@ -1,10 +1,10 @@
 """
-A wrapped body, byte for byte; pure.
+The layout of a wrapped body, byte for byte.
 
     01  version  algorithm  form  [length of key id, key id]  [nonce]  body  [tag]
 
-The first byte begins no JSON, so a bare body is told apart by it. What the seal binds (kind, queue, task, id) is not
-stored: who opens knows where the bytes lie, and bytes moved elsewhere do not match.
+No JSON begins with the first byte, which tells a wrapped body from a bare one. The context of the seal (kind, queue,
+task, id) is not stored: the reader knows where the bytes lie, and bytes moved elsewhere do not match.
 """
 
 from __future__ import annotations
@@ -18,32 +18,32 @@ VERSION = 1
 BARE, HMAC, GCM = 0, 1, 2
 """Algorithms: none, HMAC-SHA256, AES-256-GCM."""
 COMPRESSED, ELSEWHERE = 1, 2
-"""Forms, bits: the body is zlib's; the body is a reference to a blob."""
+"""Forms, as bits: the body is compressed with zlib; the body is a reference to a blob."""
 NONCE = 12
 TAGS = {BARE: 0, HMAC: 32, GCM: 16}
 NAMES = {BARE: "", HMAC: "hmac", GCM: "aes-256-gcm"}
 
 
 class WrappedPayload(NamedTuple):
-    """The parts; `head` is all before `nonce`, `body` of AES-GCM is encrypted and ends with its tag."""
+    """The parts of a wrapped body. `head` is all before `nonce`; with AES-GCM `body` is encrypted and ends with its tag."""
 
     algorithm: int
     form: int
     key_id: str
-    head: bytes
+    write_head: bytes
     nonce: bytes
     body: bytes
     tag: bytes
 
 
-def head(algorithm: int, form: int, key_id: str = "") -> bytes:
-    """Return what stands before nonce and body."""
+def write_head(algorithm: int, form: int, key_id: str = "") -> bytes:
+    """Return the bytes before nonce and body."""
     start = bytes((1, VERSION, algorithm, form))
     return start + bytes((len(key_id),)) + key_id.encode() if algorithm else start
 
 
-def read(data: bytes) -> WrappedPayload:
-    """Take a wrapped body apart without believing it; raises PayloadError (E15)."""
+def read_wrapped(data: bytes) -> WrappedPayload:
+    """Return the parts of a wrapped body, trusting none of them; raises PayloadError (E15)."""
     if len(data) < 4 or data[:1] != MAGIC:
         raise _damaged("it is cut off")
     version, algorithm, form = data[1], data[2], data[3]
@@ -59,23 +59,23 @@ def read(data: bytes) -> WrappedPayload:
         raise _damaged("it is cut off")
     key_id = data[5:end]
     if not key_id.isascii() or not key_id.decode().isprintable():
-        raise _damaged("its key id is no text")
+        raise _damaged("its key id is not text")
     body, tag = data[nonce_end:], b""
     if algorithm == HMAC:
         body, tag = body[:-32], body[-32:]
     return WrappedPayload(algorithm, form, key_id.decode(), data[:end], data[end:nonce_end], body, tag)
 
 
-def bound(kind: bytes, queue: str, task: str, id_: str, *more: bytes) -> bytes:
-    """Return what a seal covers beside the body: each part with its length before it, so no two lists look alike."""
+def sealed_context(kind: bytes, queue: str, task: str, id_: str, *more: bytes) -> bytes:
+    """Return the context that a seal covers beside the body: length and part, so that no two contexts are alike."""
     parts = (b"conveyor", kind, queue.encode(), task.encode(), id_.encode(errors="surrogatepass"), *more)
     return b"".join(len(part).to_bytes(4, "big") + part for part in parts)
 
 
 def describe(data: bytes) -> str:
-    """Return what a person is told of a wrapped body that is not opened; never raises."""
+    """Return a description of a wrapped body that is not opened; never raises."""
     try:
-        wrapped = read(data)
+        wrapped = read_wrapped(data)
     except PayloadError as error:
         return f"unreadable: {error}"
     words = []

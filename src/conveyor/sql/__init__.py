@@ -1,4 +1,4 @@
-"""Jobs and a program's own database: enqueued in its transactions, and effects there that happen once."""
+"""Jobs and the program's own database: enqueue in its transactions, and effects in it that happen once."""
 
 from conveyor.sql.ledger import Ledger
 from conveyor.sql.outbox import Outbox

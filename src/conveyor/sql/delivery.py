@@ -1,9 +1,10 @@
 """
-From committed rows to Redis, each exactly once, however often the deliverer is killed and however many there are.
+Delivery of committed rows to Redis, each exactly once, with any number of deliverers and after any number of kills.
 
-A batch of rows gets a name, and that is committed; then they are pushed in a lane of that name, and deleted. Who finds
-named rows pushes just these in that lane again, which Redis answers from its memory if it has them. Nothing goes before
-what was named earlier, so rows leave in their order. What one queue refuses holds up that queue alone.
+A batch of rows gets a name, and that is committed. Then its rows are pushed in a sequence of that name, and deleted. A
+deliverer that finds named rows pushes the same rows in the same sequence again, which Redis answers from its memory if
+it has them. Nothing is pushed before a batch that was named earlier, so rows leave in their order. A refusal of one
+queue holds up that queue alone.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from conveyor import ids
 from conveyor.errors import ConveyorError, QueueFull, StoreUnavailable
 from conveyor.ids import new_identity
 from conveyor.jobs import spawn_outbox
-from conveyor.sql.transaction import explained
+from conveyor.sql.transaction import explain_missing_table
 from conveyor.store import operations
 from conveyor.store.client.buffer import DAY_SUFFIX
 from conveyor.store.client.spool import MAX_BYTES, MAX_JOBS, SpooledPush
@@ -39,7 +40,7 @@ RETRY_FOR = 1.0
 NEXT = """SELECT seq, LENGTH(entry) FROM {table}
  WHERE namespace = ? AND batch = ''{others} ORDER BY seq LIMIT 1000"""
 CLAIM = "UPDATE {table} SET batch = ? WHERE namespace = ? AND batch = '' AND seq <= ?{others}"
-# Above '' and not unequal to it: that an index finds.
+# batch > '' and not batch <> '': an index finds it.
 NAMED = """SELECT batch, queue, seq, created_ms, entry FROM {table}
  WHERE namespace = ? AND batch > '' AND batch <> '!' ORDER BY seq"""
 ALSO_NAMED = """SELECT DISTINCT queue FROM {table}
@@ -53,30 +54,30 @@ log = logging.getLogger("conveyor.relay")
 
 @dataclass(slots=True)
 class DeliveryBatch:
-    """Rows of one batch that go to one place: pushed together, in a lane of their own."""
+    """The rows of one name that go to one queue or partition: pushed together, in a sequence of their own."""
 
-    batch: str
+    name: str
     queue: str
     seqs: list[int]
     entries: list[Entry]
 
     @property
-    def lane(self) -> str:
-        """The name of their lane."""
-        return self.batch + DAY_SUFFIX
+    def sequence(self) -> str:
+        """The name of their sequence."""
+        return self.name + DAY_SUFFIX
 
 
 @dataclass(slots=True)
 class DeliveryPass:
-    """What one pass did, by queue: rows taken to Redis, refusals; and whether it left a batch to another deliverer."""
+    """The result of one pass: rows delivered and refusals, by queue; and whether a batch was left to another deliverer."""
 
     counts: dict[str, int] = field(default_factory=dict)
     refusals: dict[str, ConveyorError] = field(default_factory=dict)
-    left: bool = False
+    left_to_another: bool = False
 
     @property
     def count(self) -> int:
-        """All rows taken to Redis."""
+        """The number of rows delivered."""
         return sum(self.counts.values())
 
 
@@ -84,171 +85,171 @@ class OutboxDelivery:
     """Delivers the rows of one table that belong to one app."""
 
     def __init__(self, core: AppCore, table: TableSql) -> None:
-        """Take whose rows, and where they lie."""
         self._core, self._table = core, table
         self._known: set[str] = set()
-        self._mine: set[str] = set()
-        self._seen: dict[str, float] = {}
+        self._own_batches: set[str] = set()
+        self._first_seen: dict[str, float] = {}
 
-    def pass_through(self, link: DbConnection, *, resting: Collection[str] = (), courtesy: float = 0.0) -> DeliveryPass:
+    def deliver(self, db: DbConnection, *, skipped: Collection[str] = (), grace: float = 0.0) -> DeliveryPass:
         """
-        Deliver all that is committed by now, but for the queues that are *resting*.
+        Deliver all committed rows, except for the queues that are *skipped*.
 
-        A batch of another deliverer is left to it for so many seconds of *courtesy*, and nothing is pushed before it.
-        Raises what the driver raises; a refusal of Redis is told in what is returned.
+        A batch of another deliverer is left to it for *grace* seconds, and nothing is pushed before it. Raises the
+        errors of the driver; refusals of Redis are part of the result.
         """
-        passed, rest = DeliveryPass(), set(resting)
-        with explained(self._table):
+        result, skip = DeliveryPass(), set(skipped)
+        with explain_missing_table(self._table):
             while True:
-                parts = self._named(link)
-                recent = self._of_others(parts, courtesy)
-                renamed: set[str] = set()  # queues whose first rows have other names now: what follows comes after them
-                for part in parts:
-                    if part.batch in recent:
-                        passed.left = True
-                        return passed
-                    if part.queue in rest or part.queue in renamed:
+                batches = self._named_batches(db)
+                recent = self._recent_of_others(batches, grace)
+                renamed: set[str] = set()  # queues whose first rows have new names: the rows behind them must wait
+                for batch in batches:
+                    if batch.name in recent:
+                        result.left_to_another = True
+                        return result
+                    if batch.queue in skip or batch.queue in renamed:
                         continue
                     try:
-                        count = self._carry(link, part, RETRY_FOR if not _away(passed) else 0.0)
+                        count = self._deliver_batch(db, batch, RETRY_FOR if not _is_away(result) else 0.0)
                     except ConveyorError as error:
-                        passed.refusals[part.queue] = error
-                        rest.add(part.queue)
+                        result.refusals[batch.queue] = error
+                        skip.add(batch.queue)
                         continue
                     if count:
-                        passed.counts[part.queue] = passed.counts.get(part.queue, 0) + count
+                        result.counts[batch.queue] = result.counts.get(batch.queue, 0) + count
                     else:
-                        renamed.add(part.queue)
-                if not renamed and not self._claim(link, rest):
-                    return passed
+                        renamed.add(batch.queue)
+                if not renamed and not self._claim(db, skip):
+                    return result
 
-    def _run(self, link: DbConnection, sql: str, *values: object) -> int:
-        return link.run(self._table.fill(sql), *values).touched
+    def _run(self, db: DbConnection, sql: str, *values: object) -> int:
+        return db.run(self._table.fill(sql), *values).row_count
 
     # -- which rows ---------------------------------------------------------------------------------------------------
 
-    def _claim(self, link: DbConnection, resting: Collection[str]) -> bool:
-        """Name the next rows; return whether there were any."""
-        space, waits = self._core.client.namespace, tuple(resting)
+    def _claim(self, db: DbConnection, skipped: Collection[str]) -> bool:
+        """Give the next rows a name; return whether there were any."""
+        namespace, waits = self._core.client.namespace, tuple(skipped)
         others = f" AND queue NOT IN ({', '.join('?' * len(waits))})" if waits else ""
-        rows = link.run(self._table.fill(NEXT).replace("{others}", others), space, *waits).rows
-        link.commit()  # a database holds what a transaction has read, and some go on seeing just that
+        rows = db.run(self._table.fill(NEXT).replace("{others}", others), namespace, *waits).rows
+        db.commit()  # a database keeps the rows that a transaction has read, and some see the same snapshot until its end
         if not rows:
             return False
         name = new_identity()
-        self._run(link, CLAIM.replace("{others}", others), name, space, _last(rows), *waits)
-        # Another may have claimed a moment ago: what it left over follows its rows, even where it has lower numbers,
-        # since a number is drawn before its commit.
-        if {queue for (queue,) in link.run(self._table.fill(ALSO_NAMED), space, name).rows} - set(resting):
-            link.rollback()
+        self._run(db, CLAIM.replace("{others}", others), name, namespace, _last_seq(rows), *waits)
+        # Another deliverer may have claimed a moment ago. The rows that it left follow its rows, even with lower
+        # numbers, because a number is drawn before its commit.
+        if {queue for (queue,) in db.run(self._table.fill(ALSO_NAMED), namespace, name).rows} - set(skipped):
+            db.rollback()
         else:
-            link.commit()
-            self._mine.add(name)
+            db.commit()
+            self._own_batches.add(name)
         return True
 
-    def _named(self, link: DbConnection) -> list[DeliveryBatch]:
-        rows = link.run(self._table.fill(NAMED), self._core.client.namespace).rows
-        link.commit()
+    def _named_batches(self, db: DbConnection) -> list[DeliveryBatch]:
+        rows = db.run(self._table.fill(NAMED), self._core.client.namespace).rows
+        db.commit()
         firsts: dict[tuple[str, str], int] = {}
-        for batch, queue, seq, *_ in rows:
-            firsts.setdefault((batch, queue), seq)
-        rows.sort(key=lambda row: (firsts[row[0], row[1]], row[2]))  # what shares a lane stands together
+        for name, queue, seq, *_ in rows:
+            firsts.setdefault((name, queue), seq)
+        rows.sort(key=lambda row: (firsts[row[0], row[1]], row[2]))  # rows of one sequence stand together
         return [
-            self._part(link, *which, list(group)) for which, group in groupby(rows, key=lambda row: (row[0], row[1]))
+            self._read_batch(db, *which, list(group))
+            for which, group in groupby(rows, key=lambda row: (row[0], row[1]))
         ]
 
-    def _part(
-        self, link: DbConnection, batch: str, queue: str, rows: Sequence[tuple[str, str, int, int, bytes]]
+    def _read_batch(
+        self, db: DbConnection, name: str, queue: str, rows: Sequence[tuple[str, str, int, int, bytes]]
     ) -> DeliveryBatch:
-        part, now = DeliveryBatch(batch, queue, [], []), time.time()
+        batch, now = DeliveryBatch(name, queue, [], []), time.time()
         for _, _, seq, created_ms, data in rows:
             try:
                 _, entry = spawn_outbox.read(bytes(data))
             except (msgspec.DecodeError, ValueError) as error:
-                self._set_aside(link, part, seq, error)
+                self._set_aside(db, batch, seq, error)
                 continue
-            part.seqs.append(seq)
-            part.entries += SpooledPush(self._core.client.namespace, queue, [entry], created_ms / 1000).due(now)
-        return part
+            batch.seqs.append(seq)
+            batch.entries += SpooledPush(self._core.client.namespace, queue, [entry], created_ms / 1000).due(now)
+        return batch
 
-    def _set_aside(self, link: DbConnection, part: DeliveryBatch, seq: int, error: Exception) -> None:
-        self._run(link, SET_ASIDE, self._core.client.namespace, part.batch, part.queue, seq)
-        link.commit()
+    def _set_aside(self, db: DbConnection, batch: DeliveryBatch, seq: int, error: Exception) -> None:
+        self._run(db, SET_ASIDE, self._core.client.namespace, batch.name, batch.queue, seq)
+        db.commit()
         log.error(
             "E49 row %d of %s, for queue '%s', cannot be read (%s). It is set aside, and outbox.redrive() puts it back",
-            seq, self._table, part.queue, error,
+            seq, self._table, batch.queue, error,
         )  # fmt: skip
 
-    def _of_others(self, parts: Sequence[DeliveryBatch], courtesy: float) -> set[str]:
-        """Return the batches that another deliverer is at work on, as far as one can see: they are new here."""
-        now, names = time.monotonic(), {part.batch for part in parts}
-        self._mine &= names
-        self._seen = {name: self._seen.get(name, now) for name in names - self._mine}
-        return {name for name, since in self._seen.items() if now - since < courtesy}
+    def _recent_of_others(self, batches: Sequence[DeliveryBatch], grace: float) -> set[str]:
+        """Return the batches that another deliverer may be working on: they were first seen within *grace* seconds."""
+        now, names = time.monotonic(), {batch.name for batch in batches}
+        self._own_batches &= names
+        self._first_seen = {name: self._first_seen.get(name, now) for name in names - self._own_batches}
+        return {name for name, since in self._first_seen.items() if now - since < grace}
 
     # -- one part -----------------------------------------------------------------------------------------------------
 
-    def _carry(self, link: DbConnection, part: DeliveryBatch, retry_for: float) -> int:
-        """Push a part and delete its rows; return how many, 0 when they were named anew instead."""
-        if not part.entries:
+    def _deliver_batch(self, db: DbConnection, batch: DeliveryBatch, retry_for: float) -> int:
+        """Push a batch and delete its rows; return how many, 0 when they got new names instead."""
+        if not batch.entries:
             return 0
-        if any(self._place(part.queue, entry) != part.queue for entry in part.entries):
-            return self._move(link, part)
+        if any(self._destination(batch.queue, entry) != batch.queue for entry in batch.entries):
+            return self._requeue(db, batch)
         try:
-            self._push(part, retry_for)
+            self._push(batch, retry_for)
         except StalePush:
-            return self._split(link, part)
+            return self._split(db, batch)
         except QueueFull:
-            if len(part.entries) == 1:
+            if len(batch.entries) == 1:
                 raise
-            # Fewer may fit. First its lane is shut, so that no late copy of the whole can come after a half.
-            keys = self._core.keys(part.queue)
-            self._core.client.run(operations.fence(keys, part.lane), retry_for=retry_for)
+            # Fewer may fit. First the sequence is closed, so that no late copy of the whole can follow a half.
+            keys = self._core.keys(batch.queue)
+            self._core.client.run(operations.fence(keys, batch.sequence), retry_for=retry_for)
             try:
-                self._push(part, retry_for)
+                self._push(batch, retry_for)
             except StalePush:
-                return self._split(link, part)
-        return self._delete(link, part)
+                return self._split(db, batch)
+        return self._delete(db, batch)
 
-    def _push(self, part: DeliveryBatch, retry_for: float) -> None:
-        core, queue = self._core, ids.logical(part.queue)
-        client, keys = core.client, core.keys(part.queue)
-        if part.queue not in self._known:
+    def _push(self, batch: DeliveryBatch, retry_for: float) -> None:
+        core, queue = self._core, ids.logical(batch.queue)
+        client, keys = core.client, core.keys(batch.queue)
+        if batch.queue not in self._known:
             known = known_queues(client.namespace)
             client.run(operations.announce(known, keys.queue), retry_for=retry_for)
-            self._known.add(part.queue)
+            self._known.add(batch.queue)
         declared, partitions = core.bounded.get(queue), core.partitioned.get(queue)
-        asks = None if declared is None else declared.asks
-        most = partitions.most if partitions else declared.max_length if declared else None
-        # Not `push_plain`: its script would open a lane that was shut.
+        asks = None if declared is None else declared.durability
+        most = partitions.max_length if partitions else declared.max_length if declared else None
+        # Not `push_plain`: its script would open a sequence that was closed.
         call = operations.push(
-            keys, ProducerSequence(part.lane, resends_refused=True), part.entries, max_length=most or 0
+            keys, ProducerSequence(batch.sequence, resends_refused=True), batch.entries, max_length=most or 0
         )
         work = partial(client.push_unbuffered, keys, call, asks, retry_for=retry_for)
         if partitions is None:
             work()
         else:
-            partitions.keep(work)
+            partitions.run_agreed(work)
 
-    def _delete(self, link: DbConnection, part: DeliveryBatch) -> int:
-        count = self._run(link, DELETE, self._core.client.namespace, part.batch, part.queue)
-        link.commit()
-        return len(part.entries) if count < 0 else count
+    def _delete(self, db: DbConnection, batch: DeliveryBatch) -> int:
+        count = self._run(db, DELETE, self._core.client.namespace, batch.name, batch.queue)
+        db.commit()
+        return len(batch.entries) if count < 0 else count
 
-    def _split(self, link: DbConnection, part: DeliveryBatch) -> int:
-        """Give both halves of a part whose lane is shut names of their own: the first half first, in case of a kill."""
-        space, middle, end = self._core.client.namespace, len(part.seqs) // 2, part.seqs[-1]
-        for last in [part.seqs[middle - 1], end] if middle else [end]:
+    def _split(self, db: DbConnection, batch: DeliveryBatch) -> int:
+        """Give both halves of a batch whose sequence is closed new names; the first half first, in case of a kill."""
+        namespace, middle, end = self._core.client.namespace, len(batch.seqs) // 2, batch.seqs[-1]
+        for last in [batch.seqs[middle - 1], end] if middle else [end]:
             name = new_identity()
-            self._mine.add(name)
-            self._run(link, RENAME, name, space, part.batch, part.queue, last)
-        link.commit()
+            self._own_batches.add(name)
+            self._run(db, RENAME, name, namespace, batch.name, batch.queue, last)
+        db.commit()
         return 0
 
     # -- partitions that changed --------------------------------------------------------------------------------------
 
-    def _place(self, queue: str, entry: Entry) -> str:
-        """Return where a row for *queue* goes now: elsewhere when its partition is no more, or not yet."""
+    def _destination(self, queue: str, entry: Entry) -> str:
+        """Return the queue or partition of a row now: another one when the number of partitions has changed."""
         core = self._core
         if queue in core.plain_lists:
             return queue
@@ -259,20 +260,20 @@ class OutboxDelivery:
             return queue
         return partitions.keys[partitions.pick(unique=entry.unique, id=entry.id)].queue
 
-    def _move(self, link: DbConnection, part: DeliveryBatch) -> int:
-        """Have rows wait for where they go now, unless they had arrived where they went before."""
-        lane, space = self._core.keys(part.queue).lane(part.lane), self._core.client.namespace
-        said = self._core.client.execute("GET", lane, key=lane, retry_for=RETRY_FOR)
-        if isinstance(said, bytes) and said.startswith(b"1\nok"):
-            return self._delete(link, part)
-        for seq, entry in zip(part.seqs, part.entries, strict=True):
-            self._run(link, MOVE, self._place(part.queue, entry), space, part.batch, part.queue, seq)
-        link.commit()
+    def _requeue(self, db: DbConnection, batch: DeliveryBatch) -> int:
+        """Let rows wait for their new partition, unless the old one had accepted them."""
+        key, namespace = self._core.keys(batch.queue).lane(batch.sequence), self._core.client.namespace
+        remembered = self._core.client.execute("GET", key, key=key, retry_for=RETRY_FOR)
+        if isinstance(remembered, bytes) and remembered.startswith(b"1\nok"):
+            return self._delete(db, batch)
+        for seq, entry in zip(batch.seqs, batch.entries, strict=True):
+            self._run(db, MOVE, self._destination(batch.queue, entry), namespace, batch.name, batch.queue, seq)
+        db.commit()
         return 0
 
 
-def _last(rows: Sequence[tuple[int, int]]) -> int:
-    """Return the number of the last of the first *rows* that may travel in one batch."""
+def _last_seq(rows: Sequence[tuple[int, int]]) -> int:
+    """Return the number of the last row that fits into one batch."""
     size = 0
     for at, (seq, length) in enumerate(rows):
         size += length
@@ -283,5 +284,5 @@ def _last(rows: Sequence[tuple[int, int]]) -> int:
     return rows[-1][0]
 
 
-def _away(passed: DeliveryPass) -> bool:
-    return any(isinstance(error, StoreUnavailable) for error in passed.refusals.values())
+def _is_away(result: DeliveryPass) -> bool:
+    return any(isinstance(error, StoreUnavailable) for error in result.refusals.values())

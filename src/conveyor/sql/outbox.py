@@ -1,4 +1,4 @@
-"""The outbox: a table in the program's own database, so that jobs are enqueued in its transactions."""
+"""The outbox: a table in the program's own database, through which jobs are enqueued in its transactions."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from conveyor.jobs.core import core_of
 from conveyor.jobs.job import refuse_in_loop
 from conveyor.jobs.job_options import positive_ms
 from conveyor.sql.delivery import OutboxDelivery
-from conveyor.sql.drivers import blocking, refuse_alone
+from conveyor.sql.drivers import adapt_blocking, refuse_autocommit
 from conveyor.sql.relay import Relay
 from conveyor.sql.tables import OUTBOX, ManagedTable, TableSql
-from conveyor.sql.transaction import OutboxTransaction, explained, find
+from conveyor.sql.transaction import OutboxTransaction, explain_missing_table, open_transaction
 from conveyor.units import Duration
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ REDRIVE = "UPDATE {table} SET batch = '' WHERE namespace = ? AND batch = '!'"
 
 
 class OutboxBacklog(NamedTuple):
-    """Rows that wait for a relay, those set aside because they cannot be read, and the age in seconds of the oldest waiting."""
+    """Rows that wait, rows set aside because they cannot be read, and the age in seconds of the oldest waiting row."""
 
     waiting: int
     aside: int
@@ -53,17 +53,17 @@ class Outbox(ManagedTable):
         interval: Duration = "1s",
     ) -> None:
         """
-        Take the app, and a function that opens a blocking connection for the relay, which closes it.
+        Make the outbox of *app*. Nothing is opened; raises ConfigurationError.
 
-        Without *connect* this program only enqueues. *table* is a name, perhaps with a schema; *interval* is how often
-        a relay looks when nothing calls it. Nothing is opened. Raises ConfigurationError.
+        *connect* opens a blocking connection for the relay, which closes it; None: this program only enqueues. *table*
+        is a name with or without a schema. *interval* is the longest pause between two passes of a relay.
         """
         super().__init__(TableSql(table, OUTBOX, "outbox"))
         self.app = app
         self._connect = connect
         self._interval = positive_ms(interval, "interval") / 1000
         self._relays: set[Relay] = set()
-        app.client.push_target_resolver = partial(find, app.client)
+        app.client.push_target_resolver = partial(open_transaction, app.client)
 
     def __repr__(self) -> str:
         return f"<Outbox {self._table} of {self.app!r}>"
@@ -79,17 +79,17 @@ class Outbox(ManagedTable):
         """
         Return a block that is a transaction: it commits at its end, and rolls back on an error.
 
-        What the app enqueues and pushes in it is part of the transaction. ``with`` for a blocking connection, ``async
-        with`` for one of asyncio; the types that are understood stand in the guide. Raises, when it is entered,
-        ConfigurationError: E47 for another, and for one in autocommit.
+        All that the app enqueues and pushes in it is part of the transaction. Use ``with`` for a blocking connection,
+        ``async with`` for an asyncio one; the guide lists the known types. Entering the block raises ConfigurationError
+        (E47) for another type, and for a connection in autocommit.
         """
-        return OutboxTransaction(self.app.client, self._table, connection, self._ended, commits=True)
+        return OutboxTransaction(self.app.client, self._table, connection, self._wake_relays, commits=True)
 
     def within(self, connection: Any) -> OutboxTransaction:
-        """Return a block that is part of a transaction of the program's: that commits or rolls back, the block does not."""
-        return OutboxTransaction(self.app.client, self._table, connection, self._ended, commits=False)
+        """Return a block that is part of the program's own transaction: the program commits or rolls back."""
+        return OutboxTransaction(self.app.client, self._table, connection, self._wake_relays, commits=False)
 
-    def _ended(self, committed: bool) -> None:
+    def _wake_relays(self, committed: bool) -> None:
         for relay in self._relays.copy():
             relay.wake(committed)
 
@@ -97,78 +97,78 @@ class Outbox(ManagedTable):
 
     def deliver(self) -> int:
         """
-        Deliver what is committed by now, and return how many rows that were.
+        Deliver the committed rows, and return how many.
 
-        When a queue refuses its rows they stay, the others are delivered, and then that refusal is raised: QueueFull,
-        StoreUnavailable, ConfigurationError. What the database driver raises is raised as it is.
+        When a queue refuses its rows, they stay, the others are delivered, and the refusal is raised: QueueFull,
+        StoreUnavailable, ConfigurationError. Errors of the driver are raised as they are.
         """
         refuse_in_loop("outbox.deliver()", "await outbox.adeliver()")
-        with self._opened() as link:
-            passed = self._delivery().pass_through(link)
-        for refusal in passed.refusals.values():
+        with self._connection() as db:
+            done = self._delivery().deliver(db)
+        for refusal in done.refusals.values():
             refusal.add_note(
-                f"{passed.count} rows of the outbox were delivered; those for {', '.join(passed.refusals)} wait."
+                f"{done.count} rows of the outbox were delivered; those for {', '.join(done.refusals)} wait."
             )
             raise refusal
-        return passed.count
+        return done.count
 
     async def adeliver(self) -> int:
-        """Deliver what is committed by now, as `deliver`, on a thread."""
+        """Awaitable form of `deliver`."""
         return await asyncio.to_thread(self.deliver)
 
     def relay(self) -> Relay:
-        """Return what delivers from a thread, for ever: between ``with`` or ``async with`` and the end of that block."""
-        self._connecting()
-        return Relay(self._opened, self._delivery(), self._interval, self._relays)
+        """Return a relay, which delivers from a thread while its block lasts (``with`` or ``async with``)."""
+        self._connect_function()
+        return Relay(self._connection, self._delivery(), self._interval, self._relays)
 
     # -- care ---------------------------------------------------------------------------------------------------------
 
     def stats(self) -> OutboxBacklog:
-        """Count what is committed and not delivered."""
-        with self._opened() as link, explained(self._table):
-            [(waiting, oldest)] = link.run(self._table.fill(COUNT), self.app.namespace).rows
-            [(aside,)] = link.run(self._table.fill(COUNT_ASIDE), self.app.namespace).rows
+        """Count the committed rows that are not delivered."""
+        with self._connection() as db, explain_missing_table(self._table):
+            [(waiting, oldest)] = db.run(self._table.fill(COUNT), self.app.namespace).rows
+            [(aside,)] = db.run(self._table.fill(COUNT_ASIDE), self.app.namespace).rows
         return OutboxBacklog(waiting, aside, None if oldest is None else max(0.0, time() - oldest / 1000))
 
     async def astats(self) -> OutboxBacklog:
-        """Count what is committed and not delivered, as `stats`, on a thread."""
+        """Awaitable form of `stats`."""
         return await asyncio.to_thread(self.stats)
 
     def redrive(self) -> int:
-        """Have the rows that were set aside tried again, and return how many."""
-        with self._opened() as link, explained(self._table):
-            count = link.run(self._table.fill(REDRIVE), self.app.namespace).touched
-            link.commit()
-        self._ended(True)
+        """Try the rows again that were set aside, and return how many."""
+        with self._connection() as db, explain_missing_table(self._table):
+            count = db.run(self._table.fill(REDRIVE), self.app.namespace).row_count
+            db.commit()
+        self._wake_relays(True)
         return count
 
     async def aredrive(self) -> int:
-        """Have the rows that were set aside tried again, as `redrive`, on a thread."""
+        """Awaitable form of `redrive`."""
         return await asyncio.to_thread(self.redrive)
 
     def _delivery(self) -> OutboxDelivery:
         return OutboxDelivery(core_of(self.app), self._table)
 
-    def _connecting(self) -> Callable[[], Any]:
+    def _connect_function(self) -> Callable[[], Any]:
         if self._connect is None:
             raise ConfigurationError(
-                "This Outbox was not told how to open a connection, so it can only enqueue. Write: Outbox(app, connect), "
+                "This Outbox has no function that opens a connection, so it can only enqueue. Write: Outbox(app, connect), "
                 "with a function that returns a new blocking connection."
             )
         return self._connect
 
     @contextmanager
-    def _opened(self) -> Iterator[DbConnection]:
-        connection = self._connecting()()
+    def _connection(self) -> Iterator[DbConnection]:
+        connection = self._connect_function()()
         try:
-            link = blocking(connection)
-            link.begin()
-            refuse_alone(link.commits_alone())
+            db = adapt_blocking(connection)
+            db.begin()
+            refuse_autocommit(db.in_autocommit())
             try:
-                yield link
+                yield db
             finally:
-                with suppress(Exception):  # the connection may be what is broken
-                    link.rollback()
+                with suppress(Exception):  # the connection itself may be broken
+                    db.rollback()
         finally:
             with suppress(Exception):
                 connection.close()

@@ -1,4 +1,4 @@
-"""The relay: a thread that delivers an outbox for as long as its block lasts, or for ever."""
+"""The relay: a thread that delivers an outbox while its block lasts."""
 
 from __future__ import annotations
 
@@ -20,109 +20,110 @@ if TYPE_CHECKING:
     from conveyor.sql.delivery import DeliveryPass, OutboxDelivery
     from conveyor.sql.drivers import DbConnection
 
-COURTESY = 1.0
-"""Seconds that a batch of another relay is left to it before it counts as dead."""
-EAGER, EAGER_FOR = 0.005, 1.0
-"""A block has ended and its commit is near: first pause, which doubles, and for how long."""
-GLANCE = 0.05
-CAP = 1.0
-"""Longest pause in seconds before what was refused is tried again."""
-_SAY_AGAIN = 60.0
+GRACE = 1.0
+"""Seconds for which a batch of another relay is left to it, before that relay counts as dead."""
+FIRST_PAUSE, WATCH_FOR = 0.005, 1.0
+"""Seconds: the first pause after a block whose commit is near; it doubles, for so long."""
+SHORT_PAUSE = 0.05
+LONGEST_PAUSE = 1.0
+"""Longest pause in seconds before refused rows are tried again."""
+_LOG_AGAIN = 60.0
 _log = logging.getLogger("conveyor.relay")
 
 
 @dataclass(slots=True)
 class _QueueBackoff:
-    """A queue that refuses: when to try again, how often it did, whether that was said."""
+    """A queue that refuses rows: when to try again, how often it refused, whether that was logged."""
 
     until: float = 0.0
     attempts: int = 0
-    said: bool = False
+    logged: bool = False
 
 
 class Relay:
-    """Delivers what is committed: at once when it is woken, else every *interval*."""
+    """A thread that delivers committed rows: at once when it is woken, else every *interval* seconds."""
 
     def __init__(
         self,
-        opened: Callable[[], AbstractContextManager[DbConnection]],
+        connect: Callable[[], AbstractContextManager[DbConnection]],
         delivery: OutboxDelivery,
         interval: float,
-        running: set[Relay],
+        relays: set[Relay],
     ) -> None:
-        """Take how to open the database, what delivers, seconds between two looks, and where to be found meanwhile."""
-        self._opened, self._delivery, self._interval, self._running = opened, delivery, interval, running
-        self._rests: dict[str, _QueueBackoff] = {}
-        self._said: dict[str, float] = {}
+        """Make a relay. It is a member of *relays* while it runs, to be woken there."""
+        self._connect, self._delivery, self._interval, self._relays = connect, delivery, interval, relays
+        self._backoffs: dict[str, _QueueBackoff] = {}
+        self._logged_at: dict[str, float] = {}
         self._woken = threading.Event()
         self._stopped = False
-        self._eager_until, self._eager_pause, self._pause = 0.0, EAGER, interval
+        self._watch_until, self._next_pause, self._pause = 0.0, FIRST_PAUSE, interval
         self._thread: threading.Thread | None = None
 
-    def wake(self, sure: bool = True) -> None:
-        """Look now; and when it is not *sure* that something is committed already, a few times soon after."""
-        if not sure:
-            self._eager_until, self._eager_pause = time.monotonic() + EAGER_FOR, EAGER
+    def wake(self, committed: bool = True) -> None:
+        """Deliver now. When the rows may not be *committed* yet, deliver a few times more soon after."""
+        if not committed:
+            self._watch_until, self._next_pause = time.monotonic() + WATCH_FOR, FIRST_PAUSE
         self._woken.set()
 
     def stop(self) -> None:
-        """End after what is under way; `run` returns soon."""
+        """End after the current pass; `run` returns soon."""
         self._stopped = True
         self._woken.set()
 
     def run(self) -> None:
-        """Deliver until `stop`, in this thread. What the database or Redis refuses is logged and tried again."""
-        self._running.add(self)
-        failures, said = 0, -_SAY_AGAIN
+        """Deliver until `stop`, in this thread. Refusals of the database or Redis are logged and tried again."""
+        self._relays.add(self)
+        failures, logged = 0, -_LOG_AGAIN
         try:
             while not self._stopped:
                 try:
-                    with self._opened() as link:
+                    with self._connect() as db:
                         while not self._stopped:
-                            self._look(link)
+                            self._deliver(db)
                             failures = 0
                             self._wait()
                 except Exception as error:
                     failures += 1
-                    if time.monotonic() - said >= _SAY_AGAIN:
-                        said = time.monotonic()
-                        _log.warning("the outbox cannot be read, trying again: %s: %s", type(error).__name__, error)
-                    self._woken.wait(replies.backoff(failures + 3, cap=CAP))
+                    if time.monotonic() - logged >= _LOG_AGAIN:
+                        logged = time.monotonic()
+                        _log.warning("the outbox cannot be read; trying again: %s: %s", type(error).__name__, error)
+                    self._woken.wait(replies.backoff(failures + 3, cap=LONGEST_PAUSE))
                     self._woken.clear()
         finally:
-            self._running.discard(self)
+            self._relays.discard(self)
 
-    def _look(self, link: DbConnection) -> None:
+    def _deliver(self, db: DbConnection) -> None:
         now = time.monotonic()
-        resting = {queue for queue, rest in self._rests.items() if rest.until > now}
-        passed = self._delivery.pass_through(link, resting=resting, courtesy=COURTESY)
-        for queue in () if passed.left else self._rests.keys() - resting - passed.refusals.keys():
-            if self._rests.pop(queue).said:
-                _log.warning("queue '%s' takes rows of the outbox again", queue)
-        for queue, error in passed.refusals.items():
-            self._refused(queue, error, passed.counts.get(queue, 0))
-        if passed.count:
-            _log.debug("%d rows delivered", passed.count)
-        self._plan(passed)
+        skipped = {queue for queue, backoff in self._backoffs.items() if backoff.until > now}
+        result = self._delivery.deliver(db, skipped=skipped, grace=GRACE)
+        for queue in () if result.left_to_another else self._backoffs.keys() - skipped - result.refusals.keys():
+            if self._backoffs.pop(queue).logged:
+                _log.warning("queue '%s': rows of the outbox are delivered again", queue)
+        for queue, error in result.refusals.items():
+            self._note_refusal(queue, error, result.counts.get(queue, 0))
+        if result.count:
+            _log.debug("%d rows delivered", result.count)
+        self._plan_pause(result)
 
-    def _refused(self, queue: str, error: ConveyorError, count: int) -> None:
+    def _note_refusal(self, queue: str, error: ConveyorError, count: int) -> None:
         now = time.monotonic()
-        rest = self._rests.setdefault(queue, _QueueBackoff())
-        rest.attempts = 1 if count else rest.attempts + 1  # a full queue that is being drained is asked again soon
-        rest.until = now + replies.backoff(rest.attempts, cap=CAP)
-        if now - self._said.get(queue, -_SAY_AGAIN) >= _SAY_AGAIN:
-            self._said[queue], rest.said = now, True
-            _log.warning("rows of the outbox for queue '%s' wait, trying again: %s", queue, error)
+        backoff = self._backoffs.setdefault(queue, _QueueBackoff())
+        # A full queue that is being drained is asked again soon.
+        backoff.attempts = 1 if count else backoff.attempts + 1
+        backoff.until = now + replies.backoff(backoff.attempts, cap=LONGEST_PAUSE)
+        if now - self._logged_at.get(queue, -_LOG_AGAIN) >= _LOG_AGAIN:
+            self._logged_at[queue], backoff.logged = now, True
+            _log.warning("queue '%s': rows of the outbox wait; trying again: %s", queue, error)
 
-    def _plan(self, passed: DeliveryPass) -> None:
-        """Decide how long to wait for the next look."""
+    def _plan_pause(self, result: DeliveryPass) -> None:
+        """Choose the pause before the next pass."""
         now = time.monotonic()
-        pauses = [self._interval, *(max(0.0, rest.until - now) for rest in self._rests.values())]
-        if now < self._eager_until:
-            pauses.append(self._eager_pause)
-            self._eager_pause *= 2
-        if passed.left:
-            pauses.append(GLANCE)
+        pauses = [self._interval, *(max(0.0, backoff.until - now) for backoff in self._backoffs.values())]
+        if now < self._watch_until:
+            pauses.append(self._next_pause)
+            self._next_pause *= 2
+        if result.left_to_another:
+            pauses.append(SHORT_PAUSE)
         self._pause = min(pauses)
 
     def _wait(self) -> None:

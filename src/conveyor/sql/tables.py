@@ -1,8 +1,4 @@
-"""
-The two tables: their names, and the SQL that creates them.
-
-What an outbox and a ledger have in common: a table that somebody must create.
-"""
+"""The tables of outbox and ledger: their names, and the SQL that creates them."""
 
 from __future__ import annotations
 
@@ -10,10 +6,10 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from conveyor.errors import ConfigurationError
-from conveyor.sql.drivers import awaitable, blocking
+from conveyor.sql.drivers import adapt_async, adapt_blocking
 
 if TYPE_CHECKING:
-    from conveyor.sql.drivers import AsyncLink, DbConnection
+    from conveyor.sql.drivers import AsyncDbConnection, DbConnection
 
 
 DIALECTS = ("sqlite", "postgresql", "mysql")
@@ -41,16 +37,18 @@ CREATE INDEX IF NOT EXISTS {index} ON {table} (created_ms)"""
 
 
 class TableSql:
-    """A table by its name: fills it into statements."""
+    """The SQL of one table: its DDL, and statements with its name filled in."""
 
     def __init__(self, name: str, ddl: str, kind: str) -> None:
         """
-        Take the name, ``table`` or ``schema.table``, what creates it, and what it is called by those who use it.
+        Check the name, ``table`` or ``schema.table``; raises ConfigurationError.
 
-        Raises ConfigurationError.
+        *ddl* creates the table, *kind* is the word for it in error messages.
         """
         if not isinstance(name, str) or not _NAME.fullmatch(name):
-            raise ConfigurationError(f"A table is named by letters, digits and _, perhaps behind a schema: {name!r}.")
+            raise ConfigurationError(
+                f"Invalid table name {name!r}: use letters, digits and _, with a schema in front if needed."
+            )
         self.name = name
         self.kind = kind
         self._ddl = ddl
@@ -59,11 +57,11 @@ class TableSql:
         return self.name
 
     def ddl(self, dialect: str) -> list[str]:
-        """Return the statements that create it. Raises ConfigurationError for an unknown dialect."""
+        """Return the statements that create the table. Raises ConfigurationError for an unknown dialect."""
         if dialect not in _TYPES:
-            raise ConfigurationError(f"The tables are known for {', '.join(DIALECTS)}, not for {dialect!r}.")
+            raise ConfigurationError(f"There is SQL for {', '.join(DIALECTS)}, not for {dialect!r}.")
         text = self._ddl
-        if dialect == "mysql":  # it knows no CREATE INDEX IF NOT EXISTS, and takes a for A unless told otherwise
+        if dialect == "mysql":  # it has no CREATE INDEX IF NOT EXISTS, and compares a and A as equal by default
             text = re.sub(
                 r"\n\)\nCREATE INDEX IF NOT EXISTS {index} ON {table} (.*)",
                 r",\n  INDEX {index} \1\n) CHARACTER SET utf8mb4 COLLATE utf8mb4_bin",
@@ -75,41 +73,40 @@ class TableSql:
         return re.split(r"\n(?=CREATE INDEX)", text)
 
     def script(self, dialect: str) -> str:
-        """Return the same as one text."""
+        """Return the statements as one text."""
         return "".join(f"{statement};\n" for statement in self.ddl(dialect))
 
-    def create(self, link: DbConnection) -> None:
-        """Create it where it does not exist, and commit."""
-        for statement in self.ddl(link.dialect):
-            link.run(statement)
-        link.commit()
+    def create(self, db: DbConnection) -> None:
+        """Create the table where it does not exist, and commit."""
+        for statement in self.ddl(db.dialect):
+            db.run(statement)
+        db.commit()
 
-    async def acreate(self, link: AsyncLink) -> None:
-        """Do the same on a connection of asyncio."""
-        for statement in self.ddl(link.dialect):
-            await link.run(statement)
-        await link.commit()
+    async def acreate(self, db: AsyncDbConnection) -> None:
+        """Awaitable form of `create`."""
+        for statement in self.ddl(db.dialect):
+            await db.run(statement)
+        await db.commit()
 
     def fill(self, sql: str) -> str:
-        """Return *sql* with the name in it."""
+        """Return *sql* with the name of the table."""
         return sql.replace("{table}", self.name)
 
 
 class ManagedTable:
-    """Owns a table."""
+    """The common part of outbox and ledger: a table that the program creates."""
 
     def __init__(self, table: TableSql) -> None:
-        """Take the table; nothing is created yet."""
         self._table = table
 
     def ddl(self, dialect: str) -> str:
-        """Return the SQL that creates the table: for sqlite, postgresql or mysql. Raises ConfigurationError for another."""
+        """Return the SQL that creates the table in sqlite, postgresql or mysql. Raises ConfigurationError for others."""
         return self._table.script(dialect)
 
     def create(self, connection: Any) -> None:
         """Create the table where it does not exist, and commit. Raises ConfigurationError for an unknown database."""
-        self._table.create(blocking(connection))
+        self._table.create(adapt_blocking(connection))
 
     async def acreate(self, connection: Any) -> None:
-        """Create the table, as `create`, on a connection of asyncio."""
-        await self._table.acreate(awaitable(connection))
+        """Awaitable form of `create`."""
+        await self._table.acreate(adapt_async(connection))

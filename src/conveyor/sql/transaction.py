@@ -1,4 +1,4 @@
-"""A block in which pushes become rows: they are part of the program's transaction, and leave with its commit."""
+"""Blocks in which pushes become rows: they are part of the program's transaction, and are delivered after its commit."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from conveyor.errors import ConfigurationError
 from conveyor.jobs import spawn_outbox
 from conveyor.sql.drivers import (
     AsyncDbapiConnection,
-    AsyncLink,
+    AsyncDbConnection,
     AsyncSqlAlchemyConnection,
     DbConnection,
-    blocking,
-    insertions,
-    is_missing,
-    link,
-    refuse_alone,
+    adapt,
+    adapt_blocking,
+    insert_statements,
+    is_missing_table,
+    refuse_autocommit,
 )
 from conveyor.sql.tables import TableSql
 from conveyor.store.client.client import refuse_in_loop
@@ -41,147 +41,149 @@ _OPEN: ContextVar[OutboxTransaction | None] = ContextVar("conveyor_transaction",
 
 class OutboxTransaction:
     """
-    A block of `Outbox.transaction` or `Outbox.within`, and the way its pushes take.
+    A block of `Outbox.transaction` or `Outbox.within`, and the target of the pushes in it.
 
-    It holds for what this block calls, and for the tasks and threads begun in it that take the context along, until it
-    ends: from then on they push to Redis.
+    It is in effect for all calls in the block, and for tasks and threads that were started in it with its context.
+    After its end they push to Redis.
     """
 
     deferred = True
 
     def __init__(
-        self, client: Client, table: TableSql, connection: Any, ended: Callable[[bool], None], *, commits: bool
+        self, client: Client, table: TableSql, connection: Any, on_end: Callable[[bool], None], *, commits: bool
     ) -> None:
-        """Take whose pushes, and whose transaction; *ended* is called at the end, with True when that was the commit."""
+        """Make a block. *on_end* is called after it, with True when the block itself committed."""
         self._client, self._table, self._connection = client, table, connection
-        self._ended, self._commits = ended, commits
-        self._link: DbConnection | AsyncLink | None = None
-        self.outer: OutboxTransaction | None = None
+        self._on_end, self._commits = on_end, commits
+        self._db: DbConnection | AsyncDbConnection | None = None
+        self.enclosing: OutboxTransaction | None = None
         self._used = False
-        self._turn = asyncio.Lock()
+        self._statement_lock = asyncio.Lock()
 
-    def stands_for(self, client: Client) -> bool:
-        """Tell whether pushes of that app go here: the block has not ended."""
-        return self._link is not None and self._client is client
+    def takes_pushes_of(self, client: Client) -> bool:
+        """Tell whether the block is open and takes the pushes of that app."""
+        return self._db is not None and self._client is client
 
     # -- the block ----------------------------------------------------------------------------------------------------
 
     def __enter__(self) -> Self:
-        found = blocking(self._connection)
-        refuse_alone(found.commits_alone())
-        return self._begin(found)
+        db = adapt_blocking(self._connection)
+        refuse_autocommit(db.in_autocommit())
+        return self._begin(db)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        found = self._end()
-        assert not isinstance(found, AsyncDbapiConnection | AsyncSqlAlchemyConnection)
-        self._conclude(found, failed=kind is not None)
+        db = self._end()
+        assert not isinstance(db, AsyncDbapiConnection | AsyncSqlAlchemyConnection)
+        self._finish(db, failed=kind is not None)
 
     async def __aenter__(self) -> Self:
-        found = link(self._connection)
-        alone = found.commits_alone()
-        refuse_alone(alone if isinstance(alone, bool) else await alone)
-        return self._begin(found)
+        db = adapt(self._connection)
+        autocommit = db.in_autocommit()
+        refuse_autocommit(autocommit if isinstance(autocommit, bool) else await autocommit)
+        return self._begin(db)
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        found = self._end()
-        if isinstance(found, AsyncDbapiConnection | AsyncSqlAlchemyConnection):
-            await self._aconclude(found, failed=kind is not None)
+        db = self._end()
+        if isinstance(db, AsyncDbapiConnection | AsyncSqlAlchemyConnection):
+            await self._afinish(db, failed=kind is not None)
         else:
-            self._conclude(found, failed=kind is not None)
+            self._finish(db, failed=kind is not None)
 
-    def _begin(self, found: DbConnection | AsyncLink) -> Self:
+    def _begin(self, db: DbConnection | AsyncDbConnection) -> Self:
         if self._used:
-            raise ConfigurationError("A block of an outbox is used once. Call transaction() or within() again.")
-        self._used, self._link, self.outer = True, found, _OPEN.get()
+            raise ConfigurationError("A block of an outbox can be used once. Call transaction() or within() again.")
+        self._used, self._db, self.enclosing = True, db, _OPEN.get()
         _OPEN.set(self)
         return self
 
-    def _end(self) -> DbConnection | AsyncLink:
-        assert self._link is not None
-        found, self._link = self._link, None
-        if _OPEN.get() is self:  # a generator that a framework closes elsewhere has left another context behind
-            _OPEN.set(self.outer)
-        return found
+    def _end(self) -> DbConnection | AsyncDbConnection:
+        assert self._db is not None
+        db, self._db = self._db, None
+        if _OPEN.get() is self:  # a framework that closes a generator in another context leaves another block there
+            _OPEN.set(self.enclosing)
+        return db
 
-    def _conclude(self, found: DbConnection, *, failed: bool) -> None:
+    def _finish(self, db: DbConnection, *, failed: bool) -> None:
         if self._commits and failed:
-            found.rollback()
+            db.rollback()
         elif self._commits:
             try:
-                found.commit()
+                db.commit()
             except BaseException:
-                found.rollback()
+                db.rollback()
                 raise
         if not failed:
-            self._ended(self._commits)
+            self._on_end(self._commits)
 
-    async def _aconclude(self, found: AsyncLink, *, failed: bool) -> None:
+    async def _afinish(self, db: AsyncDbConnection, *, failed: bool) -> None:
         if self._commits and failed:
-            await found.rollback()
+            await db.rollback()
         elif self._commits:
             try:
-                await found.commit()
+                await db.commit()
             except BaseException:
-                await found.rollback()
+                await db.rollback()
                 raise
         if not failed:
-            self._ended(self._commits)
+            self._on_end(self._commits)
 
-    # -- the way ------------------------------------------------------------------------------------------------------
+    # -- pushing ------------------------------------------------------------------------------------------------------
 
     def push(self, keys: QueueKeys, entries: Sequence[Entry], *, max_length: int = 0, whole: bool = False) -> list[str]:
-        """Insert *entries*, and return their ids. How much the queue takes is seen when they are delivered."""
+        """Insert *entries*, and return their ids. A full queue refuses them later, when they are delivered."""
         refuse_in_loop()
-        found = self._link
-        if isinstance(found, AsyncDbapiConnection | AsyncSqlAlchemyConnection):
+        db = self._db
+        if isinstance(db, AsyncDbapiConnection | AsyncSqlAlchemyConnection):
             raise ConfigurationError(
-                "This block is on a connection of asyncio, and a blocking push was made in it. Nothing was stored. Write "
+                "This block is on an asyncio connection, and a blocking push was made in it. Nothing was stored. Write "
                 "the awaitable twin: await task.aenqueue(...), await queue.apush(...).",
                 code="E46",
             )
-        assert found is not None
-        with explained(self._table):
+        assert db is not None
+        with explain_missing_table(self._table):
             for sql, values in self._rows(keys, entries):
-                found.run(sql, *values)
+                db.run(sql, *values)
         return [entry.id for entry in entries]
 
     def push_plain(self, keys: QueueKeys, pairs: Sequence[Argument], *, max_length: int = 0) -> None:
-        """Insert plain messages (id, envelope, id, envelope, …)."""
+        """Insert plain jobs or messages (id, envelope, id, envelope, …)."""
         self.push(keys, plain_entries(pairs))
 
     async def apush(
         self, keys: QueueKeys, entries: Sequence[Entry], *, max_length: int = 0, whole: bool = False
     ) -> list[str]:
-        """Do the same on asyncio. On a blocking connection it blocks, as every statement on it does."""
-        found = self._link
-        assert found is not None
-        async with self._turn:  # some sessions take one statement at a time
-            with explained(self._table):
+        """Awaitable form of `push`. On a blocking connection it blocks, as every statement on it does."""
+        db = self._db
+        assert db is not None
+        async with self._statement_lock:  # some sessions execute one statement at a time
+            with explain_missing_table(self._table):
                 for sql, values in self._rows(keys, entries):
-                    answer = found.run(sql, *values)
-                    if not isinstance(answer, tuple):
-                        await answer
+                    result = db.run(sql, *values)
+                    if not isinstance(result, tuple):
+                        await result
         return [entry.id for entry in entries]
 
     def _rows(self, keys: QueueKeys, entries: Sequence[Entry]) -> list[tuple[str, list[object]]]:
         now = int(time() * 1000)
-        place = (self._client.namespace, keys.queue, now)
+        shared = (self._client.namespace, keys.queue, now)
         return list(
-            insertions(self._table.fill(INSERT), [(*place, spawn_outbox.write(keys.queue, one)) for one in entries])
+            insert_statements(
+                self._table.fill(INSERT), [(*shared, spawn_outbox.write(keys.queue, one)) for one in entries]
+            )
         )
 
 
 @contextmanager
-def explained(table: TableSql) -> Iterator[None]:
-    """Say what to do about a table that is missing (E48) instead of what the driver says; other errors pass."""
+def explain_missing_table(table: TableSql) -> Iterator[None]:
+    """Replace the driver's error for a missing table with E48, which says what to do; other errors pass."""
     try:
         yield
     except Exception as error:
-        if not is_missing(error, table.name):
+        if not is_missing_table(error, table.name):
             raise
         raise ConfigurationError(
             f"The table {table} does not exist in this database. Nothing was stored. Create it once, with "
@@ -190,16 +192,16 @@ def explained(table: TableSql) -> Iterator[None]:
         ) from error
 
 
-def find(client: Client, durability_request: DurabilityRequest | None = None) -> OutboxTransaction | None:
-    """Return the innermost open block that pushes of an app go to; raises ConfigurationError (E46) for one that asks more."""
-    found = _OPEN.get()
-    while found is not None and not found.stands_for(client):
-        found = found.outer
-    if found is not None and durability_request is not None and durability_request.applied_to(None) is not None:
+def open_transaction(client: Client, durability_request: DurabilityRequest | None = None) -> OutboxTransaction | None:
+    """Return the innermost open block for pushes of an app; ConfigurationError (E46) for one that asks for durability."""
+    transaction = _OPEN.get()
+    while transaction is not None and not transaction.takes_pushes_of(client):
+        transaction = transaction.enclosing
+    if transaction is not None and durability_request is not None and durability_request.applied_to(None) is not None:
         raise ConfigurationError(
             "This push asks for fsync or wait_replicas, and inside a database transaction nothing is sent yet that could "
             "be confirmed. Nothing was stored. Declare it for the queue instead: app.queue(…, wait_replicas=1); then its "
             "row is kept until the push is confirmed.",
             code="E46",
         )
-    return found
+    return transaction

@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 
 from conveyor.ids import made_at_ms
-from conveyor.payload.records import AttemptHistory, Envelope, Status, read_envelope, read_whatever
+from conveyor.payload.records import AttemptHistory, Envelope, Status, read_envelope, read_leniently
 from conveyor.store.keys import QueueKeys
 from conveyor.store.script import Call, Script
 
@@ -116,7 +116,7 @@ def _list_keys(keys: QueueKeys) -> tuple[str, ...]:
 def _read_rows(status: str, reply: list[bytes]) -> list[JobRow]:
     kind: Status = "dead" if status == "dead-oldest" else status  # type: ignore[assignment]
     return [
-        JobRow(reply[i].decode(), kind, *read_whatever(reply[i + 1], reply[i + 2])[:2], reply[i + 3].decode())
+        JobRow(reply[i].decode(), kind, *read_leniently(reply[i + 1], reply[i + 2])[:2], reply[i + 3].decode())
         for i in range(0, len(reply), 4)
     ]
 
@@ -139,7 +139,7 @@ def get_job(keys: QueueKeys, id: str) -> Call[tuple[str, JobRow | None, bytes]]:
         place = reply[0].decode()
         if not reply[1]:
             return place, None, reply[3]
-        row = JobRow(id, place, *read_whatever(reply[1], reply[2])[:2], reply[3].decode())  # type: ignore[arg-type]
+        row = JobRow(id, place, *read_leniently(reply[1], reply[2])[:2], reply[3].decode())  # type: ignore[arg-type]
         return place, row, b""
 
     return Call(GET_JOB, names, (id,), decode)

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 from conveyor.errors import ConfigurationError, QueueFull
 from conveyor.ids import may_arrive_later
-from conveyor.payload.records import to_json, write_rest
+from conveyor.payload.records import to_json, write_envelope
 from conveyor.store.keys import QueueKeys
 from conveyor.store.partitions import PartitionCountMismatch
 from conveyor.store.script import Argument, Call, Command, Script
@@ -42,7 +42,7 @@ MOST_HELD = 1000
 
 @dataclass(slots=True)
 class Entry:
-    """One message to push. `rest` is the envelope behind its marks (`model.write_rest`); times in ms."""
+    """One message to push. `rest` is the envelope behind its marks (`model.write_envelope`); times in ms."""
 
     id: str
     rest: bytes
@@ -276,11 +276,15 @@ def turn(
     for counter, increment in report.stats.items():
         args += (counter, increment)
     args += (len(report.recent), *report.recent)
-    names = (
+    return Call(TURN, _turn_keys(keys, worker), args, _read_turn)
+
+
+@lru_cache(maxsize=256)  # the same at each turn of a worker
+def _turn_keys(keys: QueueKeys, worker: str) -> tuple[str, ...]:
+    return (
         keys.jobs, keys.state, keys.leased(worker), keys.workers, keys.due, keys.wake, keys.conf, keys.dead, keys.recent,
         keys.waiters, *keys.ready,
     )  # fmt: skip
-    return Call(TURN, names, args, _read_turn)
 
 
 def _read_turn(reply: list[Any]) -> TurnReply:
@@ -385,7 +389,7 @@ def list_intake(keys: QueueKeys, limit: int, stem: str, task: str = "") -> Call[
     """Return the call that moves raw entries of a plain list into the queue; it yields how many."""
     assert keys.foreign is not None
     names = (keys.jobs, keys.ready[0], keys.foreign, keys.intake, keys.wake)
-    return Call(LIST_INTAKE, names, (limit, stem, write_rest(task, b"")), int)
+    return Call(LIST_INTAKE, names, (limit, stem, write_envelope(task, b"")), int)
 
 
 def await_result(keys: QueueKeys, id: str, channel: str) -> Call[tuple[str, bytes]]:  # noqa: A002

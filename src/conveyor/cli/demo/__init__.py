@@ -1,1 +1,1 @@
-"""`conveyor demo`: real work through a real server, a worker killed on the way, and the accounts of it."""
+"""`conveyor demo`: real jobs on a real server, a killed worker, and a report of every job."""

@@ -1,8 +1,8 @@
 """
-The journal: what really ran, written by the tasks themselves and not by the queue.
+The journal of a demo: the start and the end of every run, written by the tasks.
 
-An append-only file with a line for the start and the end of every run. A line is one `write`, so processes share the
-file and a kill never leaves half of one. The accounts are checked against it, and the display lives on it.
+An append-only file with one line per event, independent of the queue. A line is one `write`, so processes share the
+file and a kill leaves no partial line. The report checks the queue's counts against it, and the display reads it.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ _KINDS = get_args(Kind)
 @dataclass(frozen=True, slots=True)
 class JournalEntry:
     """
-    One line: at `at` (s since the epoch) the process `pid` did something to what the producer knows as `key`.
+    One line: an event of one job in process `pid` at `at` (s since the epoch).
 
-    `up` is a worker process that begins, `retry` and `dead` what the worker decided after a `fail`. `seconds` is how
-    long a run took, or the pause before a retry.
+    `key`: the name by which the producer knows the job. `up`: a worker process has started. `retry`, `dead`: the worker's
+    decision after a `fail`. `seconds`: how long the run took, or the pause before a retry.
     """
 
     at: float
@@ -41,20 +41,21 @@ class JournalEntry:
     note: str = ""
 
 
-class Run:
-    """One run under way; the `note` is shown with its end."""
+class TaskRun:
+    """A run in progress. Its `note` is shown when it ends."""
 
     note = ""
 
 
 class Journal:
-    """Writes lines into a file, or nowhere without one."""
+    """A writer of journal lines; without a path it writes nothing."""
 
     def __init__(self, path: str | None) -> None:
         """
-        Open the file, which must be there, for appending; raises OSError.
+        Open an existing file for appending; raises OSError.
 
-        A shared lock on it is held: who tidies up waits until all have let go, and nobody comes in from then on.
+        A shared lock on it is held while it is open. The cleanup waits until all locks are released, and then takes the
+        lock itself, so that no further process can open the journal.
         """
         self._file: int | None = None
         if path is not None:
@@ -62,7 +63,7 @@ class Journal:
             fcntl.flock(self._file, fcntl.LOCK_SH | fcntl.LOCK_NB)
 
     def close(self) -> None:
-        """Write no more."""
+        """Close the file; later calls of `write` do nothing."""
         if self._file is not None:
             os.close(self._file)
             self._file = None
@@ -78,12 +79,12 @@ class Journal:
         os.write(self._file, ("\t".join(fields) + "\n").encode())
 
     @contextmanager
-    def run(self, task: str = "", key: str = "", attempt: int = 0) -> Iterator[Run]:
-        """Write the start and the end of what is inside; by default it is the job that runs here."""
+    def run(self, task: str = "", key: str = "", attempt: int = 0) -> Iterator[TaskRun]:
+        """Write the start and the end of the code inside; by default for the job that runs here."""
         if not task or not attempt:
             job = current()
             task, key, attempt = job.task, key or job.job_id, job.attempt
-        started, run = time.perf_counter(), Run()
+        started, run = time.perf_counter(), TaskRun()
         self.write("start", task, key, attempt)
         try:
             yield run
@@ -94,11 +95,10 @@ class Journal:
 
 
 class JournalReader:
-    """Reads what was added to a journal since the last look."""
+    """A reader of the lines that were added since the last read."""
 
     def __init__(self, path: Path) -> None:
-        """Begin at the beginning."""
-        self._path, self._offset, self._rest = path, 0, b""
+        self._path, self._offset, self._incomplete = path, 0, b""
 
     def read(self) -> list[JournalEntry]:
         """Return the new lines."""
@@ -106,12 +106,12 @@ class JournalReader:
             file.seek(self._offset)
             data = file.read()
         self._offset += len(data)
-        *lines, self._rest = (self._rest + data).split(b"\n")
+        *lines, self._incomplete = (self._incomplete + data).split(b"\n")
         return [parse(line.decode()) for line in lines]
 
 
 def parse(text: str) -> JournalEntry:
-    """Return a line from its text; raises ValueError."""
+    """Parse a line; raises ValueError."""
     at, kind, pid, task, key, attempt, seconds, note = text.split("\t")
     if kind not in _KINDS:
         raise ValueError(f"no line of a journal: {text!r}")

@@ -1,4 +1,8 @@
-"""The producers of the demo: jobs, messages and a plain list, at a steady pace. They keep what was acknowledged."""
+"""
+The producers of a demo: jobs, messages and entries of a plain list, at a steady pace.
+
+They record every push that Redis acknowledged.
+"""
 
 from __future__ import annotations
 
@@ -18,35 +22,37 @@ from conveyor.errors import StoreUnavailable
 from conveyor.jobs.job import Job
 
 MESSAGE, READING = "orders (message)", "readings (RPUSH)"
-"""How the accounts call what is no job by its id."""
+"""The names in the report for messages and readings, which belong to no task."""
 _CUSTOMERS = ("ada", "barbara", "dennis", "edsger", "grace", "ken", "margaret", "niklaus")
-_EASY, _HARD = 8_191 * 6_700_417, 999_999_937 * 999_999_929  # a small factor, and none for the next minutes
+_SMALL_FACTOR, _LARGE_FACTORS = (
+    8_191 * 6_700_417,
+    999_999_937 * 999_999_929,
+)  # the second takes minutes to factor
 
 
 @dataclass
 class AcknowledgedPushes:
-    """What Redis acknowledged: key → task. A key enters when the call has returned, and not before."""
+    """The pushes that Redis acknowledged: key → task. A key is added after its call returned."""
 
     accepted: dict[str, str] = field(default_factory=dict)
     unanswered: int = 0
 
-    def note(self, job: Job[object]) -> None:
-        """Enter a job."""
+    def record(self, job: Job[object]) -> None:
+        """Record a job."""
         self.accepted[job.id] = job.task or ""
 
 
 class DemoProducer:
-    """Pushes until it is stopped."""
+    """A producer of jobs and messages that pushes until it is stopped."""
 
-    def __init__(self, ledger: AcknowledgedPushes) -> None:
-        """Take where to write what was acknowledged."""
-        self._ledger = ledger
-        self._random = random.Random(7)  # noqa: S311  the same demo each time
+    def __init__(self, pushes: AcknowledgedPushes) -> None:
+        self._pushes = pushes
+        self._random = random.Random(7)  # noqa: S311  every demo pushes the same
         self._files = _files()
         self._stop = asyncio.Event()
 
     async def run(self) -> None:
-        """Push until `stop`; calls under way are finished."""
+        """Push until `stop`; calls in progress are finished."""
         async with asyncio.TaskGroup() as group:
             for pause, push in (
                 (0.10, self._statistics), (0.20, self._thumbnail), (0.15, self._charge), (0.8, self._factor),
@@ -55,19 +61,19 @@ class DemoProducer:
                 group.create_task(self._repeat(pause, push))
 
     def stop(self) -> None:
-        """Push no more."""
+        """Stop pushing."""
         self._stop.set()
 
     async def burst(self, count: int) -> None:
-        """Enqueue many pictures in one call."""
-        with _ignore_outage(self._ledger):
+        """Enqueue many thumbnails in one call."""
+        with _count_outages(self._pushes):
             jobs = await task.app.aenqueue_many(task.thumbnail.s(number, 160) for number in range(count))
             for job in jobs:
-                self._ledger.note(job)
+                self._pushes.record(job)
 
     async def _repeat(self, pause: float, push: Callable[[int], Awaitable[None]]) -> None:
         for number in itertools.count(1):
-            with _ignore_outage(self._ledger):
+            with _count_outages(self._pushes):
                 await push(number)
             try:
                 await asyncio.wait_for(self._stop.wait(), pause * self._random.uniform(0.7, 1.3))
@@ -76,35 +82,34 @@ class DemoProducer:
             return
 
     async def _statistics(self, _: int) -> None:
-        self._ledger.note(await task.statistics.aenqueue(str(next(self._files))))
+        self._pushes.record(await task.statistics.aenqueue(str(next(self._files))))
 
     async def _thumbnail(self, number: int) -> None:
-        self._ledger.note(await task.thumbnail.aenqueue(number))
+        self._pushes.record(await task.thumbnail.aenqueue(number))
 
     async def _charge(self, number: int) -> None:
-        self._ledger.note(await task.charge.aenqueue(number, self._random.randrange(100, 20_000)))
+        self._pushes.record(await task.charge.aenqueue(number, self._random.randrange(100, 20_000)))
 
     async def _factor(self, number: int) -> None:
-        self._ledger.note(await task.factor.aenqueue(_HARD if number % 5 == 2 else _EASY))
+        self._pushes.record(await task.factor.aenqueue(_LARGE_FACTORS if number % 5 == 2 else _SMALL_FACTOR))
 
     async def _remind(self, number: int) -> None:
         due = datetime.now(UTC) + timedelta(seconds=1.5)
         customer = _CUSTOMERS[number % len(_CUSTOMERS)]
-        self._ledger.note(await task.remind.options(at=due).aenqueue(customer, due))
+        self._pushes.record(await task.remind.options(at=due).aenqueue(customer, due))
 
     async def _order(self, number: int) -> None:
         order = task.Order(number, self._random.choice(_CUSTOMERS), self._random.randrange(100, 20_000))
-        self._ledger.accepted[await task.orders.apush(order)] = MESSAGE
+        self._pushes.accepted[await task.orders.apush(order)] = MESSAGE
 
 
 class ForeignProducer(threading.Thread):
-    """Another program's producer: ``RPUSH`` of JSON by redis-py alone, on a thread of its own."""
+    """A producer of another program: a thread with ``RPUSH`` of JSON by redis-py alone."""
 
-    def __init__(self, url: str, name: str, ledger: AcknowledgedPushes) -> None:
-        """Take the server, the list's name and where to write what was acknowledged."""
-        super().__init__(name="conveyor-demo-stranger", daemon=True)
-        self._url, self._list, self._ledger = url, name, ledger
-        self._ended = threading.Event()
+    def __init__(self, url: str, name: str, pushes: AcknowledgedPushes) -> None:
+        super().__init__(name="conveyor-demo-foreign-producer", daemon=True)
+        self._url, self._list, self._pushes = url, name, pushes
+        self._stopped = threading.Event()
 
     def run(self) -> None:
         """Push until `stop`."""
@@ -115,20 +120,20 @@ class ForeignProducer(threading.Thread):
                 values = [20 + (number * step) % 7 / 10 for step in range(1, 9)]
                 try:
                     client.rpush(self._list, json.dumps({"id": number, "values": values}))
-                    self._ledger.accepted[task.reading_key(number)] = READING
+                    self._pushes.accepted[task.reading_key(number)] = READING
                 except RedisError:
-                    self._ledger.unanswered += 1
-                if self._ended.wait(0.25):
+                    self._pushes.unanswered += 1
+                if self._stopped.wait(0.25):
                     return
 
     def stop(self) -> None:
-        """Push no more, and wait for the last answer."""
-        self._ended.set()
+        """Stop pushing, and wait for the last reply."""
+        self._stopped.set()
         self.join(5)
 
 
 async def consume_orders() -> None:
-    """Take orders from their queue, as a program does that has no tasks; for ever."""
+    """Consume orders as a program without tasks does, until it is cancelled."""
     revenue: dict[str, int] = {}
     messages = task.orders.aconsume(prefetch=8)
     try:
@@ -143,23 +148,23 @@ async def consume_orders() -> None:
         await messages.aclose()
 
 
-class _ignore_outage:  # noqa: N801  reads as a statement
-    """What Redis did not confirm is not in the ledger; the producer goes on."""
+class _count_outages:  # noqa: N801  reads as a statement
+    """Counts a push that Redis did not confirm, so that the producer continues."""
 
-    def __init__(self, ledger: AcknowledgedPushes) -> None:
-        self._ledger = ledger
+    def __init__(self, pushes: AcknowledgedPushes) -> None:
+        self._pushes = pushes
 
     def __enter__(self) -> None:
         pass
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> bool:
         if isinstance(error, StoreUnavailable):
-            self._ledger.unanswered += 1
+            self._pushes.unanswered += 1
             return True
         return False
 
 
 def _files() -> Iterator[Path]:
     """Yield the source files of this package, again and again."""
-    found = sorted(Path(conveyor.__file__).parent.rglob("*.py")) + sorted(Path(conveyor.__file__).parent.rglob("*.lua"))
-    return itertools.cycle(found)
+    paths = sorted(Path(conveyor.__file__).parent.rglob("*.py")) + sorted(Path(conveyor.__file__).parent.rglob("*.lua"))
+    return itertools.cycle(paths)

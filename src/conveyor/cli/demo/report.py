@@ -1,10 +1,9 @@
 """
-The accounts: what was acknowledged, what became of it, and whether the two agree. Pure: no clock, no files, no Redis.
+The report of a demo: what was acknowledged, what became of it, and whether the two agree.
 
-Three witnesses who know nothing of each other: the producers (what was acknowledged), the queue (how each id stands
-now) and the journal (what ran). A job counts as done only if the queue says so and the journal saw it succeed.
-
-The closing words of the demo: the accounts as a person reads them.
+Pure: no clock, no files, no Redis. It compares three independent sources: the producers (which pushes were
+acknowledged), the queue (the present state of each id) and the journal (which runs took place). A job counts as done
+only if the queue says so and the journal saw it succeed.
 """
 
 from __future__ import annotations
@@ -16,15 +15,19 @@ from dataclasses import dataclass, field
 import click
 
 from conveyor.cli.demo.journal import JournalEntry
-from conveyor.cli.output import count
+from conveyor.cli.output import quantity
 from conveyor.units import span
 
-LEFT = frozenset({"ready", "scheduled", "leased", "waiting"})
+LEFT_STATES = frozenset({"ready", "scheduled", "leased", "waiting"})
 
 
 @dataclass(frozen=True, slots=True)
 class Kill:
-    """A worker process was killed at `at` (s since the epoch); its supervisor `returned` so many jobs, if it said so."""
+    """
+    A kill of worker process `pid` at `at` (s since the epoch).
+
+    `returned`: jobs that its supervisor returned to the queue; None: it reported none.
+    """
 
     pid: int
     at: float
@@ -33,7 +36,7 @@ class Kill:
 
 @dataclass
 class KeyHistory:
-    """What the journal saw of one key."""
+    """The runs of one key by the journal."""
 
     task: str
     starts: list[JournalEntry] = field(default_factory=list)
@@ -42,19 +45,19 @@ class KeyHistory:
 
     @property
     def succeeded(self) -> int:
-        """How often it ran to a good end."""
-        return sum(line.kind == "ok" for line in self.ends)
+        """The number of successful runs."""
+        return sum(entry.kind == "ok" for entry in self.ends)
 
     @property
     def open(self) -> JournalEntry | None:
-        """The run that began and has not ended, if any: the last such."""
-        ended = {(line.pid, line.attempt) for line in self.ends}
-        return next((line for line in reversed(self.starts) if (line.pid, line.attempt) not in ended), None)
+        """The last run that started and has not ended; None without one."""
+        ended = {(entry.pid, entry.attempt) for entry in self.ends}
+        return next((entry for entry in reversed(self.starts) if (entry.pid, entry.attempt) not in ended), None)
 
 
 @dataclass(frozen=True, slots=True)
 class TaskSummary:
-    """One task: durations in ms of the runs that ended."""
+    """The counts of one task. Durations in ms are those of runs that ended."""
 
     task: str
     accepted: int
@@ -68,7 +71,11 @@ class TaskSummary:
 
 @dataclass(frozen=True, slots=True)
 class KillSummary:
-    """What a killed process ran, and how long after the kill each of these began again, in ms."""
+    """
+    The jobs that a kill interrupted.
+
+    `again`: how many of them started again; `first_ms`, `last_ms`: ms from the kill to the first and the last start.
+    """
 
     pid: int
     at: float
@@ -81,7 +88,7 @@ class KillSummary:
 
 @dataclass(frozen=True, slots=True)
 class DemoReport:
-    """The counts, and what is wrong with them: `problems` is empty when they add up."""
+    """The counts of a demo. `problems` is empty when they add up."""
 
     accepted: int
     done: int
@@ -98,172 +105,177 @@ class DemoReport:
 
     @property
     def sound(self) -> bool:
-        """Whether everything that was acknowledged is accounted for."""
+        """Whether every acknowledged push is accounted for."""
         return not self.problems
 
 
-def trails(lines: Iterable[JournalEntry]) -> dict[str, KeyHistory]:
-    """Return what the journal saw, by key."""
-    found: dict[str, KeyHistory] = {}
-    for line in lines:
-        if line.kind == "up":
+def histories(entries: Iterable[JournalEntry]) -> dict[str, KeyHistory]:
+    """Return key → history by the journal."""
+    by_key: dict[str, KeyHistory] = {}
+    for entry in entries:
+        if entry.kind == "up":
             continue
-        trail = found.setdefault(line.key, KeyHistory(line.task))
-        if line.kind == "start":
-            trail.starts.append(line)
-        elif line.kind in {"ok", "fail"}:
-            trail.ends.append(line)
-        elif line.kind == "retry":
-            trail.retries += 1
-    return found
+        history = by_key.setdefault(entry.key, KeyHistory(entry.task))
+        if entry.kind == "start":
+            history.starts.append(entry)
+        elif entry.kind in {"ok", "fail"}:
+            history.ends.append(entry)
+        elif entry.kind == "retry":
+            history.retries += 1
+    return by_key
 
 
-def judge(
+def build_report(
     accepted: Mapping[str, str],
     states: Mapping[str, str | None],
-    seen: Mapping[str, KeyHistory],
+    journaled: Mapping[str, KeyHistory],
     kills: Iterable[Kill] = (),
 ) -> DemoReport:
     """
-    Return the accounts of *accepted* (key → task) by *states* (key → how the queue says it stands; None: unknown to it).
+    Return the report on *accepted* (key → task).
 
-    `lost` is what was acknowledged and neither stands anywhere nor is proven to have run to its end.
+    *states*: key → state by the queue, None: the queue does not know it. `lost` counts acknowledged keys that are
+    neither kept anywhere nor proven to have run to their end.
     """
-    fates = {key: _fate(states.get(key), seen.get(key)) for key in accepted}
-    counts = {fate: sum(found == fate for found in fates.values()) for fate in ("done", "dead", "cancelled", "left")}
-    lost = [key for key, fate in fates.items() if fate == "lost"]
-    cut = [_killed(kill, seen) for kill in kills]
+    outcomes = {key: _outcome(states.get(key), journaled.get(key)) for key in accepted}
+    counts = {
+        outcome: sum(one == outcome for one in outcomes.values()) for outcome in ("done", "dead", "cancelled", "left")
+    }
+    lost = [key for key, outcome in outcomes.items() if outcome == "lost"]
+    kill_summaries = [_kill_summary(kill, journaled) for kill in kills]
     problems = [f"{len(lost)} lost: {', '.join(lost[:5])}{' …' if len(lost) > 5 else ''}"] if lost else []
     if sum(counts.values()) + len(lost) != len(accepted):
         problems.append(f"{len(accepted)} accepted, but the parts are {counts} and {len(lost)} lost")
     problems += [
-        f"{key} was cut off by the kill of {kill.pid} and is said to be done, but did not run again"
-        for kill in kills for key, trail in _interrupted(kill, seen)
-        if fates.get(key) == "done" and not _again(kill, trail)
+        f"{key} was interrupted by the kill of {kill.pid} and is reported as done, but did not run again"
+        for kill in kills for key, history in _interrupted(kill, journaled)
+        if outcomes.get(key) == "done" and not _later_starts(kill, history)
     ]  # fmt: skip
     return DemoReport(
         accepted=len(accepted),
         **counts,
         lost=len(lost),
-        runs=sum(len(trail.starts) for trail in seen.values()),
-        retries=sum(trail.retries for trail in seen.values()),
-        done_twice=sum(trail.succeeded > 1 for trail in seen.values()),
-        tasks=[_task(name, accepted, fates, seen) for name in sorted(set(accepted.values()))],
-        kills=cut,
+        runs=sum(len(history.starts) for history in journaled.values()),
+        retries=sum(history.retries for history in journaled.values()),
+        done_twice=sum(history.succeeded > 1 for history in journaled.values()),
+        tasks=[_task_summary(name, accepted, outcomes, journaled) for name in sorted(set(accepted.values()))],
+        kills=kill_summaries,
         problems=problems,
     )
 
 
-def _fate(state: str | None, trail: KeyHistory | None) -> str:
-    if state in LEFT:
+def _outcome(state: str | None, history: KeyHistory | None) -> str:
+    if state in LEFT_STATES:
         return "left"
     if state == "done":
-        return "done" if trail is not None and trail.succeeded else "lost"
+        return "done" if history is not None and history.succeeded else "lost"
     return state if state in {"dead", "cancelled"} else "lost"
 
 
-def _task(
-    name: str, accepted: Mapping[str, str], fates: Mapping[str, str], seen: Mapping[str, KeyHistory]
+def _task_summary(
+    name: str, accepted: Mapping[str, str], outcomes: Mapping[str, str], journaled: Mapping[str, KeyHistory]
 ) -> TaskSummary:
     keys = [key for key, task in accepted.items() if task == name]
-    found = [seen[key] for key in keys if key in seen]
-    took = sorted(1000 * line.seconds for trail in found for line in trail.ends)
+    own_histories = [journaled[key] for key in keys if key in journaled]
+    took = sorted(1000 * entry.seconds for history in own_histories for entry in history.ends)
     return TaskSummary(
         task=name,
         accepted=len(keys),
-        done=sum(fates[key] == "done" for key in keys),
-        dead=sum(fates[key] == "dead" for key in keys),
-        runs=sum(len(trail.starts) for trail in found),
-        retries=sum(trail.retries for trail in found),
+        done=sum(outcomes[key] == "done" for key in keys),
+        dead=sum(outcomes[key] == "dead" for key in keys),
+        runs=sum(len(history.starts) for history in own_histories),
+        retries=sum(history.retries for history in own_histories),
         median_ms=quantile(took, 0.5),
         p95_ms=quantile(took, 0.95),
     )
 
 
-def _killed(kill: Kill, seen: Mapping[str, KeyHistory]) -> KillSummary:
-    interrupted = _interrupted(kill, seen)
-    waits = sorted(1000 * (line.at - kill.at) for _, trail in interrupted for line in _again(kill, trail)[:1])
+def _kill_summary(kill: Kill, journaled: Mapping[str, KeyHistory]) -> KillSummary:
+    interrupted = _interrupted(kill, journaled)
+    waits = sorted(
+        1000 * (entry.at - kill.at) for _, history in interrupted for entry in _later_starts(kill, history)[:1]
+    )
     return KillSummary(
         kill.pid, kill.at, kill.returned, len(interrupted), len(waits), waits[0] if waits else None,
         waits[-1] if waits else None,
     )  # fmt: skip
 
 
-def _interrupted(kill: Kill, seen: Mapping[str, KeyHistory]) -> list[tuple[str, KeyHistory]]:
-    """Return what the killed process had begun and not ended."""
-    found = []
-    for key, trail in seen.items():
-        ended = {line.attempt for line in trail.ends if line.pid == kill.pid}
-        if any(line.pid == kill.pid and line.attempt not in ended for line in trail.starts):
-            found.append((key, trail))
-    return found
+def _interrupted(kill: Kill, journaled: Mapping[str, KeyHistory]) -> list[tuple[str, KeyHistory]]:
+    """Return the histories with a run that the kill interrupted."""
+    interrupted = []
+    for key, history in journaled.items():
+        ended = {entry.attempt for entry in history.ends if entry.pid == kill.pid}
+        if any(entry.pid == kill.pid and entry.attempt not in ended for entry in history.starts):
+            interrupted.append((key, history))
+    return interrupted
 
 
-def _again(kill: Kill, trail: KeyHistory) -> list[JournalEntry]:
-    return [line for line in trail.starts if line.at >= kill.at and line.pid != kill.pid]
+def _later_starts(kill: Kill, history: KeyHistory) -> list[JournalEntry]:
+    return [entry for entry in history.starts if entry.at >= kill.at and entry.pid != kill.pid]
 
 
 def quantile(ordered: list[float], part: float) -> float:
-    """Return the value below which *part* of the sorted values lie; 0 of none."""
+    """Return the value below which *part* of the sorted values lie; 0 without any."""
     return ordered[min(len(ordered) - 1, int(part * len(ordered)))] if ordered else 0.0
 
 
-_HEADINGS = f"{'TASK':<18}{'ACCEPTED':>9}{'DONE':>7}{'DEAD':>6}{'RUNS':>7}{'RETRIES':>9}{'MEDIAN':>10}{'P95':>10}"
+_TASK_HEADINGS = f"{'TASK':<18}{'ACCEPTED':>9}{'DONE':>7}{'DEAD':>6}{'RUNS':>7}{'RETRIES':>9}{'MEDIAN':>10}{'P95':>10}"
 
 
-def summary(account: DemoReport) -> list[str]:
-    """Return the accounts, a line each."""
+def summary_lines(report: DemoReport) -> list[str]:
+    """Return the report as lines of text."""
     parts = [
-        ("done", account.done, "the queue says so, and the task itself wrote it down"),
-        ("dead", account.dead, "kept as dead letters, with their errors"),
-        ("cancelled", account.cancelled, ""),
-        ("left", account.left, "still in the queue when time was up" if account.left else ""),
-        ("lost", account.lost, "every acknowledged id was looked up"),
+        ("done", report.done, "confirmed by the queue and by the tasks' own journal"),
+        ("dead", report.dead, "kept as dead letters, with their errors"),
+        ("cancelled", report.cancelled, ""),
+        ("left", report.left, "still queued at the end" if report.left else ""),
+        ("lost", report.lost, "every acknowledged id was looked up"),
     ]
     lines = [
         "",
-        f"{click.style('accepted', bold=True):<10} {account.accepted:>8,}",
+        f"{click.style('accepted'.ljust(12), bold=True)}{report.accepted:>7,}",
         *(f"  {name:<10}{number:>7,}" + (f"  {click.style(why, dim=True)}" if why else "") for name, number, why in parts),
         "",
-        *(line for kill in account.kills for line in _kill(kill)),
-        *_runs(account),
+        *(line for kill in report.kills for line in _kill_lines(kill)),
+        *_run_lines(report),
         "",
-        click.style(_HEADINGS, dim=True),
+        click.style(_TASK_HEADINGS, dim=True),
         *(
             f"{one.task:<18}{one.accepted:>9,}{one.done:>7,}{one.dead:>6,}{one.runs:>7,}{one.retries:>9,}"
             f"{_ms(one.median_ms):>10}{_ms(one.p95_ms):>10}"
-            for one in account.tasks
+            for one in report.tasks
         ),
         "",
     ]  # fmt: skip
-    if account.sound:
+    if report.sound:
         sums = " + ".join(f"{number:,} {name}" for name, number, _ in parts[:4] if number or name == "done")
         lines.append(
             click.style("✓ The counts add up: ", fg="green")
-            + f"{account.accepted:,} accepted = {sums}. Nothing was lost."
+            + f"{report.accepted:,} accepted = {sums}. Nothing was lost."
         )
     else:
-        lines += [click.style("✗ Something is wrong: ", fg="red") + problem for problem in account.problems]
+        lines += [click.style("✗ Something is wrong: ", fg="red") + problem for problem in report.problems]
     return lines
 
 
-def _kill(kill: KillSummary) -> list[str]:
+def _kill_lines(kill: KillSummary) -> list[str]:
     at = time.strftime("%H:%M:%S", time.localtime(kill.at))
-    returned = "" if kill.returned is None else f", and {count(kill.returned, 'job')} went back"
-    line = f"Worker {kill.pid} was killed at {at} while it ran {count(kill.interrupted, 'job')}{returned}."
+    returned = "" if kill.returned is None else f"; {quantity(kill.returned, 'job')} returned to the queue"
+    line = f"Worker {kill.pid} was killed at {at} while it ran {quantity(kill.interrupted, 'job')}{returned}."
     if kill.first_ms is None or kill.last_ms is None:
         return [line]
     first, last = span(kill.first_ms / 1000), span(kill.last_ms / 1000)
-    return [line, f"  {kill.again} of the {kill.interrupted} began again, the first {first} and the last {last} later."]
+    return [line, f"  {kill.again} of the {kill.interrupted} started again, {first} to {last} after the kill."]
 
 
-def _runs(account: DemoReport) -> list[str]:
-    again = sum(kill.again for kill in account.kills)
-    killed = f", {again:,} after the kill" if account.kills else ""
+def _run_lines(report: DemoReport) -> list[str]:
+    again = sum(kill.again for kill in report.kills)
+    killed = f", {again:,} after the kill" if report.kills else ""
     twice = "No job succeeded twice."
-    if account.done_twice:
-        twice = f"{account.done_twice:,} succeeded twice: cut off between the work and saying so."
-    return [f"{count(account.runs, 'run')}: {account.retries:,} again after a failure{killed}.", twice]
+    if report.done_twice:
+        twice = f"{report.done_twice:,} succeeded twice: the worker was killed between the work and its report."
+    return [f"{quantity(report.runs, 'run')}: {report.retries:,} repeated after a failure{killed}.", twice]
 
 
 def _ms(ms: float) -> str:

@@ -1,24 +1,24 @@
-"""The awaitable consumer of a queue in several partitions: an identity at each, and one wait for all."""
+"""The awaitable consumer: an identity at each partition of a queue, and one wait for all."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Sequence
-from random import randrange
+from collections.abc import AsyncGenerator, Callable, Sequence
+from functools import partial
 from typing import Any, Generic, TypeVar
 
 from conveyor.errors import ConveyorError, StoreUnavailable
-from conveyor.messaging.consumer.blocking import PartitionSource
-from conveyor.messaging.consumer.partition_steps import PartitionRoundRobin, PartitionTurnStep, PartitionWaitStep, Steps
-from conveyor.messaging.consumer.pulses import Pulses, by_place
-from conveyor.messaging.consumer.settling import AsyncSettler, arun_once
-from conveyor.messaging.consumer.steps import ConsumerSteps, aquietly
-from conveyor.messaging.leases import LeaseSession
-from conveyor.messaging.message import Batch, Ending, Message, OnError
+from conveyor.messaging.consumer.list_mover import AsyncListMover
+from conveyor.messaging.consumer.renewal import LeaseRenewer, by_endpoint
+from conveyor.messaging.consumer.settling import OutageLog, PartitionSource, SettlerState, log_not_left, programs
+from conveyor.messaging.consumer.steps import Program, TurnStep, WaitStep
+from conveyor.messaging.leases import LeasedMessage, LeaseSession
+from conveyor.messaging.message import Batch, Ending, Message, OnError, lost
 from conveyor.messaging.partitions import Partitions
 from conveyor.messaging.settlement import SettlementPolicy
-from conveyor.store.client.client import Client
+from conveyor.store.client.client import Client, refuse_in_loop
+from conveyor.store.client.programs import AsyncRun, adrive, arun_once
 from conveyor.store.partitions import PartitionCountMismatch
 from conveyor.store.script import Call
 from conveyor.store.transport.wakeup import AsyncWakeupWaiter
@@ -28,255 +28,338 @@ V = TypeVar("V")
 logger = logging.getLogger("conveyor.queue")
 
 
-class AsyncPartitionSettler(AsyncSettler):
-    """Who holds the messages of one partition."""
+class AsyncSettler(SettlerState):
+    """Settles by awaitable calls on one event loop. The blocking forms work from other threads."""
 
     def __init__(
-        self, spread: AsyncPartitionedConsumer[Any], lessee: LeaseSession, verdict: SettlementPolicy, on_error: OnError
+        self, client: Client, session: LeaseSession, policy: SettlementPolicy, on_error: OnError, run: AsyncRun
     ) -> None:
-        """Take the consumer it belongs to, the books, and the judge."""
-        super().__init__(spread.client, lessee, verdict, on_error, run=spread.run)
-        self._spread = spread
+        super().__init__(client, session, policy, on_error)
+        self._run = run
+        self._lock = asyncio.Lock()  # one turn of an identity in flight
+        self._loop = asyncio.get_running_loop()
         self._flushing: asyncio.Task[None] | None = None
 
     async def asettle(self, endings: Sequence[Ending]) -> None:
         """Settle, and return when Redis confirmed it. Raises LeaseLost, StoreUnavailable."""
-        await super().asettle(endings)
-        self._spread.freed.set()
+        self.session.settle_all(endings)
+        await self.aturn()
+        self.report_refused(endings)
 
     async def asettle_soon(self, endings: Sequence[Ending]) -> None:
-        """Settle with the next turn, when the loop's body comes to it without waiting for anything else, or at once."""
-        self.enter(endings)
-        self._spread.freed.set()
-        self._loop.call_soon(self.begin_flush)
+        """Settle with the next turn if one follows at once. Here none does."""
+        await self.asettle(endings)
+
+    async def aextend(self, leased: LeasedMessage, ms: int) -> AsyncSettler:
+        """Move one message to an identity of its own."""
+        async with self._lock:
+            own = await adrive(self.session.split(leased, ms), self._run)
+        if own is None:
+            raise lost(self.session.keys.queue, [leased])
+        return AsyncSettler(self.client, own, self.policy, self.on_error, partial(arun_once, self.client))
+
+    def settle(self, endings: Sequence[Ending]) -> None:
+        """Blocking form of `asettle`, for another thread."""
+        refuse_in_loop()
+        asyncio.run_coroutine_threadsafe(self.asettle(endings), self._loop).result()
+
+    def settle_soon(self, endings: Sequence[Ending]) -> None:
+        """Blocking form of `asettle_soon`, for another thread."""
+        refuse_in_loop()
+        asyncio.run_coroutine_threadsafe(self.asettle_soon(endings), self._loop).result()
+
+    def extend(self, leased: LeasedMessage, ms: int) -> AsyncSettler:
+        """Blocking form of `aextend`, for another thread."""
+        refuse_in_loop()
+        return asyncio.run_coroutine_threadsafe(self.aextend(leased, ms), self._loop).result()
+
+    async def aturn(self, want: int = 0, *, leave: bool = False) -> None:
+        """Make one turn and the calls that its reply asks for."""
+        async with self._lock:
+            if self._has_left:
+                return
+            await adrive(self.session.turn(want, leave=leave), self._run)
+            self._has_left = leave and not self.session.transient
+        if self.session.bodies is not None:
+            await self.session.bodies.fetch(self.session.waiting)
 
     def begin_flush(self) -> None:
         """Report what is pending, unless that is under way."""
-        if self.lessee.pending and self._flushing is None:
+        if self.session.pending and self._flushing is None:
             self._flushing = self._loop.create_task(self._flush())
 
     def flush(self) -> bool:
-        """Return False: what a thread may do to renew is a beat and no more."""
+        """Return False: turns belong to the loop, so the renewing thread makes none."""
         return False
+
+    async def aflush(self) -> None:
+        """Make a turn that leases nothing."""
+        await self.aturn()
+        self.report_refused()
 
     async def _flush(self) -> None:
         try:
-            while self.lessee.pending:
-                await self.turn()
+            while self.session.pending:
+                await self.aflush()
         except ConveyorError as error:
-            logger.debug("Queue %s: an end leaves with a later turn: %s", self.lessee.keys.queue, error)
+            logger.debug("Queue %s: an end leaves with a later turn: %s", self.session.keys.queue, error)
         finally:
             self._flushing = None
 
-    async def turn(self) -> None:
-        """Make a turn that leases nothing."""
-        await self.around()
-        self.note()
+
+class AsyncPartitionSettler(AsyncSettler):
+    """Settles the messages of one partition with the turns that its consumer makes anyway."""
+
+    def __init__(
+        self, consumer: AsyncConsumer[Any], source: PartitionSource[Any], on_error: OnError, run: AsyncRun
+    ) -> None:
+        super().__init__(consumer.client, source.session, source.policy, on_error, run)
+        self._consumer = consumer
+
+    async def asettle(self, endings: Sequence[Ending]) -> None:
+        """Settle, and return when Redis confirmed it. Raises LeaseLost, StoreUnavailable."""
+        await super().asettle(endings)
+        self._consumer.settled.set()
+
+    async def asettle_soon(self, endings: Sequence[Ending]) -> None:
+        """Settle with the next turn if the loop's body comes to it without waiting, else at once."""
+        self.session.settle_all(endings)
+        self._consumer.settled.set()
+        self._loop.call_soon(self.begin_flush)
 
 
-class AsyncPartitionedConsumer(Generic[T]):
-    """Hands out the messages of all partitions, one or several at a time. Belongs to the loop it was made on."""
+async def arun_partitioned(partitions: Partitions, call: Call[Any]) -> Any:
+    """Awaitable form of `run_partitioned`."""
+    try:
+        return await arun_once(partitions.client, call)
+    except PartitionCountMismatch:
+        await partitions.aclaim()
+        return await arun_once(partitions.client, call)
+
+
+class AsyncConsumer(Generic[T]):
+    """
+    Hands out the messages of a queue, one or several at a time. Belongs to the event loop it was made on.
+
+    `sources` are the queue's partitions, one for a queue in one piece, which has no `partitions`. A *transient* one
+    serves a single `pull`. Connects when the first message is asked for.
+    """
 
     def __init__(
         self,
-        partitions: Partitions,
+        client: Client,
         sources: Sequence[PartitionSource[T]],
         on_error: OnError,
         *,
+        partitions: Partitions | None = None,
         transient: bool = False,
     ) -> None:
-        """Connects when the first message is asked for."""
-        self.client: Client = partitions.client
+        self.client = client
         self._partitions = partitions
-        self.freed = asyncio.Event()
-        self.holders: list[AsyncPartitionSettler] = []
-        flows: list[ConsumerSteps[Message[T]]] = []
-        for source in sources:
-            holder, flow = self._stand(source, on_error, transient=transient)
-            self.holders.append(holder)
-            flows.append(flow)
-        self._rota = PartitionRoundRobin(flows, randrange(len(flows)))  # noqa: S311
-        self._tower = AsyncWakeupWaiters(self)
-        self._pulses: Pulses | None = None
-        self._upkeep: asyncio.Task[None] | None = None
-        self.idle = False
-        self._failures = 0
-
-    def _stand(
-        self, source: PartitionSource[T], on_error: OnError, *, transient: bool
-    ) -> tuple[AsyncPartitionSettler, ConsumerSteps[Message[T]]]:
-        lessee, verdict = source._lessee("pull" if transient else "consumer", transient=transient), source._verdict()  # noqa: SLF001
-        holder = AsyncPartitionSettler(self, lessee, verdict, on_error)
-        return holder, ConsumerSteps(lessee, verdict, lambda leased: source._open(leased, holder))  # noqa: SLF001
+        self._only_session = sources[0].session if len(sources) == 1 else None
+        run = partial(arun_once, client) if partitions is None else partial(arun_partitioned, partitions)
+        # No turn follows a pull by itself, so its messages are settled at once; they outlive this consumer.
+        self.settlers = [
+            AsyncSettler(client, source.session, source.policy, on_error, run)
+            if transient
+            else AsyncPartitionSettler(self, source, on_error, run)
+            for source in sources
+        ]
+        self._programs = programs([one.steps(settler) for one, settler in zip(sources, self.settlers, strict=True)])
+        self._waiters: AsyncWakeupWaiters | None = None
+        self._renewer: LeaseRenewer | None = None
+        self._renewal: asyncio.Task[None] | None = None
+        self._mover: AsyncListMover | None = None
+        self.is_idle = False
+        self.settled = asyncio.Event()
+        self._outage = OutageLog(client)
 
     # -- what the queue hands out -----------------------------------------------------------------------------------
 
     async def messages(self, prefetch: int) -> AsyncGenerator[Message[T], None]:
-        """Yield messages for ever, each as soon as there is one."""
+        """Yield messages without end, each as soon as there is one."""
         await self._begin()
         try:
             while True:
-                yield await aquietly(self._follow, self._rota.fetch(prefetch))
+                try:
+                    message = await self._follow(self._programs.fetch(prefetch))
+                except asyncio.CancelledError as stop:
+                    raise stop.with_traceback(None) from None  # how ctrl-C ends a loop: no need to show where it waited
+                yield message
         finally:
             await self._end()
 
     async def batches(self, size: int, within: float) -> AsyncGenerator[Batch[T], None]:
-        """Yield batches for ever."""
+        """Yield batches without end: of *size*, or what came *within* seconds after the first."""
         await self._begin()
         try:
             while True:
-                yield Batch(await aquietly(self._follow, self._rota.gather(size, within)))
+                try:
+                    batch = Batch(await self._follow(self._programs.gather(size, within)))
+                except asyncio.CancelledError as stop:
+                    raise stop.with_traceback(None) from None
+                yield batch
         finally:
             await self._end()
 
     async def pull(self, count: int, wait: float) -> list[Message[T]]:
         """Return up to *count* messages as soon as there is one, or none after *wait* seconds."""
-        await self._partitions.aagree()
+        if self._partitions is not None:
+            await self._partitions.aagree()
         try:
-            return await self._follow(self._rota.pull(count, wait), patient=False)
+            return await self._follow(self._programs.pull(count, wait), patient=False)
         finally:
-            self._tower.close()
-
-    async def run(self, call: Call[Any]) -> Any:
-        """Carry out a step; after Redis was emptied the number of partitions is agreed on anew."""
-        try:
-            return await arun_once(self.client, call)
-        except PartitionCountMismatch:
-            await self._partitions.aclaim()
-            return await arun_once(self.client, call)
+            self._close_waiters()
 
     # -- driving ------------------------------------------------------------------------------------------------------
 
     async def _begin(self) -> None:
-        await self._partitions.aagree()
-        self._pulses = Pulses(self.client, self.holders, slack=1.6)
-        self._upkeep = asyncio.get_running_loop().create_task(self._renew())
+        if self._partitions is not None:
+            await self._partitions.aagree()
+        self._renewer = LeaseRenewer(self.client, self.settlers, slack=1.6)
+        if self._only_session is not None and self._only_session.keys.foreign is not None:
+            self._mover = AsyncListMover(self.client, self._only_session.keys)
+        self._renewal = asyncio.get_running_loop().create_task(self._renew())
 
     async def _end(self) -> None:
-        if self._pulses is not None:
-            self._pulses.stop()
-        if self._upkeep is not None:
-            self._upkeep.cancel()
-        self._tower.close()
-        for step in self._rota.leave():
-            if isinstance(step, PartitionTurnStep):
-                holder = self.holders[step.at]
-                try:
-                    await holder.around(step.want, leave=step.leave)
-                    holder.note()
-                except ConveyorError as error:
-                    name = holder.lessee.keys.queue
-                    if holder.lessee.registered:
-                        logger.warning("Queue %s: what was leased returns when the lease ends: %s", name, error)
+        if self._renewer is not None:
+            self._renewer.stop()
+        if self._renewal is not None:
+            self._renewal.cancel()
+        if self._mover is not None:
+            self._mover.stop()
+        self._close_waiters()
+        for step in self._programs.leave():
+            if isinstance(step, TurnStep):
+                await self._leave(step)
 
-    async def _follow(self, program: Steps[V], *, patient: bool = True) -> V:
+    async def _leave(self, step: TurnStep) -> None:
+        settler = self.settlers[step.at]
+        try:
+            await settler.aturn(step.want, leave=step.leave)
+            settler.report_refused()
+        except ConveyorError as error:
+            log_not_left(settler.session, error)
+
+    async def _follow(self, program: Program[V], *, patient: bool = True) -> V:
         try:
             while True:
                 step = next(program)
-                for at in self._tower.heard():
-                    self._rota.rung(at)
-                if isinstance(step, PartitionWaitStep):
-                    await self._idle(step)
+                if self._waiters is not None:
+                    for at in self._waiters.heard():
+                        self._programs.woken(at)
+                if isinstance(step, WaitStep):
+                    await self._wait(step)
                 elif patient:
-                    await self._visit(step)
+                    await self._turn(step)
                 else:
-                    await self.holders[step.at].around(step.want, leave=step.leave)
-                    self.holders[step.at].note()
+                    await self.settlers[step.at].aturn(step.want, leave=step.leave)
+                    self.settlers[step.at].report_refused()
         except StopIteration as stop:
             return stop.value  # type: ignore[no-any-return]
 
-    async def _visit(self, step: PartitionTurnStep) -> None:
-        holder = self.holders[step.at]
+    async def _turn(self, step: TurnStep) -> None:
+        settler = self.settlers[step.at]
+        session = settler.session
         while True:
             try:
-                await holder.around(step.want, leave=step.leave)
+                await settler.aturn(step.want, leave=step.leave)
             except StoreUnavailable as error:
-                self._failures += 1
-                if self._failures == 1:
-                    logger.warning("Queue %s: waiting for Redis. %s", holder.lessee.keys.queue, error)
-                await asyncio.sleep(min(1.0, 0.05 * self._failures))
+                await asyncio.sleep(self._outage.failed(session, error))
                 if not step.must:
                     return
                 continue
-            if self._failures:
-                self._failures = 0
-                logger.warning("Queue %s: Redis answers again.", holder.lessee.keys.queue)
-            holder.note()
+            if self._outage.failures:
+                self._outage.answered(session)
+            if session.refused or session.reaped or session.missing:
+                settler.report_refused()
             return
 
-    async def _idle(self, step: PartitionWaitStep) -> None:
-        self.idle = True
-        if self._pulses is not None:
-            self._pulses.idle = True
+    async def _wait(self, step: WaitStep) -> None:
+        self._set_idle(True)
         try:
-            for holder in self.holders:
-                holder.begin_flush()  # settled meanwhile by another task
+            for settler in self.settlers:
+                if settler.session.pending:  # settled meanwhile by another task
+                    if self._only_session is not None:
+                        return  # the turn that follows takes it along
+                    settler.begin_flush()
             if step.full:
-                self.freed.clear()
+                self.settled.clear()
                 try:
-                    await asyncio.wait_for(self.freed.wait(), step.seconds)
+                    await asyncio.wait_for(self.settled.wait(), step.seconds)
                 except TimeoutError:
                     pass
                 return
-            for at in await self._tower.wait(step.seconds):
-                self._rota.rung(at)
+            seconds = step.seconds if self._mover is None else self._mover.begin(step.seconds)
+            self._waiters = self._waiters or AsyncWakeupWaiters(self)
+            for at in await self._waiters.wait(seconds):
+                self._programs.woken(at)
         finally:
-            self.idle = False
-            if self._pulses is not None:
-                self._pulses.idle = False
+            if self._mover is not None:
+                self._mover.end()
+            self._set_idle(False)
+
+    def _close_waiters(self) -> None:
+        waiters, self._waiters = self._waiters, None
+        if waiters is not None:
+            waiters.close()
+
+    def _set_idle(self, idle: bool) -> None:
+        self.is_idle = idle
+        if self._renewer is not None:
+            self._renewer.idle = idle
 
     async def _renew(self) -> None:
-        """Make turns a few times a lease while the body runs; the threads stand in when the loop is blocked."""
-        lease = min(holder.lessee.lease_ms for holder in self.holders) / 1000
+        """Make turns a few times a lease while the body runs. The threads cover a blocked loop."""
+        lease = min(settler.session.lease_ms for settler in self.settlers) / 1000
         while True:
             await asyncio.sleep(lease / 8)
-            for holder in self.holders:
-                lessee = holder.lessee
-                if self.idle or not lessee.registered or lessee.clock() - lessee.renewed < lease / 4:
+            for settler in self.settlers:
+                session = settler.session
+                if self.is_idle or not session.registered or session.clock() - session.renewed < lease / 4:
                     continue
                 try:
-                    await holder.turn()
+                    await settler.aflush()
                 except ConveyorError as error:
-                    logger.debug("Queue %s: not renewed: %s", lessee.keys.queue, error)
+                    logger.debug("Queue %s: not renewed: %s", session.keys.queue, error)
 
 
 class AsyncWakeupWaiters:
     """
-    Waits for a token at any partition: one blocked connection for each place they lie at.
+    Waits for a token at any partition: one blocked connection for each endpoint they lie at.
 
-    Of several places each has a task; one that hears a token while the consumer is busy makes a turn without taking
-    anything, which calls the next idle consumer.
+    Of several endpoints each has a task; one that hears a token while the consumer is busy makes a turn without taking
+    anything, which wakes the next idle consumer.
     """
 
-    def __init__(self, spread: AsyncPartitionedConsumer[Any]) -> None:
-        """Connects when something is first waited for."""
-        self._spread = spread
-        self._bells: list[_AsyncEndpointWaiter] | None = None
+    def __init__(self, consumer: AsyncConsumer[Any]) -> None:
+        self._consumer = consumer
+        self._waiters: list[_AsyncEndpointWaiter] | None = None
         self._heard: list[int] = []
-        self._ring = asyncio.Event()
+        self._has_heard = asyncio.Event()
 
     async def wait(self, seconds: float) -> list[int]:
         """Wait up to *seconds*; return the partitions whose tokens were taken."""
-        if self._bells is None:
-            holders = list(enumerate(self._spread.holders))
-            groups = by_place(self._spread.client, holders, lambda one: one[1].lessee.keys)
-            self._bells = [_AsyncEndpointWaiter(self._spread, dict(group), self.hear) for group in groups]
-        if len(self._bells) == 1:
-            at = await self._bells[0].wait(seconds)
+        if self._waiters is None:
+            settlers = list(enumerate(self._consumer.settlers))
+            groups = by_endpoint(self._consumer.client, settlers, lambda one: one[1].session.keys)
+            self._waiters = [_AsyncEndpointWaiter(self._consumer, dict(group), self.hear) for group in groups]
+        if len(self._waiters) == 1:
+            at = await self._waiters[0].wait(seconds)
             return [] if at is None else [at]
-        self._ring.clear()
-        for bell in self._bells:
-            bell.begin(seconds)
+        self._has_heard.clear()
+        for waiter in self._waiters:
+            waiter.begin(seconds)
         try:
-            await asyncio.wait_for(self._ring.wait(), seconds)
+            await asyncio.wait_for(self._has_heard.wait(), seconds)
         except TimeoutError:
             pass
         return self.heard()
 
     def hear(self, at: int) -> None:
-        """Take note of a token."""
+        """Take note of a token of partition *at*."""
         self._heard.append(at)
-        self._ring.set()
+        self._has_heard.set()
 
     def heard(self) -> list[int]:
         """Return the partitions whose tokens were taken meanwhile."""
@@ -285,26 +368,30 @@ class AsyncWakeupWaiters:
 
     def close(self) -> None:
         """Wait no longer."""
-        for bell in self._bells or ():
-            bell.close()
-        self._bells = None
+        for waiter in self._waiters or ():
+            waiter.close()
+        self._waiters = None
 
 
 class _AsyncEndpointWaiter:
-    """One place of a tower."""
+    """Waits at one endpoint, by a call or in a task; *settlers* are those of the partitions there."""
 
     def __init__(
-        self, spread: AsyncPartitionedConsumer[Any], holders: dict[int, AsyncPartitionSettler], hear: Any
+        self,
+        consumer: AsyncConsumer[Any],
+        settlers: dict[int, AsyncSettler],
+        hear: Callable[[int], None],
     ) -> None:
-        self._spread, self._holders, self._hear = spread, holders, hear
-        self._names = {holder.lessee.keys.wake: at for at, holder in holders.items()}
-        first = next(iter(holders.values()))
-        self._bell = AsyncWakeupWaiter(spread.client.endpoint(first.lessee.keys))
+        self._consumer, self._settlers, self._hear = consumer, settlers, hear
+        self._partition_of = {settler.session.keys.wake: at for at, settler in settlers.items()}
+        first = next(iter(settlers.values()))
+        self._waiter = AsyncWakeupWaiter(consumer.client.endpoint(first.session.keys))
         self._task: asyncio.Task[None] | None = None
 
     async def wait(self, seconds: float) -> int | None:
-        key = await self._bell.wait_any(list(self._names), seconds)
-        return None if key is None else self._names[key]
+        """Wait here and now; return the partition whose token was taken, None when none came."""
+        key = await self._waiter.wait_any(list(self._partition_of), seconds)
+        return None if key is None else self._partition_of[key]
 
     def begin(self, seconds: float) -> None:
         """Wait in the background, unless that is so already."""
@@ -317,13 +404,13 @@ class _AsyncEndpointWaiter:
             if at is None:
                 return
             self._hear(at)
-            if not self._spread.idle:
-                await self._holders[at].turn()
+            if not self._consumer.is_idle:
+                await self._settlers[at].aflush()
         except ConveyorError as error:
-            logger.warning("Waiting for work was refused: %s", error)
+            logger.warning("Waiting for messages was refused: %s", error)
             await asyncio.sleep(min(1.0, seconds))
 
     def close(self) -> None:
         if self._task is not None:
             self._task.cancel()
-        self._bell.close()
+        self._waiter.close()

@@ -1,27 +1,30 @@
-"""The blocking consumer of a queue in several partitions: an identity at each, and one wait for all."""
+"""The blocking consumer: an identity at each partition of a queue, and one wait for all."""
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import threading
 import time
 from collections.abc import Generator, Sequence
+from functools import partial
 from queue import Empty, SimpleQueue
-from random import randrange
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, TypeVar
 
 from conveyor.errors import ConveyorError, StoreUnavailable
-from conveyor.messaging.consumer.partition_steps import PartitionRoundRobin, PartitionTurnStep, PartitionWaitStep, Steps
-from conveyor.messaging.consumer.pulses import Pulses, by_place
-from conveyor.messaging.consumer.settling import BlockingSettler, run_once
-from conveyor.messaging.consumer.steps import ConsumerSteps, quietly
+from conveyor.messaging.consumer.list_mover import ListMover
+from conveyor.messaging.consumer.renewal import LeaseRenewer, by_endpoint
+from conveyor.messaging.consumer.settling import OutageLog, PartitionSource, SettlerState, log_not_left, programs
+from conveyor.messaging.consumer.steps import Program, TurnStep, WaitStep
 from conveyor.messaging.leases import LeasedMessage, LeaseSession
-from conveyor.messaging.message import Batch, Ending, Message, OnError
+from conveyor.messaging.message import Batch, Ending, Message, OnError, lost
 from conveyor.messaging.partitions import Partitions
 from conveyor.messaging.settlement import SettlementPolicy
-from conveyor.store.client.client import Client
+from conveyor.store.client.client import Client, refuse_in_loop
+from conveyor.store.client.programs import Run, drive, run_once
 from conveyor.store.partitions import PartitionCountMismatch
 from conveyor.store.script import Call
+from conveyor.store.transport.connection import Connection
 from conveyor.store.transport.wakeup import WakeupWaiter
 
 T = TypeVar("T")
@@ -29,235 +32,323 @@ V = TypeVar("V")
 logger = logging.getLogger("conveyor.queue")
 
 
-class PartitionSource(Protocol[T]):
-    """What a consumer needs of one partition."""
+class BlockingSettler(SettlerState):
+    """Settles leased messages by blocking calls. The awaitable forms use a thread."""
 
-    def _lessee(self, kind: str, *, transient: bool = False) -> LeaseSession: ...
-    def _verdict(self) -> SettlementPolicy: ...
-    def _open(self, leased: LeasedMessage, holder: Any) -> Message[T]: ...
+    def __init__(
+        self, client: Client, session: LeaseSession, policy: SettlementPolicy, on_error: OnError, run: Run
+    ) -> None:
+        super().__init__(client, session, policy, on_error)
+        self._run = run
+        self._lock = threading.Lock()  # one turn of an identity in flight
+
+    def settle(self, endings: Sequence[Ending]) -> None:
+        """Settle, and return when Redis confirmed it. Raises LeaseLost, StoreUnavailable."""
+        refuse_in_loop()
+        self.session.settle_all(endings)
+        self.turn()
+        self.report_refused(endings)
+
+    def settle_soon(self, endings: Sequence[Ending]) -> None:
+        """Settle with the next turn if one follows at once. Here none does."""
+        self.settle(endings)
+
+    def extend(self, leased: LeasedMessage, ms: int) -> BlockingSettler:
+        """Move one message to an identity of its own."""
+        refuse_in_loop()
+        with self._lock:
+            own = drive(self.session.split(leased, ms), self._run)
+        if own is None:
+            raise lost(self.session.keys.queue, [leased])
+        return BlockingSettler(self.client, own, self.policy, self.on_error, partial(run_once, self.client))
+
+    async def asettle(self, endings: Sequence[Ending]) -> None:
+        """Awaitable form of `settle`."""
+        await asyncio.to_thread(self.settle, endings)
+
+    async def asettle_soon(self, endings: Sequence[Ending]) -> None:
+        """Awaitable form of `settle_soon`."""
+        await asyncio.to_thread(self.settle_soon, endings)
+
+    async def aextend(self, leased: LeasedMessage, ms: int) -> BlockingSettler:
+        """Awaitable form of `extend`."""
+        return await asyncio.to_thread(self.extend, leased, ms)
+
+    def turn(self, want: int = 0, *, leave: bool = False, blocking: bool = True) -> bool:
+        """Make one turn and the calls that its reply asks for. Return False when none was made."""
+        if not self._lock.acquire(blocking=blocking):
+            return False
+        try:
+            if self._has_left:
+                return False  # a thread that renews comes late: it must not register anew
+            drive(self.session.turn(want, leave=leave), self._run)
+            self._has_left = leave and not self.session.transient
+        finally:
+            self._lock.release()
+        return True
+
+    def flush(self) -> bool:
+        """Make a turn that leases nothing; return False when one is under way, or Redis is away."""
+        try:
+            made = self.turn(blocking=False)
+        except ConveyorError:
+            return False
+        self.report_refused()
+        return made
 
 
 class PartitionSettler(BlockingSettler):
-    """Who holds the messages of one partition."""
+    """Settles the messages of one partition with the turns that its consumer makes anyway."""
 
-    def __init__(
-        self, spread: PartitionedConsumer[Any], lessee: LeaseSession, verdict: SettlementPolicy, on_error: OnError
-    ) -> None:
-        """Take the consumer it belongs to, the books, and the judge."""
-        super().__init__(spread.client, lessee, verdict, on_error, run=spread.run)
-        self._spread = spread
+    def __init__(self, consumer: Consumer[Any], source: PartitionSource[Any], on_error: OnError, run: Run) -> None:
+        super().__init__(consumer.client, source.session, source.policy, on_error, run)
+        self._consumer = consumer
 
     def settle(self, endings: Sequence[Ending]) -> None:
         """Settle, and return when Redis confirmed it. Raises LeaseLost, StoreUnavailable."""
         super().settle(endings)
-        self._spread.freed()
+        self._consumer.note_settled()
 
     def settle_soon(self, endings: Sequence[Ending]) -> None:
-        """Settle with the next turn when that comes at once: when this is what the loop is at."""
-        self.enter(endings)
-        self._spread.freed()
-        if not self._spread.comes_to(endings):
+        """Settle with the next turn if the loop comes to it at once, else now."""
+        self.session.settle_all(endings)
+        self._consumer.note_settled()
+        if not self._consumer.comes_to(endings):
             self.flush()
 
-    def flush(self) -> bool:
-        """Make a turn that leases nothing; False when one is under way, or Redis is away."""
-        try:
-            made = self.round(blocking=False)
-        except ConveyorError:
-            return False
-        self.note()
-        return made
+
+def run_partitioned(partitions: Partitions, call: Call[Any]) -> Any:
+    """Carry out *call*; after Redis was emptied the number of *partitions* is agreed on anew."""
+    try:
+        return run_once(partitions.client, call)
+    except PartitionCountMismatch:
+        partitions.claim()
+        return run_once(partitions.client, call)
 
 
-class PartitionedConsumer(Generic[T]):
-    """Hands out the messages of all partitions, one or several at a time."""
+class Consumer(Generic[T]):
+    """
+    Hands out the messages of a queue, one or several at a time, and reports their ends with the next turn.
+
+    `sources` are the queue's partitions, one for a queue in one piece, which has no `partitions`. A *transient* one
+    serves a single `pull`. Connects when the first message is asked for.
+    """
 
     def __init__(
         self,
-        partitions: Partitions,
+        client: Client,
         sources: Sequence[PartitionSource[T]],
         on_error: OnError,
         *,
+        partitions: Partitions | None = None,
         transient: bool = False,
     ) -> None:
-        """Connects when the first message is asked for."""
-        self.client: Client = partitions.client
+        self.client = client
         self._partitions = partitions
-        self.holders: list[PartitionSettler] = []
-        flows: list[ConsumerSteps[Message[T]]] = []
-        for source in sources:
-            holder, flow = self._stand(source, on_error, transient=transient)
-            self.holders.append(holder)
-            flows.append(flow)
-        self._rota = PartitionRoundRobin(flows, randrange(len(flows)))  # noqa: S311
-        self._tower = WakeupWaiters(self)
-        self._pulses: Pulses | None = None
+        first = sources[0].session
+        self._only_session = first if len(sources) == 1 else None
+        # A loop over a queue in one piece has a connection of its own, which saves the way through the pool. An intake
+        # goes through the pool all the same: it is repeated by other rules.
+        own = partitions is None and not transient and first.intake is None
+        self._connection = Connection(client.endpoint(first.keys)) if own else None
+        run: Run = self._run_own if own else partial(run_once, client)
+        if partitions is not None:
+            run = partial(run_partitioned, partitions)
+        # No turn follows a pull by itself, so its messages are settled at once; they outlive this consumer.
+        self.settlers = [
+            BlockingSettler(client, source.session, source.policy, on_error, run)
+            if transient
+            else PartitionSettler(self, source, on_error, run)
+            for source in sources
+        ]
+        self._programs = programs([one.steps(settler) for one, settler in zip(sources, self.settlers, strict=True)])
+        self._waiters: WakeupWaiters | None = None
+        self._renewer: LeaseRenewer | None = None
+        self._mover: ListMover | None = None
         self._latest: Sequence[LeasedMessage] = ()
-        self._waiting = False
-        self._freed = threading.Event()
-        self._failures = 0
-
-    def _stand(
-        self, source: PartitionSource[T], on_error: OnError, *, transient: bool
-    ) -> tuple[PartitionSettler, ConsumerSteps[Message[T]]]:
-        lessee, verdict = source._lessee("pull" if transient else "consumer", transient=transient), source._verdict()  # noqa: SLF001
-        holder = PartitionSettler(self, lessee, verdict, on_error)
-        return holder, ConsumerSteps(lessee, verdict, lambda leased: source._open(leased, holder))  # noqa: SLF001
+        self._is_idle = False
+        self._settled = threading.Event()
+        self._outage = OutageLog(client)
 
     # -- what the queue hands out -----------------------------------------------------------------------------------
 
     def messages(self, prefetch: int) -> Generator[Message[T], None, None]:
-        """Yield messages for ever, each as soon as there is one."""
+        """Yield messages without end, each as soon as there is one."""
         with self:
             while True:
-                message = quietly(self._follow, self._rota.fetch(prefetch))
+                try:
+                    message = self._follow(self._programs.fetch(prefetch))
+                except KeyboardInterrupt as stop:
+                    raise stop.with_traceback(None) from None  # how a loop ends: no need to show where it waited
                 self._latest = (message._leased,)  # noqa: SLF001
                 yield message
 
     def batches(self, size: int, within: float) -> Generator[Batch[T], None, None]:
-        """Yield batches for ever."""
+        """Yield batches without end: of *size*, or what came *within* seconds after the first."""
         with self:
             while True:
-                batch = Batch(quietly(self._follow, self._rota.gather(size, within)))
+                try:
+                    batch = Batch(self._follow(self._programs.gather(size, within)))
+                except KeyboardInterrupt as stop:
+                    raise stop.with_traceback(None) from None
                 self._latest = [message._leased for message in batch]  # noqa: SLF001
                 yield batch
 
     def pull(self, count: int, wait: float) -> list[Message[T]]:
         """Return up to *count* messages as soon as there is one, or none after *wait* seconds."""
-        self._partitions.agree()
+        if self._partitions is not None:
+            self._partitions.agree()
         try:
-            return self._follow(self._rota.pull(count, wait), patient=False)
+            return self._follow(self._programs.pull(count, wait), patient=False)
         finally:
-            self._tower.close()
+            self._close_waiters()
 
-    # -- for the holders ----------------------------------------------------------------------------------------------
+    # -- for the settlers ---------------------------------------------------------------------------------------------
 
-    def run(self, call: Call[Any]) -> Any:
-        """Carry out a step; after Redis was emptied the number of partitions is agreed on anew."""
-        try:
-            return run_once(self.client, call)
-        except PartitionCountMismatch:
-            self._partitions.claim()
-            return run_once(self.client, call)
-
-    def freed(self) -> None:
-        """Something that was held has been settled."""
-        if not self._freed.is_set():
-            self._freed.set()
+    def note_settled(self) -> None:
+        """Take note that something which was held has been settled."""
+        if not self._settled.is_set():
+            self._settled.set()
 
     def comes_to(self, endings: Sequence[Ending]) -> bool:
-        """Tell whether the loop's next turn will report these ends, since they are those of what it handed out last."""
+        """Tell whether the loop's next turn reports these ends: those of what it handed out last."""
         # The order matters: entered first, then looked, as the loop first says that it waits and then looks.
         latest = self._latest
-        return not self._waiting and all(any(leased is one for one in latest) for leased, _ in endings)
+        return not self._is_idle and all(any(leased is one for one in latest) for leased, _ in endings)
 
     @property
-    def idle(self) -> bool:
+    def is_idle(self) -> bool:
         """True while the loop waits for work."""
-        return self._waiting
+        return self._is_idle
 
     # -- driving ------------------------------------------------------------------------------------------------------
 
-    def __enter__(self) -> PartitionedConsumer[T]:
-        self._partitions.agree()
-        self._pulses = Pulses(self.client, self.holders)
+    def __enter__(self) -> Consumer[T]:
+        if self._partitions is not None:
+            self._partitions.agree()
+        self._renewer = LeaseRenewer(self.client, self.settlers)
+        if self._only_session is not None and self._only_session.keys.foreign is not None:
+            self._mover = ListMover(self.client, self._only_session.keys)
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._pulses is not None:
-            self._pulses.stop()
-        self._tower.close()
-        for step in self._rota.leave():
-            if isinstance(step, PartitionTurnStep):
-                holder = self.holders[step.at]
-                try:
-                    holder.round(step.want, leave=step.leave)
-                    holder.note()
-                except ConveyorError as error:
-                    name = holder.lessee.keys.queue
-                    if holder.lessee.registered:
-                        logger.warning("Queue %s: what was leased returns when the lease ends: %s", name, error)
+        if self._renewer is not None:
+            self._renewer.stop()
+        if self._mover is not None:
+            self._mover.stop()
+        self._close_waiters()
+        try:
+            for step in self._programs.leave():
+                if isinstance(step, TurnStep):
+                    self._leave(step)
+        except KeyboardInterrupt as stop:
+            raise stop.with_traceback(None) from None  # pressed twice: what was leased returns when the lease ends
+        finally:
+            if self._connection is not None:
+                self._connection.close()
 
-    def _follow(self, program: Steps[V], *, patient: bool = True) -> V:
+    def _run_own(self, call: Call[Any]) -> Any:
+        assert self._connection is not None
+        return self._connection.run(call, retry_for=self.client.retry_for)
+
+    def _leave(self, step: TurnStep) -> None:
+        settler = self.settlers[step.at]
+        try:
+            settler.turn(step.want, leave=step.leave)
+            settler.report_refused()
+        except ConveyorError as error:
+            log_not_left(settler.session, error)
+
+    def _follow(self, program: Program[V], *, patient: bool = True) -> V:
         try:
             while True:
                 step = next(program)
-                for at in self._tower.heard():
-                    self._rota.rung(at)
-                if isinstance(step, PartitionWaitStep):
-                    self._idle(step)
+                if self._waiters is not None:
+                    for at in self._waiters.heard():
+                        self._programs.woken(at)
+                if isinstance(step, WaitStep):
+                    self._wait(step)
                 elif patient:
-                    self._visit(step)
+                    self._turn(step)
                 else:
-                    self.holders[step.at].round(step.want, leave=step.leave)
-                    self.holders[step.at].note()
+                    self.settlers[step.at].turn(step.want, leave=step.leave)
+                    self.settlers[step.at].report_refused()
         except StopIteration as stop:
             return stop.value  # type: ignore[no-any-return]
 
-    def _visit(self, step: PartitionTurnStep) -> None:
-        holder = self.holders[step.at]
+    def _turn(self, step: TurnStep) -> None:
+        settler = self.settlers[step.at]
+        session = settler.session
         while True:
             try:
-                holder.round(step.want, leave=step.leave)
+                settler.turn(step.want, leave=step.leave)
             except StoreUnavailable as error:
-                self._failures += 1
-                if self._failures == 1:
-                    logger.warning("Queue %s: waiting for Redis. %s", holder.lessee.keys.queue, error)
-                time.sleep(min(1.0, 0.05 * self._failures))
+                time.sleep(self._outage.failed(session, error))
                 if not step.must:
                     return
                 continue
-            if self._failures:
-                self._failures = 0
-                logger.warning("Queue %s: Redis answers again.", holder.lessee.keys.queue)
-            holder.note()
+            if self._outage.failures:
+                self._outage.answered(session)
+            if session.refused or session.reaped or session.missing:
+                settler.report_refused()
             return
 
-    def _idle(self, step: PartitionWaitStep) -> None:
-        self._waiting = True
-        if self._pulses is not None:
-            self._pulses.idle = True
+    def _wait(self, step: WaitStep) -> None:
+        self._set_idle(True)
         try:
-            for holder in self.holders:
-                if holder.lessee.pending:
-                    holder.flush()  # another thread settled something meanwhile
+            for settler in self.settlers:
+                if settler.session.pending:  # another thread settled something meanwhile
+                    if self._only_session is not None:
+                        return  # the turn that follows takes it along
+                    settler.flush()
             if step.full:
-                self._freed.clear()
-                self._freed.wait(step.seconds)
+                self._settled.clear()
+                self._settled.wait(step.seconds)
                 return
-            for at in self._tower.wait(step.seconds):
-                self._rota.rung(at)
+            seconds = step.seconds if self._mover is None else self._mover.begin(step.seconds)
+            self._waiters = self._waiters or WakeupWaiters(self)
+            for at in self._waiters.wait(seconds):
+                self._programs.woken(at)
         finally:
-            self._waiting = False
-            if self._pulses is not None:
-                self._pulses.idle = False
+            if self._mover is not None:
+                self._mover.end()
+            self._set_idle(False)
+
+    def _close_waiters(self) -> None:
+        waiters, self._waiters = self._waiters, None
+        if waiters is not None:
+            waiters.close()
+
+    def _set_idle(self, idle: bool) -> None:
+        self._is_idle = idle
+        if self._renewer is not None:
+            self._renewer.idle = idle
 
 
 class WakeupWaiters:
     """
-    Waits for a token at any partition: one blocked connection for each place they lie at.
+    Waits for a token at any partition: one blocked connection for each endpoint they lie at.
 
-    A single place is waited at by the consumer's own thread. Of several each has a thread; one that hears a token while
-    the consumer is busy makes a turn without taking anything, which calls the next idle one.
+    A single endpoint is waited at by the consumer's own thread. Of several each has a thread; one that hears a token
+    while the consumer is busy makes a turn without taking anything, which wakes the next idle consumer.
     """
 
-    def __init__(self, spread: PartitionedConsumer[Any]) -> None:
-        """Connects when something is first waited for."""
-        self._spread = spread
-        self._bells: list[_EndpointWaiter] | None = None
+    def __init__(self, consumer: Consumer[Any]) -> None:
+        self._consumer = consumer
+        self._waiters: list[_EndpointWaiter] | None = None
         self._heard: SimpleQueue[int] = SimpleQueue()
 
     def wait(self, seconds: float) -> list[int]:
         """Wait up to *seconds*; return the partitions whose tokens were taken."""
-        if self._bells is None:
-            holders = list(enumerate(self._spread.holders))
-            groups = by_place(self._spread.client, holders, lambda one: one[1].lessee.keys)
-            self._bells = [_EndpointWaiter(self._spread, dict(group), self._heard) for group in groups]
-        if len(self._bells) == 1:
-            at = self._bells[0].wait(seconds)
+        if self._waiters is None:
+            settlers = list(enumerate(self._consumer.settlers))
+            groups = by_endpoint(self._consumer.client, settlers, lambda one: one[1].session.keys)
+            self._waiters = [_EndpointWaiter(self._consumer, dict(group), self._heard) for group in groups]
+        if len(self._waiters) == 1:
+            at = self._waiters[0].wait(seconds)
             return [] if at is None else [at]
-        for bell in self._bells:
-            bell.begin(seconds)
+        for waiter in self._waiters:
+            waiter.begin(seconds)
         try:
             return [self._heard.get(timeout=seconds), *self.heard()]
         except Empty:
@@ -265,37 +356,35 @@ class WakeupWaiters:
 
     def heard(self) -> list[int]:
         """Return the partitions whose tokens were taken meanwhile."""
-        found: list[int] = []
+        heard: list[int] = []
         while not self._heard.empty():
-            found.append(self._heard.get())
-        return found
+            heard.append(self._heard.get())
+        return heard
 
     def close(self) -> None:
         """Wait no longer."""
-        for bell in self._bells or ():
-            bell.close()
-        self._bells = None
+        for waiter in self._waiters or ():
+            waiter.close()
+        self._waiters = None
 
 
 class _EndpointWaiter:
-    """One place of a tower."""
+    """Waits at one endpoint for *settlers*, the partitions there: by a call, or from a thread."""
 
-    def __init__(
-        self, spread: PartitionedConsumer[Any], holders: dict[int, PartitionSettler], heard: SimpleQueue[int]
-    ) -> None:
-        self._spread, self._holders, self._heard = spread, holders, heard
-        self._names = {holder.lessee.keys.wake: at for at, holder in holders.items()}
-        first = next(iter(holders.values()))
-        self._bell = WakeupWaiter(spread.client.endpoint(first.lessee.keys))
+    def __init__(self, consumer: Consumer[Any], settlers: dict[int, BlockingSettler], heard: SimpleQueue[int]) -> None:
+        self._consumer, self._settlers, self._heard = consumer, settlers, heard
+        self._partition_of = {settler.session.keys.wake: at for at, settler in settlers.items()}
+        first = next(iter(settlers.values()))
+        self._waiter = WakeupWaiter(consumer.client.endpoint(first.session.keys))
         self._begin: SimpleQueue[float | None] = SimpleQueue()
         self._busy = False
         self._closed = False
         self._thread: threading.Thread | None = None
 
     def wait(self, seconds: float) -> int | None:
-        """Wait here and now."""
-        key = self._bell.wait_any(list(self._names), seconds)
-        return None if key is None else self._names[key]
+        """Wait here and now; return the partition whose token was taken, None when none came."""
+        key = self._waiter.wait_any(list(self._partition_of), seconds)
+        return None if key is None else self._partition_of[key]
 
     def begin(self, seconds: float) -> None:
         """Wait in the background, unless that is so already."""
@@ -303,14 +392,14 @@ class _EndpointWaiter:
             return
         self._busy = True
         if self._thread is None:
-            self._thread = threading.Thread(target=self._listen, name="conveyor-bell", daemon=True)
+            self._thread = threading.Thread(target=self._listen, name="conveyor-waiter", daemon=True)
             self._thread.start()
         self._begin.put(seconds)
 
     def close(self) -> None:
         self._closed = True
         self._begin.put(None)
-        self._bell.close()
+        self._waiter.close()
 
     def _listen(self) -> None:
         while (seconds := self._begin.get()) is not None:
@@ -318,12 +407,12 @@ class _EndpointWaiter:
             try:
                 at = self.wait(seconds)
             except ConveyorError as error:
-                logger.warning("Waiting for work was refused: %s", error)
+                logger.warning("Waiting for messages was refused: %s", error)
                 time.sleep(min(1.0, seconds))
             self._busy = False
             if at is None or self._closed:
                 continue
             self._heard.put(at)
-            if not self._spread.idle:
-                self._holders[at].flush()
-        self._bell.close()
+            if not self._consumer.is_idle:
+                self._settlers[at].flush()
+        self._waiter.close()

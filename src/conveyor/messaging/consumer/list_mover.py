@@ -1,4 +1,4 @@
-"""For a plain list: what waits for raw entries while a consumer is idle, in a thread or on a loop."""
+"""Moves raw entries of a plain list into the queue while a consumer is idle."""
 
 from __future__ import annotations
 
@@ -24,103 +24,101 @@ def intake(keys: QueueKeys, want: int) -> Call[int]:
 
 
 class ListMover:
-    """Moves one entry at a time to the intake list and from there into the queue, which wakes the consumer."""
+    """A thread that moves one entry at a time into the queue, which wakes the consumer."""
 
     def __init__(self, client: Client, keys: QueueKeys) -> None:
-        """Starts its thread when it is first needed."""
         self._client, self._keys = client, keys
-        self._known = False
-        self._bell = WakeupWaiter(client.endpoint(keys))
+        self._announced = False
+        self._waiter = WakeupWaiter(client.endpoint(keys))
         self._connection = Connection(client.endpoint(keys))
-        self._begin = threading.Event()
-        self._stopped = False
+        self._work = threading.Event()
+        self._has_stopped = False
         self._seconds = 0.0
-        self._refused = False
-        self._moving = False
+        self._is_refused = False
+        self._is_moving = False
         self._thread: threading.Thread | None = None
 
     def begin(self, seconds: float) -> float:
-        """Wait for an entry in the background, up to *seconds*; return how long the caller should wait beside it."""
+        """Wait up to *seconds* for an entry in the background; return the seconds the caller should wait."""
         if self._thread is None:
             self._thread = threading.Thread(target=self._move, name="conveyor-mover", daemon=True)
             self._thread.start()
         self._seconds = seconds
-        self._begin.set()
-        return min(seconds, POLL) if self._refused else seconds
+        self._work.set()
+        return min(seconds, POLL) if self._is_refused else seconds
 
     def end(self) -> None:
-        """Wait no longer: the consumer is busy, and others may want what comes. An entry already moved is kept."""
-        self._begin.clear()
-        if self._moving:
-            self._bell.close()
+        """Stop waiting while the consumer is busy. An entry already moved is kept."""
+        self._work.clear()
+        if self._is_moving:
+            self._waiter.close()
 
     def stop(self) -> None:
-        """Stop waiting; what arrived meanwhile stays in the intake list, for any consumer's next turn."""
-        self._stopped = True
-        self._begin.set()
-        self._bell.close()
+        """Stop for good. Entries in the intake list stay there for any consumer's next turn."""
+        self._has_stopped = True
+        self._work.set()
+        self._waiter.close()
 
     def _move(self) -> None:
         while True:
-            self._begin.wait()
-            self._begin.clear()
-            if self._stopped:
+            self._work.wait()
+            self._work.clear()
+            if self._has_stopped:
                 break
             try:
                 assert self._keys.foreign is not None
-                if not self._known:
+                if not self._announced:
                     self._client.announce(self._keys)
-                    self._known = True
-                self._moving = True
+                    self._announced = True
+                self._is_moving = True
                 try:
-                    moved = self._bell.wait_and_move(self._keys.foreign, self._keys.intake, self._seconds)
+                    moved = self._waiter.wait_and_move(self._keys.foreign, self._keys.intake, self._seconds)
                 finally:
-                    self._moving = False
-                self._refused = False
+                    self._is_moving = False
+                self._is_refused = False
                 if moved:
                     self._connection.run(intake(self._keys, 1), retry_for=0)
             except ConveyorError:
-                self._refused = True  # Redis is full or away: the consumer looks by itself, or reports it
+                self._is_refused = True  # Redis is full or away: the consumer looks by itself, or reports it
         self._connection.close()
-        self._bell.close()
+        self._waiter.close()
 
 
 class AsyncListMover:
-    """The same as a task of an event loop."""
+    """Tasks that do on an event loop what `ListMover` does in a thread."""
 
     def __init__(self, client: Client, keys: QueueKeys) -> None:
-        """Starts a task whenever the consumer is idle."""
         self._client, self._keys = client, keys
-        self._bell: AsyncWakeupWaiter | None = None
-        self._refused = False
+        self._waiter: AsyncWakeupWaiter | None = None
+        self._is_refused = False
         self._task: asyncio.Task[None] | None = None
 
     def begin(self, seconds: float) -> float:
-        """Wait for an entry in the background, up to *seconds*; return how long the caller should wait beside it."""
+        """Wait up to *seconds* for an entry in the background; return the seconds the caller should wait."""
         self._task = asyncio.get_running_loop().create_task(self._move(seconds))
-        return min(seconds, POLL) if self._refused else seconds
+        return min(seconds, POLL) if self._is_refused else seconds
 
     def end(self) -> None:
-        """Wait no longer; an entry already moved is kept for any consumer's next turn."""
+        """Stop waiting while the consumer is busy. An entry already moved is kept."""
         task, self._task = self._task, None
-        if task is not None and not task.done() and self._bell is not None:
-            bell, self._bell = self._bell, None
-            bell.close()
+        if task is not None and not task.done() and self._waiter is not None:
+            waiter, self._waiter = self._waiter, None
+            waiter.close()
 
     async def _move(self, seconds: float) -> None:
         assert self._keys.foreign is not None
-        bell = self._bell = self._bell or AsyncWakeupWaiter(self._client.endpoint(self._keys))
+        waiter = self._waiter = self._waiter or AsyncWakeupWaiter(self._client.endpoint(self._keys))
         try:
             await self._client.aannounce(self._keys)
-            moved = await bell.wait_and_move(self._keys.foreign, self._keys.intake, seconds)
-            self._refused = False
+            moved = await waiter.wait_and_move(self._keys.foreign, self._keys.intake, seconds)
+            self._is_refused = False
             if moved:
                 await self._client.arun(intake(self._keys, 1), retry_for=0)
         except ConveyorError:
-            self._refused = True
+            self._is_refused = True
 
     def stop(self) -> None:
-        """Stop waiting."""
+        """Stop for good, as `ListMover.stop`."""
         self.end()
-        if self._bell is not None:
-            self._bell.close()
+        if self._waiter is not None:
+            self._waiter.close()

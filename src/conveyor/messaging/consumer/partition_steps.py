@@ -1,7 +1,7 @@
 """
-How messages are taken from several partitions: programs as in `flow`, whose steps also say at which partition.
+How messages are taken from several partitions: programs as in `steps.py`, whose steps also say at which partition.
 
-Each partition has its own flow and lease; nothing here talks to Redis. A consumer stays at a partition for a stint, so
+Each partition has its own steps and lease; nothing here talks to Redis. A consumer stays at a partition for a stint, so
 that ends travel with the next turn, then moves to the next that has work. At each move it also looks at one that had
 none, so none starves while others are busy; when none has work, it waits for all of them at once.
 """
@@ -9,11 +9,10 @@ none, so none starves while others are busy; when none has work, it waits for al
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Generic, TypeVar
 
-from conveyor.messaging.consumer.steps import ConsumerSteps, Program, TurnStep
+from conveyor.messaging.consumer.steps import ConsumerSteps, Program, TurnStep, WaitStep, start
 from conveyor.messaging.leases import LeasedMessage
 from conveyor.store.operations import MOST_HELD
 
@@ -24,213 +23,176 @@ STINT = 16
 STINT_SECONDS = 0.05
 
 
-@dataclass(frozen=True, slots=True)
-class PartitionTurnStep:
-    """Make a turn at partition `at`; where Redis is away, go on without it unless it `must` be made."""
-
-    at: int
-    want: int
-    leave: bool = False
-    must: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class PartitionWaitStep:
-    """Block until a token comes at any partition, at most `seconds`; when `full`, until something held was settled."""
-
-    seconds: float
-    full: bool = False
-
-
-Steps = Generator[PartitionTurnStep | PartitionWaitStep, None, V]
-
-
 class PartitionCursor(Generic[M]):
-    """One partition as a consumer sees it: `quiet` until `look_at` (by the clock), or until a token comes."""
+    """One partition as a consumer sees it: `quiet` until the time `look_at`, or until a token comes."""
 
-    def __init__(self, at: int, flow: ConsumerSteps[M]) -> None:
-        """Take its number and its flow. It may have work until it was looked at."""
-        self.at, self.flow, self.lessee = at, flow, flow.lessee
-        self.quiet = False
+    def __init__(self, at: int, steps: ConsumerSteps[M]) -> None:
+        self.at, self.steps, self.session = at, steps, steps.session
+        self.quiet = False  # it may have work until it was looked at
         self.look_at = 0.0
 
     @property
     def full(self) -> bool:
         """True when it may lease no more."""
-        return len(self.lessee.held) >= MOST_HELD
+        return len(self.session.held) >= MOST_HELD
 
-    def wakes(self, now: float) -> bool:
+    def may_have_work(self, now: float) -> bool:
         """Tell whether it may have work."""
         return not self.quiet or now >= self.look_at
 
-    def follow(self, program: Program[V]) -> Steps[V]:
-        """Carry out a flow's own program here."""
+    def turn(self, want: int = 0) -> TurnStep:
+        """Return the step that makes a turn here, unless Redis is away."""
+        return TurnStep(want, at=self.at, must=False)
+
+    def follow(self, program: Program[V]) -> Program[V]:
+        """Carry out a program of `steps` here."""
         try:
-            step = next(program)
             while True:
-                if isinstance(step, TurnStep):
-                    yield PartitionTurnStep(self.at, step.want, step.leave, must=True)
-                else:
-                    yield PartitionWaitStep(step.seconds, step.full)
                 step = next(program)
+                yield TurnStep(step.want, step.leave, self.at) if isinstance(step, TurnStep) else step
         except StopIteration as stop:
             return stop.value  # type: ignore[no-any-return]
 
 
 class PartitionRoundRobin(Generic[M]):
-    """The programs of one consumer of several partitions."""
+    """The programs of a consumer of several partitions. *first* is the partition it begins at."""
 
     def __init__(
-        self, flows: Sequence[ConsumerSteps[M]], first: int, *, clock: Callable[[], float] = time.monotonic
+        self, steps: Sequence[ConsumerSteps[M]], first: int, *, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        """Take the flows of the partitions, and with which to begin."""
-        self.stands = [PartitionCursor(at, flow) for at, flow in enumerate(flows)]
-        self._here = self.stands[first % len(flows)]
+        self._cursors = [PartitionCursor(at, one) for at, one in enumerate(steps)]
+        self._here = self._cursors[first % len(steps)]
         self._clock = clock
-        self._handed, self._arrived = 0, clock()
-        self._probe = first
+        self._handed_out, self._arrived = 0, clock()
+        self._last_probed = first
 
-    def rung(self, at: int) -> None:
-        """A token of partition *at* was taken: it has work."""
-        self.stands[at].quiet = False
+    def woken(self, at: int) -> None:
+        """Take note that a token of partition *at* was taken: it has work."""
+        self._cursors[at].quiet = False
 
     # -- programs -------------------------------------------------------------------------------------------------
 
-    def fetch(self, prefetch: int) -> Steps[M]:
+    def fetch(self, prefetch: int) -> Program[M]:
         """Return the next message; lease *prefetch* at one partition when none is at hand."""
         while True:
             here = self._here
-            while here.lessee.waiting:
-                found = yield from here.follow(here.flow._next(alone=True))  # noqa: SLF001  a flow of ours
-                if found is not None:
-                    found[0].started = True
-                    self._handed += 1
-                    return found[1]
+            while here.session.waiting:
+                opened = yield from here.follow(here.steps.next_message(alone=True))
+                if opened is not None:
+                    opened[0].started = True
+                    self._handed_out += 1
+                    return opened[1]
             now = self._clock()
-            if not here.wakes(now) or self._is_over(now):
+            if not here.may_have_work(now) or self._is_stint_over(now):
                 yield from self._move(prefetch)
             else:
                 yield from self._visit(here, prefetch)
 
-    def gather(self, size: int, within: float) -> Steps[list[M]]:
-        """Return up to *size* messages of any partitions, complete or *within* seconds after the first came."""
-        found: list[tuple[LeasedMessage, M]] = []
+    def gather(self, size: int, within: float) -> Program[list[M]]:
+        """Return up to *size* messages, complete or *within* seconds after the first came."""
+        gathered: list[tuple[LeasedMessage, M]] = []
         deadline: float | None = None
         while True:
             closed = False
-            for stand in self._round():
-                closed = closed or len(found) >= size
-                want = 0 if closed else size - len(found) - len(stand.lessee.waiting)
-                if stand.wakes(self._clock()) and want > 0:
-                    yield from self._visit(stand, want)
-                elif stand.lessee.pending:
-                    yield PartitionTurnStep(stand.at, 0)
-                if not closed and stand.lessee.waiting:
-                    closed = yield from stand.follow(stand.flow._fill(found, size))  # noqa: SLF001
-                    self._here = stand
-            found = [one for one in found if not one[0].lost]
+            for cursor in self._in_turn():
+                closed = closed or len(gathered) >= size
+                want = 0 if closed else size - len(gathered) - len(cursor.session.waiting)
+                if cursor.may_have_work(self._clock()) and want > 0:
+                    yield from self._visit(cursor, want)
+                elif cursor.session.pending:
+                    yield cursor.turn()
+                if not closed and cursor.session.waiting:
+                    closed = yield from cursor.follow(cursor.steps.fill(gathered, size))
+                    self._here = cursor
+            gathered = [one for one in gathered if not one[0].lost]
             now = self._clock()
-            if found and deadline is None:
+            if gathered and deadline is None:
                 deadline = now + within
-            if found and (closed or len(found) >= size or (deadline is not None and now >= deadline)):
-                return self._begun(found)
-            if not any(stand.lessee.waiting for stand in self.stands):
-                rest = self._rest(now)
-                if rest is not None:
-                    yield (
-                        rest
-                        if deadline is None
-                        else PartitionWaitStep(max(0.001, min(rest.seconds, deadline - now)), rest.full)
-                    )
+            if gathered and (closed or len(gathered) >= size or (deadline is not None and now >= deadline)):
+                return start(gathered)
+            if not any(cursor.session.waiting for cursor in self._cursors):
+                yield from self._wait(now, None if deadline is None else deadline - now)
 
-    def pull(self, count: int, wait: float) -> Steps[list[M]]:
-        """Return up to *count* messages of any partitions, as soon as there is one, or none after *wait* seconds."""
+    def pull(self, count: int, wait: float) -> Program[list[M]]:
+        """Return up to *count* messages as soon as there is one, or none after *wait* seconds."""
         deadline = self._clock() + wait
         while True:
             last = self._clock() >= deadline
-            found: list[M] = []
-            for stand in self._round():
-                if len(found) < count and (last or stand.wakes(self._clock())):
-                    found += yield from stand.follow(stand.flow.pull(count - len(found), 0))
-                    self._note(stand)
-            if found or last:
-                return found
-            rest = self._rest(self._clock())
-            if rest is not None:
-                yield PartitionWaitStep(max(0.001, min(rest.seconds, deadline - self._clock())))
+            pulled: list[M] = []
+            for cursor in self._in_turn():
+                if len(pulled) < count and (last or cursor.may_have_work(self._clock())):
+                    pulled += yield from cursor.follow(cursor.steps.pull(count - len(pulled), 0))
+                    self._note_visit(cursor)
+            if pulled or last:
+                return pulled
+            yield from self._wait(self._clock(), deadline - self._clock())
 
-    def leave(self) -> Steps[None]:
+    def leave(self) -> Program[None]:
         """Give everything back, and take the registrations away."""
-        for stand in self.stands:
-            if stand.lessee.registered:
-                yield from stand.follow(stand.flow.leave())
+        for cursor in self._cursors:
+            if cursor.session.registered:
+                yield from cursor.follow(cursor.steps.leave())
 
-    # -- steps ----------------------------------------------------------------------------------------------------
+    # -- parts of programs ----------------------------------------------------------------------------------------
 
-    def _is_over(self, now: float) -> bool:
-        return self._handed >= STINT or (self._handed > 0 and now - self._arrived >= STINT_SECONDS)
+    def _is_stint_over(self, now: float) -> bool:
+        return self._handed_out >= STINT or (self._handed_out > 0 and now - self._arrived >= STINT_SECONDS)
 
-    def _visit(self, stand: PartitionCursor[M], want: int) -> Steps[None]:
-        if stand.full:
-            stand.quiet, stand.look_at = True, self._clock() + stand.lessee.wait()
-            if stand.lessee.pending:
-                yield PartitionTurnStep(stand.at, 0)
+    def _visit(self, cursor: PartitionCursor[M], want: int) -> Program[None]:
+        if cursor.full:
+            cursor.quiet, cursor.look_at = True, self._clock() + cursor.session.wait()
+            if cursor.session.pending:
+                yield cursor.turn()
             return
-        yield PartitionTurnStep(stand.at, want)
-        self._note(stand)
+        yield cursor.turn(want)
+        self._note_visit(cursor)
 
-    def _note(self, stand: PartitionCursor[M]) -> None:
-        stand.quiet = not stand.lessee.waiting
-        stand.look_at = self._clock() + stand.lessee.wait()
+    def _note_visit(self, cursor: PartitionCursor[M]) -> None:
+        cursor.quiet = not cursor.session.waiting
+        cursor.look_at = self._clock() + cursor.session.wait()
 
-    def _move(self, prefetch: int) -> Steps[None]:
-        """Go where work is: to one that was quiet, if something has come, else to the next that is not."""
-        left, stint = self._here, self._handed
-        if left.lessee.pending:
-            yield PartitionTurnStep(left.at, 0)
-        self._handed, self._arrived = 0, self._clock()
-        quiet = self._quiet(left)
+    def _move(self, prefetch: int) -> Program[None]:
+        """Move to a quiet partition if something came there, else to the next that is not quiet."""
+        left, stint = self._here, self._handed_out
+        if left.session.pending:
+            yield left.turn()
+        self._handed_out, self._arrived = 0, self._clock()
+        quiet = self._next_quiet(left)
         if stint and quiet is not None:
             yield from self._visit(quiet, prefetch)
-            if quiet.lessee.waiting:
+            if quiet.session.waiting:
                 self._here = quiet
                 return
         now = self._clock()
-        following = next((stand for stand in self._round(left.at + 1) if stand.wakes(now)), None)
-        if following is not None:
-            self._here, self._arrived = following, now
-            if not following.lessee.waiting:
-                yield from self._visit(following, prefetch)
+        following = next((cursor for cursor in self._in_turn(left.at + 1) if cursor.may_have_work(now)), None)
+        if following is None:
+            yield from self._wait(now)
             return
-        rest = self._rest(now)
-        if rest is not None:
-            yield rest
+        self._here, self._arrived = following, now
+        if not following.session.waiting:
+            yield from self._visit(following, prefetch)
 
-    def _quiet(self, left: PartitionCursor[M]) -> PartitionCursor[M] | None:
-        """Return the quiet partition that was looked at longest ago."""
-        count, now = len(self.stands), self._clock()
+    def _next_quiet(self, left: PartitionCursor[M]) -> PartitionCursor[M] | None:
+        """Return the quiet partition looked at longest ago; None when there is none beside *left*."""
+        count, now = len(self._cursors), self._clock()
         for _ in range(count):
-            self._probe = (self._probe + 1) % count
-            stand = self.stands[self._probe]
-            if stand is not left and not stand.wakes(now):
-                return stand
+            self._last_probed = (self._last_probed + 1) % count
+            cursor = self._cursors[self._last_probed]
+            if cursor is not left and not cursor.may_have_work(now):
+                return cursor
         return None
 
-    def _round(self, first: int | None = None) -> list[PartitionCursor[M]]:
-        """Return all partitions once: those that hold messages first, then on from the next."""
-        at = (self._here.at + 1 if first is None else first) % len(self.stands)
-        order = self.stands[at:] + self.stands[:at]
-        return sorted(order, key=lambda stand: not stand.lessee.waiting)
+    def _in_turn(self, first: int | None = None) -> list[PartitionCursor[M]]:
+        """Return all partitions: those that hold messages, then from *first* on (None: the next)."""
+        at = (self._here.at + 1 if first is None else first) % len(self._cursors)
+        order = self._cursors[at:] + self._cursors[:at]
+        return sorted(order, key=lambda cursor: not cursor.session.waiting)
 
-    def _rest(self, now: float) -> PartitionWaitStep | None:
-        """Return how long to wait, None when one has woken meanwhile."""
-        if any(stand.wakes(now) for stand in self.stands):
-            return None
-        seconds = min(stand.look_at for stand in self.stands) - now
-        return PartitionWaitStep(max(0.001, seconds), full=all(stand.full for stand in self.stands))
-
-    @staticmethod
-    def _begun(found: list[tuple[LeasedMessage, M]]) -> list[M]:
-        for leased, _ in found:
-            leased.started = True
-        return [message for _, message in found]
+    def _wait(self, now: float, most: float | None = None) -> Program[None]:
+        """Wait for all partitions at once, at most *most* seconds, unless one may have work now."""
+        if any(cursor.may_have_work(now) for cursor in self._cursors):
+            return
+        seconds = min(cursor.look_at for cursor in self._cursors) - now
+        if most is not None:
+            seconds = min(seconds, most)
+        yield WaitStep(max(0.001, seconds), full=all(cursor.full for cursor in self._cursors))

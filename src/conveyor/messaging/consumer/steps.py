@@ -1,15 +1,15 @@
 """
-How messages are taken: programs that say when to make a turn and when to wait.
+How messages are taken from a queue in one piece: programs that say when to make a turn and when to wait.
 
-A program is a generator of steps; the blocking and the awaitable driver carry the same ones out.
+A program is a generator of steps and does no input or output. The blocking and the awaitable consumer carry out the
+same programs.
 """
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Generator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -22,17 +22,19 @@ from conveyor.payload.versions import PayloadTooNew
 from conveyor.store.operations import MOST_HELD
 
 M = TypeVar("M")
-S = TypeVar("S")
 V = TypeVar("V")
 logger = logging.getLogger("conveyor.queue")
 
 
 @dataclass(frozen=True, slots=True)
 class TurnStep:
-    """Make a turn: report what is pending and lease up to `want` more."""
+    """Make a turn at partition `at`: report what is pending and lease up to `want` more."""
 
     want: int
     leave: bool = False
+    at: int = 0
+    must: bool = True
+    """False: where Redis is away, go on without this turn."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,53 +45,52 @@ class WaitStep:
     full: bool = False
 
 
-Step = TurnStep | WaitStep
-Program = Generator[Step, None, M]
+Program = Generator[TurnStep | WaitStep, None, V]
 
 
 class ConsumerSteps(Generic[M]):
-    """The programs of one consumer. `open` makes the message people see, and raises PayloadError when it cannot."""
+    """The programs of a consumer at one queue or partition. `open` makes the message users see."""
 
     def __init__(
         self,
-        lessee: LeaseSession,
-        verdict: SettlementPolicy,
+        session: LeaseSession,
+        policy: SettlementPolicy,
         open: Callable[[LeasedMessage], M],  # noqa: A002
         *,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Take the books, the judge, and how a message is made."""
-        self.lessee = lessee
-        self._verdict = verdict
+        self.session = session
+        self._policy = policy
         self._open = open
         self._clock = clock
 
     def fetch(self, prefetch: int) -> Program[M]:
         """Return the next message; lease *prefetch* when none is at hand."""
+        session = self.session
         while True:
-            while self.lessee.waiting:
-                found = yield from self._next(alone=True)
-                if found is not None:
-                    found[0].started = True
-                    return found[1]
+            while session.waiting:
+                opened = yield from self.next_message(alone=True)
+                if opened is not None:
+                    opened[0].started = True
+                    return opened[1]
             yield TurnStep(prefetch)
-            if not self.lessee.waiting:
+            if not session.waiting:
                 yield self._wait()
 
     def gather(self, size: int, within: float) -> Program[list[M]]:
         """Return up to *size* messages, complete or *within* seconds after the first came."""
-        found: list[tuple[LeasedMessage, M]] = []
+        gathered: list[tuple[LeasedMessage, M]] = []
         deadline: float | None = None
         while True:
-            yield TurnStep(max(0, size - len(found) - len(self.lessee.waiting)))
-            found = [one for one in found if not one[0].lost]
-            closed = yield from self._fill(found, size)
+            yield TurnStep(max(0, size - len(gathered) - len(self.session.waiting)))
+            gathered = [one for one in gathered if not one[0].lost]
+            closed = yield from self.fill(gathered, size)
             now = self._clock()
-            if found and deadline is None:
+            if gathered and deadline is None:
                 deadline = now + within
-            if found and (closed or len(found) >= size or (deadline is not None and now >= deadline)):
-                return _start(found)
-            if not self.lessee.waiting:
+            if gathered and (closed or len(gathered) >= size or (deadline is not None and now >= deadline)):
+                return start(gathered)
+            if not self.session.waiting:
                 yield self._wait(None if deadline is None else deadline - now)
 
     def pull(self, count: int, wait: float) -> Program[list[M]]:
@@ -99,109 +100,105 @@ class ConsumerSteps(Generic[M]):
             now = self._clock()
             last = now >= deadline
             yield TurnStep(count, leave=last)
-            found: list[tuple[LeasedMessage, M]] = []
-            while self.lessee.waiting and not (yield from self._fill(found, count)):
+            pulled: list[tuple[LeasedMessage, M]] = []
+            while self.session.waiting and not (yield from self.fill(pulled, count)):
                 pass
-            if self.lessee.waiting:  # behind a suspect, or a suspect behind others: it runs alone
-                self.lessee.hand_back(self.lessee.waiting, self._verdict.returned)
-                self.lessee.waiting.clear()
-            if self.lessee.pending:
+            if self.session.waiting:  # behind a suspect, or a suspect behind others: it runs alone
+                self.session.hand_back(self.session.waiting, self._policy.returned)
+                self.session.waiting.clear()
+            if self.session.pending:
                 yield TurnStep(0)
-            found = [one for one in found if not one[0].lost]
-            if found or last:
-                return _start(found)
+            pulled = [one for one in pulled if not one[0].lost]
+            if pulled or last:
+                return start(pulled)
             yield self._wait(deadline - now)
 
     def leave(self) -> Program[None]:
-        """Give everything back, unstarted ones without a trace, and take the registration away."""
-        lessee = self.lessee
-        lessee.hand_back(list(lessee.held.values()), self._verdict.returned)
-        lessee.waiting.clear()
+        """Give everything back, unstarted messages without a trace, and take the registration away."""
+        session = self.session
+        session.hand_back(list(session.held.values()), self._policy.returned)
+        session.waiting.clear()
         yield TurnStep(0, leave=True)
 
-    def _wait(self, most: float | None = None) -> WaitStep:
-        full = len(self.lessee.held) >= MOST_HELD
-        seconds = self.lessee.wait()
-        return WaitStep(seconds if most is None else max(0.001, min(seconds, most)), full)
+    def woken(self, at: int) -> None:
+        """Do nothing: a queue in one piece is looked at anyway after each wait."""
 
-    def _fill(self, found: list[tuple[LeasedMessage, M]], size: int) -> Program[bool]:
-        """Move what waits into *found*; True when that must be handed out as it is, since a suspect travels alone."""
-        while self.lessee.waiting and len(found) < size:
-            one = yield from self._next(alone=not found)
-            if one is None:
-                if found and self.lessee.waiting and self._is_suspect(self.lessee.waiting[0]):
-                    return True
-                continue
-            found.append(one)
-            if self._is_suspect(one[0]):
-                return True
-        return len(found) >= size
+    # -- parts of programs ----------------------------------------------------------------------------------------
 
-    def _is_suspect(self, leased: LeasedMessage) -> bool:
-        return self._verdict.suspected(leased) is not None and self._verdict.poison(leased) is None
-
-    def _next(self, *, alone: bool) -> Program[tuple[LeasedMessage, M] | None]:
-        """Return the first that waits, opened; None when it was settled instead, or is a suspect that must wait."""
-        lessee = self.lessee
-        leased = lessee.waiting[0]
-        if self._is_suspect(leased) and not alone:
+    def next_message(self, *, alone: bool) -> Program[tuple[LeasedMessage, M] | None]:
+        """Return the first waiting message; None when it was settled, or is a suspect that must wait."""
+        session = self.session
+        leased = session.waiting[0]
+        if not alone and self._is_suspect(leased):
             return None
-        lessee.waiting.popleft()
+        session.waiting.popleft()
         if leased.lost:
             return None
-        name = clean(public(lessee.keys.queue, leased.id))
-        if leased.id in lessee.cancelled:
-            lessee.settle(leased, self._verdict.cancelled(leased))
+        if leased.id in session.cancelled:
+            session.settle(leased, self._policy.cancelled(leased))
             return None
-        if (poison := self._verdict.poison(leased)) is not None:
-            logger.error("Message %s crashed its consumers %d times: dead.", name, leased.state.crashes)
-            lessee.settle(leased, poison)
+        if leased.history.crashes and (poison := self._policy.poison(leased)) is not None:
+            logger.error(
+                "Message %s crashed its consumers %d times and is now a dead letter.",
+                self._name(leased),
+                leased.history.crashes,
+            )
+            session.settle(leased, poison)
             return None
         try:
             message = self._open(leased)
-        except PayloadTooNew as error:
-            put_off = self._verdict.put_off(leased, error)
-            log = logger.warning if put_off.kind == "R" else logger.error
-            log("Message %s waits for a newer program: %s", name, _line(error))
-            lessee.settle(leased, put_off)
+        except (PayloadError, BlobUnavailable) as error:
+            self._settle_unreadable(leased, error)
             return None
-        except BlobUnavailable as error:
-            logger.error("Message %s: %s", name, _line(error))
-            lessee.settle(leased, self._verdict.failed(leased, error))
-            return None
-        except PayloadError as error:
-            logger.error("Message %s cannot be decoded and is now a dead letter: %s", name, _line(error))
-            lessee.settle(leased, self._verdict.undecodable(leased, error))
-            return None
-        if (suspicion := self._verdict.suspected(leased)) is not None:
-            lessee.settle(leased, suspicion)
+        if leased.history.crashes and (presumed := self._policy.presumed_crash(leased)) is not None:
+            session.settle(leased, presumed)
             yield TurnStep(0)
             if leased.lost:
                 return None
         return leased, message
 
+    def fill(self, gathered: list[tuple[LeasedMessage, M]], size: int) -> Program[bool]:
+        """Move waiting messages into *gathered*. Return True when it must be handed out as it is."""
+        while self.session.waiting and len(gathered) < size:
+            opened = yield from self.next_message(alone=not gathered)
+            if opened is None:
+                if gathered and self.session.waiting and self._is_suspect(self.session.waiting[0]):
+                    return True
+                continue
+            gathered.append(opened)
+            if self._is_suspect(opened[0]):
+                return True
+        return len(gathered) >= size
 
-def _line(error: Exception) -> str:
-    return clean(" ".join(str(error).split()))
+    def _wait(self, most: float | None = None) -> WaitStep:
+        full = len(self.session.held) >= MOST_HELD
+        seconds = self.session.wait()
+        return WaitStep(seconds if most is None else max(0.001, min(seconds, most)), full)
+
+    def _is_suspect(self, leased: LeasedMessage) -> bool:
+        """Tell whether it may have crashed a consumer and may be tried again. A suspect runs alone."""
+        return leased.history.crashes != 0 and self._policy.poison(leased) is None
+
+    def _settle_unreadable(self, leased: LeasedMessage, error: PayloadError | BlobUnavailable) -> None:
+        name, line = self._name(leased), clean(" ".join(str(error).split()))
+        if isinstance(error, PayloadTooNew):
+            settlement = self._policy.put_off(leased, error)
+            log = logger.warning if settlement.kind == "R" else logger.error
+            log("Message %s waits for a newer program: %s", name, line)
+        elif isinstance(error, BlobUnavailable):
+            settlement = self._policy.failed(leased, error)
+            logger.error("Message %s: %s", name, line)
+        else:
+            settlement = self._policy.undecodable(leased, error)
+            logger.error("Message %s cannot be decoded and is now a dead letter: %s", name, line)
+        self.session.settle(leased, settlement)
+
+    def _name(self, leased: LeasedMessage) -> str:
+        return clean(public(self.session.keys.queue, leased.id))
 
 
-def _start(found: list[tuple[LeasedMessage, M]]) -> list[M]:
-    for leased, _ in found:
+def start(gathered: list[tuple[LeasedMessage, M]]) -> list[M]:
+    """Mark messages as started, and return them as users see them."""
+    for leased, _ in gathered:
         leased.started = True
-    return [message for _, message in found]
-
-
-def quietly(follow: Callable[[S], V], program: S) -> V:
-    """Let *follow* carry *program* out. Ctrl-C is how a loop ends: where it waited then is left out of the traceback."""
-    try:
-        return follow(program)
-    except KeyboardInterrupt as stop:
-        raise stop.with_traceback(None) from None
-
-
-async def aquietly(follow: Callable[[S], Awaitable[V]], program: S) -> V:
-    """Do the same for a loop of asyncio, which ctrl-C cancels."""
-    try:
-        return await follow(program)
-    except asyncio.CancelledError as stop:
-        raise stop.with_traceback(None) from None
+    return [message for _, message in gathered]

@@ -4,9 +4,9 @@
 -- KEYS  1 jobs  2 state  3 due  4 dead  5 workers  6 conf  7 waiters
 -- ARGV  1 id  2 "cancel" leaves a record, "delete" leaves nothing and takes dead letters too
 -- returns 1 gone · 2 asked of the worker that runs it · 0 finished or unknown · -1 leased (delete only)
-local id, cancels = ARGV[1], ARGV[2] == 'cancel'
-local queue = {prefix = string.sub(KEYS[1], 1, -5), jobs = KEYS[1], state = KEYS[2], waiters = KEYS[7]}
-local envelope = redis.call('HGET', queue.jobs, id)
+local jobs, id, cancels = KEYS[1], ARGV[1], ARGV[2] == 'cancel'
+local queue = {prefix = string.sub(jobs, 1, -5), state = KEYS[2], waiters = KEYS[7]}
+local envelope = redis.call('HGET', jobs, id)
 if not envelope then return 0 end
 local found = marks(envelope) or {}
 if found.stub then return 0 end
@@ -19,6 +19,7 @@ local keep, record = 0, '{"status":"cancelled"}'
 if cancels then keep, record = 600000, cancelled_record(clock()) end
 
 if redis.call('ZREM', KEYS[3], id) == 1 or (buried and redis.call('ZREM', KEYS[4], id) == 1) then
+  redis.call('HDEL', jobs, id)
   finish(queue, id, keep, record, found.unique, found.own)
   return 1
 end
@@ -37,8 +38,10 @@ for _, worker in ipairs(workers) do
     return 2
   end
 end
--- Its entry stands in a ready list, which is never searched. A stub stays for the turn that reaches the entry.
-finish(queue, id, keep, record, found.unique, found.own)
-redis.call('HSET', queue.jobs, id, 'x' .. string.match(envelope, '^[^\n]*') .. '\n')
+-- Its entry stands in a ready list, which is never searched. A stub stays for the turn that reaches the entry. The first
+-- write is a removal, so that a full Redis takes the stub too.
+redis.call('HDEL', queue.state, id)
+redis.call('HSET', jobs, id, 'x' .. string.match(envelope, '^[^\n]*') .. '\n')
 redis.call('HINCRBY', KEYS[6], 'stubs', 1)
+finish(queue, id, keep, record, found.unique, found.own)
 return 1

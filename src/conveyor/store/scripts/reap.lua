@@ -48,13 +48,14 @@ local function charge(id, attempts)
 end
 
 local returned = 0
-local queue = {prefix = string.sub(jobs, 1, -5), jobs = jobs, state = state, waiters = KEYS[6]}
+local queue = {prefix = string.sub(jobs, 1, -5), state = state, waiters = KEYS[6]}
 for i = #ids, 1, -1 do
   local id = ids[i]
   if not envelopes[i] then
     redis.call('HDEL', state, id)
   elseif asked[id] then
     local found = marks(envelopes[i]) or {}
+    redis.call('HDEL', jobs, id)
     finish(queue, id, 600000, cancelled_record(clock()), found.unique, found.own)
   else
     charge(id, states[i])

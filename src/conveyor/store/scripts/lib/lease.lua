@@ -20,6 +20,7 @@ local function usable(queue, id, envelope, now, missing)
     return false
   end
   if found.expires and found.expires <= now then
+    redis.call('HDEL', queue.jobs, id)
     finish(queue, id, 600000, cancelled_record(now, 'expired'), found.unique, found.own)
     return false
   end

@@ -36,15 +36,14 @@ local function announce(waiters, id, record)
   end
 end
 
--- End a job: remove it, keep its record, release and announce.
--- queue   fields prefix, jobs, state and waiters are used
+-- End a job whose envelope was removed, or replaced by a stub: remove its state, keep its record, release and announce.
+-- queue   fields prefix, state and waiters are used
 -- id      of the job
 -- keep    ms that the record is kept; 0: it is only announced
 -- record  as for announce
 -- unique, own  as for release
 -- returns nothing
 local function finish(queue, id, keep, record, unique, own)
-  redis.call('HDEL', queue.jobs, id)
   redis.call('HDEL', queue.state, id)
   if keep > 0 then redis.call('SET', queue.prefix .. 'result:' .. id, record, 'PX', keep) end
   release(queue.prefix, id, unique, own)

@@ -59,6 +59,7 @@ local function settle_other(queue, leased, i, now)
   if kind == 'S' then
     redis.call('RPUSH', queue.prefix .. 'outbox', record)
   elseif kind == 'D' or kind == 'C' then
+    redis.call('HDEL', queue.jobs, id)
     finish(queue, id, ms, record, unique, own)
   elseif kind == 'X' then
     redis.call('ZADD', queue.dead, now, id)

@@ -1,0 +1,65 @@
+"""
+Programs of calls: generators that yield calls, receive the decoded replies, and return a value.
+
+A program does no input or output, so a blocking and an awaitable driver carry out the same one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Generator
+from typing import Any, TypeVar
+
+from conveyor.store.client.client import Client
+from conveyor.store.operations import LIST_INTAKE
+from conveyor.store.script import Call
+
+C = TypeVar("C")
+V = TypeVar("V")
+Run = Callable[[Call[Any]], Any]
+AsyncRun = Callable[[Call[Any]], Awaitable[Any]]
+
+
+def run_once(client: Client, call: Call[Any]) -> Any:
+    """Carry out *call*, repeated only when that is harmless."""
+    return client.run(call, retry_for=_retry_for(client, call))
+
+
+async def arun_once(client: Client, call: Call[Any]) -> Any:
+    """Awaitable form of `run_once`."""
+    return await client.arun(call, retry_for=_retry_for(client, call))
+
+
+def _retry_for(client: Client, call: Call[Any]) -> float:
+    """Return the seconds for which *call* is repeated."""
+    # An intake is never repeated: it would store new entries over old ones.
+    return 0.0 if call.script is LIST_INTAKE else client.retry_for
+
+
+def drive(program: Generator[C, Any, V], run: Callable[[C], Any]) -> V:
+    """Carry out *program* and return its value. Errors of *run* are raised inside the program."""
+    try:
+        call = next(program)
+        while True:
+            try:
+                reply = run(call)
+            except Exception as error:
+                call = program.throw(error)
+            else:
+                call = program.send(reply)
+    except StopIteration as stop:
+        return stop.value  # type: ignore[no-any-return]
+
+
+async def adrive(program: Generator[C, Any, V], run: Callable[[C], Awaitable[Any]]) -> V:
+    """Awaitable form of `drive`."""
+    try:
+        call = next(program)
+        while True:
+            try:
+                reply = await run(call)
+            except Exception as error:
+                call = program.throw(error)
+            else:
+                call = program.send(reply)
+    except StopIteration as stop:
+        return stop.value  # type: ignore[no-any-return]
