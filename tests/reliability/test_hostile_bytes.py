@@ -262,7 +262,7 @@ def test_passwords_that_need_quoting_are_not_shown(word):
 def test_unquoted_password_is_told_how_to_write():
     """Where a password would be read as host and path, the error says what to do."""
     for form in URLS[:3] + URLS[4:6]:
-        with pytest.raises(ConfigurationError, match=r"write it quoted: .*quote"):
+        with pytest.raises(ConfigurationError, match=r"quote it: .*quote"):
             topology_of(form.format("x/y"))
 
 
