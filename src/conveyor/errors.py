@@ -1,25 +1,25 @@
 """
 The exception tree.
 
-Every error carries a `code`, says what happened with its values, and what to do.
+Every error has a `code`, says what happened with its values, and says what to do.
 
     ConveyorError
     ├── StoreUnavailable       E01  Redis cannot be reached or does not answer (also E37)
     ├── ConfigurationError     E02  something is declared or set up wrongly (also E06 E08 E09 E10 E18 E19 E34-E36 E46-E48)
     ├── PayloadError           E03  arguments or a value that cannot be stored or decoded (also E04 E15 E21 E22 E38-E43 E50)
     ├── UnknownTask            E05  no task of that name is registered here
-    ├── LeaseLost              E14  the message is no longer ours
-    ├── ResultExpired          E20  finished, and the value is no longer kept
-    ├── QueueFull              E23  the queue, or Redis itself, takes no more
+    ├── LeaseLost              E14  the lease of the message is lost
+    ├── ResultExpired          E20  the job has finished, and its value is no longer kept
+    ├── QueueFull              E23  the queue, or Redis itself, is full
     ├── JobFailed              E24  the job ended in an error
     ├── JobCancelled           E25  the job was cancelled, or expired before it started
     ├── Duplicate              E26  a job with that unique key exists
     ├── JobNotFound            E27  no job with that id is known
     ├── RateLimited            E28  a limit refuses the call
-    ├── DurabilityNotReached   E29  stored, but not confirmed as widely as asked
+    ├── DurabilityNotReached   E29  stored, but not confirmed by fsync or replicas as requested
     └── QueueNotFound          E30  no queue of that name is known
 
-`Snooze` is not an error: a job raises it to be run again later without using an attempt.
+`Snooze` is not an error: a job raises it to run again later without using an attempt.
 """
 
 from __future__ import annotations
@@ -29,19 +29,18 @@ from typing import Any
 
 
 class ConveyorError(Exception):
-    """The root of all errors of this library; `code` names the page that explains it."""
+    """The root of all errors of this library; `code` names its entry in docs/errors.md."""
 
     code = "E00"
 
     def __init__(self, message: str = "", *, code: str | None = None) -> None:
-        """Take the whole text shown to a person, and a code where the class has several."""
         super().__init__(message)
         if code is not None:
             self.code = code
 
 
 class StoreUnavailable(ConveyorError):
-    """Redis cannot be reached, or did not answer before the deadline; repeating the call is safe."""
+    """Redis cannot be reached, or did not answer in time; repeating the call is safe."""
 
     code = "E01"
 
@@ -77,18 +76,17 @@ class ResultExpired(ConveyorError):
 
 
 class QueueFull(ConveyorError):
-    """The queue's maximum length, or the memory of Redis, is reached; nothing was stored."""
+    """The queue has reached its maximum length, or Redis its memory limit; nothing was stored."""
 
     code = "E23"
 
 
 class JobFailed(ConveyorError):
-    """The job ended in an error: `type` (qualified name), `message` and `traceback` (text) say which."""
+    """The job ended in an error: `type` (qualified name), `message` and `traceback` (text) describe it."""
 
     code = "E24"
 
     def __init__(self, job_id: str, type: str, message: str, traceback: str) -> None:  # noqa: A002  the contract's name
-        """Take the id of the job and what its last attempt raised."""
         super().__init__(f"Job {job_id} failed: {type}: {message}")
         self.job_id = job_id
         self.type = type
@@ -96,7 +94,7 @@ class JobFailed(ConveyorError):
         self.traceback = traceback
 
     def __reduce__(self) -> tuple[type[JobFailed], tuple[str, str, str, str]]:
-        """Survive pickling between processes of the caller."""
+        """Support pickling, for callers with several processes."""
         return type(self), (self.job_id, self.type, self.message, self.traceback)
 
 
@@ -112,13 +110,12 @@ class Duplicate(ConveyorError):
     code = "E26"
 
     def __init__(self, job_id: str, key: str) -> None:
-        """Take the id of the job that holds the key, and the key."""
         super().__init__(f"Job {job_id} already holds the unique key {key!r}. Nothing was enqueued.")
         self.job_id = job_id
         self.key = key
 
     def __reduce__(self) -> tuple[type[Duplicate], tuple[str, str]]:
-        """Survive pickling between processes of the caller."""
+        """Support pickling, for callers with several processes."""
         return type(self), (self.job_id, self.key)
 
 
@@ -136,10 +133,10 @@ class RateLimited(ConveyorError):
 
 class DurabilityNotReached(ConveyorError):
     """
-    Stored, but not confirmed as widely as asked: the jobs run, and repeating the push with the same id is safe.
+    The jobs are stored, but not confirmed by fsync or replicas as requested.
 
-    `job_ids` are all that the call stored, `job_id` the first of them; `asked` and `got` count replicas; `fsync` is
-    None when no sync was asked for, else whether it was confirmed.
+    They run, and repeating the push with the same id is safe. `job_ids` are all that the call stored, `job_id` the first.
+    `asked` and `got` count replicas. `fsync` is None when no fsync was requested, else whether it was confirmed.
     """
 
     code = "E29"
@@ -147,7 +144,6 @@ class DurabilityNotReached(ConveyorError):
     def __init__(
         self, message: str, *, job_ids: Sequence[str] = (), asked: int = 0, got: int = 0, fsync: bool | None = None
     ) -> None:
-        """Take the whole text and the facts."""
         super().__init__(message)
         self.job_ids = list(job_ids)
         self.asked = asked
@@ -156,11 +152,11 @@ class DurabilityNotReached(ConveyorError):
 
     @property
     def job_id(self) -> str:
-        """The id of the job, of the first where there are several."""
+        """The id of the job; the first where there are several."""
         return self.job_ids[0] if self.job_ids else ""
 
     def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
-        """Survive pickling between processes of the caller."""
+        """Support pickling, for callers with several processes."""
         return _not_reached, (str(self), self.job_ids, self.asked, self.got, self.fsync)
 
 
@@ -169,15 +165,14 @@ def _not_reached(message: str, job_ids: list[str], asked: int, got: int, fsync: 
 
 
 class QueueNotFound(ConveyorError):
-    """Nothing was ever pushed to a queue of that name here."""
+    """No message or job was ever pushed to a queue of that name."""
 
     code = "E30"
 
 
 class Snooze(Exception):  # not an error: control flow with a meaning
-    """Raised by a job: run me again after *delay*, and count no attempt against my budget."""
+    """Raised by a job: run it again after *delay* (seconds, or a text such as ``"5m"``), and count no attempt."""
 
     def __init__(self, delay: float | str) -> None:
-        """Take seconds, or a text such as ``"5m"``."""
         super().__init__(delay)
         self.delay = delay

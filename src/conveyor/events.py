@@ -1,4 +1,4 @@
-"""What happened, as typed values: `app.on(JobDead)` or `app.on("dead")` is called with one."""
+"""Events as typed values: the listener of `app.on(JobDead)` or `app.on("dead")` gets one."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import ClassVar
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """Something that happened in this process; subclasses say what."""
+    """An event of this process; each subclass is one kind."""
 
     name: ClassVar[str] = ""
 
 
 @dataclass(frozen=True, slots=True)
 class JobEvent(Event):
-    """Something that happened to a job; `attempt` counts from 1."""
+    """An event of a job; `attempt` counts from 1."""
 
     job_id: str
     task: str
@@ -25,7 +25,7 @@ class JobEvent(Event):
 
 @dataclass(frozen=True, slots=True)
 class JobStarted(JobEvent):
-    """An attempt begins."""
+    """An attempt starts."""
 
     name: ClassVar[str] = "started"
 
@@ -40,7 +40,7 @@ class JobDone(JobEvent):
 
 @dataclass(frozen=True, slots=True)
 class JobRetried(JobEvent):
-    """An attempt failed and another follows after `delay` seconds."""
+    """An attempt failed, and the next one follows after `delay` seconds."""
 
     name: ClassVar[str] = "retried"
     delay: float
@@ -49,7 +49,7 @@ class JobRetried(JobEvent):
 
 @dataclass(frozen=True, slots=True)
 class JobDead(JobEvent):
-    """The job is given up; `reason` says why, `error` is the last one, None for a poison job."""
+    """The job is dead: `reason` says why; `error` is the last one, None for a poison job."""
 
     name: ClassVar[str] = "dead"
     reason: str
@@ -58,21 +58,21 @@ class JobDead(JobEvent):
 
 @dataclass(frozen=True, slots=True)
 class JobCancelledEvent(JobEvent):
-    """A job was cancelled while this worker held it."""
+    """A job was cancelled while this worker had leased it."""
 
     name: ClassVar[str] = "cancelled"
 
 
 @dataclass(frozen=True, slots=True)
 class JobLost(JobEvent):
-    """The lease was gone when the job ended: its outcome was refused, another worker runs it."""
+    """The lease was lost before the job ended: its outcome was refused, and another worker runs it."""
 
     name: ClassVar[str] = "lost"
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerStarted(Event):
-    """A worker takes jobs from now on."""
+    """A worker leases jobs from now on."""
 
     name: ClassVar[str] = "worker-started"
     worker: str
@@ -80,7 +80,7 @@ class WorkerStarted(Event):
 
 @dataclass(frozen=True, slots=True)
 class WorkerStopped(Event):
-    """A worker has handed everything back."""
+    """A worker has stopped and handed back all its jobs."""
 
     name: ClassVar[str] = "worker-stopped"
     worker: str

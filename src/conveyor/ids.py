@@ -1,9 +1,9 @@
 """
-Ids: 128 bits in 22 characters, ordered by the millisecond they were made.
+Ids: 128 bits in 22 characters, ordered by the millisecond in which they were made.
 
-48 bits of time and 80 random bits, written in an alphabet of 64 that sorts like the
-numbers it stands for. 22 characters instead of the 26 of a ULID save 8 bytes a job,
-since Redis holds every id twice. Public ids name their place: ``mail:<id>``, in a queue with partitions ``mail/3:<id>``.
+48 bits of time and 80 random bits, in an alphabet of 64 characters that sorts like the numbers. 22 characters instead of
+the 26 of a ULID save 8 bytes a job, since Redis holds every id twice. Public ids name their queue: ``mail:<id>``, in a
+queue with partitions ``mail/3:<id>``.
 """
 
 from __future__ import annotations
@@ -56,12 +56,12 @@ def new_ids(count: int) -> list[str]:
 
 
 def new_identity() -> str:
-    """Return 96 random bits for a worker or a lane, never used again."""
+    """Return 96 random bits for a worker or a producer sequence, never used again."""
     return os.urandom(12).hex()
 
 
 def made_at_ms(id: str) -> int | None:  # noqa: A002
-    """Return when a generated id was made (ms, by its maker's clock), or None for an id of the caller's own."""
+    """Return when a generated id was made (ms, by its maker's clock); None for an id chosen by the caller."""
     if not _GENERATED.fullmatch(id):
         return None
     from base64 import b64decode
@@ -75,12 +75,12 @@ def is_generated(id: str) -> bool:  # noqa: A002
 
 
 def public(queue: str, id: str) -> str:  # noqa: A002
-    """Return the id people see: with its place when it was generated, as it is when the caller gave it."""
+    """Return the public id: with the queue in front when it was generated, unchanged when the caller chose it."""
     return f"{queue}:{id}" if is_generated(id) else id
 
 
 def split(public_id: str) -> tuple[str | None, str]:
-    """Return (queue or partition, id); the first is None for a bare id, which any queue may hold."""
+    """Return (queue or partition, id); the first is None for a bare id, which may be in any queue."""
     queue, colon, id_ = public_id.rpartition(":")
     if colon and queue and is_generated(id_) and _QUEUE_OR_PARTITION.fullmatch(queue):
         return queue, id_
@@ -88,28 +88,28 @@ def split(public_id: str) -> tuple[str | None, str]:
 
 
 def new_spawned_id() -> str:
-    """Return a fresh id of the kind that tells by its last character that the job was spawned by another."""
+    """Return a fresh id whose last character marks the job as spawned by another job."""
     id_ = new_id()
     return id_[:-1] + chr(_ORDERED[_ORDERED.index(ord(id_[-1])) + 1])  # 22 characters have 4 bits to spare: elsewhere 0
 
 
 def is_spawned(id: str) -> bool:  # noqa: A002
-    """Tell whether *id* was made for a spawned job, which Redis may hear of later than who waits for it."""
+    """Tell whether *id* was made for a spawned job, which may reach Redis later than a caller waits for it."""
     return is_generated(id) and _ORDERED.index(ord(id[-1])) % 16 == 1
 
 
 def may_arrive_later(id: str) -> bool:  # noqa: A002
-    """Tell whether a job that Redis does not know may be on its way: it was spawned, and not so long ago that it is forgotten."""
+    """Tell whether a job unknown to Redis may still arrive: it was spawned less than a day ago."""
     return is_spawned(id) and time() * 1000 - (made_at_ms(id) or 0) < 86_400_000
 
 
 def given_id(id: str) -> str:  # noqa: A002
-    """Return the id that a job on its way out was given: a spawned job's, or a usable one of the caller's own."""
+    """Return the id given to a job that is about to be pushed: a spawned job's, or a valid one of the caller."""
     return id if isinstance(id, str) and is_spawned(id) else own_id(id)
 
 
 def own_id(id: str) -> str:  # noqa: A002
-    """Return a caller's id when it is usable: 1-200 printable characters. Raises ConfigurationError."""
+    """Return *id* if it is valid as a caller's own: 1-200 printable characters. Raises ConfigurationError."""
     if not isinstance(id, str) or not 1 <= len(id) <= 200 or not id.isprintable():
         raise ConfigurationError(f"id must be 1 to 200 printable characters: {id!r}.")
     if split(id)[0] is not None or is_generated(id):
@@ -125,22 +125,22 @@ def queue_name(name: str, *, what: str = "queue") -> str:
 
 
 def partition(queue: str, number: int) -> str:
-    """Return the name of one partition of *queue*, counted from 0."""
+    """Return the name of partition *number* of *queue*; numbers start at 0."""
     return f"{queue}/{number}"
 
 
 def logical(queue: str) -> str:
-    """Return the queue that *place*, a queue or a partition, belongs to."""
+    """Return the queue of *queue*, which may be a partition of it."""
     return queue.partition("/")[0] if _QUEUE_OR_PARTITION.fullmatch(queue) else queue
 
 
 def clean(text: str) -> str:
-    """Return text from elsewhere that cannot steer a terminal, or begin a line of its own in a log."""
+    """Return foreign text without characters that control a terminal or start a line in a log."""
     return _CONTROL.sub(lambda match: _ESCAPES.get(match[0]) or f"\\x{ord(match[0]):02x}", text)
 
 
 def unique_key(key: str) -> str:
-    """Return a usable unique key: 1-200 printable characters. Raises ConfigurationError."""
+    """Return *key* if it is valid: 1-200 printable characters. Raises ConfigurationError."""
     if not isinstance(key, str) or not 1 <= len(key) <= 200 or not key.isprintable():
         raise ConfigurationError(f"unique must be 1 to 200 printable characters: {key!r}.")
     return key

@@ -18,9 +18,9 @@ _LONGEST_MS = 366 * 100 * 86_400_000  # a century; beyond it, numbers lose their
 
 def milliseconds(value: Duration, *, name: str = "duration") -> int:
     """
-    Return *value* as whole milliseconds, rounded up so that a tiny wait is not none.
+    Return *value* as whole milliseconds, rounded up so that a short wait does not become none.
 
-    Raises ConfigurationError for text it does not know, negative values, NaN and more than a century.
+    Raises ConfigurationError for unknown text, negative values, NaN and more than a century.
     """
     if isinstance(value, timedelta):
         seconds = value.total_seconds()
@@ -85,7 +85,7 @@ _SIZE = re.compile(r"(\d{1,12}) ?(B|[KMG]iB|[kKMG]B)")
 
 
 def size(value: object, name: str) -> int:
-    """Return a size of at least one byte; raises ConfigurationError."""
+    """Return a size in bytes, at least 1; raises ConfigurationError, which calls the value *name*."""
     if isinstance(value, int) and not isinstance(value, bool) and value > 0:
         return value
     match = _SIZE.fullmatch(value) if isinstance(value, str) else None

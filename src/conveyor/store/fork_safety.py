@@ -16,10 +16,10 @@ T = TypeVar("T")
 
 
 class ForkAware(Protocol):
-    """Something that must not use what its parent uses."""
+    """An object that must not use in a child what belongs to its parent."""
 
     def forked(self) -> None:
-        """Forget connections, lanes and threads: they are the parent's."""
+        """Forget connections, sequences and threads: they belong to the parent."""
         ...
 
 
@@ -28,7 +28,7 @@ _fork_aware: WeakSet[ForkAware] = WeakSet()
 
 
 def on_fork(instance: ForkAware) -> None:
-    """Call ``holder.forked()`` in every child forked while it lives."""
+    """Call ``instance.forked()`` in every forked child while *instance* lives."""
     _fork_aware.add(instance)
 
 
@@ -41,10 +41,14 @@ os.register_at_fork(after_in_child=_notify_children)
 
 
 class lazy_property(Generic[T]):  # noqa: N801  used as a decorator, as property is
-    """Makes a method an attribute that is computed once."""
+    """
+    Makes a method an attribute that is computed on first use, without a lock.
+
+    `functools.cached_property` of Python 3.11 holds a lock meanwhile, one for all instances. A process that forks while
+    another thread computes copies it locked, and the child waits forever. Here two threads may compute the same value twice.
+    """
 
     def __init__(self, compute: Callable[[Any], T]) -> None:
-        """Take the method."""
         self._compute = compute
         self.__doc__ = compute.__doc__
 

@@ -1,4 +1,4 @@
-"""Reads: one pure function per script, each returning a `Call`. Nothing here changes anything."""
+"""Reads: one pure function per script, each returning a `Call`. None of them changes anything."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ WORKERS, AUDIT = Script("workers"), Script("audit")
 
 @dataclass(frozen=True, slots=True)
 class QueueCounts:
-    """What a queue holds. `oldest_age` is seconds since the oldest ready job could have started, None when none waits."""
+    """The counts of a queue. `oldest_age`: seconds since the oldest ready job could have started, None when none is ready."""
 
     ready: int
     scheduled: int
@@ -36,7 +36,7 @@ class QueueCounts:
 
 
 def total(parts: Sequence[QueueCounts]) -> QueueCounts:
-    """Return what partitions hold together; each worker serves all of them, so `workers` is that of the one with the most."""
+    """Return the sum of *parts*, the partitions of a queue. `workers` is the maximum, as each worker serves them all."""
     ages = [part.oldest_age for part in parts if part.oldest_age is not None]
     limits = [part.max_length for part in parts if part.max_length is not None]
     return QueueCounts(
@@ -48,7 +48,7 @@ def total(parts: Sequence[QueueCounts]) -> QueueCounts:
 
 @dataclass(frozen=True, slots=True)
 class JobRow:
-    """One job as it stands: `extra` is its due instant or death in ms, or the worker that holds it."""
+    """One job: `extra` is its due instant or its death in ms, or the worker that has leased it."""
 
     id: str
     status: Status
@@ -59,7 +59,7 @@ class JobRow:
 
 @dataclass(frozen=True, slots=True)
 class FinishedJob:
-    """One of the recently finished jobs; `at` in ms since the epoch, `ran_ms` how long its last attempt ran."""
+    """One of the recently finished jobs: `at` in ms since the epoch, `ran_ms` the duration of its last attempt."""
 
     id: str
     task: str
@@ -70,7 +70,7 @@ class FinishedJob:
 
 @dataclass(frozen=True, slots=True)
 class WorkerRow:
-    """One worker of a queue: its identity, when its lease ends (ms), what it said about itself, how much it holds."""
+    """One worker of a queue: its identity, the end of its lease (ms), its facts, and the number of its jobs."""
 
     worker: str
     end: int
@@ -79,7 +79,7 @@ class WorkerRow:
 
 
 def counts(keys: QueueKeys) -> Call[QueueCounts]:
-    """Return the call that counts."""
+    """Return the call that counts the jobs of a queue by state."""
     names = [keys.jobs, keys.due, keys.dead, keys.workers, keys.conf, *keys.ready]
     if keys.foreign is not None:
         names += [keys.foreign, keys.intake]
@@ -160,7 +160,7 @@ def workers(keys: QueueKeys) -> Call[list[WorkerRow]]:
 
 
 def audit(keys: QueueKeys, *, most: int = 200_000) -> Call[list[tuple[str, str]]]:
-    """Return the call that proves every live id is in exactly one place: it yields (problem, id), none when all is well."""
+    """Return the call that checks that every live id is in exactly one place; it yields (problem, id) for each that is not."""
     names = (keys.jobs, keys.state, keys.due, keys.dead, keys.workers, keys.conf, *keys.ready)
     return Call(
         AUDIT,

@@ -1,8 +1,8 @@
 """
-Every key name, in one place.
+The names of all keys, in one place.
 
-All keys of a queue carry the same hash tag, the queue's name, so each step is one script
-on one slot of a cluster. Only `<namespace>:queues`, the set of known queues, has no tag.
+All keys of a queue have the same hash tag, the queue's name, so each step is one script in one slot of a cluster. Only
+`<namespace>:queues`, the set of known queues, has no tag.
 """
 
 from __future__ import annotations
@@ -21,14 +21,21 @@ def known_queues(namespace: str) -> str:
 
 
 def check_namespace(namespace: str) -> str:
-    """Return a usable namespace; raises ConfigurationError."""
+    """Return *namespace* if it is valid; raises ConfigurationError."""
     if not isinstance(namespace, str) or not _NAMESPACE.fullmatch(namespace):
         raise ConfigurationError(f"Invalid namespace {namespace!r}: use 1 to 64 characters out of A-Z a-z 0-9 _ . : -")
     return namespace
 
 
 class QueueKeys:
-    """The keys of one queue; `tag` is another hash tag than the queue's name for a foreign list that brings its own."""
+    """
+    The keys of one queue.
+
+    Args:
+        foreign: the plain list that this queue shares with other programs, None for an ordinary queue. A list that has a
+            hash tag of its own lends it to the other keys.
+        partitions: the number of partitions that this program declares for the queue. Scripts refuse any other.
+    """
 
     __slots__ = (
         "conf", "dead", "due", "foreign", "intake", "jobs", "outbox", "partitions", "prefix", "queue",
@@ -36,11 +43,6 @@ class QueueKeys:
     )  # fmt: skip
 
     def __init__(self, namespace: str, queue: str, *, foreign: str | None = None, partitions: int = 1) -> None:
-        """
-        Name them all; *foreign* is the plain list this queue shares with other programs.
-
-        *partitions* is how many this program believes the logical queue to have: scripts refuse another number.
-        """
         self.queue = queue
         self.partitions = partitions
         self.foreign = foreign
@@ -59,31 +61,31 @@ class QueueKeys:
         self.ready = tuple(f"{prefix}ready:{priority}" for priority in range(PRIORITIES))
 
     def leased(self, worker: str) -> str:
-        """Return the hash of what *worker* holds."""
+        """Return the key of the hash of the jobs that *worker* has leased."""
         return f"{self.prefix}leased:{worker}"
 
     def wake_of(self, worker: str) -> str:
-        """Return the list through which one busy worker is called."""
+        """Return the key of the list whose tokens wake one busy worker."""
         return f"{self.prefix}wake:{worker}"
 
     def lane(self, producer: str) -> str:
-        """Return the number and reply of a producer's last push."""
+        """Return the key `lane:<producer>`: number and reply of the last push in a producer's sequence."""
         return f"{self.prefix}lane:{producer}"
 
     def inbox(self, source: str) -> str:
-        """Return the number and reply of what the outbox of the queue *source* last delivered here."""
+        """Return the key of the number and reply of the last delivery from the outbox of queue *source*."""
         return f"{self.prefix}inbox:{source}"
 
     def result(self, id: str) -> str:  # noqa: A002
-        """Return where the outcome of a job is kept."""
+        """Return the key of the outcome of a job."""
         return f"{self.prefix}result:{id}"
 
 
 def _foreign_prefix(namespace: str, name: str) -> str:
     """
-    Return the prefix of the keys beside a plain list: they must lie in the list's own slot.
+    Return the prefix of the keys beside a plain list, which must be in the same slot as the list.
 
-    A list without braces hashes as a whole, so its name becomes our tag. One with a tag lends it.
+    A list without braces hashes as a whole, so its name becomes the tag. A list with a tag lends it.
     """
     tag = re.search(r"\{([^}]+)\}", name)
     if tag is not None:
@@ -94,5 +96,5 @@ def _foreign_prefix(namespace: str, name: str) -> str:
 
 
 def reply_channel(namespace: str, process: str) -> str:
-    """Return the channel on which one process hears of the results it awaits."""
+    """Return the channel on which one process is notified of the results it awaits."""
     return f"{namespace}:replies:{process}"

@@ -1,8 +1,8 @@
 """
-In how many partitions a queue lies: the number stands with the queue itself, and with each of its partitions.
+The number of partitions of a queue: stored with the queue itself and with each of its partitions.
 
-The queue's own number decides. A push or a registration carries the producer's number to the partition's copy and is
-refused there when it is another, so the check costs no round trip.
+The number stored with the queue decides. A push or a registration carries the declared number to the partition's copy
+and is refused there when they differ, so the check costs no round trip.
 """
 
 from __future__ import annotations
@@ -23,12 +23,15 @@ CLAIM_PARTITIONS, REPARTITION, COUNT = (
 
 
 class PartitionCountMismatch(ConfigurationError):
-    """A program and Redis differ in the number of partitions; `found` is 0 while it is changed, None while none is set."""
+    """
+    The declared number of partitions is not the one in Redis.
+
+    `recorded` is the number in Redis: 0 while it is being changed, None while none is set.
+    """
 
     code = "E34"
 
     def __init__(self, keys: QueueKeys, recorded: str) -> None:
-        """Take whose push or registration was refused, and the number that was found ("" none)."""
         self.queue = ids.logical(keys.queue)
         self.recorded = int(recorded) if recorded else None
         super().__init__(_mismatch_text(self.queue, keys.partitions, self.recorded))
@@ -81,7 +84,7 @@ def _claimed(keys: QueueKeys, reply: list[Any]) -> bool:
 
 
 def count(keys: QueueKeys) -> Call[tuple[int, str]]:
-    """Return the call that reads (number, change under way or ""); the number is 0 meanwhile, 1 where none is recorded."""
+    """Return the call that reads (number, change in progress or ""); the number is 0 during a change, 1 where none is set."""
     return Call(COUNT, (keys.conf,), (), lambda reply: (int(reply[0]), reply[1].decode()))
 
 

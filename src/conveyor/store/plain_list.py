@@ -1,4 +1,4 @@
-"""Pushing raw entries to a plain Redis list that other programs read."""
+"""Pushes of raw entries to a plain Redis list that other programs read."""
 
 from __future__ import annotations
 
@@ -20,16 +20,15 @@ LIST_PUSH = Script("list_push")
 
 
 class SequencePool:
-    """Lanes for pushes that overlap: each is used by one at a time, and none by a forked child."""
+    """Producer sequences for pushes that overlap: each is used by one push at a time, and none by a forked child."""
 
     def __init__(self) -> None:
-        """Begin with none."""
         self._free: deque[ProducerSequence] = deque()
         self._process = os.getpid()
 
     @contextmanager
     def lend(self) -> Iterator[ProducerSequence]:
-        """Give out a lane; one whose push failed is not used again, since a repeat may still arrive."""
+        """Lend a sequence. One whose push failed is not used again, because a repeat may still arrive."""
         if self._process != os.getpid():
             self._free, self._process = deque(), os.getpid()
         try:
