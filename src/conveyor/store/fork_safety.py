@@ -32,12 +32,12 @@ def on_fork(instance: ForkAware) -> None:
     _fork_aware.add(instance)
 
 
-def _notify_children() -> None:
+def _reset_in_child() -> None:
     for instance in list(_fork_aware):
         instance.forked()
 
 
-os.register_at_fork(after_in_child=_notify_children)
+os.register_at_fork(after_in_child=_reset_in_child)
 
 
 class lazy_property(Generic[T]):  # noqa: N801  used as a decorator, as property is
