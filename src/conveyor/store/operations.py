@@ -1,7 +1,7 @@
 """
 Writes: one pure function per script, each returning a `Call`.
 
-Nothing here talks to Redis; `connection.py` runs the calls.
+None of them talks to Redis: the runners in `transport/` do.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ MOST_HELD = 1000
 
 @dataclass(slots=True)
 class Entry:
-    """One message to push. `rest` is the envelope behind its marks (`model.write_envelope`); times in ms."""
+    """One message to push. `rest` is the envelope after its marks; times in ms."""
 
     id: str
     rest: bytes
@@ -56,7 +56,7 @@ class Entry:
 
     @property
     def is_plain(self) -> bool:
-        """True when it needs nothing but an envelope and an entry at the tail."""
+        """True when it needs only an envelope and an entry at the tail."""
         return (
             self.priority == 0 and self.delay_ms is None and self.due_at_ms is None and self.expires_ms is None
             and self.unique is None and not self.own_id and not self.front
@@ -72,9 +72,10 @@ def plain_entries(pairs: Sequence[Argument]) -> list[Entry]:
 @dataclass(slots=True)
 class ProducerSequence:
     """
-    A producer's identity: one push in flight, each with the next number, so a repeat is answered, not done again.
+    A producer's identity and its push number: one push in flight, so that a repeat is answered and not carried out again.
 
-    `insists`: whoever uses it pushes again under the same number what was refused, so a refusal is not the end.
+    `resends_refused`: the producer pushes a refused call again under the same number, so a refusal is not final. The key of
+    a sequence in Redis is called `lane:<identity>`.
     """
 
     identity: str
@@ -89,11 +90,11 @@ class ProducerSequence:
 
 
 class StalePush(Exception):
-    """A newer push of this lane was answered already."""
+    """A newer push of this sequence was already answered."""
 
 
 def announce(known: str, *queues: str) -> Call[int]:
-    """Return the call that adds *queues* to the set *known* of all of them."""
+    """Return the call that adds *queues* to the set *known* of all queues."""
     return Command(SADD, (known,), queues, int)
 
 
@@ -105,7 +106,7 @@ def wake(key: str) -> Call[int]:
 def push_plain(
     keys: QueueKeys, sequence: ProducerSequence, pairs: Sequence[Argument], *, max_length: int = 0
 ) -> Call[None]:
-    """Return the call that accepts plain messages: *pairs* is id, envelope, id, envelope, …"""
+    """Return the call that stores plain messages: *pairs* is id, envelope, id, envelope, …"""
     if (names := sequence.key_names.get(keys.prefix)) is None:
         names = (keys.lane(sequence.identity), keys.jobs, keys.ready[0], keys.wake, keys.conf, keys.dead)
         sequence.key_names[keys.prefix] = names
@@ -116,7 +117,7 @@ def push_plain(
 def push(
     keys: QueueKeys, sequence: ProducerSequence, entries: Iterable[Entry], *, max_length: int = 0
 ) -> Call[list[str]]:
-    """Return the call that accepts *entries* in their order, all or none; it yields an id for each, a duplicate's holder's."""
+    """Return the call that stores *entries* in order, all or none. It yields an id each: an existing job's for a duplicate."""
     args: list[Argument] = [sequence.next(), max_length, keys.partitions, 0]
     ids: list[str | None] = []
     run: list[Argument] = []
@@ -143,9 +144,9 @@ def push(
 
 def fence(keys: QueueKeys, identity: str) -> Call[bool]:
     """
-    Return the call that shuts the sequence *identity* of one push for a day; it yields False when it was used or shut before.
+    Return the call that closes the sequence *identity* of one push for a day; it yields False if it was used or closed before.
 
-    From then on that push is answered as late, unless it had been accepted: then still with that.
+    From then on that push is answered as late, unless it had been accepted; then it still is.
     """
     return Command(SET, (keys.lane(identity),), ("1\nlate", "NX", "PX", DAY_MS), bool)
 
@@ -180,7 +181,7 @@ def _pushed(keys: QueueKeys, ids: list[str | None]) -> Any:
 
 
 class ExistingId(str):
-    """The id of a job that was there already: the push that named it stored nothing."""
+    """The id of a job that existed before: the push that named it stored nothing."""
 
     __slots__ = ()
 
@@ -209,7 +210,7 @@ def _refused(keys: QueueKeys, reply: bytes) -> None:
 
 @dataclass(slots=True)
 class Settlement:
-    """How one leased job ends or goes on; `kind` is a letter of turn.lua's header."""
+    """How one leased job ends or continues; `kind` is a letter of turn.lua's header."""
 
     kind: str
     id: str
@@ -222,7 +223,7 @@ class Settlement:
 
 @dataclass(slots=True)
 class TurnReport:
-    """What a worker sends with a turn: settlements, counters of this minute, entries for the recently finished."""
+    """What a worker sends with a turn: settlements, counters of this minute, entries for the recently finished jobs."""
 
     done: list[str] = field(default_factory=list)
     others: list[Settlement] = field(default_factory=list)
@@ -239,7 +240,7 @@ class TurnReply:
     """
     The reply to a turn. Times in ms by the server's clock; `next_due` is None when nothing is scheduled.
 
-    `missing` are the jobs that stood in line and whose record the server has lost; they are told once.
+    `missing` are jobs that were ready but whose record the server has lost; each is reported once.
     """
 
     now: int
@@ -258,17 +259,17 @@ class TurnReply:
 
 
 class WorkerUnregistered(Exception):
-    """The worker was reaped, or Redis has forgotten it: its leases are gone."""
+    """The worker was reaped, or Redis has lost its registration: its leases are gone."""
 
 
 class StaleTurn(Exception):
-    """A newer turn of this worker was carried out already."""
+    """A newer turn of this worker was already carried out."""
 
 
 def turn(
     keys: QueueKeys, worker: str, number: int, want: int, lease_ms: int, report: TurnReport, *, flags: str = ""
 ) -> Call[TurnReply]:
-    """Return the call that settles *report* and leases up to *want* more; `flags` as in turn.lua."""
+    """Return the call that settles *report* and leases up to *want* more jobs; `flags` as in turn.lua."""
     args: list[Argument] = [worker, number, want, lease_ms, flags, len(report.done), *report.done, len(report.others)]
     for one in report.others:
         args += (one.kind, one.id, one.ms, one.record, one.state, one.unique or "", "1" if one.own_id else "")
@@ -330,11 +331,11 @@ def reap(
     blame: tuple[Sequence[str], Sequence[str]] | None = None,
 ) -> Call[int]:  # fmt: skip
     """
-    Return the call that takes *worker*'s registration away and returns its jobs; it yields their number, -1 when refused.
+    Return the call that removes the registration of *worker* and returns its jobs; it yields their number, -1 when refused.
 
-    *end* is the one it was seen with twice; None when its death is known. `crashed=False` charges no crash: each job
-    counts a start, since it may have begun, and no run goes unseen. With *blame* only the ids in it are charged: those that
-    ended the worker, and those that may have, who are not convicted by it. Without, everyone is.
+    *end* is the end of its lease that was seen twice; None when its death is certain. `crashed=False` charges no crash. Each
+    job counts a start, because it may have begun, and no run goes uncounted. *blame* is (ids that ended the worker, ids that
+    may have ended it): only these are charged, the second ones only with a possible crash. None: all jobs are charged.
     """
     names = (keys.leased(worker), keys.workers, keys.jobs, keys.state, keys.wake, keys.waiters, *keys.ready)
     how, words = "crash" if crashed else "leave", tuple[str, ...]()
@@ -365,7 +366,7 @@ def cancel(keys: QueueKeys, id: str, *, delete: bool = False) -> Call[int]:  # n
 
 
 def redrive(keys: QueueKeys, *, limit: int = 500, ids: Sequence[str] = ()) -> Call[int]:
-    """Return the call that puts the oldest *limit* dead letters back, or just those of *ids*; it yields how many."""
+    """Return the call that puts the oldest *limit* dead letters back, or only those of *ids*; it yields their number."""
     return Call(REDRIVE, (keys.dead, keys.jobs, keys.state, keys.wake, *keys.ready), (0 if ids else limit, *ids), int)
 
 
@@ -381,7 +382,7 @@ def purge(keys: QueueKeys, place: str, limit: int) -> Call[tuple[int, int]]:
 
 
 def configure(keys: QueueKeys, setting: str, value: str) -> Call[bool]:
-    """Return the call that changes a setting kept with the queue; an empty value removes it."""
+    """Return the call that changes a setting stored with the queue; an empty value removes it."""
     return Call(CONFIGURE, (keys.conf, keys.wake), (setting, value), bool)
 
 
@@ -404,10 +405,10 @@ def await_result(keys: QueueKeys, id: str, channel: str) -> Call[tuple[str, byte
 
 
 def forget(keys: QueueKeys, id: str, channel: str) -> Call[int]:  # noqa: A002
-    """Return the call that stops waiting."""
+    """Return the call that stops waiting for an outcome."""
     return Call(FORGET, (keys.waiters,), (id, channel), int)
 
 
 def about(**facts: Any) -> bytes:
-    """Return who a worker is, as it is stored."""
+    """Return facts about a worker as they are stored."""
     return to_json(facts)

@@ -33,11 +33,11 @@ BULK = 1000
 
 
 class PushTarget(Protocol):
-    """A way in."""
+    """Where pushes go."""
 
     @property
     def deferred(self) -> bool:
-        """True when nothing goes to Redis now, so nothing can be asked of it either."""
+        """True when pushes reach Redis later, so it cannot be asked for anything now."""
         ...
 
     def push(
@@ -50,10 +50,10 @@ class PushTarget(Protocol):
 
 
 class PushTargetResolver(Protocol):
-    """Tells whether pushes go somewhere else right now."""
+    """Decides whether pushes go somewhere else right now."""
 
     def __call__(self, durability_request: DurabilityRequest | None = None) -> PushTarget | None:
-        """Return that way; raises ConfigurationError where it cannot give what one push asks for."""
+        """Return that target, None for Redis; raises ConfigurationError where it cannot give what one push asks for."""
         ...
 
 
@@ -63,7 +63,11 @@ PendingPush = tuple[str, bytes, ResultFuture] | tuple[Sequence[Entry], None, Res
 
 
 class LoopConnections:
-    """One event loop's wires and, per queue, the lane of its pushes."""
+    """
+    The connections of one event loop and, per queue, the batcher of its pushes.
+
+    The loop is held weakly. `endpoint_of` returns the endpoint of keys; pushes are retried for `retry_for` seconds.
+    """
 
     def __init__(
         self,
@@ -72,7 +76,6 @@ class LoopConnections:
         retry_for: float,
         make: Callable[[AsyncConnection, QueueKeys, int, float], PushBatcher] | None = None,
     ) -> None:
-        """Take the loop (held weakly), what knows the place of keys, the seconds a push is repeated for, and what makes a lane."""
         self.loop = weakref.ref(loop)
         self._endpoint_of = endpoint
         self._connections: dict[Endpoint, AsyncConnection] = {}
@@ -82,7 +85,7 @@ class LoopConnections:
         self._batchers: dict[tuple[str, int, int], PushBatcher] = {}
 
     def batcher(self, keys: QueueKeys, max_length: int) -> PushBatcher:
-        """Return the lane of *keys*."""
+        """Return the batcher for *keys*."""
         key = (keys.prefix, max_length, keys.partitions)
         batcher = self._batchers.get(key)
         if batcher is None:
@@ -91,27 +94,26 @@ class LoopConnections:
         return batcher
 
     def connection_to(self, endpoint: Endpoint) -> AsyncConnection:
-        """Return the wire of *place*."""
+        """Return the connection to *endpoint*."""
         connection = self._connections.get(endpoint)
         if connection is None:
             connection = self._connections[endpoint] = AsyncConnection(endpoint)
         return connection
 
     def close(self) -> None:
-        """Close the wires."""
+        """Close the connections."""
         for connection in self._connections.values():
             connection.close()
 
 
 class PushBatcher:
     """
-    Gathers the pushes of one queue.
+    Batches the pushes of one queue; *max_length* 0: no limit.
 
-    Cancelling a future leaves its push under way: whether it happened is then unknown, as with any lost answer.
+    Cancelling a future leaves its push in flight: whether it was stored is then unknown, as with any lost reply.
     """
 
     def __init__(self, connection: AsyncConnection, keys: QueueKeys, max_length: int, retry_for: float) -> None:
-        """Take where to push, and the queue's maximum length (0: none)."""
         self._connection, self._keys, self._max_length, self._retry_for = connection, keys, max_length, retry_for
         self._sequence = ProducerSequence(new_identity())
         self._waiting: deque[PendingPush] = deque()
@@ -161,7 +163,7 @@ class PushBatcher:
         return await self.run(operations.push(self._keys, self._sequence, entries, max_length=self._max_length))
 
     def new_sequence(self) -> ProducerSequence:
-        """Return a lane nobody used."""
+        """Return a fresh sequence."""
         return ProducerSequence(new_identity())
 
     async def _deliver(self, batch: list[PendingPush], plain: bool) -> None:
@@ -188,7 +190,7 @@ class PushBatcher:
         return await self._connection.run(call, retry_for=self._retry_for)
 
     def resolve(self, batch: list[PendingPush], ids: list[str]) -> None:
-        """Tell everybody who waits."""
+        """Give each waiting push its ids."""
         _answer(batch, ids)
 
 
@@ -199,7 +201,7 @@ def chunks(entries: Sequence[Entry], whole: bool) -> list[Sequence[Entry]]:
 
 
 def entries_of(batch: list[PendingPush]) -> list[Entry]:
-    """Return all that is in a batch, in order."""
+    """Return all entries of a batch, in order."""
     return [entry for one in batch for entry in _entries(one)]
 
 

@@ -1,4 +1,4 @@
-"""The producer's buffer: where pushes wait while Redis is away."""
+"""The producer's buffer: keeps pushes while Redis is away."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ DAY_SUFFIX = "+"
 
 
 def day_identity() -> str:
-    """Return a fresh identity for a lane that is remembered for a day."""
+    """Return a fresh identity for a sequence that Redis remembers for a day."""
     return new_identity() + DAY_SUFFIX
 
 
 class Buffer:
     """
-    Keeps what is pushed while Redis is away, and delivers it in order when it is back: ``Conveyor(buffer=Buffer())``.
+    Keeps what is pushed while Redis is away and delivers it in order when it is back: ``Conveyor(buffer=Buffer())``.
 
-    In memory, or with a *directory* on disk, where it outlives this process: the next one that uses the directory
-    delivers it. `len` tells how many jobs wait.
+    It is in memory, or with a *directory* on disk. There it outlives this process, and the next one that uses the directory
+    delivers it. `len` is the number of waiting jobs.
     """
 
     def __init__(
@@ -52,10 +52,10 @@ class Buffer:
         linger: Duration = "5s",
     ) -> None:
         """
-        Take the limits: *most* jobs and *most_bytes* of them wait at a time; beyond that a push raises (E37).
+        Set the limits: *most* jobs of *most_bytes* in total can wait; beyond that a push raises (E37).
 
-        On disk each push is in the file before it returns, so it survives this process; with *fsync* also a power cut.
-        *linger* is how long closing the app waits for the rest to be delivered. Raises ConfigurationError.
+        On disk each push is in the file before it returns, so it survives this process; with *fsync* also a power cut. *linger* is
+        how long closing the app waits for the rest to be delivered. Raises ConfigurationError.
         """
         for name, value in (("most", most), ("most_bytes", most_bytes)):
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
@@ -87,7 +87,7 @@ class Buffer:
         """True while Redis takes what waits: who pushes then goes slowly, else what waits would never come to an end."""
 
     def bind(self, start: Callable[[], None]) -> None:
-        """Take what begins a delivery; a buffer belongs to one app. Raises ConfigurationError."""
+        """Set the function that starts a delivery; a buffer belongs to one app. Raises ConfigurationError."""
         if self._start is not None:
             raise ConfigurationError("This Buffer already belongs to another app. Create one for each app.")
         if self.directory is not None:
@@ -113,7 +113,7 @@ class Buffer:
 
     @property
     def waiting(self) -> bool:
-        """Tell whether something waits that a new push must not overtake."""
+        """True when something waits that a new push must not overtake."""
         own = self._own
         return own is not None and bool(own)
 
@@ -129,9 +129,9 @@ class Buffer:
 
     def add(self, record: SpooledPush, error: StoreUnavailable | None) -> None:
         """
-        Keep *record* and see that it is delivered.
+        Keep *record* and start its delivery.
 
-        Raises *error* of the attempt that was made, or StoreUnavailable (E37) when none was, where it does not fit.
+        If it does not fit, raises *error*, that of the attempt; StoreUnavailable (E37) if there was no attempt.
         """
         with self._changed:
             count = len(record.entries)
@@ -157,7 +157,7 @@ class Buffer:
         self.start_delivery()
 
     def start_delivery(self) -> None:
-        """See that somebody delivers."""
+        """Start the delivery unless it runs."""
         if self._start is not None:
             self._start()
 
@@ -185,7 +185,7 @@ class Buffer:
     # -- out ----------------------------------------------------------------------------------------------------------
 
     def next_batch(self) -> tuple[MemorySpool, SpoolBatch] | None:
-        """Return what is to be sent now, None when nothing waits."""
+        """Return the spool and the batch to send now, None when nothing waits."""
         with self._changed:
             if self.directory is not None and self._own is None and self.has_leftovers():
                 self._own_spool()
@@ -201,7 +201,7 @@ class Buffer:
             return spool, spool.next_batch()
 
     def delivered(self, spool: MemorySpool) -> None:
-        """Take out what was sent."""
+        """Remove the batch that was sent."""
         with self._changed:
             self.draining = True
             for record in spool.finish_batch():
@@ -235,17 +235,17 @@ class Buffer:
     # -- waiting ------------------------------------------------------------------------------------------------------
 
     def wait_empty(self, seconds: float) -> bool:
-        """Wait until nothing waits here any more; return whether that came."""
+        """Wait until nothing waits here; return whether that happened in time."""
         with self._changed:
             return self._changed.wait_for(lambda: not any(self._all()), seconds)
 
     def wait_delivered(self, id: str, seconds: float | None) -> bool:  # noqa: A002
-        """Wait until the job with this bare id is delivered; return whether that came."""
+        """Wait until the job with this bare id is delivered; return whether that happened in time."""
         with self._changed:
             return self._changed.wait_for(lambda: id not in self._ids, seconds)
 
     def flush(self) -> None:
-        """Give the delivery its last seconds, and say what remains."""
+        """Give the delivery its `linger` seconds, and log what remains."""
         if not len(self):
             return
         self.start_delivery()
@@ -266,7 +266,7 @@ class Buffer:
         )  # fmt: skip
 
     def release_files(self) -> None:
-        """Let go of files on disk, for the next process; what is in memory stays."""
+        """Close files on disk, for the next process; what is in memory stays."""
         with self._changed:
             if self.directory is None:
                 return
@@ -277,7 +277,7 @@ class Buffer:
             self._outage_since = None
 
     def forked(self) -> None:
-        """Start empty in a forked child: what waits is the parent's to deliver."""
+        """Start empty in a forked child: the parent delivers what waits."""
         for one in self._all():
             one.close()
         self._reset()
@@ -287,7 +287,7 @@ _bound: weakref.WeakSet[Buffer] = weakref.WeakSet()
 
 
 def flush_all() -> None:
-    """Give what waits its last seconds; called when the process ends, and by those that end without saying so."""
+    """Flush all buffers; called when the process ends, also by programs that end without `atexit`."""
     for buffer in list(_bound):
         buffer.flush()
 

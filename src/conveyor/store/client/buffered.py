@@ -1,4 +1,4 @@
-"""A client whose pushes are kept when Redis is away, and the thread that delivers them."""
+"""A client whose pushes are kept while Redis is away, and the thread that delivers them."""
 
 from __future__ import annotations
 
@@ -40,12 +40,15 @@ _log = logging.getLogger("conveyor.buffer")
 
 
 class BufferedClient(Client):
-    """A client with a buffer: while it holds something, every push queues behind it."""
+    """
+    A client with a buffer: while it holds something, every push queues behind it.
+
+    What an earlier process left in the buffer is delivered at once.
+    """
 
     def __init__(
         self, url: str | None = None, *, namespace: str = "conveyor", retry_for: float = RETRY_FOR, buffer: Buffer
     ) -> None:
-        """Take what a client takes; what an earlier process left in the buffer is delivered at once."""
         super().__init__(url, namespace=namespace, retry_for=retry_for)
         self.buffer: Buffer = buffer
         self.new_sequence = _day_sequence
@@ -59,7 +62,7 @@ class BufferedClient(Client):
     # -- blocking -----------------------------------------------------------------------------------------------------
 
     def push(self, keys: QueueKeys, entries: Sequence[Entry], *, max_length: int = 0, whole: bool = False) -> list[str]:
-        """Accept *entries* as a client does, or keep them."""
+        """Store *entries* as a client does, or keep them."""
         refuse_in_loop()
         ids: list[str] = []
         for part in chunks(entries, whole):
@@ -68,14 +71,14 @@ class BufferedClient(Client):
         return ids
 
     def push_plain(self, keys: QueueKeys, pairs: Sequence[Argument], *, max_length: int = 0) -> None:
-        """Accept plain messages as a client does, or keep them."""
+        """Store plain messages as a client does, or keep them."""
         refuse_in_loop()
         self._push_or_keep(
             keys, pairs, max_length, partial(operations.push_plain, keys, pairs=pairs, max_length=max_length)
         )
 
     def start_push_plain(self, keys: QueueKeys, pairs: Sequence[Argument]) -> Callable[[], None]:
-        """Accept plain messages at once: what is under way could not be kept in order."""
+        """Store plain messages before returning: a push in flight could not be kept in order."""
         self.push_plain(keys, pairs)
         return _nothing
 
@@ -99,13 +102,13 @@ class BufferedClient(Client):
             producer.free_list.append(producer)
 
     def announce_within(self, keys: QueueKeys, retry_for: float) -> None:
-        """Make a queue known, as `announce`, with a patience of its own."""
+        """Announce a queue as `announce` does, retrying for its own time."""
         if keys.queue not in self._announced:
             self.run(operations.announce(known_queues(self.namespace), keys.queue), retry_for=retry_for)
             self._announced.add(keys.queue)
 
     async def aannounce_within(self, keys: QueueKeys) -> None:
-        """Do the same on this event loop."""
+        """Awaitable form of `announce_within`."""
         if keys.queue not in self._announced:
             await self.arun(operations.announce(known_queues(self.namespace), keys.queue), retry_for=FIRST_TRY)
             self._announced.add(keys.queue)
@@ -118,7 +121,7 @@ class BufferedClient(Client):
         sequence: ProducerSequence | None,
         error: StoreUnavailable | None,
     ) -> list[str]:
-        """Put a push into the buffer: *content* are entries, or id, envelope, id, envelope, …"""
+        """Put a push into the buffer: *content* is entries, or id, envelope, id, envelope, …"""
         entries = list(content) if content and isinstance(content[0], Entry) else operations.plain_entries(content)
         if max_length and len(entries) > max_length:
             raise QueueFull(
@@ -134,19 +137,19 @@ class BufferedClient(Client):
         return [entry.id for entry in entries]
 
     def confirmed_target(self, durability: Durability) -> ConfirmedTarget:
-        """Return the way in for confirmed pushes: they are never kept, and never overtake what is."""
+        """Return the target of confirmed pushes: they are never kept, and never overtake what is."""
         return BufferedConfirmedTarget(self, super().confirmed_target(durability))
 
     # -- awaitable ----------------------------------------------------------------------------------------------------
 
     def is_announced(self, keys: QueueKeys) -> bool:
-        """Say yes: the lane makes the queue known, or keeps the push."""
+        """Return True: the batcher announces the queue, or keeps the push."""
         return True
 
     async def apush(
         self, keys: QueueKeys, entries: Sequence[Entry], *, max_length: int = 0, whole: bool = False
     ) -> list[str]:
-        """Accept *entries* as a client does, or keep them."""
+        """Store *entries* as a client does, or keep them."""
         sequence = self.loop_connections().batcher(keys, max_length)
         ids: list[str] = []
         for part in chunks(entries, whole):
@@ -156,7 +159,7 @@ class BufferedClient(Client):
     # -- end ----------------------------------------------------------------------------------------------------------
 
     def close(self) -> None:
-        """Deliver what can be delivered in time, say what cannot, and close."""
+        """Deliver what can be delivered in time, log the rest, and close."""
         if not self._flushed:
             self._flush()
         super().close()
@@ -167,7 +170,7 @@ class BufferedClient(Client):
             self.buffer.release_files()
 
     async def aclose(self) -> None:
-        """Do the same without blocking the event loop."""
+        """Awaitable form of `close`."""
         await asyncio.get_running_loop().run_in_executor(None, self._flush)
         self._flushed = True
         try:
@@ -186,12 +189,11 @@ class BufferedConfirmedTarget(ConfirmedTarget):
     """Confirmed pushes of a buffered client: they wait until the buffer is empty."""
 
     def __init__(self, client: BufferedClient, confirmed: ConfirmedTarget) -> None:
-        """Take whose buffer, and the way."""
         self._client = client
         self._target = confirmed
 
     def push(self, keys: QueueKeys, entries: Sequence[Entry], *, max_length: int = 0, whole: bool = False) -> list[str]:
-        """Accept *entries* and wait until they are confirmed."""
+        """Store *entries* and wait until they are confirmed."""
         refuse_in_loop()
         if self._client.buffer.waiting and not self._client.buffer.wait_empty(self._client.retry_for):
             raise self._not_empty_error()
@@ -200,7 +202,7 @@ class BufferedConfirmedTarget(ConfirmedTarget):
     async def apush(
         self, keys: QueueKeys, entries: Sequence[Entry], *, max_length: int = 0, whole: bool = False
     ) -> list[str]:
-        """Do the same on this event loop."""
+        """Awaitable form of `push`."""
         deadline = time.monotonic() + self._client.retry_for
         while self._client.buffer.waiting:
             if time.monotonic() > deadline:
@@ -216,10 +218,9 @@ class BufferedConfirmedTarget(ConfirmedTarget):
 
 
 class BufferedBatcher(PushBatcher):
-    """A lane of a loop whose calls are kept when Redis is away."""
+    """A batcher whose calls are kept while Redis is away."""
 
     def __init__(self, client: BufferedClient, *about: Any) -> None:
-        """Take whose buffer, and what every lane takes."""
         super().__init__(*about)
         self._client = client
         self._sequence = _day_sequence()
@@ -243,21 +244,20 @@ class BufferedBatcher(PushBatcher):
             return client.keep(self._keys, entries, self._max_length, sequence, error)
 
     def new_sequence(self) -> ProducerSequence:
-        """Return a lane nobody used."""
+        """Return a fresh sequence."""
         return _day_sequence()
 
 
 class SpoolDelivery:
-    """The thread that delivers: there while something waits."""
+    """The thread that delivers the buffer; it runs while something waits."""
 
     def __init__(self, client: BufferedClient, buffer: Buffer) -> None:
-        """Begin nothing yet."""
         self._client = client
         self._buffer = buffer
         self.forked()
 
     def forked(self) -> None:
-        """Forget the thread: it is the parent's."""
+        """Forget the thread, which belongs to the parent."""
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
         self._stopping = threading.Event()
@@ -271,7 +271,7 @@ class SpoolDelivery:
                 self._thread.start()
 
     def stop(self) -> bool:
-        """End the thread, which leaves what waits as it is; return whether it has ended."""
+        """Stop the thread, which leaves what waits as it is; return whether it has ended."""
         with self._lock:
             thread = self._thread
         if thread is None:
@@ -361,4 +361,4 @@ def _day_sequence() -> ProducerSequence:
 
 
 def _nothing() -> None:
-    """What `post_plain` returns when all is done already."""
+    """Do nothing: `start_push_plain` has stored everything already."""

@@ -1,8 +1,8 @@
 """
-One app's access to Redis: blocking calls, awaitable calls, and pushes in lanes.
+One app's access to Redis: blocking calls, awaitable calls, and pushes.
 
-Blocking calls take a connection from a free list and put it back, so threads never share one.
-Awaitable calls share one wire per event loop; pushes of one tick share one call.
+Blocking calls take a connection from a free list and put it back, so threads never share one. Awaitable calls share one
+connection per event loop and endpoint; pushes of one tick share one call.
 """
 
 from __future__ import annotations
@@ -47,12 +47,11 @@ RETRY_FOR = 5.0
 
 
 class Client:
-    """The connections of one app; all are opened when first used."""
+    """The connections of one app; each is opened on first use. *url* None: ``CONVEYOR_URL``, else the embedded server."""
 
     deferred = False
 
     def __init__(self, url: str | None = None, *, namespace: str = "conveyor", retry_for: float = RETRY_FOR) -> None:
-        """Take the URL (None: ``CONVEYOR_URL``, else the embedded server)."""
         self.namespace = check_namespace(namespace)
         self.retry_for = retry_for
         self._url = configured_url(url)
@@ -79,7 +78,7 @@ class Client:
 
     @property
     def address(self) -> Topology:
-        """Where Redis is; starts the embedded server when none is configured."""
+        """The topology of the URL; starts the embedded server when no URL is configured."""
         if self._topology is None:
             with self._lock:
                 if self._topology is None:
@@ -103,17 +102,17 @@ class Client:
 
     @property
     def server_handle(self) -> ServerHandle | None:
-        """The hold on the embedded server, when it is used and was needed already."""
+        """The handle of the embedded server, if it is used and was needed already."""
         return self._server_handle
 
     @property
     def has_idle_connection(self) -> bool:
-        """True when a blocking connection is open and free: asking costs a round trip and no connection."""
+        """True when a blocking connection is open and free: a call costs a round trip and no new connection."""
         return bool(self._free) or any(self._free_at.values())
 
     @property
     def configured_url(self) -> str | None:
-        """The URL as it was configured, None when the embedded server is used. It may hold a password."""
+        """The URL as configured, None for the embedded server. It may hold a password."""
         return self._url
 
     def keys(self, queue: str) -> QueueKeys:
@@ -121,7 +120,7 @@ class Client:
         return QueueKeys(self.namespace, queue)
 
     def endpoint(self, keys: QueueKeys | str) -> Endpoint:
-        """Return where the commands for these keys go."""
+        """Return the endpoint for these keys."""
         return self.address.endpoint(keys if isinstance(keys, str) else keys.jobs)
 
     # -- blocking -------------------------------------------------------------------------------------------------
@@ -136,7 +135,7 @@ class Client:
             producer.free_list.append(producer)
 
     def push(self, keys: QueueKeys, entries: Sequence[Entry], *, max_length: int = 0, whole: bool = False) -> list[str]:
-        """Accept *entries*, all or none (per thousand, unless *whole*), in their order; return an id for each."""
+        """Store *entries* in order, all or none (per thousand, unless *whole*); return an id for each."""
         refuse_in_loop()
         self.announce(keys)
         ids: list[str] = []
@@ -151,7 +150,7 @@ class Client:
         return ids
 
     def push_plain(self, keys: QueueKeys, pairs: Sequence[Argument], *, max_length: int = 0) -> None:
-        """Accept plain messages (id, envelope, id, envelope, …): the cheapest way in."""
+        """Store plain messages (id, envelope, id, envelope, …): the cheapest push."""
         refuse_in_loop()
         if keys.queue not in self._announced:
             self.announce(keys)
@@ -163,7 +162,11 @@ class Client:
             producer.free_list.append(producer)
 
     def start_push_plain(self, keys: QueueKeys, pairs: Sequence[Argument]) -> Callable[[], None]:
-        """Do the same, but return once it is sent: the caller prepares the next while Redis works, then calls the result."""
+        """
+        Send a push of plain messages; return a function that completes it.
+
+        So the caller prepares the next push while Redis works on this one.
+        """
         refuse_in_loop()
         self.announce(keys)
         producer = self._take_connection(keys.jobs)
@@ -179,9 +182,9 @@ class Client:
 
     def execute(self, *command: Argument, key: str | None = None, retry_for: float | None = None) -> object:
         """
-        Send one plain command where *key* lies (None: any server), for reads that need no script (INFO, PING, SMEMBERS).
+        Send one plain command to the endpoint of *key* (None: any server), for reads that need no script (INFO, PING, SMEMBERS).
 
-        Repeated for *patience* seconds; by default not at all on a single server, elsewhere as long as any step.
+        It is retried for *retry_for* seconds; by default not at all on a single server, elsewhere as long as any step.
         """
         refuse_in_loop()
         producer = self._take_connection(key)
@@ -200,7 +203,7 @@ class Client:
         return _names(self.execute("SMEMBERS", known, key=known))
 
     def announce(self, *queues: QueueKeys) -> None:
-        """Make queues known before their first push: the set has no hash tag, so it cannot be part of it."""
+        """Make queues known before their first push: the set has no hash tag, so it cannot be part of the push."""
         if names := [keys.queue for keys in queues if keys.queue not in self._announced]:
             self.run(operations.announce(known_queues(self.namespace), *names))
             self._announced.update(names)
@@ -215,7 +218,7 @@ class Client:
     # -- awaitable ------------------------------------------------------------------------------------------------
 
     async def arun(self, call: Call[T], *, retry_for: float | None = None) -> T:
-        """Carry out one step on this event loop's wire."""
+        """Carry out one step on this event loop's connection."""
         shared = self.loop_connections()
         connection = shared.connection if self._single else shared.connection_to(self.endpoint(call.keys[0]))
         return await connection.run(call, retry_for=self.retry_for if retry_for is None else retry_for)
@@ -223,7 +226,7 @@ class Client:
     async def apush(
         self, keys: QueueKeys, entries: Sequence[Entry], *, max_length: int = 0, whole: bool = False
     ) -> list[str]:
-        """Accept *entries* as `push`; pushes of one tick travel together."""
+        """Store *entries* as `push` does; pushes of one tick share a call."""
         await self.aannounce(keys)
         sequence = self.loop_connections().batcher(keys, max_length)
         ids: list[str] = []
@@ -234,7 +237,7 @@ class Client:
     def push_target(
         self, durability: Durability | None, durability_request: DurabilityRequest | None = None
     ) -> PushTarget:
-        """Return the way in for one push to a queue that asks *asks* by itself."""
+        """Return where one push to a queue with *durability* goes."""
         if (
             self.push_target_resolver is not None
             and (elsewhere := self.push_target_resolver(durability_request)) is not None
@@ -245,11 +248,11 @@ class Client:
 
     @property
     def deferring(self) -> bool:
-        """True while pushes go somewhere else than to Redis."""
+        """True while pushes are stored elsewhere (an outbox) and reach Redis later."""
         return self.push_target_resolver is not None and self.push_target_resolver() is not None
 
     def confirmed_target(self, durability: Durability) -> ConfirmedTarget:
-        """Return the way in for pushes that ask for more than being stored."""
+        """Return the target of pushes that ask for more than being stored."""
         return ConfirmedTarget(self._open_confirmed(), durability)
 
     def _open_confirmed(self) -> ConfirmedConnections:
@@ -258,7 +261,7 @@ class Client:
         return self._confirmed_connections
 
     def push_unbuffered(self, keys: QueueKeys, call: Call[T], durability: Durability | None, *, retry_for: float) -> T:
-        """Carry out a push in a lane of the caller's, confirmed as *asks* says; it goes round a buffer."""
+        """Carry out a push in the caller's own sequence, confirmed as *durability* asks; it bypasses a buffer."""
         if durability is None:
             return self.run(call, retry_for=retry_for)
         with self._open_confirmed().lend(keys) as (connection, _):
@@ -268,34 +271,34 @@ class Client:
         return reply
 
     def put(self, keys: QueueKeys, id: str, envelope: bytes) -> Awaitable[None]:  # noqa: A002
-        """Accept one plain message: the cheapest way in. The queue is known already (`knows`, else `aannounce`)."""
+        """Store one plain message: the cheapest push. The queue was announced before (`is_announced`, else `aannounce`)."""
         return self.loop_connections().batcher(keys, 0).put(id, envelope)
 
     def is_announced(self, keys: QueueKeys) -> bool:
-        """Tell whether this process has made the queue known."""
+        """Tell whether this process has announced the queue."""
         return keys.queue in self._announced
 
     async def aannounce(self, *queues: QueueKeys) -> None:
-        """Make queues known before their first push."""
+        """Awaitable form of `announce`."""
         if names := [keys.queue for keys in queues if keys.queue not in self._announced]:
             await self.arun(operations.announce(known_queues(self.namespace), *names))
             self._announced.update(names)
 
     async def aqueues(self) -> list[str]:
-        """Return the names of all known queues, sorted."""
+        """Awaitable form of `queues`."""
         known = known_queues(self.namespace)
         return _names(await self.aexecute("SMEMBERS", known, key=known))
 
     def async_connection(self, keys: QueueKeys | str) -> AsyncConnection:
-        """Return this event loop's wire for these keys."""
+        """Return this event loop's connection for these keys."""
         return self.loop_connections().connection_to(self.endpoint(keys))
 
     async def aexecute(self, *command: Argument, key: str | None = None, retry_for: float | None = None) -> object:
-        """Send one plain command on this event loop's wire for *key* (None: any), as `execute`."""
+        """Awaitable form of `execute`."""
         return await self.async_connection(key or "").run_command(*command, retry_for=self._retry_time(retry_for))
 
     def loop_connections(self) -> LoopConnections:
-        """Return what this event loop's callers share."""
+        """Return what the callers of this event loop share."""
         loop = asyncio.get_running_loop()
         last = self._last_loop  # most programs have one loop: looking weak references up costs as much as all the rest
         if last is not None and last.loop() is loop:
@@ -309,7 +312,7 @@ class Client:
     # -- end ------------------------------------------------------------------------------------------------------
 
     def close(self) -> None:
-        """Close all blocking connections and leave the embedded server."""
+        """Close all blocking connections and release the embedded server."""
         if self._confirmed_connections is not None:
             self._confirmed_connections.close()
         for free in (self._free, *self._free_at.values()):
@@ -321,7 +324,7 @@ class Client:
             attachment.close()
 
     async def aclose(self) -> None:
-        """Close this event loop's wire, then the rest."""
+        """Close this event loop's connections, then the rest."""
         shared = self._loops.pop(asyncio.get_running_loop(), None)
         self._last_loop = None
         if shared is not None:
@@ -340,7 +343,7 @@ class Client:
 
 
 class PushConnection:
-    """A connection, the lane of the pushes that travel on it, and the list it goes back to."""
+    """A connection, the sequence of the pushes that travel on it, and the free list it returns to."""
 
     __slots__ = ("connection", "free_list", "sequence")
 

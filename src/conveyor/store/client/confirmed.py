@@ -48,7 +48,7 @@ UNCONFIRMED = Confirmation(synced=False, replicas=0)
 
 
 class ClientProtocol(Protocol):
-    """What is needed of the client."""
+    """What confirmed pushes need of the client."""
 
     @property
     def retry_for(self) -> float: ...
@@ -58,21 +58,20 @@ class ClientProtocol(Protocol):
 
 
 class ConfirmedTarget:
-    """The way into Redis for pushes that ask the same: as a client's, and each returns when it is confirmed."""
+    """Pushes of a client that ask for the same durability: each returns when it is confirmed."""
 
     deferred = False
 
     def __init__(self, confirmer: ConfirmedConnections, durability: Durability) -> None:
-        """Take whose connections, and what is asked."""
         self._connections = confirmer
         self._durability = durability
 
     def push(self, keys: QueueKeys, entries: Sequence[Entry], *, max_length: int = 0, whole: bool = False) -> list[str]:
         """
-        Accept *entries* and wait, once for each thousand.
+        Store *entries* and wait, once for each thousand.
 
-        Raises DurabilityNotReached with the ids of all that this call stored: what follows the thousand that was not
-        confirmed is not stored.
+        Raises DurabilityNotReached with the ids of all that this call stored: what follows the thousand that was not confirmed is
+        not stored.
         """
         durability, ids = self._durability, list[str]()
         with self._connections.lend(keys) as (connection, sequence):
@@ -88,13 +87,13 @@ class ConfirmedTarget:
         return ids
 
     def push_plain(self, keys: QueueKeys, pairs: Sequence[Argument], *, max_length: int = 0) -> None:
-        """Accept plain messages (id, envelope, id, envelope, …) and wait."""
+        """Store plain messages (id, envelope, id, envelope, …) and wait."""
         self.push(keys, operations.plain_entries(pairs), max_length=max_length)
 
     async def apush(
         self, keys: QueueKeys, entries: Sequence[Entry], *, max_length: int = 0, whole: bool = False
     ) -> list[str]:
-        """Do the same on this event loop; pushes of one tick that ask the same share a call."""
+        """Awaitable form of `push`; pushes of one tick with the same durability share a call."""
         await self._connections.client.aannounce(keys)
         sequence = self._connections.batcher(keys, max_length, self._durability)
         ids: list[str] = []
@@ -113,10 +112,13 @@ def _public(keys: QueueKeys, ids: Sequence[str]) -> list[str]:
 
 
 class ConfirmedConnections:
-    """The connections of one app for confirmed pushes, opened when first used."""
+    """
+    The connections of one app for confirmed pushes, each opened on first use.
+
+    `refuse_in_loop` raises where blocking calls are not allowed.
+    """
 
     def __init__(self, client: ClientProtocol, refuse_in_loop: Callable[[], None]) -> None:
-        """Open nothing yet; *refuse* raises where blocking calls may not be made."""
         self.client = client
         self._refuse_in_loop = refuse_in_loop
         self._reset()
@@ -128,7 +130,7 @@ class ConfirmedConnections:
 
     @contextmanager
     def lend(self, keys: QueueKeys) -> Iterator[tuple[ConfirmedConnection, ProducerSequence]]:
-        """Lend a connection and its lane; the queue is known by then."""
+        """Lend a connection and its sequence, after the queue was announced."""
         self._refuse_in_loop()
         self.client.announce(keys)
         endpoint = self.client.endpoint(keys)
@@ -143,7 +145,7 @@ class ConfirmedConnections:
             free.append(pair)
 
     def batcher(self, keys: QueueKeys, max_length: int, durability: Durability) -> ConfirmedBatcher:
-        """Return this event loop's lane for pushes to a queue that ask the same."""
+        """Return this event loop's batcher for pushes to a queue with the same durability."""
         loop = asyncio.get_running_loop()
         state = self._loops.get(loop)
         if state is None:
@@ -166,19 +168,19 @@ class ConfirmedConnections:
                 free.pop()[0].close()
 
     def aclose(self) -> None:
-        """Close this event loop's wires."""
+        """Close this event loop's connections."""
         state = self._loops.pop(asyncio.get_running_loop(), None)
         for connections in state.connections.values() if state is not None else ():
             for connection in connections:
                 connection.close()
 
     def forked(self) -> None:
-        """Start anew in a forked child: the parent goes on using its sockets and lanes."""
+        """Start anew in a forked child: the parent keeps its sockets and sequences."""
         self._reset()
 
 
 class _LoopState:
-    """What one event loop's confirmed pushes share."""
+    """What the confirmed pushes of one event loop share."""
 
     def __init__(self) -> None:
         self.connections: dict[Endpoint, list[AsyncConfirmedConnection]] = {}
@@ -186,7 +188,7 @@ class _LoopState:
 
 
 class ConfirmedBatcher(PushBatcher):
-    """Gathers the pushes of one queue that ask the same."""
+    """Batches the pushes of one queue with the same durability."""
 
     def __init__(
         self,
@@ -196,7 +198,6 @@ class ConfirmedBatcher(PushBatcher):
         retry_for: float,
         durability: Durability,
     ) -> None:
-        """Take what every lane takes, and what is asked."""
         super().__init__(connection, keys, max_length, retry_for)
         self._confirmed_connection, self._durability, self._confirmation = connection, durability, UNCONFIRMED
 
@@ -208,7 +209,7 @@ class ConfirmedBatcher(PushBatcher):
         return reply
 
     def resolve(self, batch: list[PendingPush], ids: list[str]) -> None:
-        """Tell everybody who waits."""
+        """Give each waiting push its ids, or the error of a push that was not confirmed."""
         if self._durability.is_reached_by(self._confirmation):
             super().resolve(batch, ids)
             return
@@ -224,14 +225,13 @@ class ConfirmedConnection(Connection):
     """A blocking connection whose pushes are followed by a wait."""
 
     def __init__(self, endpoint: Endpoint) -> None:
-        """Remember where to connect."""
         super().__init__(endpoint)
         self._pending_call: _ConfirmedCall | None = None
         self._probed_at = 0.0
         self._methods: dict[bool, FsyncMethod] = {}
 
     def confirm(self, call: Call[T], durability: Durability, *, retry_for: float) -> tuple[T, Confirmation]:
-        """Carry out *call*, repeated as any; return its reply and what was confirmed."""
+        """Carry out *call* as `run` does; return its reply and what was confirmed."""
         pending = self._pending_call = _ConfirmedCall(durability, call.keys[0])
         try:
             return self.run(call, retry_for=retry_for), pending.confirmation
@@ -239,7 +239,7 @@ class ConfirmedConnection(Connection):
             self._pending_call = None
 
     def execute(self, *command: Any, block: float = 0.0) -> Any:
-        """Send one command, and behind it what confirms it."""
+        """Send one command, followed by the commands that confirm it."""
         pending = self._pending_call
         if pending is None or command[0] not in {"EVALSHA", "EVAL"}:
             return super().execute(*command, block=block)
@@ -260,7 +260,7 @@ class ConfirmedConnection(Connection):
         return reply
 
     def _probe(self, pending: _ConfirmedCall) -> None:
-        """Ask a new connection what it can confirm, and from time to time again."""
+        """Ask a new connection what it can confirm, and every `PROBE_INTERVAL` seconds again."""
         if self._socket is None:
             self._open()
             self._methods = {}
@@ -295,10 +295,9 @@ class ConfirmedConnection(Connection):
 
 
 class AsyncConfirmedConnection(AsyncConnection):
-    """The same on asyncio; one errand at a time, since a wait holds up whatever comes behind it."""
+    """The same on asyncio; one call at a time, since a wait delays whatever follows it."""
 
     def __init__(self, endpoint: Endpoint) -> None:
-        """Remember where to connect."""
         super().__init__(endpoint)
         self._call_lock = asyncio.Lock()
         self._pending_call: _ConfirmedCall | None = None
@@ -309,7 +308,7 @@ class AsyncConfirmedConnection(AsyncConnection):
     async def confirm(
         self, call: Call[T], durability: Durability, *, retry_for: float | None
     ) -> tuple[T, Confirmation]:
-        """Carry out *call*, repeated as any; return its reply and what was confirmed."""
+        """Awaitable form of `ConfirmedConnection.confirm`."""
         async with self._call_lock:
             pending = self._pending_call = _ConfirmedCall(durability, call.keys[0])
             try:
@@ -318,7 +317,7 @@ class AsyncConfirmedConnection(AsyncConnection):
                 self._pending_call = None
 
     async def execute(self, *command: Any, block: float = 0.0) -> Any:
-        """Send one command, and behind it what confirms it."""
+        """Awaitable form of `ConfirmedConnection.execute`."""
         pending = self._pending_call
         if pending is None or command[0] not in {"EVALSHA", "EVAL"}:
             return await super().execute(*command, block=block)
@@ -370,7 +369,7 @@ def _answer(future: asyncio.Future[Any], reply: Any) -> None:
 
 
 class _ConfirmedCall:
-    """One confirmed call: what is asked, what was sent already, what came of it."""
+    """One confirmed call: the durability, whether it was sent already, and what was confirmed."""
 
     __slots__ = ("began", "confirmation", "durability", "method", "sent", "sequence_key")
 
@@ -384,31 +383,35 @@ class _ConfirmedCall:
 
     def commands(self, command: tuple[Any, ...]) -> list[tuple[Any, ...]]:
         """
-        Return the push and what follows it.
+        Return the push and the commands that follow it.
 
-        A repeat may be answered from its lane without a write, and a wait covers only what its connection wrote: a
-        wait on a new connection would confirm nothing, at once. So a repeat touches its lane, behind which every
-        earlier write stands in the stream of replication and in the file.
+        A repeat may be answered from its `lane:` key without a write, and a wait covers only what its connection wrote: a wait on
+        a new connection would confirm nothing, at once. So a repeat touches that key. Every earlier write is before this one in
+        the stream of replication and in the file.
         """
         touch = [("PEXPIRE", self.sequence_key, operations.LANE_MS)] if self.sent else []
         self.sent = True
         return [command, *touch, *self.durability.wait_commands(self.method)]
 
     def read_replies(self, replies: list[Any]) -> Any:
-        """Take the replies; return the first, that of the push."""
+        """Note what was confirmed; return the first reply, that of the push."""
         waits = len(self.durability.wait_commands(self.method))
         if not isinstance(replies[0], Exception):
             self.confirmation = self.durability.read_replies(self.method, replies[len(replies) - waits :])
         return replies[0]
 
     def fsync_watch(self) -> FsyncWatch | None:
-        """Return what still has to be watched."""
+        """Return the watch for an fsync that is not confirmed yet, None if there is none."""
         if self.method is not FsyncMethod.WATCH or not self.confirmation.synced:
             return None
         return FsyncWatch(time.monotonic(), self.durability.timeout_ms)
 
     def decide_method(self, replies: Sequence[Any], where: str) -> None:
-        """Take what the connection said of itself; what can never be had is refused, unless it may be stored already."""
+        """
+        Note how syncs are confirmed, by the replies to `probe_commands`.
+
+        A request that can never be met is refused, unless the push may be stored already.
+        """
         try:
             self.method = decide_fsync_method(self.durability, replies, where)
         except ConfigurationError:

@@ -1,8 +1,8 @@
 """
-What a push may ask for beyond being stored: that it is on disk, that replicas have it. Nothing here talks to Redis.
+Durability of a push beyond being stored: on disk, or on replicas. Nothing here talks to Redis.
 
 WAIT and WAITAOF cover what their own connection wrote, so they travel right behind the push, in the same write.
-`confirming.py` carries it out.
+`confirmed.py` carries it out.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ RELIABLE_WAITAOF_SINCE = (8, 0)
 
 @dataclass(frozen=True, slots=True)
 class Durability:
-    """What is asked of a push: a sync of the primary's append-only file, a number of replicas; falsy when neither."""
+    """What a push must reach: an fsync of the append-only file, a number of replicas; falsy when neither."""
 
     fsync: bool = False
     replicas: int = 0
@@ -42,11 +42,11 @@ class Durability:
 
     @property
     def seconds(self) -> float:
-        """The longest that the server holds the replies back: the two waits follow each other."""
+        """The longest time in which the server may delay the replies: the two waits follow each other."""
         return (self.fsync + (self.replicas > 0)) * self.timeout_ms / 1000
 
     def probe_commands(self) -> tuple[tuple[str, ...], ...]:
-        """Return what is asked of a new connection before the first push goes over it; `judge` reads the replies."""
+        """Return the commands that probe a new connection before its first push, for `decide_fsync_method`."""
         wait = ("WAIT", "0", "1")  # answers at once: may this user, and is this a primary?
         if not self.fsync:
             return (wait,)
@@ -56,7 +56,7 @@ class Durability:
         )  # fmt: skip
 
     def wait_commands(self, method: FsyncMethod) -> list[tuple[str, ...]]:
-        """Return the commands that travel behind a push."""
+        """Return the commands that follow a push."""
         timeout = str(self.timeout_ms)
         commands: list[tuple[str, ...]] = []
         if self.fsync and method is not FsyncMethod.REPLY:
@@ -66,7 +66,7 @@ class Durability:
         return commands
 
     def read_replies(self, method: FsyncMethod, replies: Sequence[Any]) -> Confirmation:
-        """Return what was confirmed. Raises WaitBroken when the server changed its role meanwhile."""
+        """Return what was confirmed. Raises WaitInterrupted when the server changed its role meanwhile."""
         rest = list(replies)
         synced = method is FsyncMethod.REPLY
         if self.fsync and method is not FsyncMethod.REPLY:
@@ -80,7 +80,7 @@ class Durability:
         return Confirmation(synced, replicas)
 
     def is_reached_by(self, confirmation: Confirmation) -> bool:
-        """Tell whether that is what was asked."""
+        """Tell whether *confirmation* is what was requested."""
         return confirmation.replicas >= self.replicas and (confirmation.synced or not self.fsync)
 
     def failure(self, queue: str, ids: Sequence[str], confirmation: Confirmation) -> DurabilityNotReached:
@@ -101,7 +101,11 @@ class Durability:
 
 
 def after_partial_push(error: DurabilityNotReached, before: Sequence[str]) -> DurabilityNotReached:
-    """Return the error of a bulk push that ended there and had stored and confirmed the jobs of *before*: public ids."""
+    """
+    Return the error of a bulk push that stopped there.
+
+    *before* are the public ids of the jobs that it had stored and confirmed.
+    """
     first = f"The first {len(before):,} were stored and confirmed before; what" if before else "What"
     return DurabilityNotReached(
         f"{error}\n{first} follows in the same call was not stored.",
@@ -111,7 +115,7 @@ def after_partial_push(error: DurabilityNotReached, before: Sequence[str]) -> Du
 
 @dataclass(frozen=True, slots=True)
 class Confirmation:
-    """What a server confirmed of one push."""
+    """What a server confirmed for one push."""
 
     synced: bool
     replicas: int
@@ -127,7 +131,7 @@ class FsyncMethod(Enum):
 
 
 class WaitInterrupted(ConnectionError):
-    """The server ended the wait because it is no primary any more."""
+    """The server ended the wait because it is no longer a primary."""
 
 
 def _check_role(reply: Any) -> None:
@@ -138,9 +142,9 @@ def _check_role(reply: Any) -> None:
 
 def decide_fsync_method(durability: Durability, replies: Sequence[Any], where: str) -> FsyncMethod:
     """
-    Return how syncs are confirmed, from the replies to `examination`.
+    Return how an fsync is confirmed, by the replies to `probe_commands`.
 
-    Raises ConfigurationError where what is asked can never be had (E36): nothing was stored.
+    Raises ConfigurationError where the request can never be met (E36): nothing was stored.
     """
     _check_role(replies[0])
     if isinstance(replies[0], Exception):
@@ -188,7 +192,7 @@ def _not_confirmable(where: str, why: str, remedy: str) -> ConfigurationError:
 
 
 def _waitaof_is_reliable(server: dict[str, str]) -> bool:
-    """Tell whether WAITAOF waits for the sync under everysec: it did not before Redis 8.0, and does not in Valkey."""
+    """Tell whether WAITAOF waits for the fsync under everysec: not before Redis 8.0, and not in Valkey."""
     if "valkey_version" in server or not (version := re.match(r"(\d+)\.(\d+)", server.get("redis_version", ""))):
         return False
     return (int(version[1]), int(version[2])) >= RELIABLE_WAITAOF_SINCE
@@ -200,22 +204,21 @@ def _setting(reply: Any) -> str | None:
 
 class FsyncWatch:
     """
-    Watches a sync go by, where WAITAOF answers before it (Valkey up to 9.1 and Redis before 8.0, under everysec).
+    Watches for a complete fsync, where WAITAOF answers before it (Valkey up to 9.1 and Redis before 8.0, under everysec).
 
-    Once all is written and no sync is under way, the next one covers it; under everysec one begins within a second,
-    and when none is under way after that, it has ended. Measured on Valkey 9.1: WAITAOF confirmed 5,557 writes
-    during 4 syncs.
+    Once all is written and no fsync is in progress, the next one covers it. Under everysec one begins within a second, and
+    when none is in progress after that, it has ended. Measured on Valkey 9.1: WAITAOF confirmed 5,557 writes during 4 fsyncs.
+    *now* is monotonic time after the reply to the push.
     """
 
     COMMAND = ("INFO", "persistence")
 
     def __init__(self, now: float, timeout_ms: int) -> None:
-        """Begin after the push was answered; *now* is monotonic."""
         self._deadline = now + timeout_ms / 1000
         self._since: float | None = None
 
     def next_pause(self, reply: Any, now: float) -> float | None:
-        """Return how long to wait before the next look; None when it is over: *synced* tells how."""
+        """Return the seconds before the next INFO; None at the end: `synced` tells the result."""
         facts = parse_info(reply)
         resting = (
             facts.get("aof_pending_bio_fsync") == "0"
@@ -238,14 +241,14 @@ class FsyncWatch:
 
 @dataclass(frozen=True, slots=True)
 class DurabilityRequest:
-    """What one call asks for; None takes over what its queue asks."""
+    """What one call asks for; None: as its queue does."""
 
     fsync: bool | None = None
     replicas: int | None = None
     timeout_ms: int | None = None
 
     def applied_to(self, declared: Durability | None) -> Durability | None:
-        """Return what is asked of a queue that asks *base* by itself; None for nothing."""
+        """Return the durability of a push to a queue with *declared*; None for nothing."""
         default = declared if declared is not None else Durability()
         durability = Durability(
             default.fsync if self.fsync is None else self.fsync,
@@ -255,7 +258,7 @@ class DurabilityRequest:
         return durability or None
 
     def combined_with(self, other: DurabilityRequest | None) -> DurabilityRequest:
-        """Return what satisfies both, for calls that travel together."""
+        """Return a request that satisfies both, for calls that travel together."""
         if other is None or other == self:
             return self
         return DurabilityRequest(
@@ -288,7 +291,7 @@ def durability_request(
 
 
 class DurabilityOptions(TypedDict, total=False):
-    """What a queue asks of every push."""
+    """What a queue asks for with every push."""
 
     fsync: bool
     wait_replicas: int
@@ -296,7 +299,11 @@ class DurabilityOptions(TypedDict, total=False):
 
 
 def requested_durability(options: DurabilityOptions) -> Durability | None:
-    """Return what a queue asks; None for nothing. Raises ConfigurationError, and TypeError for another word."""
+    """
+    Return what a queue asks for with every push; None for nothing.
+
+    Raises ConfigurationError, and TypeError for an unknown option.
+    """
     if wrong := options.keys() - DurabilityOptions.__annotations__.keys():
         raise TypeError(f"queue() got an unexpected keyword argument {min(wrong)!r}")
     request = durability_request(options.get("fsync"), options.get("wait_replicas"), options.get("wait_timeout"))

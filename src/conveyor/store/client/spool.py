@@ -41,8 +41,10 @@ _HEAD = struct.Struct("<II")
 @dataclass(slots=True)
 class SpooledPush:
     """
-    One push that waits. Its `lane` and `number` are those of an attempt that may have reached Redis, "" when there
-    was none; `at` is when it was accepted (s since the epoch), since delays count from there.
+    One push that waits. The field names are those of the file.
+
+    `lane` and `number` are the sequence and the number of an attempt that may have reached Redis, "" when there was none. `at`
+    is when the push was accepted (s since the epoch), because delays count from there.
     """
 
     namespace: str
@@ -61,7 +63,7 @@ class SpooledPush:
         return sum(len(entry.rest) + len(entry.id) + _OVERHEAD for entry in self.entries)
 
     def due(self, now: float) -> Iterator[Entry]:
-        """Yield its entries with what is left of their delays and lives."""
+        """Yield its entries with the rest of their delays and expiries."""
         waited = max(0, int((now - self.at) * 1000))
         for entry in self.entries:
             if entry.delay_ms is None and entry.expires_ms is None:
@@ -81,7 +83,7 @@ class SpooledPush:
 
 @dataclass(slots=True)
 class SpoolBatch:
-    """The records of one call, the first of the backlog, and the lane and number it is sent in, however often."""
+    """The first records of a spool, for one call, and the sequence and number it is sent with, however often."""
 
     records: list[SpooledPush]
     identity: str
@@ -93,10 +95,13 @@ class SpoolBatch:
 
 
 class MemorySpool:
-    """Records in order. Not for several threads at once: the buffer's lock guards it."""
+    """
+    Records in order; their batches are sent in the sequence *identity*.
+
+    Not for several threads at once: the buffer's lock guards it.
+    """
 
     def __init__(self, identity: str) -> None:
-        """Begin empty; batches go in *lane*."""
         self.records: deque[SpooledPush] = deque()
         self.jobs = self.bytes = 0
         self._identity = identity
@@ -115,7 +120,7 @@ class MemorySpool:
         self.bytes += record.size
 
     def next_batch(self) -> SpoolBatch:
-        """Return what is to be sent now: the same until `done` or `cut`."""
+        """Return the batch to send now: the same until `finish_batch` or `halve_batch`."""
         if self._batch is None:
             records = self._first()
             if records[0].lane:
@@ -139,7 +144,7 @@ class MemorySpool:
 
     def halve_batch(self) -> bool:
         """
-        Send half as many from now on, since the queue has no room for all; return False when one record is the least.
+        Send half as many from now on, since the queue has no room for all; return False when one record is the minimum.
 
         The next batch gets a higher number, so a late copy of this one changes nothing.
         """
@@ -150,7 +155,7 @@ class MemorySpool:
         return True
 
     def finish_batch(self) -> list[SpooledPush]:
-        """Forget the batch, which is delivered, and return its records."""
+        """Remove the batch, which is delivered, and return its records."""
         assert self._batch is not None
         delivered, self._batch = self._batch.records, None
         self._max_jobs = min(MAX_JOBS, self._max_jobs * 2)
@@ -162,7 +167,7 @@ class MemorySpool:
         return delivered
 
     def close(self) -> None:
-        """Let go of what it holds open."""
+        """Close what it holds open."""
 
     # -- what a journal does besides --------------------------------------------------------------------------------
 
@@ -172,10 +177,13 @@ class MemorySpool:
 
 
 class DiskSpool(MemorySpool):
-    """A backlog that stands in a file as well; the lock beside it says that somebody uses it."""
+    """
+    A spool that is also in a file, with what an earlier process left there.
+
+    *lock* is the descriptor of a locked file beside it, which says that a process uses it.
+    """
 
     def __init__(self, path: Path, lock: int, identity: str, *, fsync: bool) -> None:
-        """Read what an earlier process left. *lock* is the descriptor that holds the lock."""
         super().__init__(identity)
         self.path = path
         self._lock = lock
@@ -215,7 +223,7 @@ class DiskSpool(MemorySpool):
         self._allocated = max(self._allocated, self._size)
 
     def _write(self, data: bytes, at: int, *, sync: bool) -> None:
-        """Write all of *data*, or leave the file as it was before that."""
+        """Write all of *data*, or leave the file as it was before."""
         try:
             if (written := os.pwrite(self._file, data, at)) < len(data):
                 raise OSError(f"only {written} of {len(data)} bytes were written")
@@ -227,7 +235,7 @@ class DiskSpool(MemorySpool):
             raise
 
     def _rewrite(self) -> None:
-        """Write what is left into a new file that takes the old one's place."""
+        """Write what is left into a new file that replaces the old one."""
         fresh = self.path.with_suffix(".new")
         frames = b"".join(_frame(("P", record)) for record in self.records)
         descriptor = os.open(fresh, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
@@ -276,7 +284,7 @@ class DiskSpool(MemorySpool):
             self._batch = None
 
     def close(self) -> None:
-        """Let go of the file; what is in it waits for the next process."""
+        """Close the file; its content waits for the next process."""
         os.close(self._file)
         os.close(self._lock)
 
@@ -287,7 +295,7 @@ def _frame(body: tuple[Any, ...]) -> bytes:
 
 
 def _unframe(data: bytes, at: int) -> tuple[list[Any], int] | None:
-    """Return a body and where the next frame begins, None for one that is not whole."""
+    """Return a body and the begin of the next frame, None for an incomplete one."""
     if at + _HEAD.size > len(data):
         return None
     length, check = _HEAD.unpack_from(data, at)
@@ -298,14 +306,14 @@ def _unframe(data: bytes, at: int) -> tuple[list[Any], int] | None:
 
 
 def prepare_directory(directory: Path) -> None:
-    """Make *directory* where there is none; raises OSError where nothing can be written to it."""
+    """Create *directory* if it does not exist; raises OSError when it is not writable."""
     directory.mkdir(parents=True, exist_ok=True)
     if not os.access(directory, os.W_OK | os.X_OK):
         raise PermissionError("Permission denied")
 
 
 def claim_spool(directory: Path, identity: str, *, fsync: bool) -> DiskSpool:
-    """Return the first journal of *directory* that no other process uses, with what was left in it."""
+    """Return the first spool of *directory* that no other process uses, with what was left in it."""
     directory.mkdir(parents=True, exist_ok=True)
     for slot in range(MAX_PROCESSES):
         spool = _open(directory, slot, identity, fsync=fsync)
@@ -315,7 +323,7 @@ def claim_spool(directory: Path, identity: str, *, fsync: bool) -> DiskSpool:
 
 
 def orphaned_spools(directory: Path, identity: str) -> list[DiskSpool]:
-    """Return the journals of *directory* that hold something and whose processes are gone."""
+    """Return the spools of *directory* that are not empty and whose processes are gone."""
     spools: list[DiskSpool] = []
     for path in sorted(directory.glob("*.log")):
         if (
@@ -331,7 +339,7 @@ def orphaned_spools(directory: Path, identity: str) -> list[DiskSpool]:
 
 
 def has_leftovers(directory: Path) -> bool:
-    """Tell whether some process left something in *directory*."""
+    """Tell whether a process left something in *directory*."""
     return any(path.stat().st_size for path in directory.glob("*.log"))
 
 

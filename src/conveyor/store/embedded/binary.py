@@ -1,4 +1,4 @@
-"""Which server program the embedded server runs, and which version it is."""
+"""The server program that the embedded server runs, and its version."""
 
 from __future__ import annotations
 

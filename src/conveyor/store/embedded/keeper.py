@@ -1,11 +1,11 @@
 """
-The keeper: a small process that owns the embedded server for as long as anybody uses it.
+The keeper: a small process that owns the embedded server as long as a process uses it.
 
-It starts the server, starts it again when it crashes, and waits for the exclusive lock on the data directory. It gets
-that lock when the last user is gone, however that user ended, and then stops the server. When the keeper is killed, the
-server goes too.
+It starts the server, restarts it after a crash, and waits for the exclusive lock on the data directory. It gets that lock
+when the last user is gone, however that user ended, and then stops the server. When the keeper is killed, the server ends
+too.
 
-It runs as a plain script and on the standard library alone: importing the package would load the Redis client and all
+It runs as a plain script on the standard library alone: importing the package would load the Redis client and everything
 else into a process that may live for days.
 
 Files of the data directory: `lock` (shared: a user; exclusive: the keeper that stops the server), `keeper.lock` (held
@@ -38,7 +38,7 @@ _STEADY_AFTER = 10.0  # seconds after which a crash no longer counts as one of a
 
 
 class ServerRecord(TypedDict):
-    """What `server.json` says: who wrote the data, and where the server is. `pid` is 0 when none is ready."""
+    """The content of `server.json`: which server wrote the data, and where it is. `pid` is 0 when none is ready."""
 
     family: str
     version: str
@@ -52,7 +52,7 @@ _FIELDS = {"family": str, "version": str, "socket": str, "pid": int, "keeper": i
 
 
 class KeeperRequest(TypedDict):
-    """What the starter tells the keeper; `lock` is the descriptor of `keeper.lock`, already locked."""
+    """The arguments of a keeper; `lock` is the descriptor of `keeper.lock`, already locked."""
 
     directory: str
     socket: str
@@ -86,7 +86,7 @@ def write_record(directory: str, record: ServerRecord) -> None:
 
 
 def ask(path: str, command: bytes, *, timeout: float = 1.0) -> bytes:
-    """Send one inline *command* to the server at *path*; the first bytes of its reply, empty when none came."""
+    """Send one inline *command* to the server at *path*; return the first bytes of its reply, empty when none came."""
     with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as connection:
         connection.settimeout(timeout)
         connection.connect(path)
@@ -114,7 +114,7 @@ def server_command(binary: str, version: tuple[int, ...], path: str, data: str) 
 
 
 def parent_death_signal() -> Callable[[], None] | None:
-    """Return what a child calls before exec so that it ends with its parent; None where the kernel cannot do that."""
+    """Return what a child calls before exec to end with its parent; None where the kernel does not support it."""
     try:
         import ctypes
 
@@ -132,10 +132,9 @@ def parent_death_signal() -> Callable[[], None] | None:
 
 
 class Keeper:
-    """One server, its record, and the loop that watches over both."""
+    """One server, its record, and the loop that watches both."""
 
     def __init__(self, request: KeeperRequest) -> None:
-        """Take the starter's orders; nothing runs yet."""
         self.request = request
         self.directory = request["directory"]
         self.data = os.path.join(self.directory, "data")
@@ -152,7 +151,7 @@ class Keeper:
         self.events = -1
 
     def run(self) -> int:
-        """Keep the server until the last user is gone or someone stops it; the exit code."""
+        """Keep the server until the last user is gone or it is stopped; return the exit code."""
         if not self._lock_data():
             return 1
         self._listen()
@@ -327,7 +326,7 @@ def _record_or_none(directory: str) -> ServerRecord | None:
 
 
 def main(text: str) -> None:
-    """Detach from the starter, whose child ends here at once, and keep a server by the orders in *text* (JSON)."""
+    """Detach from the starter, whose child ends here at once, and keep a server as *text* (JSON) requests."""
     if os.fork():
         os._exit(0)
     os.umask(0o077)

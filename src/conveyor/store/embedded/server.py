@@ -1,8 +1,8 @@
 """
-The zero-setup server: a real Valkey or Redis for one project, shared by its processes.
+The embedded server: a real Valkey or Redis for one project, shared by its processes, without any setup.
 
-`attach` starts it or finds it, and holds a shared lock on the data directory for as long as the attachment lives. A
-keeper process (`keeper.py`) stops the server when the last holder is gone; the data stays for the next one.
+`attach` starts or finds it, and holds a shared lock on the data directory as long as the handle lives. A keeper process
+(`keeper.py`) stops the server when the last user is gone; the data stays for the next one.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _SOCKET_PATH_LIMIT = 100  # bytes; the kernel's limit is 107 on Linux and 103 on
 
 
 class _SharedLock:
-    """A shared lock, held through one descriptor; a forked child shares it, an executed program does not inherit it."""
+    """A shared lock, held by one descriptor: a forked child shares it, an executed program does not inherit it."""
 
     def __init__(self, descriptor: int) -> None:
         self._descriptor: int | None = descriptor
@@ -54,7 +54,7 @@ class _SharedLock:
 
 @dataclass(frozen=True, slots=True)
 class ServerHandle:
-    """One user's hold on the server; the server lives at least as long. A context manager; `close` may be repeated."""
+    """One user's hold on the server, which lives at least as long. A context manager; `close` may be repeated."""
 
     url: str
     pid: int
@@ -64,23 +64,23 @@ class ServerHandle:
     _lock: _SharedLock = field(repr=False, compare=False)
 
     def close(self) -> None:
-        """Let go; the keeper stops the server when nobody else holds it."""
+        """Release the server; the keeper stops it when nobody else uses it."""
         self._lock.close()
 
     def __enter__(self) -> ServerHandle:
-        """Return itself."""
+        """Return the handle."""
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Let go."""
+        """Release the server."""
         self.close()
 
 
 @dataclass(frozen=True, slots=True)
 class ServerStatus:
-    """What is known of a project's server: `size` is its data in bytes; `pid` and `url` are None when none runs."""
+    """The state of a project's server: `size` is its data in bytes; `pid` and `url` are None when none runs."""
 
     running: bool
     url: str | None
@@ -95,9 +95,9 @@ def attach(directory: Path | None = None, *, wait: float = 10.0) -> ServerHandle
     """
     Hold the server of *directory* (a `.conveyor`, by default the project's), starting it when none runs.
 
-    *wait* is in seconds; loading old data does not count. Raises ConfigurationError when there is no server program,
-    the directory cannot be used, or another family or a newer version wrote its data; StoreUnavailable, with the last
-    lines of the log, when the server does not start or is not ready in time.
+    *wait* is in seconds; loading old data does not count. Raises ConfigurationError when there is no server program, the
+    directory cannot be used, or another family or a newer version wrote its data. Raises StoreUnavailable, with the last lines
+    of the log, when the server does not start or is not ready in time.
     """
     directory = _resolve(directory)
     deadline = time.monotonic() + wait
@@ -123,7 +123,7 @@ def project_directory(start: Path | None = None) -> Path:
 
 
 def inspect(directory: Path | None = None) -> ServerStatus | None:
-    """Say how the server of *directory* is, without starting or holding it; None where none has ever run."""
+    """Return the state of the server of *directory*, without starting or holding it; None where none has ever run."""
     directory = _resolve(directory)
     record = _record(directory)
     if record is None:
@@ -206,7 +206,7 @@ def _not_ready(directory: Path, record: keeper.ServerRecord | None, wait: float)
 
 
 def _start_keeper(directory: Path, lock: int) -> int:
-    """Start a keeper that takes over the descriptor *lock*; the length of the log before it."""
+    """Start a keeper that takes over the descriptor *lock*; return the length of the log before it."""
     binary, version = server_binary()
     family, _, number = version.partition(" ")
     _require_same_server(directory, binary, family, number)
@@ -280,7 +280,7 @@ def _lock(path: Path, kind: int) -> int | None:
 
 
 def _has_keeper(directory: Path) -> bool:
-    """Say whether a keeper lives: it holds its lock from before it starts until after it ended."""
+    """Tell whether a keeper lives: it holds its lock from before it starts until after it has ended."""
     if not (directory / "keeper.lock").exists():
         return False
     descriptor = _lock(directory / "keeper.lock", fcntl.LOCK_SH)
@@ -328,7 +328,7 @@ def _socket_path(directory: Path) -> Path:
 
 
 def _require_private(directory: Path) -> None:
-    """Refuse a directory in which somebody else could put a socket of his own."""
+    """Raise ConfigurationError for a directory in which another user could create a socket."""
     with _usable_directory(directory):
         status = directory.lstat()
     mine = status.st_uid == os.geteuid() or os.geteuid() == 0

@@ -1,4 +1,4 @@
-"""A cluster: the keys of a queue lie in one slot, and a map says which node owns it now."""
+"""A cluster: the keys of a queue are in one slot, and a map says which node owns it now."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ HostPort = tuple[str, int]
 
 
 def slot_of(key: str) -> int:
-    """Return the slot of a key: of its hash tag, when it has one."""
+    """Return the slot of a key: that of its hash tag, when it has one."""
     start = key.find("{")
     if start >= 0:
         end = key.find("}", start + 1)
@@ -47,12 +47,15 @@ def slot_of(key: str) -> int:
 
 
 class Cluster:
-    """``redis+cluster://user:password@h1:7000,h2:7000``: a place for each slot, and the map that leads to the nodes."""
+    """
+    ``redis+cluster://user:password@h1:7000,h2:7000``: an endpoint for each slot, and the map of slots to nodes.
+
+    Making one checks the URL and connects to nothing. Raises ConfigurationError.
+    """
 
     single = False
 
     def __init__(self, url: str, connect_timeout: float = CONNECT_TIMEOUT) -> None:
-        """Check the URL; connects to nothing. Raises ConfigurationError."""
         self.url = url
         self._timeout = min(connect_timeout, CONNECT_TIMEOUT)
         self._hosts = split_hosts(url, 6379)
@@ -75,13 +78,13 @@ class Cluster:
         return masked(self.url)
 
     def forked(self) -> None:
-        """Start with a lock and a map of its own in a forked child."""
+        """Start with a new lock and without a map in a forked child."""
         self._lock = threading.Lock()
         self._mapped_at = self._asked_at = float("-inf")
         self._failure: Exception | None = None
 
     def endpoint(self, key: str) -> Endpoint:
-        """Return where the commands for *key* go; "" is any node."""
+        """Return the endpoint for *key*; "" is any node."""
         slot = slot_of(key) if key else ANYWHERE
         endpoint = self._endpoints.get(slot)
         if endpoint is None:
@@ -96,14 +99,14 @@ class Cluster:
     # -- the map --------------------------------------------------------------------------------------------------
 
     def known_owner(self, slot: int) -> StandaloneServer | None:
-        """Return who owns *slot* by the map, None when the map is not to be believed any more."""
+        """Return the owner of *slot* by the map, None when the map may be outdated."""
         if monotonic() - self._mapped_at > MAP_FRESH:
             return None
         server = next((one for one in self._known if one in self._owners), None) if slot < 0 else self._owners[slot]
         return None if server is None else self._node(server)
 
     def owner(self, slot: int) -> StandaloneServer:
-        """Return who owns *slot*; asks the nodes when the map is old. Raises Unresolved, ConfigurationError."""
+        """Return the owner of *slot*; asks the nodes when the map is old. Raises EndpointUnresolved, ConfigurationError."""
         node = self.known_owner(slot)
         if node is not None:
             return node
@@ -114,19 +117,19 @@ class Cluster:
         return node
 
     def note_owner(self, slot: int, server: HostPort) -> None:
-        """A node said that another owns *slot*."""
+        """Note the owner of *slot* that a node has named."""
         self._owners[slot] = server
         self._mapped_at = monotonic()
 
     def distrust_map(self, server: HostPort | None = None) -> None:
-        """The map may be wrong: ask before it is used again, and *server*, which did not answer, last."""
+        """Ask for the map before it is used again, and *server*, which did not answer, last."""
         self._mapped_at = float("-inf")
         if server in self._known:
             self._known.remove(server)
             self._known.append(server)
 
     def redirect_target(self, reply: str, asked: HostPort | None) -> tuple[int, StandaloneServer] | None:
-        """Return the slot and the node that MOVED or ASK name; one without a host means the host that was *asked*."""
+        """Return the slot and the node that MOVED or ASK name; one without a host is on the host of *asked*."""
         match = _REDIRECT.search(reply)
         if match is None:
             return None
@@ -222,10 +225,9 @@ class Cluster:
 
 
 class SlotEndpoint:
-    """Where one slot lies, or any node."""
+    """The owner of one slot; -1 is any node."""
 
     def __init__(self, cluster: Cluster, slot: int) -> None:
-        """Take the cluster and the slot's number, -1 for any."""
         self._cluster, self._slot = cluster, slot
         self._asked: StandaloneServer | None = None
 
@@ -237,11 +239,11 @@ class SlotEndpoint:
 
     @property
     def reply_timeout(self) -> float:
-        """Seconds one answer may take."""
+        """Seconds one reply may take."""
         return FAILOVER_REPLY_TIMEOUT
 
     def open(self, *, read_timeout: float | None) -> Connection:
-        """Return a connection to the owner of the slot. Raises Unresolved, redis-py's errors, ConfigurationError (E33)."""
+        """Return a connection to the owner. Raises EndpointUnresolved, redis-py's errors, ConfigurationError (E33)."""
         node = self._asked = self._cluster.owner(self._slot)
         try:
             return node.open(read_timeout=read_timeout)
@@ -250,7 +252,7 @@ class SlotEndpoint:
             raise
 
     async def aopen(self) -> AsyncConnection:
-        """Return a connection of asyncio to the owner of the slot."""
+        """Awaitable form of `open`."""
         node = self._cluster.known_owner(self._slot)
         if node is None:
             node = await in_thread(lambda: self._cluster.owner(self._slot))
@@ -262,7 +264,7 @@ class SlotEndpoint:
             raise
 
     def note_moved(self, reply: str) -> None:
-        """Go where MOVED says; any other word (CLUSTERDOWN) means that the map is in doubt."""
+        """Note the owner named by MOVED; any other reply (CLUSTERDOWN) means that the map may be wrong."""
         target = self._redirect_target(reply)
         if target is None or target[1] is None:
             self._cluster.distrust_map()

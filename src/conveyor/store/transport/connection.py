@@ -1,7 +1,7 @@
 """
 The blocking runner: one socket, one call in flight, repeated until it is answered or its time is over.
 
-Below it: what an exception of redis-py means, and single commands on a connection that redis-py has just opened.
+Below it: the meaning of an exception of redis-py, and single commands on a connection that redis-py has just opened.
 """
 
 from __future__ import annotations
@@ -33,12 +33,11 @@ class Connection:
     """
     A blocking connection that opens itself. Not for several threads at once.
 
-    redis-py opens it (URL, TLS, AUTH, SELECT); commands and replies go over its socket directly, which saves
-    a quarter of the time of a call. The timeout is the kernel's: Python's own costs a system call each way.
+    redis-py opens it (URL, TLS, AUTH, SELECT); commands and replies go over its socket directly, which saves a quarter of
+    the time of a call. The timeout is the kernel's: Python's own costs a system call each way.
     """
 
     def __init__(self, endpoint: Endpoint) -> None:
-        """Remember where to connect."""
         self.endpoint = endpoint
         self._reply_timeout = endpoint.reply_timeout
         self._raw: RawConnection | None = None
@@ -51,8 +50,8 @@ class Connection:
         """
         Carry out *call* and return its decoded reply.
 
-        Transport errors and passing refusals are repeated for *patience* seconds, then raise StoreUnavailable:
-        the step may or may not have happened.
+        Transport errors and temporary refusals are retried for *retry_for* seconds. Then StoreUnavailable is raised: the step may
+        or may not have happened.
         """
         try:
             reply = self.execute(*call.command())
@@ -61,14 +60,14 @@ class Connection:
         return call.decode(reply)
 
     def run_command(self, *command: Any, retry_for: float) -> Any:
-        """Send one plain command, which may be repeated, and return the raw reply; errors as in `run`."""
+        """Send one plain command that may be repeated and return the raw reply; errors as in `run`."""
         try:
             return self.execute(*command)
         except Exception as error:
             return self._retry(IdempotentCommand(command), error, retry_for)
 
     def start(self, call: Call[T]) -> Callable[[float], T]:
-        """Send *call* and return what waits for its reply: called with a patience in seconds, it is the rest of `run`."""
+        """Send *call*; return a function that, called with the seconds to retry for, completes `run`."""
         failed: Exception | None = None
         try:
             self._send(call.command())
@@ -129,9 +128,9 @@ class Connection:
 
     def _confirm_refusal(self, call: Call[T] | IdempotentCommand, fatal: Exception, seconds: float) -> T:
         """
-        Raise *fatal* of a call that may have been carried out before.
+        Raise *fatal*, the refusal of a call that may have been carried out before.
 
-        That a push is full is said only when no copy of it, still on its way, can be accepted any more.
+        QueueFull is raised only when no copy of the push that is still on its way can be accepted any more.
         """
         withdrawal = call.withdrawal() if isinstance(fatal, QueueFull) else None
         if withdrawal is None or (reply := self.run(withdrawal, retry_for=seconds)) is None:
@@ -139,7 +138,7 @@ class Connection:
         return cast("T", call.decode(reply))
 
     def execute(self, *command: Any, block: float = 0.0) -> Any:
-        """Send one command and return the raw reply; *block* is how many seconds the server may hold it back."""
+        """Send one command and return the raw reply; *block* is how many seconds the server may delay it."""
         self._send(command)
         return self._receive(block)
 
@@ -201,12 +200,11 @@ class Connection:
 
 
 class IdempotentCommand:
-    """A command that is no script and may be repeated all the same."""
+    """A plain command that may be repeated."""
 
     __slots__ = ("_words",)
 
     def __init__(self, words: tuple[Any, ...]) -> None:
-        """Take its words."""
         self._words = words
 
     def command(self) -> tuple[Any, ...]:
@@ -217,11 +215,11 @@ class IdempotentCommand:
 
     @staticmethod
     def withdrawal() -> None:
-        """Return nothing: it is no push."""
+        """Return None: it is not a push."""
 
     @staticmethod
     def decode(reply: Any) -> Any:
-        """Return the reply as it is."""
+        """Return the reply unchanged."""
         return reply
 
 
@@ -229,7 +227,7 @@ _RECONNECTING = {replies.ErrorAction.RECONNECT, replies.ErrorAction.MOVE}
 
 
 def _action_for(error: Exception) -> replies.ErrorAction:
-    """Return what to do about an exception of the client library."""
+    """Return what to do about an exception of redis-py."""
     from redis import AuthenticationError, RedisError
 
     if isinstance(error, AuthenticationError):
@@ -257,7 +255,7 @@ _CODES = {
 
 
 def is_error_reply(error: BaseException) -> bool:
-    """Tell whether the server answered, so that the connection is good."""
+    """Tell whether *error* is a reply of the server, so that the connection is usable."""
     from redis import ConnectionError as TransportError
     from redis import ResponseError
 
@@ -265,7 +263,7 @@ def is_error_reply(error: BaseException) -> bool:
 
 
 def fatal_reply(error: Exception) -> str | None:
-    """Return what a server answered while a connection was opened, if repeating does not mend it; else None."""
+    """Return the error reply that a server sent while a connection was opened; None if a retry may help."""
     from redis import AuthenticationError
 
     for one in (error, error.__cause__):  # redis-py's asyncio wraps what it meets
@@ -287,7 +285,7 @@ def _connection_error(why: str) -> Exception:
 
 
 def query(connection: RawConnection, *command: str) -> Any:
-    """Return the reply to one command, None when this user may not ask it; on any other error the connection is closed."""
+    """Return the reply to one command, None when this user may not send it; any other error closes the connection."""
     from redis import exceptions
 
     try:
@@ -301,7 +299,7 @@ def query(connection: RawConnection, *command: str) -> Any:
 
 
 async def aquery(connection: AsyncRawConnection, *command: str) -> Any:
-    """Do the same on a connection of asyncio."""
+    """Awaitable form of `query`."""
     from redis import exceptions
 
     try:

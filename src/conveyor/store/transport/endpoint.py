@@ -1,4 +1,4 @@
-"""Where the commands for some keys go: one server, the master of the moment, or whoever owns a slot now."""
+"""Where the commands for some keys go: one server, the current master, or the owner of a slot."""
 
 from __future__ import annotations
 
@@ -21,31 +21,35 @@ FAILOVER_REPLY_TIMEOUT = 2.5
 
 
 class EndpointUnresolved(ConnectionError):
-    """Nobody could say where to connect to, or who is there is not who we look for; it may be otherwise soon."""
+    """No server could be found to connect to, or the one found is not the right one; a later try may succeed."""
 
 
 class Endpoint(Protocol):
-    """Something to connect to, again and again; each time it finds out anew where that is. Equal ones may share a connection."""
+    """
+    A place to connect to, again and again; each `open` finds out anew which server that is.
+
+    Equal endpoints may share a connection.
+    """
 
     @property
     def reply_timeout(self) -> float:
-        """Seconds after which a connection that owes an answer is given up: short where another server may take over."""
+        """Seconds after which a connection that owes a reply is given up: short where another server may take over."""
         ...
 
     def open(self, *, read_timeout: float | None) -> Connection:
-        """Return a connected blocking connection whose reads wait *read_timeout* seconds (None: for ever)."""
+        """Return a connected blocking connection whose reads wait *read_timeout* seconds (None: no limit)."""
         ...
 
     async def aopen(self) -> AsyncConnection:
-        """Return a connected connection of asyncio."""
+        """Return a connected asyncio connection."""
         ...
 
     def note_moved(self, reply: str) -> None:
-        """Take note of an error reply that says the keys are elsewhere. Raises ConfigurationError (E33) where that cannot be."""
+        """Note an error reply that says the keys are elsewhere. Raises ConfigurationError (E33) where that cannot be."""
         ...
 
     def ask_redirect(self, reply: str) -> Endpoint:
-        """Return where a reply of ASK sends this one command: the node that takes the slot over."""
+        """Return the node named in an ASK redirect. Only the next command goes there."""
         ...
 
     def __str__(self) -> str: ...
@@ -57,21 +61,25 @@ class Topology(Protocol):
 
     @property
     def single(self) -> bool:
-        """One place for all keys."""
+        """True: one endpoint serves all keys."""
         ...
 
     @property
     def url(self) -> str: ...
 
     def endpoint(self, key: str) -> Endpoint:
-        """Return where the commands for *key* go; "" is any key."""
+        """Return the endpoint for *key*; "" is any key."""
         ...
 
     def __str__(self) -> str: ...
 
 
 async def in_thread(function: Callable[[], T]) -> T:
-    """Return what a blocking *function* returns. A thread of its own: the loop's pool may be full of a user's work."""
+    """
+    Return what a blocking *function* returns.
+
+    It runs in a thread of its own, because the loop's pool may be full of a user's work.
+    """
     loop = asyncio.get_running_loop()
     future: asyncio.Future[T] = loop.create_future()
 

@@ -1,4 +1,4 @@
-"""What a server does whose memory is full: refuse what is new, as it must, or throw away what is there."""
+"""The eviction policy: a server whose memory is full must refuse new data, and not delete what is stored."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _MAX_IDS = 10
 
 
 def eviction_risk(policy: str, evicted: int) -> str | None:
-    """Return what is wrong with a policy under which *evicted* keys have gone; None for ``noeviction`` and for "" (unknown)."""
+    """Return the problem with a policy under which *evicted* keys were deleted; None for ``noeviction`` and "" (unknown)."""
     if policy in {"", SAFE_POLICY}:
         return None
     since = f", and {evicted:,} keys were evicted since its start" if evicted else ""
@@ -28,9 +28,9 @@ def eviction_risk(policy: str, evicted: int) -> str | None:
 
 async def watch_policy(ask: Callable[[], Awaitable[Sequence[object]]], log: logging.Logger) -> None:
     """
-    Look now and every hour, with the INFO of each server that *ask* gets; log a policy that deletes jobs, once until it changes.
+    Check the policy now and every hour, by the INFO of each server from *ask*; log a dangerous one once until it changes.
 
-    A worker that runs is not stopped for it; the look at its start did not happen if the server was away.
+    A running worker is not stopped for it. The check at its start did not happen if the server was away.
     """
     logged = SAFE_POLICY
     while True:
@@ -49,7 +49,7 @@ async def watch_policy(ask: Callable[[], Awaitable[Sequence[object]]], log: logg
 
 
 def log_missing_jobs(log: logging.Logger, queue: str, ids: Sequence[str]) -> None:
-    """Log jobs that stood in line and whose record the server no longer has; a turn tells each once."""
+    """Log jobs that were ready but whose record the server has lost; a turn reports each once."""
     named = ", ".join(ids[:_MAX_IDS])
     log.error(
         "E10 queue %s: the server has lost the records of %d jobs, which will not run: %s. It evicted them, or they were "

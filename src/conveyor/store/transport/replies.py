@@ -1,8 +1,8 @@
 """
-What an error reply means, and what to do about it.
+The meaning of an error reply, and what to do about it.
 
-Redis 6.2 wraps the code of an error raised inside a script (``ERR Error running script …-READONLY``)
-and 7 keeps it in front, so codes are searched for, not compared.
+Redis 6.2 wraps the code of an error raised inside a script (``ERR Error running script …-READONLY``), and Redis 7 keeps it
+in front, so codes are searched for, not compared.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ _ACTIONS = {
 
 
 def is_slot_moving(text: str) -> bool:
-    """Tell whether an error reply means that the keys are on their way to another node."""
+    """Tell whether an error reply means that the keys are moving to another node."""
     return "TRYAGAIN" in text or _KEYS_MOVING in text or text.startswith("ASK ")
 
 
@@ -68,14 +68,13 @@ def action_for(text: str) -> ErrorAction:
 
 
 class RetryTimer:
-    """How long one step is repeated, and the pauses between. `seconds` of None is for ever."""
+    """How long one step is repeated, and the pauses between. `seconds` of None: without limit."""
 
     def __init__(self, seconds: float | None) -> None:
-        """Begin now."""
         self._seconds, self._since, self._attempt = seconds, time.monotonic(), 0
 
     def next_pause(self, text: str) -> float | None:
-        """Return how long to wait before the next try, None when patience has ended; *text* is why this one failed."""
+        """Return the seconds before the next try, None when the time is over; *text* is the error of this try."""
         wait, seconds = backoff(self._attempt), self._seconds
         self._attempt += 1
         if seconds is None:
@@ -87,7 +86,7 @@ class RetryTimer:
 
 
 def fatal_error(text: str, address: str) -> ConveyorError:
-    """Return the error a person sees for a reply that repeating does not mend."""
+    """Return the exception for an error reply that a retry does not solve."""
     match = _CODE.search(text)
     code = match[1] if match else "NOPERM" if _FORBIDDEN.search(text) else ""
     if code == "OOM":
@@ -126,7 +125,7 @@ def fatal_error(text: str, address: str) -> ConveyorError:
 
 
 def unavailable(address: str, cause: object) -> StoreUnavailable:
-    """Return the error for a server that does not answer."""
+    """Return the exception for a server that does not answer."""
     reason = str(cause).strip().rstrip(".") or type(cause).__name__
     if is_slot_moving(reason):
         return StoreUnavailable(
@@ -154,7 +153,7 @@ def unavailable(address: str, cause: object) -> StoreUnavailable:
 
 
 def _hint(address: str, reason: str) -> str:
-    """Return what to look at where the reason does not say it: nobody tells who speaks TLS to whom does not."""
+    """Return a hint for errors whose text does not name the cause, such as TLS spoken to a plain port."""
     if "NOREPLICAS" in reason:
         return " Bring its replicas back, or lower min-replicas-to-write."
     if address.startswith("rediss") and "No such file" in reason:
@@ -167,7 +166,7 @@ def _hint(address: str, reason: str) -> str:
 
 
 def backoff(attempt: int, *, cap: float = 2.0) -> float:
-    """Return how long to wait before repeat number *attempt* (from 0): full jitter, so that a herd spreads out."""
+    """Return the seconds before repeat number *attempt* (from 0): full jitter, so that many clients spread out."""
     # The exponent is bounded too: after a quarter of an hour the power itself would be too large for a float.
     return random.uniform(0.005, min(cap, 0.02 * 2 ** min(attempt, 20)))  # noqa: S311  no secret
 

@@ -1,4 +1,4 @@
-"""A master that sentinels watch over: at every opening they are asked who it is now, and it is asked whether it agrees."""
+"""A master that sentinels watch: each connection asks them which server it is, and asks that server whether it agrees."""
 
 from __future__ import annotations
 
@@ -30,12 +30,15 @@ HostPort = tuple[str, int]
 
 
 class Sentinel:
-    """``redis+sentinel://user:password@h1:26379,h2:26379/master?db=0``: the place of all keys is the master of the moment."""
+    """
+    ``redis+sentinel://user:password@h1:26379,h2:26379/master?db=0``: the current master serves all keys.
+
+    Making one checks the URL and connects to nothing. Raises ConfigurationError.
+    """
 
     single = True
 
     def __init__(self, url: str, connect_timeout: float = CONNECT_TIMEOUT) -> None:
-        """Check the URL; connects to nothing. Raises ConfigurationError."""
         self.url = url
         self._timeout = min(connect_timeout, CONNECT_TIMEOUT)
         hosts = split_hosts(url, 26379)
@@ -66,23 +69,23 @@ class Sentinel:
 
     @property
     def reply_timeout(self) -> float:
-        """Seconds one answer may take."""
+        """Seconds one reply may take."""
         return FAILOVER_REPLY_TIMEOUT
 
     def endpoint(self, key: str) -> Endpoint:
-        """Return where the commands for *key* go: all go to the master."""
+        """Return this endpoint: the master serves all keys."""
         return self
 
     def note_moved(self, reply: str) -> None:
-        """Say that this is a node of a cluster."""
+        """Raise ConfigurationError (E33): the server is a node of a cluster."""
         self._sentinels[0].note_moved(reply)
 
     def ask_redirect(self, reply: str) -> Endpoint:
-        """Never needed: a master that sentinels watch is no node of a cluster."""
+        """Raise ConfigurationError (E33): a master that sentinels watch is no node of a cluster."""
         return self._sentinels[0].ask_redirect(reply)
 
     def open(self, *, read_timeout: float | None) -> Connection:
-        """Return a connection to the master. Raises Unresolved, redis-py's errors, ConfigurationError (E32)."""
+        """Return a connection to the master. Raises EndpointUnresolved, redis-py's errors, ConfigurationError (E32)."""
         lookup = _MasterLookup(self)
         for server in lookup.candidates():
             try:
@@ -99,7 +102,7 @@ class Sentinel:
         raise lookup.error()
 
     async def aopen(self) -> AsyncConnection:
-        """Return a connection of asyncio to the master."""
+        """Awaitable form of `open`."""
         lookup = _MasterLookup(self)
         candidates = lookup.candidates()
         while (server := await in_thread(lambda: next(candidates, None))) is not None:
@@ -117,7 +120,7 @@ class Sentinel:
         raise lookup.error()
 
     def server(self, server: HostPort) -> StandaloneServer:
-        """Return the address of a server with our credentials."""
+        """Return a server by host and port, with the credentials of this URL."""
         return StandaloneServer(self._server.url(*server, database=self._database), self._timeout, HANDSHAKE_TIMEOUT)
 
     def sentinels(self) -> list[StandaloneServer]:
@@ -125,18 +128,18 @@ class Sentinel:
         return list(self._sentinels)
 
     def prefer(self, sentinel: StandaloneServer) -> None:
-        """Ask this one first from now on."""
+        """Ask *sentinel* first from now on."""
         self._sentinels = [sentinel, *(one for one in self._sentinels if one != sentinel)]
 
     def note_master(self, server: HostPort) -> None:
-        """Say in the log when the master is another one than before."""
+        """Log a change of the master."""
         if self._master is not None and self._master != server:
             log.warning("master %s: now at %s:%d", self.name, *server)
         self._master = server
 
 
 class _MasterLookup:
-    """One search for the master: whom the sentinels name, who of them agrees, and why the others did not do."""
+    """One search for the master: the servers that the sentinels name, and why each was rejected."""
 
     def __init__(self, sentinel: Sentinel) -> None:
         from redis import RedisError
@@ -149,7 +152,7 @@ class _MasterLookup:
         self._refused: ConveyorError | None = None
 
     def candidates(self) -> Iterator[HostPort]:
-        """Ask the sentinels in turn; yield each server that one names and none named before."""
+        """Ask the sentinels in turn; yield each server that one names, once."""
         seen: set[HostPort] = set()
         for address in self._sentinel.sentinels():
             try:
@@ -175,27 +178,27 @@ class _MasterLookup:
         return None if reply is None else (reply[0].decode(), int(reply[1]))
 
     def reject(self, server: HostPort, why: Exception | str) -> None:
-        """Remember why a server would not do."""
+        """Remember why a server was rejected."""
         self._reasons.append(f"{server[0]}:{server[1]}, named by {_host_of(self._named)}: {why}")
         if isinstance(why, Exception) and (text := fatal_reply(why)) is not None:
             self._refused = replies.fatal_error(text, str(self._sentinel.server(server)))
 
     @staticmethod
     def role(reply: Any) -> str:
-        """Return what a server says it is."""
+        """Return the role that a server reports; when ROLE is not permitted, the sentinel is believed."""
         word = (
             reply[0] if isinstance(reply, list) and reply else b"master"
         )  # ROLE is not permitted: believe the sentinel
         return "replica" if word == b"slave" else str(word.decode())
 
     def accept(self, server: HostPort) -> None:
-        """A server agreed that it is the master."""
+        """Note the server that confirmed that it is the master."""
         if self._named is not None:
             self._sentinel.prefer(self._named)
         self._sentinel.note_master(server)
 
     def error(self) -> Exception:
-        """Return the error when nobody agreed; what one of them refused for good says more than that another is away."""
+        """Return the error for a search without a result. A final refusal says more than an unreachable server."""
         if self._refused is not None:
             return self._refused
         if self._without_master and self._named is None and not self._reasons:
@@ -222,7 +225,7 @@ class _MasterLookup:
 
 
 def _no_sentinel(address: StandaloneServer, text: str) -> ConveyorError:
-    """Return the error for what is asked as a sentinel and refuses."""
+    """Return the error for a server that was asked as a sentinel and refused."""
     if "unknown command" not in text:
         return replies.fatal_error(text, str(address))
     scheme = urlsplit(address.url).scheme

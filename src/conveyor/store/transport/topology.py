@@ -1,4 +1,4 @@
-"""From a URL to what it names: a server, a master watched by sentinels, or a cluster."""
+"""The topology that a URL names: a server, a master watched by sentinels, or a cluster."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SCHEMES = (
 
 
 def topology_of(url: str, connect_timeout: float | None = None) -> Topology:
-    """Return what *url* names; connects to nothing. Raises ConfigurationError."""
+    """Return the topology that *url* names; connects to nothing. Raises ConfigurationError."""
     parts = split_url(url)
     whole = parts.scheme
     if whole.startswith("rediss") and parse_qs(parts.query).get("ssl_cert_reqs") == ["none"]:
@@ -41,7 +41,7 @@ def embedded_directory(url: str) -> str:
     """
     Return the directory that the URL of an embedded server names, "" for the project's own.
 
-    Raises ConfigurationError for a host, which would be made a directory, with the password in its name.
+    Raises ConfigurationError for a host: it would become a directory, with the password in its name.
     """
     directory = url.removeprefix("embedded:")
     if directory.startswith("//") and not directory.startswith("///") and directory != "//":
@@ -53,7 +53,7 @@ def embedded_directory(url: str) -> str:
 
 
 def _refuse_scheme(url: str, scheme: str, topology: str) -> None:
-    """Raise the error for a URL whose first word is none of ours, with the one that was probably meant."""
+    """Raise the error for an unknown scheme, with the one that was probably meant."""
     near = difflib.get_close_matches(scheme.replace("valkey", "redis"), (*SCHEMES, "embedded"), 1, cutoff=0.7)
     guess = f" Did you mean {near[0]}://?" if near else ""
     what = f"there is no topology {topology!r}" if topology else "this is not a Redis URL"

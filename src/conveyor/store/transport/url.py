@@ -42,7 +42,7 @@ _ALIVE = {
 
 
 def configured_url(argument: str | None) -> str | None:
-    """Return the URL by the order of settings: argument, ``CONVEYOR_URL``, else None (the embedded server)."""
+    """Return the URL by the order of settings: argument, ``CONVEYOR_URL``, None (the embedded server)."""
     return argument or os.environ.get("CONVEYOR_URL") or None
 
 
@@ -52,7 +52,7 @@ def redact(text: str) -> str:
 
 
 def masked(url: str) -> str:
-    """Return what was given for a URL with its passwords masked, however badly it is written."""
+    """Return a given URL with its passwords masked, however malformed it is."""
     return _LOGIN.sub(r"\1:***@", _LOGIN_OPTION.sub(r"\1***", url))
 
 
@@ -75,7 +75,7 @@ def split_url(url: str) -> SplitResult:
 
 
 def check_database(text: str, url: str) -> None:
-    """Raise ConfigurationError unless *text* is the number of a database, or nothing; redis-py would take 0 for it."""
+    """Raise ConfigurationError unless *text* is a database number or empty; redis-py would take anything else as 0."""
     if text and not (text.isascii() and text.isdigit()):
         raise ConfigurationError(f"{masked(url)!r}: the database must be a number, as in redis://host:6379/0.")
 
@@ -145,7 +145,7 @@ class StandaloneServer:
         parameters["credential_provider"] = PasswordFile(path, parameters.pop("username", None))
 
     def _check_parameters(self, parameters: dict[str, Any]) -> None:
-        """Raise ConfigurationError when redis-py does not take them: better now than when the first call is made."""
+        """Raise ConfigurationError for parameters that redis-py rejects: now, not at the first call."""
         from redis import Connection, RedisError, SSLConnection, UnixDomainSocketConnection
 
         kind: Any = {"redis": Connection, "rediss": SSLConnection, "unix": UnixDomainSocketConnection}
@@ -161,30 +161,30 @@ class StandaloneServer:
             ) from None
 
     def endpoint(self, key: str) -> Endpoint:
-        """Return where the commands for *key* go: all go here."""
+        """Return this server, which serves all keys."""
         return self
 
     @property
     def single(self) -> bool:
-        """One place for all keys."""
+        """True: one endpoint serves all keys."""
         return True
 
     @property
     def reply_timeout(self) -> float:
-        """Seconds one answer may take."""
+        """Seconds one reply may take."""
         return self.handshake_timeout
 
     @property
     def host(self) -> str:
-        """Host and port, as a URL has them."""
+        """Host and port, as in the URL."""
         return self._parts.netloc.rpartition("@")[2] or "host:6379"
 
     def check_options(self) -> None:
-        """Raise ConfigurationError when the options of the URL mean nothing."""
+        """Raise ConfigurationError for unknown or invalid options of the URL."""
         assert self._parameters is not None
 
     def note_moved(self, reply: str) -> None:
-        """Raise ConfigurationError (E33): only nodes of a cluster answer so."""
+        """Raise ConfigurationError (E33): only nodes of a cluster reply so."""
         raise ConfigurationError(
             f"The server at {self} is one node of a cluster ({reply}). Name some of its nodes in a cluster's URL: "
             f"{'rediss' if self.url.startswith('rediss') else 'redis'}+cluster://{self.host}",
@@ -192,7 +192,7 @@ class StandaloneServer:
         )
 
     def ask_redirect(self, reply: str) -> Endpoint:
-        """Raise the same."""
+        """Raise ConfigurationError (E33), as `note_moved`."""
         self.note_moved(reply)
         raise AssertionError
 
@@ -207,7 +207,7 @@ class StandaloneServer:
         return connection
 
     async def aopen(self) -> AsyncConnection:
-        """Return a connected connection of asyncio."""
+        """Return a connected asyncio connection."""
         connection = self.new_async_connection()
         try:
             async with asyncio.timeout(self.connect_timeout + self.handshake_timeout):
@@ -231,7 +231,7 @@ class StandaloneServer:
         return cast("Connection", kind[self._parts.scheme](**parameters))
 
     def new_async_connection(self) -> AsyncConnection:
-        """Return an unopened connection of asyncio."""
+        """Return an unopened asyncio connection."""
         from redis import backoff
         from redis.asyncio.connection import Connection, SSLConnection, UnixDomainSocketConnection
         from redis.asyncio.retry import Retry
@@ -242,10 +242,14 @@ class StandaloneServer:
 
 
 class PasswordFile:  # a CredentialProvider of redis-py, which is not imported before the first connection
-    """The user of a URL with the password of a file; a line's end behind it does not count."""
+    """
+    The user of a URL, with a password that is read from a file for each connection. A trailing line end does not count.
+
+    So the password can be changed while programs run. *user* None is the default user. Raises ConfigurationError when the
+    file cannot be read.
+    """
 
     def __init__(self, path: str, user: str | None) -> None:
-        """Take the file and the user, None for the default one. Raises ConfigurationError when nothing can be read there now."""
         self._path, self._user = Path(path), user
         try:
             self.get_credentials()
@@ -258,14 +262,14 @@ class PasswordFile:  # a CredentialProvider of redis-py, which is not imported b
             ) from None
 
     def get_credentials(self) -> tuple[str] | tuple[str, str]:
-        """Read the file; what goes wrong later is an OSError, and repeated as if the server were away."""
+        """Read the file; a later failure is an OSError, retried as if the server were away."""
         password = self._path.read_text("utf-8").rstrip("\r\n")
         if not password:
             raise OSError(0, "it is empty")  # as one that is not there: somebody is writing it
         return (password,) if self._user is None else (self._user, password)
 
     async def get_credentials_async(self) -> tuple[str] | tuple[str, str]:
-        """Read the file; secrets are small and lie in memory."""
+        """Awaitable form of `get_credentials`; it reads without a thread, since the file is small."""
         return self.get_credentials()
 
 
@@ -290,7 +294,7 @@ class HostList:
 
 
 def split_hosts(url: str, default_port: int) -> HostList:
-    """Take a URL of several hosts apart. Raises ConfigurationError."""
+    """Return the parts of a URL of several hosts. Raises ConfigurationError."""
     parts = split_url(url)
     login, _, names = parts.netloc.rpartition("@")
     user, _, password = login.partition(":")

@@ -1,4 +1,4 @@
-"""Waiting at a list: a connection of its own, since it blocks. What is taken is a token and never a message."""
+"""Waiting for a token in a list, on connections of their own, since they block. A token is never a message."""
 
 from __future__ import annotations
 
@@ -20,19 +20,18 @@ log = logging.getLogger("conveyor.store")
 
 
 class WakeupWaiter:
-    """A blocking connection that waits. One thread waits; any may close it."""
+    """A blocking connection that waits for tokens. One thread waits; any thread may close it."""
 
     def __init__(self, endpoint: Endpoint) -> None:
-        """Remember where to connect."""
         self._connection = Connection(endpoint)
         self._failures = 0
 
     def wait(self, key: str, seconds: float) -> bool:
-        """Wait for a token at *key* and take it; False when none came, or the connection broke (after a pause)."""
+        """Wait for a token in *key* and take it; False when none came, or the connection broke (after a pause)."""
         return self._block(("BLPOP", key, _timeout(seconds)), seconds) is not None
 
     def wait_any(self, keys: Sequence[str], seconds: float) -> str | None:
-        """Wait for a token at any of *keys*, take it, and return which; None as in `wait`."""
+        """Wait for a token in any of *keys* and take it; return its key, None as False in `wait`."""
         return _which(self._block(("BLPOP", *keys, _timeout(seconds)), seconds))
 
     def wait_and_move(self, source: str, target: str, seconds: float) -> bool:
@@ -40,7 +39,7 @@ class WakeupWaiter:
         return self._block(("BLMOVE", source, target, "LEFT", "RIGHT", _timeout(seconds)), seconds) is not None
 
     def close(self) -> None:
-        """Close the connection; whoever waits returns."""
+        """Close the connection; a waiting call returns."""
         self._connection.close()
 
     def _block(self, command: tuple[str, ...], seconds: float) -> Any:
@@ -64,23 +63,22 @@ class WakeupWaiter:
 
 
 class AsyncWakeupWaiter:
-    """The same on asyncio, with a wire of its own."""
+    """Awaitable form of `WakeupWaiter`."""
 
     def __init__(self, endpoint: Endpoint) -> None:
-        """Remember where to connect."""
         self._connection = AsyncConnection(endpoint)
         self._failures = 0
 
     async def wait(self, key: str, seconds: float) -> bool:
-        """Wait for a token at *key* and take it; False when none came, or the connection broke (after a pause)."""
+        """Awaitable form of `WakeupWaiter.wait`."""
         return await self._block(("BLPOP", key, _timeout(seconds)), seconds) is not None
 
     async def wait_any(self, keys: Sequence[str], seconds: float) -> str | None:
-        """Wait for a token at any of *keys*, take it, and return which; None as in `wait`."""
+        """Awaitable form of `WakeupWaiter.wait_any`."""
         return _which(await self._block(("BLPOP", *keys, _timeout(seconds)), seconds))
 
     async def wait_and_move(self, source: str, target: str, seconds: float) -> bool:
-        """Wait for an entry of *source* and move it to the tail of *target*; False as in `wait`. Raises QueueFull."""
+        """Awaitable form of `WakeupWaiter.wait_and_move`."""
         return await self._block(("BLMOVE", source, target, "LEFT", "RIGHT", _timeout(seconds)), seconds) is not None
 
     def close(self) -> None:
@@ -104,7 +102,7 @@ class AsyncWakeupWaiter:
 
 
 def wake(connection: AsyncConnection, key: str) -> None:
-    """Put a token into *key* for whoever blocks on it; it goes away by itself if nobody does."""
+    """Put a token into the list *key* for a client that blocks on it; it expires if there is none."""
     # With its text: nobody would send it after a NOSCRIPT. As two commands a cut between them left the token for ever.
     connection.send(operations.wake(key).load(), _ignore)
 
