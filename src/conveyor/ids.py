@@ -27,7 +27,7 @@ _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 _ESCAPES = {"\t": "\\t", "\n": "\\n", "\r": "\\r"}
 
 
-_random_parts: list[bytes] = []  # random parts, drawn by the hundred: a system call each would be a third of the cost
+_random_parts: list[bytes] = []  # random parts, read 256 at a time: a system call for each would be a third of the cost
 os.register_at_fork(after_in_child=_random_parts.clear)
 
 
@@ -90,7 +90,9 @@ def split(public_id: str) -> tuple[str | None, str]:
 def new_spawned_id() -> str:
     """Return a fresh id whose last character marks the job as spawned by another job."""
     id_ = new_id()
-    return id_[:-1] + chr(_ORDERED[_ORDERED.index(ord(id_[-1])) + 1])  # 22 characters have 4 bits to spare: elsewhere 0
+    return id_[:-1] + chr(
+        _ORDERED[_ORDERED.index(ord(id_[-1])) + 1]
+    )  # 22 characters have 4 spare bits, which are 0 in other ids
 
 
 def is_spawned(id: str) -> bool:  # noqa: A002

@@ -23,7 +23,7 @@ class ForkAware(Protocol):
         ...
 
 
-# One hook for all, since hooks cannot be taken back: one for each would keep growing with every app that comes and goes.
+# One hook for all, since hooks cannot be removed: one for each would accumulate with every app that comes and goes.
 _fork_aware: WeakSet[ForkAware] = WeakSet()
 
 

@@ -33,11 +33,11 @@ WAKE = Script("wake")
 SADD, SET = Script("SADD"), Script("SET")
 
 LANE_MS = 7_200_000
-"""How long the scripts keep the number and the reply of a lane's last push."""
+"""Milliseconds for which the scripts keep number and reply of the last push of a sequence (key `lane:`)."""
 DAY_MS = 86_400_000
-"""The same for lanes whose name ends in +."""
+"""The same for a sequence whose identity ends in +."""
 MOST_HELD = 1000
-"""Most jobs of a queue one worker may hold; scripts clamp to it."""
+"""Maximum jobs of a queue that one worker may hold; scripts clamp to it."""
 
 
 @dataclass(slots=True)
@@ -99,7 +99,7 @@ def announce(known: str, *queues: str) -> Call[int]:
 
 
 def wake(key: str) -> Call[int]:
-    """Return the call that puts a token into the list *key* for whoever blocks on it, for a minute."""
+    """Return the call that puts a token into the list *key* to wake a client blocked on it; it expires after a minute."""
     return Call(WAKE, (key,), (), int)
 
 
@@ -255,7 +255,7 @@ class TurnReply:
     cancelled: list[str]
     paused: bool
     missing: list[str] = field(default_factory=list)
-    outbox: bool = False  # looked, and found it not empty
+    outbox: bool = False  # it was checked, and is not empty
 
 
 class WorkerUnregistered(Exception):

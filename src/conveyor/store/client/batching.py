@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 BULK = 1000
-"""Jobs per call of a bulk push: enough to share the round trip, short enough to let others in."""
+"""Jobs per call of a bulk push: enough to share the round trip, short enough not to delay other clients."""
 
 
 class PushTarget(Protocol):
@@ -59,7 +59,7 @@ class PushTargetResolver(Protocol):
 
 ResultFuture = asyncio.Future[Any]
 PendingPush = tuple[str, bytes, ResultFuture] | tuple[Sequence[Entry], None, ResultFuture]
-"""A plain message (id, envelope), or entries; and who waits."""
+"""A plain message (id, envelope), or entries; and the future of its caller."""
 
 
 class LoopConnections:
@@ -173,10 +173,10 @@ class PushBatcher:
             if len(batch) == 1:
                 _fail(batch, error)
                 return
-            for one in batch:  # together they do not fit; some may alone
+            for one in batch:  # they do not fit together; some may fit alone
                 await self._deliver([one], one[1] is not None)
         except (ConveyorError, operations.StalePush) as error:
-            # The repeats may still arrive: a new lane keeps their number from being taken for ours.
+            # The repeats may still arrive. With a new sequence their number is not taken for that of a later push.
             self._sequence = self.new_sequence()
             _fail(batch, error)
         except BaseException as error:

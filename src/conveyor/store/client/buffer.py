@@ -26,7 +26,7 @@ from conveyor.units import Duration, milliseconds
 
 _log = logging.getLogger("conveyor.buffer")
 DAY_SUFFIX = "+"
-"""The last character of a lane that Redis remembers for a day instead of two hours; the scripts know it."""
+"""The last character of a sequence that Redis remembers for a day instead of two hours; the scripts know it."""
 
 
 def day_identity() -> str:
@@ -84,7 +84,7 @@ class Buffer:
         self._outage_since: float | None = None
         self._count_delivered = 0
         self.draining = False
-        """True while Redis takes what waits: who pushes then goes slowly, else what waits would never come to an end."""
+        """True while Redis accepts the waiting pushes. New pushes are slowed down then, or the buffer would never become empty."""
 
     def bind(self, start: Callable[[], None]) -> None:
         """Set the function that starts a delivery; a buffer belongs to one app. Raises ConfigurationError."""

@@ -30,11 +30,11 @@ if TYPE_CHECKING:
     from conveyor.store.transport.endpoint import Endpoint
 
 FIRST_TRY = 0.05
-"""Seconds an attempt is repeated for: one that met a connection gone stale, or a slot that moved, is not an outage."""
+"""Seconds the first attempt is retried for: a stale connection, or a slot that moved, is not an outage."""
 DRAINING_PAUSE = 0.001
-"""Seconds a push pauses while what waits is being delivered."""
+"""Seconds a push pauses while the buffer is being delivered."""
 MAX_PAUSE = 1.0
-"""Most seconds between two attempts of the delivery."""
+"""Maximum seconds between two attempts of the delivery."""
 _LOG_AGAIN_AFTER = 60.0
 _log = logging.getLogger("conveyor.buffer")
 
@@ -95,7 +95,7 @@ class BufferedClient(Client):
         try:
             return producer.connection.run(make(sequence=producer.sequence), retry_for=FIRST_TRY)
         except StoreUnavailable as error:
-            # It may have happened, so it keeps its lane and number, and whoever uses the connection next another lane.
+            # It may have been stored, so it keeps its sequence and number, and the connection gets another sequence.
             sequence, producer.sequence = producer.sequence, self.new_sequence()
             return self.keep(keys, content, max_length, sequence, error)
         finally:
@@ -285,7 +285,7 @@ class SpoolDelivery:
         connections: dict[Endpoint, Connection] = {}
         try:
             while not self._stopping.is_set():
-                with self._lock:  # so that nobody adds something between the look and the end
+                with self._lock:  # so that nothing is added between the check and the end
                     waiting = self._next()
                     if waiting is None:
                         self._thread = None
@@ -301,7 +301,9 @@ class SpoolDelivery:
                 except QueueFull:
                     attempt = 0 if self._buffer.halve_batch(spool) else attempt + 1
                 except operations.StalePush:
-                    self._buffer.delivered(spool)  # a newer call of this lane was answered, so this one was before
+                    self._buffer.delivered(
+                        spool
+                    )  # a newer call of this sequence was answered, so this one was answered before
                     attempt = 0
                     continue
                 except Exception as error:
@@ -343,7 +345,7 @@ class SpoolDelivery:
         except PartitionCountMismatch as error:
             if error.recorded is not None:
                 raise
-            # Redis was emptied meanwhile, so it has no number yet: ours, unless another program was first.
+            # Redis was emptied meanwhile, so it has no number yet. Set this one, unless another program was first.
             for claim in claims(first.namespace, logical(first.queue), keys.partitions):
                 client.run(claim, retry_for=FIRST_TRY)
             connection.run(call, retry_for=FIRST_TRY)

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 RETRY_FOR = 5.0
-"""Seconds a producer's call is repeated while Redis is away before StoreUnavailable is raised."""
+"""Seconds a producer's call is retried while Redis is away, before StoreUnavailable is raised."""
 
 
 class Client:
@@ -55,9 +55,9 @@ class Client:
         self.namespace = check_namespace(namespace)
         self.retry_for = retry_for
         self._url = configured_url(url)
-        self._single = self._standalone = True  # one place for all keys, and always the same
+        self._single = self._standalone = True  # one endpoint for all keys, and always the same
         if self._url is not None and self._url.startswith("embedded:"):
-            embedded_directory(self._url)  # a wrong URL is refused where it is written, not at the first push
+            embedded_directory(self._url)  # a wrong URL is refused here, not at the first push
         elif self._url is not None:
             topology = topology_of(self._url)
             self._single, self._standalone = topology.single, isinstance(topology, StandaloneServer)
@@ -71,7 +71,7 @@ class Client:
         self._announced: set[str] = set()
         self._confirmed_connections: ConfirmedConnections | None = None
         self.push_target_resolver: PushTargetResolver | None = None
-        self.buffer: Buffer | None = None  # these three are another's in a client with a buffer
+        self.buffer: Buffer | None = None  # a client with a buffer replaces these three
         self.new_sequence: Callable[[], ProducerSequence] = _new_sequence
         self.make_batcher: Callable[[AsyncConnection, QueueKeys, int, float], PushBatcher] = PushBatcher
         on_fork(self)
@@ -87,7 +87,7 @@ class Client:
 
     def _resolve(self) -> Topology:
         if self._url is not None and not self._url.startswith("embedded:"):
-            # Who has little patience does not wait long for a host that swallows packets.
+            # A short retry time means a short wait for a host that drops packets.
             return topology_of(self._url, min(RETRY_FOR, max(self.retry_for, 0.5)))
         from conveyor.store.embedded import server
 
@@ -194,7 +194,7 @@ class Client:
             producer.free_list.append(producer)
 
     def _retry_time(self, retry_for: float | None) -> float:
-        # A master or a node may be another one than a moment ago, which is no reason to tell anybody.
+        # The master or the node may have just changed, which is not worth an error.
         return retry_for if retry_for is not None else 0.0 if self._standalone else self.retry_for
 
     def queues(self) -> list[str]:
@@ -300,7 +300,9 @@ class Client:
     def loop_connections(self) -> LoopConnections:
         """Return what the callers of this event loop share."""
         loop = asyncio.get_running_loop()
-        last = self._last_loop  # most programs have one loop: looking weak references up costs as much as all the rest
+        last = (
+            self._last_loop
+        )  # most programs have one loop, and a lookup of a weak reference costs as much as all the rest
         if last is not None and last.loop() is loop:
             return last
         connections = self._loops.get(loop)
@@ -335,7 +337,7 @@ class Client:
 
     def forked(self) -> None:
         """Start anew in a forked child."""
-        # The parent goes on using its sockets and lanes: a child must touch neither.
+        # The parent keeps its sockets and sequences: a child must touch neither.
         self._free, self._free_at = deque(), {}
         self._loops = weakref.WeakKeyDictionary()
         self._last_loop = None

@@ -41,9 +41,9 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 PROBE_INTERVAL = 10.0
-"""Seconds after which the settings a connection relies on are looked at again."""
+"""Seconds after which the server settings that a connection relies on are read again."""
 MAX_CONNECTIONS = 8
-"""Wires of one event loop and place for confirmed pushes: one that waits for a dead replica holds up an eighth."""
+"""Connections of one event loop and endpoint for confirmed pushes: one that waits for a dead replica delays an eighth."""
 UNCONFIRMED = Confirmation(synced=False, replicas=0)
 
 

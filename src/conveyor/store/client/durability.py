@@ -21,9 +21,9 @@ from conveyor.units import Duration, milliseconds
 N = TypeVar("N", bound=int)
 MAX_REPLICAS = 1000
 TIMEOUT_MS = 5_000
-"""How long a confirmation is waited for, unless the caller says otherwise."""
+"""Milliseconds a confirmation is waited for by default."""
 SYNC_INTERVAL = 1.2
-"""Seconds within which ``appendfsync everysec`` begins a sync: a second, and a beat of the server's clock."""
+"""Seconds within which ``appendfsync everysec`` begins an fsync: a second, and a tick of the server's clock."""
 CHECK_INTERVAL = 0.05
 RELIABLE_WAITAOF_SINCE = (8, 0)
 """The first Redis whose WAITAOF waits under everysec; of Valkey no release up to 9.1 does."""
@@ -47,7 +47,7 @@ class Durability:
 
     def probe_commands(self) -> tuple[tuple[str, ...], ...]:
         """Return the commands that probe a new connection before its first push, for `decide_fsync_method`."""
-        wait = ("WAIT", "0", "1")  # answers at once: may this user, and is this a primary?
+        wait = ("WAIT", "0", "1")  # answers at once: is it permitted, and is this a primary?
         if not self.fsync:
             return (wait,)
         return (

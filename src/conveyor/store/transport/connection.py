@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 ASYNC_QUERY_TIMEOUT = 2.0
-"""Seconds an answer may take on a connection of asyncio, which has no time limit of its own."""
+"""Seconds a reply may take on an asyncio connection of redis-py, which has no time limit of its own."""
 
 
 class Connection:
@@ -246,7 +246,7 @@ def reply_text(error: BaseException) -> str:
     return text if not code or code in text else f"{code} {text}"
 
 
-# redis-py takes these codes off the text and turns them into classes.
+# redis-py removes these codes from the text and turns them into classes.
 _CODES = {
     "OutOfMemoryError": "OOM", "ReadOnlyError": "READONLY", "BusyLoadingError": "LOADING", "NoPermissionError": "NOPERM",
     "AuthenticationError": "NOAUTH", "TryAgainError": "TRYAGAIN", "ClusterDownError": "CLUSTERDOWN",
@@ -266,7 +266,7 @@ def fatal_reply(error: Exception) -> str | None:
     """Return the error reply that a server sent while a connection was opened; None if a retry may help."""
     from redis import AuthenticationError
 
-    for one in (error, error.__cause__):  # redis-py's asyncio wraps what it meets
+    for one in (error, error.__cause__):  # redis-py's asyncio wraps the errors it meets
         if isinstance(one, AuthenticationError):
             return f"NOAUTH {one}"
         if (

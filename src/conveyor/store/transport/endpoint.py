@@ -15,9 +15,9 @@ T = TypeVar("T")
 
 
 REPLY_TIMEOUT = 5.0
-"""Seconds a single server may take for one answer."""
+"""Seconds a single server may take for one reply."""
 FAILOVER_REPLY_TIMEOUT = 2.5
-"""The same where another one may have taken its part: half of a producer's patience, so that the other is still asked."""
+"""The same where another server may have taken over: half the retry time of a producer, so that the other is still asked."""
 
 
 class EndpointUnresolved(ConnectionError):
@@ -98,7 +98,7 @@ async def in_thread(function: Callable[[], T]) -> T:
             failed = error
         try:
             loop.call_soon_threadsafe(tell, value, failed)
-        except RuntimeError:  # the loop is closed, so nobody waits any more
+        except RuntimeError:  # the loop is closed, so nothing waits any more
             pass
 
     threading.Thread(target=work, name="conveyor-resolve", daemon=True).start()

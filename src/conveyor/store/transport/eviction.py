@@ -13,7 +13,7 @@ SAFE_POLICY = "noeviction"
 REMEDY = "CONFIG SET maxmemory-policy noeviction, and the same in its configuration file or parameter group"
 UNKNOWN = "the eviction policy is unknown"
 CHECK_EVERY = 3600.0
-"""Seconds between two looks of a running worker."""
+"""Seconds between two checks by a running worker."""
 _MAX_IDS = 10
 
 
@@ -36,7 +36,7 @@ async def watch_policy(ask: Callable[[], Awaitable[Sequence[object]]], log: logg
     while True:
         try:
             servers = [replies.parse_info(info) for info in await ask()]
-        except ConveyorError:  # away, or this user may not ask
+        except ConveyorError:  # unreachable, or this user may not send INFO
             servers = []
         policies = {one.get("maxmemory_policy", ""): int(one.get("evicted_keys", 0)) for one in servers}
         worst = next(

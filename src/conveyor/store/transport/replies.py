@@ -22,9 +22,9 @@ _FORBIDDEN = re.compile(r"ACL failure in script|user executing the script")  # 7
 _NO_DATABASE = "DB index is out of range"
 _UNKNOWN = re.compile(r"unknown command .(\w+)", re.IGNORECASE)
 _KEYS_MOVING = "non local key"
-"""What a script meets while its slot moves and only some of its keys have arrived."""
+"""The error of a script whose slot is moving when only some of its keys have arrived."""
 SLOT_MOVE_TIMEOUT = 30.0
-"""Seconds for which a call waits for a slot that is on its way to another node, where it would wait at all."""
+"""Seconds for which a call waits for a slot that is moving to another node, if it waits at all."""
 
 
 class ErrorAction(Enum):
@@ -80,7 +80,7 @@ class RetryTimer:
         if seconds is None:
             return wait
         if seconds >= 1 and is_slot_moving(text):
-            # A large slot moves for longer than an outage is borne, and what follows (MOVED, a new connection) is still its move.
+            # A large slot moves for longer than an outage is waited for, and what follows (MOVED, a new connection) is part of it.
             self._seconds = seconds = max(seconds, SLOT_MOVE_TIMEOUT)
         return wait if time.monotonic() - self._since + wait <= seconds else None
 
@@ -100,7 +100,7 @@ def fatal_error(text: str, address: str) -> ConveyorError:
             advice = "The server has no password: remove it from the URL."
         return ConfigurationError(f"Redis at {address} refuses the login: {text.rstrip('.')}. {advice}", code="E17")
     if code == "NOPERM":
-        # Redis 6.2 and 7.0 say which script it was and not which command.
+        # Redis 6.2 and 7.0 name the script and not the command.
         why = "a script needs a command or a key that is not allowed" if _FORBIDDEN.search(text) else text.rstrip(".")
         return ConfigurationError(
             f"Redis at {address} refuses this user: {why}. `conveyor acl` prints what each role needs.", code="E17"
@@ -141,9 +141,9 @@ def unavailable(address: str, cause: object) -> StoreUnavailable:
             f"Cannot trust Redis at {address}: {reason}.\nName the authority that signed its certificate:  "
             "rediss://…?ssl_ca_certs=/path/ca.crt"
         )
-    if _CODE.match(reason) or reason.startswith(("ERR ", "Error running")):  # it was reached, and said why not now
+    if _CODE.match(reason) or reason.startswith(("ERR ", "Error running")):  # it was reached, and gave the reason
         return StoreUnavailable(f"Redis at {address} cannot do this now: {reason}.{_hint(address, reason)}")
-    if "+" in address.partition("://")[0]:  # whoever names several hosts knows what CONVEYOR_URL is
+    if "+" in address.partition("://")[0]:  # a user who names several hosts knows CONVEYOR_URL
         return StoreUnavailable(f"Cannot reach Redis at {address}: {reason}.{_hint(address, reason)}")
     return StoreUnavailable(
         f"Cannot reach Redis at {address}: {reason}.{_hint(address, reason)}\n"

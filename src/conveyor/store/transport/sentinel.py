@@ -21,11 +21,11 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("conveyor.store")
 CONNECT_TIMEOUT = 2.0
-"""Seconds for connecting to a master, so that one that swallows packets does not use a caller's patience up."""
+"""Seconds for connecting to a master, so that one that drops packets does not use up a caller's retry time."""
 HANDSHAKE_TIMEOUT = 2.0
-"""Seconds a server may take to say that it is the master."""
+"""Seconds a server may take to confirm that it is the master."""
 QUERY_TIMEOUT = 0.5
-"""Seconds for connecting to a sentinel, and for its answer: another one may know."""
+"""Seconds for connecting to a sentinel, and for its reply: another one may know."""
 HostPort = tuple[str, int]
 
 
@@ -186,9 +186,7 @@ class _MasterLookup:
     @staticmethod
     def role(reply: Any) -> str:
         """Return the role that a server reports; when ROLE is not permitted, the sentinel is believed."""
-        word = (
-            reply[0] if isinstance(reply, list) and reply else b"master"
-        )  # ROLE is not permitted: believe the sentinel
+        word = reply[0] if isinstance(reply, list) and reply else b"master"  # ROLE is not permitted
         return "replica" if word == b"slave" else str(word.decode())
 
     def accept(self, server: HostPort) -> None:

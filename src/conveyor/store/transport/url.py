@@ -26,14 +26,14 @@ if TYPE_CHECKING:
 
     from conveyor.store.transport.endpoint import Endpoint
 
-# To the last "@" of the word: a password that was not quoted may hold "/", ":" and "@" itself.
+# To the last "@" of the word: an unquoted password may contain "/", ":" and "@" itself.
 _SECRET = re.compile(r"(?<=://)([^/:@\s]*):\S*@")
 _SECRET_OPTION = re.compile(r"(?<=[?&])(\w*password=)[^&\s]*")
-# Of what is nothing but a URL: no blank and no slash ends a password.
+# In a text that is only a URL: no space and no slash ends a password.
 _LOGIN = re.compile(r"^((?:.*?://)?[^/:@]*):.*@", re.DOTALL)
 _LOGIN_OPTION = re.compile(r"(?<=[?&])(\w*password=)[^&]*")
 _CONNECT_TIMEOUT = 5.0
-# A peer that is gone without a word is noticed after a minute, also where nothing waits for a reply: three unanswered probes.
+# A peer that vanished is noticed after a minute, also where nothing waits for a reply: three unanswered probes.
 _ALIVE = {
     getattr(socket, name): value
     for name, value in (("TCP_KEEPIDLE", 30), ("TCP_KEEPINTVL", 10), ("TCP_KEEPCNT", 3))
@@ -59,9 +59,9 @@ def masked(url: str) -> str:
 def split_url(url: str) -> SplitResult:
     """Return the parts of *url*. Raises ConfigurationError, also for a password that would be read as host or path."""
     try:
-        url.encode()  # half a character could not be quoted
+        url.encode()  # a lone surrogate could not be quoted
         parts = urlsplit(url)
-    except ValueError:  # what it says may hold the password
+    except ValueError:  # its text may contain the password
         parts = None
     if parts is not None:
         behind = parts.path + parts.fragment + parts.query.partition("=")[0]
@@ -87,7 +87,7 @@ class StandaloneServer:
     url: str
     connect_timeout: float = _CONNECT_TIMEOUT
     handshake_timeout: float = REPLY_TIMEOUT
-    """Seconds for the first exchange on a new connection (AUTH, SELECT): a frozen server is still connected to."""
+    """Seconds for the first exchange on a new connection (AUTH, SELECT): connecting succeeds even to a frozen server."""
 
     def __post_init__(self) -> None:
         parts = self._parts
@@ -101,7 +101,7 @@ class StandaloneServer:
             return
         try:
             port = parts.port
-        except ValueError:  # its text may show a part of a password
+        except ValueError:  # its text may contain a part of the password
             port = 0
         if port == 0:
             raise ConfigurationError(
@@ -129,7 +129,7 @@ class StandaloneServer:
             raise ConfigurationError(f"{self} is not a Redis URL: {redact(str(error))}") from None
         parameters.pop("connection_class", None)
         self._use_password_file(parameters)
-        # RESP2 is enough and every supported server speaks it; retries are ours, since only we know what may be repeated.
+        # RESP2 is enough, and every supported server speaks it. redis-py must not retry: it does not know what may be repeated.
         local = self._parts.scheme == "unix"
         alive = {} if local else {"socket_keepalive": True, "socket_keepalive_options": _ALIVE}
         parameters = {"socket_connect_timeout": self.connect_timeout, **alive, **parameters, "protocol": 2}
@@ -265,7 +265,7 @@ class PasswordFile:  # a CredentialProvider of redis-py, which is not imported b
         """Read the file; a later failure is an OSError, retried as if the server were away."""
         password = self._path.read_text("utf-8").rstrip("\r\n")
         if not password:
-            raise OSError(0, "it is empty")  # as one that is not there: somebody is writing it
+            raise OSError(0, "it is empty")  # treated like a missing file: it is being written
         return (password,) if self._user is None else (self._user, password)
 
     async def get_credentials_async(self) -> tuple[str] | tuple[str, str]:

@@ -48,7 +48,7 @@ class WakeupWaiter:
         try:
             reply = self._connection.execute(*command, block=max(seconds, 0.001))
         except (RedisError, OSError, ValueError, AttributeError) as error:
-            # The last two are what a read meets whose connection another thread has closed.
+            # The last two come from a read whose connection another thread has closed.
             what = replies.action_for(str(error)) if isinstance(error, ResponseError) else replies.ErrorAction.RECONNECT
             if what is replies.ErrorAction.RAISE:
                 raise replies.fatal_error(str(error), str(self._connection.endpoint)) from error
@@ -103,7 +103,7 @@ class AsyncWakeupWaiter:
 
 def wake(connection: AsyncConnection, key: str) -> None:
     """Put a token into the list *key* for a client that blocks on it; it expires if there is none."""
-    # With its text: nobody would send it after a NOSCRIPT. As two commands a cut between them left the token for ever.
+    # With its text, because nothing would send it after a NOSCRIPT. With two commands a cut between them left the token forever.
     connection.send(operations.wake(key).load(), _ignore)
 
 
@@ -117,4 +117,4 @@ def _which(reply: Any) -> str | None:
 
 
 def _timeout(seconds: float) -> str:
-    return f"{max(seconds, 0.001):.3f}"  # 0 would be for ever
+    return f"{max(seconds, 0.001):.3f}"  # 0 would mean no limit
