@@ -12,23 +12,23 @@ from pathlib import Path
 
 import redis
 
-from benchmarks import baseline, crash, drain, importtime, ours, report
+from benchmarks import drain, import_time, plain_list_baseline, producer_scenarios, report, worker_crash
 from benchmarks.harness import Bench, running_server
 
 # Name → what is run, and the scenarios whose figures it is compared with.
 SCENARIOS: dict[str, tuple[Callable[[Bench], None], tuple[str, ...]]] = {
-    "raw-list": (baseline.raw_list, ()),
-    "raw-limit": (baseline.raw_limit, ()),
-    "raw-latency": (baseline.raw_latency, ()),
-    "raw-memory": (baseline.raw_memory, ()),
-    "enqueue": (ours.enqueue, ("raw-list", "raw-limit")),
+    "raw-list": (plain_list_baseline.raw_list, ()),
+    "raw-limit": (plain_list_baseline.raw_limit, ()),
+    "raw-latency": (plain_list_baseline.raw_latency, ()),
+    "raw-memory": (plain_list_baseline.raw_memory, ()),
+    "enqueue": (producer_scenarios.enqueue, ("raw-list", "raw-limit")),
     "drain": (drain.drain, ("raw-list", "raw-limit")),
-    "latency": (ours.latency, ("raw-latency",)),
-    "memory": (ours.memory, ("raw-memory",)),
-    "idle": (ours.idle, ()),
+    "latency": (producer_scenarios.latency, ("raw-latency",)),
+    "memory": (producer_scenarios.memory, ("raw-memory",)),
+    "idle": (producer_scenarios.idle, ()),
     "depth": (drain.depth, ()),
-    "crash": (crash.crash, ()),
-    "import": (importtime.import_time, ()),
+    "crash": (worker_crash.crash, ()),
+    "import": (import_time.import_time, ()),
 }
 # Measured again after these, since a machine is not equally fast all the time; the median of all rounds counts.
 AGAIN = ("enqueue", "drain")
@@ -50,7 +50,7 @@ def main() -> int:
 
     begin, failed = time.monotonic(), []
     with running_server() as (url, pid), tempfile.TemporaryDirectory(prefix="bench") as directory:
-        os.environ["CONVEYOR_URL"] = url  # before benchmarks.jobs is imported
+        os.environ["CONVEYOR_URL"] = url  # before benchmarks.measured_jobs is imported
         bench = Bench(url, pid, options.quick, options.kills, Path(directory) / "record")
         for name, (scenario, _) in SCENARIOS.items():
             if name not in chosen:

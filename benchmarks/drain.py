@@ -23,15 +23,15 @@ class Snapshot:
 
 def drain(bench: Bench) -> None:
     """Drain no-op jobs with one and with two worker processes, async and sync, and with results that are kept."""
-    from benchmarks import jobs
+    from benchmarks import measured_jobs
 
     count = bench.size(100_000)
-    for task, queue in ((jobs.noop, "async"), (jobs.noop_sync, "sync"), (jobs.echo, "kept")):
+    for task, queue in ((measured_jobs.noop, "async"), (measured_jobs.noop_sync, "sync"), (measured_jobs.echo, "kept")):
         for processes in (1, 2):
             if queue == "kept" and processes == 2:
                 continue
             bench.flush()
-            jobs.app.enqueue_many(task.s(number, TEXT) for number in range(count * processes))
+            measured_jobs.app.enqueue_many(task.s(number, TEXT) for number in range(count * processes))
             first, last = _drain(bench, queue, processes)
             done, seconds = first.left - last.left, last.time - first.time
             name = f"ours drain {queue} {processes}"
@@ -90,7 +90,7 @@ def depth(bench: Bench) -> None:
 
 def _steady(bench: Bench, backlog: int, count: int) -> list[float]:
     """Return three rates, each over *count* jobs, in a queue kept at *backlog*."""
-    from benchmarks.jobs import app, deep
+    from benchmarks.measured_jobs import app, deep
 
     queue, ready = app.queue("depth"), f"{NAMESPACE}:{{depth}}:ready:0"
     queue.pause()

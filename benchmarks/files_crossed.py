@@ -26,7 +26,7 @@ WARM_UP = 30
 
 
 class Trace:
-    """What the profiler of one thread has seen of the library."""
+    """The calls into the library that the profiler of one thread has counted."""
 
     def __init__(self) -> None:
         self.calls = 0

@@ -166,9 +166,9 @@ class Worker:
     """A real `conveyor worker` process with its children."""
 
     def __init__(self, bench: Bench, *flags: str) -> None:
-        """Start `conveyor worker benchmarks.jobs:app` with *flags*."""
+        """Start `conveyor worker benchmarks.measured_jobs:app` with *flags*."""
         self.log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  closed in __exit__
-        command = [sys.executable, "-m", "conveyor", "worker", "benchmarks.jobs:app", *flags]
+        command = [sys.executable, "-m", "conveyor", "worker", "benchmarks.measured_jobs:app", *flags]
         self.process = subprocess.Popen(command, stdout=self.log, stderr=self.log, env=environment(bench))
 
     def __enter__(self) -> Worker:

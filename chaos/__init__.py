@@ -1,1 +1,1 @@
-"""Proof under faults: programs that use Conveyor, a nemesis that breaks things, and a checker that counts."""
+"""Runs under faults: programs that use Conveyor, a fault injector, and a checker that counts what was lost or done twice."""

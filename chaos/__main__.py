@@ -8,8 +8,8 @@ import signal
 import sys
 from pathlib import Path
 
-from chaos import report, scenario
-from chaos.nemesis import schedule
+from chaos import report, single_fault_runs
+from chaos.fault_injector import schedule
 from chaos.soak import soak
 
 
@@ -20,7 +20,9 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=random.randrange(1_000_000))
     parser.add_argument("--topology", choices=("standalone", "cluster", "sentinel"), default="standalone")
     parser.add_argument("--report", type=Path, help="write the counts as JSON")
-    parser.add_argument("--scenario", choices=sorted(scenario.SCENARIOS), help="one fault, many times, instead of all")
+    parser.add_argument(
+        "--scenario", choices=sorted(single_fault_runs.SCENARIOS), help="one fault, many times, instead of all"
+    )
     parser.add_argument("--count", type=int, help="how often (default: as in docs/reliability.md)")
     parser.add_argument("--schedule", action="store_true", help="print what would happen when, and no more")
     options = parser.parse_args()
@@ -32,13 +34,13 @@ def main() -> int:
     if options.schedule:
         return 0
     if options.scenario:
-        verdict, stage, facts = scenario.run(options.scenario, options.count, options.seed)
+        result, environment, facts = single_fault_runs.run(options.scenario, options.count, options.seed)
     else:
-        verdict, stage, facts = soak(60 * options.minutes, options.seed, faults, topology=options.topology)
-    print(report.table(verdict, stage.faults, facts))
+        result, environment, facts = soak(60 * options.minutes, options.seed, faults, topology=options.topology)
+    print(report.table(result, environment.faults, facts))
     if options.report:
-        report.write(options.report, verdict, stage.faults, facts)
-    return 1 if verdict.failed else 0
+        report.write(options.report, result, environment.faults, facts)
+    return 1 if result.failed else 0
 
 
 if __name__ == "__main__":

@@ -7,35 +7,35 @@ import platform
 from pathlib import Path
 from typing import Any
 
-from chaos.verdict import MUST_BE_ZERO, Verdict
+from chaos.run_result import MUST_BE_ZERO, RunResult
 
 ROWS = (
-    "attempted", "acknowledged", "confirmed", "existing", "refused", "unknown", "recovered", "ok", "dead", "convicted", "cancelled",
-    "spawned", "executions", "repeated executions", "highest attempt", "overlapping executions", "unexplained repeats",
+    "attempted", "acknowledged", "confirmed", "existing", "refused", "unknown", "recovered", "ok", "dead", "dead by crashes",
+    "cancelled", "spawned", "executions", "repeated executions", "highest attempt", "overlapping executions", "unexplained repeats",
     "false reaps", "workers registered", *MUST_BE_ZERO[:-3], "limit violations", *MUST_BE_ZERO[-3:],
     "recovery, supervised", "recovery, by lease", "pickup",
 )  # fmt: skip
 """The lines of the table, in their order; chaos/README.md explains each."""
 
 
-def table(verdict: Verdict, faults: dict[str, int], facts: dict[str, Any]) -> str:
+def table(result: RunResult, faults: dict[str, int], facts: dict[str, Any]) -> str:
     """Return what is printed at the end of a run."""
     lines = [f"  {name:<26} {_cell(value)}" for name, value in facts.items()]
     lines.append("")
     lines += [f"  {name:<26} {count:,}" for name, count in sorted(faults.items())]
     lines.append("")
-    extra = [name for name in verdict.counts if name not in ROWS]
+    extra = [name for name in result.counts if name not in ROWS]
     for name in (*ROWS, *extra):
-        if name in verdict.counts:
-            mark = "✗" if name in verdict.failed else " "
-            lines.append(f"{mark} {name:<26} {_cell(verdict.counts[name])}")
-            if name in verdict.failed:
-                lines += [f"      {example}" for example in verdict.examples.get(name, [])]
+        if name in result.counts:
+            mark = "✗" if name in result.failed else " "
+            lines.append(f"{mark} {name:<26} {_cell(result.counts[name])}")
+            if name in result.failed:
+                lines += [f"      {example}" for example in result.examples.get(name, [])]
     lines.append("")
-    if verdict.failed:
-        lines.append("✗ " + ", ".join(verdict.failed))
-    elif verdict.waived:
-        lines.append("✓ but for what this topology does not promise: " + ", ".join(verdict.waived))
+    if result.failed:
+        lines.append("✗ " + ", ".join(result.failed))
+    elif result.waived:
+        lines.append("✓ but for what this topology does not promise: " + ", ".join(result.waived))
     else:
         lines.append("✓ nothing lost, nothing twice unseen")
     return "\n".join(lines)
@@ -53,7 +53,7 @@ def _cell(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
-def write(path: Path, verdict: Verdict, faults: dict[str, int], facts: dict[str, Any]) -> None:
+def write(path: Path, result: RunResult, faults: dict[str, int], facts: dict[str, Any]) -> None:
     """Write the run as one JSON document."""
     document = {
         "schema": "conveyor/chaos@1",
@@ -61,8 +61,8 @@ def write(path: Path, verdict: Verdict, faults: dict[str, int], facts: dict[str,
         "python": platform.python_version(),
         **facts,
         "faults": faults,
-        "counts": verdict.counts,
-        "failed": verdict.failed,
-        "examples": verdict.examples,
+        "counts": result.counts,
+        "failed": result.failed,
+        "examples": result.examples,
     }
     path.write_text(json.dumps(document, indent=1, default=str) + "\n")

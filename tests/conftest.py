@@ -13,7 +13,7 @@ import pytest
 import redis as redis_py
 
 from conveyor.jobs.app import Conveyor
-from support import server_kinds as matrix
+from support import server_kinds
 from support.leaked_keys import complaint, leaked
 from support.manual_worker import drain
 from support.server_process import Server, find_binary
@@ -24,7 +24,7 @@ _OLDER = ("redis6", "redis7")
 
 
 def pytest_configure() -> None:
-    """Take interrupts even where a shell started the tests in the background: programs under test inherit what we do."""
+    """Restore SIGINT where a background shell ignored it: programs under test inherit the setting."""
     # Else each of the many processes that the tests start compiles the whole package: 0.15 s of 0.45 s.
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -37,7 +37,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--full", action="store_true", help="as many rounds as docs/reliability.md states, not the fewer of CI"
     )
     parser.addoption(
-        "--on", choices=matrix.PLACES, help="run the tests that use the shared server there, and no others"
+        "--on", choices=server_kinds.PLACES, help="run the tests that use the shared server there, and no others"
     )
 
 
@@ -56,9 +56,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items[:] = chosen
     for item in items:
         alone = item.get_closest_marker("standalone_only")
-        if reason := matrix.missing(place):
+        if reason := server_kinds.missing(place):
             item.add_marker(pytest.mark.skip(reason=reason))
-        elif alone is not None and place not in alone.kwargs.get("on", matrix.ALONE):
+        elif alone is not None and place not in alone.kwargs.get("on", server_kinds.ALONE):
             item.add_marker(pytest.mark.skip(reason=f"not on {place}: {alone.args[0]}"))
 
 
@@ -83,7 +83,7 @@ def _uses_the_server(item: pytest.Item) -> bool:
 
 @pytest.fixture
 def rounds(request: pytest.FixtureRequest) -> Callable[[int, int], int]:
-    """How often a fault is made: `rounds(500, 20)` is the first with --full, the second without."""
+    """The number of rounds of a fault: `rounds(500, 20)` is the first with --full, the second without."""
     whole = bool(request.config.getoption("--full"))
     return lambda full, ci: full if whole else ci
 
@@ -121,7 +121,7 @@ def server(request: pytest.FixtureRequest, servers: dict[str, Server], directory
     """A real server shared by all tests; Valkey where the test is not marked for others too."""
     name = request.config.getoption("--on") or getattr(request, "param", "valkey")
     if name not in servers:
-        servers[name] = matrix.start(name, directory / name)
+        servers[name] = server_kinds.start(name, directory / name)
     return servers[name]
 
 

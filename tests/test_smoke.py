@@ -86,7 +86,7 @@ def test_messages(alone: Conveyor) -> None:
 
 
 def test_plain_list(alone: Conveyor, redis: Any) -> None:
-    """What another program pushes on a plain list is consumed under leases, and the other way round."""
+    """Entries that another program pushes on a plain list are consumed under leases, and the other way round."""
     tasks = alone.plain_list("my_task_queue")
     redis.rpush("my_task_queue", '{"id": 1}', '{"id": 2}')
     with closing(tasks.consume()) as messages:
@@ -154,16 +154,16 @@ async def test_spawned_jobs_cross_slots(shop: Conveyor) -> None:
 
 async def test_dead_workers_are_found(shop: Conveyor, redis: Any) -> None:
     """Jobs of a worker that is gone without a word come back to another one when its lease has ended."""
-    from support.manual_worker import Hand
+    from support.manual_worker import ManualWorker
 
     job = await shop.tasks["shop.add"].aenqueue(20, 22)
-    hand = await asyncio.to_thread(Hand, shop, "left")
-    assert await asyncio.to_thread(hand.take, 1)
-    redis.zadd(hand.keys.workers, {hand.worker: 1000})  # as if its lease had ended long ago
+    manual = await asyncio.to_thread(ManualWorker, shop, "left")
+    assert await asyncio.to_thread(manual.take, 1)
+    redis.zadd(manual.keys.workers, {manual.worker: 1000})  # as if its lease had ended long ago
     shop.lease_ms = 600
     async with working(shop):
         assert await job.aresult(timeout=20) == 42
-        await until(lambda: redis.zscore(hand.keys.workers, hand.worker) is None)
+        await until(lambda: redis.zscore(manual.keys.workers, manual.worker) is None)
 
 
 def test_supervised_worker_and_admin(url: str, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import pytest
 
 from conveyor.admin import acl
 from conveyor.errors import ConfigurationError
-from support.role_programs import LIST, NAMESPACE, SERVER, Member, furnish, look, operate, produce, shop, work
+from support.role_programs import LIST, NAMESPACE, SERVER, RoleUser, furnish, look, operate, produce, shop, work
 from support.server_process import Server
 from support.shell import Shell
 
@@ -26,13 +26,13 @@ LIFE: dict[str, Callable[[Any], Any]] = {"producer": produce, "worker": work, "d
 
 
 @pytest.fixture
-def member(url: str, server: Server, request: pytest.FixtureRequest) -> Iterator[Callable[..., Member]]:
+def member(url: str, server: Server, request: pytest.FixtureRequest) -> Iterator[Callable[..., RoleUser]]:
     """Make users by the rules of a role; they are gone after the test, and so are their keys."""
-    made: list[Member] = []
+    made: list[RoleUser] = []
 
-    def make(role: str, **options: Any) -> Member:
+    def make(role: str, **options: Any) -> RoleUser:
         options = {"lists": [LIST], "server": SERVER[server.directory.name], **options}
-        made.append(Member(server, acl.rules(role, NAMESPACE, **options)))
+        made.append(RoleUser(server, acl.rules(role, NAMESPACE, **options)))
         made[-1].allow()
         return made[-1]
 
@@ -43,7 +43,7 @@ def member(url: str, server: Server, request: pytest.FixtureRequest) -> Iterator
         client.flushall()
 
 
-def live(role: str, member: Member, *, enough: bool = True) -> None:
+def live(role: str, member: RoleUser, *, enough: bool = True) -> None:
     """Lead the life of a role; without *enough* rights until one was missed."""
     with shop(member.server.url) as owner, shop(member.url) as app:
         if role == "worker":
@@ -74,7 +74,7 @@ def live(role: str, member: Member, *, enough: bool = True) -> None:
 @pytest.mark.redis6
 @pytest.mark.redis7
 @pytest.mark.parametrize("role", LIFE)
-def test_rules_are_enough_and_none_too_many(role: str, member: Callable[..., Member], server: Server) -> None:
+def test_rules_are_enough_and_none_too_many(role: str, member: Callable[..., RoleUser], server: Server) -> None:
     """With exactly the printed rules a role's whole life passes unrefused, and each command of them is called in it."""
     one = member(role)
     live(role, one)
@@ -88,7 +88,7 @@ def test_rules_are_enough_and_none_too_many(role: str, member: Callable[..., Mem
 
 @pytest.mark.parametrize("role", LIFE)
 def test_without_any_one_rule_something_is_refused(
-    role: str, member: Callable[..., Member], rounds: Callable[[int, int], int]
+    role: str, member: Callable[..., RoleUser], rounds: Callable[[int, int], int]
 ) -> None:
     """A role that lacks any one of its commands is refused in the course of its life."""
     one = member(role)
@@ -119,7 +119,7 @@ WRITES = [
 
 @pytest.mark.redis6
 @pytest.mark.redis7
-def test_all_else_is_refused(member: Callable[..., Member]) -> None:
+def test_all_else_is_refused(member: Callable[..., RoleUser]) -> None:
     """No role reads foreign keys or does anything to the server; a dashboard writes nothing, a producer takes nothing."""
     for role in LIFE:
         one = member(role)
@@ -136,7 +136,7 @@ def test_all_else_is_refused(member: Callable[..., Member]) -> None:
 
 @pytest.mark.redis6
 @pytest.mark.redis7
-def test_who_may_not_is_told_what_to_print(member: Callable[..., Member]) -> None:
+def test_a_refused_role_is_told_what_to_print(member: Callable[..., RoleUser]) -> None:
     """A call that the ACL refuses, in a script or before it, raises E17, which names `conveyor acl`."""
     for act in ("push", "pause"):
         with shop(member("dashboard").url) as app, pytest.raises(ConfigurationError, match="conveyor acl") as caught:
@@ -146,7 +146,7 @@ def test_who_may_not_is_told_what_to_print(member: Callable[..., Member]) -> Non
 
 @pytest.mark.redis6
 @pytest.mark.redis7
-def test_neutral_rules_are_understood_by_every_server(member: Callable[..., Member]) -> None:
+def test_neutral_rules_are_understood_by_every_server(member: Callable[..., RoleUser]) -> None:
     """The rules for 6.2 are taken by all servers, and are enough there."""
     one = member("producer", server="6.2", database=2, topology="cluster")
     assert {"select", "cluster|slots"} <= set(one.rules.commands)
@@ -159,7 +159,7 @@ def test_durable_pushes_need_a_little_more(name: str, start_server: Callable[...
     """With `--durable` a producer may ask for a sync; without it is told so."""
     server = start_server("--appendonly", "yes", "--appendfsync", "always", name=name)
     for durable in (True, False):
-        one = Member(server, acl.rules("producer", NAMESPACE, server=SERVER[name], durable=durable))
+        one = RoleUser(server, acl.rules("producer", NAMESPACE, server=SERVER[name], durable=durable))
         one.allow()
         with shop(one.url) as app:
             if durable:
@@ -172,7 +172,7 @@ def test_durable_pushes_need_a_little_more(name: str, start_server: Callable[...
 
 @pytest.mark.parametrize("name", ["valkey", "redis6"])
 def test_lines_make_a_file_of_users(name: str, start_server: Callable[..., Server], tmp_path: Path) -> None:
-    """What is printed for users.acl is a file that a server starts with, once passwords are in; as printed it refuses it."""
+    """The text printed for users.acl is a file that a server starts with once passwords are in; as printed the server refuses it."""
     printed = Shell(tmp_path).run("acl", "--namespace", NAMESPACE, "--format", "users.acl")
     assert printed.returncode == 0
     place = tmp_path / "users.acl"

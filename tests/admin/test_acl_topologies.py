@@ -9,13 +9,13 @@ from pathlib import Path
 
 from conveyor.admin import acl
 from support.role_programs import LIST, NAMESPACE, PASSWORD, shop, work
-from support.server_groups import ClusterOfNodes, Node, Watched
+from support.server_groups import ClusterOfNodes, Node, SentinelGroup
 
 DIGEST = "#" + hashlib.sha256(PASSWORD.encode()).hexdigest()
 
 
 def allow(nodes: Iterable[Node], *roles: str, topology: str, default: bool = True) -> None:
-    """Make the users as printed, on each node; without *default* nobody else may do anything."""
+    """Make the users as printed, on each node; without *default* no other user may do anything."""
     for node in nodes:
         for role in roles:
             rules = acl.rules(role, NAMESPACE, lists=[LIST], server="7.2", topology=topology)
@@ -45,15 +45,15 @@ def test_rules_are_enough_on_a_cluster(directory: Path) -> None:
 
 def test_rules_are_enough_under_sentinels(directory: Path) -> None:
     """The same under sentinels, which know a user that may ask for the master and no other."""
-    watched = Watched(directory / "acl-sentinel")
+    sentinel_group = SentinelGroup(directory / "acl-sentinel")
     try:
-        allow(watched.servers[:1], "producer", "worker", topology="sentinel")
-        allow(watched.sentinels, "sentinel", topology="sentinel")
+        allow(sentinel_group.servers[:1], "producer", "worker", topology="sentinel")
+        allow(sentinel_group.sentinels, "sentinel", topology="sentinel")
         user = f"?sentinel_username={NAMESPACE}-sentinel&sentinel_password={PASSWORD}"
-        lead(watched.url + user)
-        assert denied([*watched.servers, *watched.sentinels]) == []
+        lead(sentinel_group.url + user)
+        assert denied([*sentinel_group.servers, *sentinel_group.sentinels]) == []
     finally:
-        watched.stop()
+        sentinel_group.stop()
 
 
 def lead(url: str) -> None:

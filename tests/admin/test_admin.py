@@ -1,4 +1,4 @@
-"""The admin interface: what it says of queues and jobs, and what its actions change and leave alone."""
+"""The admin interface: its views of queues and jobs, and the effects of its actions."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from redis import Redis
 from conveyor.admin.admin import Admin
 from conveyor.errors import ConfigurationError, JobNotFound, QueueNotFound
 from conveyor.store.client.client import Client
-from support.client_worker import HandWorker, dead, push
+from support.client_worker import ClientWorker, dead, push
 
 pytestmark = pytest.mark.leaves_keys("jobs are pushed here to be looked at")
 
@@ -34,7 +34,7 @@ def test_counts_of_a_queue(admin: Admin, backend: Client) -> None:
     dead(backend, "mail", "no")
     push(backend, "mail", b"1", b"2", b"3")
     push(backend, "mail", b"4", delay_ms=60_000)
-    HandWorker(backend, "mail").take()
+    ClientWorker(backend, "mail").take()
 
     (mail,) = admin.queues()
 
@@ -56,7 +56,7 @@ def test_unknown_queue_is_named(admin: Admin, backend: Client) -> None:
 def test_paused_queue_gives_nothing_until_it_is_resumed(admin: Admin, backend: Client) -> None:
     """A paused queue takes pushes and gives no job; resumed, it gives them."""
     push(backend, "mail", b"1")
-    worker = HandWorker(backend, "mail")
+    worker = ClientWorker(backend, "mail")
 
     admin.pause("mail")
     assert admin.queue("mail").paused
@@ -70,7 +70,7 @@ def test_purge_spares_what_is_leased_or_dead(admin: Admin, backend: Client) -> N
     dead(backend, "mail", "no")
     push(backend, "mail", *[b"1"] * 1200)
     push(backend, "mail", b"2", b"3", delay_ms=60_000)
-    HandWorker(backend, "mail").take()
+    ClientWorker(backend, "mail").take()
 
     assert admin.purge("mail") == 1201
 
@@ -137,7 +137,7 @@ def test_a_scheduled_job_says_when(admin: Admin, backend: Client) -> None:
 def test_a_leased_job_says_who_holds_it(admin: Admin, backend: Client) -> None:
     """A leased job shows its worker, and the worker how much it holds."""
     (id_,) = push(backend, "mail", b"1")
-    worker = HandWorker(backend, "mail")
+    worker = ClientWorker(backend, "mail")
     worker.take()
 
     job = admin.job(id_)
@@ -164,7 +164,7 @@ def test_a_dead_job_says_why(admin: Admin, backend: Client) -> None:
 def test_a_finished_job_shows_its_result(admin: Admin, backend: Client) -> None:
     """A finished job shows its result while that is kept, and afterwards still that it is done."""
     kept, bare = push(backend, "mail", b"1", b"2", task="shop.send")
-    worker = HandWorker(backend, "mail")
+    worker = ClientWorker(backend, "mail")
     worker.take(2)
     worker.succeed(kept, b'{"sent":3}')
     worker.succeed(bare, keep_ms=0)
@@ -186,7 +186,7 @@ def test_a_cancelled_job_is_cancelled(admin: Admin, backend: Client) -> None:
 
 
 def test_unknown_job_raises(admin: Admin, backend: Client) -> None:
-    """An id that nobody knows raises, generated or bare, also when its queue never was."""
+    """An unknown id raises, generated or bare, also when its queue never existed."""
     push(backend, "mail", b"1")
 
     for id_ in ("nope", "mail:" + "0" * 22, "mial:" + "0" * 22):
@@ -211,9 +211,9 @@ def test_retry_revives_dead_and_scheduled_jobs_only(admin: Admin, backend: Clien
 def test_cancel_asks_the_worker_of_a_running_job(admin: Admin, backend: Client) -> None:
     """Cancelling a leased job asks its worker; one that has ended is refused."""
     (id_,) = push(backend, "mail", b"1")
-    HandWorker(backend, "mail").take()
+    ClientWorker(backend, "mail").take()
     (failed,) = push(backend, "films", b"1")
-    other = HandWorker(backend, "films")
+    other = ClientWorker(backend, "films")
     other.take()
     other.fail(failed)
 
@@ -225,7 +225,7 @@ def test_delete_leaves_no_trace(admin: Admin, backend: Client) -> None:
     """Delete removes ready jobs and dead letters; a leased one stays."""
     (failed,) = dead(backend, "mail", "no")
     (held,) = push(backend, "mail", b"1")
-    HandWorker(backend, "mail").take()
+    ClientWorker(backend, "mail").take()
     (waiting,) = push(backend, "mail", b"2")
 
     assert [one.outcome for one in admin.delete([failed, held, waiting])] == ["deleted", "refused", "deleted"]

@@ -10,7 +10,7 @@ import pytest
 from conveyor.admin import doctor, server_checks
 from conveyor.errors import StoreUnavailable
 from conveyor.store.client.client import Client
-from support.client_worker import HandWorker, dead, push
+from support.client_worker import ClientWorker, dead, push
 from support.server_process import Server
 
 pytestmark = pytest.mark.leaves_keys("jobs are pushed here to be looked at")
@@ -191,7 +191,7 @@ def test_stranded_jobs_are_a_problem(url: str, examine: Callable[[str], doctor.H
     backend = Client(url, namespace="t", patience=1)
     dead(backend, "films", "no")
     push(backend, "mail", b"1")
-    HandWorker(backend, "mail")
+    ClientWorker(backend, "mail")
     assert examine(url).healthy
 
     push(backend, "mial", b"1", b"2")

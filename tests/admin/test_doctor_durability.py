@@ -1,4 +1,4 @@
-"""What the doctor says of what a push may ask for."""
+"""The doctor's findings about durability: `wait_replicas` and `fsync`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from conveyor.admin import doctor
 from conveyor.store.client.client import Client
 from conveyor.store.client.durability import Durability
-from support.replica_pair import Pair
+from support.replica_pair import ReplicaPair
 from support.server_process import Server
 
 Start = Callable[..., Server]
@@ -44,7 +44,7 @@ def test_how_a_sync_is_confirmed(
 
 def test_what_queues_ask_and_what_replicas_there_are(start_server: Start) -> None:
     """A queue that asks for more than there is is a problem, and so are min-replicas that nothing meets."""
-    pair = Pair(start_server)
+    pair = ReplicaPair(start_server)
     with pair.primary.client() as client:
         assert ("note", "min-replicas-to-write is 0") in [
             (level, text[:26]) for level, text in said(pair.primary.url)[1]

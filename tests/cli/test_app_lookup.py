@@ -1,4 +1,4 @@
-"""The command line and the app: how it is found, what `enqueue` makes of words, and what `worker` checks first."""
+"""The command line and the app: the look-up of the app, the arguments of `enqueue`, the checks of `worker`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 
 from conveyor.admin.admin import Admin
 from conveyor.store.client.client import Client
-from support.client_worker import HandWorker, wait_for_job
+from support.client_worker import ClientWorker, wait_for_job
 from support.shell import Shell
 
 pytestmark = pytest.mark.leaves_keys("jobs are enqueued here to be looked at")
@@ -96,7 +96,7 @@ def test_namespace_of_the_app_is_used(shell: Shell, backend: Client) -> None:
     ],
 )
 def test_app_that_cannot_be_found(shell: Shell, reference: str, code: str, words: list[str]) -> None:
-    """What is wrong with the app is said in one screen, with what is nearby; the exit code is 4."""
+    """An error in the app is explained in one screen, with the names that exist nearby; the exit code is 4."""
     shell.write("broken.py", "import jobs\n\n1 / 0\n")
     shell.write("gone.py", "import not_installed\n")
     shell.write("wrong.py", "def\n")
@@ -116,7 +116,7 @@ def test_app_that_cannot_be_found(shell: Shell, reference: str, code: str, words
 
 
 def test_no_app_is_usage(shell: Shell) -> None:
-    """Without any app the ways to name one are told, and what is nearby."""
+    """Without any app the error lists the ways to name one, and the candidates nearby."""
     done = shell.run("worker")
 
     assert done.returncode == 2
@@ -183,7 +183,7 @@ def test_bad_call_enqueues_nothing(shell: Shell, backend: Client, words: list[st
 def test_enqueue_waits_for_the_result(shell: Shell, backend: Client) -> None:
     """With --wait the result is printed as JSON, the id on standard error."""
     process = shell.start("enqueue", "greet", "name=Ada", "--wait", CONVEYOR_APP="jobs")
-    worker = HandWorker(backend, "default")
+    worker = ClientWorker(backend, "default")
     id_ = wait_for_job(worker)
     worker.succeed(id_, b'"Hello Ada."')
     out, err = process.communicate(timeout=30)
@@ -195,7 +195,7 @@ def test_enqueue_waits_for_the_result(shell: Shell, backend: Client) -> None:
 def test_failed_job_ends_with_7(shell: Shell, backend: Client) -> None:
     """With --wait a failed job ends with 7, its error and traceback on standard error."""
     process = shell.start("enqueue", "greet", "name=Ada", "--wait", CONVEYOR_APP="jobs")
-    worker = HandWorker(backend, "default")
+    worker = ClientWorker(backend, "default")
     worker.fail(wait_for_job(worker), "no such user")
     out, err = process.communicate(timeout=30)
 
@@ -216,7 +216,7 @@ def test_waiting_too_long_ends_with_124(shell: Shell) -> None:
 def test_interrupted_ends_with_130(shell: Shell, backend: Client) -> None:
     """Ctrl-C while waiting ends with 130 and no traceback."""
     process = shell.start("enqueue", "greet", "name=Ada", "--wait", CONVEYOR_APP="jobs")
-    wait_for_job(HandWorker(backend, "default"))
+    wait_for_job(ClientWorker(backend, "default"))
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=30)
 
@@ -258,7 +258,7 @@ def test_wrong_option_of_a_worker_is_usage(shell: Shell, words: list[str], said:
 
 
 def test_worker_settings_by_source(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the supervisor is given: the flag, else the variable, else pyproject.toml, else the default."""
+    """The supervisor gets the flag, else the variable, else the value in pyproject.toml, else the default."""
     import sys
 
     from click.testing import CliRunner

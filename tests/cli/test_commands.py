@@ -1,4 +1,4 @@
-"""The command line through real invocations: what it prints, where, and with which exit code it ends."""
+"""The command line through real invocations: its output, its streams, its exit codes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import pytest
 
 from conveyor.admin.admin import Admin
 from conveyor.store.client.client import Client
-from support.client_worker import HandWorker, dead, push
+from support.client_worker import ClientWorker, dead, push
 from support.shell import Shell
 
 pytestmark = pytest.mark.leaves_keys("jobs are pushed here to be looked at")
@@ -124,7 +124,7 @@ def test_push_passes_a_slow_pipe_on(shell: Shell, backend: Client) -> None:
 
 @pytest.mark.parametrize("bad", ["{bad", "", "nan", "[" * 500 + "]" * 500])
 def test_bad_message_stores_nothing(shell: Shell, backend: Client, bad: str) -> None:
-    """What is no JSON or too deep ends with 2, says which line, and stores nothing of what came with it."""
+    """A line that is no JSON, or too deep, ends the command with 2 and its number, and nothing of the input is stored."""
     done = shell.run("push", "mail", "-", stdin=f"1\n{bad or '}'}\n")
 
     assert (done.returncode, done.stdout) == (2, "")
@@ -341,7 +341,7 @@ def test_full_disk_is_named(shell: Shell) -> None:
 def test_status_is_8_when_jobs_are_stranded(shell: Shell, backend: Client) -> None:
     """Status ends with 0 while workers take what is ready, and with 8 and E12 when nobody does."""
     push(backend, "mail", b"1")
-    HandWorker(backend, "mail")
+    ClientWorker(backend, "mail")
     well = shell.run("status")
     push(backend, "mial", b"1")
     ill = shell.run("status")

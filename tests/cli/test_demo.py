@@ -44,7 +44,7 @@ STATES = {"q:a": "done", "q:b": "done", "q:c": "dead", "q:d": "scheduled"}
 
 
 def test_accounts_add_up_by_their_parts() -> None:
-    """What was accepted is done, dead or left, and the job that a kill cut off is seen to run again."""
+    """Every accepted job is done, dead or left, and the report shows that the job cut off by a kill ran again."""
     report = build_report(ACCEPTED, STATES, histories(lines()), [KILL])
 
     assert (report.accepted, report.done, report.dead, report.left, report.lost) == (4, 2, 1, 1, 0)
@@ -107,7 +107,7 @@ def test_pictures_survive_the_way_through_png() -> None:
 
 
 def test_late_worker_is_turned_away(tmp_path: Path) -> None:
-    """Nobody opens the journal of a demo that is being removed, so no late worker starts its server again."""
+    """The journal of a demo that is being removed cannot be opened, so no late worker starts its server again."""
     path = tmp_path / "journal"
     path.touch()
     early = Journal(str(path))
@@ -179,7 +179,7 @@ def test_unattended_demo_adds_up_and_leaves_nothing(shell: Shell, temporary: dic
 
 
 def test_ctrl_c_drains_and_exits_0(shell: Shell, temporary: dict[str, str]) -> None:
-    """Ctrl-C ends a demo in order: what was accepted is finished, counted and printed."""
+    """Ctrl-C ends a demo in order: accepted jobs are finished, counted and printed."""
     demo = shell.start("demo", "--seconds", "300", **temporary)
     assert demo.stdout is not None
     said = ""

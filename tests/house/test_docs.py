@@ -1,4 +1,4 @@
-"""The documentation: what it shows is run, where it links to exists, and what it lists is complete."""
+"""The documentation: its examples run, its links resolve, and its lists are complete."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from conveyor import events
 from conveyor.cli import COMMANDS
 from conveyor.store.keys import QueueKeys
 from support.markdown_page import PAGES, ROOT, anchors, blocks, links, prose
-from support.page_runner import Reader, first_missing
+from support.page_runner import PageRunner, first_missing
 
 KINDS = {
     "python": "run, or saved when the first line names a file",
@@ -33,14 +33,14 @@ def name(path: Path) -> str:
 @pytest.mark.parametrize("path", [p for p in PAGES if name(p) != "README.md"], ids=name)
 def test_page_works_as_printed(path: Path, tmp_path: Path, url: str) -> None:
     """Every block of a page, done in order by a reader, does what the page says."""
-    with Reader(tmp_path, url) as reader:
+    with PageRunner(tmp_path, url) as reader:
         for block in blocks(path):
             reader.follow(block, f"{name(path)}:{block.line}")
 
 
 def test_readme_works_as_printed(tmp_path: Path) -> None:
     """The first five minutes, with nothing but the embedded server."""
-    with Reader(tmp_path, None) as reader:
+    with PageRunner(tmp_path, None) as reader:
         for block in blocks(ROOT / "README.md"):
             reader.follow(block, f"README.md:{block.line}")
 
@@ -147,6 +147,6 @@ def test_comparison_finds_what_differs(tmp_path: Path) -> None:
     assert first_missing(["it … 3"], "it is 4\n") == "it … 3"
     page = tmp_path / "page.md"
     page.write_text("```python\nprint(1 + 1)  # 3\n```\n")
-    with Reader(tmp_path, None) as reader, pytest.raises(AssertionError, match="should print: 3"):
+    with PageRunner(tmp_path, None) as reader, pytest.raises(AssertionError, match="should print: 3"):
         reader.follow(next(blocks(page)), "page")
     assert "```" not in prose(page)

@@ -76,7 +76,7 @@ def test_public_names_are_importable() -> None:
 
 
 def test_pages_and_examples_import_public_names_alone() -> None:
-    """Whatever the documentation and the examples import is a public name."""
+    """Every name that the documentation and the examples import is public."""
     assert foreign_imports("from conveyor.payload.blobs import FileStore\nimport conveyor.store\n") == [
         "conveyor.payload.blobs: FileStore",
         "conveyor.store: ",
@@ -189,7 +189,7 @@ def test_a_stray_member_is_found() -> None:
 
 @pytest.mark.parametrize("name", OBJECTS)
 def test_members_are_those_of_the_reference(name: str) -> None:
-    """What completion shows of an object is what the reference documents, and nothing else."""
+    """Completion shows of an object the members that the reference documents, and no others."""
     make, documented = OBJECTS[name]
 
     assert len(documented) > 1

@@ -1,4 +1,4 @@
-"""What both type checkers say, in strict mode, of right and of wrong uses."""
+"""Right uses pass both type checkers in strict mode, and wrong ones are reported."""
 
 from __future__ import annotations
 

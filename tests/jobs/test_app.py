@@ -1,4 +1,4 @@
-"""The app: bulk enqueues, closing, hooks, and what importing costs."""
+"""The app: bulk enqueues, closing, hooks, and the cost of importing it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from conveyor.events import Event, JobDead, JobDone, JobEvent
 from conveyor.jobs.app import Conveyor
 from conveyor.jobs.core import core_of
 from conveyor.jobs.task import Task, TaskCall, definition_of
-from support.manual_worker import Hand, arguments, eventually
+from support.manual_worker import ManualWorker, arguments, eventually
 
 SOURCE = str(Path(__file__).parents[2] / "src")
 
@@ -34,13 +34,13 @@ def note(app: Conveyor) -> Task[[int], None]:
 
 
 def numbers(app: Conveyor, queue: str = "default") -> list[int]:
-    """Take all jobs of *queue* and return the numbers they were enqueued with, first come first."""
-    hand, found = Hand(app, queue), []
-    while ids := hand.take(1000):
-        found += [arguments(app, hand.envelopes[id_])[0][0] for id_ in ids]
+    """Lease all jobs of *queue* and return the numbers they were enqueued with, in order."""
+    manual, found = ManualWorker(app, queue), []
+    while ids := manual.take(1000):
+        found += [arguments(app, manual.envelopes[id_])[0][0] for id_ in ids]
         for id_ in ids:
-            hand.done(id_)
-    hand.leave()
+            manual.done(id_)
+    manual.leave()
     return found
 
 
@@ -301,7 +301,7 @@ def test_listeners_hear_their_events(app: Conveyor) -> None:
 
 
 async def test_async_listeners_are_scheduled(app: Conveyor, caplog: pytest.LogCaptureFixture) -> None:
-    """An async listener runs on the loop; what any listener raises is logged, and the others are still called."""
+    """An async listener runs on the loop; an error of a listener is logged, and the others are still called."""
     heard = asyncio.Event()
 
     @app.on("done")

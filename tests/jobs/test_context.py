@@ -1,4 +1,4 @@
-"""What a job knows of itself."""
+"""The context of a running job."""
 
 from __future__ import annotations
 

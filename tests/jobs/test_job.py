@@ -13,7 +13,7 @@ import redis as redis_py
 from conveyor.errors import ConfigurationError, JobCancelled, JobFailed, JobNotFound, PayloadError, ResultExpired
 from conveyor.jobs.app import Conveyor
 from conveyor.payload.records import Failure
-from support.manual_worker import Hand, eventually
+from support.manual_worker import ManualWorker, eventually
 
 
 @dataclass
@@ -48,29 +48,29 @@ def tasks(app: Conveyor) -> Tasks:
 
 
 @pytest.fixture
-def hand(app: Conveyor, tasks: Tasks) -> Iterator[Hand]:
-    hand = Hand(app)
-    yield hand
-    hand.leave()
+def manual(app: Conveyor, tasks: Tasks) -> Iterator[ManualWorker]:
+    manual = ManualWorker(app)
+    yield manual
+    manual.leave()
 
 
-def test_status_follows_the_job(app: Conveyor, tasks: Tasks, hand: Hand) -> None:
+def test_status_follows_the_job(app: Conveyor, tasks: Tasks, manual: ManualWorker) -> None:
     """A job is ready, then leased, then done; a handle from its id says the same, a result or none."""
     job = tasks.pay.enqueue(1)
     seen = [job.status()]
-    [id_] = hand.take()
+    [id_] = manual.take()
     seen.append(job.status())
-    hand.done(id_, Receipt("r", AT))
+    manual.done(id_, Receipt("r", AT))
 
     assert [*seen, job.status(), app.job(job.id).status()] == ["ready", "leased", "done", "done"]
 
     other = tasks.forget.enqueue()
-    [id_] = hand.take()
-    hand.plainly_done(id_)
+    [id_] = manual.take()
+    manual.plainly_done(id_)
     assert other.status() == "done"
 
 
-def test_status_of_those_that_did_not_succeed(app: Conveyor, tasks: Tasks, hand: Hand) -> None:
+def test_status_of_those_that_did_not_succeed(app: Conveyor, tasks: Tasks, manual: ManualWorker) -> None:
     """Dead letters are dead, cancelled jobs cancelled whether they waited, were delayed or ran."""
     dead, waiting, later, running = (
         tasks.forget.enqueue(),
@@ -80,56 +80,56 @@ def test_status_of_those_that_did_not_succeed(app: Conveyor, tasks: Tasks, hand:
     )
     assert waiting.cancel()
     assert later.cancel()
-    first, second = hand.take(2)
-    hand.dead(first, FAILURE)
+    first, second = manual.take(2)
+    manual.dead(first, FAILURE)
     assert running.cancel()
     assert running.status() == "leased"
-    hand.cancelled(second)
+    manual.cancelled(second)
 
     assert [job.status() for job in (dead, waiting, later, running)] == ["dead", *["cancelled"] * 3]
 
 
-def test_cancel_tells_whether_there_was_something_to_cancel(app: Conveyor, tasks: Tasks, hand: Hand) -> None:
+def test_cancel_tells_whether_there_was_something_to_cancel(app: Conveyor, tasks: Tasks, manual: ManualWorker) -> None:
     """Cancelling is refused for jobs that ended; a running one is asked of its worker, which hears of it."""
     job = tasks.forget.enqueue()
-    [id_] = hand.take()
+    [id_] = manual.take()
 
     assert job.cancel()
-    assert hand.turn().cancelled == [id_]
-    hand.cancelled(id_)
+    assert manual.turn().cancelled == [id_]
+    manual.cancelled(id_)
     assert not job.cancel()
     assert not app.job(job.id).cancel()
 
 
-def test_result_comes_in_its_type(app: Conveyor, tasks: Tasks, hand: Hand) -> None:
+def test_result_comes_in_its_type(app: Conveyor, tasks: Tasks, manual: ManualWorker) -> None:
     """A result is decoded into what the function says it returns; without the function it is plain JSON."""
     job = tasks.pay.enqueue(1)
-    [id_] = hand.take()
-    hand.done(id_, Receipt("r1", AT))
+    [id_] = manual.take()
+    manual.done(id_, Receipt("r1", AT))
 
     assert job.result() == Receipt("r1", AT)
     assert tasks.pay.job(job.id).result(timeout=0) == Receipt("r1", AT)
     assert app.job(job.id).result() == {"id": "r1", "at": "2026-05-04T00:00:00Z"}
 
 
-def test_handle_from_an_id_learns_the_task(app: Conveyor, tasks: Tasks, hand: Hand) -> None:
+def test_handle_from_an_id_learns_the_task(app: Conveyor, tasks: Tasks, manual: ManualWorker) -> None:
     """A handle made from the id of a job that is not finished types the result as the task does."""
     handle = app.job(tasks.pay.enqueue(1).id)
     assert (handle.queue, handle.task) == ("default", None)
     assert handle.status() == "ready"
     assert handle.task == tasks.pay.name
-    [id_] = hand.take()
-    hand.done(id_, Receipt("r1", AT))
+    [id_] = manual.take()
+    manual.done(id_, Receipt("r1", AT))
 
     assert handle.result() == Receipt("r1", AT)
 
 
-def test_failure_is_raised_with_what_the_job_raised(app: Conveyor, tasks: Tasks, hand: Hand) -> None:
+def test_failure_is_raised_with_what_the_job_raised(app: Conveyor, tasks: Tasks, manual: ManualWorker) -> None:
     """JobFailed carries type, message and traceback of the last attempt; of a poison job it says that it crashed."""
     job, poison = tasks.pay.enqueue(1), tasks.pay.enqueue(2)
-    first, second = hand.take(2)
-    hand.dead(first, FAILURE)
-    hand.dead(second, None, crashes=3)
+    first, second = manual.take(2)
+    manual.dead(first, FAILURE)
+    manual.dead(second, None, crashes=3)
 
     with pytest.raises(JobFailed) as caught:
         job.result()
@@ -141,14 +141,14 @@ def test_failure_is_raised_with_what_the_job_raised(app: Conveyor, tasks: Tasks,
         poison.result()
 
 
-def test_result_of_a_cancelled_job(app: Conveyor, tasks: Tasks, hand: Hand, redis: redis_py.Redis) -> None:
+def test_result_of_a_cancelled_job(app: Conveyor, tasks: Tasks, manual: ManualWorker, redis: redis_py.Redis) -> None:
     """The result of a job that was cancelled, or expired, is JobCancelled and says which."""
     job = tasks.pay.enqueue(1)
     job.cancel()
     late = tasks.pay.options(expires="1ms").enqueue(1)
     seconds, micros = redis.time()
     eventually(lambda: redis.time() > (seconds, micros + 2000))
-    assert hand.take() == []
+    assert manual.take() == []
 
     with pytest.raises(JobCancelled, match="was cancelled"):
         job.result()
@@ -157,13 +157,13 @@ def test_result_of_a_cancelled_job(app: Conveyor, tasks: Tasks, hand: Hand, redi
 
 
 def test_promised_value_that_is_gone_is_an_error(
-    app: Conveyor, tasks: Tasks, hand: Hand, redis: redis_py.Redis
+    app: Conveyor, tasks: Tasks, manual: ManualWorker, redis: redis_py.Redis
 ) -> None:
     """ResultExpired when a value was promised and is not kept; None when none was promised."""
     jobs = [tasks.pay.enqueue(1), tasks.forget.enqueue(), tasks.plain.enqueue()]
-    ids = hand.take(3)
-    hand.done(ids[0], Receipt("r", AT))
-    hand.plainly_done(*ids[1:])
+    ids = manual.take(3)
+    manual.done(ids[0], Receipt("r", AT))
+    manual.plainly_done(*ids[1:])
     redis.delete(f"conveyor:{{default}}:result:{ids[0]}")
 
     with pytest.raises(ResultExpired):
@@ -173,11 +173,11 @@ def test_promised_value_that_is_gone_is_an_error(
         app.job(jobs[1].id).result()  # nobody here can tell what that task had promised
 
 
-def test_result_that_does_not_fit_is_an_error(app: Conveyor, tasks: Tasks, hand: Hand) -> None:
+def test_result_that_does_not_fit_is_an_error(app: Conveyor, tasks: Tasks, manual: ManualWorker) -> None:
     """A stored result that is not what the function says it returns raises PayloadError."""
     job = tasks.pay.enqueue(1)
-    [id_] = hand.take()
-    hand.done(id_, 5)
+    [id_] = manual.take()
+    manual.done(id_, 5)
 
     with pytest.raises(PayloadError):
         job.result()
@@ -193,9 +193,9 @@ def test_own_id_is_found_in_any_queue(app: Conveyor, tasks: Tasks, redis: redis_
     assert app.job("order-7").cancel()
     assert app.job("order-7").status() == "cancelled"
     redis.delete("conveyor:{mail}:result:order-7")
-    hand = Hand(app, "mail")
-    assert hand.take() == []
-    hand.leave()
+    manual = ManualWorker(app, "mail")
+    assert manual.take() == []
+    manual.leave()
     assert app.job("order-7").status() == "done"
     for ask in (app.job("order-8").status, app.job("order-8").cancel, app.job("order-8").result):
         with pytest.raises(JobNotFound, match="order-8"):

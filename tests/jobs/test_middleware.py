@@ -14,7 +14,7 @@ from conveyor.jobs.context import Context
 from conveyor.jobs.core import core_of
 from conveyor.jobs.hooks import run_through
 from conveyor.jobs.task import Task
-from support.manual_worker import Hand, arguments
+from support.manual_worker import ManualWorker, arguments
 
 
 class Trace(Middleware):
@@ -49,10 +49,10 @@ async def test_pushes_pass_all_middlewares_in_order(app: Conveyor, note: Task[[i
 
     def take() -> dict[int, str]:
         note.enqueue(5)
-        hand = Hand(app)
-        ids = hand.take(10)
-        found = {arguments(app, hand.envelopes[i])[0][0]: hand.envelopes[i].extra.headers["trace"] for i in ids}
-        hand.leave()
+        manual = ManualWorker(app)
+        ids = manual.take(10)
+        found = {arguments(app, manual.envelopes[i])[0][0]: manual.envelopes[i].extra.headers["trace"] for i in ids}
+        manual.leave()
         return found
 
     import asyncio
@@ -73,10 +73,10 @@ def test_push_may_change_what_goes_out(app: Conveyor, note: Task[[int], None]) -
     job = note.enqueue(1)
 
     assert (job.queue, job.status()) == ("vip", "ready")
-    hand = Hand(app, "vip")
-    [id_] = hand.take()
-    assert (arguments(app, hand.envelopes[id_]), hand.envelopes[id_].priority) == (([2], {}), 3)
-    hand.leave()
+    manual = ManualWorker(app, "vip")
+    [id_] = manual.take()
+    assert (arguments(app, manual.envelopes[id_]), manual.envelopes[id_].priority) == (([2], {}), 3)
+    manual.leave()
 
 
 @pytest.mark.parametrize(
@@ -85,7 +85,7 @@ def test_push_may_change_what_goes_out(app: Conveyor, note: Task[[int], None]) -
 def test_push_cannot_break_the_rules(
     app: Conveyor, note: Task[[int], None], redis: redis_py.Redis, name: str, value: Any
 ) -> None:
-    """What a push made of a job is checked as what the caller wrote; nothing is stored."""
+    """A call that middleware has changed is checked like one that the caller wrote; nothing is stored."""
 
     class Break(Middleware):
         def push(self, outgoing: Outgoing) -> None:
@@ -126,7 +126,7 @@ async def test_runs_nest_the_first_outermost(app: Conveyor) -> None:
 
 
 async def test_run_sees_what_the_job_raises(app: Conveyor) -> None:
-    """What a job raises passes outwards, and a middleware may answer instead of it."""
+    """An exception of a job passes outwards through the middleware, which may answer instead."""
 
     @app.middleware
     async def rescue(context: Context, call_next: CallNext) -> Any:

@@ -1,4 +1,4 @@
-"""Tasks on a queue in several partitions, what people see of it, and what else a push may ask for."""
+"""Tasks on a queue in several partitions: running, views for people, and options of a push."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ async def test_keys_of_jobs_place_them(app: Conveyor) -> None:
 
 
 async def test_an_idle_worker_starts_a_job_of_any_partition_at_once(app: Conveyor) -> None:
-    """Whatever partition a job falls into, it runs within a moment, and beside a partition that is full of work."""
+    """A job runs within a moment whichever partition it falls into, and beside a partition that is full of work."""
 
     @app.task(queue="orders")
     async def note(n: int) -> int:

@@ -18,7 +18,7 @@ from conveyor.jobs.app import Conveyor
 from conveyor.jobs.task import Task
 from conveyor.payload.records import Failure
 from support.forked_children import exit_code, in_child
-from support.manual_worker import Hand, drain, eventually
+from support.manual_worker import ManualWorker, drain, eventually
 from support.server_process import Server
 
 WAITERS = "conveyor:{default}:waiters"
@@ -38,10 +38,10 @@ def make_echo(app: Conveyor) -> Task[[int], int]:
 
 
 @pytest.fixture
-def hand(app: Conveyor) -> Iterator[Hand]:
-    hand = Hand(app)
-    yield hand
-    hand.leave()
+def manual(app: Conveyor) -> Iterator[ManualWorker]:
+    manual = ManualWorker(app)
+    yield manual
+    manual.leave()
 
 
 @pytest.fixture
@@ -55,16 +55,16 @@ def subscribers(client: redis_py.Redis) -> list[dict[str, Any]]:
 
 
 def test_waiter_is_woken_by_push(
-    echo: Task[[int], int], hand: Hand, pool: ThreadPoolExecutor, redis: redis_py.Redis
+    echo: Task[[int], int], manual: ManualWorker, pool: ThreadPoolExecutor, redis: redis_py.Redis
 ) -> None:
     """A waiting call returns when the job ends, and asked Redis at its beginning only."""
     job = echo.enqueue(1)
-    [id_] = hand.take()
+    [id_] = manual.take()
     waiting = pool.submit(job.result, timeout=30)
     eventually(lambda: redis.hexists(WAITERS, id_))
     redis.config_resetstat()
     began = time.monotonic()
-    hand.done(id_, 41)
+    manual.done(id_, 41)
 
     assert waiting.result(10) == 41
     assert time.monotonic() - began < results.CHECK_AGAIN / 2
@@ -73,15 +73,15 @@ def test_waiter_is_woken_by_push(
 
 
 def test_all_kinds_of_ends_are_pushed(
-    echo: Task[[int], int], hand: Hand, pool: ThreadPoolExecutor, redis: redis_py.Redis
+    echo: Task[[int], int], manual: ManualWorker, pool: ThreadPoolExecutor, redis: redis_py.Redis
 ) -> None:
     """A waiter hears of a death, and of a success without a value, as it hears of a value."""
     jobs = [echo.enqueue(n) for n in range(2)]
-    ids = hand.take(2)
+    ids = manual.take(2)
     waiting = [pool.submit(job.result, timeout=30) for job in jobs]
     eventually(lambda: redis.hlen(WAITERS) == 2)
-    hand.dead(ids[0], Failure(1, 0, "ValueError", "no", "trace"))
-    hand.plainly_done(ids[1])
+    manual.dead(ids[0], Failure(1, 0, "ValueError", "no", "trace"))
+    manual.plainly_done(ids[1])
 
     with pytest.raises(JobFailed, match="ValueError: no"):
         waiting[0].result(10)
@@ -93,7 +93,7 @@ def test_all_kinds_of_ends_are_pushed(
     "counts subscribers, and sentinels are some", on=("redis6", "redis7", "tls", "acl", "cluster")
 )
 def test_one_connection_serves_all_waiters(
-    app: Conveyor, echo: Task[[int], int], hand: Hand, pool: ThreadPoolExecutor, redis: redis_py.Redis
+    app: Conveyor, echo: Task[[int], int], manual: ManualWorker, pool: ThreadPoolExecutor, redis: redis_py.Redis
 ) -> None:
     """Threads and event loops that wait together share one subscribed connection, and each gets its own result."""
     jobs = [echo.enqueue(n) for n in range(60)]
@@ -106,11 +106,11 @@ def test_one_connection_serves_all_waiters(
 
     threads = [pool.submit(job.result, timeout=30) for job in jobs[:20]]
     loops = [pool.submit(asyncio.run, wait_for(jobs[20:40])), pool.submit(asyncio.run, wait_for(jobs[40:]))]
-    ids = hand.take(60)
+    ids = manual.take(60)
     eventually(lambda: redis.hlen(WAITERS) == 60)
     assert len(subscribers(redis)) == 1
     for n, id_ in enumerate(ids):
-        hand.done(id_, n)
+        manual.done(id_, n)
 
     assert [one.result(10) for one in threads] == list(range(20))
     assert [one.result(10) for one in loops] == [list(range(20, 40)), list(range(40, 60))]
@@ -118,17 +118,17 @@ def test_one_connection_serves_all_waiters(
 
 
 def test_many_wait_for_one_job(
-    echo: Task[[int], int], hand: Hand, pool: ThreadPoolExecutor, redis: redis_py.Redis
+    echo: Task[[int], int], manual: ManualWorker, pool: ThreadPoolExecutor, redis: redis_py.Redis
 ) -> None:
     """All who wait for the same job are woken, and one that gives up leaves the others registered."""
     job = echo.enqueue(1)
-    [id_] = hand.take()
+    [id_] = manual.take()
     waiting = [pool.submit(job.result, timeout=30) for _ in range(5)]
     eventually(lambda: redis.hexists(WAITERS, id_))
     with pytest.raises(TimeoutError):
         job.result(timeout="10ms")
     assert redis.hexists(WAITERS, id_)
-    hand.done(id_, 7)
+    manual.done(id_, 7)
 
     assert [one.result(10) for one in waiting] == [7] * 5
 
@@ -166,8 +166,8 @@ def test_same_own_id_in_two_queues(
 ) -> None:
     """Two queues may hold the same id of a caller's own; each waiter gets the end of its own job."""
     jobs = [echo.options(id="x", queue=queue).enqueue(1) for queue in ("a", "b")]
-    hands = [Hand(app, "a"), Hand(app, "b")]
-    assert [hand.take() for hand in hands] == [["x"], ["x"]]
+    hands = [ManualWorker(app, "a"), ManualWorker(app, "b")]
+    assert [manual.take() for manual in hands] == [["x"], ["x"]]
     waiting = [pool.submit(job.result, timeout=30) for job in jobs]
     eventually(lambda: redis.exists("conveyor:{a}:waiters", "conveyor:{b}:waiters") == 2)
     hands[1].done("x", 2)
@@ -176,22 +176,26 @@ def test_same_own_id_in_two_queues(
     hands[0].done("x", 1)
 
     assert waiting[0].result(10) == 1
-    for hand in hands:
-        hand.leave()
+    for manual in hands:
+        manual.leave()
 
 
 @pytest.mark.row("D11")
 def test_missed_message_is_made_good(
-    echo: Task[[int], int], hand: Hand, pool: ThreadPoolExecutor, redis: redis_py.Redis, monkeypatch: pytest.MonkeyPatch
+    echo: Task[[int], int],
+    manual: ManualWorker,
+    pool: ThreadPoolExecutor,
+    redis: redis_py.Redis,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A waiter whose message never came asks again after a while."""
     monkeypatch.setattr(results, "CHECK_AGAIN", 0.2)
     job = echo.enqueue(1)
-    [id_] = hand.take()
+    [id_] = manual.take()
     waiting = pool.submit(job.result, timeout=30)
     eventually(lambda: redis.hexists(WAITERS, id_))
     redis.delete(WAITERS)
-    hand.done(id_, 5)
+    manual.done(id_, 5)
 
     assert waiting.result(10) == 5
 
@@ -199,11 +203,11 @@ def test_missed_message_is_made_good(
 @pytest.mark.row("D11")
 @pytest.mark.standalone_only("kills one connection and deletes a key in one transaction")
 def test_lost_connection_is_made_good(
-    echo: Task[[int], int], hand: Hand, pool: ThreadPoolExecutor, redis: redis_py.Redis
+    echo: Task[[int], int], manual: ManualWorker, pool: ThreadPoolExecutor, redis: redis_py.Redis
 ) -> None:
     """When the subscribed connection breaks it is opened again, and waiters ask at once for what they missed."""
     job = echo.enqueue(1)
-    [id_] = hand.take()
+    [id_] = manual.take()
     waiting = pool.submit(job.result, timeout=30)
     eventually(lambda: redis.hexists(WAITERS, id_))
     [one] = subscribers(redis)
@@ -212,7 +216,7 @@ def test_lost_connection_is_made_good(
         pipeline.client_kill_filter(_id=one["id"])
         pipeline.delete(WAITERS)
         pipeline.execute()
-    hand.done(id_, 6)
+    manual.done(id_, 6)
 
     assert waiting.result(10) == 6
     assert time.monotonic() - began < results.CHECK_AGAIN / 2
@@ -223,9 +227,9 @@ def test_waiters_survive_a_restart(start_server: Callable[..., Server]) -> None:
     """A waiter outlives a restart of Redis: it registers again and gets the result that comes afterwards."""
     server = start_server("--appendonly", "yes", "--appendfsync", "always")
     with Conveyor(server.url) as app, ThreadPoolExecutor(2) as pool:
-        echo, hand = make_echo(app), Hand(app)
+        echo, manual = make_echo(app), ManualWorker(app)
         jobs = [echo.enqueue(n) for n in range(2)]
-        ids = hand.take(2)
+        ids = manual.take(2)
 
         async def wait() -> int:
             try:
@@ -240,11 +244,11 @@ def test_waiters_survive_a_restart(start_server: Callable[..., Server]) -> None:
         server.start()
         with server.client() as client:
             eventually(lambda: len(subscribers(client)) == 1)
-        hand.done(ids[0], 10)
-        hand.done(ids[1], 11)
+        manual.done(ids[0], 10)
+        manual.done(ids[1], 11)
 
         assert [one.result(20) for one in waiting] == [10, 11]
-        hand.leave()
+        manual.leave()
         drain(app)
 
 
@@ -281,21 +285,21 @@ def test_close_ends_the_thread_and_use_starts_it_again(
     "counts subscribers, and sentinels are some", on=("redis6", "redis7", "tls", "acl", "cluster")
 )
 def test_child_process_waits_on_its_own(
-    app: Conveyor, echo: Task[[int], int], hand: Hand, redis: redis_py.Redis
+    app: Conveyor, echo: Task[[int], int], manual: ManualWorker, redis: redis_py.Redis
 ) -> None:
     """A forked child listens on a channel of its own; the parent goes on hearing its results."""
     with pytest.raises(TimeoutError):
         echo.enqueue(0).result(timeout=0.01)  # the parent listens already
     jobs = [echo.enqueue(n) for n in (1, 2)]
-    _, first, second = hand.take(3)
+    _, first, second = manual.take(3)
     child = in_child(lambda: jobs[0].result(timeout=20))
     eventually(lambda: redis.hexists(WAITERS, first))
     assert len(subscribers(redis)) == 2
-    hand.done(first, 33)
+    manual.done(first, 33)
     assert exit_code(child) == 33
 
     with ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(jobs[1].result, timeout=20)
         eventually(lambda: redis.hexists(WAITERS, second))
-        hand.done(second, 34)
+        manual.done(second, 34)
         assert waiting.result(10) == 34

@@ -129,7 +129,7 @@ def test_ids_of_spawned_jobs_are_known_by_their_form() -> None:
 
 
 async def test_many_keep_their_order(family: Conveyor) -> None:
-    """What a thread spawns arrives in the order it was spawned, however many batches it makes, with its options."""
+    """Jobs spawned by a thread arrive in the order they were spawned, with their options, in any number of batches."""
     await family.tasks["family.thread"].aenqueue(450)
     await drain(family, concurrency=1)
 
@@ -154,7 +154,7 @@ async def test_limits_of_spawning(family: Conveyor) -> None:
 
 
 async def test_leftovers_are_found(family: Conveyor) -> None:
-    """What a worker settled and did not live to deliver, the next worker of that queue delivers."""
+    """Followers of a worker that died between settling and delivering are delivered by the next worker of that queue."""
     await asyncio.to_thread(settle, family, [("two", n) for n in range(3)])
     async with working(family, queues={"default": 1, "two": 1}):
         await until(lambda: ran == [0, 1, 2])

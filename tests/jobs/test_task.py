@@ -21,7 +21,7 @@ from conveyor.jobs.context import Context, current
 from conveyor.jobs.task import definition_of
 from conveyor.messaging.limits import Concurrency, Debounce, Rate, Unique
 from conveyor.messaging.retry import Retry
-from support.manual_worker import Hand, arguments
+from support.manual_worker import ManualWorker, arguments
 
 
 @dataclass
@@ -82,7 +82,7 @@ def test_default_name_of_a_script_is_its_modules(tmp_path: Path) -> None:
 
 
 def test_arguments_arrive_in_their_types(app: Conveyor) -> None:
-    """What is enqueued is what the function would be called with, dataclasses and datetimes included."""
+    """The stored arguments are those the function would be called with, dataclasses and datetimes included."""
     seen = datetime(2026, 1, 2, tzinfo=UTC)
 
     @app.task
@@ -90,12 +90,12 @@ def test_arguments_arrive_in_their_types(app: Conveyor) -> None:
 
     job = ship.enqueue(Order("o1", 3), seen, tags={"a"})
 
-    hand = Hand(app)
-    [id_] = hand.take()
+    manual = ManualWorker(app)
+    [id_] = manual.take()
     assert job.id == f"default:{id_}"
     assert (job.task, job.queue, job.duplicate) == ("test_task.ship", "default", False)
-    assert arguments(app, hand.envelopes[id_]) == ([Order("o1", 3), seen], {"tags": {"a"}})
-    hand.leave()
+    assert arguments(app, manual.envelopes[id_]) == ([Order("o1", 3), seen], {"tags": {"a"}})
+    manual.leave()
 
 
 def test_context_is_not_an_argument(app: Conveyor) -> None:
@@ -109,10 +109,10 @@ def test_context_is_not_an_argument(app: Conveyor) -> None:
     assert definition_of(work).signature.injected == ("context",)
     with pytest.raises(PayloadError, match="which the worker fills"):
         work.enqueue(1, context=current())
-    hand = Hand(app)
-    [id_] = hand.take()
-    assert arguments(app, hand.envelopes[id_]) == ([1], {})
-    hand.leave()
+    manual = ManualWorker(app)
+    [id_] = manual.take()
+    assert arguments(app, manual.envelopes[id_]) == ([1], {})
+    manual.leave()
 
 
 def test_wrong_arguments_store_nothing(app: Conveyor, redis: redis_py.Redis) -> None:
@@ -167,13 +167,13 @@ def test_options_reach_the_envelope(app: Conveyor) -> None:
     ).enqueue(1)
 
     assert job.queue == "vip"
-    hand = Hand(app, "vip")
-    [id_] = hand.take()
-    extra, expires = hand.envelopes[id_].extra, hand.envelopes[id_].expires_ms
+    manual = ManualWorker(app, "vip")
+    [id_] = manual.take()
+    extra, expires = manual.envelopes[id_].extra, manual.envelopes[id_].expires_ms
     assert (extra.headers, extra.timeout_ms, extra.keep_ms, extra.attempts) == ({"trace": "t1"}, 5_000, 3_600_000, 2)
     assert expires is not None
     assert abs(expires - datetime.now(UTC).timestamp() * 1000 - 60_000) < 30_000
-    hand.leave()
+    manual.leave()
 
 
 def test_options_order_jobs(app: Conveyor) -> None:
@@ -183,9 +183,9 @@ def test_options_order_jobs(app: Conveyor) -> None:
     first = task.options(front=True).enqueue(2)
     urgent = task.options(priority=9).enqueue(3)
 
-    hand = Hand(app)
-    assert [f"default:{id_}" for id_ in hand.take(3)] == [urgent.id, first.id, last.id]
-    hand.leave()
+    manual = ManualWorker(app)
+    assert [f"default:{id_}" for id_ in manual.take(3)] == [urgent.id, first.id, last.id]
+    manual.leave()
 
 
 def test_delayed_jobs_are_scheduled(app: Conveyor, redis: redis_py.Redis) -> None:
@@ -210,13 +210,13 @@ def test_own_id_is_stored_once(app: Conveyor, redis: redis_py.Redis) -> None:
 
     assert (first.id, second.id) == ("order-7", "order-7")
     assert jobs_in(redis) == 1
-    hand = Hand(app)
-    assert hand.take(10) == ["order-7"]
-    assert arguments(app, hand.envelopes["order-7"]) == ([1, 2], {})
-    hand.done("order-7")
+    manual = ManualWorker(app)
+    assert manual.take(10) == ["order-7"]
+    assert arguments(app, manual.envelopes["order-7"]) == ([1, 2], {})
+    manual.done("order-7")
     assert task.enqueue(3).status() == "done"
     assert jobs_in(redis) == 0
-    hand.leave()
+    manual.leave()
 
 
 def test_unique_key_returns_the_holder(app: Conveyor, redis: redis_py.Redis) -> None:
@@ -278,7 +278,7 @@ def test_wrong_settings_are_refused(app: Conveyor, wrong: dict[str, Any]) -> Non
 
 
 def test_settings_are_kept_for_the_worker(app: Conveyor) -> None:
-    """What the decorator was given is what the worker reads, in ms."""
+    """The worker reads the options of the decorator, in ms."""
     task = app.task(
         name="mail.add", queue="mail", timeout="30s", retry=3, keep_result=0, run_in="process", ack="early"
     )(add)

@@ -1,4 +1,4 @@
-"""Taking messages: consume, and what an idle consumer does."""
+"""Consuming messages one by one, and the idle consumer."""
 
 from __future__ import annotations
 

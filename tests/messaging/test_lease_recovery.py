@@ -1,4 +1,4 @@
-"""What happens to leases when somebody dies: a consumer, the server, or its data."""
+"""Leases after a death: of a consumer, of the server, or of its data."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class TestLost:
         consumer.close()
 
     def test_a_killed_consumer_gives_back(self, backend, url):
-        """What a process held that was killed comes back with the next attempt number, by two looks of another."""
+        """Messages of a killed process come back with the next attempt number, after two looks by another consumer."""
         queue = Queue(backend, "mail", lease_ms=400, retry=FAST)
         queue.push_many(["a", "b"])
         process = _process(
@@ -87,8 +87,8 @@ class TestLost:
         assert got == [("a", 2, 1), ("b", 2, 1)]
         assert time.monotonic() - begin < 2 * AT_ONCE
 
-    def test_poison_dies_and_its_neighbours_live(self, queue):
-        """Only what crashed its consumer three times is given up; what was merely prefetched beside it is not."""
+    def test_poison_is_given_up_and_its_neighbours_are_not(self, queue):
+        """Only a message that crashed its consumer three times is given up; those merely prefetched beside it are not."""
         queue.push_many(["poison", "good"])
         for _ in range(3):
             consumer, message = first(queue, prefetch=2)
@@ -102,8 +102,8 @@ class TestLost:
         [letter] = queue.dead_letters()
         assert (letter.error, letter.attempts) == ("crashed: its consumer crashed 3 times", 3)
 
-    def test_suspects_travel_alone(self, queue):
-        """After a crash nobody gets two suspects together, in a batch or in a pull."""
+    def test_suspects_are_leased_alone(self, queue):
+        """After a crash no batch and no pull contains two suspects."""
         queue.push_many(range(3))
         crash(queue, queue.pull(3)[0])
         queue.push(3)
@@ -167,7 +167,7 @@ class TestOutage:
         backend.close()
 
     def test_data_gone(self, queue, redis):
-        """When Redis forgets everything, a consumer registers anew and goes on; what it held is lost."""
+        """When Redis loses all data, a consumer registers anew and goes on; the messages it held are lost."""
         queue.push(1)
         consumer, message = first(queue)
         redis.flushall()

@@ -1,4 +1,4 @@
-"""The leases of one identity, without a server."""
+"""The lease session and the detector of dead workers, without a server."""
 
 from __future__ import annotations
 
@@ -43,18 +43,18 @@ def play(program, replies):
 
 
 class TestDeadWorkerDetector:
-    def test_one_look_convicts_nobody(self):
+    def test_one_look_finds_no_dead_worker(self):
         """An end in the past alone is no proof: every worker's looks so after Redis was frozen."""
         assert DeadWorkerDetector(1000).look(10_000, [("a", 5000)], 1.0) == []
 
-    def test_two_looks_convict(self):
+    def test_two_looks_find_a_dead_worker(self):
         """The same end at a look 0.45 lease later, and past: dead."""
         detector = DeadWorkerDetector(1000)
         detector.look(10_000, [("a", 9990)], 1.0)
         assert detector.look(10_400, [("a", 9990)], 1.40) == []
         assert detector.look(10_460, [("a", 9990)], 1.46) == [("a", 9990)]
 
-    def test_a_beat_in_between_acquits(self):
+    def test_a_beat_in_between_keeps_a_worker(self):
         """A moved end begins the observation anew."""
         detector = DeadWorkerDetector(1000)
         detector.look(10_000, [("a", 9990)], 1.0)
@@ -63,7 +63,7 @@ class TestDeadWorkerDetector:
         assert detector.look(10_960, [("a", 10_600)], 1.96) == [("a", 10_600)]
 
     def test_an_end_still_ahead_waits(self):
-        """Listed before its end, it is convicted only when the end has passed."""
+        """A worker listed before the end of its lease is found dead only when that end has passed."""
         detector = DeadWorkerDetector(1000)
         detector.look(10_000, [("a", 10_490)], 1.0)
         assert detector.look(10_460, [("a", 10_490)], 1.46) == []
@@ -76,7 +76,7 @@ class TestDeadWorkerDetector:
         assert detector.look(10_500, [("a", 99_000)], 1.5) == [("a", 99_000)]
 
     def test_looks_are_paced(self):
-        """A third of a lease apart, sooner only when a suspect can be judged."""
+        """Looks are a third of a lease apart, sooner only when a suspect can be decided."""
         detector = DeadWorkerDetector(900)
         assert detector.next_look(5.0) == 0
         detector.look(10_000, [], 5.0)
@@ -122,7 +122,7 @@ class TestTurns:
         assert not session.held
 
     def test_another_count_is_reconciled(self):
-        """What Redis holds for us and we do not know goes back; what it does not know is lost."""
+        """Leases that Redis lists and the session does not know go back; those that Redis does not list are lost."""
         session = new_session()
         play(session.turn(2), [0, turn(ids=["a", "b"])])
         lost = session.held["b"]
@@ -134,7 +134,7 @@ class TestTurns:
         assert list(session.held) == ["a"]
 
     def test_identity_is_not_used_again_after_it_left(self):
-        """What is left of an identity that went away expires, so it must lease nothing."""
+        """An identity that has left leases nothing, because what remains of it expires."""
         session = new_session()
         play(session.turn(1), [0, turn()])
         before = session.worker
@@ -166,7 +166,7 @@ class TestSettlementPolicy:
         assert second.kind == "X"
         assert [f.message for f in AttemptHistory.decode(second.state).failures_list()] == ["x", "y"]
 
-    def test_crashes_convict_after_three_starts(self):
+    def test_crashes_end_a_message_after_three_starts(self):
         """Each start of a suspect is counted before it; the fourth does not happen."""
         policy = SettlementPolicy(Retry(), "me")
         assert policy.presumed_crash(self.leased()) is None

@@ -37,6 +37,6 @@ def test_values_keep_what_they_were_given() -> None:
     ],
 )  # fmt: skip
 def test_impossible_values_are_refused(kind: Any, wrong: dict[str, Any]) -> None:
-    """What no queue could carry out raises where it is written."""
+    """A limit that no queue could enforce is refused where it is written."""
     with pytest.raises(ConfigurationError):
         kind(**wrong)

@@ -165,7 +165,7 @@ for n in range({count}):
 class TestRepartition:
     @pytest.mark.parametrize(("before", "after"), [(8, 4), (8, 1), (1, 8), (4, 8), (8, 8)])
     def test_an_empty_queue_changes(self, url, backend, before, after):
-        """From any number to any other: who says the new one goes on, who says the old one is refused, names follow."""
+        """The number changes from any to any other: programs with the new one go on, those with the old one are refused, names follow."""
         old = spread(backend, before) if before > 1 else Queue(backend, "orders", lease_ms=2000)
         old.push(1)
         ack_all(old.pull())
@@ -316,7 +316,7 @@ class TestRepartition:
         assert (len(done), queue8.purge()) == (1, 1)
 
     def test_a_plain_list_is_one_key(self, url):
-        """What is not a queue of ours cannot be laid elsewhere."""
+        """The number of partitions cannot be changed for a name that is no queue of Conveyor."""
         with Conveyor(url) as app:
             readings = app.plain_list("readings")
             with pytest.raises(ConfigurationError, match="is one key"):

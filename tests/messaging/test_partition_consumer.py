@@ -49,7 +49,7 @@ def drained(queue, **options):
 class TestConsume:
     @pytest.mark.parametrize("prefetch", [1, 7, 500])
     def test_everything_once_in_order_within_a_partition(self, orders, prefetch):
-        """Whatever is leased ahead, each message is handed out once, those of a partition in their order."""
+        """With any prefetch each message is handed out once, those of a partition in their order."""
         orders.push_many(range(600))
         found = drained(orders, prefetch=prefetch)
         assert sorted(message.body for message in found) == list(range(600))
@@ -293,7 +293,7 @@ class TestModel:
 
 
 def _consume_some(queue, chance, ended):
-    """Take a few with a loop that is then left; never more than there are, or it would wait for ever."""
+    """Take a few messages in a loop that is then left; with more than there are it would wait for ever."""
     few = min(chance.randrange(12), queue.stats().ready)
     if few:
         for message in queue.consume(prefetch=chance.randrange(1, 10)):
@@ -315,7 +315,7 @@ def _blocked(backend):
 # -- decisions, without Redis -------------------------------------------------------------------------------------------
 
 
-def test_all_partitions_are_looked_at_before_a_wait():
+def test_a_round_robin_looks_at_all_before_it_rests():
     """At first every partition may have work: each is visited once, then all are waited for at once."""
     sessions = [
         LeaseSession(QueueKeys("c", f"q/{n}"), 6000, b"", DeadWorkerDetector(6000), clock=lambda: 0.0) for n in range(4)
@@ -340,7 +340,7 @@ def test_all_partitions_are_looked_at_before_a_wait():
     assert next(program) == TurnStep(3, at=1, must=False)
 
 
-def test_a_full_partition_is_not_asked_for_more():
+def test_a_round_robin_does_not_wait_while_it_holds_too_much():
     """A partition at which a consumer holds as much as it may is not asked for more."""
     session = LeaseSession(QueueKeys("c", "q/0"), 6000, b"", DeadWorkerDetector(6000), clock=lambda: 0.0)
     session.held = {str(n): object() for n in range(operations.MOST_HELD)}

@@ -1,4 +1,4 @@
-"""A queue in several partitions: where messages go, what is counted and cared for, and what it costs."""
+"""A queue in several partitions: the place of messages, counts, maintenance, and costs."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class TestPlacement:
             own_id(f"orders/3:{id_}")
 
     def test_the_group_decides_then_the_unique_key_then_the_id(self, orders):
-        """Whatever else is given, messages of a group lie together; so do those of a key, and of an id."""
+        """Messages of one group lie in one partition whatever else is given; so do those of a key, and of an id."""
         at = partition_of("c7", 8)
         assert {place_of(orders.push(n, group="c7")) for n in range(3)} == {at}
         assert place_of(orders.push(1, group="c7", unique="c7")) == at

@@ -186,7 +186,7 @@ class TestForeignProducers:
 
 class TestForeignConsumers:
     def test_bare_documents(self, tasks, redis):
-        """What is pushed is what a BLPOP gets: the JSON and nothing else, in order."""
+        """BLPOP gets exactly the JSON that was pushed, in order."""
         assert tasks.push({"id": 1}) == ""
         assert len(tasks.push_many({"id": n} for n in range(2, 2500))) == 2498
         assert redis.lrange(LIST, 0, 1) == [b'{"id":1}', b'{"id":2}']
@@ -200,7 +200,7 @@ class TestForeignConsumers:
          {"front": True}],
     )  # fmt: skip
     def test_options_of_a_queue(self, tasks, options):
-        """What a bare document cannot carry is refused, never ignored."""
+        """Options that a bare document cannot carry are refused, never ignored."""
         with pytest.raises(ConfigurationError, match="plain list"):
             tasks.push({}, **options)
         assert len(tasks) == 0

@@ -104,7 +104,7 @@ class TestBatches:
         assert queue.stats().leased == 0
 
     def test_errors_nack_what_is_open(self, queue):
-        """What was settled one by one stays so; the rest comes back in order."""
+        """Messages settled one by one stay settled; the rest comes back in order."""
         queue.push_many(range(4))
         with closing(queue.batches(size=4, within=0)) as batches:
             batch = next(batches)

@@ -99,7 +99,7 @@ class TestPush:
         message.ack()
 
     def test_expiry(self, queue):
-        """A message that nobody took in time is dropped."""
+        """A message that is not leased in time is dropped."""
         queue.push(order(1), expires="1ms")
         queue.push(order(2), expires="1h")
         while queue.client.execute("TIME") and not time.sleep(0.005):
@@ -140,7 +140,7 @@ class TestPush:
         assert len(queue) == 3001
 
     def test_a_generator_is_not_held(self, queue, monkeypatch):
-        """An iterator is taken in windows: what was sent is let go before the next is asked for."""
+        """An iterator is read in windows: sent messages are released before the next window is read."""
         monkeypatch.setattr("conveyor.messaging.publisher.WINDOW", 2000)
         lengths = []
 
@@ -190,7 +190,7 @@ class TestMaximumLength:
         assert queue.purge() == 1
 
     def test_too_many_at_a_time(self, backend, monkeypatch):
-        """What could not be accepted in one step is refused before any of it is sent."""
+        """A push that cannot be accepted in one step is refused before any of it is sent."""
         monkeypatch.setattr("conveyor.messaging.publisher.WINDOW", 10)
         queue = Queue(backend, "small", Order, lease_ms=2000, max_length=100)
         with pytest.raises(ConfigurationError, match="at most 10 messages at a time"):
@@ -240,7 +240,7 @@ class TestBadInput:
         assert dump(redis) == before
 
     def test_the_place_is_named(self, queue):
-        """An error in bulk says which message, and what was stored before, if anything was."""
+        """An error in bulk names the message, and what was stored before, if anything was."""
         with pytest.raises(PayloadError, match=r"Message 1,200: .*Nothing was stored") as caught:
             queue.push_many([order()] * 1200 + [3])
         assert caught.value.code == "E03"
@@ -253,7 +253,7 @@ class TestBadInput:
         ],
     )  # fmt: skip
     def test_declarations(self, backend, options):
-        """What does not work yet, or never, is refused where it is declared."""
+        """An option that is not supported is refused where it is declared."""
         with pytest.raises(ConfigurationError):
             Queue(backend, "q", Order, **{"lease_ms": 1000, **options})
 

@@ -121,7 +121,7 @@ async def test_large_arguments_survive_retries_and_death(app, store):
 
 @pytest.mark.parametrize("fault", ["missing", "changed", "cut", "another"])
 async def test_body_that_is_gone_makes_a_dead_letter(app, store, fault):
-    """What is not there any more, or not what was stored, is E42; put back and redriven, the job runs."""
+    """A blob that is gone or changed is E42; put back and redriven, the job runs."""
     task = length(app)
     job, other = await task.aenqueue(BIG), await task.aenqueue(BIG[1:])
     (name, data), (_second, theirs) = store.data.items()
@@ -175,7 +175,7 @@ async def test_limits_hold_on_both_sides(app, url, store):
 
 
 async def test_refused_end_leaves_the_body(app, store, redis):
-    """A job that ran to its end and is not ours any more keeps its body: whoever runs it again needs it."""
+    """A finished job whose lease is lost keeps its body, because another worker runs it again."""
     ran, gate = [], asyncio.Event()
 
     @app.task(name="slow")
@@ -218,7 +218,7 @@ async def test_cancel_while_a_body_is_fetched(app, store):
     store.get = get
     await slow.aenqueue(BIG)
     async with working(app, grace=0.0) as worker:
-        await until(lambda: worker.unusual.fetching)
+        await until(lambda: worker.loader.fetching)
         worker.stop()
         gate.set()
     assert ran == []
@@ -247,7 +247,7 @@ async def test_sweep_removes_only_what_no_job_needs(app, store, tmp_path):
 
 
 def test_file_store_keeps_to_its_directory(tmp_path):
-    """Names lead nowhere else, drafts are not seen, and what is old is listed."""
+    """Names cannot leave the directory, drafts are not listed, and old blobs are."""
     store = FileStore(tmp_path / "blobs")
     name = "ab" * 16
     store.put(name, b"x" * 10)
@@ -277,7 +277,7 @@ def test_file_store_keeps_to_its_directory(tmp_path):
     [{"large": "not a store"}, {"large": Memory(), "large_above": "1MiB"}, {"large": Memory(), "max_large": 1}],
 )
 def test_bad_stores_are_refused(url, options):
-    """What cannot work is refused where it is written."""
+    """Options that cannot work are refused where they are written."""
     with pytest.raises(ConfigurationError):
         Conveyor(url, **options)
     assert issubclass(BlobUnavailable, StoreUnavailable)

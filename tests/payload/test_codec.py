@@ -1,4 +1,4 @@
-"""Values to JSON and back: nothing changes silently, and whatever is wrong is a PayloadError."""
+"""Values to JSON and back: nothing changes silently, and every error is a PayloadError."""
 
 import enum
 import math
@@ -56,7 +56,7 @@ class Point(msgspec.Struct):
     y: float | None = None
 
 
-class Pair(NamedTuple):
+class ReplicaPair(NamedTuple):
     left: int
     right: str
 
@@ -149,7 +149,7 @@ ROUND_TRIPS = [
     (Level, Level.HIGH),
     (Item, ORDER.items[0]),
     (Point, Point(1.5)),
-    (Pair, Pair(1, "b")),
+    (ReplicaPair, ReplicaPair(1, "b")),
     (Row, {"id": 1, "when": date(2026, 1, 1)}),
     (Model, Model(id=1, at=INSTANT, inner=[Model(id=2, camelCase=5)])),
     (list[Model], [Model(id=1), Model(id=2)]),
@@ -325,7 +325,7 @@ def test_depth_of_many_chains_is_that_of_the_deepest(lengths, hung):
     ids=range(11),
 )
 def test_bytes_that_hold_no_value_are_refused(type_, data, code, text):
-    """What does not decode into the type raises PayloadError, with the place where it went wrong."""
+    """A document that does not decode into the type raises PayloadError with the place of the error."""
     with pytest.raises(PayloadError, match=text) as caught:
         ValueCodec(type_).decode(data)
     assert caught.value.code == code

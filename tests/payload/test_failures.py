@@ -42,7 +42,7 @@ def test_says_what_and_where():
 
 @pytest.mark.parametrize("error", [Hostile(), Liar(), raised(Hostile())])
 def test_hostile_exceptions_are_recorded(error):
-    """Whatever __str__ and __repr__ do, a record comes out and can be stored."""
+    """An exception becomes a record that can be stored, whatever its __str__ and __repr__ do."""
     record = failures.describe(error, 1, 0, "")
     assert "no message" in record.message
     assert read_failure(to_json(record)) == record

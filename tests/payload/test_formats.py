@@ -97,7 +97,7 @@ async def test_messages_travel_in_msgpack(made, tmp_path, way, partitions):
 
 
 async def test_a_format_of_ones_own(made, redis):
-    """Messages, arguments and results go through it, each with its annotated type, and what it brings back is checked."""
+    """Messages, arguments and results go through an own format with their annotated types, and decoded values are checked."""
     app = made()
     queue = app.queue("points", Point, format=Packed())
     await queue.apush(Point(3, -4))
@@ -157,7 +157,7 @@ async def test_classes_that_only_their_format_knows(made, redis):
     assert "Opaque" in str(seeing.result)
 
 
-async def test_who_lacks_a_format_sets_the_job_aside(made, redis, caplog):
+async def test_a_worker_without_a_format_sets_the_job_aside(made, redis, caplog):
     """It is a dead letter after one attempt with its bytes, which says which format it is; redriven to who has it, it runs."""
     old, new = made(), made(format=Packed())
     declare(old)
@@ -187,7 +187,7 @@ async def test_who_lacks_a_format_sets_the_job_aside(made, redis, caplog):
 
 
 async def test_formats_change_while_jobs_wait(made):
-    """Whatever a program was told to know it reads, so the one that is written can change at any time, and back."""
+    """A program reads every format it was given, so the one it writes can change at any time, and back."""
     writers = [made(), made(format="msgpack"), made(format=Packed())]
     jobs = []
     for app in writers:
@@ -233,7 +233,7 @@ async def test_old_versions_are_brought_up_in_their_format(made):
 
 
 async def test_what_just_fits_arrives(made):
-    """The limit holds for what is stored, mark included, and is the same on both sides of a seal: what is accepted is read."""
+    """The limit holds for the stored bytes, mark included, and is the same for writing and reading a sealed body."""
     app = made(keys=KEYS, format="msgpack", max_payload=1000)
 
     @app.task(name="same")
@@ -264,7 +264,7 @@ async def test_what_just_fits_arrives(made):
               type("Msgpack", (Packed,), {"name": "msgpack"})(), type("Long", (Packed,), {"name": "x" * 17})(), ()],
 )  # fmt: skip
 def test_wrong_formats_are_refused(wrong):
-    """What is no format, or has a name that means something else, is refused where it is written."""
+    """An object that is no format, or whose name is taken, is refused where it is written."""
     with pytest.raises(ConfigurationError, match=r"[Ff]ormat"):
         Conveyor(format=wrong)
 
@@ -325,7 +325,7 @@ def test_the_command_line_writes_and_shows_it(url, redis, tmp_path):
 
 
 async def test_what_cannot_be_shown_is_said(made):
-    """A body of a format nobody here knows is shown as what it is, and its bytes lie in the dead letter as they came."""
+    """A body of an unknown format is shown with the format's name, and its bytes lie in the dead letter as they came."""
     app = made(format=Packed())
     queue = app.queue("points", Point)
     id_ = await queue.apush(Point(1, 2))

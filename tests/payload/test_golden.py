@@ -1,5 +1,5 @@
 """
-What a release wrote stays readable: files with its bytes, read by this version, and written again where they can be.
+Bytes of every release stay readable: this version reads its files, and writes the same bytes where they are reproducible.
 
 A release adds its own: ``PYTHONPATH=src:tests:tests/payload python -c "import test_golden as t; t.keep('0.2.0')"``. Files of earlier
 ones are never changed.
@@ -107,7 +107,7 @@ STATE = AttemptHistory(3, 2, 1, [to_json(FAILURE), to_json(Failure(3, 5, "crashe
 
 
 def written() -> dict[str, bytes]:
-    """What this version writes, without what is random."""
+    """Return the files of this version whose bytes are reproducible."""
     extra = EnvelopeOptions({"trace": "1\n2"}, 2000, 60_000, 3, 2)
     shelf = Shelf()
     sealing(shelf).wrap(large_body(), **PLACE)
@@ -131,7 +131,7 @@ def written() -> dict[str, bytes]:
 
 
 def written_with_chance() -> dict[str, bytes]:
-    """What this version writes with a nonce or a random name in it, or by a zlib that may be another one elsewhere."""
+    """Return the files of this version that hold a nonce or a random name, or depend on the version of zlib."""
     shelf = Shelf()
     return {
         "sealed_gcm": sealing(encrypt=True).wrap(body(), **PLACE),
@@ -194,7 +194,7 @@ def test_formats_of_every_release_are_read(golden):
 
 @pytest.mark.row("D3")
 def test_sealed_bytes_of_every_release_open(golden):
-    """What was sealed, compressed or stored elsewhere then opens now, with the keys of then."""
+    """Bodies that earlier releases sealed, compressed or stored elsewhere open with the keys of then."""
     keyed = sealing()
     for name, algorithm, form in (
         ("sealed_hmac", HMAC, 0), ("sealed_gcm", GCM, 0), ("sealed_gcm_compressed", GCM, COMPRESSED),

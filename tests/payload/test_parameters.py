@@ -37,7 +37,7 @@ class Order:
 
 
 class Worker:
-    """What the worker fills in, in these tests: any default of this type."""
+    """The mark of parameters that the worker fills, in these tests: any default of this type."""
 
 
 def greet(name: str, excited: bool = False) -> str:

@@ -138,7 +138,7 @@ async def test_what_cannot_be_opened_is_set_aside(made, redis, caplog, code, pro
 
 
 async def test_spawned_jobs_are_sealed(made, redis):
-    """What a job spawns travels through the outbox sealed, for its own id."""
+    """A spawned job lies in the outbox sealed, for its own id."""
     app = made(keys=OLD, encrypt=True)
     await app.tasks["shop.spawn"].aenqueue(21)
     await drain(app)
@@ -246,7 +246,7 @@ async def test_compressed_results_and_errors_need_no_settings(made, redis):
 
 
 async def test_plain_list_is_taken_only_when_told(made, redis):
-    """What feeds a plain list cannot seal, so an app with keys refuses one unless it is declared unsealed."""
+    """Producers of a plain list cannot seal, so an app with keys refuses the list unless it is declared unsealed."""
     app = made(keys=OLD)
     with pytest.raises(ConfigurationError, match="sealed=False"):
         app.plain_list("foreign", task="shop.add")

@@ -35,7 +35,7 @@ def made(url):
 
 @pytest.mark.parametrize("encrypt", [False, True], ids=["signed", "encrypted"])
 def test_sealed_messages_arrive(made, redis, encrypt):
-    """What is pushed in any way arrives, in order, and lies sealed in Redis; errors do too."""
+    """Messages pushed in any way arrive in order and lie sealed in Redis; errors do too."""
     queue = made(keys=KEYS, encrypt=encrypt).queue("mail")
     queue.push("a", headers={"trace": "1"})
     queue.push("b", id="mine", delay="0s")

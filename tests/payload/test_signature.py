@@ -51,7 +51,7 @@ class Row:
 
 
 class Worker:
-    """What the worker fills in, in these tests: any default of this type."""
+    """The mark of parameters that the worker fills, in these tests: any default of this type."""
 
 
 def greet(name: str, excited: bool = False) -> str:
@@ -139,7 +139,7 @@ def test_defaults_are_those_of_the_worker():
 
 
 def test_injected_parameters_are_left_out():
-    """What the worker fills is neither stored nor taken, and what follows it goes by name."""
+    """A parameter that the worker fills is neither stored nor accepted, and those behind it go by name."""
     signature = TaskSignature(injected_between, "task", injected=is_injected)
     assert signature.injected == ("db", "context")
     assert signature.describe() == "task(x: int, *, y: int = 5, z: int = 6)"
@@ -347,7 +347,7 @@ def test_a_declaration_that_cannot_work_is_refused_at_once():
 
 
 def test_an_injected_annotation_need_not_resolve():
-    """What the worker fills is never decoded, so its annotation may exist for type checkers alone."""
+    """A parameter that the worker fills is never decoded, so its annotation may exist for type checkers alone."""
 
     def task(a: int, db: "Database" = Worker()): ...  # type: ignore[name-defined]  # noqa: F821, B008
 

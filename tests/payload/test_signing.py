@@ -1,4 +1,4 @@
-"""The seal itself: its keys, its bytes as documented, and what it refuses."""
+"""Sealing: the keys, the bytes as documented, and refused bodies."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def test_bad_keys_are_refused(keys, word):
 
 
 def test_encryption_needs_keys():
-    """Who asks for encryption and gives no keys is told, and not left with bare payloads."""
+    """Encryption without keys is refused; payloads are not left bare."""
     for options in ({"encrypt": True}, {"encrypt": True, "compress": 100}):
         with pytest.raises(ConfigurationError, match="needs keys"):
             Conveyor("redis://localhost", **options)
@@ -120,7 +120,7 @@ def test_encryption_needs_keys():
 
 
 def test_repr_shows_ids_only():
-    """What is printed of a keyring are its ids."""
+    """The text of a keyring shows its ids only."""
     assert repr(Keyring({"2026-11": SECRET, "b": SECRET})) == "<Keyring 2026-11, b>"
     assert repr(sealing()) == "<Sealing <Keyring k1>>"
     with pytest.raises(TypeError):

@@ -91,7 +91,7 @@ async def test_newer_jobs_wait_and_use_no_attempt(made, caplog):
 
 @pytest.mark.row("D2", "D3")
 async def test_newer_job_is_dead_after_a_day(made, redis):
-    """Nobody came for a day: it is a dead letter that says which version is needed, and can be redriven."""
+    """After a day without a newer worker the job is a dead letter that names the needed version, and can be redriven."""
     old, new = made(1), made(2, upcast)
     job = await new.tasks["charge"].aenqueue(6, "USD")
     bare = job.id.split(":")[1]
@@ -123,7 +123,7 @@ async def test_upcast_that_fails_makes_a_dead_letter(made):
 
 @pytest.mark.parametrize("version", [0, -1, -(10**18)])
 async def test_version_that_never_was_is_refused(made, redis, version):
-    """A number below 1, which nobody pushed, is no way to keep a worker busy."""
+    """A version below 1, which no release writes, is refused at once and does not keep a worker busy."""
     app = made(2, upcast)
     job = await app.tasks["charge"].aenqueue(1, "EUR")
     key, bare = "conveyor:{default}:jobs", job.id.split(":")[1]
@@ -159,7 +159,7 @@ def _older(id_: str, ms: int) -> str:
 
 
 async def test_version_cannot_be_changed_under_a_seal(made, redis):
-    """Who may write to Redis cannot have a sealed payload read as another version's."""
+    """Write access to Redis does not suffice to have a sealed payload read as another version's."""
     app = made(2, upcast, keys=KEYS)
     await app.tasks["charge"].aenqueue(5, "EUR")
     key = "conveyor:{default}:jobs"

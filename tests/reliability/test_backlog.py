@@ -15,7 +15,7 @@ import redis as redis_py
 from conveyor.jobs.app import Conveyor
 from conveyor.messaging.retry import Retry
 from conveyor.store import inspection
-from support.manual_worker import Hand, eventually
+from support.manual_worker import ManualWorker, eventually
 from support.running_worker import audit, drain, until
 
 Rounds = Callable[[int, int], int]
@@ -40,18 +40,18 @@ def _push(app: Conveyor, count: int) -> float:
 def _cost(app: Conveyor, redis: redis_py.Redis) -> tuple[dict[str, float], float]:
     """Lease and finish 2,000 jobs, look at pages and counts; return commands per job by name, and µs per script."""
     keys, jobs, done = app.client.keys("default"), 2000, ()
-    hand = Hand(app)
+    manual = ManualWorker(app)
     redis.config_resetstat()
     for _ in range(jobs // 500):
-        turn = hand.turn(500, done=done)
+        turn = manual.turn(500, done=done)
         assert len(turn.ids) == 500
         done = tuple(turn.ids)
-    hand.turn(0, done=done)
+    manual.turn(0, done=done)
     for state in ("ready", "scheduled", "dead"):
         app.client.run(inspection.list_jobs(keys, state, 0, 50))
     app.client.run(inspection.counts(keys))
     stats = redis.info("commandstats")
-    hand.leave()
+    manual.leave()
     per_job = {name.removeprefix("cmdstat_"): found["calls"] / jobs for name, found in stats.items()}
     return {
         name: calls
@@ -85,11 +85,11 @@ def test_a_job_costs_the_same_at_any_depth(app: Conveyor, redis: redis_py.Redis,
 
 @pytest.mark.row("D7")
 def test_a_purge_lets_others_work(app: Conveyor, redis: redis_py.Redis, rounds: Rounds) -> None:
-    """A huge queue is purged in batches while others push: what is leased and what is newer stay, nobody waits for the whole."""
+    """A huge queue is purged in batches while others push: leased and newer jobs stay, and no call waits for the whole purge."""
     depth = rounds(1_000_000, 30_000)
     _push(app, depth)
-    hand, queue = Hand(app), app.queue("default")
-    held, newer, waits = hand.take(10), [], []
+    manual, queue = ManualWorker(app), app.queue("default")
+    held, newer, waits = manual.take(10), [], []
     with Conveyor(app.client.address.url) as other:
         task = _note(other)
         task.enqueue(-1)  # its connection is open; this one is purged with the others
@@ -108,9 +108,9 @@ def test_a_purge_lets_others_work(app: Conveyor, redis: redis_py.Redis, rounds: 
     assert batches >= (depth - 10) / 500
     assert len(waits) > 10
     assert (left.ready, left.leased) == (len(newer), 10)
-    hand.plainly_done(*held)
+    manual.plainly_done(*held)
     assert app.client.run(inspection.audit(app.client.keys("default"))) == []
-    hand.leave()
+    manual.leave()
     queue.purge()
 
 
@@ -159,12 +159,12 @@ async def test_a_herd_that_is_due_at_one_instant(app: Conveyor, redis: redis_py.
     for first in range(0, jobs, 5000):
         redis.zadd(keys.due, dict.fromkeys(redis.zrange(keys.due, first, first + 4999), now))
     assert redis.zcount(keys.due, now, now) == jobs
-    hand, promoted = await asyncio.to_thread(Hand, app), []
+    manual, promoted = await asyncio.to_thread(ManualWorker, app), []
     for _ in range(3):
-        await asyncio.to_thread(hand.turn, 0)
+        await asyncio.to_thread(manual.turn, 0)
         promoted.append(await asyncio.to_thread(redis.llen, keys.ready[0]))
     assert promoted == [200, 400, 600]
-    await asyncio.to_thread(hand.leave)  # finishes nothing: it holds nothing
+    await asyncio.to_thread(manual.leave)  # finishes nothing: it holds nothing
     waits, draining = [], asyncio.create_task(drain(app))
     while not draining.done():
         began = perf_counter()

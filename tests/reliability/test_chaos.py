@@ -11,15 +11,15 @@ from pathlib import Path
 
 import pytest
 
-from chaos import report, scenario
-from chaos.ground import FAKETIME
-from chaos.nemesis import DECKS, Fault, schedule
+from chaos import report, single_fault_runs
+from chaos.fault_injector import DECKS, Fault, schedule
+from chaos.recording_server import FAKETIME
 from chaos.soak import soak
 
 SECONDS = float(os.environ.get("CONVEYOR_CHAOS_SECONDS", "12"))
 HOME = Path(__file__).parents[2]
-UNDER_TEST = {"program", "embedded", "producer"}
-"""The modules of chaos that are what is judged, in processes of their own; all others judge."""
+UNDER_TEST = {"tested_app", "embedded_worker", "producer_program"}
+"""The modules of chaos that are under test, in processes of their own; all others drive or check."""
 
 
 @pytest.mark.long
@@ -27,12 +27,12 @@ def test_nothing_is_lost_and_nothing_happens_twice_unseen() -> None:
     """Workers, Redis and the way between are broken under load; every bold line of the table in chaos/README.md is zero."""
     seed = int(os.environ.get("CONVEYOR_CHAOS_SEED", random.randrange(1_000_000)))
 
-    verdict, stage, facts = soak(SECONDS, seed, schedule(seed, SECONDS))
+    run_result, environment, facts = soak(SECONDS, seed, schedule(seed, SECONDS))
 
-    print(report.table(verdict, stage.faults, facts))
-    assert verdict.counts["acknowledged"] > 10 * SECONDS
-    assert sum(stage.faults.values()) > SECONDS / 2
-    assert verdict.failed == [], f"again: make chaos ARGS='--minutes {SECONDS / 60:g} --seed {seed}'"
+    print(report.table(run_result, environment.faults, facts))
+    assert run_result.counts["acknowledged"] > 10 * SECONDS
+    assert sum(environment.faults.values()) > SECONDS / 2
+    assert run_result.failed == [], f"again: make chaos ARGS='--minutes {SECONDS / 60:g} --seed {seed}'"
 
 
 @pytest.mark.long
@@ -42,11 +42,11 @@ def test_every_kind_of_fault_strikes(topology: str) -> None:
     kinds = [kind for kind in DECKS[topology] if kind != "step clock" or FAKETIME is not None]
     faults = [Fault(2 + 0.4 * at, kind, 0.5, 0.3) for at, kind in enumerate(kinds)]
 
-    verdict, stage, facts = soak(faults[-1].at, 1, faults, topology=topology)
+    run_result, environment, facts = soak(faults[-1].at, 1, faults, topology=topology)
 
-    print(report.table(verdict, stage.faults, facts))
-    assert {kind: stage.faults[kind] for kind in kinds} == dict.fromkeys(kinds, 1)
-    assert verdict.failed == []
+    print(report.table(run_result, environment.faults, facts))
+    assert {kind: environment.faults[kind] for kind in kinds} == dict.fromkeys(kinds, 1)
+    assert run_result.failed == []
 
 
 @pytest.mark.parametrize("topology", DECKS)
@@ -69,8 +69,8 @@ def test_the_command_prints_the_schedule_of_its_seed() -> None:
     assert printed(7).splitlines() == ["seed 7", *map(str, schedule(7, 30))]
 
 
-def test_who_judges_imports_nothing_of_conveyor() -> None:
-    """No module that drives, breaks or judges imports the library, nor what does: in functions, for types, or by way of others."""
+def test_drivers_and_checkers_import_nothing_of_conveyor() -> None:
+    """No module that drives, breaks or checks imports the library, nor a module that does: in functions, for types, or indirectly."""
     modules = {path.stem: ast.walk(ast.parse(path.read_text())) for path in (HOME / "chaos").glob("*.py")}
     assert modules.keys() > UNDER_TEST
     for name in modules.keys() - UNDER_TEST:
@@ -79,7 +79,7 @@ def test_who_judges_imports_nothing_of_conveyor() -> None:
             whole = {f"{getattr(node, 'module', None) or ''}.{one}".strip(".") for one in found}
             assert not [one for one in whole if one.split(".")[0] == "conveyor"], name
             assert not whole & {f"chaos.{one}" for one in UNDER_TEST}, name
-    loaded = "import sys, chaos.__main__, chaos.case, chaos.terrain; print([m for m in sys.modules if m.startswith('conveyor')])"
+    loaded = "import sys, chaos.__main__, chaos.sabotage_cases, chaos.server_topologies; print([m for m in sys.modules if m.startswith('conveyor')])"
     result = subprocess.run([sys.executable, "-c", loaded], cwd=HOME, check=True, capture_output=True, text=True)
     assert result.stdout == "[]\n"
 
@@ -88,9 +88,9 @@ def test_who_judges_imports_nothing_of_conveyor() -> None:
 @pytest.mark.parametrize(("name", "count"), [("redis-kill", 2), ("cut", 30), ("maxmemory", 300)])
 def test_scenarios_of_the_published_figures_pass(name: str, count: int) -> None:
     """A few rounds of what `make chaos ARGS="--scenario …"` does many times."""
-    verdict, stage, facts = scenario.run(name, count, seed=1)
+    run_result, environment, facts = single_fault_runs.run(name, count, seed=1)
 
-    print(report.table(verdict, stage.faults, facts))
-    assert verdict.failed == []
-    assert sum(stage.faults.values()) >= 1
-    assert verdict.counts["ok"] > 100
+    print(report.table(run_result, environment.faults, facts))
+    assert run_result.failed == []
+    assert sum(environment.faults.values()) >= 1
+    assert run_result.counts["ok"] > 100

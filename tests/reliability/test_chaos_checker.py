@@ -1,4 +1,4 @@
-"""The chaos checker itself, judged with histories made by hand: each kind of wrong is found, and a clean run passes."""
+"""The chaos checker, tested with histories written for it: each kind of error is found, and a clean run passes."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 
 from chaos.checker import check
-from chaos.dump import Dump, take
-from chaos.evidence import gather
-from chaos.history import History, transactions
-from chaos.record import Record, read
+from chaos.redis_history import History, transactions
+from chaos.remaining_state import RemainingState, take
 from chaos.report import ROWS
-from chaos.verdict import MUST_BE_ZERO, Verdict, spread
+from chaos.run_data import gather
+from chaos.run_log import RunLog, read
+from chaos.run_result import MUST_BE_ZERO, RunResult, spread
 
 ID = "default:0Q8BSAkvxDi695FnFb8ddl"
 BARE = ID.partition(":")[2]
@@ -23,22 +23,24 @@ ENVELOPE = "\nquick\n{}"
 P = "chaos:{default}:"
 
 
-class Tale:
-    """A run told step by step: what programs wrote down, and what Redis recorded."""
+class RunBuilder:
+    """Builds the data of a run step by step: lines of the programs, and the history of Redis."""
 
     def __init__(self) -> None:
         self.calls: list[dict[str, Any]] = []
         self.runs: list[dict[str, Any]] = []
         self.faults: list[dict[str, Any]] = []
         self.history = History()
-        self.dump = Dump()
+        self.dump = RemainingState()
         self.now = 100.0
 
-    def later(self, seconds: float = 1.0) -> Tale:
+    def later(self, seconds: float = 1.0) -> RunBuilder:
         self.now += seconds
         return self
 
-    def push(self, token: str = "1.1.0", id_: str = ID, *, kind: str = "quick", ends: str = "ok", **facts: Any) -> Tale:
+    def push(
+        self, token: str = "1.1.0", id_: str = ID, *, kind: str = "quick", ends: str = "ok", **facts: Any
+    ) -> RunBuilder:
         call = {
             "call": token,
             "phase": "intent",
@@ -55,83 +57,85 @@ class Tale:
             self.calls.append({"call": token, "phase": "refused", "at": self.now})
         return self
 
-    def run(self, phase: str = "ok", *, id_: str = ID, token: str = "1.1.0", attempt: int = 1, pid: int = 7) -> Tale:
+    def run(
+        self, phase: str = "ok", *, id_: str = ID, token: str = "1.1.0", attempt: int = 1, pid: int = 7
+    ) -> RunBuilder:
         facts = {"token": token, "id": id_, "attempt": attempt, "pid": pid}
         self.runs.append({"phase": "start", "at": self.now, **facts})
         if phase:
             self.runs.append({"phase": phase, "at": self.now + 0.5, **facts})
         return self.later()
 
-    def wrote(self, *commands: str) -> Tale:
+    def wrote(self, *commands: str) -> RunBuilder:
         self.history.apply([[part.encode() for part in command.split("|")] for command in commands])
         return self
 
-    def stored(self, bare: str = BARE, head: str = "") -> Tale:
+    def stored(self, bare: str = BARE, head: str = "") -> RunBuilder:
         return self.wrote(f"HSET|{P}jobs|{bare}|{head}{ENVELOPE}", f"RPUSH|{P}ready:0|{bare}")
 
-    def leased(self, worker: str = "w", bare: str = BARE) -> Tale:
+    def leased(self, worker: str = "w", bare: str = BARE) -> RunBuilder:
         return self.wrote(f"LPOP|{P}ready:0|1", f"HSET|{P}leased:{worker}|{bare}|8193")
 
-    def child(self, bare: str) -> Tale:
+    def child(self, bare: str) -> RunBuilder:
         return self.stored(bare).leased(bare=bare).done(bare=bare)
 
-    def leave(self, place: str) -> Tale:
+    def leave(self, place: str) -> RunBuilder:
         self.dump.live[ID] = place
         return self
 
-    def done(self, worker: str = "w", bare: str = BARE, **value: int) -> Tale:
+    def done(self, worker: str = "w", bare: str = BARE, **value: int) -> RunBuilder:
         record = json.dumps({"status": "done", **({"value": value} if value else {})})
         return self.wrote(
             f"HDEL|{P}leased:{worker}|{bare}", f"HDEL|{P}jobs|{bare}", f"SET|{P}result:{bare}|{record}|PX|9"
         )
 
-    def reaped(self, worker: str = "w", bare: str = BARE) -> Tale:
+    def reaped(self, worker: str = "w", bare: str = BARE) -> RunBuilder:
         return self.wrote(f"DEL|{P}leased:{worker}", f"LPUSH|{P}ready:0|{bare}")
 
-    def judged(self, **options: Any) -> Verdict:
-        evidence = gather(self.calls, self.runs, self.faults, self.dump, self.history, lease=2.0)
-        return check(evidence, **options)
+    def checked(self, **options: Any) -> RunResult:
+        data = gather(self.calls, self.runs, self.faults, self.dump, self.history, lease=2.0)
+        return check(data, **options)
 
 
-def clean() -> Tale:
-    return Tale().push().stored().leased().run().done(attempt=1, pid=7)
+def clean() -> RunBuilder:
+    return RunBuilder().push().stored().leased().run().done(attempt=1, pid=7)
 
 
-def clean_parent() -> Tale:
-    return Tale().push(spawns=1).stored().leased().run().done(attempt=1, pid=7)
+def clean_parent() -> RunBuilder:
+    return RunBuilder().push(spawns=1).stored().leased().run().done(attempt=1, pid=7)
 
 
 def test_a_clean_run_passes() -> None:
     """One job, pushed, leased, run and done: everything else is zero."""
-    verdict = clean().judged()
+    result = clean().checked()
 
-    assert verdict.failed == []
-    assert (verdict.counts["attempted"], verdict.counts["acknowledged"], verdict.counts["ok"]) == (1, 1, 1)
-    assert all(verdict.counts[name] == 0 for name in MUST_BE_ZERO)
+    assert result.failed == []
+    assert (result.counts["attempted"], result.counts["acknowledged"], result.counts["ok"]) == (1, 1, 1)
+    assert all(result.counts[name] == 0 for name in MUST_BE_ZERO)
 
 
 def test_a_repeat_with_a_higher_number_passes() -> None:
     """A job whose worker died runs again as attempt 2 and is done once: nothing is wrong, and the recovery is measured."""
-    tale = Tale().push().stored().leased("dead").run("")
-    tale.faults.append({"kind": "kill worker", "pids": [7], "supervised": True, "at": tale.now})
-    tale.later(0.25).wrote(f"ZREM|{P}workers|dead", f"DEL|{P}leased:dead", f"LPUSH|{P}ready:0|{BARE}")
-    verdict = tale.leased("next").run(attempt=2, pid=8).done("next", attempt=2, pid=8).judged()
+    builder = RunBuilder().push().stored().leased("dead").run("")
+    builder.faults.append({"kind": "kill worker", "pids": [7], "supervised": True, "at": builder.now})
+    builder.later(0.25).wrote(f"ZREM|{P}workers|dead", f"DEL|{P}leased:dead", f"LPUSH|{P}ready:0|{BARE}")
+    result = builder.leased("next").run(attempt=2, pid=8).done("next", attempt=2, pid=8).checked()
 
-    assert verdict.failed == []
-    assert verdict.counts["repeated executions"] == 1
-    assert verdict.counts["recovery, supervised"] == {"count": 1, "p50": 0.25, "p99": 0.25, "max": 0.25}
-    assert verdict.counts["unexplained repeats"] == 0
+    assert result.failed == []
+    assert result.counts["repeated executions"] == 1
+    assert result.counts["recovery, supervised"] == {"count": 1, "p50": 0.25, "p99": 0.25, "max": 0.25}
+    assert result.counts["unexplained repeats"] == 0
 
 
-WRONG: dict[str, tuple[Tale, set[str]]] = {
-    "never stored": (Tale().push(), {"lost"}),
-    "vanished after it ran half": (Tale().push().stored().leased().run("").done(), {"lost"}),
-    "acknowledged before it ran": (Tale().push().stored().leased().done(), {"lost"}),
-    "dead though innocent": (
-        Tale().push().stored().leased().run("failed").wrote(f"HDEL|{P}leased:w|{BARE}", f"ZADD|{P}dead|5|{BARE}"), {"lost"},
+WRONG: dict[str, tuple[RunBuilder, set[str]]] = {
+    "never stored": (RunBuilder().push(), {"lost"}),
+    "vanished after it ran half": (RunBuilder().push().stored().leased().run("").done(), {"lost"}),
+    "acknowledged before it ran": (RunBuilder().push().stored().leased().done(), {"lost"}),
+    "dead without a crash of its own": (
+        RunBuilder().push().stored().leased().run("failed").wrote(f"HDEL|{P}leased:w|{BARE}", f"ZADD|{P}dead|5|{BARE}"), {"lost"},
     ),
     "cancelled by nobody": (
-        Tale().push().stored().wrote(f"LPOP|{P}ready:0|1", f"HDEL|{P}jobs|{BARE}", f'SET|{P}result:{BARE}|{{"status":"cancelled"}}|PX|9'), {"lost"},
+        RunBuilder().push().stored().wrote(f"LPOP|{P}ready:0|1", f"HDEL|{P}jobs|{BARE}", f'SET|{P}result:{BARE}|{{"status":"cancelled"}}|PX|9'), {"lost"},
     ),
     "run for nobody": (clean().run(id_="default:x", token="9.9.9", attempt=1), {"unexpected"}),
     "refused and run": (clean().push("1.1.1", ends="refused").run(id_="default:y", token="1.1.1"), {"unexpected"}),
@@ -141,38 +145,38 @@ WRONG: dict[str, tuple[Tale, set[str]]] = {
     ),
     "stored again after its end": (clean().stored(), {"stored twice"}),
     "the same attempt again": (
-        Tale().push().stored().leased().run("").run(pid=8).done(attempt=1, pid=8), {"same attempt twice"},
+        RunBuilder().push().stored().leased().run("").run(pid=8).done(attempt=1, pid=8), {"same attempt twice"},
     ),
     "done twice": (clean().done(attempt=1, pid=7), {"duplicate outcomes"}),
     "dead after it was done": (clean().wrote(f"ZADD|{P}dead|5|{BARE}"), {"duplicate outcomes", "audit findings"}),
     "ended by who had lost it": (
-        Tale().push().stored().leased("old").reaped("old").leased("new").run(attempt=2).done("old", attempt=2, pid=7),
+        RunBuilder().push().stored().leased("old").reaped("old").leased("new").run(attempt=2).done("old", attempt=2, pid=7),
         {"zombie accepted", "audit findings"},
     ),
     "an older attempt counted": (
-        Tale().push().stored().leased().run().run("", attempt=2, pid=8).done(attempt=1, pid=7), {"zombie accepted"},
+        RunBuilder().push().stored().leased().run().run("", attempt=2, pid=8).done(attempt=1, pid=7), {"zombie accepted"},
     ),
-    "a result that nobody computed": (Tale().push().stored().leased().run().done(attempt=1, pid=99), {"unexpected"}),
+    "a result that nobody computed": (RunBuilder().push().stored().leased().run().done(attempt=1, pid=99), {"unexpected"}),
     "one key, two holders": (
         clean().stored("a", "uk").stored("b", "uk").leased(bare="a").leased(bare="b").done(bare="a").done(bare="b"),
         {"unique key held twice"},
     ),
     "acknowledged first, its result stored later": (
-        Tale().push().stored().leased().run().wrote(f"HDEL|{P}leased:w|{BARE}", f"HDEL|{P}jobs|{BARE}").wrote(
+        RunBuilder().push().stored().leased().run().wrote(f"HDEL|{P}leased:w|{BARE}", f"HDEL|{P}jobs|{BARE}").wrote(
             f'SET|{P}result:{BARE}|{{"status":"done"}}|PX|9'), {"ended without result"},
     ),
     "taken from its line, and leased later": (
-        Tale().push().stored().wrote(f"LPOP|{P}ready:0|1").wrote(f"HSET|{P}leased:w|{BARE}|8193").run().done(), {"audit findings"},
+        RunBuilder().push().stored().wrote(f"LPOP|{P}ready:0|1").wrote(f"HSET|{P}leased:w|{BARE}|8193").run().done(), {"audit findings"},
     ),
     "an entry too many": (clean().wrote(f"RPUSH|{P}ready:0|{BARE}"), {"audit findings"}),
-    "confirmed by a replica, and gone": (Tale().push(wait_replicas=1), {"confirmed lost"}),
+    "confirmed by a replica, and gone": (RunBuilder().push(wait_replicas=1), {"confirmed lost"}),
     "its child never came": (clean_parent(), {"lost"}),
     "two children of one name": (
         clean_parent().run(id_="default:a", token="1.1.0/0").run(id_="default:b", token="1.1.0/0").child("a").child("b"),
         {"spawned twice"},
     ),
     "a child of one that failed": (
-        Tale().push(spawns=1).run(id_="default:a", token="1.1.0/0").child("a").stored().leased().run("failed").wrote(
+        RunBuilder().push(spawns=1).run(id_="default:a", token="1.1.0/0").child("a").stored().leased().run("failed").wrote(
             f"HDEL|{P}leased:w|{BARE}", f"ZADD|{P}due|5|{BARE}").leave("due"), {"unexpected", "stuck"},
     ),
     "before it was due": (clean().push("1.1.1", "default:d", delay=5.0).stored("d").leased(bare="d").run(
@@ -183,67 +187,67 @@ WRONG: dict[str, tuple[Tale, set[str]]] = {
 @pytest.mark.parametrize("name", WRONG)
 def test_each_wrong_is_found(name: str) -> None:
     """A history with one thing wrong fails for that, and for nothing else."""
-    tale, expected = WRONG[name]
+    builder, expected = WRONG[name]
 
-    assert set(tale.judged().failed) == expected
+    assert set(builder.checked().failed) == expected
 
 
 def test_what_is_left_is_stuck_or_leaked() -> None:
     """A job that has not ended after the drain is stuck, and a key that nothing will ever remove is leaked."""
-    tale = Tale().push().stored().leased().run("")
-    tale.dump.live[ID] = "nowhere"
-    tale.dump.leaked.append(f"{P}unique:k:x")
+    builder = RunBuilder().push().stored().leased().run("")
+    builder.dump.live[ID] = "nowhere"
+    builder.dump.leaked.append(f"{P}unique:k:x")
 
-    verdict = tale.judged()
-    assert verdict.failed == ["stuck", "leaked keys"]
-    assert verdict.counts["lost"] == 0
+    result = builder.checked()
+    assert result.failed == ["stuck", "leaked keys"]
+    assert result.counts["lost"] == 0
 
 
 def test_what_runs_after_its_cancellation_is_found() -> None:
     """A job cancelled before it was due must never start."""
-    tale = Tale().push(delay=5.0)
-    tale.calls.append({"call": "c", "phase": "cancel", "id": ID, "at": tale.now})
-    tale.calls.append({"call": "c", "phase": "cancelled", "id": ID, "gone": True, "at": tale.now})
+    builder = RunBuilder().push(delay=5.0)
+    builder.calls.append({"call": "c", "phase": "cancel", "id": ID, "at": builder.now})
+    builder.calls.append({"call": "c", "phase": "cancelled", "id": ID, "gone": True, "at": builder.now})
     cancelled = f'SET|{P}result:{BARE}|{{"status":"cancelled"}}|PX|9'
-    tale.stored().wrote(f"LPOP|{P}ready:0|1", f"HDEL|{P}jobs|{BARE}", cancelled)
-    assert tale.judged().failed == []
+    builder.stored().wrote(f"LPOP|{P}ready:0|1", f"HDEL|{P}jobs|{BARE}", cancelled)
+    assert builder.checked().failed == []
 
-    assert tale.later(6).run().judged().failed == ["ran after cancel"]
+    assert builder.later(6).run().checked().failed == ["ran after cancel"]
 
 
 def test_poison_may_start_so_often_and_no_oftener() -> None:
     """Three starts of a poison job are its due, the fourth is wrong; and who is dead for crashes must have been there."""
-    tale = Tale().push(kind="poison").stored()
+    builder = RunBuilder().push(kind="poison").stored()
     for attempt in (1, 2, 3):
-        tale.leased(f"w{attempt}").run("", attempt=attempt, pid=attempt).reaped(f"w{attempt}")
-    tale.leased().wrote(f"HDEL|{P}leased:w|{BARE}", f"ZADD|{P}dead|5|{BARE}")
-    tale.dump.dead[ID] = '3 0 3\n{"type":"crashed"}'
-    assert tale.judged().failed == []
-    assert tale.judged().counts["dead"] == 1
+        builder.leased(f"w{attempt}").run("", attempt=attempt, pid=attempt).reaped(f"w{attempt}")
+    builder.leased().wrote(f"HDEL|{P}leased:w|{BARE}", f"ZADD|{P}dead|5|{BARE}")
+    builder.dump.dead[ID] = '3 0 3\n{"type":"crashed"}'
+    assert builder.checked().failed == []
+    assert builder.checked().counts["dead"] == 1
 
-    assert tale.run("", attempt=4, pid=4).judged().failed == ["poison started too often"]
+    assert builder.run("", attempt=4, pid=4).checked().failed == ["poison started too often"]
 
 
 def test_an_unknown_push_may_or_may_not_have_happened() -> None:
-    """What was never answered is recovered when it ran, and nobody's loss when it did not."""
+    """A push without an answer counts as recovered when the job ran, and as no loss when it did not."""
     absent = clean().push("1.1.1", "default:u", ends="unknown")
     present = clean().push("1.1.1", ends="unknown").stored("u").leased(bare="u").run(id_="default:u", token="1.1.1")
 
-    assert (absent.judged().failed, absent.judged().counts["unknown"]) == ([], 1)
-    verdict = present.done(bare="u").judged()
-    assert (verdict.failed, verdict.counts["recovered"]) == ([], 1)
+    assert (absent.checked().failed, absent.checked().counts["unknown"]) == ([], 1)
+    result = present.done(bare="u").checked()
+    assert (result.failed, result.counts["recovered"]) == ([], 1)
 
 
 def test_a_repeat_without_a_reason_is_counted() -> None:
     """A job taken from a worker that met no fault is no loss, and yet a lease taken from the living."""
-    tale = Tale().push().stored().leased("w").run()
-    tale.runs[-1]["at"] += 5
-    tale.wrote(f'HSET|{P}leased:w|\tabout|{{"pid":7}}')
-    tale.reaped().leased("v").run(attempt=2, pid=8).done("v", attempt=2, pid=8)
+    builder = RunBuilder().push().stored().leased("w").run()
+    builder.runs[-1]["at"] += 5
+    builder.wrote(f'HSET|{P}leased:w|\tabout|{{"pid":7}}')
+    builder.reaped().leased("v").run(attempt=2, pid=8).done("v", attempt=2, pid=8)
 
-    assert tale.judged().counts["unexplained repeats"] == 1
-    assert tale.judged().counts["false reaps"] == 1
-    assert tale.judged(also=("unexplained repeats",)).failed == ["unexplained repeats"]
+    assert builder.checked().counts["unexplained repeats"] == 1
+    assert builder.checked().counts["false reaps"] == 1
+    assert builder.checked(also=("unexplained repeats",)).failed == ["unexplained repeats"]
 
 
 def test_the_append_only_file_is_read_by_transactions() -> None:
@@ -279,12 +283,12 @@ def test_every_line_of_the_table_is_explained() -> None:
     bold = set(re.findall(r"\*\*([^*]+)\*\*", cells))
 
     assert bold == set(MUST_BE_ZERO)
-    assert set(clean().judged().counts) <= set(ROWS)
+    assert set(clean().checked().counts) <= set(ROWS)
     assert [row for row in ROWS if row.partition(",")[0] not in cells] == []
 
 
 def test_what_is_left_is_audited(redis: Any) -> None:
-    """A job in two places, an entry without a job, a state of nobody, a lease of nobody, a wrong count: each is told."""
+    """A job in two places, an entry without a job, an orphaned state or lease, a wrong count: each is reported."""
     pipe = redis.pipeline()
     pipe.hset(f"{P}jobs", mapping={"twice": ENVELOPE, "held": ENVELOPE, "fine": ENVELOPE, "gone": "x" + ENVELOPE})
     pipe.rpush(f"{P}ready:0", "twice", "fine", "gone", "nobody").zadd(f"{P}due", {"twice": 5})
@@ -305,7 +309,7 @@ def test_what_is_left_is_audited(redis: Any) -> None:
 
 def test_a_line_torn_by_a_kill_is_left_out(tmp_path: Path) -> None:
     """A writer that was killed amid a line takes no other line with it: not the one before, not the one another wrote after."""
-    whole, torn, after = Record(tmp_path / "calls"), Record(tmp_path / "calls"), Record(tmp_path / "calls")
+    whole, torn, after = RunLog(tmp_path / "calls"), RunLog(tmp_path / "calls"), RunLog(tmp_path / "calls")
     whole.write(call="1")
     before = (tmp_path / "calls").stat().st_size
     torn.write(call="2")

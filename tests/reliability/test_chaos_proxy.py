@@ -12,8 +12,8 @@ import redis as redis_py
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
-from chaos.proxy import Proxy
-from chaos.resp import Splitter
+from chaos.fault_proxy import Proxy
+from chaos.resp_framing import RespSplitter
 from support.server_process import Server
 from support.supervisor_process import until
 
@@ -56,7 +56,7 @@ def test_splitter_finds_the_same_wholes_in_any_chunks() -> None:
     ends = [sum(map(len, wholes[: i + 1])) for i in range(len(wholes))]
 
     for size in (1, 2, 7, len(stream)):
-        splitter = Splitter()
+        splitter = RespSplitter()
         found = [
             (at + end, name, push)
             for at in range(0, len(stream), size)
@@ -146,7 +146,7 @@ def test_a_delay_keeps_the_order(proxy: Proxy, client: redis_py.Redis) -> None:
 
 
 def test_a_black_hole_delivers_late(proxy: Proxy, redis: redis_py.Redis) -> None:
-    """What is sent into a black hole is not refused; it arrives when the way is free again, though the sender has gone."""
+    """Bytes sent into a swallowed direction are not refused; they arrive when it is free again, even if the sender has gone."""
     with socket.create_connection(("127.0.0.1", proxy.port), 5) as raw:
         raw.sendall(b"PING\r\n")
         assert raw.recv(100) == b"+PONG\r\n"
@@ -174,7 +174,7 @@ def test_a_black_hole_may_have_one_direction(proxy: Proxy, redis: redis_py.Redis
 
 
 def test_storms_close_connections_until_healed(proxy: Proxy, client: redis_py.Redis) -> None:
-    """A storm ends connections again and again, and a healed proxy none; a refusing one lets nobody in."""
+    """A storm ends connections again and again, and a healed proxy none; a refusing one accepts no connection."""
     client.ping()
     proxy.storm(every=0.01)
     until(lambda: proxy.count["closed"] >= 1)

@@ -1,4 +1,4 @@
-"""The chaos checker must fail on builds that are broken on purpose, each in a scene with the right fault; ours passes it."""
+"""The chaos checker fails for each sabotaged build in a case with the right fault, and passes for the build as it is."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from pathlib import Path
 
 import pytest
 
-from chaos import case, mutant
-from chaos.ground import FAKETIME
+from chaos import sabotage_cases, sabotaged_build
+from chaos.recording_server import FAKETIME
 
-PATCHES = mutant.patches()
+PATCHES = sabotaged_build.patches()
 CLASSICS = {
-    "fence_off", "repeat_without_number", "reaper_by_the_clock", "growing_write_first", "late_first_beat", "wake_token_dropped",
-    "ack_before_store", "no_reconciliation", "non_atomic_claim", "early_ack", "result_after_ack", "clock_of_the_client",
-    "crashes_without_end", "unique_key_without_owner", "lane_ignored",
+    "ends_after_lost_lease_accepted", "attempt_number_used_again", "worker_reaped_after_one_look", "first_write_of_turn_grows", "first_renewal_too_late", "wake_token_not_pushed",
+    "push_acknowledged_before_stored", "lease_count_not_compared", "lease_in_two_steps", "every_job_acked_early", "result_written_after_ack", "delay_by_client_clock",
+    "crash_limit_ignored", "unique_key_of_another_job_deleted", "repeated_push_stored_again",
 }  # fmt: skip
 ROUNDS = 5
-SIDE_BY_SIDE = 5  # scenes are mostly waiting: for a lease to end, for work to drain
-NEEDED = {mutant.case_of(patch) for patch in PATCHES.values()}
+SIDE_BY_SIDE = 5  # cases are mostly waiting: for a lease to end, for work to drain
+NEEDED = {sabotaged_build.case_of(patch) for patch in PATCHES.values()}
 
 
 def playable(names: list[str]) -> list[str]:
@@ -28,48 +28,48 @@ def playable(names: list[str]) -> list[str]:
 
 
 def play_sabotaged(name: str) -> list[str]:
-    """Return what the checker finds wrong; plays the scene with one seed after another until it does."""
+    """Return the checker's errors; runs the case with one seed after another until there are some."""
     # A fault may strike when nothing is in its way, and then shows nothing of what it strikes.
     patch, failed = PATCHES[name], list[str]()
     for seed in range(1, ROUNDS + 1):
         with tempfile.TemporaryDirectory() as directory:
-            source = mutant.build(patch, Path(directory))
-            failed = case.run(mutant.case_of(patch), source=source, seed=seed).failed
+            source = sabotaged_build.build(patch, Path(directory))
+            failed = sabotage_cases.run(sabotaged_build.case_of(patch), source=source, seed=seed).failed
         if failed:
             break
     return failed
 
 
 def play_honest(name: str, seed: int = 1) -> str:
-    verdict = case.run(name, seed=seed)
-    return f"{verdict.failed} {verdict.examples}" if verdict.failed else ""
+    result = sabotage_cases.run(name, seed=seed)
+    return f"{result.failed} {result.examples}" if result.failed else ""
 
 
 def test_patches_are_many_and_aimed() -> None:
-    """The sabotages that any queue should be tried with are there; each applies to the source as it is and names a scene."""
+    """The sabotages that any queue should be tried with are there; each applies to the source as it is and names a case."""
     assert PATCHES.keys() >= CLASSICS
-    assert set(case.CASES) >= NEEDED
+    assert set(sabotage_cases.CASES) >= NEEDED
     for patch in PATCHES.values():
-        files = mutant.changed(patch)
+        files = sabotaged_build.changed(patch)
         assert files, patch.name
-        assert [name for name, text in files.items() if text == (mutant.HOME / name).read_text()] == []
+        assert [name for name, text in files.items() if text == (sabotaged_build.HOME / name).read_text()] == []
 
 
 def test_a_patch_that_aims_at_nothing_is_refused(tmp_path: Path) -> None:
-    """When the source has changed where a sabotage was aimed, it is not quietly left out."""
+    """A sabotage whose target has changed in the source is refused, not left out."""
     patch = tmp_path / "old.patch"
     patch.write_text(
         "Case: kill\n--- a/src/conveyor/jobs/app.py\n+++ b/src/conveyor/jobs/app.py\n@@ -1 +1 @@\n-not there\n+neither\n"
     )
 
-    with pytest.raises(mutant.DoesNotApplyError, match="found 0 times"):
-        mutant.changed(patch)
+    with pytest.raises(sabotaged_build.DoesNotApplyError, match="found 0 times"):
+        sabotaged_build.changed(patch)
 
 
 @pytest.mark.long
 def test_every_sabotage_is_caught() -> None:
-    """The checker finds what each sabotaged build does wrong."""
-    names = [name for name, patch in PATCHES.items() if playable([mutant.case_of(patch)])]
+    """The checker finds the defect of each sabotaged build."""
+    names = [name for name, patch in PATCHES.items() if playable([sabotaged_build.case_of(patch)])]
     with ThreadPoolExecutor(SIDE_BY_SIDE) as pool:
         found = dict(zip(names, pool.map(play_sabotaged, names), strict=True))
 
@@ -77,9 +77,9 @@ def test_every_sabotage_is_caught() -> None:
 
 
 @pytest.mark.long
-def test_this_build_passes_every_scene() -> None:
-    """The same scenes find nothing wrong with the build as it is."""
-    names = playable(list(case.CASES))
+def test_this_build_passes_every_case() -> None:
+    """The same cases find no error in the build as it is."""
+    names = playable(list(sabotage_cases.CASES))
     with ThreadPoolExecutor(SIDE_BY_SIDE) as pool:
         found = dict(zip(names, pool.map(play_honest, names), strict=True))
     # Once more after a failure, and alone: beside others a worker may really be late for a lease of one second.

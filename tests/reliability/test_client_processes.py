@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from chaos.proxy import Proxy
+from chaos.fault_proxy import Proxy
 from conveyor import Conveyor
 from conveyor.store import operations
 from conveyor.store.fork_safety import lazy_property

@@ -18,7 +18,7 @@ from conveyor import ConfigurationError, Conveyor
 from conveyor.worker.worker import Worker
 from support.running_worker import audit, counts, until, working
 from support.server_process import Server, find_binary
-from support.worker_processes import fleet, wait
+from support.worker_processes import wait, worker_processes
 
 Rounds = Callable[[int, int], int]
 LEASE = 4.0
@@ -31,15 +31,15 @@ RIGHT = {"FAKETIME_DONT_FAKE_MONOTONIC": "1"}
 
 
 @pytest.mark.row("B1", "I11")
-@pytest.mark.leaves_keys("what is left is taken away by the fleet")
+@pytest.mark.leaves_keys("what is left is taken away by its fixture")
 @needs_faketime
 @pytest.mark.standalone_only(
     "a certificate made just now is not valid yet an hour ago", on=("valkey", "redis6", "redis7", "acl")
 )
 def test_workers_with_wrong_clocks_are_on_time(url: str, tmp_path: Path, rounds: Rounds) -> None:
-    """Workers an hour ahead and an hour behind: delayed jobs start at their instants, and nobody's lease is doubted."""
+    """Workers an hour ahead and an hour behind: delayed jobs start at their instants, and no lease is taken."""
     count = rounds(1000, 100)
-    with fleet(url, tmp_path, lease="1s") as one:
+    with worker_processes(url, tmp_path, lease="1s") as one:
         for shift in ("+3600s", "-3600s"):
             one.start(env={"LD_PRELOAD": str(_LIBRARY[0]), "FAKETIME": shift, **RIGHT})
         one.start()
@@ -65,7 +65,7 @@ def test_workers_with_wrong_clocks_are_on_time(url: str, tmp_path: Path, rounds:
 
 @pytest.fixture
 def clock(directory: Path) -> Iterator[tuple[Server, Callable[[str], None]]]:
-    """Give a server whose clock can be set, and what sets it: `step("+3600")`."""
+    """Yield a server whose clock can be set, and the function that sets it: `step("+3600")`."""
     place = directory / f"clock{time.monotonic_ns()}"
     place.mkdir()
     offset = place / "offset"
@@ -106,7 +106,7 @@ async def server_time(app: Conveyor) -> int:
 async def test_a_step_of_the_servers_clock(
     clock: tuple[Server, Callable[[str], None]], before: str, after: str, bound: float
 ) -> None:
-    """With 100 jobs running the server's clock jumps an hour: none runs twice, and what a dead worker held is recovered."""
+    """With 100 jobs running the server's clock jumps an hour: none runs twice, and the jobs of a dead worker are recovered."""
     server, step = clock
     step(before)
     async with Conveyor(server.url, lease=f"{LEASE}s") as app:
@@ -155,7 +155,7 @@ async def test_a_step_of_the_servers_clock(
 
 @pytest.mark.row("B8")
 async def test_instants_in_the_past_and_far_away(url: str) -> None:
-    """An instant in the past is now, one in the year 9999 is kept, and what is no instant or duration stores nothing."""
+    """An instant in the past is now, one in the year 9999 is kept, and an invalid instant or duration stores nothing."""
     async with Conveyor(url) as app:
         ran: list[str] = []
 

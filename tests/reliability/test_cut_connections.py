@@ -16,7 +16,7 @@ from conveyor.ids import split
 from conveyor.store import inspection, operations
 from conveyor.store.transport.async_connection import AsyncConnection, ConnectionLost
 from conveyor.store.transport.connection import Connection
-from support.client_worker import HandWorker
+from support.client_worker import ClientWorker
 from support.running_worker import audit, counts, until
 
 QUICK = Retry(attempts=2, backoff="1ms", jitter=False)
@@ -204,7 +204,7 @@ def care(app: Conveyor) -> Any:
 
 
 def results(app: Conveyor) -> Any:
-    """Wait for a result that a worker made by hand brings, return a dead worker's job, and promote a scheduled one."""
+    """Wait for a result that a manual worker writes, return a dead worker's job, and promote a scheduled one."""
 
     @app.task(name="shop.send")
     def send() -> int:
@@ -213,11 +213,11 @@ def results(app: Conveyor) -> Any:
     job, later = send.enqueue(), send.options(delay="1h").enqueue()
     with pytest.raises(TimeoutError):
         job.result(timeout=0.001)
-    first = HandWorker(app.client, "default")
+    first = ClientWorker(app.client, "default")
     taken = first.take()
     app.client.run(operations.heartbeat(first.keys, first.identity, 5000))
     app.client.run(operations.reap(first.keys, first.identity))
-    second = HandWorker(app.client, "default")
+    second = ClientWorker(app.client, "default")
     assert second.take() == taken == [job.id]
     second.succeed(job.id, b"1")
     app.client.run(operations.promote(second.keys, split(later.id)[1]))

@@ -1,4 +1,4 @@
-"""What happens to jobs when the server, the network or the program itself misbehaves."""
+"""Jobs under faults of the server, of the network and of the program itself."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from support.server_process import Server
 
 @pytest.mark.row("C1")
 async def test_twenty_restarts_under_load_lose_nothing(start_server: Callable[..., Server]) -> None:
-    """Twenty kills of the server under load: every job whose enqueue returned runs, nobody restarts anything."""
+    """Twenty kills of the server under load: every job whose enqueue returned runs, without a restart of any program."""
     server = start_server("--appendonly", "yes", "--appendfsync", "always")
     app = Conveyor(server.url)
     ran: dict[int, int] = {}
@@ -189,7 +189,7 @@ asyncio.run(main())
 @pytest.mark.row("A3")
 @pytest.mark.leaves_keys("the worker of the frozen process is ended by force")
 async def test_a_frozen_worker_is_fenced(url: str, tmp_path: Path) -> None:
-    """A worker frozen beyond its lease finds its job taken over; what it says afterwards changes nothing."""
+    """A worker frozen beyond its lease finds its job taken over; its late report changes nothing."""
     log = tmp_path / "runs"
     log.touch()
     (tmp_path / "frozen.py").write_text(FROZEN)
@@ -244,7 +244,7 @@ async def test_an_outage_is_told_once(start_server: Callable[..., Server], caplo
             await asyncio.to_thread(server.start)
             await until(lambda: told("Redis is back after"))
             await until(lambda: worker.consumers[0].has_capacity)
-            wire = worker.consumers[0].wire
+            wire = worker.consumers[0].connection
             wire.drop(ConnectionError("cut"))
             await until(lambda: wire.is_open)
         assert (told("Redis is away"), told("Redis is back after")) == (1, 1)

@@ -21,13 +21,13 @@ from conveyor.events import WorkerStarted
 from conveyor.ids import split
 from conveyor.store import inspection, operations
 from conveyor.store.operations import TurnReport
-from support.client_worker import LEASE_MS, HandWorker
-from support.worker_processes import Fleet, fleet, wait
+from support.client_worker import LEASE_MS, ClientWorker
+from support.worker_processes import WorkerProcesses, wait, worker_processes
 
 Rounds = Callable[[int, int], int]
 QUICK = 0.6
 LEASE = 1.2  # where the law is that it is kept, so that a loaded machine can keep it
-pytestmark = pytest.mark.leaves_keys("what killed workers leave is taken away by the fleet")
+pytestmark = pytest.mark.leaves_keys("what killed workers leave is taken away by its fixture")
 
 
 @contextmanager
@@ -76,7 +76,7 @@ def test_frozen_workers_change_nothing_afterwards(url: str, redis: Any, tmp_path
     stops = rounds(200, 5)
     dice = random.Random(seed := random.randrange(10**9))
     print(f"seed {seed}")
-    with fleet(url, tmp_path, lease=f"{QUICK}s") as one, told(redis) as written:
+    with worker_processes(url, tmp_path, lease=f"{QUICK}s") as one, told(redis) as written:
         workers = [one.embed(concurrency=4) for _ in range(4)]
         jobs: list[Any] = []
         frozen: dict[int, float] = {}
@@ -105,22 +105,22 @@ def test_frozen_workers_change_nothing_afterwards(url: str, redis: Any, tmp_path
             assert len(attempts) == len(starts[n])
             assert results[split(job.id)[1]] == f"{max(attempts)} {attempts[max(attempts)]}"
         assert sum(map(len, starts.values())) > len(jobs)
-        assert one.log.count("our lease was lost") > 0
+        assert one.log.count("the lease was lost") > 0
         assert one.counts().dead == 0
         assert [worker.poll() for worker in workers] == [None] * 4
         assert one.is_sound()
 
 
 @pytest.mark.row("A4", "I6")
-def test_a_late_beat_does_not_raise_the_dead(url: str, rounds: Rounds) -> None:
+def test_a_late_beat_does_not_restore_a_reaped_worker(url: str, rounds: Rounds) -> None:
     """After a reap no beat, turn or extension under the old identity changes anything, however often it comes."""
     with Conveyor(url) as app:
         queue = app.queue("mail")
         queue.push(1)
-        late = HandWorker(app.client, "mail")
+        late = ClientWorker(app.client, "mail")
         (job,) = late.take()
         assert app.client.run(operations.reap(late.keys, late.identity)) == 1
-        current = HandWorker(app.client, "mail")
+        current = ClientWorker(app.client, "mail")
         assert current.take() == [job]
         keys, id_ = late.keys, split(job)[1]
 
@@ -139,7 +139,7 @@ def test_a_late_beat_does_not_raise_the_dead(url: str, rounds: Rounds) -> None:
         app.client.run(operations.reap(keys, current.identity, crashed=False))
 
 
-def together(one: Fleet, count: int) -> None:
+def together(one: WorkerProcesses, count: int) -> None:
     """Wait until so many workers are registered."""
     wait(lambda: len(one.app.client.run(inspection.workers(one.keys))) == count)
 
@@ -147,7 +147,7 @@ def together(one: Fleet, count: int) -> None:
 @pytest.mark.row("A5", "A6")
 def test_a_blocked_worker_keeps_its_jobs_under_a_supervisor(url: str, tmp_path: Path, rounds: Rounds) -> None:
     """Jobs that block the loop, or hold the interpreter's lock, for three leases are started once; the log names them."""
-    with fleet(url, tmp_path, lease=f"{LEASE}s") as one:
+    with worker_processes(url, tmp_path, lease=f"{LEASE}s") as one:
         one.start(processes=3, concurrency=1)
         together(one, 3)
         for n in range(rounds(50, 1)):
@@ -165,8 +165,8 @@ def test_a_blocked_worker_keeps_its_jobs_under_a_supervisor(url: str, tmp_path: 
     "listens to the notifications of one server", on=("redis6", "redis7", "tls", "acl", "sentinel")
 )
 def test_a_blocked_worker_inside_a_program(url: str, redis: Any, tmp_path: Path, rounds: Rounds) -> None:
-    """A blocked loop keeps its job there too; under a held lock nobody renews: it runs twice, and the first end is refused."""
-    with fleet(url, tmp_path, lease=f"{LEASE}s") as one, told(redis) as written:
+    """A blocked loop keeps its job there too; under a held GIL no thread renews: the job runs twice, and the first end is refused."""
+    with worker_processes(url, tmp_path, lease=f"{LEASE}s") as one, told(redis) as written:
         for _ in range(3):
             one.embed(concurrency=1)
         for n in range(rounds(50, 1)):
@@ -175,7 +175,7 @@ def test_a_blocked_worker_inside_a_program(url: str, redis: Any, tmp_path: Path,
             assert block.result(timeout=60).split()[0] == "1"
             assert clutch.result(timeout=60).split()[0] == "2"
             assert f"Task block ({block.id}) has blocked" in one.log
-            wait(lambda n=n: one.log.count("our lease was lost") > n)
+            wait(lambda n=n: one.log.count("the lease was lost") > n)
             assert clutch.result(timeout=5).split()[0] == "2"
             assert [written()[split(job.id)[1]] for job in (block, clutch)] == [1, 1]
         assert one.repeats() == rounds(50, 1)
@@ -186,7 +186,7 @@ def test_a_blocked_worker_inside_a_program(url: str, redis: Any, tmp_path: Path,
 def test_a_loop_blocked_too_long_loses_its_jobs(url: str, tmp_path: Path, rounds: Rounds, supervised: bool) -> None:
     """Beyond `max_stall` the job runs elsewhere, a few leases later at the latest; the result is that of the second run."""
     stall = LEASE
-    with fleet(url, tmp_path, lease=f"{LEASE}s") as one:
+    with worker_processes(url, tmp_path, lease=f"{LEASE}s") as one:
         if supervised:
             one.start(processes=2, max_stall=stall)
         else:
@@ -198,7 +198,7 @@ def test_a_loop_blocked_too_long_loses_its_jobs(url: str, tmp_path: Path, rounds
             job = one.tasks.block.enqueue(n, stall + 4 * LEASE)
             assert job.result(timeout=60).split()[0] == "2"
             assert time.monotonic() - begun < stall + 3 * LEASE + 5
-            words = "was killed after blocking" if supervised else "its leases are renewed no more"
+            words = "was killed after blocking" if supervised else "its leases are no longer renewed"
             wait(lambda n=n, words=words: one.log.count(words) > n)
         one.repeats()
 

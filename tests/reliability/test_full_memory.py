@@ -28,7 +28,7 @@ Start = Callable[..., Server]
 async def test_a_backlog_drains_on_a_full_server(start_server: Start, rounds: Rounds, name: str) -> None:
     """Workers start, lease, retry, keep results and finish a backlog on a full server; a refused push leaves no key."""
     server = start_server(name=name)
-    jobs, crew = rounds(10_000, 1000), rounds(4, 2)
+    jobs, workers = rounds(10_000, 1000), rounds(4, 2)
     app, ran, lost = Conveyor(server.url, lease="2s"), Counter[int](), list[JobLost]()
     app.on(JobLost)(lost.append)
 
@@ -53,7 +53,7 @@ async def test_a_backlog_drains_on_a_full_server(start_server: Start, rounds: Ro
                 await producer.aenqueue_many([task.s(-1), task.s(-1)])
             assert sorted(client.scan_iter()) == before
             async with AsyncExitStack() as stack:
-                for _ in range(crew):
+                for _ in range(workers):
                     await stack.enter_async_context(working(app))
                 await until(lambda: len(ran) == jobs, 60)
                 client.config_set("maxmemory", "0")
@@ -114,7 +114,7 @@ async def test_a_policy_that_turns_bad_under_a_worker_is_said(
             await look(2)
             client.config_set("maxmemory-policy", "volatile-ttl")
             await look(5)
-            assert not worker.stopping
+            assert not worker.lifecycle.stopping
     policies = [text.rpartition(" ")[2] for text in said()]
     assert policies == ["allkeys-lru", "volatile-ttl"]
     await app.aclose()
@@ -169,7 +169,7 @@ async def test_each_record_that_was_thrown_away_is_reported_once(
 
 @pytest.mark.row("C12")
 async def test_a_worker_outlives_evictions(start_server: Start, rounds: Rounds) -> None:
-    """Whatever keys of ours the server throws away, again and again, the worker lives on and runs what comes afterwards."""
+    """A worker survives repeated eviction of any key and runs the jobs that come afterwards."""
     server = start_server("--maxmemory", "6mb", "--maxmemory-policy", "allkeys-random")
     app, ran = Conveyor(server.url, lease="3s"), set[int]()
 
@@ -187,7 +187,7 @@ async def test_a_worker_outlives_evictions(start_server: Start, rounds: Rounds) 
                 while client.info("stats")["evicted_keys"] < evicted + 60:
                     client.set(f"ballast:{filler}", "x" * 100_000)
                     filler += 1
-                assert not worker.stopping
+                assert not worker.lifecycle.stopping
             client.config_set("maxmemory", "0")
             client.delete(*client.keys("ballast:*"))
             await note.aenqueue(1)

@@ -1,4 +1,4 @@
-"""Whatever people type: URLs, durations and command lines give a sentence and a code, never a traceback."""
+"""Random input of people: URLs, durations and command lines give a sentence and a code, never a traceback."""
 
 from __future__ import annotations
 

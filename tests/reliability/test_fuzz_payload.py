@@ -1,4 +1,4 @@
-"""Whatever lies in Redis: typed errors, dead letters with their bytes, and no worker that ends."""
+"""Random bytes in Redis give typed errors and dead letters with their bytes, and end no worker."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def test_damaged_bytes_give_typed_errors(tmp_path, rounds):
 
 @pytest.mark.row("D4", "D5")
 def test_bombs_do_not_grow(tmp_path):
-    """What claims to be a gigabyte is refused before it is one: in a compressed body, and in a reference."""
+    """A body that claims to be a gigabyte is refused before it is inflated: a compressed one, and a reference."""
     bomb = b"\x01\x01\x00\x01" + zlib.compress(b" " * (1 << 28), 1)
     keyed = sealing(tmp_path, keys=KEYS, large=FileStore(tmp_path))
     assert keyed.sealer is not None
@@ -165,7 +165,7 @@ async def test_random_bodies_are_set_aside(url, redis, rounds, keys):
         good = await add.aenqueue(2)
         async with working(app) as worker:
             assert await good.aresult("60s") == 2
-            assert not worker.stopped
+            assert not worker.lifecycle.stopped
         left = await counts(app)
         stored = redis.hgetall(held.jobs)
         assert {id_: stored[id_.encode()] for id_ in written} == written

@@ -1,4 +1,4 @@
-"""Hostile bytes, and secrets in awkward places: what somebody may write into Redis, and what a person then sees of it."""
+"""Hostile bytes in Redis, secrets in awkward places, and the views that people get of both."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ async def test_what_cannot_be_read_is_not_quoted(url, redis, encrypt):
 
 
 async def test_what_was_not_opened_is_told_without_keys(url):
-    """Why a seal does not match is no secret: who lacks the keys reads it too."""
+    """The reason why a seal does not match is no secret: it is shown without the keys, too."""
     async with Conveyor(url) as bare, Conveyor(url, keys=KEYS) as keyed:
         await bare.queue("mail").apush("x")
         assert await keyed.queue("mail").apull() == []
@@ -306,7 +306,7 @@ async def test_log_lines_cannot_be_forged(url, redis, caplog):
 @pytest.mark.long
 @pytest.mark.leaves_keys("a queue's name that no client of ours would write")
 def test_terminals_are_not_steered(url, redis, tmp_path):
-    """What stands in Redis reaches a terminal, or a document, with its control characters escaped."""
+    """Text from Redis reaches a terminal, or a document, with its control characters escaped."""
     shell = Shell(tmp_path, url)
     shell.write("jobs.py", JOBS)
     run = {"CONVEYOR_APP": "jobs:app"}

@@ -28,7 +28,7 @@ from support.running_worker import drain
      (datetime(2026, 1, 1, tzinfo=UTC), "E03"), ("x" * 2000, "E21")],
 )  # fmt: skip
 def test_what_would_arrive_changed_is_refused(value, code):
-    """The rule of JSON holds: what was not annotated and would come back as something else is refused where it is made."""
+    """The rule of JSON holds: a value without annotation that would come back changed is refused where it is made."""
     codec = codec_for(Any, formats=FormatRegistry(MSGPACK), max_payload=1000, what="it")
     with pytest.raises(PayloadError) as caught:
         codec.encode(value)
@@ -152,14 +152,14 @@ async def test_damaged_msgpack_is_set_aside(url, redis):
 
 
 def test_ordinary_jobs_take_the_short_way():
-    """With the formats at hand a JSON job is still looked up by its first bytes, and a marked one misses that table."""
+    """With other formats known, a JSON job is still looked up by its first bytes, and a marked one misses that table."""
     app = Conveyor(format=["json", "msgpack"])
     declare(app)
     worker = Worker(app)
     task = app.tasks["move"]
     other = Conveyor(format="msgpack")
     declare(other)
-    table = worker.unusual.fast("default", {task.name: Handler(definition_of(task))}, foreign=False)
+    table = worker.loader.plain_handlers("default", {task.name: Handler(definition_of(task))}, foreign=False)
     for home, short in ((app, True), (other, False)):
         body = definition_of(home.tasks["move"]).signature.encode((Point(1, 2),), {})
         assert ((definition_of(task).head + body)[: len(definition_of(task).head) + 1] in table) is short

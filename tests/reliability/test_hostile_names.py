@@ -16,7 +16,7 @@ import conveyor
 from conveyor.errors import ConfigurationError
 from conveyor.jobs.app import Conveyor
 from conveyor.store import inspection
-from support.manual_worker import Hand
+from support.manual_worker import ManualWorker
 from support.server_process import Server
 
 Rounds = Callable[[int, int], int]
@@ -60,10 +60,10 @@ def test_no_name_reaches_beyond_its_queue(app: Conveyor, redis: redis_py.Redis, 
 
 @pytest.mark.row("C24")
 def test_ids_keys_and_headers_that_mean_harm(app: Conveyor, redis: redis_py.Redis, rounds: Rounds) -> None:
-    """Whatever an id, a unique key or a header holds, it is refused with nothing stored or comes back as it was, in its job only."""
+    """Any id, unique key or header is refused with nothing stored, or comes back unchanged, in its job only."""
     seed = random.randrange(2**32)
     print(f"seed {seed}")
-    draw, hand = random.Random(seed), Hand(app)
+    draw, manual = random.Random(seed), ManualWorker(app)
     task = app.task(name="note", keep_result="1m")(lambda n: n)
     marks = ("x", "\nx", "p9", "u", "e1 d1 i uk", "i", "1 2 3", "\tturn", "0 0 0w")
     texts = {*HOSTILE, *marks, *(_draw(draw) for _ in range(rounds(10_000, 200)))}
@@ -76,15 +76,15 @@ def test_ids_keys_and_headers_that_mean_harm(app: Conveyor, redis: redis_py.Redi
             continue
         handle = bound.enqueue(served)
         assert bound.enqueue(-1).id == handle.id == text
-        assert hand.take(2) == [text]
-        assert hand.envelopes[text].unique == text
-        assert hand.envelopes[text].extra.headers == {"h": text, text: "v"}
+        assert manual.take(2) == [text]
+        assert manual.envelopes[text].unique == text
+        assert manual.envelopes[text].extra.headers == {"h": text, text: "v"}
         assert app.client.run(inspection.audit(app.client.keys("default"))) == []
-        hand.done(text, served)
+        manual.done(text, served)
         assert handle.result(timeout=5) == served
         served += 1
     assert served > 20
-    hand.leave()
+    manual.leave()
     redis.flushall()
 
 

@@ -19,12 +19,12 @@ from conveyor import Conveyor
 from conveyor.ids import split
 from conveyor.store import operations
 from conveyor.worker.worker import Worker
-from support.client_worker import HandWorker
+from support.client_worker import ClientWorker
 from support.supervisor_process import running
-from support.worker_processes import Fleet, fleet, wait
+from support.worker_processes import WorkerProcesses, wait, worker_processes
 
 Rounds = Callable[[int, int], int]
-pytestmark = pytest.mark.leaves_keys("what killed workers leave is taken away by the fleet")
+pytestmark = pytest.mark.leaves_keys("what killed workers leave is taken away by its fixture")
 
 
 @pytest.mark.row("A1", "I2")
@@ -34,7 +34,7 @@ def test_kills_under_load_lose_nothing(url: str, tmp_path: Path, rounds: Rounds)
     jobs = rounds(100_000, 1_500)
     dice = random.Random(seed := random.randrange(10**9))
     print(f"seed {seed}")
-    with fleet(url, tmp_path, lease="10s") as one:
+    with worker_processes(url, tmp_path, lease="10s") as one:
         one.app.enqueue_many(one.tasks.note.s(n, 0.01) for n in range(min(jobs, 1000)))
         supervisor = one.start(processes=4)
         pushed = min(jobs, 1000)
@@ -57,7 +57,7 @@ def test_kills_under_load_lose_nothing(url: str, tmp_path: Path, rounds: Rounds)
         assert one.is_sound()
 
 
-def _at_work(one: Fleet, supervisor: subprocess.Popen[bytes]) -> list[int]:
+def _at_work(one: WorkerProcesses, supervisor: subprocess.Popen[bytes]) -> list[int]:
     """Return the children that started or ended a job lately; any when the last job is done."""
     busy = {line.pid for line in one.journal[-200:]}
     return [pid for pid in one.children(supervisor) if running(pid) and (pid in busy or one.drained())]
@@ -73,7 +73,7 @@ def test_kills_at_the_worst_points(url: str, tmp_path: Path, rounds: Rounds, poi
     """Killed after the lease came, before or after the code ran, before or amid the ack: one completion, all starts visible."""
     kills = rounds(50, 2)
     numbers: dict[str, int] = {}
-    with fleet(url, tmp_path, lease="10s", FLEET_POINT=point) as one:
+    with worker_processes(url, tmp_path, lease="10s", WORKERS_POINT=point) as one:
         one.start(processes=2)
         for number in range(kills):
             (tmp_path / point).touch()
@@ -99,11 +99,11 @@ def test_kills_at_the_worst_points(url: str, tmp_path: Path, rounds: Rounds, poi
 
 
 @pytest.mark.row("A7", "A8", "I8")
-def test_poison_is_convicted_and_nobody_else(url: str, tmp_path: Path, rounds: Rounds) -> None:
+def test_only_poison_jobs_die_by_crashes(url: str, tmp_path: Path, rounds: Rounds) -> None:
     """A job that ends its process is started `max_crashes` times, then dead; the good ones around it, and between two, succeed."""
     bad, good = rounds(100, 8), rounds(10_000, 300)
     ways = ["kill", "segfault", "exit", "abort"]
-    with fleet(url, tmp_path, lease="10s") as one:
+    with worker_processes(url, tmp_path, lease="10s") as one:
         calls = [one.tasks.good.s(n, 0.02) for n in range(good)]
         calls += [one.tasks.poison.s(good + number, ways[number % 4]) for number in range(bad)]
         random.Random(8).shuffle(calls)  # one process holds several of them at a time
@@ -125,7 +125,7 @@ def test_poison_is_convicted_and_nobody_else(url: str, tmp_path: Path, rounds: R
 
 
 @pytest.mark.row("A8")
-async def test_a_job_that_never_started_is_not_convicted(url: str) -> None:
+async def test_a_job_that_never_started_is_no_poison(url: str) -> None:
     """Workers that died while they held a job make it a suspect, once; only its own starts make it poison."""
     async with Conveyor(url) as app:
         started: list[int] = []
@@ -139,9 +139,9 @@ async def test_a_job_that_never_started_is_not_convicted(url: str) -> None:
 
         job = await poison.aenqueue()
         for _ in range(5):
-            hand = await asyncio.to_thread(HandWorker, app.client, "default")
-            assert await asyncio.to_thread(hand.take) == [job.id]
-            await app.client.arun(operations.reap(hand.keys, hand.identity))
+            manual = await asyncio.to_thread(ClientWorker, app.client, "default")
+            assert await asyncio.to_thread(manual.take) == [job.id]
+            await app.client.arun(operations.reap(manual.keys, manual.identity))
         while await job.astatus() != "dead":
             crash.clear()
             worker = Worker(app)
@@ -159,7 +159,7 @@ async def test_a_job_that_never_started_is_not_convicted(url: str) -> None:
 @pytest.mark.row("A7")
 def test_a_killed_supervisor_is_told_by_its_exit(url: str, tmp_path: Path) -> None:
     """A supervisor that the kernel kills ends with that signal, and its children give back what they hold and end."""
-    with fleet(url, tmp_path, lease="10s") as one:
+    with worker_processes(url, tmp_path, lease="10s") as one:
         supervisor = one.start(processes=2, grace=0.2)
         one.app.enqueue_many(one.tasks.note.s(n, 60) for n in range(4))
         wait(lambda: len(one.starts()) == 4)
@@ -173,9 +173,9 @@ def test_a_killed_supervisor_is_told_by_its_exit(url: str, tmp_path: Path) -> No
 @pytest.mark.row("I9")
 @pytest.mark.parametrize("supervised", [True, False], ids=["supervised", "alone"])
 def test_the_jobs_of_the_dead_are_back_in_time(url: str, tmp_path: Path, rounds: Rounds, supervised: bool) -> None:
-    """What a killed worker held runs again long before its lease ends under a supervisor, else at most 5 s after that."""
+    """Jobs of a killed worker run again long before the lease ends under a supervisor, else at most 5 s after it."""
     lease = 15.0 if supervised else 2.0
-    with fleet(url, tmp_path, lease=f"{lease}s") as one:
+    with worker_processes(url, tmp_path, lease=f"{lease}s") as one:
         if supervised:
             one.start(processes=2, concurrency=4)
         else:

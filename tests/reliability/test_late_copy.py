@@ -142,7 +142,7 @@ async def test_the_same_on_a_server_that_is_full(url, redis, monkeypatch, kind):
 
 @pytest.mark.row("C16")
 async def test_a_refusal_without_doubt_costs_nothing_more(queue, monkeypatch, redis):
-    """Who is refused by the first answer sends nothing more."""
+    """A producer that the first answer refuses sends nothing more."""
     way = Way(monkeypatch, redis)
     way.copy = ()
 

@@ -1,4 +1,4 @@
-"""What lies between: rows C16 to C20 of docs/reliability.md, through a proxy that breaks connections."""
+"""Network faults: rows C16 to C20 of docs/reliability.md, through a proxy that breaks connections."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from typing import Any
 import pytest
 from redis import Redis
 
-from chaos.proxy import Proxy
+from chaos.fault_proxy import Proxy
 from conveyor.jobs.app import Conveyor
 from conveyor.store.transport import replies
 from conveyor.store.transport.async_connection import AsyncConnection
 from conveyor.store.transport.connection import Connection
 from conveyor.store.transport.url import StandaloneServer
-from support.job_load import Load
+from support.job_load import JobLoad
 from support.running_worker import until, working
 from support.server_process import Server
 
@@ -34,7 +34,7 @@ async def test_cuts_at_random_bytes_make_and_end_each_job_once(start_server: Sta
     cuts = rounds(5000, 150)
     print(f"seed {seed}")
     with Proxy(server.socket, seed=seed) as before, Proxy(server.socket, seed=seed + 1) as behind:
-        async with Load(behind.url, producer=before.url) as load:
+        async with JobLoad(behind.url, producer=before.url) as load:
             before.cut_randomly(mean=1500, times=cuts, seed=seed)
             behind.cut_randomly(mean=8000, times=cuts, seed=seed)  # a turn's reply is larger than a push
             await until(lambda: before.count["cut"] + behind.count["cut"] >= cuts, 60 + cuts / 2)
@@ -51,7 +51,7 @@ async def test_a_storm_of_killed_connections(start_server: Start, rounds: Rounds
     """CLIENT KILL of everybody every 100 ms under load loses nothing and runs nothing twice."""
     server = start_server()
     with server.client() as client:
-        async with Load(server.url, bulk=10) as load:
+        async with JobLoad(server.url, bulk=10) as load:
             for _ in range(rounds(600, 15)):
                 client.execute_command("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
                 await asyncio.sleep(0.1)
@@ -64,7 +64,7 @@ async def test_a_slow_way_takes_no_lease(start_server: Start, rounds: Rounds, ca
     server, seed = start_server(), random.randrange(2**32)
     print(f"seed {seed}")
     with Proxy(server.socket, seed=seed) as proxy:
-        async with Load(proxy.url, producer=server.url, workers=2, lease="3s") as load:
+        async with JobLoad(proxy.url, producer=server.url, workers=2, lease="3s") as load:
             proxy.delay(0.2, 0.15)
             until_then = monotonic() + rounds(600, 2)
             while monotonic() < until_then:
@@ -76,7 +76,7 @@ async def test_a_slow_way_takes_no_lease(start_server: Start, rounds: Rounds, ca
 
 @pytest.mark.row("C17")
 async def test_a_peer_that_is_gone_without_a_word(start_server: Start, rounds: Rounds) -> None:
-    """Nothing passes, or one reply never comes and its connection stays open: work is picked up within 15 s; who is idle stays."""
+    """Nothing passes, or one reply never comes and its connection stays open: work is picked up within 15 s; idle workers stay."""
     server = start_server()
     idle = Conveyor(server.url)
     idle.task(name="idle")(_nothing)
@@ -190,7 +190,7 @@ async def _rates(proxy: Proxy, seconds: float) -> list[int]:
 
 
 async def test_a_wire_that_is_closed_while_it_opens(start_server: Start) -> None:
-    """What comes of an opening after the end of its wire is closed as well: no connection stays behind."""
+    """A socket that opens after its connection was closed is closed as well, so none stays behind."""
     server, begun, go = start_server(), asyncio.Event(), asyncio.Event()
 
     class Slow(StandaloneServer):

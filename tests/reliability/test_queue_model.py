@@ -13,12 +13,12 @@ from hypothesis.stateful import run_state_machine_as_test
 
 from conveyor import Conveyor
 from conveyor.store import inspection
-from support import concurrent_clients as crowd
+from support import concurrent_clients
 from support.queue_snapshot import read
-from support.seeded_queue import Scene
+from support.seeded_queue import SeededQueue
 from support.server_groups import free_port
 from support.server_process import Server
-from support.state_machine import Machine
+from support.state_machine import QueueMachine
 
 EXAMPLES = int(os.environ.get("CONVEYOR_MODEL_EXAMPLES", "200"))
 STEPS = int(os.environ.get("CONVEYOR_MODEL_STEPS", "50"))
@@ -28,9 +28,9 @@ PARTS = 4
 
 
 @pytest.fixture
-def scene(redis: redis_py.Redis, url: str) -> Iterator[Scene]:
+def seeded(redis: redis_py.Redis, url: str) -> Iterator[SeededQueue]:
     """The queue both runs use."""
-    found = Scene(redis, url)
+    found = SeededQueue(redis, url)
     yield found
     found.client.close()
     redis.flushall(asynchronous=False)
@@ -42,13 +42,13 @@ def scene(redis: redis_py.Redis, url: str) -> Iterator[Scene]:
 @pytest.mark.standalone_only(
     "empties the place for each of its many examples; what it tests is scripts, which run on one node anywhere"
 )
-def test_queue_and_model_stay_alike(scene: Scene, part: int) -> None:
+def test_queue_and_model_stay_alike(seeded: SeededQueue, part: int) -> None:
     """
     After any steps each id is in exactly one place, in order, with one holder and one outcome, as the model says.
 
     The run is the same each time; `CONVEYOR_MODEL_SEED` makes another, and EXAMPLES and STEPS a longer one.
     """
-    machine = type("Bound", (Machine,), {"scene": scene})
+    machine = type("Bound", (QueueMachine,), {"seeded": seeded})
     print(f"model: {EXAMPLES // PARTS} examples of {STEPS} steps, seed {SEED + part}")
     run_state_machine_as_test(
         seed(SEED + part)(machine),
@@ -68,18 +68,18 @@ def test_queue_and_model_stay_alike(scene: Scene, part: int) -> None:
 @pytest.mark.row("I1", "I5", "I18")
 def test_four_clients_at_once(start_server: Callable[..., Server], rounds: Callable[[int, int], int]) -> None:
     """
-    What four clients get who push, lease, settle, reap, cancel and repeat each other's calls at once is what the model says.
+    Four clients that push, lease, settle, reap, cancel and repeat each other's calls at once get the replies of the model.
 
     `CONVEYOR_MODEL_SEED` makes the clients' choices another; who comes first is up to the machine.
     """
     port = free_port()
     server = start_server("--port", str(port))
     with server.client() as client, redis_py.Redis(port=port) as there:
-        keys, changes, repeats, twins = crowd.KEYS, 0, 0, 0
+        keys, changes, repeats, twins = concurrent_clients.KEYS, 0, 0, 0
         for example in range(rounds(500, 8)):
             print(f"seed {SEED + example}")
-            history = crowd.meet(there, f"redis://127.0.0.1:{port}/0", SEED + example, 200)
-            model = crowd.replay(history)
+            history = concurrent_clients.run_clients(there, f"redis://127.0.0.1:{port}/0", SEED + example, 200)
+            model = concurrent_clients.replay(history)
 
             assert read(client, keys) == model.snapshot()
             with Conveyor(server.url, namespace="c") as app:

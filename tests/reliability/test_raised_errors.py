@@ -1,4 +1,4 @@
-"""Jobs that raise what nobody should: the failure is recorded within bounds, and the worker lives."""
+"""Jobs that raise unusual exceptions: the failure is recorded within bounds, and the worker lives."""
 
 from __future__ import annotations
 
@@ -220,7 +220,7 @@ async def test_nasty_exceptions(url: str, level: int, monkeypatch: pytest.Monkey
 @pytest.mark.row("A14")
 @pytest.mark.leaves_keys("dead letters stay")
 async def test_nasty_exceptions_are_retried_like_any(url: str) -> None:
-    """What is an Exception is retried by its policy, however it looks; what is none is not."""
+    """Every Exception is retried by the policy, however it looks; a BaseException beside it is not."""
     async with Conveyor(url) as app:
         runs: dict[str, int] = {}
 

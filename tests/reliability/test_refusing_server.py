@@ -1,4 +1,4 @@
-"""What the server may refuse for a while: rows C6, C7, C8, C9, C13, C14 and C27 of docs/reliability.md."""
+"""Refusals by the server for a while: rows C6, C7, C8, C9, C13, C14 and C27 of docs/reliability.md."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from redis import Redis
 
 from conveyor.errors import ConfigurationError, StoreUnavailable
 from conveyor.jobs.app import Conveyor
-from support.job_load import Load
+from support.job_load import JobLoad
 from support.replica_pair import Switch
 from support.running_worker import until, working
 from support.server_process import Server
@@ -28,7 +28,7 @@ async def test_demotions_under_load_cost_no_job(start_server: Start, rounds: Rou
     """A server made a replica and a primary again under load: blocked workers go on, refused writes are repeated, no job fails."""
     server = start_server(name=name)
     with server.client() as client:
-        async with Load(server.url) as load:
+        async with JobLoad(server.url) as load:
             for _ in range(rounds(50, 4)):
                 client.execute_command("REPLICAOF", "127.0.0.1", "1")
                 accepted = len(load.accepted)
@@ -75,7 +75,7 @@ async def test_a_server_that_loads_its_file_is_waited_for(start_server: Start, r
         ballast.execute()
     server.options += ("--key-load-delay", "50")
     refused = 0
-    async with Load(server.url) as load:
+    async with JobLoad(server.url) as load:
         for _ in range(rounds(10, 1)):
             await load.more(20)
             server.kill()
@@ -113,14 +113,14 @@ async def test_a_replica_without_its_primary_is_left(start_server: Start) -> Non
 async def test_a_script_of_others_that_hogs_the_server_is_waited_for(
     start_server: Start, rounds: Rounds, name: str
 ) -> None:
-    """A foreign script that keeps the server busy delays jobs and no more: no lease is lost, and nobody kills the script."""
+    """A foreign script that keeps the server busy only delays jobs: no lease is lost, and the script is not killed."""
     server = start_server("--lua-time-limit", "50", name=name)
     clock = (
         "(function() local t = redis.call('TIME') return t[1] + t[2] / 1e6 end)()" if name == "redis6" else "os.clock()"
     )  # it stands still on newer ones, and 6.2 has no os
     hog = f"local e = {clock} + {rounds(3, 1)} while {clock} < e do end return 'whole'"
     with server.client(socket_timeout=30) as client:
-        async with Load(server.url, workers=2, lease="2s") as load:
+        async with JobLoad(server.url, workers=2, lease="2s") as load:
             answer = asyncio.create_task(asyncio.to_thread(client.eval, hog, 0))
             await until(answer.done, 30)
             assert answer.result() == b"whole"
@@ -168,7 +168,7 @@ async def test_scripts_forgotten_all_the_time_are_not_noticed(start_server: Star
     """SCRIPT FLUSH every 50 ms under load, bulk pushes included, is no error to anybody and loses nothing."""
     server = start_server()
     with server.client() as client:
-        async with Load(server.url, bulk=20) as load:
+        async with JobLoad(server.url, bulk=20) as load:
             for _ in range(rounds(1200, 30)):
                 client.script_flush()
                 await asyncio.sleep(0.05)
@@ -195,7 +195,7 @@ async def test_a_password_that_is_rotated_under_load(
     server = start_server(name=name)
     url = _user(server, ">old", "~*", "&*", "+@all")
     with server.client() as client:
-        async with Load(url, producer=server.url) as load:
+        async with JobLoad(url, producer=server.url) as load:
             for _ in range(rounds(5, 2)):
                 caplog.clear()
                 client.execute_command("ACL", "SETUSER", "worker", "resetpass", ">new")
@@ -220,7 +220,7 @@ async def test_a_password_in_a_file_is_read_for_each_connection(
     secret.write_text("secret-0\n")
     url = _user(server, ">secret-0", "~*", "&*", "+@all").replace("worker:old@", "worker@") + f"&password_file={secret}"
     with server.client() as client:
-        async with Load(url, producer=url) as load:
+        async with JobLoad(url, producer=url) as load:
             for number in range(1, rounds(5, 2) + 1):
                 client.execute_command("ACL", "SETUSER", "worker", f">secret-{number}")
                 secret.write_text(f"secret-{number}\n")

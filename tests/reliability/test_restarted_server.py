@@ -13,8 +13,8 @@ import pytest
 from conveyor.jobs.app import Conveyor
 from conveyor.store import inspection
 from conveyor.store.operations import WorkerUnregistered
-from support.job_load import Load
-from support.manual_worker import Hand
+from support.job_load import JobLoad
+from support.manual_worker import ManualWorker
 from support.server_process import Server
 
 Rounds = Callable[[int, int], int]
@@ -33,7 +33,7 @@ async def test_kills_of_a_server_with_a_file_lose_nothing(start_server: Start, r
     """
     server = start_server("--appendonly", "yes", "--appendfsync", fsync)
     back, kills = [], []
-    async with Load(server.url, forgetful=fsync == "everysec") as load:
+    async with JobLoad(server.url, forgetful=fsync == "everysec") as load:
         for _ in range(rounds(100, 4)):
             await load.more(20)
             kills.append(monotonic())
@@ -55,7 +55,7 @@ async def test_kills_of_a_server_with_a_file_lose_nothing(start_server: Start, r
 async def test_a_server_that_forgot_everything_takes_new_work(start_server: Start, rounds: Rounds, way: str) -> None:
     """After a restart without a file, or FLUSHALL, jobs are gone; the same workers run new ones and nothing is left in halves."""
     server = start_server()
-    async with Load(server.url, forgetful=True) as load:
+    async with JobLoad(server.url, forgetful=True) as load:
         for _ in range(rounds(50, 3) if way == "restart" else rounds(50, 10)):
             await load.more(20)
             if way == "restart":
@@ -78,16 +78,16 @@ async def test_a_server_that_forgot_everything_takes_new_work(start_server: Star
 
 @pytest.mark.row("C2")
 def test_an_outcome_told_to_a_server_that_forgot_leaves_nothing(start_server: Start) -> None:
-    """Whoever finishes a job that the server forgot is told so, and no half of a record comes back to life."""
+    """The end of a job that the server forgot is refused with an error, and no partial record is created."""
     server = start_server()
     with Conveyor(server.url) as app:
         app.task(name="note")(lambda n: None).enqueue(1)
-        hand = Hand(app)
-        [id_] = hand.take()
+        manual = ManualWorker(app)
+        [id_] = manual.take()
         with server.client() as client:
             client.flushall()
             with pytest.raises(WorkerUnregistered):
-                hand.done(id_, 1)
+                manual.done(id_, 1)
             assert client.keys() == []
 
 
@@ -102,16 +102,16 @@ def _mixed_life(server: Server) -> None:
             later = note.options(delay="1h").enqueue(2)
             gone = note.options(priority=2).enqueue(3)
             other.enqueue(round_)
-            hand = Hand(app)
-            ids = hand.take(8)
-            hand.done(ids[0], {"value": round_})
-            hand.dead(ids[1], None)
-            hand.plainly_done(*ids[2:5])
+            manual = ManualWorker(app)
+            ids = manual.take(8)
+            manual.done(ids[0], {"value": round_})
+            manual.dead(ids[1], None)
+            manual.plainly_done(*ids[2:5])
             gone.cancel()
             if round_ % 3 == 0:
                 later.cancel()
             if round_ % 2:
-                hand.leave()  # finishes what it holds; the others keep theirs
+                manual.leave()  # finishes what it holds; the others keep theirs
             if round_ == 8:
                 app.queue("other").purge()
 

@@ -12,8 +12,8 @@ from hypothesis.stateful import run_state_machine_as_test
 from conveyor.errors import ConveyorError
 from conveyor.store import operations
 from conveyor.store.script import Script
-from support.seeded_queue import Scene
-from support.state_machine import Machine
+from support.seeded_queue import SeededQueue
+from support.state_machine import QueueMachine
 
 # what is broken → the operation, the line of its script, what stands there instead
 SABOTAGES = {
@@ -56,9 +56,9 @@ CAUGHT = (
 
 
 @pytest.fixture
-def scene(redis: redis_py.Redis, url: str) -> Iterator[Scene]:
+def seeded(redis: redis_py.Redis, url: str) -> Iterator[SeededQueue]:
     """The queue the runs use."""
-    found = Scene(redis, url)
+    found = SeededQueue(redis, url)
     yield found
     found.client.close()
     redis.flushall(asynchronous=False)
@@ -67,7 +67,7 @@ def scene(redis: redis_py.Redis, url: str) -> Iterator[Scene]:
 @pytest.mark.long
 @pytest.mark.standalone_only("tries the model, which is left to single servers")
 @pytest.mark.parametrize("name", SABOTAGES)
-def test_sabotage_is_caught(scene: Scene, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_sabotage_is_caught(seeded: SeededQueue, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """A short run against the model fails when the script is broken in this way."""
     operation, line, instead = SABOTAGES[name]
     honest = getattr(operations, operation)
@@ -78,7 +78,7 @@ def test_sabotage_is_caught(scene: Scene, monkeypatch: pytest.MonkeyPatch, name:
 
     with pytest.raises(CAUGHT) as caught:
         run_state_machine_as_test(
-            type("Sabotaged", (Machine,), {"scene": scene}),
+            type("Sabotaged", (QueueMachine,), {"seeded": seeded}),
             settings=settings(
                 max_examples=1500,  # a run ends at the first difference: only what is rarely met needs many
                 stateful_step_count=40,

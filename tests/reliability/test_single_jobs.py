@@ -1,4 +1,4 @@
-"""What becomes of single jobs: rows D2, D12, D19, D21 and D22 of docs/reliability.md."""
+"""Single jobs: rows D2, D12, D19, D21 and D22 of docs/reliability.md."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ import redis as redis_py
 from conveyor.jobs import context
 from conveyor.jobs.app import Conveyor
 from conveyor.store import inspection, operations
-from support.manual_worker import Hand
+from support.manual_worker import ManualWorker
 from support.running_worker import audit, counts, until, working
 
 Rounds = Callable[[int, int], int]
@@ -66,7 +66,7 @@ EXITS = ("done", "early", "dead", "poison", "cancel", "cancel scheduled", "cance
 def test_a_unique_key_is_free_after_every_end(app: Conveyor, rounds: Rounds, way: str) -> None:
     """However a job ends, its unique key is free then: the next push of the key makes a job of its own."""
     task = app.task(name="note")(lambda n: None)
-    scheduled, hand = way.endswith("scheduled"), Hand(app)
+    scheduled, manual = way.endswith("scheduled"), ManualWorker(app)
     push = task.options(unique="k", delay="1h" if scheduled else None, expires="5ms" if way == "expire" else None)
     ids = set()
     for n in range(rounds(100, 3)):
@@ -74,43 +74,43 @@ def test_a_unique_key_is_free_after_every_end(app: Conveyor, rounds: Rounds, way
         assert handle.id not in ids, f"the key was still held after {n} times"
         ids.add(handle.id)
         assert push.enqueue(n).id == handle.id  # held as long as it lives
-        hand = _end(app, hand, way, handle) or hand
+        manual = _end(app, manual, way, handle) or manual
     assert app.client.run(inspection.audit(app.client.keys("default"))) == []
-    hand.leave()
+    manual.leave()
 
 
-def _end(app: Conveyor, hand: Hand, way: str, handle: Any) -> Hand | None:
+def _end(app: Conveyor, manual: ManualWorker, way: str, handle: Any) -> ManualWorker | None:
     id_, queue = handle.id.partition(":")[2], app.queue("default")
     if way.startswith(("cancel", "delete")) and not way.endswith(("leased", "dead")):
-        verb = operations.cancel(hand.keys, id_, delete=way == "delete")
+        verb = operations.cancel(manual.keys, id_, delete=way == "delete")
         assert app.client.run(verb) == 1
     elif way.startswith("purge") and way != "purge dead":
         assert queue.purge() == 1
     elif way == "expire":
-        began = hand.turn(0).now
-        while hand.turn(0).now < began + 6:
+        began = manual.turn(0).now
+        while manual.turn(0).now < began + 6:
             pass
     else:
-        assert hand.take() == [id_]
-        return _end_leased(app, hand, way, id_)
-    assert hand.take() == []  # the entry of a cancelled job is dropped here
+        assert manual.take() == [id_]
+        return _end_leased(app, manual, way, id_)
+    assert manual.take() == []  # the entry of a cancelled job is dropped here
     return None
 
 
-def _end_leased(app: Conveyor, hand: Hand, way: str, id_: str) -> Hand | None:
+def _end_leased(app: Conveyor, manual: ManualWorker, way: str, id_: str) -> ManualWorker | None:
     if way in {"done", "early"}:
-        hand.done(id_, *([1] if way == "done" else []))
+        manual.done(id_, *([1] if way == "done" else []))
     elif way == "cancel leased":
-        assert app.client.run(operations.cancel(hand.keys, id_)) == 2
-        hand.cancelled(id_)
+        assert app.client.run(operations.cancel(manual.keys, id_)) == 2
+        manual.cancelled(id_)
     elif way == "reap":  # asked to cancel it, its worker dies
-        assert app.client.run(operations.cancel(hand.keys, id_)) == 2
-        assert app.client.run(operations.reap(hand.keys, hand.worker)) == 0
-        return Hand(app)
+        assert app.client.run(operations.cancel(manual.keys, id_)) == 2
+        assert app.client.run(operations.reap(manual.keys, manual.worker)) == 0
+        return ManualWorker(app)
     else:
-        hand.dead(id_, None, crashes=3 if way == "poison" else 0)
+        manual.dead(id_, None, crashes=3 if way == "poison" else 0)
         if way == "delete dead":
-            assert app.client.run(operations.cancel(hand.keys, id_, delete=True)) == 1
+            assert app.client.run(operations.cancel(manual.keys, id_, delete=True)) == 1
         elif way == "purge dead":
             assert app.queue("default").purge(dead=True) == 1
     return None
@@ -126,17 +126,17 @@ async def test_nothing_is_leased_after_a_pause_returned(app: Conveyor, rounds: R
         ran.add(n)
 
     admin = app.queue("default")
-    hand = await asyncio.to_thread(Hand, app)
+    manual = await asyncio.to_thread(ManualWorker, app)
     async with working(app), working(app):
         for n in range(rounds(1000, 100)):
             await note.aenqueue(-n - 1)  # something on the way
             await admin.apause()
             await note.aenqueue(n)  # calls the workers
-            assert await asyncio.to_thread(hand.take, 5) == []
+            assert await asyncio.to_thread(manual.take, 5) == []
             assert n not in ran
             await admin.aresume()
             await until(lambda n=n: {n, -n - 1} <= ran)
-    await asyncio.to_thread(hand.leave)
+    await asyncio.to_thread(manual.leave)
     assert await audit(app) == []
     await app.aclose()
 

@@ -22,7 +22,7 @@ from conveyor.worker.leasing.queue_consumer import QueueConsumer
 from conveyor.worker.worker import Worker
 from support.running_worker import audit, counts, drain
 from support.server_process import Server
-from support.worker_processes import fleet, wait
+from support.worker_processes import wait, worker_processes
 
 Rounds = Callable[[int, int], int]
 GRACE = 0.5
@@ -32,11 +32,11 @@ LATE = 6.0
 
 @pytest.mark.long
 @pytest.mark.row("A10")
-@pytest.mark.leaves_keys("what is left is taken away by the fleet")
+@pytest.mark.leaves_keys("what is left is taken away by its fixture")
 def test_rolling_restarts_lose_and_charge_nothing(url: str, tmp_path: Path, rounds: Rounds) -> None:
     """Supervisors stopped one after the other under load: all jobs done, none charged, each exits 0 within grace + 2 s."""
     restarts, pushed = rounds(200, 6), 0
-    with fleet(url, tmp_path, lease="15s") as one:
+    with worker_processes(url, tmp_path, lease="15s") as one:
         alive = [one.start(concurrency=10, grace=GRACE) for _ in range(2)]
         took: list[float] = []
         charged: set[tuple[bytes, ...]] = set()  # failures and crashes of what was handed back
@@ -73,8 +73,8 @@ def test_rolling_restarts_lose_and_charge_nothing(url: str, tmp_path: Path, roun
 
 @pytest.mark.row("A10")
 def test_a_signal_to_the_whole_group_is_one_stop(url: str, tmp_path: Path) -> None:
-    """A service manager tells the supervisor and its children; nobody hurries for that, and what runs ends by itself."""
-    with fleet(url, tmp_path) as one:
+    """A service manager signals the supervisor and its children: that is one stop, and running jobs end by themselves."""
+    with worker_processes(url, tmp_path) as one:
         one.app.enqueue_many(one.tasks.note.s(n, 1.5) for n in range(20))
         supervisor = one.start(grace=20)
         wait(lambda: len(one.starts()) == 20)
@@ -90,7 +90,7 @@ def test_a_signal_to_the_whole_group_is_one_stop(url: str, tmp_path: Path) -> No
 async def test_a_stop_amid_a_claim_loses_nothing(
     url: str, monkeypatch: pytest.MonkeyPatch, rounds: Rounds, when: str
 ) -> None:
-    """A stop between a turn and its reply, or at the reply: what it leased goes back to the front, in order and uncharged."""
+    """A stop between a turn and its reply, or at the reply: the leased jobs go back to the front, in order and uncharged."""
     async with Conveyor(url) as app:
         seen: list[tuple[int, int]] = []
 
@@ -100,7 +100,7 @@ async def test_a_stop_amid_a_claim_loses_nothing(
 
         workers: list[Worker] = []
         leased: list[int] = []
-        send, answered, absorb = AsyncConnection.send, QueueConsumer._answered, QueueConsumer._absorb
+        send, answered, absorb = AsyncConnection.send, QueueConsumer._on_reply, QueueConsumer._absorb
 
         def sent_and_stopped(wire: AsyncConnection, command: Any, answer: Any, **options: Any) -> None:
             send(wire, command, answer, **options)
@@ -125,7 +125,7 @@ async def test_a_stop_amid_a_claim_loses_nothing(
                 if when == "sent":
                     patch.setattr(AsyncConnection, "send", sent_and_stopped)
                 else:
-                    patch.setattr(QueueConsumer, "_answered", stopped_and_answered)
+                    patch.setattr(QueueConsumer, "_on_reply", stopped_and_answered)
                 workers.append(Worker(app, concurrency=3, grace=5))
                 leased.clear()
                 assert await asyncio.wait_for(workers[-1].run(), 30) == 0
@@ -145,7 +145,7 @@ def test_a_stop_while_redis_is_down(start_server: Callable[..., Server], tmp_pat
     for number in range(rounds(20, 2) // 2):
         place = tmp_path / str(number)
         place.mkdir()
-        with fleet(server.url, place, lease="2s") as one:
+        with worker_processes(server.url, place, lease="2s") as one:
             both: list[subprocess.Popen[bytes]] = [one.start(grace=GRACE), one.start(grace=GRACE)]
             one.app.enqueue_many(one.tasks.note.s(n, 60) for n in range(40))
             wait(lambda one=one: len({line.pid for line in one.journal}) == 2)

@@ -1,4 +1,4 @@
-"""Time limits of all kinds of tasks, and what a long life costs a worker."""
+"""Time limits of all kinds of tasks, and the resources of a worker that lives long."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from pathlib import Path
 import pytest
 
 from conveyor.store import inspection
-from support.worker_processes import Fleet, fleet, wait
+from support.worker_processes import WorkerProcesses, wait, worker_processes
 
 Rounds = Callable[[int, int], int]
-pytestmark = pytest.mark.leaves_keys("what is left is taken away by the fleet")
+pytestmark = pytest.mark.leaves_keys("what is left is taken away by its fixture")
 
 
 @pytest.mark.row("A9")
 def test_time_limits_of_all_kinds(url: str, tmp_path: Path, rounds: Rounds) -> None:
     """Over its limit a coroutine is cancelled, a process killed, a thread waited for or left with its process; never two at once."""
     many, few = rounds(100, 8), rounds(100, 2)
-    with fleet(url, tmp_path, FLEET_AFTER_TIMEOUT="0.2") as one:
+    with worker_processes(url, tmp_path, WORKERS_AFTER_TIMEOUT="0.2") as one:
         kinds = {"slow": many, "deaf": many, "apart": few, "stuck": few}
         names: dict[int, str] = {}
         for kind, count in kinds.items():
@@ -74,7 +74,7 @@ def at_rest(pid: int) -> tuple[int, list[str], int]:
         time.sleep(0.3)
 
 
-def feed(one: Fleet, count: int) -> None:
+def feed(one: WorkerProcesses, count: int) -> None:
     """Enqueue *count* jobs and wait until they are done."""
     for first in range(0, count, 5000):
         some = range(first, min(count, first + 5000))
@@ -87,7 +87,7 @@ def feed(one: Fleet, count: int) -> None:
 def test_a_long_life_costs_nothing(url: str, tmp_path: Path, rounds: Rounds) -> None:
     """After many thousand jobs, each run once, a worker has the memory, the files and the threads it had when it was warm."""
     count = rounds(1_000_000, 50_000)
-    with fleet(url, tmp_path) as one:
+    with worker_processes(url, tmp_path) as one:
         supervisor = one.start()
         feed(one, count // 4)
         (pid,) = one.children(supervisor)

@@ -1,4 +1,4 @@
-"""What a person writes wrongly is refused where it is written, in words that say what to write instead."""
+"""Wrong input of people is refused where it is written, in words that say what to write instead."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from conveyor.jobs.task import definition_of
 from conveyor.store.client.client import Client
 from conveyor.store.transport import replies
 from conveyor.worker import logs
-from support.server_groups import ClusterOfNodes, Watched
+from support.server_groups import ClusterOfNodes, SentinelGroup
 from support.server_process import Server
 from support.shell import Shell
 
@@ -54,10 +54,10 @@ def test_a_database_that_is_not_there(server: Server) -> None:
     assert caught.value.code == "E02"
 
 
-def test_a_sentinel_is_no_server(watched: Watched) -> None:
+def test_a_sentinel_is_no_server(sentinel_group: SentinelGroup) -> None:
     """A plain URL that leads to a sentinel is E33, and says what to write."""
     with (
-        Conveyor(f"redis://{watched.sentinels[0].name}") as app,
+        Conveyor(f"redis://{sentinel_group.sentinels[0].name}") as app,
         pytest.raises(ConfigurationError, match=r"write redis\+sentinel://") as caught,
     ):
         app.queue("q").push(1)
@@ -93,7 +93,7 @@ def test_a_refused_user_is_told_what_to_mend(reply: str, says: str, not_said: st
 
 
 def test_patience_with_a_slot_outlasts_the_end_of_its_move() -> None:
-    """Who waited for a slot on its way is not given up on when it has arrived: MOVED is the last step of the same move."""
+    """A call that waited for a moving slot is not given up when the slot has arrived: MOVED is the last step of the move."""
     patience, impatience = replies.RetryTimer(5.0), replies.RetryTimer(5.0)
     assert patience.pause("TRYAGAIN Multiple keys request during rehashing of slot") is not None
     for one in (patience, impatience):
@@ -120,7 +120,7 @@ def test_options_of_an_app_that_mean_nothing_are_refused(options: dict[str, Any]
 
 
 def test_sizes_are_written_alike() -> None:
-    """What a size is for an option is one for the others."""
+    """All options accept the same notation of sizes."""
     assert Conveyor(max_payload="64KiB").max_payload == 64 * 1024
     assert definition_of(Conveyor().task(max_payload="1KiB")(_nothing)).signature.max_payload == 1024
 
@@ -147,7 +147,7 @@ def test_a_buffer_that_is_lost_later_says_so(tmp_path: Path) -> None:
 
 
 def test_a_queue_declared_twice_names_what_differs() -> None:
-    """The difference is told in the words of the options, and what agrees is left out."""
+    """The error names the options that differ, and leaves out those that agree."""
     app = Conveyor()
     app.queue("orders", int, max_length=5)
     with pytest.raises(
@@ -185,13 +185,13 @@ def test_a_worker_repeats_a_complaint_once_a_minute(caplog: pytest.LogCaptureFix
     """The same words are said once a minute, others at once."""
     now = 1000.0
     monkeypatch.setattr(logs, "monotonic", lambda: now)
-    monkeypatch.setattr(logs, "_said", {})
+    monkeypatch.setattr(logs, "_logged_at", {})
     with caplog.at_level(logging.ERROR, "conveyor.worker"):
         for _ in range(5):
-            logs.complain("queue %s: refused", "a")
-        logs.complain("queue %s: refused", "b")
-        now += logs.AGAIN
-        logs.complain("queue %s: refused", "a")
+            logs.log_repeated_error("queue %s: refused", "a")
+        logs.log_repeated_error("queue %s: refused", "b")
+        now += logs.REPEAT_AFTER
+        logs.log_repeated_error("queue %s: refused", "a")
     assert [record.getMessage() for record in caplog.records] == [f"queue {name}: refused" for name in "aba"]
 
 
@@ -210,7 +210,7 @@ def test_a_worker_repeats_a_complaint_once_a_minute(caplog: pytest.LogCaptureFix
     ],
 )
 def test_the_command_line_checks_as_python_does(shell: Shell, words: tuple[str, ...], code: int, says: str) -> None:
-    """What Python refuses the command line refuses as well, in its own words where they differ."""
+    """The command line refuses what Python refuses, in its own words where they differ."""
     (shell.directory / "wrong_input_app.py").write_text(
         "from conveyor import Conveyor\napp = Conveyor()\n@app.task(name='t')\ndef t(): ...\n"
     )
@@ -278,11 +278,11 @@ def test_a_worker_that_cannot_go_on_says_why_in_a_line(shell: Shell) -> None:
         try:
             assert running.stderr is not None
             lines = []
-            while not lines or "cannot go on" not in lines[-1]:
+            while not lines or "cannot continue" not in lines[-1]:
                 lines.append(running.stderr.readline())
                 assert lines[-1], lines
         finally:
             running.terminate()
             rest = running.communicate(timeout=40)[1]
-    assert "The worker cannot go on: E02 The lamp is dark. Plug it in." in lines[-1]
+    assert "The worker cannot continue: E02 The lamp is dark. Plug it in." in lines[-1]
     assert "Traceback" not in "".join(lines) + rest

@@ -1,4 +1,4 @@
-"""The relay: whatever breaks between the database and Redis, each row becomes one job, in its order."""
+"""The relay: each row becomes one job, in its order, whatever breaks between the database and Redis."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from conveyor.sql import Outbox
 from conveyor.sql.delivery import OutboxDelivery
 from conveyor.sql.drivers import DbapiConnection, StatementResult, adapt_blocking
 from support.databases import Database, prepare, sqlite
-from support.interrupted_delivery import Fate, attempt, fill
+from support.interrupted_delivery import KillAtStep, attempt, fill
 from support.manual_worker import drain, eventually
 from support.ready_ids import bare, line
 from support.server_process import Server
@@ -35,7 +35,7 @@ def test_killed_at_every_step(
         step += 1
         for name, ids in fill(outbox, database, "mail", "orders", rounds=2).items():
             expected[name] += ids
-        if not attempt(outbox, database, Fate(step, after=after), monkeypatch):
+        if not attempt(outbox, database, KillAtStep(step, after=after), monkeypatch):
             break
         outbox.deliver()
         assert {name: line(server, name) for name in expected} == expected, f"killed at step {step}"
@@ -53,7 +53,7 @@ def test_killed_again_and_again(
     draw, expected = random.Random(seed), list[str]()
     for _ in range(6):
         expected += fill(outbox, database, "mail", count=5)["mail"]
-        while attempt(outbox, database, Fate(draw.randrange(1, 14), after=draw.random() < 0.5), monkeypatch):
+        while attempt(outbox, database, KillAtStep(draw.randrange(1, 14), after=draw.random() < 0.5), monkeypatch):
             pass
     assert line(server) == expected
 
@@ -193,7 +193,7 @@ def test_a_claim_behind_another_is_taken_back(
             if "LENGTH" in sql and not self.raced:
                 self.raced = True
                 self.commit()
-                assert attempt(outbox, database, Fate(8, after=False), monkeypatch)
+                assert attempt(outbox, database, KillAtStep(8, after=False), monkeypatch)
                 ids.extend(fill(outbox, database, "mail")["mail"])
             return super().run(sql, *values)
 
@@ -226,7 +226,7 @@ def test_another_relays_batch_is_left_to_it_for_a_while(
 ) -> None:
     """A relay on duty is not overtaken: its batch, and all behind it, are left to it; and are taken over when it does nothing."""
     fill(outbox, database, "mail")
-    assert attempt(outbox, database, Fate(8, after=False), monkeypatch)  # named and committed, not pushed
+    assert attempt(outbox, database, KillAtStep(8, after=False), monkeypatch)  # named and committed, not pushed
     assert database.one("SELECT COUNT(*) FROM conveyor_outbox WHERE batch > ''") == 3
     fill(outbox, database, "mail")
     with closing(database.connect()) as connection:

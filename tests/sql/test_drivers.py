@@ -119,7 +119,7 @@ def test_psycopg2(app: Conveyor, database: Database, outbox: Outbox, server: Ser
 
 @pytest.mark.parametrize("kind", ["session", "connection", "pool"])
 def test_sqlalchemy(kind: str, app: Conveyor, database: Database, outbox: Outbox, server: Server) -> None:
-    """A Session, a Connection, and what `engine.raw_connection` gives; a relay takes `engine.connect`."""
+    """A Session, a Connection, and the result of `engine.raw_connection` are accepted; a relay takes `engine.connect`."""
     sqlalchemy = pytest.importorskip("sqlalchemy", reason="SQLAlchemy is not installed")
     from sqlalchemy.orm import Session
 
@@ -231,7 +231,7 @@ def refused(outbox: Outbox, connection: Any, code: str) -> None:
 
 
 def test_autocommit_is_refused(app: Conveyor, database: Database, outbox: Outbox) -> None:
-    """A connection that commits each statement by itself is refused, unless a transaction was begun on it by hand."""
+    """A connection that commits each statement by itself is refused, unless a transaction was begun on it explicitly."""
     mail = app.queue("mail")
     with closing(database.connect()) as connection:
         if database.dialect == "sqlite":
@@ -284,7 +284,7 @@ def test_what_is_no_connection(app: Conveyor, thing: Any) -> None:
 
 
 def test_a_driver_that_says_nothing(app: Conveyor) -> None:
-    """A driver without `paramstyle` is refused: what would be written for it is a guess."""
+    """A driver without `paramstyle` is refused, because the form of its statements would be a guess."""
 
     class Odd:
         def cursor(self) -> None: ...
@@ -353,7 +353,7 @@ def test_names_of_tables(app: Conveyor, table: Any) -> None:
 
 
 def test_an_outbox_without_a_way_to_connect(app: Conveyor) -> None:
-    """Who only enqueues needs no function that connects; who delivers is told."""
+    """An outbox that only enqueues needs no function that connects; delivering without one is refused."""
     with pytest.raises(ConfigurationError, match="connect"):
         Outbox(app).relay()
 

@@ -1,4 +1,4 @@
-"""What Redis or the database refuses a relay: rows stay, others go on, and nothing is doubled when it is tried again."""
+"""Refusals of a relay by Redis or the database: rows stay, others go on, and a retry doubles nothing."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from conveyor.jobs.app import Conveyor
 from conveyor.sql import Outbox
 from conveyor.store.operations import StalePush
 from support.databases import Database, prepare
-from support.interrupted_delivery import Fate, attempt, fill
+from support.interrupted_delivery import KillAtStep, attempt, fill
 from support.manual_worker import eventually
 from support.ready_ids import bare, line
 from support.server_process import Server
@@ -94,7 +94,7 @@ def test_killed_while_a_batch_is_cut(
     while killed:
         step += 1
         ids = fill(outbox, database, "mail", count=6)["mail"]
-        killed = attempt(outbox, database, Fate(step, after=after), monkeypatch)
+        killed = attempt(outbox, database, KillAtStep(step, after=after), monkeypatch)
         taken: list[str] = []
         while outbox.stats().waiting or len(mail):
             for message in mail.pull(10):
@@ -172,7 +172,7 @@ def test_the_database_away(app: Conveyor, outbox: Outbox, database: Database, ca
 def test_a_row_that_cannot_be_read_is_set_aside(
     app: Conveyor, outbox: Outbox, database: Database, server: Server, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """What nobody can decode is reported, kept, and in nobody's way; put back after an upgrade it is delivered."""
+    """A row that cannot be decoded is reported, kept, and blocks no other; put back after an upgrade it is delivered."""
     ids = fill(outbox, database, "mail", count=5)["mail"]
     mark = "?" if database.dialect == "sqlite" else "%s"
     sql = f"UPDATE conveyor_outbox SET entry = {mark} WHERE seq = {mark}"

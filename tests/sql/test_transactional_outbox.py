@@ -15,7 +15,7 @@ from conveyor.jobs.app import Conveyor
 from conveyor.payload.records import read_envelope
 from conveyor.sql import Outbox
 from support.databases import Database, prepare
-from support.manual_worker import Hand, arguments, eventually
+from support.manual_worker import ManualWorker, arguments, eventually
 from support.ready_ids import bare, line
 from support.running_worker import working
 from support.server_process import Server
@@ -82,7 +82,7 @@ def test_a_rollback_leaves_nothing(app: Conveyor, outbox: Outbox, database: Data
 
 
 def test_a_savepoint_takes_its_jobs_along(app: Conveyor, outbox: Outbox, database: Database) -> None:
-    """What was enqueued behind a savepoint is gone when the program rolls back to it; the rest stays."""
+    """Jobs enqueued after a savepoint are gone when the program rolls back to it; the rest stays."""
     add = add_task(app)
     with closing(database.connect()) as connection, outbox.transaction(connection):
         say(connection)
@@ -91,10 +91,10 @@ def test_a_savepoint_takes_its_jobs_along(app: Conveyor, outbox: Outbox, databas
         add.enqueue(2)
         say(connection, "ROLLBACK TO here")
     assert outbox.deliver() == 1
-    hand = Hand(app)
-    assert hand.take(5) == bare([kept.id])
-    hand.done(*bare([kept.id]))
-    hand.leave()
+    manual = ManualWorker(app)
+    assert manual.take(5) == bare([kept.id])
+    manual.done(*bare([kept.id]))
+    manual.leave()
 
 
 def test_within_leaves_the_commit_to_the_program(app: Conveyor, outbox: Outbox, database: Database) -> None:
@@ -151,19 +151,19 @@ def test_options_arrive(app: Conveyor, outbox: Outbox, database: Database) -> No
 
     assert own.id == again.id == "order-7"
     assert later.status() == "scheduled"
-    hand = Hand(app)
-    taken = hand.take(5)
-    assert [arguments(app, hand.envelopes[id_])[0] for id_ in taken] == [[1, 0], [3, 0]]
-    assert hand.envelopes["order-7"].extra.headers == {"trace": "t1"}
+    manual = ManualWorker(app)
+    taken = manual.take(5)
+    assert [arguments(app, manual.envelopes[id_])[0] for id_ in taken] == [[1, 0], [3, 0]]
+    assert manual.envelopes["order-7"].extra.headers == {"trace": "t1"}
     for id_ in taken:
-        hand.done(id_)
-    hand.leave()
+        manual.done(id_)
+    manual.leave()
     assert [message.body for message in ack_all(mail, 5)] == ["before", "first"]
     later.cancel()
 
 
 def test_delays_count_from_the_push(app: Conveyor, outbox: Outbox, database: Database, redis: Any) -> None:
-    """What waited for its relay longer than its delay is ready, what outlived its expiry has no time left, the rest is due later."""
+    """A job that waited for the relay longer than its delay is ready, one past its expiry has no time left, others are due later."""
     mail = app.queue("mail")
     with closing(database.connect()) as connection, outbox.transaction(connection):
         late = mail.push("late", delay="1m")
@@ -199,7 +199,7 @@ def test_nothing_goes_to_redis_in_a_block(database: Database) -> None:
 
 
 async def test_a_waiting_caller_gets_the_result(app: Conveyor, outbox: Outbox, database: Database) -> None:
-    """Who waits for a job before it was delivered waits on, and gets its result; the relay needs no call."""
+    """A caller that waits for a job before its delivery waits on and gets the result; the relay needs no call."""
     add = add_task(app)
     async with working(app, threads=2):
         with closing(database.connect()) as connection:
@@ -214,7 +214,7 @@ async def test_a_waiting_caller_gets_the_result(app: Conveyor, outbox: Outbox, d
 
 
 def test_a_relay_is_called_by_the_end_of_a_block(app: Conveyor, outbox: Outbox, database: Database) -> None:
-    """In a process with a relay nobody waits for its next look: an interval of an hour does not hold up any block."""
+    """In a process with a relay the end of a block calls it: an interval of an hour delays no row."""
     outbox = Outbox(app, database.connect, interval="1h")
     mail = app.queue("mail")
     with outbox.relay(), closing(database.connect()) as connection:
@@ -310,11 +310,11 @@ def test_arguments_and_middleware_are_the_same(app: Conveyor, outbox: Outbox, da
             add.enqueue("one")
     assert seen == [None, None]
     assert outbox.deliver() == 1
-    hand = Hand(app)
-    [id_] = hand.take(1)
-    assert hand.envelopes[id_].extra.headers == {"trace": "t1"}
-    hand.done(id_)
-    hand.leave()
+    manual = ManualWorker(app)
+    [id_] = manual.take(1)
+    assert manual.envelopes[id_].extra.headers == {"trace": "t1"}
+    manual.done(id_)
+    manual.leave()
 
 
 def test_sealed_payloads(url: str, database: Database) -> None:

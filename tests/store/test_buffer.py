@@ -1,4 +1,4 @@
-"""The producer's buffer: what is pushed while Redis is away arrives, in order and once."""
+"""The producer's buffer: jobs pushed while Redis is away arrive, in order and once."""
 
 from __future__ import annotations
 
@@ -225,7 +225,7 @@ def test_a_job_that_waits(server: Server, buffer: Buffer) -> None:
 
 
 def test_a_full_queue_is_waited_for(server: Server, buffer: Buffer) -> None:
-    """What the queue refuses at delivery, because it is full, goes on waiting, in order."""
+    """Jobs that a full queue refuses at delivery go on waiting, in order."""
     with Conveyor(server.url, buffer=buffer) as app:
         mail = app.queue("mail", max_length=4)
         first = mail.push(0)
@@ -248,7 +248,7 @@ def test_a_full_queue_is_waited_for(server: Server, buffer: Buffer) -> None:
 
 @pytest.mark.parametrize("emptied", [False, True])
 def test_a_queue_with_partitions(start_server: Start, buffer: Buffer, emptied: bool) -> None:
-    """What waits for a partition arrives there, also when Redis has lost all and knows of no partitions any more."""
+    """A buffered job arrives in its partition, even when Redis has lost all data and knows of no partitions any more."""
     server = start_server(*(() if emptied else AOF))
     with Conveyor(server.url, buffer=buffer) as app:
         mail = app.queue("mail", partitions=2)
@@ -313,7 +313,7 @@ def test_a_buffer_belongs_to_one_app(server: Server) -> None:
 
 
 def test_a_forked_child_begins_empty(server: Server, buffer: Buffer) -> None:
-    """What waits in a process is not delivered by a child it forks, and the child has a buffer of its own."""
+    """A forked child does not deliver its parent's buffered jobs, and has a buffer of its own."""
     with Conveyor(server.url, buffer=buffer) as app:
         mail = app.queue("mail")
         server.kill()
@@ -347,7 +347,7 @@ def test_a_worker_delivers_before_it_ends(
 
 
 def test_commands_do_not_buffer(server: Server, tmp_path: Path) -> None:
-    """A command that pushes fails when Redis is away, also with an app that has a buffer: it ends, and nobody delivers."""
+    """A command that pushes fails when Redis is away, also with an app that has a buffer, because it ends before a delivery."""
     (tmp_path / "shop.py").write_text(
         f"from conveyor import Buffer, Conveyor\napp = Conveyor({server.url!r}, buffer=Buffer())\n"
     )

@@ -23,7 +23,7 @@ from conveyor.store.keys import QueueKeys, known_queues
 from conveyor.store.operations import Entry, ProducerSequence, TurnReport
 from conveyor.store.transport import replies
 from conveyor.store.transport.cluster import slot_of
-from support.failover_load import Traffic
+from support.failover_load import FailoverLoad
 from support.running_worker import until, working
 from support.server_groups import ClusterOfNodes, free_port
 from support.shell import Shell
@@ -127,7 +127,7 @@ def test_blocking_calls_and_consumers_work_on_a_cluster(cluster: ClusterOfNodes)
 async def test_slot_with_jobs_moves_under_load(cluster: ClusterOfNodes, rounds: Callable[[int, int], int]) -> None:
     """The slot of a queue moves key by key, then whole, while a producer pushes and a worker runs: nothing lost, doubled, or refused."""
     many = rounds(50_000, 2_000)
-    traffic = Traffic(cluster.url, pace=0.001)
+    traffic = FailoverLoad(cluster.url, pace=0.001)
     task = traffic.app.tasks["note"]
     await traffic.app.aenqueue_many(task.s(-n - 1) for n in range(many))
     for node in cluster.masters():
@@ -172,7 +172,7 @@ async def test_pushes_wait_longer_for_a_slot_that_moves(cluster: ClusterOfNodes)
 @pytest.mark.row("C8")
 async def test_nodes_fail_over_under_load(cluster: ClusterOfNodes, rounds: Callable[[int, int], int]) -> None:
     """A replica takes over in good order, then its master is killed: work goes on by itself, no error is seen, nothing is lost or doubled."""
-    traffic, kills = Traffic(cluster.url), []
+    traffic, kills = FailoverLoad(cluster.url), []
     async with traffic.flowing():
         for _ in range(rounds(10, 1)):
             await asyncio.to_thread(cluster.failover, "{mail}")
@@ -195,7 +195,7 @@ async def test_idle_worker_takes_what_comes_after_a_failover(cluster: ClusterOfN
     app, ran = Conveyor(cluster.url), []
     task = app.task(queue="mail", name="note")(ran.append)
     async with working(app) as worker:
-        await until(lambda: worker.harbour.blocked)
+        await until(lambda: worker.connections.blocked)
         new = await asyncio.to_thread(cluster.failover, "{mail}")
         deadline = time.monotonic() + 20
         while b"cmd=blpop" not in await asyncio.to_thread(new.ask, "CLIENT", "LIST"):
@@ -239,7 +239,7 @@ async def test_one_key_is_asked_for_at_the_node_that_takes_the_slot_over(cluster
 @settings(max_examples=100, deadline=None)
 @given(st.from_regex(r"[A-Za-z0-9_.:-]{1,40}", fullmatch=True), st.from_regex(r"[^\s{}]{1,20}", fullmatch=True))
 def test_all_keys_of_a_step_lie_in_one_slot(queue: str, name: str) -> None:
-    """Whatever a queue or a plain list is called, every step's keys hash to one slot."""
+    """All keys of a step hash to one slot, for any name of a queue or a plain list."""
     for keys in (QueueKeys("n", queue), *(QueueKeys("n", one, foreign=one) for one in (name, f"x{{{name}}}y"))):
         entries = [Entry("i", b"\n\n1", priority=3, unique="u")]
         calls: list[Any] = [

@@ -1,4 +1,4 @@
-"""What a push may ask for beyond being stored: that replicas have it, that it is on disk. Real replicas, real files."""
+"""Durability of pushes: confirmed by replicas, confirmed on disk. Real replicas, real files."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from conveyor.jobs.core import core_of
 from conveyor.store.client import confirmed
 from conveyor.store.client.confirmed import AsyncConfirmedConnection, ConfirmedConnection
 from conveyor.store.transport.async_connection import ConnectionLost
-from support.replica_pair import Pair, Switch, bare, stored
+from support.replica_pair import ReplicaPair, Switch, bare, stored
 from support.server_process import Server
 
 Start = Callable[..., Server]
@@ -27,7 +27,7 @@ ALL = ["valkey", "redis6", "redis7"]
 
 
 @pytest.fixture(scope="module")
-def pair(tmp_path_factory: pytest.TempPathFactory, directory: Any) -> Iterator[Pair]:
+def pair(tmp_path_factory: pytest.TempPathFactory, directory: Any) -> Iterator[ReplicaPair]:
     """A primary with one replica, for tests that leave them as they were."""
     from support.server_process import find_binary
 
@@ -38,13 +38,13 @@ def pair(tmp_path_factory: pytest.TempPathFactory, directory: Any) -> Iterator[P
         return places[-1]
 
     places: list[Server] = []
-    found = Pair(start)
+    found = ReplicaPair(start)
     yield found
     found.close()
 
 
 @pytest.fixture
-def app(pair: Pair) -> Iterator[Conveyor]:
+def app(pair: ReplicaPair) -> Iterator[Conveyor]:
     """An app on the primary, emptied."""
     with pair.primary.client() as client:
         client.flushall()
@@ -53,7 +53,7 @@ def app(pair: Pair) -> Iterator[Conveyor]:
 
 
 @pytest.fixture
-def silent(pair: Pair) -> Iterator[None]:
+def silent(pair: ReplicaPair) -> Iterator[None]:
     """The replica does not answer during the test."""
     os.kill(pair.replica.pid, signal.SIGSTOP)
     yield
@@ -68,7 +68,7 @@ async def apush(app: Conveyor, value: object) -> str:
         await app.aclose()
 
 
-def test_what_returned_is_on_the_replica(app: Conveyor, pair: Pair) -> None:
+def test_what_returned_is_on_the_replica(app: Conveyor, pair: ReplicaPair) -> None:
     """When a push that asked for a replica returns, a replica has it: messages and jobs, one or many."""
     mail = app.queue("mail", wait_replicas=1)
 
@@ -84,7 +84,7 @@ def test_what_returned_is_on_the_replica(app: Conveyor, pair: Pair) -> None:
     assert bare([other.push(1, wait_replicas=1)]) <= stored(pair.replica, "other")
 
 
-async def test_what_returned_on_a_loop_is_on_the_replica(app: Conveyor, pair: Pair) -> None:
+async def test_what_returned_on_a_loop_is_on_the_replica(app: Conveyor, pair: ReplicaPair) -> None:
     """The awaitable twins confirm as well, and those of one tick share one wait."""
     mail = app.queue("mail", wait_replicas=1)
 
@@ -102,7 +102,7 @@ async def test_what_returned_on_a_loop_is_on_the_replica(app: Conveyor, pair: Pa
         assert bare(ids) <= stored(pair.replica)
 
 
-def test_a_wait_costs_no_round_trip_and_nothing_when_off(app: Conveyor, pair: Pair) -> None:
+def test_a_wait_costs_no_round_trip_and_nothing_when_off(app: Conveyor, pair: ReplicaPair) -> None:
     """A push that asks for nothing sends no WAIT, one that asks sends one, in the same write."""
     mail = app.queue("mail")
     mail.push(0, wait_replicas=1)
@@ -135,7 +135,7 @@ def test_more_replicas_than_there_are(app: Conveyor) -> None:
     assert len(caught.value.job_ids) == len(mail) - 1 == 1000
 
 
-async def test_partitions_are_confirmed_too(app: Conveyor, pair: Pair) -> None:
+async def test_partitions_are_confirmed_too(app: Conveyor, pair: ReplicaPair) -> None:
     """With partitions a push waits in its own one; of many, the error names all that the call stored, wherever."""
     mail = app.queue("mail", partitions=3, wait_replicas=1, wait_timeout="10s")
     async with app:
@@ -146,7 +146,7 @@ async def test_partitions_are_confirmed_too(app: Conveyor, pair: Pair) -> None:
         assert len(caught.value.job_ids) == await mail.alen() - 1
 
 
-def test_repeating_with_the_same_id_is_safe(app: Conveyor, pair: Pair) -> None:
+def test_repeating_with_the_same_id_is_safe(app: Conveyor, pair: ReplicaPair) -> None:
     """A push that was not confirmed, repeated with its id when the replica is back, stores nothing twice and is confirmed."""
     mail = app.queue("mail", wait_replicas=1, wait_timeout="150ms")
     os.kill(pair.replica.pid, signal.SIGSTOP)
@@ -243,9 +243,9 @@ async def test_a_repeat_on_a_loop_confirms_nothing_by_itself(app: Conveyor, monk
 
 
 def test_a_lost_connection_is_confirmed_by_the_repeat(
-    app: Conveyor, pair: Pair, monkeypatch: pytest.MonkeyPatch
+    app: Conveyor, pair: ReplicaPair, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A connection lost between push and wait costs nothing: the repeat stores nothing twice, and what returned is there."""
+    """A connection lost between push and wait costs nothing: the repeat stores nothing twice, and returned pushes are confirmed."""
     mail = app.queue("mail", wait_replicas=1)
     lose_first_push(monkeypatch)
     id_ = mail.push("hello")
@@ -253,7 +253,7 @@ def test_a_lost_connection_is_confirmed_by_the_repeat(
 
 
 def test_failover_between_push_and_wait(
-    pair: Pair, app: Conveyor, start_server: Start, monkeypatch: pytest.MonkeyPatch
+    pair: ReplicaPair, app: Conveyor, start_server: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """When the primary dies with the push and another takes over, the repeat stores it there, and confirmed is there."""
     alone = start_server()
@@ -351,7 +351,7 @@ def test_wrong_wishes_are_refused(app: Conveyor) -> None:
     assert len(mail) == 0
 
 
-async def test_a_demoted_primary_confirms_nothing(pair: Pair, start_server: Start) -> None:
+async def test_a_demoted_primary_confirms_nothing(pair: ReplicaPair, start_server: Start) -> None:
     """A primary that became a replica is left for the one that took over, by blocking pushes and by those of a loop."""
     old = start_server()
     door = Switch(str(old.socket))

@@ -327,7 +327,7 @@ def test_another_family_or_an_older_version_is_refused(place):
 
 
 def test_a_damaged_record_is_refused(place):
-    """When nobody can tell who wrote the data, no server is let at it."""
+    """When the record does not say which server wrote the data, no server is started on it."""
     place.directory.mkdir(parents=True)
     (place.directory / "server.json").write_text("{}")
     with pytest.raises(ConfigurationError, match=r"server\.json is damaged"):

@@ -1,4 +1,4 @@
-"""A primary dies under load with its replica behind: what was confirmed is there."""
+"""A primary dies under load with its replica behind: confirmed jobs are there."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from conveyor.errors import DurabilityNotReached, StoreUnavailable
 from conveyor.jobs.app import Conveyor
 from conveyor.store import inspection, operations
 from conveyor.store.operations import WorkerUnregistered
-from support.manual_worker import Hand
-from support.replica_pair import Pair, Switch, bare, stored
+from support.manual_worker import ManualWorker
+from support.replica_pair import ReplicaPair, Switch, bare, stored
 from support.server_process import Server
 
 Start = Callable[..., Server]
@@ -44,7 +44,7 @@ class Producer(threading.Thread):
 
 def fail_over(start: Start, dice: random.Random) -> tuple[int, int, int, int]:
     """Kill a loaded primary whose replica is behind; return (confirmed, of these lost, unconfirmed, of these lost)."""
-    pair = Pair(start)
+    pair = ReplicaPair(start)
     door, stop = Switch(str(pair.primary.socket)), threading.Event()
     durability_request = {"wait_replicas": 1, "wait_timeout": "300ms"}
     producers = [
@@ -77,7 +77,7 @@ def fail_over(start: Start, dice: random.Random) -> tuple[int, int, int, int]:
 def test_failover_loses_nothing_that_was_confirmed(
     start_server: Start, rounds: Callable[[int, int], int], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """However the primary dies: what was confirmed by the replica is on it when it takes over."""
+    """Jobs confirmed by the replica are on it when it takes over, however the primary dies."""
     seed, count = random.randrange(2**32), rounds(50, 3)
     dice, total = random.Random(seed), [0, 0, 0, 0]
     for _ in range(count):
@@ -97,21 +97,21 @@ def test_failover_loses_nothing_that_was_confirmed(
 @pytest.mark.parametrize("known", [True, False], ids=["a known worker", "a worker that is forgotten too"])
 def test_a_lease_that_failover_forgets_is_refused(start_server: Start, known: bool) -> None:
     """A job leased from a primary that dies before its replica heard of it is leased to another, and the first holder changes nothing."""
-    pair = Pair(start_server)
+    pair = ReplicaPair(start_server)
     door = Switch(str(pair.primary.socket))
     with Conveyor(door.url) as app:
         task = app.task(name="note")(lambda n: None)
         task.options(id="one", wait_replicas=1).enqueue(1)
-        first = Hand(app) if known else None
+        first = ManualWorker(app) if known else None
         if known:
             task.options(id="two", wait_replicas=1).enqueue(2)  # the replica has what came before it
         pair.link.hold()
-        first = first or Hand(app)
+        first = first or ManualWorker(app)
         assert first.take() == ["one"]
         pair.primary.kill()
         pair.promote()
         door.turn(str(pair.replica.socket))
-        second = Hand(app)
+        second = ManualWorker(app)
         assert second.take() == ["one"]
         if known:
             assert first.turn(0, done=("one",)).lost == ["one"]

@@ -18,9 +18,9 @@ from conveyor.store import inspection
 from conveyor.store.client.client import Client
 from conveyor.store.transport.endpoint import Endpoint
 from conveyor.store.transport.url import redact
-from support.failover_load import Traffic
+from support.failover_load import FailoverLoad
 from support.running_worker import audit, until, working
-from support.server_groups import Node, Watched, free_port, wait_for
+from support.server_groups import Node, SentinelGroup, free_port, wait_for
 from support.server_process import Server
 
 
@@ -41,20 +41,20 @@ async def until_blocked_at(node: Node, seconds: float = 20.0) -> None:
 @pytest.mark.row("C25")
 @pytest.mark.row("C4")
 async def test_killed_masters_stop_the_work_for_seconds_and_lose_nothing(
-    watched: Watched, rounds: Callable[[int, int], int]
+    sentinel_group: SentinelGroup, rounds: Callable[[int, int], int]
 ) -> None:
     """Kills of the master under load: work goes on 5 s after the election at the latest, nothing is lost, and no error is seen before 5 s."""
-    traffic = Traffic(watched.url)
+    traffic = FailoverLoad(sentinel_group.url)
     stops, elections, kills = [], [], []
     async with traffic.flowing():
         for _ in range(rounds(30, 2)):
             began = time.monotonic()
-            dead = await asyncio.to_thread(watched.kill_master)
-            election = asyncio.ensure_future(asyncio.to_thread(_elected, watched, dead))
+            dead = await asyncio.to_thread(sentinel_group.kill_master)
+            election = asyncio.ensure_future(asyncio.to_thread(_elected, sentinel_group, dead))
             stops.append(await traffic.until_goes_on())
             elections.append(await election)
             kills.append((began, began + elections[-1]))
-            await asyncio.to_thread(watched.mend, dead)
+            await asyncio.to_thread(sentinel_group.mend, dead)
     ours = max(stop - elected for stop, elected in zip(stops, elections, strict=True))
     print(
         f"{len(stops)} kills: longest stop {max(stops):.2f} s, of which ours {ours:.2f} s; {len(traffic.accepted)} jobs, "
@@ -67,74 +67,77 @@ async def test_killed_masters_stop_the_work_for_seconds_and_lose_nothing(
     await traffic.app.aclose()
 
 
-def _elected(watched: Watched, dead: Node) -> float:
+def _elected(sentinel_group: SentinelGroup, dead: Node) -> float:
     began = time.monotonic()
-    watched.await_other(dead.port)
+    sentinel_group.await_other(dead.port)
     return time.monotonic() - began
 
 
 @pytest.mark.row("C7")
 @pytest.mark.row("C17")
-async def test_idle_worker_finds_the_new_master_when_the_old_one_falls_silent(watched: Watched) -> None:
+async def test_idle_worker_finds_the_new_master_when_the_old_one_falls_silent(sentinel_group: SentinelGroup) -> None:
     """An idle worker, blocked at a master that answers no more and closes nothing, waits at the new one before its block could end."""
-    traffic = Traffic(watched.url)
+    traffic = FailoverLoad(sentinel_group.url)
     async with working(traffic.app):
-        await until_blocked_at(watched.master)
-        old = await asyncio.to_thread(watched.freeze_master)
+        await until_blocked_at(sentinel_group.master)
+        old = await asyncio.to_thread(sentinel_group.freeze_master)
         began = time.monotonic()
-        await asyncio.to_thread(watched.await_other, old.port)
-        await until_blocked_at(watched.master)
+        await asyncio.to_thread(sentinel_group.await_other, old.port)
+        await until_blocked_at(sentinel_group.master)
         assert time.monotonic() - began < 25  # one block alone is 30 s
         await traffic.app.tasks["note"].aenqueue(1)
         await until(lambda: traffic.ran[1], 5)
-        await asyncio.to_thread(watched.mend, old)
+        await asyncio.to_thread(sentinel_group.mend, old)
     await traffic.app.aclose()
 
 
 @pytest.mark.row("C6")
-async def test_blocked_call_at_a_demoted_master_goes_on_at_the_new_one(watched: Watched) -> None:
+async def test_blocked_call_at_a_demoted_master_goes_on_at_the_new_one(sentinel_group: SentinelGroup) -> None:
     """A worker blocked at a master that is made a replica waits at the new master; a push through an old connection goes there too."""
-    traffic = Traffic(watched.url)
-    with Conveyor(watched.url) as producer:
+    traffic = FailoverLoad(sentinel_group.url)
+    with Conveyor(sentinel_group.url) as producer:
         task = producer.task(queue="mail", name="note")(_never)
         async with working(traffic.app):
             await asyncio.to_thread(task.enqueue, 1)
             await until(lambda: traffic.ran[1])
-            await until_blocked_at(watched.master)
-            old = await asyncio.to_thread(watched.split)
+            await until_blocked_at(sentinel_group.master)
+            old = await asyncio.to_thread(sentinel_group.split)
             assert await blocked_at(old)
-            await asyncio.to_thread(watched.mend, old)
+            await asyncio.to_thread(sentinel_group.mend, old)
             await asyncio.to_thread(task.enqueue, 2)
             await until(lambda: traffic.ran[2], 5)
-            await until_blocked_at(watched.master)
-            assert watched.master is not old
+            await until_blocked_at(sentinel_group.master)
+            assert sentinel_group.master is not old
     assert traffic.ran == {1: 1, 2: 1}
     await traffic.app.aclose()
 
 
 @pytest.mark.row("C5")
 async def test_no_late_end_is_accepted_after_two_masters_were_one_again(
-    watched: Watched, rounds: Callable[[int, int], int]
+    sentinel_group: SentinelGroup, rounds: Callable[[int, int], int]
 ) -> None:
-    """A worker that ended its job at a master nobody else believed in changes nothing at the real one: the job ran again, once."""
+    """A worker that ended its job at a deposed master changes nothing at the real one: the job ran again, once."""
     for number in range(rounds(20, 1)):
-        await _split(watched, number)
+        await _split(sentinel_group, number)
 
 
-async def _split(watched: Watched, number: int) -> None:
+async def _split(sentinel_group: SentinelGroup, number: int) -> None:
     gate, started = asyncio.Event(), []
-    first, second = _slow(watched.url, "first", gate, started), _slow(watched.url, "second", None, started)
+    first, second = (
+        _slow(sentinel_group.url, "first", gate, started),
+        _slow(sentinel_group.url, "second", None, started),
+    )
     async with working(first) as stale:
         job = await first.tasks["slow"].aenqueue()
         await until(lambda: started == ["first"])
-        old = await asyncio.to_thread(watched.split)
+        old = await asyncio.to_thread(sentinel_group.split)
         async with working(second):
             await until(lambda: started == ["first", "second"], 20)
             assert await second.job(job.id).aresult(timeout=10) == "second"
         gate.set()
         await until(lambda: not stale.consumers[0].held, 20)
-        await asyncio.to_thread(watched.mend, old)
-        await until_blocked_at(watched.master)
+        await asyncio.to_thread(sentinel_group.mend, old)
+        await until_blocked_at(sentinel_group.master)
         assert await second.job(job.id).aresult(timeout=10) == "second", f"round {number}"
         assert await audit(second, "mail") == []
     await first.aclose()
@@ -155,25 +158,25 @@ def _slow(url: str, answer: str, gate: asyncio.Event | None, started: list[str])
 
 
 @pytest.mark.row("C25")
-async def test_results_arrive_across_a_failover(watched: Watched) -> None:
-    """Who waits for a result while the master dies gets it, blocking or not."""
-    app, gate = Conveyor(watched.url, lease="5s"), asyncio.Event()
+async def test_results_arrive_across_a_failover(sentinel_group: SentinelGroup) -> None:
+    """A caller that waits for a result while the master dies gets it, blocking or not."""
+    app, gate = Conveyor(sentinel_group.url, lease="5s"), asyncio.Event()
 
     @app.task(keep_result="10m")
     async def slow(n: int) -> int:
         await gate.wait()
         return 2 * n
 
-    with Conveyor(watched.url) as other:
+    with Conveyor(sentinel_group.url) as other:
         async with working(app) as worker:
             jobs = [await slow.aenqueue(n) for n in range(4)]
             await until(lambda: len(worker.consumers[0].held) == 4)
             waiting = [asyncio.ensure_future(job.aresult(timeout=40)) for job in jobs[:2]]
             waiting += [asyncio.ensure_future(asyncio.to_thread(other.job(j.id).result, timeout=40)) for j in jobs[2:]]
-            dead = await asyncio.to_thread(watched.kill_master)
+            dead = await asyncio.to_thread(sentinel_group.kill_master)
             gate.set()
             assert await asyncio.gather(*waiting) == [0, 2, 4, 6]
-            await asyncio.to_thread(watched.mend, dead)
+            await asyncio.to_thread(sentinel_group.mend, dead)
     await app.aclose()
 
 
@@ -204,15 +207,15 @@ def test_subscriber_notices_a_server_that_fell_silent(
 
 
 @pytest.mark.row("C25")
-def test_sentinel_that_is_down_or_wrong_is_passed_over(watched: Watched) -> None:
+def test_sentinel_that_is_down_or_wrong_is_passed_over(sentinel_group: SentinelGroup) -> None:
     """A sentinel that does not listen, and one that names a server which is no master, cost a moment; the next one is asked."""
-    place = watched.servers[0].directory / "lies"
+    place = sentinel_group.servers[0].directory / "lies"
     stranger = Node(
         place, "--replicaof", "127.0.0.1", "1"
     )  # through a replica of theirs the others would teach the liar better
     liar = Node(place, "--sentinel", configuration=_monitor(stranger.port))
     try:
-        right = watched.sentinels[0].name
+        right = sentinel_group.sentinels[0].name
         with Conveyor(f"redis+sentinel://127.0.0.1:{free_port()},{liar.name},{right}/main?db=3") as app:
             assert app.client.execute("ROLE")[0] == b"master"  # type: ignore[index]
             assert b" db=3 " in app.client.execute("CLIENT", "INFO")  # type: ignore[operator]
@@ -227,10 +230,10 @@ def _monitor(port: int) -> str:
     return f"sentinel monitor main 127.0.0.1 {port} 9\nsentinel down-after-milliseconds main 600000\n"
 
 
-def test_master_the_sentinels_do_not_know_is_answered_with_those_they_do(watched: Watched) -> None:
+def test_master_the_sentinels_do_not_know_is_answered_with_those_they_do(sentinel_group: SentinelGroup) -> None:
     """A misspelt master's name is E32, with the names the sentinels know."""
     with (
-        Conveyor(watched.url.replace("/main", "/mian")) as app,
+        Conveyor(sentinel_group.url.replace("/main", "/mian")) as app,
         pytest.raises(ConfigurationError, match=r"no master 'mian'. They know: main") as caught,
     ):
         app.queue("q").push(1)

@@ -1,4 +1,4 @@
-"""The producer's buffer on disk: what a process kept outlives it."""
+"""The producer's buffer on disk: kept jobs outlive the process."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def printed(process: subprocess.Popen[str], ids: list[str], word: str = "done") 
 
 
 def test_the_next_process_delivers(server: Server, tmp_path: Path) -> None:
-    """What a process kept on disk when it was killed is delivered by the next one that uses the directory."""
+    """Jobs that a killed process kept on disk are delivered by the next process that uses the directory."""
     server.kill()
     ids: list[str] = []
     process = program(server.url, tmp_path, 0, 300)
@@ -124,7 +124,7 @@ def test_a_torn_tail(server: Server, tmp_path: Path, caplog: pytest.LogCaptureFi
 
 
 def test_a_full_disk_refuses_and_delivers(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a disk that is full to the last byte pushes are refused (E37), and what was accepted is delivered, with nothing freed."""
+    """On a disk that is full to the last byte pushes are refused (E37), and accepted jobs are delivered, with nothing freed."""
     server.kill()
     with Conveyor(server.url, buffer=Buffer(tmp_path)) as app:
         mail = app.queue("mail")

@@ -106,7 +106,7 @@ async def test_jobs_and_messages_travel_over_tls(secure_url: str) -> None:
 
 
 def test_a_server_of_unknown_origin_is_refused(secure_url: str) -> None:
-    """A certificate that nobody vouches for is an error, not a warning."""
+    """A certificate of an unknown authority is an error, not a warning."""
     app = Conveyor(secure_url.partition("?")[0])
     app.client.patience = 0.2
 

@@ -1,4 +1,4 @@
-"""URLs that cannot be right, and right ones that lead to another kind of server: what is said, blocking or not, and that nothing is stored."""
+"""Invalid URLs, and valid ones of another kind of server: the error, blocking or not, and that nothing is stored."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 from conveyor import Conveyor
 from conveyor.errors import ConfigurationError, ConveyorError, StoreUnavailable
 from conveyor.store.transport.sentinel import Sentinel
-from support.server_groups import Watched, free_port
+from support.server_groups import SentinelGroup, free_port
 from support.server_process import Server
 
 Start = Callable[..., Server]
@@ -118,28 +118,28 @@ def test_one_server_is_no_sentinel(start_server: Start) -> None:
         assert client.info("keyspace") == {}
 
 
-def test_what_leads_to_sentinels_and_their_master(watched: Watched) -> None:
+def test_what_leads_to_sentinels_and_their_master(sentinel_group: SentinelGroup) -> None:
     """A sentinel taken for a server or a cluster, a wrong password at the master, a replica: each is said, and nothing is stored."""
-    sentinel, master = watched.sentinels[0].name, watched.master
+    sentinel, master = sentinel_group.sentinels[0].name, sentinel_group.master
     before = master.ask("DBSIZE")
     for url, code, says in (
         (f"redis://{sentinel}", "E33", "If it is a sentinel, write redis+sentinel://"),
         (f"redis+cluster://{sentinel}", "E33", f"write redis+sentinel://{sentinel}/mymaster"),
-        (watched.url.replace("://", "://nobody:wrong@"), "E17", f"Redis at redis://nobody:***@{master.name}"),
-        (f"{watched.url}?db=99", "E02", "no database of that number"),
+        (sentinel_group.url.replace("://", "://nobody:wrong@"), "E17", f"Redis at redis://nobody:***@{master.name}"),
+        (f"{sentinel_group.url}?db=99", "E02", "no database of that number"),
     ):
         for error in refusals(url):
             assert isinstance(error, ConfigurationError), url
             assert error.code == code
             assert says in str(error)
-    for error in refusals(f"redis://{watched.replica.name}"):
+    for error in refusals(f"redis://{sentinel_group.replica.name}"):
         assert isinstance(error, StoreUnavailable)
         assert "is a replica and takes no writes" in str(error)
     assert master.ask("DBSIZE") == before
 
 
 def test_refusal_for_now_is_no_absence(start_server: Start) -> None:
-    """A server that is there and takes nothing for now is not called unreachable: its reason stands there, and what to do."""
+    """A server that refuses everything for now is not called unreachable: the error has its reason, and what to do."""
     server = start_server()
     with server.client() as client:
         client.config_set("min-replicas-to-write", 1)

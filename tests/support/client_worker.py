@@ -1,4 +1,4 @@
-"""A worker whose every step a test does by hand, with the same calls as a real one."""
+"""A worker of one queue on a `Client`: a test calls its every step, with the same calls as a real worker."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from conveyor.store.operations import Entry, Settlement, TurnReport
 LEASE_MS = 60_000
 
 
-class HandWorker:
+class ClientWorker:
     """One registered worker of one queue. Ids are public ones."""
 
     def __init__(self, backend: Client, queue: str) -> None:
@@ -66,7 +66,7 @@ def push(backend: Client, queue: str, *bodies: bytes, task: str = "", **options:
 def dead(backend: Client, queue: str, *messages: str, task: str = "") -> list[str]:
     """Push jobs and let each fail for good; return their public ids, oldest death first."""
     ids = []
-    worker = HandWorker(backend, queue)
+    worker = ClientWorker(backend, queue)
     for message in messages:
         push(backend, queue, b"1", task=task)
         taken = worker.take()
@@ -76,7 +76,7 @@ def dead(backend: Client, queue: str, *messages: str, task: str = "") -> list[st
     return ids
 
 
-def wait_for_job(worker: HandWorker) -> str:
+def wait_for_job(worker: ClientWorker) -> str:
     """Lease the next job that arrives; return its public id."""
     deadline = time.monotonic() + 30
     while time.monotonic() < deadline:

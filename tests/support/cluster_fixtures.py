@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from support.server_groups import ClusterOfNodes, Watched
+from support.server_groups import ClusterOfNodes, SentinelGroup
 
 
 @pytest.fixture(scope="session")
@@ -31,21 +31,21 @@ def cluster(whole_cluster: ClusterOfNodes) -> ClusterOfNodes:
 
 
 @pytest.fixture(scope="session")
-def whole_watched(directory: Path) -> Iterator[Watched]:
+def whole_sentinel_group(directory: Path) -> Iterator[SentinelGroup]:
     """A master, its replica, three sentinels."""
-    watched = Watched(directory / "watched")
-    yield watched
-    watched.stop()
+    sentinel_group = SentinelGroup(directory / "watched")
+    yield sentinel_group
+    sentinel_group.stop()
 
 
 @pytest.fixture
-def watched(whole_watched: Watched) -> Watched:
+def sentinel_group(whole_sentinel_group: SentinelGroup) -> SentinelGroup:
     """The master and its sentinels: all run and agree, and hold nothing."""
-    for node in (*whole_watched.servers, *whole_watched.sentinels):
+    for node in (*whole_sentinel_group.servers, *whole_sentinel_group.sentinels):
         if node.running:
             node.thaw()
         else:
             node.start()
-    whole_watched.settle()
-    whole_watched.master.ask("FLUSHALL")
-    return whole_watched
+    whole_sentinel_group.settle()
+    whole_sentinel_group.master.ask("FLUSHALL")
+    return whole_sentinel_group

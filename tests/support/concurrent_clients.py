@@ -1,5 +1,5 @@
 """
-Four clients at once on one queue, and the model led through all they did, in the order in which the server did it.
+Four clients at once on one queue, and the model led through all their steps in the order of the server.
 
 Scripts are atomic, so there is one such order, and MONITOR tells it: the n-th command from a client's port is its n-th
 step. In that order the model must have given every answer that the clients got, whatever overtook what.
@@ -28,7 +28,7 @@ from conveyor.store.operations import (
     WorkerUnregistered,
 )
 from conveyor.store.script import Script
-from support.queue_model import Job, Member, Model
+from support.queue_model import Job, Model, ModelWorker
 from support.seeded_queue import LEASE, REST
 from support.state_machine import same_turn
 
@@ -41,8 +41,8 @@ STEPS = {
 
 
 @dataclass
-class World:
-    """The model, and what it needs besides to tell a repeat from a late copy."""
+class ReplayState:
+    """The model, and the state it needs to tell a repeat from a late copy."""
 
     model: Model = field(default_factory=Model)
     lanes: dict[str, tuple[int, Any]] = field(default_factory=dict)
@@ -50,12 +50,12 @@ class World:
     died: dict[str, int] = field(default_factory=dict)  # dead letter → ms
 
 
-Check = Callable[[World, Any], None]
+Check = Callable[[ReplayState, Any], None]
 
 
 @dataclass
 class Step:
-    """What is sent, maybe more than once, and what the model says to the answer."""
+    """One step: the function that sends it, maybe more than once, and the check of its reply against the model."""
 
     name: str
     send: Callable[[Client], Any]
@@ -63,8 +63,8 @@ class Step:
 
 
 @dataclass
-class Town:
-    """What all clients know of."""
+class SharedState:
+    """The state that all clients share."""
 
     base: int
     count: Any = field(default_factory=lambda: itertools.count(1))
@@ -74,10 +74,10 @@ class Town:
 
 
 class SimulatedClient:
-    """A producer, a worker and a person, with one connection and one thing at a time under way."""
+    """A client that acts as producer, worker and operator, with one connection and one call at a time."""
 
-    def __init__(self, url: str, town: Town, name: str, seed: str) -> None:
-        self.name, self.town, self.dice = name, town, random.Random(seed)
+    def __init__(self, url: str, shared: SharedState, name: str, seed: str) -> None:
+        self.name, self.shared, self.rng = name, shared, random.Random(seed)
         self.client = Client(url, namespace="c", patience=0)
         self.lane = ProducerSequence(f"L{name}")
         self.held: dict[str, dict[str, tuple[str | None, bool]]] = {}  # worker → id → unique key, own id
@@ -85,11 +85,11 @@ class SimulatedClient:
         self.history: list[tuple[Step, Any]] = []
         self.broken: BaseException | None = None
 
-    def live(self, steps: int) -> None:
+    def run_steps(self, steps: int) -> None:
         try:
             self.client.execute("ECHO", f"client {self.name}")
             for _ in range(steps):
-                getattr(self, self.dice.choices(list(STEPS), list(STEPS.values()))[0])()
+                getattr(self, self.rng.choices(list(STEPS), list(STEPS.values()))[0])()
         except BaseException as error:
             self.broken = error
         finally:
@@ -103,91 +103,91 @@ class SimulatedClient:
         self.history.append((step, reply))
         return reply
 
-    def run(self, name: str, call: Any, answer: Callable[[World], Any]) -> Any:
+    def run(self, name: str, call: Any, answer: Callable[[ReplayState], Any]) -> Any:
         """Carry out a step whose answer is compared as it is."""
 
-        def check(world: World, reply: Any) -> None:
-            expected = answer(world)
+        def check(replayed: ReplayState, reply: Any) -> None:
+            expected = answer(replayed)
             assert reply == expected, f"{reply} instead of {expected}"
 
         return self.carry_out(Step(name, lambda backend: backend.run(call), check))
 
     def some(self, names: list[str]) -> str:
         """Return one of the newer ones."""
-        return names[-1 - min(int(self.dice.expovariate(0.1)), len(names) - 1)]
+        return names[-1 - min(int(self.rng.expovariate(0.1)), len(names) - 1)]
 
     # -- producers ------------------------------------------------------------------------------------------------
 
     def spec(self) -> tuple[Entry, Job, float | None]:
         number, kind, rank = (
-            next(self.town.count),
-            self.dice.choice(["plain", "urgent", "later", "own", "all", "front"]),
+            next(self.shared.count),
+            self.rng.choice(["plain", "urgent", "later", "own", "all", "front"]),
             None,
         )
         entry, job = Entry(f"j{number:05}", REST, front=kind == "front"), Job()
         if kind in {"urgent", "all"}:
-            entry.priority = job.priority = self.dice.randint(1, 9)
+            entry.priority = job.priority = self.rng.randint(1, 9)
         if kind in {"later", "all"}:
-            entry.due_at_ms, rank = self.town.base + 10**9 + number, 2e6 + number
+            entry.due_at_ms, rank = self.shared.base + 10**9 + number, 2e6 + number
         if kind in {"own", "all"}:
-            entry.id, entry.own_id, job.own = f"own{self.dice.randrange(9)}", True, True
-            entry.unique = job.unique = f"k{self.dice.randrange(3)}"
-        if self.dice.random() < 0.05:
+            entry.id, entry.own_id, job.own = f"own{self.rng.randrange(9)}", True, True
+            entry.unique = job.unique = f"k{self.rng.randrange(3)}"
+        if self.rng.random() < 0.05:
             entry.expires_ms, job.expired = 0, True
         return entry, job, rank
 
     def push(self, plain: bool = False) -> None:
-        made = [self.spec() for _ in range(self.dice.randint(1, 4))]
+        made = [self.spec() for _ in range(self.rng.randint(1, 4))]
         if plain:
-            made = [(Entry(f"j{next(self.town.count):05}", REST), Job(), None) for _ in made]
+            made = [(Entry(f"j{next(self.shared.count):05}", REST), Job(), None) for _ in made]
             pairs = [part for entry, _, _ in made for part in (entry.id, entry.rest)]
             call: Any = operations.push_plain(KEYS, self.lane, pairs)
         else:
             call = operations.push(KEYS, self.lane, [entry for entry, _, _ in made])
         lane, number = self.lane.identity, self.lane.number
 
-        def check(world: World, reply: Any) -> None:
-            last, answer = world.lanes.get(lane, (0, None))
+        def check(replayed: ReplayState, reply: Any) -> None:
+            last, answer = replayed.lanes.get(lane, (0, None))
             if number < last:
                 assert isinstance(reply, StalePush)
                 return
             if number > last:
-                answer = [world.model.push(entry.id, job, rank, entry.front) for entry, job, rank in made]
-                world.lanes[lane] = (number, answer)
+                answer = [replayed.model.push(entry.id, job, rank, entry.front) for entry, job, rank in made]
+                replayed.lanes[lane] = (number, answer)
             assert reply == (None if plain else answer)
 
         step = Step(f"push {number} of {lane}", lambda backend: backend.run(call), check)
-        self.town.sent.append(step)
+        self.shared.sent.append(step)
         self.carry_out(step)
-        self.town.ids += [entry.id for entry, _, _ in made]
+        self.shared.ids += [entry.id for entry, _, _ in made]
 
     def push_plain(self) -> None:
         self.push(plain=True)
 
     def again(self) -> None:
         """A push or turn of anybody arrives once more, perhaps while it is under way."""
-        if self.town.sent:
-            self.carry_out(self.town.sent[-1 - min(int(self.dice.expovariate(0.5)), len(self.town.sent) - 1)])
+        if self.shared.sent:
+            self.carry_out(self.shared.sent[-1 - min(int(self.rng.expovariate(0.5)), len(self.shared.sent) - 1)])
 
     # -- workers --------------------------------------------------------------------------------------------------
 
     def worker(self) -> str:
         if len(self.held) < 2:
-            name = f"w{next(self.town.count)}"
+            name = f"w{next(self.shared.count)}"
 
-            def answer(world: World) -> bool:
-                world.model.members[name] = Member()
+            def answer(replayed: ReplayState) -> bool:
+                replayed.model.members[name] = ModelWorker()
                 return True
 
             call = operations.register(KEYS, name, LEASE, b"{}")
             call.decode = bool
             self.run(f"register {name}", call, answer)
-            self.hire(name)
-        return self.dice.choice(list(self.held))
+            self.add_worker(name)
+        return self.rng.choice(list(self.held))
 
-    def hire(self, name: str, held: dict[str, tuple[str | None, bool]] | None = None) -> None:
+    def add_worker(self, name: str, held: dict[str, tuple[str | None, bool]] | None = None) -> None:
         self.held[name], self.turns[name] = held or {}, 0
-        self.town.workers.append(name)
+        self.shared.workers.append(name)
 
     def settle(
         self, kind: str, id_: str, marks: tuple[str | None, bool]
@@ -195,9 +195,9 @@ class SimulatedClient:
         """Return what is sent (None: simply done) and what the model is told."""
         if kind == "done" and not any(marks):
             return None, ("done", id_, None)
-        letter, number = "D" if kind == "done" else kind[0], next(self.town.count)
-        doubt = self.dice.choice([b"+", b"*"]) if kind == "M" else b""
-        after = (number, self.dice.randrange(3), self.dice.randrange(3) + len(doubt), doubt)
+        letter, number = "D" if kind == "done" else kind[0], next(self.shared.count)
+        doubt = self.rng.choice([b"+", b"*"]) if kind == "M" else b""
+        after = (number, self.rng.randrange(3), self.rng.randrange(3) + len(doubt), doubt)
         sent = Settlement(letter, id_, 600_000 if letter in "DC" else 0, b"{}", b"%d %d %d%b" % after, *marks)
         if letter != "R":
             return sent, (letter, id_, after)
@@ -205,11 +205,11 @@ class SimulatedClient:
         return sent, ("R", id_, (1e6 if kind == "R0" else 3e6 + number, after))
 
     def turn(self) -> bool:
-        name, dice = self.worker(), self.dice
-        held, want, leave = self.held[name], dice.choice([0, 1, 2, 5]), dice.random() < 0.1
-        pairs = [self.settle(kind, id_, held[id_]) for id_ in list(held) if (kind := dice.choice(KINDS)) != "keep"]
-        if dice.random() < 0.1 and (stranger := self.some(self.town.ids)) not in held:
-            pairs.append(self.settle(dice.choice(KINDS[2:]), stranger, (None, False)))
+        name, rng = self.worker(), self.rng
+        held, want, leave = self.held[name], rng.choice([0, 1, 2, 5]), rng.random() < 0.1
+        pairs = [self.settle(kind, id_, held[id_]) for id_ in list(held) if (kind := rng.choice(KINDS)) != "keep"]
+        if rng.random() < 0.1 and (stranger := self.some(self.shared.ids)) not in held:
+            pairs.append(self.settle(rng.choice(KINDS[2:]), stranger, (None, False)))
         done = [told for sent, told in pairs if sent is None]
         others = [(sent, told) for sent, told in pairs if sent is not None]
         told = done + [told for _, told in others]
@@ -217,9 +217,9 @@ class SimulatedClient:
         report = TurnReport([id_ for _, id_, _ in done], [sent for sent, _ in others])
         call = operations.turn(KEYS, name, number, want, LEASE, report, flags="t" if leave else "")
 
-        def check(world: World, reply: Any) -> None:
-            model, member = world.model, world.model.members.get(name)
-            if member is None and world.left.get(name) == number:
+        def check(replayed: ReplayState, reply: Any) -> None:
+            model, member = replayed.model, replayed.model.members.get(name)
+            if member is None and replayed.left.get(name) == number:
                 assert (reply.ids, reply.lost, reply.held) == ([], [], 0)
             elif member is None:
                 assert isinstance(reply, WorkerUnregistered)
@@ -230,13 +230,13 @@ class SimulatedClient:
             else:
                 buried = len(model.dead)
                 same_turn(reply, model.turn(name, want, told, leave=leave), paused=model.paused)
-                world.died |= dict.fromkeys(model.dead[buried:], reply.now)
-                model.dead.sort(key=lambda id_: (world.died[id_], id_))
+                replayed.died |= dict.fromkeys(model.dead[buried:], reply.now)
+                model.dead.sort(key=lambda id_: (replayed.died[id_], id_))
                 if name not in model.members:
-                    world.left[name] = number
+                    replayed.left[name] = number
 
         step = Step(f"turn {number} of {name}", lambda backend: backend.run(call), check)
-        self.town.sent.append(step)
+        self.shared.sent.append(step)
         reply = self.carry_out(step)
         if isinstance(reply, Exception) or (leave and reply.held == 0):
             del self.held[name]
@@ -249,98 +249,102 @@ class SimulatedClient:
         return True
 
     def token(self) -> None:
-        """Take the wake-up token, then make the turns that whoever takes it owes."""
+        """Take the wake token, then make the turns that taking it requires."""
 
-        def check(world: World, reply: Any) -> None:
-            assert (reply is not None) is world.model.token
-            world.model.token = False
+        def check(replayed: ReplayState, reply: Any) -> None:
+            assert (reply is not None) is replayed.model.token
+            replayed.model.token = False
 
         reply = self.carry_out(Step("token", lambda backend: backend.execute("LPOP", KEYS.wake), check))
         while reply is not None and not self.turn():
             pass
 
     def reap(self) -> None:
-        if not self.town.workers:
+        if not self.shared.workers:
             return
-        name, crashed, blame = self.some(self.town.workers), self.dice.random() < 0.7, None
-        if crashed and self.dice.random() < 0.5:
+        name, crashed, blame = self.some(self.shared.workers), self.rng.random() < 0.7, None
+        if crashed and self.rng.random() < 0.5:
             blame = list(self.held.get(name, {}))[::2], list(self.held.get(name, {}))[::3]
 
-        def answer(world: World) -> int:
-            if name not in world.model.members:
-                return self.gone(world, name)
-            return world.model.reap(name, crashed=crashed, blame=blame)
+        def answer(replayed: ReplayState) -> int:
+            if name not in replayed.model.members:
+                return self.gone(replayed, name)
+            return replayed.model.reap(name, crashed=crashed, blame=blame)
 
         self.run(f"reap {name}", operations.reap(KEYS, name, crashed=crashed, blame=blame), answer)
 
     @staticmethod
-    def gone(world: World, name: str) -> int:
-        return 0 if world.left.pop(name, None) is not None else -1  # the memory of who has left goes, too
+    def gone(replayed: ReplayState, name: str) -> int:
+        return 0 if replayed.left.pop(name, None) is not None else -1  # the memory of who has left goes, too
 
     def extend(self) -> None:
         name = self.worker()
         if not self.held[name]:
             return
-        id_, heir = self.dice.choice(list(self.held[name])), f"x{next(self.town.count)}"
+        id_, heir = self.rng.choice(list(self.held[name])), f"x{next(self.shared.count)}"
         call = operations.extend(KEYS, name, id_, heir, LEASE, b"{}")
         marks = self.held[name].pop(id_)
-        if self.run(f"extend {id_} of {name} to {heir}", call, lambda world: world.model.extend(name, id_, heir)):
-            self.hire(heir, {id_: marks})
+        if self.run(f"extend {id_} of {name} to {heir}", call, lambda replayed: replayed.model.extend(name, id_, heir)):
+            self.add_worker(heir, {id_: marks})
 
     def beat(self) -> None:
-        if self.town.workers:
-            name = self.some(self.town.workers)
-            self.run(f"beat {name}", operations.heartbeat(KEYS, name, LEASE), lambda world: name in world.model.members)
+        if self.shared.workers:
+            name = self.some(self.shared.workers)
+            self.run(
+                f"beat {name}", operations.heartbeat(KEYS, name, LEASE), lambda replayed: name in replayed.model.members
+            )
 
     # -- people ---------------------------------------------------------------------------------------------------
 
     def cancel(self) -> None:
-        id_, delete = self.some(self.town.ids), self.dice.random() < 0.3
+        id_, delete = self.some(self.shared.ids), self.rng.random() < 0.3
         call = operations.cancel(KEYS, id_, delete=delete)
-        self.run(f"cancel {id_}", call, lambda world: world.model.cancel(id_, delete=delete))
+        self.run(f"cancel {id_}", call, lambda replayed: replayed.model.cancel(id_, delete=delete))
 
     def redrive(self) -> None:
-        limit = self.dice.choice([1, 2, 100])
+        limit = self.rng.choice([1, 2, 100])
         call = operations.redrive(KEYS, limit=limit)
-        self.run("redrive", call, lambda world: world.model.redrive(world.model.dead[:limit]))
+        self.run("redrive", call, lambda replayed: replayed.model.redrive(replayed.model.dead[:limit]))
 
     def promote(self) -> None:
-        id_ = self.some(self.town.ids)
-        self.run(f"promote {id_}", operations.promote(KEYS, id_), lambda world: world.model.promote(id_))
+        id_ = self.some(self.shared.ids)
+        self.run(f"promote {id_}", operations.promote(KEYS, id_), lambda replayed: replayed.model.promote(id_))
 
     def purge(self) -> None:
-        place, limit = self.dice.choice(["ready", "due", "dead"]), self.dice.choice([1, 2, 100])
-        self.run(f"purge {place}", operations.purge(KEYS, place, limit), lambda world: world.model.purge(place, limit))
+        place, limit = self.rng.choice(["ready", "due", "dead"]), self.rng.choice([1, 2, 100])
+        self.run(
+            f"purge {place}", operations.purge(KEYS, place, limit), lambda replayed: replayed.model.purge(place, limit)
+        )
 
     def pause(self) -> None:
-        paused = self.dice.random() < 0.3
+        paused = self.rng.random() < 0.3
         call = operations.configure(KEYS, "paused", "1" if paused else "")
         call.decode = lambda _: None
-        self.run(f"paused: {paused}", call, lambda world: world.model.configure(paused=paused))
+        self.run(f"paused: {paused}", call, lambda replayed: replayed.model.configure(paused=paused))
 
     def wait(self) -> None:
-        id_, channel = self.some(self.town.ids), self.name
-        if self.dice.random() < 0.3:
+        id_, channel = self.some(self.shared.ids), self.name
+        if self.rng.random() < 0.3:
             call: Any = operations.forget(KEYS, id_, channel)
             call.decode = lambda _: None
-            self.run(f"forget {id_}", call, lambda world: world.model.forget(id_, channel))
+            self.run(f"forget {id_}", call, lambda replayed: replayed.model.forget(id_, channel))
         else:
             call = operations.await_result(KEYS, id_, channel)
             call.decode = lambda reply: reply[0].decode()
-            self.run(f"wait for {id_}", call, lambda world: world.model.wait(id_, channel))
+            self.run(f"wait for {id_}", call, lambda replayed: replayed.model.wait(id_, channel))
 
 
-def meet(client: Any, url: str, seed: int, steps: int) -> list[tuple[str, Step, Any]]:
-    """Let four clients live on an emptied server; return (client, step, answer) in the server's order."""
+def run_clients(client: Any, url: str, seed: int, steps: int) -> list[tuple[str, Step, Any]]:
+    """Run four clients on an emptied server; return (client, step, answer) in the server's order."""
     client.flushall()
     for script in vars(operations).values():
         if isinstance(script, Script) and script.name.islower():
             client.script_load(script.text)  # so that each step is one command
     seconds, micros = client.time()
-    town = Town(seconds * 1000 + micros // 1000)
-    clients = [SimulatedClient(url, town, name, f"{seed} {name}") for name in ("a", "b", "c", "d")]
+    shared = SharedState(seconds * 1000 + micros // 1000)
+    clients = [SimulatedClient(url, shared, name, f"{seed} {name}") for name in ("a", "b", "c", "d")]
     with client.monitor() as monitor:
-        threads = [threading.Thread(target=one.live, args=(steps,)) for one in clients]
+        threads = [threading.Thread(target=one.run_steps, args=(steps,)) for one in clients]
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -365,11 +369,11 @@ def meet(client: Any, url: str, seed: int, steps: int) -> list[tuple[str, Step, 
 
 def replay(history: list[tuple[str, Step, Any]]) -> Model:
     """Lead the model through it; it must agree with every answer."""
-    world = World()
+    replayed = ReplayState()
     for place, (name, step, reply) in enumerate(history):
         try:
-            step.check(world, reply)
+            step.check(replayed, reply)
         except AssertionError as error:
             lines = [f"{one} {what.name}: {said!r}" for one, what, said in history[max(0, place - 40) : place + 1]]
             raise AssertionError("\n".join([*lines, f"step {place} of {name}: {error}"])) from error
-    return world.model
+    return replayed.model

@@ -13,7 +13,7 @@ from conveyor.jobs.context import current
 
 @dataclass
 class Point:
-    """What the format below stores, and msgspec knows as well."""
+    """A value that the format below stores, and msgspec knows as well."""
 
     x: int
     y: int
@@ -33,7 +33,7 @@ class Packed:
 
 
 class Opaque:
-    """What nothing but its format can store, as a message of protobuf is."""
+    """A value that only its own format can store, like a message of protobuf."""
 
     def __init__(self, words: str) -> None:
         self.words = words

@@ -1,4 +1,4 @@
-"""A producer and a worker beside each other while servers fail, and what came of every job. No pytest in here."""
+"""A producer and a worker side by side while servers fail, and the account of every job. No pytest in here."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from support.running_worker import until, working
 
 
 @dataclass
-class Traffic:
-    """What was accepted, what ran how often, and which errors a producer saw."""
+class FailoverLoad:
+    """A load with its account: accepted jobs, how often each ran, and the errors that the producer saw."""
 
     url: str
     queue: str = "mail"
@@ -85,7 +85,7 @@ class Traffic:
 
     @property
     def missing(self) -> list[int]:
-        """What was accepted and never ran."""
+        """The accepted jobs that never ran."""
         return [n for n in self.accepted if n not in self.ran]
 
     def lost(self, kills: list[tuple[float, float]]) -> list[int]:
@@ -98,7 +98,7 @@ class Traffic:
 
     @property
     def doubled(self) -> list[int]:
-        """What ran more than once."""
+        """The jobs that ran more than once."""
         return [n for n, count in self.ran.items() if count > 1]
 
     async def audit(self) -> list[tuple[str, str]]:

@@ -1,4 +1,4 @@
-"""What imports what in a tree of Python modules, and where it goes in circles."""
+"""The imports among the modules of a tree, and their cycles."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Relays that die at a step of their own choice, and rows for them."""
+"""Deliveries of an outbox that are killed at a chosen step, and rows for them."""
 
 from __future__ import annotations
 
@@ -16,51 +16,53 @@ from support.databases import Database
 from support.ready_ids import bare
 
 
-class Killed(BaseException):
-    """Stands for the end of the process."""
+class ProcessKilled(BaseException):
+    """Stands for the SIGKILL of the delivering process."""
 
 
-class Fate:
-    """Kills at the n-th act of a delivery: before it is carried out, or right after."""
+class KillAtStep:
+    """Raises `ProcessKilled` at the n-th step of a delivery: before it is carried out, or right after."""
 
     def __init__(self, at: int, *, after: bool) -> None:
         self.left, self.after = at, after
 
-    def act(self, work: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    def step(self, work: Callable[..., Any], *args: Any, **options: Any) -> Any:
         self.left -= 1
         if self.left == 0 and not self.after:
-            raise Killed
+            raise ProcessKilled
         try:
             return work(*args, **options)
         finally:
             if self.left == 0:
-                raise Killed
+                raise ProcessKilled
 
 
-class Mortal(DbapiConnection):
-    """A link whose statements and commits are acts."""
+class InterruptedConnection(DbapiConnection):
+    """A connection whose statements and commits are steps that may be the last."""
 
-    def __init__(self, link: Any, fate: Fate) -> None:
+    def __init__(self, link: Any, killer: KillAtStep) -> None:
         super().__init__(link._connection, link._style, link.dialect)
-        self.fate = fate
+        self.killer = killer
 
     def run(self, sql: str, *values: object) -> StatementResult:
-        return self.fate.act(super().run, sql, *values)  # type: ignore[no-any-return]
+        return self.killer.step(super().run, sql, *values)  # type: ignore[no-any-return]
 
     def commit(self) -> None:
-        self.fate.act(super().commit)
+        self.killer.step(super().commit)
 
 
-def attempt(outbox: Outbox, database: Database, fate: Fate, monkeypatch: pytest.MonkeyPatch) -> bool:
-    """Deliver until fate strikes; return whether it did."""
+def attempt(outbox: Outbox, database: Database, killer: KillAtStep, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Deliver until *killer* kills the process; return whether it did."""
     backend = outbox.app.client
     carry = backend.carry
     connection = database.connect()
     try:
         with monkeypatch.context() as patch:
-            patch.setattr(backend, "carry", lambda *args, **options: fate.act(carry, *args, **options))
-            OutboxDelivery(core_of(outbox.app), outbox._table).deliver(Mortal(adapt_blocking(connection), fate))
-    except Killed:
+            patch.setattr(backend, "carry", lambda *args, **options: killer.step(carry, *args, **options))
+            OutboxDelivery(core_of(outbox.app), outbox._table).deliver(
+                InterruptedConnection(adapt_blocking(connection), killer)
+            )
+    except ProcessKilled:
         return True
     else:
         return False

@@ -17,7 +17,7 @@ from support.running_worker import audit, counts, until, working
 PAUSE = 0.001
 
 
-class Load:
+class JobLoad:
     """
     Jobs with rising numbers are enqueued and run until the block ends; then everything accepted must have run.
 
@@ -30,7 +30,7 @@ class Load:
         **options: Any,
     ) -> None:  # fmt: skip
         """
-        Take where the workers connect, and the *producer* if elsewhere; *bulk* jobs go with every tenth push.
+        `url` is for the workers, *producer* for the producer if it differs; *bulk* jobs go with every tenth push.
 
         Of a *forgetful* server only the order at the end is asked, not that everything accepted has run.
         """

@@ -1,7 +1,7 @@
 """
-The app that the tests of failures run in real workers. It writes down each start and end of a job, one line each.
+The app that the tests of failures run in real workers. Its jobs write each start and end into a journal, a line each.
 
-With ``FLEET_POINT=name`` a process kills itself when it passes that point and finds the file *name* to take away; the ids
+With ``WORKERS_POINT=name`` a process kills itself when it passes that point and finds the file *name* to take away; the ids
 of the jobs it was at go into the file ``struck``.
 """
 
@@ -25,14 +25,14 @@ from conveyor.worker.leasing.queue_consumer import QueueConsumer
 from conveyor.worker.worker import Worker
 
 executor.AFTER_TIMEOUT = float(os.environ.get("FLEET_AFTER_TIMEOUT", "5"))
-recycling.LEAST_LIFE = float(os.environ.get("FLEET_LEAST_LIFE", "10"))
+recycling.MIN_LIFE = float(os.environ.get("FLEET_LEAST_LIFE", "10"))
 PLACE = Path(os.environ.get("FLEET_PLACE", "/nowhere"))
 POINT = os.environ.get("FLEET_POINT", "")
 _RUNS = itertools.count()
 
 
 def write(what: str, n: int) -> None:
-    """Append a line in one write, so that lines of several processes do not mix: what, number, attempt, pid, instants."""
+    """Append a line in one write, so that lines of several processes do not mix: event, number, attempt, pid, instants."""
     line = f"{what} {n} {current().attempt} {os.getpid()} {time.monotonic():.4f} {time.time():.4f}\n"
     descriptor = os.open(PLACE / "journal", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     os.write(descriptor, line.encode())
@@ -171,7 +171,7 @@ def declare(app: Conveyor) -> Any:
 
 
 def _strike(*ids: str) -> bool:
-    """Take the file away that arms the point; tell whether it was there, and write down whose point it is."""
+    """Remove the file that arms the point; return whether it was there, and record the process."""
     try:
         os.unlink(PLACE / POINT)
     except FileNotFoundError:
@@ -193,7 +193,7 @@ def _ends(consumer: QueueConsumer) -> list[str]:
 def _arm() -> None:
     """Put the kill at the point that the environment names."""
     absorb, begin, thread, ended, start = (
-        QueueConsumer._absorb, Executor._begin, Executor._thread, Worker.ended, QueueConsumer._start,
+        QueueConsumer._absorb, Executor._begin, Executor._start_on_thread, Worker.on_finished, QueueConsumer._send_turn,
     )  # fmt: skip
 
     def after_claim(self: Any, turn: Any, report: Any) -> None:
@@ -217,24 +217,24 @@ def _arm() -> None:
         start(self, want)
 
     def mid_ack(self: Any, want: int) -> None:
-        struck = self.wire.is_open and bool(ids := _ends(self)) and _strike(*ids)
+        struck = self.connection.is_open and bool(ids := _ends(self)) and _strike(*ids)
         if struck:
-            self.wire._transport.pause_reading()  # nobody reads the reply
+            self.connection._transport.pause_reading()  # nobody reads the reply
         start(self, want)
         if struck:
             asyncio.get_running_loop().call_later(0.05, _die)  # uvloop sends when this pass of the loop is over
 
     places: dict[str, list[tuple[Any, str, Any]]] = {
         "after_claim": [(QueueConsumer, "_absorb", after_claim)],
-        "before_run": [(Executor, "_begin", before_run), (Executor, "_thread", before_run)],
-        "after_run": [(Worker, "ended", after_run)],
-        "before_ack": [(QueueConsumer, "_start", before_ack)],
-        "mid_ack": [(QueueConsumer, "_start", mid_ack)],
+        "before_run": [(Executor, "_begin", before_run), (Executor, "_start_on_thread", before_run)],
+        "after_run": [(Worker, "on_finished", after_run)],
+        "before_ack": [(QueueConsumer, "_send_turn", before_ack)],
+        "mid_ack": [(QueueConsumer, "_send_turn", mid_ack)],
     }
     for kind, name, instead in places.get(POINT, []):
         setattr(kind, name, instead)
 
 
 _arm()
-app = Conveyor(os.environ.get("CONVEYOR_URL"), lease=os.environ.get("FLEET_LEASE", "15s"))
+app = Conveyor(os.environ.get("CONVEYOR_URL"), lease=os.environ.get("WORKERS_LEASE", "15s"))
 declare(app)

@@ -1,4 +1,4 @@
-"""A worker moved by hand: leases jobs and settles them through the store's own operations."""
+"""A manual worker of an app's queue: leases jobs and settles them through the store's own operations."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from conveyor.store import operations
 from conveyor.store.operations import Settlement, TurnReply, TurnReport
 
 
-class Hand:
-    """Holds what it took until it says how it ended."""
+class ManualWorker:
+    """A registered worker that holds what it leased until a test settles it."""
 
     def __init__(self, app: Conveyor, queue: str = "default") -> None:
         self.client = app.client
@@ -80,9 +80,9 @@ def drain(app: Conveyor) -> None:
         for place in ("due", "dead", "ready"):
             while app.client.run(operations.purge(keys, place, 500))[0]:
                 pass
-        hand = Hand(app, queue)
-        assert hand.take(1000) == []
-        hand.leave()
+        manual = ManualWorker(app, queue)
+        assert manual.take(1000) == []
+        manual.leave()
         app.client.execute("DEL", keys.wake, key=keys.wake)  # a token that no worker took
 
 

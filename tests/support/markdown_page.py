@@ -32,7 +32,7 @@ class Block:
 
     @property
     def printed(self) -> list[str]:
-        """What its prints are said to print: ``print(x)  # text``."""
+        """The lines that its prints should print: ``print(x)  # text``."""
         return [found["text"] for line in self.text.splitlines() if (found := _PRINTED.match(line))]
 
     def commands(self) -> list[tuple[str, list[str]]]:

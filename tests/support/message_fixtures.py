@@ -1,4 +1,4 @@
-"""What the tests of messages share."""
+"""Fixtures and helpers of the tests of messages."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def until(check, seconds=4.0):
 
 
 def first(queue, **options):
-    """Take one message with a consumer that goes on."""
+    """Return a consumer that stays open, and the first message it yields."""
     consumer = queue.consume(**options)
     return consumer, next(consumer)
 

@@ -1,4 +1,4 @@
-"""What a process of `multiprocessing` runs in the tests of forks; a module of its own, since `spawn` imports it anew."""
+"""The target of `multiprocessing` in the tests of forks; a module of its own, because `spawn` imports it anew."""
 
 from __future__ import annotations
 

@@ -66,7 +66,7 @@ class Terminal:
         os.close(inner)
 
     def read(self, seconds: float) -> bool:
-        """Take what comes within that time; False when the command has closed its screen."""
+        """Read what comes within that time; False when the command has closed its terminal."""
         if not select.select([self._screen], [], [], seconds)[0]:
             return True
         try:
@@ -96,7 +96,7 @@ class Terminal:
         return self.process.wait(PATIENCE)
 
     def interrupt(self) -> None:
-        """Press ctrl-C when the command is at rest, as a person does: what it printed last it has also finished."""
+        """Press ctrl-C when the command is at rest, as a person does: its last output is complete."""
         with contextlib.suppress(ProcessLookupError, FileNotFoundError):
             deadline, before = time.monotonic() + PATIENCE, ""
             while (now := self._effort()) != before and time.monotonic() < deadline:
@@ -117,7 +117,7 @@ class Terminal:
         os.close(self._screen)
 
 
-class Reader:
+class PageRunner:
     """Does with the blocks of a page what a person does."""
 
     def __init__(self, directory: Path, url: str | None) -> None:
@@ -137,13 +137,13 @@ class Reader:
         self._running: list[Terminal] = []
         self._snippets: subprocess.Popen[str] | None = None
 
-    def __enter__(self) -> Reader:
+    def __enter__(self) -> PageRunner:
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        """Stop what the page has left running; what is stopped must end well."""
+        """Stop the commands that the page has left running; each must end well."""
         try:
             for terminal in self._running:
                 terminal.interrupt()

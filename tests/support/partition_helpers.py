@@ -1,4 +1,4 @@
-"""What the tests of partitions share."""
+"""Helpers of the tests of partitions."""
 
 from __future__ import annotations
 

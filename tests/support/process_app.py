@@ -1,4 +1,4 @@
-"""The app of test_processes.py: what it does, a fresh process can load by this module's name."""
+"""The app of test_processes.py: a fresh process can load it by this module's name."""
 
 from __future__ import annotations
 

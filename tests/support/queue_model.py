@@ -1,5 +1,5 @@
 """
-What a queue must do, in plain Python: the reference for the state machine in test_queue_model.py.
+The reference model of a queue, in plain Python, for the state machine in test_queue_model.py.
 
 Instants are ranks: due ones lie below `NOW`, far ones above, and equal ranks are ordered by id, as Redis does.
 """
@@ -28,7 +28,7 @@ class Job:
 
 
 @dataclass
-class Member:
+class ModelWorker:
     """One registered worker. `watching`: it left its last turn with room and knows the first due instant."""
 
     turn: int = 0
@@ -39,7 +39,7 @@ class Member:
 
 @dataclass
 class Reply:
-    """What a turn answers."""
+    """The reply to a turn."""
 
     ids: list[str]
     lost: list[str]
@@ -59,7 +59,7 @@ class Model:
         self.ready: dict[int, list[str]] = {priority: [] for priority in range(10)}
         self.due: dict[str, float] = {}
         self.dead: list[str] = []
-        self.members: dict[str, Member] = {}
+        self.members: dict[str, ModelWorker] = {}
         self.unique: dict[str, str] = {}
         self.own: dict[str, bool] = {}  # id → kept for a day only
         self.results: set[str] = set()
@@ -88,7 +88,7 @@ class Model:
 
     def told(self) -> bool:
         """
-        Tell whether nobody is left waiting beside work.
+        Return whether no worker waits while there is work.
 
         On a queue that is not paused: while an entry stands in ready, a wake token is there; while anything is
         scheduled, a token is there or a worker watches the clock that had room when it learned of the first instant.
@@ -171,7 +171,7 @@ class Model:
             del self.members[name]
         return Reply(taken, lost, held, cancelled, more, bool(self.due) and not self.paused, states)
 
-    def _settle(self, member: Member, kind: str, id_: str, what: Any) -> None:
+    def _settle(self, member: ModelWorker, kind: str, id_: str, what: Any) -> None:
         if kind == "M":
             self.jobs[id_].state = what
             return
@@ -198,7 +198,7 @@ class Model:
         else:
             taken.append(id_)
 
-    def _wakes_another(self, member: Member, want: int, taken: list[str], *, leave: bool) -> bool:
+    def _wakes_another(self, member: ModelWorker, want: int, taken: list[str], *, leave: bool) -> bool:
         member.watching = False
         if self.paused:
             return False
@@ -217,7 +217,7 @@ class Model:
         return [places[place] for place in sorted(places)]
 
     def reap(self, name: str, *, crashed: bool, blame: tuple[list[str], list[str]] | None = None) -> int:
-        """Take a worker away, with a crash for all it held or for those in *blame*; return how many jobs came back."""
+        """Remove a worker, with a crash for all it held or for those in *blame*; return how many jobs came back."""
         member = self.members.pop(name)
         self.blind = self.blind or member.watching
         returned = 0
@@ -242,7 +242,7 @@ class Model:
         if member is None or id_ not in member.leases:
             return False
         del member.leases[id_]
-        self.members[new] = Member(0, {id_: 1}, [id_] if id_ in member.cancel else [])
+        self.members[new] = ModelWorker(0, {id_: 1}, [id_] if id_ in member.cancel else [])
         return True
 
     def cancel(self, id_: str, *, delete: bool) -> int:

@@ -1,4 +1,4 @@
-"""What a queue really holds, in the form of `Model.snapshot`, in two round trips."""
+"""Read the content of a queue in the form of `Model.snapshot`, in two round trips."""
 
 from __future__ import annotations
 

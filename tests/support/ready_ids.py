@@ -1,4 +1,4 @@
-"""What the tests of the buffer share."""
+"""Helpers of the tests of the buffer: waiting, and the ids that are ready."""
 
 from __future__ import annotations
 

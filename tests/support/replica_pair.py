@@ -1,4 +1,4 @@
-"""A primary with replicas, a switch in front of them, and what a test needs to break both."""
+"""A primary with a replica, a TCP switch in front of them, and the means to break both."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from support.server_process import Server
 
 
 def free_port() -> int:
-    """Return a port of this machine nobody listens at."""
+    """Return a free port of this machine."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
-class Pair:
+class ReplicaPair:
     """A primary and one replica that follows it through a `link` that can be held; `promote` makes it the primary."""
 
     def __init__(self, start: Callable[..., Server], name: str = "valkey", *options: str) -> None:

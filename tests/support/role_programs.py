@@ -1,4 +1,4 @@
-"""What each role does in its life, whole: once with all its rights, and again with one of them taken away."""
+"""Programs that use every right of a role: run once with all of them, and again with one taken away."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from conveyor.messaging.retry import Retry
 from conveyor.store import inspection, operations
 from conveyor.worker.shared_memory import ChildInfo, LeaseIdentity
 from conveyor.worker.supervision.lease_guard import DeadChild, LeaseGuard
-from support.manual_worker import Hand, eventually
+from support.manual_worker import ManualWorker, eventually
 from support.running_worker import working
 from support.server_process import Server
 
@@ -37,7 +37,7 @@ SERVER = {"redis6": "6.2", "redis7": "7.0", "valkey": "7.2"}
 
 
 @dataclass
-class Member:
+class RoleUser:
     """A user of one role on a server, made with the very line that is printed."""
 
     server: Server
@@ -104,24 +104,24 @@ def shop(url: str) -> Iterator[Conveyor]:
         yield app
 
 
-def furnish(app: Conveyor) -> Hand:
+def furnish(app: Conveyor) -> ManualWorker:
     """Put one job of each kind in the queues, as an owner of all rights; return who holds the leased ones."""
     app.client.execute("FLUSHALL", "SYNC")
     double, fail = app.tasks["shop.double"], app.tasks["shop.fail"]
-    hand = Hand(app)
+    manual = ManualWorker(app)
     double.options(id="done").enqueue(1)
     double.options(id="leased").enqueue(1)
     fail.options(id="dead").enqueue()
     fail.options(id="dead-too").enqueue()
-    for id_, end in zip(hand.take(4), ("done", "", "dead", "dead"), strict=True):
+    for id_, end in zip(manual.take(4), ("done", "", "dead", "dead"), strict=True):
         if end == "done":
-            hand.done(id_, 2)
+            manual.done(id_, 2)
         elif end:
-            hand.dead(id_, None)
+            manual.dead(id_, None)
     double.options(unique="held", id="ready").enqueue(1)
     double.options(delay="1h", id="scheduled").enqueue(1)
     app.client.run(operations.await_result(app.client.keys("default"), "ready", f"{NAMESPACE}:replies:nobody"))
-    return hand
+    return manual
 
 
 def produce(app: Conveyor) -> None:
@@ -225,7 +225,7 @@ async def work(app: Conveyor) -> None:
         await _reached(dying, "dead")
         await double.options(priority=5, expires="1ms", delay="5ms").aenqueue(1)
         await _empty(app)
-        await consumer.wire.run(operations.held_ids(consumer.keys, consumer.identity), patience=1.0)
+        await consumer.connection.run(operations.held_ids(consumer.keys, consumer.identity), patience=1.0)
     await asyncio.to_thread(_die, app)
     await asyncio.to_thread(_consume, app)
 
@@ -248,16 +248,16 @@ async def _empty(app: Conveyor) -> None:
 def _die(app: Conveyor) -> None:
     """Lease as a child that dies, and return it as its supervisor does."""
     app.tasks["shop.double"].enqueue(1)
-    hand = Hand(app)
-    assert hand.take(1)
-    app.client.run(operations.turn(hand.keys, hand.worker, hand.number, 1, 60_000, operations.TurnReport()))  # a repeat
-    app.client.run(operations.heartbeat(hand.keys, hand.worker, 60_000))
-    identity = LeaseIdentity(NAMESPACE, "default", None, hand.worker, 60_000, True, time.monotonic())
-    estate = DeadChild("a child was killed", ChildInfo(app.client.address.url, NAMESPACE), [identity], crashed=True)
-    guardian = LeaseGuard()
-    guardian.settle(estate)
-    assert guardian.close(5.0)
-    assert estate.returned == 1
+    manual = ManualWorker(app)
+    assert manual.take(1)
+    app.client.run(operations.turn(manual.keys, manual.worker, manual.number, 1, 60_000, operations.TurnReport()))  # a repeat
+    app.client.run(operations.heartbeat(manual.keys, manual.worker, 60_000))
+    identity = LeaseIdentity(NAMESPACE, "default", None, manual.worker, 60_000, True, time.monotonic())
+    dead_child = DeadChild("a child was killed", ChildInfo(app.client.address.url, NAMESPACE), [identity], crashed=True)
+    lease_guard = LeaseGuard()
+    lease_guard.return_jobs(dead_child)
+    assert lease_guard.close(5.0)
+    assert dead_child.returned == 1
 
 
 def _consume(app: Conveyor) -> None:

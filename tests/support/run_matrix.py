@@ -35,7 +35,7 @@ def run(place: str, arguments: list[str], log: Path) -> bool:
 
 
 def main() -> int:
-    """Take places and what pytest is to be told; return 1 when a place failed."""
+    """Parse the places and the arguments for pytest; return 1 when a place failed."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--places", default=" ".join(PLACES), help="which, separated by spaces")
     parser.add_argument("--at-once", type=int, default=1, help="how many at the same time")

@@ -10,41 +10,41 @@ from conveyor.store import inspection, operations, partitions, plain_list
 from conveyor.store.keys import QueueKeys
 from conveyor.store.operations import ProducerSequence, Settlement, TurnReport
 from conveyor.store.script import Call
-from support.seeded_queue import REST, Scene, entry
+from support.seeded_queue import REST, SeededQueue, entry
 
 KEYS = QueueKeys("c", "q", foreign="q")
 
 
-def furnish(scene: Scene) -> None:
+def furnish(seeded: SeededQueue) -> None:
     """Make jobs in every place and priority, a suspect, a stub, two workers, cancel requests, and processes that wait."""
-    scene.lane = ProducerSequence("L")
-    scene.push(entry("d1", priority=3, unique="kd", own_id=True), entry("d2"))
-    scene.register("w", "v")
-    scene.turn("v", 1, 2)
+    seeded.lane = ProducerSequence("L")
+    seeded.push(entry("d1", priority=3, unique="kd", own_id=True), entry("d2"))
+    seeded.register("w", "v")
+    seeded.turn("v", 1, 2)
     dead = [Settlement("X", id_, state=b"2 2 0\n{}") for id_ in ("d1", "d2")]
-    scene.turn("v", 2, others=dead, report=TurnReport([], dead, {"t:done": 1}, [b"d1\tt\tdead\t1\t1"]))
-    scene.push("h1", entry("h2", priority=4, unique="kh", own_id=True), "h3", "h4", "h5", "h6")
-    scene.turn("w", 1, 6)
-    scene.push("v1", "v2")
-    scene.turn("v", 3, 2)
-    scene.push("r1", entry("r2", priority=5), "x1", entry("r3", unique="kr", own_id=True))
-    scene.push(entry("s1", priority=2, delay_ms=60_000, own_id=True), entry("s2", delay_ms=90_000))
-    scene.push(entry("s3", priority=7, delay_ms=60_000))
-    scene.run(operations.cancel(scene.keys, "x1"))
+    seeded.turn("v", 2, others=dead, report=TurnReport([], dead, {"t:done": 1}, [b"d1\tt\tdead\t1\t1"]))
+    seeded.push("h1", entry("h2", priority=4, unique="kh", own_id=True), "h3", "h4", "h5", "h6")
+    seeded.turn("w", 1, 6)
+    seeded.push("v1", "v2")
+    seeded.turn("v", 3, 2)
+    seeded.push("r1", entry("r2", priority=5), "x1", entry("r3", unique="kr", own_id=True))
+    seeded.push(entry("s1", priority=2, delay_ms=60_000, own_id=True), entry("s2", delay_ms=90_000))
+    seeded.push(entry("s3", priority=7, delay_ms=60_000))
+    seeded.run(operations.cancel(seeded.keys, "x1"))
     for id_ in ("h3", "v1"):
-        scene.run(operations.cancel(scene.keys, id_))
-    scene.redis.hset(scene.keys.state, mapping={"h1": "1 1 0", "h4": "3 0 1", "v2": "1 0 1", "r1": "1 1 0"})
+        seeded.run(operations.cancel(seeded.keys, id_))
+    seeded.redis.hset(seeded.keys.state, mapping={"h1": "1 1 0", "h4": "3 0 1", "v2": "1 0 1", "r1": "1 1 0"})
     for id_ in ("h1", "h2", "h3", "h4", "s1", "r1", "r2", "v1", "d1"):
-        scene.run(operations.await_result(scene.keys, id_, f"channel-{id_}"))
-    scene.redis.set(scene.keys.result("old"), "{}", ex=600)
-    scene.redis.rpush(scene.keys.intake, "1", "2")
-    scene.redis.rpush("q", "3", "4")
-    scene.redis.zadd(scene.keys.due, {"s3": 1})
-    scene.redis.rpush(
-        scene.keys.outbox, spawn_outbox.write("other", entry("o1")), spawn_outbox.write("other", entry("o2"))
+        seeded.run(operations.await_result(seeded.keys, id_, f"channel-{id_}"))
+    seeded.redis.set(seeded.keys.result("old"), "{}", ex=600)
+    seeded.redis.rpush(seeded.keys.intake, "1", "2")
+    seeded.redis.rpush("q", "3", "4")
+    seeded.redis.zadd(seeded.keys.due, {"s3": 1})
+    seeded.redis.rpush(
+        seeded.keys.outbox, spawn_outbox.write("other", entry("o1")), spawn_outbox.write("other", entry("o2"))
     )
-    scene.redis.hset(scene.keys.conf, "outbox", "5 1")
-    problems = scene.audit()
+    seeded.redis.hset(seeded.keys.conf, "outbox", "5 1")
+    problems = seeded.audit()
     assert problems == [], problems
 
 
@@ -135,10 +135,10 @@ PUSHES = {"push", "push_plain", "list_push", "claim_partitions"}
 READS = {"held_ids", "counts", "list_jobs", "get_job", "workers", "audit", "partitions"}
 
 
-def name_of(key: str, scene: Scene) -> str:
+def name_of(key: str, seeded: SeededQueue) -> str:
     """Return the full name of a key of the table above."""
     if key == "foreign":
         return "q"
     if key == "stats":
-        return f"{KEYS.prefix}stats:{scene.now() // 60_000}"
+        return f"{KEYS.prefix}stats:{seeded.now() // 60_000}"
     return KEYS.prefix + key

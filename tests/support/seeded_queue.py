@@ -43,11 +43,10 @@ def full(client: redis_py.Redis) -> Iterator[None]:
         client.config_set("maxmemory", "0")
 
 
-class Scene:
+class SeededQueue:
     """The queue `q` of one server. Workers have a lease of a minute, so nothing ends by itself."""
 
     def __init__(self, client: redis_py.Redis, url: str, keys: QueueKeys | None = None) -> None:
-        """Take a client of an emptied server."""
         self.redis = client
         self.client = Client(url, namespace="c", patience=0)
         self.keys = keys or self.client.keys("q")
@@ -91,7 +90,7 @@ class Scene:
         assert self.turn(worker, 1, len(ids)).ids == list(ids)
         self.take_token()
 
-    def bury(self, *ids: str, state: bytes = b"1 1 0\n{}") -> None:
+    def add_dead(self, *ids: str, state: bytes = b"1 1 0\n{}") -> None:
         """Make dead letters, in this order; nothing else remains but the declared constant keys."""
         self.lease(*ids, worker="undertaker")
         self.turn("undertaker", 2, others=[Settlement("X", id_, state=state) for id_ in ids])
@@ -101,7 +100,7 @@ class Scene:
             self.redis.zadd(self.keys.dead, {id_: base + place})
 
     def take_token(self) -> bool:
-        """Take the wake token, as an idle worker does; tell whether there was one."""
+        """Pop the wake token, as an idle worker does; return whether there was one."""
         return self.redis.lpop(self.keys.wake) is not None
 
     def pause(self, paused: bool = True) -> None:

@@ -24,7 +24,7 @@ _ports: Iterator[int] = itertools.count(20000 + os.getpid() % 300 * 30)
 
 
 def free_port() -> int:
-    """Return a port nobody listens at, nor 10,000 above it, where a node of a cluster talks to the others."""
+    """Return a free port; 10,000 above it, where a node of a cluster talks to the others, is free too."""
     return next(port for port in _ports if all(_is_free(one) for one in (port, port + 10000)))
 
 
@@ -134,7 +134,7 @@ class Node:
 QUIET = ("--save", "", "--appendonly", "no", "--repl-diskless-sync", "yes", "--repl-diskless-sync-delay", "0")
 
 
-class Watched:
+class SentinelGroup:
     """A master with a replica, and three sentinels that watch them: `url` leads to whoever is master."""
 
     NAME = "main"

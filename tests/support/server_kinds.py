@@ -13,7 +13,7 @@ from typing import Any
 import redis as redis_py
 
 from conveyor.admin import acl
-from support.server_groups import ClusterOfNodes, Watched
+from support.server_groups import ClusterOfNodes, SentinelGroup
 from support.server_process import Server, find_binary
 
 ALONE = ("valkey", "redis6", "redis7", "tls", "acl")
@@ -95,7 +95,7 @@ class UnderSentinels:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         # The suite freezes whole machines for seconds at times; a failover in between is the business of other tests.
-        self._watched = Watched(directory, down_after_ms=20_000)
+        self._watched = SentinelGroup(directory, down_after_ms=20_000)
         self.url = self._watched.url
 
     def client(self, **options: Any) -> redis_py.Redis:

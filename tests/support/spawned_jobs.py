@@ -1,4 +1,4 @@
-"""What the tests of spawned jobs do by hand: end a job with followers, deliver them, take what arrived."""
+"""Steps of spawned jobs, one by one: end a job with followers, deliver them, lease what arrived."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from conveyor.jobs.core import core_of
 from conveyor.store import operations
 from conveyor.store.operations import Settlement
 from conveyor.worker.leasing.spawn_delivery import deliver
-from support.manual_worker import Hand
+from support.manual_worker import ManualWorker
 
 
 def entry(app: Conveyor, queue: str, n: int) -> bytes:
@@ -18,24 +18,24 @@ def entry(app: Conveyor, queue: str, n: int) -> bytes:
     return spawn_outbox.write(queue, prepared)
 
 
-def settle(app: Conveyor, followers: list[tuple[str, int]], *, reaped: bool = False) -> Hand:
+def settle(app: Conveyor, followers: list[tuple[str, int]], *, reaped: bool = False) -> ManualWorker:
     """End a job that spawned these, as a worker that does no more than that; or as one that lost its lease before."""
     app.tasks["family.parent"].enqueue(0)
-    hand = Hand(app)
-    (id_,) = hand.take(1)
+    manual = ManualWorker(app)
+    (id_,) = manual.take(1)
     if reaped:
-        app.client.run(operations.reap(hand.keys, hand.worker))
+        app.client.run(operations.reap(manual.keys, manual.worker))
     spawned = [Settlement("S", id_, record=entry(app, queue, n)) for queue, n in followers]
-    hand.turn(0, *spawned, Settlement("D", id_), flags="t")
-    return hand
+    manual.turn(0, *spawned, Settlement("D", id_), flags="t")
+    return manual
 
 
 def take_all(app: Conveyor, queue: str) -> list[int]:
     """Lease and finish all of a queue; return the numbers in their order."""
-    hand = Hand(app, queue)
-    ids = hand.take(1000)
-    found = [int(hand.envelopes[id_].body.strip(b'{"n:}[]')) for id_ in ids]
-    hand.turn(0, done=tuple(ids), flags="t")
+    manual = ManualWorker(app, queue)
+    ids = manual.take(1000)
+    found = [int(manual.envelopes[id_].body.strip(b'{"n:}[]')) for id_ in ids]
+    manual.turn(0, done=tuple(ids), flags="t")
     return found
 
 

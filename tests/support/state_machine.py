@@ -23,9 +23,9 @@ from conveyor.store.operations import (
     WorkerUnregistered,
 )
 from conveyor.store.script import Call
-from support.queue_model import FRESH, History, Job, Member, Model, Reply
+from support.queue_model import FRESH, History, Job, Model, ModelWorker, Reply
 from support.queue_snapshot import history, read
-from support.seeded_queue import LEASE, REST, Scene
+from support.seeded_queue import LEASE, REST, SeededQueue
 
 KINDS = ["keep", "done", "done", "D", "C", "X", "R0", "R", "F", "F-", "M", "M*"]
 SPECS = ["plain", "plain", "plain", "urgent", "later", "zero", "unique", "own", "expired", "front", "all"]
@@ -43,17 +43,17 @@ def same_turn(found: TurnReply, expected: Reply, *, paused: bool) -> None:
     assert (found.more, found.next_due is not None, found.paused) == (expected.more, expected.due, paused)
 
 
-class Machine(RuleBasedStateMachine):
+class QueueMachine(RuleBasedStateMachine):
     """Three workers, two producers, and people who cancel, purge, pause, redrive; calls arrive twice and late."""
 
-    scene: ClassVar[Scene]
+    seeded: ClassVar[SeededQueue]
 
     def __init__(self) -> None:
         super().__init__()
-        self.scene.redis.flushall(asynchronous=False)
-        self.keys = self.scene.keys
+        self.seeded.redis.flushall(asynchronous=False)
+        self.keys = self.seeded.keys
         self.model = Model()
-        self.base = self.scene.now()
+        self.base = self.seeded.now()
         self.count = itertools.count(1)
         self.lanes = [ProducerSequence("L0"), ProducerSequence("L1")]
         self.pushed: list[list[tuple[Call[Any], list[str]]]] = [[], []]
@@ -62,18 +62,18 @@ class Machine(RuleBasedStateMachine):
         self.turns: dict[str, list[Call[Any]]] = {}
         self.ends: list[str] = []  # who died, in order
 
-    def _hire(self, seat: int) -> str:
-        name = f"w{seat}-{next(self.count)}"
-        self.scene.register(name)
-        self.model.members[name] = Member()
+    def _hire(self, index: int) -> str:
+        name = f"w{index}-{next(self.count)}"
+        self.seeded.register(name)
+        self.model.members[name] = ModelWorker()
         return name
 
-    def _seat(self, pick: int) -> str:
-        """Return the worker of a seat; who was reaped there or has left comes back under a new identity."""
-        seat = pick % 3
-        if self.workers[seat] not in self.model.members:
-            self.workers[seat] = self._hire(seat)
-        return self.workers[seat]
+    def _worker_at(self, pick: int) -> str:
+        """Return the worker at an index; one that was reaped there or has left comes back under a new identity."""
+        index = pick % 3
+        if self.workers[index] not in self.model.members:
+            self.workers[index] = self._hire(index)
+        return self.workers[index]
 
     def _any(self, pick: int) -> str:
         ids = list(self.model.jobs) or ["ghost"]
@@ -88,7 +88,7 @@ class Machine(RuleBasedStateMachine):
         raise AssertionError(f"{error} was expected")
 
     def _run(self, call: Call[Any]) -> Any:
-        return self.scene.run(call)
+        return self.seeded.run(call)
 
     # -- producers ------------------------------------------------------------------------------------------------
 
@@ -182,14 +182,14 @@ class Machine(RuleBasedStateMachine):
         return sent, ("R", id_, (1e6 if kind == "R0" else 3e6 + number, after))
 
     @rule(
-        seat=ANY, want=st.sampled_from([0, 1, 2, 3, 1000]), kinds=st.lists(st.sampled_from(KINDS), max_size=8),
+        index=ANY, want=st.sampled_from([0, 1, 2, 3, 1000]), kinds=st.lists(st.sampled_from(KINDS), max_size=8),
         woken=st.booleans(), foreign=ANY, flags=st.sampled_from(["", "", "l", "k", "t", "kt"]),
     )  # fmt: skip
-    def turn(self, seat: int, want: int, kinds: list[str], woken: bool, foreign: int, flags: str) -> None:
-        name = self._seat(seat)
+    def turn(self, index: int, want: int, kinds: list[str], woken: bool, foreign: int, flags: str) -> None:
+        name = self._worker_at(index)
         member = self.model.members[name]
         if woken:  # an idle worker takes the token, then makes its turn
-            self.scene.take_token()
+            self.seeded.take_token()
             self.model.token = False
         chosen = [(kind, id_) for kind, id_ in zip(kinds, list(member.leases), strict=False) if kind != "keep"]
         if foreign < 10 and (stranger := self._any(foreign)) not in member.leases:
@@ -212,13 +212,13 @@ class Machine(RuleBasedStateMachine):
         if name not in self.model.members:
             self.gone.append(name)
         for id_ in self.model.dead[buried:]:  # so that no two die in the same millisecond
-            self.scene.redis.zadd(self.keys.dead, {id_: self.base - 10**6 + next(self.count)})
+            self.seeded.redis.zadd(self.keys.dead, {id_: self.base - 10**6 + next(self.count)})
 
     @precondition(lambda self: any(self.model.ready.values()))
-    @rule(seat=ANY, want=st.sampled_from([1, 1, 2, 3, 1000]))
-    def lease(self, seat: int, want: int) -> None:
+    @rule(index=ANY, want=st.sampled_from([1, 1, 2, 3, 1000]))
+    def lease(self, index: int, want: int) -> None:
         """A worker with room takes the token, then what there is."""
-        self.turn(seat, want, [], True, 99, "")
+        self.turn(index, want, [], True, 99, "")
 
     @precondition(lambda self: any(member.leases for member in self.model.members.values()))
     @rule(pick=ANY, want=st.sampled_from([0, 1, 2]), kinds=st.lists(st.sampled_from(KINDS[1:]), min_size=1, max_size=5))
@@ -228,9 +228,9 @@ class Machine(RuleBasedStateMachine):
         self.workers[pick % 3] = busy[pick % len(busy)]
         self.turn(pick, want, kinds, False, pick, "")
 
-    @rule(seat=ANY, which=ANY)
-    def turn_again(self, seat: int, which: int) -> None:
-        name = self._seat(seat)
+    @rule(index=ANY, which=ANY)
+    def turn_again(self, index: int, which: int) -> None:
+        name = self._worker_at(index)
         sent = self.turns.get(name, [])
         if not sent:
             return
@@ -247,7 +247,7 @@ class Machine(RuleBasedStateMachine):
     @precondition(lambda self: self.gone)
     @rule(which=ANY, pick=ANY)
     def call_of_the_dead(self, which: int, pick: int) -> None:
-        """Who was reaped or has left changes nothing, whatever it sends."""
+        """A worker that was reaped or has left changes nothing, whatever it sends."""
         name, id_ = self.gone[which % len(self.gone)], self._any(pick)
         late = operations.turn(self.keys, name, 10**6, 5, LEASE, TurnReport([id_], [Settlement("X", id_)]))
         with self._refused(WorkerUnregistered):
@@ -255,9 +255,9 @@ class Machine(RuleBasedStateMachine):
         assert self._run(operations.heartbeat(self.keys, name, LEASE)) is False
         assert self._run(operations.extend(self.keys, name, id_, "heir", LEASE, b"{}")) is False
 
-    @rule(seat=ANY)
-    def beat(self, seat: int) -> None:
-        assert self._run(operations.heartbeat(self.keys, self._seat(seat), LEASE)) is True
+    @rule(index=ANY)
+    def beat(self, index: int) -> None:
+        assert self._run(operations.heartbeat(self.keys, self._worker_at(index), LEASE)) is True
 
     @precondition(lambda self: self.model.members)
     @rule(pick=ANY, how=st.sampled_from(["crash", "blame", "leave", "looks", "beaten", "moved", "alive"]), share=ANY)
@@ -265,14 +265,14 @@ class Machine(RuleBasedStateMachine):
         names = list(self.model.members)
         name, end = names[pick % len(names)], None
         if how in {"looks", "beaten", "moved"}:
-            end = self.scene.now() - 1000
-            self.scene.redis.zadd(self.keys.workers, {name: end})
+            end = self.seeded.now() - 1000
+            self.seeded.redis.zadd(self.keys.workers, {name: end})
         if how == "beaten":
             self._run(operations.heartbeat(self.keys, name, LEASE))
         if how == "moved":  # it has beaten, and its lease has ended once more
-            self.scene.redis.zadd(self.keys.workers, {name: end + 1})
+            self.seeded.redis.zadd(self.keys.workers, {name: end + 1})
         if how == "alive":
-            end = int(self.scene.redis.zscore(self.keys.workers, name))
+            end = int(self.seeded.redis.zscore(self.keys.workers, name))
         blame = None
         if how == "blame":
             held = [*self.model.members[name].leases]
@@ -286,17 +286,17 @@ class Machine(RuleBasedStateMachine):
         self.gone.append(name)
 
     @precondition(lambda self: any(member.leases for member in self.model.members.values()))
-    @rule(seat=ANY, pick=ANY)
-    def extend(self, seat: int, pick: int) -> None:
+    @rule(index=ANY, pick=ANY)
+    def extend(self, index: int, pick: int) -> None:
         busy = [name for name, member in self.model.members.items() if member.leases]
-        name, heir = busy[seat % len(busy)], f"x{next(self.count)}"
+        name, heir = busy[index % len(busy)], f"x{next(self.count)}"
         ids = ["ghost"] if pick > 90 else list(self.model.members[name].leases)
         id_ = ids[pick % len(ids)]
         call = operations.extend(self.keys, name, id_, heir, LEASE, b"{}")
         assert self._run(call) is self.model.extend(name, id_, heir)
         if heir in self.model.members:
             assert self._run(call) is True
-            self.workers[seat % 3] = heir if pick % 2 else name
+            self.workers[index % 3] = heir if pick % 2 else name
 
     # -- people ---------------------------------------------------------------------------------------------------
 
@@ -330,7 +330,7 @@ class Machine(RuleBasedStateMachine):
             assert self._run(operations.promote(self.keys, id_)) is False
         else:
             rank = next(self.count)
-            self.scene.redis.zadd(self.keys.due, {id_: rank})
+            self.seeded.redis.zadd(self.keys.due, {id_: rank})
             self.model.due[id_] = float(rank)
 
     @precondition(lambda self: self.model.jobs)
@@ -354,14 +354,14 @@ class Machine(RuleBasedStateMachine):
 
     @rule()
     def script_flush(self) -> None:
-        self.scene.redis.script_flush()
+        self.seeded.redis.script_flush()
 
     # -- what holds after every step ------------------------------------------------------------------------------
 
     @invariant()
     def is_alike(self) -> None:
-        """The queue is where the model says, each id in one place, and nobody sleeps beside work."""
-        assert read(self.scene.redis, self.keys) == self.model.snapshot()
+        """The queue equals the model, each id is in one place, and no worker waits while there is work."""
+        assert read(self.seeded.redis, self.keys) == self.model.snapshot()
         assert self._run(inspection.audit(self.keys)) == []
         counted, model = self._run(inspection.counts(self.keys)), self.model
         assert (len(counted), counted.leased, counted.dead) == (

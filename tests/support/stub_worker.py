@@ -1,5 +1,5 @@
 """
-A child with a worker small enough to be seen through: everything of `conveyor.worker.supervision.child_main` around it is the real thing.
+A child process with a minimal worker; everything of `conveyor.worker.supervision.child_main` around it is real.
 
 As a program it is both: with JSON as its only argument a supervisor, otherwise the child which that starts. A message's
 task says what happens: `hold` (until told to stop), `sleep`, `block` (the loop stands still), `clutch` (so does
@@ -22,17 +22,17 @@ from conveyor.store import operations
 from conveyor.store.client.client import Client
 from conveyor.store.keys import QueueKeys
 from conveyor.store.operations import Settlement, TurnReport
-from conveyor.worker.crash_attribution import named
+from conveyor.worker.crash_attribution import id_checksum
 from conveyor.worker.logs import configure_log
 from conveyor.worker.shared_memory import ChildInfo, ChildSlot, ChildSpec
 from conveyor.worker.supervision import child_main
 from conveyor.worker.supervision.supervisor import Supervisor
 
-URL, LEASE_MS = os.environ.get("STAND_IN_URL", ""), int(os.environ.get("STAND_IN_LEASE_MS", "1000"))
-WANT = int(os.environ.get("STAND_IN_WANT", "20"))
+URL, LEASE_MS = os.environ.get("STUB_URL", ""), int(os.environ.get("STUB_LEASE_MS", "1000"))
+WANT = int(os.environ.get("STUB_WANT", "20"))
 
 
-class StandIn:
+class StubWorker:
     """Leases up to WANT jobs of one queue, and runs them all at once."""
 
     def __init__(self, spec: ChildSpec, slot: ChildSlot, url: str) -> None:
@@ -45,7 +45,7 @@ class StandIn:
         self.stops = 0
         self.is_quiet = False
         self.number = 0
-        self.seats = slot.seats()
+        self.table = slot.running_table()
 
     def stop(self) -> None:
         self.stops += 1
@@ -82,7 +82,7 @@ class StandIn:
             self.keys, self.worker, self.number, want, LEASE_MS, report, flags="t" if self.stops else ""
         )
         turn = await self.client.arun(call, patience=60)
-        self.slot.renewed(self.worker)
+        self.slot.note_renewal(self.worker)
         assert turn.lost == []
         for one in give_back:
             self.running.pop(one.id).cancel()
@@ -92,8 +92,8 @@ class StandIn:
 
     async def work(self, id_: str, task: str, body: bytes) -> None:
         self.slot.set_job(task, id_)
-        seat = self.seats.take()
-        self.seats.cells[seat] = named(id_)
+        seat = self.table.take_cell()
+        self.table.cells[seat] = id_checksum(id_)
         if task == "block":
             time.sleep(float(body))
         elif task == "clutch":
@@ -104,13 +104,13 @@ class StandIn:
             await asyncio.sleep(float(body))
         elif task == "recycle":
             self.slot.finish()
-            asyncio.get_running_loop().call_later(0.05, child_main._end, child_main.RECYCLE)
+            asyncio.get_running_loop().call_later(0.05, child_main._exit, child_main.RECYCLE)
         elif task == "exit":
             os._exit(int(body))
         elif task == "hold":
             await asyncio.Event().wait()
         self.slot.clear_job()
-        self.seats.leave(seat)
+        self.table.release_cell(seat)
         del self.running[id_]
         self.done.append(id_)
 
@@ -127,7 +127,7 @@ def is_held(task: asyncio.Task[None]) -> bool:
     return task.get_name() == "hold"
 
 
-def start(spec: ChildSpec, slot: ChildSlot) -> tuple[ChildInfo, StandIn]:
+def start(spec: ChildSpec, slot: ChildSlot) -> tuple[ChildInfo, StubWorker]:
     if spec.app == "broken:app":
         raise ImportError("No module named 'broken'")
     url = URL
@@ -135,8 +135,8 @@ def start(spec: ChildSpec, slot: ChildSlot) -> tuple[ChildInfo, StandIn]:
         backend = Client(url, namespace="test")
         url = backend.address.url
         assert backend.attachment is not None
-        return ChildInfo(f"embedded:{backend.attachment.directory}", "test"), StandIn(spec, slot, url)
-    return ChildInfo(url, "test", 1, ("hold",), tuple(spec.queues)), StandIn(spec, slot, url)
+        return ChildInfo(f"embedded:{backend.attachment.directory}", "test"), StubWorker(spec, slot, url)
+    return ChildInfo(url, "test", 1, ("hold",), tuple(spec.queues)), StubWorker(spec, slot, url)
 
 
 def supervise(options: dict[str, object]) -> int:

@@ -1,4 +1,4 @@
-"""Supervisors as processes, and the queue that their stand-in children serve, for the tests."""
+"""Supervisors as processes, and the queue that their stub workers serve."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def running(pid: int) -> bool:
 
 
 class Queue:
-    """What the tests ask of the queue that the stand-ins serve."""
+    """The queue that the stub workers serve, as the tests inspect it."""
 
     def __init__(self, url: str) -> None:
         self._url = url
@@ -68,7 +68,7 @@ class Queue:
         return {int(state.split(b" ")[0]) if isinstance(state, bytes) else 0 for state in states}
 
     def by_pid(self, *held: int) -> dict[int, WorkerRow]:
-        """The crew by process, once it holds just that many jobs each."""
+        """Return the registered workers by process, once each holds exactly that many jobs."""
         found = until(lambda: (c := self.workers()) and sorted(m.held for m in c) == sorted(held) and c)
         return {member.about["pid"]: member for member in found}
 
@@ -95,7 +95,7 @@ class Queue:
                 client.delete(key)
 
 
-class Supervised:
+class SupervisorProcess:
     """A supervisor with its children."""
 
     def __init__(self, url: str, log: Path, env: dict[str, str], **options: Any) -> None:
@@ -103,7 +103,7 @@ class Supervised:
         with log.open("wb") as out:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "support.stub_worker", json.dumps(options)],
-                env={**os.environ, "STAND_IN_URL": url, "PYTHONPATH": os.pathsep.join(sys.path), **env},
+                env={**os.environ, "STUB_URL": url, "PYTHONPATH": os.pathsep.join(sys.path), **env},
                 stderr=out,
                 stdin=subprocess.DEVNULL,
             )

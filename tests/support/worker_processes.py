@@ -1,5 +1,5 @@
 """
-Real workers on a real server, and what they wrote down of each job: for the tests that kill, freeze and stop them.
+Real workers on a real server, and the journal that their jobs write: for tests that kill, freeze and stop them.
 
 As a program it is a supervisor with its options as JSON, or with `{"embed": true}` a program with a worker inside.
 """
@@ -41,18 +41,18 @@ class Line(NamedTuple):
     wall: float
 
 
-class Fleet:
+class WorkerProcesses:
     """The app of the tests in this process, and supervisors that serve it, started by `start`."""
 
     def __init__(self, url: str, place: Path, *, lease: str = "15s", **env: str) -> None:
-        """Take the server, an empty folder for journal and logs, and further variables of the workers' environment."""
+        """*place* is an empty folder for journal and logs, *env* more variables of the workers' environment."""
         self.url, self.place = url, place
         self.app = Conveyor(url, lease=lease)
         self.tasks = journal_app.declare(self.app)
         self.keys = self.app.client.keys("default")
         paths = os.pathsep.join(path for path in sys.path if path)
-        self._env = {**os.environ, "PYTHONPATH": paths, "CONVEYOR_URL": url, "FLEET_PLACE": str(place)}
-        self._env |= {"FLEET_LEASE": lease, **env}
+        self._env = {**os.environ, "PYTHONPATH": paths, "CONVEYOR_URL": url, "WORKERS_PLACE": str(place)}
+        self._env |= {"WORKERS_LEASE": lease, **env}
         self.supervisors: list[subprocess.Popen[bytes]] = []
         self._read, self._lines = 0, []
 
@@ -72,7 +72,7 @@ class Fleet:
             print(self.log)
 
     def tidy(self) -> None:
-        """Take away what killed workers leave: their registrations, and the jobs."""
+        """Remove what killed workers leave: their registrations, and the jobs."""
         for member in self.app.client.run(inspection.workers(self.keys)):
             self.app.client.run(operations.reap(self.keys, member.worker, crashed=False))
         queue = self.app.client
@@ -105,7 +105,7 @@ class Fleet:
 
     @property
     def log(self) -> str:
-        """What all supervisors and their children said."""
+        """The log of all supervisors and their children."""
         return "".join((self.place / f"log{n}").read_text() for n in range(len(self.supervisors)))
 
     @staticmethod
@@ -183,9 +183,9 @@ class Fleet:
 
 
 @contextmanager
-def fleet(url: str, place: Path, **options: Any) -> Iterator[Fleet]:
-    """Give a fleet; after the block its processes are gone, and so is what they left in Redis."""
-    made = Fleet(url, place, **options)
+def worker_processes(url: str, place: Path, **options: Any) -> Iterator[WorkerProcesses]:
+    """Give worker processes; after the block its processes are gone, and so is what they left in Redis."""
+    made = WorkerProcesses(url, place, **options)
     with made:
         yield made
     made.tidy()
@@ -197,14 +197,14 @@ def wait(condition: Callable[[], Any], seconds: float = 300.0) -> Any:
 
 
 async def embed(options: dict[str, Any]) -> None:
-    """Be another program, with a worker inside; `max_stall` in seconds."""
+    """Run as another program, with a worker inside; `max_stall` in seconds."""
     heartbeat.MAX_STALL = options.pop("max_stall", heartbeat.MAX_STALL)
     async with journal_app.app.worker(**{"concurrency": 20, "grace": 5.0, **options}):
         await asyncio.Event().wait()
 
 
 def supervise(options: dict[str, Any]) -> int:
-    """Be the supervisor."""
+    """Run as the supervisor."""
     configure_log(verbose=True)
     logging.getLogger("asyncio").setLevel(logging.ERROR)
     processes, stall = options.pop("processes"), float(options.pop("max_stall", 300))

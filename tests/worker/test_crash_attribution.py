@@ -1,4 +1,4 @@
-"""Who is charged for the death of a process: what its seats say, and what follows from it."""
+"""Crash attribution: what the table of running jobs records, and the job that is charged for a crash."""
 
 from __future__ import annotations
 
@@ -14,13 +14,22 @@ from conveyor import Conveyor, JobFailed, Retry, current
 from conveyor.ids import split
 from conveyor.store import operations
 from conveyor.store.operations import Settlement, TurnReport
-from conveyor.worker.crash_attribution import BESIDE, EXECUTING, FULL, LOOP, SEATS, RunningSnapshot, RunningTable, named
+from conveyor.worker.crash_attribution import (
+    CELLS,
+    EXECUTING,
+    IN_PROCESS,
+    LOOP_CELL,
+    OVERFLOW_CELL,
+    RunningSnapshot,
+    RunningTable,
+    id_checksum,
+)
 from conveyor.worker.shared_memory import ChildSlot, ChildSpec, SharedMemory
 from conveyor.worker.worker import Worker
 from support import process_app
-from support.client_worker import HandWorker
+from support.client_worker import ClientWorker
 from support.running_worker import until
-from support.worker_processes import fleet, wait
+from support.worker_processes import wait, worker_processes
 
 IDS = ["on-the-loop", "on-a-thread", "waits", "prefetched"]
 ON_LOOP, ON_THREAD, WAITS, PREFETCHED = IDS
@@ -36,12 +45,12 @@ def slot() -> Iterator[ChildSlot]:
 
 
 def seated(*, loop: str = "", thread: str = "", waits: str = "", beside: str = "") -> RunningSnapshot:
-    cells = [0] * SEATS
-    cells[LOOP] = named(loop) if loop else 0
-    cells[FULL + 1] = named(thread) | EXECUTING if thread else 0
-    cells[FULL + 2] = named(waits) if waits else 0
-    cells[FULL + 3] = cells[LOOP]  # it has suspended once
-    cells[FULL + 4] = named(beside) | BESIDE if beside else 0
+    cells = [0] * CELLS
+    cells[LOOP_CELL] = id_checksum(loop) if loop else 0
+    cells[OVERFLOW_CELL + 1] = id_checksum(thread) | EXECUTING if thread else 0
+    cells[OVERFLOW_CELL + 2] = id_checksum(waits) if waits else 0
+    cells[OVERFLOW_CELL + 3] = cells[LOOP_CELL]  # it has suspended once
+    cells[OVERFLOW_CELL + 4] = id_checksum(beside) | IN_PROCESS if beside else 0
     found = RunningSnapshot.read(cells)
     assert found is not None
     return found
@@ -62,25 +71,25 @@ def seated(*, loop: str = "", thread: str = "", waits: str = "", beside: str = "
         (seated(loop="of another queue", waits=WAITS), True, [], []),
     ],
 )  # fmt: skip
-def test_who_is_to_blame(seating: RunningSnapshot, fault: bool, blamed: list[str], near: list[str]) -> None:
-    """What was executed is to blame; what was under way only when it was killed, or nothing else was; what had not begun never."""
-    assert seating.judge(IDS, fault=fault) == (blamed, near)
+def test_the_job_that_is_charged(seating: RunningSnapshot, fault: bool, blamed: list[str], near: list[str]) -> None:
+    """A job that was executing is charged; one that was under way only when killed, or alone; one that had not begun never."""
+    assert seating.blame(IDS, fault=fault) == (blamed, near)
 
 
-def test_more_jobs_than_seats_rule_nobody_out() -> None:
-    """Who finds no seat takes the last one for ever; then nothing is known. Seats that are left are taken again."""
-    seats = RunningTable(memoryview(bytearray(8 * SEATS)).cast("q"))
-    taken = [seats.take() for _ in range(SEATS - 2)]
-    assert len({*taken, LOOP, FULL}) == SEATS
-    seats.cells[taken[5]] = named("a")
-    seats.leave(taken[5])
+def test_more_jobs_than_cells_rule_no_job_out() -> None:
+    """A job without a free cell takes the overflow cell for ever; then nothing is known. Cells that are left are used again."""
+    seats = RunningTable(memoryview(bytearray(8 * CELLS)).cast("q"))
+    taken = [seats.take_cell() for _ in range(CELLS - 2)]
+    assert len({*taken, LOOP_CELL, OVERFLOW_CELL}) == CELLS
+    seats.cells[taken[5]] = id_checksum("a")
+    seats.release_cell(taken[5])
     assert seats.cells[taken[5]] == 0
-    assert seats.take() == taken[5]
+    assert seats.take_cell() == taken[5]
     assert RunningSnapshot.read(seats.cells) == RunningSnapshot(frozenset(), frozenset())
 
-    assert seats.take() == FULL
-    seats.cells[FULL] = named("b")
-    seats.leave(FULL)
+    assert seats.take_cell() == OVERFLOW_CELL
+    seats.cells[OVERFLOW_CELL] = id_checksum("b")
+    seats.release_cell(OVERFLOW_CELL)
     assert RunningSnapshot.read(seats.cells) is None
 
 
@@ -89,7 +98,7 @@ async def test_a_worker_shows_what_it_runs(app: Conveyor, slot: ChildSlot) -> No
     go, seen, begun = threading.Event(), list[tuple[bool, bool]](), asyncio.Event()
 
     def look() -> None:
-        seating, me = slot.seating(), named(split(current().job_id)[1])
+        seating, me = slot.running_snapshot(), id_checksum(split(current().job_id)[1])
         assert seating is not None
         seen.append((me in seating.executing, me in seating.waiting))
 
@@ -112,26 +121,26 @@ async def test_a_worker_shows_what_it_runs(app: Conveyor, slot: ChildSlot) -> No
     jobs = [await waits.aenqueue(), await blocks.aenqueue()]
     await asyncio.wait_for(begun.wait(), 5)
     await until(lambda: len(seen) == 3)
-    waiting, executing = (named(split(job.id)[1]) for job in jobs)
-    found = slot.seating()
+    waiting, executing = (id_checksum(split(job.id)[1]) for job in jobs)
+    found = slot.running_snapshot()
     go.set()
     for job in jobs:
         await job.aresult("5s")
 
     assert seen == [(True, False)] * 4
     assert found == RunningSnapshot(frozenset({executing}), frozenset({waiting}))
-    assert slot.seating() == RunningSnapshot(frozenset(), frozenset())
+    assert slot.running_snapshot() == RunningSnapshot(frozenset(), frozenset())
     worker.stop()
     assert await running == 0
     await app.aclose()
 
 
 @pytest.mark.parametrize("run_in", ["loop", "thread"])
-async def test_who_found_no_seat_is_never_forgotten(
+async def test_a_job_without_a_cell_is_never_forgotten(
     url: str, slot: ChildSlot, monkeypatch: pytest.MonkeyPatch, run_in: str
 ) -> None:  # fmt: skip
-    """The end of one job without a seat of its own does not hide that others may run without one."""
-    monkeypatch.setattr(RunningTable, "take", lambda _: FULL)
+    """The end of one job without a cell of its own does not hide that others may run without one."""
+    monkeypatch.setattr(RunningTable, "take_cell", lambda _: OVERFLOW_CELL)
     async with Conveyor(url) as app:
 
         @app.task
@@ -146,7 +155,7 @@ async def test_who_found_no_seat_is_never_forgotten(
         await (await (on_loop if run_in == "loop" else on_thread).aenqueue()).aresult("5s")
         worker.stop()
         assert await running == 0
-    assert slot.seating() is None
+    assert slot.running_snapshot() is None
 
 
 @pytest.mark.parametrize(
@@ -154,28 +163,28 @@ async def test_who_found_no_seat_is_never_forgotten(
     [("crash", [1, 1, 2, 2]), ("leave", [0, 0, 1, 1]), ("blamed", [1, 1, 2, 2]), ("near", [1, 1, 2, 1]), ("neither", [0, 0, 1, 1])],
 )  # fmt: skip
 def test_a_crash_that_was_counted_before_is_kept_or_taken_back(app: Conveyor, how: str, crashes: list[int]) -> None:
-    """Of fresh jobs, of one charged among others and of one charged alone: who is not to blame has no crash more than before."""
+    """For fresh jobs, one charged among others and one charged alone: a job without blame has no crash more than before."""
     task = app.task(name="any")(lambda: None)
     for _ in range(4):
         task.enqueue()
-    hand = HandWorker(app.client, "default")
-    ids = [split(public)[1] for public in hand.take(4)]
+    manual = ClientWorker(app.client, "default")
+    ids = [split(public)[1] for public in manual.take(4)]
     marks = [Settlement("M", ids[2], state=b"1 0 2+"), Settlement("M", ids[3], state=b"1 0 2*")]
-    hand._turn(0, TurnReport(others=marks))
+    manual._turn(0, TurnReport(others=marks))
     blame = {"blamed": (ids, []), "near": ([], ids), "neither": ([], [])}.get(how)
 
-    app.client.run(operations.reap(hand.keys, hand.identity, crashed=how != "leave", blame=blame))
+    app.client.run(operations.reap(manual.keys, manual.identity, crashed=how != "leave", blame=blame))
 
-    states = [app.client.execute("HGET", hand.keys.state, id_, key=hand.keys.state) for id_ in ids]
+    states = [app.client.execute("HGET", manual.keys.state, id_, key=manual.keys.state) for id_ in ids]
     assert [int(state.split()[2]) for state in states] == crashes  # with no doubt left
     app.queue("default").purge()
 
 
 @pytest.mark.row("A8")
 @pytest.mark.parametrize("how", ["segfault", "exit", "abort"])
-def test_a_fault_is_charged_to_who_was_executed(url: str, tmp_path: Path, how: str) -> None:
+def test_a_fault_is_charged_to_the_executed_job(url: str, tmp_path: Path, how: str) -> None:
     """Jobs that wait in the same process while another one ends it three times are back each time, and have no crash."""
-    with fleet(url, tmp_path, lease="10s") as one:
+    with worker_processes(url, tmp_path, lease="10s") as one:
         one.start(processes=1, concurrency=10)
         waiting = one.app.enqueue_many(one.tasks.note.s(n, 60) for n in range(5))
         wait(lambda: len(one.starts()) == 5)
@@ -196,7 +205,7 @@ async def test_a_process_is_charged_until_its_crash_is_settled(url: str, slot: C
 
     class Look(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
-            seen.append((record.getMessage(), slot.seating()))
+            seen.append((record.getMessage(), slot.running_snapshot()))
 
     look = Look()
     logging.getLogger("conveyor.worker").addHandler(look)
@@ -214,4 +223,4 @@ async def test_a_process_is_charged_until_its_crash_is_settled(url: str, slot: C
     logging.getLogger("conveyor.worker").removeHandler(look)
     [found] = [seating for text, seating in seen if "crashed its process" in text]
     assert found is not None
-    assert found.judge([split(job.id)[1]], fault=True) == ([split(job.id)[1]], [])
+    assert found.blame([split(job.id)[1]], fault=True) == ([split(job.id)[1]], [])

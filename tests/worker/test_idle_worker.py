@@ -30,7 +30,7 @@ async def test_an_idle_worker_is_woken_at_once(app: Conveyor) -> None:
 
     async with working(app) as worker:
         for _ in range(5):
-            await until(lambda: worker.harbour.blocked and not worker.consumers[0].busy)
+            await until(lambda: worker.connections.blocked and not worker.consumers[0].busy)
             start = time.monotonic()
             job = await when.aenqueue()
             assert await job.aresult(timeout=5) - start < AT_ONCE
@@ -47,7 +47,7 @@ async def test_an_idle_worker_sends_next_to_nothing(app: Conveyor, redis: Any, q
     async with working(app) as worker:
         for task in tasks:
             await (await task.aenqueue()).aresult(timeout=20)
-        await until(lambda: worker.harbour.blocked)
+        await until(lambda: worker.connections.blocked)
         await asyncio.sleep(0.1)  # let the first turns pass
         before = redis.info("stats")["total_commands_processed"]
         await asyncio.sleep(2)  # the law is about time that passes
@@ -57,7 +57,7 @@ async def test_an_idle_worker_sends_next_to_nothing(app: Conveyor, redis: Any, q
 
 
 async def test_a_burst_ends_when_no_queue_has_work(app: Conveyor) -> None:
-    """What the last job of a burst enqueues in a queue that was found empty before is run as well, each of 30 times."""
+    """A job that the last job of a burst enqueues in a queue found empty before is run as well, each of 30 times."""
     ran: list[int] = []
 
     @app.task(queue="other")

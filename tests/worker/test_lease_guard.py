@@ -1,4 +1,4 @@
-"""What the supervisor's guardian asks of Redis."""
+"""The calls that the supervisor's lease guard makes to Redis."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from support.supervisor_process import KEYS, until
 
 
 def test_healthy_worker_costs_no_beats(url: str, redis: redis_py.Redis) -> None:
-    """The guardian sends nothing for a worker that renews by itself, and beats for one that does not."""
+    """The lease guard sends nothing for a worker that renews by itself, and renews for one that does not."""
     board = SharedMemory(1)
     slot = board.slot(0)
     slot.prepare(ChildSpec("app", {}, 1, 1, burst=False, grace=1))
-    slot.set_about(ChildInfo(url, "test"))
+    slot.set_info(ChildInfo(url, "test"))
     slot.set_identity(KEYS, "w1", 500)
     backend = Client(url, namespace="test")
     backend.run(operations.register(KEYS, "w1", 500, b"{}"))
@@ -32,7 +32,7 @@ def test_healthy_worker_costs_no_beats(url: str, redis: redis_py.Redis) -> None:
     guardian.watch(slot)
     start, end = calls(), time.monotonic() + 0.8
     while time.monotonic() < end:
-        slot.renewed("w1")
+        slot.note_renewal("w1")
         time.sleep(0.02)
     assert calls() == start
 

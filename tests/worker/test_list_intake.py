@@ -57,7 +57,7 @@ async def test_an_entry_wakes_an_idle_worker(app: Conveyor, redis: Any) -> None:
 
     app.plain_list("raw", task=flaky)
     async with working(app, queues={"raw": 1.0}) as worker:
-        await until(lambda: worker.harbour.blocked)
+        await until(lambda: worker.connections.blocked)
         for n in range(3):
             redis.rpush("raw", f'{{"n": {n}}}')
             await asyncio.wait_for(until(lambda n=n: (n, 2) in seen), 3)

@@ -66,7 +66,7 @@ async def until(condition: Callable[[], bool], seconds: float = 10) -> None:
 
 
 def ended(pid: int) -> bool:
-    """Tell whether a process runs no more; one that nobody has waited for yet has ended too."""
+    """Return whether a process has ended; one that has not been waited for yet counts as ended."""
     try:
         os.kill(pid, 0)
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
@@ -116,7 +116,7 @@ async def test_an_idle_process_ends_in_order(
 
 
 async def test_close_leaves_no_process(run: Run, processes: ProcessPool, tmp_path: Path) -> None:
-    """Closing ends idle processes and busy ones, and what waits for a process is told."""
+    """Closing ends idle processes and busy ones, and jobs that wait for a process get an error."""
     busy, pids = await staying(run, tmp_path, "busy")
     idle = await run("pid")
     other, more = await staying(run, tmp_path, "other")
@@ -150,7 +150,7 @@ async def test_the_lifespan_is_open(run: Run) -> None:
 
 
 async def test_an_error_is_matched_by_the_policy(run: Run) -> None:
-    """What a job raises is an instance of its class here, so the retry policy decides as for any job."""
+    """An exception of a job arrives as an instance of its class, so the retry policy decides as for any job."""
     with pytest.raises(process_app.TooPoor, match="declined: no money") as caught:
         await run("decline")
 
@@ -185,7 +185,7 @@ async def test_an_error_is_matched_by_the_policy(run: Run) -> None:
     ],
 )
 async def test_every_error_arrives(run: Run, kind: str, type_: str, base: type[Exception]) -> None:
-    """Whatever a job raises arrives with its name and message, as an Exception that a policy can judge."""
+    """Every exception of a job arrives with its name and message, as an Exception that a policy can match."""
     with pytest.raises(base) as caught:
         await run("fail", kind=kind)
 
@@ -285,7 +285,7 @@ async def test_as_many_run_as_there_is_room(run: Run, tmp_path: Path) -> None:
 
 
 async def test_output_is_the_jobs_own(run: Run, capfd: pytest.CaptureFixture[str]) -> None:
-    """What a job and its programs print goes where the worker's output goes, and its standard input is empty."""
+    """Output of a job and its programs goes where the worker's output goes, and its standard input is empty."""
     assert await run("chatter", text="hello") == 0
 
     out, err = capfd.readouterr()

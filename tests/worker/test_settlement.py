@@ -125,7 +125,7 @@ async def test_what_outlives_the_grace_is_handed_back_free(app: Conveyor) -> Non
     job = await long.aenqueue()
     worker = Worker(app, grace=0.05)
     running = asyncio.create_task(worker.run())
-    await until(lambda: worker.consumers and worker.executor.slots.running)
+    await until(lambda: worker.consumers and worker.executor.coroutines.running)
     worker.stop()
     await asyncio.wait_for(running, 10)
     assert (await counts(app)).ready == 1
@@ -150,7 +150,7 @@ async def test_a_reaped_worker_is_refused_and_goes_on(app: Conveyor) -> None:
         await until(lambda: runs == [1])
         old = worker.consumers[0].identity
         assert await app.client.arun(operations.reap(app.client.keys("default"), old)) == 1
-        worker.consumers[0].woken()
+        worker.consumers[0].on_token()
         await until(lambda: runs == [1, 2])
         gate.set()
         assert await job.aresult(timeout=5) == 2
@@ -329,8 +329,8 @@ async def test_a_worker_that_never_reached_redis_stops_at_once() -> None:
 
 @pytest.mark.row("A8")
 @pytest.mark.leaves_keys("a suspect that was killed may be a dead letter")
-async def test_kills_under_load_spare_who_is_only_held(app: Conveyor) -> None:
-    """Of the many jobs a dying worker holds at most one can be convicted: the suspect that it ran, at its third crash."""
+async def test_kills_under_load_spare_jobs_that_are_only_held(app: Conveyor) -> None:
+    """Of the many jobs of a dying worker at most one becomes a dead letter: the suspect that it ran, at its third crash."""
     done: set[int] = set()
 
     @app.task
@@ -350,9 +350,9 @@ async def test_kills_under_load_spare_who_is_only_held(app: Conveyor) -> None:
         await app.client.arun(operations.reap(app.client.keys("default"), worker.consumers[0].identity))
     await drain(app, concurrency=50)
 
-    convicted = (await counts(app)).dead
-    assert convicted <= 3  # the first two of five crashes convict nobody
-    assert len(done) >= 1000 - convicted
+    given_up = (await counts(app)).dead
+    assert given_up <= 3  # the first two of five crashes make no dead letter
+    assert len(done) >= 1000 - given_up
 
 
 @pytest.mark.row("A11")
@@ -368,7 +368,7 @@ async def test_a_worker_without_its_server_leaves_nothing_running(start_server: 
     running = asyncio.create_task(worker.run())
     await worker.ready.wait()
     server.kill()
-    worker.consumers[0].woken()
+    worker.consumers[0].on_token()
     worker.stop()
     assert await asyncio.wait_for(running, 10) == 0
     await app.aclose()

@@ -42,22 +42,22 @@ def workers(slot: ChildSlot) -> list[str]:
 
 
 def test_everything_written_is_read(board: SharedMemory, slot: ChildSlot) -> None:
-    """What a child writes is what the supervisor reads, through another mapping of the same memory."""
+    """The supervisor reads what a child writes, through another mapping of the same memory."""
     slot.prepare(SPEC)
     other = SharedMemory(3, os.dup(board.fd))
     child = other.slot(1)
     assert child.spec() == SPEC
-    assert (slot.last_tick, slot.last_renewal, slot.job(), slot.about(), slot.retiring) == (0.0, 0.0, None, None, False)
+    assert (slot.last_tick, slot.last_renewal, slot.job(), slot.info(), slot.retiring) == (0.0, 0.0, None, None, False)
 
     before = time.monotonic()
-    child.set_about(ChildInfo("redis://localhost", "shop", 2, ("a", "b")))
+    child.set_info(ChildInfo("redis://localhost", "shop", 2, ("a", "b")))
     child.set_identity(keys("mail"), "w1", 15_000)
     child.set_identity(keys("list", foreign="app:{t1}:list"), "w2", 5_000)
     child.tick()
     child.set_job("mail.send", "mail:1")
     child.retiring = True
 
-    assert slot.about() == ChildInfo("redis://localhost", "shop", 2, ("a", "b"))
+    assert slot.info() == ChildInfo("redis://localhost", "shop", 2, ("a", "b"))
     assert before <= slot.last_tick <= time.monotonic()
     assert slot.job() == ("mail.send", "mail:1")
     assert slot.retiring
@@ -71,7 +71,7 @@ def test_everything_written_is_read(board: SharedMemory, slot: ChildSlot) -> Non
 
 
 def test_slots_are_apart(board: SharedMemory) -> None:
-    """What is written in one slot shows in no other, and wiping one leaves the others as they were."""
+    """A write in one slot shows in no other, and wiping one leaves the others as they were."""
     slots = [board.slot(number) for number in range(3)]
     for number, slot in enumerate(slots):
         slot.prepare(SPEC)
@@ -105,12 +105,12 @@ def test_renewal_is_known_by_identity(slot: ChildSlot) -> None:
     start = time.monotonic()
     while time.monotonic() == start:
         pass
-    slot.renewed("wb")
+    slot.note_renewal("wb")
     a, b = slot.identities()
     assert a.renewed < start < b.renewed
     assert slot.last_renewal == b.renewed
 
-    slot.renewed()
+    slot.note_renewal()
     assert all(one.renewed >= b.renewed > start for one in slot.identities())
 
 
@@ -158,7 +158,7 @@ def test_wiped_slot_shows_nothing_of_its_last_owner(slot: ChildSlot) -> None:
 def test_records_never_run_out_of_room(slot: ChildSlot) -> None:
     """Identities may change for ever: when an area is full only what counts is carried over."""
     slot.prepare(SPEC)
-    slot.set_about(ChildInfo("unix:///s", "shop"))
+    slot.set_info(ChildInfo("unix:///s", "shop"))
     epoch = slot._cells[shared_memory._EPOCH]
     for number in range(5 * RECORD_ROOM // 100):
         slot.set_identity(keys("mail" if number % 2 else "media"), f"w{number}", 1000)
@@ -168,11 +168,11 @@ def test_records_never_run_out_of_room(slot: ChildSlot) -> None:
     assert slot._cells[shared_memory._EPOCH] > epoch + 2
     assert [one.worker for one in slot.identities() if one.current] == [f"w{number - 1}", f"w{number}"]
     assert slot.spec() == SPEC
-    assert slot.about() == ChildInfo("unix:///s", "shop")
+    assert slot.info() == ChildInfo("unix:///s", "shop")
 
 
-def test_too_many_queues_are_refused_and_the_board_stays_whole(slot: ChildSlot) -> None:
-    """Names that do not fit are refused with a sentence, and what was written before still stands."""
+def test_too_many_queues_are_refused_and_the_memory_stays_whole(slot: ChildSlot) -> None:
+    """Names that do not fit are refused with a sentence, and the names written before remain."""
     slot.prepare(SPEC)
     names = [f"{number:04}".ljust(128, "x") for number in range(2000)]
 
@@ -191,7 +191,7 @@ _WRITER = """
 import os, sys
 from conveyor.store.keys import QueueKeys
 from conveyor.worker.shared_memory import SharedMemory
-slot = Board(2, int(sys.argv[1])).slot(1)
+slot = SharedMemory(2, int(sys.argv[1])).slot(1)
 number = 0
 while True:
     keys = QueueKeys("shop", f"q{number % 7}")

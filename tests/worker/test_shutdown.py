@@ -1,4 +1,4 @@
-"""When a worker stops, and when it acknowledges: what runs by then is neither cut off nor run twice without need."""
+"""The stop of a worker, and its acks: running jobs are neither cut off nor run twice without need."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 
 from conveyor.jobs.app import Conveyor
 from conveyor.jobs.context import Context, current
-from conveyor.worker.leasing.prefetch import Prefetch
+from conveyor.worker.leasing.capacity import Capacity
 from conveyor.worker.leasing.queue_consumer import QueueConsumer
 from conveyor.worker.worker import Worker
 from support.running_worker import counts, drain, until
@@ -28,7 +28,7 @@ async def app(url: str) -> Any:
 @pytest.mark.row("A10")
 @pytest.mark.parametrize("kind", ["loop", "thread"])
 async def test_a_stop_amid_a_lease_starts_nothing(app: Conveyor, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
-    """What a turn brings after the stop goes back in order and unseen: started, it would be cut off and run again."""
+    """Jobs that a turn brings after the stop go back in order and unseen: started, they would be cut off and run again."""
     seen: list[tuple[int, int]] = []
 
     @app.task(name="loop")
@@ -41,7 +41,7 @@ async def test_a_stop_amid_a_lease_starts_nothing(app: Conveyor, monkeypatch: py
         seen.append((n, context.attempt))
         time.sleep(0.01)
 
-    start = QueueConsumer._start
+    start = QueueConsumer._send_turn
 
     def started_and_stopped(consumer: QueueConsumer, want: int) -> None:
         start(consumer, want)
@@ -51,7 +51,7 @@ async def test_a_stop_amid_a_lease_starts_nothing(app: Conveyor, monkeypatch: py
     await app.aenqueue_many(app.tasks[kind].s(n) for n in range(10))
     worker = Worker(app, concurrency=3, grace=10)
     with monkeypatch.context() as patch:
-        patch.setattr(QueueConsumer, "_start", started_and_stopped)
+        patch.setattr(QueueConsumer, "_send_turn", started_and_stopped)
         await asyncio.wait_for(worker.run(), 10)
     assert seen == []
     found = await counts(app)
@@ -124,13 +124,13 @@ async def test_an_early_ack_is_not_cut_off(app: Conveyor, monkeypatch: pytest.Mo
         go_on.wait()
         ended.append(1)
 
-    monkeypatch.setattr(Prefetch, "ahead", lambda *_: 10)  # so that it takes more than it can start
+    monkeypatch.setattr(Capacity, "ahead", lambda *_: 10)  # so that it takes more than it can start
     task = waits if kind == "loop" else blocks
     await app.aenqueue_many(task.s() for _ in range(5))
     worker = Worker(app, burst=end == "burst", concurrency=2, threads=2, grace=20)
     running = asyncio.create_task(worker.run())
     await asyncio.wait_for(started.wait(), 10)
-    await until(lambda: sum(len(one.antechamber.acknowledged) for one in worker.consumers) == 5)
+    await until(lambda: sum(len(one.early_acks.acknowledged) for one in worker.consumers) == 5)
     if end == "stop":
         worker.stop()
     go_on.set()

@@ -1,4 +1,4 @@
-"""An outbox at every step: what lies in it arrives once, in its order, whoever delivers it and however that ends."""
+"""The outbox of a queue at every step: its jobs arrive once, in order, whichever worker delivers and however that ends."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from conveyor.store import inspection, operations
 from conveyor.store.operations import Settlement
 from conveyor.store.transport.async_connection import AsyncConnection, ConnectionLost
 from conveyor.worker.leasing.spawn_delivery import deliver
-from support.manual_worker import Hand
+from support.manual_worker import ManualWorker
 from support.running_worker import drain
 from support.spawned_jobs import emptied, entry, settle, take_all
 
@@ -37,17 +37,17 @@ def test_one_refused_end_takes_its_followers_along(family: Conveyor, redis: redi
     app = family
     for n in range(2):
         app.tasks["family.parent"].enqueue(n)
-    hand = Hand(app)
-    kept, gone = hand.take(2)
-    app.client.run(operations.extend(hand.keys, hand.worker, gone, "other", 60_000, b""))
+    manual = ManualWorker(app)
+    kept, gone = manual.take(2)
+    app.client.run(operations.extend(manual.keys, manual.worker, gone, "other", 60_000, b""))
     ends = [
         one for id_ in (gone, kept) for one in (Settlement("S", id_, record=entry(app, "two", 1)), Settlement("D", id_))
     ]
 
-    assert hand.turn(0, *ends).lost == [gone]
-    assert [spawn_outbox.read(one)[0] for one in redis.lrange(hand.keys.outbox, 0, -1)] == ["two"]
-    app.client.run(operations.reap(hand.keys, "other"))
-    hand.leave()
+    assert manual.turn(0, *ends).lost == [gone]
+    assert [spawn_outbox.read(one)[0] for one in redis.lrange(manual.keys.outbox, 0, -1)] == ["two"]
+    app.client.run(operations.reap(manual.keys, "other"))
+    manual.leave()
     assert asyncio.run(emptied(app)) == 1
     assert (take_all(app, "two"), take_all(app, "default")) == ([1], [1])
 
@@ -132,7 +132,7 @@ def test_deliverers_that_meet_push_once(family: Conveyor, rounds: Callable[[int,
     settled = 0
     got: dict[str, list[int]] = {"two": [], "three": []}
 
-    async def scene() -> None:
+    async def work() -> None:
         flock = [asyncio.create_task(deliver(app.client.keys("default"), core_of(app))) for _ in range(3)]
         for _ in range(rng.randrange(12)):
             await asyncio.sleep(0)
@@ -147,7 +147,7 @@ def test_deliverers_that_meet_push_once(family: Conveyor, rounds: Callable[[int,
         count = rng.choice([1, 5, 130])
         settle(app, [(rng.choice(list(got)), settled + i) for i in range(count)])
         settled += count
-        asyncio.run(scene())
+        asyncio.run(work())
         if rng.random() < 0.5:
             got["two"] += take_all(app, "two")
     asyncio.run(emptied(app))
@@ -193,7 +193,7 @@ def test_numbers_taken_back_lose_nothing(family: Conveyor, redis: redis_py.Redis
 
 
 def test_late_deliverer_changes_nothing(family: Conveyor, redis: redis_py.Redis) -> None:
-    """Who took a batch, froze, and wakes after others have delivered it and the next, pushes and trims nothing."""
+    """A deliverer that froze with a batch and wakes after others delivered it and the next pushes and trims nothing."""
     app = family
     keys, client = app.client.keys("default"), app.client
     settle(app, [("two", 1)])
@@ -263,7 +263,7 @@ async def test_partitions_at_both_ends(url: str) -> None:
 
 
 async def test_a_partition_that_is_gone(url: str) -> None:
-    """What was written for a place that there is no more goes where its id belongs now, once, however often it is repeated."""
+    """A follower for a partition that is gone goes where its id belongs now, once, however often it is repeated."""
     app = Conveyor(url)
     app.queue("into", partitions=2)
     app.task(name="family.follower", queue="into")(_nothing)

@@ -78,7 +78,7 @@ def test_killed_deliverers_lose_and_double_nothing(url: str, tmp_path: Path, rou
 
 
 def test_a_process_of_its_own_spawns_too(url: str, tmp_path: Path) -> None:
-    """What a job in a fresh process spawns comes back with its result and leaves with its end."""
+    """Jobs spawned in a fresh process come back with its result and leave with its end."""
     log = tmp_path / "log"
     with Conveyor(url, namespace="family") as app:
         app.client.push(

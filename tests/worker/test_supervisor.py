@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from support.server_process import Server
-from support.supervisor_process import KEYS, Queue, Supervised, running, until
+from support.supervisor_process import KEYS, Queue, SupervisorProcess, running, until
 from support.time_limits import AT_ONCE
 
 LEASE = 1.0
@@ -28,12 +28,12 @@ def queue(url: str) -> Iterator[Queue]:
 
 
 @pytest.fixture
-def supervise(tmp_path: Path, queue: Queue) -> Iterator[Callable[..., Supervised]]:
-    """Start supervisors; what is left of them after the test is killed, before the queue is purged."""
-    started: list[Supervised] = []
+def supervise(tmp_path: Path, queue: Queue) -> Iterator[Callable[..., SupervisorProcess]]:
+    """Start supervisors; those left after the test are killed before the queue is purged."""
+    started: list[SupervisorProcess] = []
 
-    def start(url: str, env: dict[str, str] | None = None, **options: Any) -> Supervised:
-        started.append(Supervised(url, tmp_path / f"log{len(started)}", env or {}, **options))
+    def start(url: str, env: dict[str, str] | None = None, **options: Any) -> SupervisorProcess:
+        started.append(SupervisorProcess(url, tmp_path / f"log{len(started)}", env or {}, **options))
         return started[-1]
 
     yield start
@@ -48,9 +48,9 @@ def supervise(tmp_path: Path, queue: Queue) -> Iterator[Callable[..., Supervised
 
 
 @pytest.mark.row("A1", "A7")
-def test_killed_child_loses_nothing(supervise: Callable[..., Supervised], queue: Queue, url: str) -> None:
+def test_killed_child_loses_nothing(supervise: Callable[..., SupervisorProcess], queue: Queue, url: str) -> None:
     """Jobs of a child killed with SIGKILL are ready again within a second, a new child takes them, its sibling goes on."""
-    one = supervise(url, processes=2, env={"STAND_IN_LEASE_MS": "30000"})
+    one = supervise(url, processes=2, env={"STUB_LEASE_MS": "30000"})
     queue.push("hold", 40)
     before = queue.busy(20, 20)
     victim, sibling = before
@@ -73,12 +73,12 @@ def test_killed_child_loses_nothing(supervise: Callable[..., Supervised], queue:
 
 
 @pytest.mark.row("A3")
-def test_stopped_child_keeps_its_jobs(supervise: Callable[..., Supervised], queue: Queue, url: str) -> None:
+def test_stopped_child_keeps_its_jobs(supervise: Callable[..., SupervisorProcess], queue: Queue, url: str) -> None:
     """A child frozen for three leases still holds its jobs, and goes on with them when it is thawed."""
     one = supervise(url)
     ids = queue.push("hold", 5)
     ((pid, member),) = queue.by_pid(5).items()
-    until(lambda: "The guardian is connected" in one.log)
+    until(lambda: "The lease guard is connected" in one.log)
     os.kill(pid, signal.SIGSTOP)
     thaw = time.monotonic() + 3.3 * LEASE
     while time.monotonic() < thaw:
@@ -87,7 +87,7 @@ def test_stopped_child_keeps_its_jobs(supervise: Callable[..., Supervised], queu
         time.sleep(0.05)
     assert one.log.count("has not run for") == 1
     os.kill(pid, signal.SIGCONT)
-    until(lambda: "goes on after" in one.log)
+    until(lambda: "runs again after" in one.log)
 
     assert queue.held(member.worker) == set(ids)
     one.signal(signal.SIGTERM)
@@ -99,11 +99,11 @@ def test_stopped_child_keeps_its_jobs(supervise: Callable[..., Supervised], queu
 @pytest.mark.row("A5", "A6")
 @pytest.mark.parametrize("task", ["block", "clutch"])
 def test_blocked_loop_is_named_and_keeps_its_lease(
-    task: str, supervise: Callable[..., Supervised], queue: Queue, url: str
+    task: str, supervise: Callable[..., SupervisorProcess], queue: Queue, url: str
 ) -> None:
     """A job that blocks the loop, or holds the GIL, for two leases keeps them, and the log says which, and where it stood."""
     one = supervise(url)
-    until(lambda: "The guardian is connected" in one.log)
+    until(lambda: "The lease guard is connected" in one.log)
     queue.push(task, body=b"2.2")
     until(lambda: queue.counts().leased == 1)
     while queue.counts().leased:
@@ -111,16 +111,16 @@ def test_blocked_loop_is_named_and_keeps_its_lease(
         time.sleep(0.02)
 
     assert int(queue.client.execute("HLEN", KEYS.jobs, key=KEYS.jobs)) == 0
-    until(lambda: "goes on after" in one.log)
+    until(lambda: "runs again after" in one.log)
     assert re.search(rf"E11 .* has blocked its event loop for [12]\.\d s in {task} \(\S+\)", one.log)
     assert re.search(r'stub_worker\.py", line \d+ in work', one.log)
     assert one.log.count("E11") == 1
 
 
 @pytest.mark.row("A5")
-def test_stall_without_end_is_ended(supervise: Callable[..., Supervised], queue: Queue, url: str) -> None:
+def test_stall_without_end_is_ended(supervise: Callable[..., SupervisorProcess], queue: Queue, url: str) -> None:
     """A child that blocks beyond max_stall is killed, its jobs are charged with a crash and taken by the next."""
-    one = supervise(url, max_stall=1.5, env={"STAND_IN_WANT": "1"})
+    one = supervise(url, max_stall=1.5, env={"STUB_WANT": "1"})
     (id_,) = queue.push("block", body=b"60")
     (pid,) = queue.by_pid(1)
     until(lambda: not running(pid))
@@ -133,9 +133,9 @@ def test_stall_without_end_is_ended(supervise: Callable[..., Supervised], queue:
 
 
 @pytest.mark.row("A7")
-def test_orphans_drain_and_end(supervise: Callable[..., Supervised], queue: Queue, url: str) -> None:
+def test_orphans_drain_and_end(supervise: Callable[..., SupervisorProcess], queue: Queue, url: str) -> None:
     """When the supervisor is killed its children give back their jobs uncharged and end, also one whose loop is blocked."""
-    one = supervise(url, processes=2, grace=0.5, env={"STAND_IN_LEASE_MS": "700", "STAND_IN_WANT": "1"})
+    one = supervise(url, processes=2, grace=0.5, env={"STUB_LEASE_MS": "700", "STUB_WANT": "1"})
     ids = queue.push("hold") + queue.push("block", body=b"60")
     pids = list(queue.by_pid(1, 1))
     until(lambda: "E11" in one.log)
@@ -155,7 +155,7 @@ def test_orphans_drain_and_end(supervise: Callable[..., Supervised], queue: Queu
 
 
 @pytest.mark.row("A10")
-def test_stop_is_orderly(supervise: Callable[..., Supervised], queue: Queue, url: str) -> None:
+def test_stop_is_orderly(supervise: Callable[..., SupervisorProcess], queue: Queue, url: str) -> None:
     """After SIGTERM what runs is finished, what only waits is given back uncharged, and the exit code is 0."""
     one = supervise(url, processes=2)
     waiting, short = queue.push("hold", 20), queue.push("sleep", 20, body=b"0.7")
@@ -171,9 +171,9 @@ def test_stop_is_orderly(supervise: Callable[..., Supervised], queue: Queue, url
 
 
 @pytest.mark.row("A10")
-def test_stop_ends_what_outlives_its_grace(supervise: Callable[..., Supervised], queue: Queue, url: str) -> None:
+def test_stop_ends_what_outlives_its_grace(supervise: Callable[..., SupervisorProcess], queue: Queue, url: str) -> None:
     """A child that does not end within its grace is killed, its jobs come back without a crash, and the exit code is 0."""
-    one = supervise(url, grace=0.2, env={"STAND_IN_LEASE_MS": "700"})
+    one = supervise(url, grace=0.2, env={"STUB_LEASE_MS": "700"})
     ids = queue.push("block", body=b"60") + queue.push("hold", 3)
     queue.by_pid(4)
     stopped = one.signal(signal.SIGTERM)
@@ -187,7 +187,7 @@ def test_stop_ends_what_outlives_its_grace(supervise: Callable[..., Supervised],
 
 
 @pytest.mark.row("A10")
-def test_second_signal_hurries(supervise: Callable[..., Supervised], queue: Queue, url: str) -> None:
+def test_second_signal_hurries(supervise: Callable[..., SupervisorProcess], queue: Queue, url: str) -> None:
     """A second SIGINT does not wait for the grace to pass; children have process groups of their own."""
     one = supervise(url, grace=30.0)
     ids = queue.push("sleep", 3, body=b"60")
@@ -204,7 +204,7 @@ def test_second_signal_hurries(supervise: Callable[..., Supervised], queue: Queu
     assert queue.crashes(ids) == {0}
 
 
-def test_hopeless_start_is_given_up(supervise: Callable[..., Supervised], url: str) -> None:
+def test_hopeless_start_is_given_up(supervise: Callable[..., SupervisorProcess], url: str) -> None:
     """When no child comes up five times in a row the supervisor says so and exits with 1."""
     one = supervise(url, app="broken:app")
 
@@ -216,10 +216,10 @@ def test_hopeless_start_is_given_up(supervise: Callable[..., Supervised], url: s
 
 @pytest.mark.standalone_only("stops the process of one server")
 def test_child_that_dies_while_redis_hangs(
-    supervise: Callable[..., Supervised], queue: Queue, server: Server, url: str
+    supervise: Callable[..., SupervisorProcess], queue: Queue, server: Server, url: str
 ) -> None:
     """A hanging Redis does not keep a dead child from being replaced; its jobs return when Redis answers."""
-    one = supervise(url, env={"STAND_IN_LEASE_MS": "30000"})
+    one = supervise(url, env={"STUB_LEASE_MS": "30000"})
     ids = queue.push("hold", 5)
     ((pid, member),) = queue.busy(5).items()
     os.kill(server.pid, signal.SIGSTOP)
@@ -237,12 +237,12 @@ def test_child_that_dies_while_redis_hangs(
 
 
 def test_child_that_dies_while_redis_is_down(
-    supervise: Callable[..., Supervised], start_server: Callable[..., Server]
+    supervise: Callable[..., SupervisorProcess], start_server: Callable[..., Server]
 ) -> None:
     """The jobs of a child that died while Redis was away are returned when it is back, and the supervisor lives through it."""
     server = start_server("--appendonly", "yes", "--appendfsync", "always")
     queue = Queue(server.url)
-    one = supervise(server.url, env={"STAND_IN_LEASE_MS": "30000"})
+    one = supervise(server.url, env={"STUB_LEASE_MS": "30000"})
     ids = queue.push("hold", 5)
     ((pid, member),) = queue.busy(5).items()
     server.kill()
@@ -262,7 +262,7 @@ def test_child_that_dies_while_redis_is_down(
 
 
 @pytest.mark.row("A11")
-def test_stop_without_redis(supervise: Callable[..., Supervised], start_server: Callable[..., Server]) -> None:
+def test_stop_without_redis(supervise: Callable[..., SupervisorProcess], start_server: Callable[..., Server]) -> None:
     """A stop while Redis is down ends within grace + 5 s all the same."""
     server = start_server()
     queue = Queue(server.url)
@@ -274,13 +274,13 @@ def test_stop_without_redis(supervise: Callable[..., Supervised], start_server: 
 
     assert one.wait() == 0
     assert time.monotonic() - stopped < 10
-    assert "the last jobs of this worker return when their leases end" in one.log
+    assert "the last jobs of this worker come back when their leases end" in one.log
     queue.client.close()
 
 
-def test_burst_ends_when_drained(supervise: Callable[..., Supervised], queue: Queue, url: str) -> None:
+def test_burst_ends_when_drained(supervise: Callable[..., SupervisorProcess], queue: Queue, url: str) -> None:
     """With --burst a killed child is replaced, everything is drained all the same, and the exit code is 0."""
-    one = supervise(url, processes=2, burst=True, env={"STAND_IN_LEASE_MS": "30000", "STAND_IN_WANT": "10"})
+    one = supervise(url, processes=2, burst=True, env={"STUB_LEASE_MS": "30000", "STUB_WANT": "10"})
     queue.push("sleep", 60, body=b"0.3")
     pids = list(queue.by_pid(10, 10))
     os.kill(pids[0], signal.SIGKILL)
@@ -290,7 +290,9 @@ def test_burst_ends_when_drained(supervise: Callable[..., Supervised], queue: Qu
     assert re.search(r"was killed by SIGKILL \(.*\); returned", one.log)
 
 
-def test_the_shortest_burst_introduces_itself(supervise: Callable[..., Supervised], queue: Queue, url: str) -> None:
+def test_the_shortest_burst_introduces_itself(
+    supervise: Callable[..., SupervisorProcess], queue: Queue, url: str
+) -> None:
     """A worker says what it works for even when its child has come up and ended before anybody looked."""
     one = supervise(url, burst=True)
     [child] = until(one.children)
@@ -304,9 +306,11 @@ def test_the_shortest_burst_introduces_itself(supervise: Callable[..., Supervise
 
 @pytest.mark.row("A8")
 @pytest.mark.parametrize("code", [0, 75])
-def test_a_job_that_exits_is_a_crash(supervise: Callable[..., Supervised], queue: Queue, url: str, code: int) -> None:
+def test_a_job_that_exits_is_a_crash(
+    supervise: Callable[..., SupervisorProcess], queue: Queue, url: str, code: int
+) -> None:
     """A job that ends its process with the exit code of an orderly end is charged with a crash all the same."""
-    one = supervise(url, env={"STAND_IN_LEASE_MS": "30000", "STAND_IN_WANT": "1"})
+    one = supervise(url, env={"STUB_LEASE_MS": "30000", "STUB_WANT": "1"})
     [poison] = queue.push("exit", body=str(code).encode())
 
     assert until(lambda: queue.crashes([poison]) == {1})
@@ -314,9 +318,11 @@ def test_a_job_that_exits_is_a_crash(supervise: Callable[..., Supervised], queue
     assert one.wait() == 0
 
 
-def test_recycled_child_is_replaced_without_blame(supervise: Callable[..., Supervised], queue: Queue, url: str) -> None:
+def test_recycled_child_is_replaced_without_blame(
+    supervise: Callable[..., SupervisorProcess], queue: Queue, url: str
+) -> None:
     """A child that exits with 75 is replaced, and jobs it may have left come back uncharged."""
-    one = supervise(url, env={"STAND_IN_LEASE_MS": "30000"})
+    one = supervise(url, env={"STUB_LEASE_MS": "30000"})
     ids = queue.push("hold", 3)
     (pid,) = queue.by_pid(3)
     queue.push("recycle")
@@ -327,13 +333,13 @@ def test_recycled_child_is_replaced_without_blame(supervise: Callable[..., Super
     assert "SIG" not in one.log
 
 
-def test_quiet_and_stacks(supervise: Callable[..., Supervised], queue: Queue, url: str) -> None:
+def test_quiet_and_stacks(supervise: Callable[..., SupervisorProcess], queue: Queue, url: str) -> None:
     """SIGUSR2 writes the stacks of all threads and tasks; after SIGUSR1 nothing is leased, by a restarted child neither."""
     one = supervise(url)
     queue.push("hold", 2)
     (pid,) = queue.by_pid(2)
     one.signal(signal.SIGUSR2)
-    for stack in (r'child\.py", line \d+ in main', r"name='hold' (.*\n)+?.*in work"):
+    for stack in (r'child_main\.py", line \d+ in main', r"name='hold' (.*\n)+?.*in work"):
         # The log is written line by line.
         until(lambda stack=stack: re.search(stack, one.log.partition("worker child 1 (pid ")[2]))
     one.signal(signal.SIGUSR1)
@@ -348,11 +354,11 @@ def test_quiet_and_stacks(supervise: Callable[..., Supervised], queue: Queue, ur
     assert (queue.counts().ready, queue.counts().leased) == (3, 0)
 
 
-def test_embedded_server_outlives_its_only_child(supervise: Callable[..., Supervised], directory: Path) -> None:
+def test_embedded_server_outlives_its_only_child(supervise: Callable[..., SupervisorProcess], directory: Path) -> None:
     """With the embedded server the supervisor is a user of it too: the server does not stop with the last child."""
     url = f"embedded:{directory / 'project'}"
     one = supervise(url, env={"STAND_IN_LEASE_MS": "30000"})
-    until(lambda: "The guardian is connected" in one.log, 30)
+    until(lambda: "The lease guard is connected" in one.log, 30)
     queue = Queue(url)
     ids = queue.push("hold", 5)
     (pid,) = queue.busy(5)

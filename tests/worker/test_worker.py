@@ -1,4 +1,4 @@
-"""The worker in one process: what becomes of jobs, in order, in time, and at a stop."""
+"""The worker in one process: outcomes of jobs, their order, time limits, and a stop."""
 
 from __future__ import annotations
 
@@ -210,7 +210,7 @@ async def test_an_expired_job_never_starts(app: Conveyor) -> None:
 @pytest.mark.row("A9")
 @pytest.mark.leaves_keys("dead letters stay")
 async def test_a_time_limit_stops_a_coroutine(app: Conveyor) -> None:
-    """A coroutine is cancelled at its time limit; what it cleans up runs, and the attempt failed with TimeoutError."""
+    """A coroutine is cancelled at its time limit; its cleanup runs, and the attempt fails with TimeoutError."""
     cleaned: list[int] = []
 
     @app.task(timeout="50ms", retry=1)
@@ -313,7 +313,7 @@ async def test_commands_per_job_are_few(app: Conveyor, redis: Any) -> None:
 
 
 async def test_functions_keep_to_their_threads_inside_middlewares(app: Conveyor) -> None:
-    """With a middleware too, at most `threads` functions run at once, and what they return and raise passes through it."""
+    """With a middleware too, at most `threads` functions run at once, and their results and errors pass through it."""
     running, most, seen = [0], [0], []
     lock = threading.Lock()
 

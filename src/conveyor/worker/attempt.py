@@ -1,32 +1,33 @@
 """
-One attempt at one job, from its lease to its settlement.
+One attempt at one job, from its lease to its settlement, and the task it runs.
 
-What a worker needs to know of a task, laid out for the hot path.
+Both are laid out for the hot path.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from conveyor.errors import ConveyorError, PayloadError
 from conveyor.ids import clean, made_at_ms, public
 from conveyor.jobs.context import Context, adopt_spawned, end_spawning, spawned_entries
 from conveyor.payload.failures import message, type_name
-from conveyor.payload.records import AttemptHistory, Envelope, read_envelope
+from conveyor.payload.records import AttemptHistory, Envelope
 
 if TYPE_CHECKING:
     import asyncio
 
     from conveyor.jobs.task import TaskDefinition
     from conveyor.payload.signature import TaskSignature
-    from conveyor.worker.protocols import AttemptOwner
+    from conveyor.store.keys import QueueKeys
+    from conveyor.store.operations import TurnReport
 
 
 BUCKETS_MS = (5, 10, 25, 50, 100, 250, 500, 1000, 2500, 5000, 10_000, 30_000, 60_000, 300_000, 3_600_000)
-"""Upper bounds of the duration histogram; the last field counts what took longer."""
+"""Upper bounds of the duration histogram in ms. The last field counts what took longer."""
 
 
 Decode = Callable[[bytes], tuple[list[Any], dict[str, Any]]]
@@ -34,9 +35,9 @@ Decode = Callable[[bytes], tuple[list[Any], dict[str, Any]]]
 
 def _decode_entry(signature: TaskSignature) -> Decode:
     """
-    Return how an entry of a plain list becomes arguments: an object's members by name, as from `enqueue`.
+    Return a decoder for the entries of a plain list: the members of an object become arguments by name.
 
-    What does not fit so is the one argument of a task that has one.
+    An entry that does not fit so is the argument of a task that has exactly one.
     """
     (name, *others) = signature.parameters or ("",)
 
@@ -52,7 +53,7 @@ def _decode_entry(signature: TaskSignature) -> Decode:
 
 
 class Handler:
-    """A task as one consumer runs it, with its counters since the last turn."""
+    """A task as one consumer runs it, with the counters since the last turn."""
 
     __slots__ = (
         "buckets",
@@ -73,7 +74,11 @@ class Handler:
     )  # fmt: skip
 
     def __init__(self, task: TaskDefinition, *, raw: bool = False) -> None:
-        """Look everything up once; *raw* for the entries of a plain list, written by programs that know no parameters."""
+        """
+        Args:
+            task: the task.
+            raw: its jobs are entries of a plain list, written by programs that know no parameters.
+        """
         self.task = task
         self.name = task.name
         self.load_error: ConveyorError | None = None
@@ -90,13 +95,13 @@ class Handler:
 
     @classmethod
     def unknown(cls, name: str, load_error: ConveyorError | None = None) -> Handler:
-        """Return the handler of a job nobody here can run: why not is *unfit*, or that nobody knows the task."""
-        found = cls.__new__(cls)
-        found.name, found.kind, found.load_error = name, "unknown", load_error
-        found.early = found.stores = False
-        found.done = found.failed = found.retried = 0
-        found.timeout = None
-        return found
+        """Return the handler of a job that cannot run here, because of *load_error*; None: the task is not known."""
+        handler = cls.__new__(cls)
+        handler.name, handler.kind, handler.load_error = name, "unknown", load_error
+        handler.early = handler.stores = False
+        handler.done = handler.failed = handler.retried = 0
+        handler.timeout = None
+        return handler
 
     def count_done(self, seconds: float) -> None:
         """Count a success that ran for *seconds*."""
@@ -124,16 +129,40 @@ class Handler:
             self.retried = 0
 
 
+class AttemptOwner(Protocol):
+    """The consumer that leased an attempt, as the attempt and those that settle it use it."""
+
+    keys: QueueKeys
+    queue: str
+    shared_state: Mapping[str, Any]
+    report: TurnReport
+    own_retries: dict[str, float]
+    changed_handlers: set[Handler]
+    blobs: dict[str, str]
+
+    @property
+    def now_ms(self) -> int: ...
+    def on_started(self, attempt: Attempt) -> None: ...
+    def on_abandoned(self) -> None: ...
+    def on_finished(self, attempt: Attempt) -> None: ...
+    def holds(self, attempt: Attempt) -> bool: ...
+    def schedule(self, *, at_once: bool = False) -> None: ...
+    def move_deadline(self, attempt: Attempt, seconds: float) -> None: ...
+    def give_way(self, seconds: float) -> None: ...
+
+
 PLAIN = Envelope("", b"")
 
 
 class Attempt:
-    """A leased job in the hands of this worker. Times in seconds by `time.perf_counter`."""
+    """One run of a leased job. Times in seconds by `time.perf_counter`; 0.0 until then."""
 
     __slots__ = (
         "body",
         "consumer",
         "context",
+        "crashed_before",
+        "deadline",
         "ended",
         "envelope",
         "handler",
@@ -142,16 +171,14 @@ class Attempt:
         "runner",
         "started",
         "state",
-        "stopped",
-        "suspect",
-        "until",
+        "stop_reason",
         "waiter",
     )  # fmt: skip
-    closed = False
-    """True while its body is still wrapped, or of an older version."""
+    sealed = False
+    """True while its body is still sealed, or of an older version."""
 
     def __init__(self, consumer: AttemptOwner, handler: Handler, id: str, body: bytes) -> None:  # noqa: A002
-        """Take a plain, fresh job; `mark` and `recall` add what is rarer."""
+        # A plain, fresh job: the loader and `load_state` add what is rarer.
         self.consumer = consumer
         self.handler = handler
         self.id = id
@@ -161,32 +188,27 @@ class Attempt:
         self.number = 1
         self.started = 0.0
         self.ended = 0.0
-        self.until: float | None = None
+        self.deadline: float | None = None
         self.context: Context | None = None
         self.runner: asyncio.Task[None] | None = None
-        self.stopped: str | None = None  # why it is being stopped: timeout, cancel, stop or lost
-        self.suspect = False
+        self.stop_reason: str | None = None  # timeout, cancel, stop or lost; None while it is not being stopped
+        self.crashed_before = False
         self.waiter: asyncio.Future[Any] | None = None  # set while it is on a thread and middlewares wait for it
 
-    def mark(self, data: bytes) -> None:
-        """Read the whole envelope of a job that is not plain."""
-        self.envelope = read_envelope(data)
-        self.body = self.envelope.body
-
-    def recall(self, state: bytes) -> None:
-        """Read what happened to the job before."""
+    def load_state(self, state: bytes) -> None:
+        """Read what happened in earlier attempts."""
         try:
             self.state = AttemptHistory.decode(state)
-        except Exception as error:  # whatever somebody wrote there must not end the worker
+        except Exception as error:  # whatever a program wrote there must not end the worker
             load_error = PayloadError(f"E15 The state cannot be read: {error}.", code="E15")
             self.handler = Handler.unknown(self.handler.name, load_error)
             return
         self.number = self.state.starts + 1
-        self.suspect = self.state.crashes > 0
+        self.crashed_before = self.state.crashes > 0
 
     @property
     def history(self) -> AttemptHistory:
-        """The state as it was leased."""
+        """What happened in earlier attempts, as it was leased."""
         return self.state or AttemptHistory()
 
     @property
@@ -197,11 +219,11 @@ class Attempt:
 
     @property
     def public_id(self) -> str:
-        """The id people see."""
+        """The id as programs and people see it, with the queue."""
         return public(self.consumer.queue, self.id)
 
     def open(self) -> Context:
-        """Return the context handed to the job."""
+        """Return the context of the job, made at the first call."""
         if self.context is None:
             made = made_at_ms(self.id)
             self.context = Context(
@@ -216,32 +238,32 @@ class Attempt:
             )
             if self.handler.early:
                 end_spawning(self.context)  # it has ended, as far as Redis knows
-            if self.stopped:
-                self.flag()
+            if self.stop_reason is not None:
+                self.flag_context()
         return self.context
 
     @property
     def spawned(self) -> list[bytes]:
-        """What it spawned so far."""
+        """The outbox entries of the jobs that it spawned so far."""
         return [] if self.context is None else spawned_entries(self.context)
 
-    def adopt(self, spawned: list[bytes]) -> None:
-        """Take what it spawned in another process."""
+    def set_spawned(self, spawned: list[bytes]) -> None:
+        """Take over the entries of the jobs that it spawned in another process."""
         adopt_spawned(self.open(), spawned)
 
-    def flag(self) -> None:
+    def flag_context(self) -> None:
         """Tell the job, through its context, that it is being stopped."""
         if self.context is not None:
             self.context.cancelled = True
-            self.context.timed_out = self.stopped == "timeout"
+            self.context.timed_out = self.stop_reason == "timeout"
 
     @property
     def label(self) -> str:
-        """Task and id for a line of the log: whoever writes to Redis chooses them."""
+        """Task and id for a line of the log, cleaned: any program that writes to Redis chooses them."""
         return clean(f"{self.handler.name} {self.public_id}")
 
     def move_deadline(self, ms: int) -> None:
-        """Give the attempt *ms* from now on."""
+        """Set the deadline *ms* ahead."""
         self.consumer.move_deadline(self, ms / 1000)
 
     def __repr__(self) -> str:
@@ -249,21 +271,20 @@ class Attempt:
 
 
 class SealedAttempt(Attempt):
-    """An attempt at a job whose body must be opened before it can start."""
+    """An attempt whose body must be opened before it can start."""
 
-    __slots__ = ("closed",)
+    __slots__ = ("sealed",)
 
     def __init__(self, consumer: AttemptOwner, handler: Handler, id: str, body: bytes) -> None:  # noqa: A002
-        """Take it as it was leased."""
         super().__init__(consumer, handler, id, body)
-        self.closed = True
+        self.sealed = True
 
 
-def details(error: Any) -> str:
+def error_line(error: Any) -> str:
     """Return an error's class and text in one line for a log, whatever its `__str__` does."""
-    return line(f"{type_name(error).rpartition('.')[2]}: {message(error)}")
+    return one_line(f"{type_name(error).rpartition('.')[2]}: {message(error)}")
 
 
-def line(text: str) -> str:
-    """Return *text* in one line for a log, with nothing that steers a terminal."""
+def one_line(text: str) -> str:
+    """Return *text* in one line for a log, without control characters."""
     return clean(" ".join(text.split())[:500])

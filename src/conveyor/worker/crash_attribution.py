@@ -1,9 +1,10 @@
 """
-Who ran what when a child died: a table on the board with a seat for each slot, thread and process, and one for the loop.
+Finds the jobs that can have crashed a child, from a table of the jobs that were running.
 
-A job is named by a checksum of its id, so that a seat is one cell of eight bytes, stored in one go. Writing costs a job
-0.2 µs; nobody reads before a death. Then it tells who can have caused it: whose code was being executed, and who was
-only under way, waiting for something.
+The table lies in the memory that the child shares with its supervisor. It has a cell for each coroutine, thread and
+process that runs a job, and one for the event loop. A cell holds a checksum of the job's id in eight bytes, which are
+stored in one go. Writing costs a job 0.2 µs; nothing is read before the child is dead. Then the table tells which jobs'
+code was being executed, and which jobs were only waiting for something.
 """
 
 from __future__ import annotations
@@ -12,79 +13,86 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from zlib import crc32
 
-SEATS = 4096
-LOOP = 0
-"""The seat of the job whose code the event loop executes."""
-FULL = 1
-"""Taken by everyone who found no seat, and never cleared: then nobody can be ruled out."""
+CELLS = 4096
+"""Cells of the table."""
+LOOP_CELL = 0
+"""The cell of the job whose code the event loop executes."""
+OVERFLOW_CELL = 1
+"""Overflow cell. Set when the table was full; never cleared, because afterwards no job can be ruled out."""
 EXECUTING = 1 << 33
-"""Added to the name of a job whose code a thread executes."""
-BESIDE = 1 << 34
-"""Added to the name of a job that a process of its own executes, until its end is settled: a crash may not have been told yet."""
-_NAMED = 1 << 32  # no name is 0, which is an empty seat
+"""Bit that is set in the cell of a job whose code a thread executes."""
+IN_PROCESS = 1 << 34
+"""
+Bit that is set in the cell of a job that a process of its own executes. It stays until the end of the job is settled: a
+crash of that process may not have been reported yet.
+"""
+_USED = 1 << 32  # set in every checksum: an empty cell is 0
 
 
-def named(id_: str) -> int:
-    """Return what a job is called in a seat; two of the few thousand that a child holds share one once in a million times."""
-    return crc32(id_.encode()) | _NAMED
+def id_checksum(id_: str) -> int:
+    """
+    Return the value of a cell that stands for a job.
+
+    Two of the few thousand jobs that a child holds share one once in a million times.
+    """
+    return crc32(id_.encode()) | _USED
 
 
 class RunningTable:
-    """The child's side. `cells` is written directly where every nanosecond counts."""
+    """The table as its child writes it. `cells` is written directly where every nanosecond counts."""
 
     def __init__(self, cells: memoryview) -> None:
-        """Take `SEATS` cells of eight bytes."""
         self.cells = cells
-        self._next = FULL + 1
+        self._next = OVERFLOW_CELL + 1
         self._free: list[int] = []
 
-    def take(self) -> int:
-        """Return an empty seat; `FULL` when there is none."""
+    def take_cell(self) -> int:
+        """Return the number of an empty cell; `OVERFLOW_CELL` when there is none."""
         if self._free:
             return self._free.pop()
-        if self._next == SEATS:
-            return FULL
+        if self._next == CELLS:
+            return OVERFLOW_CELL
         self._next += 1
         return self._next - 1
 
-    def leave(self, seat: int) -> None:
-        """Give a seat back."""
-        if seat != FULL:
-            self.cells[seat] = 0
-            self._free.append(seat)
+    def release_cell(self, cell: int) -> None:
+        """Empty a cell and give it back."""
+        if cell != OVERFLOW_CELL:
+            self.cells[cell] = 0
+            self._free.append(cell)
 
 
 @dataclass(frozen=True, slots=True)
 class RunningSnapshot:
-    """What the seats said when their child was dead; names as in the seats."""
+    """The jobs that were running when their child died, as checksums."""
 
     executing: frozenset[int]
     waiting: frozenset[int]
-    beside: frozenset[int] = frozenset()
+    in_process: frozenset[int] = frozenset()
 
     @classmethod
     def read(cls, cells: Iterable[int]) -> RunningSnapshot | None:
-        """Take the cells; None where there were more jobs than seats."""
-        loop, full, *seats = cells
+        """Return what the cells say; None if there were more jobs than cells."""
+        loop, full, *rest = cells
         if full:
             return None
-        executing = frozenset({loop} | {seat ^ EXECUTING for seat in seats if seat & EXECUTING}) - {0}
-        beside = frozenset(seat ^ BESIDE for seat in seats if seat & BESIDE)
-        waiting = frozenset(seat for seat in seats if seat and not seat & (EXECUTING | BESIDE))
-        return cls(executing, waiting - executing - beside, beside)
+        executing = frozenset({loop} | {cell ^ EXECUTING for cell in rest if cell & EXECUTING}) - {0}
+        in_process = frozenset(cell ^ IN_PROCESS for cell in rest if cell & IN_PROCESS)
+        waiting = frozenset(cell for cell in rest if cell and not cell & (EXECUTING | IN_PROCESS))
+        return cls(executing, waiting - executing - in_process, in_process)
 
-    def judge(self, ids: Iterable[str], *, fault: bool) -> tuple[list[str], list[str]]:
+    def blame(self, ids: Iterable[str], *, fault: bool) -> tuple[list[str], list[str]]:
         """
-        Return those of *ids* that are to blame for the death, and those that may be.
+        Return those of *ids* that are to blame for the crash, and those that may be.
 
-        With a *fault* in what was executed (a signal of the processor, an exit) nobody else comes into question. A kill
-        from outside, when memory runs out, strikes whoever executes something just then, and not always who took it.
-        When nobody executed anything, all that were under way are to blame. Jobs beside always are: what their own process
-        died of may not have been told yet.
+        With a *fault* in what was executed (a signal of the processor, an exit) no other job comes into question. A kill
+        from outside, when memory runs out, hits the jobs that execute something just then, and not always the one that
+        took the memory. When no job executed anything, all that were waiting are to blame. Jobs in processes of their own
+        always are: why that process died may not have been reported yet.
         """
         executing, waiting = self.executing, self.waiting
         if not executing:
             executing, waiting = waiting, frozenset()
-        held = [(id_, named(id_)) for id_ in ids]
-        blamed = [id_ for id_, seat in held if seat in executing or seat in self.beside]
-        return blamed, [] if fault else [id_ for id_, seat in held if seat in waiting]
+        held = [(id_, id_checksum(id_)) for id_ in ids]
+        blamed = [id_ for id_, cell in held if cell in executing or cell in self.in_process]
+        return blamed, [] if fault else [id_ for id_, cell in held if cell in waiting]

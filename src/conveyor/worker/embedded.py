@@ -1,4 +1,4 @@
-"""`async with app.worker():` the same worker inside another program: no supervisor, leases renewed from a thread."""
+"""The worker inside another program: `async with app.worker():`. No supervisor; a thread renews the leases."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ log = logging.getLogger("conveyor.worker")
 
 
 class EmbeddedWorker:
-    """Works from `async with` to its end, on the running loop."""
+    """A worker that works on the running loop from the start of an `async with` block to its end."""
 
     def __init__(
         self, app: Conveyor, *, queues: Mapping[str, float] | None = None, concurrency: int = 100, threads: int = 8,
         burst: bool = False, grace: Duration = 30.0, allow_eviction: bool = False,
     ) -> None:  # fmt: skip
-        """Take what `Worker` takes; `grace` is how long running jobs may take at the end, the rest as in `app.worker`."""
+        """The parameters are those of `app.worker`."""
         for name, value in (("concurrency", concurrency), ("threads", threads)):
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ConfigurationError(f"worker({name}=…) must be a whole number of at least 1, not {value!r}.")
@@ -49,7 +49,7 @@ class EmbeddedWorker:
         self._stopped = False
 
     async def __aenter__(self) -> Self:
-        """Begin; returns when the worker is registered, or raises what kept it from it."""
+        """Start the worker; return when it is registered, or raise the reason why it could not start."""
         await self._check_eviction()
         self._running = asyncio.get_running_loop().create_task(self._worker.run(), name="conveyor-worker")
         ready = asyncio.ensure_future(self._worker.ready.wait())
@@ -73,13 +73,13 @@ class EmbeddedWorker:
         self._stack.callback(heartbeat.close)
 
     async def _check_eviction(self) -> None:
-        """Refuse a server that deletes jobs (E10). One that is away is waited for, not an error."""
+        """Refuse a server that deletes jobs (E10). One that is away is no error: the worker waits for it."""
         try:
             known = eviction.facts(await self._app.client.aexecute("INFO"))
         except StoreUnavailable:
             return
         except ConveyorError:
-            known = {}  # this user may not ask
+            known = {}  # this user may not send INFO
         if "maxmemory_policy" not in known:
             log.warning("%s: see `conveyor doctor`", eviction.UNKNOWN)
         wrong = eviction.danger(known.get("maxmemory_policy", ""), int(known.get("evicted_keys", 0)))
@@ -101,12 +101,12 @@ class EmbeddedWorker:
             await self._stack.aclose()
 
     async def wait(self) -> None:
-        """Wait until the worker ends by itself: with `burst`, when everything is drained."""
+        """Wait until the worker ends by itself, which it does with `burst` when everything is drained."""
         assert self._running is not None
         await asyncio.shield(self._running)
 
     def stop(self) -> None:
-        """Stop early: the first call drains, the second hands everything back at once."""
+        """Stop before the block ends. The first call drains, the second hands everything back at once."""
         (self._worker.hurry if self._stopped else self._worker.stop)()
         self._stopped = True
 

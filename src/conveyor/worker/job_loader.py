@@ -1,6 +1,8 @@
 """
-Jobs that are more than a name and JSON: with marks or options, wrapped, of another version, of a task nobody here
-knows, or damaged. What can run is made to; what cannot waits for a newer worker or becomes a dead letter, its bytes kept.
+Loads jobs that are more than a task name and JSON.
+
+They have marks or options, are sealed, have another version, are damaged, or need a task that this worker does not have.
+A job that cannot run here waits for a newer worker, or becomes a dead letter with its bytes kept.
 """
 
 from __future__ import annotations
@@ -9,7 +11,7 @@ import asyncio
 import logging
 from collections.abc import Callable, Iterable, Mapping
 from time import monotonic, perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from conveyor.errors import ConveyorError, PayloadError, StoreUnavailable, UnknownTask
 from conveyor.ids import clean, made_at_ms
@@ -21,8 +23,8 @@ from conveyor.payload.versions import OldPayload, PayloadTooNew, sealed_name, up
 from conveyor.payload.wrapped import MAGIC
 from conveyor.store.operations import Settlement, TurnReport
 from conveyor.units import span
-from conveyor.worker.attempt import Attempt, Handler, SealedAttempt
-from conveyor.worker.crash_attribution import EXECUTING, LOOP, RunningTable, named
+from conveyor.worker.attempt import Attempt, AttemptOwner, Handler, SealedAttempt
+from conveyor.worker.crash_attribution import EXECUTING, LOOP_CELL, RunningTable, id_checksum
 
 if TYPE_CHECKING:
     from conveyor.jobs.core import AppCore
@@ -32,30 +34,39 @@ log = logging.getLogger("conveyor.worker")
 
 
 class JobLoader:
-    """One worker's way with them."""
+    """Makes attempts of such jobs, and opens their bodies. One for each worker."""
 
-    def __init__(self, app: AppCore, settling: SettlementWriter, worker: str, seats: RunningTable | None) -> None:
-        """Take the app, who settles, the name recorded with errors, and where a supervisor sees what is opened."""
-        self._sealing = app.sealing
-        self._fed = {name: listed.task for name, listed in app.plain_lists.items()}
-        self._settling = settling
-        self._worker = worker
-        self._seats = seats
-        self._fetching: set[asyncio.Task[None]] = set()
-
-    def fast(self, queue: str, handlers: Mapping[str, Handler], *, foreign: bool) -> dict[bytes, Handler]:
+    def __init__(
+        self, app: AppCore, settlement_writer: SettlementWriter, worker: str, running_table: RunningTable | None
+    ) -> None:
         """
-        Return the handlers by what an envelope of theirs begins with when it needs nothing: the name and a brace.
+        Args:
+            app: the app whose tasks run.
+            settlement_writer: that of the worker.
+            worker: the name that is recorded with errors.
+            running_table: where a supervisor reads which job's body is being opened; None without one.
+        """
+        self._sealing = app.sealing
+        self._task_of_list = {name: listed.task for name, listed in app.plain_lists.items()}
+        self._settlement_writer = settlement_writer
+        self._worker = worker
+        self._running_table = running_table
+        self.fetching: set[asyncio.Task[None]] = set()
+        """One task for each body that is on its way from the blob store."""
 
-        None where all are sealed, and none of tasks that have versions or are acknowledged early: those come here.
+    def plain_handlers(self, queue: str, handlers: Mapping[str, Handler], *, foreign: bool) -> dict[bytes, Handler]:
+        """
+        Return handlers by the first bytes of an envelope that needs no `load`: the task's name and a brace.
+
+        Left out are all where all jobs are sealed, and tasks that have versions or are acknowledged early.
         """
         names = {name for name, one in handlers.items() if one.task.settings.version == 1 and not one.early}
         if self._sealing is not None and self._sealing.sealer is not None:
-            names &= {self._fed.get(queue)} if foreign else set()
+            names &= {self._task_of_list.get(queue)} if foreign else set()
         return {b"\n%b\n{" % name.encode(): handlers[name] for name in names}
 
-    def arrive(self, consumer: Any, handlers: Mapping[str, Handler], id_: str, data: bytes) -> Attempt:
-        """Make an attempt of a job; one that cannot run here has a handler of kind unknown, for `set_aside`."""
+    def load(self, consumer: AttemptOwner, handlers: Mapping[str, Handler], id_: str, data: bytes) -> Attempt:
+        """Return an attempt at a job. One that cannot run here has a handler of kind "unknown", for `set_aside`."""
         envelope, _, damage = read_leniently(data, None)
         handler = handlers.get(envelope.task)
         load_error: ConveyorError | None = None
@@ -67,36 +78,36 @@ class JobLoader:
             )
         if handler is None or load_error is not None:
             handler = Handler.unknown(envelope.task, load_error)
-        closed = handler.kind != "unknown" and self._is_closed(consumer, handler, envelope.body, envelope.extra.version)
-        attempt = (SealedAttempt if closed else Attempt)(consumer, handler, id_, envelope.body)
+        sealed = handler.kind != "unknown" and self._is_sealed(consumer, handler, envelope.body, envelope.extra.version)
+        attempt = (SealedAttempt if sealed else Attempt)(consumer, handler, id_, envelope.body)
         attempt.envelope = envelope
         if handler.early:
             self._read_early(attempt)
         return attempt
 
     def _read_early(self, attempt: Attempt) -> None:
-        """Read a job that is acknowledged before it starts: what cannot be read must be known, and kept, before that."""
+        """Read a job that is acknowledged before it starts: one that cannot be read must be kept, so not acknowledged."""
         handler = attempt.handler
         try:
-            if attempt.closed:
-                _unclose(attempt, self.open(attempt))
+            if attempt.sealed:
+                _unseal(attempt, self.open(attempt))
             handler.decode(attempt.body)
         except ConveyorError as error:
             attempt.handler = Handler.unknown(handler.name, error)
 
-    def _is_closed(self, consumer: Any, handler: Handler, body: bytes, version: int) -> bool:
+    def _is_sealed(self, consumer: AttemptOwner, handler: Handler, body: bytes, version: int) -> bool:
         if version != handler.task.settings.version:
             return True
         if consumer.keys.foreign is not None:
-            return handler.name != self._fed.get(consumer.queue)
+            return handler.name != self._task_of_list.get(consumer.queue)
         return body[:1] == MAGIC or (self._sealing is not None and self._sealing.sealer is not None)
 
     def open(self, attempt: Attempt) -> bytes:
-        """Return the arguments' JSON as this worker's version of the task has them; raises PayloadError, BlobUnavailable."""
+        """Return the arguments' JSON in this worker's version of the task; raises PayloadError, BlobUnavailable."""
         envelope, handler, consumer = attempt.envelope, attempt.handler, attempt.consumer
         body, task, queue = envelope.body, handler.task, consumer.queue
         sealing = self._sealing or PLAIN
-        if consumer.keys.foreign is None or handler.name != self._fed.get(queue):
+        if consumer.keys.foreign is None or handler.name != self._task_of_list.get(queue):
             name = sealed_name(handler.name, envelope.extra.version)
             reference = sealing.reference(body, queue=queue, task=name, id=attempt.id)
             if reference is not None:
@@ -110,66 +121,63 @@ class JobLoader:
             body = upcast_body(body, version, current, task.settings.upcast, old)
         return body
 
-    def begin(self, attempt: Attempt, place: Callable[[Attempt], None], fail: Callable[..., None]) -> None:
-        """Open *attempt*, on a thread when its body lies in the store, and then *place* it or *fail* it."""
+    def begin(self, attempt: Attempt, submit: Callable[[Attempt], None], fail: Callable[..., None]) -> None:
+        """Open *attempt*, on a thread when its body lies in the blob store, and then *submit* it or *fail* it."""
         if PLAIN.is_stored_elsewhere(attempt.body):
-            fetching = asyncio.get_running_loop().create_task(self._fetch(attempt, place, fail))
-            self._fetching.add(fetching)
-            fetching.add_done_callback(self._fetching.discard)
+            fetching = asyncio.get_running_loop().create_task(self._fetch(attempt, submit, fail))
+            self.fetching.add(fetching)
+            fetching.add_done_callback(self.fetching.discard)
             return
-        if self._seats is not None:
-            self._seats.cells[LOOP] = named(attempt.id)  # who submits them empties it, once for all
+        if self._running_table is not None:
+            self._running_table.cells[LOOP_CELL] = id_checksum(
+                attempt.id
+            )  # `Executor.submit` clears it, once for all attempts
         try:
             body = self.open(attempt)
         except Exception as error:
             self._failed(attempt, error, fail)
         else:
-            self._opened(attempt, body, place)
+            self._opened(attempt, body, submit)
 
-    @property
-    def fetching(self) -> int:
-        """How many bodies are on their way from the store."""
-        return len(self._fetching)
-
-    async def _fetch(self, attempt: Attempt, place: Callable[[Attempt], None], fail: Callable[..., None]) -> None:
-        seat = 0 if self._seats is None else self._seats.take()
-        if self._seats is not None:
-            self._seats.cells[seat] = named(attempt.id) | EXECUTING
+    async def _fetch(self, attempt: Attempt, submit: Callable[[Attempt], None], fail: Callable[..., None]) -> None:
+        cell = 0 if self._running_table is None else self._running_table.take_cell()
+        if self._running_table is not None:
+            self._running_table.cells[cell] = id_checksum(attempt.id) | EXECUTING
         try:
             body = await asyncio.to_thread(self.open, attempt)
         except Exception as error:
             self._failed(attempt, error, fail)
         else:
-            self._opened(attempt, body, place)
+            self._opened(attempt, body, submit)
         finally:
-            if self._seats is not None:
-                self._seats.leave(seat)
+            if self._running_table is not None:
+                self._running_table.release_cell(cell)
 
-    def _opened(self, attempt: Attempt, body: bytes, place: Callable[[Attempt], None]) -> None:
+    def _opened(self, attempt: Attempt, body: bytes, submit: Callable[[Attempt], None]) -> None:
         if attempt.ended != 0.0:  # cancelled or handed back meanwhile
-            attempt.consumer.left()
+            attempt.consumer.on_abandoned()
             return
-        _unclose(attempt, body)
-        place(attempt)
+        _unseal(attempt, body)
+        submit(attempt)
 
     def _failed(self, attempt: Attempt, error: Exception, fail: Callable[..., None]) -> None:
-        attempt.consumer.left()
+        attempt.consumer.on_abandoned()
         if attempt.ended == 0.0:
             if isinstance(error, PayloadError):
                 error = UnreadablePayload(f"The payload of {attempt.handler.name}(): {error}", code=error.code)
             attempt.started = perf_counter()
             fail(attempt, None, error)
 
-    def set_aside(self, consumer: Any, attempt: Attempt) -> None:
+    def set_aside(self, consumer: AttemptOwner, attempt: Attempt) -> None:
         """
-        Put off what a newer worker may run: 2 s at first, as long as it is old later, dead after a day; no attempt is used.
+        Put off a job that a newer worker may run: for 2 s at first, later for as long as it is old; after a day it is dead.
 
-        What no worker can read is a dead letter at once.
+        No attempt is used. A job that no worker can read is a dead letter at once.
         """
         report, now, error = consumer.report, consumer.now_ms, attempt.handler.load_error
         attempt.ended = monotonic()
         if isinstance(error, PayloadError) and not isinstance(error, PayloadTooNew):
-            self._settling.unreadable(report, attempt, error, now)
+            self._settlement_writer.unreadable(report, attempt, error, now)
             return
         age = now - (made_at_ms(attempt.id) or attempt.envelope.due_ms or now)
         pause = put_off_ms(age)
@@ -182,7 +190,7 @@ class JobLoader:
             "%s Job %s stays in '%s' and is tried again in %s; no attempt was used.",
             clean(why), clean(attempt.public_id), consumer.queue, span(pause / 1000),
         )  # fmt: skip
-        consumer.alarm.give_way(pause / 1000 + 1)
+        consumer.give_way(pause / 1000 + 1)
         state = attempt.state.encode() if attempt.state else b""
         report.others.append(Settlement("R", attempt.id, pause, state=state))
 
@@ -193,10 +201,10 @@ class JobLoader:
         record = to_json(Failure(attempt.number, now, kind, message, worker=self._worker))
         old = attempt.history
         state = AttemptHistory(old.starts, old.failures, old.crashes, [*old.errors, record])
-        self._settling.bury(report, attempt, state, message, now)
+        self._settlement_writer.dead(report, attempt, state, message, now)
 
-    def release(self, consumer: Any, report: TurnReport, lost: Iterable[str]) -> None:
-        """Remove the large bodies of jobs whose end Redis has confirmed; those of others are still needed."""
+    def delete_bodies(self, consumer: AttemptOwner, report: TurnReport, lost: Iterable[str]) -> None:
+        """Delete the large bodies of jobs whose end Redis has confirmed. Those of other jobs are still needed."""
         refused = set(lost)
         ended = {*report.done, *(one.id for one in report.others if one.kind in {"D", "C"})} - refused
         for id_ in ended | {one.id for one in report.others if one.kind != "M"} | refused:
@@ -205,6 +213,6 @@ class JobLoader:
                 asyncio.get_running_loop().run_in_executor(None, self._sealing.delete, name)
 
 
-def _unclose(attempt: Attempt, body: bytes) -> None:
+def _unseal(attempt: Attempt, body: bytes) -> None:
     assert isinstance(attempt, SealedAttempt)
-    attempt.body, attempt.closed = body, False
+    attempt.body, attempt.sealed = body, False

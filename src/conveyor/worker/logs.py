@@ -1,40 +1,46 @@
-"""What a worker tells people: lines on standard error through `logging`, under the name ``conveyor.worker``."""
+"""The log of a worker: lines on standard error through `logging`, under the name ``conveyor.worker``."""
 
 from __future__ import annotations
 
 import logging
 import re
+import signal
 from time import monotonic
 from typing import Any
 
-_STEERING = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+_CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 LOG = logging.getLogger("conveyor.worker")
-AGAIN = 60.0
-"""Seconds until what goes on being wrong is said again."""
-_said: dict[str, float] = {}
+REPEAT_AFTER = 60.0
+"""Seconds until the same error is logged again."""
+_SIGNAL_HINTS = {
+    "SIGKILL": " (the kernel does that when memory runs out)",
+    "SIGSEGV": " (a fault in native code)",
+    "SIGABRT": " (native code gave up)",
+}
+_logged_at: dict[str, float] = {}
 
 
-def complain(text: str, *arguments: Any) -> None:
-    """Log as an error what is tried again every second and fails: the same words once a minute."""
+def log_repeated_error(text: str, *arguments: Any) -> None:
+    """Log an error of something that is retried every second: the same words once a minute."""
     words, now = text % arguments, monotonic()
-    if now - _said.get(words, -AGAIN) < AGAIN:
+    if now - _logged_at.get(words, -REPEAT_AFTER) < REPEAT_AFTER:
         return
-    if len(_said) >= 100:
-        _said.clear()
-    _said[words] = now
+    if len(_logged_at) >= 100:
+        _logged_at.clear()
+    _logged_at[words] = now
     LOG.error("%s", words)
 
 
 class SafeFormatter(logging.Formatter):
-    """Lines that cannot steer a terminal: tracebacks tell what exceptions say, and these what payloads hold."""
+    """A formatter that escapes control characters: a traceback may hold text from a payload, which could steer a terminal."""
 
     def format(self, record: logging.LogRecord) -> str:
         """Return the lines of *record* with control characters escaped."""
-        return _STEERING.sub(lambda match: match[0].encode("unicode_escape").decode(), super().format(record))
+        return _CONTROL_CHARACTERS.sub(lambda match: match[0].encode("unicode_escape").decode(), super().format(record))
 
 
 def configure_log(*, verbose: bool = False) -> None:
-    """Send lines of INFO and above (DEBUG with *verbose*) to standard error, unless the program has its own way."""
+    """Log INFO and above (DEBUG with *verbose*) to standard error, unless the program has configured logging."""
     if not logging.getLogger().handlers:
         handler = logging.StreamHandler()
         handler.setFormatter(SafeFormatter("%(asctime)s %(levelname)-7s %(message)s", datefmt="%H:%M:%S"))
@@ -42,3 +48,14 @@ def configure_log(*, verbose: bool = False) -> None:
     logger = logging.getLogger("conveyor")
     if logger.level == logging.NOTSET:
         logger.setLevel(logging.DEBUG if verbose else logging.INFO)
+
+
+def describe_end(code: int) -> str:
+    """Return in words how a process ended; *code* is its exit code, or minus the number of a signal."""
+    if code >= 0:
+        return f"exited with code {code}"
+    try:
+        name = signal.Signals(-code).name
+    except ValueError:
+        name = f"signal {-code}"
+    return f"was killed by {name}{_SIGNAL_HINTS.get(name, '')}"

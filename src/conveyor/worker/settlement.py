@@ -1,4 +1,4 @@
-"""From the end of an attempt to what is reported to Redis with the next turn."""
+"""Writes the end of an attempt into the report that goes to Redis with the next turn."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from conveyor.errors import PayloadError, Snooze
 from conveyor.events import JobCancelledEvent, JobDead, JobDone, JobRetried
 from conveyor.jobs.context import end_spawning
-from conveyor.messaging import retry as outcome
+from conveyor.messaging import retry
 from conveyor.payload import failures
 from conveyor.payload.codec import UnreadablePayload
 from conveyor.payload.pipeline import PLAIN
@@ -19,49 +19,82 @@ from conveyor.payload.sealed_records import pack_failure, pack_refusal, pack_res
 from conveyor.store.inspection import write_finished
 from conveyor.store.operations import Settlement, TurnReport
 from conveyor.units import milliseconds, span
-from conveyor.worker.attempt import Attempt, details, line
+from conveyor.worker.attempt import Attempt, error_line, one_line
+from conveyor.worker.execution.processes import ProcessCrashed
 
 if TYPE_CHECKING:
     from conveyor.jobs.core import AppCore
 
 log = logging.getLogger("conveyor.worker")
 RECENT = 32
-"""Finished jobs listed per turn at most; at high rates the list shows a sample."""
-TOLD = 10
-"""Successes logged a second, one line each."""
+"""Finished jobs listed per turn, at most. At high rates the list shows a sample."""
+LOGGED_PER_SECOND = 10
+"""Successes logged per second, one line each; the rest as one number."""
 CANCELLED_KEPT_MS = 600_000
+"""For how long the outcome of a cancelled job is kept, in ms."""
 
 
-def _follow(report: TurnReport, id: str, spawned: list[bytes]) -> None:  # noqa: A002
-    """Put what a successful attempt spawned into the outbox, right before the settlement that ends it."""
+def _add_spawned(report: TurnReport, id: str, spawned: list[bytes]) -> None:  # noqa: A002
+    """Add the jobs that a successful attempt spawned, right before the settlement that ends it."""
     report.others += [Settlement("S", id, record=entry) for entry in spawned]
     report.spawned = True
 
 
 class SettlementWriter:
-    """Decides nothing about policy (`outcome.py` does); writes what was decided into a consumer's report."""
+    """
+    Settles attempts into the report of their consumer.
+
+    The policy of retries is decided in `messaging/retry.py`.
+    """
 
     def __init__(self, app: AppCore, worker: str) -> None:
-        """Take the app whose listeners hear of it, and the name recorded with errors."""
+        """
+        Args:
+            app: its listeners get the events.
+            worker: the name that is recorded with errors.
+        """
         self._app = app
         self._worker = worker
         self._sealing = app.sealing
-        # One line a job while a person can read them; a summary of the rest. None when nobody wants them.
-        self._told: int | None = 0 if log.isEnabledFor(logging.INFO) else None
+        # One line a job while a person can read them, and a summary of the rest. None: the log does not show INFO.
+        self._logged: int | None = 0 if log.isEnabledFor(logging.INFO) else None
         self._since = 0.0
 
-    def _tell(self, attempt: Attempt, seconds: float) -> None:
-        assert self._told is not None
+    def _log_done(self, attempt: Attempt, seconds: float) -> None:
+        assert self._logged is not None
         if attempt.ended - self._since >= 1.0:
-            if self._told > TOLD:
-                log.info("✓ … and %s more jobs", f"{self._told - TOLD:,}")
-            self._since, self._told = attempt.ended, 0
-        self._told += 1
-        if self._told <= TOLD:
+            if self._logged > LOGGED_PER_SECOND:
+                log.info("✓ … and %s more jobs", f"{self._logged - LOGGED_PER_SECOND:,}")
+            self._since, self._logged = attempt.ended, 0
+        self._logged += 1
+        if self._logged <= LOGGED_PER_SECOND:
             log.info("✓ %s %s", attempt.label, span(seconds))
 
+    def settle(self, attempt: Attempt, value: Any, error: BaseException | None, *, stuck: bool = False) -> None:
+        """
+        Settle an attempt by its end: the value it returned, the error it raised, or why it was stopped.
+
+        *stuck*: its thread goes on beyond the time limit.
+        """
+        consumer, why = attempt.consumer, attempt.stop_reason
+        consumer.changed_handlers.add(attempt.handler)
+        report, now = consumer.report, consumer.now_ms
+        unfinished = attempt.started == 0.0 or isinstance(error, asyncio.CancelledError) or stuck
+        if why == "cancel" and (unfinished or error is not None):
+            self.cancelled(report, attempt, now)
+        elif why == "stop" and (unfinished or error is not None):
+            self.handed_back(report, attempt, started=attempt.started != 0.0)
+        elif isinstance(error, ProcessCrashed) and why is None:
+            self.crashed(report, attempt, now, error)
+        else:
+            final = _error_of(attempt, error)
+            if final is None:
+                self.done(report, attempt, value, now)
+            else:
+                self.failed(report, attempt, final, now)
+
     def done(self, report: TurnReport, attempt: Attempt, value: Any, now_ms: int) -> None:
-        """Settle a success; a result that cannot be stored makes it a dead letter."""
+        """Settle a success. A result that cannot be stored makes the job a dead letter."""
         handler, envelope = attempt.handler, attempt.envelope
         seconds = attempt.ended - attempt.started
         own = envelope.extra.keep_ms
@@ -71,7 +104,7 @@ class SettlementWriter:
             try:
                 data = handler.task.results.encode(value)
             except PayloadError as error:
-                self.failed(report, attempt, error, now_ms, retry=False)
+                self.failed(report, attempt, error, now_ms, may_retry=False)
                 return
             if handler.task.bare_results:
                 record = b'{"status":"done","value":%b,"at":%d}' % (data, now_ms)
@@ -79,7 +112,7 @@ class SettlementWriter:
                 packed = pack_result(self._sealing or PLAIN, data, attempt.consumer.queue, attempt.id)
                 record = b'{"status":"done",%b,"at":%d}' % (packed, now_ms)
             if spawned:
-                _follow(report, attempt.id, spawned)
+                _add_spawned(report, attempt.id, spawned)
             report.others.append(
                 Settlement("D", attempt.id, keep, record, unique=envelope.unique, own_id=envelope.own_id)
             )
@@ -87,20 +120,20 @@ class SettlementWriter:
             report.done.append(attempt.id)
         else:
             if spawned:
-                _follow(report, attempt.id, spawned)
+                _add_spawned(report, attempt.id, spawned)
             report.others.append(Settlement("D", attempt.id, unique=envelope.unique, own_id=envelope.own_id))
         if attempt.context is not None:
-            end_spawning(attempt.context)  # a thread of it that goes on is told
+            end_spawning(attempt.context)  # a thread of the job that goes on gets an error if it spawns
         handler.count_done(seconds)
-        if self._told is not None:
-            self._tell(attempt, seconds)
+        if self._logged is not None:
+            self._log_done(attempt, seconds)
         if len(report.recent) < RECENT:
             report.recent.append(write_finished(attempt.id, handler.name, "done", now_ms, round(seconds * 1000)))
         if self._app.has_listener(JobDone):
             self._app.emit(JobDone(attempt.public_id, handler.name, attempt.consumer.queue, attempt.number, seconds))
 
     def failed(
-        self, report: TurnReport, attempt: Attempt, error: BaseException, now_ms: int, *, retry: bool = True
+        self, report: TurnReport, attempt: Attempt, error: BaseException, now_ms: int, *, may_retry: bool = True
     ) -> None:
         """Settle a failure: again later, or dead."""
         if isinstance(error, Snooze):
@@ -110,23 +143,23 @@ class SettlementWriter:
             self.unreadable(report, attempt, error, now_ms)
             return
         handler, queue = attempt.handler, attempt.consumer.queue
-        described = failures.describe(error, attempt.number, now_ms, self._worker)
+        record = failures.describe(error, attempt.number, now_ms, self._worker)
         if self._sealing is not None:
-            described = pack_failure(self._sealing, described, queue, attempt.id)
-        policy = handler.task.settings.retry if retry else outcome.Retry(attempts=1)
-        decision = outcome.after_failure(
-            policy, attempt.history, attempt.number, error, to_json(described),
-            attempts=attempt.envelope.extra.attempts if retry else 1,
+            record = pack_failure(self._sealing, record, queue, attempt.id)
+        policy = handler.task.settings.retry if may_retry else retry.Retry(attempts=1)
+        decision = retry.after_failure(
+            policy, attempt.history, attempt.number, error, to_json(record),
+            attempts=attempt.envelope.extra.attempts if may_retry else 1,
         )  # fmt: skip
         handler.failed += 1
-        if isinstance(decision, outcome.RetryAfter):
+        if isinstance(decision, retry.RetryAfter):
             handler.retried += 1
             report.others.append(Settlement("R", attempt.id, decision.ms, state=decision.history.encode()))
             attempt.consumer.own_retries[attempt.id] = monotonic() + decision.ms / 1000
             budget = attempt.envelope.extra.attempts or policy.attempts
             failures.log_error(
                 log, logging.WARNING, "✗ %s attempt %d/%d %s → retry in %s", attempt.label,
-                attempt.number, budget, details(error), span(decision.ms / 1000), error=error,
+                attempt.number, budget, error_line(error), span(decision.ms / 1000), error=error,
             )  # fmt: skip
             if self._app.has_listener(JobRetried):
                 self._app.emit(
@@ -134,22 +167,28 @@ class SettlementWriter:
                 )
             return
         failures.log_error(
-            log, logging.ERROR, "✗ %s attempt %d dead: %s", attempt.label, attempt.number, details(error), error=error
+            log,
+            logging.ERROR,
+            "✗ %s attempt %d dead: %s",
+            attempt.label,
+            attempt.number,
+            error_line(error),
+            error=error,
         )
-        self.bury(report, attempt, decision.history, decision.reason, now_ms, error)
+        self.dead(report, attempt, decision.history, decision.reason, now_ms, error)
 
     def unreadable(self, report: TurnReport, attempt: Attempt, error: PayloadError, now_ms: int) -> None:
-        """Give up a job whose payload cannot be read: repeating would not mend it. One line in the log."""
-        log.error("✗ %s cannot be read and is dead: %s", attempt.label, line(failures.message(error)))
+        """Make a job dead whose payload cannot be read, with one line in the log: no retry could change it."""
+        log.error("✗ %s cannot be read and is dead: %s", attempt.label, one_line(failures.message(error)))
         record = Failure(attempt.number, now_ms, "PayloadError", failures.message(error), worker=self._worker)
         if self._sealing is not None:
             record = pack_refusal(self._sealing, record, error.code, attempt.consumer.queue, attempt.id)
         old = attempt.history
         state = AttemptHistory(attempt.number, old.failures, old.crashes, [*old.errors, to_json(record)])
         attempt.handler.failed += 1
-        self.bury(report, attempt, state, f"{error.code}: its payload cannot be read", now_ms, error)
+        self.dead(report, attempt, state, f"{error.code}: its payload cannot be read", now_ms, error)
 
-    def bury(
+    def dead(
         self,
         report: TurnReport,
         attempt: Attempt,
@@ -158,7 +197,7 @@ class SettlementWriter:
         now_ms: int,
         error: BaseException | None = None,
     ) -> None:
-        """Make a job a dead letter; its envelope, and so its payload, stays as it is."""
+        """Make a job a dead letter. Its envelope, and so its payload, stays as it is."""
         last = read_failure(state.errors[-1]) if state.errors else None
         record = to_json(Outcome("dead", failure=last, reason=reason, at=now_ms))
         envelope = attempt.envelope
@@ -174,16 +213,16 @@ class SettlementWriter:
             )
 
     def poison(self, report: TurnReport, attempt: Attempt, now_ms: int) -> None:
-        """Give up a job whose worker crashed each time it ran."""
+        """Make a job dead whose worker crashed each time it ran."""
         state = attempt.history
         message = f"its worker crashed {state.crashes} times while it ran"
         record = to_json(Failure(state.starts, now_ms, "crashed", message, worker=self._worker))
-        buried = AttemptHistory(state.starts, state.failures, state.crashes, [*state.errors, record])
+        state = AttemptHistory(state.starts, state.failures, state.crashes, [*state.errors, record])
         log.error("✗ %s is poison: its worker crashed %d times", attempt.label, state.crashes)
-        self.bury(report, attempt, buried, "crashed", now_ms)
+        self.dead(report, attempt, state, "crashed", now_ms)
 
     def crashed(self, report: TurnReport, attempt: Attempt, now_ms: int, error: BaseException) -> None:
-        """Settle a job that took its process with it: charge the crash, and try again alone, or give it up."""
+        """Settle a job that crashed its process: count the crash, and run the job again alone, or make it dead."""
         old = attempt.history
         record = to_json(failures.describe(error, attempt.number, now_ms, self._worker))
         state = AttemptHistory(attempt.number, old.failures, old.crashes + 1, [*old.errors, record])
@@ -195,7 +234,7 @@ class SettlementWriter:
             report.others.append(Settlement("F", attempt.id, state=state.encode()))
 
     def cancelled(self, report: TurnReport, attempt: Attempt, now_ms: int) -> None:
-        """Settle a job that was cancelled while we held it."""
+        """Settle a job that was cancelled while it was leased here."""
         record = to_json(Outcome("cancelled", at=now_ms))
         envelope = attempt.envelope
         report.others.append(
@@ -207,23 +246,23 @@ class SettlementWriter:
             )
 
     def handed_back(self, report: TurnReport, attempt: Attempt, *, started: bool) -> None:
-        """Return a job to the front; it costs no attempt."""
+        """Return a job to the front of its queue. It costs no attempt."""
         if started or attempt.state is not None:
-            state = outcome.handed_back(attempt.history, attempt.number, started=started).encode()
+            state = retry.handed_back(attempt.history, attempt.number, started=started).encode()
         else:
             state = b""
         report.others.append(Settlement("F", attempt.id, state=state))
 
     def _snoozed(self, report: TurnReport, attempt: Attempt, snooze: Snooze) -> None:
         ms = milliseconds(snooze.delay, name="Snooze")
-        state = outcome.snoozed(attempt.history, attempt.number)
+        state = retry.snoozed(attempt.history, attempt.number)
         report.others.append(Settlement("R", attempt.id, ms, state=state.encode()))
         attempt.consumer.own_retries[attempt.id] = monotonic() + ms / 1000
 
 
-def error_of(attempt: Attempt, error: BaseException | None) -> BaseException | None:
-    """Return the error an attempt is settled with: a stop by timeout counts as one, whatever the job made of it."""
-    if attempt.stopped == "timeout":
+def _error_of(attempt: Attempt, error: BaseException | None) -> BaseException | None:
+    """Return the error that an attempt is settled with. A stop by timeout is one, whatever the job returned."""
+    if attempt.stop_reason == "timeout":
         limit = attempt.timeout
         return TimeoutError(
             f"the attempt ran longer than its time limit of {limit:g} s" if limit else "time limit passed"

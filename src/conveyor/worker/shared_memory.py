@@ -1,9 +1,9 @@
 """
-The board: memory that a supervisor shares with its children, one slot each.
+Memory that a supervisor shares with its children, one slot each.
 
-A child writes, the supervisor reads, also after the child is dead, whatever killed it and wherever it was: single
-numbers are cells of eight bytes, stored in one go; everything else is a record with its length and checksum, appended
-behind the last one, so a write that was cut off hides nothing written before it.
+A child writes, and the supervisor reads, also after the child is dead, whatever killed it at whatever point. Single
+numbers are cells of eight bytes, stored in one go. Everything else is a record with its length and checksum, appended
+behind the last one, so a write that was cut off hides nothing that was written before it.
 
 All instants are seconds of the monotonic clock, which the processes of a machine share.
 """
@@ -22,14 +22,14 @@ import msgspec
 
 from conveyor.errors import ConfigurationError
 from conveyor.store.keys import QueueKeys
-from conveyor.worker.crash_attribution import SEATS, RunningSnapshot, RunningTable
+from conveyor.worker.crash_attribution import CELLS, RunningSnapshot, RunningTable
 
 _TICK, _RETIRING, _EPOCH, _JOB_MARK, _JOB_SIZE, _FINISHED, _AWAIT, _RENEWALS = 0, 1, 2, 3, 4, 5, 6, 16
 _RENEWAL_CELLS = 256
 _CELL_BYTES = 4096
 _JOB_ROOM = 4096
-_SEATS_AT = _CELL_BYTES + _JOB_ROOM
-_RECORDS_AT = _SEATS_AT + 8 * SEATS
+_RUNNING_AT = _CELL_BYTES + _JOB_ROOM
+_RECORDS_AT = _RUNNING_AT + 8 * CELLS
 RECORD_ROOM = 128 * 1024
 """Bytes for the records of a slot; there are two such areas. Pages that are never touched cost nothing."""
 SLOT_BYTES = _RECORDS_AT + 2 * RECORD_ROOM
@@ -38,9 +38,10 @@ _HEAD = Struct("<II")  # length, checksum
 
 class ChildSpec(msgspec.Struct, frozen=True, tag="spec"):
     """
-    What a child is to run; the supervisor writes it before the child starts. Times in seconds, memory in bytes.
+    The worker that a child is to run. The supervisor writes it before the child starts.
 
-    A burst does not end before `await_until`: retries of its predecessor are due by then.
+    Times in seconds, memory in bytes. A burst does not end before `await_until` (monotonic): retries of the previous
+    process are due by then.
     """
 
     app: str
@@ -58,7 +59,7 @@ class ChildSpec(msgspec.Struct, frozen=True, tag="spec"):
 
 
 class ChildInfo(msgspec.Struct, frozen=True, tag="about"):
-    """What a child says of its app when it is up: where Redis is; for people, its queues and (some of) its tasks."""
+    """The app of a child, written when it is up: where Redis is, and for the log its queues and (some of) its tasks."""
 
     url: str
     namespace: str
@@ -87,7 +88,11 @@ _encode = msgspec.json.Encoder().encode
 
 @dataclass(frozen=True, slots=True)
 class LeaseIdentity:
-    """One identity of a child. Only a queue's last is `current`; `renewed` is when the child itself last renewed it."""
+    """
+    One identity under which a child holds leases.
+
+    Only a queue's last one is `current`. `renewed` is when the child itself last renewed it (monotonic).
+    """
 
     namespace: str
     queue: str
@@ -104,101 +109,109 @@ class LeaseIdentity:
 
 
 class SharedMemory:
-    """The slots of all children, in memory that outlives each of them. Hand `fd` to a child, which attaches to it."""
+    """The slots of all children, in memory that outlives each of them. A child that inherits `fd` attaches to it."""
 
     def __init__(self, slots: int, fd: int | None = None) -> None:
-        """Make a board of that many slots, or attach to the one behind *fd*."""
+        """
+        Args:
+            slots: how many slots.
+            fd: the descriptor of existing memory to attach to; None: make it.
+        """
         self.slots = slots
-        self.fd = anonymous_file("conveyor-board", slots * SLOT_BYTES) if fd is None else fd
+        self.fd = anonymous_file("conveyor-children", slots * SLOT_BYTES) if fd is None else fd
         self._memory = mmap.mmap(self.fd, slots * SLOT_BYTES)
         self._view = memoryview(self._memory)
-        self._taken: list[ChildSlot] = []
+        self._opened: list[ChildSlot] = []
 
     def slot(self, number: int) -> ChildSlot:
         """Return one slot, counted from 0."""
         slot = ChildSlot(self._view[number * SLOT_BYTES : (number + 1) * SLOT_BYTES], number)
-        self._taken.append(slot)
+        self._opened.append(slot)
         return slot
 
     def close(self) -> None:
-        """Let go of the memory; the slots are unusable afterwards."""
-        while self._taken:
-            self._taken.pop().close()
+        """Release the memory; the slots are unusable afterwards."""
+        while self._opened:
+            self._opened.pop().close()
         self._view.release()
         self._memory.close()
         os.close(self.fd)
 
 
 class ChildSlot:
-    """What one child shows to its supervisor. The child alone writes while it lives."""
+    """The part of the memory that one child writes. While the child lives, nothing else writes there."""
 
     def __init__(self, view: memoryview, number: int) -> None:
-        """Take the slot's bytes, `SLOT_BYTES` of them, and where on the board it is."""
+        """
+        Args:
+            view: its bytes, `SLOT_BYTES` of them.
+            number: its number in the memory, from 0.
+        """
         self.number = number
         self._view = view
         self._cells = view[:_CELL_BYTES].cast("q")
-        self._job = view[_CELL_BYTES:_SEATS_AT]
-        self._seats = view[_SEATS_AT:_RECORDS_AT].cast("q")
+        self._job = view[_CELL_BYTES:_RUNNING_AT]
+        self._running = view[_RUNNING_AT:_RECORDS_AT].cast("q")
         self._tail: int | None = None
-        self._mark = 0
-        self._cell_of: dict[str, int] = {}  # prefix of a queue -> its renewal cell
-        self._cell_by: dict[str, int] = {}  # identity -> the same
+        self._job_mark = 0
+        self._cell_of_prefix: dict[str, int] = {}  # prefix of a queue -> its renewal cell
+        self._cell_of_identity: dict[str, int] = {}  # identity -> the same
 
     # -- the child ------------------------------------------------------------------------------------------------
 
     def tick(self) -> None:
-        """Say that the event loop turns."""
+        """Note that the event loop turns."""
         self._cells[_TICK] = monotonic_ns()
 
-    def renewed(self, worker: str | None = None) -> None:
-        """Say that a turn has just renewed the lease of an identity; of all of them when none is named."""
+    def note_renewal(self, worker: str | None = None) -> None:
+        """Note that a turn has just renewed the lease of an identity; None: of all of them."""
         now = monotonic_ns()
         if worker is not None:
-            self._cells[_RENEWALS + self._cell_by[worker]] = now
+            self._cells[_RENEWALS + self._cell_of_identity[worker]] = now
         else:
-            for cell in self._cell_of.values():
+            for cell in self._cell_of_prefix.values():
                 self._cells[_RENEWALS + cell] = now
 
     def set_identity(self, keys: QueueKeys, worker: str, lease_ms: int) -> None:
         """
         Note the identity under which a queue is served from now on: before it is registered in Redis.
 
-        The queue's earlier one is beaten for no more, and reaped all the same when the child dies.
+        The queue's earlier one is no longer renewed, and reaped all the same when the child dies.
         """
-        cell = self._cell_of.setdefault(keys.prefix, len(self._cell_of) % _RENEWAL_CELLS)
-        self._cell_by[worker] = cell
+        cell = self._cell_of_prefix.setdefault(keys.prefix, len(self._cell_of_prefix) % _RENEWAL_CELLS)
+        self._cell_of_identity[worker] = cell
         self._cells[_RENEWALS + cell] = monotonic_ns()
         self._append(_RegisteredRecord(keys.prefix, keys.queue, keys.foreign, worker, lease_ms, cell))
 
     def drop_identity(self, worker: str) -> None:
         """Note that an identity has left Redis in order and holds nothing."""
-        self._cell_by.pop(worker, None)
+        self._cell_of_identity.pop(worker, None)
         self._append(_UnregisteredRecord(worker))
 
     def set_job(self, task: str, job_id: str) -> None:
-        """Name the job that the event loop is running, to be blamed when the loop stalls."""
+        """Note the job that the event loop is running: the log names it when the loop is blocked."""
         data = f"{task}\n{job_id}".encode()[:_JOB_ROOM]
-        cells, mark = self._cells, self._mark
+        cells, mark = self._cells, self._job_mark
         cells[_JOB_MARK] = mark + 1  # odd: do not read now
         self._job[: len(data)] = data
         cells[_JOB_SIZE] = len(data)
-        self._mark = cells[_JOB_MARK] = mark + 2
+        self._job_mark = cells[_JOB_MARK] = mark + 2
 
     def clear_job(self) -> None:
-        """Say that the event loop runs no job."""
+        """Note that the event loop runs no job."""
         self._cells[_JOB_SIZE] = 0
 
-    def seats(self) -> RunningTable:
-        """Return the seats of the jobs it runs, all empty when it starts."""
-        return RunningTable(self._seats)
+    def running_table(self) -> RunningTable:
+        """Return the table of the jobs that the child runs; all its cells are empty when it starts."""
+        return RunningTable(self._running)
 
-    def set_about(self, about: ChildInfo) -> None:
-        """Say where Redis is."""
-        self._append(about)
+    def set_info(self, info: ChildInfo) -> None:
+        """Write what the supervisor needs to know of the app."""
+        self._append(info)
 
     @property
     def retiring(self) -> bool:
-        """Whether the child takes no more work and wants a successor (it exits with 75 when the rest is done)."""
+        """Whether the child takes no more work and asks for a successor (it exits with 75 when the rest is done)."""
         return self._cells[_RETIRING] == 1
 
     @retiring.setter
@@ -207,7 +220,7 @@ class ChildSlot:
 
     @property
     def await_until(self) -> float:
-        """Until when a burst must go on after the child: its retries are due by then."""
+        """Until when a burst must go on after the child (monotonic): its retries are due by then."""
         return self._cells[_AWAIT] / 1e9
 
     @await_until.setter
@@ -215,7 +228,7 @@ class ChildSlot:
         self._cells[_AWAIT] = int(at * 1e9)
 
     def finish(self) -> None:
-        """Say that the child ends by its own decision; a job may end the process with any exit code."""
+        """Note that the child ends by its own decision: a job may end the process with any exit code."""
         self._cells[_FINISHED] = 1
 
     # -- the supervisor -------------------------------------------------------------------------------------------
@@ -236,7 +249,7 @@ class ChildSlot:
         return max((identity.renewed for identity in self.identities()), default=0.0)
 
     def job(self) -> tuple[str, str] | None:
-        """Return (task, job id) of what the loop runs, or None when it runs nothing or that cannot be read."""
+        """Return (task, job id) of what the event loop runs; None when it runs no job, or that cannot be read."""
         for _ in range(10):
             mark, size = self._cells[_JOB_MARK], self._cells[_JOB_SIZE]
             data = bytes(self._job[:size])
@@ -245,16 +258,16 @@ class ChildSlot:
                 return (task, job_id) if size else None
         return None
 
-    def seating(self) -> RunningSnapshot | None:
+    def running_snapshot(self) -> RunningSnapshot | None:
         """Return which jobs were running; None when that is not known."""
-        return RunningSnapshot.read(self._seats)
+        return RunningSnapshot.read(self._running)
 
     def identities(self) -> list[LeaseIdentity]:
         """Return all identities that may hold leases, oldest first."""
         records = self._read()
-        left = {record.worker for record in records if isinstance(record, _UnregisteredRecord)}
-        joined = [record for record in records if isinstance(record, _RegisteredRecord)]
-        current = {record.prefix: record.worker for record in joined}
+        unregistered = {record.worker for record in records if isinstance(record, _UnregisteredRecord)}
+        registered = [record for record in records if isinstance(record, _RegisteredRecord)]
+        current = {record.prefix: record.worker for record in registered}
         return [
             LeaseIdentity(
                 one.prefix.partition(":{")[0],  # a namespace holds no braces
@@ -265,12 +278,12 @@ class ChildSlot:
                 current[one.prefix] == one.worker,
                 self._cells[_RENEWALS + one.cell] / 1e9,
             )
-            for one in joined
-            if one.worker not in left
+            for one in registered
+            if one.worker not in unregistered
         ]
 
-    def about(self) -> ChildInfo | None:
-        """Return what the child said of its app, or None before it did."""
+    def info(self) -> ChildInfo | None:
+        """Return what the child wrote about its app; None before it did."""
         return next((record for record in reversed(self._read()) if isinstance(record, ChildInfo)), None)
 
     def spec(self) -> ChildSpec | None:
@@ -278,21 +291,21 @@ class ChildSlot:
         return next((record for record in reversed(self._read()) if isinstance(record, ChildSpec)), None)
 
     def prepare(self, spec: ChildSpec) -> None:
-        """Wipe what a dead child left, and say what the next one is to run."""
+        """Clear what a dead child left, and write what the next one is to run."""
         epoch = self._cells[_EPOCH]
         for cell in range(_RENEWALS + _RENEWAL_CELLS):
             if cell != _EPOCH:
                 self._cells[cell] = 0
-        self._view[_SEATS_AT:_RECORDS_AT] = bytes(8 * SEATS)
+        self._view[_RUNNING_AT:_RECORDS_AT] = bytes(8 * CELLS)
         self._cells[_EPOCH] = epoch + 1  # records of another epoch do not count
-        self._tail, self._mark = 0, 0
+        self._tail, self._job_mark = 0, 0
         self._append(spec)
 
     def close(self) -> None:
-        """Let go of the memory."""
+        """Release the memory."""
         self._cells.release()
         self._job.release()
-        self._seats.release()
+        self._running.release()
         self._view.release()
 
     # -- records: two areas, of which the epoch's parity names the valid one; the epoch also seeds the checksums ----
@@ -313,14 +326,14 @@ class ChildSlot:
         return at + len(whole)
 
     def _rewrite(self, epoch: int, newest: _Record) -> int:
-        """Write what still counts to the other area, then make that the valid one with a single store."""
+        """Write what still counts to the other area, then make that area the valid one with a single store."""
         records = self._read()
-        left = {record.worker for record in (*records, newest) if isinstance(record, _UnregisteredRecord)}
+        unregistered = {record.worker for record in (*records, newest) if isinstance(record, _UnregisteredRecord)}
         kept: dict[str, _Record] = {}
         for record in (*records, newest):
             if isinstance(record, _RegisteredRecord):
                 kept.pop(record.prefix, None)
-                if record.worker not in left:
+                if record.worker not in unregistered:
                     kept[record.prefix] = record
             elif not isinstance(record, _UnregisteredRecord):
                 kept[type(record).__name__] = record
@@ -329,8 +342,8 @@ class ChildSlot:
             end = self._put(epoch, at, _encode(record))
             if end is None:
                 raise ConfigurationError(
-                    f"One worker serves {len(self._cell_of)} queues, and their names do not fit in {RECORD_ROOM} "
-                    "bytes. Spread them over several workers with -q."
+                    f"One worker serves {len(self._cell_of_prefix)} queues, and their names do not fit in {RECORD_ROOM} "
+                    "bytes. Use several workers, each with some of the queues (-q)."
                 )
             at = end
         self._cells[_EPOCH] = epoch
@@ -363,7 +376,7 @@ class ChildSlot:
 
 
 def anonymous_file(name: str, size: int) -> int:
-    """Return the descriptor of a file without a name, gone when nobody has it open."""
+    """Return the descriptor of a file without a name, which is deleted when no process has it open."""
     if hasattr(os, "memfd_create"):
         fd = os.memfd_create(name)
     else:

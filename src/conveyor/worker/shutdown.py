@@ -1,8 +1,4 @@
-"""
-Waiting for the ends of what runs, when a worker stops.
-
-When a worker that stops when everything is drained may stop.
-"""
+"""Decides when a worker may end: a stopping one when its jobs have ended, a burst when its queues are drained."""
 
 from __future__ import annotations
 
@@ -17,78 +13,70 @@ if TYPE_CHECKING:
 
 
 class DrainMonitor:
-    """What a stopping worker still waits for, and whether it is in a hurry."""
+    """Waits for the running jobs of a stopping worker."""
 
     def __init__(self) -> None:
-        """Begin without haste."""
-        self.stuck: list[Attempt] = []  # on threads that outlive their time limit: not waited for
-        self._moved = asyncio.Event()
+        self.stuck: list[Attempt] = []
+        """Attempts on threads that outlive their time limit: they are not waited for."""
+        self._ended = asyncio.Event()
         self._hurry = asyncio.Event()
 
-    def moved(self) -> None:
-        """Say that an attempt ended."""
-        self._moved.set()
+    def note_end(self) -> None:
+        """Note that an attempt ended."""
+        self._ended.set()
 
     def hurry(self) -> None:
-        """Wait no more."""
+        """Wait no longer."""
         self._hurry.set()
 
     async def wait(self, consumers: Sequence[QueueConsumer], seconds: float, *, hurry: bool = True) -> None:
-        """Wait until nothing runs that will end by itself, but not longer; *hurry* tells whether `hurry` cuts it short."""
+        """
+        Wait until nothing runs that will end by itself, at most *seconds*.
+
+        *hurry* tells whether `hurry` cuts the wait short.
+        """
         deadline = monotonic() + seconds
         while any(attempt not in self.stuck for attempt in running(consumers)):
             left = deadline - monotonic()
             if left <= 0 or (hurry and self._hurry.is_set()):
                 return
-            self._moved.clear()
-            waits = [asyncio.ensure_future(self._moved.wait()), asyncio.ensure_future(self._hurry.wait())]
+            self._ended.clear()
+            waits = [asyncio.ensure_future(self._ended.wait()), asyncio.ensure_future(self._hurry.wait())]
             await asyncio.wait(waits[: 2 if hurry else 1], timeout=left, return_when=asyncio.FIRST_COMPLETED)
             for wait in waits:
                 wait.cancel()
 
 
-def unstarted(consumer: QueueConsumer) -> list[Attempt]:
-    """Return what was leased and has not started, the youngest first; an early ack that has not left is taken back."""
-    found, report = [], consumer.report
-    for attempt in reversed(consumer.held.values()):
-        if attempt.started == 0.0 == attempt.ended:
-            if attempt.handler.early:
-                if attempt.id not in report.done:
-                    continue  # its ack is on the way: nobody else would run it
-                report.done.remove(attempt.id)
-            found.append(attempt)
-    return found
-
-
 def running(consumers: Sequence[QueueConsumer], *, early: bool = True) -> Iterator[Attempt]:
-    """Yield what has not ended: of the jobs we hold and, with *early*, of those that Redis knows no more."""
+    """Yield the attempts that have not ended; with *early* also those whose jobs Redis no longer has."""
     for consumer in consumers:
-        for attempt in (*consumer.held.values(), *(consumer.antechamber.acknowledged if early else ())):
-            if attempt.ended == 0.0:
-                yield attempt
+        yield from consumer.running(early=early)
 
 
 class BurstMonitor:
-    """Watches the queues run empty."""
+    """Decides when a burst is over."""
 
     def __init__(self, *, until: float = 0.0) -> None:
-        """*until*: the instant (monotonic) before which a predecessor's retries are not due, and it is not over."""
+        """
+        Args:
+            until: monotonic time before which the burst cannot end, because retries of the previous process are still due.
+        """
         self.until = until
         self._emptied_at = -1
 
     def is_over(self, consumers: Sequence[QueueConsumer], ended: int) -> bool:
         """
-        Tell whether all queues were found empty twice; after the first time they are asked again.
+        Tell whether all queues were found empty twice. After the first time they are asked again.
 
-        What our last job sent to another queue came after that one was asked. *ended* is how many jobs have ended: no
-        job may come between the two.
+        *ended* is how many jobs have ended so far: none may end between the two times.
         """
         if monotonic() < self.until or not all(one.drained for one in consumers):
             return False
+        # Twice: what the last job sent to another queue may have come after that one was asked.
         if self._emptied_at == ended:
             return True
         self._emptied_at = ended
         for one in consumers:
-            one.more = True
+            one.has_more = True
             one.schedule()
         return False

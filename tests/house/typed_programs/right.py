@@ -1,4 +1,4 @@
-"""What users write, as type checkers see it; nothing here is run."""
+"""Correct uses, for the type checkers only; nothing here is run."""
 
 from __future__ import annotations
 

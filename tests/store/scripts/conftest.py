@@ -1,4 +1,4 @@
-"""What every test of a script gets."""
+"""The fixture of every test of a script."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from collections.abc import Iterator
 import pytest
 import redis as redis_py
 
-from support.seeded_queue import Scene
+from support.seeded_queue import SeededQueue
 
 
 @pytest.fixture
-def scene(redis: redis_py.Redis, url: str) -> Iterator[Scene]:
+def seeded(redis: redis_py.Redis, url: str) -> Iterator[SeededQueue]:
     """An empty queue; what a test leaves in it is removed."""
-    found = Scene(redis, url)
+    found = SeededQueue(redis, url)
     yield found
     found.client.close()
     redis.flushall(asynchronous=False)

@@ -1,4 +1,4 @@
-"""cancel, redrive, promote, purge, configure, intake: what a person or another program asks for."""
+"""Scripts for operators and other programs: cancel, redrive, promote, purge, configure, list intake."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import pytest
 from conveyor.store import operations
 from conveyor.store.keys import QueueKeys
 from conveyor.store.operations import Settlement
-from support.seeded_queue import PLAIN, WORKER, Scene, entry
+from support.seeded_queue import PLAIN, WORKER, SeededQueue, entry
 
 CANCELLED = '{"status":"cancelled","at":now}'
 
@@ -18,19 +18,19 @@ CANCELLED = '{"status":"cancelled","at":now}'
 @pytest.mark.redis6
 @pytest.mark.parametrize("delete", [False, True])
 @pytest.mark.parametrize("place", ["ready", "scheduled", "leased", "dead", "stub", "unknown"])
-def test_cancel_in_each_place(scene: Scene, place: str, delete: bool) -> None:
+def test_cancel_in_each_place(seeded: SeededQueue, place: str, delete: bool) -> None:
     """Cancel and delete answer, and leave behind, what their header says for each place a job can be in."""
-    scene.push(entry("a", unique="k", own_id=True, delay_ms=60_000 if place == "scheduled" else None), "b")
+    seeded.push(entry("a", unique="k", own_id=True, delay_ms=60_000 if place == "scheduled" else None), "b")
     if place in {"leased", "dead"}:
-        scene.register("w")
-        scene.turn("w", 1, 1)
+        seeded.register("w")
+        seeded.turn("w", 1, 1)
     if place == "dead":
-        scene.turn("w", 2, others=[Settlement("X", "a", state=b"1 1 0", unique="k", own_id=True)])
+        seeded.turn("w", 2, others=[Settlement("X", "a", state=b"1 1 0", unique="k", own_id=True)])
     if place == "stub":
-        scene.run(operations.cancel(scene.keys, "a"))
-    before = scene.dump()
+        seeded.run(operations.cancel(seeded.keys, "a"))
+    before = seeded.dump()
 
-    answer = scene.run(operations.cancel(scene.keys, "x" if place == "unknown" else "a", delete=delete))
+    answer = seeded.run(operations.cancel(seeded.keys, "x" if place == "unknown" else "a", delete=delete))
 
     ended = {"unique:k:k": None, "unique:i:a": None, "unique:i:a ~86400s": "a"}
     if not delete:
@@ -39,162 +39,162 @@ def test_cancel_in_each_place(scene: Scene, place: str, delete: bool) -> None:
         assert answer == 1
         conf = {"schema": "1", "stubs": "1"}
         stub = "x" + before["jobs"]["a"].split("\n")[0] + "\n"
-        assert scene.since(before) == {"jobs": {"a": stub, "b": PLAIN}, "conf": conf, **ended}
+        assert seeded.since(before) == {"jobs": {"a": stub, "b": PLAIN}, "conf": conf, **ended}
     elif place == "scheduled":
         assert answer == 1
-        assert scene.since(before) == {"jobs": {"b": PLAIN}, "due": None, **ended}
+        assert seeded.since(before) == {"jobs": {"b": PLAIN}, "due": None, **ended}
     elif place == "leased" and not delete:
         assert answer == 2
-        assert scene.since(before) == {
+        assert seeded.since(before) == {
             "leased:w": {".turn": "1", **WORKER, "a": "1.1", ".cancel": "a"},
             "wake:w ~60s": ["1"],
         }
     elif place == "dead" and delete:
         assert answer == 1
-        assert scene.since(before) == {"jobs": {"b": PLAIN}, "dead": None, "state": None}
+        assert seeded.since(before) == {"jobs": {"b": PLAIN}, "dead": None, "state": None}
     else:
         assert answer == (-1 if place == "leased" else 0)
-        assert scene.since(before) == {}
-    assert scene.audit() == []
+        assert seeded.since(before) == {}
+    assert seeded.audit() == []
 
 
 @pytest.mark.row("I18")
-def test_cancelled_job_never_starts(scene: Scene) -> None:
+def test_cancelled_job_never_starts(seeded: SeededQueue) -> None:
     """After cancel said 1, no turn returns the job, also after its place would have changed."""
-    scene.push("a", entry("b", delay_ms=60_000), entry("c", priority=5))
+    seeded.push("a", entry("b", delay_ms=60_000), entry("c", priority=5))
     for id_ in "abc":
-        assert scene.run(operations.cancel(scene.keys, id_)) == 1
-    assert scene.run(operations.promote(scene.keys, "b")) is False
-    scene.register("w")
+        assert seeded.run(operations.cancel(seeded.keys, id_)) == 1
+    assert seeded.run(operations.promote(seeded.keys, "b")) is False
+    seeded.register("w")
 
-    assert scene.turn("w", 1, 9).ids == []
-    assert scene.dump()["conf"]["stubs"] == "0"
+    assert seeded.turn("w", 1, 9).ids == []
+    assert seeded.dump()["conf"]["stubs"] == "0"
 
 
-def test_repeated_cancel_asks_once(scene: Scene) -> None:
+def test_repeated_cancel_asks_once(seeded: SeededQueue) -> None:
     """Asking a worker twice to cancel one job leaves one request and one call."""
-    scene.lease("a", "b")
-    assert scene.run(operations.cancel(scene.keys, "a")) == 2
-    with scene.unchanged():
-        assert scene.run(operations.cancel(scene.keys, "a")) == 2
+    seeded.lease("a", "b")
+    assert seeded.run(operations.cancel(seeded.keys, "a")) == 2
+    with seeded.unchanged():
+        assert seeded.run(operations.cancel(seeded.keys, "a")) == 2
 
 
-def test_cancel_finds_the_holder_among_very_many(scene: Scene) -> None:
+def test_cancel_finds_the_holder_among_very_many(seeded: SeededQueue) -> None:
     """A leased job is never taken for a ready one, however many workers there are."""
-    scene.lease("a", worker="zz")
-    scene.redis.zadd(scene.keys.workers, {f"w{n}": 1 for n in range(1500)})
+    seeded.lease("a", worker="zz")
+    seeded.redis.zadd(seeded.keys.workers, {f"w{n}": 1 for n in range(1500)})
 
-    assert scene.run(operations.cancel(scene.keys, "a")) == 2
+    assert seeded.run(operations.cancel(seeded.keys, "a")) == 2
 
 
 # -- redrive, promote -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.redis6
-def test_redrive_takes_the_oldest(scene: Scene) -> None:
+def test_redrive_takes_the_oldest(seeded: SeededQueue) -> None:
     """Dead letters come back oldest first at the tail, with their starts and errors and a fresh budget, and call a worker."""
-    scene.bury("a", "b", "c", state=b"4 3 1\n{}")
-    scene.push("r")
-    scene.take_token()
-    before = scene.dump()
+    seeded.add_dead("a", "b", "c", state=b"4 3 1\n{}")
+    seeded.push("r")
+    seeded.take_token()
+    before = seeded.dump()
 
-    assert scene.run(operations.redrive(scene.keys, limit=2)) == 2
+    assert seeded.run(operations.redrive(seeded.keys, limit=2)) == 2
 
-    assert scene.since(before) == {
+    assert seeded.since(before) == {
         "dead": {"c": before["dead"]["c"]},
         "ready:0": ["r", "a", "b"],
         "state": {"a": "4 0 0\n{}", "b": "4 0 0\n{}", "c": "4 3 1\n{}"},
         "wake ~3600s": ["1"],
     }
-    assert scene.audit() == []
+    assert seeded.audit() == []
 
 
 @pytest.mark.parametrize("ids", [["b"], ["c", "a"], ["b", "ghost"], ["ghost"]])
-def test_redrive_by_id(scene: Scene, ids: list[str]) -> None:
+def test_redrive_by_id(seeded: SeededQueue, ids: list[str]) -> None:
     """Named dead letters come back in the order they are named; an unknown one does not count."""
-    scene.bury("a", "b", "c")
+    seeded.add_dead("a", "b", "c")
 
-    count = scene.run(operations.redrive(scene.keys, ids=ids))
+    count = seeded.run(operations.redrive(seeded.keys, ids=ids))
 
     there = [id_ for id_ in ids if id_ != "ghost"]
     assert count == len(there)
-    assert scene.dump().get("ready:0", []) == there
+    assert seeded.dump().get("ready:0", []) == there
 
 
 @pytest.mark.parametrize("state", [b"", b"odd"])
-def test_redrive_survives_an_odd_state(scene: Scene, state: bytes) -> None:
+def test_redrive_survives_an_odd_state(seeded: SeededQueue, state: bytes) -> None:
     """A dead letter whose state cannot be read comes back too, as a fresh one."""
-    scene.bury("a", "b", state=state)
-    assert scene.run(operations.redrive(scene.keys)) == 2
-    assert scene.dump()["state"] == {"a": "0 0 0", "b": "0 0 0"}
-    assert scene.audit() == []
+    seeded.add_dead("a", "b", state=state)
+    assert seeded.run(operations.redrive(seeded.keys)) == 2
+    assert seeded.dump()["state"] == {"a": "0 0 0", "b": "0 0 0"}
+    assert seeded.audit() == []
 
 
-def test_redriven_job_holds_its_own_id(scene: Scene) -> None:
+def test_redriven_job_holds_its_own_id(seeded: SeededQueue) -> None:
     """A job that lives again holds its id without an end, though the day after its death may be over."""
-    scene.push(entry("a", own_id=True, priority=4))
-    scene.register("w")
-    scene.turn("w", 1, 1)
-    scene.turn("w", 2, others=[Settlement("X", "a", state=b"1 1 0", own_id=True)])
-    scene.redis.delete(scene.keys.prefix + "unique:i:a")
+    seeded.push(entry("a", own_id=True, priority=4))
+    seeded.register("w")
+    seeded.turn("w", 1, 1)
+    seeded.turn("w", 2, others=[Settlement("X", "a", state=b"1 1 0", own_id=True)])
+    seeded.redis.delete(seeded.keys.prefix + "unique:i:a")
 
-    scene.run(operations.redrive(scene.keys))
+    seeded.run(operations.redrive(seeded.keys))
 
-    state = scene.dump()
+    state = seeded.dump()
     assert state["unique:i:a"] == "a"
     assert state["ready:4"] == ["a"]
 
 
 @pytest.mark.redis6
 @pytest.mark.parametrize("priority", [0, 6])
-def test_promote(scene: Scene, priority: int) -> None:
+def test_promote(seeded: SeededQueue, priority: int) -> None:
     """A promoted job stands at the tail of its priority and calls a worker; one that is not scheduled stays where it is."""
-    scene.push(entry("a", priority=priority), entry("b", delay_ms=60_000, priority=priority))
-    scene.take_token()
+    seeded.push(entry("a", priority=priority), entry("b", delay_ms=60_000, priority=priority))
+    seeded.take_token()
 
-    assert scene.run(operations.promote(scene.keys, "b")) is True
-    assert scene.dump()[f"ready:{priority}"] == ["a", "b"]
-    assert scene.take_token()
-    with scene.unchanged():
-        assert scene.run(operations.promote(scene.keys, "b")) is False
-        assert scene.run(operations.promote(scene.keys, "ghost")) is False
+    assert seeded.run(operations.promote(seeded.keys, "b")) is True
+    assert seeded.dump()[f"ready:{priority}"] == ["a", "b"]
+    assert seeded.take_token()
+    with seeded.unchanged():
+        assert seeded.run(operations.promote(seeded.keys, "b")) is False
+        assert seeded.run(operations.promote(seeded.keys, "ghost")) is False
 
 
 # -- purge ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.redis6
-def test_purge_ready_in_batches(scene: Scene) -> None:
+def test_purge_ready_in_batches(seeded: SeededQueue) -> None:
     """A purge takes from the front, urgent ones first, counts stubs apart, and leaves what is leased."""
-    scene.lease("held")
-    scene.push("a", entry("u", priority=9, unique="k", own_id=True), "b", "c")
-    scene.run(operations.cancel(scene.keys, "a"))
-    scene.redis.hset(scene.keys.state, mapping={"b": "1 1 0", "c": "1 1 0"})
+    seeded.lease("held")
+    seeded.push("a", entry("u", priority=9, unique="k", own_id=True), "b", "c")
+    seeded.run(operations.cancel(seeded.keys, "a"))
+    seeded.redis.hset(seeded.keys.state, mapping={"b": "1 1 0", "c": "1 1 0"})
 
-    assert scene.run(operations.purge(scene.keys, "ready", 3)) == (3, 2)
+    assert seeded.run(operations.purge(seeded.keys, "ready", 3)) == (3, 2)
 
-    state = scene.dump()
+    state = seeded.dump()
     assert set(state["jobs"]) == {"held", "c"}
     assert state["ready:0"] == ["c"]
     assert state["state"] == {"c": "1 1 0"}
     assert state["conf"]["stubs"] == "0"
     assert state["unique:i:u ~86400s"] == "u"
     assert "unique:k:k" not in state
-    assert scene.audit() == []
-    assert scene.run(operations.purge(scene.keys, "ready", 3)) == (1, 1)
-    assert scene.run(operations.purge(scene.keys, "ready", 3)) == (0, 0)
+    assert seeded.audit() == []
+    assert seeded.run(operations.purge(seeded.keys, "ready", 3)) == (1, 1)
+    assert seeded.run(operations.purge(seeded.keys, "ready", 3)) == (0, 0)
 
 
 @pytest.mark.parametrize("place", ["due", "dead"])
-def test_purge_elsewhere(scene: Scene, place: str) -> None:
+def test_purge_elsewhere(seeded: SeededQueue, place: str) -> None:
     """A purge of one place takes its earliest and nothing of another place."""
-    scene.bury("d1", "d2", "d3")
-    scene.push("r", *[entry(f"s{n}", delay_ms=60_000 + n) for n in (1, 2, 3)])
+    seeded.add_dead("d1", "d2", "d3")
+    seeded.push("r", *[entry(f"s{n}", delay_ms=60_000 + n) for n in (1, 2, 3)])
 
-    assert scene.run(operations.purge(scene.keys, place, 2)) == (2, 2)
+    assert seeded.run(operations.purge(seeded.keys, place, 2)) == (2, 2)
 
     gone = {"s1", "s2"} if place == "due" else {"d1", "d2"}
-    assert {id_.decode() for id_ in scene.redis.hkeys(scene.keys.jobs)} == {
+    assert {id_.decode() for id_ in seeded.redis.hkeys(seeded.keys.jobs)} == {
         "r",
         "s1",
         "s2",
@@ -203,27 +203,27 @@ def test_purge_elsewhere(scene: Scene, place: str) -> None:
         "d2",
         "d3",
     } - gone
-    assert scene.audit() == []
+    assert seeded.audit() == []
 
 
 @pytest.mark.row("D7", "I12")
 @pytest.mark.redis6
 @pytest.mark.parametrize(("limit", "taken"), [(10**9, 1000), (0, 0), (-1, 0)])
-def test_purge_is_bounded(scene: Scene, limit: int, taken: int) -> None:
+def test_purge_is_bounded(seeded: SeededQueue, limit: int, taken: int) -> None:
     """One call removes 1,000 at most, and nothing when nothing is asked."""
-    scene.push(*[str(n) for n in range(1300)])
-    assert scene.run(operations.purge(scene.keys, "ready", limit)) == (taken, taken)
-    assert scene.redis.hlen(scene.keys.jobs) == 1300 - taken
+    seeded.push(*[str(n) for n in range(1300)])
+    assert seeded.run(operations.purge(seeded.keys, "ready", limit)) == (taken, taken)
+    assert seeded.redis.hlen(seeded.keys.jobs) == 1300 - taken
 
 
-def test_purge_tells_who_waits(scene: Scene) -> None:
-    """Who waits for a purged job hears that it was cancelled."""
-    scene.push("a")
-    scene.run(operations.await_result(scene.keys, "a", "one"))
-    with scene.redis.pubsub() as pubsub:
+def test_purge_tells_waiters(seeded: SeededQueue) -> None:
+    """A waiter for a purged job is told that it was cancelled."""
+    seeded.push("a")
+    seeded.run(operations.await_result(seeded.keys, "a", "one"))
+    with seeded.redis.pubsub() as pubsub:
         pubsub.subscribe("one")
         pubsub.get_message(timeout=5)
-        scene.run(operations.purge(scene.keys, "ready", 1))
+        seeded.run(operations.purge(seeded.keys, "ready", 1))
         message = pubsub.get_message(timeout=5)
     assert message["data"].startswith(b'a\n{"status":"cancelled","reason":"purged"')
 
@@ -231,59 +231,59 @@ def test_purge_tells_who_waits(scene: Scene) -> None:
 # -- configure, intake ------------------------------------------------------------------------------------------------
 
 
-def test_configure(scene: Scene) -> None:
+def test_configure(seeded: SeededQueue) -> None:
     """A setting is kept or removed, and a worker is called either way; a repeat changes nothing."""
-    call = operations.configure(scene.keys, "paused", "1")
-    scene.run(call)
-    assert scene.dump() == {"conf": {"paused": "1"}, "wake ~3600s": ["1"]}
-    with scene.unchanged():
-        scene.run(call)
-    scene.run(operations.configure(scene.keys, "paused", ""))
-    assert scene.dump() == {"wake ~3600s": ["1"]}
+    call = operations.configure(seeded.keys, "paused", "1")
+    seeded.run(call)
+    assert seeded.dump() == {"conf": {"paused": "1"}, "wake ~3600s": ["1"]}
+    with seeded.unchanged():
+        seeded.run(call)
+    seeded.run(operations.configure(seeded.keys, "paused", ""))
+    assert seeded.dump() == {"wake ~3600s": ["1"]}
 
 
 @pytest.mark.redis6
 @pytest.mark.redis7
-def test_list_intake(scene: Scene) -> None:
+def test_list_intake(seeded: SeededQueue) -> None:
     """Raw entries move from the intake list first, then from the foreign list, in order, byte for byte."""
     keys = QueueKeys("c", "q", foreign="q")
-    scene.redis.rpush(keys.intake, "1")
-    scene.redis.rpush("q", b"\xff\n2", "3", "4")
+    seeded.redis.rpush(keys.intake, "1")
+    seeded.redis.rpush("q", b"\xff\n2", "3", "4")
 
-    assert scene.run(operations.list_intake(keys, 3, "stem", "t")) == 3
+    assert seeded.run(operations.list_intake(keys, 3, "stem", "t")) == 3
 
-    assert scene.redis.hgetall(keys.jobs) == {
+    assert seeded.redis.hgetall(keys.jobs) == {
         b"stem0001": b"\nt\n1", b"stem0002": b"\nt\n\xff\n2", b"stem0003": b"\nt\n3",
     }  # fmt: skip
-    assert scene.redis.lrange(keys.ready[0], 0, -1) == [b"stem0001", b"stem0002", b"stem0003"]
-    assert scene.redis.lrange("q", 0, -1) == [b"4"]
-    assert scene.take_token()
+    assert seeded.redis.lrange(keys.ready[0], 0, -1) == [b"stem0001", b"stem0002", b"stem0003"]
+    assert seeded.redis.lrange("q", 0, -1) == [b"4"]
+    assert seeded.take_token()
 
 
 @pytest.mark.redis6
-def test_repeated_list_intake_overwrites_nothing(scene: Scene) -> None:
+def test_repeated_list_intake_overwrites_nothing(seeded: SeededQueue) -> None:
     """An intake sent again with the same stem gives new entries new ids, also when some of the old are finished."""
     keys = QueueKeys("c", "q", foreign="q")
-    scene.redis.rpush("q", *"123456")
+    seeded.redis.rpush("q", *"123456")
     call = operations.list_intake(keys, 3, "stem")
-    assert scene.run(call) == 3
-    scene.register("w")
-    scene.turn("w", 1, 1)
-    scene.turn("w", 2, done=["stem0001"])
+    assert seeded.run(call) == 3
+    seeded.register("w")
+    seeded.turn("w", 1, 1)
+    seeded.turn("w", 2, done=["stem0001"])
 
-    assert scene.run(call) == 3
+    assert seeded.run(call) == 3
 
-    bodies = sorted(body[-1:] for body in scene.redis.hvals(keys.jobs))
+    bodies = sorted(body[-1:] for body in seeded.redis.hvals(keys.jobs))
     assert bodies == [b"2", b"3", b"4", b"5", b"6"]
-    assert scene.audit() == []
+    assert seeded.audit() == []
 
 
 @pytest.mark.parametrize("limit", [0, 5000])
-def test_list_intake_is_bounded(scene: Scene, limit: int) -> None:
+def test_list_intake_is_bounded(seeded: SeededQueue, limit: int) -> None:
     """One call moves 1,000 at most, and an empty list is no change."""
     keys = QueueKeys("c", "q", foreign="q")
-    scene.redis.rpush("q", *range(1200))
-    assert scene.run(operations.list_intake(keys, limit, "stem")) == min(limit, 1000)
-    scene.redis.delete("q")
-    with scene.unchanged():
-        assert scene.run(operations.list_intake(keys, 10, "stem")) == 0
+    seeded.redis.rpush("q", *range(1200))
+    assert seeded.run(operations.list_intake(keys, limit, "stem")) == min(limit, 1000)
+    seeded.redis.delete("q")
+    with seeded.unchanged():
+        assert seeded.run(operations.list_intake(keys, 10, "stem")) == 0

@@ -1,4 +1,4 @@
-"""claim_partitions.lua, repartition.lua and partitions.lua, and what pushes and registrations say of another number of partitions."""
+"""claim_partitions.lua, repartition.lua and partitions.lua, and the refusal of pushes and registrations with another number."""
 
 from __future__ import annotations
 
@@ -8,73 +8,73 @@ from conveyor.store import operations
 from conveyor.store.keys import QueueKeys
 from conveyor.store.operations import Settlement
 from conveyor.store.partitions import PartitionCountMismatch, claim_partitions, count, repartition
-from support.seeded_queue import REST, Scene, full
+from support.seeded_queue import REST, SeededQueue, full
 
 WHOLE = QueueKeys("c", "q")
 PART = QueueKeys("c", "q/1", partitions=4)
 
 
 @pytest.fixture
-def part(scene: Scene) -> Scene:
+def part(seeded: SeededQueue) -> SeededQueue:
     """Partition 1 of a queue with four, claimed."""
-    scene.keys = PART
-    scene.run(claim_partitions(PART, 4, whole=False))
-    return scene
+    seeded.keys = PART
+    seeded.run(claim_partitions(PART, 4, whole=False))
+    return seeded
 
 
 @pytest.mark.redis6
 @pytest.mark.redis7
 @pytest.mark.parametrize("whole", [True, False])
-def test_the_first_number_stands(scene: Scene, whole: bool) -> None:
+def test_the_first_number_stands(seeded: SeededQueue, whole: bool) -> None:
     """A fresh queue takes the first number that comes, tells the same one so, refuses another, and changes no more."""
-    assert scene.run(claim_partitions(scene.keys, 4, whole=whole)) is True
-    assert scene.dump() == {"conf": {"partitions": "4", "schema": "1"}}
+    assert seeded.run(claim_partitions(seeded.keys, 4, whole=whole)) is True
+    assert seeded.dump() == {"conf": {"partitions": "4", "schema": "1"}}
 
-    with scene.unchanged():
-        assert scene.run(claim_partitions(scene.keys, 4, whole=whole)) is False
+    with seeded.unchanged():
+        assert seeded.run(claim_partitions(seeded.keys, 4, whole=whole)) is False
         with pytest.raises(PartitionCountMismatch, match="has 4 partitions, and this program says 8") as refused:
-            scene.run(claim_partitions(scene.keys, 8, whole=whole))
+            seeded.run(claim_partitions(seeded.keys, 8, whole=whole))
         assert (refused.value.found, refused.value.code) == (4, "E34")
 
 
-def test_a_queue_that_was_used_without_partitions_has_one(scene: Scene) -> None:
+def test_a_queue_that_was_used_without_partitions_has_one(seeded: SeededQueue) -> None:
     """A queue that was pushed to, or taken from, in one piece refuses a claim; a paused one that was not used does not."""
-    scene.pause()
-    assert scene.run(count(scene.keys)) == (1, "")
-    scene.register("w")
+    seeded.pause()
+    assert seeded.run(count(seeded.keys)) == (1, "")
+    seeded.register("w")
 
-    with scene.unchanged(), pytest.raises(PartitionCountMismatch, match="has 1 partition, and this program says 4"):
-        scene.run(claim_partitions(scene.keys, 4, whole=True))
+    with seeded.unchanged(), pytest.raises(PartitionCountMismatch, match="has 1 partition, and this program says 4"):
+        seeded.run(claim_partitions(seeded.keys, 4, whole=True))
 
 
 @pytest.mark.redis6
 @pytest.mark.parametrize(("there", "found"), [("4", 4), (None, None), ("0", 0)])
-def test_a_push_with_another_number_stores_nothing(scene: Scene, there: str | None, found: int | None) -> None:
+def test_a_push_with_another_number_stores_nothing(seeded: SeededQueue, there: str | None, found: int | None) -> None:
     """Both scripts that push, and a registration, refuse a number that is not the partition's, and change nothing."""
     keys = QueueKeys("c", "q/1", partitions=8)
     if there is not None:
-        scene.redis.hset(keys.conf, mapping={"partitions": there, "schema": "1"})
+        seeded.redis.hset(keys.conf, mapping={"partitions": there, "schema": "1"})
     for call in (
-        operations.push(keys, scene.lane, []),
-        operations.push_plain(keys, scene.lane, ["a", REST]),
+        operations.push(keys, seeded.lane, []),
+        operations.push_plain(keys, seeded.lane, ["a", REST]),
         operations.register(keys, "w", 1000, b"{}"),
     ):
-        with scene.unchanged(), pytest.raises(PartitionCountMismatch) as refused:
-            scene.run(call)
+        with seeded.unchanged(), pytest.raises(PartitionCountMismatch) as refused:
+            seeded.run(call)
         assert (refused.value.found, refused.value.queue) == (found, "q")
 
 
-def test_a_push_without_partitions_is_refused_by_a_queue_that_has_them(scene: Scene) -> None:
+def test_a_push_without_partitions_is_refused_by_a_queue_that_has_them(seeded: SeededQueue) -> None:
     """A program that knows nothing of the partitions stores nothing beside them."""
-    scene.run(claim_partitions(scene.keys, 4, whole=True))
-    with scene.unchanged(), pytest.raises(PartitionCountMismatch, match=r"app\.queue\('q', partitions=4\)"):
-        scene.push("a")
-    with scene.unchanged(), pytest.raises(PartitionCountMismatch):
-        scene.register("w")
+    seeded.run(claim_partitions(seeded.keys, 4, whole=True))
+    with seeded.unchanged(), pytest.raises(PartitionCountMismatch, match=r"app\.queue\('q', partitions=4\)"):
+        seeded.push("a")
+    with seeded.unchanged(), pytest.raises(PartitionCountMismatch):
+        seeded.register("w")
 
 
 @pytest.mark.parametrize("plain", [True, False])
-def test_a_repeat_is_answered_whatever_the_number_is_now(part: Scene, plain: bool) -> None:
+def test_a_repeat_is_answered_whatever_the_number_is_now(part: SeededQueue, plain: bool) -> None:
     """A push that was accepted, and whose repeat comes after the number changed, is still answered as accepted."""
     made = operations.push_plain(PART, part.lane, ["a", REST]) if plain else operations.push(PART, part.lane, [])
     part.run(made)
@@ -86,30 +86,30 @@ def test_a_repeat_is_answered_whatever_the_number_is_now(part: Scene, plain: boo
 # -- changing it ------------------------------------------------------------------------------------------------------
 
 
-def _switch(scene: Scene, keys: QueueKeys, step: str, token: str, number: int | None) -> tuple[int, int]:
-    return scene.run(repartition(keys, step, token, number))
+def _switch(seeded: SeededQueue, keys: QueueKeys, step: str, token: str, number: int | None) -> tuple[int, int]:
+    return seeded.run(repartition(keys, step, token, number))
 
 
 @pytest.mark.redis6
 @pytest.mark.redis7
-def test_begin_shuts_and_end_opens(scene: Scene) -> None:
-    """Between begin and end nobody pushes, registers or claims; afterwards the number is the one that end said."""
-    scene.run(claim_partitions(WHOLE, 4, whole=True))
-    assert _switch(scene, WHOLE, "begin", "T", 8) == (1, 4)
-    assert scene.dump()["conf"] == {"partitions": "0", "switch": "4 8 T", "schema": "1"}
-    assert scene.run(count(WHOLE)) == (0, "4 8 T")
+def test_begin_shuts_and_end_opens(seeded: SeededQueue) -> None:
+    """Between begin and end no push, registration or claim is accepted; afterwards the number is that of end."""
+    seeded.run(claim_partitions(WHOLE, 4, whole=True))
+    assert _switch(seeded, WHOLE, "begin", "T", 8) == (1, 4)
+    assert seeded.dump()["conf"] == {"partitions": "0", "switch": "4 8 T", "schema": "1"}
+    assert seeded.run(count(WHOLE)) == (0, "4 8 T")
     with pytest.raises(PartitionCountMismatch, match="is being changed right now"):
-        scene.run(claim_partitions(WHOLE, 4, whole=True))
+        seeded.run(claim_partitions(WHOLE, 4, whole=True))
 
-    with scene.unchanged():
-        assert _switch(scene, WHOLE, "end", "other", 4) == (-1, 0)
-    assert _switch(scene, WHOLE, "end", "T", 8) == (1, 0)
-    assert scene.dump() == {"conf": {"partitions": "8", "schema": "1"}, "wake ~3600s": ["1"]}
+    with seeded.unchanged():
+        assert _switch(seeded, WHOLE, "end", "other", 4) == (-1, 0)
+    assert _switch(seeded, WHOLE, "end", "T", 8) == (1, 0)
+    assert seeded.dump() == {"conf": {"partitions": "8", "schema": "1"}, "wake ~3600s": ["1"]}
 
 
 @pytest.mark.redis6
 @pytest.mark.redis7
-def test_a_change_can_be_made_on_a_full_server(part: Scene) -> None:
+def test_a_change_can_be_made_on_a_full_server(part: SeededQueue) -> None:
     """A change that begins, or has begun, when the server is full is brought to its end."""
     part.run(claim_partitions(WHOLE, 4, whole=True))
     part.register("w")
@@ -121,43 +121,43 @@ def test_a_change_can_be_made_on_a_full_server(part: Scene) -> None:
     assert [part.run(count(keys)) for keys in (WHOLE, PART)] == [(2, "")] * 2
 
 
-def test_one_piece_is_what_is_not_said(scene: Scene) -> None:
+def test_one_piece_is_what_is_not_said(seeded: SeededQueue) -> None:
     """A queue that is laid in one piece again looks as one that never had partitions."""
-    scene.run(claim_partitions(WHOLE, 4, whole=True))
-    _switch(scene, WHOLE, "begin", "T", 1)
-    _switch(scene, WHOLE, "end", "T", 1)
-    assert scene.dump()["conf"] == {"schema": "1"}
+    seeded.run(claim_partitions(WHOLE, 4, whole=True))
+    _switch(seeded, WHOLE, "begin", "T", 1)
+    _switch(seeded, WHOLE, "end", "T", 1)
+    assert seeded.dump()["conf"] == {"schema": "1"}
 
 
-def test_an_abandoned_change_is_taken_over(scene: Scene) -> None:
-    """Who begins where another had begun owns the change, and the number before is still known; the other owns nothing."""
-    scene.run(claim_partitions(WHOLE, 4, whole=True))
-    _switch(scene, WHOLE, "begin", "T", 8)
-    assert _switch(scene, WHOLE, "begin", "U", 2) == (1, 4)
-    assert _switch(scene, WHOLE, "end", "T", 8)[0] == -1
-    assert _switch(scene, WHOLE, "end", "U", 2) == (1, 0)
+def test_an_abandoned_change_is_taken_over(seeded: SeededQueue) -> None:
+    """Starting a change that another started takes it over; the number before is still known, and the other owns nothing."""
+    seeded.run(claim_partitions(WHOLE, 4, whole=True))
+    _switch(seeded, WHOLE, "begin", "T", 8)
+    assert _switch(seeded, WHOLE, "begin", "U", 2) == (1, 4)
+    assert _switch(seeded, WHOLE, "end", "T", 8)[0] == -1
+    assert _switch(seeded, WHOLE, "end", "U", 2) == (1, 0)
 
 
 @pytest.mark.parametrize("place", ["ready", "scheduled", "leased", "dead", "cancelled"])
 @pytest.mark.parametrize("step", ["begin", "close"])
-def test_what_is_not_empty_stays_open(scene: Scene, place: str, step: str) -> None:
+def test_what_is_not_empty_stays_open(seeded: SeededQueue, place: str, step: str) -> None:
     """A job in any state, and even the place of a cancelled one, keeps the queue and a partition from being shut."""
-    scene.push("a")
+    seeded.push("a")
     if place == "scheduled":
-        scene.redis.lpop(scene.keys.ready[0])
-        scene.redis.zadd(scene.keys.due, {"a": scene.now() + 60_000})
+        seeded.redis.lpop(seeded.keys.ready[0])
+        seeded.redis.zadd(seeded.keys.due, {"a": seeded.now() + 60_000})
     elif place == "cancelled":
-        scene.run(operations.cancel(scene.keys, "a"))
+        seeded.run(operations.cancel(seeded.keys, "a"))
     elif place != "ready":
-        scene.register("w")
-        scene.turn("w", 1, 1)
+        seeded.register("w")
+        seeded.turn("w", 1, 1)
         if place == "dead":
-            scene.turn("w", 2, others=[Settlement("X", "a", state=b"1 1 0")])
-    with scene.unchanged():
-        assert _switch(scene, scene.keys, step, "T", None if step == "close" else 4) == (0, 1)
+            seeded.turn("w", 2, others=[Settlement("X", "a", state=b"1 1 0")])
+    with seeded.unchanged():
+        assert _switch(seeded, seeded.keys, step, "T", None if step == "close" else 4) == (0, 1)
 
 
-def test_close_expects_the_number_it_knows(part: Scene) -> None:
+def test_close_expects_the_number_it_knows(part: SeededQueue) -> None:
     """A partition that says another number than was expected is left alone; one that was shut already is shut again."""
     with part.unchanged():
         assert _switch(part, PART, "close", "T", 2) == (-1, 4)
@@ -169,7 +169,7 @@ def test_close_expects_the_number_it_knows(part: Scene) -> None:
     assert part.dump()["conf"] == {"partitions": "2", "schema": "1"}
 
 
-def test_close_sends_workers_away(part: Scene) -> None:
+def test_close_sends_workers_away(part: SeededQueue) -> None:
     """A worker that holds nothing is struck off and called, so that it learns the new number when it comes again."""
     part.register("w")
     assert _switch(part, PART, "close", "T", 4) == (1, 4)

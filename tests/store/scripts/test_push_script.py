@@ -8,18 +8,18 @@ from conveyor.errors import ConfigurationError, QueueFull
 from conveyor.store import operations
 from conveyor.store.operations import ProducerSequence, Settlement, StalePush
 from conveyor.store.script import Call
-from support.seeded_queue import PLAIN, REST, Scene, entry
+from support.seeded_queue import PLAIN, REST, SeededQueue, entry
 
 SCHEMA = {"schema": "1"}
 
 
 @pytest.mark.redis6
 @pytest.mark.redis7
-def test_plain_push(scene: Scene) -> None:
+def test_plain_push(seeded: SeededQueue) -> None:
     """A plain push writes envelopes, entries in order, the lane's answer and one wake token, and nothing else."""
-    assert scene.push("a", "b", "c") == ["a", "b", "c"]
+    assert seeded.push("a", "b", "c") == ["a", "b", "c"]
 
-    assert scene.dump() == {
+    assert seeded.dump() == {
         "conf": SCHEMA,
         "jobs": {"a": PLAIN, "b": PLAIN, "c": PLAIN},
         "lane:L ~7200s": "1\nok",
@@ -28,19 +28,19 @@ def test_plain_push(scene: Scene) -> None:
     }
 
 
-def test_second_push_adds_no_second_token(scene: Scene) -> None:
+def test_second_push_adds_no_second_token(seeded: SeededQueue) -> None:
     """A push onto a queue with a wake token adds none; one after the token was taken adds the next."""
-    scene.push("a")
-    before = scene.dump()
-    scene.push("b")
-    assert scene.since(before) == {
+    seeded.push("a")
+    before = seeded.dump()
+    seeded.push("b")
+    assert seeded.since(before) == {
         "jobs": {"a": PLAIN, "b": PLAIN}, "lane:L ~7200s": "2\nok", "ready:0": ["a", "b"],
     }  # fmt: skip
 
-    assert scene.take_token()
-    scene.push("c")
-    assert scene.take_token()
-    assert not scene.take_token()
+    assert seeded.take_token()
+    seeded.push("c")
+    assert seeded.take_token()
+    assert not seeded.take_token()
 
 
 @pytest.mark.parametrize(
@@ -67,23 +67,23 @@ def test_second_push_adds_no_second_token(scene: Scene) -> None:
         ),
     ],
 )  # fmt: skip
-def test_special_push(scene: Scene, options: dict[str, object], changes: dict[str, object]) -> None:
+def test_special_push(seeded: SeededQueue, options: dict[str, object], changes: dict[str, object]) -> None:
     """Each option leaves its mark in the envelope's first line and the job in its one place."""
-    assert scene.push(entry("x", **options)) == ["x"]
+    assert seeded.push(entry("x", **options)) == ["x"]
 
-    assert scene.dump() == {"conf": SCHEMA, "lane:L ~7200s": "1\nok\nx", **changes}
-    assert scene.audit() == []
+    assert seeded.dump() == {"conf": SCHEMA, "lane:L ~7200s": "1\nok\nx", **changes}
+    assert seeded.audit() == []
 
 
 @pytest.mark.redis6
-def test_mixed_runs_keep_their_order(scene: Scene) -> None:
+def test_mixed_runs_keep_their_order(seeded: SeededQueue) -> None:
     """Plain and special messages of one push stand in the order they were given, per priority."""
     front = entry("f", front=True)
     given = ["a", entry("b", unique="1"), entry("c", priority=5), "d", "e", entry("g", priority=5), front, "h"]
 
-    assert scene.push(*given) == ["a", "b", "c", "d", "e", "g", "f", "h"]
+    assert seeded.push(*given) == ["a", "b", "c", "d", "e", "g", "f", "h"]
 
-    state = scene.dump()
+    state = seeded.dump()
     assert state["ready:0"] == ["f", "a", "b", "d", "e", "h"]
     assert state["ready:5"] == ["c", "g"]
     assert state["lane:L ~7200s"] == "1\nok\nb\nc\ng\nf"
@@ -91,23 +91,23 @@ def test_mixed_runs_keep_their_order(scene: Scene) -> None:
 
 @pytest.mark.redis6
 @pytest.mark.redis7
-def test_large_push_crosses_the_limit_of_unpack(scene: Scene) -> None:
+def test_large_push_crosses_the_limit_of_unpack(seeded: SeededQueue) -> None:
     """20,000 plain messages in one call arrive whole and in order."""
     ids = [f"{n:05}" for n in range(20_000)]
-    scene.push(*ids)
+    seeded.push(*ids)
 
-    assert scene.redis.lrange(scene.keys.ready[0], 0, -1) == [id_.encode() for id_ in ids]
-    assert scene.redis.hlen(scene.keys.jobs) == 20_000
+    assert seeded.redis.lrange(seeded.keys.ready[0], 0, -1) == [id_.encode() for id_ in ids]
+    assert seeded.redis.hlen(seeded.keys.jobs) == 20_000
 
 
-def test_only_the_first_delayed_job_calls(scene: Scene) -> None:
+def test_only_the_first_delayed_job_calls(seeded: SeededQueue) -> None:
     """A delayed push wakes somebody only when it becomes the first that is due."""
-    scene.push(entry("a", delay_ms=60_000))
-    assert scene.take_token()
-    scene.push(entry("b", delay_ms=90_000))
-    assert not scene.take_token()
-    scene.push(entry("c", delay_ms=30_000))
-    assert scene.take_token()
+    seeded.push(entry("a", delay_ms=60_000))
+    assert seeded.take_token()
+    seeded.push(entry("b", delay_ms=90_000))
+    assert not seeded.take_token()
+    seeded.push(entry("c", delay_ms=30_000))
+    assert seeded.take_token()
 
 
 # -- repeats ----------------------------------------------------------------------------------------------------------
@@ -116,172 +116,172 @@ def test_only_the_first_delayed_job_calls(scene: Scene) -> None:
 @pytest.mark.redis6
 @pytest.mark.redis7
 @pytest.mark.parametrize("options", [{}, {"priority": 4}, {"unique": "k"}, {"own_id": True}, {"delay_ms": 60_000}])
-def test_repeat_is_answered_and_not_done(scene: Scene, options: dict[str, object]) -> None:
+def test_repeat_is_answered_and_not_done(seeded: SeededQueue, options: dict[str, object]) -> None:
     """The same number of a lane again gets the same answer and changes nothing."""
-    call = operations.push(scene.keys, scene.lane, [entry("a", **options), entry("b")])
-    first = scene.run(call)
+    call = operations.push(seeded.keys, seeded.lane, [entry("a", **options), entry("b")])
+    first = seeded.run(call)
 
-    with scene.unchanged():
-        assert scene.run(call) == first == ["a", "b"]
+    with seeded.unchanged():
+        assert seeded.run(call) == first == ["a", "b"]
 
 
-def test_repeat_after_the_job_is_finished(scene: Scene) -> None:
+def test_repeat_after_the_job_is_finished(seeded: SeededQueue) -> None:
     """A repeat that arrives after a fast consumer has finished the job does not run it again."""
-    call = operations.push(scene.keys, scene.lane, [entry("a")])
-    scene.run(call)
-    scene.register("w")
-    scene.turn("w", 1, 1)
-    scene.turn("w", 2, done=["a"])
+    call = operations.push(seeded.keys, seeded.lane, [entry("a")])
+    seeded.run(call)
+    seeded.register("w")
+    seeded.turn("w", 1, 1)
+    seeded.turn("w", 2, done=["a"])
 
-    with scene.unchanged():
-        assert scene.run(call) == ["a"]
+    with seeded.unchanged():
+        assert seeded.run(call) == ["a"]
 
 
-def test_late_copy_changes_nothing(scene: Scene) -> None:
+def test_late_copy_changes_nothing(seeded: SeededQueue) -> None:
     """A lower number than the lane's last is a late copy: refused, nothing stored."""
-    late = operations.push(scene.keys, scene.lane, [entry("a")])
-    scene.push("b")
+    late = operations.push(seeded.keys, seeded.lane, [entry("a")])
+    seeded.push("b")
 
-    with scene.unchanged(), pytest.raises(StalePush):
-        scene.run(late)
+    with seeded.unchanged(), pytest.raises(StalePush):
+        seeded.run(late)
 
 
-def test_lanes_are_independent(scene: Scene) -> None:
+def test_lanes_are_independent(seeded: SeededQueue) -> None:
     """The same number in another lane is another push."""
-    scene.push("a")
-    scene.run(operations.push(scene.keys, ProducerSequence("M"), [entry("b")]))
+    seeded.push("a")
+    seeded.run(operations.push(seeded.keys, ProducerSequence("M"), [entry("b")]))
 
-    assert scene.dump()["ready:0"] == ["a", "b"]
+    assert seeded.dump()["ready:0"] == ["a", "b"]
 
 
 # -- the script for plain messages only -------------------------------------------------------------------------------
 
 
-def _plain(scene: Scene, *ids: str, maximum: int = 0) -> Call[None]:
+def _plain(seeded: SeededQueue, *ids: str, maximum: int = 0) -> Call[None]:
     pairs: list[str | bytes] = [part for id_ in ids for part in (id_, REST)]
-    return operations.push_plain(scene.keys, scene.lane, pairs, max_length=maximum)
+    return operations.push_plain(seeded.keys, seeded.lane, pairs, max_length=maximum)
 
 
 @pytest.mark.redis6
 @pytest.mark.redis7
 @pytest.mark.parametrize("count", [1, 3, 20_000])
-def test_push_plain_does_what_push_does(scene: Scene, count: int) -> None:
+def test_push_plain_does_what_push_does(seeded: SeededQueue, count: int) -> None:
     """The short script leaves exactly what the long one leaves."""
     ids = [f"{n:05}" for n in range(count)]
-    scene.push(*ids)
-    expected = scene.dump()
-    scene.redis.flushall(asynchronous=False)
-    scene.lane = ProducerSequence("L")
+    seeded.push(*ids)
+    expected = seeded.dump()
+    seeded.redis.flushall(asynchronous=False)
+    seeded.lane = ProducerSequence("L")
 
-    scene.run(_plain(scene, *ids))
+    seeded.run(_plain(seeded, *ids))
 
-    assert scene.dump() == expected
+    assert seeded.dump() == expected
 
 
 @pytest.mark.redis6
 @pytest.mark.redis7
-def test_push_plain_repeated_and_late(scene: Scene) -> None:
+def test_push_plain_repeated_and_late(seeded: SeededQueue) -> None:
     """A repeat is answered and a late copy refused; neither changes anything, and the lane still knows its last push."""
-    late, last = _plain(scene, "a"), _plain(scene, "b")
-    scene.run(last)
-    with scene.unchanged():
-        scene.run(last)
+    late, last = _plain(seeded, "a"), _plain(seeded, "b")
+    seeded.run(last)
+    with seeded.unchanged():
+        seeded.run(last)
         with pytest.raises(StalePush):
-            scene.run(late)
-        scene.run(last)
+            seeded.run(late)
+        seeded.run(last)
         with pytest.raises(QueueFull):
-            scene.run(_plain(scene, "c", "d", maximum=2))
+            seeded.run(_plain(seeded, "c", "d", maximum=2))
 
 
 @pytest.mark.redis6
 @pytest.mark.redis7
 @pytest.mark.parametrize("plain", [False, True], ids=["push", "push_plain"])
-def test_withdrawn_stays_withdrawn(scene: Scene, plain: bool) -> None:
-    """What was withdrawn stores nothing, however often copies and the withdrawal itself come again, until the next number."""
-    call = _plain(scene, "a") if plain else operations.push(scene.keys, scene.lane, [entry("a")])
+def test_withdrawn_stays_withdrawn(seeded: SeededQueue, plain: bool) -> None:
+    """A withdrawn push stores nothing, however often copies and the withdrawal itself come again, until the next number."""
+    call = _plain(seeded, "a") if plain else operations.push(seeded.keys, seeded.lane, [entry("a")])
     withdrawal = call.withdrawal()
     assert withdrawal is not None
     for _ in range(2):
-        assert scene.run(withdrawal) is None
-        with scene.unchanged(), pytest.raises(StalePush):
-            scene.run(call)
+        assert seeded.run(withdrawal) is None
+        with seeded.unchanged(), pytest.raises(StalePush):
+            seeded.run(call)
 
-    scene.push("b")
+    seeded.push("b")
 
-    assert scene.run(withdrawal) is None
-    assert scene.redis.hkeys(scene.keys.jobs) == [b"b"]
+    assert seeded.run(withdrawal) is None
+    assert seeded.redis.hkeys(seeded.keys.jobs) == [b"b"]
 
 
 @pytest.mark.parametrize("plain", [False, True], ids=["push", "push_plain"])
-def test_what_was_accepted_is_not_withdrawn(scene: Scene, plain: bool) -> None:
-    """Who withdraws what a copy has stored gets the answer of that copy."""
-    call = _plain(scene, "a") if plain else operations.push(scene.keys, scene.lane, [entry("a")])
+def test_what_was_accepted_is_not_withdrawn(seeded: SeededQueue, plain: bool) -> None:
+    """Withdrawing a push that a copy has stored returns the answer of that copy."""
+    call = _plain(seeded, "a") if plain else operations.push(seeded.keys, seeded.lane, [entry("a")])
     withdrawal = call.withdrawal()
     assert withdrawal is not None
-    scene.run(call)
+    seeded.run(call)
 
-    with scene.unchanged():
-        assert scene.run(withdrawal) == b"1\nok"
+    with seeded.unchanged():
+        assert seeded.run(withdrawal) == b"1\nok"
 
 
 # -- duplicates -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.row("I3")
-def test_own_id_is_stored_once(scene: Scene) -> None:
+def test_own_id_is_stored_once(seeded: SeededQueue) -> None:
     """A second push of a caller's id returns it and changes nothing but the lane: the first payload wins."""
-    scene.push(entry("a", own_id=True))
-    before = scene.dump()
+    seeded.push(entry("a", own_id=True))
+    before = seeded.dump()
 
-    assert scene.push(entry("a", own_id=True, priority=7)) == ["a"]
+    assert seeded.push(entry("a", own_id=True, priority=7)) == ["a"]
 
-    assert scene.since(before) == {"lane:L ~7200s": "2\nok\n.a"}
+    assert seeded.since(before) == {"lane:L ~7200s": "2\nok\n.a"}
 
 
 @pytest.mark.row("I3")
 @pytest.mark.parametrize("kind", ["D", "C", "X"])
-def test_own_id_outlives_its_job_by_a_day(scene: Scene, kind: str) -> None:
+def test_own_id_outlives_its_job_by_a_day(seeded: SeededQueue, kind: str) -> None:
     """However the job ended, its own id is taken for another day."""
-    scene.push(entry("a", own_id=True))
-    scene.register("w")
-    scene.turn("w", 1, 1)
-    scene.turn("w", 2, others=[Settlement(kind, "a", state=b"1 1 0", own_id=True)])
-    before = scene.dump()
+    seeded.push(entry("a", own_id=True))
+    seeded.register("w")
+    seeded.turn("w", 1, 1)
+    seeded.turn("w", 2, others=[Settlement(kind, "a", state=b"1 1 0", own_id=True)])
+    before = seeded.dump()
     assert before["unique:i:a ~86400s"] == "a"
 
-    assert scene.push(entry("a", own_id=True)) == ["a"]
+    assert seeded.push(entry("a", own_id=True)) == ["a"]
 
-    assert scene.since(before) == {"lane:L ~7200s": "2\nok\n.a"}
+    assert seeded.since(before) == {"lane:L ~7200s": "2\nok\n.a"}
 
 
 @pytest.mark.row("I3")
 @pytest.mark.parametrize("place", ["dead", "stub", "scheduled"])
-def test_own_id_is_taken_while_its_envelope_is_there(scene: Scene, place: str) -> None:
+def test_own_id_is_taken_while_its_envelope_is_there(seeded: SeededQueue, place: str) -> None:
     """A dead letter or stub older than the day its id was kept for is never overwritten by a push of that id."""
-    scene.push(entry("a", own_id=True, delay_ms=60_000 if place == "scheduled" else None))
+    seeded.push(entry("a", own_id=True, delay_ms=60_000 if place == "scheduled" else None))
     if place == "stub":
-        scene.run(operations.cancel(scene.keys, "a"))
+        seeded.run(operations.cancel(seeded.keys, "a"))
     if place == "dead":
-        scene.register("w")
-        scene.turn("w", 1, 1)
-        scene.turn("w", 2, others=[Settlement("X", "a", state=b"1 1 0", own_id=True)])
-    scene.redis.delete(scene.keys.prefix + "unique:i:a")  # the day is over
-    before = scene.dump()
+        seeded.register("w")
+        seeded.turn("w", 1, 1)
+        seeded.turn("w", 2, others=[Settlement("X", "a", state=b"1 1 0", own_id=True)])
+    seeded.redis.delete(seeded.keys.prefix + "unique:i:a")  # the day is over
+    before = seeded.dump()
 
-    assert scene.push(entry("a", own_id=True)) == ["a"]
+    assert seeded.push(entry("a", own_id=True)) == ["a"]
 
-    assert scene.since(before) == {"lane:L ~7200s": "2\nok\n.a"}
-    assert scene.audit() == []
+    assert seeded.since(before) == {"lane:L ~7200s": "2\nok\n.a"}
+    assert seeded.audit() == []
 
 
-def test_unique_key_returns_its_holder(scene: Scene) -> None:
+def test_unique_key_returns_its_holder(seeded: SeededQueue) -> None:
     """A push whose unique key is held stores nothing and returns the holder's id."""
-    scene.push(entry("a", unique="k"))
-    before = scene.dump()
+    seeded.push(entry("a", unique="k"))
+    before = seeded.dump()
 
-    assert scene.push(entry("b", unique="k"), "c", entry("d", unique="l")) == ["a", "c", "d"]
+    assert seeded.push(entry("b", unique="k"), "c", entry("d", unique="l")) == ["a", "c", "d"]
 
-    assert scene.since(before) == {
+    assert seeded.since(before) == {
         "jobs": {"a": " uk" + PLAIN, "c": PLAIN, "d": " ul" + PLAIN},
         "lane:L ~7200s": "2\nok\n.a\nd",
         "ready:0": ["a", "c", "d"],
@@ -289,101 +289,101 @@ def test_unique_key_returns_its_holder(scene: Scene) -> None:
     }
 
 
-def test_duplicates_within_one_push(scene: Scene) -> None:
+def test_duplicates_within_one_push(seeded: SeededQueue) -> None:
     """Of messages with the same key or the same own id in one push, the first is stored."""
     given = [entry("a", unique="k"), entry("b", unique="k"), entry("o", own_id=True), "p", entry("o", own_id=True)]
 
-    assert scene.push(*given) == ["a", "a", "o", "p", "o"]
+    assert seeded.push(*given) == ["a", "a", "o", "p", "o"]
 
-    state = scene.dump()
+    state = seeded.dump()
     assert state["ready:0"] == ["a", "o", "p"]
     assert state["unique:k:k"] == "a"
     assert set(state["jobs"]) == {"a", "o", "p"}
 
 
-def test_duplicate_id_does_not_take_its_key(scene: Scene) -> None:
+def test_duplicate_id_does_not_take_its_key(seeded: SeededQueue) -> None:
     """A message refused because of its id does not take the unique key it came with."""
-    scene.push(entry("a", own_id=True))
+    seeded.push(entry("a", own_id=True))
 
-    assert scene.push(entry("a", own_id=True, unique="k"), entry("b", unique="k")) == ["a", "b"]
-    assert scene.dump()["unique:k:k"] == "b"
+    assert seeded.push(entry("a", own_id=True, unique="k"), entry("b", unique="k")) == ["a", "b"]
+    assert seeded.dump()["unique:k:k"] == "b"
 
 
-def test_message_refused_for_its_key_does_not_take_its_id(scene: Scene) -> None:
+def test_message_refused_for_its_key_does_not_take_its_id(seeded: SeededQueue) -> None:
     """After a message that is refused because of its key, one of the same push with its id is stored."""
-    scene.push(entry("a", unique="k"))
+    seeded.push(entry("a", unique="k"))
 
-    assert scene.push(entry("o", own_id=True, unique="k"), entry("o", own_id=True)) == ["a", "o"]
+    assert seeded.push(entry("o", own_id=True, unique="k"), entry("o", own_id=True)) == ["a", "o"]
 
-    assert scene.dump()["ready:0"] == ["a", "o"]
-    assert scene.audit() == []
+    assert seeded.dump()["ready:0"] == ["a", "o"]
+    assert seeded.audit() == []
 
 
 @pytest.mark.row("D12", "I13")
-def test_dead_holder_does_not_count(scene: Scene) -> None:
+def test_dead_holder_does_not_count(seeded: SeededQueue) -> None:
     """A unique key whose holder is no longer there is taken over: it cannot leak."""
-    scene.redis.set(scene.keys.prefix + "unique:k:k", "ghost")
+    seeded.redis.set(seeded.keys.prefix + "unique:k:k", "ghost")
 
-    assert scene.push(entry("b", unique="k")) == ["b"]
+    assert seeded.push(entry("b", unique="k")) == ["b"]
 
-    assert scene.dump()["unique:k:k"] == "b"
+    assert seeded.dump()["unique:k:k"] == "b"
 
 
-def test_push_of_duplicates_only_calls_nobody(scene: Scene) -> None:
+def test_push_of_duplicates_only_calls_nobody(seeded: SeededQueue) -> None:
     """A push that stores nothing makes nothing takeable, so it adds no token."""
-    scene.push(entry("a", unique="k"))
-    scene.take_token()
-    scene.push(entry("b", unique="k"))
+    seeded.push(entry("a", unique="k"))
+    seeded.take_token()
+    seeded.push(entry("b", unique="k"))
 
-    assert not scene.take_token()
+    assert not seeded.take_token()
 
 
 # -- limits -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.redis6
-def test_push_beyond_the_maximum_is_refused_whole(scene: Scene) -> None:
+def test_push_beyond_the_maximum_is_refused_whole(seeded: SeededQueue) -> None:
     """A push that would exceed the maximum length stores nothing of itself, not even what would fit."""
-    scene.push("a", "b", max_length=3)
+    seeded.push("a", "b", max_length=3)
 
-    with scene.unchanged(), pytest.raises(QueueFull, match="holds 2 jobs and takes at most 3"):
-        scene.push("c", "d", max_length=3)
+    with seeded.unchanged(), pytest.raises(QueueFull, match="holds 2 jobs and takes at most 3"):
+        seeded.push("c", "d", max_length=3)
 
-    scene.push("c", max_length=3)
+    seeded.push("c", max_length=3)
 
 
-def test_maximum_counts_what_is_accepted_and_not_finished(scene: Scene) -> None:
+def test_maximum_counts_what_is_accepted_and_not_finished(seeded: SeededQueue) -> None:
     """Leased and scheduled jobs count towards the maximum; dead letters and stubs do not."""
-    scene.bury("dead")
-    scene.lease("held")
-    scene.push("stub", "ready", entry("later", delay_ms=60_000))
-    scene.run(operations.cancel(scene.keys, "stub"))
+    seeded.add_dead("dead")
+    seeded.lease("held")
+    seeded.push("stub", "ready", entry("later", delay_ms=60_000))
+    seeded.run(operations.cancel(seeded.keys, "stub"))
 
     with pytest.raises(QueueFull, match="holds 3 jobs"):
-        scene.push("x", max_length=3)
-    scene.push("x", max_length=4)
+        seeded.push("x", max_length=3)
+    seeded.push("x", max_length=4)
 
 
-def test_operators_maximum_wins(scene: Scene) -> None:
+def test_operators_maximum_wins(seeded: SeededQueue) -> None:
     """A maximum set on the queue wins over the one the code brings."""
-    scene.run(operations.configure(scene.keys, "max_length", "1"))
-    scene.push("a", max_length=100)
+    seeded.run(operations.configure(seeded.keys, "max_length", "1"))
+    seeded.push("a", max_length=100)
 
-    with scene.unchanged(), pytest.raises(QueueFull, match="at most 1"):
-        scene.push("b", max_length=100)
+    with seeded.unchanged(), pytest.raises(QueueFull, match="at most 1"):
+        seeded.push("b", max_length=100)
 
 
-def test_other_layout_is_refused(scene: Scene) -> None:
+def test_other_layout_is_refused(seeded: SeededQueue) -> None:
     """A queue written by another layout takes nothing from this version."""
-    scene.redis.hset(scene.keys.conf, "schema", "2")
+    seeded.redis.hset(seeded.keys.conf, "schema", "2")
 
-    with scene.unchanged(), pytest.raises(ConfigurationError, match="layout 2"):
-        scene.push("a")
+    with seeded.unchanged(), pytest.raises(ConfigurationError, match="layout 2"):
+        seeded.push("a")
 
 
 @pytest.mark.parametrize("options", [{"priority": 12}, {"priority": -1}, {"delay_ms": "x"}, {"expires_ms": "x"}])
-def test_silly_number_fails_with_nothing_done(scene: Scene, options: dict[str, object]) -> None:
+def test_silly_number_fails_with_nothing_done(seeded: SeededQueue, options: dict[str, object]) -> None:
     """A number that cannot be is found before the first write."""
-    scene.push("a")
-    with scene.unchanged(), pytest.raises(Exception, match=r"answered|holds"):
-        scene.push("b", entry("c", **options))
+    seeded.push("a")
+    with seeded.unchanged(), pytest.raises(Exception, match=r"answered|holds"):
+        seeded.push("b", entry("c", **options))

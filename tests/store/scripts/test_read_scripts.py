@@ -1,4 +1,4 @@
-"""await, forget, counts, page, show, crew, audit: what can be known of a queue."""
+"""Scripts that read a queue: await_result, forget, counts, list_jobs, get_job, workers, audit."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from conveyor.store.inspection import FinishedJob, write_finished
 from conveyor.store.keys import QueueKeys
 from conveyor.store.operations import Settlement, TurnReport
 from support.script_calls import furnish
-from support.seeded_queue import LEASE, Scene, entry
+from support.seeded_queue import LEASE, SeededQueue, entry
 
 # -- await, forget ----------------------------------------------------------------------------------------------------
 
@@ -24,82 +24,82 @@ from support.seeded_queue import LEASE, Scene, entry
         ("scheduled", "waiting", b""), ("stub", "result", None), ("unknown", "gone", b""),
     ],
 )  # fmt: skip
-def test_await_result(scene: Scene, place: str, word: str, data: bytes | None) -> None:
+def test_await_result(seeded: SeededQueue, place: str, word: str, data: bytes | None) -> None:
     """Awaiting reads an outcome that is there, and registers the waiter for one that is still to come."""
     if place in {"ready", "scheduled", "stub"}:
-        scene.push(entry("a", delay_ms=60_000 if place == "scheduled" else None))
+        seeded.push(entry("a", delay_ms=60_000 if place == "scheduled" else None))
     if place == "stub":
-        scene.run(operations.cancel(scene.keys, "a"))
+        seeded.run(operations.cancel(seeded.keys, "a"))
     if place in {"leased", "result"}:
-        scene.lease("a")
+        seeded.lease("a")
     if place == "result":
-        scene.turn("w", 2, others=[Settlement("D", "a", ms=60_000, record=b"{}")])
+        seeded.turn("w", 2, others=[Settlement("D", "a", ms=60_000, record=b"{}")])
     if place == "dead":
-        scene.bury("a")
-    before = scene.dump()
+        seeded.add_dead("a")
+    before = seeded.dump()
 
-    with scene.unchanged():
-        asked = scene.run(operations.await_result(scene.keys, "a", ""))
-    answer = scene.run(operations.await_result(scene.keys, "a", "one"))
+    with seeded.unchanged():
+        asked = seeded.run(operations.await_result(seeded.keys, "a", ""))
+    answer = seeded.run(operations.await_result(seeded.keys, "a", "one"))
 
     assert asked == answer
     assert answer[0] == word
     assert data is None or answer[1] == data
-    assert scene.since(before) == ({"waiters": {"a": "one"}} if word == "waiting" else {})
+    assert seeded.since(before) == ({"waiters": {"a": "one"}} if word == "waiting" else {})
 
 
-def test_stub_without_a_record_is_gone(scene: Scene) -> None:
+def test_stub_without_a_record_is_gone(seeded: SeededQueue) -> None:
     """A deleted job whose entry was not reached yet is gone for who asks."""
-    scene.push("a")
-    scene.run(operations.cancel(scene.keys, "a", delete=True))
-    assert scene.run(operations.await_result(scene.keys, "a", "one")) == ("gone", b"")
+    seeded.push("a")
+    seeded.run(operations.cancel(seeded.keys, "a", delete=True))
+    assert seeded.run(operations.await_result(seeded.keys, "a", "one")) == ("gone", b"")
 
 
-def test_waiters_are_a_set(scene: Scene) -> None:
+def test_waiters_are_a_set(seeded: SeededQueue) -> None:
     """Each process waits once, in any order, and forgetting one leaves the others, whatever their names begin with."""
-    scene.push("a")
+    seeded.push("a")
     for channel in ("one", "on", "one", "two", "on"):
-        scene.run(operations.await_result(scene.keys, "a", channel))
-    assert scene.dump()["waiters"] == {"a": "one on two"}
+        seeded.run(operations.await_result(seeded.keys, "a", channel))
+    assert seeded.dump()["waiters"] == {"a": "one on two"}
 
-    scene.run(operations.forget(scene.keys, "a", "on"))
-    assert scene.dump()["waiters"] == {"a": "one two"}
-    with scene.unchanged():
-        scene.run(operations.forget(scene.keys, "a", "on"))
+    seeded.run(operations.forget(seeded.keys, "a", "on"))
+    assert seeded.dump()["waiters"] == {"a": "one two"}
+    with seeded.unchanged():
+        seeded.run(operations.forget(seeded.keys, "a", "on"))
     for channel in ("one", "two"):
-        scene.run(operations.forget(scene.keys, "a", channel))
-    assert "waiters" not in scene.dump()
+        seeded.run(operations.forget(seeded.keys, "a", channel))
+    assert "waiters" not in seeded.dump()
 
 
 # -- reads ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.redis6
-def test_counts(scene: Scene) -> None:
+def test_counts(seeded: SeededQueue) -> None:
     """Each job is counted in one place, stubs in none, and the raw entries of a plain list as ready."""
-    furnish(scene)
+    furnish(seeded)
 
-    found = scene.run(inspection.counts(QueueKeys("c", "q", foreign="q")))
+    found = seeded.run(inspection.counts(QueueKeys("c", "q", foreign="q")))
 
     assert (found.ready, found.scheduled, found.leased, found.dead) == (3 + 4, 3, 8, 2)
     assert (found.workers, found.paused, found.max_length) == (2, False, None)
-    scene.run(operations.configure(scene.keys, "paused", "1"))
-    scene.run(operations.configure(scene.keys, "max_length", "7"))
-    found = scene.run(inspection.counts(scene.keys))
+    seeded.run(operations.configure(seeded.keys, "paused", "1"))
+    seeded.run(operations.configure(seeded.keys, "max_length", "7"))
+    found = seeded.run(inspection.counts(seeded.keys))
     assert (found.ready, found.paused, found.max_length) == (3, True, 7)
 
 
-def test_counts_of_nothing(scene: Scene) -> None:
+def test_counts_of_nothing(seeded: SeededQueue) -> None:
     """An empty queue counts zero and has no oldest job."""
-    found = scene.run(inspection.counts(scene.keys))
+    found = seeded.run(inspection.counts(seeded.keys))
     assert (len(found), found.leased, found.dead, found.workers, found.oldest_age) == (0, 0, 0, 0, None)
 
 
 @pytest.mark.parametrize("status", ["ready", "scheduled", "leased", "dead", "dead-oldest"])
-def test_list_jobs_cuts_one_order(scene: Scene, status: str) -> None:
+def test_list_jobs_cuts_one_order(seeded: SeededQueue, status: str) -> None:
     """Pages of any size, one after the other, give each job of a state once, in the order of one large page."""
-    furnish(scene)
-    whole = [row.id for row in scene.run(inspection.list_jobs(scene.keys, status, 0, 500))]
+    furnish(seeded)
+    whole = [row.id for row in seeded.run(inspection.list_jobs(seeded.keys, status, 0, 500))]
     expected = {
         "ready": ["r2", "r1", "r3"], "scheduled": ["s3", "s1", "s2"], "leased": None,
         "dead": ["d2", "d1"], "dead-oldest": ["d1", "d2"],
@@ -109,17 +109,19 @@ def test_list_jobs_cuts_one_order(scene: Scene, status: str) -> None:
     elif not status.startswith("dead"):  # these died in one millisecond
         assert whole == expected
     for size in (1, 2, 3):
-        pages = [scene.run(inspection.list_jobs(scene.keys, status, at, size)) for at in range(0, 12, size)]
+        pages = [seeded.run(inspection.list_jobs(seeded.keys, status, at, size)) for at in range(0, 12, size)]
         assert [row.id for page in pages for row in page] == whole
 
 
-def test_list_jobs_that_finished(scene: Scene) -> None:
+def test_list_jobs_that_finished(seeded: SeededQueue) -> None:
     """The recently finished come newest first, as they were written."""
-    scene.register("w")
+    seeded.register("w")
     made = [write_finished(f"j{n}", "t", "done", 5, n) for n in range(3)]
-    scene.turn("w", 1, report=TurnReport(recent=made))
+    seeded.turn("w", 1, report=TurnReport(recent=made))
 
-    assert scene.run(inspection.finished(scene.keys, 0, 2)) == [FinishedJob(f"j{n}", "t", "done", 5, n) for n in (2, 1)]
+    assert seeded.run(inspection.finished(seeded.keys, 0, 2)) == [
+        FinishedJob(f"j{n}", "t", "done", 5, n) for n in (2, 1)
+    ]
 
 
 @pytest.mark.redis6
@@ -130,10 +132,10 @@ def test_list_jobs_that_finished(scene: Scene) -> None:
         ("d1", "dead", None), ("x1", "result", None), ("old", "result", None), ("ghost", "none", None),
     ],
 )  # fmt: skip
-def test_get_job(scene: Scene, id: str, place: str, extra: str | None) -> None:  # noqa: A002
+def test_get_job(seeded: SeededQueue, id: str, place: str, extra: str | None) -> None:  # noqa: A002
     """A job is shown where it is, with who holds it or when it is due."""
-    furnish(scene)
-    found, row, record = scene.run(inspection.get_job(scene.keys, id))
+    furnish(seeded)
+    found, row, record = seeded.run(inspection.get_job(seeded.keys, id))
 
     assert found == place
     if place in {"result", "none"}:
@@ -144,31 +146,31 @@ def test_get_job(scene: Scene, id: str, place: str, extra: str | None) -> None: 
         assert extra is None or row.extra == extra
 
 
-def test_get_job_knows_an_own_id_that_ended(scene: Scene) -> None:
+def test_get_job_knows_an_own_id_that_ended(seeded: SeededQueue) -> None:
     """An own id that ended without a record is told from one that never was."""
-    scene.push(entry("a", own_id=True))
-    scene.register("w")
-    scene.turn("w", 1, 1)
-    scene.turn("w", 2, others=[Settlement("D", "a", own_id=True)])
-    assert scene.run(inspection.get_job(scene.keys, "a")) == ("none", None, b"1")
+    seeded.push(entry("a", own_id=True))
+    seeded.register("w")
+    seeded.turn("w", 1, 1)
+    seeded.turn("w", 2, others=[Settlement("D", "a", own_id=True)])
+    assert seeded.run(inspection.get_job(seeded.keys, "a")) == ("none", None, b"1")
 
 
-def test_workers(scene: Scene) -> None:
+def test_workers(seeded: SeededQueue) -> None:
     """Each worker is listed with its end, what it said of itself, and how much it holds, cancel requests apart."""
-    scene.lease("a", "b")
-    scene.run(operations.cancel(scene.keys, "a"))
-    scene.run(operations.register(scene.keys, "z", 2 * LEASE, operations.about(host="h")))
+    seeded.lease("a", "b")
+    seeded.run(operations.cancel(seeded.keys, "a"))
+    seeded.run(operations.register(seeded.keys, "z", 2 * LEASE, operations.about(host="h")))
 
-    first, second = scene.run(inspection.workers(scene.keys))
+    first, second = seeded.run(inspection.workers(seeded.keys))
 
     assert (first.worker, first.about, first.held) == ("w", {}, 2)
     assert (second.worker, second.about, second.held) == ("z", {"host": "h"}, 0)
-    assert 0 < first.end - scene.now() <= LEASE < second.end - scene.now() <= 2 * LEASE
+    assert 0 < first.end - seeded.now() <= LEASE < second.end - seeded.now() <= 2 * LEASE
 
 
 # -- audit ------------------------------------------------------------------------------------------------------------
 
-DAMAGE: dict[str, tuple[Callable[[Scene], object], set[tuple[str, str]]]] = {
+DAMAGE: dict[str, tuple[Callable[[SeededQueue], object], set[tuple[str, str]]]] = {
     "none": (lambda s: None, set()),
     "twice in ready": (lambda s: s.redis.rpush(s.keys.ready[0], "r1"), {("in ready and ready", "r1")}),
     "in two priorities": (lambda s: s.redis.rpush(s.keys.ready[7], "r1"), {("in ready and ready", "r1")}),
@@ -196,16 +198,16 @@ DAMAGE: dict[str, tuple[Callable[[Scene], object], set[tuple[str, str]]]] = {
 @pytest.mark.row("I1")
 @pytest.mark.redis6
 @pytest.mark.parametrize("name", DAMAGE)
-def test_audit_finds(scene: Scene, name: str) -> None:
+def test_audit_finds(seeded: SeededQueue, name: str) -> None:
     """The audit names each inconsistency there is, and no other."""
-    furnish(scene)
+    furnish(seeded)
     damage, expected = DAMAGE[name]
-    damage(scene)
-    assert set(scene.audit()) == expected
+    damage(seeded)
+    assert set(seeded.audit()) == expected
 
 
-def test_audit_refuses_what_is_too_large(scene: Scene) -> None:
+def test_audit_refuses_what_is_too_large(seeded: SeededQueue) -> None:
     """The audit reads everything in one step, so it refuses a queue above the size it is given."""
-    scene.push("a", "b", "c")
-    assert scene.run(inspection.audit(scene.keys, most=2)) == [("too-large", "3")]
-    assert scene.run(inspection.audit(scene.keys, most=3)) == []
+    seeded.push("a", "b", "c")
+    assert seeded.run(inspection.audit(seeded.keys, most=2)) == [("too-large", "3")]
+    assert seeded.run(inspection.audit(seeded.keys, most=3)) == []

@@ -8,18 +8,18 @@ import pytest
 
 from conveyor.errors import ConveyorError, QueueFull
 from support.script_calls import CALLS, KEYS, PUSHES, READS, furnish, name_of
-from support.seeded_queue import Scene, full
+from support.seeded_queue import SeededQueue, full
 from support.server_dump import exact
 
 
-def spoil(scene: Scene, key: str) -> None:
+def spoil(seeded: SeededQueue, key: str) -> None:
     """Put a value of another type where *key* is."""
-    kind = scene.redis.type(key)
-    scene.redis.delete(key)
+    kind = seeded.redis.type(key)
+    seeded.redis.delete(key)
     if kind == b"string" or (kind == b"none" and any(part in key for part in (":lane:", ":unique:", ":result:"))):
-        scene.redis.rpush(key, "spoiled")
+        seeded.redis.rpush(key, "spoiled")
     else:
-        scene.redis.set(key, "spoiled")
+        seeded.redis.set(key, "spoiled")
 
 
 @pytest.mark.row("I4")
@@ -33,22 +33,22 @@ def test_every_script_is_here() -> None:
 @pytest.mark.row("C28", "I4")
 @pytest.mark.redis6
 @pytest.mark.parametrize("name", CALLS)
-def test_wrong_type_fails_with_nothing_written(scene: Scene, name: str) -> None:
+def test_wrong_type_fails_with_nothing_written(seeded: SeededQueue, name: str) -> None:
     """With any key of another type a script fails before its first write, or never touches that key."""
     make, touched = CALLS[name]
-    furnish(scene)
-    others = {key.removeprefix(KEYS.prefix) for key in exact(scene.redis)} - {"q"}
+    furnish(seeded)
+    others = {key.removeprefix(KEYS.prefix) for key in exact(seeded.redis)} - {"q"}
     noticed = set()
     for key in sorted(touched | others):
-        scene.redis.flushall(asynchronous=False)
-        furnish(scene)
-        spoil(scene, name_of(key, scene))
-        before = exact(scene.redis)
+        seeded.redis.flushall(asynchronous=False)
+        furnish(seeded)
+        spoil(seeded, name_of(key, seeded))
+        before = exact(seeded.redis)
         try:
-            scene.run(make(KEYS))
+            seeded.run(make(KEYS))
         except ConveyorError:
             noticed.add(key)
-            assert exact(scene.redis) == before, f"{name} wrote something before it failed on {key}"
+            assert exact(seeded.redis) == before, f"{name} wrote something before it failed on {key}"
 
     assert touched <= noticed
 
@@ -57,19 +57,19 @@ def test_wrong_type_fails_with_nothing_written(scene: Scene, name: str) -> None:
 @pytest.mark.redis6
 @pytest.mark.redis7
 @pytest.mark.parametrize("name", sorted(CALLS.keys() - PUSHES))
-def test_full_server_still_drains(scene: Scene, name: str) -> None:
+def test_full_server_still_drains(seeded: SeededQueue, name: str) -> None:
     """On a full server every script that accepts nothing does exactly what it does on one with room."""
     make, _ = CALLS[name]
-    furnish(scene)
-    expected_reply = scene.run(make(KEYS))
-    expected = scene.dump()
-    scene.redis.flushall(asynchronous=False)
-    furnish(scene)
+    furnish(seeded)
+    expected_reply = seeded.run(make(KEYS))
+    expected = seeded.dump()
+    seeded.redis.flushall(asynchronous=False)
+    furnish(seeded)
 
-    with full(scene.redis):
-        reply = scene.run(make(KEYS))
+    with full(seeded.redis):
+        reply = seeded.run(make(KEYS))
 
-    assert scene.dump() == expected
+    assert seeded.dump() == expected
     if name not in {"turn", "register", "list_jobs", "get_job", "counts", "workers"}:  # these tell the time
         in_order = sorted if name == "held_ids" else repr  # of a hash, which has none
         assert in_order(reply) == in_order(expected_reply)
@@ -80,87 +80,87 @@ def test_full_server_still_drains(scene: Scene, name: str) -> None:
 @pytest.mark.redis7
 @pytest.mark.parametrize("name", sorted(PUSHES))
 @pytest.mark.standalone_only("sets the memory limit of one server")
-def test_full_server_refuses_a_push_whole(scene: Scene, name: str) -> None:
+def test_full_server_refuses_a_push_whole(seeded: SeededQueue, name: str) -> None:
     """On a full server a push raises QueueFull and leaves nothing, and with room again the same call succeeds."""
     make, _ = CALLS[name]
-    furnish(scene)
+    furnish(seeded)
     call = make(KEYS)
-    before = scene.dump()
-    with full(scene.redis), scene.unchanged(), pytest.raises(QueueFull, match="maxmemory"):
-        scene.run(call)
+    before = seeded.dump()
+    with full(seeded.redis), seeded.unchanged(), pytest.raises(QueueFull, match="maxmemory"):
+        seeded.run(call)
 
-    scene.run(call)
-    assert {"list_push": "q", "push": "jobs", "push_plain": "jobs", "claim_partitions": "conf"}[name] in scene.since(
+    seeded.run(call)
+    assert {"list_push": "q", "push": "jobs", "push_plain": "jobs", "claim_partitions": "conf"}[name] in seeded.since(
         before
     )
-    assert scene.audit() == []
+    assert seeded.audit() == []
 
 
 @pytest.mark.row("C11")
 @pytest.mark.redis6
 @pytest.mark.redis7
-def test_backlog_drains_on_a_full_server(scene: Scene) -> None:
+def test_backlog_drains_on_a_full_server(seeded: SeededQueue) -> None:
     """A worker can register, lease and finish a whole backlog while the server takes nothing new."""
-    scene.push(*[f"{n:04}" for n in range(2500)])
-    with full(scene.redis):
-        scene.register("w")
+    seeded.push(*[f"{n:04}" for n in range(2500)])
+    with full(seeded.redis):
+        seeded.register("w")
         number, done = 0, []
         while True:
             number += 1
-            done = scene.turn("w", number, 1000, done=done).ids
+            done = seeded.turn("w", number, 1000, done=done).ids
             if not done:
                 break
 
     assert number == 4
-    assert scene.redis.hlen(scene.keys.jobs) == 0
-    assert scene.audit() == []
+    assert seeded.redis.hlen(seeded.keys.jobs) == 0
+    assert seeded.audit() == []
 
 
 @pytest.mark.parametrize("name", sorted(READS))
-def test_reads_change_nothing(scene: Scene, name: str) -> None:
+def test_reads_change_nothing(seeded: SeededQueue, name: str) -> None:
     """A read leaves every key as it was."""
     make, _ = CALLS[name]
-    furnish(scene)
-    with scene.unchanged():
-        scene.run(make(KEYS))
+    furnish(seeded)
+    with seeded.unchanged():
+        seeded.run(make(KEYS))
 
 
 @pytest.mark.row("C14")
 @pytest.mark.parametrize("name", ["push", "turn", "reap", "cancel-scheduled", "purge-ready"])
-def test_forgotten_scripts_are_sent_again(scene: Scene, name: str) -> None:
+def test_forgotten_scripts_are_sent_again(seeded: SeededQueue, name: str) -> None:
     """After SCRIPT FLUSH a call has the effect it always has."""
     make, _ = CALLS[name]
-    furnish(scene)
-    scene.run(make(KEYS))
-    expected = scene.dump()
-    scene.redis.flushall(asynchronous=False)
-    furnish(scene)
-    scene.redis.script_flush()
+    furnish(seeded)
+    seeded.run(make(KEYS))
+    expected = seeded.dump()
+    seeded.redis.flushall(asynchronous=False)
+    furnish(seeded)
+    seeded.redis.script_flush()
 
-    scene.run(make(KEYS))
+    seeded.run(make(KEYS))
 
-    assert scene.dump() == expected
+    assert seeded.dump() == expected
 
 
 @pytest.mark.row("I4")
 @pytest.mark.redis6
 @pytest.mark.parametrize("name", sorted(CALLS.keys() - READS))
-def test_call_sent_twice(scene: Scene, name: str) -> None:
+def test_call_sent_twice(seeded: SeededQueue, name: str) -> None:
     """Every step may be sent again when its reply was lost: no job is lost or doubled by it."""
     make, _ = CALLS[name]
-    furnish(scene)
+    furnish(seeded)
     call = make(KEYS)
-    first = scene.run(call)
-    live = scene.redis.hkeys(scene.keys.jobs)
-    before = exact(scene.redis)
+    first = seeded.run(call)
+    live = seeded.redis.hkeys(seeded.keys.jobs)
+    before = exact(seeded.redis)
 
-    second = scene.run(call)
+    second = seeded.run(call)
 
-    assert scene.audit() == []
+    assert seeded.audit() == []
     if name == "list_intake":  # takes what is still there, and overwrites nothing
         assert (first, second) == (3, 1)
-        assert set(live) < set(scene.redis.hkeys(scene.keys.jobs))
+        assert set(live) < set(seeded.redis.hkeys(seeded.keys.jobs))
     elif name == "purge-ready":
         assert second == (0, 0)
     elif name not in {"turn", "register", "heartbeat"}:  # these renew a lease
-        assert exact(scene.redis) == before
+        assert exact(seeded.redis) == before

@@ -1,10 +1,9 @@
 """
-Running coroutines: long-lived slots instead of a task per job.
+Runs coroutines in a pool of long-lived tasks.
 
-A slot is an asyncio task that runs one job after the other, so `current_task()`, timeouts and
-cancellation work as anywhere, and no task is created per job (6 µs). Each job runs in a context
-of its own. A job that never suspends costs no pass of the event loop; when one suspends, the
-next slot is woken if more jobs wait.
+A task runs one job after the other, so `current_task()`, timeouts and cancellation work as usual, and no task is created
+per job (6 µs). Each job runs in a context of its own. A job that never suspends costs no pass of the event loop; when
+one suspends, the next task is woken if more jobs wait.
 """
 
 from __future__ import annotations
@@ -18,48 +17,60 @@ from time import perf_counter
 from typing import Any
 
 from conveyor.worker.attempt import Attempt
-from conveyor.worker.crash_attribution import FULL, LOOP, RunningTable, named
+from conveyor.worker.crash_attribution import LOOP_CELL, OVERFLOW_CELL, RunningTable, id_checksum
 
 SLICE = 0.005
-"""Seconds the slots may run jobs that never suspend before the loop gets its turn: what was finished leaves in one batch."""
+"""
+Seconds for which jobs that never suspend may run before the event loop gets a pass: what was finished leaves in one
+batch.
+"""
 
 Begin = Callable[[Attempt], tuple[Variables, Coroutine[Any, Any, Any]]]
-Finish = Callable[[Attempt, Any, BaseException | None], None]
-Suspend = Callable[[Attempt], None]
+OnFinished = Callable[[Attempt, Any, BaseException | None], None]
+OnSuspended = Callable[[Attempt], None]
 
 
 class CoroutinePool:
     """Up to *limit* coroutines at once, taken in order from `backlog`."""
 
     def __init__(
-        self, limit: int, begin: Begin, suspended: Suspend, finish: Finish, seats: RunningTable | None = None
+        self, limit: int, begin: Begin, on_suspended: OnSuspended, on_finished: OnFinished,
+        running_table: RunningTable | None = None,
     ) -> None:  # fmt: skip
-        """Take how an attempt begins, what to do when it first suspends and at its end, and where to show what runs."""
+        """
+        Args:
+            limit: how many coroutines at once.
+            begin: returns the context and the coroutine of an attempt.
+            on_suspended: called when an attempt suspends for the first time.
+            on_finished: called at the end of an attempt.
+            running_table: where a supervisor reads which jobs run; None without one.
+        """
         self.backlog: deque[Attempt] = deque()
         self.running = 0
-        self.current: Attempt | None = None  # what holds the loop right now
+        self.current: Attempt | None = None
+        """The attempt whose code the event loop runs now."""
         self._limit = limit
-        self._begin, self._suspended, self._finish = begin, suspended, finish
-        self._seats = seats
+        self._begin, self._on_suspended, self._on_finished = begin, on_suspended, on_finished
+        self._running_table = running_table
         self._idle: list[asyncio.Future[None]] = []
         self._tasks: set[asyncio.Task[None]] = set()
         self._loop = asyncio.get_running_loop()
         self._slice_end = 0.0
 
     def wake(self) -> None:
-        """See to it that somebody takes from the backlog."""
+        """Wake an idle task, or start one, to take from the backlog."""
         while self._idle:
             future = self._idle.pop()
             if not future.done():
                 future.set_result(None)
                 return
         if len(self._tasks) < self._limit:
-            task = self._loop.create_task(self._serve(), name=f"conveyor-slot-{len(self._tasks)}")
+            task = self._loop.create_task(self._serve(), name=f"conveyor-coroutine-{len(self._tasks)}")
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
 
     async def close(self) -> None:
-        """End the slots; whatever still runs is cancelled."""
+        """End all tasks; what still runs is cancelled."""
         tasks = list(self._tasks)
         for task in tasks:
             task.cancel()
@@ -68,19 +79,19 @@ class CoroutinePool:
     async def _serve(self) -> None:
         backlog, me = self.backlog, asyncio.current_task()
         assert me is not None
-        cells = None if self._seats is None else self._seats.cells
-        seat = 0 if self._seats is None else self._seats.take()
-        called, seated = 0, False
+        cells = None if self._running_table is None else self._running_table.cells
+        cell = 0 if self._running_table is None else self._running_table.take_cell()
+        checksum, is_shown = 0, False
         while True:
             if not backlog:
                 if cells is not None:
-                    cells[LOOP] = 0  # not after each job: the next one overwrites it
+                    cells[LOOP_CELL] = 0  # not after each job: the next one overwrites it
                 future: asyncio.Future[None] = self._loop.create_future()
                 self._idle.append(future)
                 await future
                 continue
             now = perf_counter()
-            if now > self._slice_end and self._is_over(now):
+            if now > self._slice_end and self._slice_is_over(now):
                 await asyncio.sleep(0)
                 continue
             attempt = backlog.popleft()
@@ -88,7 +99,7 @@ class CoroutinePool:
             self.current = attempt
             self.running += 1
             if cells is not None:
-                cells[LOOP] = called = named(attempt.id)
+                cells[LOOP_CELL] = checksum = id_checksum(attempt.id)
             value: Any = None
             error: BaseException | None = None
             try:
@@ -101,33 +112,33 @@ class CoroutinePool:
                     self.current = None
                     attempt.runner = me
                     if cells is not None:
-                        cells[seat], seated = called, True
-                        cells[LOOP] = 0
-                    self._suspended(attempt)
+                        cells[cell], is_shown = checksum, True
+                        cells[LOOP_CELL] = 0
+                    self._on_suspended(attempt)
                     if backlog:
                         self.wake()
-                    value = await _rest(coroutine, variables, waited_on, cells, called)
+                    value = await _resume(coroutine, variables, waited_on, cells, checksum)
             except BaseException as raised:
                 # By its type: what a job raises may lie about its class.
-                if issubclass(type(raised), asyncio.CancelledError) and attempt.stopped is None and me.cancelling():
+                if issubclass(type(raised), asyncio.CancelledError) and attempt.stop_reason is None and me.cancelling():
                     self.running -= 1
-                    raise  # the slot itself is ended
+                    raise  # the pool is closing
                 error = raised
-            if seated and cells is not None and seat != FULL:
-                cells[seat], seated = 0, False
+            if is_shown and cells is not None and cell != OVERFLOW_CELL:
+                cells[cell], is_shown = 0, False
             self.current = attempt.runner = None
             if me.cancelling():
                 while me.uncancel():
                     pass
             self.running -= 1
-            self._finish(attempt, value, error)
+            self._on_finished(attempt, value, error)
 
-    def _is_over(self, now: float) -> bool:
-        """Tell whether the slice is over and the loop must have its turn; else another begins."""
+    def _slice_is_over(self, now: float) -> bool:
+        """Tell whether the time slice is over and the event loop must get a pass; otherwise begin another slice."""
         if self._slice_end:
             self._slice_end = 0.0
-            if self._seats is not None:
-                self._seats.cells[LOOP] = 0
+            if self._running_table is not None:
+                self._running_table.cells[LOOP_CELL] = 0
             return True
         self._slice_end = now + SLICE
         self._loop.call_soon(self._end_slice)
@@ -138,10 +149,10 @@ class CoroutinePool:
 
 
 @types.coroutine
-def _rest(
-    coroutine: Coroutine[Any, Any, Any], variables: Variables, waited_on: Any, cells: memoryview | None, called: int
+def _resume(
+    coroutine: Coroutine[Any, Any, Any], variables: Variables, waited_on: Any, cells: memoryview | None, checksum: int
 ) -> Generator[Any, Any, Any]:  # fmt: skip
-    """Drive a coroutine that has suspended, every step in its own context, and show when it holds the loop."""
+    """Run a coroutine that has suspended to its end, each step in its own context, and note when its code is executed."""
     while True:
         try:
             sent = yield waited_on
@@ -154,10 +165,10 @@ def _rest(
         else:
             step, argument = coroutine.send, sent
         if cells is not None:
-            cells[LOOP] = called
+            cells[LOOP_CELL] = checksum
         try:
             waited_on = variables.run(step, argument)
         except StopIteration as stop:
             return stop.value
         if cells is not None:
-            cells[LOOP] = 0
+            cells[LOOP_CELL] = 0

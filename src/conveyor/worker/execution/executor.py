@@ -1,4 +1,4 @@
-"""What runs jobs inside one child: slots for coroutines, threads for functions, processes for the rest."""
+"""Runs the jobs of one worker: coroutines on the event loop, functions on threads, the rest in processes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 from conveyor.jobs.context import CURRENT, Context
 from conveyor.payload import failures
 from conveyor.worker.attempt import Attempt
-from conveyor.worker.crash_attribution import BESIDE, LOOP, RunningTable, named
+from conveyor.worker.crash_attribution import IN_PROCESS, LOOP_CELL, RunningTable, id_checksum
 from conveyor.worker.execution.coroutines import CoroutinePool
 from conveyor.worker.execution.processes import ProcessPool
 from conveyor.worker.execution.threads import ThreadPool
@@ -25,56 +25,64 @@ Chain = Callable[[Context, Callable[[], Awaitable[Any]]], Coroutine[Any, Any, An
 
 log = logging.getLogger("conveyor.worker")
 AFTER_TIMEOUT = 5.0
-"""Seconds a coroutine may take to end after its time limit, or a thread before the child is recycled."""
+"""Seconds that a coroutine may take to end after its time limit, or a thread before the child is replaced."""
 
 UNSTARTED = float("inf")
 """The time limit of a job that waits for a thread: it counts from its start there."""
 
-Ended = Callable[[Attempt, Any, BaseException | None], None]
+OnFinished = Callable[[Attempt, Any, BaseException | None], None]
 
 
 class Executor:
-    """Runs attempts and reports each end exactly once to *ended*."""
+    """Runs attempts and reports each end exactly once to *on_finished*."""
 
     def __init__(
-        self, *, concurrency: int, threads: int, processes: ProcessPool, ended: Ended, stuck: Callable[[Attempt], None],
-        kinds: set[str], unusual: JobLoader, chain: Chain | None = None, seats: RunningTable | None = None,
+        self, *, concurrency: int, threads: int, processes: ProcessPool, on_finished: OnFinished,
+        on_stuck: Callable[[Attempt], None], kinds: set[str], loader: JobLoader, chain: Chain | None = None,
+        running_table: RunningTable | None = None,
     ) -> None:  # fmt: skip
         """
-        Take the limits, what to do with an end, what to do with a thread that outlives its limit,
-        how the app's tasks run (loop, thread, process), who opens what is wrapped, its middlewares, and where a
-        supervisor sees what runs.
+        Args:
+            concurrency: how many attempts run at once.
+            threads: how many of them on threads.
+            processes: runs those of `run_in="process"`.
+            on_finished: called at the end of each attempt.
+            on_stuck: called with an attempt whose thread goes on beyond its time limit.
+            kinds: how the app's tasks run ("loop", "thread", "process").
+            loader: opens sealed bodies.
+            chain: calls the middlewares around a job; None without any.
+            running_table: where a supervisor reads which jobs run; None without one.
         """
         self.concurrency = concurrency
         self._kinds = kinds
-        self._unusual = unusual
-        self._ended, self._stuck, self._chain = ended, stuck, chain
+        self._loader = loader
+        self._on_finished, self._on_stuck, self._chain = on_finished, on_stuck, chain
         self._base = copy_context()
         self._loop = asyncio.get_running_loop()
-        self.slots = CoroutinePool(concurrency, self._begin, self._suspended, self._finish, seats)
-        self._seats = seats
-        self._beside: dict[Attempt, int] = {}
-        self.threads = ThreadPool(threads, self._thread_ended, self._watch, seats)
-        self._waiters = 0  # attempts on a thread whose slot waits for them inside the middlewares
+        self.coroutines = CoroutinePool(concurrency, self._begin, self._on_suspended, self._finish, running_table)
+        self._running_table = running_table
+        self._in_processes: dict[Attempt, int] = {}
+        self.threads = ThreadPool(threads, self._thread_ended, self._watch_limit, running_table)
+        self._waiters = 0  # attempts on a thread while their coroutine waits for them inside the middlewares
         self.processes = processes
         self.deadlines = Deadlines(self._loop, self._expire)
-        self._direct = 0  # attempts that run beside the slots: threads through middlewares, processes
+        self._direct = 0  # attempts that run beside the coroutine pool: in processes
 
     # -- room -----------------------------------------------------------------------------------------------------
 
     @property
     def running(self) -> int:
-        """How many attempts have begun and not ended, and those that wait for a thread."""
-        return self.slots.running + self.threads.running + self._direct - self._waiters
+        """How many attempts have started and not ended, and those that wait for a thread."""
+        return self.coroutines.running + self.threads.running + self._direct - self._waiters
 
     @property
     def free(self) -> int:
         """
-        How many more could begin right now, of the kind that has the least room.
+        How many more could start now, of the kind that has the least room.
 
-        What a job is shows only when it is leased; one that cannot begin would be held back from other workers.
+        The kind of a job is known only when it is leased. One that cannot start would be kept from other workers.
         """
-        free = self.concurrency - self.running - len(self.slots.backlog) - self._unusual.fetching
+        free = self.concurrency - self.running - len(self.coroutines.backlog) - len(self._loader.fetching)
         if "thread" in self._kinds:
             free = min(free, self.threads.limit - self.threads.running)
         if "process" in self._kinds:
@@ -82,35 +90,35 @@ class Executor:
         return free
 
     def submit(self, attempts: list[Attempt]) -> None:
-        """Run them, in their order."""
-        backlog = self.slots.backlog
-        before, cells = len(backlog), None if self._seats is None else self._seats.cells
+        """Run *attempts* in their order."""
+        backlog = self.coroutines.backlog
+        before, cells = len(backlog), None if self._running_table is None else self._running_table.cells
         for attempt in attempts:
-            if attempt.closed:
-                self._unusual.begin(attempt, lambda opened: self.submit([opened]), self._finish)
+            if attempt.sealed:
+                self._loader.begin(attempt, lambda opened: self.submit([opened]), self._finish)
                 continue
             kind = attempt.handler.kind
             if kind == "loop" or self._chain is not None:
                 backlog.append(attempt)
             elif kind == "thread":
-                self._thread(attempt)
+                self._start_on_thread(attempt)
             else:
-                self._process(attempt)
+                self._start_in_process(attempt)
         if cells is not None:
-            cells[LOOP] = 0
+            cells[LOOP_CELL] = 0
         if len(backlog) > before:
-            self.slots.wake()
+            self.coroutines.wake()
 
     def take_back(self, attempt: Attempt) -> None:
-        """Forget an attempt that has not begun; a thread that reaches it passes it over."""
-        if attempt in self.slots.backlog:
-            self.slots.backlog.remove(attempt)
-            attempt.consumer.left()
+        """Drop an attempt that has not started. A thread that reaches it skips it."""
+        if attempt in self.coroutines.backlog:
+            self.coroutines.backlog.remove(attempt)
+            attempt.consumer.on_abandoned()
 
     # -- beginning ------------------------------------------------------------------------------------------------
 
     def _begin(self, attempt: Attempt) -> tuple[Variables, Coroutine[Any, Any, Any]]:
-        attempt.consumer.begun(attempt)
+        attempt.consumer.on_started(attempt)
         variables = self._base.copy()
         handler = attempt.handler
         attempt.runner = asyncio.current_task()
@@ -123,10 +131,10 @@ class Executor:
         return variables, variables.run(handler.function, *args, **kwargs)
 
     async def _call(self, attempt: Attempt) -> Any:
-        """Run the function itself, at the inner end of the middlewares."""
+        """Run the function itself, inside all middlewares."""
         handler = attempt.handler
         if handler.kind == "process":
-            return await self._run_beside(attempt)
+            return await self._run_in_process(attempt)
         args, kwargs = handler.decode(attempt.body)
         if handler.injected:
             self._inject(attempt, kwargs)
@@ -134,8 +142,8 @@ class Executor:
             return await handler.function(*args, **kwargs)
         attempt.waiter = self._loop.create_future()
         self._waiters += 1
-        called = 0 if self._seats is None else named(attempt.id)
-        self.threads.submit(attempt, copy_context(), partial(handler.function, *args, **kwargs), called)
+        checksum = 0 if self._running_table is None else id_checksum(attempt.id)
+        self.threads.submit(attempt, copy_context(), partial(handler.function, *args, **kwargs), checksum)
         try:
             return await attempt.waiter
         finally:
@@ -161,11 +169,12 @@ class Executor:
         for name in attempt.handler.injected:
             kwargs[name] = attempt.open()
 
-    def _thread(self, attempt: Attempt) -> None:
-        attempt.consumer.begun(attempt)
-        called = 0
-        if self._seats is not None:
-            self._seats.cells[LOOP] = called = named(attempt.id)  # validators are code of the job's, too
+    def _start_on_thread(self, attempt: Attempt) -> None:
+        attempt.consumer.on_started(attempt)
+        checksum = 0
+        if self._running_table is not None:
+            # From here on: validators are code of the job, too.
+            self._running_table.cells[LOOP_CELL] = checksum = id_checksum(attempt.id)
         try:
             args, kwargs = attempt.handler.decode(attempt.body)
         except Exception as error:
@@ -177,84 +186,89 @@ class Executor:
         variables = self._base.copy()
         variables.run(CURRENT.set, attempt)
         if attempt.timeout is not None:
-            attempt.until = UNSTARTED
-        self.threads.submit(attempt, variables, partial(attempt.handler.function, *args, **kwargs), called)
+            attempt.deadline = UNSTARTED
+        self.threads.submit(attempt, variables, partial(attempt.handler.function, *args, **kwargs), checksum)
 
-    def _process(self, attempt: Attempt) -> None:
-        attempt.consumer.begun(attempt)
+    def _start_in_process(self, attempt: Attempt) -> None:
+        attempt.consumer.on_started(attempt)
         attempt.started = perf_counter()
         self._direct += 1
-        attempt.runner = self._loop.create_task(self._in_process(attempt))
+        attempt.runner = self._loop.create_task(self._await_process(attempt))
 
-    async def _in_process(self, attempt: Attempt) -> None:
+    async def _await_process(self, attempt: Attempt) -> None:
         value: Any = None
         error: BaseException | None = None
-        self._watch(attempt)
+        self._watch_limit(attempt)
         try:
-            value = await self._run_beside(attempt)
+            value = await self._run_in_process(attempt)
         except BaseException as raised:
             error = raised
         attempt.runner = None
         self._direct -= 1
         self._finish(attempt, value, error)
 
-    async def _run_beside(self, attempt: Attempt) -> Any:
-        """Run it in a process, and show it for as long as it is held: a crash counts also when we die before it is settled."""
-        if self._seats is not None:
-            for one in [one for one in self._beside if not one.consumer.holds(one)]:
-                self._seats.leave(self._beside.pop(one))
-            self._beside[attempt] = seat = self._seats.take()
-            self._seats.cells[seat] = named(attempt.id) | BESIDE
+    async def _run_in_process(self, attempt: Attempt) -> Any:
+        """Run it in a process, and note it in the table while it is held: a crash counts also if this process dies first."""
+        if self._running_table is not None:
+            for one in [one for one in self._in_processes if not one.consumer.holds(one)]:
+                self._running_table.release_cell(self._in_processes.pop(one))
+            self._in_processes[attempt] = cell = self._running_table.take_cell()
+            self._running_table.cells[cell] = id_checksum(attempt.id) | IN_PROCESS
         return await self.processes.run(attempt)
 
     # -- time limits ----------------------------------------------------------------------------------------------
 
-    def _suspended(self, attempt: Attempt) -> None:
-        """A job that never suspends needs no watch: nothing could stop it anyway."""
-        self._watch(attempt)
+    def _on_suspended(self, attempt: Attempt) -> None:
+        """Watch the time limit of a job that suspends. One that never suspends could not be stopped anyway."""
+        self._watch_limit(attempt)
 
-    def _watch(self, attempt: Attempt) -> None:
+    def _watch_limit(self, attempt: Attempt) -> None:
         limit = attempt.timeout
-        moved = attempt.until is not None and attempt.until != UNSTARTED  # the job has set its own already
+        moved = attempt.deadline is not None and attempt.deadline != UNSTARTED  # the job has set its own already
         if limit is not None and attempt.ended == 0.0 and not moved:
-            attempt.until = attempt.started + limit
+            attempt.deadline = attempt.started + limit
             self.deadlines.add(attempt)
 
     def _expire(self, attempt: Attempt) -> None:
-        if attempt.stopped is None:
+        if attempt.stop_reason is None:
             self.stop(attempt, "timeout")
         elif attempt.runner is None or attempt.waiter is not None:
-            self._stuck(attempt)
+            self._on_stuck(attempt)
             return
         else:
-            # It swallowed its cancellation: ask again, for as long as it takes.
+            # It ignored its cancellation: cancel it again, for as long as it takes.
             attempt.runner.cancel()
-        attempt.until = perf_counter() + AFTER_TIMEOUT
+        attempt.deadline = perf_counter() + AFTER_TIMEOUT
         self.deadlines.add(attempt)
 
     def stop(self, attempt: Attempt, why: str) -> None:
-        """Stop an attempt: one that has not begun is settled at once, a coroutine or process is cancelled, a thread is told."""
-        if attempt.ended != 0.0 or attempt.stopped is not None:
+        """
+        Stop an attempt.
+
+        One that has not started is settled at once, a coroutine or process is cancelled, a thread learns it through its
+        context.
+        """
+        if attempt.ended != 0.0 or attempt.stop_reason is not None:
             return
-        attempt.stopped = why
+        attempt.stop_reason = why
         if attempt.started == 0.0:
             self.take_back(attempt)
             self._finish(attempt, None, None)
         elif attempt.runner is not None and attempt.waiter is None:
             attempt.runner.cancel()
         if attempt.context is not None:
-            attempt.flag()
+            attempt.flag_context()
 
     # -- ends -----------------------------------------------------------------------------------------------------
 
     def _finish(self, attempt: Attempt, value: Any, error: BaseException | None) -> None:
         if attempt.ended == 0.0:
             attempt.ended = perf_counter()
-            self._ended(attempt, value, None if error is None else failures.safe_exception(error))
+            self._on_finished(attempt, value, None if error is None else failures.safe_exception(error))
 
     async def close(self) -> None:
-        """End slots, threads and processes."""
+        """End coroutines, threads and processes."""
         self.deadlines.close()
-        await self.slots.close()
+        await self.coroutines.close()
         self.threads.close()
         await self.processes.close()

@@ -1,5 +1,5 @@
 """
-What runs in the fresh interpreter: loads the app, then runs one job after the other, each alone.
+The main module of a process for single jobs: it loads the app, then runs one job after the other, each alone.
 
 ``main()`` is called with the app's reference and the descriptor of a socket to the worker; standard input is a pipe
 that only says, by its end, that the worker is gone.
@@ -26,31 +26,31 @@ from conveyor.errors import UnknownTask
 from conveyor.jobs.context import CURRENT, Context, end_spawning, spawned_entries
 from conveyor.jobs.core import core_of
 from conveyor.jobs.task import TaskDefinition
+from conveyor.worker.app_loading import load
 from conveyor.worker.execution.process_protocol import (
     HEAD,
     DoneReply,
     ExtendRequest,
     FailedReply,
-    Order,
     ReadyReply,
-    Report,
+    Reply,
+    Request,
     RunRequest,
     StartRequest,
     capture,
     pack,
-    read_order,
+    read_request,
 )
 from conveyor.worker.logs import configure_log
 from conveyor.worker.recycling import RecycleLimits
-from conveyor.worker.supervision.child_main import load
 
 
 def main() -> None:
-    """Serve until the worker closes its end; the worker's death ends this process group at once."""
-    _die_with_the_worker()
+    """Run jobs until the worker closes its end. The death of the worker ends this process group at once."""
+    _end_with_worker()
     for number in (signal.SIGTERM, signal.SIGINT):
-        # Sent to all of a service at its stop; the worker decides how long this job may go on. A handler and not
-        # SIG_IGN, which the programs that a job starts would inherit.
+        # Sent to all processes of a service at its stop; the worker decides how long this job may go on. A handler and
+        # not SIG_IGN, which the programs that a job starts would inherit.
         signal.signal(number, lambda *_: None)
     connection = _ParentConnection(int(sys.argv[2]))
     start = connection.receive()
@@ -64,31 +64,31 @@ def main() -> None:
     except BaseException as error:
         connection.send(capture(error, (__file__,)))
         return
-    quota, jobs = RecycleLimits(start.max_jobs, start.max_memory), 0
-    quota.begin()
+    recycle_limits, jobs = RecycleLimits(start.max_jobs, start.max_memory), 0
+    recycle_limits.begin()
     connection.send(ReadyReply())
     while isinstance(job := connection.receive(), RunRequest):
-        report = runner.run(job)
+        reply = runner.run(job)
         _flush()
         jobs += 1
-        report.worn = quota.used_up(jobs) or ""
-        connection.send(report)
+        reply.worn = recycle_limits.used_up(jobs) or ""
+        connection.send(reply)
     runner.close()
 
 
 class _ParentConnection:
-    """The worker's orders, and what it is told."""
+    """The connection to the worker: requests come in, replies go out."""
 
     def __init__(self, descriptor: int) -> None:
         self._socket = socket.socket(fileno=descriptor)
         self._socket.set_inheritable(False)
 
-    def send(self, message: Report) -> None:
+    def send(self, message: Reply) -> None:
         self._socket.sendall(pack(message))
 
-    def receive(self) -> Order | None:
+    def receive(self) -> Request | None:
         head = self._exactly(HEAD.size)
-        return read_order(self._exactly(HEAD.unpack(head)[0])) if head else None
+        return read_request(self._exactly(HEAD.unpack(head)[0])) if head else None
 
     def _exactly(self, count: int) -> bytes:
         parts = []
@@ -100,22 +100,22 @@ class _ParentConnection:
 
 class _Runner:
     """
-    The app, its lifespan and its jobs.
+    The app with its lifespans, and the jobs.
 
-    A `def` runs in the main thread with no event loop around it. An `async def` runs on one loop that stays for the
-    life of the process, so that what the lifespan opened can be used there; the loop stands still in between.
+    A `def` runs in the main thread without an event loop. An `async def` runs on one loop that stays for the life of the
+    process, so that it can use what the lifespans opened; between jobs the loop does not run.
     """
 
     def __init__(self, connection: _ParentConnection) -> None:
         self._connection = connection
         self._loop = asyncio.Runner()
-        self._over = asyncio.Event()
+        self._closing = asyncio.Event()
         self._lifespan: asyncio.Task[None]
         self._state: Mapping[str, Any] = {}
         self._app: Any
 
     def open(self, reference: str) -> None:
-        """Load the app and open its lifespan; raises what these raise."""
+        """Load the app and open its lifespans; raises what these raise."""
         self._app = load(reference)
         self._loop.run(self._open_lifespan())
 
@@ -123,10 +123,10 @@ class _Runner:
         opened = asyncio.get_running_loop().create_future()
 
         async def hold() -> None:
-            # One task from the opening to the closing: cancel scopes insist on it.
+            # One task from the opening to the closing: cancel scopes require it.
             async with core_of(self._app).lifespan_context() as state:
                 opened.set_result(state)
-                await self._over.wait()
+                await self._closing.wait()
 
         self._lifespan = asyncio.create_task(hold())
         await asyncio.wait({opened, self._lifespan}, return_when=asyncio.FIRST_COMPLETED)
@@ -135,10 +135,10 @@ class _Runner:
         self._state = await opened
 
     def close(self) -> None:
-        """Close the lifespan and the app."""
+        """Close the lifespans and the app."""
 
         async def end() -> None:
-            self._over.set()
+            self._closing.set()
             await self._lifespan
             await self._app.aclose()
 
@@ -147,7 +147,7 @@ class _Runner:
         self._app.close()
 
     def run(self, job: RunRequest) -> DoneReply | FailedReply:
-        """Run one job; whatever it raises is what it failed with."""
+        """Run one job; return its result, or what it raised."""
         try:
             task = core_of(self._app).definitions.get(job.task)
             if task is None:
@@ -188,24 +188,24 @@ class _Runner:
         )
 
 
-def _die_with_the_worker() -> None:
+def _end_with_worker() -> None:
     """Have the whole process group killed when the worker's end of standard input closes; jobs get /dev/null."""
-    life = os.dup(0)  # not inherited by the programs that a job starts
+    alive_fd = os.dup(0)  # not inherited by the programs that a job starts
     with open(os.devnull, "rb") as nothing:
         os.dup2(nothing.fileno(), 0)
     if sys.platform == "linux":
-        # The kernel does it, so a job that never lets go of the interpreter's lock ends too.
-        fcntl.fcntl(life, fcntl.F_SETOWN, -os.getpgrp())
-        fcntl.fcntl(life, fcntl.F_SETSIG, signal.SIGKILL)
-        fcntl.fcntl(life, fcntl.F_SETFL, fcntl.fcntl(life, fcntl.F_GETFL) | os.O_ASYNC)
+        # The kernel does it, so a job that never releases the interpreter's lock ends too.
+        fcntl.fcntl(alive_fd, fcntl.F_SETOWN, -os.getpgrp())
+        fcntl.fcntl(alive_fd, fcntl.F_SETSIG, signal.SIGKILL)
+        fcntl.fcntl(alive_fd, fcntl.F_SETFL, fcntl.fcntl(alive_fd, fcntl.F_GETFL) | os.O_ASYNC)
         poll = select.poll()
-        poll.register(life, 0)
+        poll.register(alive_fd, 0)
         if poll.poll(0):  # it closed before the kernel was asked
             os.killpg(0, signal.SIGKILL)
     else:
 
         def watch() -> None:
-            os.read(life, 1)
+            os.read(alive_fd, 1)
             os.killpg(0, signal.SIGKILL)
 
         threading.Thread(target=watch, name="conveyor-orphan", daemon=True).start()

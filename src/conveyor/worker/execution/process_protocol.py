@@ -1,10 +1,9 @@
 """
-What a worker and its processes for single jobs say to each other, and how it is cut into frames.
+The messages between a worker and its processes for single jobs, as frames, and how an exception travels in them.
 
-An exception's way from one process to another: as text and names, never pickled.
-
-What arrives is an instance of a class made for it, below those of the original's classes that this process has loaded
-anyway. So `except`, `isinstance` and a retry policy see what they would have seen; attributes do not travel.
+An exception travels as text and names, never pickled. It arrives as an instance of a class made for it, below those of
+the original's classes that the worker has loaded anyway. So `except`, `isinstance` and a retry policy see what they would
+have seen; attributes do not travel.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ HEAD = struct.Struct("<I")
 
 
 class StartRequest(msgspec.Struct, tag="start"):
-    """To the process, once: which app it loads, where modules are looked for, and when it has done enough."""
+    """To the process, once: the app to load, the path of its modules, and the limits above which it is replaced."""
 
     app: str
     path: list[str]
@@ -40,7 +39,7 @@ class StartRequest(msgspec.Struct, tag="start"):
 
 
 class RunRequest(msgspec.Struct, tag="job"):
-    """To the process: one attempt. `body` is the arguments' raw JSON; `keep_ms` None means as the task has it."""
+    """To the process: one attempt. `body` is the arguments' raw JSON. `keep_ms` None: that of the task."""
 
     task: str
     body: bytes
@@ -57,14 +56,14 @@ class ReadyReply(msgspec.Struct, tag="ready"):
 
 
 class ExtendRequest(msgspec.Struct, tag="extend"):
-    """From the process: the running job asks for so many ms from now on."""
+    """From the process: the running job asks for a deadline that many ms ahead."""
 
     ms: int
 
 
 class DoneReply(msgspec.Struct, tag="done"):
     """
-    From the process: the job's result as JSON, or None where none is stored; and what it spawned.
+    From the process: the job's result as JSON (None if none is stored), and the entries of the jobs it spawned.
 
     `worn` says why the process is to be replaced; empty while it is not.
     """
@@ -76,9 +75,10 @@ class DoneReply(msgspec.Struct, tag="done"):
 
 class FailedReply(msgspec.Struct, tag="failed"):
     """
-    From the process: what the job raised.
+    From the process: the exception that the job raised.
 
-    `kinds` are its class and all above it as ``module:qualified.name``; `delay` is a Snooze's; `worn` as in Done.
+    `kinds` are its class and all above it as ``module:qualified.name``. `delay` is that of a Snooze. `worn` as in
+    `DoneReply`.
     """
 
     kinds: list[str]
@@ -89,31 +89,31 @@ class FailedReply(msgspec.Struct, tag="failed"):
     worn: str = ""
 
 
-Order = StartRequest | RunRequest
-Report = ReadyReply | ExtendRequest | DoneReply | FailedReply
+Request = StartRequest | RunRequest
+Reply = ReadyReply | ExtendRequest | DoneReply | FailedReply
 
 _encode = msgspec.msgpack.Encoder().encode
-_orders: msgspec.msgpack.Decoder[Order] = msgspec.msgpack.Decoder(Order)
-_reports: msgspec.msgpack.Decoder[Report] = msgspec.msgpack.Decoder(Report)
-read_order, read_report = _orders.decode, _reports.decode
+_requests: msgspec.msgpack.Decoder[Request] = msgspec.msgpack.Decoder(Request)
+_replies: msgspec.msgpack.Decoder[Reply] = msgspec.msgpack.Decoder(Reply)
+read_request, read_reply = _requests.decode, _replies.decode
 
 
-def pack(message: Order | Report) -> bytes:
+def pack(message: Request | Reply) -> bytes:
     """Return *message* as one frame."""
     data = _encode(message)
     return HEAD.pack(len(data)) + data
 
 
 _ASYNCIO = {module.__file__ for module in (asyncio.base_events, asyncio.events, asyncio.runners, asyncio.tasks)}
-# Raised out of a coroutine these mean something else than "the job failed".
+# Raised out of a coroutine, these do not mean that the job failed.
 _UNRAISABLE = (StopIteration, StopAsyncIteration)
 
 
 def capture(error: BaseException, ours: Collection[str] = ()) -> FailedReply:
-    """Return *error* as it travels; the outermost frames from files in *ours* and from asyncio are left out."""
+    """Return *error* as it travels, without the outermost frames from files in *ours* and from asyncio."""
     try:
-        error.__traceback__ = _beyond(error.__traceback__, _ASYNCIO.union(ours))
-    except BaseException:  # noqa: S110  the class may refuse; then there is more to read
+        error.__traceback__ = _strip_frames(error.__traceback__, _ASYNCIO.union(ours))
+    except BaseException:  # noqa: S110  the class may refuse it; then the traceback is longer
         pass
     record = failures.describe(error, 0, 0, "")
     return FailedReply(
@@ -127,38 +127,38 @@ def capture(error: BaseException, ours: Collection[str] = ()) -> FailedReply:
 
 def rebuild(failed: FailedReply, policy: Retry) -> Exception:
     """
-    Return the exception that *failed* tells of, without running code of its class and without importing anything.
+    Return the exception of *failed*, without running code of its class and without importing anything.
 
-    Its classes are those that *policy* names or that are loaded here; what ends a program there (SystemExit) is an
-    Exception of that name here.
+    Its base classes are those that *policy* names or that are loaded here. One that would end a program (SystemExit) is
+    an Exception of that name here.
     """
     if failed.delay is not None:
         return Snooze(failed.delay)
-    kind = _kind(failed.kinds, _found(failed.kinds, policy))
+    kind = _make_class(failed.kinds, _loaded_classes(failed.kinds, policy))
     native: Any = next(one for one in kind.__mro__ if one.__module__ == "builtins" and issubclass(one, BaseException))
     group = issubclass(native, BaseExceptionGroup)
     arguments = (failed.message, [Exception(failed.message)]) if group else (failed.message,)
     error: Exception = native.__new__(kind, *arguments)
-    facts: dict[str, Any] = {
+    attributes: dict[str, Any] = {
         "conveyor_text": failed.message,
         "conveyor_traceback": failed.traceback,
         "__notes__": [f"In the process of the job:\n{failed.traceback}"],
     }
     if failed.code is not None:
-        facts["code"] = failed.code
-    for name, value in facts.items():
+        attributes["code"] = failed.code
+    for name, value in attributes.items():
         object.__setattr__(error, name, value)  # a frozen dataclass can be an exception too
     return error
 
 
 class _RemoteException:
-    """Stands before the original's classes and answers for what their skipped `__init__` would have set."""
+    """The first base of every rebuilt exception. It has the text that the skipped `__init__` would have set."""
 
     conveyor_text: str
     conveyor_traceback: str
 
     def __init_subclass__(cls) -> None:
-        pass  # theirs may want arguments
+        pass  # that of the other bases may want arguments
 
     def __str__(self) -> str:
         return self.conveyor_text
@@ -167,15 +167,15 @@ class _RemoteException:
         return f"{type(self).__qualname__}({self.conveyor_text!r})"
 
 
-def _found(names: Iterable[str], policy: Retry) -> list[type[Exception]]:
-    """Return the loaded classes of those names, without the ones that another of them implies."""
+def _loaded_classes(names: Iterable[str], policy: Retry) -> list[type[Exception]]:
+    """Return the loaded classes of those names, without those that are bases of another of them."""
     known: dict[str, type] = {}
     for given in (policy.on, policy.give_up):
         for named in given if isinstance(given, tuple) else (given,):
             known.setdefault(_name(named), named)
     found: list[type[Exception]] = []
     for name in names:
-        kind: type | None = known.get(name) or _loaded(name)
+        kind: type | None = known.get(name) or _loaded_class(name)
         if kind is None or not issubclass(kind, Exception) or issubclass(kind, _UNRAISABLE):
             continue
         if not any(issubclass(one, kind) for one in found):
@@ -183,18 +183,18 @@ def _found(names: Iterable[str], policy: Retry) -> list[type[Exception]]:
     return found or [Exception]
 
 
-def _kind(names: list[str], bases: list[type[Exception]]) -> type[Exception]:
+def _make_class(names: list[str], bases: list[type[Exception]]) -> type[Exception]:
     module, _, qualified = names[0].partition(":")
-    facts = {"__module__": module, "__qualname__": qualified}
-    for some in (bases, bases[:1], [Exception]):
+    attributes = {"__module__": module, "__qualname__": qualified}
+    for possible in (bases, bases[:1], [Exception]):
         try:
-            return type(qualified.rpartition(".")[2], (_RemoteException, *some), facts)
+            return type(qualified.rpartition(".")[2], (_RemoteException, *possible), attributes)
         except Exception:  # noqa: S112  a metaclass, or a class that allows none below it
             continue
     raise AssertionError("a class below Exception can always be made")
 
 
-def _loaded(name: str) -> type | None:
+def _loaded_class(name: str) -> type | None:
     module, _, qualified = name.partition(":")
     found: Any = sys.modules.get(module)
     for part in qualified.split("."):
@@ -207,7 +207,7 @@ def _name(kind: type) -> str:
     return f"{kind.__module__}:{kind.__qualname__}"
 
 
-def _beyond(traceback: TracebackType | None, files: Collection[str | None]) -> TracebackType | None:
+def _strip_frames(traceback: TracebackType | None, files: Collection[str | None]) -> TracebackType | None:
     at = traceback
     while at is not None and at.tb_frame.f_code.co_filename in files:
         at = at.tb_next

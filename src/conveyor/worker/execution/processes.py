@@ -1,4 +1,4 @@
-"""Runs `run_in="process"` tasks, each alone in a process that can be killed."""
+"""Runs tasks of `run_in="process"`, each alone in a process that can be killed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import socket
 import sys
 from asyncio.subprocess import Process, create_subprocess_exec
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import msgspec
 
@@ -22,69 +22,40 @@ from conveyor.worker.execution.process_protocol import (
     DoneReply,
     ExtendRequest,
     FailedReply,
-    Order,
     ReadyReply,
-    Report,
+    Reply,
+    Request,
     RunRequest,
     StartRequest,
     pack,
-    read_report,
+    read_reply,
     rebuild,
 )
-from conveyor.worker.logs import LOG
-from conveyor.worker.supervision.child_process import describe_end
+from conveyor.worker.logs import LOG, describe_end
 
 if TYPE_CHECKING:
-    from conveyor.payload.records import Envelope
-    from conveyor.worker.attempt import Handler
+    from conveyor.worker.attempt import Attempt
 
 # Not `-m`: that would run a second copy of a module which `conveyor.worker` may have loaded already.
 _ENTRY = "from conveyor.worker.execution.process_main import main; main()"
-MOST_JOBS = 1_000
-_LAST_WORDS = 1.0
-"""Seconds between the two ends of a process: that of its connection and its own."""
+DEFAULT_MAX_JOBS = 1_000
+"""Jobs after which a process is replaced, where no limit is given."""
+_EXIT_PATIENCE = 1.0
+"""Seconds between the end of a process's connection and its own, at most."""
 _GRACE = 5.0
-"""Seconds that an idle process has to close its lifespan."""
+"""Seconds that an idle process has to close its lifespans."""
 
 
 class ProcessCrashed(RuntimeError):
     """The process that ran the job ended before the job did."""
 
 
-class _RequestSource(Protocol):
-    @property
-    def queue(self) -> str: ...
-
-
-class ProcessJob(Protocol):
-    """What a process needs to know of an attempt."""
-
-    @property
-    def handler(self) -> Handler: ...
-    @property
-    def consumer(self) -> _RequestSource: ...
-    @property
-    def envelope(self) -> Envelope: ...
-    @property
-    def body(self) -> bytes: ...
-    @property
-    def public_id(self) -> str: ...
-    @property
-    def number(self) -> int: ...
-
-    def move_deadline(self, ms: int) -> None:
-        """Give the attempt *ms* from now on."""
-
-    def adopt(self, spawned: list[bytes]) -> None:
-        """Take what it spawned."""
-
-
 class ProcessPool:
     """
-    Up to `limit` processes, started when they are needed and kept warm.
+    Up to `limit` processes, started when they are needed and kept for the next job.
 
-    Each runs one job at a time in a fresh interpreter and a process group of its own, which is killed with it. A
-    process ends when it was idle for `idle_seconds`, or has done enough (`quota.py`).
+    Each is a fresh interpreter that runs one job at a time, in a process group of its own that is killed with it. A
+    process ends when it was idle for `idle_seconds`, or has reached a limit (`RecycleLimits`).
     """
 
     idle_seconds = 60.0
@@ -93,12 +64,14 @@ class ProcessPool:
         self, app_reference: str | None, limit: int, *, max_jobs: int | None = None, max_memory: int | None = None
     ) -> None:
         """
-        Take the app as ``module:object`` (None: a worker inside another program, where `run` raises).
-
-        And after how many jobs (None: 1,000), or above how many bytes of memory, a process is replaced.
+        Args:
+            app_reference: the app as ``module:object``; None: a worker inside another program, where `run` raises.
+            limit: how many processes.
+            max_jobs: after how many jobs a process is replaced; None: 1,000.
+            max_memory: above how many bytes of memory it is replaced; None: no limit.
         """
         self.limit = limit
-        self._quota = (max_jobs or MOST_JOBS, max_memory)
+        self._recycle_limits = (max_jobs or DEFAULT_MAX_JOBS, max_memory)
         self._reference = app_reference
         self._slots = asyncio.Semaphore(limit)
         self._idle: list[tuple[_PoolProcess, asyncio.TimerHandle]] = []
@@ -109,13 +82,13 @@ class ProcessPool:
     def __repr__(self) -> str:
         return f"<Processes of {self._reference}: {len(self._alive)} of {self.limit}, {len(self._idle)} idle>"
 
-    async def run(self, attempt: ProcessJob) -> Any:
+    async def run(self, attempt: Attempt) -> Any:
         """
-        Run the job in a process, when one is free, and return its decoded result (None where none is stored).
+        Run the job when a process is free, and return its decoded result (None if none is stored).
 
-        When this is cancelled, the process and all it has started are killed before it returns. Raises what the job
-        raised, as a class with the same name below those that are loaded here; ProcessCrashed when the process
-        died; ConfigurationError when it cannot load the app.
+        A cancellation kills the process and all it has started before this returns. Raises what the job raised, as a
+        class with the same name below those that are loaded here; ProcessCrashed if the process died; ConfigurationError
+        if it cannot load the app.
         """
         task = attempt.handler.task
         if self._reference is None:
@@ -126,19 +99,19 @@ class ProcessPool:
         async with self._slots:
             child = await self._take(self._reference)
             try:
-                report = await child.work(_job(attempt), attempt.move_deadline)
+                reply = await child.work(_run_request(attempt), attempt.move_deadline)
             except BaseException:
                 await child.kill()
                 raise
-            self._give_back(child, report.worn)
-        if isinstance(report, FailedReply):
-            raise rebuild(report, task.settings.retry)
-        if report.spawned:
-            attempt.adopt(report.spawned)
-        return None if report.result is None else task.results.decode(report.result)
+            self._give_back(child, reply.worn)
+        if isinstance(reply, FailedReply):
+            raise rebuild(reply, task.settings.retry)
+        if reply.spawned:
+            attempt.set_spawned(reply.spawned)
+        return None if reply.result is None else task.results.decode(reply.result)
 
     async def close(self) -> None:
-        """End the idle processes in order and kill the others; every `run` under way raises ProcessCrashed."""
+        """End idle processes in order and kill the others. Every `run` under way raises ProcessCrashed."""
         self._closed = True
         for child, timer in self._idle:
             timer.cancel()
@@ -149,7 +122,7 @@ class ProcessPool:
 
     async def _take(self, reference: str) -> _PoolProcess:
         while self._idle:
-            child, timer = self._idle.pop()  # the last used, so that those beyond the need become idle
+            child, timer = self._idle.pop()  # the last used, so that those that are not needed become idle
             timer.cancel()
             if child.is_alive:
                 return child
@@ -161,7 +134,7 @@ class ProcessPool:
             raise ProcessCrashed("The worker's processes are closed; this job has not started.")
         child.exit.add_done_callback(lambda _: self._alive.discard(child))
         try:
-            await child.ready(StartRequest(reference, sys.path, LOG.isEnabledFor(logging.DEBUG), *self._quota))
+            await child.ready(StartRequest(reference, sys.path, LOG.isEnabledFor(logging.DEBUG), *self._recycle_limits))
         except BaseException:
             await child.kill()
             raise
@@ -186,69 +159,71 @@ class ProcessPool:
 
 
 class _PoolProcess:
-    """One process, seen from the worker."""
+    """One process of the pool, on the side of the worker."""
 
-    def __init__(self, process: Process, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, life: int) -> None:
+    def __init__(
+        self, process: Process, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, alive_fd: int
+    ) -> None:
         self.pid = process.pid
         self._process = process
         self._reader = reader
         self._writer = writer
-        self.exit = asyncio.create_task(self._bury(life), name=f"process-{self.pid}")
+        self.exit = asyncio.create_task(self._wait_for_exit(alive_fd), name=f"process-{self.pid}")
         """Done when the process has ended, with its exit code, or the negative number of a signal."""
 
     @classmethod
     async def start(cls, reference: str) -> Self:
         """Start a fresh interpreter; it has not loaded the app yet."""
         ours, theirs = socket.socketpair()
-        inherited, life = os.pipe()
+        alive_read_fd, alive_fd = os.pipe()
         try:
             reader, writer = await asyncio.open_unix_connection(sock=ours)
             try:
                 process = await create_subprocess_exec(
                     sys.executable, "-c", _ENTRY, reference, str(theirs.fileno()),
-                    stdin=inherited, pass_fds=(theirs.fileno(),), start_new_session=True,
+                    stdin=alive_read_fd, pass_fds=(theirs.fileno(),), start_new_session=True,
                 )  # fmt: skip
             except BaseException:
                 writer.close()
                 raise
         except BaseException:
-            os.close(life)
+            os.close(alive_fd)
             raise
         finally:
             theirs.close()
-            os.close(inherited)
-        return cls(process, reader, writer, life)
+            os.close(alive_read_fd)
+        return cls(process, reader, writer, alive_fd)
 
     @property
     def is_alive(self) -> bool:
-        # Its connection ends before anybody has waited for it: a job sent there would be charged with a crash.
+        # Its connection ends before its exit is noticed: a job sent there would be charged with a crash.
         return not self.exit.done() and not self._reader.at_eof()
 
     async def ready(self, start: StartRequest) -> None:
-        """Wait until the app is loaded; raises ConfigurationError with what it raised when it cannot be."""
-        what = f"The process for jobs, which loads {start.app},"
-        report = await self._ask(start, what)
-        if isinstance(report, FailedReply):
+        """Wait until the app is loaded; raises ConfigurationError with the error if it cannot be."""
+        subject = f"The process for jobs, which loads {start.app},"
+        reply = await self._ask(start, subject)
+        if isinstance(reply, FailedReply):
             raise ConfigurationError(
-                f"{what} cannot start: {report.kinds[0].partition(':')[2]}: {report.message}\n{report.traceback}",
+                f"{subject} cannot start: {reply.kinds[0].partition(':')[2]}: {reply.message}\n{reply.traceback}",
                 code="E08",
             )
-        if not isinstance(report, ReadyReply):
-            raise await self._crash(what)
+        if not isinstance(reply, ReadyReply):
+            raise await self._crash(subject)
 
     async def work(self, job: RunRequest, extend: Callable[[int], None]) -> DoneReply | FailedReply:
         """Run one job; raises ProcessCrashed."""
-        what = f"The process of {job.task} ({job.id}, attempt {job.attempt})"
-        report = await self._ask(job, what)
-        while isinstance(report, ExtendRequest):
-            extend(report.ms)
-            report = await self._report(what)
-        if isinstance(report, ReadyReply):
-            raise await self._crash(what)
-        return report
+        subject = f"The process of {job.task} ({job.id}, attempt {job.attempt})"
+        reply = await self._ask(job, subject)
+        while isinstance(reply, ExtendRequest):
+            extend(reply.ms)
+            reply = await self._read_reply(subject)
+        if isinstance(reply, ReadyReply):
+            raise await self._crash(subject)
+        return reply
 
     async def end(self) -> None:
-        """Let an idle process close its lifespan and exit; one that does not is killed."""
+        """Let an idle process close its lifespans and exit; kill it if it does not."""
         with contextlib.suppress(OSError, RuntimeError):
             self._writer.write_eof()
         await asyncio.wait({self.exit}, timeout=_GRACE)
@@ -263,48 +238,48 @@ class _PoolProcess:
         with contextlib.suppress(OSError):
             await self._writer.wait_closed()
 
-    async def _bury(self, life: int) -> int:
+    async def _wait_for_exit(self, alive_fd: int) -> int:
         try:
             return await self._process.wait()
         finally:
-            # What the job has started may hold our connection open, and must not outlive the process.
+            # Programs that the job has started may hold the connection open, and must not outlive the process.
             _kill_group(self.pid)
-            os.close(life)
+            os.close(alive_fd)
 
-    async def _ask(self, order: Order, what: str) -> Report:
-        with contextlib.suppress(OSError):  # it died; the reading says how
-            self._writer.write(pack(order))
+    async def _ask(self, request: Request, subject: str) -> Reply:
+        with contextlib.suppress(OSError):  # it died; reading its reply says how
+            self._writer.write(pack(request))
             await self._writer.drain()
-        return await self._report(what)
+        return await self._read_reply(subject)
 
-    async def _report(self, what: str) -> Report:
-        reading = asyncio.create_task(self._read())
+    async def _read_reply(self, subject: str) -> Reply:
+        reading = asyncio.create_task(self._read_frame())
         try:
             await asyncio.wait({reading, self.exit}, return_when=asyncio.FIRST_COMPLETED)
-            await asyncio.wait({reading}, timeout=_LAST_WORDS)  # what was sent before the end still counts
-            report = reading.result() if reading.done() else None
+            await asyncio.wait({reading}, timeout=_EXIT_PATIENCE)  # a reply that was sent before the end still counts
+            reply = reading.result() if reading.done() else None
         finally:
             reading.cancel()
-        if report is None:
-            raise await self._crash(what)
-        return report
+        if reply is None:
+            raise await self._crash(subject)
+        return reply
 
-    async def _read(self) -> Report | None:
+    async def _read_frame(self) -> Reply | None:
         try:
             head = await self._reader.readexactly(HEAD.size)
-            return read_report(await self._reader.readexactly(HEAD.unpack(head)[0]))
+            return read_reply(await self._reader.readexactly(HEAD.unpack(head)[0]))
         except (OSError, asyncio.IncompleteReadError, msgspec.MsgspecError):
             return None
 
-    async def _crash(self, what: str) -> ProcessCrashed:
-        await asyncio.wait({self.exit}, timeout=_LAST_WORDS)
+    async def _crash(self, subject: str) -> ProcessCrashed:
+        await asyncio.wait({self.exit}, timeout=_EXIT_PATIENCE)
         how = describe_end(self.exit.result()) if self.exit.done() else "broke its connection to the worker"
-        return ProcessCrashed(f"{what} {how} before it was done. Its pid was {self.pid}.")
+        return ProcessCrashed(f"{subject} {how} before it was done. Its pid was {self.pid}.")
 
 
-def _job(attempt: ProcessJob) -> RunRequest:
+def _run_request(attempt: Attempt) -> RunRequest:
     envelope = attempt.envelope
-    bare = ids.split(attempt.public_id)[1]
+    bare_id = ids.split(attempt.public_id)[1]
     return RunRequest(
         task=attempt.handler.name,
         body=attempt.body,
@@ -313,7 +288,7 @@ def _job(attempt: ProcessJob) -> RunRequest:
         attempt=attempt.number,
         headers=envelope.extra.headers,
         keep_ms=envelope.extra.keep_ms,
-        enqueued_ms=ids.made_at_ms(bare),
+        enqueued_ms=ids.made_at_ms(bare_id),
     )
 
 

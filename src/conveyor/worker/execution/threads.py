@@ -1,8 +1,8 @@
 """
-Running plain functions on threads that take from one queue and report in batches.
+Runs plain functions on threads that take from one queue and report in batches.
 
-A million hand-overs a second, against 15,000 through `run_in_executor` (design §6). Threads are
-daemons, so one that is stuck cannot hold up a stop.
+That makes a million hand-overs a second, against 15,000 through `run_in_executor`. Threads are daemons, so one that is
+stuck cannot delay a stop.
 """
 
 from __future__ import annotations
@@ -18,22 +18,28 @@ from time import perf_counter
 from typing import Any
 
 from conveyor.worker.attempt import Attempt
-from conveyor.worker.crash_attribution import EXECUTING, FULL, LOOP, RunningTable
+from conveyor.worker.crash_attribution import EXECUTING, LOOP_CELL, OVERFLOW_CELL, RunningTable
 
 Work = tuple[Attempt, Variables, Callable[[], Any], int]
-Finish = Callable[[Attempt, Any, BaseException | None], None]
+OnFinished = Callable[[Attempt, Any, BaseException | None], None]
 
 
 class ThreadPool:
     """Up to *limit* functions at once. All methods belong to the event loop's thread."""
 
     def __init__(
-        self, limit: int, finish: Finish, started: Callable[[Attempt], None], seats: RunningTable | None = None
+        self, limit: int, on_finished: OnFinished, on_started: Callable[[Attempt], None], running_table: RunningTable | None = None
     ) -> None:  # fmt: skip
-        """Take what to do, on the loop, when one that has a time limit starts and when one ends, and where to show what runs."""
+        """
+        Args:
+            limit: how many threads.
+            on_finished: called on the loop when a function ends.
+            on_started: called on the loop when one starts that has a time limit.
+            running_table: where a supervisor reads which jobs run; None without one.
+        """
         self.limit = limit
         self.running = 0
-        self._finish, self._started, self._seats = finish, started, seats
+        self._on_finished, self._on_started, self._running_table = on_finished, on_started, running_table
         self._queue: SimpleQueue[Work | None] = SimpleQueue()
         self._ended: deque[tuple[Attempt, Any, BaseException | None, int]] = deque()
         self._signalled = False
@@ -41,15 +47,15 @@ class ThreadPool:
         self._abandoned: set[Attempt] = set()
         self._loop = asyncio.get_running_loop()
 
-    def submit(self, attempt: Attempt, variables: Variables, call: Callable[[], Any], called: int) -> None:
-        """Run *call* on a thread, in *variables*; a seat shows it as *called*."""
+    def submit(self, attempt: Attempt, variables: Variables, call: Callable[[], Any], checksum: int) -> None:
+        """Run *call* on a thread, in *variables*; *checksum* stands for its job in the running table."""
         self.running += 1
-        self._queue.put((attempt, variables, call, called))
+        self._queue.put((attempt, variables, call, checksum))
         if self._alive < min(self.limit, self.running):
             self._spawn()
 
     def replace(self, attempt: Attempt) -> None:
-        """Give up on the thread of an attempt that does not end: another takes its place."""
+        """Start another thread in place of one whose attempt does not end."""
         self._abandoned.add(attempt)
         self.running -= 1
         self._alive -= 1
@@ -57,55 +63,55 @@ class ThreadPool:
             self._spawn()
 
     def close(self) -> None:
-        """Let idle threads end; busy ones end after their job."""
+        """End idle threads now, and busy ones after their job."""
         for _ in range(self._alive):
             self._queue.put(None)
 
     def _spawn(self) -> None:
         self._alive += 1
-        seat = 0 if self._seats is None else self._seats.take()
-        threading.Thread(target=self._serve, args=(seat,), name=f"conveyor-thread-{self._alive}", daemon=True).start()
+        cell = 0 if self._running_table is None else self._running_table.take_cell()
+        threading.Thread(target=self._serve, args=(cell,), name=f"conveyor-thread-{self._alive}", daemon=True).start()
 
-    def _serve(self, seat: int) -> None:
-        cells = None if self._seats is None else self._seats.cells
+    def _serve(self, cell: int) -> None:
+        cells = None if self._running_table is None else self._running_table.cells
         while (work := self._queue.get()) is not None:
-            attempt, variables, call, called = work
-            if attempt.ended != 0.0 or attempt.stopped is not None:
-                self._report(attempt, None, asyncio.CancelledError(), called)  # stopped before it began
+            attempt, variables, call, checksum = work
+            if attempt.ended != 0.0 or attempt.stop_reason is not None:
+                self._report(attempt, None, asyncio.CancelledError(), checksum)  # stopped before it began
                 continue
             attempt.started = perf_counter()
-            if attempt.until is not None:
-                self._loop.call_soon_threadsafe(self._started, attempt)
+            if attempt.deadline is not None:
+                self._loop.call_soon_threadsafe(self._on_started, attempt)
             value: Any = None
             error: BaseException | None = None
             if cells is not None:
-                cells[seat] = called | EXECUTING
+                cells[cell] = checksum | EXECUTING
             try:
                 value = variables.run(call)
             except BaseException as raised:
                 error = raised
-            self._report(attempt, value, error, called)
-            if cells is not None and seat != FULL:
-                cells[seat] = 0
+            self._report(attempt, value, error, checksum)
+            if cells is not None and cell != OVERFLOW_CELL:
+                cells[cell] = 0
 
-    def _report(self, attempt: Attempt, value: Any, error: BaseException | None, called: int) -> None:
-        self._ended.append((attempt, value, error, called))
+    def _report(self, attempt: Attempt, value: Any, error: BaseException | None, checksum: int) -> None:
+        self._ended.append((attempt, value, error, checksum))
         if not self._signalled:
             self._signalled = True
-            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nothing waits any more
                 self._loop.call_soon_threadsafe(self._collect)
 
     def _collect(self) -> None:
         self._signalled = False  # before taking: what is appended from now on signals again
-        ended, cells = self._ended, None if self._seats is None else self._seats.cells
+        ended, cells = self._ended, None if self._running_table is None else self._running_table.cells
         while ended:
-            attempt, value, error, called = ended.popleft()
+            attempt, value, error, checksum = ended.popleft()
             if cells is not None:
-                cells[LOOP] = called  # what it returned is encoded in there
+                cells[LOOP_CELL] = checksum  # what it returned is encoded in there
             if attempt in self._abandoned:
                 self._abandoned.discard(attempt)
             else:
                 self.running -= 1
-            self._finish(attempt, value, error)
+            self._on_finished(attempt, value, error)
         if cells is not None:
-            cells[LOOP] = 0
+            cells[LOOP_CELL] = 0

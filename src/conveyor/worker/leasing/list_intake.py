@@ -1,9 +1,9 @@
 """
-Plain lists in a worker: raw entries are moved into our structure before anyone works on them.
+Moves the raw entries of a plain list into a queue of the worker, before any of them is leased.
 
-Each turn that asks for work is preceded, in the same write, by a move of up to as many raw
-entries. Idle, a connection of its own blocks in `BLMOVE` to the intake list, which any turn
-empties, so no death orphans an entry (a cancelled `BLMOVE` does; a cancelled `BLPOP` loses one).
+Before each turn that asks for work, in the same write, up to as many raw entries are moved. While the worker is idle, a
+connection of its own blocks in `BLMOVE` to the intake list, which any turn empties. So no entry is left behind by a
+worker that dies (a cancelled `BLMOVE` leaves one in the intake list; a cancelled `BLPOP` would lose it).
 """
 
 from __future__ import annotations
@@ -19,27 +19,38 @@ from conveyor.store.transport import replies
 from conveyor.store.transport.async_connection import AsyncConnection
 
 if TYPE_CHECKING:
-    from conveyor.worker.protocols import WakeupTarget
+    from collections.abc import Callable
+
+    from conveyor.store.keys import QueueKeys
 
 log = logging.getLogger("conveyor.worker")
 BLOCK = 5.0
+"""Seconds of one blocking call."""
 
 
 class ListIntake:
-    """Moves what others push on the foreign list."""
+    """Moves what other programs push on a plain list into a queue of the worker."""
 
-    def __init__(self, consumer: WakeupTarget, task: str) -> None:
-        """Take the consumer of the list, and the name of the task that gets the entries."""
-        self._consumer = consumer
-        self._name = task
+    def __init__(self, keys: QueueKeys, task: str, connection: AsyncConnection, on_entries: Callable[[], None]) -> None:
+        """
+        Args:
+            keys: those of the list.
+            task: the name of the task that gets the entries.
+            connection: the one that the turns of the queue use.
+            on_entries: called when entries may have come.
+        """
+        self._keys, self._name, self._connection, self._on_entries = keys, task, connection, on_entries
         self._task: asyncio.Task[None] | None = None
-        self._wire: AsyncConnection | None = None
-        self.loading = False  # the server did not know the script: entries are still to come
+        self._blocking: AsyncConnection | None = None
+        self.loading = False
+        """True while the server did not know the script: entries are still to come."""
+        self.has_capacity = asyncio.Event()
+        """Set while the queue would take entries and has none: only then they are waited for."""
 
-    def send(self, wire: AsyncConnection, want: int) -> None:
-        """Move up to *want* raw entries, on the wire the turn follows on."""
-        call = operations.list_intake(self._consumer.keys, want, new_id()[:18], self._name)
-        wire.send(call.command(), self._moved)
+    def send(self, want: int) -> None:
+        """Move up to *want* raw entries, on the connection that the turn follows on."""
+        call = operations.list_intake(self._keys, want, new_id()[:18], self._name)
+        self._connection.send(call.command(), self._moved)
 
     def _moved(self, reply: Any) -> None:
         if isinstance(reply, Exception) and not isinstance(reply, OSError):
@@ -47,35 +58,35 @@ class ListIntake:
                 self.loading = True
                 asyncio.get_running_loop().create_task(self._load())
             else:
-                log.warning("could not take from the list %s: %s", self._consumer.keys.foreign, reply)
+                log.warning("list %s: entries could not be taken: %s", self._keys.foreign, reply)
 
     async def _load(self) -> None:
-        call = operations.list_intake(self._consumer.keys, 1, new_id()[:18], self._name)
+        call = operations.list_intake(self._keys, 1, new_id()[:18], self._name)
         try:
-            await self._consumer.wire.run(call, patience=30.0)
+            await self._connection.run(call, patience=30.0)
         except ConveyorError as error:
-            log.warning("could not take from the list %s: %s", self._consumer.keys.foreign, error)
+            log.warning("list %s: entries could not be taken: %s", self._keys.foreign, error)
         self.loading = False
-        self._consumer.woken()
+        self._on_entries()
 
-    def start(self, wire: AsyncConnection) -> None:
+    def start(self) -> None:
         """Wait for entries while the worker lives."""
-        self._wire = wire
-        self._task = asyncio.get_running_loop().create_task(self._wait(wire))
+        self._blocking = AsyncConnection(self._connection.place)
+        self._task = asyncio.get_running_loop().create_task(self._wait(self._blocking))
 
-    async def _wait(self, wire: AsyncConnection) -> None:
-        keys, attempt = self._consumer.keys, 0
+    async def _wait(self, connection: AsyncConnection) -> None:
+        keys, attempt = self._keys, 0
         assert keys.foreign is not None
         while True:
-            await self._consumer.until_has_capacity()
+            await self.has_capacity.wait()
             try:
-                reply = await wire.execute(
+                reply = await connection.execute(
                     "BLMOVE", keys.foreign, keys.intake, "LEFT", "RIGHT", int(BLOCK), block=BLOCK
                 )
                 if isinstance(reply, Exception):
-                    wire.handle_error_reply(reply)
+                    connection.handle_error_reply(reply)
             except (OSError, ConveyorError) as error:
-                log.debug("cannot wait at the list %s: %s", keys.foreign, error)
+                log.debug("list %s: waiting for entries was refused: %s", keys.foreign, error)
                 await asyncio.sleep(replies.pause(attempt))
                 attempt += 1
                 continue
@@ -83,13 +94,13 @@ class ListIntake:
             if isinstance(reply, Exception):
                 # A full Redis refuses BLMOVE, and UNBLOCKED is passing: ask once a second until it is over.
                 await asyncio.sleep(1.0)
-                self._consumer.woken()
+                self._on_entries()
             elif reply is not None:
-                self._consumer.woken()
+                self._on_entries()
 
     async def close(self) -> None:
         """Stop waiting. An entry that is on its way lands in the intake list, for any turn to take."""
         if self._task is not None:
             self._task.cancel()
-        if self._wire is not None:
-            self._wire.close()
+        if self._blocking is not None:
+            self._blocking.close()

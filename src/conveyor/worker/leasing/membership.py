@@ -1,11 +1,8 @@
 """
-Where a worker signs on: the places of each of its queues, and the number of partitions that it must share.
+A worker among the workers of a queue.
 
-Registering anew after a lease was lost, however long the server refuses it.
-
-Comparing what a worker believes it holds with what Redis believes, when the counts of a turn differ.
-
-Finding the dead among the other workers of a queue, and returning what they held.
+It registers and registers anew after its lease was lost, compares what it holds with what Redis says, and finds the dead
+among the others and returns what they held.
 """
 
 from __future__ import annotations
@@ -22,7 +19,7 @@ from conveyor.errors import ConfigurationError, ConveyorError
 from conveyor.messaging.leases import DeadWorkerDetector
 from conveyor.store import operations
 from conveyor.store.partitions import PartitionCountMismatch
-from conveyor.worker.logs import complain
+from conveyor.worker.logs import log_repeated_error
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -33,25 +30,33 @@ if TYPE_CHECKING:
     from conveyor.store.script import Call
     from conveyor.store.transport.async_connection import AsyncConnection
 
+log = logging.getLogger("conveyor.worker")
+LOOK_EARLY = 0.3
+"""Seconds: a look that is due so soon goes with the turn that is made anyway."""
 
-def weighted(app: AppCore, queues: Mapping[str, float] | None) -> dict[str, float]:
-    """Return queue → weight: those asked for, else all that tasks name. Raises ConfigurationError where nothing could be done."""
-    fed = [name for name, listed in app.plain_lists.items() if listed.task]
-    own = [task.queue for task in app.definitions.values()]
-    found = dict(queues) if queues else dict.fromkeys((*own, *fed), 1.0)
-    for name in found:
-        if name in app.plain_lists and name not in fed:
+
+def queue_weights(app: AppCore, queues: Mapping[str, float] | None) -> dict[str, float]:
+    """
+    Return queue → weight: those of *queues*, else all that tasks name.
+
+    Raises ConfigurationError for a plain list that feeds no task, and where there is no queue at all.
+    """
+    fed_lists = [name for name, listed in app.plain_lists.items() if listed.task]
+    task_queues = [task.queue for task in app.definitions.values()]
+    weights = dict(queues) if queues else dict.fromkeys((*task_queues, *fed_lists), 1.0)
+    for name in weights:
+        if name in app.plain_lists and name not in fed_lists:
             raise ConfigurationError(
                 f"The plain list '{name}' feeds no task, so a worker can do nothing with it. "
                 f"Declare app.plain_list('{name}', task=…), or consume it with app.plain_list('{name}').consume()."
             )
-    if not found:
+    if not weights:
         raise ConfigurationError("This worker has no queue: the app has no tasks and none was named with -q.")
-    return found
+    return weights
 
 
-async def served(app: AppCore, queue: str) -> list[QueueKeys]:
-    """Return the keys of a queue, or of each of its partitions; raises ConfigurationError (E34) for another number of them."""
+async def partition_keys(app: AppCore, queue: str) -> list[QueueKeys]:
+    """Return the keys of a queue, or of each of its partitions; raises ConfigurationError (E34) if their number differs."""
     if (listed := app.plain_lists.get(queue)) is not None:
         return [listed.keys]
     if (partitions := app.partitioned.get(queue)) is not None:
@@ -60,91 +65,91 @@ async def served(app: AppCore, queue: str) -> list[QueueKeys]:
     return [app.keys(queue)]
 
 
-async def enrolled(app: AppCore, wire: AsyncConnection, queue: str, call: Call[int]) -> int:
-    """Carry out a registration and return the server's time in ms; after Redis was emptied the number is agreed on anew."""
+async def register(app: AppCore, connection: AsyncConnection, queue: str, call: Call[int]) -> int:
+    """Carry out a registration and return the server's time in ms. After Redis was emptied, agree anew on the partitions."""
     try:
-        return await wire.run(call, patience=None)
+        return await connection.run(call, patience=None)
     except PartitionCountMismatch:
         if (partitions := app.partitioned.get(ids.logical(queue))) is None:
             raise
         await partitions.aclaim()
-        return await wire.run(call, patience=None)
+        return await connection.run(call, patience=None)
 
 
 class Registrable(Protocol):
-    """Who registers again."""
+    """A consumer that can register again."""
 
     queue: str
 
-    gone: bool
-    """It has left meanwhile."""
+    has_left: bool
+    """Whether it has left meanwhile."""
 
     async def register(self) -> None:
         """Take a fresh identity and tell Redis; raises ConveyorError."""
 
 
-async def readmit(consumer: Registrable) -> None:
-    """Register until it is done: a right that was taken away is waited for, loudly. Raises WrongPartitions."""
-    while not consumer.gone:
+async def register_again(consumer: Registrable) -> None:
+    """
+    Register again, retrying until it succeeds. A missing ACL permission is logged once a minute.
+
+    Raises PartitionCountMismatch.
+    """
+    while not consumer.has_left:
         try:
             await consumer.register()
             break
         except PartitionCountMismatch:
-            raise  # waiting does not mend it
+            raise  # waiting does not change it
         except ConveyorError as error:
-            complain("registering on queue %s was refused: %s", consumer.queue, error)
+            log_repeated_error("queue %s: registering was refused: %s", consumer.queue, error)
             await asyncio.sleep(random.uniform(0.5, 1.0))  # noqa: S311
 
 
-log = logging.getLogger("conveyor.worker")
-
-
 class LeaseHolder(Protocol):
-    """Who holds leases of one queue."""
+    """A consumer that holds leases of one queue."""
 
     keys: QueueKeys
-    wire: AsyncConnection
+    connection: AsyncConnection
     identity: str
 
     @property
     def held(self) -> Collection[str]: ...
 
 
-async def differences(books: LeaseHolder) -> tuple[list[str], list[str]]:
-    """Return the ids that Redis does not list as held here, and those it lists besides; none of them when it refuses to tell."""
+async def differences(holder: LeaseHolder) -> tuple[list[str], list[str]]:
+    """
+    Return the ids that Redis does not list as held here, and those it lists besides.
+
+    Both are empty when Redis refuses to tell.
+    """
     try:
-        listed = await books.wire.run(operations.held_ids(books.keys, books.identity), patience=None)
+        listed = await holder.connection.run(operations.held_ids(holder.keys, holder.identity), patience=None)
     except ConveyorError as error:
-        log.warning("could not reconcile queue %s: %s", books.keys.queue, error)
+        log.warning("queue %s: leases could not be compared: %s", holder.keys.queue, error)
         return [], []
     known = set(listed)
-    unknown = [id_ for id_ in known if id_ not in books.held]
+    unknown = [id_ for id_ in known if id_ not in holder.held]
     if unknown:
-        log.warning("queue %s: giving back %d leases we never learned of", books.keys.queue, len(unknown))
-    return [id_ for id_ in books.held if id_ not in known], unknown
-
-
-NEARLY = 0.3
-"""A look that is due so soon, in seconds, goes with the turn that is made anyway."""
+        log.warning("queue %s: giving back %d leases whose jobs never arrived here", holder.keys.queue, len(unknown))
+    return [id_ for id_ in holder.held if id_ not in known], unknown
 
 
 class Reaper:
-    """Looks a few times a lease, and reaps by two looks (`lessee.Suspects`), never by the clock alone."""
+    """Looks for dead workers of one queue a few times per lease, and returns what they held. See `DeadWorkerDetector`."""
 
-    def __init__(self, keys: QueueKeys, wire: AsyncConnection, lease_ms: int) -> None:
-        """Take the queue, the wire, and the lease in ms."""
-        self._keys, self._wire = keys, wire
-        self._suspects = DeadWorkerDetector(lease_ms)
+    def __init__(self, keys: QueueKeys, connection: AsyncConnection, lease_ms: int) -> None:
+        self._keys, self._connection = keys, connection
+        self._detector = DeadWorkerDetector(lease_ms)
         self._tasks: set[asyncio.Task[None]] = set()
-
-    @property
-    def is_due(self) -> bool:
-        """True when the next turn should look."""
-        return self._suspects.next_look(monotonic()) <= NEARLY
+        self.due_at = 0.0
+        """From when on (monotonic) the next turn should look."""
 
     def look(self, turn: TurnReply, me: str) -> None:
-        """Take what a turn with the flag ``l`` saw."""
-        for worker, end in self._suspects.look(turn.now, turn.overdue, monotonic()):
+        """Take in what a turn with the flag ``l`` listed, and reap those that are dead; *me* is never one of them."""
+        now = monotonic()
+        dead = self._detector.look(turn.now, turn.overdue, now)
+        self.due_at = now + self._detector.next_look(now) - LOOK_EARLY
+        for worker, end in dead:
             if worker != me:
                 task = asyncio.get_running_loop().create_task(self._reap(worker, end))
                 self._tasks.add(task)
@@ -152,9 +157,9 @@ class Reaper:
 
     async def _reap(self, worker: str, end: int) -> None:
         try:
-            count = await self._wire.run(operations.reap(self._keys, worker, end=end), patience=5.0)
+            count = await self._connection.run(operations.reap(self._keys, worker, end=end), patience=5.0)
         except ConveyorError as error:
-            log.warning("could not reap a dead worker of queue %s: %s", self._keys.queue, error)
+            log.warning("queue %s: the jobs of a dead worker could not be returned: %s", self._keys.queue, error)
             return
         if count >= 0:
             log.warning("queue %s: worker %s is dead; returned %d jobs", self._keys.queue, worker[:8], count)

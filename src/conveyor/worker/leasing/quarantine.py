@@ -1,10 +1,10 @@
 """
-What must be written down before it may start: the crash of a suspect, the ack of an early acknowledged job.
+Jobs that may start only after Redis has recorded something: a possible crash (poison job), or an early ack.
 
-Who was merely leased beside a poison job must not be convicted with it. So the first crash of a worker is counted for all
-that it held, and makes nothing worse; from then on a job is charged by its own starts alone: its crash is counted
-before it starts, and taken back at any orderly end. After one crash as many start together as there are free slots;
-after two (or when the next would be the last) one at a time.
+A job that was merely leased beside a poison job must not be given up with it. So the first crash of a worker is counted
+for all that it held, and makes nothing worse. From then on a job is charged by its own starts alone: its crash is
+counted before it starts, and taken back at any orderly end. After one crash, as many start together as there are free
+slots; after two (or when the next would be the last) they start one at a time.
 """
 
 from __future__ import annotations
@@ -22,79 +22,71 @@ if TYPE_CHECKING:
 
 
 class Quarantine:
-    """Holds attempts until the turn that carries their record is answered."""
+    """The attempts of one queue whose jobs crashed before. Each waits until the turn that counts its crash is answered."""
 
     def __init__(self, free: Callable[[], int]) -> None:
-        """Begin empty; *free* tells how many jobs could start right now."""
+        """
+        Args:
+            free: returns how many jobs could start now.
+        """
         self._free = free
-        self._returned: deque[Attempt] = deque()  # after one crash
-        self._charged: dict[str, tuple[Settlement, Attempt]] = {}  # of those: on the way to Redis
-        self._suspects: deque[Attempt] = deque()
-        self._suspect: Attempt | None = None
-        self._charge: Settlement | None = None
-        self._early: list[Attempt] = []
-        self.acknowledged: set[Attempt] = (
-            set()
-        )  # of those: gone from Redis and not ended here, so that nobody else has them
+        self._crashed_once: deque[Attempt] = deque()
+        self._charged: dict[str, tuple[Settlement, Attempt]] = {}  # of those: the record is on the way to Redis
+        self._alone: deque[Attempt] = deque()  # those that start one at a time
+        self._started_alone: Attempt | None = None
+        self._charge: Settlement | None = None  # the record of that one
+        self.reserved = 0
+        """Slots that are spoken for: a job that came back from a crash starts before anything is leased behind it."""
+        self.in_use = False
+        """True while `advance` or `confirmed` may have something to do."""
 
-    def __bool__(self) -> bool:
-        return bool(self._early or self.acknowledged)
+    def _note(self) -> None:
+        self.reserved = len(self._crashed_once) + len(self._charged)
+        self.in_use = bool(self.reserved or self._alone or self._started_alone)
 
-    @property
-    def reserved(self) -> int:
-        """How many slots are spoken for: who came back from a crash starts before anything is leased behind it."""
-        return len(self._returned) + len(self._charged)
-
-    def suspect(self, attempt: Attempt) -> None:
-        """Take an attempt that came back from a crash."""
+    def add(self, attempt: Attempt) -> None:
+        """Take in an attempt that came back from a crash."""
         history, limit = attempt.history, attempt.handler.task.settings.retry.max_crashes
         alone = history.crashes >= limit or retry.runs_alone(history, limit)
-        (self._suspects if alone else self._returned).append(attempt)
-
-    def early(self, attempt: Attempt, report: TurnReport) -> None:
-        """Take an attempt that is acknowledged before it starts."""
-        self._early.append(attempt)
-        report.done.append(attempt.id)
-
-    def forget(self, id_: str) -> None:
-        """Drop an early one whose ack was refused: another worker has it."""
-        self._early = [one for one in self._early if one.id != id_]
+        (self._alone if alone else self._crashed_once).append(attempt)
+        self._note()
 
     def clear(self) -> None:
-        """Drop all that are leased: their lease is lost."""
-        self._early.clear()
-        self._returned.clear()
+        """Drop all attempts: their lease is lost."""
+        self._crashed_once.clear()
         self._charged.clear()
-        self._suspects.clear()
-        self._suspect = None
+        self._alone.clear()
+        self._started_alone = None
+        self._note()
 
-    def ended(self, attempt: Attempt) -> None:
-        """Note the end of an attempt, so that the next suspect may run."""
-        self.acknowledged.discard(attempt)
-        if self._suspect is attempt:
-            self._suspect = None
+    def on_finished(self, attempt: Attempt) -> None:
+        """Note the end of an attempt, so that the next one may start."""
+        if self._started_alone is attempt:
+            self._started_alone = None
+        self._note()
 
     def advance(self, report: TurnReport, held: Mapping[str, Attempt]) -> list[Attempt]:
-        """Have the crashes of those counted that may start next; return those that are poison already."""
-        while self._returned and self._free() > len(self._charged):
-            attempt = self._returned.popleft()
+        """Put the crashes of those that may start next into *report*; return those that are poison already."""
+        while self._crashed_once and self._free() > len(self._charged):
+            attempt = self._crashed_once.popleft()
             if held.get(attempt.id) is attempt and attempt.ended == 0.0:
                 charge = Settlement("M", attempt.id, state=retry.with_presumed_crash(attempt.history).encode())
                 self._charged[attempt.id] = charge, attempt
                 report.others.append(charge)
         poison: list[Attempt] = []
-        while self._suspect is None and self._suspects:
-            attempt = self._suspects.popleft()
+        while self._started_alone is None and self._alone:
+            attempt = self._alone.popleft()
             if held.get(attempt.id) is not attempt or attempt.ended != 0.0:
                 continue
             if attempt.history.crashes >= attempt.handler.task.settings.retry.max_crashes:
                 poison.append(attempt)
                 continue
-            self._suspect = attempt
+            self._started_alone = attempt
             self._charge = Settlement(
                 "M", attempt.id, state=retry.with_presumed_crash(attempt.history, alone=True).encode()
             )
             report.others.append(self._charge)
+        self._note()
         return poison
 
     def confirmed(self, report: TurnReport, held: Mapping[str, Attempt]) -> list[Attempt]:
@@ -106,14 +98,45 @@ class Quarantine:
                 del self._charged[one.id]
                 if held.get(one.id) is attempt and attempt.ended == 0.0:
                     free.append(attempt)
-        suspect = self._suspect
+        alone = self._started_alone
         charged = {one.id for one in report.others if one is self._charge}
-        if suspect is not None and suspect.id in charged and held.get(suspect.id) is suspect and suspect.ended == 0.0:
-            free.append(suspect)
-        if self._early and report.done:
-            acked = set(report.done)
-            early = [attempt for attempt in self._early if attempt.id in acked]
-            free += early
-            self.acknowledged.update(early)
-            self._early = [attempt for attempt in self._early if attempt.id not in acked]
+        if alone is not None and alone.id in charged and held.get(alone.id) is alone and alone.ended == 0.0:
+            free.append(alone)
+        self._note()
         return free
+
+
+class EarlyAcks:
+    """The attempts of one queue whose jobs are acknowledged before they start."""
+
+    def __init__(self) -> None:
+        self.waiting: list[Attempt] = []
+        """Those that wait for the reply of the turn which carries their ack."""
+        self.acknowledged: set[Attempt] = set()
+        """Those that are gone from Redis and have not ended here, so that no other worker has them."""
+
+    def __bool__(self) -> bool:
+        return bool(self.waiting or self.acknowledged)
+
+    def add(self, attempt: Attempt, report: TurnReport) -> None:
+        """Acknowledge *attempt* with *report*."""
+        self.waiting.append(attempt)
+        report.done.append(attempt.id)
+
+    def forget(self, id_: str) -> None:
+        """Drop an attempt whose ack was refused: another worker has the job."""
+        self.waiting = [one for one in self.waiting if one.id != id_]
+
+    def clear(self) -> None:
+        """Drop all that are not acknowledged: their lease is lost."""
+        self.waiting.clear()
+
+    def confirmed(self, report: TurnReport) -> list[Attempt]:
+        """Return the attempts that may start, now that *report* is settled."""
+        if not self.waiting or not report.done:
+            return []
+        acked = set(report.done)
+        confirmed = [attempt for attempt in self.waiting if attempt.id in acked]
+        self.acknowledged.update(confirmed)
+        self.waiting = [attempt for attempt in self.waiting if attempt.id not in acked]
+        return confirmed

@@ -18,26 +18,24 @@ from conveyor.events import JobLost, JobStarted
 from conveyor.store import operations
 from conveyor.store.operations import Settlement, StaleTurn, TurnReply, TurnReport, WorkerUnregistered
 from conveyor.store.partitions import PartitionCountMismatch
-from conveyor.store.script import Call
 from conveyor.store.transport import eviction, wakeup
-from conveyor.store.transport.async_connection import AsyncConnection
-from conveyor.worker.attempt import Attempt
+from conveyor.worker.attempt import Attempt, Handler
+from conveyor.worker.leasing.capacity import JobSizeEstimate
 from conveyor.worker.leasing.list_intake import ListIntake
-from conveyor.worker.leasing.membership import Reaper, differences, enrolled, readmit
-from conveyor.worker.leasing.prefetch import JobSizeEstimate
-from conveyor.worker.leasing.quarantine import Quarantine
+from conveyor.worker.leasing.membership import Reaper, differences, register, register_again
+from conveyor.worker.leasing.quarantine import EarlyAcks, Quarantine
 from conveyor.worker.leasing.spawn_delivery import SpawnDelivery
 from conveyor.worker.leasing.timers import DueTimer
-from conveyor.worker.logs import complain
+from conveyor.worker.logs import log_repeated_error
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator
     from contextlib import AsyncExitStack
 
     from conveyor.store.keys import QueueKeys
-    from conveyor.worker.attempt import Handler
-    from conveyor.worker.leasing.wakeup import EndpointConnections
-    from conveyor.worker.protocols import WorkerServices
+    from conveyor.store.script import Call
+    from conveyor.store.transport.async_connection import AsyncConnection
+    from conveyor.worker.services import WorkerServices
 
 log = logging.getLogger("conveyor.worker")
 IDLE = 5.0
@@ -45,217 +43,310 @@ IDLE = 5.0
 
 
 class QueueConsumer:
-    """A worker's share of one queue."""
+    """A consumer of one queue: it leases jobs, hands them to the executor, and reports their ends, turn by turn."""
 
     def __init__(
-        self, worker: WorkerServices, berth: EndpointConnections, keys: QueueKeys, weight: float, lease_ms: int
+        self, services: WorkerServices, connection: AsyncConnection, keys: QueueKeys, weight: float, lease_ms: int
     ) -> None:
-        """Take the worker, where its commands go, the queue's keys, its weight among the worker's queues, and its lease."""
+        """
+        Args:
+            services: the parts of the worker.
+            connection: the one to the queue's endpoint.
+            keys: those of the queue.
+            weight: that of the queue among all of the worker.
+            lease_ms: how long a lease lasts.
+        """
+        self._services, self.connection = services, connection
+        self._lifecycle, self._capacity, self._executor = services.lifecycle, services.capacity, services.executor
         self.keys, self.queue, self.weight, self.lease_ms = keys, keys.queue, weight, lease_ms
-        self.executor = worker.executor
-        self.shared_state: Mapping[str, Any] = worker.state
+        self.shared_state = services.shared_state
         self.identity = ""
         self.held: dict[str, Attempt] = {}
-        self.own_retries: dict[str, float] = {}  # id → when it is due
-        self.blobs: dict[str, str] = {}  # id → where the large body of a job lies
+        self.own_retries: dict[str, float] = {}
+        """Id → when the retry is due (monotonic)."""
+        self.blobs: dict[str, str] = {}
+        """Id → where the large body of the job lies."""
         self.report = TurnReport()
-        self.worked: set[Handler] = set()  # whose counters have moved since the last turn
-        self.more = True  # work may be there: ask
+        self.changed_handlers: set[Handler] = set()
+        """Those whose counters have moved since the last turn."""
+        self.has_more = True
+        """Whether there may be work: then it is asked for."""
         self.paused = False
-        self.backlog = 0  # leased here, not started
-        self._worker = worker
-        self.wire = berth.wire
-        berth.sleepers.append(self)
-        self._number, self._kick_soon = 0, False
-        self._flying: tuple[Call[TurnReply], TurnReport] | None = None
-        self._reaper = Reaper(keys, berth.wire, lease_ms)
-        self.alarm = DueTimer(self._due_now)
-        self._last_turn = 0.0
-        self._looked = self.gone = self._absorbing = False
-        self.antechamber = Quarantine(lambda: worker.executor.free)
-        self._delivery = SpawnDelivery(keys, worker.app, self.schedule)
-        self._intake = (
-            ListIntake(self, worker.app.plain_lists[keys.queue].task or "") if keys.foreign is not None else None
-        )
+        self.backlog = 0
+        """Attempts that are leased here and have not started."""
+        self.renewed_at = monotonic()
+        """When a turn last renewed the lease (monotonic)."""
+        self.has_left = False
+        self.job_size = JobSizeEstimate()
+        self.quarantine = Quarantine(lambda: self._executor.free)
+        self.early_acks = EarlyAcks()
+        self.due_timer = DueTimer(self._on_due)
+        self._reaper = Reaper(keys, connection, lease_ms)
+        self._delivery = SpawnDelivery(keys, services.app, self.schedule)
+        self._intake: ListIntake | None = None
+        if keys.foreign is not None:
+            task = services.app.plain_lists[keys.queue].task or ""
+            self._intake = ListIntake(keys, task, connection, self.on_token)
+        self._handlers: dict[str, Handler] | None = None
+        self._plain_handlers: dict[bytes, Handler] = {}
+        self._number = 0
+        self._in_flight: tuple[Call[TurnReply], TurnReport] | None = None
         self._recovery: asyncio.Task[None] | None = None
-        self._wanted, self.sizes = 0, JobSizeEstimate()
-        self._landed = asyncio.Event()
-        self._idle = asyncio.Event()  # hungry: for the intake, which waits only then
+        self._turn_ended = asyncio.Event()
+        self._sent_at = 0.0
+        self._wanted = 0
+        self._is_scheduled = self._is_looking = self._is_absorbing = False
         self._clock_offset = 0.0  # server ms minus our monotonic ms
+
+    # -- membership -----------------------------------------------------------------------------------------------
 
     async def register(self) -> None:
         """Take a fresh identity, tell the supervisor, then tell Redis."""
         self.identity, self._number = ids.new_identity(), 0
-        self._worker.note_identity(self)
-        call = operations.register(self.keys, self.identity, self.lease_ms, self._worker.about(self))
-        now = await enrolled(self._worker.app, self.wire, self.queue, call)
+        if self._services.slot is not None:
+            self._services.slot.set_identity(self.keys, self.identity, self.lease_ms)
+        about = self._services.describe(self.weight)
+        call = operations.register(self.keys, self.identity, self.lease_ms, about)
+        now = await register(self._services.app, self.connection, self.queue, call)
         self._clock_offset = now - monotonic() * 1000
-        self._last_turn = monotonic()
+        self._sent_at = monotonic()
 
     def begin(self, stack: AsyncExitStack) -> None:
         """Start leasing."""
         if self._intake is not None:
-            self._intake.start(AsyncConnection(self.wire.place))
+            self._intake.start()
             stack.push_async_callback(self._intake.close)
-        self._kick()
+        self._advance()
 
     async def leave(self) -> None:
         """Send what is left to report and take the registration away; nothing that is still held is charged."""
-        self.alarm.close()
-        await self._settled()
+        self.due_timer.close()
+        await self._until_turn_ended()
         if self.report:
-            self._start(0)
-            await self._settled()
+            self._send_turn(0)
+            await self._until_turn_ended()
         await self._delivery.finish(2.0)
-        self.gone = True
+        self.has_left = True
         try:
-            await self.wire.run(operations.reap(self.keys, self.identity, crashed=False), patience=2.0)
+            await self.connection.run(operations.reap(self.keys, self.identity, crashed=False), patience=2.0)
         except ConveyorError as error:
-            log.warning("could not leave queue %s: %s", self.queue, error)
+            log.warning("queue %s: this worker could not leave: %s", self.queue, error)
 
-    async def _settled(self) -> None:
-        """Wait until no turn is on its way: its answer decides what is left to report."""
-        while self._flying is not None or self._recovery is not None:
-            self._landed.clear()
-            await self._landed.wait()
+    async def _until_turn_ended(self) -> None:
+        """Wait until no turn is on its way: its reply decides what is left to report."""
+        while self._in_flight is not None or self._recovery is not None:
+            self._turn_ended.clear()
+            await self._turn_ended.wait()
+
+    # -- state ----------------------------------------------------------------------------------------------------
 
     @property
     def now_ms(self) -> int:
-        """The server's time, as far as we know it."""
+        """The server's time in ms, as far as it is known here."""
         return int(monotonic() * 1000 + self._clock_offset)
 
     @property
     def has_capacity(self) -> bool:
-        """True when it would take work but there was none: then its wake-up list is listened to."""
-        return not self.more and not self._worker.stopping and self._flying is None and self._worker.room(self) > 0
+        """True when it could lease jobs and there were none: then its wake-up list is listened to."""
+        if self.has_more or self._lifecycle.stopping or self._in_flight is not None:
+            return False
+        return self._capacity.room(self) > 0
 
     @property
     def busy(self) -> bool:
         """True while it holds jobs or has something to report."""
         under_way = self._delivery.busy or (self._intake is not None and self._intake.loading)
-        return bool(self.held or self.report or self._flying or self._recovery or self.antechamber or under_way)
+        return bool(self.held or self.report or self._in_flight or self._recovery or self.early_acks or under_way)
+
+    @property
+    def drained(self) -> bool:
+        """True when nothing is left that this worker could do: for a burst."""
+        if self.has_more or self.busy:
+            return False
+        if not self.due_timer.is_set:
+            self.own_retries.clear()  # nothing is scheduled, so another worker took them
+        return not self.own_retries
+
+    def running(self, *, early: bool = True) -> Iterator[Attempt]:
+        """Yield the attempts that have not ended; with *early* also those whose jobs Redis no longer has."""
+        for attempt in (*self.held.values(), *(self.early_acks.acknowledged if early else ())):
+            if attempt.ended == 0.0:
+                yield attempt
+
+    # -- when to make a turn --------------------------------------------------------------------------------------
 
     def schedule(self, *, at_once: bool = False) -> None:
-        """Look again once what runs now has come to a pause, so that many ends make one turn; or *at_once*."""
-        if at_once and not self._kick_soon and not self._absorbing:
-            self._kick()
-        elif not self._kick_soon:
-            self._kick_soon = True
-            asyncio.get_running_loop().call_soon(self._kick)
+        """Make a turn at the next pass of the event loop, so that many ends make one turn; or *at_once*."""
+        if at_once and not self._is_scheduled and not self._is_absorbing:
+            self._advance()
+        elif not self._is_scheduled:
+            self._is_scheduled = True
+            asyncio.get_running_loop().call_soon(self._advance)
 
-    def woken(self) -> None:
-        """A token was taken: make a turn, with or without room."""
-        self.more = True
-        if self._flying is None and self._recovery is None:
-            self._start(self._worker.room(self))
+    def on_token(self) -> None:
+        """Make a turn, with or without room, because a wake-up token was taken."""
+        self.has_more = True
+        if self._in_flight is None and self._recovery is None:
+            self._send_turn(self._capacity.room(self))
 
-    def _kick(self) -> None:
-        self._kick_soon = False
-        if self._flying is not None or self._recovery is not None:
-            return
-        if self.antechamber.reserved:
-            self._next_suspect()
-        want = self._worker.room(self) if self.more else 0
-        if self.report or want > 0:
-            self._start(want)
-        else:
-            if self.has_capacity:
-                self._idle.set()
-            self._worker.listen()
+    def _on_due(self) -> None:
+        if self._in_flight is None and self._recovery is None and not self._lifecycle.stopping:
+            self._send_turn(self._capacity.room(self))
 
     def renew(self) -> None:
         """Make a turn if none was made lately: it renews the lease, reconciles, and looks for work and for the dead."""
         pause = min(IDLE, self.lease_ms / 3000)
-        if self._flying is not None or self._recovery is not None:
+        if self._in_flight is not None or self._recovery is not None:
             return
         now = monotonic()
-        if now - self._last_turn >= 0.95 * pause or self._reaper.is_due:
-            self._start(self._worker.room(self))
+        if now - self._sent_at >= 0.95 * pause or now >= self._reaper.due_at:
+            self._send_turn(self._capacity.room(self))
 
-    def _start(self, want: int) -> None:
-        if self.gone or self._worker.stopped:
+    def _advance(self) -> None:
+        """Make a turn if there is something to report or to lease; else wait for work."""
+        self._is_scheduled = False
+        if self._in_flight is not None or self._recovery is not None:
             return
-        self._idle.clear()
+        if self.quarantine.reserved:
+            self._advance_quarantine()
+        want = self._capacity.room(self) if self.has_more else 0
+        if want > 0 or self.report.done or self.report.others:
+            self._send_turn(want)
+        else:
+            if self._intake is not None and self.has_capacity:
+                self._intake.has_capacity.set()
+            self._services.listen()
+
+    # -- one turn -------------------------------------------------------------------------------------------------
+
+    def _send_turn(self, want: int) -> None:
+        if self.has_left or self._lifecycle.stopped:
+            return
         report, self.report = self.report, TurnReport()
-        self._worker.settle_stats(self, report)
+        self._drain_counters(report)
         now = monotonic()
-        self._looked = self._reaper.is_due
+        self._is_looking = now >= self._reaper.due_at
         self._number += 1
         call = operations.turn(
-            self.keys, self.identity, self._number, want, self.lease_ms, report, flags="l" if self._looked else ""
+            self.keys, self.identity, self._number, want, self.lease_ms, report, flags="l" if self._is_looking else ""
         )
-        self._flying = (call, report)
-        self._last_turn = now
+        self._in_flight = (call, report)
+        self._sent_at = now
         self._wanted = want
-        if self._intake is not None and want > 0:
-            self._intake.send(self.wire, want)
-        # At once: jobs that are about to run would keep the loop, and Redis would wait for us instead of beside us.
-        self.wire.send(call.command(), self._answered, at_once=True)
+        if self._intake is not None:
+            self._intake.has_capacity.clear()
+            if want > 0:
+                self._intake.send(want)
+        # At once: jobs that are about to run would keep the loop, and Redis would work after them instead of beside them.
+        self.connection.send(call.command(), self._on_reply, at_once=True)
 
-    def _answered(self, reply: Any) -> None:
-        assert self._flying is not None
-        call, report = self._flying
+    def _drain_counters(self, report: TurnReport) -> None:
+        """Move the counters since the last turn into *report*."""
+        for handler in self.changed_handlers:
+            handler.drain(report.stats)
+        self.changed_handlers.clear()
+
+    def _on_reply(self, reply: Any) -> None:
+        assert self._in_flight is not None
+        call, report = self._in_flight
         if isinstance(reply, Exception):
             self._recovery = asyncio.get_running_loop().create_task(self._recover(call, report))
             return
         try:
             turn = call.decode(reply)
         except (WorkerUnregistered, StaleTurn) as error:
-            self._recovery = asyncio.get_running_loop().create_task(self._again_from_nothing(report, error))
+            self._recovery = asyncio.get_running_loop().create_task(self._start_over(report, error))
             return
         self._absorb(turn, report)
 
     async def _recover(self, call: Call[TurnReply], report: TurnReport) -> None:
         """Repeat a turn whose reply was lost until it is answered; its number keeps it from being done twice."""
         try:
-            turn = await self.wire.run(call, patience=None)
+            turn = await self.connection.run(call, patience=None)
         except (WorkerUnregistered, StaleTurn) as error:
-            await self._again_from_nothing(report, error)
+            await self._start_over(report, error)
             return
         except ConveyorError as error:
-            complain("a turn on queue %s was refused: %s", self.queue, error)
+            log_repeated_error("queue %s: a turn was refused: %s", self.queue, error)
             self.report.done[:0], self.report.others[:0] = report.done, report.others
             await asyncio.sleep(random.uniform(0.5, 1.0))  # noqa: S311
-            self._recovery = self._flying = None
-            self._landed.set()
-            self.schedule()
+            self._end_recovery()
             return
         self._recovery = None
         self._absorb(turn, report)
 
-    async def _again_from_nothing(self, report: TurnReport, error: Exception) -> None:
-        """Redis does not know us any more: all we held is somebody else's. Abandon it and register anew."""
+    async def _start_over(self, report: TurnReport, error: Exception) -> None:
+        """Abandon all jobs and register anew: Redis has dropped this worker, and other workers have the jobs."""
         abandoned = list(self.held.values())
-        log.warning("queue %s: our lease was lost (%s); %d jobs abandoned", self.queue, error, len(abandoned))
+        log.warning("queue %s: the lease was lost (%s); %d jobs abandoned", self.queue, error, len(abandoned))
         self.held.clear()
         self.blobs.clear()
         for attempt in abandoned:
-            self._lost(attempt)
-        self._worker.settle_stats(self, self.report)  # nobody counts what nobody accepted
-        self.report, self.more = TurnReport(), True
-        self.antechamber.clear()
+            self._lose(attempt)
+        self._drain_counters(self.report)  # what was not accepted is not counted
+        self.report, self.has_more = TurnReport(), True
+        self.quarantine.clear()
+        self.early_acks.clear()
         try:
-            await readmit(self)
-        except PartitionCountMismatch as refused:  # not ours to serve any more
-            self._worker.fail(refused)
+            await register_again(self)
+        except PartitionCountMismatch as refused:  # this partition is not for this worker any more
+            self._services.fail(refused)
             return
-        self._recovery = self._flying = None
-        self._landed.set()
+        self._end_recovery()
+
+    def _end_recovery(self) -> None:
+        self._recovery = self._in_flight = None
+        self._turn_ended.set()
         self.schedule()
 
+    # -- the reply of a turn --------------------------------------------------------------------------------------
+
     def _absorb(self, turn: TurnReply, report: TurnReport) -> None:
-        self._absorbing = True
+        self._is_absorbing = True
         try:
             self._settle_and_take(turn, report)
         except Exception as error:
-            # A defect of ours: end loudly, what is held comes back when the lease ends or the supervisor sees us go.
-            self._worker.fail(error)
-        self._absorbing = False
+            # A defect of Conveyor: end with the error. Jobs come back when the lease ends, or the supervisor sees the exit.
+            self._services.fail(error)
+        self._is_absorbing = False
 
     def _settle_and_take(self, turn: TurnReply, report: TurnReport) -> None:
-        self._flying = None
-        self._clock_offset = turn.now - self._last_turn * 1000
-        self._worker.note_renewal(self)
+        self._in_flight = None
+        self._clock_offset = turn.now - self._sent_at * 1000
+        self.renewed_at = monotonic()
+        if self._services.slot is not None:
+            self._services.slot.note_renewal(self.identity)
+        held = self.held
+        self._drop_settled(turn, report)
+        if report.spawned or turn.outbox:
+            self._delivery.begin()
+        if self.quarantine.in_use:
+            self._submit(self.quarantine.confirmed(report, held))
+        if self.early_acks.waiting:
+            self._submit(self.early_acks.confirmed(report))
+        if turn.ids:
+            self._take(turn)
+        if self.quarantine.in_use:
+            self._advance_quarantine()
+        self.has_more = turn.more or (len(turn.ids) >= self._wanted > 0)
+        self.paused = turn.paused
+        for id_ in turn.cancelled:
+            if id_ in held:
+                self._executor.stop(held[id_], "cancel")
+        if self._is_looking:
+            self._reaper.look(turn, self.identity)
+        if turn.held != len(held):
+            self._recovery = asyncio.get_running_loop().create_task(self._reconcile())
+            return
+        if not self._lifecycle.stopping:
+            self.due_timer.watch(turn, asked=self._wanted > 0)
+        self._turn_ended.set()
+        self._advance()
+        self._services.after_turn()
+        if not self.has_more:
+            self._capacity.pass_on()
+
+    def _drop_settled(self, turn: TurnReply, report: TurnReport) -> None:
         held = self.held
         for id_ in report.done:
             held.pop(id_, None)
@@ -263,38 +354,19 @@ class QueueConsumer:
             if one.kind != "M":
                 held.pop(one.id, None)
         for id_ in turn.lost:
-            self._refused(id_)
+            self._on_refused(id_)
         if turn.missing:
             eviction.tell_missing(log, self.queue, turn.missing)
         if self.blobs:
-            self._worker.unusual.release(self, report, turn.lost)
-        if report.spawned or turn.outbox:
-            self._delivery.begin()
-        self._submit(self.antechamber.confirmed(report, self.held))
-        if turn.ids:
-            self._take(turn)
-        self._next_suspect()
-        self.more = turn.more or (len(turn.ids) >= self._wanted > 0)
-        self.paused = turn.paused
-        for id_ in turn.cancelled:
-            if id_ in held:
-                self.executor.stop(held[id_], "cancel")
-        if self._looked:
-            self._reaper.look(turn, self.identity)
-        if turn.held != len(held):
-            self._recovery = asyncio.get_running_loop().create_task(self._reconcile())
-            return
-        if not self._worker.stopping:
-            self.alarm.watch(turn, asked=self._wanted > 0)
-        self._landed.set()
-        self._kick()
-        self._worker.absorbed(self)
+            self._services.loader.delete_bodies(self, report, turn.lost)
 
     def _take(self, turn: TurnReply) -> None:
         """Turn what was leased into attempts, and hand them over."""
-        held, lookup = self.held, self._worker.handlers(self)
-        self.sizes.note(turn.envelopes)
-        states = turn.states
+        handlers = self._handlers
+        if handlers is None:
+            handlers = self._load_handlers()
+        held, lookup, states = self.held, self._plain_handlers, turn.states
+        self.job_size.note(turn.envelopes)
         attempts = []
         for at, (id_, data) in enumerate(zip(turn.ids, turn.envelopes, strict=True)):
             end = data.find(b"\n", 1)
@@ -302,99 +374,121 @@ class QueueConsumer:
             if handler is not None:
                 attempt = Attempt(self, handler, id_, data[end + 1 :])
             else:
-                attempt = self._worker.arrive(self, id_, data)
+                attempt = self._services.loader.load(self, handlers, id_, data)
             held[id_] = attempt
             if states and states[at] is not None:
-                attempt.recall(states[at])  # type: ignore[arg-type]
+                attempt.load_state(states[at])  # type: ignore[arg-type]
                 self.own_retries.pop(id_, None)
             if attempt.handler.kind == "unknown":
-                self._worker.unusual.set_aside(self, attempt)
+                self._services.loader.set_aside(self, attempt)
             elif attempt.handler.early:
-                self.antechamber.early(attempt, self.report)
-            elif attempt.suspect:
-                self.antechamber.suspect(attempt)
+                self.early_acks.add(attempt, self.report)
+            elif attempt.crashed_before:
+                self.quarantine.add(attempt)
             else:
                 attempts.append(attempt)
-        if self._worker.draining:
-            self._worker.hand_back(self)
+        if self._lifecycle.draining:
+            self.hand_back()
         else:
             self._submit(attempts)
+
+    def _load_handlers(self) -> dict[str, Handler]:
+        """Make the handlers of all tasks, by name, and by what the envelope of a job that needs nothing more begins with."""
+        raw = self.keys.foreign is not None
+        handlers = {name: Handler(task, raw=raw) for name, task in self._services.app.definitions.items()}
+        self._plain_handlers = self._services.loader.plain_handlers(self.queue, handlers, foreign=raw)
+        self._handlers = handlers
+        return handlers
 
     def _submit(self, attempts: list[Attempt]) -> None:
         if attempts:
             self.backlog += len(attempts)
-            self.executor.submit(attempts)
+            self._executor.submit(attempts)
 
-    def _next_suspect(self) -> None:
-        for attempt in self.antechamber.advance(self.report, self.held):
+    def _advance_quarantine(self) -> None:
+        for attempt in self.quarantine.advance(self.report, self.held):
             attempt.ended = monotonic()
-            self._worker.settling.poison(self.report, attempt, self.now_ms)
+            self._services.settlement_writer.poison(self.report, attempt, self.now_ms)
 
-    def _refused(self, id_: str) -> None:
+    def _on_refused(self, id_: str) -> None:
         attempt = self.held.pop(id_, None)
-        log.warning("the outcome of %s was refused: its lease was lost", ids.clean(ids.public(self.queue, id_)))
-        self.antechamber.forget(id_)
+        log.warning(
+            "job %s: its outcome was refused, because its lease was lost", ids.clean(ids.public(self.queue, id_))
+        )
+        self.early_acks.forget(id_)
         if attempt is not None:
-            self._lost(attempt)
+            self._lose(attempt)
 
-    def _lost(self, attempt: Attempt) -> None:
-        self.executor.stop(attempt, "lost")
-        self._worker.app.emit(JobLost(attempt.public_id, attempt.handler.name, self.queue, attempt.number))
+    def _lose(self, attempt: Attempt) -> None:
+        self._executor.stop(attempt, "lost")
+        self._services.app.emit(JobLost(attempt.public_id, attempt.handler.name, self.queue, attempt.number))
 
     async def _reconcile(self) -> None:
-        """Our counts differ: drop what Redis does not believe we hold, give back what we do not know."""
+        """Drop jobs that Redis does not list as held here, and give back those that it lists besides: the counts differ."""
         gone, unknown = await differences(self)
         for id_ in gone:
-            self._lost(self.held.pop(id_))
+            self._lose(self.held.pop(id_))
         self.report.others += [Settlement("F", id_) for id_ in unknown]
         self._recovery = None
-        self._landed.set()
+        self._turn_ended.set()
         self.schedule()
 
-    def begun(self, attempt: Attempt) -> None:
-        """One of ours began."""
-        self.backlog -= 1
-        if self._worker.app.has_listener(JobStarted):
-            self._worker.app.emit(JobStarted(attempt.public_id, attempt.handler.name, self.queue, attempt.number))
+    # -- attempts -------------------------------------------------------------------------------------------------
 
-    def left(self) -> None:
-        """One of ours left the backlog without beginning."""
+    def on_started(self, attempt: Attempt) -> None:
+        """Note that an attempt started."""
         self.backlog -= 1
+        if self._services.app.has_listener(JobStarted):
+            self._services.app.emit(JobStarted(attempt.public_id, attempt.handler.name, self.queue, attempt.number))
+
+    def on_abandoned(self) -> None:
+        """Note that an attempt left the backlog without starting."""
+        self.backlog -= 1
+
+    def on_finished(self, attempt: Attempt) -> None:
+        """Note that an attempt ended: the next of the quarantine may start."""
+        if attempt.handler.early:
+            self.early_acks.acknowledged.discard(attempt)
+        if attempt.crashed_before or attempt.handler.early:
+            self.quarantine.on_finished(attempt)
+            self._advance_quarantine()
 
     def holds(self, attempt: Attempt) -> bool:
-        """Tell whether *attempt* is still ours to settle."""
+        """Tell whether *attempt* is still leased here, so that its end counts."""
         return self.held.get(attempt.id) is attempt
 
-    def ended(self, attempt: Attempt) -> None:
-        """One of ours ended: the next suspect may run."""
-        if attempt.suspect or attempt.handler.early:
-            self.antechamber.ended(attempt)
-            self._next_suspect()
-
     def move_deadline(self, attempt: Attempt, seconds: float) -> None:
-        """Give *attempt* that many seconds from now on."""
-        self.executor.deadlines.move(attempt, seconds)
+        """Set the deadline of *attempt* that many seconds ahead."""
+        self._executor.deadlines.move(attempt, seconds)
 
-    def _due_now(self) -> None:
-        if self._flying is None and self._recovery is None and not self._worker.stopping:
-            self._start(self._worker.room(self))
+    def give_way(self, seconds: float) -> None:
+        """Let other workers be first for so many seconds: what comes due then are jobs that this one cannot run."""
+        self.due_timer.give_way(seconds)
 
-    @property
-    def drained(self) -> bool:
-        """True when nothing is left that this worker could do: for a burst."""
-        if self.more or self.busy:
-            return False
-        if not self.alarm.is_set:
-            self.own_retries.clear()  # nothing is scheduled, so another worker took them
-        return not self.own_retries
+    def hand_back(self) -> None:
+        """Return what has not started to the front of the queue, in its order."""
+        returned = TurnReport()
+        for attempt in self._unstarted():
+            self._executor.take_back(attempt)
+            attempt.ended = monotonic()
+            self._services.settlement_writer.handed_back(returned, attempt, started=False)
+        self.report.others[:0] = returned.others  # before those returned earlier, since they are younger
+
+    def _unstarted(self) -> list[Attempt]:
+        """Return what was leased and has not started, the youngest first; an early ack that has not left is taken back."""
+        unstarted, report = [], self.report
+        for attempt in reversed(self.held.values()):
+            if attempt.started == 0.0 == attempt.ended:
+                if attempt.handler.early:
+                    if attempt.id not in report.done:
+                        continue  # its ack is on the way: no other worker would run it
+                    report.done.remove(attempt.id)
+                unstarted.append(attempt)
+        return unstarted
 
     def wake_self(self) -> None:
-        """Wake our own blocked listener: it hears one list too few."""
-        wakeup.wake(self.wire, self.keys.wake_of(self.identity))
-
-    async def until_has_capacity(self) -> None:
-        """Wait until it would take work but has none."""
-        await self._idle.wait()
+        """Wake the blocked listener of this worker: it listens to one list too few."""
+        wakeup.wake(self.connection, self.keys.wake_of(self.identity))
 
     def __repr__(self) -> str:
         return f"<Consumer {self.queue}: {len(self.held)} held, {self.backlog} waiting>"

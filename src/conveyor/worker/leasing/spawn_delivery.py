@@ -1,11 +1,11 @@
-"""Emptying the outbox of a queue: what its jobs spawned goes to where it belongs, whoever settled them."""
+"""Delivers the outbox of a queue: the jobs that its jobs spawned, each to its own queue."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from conveyor import ids
 from conveyor.errors import ConveyorError
@@ -14,36 +14,30 @@ from conveyor.store.operations import StalePush
 from conveyor.store.transport import replies
 
 if TYPE_CHECKING:
-    from conveyor.messaging.partitions import Partitions
-    from conveyor.store.client.client import Client
+    from conveyor.jobs.core import AppCore
     from conveyor.store.keys import QueueKeys
     from conveyor.store.operations import Entry
     from conveyor.store.script import Call
 
-    class Home(Protocol):
-        """What a delivery needs of the app."""
-
-        @property
-        def client(self) -> Client: ...
-        @property
-        def partitioned(self) -> Mapping[str, Partitions]: ...
-        def keys(self, queue: str) -> QueueKeys: ...
-
-
 log = logging.getLogger("conveyor.worker")
 PATIENCE = 5.0
-PAUSES = 5.0
-"""Longest pause in seconds before a delivery that was refused is tried again."""
+LONGEST_PAUSE = 5.0
+"""Seconds before a delivery that was refused is tried again, at most."""
 
 
 class SpawnDelivery:
-    """Delivers one queue's outbox while there is something in it; nothing runs, and nothing is sent, while there is not."""
+    """The delivery of one queue's outbox. While the outbox is empty, nothing runs and nothing is sent."""
 
-    def __init__(self, keys: QueueKeys, home: Home, done: Callable[[], None]) -> None:
-        """Take whose outbox it is, how to reach all queues, and what to call when it was emptied."""
-        self._keys, self._home, self._done = keys, home, done
+    def __init__(self, keys: QueueKeys, app: AppCore, on_emptied: Callable[[], None]) -> None:
+        """
+        Args:
+            keys: those of the queue.
+            app: the app that reaches all queues.
+            on_emptied: called each time the outbox was emptied.
+        """
+        self._keys, self._app, self._on_emptied = keys, app, on_emptied
         self._task: asyncio.Task[None] | None = None
-        self._asked = False
+        self._is_requested = False
 
     @property
     def busy(self) -> bool:
@@ -51,13 +45,13 @@ class SpawnDelivery:
         return self._task is not None
 
     def begin(self) -> None:
-        """Something lies in the outbox: deliver it, now or right after what is under way."""
-        self._asked = True
+        """Deliver what lies in the outbox, now or right after the delivery that is under way."""
+        self._is_requested = True
         if self._task is None:
             self._task = asyncio.get_running_loop().create_task(self._run())
 
     async def finish(self, seconds: float) -> None:
-        """Wait for what is under way, but not for ever: what is left, any worker of the queue delivers."""
+        """Wait up to *seconds* for what is under way. Any worker of the queue delivers what is left."""
         if self._task is not None:
             await asyncio.wait([self._task], timeout=seconds)
         if self._task is not None:
@@ -66,40 +60,40 @@ class SpawnDelivery:
     async def _run(self) -> None:
         attempt = 0
         try:
-            while self._asked:
-                self._asked = False
+            while self._is_requested:
+                self._is_requested = False
                 try:
-                    while await deliver(self._keys, self._home):
+                    while await deliver(self._keys, self._app):
                         attempt = 0
                 except ConveyorError as error:
                     log.warning(
-                        "followers of queue %s are not delivered yet, trying again: %s", self._keys.queue, error
+                        "queue %s: spawned jobs are not delivered yet, trying again: %s", self._keys.queue, error
                     )
-                    await asyncio.sleep(replies.pause(attempt + 5, cap=PAUSES))
+                    await asyncio.sleep(replies.pause(attempt + 5, cap=LONGEST_PAUSE))
                     attempt += 1
-                    self._asked = True
+                    self._is_requested = True
         finally:
             self._task = None
-        self._done()
+        self._on_emptied()
 
 
-async def deliver(keys: QueueKeys, home: Home) -> bool:
-    """Deliver one batch of an outbox; return whether there was one. Raises what the pushes raise: it stays to be repeated."""
-    client = home.client
+async def deliver(keys: QueueKeys, app: AppCore) -> bool:
+    """Deliver one batch of an outbox; return whether there was one. Raises what the pushes raise; then the batch stays."""
+    client = app.client
     batch = await client.arun(spawn_outbox.take(keys), patience=PATIENCE)
     if batch is None:
         return False
     failed: ConveyorError | None = None
     for queue, entries in batch.parts.items():
         try:
-            for call in await _calls(keys, home, batch.number, queue, entries):
-                await _push(home, queue, call)
-        except _StaleDelivery as late:
+            for call in await _calls(keys, app, batch.number, queue, entries):
+                await _push(app, queue, call)
+        except _StaleDelivery as stale:
             # Others have delivered and trimmed this batch, and a newer one. Or a failover took the source back to a
             # number that this receiver has seen: then the same batch gets a higher one.
-            seen = await client.aexecute("GET", late.inbox, key=late.inbox)
-            if isinstance(seen, bytes):
-                least = int(seen.partition(b"\n")[0]) + 1
+            last_seen = await client.aexecute("GET", stale.inbox, key=stale.inbox)
+            if isinstance(last_seen, bytes):
+                least = int(last_seen.partition(b"\n")[0]) + 1
                 await client.arun(spawn_outbox.take(keys, replacing=batch.number, least=least), patience=PATIENCE)
             return True
         except ConveyorError as error:
@@ -111,39 +105,41 @@ async def deliver(keys: QueueKeys, home: Home) -> bool:
 
 
 class _StaleDelivery(Exception):
-    """A receiver has seen a higher number; *inbox* is where it keeps it."""
+    """A receiver has seen a higher number; *inbox* is the key that holds it."""
 
     def __init__(self, inbox: str) -> None:
         super().__init__(inbox)
         self.inbox = inbox
 
 
-async def _calls(source: QueueKeys, home: Home, number: int, queue: str, entries: list[Entry]) -> list[Call[list[str]]]:
-    """Return the pushes of a part: one, unless it was written for a partition that there is no more, or not yet."""
-    partitions = home.partitioned.get(ids.logical(queue))
+async def _calls(
+    source: QueueKeys, app: AppCore, number: int, queue: str, entries: list[Entry]
+) -> list[Call[list[str]]]:
+    """Return the pushes of a part: one, unless it was written for a partition that does not exist (any more, or yet)."""
+    partitions = app.partitioned.get(ids.logical(queue))
     if partitions is None:
-        target = home.keys(queue)
-        await home.client.aannounce(target)
+        target = app.keys(queue)
+        await app.client.aannounce(target)
         return [spawn_outbox.deliver(source, target, number, entries)]
     targets = {keys.queue: keys for keys in partitions.keys}
     if queue in targets:
         return [spawn_outbox.deliver(source, targets[queue], number, entries)]
-    moved: dict[str, list[Entry]] = {}
+    by_queue: dict[str, list[Entry]] = {}
     for entry in entries:
-        # By its id where it has no key: a repeat must find the same place.
+        # By its id where it has no key: a repeat must find the same partition.
         at = partitions.pick(unique=entry.unique, id=entry.id)
-        moved.setdefault(partitions.keys[at].queue, []).append(entry)
+        by_queue.setdefault(partitions.keys[at].queue, []).append(entry)
     return [
-        spawn_outbox.deliver(source, targets[name], number, part, written_for=queue) for name, part in moved.items()
+        spawn_outbox.deliver(source, targets[name], number, part, written_for=queue) for name, part in by_queue.items()
     ]
 
 
-async def _push(home: Home, queue: str, call: Call[list[str]]) -> None:
-    partitions = home.partitioned.get(ids.logical(queue))
+async def _push(app: AppCore, queue: str, call: Call[list[str]]) -> None:
+    partitions = app.partitioned.get(ids.logical(queue))
     try:
         if partitions is None:
-            await home.client.arun(call, patience=PATIENCE)
+            await app.client.arun(call, patience=PATIENCE)
         else:
-            await partitions.arun_agreed(lambda: home.client.arun(call, patience=PATIENCE))
+            await partitions.arun_agreed(lambda: app.client.arun(call, patience=PATIENCE))
     except StalePush:
         raise _StaleDelivery(call.keys[0]) from None

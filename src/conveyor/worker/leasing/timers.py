@@ -1,8 +1,4 @@
-"""
-The time limits of all running jobs in one heap: a timer per job costs 16 µs, an entry here less than one.
-
-Waking up when the next scheduled job is due.
-"""
+"""Timers of a worker: for the time limits of running jobs, and for the next scheduled job of a queue."""
 
 from __future__ import annotations
 
@@ -20,32 +16,36 @@ if TYPE_CHECKING:
 
 
 class Deadlines:
-    """Calls `expire(attempt)` when an attempt's `until` has passed. Entries of finished attempts fall out by themselves."""
+    """
+    The deadlines of all running attempts, in one heap.
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, expire: Callable[[Attempt], None]) -> None:
-        """Take what to do with an attempt whose time is up."""
+    Calls `on_expired` with each attempt whose deadline has passed. Entries of finished attempts fall out by themselves.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, on_expired: Callable[[Attempt], None]) -> None:
+        # One timer for all: a timer per job costs 16 µs, an entry in the heap less than one.
         self._loop = loop
-        self._expire = expire
+        self._on_expired = on_expired
         self._heap: list[tuple[float, int, Attempt]] = []
         self._order = 0
         self._timer: asyncio.TimerHandle | None = None
         self._next = 0.0
 
     def add(self, attempt: Attempt) -> None:
-        """Watch *attempt* until its `until`."""
-        assert attempt.until is not None
+        """Watch *attempt* until its `deadline`."""
+        assert attempt.deadline is not None
         self._order += 1
-        heappush(self._heap, (attempt.until, self._order, attempt))
-        if self._timer is None or attempt.until < self._next:
-            self._arm(attempt.until)
+        heappush(self._heap, (attempt.deadline, self._order, attempt))
+        if self._timer is None or attempt.deadline < self._next:
+            self._arm(attempt.deadline)
 
     def move(self, attempt: Attempt, seconds: float) -> None:
-        """Give *attempt* that many seconds from now; from any thread."""
-        attempt.until = perf_counter() + seconds
+        """Set the deadline of *attempt* that many seconds ahead; from any thread."""
+        attempt.deadline = perf_counter() + seconds
         self._loop.call_soon_threadsafe(self.add, attempt)
 
     def close(self) -> None:
-        """Forget everything."""
+        """Drop all deadlines."""
         if self._timer is not None:
             self._timer.cancel()
         self._heap.clear()
@@ -54,15 +54,15 @@ class Deadlines:
         if self._timer is not None:
             self._timer.cancel()
         self._next = at
-        self._timer = self._loop.call_later(max(0.0, at - perf_counter()), self._ring)
+        self._timer = self._loop.call_later(max(0.0, at - perf_counter()), self._on_due)
 
-    def _ring(self) -> None:
+    def _on_due(self) -> None:
         self._timer = None
         now = perf_counter()
         while self._heap and self._heap[0][0] <= now:
             _, _, attempt = heappop(self._heap)
-            if attempt.ended == 0.0 and attempt.until is not None and attempt.until <= now:
-                self._expire(attempt)
+            if attempt.ended == 0.0 and attempt.deadline is not None and attempt.deadline <= now:
+                self._on_expired(attempt)
         while self._heap and self._heap[0][2].ended != 0.0:
             heappop(self._heap)
         if self._heap:
@@ -70,47 +70,46 @@ class Deadlines:
 
 
 class DueTimer:
-    """A timer for the first due instant of a queue. All workers watch it, and most of them lose the race."""
+    """A timer for the next due job of a queue. All workers set it, and one of them gets the job."""
 
-    def __init__(self, ring: Callable[[], None]) -> None:
-        """Take what to do when it is due."""
-        self._ring = ring
+    def __init__(self, on_due: Callable[[], None]) -> None:
+        self._on_due = on_due
         self._timer: asyncio.TimerHandle | None = None
-        self._watched: int | None = None
+        self._due_ms: int | None = None
         self._yields_until = 0.0
 
     @property
     def is_set(self) -> bool:
-        """True when something is scheduled, as far as we know."""
-        return self._watched is not None
+        """True when a job is scheduled, as far as this worker knows."""
+        return self._due_ms is not None
 
     def watch(self, turn: TurnReply, *, asked: bool) -> None:
-        """Set the timer by a turn's reply; *asked* tells that it had room for work."""
+        """Set the timer by the reply of a turn; *asked* tells that the turn had room for work."""
         if turn.next_due is None:
-            self._watched = None
+            self._due_ms = None
             return
         if self._timer is not None:
             self._timer.cancel()
         late = 0.0
-        if self._watched is not None and turn.next_due > self._watched and not turn.ids and asked:
-            # Somebody else was quicker: be the second line, a little later, until we win one.
+        if self._due_ms is not None and turn.next_due > self._due_ms and not turn.ids and asked:
+            # Another worker was quicker: look a little later, until this one gets a job.
             late = random.uniform(0.02, 0.08)  # noqa: S311  no secret
         if monotonic() < self._yields_until:
             late = random.uniform(0.1, 0.2)  # noqa: S311
-        self._watched = turn.next_due
+        self._due_ms = turn.next_due
         pause = max(0.001, (turn.next_due - turn.now) / 1000 + 0.001 + late)
-        self._timer = asyncio.get_running_loop().call_later(min(pause, 3600.0), self._due)
+        self._timer = asyncio.get_running_loop().call_later(min(pause, 3600.0), self._fire)
 
     def give_way(self, seconds: float) -> None:
-        """Let others be first for so long: what comes due then are jobs that we cannot run, and they perhaps can."""
+        """Let other workers be first for so many seconds: what comes due then are jobs that this one cannot run."""
         self._yields_until = max(self._yields_until, monotonic() + seconds)
 
     def close(self) -> None:
-        """Watch no more."""
+        """Stop the timer."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
 
-    def _due(self) -> None:
+    def _fire(self) -> None:
         self._timer = None
-        self._ring()
+        self._on_due()

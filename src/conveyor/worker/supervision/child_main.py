@@ -1,7 +1,7 @@
 """
-The entry of one child process: ``python -m conveyor.worker.supervision.child_main APP NUMBER/SLOTS BOARD LIFE STACK``.
+The main module of a child process: ``python -m conveyor.worker.supervision.child_main APP NUMBER/SLOTS MEMORY ALIVE STACK``.
 
-The last three are descriptors given by the supervisor: its memory, a pipe that ends when it does, a file for stacks.
+The last three are descriptors of the supervisor: its shared memory, a pipe that ends when it ends, a file for stacks.
 """
 
 from __future__ import annotations
@@ -17,62 +17,62 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from functools import reduce
-from importlib import import_module
 from itertools import islice
-from typing import Any, NoReturn, Protocol
+from typing import NoReturn, Protocol
 
 from conveyor.errors import ConveyorError
+from conveyor.worker.app_loading import load
 from conveyor.worker.logs import LOG, configure_log
 from conveyor.worker.recycling import RecycleLimits
 from conveyor.worker.shared_memory import ChildInfo, ChildSlot, ChildSpec, SharedMemory
 from conveyor.worker.supervision.lease_guard import DeadChild, LeaseGuard
 
 RECYCLE = 75
-"""A child exits with this code to be replaced by a fresh one; nothing went wrong."""
+"""Exit code of a child that asks to be replaced by a fresh one; nothing went wrong."""
 IMPORT_FAILED = 4
+"""Exit code of a child whose app cannot be loaded."""
 MARGIN = 2.0
-"""Seconds beyond the grace after which a child that was told to stop is ended by force."""
+"""Seconds beyond the grace after which a child that was told to stop is killed."""
 
 
 class Runnable(Protocol):
-    """What a child runs: `worker.Worker`."""
+    """The worker of a child: `worker.Worker`, or a small one in tests."""
 
     async def run(self) -> int:
-        """Run until stopped, or drained; return the exit code."""
+        """Run until stopped or drained; return the exit code."""
 
     def stop(self) -> None:
         """Drain."""
 
     def hurry(self) -> None:
-        """Drain, and hand back at once what does not end at once."""
+        """Drain, and hand everything back at once."""
 
     def quiet(self) -> None:
         """Lease no more."""
 
 
 def main(start: Callable[[ChildSpec, ChildSlot], tuple[ChildInfo, Runnable]] | None = None) -> NoReturn:
-    """Run the child that the command line describes; *start* makes what it runs (default: the app's worker)."""
-    _, place, *descriptors = sys.argv[1:6]
-    board_fd, life_fd, stack_fd = map(int, descriptors)
-    for descriptor in (board_fd, life_fd, stack_fd):
+    """Run the child that the command line describes; *start* makes its worker (None: `start_app`)."""
+    _, slot_place, *descriptors = sys.argv[1:6]
+    memory_fd, alive_fd, stack_fd = map(int, descriptors)
+    for descriptor in (memory_fd, alive_fd, stack_fd):
         os.set_inheritable(descriptor, False)  # not for the processes that jobs start
-    number, slots = map(int, place.split("/"))
-    slot = SharedMemory(slots, board_fd).slot(number)
+    number, slots = map(int, slot_place.split("/"))
+    slot = SharedMemory(slots, memory_fd).slot(number)
     spec = slot.spec()
     assert spec is not None
     if spec.path:
         sys.path[:] = spec.path
     configure_log(verbose=spec.verbose)
     faulthandler.enable()
-    code = _run(spec, slot, life_fd, stack_fd, start or start_app)
+    code = _run(spec, slot, alive_fd, stack_fd, start or start_app)
     slot.finish()
-    _end(code)
+    _exit(code)
 
 
 def start_app(spec: ChildSpec, slot: ChildSlot) -> tuple[ChildInfo, Runnable]:
-    """Import the app and make its worker; an empty `queues` means all that its tasks and plain lists name."""
-    # Needed by the first connection; on a loaded machine it takes longer than a loop may stand still.
+    """Import the app and make its worker. Empty `queues`: those that its tasks and plain lists name."""
+    # The first connection needs them; on a busy machine importing takes longer than a loop may be blocked.
     import hiredis  # noqa: F401
     import redis.asyncio  # noqa: F401
 
@@ -89,7 +89,7 @@ def start_app(spec: ChildSpec, slot: ChildSlot) -> tuple[ChildInfo, Runnable]:
         grace=spec.grace,
         slot=slot,
         reference=spec.app,
-        quota=RecycleLimits(spec.max_jobs, spec.max_memory),
+        recycle_limits=RecycleLimits(spec.max_jobs, spec.max_memory),
         await_until=spec.await_until,
     )
     address, attachment = app.client.address, app.client.attachment
@@ -97,33 +97,27 @@ def start_app(spec: ChildSpec, slot: ChildSlot) -> tuple[ChildInfo, Runnable]:
     return ChildInfo(url, app.namespace, len(names), tuple(names[:10]), worker.queues), worker
 
 
-def load(reference: str) -> Any:
-    """Return the app that ``module:attribute`` names; raises what importing it raises."""
-    module, _, attribute = reference.partition(":")
-    return reduce(getattr, (attribute or "app").split("."), import_module(module))
-
-
 def _run(
     spec: ChildSpec,
     slot: ChildSlot,
-    life_fd: int,
+    alive_fd: int,
     stack_fd: int,
     start: Callable[[ChildSpec, ChildSlot], tuple[ChildInfo, Runnable]],
 ) -> int:
     try:
-        about, worker = start(spec, slot)
+        info, worker = start(spec, slot)
     except Exception:
         LOG.exception("Cannot start the worker of %s", spec.app)
         return IMPORT_FAILED
-    slot.set_about(about)
-    # What was imported stays for ever: a collection that walks through it again and again holds jobs up for milliseconds.
+    slot.set_info(info)
+    # Imported objects stay for ever: a garbage collection that visits them again and again delays jobs by milliseconds.
     gc.collect()
     gc.freeze()
     if spec.quiet:
         worker.quiet()
     loop = _new_loop()
     asyncio.set_event_loop(loop)
-    # Not the second SIGTERM: a service manager sends one to every process, and the supervisor passes its own on.
+    # A second SIGTERM does not hurry: a service manager sends one to every process, and the supervisor passes its own on.
     loop.add_signal_handler(signal.SIGTERM, worker.stop)
     loop.add_signal_handler(signal.SIGINT, worker.hurry)
     loop.add_signal_handler(signal.SIGUSR1, worker.quiet)
@@ -132,13 +126,16 @@ def _run(
         signal.SIGUSR2, file=stack_fd, all_threads=True, chain=True
     )  # this one at once, also in C code
     threading.Thread(
-        target=_outlive, args=(life_fd, loop, worker, slot, spec.grace), name="conveyor-orphan", daemon=True
+        target=_end_after_supervisor,
+        args=(alive_fd, loop, worker, slot, spec.grace),
+        name="conveyor-orphan",
+        daemon=True,
     ).start()
-    slot.tick()  # signals are handled from here on: we are up
+    slot.tick()  # signals are handled from here on: the child is up
     try:
         return loop.run_until_complete(worker.run())
-    except ConveyorError as error:  # says itself what to do: a refused password, another number of partitions
-        LOG.critical("The worker cannot go on: %s %s", error.code, error, exc_info=LOG.isEnabledFor(logging.DEBUG))
+    except ConveyorError as error:  # its text says what to do: a refused password, another number of partitions
+        LOG.critical("The worker cannot continue: %s %s", error.code, error, exc_info=LOG.isEnabledFor(logging.DEBUG))
         return 1
     except BaseException:
         LOG.critical("The worker failed unexpectedly", exc_info=True)
@@ -146,28 +143,30 @@ def _run(
 
 
 def _write_tasks(loop: asyncio.AbstractEventLoop, stack_fd: int) -> None:
-    """Add to the stacks of the threads where each task of the loop waits, when the loop is free to say so."""
+    """Write where each task of the loop waits, below the stacks of the threads; called when the loop is free."""
     text = io.StringIO()
     for task in islice(asyncio.all_tasks(loop), 100):
         task.print_stack(file=text)
     os.write(stack_fd, text.getvalue().encode(errors="replace"))
 
 
-def _outlive(life_fd: int, loop: asyncio.AbstractEventLoop, worker: Runnable, slot: ChildSlot, grace: float) -> None:
-    """Wait for the end of the supervisor; then do for this child what it did, until the rest is done."""
-    os.read(life_fd, 1)
+def _end_after_supervisor(
+    alive_fd: int, loop: asyncio.AbstractEventLoop, worker: Runnable, slot: ChildSlot, grace: float
+) -> None:
+    """Wait for the end of the supervisor; then drain, and guard the leases of this child until it ends."""
+    os.read(alive_fd, 1)
     LOG.warning("The supervisor is gone: worker %d drains and ends", os.getpid())
-    guardian = LeaseGuard()
-    guardian.watch(slot)
+    lease_guard = LeaseGuard()
+    lease_guard.watch(slot)
     loop.call_soon_threadsafe(worker.stop)
     time.sleep(grace + MARGIN)
-    about = slot.about()
-    assert about is not None
+    info = slot.info()
+    assert info is not None
     what = f"Worker {os.getpid()} was stuck beyond its grace of {grace:g} s"
-    guardian.forget(slot)
-    guardian.settle(DeadChild(what, about, slot.identities(), crashed=False))
-    guardian.close(2.0)
-    _end(RECYCLE)
+    lease_guard.forget(slot)
+    lease_guard.return_jobs(DeadChild(what, info, slot.identities(), crashed=False))
+    lease_guard.close(2.0)
+    _exit(RECYCLE)
 
 
 def _new_loop() -> asyncio.AbstractEventLoop:
@@ -178,8 +177,8 @@ def _new_loop() -> asyncio.AbstractEventLoop:
     return uvloop.new_event_loop()
 
 
-def _end(code: int) -> NoReturn:
-    """Exit at once: a thread that is stuck in a job must not hold up the end."""
+def _exit(code: int) -> NoReturn:
+    """Exit at once: a thread that is stuck in a job must not delay the end."""
     if (buffers := sys.modules.get("conveyor.store.client.buffer")) is not None:
         buffers.flush_all()  # what jobs pushed while Redis was away
     logging.shutdown()
@@ -187,7 +186,7 @@ def _end(code: int) -> NoReturn:
         try:
             stream.flush()
         except (OSError, ValueError):
-            pass  # closed by the other end
+            pass  # the other end has closed it
     os._exit(code)
 
 

@@ -1,4 +1,4 @@
-"""One child process as its supervisor sees it: started, watched, asked for its stacks, killed, and started anew."""
+"""One child process on the side of its supervisor: start, signals, stacks, kill, and restart."""
 
 from __future__ import annotations
 
@@ -14,33 +14,33 @@ import msgspec
 from conveyor.worker.shared_memory import ChildSlot, ChildSpec, anonymous_file
 from conveyor.worker.supervision.lease_guard import DeadChild
 
-QUICK = 1.0
-"""Seconds: a child that dies sooner is started again only after a pause, which doubles."""
+QUICK_DEATH = 1.0
+"""Seconds: a child that dies sooner is started again only after a pause, which doubles each time."""
 STALLED = 1.0
 """Seconds without a turn of the event loop after which a child counts as stalled."""
 STACK_TIME = 0.2
+"""Seconds that a child has to write its stacks."""
 NO_STACK = "(no stack: the process does not run; is it stopped?)"
-_HINTS = {
-    "SIGKILL": " (the kernel does that when memory runs out)",
-    "SIGSEGV": " (a fault in native code)",
-    "SIGABRT": " (native code gave up)",
-}
 _LONGEST_PAUSE = 5.0
-_LONGEST_PAUSE_UP = 1.0  # it came up, so what killed it is a job, and that ends by max_crashes
+_LONGEST_PAUSE_UP = 1.0  # it came up, so a job killed it, and that ends by max_crashes
 
 
 class ChildProcess:
-    """The process in one slot of the board, and its successors."""
+    """The process of one slot of the shared memory, and those that are started after it."""
 
     def __init__(self, number: int, slot: ChildSlot) -> None:
-        """Take the slot; *number* is for people, from 1."""
+        """
+        Args:
+            number: its number in the log, from 1.
+            slot: its slot.
+        """
         self.number = number
         self.slot = slot
-        self.finished = False  # it has drained what there was, and is not replaced
-        self.estate: DeadChild | None = None  # of the last process, when it had leases
+        self.finished = False  # it has drained its queues, and is not started again
+        self.dead_child: DeadChild | None = None  # of the last process, when it had leases
         self.kill_reason = ""
-        self.quiet = False  # it was told so
-        self.succeeded = False  # it drains, and another works in its place already
+        self.quiet = False  # it was told to lease nothing more
+        self.has_successor = False  # it drains, and another process already works in its place
         self.failed_starts = 0
         self.stalled_since: float | None = None
         self._await_until = 0.0
@@ -50,29 +50,29 @@ class ChildProcess:
         self._process: subprocess.Popen[bytes] | None = None
         self._stacks = anonymous_file("conveyor-stacks", 0)
         fcntl.fcntl(self._stacks, fcntl.F_SETFL, fcntl.fcntl(self._stacks, fcntl.F_GETFL) | os.O_APPEND)
-        self._asked: dict[str, float] = {}
+        self._stacks_due_at: dict[str, float] = {}
 
     @property
-    def alive(self) -> bool:
-        """Whether a process is there: running, or dead and not yet noticed by `exit_code`."""
+    def has_process(self) -> bool:
+        """Whether there is a process: running, or dead and not yet noticed by `exit_code`."""
         return self._process is not None
 
     @property
-    def up(self) -> bool:
+    def is_up(self) -> bool:
         """Whether it has come up: it handles signals, and its loop turns."""
         return self._process is not None and self.slot.last_tick > 0
 
     @property
     def pid(self) -> int:
-        """The process's id; 0 without one."""
+        """The id of the process; 0 without one."""
         return self._process.pid if self._process is not None else 0
 
     def start(self, spec: ChildSpec, command: list[str], descriptors: tuple[int, ...]) -> None:
-        """Start a process with *command*, to which the slot's place and the descriptors were added."""
+        """Start a process with *command*, to which the number of the slot and the descriptors were added."""
         self._await_until = max(self._await_until, self.slot.await_until)
         self.slot.prepare(msgspec.structs.replace(spec, await_until=self._await_until))
-        self.kill_reason, self.stalled_since, self.estate = "", None, None
-        self._asked.clear()
+        self.kill_reason, self.stalled_since, self.dead_child = "", None, None
+        self._stacks_due_at.clear()
         self.quiet = spec.quiet
         self._started = monotonic()
         self._process = subprocess.Popen(  # noqa: S603  our own interpreter
@@ -87,28 +87,28 @@ class ChildProcess:
         return self._process is None and not self.finished and now >= self._start_at
 
     def exit_code(self) -> int | None:
-        """Return how the process ended, minus the signal's number; None while it runs."""
+        """Return the exit code, or minus the number of a signal; None while the process runs."""
         assert self._process is not None
         return self._process.poll()
 
-    def bury(self) -> bool:
-        """Note that the process is dead, and when the next may start; return whether this one had come up."""
-        was_up, lived = self.up, monotonic() - self._started
+    def note_exit(self) -> bool:
+        """Note that the process is dead, and when the next one may start; return whether this one had come up."""
+        was_up, lived = self.is_up, monotonic() - self._started
         self._process = None
         self.failed_starts = 0 if was_up else self.failed_starts + 1
-        self._quick_deaths = self._quick_deaths + 1 if lived < QUICK or not was_up else 0
+        self._quick_deaths = self._quick_deaths + 1 if lived < QUICK_DEATH or not was_up else 0
         longest = _LONGEST_PAUSE_UP if was_up else _LONGEST_PAUSE
         pause = min(longest, 0.1 * 2 ** (self._quick_deaths - 1)) if self._quick_deaths else 0.0
         self._start_at = monotonic() + pause * random.uniform(0.5, 1.5)  # noqa: S311  no secret
         return was_up
 
     def signal(self, number: int) -> None:
-        """Send a signal; one that a process which is not up yet would die of is sent to none such."""
-        if self._process is not None and (self.up or number in {signal.SIGTERM, signal.SIGKILL}):
+        """Send a signal. A process that is not up yet gets only those that it may die of."""
+        if self._process is not None and (self.is_up or number in {signal.SIGTERM, signal.SIGKILL}):
             self._process.send_signal(number)
 
     def kill(self, reason: str) -> None:
-        """End it by force."""
+        """Kill the process; the first *reason* is logged at its end."""
         if not self.kill_reason:
             self.kill_reason = reason
             self.signal(signal.SIGKILL)
@@ -116,31 +116,20 @@ class ChildProcess:
     # -- its stacks -----------------------------------------------------------------------------------------------
 
     def ask_stacks(self, purpose: str) -> None:
-        """Ask for the stacks of all threads; `stacks_ready` has them a moment later."""
-        if self.up:
+        """Ask for the stacks of all threads; `stacks_ready` returns them a moment later."""
+        if self.is_up:
             os.ftruncate(self._stacks, 0)
             self.signal(signal.SIGUSR2)
-            self._asked[purpose] = monotonic() + STACK_TIME
+            self._stacks_due_at[purpose] = monotonic() + STACK_TIME
 
     def stacks_ready(self, purpose: str, now: float) -> str | None:
-        """Return the stacks that were asked for, once there was time to write them; else None."""
-        if now < self._asked.get(purpose, float("inf")):
+        """Return the stacks that were asked for, once there was time to write them; None before."""
+        if now < self._stacks_due_at.get(purpose, float("inf")):
             return None
-        del self._asked[purpose]
+        del self._stacks_due_at[purpose]
         text = os.pread(self._stacks, 100_000, 0).decode(errors="replace").rstrip()
         return text or NO_STACK
 
     def close(self) -> None:
-        """Let go of what is held for the process."""
+        """Close the file for stacks."""
         os.close(self._stacks)
-
-
-def describe_end(code: int) -> str:
-    """Return in words how a process ended."""
-    if code >= 0:
-        return f"exited with code {code}"
-    try:
-        name = signal.Signals(-code).name
-    except ValueError:
-        name = f"signal {-code}"
-    return f"was killed by {name}{_HINTS.get(name, '')}"

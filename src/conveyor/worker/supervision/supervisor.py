@@ -1,8 +1,8 @@
 """
-The supervisor: keeps N children alive, and does for them what a process cannot do for itself.
+The supervisor keeps N children running, and does for them what a process cannot do for itself.
 
-It never imports the app, so nothing of the user's can block or break it. It starts children and restarts dead ones.
-What Redis must be told (leases renewed for a child that cannot, returned for one that is dead) the guardian tells it.
+It never imports the app, so no code of the user can block or break it. It starts children and restarts dead ones. All
+that Redis must be sent (leases renewed for a child that cannot, returned for one that is dead) goes through `LeaseGuard`.
 """
 
 from __future__ import annotations
@@ -22,17 +22,18 @@ import msgspec
 
 from conveyor.store.transport.url import masked
 from conveyor.worker.leasing.heartbeat import MAX_STALL
-from conveyor.worker.logs import LOG, configure_log
+from conveyor.worker.logs import LOG, configure_log, describe_end
 from conveyor.worker.recycling import megabytes
 from conveyor.worker.shared_memory import ChildInfo, ChildSpec, SharedMemory
 from conveyor.worker.supervision.child_main import IMPORT_FAILED, MARGIN, RECYCLE
-from conveyor.worker.supervision.child_process import NO_STACK, STALLED, ChildProcess, describe_end
+from conveyor.worker.supervision.child_process import NO_STACK, STALLED, ChildProcess
 from conveyor.worker.supervision.lease_guard import DeadChild, LeaseGuard
 
 FAILED_STARTS = 5
-FAREWELL = 2.0
-"""Seconds that a supervisor without children waits for Redis to take back their last leases."""
-_LOOK, _QUICK_LOOK = 0.25, 0.05
+"""Starts that fail one after another before the supervisor gives up."""
+CLOSE_PATIENCE = 2.0
+"""Seconds that a supervisor without children waits until Redis has their last leases back."""
+_CHECK_EVERY, _CHECK_EVERY_QUICK = 0.25, 0.05
 
 
 def run(
@@ -49,7 +50,7 @@ def run(
     verbose: bool = False,
     python: str = sys.executable,
 ) -> int:
-    """Run worker processes for ``module:attribute`` until a signal, or with *burst* until all is drained; exit code."""
+    """Run worker processes for ``module:attribute`` until a signal (with *burst* until all is drained); return the exit code."""
     configure_log(verbose=verbose)
     spec = ChildSpec(
         app_reference, queues, concurrency, threads, burst=burst, grace=grace, verbose=verbose, path=tuple(sys.path),
@@ -59,7 +60,7 @@ def run(
 
 
 class Supervisor:
-    """The children of one command and their guardian. `run` belongs into the main thread: it takes the signals."""
+    """The children of one command and the guard of their leases. `run` must be called in the main thread: it handles signals."""
 
     def __init__(
         self,
@@ -70,39 +71,46 @@ class Supervisor:
         child_module: str = "conveyor.worker.supervision.child_main",
         max_stall: float = MAX_STALL,
     ) -> None:
-        """Prepare; nothing starts before `run`. *child_module* is what each child executes."""
+        """
+        Args:
+            spec: what each child is to run.
+            processes: how many children.
+            python: the interpreter.
+            child_module: the module that each child executes.
+            max_stall: seconds that a child may block its event loop before it is killed.
+        """
         self._spec = spec
         self._command = [python, "-m", child_module, spec.app]
         self._max_stall = max_stall
         self._processes = processes
-        self._board = SharedMemory(2 * processes)
-        slots = [self._board.slot(number) for number in range(2 * processes)]
+        self._memory = SharedMemory(2 * processes)
+        slots = [self._memory.slot(number) for number in range(2 * processes)]
         self._children = [ChildProcess(number + 1, slots[number]) for number in range(processes)]
-        self._spare = slots[processes:]  # for successors, while those that are to be replaced drain
-        self._guardian = LeaseGuard()
-        self._life = os.pipe()  # children read it: when we are gone, however, it ends
+        self._spare = slots[processes:]  # for successors, while the children that they replace drain
+        self._lease_guard = LeaseGuard()
+        self._alive_pipe = os.pipe()  # children read it: it ends with this process, however that dies
         self._signals: deque[int] = deque()
-        self._stops = 0
+        self._stop_signals = 0
         self._stop_at: float | None = None
         self._exit_code = 0
-        self._introduced = False
-        self._looked = self._resumed = monotonic()
+        self._banner_printed = False
+        self._checked_at = self._resumed_at = monotonic()
 
     def run(self) -> int:
-        """Start the children and look after them; return the exit code when all have ended."""
+        """Start the children and watch them; return the exit code when all have ended."""
         waker, wakes = socket.socketpair()
         waker.setblocking(False)
         wakes.setblocking(False)
         before = self._take_over_signals(waker.fileno())
         try:
             while not self._all_ended():
-                self._look()
+                self._check_children()
                 select.select([wakes], [], [], self._pause())
                 try:
                     wakes.recv(4096)
                 except BlockingIOError:
                     pass
-            self._say_goodbye()
+            self._close()
             return self._exit_code
         finally:
             signal.set_wakeup_fd(-1)
@@ -110,7 +118,7 @@ class Supervisor:
                 signal.signal(number, handler)
             waker.close()
             wakes.close()
-            for descriptor in self._life:
+            for descriptor in self._alive_pipe:
                 os.close(descriptor)
 
     # -- signals --------------------------------------------------------------------------------------------------
@@ -126,85 +134,87 @@ class Supervisor:
         signal.set_wakeup_fd(waker, warn_on_full_buffer=False)
         return before
 
-    def _obey(self) -> None:
+    def _handle_signals(self) -> None:
         while self._signals:
             number = self._signals.popleft()
             if number in {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}:
                 self._stop()
             elif number == signal.SIGUSR1:
-                LOG.info("Quiet: what is running goes on, nothing new is taken")
+                LOG.info("Quiet: running jobs go on, no new ones are leased")
                 self._spec = msgspec.structs.replace(self._spec, quiet=True)
             elif number == signal.SIGUSR2:
                 for child in self._children:
                     child.ask_stacks("person")
 
     def _stop(self) -> None:
-        """First drain, then hurry, then kill."""
-        self._stops += 1
-        patience = {1: self._spec.grace + MARGIN, 2: MARGIN}.get(self._stops, 0.0)
+        """Drain at the first signal, hand running jobs back at the second, kill at the third."""
+        self._stop_signals += 1
+        patience = {1: self._spec.grace + MARGIN, 2: MARGIN}.get(self._stop_signals, 0.0)
         end = monotonic() + patience
         self._stop_at = end if self._stop_at is None else min(self._stop_at, end)
-        if self._stops == 1:
-            LOG.info("Stopping: what runs has %g s to end; a second signal hurries", self._spec.grace)
-        elif self._stops == 2:
-            LOG.info("Hurrying: what runs is handed back; a third signal kills")
-        self._tell(signal.SIGTERM if self._stops == 1 else signal.SIGINT)
+        if self._stop_signals == 1:
+            LOG.info("Stopping: running jobs have %g s to finish; press ctrl-C again to stop now", self._spec.grace)
+        elif self._stop_signals == 2:
+            LOG.info("Stopping now: running jobs are handed back; a third signal kills their processes")
+        self._signal_children(signal.SIGTERM if self._stop_signals == 1 else signal.SIGINT)
 
-    def _tell(self, number: int) -> None:
+    def _signal_children(self, number: int) -> None:
         for child in self._children:
             child.signal(number)
 
-    # -- looking after children -----------------------------------------------------------------------------------
+    # -- children ------------------------------------------------------------------------------------------------
 
     def _all_ended(self) -> bool:
-        if any(child.alive for child in self._children):
+        if any(child.has_process for child in self._children):
             return False
         return self._stop_at is not None or all(child.finished for child in self._children)
 
     def _pause(self) -> float:
-        calm = all((child.up and child.stalled_since is None) or child.finished for child in self._children)
-        return _LOOK if calm and self._stop_at is None and self._introduced else _QUICK_LOOK
+        calm = all((child.is_up and child.stalled_since is None) or child.finished for child in self._children)
+        return _CHECK_EVERY if calm and self._stop_at is None and self._banner_printed else _CHECK_EVERY_QUICK
 
-    def _look(self) -> None:
+    def _check_children(self) -> None:
         now = monotonic()
-        if now - self._looked > STALLED:
-            self._resumed = now  # we were frozen, and so perhaps were they: nobody is to blame for that time
-        self._looked = now
-        self._obey()
+        if now - self._checked_at > STALLED:
+            self._resumed_at = (
+                now  # this process was frozen, and so perhaps were they: no job is to blame for that time
+            )
+        self._checked_at = now
+        self._handle_signals()
         for child in list(self._children):
-            if child.alive:
+            if child.has_process:
                 code = child.exit_code()
-                self._introduce(child)  # a short burst may be over by now
+                self._print_banner(child)  # a short burst may be over by now
                 if code is not None:
-                    self._bury(child, code)
+                    self._on_exit(child, code)
                 else:
                     self._watch(child, now)
-            if child.is_due(now) and self._stop_at is None and self._settled(child):
+            if child.is_due(now) and self._stop_at is None and self._may_restart(child):
                 self._start(child)
 
     def _start(self, child: ChildProcess) -> None:
-        descriptors = (self._board.fd, self._life[0])
-        place = f"{child.slot.number}/{self._board.slots}"
+        descriptors = (self._memory.fd, self._alive_pipe[0])
+        slot_place = f"{child.slot.number}/{self._memory.slots}"
         try:
-            child.start(self._spec, [*self._command, place, *map(str, descriptors)], descriptors)
+            child.start(self._spec, [*self._command, slot_place, *map(str, descriptors)], descriptors)
         except OSError as error:
             LOG.error("Cannot start worker child %d, trying again: %s", child.number, error)
-            child.bury()
+            child.note_exit()
             return
-        self._guardian.watch(child.slot)
+        self._lease_guard.watch(child.slot)
         LOG.debug("Started worker child %d (pid %d)", child.number, child.pid)
 
-    def _succeed(self, child: ChildProcess) -> None:
-        """Start a successor beside a child that takes no more work; in a burst not before all that it hands back is back."""
+    def _start_successor(self, child: ChildProcess) -> None:
+        """Start a successor beside a child that takes no more work. In a burst it starts after the child's end."""
         if self._spare and not self._spec.burst:
-            child.succeeded = True
+            child.has_successor = True
             successor = ChildProcess(child.number, self._spare.pop())
             self._children.append(successor)
             self._start(successor)
 
-    def _settled(self, child: ChildProcess) -> bool:
-        # A burst ends when nothing is left: its last child must not look before a dead one's jobs are back.
-        return not self._spec.burst or child.estate is None or child.estate.settled.is_set()
+    def _may_restart(self, child: ChildProcess) -> bool:
+        # A burst ends when nothing is left: its last child must not look before the jobs of a dead one are back.
+        return not self._spec.burst or child.dead_child is None or child.dead_child.all_returned.is_set()
 
     def _watch(self, child: ChildProcess, now: float) -> None:
         stacks = child.stacks_ready("person", now)
@@ -213,75 +223,75 @@ class Supervisor:
         if self._stop_at is not None and now >= self._stop_at:
             child.kill("stop")
             return
-        if not child.up:
+        if not child.is_up:
             return
         if self._spec.quiet and not child.quiet:
             child.quiet = True
             child.signal(signal.SIGUSR1)
-        if child.slot.retiring and not child.succeeded and self._stop_at is None:
-            self._succeed(child)
-        since = max(child.slot.last_tick, self._resumed)
+        if child.slot.retiring and not child.has_successor and self._stop_at is None:
+            self._start_successor(child)
+        since = max(child.slot.last_tick, self._resumed_at)
         if now - since < STALLED:
             if child.stalled_since is not None:
                 stood = child.slot.last_tick - child.stalled_since
-                LOG.info("Worker child %d (pid %d) goes on after %.1f s", child.number, child.pid, stood)
+                LOG.info("Worker child %d (pid %d) runs again after %.1f s", child.number, child.pid, stood)
                 child.stalled_since = None
         elif child.stalled_since is None:
             child.stalled_since = since
             child.ask_stacks("stall")
         stacks = child.stacks_ready("stall", now)
         if stacks is not None:
-            self._tell_stall(child, now - (child.stalled_since or since), stacks)
+            self._log_stall(child, now - (child.stalled_since or since), stacks)
         if now - since > self._max_stall:
             child.kill(f"was killed after blocking its event loop for {now - since:.0f} s{_in_job(child)}")
 
-    def _tell_stall(self, child: ChildProcess, seconds: float, stacks: str) -> None:
+    def _log_stall(self, child: ChildProcess, seconds: float, stacks: str) -> None:
         if stacks == NO_STACK:
             LOG.warning(
-                "Worker child %d (pid %d) has not run for %.1f s: is it stopped? It keeps its jobs for now, and is killed "
-                "after %g s.",
+                "Worker child %d (pid %d) has not run for %.1f s: is it stopped? Its leases are kept; the process is killed "
+                "if this lasts %g s.",
                 child.number, child.pid, seconds, self._max_stall,
             )  # fmt: skip
             return
         job = _in_job(child)
         advice = " Make the task a plain def, so that it runs in a thread." if job else ""
         LOG.warning(
-            "E11 Worker child %d (pid %d) has blocked its event loop for %.1f s%s; it keeps its jobs for now, and is "
-            "killed after %g s.%s\n%s",
+            "E11 Worker child %d (pid %d) has blocked its event loop for %.1f s%s. Its leases are kept; the process is "
+            "killed if this lasts %g s.%s\n%s",
             child.number, child.pid, seconds, job, self._max_stall, advice, stacks,
         )  # fmt: skip
 
     # -- deaths ---------------------------------------------------------------------------------------------------
 
-    def _bury(self, child: ChildProcess, code: int) -> None:
-        ours = {"": describe_end(code), "stop": "was ended after its grace"}
-        what = f"Worker child {child.number} (pid {child.pid}) {ours.get(child.kill_reason, child.kill_reason)}"
-        by_itself = code in {0, RECYCLE} and child.slot.finished  # else a job ended it, with whatever code
+    def _on_exit(self, child: ChildProcess, code: int) -> None:
+        reasons = {"": describe_end(code), "stop": "was ended after its grace"}
+        event = f"Worker child {child.number} (pid {child.pid}) {reasons.get(child.kill_reason, child.kill_reason)}"
+        by_itself = code in {0, RECYCLE} and child.slot.finished  # otherwise a job ended it, with any code
         orderly = by_itself or (self._stop_at is not None and code == -signal.SIGTERM)
         crashed = not orderly and child.kill_reason != "stop"
-        about, identities = child.slot.about(), child.slot.identities()
-        self._guardian.forget(child.slot)
-        was_up = child.bury()
-        if about is not None and identities:
-            # A kill strikes whoever executes something just then; anything else was the doing of what was executed.
+        info, identities = child.slot.info(), child.slot.identities()
+        self._lease_guard.forget(child.slot)
+        was_up = child.note_exit()
+        if info is not None and identities:
+            # A kill hits any job that executes something just then; any other end was caused by what was executed.
             fault = code != -signal.SIGKILL or bool(child.kill_reason)
-            child.estate = DeadChild(what, about, identities, crashed, child.slot.seating(), fault)
-            self._guardian.settle(child.estate)
+            child.dead_child = DeadChild(event, info, identities, crashed, child.slot.running_snapshot(), fault)
+            self._lease_guard.return_jobs(child.dead_child)
         elif crashed:
-            LOG.warning("%s; it had leased nothing", what)
+            LOG.warning("%s; it had leased nothing", event)
         if code == 0 and by_itself and self._spec.burst:
             child.finished = True
         elif code == RECYCLE and by_itself and self._stop_at is None:
-            LOG.info("%s to be replaced by a fresh one", what)
+            LOG.info("%s to be replaced by a fresh one", event)
         elif self._stop_at is None and not was_up:
-            self._give_up_if_hopeless(child, code)
-        if child.succeeded:
+            self._give_up_if_none_starts(child, code)
+        if child.has_successor:
             self._children.remove(child)
             self._spare.append(child.slot)
             child.close()
 
-    def _give_up_if_hopeless(self, child: ChildProcess, code: int) -> None:
-        if child.failed_starts < FAILED_STARTS or any(other.up for other in self._children):
+    def _give_up_if_none_starts(self, child: ChildProcess, code: int) -> None:
+        if child.failed_starts < FAILED_STARTS or any(other.is_up for other in self._children):
             return
         why = "importing it failed" if code == IMPORT_FAILED else f"the last one {describe_end(code)}"
         LOG.error(
@@ -291,41 +301,41 @@ class Supervisor:
         self._exit_code = 1
         self._stop()
 
-    # -- the first and the last words ------------------------------------------------------------------------------
+    # -- the first and the last lines of the log -------------------------------------------------------------------
 
-    def _introduce(self, child: ChildProcess) -> None:
-        if self._introduced or not child.up or (about := child.slot.about()) is None:
+    def _print_banner(self, child: ChildProcess) -> None:
+        if self._banner_printed or not child.is_up or (info := child.slot.info()) is None:
             return
-        self._introduced = True
-        for line in banner(about, self._spec, self._processes):
+        self._banner_printed = True
+        for line in banner(info, self._spec, self._processes):
             LOG.info("%s", line)
 
-    def _say_goodbye(self) -> None:
-        if not self._guardian.close(FAREWELL):
-            LOG.warning("Redis does not answer: the last jobs of this worker return when their leases end")
+    def _close(self) -> None:
+        if not self._lease_guard.close(CLOSE_PATIENCE):
+            LOG.warning("Redis does not answer: the last jobs of this worker come back when their leases end")
         for child in self._children:
             child.close()
-        self._board.close()
+        self._memory.close()
         if self._stop_at is not None and not self._exit_code:
             LOG.info("Stopped")
 
 
-def banner(about: ChildInfo, spec: ChildSpec, processes: int) -> list[str]:
-    """Return what a worker says of itself when it is up, at most eight lines."""
+def banner(info: ChildInfo, spec: ChildSpec, processes: int) -> list[str]:
+    """Return the lines that a worker logs when it is up, at most eight."""
     try:
         release = version("conveyor")
     except PackageNotFoundError:
         release = "(not installed)"
-    weights = {queue: spec.queues.get(queue, 1.0) for queue in about.queues or spec.queues}
+    weights = {queue: spec.queues.get(queue, 1.0) for queue in info.queues or spec.queues}
     queues = ", ".join(name if weight == 1 else f"{name} (weight {weight:g})" for name, weight in weights.items())
-    names = f": {', '.join(about.names)}" if about.tasks <= len(about.names) else ""
+    names = f": {', '.join(info.names)}" if info.tasks <= len(info.names) else ""
     limits = [f"{spec.max_jobs:,} jobs"] if spec.max_jobs else []
     limits += [megabytes(spec.max_memory)] if spec.max_memory else []
     return [
         f"Conveyor {release} works for {spec.app}" + (" until everything is drained" if spec.burst else ""),
-        f"  Redis      {masked(about.url)}, namespace {about.namespace}",
+        f"  Redis      {masked(info.url)}, namespace {info.namespace}",
         f"  queues     {queues}",
-        f"  tasks      {about.tasks}{names}",
+        f"  tasks      {info.tasks}{names}",
         f"  processes  {processes}, each with {spec.concurrency} jobs at a time and {spec.threads} threads",
         *([f"  replaced   after {' or '.join(limits)}"] if limits else []),
     ]

@@ -1,0 +1,62 @@
+"""The jobs that are measured: `conveyor worker benchmarks.measured_jobs:app`. Each has its own queue."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+
+from benchmarks.harness import NAMESPACE
+from conveyor import Conveyor
+
+app = Conveyor(namespace=NAMESPACE)  # the URL comes from CONVEYOR_URL
+
+
+@app.task(queue="async", timeout="30s")
+async def noop(number: int, text: str) -> None:
+    """Do nothing, on the event loop."""
+
+
+@app.task(queue="sync", timeout="30s")
+def noop_sync(number: int, text: str) -> None:
+    """Do nothing, on a thread."""
+
+
+@app.task(queue="kept", timeout="30s", keep_result="10m")
+async def echo(number: int, text: str) -> int:
+    """Return a value that is kept."""
+    return number
+
+
+@app.task(queue="stamp")
+async def stamp(number: int, sent_ns: int) -> None:
+    """Note how long ago the job was enqueued."""
+    taken = time.monotonic_ns() - sent_ns
+    record("stamp", number, taken)
+
+
+@app.task(queue="depth", timeout="30s")
+async def deep(number: int, text: str) -> None:
+    """Do nothing, in a queue that is kept deep."""
+
+
+@app.task(queue="hold")
+async def hold(number: int) -> None:
+    """Note the start, take 10 ms, note the end."""
+    record("start", number, time.monotonic_ns())
+    await asyncio.sleep(0.01)
+    record("end", number, time.monotonic_ns())
+
+
+def record(kind: str, number: int, value: int) -> None:
+    """Append a line that survives this process: `kind number pid value`."""
+    os.write(_file(), f"{kind} {number} {os.getpid()} {value}\n".encode())
+
+
+_opened: list[int] = []
+
+
+def _file() -> int:
+    if not _opened:
+        _opened.append(os.open(os.environ["CONVEYOR_BENCH_RECORD"], os.O_WRONLY | os.O_CREAT | os.O_APPEND))
+    return _opened[0]

@@ -1,0 +1,114 @@
+"""The Redis of a run, and what can be done to it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import redis as redis_py
+from redis.backoff import NoBackoff
+from redis.retry import Retry
+
+HOME = Path(__file__).parent.parent
+sys.path.append(str(HOME / "tests"))
+
+from support.server_process import Server, find_binary  # type: ignore[import-not-found]  # noqa: E402  of the test suite
+
+FAKETIME = next(iter(sorted(Path("/usr/lib").glob("*/faketime/libfaketime.so.1"))), None)
+"""Where libfaketime is, None where it is not installed: then nobody steps clocks."""
+_WRAPPER = """#!/bin/sh
+export LD_PRELOAD={library} FAKETIME_TIMESTAMP_FILE={file} FAKETIME_NO_CACHE=1 FAKETIME_DONT_FAKE_MONOTONIC=1
+exec {binary} "$@"
+"""
+
+
+class RecordingServer:
+    """One server with an append-only file that is never rewritten: the history of the run."""
+
+    def __init__(self, directory: Path, *, fsync: str = "always", clock: bool = False, name: str = "valkey") -> None:
+        """Start it in *directory*, whose path must be short; with *clock* its clock can be set where libfaketime is."""
+        found = find_binary(name)
+        if found is None:
+            raise RuntimeError(f"no binary of {name}")
+        directory.mkdir(parents=True, exist_ok=True)
+        self.directory = directory
+        self._clock: Path | None = None
+        if clock and FAKETIME is not None:
+            self._clock = directory / "clock"
+            self._clock.write_text("+0\n")
+            wrapper = directory / "server"
+            wrapper.write_text(_WRAPPER.format(library=FAKETIME, file=self._clock, binary=found))
+            wrapper.chmod(0o700)
+            found = wrapper
+        self.server = Server(
+            found, directory, "--appendonly", "yes", "--appendfsync", fsync, "--auto-aof-rewrite-percentage", "0",
+            "--enable-debug-command", "local",
+        )  # fmt: skip
+        self.url = self.server.url
+        self.socket = self.server.socket
+        self._lock = threading.RLock()
+        self.frozen = False
+
+    def client(self, **options: Any) -> Any:
+        """Return a redis-py client that repeats nothing."""
+        return self.server.client(**{"retry": Retry(NoBackoff(), 0), "socket_timeout": 5, **options})
+
+    def stop(self) -> None:
+        """End the server."""
+        with self._lock:
+            self.thaw()
+            self.server.kill()
+
+    def restart(self, pause: float = 0.0) -> float:
+        """Kill the server with SIGKILL, wait, and start it again; return the seconds until it answered."""
+        with self._lock:
+            self.thaw()
+            began = time.monotonic()
+            self.server.kill()
+            time.sleep(pause)
+            self.server.start()
+            return time.monotonic() - began
+
+    def freeze(self) -> None:
+        """Stop the process; it holds its connections and answers nothing."""
+        os.kill(self.server.pid, signal.SIGSTOP)
+        self.frozen = True
+
+    def thaw(self) -> None:
+        """Let it go on."""
+        if self.frozen:
+            with suppress(ProcessLookupError):
+                os.kill(self.server.pid, signal.SIGCONT)
+        self.frozen = False
+
+    @property
+    def has_clock(self) -> bool:
+        """Whether its clock can be set."""
+        return self._clock is not None
+
+    def set_clock(self, offset: float) -> None:
+        """Set the server's clock this many seconds from the machine's."""
+        assert self._clock is not None
+        self._clock.write_text(f"{offset:+g}\n")
+
+    def command(self, *parts: Any) -> Any:
+        """Carry out one command; None when the server does not answer."""
+        try:
+            with self.client() as client:
+                return client.execute_command(*parts)
+        except redis_py.RedisError:
+            return None
+
+    def squeeze(self, share: float = 1.0) -> None:
+        """Set maxmemory to what is used now times *share*; 0 lifts it."""
+        used = 0
+        if share:
+            with self.client() as client:
+                used = int(client.info("memory")["used_memory"] * share)
+        self.command("CONFIG", "SET", "maxmemory", str(used))

@@ -1,0 +1,104 @@
+"""The content of Redis after a run, read with plain redis-py and the key names of docs/reference/redis-keys.md."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any
+
+CONSTANT = ("*:queues", "*:conf", "*:wake", "*:recent", "*:inbox:*")
+"""What a drained queue may keep for good."""
+
+
+@dataclass
+class RemainingState:
+    """The state of one namespace. Ids are public ones."""
+
+    live: dict[str, str] = field(default_factory=dict)
+    """Jobs that have not ended, and where they are: ready, due, leased, or nowhere."""
+    dead: dict[str, str] = field(default_factory=dict)
+    """Dead letters → the last line of their state."""
+    results: dict[str, bytes] = field(default_factory=dict)
+    leaked: list[str] = field(default_factory=list)
+    """Keys that will never go, beyond those documented and those of dead letters."""
+    findings: list[str] = field(default_factory=list)
+    """What does not agree: a job in no place or in two, an entry, a state or a lease of nobody, a wrong count."""
+
+
+def take(client: Any, namespace: str = "chaos") -> RemainingState:
+    """Read everything of *namespace*; *client* is a redis-py client with bytes as replies."""
+    dump = RemainingState()
+    keys: list[bytes] = list(client.scan_iter(f"{namespace}:*", count=5000))
+    queues = {key.split(b"{", 1)[1].split(b"}", 1)[0] for key in keys if b"{" in key}
+    expected: set[str] = set()
+    for queue in sorted(queues):
+        expected |= _queue(client, namespace, queue.decode(), keys, dump)
+    for key in keys:
+        name = key.decode()
+        if name not in expected and client.pttl(key) == -1 and not any(fnmatchcase(name, one) for one in CONSTANT):
+            dump.leaked.append(name)
+    dump.leaked.sort()
+    return dump
+
+
+def _queue(client: Any, namespace: str, queue: str, keys: list[bytes], dump: RemainingState) -> set[str]:
+    prefix = f"{namespace}:{{{queue}}}:"
+    dead = {id_.decode() for id_ in client.zrange(prefix + "dead", 0, -1)}
+    states = client.hgetall(prefix + "state")
+    places = _places(client, prefix, keys, dump)
+    jobs = dict(client.hscan_iter(prefix + "jobs", count=1000))
+    for raw, envelope in jobs.items():
+        id_ = raw.decode()
+        public = f"{queue}:{id_}"
+        if id_ in dead:
+            dump.dead[public] = (states.get(raw) or b"").decode("utf-8", "replace")
+        elif envelope[:1] != b"x":
+            dump.live[public] = " and ".join(places.get(id_, ["nowhere"]))
+    _audit(queue, jobs, {**places, **{id_: [*places.get(id_, ()), "dead"] for id_ in dead}}, dump)
+    dump.findings += [f"{queue}: a state of nobody, {id_!r}" for id_ in states.keys() - jobs.keys()]
+    stubs = sum(envelope[:1] == b"x" for envelope in jobs.values())
+    counted = int(client.hget(prefix + "conf", "stubs") or 0)
+    if counted != stubs:
+        dump.findings.append(f"{queue}: {stubs} cancelled jobs in line, and {counted} are counted")
+    found = [key for key in keys if key.startswith(f"{prefix}result:".encode())]
+    for first in range(0, len(found), 1000):
+        part = found[first : first + 1000]
+        for key, value in zip(part, client.mget(part), strict=True):
+            if value is not None:
+                dump.results[f"{queue}:{key.decode().removeprefix(prefix + 'result:')}"] = value
+    # A dead letter keeps its envelope and its state, and nothing else may be in these two.
+    kept = {"jobs"} if {key.decode() for key in jobs} <= dead else set()
+    if {key.decode() for key in states} <= dead:
+        kept.add("state")
+    return {prefix + name for name in (*kept, "dead", "recent")}
+
+
+def _places(client: Any, prefix: str, keys: list[bytes], dump: RemainingState) -> dict[str, list[str]]:
+    """Return id → where it is, but for dead letters; more than one place is one too many."""
+    found: dict[str, list[str]] = {}
+    workers = set(client.zrange(prefix + "workers", 0, -1))
+    sources = [(f"ready:{n}", client.lrange(f"{prefix}ready:{n}", 0, -1)) for n in range(10)]
+    sources.append(("due", client.zrange(prefix + "due", 0, -1)))
+    for key in keys:
+        if key.startswith(f"{prefix}leased:".encode()):
+            held = client.hkeys(key)
+            sources.append(("leased", held))
+            if _ids(held) and key.rpartition(b":")[2] not in workers:
+                dump.findings.append(f"{key.decode()} holds jobs and is not registered")
+    for place, fields in sources:
+        for id_ in _ids(fields):
+            found.setdefault(id_, []).append(place.partition(":")[0])
+    return found
+
+
+def _audit(queue: str, jobs: dict[bytes, bytes], places: dict[str, list[str]], dump: RemainingState) -> None:
+    known = {id_.decode() for id_ in jobs}
+    for id_ in sorted(known | places.keys()):
+        where = places.get(id_, [])
+        if len(where) != (id_ in known):
+            place = f"{' and '.join(where) or 'nowhere'}{'' if id_ in known else ', and no job'}"
+            dump.findings.append(f"{queue}:{id_} is {place}")
+
+
+def _ids(fields: list[bytes]) -> list[str]:
+    return [one.decode() for one in fields if one[:1] != b"\t"]

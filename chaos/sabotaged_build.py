@@ -1,0 +1,77 @@
+"""Sabotaged builds: a copy of `src` with one patch of `chaos/sabotage/` applied."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+from chaos.recording_server import HOME
+
+FOLDER = Path(__file__).parent / "sabotage"
+
+
+class DoesNotApplyError(ValueError):
+    """The source has changed where the patch was aimed: aim it anew."""
+
+
+def patches() -> dict[str, Path]:
+    """Return the patches by name."""
+    return {path.stem: path for path in sorted(FOLDER.glob("*.patch"))}
+
+
+def case_of(patch: Path) -> str:
+    """Return the case that must catch it: the word after `Case:` in its first lines."""
+    found = re.search(r"^Case: (\w+)$", patch.read_text(), re.MULTILINE)
+    if found is None:
+        raise ValueError(f"{patch.name} does not say `Case: <name>`")
+    return found[1]
+
+
+def build(patch: Path, directory: Path) -> Path:
+    """Copy this tree's `src` into *directory*, apply *patch*, and return the copy."""
+    source = directory / "src"
+    shutil.copytree(HOME / "src", source)  # with the compiled modules: else every process compiles all of them anew
+    for name, text in changed(patch).items():
+        path = directory / name
+        path.write_text(text)
+        for compiled in (path.parent / "__pycache__").glob(f"{path.stem}.*"):
+            compiled.unlink()
+    return source
+
+
+def changed(patch: Path) -> dict[str, str]:
+    """Return the files that *patch* changes, as they are afterwards; raises DoesNotApplyError."""
+    found: dict[str, str] = {}
+    for name, hunks in _files(patch.read_text()).items():
+        path = HOME / name
+        if not path.is_file():
+            raise DoesNotApplyError(f"{patch.name}: there is no {name}")
+        text = path.read_text()
+        for old, new in hunks:
+            if text.count(old) != 1:
+                raise DoesNotApplyError(f"{patch.name}: found {text.count(old)} times in {name}, not once:\n{old}")
+            text = text.replace(old, new)
+        found[name] = text
+    return found
+
+
+def _files(patch: str) -> dict[str, list[tuple[str, str]]]:
+    """Return file → pairs of what stands there and what shall; the line numbers of a hunk mean nothing to us."""
+    files: dict[str, list[tuple[str, str]]] = {}
+    hunks: list[tuple[str, str]] = []
+    old: list[str] | None = None
+    new: list[str] = []
+    for line in [*patch.splitlines(), "@@"]:
+        if line.startswith(("@@", "--- ")):
+            if old is not None:
+                hunks.append(("".join(old), "".join(new)))
+            old, new = ([], []) if line.startswith("@@") else (None, [])
+        elif line.startswith("+++ "):
+            hunks = files.setdefault(line[4:].split("\t")[0].removeprefix("b/").strip(), [])
+        elif old is not None:
+            if line[:1] in {" ", "-", ""}:
+                old.append(line[1:] + "\n")
+            if line[:1] in {" ", "+", ""}:
+                new.append(line[1:] + "\n")
+    return files

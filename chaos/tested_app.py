@@ -1,0 +1,164 @@
+"""The program under test: an app of tasks that write down each of their runs outside the queue.
+
+It uses nothing but the public interface. `CHAOS_DIR` is the run's directory, `CHAOS_LEASE` the lease in seconds,
+`CHAOS_SPOOL` a producer's buffer on disk, `CHAOS_CONFIRM` how many replicas must have what it pushes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import os
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from chaos.run_log import RunLog
+from conveyor import Buffer, Context, Conveyor, Retry, current
+
+LEASE = float(os.environ.get("CHAOS_LEASE", "2"))
+NAMESPACE = "chaos"
+MAX_CRASHES = 3
+PATIENT = Retry(attempts=40, backoff="50ms", cap="500ms", max_crashes=1_000_000)
+"""Jobs that cause no crash, beside others that do: none of them may become a dead letter."""
+
+PARTITIONS = 3
+SPOOL = os.environ.get("CHAOS_SPOOL")
+
+CONFIRM = int(os.environ.get("CHAOS_CONFIRM", "0"))
+ASKED: dict[str, Any] = {"wait_replicas": CONFIRM} if CONFIRM else {}
+
+app = Conveyor(namespace=NAMESPACE, lease=LEASE, buffer=Buffer(SPOOL, linger="60s") if SPOOL else None)
+if ASKED:
+    app.queue("default", **ASKED)  # undeclared it takes the shortest way in
+box = app.queue("box")  # for `conveyor worker` only: a program with a worker inside runs no processes
+mail = app.queue("mail", max_attempts=40, **ASKED)
+wide = app.queue("wide", partitions=PARTITIONS, **ASKED)
+post = app.queue("post", partitions=PARTITIONS, max_attempts=40, **ASKED)
+
+
+@functools.cache
+def runs() -> RunLog:
+    """Return this process's hold on the file of runs."""
+    return RunLog(Path(os.environ["CHAOS_DIR"]) / "runs")
+
+
+@contextmanager
+def noted(token: str, id_: str, attempt: int) -> Iterator[None]:
+    """Write down that a run began, and how it ended, if it lives to see that."""
+    facts = {"token": token, "id": id_, "attempt": attempt, "pid": os.getpid()}
+    runs().write(phase="start", **facts)
+    try:
+        yield
+    except BaseException as error:
+        runs().write(phase="failed", why=type(error).__name__, **facts)
+        raise
+    runs().write(phase="ok", **facts)
+
+
+def answer(token: str, context: Context) -> dict[str, Any]:
+    """Return what a job leaves behind: whose it is and which attempt made it, in which process."""
+    return {"token": token, "attempt": context.attempt, "pid": os.getpid()}
+
+
+@app.task(name="quick", retry=PATIENT)
+async def quick(token: str, ms: float, context: Context = current()) -> dict[str, Any]:
+    """Sleep on the loop."""
+    with noted(token, context.job_id, context.attempt):
+        await asyncio.sleep(ms / 1000)
+        return answer(token, context)
+
+
+@app.task(name="steady", retry=PATIENT)
+def steady(token: str, ms: float, context: Context = current()) -> dict[str, Any]:
+    """Sleep on a thread."""
+    with noted(token, context.job_id, context.attempt):
+        time.sleep(ms / 1000)
+        return answer(token, context)
+
+
+@app.task(name="spread", queue="wide", retry=PATIENT)
+async def spread(token: str, ms: float, context: Context = current()) -> dict[str, Any]:
+    """Do as `quick` does, on a queue in partitions."""
+    with noted(token, context.job_id, context.attempt):
+        await asyncio.sleep(ms / 1000)
+        return answer(token, context)
+
+
+@app.task(name="parent", retry=PATIENT)
+async def parent(token: str, children: int, failures: int, context: Context = current()) -> dict[str, Any]:
+    """Spawn jobs for this queue and for partitions of another; fail at the first attempts, which must spawn none."""
+    with noted(token, context.job_id, context.attempt):
+        for number in range(children):
+            context.spawn((spread if number % 2 else quick).s(f"{token}/{number}", 5))
+        await asyncio.sleep(0.005)
+        if context.attempt <= failures:
+            raise RuntimeError(f"attempt {context.attempt} of {token} fails")
+        return answer(token, context)
+
+
+@app.task(name="boxed", queue="box", run_in="process", retry=PATIENT)
+def boxed(token: str, ms: float, context: Context = current()) -> dict[str, Any]:
+    """Sleep in a process of its own."""
+    with noted(token, context.job_id, context.attempt):
+        time.sleep(ms / 1000)
+        return answer(token, context)
+
+
+@app.task(name="blocking", retry=PATIENT)
+async def blocking(token: str, ms: float, context: Context = current()) -> dict[str, Any]:
+    """Sleep on the loop and let nobody else run there."""
+    with noted(token, context.job_id, context.attempt):
+        time.sleep(ms / 1000)
+        return answer(token, context)
+
+
+@app.task(name="flaky", retry=PATIENT)
+async def flaky(token: str, failures: int, context: Context = current()) -> dict[str, Any]:
+    """Fail at the first attempts."""
+    with noted(token, context.job_id, context.attempt):
+        if context.attempt <= failures:
+            raise RuntimeError(f"attempt {context.attempt} of {token} fails")
+        return answer(token, context)
+
+
+@app.task(name="hopeless", retry=1)
+async def hopeless(token: str, context: Context = current()) -> dict[str, Any]:
+    """Fail once, and for good; succeed when somebody puts it back."""
+    with noted(token, context.job_id, context.attempt):
+        if context.attempt == 1:
+            raise RuntimeError(f"{token} fails")
+        return answer(token, context)
+
+
+@app.task(name="poison", retry=Retry(attempts=40, max_crashes=MAX_CRASHES))
+async def poison(token: str, how: str, context: Context = current()) -> None:
+    """End the worker process, with the exit code or the signal that *how* names."""
+    with noted(token, context.job_id, context.attempt):
+        die(how)
+
+
+@app.task(name="boxed_poison", queue="box", run_in="process", retry=Retry(attempts=40, max_crashes=MAX_CRASHES))
+def boxed_poison(token: str, how: str, context: Context = current()) -> None:
+    """End the job's own process."""
+    with noted(token, context.job_id, context.attempt):
+        die(how)
+
+
+@app.task(name="bystander", retry=Retry(attempts=40, max_crashes=MAX_CRASHES))
+async def bystander(token: str, ms: float, context: Context = current()) -> dict[str, Any]:
+    """Run beside poison jobs: as it causes no crash, it must never become a dead letter for one."""
+    with noted(token, context.job_id, context.attempt):
+        await asyncio.sleep(ms / 1000)
+        return answer(token, context)
+
+
+def die(how: str) -> None:
+    """End this process at once."""
+    if how.isdigit():
+        os._exit(int(how))
+    os.kill(os.getpid(), getattr(signal, how))
+    time.sleep(10)

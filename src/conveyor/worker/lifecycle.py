@@ -1,0 +1,17 @@
+"""How far a worker is on its way to the end."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(slots=True)
+class Lifecycle:
+    """Flags of one worker, each of them set once. The parts of the worker read them; the worker sets them."""
+
+    stopping: bool = False
+    """Nothing more is leased."""
+    draining: bool = False
+    """Nothing more is started either: what is leased and has not started goes back."""
+    stopped: bool = False
+    """Nothing more is sent."""

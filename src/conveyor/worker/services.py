@@ -1,0 +1,41 @@
+"""The parts of a worker that all its consumers share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from conveyor.jobs.core import AppCore
+    from conveyor.worker.execution.executor import Executor
+    from conveyor.worker.job_loader import JobLoader
+    from conveyor.worker.leasing.capacity import Capacity
+    from conveyor.worker.lifecycle import Lifecycle
+    from conveyor.worker.settlement import SettlementWriter
+    from conveyor.worker.shared_memory import ChildSlot
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerServices:
+    """The parts of one worker, as its consumers use them. Made once, when the worker starts."""
+
+    app: AppCore
+    lifecycle: Lifecycle
+    executor: Executor
+    capacity: Capacity
+    loader: JobLoader
+    settlement_writer: SettlementWriter
+    shared_state: Mapping[str, Any]
+    """What the app's lifespans yielded."""
+    slot: ChildSlot | None
+    """Where a supervisor reads leases and renewals; None without one."""
+    describe: Callable[[float], bytes]
+    """Returns what Redis stores about the worker of a queue with that weight."""
+    listen: Callable[[], None]
+    """Waits for work, on each endpoint where nothing does."""
+    after_turn: Callable[[], None]
+    """Called after each turn, when its reply was taken in."""
+    fail: Callable[[BaseException], None]
+    """Ends the worker with an error."""
