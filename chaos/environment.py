@@ -41,7 +41,7 @@ class Environment:
         clock: bool = False,
         topology: str = "standalone",
         fsync: str = "always",
-        patience: float = 1.0,
+        retry_for: float = 1.0,
     ) -> None:
         """
         Start Redis and, before a single server, the proxy; programs are started through `process_group`.
@@ -49,7 +49,7 @@ class Environment:
         *patience* multiplies the seconds that draining and ending may take.
         Under `everysec` a server that is killed on a slow disk forgets what it had answered, whoever uses it.
         """
-        self.seed, self.lease, self.patience = seed, lease, patience
+        self.seed, self.lease, self.retry_for = seed, lease, retry_for
         self.directory = Path(tempfile.mkdtemp(prefix="cx", dir="/tmp"))
         self.topology = topology
         self.server: Any
@@ -143,7 +143,7 @@ class Environment:
         by the patience of the environment.
         """
         began = time.monotonic()
-        seconds, stall = seconds * self.patience, (stall or max(15.0, 8 * self.lease)) * self.patience
+        seconds, stall = seconds * self.retry_for, (stall or max(15.0, 8 * self.lease)) * self.retry_for
         if not self.wait(lambda: not any(one.alive() for one in self.process_group.producers()), seconds):
             return None
         fewest, progress = 1 << 60, time.monotonic()
@@ -168,7 +168,7 @@ class Environment:
     def evaluate(self, *, also: Iterable[str] = (), waived: Iterable[str] = ()) -> RunResult:
         """Wait until dead workers are reaped, end the living ones, then check what is left."""
         self.wait(self._only_the_living, min(10.0, 3 * self.lease + 1))
-        orderly = self.process_group.retire(15 * self.patience)
+        orderly = self.process_group.retire(15 * self.retry_for)
         with self.server.client(socket_timeout=60) as client:
             left = remaining_state.take(client)
         self.server.stop()

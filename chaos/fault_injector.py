@@ -19,7 +19,7 @@ from chaos.proxy_connections import DIRECTIONS
 
 PAUSE = 0.5
 """Seconds between two faults on average."""
-PATIENCE = 10.0
+RETRY_FOR = 10.0
 """Seconds a fault waits for somebody it can strike."""
 QUEUE = 60.0
 """Seconds a fault of Redis waits for the one before it to be over, and one of a job's process for there to be one."""
@@ -157,9 +157,9 @@ class FaultInjector:
 
     # -- processes -------------------------------------------------------------------------------------------------
 
-    def _pick(self, fault: Fault, find: Callable[[], list[Any]], patience: float = PATIENCE) -> Any:
+    def _pick(self, fault: Fault, find: Callable[[], list[Any]], retry_for: float = RETRY_FOR) -> Any:
         """Draw one of those there are; one that has just died is back in a moment."""
-        found = self.environment.wait(find, patience)
+        found = self.environment.wait(find, retry_for)
         if not found:
             raise MissedError("there was none")
         return found[int(fault.draw * len(found))]

@@ -191,14 +191,14 @@ class ProcessGroup:
             for program in self.programs:
                 program.end()
 
-    def retire(self, patience: float = 15.0) -> bool:
+    def retire(self, retry_for: float = 15.0) -> bool:
         """Ask the workers to end in order; tell whether all did in time."""
         self._stop.set()
         self._watch.join(5)
         for program in self.programs:
             program.keep = False
             program.signal(signal.SIGTERM)
-        deadline = time.monotonic() + patience
+        deadline = time.monotonic() + retry_for
         for program in self.programs:
             with suppress(subprocess.TimeoutExpired):
                 program.process.wait(max(0.1, deadline - time.monotonic()))

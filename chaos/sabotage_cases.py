@@ -31,7 +31,7 @@ def run(name: str, *, source: Path | None = None, seed: int = 1) -> RunResult:
     case = CASES[name]
     # A sabotaged build ends early when it is stuck. For ours the limit is long, because a busy machine is slow at everything.
     with Environment(
-        seed=seed, lease=case.lease, source=source, patience=1.0 if source is not None else 4.0
+        seed=seed, lease=case.lease, source=source, retry_for=1.0 if source is not None else 4.0
     ) as environment:
         result = case.play(environment)
         if source is not None:

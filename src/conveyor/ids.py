@@ -17,33 +17,33 @@ from conveyor.errors import ConfigurationError
 
 _STANDARD = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"
 _ORDERED = b"0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ_abcdefghijklmnopqrstuvwxyz~"
-_TABLE = bytes.maketrans(_STANDARD, _ORDERED)
-_BACK = bytes.maketrans(_ORDERED, _STANDARD)
+_ORDERED_TABLE = bytes.maketrans(_STANDARD, _ORDERED)
+_STANDARD_TABLE = bytes.maketrans(_ORDERED, _STANDARD)
 _GENERATED = re.compile(r"[0-9A-Z_a-z~]{22}")
 _NAME = re.compile(r"[A-Za-z0-9_.:-]{1,128}")
-_PLACE = re.compile(r"[A-Za-z0-9_.:-]{1,128}(/\d{1,3})?")
+_QUEUE_OR_PARTITION = re.compile(r"[A-Za-z0-9_.:-]{1,128}(/\d{1,3})?")
 LENGTH = 22
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 _ESCAPES = {"\t": "\\t", "\n": "\\n", "\r": "\\r"}
 
 
-_spare: list[bytes] = []  # random parts, drawn by the hundred: a system call each would be a third of the cost
-os.register_at_fork(after_in_child=_spare.clear)
+_random_parts: list[bytes] = []  # random parts, drawn by the hundred: a system call each would be a third of the cost
+os.register_at_fork(after_in_child=_random_parts.clear)
 
 
-def _draw() -> bytes:
+def _random_part() -> bytes:
     try:
-        return _spare.pop()
+        return _random_parts.pop()
     except IndexError:
         drawn = os.urandom(2560)
-        _spare.extend([drawn[at : at + 10] for at in range(10, 2560, 10)])
+        _random_parts.extend([drawn[at : at + 10] for at in range(10, 2560, 10)])
         return drawn[:10]
 
 
 def new_id() -> str:
     """Return a fresh id."""
-    raw = int(time() * 1000).to_bytes(6, "big") + _draw()
-    return b2a_base64(raw)[:LENGTH].translate(_TABLE).decode()
+    raw = int(time() * 1000).to_bytes(6, "big") + _random_part()
+    return b2a_base64(raw)[:LENGTH].translate(_ORDERED_TABLE).decode()
 
 
 def new_ids(count: int) -> list[str]:
@@ -52,7 +52,7 @@ def new_ids(count: int) -> list[str]:
     start = int.from_bytes(os.urandom(10), "big") >> 1  # one bit of room, so that counting up never overflows
     encode = b2a_base64
     raws = [stamp + n.to_bytes(10, "big") for n in range(start, start + count)]
-    return [encode(raw)[:LENGTH].translate(_TABLE).decode() for raw in raws]
+    return [encode(raw)[:LENGTH].translate(_ORDERED_TABLE).decode() for raw in raws]
 
 
 def new_identity() -> str:
@@ -66,7 +66,7 @@ def made_at_ms(id: str) -> int | None:  # noqa: A002
         return None
     from base64 import b64decode
 
-    return int.from_bytes(b64decode(id[:8].encode().translate(_BACK)), "big")
+    return int.from_bytes(b64decode(id[:8].encode().translate(_STANDARD_TABLE)), "big")
 
 
 def is_generated(id: str) -> bool:  # noqa: A002
@@ -82,7 +82,7 @@ def public(queue: str, id: str) -> str:  # noqa: A002
 def split(public_id: str) -> tuple[str | None, str]:
     """Return (queue or partition, id); the first is None for a bare id, which any queue may hold."""
     queue, colon, id_ = public_id.rpartition(":")
-    if colon and queue and is_generated(id_) and _PLACE.fullmatch(queue):
+    if colon and queue and is_generated(id_) and _QUEUE_OR_PARTITION.fullmatch(queue):
         return queue, id_
     return None, public_id
 
@@ -98,7 +98,7 @@ def is_spawned(id: str) -> bool:  # noqa: A002
     return is_generated(id) and _ORDERED.index(ord(id[-1])) % 16 == 1
 
 
-def may_come(id: str) -> bool:  # noqa: A002
+def may_arrive_later(id: str) -> bool:  # noqa: A002
     """Tell whether a job that Redis does not know may be on its way: it was spawned, and not so long ago that it is forgotten."""
     return is_spawned(id) and time() * 1000 - (made_at_ms(id) or 0) < 86_400_000
 
@@ -117,12 +117,10 @@ def own_id(id: str) -> str:  # noqa: A002
     return id
 
 
-def queue_name(name: str) -> str:
-    """Return a usable queue or task name: ``[A-Za-z0-9_.:-]``, 1-128 characters. Raises ConfigurationError."""
+def queue_name(name: str, *, what: str = "queue") -> str:
+    """Return *name* if it is a valid queue or task name; raises ConfigurationError. *what* is named in the error."""
     if not isinstance(name, str) or not _NAME.fullmatch(name):
-        raise ConfigurationError(
-            f"A queue or task name has 1 to 128 of A-Z a-z 0-9 _ . : - and nothing else: {name!r}."
-        )
+        raise ConfigurationError(f"Invalid {what} name {name!r}: use 1 to 128 characters out of A-Z a-z 0-9 _ . : -")
     return name
 
 
@@ -131,9 +129,9 @@ def partition(queue: str, number: int) -> str:
     return f"{queue}/{number}"
 
 
-def logical(place: str) -> str:
+def logical(queue: str) -> str:
     """Return the queue that *place*, a queue or a partition, belongs to."""
-    return place.partition("/")[0] if _PLACE.fullmatch(place) else place
+    return queue.partition("/")[0] if _QUEUE_OR_PARTITION.fullmatch(queue) else queue
 
 
 def clean(text: str) -> str:

@@ -1,8 +1,4 @@
-"""
-Durations and instants as people write and read them, and the milliseconds that scripts take.
-
-Sizes as people write them.
-"""
+"""Durations, instants and sizes as people write them, as the milliseconds and bytes that scripts take."""
 
 from __future__ import annotations
 
@@ -14,10 +10,9 @@ from conveyor.errors import ConfigurationError
 
 Duration = float | int | str | timedelta
 """Seconds, a `timedelta`, or a text: ``"250ms"``, ``"5s"``, ``"2m"``, ``"1h30m"``, ``"7d"``."""
-
 _UNIT_MS = {"ms": 1, "s": 1_000, "m": 60_000, "h": 3_600_000, "d": 86_400_000}
-_PART = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)")
-_WHOLE = re.compile(rf"(?:{_PART.pattern})+")
+_DURATION_PART = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)")
+_DURATION = re.compile(rf"(?:{_DURATION_PART.pattern})+")
 _LONGEST_MS = 366 * 100 * 86_400_000  # a century; beyond it, numbers lose their milliseconds in Redis
 
 
@@ -41,20 +36,20 @@ def milliseconds(value: Duration, *, name: str = "duration") -> int:
 
 
 def _parse(text: str, name: str) -> float:
-    if not _WHOLE.fullmatch(text):
+    if not _DURATION.fullmatch(text):
         raise ConfigurationError(
             f"{name} {text!r} is not a duration. Write '250ms', '5s', '2m', '1h30m', '7d', or seconds as a number."
         )
-    return sum(float(number) * _UNIT_MS[unit] for number, unit in _PART.findall(text)) / 1000
+    return sum(float(number) * _UNIT_MS[unit] for number, unit in _DURATION_PART.findall(text)) / 1000
 
 
 def instant_ms(at: datetime, *, name: str = "at") -> int:
     """Return an aware datetime as milliseconds since the epoch; a naive one raises ConfigurationError (E18)."""
     if not isinstance(at, datetime) or at.tzinfo is None:
-        raise ConfigurationError(
-            f"{name} needs a datetime with a time zone, not {at!r}: datetime.now(UTC), or tzinfo=ZoneInfo(...).",
-            code="E18",
+        problem = (
+            "needs a time zone" if isinstance(at, datetime) else f"must be a datetime with a time zone, not {at!r}"
         )
+        raise ConfigurationError(f"{name}= {problem}: use datetime.now(UTC) or tzinfo=ZoneInfo(…).", code="E18")
     return max(0, math.ceil(at.timestamp() * 1000))
 
 
@@ -76,16 +71,24 @@ def span(seconds: float) -> str:
 
 Size = int | str
 """Bytes, or a text: ``"256KiB"``, ``"16MiB"``."""
-
-_UNITS = {"B": 1, "KiB": 1024, "MiB": 1024**2, "GiB": 1024**3, "kB": 1000, "KB": 1000, "MB": 1000**2, "GB": 1000**3}
-_TEXT = re.compile(r"(\d{1,12}) ?(B|[KMG]iB|[kKMG]B)")
+_SIZE_UNITS = {
+    "B": 1,
+    "KiB": 1024,
+    "MiB": 1024**2,
+    "GiB": 1024**3,
+    "kB": 1000,
+    "KB": 1000,
+    "MB": 1000**2,
+    "GB": 1000**3,
+}
+_SIZE = re.compile(r"(\d{1,12}) ?(B|[KMG]iB|[kKMG]B)")
 
 
 def size(value: object, name: str) -> int:
     """Return a size of at least one byte; raises ConfigurationError."""
     if isinstance(value, int) and not isinstance(value, bool) and value > 0:
         return value
-    found = _TEXT.fullmatch(value) if isinstance(value, str) else None
-    if found is None or found[1].strip("0") == "":
+    match = _SIZE.fullmatch(value) if isinstance(value, str) else None
+    if match is None or match[1].strip("0") == "":
         raise ConfigurationError(f"{name} must be a number of bytes or a text such as '256KiB', not {value!r}.")
-    return int(found[1]) * _UNITS[found[2]]
+    return int(match[1]) * _SIZE_UNITS[match[2]]

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.leaves_keys("jobs are pushed here to be looked at")
 
 @pytest.fixture
 def backend(url: str) -> Iterator[Client]:
-    backend = Client(url, namespace="t", patience=1)
+    backend = Client(url, namespace="t", retry_for=1)
     yield backend
     backend.close()
 

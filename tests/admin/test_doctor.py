@@ -22,7 +22,7 @@ def examine() -> Iterator[Callable[[str], doctor.HealthReport]]:
     backends: list[Client] = []
 
     def look(url: str) -> doctor.HealthReport:
-        backends.append(Client(url, namespace="t", patience=1))
+        backends.append(Client(url, namespace="t", retry_for=1))
         return doctor.examine(backends[-1])
 
     yield look
@@ -188,7 +188,7 @@ def test_config_alone_refused(start_server: Start, examine: Callable[[str], doct
 
 def test_stranded_jobs_are_a_problem(url: str, examine: Callable[[str], doctor.HealthReport]) -> None:
     """Ready jobs that no worker takes are a problem that names who works; dead letters and a pause are notes."""
-    backend = Client(url, namespace="t", patience=1)
+    backend = Client(url, namespace="t", retry_for=1)
     dead(backend, "films", "no")
     push(backend, "mail", b"1")
     ClientWorker(backend, "mail")

@@ -17,7 +17,7 @@ Start = Callable[..., Server]
 
 def said(url: str, requests: dict[str, Durability] | None = None) -> tuple[doctor.HealthReport, list[tuple[str, str]]]:
     """Return the report on a server, and level and text of what it says of durability."""
-    backend = Client(url, namespace="t", patience=1)
+    backend = Client(url, namespace="t", retry_for=1)
     report = doctor.examine(backend, durability_requests=requests)
     backend.close()
     return report, [(one.level, one.text) for one in report.findings if one.name == "durability"]

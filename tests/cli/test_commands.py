@@ -30,7 +30,7 @@ def shell(url: str, tmp_path: Path) -> Shell:
 
 @pytest.fixture
 def backend(url: str) -> Iterator[Client]:
-    backend = Client(url, patience=1)
+    backend = Client(url, retry_for=1)
     yield backend
     backend.close()
 

@@ -180,7 +180,7 @@ def test_the_command_line(url: str, tmp_path: Path) -> None:
         assert orders.purge() == 1
         done = json.loads(shell.run("queue", "partition", "orders", "2", "--yes", "--json").stdout)
         assert (done["before"], done["partitions"]) == (4, 2)
-        with pytest.raises(ConfigurationError, match="has 2 partitions, and this program says 4"):
+        with pytest.raises(ConfigurationError, match="has 2 partitions, but this program says 4"):
             orders.push(1)
         shell.write(
             "wrong.py", "from conveyor import Conveyor\napp = Conveyor()\n\n@app.task(queue='orders')\ndef t(): ...\n"
@@ -241,7 +241,7 @@ def test_pushes_are_kept_while_redis_is_away(start_server: Any, tmp_path: Path) 
     server = start_server()
     server.kill()
     with Conveyor(server.url, buffer=Buffer(tmp_path / "kept")) as app:
-        app.client.patience = 0.2
+        app.client.retry_for = 0.2
         orders: Any = app.queue("orders", partitions=4)
         ids = [orders.push(n) for n in range(12)]
         assert len(set(ids)) == 12

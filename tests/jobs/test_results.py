@@ -256,7 +256,7 @@ def test_server_that_is_away_is_an_error(start_server: Callable[..., Server]) ->
     """Asking for a result of a server that does not answer raises StoreUnavailable."""
     server = start_server()
     with Conveyor(server.url) as app:
-        app.client.patience = 0.1
+        app.client.retry_for = 0.1
         job = make_echo(app).enqueue(1)
         server.kill()
         with pytest.raises(StoreUnavailable):

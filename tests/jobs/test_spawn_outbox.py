@@ -122,10 +122,10 @@ async def test_a_job_to_come_is_waited_for(family: Conveyor) -> None:
 def test_ids_of_spawned_jobs_are_known_by_their_form() -> None:
     """They are generated ids in every respect, and no other generated id is taken for one of them."""
     spawned = [ids.new_spawned_id() for _ in range(300)]
-    assert all(ids.is_spawned(one) and ids.is_generated(one) and ids.may_come(one) for one in spawned)
+    assert all(ids.is_spawned(one) and ids.is_generated(one) and ids.may_arrive_later(one) for one in spawned)
     assert not any(ids.is_spawned(one) for one in [*ids.new_ids(300), *(ids.new_id() for _ in range(300)), "own"])
     assert len(set(spawned)) == 300
-    assert not ids.may_come("0" * 21 + "1")
+    assert not ids.may_arrive_later("0" * 21 + "1")
 
 
 async def test_many_keep_their_order(family: Conveyor) -> None:

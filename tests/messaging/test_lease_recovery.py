@@ -139,7 +139,7 @@ class TestOutage:
     def test_consumers_and_producers_recover(self, start_server, caplog):
         """Through a kill of the server, with its log kept, nothing accepted is lost and no loop ends."""
         server = start_server("--appendonly", "yes", "--appendfsync", "always")
-        backend = Client(server.url, patience=0.3)
+        backend = Client(server.url, retry_for=0.3)
         queue = Queue(backend, "mail", lease_ms=2000)
         queue.push_many(range(3))
         got = []

@@ -49,7 +49,7 @@ class TestWrongNumber:
             lambda: mine.push(1), lambda: mine.push_many([1, 2]), mine.pull, lambda: next(mine.consume()),
             lambda: next(mine.batches()), lambda: asyncio.run(_twins(other, mine)),
         ):  # fmt: skip
-            with pytest.raises(ConfigurationError, match=f"has 8 partitions, and this program says {wrong}") as refused:
+            with pytest.raises(ConfigurationError, match=f"has 8 partitions, but this program says {wrong}") as refused:
                 attempt()
             assert refused.value.code == "E34"
             assert f"conveyor queue partition orders {wrong}" in str(refused.value)
@@ -64,7 +64,7 @@ class TestWrongNumber:
         plain.push_many(range(5))
         mine = spread(Client(url))
         for attempt in (lambda: mine.push(1), mine.pull):
-            with pytest.raises(ConfigurationError, match="has 1 partition, and this program says 8"):
+            with pytest.raises(ConfigurationError, match="has 1 partition, but this program says 8"):
                 attempt()
         assert ack_all(plain.pull(9)) == list(range(5))
 
@@ -267,13 +267,13 @@ class TestRepartition:
                 assert await app.queue("orders", partitions=4).arepartition(8) == 4
                 await asyncio.wait_for(running, 10)
 
-        with pytest.raises(ConfigurationError, match="has 8 partitions, and this program says 4"):
+        with pytest.raises(ConfigurationError, match="has 8 partitions, but this program says 4"):
             asyncio.run(work())
         assert all(part.stats().workers == 0 for part in queue8.parts)
 
     def test_a_change_that_was_not_completed_is_completed_by_the_next(self, url, backend, queue8):
         """With the queue shut, pushes wait and then say so; the same command again completes it, wherever it stood."""
-        other = Client(url, patience=0.2)
+        other = Client(url, retry_for=0.2)
         mine = spread(other)
         whole = backend.keys("orders")
         for steps in (1, 2, 5, 9):

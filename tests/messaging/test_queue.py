@@ -270,6 +270,11 @@ class TestBadInput:
             with pytest.raises(ConfigurationError) as caught:
                 call()
             assert caught.value.code == "E06"
+        with pytest.raises(
+            ConfigurationError,
+            match=r"queue\.push\(\) was called .*test_queue\.py:\d+ in test_(.|\n)*await queue\.apush\(",
+        ):
+            queue.push(order())
         assert repr(queue) == "<Queue orders>"
 
 

@@ -237,7 +237,7 @@ async def test_sweep_removes_only_what_no_job_needs(app, store, tmp_path):
     assert len(store.data) == 2
     with pytest.raises(ConfigurationError, match="an hour"):
         await asyncio.to_thread(sweep, app, "5m")
-    async with Conveyor(app.client.configured, keys={"2026-11": "other" * 8}, large=store) as wrong:
+    async with Conveyor(app.client.configured_url, keys={"2026-11": "other" * 8}, large=store) as wrong:
         with pytest.raises(PayloadError, match="Nothing was removed"):
             await asyncio.to_thread(sweep, wrong)
     assert await asyncio.to_thread(sweep, app, dry_run=True) == 1

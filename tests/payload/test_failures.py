@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import pytest
 
+from conveyor import BlobUnavailable
+from conveyor.errors import ConfigurationError, JobFailed, PayloadError, StoreUnavailable
 from conveyor.payload import failures
+from conveyor.payload.codec import UnreadablePayload
 from conveyor.payload.records import AttemptHistory, read_failure, to_json
+from conveyor.payload.versions import PayloadTooNew
+from conveyor.worker.execution.processes import ProcessCrashed
 
 
 class Hostile(Exception):
@@ -38,6 +43,33 @@ def test_says_what_and_where():
     assert "raise error" in record.traceback
     assert record.traceback.endswith("ValueError: no such user\n")
     assert failures.type_name(Hostile()) == f"{__name__}.Hostile"
+
+
+STORED = {
+    "BlobUnavailable": BlobUnavailable(""),
+    "ConfigurationError": ConfigurationError(""),
+    "JobFailed": JobFailed("", "", "", ""),
+    "PayloadError": PayloadError(""),
+    "ProcessCrashed": ProcessCrashed(""),
+    "StoreUnavailable": StoreUnavailable(""),
+    "TooNew": PayloadTooNew("", 2, 1),
+    "Unreadable": UnreadablePayload(""),
+}
+
+
+@pytest.mark.parametrize("stored", STORED)
+def test_our_own_exceptions_are_stored_without_their_module(stored):
+    """What is stored of an exception of Conveyor stays when its class moves to another module, or gets another name."""
+    assert failures.describe(STORED[stored], 1, 0, "").type == stored
+
+
+def test_the_exceptions_of_others_keep_their_module():
+    """Only what lies in the package itself is Conveyor's own: a class of a program that derives from one of ours is not."""
+    neighbour = type("Neighbour", (PayloadError,), {"__module__": "conveyors"})
+    own = type("Own", (ConfigurationError,), {"__module__": "shop.errors"})
+    assert (failures.type_name(neighbour("")), failures.type_name(own(""))) == (
+        "conveyors.Neighbour", "shop.errors.Own",
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("error", [Hostile(), Liar(), raised(Hostile())])

@@ -143,7 +143,7 @@ async def test_a_server_that_is_absent_at_first_is_waited_for(start_server: Call
     server = start_server()
     server.kill()
     app = Conveyor(server.url)
-    app.client.patience = 0.2
+    app.client.retry_for = 0.2
 
     @app.task
     async def add(a: int, b: int) -> int:
@@ -157,7 +157,7 @@ async def test_a_server_that_is_absent_at_first_is_waited_for(start_server: Call
     running = asyncio.create_task(worker.run())
     server.start()
     await asyncio.wait_for(worker.ready.wait(), 10)
-    app.client.patience = 5.0
+    app.client.retry_for = 5.0
     job = await add.aenqueue(1, 2)
     assert await job.aresult(timeout=10) == 3
     worker.stop()

@@ -88,17 +88,17 @@ async def test_a_policy_that_turns_bad_under_a_worker_is_said(
     start_server: Start, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A running worker looks at the policy when it begins and every hour: one that deletes jobs is logged as E10, once."""
-    assert eviction.EVERY == 3600
-    monkeypatch.setattr(eviction, "EVERY", 0.01)
+    assert eviction.CHECK_EVERY == 3600
+    monkeypatch.setattr(eviction, "CHECK_EVERY", 0.01)
     server = start_server("--maxmemory", "100mb", "--maxmemory-policy", "allkeys-lru")  # it was away when it was asked
-    app, looks, ask = Conveyor(server.url), list[object](), AsyncConnection.ask
+    app, looks, ask = Conveyor(server.url), list[object](), AsyncConnection.run_command
     app.task(name="note")(lambda n: None)
 
     async def counted(self: AsyncConnection, *command: str, **options: float) -> object:
         looks.append(reply := await ask(self, *command, **options))
         return reply
 
-    monkeypatch.setattr(AsyncConnection, "ask", counted)
+    monkeypatch.setattr(AsyncConnection, "run_command", counted)
 
     def said() -> list[str]:
         return [record.getMessage().split(".")[0] for record in caplog.records if record.getMessage().startswith("E10")]

@@ -14,7 +14,7 @@ import pytest
 from conveyor import ConfigurationError
 from conveyor.cli import cli, main
 from conveyor.cli.exit import ExitCode
-from conveyor.store.transport.topology import locate
+from conveyor.store.transport.topology import topology_of
 from conveyor.units import milliseconds
 
 Rounds = Callable[[int, int], int]
@@ -55,7 +55,7 @@ def test_damaged_urls(rounds: Rounds) -> None:
     for _ in range(rounds(1_000_000, 10_000)):
         url = damaged(dice, dice.choice(URLS))
         try:
-            found = locate(url)
+            found = topology_of(url)
         except ConfigurationError as error:
             ends[error.code] += 1
         else:
@@ -71,7 +71,7 @@ def test_damaged_urls(rounds: Rounds) -> None:
 def test_a_password_that_was_not_quoted(scheme: str, secret: str) -> None:
     """A URL that cannot be read for what stands in its password is refused without showing it."""
     with pytest.raises(ConfigurationError) as caught:
-        locate(f"{scheme}://user:{secret}@host:6379/0")
+        topology_of(f"{scheme}://user:{secret}@host:6379/0")
     assert "qx" not in str(caught.value)
     assert secret not in str(caught.value)
     assert caught.value.__context__ is None

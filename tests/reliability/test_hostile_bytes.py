@@ -24,7 +24,7 @@ from conveyor.jobs.app import Conveyor
 from conveyor.payload.pipeline import PayloadPipeline, make_pipeline
 from conveyor.payload.records import Failure, to_json
 from conveyor.payload.sealed_records import open_failure
-from conveyor.store.transport.topology import locate
+from conveyor.store.transport.topology import topology_of
 from conveyor.worker.logs import SafeFormatter
 from support.running_worker import drain, working
 from support.server_dump import exact
@@ -249,7 +249,7 @@ def test_passwords_that_need_quoting_are_not_shown(word):
     for form in URLS:
         url, shown = form.format(word), ""
         try:
-            place = locate(url)
+            place = topology_of(url)
             shown = f"{place} {place!r} {vars(place).get('_hosts')} {vars(place).get('_server')}"
             connection = place.endpoint("x").open(read_timeout=1.0)
             connection.disconnect()
@@ -263,13 +263,13 @@ def test_unquoted_password_is_told_how_to_write():
     """Where a password would be read as host and path, the error says what to do."""
     for form in URLS[:3] + URLS[4:6]:
         with pytest.raises(ConfigurationError, match=r"write it quoted: .*quote"):
-            locate(form.format("x/y"))
+            topology_of(form.format("x/y"))
 
 
 def test_unverified_tls_is_warned_of(caplog):
     """Turning the check of certificates off is said once, without the password."""
-    locate("rediss://ada:canary@h:1/0?ssl_cert_reqs=none")
-    locate("rediss://ada:canary@h:1/0")
+    topology_of("rediss://ada:canary@h:1/0?ssl_cert_reqs=none")
+    topology_of("rediss://ada:canary@h:1/0")
     [record] = caplog.records
     assert "ssl_cert_reqs=none" in record.getMessage()
     assert PASSWORD not in record.getMessage()

@@ -68,7 +68,7 @@ async def push(queue, body, awaitable, **options):
 
 @pytest.fixture
 async def queue(url):
-    backend = Client(url, patience=5)
+    backend = Client(url, retry_for=5)
     queue = Queue(backend, "mail", lease_ms=2000, max_length=1)
     await queue.apush("first")
     yield queue
@@ -120,7 +120,7 @@ async def test_a_copy_that_was_accepted_is_no_refusal(queue, redis, monkeypatch,
 @pytest.mark.parametrize("kind", [Queue, PlainList])
 async def test_the_same_on_a_server_that_is_full(url, redis, monkeypatch, kind):
     """A server at its maxmemory refuses the repeat, and with room again the copy too."""
-    backend = Client(url, patience=5)
+    backend = Client(url, retry_for=5)
     queue = kind(backend, "raw", lease_ms=2000)
     await queue.apush("first")
     way = Way(monkeypatch, redis)

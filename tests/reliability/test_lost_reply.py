@@ -38,7 +38,7 @@ class Fault:
 
 
 def run_queue(url):
-    backend = Client(url, patience=5)
+    backend = Client(url, retry_for=5)
     queue = Queue(backend, "mail", lease_ms=2000)
     queue.push(0)
     queue.push_many(range(1, 5))
@@ -51,7 +51,7 @@ def run_queue(url):
 
 
 def run_list(url):
-    backend = Client(url, patience=5)
+    backend = Client(url, retry_for=5)
     tasks = PlainList(backend, "raw", lease_ms=2000)
     tasks.push(0)
     tasks.push_many(range(1, 6))
@@ -100,7 +100,7 @@ class AsyncFault(Fault):
 
 
 async def arun_queue(url, make):
-    backend = Client(url, patience=5)
+    backend = Client(url, retry_for=5)
     queue = make(backend)
     await queue.apush(0)
     await queue.apush_many(range(1, 6))

@@ -94,7 +94,7 @@ async def _gone(server: Server, rounds: Rounds, name: str) -> None:
     ran: list[int] = []
     with Proxy(server.socket) as proxy, Conveyor(server.url) as other, server.client() as client:
         app = Conveyor(proxy.url, lease="3s")
-        app.client.patience = 2.0  # who connects waits no longer either
+        app.client.retry_for = 2.0  # who connects waits no longer either
 
         @app.task(name="note")
         async def note(n: int) -> None:
@@ -169,14 +169,14 @@ async def test_a_herd_comes_back_one_by_one(start_server: Start, rounds: Rounds)
     print(f"{herd} clients: {sum(away)} attempts in the first 2 s, by tenths {away}; back {back}")
     assert sum(away) < 15 * herd  # a blind repeat would have made some thousand each
     assert max(back) < herd / 2
-    pauses = Counter(int(10 * replies.pause(20)) for _ in range(20_000))
+    pauses = Counter(int(10 * replies.backoff(20)) for _ in range(20_000))
     assert max(pauses.values()) < 1.3 * 20_000 / 20  # evenly over 2 s, once they have failed for a while
 
 
 async def _ping(wire: AsyncConnection) -> object:
     from conveyor.store.operations import announce
 
-    return await wire.run(announce("conveyor:queues", "herd"), patience=None)
+    return await wire.run(announce("conveyor:queues", "herd"), retry_for=None)
 
 
 async def _rates(proxy: Proxy, seconds: float) -> list[int]:

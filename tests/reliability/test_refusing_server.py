@@ -147,7 +147,7 @@ async def test_a_server_that_cannot_save_is_waited_for(start_server: Start) -> N
             client.bgsave()
             await until(lambda: client.info("persistence")["rdb_last_bgsave_status"] == "err")
             async with Conveyor(server.url) as hasty:
-                hasty.client.patience = 0.3
+                hasty.client.retry_for = 0.3
                 with pytest.raises(StoreUnavailable, match="MISCONF"):
                     await hasty.task(name=note.name)(note.function).aenqueue(1)
             met = client.info("errorstats")["errorstat_MISCONF"]["count"]

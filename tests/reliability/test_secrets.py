@@ -117,7 +117,7 @@ def test_what_is_said_of_mistakes(guarded):
 
 def _reach(url: str) -> None:
     app = Conveyor(url)
-    app.client.patience = 0.0
+    app.client.retry_for = 0.0
     try:
         app.queue("mail").push("x")
         raise RuntimeError("it was reached")

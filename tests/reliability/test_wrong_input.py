@@ -70,8 +70,8 @@ def test_a_replica_takes_nothing_and_is_called_so(start_server: Start) -> None:
     replica = start_server()
     with replica.client() as client:
         client.execute_command("REPLICAOF", "127.0.0.1", "1")
-    client = Client(replica.url, patience=0.1)
-    with pytest.raises(StoreUnavailable, match="is a replica and takes no writes") as caught:
+    client = Client(replica.url, retry_for=0.1)
+    with pytest.raises(StoreUnavailable, match="is a replica and accepts no writes") as caught:
         client.push(client.keys("q"), [])
     assert "CONVEYOR_URL" not in str(caught.value)
 
@@ -86,7 +86,7 @@ def test_a_replica_takes_nothing_and_is_called_so(start_server: Start) -> None:
 )
 def test_a_refused_user_is_told_what_to_mend(reply: str, says: str, not_said: str) -> None:
     """A wrong password and a missing right are both E17, each with its own remedy."""
-    error = replies.final(reply, "redis://host:6379/0")
+    error = replies.fatal_error(reply, "redis://host:6379/0")
     assert error.code == "E17"
     with pytest.raises(ConfigurationError, match=says):
         raise error
@@ -95,14 +95,14 @@ def test_a_refused_user_is_told_what_to_mend(reply: str, says: str, not_said: st
 
 def test_patience_with_a_slot_outlasts_the_end_of_its_move() -> None:
     """A call that waited for a moving slot is not given up when the slot has arrived: MOVED is the last step of the move."""
-    patience, impatience = replies.RetryTimer(5.0), replies.RetryTimer(5.0)
-    assert patience.pause("TRYAGAIN Multiple keys request during rehashing of slot") is not None
-    for one in (patience, impatience):
+    long, short = replies.RetryTimer(5.0), replies.RetryTimer(5.0)
+    assert long.next_pause("TRYAGAIN Multiple keys request during rehashing of slot") is not None
+    for one in (long, short):
         one._since -= 10
-    assert patience.pause("MOVED 5718 127.0.0.1:7000") is not None
-    assert impatience.pause("MOVED 5718 127.0.0.1:7000") is None
-    patience._since -= replies.SLOT_MOVES
-    assert patience.pause("MOVED 5718 127.0.0.1:7000") is None
+    assert long.next_pause("MOVED 5718 127.0.0.1:7000") is not None
+    assert short.next_pause("MOVED 5718 127.0.0.1:7000") is None
+    long._since -= replies.SLOT_MOVE_TIMEOUT
+    assert long.next_pause("MOVED 5718 127.0.0.1:7000") is None
 
 
 @pytest.mark.parametrize(
@@ -133,14 +133,14 @@ def test_a_buffer_that_cannot_be_written_is_refused_at_once(tmp_path: Path) -> N
     """Not in the middle of the first outage."""
     (tmp_path / "file").write_text("")
     for place in (tmp_path / "file", tmp_path / "file" / "spool"):
-        with pytest.raises(ConfigurationError, match=r"cannot be used.*name another"):
+        with pytest.raises(ConfigurationError, match=r"cannot be used.*use another"):
             Conveyor("redis://127.0.0.1:1", buffer=Buffer(place))
 
 
 def test_a_buffer_that_is_lost_later_says_so(tmp_path: Path) -> None:
     """A directory that is taken away before the outage makes the push fail as it would have without a buffer."""
     with Conveyor("redis://127.0.0.1:1", buffer=Buffer(tmp_path / "spool", linger=0)) as app:
-        app.client.patience = 0.1
+        app.client.retry_for = 0.1
         (tmp_path / "spool").rmdir()
         (tmp_path / "spool").write_text("")
         with pytest.raises(StoreUnavailable):
@@ -236,12 +236,12 @@ def test_a_cluster_with_a_dead_node_is_examined_all_the_same(cluster: ClusterOfN
     """The doctor reports the node that does not answer as a problem, and the others as ever; with no node at all it raises."""
     from conveyor.admin import doctor
 
-    client, answers = Client(cluster.url, patience=0.3), doctor._check_server
+    client, answers = Client(cluster.url, retry_for=0.3), doctor._check_server
     gone = cluster.masters()[0].name
 
     def server(one: Client, report: doctor.HealthReport) -> None:
         if report.url == gone:
-            raise replies.unreachable(gone, "Connection refused")
+            raise replies.unavailable(gone, "Connection refused")
         answers(one, report)
 
     monkeypatch.setattr(doctor, "_check_server", server)
@@ -252,7 +252,7 @@ def test_a_cluster_with_a_dead_node_is_examined_all_the_same(cluster: ClusterOfN
     }
     client.close()
     with pytest.raises(ConveyorError, match="no node of the cluster answers"):
-        doctor.examine(Client("redis+cluster://127.0.0.1:1", patience=0.1))
+        doctor.examine(Client("redis+cluster://127.0.0.1:1", retry_for=0.1))
 
 
 @pytest.mark.leaves_keys("the record of the last finished jobs")

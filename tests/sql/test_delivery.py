@@ -163,17 +163,17 @@ def test_a_batch_that_another_pushes_meanwhile(
 ) -> None:
     """Between one relay's claim and its push another delivers everything: the first finds it done, even when it was consumed."""
     ids = fill(outbox, database, "mail")["mail"]
-    carry = app.client.carry
+    carry = app.client.push_unbuffered
 
     def meanwhile(*args: Any, **options: Any) -> Any:
-        monkeypatch.setattr(app.client, "carry", carry)
+        monkeypatch.setattr(app.client, "push_unbuffered", carry)
         assert outbox.deliver() == 3
         assert line(server) == ids
         for message in app.queue("mail").pull(3, wait="5s"):
             message.ack()
         return carry(*args, **options)
 
-    monkeypatch.setattr(app.client, "carry", meanwhile)
+    monkeypatch.setattr(app.client, "push_unbuffered", meanwhile)
     assert outbox.deliver() == 0
     assert line(server) == []
 

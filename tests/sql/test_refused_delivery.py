@@ -68,9 +68,9 @@ def test_a_late_copy_of_what_was_cut_counts_for_nothing(
     mail = app.queue("mail", max_length=4)
     ids = fill(outbox, database, "mail", count=6)["mail"]
     calls: list[tuple[Any, ...]] = []
-    carry = app.client.carry
+    carry = app.client.push_unbuffered
     monkeypatch.setattr(
-        app.client, "carry", lambda *args, **options: calls.append((args, options)) or carry(*args, **options)
+        app.client, "push_unbuffered", lambda *args, **options: calls.append((args, options)) or carry(*args, **options)
     )
     with pytest.raises(QueueFull):
         outbox.deliver()
@@ -218,13 +218,13 @@ def test_large_rows_travel_in_several_batches(
 ) -> None:
     """A call to Redis carries about 4 MB at most, however many rows wait."""
     sizes: list[int] = []
-    carry = app.client.carry
+    carry = app.client.push_unbuffered
 
     def measured(keys: Any, call: Any, *args: Any, **options: Any) -> Any:
         sizes.append(sum(len(one) for one in call.args if isinstance(one, bytes)))
         return carry(keys, call, *args, **options)
 
-    monkeypatch.setattr(app.client, "carry", measured)
+    monkeypatch.setattr(app.client, "push_unbuffered", measured)
     with closing(database.connect()) as connection, outbox.transaction(connection):
         app.queue("mail").push_many(["x" * 300_000] * 40)
     assert outbox.deliver() == 40

@@ -204,7 +204,7 @@ def test_closing_says_what_remains(server: Server, tmp_path: Path, caplog: pytes
 def test_a_job_that_waits(server: Server, buffer: Buffer) -> None:
     """A handle of a job in the buffer says `waiting`, its result is waited for, and it cannot be cancelled yet."""
     with Conveyor(server.url, buffer=buffer) as app:
-        app.client.patience = 0.2
+        app.client.retry_for = 0.2
 
         @app.task(queue="mail", keep_result="1m")
         def send(n: int) -> int:
@@ -280,13 +280,13 @@ def test_confirmed_pushes_do_not_overtake(server: Server, buffer: Buffer) -> Non
     """A push that asks for fsync is never kept in the buffer: it waits until that is empty, or is refused."""
     server.kill()
     with Conveyor(server.url, buffer=buffer) as app:
-        app.client.patience = 0.2
+        app.client.retry_for = 0.2
         mail = app.queue("mail")
         ids = [mail.push(1)]
-        with pytest.raises(StoreUnavailable, match="does not overtake the 1 jobs"):
+        with pytest.raises(StoreUnavailable, match="cannot overtake the 1 jobs"):
             mail.push(2, fsync=True)
         server.start()
-        app.client.patience = 10
+        app.client.retry_for = 10
         ids.append(mail.push(3, fsync=True))
     assert line(server) == bare(ids)
 

@@ -148,9 +148,9 @@ async def test_slot_with_jobs_moves_under_load(cluster: ClusterOfNodes, rounds: 
 @pytest.mark.row("C22")
 async def test_pushes_wait_longer_for_a_slot_that_moves(cluster: ClusterOfNodes) -> None:
     """While its slot is half-way a push is repeated beyond the patience for an outage, blocking and on a loop."""
-    assert replies.SLOT_MOVES == 30
+    assert replies.SLOT_MOVE_TIMEOUT == 30
     app = Conveyor(cluster.url)
-    app.client.patience = 3.0
+    app.client.retry_for = 3.0
     mail, key = app.queue("mail"), "{mail}"
     source = cluster.owner(key)
     target = next(node for node in cluster.masters() if node is not source)
@@ -226,7 +226,7 @@ async def test_one_key_is_asked_for_at_the_node_that_takes_the_slot_over(cluster
         assert await backend.aexecute("SISMEMBER", known, "half", key=known) == 0
         assert await asyncio.to_thread(backend.queues) == []
         with pytest.raises(StoreUnavailable, match="The slot of these keys is moving"):
-            await backend.arun(inspection.counts(keys), patience=0.2)
+            await backend.arun(inspection.counts(keys), retry_for=0.2)
     finally:
         for key in (keys.jobs, known):
             owner = cluster.owner(key)
@@ -296,7 +296,7 @@ async def test_one_server_is_no_cluster_and_a_node_is_no_server(
     port = free_port()
     start_server("--port", str(port), "--bind", "127.0.0.1")
     alone, node = Conveyor(f"redis+cluster://:@127.0.0.1:{port}"), cluster.masters()[0]
-    with pytest.raises(ConfigurationError, match=rf"is a single one. Write redis://127.0.0.1:{port}") as caught:
+    with pytest.raises(ConfigurationError, match=rf"is not part of one. Write redis://127.0.0.1:{port}") as caught:
         await alone.queue("q").apush(1)
     assert caught.value.code == "E33"
 
@@ -307,7 +307,7 @@ async def test_one_server_is_no_cluster_and_a_node_is_no_server(
             await attempt()
         assert caught.value.code == "E33"
 
-    nobody = Client(f"redis+cluster://u:secret@127.0.0.1:{free_port()}", patience=0.3)
+    nobody = Client(f"redis+cluster://u:secret@127.0.0.1:{free_port()}", retry_for=0.3)
     with pytest.raises(StoreUnavailable, match="no node of the cluster answers") as away:
         await nobody.arun(inspection.counts(nobody.keys("q")))
     assert "secret" not in str(away.value)

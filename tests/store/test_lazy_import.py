@@ -12,9 +12,9 @@ from support.shell import SOURCES
 FIRST_USE = """
 import threading
 from conveyor.store.transport.url import StandaloneServer
-from conveyor.store.transport.connection import answered
+from conveyor.store.transport.connection import is_error_reply
 
-address, errors, gate = Address("redis://127.0.0.1:1/0"), [], threading.Barrier(4)
+address, errors, gate = StandaloneServer("redis://127.0.0.1:1/0"), [], threading.Barrier(4)
 
 def use(call):
     gate.wait()
@@ -26,7 +26,7 @@ def use(call):
 def by_itself():
     from redis import Redis
 
-calls = [by_itself, address.async_connection, lambda: answered(OSError()), lambda: address.connection(read_timeout=1)]
+calls = [by_itself, address.new_async_connection, lambda: is_error_reply(OSError()), lambda: address.new_connection(read_timeout=1)]
 threads = [threading.Thread(target=use, args=(call,)) for call in calls]
 for thread in threads:
     thread.start()

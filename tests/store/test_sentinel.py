@@ -219,8 +219,8 @@ def test_sentinel_that_is_down_or_wrong_is_passed_over(sentinel_group: SentinelG
         with Conveyor(f"redis+sentinel://127.0.0.1:{free_port()},{liar.name},{right}/main?db=3") as app:
             assert app.client.execute("ROLE")[0] == b"master"  # type: ignore[index]
             assert b" db=3 " in app.client.execute("CLIENT", "INFO")  # type: ignore[operator]
-            preferred: Any = app.client.address
-            assert preferred.preferred()[0].url == f"redis://{right}/"
+            sentinel: Any = app.client.address
+            assert sentinel.sentinels()[0].url == f"redis://{right}/"
     finally:
         liar.kill()
         stranger.kill()
@@ -244,11 +244,11 @@ def test_no_sentinel_that_answers_is_an_outage(url: str) -> None:
     """When no sentinel is there the error names each, within the caller's patience and without the passwords."""
     one, two = free_port(), free_port()
     backend = Client(
-        f"redis+sentinel://u:secret@127.0.0.1:{one},127.0.0.1:{two}/main?sentinel_password=hush", patience=0.5
+        f"redis+sentinel://u:secret@127.0.0.1:{one},127.0.0.1:{two}/main?sentinel_password=hush", retry_for=0.5
     )
     began = time.monotonic()
     with pytest.raises(
-        StoreUnavailable, match=rf"no sentinel says who is the master 'main' \(127.0.0.1:{one}: .*127.0.0.1:{two}: "
+        StoreUnavailable, match=rf"no sentinel knows the master 'main' \(127.0.0.1:{one}: .*127.0.0.1:{two}: "
     ) as caught:
         backend.run(inspection.counts(backend.keys("q")))
     assert time.monotonic() - began < 5
@@ -259,8 +259,8 @@ def test_no_sentinel_that_answers_is_an_outage(url: str) -> None:
 @pytest.mark.parametrize(
     ("wrong", "code", "says"),
     [
-        ("redis+sentinel://h:26379,h2:26379", "E32", r"Write its name behind the hosts"),
-        ("redis+sentinel://h:26379/a/b", "E32", r"which master"),
+        ("redis+sentinel://h:26379,h2:26379", "E32", r"Write its name after the hosts"),
+        ("redis+sentinel://h:26379/a/b", "E32", r"does not name the master"),
         ("redis+sentinel:///main", "E02", r"names no host"),
         ("redis+sentinel://h:port/main", "E02", r"'h:port' is not a host with a port"),
         ("redis+sentinel://u:secret@h:0/main", "E02", r"'h:0' is not a host"),
@@ -278,8 +278,8 @@ def test_parts_of_a_url_go_where_they_belong() -> None:
     """Credentials and database are the master's, the sentinels have their own, other options are everybody's."""
     url = "rediss+sentinel://me:p%40ss@h1,[::1]:7/main?db=3&sentinel_username=s&sentinel_password=x%2Fy&ssl_cert_reqs=none"
     address: Any = Client(url).address
-    assert address.address(("m", 6380)).url == "rediss://me:p%40ss@m:6380/3?ssl_cert_reqs=none"
-    assert [one.url for one in address.preferred()] == [
+    assert address.server(("m", 6380)).url == "rediss://me:p%40ss@m:6380/3?ssl_cert_reqs=none"
+    assert [one.url for one in address.sentinels()] == [
         "rediss://s:x%2Fy@h1:26379/?ssl_cert_reqs=none", "rediss://s:x%2Fy@[::1]:7/?ssl_cert_reqs=none",
     ]  # fmt: skip
     place: Endpoint = address.endpoint("any")

@@ -32,7 +32,7 @@ _PROGRAM = """
 import sys
 from conveyor import Buffer, Conveyor
 from conveyor.store.client import spool
-spool.MOST_JOBS = 20  # so that a delivery takes many calls
+spool.MAX_JOBS = 20  # so that a delivery takes many calls
 url, directory, first, count = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
 app = Conveyor(url, buffer=Buffer(directory, most=100_000))
 mail = app.queue("mail")
@@ -182,7 +182,7 @@ def test_a_long_life_does_not_grow_the_file(server: Server, tmp_path: Path, monk
     """A file that never empties is written anew when most of it was delivered, and reads the same afterwards."""
     from conveyor.store.client import spool
 
-    monkeypatch.setattr(spool, "_SLACK", 10_000)
+    monkeypatch.setattr(spool, "_REWRITE_ABOVE", 10_000)
     server.kill()
     app = Conveyor(server.url, buffer=Buffer(tmp_path, linger=0))
     mail, other = app.queue("mail"), app.queue("other", max_length=1)

@@ -108,7 +108,7 @@ async def test_jobs_and_messages_travel_over_tls(secure_url: str) -> None:
 def test_a_server_of_unknown_origin_is_refused(secure_url: str) -> None:
     """A certificate of an unknown authority is an error, not a warning."""
     app = Conveyor(secure_url.partition("?")[0])
-    app.client.patience = 0.2
+    app.client.retry_for = 0.2
 
     @app.task
     async def never() -> None: ...

@@ -34,8 +34,8 @@ Start = Callable[..., Server]
         ("redis://h/mail", "E02", r"the database must be a number, as in redis://host:6379/0"),
         ("redis+sentinel://h/main?db=x", "E02", r"the database must be a number"),
         ("redis+sentinel://h/main?db=-1", "E02", r"the database must be a number"),
-        ("redis://u:se/cret@h:6379", "E02", r"write it quoted"),
-        ("redis://u:12/cret@h:6379", "E02", r"write it quoted"),
+        ("redis://u:se/cret@h:6379", "E02", r"quote it"),
+        ("redis://u:12/cret@h:6379", "E02", r"quote it"),
         ("redis://h:99999", "E02", r"the port must be a number from 1 to 65535"),
         ("embedded://ada:secret@h:6379", "E02", r"'embedded://ada:\*\*\*@h:6379': .* no host and no password\. Write embedded:///"),
         ("embedded://here", "E02", r"no host and no password"),
@@ -54,16 +54,16 @@ def test_wrong_url_is_refused_where_it_is_written(wrong: Any, code: str, says: s
     assert "cret" not in str(caught.value)
 
 
-def refusals(url: str, *, patience: float = 0.3) -> list[ConveyorError]:
+def refusals(url: str, *, retry_for: float = 0.3) -> list[ConveyorError]:
     """Return what a blocking push and one of a loop raise."""
 
     async def push() -> None:
         async with Conveyor(url) as app:
-            app.client.patience = patience
+            app.client.retry_for = retry_for
             await app.queue("q").apush(1)
 
     with Conveyor(url) as app:
-        app.client.patience = patience
+        app.client.retry_for = retry_for
         with pytest.raises(ConveyorError) as blocking:
             app.queue("q").push(1)
     with pytest.raises(ConveyorError) as awaited:
@@ -98,8 +98,8 @@ def test_a_password_file_is_read_where_it_is_named(tmp_path: Path) -> None:
         Conveyor(f"redis+sentinel://127.0.0.1:1/main?password_file={tmp_path}/none")
 
     place = Sentinel(f"redis+sentinel://ada@127.0.0.1:1/main?password_file={secret}&sentinel_password_file={empty}")
-    assert f"ada:@127.0.0.1:2/?password_file={quote(str(secret), safe='')}" in place.address(("127.0.0.1", 2)).url
-    [sentinel] = place.preferred()
+    assert f"ada:@127.0.0.1:2/?password_file={quote(str(secret), safe='')}" in place.server(("127.0.0.1", 2)).url
+    [sentinel] = place.sentinels()
     assert sentinel.url == f"redis://127.0.0.1:1/?password_file={quote(str(empty), safe='')}"
 
 
@@ -134,7 +134,7 @@ def test_what_leads_to_sentinels_and_their_master(sentinel_group: SentinelGroup)
             assert says in str(error)
     for error in refusals(f"redis://{sentinel_group.replica.name}"):
         assert isinstance(error, StoreUnavailable)
-        assert "is a replica and takes no writes" in str(error)
+        assert "is a replica and accepts no writes" in str(error)
     assert master.ask("DBSIZE") == before
 
 
@@ -145,6 +145,6 @@ def test_refusal_for_now_is_no_absence(start_server: Start) -> None:
         client.config_set("min-replicas-to-write", 1)
     for error in refusals(server.url):
         assert isinstance(error, StoreUnavailable)
-        assert "does not take it now: NOREPLICAS" in str(error)
+        assert "cannot do this now: NOREPLICAS" in str(error)
         assert "Bring its replicas back" in str(error)
         assert "Cannot reach" not in str(error)

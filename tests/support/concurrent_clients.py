@@ -78,7 +78,7 @@ class SimulatedClient:
 
     def __init__(self, url: str, shared: SharedState, name: str, seed: str) -> None:
         self.name, self.shared, self.rng = name, shared, random.Random(seed)
-        self.client = Client(url, namespace="c", patience=0)
+        self.client = Client(url, namespace="c", retry_for=0)
         self.lane = ProducerSequence(f"L{name}")
         self.held: dict[str, dict[str, tuple[str | None, bool]]] = {}  # worker → id → unique key, own id
         self.turns: dict[str, int] = {}

@@ -54,11 +54,11 @@ class InterruptedConnection(DbapiConnection):
 def attempt(outbox: Outbox, database: Database, killer: KillAtStep, monkeypatch: pytest.MonkeyPatch) -> bool:
     """Deliver until *killer* kills the process; return whether it did."""
     backend = outbox.app.client
-    carry = backend.carry
+    carry = backend.push_unbuffered
     connection = database.connect()
     try:
         with monkeypatch.context() as patch:
-            patch.setattr(backend, "carry", lambda *args, **options: killer.step(carry, *args, **options))
+            patch.setattr(backend, "push_unbuffered", lambda *args, **options: killer.step(carry, *args, **options))
             OutboxDelivery(core_of(outbox.app), outbox._table).deliver(
                 InterruptedConnection(adapt_blocking(connection), killer)
             )

@@ -18,7 +18,7 @@ from types import TracebackType
 
 from support.markdown_page import ROOT, Block
 
-PATIENCE = 20.0
+RETRY_FOR = 20.0
 SNIPPETS = Path(__file__).parent / "snippet_runner.py"
 
 _LOOSE = (
@@ -80,7 +80,7 @@ class Terminal:
 
     def wait_for(self, expected: list[str]) -> str | None:
         """Read until *expected* is there, or the command has ended; return what is missing."""
-        deadline = time.monotonic() + PATIENCE
+        deadline = time.monotonic() + RETRY_FOR
         while True:
             ended = not self.read(0.05)
             whole = self.printed if ended else self.printed.rpartition("\n")[0]
@@ -90,15 +90,15 @@ class Terminal:
 
     def finish(self) -> int:
         """Read to the end and return the exit code."""
-        deadline = time.monotonic() + PATIENCE
+        deadline = time.monotonic() + RETRY_FOR
         while self.read(0.05):
             assert time.monotonic() < deadline, f"$ {self.command}\ndoes not end:\n{self.printed}"
-        return self.process.wait(PATIENCE)
+        return self.process.wait(RETRY_FOR)
 
     def interrupt(self) -> None:
         """Press ctrl-C when the command is at rest, as a person does: its last output is complete."""
         with contextlib.suppress(ProcessLookupError, FileNotFoundError):
-            deadline, before = time.monotonic() + PATIENCE, ""
+            deadline, before = time.monotonic() + RETRY_FOR, ""
             while (now := self._effort()) != before and time.monotonic() < deadline:
                 before = now
                 self.read(0.15)
@@ -156,7 +156,7 @@ class PageRunner:
                 assert self._snippets.stdin is not None
                 assert self._snippets.stdout is not None
                 self._snippets.stdin.close()
-                self._snippets.wait(PATIENCE)
+                self._snippets.wait(RETRY_FOR)
                 self._snippets.stdout.close()
 
     def follow(self, block: Block, place: str) -> None:

@@ -81,7 +81,7 @@ def _text(value: bytes | str) -> str:
 def shop(url: str) -> Iterator[Conveyor]:
     """Give the app of all these programs, at *url*."""
     app = Conveyor(url, namespace=NAMESPACE, lease="600ms")
-    app.client.patience = 0.5
+    app.client.retry_for = 0.5
     app.plain_list(LIST, task="shop.double")
 
     @app.task(name="shop.double")
@@ -225,7 +225,7 @@ async def work(app: Conveyor) -> None:
         await _reached(dying, "dead")
         await double.options(priority=5, expires="1ms", delay="5ms").aenqueue(1)
         await _empty(app)
-        await consumer.connection.run(operations.held_ids(consumer.keys, consumer.identity), patience=1.0)
+        await consumer.connection.run(operations.held_ids(consumer.keys, consumer.identity), retry_for=1.0)
     await asyncio.to_thread(_die, app)
     await asyncio.to_thread(_consume, app)
 

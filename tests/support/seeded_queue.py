@@ -48,7 +48,7 @@ class SeededQueue:
 
     def __init__(self, client: redis_py.Redis, url: str, keys: QueueKeys | None = None) -> None:
         self.redis = client
-        self.client = Client(url, namespace="c", patience=0)
+        self.client = Client(url, namespace="c", retry_for=0)
         self.keys = keys or self.client.keys("q")
         self.lane = ProducerSequence("L")
 

@@ -60,7 +60,7 @@ class StubWorker:
         ticking = asyncio.create_task(self.tick())
         self.slot.set_identity(self.keys, self.worker, LEASE_MS)
         about = to_json({"pid": os.getpid(), "group": os.getpgid(0)})
-        await self.client.arun(operations.register(self.keys, self.worker, LEASE_MS, about), patience=60)
+        await self.client.arun(operations.register(self.keys, self.worker, LEASE_MS, about), retry_for=60)
         deadline = None
         while True:
             if self.stops and deadline is None:
@@ -81,7 +81,7 @@ class StubWorker:
         call = operations.turn(
             self.keys, self.worker, self.number, want, LEASE_MS, report, flags="t" if self.stops else ""
         )
-        turn = await self.client.arun(call, patience=60)
+        turn = await self.client.arun(call, retry_for=60)
         self.slot.note_renewal(self.worker)
         assert turn.lost == []
         for one in give_back:
@@ -134,8 +134,8 @@ def start(spec: ChildSpec, slot: ChildSlot) -> tuple[ChildInfo, StubWorker]:
     if url.startswith("embedded:"):
         backend = Client(url, namespace="test")
         url = backend.address.url
-        assert backend.attachment is not None
-        return ChildInfo(f"embedded:{backend.attachment.directory}", "test"), StubWorker(spec, slot, url)
+        assert backend.server_handle is not None
+        return ChildInfo(f"embedded:{backend.server_handle.directory}", "test"), StubWorker(spec, slot, url)
     return ChildInfo(url, "test", 1, ("hold",), tuple(spec.queues)), StubWorker(spec, slot, url)
 
 

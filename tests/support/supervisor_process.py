@@ -44,7 +44,7 @@ class Queue:
 
     def __init__(self, url: str) -> None:
         self._url = url
-        self.client = Client(url, namespace="test", patience=30)
+        self.client = Client(url, namespace="test", retry_for=30)
 
     def push(self, task: str, count: int = 1, body: bytes = b"0") -> list[str]:
         entries = [Entry(id_, write_envelope(task, body)) for id_ in new_ids(count)]

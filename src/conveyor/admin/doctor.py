@@ -120,7 +120,7 @@ def examine(
 def _check_server(client: Client, report: HealthReport) -> None:
     facts = _info(client)
     _check_version(facts, report)
-    if client.attachment is not None:
+    if client.server_handle is not None:
         report.add(
             "server", "note", "embedded server: for development on one machine", "In production set CONVEYOR_URL"
         )
@@ -146,9 +146,9 @@ def _check_nodes(client: Client, cluster: Cluster, report: HealthReport) -> bool
     try:
         nodes = cluster.nodes()
     except OSError as error:
-        raise replies.unreachable(str(cluster), error) from error
+        raise replies.unavailable(str(cluster), error) from error
     for address in nodes:
-        node = Client(address.url, patience=client.patience)
+        node = Client(address.url, retry_for=client.retry_for)
         try:
             one = HealthReport(address.host)
             _check_server(node, one)
@@ -181,7 +181,7 @@ def eviction_policy(client: Client) -> tuple[str, int]:
 
 def eviction_finding(policy: str, evicted: int) -> Finding | None:
     """Return a finding for a dangerous eviction policy, None for a safe one."""
-    wrong = eviction.danger(policy, evicted)
+    wrong = eviction.eviction_risk(policy, evicted)
     return None if wrong is None else Finding("eviction", "problem", wrong, eviction.REMEDY, "E10")
 
 
@@ -223,7 +223,7 @@ def _check_latency(client: Client, report: HealthReport) -> None:
 
 
 def _info(client: Client) -> dict[str, str]:
-    return eviction.facts(_execute_if_allowed(client, "INFO"))
+    return replies.parse_info(_execute_if_allowed(client, "INFO"))
 
 
 def _setting(client: Client, name: str) -> str | None:

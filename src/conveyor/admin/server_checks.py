@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from conveyor.errors import ConveyorError
-from conveyor.store.client.durability import Durability, FsyncMethod, judge
+from conveyor.store.client.durability import Durability, FsyncMethod, decide_fsync_method
 
 ExecuteCommand = Callable[..., object]
 _FSYNC_METHODS = {
@@ -67,13 +67,15 @@ def replication_findings(facts: Mapping[str, str], minimum: str | None, lag: str
 def fsync_finding(execute: ExecuteCommand, where: str) -> tuple[bool, DurabilityFinding]:
     """Return whether fsync=True can be confirmed, with a finding that says how."""
     replies: list[object] = []
-    for command in Durability(fsync=True).examination():
+    for command in Durability(fsync=True).probe_commands():
         try:
             replies.append(execute(*command))
         except ConveyorError as error:
-            replies.append(error.__cause__ or error)  # the server's own reply, which `judge` can read
+            replies.append(error.__cause__ or error)  # the server's own reply, which `decide_fsync_method` can read
     try:
-        return True, DurabilityFinding("ok", _FSYNC_METHODS[judge(Durability(fsync=True), replies, where)])
+        return True, DurabilityFinding(
+            "ok", _FSYNC_METHODS[decide_fsync_method(Durability(fsync=True), replies, where)]
+        )
     except (ConveyorError, OSError) as error:
         reason = str(error).partition("\n")[0]
         refusal = re.search(r"cannot be confirmed by Redis at .*?: (.*?)\. Nothing was stored\. Set it: (.*?),", reason)

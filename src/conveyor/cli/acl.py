@@ -36,7 +36,7 @@ def acl(
     if user is not None and role is None:
         raise click.UsageError("--user names the user of one role: conveyor acl ROLE --user NAME.")
     admin = target.admin()
-    url = urlsplit(admin.client.configured or "")
+    url = urlsplit(admin.client.configured_url or "")
     topology = topology or _topology(url.scheme)
     chosen = [
         acl_rules.rules(

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from conveyor.admin.admin import Admin
     from conveyor.store.client.client import Client
 
-PATIENCE = 1.0
+RETRY_FOR = 1.0
 """Seconds for which a command repeats a call before it reports an unreachable server."""
 
 
@@ -49,7 +49,7 @@ class Target:
         if self.url:
             os.environ["CONVEYOR_URL"] = self.url
         name, app = load(self.app_name, self.settings)
-        app.client.patience = PATIENCE
+        app.client.retry_for = RETRY_FOR
         wanted = self._namespace()
         if wanted is not None and wanted != app.client.namespace:
             raise ConfigurationError(
@@ -76,13 +76,13 @@ class Target:
             _, app = load(self.app_name, self.settings)
             self._app = app
             if url is None and namespace in {None, app.client.namespace}:
-                app.client.patience = PATIENCE
+                app.client.retry_for = RETRY_FOR
                 return _close_at_exit(_without_buffer(app))
             namespace = namespace or app.client.namespace
             url = url or app.client.address.url
             _close_at_exit(app.client)  # it may hold the embedded server
         url = url or os.environ.get("CONVEYOR_URL") or self.settings.url
-        return _close_at_exit(Client(url, namespace=namespace or "conveyor", patience=PATIENCE))
+        return _close_at_exit(Client(url, namespace=namespace or "conveyor", retry_for=RETRY_FOR))
 
     @property
     def app(self) -> Any:

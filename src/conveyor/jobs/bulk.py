@@ -88,7 +88,7 @@ class JobChunk:
         batch = self._batch(queue)
         batch.add(entry, job)
         if call.durability_request is not None:
-            batch.durability_request = call.durability_request.join(batch.durability_request)
+            batch.durability_request = call.durability_request.combined_with(batch.durability_request)
         return job
 
     def _batch(self, queue: str) -> QueueBatch:
@@ -103,7 +103,7 @@ class JobChunk:
         finish: list[Callable[[], None]] = []
         for batch in self._batches.values():
             if batch.pairs and batch.queue not in core.bounded:
-                finish.append(core.client.post_plain(core.keys(batch.queue), batch.pairs))
+                finish.append(core.client.start_push_plain(core.keys(batch.queue), batch.pairs))
             elif batch.jobs:
                 batch.note_accepted(core.push(batch.queue, batch.as_entries(), batch.durability_request))
         return finish

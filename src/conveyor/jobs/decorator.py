@@ -84,7 +84,7 @@ def register(
         raise ConfigurationError(
             f"@app.task takes a function, not {function!r}. Options go by name: @app.task(queue='…')."
         )
-    name = ids.queue_name(default_name(function) if name is None else name)
+    name = ids.queue_name(default_name(function) if name is None else name, what="task")
     known = core.definitions.get(name)
     if known is not None and not _is_redefined(known.function, function):
         raise ConfigurationError(

@@ -136,7 +136,7 @@ class Job(Generic[R_co]):
             return row.status
         if where == "result":
             return read_outcome(record).status
-        if where == "none" and not record and ids.may_come(self._bare_id):
+        if where == "none" and not record and ids.may_arrive_later(self._bare_id):
             return "waiting"  # its parent is still running, or ended a moment ago
         return "cancelled" if where == "cancelled" else "done"
 
@@ -150,7 +150,7 @@ class Job(Generic[R_co]):
         if buffer is None or not buffer.holds(self._bare_id):
             return seconds
         started = monotonic()
-        if not buffer.wait_for(self._bare_id, seconds) and seconds is not None:
+        if not buffer.wait_delivered(self._bare_id, seconds) and seconds is not None:
             raise self._timeout_error(seconds)
         return None if seconds is None else max(0.0, seconds - (monotonic() - started))
 
@@ -302,14 +302,14 @@ class Job(Generic[R_co]):
         refuse_in_loop("job.cancel()", "await job.acancel()")
         if self.queue is None:
             self._look_up()
-        self._wait_for_buffer(self._core.client.patience)
+        self._wait_for_buffer(self._core.client.retry_for)
         return self._core.client.run(operations.cancel(self._keys(), self._bare_id)) > 0
 
     async def acancel(self) -> bool:
         """Awaitable form of `cancel`."""
         if self.queue is None:
             await self._alook_up()
-        await self._await_buffer(self._core.client.patience)
+        await self._await_buffer(self._core.client.retry_for)
         return await self._core.client.arun(operations.cancel(self._keys(), self._bare_id)) > 0
 
 

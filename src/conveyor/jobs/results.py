@@ -21,7 +21,7 @@ from conveyor.ids import new_identity
 from conveyor.store import operations
 from conveyor.store.fork_safety import on_fork
 from conveyor.store.keys import QueueKeys, reply_channel
-from conveyor.store.transport.replies import pause, unreachable
+from conveyor.store.transport.replies import backoff, unavailable
 
 if TYPE_CHECKING:
     from conveyor.store.client.client import Client
@@ -136,14 +136,14 @@ class ResultSubscriber:
 
     def _unregister(self, keys: QueueKeys, id: str) -> None:  # noqa: A002
         try:
-            self._client.run(operations.forget(keys, id, self.channel), patience=0.0)
+            self._client.run(operations.forget(keys, id, self.channel), retry_for=0.0)
         except StoreUnavailable:
             _log.debug("could not unregister from %s; the job's end removes the entry", id)
         self._wake_others(id)
 
     async def _aunregister(self, keys: QueueKeys, id: str) -> None:  # noqa: A002
         try:
-            await self._client.arun(operations.forget(keys, id, self.channel), patience=0.0)
+            await self._client.arun(operations.forget(keys, id, self.channel), retry_for=0.0)
         except StoreUnavailable:
             _log.debug("could not unregister from %s; the job's end removes the entry", id)
         self._wake_others(id)
@@ -205,8 +205,8 @@ class ResultSubscriber:
             if self._thread is None:
                 self._thread = SubscriptionThread(self, self._client)
             thread = self._thread
-        if not thread.ready.wait(self._client.patience + 1.0):
-            raise unreachable(str(self._client.address), thread.error or "no answer")
+        if not thread.ready.wait(self._client.retry_for + 1.0):
+            raise unavailable(str(self._client.address), thread.error or "no answer")
 
     def close(self) -> None:
         """End the thread; waiters still ask every few seconds."""
@@ -254,7 +254,7 @@ class SubscriptionThread:
                     if not self._closed.is_set():
                         _log.debug("lost the connection for results: %s", error)
                 self.error = error
-                self._closed.wait(pause(attempt))
+                self._closed.wait(backoff(attempt))
                 attempt += 1
             finally:
                 connection, self._connection = self._connection, None

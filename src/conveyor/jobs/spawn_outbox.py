@@ -106,7 +106,7 @@ def deliver(
     may have a part of its own.
     """
     sequence = source.queue if written_for is None else f"{source.queue}>{written_for}"
-    call = operations.push(target, ProducerSequence(sequence, number - 1, insists=True), entries)
+    call = operations.push(target, ProducerSequence(sequence, number - 1, resends_refused=True), entries)
     return replace(call, keys=(target.inbox(sequence), *call.keys[1:]))
 
 

@@ -132,17 +132,17 @@ class TaskDefinition:
     def is_plain(self, outgoing: Outgoing) -> bool:
         """Tell whether a call is stored as a bare envelope at the tail of the task's queue, the cheapest way."""
         core = self.core
-        return outgoing is self.outgoing and self.plain and not core.push_middlewares and not core.client.diverted
+        return outgoing is self.outgoing and self.plain and not core.push_middlewares and not core.client.deferring
 
     def prepare(self, outgoing: Outgoing, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, Entry]:
         """Return the queue (or partition) and the entry of a call, with the middleware's changes; raises PayloadError."""
         sent, body = self._encode(outgoing, args, kwargs)
-        entry = entry_of(sent, body, self.core.sealing, deferred=self.core.client.diverted)
+        entry = entry_of(sent, body, self.core.sealing, deferred=self.core.client.deferring)
         return self.core.place(sent.queue, entry), entry
 
     async def aprepare(self, outgoing: Outgoing, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, Entry]:
         """Awaitable form of `prepare`."""
-        sealing, deferred = self.core.sealing, self.core.client.diverted
+        sealing, deferred = self.core.sealing, self.core.client.deferring
         sent, body = self._encode(outgoing, args, kwargs)
         if sealing is None or not sealing.is_large(body, b"payload"):
             entry = entry_of(sent, body, sealing, deferred=deferred)
@@ -236,7 +236,7 @@ class Task(Generic[P, R_co]):
         if _get_running_loop() is not None:
             raise in_loop(definition, args, kwargs, sys._getframe(1))  # noqa: SLF001  the line of the call goes into the message
         core, queue = definition.core, definition.queue
-        if definition.plain and not core.push_middlewares and not core.client.diverted and queue not in core.bounded:
+        if definition.plain and not core.push_middlewares and not core.client.deferring and queue not in core.bounded:
             id_ = new_id()
             core.client.push_plain(definition.keys, (id_, definition.head + definition.signature.encode(args, kwargs)))
             return Job(core, id_, queue, definition)
@@ -246,10 +246,10 @@ class Task(Generic[P, R_co]):
         """Awaitable form of `enqueue`; calls of one tick of the loop share a round trip."""
         definition = self._definition
         core, queue = definition.core, definition.queue
-        if definition.plain and not core.push_middlewares and not core.client.diverted and queue not in core.bounded:
+        if definition.plain and not core.push_middlewares and not core.client.deferring and queue not in core.bounded:
             client, keys = core.client, definition.keys
             body = definition.signature.encode(args, kwargs)
-            if not client.knows(keys):
+            if not client.is_announced(keys):
                 await client.aannounce(keys)
             id_ = new_id()
             await client.put(keys, id_, definition.head + body)

@@ -155,32 +155,32 @@ class Partitions:
             await self.aclaim()
             self._has_agreed = True
 
-    def claim(self, patience: float | None = None) -> None:
+    def claim(self, retry_for: float | None = None) -> None:
         """Agree with Redis on the number; wait *patience* seconds (None: the client's) for a change."""
-        deadline = time.monotonic() + (self.client.patience if patience is None else patience)
+        deadline = time.monotonic() + (self.client.retry_for if retry_for is None else retry_for)
         while True:
             try:
-                return drive(self._claim_calls(), partial(self.client.run, patience=self._patience))
+                return drive(self._claim_calls(), partial(self.client.run, retry_for=self._retry_for))
             except PartitionCountMismatch as error:
-                if error.found != 0 or time.monotonic() >= deadline:
+                if error.recorded != 0 or time.monotonic() >= deadline:
                     raise
                 time.sleep(RETRY_PAUSE)
 
-    async def aclaim(self, patience: float | None = None) -> None:
+    async def aclaim(self, retry_for: float | None = None) -> None:
         """Awaitable form of `claim`."""
-        deadline = time.monotonic() + (self.client.patience if patience is None else patience)
+        deadline = time.monotonic() + (self.client.retry_for if retry_for is None else retry_for)
         while True:
             try:
-                return await adrive(self._claim_calls(), partial(self.client.arun, patience=self._patience))
+                return await adrive(self._claim_calls(), partial(self.client.arun, retry_for=self._retry_for))
             except PartitionCountMismatch as error:
-                if error.found != 0 or time.monotonic() >= deadline:
+                if error.recorded != 0 or time.monotonic() >= deadline:
                     raise
                 await asyncio.sleep(RETRY_PAUSE)
 
     @property
-    def _patience(self) -> float:
+    def _retry_for(self) -> float:
         """The seconds a claim is repeated for: short with a buffer, which keeps the pushes."""
-        return self.client.patience if self.client.buffer is None else RETRY_PAUSE
+        return self.client.retry_for if self.client.buffer is None else RETRY_PAUSE
 
     def _claim_calls(self) -> Generator[Call[Any], Any, None]:
         whole, *parts = partitioning.claims(self.client.namespace, self.name, self.count)

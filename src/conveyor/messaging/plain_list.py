@@ -63,7 +63,7 @@ class PlainList(Queue[T]):
         return ListPublisher(self.client, self.keys, self.codec)
 
     def _publisher_for(self, options: PreparedPush) -> Publisher[T]:
-        if self.client.diverted:
+        if self.client.deferring:
             raise ConfigurationError(
                 f"A plain list holds bare documents, so '{self.name}' cannot be delivered exactly once from an outbox. "
                 "Nothing was stored. Push to it after the commit, or use a queue.",
@@ -129,13 +129,13 @@ class ListPublisher(Publisher[T]):
 
     def _send(self, push: PlannedPush) -> Sequence[str]:
         self._client.announce(self._keys)
-        with self._sequences.one() as sequence:
+        with self._sequences.lend() as sequence:
             self._client.run(plain_list.push(self._keys, sequence, push.envelopes))
         return push.ids
 
     async def _asend(self, push: PlannedPush) -> Sequence[str]:
         await self._client.aannounce(self._keys)
-        with self._sequences.one() as sequence:
+        with self._sequences.lend() as sequence:
             await self._client.arun(plain_list.push(self._keys, sequence, push.envelopes))
         return push.ids
 

@@ -26,7 +26,7 @@ from conveyor.messaging.push_options import PreparedPush, make_entries
 from conveyor.payload.codec import ValueCodec
 from conveyor.store.client.batching import BULK, PushTarget
 from conveyor.store.client.client import refuse_in_loop
-from conveyor.store.client.durability import after
+from conveyor.store.client.durability import after_partial_push
 from conveyor.store.client.programs import adrive, drive
 from conveyor.store.keys import QueueKeys
 
@@ -103,7 +103,7 @@ class Publisher(Generic[T]):
                 except (QueueFull, StoreUnavailable) as error:
                     raise _partly(error, len(ids)) from error
                 except DurabilityNotReached as error:
-                    raise after(error, ids) from None
+                    raise after_partial_push(error, ids) from None
                 ids += _public(keys, fresh)
         return ids
 
@@ -195,7 +195,7 @@ class PartitionedPublisher(Publisher[T]):
                 except (QueueFull, StoreUnavailable) as error:
                     raise _partly_placed(error, at, len(stored)) from error
                 except DurabilityNotReached as error:
-                    raise after(error, stored) from None
+                    raise after_partial_push(error, stored) from None
                 fresh[part] = _public(keys, bare)
             ids += fresh
         return ids

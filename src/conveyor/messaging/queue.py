@@ -123,7 +123,7 @@ class Queue(Generic[T]):
 
     def _publisher_for(self, options: PreparedPush) -> Publisher[T]:
         """Return the publisher for these options; its target is where pushes go at the moment."""
-        if options.durability_request is None and not self.client.diverted:
+        if options.durability_request is None and not self.client.deferring:
             return self._publisher
         return self._publisher.through(self.client.push_target(self.durability, options.durability_request))
 
@@ -360,10 +360,10 @@ class Queue(Generic[T]):
         return f"<{kind} {self.name}: {counts.ready} ready{rest}{', paused' if counts.paused else ''}>"
 
     def _peek(self) -> QueueCounts:
-        return self.client.run(inspection.counts(self.keys), patience=0)
+        return self.client.run(inspection.counts(self.keys), retry_for=0)
 
     def _reached(self) -> bool:
-        return self.client.reached
+        return self.client.has_idle_connection
 
 
 def checked_on_error(value: OnError) -> OnError:

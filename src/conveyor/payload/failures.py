@@ -11,6 +11,8 @@ from conveyor.payload.records import Failure
 MESSAGE_BYTES = 2 * 1024
 TRACEBACK_BYTES = 8 * 1024
 _NAME_BYTES = 256
+_STORED_NAMES = {"UnreadablePayload": "Unreadable", "PayloadTooNew": "TooNew"}
+"""Classes that are stored under a shorter name than theirs: what is stored does not follow when a class is renamed."""
 
 
 def describe(error: BaseException, attempt: int, now_ms: int, worker: str) -> Failure:
@@ -23,13 +25,19 @@ def describe(error: BaseException, attempt: int, now_ms: int, worker: str) -> Fa
 
 
 def type_name(error: BaseException) -> str:
-    """Return the qualified name of an exception's class; builtins without their module."""
+    """
+    Return the qualified name of an exception's class, as it is stored and shown (`JobFailed.type`).
+
+    Builtins and the classes of Conveyor have no module in front.
+    """
     kind = type(error)
     try:
         module, name = str(kind.__module__), str(kind.__qualname__)
     except BaseException:  # a metaclass may do anything
         return "Exception"
-    return shorten(name if module == "builtins" else f"{module}.{name}", _NAME_BYTES)
+    # Where a class of ours lies in the package may change with any release; what is stored must not.
+    bare = module in {"builtins", "conveyor"} or module.startswith("conveyor.")
+    return shorten(_STORED_NAMES.get(name, name) if bare else f"{module}.{name}", _NAME_BYTES)
 
 
 def message(error: BaseException) -> str:

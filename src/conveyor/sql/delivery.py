@@ -25,8 +25,8 @@ from conveyor.ids import new_identity
 from conveyor.jobs import spawn_outbox
 from conveyor.sql.transaction import explain_missing_table
 from conveyor.store import operations
-from conveyor.store.client.buffer import DAY
-from conveyor.store.client.spool import MOST_BYTES, MOST_JOBS, SpooledPush
+from conveyor.store.client.buffer import DAY_SUFFIX
+from conveyor.store.client.spool import MAX_BYTES, MAX_JOBS, SpooledPush
 from conveyor.store.keys import known_queues
 from conveyor.store.operations import Entry, ProducerSequence, StalePush
 
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from conveyor.sql.tables import TableSql
 
 
-PATIENCE = 1.0
+RETRY_FOR = 1.0
 NEXT = """SELECT seq, LENGTH(entry) FROM {table}
  WHERE namespace = ? AND batch = ''{others} ORDER BY seq LIMIT 1000"""
 CLAIM = "UPDATE {table} SET batch = ? WHERE namespace = ? AND batch = '' AND seq <= ?{others}"
@@ -64,7 +64,7 @@ class DeliveryBatch:
     @property
     def sequence(self) -> str:
         """The name of their sequence."""
-        return self.name + DAY
+        return self.name + DAY_SUFFIX
 
 
 @dataclass(slots=True)
@@ -110,7 +110,7 @@ class OutboxDelivery:
                     if batch.queue in skip or batch.queue in renamed:
                         continue
                     try:
-                        count = self._deliver_batch(db, batch, PATIENCE if not _is_away(result) else 0.0)
+                        count = self._deliver_batch(db, batch, RETRY_FOR if not _is_away(result) else 0.0)
                     except ConveyorError as error:
                         result.refusals[batch.queue] = error
                         skip.add(batch.queue)
@@ -189,14 +189,14 @@ class OutboxDelivery:
 
     # -- one part -----------------------------------------------------------------------------------------------------
 
-    def _deliver_batch(self, db: DbConnection, batch: DeliveryBatch, patience: float) -> int:
+    def _deliver_batch(self, db: DbConnection, batch: DeliveryBatch, retry_for: float) -> int:
         """Push a batch and delete its rows; return how many, 0 when they got new names instead."""
         if not batch.entries:
             return 0
         if any(self._destination(batch.queue, entry) != batch.queue for entry in batch.entries):
             return self._requeue(db, batch)
         try:
-            self._push(batch, patience)
+            self._push(batch, retry_for)
         except StalePush:
             return self._split(db, batch)
         except QueueFull:
@@ -204,28 +204,28 @@ class OutboxDelivery:
                 raise
             # Fewer may fit. First the sequence is closed, so that no late copy of the whole can follow a half.
             keys = self._core.keys(batch.queue)
-            self._core.client.run(operations.fence(keys, batch.sequence), patience=patience)
+            self._core.client.run(operations.fence(keys, batch.sequence), retry_for=retry_for)
             try:
-                self._push(batch, patience)
+                self._push(batch, retry_for)
             except StalePush:
                 return self._split(db, batch)
         return self._delete(db, batch)
 
-    def _push(self, batch: DeliveryBatch, patience: float) -> None:
+    def _push(self, batch: DeliveryBatch, retry_for: float) -> None:
         core, queue = self._core, ids.logical(batch.queue)
         client, keys = core.client, core.keys(batch.queue)
         if batch.queue not in self._known:
             known = known_queues(client.namespace)
-            client.run(operations.announce(known, keys.queue), patience=patience)
+            client.run(operations.announce(known, keys.queue), retry_for=retry_for)
             self._known.add(batch.queue)
         declared, partitions = core.bounded.get(queue), core.partitioned.get(queue)
         asks = None if declared is None else declared.durability
         most = partitions.max_length if partitions else declared.max_length if declared else None
         # Not `push_plain`: its script would open a sequence that was closed.
         call = operations.push(
-            keys, ProducerSequence(batch.sequence, insists=True), batch.entries, max_length=most or 0
+            keys, ProducerSequence(batch.sequence, resends_refused=True), batch.entries, max_length=most or 0
         )
-        work = partial(client.carry, keys, call, asks, patience=patience)
+        work = partial(client.push_unbuffered, keys, call, asks, retry_for=retry_for)
         if partitions is None:
             work()
         else:
@@ -263,7 +263,7 @@ class OutboxDelivery:
     def _requeue(self, db: DbConnection, batch: DeliveryBatch) -> int:
         """Let rows wait for their new partition, unless the old one had accepted them."""
         key, namespace = self._core.keys(batch.queue).lane(batch.sequence), self._core.client.namespace
-        remembered = self._core.client.execute("GET", key, key=key, patience=PATIENCE)
+        remembered = self._core.client.execute("GET", key, key=key, retry_for=RETRY_FOR)
         if isinstance(remembered, bytes) and remembered.startswith(b"1\nok"):
             return self._delete(db, batch)
         for seq, entry in zip(batch.seqs, batch.entries, strict=True):
@@ -277,9 +277,9 @@ def _last_seq(rows: Sequence[tuple[int, int]]) -> int:
     size = 0
     for at, (seq, length) in enumerate(rows):
         size += length
-        if at and size > MOST_BYTES:
+        if at and size > MAX_BYTES:
             return rows[at - 1][0]
-        if at == MOST_JOBS - 1:
+        if at == MAX_JOBS - 1:
             return seq
     return rows[-1][0]
 

@@ -63,7 +63,7 @@ class Outbox(ManagedTable):
         self._connect = connect
         self._interval = positive_ms(interval, "interval") / 1000
         self._relays: set[Relay] = set()
-        app.client.outlet = partial(open_transaction, app.client)
+        app.client.push_target_resolver = partial(open_transaction, app.client)
 
     def __repr__(self) -> str:
         return f"<Outbox {self._table} of {self.app!r}>"

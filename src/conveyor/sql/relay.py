@@ -87,7 +87,7 @@ class Relay:
                     if time.monotonic() - logged >= _LOG_AGAIN:
                         logged = time.monotonic()
                         _log.warning("the outbox cannot be read; trying again: %s: %s", type(error).__name__, error)
-                    self._woken.wait(replies.pause(failures + 3, cap=LONGEST_PAUSE))
+                    self._woken.wait(replies.backoff(failures + 3, cap=LONGEST_PAUSE))
                     self._woken.clear()
         finally:
             self._relays.discard(self)
@@ -110,7 +110,7 @@ class Relay:
         backoff = self._backoffs.setdefault(queue, _QueueBackoff())
         # A full queue that is being drained is asked again soon.
         backoff.attempts = 1 if count else backoff.attempts + 1
-        backoff.until = now + replies.pause(backoff.attempts, cap=LONGEST_PAUSE)
+        backoff.until = now + replies.backoff(backoff.attempts, cap=LONGEST_PAUSE)
         if now - self._logged_at.get(queue, -_LOG_AGAIN) >= _LOG_AGAIN:
             self._logged_at[queue], backoff.logged = now, True
             _log.warning("queue '%s': rows of the outbox wait; trying again: %s", queue, error)

@@ -24,7 +24,7 @@ from conveyor.sql.drivers import (
 )
 from conveyor.sql.tables import TableSql
 from conveyor.store.client.client import refuse_in_loop
-from conveyor.store.client.confirmed import plain_entries
+from conveyor.store.operations import plain_entries
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -197,7 +197,7 @@ def open_transaction(client: Client, durability_request: DurabilityRequest | Non
     transaction = _OPEN.get()
     while transaction is not None and not transaction.takes_pushes_of(client):
         transaction = transaction.enclosing
-    if transaction is not None and durability_request is not None and durability_request.over(None) is not None:
+    if transaction is not None and durability_request is not None and durability_request.applied_to(None) is not None:
         raise ConfigurationError(
             "This push asks for fsync or wait_replicas, and inside a database transaction nothing is sent yet that could "
             "be confirmed. Nothing was stored. Declare it for the queue instead: app.queue(…, wait_replicas=1); then its "

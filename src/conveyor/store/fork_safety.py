@@ -1,10 +1,8 @@
 """
-An attribute computed when it is first asked for, without a lock.
+Forks: a child uses no connection, sequence, thread or lock of its parent.
 
-`functools.cached_property` of Python 3.11 holds a lock meanwhile, one for all instances. A process that forks while
-another thread computes hands it on locked, and the child waits for ever. Here two threads may compute the same value twice.
-
-What happens in a forked child: whoever holds sockets or threads of its parent lets go of them.
+`on_fork` resets in every child the objects that hold such things. `lazy_property` computes an attribute without a lock
+that a fork could copy while it is held.
 """
 
 from __future__ import annotations
@@ -15,6 +13,31 @@ from typing import Any, Generic, Protocol, TypeVar, overload
 from weakref import WeakSet
 
 T = TypeVar("T")
+
+
+class ForkAware(Protocol):
+    """Something that must not use what its parent uses."""
+
+    def forked(self) -> None:
+        """Forget connections, lanes and threads: they are the parent's."""
+        ...
+
+
+# One hook for all, since hooks cannot be taken back: one for each would keep growing with every app that comes and goes.
+_fork_aware: WeakSet[ForkAware] = WeakSet()
+
+
+def on_fork(instance: ForkAware) -> None:
+    """Call ``holder.forked()`` in every child forked while it lives."""
+    _fork_aware.add(instance)
+
+
+def _notify_children() -> None:
+    for instance in list(_fork_aware):
+        instance.forked()
+
+
+os.register_at_fork(after_in_child=_notify_children)
 
 
 class lazy_property(Generic[T]):  # noqa: N801  used as a decorator, as property is
@@ -35,30 +58,5 @@ class lazy_property(Generic[T]):  # noqa: N801  used as a decorator, as property
     def __get__(self, instance: object, owner: type) -> lazy_property[T] | T:
         if instance is None:
             return self
-        found = instance.__dict__[self._name] = self._compute(instance)
-        return found
-
-
-class ForkAware(Protocol):
-    """Something that must not use what its parent uses."""
-
-    def forked(self) -> None:
-        """Forget connections, lanes and threads: they are the parent's."""
-        ...
-
-
-# One hook for all, since hooks cannot be taken back: one for each would keep growing with every app that comes and goes.
-_holders: WeakSet[ForkAware] = WeakSet()
-
-
-def on_fork(holder: ForkAware) -> None:
-    """Call ``holder.forked()`` in every child forked while it lives."""
-    _holders.add(holder)
-
-
-def _tell() -> None:
-    for holder in list(_holders):
-        holder.forked()
-
-
-os.register_at_fork(after_in_child=_tell)
+        value = instance.__dict__[self._name] = self._compute(instance)
+        return value

@@ -23,7 +23,7 @@ def known_queues(namespace: str) -> str:
 def check_namespace(namespace: str) -> str:
     """Return a usable namespace; raises ConfigurationError."""
     if not isinstance(namespace, str) or not _NAMESPACE.fullmatch(namespace):
-        raise ConfigurationError(f"A namespace has 1 to 64 of A-Z a-z 0-9 _ . : - and nothing else: {namespace!r}.")
+        raise ConfigurationError(f"Invalid namespace {namespace!r}: use 1 to 64 characters out of A-Z a-z 0-9 _ . : -")
     return namespace
 
 

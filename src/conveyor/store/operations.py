@@ -12,7 +12,7 @@ from functools import lru_cache, partial
 from typing import Any
 
 from conveyor.errors import ConfigurationError, QueueFull
-from conveyor.ids import may_come
+from conveyor.ids import may_arrive_later
 from conveyor.payload.records import to_json, write_envelope
 from conveyor.store.keys import QueueKeys
 from conveyor.store.partitions import PartitionCountMismatch
@@ -63,6 +63,12 @@ class Entry:
         )  # fmt: skip
 
 
+def plain_entries(pairs: Sequence[Argument]) -> list[Entry]:
+    """Return id, envelope, id, envelope, … as entries."""
+    both: Sequence[Any] = pairs
+    return [Entry(both[at], both[at + 1]) for at in range(0, len(both), 2)]
+
+
 @dataclass(slots=True)
 class ProducerSequence:
     """
@@ -73,8 +79,8 @@ class ProducerSequence:
 
     identity: str
     number: int = 0
-    insists: bool = False
-    names: dict[str, tuple[str, ...]] = field(default_factory=dict)  # of the keys of a plain push, by queue
+    resends_refused: bool = False
+    key_names: dict[str, tuple[str, ...]] = field(default_factory=dict)  # of the keys of a plain push, by queue
 
     def next(self) -> int:
         """Return the number of the next push."""
@@ -97,19 +103,21 @@ def wake(key: str) -> Call[int]:
 
 
 def push_plain(
-    keys: QueueKeys, lane: ProducerSequence, pairs: Sequence[Argument], *, max_length: int = 0
+    keys: QueueKeys, sequence: ProducerSequence, pairs: Sequence[Argument], *, max_length: int = 0
 ) -> Call[None]:
     """Return the call that accepts plain messages: *pairs* is id, envelope, id, envelope, …"""
-    if (names := lane.names.get(keys.prefix)) is None:
-        names = (keys.lane(lane.identity), keys.jobs, keys.ready[0], keys.wake, keys.conf, keys.dead)
-        lane.names[keys.prefix] = names
-    args = (lane.next(), max_length, keys.partitions, *pairs)
-    return Call(PUSH_PLAIN, names, args, partial(_pushed_plain, keys), None if lane.insists else WITHDRAW)
+    if (names := sequence.key_names.get(keys.prefix)) is None:
+        names = (keys.lane(sequence.identity), keys.jobs, keys.ready[0], keys.wake, keys.conf, keys.dead)
+        sequence.key_names[keys.prefix] = names
+    args = (sequence.next(), max_length, keys.partitions, *pairs)
+    return Call(PUSH_PLAIN, names, args, partial(_pushed_plain, keys), None if sequence.resends_refused else WITHDRAW)
 
 
-def push(keys: QueueKeys, lane: ProducerSequence, entries: Iterable[Entry], *, max_length: int = 0) -> Call[list[str]]:
+def push(
+    keys: QueueKeys, sequence: ProducerSequence, entries: Iterable[Entry], *, max_length: int = 0
+) -> Call[list[str]]:
     """Return the call that accepts *entries* in their order, all or none; it yields an id for each, a duplicate's holder's."""
-    args: list[Argument] = [lane.next(), max_length, keys.partitions, 0]
+    args: list[Argument] = [sequence.next(), max_length, keys.partitions, 0]
     ids: list[str | None] = []
     run: list[Argument] = []
     plain_run = True
@@ -128,16 +136,18 @@ def push(keys: QueueKeys, lane: ProducerSequence, entries: Iterable[Entry], *, m
     if run:
         args += ["p" if plain_run else "s", len(run) // (2 if plain_run else 10), *run]
     args[3] = len(ids)
-    return Call(PUSH, _push_keys(keys, lane), args, _pushed(keys, ids), None if lane.insists else WITHDRAW)
+    return Call(
+        PUSH, _push_keys(keys, sequence), args, _pushed(keys, ids), None if sequence.resends_refused else WITHDRAW
+    )
 
 
-def fence(keys: QueueKeys, lane: str) -> Call[bool]:
+def fence(keys: QueueKeys, identity: str) -> Call[bool]:
     """
-    Return the call that shuts a *lane* of one push for a day; it yields False when that lane was used or shut before.
+    Return the call that shuts the sequence *identity* of one push for a day; it yields False when it was used or shut before.
 
     From then on that push is answered as late, unless it had been accepted: then still with that.
     """
-    return Command(SET, (keys.lane(lane),), ("1\nlate", "NX", "PX", DAY_MS), bool)
+    return Command(SET, (keys.lane(identity),), ("1\nlate", "NX", "PX", DAY_MS), bool)
 
 
 def _special(entry: Entry) -> tuple[Argument, ...]:
@@ -149,8 +159,8 @@ def _special(entry: Entry) -> tuple[Argument, ...]:
     )  # fmt: skip
 
 
-def _push_keys(keys: QueueKeys, lane: ProducerSequence) -> tuple[str, ...]:
-    return (keys.lane(lane.identity), keys.jobs, keys.due, keys.wake, keys.conf, keys.dead, *keys.ready)
+def _push_keys(keys: QueueKeys, sequence: ProducerSequence) -> tuple[str, ...]:
+    return (keys.lane(sequence.identity), keys.jobs, keys.due, keys.wake, keys.conf, keys.dead, *keys.ready)
 
 
 def _pushed_plain(keys: QueueKeys, reply: bytes) -> None:
@@ -388,7 +398,7 @@ def await_result(keys: QueueKeys, id: str, channel: str) -> Call[tuple[str, byte
     return Call(
         AWAIT_RESULT,
         names,
-        (id, channel, "1" if may_come(id) else ""),
+        (id, channel, "1" if may_arrive_later(id) else ""),
         lambda reply: (reply[0].decode(), reply[1] if len(reply) > 1 else b""),
     )
 

@@ -27,27 +27,27 @@ class PartitionCountMismatch(ConfigurationError):
 
     code = "E34"
 
-    def __init__(self, keys: QueueKeys, found: str) -> None:
+    def __init__(self, keys: QueueKeys, recorded: str) -> None:
         """Take whose push or registration was refused, and the number that was found ("" none)."""
         self.queue = ids.logical(keys.queue)
-        self.found = int(found) if found else None
-        super().__init__(_said(self.queue, keys.partitions, self.found))
+        self.recorded = int(recorded) if recorded else None
+        super().__init__(_mismatch_text(self.queue, keys.partitions, self.recorded))
 
 
-def _said(queue: str, wanted: int, found: int | None) -> str:
-    if found == 0:
+def _mismatch_text(queue: str, declared: int, recorded: int | None) -> str:
+    if recorded == 0:
         return (
-            f"The number of partitions of queue '{queue}' is being changed right now. Nothing was stored. Try again; if "
-            f"that lasts, whoever began it has died: conveyor queue partition {queue} N completes it."
+            f"The number of partitions of queue '{queue}' is being changed right now. Nothing was stored. Try again. If "
+            f"this lasts, the program that began the change has died: conveyor queue partition {queue} N completes it."
         )
-    number = 1 if found is None else found
+    number = 1 if recorded is None else recorded
     has = "1 partition" if number == 1 else f"{number} partitions"
     declare = (
         f"app.queue({queue!r}, partitions={number})" if number > 1 else f"app.queue({queue!r}) without partitions="
     )
     return (
-        f"Queue '{queue}' has {has}, and this program says {wanted}. Nothing was stored. Declare it as {declare}; or, "
-        f"when all programs say {wanted}, drain it and run: conveyor queue partition {queue} {wanted}"
+        f"Queue '{queue}' has {has}, but this program says {declared}. Nothing was stored. Declare it as {declare}; or, "
+        f"when all programs say {declared}, drain it and run: conveyor queue partition {queue} {declared}"
     )
 
 

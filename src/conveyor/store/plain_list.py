@@ -28,22 +28,22 @@ class SequencePool:
         self._process = os.getpid()
 
     @contextmanager
-    def one(self) -> Iterator[ProducerSequence]:
+    def lend(self) -> Iterator[ProducerSequence]:
         """Give out a lane; one whose push failed is not used again, since a repeat may still arrive."""
         if self._process != os.getpid():
             self._free, self._process = deque(), os.getpid()
         try:
-            lane = self._free.pop()
+            sequence = self._free.pop()
         except IndexError:
-            lane = ProducerSequence(new_identity())
-        yield lane
-        self._free.append(lane)
+            sequence = ProducerSequence(new_identity())
+        yield sequence
+        self._free.append(sequence)
 
 
-def push(keys: QueueKeys, lane: ProducerSequence, entries: Sequence[bytes]) -> Call[None]:
+def push(keys: QueueKeys, sequence: ProducerSequence, entries: Sequence[bytes]) -> Call[None]:
     """Return the call that appends *entries* to the plain list of *keys*."""
     assert keys.foreign is not None
-    return Call(LIST_PUSH, (keys.lane(lane.identity), keys.foreign), (lane.next(), *entries), _pushed, WITHDRAW)
+    return Call(LIST_PUSH, (keys.lane(sequence.identity), keys.foreign), (sequence.next(), *entries), _pushed, WITHDRAW)
 
 
 def _pushed(reply: bytes) -> None:

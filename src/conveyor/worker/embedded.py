@@ -9,7 +9,7 @@ from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING, Self
 
 from conveyor.errors import ConfigurationError, ConveyorError, StoreUnavailable
-from conveyor.store.transport import eviction
+from conveyor.store.transport import eviction, replies
 from conveyor.units import Duration, milliseconds
 from conveyor.worker.leasing.heartbeat import Heartbeat, Lease
 from conveyor.worker.worker import Worker
@@ -75,14 +75,14 @@ class EmbeddedWorker:
     async def _check_eviction(self) -> None:
         """Refuse a server that deletes jobs (E10). One that is away is no error: the worker waits for it."""
         try:
-            known = eviction.facts(await self._app.client.aexecute("INFO"))
+            known = replies.parse_info(await self._app.client.aexecute("INFO"))
         except StoreUnavailable:
             return
         except ConveyorError:
             known = {}  # this user may not send INFO
         if "maxmemory_policy" not in known:
             log.warning("%s: see `conveyor doctor`", eviction.UNKNOWN)
-        wrong = eviction.danger(known.get("maxmemory_policy", ""), int(known.get("evicted_keys", 0)))
+        wrong = eviction.eviction_risk(known.get("maxmemory_policy", ""), int(known.get("evicted_keys", 0)))
         if wrong is not None and not self._allow_eviction:
             raise ConfigurationError(
                 f"{wrong}\nSet:  {eviction.REMEDY}\nStart anyway:  app.worker(allow_eviction=True)", code="E10"

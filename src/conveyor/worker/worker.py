@@ -170,13 +170,13 @@ class Worker:
         watchdog = Watchdog(self._on_the_loop, self._tick, None if self._slot is None else self._slot.set_job)
         watchdog.start()
         stack.callback(watchdog.close)
-        eviction_watch = asyncio.create_task(eviction.watch(self._server_infos, log))
+        eviction_watch = asyncio.create_task(eviction.watch_policy(self._server_infos, log))
         stack.callback(eviction_watch.cancel)
 
     async def _server_infos(self) -> list[Any]:
         """Return the reply to INFO of each server that holds a queue of this worker."""
         connections = {one.connection: None for one in self.consumers}
-        return [await connection.ask("INFO", patience=5.0) for connection in connections]
+        return [await connection.run_command("INFO", retry_for=5.0) for connection in connections]
 
     # -- stop -----------------------------------------------------------------------------------------------------
 

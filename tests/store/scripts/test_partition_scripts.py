@@ -32,9 +32,9 @@ def test_the_first_number_stands(seeded: SeededQueue, whole: bool) -> None:
 
     with seeded.unchanged():
         assert seeded.run(claim_partitions(seeded.keys, 4, whole=whole)) is False
-        with pytest.raises(PartitionCountMismatch, match="has 4 partitions, and this program says 8") as refused:
+        with pytest.raises(PartitionCountMismatch, match="has 4 partitions, but this program says 8") as refused:
             seeded.run(claim_partitions(seeded.keys, 8, whole=whole))
-        assert (refused.value.found, refused.value.code) == (4, "E34")
+        assert (refused.value.recorded, refused.value.code) == (4, "E34")
 
 
 def test_a_queue_that_was_used_without_partitions_has_one(seeded: SeededQueue) -> None:
@@ -43,7 +43,7 @@ def test_a_queue_that_was_used_without_partitions_has_one(seeded: SeededQueue) -
     assert seeded.run(count(seeded.keys)) == (1, "")
     seeded.register("w")
 
-    with seeded.unchanged(), pytest.raises(PartitionCountMismatch, match="has 1 partition, and this program says 4"):
+    with seeded.unchanged(), pytest.raises(PartitionCountMismatch, match="has 1 partition, but this program says 4"):
         seeded.run(claim_partitions(seeded.keys, 4, whole=True))
 
 
@@ -61,7 +61,7 @@ def test_a_push_with_another_number_stores_nothing(seeded: SeededQueue, there: s
     ):
         with seeded.unchanged(), pytest.raises(PartitionCountMismatch) as refused:
             seeded.run(call)
-        assert (refused.value.found, refused.value.queue) == (found, "q")
+        assert (refused.value.recorded, refused.value.queue) == (found, "q")
 
 
 def test_a_push_without_partitions_is_refused_by_a_queue_that_has_them(seeded: SeededQueue) -> None:

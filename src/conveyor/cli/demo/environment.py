@@ -81,10 +81,10 @@ class DemoEnvironment:
         )
         began = time.perf_counter()
         self.app = task.app
-        self.app.client.patience = 2.0
+        self.app.client.retry_for = 2.0
         facts = _server_facts(self.app)
         self.server_ms = 1000 * (time.perf_counter() - began)
-        attachment = self.app.client.attachment
+        attachment = self.app.client.server_handle
         name = "Valkey" if "valkey_version" in facts else "Redis"
         number = facts.get("valkey_version", facts.get("redis_version", "?"))
         where = "embedded, unix socket" if attachment is not None else str(self.app.client.address)
@@ -137,10 +137,10 @@ def _refuse_several_servers(url: str) -> None:
 
     One producer of the demo knows only RPUSH, and needs one server.
     """
-    from conveyor.store.transport.topology import locate
+    from conveyor.store.transport.topology import topology_of
     from conveyor.store.transport.url import StandaloneServer, masked
 
-    if not isinstance(locate(url), StandaloneServer):
+    if not isinstance(topology_of(url), StandaloneServer):
         raise ConfigurationError(
             f"conveyor demo needs a single server, and {masked(url)} is a cluster or sentinels. Use redis://host:6379/0, or leave "
             "--url out: then it starts a server of its own. Nothing was started."

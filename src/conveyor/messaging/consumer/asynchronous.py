@@ -390,7 +390,7 @@ class _AsyncEndpointWaiter:
 
     async def wait(self, seconds: float) -> int | None:
         """Wait here and now; return the partition whose token was taken, None when none came."""
-        key = await self._waiter.first(list(self._partition_of), seconds)
+        key = await self._waiter.wait_any(list(self._partition_of), seconds)
         return None if key is None else self._partition_of[key]
 
     def begin(self, seconds: float) -> None:

@@ -249,7 +249,7 @@ class Consumer(Generic[T]):
 
     def _run_own(self, call: Call[Any]) -> Any:
         assert self._connection is not None
-        return self._connection.run(call, patience=self.client.patience)
+        return self._connection.run(call, retry_for=self.client.retry_for)
 
     def _leave(self, step: TurnStep) -> None:
         settler = self.settlers[step.at]
@@ -383,7 +383,7 @@ class _EndpointWaiter:
 
     def wait(self, seconds: float) -> int | None:
         """Wait here and now; return the partition whose token was taken, None when none came."""
-        key = self._waiter.first(list(self._partition_of), seconds)
+        key = self._waiter.wait_any(list(self._partition_of), seconds)
         return None if key is None else self._partition_of[key]
 
     def begin(self, seconds: float) -> None:

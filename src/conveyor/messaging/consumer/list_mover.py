@@ -72,12 +72,12 @@ class ListMover:
                     self._announced = True
                 self._is_moving = True
                 try:
-                    moved = self._waiter.move(self._keys.foreign, self._keys.intake, self._seconds)
+                    moved = self._waiter.wait_and_move(self._keys.foreign, self._keys.intake, self._seconds)
                 finally:
                     self._is_moving = False
                 self._is_refused = False
                 if moved:
-                    self._connection.run(intake(self._keys, 1), patience=0)
+                    self._connection.run(intake(self._keys, 1), retry_for=0)
             except ConveyorError:
                 self._is_refused = True  # Redis is full or away: the consumer looks by itself, or reports it
         self._connection.close()
@@ -110,10 +110,10 @@ class AsyncListMover:
         waiter = self._waiter = self._waiter or AsyncWakeupWaiter(self._client.endpoint(self._keys))
         try:
             await self._client.aannounce(self._keys)
-            moved = await waiter.move(self._keys.foreign, self._keys.intake, seconds)
+            moved = await waiter.wait_and_move(self._keys.foreign, self._keys.intake, seconds)
             self._is_refused = False
             if moved:
-                await self._client.arun(intake(self._keys, 1), patience=0)
+                await self._client.arun(intake(self._keys, 1), retry_for=0)
         except ConveyorError:
             self._is_refused = True
 

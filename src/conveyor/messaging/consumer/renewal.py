@@ -65,7 +65,7 @@ class LeaseRenewer:
             return
         if one.flush() or not due:
             return
-        self._client.run(operations.heartbeat(session.keys, session.worker, session.lease_ms), patience=lease / 4)
+        self._client.run(operations.heartbeat(session.keys, session.worker, session.lease_ms), retry_for=lease / 4)
         # Also when it was refused: the next turn finds that out, and beating faster would not help.
         session.renewed = session.clock()
 

@@ -74,7 +74,7 @@ class SettlerState:
             logger.warning("Queue %s: %d messages of a dead consumer were returned.", session.keys.queue, reaped)
         missing, session.missing = session.missing, []
         if missing:
-            eviction.tell_missing(logger, session.keys.queue, missing)
+            eviction.log_missing_jobs(logger, session.keys.queue, missing)
         if gone := [leased for leased in known if leased.lost]:
             raise lost(session.keys.queue, gone)
 
@@ -91,7 +91,7 @@ class OutageLog:
         """Take note of a turn that failed; return the seconds to pause before the next."""
         self.failures += 1
         # The first failure says little where calls are hardly repeated: an intake never is.
-        patient = self._client.patience >= 1 and session.intake is None
+        patient = self._client.retry_for >= 1 and session.intake is None
         if not self._logged and (patient or self.failures >= 2):
             self._logged = True
             logger.warning("Queue %s: waiting for Redis. %s", session.keys.queue, error)

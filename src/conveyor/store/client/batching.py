@@ -1,7 +1,8 @@
 """
-Pushes of one event loop: what comes while a call is in flight, or in the same tick, forms the next.
+Where pushes go, and how those of one event loop are batched.
 
-What a push goes through: a client, one whose pushes are confirmed, or one that keeps them for later.
+A `PushTarget` is a client, one whose pushes are confirmed, or one that stores them for later. A `PushBatcher` puts into
+one call what is pushed in one tick of the loop, or while the call before it is in flight.
 """
 
 from __future__ import annotations
@@ -26,173 +27,9 @@ if TYPE_CHECKING:
     from conveyor.store.script import Argument
     from conveyor.store.transport.endpoint import Endpoint
 
-
 T = TypeVar("T")
 BULK = 1000
 """Jobs per call of a bulk push: enough to share the round trip, short enough to let others in."""
-
-Answer = asyncio.Future[Any]
-Item = tuple[str, bytes, Answer] | tuple[Sequence[Entry], None, Answer]
-"""A plain message (id, envelope), or entries; and who waits."""
-
-
-class LoopConnections:
-    """One event loop's wires and, per queue, the lane of its pushes."""
-
-    def __init__(
-        self,
-        loop: asyncio.AbstractEventLoop,
-        place: Callable[[QueueKeys | str], Endpoint],
-        patience: float,
-        make: Callable[[AsyncConnection, QueueKeys, int, float], PushBatcher] | None = None,
-    ) -> None:
-        """Take the loop (held weakly), what knows the place of keys, the seconds a push is repeated for, and what makes a lane."""
-        self.loop = weakref.ref(loop)
-        self._place = place
-        self._wires: dict[Endpoint, AsyncConnection] = {}
-        self.wire = self.wire_at(place(""))
-        self._patience = patience
-        self._make = make or PushBatcher
-        self._lanes: dict[tuple[str, int, int], PushBatcher] = {}
-
-    def lane(self, keys: QueueKeys, max_length: int) -> PushBatcher:
-        """Return the lane of *keys*."""
-        which = (keys.prefix, max_length, keys.partitions)
-        found = self._lanes.get(which)
-        if found is None:
-            wire = self.wire_at(self._place(keys))
-            found = self._lanes[which] = self._make(wire, keys, max_length, self._patience)
-        return found
-
-    def wire_at(self, place: Endpoint) -> AsyncConnection:
-        """Return the wire of *place*."""
-        found = self._wires.get(place)
-        if found is None:
-            found = self._wires[place] = AsyncConnection(place)
-        return found
-
-    def close(self) -> None:
-        """Close the wires."""
-        for wire in self._wires.values():
-            wire.close()
-
-
-class PushBatcher:
-    """
-    Gathers the pushes of one queue.
-
-    Cancelling a future leaves its push under way: whether it happened is then unknown, as with any lost answer.
-    """
-
-    def __init__(self, wire: AsyncConnection, keys: QueueKeys, max_length: int, patience: float) -> None:
-        """Take where to push, and the queue's maximum length (0: none)."""
-        self._wire, self._keys, self._max_length, self._patience = wire, keys, max_length, patience
-        self._lane = ProducerSequence(new_identity())
-        self._waiting: deque[Item] = deque()
-        self._sender: asyncio.Task[None] | None = None
-        self._loop = asyncio.get_running_loop()
-
-    def put(self, id: str, envelope: bytes) -> asyncio.Future[None]:  # noqa: A002
-        """Push one plain message."""
-        future: asyncio.Future[None] = self._loop.create_future()
-        self._waiting.append((id, envelope, future))
-        if self._sender is None:
-            self._sender = self._loop.create_task(self._send())
-        return future
-
-    def push(self, entries: Sequence[Entry]) -> asyncio.Future[list[str]]:
-        """Push *entries*; the future yields an id for each."""
-        future: asyncio.Future[list[str]] = self._loop.create_future()
-        self._waiting.append((entries, None, future))
-        if self._sender is None:
-            self._sender = self._loop.create_task(self._send())
-        return future
-
-    async def _send(self) -> None:
-        try:
-            while self._waiting:
-                batch: list[Item] = []
-                plain, size = True, 0
-                while self._waiting and size < BULK:
-                    one = self._waiting.popleft()
-                    if one[2].cancelled():
-                        continue  # nobody waits for it and nothing was sent
-                    batch.append(one)
-                    size += 1 if one[1] is not None else len(one[0])
-                    plain = plain and one[1] is not None
-                if batch:
-                    await self._deliver(batch, plain)
-        finally:
-            self._sender = None
-
-    async def accept(self, batch: list[Item], plain: bool) -> list[str]:
-        """Send one call; return an id for each entry, none for plain messages."""
-        if plain:
-            pairs = [part for one in batch for part in one[:2]]
-            await self.run(operations.push_plain(self._keys, self._lane, pairs, max_length=self._max_length))  # type: ignore[arg-type]
-            return []
-        entries = entries_of(batch)
-        return await self.run(operations.push(self._keys, self._lane, entries, max_length=self._max_length))
-
-    def fresh(self) -> ProducerSequence:
-        """Return a lane nobody used."""
-        return ProducerSequence(new_identity())
-
-    async def _deliver(self, batch: list[Item], plain: bool) -> None:
-        try:
-            ids = await self.accept(batch, plain)
-        except QueueFull as error:
-            if len(batch) == 1:
-                _fail(batch, error)
-                return
-            for one in batch:  # together they do not fit; some may alone
-                await self._deliver([one], one[1] is not None)
-        except (ConveyorError, operations.StalePush) as error:
-            # The repeats may still arrive: a new lane keeps their number from being taken for ours.
-            self._lane = self.fresh()
-            _fail(batch, error)
-        except BaseException as error:
-            _fail(batch, error)
-            raise
-        else:
-            self.answer(batch, ids)
-
-    async def run(self, call: Call[T]) -> T:
-        """Carry out one push."""
-        return await self._wire.run(call, patience=self._patience)
-
-    def answer(self, batch: list[Item], ids: list[str]) -> None:
-        """Tell everybody who waits."""
-        _answer(batch, ids)
-
-
-def entries_of(batch: list[Item]) -> list[Entry]:
-    """Return all that is in a batch, in order."""
-    return [entry for one in batch for entry in _entries(one)]
-
-
-def _entries(one: Item) -> Sequence[Entry]:
-    return one[0] if one[1] is None else (Entry(one[0], one[1]),)
-
-
-def _answer(batch: list[Item], ids: list[str]) -> None:
-    at = 0
-    for first, envelope, future in batch:
-        if envelope is not None:
-            at += 1
-            if not future.done():
-                future.set_result(None)
-            continue
-        if not future.done():
-            future.set_result(ids[at : at + len(first)])
-        at += len(first)
-
-
-def _fail(batch: list[Item], error: BaseException) -> None:
-    cause = StoreUnavailable(str(error)) if not isinstance(error, Exception) else error
-    for _, _, future in batch:
-        if not future.done():
-            future.set_exception(cause)
 
 
 class PushTarget(Protocol):
@@ -218,3 +55,173 @@ class PushTargetResolver(Protocol):
     def __call__(self, durability_request: DurabilityRequest | None = None) -> PushTarget | None:
         """Return that way; raises ConfigurationError where it cannot give what one push asks for."""
         ...
+
+
+ResultFuture = asyncio.Future[Any]
+PendingPush = tuple[str, bytes, ResultFuture] | tuple[Sequence[Entry], None, ResultFuture]
+"""A plain message (id, envelope), or entries; and who waits."""
+
+
+class LoopConnections:
+    """One event loop's wires and, per queue, the lane of its pushes."""
+
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        endpoint: Callable[[QueueKeys | str], Endpoint],
+        retry_for: float,
+        make: Callable[[AsyncConnection, QueueKeys, int, float], PushBatcher] | None = None,
+    ) -> None:
+        """Take the loop (held weakly), what knows the place of keys, the seconds a push is repeated for, and what makes a lane."""
+        self.loop = weakref.ref(loop)
+        self._endpoint_of = endpoint
+        self._connections: dict[Endpoint, AsyncConnection] = {}
+        self.connection = self.connection_to(endpoint(""))
+        self._retry_for = retry_for
+        self._make_batcher = make or PushBatcher
+        self._batchers: dict[tuple[str, int, int], PushBatcher] = {}
+
+    def batcher(self, keys: QueueKeys, max_length: int) -> PushBatcher:
+        """Return the lane of *keys*."""
+        key = (keys.prefix, max_length, keys.partitions)
+        batcher = self._batchers.get(key)
+        if batcher is None:
+            connection = self.connection_to(self._endpoint_of(keys))
+            batcher = self._batchers[key] = self._make_batcher(connection, keys, max_length, self._retry_for)
+        return batcher
+
+    def connection_to(self, endpoint: Endpoint) -> AsyncConnection:
+        """Return the wire of *place*."""
+        connection = self._connections.get(endpoint)
+        if connection is None:
+            connection = self._connections[endpoint] = AsyncConnection(endpoint)
+        return connection
+
+    def close(self) -> None:
+        """Close the wires."""
+        for connection in self._connections.values():
+            connection.close()
+
+
+class PushBatcher:
+    """
+    Gathers the pushes of one queue.
+
+    Cancelling a future leaves its push under way: whether it happened is then unknown, as with any lost answer.
+    """
+
+    def __init__(self, connection: AsyncConnection, keys: QueueKeys, max_length: int, retry_for: float) -> None:
+        """Take where to push, and the queue's maximum length (0: none)."""
+        self._connection, self._keys, self._max_length, self._retry_for = connection, keys, max_length, retry_for
+        self._sequence = ProducerSequence(new_identity())
+        self._waiting: deque[PendingPush] = deque()
+        self._sender: asyncio.Task[None] | None = None
+        self._loop = asyncio.get_running_loop()
+
+    def put(self, id: str, envelope: bytes) -> asyncio.Future[None]:  # noqa: A002
+        """Push one plain message."""
+        future: asyncio.Future[None] = self._loop.create_future()
+        self._waiting.append((id, envelope, future))
+        if self._sender is None:
+            self._sender = self._loop.create_task(self._send())
+        return future
+
+    def push(self, entries: Sequence[Entry]) -> asyncio.Future[list[str]]:
+        """Push *entries*; the future yields an id for each."""
+        future: asyncio.Future[list[str]] = self._loop.create_future()
+        self._waiting.append((entries, None, future))
+        if self._sender is None:
+            self._sender = self._loop.create_task(self._send())
+        return future
+
+    async def _send(self) -> None:
+        try:
+            while self._waiting:
+                batch: list[PendingPush] = []
+                plain, size = True, 0
+                while self._waiting and size < BULK:
+                    one = self._waiting.popleft()
+                    if one[2].cancelled():
+                        continue  # nobody waits for it and nothing was sent
+                    batch.append(one)
+                    size += 1 if one[1] is not None else len(one[0])
+                    plain = plain and one[1] is not None
+                if batch:
+                    await self._deliver(batch, plain)
+        finally:
+            self._sender = None
+
+    async def send_batch(self, batch: list[PendingPush], plain: bool) -> list[str]:
+        """Send one call; return an id for each entry, none for plain messages."""
+        if plain:
+            pairs = [part for one in batch for part in one[:2]]
+            await self.run(operations.push_plain(self._keys, self._sequence, pairs, max_length=self._max_length))  # type: ignore[arg-type]
+            return []
+        entries = entries_of(batch)
+        return await self.run(operations.push(self._keys, self._sequence, entries, max_length=self._max_length))
+
+    def new_sequence(self) -> ProducerSequence:
+        """Return a lane nobody used."""
+        return ProducerSequence(new_identity())
+
+    async def _deliver(self, batch: list[PendingPush], plain: bool) -> None:
+        try:
+            ids = await self.send_batch(batch, plain)
+        except QueueFull as error:
+            if len(batch) == 1:
+                _fail(batch, error)
+                return
+            for one in batch:  # together they do not fit; some may alone
+                await self._deliver([one], one[1] is not None)
+        except (ConveyorError, operations.StalePush) as error:
+            # The repeats may still arrive: a new lane keeps their number from being taken for ours.
+            self._sequence = self.new_sequence()
+            _fail(batch, error)
+        except BaseException as error:
+            _fail(batch, error)
+            raise
+        else:
+            self.resolve(batch, ids)
+
+    async def run(self, call: Call[T]) -> T:
+        """Carry out one push."""
+        return await self._connection.run(call, retry_for=self._retry_for)
+
+    def resolve(self, batch: list[PendingPush], ids: list[str]) -> None:
+        """Tell everybody who waits."""
+        _answer(batch, ids)
+
+
+def chunks(entries: Sequence[Entry], whole: bool) -> list[Sequence[Entry]]:
+    """Return *entries* in parts of `BULK`, one call each; as one part when *whole*."""
+    step = len(entries) or 1 if whole else BULK
+    return [entries[first : first + step] for first in range(0, len(entries), step)]
+
+
+def entries_of(batch: list[PendingPush]) -> list[Entry]:
+    """Return all that is in a batch, in order."""
+    return [entry for one in batch for entry in _entries(one)]
+
+
+def _entries(one: PendingPush) -> Sequence[Entry]:
+    return one[0] if one[1] is None else (Entry(one[0], one[1]),)
+
+
+def _answer(batch: list[PendingPush], ids: list[str]) -> None:
+    at = 0
+    for first, envelope, future in batch:
+        if envelope is not None:
+            at += 1
+            if not future.done():
+                future.set_result(None)
+            continue
+        if not future.done():
+            future.set_result(ids[at : at + len(first)])
+        at += len(first)
+
+
+def _fail(batch: list[PendingPush], error: BaseException) -> None:
+    cause = StoreUnavailable(str(error)) if not isinstance(error, Exception) else error
+    for _, _, future in batch:
+        if not future.done():
+            future.set_exception(cause)

@@ -13,18 +13,25 @@ from pathlib import Path
 
 from conveyor.errors import ConfigurationError, StoreUnavailable
 from conveyor.ids import new_identity
-from conveyor.store.client import spool
-from conveyor.store.client.spool import MemorySpool, SpoolBatch, SpooledPush
+from conveyor.store.client.spool import (
+    MemorySpool,
+    SpoolBatch,
+    SpooledPush,
+    claim_spool,
+    has_leftovers,
+    orphaned_spools,
+    prepare_directory,
+)
 from conveyor.units import Duration, milliseconds
 
 _log = logging.getLogger("conveyor.buffer")
-DAY = "+"
+DAY_SUFFIX = "+"
 """The last character of a lane that Redis remembers for a day instead of two hours; the scripts know it."""
 
 
 def day_identity() -> str:
     """Return a fresh identity for a lane that is remembered for a day."""
-    return new_identity() + DAY
+    return new_identity() + DAY_SUFFIX
 
 
 class Buffer:
@@ -74,22 +81,22 @@ class Buffer:
         self._own: MemorySpool | None = None
         self._others: list[MemorySpool] = []
         self._ids: set[str] = set()
-        self._since: float | None = None
-        self._delivered = 0
-        self.flows = False
+        self._outage_since: float | None = None
+        self._count_delivered = 0
+        self.draining = False
         """True while Redis takes what waits: who pushes then goes slowly, else what waits would never come to an end."""
 
     def bind(self, start: Callable[[], None]) -> None:
         """Take what begins a delivery; a buffer belongs to one app. Raises ConfigurationError."""
         if self._start is not None:
-            raise ConfigurationError("This Buffer belongs to another app already: make one for each.")
+            raise ConfigurationError("This Buffer already belongs to another app. Create one for each app.")
         if self.directory is not None:
             try:
-                spool.prepare(self.directory)  # now, not in the middle of the first outage
+                prepare_directory(self.directory)  # now, not in the middle of the first outage
             except OSError as fault:
                 raise ConfigurationError(
                     f"Buffer('{self.directory}') cannot be used: {fault.strerror or fault}. Make the directory writable, "
-                    "or name another."
+                    "or use another."
                 ) from None
         self._start = start
         _bound.add(self)
@@ -110,9 +117,9 @@ class Buffer:
         own = self._own
         return own is not None and bool(own)
 
-    def left_behind(self) -> bool:
+    def has_leftovers(self) -> bool:
         """Tell whether an earlier process left something in the directory."""
-        return self.directory is not None and spool.left_behind(self.directory)
+        return self.directory is not None and has_leftovers(self.directory)
 
     def holds(self, id: str) -> bool:  # noqa: A002
         """Tell whether the job with this bare id waits here."""
@@ -129,99 +136,98 @@ class Buffer:
         with self._changed:
             count = len(record.entries)
             try:
-                own = self._mine()
+                own = self._own_spool()
                 if own.jobs + count > self.most or own.bytes + record.size > self.most_bytes:
-                    raise error or self._full(own, count)
+                    raise error or self._full_error(own, count)
                 own.add(record)
             except OSError as fault:
                 raise error or StoreUnavailable(
                     f"Redis does not answer, and the buffer {self.directory} cannot be written: {fault}. Nothing was "
-                    "stored. Free the disk, or give the buffer another directory.",
+                    "stored. Free disk space, or give the buffer another directory.",
                     code="E37",
                 ) from fault
             self._ids.update(entry.id for entry in record.entries)
-            if self._since is None and error is not None:
-                self._since = time.monotonic()
+            if self._outage_since is None and error is not None:
+                self._outage_since = time.monotonic()
                 where = "in memory" if self.directory is None else f"in {self.directory}"
                 reason = str(error).partition("\n")[0].rstrip(".")
                 _log.warning(
                     "%s: pushes are kept %s until it answers, %s jobs at most", reason, where, f"{self.most:,}"
                 )
-        self.begin()
+        self.start_delivery()
 
-    def begin(self) -> None:
+    def start_delivery(self) -> None:
         """See that somebody delivers."""
         if self._start is not None:
             self._start()
 
-    def _full(self, own: MemorySpool, count: int) -> StoreUnavailable:
+    def _full_error(self, own: MemorySpool, count: int) -> StoreUnavailable:
         return StoreUnavailable(
-            f"Redis takes nothing, or less than is pushed, and the buffer is full: it holds {own.jobs:,} jobs in "
-            f"{own.bytes:,} bytes and takes "
-            f"at most {self.most:,} in {self.most_bytes:,}. {count:,} more were not stored. Push again later, or give it "
-            "more room: Buffer(most=…, most_bytes=…).",
+            f"Redis is unreachable or slower than the pushes, and the buffer is full: it holds {own.jobs:,} jobs in "
+            f"{own.bytes:,} bytes, and its limits are {self.most:,} jobs and {self.most_bytes:,} bytes. {count:,} more were "
+            "not stored. Push again later, or raise the limits: Buffer(most=…, most_bytes=…).",
             code="E37",
         )
 
-    def _mine(self) -> MemorySpool:
+    def _own_spool(self) -> MemorySpool:
         if self._own is None:
-            lane = day_identity()
+            identity = day_identity()
             if self.directory is None:
-                self._own = MemorySpool(lane)
+                self._own = MemorySpool(identity)
             else:
-                self._own = spool.claim(self.directory, lane, fsync=self._fsync)
+                self._own = claim_spool(self.directory, identity, fsync=self._fsync)
                 self._remember(self._own)
         return self._own
 
-    def _remember(self, found: MemorySpool) -> None:
-        self._ids.update(entry.id for record in found.records for entry in record.entries)
+    def _remember(self, spool: MemorySpool) -> None:
+        self._ids.update(entry.id for record in spool.records for entry in record.entries)
 
     # -- out ----------------------------------------------------------------------------------------------------------
 
-    def next(self) -> tuple[MemorySpool, SpoolBatch] | None:
+    def next_batch(self) -> tuple[MemorySpool, SpoolBatch] | None:
         """Return what is to be sent now, None when nothing waits."""
         with self._changed:
-            if self.directory is not None and self._own is None and self.left_behind():
-                self._mine()
-            found = next((one for one in self._all() if one), None)
-            if found is None and self.directory is not None:
-                self._others += spool.orphans(self.directory, day_identity())
-                found = next((one for one in self._others if one), None)
-                if found is not None:
-                    self._remember(found)
-            if found is None:
+            if self.directory is not None and self._own is None and self.has_leftovers():
+                self._own_spool()
+            spool = next((one for one in self._all() if one), None)
+            if spool is None and self.directory is not None:
+                self._others += orphaned_spools(self.directory, day_identity())
+                spool = next((one for one in self._others if one), None)
+                if spool is not None:
+                    self._remember(spool)
+            if spool is None:
                 self._finish()
                 return None
-            return found, found.batch()
+            return spool, spool.next_batch()
 
-    def done(self, backlog: MemorySpool) -> None:
+    def delivered(self, spool: MemorySpool) -> None:
         """Take out what was sent."""
         with self._changed:
-            self.flows = True
-            for record in backlog.done():
-                self._delivered += len(record.entries)
+            self.draining = True
+            for record in spool.finish_batch():
+                self._count_delivered += len(record.entries)
                 self._ids.difference_update(entry.id for entry in record.entries)
-            if not backlog and backlog in self._others:
-                self._others.remove(backlog)
-                backlog.close()
+            if not spool and spool in self._others:
+                self._others.remove(spool)
+                spool.close()
             if not any(self._all()):
                 self._finish()
             self._changed.notify_all()
 
-    def cut(self, backlog: MemorySpool) -> bool:
+    def halve_batch(self, spool: MemorySpool) -> bool:
         """Send less at a time; return False when it is one record already."""
         with self._changed:
-            return backlog.cut()
+            return spool.halve_batch()
 
     def _finish(self) -> None:
-        if self._since is not None:
+        if self._outage_since is not None:
             _log.warning(
                 "Redis answers again after %.1f s: %s buffered jobs were delivered",
-                time.monotonic() - self._since, f"{self._delivered:,}",
+                time.monotonic() - self._outage_since, f"{self._count_delivered:,}",
             )  # fmt: skip
-        elif self._delivered:
-            _log.info("%s buffered jobs were delivered", f"{self._delivered:,}")
-        self._since, self._delivered, self.flows = None, 0, False
+        elif self._count_delivered:
+            _log.info("%s buffered jobs were delivered", f"{self._count_delivered:,}")
+        self._outage_since, self._count_delivered, self.draining = None, 0, False
 
     def _all(self) -> list[MemorySpool]:
         return [*self._others, *([self._own] if self._own is not None else [])]
@@ -233,7 +239,7 @@ class Buffer:
         with self._changed:
             return self._changed.wait_for(lambda: not any(self._all()), seconds)
 
-    def wait_for(self, id: str, seconds: float | None) -> bool:  # noqa: A002
+    def wait_delivered(self, id: str, seconds: float | None) -> bool:  # noqa: A002
         """Wait until the job with this bare id is delivered; return whether that came."""
         with self._changed:
             return self._changed.wait_for(lambda: id not in self._ids, seconds)
@@ -242,7 +248,7 @@ class Buffer:
         """Give the delivery its last seconds, and say what remains."""
         if not len(self):
             return
-        self.begin()
+        self.start_delivery()
         if self.wait_empty(self.linger):
             return
         left = len(self)
@@ -259,7 +265,7 @@ class Buffer:
             left, self.linger, first, ", …" if left > 20 else "",
         )  # fmt: skip
 
-    def release(self) -> None:
+    def release_files(self) -> None:
         """Let go of files on disk, for the next process; what is in memory stays."""
         with self._changed:
             if self.directory is None:
@@ -268,7 +274,7 @@ class Buffer:
                 one.close()
             self._own, self._others = None, []
             self._ids.clear()
-            self._since = None
+            self._outage_since = None
 
     def forked(self) -> None:
         """Start empty in a forked child: what waits is the parent's to deliver."""

@@ -6,17 +6,17 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from conveyor.errors import ConveyorError, QueueFull, StoreUnavailable
 from conveyor.ids import logical
 from conveyor.store import operations
-from conveyor.store.client.batching import BULK, Item, PushBatcher, entries_of
+from conveyor.store.client.batching import PendingPush, PushBatcher, chunks, entries_of
 from conveyor.store.client.buffer import Buffer, day_identity
-from conveyor.store.client.client import PATIENCE, Client, refuse_in_loop
-from conveyor.store.client.confirmed import ConfirmedTarget, plain_entries
+from conveyor.store.client.client import RETRY_FOR, Client, refuse_in_loop
+from conveyor.store.client.confirmed import ConfirmedTarget
 from conveyor.store.client.durability import Durability
 from conveyor.store.client.spool import MemorySpool, SpoolBatch, SpooledPush
 from conveyor.store.keys import QueueKeys, known_queues
@@ -29,13 +29,13 @@ from conveyor.store.transport.connection import Connection
 if TYPE_CHECKING:
     from conveyor.store.transport.endpoint import Endpoint
 
-FIRST = 0.05
+FIRST_TRY = 0.05
 """Seconds an attempt is repeated for: one that met a connection gone stale, or a slot that moved, is not an outage."""
-GENTLY = 0.001
+DRAINING_PAUSE = 0.001
 """Seconds a push pauses while what waits is being delivered."""
-CAP = 1.0
+MAX_PAUSE = 1.0
 """Most seconds between two attempts of the delivery."""
-_SAY_AGAIN = 60.0
+_LOG_AGAIN_AFTER = 60.0
 _log = logging.getLogger("conveyor.buffer")
 
 
@@ -43,18 +43,18 @@ class BufferedClient(Client):
     """A client with a buffer: while it holds something, every push queues behind it."""
 
     def __init__(
-        self, url: str | None = None, *, namespace: str = "conveyor", patience: float = PATIENCE, buffer: Buffer
+        self, url: str | None = None, *, namespace: str = "conveyor", retry_for: float = RETRY_FOR, buffer: Buffer
     ) -> None:
         """Take what a client takes; what an earlier process left in the buffer is delivered at once."""
-        super().__init__(url, namespace=namespace, patience=patience)
+        super().__init__(url, namespace=namespace, retry_for=retry_for)
         self.buffer: Buffer = buffer
-        self.new_lane = _day_lane
-        self.lane_type = partial(BufferedBatcher, self)
+        self.new_sequence = _day_sequence
+        self.make_batcher = partial(BufferedBatcher, self)
         self._delivery = SpoolDelivery(self, buffer)
         self._flushed = False
-        buffer.bind(self._delivery.begin)
-        if buffer.left_behind():
-            self._delivery.begin()
+        buffer.bind(self._delivery.start)
+        if buffer.has_leftovers():
+            self._delivery.start()
 
     # -- blocking -----------------------------------------------------------------------------------------------------
 
@@ -62,52 +62,52 @@ class BufferedClient(Client):
         """Accept *entries* as a client does, or keep them."""
         refuse_in_loop()
         ids: list[str] = []
-        step = len(entries) or 1 if whole else BULK
-        for first in range(0, len(entries), step):
-            part = entries[first : first + step]
+        for part in chunks(entries, whole):
             make = partial(operations.push, keys, entries=part, max_length=max_length)
-            ids += self._try(keys, part, max_length, make)
+            ids += self._push_or_keep(keys, part, max_length, make)
         return ids
 
     def push_plain(self, keys: QueueKeys, pairs: Sequence[Argument], *, max_length: int = 0) -> None:
         """Accept plain messages as a client does, or keep them."""
         refuse_in_loop()
-        self._try(keys, pairs, max_length, partial(operations.push_plain, keys, pairs=pairs, max_length=max_length))
+        self._push_or_keep(
+            keys, pairs, max_length, partial(operations.push_plain, keys, pairs=pairs, max_length=max_length)
+        )
 
-    def post_plain(self, keys: QueueKeys, pairs: Sequence[Argument]) -> Callable[[], None]:
+    def start_push_plain(self, keys: QueueKeys, pairs: Sequence[Argument]) -> Callable[[], None]:
         """Accept plain messages at once: what is under way could not be kept in order."""
         self.push_plain(keys, pairs)
         return _nothing
 
-    def _try(self, keys: QueueKeys, content: Sequence[Any], max_length: int, make: Callable[..., Any]) -> Any:
+    def _push_or_keep(self, keys: QueueKeys, content: Sequence[Any], max_length: int, make: Callable[..., Any]) -> Any:
         if self.buffer.waiting:
-            if self.buffer.flows:
-                self.buffer.wait_empty(GENTLY)
+            if self.buffer.draining:
+                self.buffer.wait_empty(DRAINING_PAUSE)
             return self.keep(keys, content, max_length, None, None)
         try:
-            self.announce_within(keys, FIRST)
+            self.announce_within(keys, FIRST_TRY)
         except StoreUnavailable as error:
             return self.keep(keys, content, max_length, None, error)
-        producer = self._take(keys.jobs)
+        producer = self._take_connection(keys.jobs)
         try:
-            return producer.connection.run(make(lane=producer.lane), patience=FIRST)
+            return producer.connection.run(make(sequence=producer.sequence), retry_for=FIRST_TRY)
         except StoreUnavailable as error:
             # It may have happened, so it keeps its lane and number, and whoever uses the connection next another lane.
-            lane, producer.lane = producer.lane, self.new_lane()
-            return self.keep(keys, content, max_length, lane, error)
+            sequence, producer.sequence = producer.sequence, self.new_sequence()
+            return self.keep(keys, content, max_length, sequence, error)
         finally:
-            producer.home.append(producer)
+            producer.free_list.append(producer)
 
-    def announce_within(self, keys: QueueKeys, patience: float) -> None:
+    def announce_within(self, keys: QueueKeys, retry_for: float) -> None:
         """Make a queue known, as `announce`, with a patience of its own."""
         if keys.queue not in self._announced:
-            self.run(operations.announce(known_queues(self.namespace), keys.queue), patience=patience)
+            self.run(operations.announce(known_queues(self.namespace), keys.queue), retry_for=retry_for)
             self._announced.add(keys.queue)
 
     async def aannounce_within(self, keys: QueueKeys) -> None:
         """Do the same on this event loop."""
         if keys.queue not in self._announced:
-            await self.arun(operations.announce(known_queues(self.namespace), keys.queue), patience=FIRST)
+            await self.arun(operations.announce(known_queues(self.namespace), keys.queue), retry_for=FIRST_TRY)
             self._announced.add(keys.queue)
 
     def keep(
@@ -115,11 +115,11 @@ class BufferedClient(Client):
         keys: QueueKeys,
         content: Sequence[Any],
         max_length: int,
-        lane: ProducerSequence | None,
+        sequence: ProducerSequence | None,
         error: StoreUnavailable | None,
     ) -> list[str]:
         """Put a push into the buffer: *content* are entries, or id, envelope, id, envelope, …"""
-        entries = list(content) if content and isinstance(content[0], Entry) else plain_entries(content)
+        entries = list(content) if content and isinstance(content[0], Entry) else operations.plain_entries(content)
         if max_length and len(entries) > max_length:
             raise QueueFull(
                 f"Queue '{keys.queue}' takes at most {max_length} jobs, and this push has {len(entries)}. Nothing was stored."
@@ -127,19 +127,19 @@ class BufferedClient(Client):
         record = SpooledPush(
             self.namespace, keys.queue, entries, time.time(), max_length, keys.partitions, foreign=keys.foreign
         )
-        if lane is not None:
-            record.lane, record.number = lane.identity, lane.number
+        if sequence is not None:
+            record.lane, record.number = sequence.identity, sequence.number
         if entries:
             self.buffer.add(record, error)
         return [entry.id for entry in entries]
 
-    def confirmed(self, asked: Durability) -> ConfirmedTarget:
+    def confirmed_target(self, durability: Durability) -> ConfirmedTarget:
         """Return the way in for confirmed pushes: they are never kept, and never overtake what is."""
-        return BufferedConfirmedTarget(self, super().confirmed(asked))
+        return BufferedConfirmedTarget(self, super().confirmed_target(durability))
 
     # -- awaitable ----------------------------------------------------------------------------------------------------
 
-    def knows(self, keys: QueueKeys) -> bool:
+    def is_announced(self, keys: QueueKeys) -> bool:
         """Say yes: the lane makes the queue known, or keeps the push."""
         return True
 
@@ -147,16 +147,11 @@ class BufferedClient(Client):
         self, keys: QueueKeys, entries: Sequence[Entry], *, max_length: int = 0, whole: bool = False
     ) -> list[str]:
         """Accept *entries* as a client does, or keep them."""
-        lane = self.shared().lane(keys, max_length)
+        sequence = self.loop_connections().batcher(keys, max_length)
         ids: list[str] = []
-        step = len(entries) or 1 if whole else BULK
-        for first in range(0, len(entries), step):
-            ids += await lane.push(entries[first : first + step])
+        for part in chunks(entries, whole):
+            ids += await sequence.push(part)
         return ids
-
-    def put(self, keys: QueueKeys, id: str, envelope: bytes) -> Awaitable[None]:  # noqa: A002
-        """Accept one plain message, or keep it."""
-        return self.shared().lane(keys, 0).put(id, envelope)
 
     # -- end ----------------------------------------------------------------------------------------------------------
 
@@ -169,7 +164,7 @@ class BufferedClient(Client):
     def _flush(self) -> None:
         self.buffer.flush()
         if self._delivery.stop():
-            self.buffer.release()
+            self.buffer.release_files()
 
     async def aclose(self) -> None:
         """Do the same without blocking the event loop."""
@@ -193,30 +188,30 @@ class BufferedConfirmedTarget(ConfirmedTarget):
     def __init__(self, client: BufferedClient, confirmed: ConfirmedTarget) -> None:
         """Take whose buffer, and the way."""
         self._client = client
-        self._way = confirmed
+        self._target = confirmed
 
     def push(self, keys: QueueKeys, entries: Sequence[Entry], *, max_length: int = 0, whole: bool = False) -> list[str]:
         """Accept *entries* and wait until they are confirmed."""
         refuse_in_loop()
-        if self._client.buffer.waiting and not self._client.buffer.wait_empty(self._client.patience):
-            raise self._late()
-        return self._way.push(keys, entries, max_length=max_length, whole=whole)
+        if self._client.buffer.waiting and not self._client.buffer.wait_empty(self._client.retry_for):
+            raise self._not_empty_error()
+        return self._target.push(keys, entries, max_length=max_length, whole=whole)
 
     async def apush(
         self, keys: QueueKeys, entries: Sequence[Entry], *, max_length: int = 0, whole: bool = False
     ) -> list[str]:
         """Do the same on this event loop."""
-        deadline = time.monotonic() + self._client.patience
+        deadline = time.monotonic() + self._client.retry_for
         while self._client.buffer.waiting:
             if time.monotonic() > deadline:
-                raise self._late()
+                raise self._not_empty_error()
             await asyncio.sleep(0.02)
-        return await self._way.apush(keys, entries, max_length=max_length, whole=whole)
+        return await self._target.apush(keys, entries, max_length=max_length, whole=whole)
 
-    def _late(self) -> StoreUnavailable:
+    def _not_empty_error(self) -> StoreUnavailable:
         return StoreUnavailable(
-            f"A push that asks for fsync or replicas does not overtake the {len(self._client.buffer):,} jobs that wait in "
-            "the buffer, and Redis does not take them. Nothing was stored. Push again later."
+            f"A push with fsync or wait_replicas cannot overtake the {len(self._client.buffer):,} jobs that wait in the buffer, "
+            "and Redis does not accept them now. Nothing was stored. Push again later."
         )
 
 
@@ -227,29 +222,29 @@ class BufferedBatcher(PushBatcher):
         """Take whose buffer, and what every lane takes."""
         super().__init__(*about)
         self._client = client
-        self._lane = _day_lane()
-        self._patience = FIRST
+        self._sequence = _day_sequence()
+        self._retry_for = FIRST_TRY
 
-    async def accept(self, batch: list[Item], plain: bool) -> list[str]:
+    async def send_batch(self, batch: list[PendingPush], plain: bool) -> list[str]:
         """Send one call, or keep it."""
         client, entries = self._client, entries_of(batch)
         if client.buffer.waiting:
-            if client.buffer.flows:
-                await asyncio.sleep(GENTLY)
+            if client.buffer.draining:
+                await asyncio.sleep(DRAINING_PAUSE)
             return client.keep(self._keys, entries, self._max_length, None, None)
         try:
             await client.aannounce_within(self._keys)
         except StoreUnavailable as error:
             return client.keep(self._keys, entries, self._max_length, None, error)
         try:
-            return await super().accept(batch, plain)
+            return await super().send_batch(batch, plain)
         except StoreUnavailable as error:
-            lane, self._lane = self._lane, _day_lane()
-            return client.keep(self._keys, entries, self._max_length, lane, error)
+            sequence, self._sequence = self._sequence, _day_sequence()
+            return client.keep(self._keys, entries, self._max_length, sequence, error)
 
-    def fresh(self) -> ProducerSequence:
+    def new_sequence(self) -> ProducerSequence:
         """Return a lane nobody used."""
-        return _day_lane()
+        return _day_sequence()
 
 
 class SpoolDelivery:
@@ -265,13 +260,13 @@ class SpoolDelivery:
         """Forget the thread: it is the parent's."""
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
-        self._ending = threading.Event()
+        self._stopping = threading.Event()
 
-    def begin(self) -> None:
+    def start(self) -> None:
         """Start the thread unless it runs."""
         with self._lock:
             if self._thread is None:
-                self._ending.clear()
+                self._stopping.clear()
                 self._thread = threading.Thread(target=self._run, name="conveyor-buffer", daemon=True)
                 self._thread.start()
 
@@ -281,44 +276,44 @@ class SpoolDelivery:
             thread = self._thread
         if thread is None:
             return True
-        self._ending.set()
+        self._stopping.set()
         thread.join(10)
         return not thread.is_alive()
 
     def _run(self) -> None:
-        attempt, said = 0, 0.0
+        attempt, logged_at = 0, 0.0
         connections: dict[Endpoint, Connection] = {}
         try:
-            while not self._ending.is_set():
+            while not self._stopping.is_set():
                 with self._lock:  # so that nobody adds something between the look and the end
-                    found = self._next()
-                    if found is None:
+                    waiting = self._next()
+                    if waiting is None:
                         self._thread = None
                         return
-                if isinstance(found, OSError):
-                    self._ending.wait(CAP)
+                if isinstance(waiting, OSError):
+                    self._stopping.wait(MAX_PAUSE)
                     continue
-                backlog, batch = found
+                spool, batch = waiting
                 try:
                     self._send(batch, connections)
                 except StoreUnavailable:
-                    attempt, self._buffer.flows = attempt + 1, False
+                    attempt, self._buffer.draining = attempt + 1, False
                 except QueueFull:
-                    attempt = 0 if self._buffer.cut(backlog) else attempt + 1
+                    attempt = 0 if self._buffer.halve_batch(spool) else attempt + 1
                 except operations.StalePush:
-                    self._buffer.done(backlog)  # a newer call of this lane was answered, so this one was before
+                    self._buffer.delivered(spool)  # a newer call of this lane was answered, so this one was before
                     attempt = 0
                     continue
                 except Exception as error:
                     attempt += 1
-                    if time.monotonic() - said > _SAY_AGAIN:
-                        said = time.monotonic()
-                        _refused(batch, error)
+                    if time.monotonic() - logged_at > _LOG_AGAIN_AFTER:
+                        logged_at = time.monotonic()
+                        _log_refusal(batch, error)
                 else:
-                    self._buffer.done(backlog)
+                    self._buffer.delivered(spool)
                     attempt = 0
                     continue
-                self._ending.wait(replies.pause(attempt, cap=CAP))
+                self._stopping.wait(replies.backoff(attempt, cap=MAX_PAUSE))
         finally:
             for connection in connections.values():
                 connection.close()
@@ -328,7 +323,7 @@ class SpoolDelivery:
 
     def _next(self) -> tuple[MemorySpool, SpoolBatch] | OSError | None:
         try:
-            return self._buffer.next()
+            return self._buffer.next_batch()
         except OSError as error:
             _log.error("the buffer %s cannot be written: %s", self._buffer.directory, error)
             return error
@@ -336,32 +331,32 @@ class SpoolDelivery:
     def _send(self, batch: SpoolBatch, connections: dict[Endpoint, Connection]) -> None:
         first, client = batch.records[0], self._client
         keys = QueueKeys(first.namespace, first.queue, foreign=first.foreign, partitions=first.partitions)
-        client.announce_within(keys, FIRST)
-        place = client.endpoint(keys)
-        connection = connections.get(place)
+        client.announce_within(keys, FIRST_TRY)
+        endpoint = client.endpoint(keys)
+        connection = connections.get(endpoint)
         if connection is None:
-            connection = connections[place] = Connection(place)
-        lane = ProducerSequence(batch.lane, batch.number - 1, insists=True)
-        call = operations.push(keys, lane, batch.entries(time.time()), max_length=first.max_length)
+            connection = connections[endpoint] = Connection(endpoint)
+        sequence = ProducerSequence(batch.identity, batch.number - 1, resends_refused=True)
+        call = operations.push(keys, sequence, batch.entries(time.time()), max_length=first.max_length)
         try:
-            connection.run(call, patience=FIRST)
+            connection.run(call, retry_for=FIRST_TRY)
         except PartitionCountMismatch as error:
-            if error.found is not None:
+            if error.recorded is not None:
                 raise
             # Redis was emptied meanwhile, so it has no number yet: ours, unless another program was first.
             for claim in claims(first.namespace, logical(first.queue), keys.partitions):
-                client.run(claim, patience=FIRST)
-            connection.run(call, patience=FIRST)
+                client.run(claim, retry_for=FIRST_TRY)
+            connection.run(call, retry_for=FIRST_TRY)
 
 
-def _refused(batch: SpoolBatch, error: Exception) -> None:
+def _log_refusal(batch: SpoolBatch, error: Exception) -> None:
     _log.error(
-        "buffered jobs for queue '%s' wait until this is mended: %s", batch.records[0].queue, error,
+        "queue %s: buffered jobs cannot be delivered until this is fixed: %s", batch.records[0].queue, error,
         exc_info=not isinstance(error, ConveyorError),
     )  # fmt: skip
 
 
-def _day_lane() -> ProducerSequence:
+def _day_sequence() -> ProducerSequence:
     return ProducerSequence(day_identity())
 
 

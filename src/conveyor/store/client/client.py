@@ -8,6 +8,9 @@ Awaitable calls share one wire per event loop; pushes of one tick share one call
 from __future__ import annotations
 
 import asyncio
+import linecache
+import re
+import sys
 import threading
 import weakref
 from collections import deque
@@ -17,7 +20,7 @@ from typing import TYPE_CHECKING, TypeVar
 from conveyor.errors import ConfigurationError
 from conveyor.ids import new_identity
 from conveyor.store import operations
-from conveyor.store.client.batching import BULK, LoopConnections, PushBatcher
+from conveyor.store.client.batching import LoopConnections, PushBatcher, chunks
 from conveyor.store.client.confirmed import ConfirmedConnections, ConfirmedTarget
 from conveyor.store.client.durability import Durability, DurabilityRequest
 from conveyor.store.fork_safety import on_fork
@@ -26,11 +29,12 @@ from conveyor.store.operations import Entry, ProducerSequence
 from conveyor.store.script import Argument, Call
 from conveyor.store.transport.async_connection import AsyncConnection
 from conveyor.store.transport.connection import Connection
-from conveyor.store.transport.topology import embedded_directory, locate
+from conveyor.store.transport.topology import embedded_directory, topology_of
 from conveyor.store.transport.url import StandaloneServer, configured_url
 
 if TYPE_CHECKING:
     from pathlib import Path
+    from types import FrameType
 
     from conveyor.store.client.batching import PushTarget, PushTargetResolver
     from conveyor.store.client.buffer import Buffer
@@ -38,7 +42,7 @@ if TYPE_CHECKING:
     from conveyor.store.transport.endpoint import Endpoint, Topology
 
 T = TypeVar("T")
-PATIENCE = 5.0
+RETRY_FOR = 5.0
 """Seconds a producer's call is repeated while Redis is away before StoreUnavailable is raised."""
 
 
@@ -47,45 +51,45 @@ class Client:
 
     deferred = False
 
-    def __init__(self, url: str | None = None, *, namespace: str = "conveyor", patience: float = PATIENCE) -> None:
+    def __init__(self, url: str | None = None, *, namespace: str = "conveyor", retry_for: float = RETRY_FOR) -> None:
         """Take the URL (None: ``CONVEYOR_URL``, else the embedded server)."""
         self.namespace = check_namespace(namespace)
-        self.patience = patience
+        self.retry_for = retry_for
         self._url = configured_url(url)
-        self._single = self._plain = True  # one place for all keys, and always the same
+        self._single = self._standalone = True  # one place for all keys, and always the same
         if self._url is not None and self._url.startswith("embedded:"):
             embedded_directory(self._url)  # a wrong URL is refused where it is written, not at the first push
         elif self._url is not None:
-            found = locate(self._url)
-            self._single, self._plain = found.single, isinstance(found, StandaloneServer)
-        self._address: Topology | None = None
-        self._attachment: ServerHandle | None = None
+            topology = topology_of(self._url)
+            self._single, self._standalone = topology.single, isinstance(topology, StandaloneServer)
+        self._topology: Topology | None = None
+        self._server_handle: ServerHandle | None = None
         self._lock = threading.Lock()
         self._free: deque[PushConnection] = deque()
-        self._crowd: dict[Endpoint, deque[PushConnection]] = {}
+        self._free_at: dict[Endpoint, deque[PushConnection]] = {}
         self._loops: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, LoopConnections] = weakref.WeakKeyDictionary()
-        self._last: LoopConnections | None = None
+        self._last_loop: LoopConnections | None = None
         self._announced: set[str] = set()
-        self._confirmer: ConfirmedConnections | None = None
-        self.outlet: PushTargetResolver | None = None
+        self._confirmed_connections: ConfirmedConnections | None = None
+        self.push_target_resolver: PushTargetResolver | None = None
         self.buffer: Buffer | None = None  # these three are another's in a client with a buffer
-        self.new_lane: Callable[[], ProducerSequence] = _lane
-        self.lane_type: Callable[[AsyncConnection, QueueKeys, int, float], PushBatcher] = PushBatcher
+        self.new_sequence: Callable[[], ProducerSequence] = _new_sequence
+        self.make_batcher: Callable[[AsyncConnection, QueueKeys, int, float], PushBatcher] = PushBatcher
         on_fork(self)
 
     @property
     def address(self) -> Topology:
         """Where Redis is; starts the embedded server when none is configured."""
-        if self._address is None:
+        if self._topology is None:
             with self._lock:
-                if self._address is None:
-                    self._address = self._resolve()
-        return self._address
+                if self._topology is None:
+                    self._topology = self._resolve()
+        return self._topology
 
     def _resolve(self) -> Topology:
         if self._url is not None and not self._url.startswith("embedded:"):
             # Who has little patience does not wait long for a host that swallows packets.
-            return locate(self._url, min(PATIENCE, max(self.patience, 0.5)))
+            return topology_of(self._url, min(RETRY_FOR, max(self.retry_for, 0.5)))
         from conveyor.store.embedded import server
 
         directory: Path | None = None
@@ -94,21 +98,21 @@ class Client:
 
             place = embedded_directory(self._url)
             directory = Path(place) if place else None
-        self._attachment = server.attach(directory)
-        return StandaloneServer(self._attachment.url)
+        self._server_handle = server.attach(directory)
+        return StandaloneServer(self._server_handle.url)
 
     @property
-    def attachment(self) -> ServerHandle | None:
+    def server_handle(self) -> ServerHandle | None:
         """The hold on the embedded server, when it is used and was needed already."""
-        return self._attachment
+        return self._server_handle
 
     @property
-    def reached(self) -> bool:
+    def has_idle_connection(self) -> bool:
         """True when a blocking connection is open and free: asking costs a round trip and no connection."""
-        return bool(self._free) or any(self._crowd.values())
+        return bool(self._free) or any(self._free_at.values())
 
     @property
-    def configured(self) -> str | None:
+    def configured_url(self) -> str | None:
         """The URL as it was configured, None when the embedded server is used. It may hold a password."""
         return self._url
 
@@ -122,29 +126,28 @@ class Client:
 
     # -- blocking -------------------------------------------------------------------------------------------------
 
-    def run(self, call: Call[T], *, patience: float | None = None) -> T:
+    def run(self, call: Call[T], *, retry_for: float | None = None) -> T:
         """Carry out one step; raises ConfigurationError inside a running event loop."""
         refuse_in_loop()
-        producer = self._take(call.keys[0])
+        producer = self._take_connection(call.keys[0])
         try:
-            return producer.connection.run(call, patience=self.patience if patience is None else patience)
+            return producer.connection.run(call, retry_for=self.retry_for if retry_for is None else retry_for)
         finally:
-            producer.home.append(producer)
+            producer.free_list.append(producer)
 
     def push(self, keys: QueueKeys, entries: Sequence[Entry], *, max_length: int = 0, whole: bool = False) -> list[str]:
         """Accept *entries*, all or none (per thousand, unless *whole*), in their order; return an id for each."""
         refuse_in_loop()
         self.announce(keys)
         ids: list[str] = []
-        step = len(entries) or 1 if whole else BULK
-        producer = self._take(keys.jobs)
+        producer = self._take_connection(keys.jobs)
         try:
-            for first in range(0, len(entries), step):
-                call = operations.push(keys, producer.lane, entries[first : first + step], max_length=max_length)
-                accepted = producer.connection.run(call, patience=self.patience)
+            for part in chunks(entries, whole):
+                call = operations.push(keys, producer.sequence, part, max_length=max_length)
+                accepted = producer.connection.run(call, retry_for=self.retry_for)
                 ids += accepted
         finally:
-            producer.home.append(producer)
+            producer.free_list.append(producer)
         return ids
 
     def push_plain(self, keys: QueueKeys, pairs: Sequence[Argument], *, max_length: int = 0) -> None:
@@ -152,44 +155,44 @@ class Client:
         refuse_in_loop()
         if keys.queue not in self._announced:
             self.announce(keys)
-        producer = self._take(keys.jobs)
+        producer = self._take_connection(keys.jobs)
         try:
-            call = operations.push_plain(keys, producer.lane, pairs, max_length=max_length)
-            producer.connection.run(call, patience=self.patience)
+            call = operations.push_plain(keys, producer.sequence, pairs, max_length=max_length)
+            producer.connection.run(call, retry_for=self.retry_for)
         finally:
-            producer.home.append(producer)
+            producer.free_list.append(producer)
 
-    def post_plain(self, keys: QueueKeys, pairs: Sequence[Argument]) -> Callable[[], None]:
+    def start_push_plain(self, keys: QueueKeys, pairs: Sequence[Argument]) -> Callable[[], None]:
         """Do the same, but return once it is sent: the caller prepares the next while Redis works, then calls the result."""
         refuse_in_loop()
         self.announce(keys)
-        producer = self._take(keys.jobs)
-        collect = producer.connection.post(operations.push_plain(keys, producer.lane, pairs))
+        producer = self._take_connection(keys.jobs)
+        collect = producer.connection.start(operations.push_plain(keys, producer.sequence, pairs))
 
         def finish() -> None:
             try:
-                collect(self.patience)
+                collect(self.retry_for)
             finally:
-                producer.home.append(producer)
+                producer.free_list.append(producer)
 
         return finish
 
-    def execute(self, *command: Argument, key: str | None = None, patience: float | None = None) -> object:
+    def execute(self, *command: Argument, key: str | None = None, retry_for: float | None = None) -> object:
         """
         Send one plain command where *key* lies (None: any server), for reads that need no script (INFO, PING, SMEMBERS).
 
         Repeated for *patience* seconds; by default not at all on a single server, elsewhere as long as any step.
         """
         refuse_in_loop()
-        producer = self._take(key)
+        producer = self._take_connection(key)
         try:
-            return producer.connection.ask(*command, patience=self._borne(patience))
+            return producer.connection.run_command(*command, retry_for=self._retry_time(retry_for))
         finally:
-            producer.home.append(producer)
+            producer.free_list.append(producer)
 
-    def _borne(self, patience: float | None) -> float:
+    def _retry_time(self, retry_for: float | None) -> float:
         # A master or a node may be another one than a moment ago, which is no reason to tell anybody.
-        return patience if patience is not None else 0.0 if self._plain else self.patience
+        return retry_for if retry_for is not None else 0.0 if self._standalone else self.retry_for
 
     def queues(self) -> list[str]:
         """Return the names of all known queues, sorted."""
@@ -202,69 +205,73 @@ class Client:
             self.run(operations.announce(known_queues(self.namespace), *names))
             self._announced.update(names)
 
-    def _take(self, key: str | None) -> PushConnection:
-        free = self._free if self._single else self._crowd.setdefault(self.endpoint(key or ""), deque())
+    def _take_connection(self, key: str | None) -> PushConnection:
+        free = self._free if self._single else self._free_at.setdefault(self.endpoint(key or ""), deque())
         try:
             return free.pop()
         except IndexError:
-            return PushConnection(Connection(self.endpoint(key or "")), self.new_lane(), free)
+            return PushConnection(Connection(self.endpoint(key or "")), self.new_sequence(), free)
 
     # -- awaitable ------------------------------------------------------------------------------------------------
 
-    async def arun(self, call: Call[T], *, patience: float | None = None) -> T:
+    async def arun(self, call: Call[T], *, retry_for: float | None = None) -> T:
         """Carry out one step on this event loop's wire."""
-        shared = self.shared()
-        wire = shared.wire if self._single else shared.wire_at(self.endpoint(call.keys[0]))
-        return await wire.run(call, patience=self.patience if patience is None else patience)
+        shared = self.loop_connections()
+        connection = shared.connection if self._single else shared.connection_to(self.endpoint(call.keys[0]))
+        return await connection.run(call, retry_for=self.retry_for if retry_for is None else retry_for)
 
     async def apush(
         self, keys: QueueKeys, entries: Sequence[Entry], *, max_length: int = 0, whole: bool = False
     ) -> list[str]:
         """Accept *entries* as `push`; pushes of one tick travel together."""
         await self.aannounce(keys)
-        lane = self.shared().lane(keys, max_length)
+        sequence = self.loop_connections().batcher(keys, max_length)
         ids: list[str] = []
-        step = len(entries) or 1 if whole else BULK
-        for first in range(0, len(entries), step):
-            ids += await lane.push(entries[first : first + step])
+        for part in chunks(entries, whole):
+            ids += await sequence.push(part)
         return ids
 
-    def push_target(self, asks: Durability | None, durability_request: DurabilityRequest | None = None) -> PushTarget:
+    def push_target(
+        self, durability: Durability | None, durability_request: DurabilityRequest | None = None
+    ) -> PushTarget:
         """Return the way in for one push to a queue that asks *asks* by itself."""
-        if self.outlet is not None and (elsewhere := self.outlet(durability_request)) is not None:
+        if (
+            self.push_target_resolver is not None
+            and (elsewhere := self.push_target_resolver(durability_request)) is not None
+        ):
             return elsewhere
-        asked = asks if durability_request is None else durability_request.over(asks)
-        return self if asked is None else self.confirmed(asked)
+        durability = durability if durability_request is None else durability_request.applied_to(durability)
+        return self if durability is None else self.confirmed_target(durability)
 
     @property
-    def diverted(self) -> bool:
+    def deferring(self) -> bool:
         """True while pushes go somewhere else than to Redis."""
-        return self.outlet is not None and self.outlet() is not None
+        return self.push_target_resolver is not None and self.push_target_resolver() is not None
 
-    def confirmed(self, asked: Durability) -> ConfirmedTarget:
+    def confirmed_target(self, durability: Durability) -> ConfirmedTarget:
         """Return the way in for pushes that ask for more than being stored."""
-        return ConfirmedTarget(self._confirming(), asked)
+        return ConfirmedTarget(self._open_confirmed(), durability)
 
-    def _confirming(self) -> ConfirmedConnections:
-        if self._confirmer is None:
-            self._confirmer = ConfirmedConnections(self, refuse_in_loop)
-        return self._confirmer
+    def _open_confirmed(self) -> ConfirmedConnections:
+        if self._confirmed_connections is None:
+            self._confirmed_connections = ConfirmedConnections(self, refuse_in_loop)
+        return self._confirmed_connections
 
-    def carry(self, keys: QueueKeys, call: Call[T], asks: Durability | None, *, patience: float) -> T:
+    def push_unbuffered(self, keys: QueueKeys, call: Call[T], durability: Durability | None, *, retry_for: float) -> T:
         """Carry out a push in a lane of the caller's, confirmed as *asks* says; it goes round a buffer."""
-        if asks is None:
-            return self.run(call, patience=patience)
-        with self._confirming().one(keys) as (connection, _):
-            reply, got = connection.confirm(call, asks, patience=patience)
-        if not asks.reached(got):
-            raise asks.failure(keys.queue, (), got)
+        if durability is None:
+            return self.run(call, retry_for=retry_for)
+        with self._open_confirmed().lend(keys) as (connection, _):
+            reply, confirmation = connection.confirm(call, durability, retry_for=retry_for)
+        if not durability.is_reached_by(confirmation):
+            raise durability.failure(keys.queue, (), confirmation)
         return reply
 
     def put(self, keys: QueueKeys, id: str, envelope: bytes) -> Awaitable[None]:  # noqa: A002
         """Accept one plain message: the cheapest way in. The queue is known already (`knows`, else `aannounce`)."""
-        return self.shared().lane(keys, 0).put(id, envelope)
+        return self.loop_connections().batcher(keys, 0).put(id, envelope)
 
-    def knows(self, keys: QueueKeys) -> bool:
+    def is_announced(self, keys: QueueKeys) -> bool:
         """Tell whether this process has made the queue known."""
         return keys.queue in self._announced
 
@@ -279,71 +286,71 @@ class Client:
         known = known_queues(self.namespace)
         return _names(await self.aexecute("SMEMBERS", known, key=known))
 
-    def wire(self, keys: QueueKeys | str) -> AsyncConnection:
+    def async_connection(self, keys: QueueKeys | str) -> AsyncConnection:
         """Return this event loop's wire for these keys."""
-        return self.shared().wire_at(self.endpoint(keys))
+        return self.loop_connections().connection_to(self.endpoint(keys))
 
-    async def aexecute(self, *command: Argument, key: str | None = None, patience: float | None = None) -> object:
+    async def aexecute(self, *command: Argument, key: str | None = None, retry_for: float | None = None) -> object:
         """Send one plain command on this event loop's wire for *key* (None: any), as `execute`."""
-        return await self.wire(key or "").ask(*command, patience=self._borne(patience))
+        return await self.async_connection(key or "").run_command(*command, retry_for=self._retry_time(retry_for))
 
-    def shared(self) -> LoopConnections:
+    def loop_connections(self) -> LoopConnections:
         """Return what this event loop's callers share."""
         loop = asyncio.get_running_loop()
-        last = self._last  # most programs have one loop: looking weak references up costs as much as all the rest
+        last = self._last_loop  # most programs have one loop: looking weak references up costs as much as all the rest
         if last is not None and last.loop() is loop:
             return last
-        found = self._loops.get(loop)
-        if found is None:
-            found = self._loops[loop] = LoopConnections(loop, self.endpoint, self.patience, self.lane_type)
-        self._last = found
-        return found
+        connections = self._loops.get(loop)
+        if connections is None:
+            connections = self._loops[loop] = LoopConnections(loop, self.endpoint, self.retry_for, self.make_batcher)
+        self._last_loop = connections
+        return connections
 
     # -- end ------------------------------------------------------------------------------------------------------
 
     def close(self) -> None:
         """Close all blocking connections and leave the embedded server."""
-        if self._confirmer is not None:
-            self._confirmer.close()
-        for free in (self._free, *self._crowd.values()):
+        if self._confirmed_connections is not None:
+            self._confirmed_connections.close()
+        for free in (self._free, *self._free_at.values()):
             while free:
                 free.pop().connection.close()
-        attachment, self._attachment = self._attachment, None
+        attachment, self._server_handle = self._server_handle, None
         if attachment is not None:
-            self._address = None
+            self._topology = None
             attachment.close()
 
     async def aclose(self) -> None:
         """Close this event loop's wire, then the rest."""
         shared = self._loops.pop(asyncio.get_running_loop(), None)
-        self._last = None
+        self._last_loop = None
         if shared is not None:
             shared.close()
-        if self._confirmer is not None:
-            self._confirmer.aclose()
+        if self._confirmed_connections is not None:
+            self._confirmed_connections.aclose()
         self.close()
 
     def forked(self) -> None:
         """Start anew in a forked child."""
         # The parent goes on using its sockets and lanes: a child must touch neither.
-        self._free, self._crowd = deque(), {}
+        self._free, self._free_at = deque(), {}
         self._loops = weakref.WeakKeyDictionary()
-        self._last = None
+        self._last_loop = None
         self._lock = threading.Lock()
 
 
 class PushConnection:
     """A connection, the lane of the pushes that travel on it, and the list it goes back to."""
 
-    __slots__ = ("connection", "home", "lane")
+    __slots__ = ("connection", "free_list", "sequence")
 
-    def __init__(self, connection: Connection, lane: ProducerSequence, home: deque[PushConnection]) -> None:
+    def __init__(self, connection: Connection, sequence: ProducerSequence, free_list: deque[PushConnection]) -> None:
         self.connection = connection
-        self.lane = lane
-        self.home = home
+        self.sequence = sequence
+        self.free_list = free_list
 
 
-def _lane() -> ProducerSequence:
+def _new_sequence() -> ProducerSequence:
     return ProducerSequence(new_identity())
 
 
@@ -355,9 +362,29 @@ def _names(members: object) -> list[str]:
 def refuse_in_loop() -> None:
     """Raise ConfigurationError (E06) when an event loop runs in this thread: a blocking call would stop all of it."""
     if asyncio._get_running_loop() is not None:  # noqa: SLF001  the C function; get_running_loop raises instead
+        blocked, instead = _blocking_call(sys._getframe(1))  # noqa: SLF001
         raise ConfigurationError(
-            "A blocking call was made while an event loop is running in this thread; it would have stopped everything "
-            "else for a round trip. Write the awaitable twin: await task.aenqueue(...), await queue.apush(...), "
-            "await job.aresult(). Nothing was done.",
+            f"{blocked}. It would have blocked everything else on this loop for one round trip. Nothing was done.\n"
+            f"    Write:  {instead}",
             code="E06",
         )
+
+
+def _blocking_call(frame: FrameType | None) -> tuple[str, str]:
+    """Return which public method was called and from where, and what to write instead; *frame* lies below both."""
+    method = frame
+    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "conveyor":
+        method, frame = frame, frame.f_back
+    running = "was called while an event loop is running in this thread"
+    name = "" if method is None else method.f_code.co_name
+    owner = None if method is None else method.f_locals.get("self")
+    if frame is None or not hasattr(owner, f"a{name}"):
+        return (
+            f"A blocking method {running}",
+            "await and the same method with an a in front: apush, aenqueue, aresult, …",
+        )
+    path, line = frame.f_code.co_filename, frame.f_lineno
+    written = re.search(rf"([\w.]+)\.{name}\(", linecache.getline(path, line))
+    text = written[1] if written is not None else type(owner).__name__.lower()
+    where = f"{path.replace(chr(92), '/').rpartition('/')[2]}:{line} in {frame.f_code.co_name}"
+    return f"{text}.{name}() {running} (from {where})", f"await {text}.a{name}(…)"

@@ -1,7 +1,8 @@
 """
-The way in for pushes that ask for more than being stored: on connections of their own, gathered by what they ask.
+Pushes that ask for more than being stored: an fsync, or replicas.
 
-Pushes that are confirmed: the wait travels right behind the push, in one write on the same connection.
+They travel on connections of their own, batched by what they ask. The wait (WAIT, WAITAOF) goes right behind the push, in
+the same write on the same connection, because it covers only what that connection wrote.
 """
 
 from __future__ import annotations
@@ -18,133 +19,261 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 from conveyor.errors import ConfigurationError, DurabilityNotReached
 from conveyor.ids import new_identity, public
 from conveyor.store import operations
-from conveyor.store.client.batching import BULK, Item, PushBatcher
+from conveyor.store.client.batching import PendingPush, PushBatcher, chunks
 from conveyor.store.client.durability import (
     Confirmation,
     Durability,
     FsyncMethod,
     FsyncWatch,
     WaitInterrupted,
-    after,
-    judge,
+    after_partial_push,
+    decide_fsync_method,
 )
 from conveyor.store.fork_safety import on_fork
 from conveyor.store.operations import Entry, ProducerSequence
 from conveyor.store.script import Argument, Call
 from conveyor.store.transport.async_connection import AsyncConnection, ConnectionLost
-from conveyor.store.transport.connection import Connection, answered
+from conveyor.store.transport.connection import Connection, is_error_reply
 
 if TYPE_CHECKING:
     from conveyor.store.keys import QueueKeys
     from conveyor.store.transport.endpoint import Endpoint
 
-
 T = TypeVar("T")
-EXAMINED = 10.0
+PROBE_INTERVAL = 10.0
 """Seconds after which the settings a connection relies on are looked at again."""
-NOTHING = Confirmation(synced=False, replicas=0)
+MAX_CONNECTIONS = 8
+"""Wires of one event loop and place for confirmed pushes: one that waits for a dead replica holds up an eighth."""
+UNCONFIRMED = Confirmation(synced=False, replicas=0)
 
 
-class _ConfirmedCall:
-    """One confirmed call: what is asked, what was sent already, what came of it."""
+class ClientProtocol(Protocol):
+    """What is needed of the client."""
 
-    __slots__ = ("asked", "began", "got", "lane", "sent", "sync")
+    @property
+    def retry_for(self) -> float: ...
+    def endpoint(self, keys: QueueKeys) -> Endpoint: ...
+    def announce(self, keys: QueueKeys) -> None: ...
+    async def aannounce(self, keys: QueueKeys) -> None: ...
 
-    def __init__(self, asked: Durability, lane: str) -> None:
-        self.asked = asked
-        self.lane = lane
-        self.sent = False
-        self.began = time.monotonic()
-        self.sync = FsyncMethod.NONE
-        self.got = NOTHING
 
-    def commands(self, command: tuple[Any, ...]) -> list[tuple[Any, ...]]:
+class ConfirmedTarget:
+    """The way into Redis for pushes that ask the same: as a client's, and each returns when it is confirmed."""
+
+    deferred = False
+
+    def __init__(self, confirmer: ConfirmedConnections, durability: Durability) -> None:
+        """Take whose connections, and what is asked."""
+        self._connections = confirmer
+        self._durability = durability
+
+    def push(self, keys: QueueKeys, entries: Sequence[Entry], *, max_length: int = 0, whole: bool = False) -> list[str]:
         """
-        Return the push and what follows it.
+        Accept *entries* and wait, once for each thousand.
 
-        A repeat may be answered from its lane without a write, and a wait covers only what its connection wrote: a
-        wait on a new connection would confirm nothing, at once. So a repeat touches its lane, behind which every
-        earlier write stands in the stream of replication and in the file.
+        Raises DurabilityNotReached with the ids of all that this call stored: what follows the thousand that was not
+        confirmed is not stored.
         """
-        touch = [("PEXPIRE", self.lane, operations.LANE_MS)] if self.sent else []
-        self.sent = True
-        return [command, *touch, *self.asked.waits(self.sync)]
+        durability, ids = self._durability, list[str]()
+        with self._connections.lend(keys) as (connection, sequence):
+            for part in chunks(entries, whole):
+                call = operations.push(keys, sequence, part, max_length=max_length)
+                accepted, confirmation = connection.confirm(
+                    call, durability, retry_for=self._connections.client.retry_for
+                )
+                if not durability.is_reached_by(confirmation):
+                    failure = durability.failure(keys.queue, accepted, confirmation)
+                    raise after_partial_push(failure, _public(keys, ids)) if len(entries) > len(part) else failure
+                ids += accepted
+        return ids
 
-    def settle(self, replies: list[Any]) -> Any:
-        """Take the replies; return the first, that of the push."""
-        waits = len(self.asked.waits(self.sync))
-        if not isinstance(replies[0], Exception):
-            self.got = self.asked.read(self.sync, replies[len(replies) - waits :])
-        return replies[0]
+    def push_plain(self, keys: QueueKeys, pairs: Sequence[Argument], *, max_length: int = 0) -> None:
+        """Accept plain messages (id, envelope, id, envelope, …) and wait."""
+        self.push(keys, operations.plain_entries(pairs), max_length=max_length)
 
-    def watch(self) -> FsyncWatch | None:
-        """Return what still has to be watched."""
-        if self.sync is not FsyncMethod.WATCH or not self.got.synced:
-            return None
-        return FsyncWatch(time.monotonic(), self.asked.timeout_ms)
+    async def apush(
+        self, keys: QueueKeys, entries: Sequence[Entry], *, max_length: int = 0, whole: bool = False
+    ) -> list[str]:
+        """Do the same on this event loop; pushes of one tick that ask the same share a call."""
+        await self._connections.client.aannounce(keys)
+        sequence = self._connections.batcher(keys, max_length, self._durability)
+        ids: list[str] = []
+        for part in chunks(entries, whole):
+            try:
+                ids += await sequence.push(part)
+            except DurabilityNotReached as error:
+                if len(part) == len(entries):
+                    raise
+                raise after_partial_push(error, _public(keys, ids)) from None
+        return ids
 
-    def judge(self, replies: Sequence[Any], where: str) -> None:
-        """Take what the connection said of itself; what can never be had is refused, unless it may be stored already."""
+
+def _public(keys: QueueKeys, ids: Sequence[str]) -> list[str]:
+    return [public(keys.queue, id_) for id_ in ids]
+
+
+class ConfirmedConnections:
+    """The connections of one app for confirmed pushes, opened when first used."""
+
+    def __init__(self, client: ClientProtocol, refuse_in_loop: Callable[[], None]) -> None:
+        """Open nothing yet; *refuse* raises where blocking calls may not be made."""
+        self.client = client
+        self._refuse_in_loop = refuse_in_loop
+        self._reset()
+        on_fork(self)
+
+    def _reset(self) -> None:
+        self._free: dict[Endpoint, deque[tuple[ConfirmedConnection, ProducerSequence]]] = {}
+        self._loops: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _LoopState] = weakref.WeakKeyDictionary()
+
+    @contextmanager
+    def lend(self, keys: QueueKeys) -> Iterator[tuple[ConfirmedConnection, ProducerSequence]]:
+        """Lend a connection and its lane; the queue is known by then."""
+        self._refuse_in_loop()
+        self.client.announce(keys)
+        endpoint = self.client.endpoint(keys)
+        free = self._free.setdefault(endpoint, deque())
         try:
-            self.sync = judge(self.asked, replies, where)
-        except ConfigurationError:
-            if not self.sent:
-                raise
-            self.sync = FsyncMethod.NONE
+            pair = free.pop()
+        except IndexError:
+            pair = ConfirmedConnection(endpoint), ProducerSequence(new_identity())
+        try:
+            yield pair
+        finally:
+            free.append(pair)
+
+    def batcher(self, keys: QueueKeys, max_length: int, durability: Durability) -> ConfirmedBatcher:
+        """Return this event loop's lane for pushes to a queue that ask the same."""
+        loop = asyncio.get_running_loop()
+        state = self._loops.get(loop)
+        if state is None:
+            state = self._loops[loop] = _LoopState()
+        batcher = state.batchers.get((keys.prefix, max_length, durability))
+        if batcher is None:
+            endpoint = self.client.endpoint(keys)
+            connections = state.connections.setdefault(endpoint, [])
+            if len(connections) < MAX_CONNECTIONS:
+                connections.append(AsyncConfirmedConnection(endpoint))
+            connection = connections[len(state.batchers) % len(connections)]
+            batcher = ConfirmedBatcher(connection, keys, max_length, self.client.retry_for, durability)
+            state.batchers[keys.prefix, max_length, durability] = batcher
+        return batcher
+
+    def close(self) -> None:
+        """Close the blocking connections."""
+        for free in self._free.values():
+            while free:
+                free.pop()[0].close()
+
+    def aclose(self) -> None:
+        """Close this event loop's wires."""
+        state = self._loops.pop(asyncio.get_running_loop(), None)
+        for connections in state.connections.values() if state is not None else ():
+            for connection in connections:
+                connection.close()
+
+    def forked(self) -> None:
+        """Start anew in a forked child: the parent goes on using its sockets and lanes."""
+        self._reset()
+
+
+class _LoopState:
+    """What one event loop's confirmed pushes share."""
+
+    def __init__(self) -> None:
+        self.connections: dict[Endpoint, list[AsyncConfirmedConnection]] = {}
+        self.batchers: dict[tuple[str, int, Durability], ConfirmedBatcher] = {}
+
+
+class ConfirmedBatcher(PushBatcher):
+    """Gathers the pushes of one queue that ask the same."""
+
+    def __init__(
+        self,
+        connection: AsyncConfirmedConnection,
+        keys: QueueKeys,
+        max_length: int,
+        retry_for: float,
+        durability: Durability,
+    ) -> None:
+        """Take what every lane takes, and what is asked."""
+        super().__init__(connection, keys, max_length, retry_for)
+        self._confirmed_connection, self._durability, self._confirmation = connection, durability, UNCONFIRMED
+
+    async def run(self, call: Call[T]) -> T:
+        """Carry out one push."""
+        reply, self._confirmation = await self._confirmed_connection.confirm(
+            call, self._durability, retry_for=self._retry_for
+        )
+        return reply
+
+    def resolve(self, batch: list[PendingPush], ids: list[str]) -> None:
+        """Tell everybody who waits."""
+        if self._durability.is_reached_by(self._confirmation):
+            super().resolve(batch, ids)
+            return
+        at = 0
+        for first, _, future in batch:
+            own = ids[at : at + len(first)]
+            at += len(first)
+            if not future.done():
+                future.set_exception(self._durability.failure(self._keys.queue, own, self._confirmation))
 
 
 class ConfirmedConnection(Connection):
     """A blocking connection whose pushes are followed by a wait."""
 
-    def __init__(self, place: Endpoint) -> None:
+    def __init__(self, endpoint: Endpoint) -> None:
         """Remember where to connect."""
-        super().__init__(place)
-        self._errand: _ConfirmedCall | None = None
-        self._examined = 0.0
-        self._judged: dict[bool, FsyncMethod] = {}
+        super().__init__(endpoint)
+        self._pending_call: _ConfirmedCall | None = None
+        self._probed_at = 0.0
+        self._methods: dict[bool, FsyncMethod] = {}
 
-    def confirm(self, call: Call[T], asked: Durability, *, patience: float) -> tuple[T, Confirmation]:
+    def confirm(self, call: Call[T], durability: Durability, *, retry_for: float) -> tuple[T, Confirmation]:
         """Carry out *call*, repeated as any; return its reply and what was confirmed."""
-        errand = self._errand = _ConfirmedCall(asked, call.keys[0])
+        pending = self._pending_call = _ConfirmedCall(durability, call.keys[0])
         try:
-            return self.run(call, patience=patience), errand.got
+            return self.run(call, retry_for=retry_for), pending.confirmation
         finally:
-            self._errand = None
+            self._pending_call = None
 
     def execute(self, *command: Any, block: float = 0.0) -> Any:
         """Send one command, and behind it what confirms it."""
-        errand = self._errand
-        if errand is None or command[0] not in {"EVALSHA", "EVAL"}:
+        pending = self._pending_call
+        if pending is None or command[0] not in {"EVALSHA", "EVAL"}:
             return super().execute(*command, block=block)
         try:
-            self._examine(errand)
-            reply = errand.settle(self._exchange(errand.commands(command), errand.asked.seconds))
+            self._probe(pending)
+            reply = pending.read_replies(self._exchange(pending.commands(command), pending.durability.seconds))
         except WaitInterrupted:
             self.close()
             raise
         if isinstance(reply, Exception):
             raise reply
-        if (watch := errand.watch()) is not None:
-            while (pause := watch.look(self._exchange([FsyncWatch.COMMAND], 0.0)[0], time.monotonic())) is not None:
+        if (watch := pending.fsync_watch()) is not None:
+            while (
+                pause := watch.next_pause(self._exchange([FsyncWatch.COMMAND], 0.0)[0], time.monotonic())
+            ) is not None:
                 time.sleep(pause)
-            errand.got = Confirmation(watch.synced, errand.got.replicas)
+            pending.confirmation = Confirmation(watch.synced, pending.confirmation.replicas)
         return reply
 
-    def _examine(self, errand: _ConfirmedCall) -> None:
+    def _probe(self, pending: _ConfirmedCall) -> None:
         """Ask a new connection what it can confirm, and from time to time again."""
         if self._socket is None:
             self._open()
-            self._judged = {}
+            self._methods = {}
         now = time.monotonic()
-        if now - self._examined > EXAMINED:
-            self._judged = {}
-        found = self._judged.get(errand.asked.fsync)
-        if found is None:
-            errand.judge(self._exchange(errand.asked.examination(), 0.0), str(self.place))
-            self._judged[errand.asked.fsync] = errand.sync
-            self._examined = now
+        if now - self._probed_at > PROBE_INTERVAL:
+            self._methods = {}
+        method = self._methods.get(pending.durability.fsync)
+        if method is None:
+            pending.decide_method(self._exchange(pending.durability.probe_commands(), 0.0), str(self.endpoint))
+            self._methods[pending.durability.fsync] = pending.method
+            self._probed_at = now
         else:
-            errand.sync = found
+            pending.method = method
 
     def _exchange(self, commands: Sequence[tuple[Any, ...]], block: float) -> list[Any]:
         """Send *commands* in one write; return all replies, error replies as exceptions."""
@@ -159,7 +288,7 @@ class ConfirmedConnection(Connection):
             try:
                 replies.append(self._receive(block))
             except Exception as error:
-                if not answered(error):
+                if not is_error_reply(error):
                     raise
                 replies.append(error)
         return replies
@@ -168,57 +297,59 @@ class ConfirmedConnection(Connection):
 class AsyncConfirmedConnection(AsyncConnection):
     """The same on asyncio; one errand at a time, since a wait holds up whatever comes behind it."""
 
-    def __init__(self, place: Endpoint) -> None:
+    def __init__(self, endpoint: Endpoint) -> None:
         """Remember where to connect."""
-        super().__init__(place)
-        self._turn = asyncio.Lock()
-        self._errand: _ConfirmedCall | None = None
-        self._examined = 0.0
-        self._judged: dict[bool, FsyncMethod] = {}
-        self._known: object = None
+        super().__init__(endpoint)
+        self._call_lock = asyncio.Lock()
+        self._pending_call: _ConfirmedCall | None = None
+        self._probed_at = 0.0
+        self._methods: dict[bool, FsyncMethod] = {}
+        self._probed_stream: object = None
 
-    async def confirm(self, call: Call[T], asked: Durability, *, patience: float | None) -> tuple[T, Confirmation]:
+    async def confirm(
+        self, call: Call[T], durability: Durability, *, retry_for: float | None
+    ) -> tuple[T, Confirmation]:
         """Carry out *call*, repeated as any; return its reply and what was confirmed."""
-        async with self._turn:
-            errand = self._errand = _ConfirmedCall(asked, call.keys[0])
+        async with self._call_lock:
+            pending = self._pending_call = _ConfirmedCall(durability, call.keys[0])
             try:
-                return await self.run(call, patience=patience), errand.got
+                return await self.run(call, retry_for=retry_for), pending.confirmation
             finally:
-                self._errand = None
+                self._pending_call = None
 
     async def execute(self, *command: Any, block: float = 0.0) -> Any:
         """Send one command, and behind it what confirms it."""
-        errand = self._errand
-        if errand is None or command[0] not in {"EVALSHA", "EVAL"}:
+        pending = self._pending_call
+        if pending is None or command[0] not in {"EVALSHA", "EVAL"}:
             return await super().execute(*command, block=block)
         try:
-            await self._examine(errand)
-            reply = errand.settle(await self._exchange(errand.commands(command), errand.asked.seconds))
+            await self._probe(pending)
+            reply = pending.read_replies(await self._exchange(pending.commands(command), pending.durability.seconds))
         except WaitInterrupted as error:
             self.drop(ConnectionLost(str(error)))
             raise
-        if not isinstance(reply, Exception) and (watch := errand.watch()) is not None:
+        if not isinstance(reply, Exception) and (watch := pending.fsync_watch()) is not None:
             while True:
                 [facts] = await self._exchange([FsyncWatch.COMMAND], 0.0)
-                if (pause := watch.look(facts, time.monotonic())) is None:
+                if (pause := watch.next_pause(facts, time.monotonic())) is None:
                     break
                 await asyncio.sleep(pause)
-            errand.got = Confirmation(watch.synced, errand.got.replicas)
+            pending.confirmation = Confirmation(watch.synced, pending.confirmation.replicas)
         return reply
 
-    async def _examine(self, errand: _ConfirmedCall) -> None:
+    async def _probe(self, pending: _ConfirmedCall) -> None:
         if not self.is_open:
             await self.open()
         now = time.monotonic()
-        if self._known is not self._stream or now - self._examined > EXAMINED:
-            self._judged, self._known = {}, self._stream
-        found = self._judged.get(errand.asked.fsync)
-        if found is None:
-            errand.judge(await self._exchange(errand.asked.examination(), 0.0), str(self.place))
-            self._judged[errand.asked.fsync] = errand.sync
-            self._examined = now
+        if self._probed_stream is not self._stream or now - self._probed_at > PROBE_INTERVAL:
+            self._methods, self._probed_stream = {}, self._stream
+        method = self._methods.get(pending.durability.fsync)
+        if method is None:
+            pending.decide_method(await self._exchange(pending.durability.probe_commands(), 0.0), str(self.endpoint))
+            self._methods[pending.durability.fsync] = pending.method
+            self._probed_at = now
         else:
-            errand.sync = found
+            pending.method = method
 
     async def _exchange(self, commands: Sequence[tuple[Any, ...]], block: float) -> list[Any]:
         """Send *commands* in one write; return all replies, error replies as exceptions."""
@@ -238,181 +369,49 @@ def _answer(future: asyncio.Future[Any], reply: Any) -> None:
         future.set_result(reply)
 
 
-MOST_WIRES = 8
-"""Wires of one event loop and place for confirmed pushes: one that waits for a dead replica holds up an eighth."""
+class _ConfirmedCall:
+    """One confirmed call: what is asked, what was sent already, what came of it."""
 
+    __slots__ = ("began", "confirmation", "durability", "method", "sent", "sequence_key")
 
-class ConfirmedBatcher(PushBatcher):
-    """Gathers the pushes of one queue that ask the same."""
+    def __init__(self, durability: Durability, sequence: str) -> None:
+        self.durability = durability
+        self.sequence_key = sequence
+        self.sent = False
+        self.began = time.monotonic()
+        self.method = FsyncMethod.NONE
+        self.confirmation = UNCONFIRMED
 
-    def __init__(
-        self, wire: AsyncConfirmedConnection, keys: QueueKeys, max_length: int, patience: float, asked: Durability
-    ) -> None:
-        """Take what every lane takes, and what is asked."""
-        super().__init__(wire, keys, max_length, patience)
-        self._confirmed, self._asked, self._got = wire, asked, NOTHING
-
-    async def run(self, call: Call[T]) -> T:
-        """Carry out one push."""
-        reply, self._got = await self._confirmed.confirm(call, self._asked, patience=self._patience)
-        return reply
-
-    def answer(self, batch: list[Item], ids: list[str]) -> None:
-        """Tell everybody who waits."""
-        if self._asked.reached(self._got):
-            super().answer(batch, ids)
-            return
-        at = 0
-        for first, _, future in batch:
-            own = ids[at : at + len(first)]
-            at += len(first)
-            if not future.done():
-                future.set_exception(self._asked.failure(self._keys.queue, own, self._got))
-
-
-class _LoopState:
-    """What one event loop's confirmed pushes share."""
-
-    def __init__(self) -> None:
-        self.wires: dict[Endpoint, list[AsyncConfirmedConnection]] = {}
-        self.lanes: dict[tuple[str, int, Durability], ConfirmedBatcher] = {}
-
-
-class ClientProtocol(Protocol):
-    """What is needed of the client."""
-
-    @property
-    def patience(self) -> float: ...
-    def endpoint(self, keys: QueueKeys) -> Endpoint: ...
-    def announce(self, keys: QueueKeys) -> None: ...
-    async def aannounce(self, keys: QueueKeys) -> None: ...
-
-
-class ConfirmedTarget:
-    """The way into Redis for pushes that ask the same: as a client's, and each returns when it is confirmed."""
-
-    deferred = False
-
-    def __init__(self, confirmer: ConfirmedConnections, asked: Durability) -> None:
-        """Take whose connections, and what is asked."""
-        self._confirmer = confirmer
-        self._asked = asked
-
-    def push(self, keys: QueueKeys, entries: Sequence[Entry], *, max_length: int = 0, whole: bool = False) -> list[str]:
+    def commands(self, command: tuple[Any, ...]) -> list[tuple[Any, ...]]:
         """
-        Accept *entries* and wait, once for each thousand.
+        Return the push and what follows it.
 
-        Raises DurabilityNotReached with the ids of all that this call stored: what follows the thousand that was not
-        confirmed is not stored.
+        A repeat may be answered from its lane without a write, and a wait covers only what its connection wrote: a
+        wait on a new connection would confirm nothing, at once. So a repeat touches its lane, behind which every
+        earlier write stands in the stream of replication and in the file.
         """
-        asked, ids = self._asked, list[str]()
-        with self._confirmer.one(keys) as (connection, lane):
-            for part in _parts(entries, whole):
-                call = operations.push(keys, lane, part, max_length=max_length)
-                accepted, got = connection.confirm(call, asked, patience=self._confirmer.home.patience)
-                if not asked.reached(got):
-                    failure = asked.failure(keys.queue, accepted, got)
-                    raise after(failure, _public(keys, ids)) if len(entries) > len(part) else failure
-                ids += accepted
-        return ids
+        touch = [("PEXPIRE", self.sequence_key, operations.LANE_MS)] if self.sent else []
+        self.sent = True
+        return [command, *touch, *self.durability.wait_commands(self.method)]
 
-    def push_plain(self, keys: QueueKeys, pairs: Sequence[Argument], *, max_length: int = 0) -> None:
-        """Accept plain messages (id, envelope, id, envelope, …) and wait."""
-        self.push(keys, plain_entries(pairs), max_length=max_length)
+    def read_replies(self, replies: list[Any]) -> Any:
+        """Take the replies; return the first, that of the push."""
+        waits = len(self.durability.wait_commands(self.method))
+        if not isinstance(replies[0], Exception):
+            self.confirmation = self.durability.read_replies(self.method, replies[len(replies) - waits :])
+        return replies[0]
 
-    async def apush(
-        self, keys: QueueKeys, entries: Sequence[Entry], *, max_length: int = 0, whole: bool = False
-    ) -> list[str]:
-        """Do the same on this event loop; pushes of one tick that ask the same share a call."""
-        await self._confirmer.home.aannounce(keys)
-        lane = self._confirmer.lane(keys, max_length, self._asked)
-        ids: list[str] = []
-        for part in _parts(entries, whole):
-            try:
-                ids += await lane.push(part)
-            except DurabilityNotReached as error:
-                if len(part) == len(entries):
-                    raise
-                raise after(error, _public(keys, ids)) from None
-        return ids
+    def fsync_watch(self) -> FsyncWatch | None:
+        """Return what still has to be watched."""
+        if self.method is not FsyncMethod.WATCH or not self.confirmation.synced:
+            return None
+        return FsyncWatch(time.monotonic(), self.durability.timeout_ms)
 
-
-class ConfirmedConnections:
-    """The connections of one app for confirmed pushes, opened when first used."""
-
-    def __init__(self, home: ClientProtocol, refuse: Callable[[], None]) -> None:
-        """Open nothing yet; *refuse* raises where blocking calls may not be made."""
-        self.home = home
-        self._refuse = refuse
-        self._reset()
-        on_fork(self)
-
-    def _reset(self) -> None:
-        self._free: dict[Endpoint, deque[tuple[ConfirmedConnection, ProducerSequence]]] = {}
-        self._loops: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _LoopState] = weakref.WeakKeyDictionary()
-
-    @contextmanager
-    def one(self, keys: QueueKeys) -> Iterator[tuple[ConfirmedConnection, ProducerSequence]]:
-        """Lend a connection and its lane; the queue is known by then."""
-        self._refuse()
-        self.home.announce(keys)
-        place = self.home.endpoint(keys)
-        free = self._free.setdefault(place, deque())
+    def decide_method(self, replies: Sequence[Any], where: str) -> None:
+        """Take what the connection said of itself; what can never be had is refused, unless it may be stored already."""
         try:
-            found = free.pop()
-        except IndexError:
-            found = ConfirmedConnection(place), ProducerSequence(new_identity())
-        try:
-            yield found
-        finally:
-            free.append(found)
-
-    def lane(self, keys: QueueKeys, max_length: int, asked: Durability) -> ConfirmedBatcher:
-        """Return this event loop's lane for pushes to a queue that ask the same."""
-        loop = asyncio.get_running_loop()
-        home = self._loops.get(loop)
-        if home is None:
-            home = self._loops[loop] = _LoopState()
-        found = home.lanes.get((keys.prefix, max_length, asked))
-        if found is None:
-            place = self.home.endpoint(keys)
-            wires = home.wires.setdefault(place, [])
-            if len(wires) < MOST_WIRES:
-                wires.append(AsyncConfirmedConnection(place))
-            wire = wires[len(home.lanes) % len(wires)]
-            found = ConfirmedBatcher(wire, keys, max_length, self.home.patience, asked)
-            home.lanes[keys.prefix, max_length, asked] = found
-        return found
-
-    def close(self) -> None:
-        """Close the blocking connections."""
-        for free in self._free.values():
-            while free:
-                free.pop()[0].close()
-
-    def aclose(self) -> None:
-        """Close this event loop's wires."""
-        home = self._loops.pop(asyncio.get_running_loop(), None)
-        for wires in home.wires.values() if home is not None else ():
-            for wire in wires:
-                wire.close()
-
-    def forked(self) -> None:
-        """Start anew in a forked child: the parent goes on using its sockets and lanes."""
-        self._reset()
-
-
-def plain_entries(pairs: Sequence[Argument]) -> list[Entry]:
-    """Return id, envelope, id, envelope, … as entries."""
-    both: Sequence[Any] = pairs
-    return [Entry(both[at], both[at + 1]) for at in range(0, len(both), 2)]
-
-
-def _public(keys: QueueKeys, ids: Sequence[str]) -> list[str]:
-    return [public(keys.queue, id_) for id_ in ids]
-
-
-def _parts(entries: Sequence[Entry], whole: bool) -> list[Sequence[Entry]]:
-    if whole:
-        return [entries]
-    return [entries[first : first + BULK] for first in range(0, len(entries), BULK)]
+            self.method = decide_fsync_method(self.durability, replies, where)
+        except ConfigurationError:
+            if not self.sent:
+                raise
+            self.method = FsyncMethod.NONE

@@ -15,17 +15,17 @@ from typing import Any, TypedDict, TypeVar
 
 from conveyor import ids as ident
 from conveyor.errors import ConfigurationError, DurabilityNotReached
-from conveyor.store.transport.replies import final
+from conveyor.store.transport.replies import fatal_error, parse_info
 from conveyor.units import Duration, milliseconds
 
 N = TypeVar("N", bound=int)
-MOST = 1000
+MAX_REPLICAS = 1000
 TIMEOUT_MS = 5_000
 """How long a confirmation is waited for, unless the caller says otherwise."""
-SYNC_ROUND = 1.2
+SYNC_INTERVAL = 1.2
 """Seconds within which ``appendfsync everysec`` begins a sync: a second, and a beat of the server's clock."""
-GLANCE = 0.05
-HONEST_REDIS = (8, 0)
+CHECK_INTERVAL = 0.05
+RELIABLE_WAITAOF_SINCE = (8, 0)
 """The first Redis whose WAITAOF waits under everysec; of Valkey no release up to 9.1 does."""
 
 
@@ -45,7 +45,7 @@ class Durability:
         """The longest that the server holds the replies back: the two waits follow each other."""
         return (self.fsync + (self.replicas > 0)) * self.timeout_ms / 1000
 
-    def examination(self) -> tuple[tuple[str, ...], ...]:
+    def probe_commands(self) -> tuple[tuple[str, ...], ...]:
         """Return what is asked of a new connection before the first push goes over it; `judge` reads the replies."""
         wait = ("WAIT", "0", "1")  # answers at once: may this user, and is this a primary?
         if not self.fsync:
@@ -55,21 +55,21 @@ class Durability:
             ("CONFIG", "GET", "appendfsync"), ("CONFIG", "GET", "no-appendfsync-on-rewrite"),
         )  # fmt: skip
 
-    def waits(self, sync: FsyncMethod) -> list[tuple[str, ...]]:
+    def wait_commands(self, method: FsyncMethod) -> list[tuple[str, ...]]:
         """Return the commands that travel behind a push."""
         timeout = str(self.timeout_ms)
-        found: list[tuple[str, ...]] = []
-        if self.fsync and sync is not FsyncMethod.REPLY:
-            found.append(("WAITAOF", "1", "0", timeout))
+        commands: list[tuple[str, ...]] = []
+        if self.fsync and method is not FsyncMethod.REPLY:
+            commands.append(("WAITAOF", "1", "0", timeout))
         if self.replicas:
-            found.append(("WAIT", str(self.replicas), timeout))
-        return found
+            commands.append(("WAIT", str(self.replicas), timeout))
+        return commands
 
-    def read(self, sync: FsyncMethod, replies: Sequence[Any]) -> Confirmation:
+    def read_replies(self, method: FsyncMethod, replies: Sequence[Any]) -> Confirmation:
         """Return what was confirmed. Raises WaitBroken when the server changed its role meanwhile."""
         rest = list(replies)
-        synced = sync is FsyncMethod.REPLY
-        if self.fsync and sync is not FsyncMethod.REPLY:
+        synced = method is FsyncMethod.REPLY
+        if self.fsync and method is not FsyncMethod.REPLY:
             reply = rest.pop(0)
             synced = isinstance(reply, list) and int(reply[0]) > 0
             _check_role(reply)
@@ -79,28 +79,28 @@ class Durability:
             replicas = rest[0] if isinstance(rest[0], int) else 0
         return Confirmation(synced, replicas)
 
-    def reached(self, got: Confirmation) -> bool:
+    def is_reached_by(self, confirmation: Confirmation) -> bool:
         """Tell whether that is what was asked."""
-        return got.replicas >= self.replicas and (got.synced or not self.fsync)
+        return confirmation.replicas >= self.replicas and (confirmation.synced or not self.fsync)
 
-    def failure(self, queue: str, ids: Sequence[str], got: Confirmation) -> DurabilityNotReached:
+    def failure(self, queue: str, ids: Sequence[str], confirmation: Confirmation) -> DurabilityNotReached:
         """Return the error for jobs that are stored and not confirmed; *ids* are bare."""
         missing = []
-        if self.fsync and not got.synced:
+        if self.fsync and not confirmation.synced:
             missing.append("no sync of the append-only file")
-        if got.replicas < self.replicas:
-            missing.append(f"{got.replicas} of {self.replicas} replica{'s' * (self.replicas > 1)}")
+        if confirmation.replicas < self.replicas:
+            missing.append(f"{confirmation.replicas} of {self.replicas} replica{'s' * (self.replicas > 1)}")
         public = [ident.public(queue, id_) for id_ in ids]
         what = f"Job {public[0]} is queued" if len(public) == 1 else f"{len(public):,} jobs are queued"
         return DurabilityNotReached(
             f"{what}, but not confirmed as widely as asked: {' and '.join(missing)} within {self.timeout_ms / 1000:g} s. "
             "It runs unless the server is lost before that; pushing it again with the same id stores nothing twice "
             "and waits again. See `conveyor doctor`.",
-            job_ids=public, asked=self.replicas, got=got.replicas, fsync=got.synced if self.fsync else None,
+            job_ids=public, asked=self.replicas, got=confirmation.replicas, fsync=confirmation.synced if self.fsync else None,
         )  # fmt: skip
 
 
-def after(error: DurabilityNotReached, before: Sequence[str]) -> DurabilityNotReached:
+def after_partial_push(error: DurabilityNotReached, before: Sequence[str]) -> DurabilityNotReached:
     """Return the error of a bulk push that ended there and had stored and confirmed the jobs of *before*: public ids."""
     first = f"The first {len(before):,} were stored and confirmed before; what" if before else "What"
     return DurabilityNotReached(
@@ -136,7 +136,7 @@ def _check_role(reply: Any) -> None:
         raise WaitInterrupted(text)
 
 
-def judge(asked: Durability, replies: Sequence[Any], where: str) -> FsyncMethod:
+def decide_fsync_method(durability: Durability, replies: Sequence[Any], where: str) -> FsyncMethod:
     """
     Return how syncs are confirmed, from the replies to `examination`.
 
@@ -144,40 +144,42 @@ def judge(asked: Durability, replies: Sequence[Any], where: str) -> FsyncMethod:
     """
     _check_role(replies[0])
     if isinstance(replies[0], Exception):
-        raise final(str(replies[0]), where) from replies[0]
-    if not asked.fsync:
+        raise fatal_error(str(replies[0]), where) from replies[0]
+    if not durability.fsync:
         return FsyncMethod.NONE
-    _, waitaof, *told = replies
-    server, persistence = _facts(told[0]), _facts(told[1])
-    policy, lazy = _setting(told[2]), _setting(told[3])
+    _, waitaof, *settings = replies
+    server, persistence = parse_info(settings[0]), parse_info(settings[1])
+    policy, lazy = _setting(settings[2]), _setting(settings[3])
     always = policy == "always" and lazy == "no"
     text = str(waitaof) if isinstance(waitaof, Exception) else ""
     if persistence.get("aof_enabled") == "0" or "appendonly" in text:
-        raise _refused(where, "its append-only file is off", "CONFIG SET appendonly yes")
+        raise _not_confirmable(where, "its append-only file is off", "CONFIG SET appendonly yes")
     if policy == "no":
-        raise _refused(where, "appendfsync is 'no', so it never syncs by itself", "CONFIG SET appendfsync everysec")
+        raise _not_confirmable(
+            where, "appendfsync is 'no', so it never syncs by itself", "CONFIG SET appendfsync everysec"
+        )
     if "unknown command" in text.lower():
         if always and persistence.get("aof_enabled") == "1":
             return FsyncMethod.REPLY
         if policy is None or not persistence:
-            raise _refused(
+            raise _not_confirmable(
                 where, "it has no WAITAOF and does not tell this user its settings", "ACL SETUSER … +info +config|get"
             )
         what = "no-appendfsync-on-rewrite is on" if policy == "always" else f"appendfsync is {policy!r}"
-        raise _refused(
+        raise _not_confirmable(
             where, f"it is older than 7.2, which has WAITAOF, and {what}",
             "CONFIG SET appendfsync always" if policy != "always" else "CONFIG SET no-appendfsync-on-rewrite no",
         )  # fmt: skip
     if text:
-        raise final(text, where) from waitaof
-    if always or _is_honest(server):
+        raise fatal_error(text, where) from waitaof
+    if always or _waitaof_is_reliable(server):
         return FsyncMethod.WAITAOF
     if not persistence:
-        raise _refused(where, "it does not tell this user when it syncs", "ACL SETUSER … +info")
+        raise _not_confirmable(where, "it does not tell this user when it syncs", "ACL SETUSER … +info")
     return FsyncMethod.WATCH
 
 
-def _refused(where: str, why: str, remedy: str) -> ConfigurationError:
+def _not_confirmable(where: str, why: str, remedy: str) -> ConfigurationError:
     return ConfigurationError(
         f"fsync=True cannot be confirmed by Redis at {where}: {why}. Nothing was stored. Set it: {remedy}, and the same "
         "in its configuration file; or leave fsync out.",
@@ -185,16 +187,11 @@ def _refused(where: str, why: str, remedy: str) -> ConfigurationError:
     )
 
 
-def _is_honest(server: dict[str, str]) -> bool:
+def _waitaof_is_reliable(server: dict[str, str]) -> bool:
     """Tell whether WAITAOF waits for the sync under everysec: it did not before Redis 8.0, and does not in Valkey."""
-    if "valkey_version" in server or not (found := re.match(r"(\d+)\.(\d+)", server.get("redis_version", ""))):
+    if "valkey_version" in server or not (version := re.match(r"(\d+)\.(\d+)", server.get("redis_version", ""))):
         return False
-    return (int(found[1]), int(found[2])) >= HONEST_REDIS
-
-
-def _facts(reply: Any) -> dict[str, str]:
-    text = reply.decode("utf-8", "replace") if isinstance(reply, bytes) else ""
-    return dict(line.split(":", 1) for line in text.splitlines() if ":" in line)
+    return (int(version[1]), int(version[2])) >= RELIABLE_WAITAOF_SINCE
 
 
 def _setting(reply: Any) -> str | None:
@@ -217,22 +214,23 @@ class FsyncWatch:
         self._deadline = now + timeout_ms / 1000
         self._since: float | None = None
 
-    def look(self, reply: Any, now: float) -> float | None:
+    def next_pause(self, reply: Any, now: float) -> float | None:
         """Return how long to wait before the next look; None when it is over: *synced* tells how."""
-        facts = _facts(reply)
+        facts = parse_info(reply)
         resting = (
             facts.get("aof_pending_bio_fsync") == "0"
             and facts.get("aof_buffer_length") == "0"
             and facts.get("aof_last_write_status") == "ok"
         )
-        if resting and self._since is not None and now - self._since >= SYNC_ROUND:
+        if resting and self._since is not None and now - self._since >= SYNC_INTERVAL:
             self.synced = True
             return None
         if resting and self._since is None:
             self._since = now
         if now >= self._deadline:
             return None
-        goal = self._since + SYNC_ROUND if self._since is not None and now < self._since + SYNC_ROUND else now + GLANCE
+        synced_at = now if self._since is None else self._since + SYNC_INTERVAL
+        goal = synced_at if now < synced_at else now + CHECK_INTERVAL
         return max(0.001, min(goal, self._deadline) - now)
 
     synced = False
@@ -246,24 +244,24 @@ class DurabilityRequest:
     replicas: int | None = None
     timeout_ms: int | None = None
 
-    def over(self, base: Durability | None) -> Durability | None:
+    def applied_to(self, declared: Durability | None) -> Durability | None:
         """Return what is asked of a queue that asks *base* by itself; None for nothing."""
-        own = base if base is not None else Durability()
-        found = Durability(
-            own.fsync if self.fsync is None else self.fsync,
-            own.replicas if self.replicas is None else self.replicas,
-            own.timeout_ms if self.timeout_ms is None else self.timeout_ms,
+        default = declared if declared is not None else Durability()
+        durability = Durability(
+            default.fsync if self.fsync is None else self.fsync,
+            default.replicas if self.replicas is None else self.replicas,
+            default.timeout_ms if self.timeout_ms is None else self.timeout_ms,
         )
-        return found or None
+        return durability or None
 
-    def join(self, other: DurabilityRequest | None) -> DurabilityRequest:
+    def combined_with(self, other: DurabilityRequest | None) -> DurabilityRequest:
         """Return what satisfies both, for calls that travel together."""
         if other is None or other == self:
             return self
         return DurabilityRequest(
-            _most(self.fsync, other.fsync),
-            _most(self.replicas, other.replicas),
-            _most(self.timeout_ms, other.timeout_ms),
+            _larger(self.fsync, other.fsync),
+            _larger(self.replicas, other.replicas),
+            _larger(self.timeout_ms, other.timeout_ms),
         )
 
 
@@ -276,15 +274,15 @@ def durability_request(
     if fsync is not None and not isinstance(fsync, bool):
         raise ConfigurationError(f"fsync must be True or False, not {fsync!r}. Nothing was stored.")
     if replicas is not None and (
-        not isinstance(replicas, int) or isinstance(replicas, bool) or not 0 <= replicas <= MOST
+        not isinstance(replicas, int) or isinstance(replicas, bool) or not 0 <= replicas <= MAX_REPLICAS
     ):
         raise ConfigurationError(
-            f"wait_replicas must be a whole number from 0 to {MOST}, not {replicas!r}. Nothing was stored."
+            f"wait_replicas must be a whole number from 0 to {MAX_REPLICAS}, not {replicas!r}. Nothing was stored."
         )
     timeout_ms = None if timeout is None else milliseconds(timeout, name="wait_timeout")
     if timeout_ms == 0:
         raise ConfigurationError(
-            "wait_timeout must be longer than nothing: WAIT 0 would wait for ever. Nothing was stored."
+            "wait_timeout must be greater than zero: Redis takes 0 as waiting without a limit. Nothing was stored."
         )
     return DurabilityRequest(fsync, replicas, timeout_ms)
 
@@ -301,9 +299,9 @@ def requested_durability(options: DurabilityOptions) -> Durability | None:
     """Return what a queue asks; None for nothing. Raises ConfigurationError, and TypeError for another word."""
     if wrong := options.keys() - DurabilityOptions.__annotations__.keys():
         raise TypeError(f"queue() got an unexpected keyword argument {min(wrong)!r}")
-    own = durability_request(options.get("fsync"), options.get("wait_replicas"), options.get("wait_timeout"))
-    return None if own is None else own.over(None)
+    request = durability_request(options.get("fsync"), options.get("wait_replicas"), options.get("wait_timeout"))
+    return None if request is None else request.applied_to(None)
 
 
-def _most(one: N | None, other: N | None) -> N | None:
+def _larger(one: N | None, other: N | None) -> N | None:
     return max((each for each in (one, other) if each is not None), default=None)

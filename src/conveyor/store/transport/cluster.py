@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 from conveyor.errors import ConfigurationError, ConveyorError
 from conveyor.store.fork_safety import on_fork
 from conveyor.store.transport import replies
-from conveyor.store.transport.connection import ask, refusal
-from conveyor.store.transport.endpoint import ELSEWHERE_AFTER, Endpoint, EndpointUnresolved, in_thread
+from conveyor.store.transport.connection import fatal_reply, query
+from conveyor.store.transport.endpoint import FAILOVER_REPLY_TIMEOUT, Endpoint, EndpointUnresolved, in_thread
 from conveyor.store.transport.url import StandaloneServer, masked, split_hosts
 
 if TYPE_CHECKING:
@@ -23,17 +23,17 @@ if TYPE_CHECKING:
 log = logging.getLogger("conveyor.store")
 SLOTS = 16384
 CONNECT_TIMEOUT = 2.0
-ANSWER_TIMEOUT = 2.0
+HANDSHAKE_TIMEOUT = 2.0
 """Seconds a node may take for the first exchange on a connection."""
-ASK_TIMEOUT = 0.5
+QUERY_TIMEOUT = 0.5
 """Seconds for connecting to a node to ask for the map, and for its answer: another one knows it too."""
-FRESH = 1.0
+MAP_FRESH = 1.0
 """Seconds a map is believed at a reopening: a lost connection may mean that its node has lost its slots."""
-_RATE = 0.1
+_MAP_INTERVAL = 0.1
 """Seconds between two questions for the map at least, however many connections are lost at once."""
 _REDIRECT = re.compile(r"\b(?:MOVED|ASK) (\d+) (\S*):(\d+)")
 ANYWHERE = -1
-Server = tuple[str, int]
+HostPort = tuple[str, int]
 
 
 def slot_of(key: str) -> int:
@@ -59,15 +59,15 @@ class Cluster:
         database = dict(self._hosts.options).get("db", self._hosts.path) or "0"
         if database != "0":
             raise ConfigurationError(
-                f"{masked(url)!r} asks for database {database}, and a cluster has only database 0. Leave it out, and use "
+                f"{masked(url)!r} asks for database {database}, but a cluster has only database 0. Leave it out, and use "
                 "namespace= to keep programs apart.",
                 code="E33",
             )
-        self._places: dict[int, SlotEndpoint] = {}
-        self._nodes: dict[Server, StandaloneServer] = {}
-        self._known: list[Server] = list(self._hosts.hosts)
-        self._owners: list[Server | None] = [None] * SLOTS
-        self._node(self._known[0]).check()
+        self._endpoints: dict[int, SlotEndpoint] = {}
+        self._nodes: dict[HostPort, StandaloneServer] = {}
+        self._known: list[HostPort] = list(self._hosts.hosts)
+        self._owners: list[HostPort | None] = [None] * SLOTS
+        self._node(self._known[0]).check_options()
         self.forked()
         on_fork(self)
 
@@ -83,10 +83,10 @@ class Cluster:
     def endpoint(self, key: str) -> Endpoint:
         """Return where the commands for *key* go; "" is any node."""
         slot = slot_of(key) if key else ANYWHERE
-        found = self._places.get(slot)
-        if found is None:
-            found = self._places.setdefault(slot, SlotEndpoint(self, slot))
-        return found
+        endpoint = self._endpoints.get(slot)
+        if endpoint is None:
+            endpoint = self._endpoints.setdefault(slot, SlotEndpoint(self, slot))
+        return endpoint
 
     def nodes(self) -> list[StandaloneServer]:
         """Return the nodes that own slots now."""
@@ -97,48 +97,48 @@ class Cluster:
 
     def known_owner(self, slot: int) -> StandaloneServer | None:
         """Return who owns *slot* by the map, None when the map is not to be believed any more."""
-        if monotonic() - self._mapped_at > FRESH:
+        if monotonic() - self._mapped_at > MAP_FRESH:
             return None
         server = next((one for one in self._known if one in self._owners), None) if slot < 0 else self._owners[slot]
         return None if server is None else self._node(server)
 
     def owner(self, slot: int) -> StandaloneServer:
         """Return who owns *slot*; asks the nodes when the map is old. Raises Unresolved, ConfigurationError."""
-        found = self.known_owner(slot)
-        if found is not None:
-            return found
+        node = self.known_owner(slot)
+        if node is not None:
+            return node
         self._refresh()
-        found = self.known_owner(slot)
-        if found is None:
+        node = self.known_owner(slot)
+        if node is None:
             raise EndpointUnresolved(f"no node of the cluster owns slot {slot}")
-        return found
+        return node
 
-    def noted(self, slot: int, server: Server) -> None:
+    def note_owner(self, slot: int, server: HostPort) -> None:
         """A node said that another owns *slot*."""
         self._owners[slot] = server
         self._mapped_at = monotonic()
 
-    def doubt(self, server: Server | None = None) -> None:
+    def distrust_map(self, server: HostPort | None = None) -> None:
         """The map may be wrong: ask before it is used again, and *server*, which did not answer, last."""
         self._mapped_at = float("-inf")
         if server in self._known:
             self._known.remove(server)
             self._known.append(server)
 
-    def redirected(self, reply: str, asked: Server | None) -> tuple[int, StandaloneServer] | None:
+    def redirect_target(self, reply: str, asked: HostPort | None) -> tuple[int, StandaloneServer] | None:
         """Return the slot and the node that MOVED or ASK name; one without a host means the host that was *asked*."""
-        found = _REDIRECT.search(reply)
-        if found is None:
+        match = _REDIRECT.search(reply)
+        if match is None:
             return None
-        host = found[2] if found[2] not in {"", "?"} else (asked or self._known[0])[0]
-        return int(found[1]), self._node((host, int(found[3])))
+        host = match[2] if match[2] not in {"", "?"} else (asked or self._known[0])[0]
+        return int(match[1]), self._node((host, int(match[3])))
 
     def _refresh(self) -> None:
         began = monotonic()
         with self._lock:
             if self._mapped_at >= began:
                 return  # another thread was asking
-            if monotonic() - self._asked_at < _RATE and self._failure is not None:
+            if monotonic() - self._asked_at < _MAP_INTERVAL and self._failure is not None:
                 raise self._failure
             try:
                 self._owners = self._ask_for_map()
@@ -150,17 +150,17 @@ class Cluster:
             finally:
                 self._asked_at = monotonic()
 
-    def _ask_for_map(self) -> list[Server | None]:
+    def _ask_for_map(self) -> list[HostPort | None]:
         from redis import RedisError
 
         reasons: list[str] = []
-        doubtful: list[Server | None] | None = None
+        doubtful: list[HostPort | None] | None = None
         refused: ConveyorError | None = None
         for server in dict.fromkeys((*self._known, *self._hosts.hosts)):
             try:
                 state, slots = self._ask(server)
             except (RedisError, OSError) as error:
-                if refused is None and (text := refusal(error)) is not None:
+                if refused is None and (text := fatal_reply(error)) is not None:
                     refused = self._refused(server, text)
                 reasons.append(f"{server[0]}:{server[1]}: {error}")
             else:
@@ -176,18 +176,18 @@ class Cluster:
             f"no node of the cluster answers ({'; '.join(reasons) or 'none of them knows a slot'})"
         )
 
-    def _ask(self, server: Server) -> tuple[bytes, list[Any]]:
-        node = StandaloneServer(self._hosts.url(*server), min(self._timeout, ASK_TIMEOUT), ASK_TIMEOUT)
-        connection = node.open(read_timeout=ASK_TIMEOUT)
+    def _ask(self, server: HostPort) -> tuple[bytes, list[Any]]:
+        node = StandaloneServer(self._hosts.url(*server), min(self._timeout, QUERY_TIMEOUT), QUERY_TIMEOUT)
+        connection = node.open(read_timeout=QUERY_TIMEOUT)
         try:
-            return ask(connection, "CLUSTER", "INFO") or b"cluster_state:ok", ask(connection, "CLUSTER", "SLOTS")
+            return query(connection, "CLUSTER", "INFO") or b"cluster_state:ok", query(connection, "CLUSTER", "SLOTS")
         finally:
             connection.disconnect()
 
-    def _read(self, asked: Server, slots: list[Any]) -> list[Server | None]:
-        owners: list[Server | None] = [None] * SLOTS
-        masters: dict[Server, None] = {}
-        replicas: dict[Server, None] = {}
+    def _read(self, asked: HostPort, slots: list[Any]) -> list[HostPort | None]:
+        owners: list[HostPort | None] = [None] * SLOTS
+        masters: dict[HostPort, None] = {}
+        replicas: dict[HostPort, None] = {}
         for first, last, master, *others in slots or ():
             server = _server(master, asked)
             masters[server] = None
@@ -198,23 +198,25 @@ class Cluster:
             self._known = list(dict.fromkeys(one for one in order if one in masters or one in replicas))
         return owners
 
-    def _refused(self, server: Server, text: str) -> ConveyorError:
+    def _refused(self, server: HostPort, text: str) -> ConveyorError:
         scheme, host = self._hosts.scheme, f"{server[0]}:{server[1]}"
         if "cluster support disabled" in text:
-            what = f"is a single one. Write {scheme}://{host}"
+            what = f"is not part of one. Write {scheme}://{host}"
         elif "unknown command" in text:
-            what = f"is a sentinel, or knows no clusters. For a sentinel write {scheme}+sentinel://{host}/mymaster"
+            what = (
+                f"is a sentinel or does not support clusters. For a sentinel write {scheme}+sentinel://{host}/mymaster"
+            )
         else:
-            return replies.final(text, str(self))
+            return replies.fatal_error(text, str(self))
         return ConfigurationError(f"{self} names a cluster, but the server at {host} {what}", code="E33")
 
-    def _node(self, server: Server) -> StandaloneServer:
-        found = self._nodes.get(server)
-        if found is None:
-            found = self._nodes[server] = StandaloneServer(self._hosts.url(*server), self._timeout, ANSWER_TIMEOUT)
-        return found
+    def _node(self, server: HostPort) -> StandaloneServer:
+        node = self._nodes.get(server)
+        if node is None:
+            node = self._nodes[server] = StandaloneServer(self._hosts.url(*server), self._timeout, HANDSHAKE_TIMEOUT)
+        return node
 
-    def server_of(self, node: StandaloneServer) -> Server | None:
+    def server_of(self, node: StandaloneServer) -> HostPort | None:
         """Return host and port of a node."""
         return next((server for server, address in self._nodes.items() if address is node), None)
 
@@ -234,9 +236,9 @@ class SlotEndpoint:
         return f"<SlotPlace {self._slot}>"
 
     @property
-    def answers_within(self) -> float:
+    def reply_timeout(self) -> float:
         """Seconds one answer may take."""
-        return ELSEWHERE_AFTER
+        return FAILOVER_REPLY_TIMEOUT
 
     def open(self, *, read_timeout: float | None) -> Connection:
         """Return a connection to the owner of the slot. Raises Unresolved, redis-py's errors, ConfigurationError (E33)."""
@@ -244,7 +246,7 @@ class SlotEndpoint:
         try:
             return node.open(read_timeout=read_timeout)
         except Exception:
-            self._cluster.doubt(self._cluster.server_of(node))
+            self._cluster.distrust_map(self._cluster.server_of(node))
             raise
 
     async def aopen(self) -> AsyncConnection:
@@ -256,32 +258,32 @@ class SlotEndpoint:
         try:
             return await node.aopen()
         except Exception:
-            self._cluster.doubt(self._cluster.server_of(node))
+            self._cluster.distrust_map(self._cluster.server_of(node))
             raise
 
     def note_moved(self, reply: str) -> None:
         """Go where MOVED says; any other word (CLUSTERDOWN) means that the map is in doubt."""
-        found = self._redirected(reply)
-        if found is None or found[1] is None:
-            self._cluster.doubt()
+        target = self._redirect_target(reply)
+        if target is None or target[1] is None:
+            self._cluster.distrust_map()
             return
-        server = self._cluster.server_of(found[1])
+        server = self._cluster.server_of(target[1])
         assert server is not None
-        self._cluster.noted(found[0], server)
+        self._cluster.note_owner(target[0], server)
 
     def ask_redirect(self, reply: str) -> Endpoint:
         """Return the node that ASK names."""
-        found = self._redirected(reply)
-        if found is None:
+        target = self._redirect_target(reply)
+        if target is None:
             raise EndpointUnresolved(reply)
-        return found[1]
+        return target[1]
 
-    def _redirected(self, reply: str) -> tuple[int, StandaloneServer] | None:
+    def _redirect_target(self, reply: str) -> tuple[int, StandaloneServer] | None:
         asked = None if self._asked is None else self._cluster.server_of(self._asked)
-        return self._cluster.redirected(reply, asked)
+        return self._cluster.redirect_target(reply, asked)
 
 
-def _server(entry: list[Any], asked: Server) -> Server:
+def _server(entry: list[Any], asked: HostPort) -> HostPort:
     host = entry[0]
     name = host.decode() if isinstance(host, bytes) else str(host or "")
     return (name if name not in {"", "?"} else asked[0]), int(entry[1])

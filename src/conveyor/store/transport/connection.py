@@ -1,7 +1,7 @@
 """
-The blocking runner: one socket, one call in flight, repeated until it is answered or the deadline passes.
+The blocking runner: one socket, one call in flight, repeated until it is answered or its time is over.
 
-One question and its answer on a connection of redis-py, before it is ours to use.
+Below it: what an exception of redis-py means, and single commands on a connection that redis-py has just opened.
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ if TYPE_CHECKING:
 
     from conveyor.store.transport.endpoint import Endpoint
 
-
 T = TypeVar("T")
+ASYNC_QUERY_TIMEOUT = 2.0
+"""Seconds an answer may take on a connection of asyncio, which has no time limit of its own."""
 
 
 class Connection:
@@ -36,17 +37,17 @@ class Connection:
     a quarter of the time of a call. The timeout is the kernel's: Python's own costs a system call each way.
     """
 
-    def __init__(self, place: Endpoint) -> None:
+    def __init__(self, endpoint: Endpoint) -> None:
         """Remember where to connect."""
-        self.place = place
-        self._answers_within = place.answers_within
+        self.endpoint = endpoint
+        self._reply_timeout = endpoint.reply_timeout
         self._raw: RawConnection | None = None
         self._socket: socket.socket | None = None
         self._reader: Any = None
         self._pack: Callable[[Any], bytes]
-        self._waits = 0.0
+        self._socket_timeout = 0.0
 
-    def run(self, call: Call[T], *, patience: float) -> T:
+    def run(self, call: Call[T], *, retry_for: float) -> T:
         """
         Carry out *call* and return its decoded reply.
 
@@ -56,17 +57,17 @@ class Connection:
         try:
             reply = self.execute(*call.command())
         except Exception as error:
-            return self._persist(call, error, patience)
+            return self._retry(call, error, retry_for)
         return call.decode(reply)
 
-    def ask(self, *command: Any, patience: float) -> Any:
+    def run_command(self, *command: Any, retry_for: float) -> Any:
         """Send one plain command, which may be repeated, and return the raw reply; errors as in `run`."""
         try:
             return self.execute(*command)
         except Exception as error:
-            return self._persist(IdempotentCommand(command), error, patience)
+            return self._retry(IdempotentCommand(command), error, retry_for)
 
-    def post(self, call: Call[T]) -> Callable[[float], T]:
+    def start(self, call: Call[T]) -> Callable[[float], T]:
         """Send *call* and return what waits for its reply: called with a patience in seconds, it is the rest of `run`."""
         failed: Exception | None = None
         try:
@@ -74,41 +75,41 @@ class Connection:
         except Exception as error:
             failed = error
 
-        def collect(patience: float) -> T:
+        def collect(retry_for: float) -> T:
             try:
                 if failed is not None:
                     raise failed
                 reply = self._receive(0.0)
             except Exception as error:
-                return self._persist(call, error, patience)
+                return self._retry(call, error, retry_for)
             return call.decode(reply)
 
         return collect
 
-    def _persist(self, call: Call[T] | IdempotentCommand, error: Exception, seconds: float) -> T:
+    def _retry(self, call: Call[T] | IdempotentCommand, error: Exception, seconds: float) -> T:
         """Repeat *call*, which failed with *error*, until it is answered or *seconds* have passed."""
-        command, patience, unsure = call.command, replies.RetryTimer(seconds), False
+        command, timer, unsure = call.command, replies.RetryTimer(seconds), False
         while True:
-            what, text, at = _verdict(error), reply_text(error), self
-            unsure = unsure or not answered(error)
+            what, text, at = _action_for(error), reply_text(error), self
+            unsure = unsure or not is_error_reply(error)
             if what is replies.ErrorAction.LOAD:
                 command = call.load
             elif what is replies.ErrorAction.RAISE:
-                refusal = replies.final(text, str(self.place))
+                fatal = replies.fatal_error(text, str(self.endpoint))
                 if not unsure:
-                    raise refusal from error
-                return self._refuse(call, refusal, seconds)
+                    raise fatal from error
+                return self._confirm_refusal(call, fatal, seconds)
             else:
-                if what in _ELSEWHERE:
+                if what in _RECONNECTING:
                     self.close()
                     if what is replies.ErrorAction.MOVE:
-                        self.place.note_moved(text)
-                wait = patience.pause(text)
+                        self.endpoint.note_moved(text)
+                wait = timer.next_pause(text)
                 if wait is None:
-                    raise replies.unreachable(str(self.place), error) from error
+                    raise replies.unavailable(str(self.endpoint), error) from error
                 time.sleep(wait)
-                if what is replies.ErrorAction.ASIDE:
-                    at = Connection(self.place.ask_redirect(text))
+                if what is replies.ErrorAction.ASK:
+                    at = Connection(self.endpoint.ask_redirect(text))
             try:
                 if at is not self:
                     at.execute("ASKING")
@@ -124,17 +125,17 @@ class Connection:
             except QueueFull as full:
                 if not unsure:
                     raise
-                return self._refuse(call, full, seconds)
+                return self._confirm_refusal(call, full, seconds)
 
-    def _refuse(self, call: Call[T] | IdempotentCommand, refusal: Exception, seconds: float) -> T:
+    def _confirm_refusal(self, call: Call[T] | IdempotentCommand, fatal: Exception, seconds: float) -> T:
         """
-        Raise *refusal* of a call that may have been carried out before.
+        Raise *fatal* of a call that may have been carried out before.
 
         That a push is full is said only when no copy of it, still on its way, can be accepted any more.
         """
-        withdrawal = call.withdrawal() if isinstance(refusal, QueueFull) else None
-        if withdrawal is None or (reply := self.run(withdrawal, patience=seconds)) is None:
-            raise refusal
+        withdrawal = call.withdrawal() if isinstance(fatal, QueueFull) else None
+        if withdrawal is None or (reply := self.run(withdrawal, retry_for=seconds)) is None:
+            raise fatal
         return cast("T", call.decode(reply))
 
     def execute(self, *command: Any, block: float = 0.0) -> Any:
@@ -155,18 +156,18 @@ class Connection:
     def _receive(self, block: float) -> Any:
         connection, reader = self._socket, self._reader
         if connection is None:
-            raise _lost("Connection closed")
-        if self._waits != block + self._answers_within:
-            self._wait_at_most(block + self._answers_within)
+            raise _connection_error("Connection closed")
+        if self._socket_timeout != block + self._reply_timeout:
+            self._set_socket_timeout(block + self._reply_timeout)
         try:
             while (reply := reader.gets()) is False:
                 data = connection.recv(65536)
                 if not data:
-                    raise _lost("Connection closed by server")
+                    raise _connection_error("Connection closed by server")
                 reader.feed(data)
         except (BlockingIOError, ssl.SSLWantReadError) as error:
             self.close()
-            raise _lost("Timeout reading from server") from error
+            raise _connection_error("Timeout reading from server") from error
         except BaseException:
             self.close()
             raise
@@ -178,28 +179,25 @@ class Connection:
         import hiredis
         from redis import ResponseError
 
-        raw = self.place.open(read_timeout=self._answers_within)
+        raw = self.endpoint.open(read_timeout=self._reply_timeout)
         self._raw, self._socket = raw, raw._sock  # noqa: SLF001  the one private name we use; a test holds it
         self._reader = hiredis.Reader(replyError=ResponseError)
         self._pack = hiredis.pack_command
-        self._waits = 0.0
+        self._socket_timeout = 0.0
 
-    def _wait_at_most(self, seconds: float) -> None:
+    def _set_socket_timeout(self, seconds: float) -> None:
         assert self._socket is not None
         whole = struct.pack("ll", int(seconds), int(seconds % 1 * 1e6))
         self._socket.settimeout(None)
         for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
             self._socket.setsockopt(socket.SOL_SOCKET, option, whole)
-        self._waits = seconds
+        self._socket_timeout = seconds
 
     def close(self) -> None:
         """Close the socket; the next call opens another."""
         raw, self._raw, self._socket = self._raw, None, None
         if raw is not None:
             raw.disconnect()
-
-
-_ELSEWHERE = {replies.ErrorAction.RECONNECT, replies.ErrorAction.MOVE}
 
 
 class IdempotentCommand:
@@ -227,10 +225,27 @@ class IdempotentCommand:
         return reply
 
 
-def _lost(why: str) -> Exception:
-    from redis import ConnectionError as TransportError
+_RECONNECTING = {replies.ErrorAction.RECONNECT, replies.ErrorAction.MOVE}
 
-    return TransportError(why)
+
+def _action_for(error: Exception) -> replies.ErrorAction:
+    """Return what to do about an exception of the client library."""
+    from redis import AuthenticationError, RedisError
+
+    if isinstance(error, AuthenticationError):
+        return replies.ErrorAction.RAISE
+    if is_error_reply(error):
+        return replies.action_for(reply_text(error))
+    if isinstance(error, RedisError | OSError):
+        known = replies.action_for(reply_text(error))
+        return replies.ErrorAction.RECONNECT if known is replies.ErrorAction.RAISE else known
+    raise error
+
+
+def reply_text(error: BaseException) -> str:
+    """Return an error reply as the server sent it, with the code in front."""
+    text, code = str(error), _CODES.get(type(error).__name__, "")
+    return text if not code or code in text else f"{code} {text}"
 
 
 # redis-py takes these codes off the text and turns them into classes.
@@ -241,13 +256,7 @@ _CODES = {
 }  # fmt: skip
 
 
-def reply_text(error: BaseException) -> str:
-    """Return an error reply as the server sent it, with the code in front."""
-    text, code = str(error), _CODES.get(type(error).__name__, "")
-    return text if not code or code in text else f"{code} {text}"
-
-
-def answered(error: BaseException) -> bool:
+def is_error_reply(error: BaseException) -> bool:
     """Tell whether the server answered, so that the connection is good."""
     from redis import ConnectionError as TransportError
     from redis import ResponseError
@@ -255,25 +264,7 @@ def answered(error: BaseException) -> bool:
     return isinstance(error, ResponseError) and not isinstance(error, TransportError)
 
 
-def _verdict(error: Exception) -> replies.ErrorAction:
-    """Return what to do about an exception of the client library."""
-    from redis import AuthenticationError, RedisError
-
-    if isinstance(error, AuthenticationError):
-        return replies.ErrorAction.RAISE
-    if answered(error):
-        return replies.remedy(reply_text(error))
-    if isinstance(error, RedisError | OSError):
-        known = replies.remedy(reply_text(error))
-        return replies.ErrorAction.RECONNECT if known is replies.ErrorAction.RAISE else known
-    raise error
-
-
-ANSWER_TIMEOUT = 2.0
-"""Seconds an answer may take on a connection of asyncio, which has no time limit of its own."""
-
-
-def refusal(error: Exception) -> str | None:
+def fatal_reply(error: Exception) -> str | None:
     """Return what a server answered while a connection was opened, if repeating does not mend it; else None."""
     from redis import AuthenticationError
 
@@ -282,14 +273,20 @@ def refusal(error: Exception) -> str | None:
             return f"NOAUTH {one}"
         if (
             isinstance(one, Exception)
-            and answered(one)
-            and replies.remedy(text := reply_text(one)) is replies.ErrorAction.RAISE
+            and is_error_reply(one)
+            and replies.action_for(text := reply_text(one)) is replies.ErrorAction.RAISE
         ):
             return text
     return None
 
 
-def ask(connection: RawConnection, *command: str) -> Any:
+def _connection_error(why: str) -> Exception:
+    from redis import ConnectionError as TransportError
+
+    return TransportError(why)
+
+
+def query(connection: RawConnection, *command: str) -> Any:
     """Return the reply to one command, None when this user may not ask it; on any other error the connection is closed."""
     from redis import exceptions
 
@@ -303,12 +300,12 @@ def ask(connection: RawConnection, *command: str) -> Any:
         raise
 
 
-async def aask(connection: AsyncRawConnection, *command: str) -> Any:
+async def aquery(connection: AsyncRawConnection, *command: str) -> Any:
     """Do the same on a connection of asyncio."""
     from redis import exceptions
 
     try:
-        async with asyncio.timeout(ANSWER_TIMEOUT):
+        async with asyncio.timeout(ASYNC_QUERY_TIMEOUT):
             await connection.send_command(*command)
             return await connection.read_response()
     except exceptions.NoPermissionError:

@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-ANSWER_TIMEOUT = 5.0
+REPLY_TIMEOUT = 5.0
 """Seconds a single server may take for one answer."""
-ELSEWHERE_AFTER = 2.5
+FAILOVER_REPLY_TIMEOUT = 2.5
 """The same where another one may have taken its part: half of a producer's patience, so that the other is still asked."""
 
 
@@ -28,7 +28,7 @@ class Endpoint(Protocol):
     """Something to connect to, again and again; each time it finds out anew where that is. Equal ones may share a connection."""
 
     @property
-    def answers_within(self) -> float:
+    def reply_timeout(self) -> float:
         """Seconds after which a connection that owes an answer is given up: short where another server may take over."""
         ...
 

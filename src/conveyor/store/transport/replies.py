@@ -21,9 +21,9 @@ _CODE = re.compile(
 _FORBIDDEN = re.compile(r"ACL failure in script|user executing the script")  # 7 and 6.2, for a command in a script
 _NO_DATABASE = "DB index is out of range"
 _UNKNOWN = re.compile(r"unknown command .(\w+)", re.IGNORECASE)
-_ON_THE_WAY = "non local key"
+_KEYS_MOVING = "non local key"
 """What a script meets while its slot moves and only some of its keys have arrived."""
-SLOT_MOVES = 30.0
+SLOT_MOVE_TIMEOUT = 30.0
 """Seconds for which a call waits for a slot that is on its way to another node, where it would wait at all."""
 
 
@@ -34,7 +34,7 @@ class ErrorAction(Enum):
     WAIT = "repeat after a pause"
     RECONNECT = "connect again, then repeat"
     MOVE = "find out where the keys are now, connect there, then repeat"
-    ASIDE = "send this one command to the node that takes the slot over"
+    ASK = "send this one command to the node that takes the slot over"
     RAISE = "give up"
 
 
@@ -50,21 +50,21 @@ _ACTIONS = {
     "MISCONF": ErrorAction.WAIT,
     "READONLY": ErrorAction.RECONNECT,
     "MOVED": ErrorAction.MOVE,
-    "ASK": ErrorAction.ASIDE,
+    "ASK": ErrorAction.ASK,
 }
 
 
-def moving(text: str) -> bool:
+def is_slot_moving(text: str) -> bool:
     """Tell whether an error reply means that the keys are on their way to another node."""
-    return "TRYAGAIN" in text or _ON_THE_WAY in text or text.startswith("ASK ")
+    return "TRYAGAIN" in text or _KEYS_MOVING in text or text.startswith("ASK ")
 
 
-def remedy(text: str) -> ErrorAction:
+def action_for(text: str) -> ErrorAction:
     """Return what to do about an error reply."""
-    found = _CODE.search(text)
-    if found is None:
-        return ErrorAction.WAIT if _ON_THE_WAY in text else ErrorAction.RAISE
-    return _ACTIONS.get(found[1] or found[2], ErrorAction.RAISE)
+    match = _CODE.search(text)
+    if match is None:
+        return ErrorAction.WAIT if _KEYS_MOVING in text else ErrorAction.RAISE
+    return _ACTIONS.get(match[1] or match[2], ErrorAction.RAISE)
 
 
 class RetryTimer:
@@ -74,33 +74,32 @@ class RetryTimer:
         """Begin now."""
         self._seconds, self._since, self._attempt = seconds, time.monotonic(), 0
 
-    def pause(self, text: str) -> float | None:
+    def next_pause(self, text: str) -> float | None:
         """Return how long to wait before the next try, None when patience has ended; *text* is why this one failed."""
-        wait, seconds = pause(self._attempt), self._seconds
+        wait, seconds = backoff(self._attempt), self._seconds
         self._attempt += 1
         if seconds is None:
             return wait
-        if seconds >= 1 and moving(text):
+        if seconds >= 1 and is_slot_moving(text):
             # A large slot moves for longer than an outage is borne, and what follows (MOVED, a new connection) is still its move.
-            self._seconds = seconds = max(seconds, SLOT_MOVES)
+            self._seconds = seconds = max(seconds, SLOT_MOVE_TIMEOUT)
         return wait if time.monotonic() - self._since + wait <= seconds else None
 
 
-def final(text: str, address: str) -> ConveyorError:
+def fatal_error(text: str, address: str) -> ConveyorError:
     """Return the error a person sees for a reply that repeating does not mend."""
-    found = _CODE.search(text)
-    code = found[1] if found else "NOPERM" if _FORBIDDEN.search(text) else ""
+    match = _CODE.search(text)
+    code = match[1] if match else "NOPERM" if _FORBIDDEN.search(text) else ""
     if code == "OOM":
         return QueueFull(
-            f"Redis at {address} is at its maxmemory and takes no more. Nothing was enqueued. "
-            "Workers go on draining; give it more memory or try again later."
+            f"Redis at {address} has reached its maxmemory and refuses new data. Nothing was enqueued. "
+            "Workers continue to drain the queues. Give Redis more memory, or try again later."
         )
     if code in {"NOAUTH", "WRONGPASS"}:
-        return ConfigurationError(
-            f"Redis at {address} refuses the login: {text.rstrip('.')}. Correct the user and password in the URL: "
-            "redis://user:password@host:6379/0",
-            code="E17",
-        )
+        advice = "Correct the user and password in the URL: redis://user:password@host:6379/0"
+        if "without any password configured" in text:
+            advice = "The server has no password: remove it from the URL."
+        return ConfigurationError(f"Redis at {address} refuses the login: {text.rstrip('.')}. {advice}", code="E17")
     if code == "NOPERM":
         # Redis 6.2 and 7.0 say which script it was and not which command.
         why = "a script needs a command or a key that is not allowed" if _FORBIDDEN.search(text) else text.rstrip(".")
@@ -109,34 +108,34 @@ def final(text: str, address: str) -> ConveyorError:
         )
     if code == "WRONGTYPE":
         return ConfigurationError(
-            f"A key of Conveyor at {address} holds something else: {text}. Use another namespace."
+            f"A key of Conveyor at {address} holds data of another program: {text}. Use another namespace."
         )
     if _NO_DATABASE in text:
         return ConfigurationError(
             f"Redis at {address} has no database of that number: {text}. There are 16, numbered from 0, unless its "
-            "configuration says otherwise. To keep programs apart, namespace= is enough."
+            "configuration sets another number. To keep programs apart, namespace= is enough."
         )
     unknown = _UNKNOWN.search(text)
     if unknown is not None:
         return ConfigurationError(
-            f"The server at {address} knows no command {unknown[1]}. If it is a sentinel, write "
-            "redis+sentinel://host:26379,host:26379/mymaster; if not, somebody has renamed the command there.",
+            f"The server at {address} does not know the command {unknown[1]}. If it is a sentinel, write "
+            "redis+sentinel://host:26379,host:26379/mymaster. If not, the command was renamed in its configuration.",
             code="E33",
         )
     return ConveyorError(f"Redis at {address} answered: {text}")
 
 
-def unreachable(address: str, cause: object) -> StoreUnavailable:
+def unavailable(address: str, cause: object) -> StoreUnavailable:
     """Return the error for a server that does not answer."""
     reason = str(cause).strip().rstrip(".") or type(cause).__name__
-    if moving(reason):
+    if is_slot_moving(reason):
         return StoreUnavailable(
-            f"The slot of these keys is moving to another node of {address}, and has not arrived yet: {reason}. Try again, or "
-            "see what holds it up: redis-cli --cluster check."
+            f"The slot of these keys is moving to another node of {address} and has not arrived yet: {reason}. Try again, or "
+            "find out what delays it: redis-cli --cluster check."
         )
     if reason.startswith("READONLY"):
         return StoreUnavailable(
-            f"Redis at {address} is a replica and takes no writes: {reason}. Use its primary, which `conveyor doctor` names."
+            f"Redis at {address} is a replica and accepts no writes: {reason}. Use its primary, which `conveyor doctor` names."
         )
     if "CERTIFICATE_VERIFY_FAILED" in reason:
         return StoreUnavailable(
@@ -144,7 +143,7 @@ def unreachable(address: str, cause: object) -> StoreUnavailable:
             "rediss://…?ssl_ca_certs=/path/ca.crt"
         )
     if _CODE.match(reason) or reason.startswith(("ERR ", "Error running")):  # it was reached, and said why not now
-        return StoreUnavailable(f"Redis at {address} does not take it now: {reason}.{_hint(address, reason)}")
+        return StoreUnavailable(f"Redis at {address} cannot do this now: {reason}.{_hint(address, reason)}")
     if "+" in address.partition("://")[0]:  # whoever names several hosts knows what CONVEYOR_URL is
         return StoreUnavailable(f"Cannot reach Redis at {address}: {reason}.{_hint(address, reason)}")
     return StoreUnavailable(
@@ -159,15 +158,21 @@ def _hint(address: str, reason: str) -> str:
     if "NOREPLICAS" in reason:
         return " Bring its replicas back, or lower min-replicas-to-write."
     if address.startswith("rediss") and "No such file" in reason:
-        return " A file that the URL names (ssl_ca_certs, ssl_certfile, ssl_keyfile) is not there."
+        return " A file that the URL names (ssl_ca_certs, ssl_certfile, ssl_keyfile) does not exist."
     if address.startswith("rediss") and re.search("(?i)timeout connecting|WRONG_VERSION|record layer", reason):
-        return " If it speaks no TLS, write redis instead of rediss."
+        return " If the server does not use TLS, write redis instead of rediss."
     if address.startswith("redis:") and re.search("(?i)closed by server|reset by peer", reason):
-        return " If it speaks TLS only, write rediss instead of redis."
+        return " If the server accepts only TLS, write rediss instead of redis."
     return ""
 
 
-def pause(attempt: int, *, cap: float = 2.0) -> float:
+def backoff(attempt: int, *, cap: float = 2.0) -> float:
     """Return how long to wait before repeat number *attempt* (from 0): full jitter, so that a herd spreads out."""
     # The exponent is bounded too: after a quarter of an hour the power itself would be too large for a float.
     return random.uniform(0.005, min(cap, 0.02 * 2 ** min(attempt, 20)))  # noqa: S311  no secret
+
+
+def parse_info(reply: object) -> dict[str, str]:
+    """Return the fields of a reply to INFO; none for anything else, such as None or an error."""
+    text = reply.decode("utf-8", "replace") if isinstance(reply, bytes) else ""
+    return dict(line.split(":", 1) for line in text.splitlines() if ":" in line)

@@ -9,8 +9,8 @@ from urllib.parse import urlsplit
 
 from conveyor.errors import ConfigurationError, ConveyorError
 from conveyor.store.transport import replies
-from conveyor.store.transport.connection import aask, ask, refusal
-from conveyor.store.transport.endpoint import ELSEWHERE_AFTER, Endpoint, EndpointUnresolved, in_thread
+from conveyor.store.transport.connection import aquery, fatal_reply, query
+from conveyor.store.transport.endpoint import FAILOVER_REPLY_TIMEOUT, Endpoint, EndpointUnresolved, in_thread
 from conveyor.store.transport.url import StandaloneServer, check_database, masked, split_hosts
 
 if TYPE_CHECKING:
@@ -22,11 +22,11 @@ if TYPE_CHECKING:
 log = logging.getLogger("conveyor.store")
 CONNECT_TIMEOUT = 2.0
 """Seconds for connecting to a master, so that one that swallows packets does not use a caller's patience up."""
-ANSWER_TIMEOUT = 2.0
+HANDSHAKE_TIMEOUT = 2.0
 """Seconds a server may take to say that it is the master."""
-ASK_TIMEOUT = 0.5
+QUERY_TIMEOUT = 0.5
 """Seconds for connecting to a sentinel, and for its answer: another one may know."""
-Server = tuple[str, int]
+HostPort = tuple[str, int]
 
 
 class Sentinel:
@@ -41,7 +41,7 @@ class Sentinel:
         hosts = split_hosts(url, 26379)
         if not hosts.path or "/" in hosts.path:
             raise ConfigurationError(
-                f"{masked(url)!r} does not say which master the sentinels are to be asked for. Write its name behind the "
+                f"{masked(url)!r} does not name the master that the sentinels watch. Write its name after the "
                 "hosts: redis+sentinel://host:26379,host:26379/mymaster?db=0",
                 code="E32",
             )
@@ -54,18 +54,20 @@ class Sentinel:
         options.pop("password_file", None)
         options |= {"password_file": own["password_file"]} if own["password_file"] else {}
         asking = replace(hosts, user=own["username"], password=own["password"], options=tuple(options.items()))
-        timeout = min(self._timeout, ASK_TIMEOUT)
-        self._sentinels = [StandaloneServer(asking.url(host, port), timeout, ASK_TIMEOUT) for host, port in hosts.hosts]
-        self._master: Server | None = None
-        self.address(hosts.hosts[0]).check()
+        timeout = min(self._timeout, QUERY_TIMEOUT)
+        self._sentinels = [
+            StandaloneServer(asking.url(host, port), timeout, QUERY_TIMEOUT) for host, port in hosts.hosts
+        ]
+        self._master: HostPort | None = None
+        self.server(hosts.hosts[0]).check_options()
 
     def __str__(self) -> str:
         return masked(self.url)
 
     @property
-    def answers_within(self) -> float:
+    def reply_timeout(self) -> float:
         """Seconds one answer may take."""
-        return ELSEWHERE_AFTER
+        return FAILOVER_REPLY_TIMEOUT
 
     def endpoint(self, key: str) -> Endpoint:
         """Return where the commands for *key* go: all go to the master."""
@@ -81,44 +83,44 @@ class Sentinel:
 
     def open(self, *, read_timeout: float | None) -> Connection:
         """Return a connection to the master. Raises Unresolved, redis-py's errors, ConfigurationError (E32)."""
-        election = _MasterLookup(self)
-        for server in election.candidates():
+        lookup = _MasterLookup(self)
+        for server in lookup.candidates():
             try:
-                connection = self.address(server).open(read_timeout=read_timeout)
-                role = election.role(ask(connection, "ROLE"))
-            except election.passing as error:
-                election.note(server, error)
+                connection = self.server(server).open(read_timeout=read_timeout)
+                role = lookup.role(query(connection, "ROLE"))
+            except lookup.transient as error:
+                lookup.reject(server, error)
                 continue
             if role == "master":
-                election.won(server)
+                lookup.accept(server)
                 return connection
-            election.note(server, f"is a {role}")
+            lookup.reject(server, f"is a {role}")
             connection.disconnect()
-        raise election.unresolved()
+        raise lookup.error()
 
     async def aopen(self) -> AsyncConnection:
         """Return a connection of asyncio to the master."""
-        election = _MasterLookup(self)
-        candidates = election.candidates()
+        lookup = _MasterLookup(self)
+        candidates = lookup.candidates()
         while (server := await in_thread(lambda: next(candidates, None))) is not None:
             try:
-                connection = await self.address(server).aopen()
-                role = election.role(await aask(connection, "ROLE"))
-            except election.passing as error:
-                election.note(server, error)
+                connection = await self.server(server).aopen()
+                role = lookup.role(await aquery(connection, "ROLE"))
+            except lookup.transient as error:
+                lookup.reject(server, error)
                 continue
             if role == "master":
-                election.won(server)
+                lookup.accept(server)
                 return connection
-            election.note(server, f"is a {role}")
+            lookup.reject(server, f"is a {role}")
             await connection.disconnect(nowait=True)
-        raise election.unresolved()
+        raise lookup.error()
 
-    def address(self, server: Server) -> StandaloneServer:
+    def server(self, server: HostPort) -> StandaloneServer:
         """Return the address of a server with our credentials."""
-        return StandaloneServer(self._server.url(*server, database=self._database), self._timeout, ANSWER_TIMEOUT)
+        return StandaloneServer(self._server.url(*server, database=self._database), self._timeout, HANDSHAKE_TIMEOUT)
 
-    def preferred(self) -> list[StandaloneServer]:
+    def sentinels(self) -> list[StandaloneServer]:
         """Return the sentinels, the one that answered last first."""
         return list(self._sentinels)
 
@@ -126,10 +128,10 @@ class Sentinel:
         """Ask this one first from now on."""
         self._sentinels = [sentinel, *(one for one in self._sentinels if one != sentinel)]
 
-    def changed(self, server: Server) -> None:
+    def note_master(self, server: HostPort) -> None:
         """Say in the log when the master is another one than before."""
         if self._master is not None and self._master != server:
-            log.warning("The master %s is now at %s:%d", self.name, *server)
+            log.warning("master %s: now at %s:%d", self.name, *server)
         self._master = server
 
 
@@ -141,42 +143,42 @@ class _MasterLookup:
 
         self._sentinel = sentinel
         self._reasons: list[str] = []
-        self._ignorant: list[StandaloneServer] = []
+        self._without_master: list[StandaloneServer] = []
         self._named: StandaloneServer | None = None
-        self.passing: tuple[type[Exception], ...] = (RedisError, OSError)
+        self.transient: tuple[type[Exception], ...] = (RedisError, OSError)
         self._refused: ConveyorError | None = None
 
-    def candidates(self) -> Iterator[Server]:
+    def candidates(self) -> Iterator[HostPort]:
         """Ask the sentinels in turn; yield each server that one names and none named before."""
-        seen: set[Server] = set()
-        for address in self._sentinel.preferred():
+        seen: set[HostPort] = set()
+        for address in self._sentinel.sentinels():
             try:
                 server = self._ask(address)
-            except self.passing as error:
-                self._reasons.append(f"{_short(address)}: {error}")
-                if (text := refusal(error)) is not None:
+            except self.transient as error:
+                self._reasons.append(f"{_host_of(address)}: {error}")
+                if (text := fatal_reply(error)) is not None:
                     self._refused = self._refused or _no_sentinel(address, text)
                 continue
             if server is None:
-                self._ignorant.append(address)
+                self._without_master.append(address)
             elif server not in seen:
                 seen.add(server)
                 self._named = address
                 yield server
 
-    def _ask(self, address: StandaloneServer) -> Server | None:
-        connection = address.open(read_timeout=ASK_TIMEOUT)
+    def _ask(self, address: StandaloneServer) -> HostPort | None:
+        connection = address.open(read_timeout=QUERY_TIMEOUT)
         try:
-            reply = ask(connection, "SENTINEL", "GET-MASTER-ADDR-BY-NAME", self._sentinel.name)
+            reply = query(connection, "SENTINEL", "GET-MASTER-ADDR-BY-NAME", self._sentinel.name)
         finally:
             connection.disconnect()
         return None if reply is None else (reply[0].decode(), int(reply[1]))
 
-    def note(self, server: Server, why: Exception | str) -> None:
+    def reject(self, server: HostPort, why: Exception | str) -> None:
         """Remember why a server would not do."""
-        self._reasons.append(f"{server[0]}:{server[1]}, named by {_short(self._named)}: {why}")
-        if isinstance(why, Exception) and (text := refusal(why)) is not None:
-            self._refused = replies.final(text, str(self._sentinel.address(server)))
+        self._reasons.append(f"{server[0]}:{server[1]}, named by {_host_of(self._named)}: {why}")
+        if isinstance(why, Exception) and (text := fatal_reply(why)) is not None:
+            self._refused = replies.fatal_error(text, str(self._sentinel.server(server)))
 
     @staticmethod
     def role(reply: Any) -> str:
@@ -186,35 +188,34 @@ class _MasterLookup:
         )  # ROLE is not permitted: believe the sentinel
         return "replica" if word == b"slave" else str(word.decode())
 
-    def won(self, server: Server) -> None:
+    def accept(self, server: HostPort) -> None:
         """A server agreed that it is the master."""
         if self._named is not None:
             self._sentinel.prefer(self._named)
-        self._sentinel.changed(server)
+        self._sentinel.note_master(server)
 
-    def unresolved(self) -> Exception:
+    def error(self) -> Exception:
         """Return the error when nobody agreed; what one of them refused for good says more than that another is away."""
         if self._refused is not None:
             return self._refused
-        if self._ignorant and self._named is None and not self._reasons:
+        if self._without_master and self._named is None and not self._reasons:
             return ConfigurationError(
-                f"The sentinels know no master {self._sentinel.name!r}. {self._known(self._ignorant[0])}", code="E32"
+                f"The sentinels know no master {self._sentinel.name!r}. {self._known(self._without_master[0])}",
+                code="E32",
             )
         if self._named is None:
-            reasons = self._reasons + [f"{_short(one)} knows no such master" for one in self._ignorant]
-            return EndpointUnresolved(
-                f"no sentinel says who is the master {self._sentinel.name!r} ({'; '.join(reasons)})"
-            )
-        return EndpointUnresolved(f"the master {self._sentinel.name!r} is not to be found ({'; '.join(self._reasons)})")
+            reasons = self._reasons + [f"{_host_of(one)} knows no such master" for one in self._without_master]
+            return EndpointUnresolved(f"no sentinel knows the master {self._sentinel.name!r} ({'; '.join(reasons)})")
+        return EndpointUnresolved(f"the master {self._sentinel.name!r} cannot be reached ({'; '.join(self._reasons)})")
 
     def _known(self, address: StandaloneServer) -> str:
         try:
-            connection = address.open(read_timeout=ASK_TIMEOUT)
+            connection = address.open(read_timeout=QUERY_TIMEOUT)
             try:
-                masters = ask(connection, "SENTINEL", "MASTERS")
+                masters = query(connection, "SENTINEL", "MASTERS")
             finally:
                 connection.disconnect()
-        except self.passing:
+        except self.transient:
             return ""
         names = sorted(one[1].decode() for one in masters or [])
         return f"They know: {', '.join(names)}." if names else "They know none."
@@ -223,14 +224,14 @@ class _MasterLookup:
 def _no_sentinel(address: StandaloneServer, text: str) -> ConveyorError:
     """Return the error for what is asked as a sentinel and refuses."""
     if "unknown command" not in text:
-        return replies.final(text, str(address))
+        return replies.fatal_error(text, str(address))
     scheme = urlsplit(address.url).scheme
     return ConfigurationError(
-        f"The server at {address.host} is no sentinel. Name the sentinels, which listen at port 26379 by default; or, if there "
+        f"The server at {address.host} is no sentinel. Name the sentinels; their default port is 26379. If there "
         f"are none, write {scheme}://{address.host}, or {scheme}+cluster://{address.host} for a cluster.",
         code="E33",
     )
 
 
-def _short(address: StandaloneServer | None) -> str:
+def _host_of(address: StandaloneServer | None) -> str:
     return "nobody" if address is None else address.host

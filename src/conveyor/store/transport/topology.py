@@ -8,7 +8,7 @@ from urllib.parse import parse_qs
 
 from conveyor.errors import ConfigurationError
 from conveyor.store.transport.endpoint import Topology
-from conveyor.store.transport.url import StandaloneServer, masked, taken_apart
+from conveyor.store.transport.url import StandaloneServer, masked, split_url
 
 log = logging.getLogger("conveyor.store")
 SCHEMES = (
@@ -16,16 +16,16 @@ SCHEMES = (
 )  # fmt: skip
 
 
-def locate(url: str, connect_timeout: float | None = None) -> Topology:
+def topology_of(url: str, connect_timeout: float | None = None) -> Topology:
     """Return what *url* names; connects to nothing. Raises ConfigurationError."""
-    parts = taken_apart(url)
+    parts = split_url(url)
     whole = parts.scheme
     if whole.startswith("rediss") and parse_qs(parts.query).get("ssl_cert_reqs") == ["none"]:
-        log.warning("%s: with ssl_cert_reqs=none anybody between can pretend to be this server.", masked(url))
+        log.warning("%s: ssl_cert_reqs=none lets anyone on the network path pretend to be this server.", masked(url))
     timeout = () if connect_timeout is None else (connect_timeout,)
     topology = whole.partition("+")[2]
     if whole not in SCHEMES:
-        _refuse(url, whole, topology)
+        _refuse_scheme(url, whole, topology)
     if topology == "sentinel":
         from conveyor.store.transport.sentinel import Sentinel
 
@@ -43,16 +43,16 @@ def embedded_directory(url: str) -> str:
 
     Raises ConfigurationError for a host, which would be made a directory, with the password in its name.
     """
-    place = url.removeprefix("embedded:")
-    if place.startswith("//") and not place.startswith("///") and place != "//":
+    directory = url.removeprefix("embedded:")
+    if directory.startswith("//") and not directory.startswith("///") and directory != "//":
         raise ConfigurationError(
             f"{masked(url)!r}: an embedded server has a directory, no host and no password. Write embedded:///path/of/it, or "
             "embedded: for the one of this project."
         )
-    return place.removeprefix("//")
+    return directory.removeprefix("//")
 
 
-def _refuse(url: str, scheme: str, topology: str) -> None:
+def _refuse_scheme(url: str, scheme: str, topology: str) -> None:
     """Raise the error for a URL whose first word is none of ours, with the one that was probably meant."""
     near = difflib.get_close_matches(scheme.replace("valkey", "redis"), (*SCHEMES, "embedded"), 1, cutoff=0.7)
     guess = f" Did you mean {near[0]}://?" if near else ""

@@ -1,9 +1,8 @@
 """
-Where Redis is: a URL, checked, redacted, and turned into the parameters of a connection.
+URLs of Redis: checked, redacted, and turned into the parameters of connections.
 
-A URL that names several hosts, taken apart.
-
-A password that lies in a file and is read anew for each connection, so that it can be changed while programs run.
+`StandaloneServer` is one server by its URL, with the password in the URL or in a file. `HostList` holds the parts of a URL
+that names several hosts, as those of Sentinel and Cluster do.
 """
 
 from __future__ import annotations
@@ -17,18 +16,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import SplitResult, parse_qsl, quote, unquote, urlencode, urlsplit
 
-from redis.credentials import CredentialProvider
-
 from conveyor.errors import ConfigurationError
 from conveyor.store.fork_safety import lazy_property
-from conveyor.store.transport.endpoint import ANSWER_TIMEOUT
+from conveyor.store.transport.endpoint import REPLY_TIMEOUT
 
 if TYPE_CHECKING:
     from redis import Connection
     from redis.asyncio import Connection as AsyncConnection
 
     from conveyor.store.transport.endpoint import Endpoint
-
 
 # To the last "@" of the word: a password that was not quoted may hold "/", ":" and "@" itself.
 _SECRET = re.compile(r"(?<=://)([^/:@\s]*):\S*@")
@@ -45,6 +41,11 @@ _ALIVE = {
 }
 
 
+def configured_url(argument: str | None) -> str | None:
+    """Return the URL by the order of settings: argument, ``CONVEYOR_URL``, else None (the embedded server)."""
+    return argument or os.environ.get("CONVEYOR_URL") or None
+
+
 def redact(text: str) -> str:
     """Return *text* with the passwords of all URLs in it masked."""
     return _SECRET_OPTION.sub(r"\1***", _SECRET.sub(r"\1:***@", text))
@@ -55,7 +56,7 @@ def masked(url: str) -> str:
     return _LOGIN.sub(r"\1:***@", _LOGIN_OPTION.sub(r"\1***", url))
 
 
-def taken_apart(url: str) -> SplitResult:
+def split_url(url: str) -> SplitResult:
     """Return the parts of *url*. Raises ConfigurationError, also for a password that would be read as host or path."""
     try:
         url.encode()  # half a character could not be quoted
@@ -68,8 +69,8 @@ def taken_apart(url: str) -> SplitResult:
         if not lost or "@" in parts.netloc:
             return parts
     raise ConfigurationError(
-        f"{masked(url)!r} is not a URL of Redis. When its user or password holds one of / ? # @ [ ] or a blank, write it "
-        "quoted:  python -c \"import urllib.parse as u; print(u.quote(input(), safe=''))\""
+        f"{masked(url)!r} is not a URL of Redis. If its user or password contains / ? # @ [ ] or a space, quote "
+        "it:  python -c \"import urllib.parse as u; print(u.quote(input(), safe=''))\""
     )
 
 
@@ -85,7 +86,7 @@ class StandaloneServer:
 
     url: str
     connect_timeout: float = _CONNECT_TIMEOUT
-    answer_timeout: float = ANSWER_TIMEOUT
+    handshake_timeout: float = REPLY_TIMEOUT
     """Seconds for the first exchange on a new connection (AUTH, SELECT): a frozen server is still connected to."""
 
     def __post_init__(self) -> None:
@@ -116,7 +117,7 @@ class StandaloneServer:
 
     @lazy_property
     def _parts(self) -> SplitResult:
-        return taken_apart(self.url)
+        return split_url(self.url)
 
     @lazy_property
     def _parameters(self) -> dict[str, Any]:
@@ -127,25 +128,23 @@ class StandaloneServer:
         except ValueError as error:
             raise ConfigurationError(f"{self} is not a Redis URL: {redact(str(error))}") from None
         parameters.pop("connection_class", None)
-        self._take_password_file(parameters)
+        self._use_password_file(parameters)
         # RESP2 is enough and every supported server speaks it; retries are ours, since only we know what may be repeated.
         local = self._parts.scheme == "unix"
         alive = {} if local else {"socket_keepalive": True, "socket_keepalive_options": _ALIVE}
         parameters = {"socket_connect_timeout": self.connect_timeout, **alive, **parameters, "protocol": 2}
-        self._try(parameters)
+        self._check_parameters(parameters)
         return parameters
 
-    def _take_password_file(self, parameters: dict[str, Any]) -> None:
+    def _use_password_file(self, parameters: dict[str, Any]) -> None:
         path = parameters.pop("password_file", None)
         if path is None:
             return
-        from conveyor.store.transport.url import PasswordFile
-
         if parameters.pop("password", None):
             raise ConfigurationError(f"{self} has both a password and a password_file. Leave one out.")
         parameters["credential_provider"] = PasswordFile(path, parameters.pop("username", None))
 
-    def _try(self, parameters: dict[str, Any]) -> None:
+    def _check_parameters(self, parameters: dict[str, Any]) -> None:
         """Raise ConfigurationError when redis-py does not take them: better now than when the first call is made."""
         from redis import Connection, RedisError, SSLConnection, UnixDomainSocketConnection
 
@@ -153,12 +152,12 @@ class StandaloneServer:
         try:
             kind[self._parts.scheme](**parameters)
         except (TypeError, ValueError, RedisError) as error:
-            found = re.search(r"unexpected keyword argument ('\w+')", str(error))
-            why = f"{found[1]} is not one of its options" if found else redact(str(error))
+            unknown = re.search(r"unexpected keyword argument ('\w+')", str(error))
+            why = f"{unknown[1]} is not one of its options" if unknown else redact(str(error))
             raise ConfigurationError(  # without the value, which may be a secret
-                f"{self._parts.scheme}://{self.host}: {why}. Behind ? stand options of redis-py's connections, such as "
-                "ssl_ca_certs, and password_file; for Sentinel also sentinel_username, sentinel_password and "
-                "sentinel_password_file."
+                f"{self._parts.scheme}://{self.host}: {why}. The options after ? are those of redis-py's "
+                "connections, such as ssl_ca_certs, and password_file; for Sentinel also sentinel_username, "
+                "sentinel_password and sentinel_password_file."
             ) from None
 
     def endpoint(self, key: str) -> Endpoint:
@@ -171,16 +170,16 @@ class StandaloneServer:
         return True
 
     @property
-    def answers_within(self) -> float:
+    def reply_timeout(self) -> float:
         """Seconds one answer may take."""
-        return self.answer_timeout
+        return self.handshake_timeout
 
     @property
     def host(self) -> str:
         """Host and port, as a URL has them."""
         return self._parts.netloc.rpartition("@")[2] or "host:6379"
 
-    def check(self) -> None:
+    def check_options(self) -> None:
         """Raise ConfigurationError when the options of the URL mean nothing."""
         assert self._parameters is not None
 
@@ -199,9 +198,9 @@ class StandaloneServer:
 
     def open(self, *, read_timeout: float | None) -> Connection:
         """Return a connected blocking connection."""
-        connection = self.connection(read_timeout=self.answer_timeout)
+        connection = self.new_connection(read_timeout=self.handshake_timeout)
         connection.connect()
-        if read_timeout != self.answer_timeout:
+        if read_timeout != self.handshake_timeout:
             assert connection._sock is not None  # noqa: SLF001
             connection._sock.settimeout(read_timeout)  # noqa: SLF001
             connection._parser._socket_timeout = read_timeout  # noqa: SLF001
@@ -209,9 +208,9 @@ class StandaloneServer:
 
     async def aopen(self) -> AsyncConnection:
         """Return a connected connection of asyncio."""
-        connection = self.async_connection()
+        connection = self.new_async_connection()
         try:
-            async with asyncio.timeout(self.connect_timeout + self.answer_timeout):
+            async with asyncio.timeout(self.connect_timeout + self.handshake_timeout):
                 await connection.connect()
         except TimeoutError as error:
             await connection.disconnect(nowait=True)
@@ -221,7 +220,7 @@ class StandaloneServer:
             raise
         return connection
 
-    def connection(self, *, read_timeout: float | None) -> Connection:
+    def new_connection(self, *, read_timeout: float | None) -> Connection:
         """Return an unopened blocking connection."""
         from redis import Connection, SSLConnection, UnixDomainSocketConnection
         from redis.backoff import NoBackoff
@@ -231,7 +230,7 @@ class StandaloneServer:
         parameters = {**self._parameters, "socket_timeout": read_timeout, "retry": Retry(NoBackoff(), 0)}
         return cast("Connection", kind[self._parts.scheme](**parameters))
 
-    def async_connection(self) -> AsyncConnection:
+    def new_async_connection(self) -> AsyncConnection:
         """Return an unopened connection of asyncio."""
         from redis import backoff
         from redis.asyncio.connection import Connection, SSLConnection, UnixDomainSocketConnection
@@ -242,9 +241,32 @@ class StandaloneServer:
         return cast("AsyncConnection", kind[self._parts.scheme](**parameters))
 
 
-def configured_url(argument: str | None) -> str | None:
-    """Return the URL by the order of settings: argument, ``CONVEYOR_URL``, else None (the embedded server)."""
-    return argument or os.environ.get("CONVEYOR_URL") or None
+class PasswordFile:  # a CredentialProvider of redis-py, which is not imported before the first connection
+    """The user of a URL with the password of a file; a line's end behind it does not count."""
+
+    def __init__(self, path: str, user: str | None) -> None:
+        """Take the file and the user, None for the default one. Raises ConfigurationError when nothing can be read there now."""
+        self._path, self._user = Path(path), user
+        try:
+            self.get_credentials()
+        except (OSError, ValueError) as error:
+            why = error.strerror if isinstance(error, OSError) else "it is not text"
+            raise ConfigurationError(
+                f"The password of Redis cannot be read from {path!r}: {why}. password_file= must be the path of a file "
+                "that contains only the password.",
+                code="E17",
+            ) from None
+
+    def get_credentials(self) -> tuple[str] | tuple[str, str]:
+        """Read the file; what goes wrong later is an OSError, and repeated as if the server were away."""
+        password = self._path.read_text("utf-8").rstrip("\r\n")
+        if not password:
+            raise OSError(0, "it is empty")  # as one that is not there: somebody is writing it
+        return (password,) if self._user is None else (self._user, password)
+
+    async def get_credentials_async(self) -> tuple[str] | tuple[str, str]:
+        """Read the file; secrets are small and lie in memory."""
+        return self.get_credentials()
 
 
 @dataclass(frozen=True)
@@ -269,7 +291,7 @@ class HostList:
 
 def split_hosts(url: str, default_port: int) -> HostList:
     """Take a URL of several hosts apart. Raises ConfigurationError."""
-    parts = taken_apart(url)
+    parts = split_url(url)
     login, _, names = parts.netloc.rpartition("@")
     user, _, password = login.partition(":")
     hosts = tuple(_host(url, name, default_port) for name in names.split(",") if name)
@@ -287,31 +309,3 @@ def _host(url: str, name: str, default_port: int) -> tuple[str, int]:
     if not port.isdecimal() or not 0 < int(port) < 65536 or not host or len(host.split()) > 1:
         raise ConfigurationError(f"{masked(url)!r}: {masked(name)!r} is not a host with a port.")
     return host.strip("[]"), int(port)
-
-
-class PasswordFile(CredentialProvider):
-    """The user of a URL with the password of a file; a line's end behind it does not count."""
-
-    def __init__(self, path: str, user: str | None) -> None:
-        """Take the file and the user, None for the default one. Raises ConfigurationError when nothing can be read there now."""
-        self._path, self._user = Path(path), user
-        try:
-            self.get_credentials()
-        except (OSError, ValueError) as error:
-            why = error.strerror if isinstance(error, OSError) else "it is not text"
-            raise ConfigurationError(
-                f"The password of Redis cannot be read from {path!r}: {why}. Behind password_file= stands the path of a "
-                "file that holds the password and nothing else.",
-                code="E17",
-            ) from None
-
-    def get_credentials(self) -> tuple[str] | tuple[str, str]:
-        """Read the file; what goes wrong later is an OSError, and repeated as if the server were away."""
-        password = self._path.read_text("utf-8").rstrip("\r\n")
-        if not password:
-            raise OSError(0, "it is empty")  # as one that is not there: somebody is writing it
-        return (password,) if self._user is None else (self._user, password)
-
-    async def get_credentials_async(self) -> tuple[str] | tuple[str, str]:
-        """Read the file; secrets are small and lie in memory."""
-        return self.get_credentials()

@@ -22,20 +22,20 @@ log = logging.getLogger("conveyor.store")
 class WakeupWaiter:
     """A blocking connection that waits. One thread waits; any may close it."""
 
-    def __init__(self, place: Endpoint) -> None:
+    def __init__(self, endpoint: Endpoint) -> None:
         """Remember where to connect."""
-        self._connection = Connection(place)
+        self._connection = Connection(endpoint)
         self._failures = 0
 
     def wait(self, key: str, seconds: float) -> bool:
         """Wait for a token at *key* and take it; False when none came, or the connection broke (after a pause)."""
         return self._block(("BLPOP", key, _timeout(seconds)), seconds) is not None
 
-    def first(self, keys: Sequence[str], seconds: float) -> str | None:
+    def wait_any(self, keys: Sequence[str], seconds: float) -> str | None:
         """Wait for a token at any of *keys*, take it, and return which; None as in `wait`."""
         return _which(self._block(("BLPOP", *keys, _timeout(seconds)), seconds))
 
-    def move(self, source: str, target: str, seconds: float) -> bool:
+    def wait_and_move(self, source: str, target: str, seconds: float) -> bool:
         """Wait for an entry of *source* and move it to the tail of *target*; False as in `wait`. Raises QueueFull."""
         return self._block(("BLMOVE", source, target, "LEFT", "RIGHT", _timeout(seconds)), seconds) is not None
 
@@ -50,13 +50,13 @@ class WakeupWaiter:
             reply = self._connection.execute(*command, block=max(seconds, 0.001))
         except (RedisError, OSError, ValueError, AttributeError) as error:
             # The last two are what a read meets whose connection another thread has closed.
-            what = replies.remedy(str(error)) if isinstance(error, ResponseError) else replies.ErrorAction.RECONNECT
+            what = replies.action_for(str(error)) if isinstance(error, ResponseError) else replies.ErrorAction.RECONNECT
             if what is replies.ErrorAction.RAISE:
-                raise replies.final(str(error), str(self._connection.place)) from error
+                raise replies.fatal_error(str(error), str(self._connection.endpoint)) from error
             self._connection.close()
             if what is replies.ErrorAction.MOVE:
-                self._connection.place.note_moved(str(error))
-            time.sleep(min(replies.pause(self._failures), max(seconds, 0.001)))
+                self._connection.endpoint.note_moved(str(error))
+            time.sleep(min(replies.backoff(self._failures), max(seconds, 0.001)))
             self._failures += 1
             return None
         self._failures = 0
@@ -66,51 +66,51 @@ class WakeupWaiter:
 class AsyncWakeupWaiter:
     """The same on asyncio, with a wire of its own."""
 
-    def __init__(self, place: Endpoint) -> None:
+    def __init__(self, endpoint: Endpoint) -> None:
         """Remember where to connect."""
-        self._wire = AsyncConnection(place)
+        self._connection = AsyncConnection(endpoint)
         self._failures = 0
 
     async def wait(self, key: str, seconds: float) -> bool:
         """Wait for a token at *key* and take it; False when none came, or the connection broke (after a pause)."""
         return await self._block(("BLPOP", key, _timeout(seconds)), seconds) is not None
 
-    async def first(self, keys: Sequence[str], seconds: float) -> str | None:
+    async def wait_any(self, keys: Sequence[str], seconds: float) -> str | None:
         """Wait for a token at any of *keys*, take it, and return which; None as in `wait`."""
         return _which(await self._block(("BLPOP", *keys, _timeout(seconds)), seconds))
 
-    async def move(self, source: str, target: str, seconds: float) -> bool:
+    async def wait_and_move(self, source: str, target: str, seconds: float) -> bool:
         """Wait for an entry of *source* and move it to the tail of *target*; False as in `wait`. Raises QueueFull."""
         return await self._block(("BLMOVE", source, target, "LEFT", "RIGHT", _timeout(seconds)), seconds) is not None
 
     def close(self) -> None:
         """Close the connection."""
-        self._wire.close()
+        self._connection.close()
 
     async def _block(self, command: tuple[str, ...], seconds: float) -> Any:
         try:
-            reply = await self._wire.execute(*command, block=max(seconds, 0.001))
+            reply = await self._connection.execute(*command, block=max(seconds, 0.001))
         except OSError:
             reply = None
         else:
             if not isinstance(reply, Exception):
                 self._failures = 0
                 return reply
-            if self._wire.handle_error_reply(reply) is replies.ErrorAction.RAISE:
-                raise replies.final(str(reply), str(self._wire.place))
-        await asyncio.sleep(min(replies.pause(self._failures), max(seconds, 0.001)))
+            if self._connection.handle_error_reply(reply) is replies.ErrorAction.RAISE:
+                raise replies.fatal_error(str(reply), str(self._connection.endpoint))
+        await asyncio.sleep(min(replies.backoff(self._failures), max(seconds, 0.001)))
         self._failures += 1
         return None
 
 
-def wake(wire: AsyncConnection, key: str) -> None:
+def wake(connection: AsyncConnection, key: str) -> None:
     """Put a token into *key* for whoever blocks on it; it goes away by itself if nobody does."""
     # With its text: nobody would send it after a NOSCRIPT. As two commands a cut between them left the token for ever.
-    wire.send(operations.wake(key).load(), _ignore)
+    connection.send(operations.wake(key).load(), _ignore)
 
 
 def _ignore(reply: Any) -> None:
-    if isinstance(reply, Exception) and replies.remedy(str(reply)) is replies.ErrorAction.RAISE:
+    if isinstance(reply, Exception) and replies.action_for(str(reply)) is replies.ErrorAction.RAISE:
         log.debug("ignored: %s", reply)
 
 

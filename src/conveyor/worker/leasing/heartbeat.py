@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("conveyor.worker")
 CHECK_EVERY = 0.5
-PATIENCE = 1.0
+RETRY_FOR = 1.0
 """Seconds without a pass of the event loop after which it counts as blocked."""
 MAX_STALL = 300.0
 """Seconds a job may block the event loop before other workers get the jobs of this one."""
@@ -72,10 +72,10 @@ class Watchdog:
         reported, checked_at = 0.0, monotonic()
         while not self._stop.wait(CHECK_EVERY if self._on_blocked is None else CHECK_EVERY / 2):
             tick, now = self._ticked_at, monotonic()
-            blocked, late, checked_at = now - tick, now - checked_at > PATIENCE, now
+            blocked, late, checked_at = now - tick, now - checked_at > RETRY_FOR, now
             if late and self._current_job() is None:
                 continue  # the whole process stood still, and no job is to blame for it
-            if blocked < (PATIENCE if self._on_blocked is None else CHECK_EVERY / 2) or tick == reported:
+            if blocked < (RETRY_FOR if self._on_blocked is None else CHECK_EVERY / 2) or tick == reported:
                 continue
             reported = tick
             task, job_id = self._current_job() or ("something", "-")
@@ -131,7 +131,7 @@ class Heartbeat:
                 continue
             for keys, identity, lease_ms in self._leases():
                 try:
-                    self._connection(keys).run(operations.heartbeat(keys, identity, lease_ms), patience=shortest / 4)
+                    self._connection(keys).run(operations.heartbeat(keys, identity, lease_ms), retry_for=shortest / 4)
                 except ConveyorError as error:
                     log.warning("queue %s: the lease could not be renewed: %s", keys.queue, error)
         for connection in self._connections.values():

@@ -54,7 +54,7 @@ class ListIntake:
 
     def _moved(self, reply: Any) -> None:
         if isinstance(reply, Exception) and not isinstance(reply, OSError):
-            if replies.remedy(str(reply)) is replies.ErrorAction.LOAD:
+            if replies.action_for(str(reply)) is replies.ErrorAction.LOAD:
                 self.loading = True
                 asyncio.get_running_loop().create_task(self._load())
             else:
@@ -63,7 +63,7 @@ class ListIntake:
     async def _load(self) -> None:
         call = operations.list_intake(self._keys, 1, new_id()[:18], self._name)
         try:
-            await self._connection.run(call, patience=30.0)
+            await self._connection.run(call, retry_for=30.0)
         except ConveyorError as error:
             log.warning("list %s: entries could not be taken: %s", self._keys.foreign, error)
         self.loading = False
@@ -71,7 +71,7 @@ class ListIntake:
 
     def start(self) -> None:
         """Wait for entries while the worker lives."""
-        self._blocking = AsyncConnection(self._connection.place)
+        self._blocking = AsyncConnection(self._connection.endpoint)
         self._task = asyncio.get_running_loop().create_task(self._wait(self._blocking))
 
     async def _wait(self, connection: AsyncConnection) -> None:
@@ -87,7 +87,7 @@ class ListIntake:
                     connection.handle_error_reply(reply)
             except (OSError, ConveyorError) as error:
                 log.debug("list %s: waiting for entries was refused: %s", keys.foreign, error)
-                await asyncio.sleep(replies.pause(attempt))
+                await asyncio.sleep(replies.backoff(attempt))
                 attempt += 1
                 continue
             attempt = 0

@@ -68,12 +68,12 @@ async def partition_keys(app: AppCore, queue: str) -> list[QueueKeys]:
 async def register(app: AppCore, connection: AsyncConnection, queue: str, call: Call[int]) -> int:
     """Carry out a registration and return the server's time in ms. After Redis was emptied, agree anew on the partitions."""
     try:
-        return await connection.run(call, patience=None)
+        return await connection.run(call, retry_for=None)
     except PartitionCountMismatch:
         if (partitions := app.partitioned.get(ids.logical(queue))) is None:
             raise
         await partitions.aclaim()
-        return await connection.run(call, patience=None)
+        return await connection.run(call, retry_for=None)
 
 
 class Registrable(Protocol):
@@ -123,7 +123,7 @@ async def differences(holder: LeaseHolder) -> tuple[list[str], list[str]]:
     Both are empty when Redis refuses to tell.
     """
     try:
-        listed = await holder.connection.run(operations.held_ids(holder.keys, holder.identity), patience=None)
+        listed = await holder.connection.run(operations.held_ids(holder.keys, holder.identity), retry_for=None)
     except ConveyorError as error:
         log.warning("queue %s: leases could not be compared: %s", holder.keys.queue, error)
         return [], []
@@ -157,7 +157,7 @@ class Reaper:
 
     async def _reap(self, worker: str, end: int) -> None:
         try:
-            count = await self._connection.run(operations.reap(self._keys, worker, end=end), patience=5.0)
+            count = await self._connection.run(operations.reap(self._keys, worker, end=end), retry_for=5.0)
         except ConveyorError as error:
             log.warning("queue %s: the jobs of a dead worker could not be returned: %s", self._keys.queue, error)
             return

@@ -128,7 +128,7 @@ class QueueConsumer:
         await self._delivery.finish(2.0)
         self.has_left = True
         try:
-            await self.connection.run(operations.reap(self.keys, self.identity, crashed=False), patience=2.0)
+            await self.connection.run(operations.reap(self.keys, self.identity, crashed=False), retry_for=2.0)
         except ConveyorError as error:
             log.warning("queue %s: this worker could not leave: %s", self.queue, error)
 
@@ -262,7 +262,7 @@ class QueueConsumer:
     async def _recover(self, call: Call[TurnReply], report: TurnReport) -> None:
         """Repeat a turn whose reply was lost until it is answered; its number keeps it from being done twice."""
         try:
-            turn = await self.connection.run(call, patience=None)
+            turn = await self.connection.run(call, retry_for=None)
         except (WorkerUnregistered, StaleTurn) as error:
             await self._start_over(report, error)
             return
@@ -356,7 +356,7 @@ class QueueConsumer:
         for id_ in turn.lost:
             self._on_refused(id_)
         if turn.missing:
-            eviction.tell_missing(log, self.queue, turn.missing)
+            eviction.log_missing_jobs(log, self.queue, turn.missing)
         if self.blobs:
             self._services.loader.delete_bodies(self, report, turn.lost)
 

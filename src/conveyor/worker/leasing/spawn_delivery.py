@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from conveyor.store.script import Call
 
 log = logging.getLogger("conveyor.worker")
-PATIENCE = 5.0
+RETRY_FOR = 5.0
 LONGEST_PAUSE = 5.0
 """Seconds before a delivery that was refused is tried again, at most."""
 
@@ -69,7 +69,7 @@ class SpawnDelivery:
                     log.warning(
                         "queue %s: spawned jobs are not delivered yet, trying again: %s", self._keys.queue, error
                     )
-                    await asyncio.sleep(replies.pause(attempt + 5, cap=LONGEST_PAUSE))
+                    await asyncio.sleep(replies.backoff(attempt + 5, cap=LONGEST_PAUSE))
                     attempt += 1
                     self._is_requested = True
         finally:
@@ -80,7 +80,7 @@ class SpawnDelivery:
 async def deliver(keys: QueueKeys, app: AppCore) -> bool:
     """Deliver one batch of an outbox; return whether there was one. Raises what the pushes raise; then the batch stays."""
     client = app.client
-    batch = await client.arun(spawn_outbox.take(keys), patience=PATIENCE)
+    batch = await client.arun(spawn_outbox.take(keys), retry_for=RETRY_FOR)
     if batch is None:
         return False
     failed: ConveyorError | None = None
@@ -94,13 +94,13 @@ async def deliver(keys: QueueKeys, app: AppCore) -> bool:
             last_seen = await client.aexecute("GET", stale.inbox, key=stale.inbox)
             if isinstance(last_seen, bytes):
                 least = int(last_seen.partition(b"\n")[0]) + 1
-                await client.arun(spawn_outbox.take(keys, replacing=batch.number, least=least), patience=PATIENCE)
+                await client.arun(spawn_outbox.take(keys, replacing=batch.number, least=least), retry_for=RETRY_FOR)
             return True
         except ConveyorError as error:
             failed = error  # the others need not wait for it; the repeat finds theirs done
     if failed is not None:
         raise failed
-    await client.arun(spawn_outbox.trim(keys, batch.number), patience=PATIENCE)
+    await client.arun(spawn_outbox.trim(keys, batch.number), retry_for=RETRY_FOR)
     return True
 
 
@@ -138,8 +138,8 @@ async def _push(app: AppCore, queue: str, call: Call[list[str]]) -> None:
     partitions = app.partitioned.get(ids.logical(queue))
     try:
         if partitions is None:
-            await app.client.arun(call, patience=PATIENCE)
+            await app.client.arun(call, retry_for=RETRY_FOR)
         else:
-            await partitions.arun_agreed(lambda: app.client.arun(call, patience=PATIENCE))
+            await partitions.arun_agreed(lambda: app.client.arun(call, retry_for=RETRY_FOR))
     except StalePush:
         raise _StaleDelivery(call.keys[0]) from None

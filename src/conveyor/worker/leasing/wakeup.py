@@ -139,7 +139,7 @@ class WakeupListener:
 
     async def _open(self) -> None:
         while not self._lifecycle.stopped:
-            await asyncio.sleep(replies.pause(self._attempt))
+            await asyncio.sleep(replies.backoff(self._attempt))
             self._attempt += 1
             try:
                 await self._connection.open()
@@ -176,7 +176,7 @@ class EndpointConnections:
         self.consumers: list[QueueConsumer] = []
         self.connection = AsyncConnection(endpoint)
         self.listener = WakeupListener(lifecycle, AsyncConnection(endpoint), self.consumers)
-        self.connection.reopened, self.connection.lost = self._on_reopened, self._on_lost
+        self.connection.on_reopened, self.connection.on_lost = self._on_reopened, self._on_lost
         self._since = 0.0
         self._warning: asyncio.TimerHandle | None = None
         self._opening: asyncio.Task[None] | None = None

@@ -92,7 +92,7 @@ def start_app(spec: ChildSpec, slot: ChildSlot) -> tuple[ChildInfo, Runnable]:
         recycle_limits=RecycleLimits(spec.max_jobs, spec.max_memory),
         await_until=spec.await_until,
     )
-    address, attachment = app.client.address, app.client.attachment
+    address, attachment = app.client.address, app.client.server_handle
     url = address.url if attachment is None else f"embedded:{attachment.directory}"
     return ChildInfo(url, app.namespace, len(names), tuple(names[:10]), worker.queues), worker
 

@@ -22,7 +22,7 @@ from conveyor.worker.shared_memory import ChildInfo, ChildSlot, LeaseIdentity
 
 RENEW_AFTER = 0.4
 """Part of a lease without a renewal after which it is renewed here; a live worker renews after a third."""
-PATIENCE = 0.5
+RETRY_FOR = 0.5
 """Seconds that one call to Redis may take."""
 _LONGEST_PAUSE, _SHORTEST_PAUSE = 1.0, 0.02
 _MAX_DEAD_CHILDREN = 1000
@@ -84,11 +84,11 @@ class LeaseGuard:
                 self._dead_children.popleft().all_returned.set()
         self._wakeup.set()
 
-    def close(self, patience: float) -> bool:
+    def close(self, retry_for: float) -> bool:
         """Go on for up to *patience* seconds, then end the thread; return whether all jobs were returned."""
-        self._closing_at = monotonic() + patience
+        self._closing_at = monotonic() + retry_for
         self._wakeup.set()
-        self._thread.join(patience + 0.2)
+        self._thread.join(retry_for + 0.2)
         return not self._dead_children
 
     # -- the thread -----------------------------------------------------------------------------------------------
@@ -120,10 +120,10 @@ class LeaseGuard:
                     one = dead_child.identities[0]
                     blame = None
                     if dead_child.crashed and dead_child.running is not None:
-                        held = client.run(operations.held_ids(one.keys, one.worker), patience=PATIENCE)
+                        held = client.run(operations.held_ids(one.keys, one.worker), retry_for=RETRY_FOR)
                         blame = dead_child.running.blame(held, fault=dead_child.fault)
                     call = operations.reap(one.keys, one.worker, crashed=dead_child.crashed, blame=blame)
-                    dead_child.returned += max(0, client.run(call, patience=PATIENCE))
+                    dead_child.returned += max(0, client.run(call, retry_for=RETRY_FOR))
                     del dead_child.identities[0]
             except Exception as error:
                 self._note_failure(error)
@@ -145,7 +145,7 @@ class LeaseGuard:
                 client = self._client(info)
                 if one is None:
                     continue
-                known = client.run(operations.heartbeat(one.keys, one.worker, one.lease_ms), patience=PATIENCE)
+                known = client.run(operations.heartbeat(one.keys, one.worker, one.lease_ms), retry_for=RETRY_FOR)
             except Exception as error:
                 self._note_failure(error)
                 continue
@@ -184,7 +184,7 @@ class LeaseGuard:
         client = self._clients.get(key)
         if client is None:
             client = Client(info.url, namespace=info.namespace)
-            client.execute("PING", patience=0.0)
+            client.execute("PING", retry_for=0.0)
             LOG.debug("The lease guard is connected to %s", client.address)
             self._clients[key] = client
         return client
