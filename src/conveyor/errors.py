@@ -34,7 +34,6 @@ class ConveyorError(Exception):
     code = "E00"
 
     def __init__(self, message: str = "", *, code: str | None = None) -> None:
-        """Take the whole text shown to a person, and a code where the class has several."""
         super().__init__(message)
         if code is not None:
             self.code = code
@@ -88,7 +87,6 @@ class JobFailed(ConveyorError):
     code = "E24"
 
     def __init__(self, job_id: str, type: str, message: str, traceback: str) -> None:  # noqa: A002  the contract's name
-        """Take the id of the job and what its last attempt raised."""
         super().__init__(f"Job {job_id} failed: {type}: {message}")
         self.job_id = job_id
         self.type = type
@@ -112,7 +110,6 @@ class Duplicate(ConveyorError):
     code = "E26"
 
     def __init__(self, job_id: str, key: str) -> None:
-        """Take the id of the job that holds the key, and the key."""
         super().__init__(f"Job {job_id} already holds the unique key {key!r}. Nothing was enqueued.")
         self.job_id = job_id
         self.key = key
@@ -147,7 +144,6 @@ class DurabilityNotReached(ConveyorError):
     def __init__(
         self, message: str, *, job_ids: Sequence[str] = (), asked: int = 0, got: int = 0, fsync: bool | None = None
     ) -> None:
-        """Take the whole text and the facts."""
         super().__init__(message)
         self.job_ids = list(job_ids)
         self.asked = asked
@@ -175,9 +171,12 @@ class QueueNotFound(ConveyorError):
 
 
 class Snooze(Exception):  # not an error: control flow with a meaning
-    """Raised by a job: run me again after *delay*, and count no attempt against my budget."""
+    """
+    Raised by a job that is to run again after *delay* without using an attempt.
+
+    *delay*: seconds, or a text such as ``"5m"``.
+    """
 
     def __init__(self, delay: float | str) -> None:
-        """Take seconds, or a text such as ``"5m"``."""
         super().__init__(delay)
         self.delay = delay

@@ -1,4 +1,4 @@
-"""What happened, as typed values: `app.on(JobDead)` or `app.on("dead")` is called with one."""
+"""Events as typed values: a listener of `app.on(JobDead)` or `app.on("dead")` gets one."""
 
 from __future__ import annotations
 

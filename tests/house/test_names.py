@@ -23,7 +23,7 @@ GIVEN_UP = {
     "BufferedBackend", "BufferedLane", "ConfirmedLane", "ConfirmedWire", "Confirmer", "Dormitory", "Errand",
     "Guardian", "HandWorker", "Harbour", "KillAccount", "LateReply", "LateTurn", "Lessee", "Lively", "Mortal",
     "Offspring", "Pulses", "Pusher", "RawPusher", "Refugee", "Rota", "Seating", "Seats", "SlotPlace", "StandIn",
-    "Suspects", "TaskAccount", "TooNew", "Unresolved", "Unstorable", "WaitBroken", "WireLost",
+    "Suspects", "TaskAccount", "Unresolved", "Unstorable", "WaitBroken", "WireLost",
     "WrappedPosting", "WrongPartitions",
 }  # fmt: skip
 
