@@ -171,7 +171,11 @@ class QueueNotFound(ConveyorError):
 
 
 class Snooze(Exception):  # not an error: control flow with a meaning
-    """Raised by a job: run it again after *delay* (seconds, or a text such as ``"5m"``), and count no attempt."""
+    """
+    Raised by a job that is to run again after *delay* without using an attempt.
+
+    *delay*: seconds, or a text such as ``"5m"``.
+    """
 
     def __init__(self, delay: float | str) -> None:
         super().__init__(delay)

@@ -1,4 +1,4 @@
-"""Events as typed values: the listener of `app.on(JobDead)` or `app.on("dead")` gets one."""
+"""Events as typed values: a listener of `app.on(JobDead)` or `app.on("dead")` gets one."""
 
 from __future__ import annotations
 

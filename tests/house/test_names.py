@@ -1,9 +1,15 @@
-"""The names of classes: one meaning for a name, and no name that was given up. Each test also shows that its check finds what it is for."""
+"""
+Names and words: one meaning for a class name, no name that was given up, plain beginnings of docstrings and comments.
+
+Each test also shows that its check finds what it is for.
+"""
 
 from __future__ import annotations
 
 import ast
+import io
 import re
+import tokenize
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,11 +18,13 @@ HOME = Path(__file__).parents[2]
 
 # Names that classes once had. None is an English word that begins a sentence, nor the name of another class.
 GIVEN_UP = {
-    "AsyncAlchemy", "AsyncBell", "AsyncDriver", "AsyncHolding", "AsyncLane", "AsyncMover", "AsyncSpread",
-    "AsyncTower", "AwaitableHolder", "Antechamber", "Berth", "BlockingHolder", "Bookkeeper", "BufferedBackend",
-    "BufferedLane", "ConfirmedLane", "ConfirmedWire", "Confirmer", "Errand", "Harbour", "HandWorker", "KillAccount",
-    "LateTurn", "Lessee", "Mortal", "Offspring", "RawPusher", "Refugee", "Rota", "StandIn", "TaskAccount",
-    "WireLost", "WrappedPosting",
+    "Antechamber", "AsyncAlchemy", "AsyncBell", "AsyncDriver", "AsyncHolding", "AsyncLane", "AsyncMover",
+    "AsyncSpread", "AsyncTower", "AwaitableHolder", "Bell", "Berth", "BlockingHolder", "Bookkeeper",
+    "BufferedBackend", "BufferedLane", "ConfirmedLane", "ConfirmedWire", "Confirmer", "Dormitory", "Errand",
+    "Guardian", "HandWorker", "Harbour", "KillAccount", "LateReply", "LateTurn", "Lessee", "Lively", "Mortal",
+    "Offspring", "Pulses", "Pusher", "RawPusher", "Refugee", "Rota", "Seating", "Seats", "SlotPlace", "StandIn",
+    "Suspects", "TaskAccount", "Unresolved", "Unstorable", "WaitBroken", "WireLost",
+    "WrappedPosting", "WrongPartitions",
 }  # fmt: skip
 
 
@@ -33,6 +41,33 @@ def shared_class_names(sources: dict[str, str]) -> dict[str, list[str]]:
             if isinstance(node, ast.ClassDef):
                 places[node.name].append(file)
     return {name: files for name, files in places.items() if len(files) > 1}
+
+
+BEGINNINGS = re.compile(r"(Who|What|Whom|Whose|How|Take|Do the same)\b")
+
+
+def unclear_beginnings(source: str) -> list[int]:
+    """Return the lines of Python *source* where a docstring, or a line of a comment, begins with one of the words."""
+    docstrings = [
+        node.value.lineno
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Expr)
+        and isinstance(node.value, ast.Constant)
+        and isinstance(node.value.value, str)
+        and BEGINNINGS.match(node.value.value.strip())
+    ]
+    comments = [
+        token.start[0]
+        for token in tokenize.generate_tokens(io.StringIO(source).readline)
+        if token.type == tokenize.COMMENT and BEGINNINGS.match(token.string.lstrip("#: "))
+    ]
+    return sorted(docstrings + comments)
+
+
+def unclear_comments(script: str) -> list[int]:
+    """Return the lines of a Lua *script* where a line of a comment begins with one of the words."""
+    lines = enumerate(script.splitlines(), 1)
+    return [n for n, line in lines if (text := line.partition("--")[2].strip()) and BEGINNINGS.match(text)]
 
 
 def written(*folders: str) -> Iterator[Path]:
@@ -61,3 +96,23 @@ def test_a_class_name_means_one_thing() -> None:
     sources = {str(path.relative_to(HOME)): path.read_text() for path in written("src") if path.suffix == ".py"}
     assert len(sources) > 100
     assert shared_class_names(sources) == {}
+
+
+def test_texts_of_the_source_begin_with_their_subject() -> None:
+    """No docstring and no line of a comment in src begins with Who, What, Whom, Whose, How, Take or "Do the same"."""
+    bad = '"""What it is."""\nx = 1  # Who takes it\n"""\nTake it.\n"""\ndef f():\n    """Do the same."""\n'
+    assert unclear_beginnings(bad) == [1, 2, 3, 7]
+    good = '"""Return what it is."""\nx = "What"  # taken by whoever\n# Whoever, Taken, However\ny = 1\n'
+    assert unclear_beginnings(good) == []
+    assert unclear_comments("-- Do it.\nlocal x = 1 -- What it is\n--- How\n-- so\n-- However") == [2]
+
+    paths = list(written("src"))
+    found = {
+        str(path.relative_to(HOME)): (unclear_beginnings if path.suffix == ".py" else unclear_comments)(
+            path.read_text()
+        )
+        for path in paths
+        if path.suffix in {".py", ".lua"}
+    }
+    assert len(found) > 100
+    assert {file: lines for file, lines in found.items() if lines} == {}

@@ -62,7 +62,7 @@ def test_damaged_urls(rounds: Rounds) -> None:
             assert str(found)
             ends[type(found).__name__] += 1
     print(ends)
-    assert {"Address", "Sentinel", "Cluster", "E02", "E31", "E32"} <= ends.keys()
+    assert {"StandaloneServer", "Sentinel", "Cluster", "E02", "E31", "E32"} <= ends.keys()
 
 
 @pytest.mark.row("I22")

@@ -12,6 +12,7 @@ import pytest
 
 from conveyor import Buffer, ConfigurationError, Conveyor, Retry, StoreUnavailable
 from conveyor.errors import ConveyorError
+from conveyor.jobs.core import core_of
 from conveyor.jobs.task import definition_of
 from conveyor.store.client.client import Client
 from conveyor.store.transport import replies
@@ -121,7 +122,7 @@ def test_options_of_an_app_that_mean_nothing_are_refused(options: dict[str, Any]
 
 def test_sizes_are_written_alike() -> None:
     """All options accept the same notation of sizes."""
-    assert Conveyor(max_payload="64KiB").max_payload == 64 * 1024
+    assert core_of(Conveyor(max_payload="64KiB")).max_payload == 64 * 1024
     assert definition_of(Conveyor().task(max_payload="1KiB")(_nothing)).signature.max_payload == 1024
 
 
@@ -235,7 +236,7 @@ def test_a_cluster_with_a_dead_node_is_examined_all_the_same(cluster: ClusterOfN
     """The doctor reports the node that does not answer as a problem, and the others as ever; with no node at all it raises."""
     from conveyor.admin import doctor
 
-    client, answers = Client(cluster.url, retry_for=0.3), doctor._server
+    client, answers = Client(cluster.url, retry_for=0.3), doctor._check_server
     gone = cluster.masters()[0].name
 
     def server(one: Client, report: doctor.HealthReport) -> None:
@@ -243,7 +244,7 @@ def test_a_cluster_with_a_dead_node_is_examined_all_the_same(cluster: ClusterOfN
             raise replies.unavailable(gone, "Connection refused")
         answers(one, report)
 
-    monkeypatch.setattr(doctor, "_server", server)
+    monkeypatch.setattr(doctor, "_check_server", server)
     report = doctor.examine(client)
     assert [(one.name, one.code) for one in report.problems if one.name == "node"] == [("node", "E01")]
     assert {one.text.partition(": ")[0] for one in report.findings if one.name == "role"} == {

@@ -97,7 +97,7 @@ def test_a_relay_ends_when_it_is_told(url: str, server: Server, tmp_path: Path) 
     """`conveyor relay` delivers, ends with 0 at SIGTERM, and with --once says how many rows it delivered."""
     shell = Shell(tmp_path, url)
     shell.write("shop.py", RELAY)
-    assert "no Outbox" in shell.run("relay", "shop:app").stderr
+    assert "is not an Outbox" in shell.run("relay", "shop:app").stderr
     missing = shell.run("relay", "shop:outbox")
     assert (missing.returncode, "E48" in missing.stderr) == (2, True)
     created = shell.run("relay", "shop:outbox", "--ddl", "sqlite").stdout

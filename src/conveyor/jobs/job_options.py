@@ -88,28 +88,6 @@ def with_options(
     )
 
 
-def outgoing_call(outgoing: Outgoing, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Outgoing:
-    """Return a copy of *outgoing* for one call; a middleware may change the copy."""
-    return Outgoing(
-        outgoing.task,
-        outgoing.queue,
-        args,
-        kwargs,
-        dict(outgoing.headers),
-        outgoing.priority,
-        outgoing.delay_ms,
-        outgoing.at_ms,
-        outgoing.expires_ms,
-        outgoing.unique,
-        outgoing.id,
-        outgoing.front,
-        outgoing.timeout_ms,
-        outgoing.keep_ms,
-        outgoing.attempts,
-        outgoing.version,
-    )
-
-
 def entry_of(outgoing: Outgoing, body: bytes, sealing: PayloadPipeline | None, *, deferred: bool) -> Entry:
     """
     Return the entry that is pushed; *body* are the encoded arguments, which *sealing* wraps.

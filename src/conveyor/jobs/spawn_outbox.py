@@ -100,7 +100,7 @@ def deliver(
     source: QueueKeys, target: QueueKeys, number: int, entries: Sequence[Entry], *, written_for: str | None = None
 ) -> Call[list[str]]:
     """
-    Return the call that pushes a part of a batch to *target*, once; raises what a push raises, and LateReply.
+    Return the call that pushes a part of a batch to *target*, once; raises what a push raises, and StalePush.
 
     A part that was written for another queue or partition, *written_for*, has a sequence of its own, because *target*
     may have a part of its own.

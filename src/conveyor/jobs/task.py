@@ -19,7 +19,7 @@ from conveyor.ids import new_id
 from conveyor.jobs import spawn_outbox
 from conveyor.jobs.context import Context
 from conveyor.jobs.job import Job, JobCore
-from conveyor.jobs.job_options import Outgoing, entry_of, outgoing_call, with_options
+from conveyor.jobs.job_options import Outgoing, entry_of, with_options
 from conveyor.messaging.retry import Retry
 from conveyor.payload.codec import ValueCodec, show
 from conveyor.payload.formats import JSON, FormatRegistry, codec_for
@@ -152,7 +152,25 @@ class TaskDefinition:
 
     def _encode(self, outgoing: Outgoing, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Outgoing, bytes]:
         """Return the job as the middleware leaves it, and its encoded arguments."""
-        sent = outgoing_call(outgoing, args, kwargs)
+        # A copy for this call: a middleware may change it.
+        sent = Outgoing(
+            outgoing.task,
+            outgoing.queue,
+            args,
+            kwargs,
+            dict(outgoing.headers),
+            outgoing.priority,
+            outgoing.delay_ms,
+            outgoing.at_ms,
+            outgoing.expires_ms,
+            outgoing.unique,
+            outgoing.id,
+            outgoing.front,
+            outgoing.timeout_ms,
+            outgoing.keep_ms,
+            outgoing.attempts,
+            outgoing.version,
+        )
         for middleware in self.core.push_middlewares:
             middleware.push(sent)
         ids.queue_name(sent.queue)

@@ -42,7 +42,7 @@ class DeadWorkerDetector:
         self._last_look: float | None = None
 
     def look(self, now_ms: int, overdue: Iterable[tuple[str, int]], monotonic: float) -> list[tuple[str, int]]:
-        """Take the workers that a look listed, with their ends in ms; return those declared dead."""
+        """Note the workers that a look listed, with their ends in ms; return those declared dead."""
         seen: dict[str, tuple[int, float]] = {}
         declared_dead: list[tuple[str, int]] = []
         self._last_look, self._decidable_at = monotonic, None
@@ -130,11 +130,11 @@ class LeaseSession:
     due_at: float | None = None
     """When the next scheduled message is due, by our clock; None when there is none."""
     pending: deque[tuple[LeasedMessage | None, Settlement]] = field(default_factory=deque)
-    """What the next turn reports."""
+    """Settlements that the next turn reports."""
     reaped: int = 0
     """Messages of dead workers that came back since this was last logged."""
     refused: list[LeasedMessage] = field(default_factory=list)
-    """What was settled in vain since this was last logged."""
+    """Messages whose settlement was refused since this was last logged."""
     missing: list[str] = field(default_factory=list)
     """The ids whose records the server has lost, since this was last logged."""
     _call: Call[TurnReply] | None = None
@@ -198,7 +198,7 @@ class LeaseSession:
             want, reconciled = 0, True  # what was given back leaves at once
 
     def forget(self) -> None:
-        """Take a new identity. What the old one held is lost: it was reaped, or Redis lost its data."""
+        """Change to a new identity. The messages of the old one are lost: it was reaped, or Redis lost its data."""
         for leased in (*self.held.values(), *self._reported.values()):
             leased.lost = True
             if leased.settled:

@@ -234,7 +234,7 @@ class Partitions:
         return self.run_agreed(lambda: target.push(keys, entries, max_length=most))
 
     async def asend(self, partition: str, entries: Sequence[Entry], target: PushTarget | None = None) -> list[str]:
-        """Do the same on this event loop."""
+        """Awaitable form of `send`."""
         target = target or self.client
         keys, most = self.keys[self._number_of[partition]], self.max_length or 0
         return await self.arun_agreed(lambda: target.apush(keys, entries, max_length=most))

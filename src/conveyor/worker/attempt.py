@@ -208,7 +208,7 @@ class Attempt:
 
     @property
     def history(self) -> AttemptHistory:
-        """What happened in earlier attempts, as it was leased."""
+        """The history of earlier attempts, as it was leased."""
         return self.state or AttemptHistory()
 
     @property
@@ -248,7 +248,7 @@ class Attempt:
         return [] if self.context is None else spawned_entries(self.context)
 
     def set_spawned(self, spawned: list[bytes]) -> None:
-        """Take over the entries of the jobs that it spawned in another process."""
+        """Add the entries of jobs that it spawned in another process."""
         adopt_spawned(self.open(), spawned)
 
     def flag_context(self) -> None:

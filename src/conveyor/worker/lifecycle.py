@@ -1,4 +1,4 @@
-"""How far a worker is on its way to the end."""
+"""The phases of a worker's end."""
 
 from __future__ import annotations
 

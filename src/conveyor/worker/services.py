@@ -28,7 +28,7 @@ class WorkerServices:
     loader: JobLoader
     settlement_writer: SettlementWriter
     shared_state: Mapping[str, Any]
-    """What the app's lifespans yielded."""
+    """The values that the app's lifespans yielded."""
     slot: ChildSlot | None
     """Where a supervisor reads leases and renewals; None without one."""
     describe: Callable[[float], bytes]

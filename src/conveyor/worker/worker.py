@@ -289,7 +289,7 @@ class Worker:
                 one.schedule()
 
     def _on_stuck(self, attempt: Attempt) -> None:
-        """Take no more work, finish the rest, and be replaced: a thread outlived its time limit. Its job is settled last."""
+        """Drain and be replaced, because a thread outlived its time limit. Its job is settled last."""
         if attempt in self._drain_monitor.stuck or attempt.ended != 0.0:
             return
         self._drain_monitor.stuck.append(attempt)
@@ -306,7 +306,7 @@ class Worker:
         self._retire()
 
     def _retire(self) -> None:
-        """Take no more work, finish the rest, and be replaced."""
+        """Drain, and be replaced by a new process."""
         self.retiring = self.lifecycle.stopping = True
         if self._slot is not None:
             self._slot.retiring = True

@@ -241,7 +241,7 @@ class DemoRun:
                 self._read_log_line(raw.decode("utf-8", "replace").strip())
 
     def _read_log_line(self, text: str) -> None:
-        """Take the number of returned jobs from a line of the supervisor about a death."""
+        """Return the number of returned jobs, read from a line of the supervisor about a death."""
         matched = _RETURNED.search(text)
         if matched is None:
             return

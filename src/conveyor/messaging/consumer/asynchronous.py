@@ -357,7 +357,7 @@ class AsyncWakeupWaiters:
         return self.heard()
 
     def hear(self, at: int) -> None:
-        """Take note of a token of partition *at*."""
+        """Note that a token of partition *at* was taken."""
         self._heard.append(at)
         self._has_heard.set()
 

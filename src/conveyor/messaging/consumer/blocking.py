@@ -206,7 +206,7 @@ class Consumer(Generic[T]):
     # -- for the settlers ---------------------------------------------------------------------------------------------
 
     def note_settled(self) -> None:
-        """Take note that something which was held has been settled."""
+        """Note that a held message has been settled."""
         if not self._settled.is_set():
             self._settled.set()
 

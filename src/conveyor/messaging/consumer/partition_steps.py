@@ -1,5 +1,5 @@
 """
-How messages are taken from several partitions: programs as in `steps.py`, whose steps also say at which partition.
+Programs that take messages from several partitions, as in `steps.py`; a step also names its partition.
 
 Each partition has its own steps and lease; nothing here talks to Redis. A consumer stays at a partition for a stint, so
 that ends travel with the next turn, then moves to the next that has work. At each move it also looks at one that had
@@ -67,7 +67,7 @@ class PartitionRoundRobin(Generic[M]):
         self._last_probed = first
 
     def woken(self, at: int) -> None:
-        """Take note that a token of partition *at* was taken: it has work."""
+        """Note that a token of partition *at* was taken: it has work."""
         self._cursors[at].quiet = False
 
     # -- programs -------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""What both consumers share: the state of a settler, and the log of an outage."""
+"""The state of a settler, and the log of an outage, shared by both consumers."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def programs(
 
 
 class SettlerState:
-    """What both settlers share: the leases of one identity, and the policy for their ends."""
+    """The leases of one identity and the policy for their ends, shared by both settlers."""
 
     def __init__(self, client: Client, session: LeaseSession, policy: SettlementPolicy, on_error: OnError) -> None:
         self.client = client
@@ -88,7 +88,7 @@ class OutageLog:
         self._logged = False
 
     def failed(self, session: LeaseSession, error: StoreUnavailable) -> float:
-        """Take note of a turn that failed; return the seconds to pause before the next."""
+        """Note that a turn failed; return the seconds to pause before the next."""
         self.failures += 1
         # The first failure says little where calls are hardly repeated: an intake never is.
         patient = self._client.retry_for >= 1 and session.intake is None
@@ -98,7 +98,7 @@ class OutageLog:
         return min(1.0, 0.05 * self.failures)
 
     def answered(self, session: LeaseSession) -> None:
-        """Take note of a turn that was answered."""
+        """Note that a turn was answered."""
         self.failures = 0
         if self._logged:
             self._logged = False

@@ -1,5 +1,5 @@
 """
-How messages are taken from a queue in one piece: programs that say when to make a turn and when to wait.
+Programs that take messages from a queue in one piece: they say when to make a turn and when to wait.
 
 A program is a generator of steps and does no input or output. The blocking and the awaitable consumer carry out the
 same programs.

@@ -72,13 +72,13 @@ class Executor:
 
     @property
     def running(self) -> int:
-        """How many attempts have started and not ended, and those that wait for a thread."""
+        """The number of attempts that have started and not ended, or wait for a thread."""
         return self.coroutines.running + self.threads.running + self._direct - self._waiters
 
     @property
     def free(self) -> int:
         """
-        How many more could start now, of the kind that has the least room.
+        The number of jobs that could start now, of the kind that has the least room.
 
         The kind of a job is known only when it is leased. One that cannot start would be kept from other workers.
         """
@@ -151,7 +151,7 @@ class Executor:
             attempt.waiter = None
 
     def _thread_ended(self, attempt: Attempt, value: Any, error: BaseException | None) -> None:
-        """Take what came back from a thread: to the middlewares that wait for it, or as the end of the attempt."""
+        """Pass the result of a thread to the middlewares that wait for it, or end the attempt with it."""
         waiter = attempt.waiter
         error = None if error is None else failures.safe_exception(error)
         if waiter is None:

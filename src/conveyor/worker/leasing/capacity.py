@@ -1,4 +1,4 @@
-"""How many jobs a worker may lease now: free slots, work ahead, shares of the queues, and the limits of recycling."""
+"""The number of jobs that a worker may lease now: free slots, work ahead, shares of the queues, and the limits of recycling."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class JobSizeEstimate:
     def __init__(self) -> None:
         self._mean = 200.0
         self.max_jobs = int(REPLY_BYTES / self._mean)
-        """How many jobs may be leased at once."""
+        """The number of jobs that may be leased at once."""
 
     def note(self, envelopes: Sequence[bytes]) -> None:
         """Measure what was leased."""

@@ -85,7 +85,7 @@ class Registrable(Protocol):
     """Whether it has left meanwhile."""
 
     async def register(self) -> None:
-        """Take a fresh identity and tell Redis; raises ConveyorError."""
+        """Register under a new identity; raises ConveyorError."""
 
 
 async def register_again(consumer: Registrable) -> None:
@@ -145,7 +145,7 @@ class Reaper:
         """From when on (monotonic) the next turn should look."""
 
     def look(self, turn: TurnReply, me: str) -> None:
-        """Take in what a turn with the flag ``l`` listed, and reap those that are dead; *me* is never one of them."""
+        """Note the workers that a turn with the flag ``l`` listed, and reap the dead ones; *me* is never one."""
         now = monotonic()
         dead = self._detector.look(turn.now, turn.overdue, now)
         self.due_at = now + self._detector.next_look(now) - LOOK_EARLY

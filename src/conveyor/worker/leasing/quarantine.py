@@ -45,7 +45,7 @@ class Quarantine:
         self.in_use = bool(self.reserved or self._alone or self._started_alone)
 
     def add(self, attempt: Attempt) -> None:
-        """Take in an attempt that came back from a crash."""
+        """Add an attempt at a job that came back from a crash."""
         history, limit = attempt.history, attempt.handler.task.settings.retry.max_crashes
         alone = history.crashes >= limit or retry.runs_alone(history, limit)
         (self._alone if alone else self._crashed_once).append(attempt)

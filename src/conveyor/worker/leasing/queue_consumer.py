@@ -101,7 +101,7 @@ class QueueConsumer:
     # -- membership -----------------------------------------------------------------------------------------------
 
     async def register(self) -> None:
-        """Take a fresh identity, tell the supervisor, then tell Redis."""
+        """Make a new identity, tell the supervisor, then register it in Redis."""
         self.identity, self._number = ids.new_identity(), 0
         if self._services.slot is not None:
             self._services.slot.set_identity(self.keys, self.identity, self.lease_ms)

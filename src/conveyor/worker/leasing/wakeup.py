@@ -53,7 +53,7 @@ class WakeupListener:
         self._retry: asyncio.Task[None] | None = None
         self._attempt = 0
         self.blocked = 0
-        """How many blocking calls were made: for tests and for the curious."""
+        """The number of blocking calls made, for tests."""
 
     def listen(self) -> None:
         """Block if nothing is blocked yet; if a queue that would take work is not heard, wake ourselves and block anew."""
@@ -240,7 +240,7 @@ class WorkerConnections:
 
     @property
     def blocked(self) -> int:
-        """How many blocking calls were made."""
+        """The number of blocking calls made."""
         return sum(connections.listener.blocked for connections in self._by_endpoint.values())
 
     async def close(self) -> None:

@@ -27,7 +27,7 @@ local function usable(queue, id, envelope, now, missing)
   return true
 end
 
--- Take jobs from the ready lists, by priority.
+-- Lease jobs from the ready lists, by priority.
 -- queue    as for usable, and ready
 -- want     how many at most
 -- urgent   true when a list of a priority above 0 may have entries; false spares nine commands

@@ -1,4 +1,4 @@
--- How a job ends: its record, what its id had reserved, and the processes that wait for it.
+-- The end of a job: its record, what its id had reserved, and the processes that wait for it.
 
 -- Write the record of a cancelled job.
 -- at       ms since the epoch
