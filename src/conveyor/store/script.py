@@ -58,7 +58,7 @@ class Call(Generic[T]):
     One step in Redis: the script, its inputs, how to read the reply.
 
     Every call may be sent again with the same inputs when its reply was lost: a push is
-    recognised by its lane, a turn by its number, and the rest change nothing the second time.
+    recognised by its sequence, a turn by its number, and the rest change nothing the second time.
     """
 
     script: Script

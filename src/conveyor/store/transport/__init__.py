@@ -1,1 +1,1 @@
-"""How a call travels: URLs, connections, topologies, error replies, wake-ups."""
+"""The way of a call: URLs, connections, topologies, error replies, wake-ups."""
