@@ -250,7 +250,9 @@ def _die(app: Conveyor) -> None:
     app.tasks["shop.double"].enqueue(1)
     manual = ManualWorker(app)
     assert manual.take(1)
-    app.client.run(operations.turn(manual.keys, manual.worker, manual.number, 1, 60_000, operations.TurnReport()))  # a repeat
+    app.client.run(
+        operations.turn(manual.keys, manual.worker, manual.number, 1, 60_000, operations.TurnReport())
+    )  # a repeat
     app.client.run(operations.heartbeat(manual.keys, manual.worker, 60_000))
     identity = LeaseIdentity(NAMESPACE, "default", None, manual.worker, 60_000, True, time.monotonic())
     dead_child = DeadChild("a child was killed", ChildInfo(app.client.address.url, NAMESPACE), [identity], crashed=True)
