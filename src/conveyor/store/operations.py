@@ -210,7 +210,7 @@ def _refused(keys: QueueKeys, reply: bytes) -> None:
 
 @dataclass(slots=True)
 class Settlement:
-    """How one leased job ends or continues; `kind` is a letter of turn.lua's header."""
+    """The end or continuation of one leased job; `kind` is a letter of turn.lua's header."""
 
     kind: str
     id: str
@@ -223,7 +223,7 @@ class Settlement:
 
 @dataclass(slots=True)
 class TurnReport:
-    """What a worker sends with a turn: settlements, counters of this minute, entries for the recently finished jobs."""
+    """The part of a turn that a worker sends: settlements, counters of this minute, entries for the recently finished jobs."""
 
     done: list[str] = field(default_factory=list)
     others: list[Settlement] = field(default_factory=list)

@@ -58,7 +58,7 @@ def claim_partitions(keys: QueueKeys, count: int, *, whole: bool) -> Call[bool]:
     """
     Return the call that records *count* where none is recorded, for the *whole* queue or one partition.
 
-    It yields True when it was recorded now, False when it was already. Raises WrongPartitions for another.
+    It yields True when it was recorded now, False when it was already. Raises PartitionCountMismatch for another.
     """
     wanted = QueueKeys("_", keys.queue, partitions=count)
     return Call(CLAIM_PARTITIONS, (keys.conf,), (count, "queue" if whole else "partition"), partial(_claimed, wanted))

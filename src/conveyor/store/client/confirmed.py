@@ -48,7 +48,7 @@ UNCONFIRMED = Confirmation(synced=False, replicas=0)
 
 
 class ClientProtocol(Protocol):
-    """What confirmed pushes need of the client."""
+    """The part of a client that confirmed pushes use."""
 
     @property
     def retry_for(self) -> float: ...
@@ -180,7 +180,7 @@ class ConfirmedConnections:
 
 
 class _LoopState:
-    """What the confirmed pushes of one event loop share."""
+    """The connections and batchers for the confirmed pushes of one event loop."""
 
     def __init__(self) -> None:
         self.connections: dict[Endpoint, list[AsyncConfirmedConnection]] = {}

@@ -1,1 +1,1 @@
-"""How a call travels: URLs, connections, topologies, error replies, wake-ups."""
+"""The transport of calls: URLs, connections, topologies, error replies, wake-ups."""

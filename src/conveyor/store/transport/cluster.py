@@ -235,7 +235,7 @@ class SlotEndpoint:
         return str(self._cluster)
 
     def __repr__(self) -> str:
-        return f"<SlotPlace {self._slot}>"
+        return f"<SlotEndpoint {self._slot}>"
 
     @property
     def reply_timeout(self) -> float:

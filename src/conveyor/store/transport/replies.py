@@ -28,7 +28,7 @@ SLOT_MOVE_TIMEOUT = 30.0
 
 
 class ErrorAction(Enum):
-    """What the caller of a script does next."""
+    """The next step of a caller after an error reply."""
 
     LOAD = "send the script's text"
     WAIT = "repeat after a pause"
@@ -68,7 +68,7 @@ def action_for(text: str) -> ErrorAction:
 
 
 class RetryTimer:
-    """How long one step is repeated, and the pauses between. `seconds` of None: without limit."""
+    """The time for which one step is repeated, and the pauses between. `seconds` of None: without limit."""
 
     def __init__(self, seconds: float | None) -> None:
         self._seconds, self._since, self._attempt = seconds, time.monotonic(), 0
