@@ -214,12 +214,12 @@ class TestForeignConsumers:
     def test_a_repeated_push_is_answered_not_done_again(self, backend, tasks, redis):
         """The same call twice, as after a lost reply, appends once."""
         lanes = plain_list.SequencePool()
-        with lanes.one() as lane:
+        with lanes.lend() as lane:
             call = plain_list.push(tasks.keys, lane, [b"1", b"2"])
         backend.run(call)
         backend.run(call)
         assert redis.lrange(LIST, 0, -1) == [b"1", b"2"]
-        with lanes.one() as lane:
+        with lanes.lend() as lane:
             backend.run(plain_list.push(tasks.keys, lane, [b"3"]))
         assert redis.llen(LIST) == 3
 

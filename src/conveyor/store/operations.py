@@ -223,7 +223,7 @@ class Settlement:
 
 @dataclass(slots=True)
 class TurnReport:
-    """The content of a turn: settlements, counters of this minute, entries for the recently finished jobs."""
+    """The part of a turn that a worker sends: settlements, counters of this minute, entries for the recently finished jobs."""
 
     done: list[str] = field(default_factory=list)
     others: list[Settlement] = field(default_factory=list)

@@ -180,7 +180,7 @@ class ConfirmedConnections:
 
 
 class _LoopState:
-    """The state that the confirmed pushes of one event loop share."""
+    """The connections and batchers for the confirmed pushes of one event loop."""
 
     def __init__(self) -> None:
         self.connections: dict[Endpoint, list[AsyncConfirmedConnection]] = {}

@@ -31,7 +31,7 @@ RELIABLE_WAITAOF_SINCE = (8, 0)
 
 @dataclass(frozen=True, slots=True)
 class Durability:
-    """The durability that a push must reach: an fsync of the append-only file, a number of replicas; falsy when neither."""
+    """The durability of a push: an fsync of the append-only file, a number of replicas; falsy when neither."""
 
     fsync: bool = False
     replicas: int = 0
@@ -115,14 +115,14 @@ def after_partial_push(error: DurabilityNotReached, before: Sequence[str]) -> Du
 
 @dataclass(frozen=True, slots=True)
 class Confirmation:
-    """The confirmation of a server for one push."""
+    """The durability that a server confirmed for one push."""
 
     synced: bool
     replicas: int
 
 
 class FsyncMethod(Enum):
-    """The way a connection learns that its push is on disk."""
+    """The way in which a connection learns that its push is on disk."""
 
     REPLY = "the reply itself says so: appendfsync always"
     WAITAOF = "WAITAOF says so"
@@ -241,7 +241,7 @@ class FsyncWatch:
 
 @dataclass(frozen=True, slots=True)
 class DurabilityRequest:
-    """The request of one call; None: as its queue."""
+    """The durability that one call asks for; None: as its queue does."""
 
     fsync: bool | None = None
     replicas: int | None = None
@@ -291,7 +291,7 @@ def durability_request(
 
 
 class DurabilityOptions(TypedDict, total=False):
-    """The request of a queue for every push."""
+    """The durability that a queue asks for with every push."""
 
     fsync: bool
     wait_replicas: int

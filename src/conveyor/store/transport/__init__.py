@@ -1,1 +1,1 @@
-"""The way of a call: URLs, connections, topologies, error replies, wake-ups."""
+"""The transport of calls: URLs, connections, topologies, error replies, wake-ups."""

@@ -57,7 +57,7 @@ class Endpoint(Protocol):
 
 
 class Topology(Protocol):
-    """The subject of a URL: a server, a master watched by sentinels, or a cluster."""
+    """The target that a URL names: a server, a master watched by sentinels, or a cluster."""
 
     @property
     def single(self) -> bool:

@@ -28,7 +28,7 @@ SLOT_MOVE_TIMEOUT = 30.0
 
 
 class ErrorAction(Enum):
-    """The next step of the caller of a script."""
+    """The next step of a caller after an error reply."""
 
     LOAD = "send the script's text"
     WAIT = "repeat after a pause"

@@ -113,7 +113,7 @@ class StandaloneServer:
         return masked(self.url)
 
     def __repr__(self) -> str:
-        return f"<Address {self}>"
+        return f"<StandaloneServer {self}>"
 
     @lazy_property
     def _parts(self) -> SplitResult:
