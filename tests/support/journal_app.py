@@ -24,10 +24,10 @@ from conveyor.worker.execution.executor import Executor
 from conveyor.worker.leasing.queue_consumer import QueueConsumer
 from conveyor.worker.worker import Worker
 
-executor.AFTER_TIMEOUT = float(os.environ.get("FLEET_AFTER_TIMEOUT", "5"))
-recycling.MIN_LIFE = float(os.environ.get("FLEET_LEAST_LIFE", "10"))
-PLACE = Path(os.environ.get("FLEET_PLACE", "/nowhere"))
-POINT = os.environ.get("FLEET_POINT", "")
+executor.AFTER_TIMEOUT = float(os.environ.get("WORKERS_AFTER_TIMEOUT", "5"))
+recycling.MIN_LIFE = float(os.environ.get("WORKERS_LEAST_LIFE", "10"))
+PLACE = Path(os.environ.get("WORKERS_PLACE", "/nowhere"))
+POINT = os.environ.get("WORKERS_POINT", "")
 _RUNS = itertools.count()
 
 
