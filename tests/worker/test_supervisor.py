@@ -357,7 +357,7 @@ def test_quiet_and_stacks(supervise: Callable[..., SupervisorProcess], queue: Qu
 def test_embedded_server_outlives_its_only_child(supervise: Callable[..., SupervisorProcess], directory: Path) -> None:
     """With the embedded server the supervisor is a user of it too: the server does not stop with the last child."""
     url = f"embedded:{directory / 'project'}"
-    one = supervise(url, env={"STAND_IN_LEASE_MS": "30000"})
+    one = supervise(url, env={"STUB_LEASE_MS": "30000"})
     until(lambda: "The lease guard is connected" in one.log, 30)
     queue = Queue(url)
     ids = queue.push("hold", 5)
