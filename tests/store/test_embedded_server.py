@@ -190,9 +190,9 @@ def test_no_server_outlives_its_keeper(place):
 def test_an_attach_right_after_the_keeper_was_killed_gets_the_new_server(place):
     """While the old server is still going, an attach is not handed to it."""
     with attach(place.directory) as held:
-        guardian = place.record()["keeper"]
-        os.kill(guardian, signal.SIGKILL)
-        eventually(lambda: not alive(guardian), "the keeper is dead")
+        keeper_pid = place.record()["keeper"]
+        os.kill(keeper_pid, signal.SIGKILL)
+        eventually(lambda: not alive(keeper_pid), "the keeper is dead")
         with attach(place.directory) as again, client(again.url) as server:
             assert again.started
             assert again.pid != held.pid
@@ -238,12 +238,12 @@ def test_where_the_kernel_cannot_tie_the_server_a_guard_does(place, tmp_path, mo
 def test_the_keeper_stands_apart_from_its_starter(place):
     """The keeper is in no session or process group of the starter, so ctrl-C and a closed terminal pass it by."""
     with attach(place.directory) as held:
-        guardian = place.record()["keeper"]
+        keeper_pid = place.record()["keeper"]
 
-        for pid in (guardian, held.pid):
+        for pid in (keeper_pid, held.pid):
             assert os.getsid(pid) != os.getsid(0)
             assert os.getpgid(pid) != os.getpgid(0)
-        assert "redis" not in (Path("/proc") / str(guardian) / "maps").read_text()
+        assert "redis" not in (Path("/proc") / str(keeper_pid) / "maps").read_text()
 
 
 def test_a_forked_child_holds_the_server_too(place):
@@ -375,8 +375,8 @@ def test_the_log_is_bounded(place):
 def test_a_killed_watcher_is_replaced(place):
     """When the process that waits for the lock is killed, another waits, and the last close still ends the server."""
     with attach(place.directory) as held:
-        guardian = place.record()["keeper"]
-        children = Path(f"/proc/{guardian}/task/{guardian}/children").read_text().split()
+        keeper_pid = place.record()["keeper"]
+        children = Path(f"/proc/{keeper_pid}/task/{keeper_pid}/children").read_text().split()
         (watcher,) = {int(pid) for pid in children} - {held.pid}
         os.kill(watcher, signal.SIGKILL)
         eventually(lambda: not alive(watcher), "the watcher is dead")

@@ -92,8 +92,8 @@ class StubWorker:
 
     async def work(self, id_: str, task: str, body: bytes) -> None:
         self.slot.set_job(task, id_)
-        seat = self.table.take_cell()
-        self.table.cells[seat] = id_checksum(id_)
+        cell = self.table.take_cell()
+        self.table.cells[cell] = id_checksum(id_)
         if task == "block":
             time.sleep(float(body))
         elif task == "clutch":
@@ -110,7 +110,7 @@ class StubWorker:
         elif task == "hold":
             await asyncio.Event().wait()
         self.slot.clear_job()
-        self.table.release_cell(seat)
+        self.table.release_cell(cell)
         del self.running[id_]
         self.done.append(id_)
 

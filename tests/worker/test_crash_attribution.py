@@ -44,7 +44,7 @@ def slot() -> Iterator[ChildSlot]:
     board.close()
 
 
-def seated(*, loop: str = "", thread: str = "", waits: str = "", beside: str = "") -> RunningSnapshot:
+def snapshot_of(*, loop: str = "", thread: str = "", waits: str = "", beside: str = "") -> RunningSnapshot:
     cells = [0] * CELLS
     cells[LOOP_CELL] = id_checksum(loop) if loop else 0
     cells[OVERFLOW_CELL + 1] = id_checksum(thread) | EXECUTING if thread else 0
@@ -58,39 +58,39 @@ def seated(*, loop: str = "", thread: str = "", waits: str = "", beside: str = "
 
 @pytest.mark.row("A8")
 @pytest.mark.parametrize(
-    ("seating", "fault", "blamed", "near"),
+    ("snapshot", "fault", "blamed", "near"),
     [
-        (seated(loop=ON_LOOP, thread=ON_THREAD, waits=WAITS), True, [ON_LOOP, ON_THREAD], []),
-        (seated(loop=ON_LOOP, thread=ON_THREAD, waits=WAITS), False, [ON_LOOP, ON_THREAD], [WAITS]),
-        (seated(loop=ON_LOOP, waits=WAITS), True, [ON_LOOP], []),
-        (seated(waits=WAITS), True, [WAITS], []),
-        (seated(waits=WAITS), False, [WAITS], []),
-        (seated(), False, [], []),
-        (seated(loop=ON_LOOP, beside=WAITS), True, [ON_LOOP, WAITS], []),
-        (seated(waits=WAITS, beside=ON_THREAD), True, [ON_THREAD, WAITS], []),
-        (seated(loop="of another queue", waits=WAITS), True, [], []),
+        (snapshot_of(loop=ON_LOOP, thread=ON_THREAD, waits=WAITS), True, [ON_LOOP, ON_THREAD], []),
+        (snapshot_of(loop=ON_LOOP, thread=ON_THREAD, waits=WAITS), False, [ON_LOOP, ON_THREAD], [WAITS]),
+        (snapshot_of(loop=ON_LOOP, waits=WAITS), True, [ON_LOOP], []),
+        (snapshot_of(waits=WAITS), True, [WAITS], []),
+        (snapshot_of(waits=WAITS), False, [WAITS], []),
+        (snapshot_of(), False, [], []),
+        (snapshot_of(loop=ON_LOOP, beside=WAITS), True, [ON_LOOP, WAITS], []),
+        (snapshot_of(waits=WAITS, beside=ON_THREAD), True, [ON_THREAD, WAITS], []),
+        (snapshot_of(loop="of another queue", waits=WAITS), True, [], []),
     ],
 )  # fmt: skip
-def test_the_job_that_is_charged(seating: RunningSnapshot, fault: bool, blamed: list[str], near: list[str]) -> None:
+def test_the_job_that_is_charged(snapshot: RunningSnapshot, fault: bool, blamed: list[str], near: list[str]) -> None:
     """A job that was executing is charged; one that was under way only when killed, or alone; one that had not begun never."""
-    assert seating.blame(IDS, fault=fault) == (blamed, near)
+    assert snapshot.blame(IDS, fault=fault) == (blamed, near)
 
 
 def test_more_jobs_than_cells_rule_no_job_out() -> None:
     """A job without a free cell takes the overflow cell for ever; then nothing is known. Cells that are left are used again."""
-    seats = RunningTable(memoryview(bytearray(8 * CELLS)).cast("q"))
-    taken = [seats.take_cell() for _ in range(CELLS - 2)]
+    table = RunningTable(memoryview(bytearray(8 * CELLS)).cast("q"))
+    taken = [table.take_cell() for _ in range(CELLS - 2)]
     assert len({*taken, LOOP_CELL, OVERFLOW_CELL}) == CELLS
-    seats.cells[taken[5]] = id_checksum("a")
-    seats.release_cell(taken[5])
-    assert seats.cells[taken[5]] == 0
-    assert seats.take_cell() == taken[5]
-    assert RunningSnapshot.read(seats.cells) == RunningSnapshot(frozenset(), frozenset())
+    table.cells[taken[5]] = id_checksum("a")
+    table.release_cell(taken[5])
+    assert table.cells[taken[5]] == 0
+    assert table.take_cell() == taken[5]
+    assert RunningSnapshot.read(table.cells) == RunningSnapshot(frozenset(), frozenset())
 
-    assert seats.take_cell() == OVERFLOW_CELL
-    seats.cells[OVERFLOW_CELL] = id_checksum("b")
-    seats.release_cell(OVERFLOW_CELL)
-    assert RunningSnapshot.read(seats.cells) is None
+    assert table.take_cell() == OVERFLOW_CELL
+    table.cells[OVERFLOW_CELL] = id_checksum("b")
+    table.release_cell(OVERFLOW_CELL)
+    assert RunningSnapshot.read(table.cells) is None
 
 
 async def test_a_worker_shows_what_it_runs(app: Conveyor, slot: ChildSlot) -> None:
@@ -98,9 +98,9 @@ async def test_a_worker_shows_what_it_runs(app: Conveyor, slot: ChildSlot) -> No
     go, seen, begun = threading.Event(), list[tuple[bool, bool]](), asyncio.Event()
 
     def look() -> None:
-        seating, me = slot.running_snapshot(), id_checksum(split(current().job_id)[1])
-        assert seating is not None
-        seen.append((me in seating.executing, me in seating.waiting))
+        snapshot, me = slot.running_snapshot(), id_checksum(split(current().job_id)[1])
+        assert snapshot is not None
+        seen.append((me in snapshot.executing, me in snapshot.waiting))
 
     @app.task
     async def waits() -> None:
@@ -221,6 +221,6 @@ async def test_a_process_is_charged_until_its_crash_is_settled(url: str, slot: C
         assert await running == 0
         await asyncio.to_thread(app.queue("default").purge, dead=True)
     logging.getLogger("conveyor.worker").removeHandler(look)
-    [found] = [seating for text, seating in seen if "crashed its process" in text]
+    [found] = [snapshot for text, snapshot in seen if "crashed its process" in text]
     assert found is not None
     assert found.blame([split(job.id)[1]], fault=True) == ([split(job.id)[1]], [])

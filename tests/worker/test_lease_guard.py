@@ -28,8 +28,8 @@ def test_healthy_worker_costs_no_beats(url: str, redis: redis_py.Redis) -> None:
         stats: Any = redis.info("commandstats")
         return sum(stats.get(f"cmdstat_{name}", {"calls": 0})["calls"] for name in ("eval", "evalsha"))
 
-    guardian = LeaseGuard()
-    guardian.watch(slot)
+    guard = LeaseGuard()
+    guard.watch(slot)
     start, end = calls(), time.monotonic() + 0.8
     while time.monotonic() < end:
         slot.note_renewal("w1")
@@ -38,8 +38,8 @@ def test_healthy_worker_costs_no_beats(url: str, redis: redis_py.Redis) -> None:
 
     until(lambda: calls() >= start + 4)
     assert float(redis.zscore(KEYS.workers, "w1") or 0) > time.time() * 1000
-    guardian.forget(slot)
-    assert guardian.close(1)
+    guard.forget(slot)
+    assert guard.close(1)
     backend.run(operations.reap(KEYS, "w1"))
     backend.close()
     board.close()
