@@ -27,13 +27,13 @@ class Scenario(NamedTuple):
     fsync: str = "always"
 
 
-def run(name: str, count: int | None, seed: int) -> tuple[RunResult, Environment, Facts]:
-    """Play a scenario; *count* None is a full run."""
+def run(name: str, count: int | None, seed: int, *, fsync: str = "") -> tuple[RunResult, Environment, Facts]:
+    """Play a scenario. *count* None: a full run. *fsync*: another `appendfsync` than the scenario's."""
     scenario = SCENARIOS[name]
     count = scenario.times if count is None else count
     facts: Facts = {"scenario": name, "count": count, "seed": seed, "lease": scenario.lease}
     began = time.monotonic()
-    with Environment(seed=seed, lease=scenario.lease, fsync=scenario.fsync) as environment:
+    with Environment(seed=seed, lease=scenario.lease, fsync=fsync or scenario.fsync) as environment:
         result = scenario.play(environment, count, facts)
         facts["took"] = f"{time.monotonic() - began:.0f} s"
         return result, environment, facts

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import select
 import signal
 import socket
 import sys
@@ -196,8 +197,9 @@ class _PoolProcess:
 
     @property
     def is_alive(self) -> bool:
-        # Its connection ends before its exit is noticed: a job sent there would be charged with a crash.
-        return not self.exit.done() and not self._reader.at_eof()
+        # The kernel is asked too: its connection ends before the loop sees that or the exit, and a job sent there would
+        # be charged with a crash.
+        return not (self.exit.done() or self._reader.at_eof() or _has_ended(self._writer))
 
     async def ready(self, start: StartRequest) -> None:
         """Wait until the app is loaded; raises ConfigurationError with the error if it cannot be."""
@@ -290,6 +292,16 @@ def _run_request(attempt: Attempt) -> RunRequest:
         keep_ms=envelope.extra.keep_ms,
         enqueued_ms=ids.made_at_ms(bare_id),
     )
+
+
+def _has_ended(writer: asyncio.StreamWriter) -> bool:
+    """Return whether the connection of an idle process has ended; an idle process sends nothing."""
+    descriptor = writer.get_extra_info("socket").fileno()
+    if descriptor < 0:
+        return True
+    poll = select.poll()
+    poll.register(descriptor, select.POLLIN)
+    return bool(poll.poll(0))
 
 
 def _kill_group(pid: int) -> None:
