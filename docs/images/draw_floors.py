@@ -9,15 +9,19 @@ A package stands one floor above the highest package that it imports. So the pic
 
 from __future__ import annotations
 
-import ast
 import sys
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from html import escape
 from pathlib import Path
 
 HERE = Path(__file__).parent
-ROOT = HERE.parent.parent / "src" / "conveyor"
+PROJECT = HERE.parent.parent
+sys.path.append(str(PROJECT / "tests"))
+
+from support.import_graph import find_imports, read_tree  # type: ignore[import-not-found]  # noqa: E402  as the layers test reads them
+
+ROOT = PROJECT / "src" / "conveyor"
 PICTURE = HERE / "floors.svg"
 
 WIDTH, MARGIN, GAP, LINE = 1000, 24, 12, 16
@@ -40,24 +44,17 @@ SUBJECTS = {
 def read_packages() -> tuple[dict[str, dict[str, list[str]]], dict[str, set[str]]]:
     """Return package → folder → file names, and package → the packages it imports."""
     rooms: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
-    imports: dict[str, set[str]] = defaultdict(set)
-    for path in sorted(ROOT.rglob("*.py")):
-        parts = path.relative_to(ROOT).with_suffix("").parts
-        if parts[0].startswith("__"):
-            continue
-        if parts[-1] != "__init__":
+    tree = {name: text for name, text in read_tree(ROOT).items() if not name.split(".")[-1].startswith("__")}
+    for name in tree:
+        _, *parts = name.split(".")
+        if parts and not (ROOT / "/".join(parts)).is_dir():
             rooms[parts[0]]["/".join(parts[1:-1])].append(parts[-1])
-        imports[parts[0]] |= set(_imported(ast.parse(path.read_text()))) - {parts[0]}
+    imports: dict[str, set[str]] = defaultdict(set)
+    for found in find_imports(tree):
+        package, target = found.source.split(".")[1:2], found.target.split(".")[1:2]
+        if package and target and package != target:
+            imports[package[0]].add(target[0])
     return rooms, imports
-
-
-def _imported(tree: ast.Module) -> Iterator[str]:
-    for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "conveyor":
-            names = (node.module or "").split(".")[1:2]
-            yield from names or [alias.name for alias in node.names]
-        elif isinstance(node, ast.Import):
-            yield from (alias.name.split(".")[1] for alias in node.names if alias.name.startswith("conveyor."))
 
 
 def floors(imports: Mapping[str, set[str]], rooms: Mapping[str, object]) -> list[list[str]]:
