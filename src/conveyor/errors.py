@@ -19,7 +19,7 @@ Every error has a `code`, says what happened with its values, and says what to d
     ├── DurabilityNotReached   E29  stored, but not confirmed by fsync or replicas as requested
     └── QueueNotFound          E30  no queue of that name is known
 
-`Snooze` is not an error: a job raises it to run again later without using an attempt.
+`Snooze` and `RetryIn` are not errors: a job raises them to run again later, without using an attempt and with.
 """
 
 from __future__ import annotations
@@ -175,6 +175,18 @@ class Snooze(Exception):  # not an error: control flow with a meaning
     Raised by a job that is to run again after *delay* without using an attempt.
 
     *delay*: seconds, or a text such as ``"5m"``.
+    """
+
+    def __init__(self, delay: float | str) -> None:
+        super().__init__(delay)
+        self.delay = delay
+
+
+class RetryIn(Exception):  # not an error: a failure that knows when to try again
+    """
+    Raised by a job or a consumer of messages that failed and is to be tried again after *delay*.
+
+    It uses an attempt, as any failure does; only the pause is the caller's. *delay*: seconds, or a text such as ``"5m"``.
     """
 
     def __init__(self, delay: float | str) -> None:

@@ -23,12 +23,12 @@ NAMES = {
     "conveyor": (
         "BlobStore BlobUnavailable Buffer CallNext Concurrency ConfigurationError Context Conveyor ConveyorError Debounce "
         "Duplicate DurabilityNotReached FileStore Format Job JobCancelled JobFailed JobNotFound LeaseLost Message Middleware "
-        "Outgoing PayloadError PlainList Queue QueueFull Rate RateLimited ResultExpired Retry Snooze StoreUnavailable Task "
-        "Unique UnknownTask current"
+        "Outgoing PayloadError PlainList Queue QueueFull Rate RateLimited ResultExpired Retry RetryIn Snooze StoreUnavailable "
+        "Task Unique UnknownTask current"
     ),
     "conveyor.errors": (
         "ConfigurationError ConveyorError Duplicate DurabilityNotReached JobCancelled JobFailed JobNotFound "
-        "LeaseLost PayloadError QueueFull QueueNotFound RateLimited ResultExpired Snooze StoreUnavailable UnknownTask"
+        "LeaseLost PayloadError QueueFull QueueNotFound RateLimited ResultExpired RetryIn Snooze StoreUnavailable UnknownTask"
     ),
     "conveyor.events": (
         "Event JobCancelledEvent JobDead JobDone JobEvent JobLost JobRetried JobStarted WorkerStarted WorkerStopped"

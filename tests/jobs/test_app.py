@@ -225,9 +225,9 @@ def test_queue_carries_messages(app: Conveyor) -> None:
 
 def test_plain_list_is_declared_once(app: Conveyor, note: Task[[int], None], redis: redis_py.Redis) -> None:
     """A plain list knows the task it feeds, takes what others push, and cannot be declared in two ways."""
-    numbers = app.plain_list("app:{t1}:numbers", int, task=note, lease="5s")
+    numbers = app.plain_list("app:{t1}:numbers", note, type=int, lease="5s")
 
-    assert app.plain_list("app:{t1}:numbers", int, task=note.name, lease=5) is numbers
+    assert app.plain_list("app:{t1}:numbers", task=note.name, type=int, lease=5) is numbers
     assert core_of(app).plain_lists == {"app:{t1}:numbers": numbers}
     assert (numbers.task, core_of(app).queue_lease_ms(numbers.name), core_of(app).keys(numbers.name)) == (
         note.name,

@@ -14,9 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from conveyor.errors import ConfigurationError, LeaseLost
+from conveyor.errors import ConfigurationError, LeaseLost, RetryIn
 from conveyor.messaging.message import Batch
 from conveyor.messaging.queue import Queue
+from conveyor.messaging.retry import Retry
 from support.message_fixtures import first, until
 from support.time_limits import AT_ONCE
 
@@ -69,6 +70,24 @@ class TestOneByOne:
         [letter] = queue.dead_letters()
         assert (letter.error, letter.attempts, letter.payload) == ("ValueError: boom 3", 3, b'"bad"')
         assert "raise ValueError" in letter.failure.traceback
+
+    def test_a_retry_in_comes_back_when_it_says(self, backend):
+        """A handler that raises RetryIn uses an attempt, and its message comes back after that time, not the policy's."""
+        queue = Queue(backend, "patient", lease_ms=2000, retry=Retry(attempts=2, backoff="1h"))
+        queue.push(1)
+        attempts = []
+        with closing(queue.consume()) as messages:
+            for message in messages:
+                with message as body:
+                    if body == "end":
+                        break
+                    attempts.append(message.attempt)
+                    if len(attempts) == 2:
+                        queue.push("end")
+                    raise RetryIn("1ms")
+        assert attempts == [1, 2]
+        assert [letter.attempts for letter in queue.dead_letters()] == [2]
+        queue.purge(dead=True)
 
     def test_hostile_exceptions_are_like_others(self, queue):
         """An exception whose __str__ raises is recorded and retried."""

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from conveyor import Context, Conveyor, Retry, Snooze, current
+from conveyor import Context, Conveyor, Retry, RetryIn, Snooze, current
 
 app = Conveyor("unix:///nonexistent/conveyor.sock")
 
@@ -115,7 +115,7 @@ def fail(kind: str) -> None:
         "local": Local("gone"), "frozen": Frozen(3), "exit": SystemExit(7), "os": FileNotFoundError(2, "No such", "/x"),
         "cancelled": asyncio.CancelledError(), "stop": StopIteration(1), "interrupt": KeyboardInterrupt(),
         "group": ExceptionGroup("both", [ValueError("a"), Local("b")]), "unicode": UnicodeDecodeError("utf8", b"", 0, 1, "r"),
-        "snooze": Snooze("5m"), "long": ValueError("m" * 100_000),
+        "snooze": Snooze("5m"), "retry_in": RetryIn("7m"), "long": ValueError("m" * 100_000),
     }  # fmt: skip
     raise errors[kind]
 

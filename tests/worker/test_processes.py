@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import uvloop
 
-from conveyor import ConfigurationError, Conveyor, JobFailed, PayloadError, Retry, Snooze, ids
+from conveyor import ConfigurationError, Conveyor, JobFailed, PayloadError, Retry, RetryIn, Snooze, ids
 from conveyor.jobs.task import definition_of
 from conveyor.messaging.retry import GiveUp, RetryAfter, after_failure
 from conveyor.payload import failures
@@ -199,7 +199,10 @@ async def test_every_error_arrives(run: Run, kind: str, type_: str, base: type[E
 
 
 async def test_control_flow_and_codes_arrive(run: Run) -> None:
-    """A Snooze keeps its delay, an error of the library its code, and neither is a crash."""
+    """A Snooze and a RetryIn keep their delays, an error of the library its code, and none is a crash."""
+    with pytest.raises(RetryIn) as again:
+        await run("fail", kind="retry_in")
+    assert again.value.delay == "7m"
     with pytest.raises(Snooze) as snoozed:
         await run("fail", kind="snooze")
     assert snoozed.value.delay == "5m"

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from conveyor.errors import JobCancelled, JobFailed, Snooze
+from conveyor.errors import JobCancelled, JobFailed, RetryIn, Snooze
 from conveyor.events import Event
 from conveyor.jobs.app import Conveyor
 from conveyor.jobs.context import Context, current
@@ -151,6 +151,26 @@ async def test_a_snooze_uses_no_attempt(app: Conveyor) -> None:
 
     assert seen == [1, 2, 3, 4]
     assert (await counts(app)).dead == 0
+
+
+@pytest.mark.parametrize("delay", ["5ms", "no duration"])
+async def test_a_retry_in_uses_an_attempt(app: Conveyor, delay: str) -> None:
+    """A job that raises RetryIn runs again after that time, whatever `give_up` says, until its budget is spent."""
+    seen: list[int] = []
+    policy = Retry(attempts=3, backoff="1h", give_up=(RetryIn,)) if delay == "5ms" else Retry(attempts=3, backoff="1ms")
+
+    @app.task(retry=policy)
+    async def refused(context: Context = current()) -> None:
+        seen.append(context.attempt)
+        raise RetryIn(delay)
+
+    job = await refused.aenqueue()
+    await drain(app)
+
+    assert seen == [1, 2, 3]
+    with pytest.raises(JobFailed, match="RetryIn"):
+        await job.aresult()
+    await app.queue("default").apurge(dead=True)
 
 
 @pytest.mark.parametrize("run_in", ["loop", "thread"])

@@ -129,8 +129,9 @@ class Admin:
         """
         Put dead letters back, oldest first; return how many.
 
-        *limit*: at most so many, None: all. *ids*: only these, with or without the name of the queue.
+        *limit*: at most so many, None: all. *ids*: only these, one or many, with or without the name of the queue.
         """
+        ids = _each(ids)
         queue = self._directory.queue(name)
         if not ids:
             return queue.redrive(limit)
@@ -205,16 +206,16 @@ class Admin:
         return self._ended_job(lookup)
 
     def retry(self, ids: Iterable[str]) -> list[ActionResult]:
-        """Put dead jobs back with a new budget of attempts, and make scheduled ones ready now."""
-        return [self._retry(one) for one in ids]
+        """Put dead jobs back with a new budget of attempts, and make scheduled ones ready now; *ids*: one or many."""
+        return [self._retry(one) for one in _each(ids)]
 
     def cancel(self, ids: Iterable[str]) -> list[ActionResult]:
-        """Cancel jobs that have not ended. For a running job, its worker is asked to stop it."""
-        return [self._cancel(one) for one in ids]
+        """Cancel jobs that have not ended, *ids*: one or many. For a running job, its worker is asked to stop it."""
+        return [self._cancel(one) for one in _each(ids)]
 
     def delete(self, ids: Iterable[str]) -> list[ActionResult]:
-        """Remove jobs and dead letters completely. Leased jobs are refused."""
-        return [self._delete(one) for one in ids]
+        """Remove jobs and dead letters completely; *ids*: one or many. Leased jobs are refused."""
+        return [self._delete(one) for one in _each(ids)]
 
     def doctor(self) -> doctor.HealthReport:
         """Examine the server and the queues."""
@@ -338,6 +339,11 @@ class Admin:
         if reply == -1:
             return ActionResult(one, "refused", "a worker has leased it; cancel it first")
         return ActionResult(one, "refused", f"it is {_state_of(lookup)}; nothing of it is in the queue")
+
+
+def _each(ids: Iterable[str]) -> list[str]:
+    # A text is an iterable of texts too, and its letters are nobody's ids.
+    return [ids] if isinstance(ids, str) else list(ids)
 
 
 def _state_of(lookup: _JobLookup) -> str:

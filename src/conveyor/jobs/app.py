@@ -12,14 +12,15 @@ from conveyor import ids
 from conveyor.errors import ConfigurationError, ConveyorError
 from conveyor.jobs.bulk import ChunkSender, add_count, chunks
 from conveyor.jobs.core import AppCore
-from conveyor.jobs.decorator import TaskDecorator, refuse_later, register, task_options
+from conveyor.jobs.decorator import TaskDecorator, external_task, named_task, refuse_later, register, task_options
+from conveyor.jobs.hints import TASK_OPTIONS, refuse_unknown
 from conveyor.jobs.hooks import Lifespan
 from conveyor.jobs.job import Job, refuse_in_loop
 from conveyor.jobs.job_options import positive_ms
 from conveyor.jobs.registry import Full, UpcastMessage
 from conveyor.jobs.task import AsyncTask, RunIn, SyncTask, Task, TaskCall, Upcast
 from conveyor.messaging.retry import Retry
-from conveyor.payload.codec import MAX_PAYLOAD
+from conveyor.payload.codec import MAX_PAYLOAD, show
 from conveyor.payload.formats import FormatChoice, make_registry
 from conveyor.payload.pipeline import LARGE_ABOVE, MAX_LARGE, make_pipeline
 from conveyor.store.client.client import Client
@@ -108,6 +109,13 @@ class Conveyor:
         self.tasks: Mapping[str, Task[..., Any]] = self._core.tasks
         """The tasks by their names."""
 
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            from conveyor.jobs.hints import APP_MEMBERS, no_member
+
+            raise no_member("Conveyor", name, APP_MEMBERS)
+
     def __repr__(self) -> str:
         return f"<Conveyor {self.namespace}: {len(self.tasks)} tasks, {len(self._core.queues)} queues>"
 
@@ -166,9 +174,9 @@ class Conveyor:
     def plain_list(
         self,
         name: str,
-        type: Any = Any,  # noqa: A002  the contract's name
-        *,
         task: Task[..., Any] | str | None = None,
+        *,
+        type: Any = Any,  # noqa: A002  the contract's name
         lease: Duration | None = None,
         max_attempts: int = 5,
         sealed: bool = True,
@@ -176,10 +184,16 @@ class Conveyor:
         """
         Declare a plain Redis list of JSON documents, shared with programs that know nothing of Conveyor.
 
-        With *task* its entries run as jobs of that task. The rest is as in `queue`. Other programs cannot seal, so an
+        With *task* its entries run as jobs of that task; without one they are consumed, as *type* (any JSON value when
+        left out). The rest is as in `queue`. Other programs cannot seal, so an
         app with keys refuses a plain list without ``sealed=False``.
         """
         task_name = task.name if isinstance(task, Task) else task
+        if task_name is not None and not isinstance(task_name, str):
+            raise ConfigurationError(
+                f"app.plain_list({name!r}, …) takes a task or the name of one, not {show(task)}. The type of the entries "
+                "of a list that is consumed goes by name: type=…"
+            )
         return self._core.declare_plain_list(
             name, type, task=task_name, lease=lease, max_attempts=max_attempts, sealed=sealed
         )
@@ -223,6 +237,7 @@ class Conveyor:
         version: int = 1,
         upcast: Upcast | None = None,
         format: FormatChoice | None = None,  # noqa: A002
+        **unknown: object,
     ) -> Any:
         """
         Register a function as a task; used bare (``@app.task``) or with options.
@@ -234,6 +249,8 @@ class Conveyor:
         arguments of that version into those of the next. `format` is how arguments and results are written; None: as
         the app says. Raises ConfigurationError, also for a function whose arguments JSON cannot carry.
         """
+        if unknown:
+            refuse_unknown("@app.task()", unknown, TASK_OPTIONS)
         refuse_later(unique=unique, limits=limits, group_by=group_by, debounce=debounce)
         options = task_options(
             timeout=timeout, retry=retry, keep_result=keep_result, ack=ack, expires=expires, priority=priority,
@@ -279,6 +296,29 @@ class Conveyor:
             add_count(error, len(jobs))
             raise
         return jobs
+
+    def external_task(self, name: str, *, queue: str = "default") -> Task[..., Any]:
+        """
+        Return a task whose function lives in another program, to enqueue its jobs from here.
+
+        The worker checks the arguments, since the signature is not known here: a call that does not fit becomes a dead
+        letter. A task that is registered here is returned itself. Raises ConfigurationError.
+        """
+        return external_task(self._core, name, ids.queue_name(queue))
+
+    def enqueue(self, name: str, /, *args: Any, **kwargs: Any) -> Job[Any]:
+        """
+        Enqueue a job of the task of that name; raises what `Task.enqueue` does.
+
+        A name that is not registered here is taken as that of an external task, on the queue of its `external_task`,
+        else on ``default``.
+        """
+        task = named_task(self._core, name)
+        return task.enqueue(*args, **kwargs)
+
+    async def aenqueue(self, name: str, /, *args: Any, **kwargs: Any) -> Job[Any]:
+        """Awaitable form of `enqueue`."""
+        return await named_task(self._core, name).aenqueue(*args, **kwargs)
 
     def job(self, id: str) -> Job[Any]:  # noqa: A002  the contract's name
         """

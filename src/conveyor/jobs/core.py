@@ -39,6 +39,8 @@ class AppCore(QueueRegistry, Hooks):
         self.result_subscriber = ResultSubscriber(client)
         self.tasks: dict[str, Task[..., Any]] = {}
         self.definitions: dict[str, TaskDefinition] = {}
+        self.external_tasks: dict[str, Task[..., Any]] = {}
+        """Tasks whose functions other programs have, by name: enqueued here and never run."""
 
     def close(self) -> None:
         """Close the connections of this process and leave the embedded server; a later use opens them again."""

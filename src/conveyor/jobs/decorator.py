@@ -112,6 +112,34 @@ def register(
     return task
 
 
+def external_task(core: AppCore, name: str, queue: str) -> Task[..., Any]:
+    """Return the task of another program, made at the first call; raises ConfigurationError."""
+    if name in core.tasks:
+        return core.tasks[name]
+    known = core.external_tasks.get(name)
+    if known is None:
+        definition = TaskDefinition(
+            core, _external, name=ids.queue_name(name, what="task"), queue=queue, run_in="thread",
+            options=TaskOptions(), max_payload=core.max_whole, max_result=core.max_payload,
+            formats=core.formats.with_writer("json"),  # any worker reads it, and the worker has the types
+        )  # fmt: skip
+        known = core.external_tasks[name] = Task(definition)
+    elif known.queue != queue:
+        raise ConfigurationError(
+            f"external_task({name!r}) is declared twice, with different queues: {known.queue!r} and {queue!r}."
+        )
+    return known
+
+
+def named_task(core: AppCore, name: str) -> Task[..., Any]:
+    """Return the task of that name: registered here, declared as external, or an external one on ``default``."""
+    return core.tasks.get(name) or core.external_tasks.get(name) or external_task(core, name, "default")
+
+
+def _external(*args, **kwargs):  # type: ignore[no-untyped-def]  # noqa: ANN002, ANN003, ANN202  any call, any result
+    raise ConfigurationError("The function of this task lives in another program: enqueue it.")
+
+
 def _retry(retry: Retry | int | None) -> Retry:
     if isinstance(retry, Retry):
         return retry

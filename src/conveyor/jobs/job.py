@@ -95,6 +95,13 @@ class Job(Generic[R_co]):
         self.task: str | None = None if result_spec is None else result_spec.name
         self.duplicate = duplicate
 
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            from conveyor.jobs.hints import JOB_MEMBERS, no_member
+
+            raise no_member("Job", name, JOB_MEMBERS)
+
     @property
     def id(self) -> str:
         """The public id: ``queue:id`` for a generated id, the id itself when the caller gave it."""
@@ -217,7 +224,7 @@ class Job(Generic[R_co]):
         refuse_in_loop("job.result()", "await job.aresult()")
         seconds = _timeout_seconds(timeout)
         remaining = self._wait_for_buffer(seconds)
-        if self.task is None:
+        if self.queue is None or self.task is None:
             self._look_up()  # the task knows the type of the result, and only a live job names its task
         reply = self._core.result_subscriber.outcome(self._keys(), self._bare_id, remaining)
         return self._read_result(reply, seconds)
@@ -226,7 +233,7 @@ class Job(Generic[R_co]):
         """Awaitable form of `result`."""
         seconds = _timeout_seconds(timeout)
         remaining = seconds if self._core.client.buffer is None else await self._await_buffer(seconds)
-        if self.task is None:
+        if self.queue is None or self.task is None:
             await self._alook_up()
         reply = await self._core.result_subscriber.aoutcome(self._keys(), self._bare_id, remaining)
         return self._read_result(reply, seconds)

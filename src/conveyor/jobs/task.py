@@ -11,13 +11,14 @@ from collections.abc import Callable, Container, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from types import FrameType
-from typing import TYPE_CHECKING, Any, Generic, Literal, ParamSpec, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Literal, Never, ParamSpec, Protocol, TypeVar
 
 from conveyor import ids
 from conveyor.errors import ConfigurationError
 from conveyor.ids import new_id
 from conveyor.jobs import spawn_outbox
 from conveyor.jobs.context import Context
+from conveyor.jobs.hints import CALL_OPTIONS, TASK_MEMBERS, no_member, refuse_unknown
 from conveyor.jobs.job import Job, JobCore
 from conveyor.jobs.job_options import Outgoing, entry_of, with_options
 from conveyor.messaging.retry import Retry
@@ -218,6 +219,11 @@ class Task(Generic[P, R_co]):
         self.name = definition.name
         self.queue = definition.queue
 
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            raise no_member(f"Task {vars(self).get('name', '')}".rstrip(), name, TASK_MEMBERS, self.function.__name__)
+
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> Any:
         """Call the function, here and now."""
         return self.function(*args, **kwargs)
@@ -283,6 +289,7 @@ class Task(Generic[P, R_co]):
         fsync: bool | None = None,
         wait_replicas: int | None = None,
         wait_timeout: Duration | None = None,
+        **unknown: Never,
     ) -> BoundTask[P, R_co]:
         """
         Return the task with options for single jobs; an option that is None stays as the task has it.
@@ -292,6 +299,7 @@ class Task(Generic[P, R_co]):
         others of its priority. `fsync` waits until it is on disk, `wait_replicas` until so many replicas have it, each
         for `wait_timeout`; after that comes DurabilityNotReached. Raises ConfigurationError.
         """
+        refuse_unknown("options()", unknown, CALL_OPTIONS)
         outgoing = with_options(
             self._definition.outgoing, delay=delay, at=at, priority=priority, id=id, queue=queue, unique=unique,
             expires=expires, headers=headers, timeout=timeout, keep_result=keep_result, retry=retry, front=front,

@@ -6,7 +6,7 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from conveyor.errors import ConfigurationError
+from conveyor.errors import ConfigurationError, RetryIn
 from conveyor.payload.records import AttemptHistory
 from conveyor.units import Duration, milliseconds
 
@@ -85,11 +85,21 @@ def after_failure(
     """
     budget = policy.attempts if attempts is None else attempts
     failed = AttemptHistory(attempt, history.failures + 1, history.crashes, [*history.errors, record])
-    if isinstance(error, _tuple(policy.give_up)) or not isinstance(error, _tuple(policy.on)):
+    chosen = _chosen_ms(error)
+    if chosen is None and (isinstance(error, _tuple(policy.give_up)) or not isinstance(error, _tuple(policy.on))):
         return GiveUp(failed, f"{type(error).__name__} is not retried")
     if failed.failures >= budget:
         return GiveUp(failed, f"all {budget} attempts failed")
-    return RetryAfter(policy.pause_ms(failed.failures), failed)
+    return RetryAfter(policy.pause_ms(failed.failures) if chosen is None else chosen, failed)
+
+
+def _chosen_ms(error: BaseException) -> int | None:
+    if not isinstance(error, RetryIn):
+        return None
+    try:
+        return milliseconds(error.delay, name="RetryIn")
+    except ConfigurationError:
+        return None  # a failure like any other, whose error shows the delay that is none
 
 
 def put_off_ms(age_ms: int) -> int | None:

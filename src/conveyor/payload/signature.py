@@ -180,12 +180,31 @@ class TaskSignature:
         except MemoryError:
             raise
         except Exception as error:
-            if body[:1] != MARK:
+            if body[:1] == MARK:
+                values = self._unmarked(body)
+            elif (bound := self._bind_external(body)) is not None:
+                values = bound
+            else:
                 raise error if isinstance(error, PayloadError) else self._undecodable(reason(error)) from error
-            values = self._unmarked(body)
         if self._all_positional:
             return list(values), {}
         return self._spread(values)
+
+    def _bind_external(self, body: bytes) -> tuple[Any, ...] | None:
+        """Return the values of a call that was enqueued without this signature: ``{"*": […], "**": {…}}``; else None."""
+        try:
+            call = _external_call(body)
+        except Exception:  # no such call: the first error is the one to tell
+            return None
+        if not call.args and not call.kwargs:
+            return None
+        if misfit := self._misfit(tuple(call.args), call.kwargs):
+            raise self._undecodable(misfit.rstrip("."))
+        given = self._signature.bind(*call.args, **call.kwargs).arguments
+        try:
+            return astuple(self._decode(encode_json({self._key(name): value for name, value in given.items()})))
+        except Exception as error:
+            raise self._undecodable(reason(error)) from error
 
     def _unmarked(self, body: bytes) -> tuple[Any, ...]:
         """Return the values of arguments that are not in JSON, in the order of the parameters; UnreadablePayload."""
@@ -314,6 +333,16 @@ class TaskSignature:
 
     def _default(self, name: str) -> Any:
         return self._parameters[name].default
+
+
+class _ExternalCall(msgspec.Struct, forbid_unknown_fields=True, rename={"args": "*", "kwargs": "**"}):
+    """The arguments of a call by a program that does not have the function."""
+
+    args: list[msgspec.Raw] = []
+    kwargs: dict[str, msgspec.Raw] = {}
+
+
+_external_call = msgspec.json.Decoder(_ExternalCall).decode
 
 
 class _ArgumentCodec(FormatCodec[Any]):

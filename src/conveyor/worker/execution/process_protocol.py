@@ -20,7 +20,7 @@ from typing import Any
 
 import msgspec
 
-from conveyor.errors import ConveyorError, Snooze
+from conveyor.errors import ConveyorError, RetryIn, Snooze
 from conveyor.messaging.retry import Retry
 from conveyor.payload import failures
 
@@ -77,7 +77,7 @@ class FailedReply(msgspec.Struct, tag="failed"):
     """
     From the process: the exception that the job raised.
 
-    `kinds` are its class and all above it as ``module:qualified.name``. `delay` is that of a Snooze. `worn` as in
+    `kinds` are its class and all above it as ``module:qualified.name``. `delay` is that of a Snooze or a RetryIn. `worn` as in
     `DoneReply`.
     """
 
@@ -121,7 +121,7 @@ def capture(error: BaseException, ours: Collection[str] = ()) -> FailedReply:
         message=record.message,
         traceback=record.traceback,
         code=str(error.code) if isinstance(error, ConveyorError) else None,
-        delay=error.delay if isinstance(error, Snooze) else None,
+        delay=error.delay if isinstance(error, Snooze | RetryIn) else None,
     )
 
 
@@ -133,7 +133,7 @@ def rebuild(failed: FailedReply, policy: Retry) -> Exception:
     an Exception of that name here.
     """
     if failed.delay is not None:
-        return Snooze(failed.delay)
+        return (RetryIn if _name(RetryIn) in failed.kinds else Snooze)(failed.delay)
     kind = _make_class(failed.kinds, _loaded_classes(failed.kinds, policy))
     native: Any = next(one for one in kind.__mro__ if one.__module__ == "builtins" and issubclass(one, BaseException))
     group = issubclass(native, BaseExceptionGroup)

@@ -1,0 +1,102 @@
+"""Names that other libraries use for what has another name here, and the hint that an error gives for them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+TASK_MEMBERS = {
+    "delay": "{name}.enqueue(…)   (in async code: await {name}.aenqueue(…))",
+    "apply_async": "{name}.options(delay=…, queue=…, priority=…).enqueue(…)",
+    "apply": "{name}(…)   runs it here",
+    "send": "{name}.enqueue(…)   (in async code: await {name}.aenqueue(…))",
+    "send_with_options": "{name}.options(…).enqueue(…)",
+    "message": "{name}.s(…)",
+    "signature": "{name}.s(…)",
+    "subtask": "{name}.s(…)",
+    "si": "{name}.s(…)",
+    "kiq": "await {name}.aenqueue(…)",
+    "kicker": "{name}.options(…)",
+    "perform_async": "{name}.enqueue(…)",
+    "schedule": "{name}.options(delay='10m').enqueue(…)   or  {name}.options(at=…)",
+    "retry": "raise RetryIn('30s')   in the task",
+    "request": "current()   in the task: its context",
+}
+"""Celery, Dramatiq, RQ, arq, Taskiq, Huey: what they call on a task → what to write."""
+
+APP_MEMBERS = {
+    "send_task": "app.enqueue('name', …)",
+    "enqueue_job": "await app.aenqueue('name', …)",
+    "actor": "@app.task",
+    "shared_task": "@app.task",
+    "AsyncResult": "app.job(id)",
+    "autodiscover_tasks": "conveyor worker MODULE:app   with a module that imports the modules of the tasks",
+    "run": "async with app.worker():   or   conveyor worker MODULE:app",
+    "broker": "Conveyor('redis://…')",
+    "control": "conveyor.admin.Admin(app.client)",
+}
+
+JOB_MEMBERS = {
+    "get": "job.result(timeout='5s')",
+    "wait_result": "await job.aresult(timeout='5s')",
+    "return_value": "job.result()",
+    "revoke": "job.cancel()",
+    "state": "job.status()",
+    "get_status": "job.status()",
+    "ready": "job.status() in {'done', 'dead', 'cancelled'}",
+    "is_finished": "job.status() == 'done'",
+    "job_id": "job.id",
+    "task_id": "job.id",
+}
+
+TASK_OPTIONS = {
+    "bind": "current()   in the function: the context of the job",
+    "retries": "retry=5   attempts in total, or retry=Retry(attempts=5, backoff='1s')",
+    "max_retries": "retry=5   attempts in total, or retry=Retry(attempts=5, backoff='1s')",
+    "max_tries": "retry=5   attempts in total",
+    "autoretry_for": "retry=Retry(on=(ConnectionError,))",
+    "retry_for": "retry=Retry(on=(ConnectionError,))",
+    "retry_backoff": "retry=Retry(backoff='1s', cap='5m')",
+    "default_retry_delay": "retry=Retry(backoff='3m')",
+    "min_backoff": "retry=Retry(backoff='1s', cap='5m')",
+    "max_backoff": "retry=Retry(backoff='1s', cap='5m')",
+    "time_limit": "timeout='30s'",
+    "soft_time_limit": "timeout='30s'",
+    "job_timeout": "timeout='30s'",
+    "acks_late": "ack='late'   which is the default",
+    "ignore_result": "keep_result=0",
+    "store_results": "keep_result='10m'   which is the default",
+    "result_ttl": "keep_result='10m'",
+    "queue_name": "queue='…'",
+    "actor_name": "name='…'",
+    "task_name": "name='…'",
+    "rate_limit": "limits=[Rate(100, '1s')]",
+}
+
+CALL_OPTIONS = {
+    **{key: TASK_OPTIONS[key] for key in ("retries", "max_retries", "time_limit", "soft_time_limit", "job_timeout")},
+    "countdown": "delay='10s'",
+    "defer_by": "delay='10s'",
+    "eta": "at=…   an aware datetime",
+    "defer_until": "at=…   an aware datetime",
+    "task_id": "id='…'",
+    "job_id": "id='…'",
+    "ttl": "expires='1h'",
+    "routing_key": "queue='…'",
+    "queue_name": "queue='…'",
+    "result_ttl": "keep_result='10m'",
+}
+
+
+def no_member(owner: str, name: str, hints: Mapping[str, str], written: str = "") -> AttributeError:
+    """Return the error for a member that *owner* does not have; *written* is what the caller writes for the object."""
+    hint = hints.get(name, "")
+    return AttributeError(
+        f"{owner} has no attribute {name!r}." + (f" Write: {hint.format(name=written)}" if hint else "")
+    )
+
+
+def refuse_unknown(call: str, given: Mapping[str, object], hints: Mapping[str, str]) -> None:
+    """Raise TypeError for the first option of *given*, which *call* does not take."""
+    for name in given:
+        hint = f" Write: {hints[name]}" if name in hints else ""
+        raise TypeError(f"{call} got an unexpected keyword argument {name!r}.{hint}")
