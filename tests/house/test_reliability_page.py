@@ -10,7 +10,7 @@ from pathlib import Path
 HOME = Path(__file__).parents[2]
 LAST = {"A": 16, "B": 8, "C": 28, "D": 23, "I": 22}
 ROWS = [f"{letter}{n}" for letter, last in LAST.items() for n in range(1, last + 1)]
-"""All rows of the failure table, and the invariants."""
+"""The rows of the failure table, and the invariants, that were there from the start; later ones have any free number."""
 _TEST = re.compile(r"`(tests/[\w/]+\.py::[\w:]+)`")
 
 
@@ -60,7 +60,8 @@ def test_every_row_is_stated_once() -> None:
     stated = table()
 
     assert [row for row, tests in stated.items() if not tests] == []
-    assert sorted([*stated, *later()], key=ROWS.index) == ROWS
+    assert [row for row in later() if row in stated] == []
+    assert {*ROWS} - {*stated, *later()} == set()
 
 
 def test_every_test_named_is_marked_with_its_row() -> None:

@@ -33,7 +33,7 @@ SABOTAGES = {
     "push ignores its sequence": ("PUSH", "if seen == number then return last end", ""),
     "push_plain ignores its sequence": ("PUSH_PLAIN", "if seen == number then", "if false then"),
     "push_plain forgets what its sequence was": ("PUSH_PLAIN", "redis.call('SET', KEYS[1], last, 'PX', kept)\n", "\n"),
-    "push accepts a late copy": ("PUSH", "if seen > number then", "if false then"),
+    "push accepts a late copy": ("PUSH", "if seen >= first then", "if false then"),
     "push overwrites a job of the same id": ("PUSH", "redis.call('GET', prefix .. 'unique:i:' .. id)", "false"),
     "push wakes no worker": ("PUSH", "if takeable then wake(KEYS[4]) end", ""),
     "reap does not compare": ("REAP", "tonumber(ends) ~= tonumber(ARGV[2])", "false"),

@@ -16,6 +16,12 @@ import pytest
 from conveyor import Buffer
 from conveyor.errors import ConfigurationError, StoreUnavailable
 from conveyor.jobs.app import Conveyor
+from conveyor.store import operations
+from conveyor.store.client import spool
+from conveyor.store.client.spool import SpooledPush, claim_spool
+from conveyor.store.keys import QueueKeys
+from conveyor.store.operations import Entry
+from conveyor.store.script import Call
 from support.ready_ids import bare, line, until
 from support.server_process import Server
 
@@ -107,6 +113,70 @@ def test_killed_while_it_delivers(server: Server, tmp_path: Path, rounds: Callab
     assert line(server) == bare(ids), f"seed {seed}"
 
 
+_DELIVERS_WITHOUT_MARK = """
+import os, signal, sys, time
+from conveyor import Buffer, Conveyor
+from conveyor.store.client import spool
+url, directory, portion, fault = sys.argv[1:]
+spool.MAX_JOBS = int(portion)
+def die(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
+spool.DiskSpool._write_delivered = die if fault == "killed" else lambda *_: None
+buffer = Buffer(directory)
+app = Conveyor(url, buffer=buffer)
+while buffer._own is None or buffer._own:
+    time.sleep(0.001)
+die()
+"""
+
+
+@pytest.mark.row("D181")
+@pytest.mark.parametrize("fault", ["killed", "not written"])
+@pytest.mark.parametrize("portions", [(1000, 1), (5, 2), (1, 1000), (2, 3)], ids=str)
+def test_what_was_delivered_without_a_mark(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, portions: tuple[int, int], fault: str
+) -> None:
+    """
+    What Redis took is stored once though no mark says so on disk, whatever the portions are afterwards.
+
+    Its deliverer died between the reply and the mark, or could not write the mark.
+    """
+    server.kill()
+    app = Conveyor(server.url, buffer=Buffer(tmp_path, linger=0))
+    ids = [app.queue(name).push(n) for n in range(9) for name in ("mail", "other")]
+    app.close()
+    server.start()
+    for _ in range(2):
+        arguments = [server.url, str(tmp_path), str(portions[0]), fault]
+        done = subprocess.run([sys.executable, "-c", _DELIVERS_WITHOUT_MARK, *arguments], check=False)
+        assert done.returncode == -signal.SIGKILL
+        assert line(server)
+    monkeypatch.setattr(spool, "MAX_JOBS", portions[1])
+    buffer = Buffer(tmp_path)
+    with Conveyor(server.url, buffer=buffer):
+        until(lambda: not buffer.has_leftovers())
+    assert line(server) == bare(ids[::2])
+    assert line(server, "other") == bare(ids[1::2])
+
+
+@pytest.mark.row("D181")
+def test_a_push_that_was_withdrawn_is_delivered(server: Server, tmp_path: Path) -> None:
+    """A failed attempt that was withdrawn, though nobody was told, was not stored: the push is delivered, and once."""
+    keys = QueueKeys("conveyor", "mail")
+    for _ in range(2):  # the second time its deliverer died before it could write down what was delivered
+        left = claim_spool(tmp_path, fsync=False)
+        entry = Entry("0" * 22, b"\nmessage\n{}")
+        left.add(SpooledPush("conveyor", "mail", [entry], time.time(), lane="attempt+", number=7))
+        left.close()
+        app = Conveyor(server.url)
+        app.client.run(Call(operations.WITHDRAW, (keys.lane("attempt+"),), (7,), bytes))
+        app.close()
+        buffer = Buffer(tmp_path)
+        with Conveyor(server.url, buffer=buffer):
+            assert buffer.wait_empty(10)
+    assert line(server) == ["0" * 22]
+
+
 def test_a_torn_tail(server: Server, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Of a file whose end was not written whole, all before that is delivered, and the loss is said."""
     server.kill()
@@ -180,8 +250,6 @@ def test_two_processes_share_a_directory(server: Server, tmp_path: Path) -> None
 
 def test_a_long_life_does_not_grow_the_file(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A file that never empties is written anew when most of it was delivered, and reads the same afterwards."""
-    from conveyor.store.client import spool
-
     monkeypatch.setattr(spool, "_REWRITE_ABOVE", 10_000)
     server.kill()
     app = Conveyor(server.url, buffer=Buffer(tmp_path, linger=0))

@@ -25,8 +25,7 @@ from conveyor.ids import new_identity
 from conveyor.jobs import spawn_outbox
 from conveyor.sql.transaction import explain_missing_table
 from conveyor.store import operations
-from conveyor.store.client.buffer import DAY_SUFFIX
-from conveyor.store.client.spool import MAX_BYTES, MAX_JOBS, SpooledPush
+from conveyor.store.client.spool import DAY_SUFFIX, MAX_BYTES, MAX_JOBS, SpooledPush
 from conveyor.store.keys import known_queues
 from conveyor.store.operations import Entry, ProducerSequence, StalePush
 

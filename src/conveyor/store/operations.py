@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
-from typing import Any
+from typing import Any, NoReturn
 
 from conveyor.errors import ConfigurationError, QueueFull
 from conveyor.ids import may_arrive_later
@@ -93,6 +93,10 @@ class StalePush(Exception):
     """A newer push of this sequence was already answered."""
 
 
+class WithdrawnPush(Exception):
+    """A push of this number was withdrawn: it is not stored, and never will be under this number."""
+
+
 def announce(known: str, *queues: str) -> Call[int]:
     """Return the call that adds *queues* to the set *known* of all queues."""
     return Command(SADD, (known,), queues, int)
@@ -118,7 +122,31 @@ def push(
     keys: QueueKeys, sequence: ProducerSequence, entries: Iterable[Entry], *, max_length: int = 0
 ) -> Call[list[str]]:
     """Return the call that stores *entries* in order, all or none. It yields an id each: an existing job's for a duplicate."""
-    args: list[Argument] = [sequence.next(), max_length, keys.partitions, 0]
+    args, ids = _push_args(sequence.next(), keys, entries, max_length)
+    return Call(
+        PUSH, _push_keys(keys, sequence.identity), args, _pushed(keys, ids),
+        None if sequence.resends_refused else WITHDRAW,
+    )  # fmt: skip
+
+
+def push_numbered(
+    keys: QueueKeys, identity: str, numbers: range, entries: Iterable[Entry], *, max_length: int = 0
+) -> Call[int]:
+    """
+    Return the call that stores *entries*, which stand for *numbers* in the sequence *identity*, all or none.
+
+    None is stored when some were before. It yields the highest number of the sequence that is stored then. Entries may be
+    numbered one by one and pushed in any portions, however often: each is stored once. Raises WithdrawnPush.
+    """
+    args, _ = _push_args(f"{numbers[-1]} {numbers[0]}", keys, entries, max_length)
+    return Call(PUSH, _push_keys(keys, identity), args, partial(_pushed_numbered, keys, numbers[-1]))
+
+
+def _push_args(
+    number: Argument, keys: QueueKeys, entries: Iterable[Entry], max_length: int
+) -> tuple[list[Argument], list[str | None]]:
+    """Return the arguments of a push, and the id of each entry, None for one that the reply will name."""
+    args: list[Argument] = [number, max_length, keys.partitions, 0]
     ids: list[str | None] = []
     run: list[Argument] = []
     plain_run = True
@@ -137,9 +165,7 @@ def push(
     if run:
         args += ["p" if plain_run else "s", len(run) // (2 if plain_run else 10), *run]
     args[3] = len(ids)
-    return Call(
-        PUSH, _push_keys(keys, sequence), args, _pushed(keys, ids), None if sequence.resends_refused else WITHDRAW
-    )
+    return args, ids
 
 
 def fence(keys: QueueKeys, identity: str) -> Call[bool]:
@@ -160,8 +186,8 @@ def _special(entry: Entry) -> tuple[Argument, ...]:
     )  # fmt: skip
 
 
-def _push_keys(keys: QueueKeys, sequence: ProducerSequence) -> tuple[str, ...]:
-    return (keys.lane(sequence.identity), keys.jobs, keys.due, keys.wake, keys.conf, keys.dead, *keys.ready)
+def _push_keys(keys: QueueKeys, identity: str) -> tuple[str, ...]:
+    return (keys.lane(identity), keys.jobs, keys.due, keys.wake, keys.conf, keys.dead, *keys.ready)
 
 
 def _pushed_plain(keys: QueueKeys, reply: bytes) -> None:
@@ -180,6 +206,15 @@ def _pushed(keys: QueueKeys, ids: list[str | None]) -> Any:
     return decode
 
 
+def _pushed_numbered(keys: QueueKeys, number: int, reply: bytes) -> int:
+    _, status, *rest = reply.split(b"\n")
+    if status == b"withdrawn":
+        raise WithdrawnPush
+    if status not in (b"ok", b"late"):
+        _refused(keys, reply)
+    return number if status == b"ok" else int(rest[0])
+
+
 class ExistingId(str):
     """The id of a job that existed before: the push that named it stored nothing."""
 
@@ -190,7 +225,7 @@ def _accepted(answer: str) -> str:
     return ExistingId(answer[1:]) if answer.startswith("\t") else answer
 
 
-def _refused(keys: QueueKeys, reply: bytes) -> None:
+def _refused(keys: QueueKeys, reply: bytes) -> NoReturn:
     _, status, *rest = reply.decode().split("\n")
     queue = keys.queue
     if status == "full":

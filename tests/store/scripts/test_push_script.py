@@ -387,3 +387,23 @@ def test_silly_number_fails_with_nothing_done(seeded: SeededQueue, options: dict
     seeded.push("a")
     with seeded.unchanged(), pytest.raises(Exception, match=r"answered|holds"):
         seeded.push("b", entry("c", **options))
+
+
+@pytest.mark.row("D181")
+@pytest.mark.redis6
+@pytest.mark.redis7
+def test_numbered_push_is_taken_once_in_any_portions(seeded: SeededQueue) -> None:
+    """Of entries that are numbered one by one, a portion that holds one of those taken stores nothing, and says which were."""
+
+    def push(first: int, last: int) -> int:
+        entries = [entry(f"n{number}", priority=number % 2) for number in range(first, last + 1)]
+        return seeded.run(operations.push_numbered(seeded.keys, "S+", range(first, last + 1), entries))
+
+    assert push(1, 3) == 3
+    before = seeded.dump()
+    for portion in [(1, 3), (1, 1), (2, 2), (1, 5), (3, 3), (3, 9), (2, 3)]:
+        assert push(*portion) == 3, portion
+    assert seeded.since(before) == {}
+    assert push(4, 9) == 9
+    assert seeded.dump()["jobs"].keys() == {f"n{number}" for number in range(1, 10)}
+    assert seeded.audit() == []

@@ -12,7 +12,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 from conveyor.errors import ConfigurationError, StoreUnavailable
-from conveyor.ids import new_identity
 from conveyor.store.client.spool import (
     MemorySpool,
     SpoolBatch,
@@ -25,13 +24,6 @@ from conveyor.store.client.spool import (
 from conveyor.units import Duration, milliseconds
 
 _log = logging.getLogger("conveyor.buffer")
-DAY_SUFFIX = "+"
-"""The last character of a sequence that Redis remembers for a day instead of two hours; the scripts know it."""
-
-
-def day_identity() -> str:
-    """Return a fresh identity for a sequence that Redis remembers for a day."""
-    return new_identity() + DAY_SUFFIX
 
 
 class Buffer:
@@ -171,16 +163,15 @@ class Buffer:
 
     def _own_spool(self) -> MemorySpool:
         if self._own is None:
-            identity = day_identity()
             if self.directory is None:
-                self._own = MemorySpool(identity)
+                self._own = MemorySpool()
             else:
-                self._own = claim_spool(self.directory, identity, fsync=self._fsync)
+                self._own = claim_spool(self.directory, fsync=self._fsync)
                 self._remember(self._own)
         return self._own
 
     def _remember(self, spool: MemorySpool) -> None:
-        self._ids.update(entry.id for record in spool.records for entry in record.entries)
+        self._ids.update(entry.id for record in spool.records() for entry in record.entries)
 
     # -- out ----------------------------------------------------------------------------------------------------------
 
@@ -191,7 +182,7 @@ class Buffer:
                 self._own_spool()
             spool = next((one for one in self._all() if one), None)
             if spool is None and self.directory is not None:
-                self._others += orphaned_spools(self.directory, day_identity())
+                self._others += orphaned_spools(self.directory)
                 spool = next((one for one in self._others if one), None)
                 if spool is not None:
                     self._remember(spool)
@@ -200,11 +191,11 @@ class Buffer:
                 return None
             return spool, spool.next_batch()
 
-    def delivered(self, spool: MemorySpool) -> None:
-        """Remove the batch that was sent."""
+    def delivered(self, spool: MemorySpool, batch: SpoolBatch, number: int) -> None:
+        """Remove what Redis has: the records of the batch's sequence up to *number*."""
         with self._changed:
             self.draining = True
-            for record in spool.finish_batch():
+            for record in spool.finish(batch, number):
                 self._count_delivered += len(record.entries)
                 self._ids.difference_update(entry.id for entry in record.entries)
             if not spool and spool in self._others:
@@ -214,10 +205,10 @@ class Buffer:
                 self._finish()
             self._changed.notify_all()
 
-    def halve_batch(self, spool: MemorySpool) -> bool:
+    def halve_batch(self, spool: MemorySpool, batch: SpoolBatch) -> bool:
         """Send less at a time; return False when it is one record already."""
         with self._changed:
-            return spool.halve_batch()
+            return spool.halve_batch(batch)
 
     def _finish(self) -> None:
         if self._outage_since is not None:

@@ -14,15 +14,15 @@ from conveyor.errors import ConveyorError, QueueFull, StoreUnavailable
 from conveyor.ids import logical
 from conveyor.store import operations
 from conveyor.store.client.batching import PendingPush, PushBatcher, chunks, entries_of
-from conveyor.store.client.buffer import Buffer, day_identity
+from conveyor.store.client.buffer import Buffer
 from conveyor.store.client.client import RETRY_FOR, Client, refuse_in_loop
 from conveyor.store.client.confirmed import ConfirmedTarget
 from conveyor.store.client.durability import Durability
-from conveyor.store.client.spool import MemorySpool, SpoolBatch, SpooledPush
+from conveyor.store.client.spool import MemorySpool, SpoolBatch, SpooledPush, day_identity
 from conveyor.store.keys import QueueKeys, known_queues
 from conveyor.store.operations import Entry, ProducerSequence
 from conveyor.store.partitions import PartitionCountMismatch, claims
-from conveyor.store.script import Argument
+from conveyor.store.script import Argument, Call
 from conveyor.store.transport import replies
 from conveyor.store.transport.connection import Connection
 
@@ -295,24 +295,18 @@ class SpoolDelivery:
                     continue
                 spool, batch = waiting
                 try:
-                    self._send(batch, connections)
+                    number = self._send(batch, connections)
                 except StoreUnavailable:
                     attempt, self._buffer.draining = attempt + 1, False
                 except QueueFull:
-                    attempt = 0 if self._buffer.halve_batch(spool) else attempt + 1
-                except operations.StalePush:
-                    self._buffer.delivered(
-                        spool
-                    )  # a newer call of this sequence was answered, so this one was answered before
-                    attempt = 0
-                    continue
+                    attempt = 0 if self._buffer.halve_batch(spool, batch) else attempt + 1
                 except Exception as error:
                     attempt += 1
                     if time.monotonic() - logged_at > _LOG_AGAIN_AFTER:
                         logged_at = time.monotonic()
                         _log_refusal(batch, error)
                 else:
-                    self._buffer.delivered(spool)
+                    self._buffer.delivered(spool, batch, number)
                     attempt = 0
                     continue
                 self._stopping.wait(replies.backoff(attempt, cap=MAX_PAUSE))
@@ -330,30 +324,39 @@ class SpoolDelivery:
             _log.error("the buffer %s cannot be written: %s", self._buffer.directory, error)
             return error
 
-    def _send(self, batch: SpoolBatch, connections: dict[Endpoint, Connection]) -> None:
-        first, client = batch.records[0], self._client
+    def _send(self, batch: SpoolBatch, connections: dict[Endpoint, Connection]) -> int:
+        """Push a batch; return the highest number of its sequence that Redis has taken."""
+        first, client = batch.first, self._client
         keys = QueueKeys(first.namespace, first.queue, foreign=first.foreign, partitions=first.partitions)
         client.announce_within(keys, FIRST_TRY)
         endpoint = client.endpoint(keys)
         connection = connections.get(endpoint)
         if connection is None:
             connection = connections[endpoint] = Connection(endpoint)
-        sequence = ProducerSequence(batch.identity, batch.number - 1, resends_refused=True)
-        call = operations.push(keys, sequence, batch.entries(time.time()), max_length=first.max_length)
         try:
-            connection.run(call, retry_for=FIRST_TRY)
+            return connection.run(_push_of(batch, keys, 0), retry_for=FIRST_TRY)
+        except operations.WithdrawnPush:
+            # The failed attempt was refused, but nobody was told. Only this push uses its sequence, so the next number is free.
+            return connection.run(_push_of(batch, keys, 1), retry_for=FIRST_TRY)
         except PartitionCountMismatch as error:
             if error.recorded is not None:
                 raise
             # Redis was emptied meanwhile, so it has no number yet. Set this one, unless another program was first.
             for claim in claims(first.namespace, logical(first.queue), keys.partitions):
                 client.run(claim, retry_for=FIRST_TRY)
-            connection.run(call, retry_for=FIRST_TRY)
+            return connection.run(_push_of(batch, keys, 0), retry_for=FIRST_TRY)
+
+
+def _push_of(batch: SpoolBatch, keys: QueueKeys, skipped: int) -> Call[int]:
+    """Return the call that delivers *batch*; *skipped* numbers of its sequence were given up."""
+    first, entries = batch.first, batch.entries(time.time())
+    numbers = range(first.number + skipped, batch.last_number + skipped + 1)
+    return operations.push_numbered(keys, first.lane, numbers, entries, max_length=first.max_length)
 
 
 def _log_refusal(batch: SpoolBatch, error: Exception) -> None:
     _log.error(
-        "queue %s: buffered jobs cannot be delivered until this is fixed: %s", batch.records[0].queue, error,
+        "queue %s: buffered jobs cannot be delivered until this is fixed: %s", batch.first.queue, error,
         exc_info=not isinstance(error, ConveyorError),
     )  # fmt: skip
 

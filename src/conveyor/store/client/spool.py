@@ -1,9 +1,13 @@
 """
 Pushes that wait until Redis is back: in memory, or also in a file that the next process reads when this one is gone.
 
-They wait in order, each with the call in which it may have been sent already. The file is append-only: frames of
-``length(4) crc32(4) body``. The body is MessagePack: a push, the begin of a call or its end. A torn tail is cut off and
-logged. The file is emptied when all of it was delivered, and rewritten when most of it was.
+Each push has a place in a sequence, which is kept with it: that of the attempt that failed, or the next number of the
+spool's own. Redis remembers the highest number of a sequence that it has taken, queue by queue. So whatever records a
+call is made of, and whoever sends it, each is taken once.
+
+The file is append-only: frames of ``length(4) crc32(4) body``. The body is MessagePack: a push, or a mark that says up to
+which number those of a sequence were delivered. A torn tail is cut off and logged. The file is emptied when all of it was
+delivered, and rewritten when most of it was.
 """
 
 from __future__ import annotations
@@ -14,7 +18,7 @@ import os
 import struct
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -23,6 +27,7 @@ from zlib import crc32
 import msgspec
 
 from conveyor.errors import ConfigurationError
+from conveyor.ids import new_identity
 from conveyor.store.operations import Entry
 
 _log = logging.getLogger("conveyor.buffer")
@@ -36,6 +41,15 @@ _REWRITE_ABOVE = 8_000_000
 _RESERVE = 4096
 """Bytes reserved after the records for what a delivery writes: a full disk must not stop it."""
 _HEAD = struct.Struct("<II")
+DAY_SUFFIX = "+"
+"""The last character of a sequence that Redis remembers for a day instead of two hours; the scripts know it."""
+QueueName = tuple[str, str, str | None]
+"""Namespace, queue or partition, plain list."""
+
+
+def day_identity() -> str:
+    """Return a fresh identity for a sequence that Redis remembers for a day."""
+    return new_identity() + DAY_SUFFIX
 
 
 @dataclass(slots=True)
@@ -43,8 +57,8 @@ class SpooledPush:
     """
     One push that waits. The field names are those of the file.
 
-    `lane` and `number` are the sequence and the number of an attempt that may have reached Redis, "" when there was none. `at`
-    is when the push was accepted (s since the epoch), because delays count from there.
+    `lane` and `number` are its place in a sequence: of the attempt that may have reached Redis, or, when "" is given, of the
+    spool that it is added to. `at` is when the push was accepted (s since the epoch), because delays count from there.
     """
 
     namespace: str
@@ -56,6 +70,11 @@ class SpooledPush:
     lane: str = ""
     number: int = 0
     foreign: str | None = None
+
+    @property
+    def to(self) -> QueueName:
+        """The queue that it is for."""
+        return self.namespace, self.queue, self.foreign
 
     @property
     def size(self) -> int:
@@ -74,97 +93,124 @@ class SpooledPush:
             yield replace(entry, delay_ms=delay, expires_ms=life)
 
     def fits_with(self, other: SpooledPush) -> bool:
-        """Tell whether both may travel in one call."""
-        return (
-            not self.lane and not other.lane and self.queue == other.queue and self.namespace == other.namespace
-            and self.foreign == other.foreign and self.max_length == other.max_length and self.partitions == other.partitions
-        )  # fmt: skip
+        """Tell whether both, which are for one queue, may travel in one call."""
+        return self.lane == other.lane and self.max_length == other.max_length and self.partitions == other.partitions
 
 
 @dataclass(slots=True)
 class SpoolBatch:
-    """The first records of a spool, for one call, and the sequence and number it is sent with, however often."""
+    """The first records of one queue, for one call: a range of numbers in a sequence."""
 
     records: list[SpooledPush]
-    identity: str
-    number: int
+
+    @property
+    def first(self) -> SpooledPush:
+        """The record with the lowest number."""
+        return self.records[0]
+
+    @property
+    def last_number(self) -> int:
+        """The highest number."""
+        return self.records[-1].number
 
     def entries(self, now: float) -> list[Entry]:
         """Return all entries, in order."""
         return [entry for record in self.records for entry in record.due(now)]
 
 
+@dataclass(slots=True)
+class QueueRecords:
+    """The records of one queue, in order, and how many jobs the next call may take."""
+
+    records: deque[SpooledPush] = field(default_factory=deque)
+    max_jobs: int = field(default_factory=lambda: MAX_JOBS)
+
+    def next_batch(self) -> SpoolBatch:
+        """Return the records to send now."""
+        head = self.records[0]
+        taken, jobs, size = [head], len(head.entries), head.size
+        for record in islice(self.records, 1, self.max_jobs):
+            jobs, size = jobs + len(record.entries), size + record.size
+            if jobs > self.max_jobs or size > MAX_BYTES or not head.fits_with(record):
+                break
+            taken.append(record)
+        return SpoolBatch(taken)
+
+    def remove(self, lane: str, number: int) -> list[SpooledPush]:
+        """Remove and return the records of the sequence *lane* up to *number*; they are the first."""
+        removed = []
+        while self.records and self.records[0].lane == lane and self.records[0].number <= number:
+            removed.append(self.records.popleft())
+        return removed
+
+
 class MemorySpool:
     """
-    Records in order; their batches are sent in the sequence *identity*.
+    Records of several queues, each queue's in order.
 
     Not for several threads at once: the buffer's lock guards it.
     """
 
-    def __init__(self, identity: str) -> None:
-        self.records: deque[SpooledPush] = deque()
+    def __init__(self) -> None:
+        self.queues: dict[QueueName, QueueRecords] = {}
         self.jobs = self.bytes = 0
-        self._identity = identity
+        self._identity = day_identity()
         self._number = 0
-        self._batch: SpoolBatch | None = None
-        self._max_jobs = MAX_JOBS
 
     def __bool__(self) -> bool:
-        return bool(self.records)
+        return bool(self.queues)
+
+    def records(self) -> Iterator[SpooledPush]:
+        """Yield all records, queue by queue."""
+        for queue in self.queues.values():
+            yield from queue.records
 
     def add(self, record: SpooledPush) -> None:
-        """Append a record."""
+        """Append a record, which gets the next number of the spool's sequence unless it has a place in one."""
+        if not record.lane:
+            self._number += 1
+            record.lane, record.number = self._identity, self._number
         self._write_push(record)
-        self.records.append(record)
+        self._append_record(record)
+
+    def _append_record(self, record: SpooledPush) -> None:
+        self.queues.setdefault(record.to, QueueRecords()).records.append(record)
         self.jobs += len(record.entries)
         self.bytes += record.size
 
     def next_batch(self) -> SpoolBatch:
-        """Return the batch to send now: the same until `finish_batch` or `halve_batch`."""
-        if self._batch is None:
-            records = self._first()
-            if records[0].lane:
-                self._batch = SpoolBatch(records, records[0].lane, records[0].number)
-            else:
-                self._number += 1
-                batch = SpoolBatch(records, self._identity, self._number)
-                self._write_batch(batch)
-                self._batch = batch
-        return self._batch
+        """Return the records to send now."""
+        return next(iter(self.queues.values())).next_batch()
 
-    def _first(self) -> list[SpooledPush]:
-        head = self.records[0]
-        taken, jobs, size = [head], len(head.entries), head.size
-        for record in islice(self.records, 1, self._max_jobs) if not head.lane else ():
-            jobs, size = jobs + len(record.entries), size + record.size
-            if jobs > self._max_jobs or size > MAX_BYTES or not head.fits_with(record):
-                break
-            taken.append(record)
-        return taken
-
-    def halve_batch(self) -> bool:
+    def halve_batch(self, batch: SpoolBatch) -> bool:
         """
         Send half as many from now on, since the queue has no room for all; return False when one record is the minimum.
 
-        The next batch gets a higher number, so a late copy of this one changes nothing.
+        A late copy of the whole changes nothing then: Redis refuses it for the numbers that it has taken.
         """
-        if self._batch is None or len(self._batch.records) == 1:
+        if len(batch.records) == 1:
             return False
-        self._max_jobs = max(1, len(self._batch.records) // 2)
-        self._batch = None
+        self.queues[batch.first.to].max_jobs = max(1, len(batch.records) // 2)
         return True
 
-    def finish_batch(self) -> list[SpooledPush]:
-        """Remove the batch, which is delivered, and return its records."""
-        assert self._batch is not None
-        delivered, self._batch = self._batch.records, None
-        self._max_jobs = min(MAX_JOBS, self._max_jobs * 2)
-        for record in delivered:
-            self.records.popleft()
+    def finish(self, batch: SpoolBatch, number: int) -> list[SpooledPush]:
+        """Remove the records that Redis has: those of the batch's sequence up to *number*. Return them."""
+        to, lane = batch.first.to, batch.first.lane
+        self.queues[to].max_jobs = min(MAX_JOBS, self.queues[to].max_jobs * 2)
+        delivered = self._remove(to, lane, number)
+        self._write_delivered(to, lane, number)
+        return delivered
+
+    def _remove(self, to: QueueName, lane: str, number: int) -> list[SpooledPush]:
+        if (queue := self.queues.get(to)) is None:
+            return []
+        removed = queue.remove(lane, number)
+        for record in removed:
             self.jobs -= len(record.entries)
             self.bytes -= record.size
-        self._write_delivered(len(delivered))
-        return delivered
+        if not queue.records:
+            del self.queues[to]
+        return removed
 
     def close(self) -> None:
         """Close what it holds open."""
@@ -172,8 +218,7 @@ class MemorySpool:
     # -- what a journal does besides --------------------------------------------------------------------------------
 
     def _write_push(self, record: SpooledPush) -> None: ...
-    def _write_batch(self, batch: SpoolBatch) -> None: ...
-    def _write_delivered(self, count: int) -> None: ...
+    def _write_delivered(self, to: QueueName, lane: str, number: int) -> None: ...
 
 
 class DiskSpool(MemorySpool):
@@ -183,8 +228,8 @@ class DiskSpool(MemorySpool):
     *lock* is the descriptor of a locked file beside it, which says that a process uses it.
     """
 
-    def __init__(self, path: Path, lock: int, identity: str, *, fsync: bool) -> None:
-        super().__init__(identity)
+    def __init__(self, path: Path, lock: int, *, fsync: bool) -> None:
+        super().__init__()
         self.path = path
         self._lock = lock
         self._fsync = fsync
@@ -196,21 +241,17 @@ class DiskSpool(MemorySpool):
     def _write_push(self, record: SpooledPush) -> None:
         self._append(("P", record), sync=self._fsync, spare=_RESERVE)
 
-    def _write_batch(self, batch: SpoolBatch) -> None:
-        # Before it is sent: a process that reads this sends exactly these records again, with the same sequence and number.
-        self._append(("B", len(batch.records), batch.identity, batch.number), sync=self._fsync)
-
-    def _write_delivered(self, count: int) -> None:
-        if not self.records:
-            os.ftruncate(self._file, 0)
-            self._size = self._allocated = 0
-            return
+    def _write_delivered(self, to: QueueName, lane: str, number: int) -> None:
         try:
-            self._append(("D", count), sync=False)
+            if not self.queues:
+                os.ftruncate(self._file, 0)
+                self._size = self._allocated = 0
+                return
+            self._append(("D", to, lane, number), sync=False)
             if self._size > _REWRITE_ABOVE + 2 * self.bytes:
                 self._rewrite()
         except OSError as error:
-            # A process that reads the file sends the same call again, and its sequence answers that.
+            # A process that reads the file sends these records again, and Redis knows their numbers.
             _log.warning("%s: cannot record what was delivered: %s", self.path, error)
 
     def _append(self, body: tuple[Any, ...], *, sync: bool, spare: int = 0) -> None:
@@ -237,7 +278,7 @@ class DiskSpool(MemorySpool):
     def _rewrite(self) -> None:
         """Write what is left into a new file that replaces the old one."""
         fresh = self.path.with_suffix(".new")
-        frames = b"".join(_frame(("P", record)) for record in self.records)
+        frames = b"".join(_frame(("P", record)) for record in self.records())
         descriptor = os.open(fresh, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
         try:
             with open(descriptor, "wb", closefd=False) as file:
@@ -270,18 +311,10 @@ class DiskSpool(MemorySpool):
 
     def _replay(self, body: list[Any]) -> None:
         if body[0] == "P":
-            record = msgspec.convert(body[1], SpooledPush)
-            self.records.append(record)
-            self.jobs += len(record.entries)
-            self.bytes += record.size
-        elif body[0] == "B":
-            self._batch = SpoolBatch(list(islice(self.records, body[1])), body[2], body[3])
+            self._append_record(msgspec.convert(body[1], SpooledPush))
         else:
-            for _ in range(body[1]):
-                record = self.records.popleft()
-                self.jobs -= len(record.entries)
-                self.bytes -= record.size
-            self._batch = None
+            _, (namespace, queue, foreign), lane, number = body
+            self._remove((namespace, queue, foreign), lane, number)
 
     def close(self) -> None:
         """Close the file; its content waits for the next process."""
@@ -312,25 +345,21 @@ def prepare_directory(directory: Path) -> None:
         raise PermissionError("Permission denied")
 
 
-def claim_spool(directory: Path, identity: str, *, fsync: bool) -> DiskSpool:
+def claim_spool(directory: Path, *, fsync: bool) -> DiskSpool:
     """Return the first spool of *directory* that no other process uses, with what was left in it."""
     directory.mkdir(parents=True, exist_ok=True)
     for slot in range(MAX_PROCESSES):
-        spool = _open(directory, slot, identity, fsync=fsync)
+        spool = _open(directory, slot, fsync=fsync)
         if spool is not None:
             return spool
     raise ConfigurationError(f"{MAX_PROCESSES} processes already use the buffer {directory}. Use several directories.")
 
 
-def orphaned_spools(directory: Path, identity: str) -> list[DiskSpool]:
+def orphaned_spools(directory: Path) -> list[DiskSpool]:
     """Return the spools of *directory* that are not empty and whose processes are gone."""
     spools: list[DiskSpool] = []
     for path in sorted(directory.glob("*.log")):
-        if (
-            path.stem.isdigit()
-            and path.stat().st_size
-            and (spool := _open(directory, int(path.stem), identity, fsync=False))
-        ):
+        if path.stem.isdigit() and path.stat().st_size and (spool := _open(directory, int(path.stem), fsync=False)):
             if spool:
                 spools.append(spool)
             else:
@@ -343,11 +372,11 @@ def has_leftovers(directory: Path) -> bool:
     return any(path.stat().st_size for path in directory.glob("*.log"))
 
 
-def _open(directory: Path, slot: int, identity: str, *, fsync: bool) -> DiskSpool | None:
+def _open(directory: Path, slot: int, *, fsync: bool) -> DiskSpool | None:
     lock = os.open(directory / f"{slot}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         os.close(lock)
         return None
-    return DiskSpool(directory / f"{slot}.log", lock, identity, fsync=fsync)
+    return DiskSpool(directory / f"{slot}.log", lock, fsync=fsync)

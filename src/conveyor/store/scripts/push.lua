@@ -2,14 +2,15 @@
 -- needs: numbers keys tokens sequence
 --
 -- KEYS  1 lane:<producer>  2 jobs  3 due  4 wake  5 conf  6 dead  7-16 ready:0 … ready:9
--- ARGV  1 number of this push in its sequence  2 maximum length (0: none)  3 partitions of the queue (1: none)
+-- ARGV  1 number of this push in its sequence, "<last> <first>" of one that stands for several
+--       2 maximum length (0: none)  3 partitions of the queue (1: none)
 --       4 number of jobs  then runs, in order:
 --       "p" count (id envelope)…
 --       "s" count (id marks rest delay_ms due_at_ms expires_ms priority unique own front)…   "" where not given
 -- returns "<number>\nok\n<id>\n<id>…"    the ids of the special jobs: the one given, or behind a tab the one that exists
 --         "<number>\nfull\n<length>\n<maximum>", "<number>\nschema\n<found>": nothing stored
 --         "<number>\npartitions\n<found>": the queue has another number of them, "" none yet; nothing stored
---         "<number>\nlate": a later push of this producer was answered already; nothing stored
+--         "<number>\nlate\n<last number>": a later push of this producer was answered already, or a part of this one; nothing stored
 local sequence, jobs, due, conf, dead = KEYS[1], KEYS[2], KEYS[3], KEYS[5], KEYS[6]
 local reply = answered(sequence, ARGV[1])
 if reply then return reply end
