@@ -289,6 +289,78 @@ def test_worker_settings_by_source(shell: Shell, monkeypatch: pytest.MonkeyPatch
     }  # fmt: skip
 
 
+# -- an app of several modules --------------------------------------------------------------------------------------
+
+MODULE = """
+from shop.app import app
+
+@app.task
+async def {name}() -> str:
+    return "{name}"
+"""
+
+
+def write_shop(shell: Shell, include: str) -> None:
+    shell.write("shop/__init__.py", "")
+    shell.write("shop/app.py", f"from conveyor import Conveyor\napp = Conveyor(include={include})\n")
+    for name in ("mail", "tasks/pdf", "tasks/thumbnails"):
+        shell.write(f"shop/{name}.py", MODULE.format(name=name.rpartition("/")[2]))
+    shell.write("shop/tasks/__init__.py", "")
+
+
+@pytest.mark.parametrize(
+    ("include", "flags", "variables"),
+    [
+        ('["shop.mail", "shop.tasks.*"]', [], {}),
+        ('["shop.mail"]', ["--include", "shop.tasks.*"], {}),
+        ("[]", [], {"CONVEYOR_INCLUDE": "shop.mail,shop.tasks.*"}),
+    ],
+)
+def test_tasks_of_several_modules_are_known(
+    shell: Shell, include: str, flags: list[str], variables: dict[str, str]
+) -> None:
+    """A worker and `enqueue` know the tasks of the modules that an app, a flag or a variable names, patterns too."""
+    write_shop(shell, include)
+    waiting = variables | ({"CONVEYOR_INCLUDE": "shop.tasks.*"} if flags else {})
+    for name in ("mail.mail", "tasks.pdf.pdf", "tasks.thumbnails.thumbnails"):
+        assert shell.run("enqueue", f"shop.{name}", "--app", "shop.app", **waiting).returncode == 0
+
+    assert shell.run("worker", "shop.app", "--burst", *flags, **variables).returncode == 0
+    listed = shell.run("job", "list", "--state", "done").stdout
+    assert sorted(line.split("\t")[2] for line in listed.splitlines()) == [
+        "shop.mail.mail", "shop.tasks.pdf.pdf", "shop.tasks.thumbnails.thumbnails",
+    ]  # fmt: skip
+
+
+def test_modules_of_tasks_are_named_when_none_is_known(shell: Shell) -> None:
+    """A worker of an app without tasks says which modules beside it define some, and how to name them."""
+    write_shop(shell, "[]")
+    done = shell.run("worker", "shop.app")
+
+    assert done.returncode == 2
+    assert "E02" in done.stderr
+    assert 'Conveyor(include=["shop.mail", "shop.tasks.pdf", "shop.tasks.thumbnails"])' in done.stderr
+    assert "--include shop.mail --include shop.tasks.pdf" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("include", "code", "said"),
+    [
+        ('["shop.nothing"]', 4, "No module named 'shop.nothing'"),
+        ('["shop.tasks.x*"]', 2, "no module matches 'shop.tasks.x*'"),
+        ('"shop.mail"', 2, "include takes a list of modules"),
+        ('["*.mail"]', 2, "must begin with the name of a package"),
+    ],
+)
+def test_a_wrong_module_is_an_error(shell: Shell, include: str, code: int, said: str) -> None:
+    """A module that is missing and a pattern that matches nothing stop a worker at its start, with the name."""
+    write_shop(shell, include)
+    done = shell.run("worker", "shop.app", "--burst")
+
+    assert done.returncode == code, done.stderr
+    assert said in done.stderr
+
+
 def test_worker_runs_what_is_enqueued(shell: Shell) -> None:
     """A worker started on the command line runs a job that another command waits for, and ends with 0 when told to."""
     worker = shell.start("worker", "jobs", "-q", "default")

@@ -23,6 +23,7 @@ PICKLES = {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve"}
 ALLOWED = {
     ("conveyor.cli", "import_module"): "the operator names the app, and subcommands are loaded lazily",
     ("conveyor.jobs.app", "import_module"): "`Conveyor.worker` loads the package above it by a constant name",
+    ("conveyor.jobs.include", "import_module"): "the program names the modules of its tasks",
     ("conveyor.worker", "import_module"): "a worker process loads the app that the operator named",
     ("conveyor", "import_module"): "public names are loaded at first use, from a table in the source",
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -16,9 +17,10 @@ import click
 from conveyor.errors import ConfigurationError, ConveyorError
 
 WORKER_SETTINGS = ("queues", "concurrency", "threads", "processes", "grace", "max_jobs", "max_memory")
-SETTINGS = ("app", "url", "namespace", *WORKER_SETTINGS)
+SETTINGS = ("app", "include", "url", "namespace", *WORKER_SETTINGS)
 _SKIPPED_FOLDERS = {"node_modules", "site-packages", "__pycache__", "build", "dist"}
 _MAX_FILES = 3000
+_DEFINES_TASK = re.compile(r"^@\w+\.task\b", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,7 @@ class Settings:
 
     file: Path | None = None
     app: str | None = None
+    include: tuple[str, ...] = ()
     url: str | None = None
     namespace: str | None = None
     worker: dict[str, Any] = field(default_factory=dict)
@@ -57,10 +60,15 @@ def read_settings() -> Settings:
     for name in ("app", "url", "namespace"):
         if not isinstance(table.get(name, ""), str):
             raise ConfigurationError(f"[tool.conveyor] {name} in {file} must be a string, not {table[name]!r}.")
+    include = table.get("include", [])
+    if not isinstance(include, list) or not all(isinstance(name, str) for name in include):
+        raise ConfigurationError(
+            f'[tool.conveyor] include in {file} must be a list of modules, such as ["shop.mail"], not {include!r}.'
+        )
     worker = {name: table[name] for name in WORKER_SETTINGS if name in table}
     if isinstance(worker.get("queues"), dict):
         worker["queues"] = [f"{queue}:{weight}" for queue, weight in worker["queues"].items()]
-    return Settings(file, table.get("app"), table.get("url"), table.get("namespace"), worker)
+    return Settings(file, table.get("app"), tuple(include), table.get("url"), table.get("namespace"), worker)
 
 
 def reference(given: str | None, settings: Settings) -> str | None:
@@ -84,7 +92,7 @@ def load(given: str | None, settings: Settings) -> tuple[str, Any]:
     module_name, _, attribute = name.partition(":")
     module = _import_configured(name, module_name, settings)
     if attribute:
-        return name, _attribute(module, module_name, attribute)
+        return name, _with_included(_attribute(module, module_name, attribute))
     apps = _apps(module)
     if not apps:
         raise ConfigurationError(
@@ -97,7 +105,22 @@ def load(given: str | None, settings: Settings) -> tuple[str, Any]:
         raise ConfigurationError(
             f"{module_name!r} has {len(apps)} apps: {listed}.\nSay which:  {module_name}:{next(iter(apps))}", code="E09"
         )
-    return next((f"{module_name}:{one}", app) for one, app in apps.items())
+    return next((f"{module_name}:{one}", _with_included(app)) for one, app in apps.items())
+
+
+def _with_included(app: Any) -> Any:
+    """Return the app with the tasks of the modules that it includes."""
+    from conveyor.jobs.core import core_of
+    from conveyor.jobs.include import import_included
+
+    core = core_of(app)
+    try:
+        import_included(core.include)
+    except ConveyorError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise _import_error("the modules that the app includes", error) from error
+    return app
 
 
 def load_outbox(name: str, settings: Settings) -> Any:
@@ -122,6 +145,8 @@ def _import_configured(name: str, module_name: str, settings: Settings) -> Modul
     sys.path[:0] = [directory for directory in directories if directory not in sys.path]
     if settings.url and not os.environ.get("CONVEYOR_URL"):
         os.environ["CONVEYOR_URL"] = settings.url  # for Conveyor() in the app, and for the processes of a worker
+    if settings.include and not os.environ.get("CONVEYOR_INCLUDE"):
+        os.environ["CONVEYOR_INCLUDE"] = ",".join(settings.include)
     return _import(module_name)
 
 
@@ -206,6 +231,17 @@ def _module_suggestions(name: str) -> str:
         return ""
     modules = [".".join(path.with_suffix("").parts).removesuffix(".__init__") for path in candidates[:5]]
     return f"\nModules here: {', '.join(str(path) for path in candidates[:5])}\nTry:  {_usage(modules[0])}"
+
+
+def task_modules(app_module: str) -> list[str]:
+    """Return the modules beside that of an app which define tasks and have no app of their own, five at most."""
+    found = []
+    for path in _python_files():
+        module = ".".join(path.with_suffix("").parts).removesuffix(".__init__")
+        text = path.read_text("utf-8", "replace")[:100_000]
+        if module != app_module and _DEFINES_TASK.search(text) and "Conveyor(" not in text:
+            found.append(module)
+    return found[:5]
 
 
 def _usage(module: str) -> str:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import re
 from difflib import get_close_matches
 from typing import Any
 
 import click
 
+from conveyor.cli.app import task_modules
 from conveyor.cli.output import Output, parse_seconds
 from conveyor.cli.target import Target, verbose_option
 from conveyor.errors import ConfigurationError, StoreUnavailable
@@ -18,6 +20,10 @@ _WITH_WEIGHT = re.compile(r"(?P<name>.+):(?P<weight>\d+(\.\d+)?)")
 
 @click.command()
 @click.argument("app_name", required=False, metavar="[APP]")
+@click.option(
+    "--include", "include", multiple=True, metavar="MODULE", envvar="CONVEYOR_INCLUDE",
+    help="Import this module too, or those of a pattern such as 'shop.tasks.*', for its tasks; may be repeated.",
+)  # fmt: skip
 @click.option(
     "-q", "--queue", "queues", multiple=True, metavar="NAME[:WEIGHT]", envvar="CONVEYOR_QUEUES",
     help="Take jobs from this queue; may be repeated. Weight 3 gets three times the share.  [default: all of the app's]",
@@ -53,9 +59,9 @@ _WITH_WEIGHT = re.compile(r"(?P<name>.+):(?P<weight>\d+(\.\d+)?)")
 @verbose_option
 @click.pass_context
 def worker(
-    ctx: click.Context, app_name: str | None, queues: tuple[str, ...], concurrency: int, threads: int, processes: int,
-    max_jobs: int | None, max_memory: str | None, burst: bool, grace: str, allow_eviction: bool, url: str | None,
-    namespace: str | None,
+    ctx: click.Context, app_name: str | None, include: tuple[str, ...], queues: tuple[str, ...], concurrency: int,
+    threads: int, processes: int, max_jobs: int | None, max_memory: str | None, burst: bool, grace: str,
+    allow_eviction: bool, url: str | None, namespace: str | None,
 ) -> int:  # fmt: skip
     """
     Run the jobs of an app until it is stopped.
@@ -64,6 +70,8 @@ def worker(
     SIGTERM and ctrl-C stop taking jobs, let running ones finish, hand back the rest and exit 0.
     """
     out = Output()
+    if include:
+        os.environ["CONVEYOR_INCLUDE"] = ",".join(include)  # for the processes of the worker too
     name, app = Target(url, namespace, app_name).load_app()
     chosen = _parse_queues(queues) or _default_queues(app, name)
     _warn_of_unused_queues(out, app, chosen)
@@ -125,8 +133,21 @@ def _queues_of_tasks(app: Any) -> set[str]:
 def _default_queues(app: Any, name: str) -> dict[str, float]:
     queues = _queues_of_tasks(app)
     if not queues:
-        raise ConfigurationError(f"{name} has no tasks, so there is nothing to run. Define one with @app.task.")
+        raise ConfigurationError(f"{name} has no tasks, so there is nothing to run. {_advice_on_tasks(name)}")
     return dict.fromkeys(sorted(queues), 1.0)
+
+
+def _advice_on_tasks(name: str) -> str:
+    module = name.partition(":")[0]
+    beside = task_modules(module)
+    if not beside:
+        return "Define one with @app.task."
+    flags = " ".join(f"--include {one}" for one in beside)
+    listed = ", ".join(f'"{one}"' for one in beside)
+    return (
+        f"Modules here that define tasks: {', '.join(beside)}.\n"
+        f"Name them in {module}:  Conveyor(include=[{listed}])\nor for now:  conveyor worker {name} {flags}"
+    )
 
 
 def _check_server(out: Output, app: Any, queues: list[str], *, allow_eviction: bool) -> None:

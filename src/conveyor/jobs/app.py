@@ -15,6 +15,7 @@ from conveyor.jobs.core import AppCore
 from conveyor.jobs.decorator import TaskDecorator, external_task, named_task, refuse_later, register, task_options
 from conveyor.jobs.hints import TASK_OPTIONS, refuse_unknown
 from conveyor.jobs.hooks import Lifespan
+from conveyor.jobs.include import check_include
 from conveyor.jobs.job import Job, refuse_in_loop
 from conveyor.jobs.job_options import positive_ms
 from conveyor.jobs.registry import Full, UpcastMessage
@@ -69,6 +70,7 @@ class Conveyor:
         max_large: Size = MAX_LARGE,
         format: FormatChoice | Sequence[FormatChoice] = "json",  # noqa: A002
         buffer: Buffer | None = None,
+        include: Sequence[str] = (),
     ) -> None:
         """
         Make the app; raises ConfigurationError.
@@ -88,6 +90,8 @@ class Conveyor:
             format: how values are written: ``"json"``, ``"msgpack"`` or a Format of your own. Of several the first
                 is written and all are read.
             buffer: keeps pushes while Redis is away. None: they raise StoreUnavailable.
+            include: modules (``"shop.mail"``) or patterns (``"shop.tasks.*"``) that define tasks of this app. A worker and
+                the command line import them; a program that enqueues imports what it needs.
 
         """
         max_payload = size(max_payload, "max_payload")
@@ -100,7 +104,7 @@ class Conveyor:
                 keys=keys, encrypt=encrypt, compress=compress, large=large, large_above=large_above,
                 max_large=max_large, max_payload=max_payload,
             ),
-            formats=make_registry(format),
+            formats=make_registry(format), include=check_include(include),
         )  # fmt: skip
         self.client = client
         self.namespace = namespace

@@ -30,12 +30,15 @@ class AppCore(QueueRegistry, Hooks):
         max_payload: int,
         sealing: PayloadPipeline | None,
         formats: FormatRegistry,
+        include: tuple[str, ...] = (),
     ) -> None:
         QueueRegistry.__init__(
             self, client, lease_ms=lease_ms, max_payload=max_payload, sealing=sealing, formats=formats
         )
         Hooks.__init__(self)
         self.namespace = client.namespace
+        self.include = include
+        """The modules that a worker and the command line import, so that their tasks are known."""
         self.result_subscriber = ResultSubscriber(client)
         self.tasks: dict[str, Task[..., Any]] = {}
         self.definitions: dict[str, TaskDefinition] = {}

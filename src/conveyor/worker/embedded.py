@@ -9,6 +9,8 @@ from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING, Self
 
 from conveyor.errors import ConfigurationError, ConveyorError, StoreUnavailable
+from conveyor.jobs.core import core_of
+from conveyor.jobs.include import import_included
 from conveyor.store.transport import eviction, replies
 from conveyor.units import Duration, milliseconds
 from conveyor.worker.leasing.heartbeat import Heartbeat, Lease
@@ -50,6 +52,7 @@ class EmbeddedWorker:
 
     async def __aenter__(self) -> Self:
         """Start the worker; return when it is registered, or raise the reason why it could not start."""
+        import_included(core_of(self._app).include)
         await self._check_eviction()
         self._running = asyncio.get_running_loop().create_task(self._worker.run(), name="conveyor-worker")
         ready = asyncio.ensure_future(self._worker.ready.wait())
