@@ -38,7 +38,7 @@ class QueueKeys:
     """
 
     __slots__ = (
-        "conf", "dead", "due", "foreign", "intake", "jobs", "outbox", "partitions", "prefix", "queue",
+        "conf", "dead", "due", "foreign", "intake", "jobs", "none", "outbox", "partitions", "prefix", "queue",
         "ready", "recent", "state", "waiters", "wake", "workers",
     )  # fmt: skip
 
@@ -58,6 +58,9 @@ class QueueKeys:
         self.waiters = prefix + "waiters"
         self.intake = prefix + "intake"
         self.outbox = prefix + "outbox"
+        # Never exists. A script that touches keys which its call does not name, names this one besides: while the slot moves to
+        # another node of a cluster, the server then refuses the whole call (TRYAGAIN), and not a command amid the script.
+        self.none = prefix + "none"
         self.ready = tuple(f"{prefix}ready:{priority}" for priority in range(PRIORITIES))
 
     def leased(self, worker: str) -> str:

@@ -187,7 +187,7 @@ def _special(entry: Entry) -> tuple[Argument, ...]:
 
 
 def _push_keys(keys: QueueKeys, identity: str) -> tuple[str, ...]:
-    return (keys.lane(identity), keys.jobs, keys.due, keys.wake, keys.conf, keys.dead, *keys.ready)
+    return (keys.lane(identity), keys.jobs, keys.due, keys.wake, keys.conf, keys.dead, *keys.ready, keys.none)
 
 
 def _pushed_plain(keys: QueueKeys, reply: bytes) -> None:
@@ -319,7 +319,7 @@ def turn(
 def _turn_keys(keys: QueueKeys, worker: str) -> tuple[str, ...]:
     return (
         keys.jobs, keys.state, keys.leased(worker), keys.workers, keys.due, keys.wake, keys.conf, keys.dead, keys.recent,
-        keys.waiters, *keys.ready,
+        keys.waiters, *keys.ready, keys.none,
     )  # fmt: skip
 
 
@@ -372,7 +372,7 @@ def reap(
     job counts a start, because it may have begun, and no run goes uncounted. *blame* is (ids that ended the worker, ids that
     may have ended it): only these are charged, the second ones only with a possible crash. None: all jobs are charged.
     """
-    names = (keys.leased(worker), keys.workers, keys.jobs, keys.state, keys.wake, keys.waiters, *keys.ready)
+    names = (keys.leased(worker), keys.workers, keys.jobs, keys.state, keys.wake, keys.waiters, *keys.ready, keys.none)
     how, words = "crash" if crashed else "leave", tuple[str, ...]()
     if crashed and blame is not None:
         how, words = "blame", tuple("\n".join(ids) for ids in blame)
@@ -396,13 +396,14 @@ def _read_ids(reply: list[bytes]) -> list[str]:
 
 def cancel(keys: QueueKeys, id: str, *, delete: bool = False) -> Call[int]:  # noqa: A002
     """Return the call that cancels or deletes a job; it yields cancel.lua's 1, 2, 0 or -1."""
-    names = (keys.jobs, keys.state, keys.due, keys.dead, keys.workers, keys.conf, keys.waiters)
+    names = (keys.jobs, keys.state, keys.due, keys.dead, keys.workers, keys.conf, keys.waiters, keys.none)
     return Call(CANCEL, names, (id, "delete" if delete else "cancel"), int)
 
 
 def redrive(keys: QueueKeys, *, limit: int = 500, ids: Sequence[str] = ()) -> Call[int]:
     """Return the call that puts the oldest *limit* dead letters back, or only those of *ids*; it yields their number."""
-    return Call(REDRIVE, (keys.dead, keys.jobs, keys.state, keys.wake, *keys.ready), (0 if ids else limit, *ids), int)
+    names = (keys.dead, keys.jobs, keys.state, keys.wake, *keys.ready, keys.none)
+    return Call(REDRIVE, names, (0 if ids else limit, *ids), int)
 
 
 def promote(keys: QueueKeys, id: str) -> Call[bool]:  # noqa: A002
@@ -412,7 +413,7 @@ def promote(keys: QueueKeys, id: str) -> Call[bool]:  # noqa: A002
 
 def purge(keys: QueueKeys, place: str, limit: int) -> Call[tuple[int, int]]:
     """Return the call that removes one batch from `ready`, `due` or `dead`; it yields (entries taken, jobs removed)."""
-    names = (keys.jobs, keys.state, keys.due, keys.dead, keys.conf, keys.waiters, *keys.ready)
+    names = (keys.jobs, keys.state, keys.due, keys.dead, keys.conf, keys.waiters, *keys.ready, keys.none)
     return Call(PURGE, names, (place, limit), lambda reply: (int(reply[0]), int(reply[1])))
 
 

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from importlib.resources import files
+from pathlib import Path
 
 import pytest
+import redis as redis_py
 
 from conveyor.errors import ConveyorError, QueueFull
 from support.script_calls import CALLS, KEYS, PUSHES, READS, furnish, name_of
+from support.script_faults import OpenSlot, Snapshot, plant
 from support.seeded_queue import SeededQueue, full
-from support.server_dump import exact
+from support.server_dump import difference, exact
+from support.server_groups import ClusterOfNodes
+from support.server_process import find_binary
 
 
 def spoil(seeded: SeededQueue, key: str) -> None:
@@ -114,6 +120,50 @@ def test_backlog_drains_on_a_full_server(seeded: SeededQueue) -> None:
     assert number == 4
     assert seeded.redis.hlen(seeded.keys.jobs) == 0
     assert seeded.audit() == []
+
+
+@pytest.fixture(scope="module", params=["valkey", "redis7", "redis6"])
+def nodes(request: pytest.FixtureRequest, directory: Path) -> Iterator[ClusterOfNodes]:
+    """Three nodes of one kind of server."""
+    if find_binary(request.param) is None:
+        pytest.skip(f"{request.param}: this server is not installed")
+    found = ClusterOfNodes(directory / f"slots-{request.param}", name=request.param, node_timeout_ms=15_000)
+    yield found
+    found.stop()
+
+
+@pytest.mark.row("C22", "I4")
+@pytest.mark.parametrize("name", CALLS)
+def test_open_slot_refuses_whole_or_does_all(nodes: ClusterOfNodes, name: str) -> None:
+    """While a slot moves, a script with all its keys at the old node, or some, or none, is refused whole, or done."""
+    make, _ = CALLS[name]
+    slot = OpenSlot(nodes, KEYS)
+    client = redis_py.Redis(port=slot.source.port)
+    client.flushall(asynchronous=False)
+    seeded = SeededQueue(client, nodes.url)
+    furnish(seeded)
+    call = make(KEYS)
+    plant(seeded, call)
+    assert seeded.audit() == []
+    snapshot = Snapshot(client)
+    there = {key.decode() for key in client.keys("*")}
+    declared = [key for key in call.keys if key in there]
+    assert set(call.keys) - there <= {KEYS.none}
+    for moved in ((), sorted(there - set(call.keys)), declared[:1], declared[-1:], sorted(there)):
+        snapshot.restore()
+        with slot.opened(moved):
+            before = slot.content(client)
+            try:
+                seeded.run(call)
+            except ConveyorError:
+                assert difference(before, slot.content(client)) == {}, f"refused half-way, with {moved} moved"
+        if not moved:
+            assert seeded.audit() == []
+            seeded.run(call)  # nothing is in its way now
+            assert seeded.audit() == []
+    seeded.client.close()
+    client.close()
+    slot.close()
 
 
 @pytest.mark.parametrize("name", sorted(READS))

@@ -1,7 +1,7 @@
 -- Cancel or delete a job, wherever it is. For a leased job its worker is asked.
 -- needs: numbers keys listed envelope outcome
 --
--- KEYS  1 jobs  2 state  3 due  4 dead  5 workers  6 conf  7 waiters
+-- KEYS  1 jobs  2 state  3 due  4 dead  5 workers  6 conf  7 waiters  8 none
 -- ARGV  1 id  2 "cancel" leaves a record, "delete" leaves nothing and takes dead letters too
 -- returns 1 gone · 2 asked of the worker that runs it · 0 finished or unknown · -1 leased (delete only)
 local jobs, id, cancels = KEYS[1], ARGV[1], ARGV[2] == 'cancel'

@@ -4,7 +4,9 @@
 -- KEYS  1 conf  2 wake
 -- ARGV  1 field  2 value, "" to remove it
 -- returns 1
-redis.call('HDEL', KEYS[1], ARGV[1])
+-- The first write is a removal, so that a full Redis takes the setting too. It never empties the key that is written then: a
+-- server that is moving the slot would refuse that.
+redis.call('HDEL', KEYS[1], ARGV[2] == '' and ARGV[1] or '\t')
 if ARGV[2] ~= '' then redis.call('HSET', KEYS[1], ARGV[1], ARGV[2]) end
 wake(KEYS[2])
 return 1

@@ -7,6 +7,8 @@ local rest = {}
 for channel in string.gmatch(redis.call('HGET', KEYS[1], ARGV[1]) or '', '%S+') do
   if channel ~= ARGV[2] then rest[#rest + 1] = channel end
 end
-redis.call('HDEL', KEYS[1], ARGV[1])
+-- The first write is a removal, so that a full Redis takes the rest too. It never empties the key, which is written again:
+-- a server that is moving the slot would refuse that.
+redis.call('HDEL', KEYS[1], #rest > 0 and '\t' or ARGV[1])
 if #rest > 0 then redis.call('HSET', KEYS[1], ARGV[1], table.concat(rest, ' ')) end
 return 1

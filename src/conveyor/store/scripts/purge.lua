@@ -1,7 +1,7 @@
 -- Remove jobs that wait, from the front, in one bounded batch. Jobs that arrive after a purge began survive it.
 -- needs: numbers keys envelope outcome
 --
--- KEYS  1 jobs  2 state  3 due  4 dead  5 conf  6 waiters  7-16 ready:0 … ready:9
+-- KEYS  1 jobs  2 state  3 due  4 dead  5 conf  6 waiters  7-16 ready:0 … ready:9  17 none
 -- ARGV  1 "ready", "due" or "dead"  2 how many at most (at most 1,000)
 -- returns {entries taken, jobs removed}
 local jobs, limit = KEYS[1], math.min(tonumber(ARGV[2]), 1000)

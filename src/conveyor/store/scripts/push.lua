@@ -1,7 +1,7 @@
 -- Accept messages: all of them, or none.
 -- needs: numbers keys tokens sequence
 --
--- KEYS  1 lane:<producer>  2 jobs  3 due  4 wake  5 conf  6 dead  7-16 ready:0 … ready:9
+-- KEYS  1 lane:<producer>  2 jobs  3 due  4 wake  5 conf  6 dead  7-16 ready:0 … ready:9  17 none
 -- ARGV  1 number of this push in its sequence, "<last> <first>" of one that stands for several
 --       2 maximum length (0: none)  3 partitions of the queue (1: none)
 --       4 number of jobs  then runs, in order:

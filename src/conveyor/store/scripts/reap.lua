@@ -1,7 +1,7 @@
 -- Remove a worker's registration and return the jobs that it held to the front, so that the oldest is leased first.
 -- needs: numbers keys tokens envelope outcome leased
 --
--- KEYS  1 leased:<worker>  2 workers  3 jobs  4 state  5 wake  6 waiters  7-16 ready:0 … ready:9
+-- KEYS  1 leased:<worker>  2 workers  3 jobs  4 state  5 wake  6 waiters  7-16 ready:0 … ready:9  17 none
 -- ARGV  1 worker  2 the end it was seen with (ms), or "" when its death is known or it leaves by itself
 --       3 "crash": each job counts a start, and its first crash · "leave": a start only, since it may have begun
 --         "blame": a start, and a crash of those in 4, ids by newline, which ended the worker, and in 5, which may have

@@ -1,7 +1,7 @@
 -- Put dead letters back, oldest first, with all their attempts again. Their state keeps what happened before.
 -- needs: keys tokens envelope
 --
--- KEYS  1 dead  2 jobs  3 state  4 wake  5-14 ready:0 … ready:9
+-- KEYS  1 dead  2 jobs  3 state  4 wake  5-14 ready:0 … ready:9  15 none
 -- ARGV  1 how many at most (of the oldest; at most 500)  2… or these ids
 -- returns the number put back
 local ids = {}

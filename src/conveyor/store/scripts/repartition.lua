@@ -1,7 +1,7 @@
 -- Make one step of changing the number of partitions of a queue. Nothing is pushed or leased where the number is 0.
 -- needs: tokens
 --
--- KEYS  1 conf  2 jobs  3 workers  4 wake
+-- KEYS  1 conf  2 jobs  3 workers  4 wake  5 none
 -- ARGV  1 step  2 token of this change  then
 --       begin  3 the number to come            on the queue itself: shut it, and own the change; takes an abandoned one over
 --       close  3 the number now, "" any        on a partition: shut it

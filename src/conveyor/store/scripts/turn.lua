@@ -2,7 +2,7 @@
 -- needs: numbers keys tokens envelope outcome leased settle promote lease upkeep
 --
 -- KEYS  1 jobs  2 state  3 leased:<worker>  4 workers  5 due  6 wake  7 conf  8 dead  9 recent  10 waiters
---       11-20 ready:0 … ready:9
+--       11-20 ready:0 … ready:9  21 none
 -- ARGV  1 worker  2 number of this turn  3 how many more  4 lease_ms
 --       5 flags: k keep the lease's end, l look for overdue workers, t leave when nothing is held
 --       6 count, ids of jobs that are simply done

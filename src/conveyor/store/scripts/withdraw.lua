@@ -10,7 +10,7 @@ if seen == number_in(ARGV[1]) then return last end
 local reply = ARGV[1] .. '\nwithdrawn'
 if seen > tonumber(ARGV[1]) then return reply end
 
--- The first write is a removal, since it is a full Redis that refuses.
-redis.call('DEL', KEYS[1])
+-- The first write takes no room, since it is a full Redis that refuses. It removes nothing: the SET may be refused.
+redis.call('PEXPIRE', KEYS[1], sequence_ms(KEYS[1]))
 redis.call('SET', KEYS[1], reply, 'PX', sequence_ms(KEYS[1]))
 return reply

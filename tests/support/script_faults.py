@@ -1,0 +1,102 @@
+"""Faults for a script: a snapshot of a queue to begin from again, and a slot that is open."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import redis as redis_py
+
+from conveyor.store.keys import QueueKeys
+from conveyor.store.script import Call
+from support.seeded_queue import SeededQueue, entry
+from support.server_dump import exact
+from support.server_groups import ClusterOfNodes, Node, slot_of
+
+
+def plant(seeded: SeededQueue, call: Call[Any]) -> None:
+    """Make every key exist that *call* names, but the one that never does."""
+    seeded.push(*(entry(f"p{priority}", priority=priority) for priority in range(10)))
+    for key in call.keys:
+        if key == seeded.keys.none or seeded.redis.exists(key):
+            continue
+        name = key.removeprefix(seeded.keys.prefix)
+        kind, _, of = name.partition(":")
+        if kind == "lane":
+            seeded.redis.set(key, "0\nok")
+        elif kind == "leased":
+            seeded.register(of)
+        elif kind == "result":
+            seeded.redis.set(key, "{}")
+        else:
+            assert kind == "wake", f"cannot plant {key}"
+            seeded.redis.rpush(key, "1")
+
+
+class Snapshot:
+    """All keys of a server, to be put back."""
+
+    def __init__(self, client: redis_py.Redis) -> None:
+        self._client = client
+        self._saved = [(key, client.dump(key), max(client.pttl(key), 0)) for key in client.keys("*")]
+
+    def restore(self) -> None:
+        """Leave exactly these keys on the server."""
+        self._client.flushall(asynchronous=False)
+        with self._client.pipeline(transaction=False) as pipeline:
+            for key, value, ttl in self._saved:
+                pipeline.restore(key, ttl, value)
+            pipeline.execute()
+
+
+class Asking:
+    """A client of the node that a slot is moving to: each command goes behind ASKING."""
+
+    def __init__(self, node: Node) -> None:
+        self._client = redis_py.Redis(port=node.port, single_connection_client=True)
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        def command(*arguments: Any, **options: Any) -> Any:
+            self._client.execute_command("ASKING")
+            return getattr(self._client, name)(*arguments, **options)
+
+        return command
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._client.close()
+
+
+class OpenSlot:
+    """The slot of one queue, to be opened between the node that owns it and another one, and closed again."""
+
+    def __init__(self, cluster: ClusterOfNodes, keys: QueueKeys) -> None:
+        self.source = cluster.owner(keys.jobs)
+        self.target = next(node for node in cluster.masters() if node is not self.source)
+        self._ids, self._slot = cluster.ids, slot_of(keys.jobs)
+        self._asking = Asking(self.target)
+
+    @contextmanager
+    def opened(self, moved: Iterable[str]) -> Iterator[None]:
+        """Let the slot be MIGRATING while the keys *moved* are at the target already."""
+        self.target.ask("FLUSHALL")
+        self.target.ask("CLUSTER", "SETSLOT", self._slot, "IMPORTING", self._ids[self.source.port])
+        self.source.ask("CLUSTER", "SETSLOT", self._slot, "MIGRATING", self._ids[self.target.port])
+        try:
+            if names := list(moved):
+                self.source.ask("MIGRATE", "127.0.0.1", self.target.port, "", 0, 5000, "KEYS", *names)
+            yield
+        finally:
+            self.source.ask("CLUSTER", "SETSLOT", self._slot, "STABLE")
+            self.target.ask("CLUSTER", "SETSLOT", self._slot, "STABLE")
+
+    def content(self, source: redis_py.Redis) -> dict[str, Any]:
+        """Return what both nodes hold, while the slot is open."""
+        here, there = exact(source), exact(self._asking)
+        assert not here.keys() & there.keys()
+        return {**here, **there}
+
+    def close(self) -> None:
+        """Close the connection to the target."""
+        self._asking.close()
