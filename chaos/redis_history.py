@@ -74,7 +74,10 @@ class History:
             elif kind == b"dead":
                 self._on_dead(name, queue, command[2:], released, before)
             elif kind.startswith(b"result:") and name in {b"SET", b"PSETEX", b"SETEX"}:
-                self._on_result(queue, kind[7:], command[2:], before, ended)
+                self._on_result(queue, kind[7:], command[2], before, ended)
+            elif kind.startswith(b"results:") and name in {b"HSET", b"HMSET"}:
+                for id_, kept in zip(command[2::2], command[3::2], strict=True):
+                    self._on_result(queue, id_, kept.partition(b"\n")[2], before, ended)
         self.places.settle()
         for public in ended:
             self.jobs[public].silent = not self.jobs[public].records
@@ -163,11 +166,11 @@ class History:
                 if job is not None and job.ends and job.ends[-1] == "dead":
                     job.ends.append("again")
 
-    def _on_result(self, queue: bytes, id_: bytes, rest: Command, before: set[str], ended: set[str]) -> None:
+    def _on_result(self, queue: bytes, id_: bytes, stored: bytes, before: set[str], ended: set[str]) -> None:
         public = _public(queue, id_)
         job = self.jobs.setdefault(public, Job())
         try:
-            record = json.loads(rest[0])
+            record = json.loads(stored)
         except ValueError:
             record = {"status": "unreadable"}
         record["late"] = public not in before and public not in ended and public not in self._live and bool(job.records)

@@ -66,6 +66,9 @@ def _queue(client: Any, namespace: str, queue: str, keys: list[bytes], dump: Rem
         for key, value in zip(part, client.mget(part), strict=True):
             if value is not None:
                 dump.results[f"{queue}:{key.decode().removeprefix(prefix + 'result:')}"] = value
+    for window in (key for key in keys if key.startswith(f"{prefix}results:".encode())):
+        for raw, kept in client.hscan_iter(window, count=1000):
+            dump.results[f"{queue}:{raw.decode()}"] = kept.partition(b"\n")[2]
     # A dead letter keeps its envelope and its state, and nothing else may be in these two.
     kept = {"jobs"} if {key.decode() for key in jobs} <= dead else set()
     if {key.decode() for key in states} <= dead:

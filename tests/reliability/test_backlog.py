@@ -199,4 +199,4 @@ async def test_results_that_nobody_fetches_go(app: Conveyor, redis: redis_py.Red
 
 
 def _results(redis: redis_py.Redis) -> Iterator[bytes]:
-    return redis.scan_iter(match="*:result:*", count=1000)
+    return redis.scan_iter(match="*:results:*", count=1000)

@@ -86,7 +86,7 @@ class RunBuilder:
     def done(self, worker: str = "w", bare: str = BARE, **value: int) -> RunBuilder:
         record = json.dumps({"status": "done", **({"value": value} if value else {})})
         return self.wrote(
-            f"HDEL|{P}leased:{worker}|{bare}", f"HDEL|{P}jobs|{bare}", f"SET|{P}result:{bare}|{record}|PX|9"
+            f"HDEL|{P}leased:{worker}|{bare}", f"HDEL|{P}jobs|{bare}", f"HSET|{P}results:{bare[:7]}|{bare}|9\n{record}"
         )
 
     def reaped(self, worker: str = "w", bare: str = BARE) -> RunBuilder:

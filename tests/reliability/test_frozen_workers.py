@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 import re
@@ -12,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import pytest
@@ -32,22 +34,32 @@ pytestmark = pytest.mark.leaves_keys("what killed workers leave is taken away by
 
 @contextmanager
 def told(redis: Any) -> Iterator[Callable[[], Counter[str]]]:
-    """Count how often each result is written, by the server's own notifications."""
-    redis.config_set("notify-keyspace-events", "K$")
-    listener, seen = redis.pubsub(), Counter[str]()
-    listener.psubscribe("__keyspace@0__:*:result:*")
+    """Count how often each result is written, by what the server says that it carries out."""
+    seen, marks, asked = Counter[str](), SimpleQueue[str](), itertools.count()
+
+    def listen(monitor: Any) -> None:
+        while (command := monitor.next_command()["command"]) != "ECHO the end":
+            if command.startswith("HSET ") and ":results:" in command:
+                seen.update(re.findall(r" ([0-9A-Z_a-z~]{22}) \d+\\n", command))
+            elif command.startswith("SET ") and ":result:" in command:
+                seen[re.findall(r":result:([0-9A-Z_a-z~]{22}) ", command)[0]] += 1
+            elif command.startswith("ECHO "):
+                marks.put(command)
 
     def read() -> Counter[str]:
-        while (message := listener.get_message(timeout=0.01)) is not None:
-            if message["type"] == "pmessage" and message["data"] == b"set":
-                seen[message["channel"].decode().rpartition(":")[2]] += 1
+        redis.echo(mark := f"so far {next(asked)}")
+        while marks.get(timeout=30) != f"ECHO {mark}":
+            pass
         return seen
 
-    try:
-        yield read
-    finally:
-        redis.config_set("notify-keyspace-events", "")
-        listener.close()
+    with redis.monitor() as monitor:
+        listener = threading.Thread(target=listen, args=(monitor,))
+        listener.start()
+        try:
+            yield read
+        finally:
+            redis.echo("the end")
+            listener.join()
 
 
 def freeze(dice: random.Random, frozen: dict[int, float], at_work: Callable[[], list[int]]) -> None:
@@ -68,9 +80,7 @@ def thaw(frozen: dict[int, float], *, most: int) -> None:
 
 
 @pytest.mark.row("A3", "I6", "I7")
-@pytest.mark.standalone_only(
-    "listens to the notifications of one server", on=("redis6", "redis7", "tls", "acl", "sentinel")
-)
+@pytest.mark.standalone_only("watches the commands of one server", on=("redis6", "redis7", "tls", "acl", "sentinel"))
 def test_frozen_workers_change_nothing_afterwards(url: str, redis: Any, tmp_path: Path, rounds: Rounds) -> None:
     """Workers frozen beyond their leases: each job has one result, that of its last attempt, written once."""
     stops = rounds(200, 5)
@@ -161,9 +171,7 @@ def test_a_blocked_worker_keeps_its_jobs_under_a_supervisor(url: str, tmp_path: 
 
 
 @pytest.mark.row("A5", "A6")
-@pytest.mark.standalone_only(
-    "listens to the notifications of one server", on=("redis6", "redis7", "tls", "acl", "sentinel")
-)
+@pytest.mark.standalone_only("watches the commands of one server", on=("redis6", "redis7", "tls", "acl", "sentinel"))
 def test_a_blocked_worker_inside_a_program(url: str, redis: Any, tmp_path: Path, rounds: Rounds) -> None:
     """A blocked loop keeps its job there too; under a held GIL no thread renews: the job runs twice, and the first end is refused."""
     with worker_processes(url, tmp_path, lease=f"{LEASE}s") as one, told(redis) as written:

@@ -210,11 +210,14 @@ class SimulatedClient:
         pairs = [self.settle(kind, id_, held[id_]) for id_ in list(held) if (kind := rng.choice(KINDS)) != "keep"]
         if rng.random() < 0.1 and (stranger := self.some(self.shared.ids)) not in held:
             pairs.append(self.settle(rng.choice(KINDS[2:]), stranger, (None, False)))
-        done = [told for sent, told in pairs if sent is None]
+        plain = "kept" if rng.random() < 0.5 else "done"
+        done = [(plain, told[1], told[2]) for sent, told in pairs if sent is None]
         others = [(sent, told) for sent, told in pairs if sent is not None]
         told = done + [told for _, told in others]
         self.turns[name] = number = self.turns[name] + 1
         report = TurnReport([id_ for _, id_, _ in done], [sent for sent, _ in others])
+        if plain == "kept":
+            report.results = dict.fromkeys(report.done, (600_000, b"{}"))
         call = operations.turn(KEYS, name, number, want, LEASE, report, flags="t" if leave else "")
 
         def check(replayed: ReplayState, reply: Any) -> None:

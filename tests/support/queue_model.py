@@ -176,7 +176,7 @@ class Model:
             self.jobs[id_].state = what
             return
         del member.leases[id_]
-        if kind in {"done", "D", "C"}:
+        if kind in {"done", "kept", "D", "C"}:
             self.end(id_, record=kind != "done")
         elif kind == "X":
             self.jobs[id_].state = what

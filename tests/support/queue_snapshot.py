@@ -12,7 +12,7 @@ def read(client: Any, keys: QueueKeys) -> dict[str, Any]:
     names = [key.decode().removeprefix(keys.prefix) for key in client.keys(keys.prefix + "*")]
     rest = {
         kind: [name.removeprefix(kind) for name in names if name.startswith(kind)]
-        for kind in ("leased:", "unique:k:", "unique:i:", "result:")
+        for kind in ("leased:", "unique:k:", "unique:i:", "result:", "results:")
     }
     pipeline = client.pipeline(transaction=False)
     for key in keys.ready:
@@ -25,6 +25,8 @@ def read(client: Any, keys: QueueKeys) -> dict[str, Any]:
         pipeline.get(f"{keys.prefix}unique:k:{key}")
     for key in rest["unique:i:"]:
         pipeline.pttl(f"{keys.prefix}unique:i:{key}")
+    for window in rest["results:"]:
+        pipeline.hkeys(f"{keys.prefix}results:{window}")
     replies = iter(pipeline.execute())
 
     ready = {priority: _texts(next(replies)) for priority in range(10)}
@@ -42,7 +44,7 @@ def read(client: Any, keys: QueueKeys) -> dict[str, Any]:
         "state": {id_.decode(): history(text) for id_, text in state.items()},
         "unique": {key: next(replies).decode() for key in rest["unique:k:"]},
         "own": {id_: next(replies) >= 0 for id_ in rest["unique:i:"]},
-        "results": set(rest["result:"]),
+        "results": {*rest["result:"], *(id_ for _ in rest["results:"] for id_ in _texts(next(replies)))},
         "waiters": {id_.decode(): text.decode().split() for id_, text in waiters.items()},
         "stubs": int(conf.get(b"stubs", 0)),
         "paused": conf.get(b"paused") == b"1",

@@ -37,6 +37,8 @@ def furnish(seeded: SeededQueue) -> None:
     for id_ in ("h1", "h2", "h3", "h4", "s1", "r1", "r2", "v1", "d1"):
         seeded.run(operations.await_result(seeded.keys, id_, f"channel-{id_}"))
     seeded.redis.set(seeded.keys.result("old"), "{}", ex=600)
+    seeded.redis.hset(seeded.keys.result_window("h1-old"), "h1-old", "1\n{}")
+    seeded.redis.expire(seeded.keys.result_window("h1-old"), 600)
     seeded.redis.rpush(seeded.keys.intake, "1", "2")
     seeded.redis.rpush("q", "3", "4")
     seeded.redis.zadd(seeded.keys.due, {"s3": 1})
@@ -56,7 +58,8 @@ def _turn(keys: QueueKeys) -> Call[Any]:
         Settlement("X", "h5", state=b"1 1 0", record=b"{}"),
         Settlement("M", "h6", state=b"1 0 1"),
     ]
-    report = TurnReport(["h1"], others, {"t:done": 2}, [b"h1\tt\tdone\t1\t1"])
+    results = {"h1": (60_000, b"{}")}
+    report = TurnReport(["h1"], others, {"t:done": 2}, [b"h1\tt\tdone\t1\t1"], results=results)
     return operations.turn(keys, "w", 2, 3, 60_000, report, flags="l")
 
 
@@ -82,7 +85,7 @@ CALLS: dict[str, tuple[Callable[[QueueKeys], Call[Any]], set[str]]] = {
     "withdraw": (_withdraw, {"lane:N"}),
     "turn": (
         _turn,
-        {"jobs", "state", "leased:w", "workers", "conf", "due", "dead", "recent", "waiters", "stats"}
+        {"jobs", "state", "leased:w", "workers", "conf", "due", "dead", "recent", "waiters", "stats", "results:h1"}
         | {f"ready:{n}" for n in range(10)},
     ),
     "register": (lambda k: operations.register(k, "u", 60_000, b"{}"), {"leased:u", "workers", "conf"}),
@@ -119,7 +122,7 @@ CALLS: dict[str, tuple[Callable[[QueueKeys], Call[Any]], set[str]]] = {
     "configure": (lambda k: operations.configure(k, "paused", "1"), {"conf"}),
     "list_intake": (lambda k: operations.list_intake(k, 3, "stem"), {"jobs", "ready:0", "intake", "foreign"}),
     "wake": (lambda k: operations.wake(k.wake), set()),
-    "await_result": (lambda k: operations.await_result(k, "r3", "me"), {"jobs", "dead", "waiters", "result:r3"}),
+    "await_result": (lambda k: operations.await_result(k, "r3", "me"), {"jobs", "dead", "waiters", "result:r3", "results:r3"}),
     "forget": (lambda k: operations.forget(k, "r1", "channel-r1"), {"waiters"}),
     "counts": (inspection.counts, {"jobs", "due", "dead", "workers", "conf", "ready:0", "foreign", "leased:w"}),
     "list_jobs": (lambda k: inspection.list_jobs(k, "ready", 0, 9), {"jobs", "state", "ready:0", "ready:9"}),

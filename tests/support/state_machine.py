@@ -200,6 +200,9 @@ class QueueMachine(RuleBasedStateMachine):
         report = TurnReport(
             [told[1] for sent, told in pairs if sent is None], [sent for sent, _ in pairs if sent is not None]
         )
+        if woken:
+            report.results = dict.fromkeys(report.done, (600_000, b"{}"))
+            pairs = [(None, ("kept", told[1], None)) if sent is None else (sent, told) for sent, told in pairs]
         told = [told for sent, told in pairs if sent is None] + [told for sent, told in pairs if sent is not None]
         call = operations.turn(self.keys, name, member.turn + 1, want, LEASE, report, flags=flags)
         buried = len(self.model.dead)

@@ -100,7 +100,7 @@ async def test_a_late_ack_and_the_result_are_one_step(app: Conveyor, redis: Any)
             steps[-1].append(seen["command"])
     [taken] = [step for step in steps if f"HDEL {keys.jobs} {id_}" in step]
 
-    assert any(command.startswith(f"SET {keys.prefix}result:{id_} ") for command in taken)
+    assert any(command.startswith(f"HSET {keys.result_window(id_)} {id_} ") for command in taken)
     assert await job.aresult(timeout=5) == 8
 
 

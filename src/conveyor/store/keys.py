@@ -80,8 +80,12 @@ class QueueKeys:
         return f"{self.prefix}inbox:{source}"
 
     def result(self, id: str) -> str:  # noqa: A002
-        """Return the key of the outcome of a job."""
+        """Return the key of the outcome of a job that has a key of its own."""
         return f"{self.prefix}result:{id}"
+
+    def result_window(self, id: str) -> str:  # noqa: A002
+        """Return the key of the hash that has the outcome of a job otherwise, with those of ids of the same 64 ms."""
+        return f"{self.prefix}results:{id[:7]}"
 
 
 def _foreign_prefix(namespace: str, name: str) -> str:

@@ -236,7 +236,7 @@ def _refused(keys: QueueKeys, reply: bytes) -> NoReturn:
         )
     if status == "schema":
         raise ConfigurationError(
-            f"Queue '{queue}' was written by another version (layout {rest[0]}; this one knows layout 1). Upgrade this program."
+            f"Queue '{queue}' was written by another version (layout {rest[0]}; this one knows 1 and 2). Upgrade this program."
         )
     if status == "partitions":
         raise PartitionCountMismatch(keys, rest[0])
@@ -265,6 +265,8 @@ class TurnReport:
     stats: dict[str, int] = field(default_factory=dict)
     recent: list[bytes] = field(default_factory=list)
     spawned: bool = False  # some settlements put entries into the outbox
+    results: dict[str, tuple[int, bytes]] = field(default_factory=dict)
+    """Of jobs in `done`: for how long (ms) which record is kept."""
 
     def __bool__(self) -> bool:
         return bool(self.done or self.others)
@@ -305,7 +307,12 @@ def turn(
     keys: QueueKeys, worker: str, number: int, want: int, lease_ms: int, report: TurnReport, *, flags: str = ""
 ) -> Call[TurnReply]:
     """Return the call that settles *report* and leases up to *want* more jobs; `flags` as in turn.lua."""
-    args: list[Argument] = [worker, number, want, lease_ms, flags, len(report.done), *report.done, len(report.others)]
+    args: list[Argument] = [worker, number, want, lease_ms, flags, len(report.done)]
+    if report.results:
+        _add_results(args, report)
+    else:
+        args += (*report.done, 0)
+    args.append(len(report.others))
     for one in report.others:
         args += (one.kind, one.id, one.ms, one.record, one.state, one.unique or "", "1" if one.own_id else "")
     args.append(len(report.stats))
@@ -313,6 +320,21 @@ def turn(
         args += (counter, increment)
     args += (len(report.recent), *report.recent)
     return Call(TURN, _turn_keys(keys, worker), args, _read_turn)
+
+
+def _add_results(args: list[Argument], report: TurnReport) -> None:
+    """Append the ids of *report* that are done, those with a result first, and then the results by their time to live."""
+    groups: dict[int, tuple[list[str], list[bytes]]] = {}
+    for id_, (keep_ms, record) in report.results.items():
+        ids, records = groups.setdefault(keep_ms, ([], []))
+        ids.append(id_)
+        records.append(record)
+    for ids, _ in groups.values():
+        args += ids
+    args += [id_ for id_ in report.done if id_ not in report.results]
+    args.append(len(groups))
+    for keep_ms, (_, records) in groups.items():
+        args += (keep_ms, len(records), *records)
 
 
 @lru_cache(maxsize=256)  # the same at each turn of a worker
@@ -351,7 +373,7 @@ def _registered(keys: QueueKeys, reply: list[Any]) -> int:
         raise PartitionCountMismatch(keys, reply[1].decode())
     if reply[0] == -1:
         raise ConfigurationError(
-            f"The queue was written by another version (layout {reply[1].decode()}; this one knows layout 1). Upgrade this worker."
+            f"The queue was written by another version (layout {reply[1].decode()}; this one knows 1 and 2). Upgrade this worker."
         )
     return int(reply[0])
 
@@ -431,7 +453,7 @@ def list_intake(keys: QueueKeys, limit: int, stem: str, task: str = "") -> Call[
 
 def await_result(keys: QueueKeys, id: str, channel: str) -> Call[tuple[str, bytes]]:  # noqa: A002
     """Return the call that reads an outcome or registers *channel* as waiting; it yields await_result.lua's (word, bytes)."""
-    names = (keys.jobs, keys.state, keys.dead, keys.waiters, keys.result(id))
+    names = (keys.jobs, keys.state, keys.dead, keys.waiters, keys.result(id), keys.result_window(id))
     return Call(
         AWAIT_RESULT,
         names,

@@ -111,11 +111,15 @@ class SettlementWriter:
             else:
                 packed = pack_result(self._sealing or PLAIN, data, attempt.consumer.queue, attempt.id)
                 record = b'{"status":"done",%b,"at":%d}' % (packed, now_ms)
-            if spawned:
-                _add_spawned(report, attempt.id, spawned)
-            report.others.append(
-                Settlement("D", attempt.id, keep, record, unique=envelope.unique, own_id=envelope.own_id)
-            )
+            if envelope.is_plain and not spawned:
+                report.done.append(attempt.id)
+                report.results[attempt.id] = (keep, record)
+            else:
+                if spawned:
+                    _add_spawned(report, attempt.id, spawned)
+                report.others.append(
+                    Settlement("D", attempt.id, keep, record, unique=envelope.unique, own_id=envelope.own_id)
+                )
         elif envelope.is_plain and not spawned:
             report.done.append(attempt.id)
         else:

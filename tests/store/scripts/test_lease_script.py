@@ -98,11 +98,11 @@ def test_stub_is_dropped_when_reached(seeded: SeededQueue) -> None:
     for id_ in ("a", "b"):
         seeded.run(operations.cancel(seeded.keys, id_))
     seeded.register("w")
-    assert seeded.dump()["conf"] == {"schema": "1", "stubs": "2"}
+    assert seeded.dump()["conf"] == {"schema": "2", "stubs": "2"}
 
     assert seeded.turn("w", 1, 1).ids == ["c"]
 
-    assert seeded.dump()["conf"] == {"schema": "1", "stubs": "0"}
+    assert seeded.dump()["conf"] == {"schema": "2", "stubs": "0"}
     assert seeded.redis.hkeys(seeded.keys.jobs) == [b"c"]
     assert seeded.audit() == []
 

@@ -37,7 +37,7 @@ def test_cancel_in_each_place(seeded: SeededQueue, place: str, delete: bool) -> 
         ended["result:a ~600s"] = CANCELLED
     if place == "ready":
         assert answer == 1
-        conf = {"schema": "1", "stubs": "1"}
+        conf = {"schema": "2", "stubs": "1"}
         stub = "x" + before["jobs"]["a"].split("\n")[0] + "\n"
         assert seeded.since(before) == {"jobs": {"a": stub, "b": PLAIN}, "conf": conf, **ended}
     elif place == "scheduled":

@@ -28,7 +28,7 @@ def part(seeded: SeededQueue) -> SeededQueue:
 def test_the_first_number_stands(seeded: SeededQueue, whole: bool) -> None:
     """A fresh queue takes the first number that comes, tells the same one so, refuses another, and changes no more."""
     assert seeded.run(claim_partitions(seeded.keys, 4, whole=whole)) is True
-    assert seeded.dump() == {"conf": {"partitions": "4", "schema": "1"}}
+    assert seeded.dump() == {"conf": {"partitions": "4", "schema": "2"}}
 
     with seeded.unchanged():
         assert seeded.run(claim_partitions(seeded.keys, 4, whole=whole)) is False
@@ -53,7 +53,7 @@ def test_a_push_with_another_number_stores_nothing(seeded: SeededQueue, there: s
     """Both scripts that push, and a registration, refuse a number that is not the partition's, and change nothing."""
     keys = QueueKeys("c", "q/1", partitions=8)
     if there is not None:
-        seeded.redis.hset(keys.conf, mapping={"partitions": there, "schema": "1"})
+        seeded.redis.hset(keys.conf, mapping={"partitions": there, "schema": "2"})
     for call in (
         operations.push(keys, seeded.lane, []),
         operations.push_plain(keys, seeded.lane, ["a", REST]),
@@ -96,7 +96,7 @@ def test_begin_shuts_and_end_opens(seeded: SeededQueue) -> None:
     """Between begin and end no push, registration or claim is accepted; afterwards the number is that of end."""
     seeded.run(claim_partitions(WHOLE, 4, whole=True))
     assert _switch(seeded, WHOLE, "begin", "T", 8) == (1, 4)
-    assert seeded.dump()["conf"] == {"partitions": "0", "switch": "4 8 T", "schema": "1"}
+    assert seeded.dump()["conf"] == {"partitions": "0", "switch": "4 8 T", "schema": "2"}
     assert seeded.run(count(WHOLE)) == (0, "4 8 T")
     with pytest.raises(PartitionCountMismatch, match="is being changed right now"):
         seeded.run(claim_partitions(WHOLE, 4, whole=True))
@@ -104,7 +104,7 @@ def test_begin_shuts_and_end_opens(seeded: SeededQueue) -> None:
     with seeded.unchanged():
         assert _switch(seeded, WHOLE, "end", "other", 4) == (-1, 0)
     assert _switch(seeded, WHOLE, "end", "T", 8) == (1, 0)
-    assert seeded.dump() == {"conf": {"partitions": "8", "schema": "1"}, "wake ~3600s": ["1"]}
+    assert seeded.dump() == {"conf": {"partitions": "8", "schema": "2"}, "wake ~3600s": ["1"]}
 
 
 @pytest.mark.redis6
@@ -126,7 +126,7 @@ def test_one_piece_is_what_is_not_said(seeded: SeededQueue) -> None:
     seeded.run(claim_partitions(WHOLE, 4, whole=True))
     _switch(seeded, WHOLE, "begin", "T", 1)
     _switch(seeded, WHOLE, "end", "T", 1)
-    assert seeded.dump()["conf"] == {"schema": "1"}
+    assert seeded.dump()["conf"] == {"schema": "2"}
 
 
 def test_an_abandoned_change_is_taken_over(seeded: SeededQueue) -> None:
@@ -166,7 +166,7 @@ def test_close_expects_the_number_it_knows(part: SeededQueue) -> None:
     with part.unchanged():
         assert _switch(part, PART, "open", "T", 2)[0] == -1
     assert _switch(part, PART, "open", "U", 2) == (1, 0)
-    assert part.dump()["conf"] == {"partitions": "2", "schema": "1"}
+    assert part.dump()["conf"] == {"partitions": "2", "schema": "2"}
 
 
 def test_close_sends_workers_away(part: SeededQueue) -> None:

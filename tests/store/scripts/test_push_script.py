@@ -10,7 +10,7 @@ from conveyor.store.operations import ProducerSequence, Settlement, StalePush
 from conveyor.store.script import Call
 from support.seeded_queue import PLAIN, REST, SeededQueue, entry
 
-SCHEMA = {"schema": "1"}
+SCHEMA = {"schema": "2"}
 
 
 @pytest.mark.redis6
@@ -375,9 +375,9 @@ def test_operators_maximum_wins(seeded: SeededQueue) -> None:
 
 def test_other_layout_is_refused(seeded: SeededQueue) -> None:
     """A queue written by another layout takes nothing from this version."""
-    seeded.redis.hset(seeded.keys.conf, "schema", "2")
+    seeded.redis.hset(seeded.keys.conf, "schema", "3")
 
-    with seeded.unchanged(), pytest.raises(ConfigurationError, match="layout 2"):
+    with seeded.unchanged(), pytest.raises(ConfigurationError, match="layout 3"):
         seeded.push("a")
 
 

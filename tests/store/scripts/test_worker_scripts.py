@@ -16,7 +16,7 @@ from support.seeded_queue import LEASE, PLAIN, WORKER, SeededQueue, entry
 def test_register(seeded: SeededQueue) -> None:
     """Registering writes the worker's hash and its end, and repeating it changes nothing but the end."""
     seeded.register("w")
-    expected = {"conf": {"schema": "1"}, "leased:w": {".turn": "0", **WORKER}, "workers": {"w": "now+60s"}}
+    expected = {"conf": {"schema": "2"}, "leased:w": {".turn": "0", **WORKER}, "workers": {"w": "now+60s"}}
     assert seeded.dump() == expected
 
     seeded.push("a")
@@ -38,8 +38,8 @@ def test_register_makes_a_hashtable(seeded: SeededQueue) -> None:
 
 def test_register_refuses_another_layout(seeded: SeededQueue) -> None:
     """A worker of this version does not register on a queue of another layout."""
-    seeded.redis.hset(seeded.keys.conf, "schema", "2")
-    with seeded.unchanged(), pytest.raises(ConfigurationError, match="layout 2"):
+    seeded.redis.hset(seeded.keys.conf, "schema", "3")
+    with seeded.unchanged(), pytest.raises(ConfigurationError, match="layout 3"):
         seeded.register("w")
 
 
@@ -143,7 +143,7 @@ def test_reap_of_an_idle_worker_calls_nobody(seeded: SeededQueue) -> None:
     """A reap that returns nothing leaves nothing of the worker and makes nothing takeable."""
     seeded.register("w")
     assert seeded.run(operations.reap(seeded.keys, "w")) == 0
-    assert seeded.dump() == {"conf": {"schema": "1"}}
+    assert seeded.dump() == {"conf": {"schema": "2"}}
 
 
 def test_reap_of_an_end_without_a_hash(seeded: SeededQueue) -> None:

@@ -1,10 +1,10 @@
 -- Read how a job ended, or register a process that waits for it.
--- needs: listed
+-- needs: numbers keys listed results
 --
--- KEYS  1 jobs  2 state  3 dead  4 waiters  5 result:<id>
+-- KEYS  1 jobs  2 state  3 dead  4 waiters  5 result:<id>  6 results:<window>
 -- ARGV  1 id  2 channel of the waiting process, "" to ask only  3 "1" for a spawned job, which may not have arrived yet
 -- returns {"result", record} · {"dead", state} · {"waiting"} not finished · {"gone"} finished without a record, or never known
-local record = redis.call('GET', KEYS[5])
+local record = kept_result(KEYS[5], KEYS[6], ARGV[1])
 if record then return {'result', record} end
 local envelope = redis.call('HGET', KEYS[1], ARGV[1])
 local coming = not envelope and ARGV[3] == '1'

@@ -9,5 +9,5 @@ if found[1] == '0' then return {-2, found[3] or ''} end
 local number = found[1] or (ARGV[2] == 'queue' and found[2] and '1')
 if number and number ~= ARGV[1] then return {-1, number} end
 if number then return {0} end
-redis.call('HSET', KEYS[1], 'partitions', ARGV[1], 'schema', found[2] or '1')
+redis.call('HSET', KEYS[1], 'partitions', ARGV[1], 'schema', found[2] or '2')
 return {1}

@@ -1,7 +1,7 @@
 -- Read all that is known of one job.
--- needs: numbers
+-- needs: numbers keys results
 --
--- KEYS  1 jobs  2 state  3 due  4 dead  5 workers  6 result:<id>
+-- KEYS  1 jobs  2 state  3 due  4 dead  5 workers  6 result:<id>  7 results:<window>
 -- ARGV  1 id
 -- returns {place, envelope or "", state or "", extra}    place: ready scheduled leased dead cancelled result none
 --         extra: due or death in ms, the worker that holds it, or the record of its outcome
@@ -9,7 +9,7 @@ local prefix, id = string.sub(KEYS[1], 1, -5), ARGV[1]
 local envelope = redis.call('HGET', KEYS[1], id)
 local attempts = redis.call('HGET', KEYS[2], id) or ''
 if not envelope or string.byte(envelope) == 120 then
-  local record = redis.call('GET', KEYS[6])
+  local record = kept_result(KEYS[6], KEYS[7], id)
   if record then return {'result', '', '', record} end
   if envelope then return {'cancelled', '', '', ''} end
   return {'none', '', '', redis.call('EXISTS', prefix .. 'unique:i:' .. id) == 1 and '1' or ''}

@@ -16,7 +16,7 @@ local reply = answered(sequence, ARGV[1])
 if reply then return reply end
 
 local conf_now = redis.call('HMGET', conf, 'max_length', 'schema', 'stubs', 'partitions')
-if conf_now[2] and conf_now[2] ~= '1' then return ARGV[1] .. '\nschema\n' .. conf_now[2] end
+if (conf_now[2] or '1') ~= '1' and conf_now[2] ~= '2' then return ARGV[1] .. '\nschema\n' .. conf_now[2] end
 if (conf_now[4] or '1') ~= ARGV[3] then return ARGV[1] .. '\npartitions\n' .. (conf_now[4] or '') end
 local maximum = tonumber(conf_now[1] or ARGV[2])
 if maximum > 0 then
@@ -76,7 +76,7 @@ if string.sub(sequence, #prefix + 1, #prefix + 6) == 'inbox:' then
 else
   redis.call('SET', sequence, reply, 'PX', sequence_ms(sequence))
 end
-if not conf_now[2] then redis.call('HSET', conf, 'schema', '1') end
+if conf_now[2] ~= '2' then redis.call('HSET', conf, 'schema', '2') end
 
 local takeable = false
 local function plain(first, count)

@@ -8,7 +8,7 @@
 --         "<number>\npartitions\n<found>", "<number>\nlate"
 local number = ARGV[1]
 local conf = redis.call('HMGET', KEYS[5], 'schema', 'max_length', 'stubs', 'partitions')
-if conf[1] and conf[1] ~= '1' then return number .. '\nschema\n' .. conf[1] end
+if (conf[1] or '1') ~= '1' and conf[1] ~= '2' then return number .. '\nschema\n' .. conf[1] end
 local function repeated()
   local seen = redis.call('GET', KEYS[1])
   return seen and string.match(seen, '^%d+') == number and seen
@@ -69,7 +69,7 @@ else
     end
   end
 end
-if not conf[1] then redis.call('HSET', KEYS[5], 'schema', '1') end
+if conf[1] ~= '2' then redis.call('HSET', KEYS[5], 'schema', '2') end
 if redis.call('EXISTS', KEYS[4]) == 0 then
   redis.call('RPUSH', KEYS[4], '1')
   redis.call('PEXPIRE', KEYS[4], '3600000')

@@ -8,7 +8,7 @@
 --         or -2 and the partitions found, "" none yet, when their number is another
 local conf = redis.call('HMGET', KEYS[3], 'schema', 'partitions')
 local schema = conf[1]
-if schema and schema ~= '1' then return {-1, schema} end
+if (schema or '1') ~= '1' and schema ~= '2' then return {-1, schema} end
 if (conf[2] or '1') ~= ARGV[4] then return {-2, conf[2] or ''} end
 local now = clock()
 check('ZCARD', KEYS[2])
@@ -17,5 +17,5 @@ if redis.call('HEXISTS', KEYS[1], '\tturn') == 0 then
   redis.call('HSET', KEYS[1], '\tturn', 0, '\tabout', ARGV[3], '\tlease', ARGV[2])
 end
 redis.call('ZADD', KEYS[2], now + tonumber(ARGV[2]), ARGV[1])
-if not schema then redis.call('HSET', KEYS[3], 'schema', '1') end
+if schema ~= '2' then redis.call('HSET', KEYS[3], 'schema', '2') end
 return {now}

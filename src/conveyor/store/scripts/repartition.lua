@@ -37,9 +37,9 @@ for _, worker in ipairs(workers) do
 end
 if step == 'begin' then
   if number == '0' then number = string.match(found[2] or '', '^%d+') or '1' end
-  redis.call('HSET', conf, 'partitions', '0', 'switch', number .. ' ' .. ARGV[3] .. ' ' .. token, 'schema', found[3] or '1')
+  redis.call('HSET', conf, 'partitions', '0', 'switch', number .. ' ' .. ARGV[3] .. ' ' .. token, 'schema', found[3] or '2')
 else
-  redis.call('HSET', conf, 'partitions', '0', 'switch', token, 'schema', found[3] or '1')
+  redis.call('HSET', conf, 'partitions', '0', 'switch', token, 'schema', found[3] or '2')
 end
 wake(KEYS[4])
 return {1, number}

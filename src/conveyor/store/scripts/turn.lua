@@ -1,11 +1,12 @@
 -- A worker's whole round trip: settle what it has finished, then lease up to N more jobs to it.
--- needs: numbers keys tokens envelope outcome leased settle promote lease upkeep
+-- needs: numbers keys tokens envelope outcome leased results settle promote lease upkeep
 --
 -- KEYS  1 jobs  2 state  3 leased:<worker>  4 workers  5 due  6 wake  7 conf  8 dead  9 recent  10 waiters
 --       11-20 ready:0 … ready:9  21 none
 -- ARGV  1 worker  2 number of this turn  3 how many more  4 lease_ms
 --       5 flags: k keep the lease's end, l look for overdue workers, t leave when nothing is held
 --       6 count, ids of jobs that are simply done
+--       then count, and for each group of these, from the first id on, a result that is kept: ms count record…
 --       then count, and for each other settlement: kind id ms record state unique own
 --            D done: keep the record ms           X dead: announce the record, keep the state
 --            C cancelled: keep the record ms      R again after ms, with this state
@@ -46,7 +47,10 @@ if number == last then
 end
 
 local done_count = tonumber(ARGV[6])
-local other_at = 8 + done_count
+local groups = tonumber(ARGV[7 + done_count])
+local groups_at = 8 + done_count
+local other_at = groups_at + 1
+for _ = 1, groups do other_at = other_at + 2 + tonumber(ARGV[other_at]) end
 local other_count = tonumber(ARGV[other_at - 1])
 local stats_at = other_at + 7 * other_count
 local stats_count = tonumber(ARGV[stats_at])
@@ -65,11 +69,12 @@ local urgent = redis.call('EXISTS', unpack(KEYS, 12, 20)) > 0
 if urgent then check('LLEN', unpack(KEYS, 12, 20)) end
 local awaited = redis.call('HLEN', queue.waiters) > 0
 local done, others, lost = read_settlements(queue, leased, 7, done_count, other_at, other_count)
+local results = groups > 0 and plan_results(queue, done, 7, groups_at, groups, now)
 
 -- The first write is a removal, so a full Redis still lets work drain.
 redis.call('HDEL', leased, '\t')
 redis.call('HSET', leased, '\tturn', number)
-if #done > 0 then settle_done(queue, leased, done, stateful, awaited) end
+if #done > 0 then settle_done(queue, leased, done, results, stateful, awaited) end
 for _, i in ipairs(others) do
   if settle_other(queue, leased, i, now) then urgent = true end
 end

@@ -269,6 +269,7 @@ class QueueConsumer:
         except ConveyorError as error:
             log_repeated_error("queue %s: a turn was refused: %s", self.queue, error)
             self.report.done[:0], self.report.others[:0] = report.done, report.others
+            self.report.results.update(report.results)
             await asyncio.sleep(random.uniform(0.5, 1.0))  # noqa: S311
             self._end_recovery()
             return

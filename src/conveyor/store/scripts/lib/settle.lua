@@ -32,15 +32,21 @@ end
 -- queue     fields jobs, state and waiters are used
 -- leased    key leased:<worker>
 -- done      the ids
+-- results   where their results are kept; false when none is
 -- stateful  true when some job of the queue has a state
 -- awaited   true when some process waits for a result
 -- returns   nothing
-local function settle_done(queue, leased, done, stateful, awaited)
+local function settle_done(queue, leased, done, results, stateful, awaited)
   in_chunks('HDEL', leased, done, 1, #done)
   in_chunks('HDEL', queue.jobs, done, 1, #done)
   if stateful then in_chunks('HDEL', queue.state, done, 1, #done) end
-  if awaited then
-    for _, id in ipairs(done) do announce(queue.waiters, id, '') end
+  if results then keep_results(results) end
+  for first = 1, awaited and #done or 0, 7000 do
+    local channels = redis.call('HMGET', queue.waiters, unpack(done, first, math.min(first + 6999, #done)))
+    for i = 1, #channels do
+      local id = done[first + i - 1]
+      if channels[i] then announce(queue.waiters, id, results and results.records[id] or '') end
+    end
   end
 end
 
