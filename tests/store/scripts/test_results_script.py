@@ -164,7 +164,7 @@ def test_a_full_window_takes_no_more(seeded: SeededQueue) -> None:
     assert sum(seeded.redis.exists(seeded.keys.result(id_)) for id_ in ids) == 6
 
 
-@pytest.mark.row("I6")
+@pytest.mark.row("D301")
 @pytest.mark.redis6
 def test_a_result_of_a_lost_lease_is_not_kept(seeded: SeededQueue) -> None:
     """Of a report with results only those of jobs that the worker still holds are kept."""
@@ -180,7 +180,7 @@ def test_a_result_of_a_lost_lease_is_not_kept(seeded: SeededQueue) -> None:
     assert seeded.redis.hkeys(seeded.keys.result_window(mine)) == [mine.encode()]
 
 
-@pytest.mark.row("I7")
+@pytest.mark.row("D301")
 def test_of_two_outcomes_the_kept_one_counts(seeded: SeededQueue) -> None:
     """A job that a report names as done with a result, and settles again, has that result."""
     [id_] = ids_of(STEM, 1)
