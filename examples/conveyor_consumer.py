@@ -12,4 +12,4 @@ count = int(sys.argv[1]) if len(sys.argv) > 1 else None
 # A task that fails comes back later, one that never works becomes a dead letter, and a crash here loses nothing.
 for message in itertools.islice(tasks.consume(), count):
     with message as task:
-        print(f"done {task['id']}: {task['text']}", flush=True)
+        print(f"done {task['id']}: {task['description']}", flush=True)

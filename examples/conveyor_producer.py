@@ -12,7 +12,7 @@ tasks = app.plain_list("my_task_queue")
 count = int(sys.argv[1]) if len(sys.argv) > 1 else None
 
 for number in itertools.islice(itertools.count(1), count):
-    task = {"id": number, "text": f"task {number}"}
+    task = {"id": number, "description": f"task {number}", "timestamp": time.time()}
     tasks.push(task)  # waits for Redis by itself
     print(f"pushed {task}", flush=True)
     time.sleep(float(os.environ.get("PAUSE", "0.3")))

@@ -21,5 +21,5 @@ while count is None or done < count:
     if found is None:
         continue
     task = json.loads(found[1])
-    print(f"done {task['id']}: {task['text']}", flush=True)
+    print(f"done {task['id']}: {task['description']}", flush=True)
     done += 1

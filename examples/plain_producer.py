@@ -13,7 +13,7 @@ count = int(sys.argv[1]) if len(sys.argv) > 1 else None
 number = 0
 while count is None or number < count:
     number += 1
-    task = {"id": number, "text": f"task {number}"}
+    task = {"id": number, "description": f"task {number}", "timestamp": time.time()}
     try:
         r.rpush("my_task_queue", json.dumps(task))
         print(f"pushed {task}", flush=True)

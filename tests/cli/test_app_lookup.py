@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import redis as redis_py
 
 from conveyor.admin.admin import Admin
 from conveyor.store.client.client import Client
@@ -287,6 +288,19 @@ def test_worker_settings_by_source(shell: Shell, monkeypatch: pytest.MonkeyPatch
         "name": "jobs:app", "queues": {"mail": 3.0, "vip": 1.0}, "concurrency": 9, "threads": 3, "processes": 4,
         "burst": True, "grace": 30.0, "max_jobs": 500, "max_memory": 1_500_000_000, "verbose": False,
     }  # fmt: skip
+
+
+def test_push_to_a_plain_list_appends_the_document(shell: Shell, redis: redis_py.Redis) -> None:
+    """`conveyor push` of an app that declares a plain list puts bare documents on that list, and takes no options there."""
+    shell.write("lists.py", "from conveyor import Conveyor\napp = Conveyor()\napp.plain_list('raw')\n")
+    done = shell.run("push", "raw", '{"id": 1}', "-A", "lists")
+    lines = shell.run("push", "raw", "-", "-A", "lists", stdin='{"id": 2}\n3\n')
+    refused = shell.run("push", "raw", "4", "--id", "own", "-A", "lists")
+
+    assert [(one.returncode, one.stdout) for one in (done, lines)] == [(0, ""), (0, "")]
+    assert redis.lrange("raw", 0, -1) == [b'{"id":1}', b'{"id":2}', b"3"]
+    assert refused.returncode == 2
+    assert "A plain list holds bare documents" in refused.stderr
 
 
 # -- an app of several modules --------------------------------------------------------------------------------------

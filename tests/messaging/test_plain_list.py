@@ -42,7 +42,7 @@ class TestPairs:
     @pytest.mark.parametrize("producer", ["plain", "conveyor"])
     @pytest.mark.standalone_only("the plain examples know no other place")
     def test_examples_work_together(self, url, redis, producer, consumer):
-        """Each producer feeds each consumer: everything arrives, in order, and the list is empty."""
+        """Each producer feeds each consumer with an id, a description and a timestamp: all arrive, in order, and none is left."""
         environment = {**os.environ, "CONVEYOR_URL": url, "PAUSE": "0.02"}
         names = [f"{consumer}_consumer.py", f"{producer}_producer.py"]
         processes = [

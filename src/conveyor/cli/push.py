@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -45,19 +45,17 @@ def push(
     if from_stdin and own_id:
         raise click.UsageError("--id names one message; lines from standard input get ids of their own.")
     client, app = target.client(), target.app  # in this order: `client` loads the app
-    prepared = _prepare(
-        app, queue, id=own_id, priority=priority, front=front, headers=_parse_headers(headers),
-        delay=0 if delay is None else parse_seconds(delay, name="--delay"),
-        expires=None if expires is None else parse_seconds(expires, name="--expires"),
-    )  # fmt: skip
-    codec = _queue_codec(app, queue)
-    keys = _queue_keys(client, queue)
-    partitions = _recorded_partitions(client, keys.queue)
+    options = {
+        "id": own_id, "priority": priority, "front": front, "headers": _parse_headers(headers),
+        "delay": 0 if delay is None else parse_seconds(delay, name="--delay"),
+        "expires": None if expires is None else parse_seconds(expires, name="--expires"),
+    }  # fmt: skip
+    send = _sender(client, app, queue, options)
     ids: list[str] = []
     if not from_stdin:
         assert message is not None
         body = _checked_body(message.encode("utf-8", "surrogateescape"), "")
-        ids = _push_entries(client, keys, partitions, [_entry(body, prepared, codec)])
+        ids = send([body])
         _print_ids(out, ids)
     else:
         stored = 0
@@ -68,23 +66,33 @@ def push(
                     _checked_body(line, _line_position(number, 0))
             sys.stdin.buffer.seek(start)
         for bodies in _read_lines(sys.stdin.buffer):
-            entries = [
-                _entry(_checked_body(line, _line_position(number, stored)), prepared, codec) for number, line in bodies
-            ]
+            checked = [_checked_body(line, _line_position(number, stored)) for number, line in bodies]
             # Each message goes to the front: reversed, so that the first line is leased first.
-            chunk = _push_entries(client, keys, partitions, entries[::-1] if front else entries)
+            chunk = send(checked[::-1] if front else checked)
             chunk = chunk[::-1] if front else chunk
-            stored += len(chunk)
+            stored += len(checked)
             ids += chunk if out.as_json else []
             _print_ids(out, chunk)
     if out.as_json:
         out.document("pushed", queue=queue, ids=ids)
 
 
-def _queue_keys(client: Any, queue: str) -> Any:
+def _sender(client: Any, app: Any, queue: str, options: dict[str, Any]) -> Callable[[list[bytes]], list[str]]:
+    """Return the function that pushes bodies and returns their ids; a plain list gives none."""
     from conveyor.ids import queue_name
+    from conveyor.jobs.core import core_of
 
-    return client.keys(queue_name(queue))
+    plain_list = None if app is None else core_of(app).plain_lists.get(queue)
+    if plain_list is not None:
+        given = {name: value for name, value in options.items() if value and name != "id"}
+        given |= {} if options["id"] is None else {"id": options["id"]}
+        if given:
+            plain_list.push(None, **given)  # which refuses them
+        return lambda bodies: [id_ for id_ in plain_list.push_many(map(plain_list.codec.decode, bodies)) if id_]
+    prepared, codec = _prepare(app, queue, **options), _queue_codec(app, queue)
+    keys = client.keys(queue_name(queue))
+    partitions = _recorded_partitions(client, keys.queue)
+    return lambda bodies: _push_entries(client, keys, partitions, [_entry(body, prepared, codec) for body in bodies])
 
 
 def _recorded_partitions(client: Any, queue: str) -> Any:
