@@ -33,6 +33,7 @@ def bare(public_id):
     return public_id.rpartition(":")[2]
 
 
+@pytest.mark.row("A31")
 @pytest.mark.parametrize("is_open", [True, False])
 def test_pushes_after_an_interrupted_push(url, server, is_open):
     """Wherever a push is interrupted, each later one stores what it says, and a full queue still refuses."""
@@ -59,6 +60,7 @@ def test_pushes_after_an_interrupted_push(url, server, is_open):
         client.close()
 
 
+@pytest.mark.row("A31")
 def test_reads_after_an_interrupted_read(url):
     """A plain command says nothing of its call, so what tells replies apart is counted on the connection itself."""
     for number, interruption in enumerate(points()):
@@ -71,6 +73,7 @@ def test_reads_after_an_interrupted_read(url):
         client.close()
 
 
+@pytest.mark.row("A31")
 def test_an_alarm_amid_a_wait_for_the_reply(url, server):
     """The handler of a real signal raises while the server is silent: the next call gets its own reply."""
 
@@ -93,6 +96,7 @@ def test_an_alarm_amid_a_wait_for_the_reply(url, server):
         client.close()
 
 
+@pytest.mark.row("A31")
 def test_a_push_that_was_sent_ahead(url):
     """Another call between a push and its completion: the push is repeated and not answered with the other's reply."""
     connection = Connection(topology_of(url).endpoint(""))
@@ -108,6 +112,7 @@ def test_a_push_that_was_sent_ahead(url):
     connection.close()
 
 
+@pytest.mark.row("A31")
 def test_confirmed_pushes_after_an_interrupted_one(start_server):
     """The same of a push with fsync, which reads several replies: each later one is stored when it returns."""
     server = start_server("--appendonly", "yes", "--appendfsync", "always")
@@ -121,6 +126,7 @@ def test_confirmed_pushes_after_an_interrupted_one(start_server):
                 assert bare(mail.push(value)) in stored(server), f"push {value} stored nothing"
 
 
+@pytest.mark.row("A31")
 def test_acks_after_an_interrupted_ack(url):
     """Wherever an ack is interrupted, no lock stays held: the next acks return."""
     client = Client(url)
@@ -139,6 +145,7 @@ def test_acks_after_an_interrupted_ack(url):
     client.close()
 
 
+@pytest.mark.row("A31")
 def test_a_buffer_after_an_interrupted_push(start_server):
     """Wherever a push into a buffer is interrupted, no lock stays held: the thread that delivers gets on."""
     server = start_server()
@@ -160,6 +167,7 @@ def in_conveyor(frame):
     return name.startswith("conveyor.") and frame.f_code.co_name != "data_received"
 
 
+@pytest.mark.row("A31")
 def test_calls_of_a_loop_that_was_interrupted(url):
     """KeyboardInterrupt leaves `run_until_complete`, and the program goes on with the same loop: its calls are right."""
     for interruption in points(2, only=in_conveyor, error=KeyboardInterrupt):
@@ -187,6 +195,7 @@ def _end(loop):
     loop.close()
 
 
+@pytest.mark.row("A31")
 async def test_a_call_that_was_cancelled(url):
     """A cancelled call leaves its reply to nobody: the others of the loop get theirs."""
     client = Client(url)
@@ -202,6 +211,7 @@ async def test_a_call_that_was_cancelled(url):
     await client.aclose()
 
 
+@pytest.mark.row("A31")
 def test_every_word_of_a_command_is_text_or_bytes(url, monkeypatch):
     """No int is packed, by us or by redis-py for us: hiredis 3.5.0 ends the process when a handler raises meanwhile."""
     packed = []
