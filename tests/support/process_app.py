@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from conveyor import Context, Conveyor, Retry, RetryIn, Snooze, current
+from conveyor.worker.execution.process_protocol import DoneReply, pack
 
 app = Conveyor("unix:///nonexistent/conveyor.sock")
 
@@ -135,6 +136,9 @@ def die(how: str) -> None:
         ctypes.string_at(0)
     elif how == "close":
         os.closerange(3, 64)
+        time.sleep(60)
+    elif how == "forge":  # a report on another attempt
+        os.write(int(sys.argv[2]), pack(DoneReply("default:other", 1, None)))
         time.sleep(60)
     elif how == "heir":  # a fork that goes on and holds all descriptors, as multiprocessing makes them
         if os.fork() == 0:

@@ -243,7 +243,7 @@ async def test_cancelling_while_it_starts_leaves_nothing(processes: ProcessPool,
         assert "0 of 2" in repr(processes)
 
 
-@pytest.mark.row("A7")
+@pytest.mark.row("A7", "A91")
 @pytest.mark.parametrize(
     ("how", "words"),
     [
@@ -252,6 +252,7 @@ async def test_cancelling_while_it_starts_leaves_nothing(processes: ProcessPool,
         ("segfault", "killed by SIGSEGV"),
         ("close", "broke its connection"),
         ("heir", "exited with code 3"),
+        ("forge", "reported on something else"),
     ],
 )
 async def test_a_crash_is_reported(run: Run, how: str, words: str) -> None:

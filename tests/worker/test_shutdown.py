@@ -5,16 +5,20 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
+from collections.abc import AsyncIterator, Callable
+from time import perf_counter
 from typing import Any
 
 import pytest
 
 from conveyor.jobs.app import Conveyor
 from conveyor.jobs.context import Context, current
+from conveyor.worker.execution import threads
 from conveyor.worker.leasing.capacity import Capacity
 from conveyor.worker.leasing.queue_consumer import QueueConsumer
 from conveyor.worker.worker import Worker
-from support.running_worker import counts, drain, until
+from support.running_worker import counts, drain, until, working
+from support.server_process import Server
 
 
 @pytest.fixture
@@ -61,6 +65,50 @@ async def test_a_stop_amid_a_lease_starts_nothing(app: Conveyor, monkeypatch: py
     assert seen == [(n, 1) for n in range(10)]
 
 
+@pytest.mark.row("A10")
+@pytest.mark.parametrize("stop", ["hand_back", "cancel"])
+async def test_a_thread_and_the_loop_claim_a_job_once(
+    app: Conveyor, monkeypatch: pytest.MonkeyPatch, stop: str
+) -> None:
+    """
+    A function that a thread starts just when the loop hands it back or cancels it runs once, and has one outcome.
+
+    The loop acts while the thread reads the clock, which is the first thing that it does once the job is its own.
+    """
+    ran: list[tuple[int, int]] = []
+    claimed, acted = threading.Event(), threading.Event()
+
+    @app.task
+    def count(n: int, context: Context = current()) -> int:
+        ran.append((n, context.attempt))
+        return n
+
+    def clock() -> float:
+        if not claimed.is_set():
+            claimed.set()
+            assert acted.wait(10)
+        return perf_counter()
+
+    monkeypatch.setattr(threads, "perf_counter", clock)
+    job = await count.aenqueue(1)
+    async with working(app) as worker:
+        await until(claimed.is_set)
+        [consumer] = worker.consumers
+        [attempt] = consumer.held.values()
+        if stop == "cancel":
+            worker.executor.stop(attempt, "cancel")
+        else:
+            consumer.hand_back()
+        report = list(consumer.report.others)
+        acted.set()
+        await until(lambda: attempt.ended)
+
+    assert report == []
+    assert await job.aresult(timeout=5) == 1
+    await drain(app)
+    assert ran == [(1, 1)]
+
+
 async def test_leaving_the_block_after_a_stop_does_not_hurry(app: Conveyor) -> None:
     """A worker inside a program that was stopped, and whose block then ends, still gives what runs its grace."""
     started, ended = asyncio.Event(), []
@@ -78,6 +126,95 @@ async def test_leaving_the_block_after_a_stop_does_not_hurry(app: Conveyor) -> N
 
     assert ended == [1]
     assert (await counts(app)).ready == 0
+
+
+@pytest.mark.row("A141")
+@pytest.mark.leaves_keys("the job that no worker took stays")
+@pytest.mark.parametrize("moment", ["lifespan", "registration", "first lease", "twice"])
+async def test_a_start_that_is_cancelled_leaves_no_worker(
+    app: Conveyor, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    """`async with app.worker()` that is cancelled while it starts leaves no task, no registration and no thread behind."""
+    reached, ran = asyncio.Event(), []
+
+    @app.task
+    async def note() -> None:
+        ran.append(1)
+
+    async def stay() -> None:
+        reached.set()
+        await asyncio.sleep(60)
+
+    @app.lifespan
+    async def resource() -> AsyncIterator[None]:
+        if moment in {"lifespan", "twice"}:
+            try:
+                await stay()
+            finally:
+                if moment == "twice":
+                    await asyncio.sleep(0.05)
+        yield
+
+    if moment == "registration":
+
+        async def wait(consumer: QueueConsumer) -> None:
+            await register(consumer)
+            await stay()
+
+        register = QueueConsumer.register
+        monkeypatch.setattr(QueueConsumer, "register", wait)
+    if moment == "first lease":
+        monkeypatch.setattr(QueueConsumer, "begin", lambda *_: reached.set())
+
+    async def enter() -> None:
+        async with app.worker():
+            await asyncio.sleep(60)
+
+    await note.aenqueue()
+    before, threads_before = asyncio.all_tasks(), threading.active_count()
+    entering = asyncio.create_task(enter())
+    await reached.wait()
+    for _ in range(2 if moment == "twice" else 1):
+        entering.cancel()
+        await asyncio.sleep(0)
+    with pytest.raises(asyncio.CancelledError):
+        await asyncio.wait_for(entering, 10)
+
+    await until(lambda: asyncio.all_tasks() <= before)
+    await until(lambda: threading.active_count() <= threads_before)
+    found = await counts(app)
+    assert (found.ready, found.leased, found.workers) == (1, 0, 0)
+    assert ran == []
+
+
+@pytest.mark.row("A141")
+async def test_a_time_limit_around_a_start_without_redis(start_server: Callable[..., Server]) -> None:
+    """A start that waits for Redis ends with the time limit around it, and does not begin when Redis comes back."""
+    server = start_server("--appendonly", "yes", "--appendfsync", "always")
+    app, ran = Conveyor(server.url), []
+    app.client.retry_for = 0.05  # no longer for the eviction policy, which is asked for first
+
+    @app.task
+    async def note() -> None:
+        ran.append(1)
+
+    await note.aenqueue()
+    before = asyncio.all_tasks()
+    server.kill()
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(1), app.worker():
+            pass
+    left = asyncio.all_tasks() - before
+    server.start()
+    app.client.retry_for = 10.0
+
+    assert {task.get_name() for task in left if "conveyor-worker" in task.get_name()} == set()
+    found = await counts(app)
+    assert (found.ready, found.leased, found.workers) == (1, 0, 0)
+    assert ran == []
+    await drain(app)
+    assert ran == [1]
+    await app.aclose()
 
 
 @pytest.mark.standalone_only("MONITOR shows one server")

@@ -258,6 +258,59 @@ async def test_a_time_limit_stops_a_coroutine(app: Conveyor) -> None:
         assert caught.value.type == "TimeoutError"
 
 
+@pytest.mark.row("A111")
+@pytest.mark.leaves_keys("dead letters stay")
+@pytest.mark.parametrize("middleware", [False, True])
+async def test_a_job_that_cancels_itself_fails(app: Conveyor, middleware: bool) -> None:
+    """A coroutine that its own code cancels ends as failed; neither the jobs beside it nor those after it notice."""
+    if middleware:
+
+        @app.middleware
+        async def pass_on(context: Context, call_next: Any) -> Any:
+            return await call_next()
+
+    @app.task(retry=1)
+    async def cancels_itself() -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        task.cancel("own time limit")
+        await asyncio.sleep(60)
+
+    @app.task(retry=1)
+    async def limits_itself() -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        asyncio.get_running_loop().call_later(0.01, task.cancel)
+        await asyncio.sleep(60)
+
+    @app.task(retry=1)
+    async def asks_and_returns() -> str:
+        task = asyncio.current_task()
+        assert task is not None
+        await asyncio.sleep(0)
+        task.cancel()
+        return "done"
+
+    @app.task(retry=1)
+    async def sleeps(n: int) -> int:
+        await asyncio.sleep(0.001)
+        return n
+
+    failing, others, asking = [], [], []
+    for n in range(30):
+        failing += [await cancels_itself.aenqueue(), await limits_itself.aenqueue()]
+        asking.append(await asks_and_returns.aenqueue())
+        others.append(await sleeps.aenqueue(n))
+    worker = await drain(app, concurrency=3)
+
+    for job in failing:
+        with pytest.raises(JobFailed, match="cancelled itself"):
+            await job.aresult(timeout=5)
+    assert [await job.aresult(timeout=5) for job in asking] == ["done"] * 30
+    assert [await job.aresult(timeout=5) for job in others] == list(range(30))
+    assert worker.executor.running == 0
+
+
 async def test_an_extended_time_limit_holds(app: Conveyor) -> None:
     """A job may move its own time limit from inside."""
 

@@ -172,10 +172,17 @@ class Attempt:
         "started",
         "state",
         "stop_reason",
+        "unclaimed",
         "waiter",
     )  # fmt: skip
     sealed = False
     """True while its body is still sealed, or of an older version."""
+    unclaimed: list[Callable[[], Any]]
+    """
+    The function that a thread is to call, until the thread that starts it, or the loop that takes it back, removes it.
+
+    Unset when the attempt was not given to threads: the event loop alone decides about it.
+    """
 
     def __init__(self, consumer: AttemptOwner, handler: Handler, id: str, body: bytes) -> None:  # noqa: A002
         # A plain, fresh job: the loader and `load_state` add what is rarer.

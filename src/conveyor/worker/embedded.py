@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Mapping
-from contextlib import AsyncExitStack
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Self
 
 from conveyor.errors import ConfigurationError, ConveyorError, StoreUnavailable
@@ -46,7 +46,7 @@ class EmbeddedWorker:
         )  # fmt: skip
         self._app = app
         self._allow_eviction = allow_eviction
-        self._stack = AsyncExitStack()
+        self._stack = ExitStack()
         self._running: asyncio.Task[int] | None = None
         self._stopped = False
 
@@ -54,17 +54,25 @@ class EmbeddedWorker:
         """Start the worker; return when it is registered, or raise the reason why it could not start."""
         import_included(core_of(self._app).include)
         await self._check_eviction()
-        self._running = asyncio.get_running_loop().create_task(self._worker.run(), name="conveyor-worker")
+        self._running = asyncio.get_running_loop().create_task(self._run(), name="conveyor-worker")
         ready = asyncio.ensure_future(self._worker.ready.wait())
-        await asyncio.wait([self._running, ready], return_when=asyncio.FIRST_COMPLETED)
-        ready.cancel()
+        try:
+            await asyncio.wait([self._running, ready], return_when=asyncio.FIRST_COMPLETED)
+        except BaseException:
+            # No block follows that could stop it. It ends by itself should this wait be cancelled as well.
+            self._worker.hurry()
+            self._running.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
+            await asyncio.wait([self._running])
+            raise
+        finally:
+            ready.cancel()
         if self._running.done():
-            try:
-                await self._running
-            except BaseException:
-                await self._stack.aclose()
-                raise
+            await self._running
         return self
+
+    async def _run(self) -> int:
+        with self._stack:
+            return await self._worker.run()
 
     def _keep_leases(self) -> None:
         # Before the first job is leased: one that blocks the loop at once would not let us come to it afterwards.
@@ -98,10 +106,7 @@ class EmbeddedWorker:
         assert self._running is not None
         if not self._running.done():
             self._worker.stop()
-        try:
-            await self._running
-        finally:
-            await self._stack.aclose()
+        await self._running
 
     async def wait(self) -> None:
         """Wait until the worker ends by itself, which it does with `burst` when everything is drained."""

@@ -110,12 +110,14 @@ class Worker:
         """Start, however long Redis is away; False when a stop was asked for before that."""
         starting = asyncio.create_task(self.start(stack))
         asked = asyncio.create_task(self._stop_asked.wait())
-        await asyncio.wait([starting, asked], return_when=asyncio.FIRST_COMPLETED)
-        asked.cancel()
-        if starting.done():
-            await starting
-            return True
-        starting.cancel()
+        try:
+            await asyncio.wait([starting, asked], return_when=asyncio.FIRST_COMPLETED)
+            if starting.done():
+                await starting
+                return True
+        finally:
+            asked.cancel()
+            starting.cancel()
         await asyncio.gather(starting, return_exceptions=True)
         met = [one for one in self.consumers if one.identity and one.connection.is_open]
         await asyncio.gather(*(consumer.leave() for consumer in met))  # their registration may be on the way already

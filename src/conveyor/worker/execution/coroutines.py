@@ -13,11 +13,13 @@ import types
 from collections import deque
 from collections.abc import Callable, Coroutine, Generator
 from contextvars import Context as Variables
+from functools import partial
 from time import perf_counter
 from typing import Any
 
 from conveyor.worker.attempt import Attempt
 from conveyor.worker.crash_attribution import LOOP_CELL, OVERFLOW_CELL, RunningTable, id_checksum
+from conveyor.worker.execution.forked_copies import ForkGuard
 
 SLICE = 0.005
 """
@@ -35,7 +37,7 @@ class CoroutinePool:
 
     def __init__(
         self, limit: int, begin: Begin, on_suspended: OnSuspended, on_finished: OnFinished,
-        running_table: RunningTable | None = None,
+        fork_guard: ForkGuard, running_table: RunningTable | None = None,
     ) -> None:  # fmt: skip
         """
         Args:
@@ -43,6 +45,7 @@ class CoroutinePool:
             begin: returns the context and the coroutine of an attempt.
             on_suspended: called when an attempt suspends for the first time.
             on_finished: called at the end of an attempt.
+            fork_guard: ends the copies of the process that a job makes.
             running_table: where a supervisor reads which jobs run; None without one.
         """
         self.backlog: deque[Attempt] = deque()
@@ -51,11 +54,12 @@ class CoroutinePool:
         """The attempt whose code the event loop runs now."""
         self._limit = limit
         self._begin, self._on_suspended, self._on_finished = begin, on_suspended, on_finished
-        self._running_table = running_table
+        self._fork_guard, self._running_table = fork_guard, running_table
         self._idle: list[asyncio.Future[None]] = []
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks = fork_guard.checked
         self._loop = asyncio.get_running_loop()
         self._slice_end = 0.0
+        self._is_closing = False
 
     def wake(self) -> None:
         """Wake an idle task, or start one, to take from the backlog."""
@@ -65,30 +69,38 @@ class CoroutinePool:
                 future.set_result(None)
                 return
         if len(self._tasks) < self._limit:
-            task = self._loop.create_task(self._serve(), name=f"conveyor-coroutine-{len(self._tasks)}")
+            cell = 0 if self._running_table is None else self._running_table.take_cell()
+            task = self._loop.create_task(self._serve(cell), name=f"conveyor-coroutine-{len(self._tasks)}")
             self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+            task.add_done_callback(partial(self._on_task_end, cell))
+
+    def _on_task_end(self, cell: int, task: asyncio.Task[None]) -> None:
+        """Let another task go on with the backlog when this one was cancelled by a job."""
+        self._tasks.discard(task)
+        if self._running_table is not None:
+            self._running_table.release_cell(cell)
+            self._running_table.cells[LOOP_CELL] = 0
+        if self.backlog and not self._is_closing:
+            self.wake()
 
     async def close(self) -> None:
         """End all tasks; what still runs is cancelled."""
+        self._is_closing = True
         tasks = list(self._tasks)
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _serve(self) -> None:
-        backlog, me = self.backlog, asyncio.current_task()
+    async def _serve(self, cell: int) -> None:
+        backlog, guard, me = self.backlog, self._fork_guard, asyncio.current_task()
         assert me is not None
         cells = None if self._running_table is None else self._running_table.cells
-        cell = 0 if self._running_table is None else self._running_table.take_cell()
         checksum, is_shown = 0, False
         while True:
             if not backlog:
                 if cells is not None:
                     cells[LOOP_CELL] = 0  # not after each job: the next one overwrites it
-                future: asyncio.Future[None] = self._loop.create_future()
-                self._idle.append(future)
-                await future
+                await self._until_woken()
                 continue
             now = perf_counter()
             if now > self._slice_end and self._slice_is_over(now):
@@ -109,6 +121,8 @@ class CoroutinePool:
                 except StopIteration as stop:
                     value = stop.value
                 else:
+                    if guard.is_copy:
+                        guard.end_on_loop()
                     self.current = None
                     attempt.runner = me
                     if cells is not None:
@@ -117,21 +131,31 @@ class CoroutinePool:
                     self._on_suspended(attempt)
                     if backlog:
                         self.wake()
-                    value = await _resume(coroutine, variables, waited_on, cells, checksum)
+                    value = await _resume(coroutine, variables, waited_on, guard, cells, checksum)
             except BaseException as raised:
                 # By its type: what a job raises may lie about its class.
-                if issubclass(type(raised), asyncio.CancelledError) and attempt.stop_reason is None and me.cancelling():
+                if (
+                    self._is_closing
+                    and issubclass(type(raised), asyncio.CancelledError)
+                    and attempt.stop_reason is None
+                ):
                     self.running -= 1
-                    raise  # the pool is closing
+                    raise
                 error = raised
+            if guard.is_copy:
+                guard.end(error)
             if is_shown and cells is not None and cell != OVERFLOW_CELL:
                 cells[cell], is_shown = 0, False
             self.current = attempt.runner = None
-            if me.cancelling():
-                while me.uncancel():
-                    pass
             self.running -= 1
             self._on_finished(attempt, value, error)
+            if me.cancelling():
+                return  # the request may still be under way, and would hit the next job
+
+    def _until_woken(self) -> asyncio.Future[None]:
+        future: asyncio.Future[None] = self._loop.create_future()
+        self._idle.append(future)
+        return future
 
     def _slice_is_over(self, now: float) -> bool:
         """Tell whether the time slice is over and the event loop must get a pass; otherwise begin another slice."""
@@ -150,7 +174,8 @@ class CoroutinePool:
 
 @types.coroutine
 def _resume(
-    coroutine: Coroutine[Any, Any, Any], variables: Variables, waited_on: Any, cells: memoryview | None, checksum: int
+    coroutine: Coroutine[Any, Any, Any], variables: Variables, waited_on: Any, guard: ForkGuard, cells: memoryview | None,
+    checksum: int,
 ) -> Generator[Any, Any, Any]:  # fmt: skip
     """Run a coroutine that has suspended to its end, each step in its own context, and note when its code is executed."""
     while True:
@@ -164,11 +189,15 @@ def _resume(
             argument: Any = error
         else:
             step, argument = coroutine.send, sent
+        if guard.is_copy:
+            guard.end_on_loop()  # made by another job of this loop
         if cells is not None:
             cells[LOOP_CELL] = checksum
         try:
             waited_on = variables.run(step, argument)
         except StopIteration as stop:
             return stop.value
+        if guard.is_copy:
+            guard.end_on_loop()
         if cells is not None:
             cells[LOOP_CELL] = 0

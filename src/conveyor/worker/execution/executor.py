@@ -16,6 +16,7 @@ from conveyor.payload import failures
 from conveyor.worker.attempt import Attempt
 from conveyor.worker.crash_attribution import IN_PROCESS, LOOP_CELL, RunningTable, id_checksum
 from conveyor.worker.execution.coroutines import CoroutinePool
+from conveyor.worker.execution.forked_copies import ForkGuard
 from conveyor.worker.execution.processes import ProcessPool
 from conveyor.worker.execution.threads import ThreadPool
 from conveyor.worker.job_loader import JobLoader
@@ -59,10 +60,13 @@ class Executor:
         self._on_finished, self._on_stuck, self._chain = on_finished, on_stuck, chain
         self._base = copy_context()
         self._loop = asyncio.get_running_loop()
-        self.coroutines = CoroutinePool(concurrency, self._begin, self._on_suspended, self._finish, running_table)
+        self.fork_guard = ForkGuard(self._loop)
+        self.coroutines = CoroutinePool(
+            concurrency, self._begin, self._on_suspended, self._finish, self.fork_guard, running_table
+        )
         self._running_table = running_table
         self._in_processes: dict[Attempt, int] = {}
-        self.threads = ThreadPool(threads, self._thread_ended, self._watch_limit, running_table)
+        self.threads = ThreadPool(threads, self._thread_ended, self._watch_limit, self.fork_guard, running_table)
         self._waiters = 0  # attempts on a thread while their coroutine waits for them inside the middlewares
         self.processes = processes
         self.deadlines = Deadlines(self._loop, self._expire)
@@ -109,11 +113,14 @@ class Executor:
         if len(backlog) > before:
             self.coroutines.wake()
 
-    def take_back(self, attempt: Attempt) -> None:
-        """Drop an attempt that has not started. A thread that reaches it skips it."""
+    def take_back(self, attempt: Attempt) -> bool:
+        """Keep an attempt that waits from starting; False when a thread has claimed it, so that it starts."""
+        if hasattr(attempt, "unclaimed"):
+            return self.threads.take_back(attempt)
         if attempt in self.coroutines.backlog:
             self.coroutines.backlog.remove(attempt)
             attempt.consumer.on_abandoned()
+        return True
 
     # -- beginning ------------------------------------------------------------------------------------------------
 
@@ -140,6 +147,8 @@ class Executor:
             self._inject(attempt, kwargs)
         if handler.kind == "loop":
             return await handler.function(*args, **kwargs)
+        if attempt.stop_reason is not None:  # a middleware kept the cancellation to itself
+            raise asyncio.CancelledError
         attempt.waiter = self._loop.create_future()
         self._waiters += 1
         checksum = 0 if self._running_table is None else id_checksum(attempt.id)
@@ -246,15 +255,16 @@ class Executor:
         Stop an attempt.
 
         One that has not started is settled at once, a coroutine or process is cancelled, a thread learns it through its
-        context.
+        context. A thread may claim an attempt until the moment when this takes it back.
         """
         if attempt.ended != 0.0 or attempt.stop_reason is not None:
             return
         attempt.stop_reason = why
-        if attempt.started == 0.0:
-            self.take_back(attempt)
+        if attempt.started == 0.0 and self.take_back(attempt):
             self._finish(attempt, None, None)
-        elif attempt.runner is not None and attempt.waiter is None:
+        elif attempt.waiter is not None:
+            self.threads.take_back(attempt)  # the thread that reaches it tells the middlewares
+        elif attempt.runner is not None:
             attempt.runner.cancel()
         if attempt.context is not None:
             attempt.flag_context()
@@ -272,3 +282,4 @@ class Executor:
         await self.coroutines.close()
         self.threads.close()
         await self.processes.close()
+        self.fork_guard.close()

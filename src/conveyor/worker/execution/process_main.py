@@ -26,7 +26,9 @@ from conveyor.errors import UnknownTask
 from conveyor.jobs.context import CURRENT, Context, end_spawning, spawned_entries
 from conveyor.jobs.core import core_of
 from conveyor.jobs.task import TaskDefinition
+from conveyor.store.fork_safety import on_fork
 from conveyor.worker.app_loading import load
+from conveyor.worker.execution.forked_copies import ForkGuard
 from conveyor.worker.execution.process_protocol import (
     HEAD,
     DoneReply,
@@ -77,20 +79,29 @@ def main() -> None:
 
 
 class _ParentConnection:
-    """The connection to the worker: requests come in, replies go out."""
+    """The connection to the worker: requests come in, replies go out. A copy that a job forks has none."""
 
     def __init__(self, descriptor: int) -> None:
-        self._socket = socket.socket(fileno=descriptor)
+        self._socket: socket.socket | None = socket.socket(fileno=descriptor)
         self._socket.set_inheritable(False)
+        on_fork(self)
+
+    def forked(self) -> None:
+        """Close the copy's end: what it sent would be taken for replies of this process."""
+        if self._socket is not None:
+            self._socket.close()
+            self._socket = None
 
     def send(self, message: Reply) -> None:
-        self._socket.sendall(pack(message))
+        if self._socket is not None:
+            self._socket.sendall(pack(message))
 
     def receive(self) -> Request | None:
         head = self._exactly(HEAD.size)
         return read_request(self._exactly(HEAD.unpack(head)[0])) if head else None
 
     def _exactly(self, count: int) -> bytes:
+        assert self._socket is not None, "a copy ends with its job"
         parts = []
         while count and (part := self._socket.recv(min(count, 1 << 20))):
             parts.append(part)
@@ -109,6 +120,7 @@ class _Runner:
     def __init__(self, connection: _ParentConnection) -> None:
         self._connection = connection
         self._loop = asyncio.Runner()
+        self._fork_guard = ForkGuard(self._loop.get_loop())
         self._closing = asyncio.Event()
         self._lifespan: asyncio.Task[None]
         self._state: Mapping[str, Any] = {}
@@ -162,16 +174,20 @@ class _Runner:
             result = self._call(task, args, kwargs, variables)
             keep_ms = task.settings.keep_ms if job.keep_ms is None else job.keep_ms
             stored = None if task.returns_none or not keep_ms else task.results.encode(result)
-            return DoneReply(stored, spawned_entries(context))
+            return DoneReply(job.id, job.attempt, stored, spawned_entries(context))
         except BaseException as error:
-            return capture(error, (__file__,))
+            reply = capture(error, (__file__,))
+            reply.id, reply.attempt = job.id, job.attempt
+            return reply
 
     def _call(self, task: TaskDefinition, args: list[Any], kwargs: dict[str, Any], variables: Variables) -> Any:
         if not task.is_async:
-            return variables.run(task.function, *args, **kwargs)
+            with self._fork_guard:
+                return variables.run(task.function, *args, **kwargs)
 
         async def call() -> Any:
-            return await task.function(*args, **kwargs)
+            with self._fork_guard:
+                return await task.function(*args, **kwargs)
 
         return self._loop.run(call(), context=variables)
 
@@ -183,7 +199,7 @@ class _Runner:
             attempt=job.attempt,
             headers=job.headers,
             state=self._state,
-            deadline_hook=lambda ms: self._connection.send(ExtendRequest(ms)),
+            deadline_hook=lambda ms: self._connection.send(ExtendRequest(ms, job.id, job.attempt)),
             enqueued_at=_instant(job.enqueued_ms),
         )
 

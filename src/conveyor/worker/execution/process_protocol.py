@@ -59,6 +59,8 @@ class ExtendRequest(msgspec.Struct, tag="extend"):
     """From the process: the running job asks for a deadline that many ms ahead."""
 
     ms: int
+    id: str
+    attempt: int
 
 
 class DoneReply(msgspec.Struct, tag="done"):
@@ -68,6 +70,8 @@ class DoneReply(msgspec.Struct, tag="done"):
     `worn` says why the process is to be replaced; empty while it is not.
     """
 
+    id: str
+    attempt: int
     result: bytes | None
     spawned: list[bytes] = []
     worn: str = ""
@@ -75,7 +79,7 @@ class DoneReply(msgspec.Struct, tag="done"):
 
 class FailedReply(msgspec.Struct, tag="failed"):
     """
-    From the process: the exception that the job raised.
+    From the process: the exception that the job raised, or the loading of the app, which has no id.
 
     `kinds` are its class and all above it as ``module:qualified.name``. `delay` is that of a Snooze or a RetryIn. `worn` as in
     `DoneReply`.
@@ -87,6 +91,8 @@ class FailedReply(msgspec.Struct, tag="failed"):
     code: str | None = None
     delay: float | str | None = None
     worn: str = ""
+    id: str = ""
+    attempt: int = 0
 
 
 Request = StartRequest | RunRequest

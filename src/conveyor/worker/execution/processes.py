@@ -214,15 +214,15 @@ class _PoolProcess:
             raise await self._crash(subject)
 
     async def work(self, job: RunRequest, extend: Callable[[int], None]) -> DoneReply | FailedReply:
-        """Run one job; raises ProcessCrashed."""
+        """Run one job; raises ProcessCrashed, also for a report on another attempt."""
         subject = f"The process of {job.task} ({job.id}, attempt {job.attempt})"
         reply = await self._ask(job, subject)
-        while isinstance(reply, ExtendRequest):
+        while not isinstance(reply, ReadyReply) and (reply.id, reply.attempt) == (job.id, job.attempt):
+            if not isinstance(reply, ExtendRequest):
+                return reply
             extend(reply.ms)
             reply = await self._read_reply(subject)
-        if isinstance(reply, ReadyReply):
-            raise await self._crash(subject)
-        return reply
+        raise ProcessCrashed(f"{subject} reported on something else, and is killed. Its pid was {self.pid}.")
 
     async def end(self) -> None:
         """Let an idle process close its lifespans and exit; kill it if it does not."""

@@ -19,8 +19,9 @@ from typing import Any
 
 from conveyor.worker.attempt import Attempt
 from conveyor.worker.crash_attribution import EXECUTING, LOOP_CELL, OVERFLOW_CELL, RunningTable
+from conveyor.worker.execution.forked_copies import ForkGuard
 
-Work = tuple[Attempt, Variables, Callable[[], Any], int]
+Work = tuple[Attempt, Variables, int]
 OnFinished = Callable[[Attempt, Any, BaseException | None], None]
 
 
@@ -28,18 +29,21 @@ class ThreadPool:
     """Up to *limit* functions at once. All methods belong to the event loop's thread."""
 
     def __init__(
-        self, limit: int, on_finished: OnFinished, on_started: Callable[[Attempt], None], running_table: RunningTable | None = None
+        self, limit: int, on_finished: OnFinished, on_started: Callable[[Attempt], None], fork_guard: ForkGuard,
+        running_table: RunningTable | None = None,
     ) -> None:  # fmt: skip
         """
         Args:
             limit: how many threads.
             on_finished: called on the loop when a function ends.
             on_started: called on the loop when one starts that has a time limit.
+            fork_guard: ends the copies of the process that a job makes.
             running_table: where a supervisor reads which jobs run; None without one.
         """
         self.limit = limit
         self.running = 0
-        self._on_finished, self._on_started, self._running_table = on_finished, on_started, running_table
+        self._on_finished, self._on_started = on_finished, on_started
+        self._fork_guard, self._running_table = fork_guard, running_table
         self._queue: SimpleQueue[Work | None] = SimpleQueue()
         self._ended: deque[tuple[Attempt, Any, BaseException | None, int]] = deque()
         self._signalled = False
@@ -50,9 +54,18 @@ class ThreadPool:
     def submit(self, attempt: Attempt, variables: Variables, call: Callable[[], Any], checksum: int) -> None:
         """Run *call* on a thread, in *variables*; *checksum* stands for its job in the running table."""
         self.running += 1
-        self._queue.put((attempt, variables, call, checksum))
+        attempt.unclaimed = [call]
+        self._queue.put((attempt, variables, checksum))
         if self._alive < min(self.limit, self.running):
             self._spawn()
+
+    def take_back(self, attempt: Attempt) -> bool:
+        """Keep an attempt that was submitted from starting; False when a thread has claimed it."""
+        try:
+            attempt.unclaimed.pop()
+        except IndexError:
+            return False
+        return True
 
     def replace(self, attempt: Attempt) -> None:
         """Start another thread in place of one whose attempt does not end."""
@@ -73,11 +86,13 @@ class ThreadPool:
         threading.Thread(target=self._serve, args=(cell,), name=f"conveyor-thread-{self._alive}", daemon=True).start()
 
     def _serve(self, cell: int) -> None:
-        cells = None if self._running_table is None else self._running_table.cells
+        guard, cells = self._fork_guard, None if self._running_table is None else self._running_table.cells
         while (work := self._queue.get()) is not None:
-            attempt, variables, call, checksum = work
-            if attempt.ended != 0.0 or attempt.stop_reason is not None:
-                self._report(attempt, None, asyncio.CancelledError(), checksum)  # stopped before it began
+            attempt, variables, checksum = work
+            try:
+                call = attempt.unclaimed.pop()  # one step for all threads: the loop cannot take it back as well
+            except IndexError:
+                self._report(attempt, None, asyncio.CancelledError(), checksum)
                 continue
             attempt.started = perf_counter()
             if attempt.deadline is not None:
@@ -90,6 +105,8 @@ class ThreadPool:
                 value = variables.run(call)
             except BaseException as raised:
                 error = raised
+            if guard.is_copy:
+                guard.end(error)
             self._report(attempt, value, error, checksum)
             if cells is not None and cell != OVERFLOW_CELL:
                 cells[cell] = 0

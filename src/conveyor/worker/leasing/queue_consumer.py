@@ -18,7 +18,6 @@ from conveyor.events import JobLost, JobStarted
 from conveyor.store import operations
 from conveyor.store.operations import Settlement, StaleTurn, TurnReply, TurnReport, WorkerUnregistered
 from conveyor.store.partitions import PartitionCountMismatch
-from conveyor.store.script import WrongReply
 from conveyor.store.transport import eviction, wakeup
 from conveyor.worker.attempt import Attempt, Handler
 from conveyor.worker.leasing.capacity import JobSizeEstimate
@@ -221,7 +220,7 @@ class QueueConsumer:
     # -- one turn -------------------------------------------------------------------------------------------------
 
     def _send_turn(self, want: int) -> None:
-        if self.has_left or self._lifecycle.stopped:
+        if self.has_left or self._lifecycle.stopped or self._executor.fork_guard.is_copy:
             return
         report, self.report = self.report, TurnReport()
         self._drain_counters(report)
@@ -257,10 +256,6 @@ class QueueConsumer:
             turn = call.decode(reply)
         except (WorkerUnregistered, StaleTurn) as error:
             self._recovery = asyncio.get_running_loop().create_task(self._start_over(report, error))
-            return
-        except WrongReply as error:
-            self.connection.drop(error)
-            self._recovery = asyncio.get_running_loop().create_task(self._recover(call, report))
             return
         self._absorb(turn, report)
 
@@ -475,7 +470,8 @@ class QueueConsumer:
         """Return what has not started to the front of the queue, in its order."""
         returned = TurnReport()
         for attempt in self._unstarted():
-            self._executor.take_back(attempt)
+            if not self._executor.take_back(attempt):
+                continue  # a thread starts it just now
             attempt.ended = monotonic()
             self._services.settlement_writer.handed_back(returned, attempt, started=False)
         self.report.others[:0] = returned.others  # before those returned earlier, since they are younger
