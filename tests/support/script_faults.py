@@ -29,6 +29,8 @@ def plant(seeded: SeededQueue, call: Call[Any]) -> None:
             seeded.register(of)
         elif kind == "result":
             seeded.redis.set(key, "{}")
+        elif kind == "results":
+            seeded.redis.hset(key, "planted", "1\n{}")
         else:
             assert kind == "wake", f"cannot plant {key}"
             seeded.redis.rpush(key, "1")

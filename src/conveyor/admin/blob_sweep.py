@@ -78,18 +78,18 @@ def _all_jobs(app: Conveyor) -> Iterator[tuple[str, str, bytes]]:
     queues = app.client.queues()
     for queue in queues:
         # In one read: the list is trimmed at its head meanwhile, so a second page would begin too late.
-        for entry in _read(app, "LRANGE", core_of(app).keys(queue).outbox, 0, -1):
+        for entry in _read(app, "LRANGE", core_of(app).keys(queue).outbox, "0", "-1"):
             target, sent = spawn_outbox.read(entry)
             yield target, sent.id, sent.rest
     for queue in queues:
         jobs, cursor = core_of(app).keys(queue).jobs, b"0"
         while True:
-            cursor, page = _read(app, "HSCAN", jobs, cursor, "COUNT", PAGE_SIZE)
+            cursor, page = _read(app, "HSCAN", jobs, cursor, "COUNT", str(PAGE_SIZE))
             for id_, data in zip(page[::2], page[1::2], strict=True):
                 yield queue, id_.decode(), data
             if cursor == b"0":
                 break
 
 
-def _read(app: Conveyor, command: str, key: str, *rest: int | str | bytes) -> Any:
+def _read(app: Conveyor, command: str, key: str, *rest: str | bytes) -> Any:
     return app.client.execute(command, key, *rest, key=key)

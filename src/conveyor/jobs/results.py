@@ -21,6 +21,7 @@ from conveyor.ids import new_identity
 from conveyor.store import operations
 from conveyor.store.fork_safety import on_fork
 from conveyor.store.keys import QueueKeys, reply_channel
+from conveyor.store.signal_safety import SignalSafeEvent
 from conveyor.store.transport.replies import backoff, unavailable
 
 if TYPE_CHECKING:
@@ -224,11 +225,11 @@ class SubscriptionThread:
     """A thread that reads the channel. It reconnects until it is closed."""
 
     def __init__(self, subscriber: ResultSubscriber, client: Client) -> None:
-        self.ready = threading.Event()
+        self.ready = SignalSafeEvent()
         self.error: Exception | None = None
         self._subscriber = subscriber
         self._endpoint = client.endpoint(subscriber.channel)
-        self._closed = threading.Event()
+        self._closed = SignalSafeEvent()
         self._connection: Any = None  # a redis.Connection, whose methods have no types
         self._thread = threading.Thread(target=self._run, name="conveyor-replies", daemon=True)
         self._thread.start()

@@ -89,7 +89,7 @@ def take(keys: QueueKeys, *, replacing: int | str = "", least: int = 0) -> Call[
 
     When the fixed batch has the number *replacing*, it gets a new number of at least *least*.
     """
-    return Call(TAKE, (keys.outbox, keys.conf), (replacing, least), _read_batch)
+    return Call(TAKE, (keys.outbox, keys.conf), (str(replacing), str(least)), _read_batch)
 
 
 def _read_batch(reply: list[Any]) -> OutboxBatch | None:
@@ -112,4 +112,4 @@ def deliver(
 
 def trim(keys: QueueKeys, number: int) -> Call[int]:
     """Return the call that drops a delivered batch; it yields how many entries are left, -1 for a wrong number."""
-    return Call(TRIM, (keys.outbox, keys.conf), (number,), int)
+    return Call(TRIM, (keys.outbox, keys.conf), (str(number),), int)

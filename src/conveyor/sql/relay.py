@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
+from conveyor.store.signal_safety import SignalSafeEvent
 from conveyor.store.transport import replies
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ class Relay:
         self._connect, self._delivery, self._interval, self._relays = connect, delivery, interval, relays
         self._backoffs: dict[str, _QueueBackoff] = {}
         self._logged_at: dict[str, float] = {}
-        self._woken = threading.Event()
+        self._woken = SignalSafeEvent()
         self._stopped = False
         self._watch_until, self._next_pause, self._pause = 0.0, FIRST_PAUSE, interval
         self._thread: threading.Thread | None = None

@@ -99,13 +99,16 @@ def _read_counts(reply: list[Any]) -> QueueCounts:
 
 def list_jobs(keys: QueueKeys, status: str, offset: int, count: int) -> Call[list[JobRow]]:
     """Return the call that reads *count* jobs in a state: ready, scheduled, leased, dead (newest first) or dead-oldest."""
-    return Call(LIST_JOBS, _list_keys(keys), (status, offset, count), lambda reply: _read_rows(status, reply))
+    return Call(LIST_JOBS, _list_keys(keys), (status, str(offset), str(count)), lambda reply: _read_rows(status, reply))
 
 
 def finished(keys: QueueKeys, offset: int, count: int) -> Call[list[FinishedJob]]:
     """Return the call that reads the recently finished jobs, newest first."""
     return Call(
-        LIST_JOBS, _list_keys(keys), ("done", offset, count), lambda reply: [_read_finished(e) for e in reply[3::4]]
+        LIST_JOBS,
+        _list_keys(keys),
+        ("done", str(offset), str(count)),
+        lambda reply: [_read_finished(e) for e in reply[3::4]],
     )
 
 
@@ -165,6 +168,6 @@ def audit(keys: QueueKeys, *, most: int = 200_000) -> Call[list[tuple[str, str]]
     return Call(
         AUDIT,
         names,
-        (most,),
+        (str(most),),
         lambda reply: [(reply[i].decode(), reply[i + 1].decode()) for i in range(0, len(reply), 2)],
     )

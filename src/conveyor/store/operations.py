@@ -16,7 +16,7 @@ from conveyor.ids import may_arrive_later
 from conveyor.payload.records import to_json, write_envelope
 from conveyor.store.keys import QueueKeys
 from conveyor.store.partitions import PartitionCountMismatch
-from conveyor.store.script import Argument, Call, Command, Script
+from conveyor.store.script import Argument, Call, Command, Script, WrongReply
 
 PUSH_PLAIN = Script("push_plain")
 PUSH, TURN, REGISTER, HEARTBEAT, REAP = (
@@ -114,17 +114,21 @@ def push_plain(
     if (names := sequence.key_names.get(keys.prefix)) is None:
         names = (keys.lane(sequence.identity), keys.jobs, keys.ready[0], keys.wake, keys.conf, keys.dead)
         sequence.key_names[keys.prefix] = names
-    args = (sequence.next(), max_length, keys.partitions, *pairs)
-    return Call(PUSH_PLAIN, names, args, partial(_pushed_plain, keys), None if sequence.resends_refused else WITHDRAW)
+    number = str(sequence.next())
+    args = (number, str(max_length), str(keys.partitions), *pairs)
+    return Call(
+        PUSH_PLAIN, names, args, partial(_pushed_plain, keys, number), None if sequence.resends_refused else WITHDRAW
+    )
 
 
 def push(
     keys: QueueKeys, sequence: ProducerSequence, entries: Iterable[Entry], *, max_length: int = 0
 ) -> Call[list[str]]:
     """Return the call that stores *entries* in order, all or none. It yields an id each: an existing job's for a duplicate."""
-    args, ids = _push_args(sequence.next(), keys, entries, max_length)
+    number = str(sequence.next())
+    args, ids = _push_args(number, keys, entries, max_length)
     return Call(
-        PUSH, _push_keys(keys, sequence.identity), args, _pushed(keys, ids),
+        PUSH, _push_keys(keys, sequence.identity), args, _pushed(keys, number, ids),
         None if sequence.resends_refused else WITHDRAW,
     )  # fmt: skip
 
@@ -143,17 +147,17 @@ def push_numbered(
 
 
 def _push_args(
-    number: Argument, keys: QueueKeys, entries: Iterable[Entry], max_length: int
+    number: str, keys: QueueKeys, entries: Iterable[Entry], max_length: int
 ) -> tuple[list[Argument], list[str | None]]:
     """Return the arguments of a push, and the id of each entry, None for one that the reply will name."""
-    args: list[Argument] = [number, max_length, keys.partitions, 0]
+    args: list[Argument] = [number, str(max_length), str(keys.partitions), "0"]
     ids: list[str | None] = []
     run: list[Argument] = []
     plain_run = True
     for entry in entries:
         plain = entry.is_plain
         if plain is not plain_run and run:
-            args += ["p" if plain_run else "s", len(run) // (2 if plain_run else 10), *run]
+            args += ["p" if plain_run else "s", str(len(run) // (2 if plain_run else 10)), *run]
             run = []
         plain_run = plain
         if plain:
@@ -163,8 +167,8 @@ def _push_args(
             run += _special(entry)
             ids.append(None)
     if run:
-        args += ["p" if plain_run else "s", len(run) // (2 if plain_run else 10), *run]
-    args[3] = len(ids)
+        args += ["p" if plain_run else "s", str(len(run) // (2 if plain_run else 10)), *run]
+    args[3] = str(len(ids))
     return args, ids
 
 
@@ -174,45 +178,57 @@ def fence(keys: QueueKeys, identity: str) -> Call[bool]:
 
     From then on that push is answered as late, unless it had been accepted; then it still is.
     """
-    return Command(SET, (keys.lane(identity),), ("1\nlate", "NX", "PX", DAY_MS), bool)
+    return Command(SET, (keys.lane(identity),), ("1\nlate", "NX", "PX", str(DAY_MS)), bool)
 
 
 def _special(entry: Entry) -> tuple[Argument, ...]:
     return (
         entry.id, f"p{entry.priority}" if entry.priority else "", entry.rest,
-        "" if entry.delay_ms is None else entry.delay_ms, "" if entry.due_at_ms is None else entry.due_at_ms,
-        "" if entry.expires_ms is None else entry.expires_ms, entry.priority, entry.unique or "",
+        _optional(entry.delay_ms), _optional(entry.due_at_ms), _optional(entry.expires_ms), str(entry.priority),
+        entry.unique or "",
         "1" if entry.own_id else "", "1" if entry.front else "",
     )  # fmt: skip
+
+
+def _optional(number: int | None) -> str:
+    return "" if number is None else str(number)
 
 
 def _push_keys(keys: QueueKeys, identity: str) -> tuple[str, ...]:
     return (keys.lane(identity), keys.jobs, keys.due, keys.wake, keys.conf, keys.dead, *keys.ready, keys.none)
 
 
-def _pushed_plain(keys: QueueKeys, reply: bytes) -> None:
-    if not reply.endswith(b"\nok"):
-        _refused(keys, reply)
+def status_of(number: str, reply: bytes) -> list[str]:
+    """Return the words of the reply to push *number*, which follow that number. Raises WrongReply."""
+    first, *words = reply.decode().split("\n") if isinstance(reply, bytes) else [""]
+    if first.partition(" ")[0] != number:  # "<last> <first>" of a push that stands for several
+        raise WrongReply(f"push {number} got the reply to another call")
+    return words
 
 
-def _pushed(keys: QueueKeys, ids: list[str | None]) -> Any:
+def _pushed_plain(keys: QueueKeys, number: str, reply: bytes) -> None:
+    if reply != f"{number}\nok".encode():
+        _refused(keys, status_of(number, reply))
+
+
+def _pushed(keys: QueueKeys, number: str, ids: list[str | None]) -> Any:
     def decode(reply: bytes) -> list[str]:
-        _, status, *special = reply.split(b"\n")
-        if status != b"ok":
-            _refused(keys, reply)
+        status, *special = status_of(number, reply)
+        if status != "ok":
+            _refused(keys, [status, *special])
         answers = iter(special)
-        return [id_ if id_ is not None else _accepted(next(answers).decode()) for id_ in ids]
+        return [id_ if id_ is not None else _accepted(next(answers)) for id_ in ids]
 
     return decode
 
 
 def _pushed_numbered(keys: QueueKeys, number: int, reply: bytes) -> int:
-    _, status, *rest = reply.split(b"\n")
-    if status == b"withdrawn":
+    status, *rest = status_of(str(number), reply)
+    if status == "withdrawn":
         raise WithdrawnPush
-    if status not in (b"ok", b"late"):
-        _refused(keys, reply)
-    return number if status == b"ok" else int(rest[0])
+    if status not in {"ok", "late"}:
+        _refused(keys, [status, *rest])
+    return number if status == "ok" else int(rest[0])
 
 
 class ExistingId(str):
@@ -225,8 +241,8 @@ def _accepted(answer: str) -> str:
     return ExistingId(answer[1:]) if answer.startswith("\t") else answer
 
 
-def _refused(keys: QueueKeys, reply: bytes) -> NoReturn:
-    _, status, *rest = reply.decode().split("\n")
+def _refused(keys: QueueKeys, words: Sequence[str]) -> NoReturn:
+    status, *rest = words
     queue = keys.queue
     if status == "full":
         part = ", its part of the whole queue's max_length" if keys.partitions > 1 else ""
@@ -307,19 +323,19 @@ def turn(
     keys: QueueKeys, worker: str, number: int, want: int, lease_ms: int, report: TurnReport, *, flags: str = ""
 ) -> Call[TurnReply]:
     """Return the call that settles *report* and leases up to *want* more jobs; `flags` as in turn.lua."""
-    args: list[Argument] = [worker, number, want, lease_ms, flags, len(report.done)]
+    args: list[Argument] = [worker, str(number), str(want), str(lease_ms), flags, str(len(report.done))]
     if report.results:
         _add_results(args, report)
     else:
-        args += (*report.done, 0)
-    args.append(len(report.others))
+        args += (*report.done, "0")
+    args.append(str(len(report.others)))
     for one in report.others:
-        args += (one.kind, one.id, one.ms, one.record, one.state, one.unique or "", "1" if one.own_id else "")
-    args.append(len(report.stats))
+        args += (one.kind, one.id, str(one.ms), one.record, one.state, one.unique or "", "1" if one.own_id else "")
+    args.append(str(len(report.stats)))
     for counter, increment in report.stats.items():
-        args += (counter, increment)
-    args += (len(report.recent), *report.recent)
-    return Call(TURN, _turn_keys(keys, worker), args, _read_turn)
+        args += (counter, str(increment))
+    args += (str(len(report.recent)), *report.recent)
+    return Call(TURN, _turn_keys(keys, worker), args, partial(_read_turn, number))
 
 
 def _add_results(args: list[Argument], report: TurnReport) -> None:
@@ -332,9 +348,9 @@ def _add_results(args: list[Argument], report: TurnReport) -> None:
     for ids, _ in groups.values():
         args += ids
     args += [id_ for id_ in report.done if id_ not in report.results]
-    args.append(len(groups))
+    args.append(str(len(groups)))
     for keep_ms, (_, records) in groups.items():
-        args += (keep_ms, len(records), *records)
+        args += (str(keep_ms), str(len(records)), *records)
 
 
 @lru_cache(maxsize=256)  # the same at each turn of a worker
@@ -345,11 +361,14 @@ def _turn_keys(keys: QueueKeys, worker: str) -> tuple[str, ...]:
     )  # fmt: skip
 
 
-def _read_turn(reply: list[Any]) -> TurnReply:
-    if reply[0] == 0:
+def _read_turn(number: int, reply: list[Any]) -> TurnReply:
+    answered = reply[0] if isinstance(reply, list) and reply else None
+    if answered == 0:
         raise WorkerUnregistered("Redis does not know this worker")
-    if reply[0] == -1:
+    if answered == -1:
         raise StaleTurn("a newer turn was carried out")
+    if answered != number:
+        raise WrongReply(f"turn {number} got the reply to another call")
     _, now, held, next_due, more, lost, ids, envelopes, states, overdue, cancelled, paused, missing, outbox = reply
     return TurnReply(
         now, held, next_due if next_due >= 0 else None, more == 1, [id_.decode() for id_ in lost],
@@ -364,7 +383,7 @@ def register(keys: QueueKeys, worker: str, lease_ms: int, about: bytes) -> Call[
     # 65 bytes and more make the hash a hashtable: as a listpack of 500 a lease costs 12 times as much (design).
     return Call(
         REGISTER, (keys.leased(worker), keys.workers, keys.conf),
-        (worker, lease_ms, about.ljust(65), keys.partitions), partial(_registered, keys),
+        (worker, str(lease_ms), about.ljust(65), str(keys.partitions)), partial(_registered, keys),
     )  # fmt: skip
 
 
@@ -380,7 +399,7 @@ def _registered(keys: QueueKeys, reply: list[Any]) -> int:
 
 def heartbeat(keys: QueueKeys, worker: str, lease_ms: int) -> Call[bool]:
     """Return the call that renews all leases of *worker*; it yields False when the worker was reaped."""
-    return Call(HEARTBEAT, (keys.leased(worker), keys.workers), (worker, lease_ms), bool)
+    return Call(HEARTBEAT, (keys.leased(worker), keys.workers), (worker, str(lease_ms)), bool)
 
 
 def reap(
@@ -398,13 +417,13 @@ def reap(
     how, words = "crash" if crashed else "leave", tuple[str, ...]()
     if crashed and blame is not None:
         how, words = "blame", tuple("\n".join(ids) for ids in blame)
-    return Call(REAP, names, (worker, "" if end is None else end, how, *words), int)
+    return Call(REAP, names, (worker, _optional(end), how, *words), int)
 
 
 def extend(keys: QueueKeys, worker: str, id: str, new_worker: str, ms: int, about: bytes) -> Call[bool]:  # noqa: A002
     """Return the call that moves one leased id to an identity of its own; it yields False when the lease is lost."""
     names = (keys.leased(worker), keys.leased(new_worker), keys.workers)
-    return Call(EXTEND, names, (id, new_worker, ms, about.ljust(65)), bool)
+    return Call(EXTEND, names, (id, new_worker, str(ms), about.ljust(65)), bool)
 
 
 def held_ids(keys: QueueKeys, worker: str) -> Call[list[str]]:
@@ -425,7 +444,7 @@ def cancel(keys: QueueKeys, id: str, *, delete: bool = False) -> Call[int]:  # n
 def redrive(keys: QueueKeys, *, limit: int = 500, ids: Sequence[str] = ()) -> Call[int]:
     """Return the call that puts the oldest *limit* dead letters back, or only those of *ids*; it yields their number."""
     names = (keys.dead, keys.jobs, keys.state, keys.wake, *keys.ready, keys.none)
-    return Call(REDRIVE, names, (0 if ids else limit, *ids), int)
+    return Call(REDRIVE, names, ("0" if ids else str(limit), *ids), int)
 
 
 def promote(keys: QueueKeys, id: str) -> Call[bool]:  # noqa: A002
@@ -436,7 +455,7 @@ def promote(keys: QueueKeys, id: str) -> Call[bool]:  # noqa: A002
 def purge(keys: QueueKeys, place: str, limit: int) -> Call[tuple[int, int]]:
     """Return the call that removes one batch from `ready`, `due` or `dead`; it yields (entries taken, jobs removed)."""
     names = (keys.jobs, keys.state, keys.due, keys.dead, keys.conf, keys.waiters, *keys.ready, keys.none)
-    return Call(PURGE, names, (place, limit), lambda reply: (int(reply[0]), int(reply[1])))
+    return Call(PURGE, names, (place, str(limit)), lambda reply: (int(reply[0]), int(reply[1])))
 
 
 def configure(keys: QueueKeys, setting: str, value: str) -> Call[bool]:
@@ -448,7 +467,7 @@ def list_intake(keys: QueueKeys, limit: int, stem: str, task: str = "") -> Call[
     """Return the call that moves raw entries of a plain list into the queue; it yields how many."""
     assert keys.foreign is not None
     names = (keys.jobs, keys.ready[0], keys.foreign, keys.intake, keys.wake)
-    return Call(LIST_INTAKE, names, (limit, stem, write_envelope(task, b"")), int)
+    return Call(LIST_INTAKE, names, (str(limit), stem, write_envelope(task, b"")), int)
 
 
 def await_result(keys: QueueKeys, id: str, channel: str) -> Call[tuple[str, bytes]]:  # noqa: A002

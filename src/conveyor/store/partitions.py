@@ -61,7 +61,9 @@ def claim_partitions(keys: QueueKeys, count: int, *, whole: bool) -> Call[bool]:
     It yields True when it was recorded now, False when it was already. Raises PartitionCountMismatch for another.
     """
     wanted = QueueKeys("_", keys.queue, partitions=count)
-    return Call(CLAIM_PARTITIONS, (keys.conf,), (count, "queue" if whole else "partition"), partial(_claimed, wanted))
+    return Call(
+        CLAIM_PARTITIONS, (keys.conf,), (str(count), "queue" if whole else "partition"), partial(_claimed, wanted)
+    )
 
 
 def claims(namespace: str, queue: str, count: int) -> list[Call[bool]]:
@@ -94,6 +96,6 @@ def repartition(keys: QueueKeys, step: str, token: str, number: int | None) -> C
     return Call(
         REPARTITION,
         names,
-        (step, token, "" if number is None else number),
+        (step, token, "" if number is None else str(number)),
         lambda reply: (int(reply[0]), int(reply[1])),
     )

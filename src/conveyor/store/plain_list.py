@@ -6,11 +6,12 @@ import os
 from collections import deque
 from collections.abc import Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING
 
 from conveyor.ids import new_identity
 from conveyor.store.keys import QueueKeys
-from conveyor.store.operations import WITHDRAW, ProducerSequence, StalePush
+from conveyor.store.operations import WITHDRAW, ProducerSequence, StalePush, status_of
 from conveyor.store.script import Call, Script
 
 if TYPE_CHECKING:
@@ -42,9 +43,12 @@ class SequencePool:
 def push(keys: QueueKeys, sequence: ProducerSequence, entries: Sequence[bytes]) -> Call[None]:
     """Return the call that appends *entries* to the plain list of *keys*."""
     assert keys.foreign is not None
-    return Call(LIST_PUSH, (keys.lane(sequence.identity), keys.foreign), (sequence.next(), *entries), _pushed, WITHDRAW)
+    number = str(sequence.next())
+    return Call(
+        LIST_PUSH, (keys.lane(sequence.identity), keys.foreign), (number, *entries), partial(_pushed, number), WITHDRAW
+    )
 
 
-def _pushed(reply: bytes) -> None:
-    if not reply.endswith(b"\nok"):
+def _pushed(number: str, reply: bytes) -> None:
+    if status_of(number, reply)[0] != "ok":
         raise StalePush

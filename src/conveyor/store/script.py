@@ -49,7 +49,12 @@ def _read(path: str) -> str:
     return _FOLDER.joinpath(path).read_text("utf-8")
 
 
-Argument = str | bytes | int
+Argument = str | bytes
+"""A word of a command. No int: hiredis 3.5.0 ends the process when a signal handler raises while it packs one."""
+
+
+class WrongReply(ConnectionError):
+    """The reply belongs to another call. The connection is of no use any more, and the call is repeated on another."""
 
 
 @dataclass(slots=True)  # frozen would be right, and cost a microsecond a call
@@ -75,13 +80,13 @@ class Call(Generic[T]):
         withdrawn = f"{self.args[0]!s}\nwithdrawn".encode()
         return Call(self.withdraw, self.keys[:1], self.args[:1], lambda reply: None if reply == withdrawn else reply)
 
-    def command(self) -> tuple[Any, ...]:
+    def command(self) -> tuple[Argument, ...]:
         """Return the words sent to the server."""
-        return ("EVALSHA", self.script.sha, len(self.keys), *self.keys, *self.args)
+        return ("EVALSHA", self.script.sha, str(len(self.keys)), *self.keys, *self.args)
 
-    def load(self) -> tuple[Any, ...]:
+    def load(self) -> tuple[Argument, ...]:
         """Return the same with the script's text, for a server that does not know it yet."""
-        return ("EVAL", self.script.text, len(self.keys), *self.keys, *self.args)
+        return ("EVAL", self.script.text, str(len(self.keys)), *self.keys, *self.args)
 
     def then(self, convert: Callable[[T], S]) -> Call[S]:
         """Return the same step with its decoded reply converted further."""
@@ -94,7 +99,7 @@ class Command(Call[T]):
 
     __slots__ = ()
 
-    def command(self) -> tuple[Any, ...]:
+    def command(self) -> tuple[Argument, ...]:
         """Return the words sent to the server."""
         return (self.script.name, *self.keys, *self.args)
 

@@ -291,7 +291,7 @@ class DemoRun:
         """Return the states of readings that are still on their list or in the queue it feeds."""
         from conveyor.cli.demo import task
 
-        raw = admin.client.execute("LRANGE", name, 0, -1)
+        raw = admin.client.execute("LRANGE", name, "0", "-1")
         assert isinstance(raw, list)
         documents = [(bytes(entry).decode(), "ready") for entry in raw]
         if name in admin.client.queues():

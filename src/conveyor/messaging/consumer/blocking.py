@@ -24,6 +24,7 @@ from conveyor.store.client.client import Client, refuse_in_loop
 from conveyor.store.client.programs import Run, drive, run_once
 from conveyor.store.partitions import PartitionCountMismatch
 from conveyor.store.script import Call
+from conveyor.store.signal_safety import SignalSafeEvent
 from conveyor.store.transport.connection import Connection
 from conveyor.store.transport.wakeup import WakeupWaiter
 
@@ -74,23 +75,21 @@ class BlockingSettler(SettlerState):
         """Awaitable form of `extend`."""
         return await asyncio.to_thread(self.extend, leased, ms)
 
-    def turn(self, want: int = 0, *, leave: bool = False, blocking: bool = True) -> bool:
+    def turn(self, want: int = 0, *, leave: bool = False) -> bool:
         """Make one turn and the calls that its reply asks for. Return False when none was made."""
-        if not self._lock.acquire(blocking=blocking):
-            return False
-        try:
+        with self._lock:
             if self._has_left:
                 return False  # a thread that renews comes late: it must not register anew
             drive(self.session.turn(want, leave=leave), self._run)
             self._has_left = leave and not self.session.transient
-        finally:
-            self._lock.release()
         return True
 
     def flush(self) -> bool:
         """Make a turn that leases nothing; return False when one is under way, or Redis is away."""
+        if self._lock.locked():
+            return False
         try:
-            made = self.turn(blocking=False)
+            made = self.turn()
         except ConveyorError:
             return False
         self.report_refused()
@@ -167,7 +166,7 @@ class Consumer(Generic[T]):
         self._mover: ListMover | None = None
         self._latest: Sequence[LeasedMessage] = ()
         self._is_idle = False
-        self._settled = threading.Event()
+        self._settled = SignalSafeEvent()
         self._outage = OutageLog(client)
 
     # -- what the queue hands out -----------------------------------------------------------------------------------

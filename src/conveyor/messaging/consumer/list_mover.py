@@ -11,6 +11,7 @@ from conveyor.store import operations
 from conveyor.store.client.client import Client
 from conveyor.store.keys import QueueKeys
 from conveyor.store.script import Call
+from conveyor.store.signal_safety import SignalSafeEvent
 from conveyor.store.transport.connection import Connection
 from conveyor.store.transport.wakeup import AsyncWakeupWaiter, WakeupWaiter
 
@@ -31,7 +32,7 @@ class ListMover:
         self._announced = False
         self._waiter = WakeupWaiter(client.endpoint(keys))
         self._connection = Connection(client.endpoint(keys))
-        self._work = threading.Event()
+        self._work = SignalSafeEvent()
         self._has_stopped = False
         self._seconds = 0.0
         self._is_refused = False

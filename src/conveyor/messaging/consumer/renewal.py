@@ -11,6 +11,7 @@ from conveyor.messaging.leases import LeaseSession
 from conveyor.store import operations
 from conveyor.store.client.client import Client
 from conveyor.store.keys import QueueKeys
+from conveyor.store.signal_safety import SignalSafeEvent
 
 V = TypeVar("V")
 BUSY, IDLE = 0.25, 0.42
@@ -37,7 +38,7 @@ class LeaseRenewer:
 
     def __init__(self, client: Client, leases: Sequence[Renewable], *, slack: float = 1.0) -> None:
         self._client, self._slack = client, slack
-        self._stop = threading.Event()
+        self._stop = SignalSafeEvent()
         self.idle = False
         for group in by_endpoint(client, leases, lambda one: one.session.keys):
             threading.Thread(target=self._renew_all, args=(group,), name="conveyor-renewer", daemon=True).start()

@@ -21,6 +21,7 @@ from conveyor.store.client.spool import (
     orphaned_spools,
     prepare_directory,
 )
+from conveyor.store.signal_safety import SignalSafeEvent
 from conveyor.units import Duration, milliseconds
 
 _log = logging.getLogger("conveyor.buffer")
@@ -69,7 +70,8 @@ class Buffer:
         self._reset()
 
     def _reset(self) -> None:
-        self._changed = threading.Condition()
+        self._lock = threading.Lock()
+        self._changed = SignalSafeEvent()
         self._own: MemorySpool | None = None
         self._others: list[MemorySpool] = []
         self._ids: set[str] = set()
@@ -94,7 +96,7 @@ class Buffer:
         _bound.add(self)
 
     def __len__(self) -> int:
-        with self._changed:
+        with self._lock:
             return sum(one.jobs for one in self._all())
 
     def __bool__(self) -> bool:
@@ -125,7 +127,7 @@ class Buffer:
 
         If it does not fit, raises *error*, that of the attempt; StoreUnavailable (E37) if there was no attempt.
         """
-        with self._changed:
+        with self._lock:
             count = len(record.entries)
             try:
                 own = self._own_spool()
@@ -177,7 +179,7 @@ class Buffer:
 
     def next_batch(self) -> tuple[MemorySpool, SpoolBatch] | None:
         """Return the spool and the batch to send now, None when nothing waits."""
-        with self._changed:
+        with self._lock:
             if self.directory is not None and self._own is None and self.has_leftovers():
                 self._own_spool()
             spool = next((one for one in self._all() if one), None)
@@ -193,7 +195,7 @@ class Buffer:
 
     def delivered(self, spool: MemorySpool, batch: SpoolBatch, number: int) -> None:
         """Remove what Redis has: the records of the batch's sequence up to *number*."""
-        with self._changed:
+        with self._lock:
             self.draining = True
             for record in spool.finish(batch, number):
                 self._count_delivered += len(record.entries)
@@ -203,11 +205,11 @@ class Buffer:
                 spool.close()
             if not any(self._all()):
                 self._finish()
-            self._changed.notify_all()
+        self._changed.set()
 
     def halve_batch(self, spool: MemorySpool, batch: SpoolBatch) -> bool:
         """Send less at a time; return False when it is one record already."""
-        with self._changed:
+        with self._lock:
             return spool.halve_batch(batch)
 
     def _finish(self) -> None:
@@ -227,13 +229,11 @@ class Buffer:
 
     def wait_empty(self, seconds: float) -> bool:
         """Wait until nothing waits here; return whether that happened in time."""
-        with self._changed:
-            return self._changed.wait_for(lambda: not any(self._all()), seconds)
+        return self._changed.wait_for(lambda: not any(self._all()), seconds)
 
     def wait_delivered(self, id: str, seconds: float | None) -> bool:  # noqa: A002
         """Wait until the job with this bare id is delivered; return whether that happened in time."""
-        with self._changed:
-            return self._changed.wait_for(lambda: id not in self._ids, seconds)
+        return self._changed.wait_for(lambda: id not in self._ids, seconds)
 
     def flush(self) -> None:
         """Give the delivery its `linger` seconds, and log what remains."""
@@ -249,7 +249,7 @@ class Buffer:
                 left, self.linger, self.directory,
             )  # fmt: skip
             return
-        with self._changed:
+        with self._lock:
             first = ", ".join(sorted(self._ids)[:20])
         _log.error(
             "%d buffered jobs were not delivered within %g s and are lost when this process ends: %s%s",
@@ -258,7 +258,7 @@ class Buffer:
 
     def release_files(self) -> None:
         """Close files on disk, for the next process; what is in memory stays."""
-        with self._changed:
+        with self._lock:
             if self.directory is None:
                 return
             for one in self._all():

@@ -23,6 +23,7 @@ from conveyor.store.keys import QueueKeys, known_queues
 from conveyor.store.operations import Entry, ProducerSequence
 from conveyor.store.partitions import PartitionCountMismatch, claims
 from conveyor.store.script import Argument, Call
+from conveyor.store.signal_safety import SignalSafeEvent
 from conveyor.store.transport import replies
 from conveyor.store.transport.connection import Connection
 
@@ -260,7 +261,7 @@ class SpoolDelivery:
         """Forget the thread, which belongs to the parent."""
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
-        self._stopping = threading.Event()
+        self._stopping = SignalSafeEvent()
 
     def start(self) -> None:
         """Start the thread unless it runs."""

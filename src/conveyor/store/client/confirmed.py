@@ -229,6 +229,7 @@ class ConfirmedConnection(Connection):
         self._pending_call: _ConfirmedCall | None = None
         self._probed_at = 0.0
         self._methods: dict[bool, FsyncMethod] = {}
+        self._probed_socket: object = None
 
     def confirm(self, call: Call[T], durability: Durability, *, retry_for: float) -> tuple[T, Confirmation]:
         """Carry out *call* as `run` does; return its reply and what was confirmed."""
@@ -238,7 +239,7 @@ class ConfirmedConnection(Connection):
         finally:
             self._pending_call = None
 
-    def execute(self, *command: Any, block: float = 0.0) -> Any:
+    def execute(self, *command: Argument, block: float = 0.0) -> Any:
         """Send one command, followed by the commands that confirm it."""
         pending = self._pending_call
         if pending is None or command[0] not in {"EVALSHA", "EVAL"}:
@@ -261,9 +262,9 @@ class ConfirmedConnection(Connection):
 
     def _probe(self, pending: _ConfirmedCall) -> None:
         """Ask a new connection what it can confirm, and every `PROBE_INTERVAL` seconds again."""
-        if self._socket is None:
-            self._open()
-            self._methods = {}
+        connection = self._open()
+        if connection is not self._probed_socket:
+            self._methods, self._probed_socket = {}, connection
         now = time.monotonic()
         if now - self._probed_at > PROBE_INTERVAL:
             self._methods = {}
@@ -275,18 +276,13 @@ class ConfirmedConnection(Connection):
         else:
             pending.method = method
 
-    def _exchange(self, commands: Sequence[tuple[Any, ...]], block: float) -> list[Any]:
+    def _exchange(self, commands: Sequence[tuple[Argument, ...]], block: float) -> list[Any]:
         """Send *commands* in one write; return all replies, error replies as exceptions."""
-        assert self._socket is not None
-        try:
-            self._socket.sendall(b"".join([self._pack(command) for command in commands]))
-        except BaseException:
-            self.close()
-            raise
+        first = self._send(commands)
         replies: list[Any] = []
-        for _ in commands:
+        for number in range(first, first + len(commands)):
             try:
-                replies.append(self._receive(block))
+                replies.append(self._receive(number, block))
             except Exception as error:
                 if not is_error_reply(error):
                     raise
@@ -316,7 +312,7 @@ class AsyncConfirmedConnection(AsyncConnection):
             finally:
                 self._pending_call = None
 
-    async def execute(self, *command: Any, block: float = 0.0) -> Any:
+    async def execute(self, *command: Argument, block: float = 0.0) -> Any:
         """Awaitable form of `ConfirmedConnection.execute`."""
         pending = self._pending_call
         if pending is None or command[0] not in {"EVALSHA", "EVAL"}:
@@ -350,7 +346,7 @@ class AsyncConfirmedConnection(AsyncConnection):
         else:
             pending.method = method
 
-    async def _exchange(self, commands: Sequence[tuple[Any, ...]], block: float) -> list[Any]:
+    async def _exchange(self, commands: Sequence[tuple[Argument, ...]], block: float) -> list[Any]:
         """Send *commands* in one write; return all replies, error replies as exceptions."""
         loop = asyncio.get_running_loop()
         futures: list[asyncio.Future[Any]] = [loop.create_future() for _ in commands]
@@ -381,7 +377,7 @@ class _ConfirmedCall:
         self.method = FsyncMethod.NONE
         self.confirmation = UNCONFIRMED
 
-    def commands(self, command: tuple[Any, ...]) -> list[tuple[Any, ...]]:
+    def commands(self, command: tuple[Argument, ...]) -> list[tuple[Argument, ...]]:
         """
         Return the push and the commands that follow it.
 
@@ -389,7 +385,7 @@ class _ConfirmedCall:
         a new connection would confirm nothing, at once. So a repeat touches that key. Every earlier write is before this one in
         the stream of replication and in the file.
         """
-        touch = [("PEXPIRE", self.sequence_key, operations.LANE_MS)] if self.sent else []
+        touch = [("PEXPIRE", self.sequence_key, str(operations.LANE_MS))] if self.sent else []
         self.sent = True
         return [command, *touch, *self.durability.wait_commands(self.method)]
 

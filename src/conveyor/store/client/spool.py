@@ -174,9 +174,15 @@ class MemorySpool:
         self._append_record(record)
 
     def _append_record(self, record: SpooledPush) -> None:
-        self.queues.setdefault(record.to, QueueRecords()).records.append(record)
-        self.jobs += len(record.entries)
-        self.bytes += record.size
+        jobs, size, queue = len(record.entries), record.size, self.queues.get(record.to)
+        added = QueueRecords(deque([record])) if queue is None else queue
+        # A signal handler raises only after a call: the counters and the record go together.
+        self.jobs += jobs
+        self.bytes += size
+        if queue is None:
+            self.queues[record.to] = added
+        else:
+            queue.records.append(record)
 
     def next_batch(self) -> SpoolBatch:
         """Return the records to send now."""

@@ -15,7 +15,7 @@
 --       then count, (field increment)… for this minute's counters
 --       then count, entries for the list of recently finished jobs
 -- returns {0} the worker is not registered · {-1} a late copy of an older turn · else
---         {1, now_ms, held, next_due_ms or -1, more, lost ids, ids, envelopes, states, overdue (worker end)…, cancelled ids, paused,
+--         {number of the turn, now_ms, held, next_due_ms or -1, more, lost ids, ids, envelopes, states, overdue (worker end)…, cancelled ids, paused,
 --          ids whose envelope is gone, 1 when the flag l was given and the outbox is not empty}
 local queue = {
   prefix = string.sub(KEYS[1], 1, -5), jobs = KEYS[1], state = KEYS[2], due = KEYS[5], conf = KEYS[7], dead = KEYS[8],
@@ -43,7 +43,7 @@ if number == last then
     envelopes = redis.call('HMGET', queue.jobs, unpack(ids))
     states = redis.call('HMGET', queue.state, unpack(ids))
   end
-  return {1, now, held, -1, 1, {}, ids, envelopes, states, {}, {}, 0, {}, 0}
+  return {number, now, held, -1, 1, {}, ids, envelopes, states, {}, {}, 0, {}, 0}
 end
 
 local done_count = tonumber(ARGV[6])
@@ -122,4 +122,4 @@ if looks then
   overdue = find_overdue(queue, workers, now, lease_ms)
   trim_dead(queue, now)
 end
-return {1, now, held, next_due, more, lost, ids, envelopes, states, overdue, cancelled, paused and 1 or 0, missing, outbox}
+return {number, now, held, next_due, more, lost, ids, envelopes, states, overdue, cancelled, paused and 1 or 0, missing, outbox}

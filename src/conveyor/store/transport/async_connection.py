@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from conveyor.errors import QueueFull
-from conveyor.store.script import Call
+from conveyor.store.script import Argument, Call, WrongReply
 from conveyor.store.transport import replies
 from conveyor.store.transport.connection import IdempotentCommand, fatal_reply
 
@@ -61,7 +61,9 @@ class AsyncConnection:
         self._stream: _StreamProtocol | None = None
         self._reader: Any = None
         self._pack: Callable[[Any], bytes]
-        self._pending: deque[tuple[Reply, float]] = deque()
+        self._pending: deque[tuple[Reply, float, int]] = deque()
+        self._sent = 0  # the number of the last command that may have left
+        self._answered = 0  # the number of the last reply
         self._out: list[bytes] = []
         self._opening: asyncio.Lock | None = None
         self._overdue_timer: asyncio.TimerHandle | None = None
@@ -94,8 +96,13 @@ class AsyncConnection:
                     raise replies.unavailable(str(self.endpoint), error) from error
             else:
                 if not isinstance(reply, Exception):
-                    return await self._decode(call, reply, retry_for) if unsure else call.decode(reply)
-                cause, what = reply, self.handle_error_reply(reply)
+                    try:
+                        return await self._decode(call, reply, retry_for) if unsure else call.decode(reply)
+                    except WrongReply as error:
+                        self.drop(error)
+                        unsure, cause, what = True, error, replies.ErrorAction.WAIT
+                else:
+                    cause, what = reply, self.handle_error_reply(reply)
             if what is replies.ErrorAction.LOAD:
                 command = call.load
                 continue
@@ -130,11 +137,11 @@ class AsyncConnection:
             raise fatal
         return cast("T", call.decode(reply))
 
-    async def run_command(self, *command: Any, retry_for: float | None) -> Any:
+    async def run_command(self, *command: Argument, retry_for: float | None) -> Any:
         """Send one plain command that may be repeated and return the raw reply; errors as in `run`."""
         return await self.run(IdempotentCommand(command), retry_for=retry_for)
 
-    async def _run_redirected(self, redirection: str, command: tuple[Any, ...]) -> Any:
+    async def _run_redirected(self, redirection: str, command: tuple[Argument, ...]) -> Any:
         """Send one command to the node named by ASK; after any error the call is repeated here."""
         other = AsyncConnection(self.endpoint.ask_redirect(redirection))
         try:
@@ -160,7 +167,7 @@ class AsyncConnection:
             self.drop(ConnectionLost(f"the server takes no writes now ({text})"))
         return what
 
-    async def execute(self, *command: Any, block: float = 0.0) -> Any:
+    async def execute(self, *command: Argument, block: float = 0.0) -> Any:
         """
         Send one command and return the raw reply, an exception object for an error reply.
 
@@ -180,7 +187,7 @@ class AsyncConnection:
         self.send(command, answer, block=block)
         return await future
 
-    def send(self, command: tuple[Any, ...], answer: Reply, *, block: float = 0.0, at_once: bool = False) -> None:
+    def send(self, command: tuple[Argument, ...], answer: Reply, *, block: float = 0.0, at_once: bool = False) -> None:
         """
         Send one command on the open connection; *answer* gets the reply, or an OSError when the connection is lost.
 
@@ -191,10 +198,13 @@ class AsyncConnection:
             return
         if not self._out and not at_once:
             self._loop.call_soon(self._flush)
-        self._out.append(self._pack(command))
+        packed, deadline = self._pack(command), self._loop.time() + block + self._reply_timeout
+        # In this order, so that the numbers show it if something is raised in between.
+        self._sent += 1
+        self._out.append(packed)
         if at_once:
             self._flush()
-        self._pending.append((answer, self._loop.time() + block + self._reply_timeout))
+        self._pending.append((answer, deadline, self._sent))
         if self._overdue_timer is None:
             self._overdue_timer = self._loop.call_later(block + self._reply_timeout, self._check_overdue)
 
@@ -221,12 +231,12 @@ class AsyncConnection:
                 raise ConnectionLost("closed")
             self._raw, self._reader = raw, hiredis.Reader(replyError=_reply_error)
             self._pack = hiredis.pack_command
+            self._sent = self._answered = 0
             self._loop = asyncio.get_running_loop()
             assert raw._writer is not None  # noqa: SLF001
             transport = raw._writer.transport  # noqa: SLF001  the one private name we use; a test holds it
-            self._stream = _StreamProtocol(self)
+            self._stream, self._transport = _StreamProtocol(self), transport
             transport.set_protocol(self._stream)
-            self._transport = transport
             if self._opened and self.on_reopened is not None:
                 self.on_reopened()
             self._opened = True
@@ -244,12 +254,19 @@ class AsyncConnection:
     # -- for the stream -------------------------------------------------------------------------------------------
 
     def feed(self, data: bytes) -> None:
-        """Hand out the replies in order."""
+        """Hand out the replies in order, each to the command of its number; a mismatch ends the connection."""
         reader, pending = self._reader, self._pending
-        reader.feed(data)
-        while (reply := reader.gets()) is not False:
-            if pending:
+        try:
+            reader.feed(data)
+            while pending is self._pending and (reply := reader.gets()) is not False:
+                self._answered += 1
+                if not pending or pending[0][2] != self._answered:
+                    self.drop(ConnectionLost("a reply belongs to no command"))
+                    return
                 pending.popleft()[0](reply)
+        except BaseException:
+            self.drop(ConnectionLost("interrupted while replies were handed out"))
+            raise
 
     def drop(self, error: OSError) -> None:
         """Give up the connection; every pending call gets *error*."""
@@ -269,15 +286,19 @@ class AsyncConnection:
         pending, self._pending = self._pending, deque()
         if transport is not None and self.on_lost is not None and not self._closed:
             self.on_lost(error)
-        for answer, _ in pending:
+        for answer, _, _ in pending:
             answer(error)
 
     # -- internals ------------------------------------------------------------------------------------------------
 
     def _flush(self) -> None:
-        out, self._out = self._out, []
-        if self._transport is not None and out:
-            self._transport.write(b"".join(out) if len(out) > 1 else out[0])
+        try:
+            out, self._out = self._out, []
+            if self._transport is not None and out:
+                self._transport.write(b"".join(out) if len(out) > 1 else out[0])
+        except BaseException:
+            self.drop(ConnectionLost("interrupted while commands were sent"))
+            raise
 
     def _check_overdue(self) -> None:
         """Give up a connection whose oldest call is overdue: one timer for all, not one per call."""

@@ -1,6 +1,12 @@
 """
 The blocking runner: one socket, one call in flight, repeated until it is answered or its time is over.
 
+A signal handler may raise between any two steps of a call (ctrl-C that is caught, an alarm). The protocol has no number
+in a reply, but a server answers each command once and in order, so a reply belongs to a command exactly if both have
+the same number on their connection. A connection therefore counts the commands *before* their first byte leaves and the
+replies *after* they are read. Where the counts differ at the next command, a call was interrupted: the socket is closed,
+whatever the handler interrupted, also a cleanup. Two integers a call are all that this costs.
+
 Below it: the meaning of an exception of redis-py, and single commands on a connection that redis-py has just opened.
 """
 
@@ -11,11 +17,11 @@ import socket
 import ssl
 import struct
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from conveyor.errors import QueueFull
-from conveyor.store.script import Call
+from conveyor.store.script import Argument, Call
 from conveyor.store.transport import replies
 
 if TYPE_CHECKING:
@@ -45,6 +51,8 @@ class Connection:
         self._reader: Any = None
         self._pack: Callable[[Any], bytes]
         self._socket_timeout = 0.0
+        self._sent = 0  # the number of the last command that may have left
+        self._answered = 0  # the number of the last command whose reply was read, or that was given up
 
     def run(self, call: Call[T], *, retry_for: float) -> T:
         """
@@ -54,12 +62,11 @@ class Connection:
         or may not have happened.
         """
         try:
-            reply = self.execute(*call.command())
+            return call.decode(self.execute(*call.command()))
         except Exception as error:
             return self._retry(call, error, retry_for)
-        return call.decode(reply)
 
-    def run_command(self, *command: Any, retry_for: float) -> Any:
+    def run_command(self, *command: Argument, retry_for: float) -> Any:
         """Send one plain command that may be repeated and return the raw reply; errors as in `run`."""
         try:
             return self.execute(*command)
@@ -69,8 +76,9 @@ class Connection:
     def start(self, call: Call[T]) -> Callable[[float], T]:
         """Send *call*; return a function that, called with the seconds to retry for, completes `run`."""
         failed: Exception | None = None
+        number = 0
         try:
-            self._send(call.command())
+            number = self._send([call.command()])
         except Exception as error:
             failed = error
 
@@ -78,10 +86,9 @@ class Connection:
             try:
                 if failed is not None:
                     raise failed
-                reply = self._receive(0.0)
+                return call.decode(self._receive(number, 0.0))
             except Exception as error:
                 return self._retry(call, error, retry_for)
-            return call.decode(reply)
 
         return collect
 
@@ -112,19 +119,16 @@ class Connection:
             try:
                 if at is not self:
                     at.execute("ASKING")
-                reply = at.execute(*command())
-            except Exception as again:
-                error = again
-                continue
-            finally:
-                if at is not self:
-                    at.close()
-            try:
-                return cast("T", call.decode(reply))
+                return cast("T", call.decode(at.execute(*command())))
             except QueueFull as full:
                 if not unsure:
                     raise
                 return self._confirm_refusal(call, full, seconds)
+            except Exception as again:
+                error = again
+            finally:
+                if at is not self:
+                    at.close()
 
     def _confirm_refusal(self, call: Call[T] | IdempotentCommand, fatal: Exception, seconds: float) -> T:
         """
@@ -137,25 +141,32 @@ class Connection:
             raise fatal
         return cast("T", call.decode(reply))
 
-    def execute(self, *command: Any, block: float = 0.0) -> Any:
+    def execute(self, *command: Argument, block: float = 0.0) -> Any:
         """Send one command and return the raw reply; *block* is how many seconds the server may delay it."""
-        self._send(command)
-        return self._receive(block)
+        return self._receive(self._send((command,)), block)
 
-    def _send(self, command: tuple[Any, ...]) -> None:
-        if self._socket is None:
-            self._open()
-        assert self._socket is not None
+    def _send(self, commands: Sequence[tuple[Argument, ...]]) -> int:
+        """Send *commands* in one write; return the number of the first."""
+        connection = self._open()
+        pack = self._pack
+        data = pack(commands[0]) if len(commands) == 1 else b"".join([pack(command) for command in commands])
+        first = self._sent + 1
+        self._sent += len(commands)
         try:
-            self._socket.sendall(self._pack(command))
+            connection.sendall(data)
         except BaseException:
             self.close()
             raise
+        return first
 
-    def _receive(self, block: float) -> Any:
+    def _receive(self, number: int, block: float) -> Any:
+        """Return the reply to command *number*, the oldest that has none."""
         connection, reader = self._socket, self._reader
         if connection is None:
             raise _connection_error("Connection closed")
+        if number != self._answered + 1:
+            self.close()
+            raise _connection_error("Another call has used the connection before this one was answered")
         if self._socket_timeout != block + self._reply_timeout:
             self._set_socket_timeout(block + self._reply_timeout)
         try:
@@ -170,19 +181,29 @@ class Connection:
         except BaseException:
             self.close()
             raise
+        self._answered = number
         if isinstance(reply, Exception):
             raise reply
         return reply
 
-    def _open(self) -> None:
+    def _open(self) -> socket.socket:
+        """Return the open socket, a new one where a call was interrupted: it would get the reply to that one."""
+        if self._answered != self._sent:
+            self.close()
+        if self._socket is not None:
+            return self._socket
         import hiredis
         from redis import ResponseError
 
         raw = self.endpoint.open(read_timeout=self._reply_timeout)
-        self._raw, self._socket = raw, raw._sock  # noqa: SLF001  the one private name we use; a test holds it
         self._reader = hiredis.Reader(replyError=ResponseError)
         self._pack = hiredis.pack_command
         self._socket_timeout = 0.0
+        self._raw = raw
+        self._socket = raw._sock  # noqa: SLF001  the one private name we use; a test holds it
+        # Last, so that an interrupted opening leaves none that is half made.
+        assert self._socket is not None
+        return self._socket
 
     def _set_socket_timeout(self, seconds: float) -> None:
         assert self._socket is not None
@@ -195,6 +216,7 @@ class Connection:
     def close(self) -> None:
         """Close the socket; the next call opens another."""
         raw, self._raw, self._socket = self._raw, None, None
+        self._answered = self._sent  # only when the socket is out of use: nothing will be read for them
         if raw is not None:
             raw.disconnect()
 
@@ -204,10 +226,10 @@ class IdempotentCommand:
 
     __slots__ = ("_words",)
 
-    def __init__(self, words: tuple[Any, ...]) -> None:
+    def __init__(self, words: tuple[Argument, ...]) -> None:
         self._words = words
 
-    def command(self) -> tuple[Any, ...]:
+    def command(self) -> tuple[Argument, ...]:
         """Return the words sent to the server."""
         return self._words
 

@@ -133,6 +133,8 @@ class StandaloneServer:
         local = self._parts.scheme == "unix"
         alive = {} if local else {"socket_keepalive": True, "socket_keepalive_options": _ALIVE}
         parameters = {"socket_connect_timeout": self.connect_timeout, **alive, **parameters, "protocol": 2}
+        if parameters.get("db"):
+            parameters["db"] = str(parameters["db"])  # redis-py sends it as it is: see `Argument`
         self._check_parameters(parameters)
         return parameters
 

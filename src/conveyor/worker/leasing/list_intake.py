@@ -81,7 +81,7 @@ class ListIntake:
             await self.has_capacity.wait()
             try:
                 reply = await connection.execute(
-                    "BLMOVE", keys.foreign, keys.intake, "LEFT", "RIGHT", int(BLOCK), block=BLOCK
+                    "BLMOVE", keys.foreign, keys.intake, "LEFT", "RIGHT", str(int(BLOCK)), block=BLOCK
                 )
                 if isinstance(reply, Exception):
                     connection.handle_error_reply(reply)

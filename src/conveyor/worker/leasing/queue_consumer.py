@@ -18,6 +18,7 @@ from conveyor.events import JobLost, JobStarted
 from conveyor.store import operations
 from conveyor.store.operations import Settlement, StaleTurn, TurnReply, TurnReport, WorkerUnregistered
 from conveyor.store.partitions import PartitionCountMismatch
+from conveyor.store.script import WrongReply
 from conveyor.store.transport import eviction, wakeup
 from conveyor.worker.attempt import Attempt, Handler
 from conveyor.worker.leasing.capacity import JobSizeEstimate
@@ -256,6 +257,10 @@ class QueueConsumer:
             turn = call.decode(reply)
         except (WorkerUnregistered, StaleTurn) as error:
             self._recovery = asyncio.get_running_loop().create_task(self._start_over(report, error))
+            return
+        except WrongReply as error:
+            self.connection.drop(error)
+            self._recovery = asyncio.get_running_loop().create_task(self._recover(call, report))
             return
         self._absorb(turn, report)
 

@@ -96,7 +96,7 @@ class WakeupListener:
             self._reconnect()
             return
         self.blocked += 1
-        self._connection.send(("BLPOP", *names, BLOCK), self._on_reply, block=BLOCK)
+        self._connection.send(("BLPOP", *names, str(BLOCK)), self._on_reply, block=BLOCK)
 
     def _on_reply(self, reply: Any) -> None:
         names, self._listening = self._listening, None
