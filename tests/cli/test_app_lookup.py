@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ import redis as redis_py
 from conveyor.admin.admin import Admin
 from conveyor.store.client.client import Client
 from support.client_worker import ClientWorker, wait_for_job
+from support.server_process import Server
 from support.shell import Shell
 
 pytestmark = pytest.mark.leaves_keys("jobs are enqueued here to be looked at")
@@ -301,6 +303,30 @@ def test_push_to_a_plain_list_appends_the_document(shell: Shell, redis: redis_py
     assert redis.lrange("raw", 0, -1) == [b'{"id":1}', b'{"id":2}', b"3"]
     assert refused.returncode == 2
     assert "A plain list holds bare documents" in refused.stderr
+
+
+def test_worker_waits_for_redis_and_says_so_once(shell: Shell, start_server: Callable[..., Server]) -> None:
+    """A worker started while Redis is away says in one line what it waits for, blames no job, and works when Redis is there."""
+    server = start_server()
+    server.kill()
+    shell.url = server.url
+    worker = shell.start("worker", "jobs", "-q", "default", "--grace", "1s")
+    assert worker.stderr is not None
+    lines: list[str] = []
+    for line in worker.stderr:
+        lines.append(line)
+        if "Waiting for it" in line:
+            break
+    server.start()
+    done = shell.run("enqueue", "greet", "name=Ada", "--wait", "--timeout", "30s", CONVEYOR_APP="jobs")
+    worker.send_signal(signal.SIGTERM)
+    lines += worker.communicate(timeout=60)[1].splitlines(keepends=True)
+    said = "".join(lines)
+
+    assert (done.returncode, done.stdout) == (0, '"Hello Ada."\n'), said
+    assert re.search(r"^\d\d:\d\d:\d\d WARNING Cannot reach Redis at \S+ .* Waiting for it\.$", said, re.MULTILINE)
+    assert "Redis answers after" in said
+    assert (said.count("Cannot"), said.count("Traceback")) == (1, 0)
 
 
 # -- an app of several modules --------------------------------------------------------------------------------------

@@ -327,6 +327,24 @@ async def test_a_worker_that_never_reached_redis_stops_at_once() -> None:
     await app.aclose()
 
 
+async def test_a_worker_that_waits_for_redis_is_not_blocked() -> None:
+    """The loop of a worker that cannot register yet ticks, so nobody takes it for blocked; it says what it waits for."""
+    app = Conveyor("redis://127.0.0.1:1")
+
+    @app.task
+    async def note() -> None: ...
+
+    worker = Worker(app)
+    running = asyncio.create_task(worker.run())
+    for _ in range(2):
+        seen = worker.last_tick
+        await until(lambda seen=seen: worker.last_tick > seen)
+    assert not worker.ready.is_set()
+    worker.stop()
+    await running
+    await app.aclose()
+
+
 @pytest.mark.row("A8")
 @pytest.mark.leaves_keys("a suspect that was killed may be a dead letter")
 async def test_kills_under_load_spare_jobs_that_are_only_held(app: Conveyor) -> None:

@@ -165,9 +165,8 @@ def _check_server(out: Output, app: Any, queues: list[str], *, allow_eviction: b
         policy, evicted = doctor.eviction_policy(app.client)
         for queue in queues:
             agree(app.client, queue, core_of(app).partitioned.get(queue))
-    except StoreUnavailable as error:
-        out.say(f"{str(error).splitlines()[0]} Waiting for it.")
-        return
+    except StoreUnavailable:
+        return  # the supervisor says so, with the time, and when it answers
     if not policy:
         out.say(f"! {eviction.UNKNOWN}: see `conveyor doctor`")
     finding = doctor.eviction_finding(policy, evicted)

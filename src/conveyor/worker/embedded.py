@@ -6,13 +6,14 @@ import asyncio
 import logging
 from collections.abc import Mapping
 from contextlib import ExitStack
+from time import monotonic
 from typing import TYPE_CHECKING, Self
 
 from conveyor.errors import ConfigurationError, ConveyorError, StoreUnavailable
 from conveyor.jobs.core import core_of
 from conveyor.jobs.include import import_included
 from conveyor.store.transport import eviction, replies
-from conveyor.units import Duration, milliseconds
+from conveyor.units import Duration, milliseconds, span
 from conveyor.worker.leasing.heartbeat import Heartbeat, Lease
 from conveyor.worker.worker import Worker
 
@@ -53,7 +54,7 @@ class EmbeddedWorker:
     async def __aenter__(self) -> Self:
         """Start the worker; return when it is registered, or raise the reason why it could not start."""
         import_included(core_of(self._app).include)
-        await self._check_eviction()
+        waited_since = None if await self._check_eviction() else monotonic()
         self._running = asyncio.get_running_loop().create_task(self._run(), name="conveyor-worker")
         ready = asyncio.ensure_future(self._worker.ready.wait())
         try:
@@ -66,6 +67,8 @@ class EmbeddedWorker:
             raise
         finally:
             ready.cancel()
+        if waited_since is not None and self._worker.ready.is_set():
+            log.info("Redis answers after %s", span(monotonic() - waited_since))
         if self._running.done():
             await self._running
         return self
@@ -83,12 +86,13 @@ class EmbeddedWorker:
         heartbeat.start()
         self._stack.callback(heartbeat.close)
 
-    async def _check_eviction(self) -> None:
-        """Refuse a server that deletes jobs (E10). One that is away is no error: the worker waits for it."""
+    async def _check_eviction(self) -> bool:
+        """Refuse a server that deletes jobs (E10). Return False for one that is away: the worker waits for it."""
         try:
             known = replies.parse_info(await self._app.client.aexecute("INFO"))
-        except StoreUnavailable:
-            return
+        except StoreUnavailable as error:
+            log.warning("%s Waiting for it.", str(error).splitlines()[0])
+            return False
         except ConveyorError:
             known = {}  # this user may not send INFO
         if "maxmemory_policy" not in known:
@@ -98,6 +102,7 @@ class EmbeddedWorker:
             raise ConfigurationError(
                 f"{wrong}\nSet:  {eviction.REMEDY}\nStart anyway:  app.worker(allow_eviction=True)", code="E10"
             )
+        return True
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

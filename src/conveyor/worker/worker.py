@@ -125,10 +125,11 @@ class Worker:
 
     async def start(self, stack: AsyncExitStack) -> None:
         """Connect, run the lifespan, register, and begin."""
+        self.executor = self._make_executor()
+        self._watch_loop(stack)  # first: a start may wait for Redis, and a loop that waits is not blocked
         self.connections = WorkerConnections(self.name, self.lifecycle, self.app.client)
         stack.push_async_callback(self.connections.close)
         shared_state = await stack.enter_async_context(self.app.lifespan_context())
-        self.executor = self._make_executor()
         stack.push_async_callback(self.executor.close)
         self.capacity = Capacity(self.executor, self.lifecycle, self._recycle_limits, self.consumers)
         services = WorkerServices(
@@ -148,7 +149,8 @@ class Worker:
             with suppress(QueueFull, StoreUnavailable):
                 await self.app.client.aannounce(consumer.keys)
         self._recycle_limits.begin()
-        self._watch_loop(stack)
+        eviction_watch = asyncio.create_task(eviction.watch_policy(self._server_infos, log))
+        stack.callback(eviction_watch.cancel)
         self._before_leasing()
         self.app.emit(WorkerStarted(self.name))
         for consumer in self.consumers:
@@ -172,8 +174,6 @@ class Worker:
         watchdog = Watchdog(self._on_the_loop, self._tick, None if self._slot is None else self._slot.set_job)
         watchdog.start()
         stack.callback(watchdog.close)
-        eviction_watch = asyncio.create_task(eviction.watch_policy(self._server_infos, log))
-        stack.callback(eviction_watch.cancel)
 
     async def _server_infos(self) -> list[Any]:
         """Return the reply to INFO of each server that holds a queue of this worker."""
@@ -332,6 +332,8 @@ class Worker:
         if self._slot is not None:
             self._slot.tick()
             self._slot.clear_job()
+        if not self.ready.is_set():
+            return  # it may still wait for Redis
         for consumer in self.consumers:
             consumer.renew()
         self._retire_if_used_up()

@@ -16,6 +16,7 @@ from time import monotonic
 from conveyor.errors import ConveyorError
 from conveyor.store import operations
 from conveyor.store.client.client import Client
+from conveyor.units import span
 from conveyor.worker.crash_attribution import RunningSnapshot
 from conveyor.worker.logs import LOG
 from conveyor.worker.shared_memory import ChildInfo, ChildSlot, LeaseIdentity
@@ -60,6 +61,7 @@ class LeaseGuard:
         self._renewed_at: dict[str, float] = {}
         self._clients: dict[tuple[str, str], Client] = {}
         self._failures = 0
+        self._failing_since = 0.0
         self._retry_at = 0.0
         self._thread = threading.Thread(target=self._run, name="conveyor-lease-guard", daemon=True)
         self._thread.start()
@@ -144,6 +146,7 @@ class LeaseGuard:
                 # Connected at first sight: a death is answered at once, and an embedded server counts this process as a user.
                 client = self._client(info)
                 if one is None:
+                    self._note_success()
                     continue
                 known = client.run(operations.heartbeat(one.keys, one.worker, one.lease_ms), retry_for=RETRY_FOR)
             except Exception as error:
@@ -193,12 +196,16 @@ class LeaseGuard:
         self._failures += 1
         self._retry_at = monotonic() + min(1.0, 0.05 * 2**self._failures)
         if self._failures == 1:
+            self._failing_since = monotonic()
             text = str(error).splitlines()[0] if isinstance(error, ConveyorError) else repr(error)
-            LOG.warning("Cannot keep the leases of this worker for now, trying again: %s", text)
+            if self._clients:
+                LOG.warning("Cannot keep the leases of this worker for now, trying again: %s", text)
+            else:
+                LOG.warning("%s Waiting for it.", text)  # nothing is leased yet
 
     def _note_success(self) -> None:
         if self._failures:
-            LOG.info("Redis answers again after %d attempts", self._failures)
+            LOG.info("Redis answers after %s", span(monotonic() - self._failing_since))
         self._failures, self._retry_at = 0, 0.0
 
 
