@@ -90,6 +90,9 @@ CALLS: dict[str, tuple[Callable[[QueueKeys], Call[Any]], set[str]]] = {
     ),
     "register": (lambda k: operations.register(k, "u", 60_000, b"{}"), {"leased:u", "workers", "conf"}),
     "heartbeat": (lambda k: operations.heartbeat(k, "w", 60_000), {"leased:w", "workers"}),
+    "idle_turn": (
+        lambda k: operations.idle_turn([(k, "w", 60_000, True)]), {"workers", "leased:w", "due"},
+    ),
     "reap": (
         lambda k: operations.reap(k, "w"), {"leased:w", "workers", "jobs", "state", "waiters", "ready:0", "ready:4"},
     ),

@@ -41,6 +41,11 @@ class DeadWorkerDetector:
         self._decidable_at: float | None = None
         self._last_look: float | None = None
 
+    @property
+    def has_suspects(self) -> bool:
+        """True while a worker is listed that is neither declared dead nor renewed."""
+        return bool(self._seen)
+
     def look(self, now_ms: int, overdue: Iterable[tuple[str, int]], monotonic: float) -> list[tuple[str, int]]:
         """Note the workers that a look listed, with their ends in ms; return those declared dead."""
         seen: dict[str, tuple[int, float]] = {}

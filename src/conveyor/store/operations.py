@@ -29,7 +29,7 @@ PUSH, TURN, REGISTER, HEARTBEAT, REAP = (
 EXTEND, HELD_IDS, CANCEL, REDRIVE = Script("extend"), Script("held_ids"), Script("cancel"), Script("redrive")
 PROMOTE, PURGE, CONFIGURE, LIST_INTAKE = Script("promote"), Script("purge"), Script("configure"), Script("list_intake")
 AWAIT_RESULT, FORGET, WITHDRAW = Script("await_result"), Script("forget"), Script("withdraw")
-WAKE = Script("wake")
+WAKE, IDLE_TURN = Script("wake"), Script("idle_turn")
 SADD, SET = Script("SADD"), Script("SET")
 
 LANE_MS = 7_200_000
@@ -400,6 +400,38 @@ def _registered(keys: QueueKeys, reply: list[Any]) -> int:
 def heartbeat(keys: QueueKeys, worker: str, lease_ms: int) -> Call[bool]:
     """Return the call that renews all leases of *worker*; it yields False when the worker was reaped."""
     return Call(HEARTBEAT, (keys.leased(worker), keys.workers), (worker, str(lease_ms)), bool)
+
+
+@dataclass(slots=True)
+class IdleReply:
+    """
+    The reply to an idle turn; times in ms by the server's clock. One of each list for each queue.
+
+    `needs_turn` tells that there is something to do; `next_due` is None when nothing is scheduled.
+    """
+
+    now: int
+    needs_turn: list[bool]
+    next_due: list[int | None]
+
+
+def idle_turn(members: Sequence[tuple[QueueKeys, str, int, bool]]) -> Call[IdleReply]:
+    """
+    Return the call that renews a worker that holds nothing in many queues of one slot, and finds those that need a turn.
+
+    *members* is (keys, identity, lease in ms, whether Redis is asked what the identity holds) for each queue.
+    """
+    names: list[str] = []
+    args: list[Argument] = []
+    for keys, worker, lease_ms, compares in members:
+        names += (keys.workers, keys.leased(worker), keys.upkeep, keys.due, keys.dead, keys.outbox, *keys.ready)
+        args += (worker, lease_ms, "c" if compares else "")
+    return Call(IDLE_TURN, names, args, _read_idle_turn)
+
+
+def _read_idle_turn(reply: list[int]) -> IdleReply:
+    now, *answers = reply
+    return IdleReply(now, [one == -2 for one in answers], [one if one >= 0 else None for one in answers])
 
 
 def reap(

@@ -127,11 +127,13 @@ class Worker:
         """Connect, run the lifespan, register, and begin."""
         self.executor = self._make_executor()
         self._watch_loop(stack)  # first: a start may wait for Redis, and a loop that waits is not blocked
-        self.connections = WorkerConnections(self.name, self.lifecycle, self.app.client)
+        self.connections = WorkerConnections(
+            self.name, self.lifecycle, self.app.client, lambda: self.capacity.has_room, self._after_turn
+        )
         stack.push_async_callback(self.connections.close)
         shared_state = await stack.enter_async_context(self.app.lifespan_context())
         stack.push_async_callback(self.executor.close)
-        self.capacity = Capacity(self.executor, self.lifecycle, self._recycle_limits, self.consumers)
+        self.capacity = Capacity(self.executor, self.lifecycle, self._recycle_limits)
         services = WorkerServices(
             self.app, self.lifecycle, self.executor, self.capacity, self.loader, self.settlement_writer, shared_state,
             self._slot, self._describe, self.connections.listen, self._after_turn, self.fail,
@@ -139,9 +141,9 @@ class Worker:
         for queue, weight in self._queues.items():
             parts, lease_ms = await partition_keys(self.app, queue), self.app.queue_lease_ms(queue)
             for keys in parts:
-                endpoint = self.connections.of(keys)
-                consumer = QueueConsumer(services, endpoint.connection, keys, weight / len(parts), lease_ms)
-                endpoint.consumers.append(consumer)
+                connection = self.connections.of(keys).connection
+                consumer = QueueConsumer(services, connection, keys, weight / len(parts), lease_ms)
+                self.connections.add(consumer)
                 self.consumers.append(consumer)
         for consumer in self.consumers:
             await consumer.register()
@@ -283,12 +285,11 @@ class Worker:
             self._stop_if_drained()  # no turn follows, which would see to it
         if self.lifecycle.stopping:
             self._drain_monitor.note_end()
-        if not self.executor.coroutines.backlog and len(self.consumers) == 1:
+        if not self.executor.coroutines.backlog and self.capacity.is_alone(consumer):
             consumer.schedule(at_once=True)
             return
-        for one in self.consumers:
-            if one is consumer or one.has_more or one.quarantine.reserved:
-                one.schedule()
+        consumer.schedule()
+        self.capacity.offer()
 
     def _on_stuck(self, attempt: Attempt) -> None:
         """Drain and be replaced, because a thread outlived its time limit. Its job is settled last."""
@@ -334,8 +335,7 @@ class Worker:
             self._slot.clear_job()
         if not self.ready.is_set():
             return  # it may still wait for Redis
-        for consumer in self.consumers:
-            consumer.renew()
+        self.connections.tick()
         self._retire_if_used_up()
 
     def _on_the_loop(self) -> tuple[str, str] | None:

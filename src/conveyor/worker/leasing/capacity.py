@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator, Sequence, Sized
 from time import perf_counter
 from typing import TYPE_CHECKING, Protocol
@@ -12,7 +13,6 @@ if TYPE_CHECKING:
     from conveyor.store.operations import TurnReport
     from conveyor.worker.attempt import Attempt
     from conveyor.worker.execution.executor import Executor
-    from conveyor.worker.leasing.quarantine import Quarantine
     from conveyor.worker.lifecycle import Lifecycle
     from conveyor.worker.recycling import RecycleLimits
 
@@ -48,26 +48,33 @@ class LeasingQueue(Protocol):
     queue: str
     weight: float
     backlog: int
-    has_more: bool
-    paused: bool
     report: TurnReport
-    quarantine: Quarantine
     job_size: JobSizeEstimate
 
     @property
     def held(self) -> Sized: ...
     def running(self) -> Iterator[Attempt]: ...
-    def schedule(self) -> None: ...
+    def schedule(self, *, at_once: bool = False) -> None: ...
 
 
 class Capacity:
-    """Divides the room of one worker among its queues, by their weights. Asked once for each turn that may lease."""
+    """
+    Divides the room of one worker among its queues, by their weights. Asked once for each turn that may lease.
 
-    def __init__(
-        self, executor: Executor, lifecycle: Lifecycle, limits: RecycleLimits, queues: Sequence[LeasingQueue]
-    ) -> None:
+    Nothing here walks through all queues of the worker: consumers note what changes, and those without work cost nothing.
+    """
+
+    def __init__(self, executor: Executor, lifecycle: Lifecycle, limits: RecycleLimits) -> None:
         self._executor, self._lifecycle, self._limits = executor, lifecycle, limits
-        self._queues = queues
+        self.rivals: dict[LeasingQueue, None] = {}
+        """The queues that may have work, in the order in which that was learned."""
+        self.holders: dict[LeasingQueue, None] = {}
+        """The queues of which jobs are held here."""
+        self.backlog = 0
+        """Attempts of all queues that are leased and have not started."""
+        self._weight = 0.0  # of the rivals
+        self._reserved: dict[LeasingQueue, int] = {}
+        self._is_offered = False
         self.finished = 0
         """Attempts that have ended so far."""
         self._rate = 0.0  # ends a second; 0 at first, so that only free slots are filled
@@ -75,29 +82,65 @@ class Capacity:
         self._picked: LeasingQueue | None = None
         self._credit: dict[str, float] = {}
 
+    def note_work(self, consumer: LeasingQueue, possible: bool) -> None:
+        """Note whether *consumer* may have work that it may lease."""
+        if possible is (consumer in self.rivals):
+            return
+        if possible:
+            self.rivals[consumer] = None
+            self._weight += consumer.weight
+        else:
+            del self.rivals[consumer]
+            self._weight = self._weight - consumer.weight if self.rivals else 0.0
+
+    def note_held(self, consumer: LeasingQueue, holds: bool) -> None:
+        """Note whether *consumer* holds jobs, or runs some whose acknowledgement was early."""
+        if holds:
+            self.holders[consumer] = None
+        else:
+            self.holders.pop(consumer, None)
+
+    def note_reserved(self, consumer: LeasingQueue, slots: int) -> None:
+        """Note how many slots *consumer* keeps for jobs that came back from a crash."""
+        if slots:
+            self._reserved[consumer] = slots
+        else:
+            self._reserved.pop(consumer, None)
+
+    def is_alone(self, consumer: object) -> bool:
+        """Tell whether no queue beside *consumer* has a use for room."""
+        rivals, reserved = self.rivals, self._reserved
+        return (not rivals or (len(rivals) == 1 and consumer in rivals)) and (
+            not reserved or (len(reserved) == 1 and consumer in reserved)
+        )
+
+    @property
+    def has_room(self) -> bool:
+        """True when the worker could lease another job, of whatever queue."""
+        return not self._lifecycle.stopping and self._total(saturated=False) > self.backlog
+
+    def _total(self, *, saturated: bool) -> int:
+        """Return how many jobs may be leased and not running: free slots and work ahead, those that wait already included."""
+        free = self._executor.free + self.backlog - sum(self._reserved.values())  # slots that no job runs in
+        capacity = free + self.ahead(saturated)
+        if self._limits.is_limited:
+            capacity = min(capacity, self.backlog + self._limits.remaining(self.taken))
+        return capacity
+
     def room(self, consumer: LeasingQueue) -> int:
         """Return how many jobs *consumer* may lease now."""
         if self._lifecycle.stopping:
             return 0
-        waiting = reserved = 0
-        rivals = []  # the queues that may have work, and the asking one
-        for one in self._queues:
-            waiting += one.backlog
-            reserved += one.quarantine.reserved
-            if one is consumer or (one.has_more and not one.paused):
-                rivals.append(one)
-        free = self._executor.free + waiting - reserved  # slots that no job runs in
-        capacity = free + self.ahead(consumer.backlog > 0)
-        if self._limits.is_limited:
-            capacity = min(capacity, waiting + self._limits.remaining(self.taken))
-        room = capacity - waiting if len(rivals) == 1 else self._share(capacity, waiting, consumer, rivals)
+        waiting, capacity = self.backlog, self._total(saturated=consumer.backlog > 0)
+        rivals = len(self.rivals) + (consumer not in self.rivals)
+        room = capacity - waiting if rivals == 1 else self._share(capacity, waiting, consumer)
         settled = len(consumer.report.done) + len(consumer.report.others)  # given back before more is taken
         return max(0, min(room, BATCH, consumer.job_size.max_jobs, MOST_HELD - len(consumer.held) + settled))
 
     @property
     def taken(self) -> int:
         """Jobs that were leased so far."""
-        return self.finished + sum(1 for one in self._queues for _ in one.running())
+        return self.finished + sum(1 for one in self.holders for _ in one.running())
 
     def ahead(self, saturated: bool) -> int:
         """Return how many jobs to hold beyond the free slots; *saturated* tells that work was waiting all the time."""
@@ -111,18 +154,19 @@ class Capacity:
             self._rated, self._rated_at = self.finished, now
         return min(MAX_AHEAD, int(self._rate * AHEAD))
 
-    def _share(self, capacity: int, waiting: int, consumer: LeasingQueue, rivals: Sequence[LeasingQueue]) -> int:
+    def _share(self, capacity: int, waiting: int, consumer: LeasingQueue) -> int:
         """
         Return how many jobs *consumer* may lease: its part of *capacity*, less what it has waiting.
 
-        *waiting* is what all queues have leased and not started; *rivals* are those that may have work, itself included.
+        *waiting* is what all queues have leased and not started.
         """
-        total = sum(rival.weight for rival in rivals)
+        total = self._weight if consumer in self.rivals else self._weight + consumer.weight
         part = int(capacity * consumer.weight / total)
         if part >= 1:
             return part - consumer.backlog
         if capacity - waiting < 1:
             return 0
+        rivals = self.rivals if consumer in self.rivals else {**self.rivals, consumer: None}
         # Too little for a part each: smooth weighted round robin (as nginx does) picks the next queue.
         if self._picked is None or self._picked not in rivals:
             for rival in rivals:
@@ -135,9 +179,13 @@ class Capacity:
         self._picked = None
         return 1
 
-    def pass_on(self) -> None:
-        """Schedule the queues that may have work, because the asking one had no use for its room."""
-        if len(self._queues) > 1:
-            for one in self._queues:
-                if one.has_more:
-                    one.schedule()
+    def offer(self) -> None:
+        """Let the queues that have a use for room take it, at the next pass of the event loop: once for many ends of jobs."""
+        if not self._is_offered and (self.rivals or self._reserved):
+            self._is_offered = True
+            asyncio.get_running_loop().call_soon(self._pass_on)
+
+    def _pass_on(self) -> None:
+        self._is_offered = False
+        for one in (*self.rivals, *self._reserved):
+            one.schedule(at_once=True)

@@ -144,6 +144,11 @@ class Reaper:
         self.due_at = 0.0
         """From when on (monotonic) the next turn should look."""
 
+    @property
+    def has_suspects(self) -> bool:
+        """True while a worker is listed that may be dead: it takes another look to decide."""
+        return self._detector.has_suspects
+
     def look(self, turn: TurnReply, me: str) -> None:
         """Note the workers that a turn with the flag ``l`` listed, and reap the dead ones; *me* is never one."""
         now = monotonic()

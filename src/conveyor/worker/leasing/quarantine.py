@@ -24,12 +24,13 @@ if TYPE_CHECKING:
 class Quarantine:
     """The attempts of one queue whose jobs crashed before. Each waits until the turn that counts its crash is answered."""
 
-    def __init__(self, free: Callable[[], int]) -> None:
+    def __init__(self, free: Callable[[], int], on_reserved: Callable[[int], None]) -> None:
         """
         Args:
             free: returns how many jobs could start now.
+            on_reserved: called with `reserved` when it has changed.
         """
-        self._free = free
+        self._free, self._on_reserved = free, on_reserved
         self._crashed_once: deque[Attempt] = deque()
         self._charged: dict[str, tuple[Settlement, Attempt]] = {}  # of those: the record is on the way to Redis
         self._alone: deque[Attempt] = deque()  # those that start one at a time
@@ -41,7 +42,10 @@ class Quarantine:
         """True while `advance` or `confirmed` may have something to do."""
 
     def _note(self) -> None:
-        self.reserved = len(self._crashed_once) + len(self._charged)
+        reserved = len(self._crashed_once) + len(self._charged)
+        if reserved != self.reserved:
+            self.reserved = reserved
+            self._on_reserved(reserved)
         self.in_use = bool(self.reserved or self._alone or self._started_alone)
 
     def add(self, attempt: Attempt) -> None:

@@ -16,7 +16,7 @@ from conveyor import ids
 from conveyor.errors import ConveyorError
 from conveyor.events import JobLost, JobStarted
 from conveyor.store import operations
-from conveyor.store.operations import Settlement, StaleTurn, TurnReply, TurnReport, WorkerUnregistered
+from conveyor.store.operations import MOST_HELD, Settlement, StaleTurn, TurnReply, TurnReport, WorkerUnregistered
 from conveyor.store.partitions import PartitionCountMismatch
 from conveyor.store.script import WrongReply
 from conveyor.store.transport import eviction, wakeup
@@ -62,6 +62,8 @@ class QueueConsumer:
         self.keys, self.queue, self.weight, self.lease_ms = keys, keys.queue, weight, lease_ms
         self.shared_state = services.shared_state
         self.identity = ""
+        self.wake_list = self.own_wake_list = keys.wake.encode()
+        """The keys of the lists whose tokens wake an idle worker, and this one."""
         self.held: dict[str, Attempt] = {}
         self.own_retries: dict[str, float] = {}
         """Id → when the retry is due (monotonic)."""
@@ -70,16 +72,17 @@ class QueueConsumer:
         self.report = TurnReport()
         self.changed_handlers: set[Handler] = set()
         """Those whose counters have moved since the last turn."""
-        self.has_more = True
-        """Whether there may be work: then it is asked for."""
-        self.paused = False
+        self._has_more = self._is_paused = False
+        self._is_woken = False  # a token was taken while a turn was under way, which may have come too early for it
         self.backlog = 0
         """Attempts that are leased here and have not started."""
         self.renewed_at = monotonic()
         """When a turn last renewed the lease (monotonic)."""
         self.has_left = False
         self.job_size = JobSizeEstimate()
-        self.quarantine = Quarantine(lambda: self._executor.free)
+        self.quarantine = Quarantine(
+            lambda: self._executor.free, lambda slots: services.capacity.note_reserved(self, slots)
+        )
         self.early_acks = EarlyAcks()
         self.due_timer = DueTimer(self._on_due)
         self._reaper = Reaper(keys, connection, lease_ms)
@@ -90,7 +93,8 @@ class QueueConsumer:
             self._intake = ListIntake(keys, task, connection, self.on_token)
         self._handlers: dict[str, Handler] | None = None
         self._plain_handlers: dict[bytes, Handler] = {}
-        self._number = 0
+        self.number = 0
+        """Of the last turn."""
         self._in_flight: tuple[Call[TurnReply], TurnReport] | None = None
         self._recovery: asyncio.Task[None] | None = None
         self._turn_ended = asyncio.Event()
@@ -98,12 +102,14 @@ class QueueConsumer:
         self._wanted = 0
         self._is_scheduled = self._is_looking = self._is_absorbing = False
         self._clock_offset = 0.0  # server ms minus our monotonic ms
+        self.has_more = True
 
     # -- membership -----------------------------------------------------------------------------------------------
 
     async def register(self) -> None:
         """Make a new identity, tell the supervisor, then register it in Redis."""
-        self.identity, self._number = ids.new_identity(), 0
+        self.identity, self.number = ids.new_identity(), 0
+        self.own_wake_list = self.keys.wake_of(self.identity).encode()
         if self._services.slot is not None:
             self._services.slot.set_identity(self.keys, self.identity, self.lease_ms)
         about = self._services.describe(self.weight)
@@ -147,11 +153,40 @@ class QueueConsumer:
         return int(monotonic() * 1000 + self._clock_offset)
 
     @property
+    def has_more(self) -> bool:
+        """Whether there may be work: then it is asked for."""
+        return self._has_more
+
+    @has_more.setter
+    def has_more(self, has_more: bool) -> None:
+        self._has_more = has_more
+        self._capacity.note_work(self, has_more and not self._is_paused)
+
+    @property
     def has_capacity(self) -> bool:
         """True when it could lease jobs and there were none: then its wake-up list is listened to."""
-        if self.has_more or self._lifecycle.stopping or self._in_flight is not None:
-            return False
-        return self._capacity.room(self) > 0
+        return self.would_take and self._capacity.has_room
+
+    @property
+    def would_take(self) -> bool:
+        """True when it has no work and would take some if the worker had room."""
+        return not self._has_more and len(self.held) < MOST_HELD
+
+    @property
+    def is_turning(self) -> bool:
+        """True while a turn is under way."""
+        return self._in_flight is not None or self._recovery is not None
+
+    @property
+    def pause(self) -> float:
+        """Longest pause between two turns in seconds."""
+        return min(IDLE, self.lease_ms / 3000)
+
+    @property
+    def is_quiet(self) -> bool:
+        """True when a turn would have nothing to say, so that an idle turn is enough."""
+        busy = self.held or self.report or self.is_turning or self.changed_handlers or self.quarantine.in_use
+        return not (busy or self._intake is not None or self.has_left or self._reaper.has_suspects)
 
     @property
     def busy(self) -> bool:
@@ -187,26 +222,46 @@ class QueueConsumer:
     def on_token(self) -> None:
         """Make a turn, with or without room, because a wake-up token was taken."""
         self.has_more = True
-        if self._in_flight is None and self._recovery is None:
+        if self.is_turning:
+            self._is_woken = True
+        else:
             self._send_turn(self._capacity.room(self))
 
     def _on_due(self) -> None:
-        if self._in_flight is None and self._recovery is None and not self._lifecycle.stopping:
+        if not self.is_turning and not self._lifecycle.stopping:
             self._send_turn(self._capacity.room(self))
 
     def renew(self) -> None:
         """Make a turn if none was made lately: it renews the lease, reconciles, and looks for work and for the dead."""
-        pause = min(IDLE, self.lease_ms / 3000)
-        if self._in_flight is not None or self._recovery is not None:
+        if self.is_turning:
             return
         now = monotonic()
-        if now - self._sent_at >= 0.95 * pause or now >= self._reaper.due_at:
+        if now - self._sent_at >= 0.95 * self.pause or now >= self._reaper.due_at:
             self._send_turn(self._capacity.room(self))
+
+    def on_idle_turn(
+        self, number: int, clock_offset: float, *, needs_turn: bool, now: int, next_due: int | None
+    ) -> None:
+        """Take in what an idle turn found here, unless another turn than *number* was sent meanwhile."""
+        if number != self.number or self.is_turning or self.has_left:
+            return
+        if needs_turn:
+            self.on_token()
+            return
+        self._clock_offset = clock_offset
+        self._note_renewal()
+        if not self._lifecycle.stopping:
+            self.due_timer.watch(next_due, now)
+
+    def _note_renewal(self) -> None:
+        self.renewed_at = monotonic()
+        if self._services.slot is not None:
+            self._services.slot.note_renewal(self.identity)
 
     def _advance(self) -> None:
         """Make a turn if there is something to report or to lease; else wait for work."""
         self._is_scheduled = False
-        if self._in_flight is not None or self._recovery is not None:
+        if self.is_turning:
             return
         if self.quarantine.reserved:
             self._advance_quarantine()
@@ -216,7 +271,7 @@ class QueueConsumer:
         else:
             if self._intake is not None and self.has_capacity:
                 self._intake.has_capacity.set()
-            self._services.listen()
+            self._services.listen(self)
 
     # -- one turn -------------------------------------------------------------------------------------------------
 
@@ -227,9 +282,9 @@ class QueueConsumer:
         self._drain_counters(report)
         now = monotonic()
         self._is_looking = now >= self._reaper.due_at
-        self._number += 1
+        self.number += 1
         call = operations.turn(
-            self.keys, self.identity, self._number, want, self.lease_ms, report, flags="l" if self._is_looking else ""
+            self.keys, self.identity, self.number, want, self.lease_ms, report, flags="l" if self._is_looking else ""
         )
         self._in_flight = (call, report)
         self._sent_at = now
@@ -319,9 +374,7 @@ class QueueConsumer:
     def _settle_and_take(self, turn: TurnReply, report: TurnReport) -> None:
         self._in_flight = None
         self._clock_offset = turn.now - self._sent_at * 1000
-        self.renewed_at = monotonic()
-        if self._services.slot is not None:
-            self._services.slot.note_renewal(self.identity)
+        self._note_renewal()
         held = self.held
         self._drop_settled(turn, report)
         if report.spawned or turn.outbox:
@@ -334,8 +387,9 @@ class QueueConsumer:
             self._take(turn)
         if self.quarantine.in_use:
             self._advance_quarantine()
-        self.has_more = turn.more or (len(turn.ids) >= self._wanted > 0)
-        self.paused = turn.paused
+        self._capacity.note_held(self, bool(held or self.early_acks))
+        self._is_paused, was_woken, self._is_woken = turn.paused, self._is_woken, False
+        self.has_more = was_woken or turn.more or (len(turn.ids) >= self._wanted > 0)
         for id_ in turn.cancelled:
             if id_ in held:
                 self._executor.stop(held[id_], "cancel")
@@ -345,12 +399,12 @@ class QueueConsumer:
             self._recovery = asyncio.get_running_loop().create_task(self._reconcile())
             return
         if not self._lifecycle.stopping:
-            self.due_timer.watch(turn, asked=self._wanted > 0)
+            self.due_timer.watch(turn.next_due, turn.now, missed=self._wanted > 0 and not turn.ids)
         self._turn_ended.set()
         self._advance()
         self._services.after_turn()
         if not self.has_more:
-            self._capacity.pass_on()
+            self._capacity.offer()
 
     def _drop_settled(self, turn: TurnReply, report: TurnReport) -> None:
         held = self.held
@@ -409,6 +463,7 @@ class QueueConsumer:
     def _submit(self, attempts: list[Attempt]) -> None:
         if attempts:
             self.backlog += len(attempts)
+            self._capacity.backlog += len(attempts)
             self._executor.submit(attempts)
 
     def _advance_quarantine(self) -> None:
@@ -444,12 +499,14 @@ class QueueConsumer:
     def on_started(self, attempt: Attempt) -> None:
         """Note that an attempt started."""
         self.backlog -= 1
+        self._capacity.backlog -= 1
         if self._services.app.has_listener(JobStarted):
             self._services.app.emit(JobStarted(attempt.public_id, attempt.handler.name, self.queue, attempt.number))
 
     def on_abandoned(self) -> None:
         """Note that an attempt left the backlog without starting."""
         self.backlog -= 1
+        self._capacity.backlog -= 1
 
     def on_finished(self, attempt: Attempt) -> None:
         """Note that an attempt ended: the next of the quarantine may start."""

@@ -7,12 +7,8 @@ import random
 from collections.abc import Callable
 from heapq import heappop, heappush
 from time import monotonic, perf_counter
-from typing import TYPE_CHECKING
 
 from conveyor.worker.attempt import Attempt
-
-if TYPE_CHECKING:
-    from conveyor.store.operations import TurnReply
 
 
 class Deadlines:
@@ -83,21 +79,28 @@ class DueTimer:
         """True when a job is scheduled, as far as this worker knows."""
         return self._due_ms is not None
 
-    def watch(self, turn: TurnReply, *, asked: bool) -> None:
-        """Set the timer by the reply of a turn; *asked* tells that the turn had room for work."""
-        if turn.next_due is None:
+    def watch(self, next_due: int | None, now: int, *, missed: bool = False) -> None:
+        """
+        Set the timer to when the first job is due.
+
+        Args:
+            next_due: in ms by the server's clock; None when nothing is scheduled.
+            now: the server's time in ms.
+            missed: whether the turn that told it had room for work and got none.
+        """
+        if next_due is None:
             self._due_ms = None
             return
         if self._timer is not None:
             self._timer.cancel()
         late = 0.0
-        if self._due_ms is not None and turn.next_due > self._due_ms and not turn.ids and asked:
+        if self._due_ms is not None and next_due > self._due_ms and missed:
             # Another worker was quicker: look a little later, until this one gets a job.
             late = random.uniform(0.02, 0.08)  # noqa: S311  no secret
         if monotonic() < self._yields_until:
             late = random.uniform(0.1, 0.2)  # noqa: S311
-        self._due_ms = turn.next_due
-        pause = max(0.001, (turn.next_due - turn.now) / 1000 + 0.001 + late)
+        self._due_ms = next_due
+        pause = max(0.001, (next_due - now) / 1000 + 0.001 + late)
         self._timer = asyncio.get_running_loop().call_later(min(pause, 3600.0), self._fire)
 
     def give_way(self, seconds: float) -> None:

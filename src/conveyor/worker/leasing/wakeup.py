@@ -1,9 +1,11 @@
 """
 The connections of a worker, and how it waits for work without polling.
 
-At each endpoint, one connection carries the turns of its queues, and another blocks on the wake-up lists of all queues
-that would take work and have none. A token holds no job, so a lost one costs seconds and nothing else. Each queue's own
-list (`wake:<worker>`) is always listened to while jobs run: a cancellation puts a token there.
+At each endpoint, one connection carries the turns of its queues, and others block on the wake-up lists of those queues
+that would take work and have none. A blocking call names at most 32 queues, so that a token costs the same however many
+queues the worker has: the server walks through all lists of a call when it begins and when it ends. A token holds no
+job, so a lost one costs seconds and nothing else. Each queue's own list (`wake:<worker>`) is always listened to while
+jobs run: a cancellation puts a token there.
 """
 
 from __future__ import annotations
@@ -18,9 +20,12 @@ from conveyor.errors import ConveyorError
 from conveyor.store.transport import replies
 from conveyor.store.transport.async_connection import AsyncConnection, ConnectionLost
 from conveyor.units import span
+from conveyor.worker.leasing.idle_turns import IdleTurns
 from conveyor.worker.logs import log_repeated_error
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from conveyor.store.client.client import Client
     from conveyor.store.keys import QueueKeys
     from conveyor.store.transport.endpoint import Endpoint
@@ -32,23 +37,33 @@ BLOCK = 30.0
 """Seconds of one blocking call. Due instants and lost tokens are the turns' business, so it may be long."""
 BUSY = 0.1
 """Seconds of uninterrupted work after which the worker's own lists are listened to as well."""
+MOST_QUEUES = 32
+"""Queues of one blocking call, at most."""
 QUIET = 1.0
 """Seconds that Redis may be away without a word in the log: a restart or a cut connection."""
 
 
 class WakeupListener:
-    """Blocks on the wake-up lists of the queues at one endpoint, and tells the consumer whose token it took."""
+    """Blocks on the wake-up lists of up to 32 queues at one endpoint, and tells the consumer whose token it took."""
 
-    def __init__(self, lifecycle: Lifecycle, connection: AsyncConnection, consumers: list[QueueConsumer]) -> None:
+    def __init__(
+        self, lifecycle: Lifecycle, connection: AsyncConnection, waiting: dict[WakeupListener, None],
+        has_room: Callable[[], bool],
+    ) -> None:  # fmt: skip
         """
         Args:
             lifecycle: that of the worker.
             connection: one that nothing else uses.
-            consumers: those at this endpoint; more may be added.
+            waiting: this one is there while it listens to no queue, because the worker has no room.
+            has_room: tells whether the worker could lease another job.
         """
-        self._lifecycle, self._connection, self._consumers = lifecycle, connection, consumers
+        self._lifecycle, self._connection = lifecycle, connection
+        self._waiting, self._has_room = waiting, has_room
+        self.consumers: list[QueueConsumer] = []
+        """Those it listens for; more may be added."""
+        self._woken: QueueConsumer | None = None
         self._listening: dict[bytes, QueueConsumer] | None = None  # list → its consumer, while a call blocks
-        self._heard: frozenset[str] = frozenset()  # queues whose common list is part of the blocked call
+        self._heard: set[QueueConsumer] = set()  # those whose common list is part of the blocked call
         self._later: asyncio.TimerHandle | None = None
         self._retry: asyncio.Task[None] | None = None
         self._attempt = 0
@@ -60,15 +75,20 @@ class WakeupListener:
         if self._lifecycle.stopped or self._retry is not None:
             return
         if self._listening is not None:
-            unheard = [one for one in self._consumers if one.queue not in self._heard and one.has_capacity]
+            if len(self._heard) == len(self.consumers):
+                return
+            unheard = [one for one in self._with_capacity() if one not in self._heard]
             if unheard:
-                self._heard = self._heard | {consumer.queue for consumer in unheard}  # one call is enough
+                self._heard.update(unheard)  # one call is enough
                 unheard[0].wake_self()
             return
-        has_capacity = [consumer for consumer in self._consumers if consumer.has_capacity]
+        if self._woken is not None and self._woken.is_turning:
+            return  # it calls again when its turn is over
+        has_capacity = self._with_capacity()
         if has_capacity:
             self._block(has_capacity)
         else:
+            self._waiting[self] = None
             self._listen_later()
 
     def _listen_later(self) -> None:
@@ -78,20 +98,25 @@ class WakeupListener:
     def _listen_while_busy(self) -> None:
         self._later = None
         if self._listening is None and self._retry is None and not self._lifecycle.stopped:
-            self._block([consumer for consumer in self._consumers if consumer.has_capacity])
+            self._block(self._with_capacity())
+
+    def _with_capacity(self) -> list[QueueConsumer]:
+        """Return the queues that would take work and have none."""
+        return [one for one in self.consumers if one.would_take] if self._has_room() else []
 
     def _block(self, has_capacity: list[QueueConsumer]) -> None:
         if self._later is not None:
             self._later.cancel()
             self._later = None
-        names = {consumer.keys.wake.encode(): consumer for consumer in has_capacity}
-        for consumer in self._consumers:
-            if consumer.identity:
-                names[consumer.keys.wake_of(consumer.identity).encode()] = consumer
+        self._woken = None
+        if has_capacity:
+            self._waiting.pop(self, None)
+        names = {consumer.wake_list: consumer for consumer in has_capacity}
+        names |= {consumer.own_wake_list: consumer for consumer in self.consumers if consumer.identity}
         if not names:
             return
         self._listening = names
-        self._heard = frozenset([consumer.queue for consumer in has_capacity])
+        self._heard = set(has_capacity)
         if not self._connection.is_open:
             self._reconnect()
             return
@@ -109,7 +134,8 @@ class WakeupListener:
         if reply is not None and names is not None:
             # Not at once: it makes a turn now, so it would not be among those with capacity, and would wake this one again as
             # soon as it is. Its turn ends in `listen`; one that leads to work is not waited for longer than this.
-            names[reply[0]].on_token()
+            self._woken = names[reply[0]]
+            self._woken.on_token()
             self._listen_later()
         else:
             self.listen()
@@ -151,7 +177,7 @@ class WakeupListener:
             break
         self._retry = self._listening = None
         # Whatever was announced meanwhile was not heard: ask each queue once.
-        for consumer in self._consumers:
+        for consumer in self.consumers:
             consumer.on_token()
         self.listen()
 
@@ -166,20 +192,34 @@ class WakeupListener:
 
 class EndpointConnections:
     """
-    The two connections to one endpoint, and the consumers that use them.
+    The connections to one endpoint, and the consumers that use them.
 
-    One endpoint serves all queues, except in a cluster, where a blocked call covers one slot.
+    One endpoint serves all queues, except in a cluster, where a call covers one slot.
     """
 
-    def __init__(self, worker: str, lifecycle: Lifecycle, endpoint: Endpoint) -> None:
-        self._worker, self._lifecycle = worker, lifecycle
+    def __init__(
+        self, worker: str, lifecycle: Lifecycle, endpoint: Endpoint, waiting: dict[WakeupListener, None],
+        has_room: Callable[[], bool], after_turn: Callable[[], None],
+    ) -> None:  # fmt: skip
+        self._worker, self._lifecycle, self._endpoint = worker, lifecycle, endpoint
+        self._waiting, self._has_room = waiting, has_room
         self.consumers: list[QueueConsumer] = []
         self.connection = AsyncConnection(endpoint)
-        self.listener = WakeupListener(lifecycle, AsyncConnection(endpoint), self.consumers)
+        self.listeners: list[WakeupListener] = []
+        self.idle_turns = IdleTurns(self.connection, self.consumers, after_turn)
         self.connection.on_reopened, self.connection.on_lost = self._on_reopened, self._on_lost
         self._since = 0.0
         self._warning: asyncio.TimerHandle | None = None
         self._opening: asyncio.Task[None] | None = None
+
+    def add(self, consumer: QueueConsumer) -> WakeupListener:
+        """Add a consumer; return what listens to its wake-up lists."""
+        self.consumers.append(consumer)
+        if not self.listeners or len(self.listeners[-1].consumers) == MOST_QUEUES:
+            connection = AsyncConnection(self._endpoint)
+            self.listeners.append(WakeupListener(self._lifecycle, connection, self._waiting, self._has_room))
+        self.listeners[-1].consumers.append(consumer)
+        return self.listeners[-1]
 
     def _on_lost(self, error: OSError) -> None:
         if self._warning is None:
@@ -205,43 +245,85 @@ class EndpointConnections:
                 log.info("worker %s: Redis is back after %s", self._worker, span(monotonic() - self._since))
             self._warning.cancel()
             self._warning = None
-        self.listener.renew()
+        for listener in self.listeners:
+            listener.renew()
 
     async def close(self) -> None:
-        """Close both connections."""
+        """Close all connections."""
+        self.idle_turns.close()
         if self._warning is not None:
             self._warning.cancel()
         if self._opening is not None:
             self._opening.cancel()
-        await self.listener.close()
+        for listener in self.listeners:
+            await listener.close()
         self.connection.close()
 
 
 class WorkerConnections:
     """The connections of one worker to the endpoints of all its queues."""
 
-    def __init__(self, worker: str, lifecycle: Lifecycle, client: Client) -> None:
+    def __init__(
+        self, worker: str, lifecycle: Lifecycle, client: Client, has_room: Callable[[], bool],
+        after_turn: Callable[[], None],
+    ) -> None:  # fmt: skip
+        """
+        Args:
+            worker: its name.
+            lifecycle: that of the worker.
+            client: knows the endpoints.
+            has_room: tells whether the worker could lease another job.
+            after_turn: called after each idle turn.
+        """
         self._worker, self._lifecycle, self._client = worker, lifecycle, client
+        self._has_room, self._after_turn = has_room, after_turn
+        self._asked: dict[WakeupListener, None] = {}
         self._by_endpoint: dict[Endpoint, EndpointConnections] = {}
+        self._listeners: dict[QueueConsumer, WakeupListener] = {}
+        self._waiting: dict[WakeupListener, None] = {}
 
     def of(self, keys: QueueKeys) -> EndpointConnections:
         """Return the connections to the endpoint of a queue."""
         endpoint = self._client.endpoint(keys)
         connections = self._by_endpoint.get(endpoint)
         if connections is None:
-            connections = EndpointConnections(self._worker, self._lifecycle, endpoint)
+            connections = EndpointConnections(
+                self._worker, self._lifecycle, endpoint, self._waiting, self._has_room, self._after_turn
+            )
             self._by_endpoint[endpoint] = connections
         return connections
 
-    def listen(self) -> None:
-        """Wait for work at each endpoint where nothing waits: room that came free counts for every queue."""
+    def add(self, consumer: QueueConsumer) -> None:
+        """Renew a consumer, and listen for it."""
+        self._listeners[consumer] = self.of(consumer.keys).add(consumer)
+
+    def listen(self, consumer: QueueConsumer) -> None:
+        """
+        Wait for work of a consumer, and of those that nothing waited for: room that came free counts for every queue.
+
+        At the next pass of the event loop, since jobs that were just leased begin first.
+        """
+        if not self._asked:
+            asyncio.get_running_loop().call_soon(self._listen)
+        self._asked[self._listeners[consumer]] = None
+
+    def _listen(self) -> None:
+        asked, self._asked = self._asked, {}
+        for listener in asked:
+            listener.listen()
+        if self._waiting and self._has_room():
+            for listener in [*self._waiting]:
+                listener.listen()
+
+    def tick(self) -> None:
+        """Renew the leases that were not renewed lately. Called a few times a second."""
         for connections in self._by_endpoint.values():
-            connections.listener.listen()
+            connections.idle_turns.tick()
 
     @property
     def blocked(self) -> int:
         """The number of blocking calls made."""
-        return sum(connections.listener.blocked for connections in self._by_endpoint.values())
+        return sum(listener.blocked for one in self._by_endpoint.values() for listener in one.listeners)
 
     async def close(self) -> None:
         """Close all connections."""

@@ -1,0 +1,139 @@
+"""A worker of many queues: what a job, and a queue with nothing to do, cost."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from typing import Any
+
+import pytest
+
+from conveyor.jobs.app import Conveyor
+from conveyor.worker.leasing.wakeup import MOST_QUEUES
+from conveyor.worker.worker import Worker
+from support.running_worker import until, working
+from support.time_limits import AT_ONCE
+
+
+async def nothing() -> None:
+    """Do nothing."""
+
+
+def _tasks(app: Conveyor, queues: int) -> list[Any]:
+    return [app.task(name=f"nothing{n}", queue=f"q{n}")(nothing) for n in range(queues)]
+
+
+def _commands(redis: Any) -> dict[str, int]:
+    return {name: int(found["calls"]) for name, found in redis.info("commandstats").items()}
+
+
+async def _cost_of_a_job(url: str, redis: Any, queues: int) -> tuple[float, dict[str, float]]:
+    """Return the function calls in this process, and the commands by name, that a job costs: pushed, run and awaited."""
+    app, jobs, calls = Conveyor(url), 40, 0
+    tasks = _tasks(app, queues)
+
+    def count(frame: object, event: str, argument: object) -> None:
+        nonlocal calls
+        calls += event == "call"
+
+    async with working(app) as worker:
+        for task in tasks:
+            await (await task.aenqueue()).aresult(timeout=20)
+        await until(lambda: not any(one.busy or one.has_more for one in worker.consumers))
+        before = _commands(redis)
+        sys.setprofile(count)
+        try:
+            for n in range(jobs):
+                await (await tasks[n * 7 % queues].aenqueue()).aresult(timeout=20)
+        finally:
+            sys.setprofile(None)
+        after = _commands(redis)
+    await app.aclose()
+    names = ("cmdstat_evalsha", "cmdstat_eval", "cmdstat_blpop")
+    return calls / jobs, {name[8:]: (after.get(name, 0) - before.get(name, 0)) / jobs for name in names}
+
+
+@pytest.mark.row("D24")
+@pytest.mark.standalone_only("a cluster has a blocking call for each slot")
+async def test_a_job_costs_the_same_with_many_queues(url: str, redis: Any) -> None:
+    """With 130 queues a job costs the commands of a worker of one queue, and no more than half as many calls again."""
+    few_calls, few = await _cost_of_a_job(url, redis, 1)
+    many_calls, many = await _cost_of_a_job(url, redis, 130)
+    print(f"1 queue: {few_calls:.0f} calls, {few}; 130 queues: {many_calls:.0f} calls, {many}")
+
+    assert many_calls <= 1.5 * few_calls
+    for name, count in many.items():
+        assert count <= few[name] + 0.2
+
+
+@pytest.mark.standalone_only("a cluster has a blocking call for each slot")
+async def test_a_blocking_call_names_few_queues(url: str, redis: Any) -> None:
+    """The wake-up lists of many queues are spread over blocking calls of at most 32 queues, and every queue is heard."""
+    app = Conveyor(url)
+    tasks = _tasks(app, 2 * MOST_QUEUES + 1)
+    async with working(app):
+        await until(lambda: redis.info("clients")["blocked_clients"] == 3)
+        async with asyncio.timeout(AT_ONCE * len(tasks)):
+            for task in tasks:
+                async with asyncio.timeout(AT_ONCE):  # below the pause after which a worker looks by itself
+                    await (await task.aenqueue()).aresult(timeout=20)
+    await app.aclose()
+
+
+@pytest.mark.row("D25")
+@pytest.mark.standalone_only("counts every command the server gets, those of a replica and of sentinels too")
+async def test_idle_workers_of_many_queues_send_next_to_nothing(url: str, redis: Any) -> None:
+    """Six idle workers of 20 queues cost little more than one command for each queue and worker in a third of a lease."""
+    app = Conveyor(url, lease="3s")
+    _tasks(app, 20)
+    workers = [Worker(app) for _ in range(6)]
+    running = [asyncio.create_task(worker.run()) for worker in workers]
+    for worker in workers:
+        await asyncio.wait_for(worker.ready.wait(), 20)
+    await until(lambda: redis.info("clients")["blocked_clients"] == len(workers))
+    await asyncio.sleep(1.0)  # the first turns look for dead workers
+    identities = [one.identity for worker in workers for one in worker.consumers]
+
+    before, seconds = _commands(redis), 4
+    await asyncio.sleep(seconds)  # the law is about time that passes
+    after = _commands(redis)
+    sent = {name: count - before.get(name, 0) for name, count in after.items() if name != "cmdstat_info"}
+    print(sent)
+    still = [one.identity for worker in workers for one in worker.consumers]
+    for worker in workers:
+        worker.stop()
+    await asyncio.gather(*running)
+    await app.aclose()
+
+    assert identities == still  # nobody was taken for dead
+    rounds = len(workers) * (seconds + 1)  # a third of a lease is a second
+    assert sent["cmdstat_zadd"] <= 20 * rounds
+    assert sum(sent.values()) <= 20 * rounds * 1.9
+
+
+@pytest.mark.row("D21")
+async def test_a_token_that_comes_during_a_turn(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A token that is taken while a turn that came too early for its job is under way leads to another turn at once."""
+    app = Conveyor(url)
+    [task] = _tasks(app, 1)
+    async with working(app) as worker:
+        [consumer] = worker.consumers
+        await until(lambda: worker.connections.blocked and not consumer.busy)
+        send, held = consumer.connection.send, list[tuple[Any, Any]]()
+
+        def send_and_hold(command: Any, answer: Any, **options: Any) -> None:
+            send(command, lambda reply: held.append((answer, reply)), **options)
+
+        monkeypatch.setattr(consumer.connection, "send", send_and_hold)
+        consumer.on_token()
+        await until(lambda: held)  # carried out, and the worker does not know it yet
+        monkeypatch.undo()
+        taken, on_token = asyncio.Event(), consumer.on_token
+        monkeypatch.setattr(consumer, "on_token", lambda: (on_token(), taken.set()))
+        job = await task.aenqueue()
+        await asyncio.wait_for(taken.wait(), 20)
+        for answer, reply in held:
+            answer(reply)
+        async with asyncio.timeout(AT_ONCE):
+            await job.aresult(timeout=20)
+    await app.aclose()
