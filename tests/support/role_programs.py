@@ -226,6 +226,8 @@ async def work(app: Conveyor) -> None:
         await double.options(priority=5, expires="1ms", delay="5ms").aenqueue(1)
         await _empty(app)
         await consumer.connection.run(operations.held_ids(consumer.keys, consumer.identity), retry_for=1.0)
+        member = (consumer.keys, consumer.identity, consumer.lease_ms, True)
+        await consumer.connection.run(operations.idle_turn([member]), retry_for=1.0)  # as after five seconds
     await asyncio.to_thread(_die, app)
     await asyncio.to_thread(_consume, app)
 

@@ -11,8 +11,7 @@ if TYPE_CHECKING:
     from conveyor.jobs.core import AppCore
     from conveyor.worker.execution.executor import Executor
     from conveyor.worker.job_loader import JobLoader
-    from conveyor.worker.leasing.capacity import Capacity
-    from conveyor.worker.leasing.queue_consumer import QueueConsumer
+    from conveyor.worker.leasing.capacity import Capacity, LeasingQueue
     from conveyor.worker.lifecycle import Lifecycle
     from conveyor.worker.settlement import SettlementWriter
     from conveyor.worker.shared_memory import ChildSlot
@@ -34,7 +33,7 @@ class WorkerServices:
     """Where a supervisor reads leases and renewals; None without one."""
     describe: Callable[[float], bytes]
     """Returns what Redis stores about the worker of a queue with that weight."""
-    listen: Callable[[QueueConsumer], None]
+    listen: Callable[[LeasingQueue], None]
     """Waits for work of a consumer, and of others that nothing waits for."""
     after_turn: Callable[[], None]
     """Called after each turn, when its reply was taken in."""

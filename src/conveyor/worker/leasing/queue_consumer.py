@@ -242,7 +242,7 @@ class QueueConsumer:
     def on_idle_turn(
         self, number: int, clock_offset: float, *, needs_turn: bool, now: int, next_due: int | None
     ) -> None:
-        """Take in what an idle turn found here, unless another turn than *number* was sent meanwhile."""
+        """Act on what an idle turn found here, unless another turn than *number* was sent meanwhile."""
         if number != self.number or self.is_turning or self.has_left:
             return
         if needs_turn:

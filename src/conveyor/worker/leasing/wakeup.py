@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from conveyor.store.client.client import Client
     from conveyor.store.keys import QueueKeys
     from conveyor.store.transport.endpoint import Endpoint
+    from conveyor.worker.leasing.capacity import LeasingQueue
     from conveyor.worker.leasing.queue_consumer import QueueConsumer
     from conveyor.worker.lifecycle import Lifecycle
 
@@ -279,7 +280,7 @@ class WorkerConnections:
         self._has_room, self._after_turn = has_room, after_turn
         self._asked: dict[WakeupListener, None] = {}
         self._by_endpoint: dict[Endpoint, EndpointConnections] = {}
-        self._listeners: dict[QueueConsumer, WakeupListener] = {}
+        self._listeners: dict[LeasingQueue, WakeupListener] = {}
         self._waiting: dict[WakeupListener, None] = {}
 
     def of(self, keys: QueueKeys) -> EndpointConnections:
@@ -297,7 +298,7 @@ class WorkerConnections:
         """Renew a consumer, and listen for it."""
         self._listeners[consumer] = self.of(consumer.keys).add(consumer)
 
-    def listen(self, consumer: QueueConsumer) -> None:
+    def listen(self, consumer: LeasingQueue) -> None:
         """
         Wait for work of a consumer, and of those that nothing waited for: room that came free counts for every queue.
 
