@@ -31,6 +31,8 @@ def plant(seeded: SeededQueue, call: Call[Any]) -> None:
             seeded.redis.set(key, "{}")
         elif kind == "results":
             seeded.redis.hset(key, "planted", "1\n{}")
+        elif kind == "upkeep":
+            seeded.redis.set(key, "0", ex=600)
         else:
             assert kind == "wake", f"cannot plant {key}"
             seeded.redis.rpush(key, "1")

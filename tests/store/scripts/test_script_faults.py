@@ -76,7 +76,15 @@ def test_full_server_still_drains(seeded: SeededQueue, name: str) -> None:
         reply = seeded.run(make(KEYS))
 
     assert seeded.dump() == expected
-    if name not in {"turn", "idle_turn", "register", "list_jobs", "get_job", "counts", "workers"}:  # these tell the time
+    if name not in {
+        "turn",
+        "idle_turn",
+        "register",
+        "list_jobs",
+        "get_job",
+        "counts",
+        "workers",
+    }:  # these tell the time
         in_order = sorted if name == "held_ids" else repr  # of a hash, which has none
         assert in_order(reply) == in_order(expected_reply)
 
