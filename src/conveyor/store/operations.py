@@ -425,7 +425,7 @@ def idle_turn(members: Sequence[tuple[QueueKeys, str, int, bool]]) -> Call[IdleR
     args: list[Argument] = []
     for keys, worker, lease_ms, compares in members:
         names += (keys.workers, keys.leased(worker), keys.upkeep, keys.due, keys.dead, keys.outbox, *keys.ready)
-        args += (worker, lease_ms, "c" if compares else "")
+        args += (worker, str(lease_ms), "c" if compares else "")
     return Call(IDLE_TURN, names, args, _read_idle_turn)
 
 
