@@ -213,7 +213,32 @@ def test_waiting_too_long_ends_with_124(shell: Shell) -> None:
     done = shell.run("enqueue", "greet", "name=Ada", "--wait", "--timeout", "200ms", CONVEYOR_APP="jobs")
 
     assert (done.returncode, done.stdout) == (124, "")
+    assert "It is 'ready', and no worker takes queue 'default'. Start one:  conveyor worker jobs:app" in done.stderr
     assert "It was not cancelled" in done.stderr
+
+
+def test_a_long_wait_says_what_is_known(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`enqueue --wait` says after a while, once, that no worker takes the queue, and goes on waiting."""
+    import sys
+
+    from click.testing import CliRunner
+
+    from conveyor.cli import cli, enqueue
+
+    monkeypatch.setattr(enqueue, "SAY_AFTER", 0.1)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.chdir(shell.directory)
+    monkeypatch.setenv("CONVEYOR_URL", shell.url or "")
+    try:
+        result = CliRunner().invoke(
+            cli, ["enqueue", "greet", "name=Ada", "-A", "jobs", "--wait", "--timeout", "300ms"], obj={"verbose": False}
+        )
+    finally:
+        sys.modules.pop("jobs", None)
+
+    [line] = [line for line in result.stderr.splitlines() if "Still waiting" in line]
+    assert "has not ended after 0.1 s. It is 'ready', and no worker takes queue 'default'." in line
+    assert isinstance(result.exception, TimeoutError)
 
 
 def test_interrupted_ends_with_130(shell: Shell, backend: Client) -> None:

@@ -133,12 +133,18 @@ def test_many_wait_for_one_job(
     assert [one.result(10) for one in waiting] == [7] * 5
 
 
-def test_timeout_is_kept_and_leaves_nothing(echo: Task[[int], int], redis: redis_py.Redis) -> None:
+def test_timeout_is_kept_and_leaves_nothing(
+    echo: Task[[int], int], manual: ManualWorker, redis: redis_py.Redis
+) -> None:
     """result() raises TimeoutError at its timeout, says which job, and is not registered any more."""
     job = echo.enqueue(1)
     began = time.monotonic()
     with pytest.raises(TimeoutError, match=f"{job.id} has not ended after 0.15 s"):
         job.result(timeout="150ms")
+
+    manual.take()
+    with pytest.raises(TimeoutError, match="A worker has leased it"):
+        job.result(timeout=0)
 
     assert 0.14 < time.monotonic() - began < 5
     assert not redis.exists(WAITERS)

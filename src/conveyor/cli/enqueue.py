@@ -16,6 +16,9 @@ from conveyor.errors import ConfigurationError, JobFailed, PayloadError, Unknown
 if TYPE_CHECKING:
     from conveyor.payload.signature import TaskSignature
 
+SAY_AFTER = 5.0
+"""Seconds of waiting for a result after which a line says what the job waits for."""
+
 
 @click.command()
 @click.argument("task", metavar="TASK")
@@ -46,7 +49,7 @@ def enqueue(
     from conveyor.jobs.task import definition_of
 
     seconds = None if timeout is None else parse_seconds(timeout, name="--timeout")
-    _, app = target.load_app()
+    name, app = target.load_app()
     chosen = _find_task(app, task)
     args, kwargs = _parse_arguments(definition_of(chosen).signature, pairs, document)
     delay_seconds = None if delay is None else parse_seconds(delay, name="--in")
@@ -59,20 +62,32 @@ def enqueue(
             out.line(job.id)
         return
     out.say(job.id)
-    text = _wait_for_result(out, job, seconds)
+    text = _wait_for_result(out, name, job, seconds)
     if out.as_json:
         out.document("result", id=job.id, task=chosen.name, result=json.loads(text))
     else:
         out.line(text)
 
 
-def _wait_for_result(out: Output, job: Any, seconds: float | None) -> str:
+def _wait_for_result(out: Output, name: str, job: Any, seconds: float | None) -> str:
+    from conveyor.jobs.job import START_WORKER
     from conveyor.payload.formats import value_text
 
+    def known(error: TimeoutError) -> TimeoutError:
+        return TimeoutError(str(error).replace(START_WORKER, f"conveyor worker {name}"))
+
     try:
+        if seconds is None or seconds > SAY_AFTER:
+            try:
+                return value_text(job.result(timeout=SAY_AFTER))
+            except TimeoutError as error:
+                out.say(
+                    f"{str(known(error)).partition(' It was not cancelled')[0]} Still waiting; ctrl-C ends only this."
+                )
+                seconds = None if seconds is None else seconds - SAY_AFTER
         return value_text(job.result(timeout=seconds))
-    except TimeoutError:
-        raise TimeoutError(f"Job {job.id} has not ended after {seconds:g} s. It was not cancelled.") from None
+    except TimeoutError as error:
+        raise known(error) from None
     except JobFailed as error:
         if error.traceback:
             for line in error.traceback.rstrip().splitlines():

@@ -8,7 +8,7 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar, cast
 
 from conveyor import ids
-from conveyor.errors import ConfigurationError, JobCancelled, JobFailed, JobNotFound, ResultExpired
+from conveyor.errors import ConfigurationError, ConveyorError, JobCancelled, JobFailed, JobNotFound, ResultExpired
 from conveyor.payload.records import Failure, Status, read_leniently, read_outcome
 from conveyor.store import inspection, operations
 from conveyor.store.operations import ExistingId
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 _POLL = 0.02
 """Seconds between two checks of the buffer of this program."""
+BUFFERED = "It waits in the buffer of this program until Redis answers."
+START_WORKER = "conveyor worker MODULE:app"
 R_co = TypeVar("R_co", covariant=True)
 JobLookup = tuple[str, inspection.JobRow | None, bytes]
 
@@ -227,7 +229,9 @@ class Job(Generic[R_co]):
         if self.queue is None or self.task is None:
             self._look_up()  # the task knows the type of the result, and only a live job names its task
         reply = self._core.result_subscriber.outcome(self._keys(), self._bare_id, remaining)
-        return self._read_result(reply, seconds)
+        if reply is None:
+            raise self._timeout_error(seconds, self._situation())
+        return self._read_result(reply)
 
     async def aresult(self, timeout: Duration | None = None) -> R_co:  # noqa: ASYNC109  the twin of result
         """Awaitable form of `result`."""
@@ -236,15 +240,31 @@ class Job(Generic[R_co]):
         if self.queue is None or self.task is None:
             await self._alook_up()
         reply = await self._core.result_subscriber.aoutcome(self._keys(), self._bare_id, remaining)
-        return self._read_result(reply, seconds)
+        if reply is None:
+            raise self._timeout_error(seconds, await self._asituation())
+        return self._read_result(reply)
+
+    def _situation(self) -> str:
+        """Return why the job has not ended, as far as Redis knows; "" when it does not answer."""
+        try:
+            counts = self._core.client.run(inspection.counts(self._keys()), retry_for=0.0)
+            return _situation(self._status(self._look_up()), str(self.queue), counts)
+        except ConveyorError:
+            return ""
+
+    async def _asituation(self) -> str:
+        """Awaitable form of `_situation`."""
+        try:
+            counts = await self._core.client.arun(inspection.counts(self._keys()), retry_for=0.0)
+            return _situation(self._status(await self._alook_up()), str(self.queue), counts)
+        except ConveyorError:
+            return ""
 
     def _keys(self) -> QueueKeys:
         assert self.queue is not None
         return self._core.keys(self.queue)
 
-    def _read_result(self, reply: WaitReply | None, seconds: float | None) -> R_co:
-        if reply is None:
-            raise self._timeout_error(seconds)
+    def _read_result(self, reply: WaitReply) -> R_co:
         kind, data = reply
         if kind == "dead":
             _, state, _ = read_leniently(b"\n\n", data)
@@ -275,8 +295,10 @@ class Job(Generic[R_co]):
             return untyped.decode(value)
         return cast("R_co", self._result_spec.results.decode(value))
 
-    def _timeout_error(self, seconds: float | None) -> TimeoutError:
-        return TimeoutError(f"Job {self.id} has not ended after {seconds:g} s. It was not cancelled: ask again later.")
+    def _timeout_error(self, seconds: float | None, situation: str = BUFFERED) -> TimeoutError:
+        return TimeoutError(
+            f"Job {self.id} has not ended after {seconds:g} s.{situation and ' '}{situation} It was not cancelled: ask again later."
+        )
 
     def _no_value(self, *, just_ended: bool) -> R_co:
         # For a task that is not known here it cannot be told whether it promised a value.
@@ -338,6 +360,20 @@ def refuse_in_loop(call: str, twin: str) -> None:
 
 def _is_known(lookup: JobLookup) -> bool:
     return lookup[0] != "none" or bool(lookup[2])
+
+
+def _situation(status: Status, queue: str, counts: inspection.QueueCounts) -> str:
+    if status == "leased":
+        return "A worker has leased it."
+    if status == "scheduled":
+        return "It is scheduled for later."
+    if status not in {"ready", "waiting"}:
+        return ""  # it ended a moment ago
+    if counts.paused:
+        return f"It is {status!r}, and queue {queue!r} is paused."
+    if not counts.workers:
+        return f"It is {status!r}, and no worker takes queue {queue!r}. Start one:  {START_WORKER}"
+    return f"It is {status!r}, among {counts.ready:,} in queue {queue!r}, whose workers are busy."
 
 
 def _timeout_seconds(timeout: Duration | None) -> float | None:
