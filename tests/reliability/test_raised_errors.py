@@ -208,7 +208,7 @@ async def test_nasty_exceptions(url: str, level: int, monkeypatch: pytest.Monkey
 
         assert await job.aresult(timeout=5) == "fine"
         assert (await counts(app)).dead == expected
-        rows = await app.client.arun(inspection.list_jobs(app.client.keys("default"), "dead", 0, 1000))
+        rows = (await app.client.arun(inspection.list_jobs(app.client.keys("default"), "dead", 0, 1000))).rows
         for row in rows:
             (failure,) = row.state.failures_list()
             assert len(failure.message.encode()) <= MESSAGE_BYTES, failure.type

@@ -45,7 +45,7 @@ def test_time_limits_of_all_kinds(url: str, tmp_path: Path, rounds: Rounds) -> N
         for n in (n for n, kind in names.items() if kind == "stuck"):
             first, second = starts[n]  # its end was written, or it ended with its process
             assert ends[n, 1] < second.at if (n, 1) in ends else first.pid != second.pid
-        rows = one.app.client.run(inspection.list_jobs(one.keys, "dead", 0, 1000))
+        rows = one.app.client.run(inspection.list_jobs(one.keys, "dead", 0, 1000)).rows
         assert Counter(row.envelope.task for row in rows) == kinds
         assert {row.state.failures_list()[-1].type for row in rows} == {"TimeoutError"}
         assert {row.state.crashes for row in rows} == {0}

@@ -191,7 +191,7 @@ async def test_poison_stops_after_max_crashes_and_spares_its_neighbours(app: Con
 
     assert len(poison_runs) == 3
     assert sorted(done) == list(range(20))
-    [row] = await app.client.arun(inspection.list_jobs(app.client.keys("default"), "dead", 0, 10))
+    [row] = (await app.client.arun(inspection.list_jobs(app.client.keys("default"), "dead", 0, 10))).rows
     assert row.envelope.task.endswith("poison")
     assert row.state.failures_list()[-1].type == "crashed"
 

@@ -109,7 +109,7 @@ async def test_the_last_failure_makes_a_dead_letter(app: Conveyor) -> None:
         await job.aresult(timeout=5)
     assert caught.value.type == "KeyError"
     assert "hopeless" in caught.value.traceback
-    [row] = await app.client.arun(inspection.list_jobs(app.client.keys("default"), "dead", 0, 10))
+    [row] = (await app.client.arun(inspection.list_jobs(app.client.keys("default"), "dead", 0, 10))).rows
     assert [error.attempt for error in row.state.failures_list()] == [1, 2]
 
 

@@ -42,6 +42,8 @@ from conveyor.store.inspection import FinishedJob, JobRow
 from conveyor.store.keys import QueueKeys
 
 PAGE_SIZE = 500
+SEARCH_SIZE = 200
+"""Entries that one call looks at when jobs of one task are wanted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,7 +186,7 @@ class Admin:
                 if task is None and offset >= total:
                     offset -= total
                     continue
-                rows = self._list_state(name, one, 0 if task else offset, total)
+                rows = self._list_state(name, one, 0 if task else offset, total, limit - len(jobs), task)
                 chosen = (row for row in rows if task is None or row.task == task)
                 if task:
                     while offset and next(chosen, None) is not None:
@@ -247,19 +249,23 @@ class Admin:
         stubs = _integer(self.client.execute("HGET", keys.conf, "stubs", key=keys.conf) or 0) if state == "ready" else 0
         return int(getattr(counts, state)) + stubs
 
-    def _list_state(self, queue: str, state: str, offset: int, total: int) -> Iterator[JobInfo]:
+    def _list_state(
+        self, queue: str, state: str, offset: int, total: int, limit: int, task: str | None
+    ) -> Iterator[JobInfo]:
         keys = self._keys(queue)
-        for first in range(offset, total, PAGE_SIZE):
+        size = SEARCH_SIZE if task else max(1, min(PAGE_SIZE, limit))
+        while offset < total:
             if state == "done":
-                page = self.client.run(inspection.finished(keys, first, PAGE_SIZE))
-                yield from (finished_job(queue, entry) for entry in page if entry.status != "dead")
-            else:
-                yield from (
-                    live_job(
-                        queue, row, self._decoder, MAX_PAYLOAD
-                    )  # bounds the page when bodies are decompression bombs
-                    for row in self.client.run(inspection.list_jobs(keys, state, first, PAGE_SIZE))
-                )
+                finished = self.client.run(inspection.finished(keys, offset, PAGE_SIZE))
+                yield from (finished_job(queue, entry) for entry in finished if entry.status != "dead")
+                offset += PAGE_SIZE
+                continue
+            page = self.client.run(inspection.list_jobs(keys, state, offset, size, task))
+            # The limit bounds the page when bodies are decompression bombs.
+            yield from (live_job(queue, row, self._decoder, MAX_PAYLOAD) for row in page.rows)
+            if not page.entries:
+                return
+            offset += page.entries
 
     def _find(self, public_id: str) -> _JobLookup | None:
         queue, id_ = split(public_id)

@@ -86,10 +86,17 @@ def redrive(keys: QueueKeys, limit: int | None) -> CountingProgram:
     return back
 
 
-def dead_page(keys: QueueKeys, offset: int, sealing: PayloadPipeline | None = None) -> Call[list[DeadLetter]]:
-    """Return the call that reads one page of dead letters, oldest first."""
-    page = inspection.list_jobs(keys, "dead-oldest", offset, PAGE)
-    return page.then(lambda rows: [_letter(keys.queue, row, sealing) for row in rows])
+def dead_page(
+    keys: QueueKeys, offset: int, sealing: PayloadPipeline | None = None
+) -> Call[tuple[list[DeadLetter], int]]:
+    """Return the call that reads a page of dead letters, oldest first; it yields them and the offset behind them, at the end 0."""
+    call = inspection.list_jobs(keys, "dead-oldest", offset, PAGE)
+    return call.then(
+        lambda page: (
+            [_letter(keys.queue, row, sealing) for row in page.rows],
+            offset + page.entries if page.entries else 0,
+        )
+    )
 
 
 def _letter(queue: str, row: JobRow, sealing: PayloadPipeline | None) -> DeadLetter:

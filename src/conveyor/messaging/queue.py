@@ -290,10 +290,10 @@ class Queue(Generic[T]):
 
     def dead_letters(self) -> Iterator[DeadLetter]:
         """Yield the dead letters, oldest first."""
-        offset = 0
-        while page := self.client.run(maintenance.dead_page(self.keys, offset, self._sealing)):
+        page, after = self.client.run(maintenance.dead_page(self.keys, 0, self._sealing))
+        while after:
             yield from page
-            offset += len(page)
+            page, after = self.client.run(maintenance.dead_page(self.keys, after, self._sealing))
 
     async def astats(self) -> QueueCounts:
         """Awaitable form of `stats`."""
@@ -321,11 +321,11 @@ class Queue(Generic[T]):
 
     async def adead_letters(self) -> AsyncIterator[DeadLetter]:
         """Awaitable form of `dead_letters`."""
-        offset = 0
-        while page := await self.client.arun(maintenance.dead_page(self.keys, offset, self._sealing)):
+        page, after = await self.client.arun(maintenance.dead_page(self.keys, 0, self._sealing))
+        while after:
             for letter in page:
                 yield letter
-            offset += len(page)
+            page, after = await self.client.arun(maintenance.dead_page(self.keys, after, self._sealing))
 
     def repartition(self, partitions: int) -> int:
         """

@@ -58,6 +58,14 @@ class JobRow:
 
 
 @dataclass(frozen=True, slots=True)
+class JobPage:
+    """One page of jobs, and the number of `entries` that it covers: the next page begins behind them. 0: there are no more."""
+
+    rows: list[JobRow]
+    entries: int
+
+
+@dataclass(frozen=True, slots=True)
 class FinishedJob:
     """One of the recently finished jobs: `at` in ms since the epoch, `ran_ms` the duration of its last attempt."""
 
@@ -97,9 +105,14 @@ def _read_counts(reply: list[Any]) -> QueueCounts:
     return QueueCounts(ready + foreign, scheduled, 0, leased, dead, age, paused == 1, workers, limit)
 
 
-def list_jobs(keys: QueueKeys, status: str, offset: int, count: int) -> Call[list[JobRow]]:
-    """Return the call that reads *count* jobs in a state: ready, scheduled, leased, dead (newest first) or dead-oldest."""
-    return Call(LIST_JOBS, _list_keys(keys), (status, str(offset), str(count)), lambda reply: _read_rows(status, reply))
+def list_jobs(keys: QueueKeys, status: str, offset: int, count: int, task: str | None = None) -> Call[JobPage]:
+    """
+    Return the call that reads one page of the jobs in a state: ready, scheduled, leased, dead (newest first) or dead-oldest.
+
+    *task*: only its jobs; the others among *count* entries count as looked at. Large jobs make a page shorter.
+    """
+    args = (status, str(offset), str(count), task or "")
+    return Call(LIST_JOBS, _list_keys(keys), args, lambda reply: JobPage(_read_rows(status, reply), reply[0]))
 
 
 def finished(keys: QueueKeys, offset: int, count: int) -> Call[list[FinishedJob]]:
@@ -107,8 +120,8 @@ def finished(keys: QueueKeys, offset: int, count: int) -> Call[list[FinishedJob]
     return Call(
         LIST_JOBS,
         _list_keys(keys),
-        ("done", str(offset), str(count)),
-        lambda reply: [_read_finished(e) for e in reply[3::4]],
+        ("done", str(offset), str(count), ""),
+        lambda reply: [_read_finished(entry) for entry in reply[4::4]],
     )
 
 
@@ -116,11 +129,11 @@ def _list_keys(keys: QueueKeys) -> tuple[str, ...]:
     return (keys.jobs, keys.state, keys.due, keys.dead, keys.workers, keys.recent, *keys.ready)
 
 
-def _read_rows(status: str, reply: list[bytes]) -> list[JobRow]:
+def _read_rows(status: str, reply: list[Any]) -> list[JobRow]:
     kind: Status = "dead" if status == "dead-oldest" else status  # type: ignore[assignment]
     return [
         JobRow(reply[i].decode(), kind, *read_leniently(reply[i + 1], reply[i + 2])[:2], reply[i + 3].decode())
-        for i in range(0, len(reply), 4)
+        for i in range(1, len(reply), 4)
     ]
 
 

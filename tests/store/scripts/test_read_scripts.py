@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
+from conveyor.messaging import maintenance
 from conveyor.store import inspection, operations
 from conveyor.store.inspection import FinishedJob, write_finished
 from conveyor.store.keys import QueueKeys
@@ -99,7 +100,7 @@ def test_counts_of_nothing(seeded: SeededQueue) -> None:
 def test_list_jobs_cuts_one_order(seeded: SeededQueue, status: str) -> None:
     """Pages of any size, one after the other, give each job of a state once, in the order of one large page."""
     furnish(seeded)
-    whole = [row.id for row in seeded.run(inspection.list_jobs(seeded.keys, status, 0, 500))]
+    whole = [row.id for row in seeded.run(inspection.list_jobs(seeded.keys, status, 0, 500)).rows]
     expected = {
         "ready": ["r2", "r1", "r3"], "scheduled": ["s3", "s1", "s2"], "leased": None,
         "dead": ["d2", "d1"], "dead-oldest": ["d1", "d2"],
@@ -110,7 +111,88 @@ def test_list_jobs_cuts_one_order(seeded: SeededQueue, status: str) -> None:
         assert whole == expected
     for size in (1, 2, 3):
         pages = [seeded.run(inspection.list_jobs(seeded.keys, status, at, size)) for at in range(0, 12, size)]
-        assert [row.id for page in pages for row in page] == whole
+        assert [row.id for page in pages for row in page.rows] == whole
+
+
+def add_dead_jobs(seeded: SeededQueue, *tasks: str, body: str = "{}", state: str = "1 1 0") -> list[str]:
+    """Make a dead letter of each of *tasks*, the oldest first, and return their ids."""
+    ids = [f"d{n:05}" for n in range(len(tasks))]
+    seeded.redis.hset(
+        seeded.keys.jobs, mapping={id_: f"\n{task}\n{body}" for id_, task in zip(ids, tasks, strict=True)}
+    )
+    seeded.redis.hset(seeded.keys.state, mapping=dict.fromkeys(ids, state))
+    seeded.redis.zadd(seeded.keys.dead, {id_: 1_700_000_000_000 + n for n, id_ in enumerate(ids)})
+    return ids
+
+
+def all_pages(seeded: SeededQueue, count: int, task: str | None = None) -> list[inspection.JobPage]:
+    """Read the dead letters page by page, each behind the one before."""
+    pages, offset = [], 0
+    while True:
+        page = seeded.run(inspection.list_jobs(seeded.keys, "dead-oldest", offset, count, task))
+        if not page.entries:
+            return pages
+        pages.append(page)
+        offset += page.entries
+
+
+@pytest.mark.row("D291")
+@pytest.mark.redis6
+@pytest.mark.standalone_only("counts the commands of one server")
+def test_jobs_of_a_task_are_found_in_bounded_steps(seeded: SeededQueue) -> None:
+    """A search for the jobs of a task brings those alone: of the others no call reads more than their envelopes."""
+    tasks = ["shop.add", "shop.a", "shop.add\t{}", "shop.adds", "x\nshop.add"] * 200
+    ids = add_dead_jobs(seeded, *tasks, state="1 1 0\n" + "e" * 2000)
+    seeded.redis.config_resetstat()
+
+    pages = all_pages(seeded, 200, "shop.add")
+
+    reads = seeded.redis.info("commandstats")["cmdstat_hget"]["calls"]
+    assert [page.entries for page in pages] == [200] * 5
+    assert [row.id for page in pages for row in page.rows] == [id_ for n, id_ in enumerate(ids) if n % 5 in {0, 2}]
+    assert reads == len(ids) + 400
+
+
+@pytest.mark.row("D291")
+@pytest.mark.redis6
+@pytest.mark.parametrize("large", ["body", "state"])
+def test_a_page_of_large_jobs_is_short(seeded: SeededQueue, large: str) -> None:
+    """A page ends when it has about 1 MiB, and the next one begins behind it, so that no job is left out."""
+    content = {"body": "{}", "state": "1 1 0"} | {large: ("[1" if large == "body" else "1 1 0\n{") + " " * 100_000}
+    ids = add_dead_jobs(seeded, *["t"] * 30, **content)
+
+    pages = all_pages(seeded, 100)
+
+    assert [page.entries for page in pages] == [11, 11, 8]
+    assert [row.id for page in pages for row in page.rows] == ids
+
+
+def test_all_dead_letters_are_read(seeded: SeededQueue) -> None:
+    """The dead letters of a queue are read to the end, also behind entries whose envelope the server has lost."""
+    ids = add_dead_jobs(seeded, *[""] * 250, body="1")
+    seeded.redis.hdel(seeded.keys.jobs, *ids[50:180])
+    pages = all_pages(seeded, 100)
+    assert [row.id for page in pages for row in page.rows] == ids[:50] + ids[180:]
+
+    found: list[str] = []
+    page, after = seeded.run(maintenance.dead_page(seeded.keys, 0))
+    while after:
+        found += [letter.id.partition(":")[2] or letter.id for letter in page]
+        page, after = seeded.run(maintenance.dead_page(seeded.keys, after))
+    assert found == ids[:50] + ids[180:]
+
+
+@pytest.mark.standalone_only("counts the commands of one server")
+def test_leased_jobs_that_a_page_passes_over_are_not_read(seeded: SeededQueue) -> None:
+    """A page of leased jobs reads the jobs of the workers that it shows, and only counts those of the others."""
+    for number in range(20):
+        seeded.lease(*(f"j{number}-{n}" for n in range(5)), worker=f"w{number:02}")
+    seeded.redis.config_resetstat()
+
+    page = seeded.run(inspection.list_jobs(seeded.keys, "leased", 52, 5))
+
+    assert (len(page.rows), {row.extra for row in page.rows}) == (5, {"w10", "w11"})
+    assert seeded.redis.info("commandstats")["cmdstat_hkeys"]["calls"] == 2
 
 
 def test_list_jobs_that_finished(seeded: SeededQueue) -> None:
