@@ -18,6 +18,9 @@ from redis.exceptions import ConnectionError as TransportError
 from conveyor import Buffer
 from conveyor.errors import ConfigurationError, QueueFull, StoreUnavailable
 from conveyor.jobs.app import Conveyor
+from conveyor.messaging.partitions import partition_names, repartition
+from conveyor.store.client import spool
+from conveyor.store.partitions import partition_of
 from conveyor.store.transport.async_connection import AsyncConnection, ConnectionLost
 from conveyor.store.transport.connection import Connection
 from support.forked_children import exit_code, in_child
@@ -128,7 +131,7 @@ def test_what_waits_comes_to_an_end(server: Server, buffer: Buffer) -> None:
         pusher.start()
         until(lambda: len(buffer) > 3000)
         server.start()
-        until(lambda: not buffer.waiting)
+        until(lambda: not len(buffer))
         stop.set()
         pusher.join()
     assert line(server) == bare(ids)
@@ -246,6 +249,31 @@ def test_a_full_queue_is_waited_for(server: Server, buffer: Buffer) -> None:
         assert ids
 
 
+@pytest.mark.row("D187")
+def test_a_full_queue_holds_up_no_other(server: Server, buffer: Buffer) -> None:
+    """While one queue accepts nothing, buffered and new jobs of the others are stored, and only its own wait."""
+    with Conveyor(server.url, buffer=buffer) as app:
+        full, mail = app.queue("full", max_length=1), app.queue("mail")
+        full.push(0)
+        server.kill()
+        first, blocked = mail.push(1), [full.push(n) for n in range(1, 4)]
+        others = [app.queue(f"other{n}").push(n) for n in range(20)]
+        server.start()
+        until(lambda: len(buffer) == len(blocked))
+        assert all(line(server, f"other{n}") == bare([id_]) for n, id_ in enumerate(others))
+        assert not buffer.holds_back(("conveyor", "mail", None))
+        second = mail.push(2)  # it goes to Redis itself
+        assert line(server) == bare([first, second])
+        mail.push(3, fsync=False)
+        blocked.append(full.push(4))
+        assert len(buffer) == len(blocked)
+        for n in range(5):
+            (message,) = full.pull(1, wait="10s")
+            assert message.body == n
+            message.ack()
+        assert buffer.wait_empty(10)
+
+
 @pytest.mark.parametrize("emptied", [False, True])
 def test_a_queue_with_partitions(start_server: Start, buffer: Buffer, emptied: bool) -> None:
     """A buffered job arrives in its partition, even when Redis has lost all data and knows of no partitions any more."""
@@ -260,6 +288,48 @@ def test_a_queue_with_partitions(start_server: Start, buffer: Buffer, emptied: b
         assert len(mail) == 100 + (not emptied)
         assert mail.stats().ready == len(mail)
         assert len(set(ids)) == 100
+
+
+@pytest.mark.row("D184")
+@pytest.mark.parametrize("numbers", [(4, 2), (2, 5), (3, 1), (1, 3)], ids=str)
+def test_another_number_of_partitions(
+    server: Server, buffer: Buffer, monkeypatch: pytest.MonkeyPatch, numbers: tuple[int, int]
+) -> None:
+    """Jobs for partitions whose number was changed meanwhile are placed anew: each is stored once, where its key belongs."""
+    monkeypatch.setattr(spool, "MAX_JOBS", 7)
+    before, after = numbers
+    with Conveyor(server.url, buffer=buffer) as app, Conveyor(server.url) as other:
+        orders, behind = app.queue("orders", **({"partitions": before} if before > 1 else {})), app.queue("mail")
+        message = orders.push("first")
+        (pulled,) = orders.pull(1)
+        pulled.ack()
+        server.kill()
+        ids = [orders.push(n, unique=f"key {n}") for n in range(30)] + orders.push_many(range(30, 60))
+        last = behind.push("behind them")
+        monkeypatch.setattr(app.client, "announce_within", hindered := Hindered(app.client.announce_within))
+        server.start()
+        repartition(other.client, "orders", after)
+        hindered.over = True
+        assert buffer.wait_empty(10)
+        assert line(server) == bare([last])
+        names = partition_names("orders", after)
+        found = {name: line(server, name) for name in names}
+        assert sorted(id_ for part in found.values() for id_ in part) == sorted(bare(ids))
+        if after > 1:
+            assert all(bare([ids[n]])[0] in found[names[partition_of(f"key {n}", after)]] for n in range(30))
+        assert message
+
+
+class Hindered:
+    """A call that fails as when Redis is away, until that is `over`."""
+
+    def __init__(self, real: Callable[..., None]) -> None:
+        self.real, self.over = real, False
+
+    def __call__(self, *about: Any) -> None:
+        if not self.over:
+            raise StoreUnavailable("not yet")
+        self.real(*about)
 
 
 def test_delays_count_from_the_push(server: Server, buffer: Buffer) -> None:

@@ -18,10 +18,11 @@ from conveyor.errors import ConfigurationError, StoreUnavailable
 from conveyor.jobs.app import Conveyor
 from conveyor.store import operations
 from conveyor.store.client import spool
-from conveyor.store.client.spool import SpooledPush, claim_spool
+from conveyor.store.client.spool import SpoolDirectory, SpooledPush
 from conveyor.store.keys import QueueKeys
 from conveyor.store.operations import Entry
 from conveyor.store.script import Call
+from conveyor.store.transport.url import server_name
 from support.ready_ids import bare, line, until
 from support.server_process import Server
 
@@ -78,6 +79,11 @@ def printed(process: subprocess.Popen[str], ids: list[str], word: str = "done") 
         if row.strip() == word:
             return
         ids.append(row.strip())
+
+
+def is_empty(directory: Path) -> bool:
+    """Tell whether all that was kept in *directory* was delivered."""
+    return not any(path.stat().st_size for path in directory.glob("*.log"))
 
 
 def test_the_next_process_delivers(server: Server, tmp_path: Path) -> None:
@@ -152,9 +158,8 @@ def test_what_was_delivered_without_a_mark(
         assert done.returncode == -signal.SIGKILL
         assert line(server)
     monkeypatch.setattr(spool, "MAX_JOBS", portions[1])
-    buffer = Buffer(tmp_path)
-    with Conveyor(server.url, buffer=buffer):
-        until(lambda: not buffer.has_leftovers())
+    with Conveyor(server.url, buffer=Buffer(tmp_path)):
+        until(lambda: is_empty(tmp_path))
     assert line(server) == bare(ids[::2])
     assert line(server, "other") == bare(ids[1::2])
 
@@ -164,25 +169,26 @@ def test_a_push_that_was_withdrawn_is_delivered(server: Server, tmp_path: Path) 
     """A failed attempt that was withdrawn, though nobody was told, was not stored: the push is delivered, and once."""
     keys = QueueKeys("conveyor", "mail")
     for _ in range(2):  # the second time its deliverer died before it could write down what was delivered
-        left = claim_spool(tmp_path, fsync=False)
+        left = SpoolDirectory(tmp_path, server_name(server.url), fsync=False).claim()
         entry = Entry("0" * 22, b"\nmessage\n{}")
-        left.add(SpooledPush("conveyor", "mail", [entry], time.time(), lane="attempt+", number=7))
+        left.add(
+            SpooledPush(
+                "conveyor", "mail", [entry], time.time(), lane="attempt+", number=7, server=server_name(server.url)
+            )
+        )
         left.close()
         app = Conveyor(server.url)
         app.client.run(Call(operations.WITHDRAW, (keys.lane("attempt+"),), (7,), bytes))
         app.close()
-        buffer = Buffer(tmp_path)
-        with Conveyor(server.url, buffer=buffer):
-            assert buffer.wait_empty(10)
+        with Conveyor(server.url, buffer=Buffer(tmp_path)):
+            until(lambda: is_empty(tmp_path))
     assert line(server) == ["0" * 22]
 
 
+@pytest.mark.row("D182")
 def test_a_torn_tail(server: Server, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Of a file whose end was not written whole, all before that is delivered, and the loss is said."""
-    server.kill()
-    app = Conveyor(server.url, buffer=Buffer(tmp_path, linger=0))
-    ids = [app.queue("mail").push(n) for n in range(3)]
-    app.close()
+    ids = kept(server, tmp_path, 3)
     path = tmp_path / "0.log"
     os.truncate(path, path.read_bytes().index(bare(ids)[2].encode()) + 10)
     server.start()
@@ -191,6 +197,189 @@ def test_a_torn_tail(server: Server, tmp_path: Path, caplog: pytest.LogCaptureFi
     assert line(server) == bare(ids[:2])
     assert "cannot be read" in caplog.text
     assert path.stat().st_size == 0
+
+
+def kept(server: Server, directory: Path, count: int) -> list[str]:
+    """Stop the server, and leave *count* jobs in *directory*."""
+    server.kill()
+    app = Conveyor(server.url, buffer=Buffer(directory, linger=0))
+    ids = [app.queue("mail").push(n) for n in range(count)]
+    app.close()
+    return ids
+
+
+@pytest.mark.row("D182")
+def test_one_damaged_bit(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A bit that flips anywhere costs the one record that it is in: the others are kept, and what is damaged is set aside."""
+    spools, now = SpoolDirectory(tmp_path, "here", fsync=False), time.time()
+
+    def record(n: int) -> SpooledPush:
+        return SpooledPush("conveyor", "mail", [Entry(f"{n:022}", b"\n" + bytes([n]))], now, server="here")
+
+    left = spools.claim()
+    for n in range(3):
+        left.add(record(n))
+    left.close()
+    path, damaged = tmp_path / "0.log", tmp_path / "0.damaged"
+    whole = path.read_bytes()
+    ends = [whole.index(f"{n:022}".encode()) for n in range(3)]
+    last = len(whole.rstrip(b"\0"))
+    seen = set()
+    for at in range(0, last, 2):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ (1 << at % 8)]) + whole[at + 1 :])
+        damaged.unlink(missing_ok=True)
+        again = spools.claim()
+        found = [int(one.entries[0].id) for one in again.records()]
+        (lost,) = {0, 1, 2} - set(found)
+        seen.add(lost)
+        assert found == [n for n in range(3) if n != lost]
+        assert damaged.read_bytes()
+        assert f"{lost:022}".encode() in damaged.read_bytes() or at in range(ends[lost], ends[lost] + 22)
+        again.close()
+        reread = spools.claim()  # the damaged part is in it no more
+        assert [int(one.entries[0].id) for one in reread.records()] == found
+        reread.close()
+    assert seen == {0, 1, 2}
+    assert caplog.text.count("cannot be read") == len(range(0, last, 2))
+
+
+@pytest.mark.row("D182")
+def test_a_frame_within_a_damaged_one_is_no_record(tmp_path: Path) -> None:
+    """What a payload holds is not taken for a record of the file, when the record that holds it is damaged."""
+    spools, now = SpoolDirectory(tmp_path, "here", fsync=False), time.time()
+    inner = spool._frame(("P", SpooledPush("conveyor", "mail", [Entry("inner", b"")], now, lane="x+", server="here")))
+    left = spools.claim()
+    for name, payload in (("one", b""), ("two", inner), ("three", b"")):
+        left.add(SpooledPush("conveyor", "mail", [Entry(name, payload)], now, server="here"))
+    left.close()
+    path = tmp_path / "0.log"
+    path.write_bytes(path.read_bytes().replace(b"two", b"tvo"))
+    again = spools.claim()
+    assert [one.entries[0].id for one in again.records()] == ["one", "three"]
+    again.close()
+
+
+@pytest.mark.row("D182")
+def test_damage_on_a_full_disk_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where what is damaged cannot be set aside, it stays, and what is added behind it is read again."""
+    spools, now = SpoolDirectory(tmp_path, "here", fsync=False), time.time()
+    left = spools.claim()
+    for name in ("one", "two", "three"):
+        left.add(SpooledPush("conveyor", "mail", [Entry(name, b"")], now, server="here"))
+    left.close()
+    path = tmp_path / "0.log"
+    path.write_bytes(path.read_bytes().rstrip(b"\0").replace(b"three", b"thrae"))
+    with monkeypatch.context() as full:
+        full.setattr(spool, "open", _no_space, raising=False)
+        again = spools.claim()
+        again.add(SpooledPush("conveyor", "mail", [Entry("four", b"")], now, server="here"))
+        again.close()
+    last = spools.claim()
+    assert [one.entries[0].id for one in last.records()] == ["one", "two", "four"]
+    assert b"thrae" in (tmp_path / "0.damaged").read_bytes()
+    last.close()
+
+
+def _no_space(*_: object, **__: object) -> None:
+    raise OSError(28, "No space left on device")
+
+
+@pytest.mark.row("D183")
+def test_a_living_process_delivers_for_a_dead_one(server: Server, tmp_path: Path) -> None:
+    """What a process leaves that dies while another lives, with the same directory, is delivered by that one."""
+    with Conveyor(server.url, buffer=Buffer(tmp_path)) as app:
+        first = app.queue("mail").push("it has nothing else to deliver")
+        away = Path(server.url.removeprefix("unix://").partition("?")[0])
+        away.rename(away.with_suffix(".away"))  # for new connections only
+        ids: list[str] = []
+        other = program(server.url, tmp_path, 0, 20)
+        printed(other, ids)
+        kill(other)
+        away.with_suffix(".away").rename(away)
+        until(lambda: len(line(server)) == 21)
+        assert line(server) == bare([first, *ids])
+        assert is_empty(tmp_path)
+
+
+@pytest.mark.row("D185")
+def test_what_is_for_another_server_is_left_to_it(
+    server: Server, start_server: Start, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Jobs kept for one server are not delivered to another, whose programs use the same directory; the log says so."""
+    ids, another = kept(server, tmp_path, 3), start_server()
+    with Conveyor(another.url, buffer=Buffer(tmp_path)) as app:
+        until(lambda: "holds 3 jobs for the server" in caplog.text)
+        another.kill()
+        app.client.retry_for = 0.2
+        waits = app.queue("mail").push("for the other")
+        another.start()
+        until(lambda: line(another) == bare([waits]))
+    server.start()
+    with Conveyor(server.url, buffer=Buffer(tmp_path)):
+        until(lambda: is_empty(tmp_path))
+    assert line(server) == bare(ids)
+    assert line(another) == bare([waits])
+    assert caplog.text.count("holds 3 jobs for the server") == 1
+
+
+@pytest.mark.row("D185")
+def test_a_server_under_another_address(server: Server, start_server: Start, tmp_path: Path) -> None:
+    """A server that has moved gets what was kept for it when it is named."""
+    ids, moved = kept(server, tmp_path, 3), start_server()
+    with Conveyor(moved.url, buffer=Buffer(tmp_path, server=server_name(server.url))):
+        until(lambda: is_empty(tmp_path))
+    assert line(moved) == bare(ids)
+    with pytest.raises(ConfigurationError, match="name of the server"):
+        Buffer(tmp_path, server="")
+
+
+@pytest.mark.row("D185")
+@pytest.mark.parametrize(
+    ("address", "name"),
+    [
+        (None, "embedded:"),
+        ("embedded:///here", "embedded:///here"),
+        ("redis://", "redis://localhost:6379/0"),
+        ("rediss://:secret@Host:6379", "redis://host:6379/0"),
+        ("redis://user:secret@host/3?socket_timeout=1", "redis://host:6379/3"),
+        ("redis://host:7?db=3", "redis://host:7/3"),
+        ("unix:///run/s?db=2", "unix:///run/s/2"),
+        ("unix://:secret@/run/s", "unix:///run/s/0"),
+        ("redis+sentinel://:secret@b,a:1/orders?db=1", "redis+sentinel://a:1,b:26379/orders/1"),
+        ("redis+cluster://b:2,a:1", "redis+cluster://a:1,b:2/0"),
+        ("redis://[::1]:6380/0", "redis://[::1]:6380/0"),
+    ],
+)
+def test_the_name_of_a_server(address: str | None, name: str) -> None:
+    """The name of a server says where it is, and neither who asks nor how: no login, no option."""
+    assert server_name(address) == name
+
+
+@pytest.mark.row("D186")
+def test_fsync_includes_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With fsync, the names of the directory and of each file that is made there are on the disk before a push returns."""
+    synced: list[str] = []
+    real = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        synced.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    place = tmp_path / "deep" / "er"
+    app = Conveyor("redis://127.0.0.1:1", buffer=Buffer(place, fsync=True, linger=0))
+    assert synced == [str(tmp_path), str(tmp_path / "deep")]
+    synced.clear()
+    app.queue("mail").push(1)
+    assert synced == [str(place)]
+    app.close()
+    monkeypatch.setattr(spool, "_REWRITE_ABOVE", -1)
+    synced.clear()
+    left = SpoolDirectory(place, server_name("redis://127.0.0.1:1"), fsync=True).claim()
+    left.add(SpooledPush("conveyor", "mail", [Entry("two", b"")], time.time()))
+    left._rewrite()
+    assert synced[-2:] == [str(place / "0.new"), str(place)]
+    left.close()
 
 
 def test_a_full_disk_refuses_and_delivers(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

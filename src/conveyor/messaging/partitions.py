@@ -24,7 +24,6 @@ from functools import partial
 from itertools import count
 from random import randrange
 from typing import Any, TypeVar
-from zlib import crc32
 
 from conveyor import ids
 from conveyor.errors import ConfigurationError, StoreUnavailable
@@ -35,18 +34,13 @@ from conveyor.store.client.client import Client
 from conveyor.store.client.programs import adrive, drive
 from conveyor.store.keys import QueueKeys, known_queues
 from conveyor.store.operations import Entry
-from conveyor.store.partitions import PartitionCountMismatch
+from conveyor.store.partitions import PartitionCountMismatch, partition_of
 from conveyor.store.script import Argument, Call
 
 V = TypeVar("V")
 MAX_PARTITIONS = 256
 """Most partitions of a queue: each costs a worker an identity, in a cluster also a connection."""
 RETRY_PAUSE = 0.05
-
-
-def partition_of(key: str, partitions: int) -> int:
-    """Return the partition that *key* picks: a number from 0 to *partitions* - 1."""
-    return crc32(key.encode("utf-8", "surrogatepass")) % partitions
 
 
 def likely_first(names: Sequence[str], id: str) -> list[str]:  # noqa: A002

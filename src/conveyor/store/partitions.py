@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from functools import partial
 from typing import Any
+from zlib import crc32
 
 from conveyor import ids
 from conveyor.errors import ConfigurationError
@@ -20,6 +21,11 @@ CLAIM_PARTITIONS, REPARTITION, COUNT = (
     Script("repartition"),
     Script("partitions"),
 )
+
+
+def partition_of(key: str, partitions: int) -> int:
+    """Return the partition that *key* picks: a number from 0 to *partitions* - 1."""
+    return crc32(key.encode("utf-8", "surrogatepass")) % partitions
 
 
 class PartitionCountMismatch(ConfigurationError):

@@ -8,23 +8,24 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from conveyor.errors import ConfigurationError, StoreUnavailable
 from conveyor.store.client.spool import (
     MemorySpool,
+    QueueName,
     SpoolBatch,
+    SpoolDirectory,
     SpooledPush,
-    claim_spool,
-    has_leftovers,
-    orphaned_spools,
     prepare_directory,
 )
 from conveyor.store.signal_safety import SignalSafeEvent
 from conveyor.units import Duration, milliseconds
 
 _log = logging.getLogger("conveyor.buffer")
+LOOK_EVERY = 3.0
+"""Seconds between two looks for what dead processes left in the directory."""
 
 
 class Buffer:
@@ -43,12 +44,14 @@ class Buffer:
         most_bytes: int = 64_000_000,
         fsync: bool = False,
         linger: Duration = "5s",
+        server: str | None = None,
     ) -> None:
         """
         Set the limits: *most* jobs of *most_bytes* in total can wait; beyond that a push raises (E37).
 
         On disk each push is in the file before it returns, so it survives this process; with *fsync* also a power cut. *linger* is
-        how long closing the app waits for the rest to be delivered. Raises ConfigurationError.
+        how long closing the app waits for the rest to be delivered. What lies on disk is for one server: *server* is its name,
+        None for hosts and database of the URL. Give a name when the address may change. Raises ConfigurationError.
         """
         for name, value in (("most", most), ("most_bytes", most_bytes)):
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
@@ -61,11 +64,15 @@ class Buffer:
             )
         if fsync and directory is None:
             raise ConfigurationError("Buffer(fsync=True) is for a buffer on disk: Buffer('spool', fsync=True).")
+        if server is not None and (not isinstance(server, str) or not server):
+            raise ConfigurationError(f"Buffer(server=…) is a name of the server, such as 'orders', not {server!r}.")
         self.directory = None if directory is None else Path(directory)
         self.most = most
         self.most_bytes = most_bytes
         self.linger = milliseconds(linger, name="linger") / 1000
         self._fsync = fsync
+        self._server = server
+        self._spools: SpoolDirectory | None = None
         self._start: Callable[[], None] | None = None
         self._reset()
 
@@ -77,21 +84,32 @@ class Buffer:
         self._ids: set[str] = set()
         self._outage_since: float | None = None
         self._count_delivered = 0
+        self._next_look = 0.0
+        self.away = False
+        """True when the last attempt found no Redis."""
         self.draining = False
         """True while Redis accepts the waiting pushes. New pushes are slowed down then, or the buffer would never become empty."""
 
-    def bind(self, start: Callable[[], None]) -> None:
-        """Set the function that starts a delivery; a buffer belongs to one app. Raises ConfigurationError."""
+    def bind(self, start: Callable[[], None], server: str) -> None:
+        """
+        Set the function that starts a delivery, and the name of the server; a buffer belongs to one app.
+
+        Raises ConfigurationError.
+        """
         if self._start is not None:
             raise ConfigurationError("This Buffer already belongs to another app. Create one for each app.")
         if self.directory is not None:
             try:
-                prepare_directory(self.directory)  # now, not in the middle of the first outage
+                # Now, not in the middle of the first outage.
+                prepare_directory(self.directory, fsync=self._fsync)
             except OSError as fault:
                 raise ConfigurationError(
                     f"Buffer('{self.directory}') cannot be used: {fault.strerror or fault}. Make the directory writable, "
                     "or use another."
                 ) from None
+        self._server = self._server or server
+        if self.directory is not None:
+            self._spools = SpoolDirectory(self.directory, self._server, fsync=self._fsync)
         self._start = start
         _bound.add(self)
 
@@ -105,15 +123,15 @@ class Buffer:
     def __repr__(self) -> str:
         return f"<Buffer {self.directory or 'in memory'}: {len(self)} of {self.most} jobs>"
 
-    @property
-    def waiting(self) -> bool:
-        """True when something waits that a new push must not overtake."""
+    def holds_back(self, to: QueueName) -> bool:
+        """Tell whether a push to this queue must wait here: behind others, or because Redis is away."""
         own = self._own
-        return own is not None and bool(own)
+        return own is not None and bool(own.queues) and (self.away or to in own.queues)
 
-    def has_leftovers(self) -> bool:
-        """Tell whether an earlier process left something in the directory."""
-        return self.directory is not None and has_leftovers(self.directory)
+    @property
+    def on_disk(self) -> bool:
+        """True when dead processes may leave something for this one."""
+        return self._spools is not None
 
     def holds(self, id: str) -> bool:  # noqa: A002
         """Tell whether the job with this bare id waits here."""
@@ -133,6 +151,7 @@ class Buffer:
                 own = self._own_spool()
                 if own.jobs + count > self.most or own.bytes + record.size > self.most_bytes:
                     raise error or self._full_error(own, count)
+                record.server = self._server or ""
                 own.add(record)
             except OSError as fault:
                 raise error or StoreUnavailable(
@@ -141,6 +160,7 @@ class Buffer:
                     code="E37",
                 ) from fault
             self._ids.update(entry.id for entry in record.entries)
+            self.away = self.away or error is not None
             if self._outage_since is None and error is not None:
                 self._outage_since = time.monotonic()
                 where = "in memory" if self.directory is None else f"in {self.directory}"
@@ -165,10 +185,10 @@ class Buffer:
 
     def _own_spool(self) -> MemorySpool:
         if self._own is None:
-            if self.directory is None:
+            if self._spools is None:
                 self._own = MemorySpool()
             else:
-                self._own = claim_spool(self.directory, fsync=self._fsync)
+                self._own = self._spools.claim()
                 self._remember(self._own)
         return self._own
 
@@ -177,26 +197,33 @@ class Buffer:
 
     # -- out ----------------------------------------------------------------------------------------------------------
 
-    def next_batch(self) -> tuple[MemorySpool, SpoolBatch] | None:
-        """Return the spool and the batch to send now, None when nothing waits."""
+    def next_batch(self, may_send: Callable[[QueueName], bool]) -> tuple[MemorySpool, SpoolBatch] | None:
+        """Return a spool and the batch of it to send now, None when nothing waits for a queue that *may_send* allows."""
         with self._lock:
-            if self.directory is not None and self._own is None and self.has_leftovers():
-                self._own_spool()
-            spool = next((one for one in self._all() if one), None)
-            if spool is None and self.directory is not None:
-                self._others += orphaned_spools(self.directory)
-                spool = next((one for one in self._others if one), None)
-                if spool is not None:
-                    self._remember(spool)
-            if spool is None:
+            self._look()
+            for spool in self._all():
+                if (batch := spool.next_batch(may_send)) is not None:
+                    return spool, batch
+            if not self.away:
                 self._finish()
-                return None
-            return spool, spool.next_batch()
+            return None
+
+    def _look(self) -> None:
+        """Claim what dead processes left in the directory."""
+        now = time.monotonic()
+        if self._spools is None or now < self._next_look:
+            return
+        self._next_look = now + LOOK_EVERY
+        if self._own is None and self._spools.has_leftovers():
+            self._own_spool()  # with the leftovers of one, so that new pushes follow them
+        for spool in self._spools.orphans():
+            self._others.append(spool)
+            self._remember(spool)
 
     def delivered(self, spool: MemorySpool, batch: SpoolBatch, number: int) -> None:
         """Remove what Redis has: the records of the batch's sequence up to *number*."""
         with self._lock:
-            self.draining = True
+            self.away, self.draining = False, True
             for record in spool.finish(batch, number):
                 self._count_delivered += len(record.entries)
                 self._ids.difference_update(entry.id for entry in record.entries)
@@ -207,19 +234,35 @@ class Buffer:
                 self._finish()
         self._changed.set()
 
+    def place_anew(self, spool: MemorySpool, batch: SpoolBatch, placed: Sequence[SpooledPush]) -> None:
+        """Replace the records of a batch by *placed*, which are for other queues."""
+        with self._lock:
+            spool.replace(batch, placed)
+
+    def refused(self) -> None:
+        """Note that Redis answers, though it accepts nothing."""
+        self.away = False
+
+    def unanswered(self) -> None:
+        """Note that Redis does not answer."""
+        self.away, self.draining = True, False
+
     def halve_batch(self, spool: MemorySpool, batch: SpoolBatch) -> bool:
         """Send less at a time; return False when it is one record already."""
         with self._lock:
             return spool.halve_batch(batch)
 
     def _finish(self) -> None:
+        """Report the end of an outage: what can be delivered is."""
+        left = sum(one.jobs for one in self._all())
+        wait = f"; {left:,} wait for queues that do not accept them" if left else ""
         if self._outage_since is not None:
             _log.warning(
-                "Redis answers again after %.1f s: %s buffered jobs were delivered",
-                time.monotonic() - self._outage_since, f"{self._count_delivered:,}",
+                "Redis answers again after %.1f s: %s buffered jobs were delivered%s",
+                time.monotonic() - self._outage_since, f"{self._count_delivered:,}", wait,
             )  # fmt: skip
         elif self._count_delivered:
-            _log.info("%s buffered jobs were delivered", f"{self._count_delivered:,}")
+            _log.info("%s buffered jobs were delivered%s", f"{self._count_delivered:,}", wait)
         self._outage_since, self._count_delivered, self.draining = None, 0, False
 
     def _all(self) -> list[MemorySpool]:
@@ -227,9 +270,10 @@ class Buffer:
 
     # -- waiting ------------------------------------------------------------------------------------------------------
 
-    def wait_empty(self, seconds: float) -> bool:
-        """Wait until nothing waits here; return whether that happened in time."""
-        return self._changed.wait_for(lambda: not any(self._all()), seconds)
+    def wait_empty(self, seconds: float, to: QueueName | None = None) -> bool:
+        """Wait until nothing waits here (for queue *to*); return whether that happened in time."""
+        empty = (lambda: not any(self._all())) if to is None else (lambda: not self.holds_back(to))
+        return self._changed.wait_for(empty, seconds)
 
     def wait_delivered(self, id: str, seconds: float | None) -> bool:  # noqa: A002
         """Wait until the job with this bare id is delivered; return whether that happened in time."""
@@ -237,6 +281,12 @@ class Buffer:
 
     def flush(self) -> None:
         """Give the delivery its `linger` seconds, and log what remains."""
+        with self._lock:
+            try:
+                self._next_look = 0.0
+                self._look()
+            except (OSError, ConfigurationError) as error:
+                _log.warning("the buffer %s cannot be read: %s", self.directory, error)
         if not len(self):
             return
         self.start_delivery()
@@ -265,7 +315,7 @@ class Buffer:
                 one.close()
             self._own, self._others = None, []
             self._ids.clear()
-            self._outage_since = None
+            self._outage_since, self.away, self._next_look = None, False, 0.0
 
     def forked(self) -> None:
         """Start empty in a forked child: the parent delivers what waits."""

@@ -7,25 +7,27 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from conveyor.errors import ConveyorError, QueueFull, StoreUnavailable
-from conveyor.ids import logical
+from conveyor.errors import ConfigurationError, ConveyorError, QueueFull, StoreUnavailable
+from conveyor.ids import logical, partition
 from conveyor.store import operations
 from conveyor.store.client.batching import PendingPush, PushBatcher, chunks, entries_of
-from conveyor.store.client.buffer import Buffer
+from conveyor.store.client.buffer import LOOK_EVERY, Buffer
 from conveyor.store.client.client import RETRY_FOR, Client, refuse_in_loop
 from conveyor.store.client.confirmed import ConfirmedTarget
 from conveyor.store.client.durability import Durability
-from conveyor.store.client.spool import MemorySpool, SpoolBatch, SpooledPush, day_identity
+from conveyor.store.client.spool import MemorySpool, QueueName, SpoolBatch, SpooledPush, day_identity
 from conveyor.store.keys import QueueKeys, known_queues
 from conveyor.store.operations import Entry, ProducerSequence
-from conveyor.store.partitions import PartitionCountMismatch, claims
+from conveyor.store.partitions import PartitionCountMismatch, claims, count, partition_of
 from conveyor.store.script import Argument, Call
 from conveyor.store.signal_safety import SignalSafeEvent
 from conveyor.store.transport import replies
 from conveyor.store.transport.connection import Connection
+from conveyor.store.transport.url import server_name
 
 if TYPE_CHECKING:
     from conveyor.store.transport.endpoint import Endpoint
@@ -44,7 +46,7 @@ class BufferedClient(Client):
     """
     A client with a buffer: while it holds something, every push queues behind it.
 
-    What an earlier process left in the buffer is delivered at once.
+    What dead processes left in its directory is delivered, too.
     """
 
     def __init__(
@@ -56,8 +58,8 @@ class BufferedClient(Client):
         self.make_batcher = partial(BufferedBatcher, self)
         self._delivery = SpoolDelivery(self, buffer)
         self._flushed = False
-        buffer.bind(self._delivery.start)
-        if buffer.has_leftovers():
+        buffer.bind(self._delivery.start, server_name(self.configured_url))
+        if buffer.on_disk:
             self._delivery.start()
 
     # -- blocking -----------------------------------------------------------------------------------------------------
@@ -84,7 +86,7 @@ class BufferedClient(Client):
         return _nothing
 
     def _push_or_keep(self, keys: QueueKeys, content: Sequence[Any], max_length: int, make: Callable[..., Any]) -> Any:
-        if self.buffer.waiting:
+        if self.buffer.holds_back(self.queue_name(keys)):
             if self.buffer.draining:
                 self.buffer.wait_empty(DRAINING_PAUSE)
             return self.keep(keys, content, max_length, None, None)
@@ -101,6 +103,10 @@ class BufferedClient(Client):
             return self.keep(keys, content, max_length, sequence, error)
         finally:
             producer.free_list.append(producer)
+
+    def queue_name(self, keys: QueueKeys) -> QueueName:
+        """Return the name under which a buffer holds pushes to *keys*."""
+        return self.namespace, keys.queue, keys.foreign
 
     def announce_within(self, keys: QueueKeys, retry_for: float) -> None:
         """Announce a queue as `announce` does, retrying for its own time."""
@@ -196,7 +202,8 @@ class BufferedConfirmedTarget(ConfirmedTarget):
     def push(self, keys: QueueKeys, entries: Sequence[Entry], *, max_length: int = 0, whole: bool = False) -> list[str]:
         """Store *entries* and wait until they are confirmed."""
         refuse_in_loop()
-        if self._client.buffer.waiting and not self._client.buffer.wait_empty(self._client.retry_for):
+        client, to = self._client, self._client.queue_name(keys)
+        if client.buffer.holds_back(to) and not client.buffer.wait_empty(client.retry_for, to):
             raise self._not_empty_error()
         return self._target.push(keys, entries, max_length=max_length, whole=whole)
 
@@ -205,7 +212,8 @@ class BufferedConfirmedTarget(ConfirmedTarget):
     ) -> list[str]:
         """Awaitable form of `push`."""
         deadline = time.monotonic() + self._client.retry_for
-        while self._client.buffer.waiting:
+        to = self._client.queue_name(keys)
+        while self._client.buffer.holds_back(to):
             if time.monotonic() > deadline:
                 raise self._not_empty_error()
             await asyncio.sleep(0.02)
@@ -230,7 +238,7 @@ class BufferedBatcher(PushBatcher):
     async def send_batch(self, batch: list[PendingPush], plain: bool) -> list[str]:
         """Send one call, or keep it."""
         client, entries = self._client, entries_of(batch)
-        if client.buffer.waiting:
+        if client.buffer.holds_back(client.queue_name(self._keys)):
             if client.buffer.draining:
                 await asyncio.sleep(DRAINING_PAUSE)
             return client.keep(self._keys, entries, self._max_length, None, None)
@@ -249,8 +257,48 @@ class BufferedBatcher(PushBatcher):
         return _day_sequence()
 
 
+class DeliveryPauses:
+    """Until when each queue, or all of them (None), is left alone after an attempt that failed."""
+
+    def __init__(self) -> None:
+        self._until: dict[QueueName | None, tuple[int, float]] = {}
+        self._next = float("inf")
+
+    def allow(self, to: QueueName) -> bool:
+        """Tell whether the queue may be tried now."""
+        until = max(self._until[one][1] if one in self._until else 0.0 for one in (to, None))
+        if until <= time.monotonic():
+            return True
+        self._next = min(self._next, until)
+        return False
+
+    @property
+    def for_all(self) -> bool:
+        """True when Redis was away at the last attempt: then more pushes are no reason to try."""
+        return None in self._until
+
+    def begin(self, to: QueueName | None) -> None:
+        """Leave a queue alone for a moment, longer each time."""
+        attempt = self._until[to][0] + 1 if to in self._until else 1
+        self._until[to] = attempt, time.monotonic() + replies.backoff(attempt, cap=MAX_PAUSE)
+
+    def end(self, to: QueueName | None) -> None:
+        """Forget the failures of a queue that accepts again."""
+        self._until.pop(to, None)
+        self._until.pop(None, None)
+
+    def remaining(self) -> float:
+        """Return the seconds until the first queue that `allow` refused since the last call may be tried."""
+        until, self._next = self._next, float("inf")
+        return max(0.0, until - time.monotonic())
+
+
 class SpoolDelivery:
-    """The thread that delivers the buffer; it runs while something waits."""
+    """
+    The thread that delivers the buffer.
+
+    It runs while something waits; with a buffer on disk always, because another process may die and leave something.
+    """
 
     def __init__(self, client: BufferedClient, buffer: Buffer) -> None:
         self._client = client
@@ -261,15 +309,16 @@ class SpoolDelivery:
         """Forget the thread, which belongs to the parent."""
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
-        self._stopping = SignalSafeEvent()
+        self._stopping, self._changed = SignalSafeEvent(), SignalSafeEvent()
 
     def start(self) -> None:
-        """Start the thread unless it runs."""
+        """Start the thread unless it runs; if it sleeps, let it look."""
         with self._lock:
             if self._thread is None:
                 self._stopping.clear()
                 self._thread = threading.Thread(target=self._run, name="conveyor-buffer", daemon=True)
                 self._thread.start()
+            self._changed.set()
 
     def stop(self) -> bool:
         """Stop the thread, which leaves what waits as it is; return whether it has ended."""
@@ -278,39 +327,28 @@ class SpoolDelivery:
         if thread is None:
             return True
         self._stopping.set()
+        self._changed.set()
         thread.join(10)
         return not thread.is_alive()
 
     def _run(self) -> None:
-        attempt, logged_at = 0, 0.0
         connections: dict[Endpoint, Connection] = {}
+        pauses, refusals = DeliveryPauses(), RefusalLog()
         try:
-            while not self._stopping.is_set():
+            while True:
+                self._changed.clear()
+                if self._stopping.is_set():
+                    return
                 with self._lock:  # so that nothing is added between the check and the end
-                    waiting = self._next()
-                    if waiting is None:
+                    found = self._next(pauses)
+                    if found is None and not self._buffer.on_disk and not len(self._buffer):
                         self._thread = None
                         return
-                if isinstance(waiting, OSError):
-                    self._stopping.wait(MAX_PAUSE)
-                    continue
-                spool, batch = waiting
-                try:
-                    number = self._send(batch, connections)
-                except StoreUnavailable:
-                    attempt, self._buffer.draining = attempt + 1, False
-                except QueueFull:
-                    attempt = 0 if self._buffer.halve_batch(spool, batch) else attempt + 1
-                except Exception as error:
-                    attempt += 1
-                    if time.monotonic() - logged_at > _LOG_AGAIN_AFTER:
-                        logged_at = time.monotonic()
-                        _log_refusal(batch, error)
+                if found is not None:
+                    self._deliver(*found, connections, pauses, refusals)
                 else:
-                    self._buffer.delivered(spool, batch, number)
-                    attempt = 0
-                    continue
-                self._stopping.wait(replies.backoff(attempt, cap=MAX_PAUSE))
+                    wakes = self._stopping if pauses.for_all else self._changed
+                    wakes.wait(min(pauses.remaining(), LOOK_EVERY))
         finally:
             for connection in connections.values():
                 connection.close()
@@ -318,15 +356,43 @@ class SpoolDelivery:
                 if self._thread is threading.current_thread():
                     self._thread = None
 
-    def _next(self) -> tuple[MemorySpool, SpoolBatch] | OSError | None:
+    def _next(self, pauses: DeliveryPauses) -> tuple[MemorySpool, SpoolBatch] | None:
         try:
-            return self._buffer.next_batch()
-        except OSError as error:
-            _log.error("the buffer %s cannot be written: %s", self._buffer.directory, error)
-            return error
+            return self._buffer.next_batch(pauses.allow)
+        except (OSError, ConfigurationError) as error:
+            _log.error("the buffer %s cannot be used: %s", self._buffer.directory, error)
+            return None
 
-    def _send(self, batch: SpoolBatch, connections: dict[Endpoint, Connection]) -> int:
-        """Push a batch; return the highest number of its sequence that Redis has taken."""
+    def _deliver(
+        self,
+        spool: MemorySpool,
+        batch: SpoolBatch,
+        connections: dict[Endpoint, Connection],
+        pauses: DeliveryPauses,
+        refusals: RefusalLog,
+    ) -> None:
+        to = batch.first.to
+        try:
+            number = self._send(spool, batch, connections)
+        except StoreUnavailable:
+            self._buffer.unanswered()
+            # Where all queues have one server, it is away for all of them.
+            pauses.begin(None if self._client.has_one_endpoint else to)
+        except Exception as error:
+            self._buffer.refused()
+            pauses.end(None)
+            if not isinstance(error, QueueFull):
+                refusals.log(batch, error)
+            elif self._buffer.halve_batch(spool, batch):
+                return
+            pauses.begin(to)
+        else:
+            pauses.end(to)
+            if number is not None:
+                self._buffer.delivered(spool, batch, number)
+
+    def _send(self, spool: MemorySpool, batch: SpoolBatch, connections: dict[Endpoint, Connection]) -> int | None:
+        """Push a batch; return the highest number of its sequence that Redis has taken, None when it was placed anew."""
         first, client = batch.first, self._client
         keys = QueueKeys(first.namespace, first.queue, foreign=first.foreign, partitions=first.partitions)
         client.announce_within(keys, FIRST_TRY)
@@ -340,12 +406,54 @@ class SpoolDelivery:
             # The failed attempt was refused, but nobody was told. Only this push uses its sequence, so the next number is free.
             return connection.run(_push_of(batch, keys, 1), retry_for=FIRST_TRY)
         except PartitionCountMismatch as error:
-            if error.recorded is not None:
-                raise
-            # Redis was emptied meanwhile, so it has no number yet. Set this one, unless another program was first.
-            for claim in claims(first.namespace, logical(first.queue), keys.partitions):
-                client.run(claim, retry_for=FIRST_TRY)
-            return connection.run(_push_of(batch, keys, 0), retry_for=FIRST_TRY)
+            queue = logical(first.queue)
+            if error.recorded is None:
+                # Redis was emptied meanwhile, so it has no number yet. Set this one, unless another program was first.
+                for claim in claims(first.namespace, queue, keys.partitions):
+                    client.run(claim, retry_for=FIRST_TRY)
+                return connection.run(_push_of(batch, keys, 0), retry_for=FIRST_TRY)
+            number, change = client.run(count(QueueKeys(first.namespace, queue)), retry_for=FIRST_TRY)
+            if change or not number or number == keys.partitions:
+                raise  # the change is under way
+            # The partition has taken none of these: it would have said so instead. And it takes no late copy any more.
+            self._buffer.place_anew(
+                spool, batch, [one for record in batch.records for one in place_anew(record, number)]
+            )
+            return None
+
+
+class RefusalLog:
+    """Logs refusals that an operator has to end: of each queue one a minute."""
+
+    def __init__(self) -> None:
+        self._logged_at: dict[str, float] = {}
+
+    def log(self, batch: SpoolBatch, error: Exception) -> None:
+        """Log *error*, which refused *batch*."""
+        queue, now = batch.first.queue, time.monotonic()
+        if now - self._logged_at.get(queue, -_LOG_AGAIN_AFTER) < _LOG_AGAIN_AFTER:
+            return
+        self._logged_at[queue] = now
+        _log.error(
+            "queue %s: buffered jobs cannot be delivered until this is fixed: %s", queue, error,
+            exc_info=not isinstance(error, ConveyorError),
+        )  # fmt: skip
+
+
+def place_anew(record: SpooledPush, partitions: int) -> list[SpooledPush]:
+    """Return the records that take the place of *record* when its queue has another number of *partitions*."""
+    queue = logical(record.queue)
+    placed: dict[str, list[Entry]] = {}
+    for entry in record.entries:
+        at = partition_of(entry.id if entry.unique is None else entry.unique, partitions)
+        placed.setdefault(queue if partitions == 1 else partition(queue, at), []).append(entry)
+    # A sequence of its own, because the new place may have higher numbers of the old one.
+    lane = f"{record.queue}>{record.lane}"
+    most = max(1, record.max_length * record.partitions // partitions) if record.max_length else 0
+    return [
+        replace(record, queue=name, entries=entries, partitions=partitions, lane=lane, max_length=most)
+        for name, entries in placed.items()
+    ]
 
 
 def _push_of(batch: SpoolBatch, keys: QueueKeys, skipped: int) -> Call[int]:
@@ -353,13 +461,6 @@ def _push_of(batch: SpoolBatch, keys: QueueKeys, skipped: int) -> Call[int]:
     first, entries = batch.first, batch.entries(time.time())
     numbers = range(first.number + skipped, batch.last_number + skipped + 1)
     return operations.push_numbered(keys, first.lane, numbers, entries, max_length=first.max_length)
-
-
-def _log_refusal(batch: SpoolBatch, error: Exception) -> None:
-    _log.error(
-        "queue %s: buffered jobs cannot be delivered until this is fixed: %s", batch.first.queue, error,
-        exc_info=not isinstance(error, ConveyorError),
-    )  # fmt: skip
 
 
 def _day_sequence() -> ProducerSequence:

@@ -106,6 +106,11 @@ class Client:
         return self._server_handle
 
     @property
+    def has_one_endpoint(self) -> bool:
+        """True when one server serves all keys."""
+        return self._single
+
+    @property
     def has_idle_connection(self) -> bool:
         """True when a blocking connection is open and free: a call costs a round trip and no new connection."""
         return bool(self._free) or any(self._free_at.values())

@@ -56,6 +56,29 @@ def masked(url: str) -> str:
     return _LOGIN.sub(r"\1:***@", _LOGIN_OPTION.sub(r"\1***", url))
 
 
+def server_name(url: str | None) -> str:
+    """
+    Return a name for the server that *url* names, None the embedded one: hosts and database, without login and options.
+
+    The same server under another address has another name.
+    """
+    if url is None or url.startswith("embedded:"):
+        return url or "embedded:"
+    parts = split_url(url)
+    kind, path = parts.scheme.replace("rediss", "redis"), parts.path.strip("/")
+    database = dict(parse_qsl(parts.query)).get("db") or "0"
+    if kind == "unix":
+        return f"unix:///{path}/{database}"
+    default = "26379" if kind.endswith("sentinel") else "6379"
+    hosts = parts.netloc.rpartition("@")[2].lower().split(",")
+    named = sorted(
+        host if re.search(r":\d+$", host) else f"{host.rstrip(':') or 'localhost'}:{default}" for host in hosts
+    )
+    if kind == "redis":
+        database = path or database
+    return f"{kind}://{','.join(named)}/{path + '/' if kind.endswith('sentinel') else ''}{database}"
+
+
 def split_url(url: str) -> SplitResult:
     """Return the parts of *url*. Raises ConfigurationError, also for a password that would be read as host or path."""
     try:
