@@ -303,10 +303,10 @@ def test_another_number_of_partitions(
         message = orders.push("first")
         (pulled,) = orders.pull(1)
         pulled.ack()
+        monkeypatch.setattr(app.client, "announce_within", hindered := Hindered(app.client.announce_within))
         server.kill()
         ids = [orders.push(n, unique=f"key {n}") for n in range(30)] + orders.push_many(range(30, 60))
         last = behind.push("behind them")
-        monkeypatch.setattr(app.client, "announce_within", hindered := Hindered(app.client.announce_within))
         server.start()
         repartition(other.client, "orders", after)
         hindered.over = True
