@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -43,16 +43,16 @@ class Cut:
         cut, sendall, receive, wired = self, Connection._send, Connection._receive, AsyncConnection.send
         doomed: set[Connection] = set()
 
-        def send(connection: Connection, command: tuple[Any, ...]) -> None:
-            if cut.falls(command):
+        def send(connection: Connection, commands: Sequence[tuple[Any, ...]]) -> int:
+            if any([cut.falls(command) for command in commands]):
                 if not cut.sent:
                     connection.close()
                     raise TransportError("cut")
                 doomed.add(connection)
-            sendall(connection, command)
+            return sendall(connection, commands)
 
-        def answered(connection: Connection, block: float) -> Any:
-            reply = receive(connection, block)
+        def answered(connection: Connection, number: int, block: float) -> Any:
+            reply = receive(connection, number, block)
             if connection in doomed:
                 doomed.discard(connection)
                 connection.close()

@@ -85,17 +85,33 @@ class LeasedMessage:
     """Why what is stored cannot be read; its body is then the bytes as they are."""
     started: bool = False
     settled: bool = False
+    """How it ends was decided here."""
+    ending: Settlement | None = None
+    """The first end that was decided."""
+    confirmed: bool = False
+    """Redis has answered that it ended so."""
     returned: bool = False
     fetched_body: bytes | None = None
     """Its body, where that was fetched before it is handed out."""
     blob: str = ""
     """Where its body lies, when that is not in Redis."""
     lost: bool = False
+    session: LeaseSession = field(repr=False, kw_only=True)
+    """The identity that holds it; `extend` moves it to one of its own."""
 
     @property
     def attempt(self) -> int:
         """The number of this start, from 1."""
         return self.history.starts + 1
+
+
+@dataclass(slots=True)
+class Extension:
+    """The move of one message to an identity of its own, which is not answered yet."""
+
+    leased: LeasedMessage
+    own: LeaseSession
+    call: Call[bool]
 
 
 class BodyFetcher(Protocol):
@@ -143,21 +159,29 @@ class LeaseSession:
     missing: list[str] = field(default_factory=list)
     """The ids whose records the server has lost, since this was last logged."""
     _call: Call[TurnReply] | None = None
+    """The turn that is not answered yet: the next one begins with it."""
     _reported: dict[str, LeasedMessage] = field(default_factory=dict)
+    """The messages that this turn says something of."""
+    _ended: list[LeasedMessage] = field(default_factory=list)
+    """Those of them that it ends."""
+    _extensions: dict[str, Extension] = field(default_factory=dict)
+    """The extensions that are not answered yet: the next turn begins with them."""
+    _has_moved: bool = False
     _mean_bytes: float = 0.0
     _looking: bool = False
     _leaving: bool = False
-    _with_blobs: list[LeasedMessage] = field(default_factory=list)
 
     def settle(self, leased: LeasedMessage, settlement: Settlement) -> None:
         """Note how *leased* ends. The next turn reports it."""
-        leased.settled = settlement.kind != "M"
+        if leased.ending is settlement and (leased.confirmed or self.owes(leased)):
+            return  # it was asked for before, and the turn that reports it is repeated
+        if settlement.kind != "M":
+            leased.settled, leased.ending = True, settlement
         self.pending.append((leased, settlement))
 
-    def settle_all(self, endings: Iterable[tuple[LeasedMessage, Settlement]]) -> None:
-        """Note how several messages end. The next turn reports it."""
-        for leased, settlement in endings:
-            self.settle(leased, settlement)
+    def owes(self, leased: LeasedMessage) -> bool:
+        """Tell whether Redis has not answered yet what was decided of *leased*."""
+        return self._reported.get(leased.id) is leased or any(leased is one for one, _ in tuple(self.pending))
 
     def wait(self) -> float:
         """Return for how many seconds an idle consumer may block."""
@@ -176,6 +200,16 @@ class LeaseSession:
         *leave* takes the registration away when nothing is held any more. A driver that gives up in the middle
         loses nothing: the next turn begins with the same call.
         """
+        moved: list[LeaseSession] = []
+        if self._has_moved:
+            yield from self.finish_extensions()
+            moved = self._move_pending()
+        if want or self._call is not None or not self.transient or self.registered:
+            yield from self._turn(want, leave)
+        for own in moved:
+            yield from own.turn()
+
+    def _turn(self, want: int, leave: bool) -> Generator[Call[Any], Any, None]:
         reconciled = False
         while True:
             repeated = self._call is not None
@@ -196,7 +230,7 @@ class LeaseSession:
                 self._reconcile((yield operations.held_ids(self.keys, self.worker)))
             for worker, end in self._find_dead(reply):
                 self.reaped += max(0, (yield operations.reap(self.keys, worker, end=end)))
-            if repeated:
+            if repeated and (want or leave or self.pending):
                 continue
             if known or not self.pending or reconciled:
                 return
@@ -204,15 +238,13 @@ class LeaseSession:
 
     def forget(self) -> None:
         """Change to a new identity. The messages of the old one are lost: it was reaped, or Redis lost its data."""
-        for leased in (*self.held.values(), *self._reported.values()):
-            leased.lost = True
-            if leased.settled:
-                self.refused.append(leased)
+        for leased in {**self.held, **self._reported}.values():
+            if leased.id not in self._extensions:
+                self._lose(leased)
         self.held.clear()
         self.waiting.clear()
         self.cancelled.clear()
-        self._reported.clear()
-        self._with_blobs.clear()
+        self._reported, self._ended = {}, []
         self._call = None
         self.worker, self.number, self.registered = new_identity(), 0, False
 
@@ -223,36 +255,67 @@ class LeaseSession:
                 self.settle(one, Settlement("F", one.id, state=histories(one)))
                 one.returned = True
 
-    def split(self, leased: LeasedMessage, ms: int) -> Generator[Call[Any], Any, LeaseSession | None]:
-        """Move *leased* to its own identity with a lease of *ms*; return None when the lease is lost."""
+    def extend(self, leased: LeasedMessage, ms: int) -> Generator[Call[Any], Any, None]:
+        """
+        Move *leased*, which this session holds, to an identity of its own with a lease of *ms*.
+
+        Until Redis has answered, whatever interrupts it, the next turn begins with the same call.
+        """
         own = LeaseSession(self.keys, ms, self.about, self.detector, transient=True, clock=self.clock, registered=True)
         own.bodies = self.bodies
-        if not (yield operations.extend(self.keys, self.worker, leased.id, own.worker, ms, self.about)):
-            leased.lost = True
+        call = operations.extend(self.keys, self.worker, leased.id, own.worker, ms, self.about)
+        self._has_moved = True
+        self._extensions[leased.id] = Extension(leased, own, call)
+        yield from self.finish_extensions()
+
+    def finish_extensions(self) -> Generator[Call[Any], Any, None]:
+        while self._extensions:
+            extension = next(iter(self._extensions.values()))
+            leased, own = extension.leased, extension.own
+            if (yield extension.call):
+                own.held[leased.id] = leased
+                leased.session = own
+            elif not leased.confirmed:
+                self._lose(leased)
             self.held.pop(leased.id, None)
-            return None
-        self.held.pop(leased.id, None)
-        own.held[leased.id] = leased
-        if self.transient and not self.held:
+            del self._extensions[leased.id]
+        if self.transient and self.registered and not self.held and self._call is None:
             yield operations.reap(self.keys, self.worker, crashed=False)  # leaves nothing of the empty identity behind
-        return own
+            self.forget()
+
+    def _move_pending(self) -> list[LeaseSession]:
+        """Hand the ends of messages that were moved to the sessions that hold them now; return those."""
+        moved = []
+        for leased, settlement in tuple(self.pending):
+            if leased is not None and leased.session is not self:
+                self.pending.remove((leased, settlement))
+                if not (leased.confirmed or leased.session.owes(leased)):
+                    leased.session.pending.append((leased, settlement))
+                    moved.append(leased.session)
+        return moved
 
     # -- inside a turn --------------------------------------------------------------------------------------------
 
-    def _next_call(self, want: int, leave: bool) -> Call[TurnReply]:
-        report = TurnReport()
-        while self.pending:
-            leased, settlement = self.pending.popleft()
-            if leased is not None and self.held.get(settlement.id) is not leased:
-                leased.lost = True  # the identity it was leased under is gone
+    def _lose(self, leased: LeasedMessage) -> None:
+        if not leased.lost:
+            leased.lost = True
+            if leased.settled:
                 self.refused.append(leased)
-                continue
+
+    def _next_call(self, want: int, leave: bool) -> Call[TurnReply]:
+        report, pending = TurnReport(), tuple(self.pending)
+        reported: dict[str, LeasedMessage] = {}
+        ended: list[LeasedMessage] = []
+        for leased, settlement in pending:
             if leased is not None:
-                self._reported[leased.id] = leased
+                if leased.confirmed:
+                    continue  # it was reported before something was raised, and stayed in the list
+                if self.held.get(settlement.id) is not leased:
+                    self._lose(leased)  # the identity it was leased under is gone
+                    continue
+                reported[leased.id] = leased
                 if settlement.kind != "M":
-                    del self.held[leased.id]
-                if leased.blob and settlement.kind in {"D", "C"}:
-                    self._with_blobs.append(leased)
+                    ended.append(leased)
             if settlement.kind == "D" and not (settlement.unique or settlement.own_id):
                 report.done.append(settlement.id)  # the cheapest end: scripts need to know nothing but the id
             else:
@@ -267,33 +330,48 @@ class LeaseSession:
         self._leaving = "t" in flags
         if want and self._mean_bytes:
             want = max(1, min(want, int(MOST_BYTES / self._mean_bytes)))
-        self._call = operations.turn(self.keys, self.worker, self.number, want, self.lease_ms, report, flags=flags)
-        return self._call
+        call = operations.turn(self.keys, self.worker, self.number, want, self.lease_ms, report, flags=flags)
+        # Only now, so that nothing is forgotten when a signal handler raises before.
+        self._reported, self._ended = reported, ended
+        self._call = call
+        for _ in pending:
+            self.pending.popleft()
+        return call
 
     def _absorb(self, reply: TurnReply) -> bool:
         """Enter a reply; return False when Redis says we hold another number of messages."""
-        self._call = None
         self.missing += reply.missing
         for id_ in reply.lost:
             leased = self._reported.get(id_)
             if leased is not None:
-                leased.lost = True
+                self._lose(leased)
                 self.held.pop(id_, None)
-                if leased.settled:
-                    self.refused.append(leased)
-        self._reported.clear()
-        while self._with_blobs:  # removed only now: had the end been refused, another would need them
-            if not (ended := self._with_blobs.pop()).lost and self.bodies is not None:
-                self.bodies.delete(ended.blob)
+        for leased in self._ended:
+            if not leased.lost:
+                leased.confirmed = True
+                self.held.pop(leased.id, None)
+                # Removed only now: had the end been refused, another would need it.
+                if (
+                    leased.blob
+                    and leased.ending is not None
+                    and leased.ending.kind in {"D", "C"}
+                    and self.bodies is not None
+                ):
+                    self.bodies.delete(leased.blob)
         states = reply.states or [None] * len(reply.ids)
         for id_, data, state in zip(reply.ids, reply.envelopes, states, strict=True):
+            if id_ in self.held:
+                continue  # something was raised while this reply was entered, so it came again
             envelope, history, damage = read_leniently(data, state)
-            leased = self.held[id_] = LeasedMessage(id_, envelope, history, damage=damage)
-            self.waiting.append(leased)
+            leased = LeasedMessage(id_, envelope, history, damage=damage, session=self)
+            self.held[id_] = leased
+            self.waiting.append(leased)  # no call in between, so no signal handler
             self._mean_bytes += (len(data) - self._mean_bytes) / 16 if self._mean_bytes else len(data)
         self.cancelled = set(reply.cancelled)
         self.due_at = None if reply.next_due is None else self.clock() + max(0, reply.next_due - reply.now) / 1000
         known = reply.held == len(self.held)
+        self._reported, self._ended = {}, []
+        self._call = None
         if self._leaving and reply.held == 0:
             self.forget()  # what is left of this identity expires, with whatever it would lease
         return known
@@ -313,3 +391,9 @@ class LeaseSession:
         for id_ in self.held.keys() - theirs:
             self.held.pop(id_).lost = True
         self.waiting = deque(leased for leased in self.waiting if not leased.lost)
+
+
+def settle_all(endings: Iterable[tuple[LeasedMessage, Settlement]]) -> None:
+    """Note how several messages end. The next turns of the sessions that hold them report it."""
+    for leased, settlement in endings:
+        leased.session.settle(leased, settlement)

@@ -31,10 +31,10 @@ class Settler(Protocol):
     def is_cancelled(self, leased: LeasedMessage) -> bool: ...
     def settle(self, endings: Sequence[Ending]) -> None: ...
     def settle_soon(self, endings: Sequence[Ending]) -> None: ...
-    def extend(self, leased: LeasedMessage, ms: int) -> Settler: ...
+    def extend(self, leased: LeasedMessage, ms: int) -> None: ...
     async def asettle(self, endings: Sequence[Ending]) -> None: ...
     async def asettle_soon(self, endings: Sequence[Ending]) -> None: ...
-    async def aextend(self, leased: LeasedMessage, ms: int) -> Settler: ...
+    async def aextend(self, leased: LeasedMessage, ms: int) -> None: ...
 
 
 @dataclass(slots=True, eq=False, repr=False)
@@ -79,7 +79,11 @@ class Message(Generic[T]):
     # -- how it ends ----------------------------------------------------------------------------------------------
 
     def ack(self) -> None:
-        """Acknowledge the message: it is done. Raises LeaseLost."""
+        """
+        Acknowledge the message: it is done. Raises LeaseLost.
+
+        After StoreUnavailable call it again: the same report is repeated, so it counts once. The same holds for the other ends.
+        """
         self._settler.settle([self._done()])
 
     def nack(self, delay: Duration | None = None) -> None:
@@ -91,8 +95,13 @@ class Message(Generic[T]):
         self._settler.settle([self._dead(reason)])
 
     def extend(self, duration: Duration) -> None:
-        """Give the message its own lease that ends *duration* from now and is not renewed. Raises LeaseLost."""
-        self._settler = self._settler.extend(self._ours(), _lease(duration))
+        """
+        Give the message its own lease that ends *duration* from now and is not renewed. Raises LeaseLost.
+
+        It may run beside `ack` and the other ends; a message that was settled meanwhile needs no lease, so it does nothing.
+        """
+        if leased := self._extendable():
+            self._settler.extend(leased, _lease(duration))
 
     async def aack(self) -> None:
         """Awaitable form of `ack`."""
@@ -108,7 +117,8 @@ class Message(Generic[T]):
 
     async def aextend(self, duration: Duration) -> None:
         """Awaitable form of `extend`."""
-        self._settler = await self._settler.aextend(self._ours(), _lease(duration))
+        if leased := self._extendable():
+            await self._settler.aextend(leased, _lease(duration))
 
     # -- as a block -----------------------------------------------------------------------------------------------
 
@@ -145,18 +155,51 @@ class Message(Generic[T]):
             raise LeaseLost(f"Message {self.id} {what}. Nothing was changed.")
         return leased
 
+    def _extendable(self) -> LeasedMessage | None:
+        """Return what can be extended, None when it was settled here. Raises LeaseLost."""
+        leased = self._leased
+        return None if leased.confirmed and not leased.returned and not leased.lost else self._held()
+
+    def _held(self) -> LeasedMessage:
+        """Return the message unless its lease is over; it may be on its way to its end."""
+        return self._leased if self._unconfirmed() else self._ours()
+
+    def _unconfirmed(self) -> list[Ending]:
+        """Return the end that was asked for before and that Redis has not confirmed, to be reported again."""
+        leased = self._leased
+        if leased.ending is None or leased.confirmed or leased.lost or leased.returned:
+            return []
+        return [(leased, leased.ending)]
+
+    def _again(self, kinds: str) -> Ending | None:
+        """Return the unconfirmed end when it is one of *kinds*. Raises LeaseLost for another."""
+        for leased, ending in self._unconfirmed():
+            if ending.kind not in kinds:
+                raise LeaseLost(
+                    f"Message {self.id} was settled in another way before, and Redis has not confirmed that yet. "
+                    "Repeat that call. Nothing was changed."
+                )
+            return leased, ending
+        return None
+
     def _done(self) -> Ending:
+        if again := self._again("D"):
+            return again
         leased = self._ours()
         return leased, _success(leased)
 
     def _nacked(self, delay: Duration | None) -> Ending:
         delay_ms = None if delay is None else milliseconds(delay, name="delay")
+        if again := self._again("RXC"):
+            return again
         leased = self._ours()
         return leased, self._settler.policy.nacked(leased, delay_ms, cancelled=self._settler.is_cancelled(leased))
 
     def _dead(self, reason: str) -> Ending:
         if not isinstance(reason, str):
             raise ConfigurationError(f"dead() takes the reason as text, not {type(reason).__name__}.")
+        if again := self._again("X"):
+            return again
         leased = self._ours()
         return leased, self._settler.policy.dead(leased, reason)
 
@@ -168,7 +211,7 @@ class Message(Generic[T]):
                 failures.log_error(logger, logging.ERROR, "Message %s: %s", clean(self.id), _brief(error), error=error)
             elif leased.lost and not leased.settled:
                 logger.warning("Message %s lost its lease while it ran: another consumer may run it.", clean(self.id))
-            return []
+            return self._unconfirmed() if error is None else []
         if error is None:
             return [(leased, _success(leased))]
         if not isinstance(error, Exception):
@@ -203,22 +246,22 @@ class Batch(list[Message[T]]):
 
     def ack(self) -> None:
         """Acknowledge all that are not settled yet, in one round trip. Raises LeaseLost."""
-        for settler, endings in _grouped((m._settler, [m._done()]) for m in self._open()):  # noqa: SLF001
+        for settler, endings in _grouped((m._settler, m._unconfirmed() or [m._done()]) for m in self._open()):  # noqa: SLF001
             settler.settle(endings)
 
     def nack(self, delay: Duration | None = None) -> None:
         """Refuse all that are not settled yet, as `Message.nack`."""
-        for settler, endings in _grouped((m._settler, [m._nacked(delay)]) for m in self._open()):  # noqa: SLF001
+        for settler, endings in _grouped((m._settler, m._unconfirmed() or [m._nacked(delay)]) for m in self._open()):  # noqa: SLF001
             settler.settle(endings)
 
     async def aack(self) -> None:
         """Awaitable form of `ack`."""
-        for settler, endings in _grouped((m._settler, [m._done()]) for m in self._open()):  # noqa: SLF001
+        for settler, endings in _grouped((m._settler, m._unconfirmed() or [m._done()]) for m in self._open()):  # noqa: SLF001
             await settler.asettle(endings)
 
     async def anack(self, delay: Duration | None = None) -> None:
         """Awaitable form of `nack`."""
-        for settler, endings in _grouped((m._settler, [m._nacked(delay)]) for m in self._open()):  # noqa: SLF001
+        for settler, endings in _grouped((m._settler, m._unconfirmed() or [m._nacked(delay)]) for m in self._open()):  # noqa: SLF001
             await settler.asettle(endings)
 
     def __enter__(self) -> list[T]:
@@ -242,7 +285,7 @@ class Batch(list[Message[T]]):
         return bool(self) and self[0]._stops(error)  # noqa: SLF001
 
     def _open(self) -> list[Message[T]]:
-        return [message for message in self if not message._leased.settled]  # noqa: SLF001
+        return [one for one in self if not one._leased.settled or one._unconfirmed()]  # noqa: SLF001
 
     def _endings(self, error: BaseException | None) -> list[tuple[Settler, list[Ending]]]:
         # Newest first, so that what is handed back to the front keeps its order. One traceback says it for all.

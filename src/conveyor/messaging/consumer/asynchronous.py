@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Generator, Sequence
 from functools import partial
 from typing import Any, Generic, TypeVar
 
@@ -13,8 +13,8 @@ from conveyor.messaging.consumer.list_mover import AsyncListMover
 from conveyor.messaging.consumer.renewal import LeaseRenewer, by_endpoint
 from conveyor.messaging.consumer.settling import OutageLog, PartitionSource, SettlerState, log_not_left, programs
 from conveyor.messaging.consumer.steps import Program, TurnStep, WaitStep
-from conveyor.messaging.leases import LeasedMessage, LeaseSession
-from conveyor.messaging.message import Batch, Ending, Message, OnError, lost
+from conveyor.messaging.leases import LeasedMessage, LeaseSession, settle_all
+from conveyor.messaging.message import Batch, Ending, Message, OnError
 from conveyor.messaging.partitions import Partitions
 from conveyor.messaging.settlement import SettlementPolicy
 from conveyor.store.client.client import Client, refuse_in_loop
@@ -42,21 +42,23 @@ class AsyncSettler(SettlerState):
 
     async def asettle(self, endings: Sequence[Ending]) -> None:
         """Settle, and return when Redis confirmed it. Raises LeaseLost, StoreUnavailable."""
-        self.session.settle_all(endings)
-        await self.aturn()
+        settle_all(endings)
+        await self._drive(self.confirm(endings))
         self.report_refused(endings)
 
     async def asettle_soon(self, endings: Sequence[Ending]) -> None:
         """Settle with the next turn if one follows at once. Here none does."""
         await self.asettle(endings)
 
-    async def aextend(self, leased: LeasedMessage, ms: int) -> AsyncSettler:
+    async def aextend(self, leased: LeasedMessage, ms: int) -> None:
         """Move one message to an identity of its own."""
+        await self._drive(self.move(leased, ms))
+
+    async def _drive(self, program: Generator[Call[Any], Any, None]) -> None:
         async with self._lock:
-            own = await adrive(self.session.split(leased, ms), self._run)
-        if own is None:
-            raise lost(self.session.keys.queue, [leased])
-        return AsyncSettler(self.client, own, self.policy, self.on_error, partial(arun_once, self.client))
+            await adrive(program, self._run)
+        if self.session.bodies is not None:
+            await self.session.bodies.fetch(self.session.waiting)
 
     def settle(self, endings: Sequence[Ending]) -> None:
         """Blocking form of `asettle`, for another thread."""
@@ -68,10 +70,10 @@ class AsyncSettler(SettlerState):
         refuse_in_loop()
         asyncio.run_coroutine_threadsafe(self.asettle_soon(endings), self._loop).result()
 
-    def extend(self, leased: LeasedMessage, ms: int) -> AsyncSettler:
+    def extend(self, leased: LeasedMessage, ms: int) -> None:
         """Blocking form of `aextend`, for another thread."""
         refuse_in_loop()
-        return asyncio.run_coroutine_threadsafe(self.aextend(leased, ms), self._loop).result()
+        asyncio.run_coroutine_threadsafe(self.aextend(leased, ms), self._loop).result()
 
     async def aturn(self, want: int = 0, *, leave: bool = False) -> None:
         """Make one turn and the calls that its reply asks for."""
@@ -123,9 +125,12 @@ class AsyncPartitionSettler(AsyncSettler):
 
     async def asettle_soon(self, endings: Sequence[Ending]) -> None:
         """Settle with the next turn if the loop's body comes to it without waiting, else at once."""
-        self.session.settle_all(endings)
-        self._consumer.settled.set()
-        self._loop.call_soon(self.begin_flush)
+        if self.holds(endings):
+            settle_all(endings)
+            self._consumer.settled.set()
+            self._loop.call_soon(self.begin_flush)
+        else:
+            await self.asettle(endings)
 
 
 async def arun_partitioned(partitions: Partitions, call: Call[Any]) -> Any:

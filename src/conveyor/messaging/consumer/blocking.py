@@ -16,8 +16,8 @@ from conveyor.messaging.consumer.list_mover import ListMover
 from conveyor.messaging.consumer.renewal import LeaseRenewer, by_endpoint
 from conveyor.messaging.consumer.settling import OutageLog, PartitionSource, SettlerState, log_not_left, programs
 from conveyor.messaging.consumer.steps import Program, TurnStep, WaitStep
-from conveyor.messaging.leases import LeasedMessage, LeaseSession
-from conveyor.messaging.message import Batch, Ending, Message, OnError, lost
+from conveyor.messaging.leases import LeasedMessage, LeaseSession, settle_all
+from conveyor.messaging.message import Batch, Ending, Message, OnError
 from conveyor.messaging.partitions import Partitions
 from conveyor.messaging.settlement import SettlementPolicy
 from conveyor.store.client.client import Client, refuse_in_loop
@@ -46,22 +46,20 @@ class BlockingSettler(SettlerState):
     def settle(self, endings: Sequence[Ending]) -> None:
         """Settle, and return when Redis confirmed it. Raises LeaseLost, StoreUnavailable."""
         refuse_in_loop()
-        self.session.settle_all(endings)
-        self.turn()
+        settle_all(endings)
+        with self._lock:
+            drive(self.confirm(endings), self._run)
         self.report_refused(endings)
 
     def settle_soon(self, endings: Sequence[Ending]) -> None:
         """Settle with the next turn if one follows at once. Here none does."""
         self.settle(endings)
 
-    def extend(self, leased: LeasedMessage, ms: int) -> BlockingSettler:
+    def extend(self, leased: LeasedMessage, ms: int) -> None:
         """Move one message to an identity of its own."""
         refuse_in_loop()
         with self._lock:
-            own = drive(self.session.split(leased, ms), self._run)
-        if own is None:
-            raise lost(self.session.keys.queue, [leased])
-        return BlockingSettler(self.client, own, self.policy, self.on_error, partial(run_once, self.client))
+            drive(self.move(leased, ms), self._run)
 
     async def asettle(self, endings: Sequence[Ending]) -> None:
         """Awaitable form of `settle`."""
@@ -71,9 +69,9 @@ class BlockingSettler(SettlerState):
         """Awaitable form of `settle_soon`."""
         await asyncio.to_thread(self.settle_soon, endings)
 
-    async def aextend(self, leased: LeasedMessage, ms: int) -> BlockingSettler:
+    async def aextend(self, leased: LeasedMessage, ms: int) -> None:
         """Awaitable form of `extend`."""
-        return await asyncio.to_thread(self.extend, leased, ms)
+        await asyncio.to_thread(self.extend, leased, ms)
 
     def turn(self, want: int = 0, *, leave: bool = False) -> bool:
         """Make one turn and the calls that its reply asks for. Return False when none was made."""
@@ -110,10 +108,13 @@ class PartitionSettler(BlockingSettler):
 
     def settle_soon(self, endings: Sequence[Ending]) -> None:
         """Settle with the next turn if the loop comes to it at once, else now."""
-        self.session.settle_all(endings)
-        self._consumer.note_settled()
-        if not self._consumer.comes_to(endings):
-            self.flush()
+        if self.holds(endings):
+            settle_all(endings)
+            self._consumer.note_settled()
+            if not self._consumer.comes_to(endings):
+                self.flush()
+        else:
+            self.settle(endings)
 
 
 def run_partitioned(partitions: Partitions, call: Call[Any]) -> Any:
@@ -243,11 +244,13 @@ class Consumer(Generic[T]):
         except KeyboardInterrupt as stop:
             raise stop.with_traceback(None) from None  # pressed twice: what was leased returns when the lease ends
         finally:
-            if self._connection is not None:
-                self._connection.close()
+            connection, self._connection = self._connection, None
+            if connection is not None:
+                connection.close()
 
     def _run_own(self, call: Call[Any]) -> Any:
-        assert self._connection is not None
+        if self._connection is None:  # an extended message outlives its consumer
+            return run_once(self.client, call)
         return self._connection.run(call, retry_for=self.client.retry_for)
 
     def _leave(self, step: TurnStep) -> None:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from random import randrange
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from conveyor import ids
 from conveyor.errors import StoreUnavailable
@@ -18,6 +18,7 @@ from conveyor.messaging.leases import LeasedMessage, LeaseSession
 from conveyor.messaging.message import Ending, Message, OnError, Settler, lost
 from conveyor.messaging.settlement import SettlementPolicy
 from conveyor.store.client.client import Client
+from conveyor.store.script import Call
 from conveyor.store.transport import eviction
 
 T = TypeVar("T")
@@ -56,13 +57,47 @@ class SettlerState:
 
     def is_cancelled(self, leased: LeasedMessage) -> bool:
         """Tell whether somebody asked to cancel the message while we hold it."""
-        return leased.id in self.session.cancelled
+        return leased.id in leased.session.cancelled
+
+    def holds(self, endings: Sequence[Ending]) -> bool:
+        """Tell whether the consumer's own turns report these ends: none of the messages was moved."""
+        return all(leased.session is self.session for leased, _ in endings)
+
+    def confirm(self, endings: Sequence[Ending]) -> Generator[Call[Any], Any, None]:
+        """Make the turns that report *endings*, wherever their messages are held now, unless another has."""
+        for leased, settlement in endings:
+            if settlement is leased.ending and not leased.lost:
+                leased.session.settle(leased, settlement)
+            while not leased.lost and leased.session.owes(leased):
+                if self._has_left and leased.session is self.session:
+                    leased.lost = True  # what it held was handed back
+                    break
+                yield from leased.session.turn()
+
+    def move(self, leased: LeasedMessage, ms: int) -> Generator[Call[Any], Any, None]:
+        """Move one message to an identity of its own. One that was settled meanwhile needs no lease any more."""
+        if leased.ending is not None:
+            yield from self.confirm([(leased, leased.ending)])
+        elif not leased.lost:
+            yield from leased.session.finish_extensions()
+            if not leased.lost:
+                yield from leased.session.extend(leased, ms)
+        if leased.lost:
+            raise lost(self.session.keys.queue, [leased])
 
     def report_refused(self, asked: Sequence[Ending] = ()) -> None:
         """Log what was refused without anybody asking; raise LeaseLost for what was asked."""
-        session = self.session
-        refused, session.refused = session.refused, []
         known = [leased for leased, _ in asked]
+        self._log_refused(self.session, known)
+        for leased in known:
+            if leased.session is not self.session:
+                self._log_refused(leased.session, known)
+        if gone := [leased for leased in known if leased.lost]:
+            raise lost(self.session.keys.queue, gone)
+
+    @staticmethod
+    def _log_refused(session: LeaseSession, known: Sequence[LeasedMessage]) -> None:
+        refused, session.refused = session.refused, []
         for leased in refused:
             if not any(leased is one for one in known):
                 logger.warning(
@@ -75,8 +110,6 @@ class SettlerState:
         missing, session.missing = session.missing, []
         if missing:
             eviction.log_missing_jobs(logger, session.keys.queue, missing)
-        if gone := [leased for leased in known if leased.lost]:
-            raise lost(session.keys.queue, gone)
 
 
 class OutageLog:
