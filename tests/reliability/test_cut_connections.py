@@ -44,7 +44,7 @@ class Cut:
         doomed: set[Connection] = set()
 
         def send(connection: Connection, commands: Sequence[tuple[Any, ...]]) -> int:
-            if any([cut.falls(command) for command in commands]):
+            if any(map(cut.falls, list(commands))):
                 if not cut.sent:
                     connection.close()
                     raise TransportError("cut")
