@@ -85,7 +85,7 @@ class LeasedMessage:
     """Why what is stored cannot be read; its body is then the bytes as they are."""
     started: bool = False
     settled: bool = False
-    """How it ends was decided here."""
+    """Its end was decided here."""
     ending: Settlement | None = None
     """The first end that was decided."""
     confirmed: bool = False
