@@ -9,7 +9,7 @@ from conveyor.messaging.retry import Retry
 from conveyor.messaging.settlement import SettlementPolicy
 from conveyor.payload.records import AttemptHistory
 from conveyor.store.keys import QueueKeys
-from conveyor.store.operations import Settlement, TurnReply, WorkerUnregistered
+from conveyor.store.operations import Registration, Settlement, TurnReply, WorkerUnregistered
 
 KEYS = QueueKeys("conveyor", "mail")
 
@@ -35,6 +35,8 @@ def play(program, replies):
     try:
         calls.append(next(program))
         for reply in replies:
+            if isinstance(reply, int) and calls[-1].script.name == "register":
+                reply = Registration(reply, new_queue=False)
             answer = program.throw if isinstance(reply, BaseException) else program.send
             calls += [answer(reply)]
     except StopIteration:

@@ -9,12 +9,15 @@ from typing import Any
 
 import pytest
 
-from conveyor import BlobUnavailable, FileStore
+from conveyor import BlobUnavailable, Buffer, FileStore
+from conveyor.admin import blob_sweep
 from conveyor.admin.admin import Admin
 from conveyor.admin.blob_sweep import sweep
 from conveyor.errors import ConfigurationError, JobFailed, PayloadError, StoreUnavailable
+from conveyor.jobs import spawn_outbox
 from conveyor.jobs.app import Conveyor
 from conveyor.messaging.retry import Retry
+from conveyor.store.operations import Entry
 from support.running_worker import drain, until, working
 
 KEYS = {"2026-11": "k" * 32}
@@ -244,6 +247,69 @@ async def test_sweep_removes_only_what_no_job_needs(app, store, tmp_path):
     assert len(store.data) == 2
     assert await asyncio.to_thread(sweep, app) == 1
     assert set(store.data) == waiting
+
+
+@pytest.mark.row("D46")
+async def test_sweep_finds_jobs_of_queues_that_are_not_known(app, store, redis):
+    """Bodies of living jobs stay when Redis has lost the set of known queues, in part or whole."""
+    await length(app).options(delay="1h").aenqueue(BIG)
+    await app.queue("mail", dict).apush({"text": BIG}, delay="1h")
+    redis.srem("conveyor:queues", "default")
+    assert await asyncio.to_thread(sweep, app) == 0
+    redis.delete("conveyor:queues")
+    assert await asyncio.to_thread(sweep, app) == 0
+    assert len(store.data) == 2
+    await app.queue("mail", dict).apurge()
+
+
+@pytest.mark.row("D46")
+async def test_sweep_keeps_bodies_of_jobs_on_their_way(app, store, redis):
+    """Bodies of spawned jobs that lie in an outbox stay, also when its queue is not known; an entry that cannot be read stops the sweep."""
+    await length(app).options(delay="1h").aenqueue(BIG)
+    keys = app.client.keys("default")
+    [(id_, data)] = redis.hgetall(keys.jobs).items()
+    outbox = app.client.keys("spawning").outbox
+    redis.rpush(outbox, spawn_outbox.write("default", Entry(id_.decode(), data)))
+    redis.delete(keys.jobs, "conveyor:queues")
+    assert await asyncio.to_thread(sweep, app) == 0
+    redis.rpush(outbox, "of a later version")
+    with pytest.raises(PayloadError, match="Nothing was removed"):
+        await asyncio.to_thread(sweep, app)
+    assert len(store.data) == 1
+    redis.delete(outbox)
+
+
+@pytest.mark.row("D46")
+@pytest.mark.standalone_only("restarts a server of its own")
+async def test_sweep_notices_another_server(start_server, store, monkeypatch):
+    """When the server is replaced while it is read, the pages read before and after do not make a whole: nothing is removed."""
+    server = start_server("--appendonly", "yes")
+    async with Conveyor(server.url, large=store, large_above=10_000) as app:
+        await length(app).options(delay="1h").aenqueue(BIG)
+        read = blob_sweep._read
+
+        def replaced(node: Any, command: str, *rest: Any) -> Any:
+            found = read(node, command, *rest)
+            if command == "HSCAN":
+                server.kill()
+                server.start()
+                return [b"0", []]  # as the cursor of one process means nothing to another
+            return found
+
+        monkeypatch.setattr(blob_sweep, "_read", replaced)
+        with pytest.raises(StoreUnavailable, match="Nothing was removed"):
+            await asyncio.to_thread(sweep, app)
+        assert len(store.data) == 1
+
+
+@pytest.mark.row("D46")
+async def test_sweep_waits_for_the_buffer(url, store):
+    """Jobs that wait in the program's buffer are not read, so nothing is removed."""
+    async with Conveyor("redis://127.0.0.1:1/0", large=store, large_above=10_000, buffer=Buffer(linger="1ms")) as app:
+        await length(app).aenqueue(BIG)
+        with pytest.raises(StoreUnavailable, match="buffer"):
+            await asyncio.to_thread(sweep, app)
+        assert len(store.data) == 1
 
 
 def test_file_store_keeps_to_its_directory(tmp_path):

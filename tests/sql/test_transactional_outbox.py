@@ -81,6 +81,19 @@ def test_a_rollback_leaves_nothing(app: Conveyor, outbox: Outbox, database: Data
     assert redis.keys("*") == []
 
 
+def test_a_queue_that_is_declared_in_a_block_is_used_after_it(
+    app: Conveyor, outbox: Outbox, database: Database, server: Server
+) -> None:
+    """A queue that is named for the first time in a block keeps nothing of the block: later pushes go to Redis."""
+    for name, options in (("mail", {}), ("spread", {"partitions": 2})):
+        with closing(database.connect()) as connection, outbox.transaction(connection):
+            app.queue(name, **options).push(1)
+        app.queue(name, **options).push(2)
+        assert outbox.deliver() == 1
+        assert sorted(message.body for message in ack_all(app.queue(name, **options), 2)) == [1, 2]
+    app.client.execute("DEL", "conveyor:queues", key="conveyor:queues")  # the fixture drains queues in one piece
+
+
 def test_a_savepoint_takes_its_jobs_along(app: Conveyor, outbox: Outbox, database: Database) -> None:
     """Jobs enqueued after a savepoint are gone when the program rolls back to it; the rest stays."""
     add = add_task(app)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from typing import Any
 
 from conveyor.admin import acl, doctor
 from conveyor.admin.admin import Admin
+from conveyor.admin.blob_sweep import sweep
 from conveyor.errors import JobNotFound
 from conveyor.ids import new_identity
 from conveyor.jobs.app import Conveyor
@@ -20,6 +22,7 @@ from conveyor.jobs.context import Context, current
 from conveyor.jobs.core import core_of
 from conveyor.messaging.partitions import repartition
 from conveyor.messaging.retry import Retry
+from conveyor.payload.blobs import FileStore
 from conveyor.store import inspection, operations
 from conveyor.worker.shared_memory import ChildInfo, LeaseIdentity
 from conveyor.worker.supervision.lease_guard import DeadChild, LeaseGuard
@@ -201,8 +204,11 @@ def operate(app: Conveyor) -> None:
     core_of(app).plain_lists[LIST].purge()
     for number in (2, 1):
         repartition(app.client, "spread", number)
-    jobs = app.client.keys("default").jobs
-    app.client.execute("HSCAN", jobs, 0, key=jobs)  # as `conveyor.admin.blob_sweep.sweep` reads them
+    with (
+        tempfile.TemporaryDirectory() as directory,
+        Conveyor(app.client.configured_url, namespace=app.namespace, large=FileStore(directory)) as sweeping,
+    ):
+        sweep(sweeping)
 
 
 async def work(app: Conveyor) -> None:

@@ -92,7 +92,7 @@ _OPERATOR = Role(
         operations.CONFIGURE, operations.PURGE, operations.LIST_INTAKE, operations.REDRIVE, operations.PROMOTE,
         operations.CANCEL, partitions.CLAIM_PARTITIONS, partitions.REPARTITION,
     ),
-    ("sadd", "srem", "hscan"),
+    ("sadd", "srem", "hscan", "scan"),
     channels=True,
 ).combined_with(_DASHBOARD)  # fmt: skip
 _SENTINEL = Role(
@@ -171,7 +171,7 @@ def rules(
         # A client reads the settings to learn whether a reply, or WAITAOF, proves that data is on disk.
         names |= {"wait", "info", "config|get", *(["waitaof"] if server == "7.2" else [])}
     return AclRules(
-        role, user, (f"{namespace}:queues", f"{namespace}:{{*}}:*", *(_key_pattern(one) for one in lists)),
+        role, user, (f"{namespace}:queues", f"{namespace}:outboxes", f"{namespace}:{{*}}:*", *(_key_pattern(one) for one in lists)),
         (f"{namespace}:replies:*",) if definition.channels else (), tuple(sorted(names)),
     )  # fmt: skip
 

@@ -1,7 +1,8 @@
 """
 Removal of large bodies that no job needs any more.
 
-Their job was cancelled, expired or purged, or was never pushed.
+Their job was cancelled, expired or purged, or was never pushed. What refers to a body is read in the order in which jobs
+travel: database outboxes, outboxes of queues, queues. So a job that is delivered meanwhile is met at one of them.
 """
 
 from __future__ import annotations
@@ -9,16 +10,23 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from conveyor.errors import ConfigurationError, PayloadError
+import msgspec
+
+from conveyor.errors import ConfigurationError, PayloadError, StoreUnavailable
 from conveyor.jobs import spawn_outbox
 from conveyor.jobs.core import core_of
 from conveyor.payload.pipeline import PayloadPipeline
 from conveyor.payload.records import read_leniently
 from conveyor.payload.versions import sealed_name
+from conveyor.store.client.queue_scan import node_clients, queues_at
+from conveyor.store.keys import database_outboxes
+from conveyor.store.transport import replies
+from conveyor.store.transport.cluster import Cluster
 from conveyor.units import Duration, milliseconds
 
 if TYPE_CHECKING:
     from conveyor.jobs.app import Conveyor
+    from conveyor.store.client.queue_scan import ServerClient
 
 PAGE_SIZE = 500
 MIN_AGE_MS = 3_600_000
@@ -32,8 +40,12 @@ def sweep(app: Conveyor, older: Duration = "1d", *, dry_run: bool = False) -> in
     Dead letters are jobs: their bodies are kept until they are purged. *older* is at least an hour. It must exceed the
     running time of jobs that spawn others, and the time for which a `Buffer` holds jobs back while Redis is away:
     their bodies are written before they are pushed. The store must belong to this namespace of this Redis alone.
-    Reads every job once. Raises PayloadError, and removes nothing, when a job refers to a body and the app's keys
-    cannot open the reference; ConfigurationError for an app without a store.
+
+    Reads the keys of the whole server, every job, and every row of the app's `Outbox` objects, which must have been
+    made in this program. Removes nothing, and raises, unless all of it was read: PayloadError when a job refers to a
+    body and the app's keys cannot open the reference; StoreUnavailable when a server does not answer, or changed
+    meanwhile; the driver's error when a database does not answer; ConfigurationError for an app without a store, for an
+    outbox that this program cannot read, and for one that delivers to this namespace and is unknown here.
     """
     sealing = app.sealing
     if sealing is None or sealing.store is None:
@@ -70,26 +82,88 @@ def _referenced_blobs(app: Conveyor, sealing: PayloadPipeline) -> set[str]:
 
 
 def _all_jobs(app: Conveyor) -> Iterator[tuple[str, str, bytes]]:
-    """
-    Yield queue, id and envelope of every job.
+    """Yield queue, id and envelope of every job."""
+    buffer = app.client.buffer
+    if buffer is not None and buffer.waiting:
+        raise StoreUnavailable(
+            "Jobs wait in this program's buffer. Nothing was removed. Call sweep() when it is empty."
+        )
+    yield from _jobs_of_databases(app)
+    with node_clients(app.client) as nodes:
+        servers = [_server_run(node) for node in nodes]
+        try:
+            for node in nodes:
+                yield from _jobs_of_outboxes(node)
+            yield from _jobs_of_queues(nodes)
+        except ConfigurationError as error:
+            if error.code != "E33" or not isinstance(app.client.address, Cluster):
+                raise
+            raise _changed() from error  # the node has given the keys away
+        if [_server_run(node) for node in nodes] != servers:
+            raise _changed()
 
-    Jobs on their way from one queue to another come first.
-    """
-    queues = app.client.queues()
-    for queue in queues:
+
+def _jobs_of_databases(app: Conveyor) -> Iterator[tuple[str, str, bytes]]:
+    outboxes = core_of(app).outboxes
+    key = database_outboxes(app.namespace)
+    recorded: Any = app.client.execute("SMEMBERS", key, key=key)
+    unknown = {name.decode() for name in recorded} - {outbox.table for outbox in outboxes}
+    if unknown:
+        raise ConfigurationError(
+            f"The database outbox {', '.join(sorted(unknown))} delivers to namespace {app.namespace!r}, and this program "
+            "does not know it: bodies of its rows would be removed. Nothing was removed. Import the module that makes "
+            f"Outbox(app, connect) before sweep(). If that outbox is gone for good: SREM {key} {min(unknown)}"
+        )
+    for outbox in outboxes:
+        for entry in outbox.entries():
+            yield _read_entry(entry, f"A row of {outbox.table}")
+
+
+def _jobs_of_outboxes(node: ServerClient) -> Iterator[tuple[str, str, bytes]]:
+    for queue, key in list(queues_at(node, "outbox")):
         # In one read: the list is trimmed at its head meanwhile, so a second page would begin too late.
-        for entry in _read(app, "LRANGE", core_of(app).keys(queue).outbox, "0", "-1"):
-            target, sent = spawn_outbox.read(entry)
-            yield target, sent.id, sent.rest
-    for queue in queues:
-        jobs, cursor = core_of(app).keys(queue).jobs, b"0"
-        while True:
-            cursor, page = _read(app, "HSCAN", jobs, cursor, "COUNT", str(PAGE_SIZE))
-            for id_, data in zip(page[::2], page[1::2], strict=True):
-                yield queue, id_.decode(), data
-            if cursor == b"0":
-                break
+        for entry in _read(node, "LRANGE", key, "0", "-1"):
+            yield _read_entry(entry, f"An entry of the outbox of queue '{queue}'")
 
 
-def _read(app: Conveyor, command: str, key: str, *rest: str | bytes) -> Any:
-    return app.client.execute(command, key, *rest, key=key)
+def _jobs_of_queues(nodes: list[ServerClient]) -> Iterator[tuple[str, str, bytes]]:
+    """Yield the jobs of all queues; look for further queues until there are none, since a slot may move meanwhile."""
+    read: set[str] = set()
+    while True:
+        found = [(node, queue, key) for node in nodes for queue, key in queues_at(node, "jobs") if key not in read]
+        if not found:
+            return
+        for node, queue, key in found:
+            read.add(key)
+            cursor = b"0"
+            while True:
+                cursor, page = _read(node, "HSCAN", key, cursor, "COUNT", str(PAGE_SIZE))
+                for id_, data in zip(page[::2], page[1::2], strict=True):
+                    yield queue, id_.decode(), data
+                if cursor == b"0":
+                    break
+
+
+def _read_entry(data: bytes, where: str) -> tuple[str, str, bytes]:
+    try:
+        queue, entry = spawn_outbox.read(data)
+    except (msgspec.DecodeError, ValueError) as error:
+        raise PayloadError(f"{where} cannot be read, so its body is not known. Nothing was removed. {error}") from None
+    return queue, entry.id, entry.rest
+
+
+def _server_run(node: ServerClient) -> str:
+    """Return what tells one run of one server from any other: a page of HSCAN continues in the same run only."""
+    reply = node.execute("INFO", "server", retry_for=node.retry_for)
+    return replies.parse_info(reply)["run_id"]
+
+
+def _changed() -> StoreUnavailable:
+    return StoreUnavailable(
+        "A server was replaced, or a slot moved, while the jobs were read, so some may have been missed. Nothing was "
+        "removed. Call sweep() again."
+    )
+
+
+def _read(node: ServerClient, command: str, key: str, *rest: str | bytes) -> Any:
+    return node.execute(command, key, *rest, key=key, retry_for=node.retry_for)

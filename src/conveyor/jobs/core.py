@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, Protocol
 
 from conveyor.jobs.hooks import Hooks
 from conveyor.jobs.registry import QueueRegistry
@@ -13,6 +14,17 @@ if TYPE_CHECKING:
     from conveyor.payload.formats import FormatRegistry
     from conveyor.payload.pipeline import PayloadPipeline
     from conveyor.store.client.client import Client
+
+
+class DatabaseOutbox(Protocol):
+    """A table in a database of the program whose rows are jobs to come."""
+
+    @property
+    def table(self) -> str: ...
+
+    def entries(self) -> Iterator[bytes]:
+        """Yield all rows that are committed and not delivered, as `spawn_outbox.write` wrote them."""
+        ...
 
 
 class AppCore(QueueRegistry, Hooks):
@@ -44,6 +56,8 @@ class AppCore(QueueRegistry, Hooks):
         self.definitions: dict[str, TaskDefinition] = {}
         self.external_tasks: dict[str, Task[..., Any]] = {}
         """Tasks whose functions other programs have, by name: enqueued here and never run."""
+        self.outboxes: list[DatabaseOutbox] = []
+        """Those in a database of the program, whose rows are jobs to come."""
 
     def close(self) -> None:
         """Close the connections of this process and leave the embedded server; a later use opens them again."""

@@ -169,6 +169,7 @@ class LeaseSession:
     _has_moved: bool = False
     _mean_bytes: float = 0.0
     _looking: bool = False
+    _new_queue: bool = False
     _leaving: bool = False
 
     def settle(self, leased: LeasedMessage, settlement: Settlement) -> None:
@@ -215,8 +216,9 @@ class LeaseSession:
             repeated = self._call is not None
             try:
                 if not self.registered:
-                    yield operations.register(self.keys, self.worker, self.lease_ms, self.about)
+                    registration = yield operations.register(self.keys, self.worker, self.lease_ms, self.about)
                     self.registered = True
+                    self._new_queue = self._new_queue or registration.new_queue
                 if want and self.intake is not None and not repeated:
                     yield self.intake(want)
                 reply: TurnReply = yield self._call or self._next_call(want, leave)
@@ -247,6 +249,11 @@ class LeaseSession:
         self._reported, self._ended = {}, []
         self._call = None
         self.worker, self.number, self.registered = new_identity(), 0, False
+
+    def take_new_queue(self) -> bool:
+        """Tell, once, whether a registration found the queue new in Redis: its name must be made known."""
+        new, self._new_queue = self._new_queue, False
+        return new
 
     def hand_back(self, leased: Iterable[LeasedMessage], histories: Callable[[LeasedMessage], bytes]) -> None:
         """Give *leased* back to the front, in their order, with the given histories (b"" as it was)."""

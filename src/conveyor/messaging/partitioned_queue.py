@@ -76,7 +76,7 @@ class PartitionedQueue(Queue[T]):
         super().__init__(client, name, type, lease_ms=lease_ms, max_length=max_length, **options)
 
     def _make_publisher(self) -> Publisher[T]:
-        return PartitionedPublisher(self.client.push_target(self.durability), self.partitions, self.codec)
+        return PartitionedPublisher(self.client.redis_target(self.durability), self.partitions, self.codec)
 
     def _prepared(self, options: PushOptions) -> PreparedPush:
         group = options.pop("group", None)

@@ -171,6 +171,16 @@ class Partitions:
                     raise
                 await asyncio.sleep(RETRY_PAUSE)
 
+    def reclaim(self) -> None:
+        """Agree anew after a partition has refused the number: Redis was emptied, or the number was changed."""
+        self.claim()
+        self.client.announce_again(*self.keys)
+
+    async def areclaim(self) -> None:
+        """Awaitable form of `reclaim`."""
+        await self.aclaim()
+        await self.client.aannounce_again(*self.keys)
+
     @property
     def _retry_for(self) -> float:
         """The seconds a claim is repeated for: short with a buffer, which keeps the pushes."""
@@ -195,8 +205,8 @@ class Partitions:
                     raise
         try:
             return work()
-        except PartitionCountMismatch:  # Redis was emptied, or the number was changed
-            self.claim()
+        except PartitionCountMismatch:
+            self.reclaim()
             return work()
 
     async def arun_agreed(self, work: Callable[[], Awaitable[V]]) -> V:
@@ -212,7 +222,7 @@ class Partitions:
         try:
             return await work()
         except PartitionCountMismatch:
-            await self.aclaim()
+            await self.areclaim()
             return await work()
 
     # -- pushing jobs ---------------------------------------------------------------------------------------------

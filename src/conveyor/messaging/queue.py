@@ -116,7 +116,7 @@ class Queue(Generic[T]):
         return self.client.keys(self.name)
 
     def _make_publisher(self) -> Publisher[T]:
-        return Publisher(self.client.push_target(self.durability), self.keys, self.codec, self.max_length)
+        return Publisher(self.client.redis_target(self.durability), self.keys, self.codec, self.max_length)
 
     def _intake(self) -> Callable[[int], Call[int]] | None:
         return None

@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Collection, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import groupby
@@ -26,7 +27,7 @@ from conveyor.jobs import spawn_outbox
 from conveyor.sql.transaction import explain_missing_table
 from conveyor.store import operations
 from conveyor.store.client.spool import DAY_SUFFIX, MAX_BYTES, MAX_JOBS, SpooledPush
-from conveyor.store.keys import known_queues
+from conveyor.store.keys import database_outboxes
 from conveyor.store.operations import Entry, ProducerSequence, StalePush
 
 if TYPE_CHECKING:
@@ -85,7 +86,7 @@ class OutboxDelivery:
 
     def __init__(self, core: AppCore, table: TableSql) -> None:
         self._core, self._table = core, table
-        self._known: set[str] = set()
+        self._is_recorded = False
         self._own_batches: set[str] = set()
         self._first_seen: dict[str, float] = {}
 
@@ -213,10 +214,8 @@ class OutboxDelivery:
     def _push(self, batch: DeliveryBatch, retry_for: float) -> None:
         core, queue = self._core, ids.logical(batch.queue)
         client, keys = core.client, core.keys(batch.queue)
-        if batch.queue not in self._known:
-            known = known_queues(client.namespace)
-            client.run(operations.announce(known, keys.queue), retry_for=retry_for)
-            self._known.add(batch.queue)
+        client.announce(keys, retry_for=retry_for)
+        self._record(retry_for)
         declared, partitions = core.bounded.get(queue), core.partitioned.get(queue)
         asks = None if declared is None else declared.durability
         most = partitions.max_length if partitions else declared.max_length if declared else None
@@ -225,10 +224,20 @@ class OutboxDelivery:
             keys, ProducerSequence(batch.sequence, resends_refused=True), batch.entries, max_length=most or 0
         )
         work = partial(client.push_unbuffered, keys, call, asks, retry_for=retry_for)
-        if partitions is None:
-            work()
-        else:
-            partitions.run_agreed(work)
+        ids_ = work() if partitions is None else partitions.run_agreed(work)
+        if isinstance(ids_, operations.NewQueueIds):
+            client.announce_again(keys)
+            self._is_recorded = False
+
+    def _record(self, retry_for: float) -> None:
+        """Record once that this table delivers here: a sweep in a program that does not know it must not run."""
+        if not self._is_recorded:
+            client = self._core.client
+            with suppress(ConveyorError):
+                client.run(
+                    operations.announce(database_outboxes(client.namespace), self._table.name), retry_for=retry_for
+                )
+                self._is_recorded = True
 
     def _delete(self, db: DbConnection, batch: DeliveryBatch) -> int:
         count = self._run(db, DELETE, self._core.client.namespace, batch.name, batch.queue)

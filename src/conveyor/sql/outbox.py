@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
+from dataclasses import dataclass
 from functools import partial
 from time import time
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 COUNT = "SELECT COUNT(*), MIN(created_ms) FROM {table} WHERE namespace = ? AND batch <> '!'"
 COUNT_ASIDE = "SELECT COUNT(*) FROM {table} WHERE namespace = ? AND batch = '!'"
+ENTRIES = "SELECT seq, entry FROM {table} WHERE namespace = ? AND seq > ? ORDER BY seq LIMIT 200"
 REDRIVE = "UPDATE {table} SET batch = '' WHERE namespace = ? AND batch = '!'"
 
 
@@ -35,6 +37,28 @@ class OutboxBacklog(NamedTuple):
     waiting: int
     aside: int
     oldest_age: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class OutboxRows:
+    """The rows of one outbox, as the app knows them: jobs to come."""
+
+    _table: TableSql
+    _connect: Callable[[], AbstractContextManager[DbConnection]]
+    _namespace: str
+
+    @property
+    def table(self) -> str:
+        """The name of the table."""
+        return self._table.name
+
+    def entries(self) -> Iterator[bytes]:
+        """Yield the entries of all rows, also of those that were set aside."""
+        with self._connect() as db, explain_missing_table(self._table):
+            last = -1
+            while rows := db.run(self._table.fill(ENTRIES), self._namespace, last).rows:
+                yield from (bytes(entry) for _, entry in rows)
+                last = rows[-1][0]
 
 
 class Outbox(ManagedTable):
@@ -64,6 +88,7 @@ class Outbox(ManagedTable):
         self._interval = positive_ms(interval, "interval") / 1000
         self._relays: set[Relay] = set()
         app.client.push_target_resolver = partial(open_transaction, app.client)
+        core_of(app).outboxes.append(OutboxRows(self._table, self._connection, app.namespace))
 
     def __repr__(self) -> str:
         return f"<Outbox {self._table} of {self.app!r}>"

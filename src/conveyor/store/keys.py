@@ -1,8 +1,8 @@
 """
 The names of all keys, in one place.
 
-All keys of a queue have the same hash tag, the queue's name, so each step is one script in one slot of a cluster. Only
-`<namespace>:queues`, the set of known queues, has no tag.
+All keys of a queue have the same hash tag, the queue's name, so each step is one script in one slot of a cluster. Two
+keys have no tag: `<namespace>:queues`, the set of known queues, and `<namespace>:outboxes`, that of database outboxes.
 """
 
 from __future__ import annotations
@@ -18,6 +18,11 @@ PRIORITIES = 10
 def known_queues(namespace: str) -> str:
     """Return the key of the set of known queues."""
     return f"{namespace}:queues"
+
+
+def database_outboxes(namespace: str) -> str:
+    """Return the key of the set of database tables whose rows are delivered to this namespace."""
+    return f"{namespace}:outboxes"
 
 
 def check_namespace(namespace: str) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from conveyor.errors import ConfigurationError, QueueFull
 from conveyor.ids import may_arrive_later
@@ -109,8 +109,12 @@ def wake(key: str) -> Call[int]:
 
 def push_plain(
     keys: QueueKeys, sequence: ProducerSequence, pairs: Sequence[Argument], *, max_length: int = 0
-) -> Call[None]:
-    """Return the call that stores plain messages: *pairs* is id, envelope, id, envelope, …"""
+) -> Call[bool]:
+    """
+    Return the call that stores plain messages: *pairs* is id, envelope, id, envelope, …
+
+    It yields True when the queue was new in Redis.
+    """
     if (names := sequence.key_names.get(keys.prefix)) is None:
         names = (keys.lane(sequence.identity), keys.jobs, keys.ready[0], keys.wake, keys.conf, keys.dead)
         sequence.key_names[keys.prefix] = names
@@ -124,7 +128,11 @@ def push_plain(
 def push(
     keys: QueueKeys, sequence: ProducerSequence, entries: Iterable[Entry], *, max_length: int = 0
 ) -> Call[list[str]]:
-    """Return the call that stores *entries* in order, all or none. It yields an id each: an existing job's for a duplicate."""
+    """
+    Return the call that stores *entries* in order, all or none. It yields an id each: an existing job's for a duplicate.
+
+    The ids are `NewQueueIds` when the queue was new in Redis.
+    """
     number = str(sequence.next())
     args, ids = _push_args(number, keys, entries, max_length)
     return Call(
@@ -139,7 +147,8 @@ def push_numbered(
     """
     Return the call that stores *entries*, which stand for *numbers* in the sequence *identity*, all or none.
 
-    None is stored when some were before. It yields the highest number of the sequence that is stored then. Entries may be
+    None is stored when some were before. It yields the highest number of the sequence that is stored then, a
+    `NewQueueNumber` when the queue was new in Redis. Entries may be
     numbered one by one and pushed in any portions, however often: each is stored once. Raises WithdrawnPush.
     """
     args, _ = _push_args(f"{numbers[-1]} {numbers[0]}", keys, entries, max_length)
@@ -206,9 +215,25 @@ def status_of(number: str, reply: bytes) -> list[str]:
     return words
 
 
-def _pushed_plain(keys: QueueKeys, number: str, reply: bytes) -> None:
-    if reply != f"{number}\nok".encode():
-        _refused(keys, status_of(number, reply))
+_NEW_QUEUE = "\t"
+"""The last word of the reply to a push that found its queue new in Redis."""
+
+
+class NewQueueIds(list[str]):
+    """The ids of a push that found its queue new in Redis: the queue's name must be made known again."""
+
+
+class NewQueueNumber(int):
+    """The number of a push that found its queue new in Redis, as `NewQueueIds`."""
+
+
+def _pushed_plain(keys: QueueKeys, number: str, reply: bytes) -> bool:
+    if reply == f"{number}\nok".encode():
+        return False
+    status = status_of(number, reply)
+    if status != ["ok", _NEW_QUEUE]:
+        _refused(keys, status)
+    return True
 
 
 def _pushed(keys: QueueKeys, number: str, ids: list[str | None]) -> Any:
@@ -217,7 +242,8 @@ def _pushed(keys: QueueKeys, number: str, ids: list[str | None]) -> Any:
         if status != "ok":
             _refused(keys, [status, *special])
         answers = iter(special)
-        return [id_ if id_ is not None else _accepted(next(answers)) for id_ in ids]
+        whole = [id_ if id_ is not None else _accepted(next(answers)) for id_ in ids]
+        return NewQueueIds(whole) if special[-1:] == [_NEW_QUEUE] else whole
 
     return decode
 
@@ -228,7 +254,9 @@ def _pushed_numbered(keys: QueueKeys, number: int, reply: bytes) -> int:
         raise WithdrawnPush
     if status not in {"ok", "late"}:
         _refused(keys, [status, *rest])
-    return number if status == "ok" else int(rest[0])
+    if status == "late":
+        return int(rest[0])
+    return NewQueueNumber(number) if rest[-1:] == [_NEW_QUEUE] else number
 
 
 class ExistingId(str):
@@ -378,8 +406,8 @@ def _read_turn(number: int, reply: list[Any]) -> TurnReply:
     )  # fmt: skip
 
 
-def register(keys: QueueKeys, worker: str, lease_ms: int, about: bytes) -> Call[int]:
-    """Return the call that registers *worker*; it yields the server's time in ms."""
+def register(keys: QueueKeys, worker: str, lease_ms: int, about: bytes) -> Call[Registration]:
+    """Return the call that registers *worker*."""
     # 65 bytes and more make the hash a hashtable: as a listpack of 500 a lease costs 12 times as much (design).
     return Call(
         REGISTER, (keys.leased(worker), keys.workers, keys.conf),
@@ -387,14 +415,21 @@ def register(keys: QueueKeys, worker: str, lease_ms: int, about: bytes) -> Call[
     )  # fmt: skip
 
 
-def _registered(keys: QueueKeys, reply: list[Any]) -> int:
+class Registration(NamedTuple):
+    """The reply to a registration: the server's time in ms, and whether the queue was new in Redis."""
+
+    now: int
+    new_queue: bool
+
+
+def _registered(keys: QueueKeys, reply: list[Any]) -> Registration:
     if reply[0] == -2:
         raise PartitionCountMismatch(keys, reply[1].decode())
     if reply[0] == -1:
         raise ConfigurationError(
             f"The queue was written by another version (layout {reply[1].decode()}; this one knows 1 and 2). Upgrade this worker."
         )
-    return int(reply[0])
+    return Registration(int(reply[0]), reply[1] == 1)
 
 
 def heartbeat(keys: QueueKeys, worker: str, lease_ms: int) -> Call[bool]:

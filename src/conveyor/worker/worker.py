@@ -12,12 +12,13 @@ from time import monotonic, time
 from typing import TYPE_CHECKING, Any
 
 from conveyor import ids
-from conveyor.errors import QueueFull, StoreUnavailable
+from conveyor.errors import ConveyorError, QueueFull, StoreUnavailable
 from conveyor.events import WorkerStarted, WorkerStopped
 from conveyor.jobs.core import core_of
 from conveyor.jobs.hooks import run_through, wraps_runs
 from conveyor.payload import failures
 from conveyor.store import operations
+from conveyor.store.client.queue_index import REFRESH
 from conveyor.store.transport import eviction
 from conveyor.worker.attempt import Attempt, error_line
 from conveyor.worker.execution.executor import Executor
@@ -151,8 +152,8 @@ class Worker:
             with suppress(QueueFull, StoreUnavailable):
                 await self.app.client.aannounce(consumer.keys)
         self._recycle_limits.begin()
-        eviction_watch = asyncio.create_task(eviction.watch_policy(self._server_infos, log))
-        stack.callback(eviction_watch.cancel)
+        for watch in (eviction.watch_policy(self._server_infos, log), self._keep_queues_known()):
+            stack.callback(asyncio.create_task(watch).cancel)
         self._before_leasing()
         self.app.emit(WorkerStarted(self.name))
         for consumer in self.consumers:
@@ -176,6 +177,13 @@ class Worker:
         watchdog = Watchdog(self._on_the_loop, self._tick, None if self._slot is None else self._slot.set_job)
         watchdog.start()
         stack.callback(watchdog.close)
+
+    async def _keep_queues_known(self) -> None:
+        """Add the names of all queues to the set of known ones again from time to time: the set may be lost."""
+        while True:
+            await asyncio.sleep(REFRESH)
+            with suppress(ConveyorError):
+                await self.app.client.aannounce(*(consumer.keys for consumer in self.consumers))
 
     async def _server_infos(self) -> list[Any]:
         """Return the reply to INFO of each server that holds a queue of this worker."""

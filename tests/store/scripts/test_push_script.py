@@ -22,7 +22,7 @@ def test_plain_push(seeded: SeededQueue) -> None:
     assert seeded.dump() == {
         "conf": SCHEMA,
         "jobs": {"a": PLAIN, "b": PLAIN, "c": PLAIN},
-        "lane:L ~7200s": "1\nok",
+        "lane:L ~7200s": "1\nok\n.",
         "ready:0": ["a", "b", "c"],
         "wake ~3600s": ["1"],
     }
@@ -71,7 +71,7 @@ def test_special_push(seeded: SeededQueue, options: dict[str, object], changes: 
     """Each option leaves its mark in the envelope's first line and the job in its one place."""
     assert seeded.push(entry("x", **options)) == ["x"]
 
-    assert seeded.dump() == {"conf": SCHEMA, "lane:L ~7200s": "1\nok\nx", **changes}
+    assert seeded.dump() == {"conf": SCHEMA, "lane:L ~7200s": "1\nok\nx\n.", **changes}
     assert seeded.audit() == []
 
 
@@ -86,7 +86,7 @@ def test_mixed_runs_keep_their_order(seeded: SeededQueue) -> None:
     state = seeded.dump()
     assert state["ready:0"] == ["f", "a", "b", "d", "e", "h"]
     assert state["ready:5"] == ["c", "g"]
-    assert state["lane:L ~7200s"] == "1\nok\nb\nc\ng\nf"
+    assert state["lane:L ~7200s"] == "1\nok\nb\nc\ng\nf\n."
 
 
 @pytest.mark.redis6
@@ -221,7 +221,7 @@ def test_what_was_accepted_is_not_withdrawn(seeded: SeededQueue, plain: bool) ->
     seeded.run(call)
 
     with seeded.unchanged():
-        assert seeded.run(withdrawal) == b"1\nok"
+        assert seeded.run(withdrawal) == b"1\nok\n\t"
 
 
 # -- duplicates -------------------------------------------------------------------------------------------------------

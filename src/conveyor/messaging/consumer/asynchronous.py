@@ -81,6 +81,8 @@ class AsyncSettler(SettlerState):
             if self._has_left:
                 return
             await adrive(self.session.turn(want, leave=leave), self._run)
+            if self.session.take_new_queue():
+                await self.client.aannounce_again(self.session.keys)
             self._has_left = leave and not self.session.transient
         if self.session.bodies is not None:
             await self.session.bodies.fetch(self.session.waiting)
@@ -138,7 +140,7 @@ async def arun_partitioned(partitions: Partitions, call: Call[Any]) -> Any:
     try:
         return await arun_once(partitions.client, call)
     except PartitionCountMismatch:
-        await partitions.aclaim()
+        await partitions.areclaim()
         return await arun_once(partitions.client, call)
 
 

@@ -79,6 +79,8 @@ class BlockingSettler(SettlerState):
             if self._has_left:
                 return False  # a thread that renews comes late: it must not register anew
             drive(self.session.turn(want, leave=leave), self._run)
+            if self.session.take_new_queue():
+                self.client.announce_again(self.session.keys)
             self._has_left = leave and not self.session.transient
         return True
 
@@ -122,7 +124,7 @@ def run_partitioned(partitions: Partitions, call: Call[Any]) -> Any:
     try:
         return run_once(partitions.client, call)
     except PartitionCountMismatch:
-        partitions.claim()
+        partitions.reclaim()
         return run_once(partitions.client, call)
 
 

@@ -29,7 +29,6 @@ class ListMover:
 
     def __init__(self, client: Client, keys: QueueKeys) -> None:
         self._client, self._keys = client, keys
-        self._announced = False
         self._waiter = WakeupWaiter(client.endpoint(keys))
         self._connection = Connection(client.endpoint(keys))
         self._work = SignalSafeEvent()
@@ -68,9 +67,7 @@ class ListMover:
                 break
             try:
                 assert self._keys.foreign is not None
-                if not self._announced:
-                    self._client.announce(self._keys)
-                    self._announced = True
+                self._client.announce(self._keys)
                 self._is_moving = True
                 try:
                     moved = self._waiter.wait_and_move(self._keys.foreign, self._keys.intake, self._seconds)

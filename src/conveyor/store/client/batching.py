@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import weakref
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from conveyor.errors import ConveyorError, QueueFull, StoreUnavailable
@@ -113,8 +113,18 @@ class PushBatcher:
     Cancelling a future leaves its push in flight: whether it was stored is then unknown, as with any lost reply.
     """
 
-    def __init__(self, connection: AsyncConnection, keys: QueueKeys, max_length: int, retry_for: float) -> None:
+    def __init__(
+        self,
+        connection: AsyncConnection,
+        keys: QueueKeys,
+        max_length: int,
+        retry_for: float,
+        *,
+        on_new_queue: Callable[[QueueKeys], Awaitable[None]] | None = None,
+    ) -> None:
+        """*on_new_queue* is awaited after a push that found the queue new in Redis."""
         self._connection, self._keys, self._max_length, self._retry_for = connection, keys, max_length, retry_for
+        self._on_new_queue = on_new_queue
         self._sequence = ProducerSequence(new_identity())
         self._waiting: deque[PendingPush] = deque()
         self._sender: asyncio.Task[None] | None = None
@@ -157,10 +167,15 @@ class PushBatcher:
         """Send one call; return an id for each entry, none for plain messages."""
         if plain:
             pairs = [part for one in batch for part in one[:2]]
-            await self.run(operations.push_plain(self._keys, self._sequence, pairs, max_length=self._max_length))  # type: ignore[arg-type]
+            call = operations.push_plain(self._keys, self._sequence, pairs, max_length=self._max_length)  # type: ignore[arg-type]
+            if await self.run(call) and self._on_new_queue is not None:
+                await self._on_new_queue(self._keys)
             return []
         entries = entries_of(batch)
-        return await self.run(operations.push(self._keys, self._sequence, entries, max_length=self._max_length))
+        ids = await self.run(operations.push(self._keys, self._sequence, entries, max_length=self._max_length))
+        if isinstance(ids, operations.NewQueueIds) and self._on_new_queue is not None:
+            await self._on_new_queue(self._keys)
+        return ids
 
     def new_sequence(self) -> ProducerSequence:
         """Return a fresh sequence."""

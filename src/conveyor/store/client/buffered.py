@@ -19,8 +19,7 @@ from conveyor.store.client.buffer import LOOK_EVERY, Buffer
 from conveyor.store.client.client import RETRY_FOR, Client, refuse_in_loop
 from conveyor.store.client.confirmed import ConfirmedTarget
 from conveyor.store.client.durability import Durability
-from conveyor.store.client.spool import MemorySpool, QueueName, SpoolBatch, SpooledPush, day_identity
-from conveyor.store.keys import QueueKeys, known_queues
+        self._stopping, self._changed = SignalSafeEvent(), SignalSafeEvent()
 from conveyor.store.operations import Entry, ProducerSequence
 from conveyor.store.partitions import PartitionCountMismatch, claims, count, partition_of
 from conveyor.store.script import Argument, Call
@@ -91,34 +90,19 @@ class BufferedClient(Client):
                 self.buffer.wait_empty(DRAINING_PAUSE)
             return self.keep(keys, content, max_length, None, None)
         try:
-            self.announce_within(keys, FIRST_TRY)
+            self.announce(keys, retry_for=FIRST_TRY)
         except StoreUnavailable as error:
             return self.keep(keys, content, max_length, None, error)
         producer = self._take_connection(keys.jobs)
         try:
-            return producer.connection.run(make(sequence=producer.sequence), retry_for=FIRST_TRY)
+            stored = producer.connection.run(make(sequence=producer.sequence), retry_for=FIRST_TRY)
         except StoreUnavailable as error:
             # It may have been stored, so it keeps its sequence and number, and the connection gets another sequence.
             sequence, producer.sequence = producer.sequence, self.new_sequence()
             return self.keep(keys, content, max_length, sequence, error)
         finally:
             producer.free_list.append(producer)
-
-    def queue_name(self, keys: QueueKeys) -> QueueName:
-        """Return the name under which a buffer holds pushes to *keys*."""
-        return self.namespace, keys.queue, keys.foreign
-
-    def announce_within(self, keys: QueueKeys, retry_for: float) -> None:
-        """Announce a queue as `announce` does, retrying for its own time."""
-        if keys.queue not in self._announced:
-            self.run(operations.announce(known_queues(self.namespace), keys.queue), retry_for=retry_for)
-            self._announced.add(keys.queue)
-
-    async def aannounce_within(self, keys: QueueKeys) -> None:
-        """Awaitable form of `announce_within`."""
-        if keys.queue not in self._announced:
-            await self.arun(operations.announce(known_queues(self.namespace), keys.queue), retry_for=FIRST_TRY)
-            self._announced.add(keys.queue)
+        self._stopping, self._changed = SignalSafeEvent(), SignalSafeEvent()
 
     def keep(
         self,
@@ -230,7 +214,7 @@ class BufferedBatcher(PushBatcher):
     """A batcher whose calls are kept while Redis is away."""
 
     def __init__(self, client: BufferedClient, *about: Any) -> None:
-        super().__init__(*about)
+        super().__init__(*about, on_new_queue=client.aannounce_again)
         self._client = client
         self._sequence = _day_sequence()
         self._retry_for = FIRST_TRY
@@ -243,7 +227,7 @@ class BufferedBatcher(PushBatcher):
                 await asyncio.sleep(DRAINING_PAUSE)
             return client.keep(self._keys, entries, self._max_length, None, None)
         try:
-            await client.aannounce_within(self._keys)
+            await client.aannounce(self._keys, retry_for=FIRST_TRY)
         except StoreUnavailable as error:
             return client.keep(self._keys, entries, self._max_length, None, error)
         try:
@@ -395,65 +379,18 @@ class SpoolDelivery:
         """Push a batch; return the highest number of its sequence that Redis has taken, None when it was placed anew."""
         first, client = batch.first, self._client
         keys = QueueKeys(first.namespace, first.queue, foreign=first.foreign, partitions=first.partitions)
-        client.announce_within(keys, FIRST_TRY)
+        client.announce(keys, retry_for=FIRST_TRY)
         endpoint = client.endpoint(keys)
         connection = connections.get(endpoint)
         if connection is None:
             connection = connections[endpoint] = Connection(endpoint)
         try:
-            return connection.run(_push_of(batch, keys, 0), retry_for=FIRST_TRY)
+            taken = connection.run(_push_of(batch, keys, 0), retry_for=FIRST_TRY)
         except operations.WithdrawnPush:
             # The failed attempt was refused, but nobody was told. Only this push uses its sequence, so the next number is free.
-            return connection.run(_push_of(batch, keys, 1), retry_for=FIRST_TRY)
+            taken = connection.run(_push_of(batch, keys, 1), retry_for=FIRST_TRY)
         except PartitionCountMismatch as error:
-            queue = logical(first.queue)
-            if error.recorded is None:
-                # Redis was emptied meanwhile, so it has no number yet. Set this one, unless another program was first.
-                for claim in claims(first.namespace, queue, keys.partitions):
-                    client.run(claim, retry_for=FIRST_TRY)
-                return connection.run(_push_of(batch, keys, 0), retry_for=FIRST_TRY)
-            number, change = client.run(count(QueueKeys(first.namespace, queue)), retry_for=FIRST_TRY)
-            if change or not number or number == keys.partitions:
-                raise  # the change is under way
-            # The partition has taken none of these: it would have said so instead. And it takes no late copy any more.
-            self._buffer.place_anew(
-                spool, batch, [one for record in batch.records for one in place_anew(record, number)]
-            )
-            return None
-
-
-class RefusalLog:
-    """Logs refusals that an operator has to end: of each queue one a minute."""
-
-    def __init__(self) -> None:
-        self._logged_at: dict[str, float] = {}
-
-    def log(self, batch: SpoolBatch, error: Exception) -> None:
-        """Log *error*, which refused *batch*."""
-        queue, now = batch.first.queue, time.monotonic()
-        if now - self._logged_at.get(queue, -_LOG_AGAIN_AFTER) < _LOG_AGAIN_AFTER:
-            return
-        self._logged_at[queue] = now
-        _log.error(
-            "queue %s: buffered jobs cannot be delivered until this is fixed: %s", queue, error,
-            exc_info=not isinstance(error, ConveyorError),
-        )  # fmt: skip
-
-
-def place_anew(record: SpooledPush, partitions: int) -> list[SpooledPush]:
-    """Return the records that take the place of *record* when its queue has another number of *partitions*."""
-    queue = logical(record.queue)
-    placed: dict[str, list[Entry]] = {}
-    for entry in record.entries:
-        at = partition_of(entry.id if entry.unique is None else entry.unique, partitions)
-        placed.setdefault(queue if partitions == 1 else partition(queue, at), []).append(entry)
-    # A sequence of its own, because the new place may have higher numbers of the old one.
-    lane = f"{record.queue}>{record.lane}"
-    most = max(1, record.max_length * record.partitions // partitions) if record.max_length else 0
-    return [
-        replace(record, queue=name, entries=entries, partitions=partitions, lane=lane, max_length=most)
-        for name, entries in placed.items()
-    ]
+        self._stopping, self._changed = SignalSafeEvent(), SignalSafeEvent()
 
 
 def _push_of(batch: SpoolBatch, keys: QueueKeys, skipped: int) -> Call[int]:

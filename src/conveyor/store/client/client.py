@@ -15,20 +15,24 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
-from conveyor.errors import ConfigurationError
+from conveyor.errors import ConfigurationError, ConveyorError, StoreUnavailable
 from conveyor.ids import new_identity
 from conveyor.store import operations
 from conveyor.store.client.batching import LoopConnections, PushBatcher, chunks
 from conveyor.store.client.confirmed import ConfirmedConnections, ConfirmedTarget
 from conveyor.store.client.durability import Durability, DurabilityRequest
+from conveyor.store.client.queue_index import QueueIndex
 from conveyor.store.fork_safety import on_fork
 from conveyor.store.keys import QueueKeys, check_namespace, known_queues
 from conveyor.store.operations import Entry, ProducerSequence
 from conveyor.store.script import Argument, Call
 from conveyor.store.transport.async_connection import AsyncConnection
 from conveyor.store.transport.connection import Connection
+from conveyor.store.transport.endpoint import in_thread
 from conveyor.store.transport.topology import embedded_directory, topology_of
 from conveyor.store.transport.url import StandaloneServer, configured_url
 
@@ -44,6 +48,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 RETRY_FOR = 5.0
 """Seconds a producer's call is retried while Redis is away, before StoreUnavailable is raised."""
+_MOST_SCANNED = 1_000_000
+"""Keys of a server that are looked at when the set of known queues is lost."""
 
 
 class Client:
@@ -68,12 +74,14 @@ class Client:
         self._free_at: dict[Endpoint, deque[PushConnection]] = {}
         self._loops: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, LoopConnections] = weakref.WeakKeyDictionary()
         self._last_loop: LoopConnections | None = None
-        self._announced: set[str] = set()
+        self._announced = QueueIndex()
         self._confirmed_connections: ConfirmedConnections | None = None
         self.push_target_resolver: PushTargetResolver | None = None
         self.buffer: Buffer | None = None  # a client with a buffer replaces these three
         self.new_sequence: Callable[[], ProducerSequence] = _new_sequence
-        self.make_batcher: Callable[[AsyncConnection, QueueKeys, int, float], PushBatcher] = PushBatcher
+        self.make_batcher: Callable[[AsyncConnection, QueueKeys, int, float], PushBatcher] = partial(
+            PushBatcher, on_new_queue=self.aannounce_again
+        )
         on_fork(self)
 
     @property
@@ -144,14 +152,18 @@ class Client:
         refuse_in_loop()
         self.announce(keys)
         ids: list[str] = []
+        is_new = False
         producer = self._take_connection(keys.jobs)
         try:
             for part in chunks(entries, whole):
                 call = operations.push(keys, producer.sequence, part, max_length=max_length)
                 accepted = producer.connection.run(call, retry_for=self.retry_for)
                 ids += accepted
+                is_new = is_new or isinstance(accepted, operations.NewQueueIds)
         finally:
             producer.free_list.append(producer)
+        if is_new:
+            self.announce_again(keys)
         return ids
 
     def push_plain(self, keys: QueueKeys, pairs: Sequence[Argument], *, max_length: int = 0) -> None:
@@ -162,9 +174,11 @@ class Client:
         producer = self._take_connection(keys.jobs)
         try:
             call = operations.push_plain(keys, producer.sequence, pairs, max_length=max_length)
-            producer.connection.run(call, retry_for=self.retry_for)
+            is_new = producer.connection.run(call, retry_for=self.retry_for)
         finally:
             producer.free_list.append(producer)
+        if is_new:
+            self.announce_again(keys)
 
     def start_push_plain(self, keys: QueueKeys, pairs: Sequence[Argument]) -> Callable[[], None]:
         """
@@ -179,9 +193,11 @@ class Client:
 
         def finish() -> None:
             try:
-                collect(self.retry_for)
+                is_new = collect(self.retry_for)
             finally:
                 producer.free_list.append(producer)
+            if is_new:
+                self.announce_again(keys)
 
         return finish
 
@@ -203,15 +219,43 @@ class Client:
         return retry_for if retry_for is not None else 0.0 if self._standalone else self.retry_for
 
     def queues(self) -> list[str]:
-        """Return the names of all known queues, sorted."""
+        """Return the names of all known queues, sorted. Where Redis has lost the set of them, look at its keys."""
         known = known_queues(self.namespace)
-        return _names(self.execute("SMEMBERS", known, key=known))
+        return _names(self.execute("SMEMBERS", known, key=known)) or self._find_queues()
 
-    def announce(self, *queues: QueueKeys) -> None:
+    def _find_queues(self) -> list[str]:
+        from conveyor.store.client.queue_scan import find_queues
+
+        with suppress(ConveyorError):  # a user with the rights of a producer may not look at keys
+            if found := find_queues(self, most=_MOST_SCANNED):
+                known = known_queues(self.namespace)
+                with suppress(ConveyorError):  # a user that only reads may not write it
+                    self.run(operations.announce(known, *found))
+                return found
+        return []
+
+    def to_node(self, url: str) -> Client:
+        """Return a client for one node of a cluster."""
+        return Client(url, namespace=self.namespace, retry_for=self.retry_for)
+
+    def announce(self, *queues: QueueKeys, retry_for: float | None = None) -> None:
         """Make queues known before their first push: the set has no hash tag, so it cannot be part of the push."""
-        if names := [keys.queue for keys in queues if keys.queue not in self._announced]:
-            self.run(operations.announce(known_queues(self.namespace), *names))
-            self._announced.update(names)
+        if names := self._announced.due([keys.queue for keys in queues]):
+            try:
+                self.run(operations.announce(known_queues(self.namespace), *names), retry_for=retry_for)
+            except StoreUnavailable:
+                if self._single:
+                    raise
+                self._announced.pause()
+            else:
+                self._announced.add(names)
+
+    def announce_again(self, *queues: QueueKeys) -> None:
+        """Make queues known that a push or a registration found new in Redis; where that fails, the next push does it."""
+        for keys in queues:
+            self._announced.discard(keys.queue)
+        with suppress(ConveyorError):
+            self.announce(*queues)
 
     def _take_connection(self, key: str | None) -> PushConnection:
         free = self._free if self._single else self._free_at.setdefault(self.endpoint(key or ""), deque())
@@ -248,7 +292,12 @@ class Client:
             and (elsewhere := self.push_target_resolver(durability_request)) is not None
         ):
             return elsewhere
-        durability = durability if durability_request is None else durability_request.applied_to(durability)
+        return self.redis_target(
+            durability if durability_request is None else durability_request.applied_to(durability)
+        )
+
+    def redis_target(self, durability: Durability | None) -> PushTarget:
+        """Return where pushes to a queue with *durability* go outside every transaction."""
         return self if durability is None else self.confirmed_target(durability)
 
     @property
@@ -283,16 +332,29 @@ class Client:
         """Tell whether this process has announced the queue."""
         return keys.queue in self._announced
 
-    async def aannounce(self, *queues: QueueKeys) -> None:
+    async def aannounce(self, *queues: QueueKeys, retry_for: float | None = None) -> None:
         """Awaitable form of `announce`."""
-        if names := [keys.queue for keys in queues if keys.queue not in self._announced]:
-            await self.arun(operations.announce(known_queues(self.namespace), *names))
-            self._announced.update(names)
+        if names := self._announced.due([keys.queue for keys in queues]):
+            try:
+                await self.arun(operations.announce(known_queues(self.namespace), *names), retry_for=retry_for)
+            except StoreUnavailable:
+                if self._single:
+                    raise
+                self._announced.pause()
+            else:
+                self._announced.add(names)
+
+    async def aannounce_again(self, *queues: QueueKeys) -> None:
+        """Awaitable form of `announce_again`."""
+        for keys in queues:
+            self._announced.discard(keys.queue)
+        with suppress(ConveyorError):
+            await self.aannounce(*queues)
 
     async def aqueues(self) -> list[str]:
         """Awaitable form of `queues`."""
         known = known_queues(self.namespace)
-        return _names(await self.aexecute("SMEMBERS", known, key=known))
+        return _names(await self.aexecute("SMEMBERS", known, key=known)) or await in_thread(self._find_queues)
 
     def async_connection(self, keys: QueueKeys | str) -> AsyncConnection:
         """Return this event loop's connection for these keys."""

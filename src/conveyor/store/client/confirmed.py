@@ -11,7 +11,7 @@ import asyncio
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
@@ -55,6 +55,8 @@ class ClientProtocol(Protocol):
     def endpoint(self, keys: QueueKeys) -> Endpoint: ...
     def announce(self, keys: QueueKeys) -> None: ...
     async def aannounce(self, keys: QueueKeys) -> None: ...
+    def announce_again(self, keys: QueueKeys) -> None: ...
+    async def aannounce_again(self, keys: QueueKeys) -> None: ...
 
 
 class ConfirmedTarget:
@@ -80,6 +82,8 @@ class ConfirmedTarget:
                 accepted, confirmation = connection.confirm(
                     call, durability, retry_for=self._connections.client.retry_for
                 )
+                if isinstance(accepted, operations.NewQueueIds):
+                    self._connections.client.announce_again(keys)
                 if not durability.is_reached_by(confirmation):
                     failure = durability.failure(keys.queue, accepted, confirmation)
                     raise after_partial_push(failure, _public(keys, ids)) if len(entries) > len(part) else failure
@@ -157,7 +161,9 @@ class ConfirmedConnections:
             if len(connections) < MAX_CONNECTIONS:
                 connections.append(AsyncConfirmedConnection(endpoint))
             connection = connections[len(state.batchers) % len(connections)]
-            batcher = ConfirmedBatcher(connection, keys, max_length, self.client.retry_for, durability)
+            batcher = ConfirmedBatcher(
+                connection, keys, max_length, self.client.retry_for, durability, self.client.aannounce_again
+            )
             state.batchers[keys.prefix, max_length, durability] = batcher
         return batcher
 
@@ -197,8 +203,9 @@ class ConfirmedBatcher(PushBatcher):
         max_length: int,
         retry_for: float,
         durability: Durability,
+        on_new_queue: Callable[[QueueKeys], Awaitable[None]],
     ) -> None:
-        super().__init__(connection, keys, max_length, retry_for)
+        super().__init__(connection, keys, max_length, retry_for, on_new_queue=on_new_queue)
         self._confirmed_connection, self._durability, self._confirmation = connection, durability, UNCONFIRMED
 
     async def run(self, call: Call[T]) -> T:

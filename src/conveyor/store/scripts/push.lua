@@ -7,7 +7,8 @@
 --       4 number of jobs  then runs, in order:
 --       "p" count (id envelope)…
 --       "s" count (id marks rest delay_ms due_at_ms expires_ms priority unique own front)…   "" where not given
--- returns "<number>\nok\n<id>\n<id>…"    the ids of the special jobs: the one given, or behind a tab the one that exists
+-- returns "<number>\nok\n<id>\n<id>…"    the ids of the special jobs: the one given, or behind a tab the one that exists;
+--         "\n\t" at the end: the queue was new here
 --         "<number>\nfull\n<length>\n<maximum>", "<number>\nschema\n<found>": nothing stored
 --         "<number>\npartitions\n<found>": the queue has another number of them, "" none yet; nothing stored
 --         "<number>\nlate\n<last number>": a later push of this producer was answered already, or a part of this one; nothing stored
@@ -71,6 +72,7 @@ end
 -- The first write is refused when Redis is full, and the whole push with it.
 reply = ARGV[1] .. '\nok'
 if #ids > 0 then reply = reply .. '\n' .. table.concat(ids, '\n') end
+if not conf_now[2] then reply = reply .. '\n\t' end
 if string.sub(sequence, #prefix + 1, #prefix + 6) == 'inbox:' then
   redis.call('SET', sequence, reply) -- of an outbox, which may repeat a push however late
 else

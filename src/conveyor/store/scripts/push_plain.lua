@@ -4,7 +4,7 @@
 -- KEYS  1 lane:<producer>  2 jobs  3 ready:0  4 wake  5 conf  6 dead
 -- ARGV  1 number of this push in its sequence  2 maximum length (0: none)  3 partitions of the queue (1: none)
 --       4… (id envelope)…
--- returns as push.lua: "<number>\nok", "<number>\nfull\n<length>\n<maximum>", "<number>\nschema\n<found>",
+-- returns as push.lua: "<number>\nok", "<number>\nok\n\t", "<number>\nfull\n<length>\n<maximum>", "<number>\nschema\n<found>",
 --         "<number>\npartitions\n<found>", "<number>\nlate"
 local number = ARGV[1]
 local conf = redis.call('HMGET', KEYS[5], 'schema', 'max_length', 'stubs', 'partitions')
@@ -24,7 +24,7 @@ if maximum > 0 then
 end
 
 -- The first write is refused when Redis is full, and the whole push with it. The sequence tells a repeat from a new push.
-local reply = number .. '\nok'
+local reply = number .. (conf[1] and '\nok' or '\nok\n\t')
 local kept = string.byte(KEYS[1], -1) == 43 and '86400000' or '7200000' -- as in lib/sequence.lua
 local last = redis.call('SET', KEYS[1], reply, 'PX', kept, 'GET')
 if last then

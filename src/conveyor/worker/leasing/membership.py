@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from conveyor.jobs.core import AppCore
     from conveyor.store.keys import QueueKeys
-    from conveyor.store.operations import TurnReply
+    from conveyor.store.operations import Registration, TurnReply
     from conveyor.store.script import Call
     from conveyor.store.transport.async_connection import AsyncConnection
 
@@ -65,15 +65,22 @@ async def partition_keys(app: AppCore, queue: str) -> list[QueueKeys]:
     return [app.keys(queue)]
 
 
-async def register(app: AppCore, connection: AsyncConnection, queue: str, call: Call[int]) -> int:
-    """Carry out a registration and return the server's time in ms. After Redis was emptied, agree anew on the partitions."""
+async def register(app: AppCore, connection: AsyncConnection, keys: QueueKeys, call: Call[Registration]) -> int:
+    """
+    Carry out a registration and return the server's time in ms.
+
+    After Redis was emptied, agree anew on the partitions, and make the queue known again.
+    """
     try:
-        return await connection.run(call, retry_for=None)
+        registration = await connection.run(call, retry_for=None)
     except PartitionCountMismatch:
-        if (partitions := app.partitioned.get(ids.logical(queue))) is None:
+        if (partitions := app.partitioned.get(ids.logical(keys.queue))) is None:
             raise
-        await partitions.aclaim()
-        return await connection.run(call, retry_for=None)
+        await partitions.areclaim()
+        registration = await connection.run(call, retry_for=None)
+    if registration.new_queue:
+        await app.client.aannounce_again(keys)
+    return registration.now
 
 
 class Registrable(Protocol):

@@ -114,7 +114,7 @@ class QueueConsumer:
             self._services.slot.set_identity(self.keys, self.identity, self.lease_ms)
         about = self._services.describe(self.weight)
         call = operations.register(self.keys, self.identity, self.lease_ms, about)
-        now = await register(self._services.app, self.connection, self.queue, call)
+        now = await register(self._services.app, self.connection, self.keys, call)
         self._clock_offset = now - monotonic() * 1000
         self._sent_at = monotonic()
 

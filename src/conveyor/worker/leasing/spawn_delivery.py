@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from conveyor import ids
 from conveyor.errors import ConveyorError
 from conveyor.jobs import spawn_outbox
-from conveyor.store.operations import StalePush
+from conveyor.store.operations import NewQueueIds, StalePush
 from conveyor.store.transport import replies
 
 if TYPE_CHECKING:
@@ -138,8 +138,10 @@ async def _push(app: AppCore, queue: str, call: Call[list[str]]) -> None:
     partitions = app.partitioned.get(ids.logical(queue))
     try:
         if partitions is None:
-            await app.client.arun(call, retry_for=RETRY_FOR)
+            stored = await app.client.arun(call, retry_for=RETRY_FOR)
         else:
-            await partitions.arun_agreed(lambda: app.client.arun(call, retry_for=RETRY_FOR))
+            stored = await partitions.arun_agreed(lambda: app.client.arun(call, retry_for=RETRY_FOR))
+        if isinstance(stored, NewQueueIds):
+            await app.client.aannounce_again(app.keys(queue))
     except StalePush:
         raise _StaleDelivery(call.keys[0]) from None
