@@ -303,7 +303,7 @@ def test_another_number_of_partitions(
         message = orders.push("first")
         (pulled,) = orders.pull(1)
         pulled.ack()
-        monkeypatch.setattr(app.client, "announce_within", hindered := Hindered(app.client.announce_within))
+        monkeypatch.setattr(app.client, "announce", hindered := Hindered(app.client.announce))
         server.kill()
         ids = [orders.push(n, unique=f"key {n}") for n in range(30)] + orders.push_many(range(30, 60))
         last = behind.push("behind them")
@@ -326,10 +326,10 @@ class Hindered:
     def __init__(self, real: Callable[..., None]) -> None:
         self.real, self.over = real, False
 
-    def __call__(self, *about: Any) -> None:
+    def __call__(self, *about: Any, **options: Any) -> None:
         if not self.over:
             raise StoreUnavailable("not yet")
-        self.real(*about)
+        self.real(*about, **options)
 
 
 def test_delays_count_from_the_push(server: Server, buffer: Buffer) -> None:

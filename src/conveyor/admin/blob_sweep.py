@@ -84,7 +84,7 @@ def _referenced_blobs(app: Conveyor, sealing: PayloadPipeline) -> set[str]:
 def _all_jobs(app: Conveyor) -> Iterator[tuple[str, str, bytes]]:
     """Yield queue, id and envelope of every job."""
     buffer = app.client.buffer
-    if buffer is not None and buffer.waiting:
+    if buffer is not None and len(buffer):
         raise StoreUnavailable(
             "Jobs wait in this program's buffer. Nothing was removed. Call sweep() when it is empty."
         )

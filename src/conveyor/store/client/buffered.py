@@ -19,7 +19,8 @@ from conveyor.store.client.buffer import LOOK_EVERY, Buffer
 from conveyor.store.client.client import RETRY_FOR, Client, refuse_in_loop
 from conveyor.store.client.confirmed import ConfirmedTarget
 from conveyor.store.client.durability import Durability
-        self._stopping, self._changed = SignalSafeEvent(), SignalSafeEvent()
+from conveyor.store.client.spool import MemorySpool, QueueName, SpoolBatch, SpooledPush, day_identity
+from conveyor.store.keys import QueueKeys
 from conveyor.store.operations import Entry, ProducerSequence
 from conveyor.store.partitions import PartitionCountMismatch, claims, count, partition_of
 from conveyor.store.script import Argument, Call
@@ -102,7 +103,13 @@ class BufferedClient(Client):
             return self.keep(keys, content, max_length, sequence, error)
         finally:
             producer.free_list.append(producer)
-        self._stopping, self._changed = SignalSafeEvent(), SignalSafeEvent()
+        if stored is True or isinstance(stored, operations.NewQueueIds):
+            self.announce_again(keys)
+        return stored
+
+    def queue_name(self, keys: QueueKeys) -> QueueName:
+        """Return the name under which a buffer holds pushes to *keys*."""
+        return self.namespace, keys.queue, keys.foreign
 
     def keep(
         self,
@@ -390,7 +397,59 @@ class SpoolDelivery:
             # The failed attempt was refused, but nobody was told. Only this push uses its sequence, so the next number is free.
             taken = connection.run(_push_of(batch, keys, 1), retry_for=FIRST_TRY)
         except PartitionCountMismatch as error:
-        self._stopping, self._changed = SignalSafeEvent(), SignalSafeEvent()
+            queue = logical(first.queue)
+            if error.recorded is None:
+                # Redis was emptied meanwhile, so it has no number yet. Set this one, unless another program was first.
+                for claim in claims(first.namespace, queue, keys.partitions):
+                    client.run(claim, retry_for=FIRST_TRY)
+                taken = connection.run(_push_of(batch, keys, 0), retry_for=FIRST_TRY)
+                client.announce_again(keys)
+                return int(taken)
+            number, change = client.run(count(QueueKeys(first.namespace, queue)), retry_for=FIRST_TRY)
+            if change or not number or number == keys.partitions:
+                raise  # the change is under way
+            # The partition has taken none of these: it would have said so instead. And it takes no late copy any more.
+            self._buffer.place_anew(
+                spool, batch, [one for record in batch.records for one in place_anew(record, number)]
+            )
+            return None
+        if isinstance(taken, operations.NewQueueNumber):
+            client.announce_again(keys)
+        return int(taken)
+
+
+class RefusalLog:
+    """Logs refusals that an operator has to end: of each queue one a minute."""
+
+    def __init__(self) -> None:
+        self._logged_at: dict[str, float] = {}
+
+    def log(self, batch: SpoolBatch, error: Exception) -> None:
+        """Log *error*, which refused *batch*."""
+        queue, now = batch.first.queue, time.monotonic()
+        if now - self._logged_at.get(queue, -_LOG_AGAIN_AFTER) < _LOG_AGAIN_AFTER:
+            return
+        self._logged_at[queue] = now
+        _log.error(
+            "queue %s: buffered jobs cannot be delivered until this is fixed: %s", queue, error,
+            exc_info=not isinstance(error, ConveyorError),
+        )  # fmt: skip
+
+
+def place_anew(record: SpooledPush, partitions: int) -> list[SpooledPush]:
+    """Return the records that take the place of *record* when its queue has another number of *partitions*."""
+    queue = logical(record.queue)
+    placed: dict[str, list[Entry]] = {}
+    for entry in record.entries:
+        at = partition_of(entry.id if entry.unique is None else entry.unique, partitions)
+        placed.setdefault(queue if partitions == 1 else partition(queue, at), []).append(entry)
+    # A sequence of its own, because the new place may have higher numbers of the old one.
+    lane = f"{record.queue}>{record.lane}"
+    most = max(1, record.max_length * record.partitions // partitions) if record.max_length else 0
+    return [
+        replace(record, queue=name, entries=entries, partitions=partitions, lane=lane, max_length=most)
+        for name, entries in placed.items()
+    ]
 
 
 def _push_of(batch: SpoolBatch, keys: QueueKeys, skipped: int) -> Call[int]:
