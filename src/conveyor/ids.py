@@ -23,7 +23,15 @@ _GENERATED = re.compile(r"[0-9A-Z_a-z~]{22}")
 _NAME = re.compile(r"[A-Za-z0-9_.:-]{1,128}")
 _QUEUE_OR_PARTITION = re.compile(r"[A-Za-z0-9_.:-]{1,128}(/\d{1,3})?")
 LENGTH = 22
-_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+_INVISIBLE = "\x7f-\x9f\xad\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\ud800-\udfff\U000e0000-\U000e007f"
+"""
+Characters that act on what surrounds them: C1 controls, separators of lines, marks of direction (which show text in another
+order than it has), invisible ones and tags. Halves of surrogates cannot be written at all. The joiners that scripts and emoji
+need are not among them.
+"""
+CONTROL = re.compile(f"[\x00-\x1f{_INVISIBLE}]")
+CONTROL_IN_LINES = re.compile(f"[\x00-\x08\x0b-\x1a\x1c-\x1f{_INVISIBLE}]")
+"""The same without the characters that lay text out in lines, and the one that begins a colour."""
 _ESCAPES = {"\t": "\\t", "\n": "\\n", "\r": "\\r"}
 
 
@@ -138,7 +146,19 @@ def logical(queue: str) -> str:
 
 def clean(text: str) -> str:
     """Return foreign text without characters that control a terminal or start a line in a log."""
-    return _CONTROL.sub(lambda match: _ESCAPES.get(match[0]) or f"\\x{ord(match[0]):02x}", text)
+    return CONTROL.sub(_escaped, text)
+
+
+def clean_lines(text: str) -> str:
+    """Return text that is laid out and coloured already, without the other characters that `clean` replaces."""
+    return CONTROL_IN_LINES.sub(_escaped, text)
+
+
+def _escaped(match: re.Match[str]) -> str:
+    code = ord(match[0])
+    return _ESCAPES.get(match[0]) or (
+        f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}" if code < 65536 else f"\\U{code:08x}"
+    )
 
 
 def unique_key(key: str) -> str:

@@ -209,3 +209,43 @@ def test_absent_server_raises(directory: Path, examine: Callable[[str], doctor.H
     """Where nothing listens there is no report but an error."""
     with pytest.raises(StoreUnavailable, match="nowhere"):
         examine(f"unix://{directory}/nowhere")
+
+
+@pytest.mark.row("C42")
+@pytest.mark.parametrize("name", ["valkey", "redis7"])
+def test_no_advice_names_a_command_that_was_renamed_away(
+    start_server: Start, examine: Callable[[str], doctor.HealthReport], name: str
+) -> None:
+    """Where the configuration takes CONFIG, INFO or ACL away, what to do is said without them."""
+    options = ("--timeout", "60", "--tcp-keepalive", "0", "--maxmemory-policy", "allkeys-lru")
+    plain = examine(start_server(*options, name=name).url)
+    assert any(one.remedy.startswith("CONFIG SET") for one in plain.findings)
+
+    for away in (("CONFIG",), ("CONFIG", "ACL"), ("CONFIG", "INFO"), ("CONFIG", "INFO", "ACL")):
+        renamed = [word for command in away for word in ("--rename-command", command, "")]
+        report = examine(start_server(*options, *renamed, name=name).url)
+        remedies = "\n".join(one.remedy for one in report.findings)
+        assert "CONFIG SET" not in remedies
+        assert "+config" not in remedies
+        assert ("+info" in remedies) is False or "INFO" not in away
+        assert "ACL SETUSER" not in remedies or "ACL" not in away
+        if "INFO" not in away:
+            assert named(report, "eviction").remedy.startswith(
+                "In its configuration file: maxmemory-policy noeviction."
+            )
+
+
+@pytest.mark.parametrize(
+    ("remedy", "unknown", "instead"),
+    [
+        ("ACL SETUSER … +info +config|get", ["CONFIG"], "ACL SETUSER … +info"),
+        ("ACL SETUSER … +info +config|get", ["ACL"], "In its configuration file or ACL file: user … +info +config|get"),
+        ("ACL SETUSER … +info", ["INFO"], "INFO was renamed in the server's configuration"),
+        ("CONFIG SET timeout 0", ["CONFIG"], "In its configuration file: timeout 0."),
+        ("CONFIG SET timeout 0", ["ACL"], "CONFIG SET timeout 0"),
+        ("Use 7.2 or newer.", ["CONFIG"], "Use 7.2 or newer."),
+    ],
+)
+def test_advice_without_a_command(remedy: str, unknown: list[str], instead: str) -> None:
+    """A remedy that needs a command which the server does not know is replaced, any other stays."""
+    assert server_checks.remedy_without(remedy, unknown).startswith(instead)

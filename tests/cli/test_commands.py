@@ -5,17 +5,23 @@ from __future__ import annotations
 import json
 import os
 import pty
+import re
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+import unicodedata
+from collections.abc import Collection, Iterator
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
 from conveyor.admin.admin import Admin
+from conveyor.cli import cli
+from conveyor.ids import clean
+from conveyor.messaging.queue import Queue
 from conveyor.store.client.client import Client
 from support.client_worker import ClientWorker, dead, push
 from support.shell import Shell
@@ -309,7 +315,7 @@ def test_a_page_says_whether_there_are_more(shell: Shell, backend: Client) -> No
     assert "More:" not in on_terminal(shell, "job", "list", "--limit", "3")
 
 
-def on_terminal(shell: Shell, *arguments: str) -> str:
+def on_terminal(shell: Shell, *arguments: str, expected: Collection[int] = (0,)) -> str:
     """Return what a command prints in a terminal."""
     ours, theirs = pty.openpty()
     command = subprocess.Popen(
@@ -322,7 +328,7 @@ def on_terminal(shell: Shell, *arguments: str) -> str:
         while chunk := os.read(ours, 65536):
             printed += chunk
     os.close(ours)
-    assert command.wait(30) == 0
+    assert command.wait(30) in expected
     return printed.decode()
 
 
@@ -433,3 +439,84 @@ def test_server_start_status_stop(tmp_path: Path) -> None:
     assert process.returncode == 0
     assert shell.run("server", "stop").returncode == 0
     assert shell.run("server", "status").returncode == 5
+
+
+# -- what reaches a terminal --------------------------------------------------------------------------------------
+
+
+HOSTILE = "a\u202eb\u2028c\u2029d\x85e\x9b31mf\u2066g\u200bh\ufeffi\U000e0041j\x1b[31mk\u061cl"
+
+
+def _acts(character: str) -> bool:
+    """Tell whether a terminal or a viewer may act on a character."""
+    return character not in "\n\t" and (
+        unicodedata.category(character) in {"Cc", "Zl", "Zp", "Cs"}
+        or unicodedata.bidirectional(character) in {"LRE", "RLE", "PDF", "LRO", "RLO", "LRI", "RLI", "FSI", "PDI", "BN"}
+        or character in "\u200e\u200f\u061c"
+    )
+
+
+@pytest.mark.row("D41")
+def test_every_character_that_acts_is_escaped() -> None:
+    """All controls, separators of lines and marks of direction of Unicode are written out; joiners of scripts and emoji stay."""
+    every = [chr(code) for code in range(sys.maxunicode + 1)]
+    acting = [one for one in every if _acts(one)]
+
+    assert [one for one in acting if clean(one) == one and unicodedata.category(one) not in {"Cn", "Lo"} and one not in "\u200c\u200d"
+            and unicodedata.bidirectional(one) != "BN"] == []  # fmt: skip
+    assert clean("\u202e\u2028\U000e0041\x9b") == "\\u202e\\u2028\\U000e0041\\x9b"
+    assert clean("é Ω ع \u200d 👩\u200d💻") == "é Ω ع \u200d 👩\u200d💻"
+
+
+def hostile_queue(backend: Client) -> str:
+    """Fill a queue, a dead letter and a worker with hostile characters; return the id of the dead letter."""
+    mail = Queue[object](backend, "mail", lease_ms=2000)
+    for _ in range(2):
+        mail.push({HOSTILE: HOSTILE}, headers={"x": HOSTILE})
+    [message] = mail.pull()
+    message.dead(HOSTILE)
+    plant_worker(backend, json.dumps({"host": HOSTILE, "pid": 7}, ensure_ascii=False).encode())
+    return message.id
+
+
+def plant_worker(backend: Client, facts: bytes) -> None:
+    """Register a worker that says *facts* of itself."""
+    keys = backend.keys("mail")
+    backend.announce(keys)
+    backend.execute("ZADD", keys.workers, "9000000000000", "w" * 24)
+    backend.execute("HSET", keys.leased("w" * 24), "\tturn", "0", "\tabout", facts, "\tlease", "1000")
+
+
+@pytest.mark.row("D41")
+def test_no_payload_reaches_the_terminal_as_it_is(shell: Shell, backend: Client) -> None:
+    """A body, a header, an error and a worker full of hostile characters: none is printed, in whatever form."""
+    dead_letter = hostile_queue(backend)
+    printed = {}
+    for command in (("job", "show", dead_letter), ("job", "list"), ("queue", "show", "mail"), ("status",)):
+        for form in ([], ["--json"]):
+            result = CliRunner().invoke(cli, [*command, *form, "--url", shell.url or ""])
+            assert result.exit_code in {0, 8}, result.output
+            printed[*command, *form] = result.output
+    for command in (("job", "show", dead_letter), ("status",)):
+        text = on_terminal(shell, *command, expected={0, 8}).replace("\r\n", "\n")
+        printed[*command, "on a terminal"] = re.sub(r"\x1b\[[0-9;]*m", "", text)
+
+    assert all(printed.values())
+    assert {
+        name: [ascii(one) for one in text if _acts(one)] for name, text in printed.items() if any(map(_acts, text))
+    } == {}
+
+
+@pytest.mark.row("D42")
+@pytest.mark.parametrize("damaged", [b"{", b"[1]", b"\xff", b'{"host":7}', b'{"host":"h","pid":[1]}', b"[" * 5000])
+def test_a_worker_whose_record_is_damaged(shell: Shell, backend: Client, damaged: bytes) -> None:
+    """`status` shows it as damaged, and everything else as ever."""
+    push(backend, "mail", b"1")
+    plant_worker(backend, damaged)
+
+    [worker] = Admin(backend).workers()
+    assert worker.host == "(damaged)"
+    result = CliRunner().invoke(cli, ["status", "--json", "--url", shell.url or ""])
+    assert result.exit_code in {0, 8}, result.output
+    if damaged == b"{":
+        assert "wwww (what it says of itself is damaged)  serves mail" in on_terminal(shell, "status", expected={0, 8})

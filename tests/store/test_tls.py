@@ -6,6 +6,7 @@ import asyncio
 import shutil
 import subprocess
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -105,6 +106,90 @@ async def test_jobs_and_messages_travel_over_tls(secure_url: str) -> None:
     await app.aclose()
 
 
+@pytest.mark.row("C41")
+@pytest.mark.parametrize(
+    ("certificate", "host", "hint", "wrong"),
+    [
+        (
+            ("-subj", "/CN=other", "-addext", "subjectAltName=DNS:other"),
+            "127.0.0.1",
+            "a name in the URL",
+            "ssl_ca_certs=",
+        ),
+        (
+            ("-subj", "/CN=other", "-addext", "subjectAltName=DNS:other"),
+            "localhost",
+            "a name in the URL",
+            "ssl_ca_certs=",
+        ),
+        (
+            ("-subj", "/CN=localhost", "-not_after", "20200102000000Z"),
+            "localhost",
+            "Renew the server's",
+            "ssl_ca_certs=",
+        ),
+        (("-subj", "/CN=localhost", "-not_before", "20900101000000Z"), "localhost", "clock", "ssl_ca_certs="),
+    ],
+    ids=["address", "name", "expired", "not yet"],
+)
+def test_the_hint_follows_the_reason(
+    start_server: Callable[..., Server], tmp_path: Path, certificate: tuple[str, ...], host: str, hint: str, wrong: str
+) -> None:
+    """A certificate of a trusted authority that is refused for another reason: the advice is about that reason."""
+    if find_binary("redis7") is None or shutil.which("openssl") is None:
+        pytest.skip("needs a Redis 7 that speaks TLS, and openssl")
+    name, port = _certificate(tmp_path, *certificate), str(free_port())
+    start_server(
+        "--tls-port", port, "--tls-cert-file", f"{name}.pem", "--tls-key-file", f"{name}.key", "--tls-auth-clients", "no",
+        "--tls-ca-cert-file", str(tmp_path / "ca.pem"), "--bind", "127.0.0.1", name="redis7",
+    )  # fmt: skip
+    app = Conveyor(f"rediss://{host}:{port}?ssl_ca_certs={tmp_path / 'ca.pem'}")
+    app.client.retry_for = 0.0
+
+    with pytest.raises(StoreUnavailable, match="Cannot trust Redis") as raised:
+        app.queue("orders").push(1)
+
+    advice = str(raised.value).partition("\n")[2]
+    assert hint in advice, str(raised.value)
+    assert wrong not in advice
+    app.close()
+
+
+def _certificate(place: Path, *options: str) -> Path:
+    """Make an authority, and a certificate that it signed; return its path without an ending."""
+    run = partial(subprocess.run, check=True, capture_output=True)
+    authority, name = place / "ca", place / "server"
+    begin = next((options[i + 1] for i, one in enumerate(options) if one == "-not_before"), "20200101000000Z")
+    end = next((options[i + 1] for i, one in enumerate(options) if one == "-not_after"), "21000101000000Z")
+    names = [one for i, one in enumerate(options) if not {one, options[i - 1]} & {"-not_before", "-not_after"}]
+    run(["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", f"{authority}.key", "-out", f"{authority}.pem",
+         "-days", "2", "-subj", "/CN=authority"])  # fmt: skip
+    run(
+        [
+            "openssl",
+            "req",
+            "-new",
+            "-newkey",
+            "rsa:2048",
+            "-nodes",
+            "-keyout",
+            f"{name}.key",
+            "-out",
+            f"{name}.csr",
+            *names,
+        ]
+    )
+    (place / "index.txt").write_text("")
+    (place / "serial").write_text("01")
+    (place / "ca.cnf").write_text(
+        f"[ca]\ndefault_ca=here\n[here]\ndir={place}\ndatabase={place}/index.txt\nserial={place}/serial\nnew_certs_dir={place}\n"
+        "default_md=sha256\npolicy=any\ncopy_extensions=copy\n[any]\ncommonName=supplied\n"
+    )
+    run(["openssl", "ca", "-batch", "-config", str(place / "ca.cnf"), "-cert", f"{authority}.pem", "-keyfile", f"{authority}.key",
+         "-in", f"{name}.csr", "-out", f"{name}.pem", "-startdate", begin, "-enddate", end])  # fmt: skip
+    return name
+
+
 def test_a_server_of_unknown_origin_is_refused(secure_url: str) -> None:
     """A certificate of an unknown authority is an error, not a warning."""
     app = Conveyor(secure_url.partition("?")[0])
@@ -113,6 +198,6 @@ def test_a_server_of_unknown_origin_is_refused(secure_url: str) -> None:
     @app.task
     async def never() -> None: ...
 
-    with pytest.raises(StoreUnavailable, match=r"(?i)certificate"):
+    with pytest.raises(StoreUnavailable, match=r"(?is)certificate.*ssl_ca_certs="):
         never.enqueue()
     app.close()

@@ -133,6 +133,28 @@ def _check_server(client: Client, report: HealthReport) -> None:
     _check_confirmations(client, facts, report)
     _check_memory(facts, report)
     _check_connections(client, report)
+    _advise_without_renamed(client, report)
+
+
+def _advise_without_renamed(client: Client, report: HealthReport) -> None:
+    """Replace advice to send commands that the server's configuration has renamed away."""
+    if not any(word in finding.remedy for finding in report.findings for word in ("CONFIG SET", "ACL SETUSER")):
+        return
+    unknown = [name for name in ("CONFIG", "INFO", "ACL") if _is_unknown(client, name)]
+    if unknown:
+        report.findings = [
+            replace(one, remedy=server_checks.remedy_without(one.remedy, unknown)) for one in report.findings
+        ]
+
+
+def _is_unknown(client: Client, command: str) -> bool:
+    try:
+        client.execute(command)  # without its arguments, so it does nothing where it is known
+    except StoreUnavailable:
+        raise
+    except ConveyorError as error:
+        return error.code == "E33"
+    return False
 
 
 def _check_nodes(client: Client, cluster: Cluster, report: HealthReport) -> bool:

@@ -7,7 +7,7 @@ The durability that it can confirm, and whether its release is too old or vulner
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -124,3 +124,20 @@ def first_patched_release(family: str, version: str) -> str | None:
     own = version_numbers(version)
     patched = _PATCHED[family].get(own[:2])
     return ".".join(map(str, patched)) if patched is not None and len(own) > 2 and own < patched else None
+
+
+def remedy_without(remedy: str, unknown: Sequence[str]) -> str:
+    """Return a remedy that names none of the commands that the server does not know, whose names are *unknown*."""
+    if remedy.startswith("CONFIG SET ") and "CONFIG" in unknown:
+        settings = remedy.removeprefix("CONFIG SET ").partition(", and the same in")[0]
+        return f"In its configuration file: {settings}. Then restart it (CONFIG was renamed there)."
+    if not remedy.startswith("ACL SETUSER "):
+        return remedy
+    granted = [word for word in remedy.split() if word.startswith("+")]
+    known = [word for word in granted if word[1:].partition("|")[0].upper() not in unknown]
+    renamed = " and ".join(name for name in unknown if any(word[1:].upper().startswith(name) for word in granted))
+    if not known:
+        return f"{renamed} was renamed in the server's configuration: give it its name back, or look there."
+    if "ACL" in unknown:
+        return f"In its configuration file or ACL file: user … {' '.join(known)} (ACL was renamed there)."
+    return f"ACL SETUSER … {' '.join(known)}"

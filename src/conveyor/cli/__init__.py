@@ -144,12 +144,12 @@ def _print_error(error: Exception, *, verbose: bool) -> None:
         text += (
             "" if verbose else "\nThis is an error in Conveyor itself or in its environment; -v shows the traceback."
         )
-    first, *rest = [clean(line) for line in redact(text).splitlines()] or [""]
+    first, *rest = [clean(line) for line in redact(text).split("\n")] or [""]
     click.echo(f"{click.style(label, fg='red', bold=True)}  {first}", err=True, color=colour)
     for line in rest:
         click.echo(f"    {line.strip()}", err=True, color=colour)
     if verbose:
         import traceback
 
-        for line in redact("".join(traceback.format_exception(error))).splitlines():
+        for line in redact("".join(traceback.format_exception(error))).split("\n"):
             click.echo(clean(line), err=True)

@@ -90,7 +90,7 @@ def _wait_for_result(out: Output, name: str, job: Any, seconds: float | None) ->
         raise known(error) from None
     except JobFailed as error:
         if error.traceback:
-            for line in error.traceback.rstrip().splitlines():
+            for line in error.traceback.rstrip().split("\n"):
                 out.say(machine_text(line))
         raise
 

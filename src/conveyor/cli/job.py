@@ -100,7 +100,7 @@ def show(target: Target, out: Output, id_: str) -> None:
     )
     if info.errors and info.errors[-1].traceback and out.on_terminal:
         out.line("")
-        for line in info.errors[-1].traceback.rstrip().splitlines():
+        for line in info.errors[-1].traceback.rstrip().split("\n"):
             out.line(f"  {machine_text(line)}")
 
 

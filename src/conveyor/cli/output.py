@@ -7,7 +7,6 @@ Tables on a terminal, tab-separated text in a pipe, or one JSON document with `-
 from __future__ import annotations
 
 import json
-import re
 import shutil
 import sys
 from collections.abc import Callable, Sequence
@@ -18,10 +17,9 @@ from typing import Any
 import click
 
 from conveyor.cli.exit import ExitCode
-from conveyor.ids import clean
+from conveyor.ids import CONTROL_IN_LINES, clean, clean_lines
 from conveyor.units import span
 
-_CONTROL_CHARACTERS = re.compile(r"[\x7f-\x9f]")  # JSON leaves them unescaped, but a terminal may act on them
 _COLOURS = {
     "dead": "red", "leased": "cyan", "scheduled": "yellow", "ready": "green", "cancelled": "magenta",
     "paused": "yellow", "stranded": "red", "not found": "red", "refused": "red",
@@ -43,7 +41,8 @@ class Output:
     def document(self, name: str, **content: Any) -> None:
         """Print one JSON document with a versioned schema."""
         text = json.dumps({"schema": f"conveyor/{name}@1", **content}, default=_to_json, ensure_ascii=False)
-        _print(_CONTROL_CHARACTERS.sub(lambda match: f"\\u{ord(match[0]):04x}", text))
+        # JSON leaves them as they are, but a terminal may act on them.
+        _print(CONTROL_IN_LINES.sub(lambda match: json.dumps(match[0])[1:-1], text))
 
     def line(self, text: str) -> None:
         """Print one line of data."""
@@ -51,7 +50,7 @@ class Output:
 
     def say(self, text: str) -> None:
         """Print a line that is not data, on standard error."""
-        click.echo(text, err=True)
+        click.echo(clean_lines(text), err=True)
 
     def table(self, headings: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
         """Print rows: aligned under headings on a terminal, otherwise tab-separated without them."""
@@ -161,7 +160,7 @@ def installed_version() -> str:
 def _print(text: str) -> None:
     """Print a line on standard output; raises StandardOutputError, such as for a full disk."""
     try:
-        click.echo(text)
+        click.echo(clean_lines(text))
     except BrokenPipeError:
         raise  # the reader is gone: click ends the command without an error
     except OSError as error:

@@ -13,6 +13,8 @@ from conveyor.payload.records import AttemptHistory, Envelope, Status, read_enve
 from conveyor.store.keys import QueueKeys
 from conveyor.store.script import Call, Script
 
+DAMAGED = "(damaged)"
+"""The host of a worker whose facts cannot be read."""
 COUNTS, LIST_JOBS, GET_JOB = Script("counts"), Script("list_jobs"), Script("get_job")
 WORKERS, AUDIT = Script("workers"), Script("audit")
 
@@ -167,12 +169,25 @@ def workers(keys: QueueKeys) -> Call[list[WorkerRow]]:
     def decode(reply: list[Any]) -> list[WorkerRow]:
         return [
             WorkerRow(
-                reply[i].decode(), int(reply[i + 1]), msgspec.json.decode(reply[i + 2] or b"{}"), int(reply[i + 3])
+                reply[i].decode(errors="replace"), int(reply[i + 1]), _read_about(reply[i + 2]), int(reply[i + 3])
             )
             for i in range(0, len(reply), 4)
         ]
 
     return Call(WORKERS, (keys.workers,), (keys.prefix,), decode)
+
+
+def _read_about(data: bytes) -> dict[str, Any]:
+    """Return the facts that a worker stored of itself; of damaged ones only what `WorkerInfo` shows."""
+    try:
+        facts = msgspec.json.decode(data or b"{}")
+    except (msgspec.MsgspecError, ValueError, RecursionError):
+        facts = None
+    if not isinstance(facts, dict):
+        return {"host": DAMAGED}
+    if not isinstance(facts.get("host", ""), str) or not isinstance(facts.get("pid"), int | None):
+        return {**facts, "host": DAMAGED, "pid": None}
+    return facts
 
 
 def audit(keys: QueueKeys, *, most: int = 200_000) -> Call[list[tuple[str, str]]]:

@@ -137,10 +137,7 @@ def unavailable(address: str, cause: object) -> StoreUnavailable:
             f"Redis at {address} is a replica and accepts no writes: {reason}. Use its primary, which `conveyor doctor` names."
         )
     if "CERTIFICATE_VERIFY_FAILED" in reason:
-        return StoreUnavailable(
-            f"Cannot trust Redis at {address}: {reason}.\nName the authority that signed its certificate:  "
-            "rediss://…?ssl_ca_certs=/path/ca.crt"
-        )
+        return StoreUnavailable(f"Cannot trust Redis at {address}: {reason}.\n{_certificate_hint(reason)}")
     if _CODE.match(reason) or reason.startswith(("ERR ", "Error running")):  # it was reached, and gave the reason
         return StoreUnavailable(f"Redis at {address} cannot do this now: {reason}.{_hint(address, reason)}")
     if "+" in address.partition("://")[0]:  # a user who names several hosts knows CONVEYOR_URL
@@ -150,6 +147,19 @@ def unavailable(address: str, cause: object) -> StoreUnavailable:
         "For development leave CONVEYOR_URL unset: an embedded server starts by itself.\n"
         "Elsewhere: export CONVEYOR_URL=redis://host:6379/0"
     )
+
+
+def _certificate_hint(reason: str) -> str:
+    """Return what to do about a certificate that was refused; OpenSSL's reason stands in *reason*."""
+    if "is not valid for" in reason:  # the authority is trusted already: names are compared afterwards
+        return "Write a name in the URL that its certificate holds, or give it a certificate for this name."
+    if "has expired" in reason:
+        return "Renew the server's certificate, or that of its authority; if neither is over, correct this machine's clock."
+    if "not yet valid" in reason:
+        return "Its time has not begun: correct this machine's clock, or wait."
+    if "revoked" in reason:
+        return "Give the server a new certificate: its authority has withdrawn this one."
+    return "Name the authority that signed its certificate:  rediss://…?ssl_ca_certs=/path/ca.crt"
 
 
 def _hint(address: str, reason: str) -> str:
