@@ -23,14 +23,15 @@ _GENERATED = re.compile(r"[0-9A-Z_a-z~]{22}")
 _NAME = re.compile(r"[A-Za-z0-9_.:-]{1,128}")
 _QUEUE_OR_PARTITION = re.compile(r"[A-Za-z0-9_.:-]{1,128}(/\d{1,3})?")
 LENGTH = 22
-_INVISIBLE = "\x7f-\x9f\xad\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\ud800-\udfff\U000e0000-\U000e007f"
+_ACTING = "\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff"
 """
-Characters that act on what surrounds them: C1 controls, separators of lines, marks of direction (which show text in another
-order than it has), invisible ones and tags. Halves of surrogates cannot be written at all. The joiners that scripts and emoji
-need are not among them.
+C1 controls, separators of lines, marks of direction (which show text in another order than it has), and the halves of
+surrogates, which cannot be written at all.
 """
-CONTROL = re.compile(f"[\x00-\x1f{_INVISIBLE}]")
-CONTROL_IN_LINES = re.compile(f"[\x00-\x08\x0b-\x1a\x1c-\x1f{_INVISIBLE}]")
+_INVISIBLE = "\xad\u180e\u200b\u2060-\u2065\u206a-\u206f\ufeff\ufff9-\ufffb\U000e0000-\U000e007f"
+"""Characters that are not seen, and tags; not the joiners that scripts and emoji need."""
+CONTROL = re.compile(f"[\x00-\x1f{_ACTING}{_INVISIBLE}]")
+CONTROL_IN_LINES = re.compile(f"[\x00-\x08\x0b-\x1a\x1c-\x1f{_ACTING}{_INVISIBLE}]")
 """The same without the characters that lay text out in lines, and the one that begins a colour."""
 _ESCAPES = {"\t": "\\t", "\n": "\\n", "\r": "\\r"}
 
