@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections import Counter
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,9 @@ from conveyor.errors import ConfigurationError, DurabilityNotReached, QueueNotFo
 from conveyor.jobs.context import current
 from conveyor.messaging.partitions import partition_of
 from conveyor.store import inspection
+from conveyor.worker.leasing.capacity import STINT, PartitionGroup
 from support.partition_helpers import ack_all, audits, lengths, place_of
-from support.running_worker import drain, working
+from support.running_worker import drain, until, working
 from support.shell import Shell
 
 SECRETS = {"2026-11": "a secret of thirty-two bytes and more"}
@@ -47,7 +49,8 @@ async def test_jobs_are_spread_and_run_once(app: Conveyor) -> None:
     jobs += await app.aenqueue_many(double.s(n) for n in range(8, 2008))
     jobs += [await asyncio.to_thread(double.enqueue, n) for n in range(2008, 2016)]
     jobs += await asyncio.to_thread(app.enqueue_many, [double.s(n) for n in range(2016, 2024)])
-    assert await asyncio.to_thread(lengths, orders) == [253] * 8
+    # Single jobs go round; a thousand of a bulk push, or all of a smaller one, fill one partition.
+    assert sorted(await asyncio.to_thread(lengths, orders)) == [2, 2, 2, 2, 2, 10, 1002, 1002]
     assert {place_of(job.id) for job in jobs} == set(range(8))
 
     await drain(app)
@@ -76,7 +79,7 @@ async def test_keys_of_jobs_place_them(app: Conveyor) -> None:
     assert await later.astatus() == "scheduled"
     assert await later.acancel()
     async with working(app, queues={"orders": 2.0}) as worker:
-        assert [consumer.weight for consumer in worker.consumers] == [0.25] * 8
+        assert {consumer.group.weight for consumer in worker.consumers} == {2.0}
         assert await first.aresult(timeout=10) == 1
 
 
@@ -277,3 +280,102 @@ async def test_what_a_job_spawns_finds_its_partition(app: Conveyor) -> None:
     await leader.aenqueue()
     await drain(app)
     assert ran == Counter(range(40))
+
+
+async def _turns_of_a_drain(app: Conveyor, name: str, partitions: int) -> int:
+    """Return how many turns a worker makes to run 20,000 jobs of a queue."""
+    app.queue(name, partitions=partitions)
+    task = app.task(queue=name, name=name)(_return)
+    await asyncio.to_thread(app.enqueue_many, [task.s()] * 20_000)
+    worker = await drain(app, queues={name: 1.0}, concurrency=100)
+    return sum(consumer.number for consumer in worker.consumers)
+
+
+@pytest.mark.row("D26")
+async def test_a_worker_leases_full_batches_of_partitions(app: Conveyor) -> None:
+    """A worker drains a queue in four partitions in about as many turns as a queue in one piece."""
+    one = await _turns_of_a_drain(app, "whole", 1)
+    four = await _turns_of_a_drain(app, "parted", 4)
+    print(f"{one} turns, in four partitions {four}")
+    assert four <= 1.6 * one
+
+
+@pytest.mark.row("D26")
+@pytest.mark.standalone_only("counts the calls that one server gets")
+async def test_bulk_jobs_fill_one_partition_a_call(app: Conveyor, redis: Any) -> None:
+    """Each thousand jobs of a bulk push is one call, to the next partition each time."""
+
+    @app.task(queue="orders")
+    async def note(n: int) -> None: ...
+
+    orders: Any = app.queue("orders", partitions=8)
+    await app.aenqueue_many([note.s(0)])  # agrees on the number of partitions
+    calls = redis.info("commandstats")["cmdstat_evalsha"]["calls"]
+    await app.aenqueue_many(note.s(n) for n in range(4000))
+    assert redis.info("commandstats")["cmdstat_evalsha"]["calls"] - calls <= 6
+    assert sorted(await asyncio.to_thread(lengths, orders))[-4:] == [1000] * 4
+    await orders.apurge()
+
+
+class _Partition:
+    """A partition that always has work."""
+
+    def __init__(self) -> None:
+        self.scheduled = 0
+
+    def schedule(self) -> None:
+        self.scheduled += 1
+
+
+@pytest.mark.row("D26")
+def test_no_partition_starves() -> None:
+    """Partitions that always have work lease one after the other, each for at most a stint; a quiet one is passed over."""
+    group, parts = PartitionGroup(1.0), [_Partition() for _ in range(4)]
+    everybody: list[Any] = list(parts)
+    for one in everybody:
+        group.note_work(one, possible=True)
+    led: list[Any] = []
+    for _ in range(4 * STINT):
+        led.append(group.leader)
+        group.note_turn(group.leader)
+
+    runs = [(one, len(list(turns))) for one, turns in groupby(led)]
+    assert [one for one, _ in runs[:4]] == parts
+    assert all(turns <= STINT for _, turns in runs)
+    assert all(one.scheduled for one in parts)  # it is told that its turn has come
+    quiet = group.leader
+    group.note_work(quiet, possible=False)
+    assert group.leader is not quiet
+
+
+@pytest.mark.row("D26")
+async def test_a_partition_that_does_not_answer_holds_up_no_other(app: Conveyor) -> None:
+    """While the node of one partition says nothing, a worker leases from the others; afterwards from that one too."""
+    ran: Counter[int] = Counter()
+
+    @app.task(queue="orders")
+    async def note(n: int) -> None:
+        ran[n] += 1
+
+    jobs = [await note.aenqueue(n) for n in range(16)]
+    silent = jobs[0].queue
+    async with working(app, queues={"orders": 1.0}, concurrency=1) as worker:
+        [consumer] = [one for one in worker.consumers if one.queue == silent]
+        await until(lambda: len(ran) == 16 and not any(one.busy or one.has_more for one in worker.consumers))
+        connection, replies = consumer.connection, list[Any]()
+        send = connection.send
+
+        def send_to_silence(command: Any, answer: Any, **options: Any) -> None:
+            hidden = consumer.keys.jobs in command
+            send(command, (lambda reply: replies.append((answer, reply))) if hidden else answer, **options)
+
+        connection.send = send_to_silence  # type: ignore[method-assign]
+        ran.clear()
+        for n in range(16):
+            await note.aenqueue(n)
+        await until(lambda: len(ran) == 14)
+        connection.send = send  # type: ignore[method-assign]
+        for answer, reply in replies:
+            answer(reply)
+        await until(lambda: len(ran) == 16)
+    assert set(ran.values()) == {1}

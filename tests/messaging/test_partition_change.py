@@ -82,7 +82,7 @@ class TestWrongNumber:
                 assert refused.value.code == "E34"
             assert (await right.queue("orders", partitions=4).astats()).workers == 0
             async with working(right) as worker:
-                assert [consumer.weight for consumer in worker.consumers] == [0.25] * 4
+                assert [consumer.group.weight for consumer in worker.consumers] == [1.0] * 4
             assert await right.queue("orders", partitions=4).apurge() == 1
 
     def test_a_program_goes_on_after_redis_was_emptied(self, queue8, redis):

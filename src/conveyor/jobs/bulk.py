@@ -54,12 +54,13 @@ class QueueBatch:
 class JobChunk:
     """Up to a thousand prepared calls: handles in the order of the calls, and what to push to each queue."""
 
-    __slots__ = ("_batches", "_core", "jobs")
+    __slots__ = ("_batches", "_core", "_turns", "jobs")
 
     def __init__(self, core: TaskCore, calls: list[TaskCall[Any]]) -> None:
         """Encode all of *calls*; raises PayloadError for the first that does not fit."""
         self._core = core
         self._batches: dict[str, QueueBatch] = {}
+        self._turns: dict[str, int] = {}  # queue → the partition that this chunk fills
         self.jobs: list[Job[Any]] = []
         if not calls:
             return
@@ -83,7 +84,7 @@ class JobChunk:
         return self._batch(definition.queue), plain, definition.signature.encode
 
     def _add_entry(self, call: TaskCall[Any]) -> Job[Any]:
-        queue, entry = call.definition.prepare(call.outgoing, call.args, call.kwargs)
+        queue, entry = call.definition.prepare(call.outgoing, call.args, call.kwargs, self._turns)
         job: Job[Any] = Job(self._core, entry.id, queue, call.definition)
         batch = self._batch(queue)
         batch.add(entry, job)

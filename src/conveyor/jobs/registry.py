@@ -66,10 +66,10 @@ class QueueRegistry:
             keys = self._keys[queue] = self.client.keys(queue)
         return keys
 
-    def place(self, queue: str, entry: Entry) -> str:
-        """Return where a job of *queue* goes: the queue, or one of its partitions."""
+    def place(self, queue: str, entry: Entry, turns: dict[str, int] | None = None) -> str:
+        """Return where a job of *queue* goes: the queue, or one of its partitions; *turns* as in `Partitions.partition_of`."""
         partitions = self.partitioned.get(queue)
-        return queue if partitions is None else partitions.partition_of(entry)
+        return queue if partitions is None else partitions.partition_of(entry, turns)
 
     def push(
         self, queue: str, entries: Sequence[Entry], durability_request: DurabilityRequest | None = None

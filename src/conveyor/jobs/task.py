@@ -52,7 +52,7 @@ class TaskCore(JobCore, Protocol):
     @property
     def partitioned(self) -> Container[str]: ...
 
-    def place(self, queue: str, entry: Entry) -> str: ...
+    def place(self, queue: str, entry: Entry, turns: dict[str, int] | None = None) -> str: ...
     def push(
         self, queue: str, entries: Sequence[Entry], durability_request: DurabilityRequest | None = None
     ) -> list[str]: ...
@@ -135,11 +135,17 @@ class TaskDefinition:
         core = self.core
         return outgoing is self.outgoing and self.plain and not core.push_middlewares and not core.client.deferring
 
-    def prepare(self, outgoing: Outgoing, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, Entry]:
-        """Return the queue (or partition) and the entry of a call, with the middleware's changes; raises PayloadError."""
+    def prepare(
+        self, outgoing: Outgoing, args: tuple[Any, ...], kwargs: dict[str, Any], turns: dict[str, int] | None = None
+    ) -> tuple[str, Entry]:
+        """
+        Return the queue (or partition) and the entry of a call, with the middleware's changes; raises PayloadError.
+
+        *turns*: as in `Partitions.partition_of`.
+        """
         sent, body = self._encode(outgoing, args, kwargs)
         entry = entry_of(sent, body, self.core.sealing, deferred=self.core.client.deferring)
-        return self.core.place(sent.queue, entry), entry
+        return self.core.place(sent.queue, entry, turns), entry
 
     async def aprepare(self, outgoing: Outgoing, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, Entry]:
         """Awaitable form of `prepare`."""

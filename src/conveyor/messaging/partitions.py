@@ -125,9 +125,19 @@ class Partitions:
         key = id if unique is None else unique
         return self.next_in_turn() if key is None else partition_of(key, self.count)
 
-    def partition_of(self, entry: Entry) -> str:
-        """Return the name of the partition that a job is pushed to."""
-        return self.keys[self.pick(unique=entry.unique, id=entry.id if entry.own_id else None)].queue
+    def partition_of(self, entry: Entry, turns: dict[str, int] | None = None) -> str:
+        """
+        Return the name of the partition that a job is pushed to.
+
+        *turns*: those of a bulk push, by queue. All of its jobs that nothing else places go to one partition, in one call;
+        the next bulk push goes to the next. A limit of length is split, so there each job has its turn.
+        """
+        id_ = entry.id if entry.own_id else None
+        if turns is None or self.max_length is not None or entry.unique is not None or id_ is not None:
+            return self.keys[self.pick(unique=entry.unique, id=id_)].queue
+        if self.name not in turns:
+            turns[self.name] = self.next_in_turn()
+        return self.keys[turns[self.name]].queue
 
     def without_agreement(self) -> Partitions:
         """Return a copy for pushes that are delivered later: the delivery agrees on the number."""

@@ -24,7 +24,7 @@ from conveyor.worker.attempt import Attempt, error_line
 from conveyor.worker.execution.executor import Executor
 from conveyor.worker.execution.processes import ProcessPool
 from conveyor.worker.job_loader import JobLoader
-from conveyor.worker.leasing.capacity import Capacity
+from conveyor.worker.leasing.capacity import Capacity, PartitionGroup
 from conveyor.worker.leasing.heartbeat import Watchdog
 from conveyor.worker.leasing.membership import partition_keys, queue_weights
 from conveyor.worker.leasing.queue_consumer import QueueConsumer
@@ -141,9 +141,10 @@ class Worker:
         )  # fmt: skip
         for queue, weight in self._queues.items():
             parts, lease_ms = await partition_keys(self.app, queue), self.app.queue_lease_ms(queue)
+            group = PartitionGroup(weight)
             for keys in parts:
                 connection = self.connections.of(keys).connection
-                consumer = QueueConsumer(services, connection, keys, weight / len(parts), lease_ms)
+                consumer = QueueConsumer(services, connection, keys, group, lease_ms)
                 self.connections.add(consumer)
                 self.consumers.append(consumer)
         for consumer in self.consumers:

@@ -24,6 +24,9 @@ WINDOW = 0.05
 """Seconds over which a rate is measured, at least: jobs that started together end together."""
 MAX_AHEAD = 1000
 """Jobs to hold in advance, at most."""
+STINT = 20
+"""Turns of one partition before the next one leases."""
+STINT_SECONDS = 0.1
 REPLY_BYTES = 4 * 1024 * 1024
 
 
@@ -46,7 +49,7 @@ class LeasingQueue(Protocol):
     """The part of a queue's consumer that decides how much it may lease."""
 
     queue: str
-    weight: float
+    group: PartitionGroup
     backlog: int
     report: TurnReport
     job_size: JobSizeEstimate
@@ -55,6 +58,54 @@ class LeasingQueue(Protocol):
     def held(self) -> Sized: ...
     def running(self) -> Iterator[Attempt]: ...
     def schedule(self, *, at_once: bool = False) -> None: ...
+
+
+class PartitionGroup:
+    """
+    The partitions of one queue, which share its weight; a queue in one piece is a group of one.
+
+    They lease one after the other: small batches of each would cost the server a turn for each. One that may have work
+    leases for a stint, so that ends of jobs travel with the next turn, and then gives its turn to the next.
+    """
+
+    def __init__(self, weight: float) -> None:
+        self.weight = weight
+        self.backlog = 0
+        """Attempts of its partitions that are leased and have not started."""
+        self.ready: dict[LeasingQueue, None] = {}
+        """The partitions that may have work, in the order of their turns."""
+        self._turns, self._since = 0, 0.0
+
+    @property
+    def leader(self) -> LeasingQueue:
+        """The partition that may lease now."""
+        return next(iter(self.ready))
+
+    def note_work(self, consumer: LeasingQueue, *, possible: bool) -> None:
+        """Note whether *consumer* may have work."""
+        if possible:
+            self.ready[consumer] = None
+            return
+        if self.ready and self.leader is consumer:
+            self._turns = 0
+        self.ready.pop(consumer, None)
+
+    def leads_another(self, consumer: LeasingQueue) -> bool:
+        """Tell whether another partition than *consumer* may lease now."""
+        return bool(self.ready) and self.leader is not consumer
+
+    def note_turn(self, consumer: LeasingQueue) -> None:
+        """Note that a partition has leased; at the end of its stint it goes behind the others."""
+        if len(self.ready) < 2 or self.leads_another(consumer):
+            return
+        self._turns += 1
+        if self._turns == 1:
+            self._since = perf_counter()
+        elif self._turns >= STINT or perf_counter() - self._since >= STINT_SECONDS:
+            del self.ready[consumer]
+            self.ready[consumer] = None
+            self._turns = 0
+            self.leader.schedule()
 
 
 class Capacity:
@@ -66,7 +117,7 @@ class Capacity:
 
     def __init__(self, executor: Executor, lifecycle: Lifecycle, limits: RecycleLimits) -> None:
         self._executor, self._lifecycle, self._limits = executor, lifecycle, limits
-        self.rivals: dict[LeasingQueue, None] = {}
+        self.rivals: dict[PartitionGroup, None] = {}
         """The queues that may have work, in the order in which that was learned."""
         self.holders: dict[LeasingQueue, None] = {}
         """The queues of which jobs are held here."""
@@ -79,19 +130,27 @@ class Capacity:
         """Attempts that have ended so far."""
         self._rate = 0.0  # ends a second; 0 at first, so that only free slots are filled
         self._rated, self._rated_at = 0, perf_counter()
-        self._picked: LeasingQueue | None = None
-        self._credit: dict[str, float] = {}
+        self._picked: PartitionGroup | None = None
+        self._credit: dict[PartitionGroup, float] = {}
 
-    def note_work(self, consumer: LeasingQueue, possible: bool) -> None:
+    def note_work(self, consumer: LeasingQueue, *, possible: bool) -> None:
         """Note whether *consumer* may have work that it may lease."""
-        if possible is (consumer in self.rivals):
+        group = consumer.group
+        group.note_work(consumer, possible=possible)
+        if bool(group.ready) is (group in self.rivals):
             return
-        if possible:
-            self.rivals[consumer] = None
-            self._weight += consumer.weight
+        if group.ready:
+            self.rivals[group] = None
+            self._weight += group.weight
         else:
-            del self.rivals[consumer]
-            self._weight = self._weight - consumer.weight if self.rivals else 0.0
+            del self.rivals[group]
+            self._weight = self._weight - group.weight if self.rivals else 0.0
+
+    def note_backlog(self, consumer: LeasingQueue, change: int) -> None:
+        """Count attempts that were leased, or have started or left."""
+        consumer.backlog += change
+        consumer.group.backlog += change
+        self.backlog += change
 
     def note_held(self, consumer: LeasingQueue, holds: bool) -> None:
         """Note whether *consumer* holds jobs, or runs some whose acknowledgement was early."""
@@ -110,9 +169,10 @@ class Capacity:
     def is_alone(self, consumer: object) -> bool:
         """Tell whether no queue beside *consumer* has a use for room."""
         rivals, reserved = self.rivals, self._reserved
-        return (not rivals or (len(rivals) == 1 and consumer in rivals)) and (
-            not reserved or (len(reserved) == 1 and consumer in reserved)
-        )
+        if len(rivals) > 1 or len(reserved) > 1:
+            return False
+        others = [*reserved, *(one for group in rivals for one in group.ready)]
+        return all(one is consumer for one in others)
 
     @property
     def has_room(self) -> bool:
@@ -131,9 +191,12 @@ class Capacity:
         """Return how many jobs *consumer* may lease now."""
         if self._lifecycle.stopping:
             return 0
-        waiting, capacity = self.backlog, self._total(saturated=consumer.backlog > 0)
-        rivals = len(self.rivals) + (consumer not in self.rivals)
-        room = capacity - waiting if rivals == 1 else self._share(capacity, waiting, consumer)
+        group = consumer.group
+        if group.leads_another(consumer):
+            return 0
+        waiting, capacity = self.backlog, self._total(saturated=group.backlog > 0)
+        rivals = len(self.rivals) + (group not in self.rivals)
+        room = capacity - waiting if rivals == 1 else self._share(capacity, waiting, group)
         settled = len(consumer.report.done) + len(consumer.report.others)  # given back before more is taken
         return max(0, min(room, BATCH, consumer.job_size.max_jobs, MOST_HELD - len(consumer.held) + settled))
 
@@ -154,27 +217,27 @@ class Capacity:
             self._rated, self._rated_at = self.finished, now
         return min(MAX_AHEAD, int(self._rate * AHEAD))
 
-    def _share(self, capacity: int, waiting: int, consumer: LeasingQueue) -> int:
+    def _share(self, capacity: int, waiting: int, group: PartitionGroup) -> int:
         """
-        Return how many jobs *consumer* may lease: its part of *capacity*, less what it has waiting.
+        Return how many jobs *group* may lease: its part of *capacity*, less what it has waiting.
 
         *waiting* is what all queues have leased and not started.
         """
-        total = self._weight if consumer in self.rivals else self._weight + consumer.weight
-        part = int(capacity * consumer.weight / total)
+        total = self._weight if group in self.rivals else self._weight + group.weight
+        part = int(capacity * group.weight / total)
         if part >= 1:
-            return part - consumer.backlog
+            return part - group.backlog
         if capacity - waiting < 1:
             return 0
-        rivals = self.rivals if consumer in self.rivals else {**self.rivals, consumer: None}
         # Too little for a part each: smooth weighted round robin (as nginx does) picks the next queue.
+        rivals = self.rivals if group in self.rivals else {**self.rivals, group: None}
         if self._picked is None or self._picked not in rivals:
             for rival in rivals:
-                self._credit[rival.queue] = self._credit.get(rival.queue, 0.0) + rival.weight
-            self._picked = max(rivals, key=lambda rival: self._credit[rival.queue])
-            self._credit[self._picked.queue] -= total
-        if self._picked is not consumer:
-            self._picked.schedule()
+                self._credit[rival] = self._credit.get(rival, 0.0) + rival.weight
+            self._picked = max(rivals, key=lambda rival: self._credit[rival])
+            self._credit[self._picked] -= total
+        if self._picked is not group:
+            self._picked.leader.schedule()
             return 0
         self._picked = None
         return 1
@@ -187,5 +250,5 @@ class Capacity:
 
     def _pass_on(self) -> None:
         self._is_offered = False
-        for one in (*self.rivals, *self._reserved):
+        for one in (*[group.leader for group in self.rivals], *self._reserved):
             one.schedule(at_once=True)

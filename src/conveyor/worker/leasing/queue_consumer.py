@@ -36,9 +36,14 @@ if TYPE_CHECKING:
     from conveyor.store.keys import QueueKeys
     from conveyor.store.script import Call
     from conveyor.store.transport.async_connection import AsyncConnection
+    from conveyor.worker.leasing.capacity import PartitionGroup
     from conveyor.worker.services import WorkerServices
 
 log = logging.getLogger("conveyor.worker")
+REPORT_AFTER = 0.03
+"""Seconds that ends of jobs of a partition wait for others, while another partition leases."""
+LATE = 0.5
+"""Seconds without a reply to a turn, after which other partitions of the queue lease before this one."""
 IDLE = 5.0
 """Longest pause between two turns in seconds: a lost wake-up token costs at most this."""
 
@@ -47,19 +52,24 @@ class QueueConsumer:
     """A consumer of one queue: it leases jobs, hands them to the executor, and reports their ends, turn by turn."""
 
     def __init__(
-        self, services: WorkerServices, connection: AsyncConnection, keys: QueueKeys, weight: float, lease_ms: int
+        self,
+        services: WorkerServices,
+        connection: AsyncConnection,
+        keys: QueueKeys,
+        group: PartitionGroup,
+        lease_ms: int,
     ) -> None:
         """
         Args:
             services: the parts of the worker.
             connection: the one to the queue's endpoint.
             keys: those of the queue.
-            weight: that of the queue among all of the worker.
+            group: the partitions of its queue, with the weight of the queue among all of the worker.
             lease_ms: how long a lease lasts.
         """
         self._services, self.connection = services, connection
         self._lifecycle, self._capacity, self._executor = services.lifecycle, services.capacity, services.executor
-        self.keys, self.queue, self.weight, self.lease_ms = keys, keys.queue, weight, lease_ms
+        self.keys, self.queue, self.group, self.lease_ms = keys, keys.queue, group, lease_ms
         self.shared_state = services.shared_state
         self.identity = ""
         self.wake_list = self.own_wake_list = keys.wake.encode()
@@ -100,6 +110,7 @@ class QueueConsumer:
         self._turn_ended = asyncio.Event()
         self._sent_at = 0.0
         self._wanted = 0
+        self._report_timer: asyncio.TimerHandle | None = None
         self._is_scheduled = self._is_looking = self._is_absorbing = False
         self._clock_offset = 0.0  # server ms minus our monotonic ms
         self.has_more = True
@@ -112,7 +123,7 @@ class QueueConsumer:
         self.own_wake_list = self.keys.wake_of(self.identity).encode()
         if self._services.slot is not None:
             self._services.slot.set_identity(self.keys, self.identity, self.lease_ms)
-        about = self._services.describe(self.weight)
+        about = self._services.describe(self.group.weight / self.keys.partitions)
         call = operations.register(self.keys, self.identity, self.lease_ms, about)
         now = await register(self._services.app, self.connection, self.keys, call)
         self._clock_offset = now - monotonic() * 1000
@@ -128,6 +139,8 @@ class QueueConsumer:
     async def leave(self) -> None:
         """Send what is left to report and take the registration away; nothing that is still held is charged."""
         self.due_timer.close()
+        if self._report_timer is not None:
+            self._report_timer.cancel()
         await self._until_turn_ended()
         if self.report:
             self._send_turn(0)
@@ -160,7 +173,10 @@ class QueueConsumer:
     @has_more.setter
     def has_more(self, has_more: bool) -> None:
         self._has_more = has_more
-        self._capacity.note_work(self, has_more and not self._is_paused)
+        self._note_work()
+
+    def _note_work(self) -> None:
+        self._capacity.note_work(self, possible=self._has_more and not self._is_paused)
 
     @property
     def has_capacity(self) -> bool:
@@ -233,9 +249,12 @@ class QueueConsumer:
 
     def renew(self) -> None:
         """Make a turn if none was made lately: it renews the lease, reconciles, and looks for work and for the dead."""
-        if self.is_turning:
-            return
         now = monotonic()
+        if self.is_turning:
+            if now - self._sent_at >= LATE:
+                self._capacity.note_work(self, possible=False)  # its server does not answer: other partitions lease
+                self._capacity.offer()
+            return
         if now - self._sent_at >= 0.95 * self.pause or now >= self._reaper.due_at:
             self._send_turn(self._capacity.room(self))
 
@@ -266,12 +285,32 @@ class QueueConsumer:
         if self.quarantine.reserved:
             self._advance_quarantine()
         want = self._capacity.room(self) if self.has_more else 0
-        if want > 0 or self.report.done or self.report.others:
+        if want > 0:
             self._send_turn(want)
+        elif self.report:
+            if not self._report_waits():
+                self._send_turn(0)
         else:
             if self._intake is not None and self.has_capacity:
                 self._intake.has_capacity.set()
             self._services.listen(self)
+
+    def _report_waits(self) -> bool:
+        """
+        Tell whether ends of jobs wait for others a moment: another partition leases, and jobs of this one are to begin.
+
+        Else the jobs that are left when a partition gives its turn to the next would cost a turn for every few of them.
+        """
+        if self.backlog == 0 or not self.group.leads_another(self):
+            return False
+        if self._report_timer is None:
+            self._report_timer = asyncio.get_running_loop().call_later(REPORT_AFTER, self._report_now)
+        return not self._lifecycle.stopping
+
+    def _report_now(self) -> None:
+        self._report_timer = None
+        if not self.is_turning and (self.report.done or self.report.others):
+            self._send_turn(self._capacity.room(self))
 
     # -- one turn -------------------------------------------------------------------------------------------------
 
@@ -358,6 +397,7 @@ class QueueConsumer:
     def _end_recovery(self) -> None:
         self._recovery = self._in_flight = None
         self._turn_ended.set()
+        self._note_work()
         self.schedule()
 
     # -- the reply of a turn --------------------------------------------------------------------------------------
@@ -390,6 +430,8 @@ class QueueConsumer:
         self._capacity.note_held(self, bool(held or self.early_acks))
         self._is_paused, was_woken, self._is_woken = turn.paused, self._is_woken, False
         self.has_more = was_woken or turn.more or (len(turn.ids) >= self._wanted > 0)
+        if turn.ids:
+            self.group.note_turn(self)
         for id_ in turn.cancelled:
             if id_ in held:
                 self._executor.stop(held[id_], "cancel")
@@ -462,8 +504,7 @@ class QueueConsumer:
 
     def _submit(self, attempts: list[Attempt]) -> None:
         if attempts:
-            self.backlog += len(attempts)
-            self._capacity.backlog += len(attempts)
+            self._capacity.note_backlog(self, len(attempts))
             self._executor.submit(attempts)
 
     def _advance_quarantine(self) -> None:
@@ -492,21 +533,20 @@ class QueueConsumer:
         self.report.others += [Settlement("F", id_) for id_ in unknown]
         self._recovery = None
         self._turn_ended.set()
+        self._note_work()
         self.schedule()
 
     # -- attempts -------------------------------------------------------------------------------------------------
 
     def on_started(self, attempt: Attempt) -> None:
         """Note that an attempt started."""
-        self.backlog -= 1
-        self._capacity.backlog -= 1
+        self._capacity.note_backlog(self, -1)
         if self._services.app.has_listener(JobStarted):
             self._services.app.emit(JobStarted(attempt.public_id, attempt.handler.name, self.queue, attempt.number))
 
     def on_abandoned(self) -> None:
         """Note that an attempt left the backlog without starting."""
-        self.backlog -= 1
-        self._capacity.backlog -= 1
+        self._capacity.note_backlog(self, -1)
 
     def on_finished(self, attempt: Attempt) -> None:
         """Note that an attempt ended: the next of the quarantine may start."""
