@@ -24,6 +24,8 @@ SCENARIOS: dict[str, tuple[Callable[[Bench], None], tuple[str, ...]]] = {
     "enqueue": (producer_scenarios.enqueue, ("raw-list", "raw-limit")),
     "drain": (drain.drain, ("raw-list", "raw-limit")),
     "latency": (producer_scenarios.latency, ("raw-latency",)),
+    "queues": (producer_scenarios.many_queues, ()),
+    "partitions": (drain.partitions, ()),
     "memory": (producer_scenarios.memory, ("raw-memory",)),
     "idle": (producer_scenarios.idle, ()),
     "depth": (drain.depth, ()),

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.harness import NAMESPACE, TEXT, Bench, Worker, commands_sent, cpu_seconds, wait_for
+from benchmarks.harness import NAMESPACE, TEXT, Bench, Worker, commands_run, commands_sent, cpu_seconds, wait_for
 
 
 @dataclass(frozen=True)
@@ -17,6 +18,7 @@ class Snapshot:
     time: float
     left: int
     commands: int
+    run: int
     server_cpu: float
     worker_cpu: float
 
@@ -47,30 +49,63 @@ def live_jobs(client: Any, queue: str) -> int:
     return int(client.hlen(f"{NAMESPACE}:{{{queue}}}:jobs"))
 
 
-def _drain(bench: Bench, queue: str, processes: int) -> tuple[Snapshot, Snapshot]:
-    """Return the snapshots at about 10 % and 90 %, so that neither start-up nor the tail is measured."""
+def _drain(bench: Bench, queue: str, processes: int, parts: Sequence[str] = ()) -> tuple[Snapshot, Snapshot]:
+    """
+    Return the snapshots at about 10 % and 90 %, so that neither start-up nor the tail is measured.
+
+    *parts* are the partitions of the queue, where it has any.
+    """
+    parts = parts or (queue,)
     with bench.client() as client:
-        total = live_jobs(client, queue)
+        total = _live(client, parts)
         with Worker(bench, "-q", queue, "--processes", str(processes), "--burst") as worker:
 
             def reached(left: float) -> bool:
                 worker.check()
-                return live_jobs(client, queue) <= left
+                return _live(client, parts) <= left
 
             wait_for(lambda: reached(total * 0.9), "a tenth to be drained", within=120)
-            first = _snapshot(bench, worker, client, queue)
+            first = _snapshot(bench, worker, client, parts)
             wait_for(lambda: reached(total * 0.1), "nine tenths to be drained", within=120)
-            last = _snapshot(bench, worker, client, queue)
+            last = _snapshot(bench, worker, client, parts)
             worker.process.wait(60)
             worker.check()
-        if left := live_jobs(client, queue):
+        if left := _live(client, parts):
             raise RuntimeError(f"The worker said that {queue} was drained, and left {left} jobs.")
     return first, last
 
 
-def _snapshot(bench: Bench, worker: Worker, client: Any, queue: str) -> Snapshot:
+def _live(client: Any, parts: Sequence[str]) -> int:
+    return sum(live_jobs(client, part) for part in parts)
+
+
+def _snapshot(bench: Bench, worker: Worker, client: Any, parts: Sequence[str]) -> Snapshot:
     worker_cpu, server_cpu, commands = worker.cpu(), cpu_seconds(bench.server_pid), commands_sent(client)
-    return Snapshot(time.perf_counter(), live_jobs(client, queue), commands, server_cpu, worker_cpu)
+    return Snapshot(time.perf_counter(), _live(client, parts), commands, commands_run(client), server_cpu, worker_cpu)
+
+
+def partitions(bench: Bench) -> None:
+    """Push and drain no-op jobs of a queue in one piece, and of queues in 4 and 16 partitions."""
+    from benchmarks import measured_jobs
+
+    count = bench.size(100_000)
+    for number in measured_jobs.PARTED:
+        bench.flush()
+        task, queue = measured_jobs.parted[number], f"parted{number}"
+        measured_jobs.app.enqueue_many([task.s(0, TEXT)] * number)  # connects, and agrees on the number of partitions
+        parts = [queue] if number == 1 else [f"{queue}/{at}" for at in range(number)]
+        with bench.client() as client:
+            used, ran = cpu_seconds(bench.server_pid), commands_run(client)
+            measured_jobs.app.enqueue_many(task.s(at, TEXT) for at in range(count))
+            bench.note(
+                f"ours push {number} partitions server us/job", (cpu_seconds(bench.server_pid) - used) / count * 1e6
+            )
+            bench.note(f"ours push {number} partitions commands/job", (commands_run(client) - ran) / count)
+        first, last = _drain(bench, queue, 1, parts)
+        done = first.left - last.left
+        bench.note(f"ours drain {number} partitions server us/job", (last.server_cpu - first.server_cpu) / done * 1e6)
+        bench.note(f"ours drain {number} partitions commands/job", (last.run - first.run) / done)
+    bench.flush()
 
 
 def depth(bench: Bench) -> None:

@@ -162,6 +162,14 @@ def commands_sent(client: Any) -> int:
     return sum(int(statistics.get(f"cmdstat_{name}", {}).get("calls", 0)) for name in names)
 
 
+def commands_run(client: Any) -> int:
+    """Return how many commands ran, those inside scripts too, but for INFO and HLEN, which this program asks as well."""
+    statistics = client.info("commandstats")
+    return sum(
+        int(found["calls"]) for name, found in statistics.items() if name not in ("cmdstat_info", "cmdstat_hlen")
+    )
+
+
 class Worker:
     """A real `conveyor worker` process with its children."""
 

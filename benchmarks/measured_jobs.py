@@ -48,6 +48,27 @@ async def hold(number: int) -> None:
     record("end", number, time.monotonic_ns())
 
 
+PARTED = (1, 4, 16)
+for count in PARTED:
+    app.queue(f"parted{count}", partitions=count)
+
+
+async def _parted(number: int, text: str) -> None:
+    """Do nothing, in a queue with partitions."""
+
+
+parted = {count: app.task(name=f"parted{count}", queue=f"parted{count}", timeout="30s")(_parted) for count in PARTED}
+
+
+async def _spread(number: int, sent_ns: int) -> None:
+    """Note how long ago the job was enqueued, in one of many queues."""
+    record("spread", number, time.monotonic_ns() - sent_ns)
+
+
+MANY = 200
+spread = [app.task(name=f"spread{at}", queue=f"spread{at}")(_spread) for at in range(MANY)]
+
+
 def record(kind: str, number: int, value: int) -> None:
     """Append a line that survives this process: `kind number pid value`."""
     os.write(_file(), f"{kind} {number} {os.getpid()} {value}\n".encode())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from typing import Any
 
 from benchmarks.harness import TEXT, Bench, Worker, commands_sent, percentile, rates, wait_for
 from benchmarks.job_notes import Record
@@ -81,6 +82,52 @@ def latency(bench: Bench) -> None:
             trips.append((time.perf_counter() - start) * 1e3)
         bench.note("ours enqueue-to-result p50 ms", percentile(trips, 50))
     bench.flush()
+
+
+def many_queues(bench: Bench) -> None:
+    """
+    Time from enqueue to the start of the function, one job each 4 ms, in a worker of one queue and in one of 200.
+
+    The jobs go round the queues.
+    """
+    from benchmarks.measured_jobs import MANY, spread
+
+    count = bench.size(1000)
+    record = Record(bench.record_path)
+    for queues in (1, MANY):
+        bench.flush()
+        flags = [flag for at in range(queues) for flag in ("-q", f"spread{at}")]
+        with Worker(bench, *flags, "--processes", "1") as worker:
+            _start_each(spread[:queues], record, worker)
+            begin, delays = time.monotonic(), list[float]()
+            for number in range(count):
+                time.sleep(max(0, begin + number * 0.004 - time.monotonic()))
+                spread[number * 7919 % queues].enqueue(number, time.monotonic_ns())
+
+            def all_seen(delays: list[float] = delays) -> bool:
+                delays.extend(line.value / 1e6 for line in record.read())
+                return len(delays) >= count
+
+            wait_for(all_seen, "all stamps", within=30)
+            bench.note(f"ours {queues} queues idle-to-start p50 ms", percentile(delays, 50))
+            bench.note(f"ours {queues} queues idle-to-start max ms", max(delays))
+    bench.flush()
+
+
+def _start_each(tasks: list[Any], record: Record, worker: Worker) -> None:
+    """Run a job of each task, so that the worker has started and knows all queues."""
+    for task in tasks:
+        task.enqueue(0, time.monotonic_ns())
+    seen = 0
+
+    def all_started() -> bool:
+        nonlocal seen
+        worker.check()
+        seen += len(list(record.read()))
+        return seen >= len(tasks)
+
+    wait_for(all_started, "a job of each queue", within=30)
+    time.sleep(1)
 
 
 def memory(bench: Bench) -> None:
