@@ -52,13 +52,9 @@ class QueueConsumer:
     """A consumer of one queue: it leases jobs, hands them to the executor, and reports their ends, turn by turn."""
 
     def __init__(
-        self,
-        services: WorkerServices,
-        connection: AsyncConnection,
-        keys: QueueKeys,
-        group: PartitionGroup,
+        self, services: WorkerServices, connection: AsyncConnection, keys: QueueKeys, group: PartitionGroup,
         lease_ms: int,
-    ) -> None:
+    ) -> None:  # fmt: skip
         """
         Args:
             services: the parts of the worker.
