@@ -147,6 +147,21 @@ def test_results_of_one_report_with_different_times(seeded: SeededQueue) -> None
         assert ms - 60_000 < ends_in(seeded, holder) <= 1.125 * ms
 
 
+@pytest.mark.redis6
+@pytest.mark.parametrize(("counts", "encoding"), [([5], "listpack"), ([300], "hashtable"), ([20] * 5, "hashtable")])
+def test_many_short_results_are_a_table(seeded: SeededQueue, counts: list[int], encoding: str) -> None:
+    """A window of many short results is a hash table, and no list that every write has to search."""
+    ids = ids_of(STEM, sum(counts))
+    seeded.lease(*ids)
+
+    for number, count in enumerate(counts):
+        keep(seeded, *(ids[sum(counts[:number]) :][:count]), number=2 + number)
+
+    found = seeded.redis.object("encoding", seeded.keys.result_window(ids[0])).decode()
+    assert found.replace("ziplist", "listpack") == encoding
+    assert {outcome(seeded, id_) for id_ in ids} == {("result", b"{}")}
+
+
 @pytest.mark.row("D301")
 @pytest.mark.redis6
 def test_a_full_window_takes_no_more(seeded: SeededQueue) -> None:

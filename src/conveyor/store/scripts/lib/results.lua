@@ -1,6 +1,6 @@
 -- Kept results. Those of jobs whose ids were made within the same 64 ms share a hash, their window: a turn writes many
--- results with one command, and they expire together. A field holds the instant (ms) until which its result can be read, a
--- line break and the record, because the hash lives up to an eighth longer. A result is kept under its own key instead when
+-- results with one command, and they expire together. A field holds the instant (ms) until which its result can be read,
+-- perhaps spaces, a line break and the record, because the hash lives up to an eighth longer. A result is kept under its own key instead when
 -- it is long, when its window is full, and when its window would end too early or much later than it: so nothing is held
 -- much longer than was asked. Jobs that have more to release than their place have a key of their own, too.
 
@@ -13,7 +13,7 @@ local function kept_result(own, window, id)
   local record = redis.call('GET', own)
   if record then return record end
   local field = redis.call('HGET', window, id)
-  local ends, rest = string.match(field or '', '^(%d+)\n(.*)$')
+  local ends, rest = string.match(field or '', '^(%d+) *\n(.*)$')
   return ends and tonumber(ends) > clock() and rest
 end
 
@@ -72,8 +72,13 @@ end
 -- returns  nothing
 local function keep_results(plan)
   for _, window in ipairs(plan.windows) do
-    if #window.entries > 0 then
-      in_chunks('HSET', window.key, window.entries, 1, #window.entries)
+    local entries = window.entries
+    if #entries > 0 then
+      -- A hash of short values is a list that each write searches. One value above 64 bytes makes it a table, if it is not small.
+      if 8192 - window.room + #entries / 2 > 32 then
+        entries[2] = string.gsub(entries[2], '\n', string.rep(' ', 64) .. '\n', 1)
+      end
+      in_chunks('HSET', window.key, entries, 1, #entries)
       if window.fresh then redis.call('PEXPIRE', window.key, int(window.left)) end
     end
   end
