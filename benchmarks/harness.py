@@ -17,6 +17,8 @@ from typing import IO, Any
 
 import redis
 
+from conveyor.store.embedded.keeper import server_environment
+
 NAMESPACE = "bench"
 TEXT = "x" * 100  # the argument of most jobs, beside an int
 
@@ -78,7 +80,9 @@ def running_server() -> Iterator[tuple[str, int]]:
             os.environ.get("CONVEYOR_BENCH_SERVER") or str(get_binary_path()),
             *options,
         ]
-        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True) as leash:
+        with subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True, env=server_environment()
+        ) as leash:
             assert leash.stdout is not None
             assert leash.stdin is not None
             pid = int(leash.stdout.readline())

@@ -139,6 +139,25 @@ def test_the_server_is_durable_private_and_complete(place):
         assert (place.directory / ".gitignore").read_text() == "*\n"
 
 
+@pytest.mark.row("D311")
+@pytest.mark.parametrize("own", [None, "glibc.malloc.tcache_count=9"])
+def test_the_server_keeps_freed_blocks_at_hand(place, monkeypatch, own):
+    """The allocator of the server is told to reuse what was freed last, unless the user's own setting, which comes later, says otherwise."""
+    if own is None:
+        monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    else:
+        monkeypatch.setenv("GLIBC_TUNABLES", own)
+    held = attach(place.directory)
+
+    # The C library ends each setting with a zero byte where it stands.
+    seen = Path(f"/proc/{held.pid}/environ").read_bytes().decode().replace("\0", ":")
+    ours = "GLIBC_TUNABLES=glibc.malloc.tcache_count=4096:"
+    assert seen.count("GLIBC_TUNABLES=") == 1
+    assert (ours if own is None else f"{ours}{own}:") in seen
+    assert own is not None or seen.count("tcache_count") == 1
+    held.close()
+
+
 def test_processes_share_one_server_however_many_begin_at_once(place):
     """Five processes that attach at the same moment get one server, started by one of them."""
     users = [place.user() for _ in range(5)]

@@ -34,6 +34,9 @@ _READY_POLL = 0.01  # seconds between two checks of a starting server
 _STOP_TIMEOUT = 30.0  # seconds a server may take to write its data to disk before it is killed
 _ORPHAN_TIMEOUT = 5.0  # seconds for the server of a killed keeper to end
 _MAX_PAUSE = 5.0  # seconds between two starts of a server that keeps crashing
+_ALLOCATOR = (
+    "glibc.malloc.tcache_count=4096"  # other C libraries, and servers with an allocator of their own, ignore it
+)
 _STEADY_AFTER = 10.0  # seconds after which a crash no longer counts as one of a series
 
 
@@ -93,6 +96,18 @@ def ask(path: str, command: bytes, *, timeout: float = 1.0) -> bytes:
         connection.sendall(command + b"\r\n")
         return connection.recv(512)
     return b""
+
+
+def server_environment() -> dict[str, str]:
+    """
+    Return the environment of the server: this process's, and a setting of the C library's allocator.
+
+    The Valkey of the wheel uses that allocator, which keeps 7 freed blocks of a size at hand. A queue frees blocks by the
+    hundred, so in a heap of a million jobs each job got blocks that were no longer in a cache: 2.3 times the time in the
+    server. With 4,096 at hand, 1.4 times. A value that the user has set comes later and counts.
+    """
+    tunables = [_ALLOCATOR, *filter(None, [os.environ.get("GLIBC_TUNABLES")])]
+    return {**os.environ, "GLIBC_TUNABLES": ":".join(tunables)}
 
 
 def server_command(binary: str, version: tuple[int, ...], path: str, data: str) -> list[str]:
@@ -243,6 +258,7 @@ class Keeper:
         self.server = subprocess.Popen(  # noqa: S603
             command,
             cwd=self.data,
+            env=server_environment(),
             stdin=subprocess.DEVNULL,
             pass_fds=(self.data_lock,),
             preexec_fn=self.die_with_parent,  # noqa: PLW1509  there are no threads
