@@ -50,7 +50,7 @@ class TestOneByOne:
         assert queue.stats().leased == 0
 
     def test_an_exception_comes_back_later_and_ends_dead(self, queue, caplog):
-        """Each failure is logged with its traceback and counted, and the loop goes on; the last one buries."""
+        """Each failure is logged and counted, the first of a kind with its traceback, and the loop goes on; the last buries."""
         queue.push("bad")
         attempts = []
         with closing(queue.consume()) as messages:
@@ -66,7 +66,8 @@ class TestOneByOne:
         records = [r for r in caplog.records if r.levelno == logging.ERROR]
         assert len(records) == 3
         assert "failed at attempt 1, again in 0.0 s: ValueError: boom 1" in records[0].getMessage()
-        assert records[2].exc_info[0] is ValueError
+        assert records[0].exc_info[0] is ValueError
+        assert "dead: ValueError: boom 3 (as before: 2 since its traceback)" in records[2].getMessage()
         [letter] = queue.dead_letters()
         assert (letter.error, letter.attempts, letter.payload) == ("ValueError: boom 3", 3, b'"bad"')
         assert "raise ValueError" in letter.failure.traceback

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+import re
+
 import pytest
 
 from conveyor import BlobUnavailable
@@ -99,6 +102,71 @@ def test_long_texts_lose_their_middle():
     assert record.message.endswith(" end")
     assert record.traceback.startswith("Traceback")
     assert record.traceback.endswith(" end\n")
+
+
+def test_repeated_failures_are_counted():
+    """Of failures that repeat, the traceback is logged once a minute, and the others have a line that counts them."""
+    now = [0.0]
+    logger = logging.getLogger("test.failures")
+    handler = Collected()
+    logger.addHandler(handler)
+    log = failures.FailureLog(logger, clock=lambda: now[0])
+
+    def fail(number: int) -> None:
+        log.log(logging.ERROR, "job %d", number, error=raised(ValueError(str(number))))
+
+    try:
+        for number in range(3):
+            fail(number)
+        log.log(logging.ERROR, "another", error=KeyError("k"))
+        now[0] = 60.0
+        fail(3)
+    finally:
+        logger.removeHandler(handler)
+
+    assert [(record.getMessage(), bool(record.exc_info)) for record in handler.records] == [
+        ("job 0", True), ("job 1 (as before: 1 since its traceback)", False),
+        ("job 2 (as before: 2 since its traceback)", False), ("another", True), ("job 3", True),
+    ]  # fmt: skip
+
+
+def test_frames_that_only_pass_an_exception_on_are_left_out():
+    """The recorded traceback begins with the first frame that is not of Conveyor; one without any stays whole."""
+    from conveyor.units import milliseconds
+
+    def convert() -> None:
+        milliseconds("no duration", name="delay")
+
+    error = caught(convert)
+    assert users(failures.describe(error, 1, 0, "").traceback)[0].endswith("test_failures.py")
+    inner = error.__traceback__
+    while inner is not None and not inner.tb_frame.f_code.co_filename.endswith("units.py"):
+        inner = inner.tb_next
+    assert users(failures.describe(error.with_traceback(inner), 1, 0, "").traceback)[0].endswith("units.py")
+
+
+class Collected(logging.Handler):
+    """A handler that keeps its records."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.records: list[logging.LogRecord] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.records.append(record)
+
+
+def caught(function):
+    try:
+        function()
+    except Exception as error:
+        return error
+    raise AssertionError("nothing was raised")
+
+
+def users(traceback: str) -> list[str]:
+    """Return the files of the frames of a traceback, outermost first."""
+    return re.findall(r'File "([^"]+)"', traceback)
 
 
 def test_deep_recursion_is_recorded():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import threading
 import time
 from typing import Any
@@ -151,6 +152,33 @@ async def test_a_snooze_uses_no_attempt(app: Conveyor) -> None:
 
     assert seen == [1, 2, 3, 4]
     assert (await counts(app)).dead == 0
+
+
+@pytest.mark.parametrize("run_in", ["loop", "thread"])
+async def test_an_error_shows_the_frames_of_the_program(
+    app: Conveyor, run_in: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The stored traceback and the log begin at the task's own frame: nothing of the worker is shown."""
+
+    def fail() -> None:
+        raise ValueError("no")
+
+    async def fail_awaited() -> None:
+        fail()
+
+    task = app.task(retry=1)(fail_awaited if run_in == "loop" else fail)
+    job = await task.aenqueue()
+    await drain(app)
+
+    with pytest.raises(JobFailed) as caught:
+        await job.aresult()
+    files = re.findall(r'File "([^"]+)"', caught.value.traceback)
+    assert set(files) == {__file__}
+    [record] = [record for record in caplog.records if record.exc_info]
+    assert record.exc_info is not None
+    assert record.exc_info[2] is not None
+    assert record.exc_info[2].tb_frame.f_code.co_filename == __file__
+    await app.queue("default").apurge(dead=True)
 
 
 @pytest.mark.parametrize("delay", ["5ms", "no duration"])

@@ -27,6 +27,7 @@ class Settler(Protocol):
 
     policy: SettlementPolicy
     on_error: OnError
+    failure_log: failures.FailureLog
 
     def is_cancelled(self, leased: LeasedMessage) -> bool: ...
     def settle(self, endings: Sequence[Ending]) -> None: ...
@@ -208,7 +209,9 @@ class Message(Generic[T]):
         leased, policy = self._leased, self._settler.policy
         if leased.settled or leased.lost:
             if isinstance(error, Exception) and self._settler.on_error == "log":
-                failures.log_error(logger, logging.ERROR, "Message %s: %s", clean(self.id), _brief(error), error=error)
+                self._settler.failure_log.log(
+                    logging.ERROR, "Message %s: %s", clean(self.id), _brief(error), error=error
+                )
             elif leased.lost and not leased.settled:
                 logger.warning("Message %s lost its lease while it ran: another consumer may run it.", clean(self.id))
             return self._unconfirmed() if error is None else []
@@ -220,8 +223,8 @@ class Message(Generic[T]):
         ending = policy.failed(leased, error, cancelled=self._settler.is_cancelled(leased))
         if log and self._settler.on_error == "log":
             follows = {"R": f"again in {ending.ms / 1000:.1f} s", "X": "dead"}.get(ending.kind, "cancelled")
-            failures.log_error(
-                logger, logging.ERROR, "Message %s failed at attempt %d, %s: %s", clean(self.id), self.attempt, follows,
+            self._settler.failure_log.log(
+                logging.ERROR, "Message %s failed at attempt %d, %s: %s", clean(self.id), self.attempt, follows,
                 _brief(error), error=error,
             )  # fmt: skip
         return [(leased, ending)]

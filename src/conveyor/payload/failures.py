@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import asyncio
+import os
+from collections.abc import Callable
 from logging import Logger
+from time import monotonic
 from traceback import TracebackException
+from types import TracebackType
 from typing import Any
 
 from conveyor.payload.records import Failure
 
 MESSAGE_BYTES = 2 * 1024
 TRACEBACK_BYTES = 8 * 1024
+REPEAT_AFTER = 60.0
+"""Seconds until the traceback of the same failure is logged again."""
 _NAME_BYTES = 256
+_MOST_PLACES = 1000
+_PASSED_ON = tuple(os.path.join(os.path.dirname(path), "") for path in (os.path.dirname(__file__), asyncio.__file__))
+"""Directories of code that only passes an exception on to where it is recorded."""
 _STORED_NAMES = {"UnreadablePayload": "Unreadable", "PayloadTooNew": "TooNew"}
 """Classes that are stored under a shorter name than theirs: what is stored does not follow when a class is renamed."""
 
@@ -75,12 +85,50 @@ def safe_exception(error: BaseException) -> BaseException:
     return error
 
 
-def log_error(logger: Logger, level: int, text: str, *arguments: Any, error: BaseException) -> None:
-    """Log with the traceback of *error*, without it when it cannot be formatted."""
-    try:
-        logger.log(level, text, *arguments, exc_info=error)
-    except BaseException as reason:  # the methods of an exception are the caller's code
-        logger.log(level, text + "\n<no traceback: %s while it was formatted>", *arguments, type_name(reason))
+class FailureLog:
+    """
+    Logs failures to *logger*, a line each, with the traceback of the user's frames.
+
+    Of failures that repeat (the same class from the same line) the traceback is logged once a minute, and the lines between
+    count them.
+    """
+
+    def __init__(self, logger: Logger, clock: Callable[[], float] = monotonic) -> None:
+        self._logger = logger
+        self._clock = clock
+        self._seen: dict[tuple[str, str, int], tuple[float, int]] = {}
+        """Class, file and line → when its traceback was logged last, and how many came since."""
+
+    def log(self, level: int, text: str, *arguments: Any, error: BaseException) -> None:
+        """Log *error*; without the traceback when it cannot be formatted. Never raises for the sake of *error*."""
+        shown = users_frames(error.__traceback__)
+        key, now = (type_name(error), *_place(shown)), self._clock()
+        at, repeated = self._seen.get(key, (-REPEAT_AFTER, 0))
+        if now - at < REPEAT_AFTER:
+            self._seen[key] = (at, repeated + 1)
+            self._logger.log(level, text + " (as before: %d since its traceback)", *arguments, repeated + 1)
+            return
+        if len(self._seen) >= _MOST_PLACES:
+            self._seen.clear()
+        self._seen[key] = (now, 0)
+        try:
+            self._logger.log(level, text, *arguments, exc_info=(type(error), error, shown))
+        except BaseException as reason:  # the methods of an exception are the caller's code
+            self._logger.log(level, text + "\n<no traceback: %s while it was formatted>", *arguments, type_name(reason))
+
+
+def users_frames(traceback: TracebackType | None) -> TracebackType | None:
+    """Return *traceback* from the first frame that is neither ours nor of asyncio; whole when there is none."""
+    at = traceback
+    while at is not None and at.tb_frame.f_code.co_filename.startswith(_PASSED_ON):
+        at = at.tb_next
+    return traceback if at is None else at
+
+
+def _place(traceback: TracebackType | None) -> tuple[str, int]:
+    while traceback is not None and traceback.tb_next is not None:
+        traceback = traceback.tb_next
+    return ("", 0) if traceback is None else (traceback.tb_frame.f_code.co_filename, traceback.tb_lineno)
 
 
 def _traceback(error: BaseException) -> str:
@@ -89,7 +137,7 @@ def _traceback(error: BaseException) -> str:
             error, "conveyor_traceback", None
         )  # of the process that raised it; the traceback here shows only its arrival
         if not isinstance(text, str):
-            text = "".join(TracebackException(type(error), error, error.__traceback__).format())
+            text = "".join(TracebackException(type(error), error, users_frames(error.__traceback__)).format())
     except BaseException as reason:  # notes, causes and groups are the caller's objects too
         text = f"<no traceback: {type(reason).__name__} while it was formatted>"
     return shorten(text, TRACEBACK_BYTES)

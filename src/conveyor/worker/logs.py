@@ -35,8 +35,14 @@ class SafeFormatter(logging.Formatter):
     """A formatter that escapes control characters: a traceback may hold text from a payload, which could steer a terminal."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """Return the lines of *record* with control characters escaped."""
-        return _CONTROL_CHARACTERS.sub(lambda match: match[0].encode("unicode_escape").decode(), super().format(record))
+        """Return the lines of *record* with control characters escaped; a line of `context.logger` names its job."""
+        text = super().format(record)
+        if record.name == "conveyor.job":
+            facts = vars(record)
+            about = f" [{facts.get('task')} {facts.get('job_id')} attempt {facts.get('attempt')}]"
+            first, line, rest = text.partition("\n")
+            text = f"{first}{about}{line}{rest}"
+        return _CONTROL_CHARACTERS.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
 def configure_log(*, verbose: bool = False) -> None:

@@ -56,6 +56,7 @@ class SettlementWriter:
         self._app = app
         self._worker = worker
         self._sealing = app.sealing
+        self.failure_log = failures.FailureLog(log)
         # One line a job while a person can read them, and a summary of the rest. None: the log does not show INFO.
         self._logged: int | None = 0 if log.isEnabledFor(logging.INFO) else None
         self._since = 0.0
@@ -161,8 +162,8 @@ class SettlementWriter:
             report.others.append(Settlement("R", attempt.id, decision.ms, state=decision.history.encode()))
             attempt.consumer.own_retries[attempt.id] = monotonic() + decision.ms / 1000
             budget = attempt.envelope.extra.attempts or policy.attempts
-            failures.log_error(
-                log, logging.WARNING, "✗ %s attempt %d/%d %s → retry in %s", attempt.label,
+            self.failure_log.log(
+                logging.WARNING, "✗ %s attempt %d/%d %s → retry in %s", attempt.label,
                 attempt.number, budget, error_line(error), span(decision.ms / 1000), error=error,
             )  # fmt: skip
             if self._app.has_listener(JobRetried):
@@ -170,8 +171,7 @@ class SettlementWriter:
                     JobRetried(attempt.public_id, handler.name, queue, attempt.number, decision.ms / 1000, error)
                 )
             return
-        failures.log_error(
-            log,
+        self.failure_log.log(
             logging.ERROR,
             "✗ %s attempt %d dead: %s",
             attempt.label,

@@ -16,7 +16,6 @@ from conveyor.errors import ConveyorError, QueueFull, StoreUnavailable
 from conveyor.events import WorkerStarted, WorkerStopped
 from conveyor.jobs.core import core_of
 from conveyor.jobs.hooks import run_through, wraps_runs
-from conveyor.payload import failures
 from conveyor.store import operations
 from conveyor.store.client.queue_index import REFRESH
 from conveyor.store.transport import eviction
@@ -286,8 +285,8 @@ class Worker:
         if consumer.holds(attempt):
             self.settlement_writer.settle(attempt, value, error, stuck=attempt in self._drain_monitor.stuck)
         elif error is not None and attempt.handler.early:
-            failures.log_error(
-                log, logging.ERROR, "✗ %s failed after its early ack: %s", attempt.label, error_line(error), error=error
+            self.settlement_writer.failure_log.log(
+                logging.ERROR, "✗ %s failed after its early ack: %s", attempt.label, error_line(error), error=error
             )
         consumer.on_finished(attempt)
         if attempt.handler.early:

@@ -17,6 +17,7 @@ from conveyor.messaging.decoder import MessageDecoder
 from conveyor.messaging.leases import LeasedMessage, LeaseSession
 from conveyor.messaging.message import Ending, Message, OnError, Settler, lost
 from conveyor.messaging.settlement import SettlementPolicy
+from conveyor.payload.failures import FailureLog
 from conveyor.store.client.client import Client
 from conveyor.store.script import Call
 from conveyor.store.transport import eviction
@@ -53,6 +54,7 @@ class SettlerState:
         self.session = session
         self.policy = policy
         self.on_error: OnError = on_error
+        self.failure_log = FailureLog(logger)
         self._has_left = False
 
     def is_cancelled(self, leased: LeasedMessage) -> bool:

@@ -64,7 +64,7 @@ def main() -> None:
     try:
         runner.open(start.app)
     except BaseException as error:
-        connection.send(capture(error, (__file__,)))
+        connection.send(capture(error))
         return
     recycle_limits, jobs = RecycleLimits(start.max_jobs, start.max_memory), 0
     recycle_limits.begin()
@@ -176,7 +176,7 @@ class _Runner:
             stored = None if task.returns_none or not keep_ms else task.results.encode(result)
             return DoneReply(job.id, job.attempt, stored, spawned_entries(context))
         except BaseException as error:
-            reply = capture(error, (__file__,))
+            reply = capture(error)
             reply.id, reply.attempt = job.id, job.attempt
             return reply
 

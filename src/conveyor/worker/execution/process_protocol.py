@@ -8,14 +8,9 @@ have seen; attributes do not travel.
 
 from __future__ import annotations
 
-import asyncio.base_events
-import asyncio.events
-import asyncio.runners
-import asyncio.tasks
 import struct
 import sys
-from collections.abc import Collection, Iterable
-from types import TracebackType
+from collections.abc import Iterable
 from typing import Any
 
 import msgspec
@@ -110,17 +105,12 @@ def pack(message: Request | Reply) -> bytes:
     return HEAD.pack(len(data)) + data
 
 
-_ASYNCIO = {module.__file__ for module in (asyncio.base_events, asyncio.events, asyncio.runners, asyncio.tasks)}
 # Raised out of a coroutine, these do not mean that the job failed.
 _UNRAISABLE = (StopIteration, StopAsyncIteration)
 
 
-def capture(error: BaseException, ours: Collection[str] = ()) -> FailedReply:
-    """Return *error* as it travels, without the outermost frames from files in *ours* and from asyncio."""
-    try:
-        error.__traceback__ = _strip_frames(error.__traceback__, _ASYNCIO.union(ours))
-    except BaseException:  # noqa: S110  the class may refuse it; then the traceback is longer
-        pass
+def capture(error: BaseException) -> FailedReply:
+    """Return *error* as it travels."""
     record = failures.describe(error, 0, 0, "")
     return FailedReply(
         kinds=[_name(kind) for kind in type.mro(type(error)) if kind is not object],
@@ -211,10 +201,3 @@ def _loaded_class(name: str) -> type | None:
 
 def _name(kind: type) -> str:
     return f"{kind.__module__}:{kind.__qualname__}"
-
-
-def _strip_frames(traceback: TracebackType | None, files: Collection[str | None]) -> TracebackType | None:
-    at = traceback
-    while at is not None and at.tb_frame.f_code.co_filename in files:
-        at = at.tb_next
-    return traceback if at is None else at
