@@ -311,8 +311,22 @@ def test_a_page_says_whether_there_are_more(shell: Shell, backend: Client) -> No
 
     shown = on_terminal(shell, "job", "list", "--limit", "2")
     assert shown.count("ready") == 2
-    assert "Showing 2. More: --limit 4, or --offset 2" in shown
+    assert "Showing 2 of 3. More: --limit 4, or --offset 2" in shown
     assert "More:" not in on_terminal(shell, "job", "list", "--limit", "3")
+
+
+def test_a_piped_list_is_whole(shell: Shell, backend: Client) -> None:
+    """Through a pipe `job list` prints all jobs, so that the command behind it acts on all; a terminal shows fifty."""
+    ids = push(backend, "q", *(f"{n}".encode() for n in range(60)))
+
+    listed = shell.run("job", "list", "-q")
+    assert listed.stdout.splitlines() == ids
+    assert shell.run("job", "list", "--limit", "2").stdout.count("\n") == 2
+    assert len(json.loads(shell.run("job", "list", "--json").stdout)["jobs"]) == 60
+    cancelled = shell.run("job", "cancel", "-", "--yes", stdin=listed.stdout)
+    assert cancelled.stdout.count("cancelled") == 60
+    push(backend, "q", *(f"{n}".encode() for n in range(60)))
+    assert "Showing 50 of 60." in on_terminal(shell, "job", "list")
 
 
 def on_terminal(shell: Shell, *arguments: str, expected: Collection[int] = (0,)) -> str:

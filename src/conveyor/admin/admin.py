@@ -7,6 +7,7 @@ Calls block. Workers never import this module.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -171,32 +172,54 @@ class Admin:
         limit: int = 50,
         task: str | None = None,
     ) -> list[JobInfo]:
-        """
-        Return jobs of a queue in a state, in the order in which they would be leased.
+        """Return a page of the jobs that `each_job` yields."""
+        return list(self.each_job(queue, state, offset=offset, limit=limit, task=task))
 
-        *queue* None: of all queues. *state* None: all states except done. Dead and finished jobs come newest first,
-        partitions one after the other. While workers change the queue, a page may repeat or miss a job.
+    def each_job(
+        self,
+        queue: str | None = None,
+        state: str | None = None,
+        *,
+        offset: int = 0,
+        limit: int | None = None,
+        task: str | None = None,
+    ) -> Iterator[JobInfo]:
+        """
+        Yield jobs of a queue in a state, in the order in which they would be leased; read in pages.
+
+        *queue* None: of all queues. *state* None: all states except done. *limit*: at most so many, None: all. Dead and
+        finished jobs come newest first, partitions one after the other. While workers change the queue, a job may come
+        twice or be missed.
         """
         if state is not None and state not in STATES:
             raise ConfigurationError(f"There is no state {state!r} to list. Known: {', '.join(STATES)}.")
-        jobs: list[JobInfo] = []
+        remaining = sys.maxsize if limit is None else limit
         for name in self._partition_names(queue):
             for one in (state,) if state else LIVE:
                 total = self._count_entries(self._keys(name), one)
                 if task is None and offset >= total:
                     offset -= total
                     continue
-                rows = self._list_state(name, one, 0 if task else offset, total, limit - len(jobs), task)
+                rows = self._list_state(name, one, 0 if task else offset, total, remaining, task)
                 chosen = (row for row in rows if task is None or row.task == task)
                 if task:
                     while offset and next(chosen, None) is not None:
                         offset -= 1
                 else:
                     offset = 0
-                jobs += islice(chosen, limit - len(jobs))
-                if len(jobs) >= limit:
-                    return jobs
-        return jobs
+                for job in islice(chosen, remaining):
+                    remaining -= 1
+                    yield job
+                if not remaining:
+                    return
+
+    def count_jobs(self, queue: str | None = None, state: str | None = None) -> int:
+        """Count the jobs that `each_job` yields without *task*."""
+        keys = [self._keys(name) for name in self._partition_names(queue)]
+        if state == "done":
+            return sum(self._count_entries(one, state) for one in keys)
+        counts = [self.client.run(inspection.counts(one)) for one in keys]
+        return sum(int(getattr(one, name)) for one in counts for name in ((state,) if state else LIVE))
 
     def job(self, public_id: str) -> JobInfo:
         """Return everything known about a job. Raises JobNotFound."""

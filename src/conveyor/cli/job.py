@@ -16,9 +16,12 @@ from conveyor.units import span
 if TYPE_CHECKING:
     from datetime import datetime
 
+    from conveyor.admin.admin import Admin
     from conveyor.admin.views import ActionResult, JobInfo
 
 STATES = ("leased", "ready", "scheduled", "dead", "done")
+SHOWN = 50
+"""Jobs that a terminal shows unless another number is asked for."""
 HEADINGS = ("id", "queue", "task", "state", "attempt", "when", "about")
 
 
@@ -33,12 +36,12 @@ def job() -> None:
     "--state", type=click.Choice(STATES), help="Only jobs in this state.  [default: all that have not ended, and dead ones]"
 )  # fmt: skip
 @click.option("--task", metavar="TASK", help="Only jobs of this task.")
-@click.option("--limit", type=click.IntRange(min=1), default=50, show_default=True, help="Show at most so many.")
+@click.option("--limit", type=click.IntRange(min=1), help="At most so many.  [default: 50 on a terminal, else all]")
 @click.option("--offset", type=click.IntRange(min=0), default=0, help="Skip so many first.")
 @click.option("-q", "--ids", "ids_only", is_flag=True, help="Print ids only.")
 @redis_options
 def list_(
-    target: Target, out: Output, queue: str | None, state: str | None, task: str | None, limit: int, offset: int,
+    target: Target, out: Output, queue: str | None, state: str | None, task: str | None, limit: int | None, offset: int,
     ids_only: bool,
 ) -> None:  # fmt: skip
     """
@@ -46,19 +49,34 @@ def list_(
 
     Dead and done ones come newest first.
     """
-    jobs = target.admin().jobs(queue, state, task=task, offset=offset, limit=limit + 1)  # one more tells if that is all
-    more, jobs = len(jobs) > limit, jobs[:limit]
+    admin = target.admin()
+    if out.on_terminal and not out.as_json:
+        _show_page(out, admin, queue, state, task, offset, limit or SHOWN, ids_only)
+        return
+    jobs = admin.each_job(queue, state, task=task, offset=offset, limit=limit)
     if out.as_json:
-        out.document("jobs", jobs=jobs)
-    elif ids_only:
+        out.document("jobs", jobs=list(jobs))
+        return
+    for info in jobs:
+        out.line(info.id if ids_only else "\t".join(map(machine_text, _row(info))))
+
+
+def _show_page(
+    out: Output, admin: Admin, queue: str | None, state: str | None, task: str | None, offset: int, limit: int,
+    ids_only: bool,
+) -> None:  # fmt: skip
+    jobs = admin.jobs(queue, state, task=task, offset=offset, limit=limit + 1)  # one more tells if that is all
+    more, jobs = len(jobs) > limit, jobs[:limit]
+    if ids_only:
         for info in jobs:
             out.line(info.id)
     elif jobs:
         out.table(HEADINGS, [_row(info) for info in jobs])
-        if more and out.on_terminal:
-            out.say(f"Showing {limit}. More: --limit {2 * limit}, or --offset {offset + limit}")
     else:
         out.say("No jobs match.")
+    if more:
+        of = "" if task else f" of {admin.count_jobs(queue, state):,}"
+        out.say(f"Showing {limit}{of}. More: --limit {2 * limit}, or --offset {offset + limit}")
 
 
 @job.command()
