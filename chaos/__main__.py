@@ -19,6 +19,9 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=2.0)
     parser.add_argument("--seed", type=int, default=random.randrange(1_000_000))
     parser.add_argument("--topology", choices=("standalone", "cluster", "sentinel"), default="standalone")
+    parser.add_argument(
+        "--roles", action="store_true", help="programs log in with the rights that `conveyor acl` prints"
+    )
     parser.add_argument("--report", type=Path, help="write the counts as JSON")
     parser.add_argument(
         "--scenario", choices=sorted(single_fault_runs.SCENARIOS), help="one fault, many times, instead of all"
@@ -36,7 +39,9 @@ def main() -> int:
     if options.scenario:
         result, environment, facts = single_fault_runs.run(options.scenario, options.count, options.seed)
     else:
-        result, environment, facts = soak(60 * options.minutes, options.seed, faults, topology=options.topology)
+        result, environment, facts = soak(
+            60 * options.minutes, options.seed, faults, topology=options.topology, roles=options.roles
+        )
     print(report.table(result, environment.faults, facts))
     if options.report:
         report.write(options.report, result, environment.faults, facts)

@@ -19,7 +19,7 @@ import redis as redis_py
 from chaos import remaining_state
 from chaos.checker import check
 from chaos.fault_proxy import Proxy
-from chaos.processes import ProcessGroup
+from chaos.processes import ProcessGroup, role_rules
 from chaos.recording_server import RecordingServer
 from chaos.redis_history import read_history
 from chaos.run_data import gather
@@ -42,11 +42,13 @@ class Environment:
         topology: str = "standalone",
         fsync: str = "always",
         retry_for: float = 1.0,
+        roles: bool = False,
     ) -> None:
         """
         Start Redis and, before a single server, the proxy; programs are started through `process_group`.
 
         *patience* multiplies the seconds that draining and ending may take.
+        With *roles* programs have the rights that `conveyor acl` prints for them and no more.
         Under `everysec` a server that is killed on a slow disk forgets what it had answered, whoever uses it.
         """
         self.seed, self.lease, self.retry_for = seed, lease, retry_for
@@ -54,15 +56,18 @@ class Environment:
         self.topology = topology
         self.server: Any
         if topology == "standalone":
-            self.server = RecordingServer(self.directory / "r", clock=clock, fsync=fsync)
+            users = role_rules(topology) if roles else []
+            self.server = RecordingServer(self.directory / "r", clock=clock, fsync=fsync, users=users)
         else:
             from chaos import server_topologies
 
             self.server = {"cluster": server_topologies.Cluster, "sentinel": server_topologies.Sentinel}[topology](
                 self.directory / "r"
             )
+            for user in role_rules(topology) if roles else []:
+                self.server.add_user(user)
         self.proxy = Proxy(getattr(self.server, "socket", "nobody"), seed=seed).start()
-        self.process_group = ProcessGroup(self.directory, lease=lease, source=source)
+        self.process_group = ProcessGroup(self.directory, lease=lease, source=source, roles=roles)
         self.faults: Counter[str] = Counter()
         self._record = RunLog(self.directory / "faults")
         self._lock = threading.Lock()

@@ -92,6 +92,25 @@ class Program:
         self.process.wait(10)
 
 
+ROLES = ("worker", "producer")
+PASSWORD = "chaos"
+"""Of servers on loopback that live for a run."""
+
+
+def role_rules(topology: str) -> list[list[str]]:
+    """Return the user and the rules of each role as `conveyor acl` prints them, as the words of an ACL line."""
+    rules = []
+    for role in ROLES:
+        printed = subprocess.run(
+            [sys.executable, "-m", "conveyor", "acl", role, "--namespace", "chaos", "--user", role, "--server", "7.2",
+             "--format", "users.acl", "--topology", topology, "--durable"],
+            env={**os.environ, "PYTHONPATH": str(HOME / "src")}, capture_output=True, text=True, check=True,
+        ).stdout.splitlines()  # fmt: skip
+        [line] = [line for line in printed if line.startswith("user ")]
+        rules.append([f">{PASSWORD}" if word.startswith("#SHA256") else word for word in line.split()[1:]])
+    return rules
+
+
 def _children(pid: int) -> list[int]:
     """Return the pids of the children of a process, whichever of its threads started them."""
     found: list[int] = []
@@ -104,9 +123,14 @@ def _children(pid: int) -> list[int]:
 class ProcessGroup:
     """All programs of a run."""
 
-    def __init__(self, directory: Path, *, lease: float, source: Path | None = None) -> None:
-        """Programs write into *directory*; *source* is another `src` than this tree's, for sabotaged builds."""
+    def __init__(self, directory: Path, *, lease: float, source: Path | None = None, roles: bool = False) -> None:
+        """
+        Programs write into *directory*; *source* is another `src` than this tree's, for sabotaged builds.
+
+        With *roles* workers and producers log in as users that have the rights of their roles and no more (`role_rules`).
+        """
         self.directory = directory
+        self.roles = roles
         self.queues: tuple[str, ...] = ("default",)
         """What workers serve; a program with one inside leaves `box` alone, whose jobs have processes of their own."""
         path = os.pathsep.join([str(source or HOME / "src"), str(HOME)])
@@ -162,6 +186,9 @@ class ProcessGroup:
                 program.start()
 
     def _add(self, name: str, *command: str, url: str, keep: bool = True, env: dict[str, str] | None = None) -> Program:
+        if self.roles:
+            user = ROLES[name.startswith("producer")]
+            url = url.replace("://", f"://{user}:{PASSWORD}@", 1)
         with self._lock:
             program = Program(self, name, [sys.executable, "-m", *command], url=url, keep=keep, env=env)
             self.programs.append(program)

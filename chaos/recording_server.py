@@ -7,6 +7,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -31,8 +32,15 @@ exec {binary} "$@"
 class RecordingServer:
     """One server with an append-only file that is never rewritten: the history of the run."""
 
-    def __init__(self, directory: Path, *, fsync: str = "always", clock: bool = False, name: str = "valkey") -> None:
-        """Start it in *directory*, whose path must be short; with *clock* its clock can be set where libfaketime is."""
+    def __init__(
+        self, directory: Path, *, fsync: str = "always", clock: bool = False, name: str = "valkey",
+        users: Sequence[Sequence[str]] = (),
+    ) -> None:  # fmt: skip
+        """
+        Start it in *directory*, whose path must be short; with *clock* its clock can be set where libfaketime is.
+
+        *users*: the words of an ACL line for each user besides the default one, which may do everything.
+        """
         found = find_binary(name)
         if found is None:
             raise RuntimeError(f"no binary of {name}")
@@ -48,7 +56,7 @@ class RecordingServer:
             found = wrapper
         self.server = Server(
             found, directory, "--appendonly", "yes", "--appendfsync", fsync, "--auto-aof-rewrite-percentage", "0",
-            "--enable-debug-command", "local",
+            "--enable-debug-command", "local", *(word for user in users for word in ("--user", *user)),
         )  # fmt: skip
         self.url = self.server.url
         self.socket = self.server.socket

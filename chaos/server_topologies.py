@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,15 @@ class ServerTopology:
             return None
         return found[0]
 
+    def every_node(self) -> list[Any]:
+        """Return all servers, replicas too, without sentinels."""
+        raise NotImplementedError
+
+    def add_user(self, words: Sequence[str]) -> None:
+        """Make a user on every server; *words* as on an ACL line, its name first."""
+        for node in self.every_node():
+            node.ask("ACL", "SETUSER", *words)
+
     def masters(self) -> list[Any]:
         """Return the nodes that take writes."""
         raise NotImplementedError
@@ -52,6 +62,10 @@ class Cluster(ServerTopology):
         self.directory = directory
         self.nodes = ClusterOfNodes(directory, replicas=1)
         self.url = str(self.nodes.url)
+
+    def every_node(self) -> list[Any]:
+        """Return the masters and their replicas."""
+        return list(self.nodes.nodes)
 
     def masters(self) -> list[Any]:
         """Return the nodes that own slots."""
@@ -93,6 +107,10 @@ class Sentinel(ServerTopology):
         for node in self.watched.servers:  # as Sentinel's manual advises: who is alone takes no writes
             node.ask("CONFIG", "SET", "min-replicas-to-write", 1, "min-replicas-max-lag", 1)
         self.url = str(self.watched.url)
+
+    def every_node(self) -> list[Any]:
+        """Return the master and its replica."""
+        return list(self.watched.servers)
 
     def masters(self) -> list[Any]:
         """Return the master."""

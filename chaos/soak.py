@@ -28,10 +28,16 @@ moments are gone, whoever uses Redis. What a replica had confirmed is not, and n
 
 
 def soak(
-    seconds: float, seed: int, faults: list[Fault], *, lease: float = 1.0, topology: str = "standalone"
+    seconds: float,
+    seed: int,
+    faults: list[Fault],
+    *,
+    lease: float = 1.0,
+    topology: str = "standalone",
+    roles: bool = False,
 ) -> tuple[RunResult, Environment, dict[str, Any]]:
     """Run for *seconds* under *faults*, heal, drain, check; return the result, the environment, and facts about the run."""
-    with Environment(seed=seed, lease=lease, clock=True, topology=topology) as environment:
+    with Environment(seed=seed, lease=lease, clock=True, topology=topology, roles=roles) as environment:
         _people(environment, seed, seconds)
         environment.ready(4)
         injector = FaultInjector(environment, faults)

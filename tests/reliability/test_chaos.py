@@ -27,12 +27,12 @@ def test_nothing_is_lost_and_nothing_happens_twice_unseen() -> None:
     """Workers, Redis and the way between are broken under load; every bold line of the table in chaos/README.md is zero."""
     seed = int(os.environ.get("CONVEYOR_CHAOS_SEED", random.randrange(1_000_000)))
 
-    run_result, environment, facts = soak(SECONDS, seed, schedule(seed, SECONDS))
+    run_result, environment, facts = soak(SECONDS, seed, schedule(seed, SECONDS), roles=True)
 
     print(report.table(run_result, environment.faults, facts))
     assert run_result.counts["acknowledged"] > 10 * SECONDS
     assert sum(environment.faults.values()) > SECONDS / 2
-    assert run_result.failed == [], f"again: make chaos ARGS='--minutes {SECONDS / 60:g} --seed {seed}'"
+    assert run_result.failed == [], f"again: make chaos ARGS='--minutes {SECONDS / 60:g} --seed {seed} --roles'"
 
 
 @pytest.mark.long
