@@ -129,6 +129,27 @@ def test_another_end_is_refused_until_the_first_is_known(impatient, fault):
 
 
 @pytest.mark.row("A32")
+def test_an_ack_is_repeated_when_its_identity_is_over(impatient, fault):
+    """Long after it, Redis has forgotten who acknowledged: the message that is gone is done, one that is back was lost."""
+    impatient.push(1)
+    [message] = impatient.pull()
+    worker = message._leased.session.worker
+    fault.armed = True
+    with pytest.raises(StoreUnavailable):
+        message.ack()
+    fault.armed = False
+    if fault.sent:
+        impatient.client.execute("DEL", impatient.keys.leased(worker))  # it expires after 10 s
+        message.ack()
+        assert is_done(impatient)
+    else:
+        impatient.client.run(operations.reap(impatient.keys, worker))
+        with pytest.raises(LeaseLost):
+            message.ack()
+        assert impatient.stats().ready == 1
+
+
+@pytest.mark.row("A32")
 def test_the_end_of_a_batch_is_repeated(impatient, fault):
     """The same of a batch: what was settled one by one stays as it was, and the rest is reported again."""
     impatient.push_many(range(4))

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 from conveyor.ids import new_identity
 from conveyor.payload.records import AttemptHistory, Envelope, read_leniently
-from conveyor.store import operations
+from conveyor.store import inspection, operations
 from conveyor.store.keys import QueueKeys
 from conveyor.store.operations import Settlement, StaleTurn, TurnReply, TurnReport, WorkerUnregistered
 from conveyor.store.script import Call
@@ -223,6 +223,8 @@ class LeaseSession:
                     yield self.intake(want)
                 reply: TurnReply = yield self._call or self._next_call(want, leave)
             except (WorkerUnregistered, StaleTurn):
+                if repeated:
+                    yield from self._find_acknowledged()
                 self.forget()
                 if self.transient and not want:
                     return
@@ -303,8 +305,15 @@ class LeaseSession:
 
     # -- inside a turn --------------------------------------------------------------------------------------------
 
+    def _find_acknowledged(self) -> Generator[Call[Any], Any, None]:
+        """Confirm the acknowledgements of a turn whose identity is over: where it was carried out, its messages are gone."""
+        for leased in self._ended:
+            if leased.ending is not None and leased.ending.kind == "D":
+                place, _, _ = yield inspection.get_job(self.keys, leased.id)
+                leased.confirmed = place in {"none", "result"}
+
     def _lose(self, leased: LeasedMessage) -> None:
-        if not leased.lost:
+        if not (leased.lost or leased.confirmed):
             leased.lost = True
             if leased.settled:
                 self.refused.append(leased)
