@@ -16,6 +16,7 @@ from conveyor.jobs.app import Conveyor
 from conveyor.jobs.context import Context, current
 from conveyor.messaging.retry import Retry
 from conveyor.store import inspection
+from conveyor.worker.leasing.capacity import Capacity
 from support.running_worker import audit, counts, drain, until, working
 from support.time_limits import AT_ONCE
 
@@ -374,8 +375,11 @@ async def test_timeouts_inside_a_job_are_its_own(app: Conveyor) -> None:
     assert [await job.aresult(timeout=5) for job in jobs] == ["own"] * 20
 
 
-async def test_weights_share_a_worker_between_queues(app: Conveyor) -> None:
-    """With weights 3 and 1 and work in both queues, three of four starts belong to the first."""
+@pytest.mark.parametrize("ahead", [0, 2, 3, None])
+async def test_weights_share_a_worker_between_queues(
+    app: Conveyor, monkeypatch: pytest.MonkeyPatch, ahead: int | None
+) -> None:
+    """With weights 3 and 1 and work in both queues, three of four starts belong to the first, however fast the jobs are."""
     seen: list[str] = []
 
     @app.task(queue="a")
@@ -388,6 +392,8 @@ async def test_weights_share_a_worker_between_queues(app: Conveyor) -> None:
         seen.append("b")
         await asyncio.sleep(0.001)
 
+    if ahead is not None:  # by the rate of ends: 20 a second give 1
+        monkeypatch.setattr(Capacity, "ahead", lambda *_: ahead)
     await app.aenqueue_many(in_a.s() for _ in range(300))
     await app.aenqueue_many(in_b.s() for _ in range(300))
     await drain(app, queues={"a": 3, "b": 1}, concurrency=1)

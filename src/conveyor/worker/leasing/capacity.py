@@ -226,7 +226,14 @@ class Capacity:
         total = self._weight if group in self.rivals else self._weight + group.weight
         part = int(capacity * group.weight / total)
         if part >= 1:
-            return part - group.backlog
+            room = part - group.backlog
+            if self._picked is group and room > 0:
+                # A queue with too little for a part of its own waits until its turn comes: each job of the part counts.
+                for rival in self.rivals:
+                    self._credit[rival] = self._credit.get(rival, 0.0) + (room - 1) * rival.weight
+                self._credit[group] -= (room - 1) * total
+                self._picked = None
+            return room
         if capacity - waiting < 1:
             return 0
         # Too little for a part each: smooth weighted round robin (as nginx does) picks the next queue.
