@@ -9,6 +9,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 SOURCES = Path(__file__).parents[2] / "src"
+_WAITS = """
+import atexit, os, runpy, sys, time
+
+began, waited = time.monotonic(), [0.0]
+time.monotonic = lambda: began + waited[0]
+time.sleep = lambda seconds: waited.append(waited.pop() + seconds)
+descriptor = int(sys.argv.pop(1))
+atexit.register(lambda: os.write(descriptor, str(waited[0]).encode()))
+sys.argv[0] = "conveyor"
+runpy.run_module("conveyor", run_name="__main__", alter_sys=True)
+"""
 
 
 @dataclass
@@ -37,6 +48,30 @@ class Shell:
             timeout=60,
             check=False,
         )
+
+    def run_waiting(self, *arguments: str, **extra: str) -> tuple[subprocess.CompletedProcess[str], float]:
+        """
+        Run one command on a clock that moves by its own pauses alone; return also how many seconds these add up to.
+
+        A busy machine does not change them.
+        """
+        ours, theirs = os.pipe()
+        try:
+            done = subprocess.run(
+                [sys.executable, "-c", _WAITS, str(theirs), *arguments],
+                cwd=self.directory,
+                env=self.environment(**extra),
+                stdin=subprocess.DEVNULL,
+                pass_fds=(theirs,),
+                capture_output=True,
+                text=True,
+                timeout=60,
+                check=False,
+            )
+        finally:
+            os.close(theirs)
+        with os.fdopen(ours) as pipe:
+            return done, float(pipe.read())
 
     def start(self, *arguments: str, **extra: str) -> subprocess.Popen[str]:
         """Start one command and leave it running."""
