@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -16,6 +17,7 @@ from pathlib import Path
 import pytest
 import redis
 
+from conveyor import Conveyor
 from conveyor.errors import ConfigurationError, StoreUnavailable
 from conveyor.store.embedded import keeper
 from conveyor.store.embedded import server as embedded
@@ -381,6 +383,106 @@ def test_a_socket_directory_open_to_others_is_refused(place):
     (place.runtime / "conveyor").mkdir(mode=0o755)
     with pytest.raises(ConfigurationError, match="not private"):
         attach(place.directory)
+
+
+def _plant(place, what, monkeypatch):
+    """Make one thing of the directory such as another user could have left it; return what has to be named."""
+    kind, _, name = what.partition(" of ")
+    path = place.directory / name if name else place.directory
+    if kind == "link":
+        path.rename(elsewhere := place.directory.with_name("elsewhere"))
+        path.symlink_to(elsewhere)
+        return f"{path} is a symbolic link"
+    if kind == "mode":
+        path.chmod(path.stat().st_mode | 0o020)
+        return f"{path} may be written by other users"
+    if os.geteuid() == 0:
+        os.chown(path, 12345, -1)
+    else:
+        monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
+        path = place.directory
+    return f"{path} belongs to the user"
+
+
+@pytest.mark.row("D231")
+@pytest.mark.parametrize(
+    "what",
+    [
+        "owner", "owner of server.json", "owner of server.log", "owner of data", "mode", "mode of server.json", "mode of data",
+        "link", "link of server.log", "link of server.json", "link of keeper.lock", "link of data",
+    ],
+)  # fmt: skip
+def test_what_another_user_could_have_made_is_refused(place, monkeypatch, what):
+    """A directory of which anything belongs to another user, may be written by others or is a link, is not used, by root either."""
+    with attach(place.directory):
+        pass
+    eventually(lambda: not place.leftovers(), "the server has stopped")
+    (place.directory / "server.log").write_bytes(victim := b"x" * 1_500_000)  # too long: the next start would empty it
+    (inner := place.directory.parent / "work" / "deep").mkdir(parents=True)
+    with monkeypatch.context() as patch:
+        named = _plant(place, what, patch)
+        patch.chdir(inner)
+        patch.delenv("CONVEYOR_URL", raising=False)
+
+        for use in (attach, inspect, stop, Conveyor().queue("mail").stats):
+            with pytest.raises(ConfigurationError, match=re.escape(named)) as refused:
+                use()
+            assert refused.value.code == "E02"
+        assert not place.leftovers()
+        assert (place.directory / "server.log").read_bytes() == victim
+    if what == "link":
+        place.directory.unlink()
+    else:
+        shutil.rmtree(place.directory)
+
+
+@pytest.mark.row("D231")
+def test_what_the_server_makes_is_its_own(place):
+    """Under a umask that leaves files open to a group, the server's own files are private, so it is found again."""
+    before = os.umask(0o002)
+    try:
+        for _ in range(2):
+            with attach(place.directory) as held:
+                client(held.url).set("key", "value")
+            eventually(lambda: not place.leftovers(), "the server has stopped")
+    finally:
+        os.umask(before)
+
+    assert [str(path) for path in (place.directory, *place.directory.rglob("*")) if path.stat().st_mode & 0o022] == []
+
+
+@pytest.mark.row("D251")
+def test_a_server_that_cannot_save_is_found_and_says_so(place):
+    """While the server cannot write its files, as on a full disk, others attach at once, read, and are told why a push fails."""
+    with attach(place.directory) as first:
+        server = client(first.url)
+        server.set("key", "value")
+        (place.directory / "data" / "dump.rdb").mkdir()  # so that a snapshot cannot be put there
+        server.config_set("save", "3600 1")
+        server.bgsave()
+        eventually(lambda: server.info("persistence")["rdb_last_bgsave_status"] == "err", "the snapshot has failed")
+
+        began = time.monotonic()
+        with attach(place.directory, wait=60) as second:
+            assert time.monotonic() - began < 30
+            assert client(second.url).get("key") == "value"
+            app = Conveyor(second.url)
+            app.client.retry_for = 0.2
+            with pytest.raises(StoreUnavailable, match="MISCONF"):
+                app.queue("mail").push("hello")
+            app.close()
+        server.config_set("save", "")
+        assert server.ping()
+
+
+@pytest.mark.row("D251")
+def test_a_server_that_refuses_is_quoted(place):
+    """When the server refuses what asks whether it is ready, the error says what it answered."""
+    with attach(place.directory) as held:
+        client(held.url).config_set("requirepass", "secret")
+        with pytest.raises(StoreUnavailable, match="It answers: -NOAUTH Authentication required"):
+            attach(place.directory, wait=0.2)
+        redis.Redis.from_url(held.url, password="secret").config_set("requirepass", "")
 
 
 def test_the_log_is_bounded(place):

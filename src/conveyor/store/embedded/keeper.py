@@ -68,7 +68,8 @@ class KeeperRequest(TypedDict):
 def read_record(directory: str) -> ServerRecord | None:
     """Return the record of *directory*, None where no server has run. ValueError when it is damaged."""
     try:
-        with open(os.path.join(directory, "server.json"), encoding="utf-8") as file:
+        path = os.path.join(directory, "server.json")
+        with open(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW), encoding="utf-8") as file:
             record = json.load(file)
     except FileNotFoundError:
         return None
@@ -80,12 +81,14 @@ def read_record(directory: str) -> ServerRecord | None:
 def write_record(directory: str, record: ServerRecord) -> None:
     """Replace the record in one step: a reader sees the old or the new one."""
     path = os.path.join(directory, "server.json")
-    with open(f"{path}.{os.getpid()}", "w", encoding="utf-8") as file:
+    draft = f"{path}.{os.getpid()}"
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW
+    with open(os.open(draft, flags, 0o600), "w", encoding="utf-8") as file:
         json.dump(record, file, indent=1)
         file.write("\n")
         file.flush()
         os.fsync(file.fileno())
-    os.replace(file.name, path)
+    os.replace(draft, path)
 
 
 def ask(path: str, command: bytes, *, timeout: float = 1.0) -> bytes:
@@ -189,7 +192,7 @@ class Keeper:
 
     def _lock_data(self) -> bool:
         self.data_lock = os.open(
-            os.path.join(self.directory, "server.lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600
+            os.path.join(self.directory, "server.lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600
         )
         old = _record_or_none(self.directory)
         end = time.monotonic() + _ORPHAN_TIMEOUT
@@ -203,12 +206,14 @@ class Keeper:
             if old is not None:  # left by a keeper that was killed
                 ask(old["socket"], b"SHUTDOWN", timeout=0.2)
             time.sleep(_READY_POLL)
-        os.makedirs(self.data, exist_ok=True)
+        os.makedirs(self.data, 0o700, exist_ok=True)
         self._record(pid=0)
         return True
 
     def _listen(self) -> None:
-        self.users_lock = os.open(os.path.join(self.directory, "lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        self.users_lock = os.open(
+            os.path.join(self.directory, "lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600
+        )
         self._fork_lock_waiter()
         self.events, wake = os.pipe()
         os.set_blocking(wake, False)
@@ -270,7 +275,7 @@ class Keeper:
 
     def _check_ready(self) -> None:
         assert self.server is not None
-        if ask(self.request["socket"], b"PING").startswith(b"+PONG"):
+        if ask(self.request["socket"], b"PING").startswith((b"+PONG", b"-MISCONF")):
             self.ready_at, self.was_ready = time.monotonic(), True
             self._record(pid=self.server.pid)
 

@@ -26,6 +26,7 @@ from urllib.parse import quote
 from conveyor.errors import ConfigurationError, StoreUnavailable
 from conveyor.store.embedded import keeper
 from conveyor.store.embedded.binary import numbers, server_binary
+from conveyor.store.embedded.ownership import open_own, require_own
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -37,6 +38,11 @@ KEEPER = Path(keeper.__file__)
 
 _POLL = 0.01  # seconds between two checks of a lock or of a starting server
 _LOG_LIMIT = 1_000_000  # bytes of server.log kept from one start to the next
+_ALIVE = (b"+PONG", b"-MISCONF")
+"""
+Replies to PING of a server that can be used. With -MISCONF it cannot save, mostly on a full disk, and takes no writes: reads go
+on, and a push is told by the server itself what is wrong.
+"""
 _SOCKET_PATH_LIMIT = 100  # bytes; the kernel's limit is 107 on Linux and 103 on macOS
 
 
@@ -102,9 +108,10 @@ def attach(directory: Path | None = None, *, wait: float = 10.0) -> ServerHandle
     directory = _resolve(directory)
     deadline = time.monotonic() + wait
     with _usable_directory(directory):
-        directory.mkdir(parents=True, exist_ok=True)
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         if not (directory / ".gitignore").exists():
-            (directory / ".gitignore").write_text("*\n")
+            with open(open_own(directory / ".gitignore", os.O_WRONLY), "w") as file:
+                file.write("*\n")
         lock = _SharedLock(_lock_shared(directory, deadline))
     try:
         return _wait_ready(directory, lock, deadline, wait)
@@ -182,7 +189,7 @@ def _wait_ready(directory: Path, lock: _SharedLock, deadline: float, wait: float
         if record is not None and Path(record["socket"]).exists():
             _require_private(Path(record["socket"]).parent)
             reply = keeper.ask(record["socket"], b"PING")
-            if record["pid"] and reply.startswith(b"+PONG"):
+            if record["pid"] and reply.startswith(_ALIVE):
                 version = f"{record['family']} {record['version']}"
                 return ServerHandle(
                     _url(record["socket"]), record["pid"], directory, started_at is not None, version, lock
@@ -190,11 +197,14 @@ def _wait_ready(directory: Path, lock: _SharedLock, deadline: float, wait: float
         if reply.startswith(b"-LOADING"):
             deadline = time.monotonic() + wait
         if time.monotonic() > deadline:
-            raise StoreUnavailable(_not_ready(directory, record, wait) + _log_tail(directory, started_at or 0))
+            raise StoreUnavailable(_not_ready(directory, record, wait, reply) + _log_tail(directory, started_at or 0))
         time.sleep(_POLL)
 
 
-def _not_ready(directory: Path, record: keeper.ServerRecord | None, wait: float) -> str:
+def _not_ready(directory: Path, record: keeper.ServerRecord | None, wait: float, reply: bytes) -> str:
+    if reply.startswith(b"-"):
+        answer = reply.decode(errors="replace").strip()
+        return f"The embedded server of {directory} is not ready after {wait:g} s. It answers: {answer}"
     if record is None or not record["pid"]:
         return f"The embedded server of {directory} is not ready after {wait:g} s."
     return (
@@ -223,7 +233,7 @@ def _start_keeper(directory: Path, lock: int) -> int:
     with _usable_directory(directory):
         if record is not None and record["pid"]:  # the last keeper was killed; what it left is not ready
             keeper.write_record(str(directory), {**record, "pid": 0})
-        with open(log, "ab") as output:
+        with open(open_own(log, os.O_WRONLY | os.O_APPEND), "ab") as output:
             if output.tell() > _LOG_LIMIT:
                 output.truncate(0)
             begin = log.stat().st_size
@@ -267,7 +277,7 @@ def _lock_shared(directory: Path, deadline: float) -> int:
 
 def _lock(path: Path, kind: int) -> int | None:
     """Return a descriptor that holds the lock, or None when another process has it."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    descriptor = open_own(path, os.O_RDWR)
     try:
         fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -331,8 +341,7 @@ def _require_private(directory: Path) -> None:
     """Raise ConfigurationError for a directory in which another user could create a socket."""
     with _usable_directory(directory):
         status = directory.lstat()
-    mine = status.st_uid == os.geteuid() or os.geteuid() == 0
-    if not stat.S_ISDIR(status.st_mode) or not mine or status.st_mode & 0o077:
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid() or status.st_mode & 0o077:
         raise ConfigurationError(
             f"{directory}, for the embedded server's socket, is not private to you (owner {status.st_uid}, mode"
             f" {stat.S_IMODE(status.st_mode):04o}).\n"
@@ -357,7 +366,11 @@ def _keeper_is_on_this_host(record: keeper.ServerRecord) -> bool:
 
 
 def _resolve(directory: Path | None) -> Path:
-    return Path(directory).resolve() if directory is not None else project_directory()
+    """Return the directory that is meant, once it is known that nobody else can write what it says."""
+    found = Path(directory).resolve() if directory is not None else project_directory()
+    with _usable_directory(found):
+        require_own(found)
+    return found
 
 
 def _url(path: str) -> str:
