@@ -18,6 +18,8 @@ from conveyor.errors import ConfigurationError, LeaseLost, RetryIn
 from conveyor.messaging.message import Batch
 from conveyor.messaging.queue import Queue
 from conveyor.messaging.retry import Retry
+from conveyor.store import operations
+from conveyor.store.operations import Settlement
 from support.message_fixtures import first, until
 from support.time_limits import AT_ONCE
 
@@ -295,3 +297,59 @@ class TestWaiting:
             assert 0.35 < time.monotonic() - begin < 0.4 + AT_ONCE
             message.ack()
             timer.join()
+
+
+class TestMayNotStart:
+    @pytest.mark.row("D151")
+    def test_a_nack_of_a_cancelled_message(self, queue):
+        """A message whose cancellation was asked does not come back, however its holder gives it up."""
+        for give_up in (lambda m: m.nack(0), lambda m: m._settler.settle([(m._leased, Settlement("F", m._leased.id))])):
+            queue.push(1)
+            [message] = queue.pull()
+            assert queue.client.run(operations.cancel(queue.keys, message._leased.id)) == operations.CANCEL_ASKED
+            give_up(message)
+            assert queue.pull() == []
+        stats = queue.stats()
+        assert (stats.ready, stats.scheduled, stats.leased, stats.dead) == (0, 0, 0, 0)
+
+    @pytest.mark.row("D151")
+    def test_cancelled_in_a_batch_that_fills(self, queue):
+        """A message that waits for its batch to fill is not in it when it was cancelled meanwhile."""
+        queue.push_many(["first", "second"])
+        with closing(queue.batches(size=3, within="5s")) as batches:
+            taken = []
+            thread = threading.Thread(target=lambda: taken.append(next(batches)))
+            thread.start()
+            until(lambda: queue.stats().leased == 2)
+            [cancelled, _] = list(_leased_ids(queue))
+            assert queue.client.run(operations.cancel(queue.keys, cancelled)) == operations.CANCEL_ASKED
+            queue.push_many(["third", "fourth"])
+            thread.join(10)
+            with taken[0] as bodies:
+                assert bodies == ["second", "third", "fourth"]
+
+    @pytest.mark.row("D161")
+    @pytest.mark.parametrize("kind", ["consume", "batches"])
+    def test_expired_behind_another(self, queue, kind):
+        """A message that was leased in time and has expired when its turn comes is not handed out."""
+        ids = [queue.push(n, expires="300ms" if n == 1 else "1h") for n in range(3)]
+        if kind == "consume":
+            with closing(queue.consume(prefetch=3)) as messages:
+                with next(messages) as body:
+                    assert (body, queue.stats().leased) == (0, 3)
+                    time.sleep(0.35)  # the law is about a span of time
+                with next(messages) as body:
+                    assert body == 2
+        else:
+            with closing(queue.batches(size=4, within="600ms")) as batches, next(batches) as bodies:
+                assert bodies == [0, 2]
+        record = queue.client.execute("GET", queue.keys.result(ids[1].partition(":")[2]), key=queue.keys.jobs)
+        assert b'"reason":"expired"' in record
+
+
+def _leased_ids(queue):
+    """Return the ids that consumers of the queue hold, in the order in which they were leased."""
+    for worker in queue.client.execute("ZRANGE", queue.keys.workers, "0", "-1", key=queue.keys.workers):
+        held = queue.client.execute("HGETALL", queue.keys.leased(worker.decode()), key=queue.keys.workers)
+        pairs = zip(held[::2], held[1::2], strict=True)
+        yield from (id_.decode() for id_, _ in sorted(pairs, key=lambda pair: pair[1]) if not id_.startswith(b"\t"))

@@ -253,7 +253,7 @@ class TestHandles:
         with Conveyor(url) as app:
             orders = app.queue("orders", partitions=8)
             job = app.job(orders.push(1))
-            assert (job.status(), job.cancel(), job.status()) == ("ready", True, "cancelled")
+            assert (job.status(), job.cancel(), job.status()) == ("ready", "removed", "cancelled")
             for number in range(5):
                 orders.push(number, id=f"own-{number}")
             orders.push(5, id="in a group", group="g")

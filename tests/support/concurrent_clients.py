@@ -33,7 +33,7 @@ from support.seeded_queue import LEASE, REST
 from support.state_machine import same_turn
 
 KEYS = QueueKeys("c", "q")
-KINDS = ["keep", "keep", "done", "done", "D", "C", "X", "R0", "R", "F", "M"]
+KINDS = ["keep", "keep", "done", "done", "D", "C", "X", "R0", "R", "F", "F-", "M", "K"]
 STEPS = {
     "push": 20, "push_plain": 8, "turn": 40, "again": 14, "token": 6, "reap": 4, "extend": 5, "cancel": 8, "redrive": 3,
     "promote": 4, "purge": 2, "pause": 3, "wait": 6, "beat": 3,
@@ -195,6 +195,8 @@ class SimulatedClient:
         """Return what is sent (None: simply done) and what the model is told."""
         if kind == "done" and not any(marks):
             return None, ("done", id_, None)
+        if kind in {"F-", "K"}:
+            return Settlement(kind[0], id_), (kind[0], id_, None)
         letter, number = "D" if kind == "done" else kind[0], next(self.shared.count)
         doubt = self.rng.choice([b"+", b"*"]) if kind == "M" else b""
         after = (number, self.rng.randrange(3), self.rng.randrange(3) + len(doubt), doubt)
@@ -245,7 +247,7 @@ class SimulatedClient:
             del self.held[name]
             return not isinstance(reply, Exception)
         for kind, id_, _ in told:
-            if kind != "M":
+            if kind not in {"M", "K"}:
                 held.pop(id_, None)
         envelopes = map(read_envelope, reply.envelopes)
         held |= {id_: (found.unique, found.own_id) for id_, found in zip(reply.ids, envelopes, strict=True)}

@@ -63,6 +63,7 @@ class Model:
         self.unique: dict[str, str] = {}
         self.own: dict[str, bool] = {}  # id → kept for a day only
         self.results: set[str] = set()
+        self.unstarted: set[str] = set()  # of the results: cancelled before a worker had started them
         self.waiters: dict[str, list[str]] = {}
         self.paused = False
         self.token = False
@@ -120,6 +121,7 @@ class Model:
         self.waiters.pop(id_, None)
         if record:
             self.results.add(id_)
+            self.unstarted.discard(id_)
 
     # -- steps ----------------------------------------------------------------------------------------------------
 
@@ -151,7 +153,7 @@ class Model:
         for kind, id_, what in settled:
             if id_ in member.leases:
                 self._settle(member, kind, id_, what)
-        cancelled = [id_ for id_ in member.cancel if id_ in member.leases]
+        cancelled = [id_ for id_ in dict.fromkeys(member.cancel) if id_ in member.leases]
         if not cancelled:
             member.cancel = []
         for id_ in [id_ for id_ in self.in_order() if self.due[id_] <= NOW]:
@@ -175,6 +177,10 @@ class Model:
         if kind == "M":
             self.jobs[id_].state = what
             return
+        if kind == "K":
+            if id_ in member.cancel:
+                member.cancel.append(id_)
+            return
         del member.leases[id_]
         if kind in {"done", "kept", "D", "C"}:
             self.end(id_, record=kind != "done")
@@ -183,6 +189,10 @@ class Model:
             self.release(id_)
             self.waiters.pop(id_, None)
             self.dead.append(id_)
+        elif id_ in member.cancel:  # a retry or a return: it ends cancelled
+            self.end(id_, record=True)
+            if kind == "F" and what is None:
+                self.unstarted.add(id_)
         elif kind == "R":
             self.due[id_], self.jobs[id_].state = what
         else:
@@ -248,12 +258,16 @@ class Model:
     def cancel(self, id_: str, *, delete: bool) -> int:
         """Cancel or delete; return what cancel.lua does."""
         job = self.jobs.get(id_)
+        if job is None and not delete and id_ in self.unstarted:
+            return 4
         if job is None or job.stub or (id_ in self.dead and not delete):
             return 0
         holder = self.holder(id_)
         if holder is not None:
             if delete:
                 return -1
+            if self.members[holder].cancel.count(id_) > 1:
+                return 3
             if id_ not in self.members[holder].cancel:
                 self.members[holder].cancel.append(id_)
             return 2
@@ -267,6 +281,7 @@ class Model:
         self.waiters.pop(id_, None)
         if not delete:
             self.results.add(id_)
+            self.unstarted.discard(id_)
         self.jobs[id_] = Job(job.priority, stub=True)
         return 1
 

@@ -23,8 +23,8 @@ def furnish(seeded: SeededQueue) -> None:
     seeded.turn("v", 1, 2)
     dead = [Settlement("X", id_, state=b"2 2 0\n{}") for id_ in ("d1", "d2")]
     seeded.turn("v", 2, others=dead, report=TurnReport([], dead, {"t:done": 1}, [b"d1\tt\tdead\t1\t1"]))
-    seeded.push("h1", entry("h2", priority=4, unique="kh", own_id=True), "h3", "h4", "h5", "h6")
-    seeded.turn("w", 1, 6)
+    seeded.push("h1", entry("h2", priority=4, unique="kh", own_id=True), "h3", "h4", "h5", "h6", "h7")
+    seeded.turn("w", 1, 7)
     seeded.push("v1", "v2")
     seeded.turn("v", 3, 2)
     seeded.push("r1", entry("r2", priority=5), "x1", entry("r3", unique="kr", own_id=True))
@@ -57,6 +57,8 @@ def _turn(keys: QueueKeys) -> Call[Any]:
         Settlement("F", "h4", state=b"4 0 1"),
         Settlement("X", "h5", state=b"1 1 0", record=b"{}"),
         Settlement("M", "h6", state=b"1 0 1"),
+        Settlement("K", "h6"),
+        Settlement("R", "h7", ms=60_000, state=b"1 1 0"),
     ]
     results = {"h1": (60_000, b"{}")}
     report = TurnReport(["h1"], others, {"t:done": 2}, [b"h1\tt\tdone\t1\t1"], results=results)

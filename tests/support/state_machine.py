@@ -27,7 +27,7 @@ from support.queue_model import FRESH, History, Job, Model, ModelWorker, Reply
 from support.queue_snapshot import history, read
 from support.seeded_queue import LEASE, REST, SeededQueue
 
-KINDS = ["keep", "done", "done", "D", "C", "X", "R0", "R", "F", "F-", "M", "M*"]
+KINDS = ["keep", "done", "done", "D", "C", "X", "R0", "R", "F", "F-", "M", "M*", "K"]
 SPECS = ["plain", "plain", "plain", "urgent", "later", "zero", "unique", "own", "expired", "front", "all"]
 ANY = st.integers(0, 99)
 
@@ -168,8 +168,8 @@ class QueueMachine(RuleBasedStateMachine):
         job = self.model.jobs.get(id_, Job())
         if kind == "done" and not (job.unique or job.own):
             return None, ("done", id_, None)
-        if kind == "F-":
-            return Settlement("F", id_), ("F", id_, None)
+        if kind in {"F-", "K"}:
+            return Settlement(kind[0], id_), (kind[0], id_, None)
         letter = "D" if kind == "done" else kind[0]
         after = self._after(id_, kind) if id_ in self.model.jobs else FRESH
         number = next(self.count)

@@ -14,6 +14,8 @@ from conveyor.jobs.app import Conveyor
 from conveyor.jobs.context import Context, current
 from conveyor.messaging.retry import Retry
 from conveyor.store import inspection, operations
+from conveyor.store.client.client import Client
+from conveyor.worker.leasing.capacity import Capacity
 from conveyor.worker.worker import Worker
 from support.running_worker import audit, counts, drain, until, working
 from support.time_limits import AT_ONCE
@@ -392,3 +394,111 @@ async def test_a_worker_without_its_server_leaves_nothing_running(start_server: 
     await app.aclose()
     others = asyncio.all_tasks() - {asyncio.current_task()}
     await asyncio.wait_for(asyncio.gather(*others, return_exceptions=True), 5)
+
+
+def _lease_ahead(monkeypatch: pytest.MonkeyPatch, most: int) -> None:
+    """Let each consumer hold *most* jobs, however few of them can run."""
+    monkeypatch.setattr(Capacity, "room", lambda _, consumer: max(0, most - len(consumer.held)))
+
+
+@pytest.mark.row("D151")
+async def test_the_answer_of_a_cancellation(app: Conveyor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A waiting job was removed, one that is leased behind another will not start, and one that runs was asked to stop."""
+    gate, started = threading.Event(), []
+    _lease_ahead(monkeypatch, 2)
+
+    @app.task
+    def hold(n: int) -> None:
+        started.append(n)
+        gate.wait(10)
+
+    try:
+        async with working(app, concurrency=1, threads=1):
+            jobs = [await hold.aenqueue(n) for n in range(3)]
+            await until(lambda: started == [0])
+            while (await counts(app)).leased < 2:
+                await asyncio.sleep(0.005)
+
+            answers = [await job.acancel() for job in reversed(jobs)]
+            assert answers == ["removed", "will-not-start", "asked"]
+            assert await jobs[1].astatus() == "cancelled"
+            gate.set()
+            while (await counts(app)).leased:
+                await asyncio.sleep(0.005)
+            assert [await job.acancel() for job in jobs] == ["", "", ""]
+    finally:
+        gate.set()
+    assert started == [0]
+    assert await audit(app) == []
+
+
+@pytest.mark.row("D151")
+async def test_a_job_that_was_cancelled_while_it_failed_is_not_tried_again(app: Conveyor, url: str) -> None:
+    """A worker that retries a job before it hears of its cancellation does not bring it back."""
+    runs: list[int] = []
+
+    @app.task(retry=Retry(attempts=5, backoff="1ms"))
+    async def fails(context: Context = current()) -> None:
+        runs.append(context.attempt)
+        # While the loop is busy: the worker reports the retry before it can hear of the request.
+        asked = threading.Thread(target=_ask_to_cancel, args=(url, context.job_id))
+        asked.start()
+        asked.join()
+        raise ValueError
+
+    job = await fails.aenqueue()
+    await drain(app)
+
+    assert runs == [1]
+    assert await job.astatus() == "cancelled"
+    assert (await counts(app)).dead == 0
+    assert await audit(app) == []
+
+
+def _ask_to_cancel(url: str, job_id: str) -> None:
+    client = Client(url)
+    queue, _, bare = job_id.partition(":")
+    assert client.run(operations.cancel(client.keys(queue), bare)) == operations.CANCEL_ASKED
+    client.close()
+
+
+@pytest.mark.row("D161")
+@pytest.mark.parametrize("kind", ["loop", "thread"])
+async def test_a_job_that_expired_behind_another_does_not_start(
+    app: Conveyor, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """`expires` is looked at where a job starts: one that was leased in time and reached too late ends as expired."""
+    seen: list[int] = []
+    gate = asyncio.Event()
+    opened = threading.Event()
+    _lease_ahead(monkeypatch, 3)
+
+    def on_thread(n: int) -> None:
+        seen.append(n)
+        opened.wait(10)
+
+    async def on_loop(n: int) -> None:
+        seen.append(n)
+        await gate.wait()
+
+    task: Any = app.task(on_thread if kind == "thread" else on_loop)
+    try:
+        async with working(app, concurrency=1, threads=1):
+            await task.aenqueue(0)
+            await until(lambda: seen == [0])
+            late = await task.options(expires="300ms").aenqueue(1)
+            last = await task.options(expires="1h").aenqueue(2)
+            while (await counts(app)).leased < 3:
+                await asyncio.sleep(0.005)
+            assert await late.astatus() == "leased"
+            await asyncio.sleep(0.35)  # the law is about a span of time
+            gate.set()
+            opened.set()
+            with pytest.raises(JobCancelled, match="expired before it started"):
+                await late.aresult(timeout=5)
+            await last.aresult(timeout=5)
+    finally:
+        gate.set()
+        opened.set()
+    assert seen == [0, 2]
+    assert await audit(app) == []

@@ -352,10 +352,10 @@ class Admin:
         if lookup is None:
             return ActionResult(one, "not found")
         reply = self.client.run(operations.cancel(lookup.keys, lookup.id))
-        if reply == 1:
+        if reply == operations.CANCEL_REMOVED:
             return ActionResult(one, "cancelled")
-        if reply == 2:
-            return ActionResult(one, "asked", "it runs; its worker was asked to stop it")
+        if reply in {operations.CANCEL_ASKED, operations.CANCEL_RUNS}:
+            return ActionResult(one, "asked", "a worker holds it, and was asked not to start it or to stop it")
         return ActionResult(one, "refused", f"it is {_state_of(lookup)}, so it has ended")
 
     def _delete(self, one: str) -> ActionResult:

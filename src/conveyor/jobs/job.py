@@ -5,7 +5,8 @@ from __future__ import annotations
 from asyncio import _get_running_loop, sleep
 from collections.abc import Mapping
 from time import monotonic
-from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar, cast
+from time import sleep as pause_blocking
+from typing import TYPE_CHECKING, Any, Generic, Literal, Protocol, TypeVar, cast
 
 from conveyor import ids
 from conveyor.errors import ConfigurationError, ConveyorError, JobCancelled, JobFailed, JobNotFound, ResultExpired
@@ -26,6 +27,9 @@ _POLL = 0.02
 """Seconds between two checks of the buffer of this program."""
 BUFFERED = "It waits in the buffer of this program until Redis answers."
 START_WORKER = "conveyor worker MODULE:app"
+_ANSWER_PAUSES = (0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.1, 0.1)
+"""Seconds between the questions whether a worker has answered to a cancellation. A busy one listens after 0.1 s."""
+CancelAnswer = Literal["removed", "will-not-start", "asked", ""]
 R_co = TypeVar("R_co", covariant=True)
 JobLookup = tuple[str, inspection.JobRow | None, bytes]
 
@@ -321,25 +325,49 @@ class Job(Generic[R_co]):
 
     # -- cancelling -----------------------------------------------------------------------------------------------
 
-    def cancel(self) -> bool:
+    def cancel(self) -> CancelAnswer:
         """
-        Cancel the job: it does not start, and a running one is asked to stop.
+        Cancel the job: it does not start, does not start again, and a running one is asked to stop.
 
-        Return False when it had ended already; raises TimeoutError while it waits in a buffer. A running job may ignore
-        the request: `result` tells how it ended.
+        Return "removed" when no worker held it; "will-not-start" when a worker did and had not started it; "asked" when
+        it runs, or its worker has not answered within half a second; "" (which is false) when it had ended already. A
+        running job may ignore the request: `result` tells how it ended. Raises TimeoutError while it waits in a buffer.
         """
         refuse_in_loop("job.cancel()", "await job.acancel()")
         if self.queue is None:
             self._look_up()
-        self._wait_for_buffer(self._core.client.retry_for)
-        return self._core.client.run(operations.cancel(self._keys(), self._bare_id)) > 0
+        client = self._core.client
+        self._wait_for_buffer(client.retry_for)
+        call = operations.cancel(self._keys(), self._bare_id)
+        reply = first = client.run(call)
+        for pause in _ANSWER_PAUSES if first == operations.CANCEL_ASKED else ():
+            pause_blocking(pause)
+            if (reply := client.run(call)) != operations.CANCEL_ASKED:
+                break
+        return _cancel_answer(first, reply)
 
-    async def acancel(self) -> bool:
+    async def acancel(self) -> CancelAnswer:
         """Awaitable form of `cancel`."""
         if self.queue is None:
             await self._alook_up()
-        await self._await_buffer(self._core.client.retry_for)
-        return await self._core.client.arun(operations.cancel(self._keys(), self._bare_id)) > 0
+        client = self._core.client
+        await self._await_buffer(client.retry_for)
+        call = operations.cancel(self._keys(), self._bare_id)
+        reply = first = await client.arun(call)
+        for pause in _ANSWER_PAUSES if first == operations.CANCEL_ASKED else ():
+            await sleep(pause)
+            if (reply := await client.arun(call)) != operations.CANCEL_ASKED:
+                break
+        return _cancel_answer(first, reply)
+
+
+def _cancel_answer(first: int, last: int) -> CancelAnswer:
+    """Return what to say: *first* is cancel.lua's first reply, *last* its reply when it was asked again."""
+    if first == operations.CANCEL_REMOVED:
+        return "removed"
+    if first not in {operations.CANCEL_ASKED, operations.CANCEL_RUNS}:
+        return ""
+    return "will-not-start" if last == operations.CANCEL_NOT_STARTED else "asked"
 
 
 def note_accepted(job: Job[Any], id: str) -> None:  # noqa: A002

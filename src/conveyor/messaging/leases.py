@@ -168,6 +168,7 @@ class LeaseSession:
     """The extensions that are not answered yet: the next turn begins with them."""
     _has_moved: bool = False
     _mean_bytes: float = 0.0
+    _clock_offset: float = 0.0  # server ms minus ours
     _looking: bool = False
     _new_queue: bool = False
     _leaving: bool = False
@@ -176,13 +177,18 @@ class LeaseSession:
         """Note how *leased* ends. The next turn reports it."""
         if leased.ending is settlement and (leased.confirmed or self.owes(leased)):
             return  # it was asked for before, and the turn that reports it is repeated
-        if settlement.kind != "M":
+        if not settlement.stays:
             leased.settled, leased.ending = True, settlement
         self.pending.append((leased, settlement))
 
     def owes(self, leased: LeasedMessage) -> bool:
         """Tell whether Redis has not answered yet what was decided of *leased*."""
         return self._reported.get(leased.id) is leased or any(leased is one for one, _ in tuple(self.pending))
+
+    @property
+    def now_ms(self) -> int:
+        """The server's time in ms, as far as it is known here."""
+        return int(self.clock() * 1000 + self._clock_offset)
 
     def wait(self) -> float:
         """Return for how many seconds an idle consumer may block."""
@@ -330,7 +336,7 @@ class LeaseSession:
                     self._lose(leased)  # the identity it was leased under is gone
                     continue
                 reported[leased.id] = leased
-                if settlement.kind != "M":
+                if not settlement.stays:
                     ended.append(leased)
             if settlement.kind == "D" and not (settlement.unique or settlement.own_id):
                 report.done.append(settlement.id)  # the cheapest end: scripts need to know nothing but the id
@@ -384,6 +390,7 @@ class LeaseSession:
             self.waiting.append(leased)  # no call in between, so no signal handler
             self._mean_bytes += (len(data) - self._mean_bytes) / 16 if self._mean_bytes else len(data)
         self.cancelled = set(reply.cancelled)
+        self._clock_offset = reply.now - self.clock() * 1000
         self.due_at = None if reply.next_due is None else self.clock() + max(0, reply.next_due - reply.now) / 1000
         known = reply.held == len(self.held)
         self._reported, self._ended = {}, []

@@ -19,7 +19,7 @@ from conveyor.messaging.retry import (
     with_presumed_crash,
 )
 from conveyor.payload import failures
-from conveyor.payload.records import AttemptHistory, Failure, Outcome, to_json
+from conveyor.payload.records import NOT_STARTED, AttemptHistory, Failure, Outcome, to_json
 from conveyor.store.operations import Settlement
 
 CANCELLED_KEPT_MS = 600_000
@@ -121,9 +121,10 @@ class SettlementPolicy:
         """Return the history of a message that is given back: its start counts, its budget is unchanged."""
         return handed_back(leased.history, leased.attempt, started=True).encode() if leased.started else b""
 
-    def cancelled(self, leased: LeasedMessage) -> Settlement:
-        """Settle a message that somebody cancelled."""
-        record = to_json(Outcome("cancelled", at=self.now_ms()))
+    def cancelled(self, leased: LeasedMessage, reason: str = "") -> Settlement:
+        """Settle a message that somebody cancelled, or for another *reason* that is recorded."""
+        reason = reason or ("" if leased.started else NOT_STARTED)
+        record = to_json(Outcome("cancelled", reason=reason, at=self.now_ms()))
         return _settlement(leased, "C", ms=CANCELLED_KEPT_MS, record=record)
 
     def _buried(self, leased: LeasedMessage, dead: GiveUp, last: Failure) -> Settlement:

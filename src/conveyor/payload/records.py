@@ -24,6 +24,8 @@ from conveyor.errors import PayloadError
 
 Status = Literal["scheduled", "ready", "leased", "done", "dead", "cancelled", "waiting"]
 
+NOT_STARTED = "not started"
+"""The reason in the record of a job whose worker was asked to cancel it before it had started it."""
 ERRORS_KEPT = 20
 """Errors kept for each job, newest last; more than any sensible number of attempts."""
 

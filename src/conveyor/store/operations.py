@@ -36,6 +36,8 @@ LANE_MS = 7_200_000
 """Milliseconds for which the scripts keep number and reply of the last push of a sequence (key `lane:`)."""
 DAY_MS = 86_400_000
 """The same for a sequence whose identity ends in +."""
+CANCEL_REMOVED, CANCEL_ASKED, CANCEL_RUNS, CANCEL_NOT_STARTED = 1, 2, 3, 4
+"""Replies of cancel.lua, as its header says."""
 MOST_HELD = 1000
 """Maximum jobs of a queue that one worker may hold; scripts clamp to it."""
 
@@ -299,6 +301,11 @@ class Settlement:
     unique: str | None = None
     own_id: bool = False
 
+    @property
+    def stays(self) -> bool:
+        """True for what leaves the job leased to its worker."""
+        return self.kind in {"M", "K"}
+
 
 @dataclass(slots=True)
 class TurnReport:
@@ -503,8 +510,18 @@ def _read_ids(reply: list[bytes]) -> list[str]:
 
 
 def cancel(keys: QueueKeys, id: str, *, delete: bool = False) -> Call[int]:  # noqa: A002
-    """Return the call that cancels or deletes a job; it yields cancel.lua's 1, 2, 0 or -1."""
-    names = (keys.jobs, keys.state, keys.due, keys.dead, keys.workers, keys.conf, keys.waiters, keys.none)
+    """Return the call that cancels or deletes a job; it yields what the header of cancel.lua says."""
+    names = (
+        keys.jobs,
+        keys.state,
+        keys.due,
+        keys.dead,
+        keys.workers,
+        keys.conf,
+        keys.waiters,
+        keys.result(id),
+        keys.none,
+    )
     return Call(CANCEL, names, (id, "delete" if delete else "cancel"), int)
 
 

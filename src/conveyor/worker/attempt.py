@@ -198,7 +198,9 @@ class Attempt:
         self.deadline: float | None = None
         self.context: Context | None = None
         self.runner: asyncio.Task[None] | None = None
-        self.stop_reason: str | None = None  # timeout, cancel, stop or lost; None while it is not being stopped
+        self.stop_reason: str | None = (
+            None  # timeout, cancel, stop, expired or lost; None while it is not being stopped
+        )
         self.crashed_before = False
         self.waiter: asyncio.Future[Any] | None = None  # set while it is on a thread and middlewares wait for it
 
@@ -268,6 +270,14 @@ class Attempt:
     def label(self) -> str:
         """Task and id for a line of the log, cleaned: any program that writes to Redis chooses them."""
         return clean(f"{self.handler.name} {self.public_id}")
+
+    def expire(self) -> bool:
+        """Stop an attempt that would begin after its job has expired; tell whether it is so."""
+        expires = self.envelope.expires_ms
+        if expires is None or expires > self.consumer.now_ms:
+            return False
+        self.stop_reason = "expired"
+        return True
 
     def move_deadline(self, ms: int) -> None:
         """Set the deadline *ms* ahead."""

@@ -207,7 +207,7 @@ class JobLoader:
         """Delete the large bodies of jobs whose end Redis has confirmed. Those of other jobs are still needed."""
         refused = set(lost)
         ended = {*report.done, *(one.id for one in report.others if one.kind in {"D", "C"})} - refused
-        for id_ in ended | {one.id for one in report.others if one.kind != "M"} | refused:
+        for id_ in ended | {one.id for one in report.others if not one.stays} | refused:
             name = consumer.blobs.pop(id_, None)
             if name is not None and id_ in ended and self._sealing is not None:
                 asyncio.get_running_loop().run_in_executor(None, self._sealing.delete, name)

@@ -14,7 +14,7 @@ from conveyor.messaging import retry
 from conveyor.payload import failures
 from conveyor.payload.codec import UnreadablePayload
 from conveyor.payload.pipeline import PLAIN
-from conveyor.payload.records import AttemptHistory, Failure, Outcome, read_failure, to_json
+from conveyor.payload.records import NOT_STARTED, AttemptHistory, Failure, Outcome, read_failure, to_json
 from conveyor.payload.sealed_records import pack_failure, pack_refusal, pack_result
 from conveyor.store.inspection import write_finished
 from conveyor.store.operations import Settlement, TurnReport
@@ -81,7 +81,7 @@ class SettlementWriter:
         consumer.changed_handlers.add(attempt.handler)
         report, now = consumer.report, consumer.now_ms
         unfinished = attempt.started == 0.0 or isinstance(error, asyncio.CancelledError) or stuck
-        if why == "cancel" and (unfinished or error is not None):
+        if why in {"cancel", "expired"} and (unfinished or error is not None):
             self.cancelled(report, attempt, now)
         elif why == "stop" and (unfinished or error is not None):
             self.handed_back(report, attempt, started=attempt.started != 0.0)
@@ -238,8 +238,9 @@ class SettlementWriter:
             report.others.append(Settlement("F", attempt.id, state=state.encode()))
 
     def cancelled(self, report: TurnReport, attempt: Attempt, now_ms: int) -> None:
-        """Settle a job that was cancelled while it was leased here."""
-        record = to_json(Outcome("cancelled", at=now_ms))
+        """Settle a job that was cancelled while it was leased here, or expired before it started."""
+        reason = "expired" if attempt.stop_reason == "expired" else NOT_STARTED if attempt.started == 0.0 else ""
+        record = to_json(Outcome("cancelled", reason=reason, at=now_ms))
         envelope = attempt.envelope
         report.others.append(
             Settlement("C", attempt.id, CANCELLED_KEPT_MS, record, b"", envelope.unique, envelope.own_id)

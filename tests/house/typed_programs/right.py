@@ -6,7 +6,7 @@ import sqlite3
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any, assert_type
+from typing import Any, Literal, assert_type
 
 from conveyor import (
     CallNext,
@@ -93,7 +93,7 @@ def blocking() -> None:
     assert_type(send.job("mail:x"), Job[str])
     assert_type(app.job("mail:x"), Job[Any])
     mixed = app.enqueue_many(iter([add.s(1)])) + app.enqueue_many([add.s(2)])
-    assert_type(mixed[0].cancel(), bool)
+    assert_type(mixed[0].cancel(), Literal["removed", "will-not-start", "asked", ""])
     with app:
         try:
             add.enqueue(1).result()

@@ -242,3 +242,49 @@ def test_counters_and_recent(seeded: SeededQueue) -> None:
 
     seeded.turn("w", 3, report=TurnReport(recent=[b"%d" % n for n in range(9000)]))
     assert seeded.redis.lrange(seeded.keys.recent, 0, -1) == [b"%d" % n for n in range(8999, 7999, -1)]
+
+
+@pytest.mark.row("D151")
+@pytest.mark.redis6
+@pytest.mark.parametrize(
+    ("settlement", "reason"),
+    [
+        (Settlement("R", "a", ms=60_000, state=b"1 1 0\n{}"), ""),
+        (Settlement("F", "a", state=b"1 0 0"), ""),
+        (Settlement("F", "a"), '"reason":"not started",'),
+    ],
+)
+def test_what_was_cancelled_does_not_come_back(seeded: SeededQueue, settlement: Settlement, reason: str) -> None:
+    """A retry or a return of a job whose cancellation was asked ends it: its record, its keys, and its waiters say so."""
+    seeded.push(entry("a", unique="k", own_id=True), "b")
+    seeded.register("w")
+    seeded.turn("w", 1, 2)
+    seeded.run(operations.cancel(seeded.keys, "a"))
+    seeded.run(operations.await_result(seeded.keys, "a", "one"))
+    before = seeded.dump()
+
+    turn = seeded.turn("w", 2, others=[settlement])
+
+    assert (turn.lost, turn.cancelled, turn.held) == ([], [], 1)
+    changes = seeded.since(before)
+    assert changes == {
+        "jobs": {"b": PLAIN}, "leased:w": LEASED_B, "waiters": None, "unique:k:k": None, "unique:i:a": None,
+        "unique:i:a ~86400s": "a", "result:a ~600s": f'{{"status":"cancelled",{reason}"at":now}}',
+    }  # fmt: skip
+    assert seeded.run(operations.cancel(seeded.keys, "a")) == (4 if reason else 0)
+    assert seeded.audit() == []
+
+
+@pytest.mark.redis6
+def test_a_worker_answers_that_a_job_runs(seeded: SeededQueue) -> None:
+    """The answer K stays with the request: cancel says 3, the count of held jobs is exact, a crash still ends the job."""
+    seeded.lease("a", "b")
+    assert seeded.run(operations.cancel(seeded.keys, "a")) == 2
+    turn = seeded.turn("w", 2, others=[Settlement("K", "a"), Settlement("K", "b")])
+    assert (turn.cancelled, turn.held) == (["a"], 2)
+
+    assert seeded.run(operations.cancel(seeded.keys, "a")) == 3
+    assert seeded.turn("w", 3).held == 2
+    assert seeded.run(operations.reap(seeded.keys, "w")) == 1
+    assert seeded.dump()["jobs"] == {"b": PLAIN}
+    assert seeded.audit() == []

@@ -104,7 +104,7 @@ class PartitionRoundRobin(Generic[M]):
                 if not closed and cursor.session.waiting:
                     closed = yield from cursor.follow(cursor.steps.fill(gathered, size))
                     self._here = cursor
-            gathered = [one for one in gathered if not one[0].lost]
+            gathered = [one for one in gathered if not one[0].lost and not self._drop(one[0])]
             now = self._clock()
             if gathered and deadline is None:
                 deadline = now + within
@@ -134,6 +134,11 @@ class PartitionRoundRobin(Generic[M]):
                 yield from cursor.follow(cursor.steps.leave())
 
     # -- parts of programs ----------------------------------------------------------------------------------------
+
+    def _drop(self, leased: LeasedMessage) -> bool:
+        """Settle a message that may not start any more, at its partition, and tell whether it was one."""
+        holders = [one for one in self._cursors if one.session.cancelled or leased.envelope.expires_ms is not None]
+        return any(one.session.held.get(leased.id) is leased and one.steps.drop(leased) for one in holders)
 
     def _is_stint_over(self, now: float) -> bool:
         return self._handed_out >= STINT or (self._handed_out > 0 and now - self._arrived >= STINT_SECONDS)

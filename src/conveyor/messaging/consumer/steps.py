@@ -83,7 +83,7 @@ class ConsumerSteps(Generic[M]):
         deadline: float | None = None
         while True:
             yield TurnStep(max(0, size - len(gathered) - len(self.session.waiting)))
-            gathered = [one for one in gathered if not one[0].lost]
+            gathered = [one for one in gathered if not (one[0].lost or self.drop(one[0]))]
             closed = yield from self.fill(gathered, size)
             now = self._clock()
             if gathered and deadline is None:
@@ -132,10 +132,7 @@ class ConsumerSteps(Generic[M]):
         if not alone and self._is_suspect(leased):
             return None
         session.waiting.popleft()
-        if leased.lost:
-            return None
-        if leased.id in session.cancelled:
-            session.settle(leased, self._policy.cancelled(leased))
+        if leased.lost or self.drop(leased):
             return None
         if leased.history.crashes and (poison := self._policy.poison(leased)) is not None:
             logger.error(
@@ -153,9 +150,20 @@ class ConsumerSteps(Generic[M]):
         if leased.history.crashes and (presumed := self._policy.presumed_crash(leased)) is not None:
             session.settle(leased, presumed)
             yield TurnStep(0)
-            if leased.lost:
+            if leased.lost or self.drop(leased):
                 return None
         return leased, message
+
+    def drop(self, leased: LeasedMessage) -> bool:
+        """Settle a message that has not started and may not: it was cancelled, or has expired. Tell whether it was one."""
+        session, expires = self.session, leased.envelope.expires_ms
+        if leased.id in session.cancelled:
+            session.settle(leased, self._policy.cancelled(leased))
+        elif expires is not None and expires <= session.now_ms:
+            session.settle(leased, self._policy.cancelled(leased, "expired"))
+        else:
+            return False
+        return True
 
     def fill(self, gathered: list[tuple[LeasedMessage, M]], size: int) -> Program[bool]:
         """Move waiting messages into *gathered*. Return True when it must be handed out as it is."""

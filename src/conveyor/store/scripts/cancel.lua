@@ -1,13 +1,17 @@
 -- Cancel or delete a job, wherever it is. For a leased job its worker is asked.
 -- needs: numbers keys listed envelope outcome
 --
--- KEYS  1 jobs  2 state  3 due  4 dead  5 workers  6 conf  7 waiters  8 none
+-- KEYS  1 jobs  2 state  3 due  4 dead  5 workers  6 conf  7 waiters  8 result:<id>  9 none
 -- ARGV  1 id  2 "cancel" leaves a record, "delete" leaves nothing and takes dead letters too
--- returns 1 gone · 2 asked of the worker that runs it · 0 finished or unknown · -1 leased (delete only)
+-- returns 1 gone · 2 asked of the worker that holds it, which has not answered · 3 asked, and it runs
+--         4 gone: its worker was asked before it had started it · 0 finished or unknown · -1 leased (delete only)
 local jobs, id, cancels = KEYS[1], ARGV[1], ARGV[2] == 'cancel'
 local queue = {prefix = string.sub(jobs, 1, -5), state = KEYS[2], waiters = KEYS[7]}
 local envelope = redis.call('HGET', jobs, id)
-if not envelope then return 0 end
+if not envelope then
+  local record = cancels and redis.call('GET', KEYS[8])
+  return record and string.find(record, '"reason":"not started"', 1, true) and 4 or 0
+end
 local found = marks(envelope) or {}
 if found.stub then return 0 end
 local buried = redis.call('ZSCORE', KEYS[4], id)
@@ -28,13 +32,15 @@ for _, worker in ipairs(workers) do
   if redis.call('HEXISTS', leased, id) == 1 then
     if not cancels then return -1 end
     local asked = redis.call('HGET', leased, '\tcancel')
-    if not (asked and listed(asked, '\n', id)) then
+    local at = asked and listed(asked, '\n', id)
+    if at and listed(string.sub(asked, at + #id), '\n', id) then return 3 end
+    if not at then
       redis.call('HDEL', leased, '\t')
       redis.call('HSET', leased, '\tcancel', asked and asked .. '\n' .. id or id)
+      local token = queue.prefix .. 'wake:' .. worker
+      if redis.call('EXISTS', token) == 0 then redis.call('RPUSH', token, '1') end
+      redis.call('PEXPIRE', token, 60000)
     end
-    local token = queue.prefix .. 'wake:' .. worker
-    if redis.call('EXISTS', token) == 0 then redis.call('RPUSH', token, '1') end
-    redis.call('PEXPIRE', token, 60000)
     return 2
   end
 end

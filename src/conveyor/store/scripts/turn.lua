@@ -1,5 +1,5 @@
 -- A worker's whole round trip: settle what it has finished, then lease up to N more jobs to it.
--- needs: numbers keys tokens envelope outcome leased results settle promote lease upkeep
+-- needs: numbers keys listed tokens envelope outcome leased results settle promote lease upkeep
 --
 -- KEYS  1 jobs  2 state  3 leased:<worker>  4 workers  5 due  6 wake  7 conf  8 dead  9 recent  10 waiters
 --       11-20 ready:0 … ready:9  21 none
@@ -11,6 +11,8 @@
 --            D done: keep the record ms           X dead: announce the record, keep the state
 --            C cancelled: keep the record ms      R again after ms, with this state
 --            F back to the front, with this state ("" as it was)      M still held, with this state
+--            R and F of a job whose cancellation was asked: it ends cancelled
+--            K still held: it runs, and was told of its cancellation
 --            S still held; the record goes into the outbox (the D that follows it is then accepted, too)
 --       then count, (field increment)… for this minute's counters
 --       then count, entries for the list of recently finished jobs
@@ -76,7 +78,7 @@ redis.call('HDEL', leased, '\t')
 redis.call('HSET', leased, '\tturn', number)
 if #done > 0 then settle_done(queue, leased, done, results, stateful, awaited) end
 for _, i in ipairs(others) do
-  if settle_other(queue, leased, i, now) then urgent = true end
+  if settle_other(queue, leased, i, now, about[2]) then urgent = true end
 end
 
 local cancelled = about[2] and held_cancellations(leased, about[2]) or {}

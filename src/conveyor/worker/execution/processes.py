@@ -99,6 +99,9 @@ class ProcessPool:
             )
         async with self._slots:
             child = await self._take(self._reference)
+            if attempt.expire():
+                self._give_back(child, "")
+                raise asyncio.CancelledError
             try:
                 reply = await child.work(_run_request(attempt), attempt.move_deadline)
             except BaseException:

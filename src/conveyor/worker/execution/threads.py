@@ -94,6 +94,9 @@ class ThreadPool:
             except IndexError:
                 self._report(attempt, None, asyncio.CancelledError(), checksum)
                 continue
+            if attempt.expire():
+                self._report(attempt, None, asyncio.CancelledError(), checksum)
+                continue
             attempt.started = perf_counter()
             if attempt.deadline is not None:
                 self._loop.call_soon_threadsafe(self._on_started, attempt)

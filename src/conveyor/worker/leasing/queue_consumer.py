@@ -413,6 +413,9 @@ class QueueConsumer:
         self._note_renewal()
         held = self.held
         self._drop_settled(turn, report)
+        for id_ in turn.cancelled:  # before anything starts that waited for this reply
+            if id_ in held:
+                self._cancel(held[id_])
         if report.spawned or turn.outbox:
             self._delivery.begin()
         if self.quarantine.in_use:
@@ -428,9 +431,6 @@ class QueueConsumer:
         self.has_more = was_woken or turn.more or (len(turn.ids) >= self._wanted > 0)
         if turn.ids:
             self.group.note_turn(self)
-        for id_ in turn.cancelled:
-            if id_ in held:
-                self._executor.stop(held[id_], "cancel")
         if self._is_looking:
             self._reaper.look(turn, self.identity)
         if turn.held != len(held):
@@ -444,12 +444,19 @@ class QueueConsumer:
         if not self.has_more:
             self._capacity.offer()
 
+    def _cancel(self, attempt: Attempt) -> None:
+        """Stop an attempt whose cancellation was asked; one that runs is answered for, and one that has not begun ends."""
+        if attempt.ended == 0.0 and attempt.stop_reason is None:
+            self._executor.stop(attempt, "cancel")
+            if attempt.ended == 0.0:
+                self.report.others.append(Settlement("K", attempt.id))
+
     def _drop_settled(self, turn: TurnReply, report: TurnReport) -> None:
         held = self.held
         for id_ in report.done:
             held.pop(id_, None)
         for one in report.others:
-            if one.kind != "M":
+            if not one.stays:
                 held.pop(one.id, None)
         for id_ in turn.lost:
             self._on_refused(id_)

@@ -2,7 +2,7 @@
 
 -- Write the record of a cancelled job.
 -- at       ms since the epoch
--- reason   "expired" or "purged"; nil when a caller cancelled it
+-- reason   "expired", "purged" or "not started"; nil when a caller cancelled it
 -- returns  JSON
 local function cancelled_record(at, reason)
   return '{"status":"cancelled",' .. (reason and '"reason":"' .. reason .. '",' or '') .. string.format('"at":%.0f}', at)

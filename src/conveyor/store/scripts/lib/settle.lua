@@ -55,12 +55,13 @@ end
 -- leased   key leased:<worker>
 -- i        where in ARGV its seven arguments stand
 -- now      ms
+-- asked    its field \tcancel, false when there is none
 -- returns  true when a job went back to a ready list of a priority above 0
-local function settle_other(queue, leased, i, now)
+local function settle_other(queue, leased, i, now, asked)
   local kind, id, ms, record, attempts = ARGV[i], ARGV[i + 1], tonumber(ARGV[i + 2]), ARGV[i + 3], ARGV[i + 4]
   local unique, own = ARGV[i + 5] ~= '' and ARGV[i + 5] or nil, ARGV[i + 6] == '1'
   -- Of two settlements of one job in a report the first counts.
-  local keeps = kind == 'M' or kind == 'S'
+  local keeps = kind == 'M' or kind == 'S' or kind == 'K'
   if redis.call(keeps and 'HEXISTS' or 'HDEL', leased, id) == 0 then return false end
   if kind == 'S' then
     redis.call('RPUSH', queue.prefix .. 'outbox', record)
@@ -72,6 +73,16 @@ local function settle_other(queue, leased, i, now)
     redis.call('HSET', queue.state, id, attempts)
     release(queue.prefix, id, unique, own)
     announce(queue.waiters, id, record)
+  elseif kind == 'K' then
+    if asked and listed(asked, '\n', id) then
+      redis.call('HSET', leased, '\tcancel', redis.call('HGET', leased, '\tcancel') .. '\n' .. id)
+    end
+  elseif asked and not keeps and listed(asked, '\n', id) then
+    -- Its cancellation was asked, and the worker did not know: it does not come back.
+    local found = marks(redis.call('HGET', queue.jobs, id) or '\n') or {}
+    redis.call('HDEL', queue.jobs, id)
+    local record = cancelled_record(now, kind == 'F' and attempts == '' and 'not started' or nil)
+    finish(queue, id, 600000, record, found.unique, found.own)
   else
     if attempts ~= '' then redis.call('HSET', queue.state, id, attempts) end
     if kind == 'R' then redis.call('ZADD', queue.due, now + ms, id) end
@@ -86,12 +97,13 @@ end
 
 -- Find which of the cancellations that were asked of a worker are still to be carried out, and forget them when none is.
 -- leased   key leased:<worker>
--- asked    its field \tcancel: ids, one a line
+-- asked    its field \tcancel: ids, one a line; twice when the worker has answered that the job runs
 -- returns  those of the ids that the worker holds
 local function held_cancellations(leased, asked)
-  local ids = {}
+  local ids, seen = {}, {}
   for id in string.gmatch(asked, '[^\n]+') do
-    if redis.call('HEXISTS', leased, id) == 1 then ids[#ids + 1] = id end
+    if not seen[id] and redis.call('HEXISTS', leased, id) == 1 then ids[#ids + 1] = id end
+    seen[id] = true
   end
   if #ids == 0 then redis.call('HDEL', leased, '\tcancel') end
   return ids
