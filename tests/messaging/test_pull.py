@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from contextlib import closing
 
 import pytest
 
-from conveyor.errors import LeaseLost
+from conveyor import Conveyor, Retry
+from conveyor.errors import ConfigurationError, LeaseLost
+from conveyor.messaging.consumer.blocking import BlockingSettler
+from conveyor.messaging.queue import Queue
 from conveyor.store import inspection
+from conveyor.store.transport.wakeup import WakeupWaiter
 from support.message_fixtures import crash, first, until
 from support.time_limits import AT_ONCE
 
@@ -123,3 +128,141 @@ class TestBatches:
             batch[0].extend("1m")
             batch.ack()
             assert queue.stats().leased == 0
+
+
+class TestInterrupted:
+    """A pull that ends in the middle leaves nothing behind: what it had leased was not handed out."""
+
+    @pytest.mark.row("E12")
+    @pytest.mark.parametrize("partitions", [1, 3])
+    @pytest.mark.parametrize("at", ["register", "before", "after", "wait"])
+    async def test_a_cancelled_pull(self, url, partitions, at):
+        """Cancelled at any of its steps, also behind a lease whose reply it has not seen, it hands back and leaves."""
+        app = Conveyor(url)
+        queue = app.queue("mail", partitions=partitions, lease="2s")
+        if at != "wait":
+            await queue.apush("m")
+        for _ in range(8):
+            task = asyncio.create_task(_stopped_at(app.client, queue.apull(1, wait="10s"), at))
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            stats = await queue.astats()
+            assert (stats.leased, stats.workers, stats.dead) == (0, 0, 0)
+        if at != "wait":
+            [message] = await queue.apull(1, wait="5s")
+            assert (message.attempt, message._leased.history.crashes) == (1, 0)
+            await message.aack()
+        await app.aclose()
+
+    @pytest.mark.row("E12")
+    def test_an_interrupted_blocking_pull(self, queue, monkeypatch):
+        """Interrupted behind its lease, or while it waits, a blocking pull hands back and takes its registration away."""
+        for at in ("lease", "wait"):
+            with monkeypatch.context() as patch:
+                if at == "lease":
+                    queue.push("m")
+                    patch.setattr(BlockingSettler, "report_refused", _interrupt)
+                else:
+                    patch.setattr(WakeupWaiter, "wait_any", _interrupt)
+                with pytest.raises(KeyboardInterrupt):
+                    queue.pull(1, wait="5s")
+            stats = queue.stats()
+            assert (stats.leased, stats.workers) == (0, 0)
+            if at == "lease":
+                [message] = queue.pull()
+                assert message.attempt == 1
+                message.ack()
+
+
+def _interrupt(*_, **__):
+    raise KeyboardInterrupt
+
+
+async def _stopped_at(client, pulling, at):
+    """Run *pulling* and cancel it: before or behind its first call of a step, or while it waits."""
+    task = asyncio.current_task()
+    usual, script = client.arun, {"register": "register", "before": "turn", "after": "turn"}.get(at)
+
+    async def arun(call, **options):
+        if call.script.name != script:
+            return await usual(call, **options)
+        client.arun = usual
+        if at != "before":
+            await usual(call, **options)
+        task.cancel()
+        return await asyncio.sleep(10)
+
+    client.arun = arun
+    if at == "wait":
+        asyncio.get_running_loop().call_later(0.05, task.cancel)
+    try:
+        return await pulling
+    finally:
+        client.arun = usual
+
+
+class TestBegun:
+    """A consumer that dies is charged for the messages that it had begun."""
+
+    @pytest.mark.row("E13")
+    def test_what_was_only_pulled_ahead_does_not_die(self, queue):
+        """Pulled ahead one by one and never begun, messages outlive any number of dead consumers."""
+        queue.push_many(range(3))
+        for _ in range(5):
+            for message in [queue.pull()[0] for _ in range(3)]:
+                crash(queue, message)
+        assert queue.stats().dead == 0
+        for _ in range(3):
+            queue.pull()[0].ack()
+
+    @pytest.mark.row("E13")
+    @pytest.mark.parametrize("begin", ["start", "block"])
+    def test_a_message_that_was_begun_each_time_is_given_up(self, queue, begin):
+        """A pulled message whose consumers die after `start`, or in its block, is dead after `max_crashes` of them."""
+        queue.push_many(["poison", "good"])
+        for _ in range(3):
+            poison, good = queue.pull()[0], queue.pull()[0]
+            assert (poison.body, good.body) == ("poison", "good")
+            poison.start() if begin == "start" else poison.__enter__()
+            crash(queue, good)
+            crash(queue, poison)
+        [message] = queue.pull(2)
+        assert message.body == "good"
+        message.ack()
+        [letter] = queue.dead_letters()
+        assert letter.error == "crashed: its consumer crashed 3 times"
+
+    def test_start_of_a_message_that_never_crashed_sends_nothing(self, queue, redis):
+        """Without a crash before, `start` and the block cost no command; after one, the end takes the record back."""
+        queue.push(1)
+        [message] = queue.pull()
+        before = redis.info("commandstats").get("cmdstat_evalsha", {}).get("calls", 0)
+        message.start()
+        assert redis.info("commandstats")["cmdstat_evalsha"]["calls"] == before
+        crash(queue, message)
+        [message] = queue.pull()
+        message.start()
+        message.nack(0)
+        [message] = queue.pull(wait="1s")
+        assert message._leased.history.crashes == 1
+        message.ack()
+
+    @pytest.mark.row("E13")
+    def test_the_numbers_of_a_queue(self, backend):
+        """`max_crashes` and `max_attempts` take the place of those of `retry`; one common crash alone gives up nothing."""
+        assert Queue(backend, "a", lease_ms=2000, retry=Retry(attempts=9, max_crashes=8), max_crashes=2).retry == Retry(
+            attempts=9, max_crashes=2
+        )
+        assert Queue(backend, "a", lease_ms=2000, max_attempts=7).retry == Retry(attempts=7)
+        for mistake in ({"max_crashes": 0}, {"max_attempts": True}, {"retry": 3}):
+            with pytest.raises(ConfigurationError):
+                Queue(backend, "a", lease_ms=2000, **mistake)
+        queue = Queue(backend, "mail", lease_ms=2000, max_crashes=1)
+        queue.push(1)
+        crash(queue, queue.pull()[0])
+        [message] = queue.pull()
+        message.start()
+        crash(queue, message)
+        assert queue.pull() == []
+        assert queue.stats().dead == 1
+        queue.purge(dead=True)

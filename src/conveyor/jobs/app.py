@@ -127,20 +127,23 @@ class Conveyor:
 
     @overload
     def queue(
-        self, name: str, *, partitions: int = 1, lease: Duration | None = None, max_attempts: int = 5,
-        max_length: int | None = None, full: Full = "raise", version: int = 1, upcast: UpcastMessage | None = None,
+        self, name: str, *, partitions: int = 1, lease: Duration | None = None, max_attempts: int | None = None,
+        retry: Retry | None = None, max_crashes: int | None = None, max_length: int | None = None, full: Full = "raise",
+        version: int = 1, upcast: UpcastMessage | None = None,
         format: FormatChoice | None = None, **durability: Unpack[DurabilityOptions],
     ) -> Queue[Any]: ...  # fmt: skip
     @overload
     def queue(
-        self, name: str, type: type[T], *, partitions: int = 1, lease: Duration | None = None, max_attempts: int = 5,
-        max_length: int | None = None, full: Full = "raise", version: int = 1, upcast: UpcastMessage | None = None,
+        self, name: str, type: type[T], *, partitions: int = 1, lease: Duration | None = None, max_attempts: int | None = None,
+        retry: Retry | None = None, max_crashes: int | None = None, max_length: int | None = None, full: Full = "raise",
+        version: int = 1, upcast: UpcastMessage | None = None,
         format: FormatChoice | None = None, **durability: Unpack[DurabilityOptions],
     ) -> Queue[T]: ...  # fmt: skip
     @overload
     def queue(
-        self, name: str, type: Any, *, partitions: int = 1, lease: Duration | None = None, max_attempts: int = 5,
-        max_length: int | None = None, full: Full = "raise", version: int = 1, upcast: UpcastMessage | None = None,
+        self, name: str, type: Any, *, partitions: int = 1, lease: Duration | None = None, max_attempts: int | None = None,
+        retry: Retry | None = None, max_crashes: int | None = None, max_length: int | None = None, full: Full = "raise",
+        version: int = 1, upcast: UpcastMessage | None = None,
         format: FormatChoice | None = None, **durability: Unpack[DurabilityOptions],
     ) -> Queue[Any]: ...  # fmt: skip
 
@@ -151,7 +154,9 @@ class Conveyor:
         *,
         partitions: int = 1,
         lease: Duration | None = None,
-        max_attempts: int = 5,
+        max_attempts: int | None = None,
+        retry: Retry | None = None,
+        max_crashes: int | None = None,
         max_length: int | None = None,
         full: Full = "raise",
         version: int = 1,
@@ -162,16 +167,19 @@ class Conveyor:
         """
         Declare a queue of messages of *type* (any JSON value when left out), or set up one that tasks use.
 
-        `lease` is as for the app. `max_attempts` is how often a message is tried. `max_length` is how many may be
-        unfinished, `full` what a push beyond that does. `version`, `upcast(version, value)` and `format` are as for a
-        task. With `partitions` the queue is spread over so many, which may lie on several nodes: order holds within
-        each, and all programs must say the same number. `fsync` and `wait_replicas` make each push, of jobs too, wait
-        until it is on disk and until that many replicas have it, each for `wait_timeout`; after that comes
-        DurabilityNotReached. The same declaration again returns the same object; with other options it raises
-        ConfigurationError.
+        `lease` is as for the app. `retry` says when and how often a message that failed is tried again;
+        `max_attempts` (5) and `max_crashes` (3) take the place of its numbers. A message is given up when so many of its
+        consumers died while they handled it. The first such death is charged to all that the consumer held, so it alone
+        gives up nothing. `max_length` is how many may be unfinished, `full` what a push beyond that does. `version`,
+        `upcast(version, value)` and `format` are as for a task. With `partitions` the queue is spread over so many, which
+        may lie on several nodes: order holds within each, and all programs must say the same number. `fsync` and
+        `wait_replicas` make each push, of jobs too, wait until it is on disk and until that many replicas have it, each
+        for `wait_timeout`; after that comes DurabilityNotReached. The same declaration again returns the same object; with
+        other options it raises ConfigurationError.
         """
         return self._core.declare_queue(
-            name, type, partitions=partitions, lease=lease, max_attempts=max_attempts, max_length=max_length, full=full,
+            name, type, partitions=partitions, lease=lease, max_attempts=max_attempts, retry=retry,
+            max_crashes=max_crashes, max_length=max_length, full=full,
             version=version, upcast=upcast, format=format, **durability,
         )  # fmt: skip
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, Unpack
 from conveyor import ids
 from conveyor.errors import ConfigurationError
 from conveyor.jobs.job_options import positive_ms
+from conveyor.messaging.retry import Retry, retry_policy
 from conveyor.payload.formats import FormatChoice, FormatRegistry
 from conveyor.store.client.client import Client
 from conveyor.store.client.durability import Durability, DurabilityOptions, DurabilityRequest, requested_durability
@@ -106,7 +107,9 @@ class QueueRegistry:
         *,
         partitions: int,
         lease: Duration | None,
-        max_attempts: int,
+        max_attempts: int | None,
+        retry: Retry | None,
+        max_crashes: int | None,
         max_length: int | None,
         full: Full,
         version: int,
@@ -117,15 +120,15 @@ class QueueRegistry:
         """Return the queue of that name, made at its first declaration. Raises ConfigurationError."""
         ids.queue_name(name)
         lease_ms = self.lease_ms if lease is None else positive_ms(lease, "lease")
-        asks = requested_durability(durability)
+        asks, policy = requested_durability(durability), retry_policy(retry, max_attempts, max_crashes)
         options = {
-            "kind": "queue", "type": type, "lease_ms": lease_ms, "max_attempts": max_attempts, "max_length": max_length,
+            "kind": "queue", "type": type, "lease_ms": lease_ms, "retry": policy, "max_length": max_length,
             "full": full, "partitions": partitions, "version": version, "upcast": upcast, "durability": asks, "format": format,
         }  # fmt: skip
         if self._is_declared(name, options):
             return self.queues[name]
         queue = self._make_queue(
-            name, type, partitions, lease_ms=lease_ms, max_attempts=max_attempts, max_length=max_length, full=full,
+            name, type, partitions, lease_ms=lease_ms, retry=policy, max_length=max_length, full=full,
             durability=asks, max_payload=self.max_whole, sealing=self.sealing, version=version, upcast=upcast,
             formats=self.formats.with_writer(format),
         )  # fmt: skip

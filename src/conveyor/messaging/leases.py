@@ -84,6 +84,9 @@ class LeasedMessage:
     damage: str = ""
     """Why what is stored cannot be read; its body is then the bytes as they are."""
     started: bool = False
+    """It was handed out, so a delivery counts."""
+    begun: bool = False
+    """Its handling began, so a crash counts; that of a suspect is recorded before."""
     settled: bool = False
     """Its end was decided here."""
     ending: Settlement | None = None
@@ -144,6 +147,8 @@ class LeaseSession:
     worker: str = field(default_factory=new_identity)
     number: int = 0
     registered: bool = False
+    registering: bool = False
+    """Redis may know it already: it was asked to register it, and has not answered."""
     held: dict[str, LeasedMessage] = field(default_factory=dict)
     waiting: deque[LeasedMessage] = field(default_factory=deque)
     cancelled: set[str] = field(default_factory=set)
@@ -222,8 +227,9 @@ class LeaseSession:
             repeated = self._call is not None
             try:
                 if not self.registered:
+                    self.registering = True
                     registration = yield operations.register(self.keys, self.worker, self.lease_ms, self.about)
-                    self.registered = True
+                    self.registered, self.registering = True, False
                     self._new_queue = self._new_queue or registration.new_queue
                 if want and self.intake is not None and not repeated:
                     yield self.intake(want)
@@ -256,7 +262,7 @@ class LeaseSession:
         self.cancelled.clear()
         self._reported, self._ended = {}, []
         self._call = None
-        self.worker, self.number, self.registered = new_identity(), 0, False
+        self.worker, self.number, self.registered, self.registering = new_identity(), 0, False, False
 
     def take_new_queue(self) -> bool:
         """Tell, once, whether a registration found the queue new in Redis: its name must be made known."""

@@ -46,6 +46,9 @@ class Message(Generic[T]):
     ``with message as body`` acks on success; an exception nacks with backoff, is logged, and does not leave the
     block; anything else (KeyboardInterrupt) hands the message back. The calls return when Redis confirmed them,
     and raise LeaseLost when the lease is no longer held.
+
+    A consumer that dies is charged for what it had begun: all that `consume` and `batches` handed out, and of pulled
+    messages those whose block was entered or `start` called.
     """
 
     queue: str
@@ -77,7 +80,24 @@ class Message(Generic[T]):
         state = "lost" if self._leased.lost else "settled" if self._leased.settled else "leased"
         return f"<Message {self.id}: attempt {self.attempt}, {state}>"
 
-    # -- how it ends ----------------------------------------------------------------------------------------------
+    # -- how it begins and ends ----------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """
+        Tell that its handling begins, as the block does. Raises LeaseLost.
+
+        Costs nothing, unless a consumer of the message has died: then the start is recorded, so that a message which
+        ends its consumers is given up after `max_crashes`, and one that was only pulled ahead is not.
+        """
+        if beginning := self._beginning():
+            self._settler.settle(beginning)
+        self._leased.begun = True
+
+    async def astart(self) -> None:
+        """Awaitable form of `start`."""
+        if beginning := self._beginning():
+            await self._settler.asettle(beginning)
+        self._leased.begun = True
 
     def ack(self) -> None:
         """
@@ -124,7 +144,7 @@ class Message(Generic[T]):
     # -- as a block -----------------------------------------------------------------------------------------------
 
     def __enter__(self) -> T:
-        self._ours()
+        self.start()
         return self.body
 
     def __exit__(
@@ -135,7 +155,7 @@ class Message(Generic[T]):
         return self._stops(error)
 
     async def __aenter__(self) -> T:
-        self._ours()
+        await self.astart()
         return self.body
 
     async def __aexit__(
@@ -182,6 +202,12 @@ class Message(Generic[T]):
                 )
             return leased, ending
         return None
+
+    def _beginning(self) -> list[Ending]:
+        """Return what must be recorded before its handling begins; nothing for what came back from no crash."""
+        leased = self._ours()
+        presumed = None if leased.begun else self._settler.policy.presumed_crash(leased)
+        return [] if presumed is None else [(leased, presumed)]
 
     def _done(self) -> Ending:
         if again := self._again("D"):

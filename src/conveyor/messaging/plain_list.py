@@ -41,7 +41,7 @@ class PlainList(Queue[T]):
         *,
         lease_ms: int,
         task: str | None = None,
-        max_attempts: int = 5,
+        max_attempts: int | None = None,
         retry: Retry | None = None,
         max_payload: int = MAX_PAYLOAD,
     ) -> None:

@@ -30,7 +30,7 @@ from conveyor.messaging.push_options import (
     prepare_push,
     with_sealing,
 )
-from conveyor.messaging.retry import Retry
+from conveyor.messaging.retry import Retry, retry_policy
 from conveyor.messaging.settlement import SettlementPolicy
 from conveyor.payload.codec import MAX_PAYLOAD
 from conveyor.payload.formats import JSON, FormatCodec, FormatRegistry, codec_for
@@ -67,10 +67,11 @@ class Queue(Generic[T]):
         type: Any = Any,  # noqa: A002  the contract's name
         *,
         lease_ms: int,
-        max_attempts: int = 5,
+        max_attempts: int | None = None,
         max_length: int | None = None,
         full: Full = "raise",
         retry: Retry | None = None,
+        max_crashes: int | None = None,
         partitions: int = 1,
         limits: Iterable[object] = (),
         durability: Durability | None = None,
@@ -89,7 +90,7 @@ class Queue(Generic[T]):
         )
         self.lease_ms = whole_number("lease_ms", lease_ms, SHORTEST_LEASE_MS)
         self.max_length = None if max_length is None else whole_number("max_length", max_length, 1)
-        self.retry = retry if retry is not None else Retry(attempts=whole_number("max_attempts", max_attempts, 1))
+        self.retry = retry_policy(retry, max_attempts, max_crashes)
         if full not in get_args(Full):
             raise ConfigurationError(f"full must be one of {', '.join(get_args(Full))}, not {full!r}.")
         if full != "raise":

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from conveyor.errors import ConfigurationError, RetryIn
 from conveyor.payload.records import AttemptHistory
@@ -50,6 +51,23 @@ class Retry:
         """Return the pause after so many failures: ``min(cap, backoff × 2^(failures-1))``, with jitter."""
         pause: int = min(self.cap_ms, self.backoff_ms << min(failures - 1, 62))
         return round(pause * uniform(0.5, 1.5)) if self.jitter else pause
+
+
+def retry_policy(retry: Retry | None, max_attempts: int | None, max_crashes: int | None) -> Retry:
+    """Return *retry* (None: the default) with the numbers that are given beside it."""
+    numbers: dict[str, Any] = {}
+    for name, field_name, number in (
+        ("max_attempts", "attempts", max_attempts),
+        ("max_crashes", "max_crashes", max_crashes),
+    ):
+        if number is None:
+            continue
+        if not isinstance(number, int) or isinstance(number, bool) or number < 1:
+            raise ConfigurationError(f"{name} must be a whole number of at least 1, not {number!r}.")
+        numbers[field_name] = number
+    if retry is not None and not isinstance(retry, Retry):
+        raise ConfigurationError(f"retry must be a Retry(…), not {retry!r}. A number of attempts is max_attempts=….")
+    return replace(retry or Retry(), **numbers)
 
 
 @dataclass(frozen=True, slots=True)

@@ -102,7 +102,8 @@ class SettlementPolicy:
     def poison(self, leased: LeasedMessage) -> Settlement | None:
         """Make it a dead letter when it crashed its consumers too often; else return None."""
         crashes = leased.history.crashes
-        if crashes < self.retry.max_crashes:
+        # The first crash of a consumer is charged to all that it held, so it alone gives up nothing.
+        if crashes < max(2, self.retry.max_crashes):
             return None
         record = Failure(
             leased.history.starts, self.now_ms(), "crashed", f"its consumer crashed {crashes} times", worker=self.worker

@@ -26,6 +26,10 @@ from conveyor.store.transport.wakeup import AsyncWakeupWaiter
 T = TypeVar("T")
 V = TypeVar("V")
 logger = logging.getLogger("conveyor.queue")
+LONGEST_LEAVE = 1.0
+"""Seconds for which a cancelled pull waits until what it leased is handed back. Where Redis is away that goes on behind it."""
+LEAVING: set[asyncio.Task[None]] = set()
+"""The tasks that hand back what cancelled pulls had leased."""
 
 
 class AsyncSettler(SettlerState):
@@ -83,7 +87,7 @@ class AsyncSettler(SettlerState):
             await adrive(self.session.turn(want, leave=leave), self._run)
             if self.session.take_new_queue():
                 await self.client.aannounce_again(self.session.keys)
-            self._has_left = leave and not self.session.transient
+            self._has_left = leave and not self.session.transient and not self.session.held
         if self.session.bodies is not None:
             await self.session.bodies.fetch(self.session.waiting)
 
@@ -215,6 +219,14 @@ class AsyncConsumer(Generic[T]):
             await self._partitions.aagree()
         try:
             return await self._follow(self._programs.pull(count, wait), patient=False)
+        except StoreUnavailable:
+            raise
+        except BaseException:  # cancelled, as by a timeout: what was leased has not been handed out
+            leaving = asyncio.get_running_loop().create_task(self._leave_all())
+            LEAVING.add(leaving)
+            leaving.add_done_callback(LEAVING.discard)
+            await asyncio.wait([leaving], timeout=LONGEST_LEAVE)
+            raise
         finally:
             self._close_waiters()
 
@@ -236,6 +248,10 @@ class AsyncConsumer(Generic[T]):
         if self._mover is not None:
             self._mover.stop()
         self._close_waiters()
+        await self._leave_all()
+
+    async def _leave_all(self) -> None:
+        """Give everything back, and take the registrations away."""
         for step in self._programs.leave():
             if isinstance(step, TurnStep):
                 await self._leave(step)

@@ -81,7 +81,7 @@ class BlockingSettler(SettlerState):
             drive(self.session.turn(want, leave=leave), self._run)
             if self.session.take_new_queue():
                 self.client.announce_again(self.session.keys)
-            self._has_left = leave and not self.session.transient
+            self._has_left = leave and not self.session.transient and not self.session.held
         return True
 
     def flush(self) -> bool:
@@ -202,6 +202,11 @@ class Consumer(Generic[T]):
             self._partitions.agree()
         try:
             return self._follow(self._programs.pull(count, wait), patient=False)
+        except StoreUnavailable:
+            raise
+        except BaseException:  # what was leased has not been handed out
+            self._leave_all()
+            raise
         finally:
             self._close_waiters()
 
@@ -240,9 +245,7 @@ class Consumer(Generic[T]):
             self._mover.stop()
         self._close_waiters()
         try:
-            for step in self._programs.leave():
-                if isinstance(step, TurnStep):
-                    self._leave(step)
+            self._leave_all()
         except KeyboardInterrupt as stop:
             raise stop.with_traceback(None) from None  # pressed twice: what was leased returns when the lease ends
         finally:
@@ -254,6 +257,12 @@ class Consumer(Generic[T]):
         if self._connection is None:  # an extended message outlives its consumer
             return run_once(self.client, call)
         return self._connection.run(call, retry_for=self.client.retry_for)
+
+    def _leave_all(self) -> None:
+        """Give everything back, and take the registrations away."""
+        for step in self._programs.leave():
+            if isinstance(step, TurnStep):
+                self._leave(step)
 
     def _leave(self, step: TurnStep) -> None:
         settler = self.settlers[step.at]

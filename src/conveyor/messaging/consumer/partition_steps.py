@@ -130,7 +130,7 @@ class PartitionRoundRobin(Generic[M]):
     def leave(self) -> Program[None]:
         """Give everything back, and take the registrations away."""
         for cursor in self._cursors:
-            if cursor.session.registered:
+            if cursor.session.registered or cursor.session.registering:
                 yield from cursor.follow(cursor.steps.leave())
 
     # -- parts of programs ----------------------------------------------------------------------------------------

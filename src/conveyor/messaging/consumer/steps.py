@@ -101,7 +101,7 @@ class ConsumerSteps(Generic[M]):
             last = now >= deadline
             yield TurnStep(count, leave=last)
             pulled: list[tuple[LeasedMessage, M]] = []
-            while self.session.waiting and not (yield from self.fill(pulled, count)):
+            while self.session.waiting and not (yield from self.fill(pulled, count, begin=False)):
                 pass
             if self.session.waiting:  # behind a suspect, or a suspect behind others: it runs alone
                 self.session.hand_back(self.session.waiting, self._policy.returned)
@@ -116,17 +116,24 @@ class ConsumerSteps(Generic[M]):
     def leave(self) -> Program[None]:
         """Give everything back, unstarted messages without a trace, and take the registration away."""
         session = self.session
-        session.hand_back(list(session.held.values()), self._policy.returned)
-        session.waiting.clear()
-        yield TurnStep(0, leave=True)
+        for _ in range(2):  # a turn that was interrupted is repeated first, and may bring more
+            session.hand_back(list(session.held.values()), self._policy.returned)
+            session.waiting.clear()
+            yield TurnStep(0, leave=True)
+            if not session.held:
+                return
 
     def woken(self, at: int) -> None:
         """Do nothing: a queue in one piece is looked at anyway after each wait."""
 
     # -- parts of programs ----------------------------------------------------------------------------------------
 
-    def next_message(self, *, alone: bool) -> Program[tuple[LeasedMessage, M] | None]:
-        """Return the first waiting message; None when it was settled, or is a suspect that must wait."""
+    def next_message(self, *, alone: bool, begin: bool = True) -> Program[tuple[LeasedMessage, M] | None]:
+        """
+        Return the first waiting message; None when it was settled, or is a suspect that must wait.
+
+        *begin*: its handling begins when it is handed out, so the possible crash of a suspect is recorded first.
+        """
         session = self.session
         leased = session.waiting[0]
         if not alone and self._is_suspect(leased):
@@ -147,7 +154,8 @@ class ConsumerSteps(Generic[M]):
         except (PayloadError, BlobUnavailable) as error:
             self._settle_unreadable(leased, error)
             return None
-        if leased.history.crashes and (presumed := self._policy.presumed_crash(leased)) is not None:
+        leased.begun = begin
+        if begin and (presumed := self._policy.presumed_crash(leased)) is not None:
             session.settle(leased, presumed)
             yield TurnStep(0)
             if leased.lost or self.drop(leased):
@@ -165,10 +173,10 @@ class ConsumerSteps(Generic[M]):
             return False
         return True
 
-    def fill(self, gathered: list[tuple[LeasedMessage, M]], size: int) -> Program[bool]:
+    def fill(self, gathered: list[tuple[LeasedMessage, M]], size: int, *, begin: bool = True) -> Program[bool]:
         """Move waiting messages into *gathered*. Return True when it must be handed out as it is."""
         while self.session.waiting and len(gathered) < size:
-            opened = yield from self.next_message(alone=not gathered)
+            opened = yield from self.next_message(alone=not gathered, begin=begin)
             if opened is None:
                 if gathered and self.session.waiting and self._is_suspect(self.session.waiting[0]):
                     return True
