@@ -113,6 +113,11 @@ class History:
         if not mark or b"x" in head:
             return
         job.unique = key.decode()
+        self._hold_key(queue, public, job, key)
+
+    def _hold_key(self, queue: bytes, public: str, job: Job, key: bytes) -> None:
+        if not key:
+            return
         holder = self._keys.get((queue, key))
         if holder is not None and holder != public and holder in self._live and not self._is_dead(holder):
             job.key_taken = holder
@@ -120,7 +125,7 @@ class History:
 
     def _is_dead(self, public: str) -> bool:
         ends = self.jobs[public].ends
-        return bool(ends) and ends[-1] in {"dead", "again"}  # a dead letter gave its key up; put back, it holds none
+        return bool(ends) and ends[-1] == "dead"  # a dead letter gave its key up; put back, it takes it again
 
     def _end(self, public: str, job: Job, how: str, released: dict[str, bytes], before: set[str]) -> None:
         holder = self._holder.get(public)
@@ -162,9 +167,10 @@ class History:
                 self._end(public, self.jobs.setdefault(public, Job()), "dead", released, before)
         elif name == b"ZREM":
             for id_ in rest:
-                job = self.jobs.get(_public(queue, id_))
+                job = self.jobs.get(public := _public(queue, id_))
                 if job is not None and job.ends and job.ends[-1] == "dead":
                     job.ends.append("again")
+                    self._hold_key(queue, public, job, job.unique.encode())
 
     def _on_result(self, queue: bytes, id_: bytes, stored: bytes, before: set[str], ended: set[str]) -> None:
         public = _public(queue, id_)

@@ -220,7 +220,7 @@ def term(environment: Environment) -> RunResult:
 
 
 def unique(environment: Environment) -> RunResult:
-    """A dead letter comes back while another job holds the key it once had."""
+    """A dead letter is asked back while another job holds the key it once had."""
     environment.process_group.embedded("program", environment.url)
     environment.ready(1)
     _push(environment, 3, keys=1)

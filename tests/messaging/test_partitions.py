@@ -71,6 +71,27 @@ class TestPlacement:
                 orders.push(1, group=wrong)
         assert len(orders) == 0
 
+    @pytest.mark.row("D191")
+    def test_an_id_makes_one_job(self, url, orders):
+        """An id of one's own beside a unique key is refused, for messages and jobs: another key would make another job."""
+        for key in ("u1", "u2", "u3"):
+            with pytest.raises(ConfigurationError, match=f"id='order-7' beside unique='{key}'"):
+                orders.push(1, id="order-7", unique=key)
+        assert [orders.push(n, id="order-7", unique="order-7") for n in range(3)] == ["order-7"] * 3
+        assert len(orders) == 1
+        with Conveyor(url) as app:
+            queue = app.queue("orders", partitions=8)
+
+            @app.task(queue="orders")
+            def work() -> None: ...
+
+            for key in ("u1", "u2"):
+                with pytest.raises(ConfigurationError, match="beside unique="):
+                    work.options(id="order-8", unique=key).enqueue()
+                with pytest.raises(ConfigurationError, match="beside unique="):
+                    app.enqueue_many([work.options(id="order-8", unique=key).s()])
+            assert len(queue) == 1
+
     def test_a_group_needs_partitions(self, backend):
         """On a queue of one piece a group is refused until its order is kept."""
         with pytest.raises(ConfigurationError, match="group= arrives with a later release"):

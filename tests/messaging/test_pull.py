@@ -133,7 +133,7 @@ class TestBatches:
 class TestInterrupted:
     """A pull that ends in the middle leaves nothing behind: what it had leased was not handed out."""
 
-    @pytest.mark.row("E12")
+    @pytest.mark.row("D121")
     @pytest.mark.parametrize("partitions", [1, 3])
     @pytest.mark.parametrize("at", ["register", "before", "after", "wait"])
     async def test_a_cancelled_pull(self, url, partitions, at):
@@ -154,7 +154,7 @@ class TestInterrupted:
             await message.aack()
         await app.aclose()
 
-    @pytest.mark.row("E12")
+    @pytest.mark.row("D121")
     def test_an_interrupted_blocking_pull(self, queue, monkeypatch):
         """Interrupted behind its lease, or while it waits, a blocking pull hands back and takes its registration away."""
         for at in ("lease", "wait"):
@@ -204,7 +204,7 @@ async def _stopped_at(client, pulling, at):
 class TestBegun:
     """A consumer that dies is charged for the messages that it had begun."""
 
-    @pytest.mark.row("E13")
+    @pytest.mark.row("D131")
     def test_what_was_only_pulled_ahead_does_not_die(self, queue):
         """Pulled ahead one by one and never begun, messages outlive any number of dead consumers."""
         queue.push_many(range(3))
@@ -215,7 +215,7 @@ class TestBegun:
         for _ in range(3):
             queue.pull()[0].ack()
 
-    @pytest.mark.row("E13")
+    @pytest.mark.row("D131")
     @pytest.mark.parametrize("begin", ["start", "block"])
     def test_a_message_that_was_begun_each_time_is_given_up(self, queue, begin):
         """A pulled message whose consumers die after `start`, or in its block, is dead after `max_crashes` of them."""
@@ -247,7 +247,7 @@ class TestBegun:
         assert message._leased.history.crashes == 1
         message.ack()
 
-    @pytest.mark.row("E13")
+    @pytest.mark.row("D131")
     def test_the_numbers_of_a_queue(self, backend):
         """`max_crashes` and `max_attempts` take the place of those of `retry`; one common crash alone gives up nothing."""
         assert Queue(backend, "a", lease_ms=2000, retry=Retry(attempts=9, max_crashes=8), max_crashes=2).retry == Retry(

@@ -15,7 +15,7 @@ PATCHES = sabotaged_build.patches()
 CLASSICS = {
     "ends_after_lost_lease_accepted", "attempt_number_used_again", "worker_reaped_after_one_look", "first_write_of_turn_grows", "first_renewal_too_late", "wake_token_not_pushed",
     "push_acknowledged_before_stored", "lease_count_not_compared", "lease_in_two_steps", "every_job_acked_early", "result_written_after_ack", "delay_by_client_clock",
-    "crash_limit_ignored", "unique_key_of_another_job_deleted", "repeated_push_stored_again",
+    "crash_limit_ignored", "redriven_beside_the_holder_of_its_key", "repeated_push_stored_again",
 }  # fmt: skip
 ROUNDS = 5
 SIDE_BY_SIDE = 5  # cases are mostly waiting: for a lease to end, for work to drain

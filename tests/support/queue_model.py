@@ -134,6 +134,8 @@ class Model:
         self.jobs[id_] = job
         if job.own:
             self.own[id_] = False
+            self.results.discard(id_)
+            self.unstarted.discard(id_)
         if job.unique:
             self.unique[job.unique] = id_
         if rank is not None:
@@ -287,10 +289,15 @@ class Model:
 
     def redrive(self, ids: list[str]) -> int:
         """Put dead letters back."""
-        found = [id_ for id_ in ids if id_ in self.dead]
-        for id_ in found:
-            self.dead.remove(id_)
+        found: list[str] = []
+        for id_ in dict.fromkeys(one for one in ids if one in self.dead):
             job = self.jobs[id_]
+            if job.unique and self.unique.get(job.unique, id_) != id_:
+                continue
+            found.append(id_)
+            self.dead.remove(id_)
+            if job.unique:
+                self.unique[job.unique] = id_
             job.state = ((job.state or FRESH)[0], 0, 0, b"")
             if job.own:
                 self.own[id_] = False

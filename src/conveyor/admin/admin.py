@@ -30,6 +30,7 @@ from conveyor.admin.views import (
 )
 from conveyor.errors import ConfigurationError, JobNotFound
 from conveyor.ids import made_at_ms, public, split
+from conveyor.messaging.maintenance import redrive_batch
 from conveyor.messaging.partitions import refuse_full
 from conveyor.payload.codec import MAX_PAYLOAD
 from conveyor.payload.formats import JSON, FormatRegistry
@@ -142,7 +143,7 @@ class Admin:
         for part in self._directory.partition_names(name):
             bare = [id_ for home, id_ in map(split, ids) if home in {None, part}]
             for first in range(0, len(bare), PAGE_SIZE):
-                call = operations.redrive(self._directory.keys(part), ids=bare[first : first + PAGE_SIZE])
+                call = redrive_batch(self._directory.keys(part), ids=bare[first : first + PAGE_SIZE])
                 moved += self.client.run(call)
         return moved
 
@@ -339,8 +340,11 @@ class Admin:
         lookup = self._find(one)
         if lookup is None:
             return ActionResult(one, "not found")
-        if lookup.location == "dead" and self.client.run(operations.redrive(lookup.keys, ids=[lookup.id])):
+        if lookup.location == "dead" and (moved := self.client.run(operations.redrive(lookup.keys, ids=[lookup.id]))):
             return ActionResult(one, "retried", f"back in {lookup.keys.queue} with a new budget of attempts")
+        if lookup.location == "dead" and moved.kept:
+            holder = public(lookup.keys.queue, moved.kept[0][1])
+            return ActionResult(one, "refused", f"job {holder} holds its unique key now; retry it when that has ended")
         if lookup.location == "scheduled" and self.client.run(operations.promote(lookup.keys, lookup.id)):
             return ActionResult(one, "retried", "starts now, not when it was due")
         return ActionResult(

@@ -216,7 +216,7 @@ class LeaseSession:
         if self._has_moved:
             yield from self.finish_extensions()
             moved = self._move_pending()
-        if want or self._call is not None or not self.transient or self.registered:
+        if want or self._call is not None or not self.transient or self.registered or self.registering:
             yield from self._turn(want, leave)
         for own in moved:
             yield from own.turn()

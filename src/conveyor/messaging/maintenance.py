@@ -6,6 +6,7 @@ Each is a program of calls whose value is a count, carried out by `programs.driv
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Generator
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -13,14 +14,17 @@ from typing import Any
 
 from conveyor import ids
 from conveyor.errors import ConfigurationError
+from conveyor.ids import clean
 from conveyor.payload.pipeline import PayloadPipeline
 from conveyor.payload.records import Failure
 from conveyor.payload.sealed_records import open_failure
 from conveyor.store import inspection, operations
 from conveyor.store.inspection import JobRow, QueueCounts
 from conveyor.store.keys import QueueKeys
+from conveyor.store.operations import Redriven
 from conveyor.store.script import Call
 
+logger = logging.getLogger("conveyor.queue")
 BATCH = 500
 PAGE = 100
 
@@ -77,13 +81,35 @@ def redrive(keys: QueueKeys, limit: int | None) -> CountingProgram:
     if limit is not None and (not isinstance(limit, int) or isinstance(limit, bool) or limit < 0):
         raise ConfigurationError(f"limit must be a whole number of at least 0, not {limit!r}.")
     counts: QueueCounts = yield inspection.counts(keys)
-    count, back = counts.dead if limit is None else min(limit, counts.dead), 0
-    while back < count:
-        moved = yield operations.redrive(keys, limit=min(BATCH, count - back))
-        if moved == 0:
+    most, back, kept = counts.dead if limit is None else min(limit, counts.dead), 0, 0
+    while back < most and back + kept < counts.dead:
+        moved = yield redrive_batch(keys, limit=min(BATCH, most - back), behind=kept)
+        if not (moved or moved.kept):
             break
-        back += moved
+        back, kept = back + moved, kept + len(moved.kept)
     return back
+
+
+def redrive_batch(keys: QueueKeys, **which: Any) -> Call[Redriven]:
+    """
+    Return the call that puts back some dead letters: those that `operations.redrive` names with *which*.
+
+    Those that stay dead, because another job holds their unique key now, are logged.
+    """
+
+    def note(redriven: Redriven) -> Redriven:
+        if redriven.kept:
+            pairs = ", ".join(
+                clean(f"{ids.public(keys.queue, one)} (held by {holder})") for one, holder in redriven.kept[:3]
+            )
+            logger.warning(
+                "Queue %s: %d dead letters stay dead, because other jobs hold their unique keys now: %s%s. "
+                "Redrive again when those have ended.",
+                keys.queue, len(redriven.kept), pairs, ", …" if len(redriven.kept) > 3 else "",
+            )  # fmt: skip
+        return redriven
+
+    return operations.redrive(keys, **which).then(note)
 
 
 def dead_page(

@@ -80,7 +80,7 @@ class Message(Generic[T]):
         state = "lost" if self._leased.lost else "settled" if self._leased.settled else "leased"
         return f"<Message {self.id}: attempt {self.attempt}, {state}>"
 
-    # -- how it begins and ends ----------------------------------------------------------------------------------------------
+    # -- how it begins and ends -----------------------------------------------------------------------------------
 
     def start(self) -> None:
         """

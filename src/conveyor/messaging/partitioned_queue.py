@@ -12,13 +12,12 @@ from conveyor.errors import ConfigurationError
 from conveyor.ids import queue_name, split
 from conveyor.messaging.consumer.asynchronous import AsyncConsumer
 from conveyor.messaging.consumer.blocking import Consumer
-from conveyor.messaging.maintenance import DeadLetter
+from conveyor.messaging.maintenance import DeadLetter, redrive_batch
 from conveyor.messaging.message import OnError
 from conveyor.messaging.partitions import Partitions
 from conveyor.messaging.publisher import PartitionedPublisher, Publisher
 from conveyor.messaging.push_options import PreparedPush, PushOptions
 from conveyor.messaging.queue import Queue, whole_number
-from conveyor.store import operations
 from conveyor.store.client.client import Client
 from conveyor.store.inspection import QueueCounts, total
 from conveyor.store.keys import QueueKeys
@@ -46,7 +45,8 @@ class PartitionedQueue(Queue[T]):
     A queue in several partitions, which may lie on several nodes.
 
     Messages with the same `group` lie in the same partition, else those with the same `unique` key or `id`; the others
-    go round. A `unique` key beside a `group` that places elsewhere is refused. The id of a message names its partition.
+    go round. A `unique` key beside a `group` that places elsewhere is refused, and so is one beside an `id`.
+    The id of a message names its partition.
     `push_many` spreads messages evenly, in their order within each partition; with `group` all go to its partition.
 
     Within a partition all promises of a queue hold; between partitions there is no order, and `consume` lets none
@@ -143,7 +143,7 @@ class PartitionedQueue(Queue[T]):
         if limit is None:
             return sum(part.redrive() for part in self.parts)
         chosen = _ids_by_partition(islice(self.dead_letters(), _limit(limit)))
-        return sum(self.client.run(operations.redrive(keys, ids=ids)) for keys, ids in self._batches(chosen))
+        return sum(self.client.run(redrive_batch(keys, ids=ids)) for keys, ids in self._batches(chosen))
 
     async def aredrive(self, limit: int | None = None) -> int:
         """Awaitable form of `redrive`."""
@@ -156,7 +156,7 @@ class PartitionedQueue(Queue[T]):
                 if len(letters) == limit:
                     break
         batches = self._batches(_ids_by_partition(letters))
-        return sum([await self.client.arun(operations.redrive(keys, ids=ids)) for keys, ids in batches])
+        return sum([await self.client.arun(redrive_batch(keys, ids=ids)) for keys, ids in batches])
 
     def dead_letters(self) -> Iterator[DeadLetter]:
         """Yield the dead letters of all partitions, oldest first."""

@@ -125,16 +125,31 @@ class Partitions:
         key = id if unique is None else unique
         return self.next_in_turn() if key is None else partition_of(key, self.count)
 
+    def place(self, *, group: str | None = None, unique: str | None = None, id: str | None = None) -> int:  # noqa: A002
+        """
+        Return the partition of a new message, as `pick` does.
+
+        Raises ConfigurationError for an own id beside a unique key too: under another key the same id would lie in
+        another partition, and make another job.
+        """
+        if id is not None and unique is not None and unique != id:
+            raise ConfigurationError(
+                f"id={id!r} beside unique={unique!r} on queue '{self.name}': its partitions keep the key and the id each "
+                "for themselves, and only one of them can pick the partition. Use one text for both, or leave one out. "
+                "Nothing was stored."
+            )
+        return self.pick(group=group, unique=unique, id=id)
+
     def partition_of(self, entry: Entry, turns: dict[str, int] | None = None) -> str:
         """
         Return the name of the partition that a job is pushed to.
 
         *turns*: those of a bulk push, by queue. All of its jobs that nothing else places go to one partition, in one call;
-        the next bulk push goes to the next. A limit of length is split, so there each job has its turn.
+        the next bulk push goes to the next. A limit of length is split, so there each job has its turn. Raises ConfigurationError as `place`.
         """
         id_ = entry.id if entry.own_id else None
         if turns is None or self.max_length is not None or entry.unique is not None or id_ is not None:
-            return self.keys[self.pick(unique=entry.unique, id=id_)].queue
+            return self.keys[self.place(unique=entry.unique, id=id_)].queue
         if self.name not in turns:
             turns[self.name] = self.next_in_turn()
         return self.keys[turns[self.name]].queue

@@ -208,7 +208,7 @@ class PartitionedPublisher(Publisher[T]):
 
     def _place(self, options: PreparedPush) -> QueueKeys:
         partitions = self._partitions
-        return partitions.keys[partitions.pick(group=options.group, unique=options.unique, id=options.id)]
+        return partitions.keys[partitions.place(group=options.group, unique=options.unique, id=options.id)]
 
     def _parts(self, length: int, group: str | None) -> Iterator[Part]:
         """Yield the part of each partition: all messages of a group, or every Nth of *length*."""

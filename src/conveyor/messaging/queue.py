@@ -286,7 +286,11 @@ class Queue(Generic[T]):
         return drive(self._purge(dead), partial(run_once, self.client))
 
     def redrive(self, limit: int | None = None) -> int:
-        """Put dead letters back, oldest first, with all their attempts; return how many."""
+        """
+        Put dead letters back, oldest first, with all their attempts; return how many.
+
+        Each takes its unique key again. One whose key another message holds now stays dead, and the log names both.
+        """
         return drive(maintenance.redrive(self.keys, limit), self.client.run)
 
     def dead_letters(self) -> Iterator[DeadLetter]:

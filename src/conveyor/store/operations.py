@@ -525,10 +525,22 @@ def cancel(keys: QueueKeys, id: str, *, delete: bool = False) -> Call[int]:  # n
     return Call(CANCEL, names, (id, "delete" if delete else "cancel"), int)
 
 
-def redrive(keys: QueueKeys, *, limit: int = 500, ids: Sequence[str] = ()) -> Call[int]:
-    """Return the call that puts the oldest *limit* dead letters back, or only those of *ids*; it yields their number."""
+class Redriven(int):
+    """The number of dead letters put back; `kept` are the others, each with the job that holds its unique key now."""
+
+    kept: tuple[tuple[str, str], ...] = ()
+
+
+def redrive(keys: QueueKeys, *, limit: int = 500, behind: int = 0, ids: Sequence[str] = ()) -> Call[Redriven]:
+    """Return the call that puts back *limit* dead letters, *behind* so many of the oldest, or only those of *ids*."""
     names = (keys.dead, keys.jobs, keys.state, keys.wake, *keys.ready, keys.none)
-    return Call(REDRIVE, names, ("0" if ids else str(limit), *ids), int)
+    return Call(REDRIVE, names, ("0", *ids) if ids else (str(limit), str(behind)), _read_redriven)
+
+
+def _read_redriven(reply: list[Any]) -> Redriven:
+    redriven = Redriven(reply[0])
+    redriven.kept = tuple((reply[at].decode(), reply[at + 1].decode()) for at in range(1, len(reply), 2))
+    return redriven
 
 
 def promote(keys: QueueKeys, id: str) -> Call[bool]:  # noqa: A002

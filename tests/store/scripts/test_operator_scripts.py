@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from conveyor import Conveyor
+from conveyor.admin import Admin
 from conveyor.store import operations
 from conveyor.store.keys import QueueKeys
 from conveyor.store.operations import Settlement
@@ -88,6 +90,53 @@ def test_cancel_finds_the_holder_among_very_many(seeded: SeededQueue) -> None:
 
 
 # -- redrive, promote -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.row("D201")
+@pytest.mark.redis6
+@pytest.mark.parametrize("named", [True, False])
+def test_redriven_jobs_take_their_keys_again(seeded: SeededQueue, named: bool) -> None:
+    """A redriven job holds its unique key as before; one whose key another job holds now stays dead, and both are named."""
+    seeded.register("w")
+    for n, id_ in enumerate("abcd"):
+        seeded.push(entry(id_, unique="k" if id_ in "ab" else id_))
+        seeded.turn("w", 2 * n + 1, 1)
+        seeded.turn("w", 2 * n + 2, others=[Settlement("X", id_, state=b"1 1 0", unique="k" if id_ in "ab" else id_)])
+        seeded.redis.zadd(seeded.keys.dead, {id_: n})
+    seeded.push(entry("c2", unique="c"))
+
+    moved = seeded.run(operations.redrive(seeded.keys, ids=list("abcdd") if named else ()))
+
+    assert (moved, moved.kept) == (2, (("b", "a"), ("c", "c2")))
+    assert seeded.redis.mget(*(f"{seeded.keys.prefix}unique:k:{key}" for key in ("k", "c", "d"))) == [b"a", b"c2", b"d"]
+    assert set(seeded.dump()["dead"]) == {"b", "c"}
+    assert seeded.push(entry("a2", unique="k")) == ["a"]
+    assert seeded.run(operations.redrive(seeded.keys, limit=5, behind=1)).kept == (("c", "c2"),)
+    assert seeded.audit() == []
+
+
+@pytest.mark.row("D201")
+def test_redrive_passes_over_what_stays_dead(url: str, caplog: pytest.LogCaptureFixture) -> None:
+    """`redrive` puts back all others, however many stay dead before them, says which, and a later one puts those back."""
+    with Conveyor(url) as app:
+        queue = app.queue("mail", max_attempts=1)
+        for n in range(4):
+            queue.push(n, unique=f"k{n}")
+            queue.pull()[0].nack()
+        holders = [queue.push("holder", unique=f"k{n}") for n in range(2)]
+
+        assert queue.redrive(limit=2) == 2
+        assert (queue.stats().dead, queue.stats().ready) == (2, 4)
+        [said] = [record.getMessage() for record in caplog.records if "stay dead" in record.getMessage()]
+        assert all(holder.partition(":")[2] in said for holder in holders)
+        [one, _] = [letter.id for letter in queue.dead_letters()]
+        [refused] = Admin(app.client).retry([one])
+        assert (refused.outcome, f"job {holders[0]} holds its unique key" in refused.detail) == ("refused", True)
+        for message in queue.pull(9):
+            message.ack()
+        assert queue.redrive() == 2
+        for message in queue.pull(9):
+            message.ack()
 
 
 @pytest.mark.redis6

@@ -97,6 +97,7 @@ local function special(i, now)
   if ARGV[i + 8] == '1' then
     line = line .. ' i'
     redis.call('SET', prefix .. 'unique:i:' .. id, id)
+    redis.call('DEL', prefix .. 'result:' .. id) -- of an earlier job of this id, where that is kept for more than its day
   end
   if ARGV[i + 7] ~= '' then
     line = line .. ' u' .. ARGV[i + 7]
