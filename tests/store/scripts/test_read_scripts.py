@@ -82,7 +82,7 @@ def test_counts(seeded: SeededQueue) -> None:
 
     found = seeded.run(inspection.counts(QueueKeys("c", "q", foreign="q")))
 
-    assert (found.ready, found.scheduled, found.leased, found.dead) == (3 + 4, 3, 8, 2)
+    assert (found.ready, found.scheduled, found.leased, found.dead) == (3 + 4, 3, 9, 2)
     assert (found.workers, found.paused, found.max_length) == (2, False, None)
     seeded.run(operations.configure(seeded.keys, "paused", "1"))
     seeded.run(operations.configure(seeded.keys, "max_length", "7"))
@@ -106,7 +106,7 @@ def test_list_jobs_cuts_one_order(seeded: SeededQueue, status: str) -> None:
         "dead": ["d2", "d1"], "dead-oldest": ["d1", "d2"],
     }[status]  # fmt: skip
     if expected is None:
-        assert sorted(whole) == ["h1", "h2", "h3", "h4", "h5", "h6", "v1", "v2"]
+        assert sorted(whole) == ["h1", "h2", "h3", "h4", "h5", "h6", "h7", "v1", "v2"]
     elif not status.startswith("dead"):  # these died in one millisecond
         assert whole == expected
     for size in (1, 2, 3):
