@@ -43,6 +43,7 @@ def attempt(name: str, /, **arguments: Any) -> Any:
         envelope=SimpleNamespace(extra=EnvelopeOptions(headers={"trace": "t1"})),
         consumer=SimpleNamespace(queue="default"),
         move_deadline=lambda ms: None,
+        expire=lambda: False,
     )
 
 
@@ -413,3 +414,16 @@ async def test_a_worker_runs_its_jobs_in_processes(url: str, tmp_path: Path) -> 
             await crashed.aresult(timeout=5)
         assert all(ended(int(pid)) for pid in (tmp_path / "stuck").read_text().split())
         assert await audit(app) == []
+
+
+@pytest.mark.row("D161")
+async def test_a_job_that_expired_while_its_process_started_does_not_run(processes: ProcessPool) -> None:
+    """What is too late when a process is free does not run in it, and the process is kept for the next."""
+    late = attempt("pid")
+    late.expire = lambda: True
+
+    with pytest.raises(asyncio.CancelledError):
+        await processes.run(late)
+
+    assert "1 of 2, 1 idle" in repr(processes)
+    assert await processes.run(attempt("pid")) > 0
