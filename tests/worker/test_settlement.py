@@ -397,15 +397,22 @@ async def test_a_worker_without_its_server_leaves_nothing_running(start_server: 
 
 
 def _lease_ahead(monkeypatch: pytest.MonkeyPatch, most: int) -> None:
-    """Let each consumer hold *most* jobs, however few of them can run."""
-    monkeypatch.setattr(Capacity, "room", lambda _, consumer: max(0, most - len(consumer.held)))
+    """Let a worker lease that many jobs beyond those that can run, however slow they are."""
+    monkeypatch.setattr(Capacity, "ahead", lambda _, saturated: most)
+
+
+async def _leased(app: Conveyor, number: int) -> None:
+    """Wait until that many jobs are leased."""
+    async with asyncio.timeout(10):
+        while (await counts(app)).leased != number:
+            await asyncio.sleep(0.005)
 
 
 @pytest.mark.row("D151")
 async def test_the_answer_of_a_cancellation(app: Conveyor, monkeypatch: pytest.MonkeyPatch) -> None:
     """A waiting job was removed, one that is leased behind another will not start, and one that runs was asked to stop."""
     gate, started = threading.Event(), []
-    _lease_ahead(monkeypatch, 2)
+    _lease_ahead(monkeypatch, 1)
 
     @app.task
     def hold(n: int) -> None:
@@ -416,15 +423,13 @@ async def test_the_answer_of_a_cancellation(app: Conveyor, monkeypatch: pytest.M
         async with working(app, concurrency=1, threads=1):
             jobs = [await hold.aenqueue(n) for n in range(3)]
             await until(lambda: started == [0])
-            while (await counts(app)).leased < 2:
-                await asyncio.sleep(0.005)
+            await _leased(app, 2)
 
             answers = [await job.acancel() for job in reversed(jobs)]
             assert answers == ["removed", "will-not-start", "asked"]
             assert await jobs[1].astatus() == "cancelled"
             gate.set()
-            while (await counts(app)).leased:
-                await asyncio.sleep(0.005)
+            await _leased(app, 0)
             assert [await job.acancel() for job in jobs] == ["", "", ""]
     finally:
         gate.set()
@@ -471,7 +476,7 @@ async def test_a_job_that_expired_behind_another_does_not_start(
     seen: list[int] = []
     gate = asyncio.Event()
     opened = threading.Event()
-    _lease_ahead(monkeypatch, 3)
+    _lease_ahead(monkeypatch, 2)
 
     def on_thread(n: int) -> None:
         seen.append(n)
@@ -488,8 +493,7 @@ async def test_a_job_that_expired_behind_another_does_not_start(
             await until(lambda: seen == [0])
             late = await task.options(expires="300ms").aenqueue(1)
             last = await task.options(expires="1h").aenqueue(2)
-            while (await counts(app)).leased < 3:
-                await asyncio.sleep(0.005)
+            await _leased(app, 3)
             assert await late.astatus() == "leased"
             await asyncio.sleep(0.35)  # the law is about a span of time
             gate.set()
