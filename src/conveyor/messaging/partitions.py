@@ -145,7 +145,8 @@ class Partitions:
         Return the name of the partition that a job is pushed to.
 
         *turns*: those of a bulk push, by queue. All of its jobs that nothing else places go to one partition, in one call;
-        the next bulk push goes to the next. A limit of length is split, so there each job has its turn. Raises ConfigurationError as `place`.
+        the next bulk push goes to the next. A limit of length is split, so there each job has its turn.
+        Raises ConfigurationError as `place`.
         """
         id_ = entry.id if entry.own_id else None
         if turns is None or self.max_length is not None or entry.unique is not None or id_ is not None:
