@@ -17,7 +17,7 @@ from functools import partial
 from time import perf_counter
 from typing import Any
 
-from conveyor.worker.attempt import PLAIN, Attempt
+from conveyor.worker.attempt import Attempt
 from conveyor.worker.crash_attribution import LOOP_CELL, OVERFLOW_CELL, RunningTable, id_checksum
 from conveyor.worker.execution.forked_copies import ForkGuard
 
@@ -107,10 +107,6 @@ class CoroutinePool:
                 await asyncio.sleep(0)
                 continue
             attempt = backlog.popleft()
-            if attempt.envelope is not PLAIN and attempt.expire():
-                attempt.consumer.on_abandoned()
-                self._on_finished(attempt, None, None)
-                continue
             attempt.started = now
             self.current = attempt
             self.running += 1

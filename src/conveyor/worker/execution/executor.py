@@ -13,7 +13,7 @@ from typing import Any
 
 from conveyor.jobs.context import CURRENT, Context
 from conveyor.payload import failures
-from conveyor.worker.attempt import Attempt
+from conveyor.worker.attempt import PLAIN, Attempt
 from conveyor.worker.crash_attribution import IN_PROCESS, LOOP_CELL, RunningTable, id_checksum
 from conveyor.worker.execution.coroutines import CoroutinePool
 from conveyor.worker.execution.forked_copies import ForkGuard
@@ -125,6 +125,9 @@ class Executor:
     # -- beginning ------------------------------------------------------------------------------------------------
 
     def _begin(self, attempt: Attempt) -> tuple[Variables, Coroutine[Any, Any, Any]]:
+        if attempt.envelope is not PLAIN and attempt.expire():
+            attempt.consumer.on_abandoned()
+            raise asyncio.CancelledError
         attempt.consumer.on_started(attempt)
         variables = self._base.copy()
         handler = attempt.handler
