@@ -18,7 +18,7 @@ from conveyor.jobs.app import Conveyor
 from conveyor.sql import Ledger, Outbox
 from conveyor.sql.drivers import _style_and_dialect, adapt_blocking, parameters_for, with_placeholders
 from conveyor.sql.tables import DIALECTS
-from support.databases import Database, sqlite
+from support.databases import Database, prepare, sqlite
 from support.ready_ids import bare, line
 from support.server_process import Server
 
@@ -185,10 +185,8 @@ async def test_drivers_on_asyncio(app: Conveyor, database: Database, outbox: Out
         await acheck(outbox, connection, server)
 
 
-def test_django(
-    app: Conveyor, database: Database, outbox: Outbox, server: Server, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """`django.db.connection` in an atomic block, also a nested one that is rolled back; outside of one it is refused."""
+def django_connection(database: Database, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, Any]:
+    """Return Django's connection to *database*, and its module of transactions."""
     if database.dialect == "mysql":
         pytest.skip("it wants a driver of its own")
     django = pytest.importorskip("django", reason="Django is not installed")
@@ -207,7 +205,15 @@ def test_django(
         {"default": {"ENGINE": f"django.db.backends.{engine}", "NAME": name, "HOST": host, "USER": "postgres"}}
     )
     monkeypatch.setattr(transaction, "get_connection", lambda using=None: connections["default"])
-    connection, mail = connections["default"], app.queue("mail")
+    return connections["default"], transaction
+
+
+def test_django(
+    app: Conveyor, database: Database, outbox: Outbox, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`django.db.connection` in an atomic block, also a nested one that is rolled back; outside of one it is refused."""
+    connection, transaction = django_connection(database, monkeypatch)
+    mail = app.queue("mail")
     refused(outbox, connection, "E47")
     with transaction.atomic(), outbox.within(connection):
         ids = [mail.push(1)]
@@ -389,3 +395,91 @@ def test_a_driver_is_known_by_a_class_above(database: Database) -> None:
     with closing(database.connect()) as connection:
         own = type("Own", (type(connection),), {"__module__": "shop.models"})
     assert _style_and_dialect(own)[1] == database.dialect
+
+
+class LostConnection:
+    """A connection that is lost: it cannot commit or roll back, as when the database has gone away."""
+
+    def __init__(self, real: Any) -> None:
+        self._real = real
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._real, name)
+
+    def commit(self) -> None:
+        raise ConnectionError("the commit was not answered")
+
+    def rollback(self) -> None:
+        raise ConnectionError("the connection is lost")
+
+
+class AsyncLostConnection(LostConnection):
+    """The same on asyncio."""
+
+    async def commit(self) -> None:  # type: ignore[override]
+        raise ConnectionError("the commit was not answered")
+
+    async def rollback(self) -> None:  # type: ignore[override]
+        raise ConnectionError("the connection is lost")
+
+
+@pytest.mark.row("D62")
+async def test_the_error_of_a_block_is_raised_though_the_connection_is_lost(app: Conveyor, tmp_path: Path) -> None:
+    """What the block raised is raised, or the error of the commit, and not that of the rollback that cannot be done."""
+    database = sqlite(tmp_path / "shop.db")
+    outbox = Outbox(app, database.connect)
+    prepare(outbox, database)
+    for block in (outbox.transaction(_lost(database)), outbox.transaction(_lost(database))):
+        with pytest.raises(ZeroDivisionError), block:
+            raise ZeroDivisionError
+    with pytest.raises(ConnectionError, match="commit"), outbox.transaction(_lost(database)):
+        pass
+    with pytest.raises(ZeroDivisionError):
+        async with outbox.transaction(_lost(database, AsyncLostConnection)):
+            raise ZeroDivisionError
+    with pytest.raises(ConnectionError, match="commit"):
+        async with outbox.transaction(_lost(database, AsyncLostConnection)):
+            pass
+
+
+def _lost(database: Database, kind: type[LostConnection] = LostConnection) -> Any:
+    """Return a lost connection whose class comes from the driver's module, as classes of a driver do."""
+    own = type(kind.__name__, (kind,), {"__module__": "sqlite3"})
+    return own(database.connect())
+
+
+@pytest.mark.row("D62")
+def test_a_connection_in_use_is_left_alone(app: Conveyor, tmp_path: Path) -> None:
+    """When `connect` returns the program's own connection amid a transaction, that transaction goes on."""
+    database = sqlite(tmp_path / "shop.db")
+    outbox = Outbox(app, database.connect)
+    prepare(outbox, database)
+    with closing(database.connect()) as connection:
+        shared = Outbox(app, lambda: connection)
+        connection.execute("INSERT INTO sale VALUES ('o1')")
+        for use in (shared.stats, shared.deliver, shared.redrive):
+            with pytest.raises(ConfigurationError, match="transaction is open") as refused_use:
+                use()
+            assert refused_use.value.code == "E47"
+        connection.commit()
+    assert database.one("SELECT COUNT(*) FROM sale") == 1
+
+
+@pytest.mark.row("D62")
+def test_care_amid_a_block_of_django(
+    app: Conveyor, database: Database, outbox: Outbox, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`stats` with `lambda: connection` inside `atomic()` counts what is committed, and the block's transaction goes on."""
+    connection, transaction = django_connection(database, monkeypatch)
+    mail, shared = app.queue("mail"), Outbox(app, lambda: connection)
+    with transaction.atomic(), outbox.within(connection):
+        mail.push(1)
+    with transaction.atomic(), outbox.within(connection):
+        mail.push(2)
+        assert shared.stats().waiting == 1
+        assert connection.in_atomic_block
+    assert shared.stats().waiting == 2
+    assert connection.connection is not None
+    assert shared.deliver() == 2
+    assert len(line(server)) == 2
+    connection.close()

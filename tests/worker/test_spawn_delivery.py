@@ -11,13 +11,14 @@ import pytest
 import redis as redis_py
 
 from conveyor import Conveyor, current
+from conveyor.admin.admin import Admin
 from conveyor.errors import ConfigurationError, QueueFull
 from conveyor.jobs import spawn_outbox
 from conveyor.jobs.core import core_of
-from conveyor.store import inspection, operations
+from conveyor.store import inspection, operations, partitions
 from conveyor.store.operations import Settlement
 from conveyor.store.transport.async_connection import AsyncConnection, ConnectionLost
-from conveyor.worker.leasing.spawn_delivery import deliver
+from conveyor.worker.leasing.spawn_delivery import SpawnDelivery, deliver
 from support.manual_worker import ManualWorker
 from support.running_worker import drain
 from support.spawned_jobs import emptied, entry, settle, take_all
@@ -289,3 +290,75 @@ async def test_a_partition_that_is_gone(url: str) -> None:
 
 
 async def _nothing() -> None: ...
+
+
+@pytest.mark.row("D57")
+async def test_partitions_do_not_change_over_what_is_not_delivered(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While outboxes of a queue hold spawned jobs its partitions stay, and doctor and lists say so; delivered, each ran once."""
+    ran: list[int] = []
+
+    def declare(app: Conveyor, partitions: int) -> Any:
+        app.queue("from", partitions=partitions)
+
+        @app.task(name="family.follower", queue="two")
+        async def follower(n: int) -> None:
+            ran.append(n)
+
+        @app.task(name="family.parent", queue="from")
+        async def parent(n: int) -> None:
+            current().spawn(follower.s(n))
+
+        return parent
+
+    async with Conveyor(url) as app:
+        parent, admin = declare(app, 4), Admin(app.client)
+        for n in range(20):
+            await parent.aenqueue(n)
+        with monkeypatch.context() as patch:
+            patch.setattr(SpawnDelivery, "begin", lambda _: None)  # as if each worker died before it delivered
+            await drain(app, queues={"from": 1.0})
+        info = await asyncio.to_thread(admin.queue, "from")
+        assert (info.outbox, info.ready, info.stranded) == (20, 0, True)
+        report = await asyncio.to_thread(admin.doctor)
+        assert any("'from' has 20 spawned jobs in its outbox" in one.text for one in report.problems)
+        with pytest.raises(ConfigurationError, match="20 of these are spawned jobs") as refused:
+            await asyncio.to_thread(admin.repartition, "from", 2)
+        assert refused.value.code == "E35"
+        await drain(app)
+        assert await asyncio.to_thread(admin.repartition, "from", 2) == 4
+        assert sorted(ran) == list(range(20))
+
+
+@pytest.mark.row("D57")
+async def test_partition_is_not_shut_over_what_is_not_delivered(url: str, redis: redis_py.Redis) -> None:
+    """An entry that comes into an outbox amid the change keeps its partition open, and the number as it was."""
+    async with Conveyor(url) as app:
+        app.queue("from", partitions=2)
+        keys = core_of(app).partitioned["from"].keys[1]
+        await core_of(app).partitioned["from"].aagree()
+        redis.rpush(keys.outbox, "x")
+        assert await app.client.arun(partitions.repartition(keys, "close", "token", 2)) == (0, 1)
+        redis.delete(keys.outbox)
+        assert await app.client.arun(partitions.repartition(keys, "close", "token", 2)) == (1, 2)
+
+
+@pytest.mark.row("D57")
+async def test_a_queue_that_is_in_one_piece_now(url: str) -> None:
+    """Followers for partitions of a queue that has none any more go to the queue, once; what a partition accepted stays there."""
+    async with Conveyor(url) as app:
+        app.task(name="family.follower", queue="into")(_nothing)
+        keys, client = app.client.keys("default"), app.client
+        prepared = [spawn_outbox.read(app.tasks["family.follower"].s().follow()[1])[1] for _ in range(30)]
+        written = [spawn_outbox.write(f"into/{n % 3}", one) for n, one in enumerate(prepared)]
+        await client.aexecute("RPUSH", keys.outbox, *written, key=keys.outbox)
+        batch = await client.arun(spawn_outbox.take(keys))
+        assert batch is not None
+        accepted = client.keys("into/0").inbox("default")
+        await client.aexecute("SET", accepted, f"{batch.number}\nok", key=accepted)
+        for _ in range(2):
+            assert await deliver(keys, core_of(app))
+            await client.aexecute("RPUSH", keys.outbox, *written, key=keys.outbox)
+            await client.aexecute("HSET", keys.conf, "outbox", f"{batch.number} 30", key=keys.conf)
+        await deliver(keys, core_of(app))
+        assert (await client.arun(inspection.counts(client.keys("into")))).ready == 20
+        await drain(app)

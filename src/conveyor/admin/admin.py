@@ -262,7 +262,7 @@ class Admin:
         oldest = counts.oldest_age if counts.ready else None  # the first entry may be the stub of a cancelled job
         return QueueInfo(
             name, counts.ready, counts.scheduled, counts.waiting, counts.leased, counts.dead, counts.workers,
-            oldest, counts.paused, counts.max_length, len(partitions),
+            oldest, counts.paused, counts.max_length, len(partitions), counts.outbox,
         )  # fmt: skip
 
     def _count_entries(self, keys: QueueKeys, state: str) -> int:

@@ -231,6 +231,21 @@ def stranded_queues(waiting: dict[str, int], served: list[str]) -> list[Finding]
     ]
 
 
+def undelivered_outboxes(counts: Mapping[str, inspection.QueueCounts]) -> list[Finding]:
+    """Return a finding for each queue whose outbox holds spawned jobs: a problem where no worker delivers them."""
+    findings: list[Finding] = []
+    for name, count in counts.items():
+        if not count.outbox:
+            continue
+        has = f"Queue '{name}' has {'1 spawned job' if count.outbox == 1 else f'{count.outbox:,} spawned jobs'} in its outbox"
+        if count.workers:
+            findings.append(Finding("queue", "note", f"{has}, not delivered to their queues yet"))
+        else:
+            text = f"{has} and no worker of it delivers them, so they do not run."
+            findings.append(Finding("queue", "problem", text, f"conveyor worker -q {name}", "E12"))
+    return findings
+
+
 def _check_latency(client: Client, report: HealthReport) -> None:
     took = []
     client.execute("PING")  # opens the connection
@@ -406,6 +421,7 @@ def _check_queues(client: Client, directory: QueueDirectory, report: HealthRepor
     served = [name for name, count in counts.items() if count.workers]
     waiting = {n: count.ready for n, count in counts.items() if count.ready and not count.workers and not count.paused}
     report.findings += stranded_queues(waiting, served)
+    report.findings += undelivered_outboxes(counts)
     for name, count in counts.items():
         _check_records(client, [directory.keys(part) for part in directory.partition_names(name)], count, report)
         if directory.is_being_repartitioned(name):

@@ -25,7 +25,8 @@ class QueueInfo:
     The contents of a queue.
 
     `oldest_age`: seconds since the oldest ready job could have started, None without one. For a queue with partitions
-    the counts are sums; `workers` is the largest number of workers in one partition.
+    the counts are sums; `workers` is the largest number of workers in one partition. `outbox`: jobs that its jobs
+    spawned and that are not delivered to their queues yet.
     """
 
     name: str
@@ -39,11 +40,12 @@ class QueueInfo:
     paused: bool
     max_length: int | None
     partitions: int = 1
+    outbox: int = 0
 
     @property
     def stranded(self) -> bool:
-        """Whether jobs could start and no worker takes them."""
-        return self.ready > 0 and self.workers == 0 and not self.paused
+        """Whether jobs could start, or spawned ones be delivered, and there is no worker for it."""
+        return self.workers == 0 and ((self.ready > 0 and not self.paused) or self.outbox > 0)
 
 
 @dataclass(frozen=True, slots=True)

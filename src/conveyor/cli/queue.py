@@ -31,7 +31,8 @@ def print_queues(out: Output, queues: Sequence[QueueInfo]) -> None:
 
 def _row(info: QueueInfo) -> tuple[object, ...]:
     oldest = None if info.oldest_age is None else timedelta(seconds=info.oldest_age)
-    state = "paused" if info.paused else "stranded" if info.stranded else ""
+    words = ["paused"] * info.paused + ["stranded"] * (info.stranded and not info.paused)
+    state = ", ".join([*words, *([f"outbox {info.outbox:,}"] if info.outbox else [])])
     counts = (info.ready, info.scheduled, info.leased, info.dead, info.workers)
     return (info.name, *counts, oldest, state, info.partitions)
 
@@ -75,6 +76,7 @@ def show(target: Target, out: Output, name: str) -> None:
             ("oldest", None if info.oldest_age is None else timedelta(seconds=info.oldest_age)),
             ("paused", info.paused),
             ("max_length", info.max_length),
+            ("outbox", info.outbox),
             ("workers", info.workers),
             ("partitions", info.partitions),
         ]

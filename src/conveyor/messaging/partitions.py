@@ -285,7 +285,8 @@ def repartition(client: Client, queue: str, number: int) -> int:
     """
     Change the number of partitions of *queue*, and return the number it had before.
 
-    Raises ConfigurationError (E35), and changes nothing, when a partition holds a message; leased and dead ones count.
+    Raises ConfigurationError (E35), and changes nothing, when a partition holds a message; leased and dead ones count,
+    and spawned jobs that its outbox has not delivered.
     Programs that still declare the old number are refused from then on (E34), running workers and consumers too.
     """
     before = drive(_repartition(client, ids.queue_name(queue), checked_count(number)), client.run)
@@ -350,12 +351,14 @@ def _repartition(client: Client, queue: str, number: int) -> Generator[Call[Any]
 def _refuse_full(client: Client, queue: str, number: int) -> Generator[Call[Any], Any, None]:
     """Raise E35 for a queue that is not empty, before any partition is closed."""
     full: dict[str, int] = {}
+    undelivered = 0
     for name in partition_names(queue, number):
         counts: inspection.QueueCounts = yield inspection.counts(client.keys(name))
-        if held := len(counts) + counts.leased + counts.dead:
+        undelivered += counts.outbox
+        if held := len(counts) + counts.leased + counts.dead + counts.outbox:
             full[name] = held
     if full:
-        raise _not_empty(queue, full)
+        raise _not_empty(queue, full, undelivered)
 
 
 def refuse_full(client: Client, queue: str) -> None:
@@ -374,12 +377,14 @@ def _open_all(client: Client, queue: str, number: int, token: str) -> Generator[
                 yield partitioning.repartition(keys, "open", token, number)
 
 
-def _not_empty(queue: str, full: dict[str, int]) -> ConfigurationError:
+def _not_empty(queue: str, full: dict[str, int], undelivered: int = 0) -> ConfigurationError:
     held = ", ".join(
         f"{name} ({count:,})" if count >= 0 else f"{name} (changed meanwhile)" for name, count in full.items()
     )
+    spawned = f" {undelivered:,} of these are spawned jobs in an outbox, which a worker of the queue delivers."
     return ConfigurationError(
-        f"Queue '{queue}' is not empty, so its partitions cannot change: {held}. Nothing was changed. Let workers drain "
+        f"Queue '{queue}' is not empty, so its partitions cannot change: {held}.{spawned if undelivered else ''} "
+        "Nothing was changed. Let workers drain "
         f"it, then redrive or purge its dead letters: conveyor queue purge {queue} --dead",
         code="E35",
     )

@@ -253,6 +253,11 @@ class AsyncSqlAlchemyConnection:
 AsyncDbConnection = AsyncDbapiConnection | AsyncSqlAlchemyConnection
 
 
+def is_django(connection: Any) -> bool:
+    """Tell whether *connection* is one of Django."""
+    return hasattr(connection, "in_atomic_block") and hasattr(connection, "vendor")
+
+
 def adapt(connection: Any) -> DbConnection | AsyncDbConnection:
     """Return the adapter of *connection*. Raises ConfigurationError (E47) for an unknown kind of object."""
     if hasattr(connection, "run_sync"):
@@ -261,7 +266,7 @@ def adapt(connection: Any) -> DbConnection | AsyncDbConnection:
         hasattr(connection, "get_bind") and hasattr(connection, "connection")
     ):
         return SqlAlchemyConnection(connection)
-    if hasattr(connection, "in_atomic_block") and hasattr(connection, "vendor"):
+    if is_django(connection):
         return DjangoConnection(connection)
     if not all(callable(getattr(connection, name, None)) for name in ("cursor", "commit", "rollback")):
         raise ConfigurationError(
@@ -298,6 +303,25 @@ def adapt_async(connection: Any) -> AsyncDbConnection:
         "method without the a before its name.",
         code="E47",
     )
+
+
+def connection_of_our_own(connect: Callable[[], Any]) -> Any:
+    """
+    Return the connection that *connect* opens, which the caller closes.
+
+    Django's `connection` belongs to its thread, so it gets another one to the same database. Raises ConfigurationError
+    (E47), and leaves the connection alone, when a transaction is open on it: it is one that the program uses.
+    """
+    connection = connect()
+    if is_django(connection):
+        return connection.copy()
+    if _has_open_transaction(connection):
+        raise ConfigurationError(
+            f"The function that opens a connection returned {connection!r}, on which a transaction is open. It was left "
+            "alone, since its transaction would end. Return a new connection each time: Outbox(app, connect).",
+            code="E47",
+        )
+    return connection
 
 
 def refuse_autocommit(autocommit: bool) -> None:
@@ -337,14 +361,18 @@ def _style_and_dialect(kind: type) -> tuple[str, str]:
     )
 
 
-def _in_autocommit(connection: Any, dialect: str) -> bool:
+def _has_open_transaction(connection: Any) -> bool:
+    """Tell whether a transaction is open; False where the driver does not say."""
     status = getattr(getattr(connection, "info", None), "transaction_status", 0)  # psycopg, psycopg2
     server = getattr(connection, "server_status", 0)  # pymysql
-    if (
-        getattr(connection, "in_transaction", False) is True
-        or status
-        or (isinstance(server, int) and server & _IN_TRANSACTION)
-    ):
+    inside = getattr(connection, "in_transaction", False)
+    if callable(inside):  # SQLAlchemy
+        inside = inside()
+    return inside is True or bool(status) or (isinstance(server, int) and bool(server & _IN_TRANSACTION))
+
+
+def _in_autocommit(connection: Any, dialect: str) -> bool:
+    if _has_open_transaction(connection):
         return False
     alone = getattr(connection, "autocommit", None)
     if dialect == "sqlite" and alone not in {True, False}:  # before Python 3.12, and the default after

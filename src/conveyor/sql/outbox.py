@@ -15,7 +15,7 @@ from conveyor.jobs.core import core_of
 from conveyor.jobs.job import refuse_in_loop
 from conveyor.jobs.job_options import positive_ms
 from conveyor.sql.delivery import OutboxDelivery
-from conveyor.sql.drivers import adapt_blocking, refuse_autocommit
+from conveyor.sql.drivers import adapt_blocking, connection_of_our_own, refuse_autocommit
 from conveyor.sql.relay import Relay
 from conveyor.sql.tables import OUTBOX, ManagedTable, TableSql
 from conveyor.sql.transaction import OutboxTransaction, explain_missing_table, open_transaction
@@ -184,7 +184,7 @@ class Outbox(ManagedTable):
 
     @contextmanager
     def _connection(self) -> Iterator[DbConnection]:
-        connection = self._connect_function()()
+        connection = connection_of_our_own(self._connect_function())
         try:
             db = adapt_blocking(connection)
             db.begin()

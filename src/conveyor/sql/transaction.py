@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from time import time
 from typing import TYPE_CHECKING, Any, Self
@@ -109,24 +109,28 @@ class OutboxTransaction:
 
     def _finish(self, db: DbConnection, *, failed: bool) -> None:
         if self._commits and failed:
-            db.rollback()
+            with suppress(Exception):  # a connection that is lost has rolled back, and the error of the block counts
+                db.rollback()
         elif self._commits:
             try:
                 db.commit()
             except BaseException:
-                db.rollback()
+                with suppress(Exception):
+                    db.rollback()
                 raise
         if not failed:
             self._on_end(self._commits)
 
     async def _afinish(self, db: AsyncDbConnection, *, failed: bool) -> None:
         if self._commits and failed:
-            await db.rollback()
+            with suppress(Exception):
+                await db.rollback()
         elif self._commits:
             try:
                 await db.commit()
             except BaseException:
-                await db.rollback()
+                with suppress(Exception):
+                    await db.rollback()
                 raise
         if not failed:
             self._on_end(self._commits)

@@ -21,7 +21,12 @@ WORKERS, AUDIT = Script("workers"), Script("audit")
 
 @dataclass(frozen=True, slots=True)
 class QueueCounts:
-    """The counts of a queue. `oldest_age`: seconds since the oldest ready job could have started, None when none is ready."""
+    """
+    The counts of a queue.
+
+    `oldest_age`: seconds since the oldest ready job could have started, None when none is ready. `outbox`: jobs that its
+    jobs spawned and that are not delivered to their queues yet.
+    """
 
     ready: int
     scheduled: int
@@ -32,6 +37,7 @@ class QueueCounts:
     paused: bool
     workers: int
     max_length: int | None = None
+    outbox: int = 0
 
     def __len__(self) -> int:
         return self.ready + self.scheduled + self.waiting
@@ -45,6 +51,7 @@ def total(parts: Sequence[QueueCounts]) -> QueueCounts:
         sum(part.ready for part in parts), sum(part.scheduled for part in parts), sum(part.waiting for part in parts),
         sum(part.leased for part in parts), sum(part.dead for part in parts), max(ages, default=None),
         any(part.paused for part in parts), max(part.workers for part in parts), sum(limits) if limits else None,
+        sum(part.outbox for part in parts),
     )  # fmt: skip
 
 
@@ -90,21 +97,21 @@ class WorkerRow:
 
 def counts(keys: QueueKeys) -> Call[QueueCounts]:
     """Return the call that counts the jobs of a queue by state."""
-    names = [keys.jobs, keys.due, keys.dead, keys.workers, keys.conf, *keys.ready]
+    names = [keys.jobs, keys.due, keys.dead, keys.workers, keys.conf, *keys.ready, keys.outbox]
     if keys.foreign is not None:
         names += [keys.foreign, keys.intake]
     return Call(COUNTS, names, (), _read_counts)
 
 
 def _read_counts(reply: list[Any]) -> QueueCounts:
-    ready, scheduled, leased, dead, workers, paused, now, oldest, marks, max_length, foreign = reply
+    ready, scheduled, leased, dead, workers, paused, now, oldest, marks, max_length, foreign, outbox = reply
     age = None
     if oldest:
         envelope = read_envelope(marks + b"\n\n")
         since = max(made_at_ms(oldest.decode()) or 0, envelope.due_ms or 0)
         age = max(0.0, (now - since) / 1000) if since else 0.0
     limit = int(max_length) if max_length else None
-    return QueueCounts(ready + foreign, scheduled, 0, leased, dead, age, paused == 1, workers, limit)
+    return QueueCounts(ready + foreign, scheduled, 0, leased, dead, age, paused == 1, workers, limit, outbox)
 
 
 def list_jobs(keys: QueueKeys, status: str, offset: int, count: int, task: str | None = None) -> Call[JobPage]:

@@ -98,7 +98,7 @@ def count(keys: QueueKeys) -> Call[tuple[int, str]]:
 
 def repartition(keys: QueueKeys, step: str, token: str, number: int | None) -> Call[tuple[int, int]]:
     """Return the call that makes one step of a change (see repartition.lua); it yields its two numbers."""
-    names = (keys.conf, keys.jobs, keys.workers, keys.wake, keys.none)
+    names = (keys.conf, keys.jobs, keys.workers, keys.wake, keys.none, keys.outbox)
     return Call(
         REPARTITION,
         names,

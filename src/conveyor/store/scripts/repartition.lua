@@ -1,13 +1,13 @@
 -- Make one step of changing the number of partitions of a queue. Nothing is pushed or leased where the number is 0.
 -- needs: tokens
 --
--- KEYS  1 conf  2 jobs  3 workers  4 wake  5 none
+-- KEYS  1 conf  2 jobs  3 workers  4 wake  5 none  6 outbox
 -- ARGV  1 step  2 token of this change  then
 --       begin  3 the number to come            on the queue itself: shut it, and own the change; takes an abandoned one over
 --       close  3 the number now, "" any        on a partition: shut it
 --       end    3 the number that holds now     on the queue itself: the change is over, as it was meant or as it was before
 --       open   3 the number that holds now     on a partition that this change has shut
--- returns {1, number before} done · {0, jobs} not empty · {-1, found} another number, or another's change; then nothing changed
+-- returns {1, number before} done · {0, jobs} not empty, its outbox counts · {-1, found} another number, or another's change; then nothing changed
 local conf, jobs, step, token = KEYS[1], KEYS[2], ARGV[1], ARGV[2]
 local found = redis.call('HMGET', conf, 'partitions', 'switch', 'schema')
 local number = found[1] or '1'
@@ -22,7 +22,7 @@ if step == 'end' or step == 'open' then
   return {1, number}
 end
 
-local length = redis.call('HLEN', jobs)
+local length = redis.call('HLEN', jobs) + redis.call('LLEN', KEYS[6])
 local workers = redis.call('ZRANGE', KEYS[3], 0, -1)
 if step == 'close' and found[1] and found[1] ~= '0' and ARGV[3] ~= '' and found[1] ~= ARGV[3] then return {-1, found[1]} end
 if length > 0 then return {0, length} end

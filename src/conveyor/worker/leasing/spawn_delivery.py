@@ -118,12 +118,19 @@ async def _calls(
     """Return the pushes of a part: one, unless it was written for a partition that does not exist (any more, or yet)."""
     partitions = app.partitioned.get(ids.logical(queue))
     if partitions is None:
-        target = app.keys(queue)
+        target = app.keys(queue if queue in app.plain_lists else ids.logical(queue))
         await app.client.aannounce(target)
-        return [spawn_outbox.deliver(source, target, number, entries)]
-    targets = {keys.queue: keys for keys in partitions.keys}
+        if target.queue == queue:
+            return [spawn_outbox.deliver(source, target, number, entries)]
+        targets = {}
+    else:
+        targets = {keys.queue: keys for keys in partitions.keys}
     if queue in targets:
         return [spawn_outbox.deliver(source, targets[queue], number, entries)]
+    if await _has_delivered(source, app, number, queue):
+        return []
+    if partitions is None:
+        return [spawn_outbox.deliver(source, target, number, entries, written_for=queue)]
     by_queue: dict[str, list[Entry]] = {}
     for entry in entries:
         # By its id where it has no key: a repeat must find the same partition.
@@ -134,6 +141,13 @@ async def _calls(
     ]
 
 
+async def _has_delivered(source: QueueKeys, app: AppCore, number: int, queue: str) -> bool:
+    """Tell whether a partition that is not used any more accepted its part of batch *number*, before that was trimmed."""
+    inbox = app.keys(queue).inbox(source.queue)
+    seen = await app.client.aexecute("GET", inbox, key=inbox, retry_for=RETRY_FOR)
+    return isinstance(seen, bytes) and seen.startswith(f"{number}\nok".encode())
+
+
 async def _push(app: AppCore, queue: str, call: Call[list[str]]) -> None:
     partitions = app.partitioned.get(ids.logical(queue))
     try:
@@ -142,6 +156,6 @@ async def _push(app: AppCore, queue: str, call: Call[list[str]]) -> None:
         else:
             stored = await partitions.arun_agreed(lambda: app.client.arun(call, retry_for=RETRY_FOR))
         if isinstance(stored, NewQueueIds):
-            await app.client.aannounce_again(app.keys(queue))
+            await app.client.aannounce_again(app.keys(queue if queue in app.plain_lists else ids.logical(queue)))
     except StalePush:
         raise _StaleDelivery(call.keys[0]) from None
