@@ -17,6 +17,7 @@ from conveyor.errors import ConfigurationError, JobFailed, PayloadError
 from conveyor.jobs.app import Conveyor
 from conveyor.jobs.core import core_of
 from support.custom_formats import Opaque, OpaqueFormat, Packed, Point, declare
+from support.queue_snapshot import kept_result
 from support.running_worker import drain
 from support.shell import Shell
 
@@ -72,7 +73,7 @@ async def test_jobs_and_results_travel_in_msgpack(made, redis, tmp_path, way):
     assert [await job.aresult("1s") for job in jobs[1:4]] == [[n, b"\x00", [], {}] for n in range(3)]
     assert await app.job("mine").aresult("1s") == [b"x", b"\x00", [], {}]
     assert await moved.aresult("1s") == Point(2, 3)
-    record = redis.get(app.client.keys("default").result(moved.id.split(":")[1]))
+    record = kept_result(redis, app.client.keys("default"), moved.id.split(":")[1])
     assert b'"packed":"' in record
     assert not list(redis.scan_iter("*dead*"))
 

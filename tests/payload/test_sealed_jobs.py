@@ -15,6 +15,7 @@ from conveyor.jobs.app import Conveyor
 from conveyor.jobs.context import current
 from conveyor.jobs.core import core_of
 from conveyor.messaging.retry import Retry
+from support.queue_snapshot import kept_result
 from support.running_worker import drain
 
 FIRST, SECOND, THIRD = "first-" * 6, "second-" * 6, "third-" * 6
@@ -93,7 +94,7 @@ async def test_sealed_jobs_run_and_answer(made, redis, encrypt):
         await failed.aresult("1s")
     assert "Traceback" in caught.value.traceback
     [state] = redis.hvals(STATE)
-    record = redis.get(app.client.keys("default").result(jobs[0].id.split(":")[1]))
+    record = kept_result(redis, app.client.keys("default"), jobs[0].id.split(":")[1])
     assert b"no luck" not in state
     assert b"ValueError" in state
     assert b'"packed":"' in record
@@ -199,7 +200,7 @@ async def test_forged_result_is_refused(made, redis):
     job = await app.tasks["shop.add"].aenqueue(1, 2)
     await drain(app)
     keys, bare = app.client.keys("default"), job.id.split(":")[1]
-    genuine = redis.get(keys.result(bare))
+    genuine = kept_result(redis, keys, bare)
     for forged, code in (
         (b'{"status":"done","value":99}', "E41"),
         (genuine.replace(b'"packed":"AQE', b'"packed":"AQI'), "E15"),
@@ -236,7 +237,7 @@ async def test_compressed_results_and_errors_need_no_settings(made, redis):
 
     jobs = [await talk.aenqueue("ab", times) for times in (3000, 0)]
     await drain(app)
-    assert len(redis.get(app.client.keys("default").result(jobs[0].id.split(":")[1]))) < 200
+    assert len(kept_result(redis, app.client.keys("default"), jobs[0].id.split(":")[1])) < 200
     assert await other.job(jobs[0].id).aresult("1s") == "ab" * 3000
     with pytest.raises(JobFailed, match="ValueError: abab"):
         await other.job(jobs[1].id).aresult("1s")

@@ -68,3 +68,12 @@ def _lease(found: dict[bytes, bytes]) -> tuple[int, dict[str, int], list[str]] |
 
 def _texts(items: list[bytes]) -> list[str]:
     return [item.decode() for item in items]
+
+
+def kept_result(redis: Any, keys: QueueKeys, id: str) -> bytes:  # noqa: A002
+    """Return the record of a job's outcome as it is stored: under a key of its own, or in the window of its id."""
+    record: bytes | None = redis.get(keys.result(id))
+    if record is not None:
+        return record
+    field: bytes = redis.hget(keys.result_window(id), id)
+    return field.partition(b"\n")[2]
