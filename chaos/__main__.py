@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import random
 import signal
 import sys
@@ -22,6 +23,7 @@ def main() -> int:
     parser.add_argument(
         "--roles", action="store_true", help="programs log in with the rights that `conveyor acl` prints"
     )
+    parser.add_argument("--server", help="valkey, redis6, redis7, redis8, or the path of a binary (default: valkey)")
     parser.add_argument("--report", type=Path, help="write the counts as JSON")
     parser.add_argument(
         "--scenario", choices=sorted(single_fault_runs.SCENARIOS), help="one fault, many times, instead of all"
@@ -36,6 +38,8 @@ def main() -> int:
         print("\n".join(map(str, faults)), flush=True)
     if options.schedule:
         return 0
+    if options.server:
+        os.environ["CHAOS_SERVER"] = options.server
     if options.scenario:
         result, environment, facts = single_fault_runs.run(options.scenario, options.count, options.seed)
     else:

@@ -43,26 +43,29 @@ class Environment:
         fsync: str = "always",
         retry_for: float = 1.0,
         roles: bool = False,
+        server: str | None = None,
     ) -> None:
         """
         Start Redis and, before a single server, the proxy; programs are started through `process_group`.
 
         *patience* multiplies the seconds that draining and ending may take.
         With *roles* programs have the rights that `conveyor acl` prints for them and no more.
+        *server* is a name or the path of a binary, None: that of `CHAOS_SERVER`, else Valkey.
         Under `everysec` a server that is killed on a slow disk forgets what it had answered, whoever uses it.
         """
         self.seed, self.lease, self.retry_for = seed, lease, retry_for
         self.directory = Path(tempfile.mkdtemp(prefix="cx", dir="/tmp"))
         self.topology = topology
+        self.server_kind = server = server or os.environ.get("CHAOS_SERVER") or "valkey"
         self.server: Any
         if topology == "standalone":
             users = role_rules(topology) if roles else []
-            self.server = RecordingServer(self.directory / "r", clock=clock, fsync=fsync, users=users)
+            self.server = RecordingServer(self.directory / "r", clock=clock, fsync=fsync, name=server, users=users)
         else:
             from chaos import server_topologies
 
             self.server = {"cluster": server_topologies.Cluster, "sentinel": server_topologies.Sentinel}[topology](
-                self.directory / "r"
+                self.directory / "r", name=server
             )
             for user in role_rules(topology) if roles else []:
                 self.server.add_user(user)

@@ -57,10 +57,10 @@ class ServerTopology:
 class Cluster(ServerTopology):
     """Three masters with a replica each."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, *, name: str = "valkey") -> None:
         """Start six nodes."""
         self.directory = directory
-        self.nodes = ClusterOfNodes(directory, replicas=1)
+        self.nodes = ClusterOfNodes(directory, replicas=1, name=name)
         self.url = str(self.nodes.url)
 
     def every_node(self) -> list[Any]:
@@ -100,10 +100,10 @@ class Cluster(ServerTopology):
 class Sentinel(ServerTopology):
     """A master, a replica, three sentinels."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, *, name: str = "valkey") -> None:
         """Start five processes."""
         self.directory = directory
-        self.watched = SentinelGroup(directory)
+        self.watched = SentinelGroup(directory, name=name)
         for node in self.watched.servers:  # as Sentinel's manual advises: who is alone takes no writes
             node.ask("CONFIG", "SET", "min-replicas-to-write", 1, "min-replicas-max-lag", 1)
         self.url = str(self.watched.url)

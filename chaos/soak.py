@@ -54,7 +54,7 @@ def soak(
         for kind in injector.idle():
             result.fail("faults that never struck", f"{kind}: {injector.reasons.get(kind, 'unknown')}")
         facts: dict[str, Any] = {
-            "topology": topology, "seed": seed, "seconds": seconds, "lease": lease,
+            "topology": topology, "server": environment.server_kind, "seed": seed, "seconds": seconds, "lease": lease,
             "drained in": f"{drained:.1f} s" if drained is not None else f"not within {time.monotonic() - began:.0f} s",
             "programs restarted": environment.process_group.restarts,
             "commands through proxy": sum(environment.proxy.commands.values()),

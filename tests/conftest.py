@@ -37,7 +37,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--full", action="store_true", help="as many rounds as docs/reliability.md states, not the fewer of CI"
     )
     parser.addoption(
-        "--on", choices=server_kinds.PLACES, help="run the tests that use the shared server there, and no others"
+        "--on",
+        type=server_kinds.checked_place,
+        help=f"run the tests that use the shared server there, and no others: {', '.join(server_kinds.PLACES)}, or a path",
     )
 
 
@@ -58,7 +60,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         alone = item.get_closest_marker("standalone_only")
         if reason := server_kinds.missing(place):
             item.add_marker(pytest.mark.skip(reason=reason))
-        elif alone is not None and place not in alone.kwargs.get("on", server_kinds.ALONE):
+        elif alone is not None and server_kinds.kind(place) not in alone.kwargs.get("on", server_kinds.ALONE):
             item.add_marker(pytest.mark.skip(reason=f"not on {place}: {alone.args[0]}"))
 
 
@@ -121,7 +123,7 @@ def server(request: pytest.FixtureRequest, servers: dict[str, Server], directory
     """A real server shared by all tests; Valkey where the test is not marked for others too."""
     name = request.config.getoption("--on") or getattr(request, "param", "valkey")
     if name not in servers:
-        servers[name] = server_kinds.start(name, directory / name)
+        servers[name] = server_kinds.start(name, directory / Path(name).name)
     return servers[name]
 
 

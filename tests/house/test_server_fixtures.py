@@ -7,14 +7,16 @@ import signal
 import subprocess
 import sys
 import time
+from argparse import ArgumentTypeError
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import redis as redis_py
 
+from support import server_kinds
 from support.leaked_keys import leaked
-from support.server_process import Server
+from support.server_process import Server, find_binary
 
 
 @pytest.mark.redis6
@@ -30,6 +32,19 @@ def test_marked_test_runs_on_the_server_it_names(request: pytest.FixtureRequest,
 
     assert version[: len(expected)] == expected
     assert ("valkey_version" in info) == (request.node.callspec.params["server"] == "valkey")
+
+
+@pytest.mark.standalone_only("looks for binaries", on=("valkey",))
+def test_a_place_is_a_name_or_a_binary() -> None:
+    """`--on` and `PLACES` take the path of any server; what it is is asked of it, so that tests know what it can show."""
+    for name in ("valkey", *server_kinds.OTHERS):
+        binary = find_binary(name)
+        assert server_kinds.kind(name) == name
+        assert binary is None or server_kinds.kind(str(binary)) == name
+    assert server_kinds.checked_place("/opt/redis/redis-server") == "/opt/redis/redis-server"
+    assert server_kinds.missing("/nowhere/redis-server") == "/nowhere/redis-server: this server is not installed"
+    with pytest.raises(ArgumentTypeError, match="'redis5' is none of valkey, redis6"):
+        server_kinds.checked_place("redis5")
 
 
 def test_server_keeps_nothing_on_disk(redis: redis_py.Redis) -> None:

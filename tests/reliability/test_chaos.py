@@ -13,8 +13,11 @@ import pytest
 
 from chaos import report, single_fault_runs
 from chaos.fault_injector import DECKS, Fault, schedule
-from chaos.recording_server import FAKETIME
+from chaos.recording_server import FAKETIME, RecordingServer
+from chaos.redis_history import read_history
 from chaos.soak import soak
+from support.server_kinds import OTHERS
+from support.server_process import find_binary
 
 SECONDS = float(os.environ.get("CONVEYOR_CHAOS_SECONDS", "12"))
 HOME = Path(__file__).parents[2]
@@ -47,6 +50,28 @@ def test_every_kind_of_fault_strikes(topology: str) -> None:
     print(report.table(run_result, environment.faults, facts))
     assert {kind: environment.faults[kind] for kind in kinds} == dict.fromkeys(kinds, 1)
     assert run_result.failed == []
+
+
+@pytest.mark.parametrize("name", ["valkey", *OTHERS, "path"])
+def test_any_server_can_be_broken(directory: Path, name: str) -> None:
+    """A run takes each server that the tests know, and the path of any other: it is restarted, and its history is read."""
+    binary = find_binary("valkey" if name == "path" else name)
+    if binary is None:
+        pytest.skip(f"{name}: this server is not installed")
+    place = directory / f"recorded-{name}"
+    server = RecordingServer(place, clock=True, name=str(binary) if name == "path" else name)
+    try:
+        assert server.command("DEBUG", "SLEEP", "0") == b"OK"
+        assert server.command("HSET", "chaos:{default}:jobs", "0" * 22, "\n") == 1
+        server.restart()
+        assert server.command("HLEN", "chaos:{default}:jobs") == 1
+        if server.has_clock:
+            now = server.command("TIME")[0]
+            server.set_clock(3600)
+            assert server.command("TIME")[0] >= now + 3600
+    finally:
+        server.stop()
+    assert [job.created for job in read_history(place).jobs.values()] == [1]
 
 
 @pytest.mark.parametrize("topology", DECKS)

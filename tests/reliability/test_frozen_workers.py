@@ -80,7 +80,9 @@ def thaw(frozen: dict[int, float], *, most: int) -> None:
 
 
 @pytest.mark.row("A3", "I6", "I7")
-@pytest.mark.standalone_only("watches the commands of one server", on=("redis6", "redis7", "tls", "acl", "sentinel"))
+@pytest.mark.standalone_only(
+    "watches the commands of one server", on=("redis6", "redis7", "redis8", "tls", "acl", "sentinel")
+)
 def test_frozen_workers_change_nothing_afterwards(url: str, redis: Any, tmp_path: Path, rounds: Rounds) -> None:
     """Workers frozen beyond their leases: each job has one result, that of its last attempt, written once."""
     stops = rounds(200, 5)
@@ -171,7 +173,9 @@ def test_a_blocked_worker_keeps_its_jobs_under_a_supervisor(url: str, tmp_path: 
 
 
 @pytest.mark.row("A5", "A6")
-@pytest.mark.standalone_only("watches the commands of one server", on=("redis6", "redis7", "tls", "acl", "sentinel"))
+@pytest.mark.standalone_only(
+    "watches the commands of one server", on=("redis6", "redis7", "redis8", "tls", "acl", "sentinel")
+)
 def test_a_blocked_worker_inside_a_program(url: str, redis: Any, tmp_path: Path, rounds: Rounds) -> None:
     """A blocked loop keeps its job there too; under a held GIL no thread renews: the job runs twice, and the first end is refused."""
     with worker_processes(url, tmp_path, lease=f"{LEASE}s") as one, told(redis) as written:

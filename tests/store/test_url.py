@@ -71,7 +71,9 @@ def refusals(url: str, *, retry_for: float = 0.3) -> list[ConveyorError]:
     return [blocking.value, awaited.value]
 
 
-@pytest.mark.standalone_only("misspells an option of one server's URL", on=("valkey", "redis6", "redis7", "acl"))
+@pytest.mark.standalone_only(
+    "misspells an option of one server's URL", on=("valkey", "redis6", "redis7", "redis8", "acl")
+)
 def test_option_nobody_knows_is_refused(url: str) -> None:
     """An option of a plain URL that redis-py does not know is an error of the URL, without its value."""
     for error in refusals(f"{url}&pasword=secret"):

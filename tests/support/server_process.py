@@ -91,16 +91,27 @@ class Server:
 
 
 def find_binary(name: str) -> Path | None:
-    """Return the binary of `valkey`, `redis6` (6.2) or `redis7` (7.x), or None where it is not installed."""
+    """
+    Return the binary of `valkey`, `redis6` (6.2), `redis7` (7.x) or `redis8` (8.x), or the one at a path.
+
+    None where it is not installed.
+    """
+    if "/" in name:
+        return Path(name) if os.access(name, os.X_OK) else None
     if name == "valkey":
         return get_binary_path()
     if given := os.environ.get(f"CONVEYOR_TEST_{name.upper()}"):
         return Path(given)
-    wanted = {"redis6": "v=6.2.", "redis7": "v=7."}[name]
     places = [Path(sysconfig.get_path("data")) / "servers" / name, shutil.which("redis-server")]
     for place in places:
-        if place is not None and Path(place).exists():
-            answer = subprocess.run([place, "--version"], capture_output=True, text=True, timeout=10, check=False)
-            if wanted in answer.stdout:
-                return Path(place)
+        if place is not None and Path(place).exists() and kind_of(Path(place)) == name:
+            return Path(place)
     return None
+
+
+def kind_of(binary: Path) -> str:
+    """Return the name of what a binary is: `valkey`, `redis6`, `redis7`, …"""
+    answer = subprocess.run([binary, "--version"], capture_output=True, text=True, timeout=10, check=False)
+    if "valkey" in answer.stdout.lower():
+        return "valkey"
+    return "redis" + answer.stdout.partition("v=")[2].partition(".")[0]
