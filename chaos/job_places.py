@@ -91,6 +91,9 @@ class JobPlaces:
             count = len(line) if name in GONE else int(rest[0]) if rest else 1
             moved = [take() for _ in range(min(count, len(line)))]
             places.entries.subtract(moved)
+        elif name == b"LTRIM":  # of scripts, which keep a list from some entry on
+            moved = [line.popleft() for _ in range(min(int(rest[0]), len(line)))]
+            places.entries.subtract(moved)
         return moved
 
     @staticmethod

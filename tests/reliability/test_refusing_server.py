@@ -258,3 +258,28 @@ async def test_rights_that_are_taken_away_and_given_back(start_server: Start, ro
                 await until(lambda n=n: ran == list(range(n + 1)))
                 print(f"worked again after {monotonic() - began:.2f} s")
     await app.aclose()
+
+
+@pytest.mark.row("C102")
+async def test_a_worker_without_a_right_refuses_to_start(start_server: Start) -> None:
+    """A worker, a consumer and a pull with a user who has no channels (as Redis 7 makes users) are refused, and lease nothing."""
+    server = start_server()
+    url = _user(server, ">old", "~*", "+@all", "resetchannels")
+    app = Conveyor(url)
+    task = app.task(name="note")(print)
+    await task.aenqueue(1)
+    await app.queue("letters").apush("hello")
+    refusals = []
+    for start in (_start_worker(app), app.queue("letters").apull(), anext(aiter(app.queue("letters").aconsume()))):
+        with pytest.raises(ConfigurationError) as refused:
+            await start
+        refusals.append(refused.value)
+    assert {error.code for error in refusals} == {"E17"}
+    assert all("ACL SETUSER name +publish &conveyor:replies:*" in str(error) for error in refusals)
+    assert [await app.queue("letters").alen(), await app.queue(task.queue).alen()] == [1, 1]
+    await app.aclose()
+
+
+async def _start_worker(app: Conveyor) -> None:
+    async with app.worker():
+        raise AssertionError("it started")

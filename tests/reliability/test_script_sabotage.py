@@ -28,7 +28,7 @@ SABOTAGES = {
     "turn wakes no other worker": ("TURN", "if more == 1 or next_due >= 0 then wake(KEYS[6]) end", ""),
     "turn wakes no other worker for due jobs": ("TURN", "if more == 1 or next_due >= 0 then", "if more == 1 then"),
     "turn miscounts stubs": ("TURN", "redis.call('HINCRBY', queue.conf, 'stubs', -1)", ""),
-    "turn leases while paused": ("TURN", "if want > 0 and not paused then", "if want > 0 then"),
+    "turn leases while paused": ("TURN", "local leases = want > 0 and not paused", "local leases = want > 0"),
     "turn returns jobs to the tail": ("TURN", "redis.call('LPUSH', KEYS[queue", "redis.call('RPUSH', KEYS[queue"),
     "push ignores its sequence": ("PUSH", "if seen == number then return last end", ""),
     "push_plain ignores its sequence": ("PUSH_PLAIN", "if seen == number then", "if false then"),

@@ -104,3 +104,39 @@ class OpenSlot:
     def close(self) -> None:
         """Close the connection to the target."""
         self._asking.close()
+
+
+class LimitedUser:
+    """A user of a server who may do everything but single commands; `url` logs in as that user."""
+
+    def __init__(self, client: redis_py.Redis, url: str) -> None:
+        self._client = client
+        self.url = url.replace("unix://", "unix://limited:secret@")
+        self.allow_all()
+
+    def allow_all(self) -> None:
+        """Allow every key, channel and command."""
+        self._client.execute_command("ACL", "SETUSER", "limited", "reset", "on", ">secret", "~*", "&*", "+@all")
+
+    def deny(self, *rules: str) -> None:
+        """Take rights away, by rules such as ``-lpop`` or ``resetchannels``."""
+        self.allow_all()
+        self._client.execute_command("ACL", "SETUSER", "limited", *rules)
+
+    def close(self) -> None:
+        """Remove the user."""
+        self._client.execute_command("ACL", "DELUSER", "limited")
+
+
+def commands_sent(client: redis_py.Redis, run: Callable[[], object]) -> set[str]:
+    """Return the commands that scripts send while *run* is carried out."""
+    found = set[str]()
+    with client.monitor() as monitor:
+        run()
+        client.echo("the end")
+        for told in monitor.listen():
+            if told["client_type"] == "lua":
+                found.add(told["command"].split()[0].upper())
+            elif told["command"].startswith("ECHO"):
+                return found
+    raise AssertionError("MONITOR ended")

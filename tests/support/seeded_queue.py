@@ -119,6 +119,15 @@ class SeededQueue:
         """Return the readable content of the whole server."""
         return readable(self.redis, self.keys.prefix)
 
+    def jobs_and_places(self) -> dict[str, Any]:
+        """Return the readable content without what merely counts and wakes: counters, recent jobs, tokens, looks, and times to live."""
+        whole = {name.partition(" ~")[0]: value for name, value in self.dump().items()}
+        return {
+            key: value
+            for key, value in whole.items()
+            if key.partition(":")[0] not in {"stats", "recent", "wake", "upkeep"}
+        }
+
     def since(self, before: dict[str, Any]) -> dict[str, Any]:
         """Return every key that differs from an earlier `dump`, with its new content; None: gone."""
         return difference(before, self.dump())

@@ -85,6 +85,10 @@ class QueueKeys:
         """Return the key of the number and reply of the last delivery from the outbox of queue *source*."""
         return f"{self.prefix}inbox:{source}"
 
+    def reply_channel(self, process: str) -> str:
+        """Return the channel on which a process of the same namespace is notified of the results it awaits."""
+        return reply_channel(self.prefix.partition(":{")[0], process)
+
     def result(self, id: str) -> str:  # noqa: A002
         """Return the key of the outcome of a job that has a key of its own."""
         return f"{self.prefix}result:{id}"

@@ -414,11 +414,15 @@ def _read_turn(number: int, reply: list[Any]) -> TurnReply:
 
 
 def register(keys: QueueKeys, worker: str, lease_ms: int, about: bytes) -> Call[Registration]:
-    """Return the call that registers *worker*."""
+    """
+    Return the call that registers *worker*.
+
+    It tries all that the steps of a worker need, and raises ConfigurationError (E17) for what this user may not do.
+    """
     # 65 bytes and more make the hash a hashtable: as a listpack of 500 a lease costs 12 times as much (design).
     return Call(
-        REGISTER, (keys.leased(worker), keys.workers, keys.conf),
-        (worker, str(lease_ms), about.ljust(65), str(keys.partitions)), partial(_registered, keys),
+        REGISTER, (keys.leased(worker), keys.workers, keys.conf, keys.none),
+        (worker, str(lease_ms), about.ljust(65), str(keys.partitions), keys.reply_channel(worker)), partial(_registered, keys),
     )  # fmt: skip
 
 
@@ -430,6 +434,8 @@ class Registration(NamedTuple):
 
 
 def _registered(keys: QueueKeys, reply: list[Any]) -> Registration:
+    if reply[0] == -3:
+        raise _missing_right(keys, reply[1].decode())
     if reply[0] == -2:
         raise PartitionCountMismatch(keys, reply[1].decode())
     if reply[0] == -1:
@@ -437,6 +443,18 @@ def _registered(keys: QueueKeys, reply: list[Any]) -> Registration:
             f"The queue was written by another version (layout {reply[1].decode()}; this one knows 1 and 2). Upgrade this worker."
         )
     return Registration(int(reply[0]), reply[1] == 1)
+
+
+def _missing_right(keys: QueueKeys, command: str) -> ConfigurationError:
+    rule, what = f"+{command.lower()}", f"send {command}"
+    if command == "PUBLISH":
+        channels = keys.reply_channel("*")
+        rule, what = f"{rule} &{channels}", f"publish to the channels {channels}"
+    return ConfigurationError(
+        f"A worker of queue '{keys.queue}' must be able to {what}, and Redis refuses it to this user. Nothing was leased. Allow "
+        f"it with: ACL SETUSER name {rule}   All that is needed: conveyor acl worker",
+        code="E17",
+    )
 
 
 def heartbeat(keys: QueueKeys, worker: str, lease_ms: int) -> Call[bool]:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from importlib.resources import files
 from pathlib import Path
 
 import pytest
 import redis as redis_py
 
-from conveyor.errors import ConveyorError, QueueFull
+from conveyor.errors import ConfigurationError, ConveyorError, QueueFull
 from support.script_calls import CALLS, KEYS, PUSHES, READS, furnish, name_of
-from support.script_faults import OpenSlot, Snapshot, plant
+from support.script_faults import LimitedUser, OpenSlot, Snapshot, commands_sent, plant
 from support.seeded_queue import SeededQueue, full
 from support.server_dump import difference, exact
 from support.server_groups import ClusterOfNodes
@@ -128,6 +129,41 @@ def test_backlog_drains_on_a_full_server(seeded: SeededQueue) -> None:
     assert number == 4
     assert seeded.redis.hlen(seeded.keys.jobs) == 0
     assert seeded.audit() == []
+
+
+@pytest.mark.row("C101", "I4")
+@pytest.mark.redis6
+@pytest.mark.redis7
+@pytest.mark.standalone_only("makes a user, and reads with MONITOR what scripts send")
+@pytest.mark.parametrize("name", CALLS)
+def test_refused_command_refuses_whole_or_not_at_all(seeded: SeededQueue, url: str, name: str) -> None:
+    """Whichever of its commands, or a channel, a user may not use: a script is refused whole, or done, and a repeat is whole."""
+    make, _ = CALLS[name]
+    furnish(seeded)
+    call, dump = make(KEYS), seeded.jobs_and_places
+    snapshot = Snapshot(seeded.redis)
+    commands = commands_sent(seeded.redis, lambda: seeded.run(call))
+    done = dump()
+    renewed = {KEYS.workers} if name == "turn" else set()  # the lease of whoever asks may be renewed all the same
+    user = LimitedUser(seeded.redis, url)
+    limited = SeededQueue(seeded.redis, user.url)
+    for rule in (*(f"-{command}" for command in sorted(commands)), "resetchannels"):
+        snapshot.restore()
+        before = exact(seeded.redis)
+        user.deny(rule)
+        refused = True
+        with suppress(ConfigurationError):
+            limited.run(call)
+            refused = False
+        if refused:
+            assert difference(before, exact(seeded.redis)).keys() <= renewed, f"with {rule} it stopped half-way"
+            user.allow_all()
+            limited.run(call)
+        assert difference(done, dump()) == {}, f"with {rule} it did something else"
+        assert seeded.audit() == [], f"with {rule}"
+    assert commands
+    limited.client.close()
+    user.close()
 
 
 @pytest.fixture(scope="module", params=["valkey", "redis7", "redis6"])

@@ -6,8 +6,11 @@ from typing import Any
 
 import pytest
 
+from conveyor.admin.acl import commands_of
 from conveyor.errors import ConfigurationError
+from conveyor.jobs import spawn_outbox
 from conveyor.store import operations
+from support.script_faults import LimitedUser
 from support.seeded_queue import LEASE, PLAIN, WORKER, SeededQueue, entry
 
 
@@ -262,3 +265,33 @@ def test_reap_of_many_turns(seeded: SeededQueue, number: int) -> None:
     left = [id_ for n, id_ in enumerate(ids) if n % 2 or n == len(ids) - 2]
     assert seeded.run(operations.reap(seeded.keys, "w", crashed=False)) == len(left)
     assert seeded.dump()["ready:0"] == left
+
+
+@pytest.mark.row("C102")
+@pytest.mark.redis6
+@pytest.mark.redis7
+@pytest.mark.standalone_only("makes a user")
+def test_register_names_the_right_that_is_missing(seeded: SeededQueue, url: str) -> None:
+    """Whoever registers without a right that a worker's steps need is refused with its name, and nothing is left on the server."""
+    steps = (
+        operations.TURN, operations.IDLE_TURN, operations.HEARTBEAT, operations.REAP, operations.EXTEND, operations.HELD_IDS,
+        operations.WAKE, spawn_outbox.TAKE, spawn_outbox.TRIM,
+    )  # fmt: skip
+    needed = {command.upper() for script in steps for command in commands_of(script)}
+    assert needed <= {command.upper() for command in commands_of(operations.REGISTER)}
+    user = LimitedUser(seeded.redis, url)
+    limited = SeededQueue(seeded.redis, user.url)
+    for command in sorted(needed - {"TIME", "HDEL"}):  # those two come first, and are refused like any other
+        user.deny(f"-{command}")
+        with seeded.unchanged(), pytest.raises(ConfigurationError) as refused:
+            limited.register("w")
+        assert refused.value.code == "E17"
+        if command not in {"ZCARD", "HMGET"}:
+            assert f"ACL SETUSER name +{command.lower()}" in str(refused.value)
+    user.deny("resetchannels")
+    with seeded.unchanged(), pytest.raises(ConfigurationError, match=r"ACL SETUSER name \+publish &c:replies:\*"):
+        limited.register("w")
+    user.deny("resetchannels", "&c:replies:*")
+    limited.register("w")
+    limited.client.close()
+    user.close()

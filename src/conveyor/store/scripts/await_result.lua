@@ -1,5 +1,5 @@
 -- Read how a job ended, or register a process that waits for it.
--- needs: numbers keys listed results
+-- needs: numbers listed kept_result
 --
 -- KEYS  1 jobs  2 state  3 dead  4 waiters  5 result:<id>  6 results:<window>
 -- ARGV  1 id  2 channel of the waiting process, "" to ask only  3 "1" for a spawned job, which may not have arrived yet

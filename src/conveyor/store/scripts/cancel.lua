@@ -1,5 +1,5 @@
 -- Cancel or delete a job, wherever it is. For a leased job its worker is asked.
--- needs: numbers keys listed envelope outcome
+-- needs: numbers keys listed envelope outcome rights
 --
 -- KEYS  1 jobs  2 state  3 due  4 dead  5 workers  6 conf  7 waiters  8 result:<id>  9 none
 -- ARGV  1 id  2 "cancel" leaves a record, "delete" leaves nothing and takes dead letters too
@@ -22,6 +22,7 @@ local workers = redis.call('ZRANGE', KEYS[5], 0, -1)
 local keep, record = 0, '{"status":"cancelled"}'
 if cancels then keep, record = 600000, cancelled_record(clock()) end
 
+prove(queue.prefix .. 'none', 'HDEL', 'ZREM', 'HEXISTS', 'HSET', 'HINCRBY', 'SET', 'GET', 'DEL', 'PEXPIRE')
 if redis.call('ZREM', KEYS[3], id) == 1 or (buried and redis.call('ZREM', KEYS[4], id) == 1) then
   redis.call('HDEL', jobs, id)
   finish(queue, id, keep, record, found.unique, found.own)
@@ -38,8 +39,8 @@ for _, worker in ipairs(workers) do
       redis.call('HDEL', leased, '\t')
       redis.call('HSET', leased, '\tcancel', asked and asked .. '\n' .. id or id)
       local token = queue.prefix .. 'wake:' .. worker
-      if redis.call('EXISTS', token) == 0 then redis.call('RPUSH', token, '1') end
-      redis.call('PEXPIRE', token, 60000)
+      if redis.pcall('EXISTS', token) ~= 1 then redis.pcall('RPUSH', token, '1') end
+      redis.pcall('PEXPIRE', token, 60000)
     end
     return 2
   end

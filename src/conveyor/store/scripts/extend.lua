@@ -7,10 +7,13 @@
 if redis.call('HEXISTS', KEYS[2], ARGV[1]) == 1 then return 1 end
 if redis.call('HEXISTS', KEYS[1], ARGV[1]) == 0 then return 0 end
 check('ZCARD', KEYS[3])
-local asked = redis.call('HGET', KEYS[1], '\tcancel')
-redis.call('HDEL', KEYS[1], ARGV[1])
+local asked, now = redis.call('HGET', KEYS[1], '\tcancel'), clock()
+-- A removal first, so that a full Redis takes the rest; and each command before a write that counts (see lib/rights.lua).
+redis.call('HDEL', KEYS[1], '\t')
+redis.call('ZADD', KEYS[3], 'XX', 0, '\t')
 redis.call('HSET', KEYS[2], '\tturn', 0, '\tabout', ARGV[4], '\tlease', ARGV[3], ARGV[1], 1)
+redis.call('HDEL', KEYS[1], ARGV[1])
 -- A cancellation asked of the old identity goes with the message.
 if asked and listed(asked, '\n', ARGV[1]) then redis.call('HSET', KEYS[2], '\tcancel', ARGV[1]) end
-redis.call('ZADD', KEYS[3], clock() + tonumber(ARGV[3]), ARGV[2])
+redis.call('ZADD', KEYS[3], now + tonumber(ARGV[3]), ARGV[2])
 return 1

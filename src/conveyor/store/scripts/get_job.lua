@@ -1,5 +1,5 @@
 -- Read all that is known of one job.
--- needs: numbers keys results
+-- needs: numbers kept_result
 --
 -- KEYS  1 jobs  2 state  3 due  4 dead  5 workers  6 result:<id>  7 results:<window>
 -- ARGV  1 id

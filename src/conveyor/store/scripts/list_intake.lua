@@ -1,5 +1,5 @@
 -- Move raw entries of a plain list into the queue, where they are kept before a worker takes them.
--- needs: numbers keys tokens
+-- needs: numbers keys tokens rights
 --
 -- KEYS  1 jobs  2 ready:0  3 the plain list  4 intake  5 wake
 -- ARGV  1 how many at most  2 the stem of the new ids  3 the text before each entry that makes it an envelope
@@ -19,6 +19,7 @@ end
 while want > 0 and taken() do base = base + want end
 
 redis.call('HDEL', KEYS[1], '\t')
+prove(string.sub(KEYS[1], 1, -5) .. 'none', 'LPOP', 'HSET', 'RPUSH')
 for _, source in ipairs({KEYS[4], KEYS[3]}) do
   local entries = want > moved and redis.call('LPOP', source, want - moved)
   if entries and #entries > 0 then

@@ -1,5 +1,5 @@
 -- Make a scheduled job ready now.
--- needs: keys tokens envelope
+-- needs: keys tokens envelope rights
 --
 -- KEYS  1 due  2 jobs  3 wake  4-13 ready:0 … ready:9
 -- ARGV  1 id
@@ -7,6 +7,7 @@
 local envelope = redis.call('HGET', KEYS[2], ARGV[1])
 local ready = KEYS[4 + priority_of(envelope)]
 check('LLEN', ready)
+prove(string.sub(KEYS[2], 1, -5) .. 'none', 'ZREM', 'RPUSH')
 if redis.call('ZREM', KEYS[1], ARGV[1]) == 0 then return 0 end
 if not envelope then return 0 end
 redis.call('RPUSH', ready, ARGV[1])

@@ -1,5 +1,5 @@
 -- Remove jobs that wait, from the front, in one bounded batch. Jobs that arrive after a purge began survive it.
--- needs: numbers keys envelope outcome
+-- needs: numbers keys envelope outcome rights
 --
 -- KEYS  1 jobs  2 state  3 due  4 dead  5 conf  6 waiters  7-16 ready:0 … ready:9  17 none
 -- ARGV  1 "ready", "due" or "dead"  2 how many at most (at most 1,000)
@@ -10,7 +10,9 @@ local prefix = string.sub(jobs, 1, -5)
 local ids = {}
 check('HLEN', KEYS[2], KEYS[5], KEYS[6])
 check('LLEN', unpack(KEYS, 7, 16))
+local record = cancelled_record(clock(), 'purged')
 redis.call('HDEL', jobs, '\t')
+prove(prefix .. 'none', 'LPOP', 'ZREM', 'HMGET', 'HINCRBY', 'GET', 'DEL', 'PEXPIRE', 'HGET')
 if ARGV[1] == 'ready' then
   for priority = 9, 0, -1 do
     local popped = limit > #ids and redis.call('LPOP', KEYS[7 + priority], limit - #ids)
@@ -23,7 +25,6 @@ else
 end
 if #ids == 0 then return {0, 0} end
 local envelopes, removed = redis.call('HMGET', jobs, unpack(ids)), 0
-local record = cancelled_record(clock(), 'purged')
 for i, id in ipairs(ids) do
   local found = envelopes[i] and marks(envelopes[i])
   if found and found.stub then

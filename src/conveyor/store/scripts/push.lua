@@ -1,5 +1,5 @@
 -- Accept messages: all of them, or none.
--- needs: numbers keys tokens sequence
+-- needs: numbers keys tokens sequence rights
 --
 -- KEYS  1 lane:<producer>  2 jobs  3 due  4 wake  5 conf  6 dead  7-16 ready:0 … ready:9  17 none
 -- ARGV  1 number of this push in its sequence, "<last> <first>" of one that stands for several
@@ -32,12 +32,15 @@ check('HLEN', jobs)
 check('LLEN', KEYS[7])
 local prefix = string.sub(jobs, 1, -5)
 local ids, existing, claimed = {}, {}, {}
+local now, appends, prepends, schedules, owns
 local at, runs = 5, #ARGV
 while at <= runs do
   local count = tonumber(ARGV[at + 1])
   if ARGV[at] == 'p' then
     at = at + 2 + 2 * count
+    appends = true
   else
+    now = now or clock()
     for i = at + 2, at + 2 + 10 * (count - 1), 10 do
       local id, holder = ARGV[i], nil
       if not string.find(ARGV[i + 6], '^%d$') then error('not a priority: ' .. ARGV[i + 6]) end
@@ -45,7 +48,12 @@ while at <= runs do
       for field = i + 3, i + 5 do
         if ARGV[field] ~= '' then number_in(ARGV[field]) end
       end
-      if ARGV[i + 3] ~= '' or ARGV[i + 4] ~= '' then check('ZCARD', due) end
+      if ARGV[i + 3] ~= '' or ARGV[i + 4] ~= '' then
+        redis.call('ZRANGE', due, 0, 0)
+        schedules = true
+      end
+      if ARGV[i + 8] == '1' then owns = true end
+      if ARGV[i + 9] == '1' then prepends = true else appends = true end
       if ARGV[i + 8] == '1' then
         holder = claimed['i' .. id] or redis.call('GET', prefix .. 'unique:i:' .. id)
         -- A dead letter or a stub may be older than the day its id is kept for: two entries of one id must never be.
@@ -69,23 +77,29 @@ while at <= runs do
   end
 end
 
--- The first write is refused when Redis is full, and the whole push with it.
-reply = ARGV[1] .. '\nok'
-if #ids > 0 then reply = reply .. '\n' .. table.concat(ids, '\n') end
-if not conf_now[2] then reply = reply .. '\n\t' end
-if string.sub(sequence, #prefix + 1, #prefix + 6) == 'inbox:' then
-  redis.call('SET', sequence, reply) -- of an outbox, which may repeat a push however late
-else
-  redis.call('SET', sequence, reply, 'PX', sequence_ms(sequence))
-end
+-- The first write is refused when Redis is full, and the whole push with it. HSET is proven by its first use, and RPUSH too
+-- when nothing but the records has to be removed again.
+local none = prefix .. 'none'
+prove(none, 'SET', 'HDEL')
+if owns then prove(none, 'DEL') end
+if prepends then prove(none, 'LPUSH') end
+if schedules then prove(none, 'ZADD') end
+if appends and (prepends or schedules) then prove(none, 'RPUSH') end
 if conf_now[2] ~= '2' then redis.call('HSET', conf, 'schema', '2') end
 
 local takeable = false
+local function append(key, ids, first, last)
+  local answer = redis.pcall('RPUSH', key, unpack(ids, first, last))
+  if type(answer) == 'number' then return end
+  in_chunks('HDEL', jobs, ids, 1, #ids)
+  error(answer.err)
+end
+
 local function plain(first, count)
   local entries = {}
   for i = 0, count - 1 do entries[i + 1] = ARGV[first + 2 * i] end
   in_chunks('HSET', jobs, ARGV, first, first + 2 * count - 1)
-  in_chunks('RPUSH', KEYS[7], entries, 1, count)
+  for from = 1, count, 7000 do append(KEYS[7], entries, from, math.min(from + 6999, count)) end
   takeable = true
 end
 
@@ -94,39 +108,44 @@ local function special(i, now)
   local instant = delay ~= '' and now + tonumber(delay) or tonumber(ARGV[i + 4])
   if ARGV[i + 5] ~= '' then line = line .. ' e' .. int(now + tonumber(ARGV[i + 5])) end
   if instant and instant > now then line = line .. ' d' .. int(instant) end
-  if ARGV[i + 8] == '1' then
-    line = line .. ' i'
-    redis.call('SET', prefix .. 'unique:i:' .. id, id)
-    redis.call('DEL', prefix .. 'result:' .. id) -- of an earlier job of this id, where that is kept for more than its day
-  end
-  if ARGV[i + 7] ~= '' then
-    line = line .. ' u' .. ARGV[i + 7]
-    redis.call('SET', prefix .. 'unique:k:' .. ARGV[i + 7], id)
-  end
+  if ARGV[i + 8] == '1' then line = line .. ' i' end
+  if ARGV[i + 7] ~= '' then line = line .. ' u' .. ARGV[i + 7] end
   redis.call('HSET', jobs, id, line .. ARGV[i + 2])
   if instant and instant > now then
     redis.call('ZADD', due, instant, id)
     if redis.call('ZRANGE', due, 0, 0)[1] == id then takeable = true end
   else
-    redis.call(ARGV[i + 9] == '1' and 'LPUSH' or 'RPUSH', KEYS[7 + tonumber(priority)], id)
+    local ready = KEYS[7 + tonumber(priority)]
+    if ARGV[i + 9] == '1' then redis.call('LPUSH', ready, id) else append(ready, {id}, 1, 1) end
     takeable = true
   end
+  if ARGV[i + 8] == '1' then
+    redis.call('SET', prefix .. 'unique:i:' .. id, id)
+    redis.call('DEL', prefix .. 'result:' .. id) -- of an earlier job of this id, where that is kept for more than its day
+  end
+  if ARGV[i + 7] ~= '' then redis.call('SET', prefix .. 'unique:k:' .. ARGV[i + 7], id) end
 end
 
 at = 5
-local now = nil
 while at <= runs do
   local count = tonumber(ARGV[at + 1])
   if ARGV[at] == 'p' then
     plain(at + 2, count)
     at = at + 2 + 2 * count
   else
-    now = now or clock()
     for i = at + 2, at + 2 + 10 * (count - 1), 10 do
       if not existing[i] then special(i, now) end
     end
     at = at + 2 + 10 * count
   end
+end
+reply = ARGV[1] .. '\nok'
+if #ids > 0 then reply = reply .. '\n' .. table.concat(ids, '\n') end
+if not conf_now[2] then reply = reply .. '\n\t' end
+if string.sub(sequence, #prefix + 1, #prefix + 6) == 'inbox:' then
+  redis.call('SET', sequence, reply) -- of an outbox, which may repeat a push however late
+else
+  redis.call('SET', sequence, reply, 'PX', sequence_ms(sequence))
 end
 if takeable then wake(KEYS[4]) end
 return reply

@@ -70,8 +70,8 @@ else
   end
 end
 if conf[1] ~= '2' then redis.call('HSET', KEYS[5], 'schema', '2') end
-if redis.call('EXISTS', KEYS[4]) == 0 then
-  redis.call('RPUSH', KEYS[4], '1')
-  redis.call('PEXPIRE', KEYS[4], '3600000')
+if redis.pcall('EXISTS', KEYS[4]) ~= 1 then
+  redis.pcall('RPUSH', KEYS[4], '1')
+  redis.pcall('PEXPIRE', KEYS[4], '3600000')
 end
 return reply

@@ -1,5 +1,5 @@
 -- Remove a worker's registration and return the jobs that it held to the front, so that the oldest is leased first.
--- needs: numbers keys tokens envelope outcome leased
+-- needs: numbers keys tokens envelope outcome leased_order rights
 --
 -- KEYS  1 leased:<worker>  2 workers  3 jobs  4 state  5 wake  6 waiters  7-16 ready:0 … ready:9  17 none
 -- ARGV  1 worker  2 the end it was seen with (ms), or "" when its death is known or it leaves by itself
@@ -27,6 +27,9 @@ for i in ipairs(ids) do
   check('LLEN', lists[i])
 end
 
+local queue = {prefix = string.sub(jobs, 1, -5), state = state, waiters = KEYS[6]}
+local record = cancelled_record(clock())
+prove(queue.prefix .. 'none', 'ZREM', 'DEL', 'HSET', 'HDEL', 'SET', 'GET', 'PEXPIRE', 'HGET', 'LPUSH')
 redis.call('ZREM', workers, ARGV[1])
 redis.call('DEL', leased)
 local function set_of(text)
@@ -48,7 +51,6 @@ local function charge(id, attempts)
 end
 
 local returned = 0
-local queue = {prefix = string.sub(jobs, 1, -5), state = state, waiters = KEYS[6]}
 for i = #ids, 1, -1 do
   local id = ids[i]
   if not envelopes[i] then
@@ -56,7 +58,7 @@ for i = #ids, 1, -1 do
   elseif asked[id] then
     local found = marks(envelopes[i]) or {}
     redis.call('HDEL', jobs, id)
-    finish(queue, id, 600000, cancelled_record(clock()), found.unique, found.own)
+    finish(queue, id, 600000, record, found.unique, found.own)
   else
     charge(id, states[i])
     redis.call('LPUSH', lists[i], id)

@@ -1,5 +1,5 @@
 -- Put dead letters back, oldest first, with all their attempts again. Their state keeps what happened before.
--- needs: numbers keys tokens envelope
+-- needs: numbers keys tokens envelope rights
 --
 -- KEYS  1 dead  2 jobs  3 state  4 wake  5-14 ready:0 … ready:9  15 none
 -- ARGV  1 how many at most (at most 500)  2 behind how many of the oldest      or  1 "0"  2… these ids
@@ -36,6 +36,7 @@ for i, envelope in ipairs(redis.call('HMGET', KEYS[2], unpack(found_ids))) do
 end
 if #ids == 0 then return reply end
 local states = redis.call('HMGET', KEYS[3], unpack(ids))
+prove(prefix .. 'none', 'ZREM', 'HSET', 'SET', 'RPUSH')
 redis.call('ZREM', KEYS[1], unpack(ids))
 local count = 0
 for i, id in ipairs(ids) do

@@ -1,11 +1,25 @@
 -- Register a worker under an identity that was never used before. Repeating it changes nothing.
--- needs: numbers keys
+-- needs: numbers keys rights
 --
--- KEYS  1 leased:<worker>  2 workers  3 conf
+-- KEYS  1 leased:<worker>  2 workers  3 conf  4 none
 -- ARGV  1 worker  2 lease_ms  3 about (JSON, longer than 64 bytes so that the hash is a hashtable)
---       4 partitions of the queue (1: none)
+--       4 partitions of the queue (1: none)  5 a channel that the worker must be able to publish to
 -- returns now_ms and 1 when the queue was new here, else 0; or -1 and the schema found when the layout is another version's,
---         or -2 and the partitions found, "" none yet, when their number is another
+--         or -2 and the partitions found, "" none yet, when their number is another,
+--         or -3 and a command that the worker's steps need and this user may not send
+-- Return the first of the commands that this user may not send, nil when all are allowed.
+local function first_refused(none, commands)
+  for _, command in ipairs(commands) do
+    local allowed, answer = pcall(function() prove(none, command) end)
+    if not allowed then
+      local text = type(answer) == 'table' and answer.err or tostring(answer)
+      -- As 7 and 6.2 word it. Anything else, such as a slot that moves, is no matter of rights.
+      if string.find(text, 'ACL failure', 1, true) or string.find(text, 'user executing the script', 1, true) then return command end
+      error(text)
+    end
+  end
+end
+
 local conf = redis.call('HMGET', KEYS[3], 'schema', 'partitions')
 local schema = conf[1]
 if (schema or '1') ~= '1' and schema ~= '2' then return {-1, schema} end
@@ -13,6 +27,13 @@ if (conf[2] or '1') ~= ARGV[4] then return {-2, conf[2] or ''} end
 local now = clock()
 check('ZCARD', KEYS[2])
 redis.call('HDEL', KEYS[1], '\t')
+-- All that a worker's steps send: one that may do half of it would stop half-way.
+local refused = first_refused(KEYS[4], {
+  'DEL', 'EXISTS', 'EXPIRE', 'GET', 'HEXISTS', 'HGET', 'HGETALL', 'HINCRBY', 'HKEYS', 'HLEN', 'HMGET', 'HSET', 'LLEN', 'LPUSH',
+  'LRANGE', 'LTRIM', 'MGET', 'PEXPIRE', 'PTTL', 'RPUSH', 'SET', 'ZADD', 'ZCARD', 'ZCOUNT', 'ZRANGE', 'ZREM', 'ZSCORE',
+})
+if not refused and type(redis.pcall('PUBLISH', ARGV[5], '')) ~= 'number' then refused = 'PUBLISH' end
+if refused then return {-3, refused} end
 if redis.call('HEXISTS', KEYS[1], '\tturn') == 0 then
   redis.call('HSET', KEYS[1], '\tturn', 0, '\tabout', ARGV[3], '\tlease', ARGV[2])
 end

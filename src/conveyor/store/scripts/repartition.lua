@@ -1,5 +1,5 @@
 -- Make one step of changing the number of partitions of a queue. Nothing is pushed or leased where the number is 0.
--- needs: tokens
+-- needs: tokens rights
 --
 -- KEYS  1 conf  2 jobs  3 workers  4 wake  5 none  6 outbox
 -- ARGV  1 step  2 token of this change  then
@@ -14,10 +14,11 @@ local number = found[1] or '1'
 
 if step == 'end' or step == 'open' then
   if not found[2] or string.match(found[2], '%S+$') ~= token then return {-1, number} end
-  redis.call('HDEL', conf, 'switch')
+  redis.call('HDEL', conf, '\t')
   -- A queue of one partition has no number recorded, as if it had never been changed.
   if step == 'end' and ARGV[3] == '1' then redis.call('HDEL', conf, 'partitions')
   else redis.call('HSET', conf, 'partitions', ARGV[3]) end
+  redis.call('HDEL', conf, 'switch')
   wake(KEYS[4])
   return {1, number}
 end
@@ -28,12 +29,13 @@ if step == 'close' and found[1] and found[1] ~= '0' and ARGV[3] ~= '' and found[
 if length > 0 then return {0, length} end
 
 -- Its workers hold nothing. Each learns the new number when it registers again.
-redis.call('DEL', KEYS[3])
 local prefix = string.sub(jobs, 1, -5)
+prove(prefix .. 'none', 'DEL', 'HSET')
+redis.call('DEL', KEYS[3])
 for _, worker in ipairs(workers) do
   redis.call('DEL', prefix .. 'leased:' .. worker)
-  redis.call('RPUSH', prefix .. 'wake:' .. worker, '1')
-  redis.call('PEXPIRE', prefix .. 'wake:' .. worker, 60000)
+  redis.pcall('RPUSH', prefix .. 'wake:' .. worker, '1')
+  redis.pcall('PEXPIRE', prefix .. 'wake:' .. worker, 60000)
 end
 if step == 'begin' then
   if number == '0' then number = string.match(found[2] or '', '^%d+') or '1' end

@@ -1,5 +1,5 @@
 -- A worker's whole round trip: settle what it has finished, then lease up to N more jobs to it.
--- needs: numbers keys listed tokens envelope outcome leased results settle promote lease upkeep
+-- needs: numbers keys listed tokens envelope outcome leased_order rights results settle promote lease upkeep
 --
 -- KEYS  1 jobs  2 state  3 leased:<worker>  4 workers  5 due  6 wake  7 conf  8 dead  9 recent  10 waiters
 --       11-20 ready:0 … ready:9  21 none
@@ -60,9 +60,9 @@ local recent_at = stats_at + 1 + 2 * stats_count
 local recent_count = tonumber(ARGV[recent_at])
 local stats = queue.prefix .. 'stats:' .. int(math.floor(now / 60000))
 redis.call('HLEN', queue.jobs)
-redis.call('ZCARD', workers)
-redis.call('ZCARD', queue.due)
-redis.call('LLEN', KEYS[11])
+local keeps = string.find(flags, 'k', 1, true)
+if keeps then redis.call('ZCARD', workers) end
+local first_due = redis.call('ZRANGE', queue.due, 0, 0, 'WITHSCORES')
 if recent_count > 0 then redis.call('LLEN', recent) end
 if stats_count > 0 then redis.call('HLEN', stats) end
 if looks then redis.call('ZCARD', queue.dead) end
@@ -70,11 +70,29 @@ local stateful = redis.call('HLEN', queue.state) > 0
 local urgent = redis.call('EXISTS', unpack(KEYS, 12, 20)) > 0
 if urgent then check('LLEN', unpack(KEYS, 12, 20)) end
 local awaited = redis.call('HLEN', queue.waiters) > 0
-local done, others, lost = read_settlements(queue, leased, 7, done_count, other_at, other_count)
+local done, others, lost, kinds = read_settlements(queue, leased, 7, done_count, other_at, other_count)
 local results = groups > 0 and plan_results(queue, done, 7, groups_at, groups, now)
+local leases = want > 0 and not paused
+local promotes = kinds.R or (first_due[2] and tonumber(first_due[2]) <= now)
+-- The jobs that this turn will lease are known before the first write, unless other lists have some, or it adds to them itself.
+local heads, envelopes_ahead, unusual = nil, nil, true
+if leases and not (urgent or promotes or kinds.F) then
+  heads, envelopes_ahead, unusual = head_of(queue, KEYS[11], math.min(want, 1000))
+else
+  redis.call('LRANGE', KEYS[11], 0, 0)
+end
 
--- The first write is a removal, so a full Redis still lets work drain.
+-- The first write is a removal, so a full Redis still lets work drain. Then each command is proven before a write that counts:
+-- HDEL, ZADD and HSET by their first use, and those that this turn needs besides. The lease is renewed first.
 redis.call('HDEL', leased, '\t')
+if results or #others > 0 then prove_settlements(KEYS[21], kinds, results, about[2]) end
+if promotes then prove(KEYS[21], 'ZREM', 'RPUSH') end
+if leases and (not heads or heads[1]) then
+  redis.call('LTRIM', KEYS[21], 0, 0)
+  if unusual then prove(KEYS[21], 'HINCRBY', 'SET', 'GET', 'DEL', 'PEXPIRE') end
+end
+if not keeps then redis.call('ZADD', workers, now + lease_ms, worker)
+elseif kinds.R or kinds.X then prove(KEYS[21], 'ZADD') end
 redis.call('HSET', leased, '\tturn', number)
 if #done > 0 then settle_done(queue, leased, done, results, stateful, awaited) end
 for _, i in ipairs(others) do
@@ -84,11 +102,11 @@ end
 local cancelled = about[2] and held_cancellations(leased, about[2]) or {}
 
 local missing = {}
-local first_due, promoted = promote_due(queue, now, missing)
+local due_next, promoted = promote_due(queue, not promotes and first_due or nil, now, missing)
 local ids, envelopes, states, taken = {}, {}, {}, 0
 want = math.min(want, 1000 - (redis.call('HLEN', leased) - 3))
-if want > 0 and not paused then
-  ids, envelopes, taken = take_ready(queue, want, urgent or promoted, now, missing)
+if want > 0 and leases then
+  ids, envelopes, taken = take_ready(queue, want, urgent or promoted, heads, envelopes_ahead, unusual, now, missing)
 end
 if taken > 0 then
   hold(leased, number, ids, taken)
@@ -100,7 +118,7 @@ local leaves = held == 0 and string.find(flags, 't', 1, true)
 -- A worker that leaves, or that got all it wanted, wakes another one while ready or scheduled jobs remain.
 local more, next_due = 0, -1
 if not paused then
-  next_due = first_due or -1
+  next_due = due_next or -1
   if leaves or taken >= want then
     if redis.call('EXISTS', unpack(KEYS, 11, 20)) > 0 then more = 1 end
     if more == 1 or next_due >= 0 then wake(KEYS[6]) end
@@ -110,10 +128,7 @@ end
 if leaves then
   -- Kept for a moment, so that a repeat of this turn is still known as one.
   redis.call('HSET', leased, '\tleft', '1')
-  redis.call('PEXPIRE', leased, 10000)
-  redis.call('ZREM', workers, worker)
-elseif not string.find(flags, 'k', 1, true) then
-  redis.call('ZADD', workers, now + lease_ms, worker)
+  if type(redis.pcall('PEXPIRE', leased, 10000)) == 'number' then redis.pcall('ZREM', workers, worker) end
 end
 
 if stats_count > 0 then add_counters(stats, stats_at + 1, stats_count) end

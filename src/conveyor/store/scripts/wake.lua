@@ -5,5 +5,5 @@
 -- returns 1
 redis.call('LTRIM', KEYS[1], 0, 0) -- a removal first, so that a full Redis takes the token too
 redis.call('RPUSH', KEYS[1], '1')
-redis.call('PEXPIRE', KEYS[1], 60000)
+redis.pcall('PEXPIRE', KEYS[1], 60000)
 return 1

@@ -27,25 +27,48 @@ local function usable(queue, id, envelope, now, missing)
   return true
 end
 
+-- Read the head of a ready list, and tell whether it holds jobs that cannot be leased as they are.
+-- queue    field jobs is used
+-- key      the list
+-- count    how many at most
+-- returns  ids, their envelopes, true when some job is not plain or has no envelope
+local function head_of(queue, key, count)
+  local ids = redis.call('LRANGE', key, 0, count - 1)
+  if #ids == 0 then return ids, ids, false end
+  local envelopes = redis.call('HMGET', queue.jobs, unpack(ids))
+  for i = 1, #ids do
+    if not envelopes[i] or string.byte(envelopes[i]) ~= 10 then return ids, envelopes, true end
+  end
+  return ids, envelopes, false
+end
+
 -- Lease jobs from the ready lists, by priority.
 -- queue    as for usable, and ready
 -- want     how many at most
 -- urgent   true when a list of a priority above 0 may have entries; false spares nine commands
+-- first, first_envelopes, unusual  the head of ready:0 as head_of reads it; nil when it may have changed since
 -- now, missing  as for usable
 -- returns  ids, their envelopes, their number
-local function take_ready(queue, want, urgent, now, missing)
+local function take_ready(queue, want, urgent, first, first_envelopes, unusual, now, missing)
   local ids, envelopes, taken = {}, {}, 0
   for priority = urgent and 9 or 0, 0, -1 do
-    local key = KEYS[queue.ready + priority]
-    while taken < want do
-      local popped = redis.call('LPOP', key, want - taken)
-      if not popped or #popped == 0 then break end
-      local found = redis.call('HMGET', queue.jobs, unpack(popped))
-      for i, id in ipairs(popped) do
-        -- Plain jobs, which begin with a line break, cost no call of a function.
-        if (found[i] and string.byte(found[i]) == 10) or usable(queue, id, found[i], now, missing) then
-          taken = taken + 1
-          ids[taken], envelopes[taken] = id, found[i]
+    local key, more = KEYS[queue.ready + priority], true
+    while more and taken < want do
+      local room = want - taken
+      local heads, found = first, first_envelopes
+      if heads then first = nil else heads, found, unusual = head_of(queue, key, room) end
+      local count = math.min(#heads, room)
+      if count > 0 then redis.call('LTRIM', key, count, -1) end
+      more = count == room
+      if taken == 0 and count > 0 and count == #heads and not unusual then
+        ids, envelopes, taken = heads, found, count -- plain jobs alone, as they are
+      else
+        for i = 1, count do
+          local id = heads[i]
+          if (found[i] and string.byte(found[i]) == 10) or usable(queue, id, found[i], now, missing) then
+            taken = taken + 1
+            ids[taken], envelopes[taken] = id, found[i]
+          end
         end
       end
     end

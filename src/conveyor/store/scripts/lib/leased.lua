@@ -20,19 +20,3 @@ local function ids_held(key)
   end
   return ids
 end
-
--- List what a worker holds in the order in which it was leased.
--- key      the hash
--- turn     number of the turn whose jobs are wanted; nil: all turns
--- returns  ids, the oldest first
-local function ids_in_order(key, turn)
-  local all, found = redis.call('HGETALL', key), {}
-  for i = 1, #all, 2 do
-    local place = tonumber(all[i + 1])
-    if string.byte(all[i]) ~= 9 and (not turn or math.floor(place / 8192) == turn) then found[#found + 1] = {place, all[i]} end
-  end
-  table.sort(found, function(a, b) return a[1] < b[1] end)
-  local ids = {}
-  for i, pair in ipairs(found) do ids[i] = pair[2] end
-  return ids
-end

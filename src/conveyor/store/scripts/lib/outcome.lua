@@ -31,8 +31,9 @@ local function announce(waiters, id, record)
   local channels = redis.call('HGET', waiters, id)
   if not channels then return end
   redis.call('HDEL', waiters, id)
+  -- A user may not publish, perhaps. The job has ended all the same, and callers look again after seconds.
   for channel in string.gmatch(channels, '%S+') do
-    redis.call('PUBLISH', channel, id .. '\n' .. record)
+    redis.pcall('PUBLISH', channel, id .. '\n' .. record)
   end
 end
 

@@ -4,19 +4,6 @@
 -- it is long, when its window is full, and when its window would end too early or much later than it: so nothing is held
 -- much longer than was asked. Jobs that have more to release than their place have a key of their own, too.
 
--- Read a kept result.
--- own      key result:<id>
--- window   key results:<window> of the same id
--- id       of the job
--- returns  the record; false when there is none, or its time is over
-local function kept_result(own, window, id)
-  local record = redis.call('GET', own)
-  if record then return record end
-  local field = redis.call('HGET', window, id)
-  local ends, rest = string.match(field or '', '^(%d+) *\n(.*)$')
-  return ends and tonumber(ends) > clock() and rest
-end
-
 -- Find the window of an id, and how long it lives and what it takes. Nothing is written here.
 -- key      results:<window>
 -- keep     ms that a new window serves

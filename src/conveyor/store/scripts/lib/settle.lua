@@ -5,9 +5,10 @@
 -- leased       key leased:<worker>
 -- done_at, done_count    where in ARGV the ids stand that are simply done, and their number
 -- other_at, other_count  where the other settlements stand, seven arguments each, and their number
--- returns      done: ids that the worker holds; others: where in ARGV those stand that it holds; lost: ids it holds no more
+-- returns      done: ids that the worker holds; others: where in ARGV those stand that it holds; lost: ids it holds no more;
+--              kinds: the letters of others as keys, and "keep", "unique", "own" where one keeps a record, or releases that
 local function read_settlements(queue, leased, done_at, done_count, other_at, other_count)
-  local done, others, lost = {}, {}, {}
+  local done, others, lost, kinds = {}, {}, {}, {}
   local last = done_at + done_count - 1
   for first = done_at, last, 7000 do
     local held = redis.call('HMGET', leased, unpack(ARGV, first, math.min(first + 6999, last)))
@@ -21,11 +22,30 @@ local function read_settlements(queue, leased, done_at, done_count, other_at, ot
     if ARGV[i] == 'S' then redis.call('LLEN', queue.prefix .. 'outbox') end
     if redis.call('HEXISTS', leased, ARGV[i + 1]) == 1 then
       others[#others + 1] = i
+      kinds[ARGV[i]] = true
+      if (ARGV[i] == 'D' or ARGV[i] == 'C') and ARGV[i + 2] ~= '0' then kinds.keep = true end
+      if ARGV[i + 5] ~= '' then kinds.unique = true end
+      if ARGV[i + 6] == '1' then kinds.own = true end
     elseif ARGV[i] ~= 'S' then
       lost[#lost + 1] = ARGV[i + 1]
     end
   end
-  return done, others, lost
+  return done, others, lost, kinds
+end
+
+-- Prove that this user may settle, beside the HDEL, HSET, ZADD, HGET and HEXISTS that every turn proves.
+-- none     the key that never exists
+-- kinds    as read_settlements returns them
+-- results  as plan_results returns them; false when there are none
+-- asked    as for settle_other
+-- returns  nothing
+local function prove_settlements(none, kinds, results, asked)
+  if asked and (kinds.R or kinds.F) then prove(none, 'SET', 'GET', 'DEL', 'PEXPIRE') end
+  if results and #results.windows > 0 or kinds.own then prove(none, 'PEXPIRE') end
+  if results and #results.own > 0 or kinds.keep then prove(none, 'SET') end
+  if kinds.unique then prove(none, 'GET', 'DEL') end
+  if kinds.S then prove(none, 'RPUSH') end
+  if kinds.F then prove(none, 'LPUSH') end
 end
 
 -- Remove the jobs that are simply done.
@@ -102,7 +122,7 @@ end
 local function held_cancellations(leased, asked)
   local ids, seen = {}, {}
   for id in string.gmatch(asked, '[^\n]+') do
-    if not seen[id] and redis.call('HEXISTS', leased, id) == 1 then ids[#ids + 1] = id end
+    if not seen[id] and redis.call('HGET', leased, id) then ids[#ids + 1] = id end
     seen[id] = true
   end
   if #ids == 0 then redis.call('HDEL', leased, '\tcancel') end

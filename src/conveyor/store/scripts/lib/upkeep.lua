@@ -1,4 +1,4 @@
--- Upkeep: what a worker does for the whole queue, a few times a lease.
+-- Upkeep: what a worker does for the whole queue, a few times a lease. The turn is done by then, and does not fail for it.
 
 -- Find the workers that seem to be dead: those whose lease ends within half a lease, and those whose end lies further ahead
 -- than their own lease allows, because the clock was set back.
@@ -8,8 +8,8 @@
 -- lease_ms  lease of the worker that asks
 -- returns   (worker, end)…
 local function find_overdue(queue, workers, now, lease_ms)
-  local overdue = redis.call('ZRANGEBYSCORE', workers, '-inf', now + lease_ms / 2, 'WITHSCORES', 'LIMIT', 0, 100)
-  local ahead = redis.call('ZRANGEBYSCORE', workers, now + 1.5 * lease_ms, '+inf', 'WITHSCORES', 'LIMIT', 0, 100)
+  local overdue = redis.call('ZRANGE', workers, '-inf', now + lease_ms / 2, 'BYSCORE', 'LIMIT', 0, 100, 'WITHSCORES')
+  local ahead = redis.call('ZRANGE', workers, now + 1.5 * lease_ms, '+inf', 'BYSCORE', 'LIMIT', 0, 100, 'WITHSCORES')
   for i = 1, #ahead, 2 do
     local own = tonumber(redis.call('HGET', queue.prefix .. 'leased:' .. ahead[i], '\tlease') or 0)
     if tonumber(ahead[i + 1]) > now + 1.5 * own then
@@ -19,28 +19,14 @@ local function find_overdue(queue, workers, now, lease_ms)
   return overdue
 end
 
--- Tell whether a turn with the flag l would find something to do.
--- workers, dead, outbox  keys of the queue
--- now       ms
--- lease_ms  lease of the worker that asks
--- returns   true or false
-local function needs_upkeep(workers, dead, outbox, now, lease_ms)
-  return redis.call('ZCOUNT', workers, '-inf', now + lease_ms / 2) > 0
-    or redis.call('ZCOUNT', workers, now + 1.5 * lease_ms, '+inf') > 0
-    or redis.call('EXISTS', outbox) > 0
-    or redis.call('ZCARD', dead) > 100000
-    or redis.call('ZCOUNT', dead, '-inf', now - 7776000000) > 0
-end
-
 -- Remove dead letters that are older than 90 days, or the oldest of more than 100,000; at most 100 a turn.
 -- queue    fields jobs, state and dead are used
 -- now      ms
 -- returns  nothing
 local function trim_dead(queue, now)
-  local old = redis.call('ZRANGEBYSCORE', queue.dead, '-inf', now - 7776000000, 'LIMIT', 0, 100)
+  local old = redis.call('ZRANGE', queue.dead, '-inf', now - 7776000000, 'BYSCORE', 'LIMIT', 0, 100)
   if #old == 0 and redis.call('ZCARD', queue.dead) > 100000 then old = redis.call('ZRANGE', queue.dead, 0, 99) end
-  if #old > 0 then
-    redis.call('ZREM', queue.dead, unpack(old))
+  if #old > 0 and type(redis.pcall('ZREM', queue.dead, unpack(old))) == 'number' then
     redis.call('HDEL', queue.jobs, unpack(old))
     redis.call('HDEL', queue.state, unpack(old))
   end
@@ -52,8 +38,8 @@ end
 -- count    number of pairs
 -- returns  nothing
 local function add_counters(stats, at, count)
-  for i = at, at + 2 * count - 1, 2 do redis.call('HINCRBY', stats, ARGV[i], ARGV[i + 1]) end
-  redis.call('EXPIRE', stats, 90000)
+  for i = at, at + 2 * count - 1, 2 do redis.pcall('HINCRBY', stats, ARGV[i], ARGV[i + 1]) end
+  redis.pcall('EXPIRE', stats, 90000)
 end
 
 -- Add to the list of recently finished jobs, which keeps 1,000.
@@ -63,6 +49,6 @@ end
 -- returns  nothing
 local function add_recent(recent, at, count)
   local last = at + count - 1
-  redis.call('LPUSH', recent, unpack(ARGV, math.max(at, last - 999), last))
-  redis.call('LTRIM', recent, 0, 999)
+  redis.pcall('LPUSH', recent, unpack(ARGV, math.max(at, last - 999), last))
+  redis.pcall('LTRIM', recent, 0, 999)
 end
