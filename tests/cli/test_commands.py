@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import pty
 import re
@@ -22,6 +23,7 @@ from conveyor.cli import cli
 from conveyor.ids import clean
 from conveyor.messaging.queue import Queue
 from conveyor.store.client.client import Client
+from conveyor.worker.logs import SafeFormatter
 from support.client_worker import ClientWorker, dead, push
 from support.shell import Shell
 
@@ -517,6 +519,16 @@ def test_no_payload_reaches_the_terminal_as_it_is(shell: Shell, backend: Client)
     assert {
         name: [ascii(one) for one in text if _acts(one)] for name, text in printed.items() if any(map(_acts, text))
     } == {}
+
+
+@pytest.mark.row("D41")
+def test_no_payload_reaches_the_log_of_a_worker_as_it_is() -> None:
+    """A traceback in the log of a worker keeps its lines, and no other character that acts."""
+    record = logging.LogRecord("conveyor.worker", logging.ERROR, "", 1, "job failed:\n\t%s", (HOSTILE,), None)
+    text = SafeFormatter("%(message)s").format(record)
+
+    assert [ascii(one) for one in text if _acts(one)] == []
+    assert text.startswith("job failed:\n\ta\\u202eb")
 
 
 @pytest.mark.row("D42")

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import logging
-import re
 import signal
 from time import monotonic
 from typing import Any
 
-_CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+from conveyor.ids import clean_lines
+
 LOG = logging.getLogger("conveyor.worker")
 REPEAT_AFTER = 60.0
 """Seconds until the same error is logged again."""
@@ -42,7 +42,7 @@ class SafeFormatter(logging.Formatter):
             about = f" [{facts.get('task')} {facts.get('job_id')} attempt {facts.get('attempt')}]"
             first, line, rest = text.partition("\n")
             text = f"{first}{about}{line}{rest}"
-        return _CONTROL_CHARACTERS.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
+        return clean_lines(text).replace("\x1b", "\\x1b")
 
 
 def configure_log(*, verbose: bool = False) -> None:
