@@ -185,6 +185,31 @@ def test_a_push_that_was_withdrawn_is_delivered(server: Server, tmp_path: Path) 
     assert line(server) == ["0" * 22]
 
 
+@pytest.mark.row("D181")
+def test_a_late_copy_of_a_call_that_was_cut(server: Server, tmp_path: Path) -> None:
+    """A call that a dead process sent arrives after its successor, for which there was no room, has sent a half: nothing is stored twice."""
+    left = SpoolDirectory(tmp_path, server_name(server.url), fsync=False).claim()
+    ids = [f"{n:022}" for n in range(4)]
+    for id_ in ids:
+        entry = Entry(id_, b"\nmessage\n{}")
+        left.add(SpooledPush("conveyor", "mail", [entry], time.time(), server=server_name(server.url)))
+    batch = left.next_batch(lambda _: True)
+    assert batch is not None
+    left.close()
+    keys = QueueKeys("conveyor", "mail")
+    late = operations.push_numbered(keys, batch.first.lane, range(1, 5), batch.entries(time.time()))
+    with server.client() as client:
+        client.hset(keys.conf, mapping={"max_length": 2, "schema": 1})
+    with server.client() as client, Conveyor(server.url, buffer=Buffer(tmp_path)), Conveyor(server.url) as dead:
+        until(lambda: line(server) == ids[:2])
+        client.hset(keys.conf, "max_length", 100)
+        dead.client.run(late)
+        until(lambda: is_empty(tmp_path))
+        assert line(server) == ids
+        dead.client.run(late)
+        assert line(server) == ids
+
+
 @pytest.mark.row("D182")
 def test_a_torn_tail(server: Server, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Of a file whose end was not written whole, all before that is delivered, and the loss is said."""
