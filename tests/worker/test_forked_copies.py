@@ -25,7 +25,7 @@ class ForkingWorker:
     """A supervised worker of the app whose jobs fork."""
 
     def __init__(self, url: str, place: Path) -> None:
-        paths = os.pathsep.join(path for path in sys.path if path)
+        paths = os.pathsep.join([str(place), *(path for path in sys.path if path)])
         env = os.environ | {"PYTHONPATH": paths, "CONVEYOR_URL": url, "FORKING_PLACE": str(place)}
         self._command = [sys.executable, "-m", "conveyor", "worker", "support.forking_app:app", "--burst"]
         self._env, self._place = env, place
@@ -117,8 +117,13 @@ async def test_a_copy_ends_with_its_job(app: Conveyor, worker: ForkingWorker, ta
 
 
 @pytest.mark.row("A91")
-async def test_a_copy_made_in_a_task_of_a_job_ends(app: Conveyor, worker: ForkingWorker) -> None:
+@pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
+async def test_a_copy_made_in_a_task_of_a_job_ends(
+    app: Conveyor, worker: ForkingWorker, tmp_path: Path, loop: str
+) -> None:
     """A copy whose code is in another task of the loop ends before the loop gives it anything else to do."""
+    if loop == "asyncio":  # a module of this name stands before the installed one
+        (tmp_path / "uvloop.py").write_text("raise ImportError\n")
     job = await app.tasks["support.forking_app.in_a_task_of_its_own"].aenqueue()
     others = [await app.tasks["support.forking_app.echo_on_the_loop"].aenqueue(n) for n in range(AROUND)]
 
