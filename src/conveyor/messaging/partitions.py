@@ -98,13 +98,21 @@ class Partitions:
         self.queue_keys = client.keys(name)
         self._turns = count(randrange(number))  # noqa: S311
         self._number_of = {keys.queue: one for one, keys in enumerate(self.keys)}
-        self._has_agreed = self._is_announced = False
+        self._has_agreed = self._is_announced = self._is_refused = False
 
     # -- placing --------------------------------------------------------------------------------------------------
 
     def next_in_turn(self) -> int:
-        """Return the number of the partition whose turn it is."""
-        return next(self._turns) % self.count
+        """Return the number of the partition whose turn it is; one whose server is away is passed over if another is not."""
+        for _ in range(self.count):
+            at = next(self._turns) % self.count
+            if not self.client.is_away(self.keys[at]):
+                break
+        return at
+
+    def live(self, numbers: Sequence[int]) -> list[int]:
+        """Return those of *numbers* whose servers are not away; all when all are."""
+        return [at for at in numbers if not self.client.is_away(self.keys[at])] or list(numbers)
 
     def pick(self, *, group: str | None = None, unique: str | None = None, id: str | None = None) -> int:  # noqa: A002
         """
@@ -164,16 +172,30 @@ class Partitions:
     # -- agreeing on their number ---------------------------------------------------------------------------------
 
     def agree(self) -> None:
-        """Agree with Redis on the number of partitions, once. Raises ConfigurationError (E34)."""
-        if not self._has_agreed:
-            self.claim()
-            self._has_agreed = True
+        """
+        Agree with Redis on the number of partitions, once. Raises ConfigurationError (E34).
+
+        While the server that records it is away, that is left to the partitions: each has a copy, and refuses another.
+        """
+        if not self._has_agreed and not self.client.is_away(self.queue_keys):
+            try:
+                self.claim()
+            except StoreUnavailable:
+                if not self.client.note_away(self.queue_keys):
+                    raise
+            else:
+                self._has_agreed = True
 
     async def aagree(self) -> None:
         """Awaitable form of `agree`."""
-        if not self._has_agreed:
-            await self.aclaim()
-            self._has_agreed = True
+        if not self._has_agreed and not self.client.is_away(self.queue_keys):
+            try:
+                await self.aclaim()
+            except StoreUnavailable:
+                if not self.client.note_away(self.queue_keys):
+                    raise
+            else:
+                self._has_agreed = True
 
     def claim(self, retry_for: float | None = None) -> None:
         """Agree with Redis on the number; wait *patience* seconds (None: the client's) for a change."""
@@ -199,57 +221,83 @@ class Partitions:
 
     def reclaim(self) -> None:
         """Agree anew after a partition has refused the number: Redis was emptied, or the number was changed."""
+        self._is_refused = True
         self.claim()
         self.client.announce_again(*self.keys)
 
     async def areclaim(self) -> None:
         """Awaitable form of `reclaim`."""
+        self._is_refused = True
         await self.aclaim()
         await self.client.aannounce_again(*self.keys)
 
     @property
     def _retry_for(self) -> float:
-        """The seconds a claim is repeated for: short with a buffer, which keeps the pushes."""
+        """The seconds a claim is repeated for: short with a buffer, which keeps the pushes, and beside other servers."""
+        if not self.client.has_one_endpoint:
+            return min(self.client.retry_for, 1.0)
         return self.client.retry_for if self.client.buffer is None else RETRY_PAUSE
 
     def _claim_calls(self) -> Generator[Call[Any], Any, None]:
         whole, *parts = partitioning.claims(self.client.namespace, self.name, self.count)
         first = yield whole
-        if first or self._has_agreed:
-            for part in parts:  # noqa: UP028  replies are sent in
+        if not (first or self._has_agreed or self._is_refused):
+            return
+        self._is_refused = False
+        for keys, part in zip(self.keys, parts, strict=True):
+            if self.client.is_away(keys):
+                continue  # it has its number, or refuses its first push for it
+            try:
                 yield part
+            except StoreUnavailable:
+                if not self.client.note_away(keys):
+                    raise
 
-    def run_agreed(self, work: Callable[[], V]) -> V:
-        """Run a push after agreeing on the number; once more when a partition has another number."""
+    def run_agreed(self, work: Callable[[], V], keys: QueueKeys | None = None) -> V:
+        """
+        Run a push after agreeing on the number; once more when a partition has another number.
+
+        When the server of *keys*, the partition that is pushed to, does not answer, the next pushes in turn pass it over.
+        """
         if not self._is_announced:
             try:
                 self.agree()
                 self.client.announce(*self.keys)
-                self._is_announced = True
+                self._is_announced = self._has_agreed
             except StoreUnavailable:
                 if self.client.buffer is None:  # else the push is kept, and agrees when it is delivered
                     raise
         try:
-            return work()
-        except PartitionCountMismatch:
-            self.reclaim()
-            return work()
+            try:
+                return work()
+            except PartitionCountMismatch:
+                self.reclaim()
+                return work()
+        except StoreUnavailable:
+            if keys is not None:
+                self.client.note_away(keys)
+            raise
 
-    async def arun_agreed(self, work: Callable[[], Awaitable[V]]) -> V:
+    async def arun_agreed(self, work: Callable[[], Awaitable[V]], keys: QueueKeys | None = None) -> V:
         """Awaitable form of `run_agreed`."""
         if not self._is_announced:
             try:
                 await self.aagree()
                 await self.client.aannounce(*self.keys)
-                self._is_announced = True
+                self._is_announced = self._has_agreed
             except StoreUnavailable:
                 if self.client.buffer is None:
                     raise
         try:
-            return await work()
-        except PartitionCountMismatch:
-            await self.areclaim()
-            return await work()
+            try:
+                return await work()
+            except PartitionCountMismatch:
+                await self.areclaim()
+                return await work()
+        except StoreUnavailable:
+            if keys is not None:
+                self.client.note_away(keys)
+            raise
 
     # -- pushing jobs ---------------------------------------------------------------------------------------------
 
@@ -259,15 +307,15 @@ class Partitions:
         keys, most = self.keys[self._number_of[partition]], self.max_length or 0
         if all(entry.is_plain for entry in entries):
             pairs: list[Argument] = [part for entry in entries for part in (entry.id, entry.rest)]
-            self.run_agreed(lambda: target.push_plain(keys, pairs, max_length=most))
+            self.run_agreed(lambda: target.push_plain(keys, pairs, max_length=most), keys)
             return [entry.id for entry in entries]
-        return self.run_agreed(lambda: target.push(keys, entries, max_length=most))
+        return self.run_agreed(lambda: target.push(keys, entries, max_length=most), keys)
 
     async def asend(self, partition: str, entries: Sequence[Entry], target: PushTarget | None = None) -> list[str]:
         """Awaitable form of `send`."""
         target = target or self.client
         keys, most = self.keys[self._number_of[partition]], self.max_length or 0
-        return await self.arun_agreed(lambda: target.apush(keys, entries, max_length=most))
+        return await self.arun_agreed(lambda: target.apush(keys, entries, max_length=most), keys)
 
 
 def partition_count(client: Client, queue: str) -> int:

@@ -201,24 +201,29 @@ class PartitionedPublisher(Publisher[T]):
         return ids
 
     def _send(self, push: PlannedPush) -> Sequence[str]:
-        return self._partitions.run_agreed(lambda: super(PartitionedPublisher, self)._send(push))
+        return self._partitions.run_agreed(lambda: super(PartitionedPublisher, self)._send(push), push.keys)
 
     async def _asend(self, push: PlannedPush) -> Sequence[str]:
-        return await self._partitions.arun_agreed(lambda: super(PartitionedPublisher, self)._asend(push))
+        return await self._partitions.arun_agreed(lambda: super(PartitionedPublisher, self)._asend(push), push.keys)
 
     def _place(self, options: PreparedPush) -> QueueKeys:
         partitions = self._partitions
         return partitions.keys[partitions.place(group=options.group, unique=options.unique, id=options.id)]
 
     def _parts(self, length: int, group: str | None) -> Iterator[Part]:
-        """Yield the part of each partition: all messages of a group, or every Nth of *length*."""
+        """
+        Yield the part of each partition: all messages of a group, or every Nth of *length*.
+
+        Partitions whose servers are away have no part while others answer.
+        """
         if group is not None:
             yield self._partitions.pick(group=group), slice(0, length)
             return
-        count = self._partitions.count
-        first = self._partitions.next_in_turn()
-        for step in range(min(count, length)):
-            yield (first + step) % count, slice(step, length, count)
+        first, all_ = self._partitions.next_in_turn(), self._partitions.count
+        in_turn = [(first + step) % all_ for step in range(all_)]
+        live = self._partitions.live(in_turn)
+        for step, at in enumerate(live[:length]):
+            yield at, slice(step, length, len(live))
 
 
 def _public(keys: QueueKeys, ids: Iterable[str]) -> list[str]:

@@ -18,6 +18,7 @@ from conveyor.messaging.message import Batch, Ending, Message, OnError
 from conveyor.messaging.partitions import Partitions
 from conveyor.messaging.settlement import SettlementPolicy
 from conveyor.store.client.client import Client, refuse_in_loop
+from conveyor.store.client.outages import FIRST_TRY
 from conveyor.store.client.programs import AsyncRun, adrive, arun_once
 from conveyor.store.partitions import PartitionCountMismatch
 from conveyor.store.script import Call
@@ -39,7 +40,7 @@ class AsyncSettler(SettlerState):
         self, client: Client, session: LeaseSession, policy: SettlementPolicy, on_error: OnError, run: AsyncRun
     ) -> None:
         super().__init__(client, session, policy, on_error)
-        self._run = run
+        self._run = self._first_try = run
         self._lock = asyncio.Lock()  # one turn of an identity in flight
         self._loop = asyncio.get_running_loop()
         self._flushing: asyncio.Task[None] | None = None
@@ -79,12 +80,12 @@ class AsyncSettler(SettlerState):
         refuse_in_loop()
         asyncio.run_coroutine_threadsafe(self.aextend(leased, ms), self._loop).result()
 
-    async def aturn(self, want: int = 0, *, leave: bool = False) -> None:
-        """Make one turn and the calls that its reply asks for."""
+    async def aturn(self, want: int = 0, *, leave: bool = False, brief: bool = False) -> None:
+        """Make one turn and the calls that its reply asks for. *brief*: hardly repeat it."""
         async with self._lock:
             if self._has_left:
                 return
-            await adrive(self.session.turn(want, leave=leave), self._run)
+            await adrive(self.session.turn(want, leave=leave), self._first_try if brief else self._run)
             if self.session.take_new_queue():
                 await self.client.aannounce_again(self.session.keys)
             self._has_left = leave and not self.session.transient and not self.session.held
@@ -93,7 +94,7 @@ class AsyncSettler(SettlerState):
 
     def begin_flush(self) -> None:
         """Report what is pending, unless that is under way."""
-        if self.session.pending and self._flushing is None:
+        if self.session.pending and self._flushing is None and not self.is_away:
             self._flushing = self._loop.create_task(self._flush())
 
     def flush(self) -> bool:
@@ -101,8 +102,13 @@ class AsyncSettler(SettlerState):
         return False
 
     async def aflush(self) -> None:
-        """Make a turn that leases nothing."""
-        await self.aturn()
+        """Make a turn that leases nothing. Raises StoreUnavailable at once while the server is away."""
+        self.refuse_away()
+        try:
+            await self.aturn(brief=True)
+        except StoreUnavailable:
+            self.note_away()
+            raise
         self.report_refused()
 
     async def _flush(self) -> None:
@@ -139,13 +145,13 @@ class AsyncPartitionSettler(AsyncSettler):
             await self.asettle(endings)
 
 
-async def arun_partitioned(partitions: Partitions, call: Call[Any]) -> Any:
+async def arun_partitioned(partitions: Partitions, call: Call[Any], *, retry_for: float | None = None) -> Any:
     """Awaitable form of `run_partitioned`."""
     try:
-        return await arun_once(partitions.client, call)
+        return await partitions.client.arun(call, retry_for=retry_for)
     except PartitionCountMismatch:
         await partitions.areclaim()
-        return await arun_once(partitions.client, call)
+        return await partitions.client.arun(call, retry_for=retry_for)
 
 
 class AsyncConsumer(Generic[T]):
@@ -176,7 +182,13 @@ class AsyncConsumer(Generic[T]):
             else AsyncPartitionSettler(self, source, on_error, run)
             for source in sources
         ]
-        self._programs = programs([one.steps(settler) for one, settler in zip(sources, self.settlers, strict=True)])
+        if partitions is not None and not client.has_one_endpoint:
+            for settler in self.settlers:
+                settler.leave_out(partial(arun_partitioned, partitions, retry_for=FIRST_TRY))
+        self._programs = programs(
+            [one.steps(settler) for one, settler in zip(sources, self.settlers, strict=True)],
+            lambda at: self.settlers[at].is_away,
+        )
         self._waiters: AsyncWakeupWaiters | None = None
         self._renewer: LeaseRenewer | None = None
         self._renewal: asyncio.Task[None] | None = None
@@ -218,7 +230,7 @@ class AsyncConsumer(Generic[T]):
         if self._partitions is not None:
             await self._partitions.aagree()
         try:
-            return await self._follow(self._programs.pull(count, wait), patient=False)
+            pulled = await self._follow(self._programs.pull(count, wait), patient=False)
         except StoreUnavailable:
             raise
         except BaseException:  # cancelled, as by a timeout: what was leased has not been handed out
@@ -229,6 +241,7 @@ class AsyncConsumer(Generic[T]):
             raise
         finally:
             self._close_waiters()
+        return pulled or self.settlers[0].nothing_from(self.settlers)
 
     # -- driving ------------------------------------------------------------------------------------------------------
 
@@ -259,6 +272,7 @@ class AsyncConsumer(Generic[T]):
     async def _leave(self, step: TurnStep) -> None:
         settler = self.settlers[step.at]
         try:
+            settler.refuse_away()
             await settler.aturn(step.want, leave=step.leave)
             settler.report_refused()
         except ConveyorError as error:
@@ -276,18 +290,30 @@ class AsyncConsumer(Generic[T]):
                 elif patient:
                     await self._turn(step)
                 else:
-                    await self.settlers[step.at].aturn(step.want, leave=step.leave)
-                    self.settlers[step.at].report_refused()
+                    await self._turn_once(step)
         except StopIteration as stop:
             return stop.value  # type: ignore[no-any-return]
+
+    async def _turn_once(self, step: TurnStep) -> None:
+        """Make a turn of a pull; leave its partition out where the server is away and others are not."""
+        settler = self.settlers[step.at]
+        try:
+            await settler.aturn(step.want, leave=step.leave, brief=step.want > 0)
+        except StoreUnavailable:
+            if not step.want or not settler.note_away():
+                raise
+        else:
+            settler.report_refused()
 
     async def _turn(self, step: TurnStep) -> None:
         settler = self.settlers[step.at]
         session = settler.session
         while True:
             try:
-                await settler.aturn(step.want, leave=step.leave)
+                await settler.aturn(step.want, leave=step.leave, brief=not step.must)
             except StoreUnavailable as error:
+                if not step.must and settler.note_away():
+                    return
                 await asyncio.sleep(self._outage.failed(session, error))
                 if not step.must:
                     return

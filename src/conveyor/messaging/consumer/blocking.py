@@ -21,6 +21,7 @@ from conveyor.messaging.message import Batch, Ending, Message, OnError
 from conveyor.messaging.partitions import Partitions
 from conveyor.messaging.settlement import SettlementPolicy
 from conveyor.store.client.client import Client, refuse_in_loop
+from conveyor.store.client.outages import FIRST_TRY
 from conveyor.store.client.programs import Run, drive, run_once
 from conveyor.store.partitions import PartitionCountMismatch
 from conveyor.store.script import Call
@@ -40,7 +41,7 @@ class BlockingSettler(SettlerState):
         self, client: Client, session: LeaseSession, policy: SettlementPolicy, on_error: OnError, run: Run
     ) -> None:
         super().__init__(client, session, policy, on_error)
-        self._run = run
+        self._run = self._first_try = run
         self._lock = threading.Lock()  # one turn of an identity in flight
 
     def settle(self, endings: Sequence[Ending]) -> None:
@@ -73,12 +74,12 @@ class BlockingSettler(SettlerState):
         """Awaitable form of `extend`."""
         await asyncio.to_thread(self.extend, leased, ms)
 
-    def turn(self, want: int = 0, *, leave: bool = False) -> bool:
-        """Make one turn and the calls that its reply asks for. Return False when none was made."""
+    def turn(self, want: int = 0, *, leave: bool = False, brief: bool = False) -> bool:
+        """Make one turn and the calls that its reply asks for. Return False when none was made. *brief*: hardly repeat it."""
         with self._lock:
             if self._has_left:
                 return False  # a thread that renews comes late: it must not register anew
-            drive(self.session.turn(want, leave=leave), self._run)
+            drive(self.session.turn(want, leave=leave), self._first_try if brief else self._run)
             if self.session.take_new_queue():
                 self.client.announce_again(self.session.keys)
             self._has_left = leave and not self.session.transient and not self.session.held
@@ -86,10 +87,13 @@ class BlockingSettler(SettlerState):
 
     def flush(self) -> bool:
         """Make a turn that leases nothing; return False when one is under way, or Redis is away."""
-        if self._lock.locked():
+        if self._lock.locked() or self.is_away:
             return False
         try:
-            made = self.turn()
+            made = self.turn(brief=True)
+        except StoreUnavailable:
+            self.note_away()
+            return False
         except ConveyorError:
             return False
         self.report_refused()
@@ -119,13 +123,13 @@ class PartitionSettler(BlockingSettler):
             self.settle(endings)
 
 
-def run_partitioned(partitions: Partitions, call: Call[Any]) -> Any:
+def run_partitioned(partitions: Partitions, call: Call[Any], *, retry_for: float | None = None) -> Any:
     """Carry out *call*; after Redis was emptied the number of *partitions* is agreed on anew."""
     try:
-        return run_once(partitions.client, call)
+        return partitions.client.run(call, retry_for=retry_for)
     except PartitionCountMismatch:
         partitions.reclaim()
-        return run_once(partitions.client, call)
+        return partitions.client.run(call, retry_for=retry_for)
 
 
 class Consumer(Generic[T]):
@@ -163,7 +167,13 @@ class Consumer(Generic[T]):
             else PartitionSettler(self, source, on_error, run)
             for source in sources
         ]
-        self._programs = programs([one.steps(settler) for one, settler in zip(sources, self.settlers, strict=True)])
+        if partitions is not None and not client.has_one_endpoint:
+            for settler in self.settlers:
+                settler.leave_out(partial(run_partitioned, partitions, retry_for=FIRST_TRY))
+        self._programs = programs(
+            [one.steps(settler) for one, settler in zip(sources, self.settlers, strict=True)],
+            lambda at: self.settlers[at].is_away,
+        )
         self._waiters: WakeupWaiters | None = None
         self._renewer: LeaseRenewer | None = None
         self._mover: ListMover | None = None
@@ -201,7 +211,7 @@ class Consumer(Generic[T]):
         if self._partitions is not None:
             self._partitions.agree()
         try:
-            return self._follow(self._programs.pull(count, wait), patient=False)
+            pulled = self._follow(self._programs.pull(count, wait), patient=False)
         except StoreUnavailable:
             raise
         except BaseException:  # what was leased has not been handed out
@@ -209,6 +219,7 @@ class Consumer(Generic[T]):
             raise
         finally:
             self._close_waiters()
+        return pulled or self.settlers[0].nothing_from(self.settlers)
 
     # -- for the settlers ---------------------------------------------------------------------------------------------
 
@@ -267,6 +278,7 @@ class Consumer(Generic[T]):
     def _leave(self, step: TurnStep) -> None:
         settler = self.settlers[step.at]
         try:
+            settler.refuse_away()
             settler.turn(step.want, leave=step.leave)
             settler.report_refused()
         except ConveyorError as error:
@@ -284,18 +296,30 @@ class Consumer(Generic[T]):
                 elif patient:
                     self._turn(step)
                 else:
-                    self.settlers[step.at].turn(step.want, leave=step.leave)
-                    self.settlers[step.at].report_refused()
+                    self._turn_once(step)
         except StopIteration as stop:
             return stop.value  # type: ignore[no-any-return]
+
+    def _turn_once(self, step: TurnStep) -> None:
+        """Make a turn of a pull; leave its partition out where the server is away and others are not."""
+        settler = self.settlers[step.at]
+        try:
+            settler.turn(step.want, leave=step.leave, brief=step.want > 0)
+        except StoreUnavailable:
+            if not step.want or not settler.note_away():
+                raise
+        else:
+            settler.report_refused()
 
     def _turn(self, step: TurnStep) -> None:
         settler = self.settlers[step.at]
         session = settler.session
         while True:
             try:
-                settler.turn(step.want, leave=step.leave)
+                settler.turn(step.want, leave=step.leave, brief=not step.must)
             except StoreUnavailable as error:
+                if not step.must and settler.note_away():
+                    return
                 time.sleep(self._outage.failed(session, error))
                 if not step.must:
                     return

@@ -14,6 +14,7 @@ from typing import Generic, TypeVar
 
 from conveyor.messaging.consumer.steps import ConsumerSteps, Program, TurnStep, WaitStep, start
 from conveyor.messaging.leases import LeasedMessage
+from conveyor.store.client.outages import PROBE_PAUSE
 from conveyor.store.operations import MOST_HELD
 
 M = TypeVar("M")
@@ -24,10 +25,14 @@ STINT_SECONDS = 0.05
 
 
 class PartitionCursor(Generic[M]):
-    """One partition as a consumer sees it: `quiet` until the time `look_at`, or until a token comes."""
+    """
+    One partition as a consumer sees it: `quiet` until the time `look_at`, or until a token comes.
 
-    def __init__(self, at: int, steps: ConsumerSteps[M]) -> None:
-        self.at, self.steps, self.session = at, steps, steps.session
+    While its server is away it has no work, and what is to be reported there waits.
+    """
+
+    def __init__(self, at: int, steps: ConsumerSteps[M], is_away: Callable[[int], bool]) -> None:
+        self.at, self.steps, self.session, self._is_away = at, steps, steps.session, is_away
         self.quiet = False  # it may have work until it was looked at
         self.look_at = 0.0
 
@@ -38,7 +43,17 @@ class PartitionCursor(Generic[M]):
 
     def may_have_work(self, now: float) -> bool:
         """Tell whether it may have work."""
-        return not self.quiet or now >= self.look_at
+        return (not self.quiet or now >= self.look_at) and not self.away
+
+    @property
+    def away(self) -> bool:
+        """True while its server is away."""
+        return self._is_away(self.at)
+
+    @property
+    def has_waiting(self) -> bool:
+        """True when messages that it leased can be handed out."""
+        return bool(self.session.waiting) and not self.away
 
     def turn(self, want: int = 0) -> TurnStep:
         """Return the step that makes a turn here, unless Redis is away."""
@@ -58,9 +73,14 @@ class PartitionRoundRobin(Generic[M]):
     """The programs of a consumer of several partitions. *first* is the partition it begins at."""
 
     def __init__(
-        self, steps: Sequence[ConsumerSteps[M]], first: int, *, clock: Callable[[], float] = time.monotonic
+        self,
+        steps: Sequence[ConsumerSteps[M]],
+        first: int,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        is_away: Callable[[int], bool] = lambda _: False,
     ) -> None:
-        self._cursors = [PartitionCursor(at, one) for at, one in enumerate(steps)]
+        self._cursors = [PartitionCursor(at, one, is_away) for at, one in enumerate(steps)]
         self._here = self._cursors[first % len(steps)]
         self._clock = clock
         self._handed_out, self._arrived = 0, clock()
@@ -76,7 +96,7 @@ class PartitionRoundRobin(Generic[M]):
         """Return the next message; lease *prefetch* at one partition when none is at hand."""
         while True:
             here = self._here
-            while here.session.waiting:
+            while here.has_waiting:
                 opened = yield from here.follow(here.steps.next_message(alone=True))
                 if opened is not None:
                     opened[0].started = True
@@ -99,9 +119,9 @@ class PartitionRoundRobin(Generic[M]):
                 want = 0 if closed else size - len(gathered) - len(cursor.session.waiting)
                 if cursor.may_have_work(self._clock()) and want > 0:
                     yield from self._visit(cursor, want)
-                elif cursor.session.pending:
+                elif cursor.session.pending and not cursor.away:
                     yield cursor.turn()
-                if not closed and cursor.session.waiting:
+                if not closed and cursor.has_waiting:
                     closed = yield from cursor.follow(cursor.steps.fill(gathered, size))
                     self._here = cursor
             gathered = [one for one in gathered if not one[0].lost and not self._drop(one[0])]
@@ -110,7 +130,7 @@ class PartitionRoundRobin(Generic[M]):
                 deadline = now + within
             if gathered and (closed or len(gathered) >= size or (deadline is not None and now >= deadline)):
                 return start(gathered)
-            if not any(cursor.session.waiting for cursor in self._cursors):
+            if not any(cursor.has_waiting for cursor in self._cursors):
                 yield from self._wait(now, None if deadline is None else deadline - now)
 
     def pull(self, count: int, wait: float) -> Program[list[M]]:
@@ -120,7 +140,7 @@ class PartitionRoundRobin(Generic[M]):
             last = self._clock() >= deadline
             pulled: list[M] = []
             for cursor in self._in_turn():
-                if len(pulled) < count and (last or cursor.may_have_work(self._clock())):
+                if len(pulled) < count and not cursor.away and (last or cursor.may_have_work(self._clock())):
                     pulled += yield from cursor.follow(cursor.steps.pull(count - len(pulled), 0))
                     self._note_visit(cursor)
             if pulled or last:
@@ -159,7 +179,7 @@ class PartitionRoundRobin(Generic[M]):
     def _move(self, prefetch: int) -> Program[None]:
         """Move to a quiet partition if something came there, else to the next that is not quiet."""
         left, stint = self._here, self._handed_out
-        if left.session.pending:
+        if left.session.pending and not left.away:
             yield left.turn()
         self._handed_out, self._arrived = 0, self._clock()
         quiet = self._next_quiet(left)
@@ -183,7 +203,7 @@ class PartitionRoundRobin(Generic[M]):
         for _ in range(count):
             self._last_probed = (self._last_probed + 1) % count
             cursor = self._cursors[self._last_probed]
-            if cursor is not left and not cursor.may_have_work(now):
+            if cursor is not left and not cursor.away and not cursor.may_have_work(now):
                 return cursor
         return None
 
@@ -191,13 +211,14 @@ class PartitionRoundRobin(Generic[M]):
         """Return all partitions: those that hold messages, then from *first* on (None: the next)."""
         at = (self._here.at + 1 if first is None else first) % len(self._cursors)
         order = self._cursors[at:] + self._cursors[:at]
-        return sorted(order, key=lambda cursor: not cursor.session.waiting)
+        return sorted(order, key=lambda cursor: not cursor.has_waiting)
 
     def _wait(self, now: float, most: float | None = None) -> Program[None]:
         """Wait for all partitions at once, at most *most* seconds, unless one may have work now."""
         if any(cursor.may_have_work(now) for cursor in self._cursors):
             return
-        seconds = min(cursor.look_at for cursor in self._cursors) - now
+        live = [cursor for cursor in self._cursors if not cursor.away]
+        seconds = min((cursor.look_at for cursor in live), default=now + PROBE_PAUSE) - now
         if most is not None:
             seconds = min(seconds, most)
-        yield WaitStep(max(0.001, seconds), full=all(cursor.full for cursor in self._cursors))
+        yield WaitStep(max(0.001, seconds), full=bool(live) and all(cursor.full for cursor in live))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from random import randrange
@@ -40,10 +40,10 @@ class PartitionSource(Generic[T]):
 
 
 def programs(
-    steps: Sequence[ConsumerSteps[Message[T]]],
+    steps: Sequence[ConsumerSteps[Message[T]]], is_away: Callable[[int], bool]
 ) -> ConsumerSteps[Message[T]] | PartitionRoundRobin[Message[T]]:
     """Return the programs of the only partition, or a round over all that begins at a random one."""
-    return steps[0] if len(steps) == 1 else PartitionRoundRobin(steps, randrange(len(steps)))  # noqa: S311
+    return steps[0] if len(steps) == 1 else PartitionRoundRobin(steps, randrange(len(steps)), is_away=is_away)  # noqa: S311
 
 
 class SettlerState:
@@ -56,6 +56,35 @@ class SettlerState:
         self.on_error: OnError = on_error
         self.failure_log = FailureLog(logger)
         self._has_left = False
+        self._first_try: Any = None
+        self._can_be_away = False
+
+    # -- a server that is away ------------------------------------------------------------------------------------
+
+    def leave_out(self, first_try: Any) -> None:
+        """Leave this partition out while its server is away, as others go on; *first_try* hardly repeats a call."""
+        self._first_try, self._can_be_away = first_try, True
+
+    @property
+    def is_away(self) -> bool:
+        """True while the server of this partition is away, and others go on."""
+        return self._can_be_away and self.client.is_away(self.session.keys)
+
+    def note_away(self) -> bool:
+        """Note that the server did not answer; return False where there are no others that go on."""
+        return self._can_be_away and self.client.note_away(self.session.keys)
+
+    def refuse_away(self) -> None:
+        """Raise StoreUnavailable while the server is away."""
+        if self.is_away:
+            raise StoreUnavailable(f"The server of '{self.session.keys.queue}' does not answer.")
+
+    def nothing_from(self, settlers: Sequence[SettlerState]) -> list[Any]:
+        """Return no messages; raise StoreUnavailable when the servers of all partitions are away."""
+        if all(settler.is_away for settler in settlers):
+            queue = ids.logical(self.session.keys.queue)
+            raise StoreUnavailable(f"No server of the partitions of '{queue}' answers. Nothing was pulled.")
+        return []
 
     def is_cancelled(self, leased: LeasedMessage) -> bool:
         """Tell whether somebody asked to cancel the message while we hold it."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import linecache
+import logging
 import re
 import sys
 import threading
@@ -25,6 +26,7 @@ from conveyor.store import operations
 from conveyor.store.client.batching import LoopConnections, PushBatcher, chunks
 from conveyor.store.client.confirmed import ConfirmedConnections, ConfirmedTarget
 from conveyor.store.client.durability import Durability, DurabilityRequest
+from conveyor.store.client.outages import ServerOutages
 from conveyor.store.client.queue_index import QueueIndex
 from conveyor.store.fork_safety import on_fork
 from conveyor.store.keys import QueueKeys, check_namespace, known_queues
@@ -46,6 +48,7 @@ if TYPE_CHECKING:
     from conveyor.store.transport.endpoint import Endpoint, Topology
 
 T = TypeVar("T")
+log = logging.getLogger("conveyor.store")
 RETRY_FOR = 5.0
 """Seconds a producer's call is retried while Redis is away, before StoreUnavailable is raised."""
 _MOST_SCANNED = 1_000_000
@@ -75,6 +78,7 @@ class Client:
         self._loops: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, LoopConnections] = weakref.WeakKeyDictionary()
         self._last_loop: LoopConnections | None = None
         self._announced = QueueIndex()
+        self.outages = ServerOutages()
         self._confirmed_connections: ConfirmedConnections | None = None
         self.push_target_resolver: PushTargetResolver | None = None
         self.buffer: Buffer | None = None  # a client with a buffer replaces these three
@@ -117,6 +121,18 @@ class Client:
     def has_one_endpoint(self) -> bool:
         """True when one server serves all keys."""
         return self._single
+
+    def is_away(self, keys: QueueKeys) -> bool:
+        """Tell whether the server of *keys* is away and others are not to wait for it; never where one serves all keys."""
+        return not self._single and self.outages.is_away(self.endpoint(keys))
+
+    def note_away(self, keys: QueueKeys) -> bool:
+        """Note that the server of *keys* did not answer; return False where one server serves all keys."""
+        if self._single:
+            return False
+        if self.outages.note(self.endpoint(keys)):
+            log.warning("The server of queue '%s' is away; the others go on.", keys.queue)
+        return True
 
     @property
     def has_idle_connection(self) -> bool:
@@ -382,6 +398,7 @@ class Client:
 
     def close(self) -> None:
         """Close all blocking connections and release the embedded server."""
+        self.outages.close()
         if self._confirmed_connections is not None:
             self._confirmed_connections.close()
         for free in (self._free, *self._free_at.values()):

@@ -6,6 +6,7 @@ import logging
 import re
 import threading
 from binascii import crc_hqx
+from collections.abc import Hashable
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
@@ -103,6 +104,11 @@ class Cluster:
         if monotonic() - self._mapped_at > MAP_FRESH:
             return None
         server = next((one for one in self._known if one in self._owners), None) if slot < 0 else self._owners[slot]
+        return None if server is None else self._node(server)
+
+    def last_owner(self, slot: int) -> StandaloneServer | None:
+        """Return the owner of *slot* by the last map, however old that is."""
+        server = self._owners[slot] if slot >= 0 else None
         return None if server is None else self._node(server)
 
     def owner(self, slot: int) -> StandaloneServer:
@@ -262,6 +268,10 @@ class SlotEndpoint:
         except Exception:
             self._cluster.distrust_map(self._cluster.server_of(node))
             raise
+
+    def current_server(self) -> Hashable:
+        """Return the owner by the last map."""
+        return self._cluster.last_owner(self._slot) or self
 
     def note_moved(self, reply: str) -> None:
         """Note the owner named by MOVED; any other reply (CLUSTERDOWN) means that the map may be wrong."""

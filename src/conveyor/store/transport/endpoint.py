@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 if TYPE_CHECKING:
@@ -42,6 +42,10 @@ class Endpoint(Protocol):
 
     async def aopen(self) -> AsyncConnection:
         """Return a connected asyncio connection."""
+        ...
+
+    def current_server(self) -> Hashable:
+        """Return what stands for the server that serves this endpoint now, as far as is known: the same for its other endpoints."""
         ...
 
     def note_moved(self, reply: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Hashable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -74,6 +75,10 @@ class Sentinel:
 
     def endpoint(self, key: str) -> Endpoint:
         """Return this endpoint: the master serves all keys."""
+        return self
+
+    def current_server(self) -> Hashable:
+        """Return itself: one master serves all keys."""
         return self
 
     def note_moved(self, reply: str) -> None:

@@ -11,6 +11,7 @@ import asyncio
 import os
 import re
 import socket
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -207,6 +208,10 @@ class StandaloneServer:
     def check_options(self) -> None:
         """Raise ConfigurationError for unknown or invalid options of the URL."""
         assert self._parameters is not None
+
+    def current_server(self) -> Hashable:
+        """Return this server."""
+        return self
 
     def note_moved(self, reply: str) -> None:
         """Raise ConfigurationError (E33): only nodes of a cluster reply so."""
