@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import time
 from typing import Any
 
 import msgspec
+import redis.asyncio
 
 from benchmarks.harness import TEXT, Bench, percentile, rates
 
@@ -24,6 +26,22 @@ begin = time.monotonic() + 0.2
 for number in range(count):
     time.sleep(max(0, begin + number * 0.02 - time.monotonic()))
     client.rpush("raw", json.dumps({"id": number, "sent": time.monotonic_ns()}))
+"""
+
+# The same with an awaited RPUSH.
+_ASYNC_PUSHER = """
+import asyncio, json, sys, time, redis.asyncio
+
+async def main():
+    client, count = redis.asyncio.Redis.from_url(sys.argv[1]), int(sys.argv[2])
+    await client.ping()
+    begin = time.monotonic() + 0.2
+    for number in range(count):
+        await asyncio.sleep(max(0, begin + number * 0.02 - time.monotonic()))
+        await client.rpush("raw", json.dumps({"id": number, "sent": time.monotonic_ns()}))
+    await client.aclose()
+
+asyncio.run(main())
 """
 
 # Another process that answers each request.
@@ -92,14 +110,44 @@ def raw_latency(bench: Bench) -> None:
             delays.append((time.monotonic_ns() - json.loads(item[1])["sent"]) / 1e6)
         pusher.wait(10)
         bench.note("raw-list idle-to-start p50 ms", percentile(delays, 50))
+        awaited = asyncio.run(_awaited_delays(bench, count))
+        bench.note("raw-list awaited idle-to-start p50 ms", percentile(awaited, 50))
         bench.note("raw-list idle-to-start p99 ms", percentile(delays, 99))
 
         responder = subprocess.Popen([sys.executable, "-c", _RESPONDER, bench.url])
+        awaited = asyncio.run(_awaited_trips(bench, count))
+        bench.note("raw-list awaited round trip p50 ms", percentile(awaited, 50))
         trips = [_round_trip(client, number) for number in range(count + 20)][20:]  # the first wait for its start
         client.rpush("request", _STOP)
         responder.wait(10)
         bench.note("raw-list round trip p50 ms", percentile(trips, 50))
     bench.flush()
+
+
+async def _awaited_delays(bench: Bench, count: int) -> list[float]:
+    """Return the time from each awaited push by another process to its awaited BLPOP here, in ms."""
+    client = redis.asyncio.Redis.from_url(bench.url)
+    pusher = await asyncio.create_subprocess_exec(sys.executable, "-c", _ASYNC_PUSHER, bench.url, str(count))
+    delays = []
+    for _ in range(count):
+        item = await client.blpop([LIST], timeout=10)
+        delays.append((time.monotonic_ns() - json.loads(item[1])["sent"]) / 1e6)
+    await pusher.wait()
+    await client.aclose()
+    return delays
+
+
+async def _awaited_trips(bench: Bench, count: int) -> list[float]:
+    """Return the time of each awaited request and reply over two lists, in ms."""
+    client, trips = redis.asyncio.Redis.from_url(bench.url), []
+    for number in range(count + 20):
+        start = time.perf_counter()
+        await client.rpush("request", json.dumps({"id": number, "text": TEXT}))
+        item = await client.blpop(["reply"], timeout=10)
+        assert json.loads(item[1]) == number
+        trips.append((time.perf_counter() - start) * 1e3)
+    await client.aclose()
+    return trips[20:]  # the first wait for its start
 
 
 def _round_trip(client: Any, number: int) -> float:

@@ -52,8 +52,8 @@ async def _concurrently(count: int, callers: int = 100) -> float:
 
 
 def latency(bench: Bench) -> None:
-    """Time from enqueue to the start of the function in an idle worker, one each 20 ms; and enqueue to result."""
-    from benchmarks.measured_jobs import echo, stamp
+    """Time from enqueue to the start of the function in an idle worker, one each 20 ms; and enqueue to result; awaited too."""
+    from benchmarks.measured_jobs import app, echo, stamp
 
     bench.flush()
     count = bench.size(500)
@@ -74,6 +74,26 @@ def latency(bench: Bench) -> None:
         wait_for(all_seen, "all stamps", within=30)
         bench.note("ours idle-to-start p50 ms", percentile(delays, 50))
         bench.note("ours idle-to-start p99 ms", percentile(delays, 99))
+
+        async def enqueue_each() -> list[float]:
+            trips = []
+            await stamp.aenqueue(0, time.monotonic_ns())  # connects
+            begin = time.monotonic()
+            for number in range(count):
+                await asyncio.sleep(max(0, begin + number * 0.02 - time.monotonic()))
+                await stamp.aenqueue(number, time.monotonic_ns())
+            for number in range(count):
+                start = time.perf_counter()
+                assert await (await echo.aenqueue(number, TEXT)).aresult(timeout="10s") == number
+                trips.append((time.perf_counter() - start) * 1e3)
+            await app.aclose()
+            return trips
+
+        delays.clear()
+        awaited = asyncio.run(enqueue_each())
+        wait_for(all_seen, "all stamps", within=30)
+        bench.note("ours awaited idle-to-start p50 ms", percentile(delays, 50))
+        bench.note("ours awaited enqueue-to-result p50 ms", percentile(awaited, 50))
 
         trips = []
         for number in range(count):

@@ -78,6 +78,18 @@ GOALS = (
     Goal("bulk: `push_many`", "ours push_many /s", "raw-limit push /s", at_least=0.15),
     Goal("idle to start, p50", "ours idle-to-start p50 ms", "raw-list idle-to-start p50 ms", at_most=1.4),
     Goal("idle to start, p99", "ours idle-to-start p99 ms", "raw-list idle-to-start p99 ms", at_most=2),
+    Goal(
+        "idle to start of an awaited `aenqueue`, p50",
+        "ours awaited idle-to-start p50 ms",
+        "raw-list awaited idle-to-start p50 ms",
+        at_most=1.5,
+    ),
+    Goal(
+        "awaited `aenqueue` to `aresult`, p50",
+        "ours awaited enqueue-to-result p50 ms",
+        "raw-list awaited round trip p50 ms",
+        at_most=1.8,
+    ),
     Goal("enqueue to result, p50", "ours enqueue-to-result p50 ms", "raw-list round trip p50 ms", at_most=2.2),
     Goal(
         "200 queues against 1: idle to start, p50",

@@ -6,6 +6,7 @@ import asyncio
 import time
 from typing import Any
 
+import hiredis
 import pytest
 
 from conveyor.jobs.app import Conveyor
@@ -34,6 +35,47 @@ async def test_an_idle_worker_is_woken_at_once(app: Conveyor) -> None:
             start = time.monotonic()
             job = await when.aenqueue()
             assert await job.aresult(timeout=5) - start < AT_ONCE
+
+
+@pytest.mark.row("D27")
+@pytest.mark.parametrize("queues", [1, 4])
+async def test_nothing_stands_between_a_token_and_its_job(
+    app: Conveyor, queues: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The turn that follows a token was made while the worker waited, and its job starts before the worker waits again."""
+    waits: list[int] = []
+
+    async def count() -> None:
+        waits.append(worker.connections.blocked)
+
+    tasks = [app.task(name=f"count{n}", queue=f"q{n}")(count) for n in range(queues)]
+    async with working(app) as worker:
+        consumers = worker.consumers
+
+        async def settled() -> int:
+            await until(lambda: not any(one.busy or one.has_more for one in consumers))
+            await asyncio.sleep(0.15)  # the listener blocks, after a tenth of a second at the latest
+            return worker.connections.blocked
+
+        blocked = await settled()
+        sent: list[tuple[Any, bytes | None]] = []
+        for consumer in consumers:
+            send = consumer.connection.send
+
+            def sending(command: Any, answer: Any, _send: Any = send, **options: Any) -> None:
+                sent.append((command, options.get("packed")))
+                _send(command, answer, **options)
+
+            monkeypatch.setattr(consumer.connection, "send", sending)
+            waits.clear()
+            await tasks[consumers.index(consumer)].aenqueue()
+            await until(lambda: waits)
+            command, packed = next(one for one in sent if consumer.keys.jobs in one[0])
+            assert packed == hiredis.pack_command(command)
+            assert waits[-1] == blocked
+            blocked = await settled()
+            monkeypatch.undo()
+            sent.clear()
 
 
 @pytest.mark.standalone_only("counts every command the server gets, those of a replica and of sentinels too")

@@ -187,18 +187,28 @@ class AsyncConnection:
         self.send(command, answer, block=block)
         return await future
 
-    def send(self, command: tuple[Argument, ...], answer: Reply, *, block: float = 0.0, at_once: bool = False) -> None:
+    def pack(self, command: tuple[Argument, ...]) -> bytes | None:
+        """Return what `send` would write for *command*, to be sent later; None when the connection is not open."""
+        return None if self._transport is None else self._pack(command)
+
+    def send(
+        self, command: tuple[Argument, ...], answer: Reply, *,
+        block: float = 0.0, at_once: bool = False, packed: bytes | None = None,
+    ) -> None:  # fmt: skip
         """
         Send one command on the open connection; *answer* gets the reply, or an OSError when the connection is lost.
 
-        It leaves at the end of this pass of the loop with all others of the pass, or *at_once*.
+        It leaves at the end of this pass of the loop with all others of the pass, or *at_once*. *packed* is
+        what `pack` returned for it, if it was asked.
         """
         if self._transport is None or self._loop is None:
             answer(ConnectionLost("not connected"))
             return
         if not self._out and not at_once:
             self._loop.call_soon(self._flush)
-        packed, deadline = self._pack(command), self._loop.time() + block + self._reply_timeout
+        if packed is None:
+            packed = self._pack(command)
+        deadline = self._loop.time() + block + self._reply_timeout
         # In this order, so that the numbers show it if something is raised in between.
         self._sent += 1
         self._out.append(packed)

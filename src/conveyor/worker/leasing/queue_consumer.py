@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
+from dataclasses import dataclass
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
@@ -46,6 +47,22 @@ LATE = 0.5
 """Seconds without a reply to a turn, after which other partitions of the queue lease before this one."""
 IDLE = 5.0
 """Longest pause between two turns in seconds: a lost wake-up token costs at most this."""
+
+
+@dataclass(slots=True)
+class PreparedTurn:
+    """The command of a turn that has nothing to report, made before it is needed."""
+
+    identity: str
+    number: int
+    want: int
+    call: Call[TurnReply]
+    packed: bytes | None
+
+    def fits(self, identity: str, number: int, want: int, report: TurnReport) -> bool:
+        """Tell whether it is the turn with these inputs."""
+        made = (self.identity, self.number, self.want)
+        return made == (identity, number, want) and not (report or report.stats or report.recent)
 
 
 class QueueConsumer:
@@ -101,6 +118,7 @@ class QueueConsumer:
         self._plain_handlers: dict[bytes, Handler] = {}
         self.number = 0
         """Of the last turn."""
+        self._prepared: PreparedTurn | None = None
         self._in_flight: tuple[Call[TurnReply], TurnReport] | None = None
         self._recovery: asyncio.Task[None] | None = None
         self._turn_ended = asyncio.Event()
@@ -318,9 +336,12 @@ class QueueConsumer:
         now = monotonic()
         self._is_looking = now >= self._reaper.due_at
         self.number += 1
-        call = operations.turn(
-            self.keys, self.identity, self.number, want, self.lease_ms, report, flags="l" if self._is_looking else ""
-        )
+        prepared, self._prepared = self._prepared, None
+        if prepared is not None and not self._is_looking and prepared.fits(self.identity, self.number, want, report):
+            call, packed = prepared.call, prepared.packed
+        else:
+            flags, packed = "l" if self._is_looking else "", None
+            call = operations.turn(self.keys, self.identity, self.number, want, self.lease_ms, report, flags=flags)
         self._in_flight = (call, report)
         self._sent_at = now
         self._wanted = want
@@ -329,7 +350,15 @@ class QueueConsumer:
             if want > 0:
                 self._intake.send(want)
         # At once: jobs that are about to run would keep the loop, and Redis would work after them instead of beside them.
-        self.connection.send(call.command(), self._on_reply, at_once=True)
+        self.connection.send(call.command(), self._on_reply, at_once=True, packed=packed)
+
+    def prepare(self) -> None:
+        """Make the command of the next turn while nothing is to be done: it is sent as soon as a token is taken."""
+        if self.held or self.report or self._has_more or self.is_turning or self.has_left:
+            return  # the next turn has something to say, or comes now
+        want, number, report = self._capacity.room(self), self.number + 1, TurnReport()
+        call = operations.turn(self.keys, self.identity, number, want, self.lease_ms, report)
+        self._prepared = PreparedTurn(self.identity, number, want, call, self.connection.pack(call.command()))
 
     def _drain_counters(self, report: TurnReport) -> None:
         """Move the counters since the last turn into *report*."""

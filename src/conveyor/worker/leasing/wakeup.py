@@ -278,7 +278,7 @@ class WorkerConnections:
         """
         self._worker, self._lifecycle, self._client = worker, lifecycle, client
         self._has_room, self._after_turn = has_room, after_turn
-        self._asked: dict[WakeupListener, None] = {}
+        self._asked: dict[LeasingQueue, None] = {}
         self._by_endpoint: dict[Endpoint, EndpointConnections] = {}
         self._listeners: dict[LeasingQueue, WakeupListener] = {}
         self._waiting: dict[WakeupListener, None] = {}
@@ -306,12 +306,13 @@ class WorkerConnections:
         """
         if not self._asked:
             asyncio.get_running_loop().call_soon(self._listen)
-        self._asked[self._listeners[consumer]] = None
+        self._asked[consumer] = None
 
     def _listen(self) -> None:
         asked, self._asked = self._asked, {}
-        for listener in asked:
-            listener.listen()
+        for consumer in asked:
+            self._listeners[consumer].listen()
+            consumer.prepare()
         if self._waiting and self._has_room():
             for listener in [*self._waiting]:
                 listener.listen()
