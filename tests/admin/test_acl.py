@@ -132,7 +132,7 @@ def test_all_else_is_refused(member: Callable[..., RoleUser]) -> None:
     for command in WRITES:
         assert member("dashboard").refuse(*command)
     assert member("producer").refuse("LPOP", f"{NAMESPACE}:{{mail}}:ready:0")
-    assert member("operator").refuse("ZADD", f"{NAMESPACE}:{{mail}}:workers", "1", "x")
+    assert member("operator").refuse("BLPOP", f"{NAMESPACE}:{{mail}}:wake", "0.01")
 
 
 @pytest.mark.redis6

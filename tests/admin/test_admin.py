@@ -11,6 +11,7 @@ from redis import Redis
 
 from conveyor.admin.admin import Admin
 from conveyor.errors import ConfigurationError, JobNotFound, QueueNotFound
+from conveyor.store import inspection
 from conveyor.store.client.client import Client
 from support.client_worker import ClientWorker, dead, push
 
@@ -245,3 +246,22 @@ def test_plain_list_is_counted_and_purged_whole(backend: Client, redis: Redis) -
     assert admin.purge("{t1}:numbers") == 5
     assert admin.queue("{t1}:numbers").ready == 0
     assert redis.llen("{t1}:numbers") == 0
+
+
+@pytest.mark.row("C103")
+def test_jobs_in_no_place_are_told_and_put_back(admin: Admin, backend: Client, redis: Redis) -> None:
+    """Counts and doctor tell of jobs with a record and no place; `repair` puts back exactly those, beside a worker."""
+    push(backend, "mail", *(b"%d" % n for n in range(1200)))
+    worker = ClientWorker(backend, "mail")
+    worker.take()
+    lost = redis.lpop(backend.keys("mail").ready[0], 700)
+
+    assert admin.queue("mail").unplaced == len(lost)
+    found = [finding for finding in admin.doctor().findings if "neither ready" in finding.text]
+    assert [(one.level, one.remedy) for one in found] == [("problem", "conveyor queue repair mail")]
+    assert admin.repair("mail") == len(lost)
+    assert admin.repair("mail") == 0
+
+    assert admin.queue("mail").unplaced == 0
+    assert backend.run(inspection.audit(backend.keys("mail"))) == []
+    assert set(redis.lrange(backend.keys("mail").ready[0], 0, len(lost) - 1)) == set(lost)

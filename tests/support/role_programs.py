@@ -195,6 +195,9 @@ def operate(app: Conveyor) -> None:
     admin = Admin(app.client, plain_lists=core_of(app).plain_lists)
     admin.pause("default")
     admin.resume("default")
+    line = app.client.keys("default").ready[0]
+    assert app.client.execute("LPOP", line, key=line)
+    assert admin.repair("default") == 1
     acted = [admin.retry(["scheduled"]), admin.cancel(["leased", "ready"])]
     assert [one.outcome for pair in acted for one in pair] == ["retried", "asked", "cancelled"]
     assert admin.redrive("default", limit=1) == 1

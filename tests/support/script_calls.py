@@ -133,6 +133,12 @@ CALLS: dict[str, tuple[Callable[[QueueKeys], Call[Any]], set[str]]] = {
     "list_jobs": (lambda k: inspection.list_jobs(k, "ready", 0, 9), {"jobs", "state", "ready:0", "ready:9"}),
     "get_job": (lambda k: inspection.get_job(k, "r1"), {"jobs", "state", "due", "dead", "workers", "leased:w"}),
     "workers": (inspection.workers, {"workers", "leased:w"}),
+    "unplaced": (lambda k: inspection.unplaced(k, "jobs", "0"), {"jobs", "due", "dead", "workers", "leased:w"}),
+    "unplaced-ready": (lambda k: inspection.unplaced(k, "5", "0"), {"ready:5"}),
+    "repair": (
+        lambda k: operations.repair(k, ["r1", "s3", "h1"]),
+        {"jobs", "state", "due", "dead", "workers", "conf", "ready:0", "leased:w"},
+    ),
     "audit": (inspection.audit, {"jobs", "state", "due", "dead", "workers", "conf", "ready:4", "leased:w"}),
 }  # fmt: skip
 
@@ -140,7 +146,7 @@ CALLS: dict[str, tuple[Callable[[QueueKeys], Call[Any]], set[str]]] = {
 PUSHES = {"push", "push_plain", "list_push", "claim_partitions"}
 
 #: scripts that change nothing
-READS = {"held_ids", "counts", "list_jobs", "get_job", "workers", "audit", "partitions"}
+READS = {"held_ids", "counts", "list_jobs", "get_job", "workers", "audit", "partitions", "unplaced", "unplaced-ready"}
 
 
 def name_of(key: str, seeded: SeededQueue) -> str:

@@ -87,10 +87,10 @@ _DASHBOARD = Role(
 )
 _OPERATOR = Role(
     "operator",
-    "reads, and acts on queues and jobs: pause, purge, redrive, retry, cancel, delete",
+    "reads, and acts on queues and jobs: pause, purge, redrive, repair, retry, cancel, delete",
     (
         operations.CONFIGURE, operations.PURGE, operations.LIST_INTAKE, operations.REDRIVE, operations.PROMOTE,
-        operations.CANCEL, partitions.CLAIM_PARTITIONS, partitions.REPARTITION,
+        operations.CANCEL, partitions.CLAIM_PARTITIONS, partitions.REPARTITION, inspection.UNPLACED, operations.REPAIR,
     ),
     ("sadd", "srem", "hscan", "scan"),
     channels=True,

@@ -41,7 +41,7 @@ from conveyor.store import inspection, operations
 from conveyor.store.client.client import Client
 from conveyor.store.client.durability import Durability
 from conveyor.store.inspection import FinishedJob, JobRow
-from conveyor.store.keys import QueueKeys
+from conveyor.store.keys import PRIORITIES, QueueKeys
 
 PAGE_SIZE = 500
 SEARCH_SIZE = 200
@@ -146,6 +146,15 @@ class Admin:
                 call = redrive_batch(self._directory.keys(part), ids=bare[first : first + PAGE_SIZE])
                 moved += self.client.run(call)
         return moved
+
+    def repair(self, name: str) -> int:
+        """
+        Put jobs back that have a record and are in no place, each with a start counted; return how many.
+
+        Workers and producers may go on meanwhile. The ids of the queue are read in pages, then what was found is looked up
+        again in the step that puts it back.
+        """
+        return sum(self._repair(self._keys(part)) for part in self._directory.partition_names(name))
 
     def workers(self, queue: str | None = None) -> list[WorkerInfo]:
         """
@@ -256,13 +265,35 @@ class Admin:
         names = self.names() if queue is None else [queue]
         return [part for name in names for part in self._directory.partition_names(name)]
 
+    def _repair(self, keys: QueueKeys) -> int:
+        suspects = set(self._page_ids(keys, "jobs"))
+        ready = 0
+        for priority in range(PRIORITIES if suspects else 0):
+            for id_ in self._page_ids(keys, str(priority)):
+                suspects.discard(id_)
+                ready += 1
+        # A step searches the ready lists for each of its ids: it stays short with long lists, too.
+        chosen, size = sorted(suspects, reverse=True), max(1, min(PAGE_SIZE, 1_000_000 // (ready + 1)))
+        return sum(
+            self.client.run(operations.repair(keys, chosen[first : first + size]))[0]
+            for first in range(0, len(chosen), size)
+        )
+
+    def _page_ids(self, keys: QueueKeys, where: str) -> Iterator[str]:
+        cursor = "0"
+        while True:
+            cursor, ids = self.client.run(inspection.unplaced(keys, where, cursor))
+            yield from ids
+            if cursor == "0":
+                return
+
     def _queue_info(self, name: str) -> QueueInfo:
         partitions = self._directory.partition_names(name)
         counts = inspection.total([self.client.run(inspection.counts(self._keys(part))) for part in partitions])
         oldest = counts.oldest_age if counts.ready else None  # the first entry may be the stub of a cancelled job
         return QueueInfo(
             name, counts.ready, counts.scheduled, counts.waiting, counts.leased, counts.dead, counts.workers,
-            oldest, counts.paused, counts.max_length, len(partitions), counts.outbox,
+            oldest, counts.paused, counts.max_length, len(partitions), counts.outbox, counts.unplaced,
         )  # fmt: skip
 
     def _count_entries(self, keys: QueueKeys, state: str) -> int:

@@ -246,6 +246,19 @@ def undelivered_outboxes(counts: Mapping[str, inspection.QueueCounts]) -> list[F
     return findings
 
 
+def unplaced_jobs(counts: Mapping[str, inspection.QueueCounts]) -> list[Finding]:
+    """Return a finding for each queue with more records than places: those jobs never run by themselves."""
+    return [
+        Finding(
+            "queue", "problem",
+            f"queue '{name}': {count.unplaced:,} job{'s have a record and are' if count.unplaced > 1 else ' has a record and is'} "
+            "neither ready, scheduled, leased nor dead",
+            f"conveyor queue repair {name}", "",
+        )
+        for name, count in counts.items() if count.unplaced
+    ]  # fmt: skip
+
+
 def _check_latency(client: Client, report: HealthReport) -> None:
     took = []
     client.execute("PING")  # opens the connection
@@ -422,6 +435,7 @@ def _check_queues(client: Client, directory: QueueDirectory, report: HealthRepor
     waiting = {n: count.ready for n, count in counts.items() if count.ready and not count.workers and not count.paused}
     report.findings += stranded_queues(waiting, served)
     report.findings += undelivered_outboxes(counts)
+    report.findings += unplaced_jobs(counts)
     for name, count in counts.items():
         _check_records(client, [directory.keys(part) for part in directory.partition_names(name)], count, report)
         if directory.is_being_repartitioned(name):

@@ -26,7 +26,8 @@ class QueueInfo:
 
     `oldest_age`: seconds since the oldest ready job could have started, None without one. For a queue with partitions
     the counts are sums; `workers` is the largest number of workers in one partition. `outbox`: jobs that its jobs
-    spawned and that are not delivered to their queues yet.
+    spawned and that are not delivered to their queues yet. `unplaced`: jobs that have a record and are in no place;
+    `repair` puts them back.
     """
 
     name: str
@@ -41,6 +42,7 @@ class QueueInfo:
     max_length: int | None
     partitions: int = 1
     outbox: int = 0
+    unplaced: int = 0
 
     @property
     def stranded(self) -> bool:

@@ -32,7 +32,8 @@ def print_queues(out: Output, queues: Sequence[QueueInfo]) -> None:
 def _row(info: QueueInfo) -> tuple[object, ...]:
     oldest = None if info.oldest_age is None else timedelta(seconds=info.oldest_age)
     words = ["paused"] * info.paused + ["stranded"] * (info.stranded and not info.paused)
-    state = ", ".join([*words, *([f"outbox {info.outbox:,}"] if info.outbox else [])])
+    numbers = {"outbox": info.outbox, "unplaced": info.unplaced}
+    state = ", ".join([*words, *(f"{what} {number:,}" for what, number in numbers.items() if number)])
     counts = (info.ready, info.scheduled, info.leased, info.dead, info.workers)
     return (info.name, *counts, oldest, state, info.partitions)
 
@@ -77,6 +78,7 @@ def show(target: Target, out: Output, name: str) -> None:
             ("paused", info.paused),
             ("max_length", info.max_length),
             ("outbox", info.outbox),
+            ("unplaced", info.unplaced),
             ("workers", info.workers),
             ("partitions", info.partitions),
         ]
@@ -147,6 +149,23 @@ def redrive(target: Target, out: Output, name: str, limit: int | None, yes: bool
     elif not chosen:
         out.say(f"{name} has no dead letters.")
     _print_count(out, "redrive", name, "redriven", chosen if dry_run else moved, dry_run=dry_run)
+
+
+@queue.command()
+@click.argument("name", metavar="QUEUE")
+@redis_options
+def repair(target: Target, out: Output, name: str) -> None:
+    """
+    Put jobs back that have a record and are in no place.
+
+    `doctor` tells of such jobs. Workers may go on meanwhile. A start is counted for each job, since it may have begun.
+    """
+    admin = target.admin()
+    admin.queue(name)  # an unknown name is an error
+    repaired = admin.repair(name)
+    if not repaired and out.on_terminal and not out.as_json:
+        out.say(f"Every job of {name} is in its place.")
+    _print_count(out, "repair", name, "repaired", repaired, dry_run=False)
 
 
 @queue.command("partition")

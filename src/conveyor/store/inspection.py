@@ -16,7 +16,7 @@ from conveyor.store.script import Call, Script
 DAMAGED = "(damaged)"
 """The host of a worker whose facts cannot be read."""
 COUNTS, LIST_JOBS, GET_JOB = Script("counts"), Script("list_jobs"), Script("get_job")
-WORKERS, AUDIT = Script("workers"), Script("audit")
+WORKERS, AUDIT, UNPLACED = Script("workers"), Script("audit"), Script("unplaced")
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +25,7 @@ class QueueCounts:
     The counts of a queue.
 
     `oldest_age`: seconds since the oldest ready job could have started, None when none is ready. `outbox`: jobs that its
-    jobs spawned and that are not delivered to their queues yet.
+    jobs spawned and that are not delivered to their queues yet. `unplaced`: jobs that have a record and are in no place.
     """
 
     ready: int
@@ -38,6 +38,7 @@ class QueueCounts:
     workers: int
     max_length: int | None = None
     outbox: int = 0
+    unplaced: int = 0
 
     def __len__(self) -> int:
         return self.ready + self.scheduled + self.waiting
@@ -51,7 +52,7 @@ def total(parts: Sequence[QueueCounts]) -> QueueCounts:
         sum(part.ready for part in parts), sum(part.scheduled for part in parts), sum(part.waiting for part in parts),
         sum(part.leased for part in parts), sum(part.dead for part in parts), max(ages, default=None),
         any(part.paused for part in parts), max(part.workers for part in parts), sum(limits) if limits else None,
-        sum(part.outbox for part in parts),
+        sum(part.outbox for part in parts), sum(part.unplaced for part in parts),
     )  # fmt: skip
 
 
@@ -104,14 +105,16 @@ def counts(keys: QueueKeys) -> Call[QueueCounts]:
 
 
 def _read_counts(reply: list[Any]) -> QueueCounts:
-    ready, scheduled, leased, dead, workers, paused, now, oldest, marks, max_length, foreign, outbox = reply
+    ready, scheduled, leased, dead, workers, paused, now, oldest, marks, max_length, foreign, outbox, unplaced = reply
     age = None
     if oldest:
         envelope = read_envelope(marks + b"\n\n")
         since = max(made_at_ms(oldest.decode()) or 0, envelope.due_ms or 0)
         age = max(0.0, (now - since) / 1000) if since else 0.0
     limit = int(max_length) if max_length else None
-    return QueueCounts(ready + foreign, scheduled, 0, leased, dead, age, paused == 1, workers, limit, outbox)
+    return QueueCounts(
+        ready + foreign, scheduled, 0, leased, dead, age, paused == 1, workers, limit, outbox, max(0, unplaced)
+    )
 
 
 def list_jobs(keys: QueueKeys, status: str, offset: int, count: int, task: str | None = None) -> Call[JobPage]:
@@ -195,6 +198,21 @@ def _read_about(data: bytes) -> dict[str, Any]:
     if not isinstance(facts.get("host", ""), str) or not isinstance(facts.get("pid"), int | None):
         return {**facts, "host": DAMAGED, "pid": None}
     return facts
+
+
+def unplaced(keys: QueueKeys, where: str, cursor: str, count: int = 1000) -> Call[tuple[str, list[str]]]:
+    """
+    Return the call that reads one page of ids; it yields the next cursor ("0": the end) and the ids.
+
+    *where*: "jobs" for those that are neither scheduled, dead nor leased, or the priority of a ready list.
+    """
+    names = (keys.jobs, keys.due, keys.dead, keys.workers, *keys.ready)
+    return Call(
+        UNPLACED,
+        names,
+        (where, cursor, str(count)),
+        lambda reply: (reply[0].decode(), [one.decode() for one in reply[1:]]),
+    )
 
 
 def audit(keys: QueueKeys, *, most: int = 200_000) -> Call[list[tuple[str, str]]]:

@@ -30,6 +30,7 @@ EXTEND, HELD_IDS, CANCEL, REDRIVE = Script("extend"), Script("held_ids"), Script
 PROMOTE, PURGE, CONFIGURE, LIST_INTAKE = Script("promote"), Script("purge"), Script("configure"), Script("list_intake")
 AWAIT_RESULT, FORGET, WITHDRAW = Script("await_result"), Script("forget"), Script("withdraw")
 WAKE, IDLE_TURN = Script("wake"), Script("idle_turn")
+REPAIR = Script("repair")
 SADD, SET = Script("SADD"), Script("SET")
 
 LANE_MS = 7_200_000
@@ -570,6 +571,18 @@ def purge(keys: QueueKeys, place: str, limit: int) -> Call[tuple[int, int]]:
     """Return the call that removes one batch from `ready`, `due` or `dead`; it yields (entries taken, jobs removed)."""
     names = (keys.jobs, keys.state, keys.due, keys.dead, keys.conf, keys.waiters, *keys.ready, keys.none)
     return Call(PURGE, names, (place, str(limit)), lambda reply: (int(reply[0]), int(reply[1])))
+
+
+def repair(keys: QueueKeys, ids: Sequence[str]) -> Call[tuple[int, int]]:
+    """
+    Return the call that puts those of *ids* back that are in no place, newest first.
+
+    It yields how many, and how many records of cancelled jobs were removed.
+    """
+    names = (
+        keys.jobs, keys.state, keys.due, keys.dead, keys.workers, keys.conf, keys.wake, *keys.ready, keys.none,
+    )  # fmt: skip
+    return Call(REPAIR, names, tuple(ids), lambda reply: (int(reply[0]), int(reply[1])))
 
 
 def configure(keys: QueueKeys, setting: str, value: str) -> Call[bool]:

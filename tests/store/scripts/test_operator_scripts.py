@@ -6,9 +6,12 @@ import pytest
 
 from conveyor import Conveyor
 from conveyor.admin import Admin
-from conveyor.store import operations
+from conveyor.admin.acl import commands_of
+from conveyor.errors import ConfigurationError
+from conveyor.store import inspection, operations
 from conveyor.store.keys import QueueKeys
 from conveyor.store.operations import Settlement
+from support.script_faults import LimitedUser, Snapshot
 from support.seeded_queue import PLAIN, WORKER, SeededQueue, entry
 
 CANCELLED = '{"status":"cancelled","at":now}'
@@ -336,3 +339,48 @@ def test_list_intake_is_bounded(seeded: SeededQueue, limit: int) -> None:
     seeded.redis.delete("q")
     with seeded.unchanged():
         assert seeded.run(operations.list_intake(keys, 10, "stem")) == 0
+
+
+def lose(seeded: SeededQueue) -> None:
+    """Make six jobs: one in its place, a ready one, an urgent one, a scheduled one and a stub in none, one leased in its place."""
+    seeded.push("held")
+    seeded.register("w")
+    seeded.turn("w", 1, 1)
+    seeded.push("stays", "a", entry("b", priority=3), entry("later", delay_ms=60_000), "stub")
+    seeded.run(operations.cancel(seeded.keys, "stub"))
+    seeded.redis.lrem(seeded.keys.ready[0], 0, "a")
+    seeded.redis.lrem(seeded.keys.ready[0], 0, "stub")
+    seeded.redis.delete(seeded.keys.ready[3], seeded.keys.due)
+    seeded.redis.hset(seeded.keys.state, "b", "2 1 0\n{}")
+
+
+@pytest.mark.row("C103")
+@pytest.mark.redis6
+@pytest.mark.redis7
+@pytest.mark.standalone_only("makes a user")
+def test_repair_puts_back_what_is_in_no_place(seeded: SeededQueue, url: str) -> None:
+    """Jobs in no place come back to theirs with a start counted, all others stay; with any command refused nothing happens."""
+    lose(seeded)
+    assert seeded.run(inspection.counts(seeded.keys)).unplaced == 4
+    call = operations.repair(seeded.keys, ["stub", "stays", "later", "held", "b", "a", "unknown"])
+    snapshot, commands = Snapshot(seeded.redis), commands_of(operations.REPAIR)
+    user = LimitedUser(seeded.redis, url)
+    limited = SeededQueue(seeded.redis, user.url)
+    for command in sorted(
+        commands - {"exists", "rpush", "pexpire", "del"}
+    ):  # of the token; and of what has proven others
+        user.deny(f"-{command}")
+        with seeded.unchanged(), pytest.raises(ConfigurationError):
+            limited.run(call)
+    user.close()
+    limited.client.close()
+    snapshot.restore()
+
+    assert seeded.run(call) == (3, 1)
+    assert seeded.audit() == []
+    assert seeded.run(inspection.counts(seeded.keys)).unplaced == 0
+    assert seeded.redis.lrange(seeded.keys.ready[0], 0, -1) == [b"a", b"stays"]
+    assert seeded.redis.lrange(seeded.keys.ready[3], 0, -1) == [b"b"]
+    assert seeded.redis.zrange(seeded.keys.due, 0, -1) == [b"later"]
+    assert seeded.redis.hgetall(seeded.keys.state) == {b"a": b"1 0 0", b"b": b"3 1 0\n{}", b"later": b"1 0 0"}
+    assert seeded.run(call) == (0, 0)

@@ -5,7 +5,7 @@
 --       then, for a plain list, the list and its intake
 -- ARGV  none
 -- returns {ready, scheduled, leased, dead, workers, paused, now_ms, oldest ready id or "", its envelope's marks, max_length or "",
---         entries of the plain list and its intake, entries of the outbox}
+--         entries of the plain list and its intake, entries of the outbox, records more than there are places}
 local prefix = string.sub(KEYS[1], 1, -5)
 local ready, oldest = 0, ''
 for i = 6, 15 do
@@ -18,8 +18,11 @@ local foreign = 0
 for i = 17, #KEYS do foreign = foreign + redis.call('LLEN', KEYS[i]) end
 local leased, workers = 0, redis.call('ZRANGE', KEYS[4], 0, 999)
 for _, worker in ipairs(workers) do leased = leased + count_held(prefix .. 'leased:' .. worker) end
+local scheduled, dead = redis.call('ZCARD', KEYS[2]), redis.call('ZCARD', KEYS[3])
+-- Not known where there are more workers than were asked.
+local unplaced = #workers < 1000 and redis.call('HLEN', KEYS[1]) - ready - scheduled - leased - dead or 0
 local conf = redis.call('HMGET', KEYS[5], 'stubs', 'paused', 'max_length')
 local line = oldest ~= '' and string.match(redis.call('HGET', KEYS[1], oldest) or '', '^[^\n]*') or ''
-return {ready - tonumber(conf[1] or 0), redis.call('ZCARD', KEYS[2]), leased, redis.call('ZCARD', KEYS[3]), #workers,
+return {ready - tonumber(conf[1] or 0), scheduled, leased, dead, #workers,
   conf[2] == '1' and 1 or 0, clock(), oldest, line, conf[3] or '', foreign,
-  redis.call('LLEN', KEYS[16])}
+  redis.call('LLEN', KEYS[16]), unplaced}

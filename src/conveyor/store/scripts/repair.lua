@@ -1,0 +1,47 @@
+-- Put jobs back that have a record and are in no place: neither ready, scheduled, dead nor leased. Others are left alone.
+-- needs: numbers keys tokens envelope rights
+--
+-- KEYS  1 jobs  2 state  3 due  4 dead  5 workers  6 conf  7 wake  8-17 ready:0 … ready:9  18 none
+-- ARGV  ids, the newest first: each is put before the one that came before it
+-- returns {jobs put back, cancelled jobs whose record was removed}
+local jobs, state, due = KEYS[1], KEYS[2], KEYS[3]
+local prefix, now = string.sub(jobs, 1, -5), clock()
+check('HLEN', state, KEYS[6])
+local workers, envelopes = redis.call('ZRANGE', KEYS[5], 0, -1), redis.call('HMGET', jobs, unpack(ARGV))
+local states = redis.call('HMGET', state, unpack(ARGV))
+
+local function is_placed(id)
+  if redis.call('ZSCORE', due, id) or redis.call('ZSCORE', KEYS[4], id) then return true end
+  for _, worker in ipairs(workers) do
+    if redis.call('HEXISTS', prefix .. 'leased:' .. worker, id) == 1 then return true end
+  end
+  for ready = 8, 17 do
+    if redis.call('LPOS', KEYS[ready], id) then return true end
+  end
+  return false
+end
+
+local lost = {}
+for i, id in ipairs(ARGV) do
+  if envelopes[i] and not is_placed(id) then lost[#lost + 1] = i end
+end
+if #lost == 0 then return {0, 0} end
+prove(KEYS[18], 'HDEL', 'HSET', 'HINCRBY', 'ZADD', 'LPUSH')
+local back, removed = 0, 0
+for _, i in ipairs(lost) do
+  local id, found = ARGV[i], marks(envelopes[i]) or {}
+  if found.stub then
+    redis.call('HDEL', jobs, id)
+    redis.call('HINCRBY', KEYS[6], 'stubs', -1)
+    removed = removed + 1
+  else
+    -- It may have been started when it was lost, so a start counts: no attempt has its number twice.
+    local starts, rest = string.match(states[i] or '0 0 0', '^(%d+)(.*)$')
+    redis.call('HSET', state, id, int((starts or 0) + 1) .. (rest or ' 0 0'))
+    if found.due and found.due > now then redis.call('ZADD', due, found.due, id)
+    else redis.call('LPUSH', KEYS[8 + (found.priority or 0)], id) end
+    back = back + 1
+  end
+end
+if back > 0 then wake(KEYS[7]) end
+return {back, removed}
