@@ -48,6 +48,7 @@ class ReplayState:
     lanes: dict[str, tuple[int, Any]] = field(default_factory=dict)
     left: dict[str, int] = field(default_factory=dict)  # who has left → its last turn
     died: dict[str, int] = field(default_factory=dict)  # dead letter → ms
+    known: bool = False  # the queue was pushed to, or a worker has registered: it is not new any more
 
 
 Check = Callable[[ReplayState, Any], None]
@@ -152,9 +153,10 @@ class SimulatedClient:
                 assert isinstance(reply, StalePush)
                 return
             if number > last:
-                answer = [replayed.model.push(entry.id, job, rank, entry.front) for entry, job, rank in made]
-                replayed.lanes[lane] = (number, answer)
-            assert reply in ((True, False) if plain else (answer,))  # whether the queue was new
+                ids = [replayed.model.push(entry.id, job, rank, entry.front) for entry, job, rank in made]
+                answer = not replayed.known if plain else ids
+                replayed.lanes[lane], replayed.known = (number, answer), True
+            assert reply == answer
 
         step = Step(f"push {number} of {lane}", lambda backend: backend.run(call), check)
         self.shared.sent.append(step)
@@ -176,7 +178,7 @@ class SimulatedClient:
             name = f"w{next(self.shared.count)}"
 
             def answer(replayed: ReplayState) -> bool:
-                replayed.model.members[name] = ModelWorker()
+                replayed.model.members[name], replayed.known = ModelWorker(), True
                 return True
 
             call = operations.register(KEYS, name, LEASE, b"{}")
