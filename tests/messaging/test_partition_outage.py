@@ -12,10 +12,12 @@ from typing import Any
 import pytest
 
 from conveyor import Conveyor
+from conveyor.admin.admin import Admin
 from conveyor.errors import StoreUnavailable
 from support.message_fixtures import until
 from support.partition_helpers import audits
 from support.server_groups import ClusterOfNodes, Node
+from support.shell import Shell
 
 COUNT = 20
 MANY = 12
@@ -185,3 +187,26 @@ def test_producer_passes_the_node_over(cluster: ClusterOfNodes, app: Conveyor) -
     before = sum(len(part) for part in outage.away)
     orders.push_many(range(MANY))
     assert sum(len(part) for part in outage.away) == before + len(outage.away)
+
+
+@pytest.mark.row("C48")
+def test_lists_name_what_does_not_answer(cluster: ClusterOfNodes, app: Conveyor, tmp_path: Path) -> None:
+    """The command line lists what answers and names what does not, wherever the names of queues and partitions are recorded."""
+    _, outage = filled(app, cluster)
+    for at in range(3):
+        app.queue(f"q{at}").push(1)
+    silent = {part.name for part in outage.away}
+    outage.node.freeze()
+    try:
+        with Conveyor(cluster.url) as other:
+            admin = Admin(other.client)
+            infos = {info.name: info for info in admin.queues()}
+            assert infos["orders"].ready == COUNT * len(outage.live)
+            assert set(infos["orders"].unanswered) == silent
+            assert silent <= admin.unanswered
+            assert len(admin.jobs("orders", "ready", limit=10_000)) == COUNT * len(outage.live)
+        done = Shell(tmp_path, cluster.url).run("queue", "list")
+        assert "orders" in done.stdout
+        assert all(name in done.stderr for name in silent), done.stderr
+    finally:
+        outage.node.thaw()

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import Any, TypeVar
 
 from conveyor.admin import doctor
 from conveyor.admin.queue_directory import QueueDirectory
@@ -28,7 +28,7 @@ from conveyor.admin.views import (
     instant_or_none,
     live_job,
 )
-from conveyor.errors import ConfigurationError, JobNotFound
+from conveyor.errors import ConfigurationError, JobNotFound, StoreUnavailable
 from conveyor.ids import made_at_ms, public, split
 from conveyor.messaging.maintenance import redrive_batch
 from conveyor.messaging.partitions import refuse_full
@@ -40,8 +40,12 @@ from conveyor.payload.sealed_records import RecordDecoder
 from conveyor.store import inspection, operations
 from conveyor.store.client.client import Client
 from conveyor.store.client.durability import Durability
+from conveyor.store.client.outages import FIRST_TRY
 from conveyor.store.inspection import FinishedJob, JobRow
 from conveyor.store.keys import PRIORITIES, QueueKeys
+from conveyor.store.script import Call
+
+T = TypeVar("T")
 
 PAGE_SIZE = 500
 SEARCH_SIZE = 200
@@ -81,6 +85,8 @@ class Admin:
         self.client = client
         self.plain_lists = frozenset(plain_lists)
         self._directory = QueueDirectory(client, plain_lists)
+        self.unanswered: set[str] = set()
+        """The queues and partitions that reads left out because their server does not answer."""
 
     def names(self) -> list[str]:
         """Return the names of all known queues, sorted. A queue with partitions is listed once."""
@@ -168,7 +174,7 @@ class Admin:
                 instant(member.end), member.about,
             )
             for name in self._partition_names(queue)
-            for member in self.client.run(inspection.workers(self._keys(name)))
+            for member in self._ask(name, inspection.workers(self._keys(name))) or ()
         ]  # fmt: skip
 
     # -- jobs -----------------------------------------------------------------------------------------------------
@@ -204,7 +210,7 @@ class Admin:
         if state is not None and state not in STATES:
             raise ConfigurationError(f"There is no state {state!r} to list. Known: {', '.join(STATES)}.")
         remaining = sys.maxsize if limit is None else limit
-        for name in self._partition_names(queue):
+        for name in self._answering(self._partition_names(queue)):
             for one in (state,) if state else LIVE:
                 total = self._count_entries(self._keys(name), one)
                 if task is None and offset >= total:
@@ -225,7 +231,7 @@ class Admin:
 
     def count_jobs(self, queue: str | None = None, state: str | None = None) -> int:
         """Count the jobs that `each_job` yields without *task*."""
-        keys = [self._keys(name) for name in self._partition_names(queue)]
+        keys = [self._keys(name) for name in self._answering(self._partition_names(queue))]
         if state == "done":
             return sum(self._count_entries(one, state) for one in keys)
         counts = [self.client.run(inspection.counts(one)) for one in keys]
@@ -258,6 +264,24 @@ class Admin:
 
     # -- inside ---------------------------------------------------------------------------------------------------
 
+    def _ask(self, name: str, call: Call[T]) -> T | None:
+        """Return the reply to a read of a queue or partition; None when its server does not answer and others do."""
+        keys = self._keys(name)
+        if not self.client.is_away(keys):
+            try:
+                return self.client.run(call, retry_for=None if self.client.has_one_endpoint else FIRST_TRY)
+            except StoreUnavailable:
+                if not self.client.note_away(keys):
+                    raise
+        self.unanswered.add(name)
+        return None
+
+    def _answering(self, names: Iterable[str]) -> Iterator[str]:
+        """Yield those of *names* whose server answers."""
+        for name in names:
+            if self.client.has_one_endpoint or self._ask(name, inspection.counts(self._keys(name))) is not None:
+                yield name
+
     def _keys(self, name: str) -> QueueKeys:
         return self._directory.keys(name)
 
@@ -289,11 +313,13 @@ class Admin:
 
     def _queue_info(self, name: str) -> QueueInfo:
         partitions = self._directory.partition_names(name)
-        counts = inspection.total([self.client.run(inspection.counts(self._keys(part))) for part in partitions])
+        answers = {part: self._ask(part, inspection.counts(self._keys(part))) for part in partitions}
+        unanswered = tuple(part for part, counts in answers.items() if counts is None)
+        counts = inspection.total([counts for counts in answers.values() if counts is not None] or [inspection.NOTHING])
         oldest = counts.oldest_age if counts.ready else None  # the first entry may be the stub of a cancelled job
         return QueueInfo(
             name, counts.ready, counts.scheduled, counts.waiting, counts.leased, counts.dead, counts.workers,
-            oldest, counts.paused, counts.max_length, len(partitions), counts.outbox, counts.unplaced,
+            oldest, counts.paused, counts.max_length, len(partitions), counts.outbox, counts.unplaced, unanswered,
         )  # fmt: skip
 
     def _count_entries(self, keys: QueueKeys, state: str) -> int:

@@ -6,7 +6,7 @@ from collections.abc import Collection
 from typing import Any
 
 from conveyor import ids
-from conveyor.errors import ConfigurationError, QueueNotFound
+from conveyor.errors import ConfigurationError, QueueNotFound, StoreUnavailable
 from conveyor.messaging.partitioned_queue import PartitionedQueue
 from conveyor.messaging.partitions import likely_first, partition_count, partition_names
 from conveyor.messaging.plain_list import PlainList
@@ -88,14 +88,26 @@ class QueueDirectory:
         """Tell whether a change of the number of partitions is under way or incomplete."""
         return self._client.run(count(self._client.keys(name)))[0] == 0
 
+    def _count_partitions(self, queue: str, names: Collection[str]) -> int:
+        """Return the recorded number of partitions; while the server that records it is away, what the known *names* say."""
+        keys = self._client.keys(queue)
+        if not self._client.is_away(keys):
+            try:
+                return partition_count(self._client, queue)
+            except StoreUnavailable:
+                if not self._client.note_away(keys):
+                    raise
+        return max(int(name.rpartition("/")[2]) for name in names if name != queue and ids.logical(name) == queue) + 1
+
     def _partition_counts(self) -> dict[str, int]:
         """Return queue → number of partitions."""
         partitions = dict.fromkeys(self._plain_lists, 1)
         counted: dict[str, int] = {}
-        for name in self._client.queues():
+        names = self._client.queues()
+        for name in names:
             queue = name if name in self._plain_lists else ids.logical(name)
             if queue != name and queue not in counted:
-                counted[queue] = partition_count(self._client, queue)
+                counted[queue] = self._count_partitions(queue, names)
             number = counted.get(queue, 1)
             # A name that only looks like a partition belongs to a plain list that another program declares.
             partitions[queue if number > 1 else name] = number

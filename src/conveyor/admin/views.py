@@ -27,7 +27,8 @@ class QueueInfo:
     `oldest_age`: seconds since the oldest ready job could have started, None without one. For a queue with partitions
     the counts are sums; `workers` is the largest number of workers in one partition. `outbox`: jobs that its jobs
     spawned and that are not delivered to their queues yet. `unplaced`: jobs that have a record and are in no place;
-    `repair` puts them back.
+    `repair` puts them back. `unanswered`: the partitions, or the queue itself, that are not counted because their server
+    does not answer.
     """
 
     name: str
@@ -43,6 +44,7 @@ class QueueInfo:
     partitions: int = 1
     outbox: int = 0
     unplaced: int = 0
+    unanswered: tuple[str, ...] = ()
 
     @property
     def stranded(self) -> bool:

@@ -10,6 +10,7 @@ import click
 
 from conveyor.cli.exit import ExitCode
 from conveyor.cli.output import Output, confirm_options, machine_text, quantity
+from conveyor.cli.queue import say_unanswered
 from conveyor.cli.target import Target, redis_options
 from conveyor.units import span
 
@@ -52,13 +53,16 @@ def list_(
     admin = target.admin()
     if out.on_terminal and not out.as_json:
         _show_page(out, admin, queue, state, task, offset, limit or SHOWN, ids_only)
+        say_unanswered(out, admin)
         return
     jobs = admin.each_job(queue, state, task=task, offset=offset, limit=limit)
     if out.as_json:
         out.document("jobs", jobs=list(jobs))
+        say_unanswered(out, admin)
         return
     for info in jobs:
         out.line(info.id if ids_only else "\t".join(map(machine_text, _row(info))))
+    say_unanswered(out, admin)
 
 
 def _show_page(

@@ -9,10 +9,12 @@ import click
 
 from conveyor.cli.output import Output, confirm_options, quantity
 from conveyor.cli.target import Target, redis_options
+from conveyor.ids import clean
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from conveyor.admin.admin import Admin
     from conveyor.admin.views import QueueInfo
 
 _HEADINGS = ("queue", "ready", "scheduled", "leased", "dead", "workers", "oldest", "state")
@@ -29,11 +31,21 @@ def print_queues(out: Output, queues: Sequence[QueueInfo]) -> None:
     out.table(headings, [_row(info)[: len(headings)] for info in queues])
 
 
+def say_unanswered(out: Output, admin: Admin) -> None:
+    """Say on stderr which queues and partitions were left out because their server does not answer."""
+    if admin.unanswered:
+        names = sorted(admin.unanswered)
+        out.say(
+            f"{clean(', '.join(names))}: not read, because {'their' if names[1:] else 'its'} server does not answer."
+        )
+
+
 def _row(info: QueueInfo) -> tuple[object, ...]:
     oldest = None if info.oldest_age is None else timedelta(seconds=info.oldest_age)
     words = ["paused"] * info.paused + ["stranded"] * (info.stranded and not info.paused)
     numbers = {"outbox": info.outbox, "unplaced": info.unplaced}
-    state = ", ".join([*words, *(f"{what} {number:,}" for what, number in numbers.items() if number)])
+    words += [f"{what} {number:,}" for what, number in numbers.items() if number]
+    state = ", ".join([*words, *["not all counted"] * bool(info.unanswered)])
     counts = (info.ready, info.scheduled, info.leased, info.dead, info.workers)
     return (info.name, *counts, oldest, state, info.partitions)
 
@@ -47,13 +59,15 @@ def queue() -> None:
 @redis_options
 def list_(target: Target, out: Output) -> None:
     """List all queues with their counts."""
-    queues = target.admin().queues()
+    admin = target.admin()
+    queues = admin.queues()
     if out.as_json:
         out.document("queues", queues=queues)
     elif queues:
         print_queues(out, queues)
     else:
         out.say("There are no queues yet.")
+    say_unanswered(out, admin)
 
 
 @queue.command()
@@ -66,6 +80,7 @@ def show(target: Target, out: Output, name: str) -> None:
     if out.as_json:
         out.document("queue", queue=info, workers=workers, partitions=partitions)
         return
+    say_unanswered(out, admin)
     out.pairs(
         [
             ("queue", info.name),

@@ -9,7 +9,7 @@ import click
 
 from conveyor.cli.exit import ExitCode
 from conveyor.cli.output import MARKS, Output, quantity
-from conveyor.cli.queue import print_queues
+from conveyor.cli.queue import print_queues, say_unanswered
 from conveyor.cli.target import Target, redis_options
 from conveyor.ids import clean, logical
 
@@ -46,6 +46,7 @@ def status(target: Target, out: Output) -> int:
         out.say("There are no queues yet.")
     if out.on_terminal:
         _print_workers(out, workers)
+    say_unanswered(out, admin)
     if shown and out.on_terminal:
         out.line("")
     for finding in shown:

@@ -44,6 +44,10 @@ class QueueCounts:
         return self.ready + self.scheduled + self.waiting
 
 
+NOTHING = QueueCounts(0, 0, 0, 0, 0, None, False, 0)
+"""The counts of a queue that holds nothing."""
+
+
 def total(parts: Sequence[QueueCounts]) -> QueueCounts:
     """Return the sum of *parts*, the partitions of a queue. `workers` is the maximum, as each worker serves them all."""
     ages = [part.oldest_age for part in parts if part.oldest_age is not None]

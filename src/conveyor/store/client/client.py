@@ -235,9 +235,18 @@ class Client:
         return retry_for if retry_for is not None else 0.0 if self._standalone else self.retry_for
 
     def queues(self) -> list[str]:
-        """Return the names of all known queues, sorted. Where Redis has lost the set of them, look at its keys."""
+        """
+        Return the names of all known queues, sorted.
+
+        Where Redis has lost the set of them, or its node is away, look at the keys.
+        """
         known = known_queues(self.namespace)
-        return _names(self.execute("SMEMBERS", known, key=known)) or self._find_queues()
+        try:
+            names = _names(self.execute("SMEMBERS", known, key=known))
+        except StoreUnavailable:
+            if self._single or not (names := self._find_queues()):
+                raise
+        return names or self._find_queues()
 
     def _find_queues(self) -> list[str]:
         from conveyor.store.client.queue_scan import find_queues

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+from conveyor.errors import StoreUnavailable
 from conveyor.store.transport import replies
 from conveyor.store.transport.cluster import Cluster
 from conveyor.store.transport.url import StandaloneServer
@@ -68,9 +69,22 @@ def queues_at(node: ServerClient, kind: Kind, *, most: int | None = None) -> Ite
 
 
 def find_queues(client: ServerClient, *, most: int | None = None) -> list[str]:
-    """Return the names of all queues that have jobs, sorted; look at *most* keys of a server or so."""
+    """
+    Return the names of all queues that have jobs, sorted; look at *most* keys of a server or so.
+
+    Servers that do not answer are left out, unless none does.
+    """
+    names: set[str] = set()
+    failed: list[StoreUnavailable] = []
     with node_clients(client) as nodes:
-        return sorted({queue for node in nodes for queue, _ in queues_at(node, "jobs", most=most)})
+        for node in nodes:
+            try:
+                names.update(queue for queue, _ in queues_at(node, "jobs", most=most))
+            except StoreUnavailable as error:
+                failed.append(error)
+        if failed and len(failed) == len(nodes):
+            raise failed[0]
+    return sorted(names)
 
 
 def _scan(node: ServerClient, cursor: bytes, pattern: str, type_: str) -> tuple[bytes, list[bytes]]:
