@@ -101,8 +101,10 @@ class FailureLog:
 
     def log(self, level: int, text: str, *arguments: Any, error: BaseException) -> None:
         """Log *error*; without the traceback when it cannot be formatted. Never raises for the sake of *error*."""
-        shown = users_frames(error.__traceback__)
-        key, now = (type_name(error), *_place(shown)), self._clock()
+        elsewhere = _told_by_process(error)
+        shown = users_frames(error.__traceback__) if elsewhere is None else None
+        place = _place(shown) if elsewhere is None else (elsewhere, 0)
+        key, now = (type_name(error), *place), self._clock()
         at, repeated = self._seen.get(key, (-REPEAT_AFTER, 0))
         if now - at < REPEAT_AFTER:
             self._seen[key] = (at, repeated + 1)
@@ -125,6 +127,15 @@ def users_frames(traceback: TracebackType | None) -> TracebackType | None:
     return traceback if at is None else at
 
 
+def _told_by_process(error: BaseException) -> str | None:
+    """Return the traceback of the process that raised *error*, since the one here shows only its arrival; else None."""
+    try:
+        text = getattr(error, "conveyor_traceback", None)
+    except BaseException:  # the methods of an exception are the caller's code
+        return None
+    return text if isinstance(text, str) else None
+
+
 def _place(traceback: TracebackType | None) -> tuple[str, int]:
     while traceback is not None and traceback.tb_next is not None:
         traceback = traceback.tb_next
@@ -133,10 +144,8 @@ def _place(traceback: TracebackType | None) -> tuple[str, int]:
 
 def _traceback(error: BaseException) -> str:
     try:
-        text = getattr(
-            error, "conveyor_traceback", None
-        )  # of the process that raised it; the traceback here shows only its arrival
-        if not isinstance(text, str):
+        text = _told_by_process(error)
+        if text is None:
             text = "".join(TracebackException(type(error), error, users_frames(error.__traceback__)).format())
     except BaseException as reason:  # notes, causes and groups are the caller's objects too
         text = f"<no traceback: {type(reason).__name__} while it was formatted>"
