@@ -394,12 +394,12 @@ async def test_weights_share_a_worker_between_queues(
 
     if ahead is not None:  # by the rate of ends: 20 a second give 1
         monkeypatch.setattr(Capacity, "ahead", lambda *_: ahead)
-    await app.aenqueue_many(in_a.s() for _ in range(300))
-    await app.aenqueue_many(in_b.s() for _ in range(300))
+    await app.aenqueue_many(in_a.s() for _ in range(100))
+    await app.aenqueue_many(in_b.s() for _ in range(100))
     await drain(app, queues={"a": 3, "b": 1}, concurrency=1)
 
-    assert 0.6 < seen[:300].count("a") / 300 < 0.9
-    assert len(seen) == 600
+    assert 0.6 < seen[:100].count("a") / 100 < 0.9
+    assert len(seen) == 200
 
 
 async def test_commands_per_job_are_few(app: Conveyor, redis: Any) -> None:
