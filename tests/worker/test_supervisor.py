@@ -247,7 +247,7 @@ def test_child_that_dies_while_redis_is_down(
     ((pid, member),) = queue.busy(5).items()
     server.kill()
     os.kill(pid, signal.SIGKILL)
-    until(lambda: "Cannot keep the leases" in one.log)
+    until(lambda: "Cannot reach Redis" in one.log)
     server.start()
     back = time.monotonic()
 

@@ -6,6 +6,7 @@ None of them talks to Redis: the runners in `transport/` do.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
@@ -359,11 +360,11 @@ def turn(
     keys: QueueKeys, worker: str, number: int, want: int, lease_ms: int, report: TurnReport, *, flags: str = ""
 ) -> Call[TurnReply]:
     """Return the call that settles *report* and leases up to *want* more jobs; `flags` as in turn.lua."""
-    args: list[Argument] = [worker, str(number), str(want), str(lease_ms), flags, str(len(report.done))]
+    args: list[Argument] = [worker, str(number), str(want), str(lease_ms), flags]
     if report.results:
         _add_results(args, report)
     else:
-        args += (*report.done, "0")
+        args += (str(len(report.done)), *report.done, "0")
     args.append(str(len(report.others)))
     for one in report.others:
         args += (one.kind, one.id, str(one.ms), one.record, one.state, one.unique or "", "1" if one.own_id else "")
@@ -375,15 +376,20 @@ def turn(
 
 
 def _add_results(args: list[Argument], report: TurnReport) -> None:
-    """Append the ids of *report* that are done, those with a result first, and then the results by their time to live."""
+    """Append the number and ids of what is done, those with a result first, and then the results by their time to live."""
     groups: dict[int, tuple[list[str], list[bytes]]] = {}
     for id_, (keep_ms, record) in report.results.items():
         ids, records = groups.setdefault(keep_ms, ([], []))
         ids.append(id_)
         records.append(record)
+    others = [id_ for id_ in report.done if id_ not in report.results]
+    if len(report.results) + len(others) < len(report.done):  # an id is there twice, and the first has the result
+        twice = Counter(report.done)
+        others += [id_ for id_ in report.results for _ in range(twice[id_] - 1)]
+    args.append(str(len(report.results) + len(others)))
     for ids, _ in groups.values():
         args += ids
-    args += [id_ for id_ in report.done if id_ not in report.results]
+    args += others
     args.append(str(len(groups)))
     for keep_ms, (_, records) in groups.items():
         args += (str(keep_ms), str(len(records)), *records)

@@ -124,10 +124,10 @@ def test_a_queue_costs_one_command(seeded: SeededQueue) -> None:
     others = [(keys, "v", LEASE, False) for keys, _, _, _ in members]
 
     counted = []
-    for some in (others[:1], others):
+    for some in (others[:1], others[1:]):  # an end of this very millisecond would look as if it could not be moved
         before = _calls(seeded.redis)
         assert not any(seeded.run(operations.idle_turn(some)).needs_turn)
         counted.append(_calls(seeded.redis) - before)
 
-    assert counted[1] - counted[0] == 39
+    assert counted[1] - counted[0] == 38
     assert counted[0] <= 7
