@@ -16,7 +16,8 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from itertools import islice
 from typing import NoReturn, Protocol
 
@@ -118,20 +119,17 @@ def _run(
     loop = _new_loop()
     asyncio.set_event_loop(loop)
     # A second SIGTERM does not hurry: a service manager sends one to every process, and the supervisor passes its own on.
-    loop.add_signal_handler(signal.SIGTERM, worker.stop)
-    loop.add_signal_handler(signal.SIGINT, worker.hurry)
-    loop.add_signal_handler(signal.SIGUSR1, worker.quiet)
-    loop.add_signal_handler(signal.SIGUSR2, _write_tasks, loop, stack_fd)
-    faulthandler.register(
-        signal.SIGUSR2, file=stack_fd, all_threads=True, chain=True
-    )  # this one at once, also in C code
+    actions: dict[int, Callable[[], None]] = {
+        signal.SIGTERM: worker.stop, signal.SIGINT: worker.hurry, signal.SIGUSR1: worker.quiet,
+        signal.SIGUSR2: partial(_write_tasks, loop, stack_fd),
+    }  # fmt: skip
+    loop.call_soon(_listen, loop, actions, _collect(actions), slot, stack_fd)
     threading.Thread(
         target=_end_after_supervisor,
         args=(alive_fd, loop, worker, slot, spec.grace),
         name="conveyor-orphan",
         daemon=True,
     ).start()
-    slot.tick()  # signals are handled from here on: the child is up
     try:
         return loop.run_until_complete(worker.run())
     except ConveyorError as error:  # its text says what to do: a refused password, another number of partitions
@@ -140,6 +138,28 @@ def _run(
     except BaseException:
         LOG.critical("The worker failed unexpectedly", exc_info=True)
         return 1
+
+
+def _collect(numbers: Iterable[int]) -> list[int]:
+    """Collect the signals that come before the loop runs: uvloop loses one that comes between its handler and its start."""
+    early: list[int] = []
+    for number in numbers:
+        signal.signal(number, lambda number, _: early.append(number))
+    return early
+
+
+def _listen(
+    loop: asyncio.AbstractEventLoop, actions: Mapping[int, Callable[[], None]], early: list[int], slot: ChildSlot,
+    stack_fd: int,
+) -> None:  # fmt: skip
+    """Handle signals on the running loop, those that came *early* first; from here on the child is up."""
+    for number, act in actions.items():
+        loop.add_signal_handler(number, act)
+    # This one at once, also in C code.
+    faulthandler.register(signal.SIGUSR2, file=stack_fd, all_threads=True, chain=True)
+    slot.tick()
+    for number in early:
+        actions[number]()
 
 
 def _write_tasks(loop: asyncio.AbstractEventLoop, stack_fd: int) -> None:
