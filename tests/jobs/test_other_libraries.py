@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from datetime import date
 from typing import Any
 
@@ -86,6 +87,19 @@ def test_names_of_other_libraries_get_a_hint() -> None:
         task.options(countdown=3)
     with pytest.raises(TypeError, match=r"'colour'\.$"):
         task.options(colour=3)
+
+
+def test_a_task_can_be_copied() -> None:
+    """A copy of a task, which asks for members that tasks do not have, is made and enqueues as the task does."""
+    app = Conveyor("redis://localhost:1")
+
+    @app.task
+    def add(a: int, b: int) -> int:
+        return a + b
+
+    copied = copy.copy(add)
+    assert copied(1, 2) == 3
+    assert copied.s(1, 2).definition is add.s(1, 2).definition
 
 
 def test_one_id_is_one_id(app: Conveyor) -> None:

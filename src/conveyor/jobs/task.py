@@ -228,7 +228,10 @@ class Task(Generic[P, R_co]):
     if not TYPE_CHECKING:
 
         def __getattr__(self, name: str) -> Any:
-            raise no_member(f"Task {vars(self).get('name', '')}".rstrip(), name, TASK_MEMBERS, self.function.__name__)
+            # By `vars`: a copy that is being made asks for members before it has any.
+            known = vars(self)
+            written = getattr(known.get("function"), "__name__", "task")
+            raise no_member(f"Task {known.get('name', '')}".rstrip(), name, TASK_MEMBERS, written)
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> Any:
         """Call the function, here and now."""
