@@ -15,8 +15,8 @@ import sys
 import threading
 import weakref
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
-from contextlib import suppress
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
@@ -266,14 +266,20 @@ class Client:
     def announce(self, *queues: QueueKeys, retry_for: float | None = None) -> None:
         """Make queues known before their first push: the set has no hash tag, so it cannot be part of the push."""
         if names := self._announced.due([keys.queue for keys in queues]):
-            try:
+            with self._announcing(names):
                 self.run(operations.announce(known_queues(self.namespace), *names), retry_for=retry_for)
-            except StoreUnavailable:
-                if self._single:
-                    raise
-                self._announced.pause()
-            else:
-                self._announced.add(names)
+
+    @contextmanager
+    def _announcing(self, names: list[str]) -> Iterator[None]:
+        """Note that the block has made *names* known. On several nodes, that of the set may be away: then it is tried later."""
+        try:
+            yield
+        except StoreUnavailable:
+            if self._single:
+                raise
+            self._announced.pause()
+        else:
+            self._announced.add(names)
 
     def announce_again(self, *queues: QueueKeys) -> None:
         """Make queues known that a push or a registration found new in Redis; where that fails, the next push does it."""
@@ -360,14 +366,8 @@ class Client:
     async def aannounce(self, *queues: QueueKeys, retry_for: float | None = None) -> None:
         """Awaitable form of `announce`."""
         if names := self._announced.due([keys.queue for keys in queues]):
-            try:
+            with self._announcing(names):
                 await self.arun(operations.announce(known_queues(self.namespace), *names), retry_for=retry_for)
-            except StoreUnavailable:
-                if self._single:
-                    raise
-                self._announced.pause()
-            else:
-                self._announced.add(names)
 
     async def aannounce_again(self, *queues: QueueKeys) -> None:
         """Awaitable form of `announce_again`."""
