@@ -13,6 +13,13 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
+MANGLED = "'traceback' object is not callable"
+"""
+The text of what CPython 3.11 raises now and then in place of a profile function's exception.
+
+The traceback of the latter is on the stack where the function to call was, which no program can bring about.
+"""
+
 
 class Interrupted(BaseException):
     """The exception of the handler."""
@@ -49,9 +56,9 @@ class Interruption:
         sys.setprofile(self._event)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> bool:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, *_: object) -> bool:
         sys.setprofile(None)
-        return self.struck and kind is not None and issubclass(kind, self._error)
+        return self.struck and kind is not None and (issubclass(kind, self._error) or str(error) == MANGLED)
 
 
 def points(step: int = 1, **options: Any) -> Iterator[Interruption]:
