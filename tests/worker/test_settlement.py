@@ -198,6 +198,49 @@ async def test_poison_stops_after_max_crashes_and_spares_its_neighbours(app: Con
     assert row.state.failures_list()[-1].type == "crashed"
 
 
+@pytest.mark.row("A8")
+async def test_suspects_do_not_wait_for_one_worker(app: Conveyor, redis: Any) -> None:
+    """Jobs that must run alone come to one worker, all of them; other workers run those behind the first, at no attempt."""
+    release = asyncio.Event()
+    started: list[int] = []
+
+    @app.task
+    async def suspect(n: int, context: Context = current()) -> int:
+        started.append(n)
+        await release.wait()
+        return context.attempt
+
+    keys = app.client.keys("default")
+    jobs = [await suspect.aenqueue(n) for n in range(3)]
+    for job in jobs:  # as two crashes leave them
+        redis.hset(keys.state, job.id.split(":")[1], "2 0 2")
+    try:
+        async with working(app) as first:
+            await until(lambda: len(started) == 1 and len(first.consumers[0].held) == 3)
+            async with working(app), working(app):
+                await until(lambda: sorted(started) == [0, 1, 2], 30)
+                release.set()
+                assert [await job.aresult(timeout=10) for job in jobs] == [3, 3, 3]
+    finally:
+        release.set()
+    assert await audit(app) == []
+
+
+async def test_only_a_burst_remembers_retries(app: Conveyor) -> None:
+    """A worker that goes on keeps nothing of a job that it put off: another worker may take it, and it would stay for ever."""
+
+    @app.task(retry=Retry(attempts=2, backoff="1h"))
+    async def fail() -> None:
+        raise ValueError("once")
+
+    async with working(app) as worker:
+        job = await fail.aenqueue()
+        while (await counts(app)).scheduled == 0:
+            await asyncio.sleep(0.01)
+        assert worker.consumers[0].own_retries == {}
+    assert await job.acancel()
+
+
 async def test_a_job_of_an_unknown_task_waits_for_a_newer_worker(url: str, app: Conveyor) -> None:
     """A worker that does not know a task puts its job off without using an attempt."""
     newer = Conveyor(url)

@@ -31,6 +31,8 @@ class WorkerServices:
     """The values that the app's lifespans yielded."""
     slot: ChildSlot | None
     """Where a supervisor reads leases and renewals; None without one."""
+    is_burst: bool
+    """True when the worker ends as soon as everything is drained."""
     describe: Callable[[float], bytes]
     """Returns what Redis stores about the worker of a queue with that weight."""
     listen: Callable[[LeasingQueue], None]

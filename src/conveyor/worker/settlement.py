@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 from conveyor.errors import PayloadError, Snooze
@@ -160,7 +159,7 @@ class SettlementWriter:
         if isinstance(decision, retry.RetryAfter):
             handler.retried += 1
             report.others.append(Settlement("R", attempt.id, decision.ms, state=decision.history.encode()))
-            attempt.consumer.own_retries[attempt.id] = monotonic() + decision.ms / 1000
+            attempt.consumer.note_retry(attempt, decision.ms)
             budget = attempt.envelope.extra.attempts or policy.attempts
             self.failure_log.log(
                 logging.WARNING, "✗ %s attempt %d/%d %s → retry in %s", attempt.label,
@@ -258,11 +257,16 @@ class SettlementWriter:
             state = b""
         report.others.append(Settlement("F", attempt.id, state=state))
 
+    def put_off(self, report: TurnReport, attempt: Attempt, ms: int) -> None:
+        """Schedule a job that has not started for so many ms from now. It costs no attempt."""
+        report.others.append(Settlement("R", attempt.id, ms, state=attempt.history.encode()))
+        attempt.consumer.note_retry(attempt, ms)
+
     def _snoozed(self, report: TurnReport, attempt: Attempt, snooze: Snooze) -> None:
         ms = milliseconds(snooze.delay, name="Snooze")
         state = retry.snoozed(attempt.history, attempt.number)
         report.others.append(Settlement("R", attempt.id, ms, state=state.encode()))
-        attempt.consumer.own_retries[attempt.id] = monotonic() + ms / 1000
+        attempt.consumer.note_retry(attempt, ms)
 
 
 def _error_of(attempt: Attempt, error: BaseException | None) -> BaseException | None:

@@ -136,7 +136,7 @@ class Worker:
         self.capacity = Capacity(self.executor, self.lifecycle, self._recycle_limits)
         services = WorkerServices(
             self.app, self.lifecycle, self.executor, self.capacity, self.loader, self.settlement_writer, shared_state,
-            self._slot, self._describe, self.connections.listen, self._after_turn, self.fail,
+            self._slot, self._burst is not None, self._describe, self.connections.listen, self._after_turn, self.fail,
         )  # fmt: skip
         for queue, weight in self._queues.items():
             parts, lease_ms = await partition_keys(self.app, queue), self.app.queue_lease_ms(queue)

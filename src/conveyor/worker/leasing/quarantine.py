@@ -4,12 +4,14 @@ Jobs that may start only after Redis has recorded something: a possible crash (p
 A job that was merely leased beside a poison job must not be given up with it. So the first crash of a worker is counted
 for all that it held, and makes nothing worse. From then on a job is charged by its own starts alone: its crash is
 counted before it starts, and taken back at any orderly end. After one crash, as many start together as there are free
-slots; after two (or when the next would be the last) they start one at a time.
+slots; after two (or when the next would be the last) they start one at a time. One that has waited long for its turn
+goes back, so that another worker runs it: jobs of a dead worker come to the front and so to one worker, all of them.
 """
 
 from __future__ import annotations
 
 from collections import deque
+from time import monotonic
 from typing import TYPE_CHECKING
 
 from conveyor.messaging import retry
@@ -19,6 +21,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from conveyor.worker.attempt import Attempt
+
+LONGEST_WAIT = 0.5
+"""Seconds that a job waits behind another one that must run alone, before it is put off for other workers."""
 
 
 class Quarantine:
@@ -33,7 +38,7 @@ class Quarantine:
         self._free, self._on_reserved = free, on_reserved
         self._crashed_once: deque[Attempt] = deque()
         self._charged: dict[str, tuple[Settlement, Attempt]] = {}  # of those: the record is on the way to Redis
-        self._alone: deque[Attempt] = deque()  # those that start one at a time
+        self._alone: deque[tuple[Attempt, float]] = deque()  # those that start one at a time, and since when they wait
         self._started_alone: Attempt | None = None
         self._charge: Settlement | None = None  # the record of that one
         self.reserved = 0
@@ -52,8 +57,18 @@ class Quarantine:
         """Add an attempt at a job that came back from a crash."""
         history, limit = attempt.history, attempt.handler.task.settings.retry.max_crashes
         alone = history.crashes >= limit or retry.runs_alone(history, limit)
-        (self._alone if alone else self._crashed_once).append(attempt)
+        if alone:
+            self._alone.append((attempt, monotonic()))
+        else:
+            self._crashed_once.append(attempt)
         self._note()
+
+    def take_late(self) -> list[Attempt]:
+        """Remove and return the attempts that have waited `LONGEST_WAIT` for others that must run alone."""
+        late, since = [], monotonic() - LONGEST_WAIT
+        while self._started_alone is not None and self._alone and self._alone[0][1] <= since:
+            late.append(self._alone.popleft()[0])
+        return late
 
     def clear(self) -> None:
         """Drop all attempts: their lease is lost."""
@@ -79,7 +94,7 @@ class Quarantine:
                 report.others.append(charge)
         poison: list[Attempt] = []
         while self._started_alone is None and self._alone:
-            attempt = self._alone.popleft()
+            attempt, _ = self._alone.popleft()
             if held.get(attempt.id) is not attempt or attempt.ended != 0.0:
                 continue
             if attempt.history.crashes >= attempt.handler.task.settings.retry.max_crashes:

@@ -45,6 +45,8 @@ REPORT_AFTER = 0.03
 """Seconds that ends of jobs of a partition wait for others, while another partition leases."""
 LATE = 0.5
 """Seconds without a reply to a turn, after which other partitions of the queue lease before this one."""
+PUT_OFF_MS = (100, 1000)
+"""Shortest and longest time for which a job is put off that has waited long for others that must run alone."""
 IDLE = 5.0
 """Longest pause between two turns in seconds: a lost wake-up token costs at most this."""
 
@@ -89,7 +91,7 @@ class QueueConsumer:
         """The keys of the lists whose tokens wake an idle worker, and this one."""
         self.held: dict[str, Attempt] = {}
         self.own_retries: dict[str, float] = {}
-        """Id → when the retry is due (monotonic)."""
+        """Of a burst, which waits for them: id → when the retry is due (monotonic)."""
         self.blobs: dict[str, str] = {}
         """Id → where the large body of the job lies."""
         self.report = TurnReport()
@@ -269,6 +271,8 @@ class QueueConsumer:
                 self._capacity.note_work(self, possible=False)  # its server does not answer: other partitions lease
                 self._capacity.offer()
             return
+        if self.quarantine.in_use:
+            self._put_off_late()
         if now - self._sent_at >= 0.95 * self.pause or now >= self._reaper.due_at:
             self._send_turn(self._capacity.room(self))
 
@@ -544,6 +548,15 @@ class QueueConsumer:
             attempt.ended = monotonic()
             self._services.settlement_writer.poison(self.report, attempt, self.now_ms)
 
+    def _put_off_late(self) -> None:
+        """Put off those that wait here for others to end, each for another time, so that workers share them."""
+        late = [one for one in self.quarantine.take_late() if self.holds(one) and one.ended == 0.0]
+        for attempt in late:
+            attempt.ended = monotonic()
+            self._services.settlement_writer.put_off(self.report, attempt, random.randint(*PUT_OFF_MS))  # noqa: S311
+        if late:
+            self.schedule()
+
     def _on_refused(self, id_: str) -> None:
         attempt = self.held.pop(id_, None)
         log.warning(
@@ -595,6 +608,11 @@ class QueueConsumer:
     def move_deadline(self, attempt: Attempt, seconds: float) -> None:
         """Set the deadline of *attempt* that many seconds ahead."""
         self._executor.deadlines.move(attempt, seconds)
+
+    def note_retry(self, attempt: Attempt, ms: int) -> None:
+        """Note that a job of *attempt* is due again so many ms from now: a burst waits for it."""
+        if self._services.is_burst:  # another worker may take it, so that others would remember it for ever
+            self.own_retries[attempt.id] = monotonic() + ms / 1000
 
     def give_way(self, seconds: float) -> None:
         """Let other workers be first for so many seconds: what comes due then are jobs that this one cannot run."""
