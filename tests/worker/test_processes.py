@@ -19,12 +19,15 @@ import uvloop
 
 from conveyor import ConfigurationError, Conveyor, JobFailed, PayloadError, Retry, RetryIn, Snooze, ids
 from conveyor.jobs.task import definition_of
+from conveyor.messaging import retry
 from conveyor.messaging.retry import GiveUp, RetryAfter, after_failure
 from conveyor.payload import failures
 from conveyor.payload.records import AttemptHistory, EnvelopeOptions
-from conveyor.worker.execution.processes import ProcessCrashed, ProcessPool
+from conveyor.worker.app_loading import find_reference
+from conveyor.worker.execution.processes import ProcessCrashed, ProcessPool, ProcessUnavailable
+from conveyor.worker.settlement import SettlementWriter
 from support import process_app
-from support.running_worker import audit, drain
+from support.running_worker import audit, drain, working
 from support.time_limits import AT_ONCE
 
 APP = "support.process_app:app"
@@ -330,7 +333,7 @@ async def test_a_job_extends_its_limit(processes: ProcessPool) -> None:
 
 async def test_an_app_that_does_not_load_is_named() -> None:
     """Without an app, or with one that a fresh process cannot load, the error says what is wrong."""
-    with pytest.raises(ConfigurationError, match="conveyor worker module:app"):
+    with pytest.raises(ProcessUnavailable, match="conveyor worker module:app"):
         await ProcessPool(None, 1).run(attempt("pid"))
 
     processes = ProcessPool("support.process_app:lost", 1)
@@ -338,6 +341,100 @@ async def test_an_app_that_does_not_load_is_named() -> None:
         await processes.run(attempt("pid"))
     assert caught.value.code == "E08"
     assert "0 of 1" in repr(processes)
+
+
+def test_the_app_of_a_program_is_found_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An app has the name of a module that was imported; the main program, a function and a frozen program have none."""
+    assert find_reference(process_app.app) == APP
+    assert find_reference(Conveyor()) is None
+
+    main = Conveyor()
+    monkeypatch.setattr(sys.modules["__main__"], "main", main, raising=False)
+    assert find_reference(main) is None
+
+    monkeypatch.setattr(sys, "frozen", True, raising=False)
+    assert find_reference(process_app.app) is None
+
+
+@pytest.mark.row("A171")
+@pytest.mark.parametrize("reference", [None, "support.process_app:lost", "support.forking_app:app"])
+async def test_jobs_wait_for_a_worker_that_can_run_them(
+    url: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, reference: str | None
+) -> None:
+    """A worker with no app to load, one that does not load, or one without the task offers its jobs again, unchanged."""
+    monkeypatch.setattr(retry, "put_off_ms", lambda _: 20)
+    async with Conveyor(url) as app:
+        about = app.task(name="support.process_app.about", run_in="process")(
+            process_app.app.tasks["support.process_app.about"].function
+        )
+
+        @app.task
+        async def beside() -> int:
+            return 1
+
+        assert find_reference(app) is None
+        jobs = [await about.aenqueue() for _ in range(3)]
+        offered: dict[str, int] = {}
+        put_off = SettlementWriter.put_off
+
+        def count(self: SettlementWriter, attempt: Any, error: Any) -> None:
+            offered[attempt.id] = offered.get(attempt.id, 0) + 1
+            put_off(self, attempt, error)
+
+        monkeypatch.setattr(SettlementWriter, "put_off", count)
+        async with working(app, reference=reference):
+            assert await (await beside.aenqueue()).aresult(timeout=20) == 1
+            await until(lambda: len(offered) == 3 and min(offered.values()) > 1, 30)
+        assert {await job.astatus() for job in jobs} <= {"scheduled", "ready"}
+        warned = [line for line in caplog.messages if line.startswith("E08")]
+        assert len(warned) == 1
+        assert "Jobs of support.process_app.about wait for a worker that can run them" in warned[0]
+
+        async with working(app, reference=APP):
+            assert [(await job.aresult(timeout=20))[3] for job in jobs] == [1, 1, 1]  # no attempt was used
+        assert await audit(app) == []
+
+
+SHOP = "from conveyor import Conveyor\napp = Conveyor()\n"
+TASKS = """
+import os
+from shop import app
+
+@app.task(run_in="process")
+def pid(): return os.getpid()
+"""
+PROGRAM = """
+import asyncio, os
+import shop_tasks
+from shop import app
+
+@app.task(run_in="process")
+def stays(): return os.getpid()
+
+async def main():
+    async with app, app.worker():
+        waits = await stays.aenqueue()
+        ran = await shop_tasks.pid.aenqueue()
+        print(await ran.aresult(timeout=20) not in (None, os.getpid()))
+        while await waits.astatus() != "scheduled":
+            await asyncio.sleep(0.01)
+        print(await waits.acancel())
+
+asyncio.run(main())
+"""
+
+
+def test_a_program_runs_them_in_processes(url: str, tmp_path: Path) -> None:
+    """`app.worker()` runs tasks of imported modules in processes that import these; a task of the main program waits."""
+    for name, text in (("shop", SHOP), ("shop_tasks", TASKS), ("main", PROGRAM)):
+        (tmp_path / f"{name}.py").write_text(text)
+    env = os.environ | {"CONVEYOR_URL": url}
+    done = subprocess.run(
+        [sys.executable, "main.py"], check=False, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60
+    )
+
+    assert (done.stdout.split(), done.returncode) == (["True", "removed"], 0), done.stderr
+    assert done.stderr.count("E08 No process can run main.stays") == 1
 
 
 PARENT = """

@@ -13,16 +13,13 @@ from collections.abc import Callable, Iterable, Mapping
 from time import monotonic, perf_counter
 from typing import TYPE_CHECKING
 
-from conveyor.errors import ConveyorError, PayloadError, StoreUnavailable, UnknownTask
-from conveyor.ids import clean, made_at_ms
-from conveyor.messaging.retry import put_off_ms
+from conveyor.errors import ConveyorError, PayloadError
 from conveyor.payload.codec import UnreadablePayload
 from conveyor.payload.pipeline import PLAIN
-from conveyor.payload.records import AttemptHistory, Failure, read_leniently, to_json
+from conveyor.payload.records import read_leniently
 from conveyor.payload.versions import OldPayload, PayloadTooNew, sealed_name, upcast_body
 from conveyor.payload.wrapped import MAGIC
-from conveyor.store.operations import Settlement, TurnReport
-from conveyor.units import span
+from conveyor.store.operations import TurnReport
 from conveyor.worker.attempt import Attempt, AttemptOwner, Handler, SealedAttempt
 from conveyor.worker.crash_attribution import EXECUTING, LOOP_CELL, RunningTable, id_checksum
 
@@ -36,20 +33,16 @@ log = logging.getLogger("conveyor.worker")
 class JobLoader:
     """Makes attempts of such jobs, and opens their bodies. One for each worker."""
 
-    def __init__(
-        self, app: AppCore, settlement_writer: SettlementWriter, worker: str, running_table: RunningTable | None
-    ) -> None:
+    def __init__(self, app: AppCore, settlement_writer: SettlementWriter, running_table: RunningTable | None) -> None:
         """
         Args:
             app: the app whose tasks run.
             settlement_writer: that of the worker.
-            worker: the name that is recorded with errors.
             running_table: where a supervisor reads which job's body is being opened; None without one.
         """
         self._sealing = app.sealing
         self._task_of_list = {name: listed.task for name, listed in app.plain_lists.items()}
         self._settlement_writer = settlement_writer
-        self._worker = worker
         self._running_table = running_table
         self.fetching: set[asyncio.Task[None]] = set()
         """One task for each body that is on its way from the blob store."""
@@ -58,9 +51,10 @@ class JobLoader:
         """
         Return handlers by the first bytes of an envelope that needs no `load`: the task's name and a brace.
 
-        Left out are all where all jobs are sealed, and tasks that have versions or are acknowledged early.
+        Left out are all where all jobs are sealed, and tasks that have versions, are acknowledged early or cannot run here.
         """
-        names = {name for name, one in handlers.items() if one.task.settings.version == 1 and not one.early}
+        runnable = {name: one for name, one in handlers.items() if one.kind != "unknown"}
+        names = {name for name, one in runnable.items() if one.task.settings.version == 1 and not one.early}
         if self._sealing is not None and self._sealing.sealer is not None:
             names &= {self._task_of_list.get(queue)} if foreign else set()
         return {b"\n%b\n{" % name.encode(): handlers[name] for name in names}
@@ -72,6 +66,8 @@ class JobLoader:
         load_error: ConveyorError | None = None
         if damage:
             load_error = PayloadError(f"E15 The envelope cannot be read: {damage}.", code="E15")
+        elif handler is not None and handler.kind == "unknown":
+            load_error = handler.load_error
         elif handler is not None and envelope.extra.version > handler.task.settings.version:
             load_error = PayloadTooNew(
                 f"The payload of {envelope.task}()", envelope.extra.version, handler.task.settings.version
@@ -168,40 +164,14 @@ class JobLoader:
             attempt.started = perf_counter()
             fail(attempt, None, error)
 
-    def set_aside(self, consumer: AttemptOwner, attempt: Attempt) -> None:
-        """
-        Put off a job that a newer worker may run: for 2 s at first, later for as long as it is old; after a day it is dead.
-
-        No attempt is used. A job that no worker can read is a dead letter at once.
-        """
-        report, now, error = consumer.report, consumer.now_ms, attempt.handler.load_error
+    def set_aside(self, attempt: Attempt) -> None:
+        """Put off a job that cannot run here; one that no worker can read is a dead letter at once."""
+        consumer, error = attempt.consumer, attempt.handler.load_error
         attempt.ended = monotonic()
         if isinstance(error, PayloadError) and not isinstance(error, PayloadTooNew):
-            self._settlement_writer.unreadable(report, attempt, error, now)
-            return
-        age = now - (made_at_ms(attempt.id) or attempt.envelope.due_ms or now)
-        pause = put_off_ms(age)
-        if pause is None and not isinstance(error, StoreUnavailable):
-            self._give_up(report, attempt, now)
-            return
-        pause = pause or 600_000
-        why = str(error) if error else f"E05 It needs task '{attempt.handler.name}', which this worker does not have."
-        log.warning(
-            "%s Job %s stays in '%s' and is tried again in %s; no attempt was used.",
-            clean(why), clean(attempt.public_id), consumer.queue, span(pause / 1000),
-        )  # fmt: skip
-        consumer.give_way(pause / 1000 + 1)
-        state = attempt.state.encode() if attempt.state else b""
-        report.others.append(Settlement("R", attempt.id, pause, state=state))
-
-    def _give_up(self, report: TurnReport, attempt: Attempt, now: int) -> None:
-        name, error = attempt.handler.name, attempt.handler.load_error
-        message = f"no worker knew the task {name!r} for a day" if error is None else f"{error} None came for a day."
-        kind = UnknownTask.__name__ if error is None else "PayloadError"
-        record = to_json(Failure(attempt.number, now, kind, message, worker=self._worker))
-        old = attempt.history
-        state = AttemptHistory(old.starts, old.failures, old.crashes, [*old.errors, record])
-        self._settlement_writer.dead(report, attempt, state, message, now)
+            self._settlement_writer.unreadable(consumer.report, attempt, error, consumer.now_ms)
+        else:
+            self._settlement_writer.put_off(attempt, error)
 
     def delete_bodies(self, consumer: AttemptOwner, report: TurnReport, lost: Iterable[str]) -> None:
         """Delete the large bodies of jobs whose end Redis has confirmed. Those of other jobs are still needed."""

@@ -6,8 +6,9 @@ import asyncio
 import logging
 from typing import TYPE_CHECKING, Any
 
-from conveyor.errors import PayloadError, Snooze
+from conveyor.errors import ConveyorError, PayloadError, Snooze, StoreUnavailable, UnknownTask
 from conveyor.events import JobCancelledEvent, JobDead, JobDone, JobRetried
+from conveyor.ids import clean, clean_lines, made_at_ms
 from conveyor.jobs.context import end_spawning
 from conveyor.messaging import retry
 from conveyor.payload import failures
@@ -19,7 +20,8 @@ from conveyor.store.inspection import write_finished
 from conveyor.store.operations import Settlement, TurnReport
 from conveyor.units import milliseconds, span
 from conveyor.worker.attempt import Attempt, error_line, one_line
-from conveyor.worker.execution.processes import ProcessCrashed
+from conveyor.worker.execution.processes import ProcessCrashed, ProcessUnavailable
+from conveyor.worker.logs import log_repeated_error
 
 if TYPE_CHECKING:
     from conveyor.jobs.core import AppCore
@@ -59,6 +61,7 @@ class SettlementWriter:
         # One line a job while a person can read them, and a summary of the rest. None: the log does not show INFO.
         self._logged: int | None = 0 if log.isEnabledFor(logging.INFO) else None
         self._since = 0.0
+        self._explained: set[str] = set()
 
     def _log_done(self, attempt: Attempt, seconds: float) -> None:
         assert self._logged is not None
@@ -86,6 +89,8 @@ class SettlementWriter:
             self.handed_back(report, attempt, started=attempt.started != 0.0)
         elif isinstance(error, ProcessCrashed) and why is None:
             self.crashed(report, attempt, now, error)
+        elif isinstance(error, ProcessUnavailable) and why is None:
+            self.put_off(attempt, error)
         else:
             final = _error_of(attempt, error)
             if final is None:
@@ -235,6 +240,55 @@ class SettlementWriter:
             self.poison(report, attempt, now_ms)
         else:
             report.others.append(Settlement("F", attempt.id, state=state.encode()))
+
+    def put_off(self, attempt: Attempt, error: ConveyorError | None) -> None:
+        """
+        Return a job that cannot run here, for a worker that can run it: after 2 s at first, later for as long as it is old.
+
+        No attempt is used. *error* says why; None: the task is not known. What no worker knew for a day is dead; what
+        waits for a process or a store is not.
+        """
+        consumer = attempt.consumer
+        now, unlimited = consumer.now_ms, isinstance(error, ProcessUnavailable | StoreUnavailable)
+        pause = retry.put_off_ms(now - (made_at_ms(attempt.id) or attempt.envelope.due_ms or now))
+        if pause is None and not unlimited:
+            self._give_up(consumer.report, attempt, error, now)
+            return
+        pause = pause or 600_000
+        if isinstance(error, ProcessUnavailable):
+            self._explain(attempt, error)
+        else:
+            why = (
+                str(error) if error else f"E05 It needs task '{attempt.handler.name}', which this worker does not have."
+            )
+            log.warning(
+                "%s Job %s stays in '%s' and is tried again in %s; no attempt was used.",
+                clean(why), clean(attempt.public_id), consumer.queue, span(pause / 1000),
+            )  # fmt: skip
+        consumer.give_way(pause / 1000 + 1)
+        state = attempt.state.encode() if attempt.state else b""
+        consumer.report.others.append(Settlement("R", attempt.id, pause, state=state))
+
+    def _explain(self, attempt: Attempt, error: ProcessUnavailable) -> None:
+        """Log why jobs of a task wait: once if nothing here will change that, else once a minute."""
+        text = clean_lines(
+            f"{error.code} {str(error).rstrip()}\n"
+            f"Jobs of {attempt.handler.name} wait for a worker that can run them, and use no attempt."
+        )
+        if attempt.started != 0.0:
+            log_repeated_error("%s", text)
+        elif text not in self._explained:
+            self._explained.add(text)
+            log.warning("%s", text)
+
+    def _give_up(self, report: TurnReport, attempt: Attempt, error: ConveyorError | None, now_ms: int) -> None:
+        name = attempt.handler.name
+        message = f"no worker knew the task {name!r} for a day" if error is None else f"{error} None came for a day."
+        kind = UnknownTask.__name__ if error is None else "PayloadError"
+        record = to_json(Failure(attempt.number, now_ms, kind, message, worker=self._worker))
+        old = attempt.history
+        state = AttemptHistory(old.starts, old.failures, old.crashes, [*old.errors, record])
+        self.dead(report, attempt, state, message, now_ms)
 
     def cancelled(self, report: TurnReport, attempt: Attempt, now_ms: int) -> None:
         """Settle a job that was cancelled while it was leased here, or expired before it started."""

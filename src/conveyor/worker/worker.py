@@ -19,9 +19,10 @@ from conveyor.jobs.hooks import run_through, wraps_runs
 from conveyor.store import operations
 from conveyor.store.client.queue_index import REFRESH
 from conveyor.store.transport import eviction
+from conveyor.worker.app_loading import find_reference
 from conveyor.worker.attempt import Attempt, error_line
 from conveyor.worker.execution.executor import Executor
-from conveyor.worker.execution.processes import ProcessPool
+from conveyor.worker.execution.processes import ProcessPool, module_of
 from conveyor.worker.job_loader import JobLoader
 from conveyor.worker.leasing.capacity import Capacity, PartitionGroup
 from conveyor.worker.leasing.heartbeat import Watchdog
@@ -61,7 +62,7 @@ class Worker:
             burst: end when everything is drained.
             grace: seconds that running jobs have to end at a stop.
             slot: where a supervisor reads about this process; None without one.
-            reference: the app as ``module:object``; None where no other process could load it.
+            reference: the app as ``module:object``, for other processes; None: it is looked for in the modules of this one.
             recycle_limits: above these the worker asks to be replaced, which takes a supervisor.
             await_until: monotonic time before which no burst ends.
             before_leasing: called when all queues are registered, before the first job is leased.
@@ -73,13 +74,14 @@ class Worker:
         self.consumers: list[QueueConsumer] = []
         self.settlement_writer = SettlementWriter(self.app, self.name)
         self._running_table = None if slot is None else slot.running_table()
-        self.loader = JobLoader(self.app, self.settlement_writer, self.name, self._running_table)
+        self.loader = JobLoader(self.app, self.settlement_writer, self._running_table)
         self._created_at = self.last_tick = monotonic()
         self._queues = queue_weights(self.app, queues)
         self._limits = (concurrency, threads)
         self._recycle_limits = recycle_limits or RecycleLimits(None, None)
         self._burst = BurstMonitor(until=await_until) if burst else None
-        self._grace, self._slot, self._reference = grace, slot, reference
+        self._grace, self._slot = grace, slot
+        self._app, self._reference = app, reference
         self._before_leasing = before_leasing
         self._drain_monitor = DrainMonitor()
         self.ready = asyncio.Event()
@@ -162,15 +164,23 @@ class Worker:
 
     def _make_executor(self) -> Executor:
         concurrency, threads = self._limits
-        limits = self._recycle_limits
+        processes, tasks = self._make_processes(), self.app.definitions.values()
         chain = [middleware for middleware in self.app.run_middlewares if wraps_runs(middleware)]
         return Executor(
-            concurrency=concurrency, threads=threads, processes=ProcessPool(
-                self._reference, os.cpu_count() or 1, max_jobs=limits.max_jobs, max_memory=limits.max_memory
-            ),
-            on_finished=self.on_finished, on_stuck=self._on_stuck, kinds={task.run_in for task in self.app.definitions.values()},
+            concurrency=concurrency, threads=threads, processes=processes,
+            on_finished=self.on_finished, on_stuck=self._on_stuck,
+            kinds={task.run_in for task in tasks if task.run_in != "process" or processes.refusal(task) is None},
             loader=self.loader, running_table=self._running_table,
             chain=(lambda context, call: run_through(chain, context, call)) if chain else None,
+        )  # fmt: skip
+
+    def _make_processes(self) -> ProcessPool:
+        """Make the pool for tasks of `run_in="process"`; its processes load what this one has imported for them."""
+        limits, tasks = self._recycle_limits, [one for one in self.app.definitions.values() if one.run_in == "process"]
+        return ProcessPool(
+            (self._reference or find_reference(self._app)) if tasks else None, os.cpu_count() or 1,
+            modules=sorted({module_of(task) for task in tasks} - {"", "__main__"}),
+            max_jobs=limits.max_jobs, max_memory=limits.max_memory,
         )  # fmt: skip
 
     def _watch_loop(self, stack: AsyncExitStack) -> None:

@@ -62,7 +62,7 @@ def main() -> None:
     configure_log(verbose=start.verbose)
     runner = _Runner(connection)
     try:
-        runner.open(start.app)
+        runner.open(start)
     except BaseException as error:
         connection.send(capture(error))
         return
@@ -126,9 +126,9 @@ class _Runner:
         self._state: Mapping[str, Any] = {}
         self._app: Any
 
-    def open(self, reference: str) -> None:
+    def open(self, start: StartRequest) -> None:
         """Load the app and open its lifespans; raises what these raise."""
-        self._app = load(reference)
+        self._app = load(start.app, start.modules)
         self._loop.run(self._open_lifespan())
 
     async def _open_lifespan(self) -> None:
@@ -163,7 +163,9 @@ class _Runner:
         try:
             task = core_of(self._app).definitions.get(job.task)
             if task is None:
-                raise UnknownTask(f"The app has no task {job.task!r} in the process that should run {job.id}.")
+                return _reply(
+                    job, UnknownTask(f"The app that the process loaded has no task {job.task!r}."), unable=True
+                )
             args, kwargs = task.signature.decode(job.body)
             context = self._context(job)
             if task.settings.ack == "early":
@@ -176,9 +178,7 @@ class _Runner:
             stored = None if task.returns_none or not keep_ms else task.results.encode(result)
             return DoneReply(job.id, job.attempt, stored, spawned_entries(context))
         except BaseException as error:
-            reply = capture(error)
-            reply.id, reply.attempt = job.id, job.attempt
-            return reply
+            return _reply(job, error)
 
     def _call(self, task: TaskDefinition, args: list[Any], kwargs: dict[str, Any], variables: Variables) -> Any:
         if not task.is_async:
@@ -202,6 +202,12 @@ class _Runner:
             deadline_hook=lambda ms: self._connection.send(ExtendRequest(ms, job.id, job.attempt)),
             enqueued_at=_instant(job.enqueued_ms),
         )
+
+
+def _reply(job: RunRequest, error: BaseException, *, unable: bool = False) -> FailedReply:
+    reply = capture(error)
+    reply.id, reply.attempt, reply.unable = job.id, job.attempt, unable
+    return reply
 
 
 def _end_with_worker() -> None:

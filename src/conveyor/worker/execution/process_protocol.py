@@ -24,9 +24,14 @@ HEAD = struct.Struct("<I")
 
 
 class StartRequest(msgspec.Struct, tag="start"):
-    """To the process, once: the app to load, the path of its modules, and the limits above which it is replaced."""
+    """
+    To the process, once: what to load, the path of modules, and the limits above which it is replaced.
+
+    `modules` define tasks of the app besides those that it imports itself.
+    """
 
     app: str
+    modules: list[str]
     path: list[str]
     verbose: bool
     max_jobs: int
@@ -77,7 +82,7 @@ class FailedReply(msgspec.Struct, tag="failed"):
     From the process: the exception that the job raised, or the loading of the app, which has no id.
 
     `kinds` are its class and all above it as ``module:qualified.name``. `delay` is that of a Snooze or a RetryIn. `worn` as in
-    `DoneReply`.
+    `DoneReply`. `unable`: the job did not run, since the process cannot run it.
     """
 
     kinds: list[str]
@@ -88,6 +93,7 @@ class FailedReply(msgspec.Struct, tag="failed"):
     worn: str = ""
     id: str = ""
     attempt: int = 0
+    unable: bool = False
 
 
 Request = StartRequest | RunRequest

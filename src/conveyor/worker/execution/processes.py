@@ -11,7 +11,7 @@ import signal
 import socket
 import sys
 from asyncio.subprocess import Process, create_subprocess_exec
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, Self
 
 import msgspec
@@ -35,6 +35,7 @@ from conveyor.worker.execution.process_protocol import (
 from conveyor.worker.logs import LOG, describe_end
 
 if TYPE_CHECKING:
+    from conveyor.jobs.task import TaskDefinition
     from conveyor.worker.attempt import Attempt
 
 # Not `-m`: that would run a second copy of a module which `conveyor.worker` may have loaded already.
@@ -51,6 +52,12 @@ class ProcessCrashed(RuntimeError):
     """The process that ran the job ended before the job did."""
 
 
+class ProcessUnavailable(ConfigurationError):
+    """No process can run the job here. It has not started, uses no attempt, and waits for a worker that can run it."""
+
+    code = "E08"
+
+
 class ProcessPool:
     """
     Up to `limit` processes, started when they are needed and kept for the next job.
@@ -62,18 +69,20 @@ class ProcessPool:
     idle_seconds = 60.0
 
     def __init__(
-        self, app_reference: str | None, limit: int, *, max_jobs: int | None = None, max_memory: int | None = None
-    ) -> None:
+        self, app_reference: str | None, limit: int, *, modules: Iterable[str] = (), max_jobs: int | None = None,
+        max_memory: int | None = None,
+    ) -> None:  # fmt: skip
         """
         Args:
-            app_reference: the app as ``module:object``; None: a worker inside another program, where `run` raises.
+            app_reference: the app as ``module:object``; None when no other process can import it.
             limit: how many processes.
+            modules: define tasks of the app besides those that it imports itself.
             max_jobs: after how many jobs a process is replaced; None: 1,000.
             max_memory: above how many bytes of memory it is replaced; None: no limit.
         """
         self.limit = limit
         self._recycle_limits = (max_jobs or DEFAULT_MAX_JOBS, max_memory)
-        self._reference = app_reference
+        self._reference, self._modules = app_reference, list(modules)
         self._slots = asyncio.Semaphore(limit)
         self._idle: list[tuple[_PoolProcess, asyncio.TimerHandle]] = []
         self._alive: set[_PoolProcess] = set()
@@ -88,17 +97,14 @@ class ProcessPool:
         Run the job when a process is free, and return its decoded result (None if none is stored).
 
         A cancellation kills the process and all it has started before this returns. Raises what the job raised, as a
-        class with the same name below those that are loaded here; ProcessCrashed if the process died; ConfigurationError
-        if it cannot load the app.
+        class with the same name below those that are loaded here; ProcessCrashed if the process died;
+        ProcessUnavailable if it cannot load the app, or the app that it loaded does not have the task.
         """
         task = attempt.handler.task
-        if self._reference is None:
-            raise ConfigurationError(
-                f'{attempt.handler.name} has run_in="process", which a worker inside another program cannot do: '
-                "a fresh process could not load this program's app. Run it with:  conveyor worker module:app"
-            )
+        if (refusal := self.refusal(task)) is not None:
+            raise refusal
         async with self._slots:
-            child = await self._take(self._reference)
+            child = await self._take()
             if attempt.expire():
                 self._give_back(child, "")
                 raise asyncio.CancelledError
@@ -109,10 +115,25 @@ class ProcessPool:
                 raise
             self._give_back(child, reply.worn)
         if isinstance(reply, FailedReply):
+            if reply.unable:
+                raise ProcessUnavailable(reply.message)
             raise rebuild(reply, task.settings.retry)
         if reply.spawned:
             attempt.set_spawned(reply.spawned)
         return None if reply.result is None else task.results.decode(reply.result)
+
+    def refusal(self, task: TaskDefinition) -> ProcessUnavailable | None:
+        """Return why no process can run *task*, whatever it does; None when one may."""
+        if self._reference is None:
+            what = "this program's app, since it is not in a module that this program has imported"
+        elif module_of(task) == "__main__":
+            what = "the main program, which defines the task"
+        else:
+            return None
+        return ProcessUnavailable(
+            f"No process can run {task.name}: a fresh one cannot import {what}. Define app and task in a module that this "
+            "program imports, or run the jobs with:  conveyor worker module:app"
+        )
 
     async def close(self) -> None:
         """End idle processes in order and kill the others. Every `run` under way raises ProcessCrashed."""
@@ -124,21 +145,23 @@ class ProcessPool:
         ending = dict(self._ending)
         await asyncio.gather(*ending.values(), *(child.kill() for child in self._alive if child not in ending))
 
-    async def _take(self, reference: str) -> _PoolProcess:
+    async def _take(self) -> _PoolProcess:
         while self._idle:
             child, timer = self._idle.pop()  # the last used, so that those that are not needed become idle
             timer.cancel()
             if child.is_alive:
                 return child
             self._end(child)
-        child = await _PoolProcess.start(reference)
+        assert self._reference is not None
+        child = await _PoolProcess.start(self._reference)
         self._alive.add(child)
         if self._closed:
             await child.kill()
             raise ProcessCrashed("The worker's processes are closed; this job has not started.")
         child.exit.add_done_callback(lambda _: self._alive.discard(child))
         try:
-            await child.ready(StartRequest(reference, sys.path, LOG.isEnabledFor(logging.DEBUG), *self._recycle_limits))
+            verbose = LOG.isEnabledFor(logging.DEBUG)
+            await child.ready(StartRequest(self._reference, self._modules, sys.path, verbose, *self._recycle_limits))
         except BaseException:
             await child.kill()
             raise
@@ -205,13 +228,12 @@ class _PoolProcess:
         return not (self.exit.done() or self._reader.at_eof() or _has_ended(self._writer))
 
     async def ready(self, start: StartRequest) -> None:
-        """Wait until the app is loaded; raises ConfigurationError with the error if it cannot be."""
+        """Wait until the app is loaded; raises ProcessUnavailable with the error if it cannot be."""
         subject = f"The process for jobs, which loads {start.app},"
         reply = await self._ask(start, subject)
         if isinstance(reply, FailedReply):
-            raise ConfigurationError(
-                f"{subject} cannot start: {reply.kinds[0].partition(':')[2]}: {reply.message}\n{reply.traceback}",
-                code="E08",
+            raise ProcessUnavailable(
+                f"{subject} cannot start: {reply.kinds[0].partition(':')[2]}: {reply.message}\n{reply.traceback}"
             )
         if not isinstance(reply, ReadyReply):
             raise await self._crash(subject)
@@ -280,6 +302,11 @@ class _PoolProcess:
         await asyncio.wait({self.exit}, timeout=_EXIT_PATIENCE)
         how = describe_end(self.exit.result()) if self.exit.done() else "broke its connection to the worker"
         return ProcessCrashed(f"{subject} {how} before it was done. Its pid was {self.pid}.")
+
+
+def module_of(task: TaskDefinition) -> str:
+    """Return the name of the module that defines *task*."""
+    return getattr(task.function, "__module__", None) or ""
 
 
 def _run_request(attempt: Attempt) -> RunRequest:

@@ -518,7 +518,7 @@ class QueueConsumer:
                 attempt.load_state(states[at])  # type: ignore[arg-type]
                 self.own_retries.pop(id_, None)
             if attempt.handler.kind == "unknown":
-                self._services.loader.set_aside(self, attempt)
+                self._services.loader.set_aside(attempt)
             elif attempt.handler.early:
                 self.early_acks.add(attempt, self.report)
             elif attempt.crashed_before:
@@ -533,7 +533,13 @@ class QueueConsumer:
     def _load_handlers(self) -> dict[str, Handler]:
         """Make the handlers of all tasks, by name, and by what the envelope of a job that needs nothing more begins with."""
         raw = self.keys.foreign is not None
-        handlers = {name: Handler(task, raw=raw) for name, task in self._services.app.definitions.items()}
+        refusal = self._executor.processes.refusal
+        handlers = {
+            name: Handler(task, raw=raw)
+            if task.run_in != "process" or (error := refusal(task)) is None
+            else Handler.unknown(name, error)
+            for name, task in self._services.app.definitions.items()
+        }
         self._plain_handlers = self._services.loader.plain_handlers(self.queue, handlers, foreign=raw)
         self._handlers = handlers
         return handlers
