@@ -26,11 +26,11 @@ if TYPE_CHECKING:
     from conveyor.jobs.context import Context, current
     from conveyor.jobs.hooks import CallNext, Middleware
     from conveyor.jobs.job import Job
-    from conveyor.jobs.job_options import Outgoing
     from conveyor.jobs.task import Task
     from conveyor.messaging.limits import Concurrency, Debounce, Rate, Unique
     from conveyor.messaging.message import Message
     from conveyor.messaging.plain_list import PlainList
+    from conveyor.messaging.push_options import Outgoing
     from conveyor.messaging.queue import Queue
     from conveyor.messaging.retry import Retry
     from conveyor.payload.blobs import BlobStore, BlobUnavailable, FileStore
@@ -92,7 +92,7 @@ _HOME = {
     "Job": "jobs.job",
     "Message": "messaging.message",
     "Middleware": "jobs.hooks",
-    "Outgoing": "jobs.job_options",
+    "Outgoing": "messaging.push_options",
     "PlainList": "messaging.plain_list",
     "Queue": "messaging.queue",
     "Rate": "messaging.limits",

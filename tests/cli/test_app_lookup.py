@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import redis as redis_py
 
+from conveyor import Conveyor
 from conveyor.admin.admin import Admin
 from conveyor.store.client.client import Client
 from support.client_worker import ClientWorker, wait_for_job
@@ -328,6 +329,32 @@ def test_push_to_a_plain_list_appends_the_document(shell: Shell, redis: redis_py
     assert redis.lrange("raw", 0, -1) == [b'{"id":1}', b'{"id":2}', b"3"]
     assert refused.returncode == 2
     assert "A plain list holds bare documents" in refused.stderr
+
+
+def test_push_passes_the_middleware_of_the_app(shell: Shell, redis: redis_py.Redis) -> None:
+    """`conveyor push` is a push of the app that it found: its middleware sees each message, and may change it."""
+    shell.write(
+        "traced.py",
+        """
+from conveyor import Conveyor, Middleware
+app = Conveyor()
+app.queue("mail")
+
+@app.middleware
+class Trace(Middleware):
+    def push(self, outgoing):
+        outgoing.headers["of"] = outgoing.queue
+        outgoing.body = outgoing.body * 2
+""",
+    )
+    for queue in ("mail", "undeclared"):
+        done = shell.run("push", queue, "-", "-A", "traced", stdin='1\n"a"\n')
+        assert done.returncode == 0, done.stderr
+        with Conveyor(shell.url) as app:
+            taken = app.queue(queue).pull(2)
+            assert [(one.body, one.headers) for one in taken] == [(2, {"of": queue}), ("aa", {"of": queue})]
+            for message in taken:
+                message.ack()
 
 
 def test_worker_waits_for_redis_and_says_so_once(shell: Shell, start_server: Callable[..., Server]) -> None:

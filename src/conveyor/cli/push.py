@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -12,6 +13,7 @@ from conveyor.cli.output import Output, parse_seconds, quantity
 from conveyor.cli.target import Target, redis_options
 
 if TYPE_CHECKING:
+    from conveyor.jobs.hooks import Middleware
     from conveyor.messaging.push_options import PreparedPush
     from conveyor.payload.formats import FormatCodec
     from conveyor.store.operations import Entry
@@ -90,9 +92,10 @@ def _sender(client: Any, app: Any, queue: str, options: dict[str, Any]) -> Calla
             plain_list.push(None, **given)  # which refuses them
         return lambda bodies: [id_ for id_ in plain_list.push_many(map(plain_list.codec.decode, bodies)) if id_]
     prepared, codec = _prepare(app, queue, **options), _queue_codec(app, queue)
+    entry = partial(_entry, prepared, codec, [] if app is None else core_of(app).push_middlewares, queue)
     keys = client.keys(queue_name(queue))
     partitions = _recorded_partitions(client, keys.queue)
-    return lambda bodies: _push_entries(client, keys, partitions, [_entry(body, prepared, codec) for body in bodies])
+    return lambda bodies: _push_entries(client, keys, partitions, [entry(body) for body in bodies])
 
 
 def _recorded_partitions(client: Any, queue: str) -> Any:
@@ -192,16 +195,30 @@ def _prepare(app: Any, queue: str, **options: Any) -> PreparedPush:
 
 
 def _queue_codec(app: Any, queue: str) -> FormatCodec[Any] | None:
-    """Return the codec of the queue where it writes another format than JSON, else None."""
+    """Return the codec of the queue where bodies are decoded: for another format than JSON, and for middlewares; else None."""
     from conveyor.jobs.core import core_of
+    from conveyor.payload.formats import codec_for
 
-    declared = None if app is None else core_of(app).queues.get(queue)
-    return None if declared is None or declared.codec.formats.writes is None else declared.codec
+    if app is None:
+        return None
+    core = core_of(app)
+    declared = core.queues.get(queue)
+    if declared is None and core.push_middlewares:
+        return codec_for(Any, formats=core.formats, max_payload=core.max_whole, what=f"A message of queue '{queue}'")
+    if declared is None or (declared.codec.formats.writes is None and not core.push_middlewares):
+        return None
+    return declared.codec
 
 
-def _entry(body: bytes, prepared: PreparedPush, codec: FormatCodec[Any] | None) -> Entry:
+def _entry(
+    prepared: PreparedPush, codec: FormatCodec[Any] | None, middlewares: Sequence[Middleware], queue: str, body: bytes
+) -> Entry:
     from conveyor.ids import new_id
+    from conveyor.messaging.push_options import pass_through
 
     if codec is not None:
-        body = codec.encode(codec.decode(body))
+        value = codec.decode(body)
+        if middlewares:
+            value, prepared = pass_through(middlewares, queue, value, prepared)
+        body = codec.encode(value)
     return prepared.entry(new_id(), prepared.head + body)

@@ -13,8 +13,8 @@ from conveyor.store.client.batching import BULK
 from conveyor.store.operations import Entry
 
 if TYPE_CHECKING:
-    from conveyor.jobs.job_options import Outgoing
     from conveyor.jobs.task import TaskCall, TaskCore, TaskDefinition
+    from conveyor.messaging.push_options import Outgoing
     from conveyor.store.client.durability import DurabilityRequest
 
 Encode = Callable[[tuple[Any, ...], dict[str, Any]], bytes]

@@ -44,10 +44,11 @@ class AppCore(QueueRegistry, Hooks):
         formats: FormatRegistry,
         include: tuple[str, ...] = (),
     ) -> None:
-        QueueRegistry.__init__(
-            self, client, lease_ms=lease_ms, max_payload=max_payload, sealing=sealing, formats=formats
-        )
         Hooks.__init__(self)
+        QueueRegistry.__init__(
+            self, client, lease_ms=lease_ms, max_payload=max_payload, sealing=sealing, formats=formats,
+            push_middlewares=self.push_middlewares,
+        )  # fmt: skip
         self.namespace = client.namespace
         self.include = include
         """The modules that a worker and the command line import, so that their tasks are known."""

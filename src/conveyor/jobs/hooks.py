@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from conveyor.errors import ConfigurationError
 from conveyor.events import EVENTS, Event
 from conveyor.jobs.context import Context
-from conveyor.jobs.job_options import Outgoing
+from conveyor.messaging.push_options import Outgoing
 
 _log = logging.getLogger("conveyor.app")
 
@@ -36,12 +36,13 @@ class Middleware:
     """
     Code around pushes and runs; override one or both. The first one added is the outermost.
 
-    `push` runs in the producer, inside `enqueue` and `aenqueue` alike, and may change the job that goes out. `run`
-    wraps every attempt in the worker, on its event loop; an exception that it raises fails the attempt.
+    `push` runs in the producer, inside `enqueue` of a task and `push` of a queue, their bulk and awaitable forms alike, and
+    may change what goes out. `run` wraps every attempt in the worker, on its event loop; an exception that it raises fails
+    the attempt.
     """
 
     def push(self, outgoing: Outgoing) -> None:
-        """Look at a job that is about to be enqueued, or change it. An exception reaches the caller of `enqueue`."""
+        """Look at a job or a message that is about to be stored, or change it. An exception reaches the caller."""
 
     async def run(self, context: Context, call_next: CallNext) -> Any:
         """Await ``call_next()`` to run the job, and return its result or another one."""
@@ -89,7 +90,7 @@ def as_middleware(source: object) -> Middleware:
 
 
 def wraps_pushes(middleware: Middleware) -> bool:
-    """Tell whether it does anything when a job is enqueued."""
+    """Tell whether it does anything when a job or a message is pushed."""
     return "push" in vars(middleware) or type(middleware).push is not Middleware.push
 
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from datetime import datetime
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from conveyor import ids
 from conveyor.errors import ConfigurationError, PayloadError
-from conveyor.messaging.push_options import MAX_HEADERS
+from conveyor.messaging.push_options import MAX_HEADERS, Outgoing
 from conveyor.payload.codec import show
 from conveyor.payload.records import EnvelopeOptions, to_json, write_envelope
 from conveyor.payload.versions import sealed_name
@@ -18,33 +17,6 @@ from conveyor.units import Duration, instant_ms, milliseconds
 
 if TYPE_CHECKING:
     from conveyor.payload.pipeline import PayloadPipeline
-
-
-@dataclass(slots=True)
-class Outgoing:
-    """
-    A job that is about to be enqueued, as a middleware's `push` sees it.
-
-    All but `task` and `version` may be changed; `headers` reach the job as `context.headers`. Times in ms. `id` is the
-    caller's own, None when one will be made. None elsewhere: as the task has it.
-    """
-
-    task: str
-    queue: str
-    args: tuple[Any, ...] = ()
-    kwargs: dict[str, Any] = field(default_factory=dict)
-    headers: dict[str, str] = field(default_factory=dict)
-    priority: int = 0
-    delay_ms: int | None = None
-    at_ms: int | None = None
-    expires_ms: int | None = None
-    unique: str | None = None
-    id: str | None = None
-    front: bool = False
-    timeout_ms: int | None = None
-    keep_ms: int | None = None
-    attempts: int | None = None
-    version: int = 1
 
 
 def with_options(

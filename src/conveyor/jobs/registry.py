@@ -18,6 +18,7 @@ from conveyor.units import Duration
 if TYPE_CHECKING:
     from conveyor.messaging.partitions import Partitions
     from conveyor.messaging.plain_list import PlainList
+    from conveyor.messaging.push_options import PushMiddleware
     from conveyor.messaging.queue import Queue
     from conveyor.payload.pipeline import PayloadPipeline
     from conveyor.store.keys import QueueKeys
@@ -42,8 +43,10 @@ class QueueRegistry:
         max_payload: int,
         sealing: PayloadPipeline | None,
         formats: FormatRegistry,
+        push_middlewares: Sequence[PushMiddleware],
     ) -> None:
         self.client = client
+        self._push_middlewares = push_middlewares
         self.lease_ms = lease_ms
         self.max_payload = max_payload
         self.sealing = sealing
@@ -130,7 +133,7 @@ class QueueRegistry:
         queue = self._make_queue(
             name, type, partitions, lease_ms=lease_ms, retry=policy, max_length=max_length, full=full,
             durability=asks, max_payload=self.max_whole, sealing=self.sealing, version=version, upcast=upcast,
-            formats=self.formats.with_writer(format),
+            formats=self.formats.with_writer(format), middlewares=self._push_middlewares,
         )  # fmt: skip
         self.queues[name], self._declared[name] = queue, options
         if max_length is not None or asks is not None or name in self.partitioned:
@@ -176,7 +179,7 @@ class QueueRegistry:
 
         plain_list: PlainList[Any] = PlainList(
             self.client, name, type, task=task, lease_ms=lease_ms, max_attempts=max_attempts,
-            max_payload=self.max_payload,
+            max_payload=self.max_payload, middlewares=self._push_middlewares,
         )  # fmt: skip
         self.plain_lists[name], self._declared[name] = plain_list, options
         self._keys[name] = plain_list.keys  # on the node where the list itself lies

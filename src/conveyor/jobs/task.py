@@ -20,7 +20,8 @@ from conveyor.jobs import spawn_outbox
 from conveyor.jobs.context import Context
 from conveyor.jobs.hints import CALL_OPTIONS, TASK_MEMBERS, no_member, refuse_unknown
 from conveyor.jobs.job import Job, JobCore
-from conveyor.jobs.job_options import Outgoing, entry_of, with_options
+from conveyor.jobs.job_options import entry_of, with_options
+from conveyor.messaging.push_options import Outgoing, check_times
 from conveyor.messaging.retry import Retry
 from conveyor.payload.codec import ValueCodec, show
 from conveyor.payload.formats import JSON, FormatRegistry, codec_for
@@ -178,8 +179,10 @@ class TaskDefinition:
             outgoing.attempts,
             outgoing.version,
         )
-        for middleware in self.core.push_middlewares:
-            middleware.push(sent)
+        if self.core.push_middlewares:
+            for middleware in self.core.push_middlewares:
+                middleware.push(sent)
+            check_times(sent)
         ids.queue_name(sent.queue)
         return sent, self.signature.encode(tuple(sent.args), sent.kwargs)
 

@@ -76,7 +76,8 @@ class PartitionedQueue(Queue[T]):
         super().__init__(client, name, type, lease_ms=lease_ms, max_length=max_length, **options)
 
     def _make_publisher(self) -> Publisher[T]:
-        return PartitionedPublisher(self.client.redis_target(self.durability), self.partitions, self.codec)
+        target = self.client.redis_target(self.durability)
+        return PartitionedPublisher(target, self.partitions, self.codec, self._middlewares)
 
     def _prepared(self, options: PushOptions) -> PreparedPush:
         group = options.pop("group", None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -10,7 +11,7 @@ from conveyor.errors import ConfigurationError
 from conveyor.messaging.consumer.list_mover import intake
 from conveyor.messaging.maintenance import CountingProgram
 from conveyor.messaging.publisher import Plan, PlannedPush, Publisher
-from conveyor.messaging.push_options import PLAIN, PreparedPush
+from conveyor.messaging.push_options import PLAIN, PreparedPush, PushMiddleware
 from conveyor.messaging.queue import Queue
 from conveyor.messaging.retry import Retry
 from conveyor.payload.codec import MAX_PAYLOAD, ValueCodec
@@ -44,11 +45,13 @@ class PlainList(Queue[T]):
         max_attempts: int | None = None,
         retry: Retry | None = None,
         max_payload: int = MAX_PAYLOAD,
+        middlewares: Sequence[PushMiddleware] = (),
     ) -> None:
         """Declare the list; *task* is the name of the task that runs its entries."""
         super().__init__(
-            client, name, type, lease_ms=lease_ms, max_attempts=max_attempts, retry=retry, max_payload=max_payload
-        )
+            client, name, type, lease_ms=lease_ms, max_attempts=max_attempts, retry=retry, max_payload=max_payload,
+            middlewares=middlewares,
+        )  # fmt: skip
         self.task = task
 
     def _checked_name(self, name: str) -> str:
@@ -60,7 +63,7 @@ class PlainList(Queue[T]):
         return QueueKeys(self.client.namespace, self.name, foreign=self.name)
 
     def _make_publisher(self) -> Publisher[T]:
-        return ListPublisher(self.client, self.keys, self.codec)
+        return ListPublisher(self.client, self.keys, self.codec, self._middlewares)
 
     def _publisher_for(self, options: PreparedPush) -> Publisher[T]:
         if self.client.deferring:
@@ -102,8 +105,10 @@ class PlainList(Queue[T]):
 class ListPublisher(Publisher[T]):
     """Appends values to a plain list."""
 
-    def __init__(self, client: Client, keys: QueueKeys, codec: ValueCodec[T]) -> None:
-        super().__init__(client, keys, codec, None)
+    def __init__(
+        self, client: Client, keys: QueueKeys, codec: ValueCodec[T], middlewares: Sequence[PushMiddleware]
+    ) -> None:
+        super().__init__(client, keys, codec, None, middlewares)
         self._client = client
         self._sequences = plain_list.SequencePool()
 
@@ -125,7 +130,15 @@ class ListPublisher(Publisher[T]):
 
     def _entry(self, value: T, options: PreparedPush) -> PlannedPush:
         _refuse(options)
+        if self._middlewares:
+            value, _ = self._passed(value, BARE)
         return PlannedPush(self._keys, (), (self._codec.encode(value),), BARE)
+
+    def _passed(self, value: Any, options: PreparedPush) -> tuple[Any, PreparedPush]:
+        """Return a value as the middlewares leave it. Their headers are left out: a bare document has no place for them."""
+        passed, changed = super()._passed(value, PLAIN)
+        _refuse(replace(changed, head=PLAIN.head))
+        return passed, options
 
     def _send(self, push: PlannedPush) -> Sequence[str]:
         self._client.announce(self._keys)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Collection, Generator, Iterable, Iterator, Sequence
 from copy import copy
 from itertools import islice
-from typing import Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from conveyor.errors import (
     ConfigurationError,
@@ -22,7 +22,13 @@ from conveyor.errors import (
 )
 from conveyor.ids import new_id, new_ids, public
 from conveyor.messaging.partitions import Partitions
-from conveyor.messaging.push_options import PreparedPush, make_entries
+from conveyor.messaging.push_options import (
+    PreparedPush,
+    PushMiddleware,
+    amake_entries,
+    make_entries,
+    pass_through,
+)
 from conveyor.payload.codec import ValueCodec
 from conveyor.store.client.batching import BULK, PushTarget
 from conveyor.store.client.client import refuse_in_loop
@@ -37,6 +43,17 @@ CHUNK_BYTES = 8_000_000
 """Bytes sent in one call, so that bulk pushes of large messages let others in."""
 
 
+class Window(NamedTuple):
+    """Messages that are checked together: their envelopes, and the options of each where middlewares have seen them."""
+
+    envelopes: list[bytes]
+    options: list[PreparedPush]
+
+    def part(self, which: slice) -> Window:
+        """Return some of them."""
+        return Window(self.envelopes[which], self.options[which])
+
+
 class PlannedPush(NamedTuple):
     """One call of a push to one queue or partition. `whole`: all messages are stored, or none."""
 
@@ -47,6 +64,8 @@ class PlannedPush(NamedTuple):
     max_length: int = 0
     """0: no limit."""
     whole: bool = False
+    own: Sequence[PreparedPush] = ()
+    """The options of each message, where middlewares have seen them; empty: *options* are those of all."""
 
 
 Plan = Generator[PlannedPush, Sequence[str], list[str]]
@@ -54,10 +73,14 @@ Plan = Generator[PlannedPush, Sequence[str], list[str]]
 
 
 class Publisher(Generic[T]):
-    """Pushes values to one queue. `max_length` bounds the queue; None does not."""
+    """Pushes values to one queue, through *middlewares*. `max_length` bounds the queue; None does not."""
 
-    def __init__(self, target: PushTarget, keys: QueueKeys, codec: ValueCodec[T], max_length: int | None) -> None:
+    def __init__(
+        self, target: PushTarget, keys: QueueKeys, codec: ValueCodec[T], max_length: int | None,
+        middlewares: Sequence[PushMiddleware] = (),
+    ) -> None:  # fmt: skip
         self._target = target
+        self._middlewares = middlewares
         self._keys = keys
         self._codec = codec
         self._max_length = max_length or 0
@@ -70,6 +93,8 @@ class Publisher(Generic[T]):
 
     def push(self, value: T, options: PreparedPush) -> str:
         """Store one value and return its public id."""
+        if self._middlewares:
+            value, options = self._passed(value, options)
         keys = self._place(options)
         envelope, id_ = options.head + self._codec.encode(value), new_id()
         [id_] = self._send(PlannedPush(keys, (id_,), (envelope,), options, self._max_length))
@@ -77,6 +102,8 @@ class Publisher(Generic[T]):
 
     async def apush(self, value: T, options: PreparedPush) -> str:
         """Awaitable form of `push`."""
+        if self._middlewares:
+            value, options = self._passed(value, options)
         keys = self._place(options)
         envelope, id_ = options.head + self._codec.encode(value), new_id()
         [id_] = await self._asend(PlannedPush(keys, (id_,), (envelope,), options, self._max_length))
@@ -95,11 +122,11 @@ class Publisher(Generic[T]):
         """Plan a push of *values* in their order. An error thrown in is raised with what was stored."""
         keys = self._keys
         ids: list[str] = []
-        for window in self._windows(values, options.head, ids):
+        for window in self._windows(values, options, ids):
             for chunk in _cut(window, self._max_length):
-                fresh = new_ids(len(chunk))
+                fresh = new_ids(len(chunk.envelopes))
                 try:
-                    yield PlannedPush(keys, fresh, chunk, options, self._max_length, whole=True)
+                    yield PlannedPush(keys, fresh, chunk.envelopes, options, self._max_length, True, chunk.options)
                 except (QueueFull, StoreUnavailable) as error:
                     raise _partly(error, len(ids)) from error
                 except DurabilityNotReached as error:
@@ -110,18 +137,18 @@ class Publisher(Generic[T]):
     # -- drivers of one call --------------------------------------------------------------------------------------
 
     def _send(self, push: PlannedPush) -> Sequence[str]:
-        keys, ids, envelopes, options, max_length, whole = push
-        if options.is_plain:
+        keys, ids, envelopes, options, max_length, whole, own = push
+        if all(one.is_plain for one in own) if own else options.is_plain:
             pairs: list[str | bytes] = [b""] * (2 * len(ids))
             pairs[::2], pairs[1::2] = ids, envelopes
             self._target.push_plain(keys, pairs, max_length=max_length)
             return ids
-        entries = [options.entry(id_, envelope) for id_, envelope in zip(ids, envelopes, strict=True)]
+        entries = make_entries(options, own, ids, envelopes)
         return self._target.push(keys, entries, max_length=max_length, whole=whole)
 
     async def _asend(self, push: PlannedPush) -> Sequence[str]:
-        keys, ids, envelopes, options, max_length, whole = push
-        entries = await make_entries(options, ids, envelopes)
+        keys, ids, envelopes, options, max_length, whole, own = push
+        entries = await amake_entries(options, own, ids, envelopes)
         return await self._target.apush(keys, entries, max_length=max_length, whole=whole and max_length > 0)
 
     # -- steps ----------------------------------------------------------------------------------------------------
@@ -130,34 +157,50 @@ class Publisher(Generic[T]):
         """Return where one message with these options goes."""
         return self._keys
 
-    def _windows(self, values: Iterable[T], head: bytes, stored: list[str]) -> Iterator[list[bytes]]:
-        """Yield envelopes that are checked together. *stored* are the messages before, for errors."""
+    def _passed(self, value: Any, options: PreparedPush) -> tuple[Any, PreparedPush]:
+        """Return a value and its options as the middlewares leave them."""
+        return pass_through(self._middlewares, self._keys.queue, value, options)
+
+    def _windows(self, values: Iterable[T], options: PreparedPush, stored: list[str]) -> Iterator[Window]:
+        """Yield messages that are checked together. *stored* are the messages before, for errors."""
         rest = iter(values)
         if self._max_length:
-            window = self._encode(islice(rest, WINDOW + 1), head, stored)
-            if len(window) > WINDOW:
+            window = self._encode(islice(rest, WINDOW + 1), options, stored)
+            if len(window.envelopes) > WINDOW:
                 raise ConfigurationError(
                     f"A queue with max_length takes at most {WINDOW:,} messages at a time, since they are accepted "
                     "whole or not at all. Push them in parts. Nothing was stored."
                 )
-            if window:
+            if window.envelopes:
                 yield window
             return
         size = len(values) if isinstance(values, Collection) else WINDOW  # a list is checked whole
-        while window := self._encode(islice(rest, max(size, 1)), head, stored):
+        while (window := self._encode(islice(rest, max(size, 1)), options, stored)).envelopes:
             yield window
 
-    def _encode(self, values: Iterable[T], head: bytes, stored: list[str]) -> list[bytes]:
-        encode = self._codec.encode
+    def _encode(self, values: Iterable[T], options: PreparedPush, stored: list[str]) -> Window:
+        encode, head = self._codec.encode, options.head
         envelopes: list[bytes] = []
+        each: list[PreparedPush] = []
         append = envelopes.append
         try:
-            for value in values:
-                append(head + encode(value))
+            if self._middlewares:
+                for value in values:
+                    passed, own = self._passed(value, options)
+                    if own.id is not None or own.unique is not None:
+                        raise ConfigurationError(
+                            "A middleware has set outgoing.id or outgoing.unique, which push_many does not take: each "
+                            "belongs to one message."
+                        )
+                    each.append(own)
+                    append(own.head + encode(passed))
+            else:
+                for value in values:
+                    append(head + encode(value))
         except PayloadError as error:
             where = f"Message {len(stored) + len(envelopes):,}: {error}"
             raise _partly(PayloadError(where, code=error.code), len(stored)) from error
-        return envelopes
+        return Window(envelopes, each)
 
 
 Part = tuple[int, slice]
@@ -167,8 +210,14 @@ Part = tuple[int, slice]
 class PartitionedPublisher(Publisher[T]):
     """Pushes values to a queue in partitions, each to the one its group, key or turn picks."""
 
-    def __init__(self, target: PushTarget, partitions: Partitions, codec: ValueCodec[T]) -> None:
-        super().__init__(target, partitions.queue_keys, codec, partitions.max_length)
+    def __init__(
+        self,
+        target: PushTarget,
+        partitions: Partitions,
+        codec: ValueCodec[T],
+        middlewares: Sequence[PushMiddleware] = (),
+    ) -> None:
+        super().__init__(target, partitions.queue_keys, codec, partitions.max_length, middlewares)
         self._partitions = partitions
 
     def through(self, target: PushTarget) -> PartitionedPublisher[T]:
@@ -182,16 +231,16 @@ class PartitionedPublisher(Publisher[T]):
     def plan(self, values: Iterable[T], options: PreparedPush) -> Plan:
         """Plan a push of *values*, spread evenly, in their order within each partition."""
         ids: list[str] = []
-        for window in self._windows(values, options.head, ids):
-            fresh, stored = new_ids(len(window)), list(ids)
-            for at, part in self._parts(len(window), options.group):
+        for window in self._windows(values, options, ids):
+            fresh, stored = new_ids(len(window.envelopes)), list(ids)
+            for at, part in self._parts(len(window.envelopes), options.group):
                 keys, bare, done = self._partitions.keys[at], fresh[part], 0
                 try:
-                    for chunk in _cut(window[part], self._max_length):
-                        sent = bare[done : done + len(chunk)]
-                        yield PlannedPush(keys, sent, chunk, options, self._max_length, whole=True)
+                    for chunk in _cut(window.part(part), self._max_length):
+                        sent = bare[done : done + len(chunk.envelopes)]
+                        yield PlannedPush(keys, sent, chunk.envelopes, options, self._max_length, True, chunk.options)
                         stored += _public(keys, sent)
-                        done += len(chunk)
+                        done += len(sent)
                 except (QueueFull, StoreUnavailable) as error:
                     raise _partly_placed(error, at, len(stored)) from error
                 except DurabilityNotReached as error:
@@ -232,27 +281,26 @@ def _public(keys: QueueKeys, ids: Iterable[str]) -> list[str]:
     return [prefix + id_ for id_ in ids]
 
 
-def _cut(window: list[bytes], max_length: int) -> Iterator[list[bytes]]:
-    """Yield envelopes as they are sent together: all at once to a bounded queue."""
+def _cut(window: Window, max_length: int) -> Iterator[Window]:
+    """Yield messages as they are sent together: all at once to a bounded queue."""
+    envelopes = window.envelopes
     if max_length:
         yield window
-    elif sum(map(len, window)) <= len(window) * CHUNK_BYTES // BULK:
-        for first in range(0, len(window), BULK):
-            yield window[first : first + BULK]
+    elif sum(map(len, envelopes)) <= len(envelopes) * CHUNK_BYTES // BULK:
+        for first in range(0, len(envelopes), BULK):
+            yield window.part(slice(first, first + BULK))
     else:
-        yield from _by_bytes(window)
+        yield from map(window.part, _by_bytes(envelopes))
 
 
-def _by_bytes(window: list[bytes]) -> Iterator[list[bytes]]:
-    chunk: list[bytes] = []
-    size = 0
-    for envelope in window:
-        if chunk and (size + len(envelope) > CHUNK_BYTES or len(chunk) >= BULK):
-            yield chunk
-            chunk, size = [], 0
-        chunk.append(envelope)
+def _by_bytes(envelopes: list[bytes]) -> Iterator[slice]:
+    first = size = 0
+    for at, envelope in enumerate(envelopes):
+        if at > first and (size + len(envelope) > CHUNK_BYTES or at - first >= BULK):
+            yield slice(first, at)
+            first, size = at, 0
         size += len(envelope)
-    yield chunk
+    yield slice(first, len(envelopes))
 
 
 def _partly(error: ConveyorError, stored: int) -> ConveyorError:

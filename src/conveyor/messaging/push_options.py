@@ -7,10 +7,11 @@ A queue with sealing wraps each body when its entry is made, since a body is sea
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields, replace
 from datetime import datetime
-from typing import TYPE_CHECKING, ClassVar, TypedDict
+from itertools import repeat
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypedDict
 
 from conveyor import ids as ident
 from conveyor.errors import ConfigurationError, PayloadError
@@ -29,6 +30,44 @@ MAX_HEADERS = 8 * 1024
 """Bytes that the headers of one message may take."""
 
 
+@dataclass(slots=True)
+class Outgoing:
+    """
+    A job or a message that is about to be stored, as a middleware's `push` sees it.
+
+    A job has a `task`, `args` and `kwargs`. A message has a `body`, and `task` is empty. All but `task` and `version` may be
+    changed, of a message `queue` neither, nor what only a job has: `timeout_ms`, `keep_ms`, `attempts`. `headers` reach the
+    job as `context.headers`, a consumer as `message.headers`. Times in ms. `id` is the caller's own, None when one will be
+    made. None elsewhere: as the task, or the queue, has it.
+    """
+
+    task: str
+    queue: str
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    headers: dict[str, str] = field(default_factory=dict)
+    priority: int = 0
+    delay_ms: int | None = None
+    at_ms: int | None = None
+    expires_ms: int | None = None
+    unique: str | None = None
+    id: str | None = None
+    front: bool = False
+    timeout_ms: int | None = None
+    keep_ms: int | None = None
+    attempts: int | None = None
+    version: int = 1
+    body: Any = None
+
+
+class PushMiddleware(Protocol):
+    """Code around pushes."""
+
+    def push(self, outgoing: Outgoing, /) -> None:
+        """Look at a job or a message that is about to be stored, or change it."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class PreparedPush:
     """The checked options of a push; `head` is the part of the envelope before the body. Times in ms."""
@@ -45,6 +84,8 @@ class PreparedPush:
     """The confirmation asked of the store; not stored."""
     group: str | None = field(default=None, compare=False)
     """The key that picks the partition; not stored."""
+    extra: EnvelopeOptions | None = field(default=None, compare=False)
+    """The headers and the version that stand in `head`."""
     wraps: ClassVar[bool] = False
     """True when an entry needs its body wrapped."""
 
@@ -125,8 +166,7 @@ def prepare_push(
     delay_ms = milliseconds(delay, name="delay")
     if at is not None and delay_ms:
         raise ConfigurationError("Give delay or at, not both. Nothing was stored.")
-    if not isinstance(priority, int) or isinstance(priority, bool) or not 0 <= priority <= 9:
-        raise ConfigurationError(f"priority must be a whole number from 0 to 9, not {priority!r}. Nothing was stored.")
+    _check_priority(priority)
     if front and (delay_ms or at is not None):
         raise ConfigurationError(
             "front=True is for a message that is ready now, without delay or at. Nothing was stored."
@@ -134,8 +174,10 @@ def prepare_push(
     expires_ms = None if expires is None else milliseconds(expires, name="expires")
     if expires_ms == 0:
         raise ConfigurationError("expires must be longer than 0: such a message would never run. Nothing was stored.")
+    extra = _extra(headers, version)
     return PreparedPush(
-        write_envelope("", b"", _extra(headers, version)),
+        write_envelope("", b"", extra),
+        extra=extra,
         priority=priority,
         delay_ms=delay_ms or None,
         due_at_ms=None if at is None else instant_ms(at),
@@ -145,6 +187,58 @@ def prepare_push(
         unique=None if unique is None else ident.unique_key(unique),
         durability_request=durability_request(fsync, wait_replicas, wait_timeout),
     )
+
+
+def pass_through(
+    middlewares: Iterable[PushMiddleware], queue: str, value: Any, options: PreparedPush
+) -> tuple[Any, PreparedPush]:
+    """Return a message and its options as *middlewares* leave them; raises ConfigurationError, PayloadError."""
+    extra = options.extra or EnvelopeOptions()
+    outgoing = Outgoing(
+        "", queue, headers=dict(extra.headers), priority=options.priority, delay_ms=options.delay_ms,
+        at_ms=options.due_at_ms, expires_ms=options.expires_ms, unique=options.unique, id=options.id, front=options.front,
+        version=extra.version, body=value,
+    )  # fmt: skip
+    for middleware in middlewares:
+        middleware.push(outgoing)
+    for name, fixed in (
+        ("task", ""), ("queue", queue), ("version", extra.version), ("args", ()), ("kwargs", {}), ("timeout_ms", None),
+        ("keep_ms", None), ("attempts", None),
+    ):  # fmt: skip
+        if (given := getattr(outgoing, name)) != fixed:
+            raise ConfigurationError(
+                f"A middleware has set outgoing.{name} to {given!r}, and a message of queue {queue!r} has {fixed!r} there. "
+                'Of a message, whose `task` is "", it may change the body, the headers and when it is due. '
+                "Nothing was stored."
+            )
+    check_times(outgoing)
+    _check_priority(outgoing.priority)
+    extra_left = _extra(outgoing.headers, extra.version)
+    changed = replace(
+        options, head=write_envelope("", b"", extra_left), extra=extra_left, priority=outgoing.priority,
+        delay_ms=outgoing.delay_ms or None, due_at_ms=outgoing.at_ms, expires_ms=outgoing.expires_ms,
+        front=bool(outgoing.front), id=None if outgoing.id is None else ident.own_id(outgoing.id),
+        unique=None if outgoing.unique is None else ident.unique_key(outgoing.unique),
+    )  # fmt: skip
+    return outgoing.body, changed
+
+
+def check_times(outgoing: Outgoing) -> None:
+    """Raise ConfigurationError for times of a job or a message that a middleware has left impossible."""
+    for name in ("delay_ms", "at_ms", "expires_ms"):
+        ms = getattr(outgoing, name)
+        if ms is not None and (not isinstance(ms, int) or isinstance(ms, bool) or ms < (name == "expires_ms")):
+            raise ConfigurationError(
+                f"outgoing.{name} is a whole number of milliseconds, not {ms!r}. Nothing was stored."
+            )
+    later = [name for name in ("delay_ms", "at_ms") if getattr(outgoing, name)] + ["front"] * bool(outgoing.front)
+    if len(later) > 1:
+        raise ConfigurationError(f"outgoing has {' and '.join(later)}, of which one is possible. Nothing was stored.")
+
+
+def _check_priority(priority: object) -> None:
+    if not isinstance(priority, int) or isinstance(priority, bool) or not 0 <= priority <= 9:
+        raise ConfigurationError(f"priority must be a whole number from 0 to 9, not {priority!r}. Nothing was stored.")
 
 
 def not_yet(option: str, why: str = "") -> ConfigurationError:
@@ -204,11 +298,18 @@ def with_sealing(options: PreparedPush, sealing: PayloadPipeline | None, queue: 
     return SealedPush(**given, sealing=sealing, queue=queue, version=version)
 
 
-async def make_entries(options: PreparedPush, ids: Sequence[str], envelopes: Sequence[bytes]) -> list[Entry]:
+def make_entries(
+    options: PreparedPush, own: Sequence[PreparedPush], ids: Sequence[str], envelopes: Sequence[bytes]
+) -> list[Entry]:
+    """Return the entries for *envelopes*, each with its *own* options where there are any."""
+    each = own or repeat(options, len(ids))
+    return [one.entry(id_, envelope) for one, id_, envelope in zip(each, ids, envelopes, strict=True)]
+
+
+async def amake_entries(
+    options: PreparedPush, own: Sequence[PreparedPush], ids: Sequence[str], envelopes: Sequence[bytes]
+) -> list[Entry]:
     """Return the entries for *envelopes*; bodies for the blob store are written on a thread."""
-
-    def make() -> list[Entry]:
-        return [options.entry(id_, envelope) for id_, envelope in zip(ids, envelopes, strict=True)]
-
-    large = isinstance(options, SealedPush) and any(options.is_large(envelope) for envelope in envelopes)
-    return await asyncio.to_thread(make) if large else make()
+    if isinstance(options, SealedPush) and any(options.is_large(envelope) for envelope in envelopes):
+        return await asyncio.to_thread(make_entries, options, own, ids, envelopes)
+    return make_entries(options, own, ids, envelopes)

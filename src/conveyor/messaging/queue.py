@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Iterable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import aclosing
 from functools import partial
 from typing import Any, Generic, Literal, TypeVar, Unpack, cast, get_args
@@ -25,6 +25,7 @@ from conveyor.messaging.push_options import (
     PLAIN,
     PreparedPush,
     PushManyOptions,
+    PushMiddleware,
     PushOptions,
     not_yet,
     prepare_push,
@@ -80,8 +81,9 @@ class Queue(Generic[T]):
         version: int = 1,
         upcast: Callable[[int, Any], Any] | None = None,
         formats: FormatRegistry = JSON,
+        middlewares: Sequence[PushMiddleware] = (),
     ) -> None:
-        """Declare the queue; nothing is sent. Raises ConfigurationError."""
+        """Declare the queue; nothing is sent. Each push goes through *middlewares*. Raises ConfigurationError."""
         self.name = self._checked_name(name)
         self.client = client
         self.keys = self._keys()
@@ -102,6 +104,7 @@ class Queue(Generic[T]):
         if tuple(limits):
             raise not_yet("limits")
         self.durability = durability
+        self._middlewares = middlewares
         self._sealing = sealing
         self.version = check_version(version, upcast, f"queue({name!r})")
         self._decoder: MessageDecoder[T] = MessageDecoder(name, self.codec, sealing, version, upcast)
@@ -117,7 +120,8 @@ class Queue(Generic[T]):
         return self.client.keys(self.name)
 
     def _make_publisher(self) -> Publisher[T]:
-        return Publisher(self.client.redis_target(self.durability), self.keys, self.codec, self.max_length)
+        target = self.client.redis_target(self.durability)
+        return Publisher(target, self.keys, self.codec, self.max_length, self._middlewares)
 
     def _intake(self) -> Callable[[int], Call[int]] | None:
         return None
