@@ -375,13 +375,13 @@ async def test_jobs_wait_for_a_worker_that_can_run_them(
         assert find_reference(app) is None
         jobs = [await about.aenqueue() for _ in range(3)]
         offered: dict[str, int] = {}
-        put_off = SettlementWriter.put_off
+        leave = SettlementWriter.leave_to_others
 
         def count(self: SettlementWriter, attempt: Any, error: Any) -> None:
             offered[attempt.id] = offered.get(attempt.id, 0) + 1
-            put_off(self, attempt, error)
+            leave(self, attempt, error)
 
-        monkeypatch.setattr(SettlementWriter, "put_off", count)
+        monkeypatch.setattr(SettlementWriter, "leave_to_others", count)
         async with working(app, reference=reference):
             assert await (await beside.aenqueue()).aresult(timeout=20) == 1
             await until(lambda: len(offered) == 3 and min(offered.values()) > 1, 30)

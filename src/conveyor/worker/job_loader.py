@@ -171,7 +171,7 @@ class JobLoader:
         if isinstance(error, PayloadError) and not isinstance(error, PayloadTooNew):
             self._settlement_writer.unreadable(consumer.report, attempt, error, consumer.now_ms)
         else:
-            self._settlement_writer.put_off(attempt, error)
+            self._settlement_writer.leave_to_others(attempt, error)
 
     def delete_bodies(self, consumer: AttemptOwner, report: TurnReport, lost: Iterable[str]) -> None:
         """Delete the large bodies of jobs whose end Redis has confirmed. Those of other jobs are still needed."""

@@ -90,7 +90,7 @@ class SettlementWriter:
         elif isinstance(error, ProcessCrashed) and why is None:
             self.crashed(report, attempt, now, error)
         elif isinstance(error, ProcessUnavailable) and why is None:
-            self.put_off(attempt, error)
+            self.leave_to_others(attempt, error)
         else:
             final = _error_of(attempt, error)
             if final is None:
@@ -241,7 +241,7 @@ class SettlementWriter:
         else:
             report.others.append(Settlement("F", attempt.id, state=state.encode()))
 
-    def put_off(self, attempt: Attempt, error: ConveyorError | None) -> None:
+    def leave_to_others(self, attempt: Attempt, error: ConveyorError | None) -> None:
         """
         Return a job that cannot run here, for a worker that can run it: after 2 s at first, later for as long as it is old.
 
