@@ -424,6 +424,7 @@ asyncio.run(main())
 """
 
 
+@pytest.mark.row("A171")
 def test_a_program_runs_them_in_processes(url: str, tmp_path: Path) -> None:
     """`app.worker()` runs tasks of imported modules in processes that import these; a task of the main program waits."""
     for name, text in (("shop", SHOP), ("shop_tasks", TASKS), ("main", PROGRAM)):
