@@ -10,12 +10,16 @@ import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
-from typing import NamedTuple, cast
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import click
 
+from conveyor.cli.command import Command, Group, completions, usage_message
 from conveyor.cli.exit import ExitCode, exit_code
-from conveyor.errors import ConveyorError
+from conveyor.errors import ConfigurationError, ConveyorError
+
+if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
 
 
 class CommandEntry(NamedTuple):
@@ -42,10 +46,14 @@ COMMANDS: dict[str, CommandEntry] = {
     "job": CommandEntry("conveyor.cli.job:job", "List, show, retry, cancel and delete jobs.", "Look"),
     "doctor": CommandEntry("conveyor.cli.doctor:doctor", "Examine the server: eviction, durability, latency.", "Look"),
     "acl": CommandEntry("conveyor.cli.acl:acl", "Print least-privilege ACL rules for Redis.", "Look"),
+    "help": CommandEntry("conveyor.cli.help:help_", "Show the help of a command.", "Help"),
+    "completion": CommandEntry(
+        "conveyor.cli.completion:completion", "Print the script that completes commands, queues and tasks.", "Help"
+    ),
 }
 
 
-class LazyGroup(click.Group):
+class LazyGroup(Group):
     """A group that lists its commands from a table and imports one when it is called."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
@@ -60,16 +68,10 @@ class LazyGroup(click.Group):
         module, _, name = entry.target.partition(":")
         return cast("click.Command", getattr(import_module(module), name))
 
-    def resolve_command(
-        self, ctx: click.Context, args: list[str]
-    ) -> tuple[str | None, click.Command | None, list[str]]:
-        """Return the command to call. For an unknown one, fail with the closest name."""
-        if args and args[0] not in COMMANDS and not args[0].startswith("-"):
-            from difflib import get_close_matches
-
-            close = get_close_matches(args[0], COMMANDS, 1)
-            ctx.fail(f"There is no command {args[0]!r}." + (f" Did you mean {close[0]!r}?" if close else ""))
-        return super().resolve_command(ctx, args)
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        """Complete a command or an option, without importing any command."""
+        commands = completions({name: entry.help for name, entry in COMMANDS.items()}, incomplete)
+        return commands + Command.shell_complete(self, ctx, incomplete)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the table by section, without importing any command."""
@@ -111,12 +113,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # a terminal that cannot show a character gets an escape
     state = {"verbose": False}
+    if instruction := os.environ.get("_CONVEYOR_COMPLETE"):
+        from conveyor.cli.completion import answer
+
+        answer(cli, instruction)
     try:
         code = cli.main(arguments, prog_name="conveyor", standalone_mode=False, obj=state)
     except click.Abort:
         return ExitCode.INTERRUPTED
     except click.ClickException as error:
-        error.show()
+        if type(error).__name__ == "NoArgsIsHelpError":  # click 8.1 has none and prints the help by itself
+            error.show()
+        else:
+            _print_error(ConfigurationError(usage_message(error)), verbose=state["verbose"])
         return error.exit_code
     except KeyboardInterrupt:
         return ExitCode.INTERRUPTED

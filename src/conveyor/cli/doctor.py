@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import click
 
+from conveyor.cli.command import Command
 from conveyor.cli.exit import ExitCode
 from conveyor.cli.output import Output
 from conveyor.cli.status import print_finding
 from conveyor.cli.target import Target, redis_options
 
 
-@click.command()
+@click.command(cls=Command)
 @redis_options
 def doctor(target: Target, out: Output) -> int:
     """

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from conveyor.cli.command import Command
+from conveyor.cli.completion import complete_queues, complete_tasks
 from conveyor.cli.output import Output, machine_text, parse_seconds
 from conveyor.cli.target import Target, redis_options
 from conveyor.errors import ConfigurationError, JobFailed, PayloadError, UnknownTask
@@ -20,13 +22,13 @@ SAY_AFTER = 5.0
 """Seconds of waiting for a result after which a line says what the job waits for."""
 
 
-@click.command()
-@click.argument("task", metavar="TASK")
+@click.command(cls=Command)
+@click.argument("task", metavar="TASK", shell_complete=complete_tasks)
 @click.argument("pairs", nargs=-1, metavar="[K=V]...")
 @click.option("--args", "document", metavar="JSON", help="Arguments as JSON: a list by position, an object by name.")
 @click.option("--in", "delay", metavar="10m", help="Start it after this delay.")
 @click.option("--at", metavar="ISO", help="Start it at this time: 2026-05-01T09:00+02:00.")
-@click.option("--queue", metavar="QUEUE", help="Use this queue instead of the task's.")
+@click.option("--queue", metavar="QUEUE", shell_complete=complete_queues, help="Use this queue instead of the task's.")
 @click.option("--priority", type=click.IntRange(0, 9), help="0 to 9, higher goes first.")
 @click.option("--id", "own_id", metavar="ID", help="Your own id: enqueuing it again stores nothing.")
 @click.option("--wait", is_flag=True, help="Wait for the result and print it as JSON.")

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from conveyor.cli.command import Group
+from conveyor.cli.completion import complete_queues, complete_tasks
 from conveyor.cli.exit import ExitCode
 from conveyor.cli.output import Output, confirm_options, machine_text, quantity
 from conveyor.cli.queue import say_unanswered
@@ -26,17 +28,17 @@ SHOWN = 50
 HEADINGS = ("id", "queue", "task", "state", "attempt", "when", "about")
 
 
-@click.group()
+@click.group(cls=Group)
 def job() -> None:
     """List, show, retry, cancel and delete jobs and messages."""
 
 
 @job.command("list")
-@click.option("--queue", "queue", metavar="QUEUE", help="Only jobs of this queue.")
+@click.option("--queue", "queue", metavar="QUEUE", shell_complete=complete_queues, help="Only jobs of this queue.")
 @click.option(
     "--state", type=click.Choice(STATES), help="Only jobs in this state.  [default: all that have not ended, and dead ones]"
 )  # fmt: skip
-@click.option("--task", metavar="TASK", help="Only jobs of this task.")
+@click.option("--task", metavar="TASK", shell_complete=complete_tasks, help="Only jobs of this task.")
 @click.option("--limit", type=click.IntRange(min=1), help="At most so many.  [default: 50 on a terminal, else all]")
 @click.option("--offset", type=click.IntRange(min=0), default=0, help="Skip so many first.")
 @click.option("-q", "--ids", "ids_only", is_flag=True, help="Print ids only.")

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from conveyor.cli.command import Command
+from conveyor.cli.completion import complete_queues
 from conveyor.cli.output import Output, parse_seconds, quantity
 from conveyor.cli.target import Target, redis_options
 
@@ -22,8 +24,8 @@ _CHUNK = 1 << 16
 _MAX_LINE = 1 << 24
 
 
-@click.command()
-@click.argument("queue", metavar="QUEUE")
+@click.command(cls=Command)
+@click.argument("queue", metavar="QUEUE", shell_complete=complete_queues)
 @click.argument("message", required=False, metavar="[JSON | -]")
 @click.option("--delay", metavar="5m", help="Deliver it after this delay.")
 @click.option("--priority", type=click.IntRange(0, 9), default=0, help="0 to 9, higher goes first.")

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from conveyor.cli.command import Group
+from conveyor.cli.completion import complete_queues
 from conveyor.cli.output import Output, confirm_options, quantity
 from conveyor.cli.target import Target, redis_options
 from conveyor.ids import clean
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
     from conveyor.admin.views import QueueInfo
 
 _HEADINGS = ("queue", "ready", "scheduled", "leased", "dead", "workers", "oldest", "state")
+_NAME = click.argument("name", metavar="QUEUE", shell_complete=complete_queues)
 
 
 def print_queues(out: Output, queues: Sequence[QueueInfo]) -> None:
@@ -50,7 +53,7 @@ def _row(info: QueueInfo) -> tuple[object, ...]:
     return (info.name, *counts, oldest, state, info.partitions)
 
 
-@click.group()
+@click.group(cls=Group)
 def queue() -> None:
     """List, pause, purge and redrive queues."""
 
@@ -71,7 +74,7 @@ def list_(target: Target, out: Output) -> None:
 
 
 @queue.command()
-@click.argument("name", metavar="QUEUE")
+@_NAME
 @redis_options
 def show(target: Target, out: Output, name: str) -> None:
     """Show one queue, or one partition (orders/3), and its workers."""
@@ -108,7 +111,7 @@ def show(target: Target, out: Output, name: str) -> None:
 
 
 @queue.command()
-@click.argument("name", metavar="QUEUE")
+@_NAME
 @redis_options
 def pause(target: Target, out: Output, name: str) -> None:
     """Stop workers from taking jobs of a queue; pushing still works."""
@@ -117,7 +120,7 @@ def pause(target: Target, out: Output, name: str) -> None:
 
 
 @queue.command()
-@click.argument("name", metavar="QUEUE")
+@_NAME
 @redis_options
 def resume(target: Target, out: Output, name: str) -> None:
     """Resume a paused queue."""
@@ -126,7 +129,7 @@ def resume(target: Target, out: Output, name: str) -> None:
 
 
 @queue.command()
-@click.argument("name", metavar="QUEUE")
+@_NAME
 @click.option("--dead", is_flag=True, help="Remove the dead letters instead.")
 @confirm_options
 @redis_options
@@ -145,7 +148,7 @@ def purge(target: Target, out: Output, name: str, dead: bool, yes: bool, dry_run
 
 
 @queue.command()
-@click.argument("name", metavar="QUEUE")
+@_NAME
 @click.option("--limit", type=click.IntRange(min=1), help="At most so many, the oldest.")
 @confirm_options
 @redis_options
@@ -167,7 +170,7 @@ def redrive(target: Target, out: Output, name: str, limit: int | None, yes: bool
 
 
 @queue.command()
-@click.argument("name", metavar="QUEUE")
+@_NAME
 @redis_options
 def repair(target: Target, out: Output, name: str) -> None:
     """
@@ -184,7 +187,7 @@ def repair(target: Target, out: Output, name: str) -> None:
 
 
 @queue.command("partition")
-@click.argument("name", metavar="QUEUE")
+@_NAME
 @click.argument("partitions", type=click.IntRange(1, 256), metavar="N")
 @confirm_options
 @redis_options

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 import click
 
 from conveyor.cli.app import load_outbox, read_settings
+from conveyor.cli.command import Command, verbose_option
 from conveyor.cli.exit import ExitCode
 from conveyor.cli.output import Output
-from conveyor.cli.target import verbose_option
 from conveyor.errors import ConveyorError
 from conveyor.sql.tables import DIALECTS
 
@@ -23,7 +23,7 @@ class _StopSignal(Exception):
     """Raised by a signal that stops the relay."""
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("reference", metavar="MODULE:OUTBOX")
 @click.option("--once", is_flag=True, help="Deliver the rows that are committed now, print their number, and exit.")
 @click.option("--ddl", type=click.Choice(DIALECTS), help="Print the SQL that creates the table, and exit.")

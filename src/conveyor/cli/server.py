@@ -10,16 +10,17 @@ from types import FrameType
 
 import click
 
+from conveyor.cli.command import Group, verbose_option
 from conveyor.cli.exit import ExitCode
 from conveyor.cli.output import Output, installed_version
-from conveyor.cli.target import json_option, verbose_option
+from conveyor.cli.target import json_option
 
 _DIRECTORY = click.option(
     "--dir", "directory", type=click.Path(path_type=Path), help="Its .conveyor directory.  [default: the project's]"
 )
 
 
-@click.group()
+@click.group(cls=Group, shared=("--json",))
 def server() -> None:
     """Start, stop or look at the embedded server."""
 

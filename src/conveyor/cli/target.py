@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from conveyor.cli.app import Settings, load, read_settings, reference
+from conveyor.cli.command import shared_option, verbose_option
 from conveyor.cli.output import Output
 from conveyor.errors import ConfigurationError
 
@@ -29,6 +30,7 @@ class Target:
     url: str | None = field(default=None, repr=False)  # it may hold a password
     namespace: str | None = None
     app_name: str | None = None
+    retry_for: float = RETRY_FOR
     _settings: Settings | None = field(default=None, repr=False)
     _app: Any = field(default=None, repr=False)
 
@@ -38,6 +40,11 @@ class Target:
         if self._settings is None:
             self._settings = read_settings()
         return self._settings
+
+    @property
+    def server_url(self) -> str | None:
+        """The URL without that of the app; None: the embedded server."""
+        return self.url or os.environ.get("CONVEYOR_URL") or self.settings.url
 
     def load_app(self) -> tuple[str, Any]:
         """
@@ -49,7 +56,7 @@ class Target:
         if self.url:
             os.environ["CONVEYOR_URL"] = self.url
         name, app = load(self.app_name, self.settings)
-        app.client.retry_for = RETRY_FOR
+        app.client.retry_for = self.retry_for
         wanted = self._namespace()
         if wanted is not None and wanted != app.client.namespace:
             raise ConfigurationError(
@@ -76,13 +83,14 @@ class Target:
             _, app = load(self.app_name, self.settings)
             self._app = app
             if url is None and namespace in {None, app.client.namespace}:
-                app.client.retry_for = RETRY_FOR
+                app.client.retry_for = self.retry_for
                 return _close_at_exit(_without_buffer(app))
             namespace = namespace or app.client.namespace
             url = url or app.client.address.url
             _close_at_exit(app.client)  # it may hold the embedded server
-        url = url or os.environ.get("CONVEYOR_URL") or self.settings.url
-        return _close_at_exit(Client(url, namespace=namespace or "conveyor", retry_for=RETRY_FOR))
+        return _close_at_exit(
+            Client(url or self.server_url, namespace=namespace or "conveyor", retry_for=self.retry_for)
+        )
 
     @property
     def app(self) -> Any:
@@ -129,28 +137,14 @@ def _close_at_exit(client: Client) -> Client:
     return client
 
 
-def _verbose(ctx: click.Context, _: click.Parameter, value: bool) -> None:
-    if value and isinstance(ctx.obj, dict):
-        ctx.obj["verbose"] = True
-
-
-def verbose_option(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Add ``-v``."""
-    option = click.option(
-        "-v", "--verbose", is_flag=True, expose_value=False, callback=_verbose, help="Show tracebacks of errors."
-    )
-    return option(function)
-
-
 def json_option(function: Callable[..., Any]) -> Callable[..., Any]:
     """Add ``--json``; the command gets an `Output` as its first argument."""
 
-    @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
     @functools.wraps(function)
     def command(*args: Any, as_json: bool, **options: Any) -> Any:
         return function(Output(as_json=as_json), *args, **options)
 
-    return command
+    return shared_option("--json")(command)
 
 
 def redis_options(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -160,9 +154,9 @@ def redis_options(function: Callable[..., Any]) -> Callable[..., Any]:
     The command gets a `Target` and an `Output`.
     """
 
-    @click.option("--url", metavar="URL", help="URL of Redis.  [env: CONVEYOR_URL]")
-    @click.option("--namespace", metavar="NAME", help="Prefix of all keys.  [env: CONVEYOR_NAMESPACE]")
-    @click.option("-A", "--app", "app_name", metavar="APP", help="module:object, or module.  [env: CONVEYOR_APP]")
+    @shared_option("--url")
+    @shared_option("--namespace")
+    @shared_option("--app")
     @verbose_option
     @json_option
     @functools.wraps(function)

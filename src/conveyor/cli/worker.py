@@ -10,22 +10,26 @@ from typing import Any
 import click
 
 from conveyor.cli.app import task_modules
+from conveyor.cli.command import Command, SharedArgument, shared_option, verbose_option
+from conveyor.cli.completion import complete_queues
 from conveyor.cli.output import Output, parse_seconds
-from conveyor.cli.target import Target, verbose_option
+from conveyor.cli.target import Target
 from conveyor.errors import ConfigurationError, StoreUnavailable
 from conveyor.units import size
 
 _WITH_WEIGHT = re.compile(r"(?P<name>.+):(?P<weight>\d+(\.\d+)?)")
 
 
-@click.command()
-@click.argument("app_name", required=False, metavar="[APP]")
+@click.command(cls=Command)
+@click.argument("app_name", cls=SharedArgument, required=False, metavar="[APP]")
+@click.option("-A", "--app", "app_option", metavar="APP", help="The same as APP.")
 @click.option(
     "--include", "include", multiple=True, metavar="MODULE", envvar="CONVEYOR_INCLUDE",
     help="Import this module too, or those of a pattern such as 'shop.tasks.*', for its tasks; may be repeated.",
 )  # fmt: skip
 @click.option(
     "-q", "--queue", "queues", multiple=True, metavar="NAME[:WEIGHT]", envvar="CONVEYOR_QUEUES",
+    shell_complete=complete_queues,
     help="Take jobs from this queue; may be repeated. Weight 3 gets three times the share.  [default: all of the app's]",
 )  # fmt: skip
 @click.option(
@@ -54,13 +58,13 @@ _WITH_WEIGHT = re.compile(r"(?P<name>.+):(?P<weight>\d+(\.\d+)?)")
     help="How long running jobs may continue after a stop.",
 )  # fmt: skip
 @click.option("--allow-eviction", is_flag=True, help="Start although Redis may delete jobs when its memory is full.")
-@click.option("--url", metavar="URL", help="URL of Redis.  [env: CONVEYOR_URL]")
-@click.option("--namespace", metavar="NAME", help="Must match the app's namespace.  [env: CONVEYOR_NAMESPACE]")
+@shared_option("--url")
+@shared_option("--namespace", help="Must match the app's namespace.  [env: CONVEYOR_NAMESPACE]")
 @verbose_option
 @click.pass_context
 def worker(
-    ctx: click.Context, app_name: str | None, include: tuple[str, ...], queues: tuple[str, ...], concurrency: int,
-    threads: int, processes: int, max_jobs: int | None, max_memory: str | None, burst: bool, grace: str,
+    ctx: click.Context, app_name: str | None, app_option: str | None, include: tuple[str, ...], queues: tuple[str, ...],
+    concurrency: int, threads: int, processes: int, max_jobs: int | None, max_memory: str | None, burst: bool, grace: str,
     allow_eviction: bool, url: str | None, namespace: str | None,
 ) -> int:  # fmt: skip
     """
@@ -70,9 +74,11 @@ def worker(
     SIGTERM and ctrl-C stop taking jobs, let running ones finish, hand back the rest and exit 0.
     """
     out = Output()
+    if app_name and app_option and app_name != app_option:
+        raise click.UsageError(f"APP is {app_name!r} and --app is {app_option!r}: give one of them.")
     if include:
         os.environ["CONVEYOR_INCLUDE"] = ",".join(include)  # for the processes of the worker too
-    name, app = Target(url, namespace, app_name).load_app()
+    name, app = Target(url, namespace, app_name or app_option).load_app()
     chosen = _parse_queues(queues) or _default_queues(app, name)
     _warn_of_unused_queues(out, app, chosen)
     seconds = parse_seconds(grace, name="--grace")

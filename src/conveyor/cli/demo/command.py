@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING
 
 import click
 
+from conveyor.cli.command import Command, shared_option, verbose_option
 from conveyor.cli.exit import ExitCode
 from conveyor.cli.output import Output
-from conveyor.cli.target import json_option, verbose_option
+from conveyor.cli.target import json_option
 
 if TYPE_CHECKING:
     from conveyor.cli.demo.environment import DemoEnvironment
@@ -26,12 +27,12 @@ UNATTENDED = 20.0
 """Seconds that the demo lasts when there is no terminal."""
 
 
-@click.command()
+@click.command(cls=Command)
 @click.option(
     "--seconds", type=click.FloatRange(0.5, 86_400), metavar="N",
     help=f"Push jobs for N seconds, then drain.  [default: until ctrl-C; {UNATTENDED:g} when not on a terminal]",
 )  # fmt: skip
-@click.option("--url", metavar="URL", help="Use this server instead of an embedded one; the demo's keys are deleted.")
+@shared_option("--url", help="Use this server instead of an embedded one; the demo's keys are deleted.")
 @verbose_option
 @json_option
 def demo(out: Output, seconds: float | None, url: str | None) -> int:
