@@ -89,16 +89,15 @@ SHELLS: dict[str, type[ShellComplete]] = {"bash": _Bash, "zsh": _Zsh, "fish": _F
 
 @click.command(cls=Command)
 @click.argument("shell", type=click.Choice(tuple(SHELLS)))
-def completion(shell: str) -> None:
+@click.pass_context
+def completion(ctx: click.Context, shell: str) -> None:
     """
     Print the script that makes a shell complete commands, options, queues and tasks.
 
     bash and zsh, in the start file: eval "$(conveyor completion bash)".
     fish: conveyor completion fish > ~/.config/fish/completions/conveyor.fish
     """
-    from conveyor.cli import cli
-
-    click.echo(SHELLS[shell](cli, {}, "conveyor", VARIABLE).source(), nl=False)
+    click.echo(SHELLS[shell](ctx.find_root().command, {}, "conveyor", VARIABLE).source(), nl=False)
 
 
 def answer(cli: click.Command, instruction: str) -> NoReturn:
