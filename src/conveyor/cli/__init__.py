@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple, cast
 
 import click
 
-from conveyor.cli.command import Command, Group, completions, usage_message
+from conveyor.cli.command import CommandGroup, completions, usage_message
 from conveyor.cli.exit import ExitCode, exit_code
 from conveyor.errors import ConfigurationError, ConveyorError
 
@@ -53,7 +53,7 @@ COMMANDS: dict[str, CommandEntry] = {
 }
 
 
-class LazyGroup(Group):
+class LazyGroup(CommandGroup):
     """A group that lists its commands from a table and imports one when it is called."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
@@ -71,7 +71,7 @@ class LazyGroup(Group):
     def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
         """Complete a command or an option, without importing any command."""
         commands = completions({name: entry.help for name, entry in COMMANDS.items()}, incomplete)
-        return commands + Command.shell_complete(self, ctx, incomplete)
+        return commands + click.Command.shell_complete(self, ctx, incomplete)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the table by section, without importing any command."""

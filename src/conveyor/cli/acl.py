@@ -8,14 +8,14 @@ from urllib.parse import parse_qs, urlsplit
 import click
 
 from conveyor.admin import acl as acl_rules
-from conveyor.cli.command import Command
+from conveyor.cli.command import LeafCommand
 from conveyor.cli.output import Output
 from conveyor.cli.target import Target, redis_options
 
 _FORMATS = ("redis-cli", "redis.conf", "users.acl")
 
 
-@click.command(cls=Command)
+@click.command(cls=LeafCommand)
 @click.argument("role", type=click.Choice(list(acl_rules.ROLES)), required=False)
 @click.option("--user", metavar="NAME", help="Name of the user; needs a role.  [default: NAMESPACE-ROLE]")
 @click.option("--format", "form", type=click.Choice(_FORMATS), default=_FORMATS[0], show_default=True)

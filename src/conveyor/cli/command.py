@@ -86,8 +86,8 @@ def _takes_value(param: click.Parameter) -> bool:
     return isinstance(param, click.Option) and not param.is_flag and not param.count
 
 
-class _Parsing(click.Command):
-    """What a command and a group add to click's reading of the arguments."""
+class _ArgumentParsing(click.Command):
+    """The parsing of arguments that commands and groups share."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Parse the arguments. A usage error knows the command that it is about."""
@@ -100,7 +100,7 @@ class _Parsing(click.Command):
             raise
 
 
-class Command(_Parsing):
+class LeafCommand(_ArgumentParsing):
     """A command that refuses a shared option before its name when it has none of that name."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
@@ -113,10 +113,10 @@ class Command(_Parsing):
         return rest
 
 
-class Group(_Parsing, click.Group):
+class CommandGroup(_ArgumentParsing, click.Group):
     """A group that takes the shared options for its commands."""
 
-    command_class = Command
+    command_class = LeafCommand
 
     def __init__(self, *args: Any, shared: Sequence[str] = tuple(_SHARED), **settings: Any) -> None:
         """*shared*: the shared options that its commands have."""

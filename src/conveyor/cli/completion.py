@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 from click.shell_completion import CompletionItem, FishComplete, ShellComplete, ZshComplete, split_arg_string
 
-from conveyor.cli.command import Command, completions
+from conveyor.cli.command import LeafCommand, completions
 
 if TYPE_CHECKING:
     from conveyor.cli.target import Target
@@ -87,7 +87,7 @@ class _Fish(_WithOption, FishComplete):
 SHELLS: dict[str, type[ShellComplete]] = {"bash": _Bash, "zsh": _Zsh, "fish": _Fish}
 
 
-@click.command(cls=Command)
+@click.command(cls=LeafCommand)
 @click.argument("shell", type=click.Choice(tuple(SHELLS)))
 @click.pass_context
 def completion(ctx: click.Context, shell: str) -> None:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import click
 
-from conveyor.cli.command import Command
+from conveyor.cli.command import LeafCommand
 from conveyor.cli.exit import ExitCode
 from conveyor.cli.output import Output
 from conveyor.cli.status import print_finding
 from conveyor.cli.target import Target, redis_options
 
 
-@click.command(cls=Command)
+@click.command(cls=LeafCommand)
 @redis_options
 def doctor(target: Target, out: Output) -> int:
     """

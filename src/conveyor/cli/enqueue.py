@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from conveyor.cli.command import Command
+from conveyor.cli.command import LeafCommand
 from conveyor.cli.completion import complete_queues, complete_tasks
 from conveyor.cli.output import Output, machine_text, parse_seconds
 from conveyor.cli.target import Target, redis_options
@@ -22,7 +22,7 @@ SAY_AFTER = 5.0
 """Seconds of waiting for a result after which a line says what the job waits for."""
 
 
-@click.command(cls=Command)
+@click.command(cls=LeafCommand)
 @click.argument("task", metavar="TASK", shell_complete=complete_tasks)
 @click.argument("pairs", nargs=-1, metavar="[K=V]...")
 @click.option("--args", "document", metavar="JSON", help="Arguments as JSON: a list by position, an object by name.")

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from conveyor.cli.command import Command, Group, completions
+from conveyor.cli.command import CommandGroup, LeafCommand, completions
 
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
@@ -19,11 +19,11 @@ def _complete_words(ctx: click.Context, _: click.Parameter, incomplete: str) -> 
         if command is None:
             return []
         group = command
-    names = group.list_commands(context) if isinstance(group, Group) else []
+    names = group.list_commands(context) if isinstance(group, CommandGroup) else []
     return completions(dict.fromkeys(names, ""), incomplete)
 
 
-@click.command("help", cls=Command)
+@click.command("help", cls=LeafCommand)
 @click.argument("words", nargs=-1, metavar="[COMMAND]...", shell_complete=_complete_words)
 @click.pass_context
 def help_(ctx: click.Context, words: tuple[str, ...]) -> None:

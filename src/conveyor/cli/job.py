@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from conveyor.cli.command import Group
+from conveyor.cli.command import CommandGroup
 from conveyor.cli.completion import complete_queues, complete_tasks
 from conveyor.cli.exit import ExitCode
 from conveyor.cli.output import Output, confirm_options, machine_text, quantity
@@ -28,7 +28,7 @@ SHOWN = 50
 HEADINGS = ("id", "queue", "task", "state", "attempt", "when", "about")
 
 
-@click.group(cls=Group)
+@click.group(cls=CommandGroup)
 def job() -> None:
     """List, show, retry, cancel and delete jobs and messages."""
 

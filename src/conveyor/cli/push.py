@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from conveyor.cli.command import Command
+from conveyor.cli.command import LeafCommand
 from conveyor.cli.completion import complete_queues
 from conveyor.cli.output import Output, parse_seconds, quantity
 from conveyor.cli.target import Target, redis_options
@@ -24,7 +24,7 @@ _CHUNK = 1 << 16
 _MAX_LINE = 1 << 24
 
 
-@click.command(cls=Command)
+@click.command(cls=LeafCommand)
 @click.argument("queue", metavar="QUEUE", shell_complete=complete_queues)
 @click.argument("message", required=False, metavar="[JSON | -]")
 @click.option("--delay", metavar="5m", help="Deliver it after this delay.")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from conveyor.cli.command import Group
+from conveyor.cli.command import CommandGroup
 from conveyor.cli.completion import complete_queues
 from conveyor.cli.output import Output, confirm_options, quantity
 from conveyor.cli.target import Target, redis_options
@@ -53,7 +53,7 @@ def _row(info: QueueInfo) -> tuple[object, ...]:
     return (info.name, *counts, oldest, state, info.partitions)
 
 
-@click.group(cls=Group)
+@click.group(cls=CommandGroup)
 def queue() -> None:
     """List, pause, purge and redrive queues."""
 

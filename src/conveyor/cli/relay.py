@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from conveyor.cli.app import load_outbox, read_settings
-from conveyor.cli.command import Command, verbose_option
+from conveyor.cli.command import LeafCommand, verbose_option
 from conveyor.cli.exit import ExitCode
 from conveyor.cli.output import Output
 from conveyor.errors import ConveyorError
@@ -23,7 +23,7 @@ class _StopSignal(Exception):
     """Raised by a signal that stops the relay."""
 
 
-@click.command(cls=Command)
+@click.command(cls=LeafCommand)
 @click.argument("reference", metavar="MODULE:OUTBOX")
 @click.option("--once", is_flag=True, help="Deliver the rows that are committed now, print their number, and exit.")
 @click.option("--ddl", type=click.Choice(DIALECTS), help="Print the SQL that creates the table, and exit.")

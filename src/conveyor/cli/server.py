@@ -10,7 +10,7 @@ from types import FrameType
 
 import click
 
-from conveyor.cli.command import Group, verbose_option
+from conveyor.cli.command import CommandGroup, verbose_option
 from conveyor.cli.exit import ExitCode
 from conveyor.cli.output import Output, installed_version
 from conveyor.cli.target import json_option
@@ -20,7 +20,7 @@ _DIRECTORY = click.option(
 )
 
 
-@click.group(cls=Group, shared=("--json",))
+@click.group(cls=CommandGroup, shared=("--json",))
 def server() -> None:
     """Start, stop or look at the embedded server."""
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from conveyor.cli.command import Command
+from conveyor.cli.command import LeafCommand
 from conveyor.cli.exit import ExitCode
 from conveyor.cli.output import MARKS, Output, quantity
 from conveyor.cli.queue import print_queues, say_unanswered
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 _MAX_WORKERS = 10
 
 
-@click.command(cls=Command)
+@click.command(cls=LeafCommand)
 @redis_options
 def status(target: Target, out: Output) -> int:
     """Show queues, workers and problems. Exits 8 when something is wrong."""

@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from conveyor.cli.app import task_modules
-from conveyor.cli.command import Command, SharedArgument, shared_option, verbose_option
+from conveyor.cli.command import LeafCommand, SharedArgument, shared_option, verbose_option
 from conveyor.cli.completion import complete_queues
 from conveyor.cli.output import Output, parse_seconds
 from conveyor.cli.target import Target
@@ -20,7 +20,7 @@ from conveyor.units import size
 _WITH_WEIGHT = re.compile(r"(?P<name>.+):(?P<weight>\d+(\.\d+)?)")
 
 
-@click.command(cls=Command)
+@click.command(cls=LeafCommand)
 @click.argument("app_name", cls=SharedArgument, required=False, metavar="[APP]")
 @click.option("-A", "--app", "app_option", metavar="APP", help="The same as APP.")
 @click.option(

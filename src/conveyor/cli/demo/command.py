@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from conveyor.cli.command import Command, shared_option, verbose_option
+from conveyor.cli.command import LeafCommand, shared_option, verbose_option
 from conveyor.cli.exit import ExitCode
 from conveyor.cli.output import Output
 from conveyor.cli.target import json_option
@@ -27,7 +27,7 @@ UNATTENDED = 20.0
 """Seconds that the demo lasts when there is no terminal."""
 
 
-@click.command(cls=Command)
+@click.command(cls=LeafCommand)
 @click.option(
     "--seconds", type=click.FloatRange(0.5, 86_400), metavar="N",
     help=f"Push jobs for N seconds, then drain.  [default: until ctrl-C; {UNATTENDED:g} when not on a terminal]",
