@@ -3,7 +3,7 @@ The whole content of a server, by type: exactly, or with times made comparable.
 
 `exact` is for "nothing changed". `readable` is for expected states: instants are shown relative to the
 server's clock in tens of seconds ("now", "now+60s"), a TTL stands behind the key's name ("lane:L ~7200s"),
-and the numbers in a lease hash read "<turn>.<position>".
+the numbers in a lease hash read "<turn>.<position>", and the counters of all minutes are one sum ("stats").
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from typing import Any
 
 _INSTANT = re.compile(r"(?<!\d)1[5-9]\d{11}(?!\d)")
 _READ = {b"hash": "hgetall", b"list": "lrange", b"zset": "zrange", b"set": "smembers", b"string": "get"}
+_LATE_MS = 2_900
+"""A dump is made later than what it shows was written, never earlier: so an instant keeps its name for 7.9 s."""
 _WHOLE: dict[bytes, tuple[Any, ...]] = {b"list": (0, -1), b"zset": (0, -1, False, True)}
 
 
@@ -34,9 +36,22 @@ def readable(client: Any, prefix: str = "") -> dict[str, Any]:
     for key, (_, value) in exact(client).items():
         name = key.removeprefix(prefix)
         ttl = client.pttl(key)
-        label = name if ttl < 0 else f"{name} ~{round(ttl / 10_000) * 10}s"
-        shown[label] = _show(name, value, now)
+        minute = name.startswith("stats:")
+        label = ("stats" if minute else name) + ("" if ttl < 0 else f" ~{_tens(ttl)}s")
+        shown[label] = (
+            _sum(shown.get(label, {}), value) if minute and isinstance(value, dict) else _show(name, value, now)
+        )
     return shown
+
+
+def _sum(counters: dict[str, int], more: dict[bytes, bytes]) -> dict[str, int]:
+    """Add up the counters of two minutes: whether one ended between two turns is not of interest."""
+    return counters | {name.decode(): counters.get(name.decode(), 0) + int(number) for name, number in more.items()}
+
+
+def _tens(ms: int) -> int:
+    """Return *ms* in tens of seconds, as it was when it was written."""
+    return round((ms + _LATE_MS) / 10_000) * 10
 
 
 def difference(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
@@ -69,5 +84,5 @@ def _text(data: bytes, now: int) -> str:
 def _relative(instant: int, now: int) -> str:
     if instant < 10**12:
         return str(instant)
-    tens = round((instant - now) / 10_000) * 10
+    tens = _tens(instant - now)
     return "now" if tens == 0 else f"now{tens:+}s"
