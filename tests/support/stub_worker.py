@@ -2,8 +2,8 @@
 A child process with a minimal worker; everything of `conveyor.worker.supervision.child_main` around it is real.
 
 As a program it is both: with JSON as its only argument a supervisor, otherwise the child which that starts. A message's
-task says what happens: `hold` (until told to stop), `sleep`, `block` (the loop stands still), `clutch` (so does
-every thread), `recycle`, `exit` (the process ends with that code), `noop`.
+task says what happens: `hold` (until told to stop), `sleep` (for so many seconds), `block` (the loop stands still until
+the file of that name exists), `clutch` (so does every thread), `recycle`, `exit` (the process ends with that code), `noop`.
 """
 
 from __future__ import annotations
@@ -95,11 +95,11 @@ class StubWorker:
         cell = self.table.take_cell()
         self.table.cells[cell] = id_checksum(id_)
         if task == "block":
-            time.sleep(float(body))
+            while not os.path.exists(body):
+                time.sleep(0.05)
         elif task == "clutch":
-            end = time.monotonic() + float(body)
-            while time.monotonic() < end:
-                ctypes.PyDLL(None).usleep(500_000)  # called without letting go of the GIL
+            while not os.path.exists(body):
+                ctypes.PyDLL(None).usleep(300_000)  # called without letting go of the GIL
         elif task == "sleep":
             await asyncio.sleep(float(body))
         elif task == "recycle":

@@ -117,8 +117,9 @@ class SupervisorProcess:
         return [int(pid) for pid in Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()]
 
     def signal(self, number: int) -> float:
+        sent = time.monotonic()
         self.process.send_signal(number)
-        return time.monotonic()
+        return sent
 
     def wait(self, timeout: float = 60.0) -> int:
         return self.process.wait(timeout)

@@ -14,9 +14,11 @@ import pytest
 
 from support.server_process import Server
 from support.supervisor_process import KEYS, Queue, SupervisorProcess, running, until
-from support.time_limits import AT_ONCE
 
-LEASE = 1.0
+LEASE_MS = 1000
+FAR_LEASE_MS = "3600000"
+"""No test lasts until its end, so whatever comes back was given back."""
+NEVER = b"/no such file"
 
 
 @pytest.fixture
@@ -49,17 +51,15 @@ def supervise(tmp_path: Path, queue: Queue) -> Iterator[Callable[..., Supervisor
 
 @pytest.mark.row("A1", "A7")
 def test_killed_child_loses_nothing(supervise: Callable[..., SupervisorProcess], queue: Queue, url: str) -> None:
-    """Jobs of a child killed with SIGKILL are ready again within a second, a new child takes them, its sibling goes on."""
-    one = supervise(url, processes=2, env={"STUB_LEASE_MS": "30000"})
+    """Jobs of a child killed with SIGKILL are ready again long before its lease ends, a new child takes them, its sibling goes on."""
+    one = supervise(url, processes=2, env={"STUB_LEASE_MS": FAR_LEASE_MS})
     queue.push("hold", 40)
     before = queue.busy(20, 20)
     victim, sibling = before
     lost, kept = queue.held(before[victim].worker), queue.held(before[sibling].worker)
 
     os.kill(victim, signal.SIGKILL)
-    killed = time.monotonic()
     until(lambda: before[victim].worker not in {member.worker for member in queue.workers()})
-    assert time.monotonic() - killed < AT_ONCE
     after = queue.by_pid(20, 20)
 
     assert victim not in after
@@ -80,12 +80,9 @@ def test_stopped_child_keeps_its_jobs(supervise: Callable[..., SupervisorProcess
     ((pid, member),) = queue.by_pid(5).items()
     until(lambda: "The lease guard is connected" in one.log)
     os.kill(pid, signal.SIGSTOP)
-    thaw = time.monotonic() + 3.3 * LEASE
-    while time.monotonic() < thaw:
-        left = queue.workers()[0].end - time.time() * 1000  # the server's clock is this machine's
-        assert left > 0
-        time.sleep(0.05)
-    assert one.log.count("has not run for") == 1
+    frozen = int(time.time() * 1000)  # the server's clock is this machine's
+    until(lambda: queue.workers()[0].end > frozen + 4.3 * LEASE_MS)  # renewed for three leases and more
+    until(lambda: one.log.count("has not run for") == 1)
     os.kill(pid, signal.SIGCONT)
     until(lambda: "runs again after" in one.log)
 
@@ -99,20 +96,24 @@ def test_stopped_child_keeps_its_jobs(supervise: Callable[..., SupervisorProcess
 @pytest.mark.row("A5", "A6")
 @pytest.mark.parametrize("task", ["block", "clutch"])
 def test_blocked_loop_is_named_and_keeps_its_lease(
-    task: str, supervise: Callable[..., SupervisorProcess], queue: Queue, url: str
+    task: str, supervise: Callable[..., SupervisorProcess], queue: Queue, url: str, tmp_path: Path
 ) -> None:
-    """A job that blocks the loop, or holds the GIL, for two leases keeps them, and the log says which, and where it stood."""
+    """A job that blocks the loop, or holds the GIL, for two leases keeps its own, and the log says which, and where it stood."""
     one = supervise(url)
     until(lambda: "The lease guard is connected" in one.log)
-    queue.push(task, body=b"2.2")
+    go = tmp_path / "go"
+    queue.push(task, body=bytes(go))
     until(lambda: queue.counts().leased == 1)
-    while queue.counts().leased:
-        assert queue.workers()[0].end > time.time() * 1000
-        time.sleep(0.02)
+    until(lambda: "has blocked its event loop" in one.log)
+    blocked = int(time.time() * 1000)
+    until(lambda: queue.workers()[0].end > blocked + 3 * LEASE_MS)  # renewed for two leases and more
+    assert queue.counts().leased == 1
+    go.touch()
+    until(lambda: queue.counts().leased == 0)
 
     assert int(queue.client.execute("HLEN", KEYS.jobs, key=KEYS.jobs)) == 0
     until(lambda: "runs again after" in one.log)
-    assert re.search(rf"E11 .* has blocked its event loop for [12]\.\d s in {task} \(\S+\)", one.log)
+    assert re.search(rf"E11 .* has blocked its event loop for \d+\.\d s in {task} \(\S+\)", one.log)
     assert re.search(r'stub_worker\.py", line \d+ in work', one.log)
     assert one.log.count("E11") == 1
 
@@ -121,13 +122,13 @@ def test_blocked_loop_is_named_and_keeps_its_lease(
 def test_stall_without_end_is_ended(supervise: Callable[..., SupervisorProcess], queue: Queue, url: str) -> None:
     """A child that blocks beyond max_stall is killed, its jobs are charged with a crash and taken by the next."""
     one = supervise(url, max_stall=1.5, env={"STUB_WANT": "1"})
-    (id_,) = queue.push("block", body=b"60")
+    (id_,) = queue.push("block", body=NEVER)
     (pid,) = queue.by_pid(1)
     until(lambda: not running(pid))
     until(lambda: [m.held for m in queue.workers() if m.about["pid"] != pid] == [1])
 
     assert queue.crashes([id_]) == {1}
-    assert re.search(r"was killed after blocking its event loop for \d s in block \(\S+\); returned 1 job in", one.log)
+    assert re.search(r"was killed after blocking its event loop for \d+ s in block \(\S+\); returned 1 job in", one.log)
     one.process.kill()
     until(lambda: queue.counts().leased == 0 or "drains and ends" in one.log)
 
@@ -135,20 +136,19 @@ def test_stall_without_end_is_ended(supervise: Callable[..., SupervisorProcess],
 @pytest.mark.row("A7")
 def test_orphans_drain_and_end(supervise: Callable[..., SupervisorProcess], queue: Queue, url: str) -> None:
     """When the supervisor is killed its children give back their jobs uncharged and end, also one whose loop is blocked."""
-    one = supervise(url, processes=2, grace=0.5, env={"STUB_LEASE_MS": "700", "STUB_WANT": "1"})
-    ids = queue.push("hold") + queue.push("block", body=b"60")
+    one = supervise(url, processes=2, grace=2.5, env={"STUB_LEASE_MS": "700", "STUB_WANT": "1"})
+    ids = queue.push("hold") + queue.push("block", body=NEVER)
     pids = list(queue.by_pid(1, 1))
     until(lambda: "E11" in one.log)
     one.process.kill()
-    killed = time.monotonic()
     until(lambda: sum(running(pid) for pid in pids) == 1)
-    assert time.monotonic() - killed < 2 * AT_ONCE
+    ends = set[int]()
     while any(running(pid) for pid in pids):
         assert queue.counts().ready + queue.counts().leased == 2
-        assert all(member.end > time.time() * 1000 for member in queue.workers())
-        assert time.monotonic() - killed < 10
-        time.sleep(0.05)
+        ends.update(member.end for member in queue.workers())
+        time.sleep(0.02)
 
+    assert len(ends) > 1  # its lease was renewed while its loop stood still
     assert queue.counts().leased == 0
     assert queue.crashes(ids) == {0}
     assert queue.is_sound()
@@ -157,13 +157,12 @@ def test_orphans_drain_and_end(supervise: Callable[..., SupervisorProcess], queu
 @pytest.mark.row("A10")
 def test_stop_is_orderly(supervise: Callable[..., SupervisorProcess], queue: Queue, url: str) -> None:
     """After SIGTERM what runs is finished, what only waits is given back uncharged, and the exit code is 0."""
-    one = supervise(url, processes=2)
+    one = supervise(url, processes=2, grace=600.0)
     waiting, short = queue.push("hold", 20), queue.push("sleep", 20, body=b"0.7")
     queue.by_pid(20, 20)
-    stopped = one.signal(signal.SIGTERM)
+    one.signal(signal.SIGTERM)
 
-    assert one.wait() == 0
-    assert time.monotonic() - stopped < 4.5  # its grace is 5
+    assert one.wait() == 0  # long before its grace is over
     counts = queue.counts()
     assert (counts.ready, counts.leased, counts.workers) == (20, 0, 0)
     assert queue.crashes(waiting + short) == {0}
@@ -173,13 +172,13 @@ def test_stop_is_orderly(supervise: Callable[..., SupervisorProcess], queue: Que
 @pytest.mark.row("A10")
 def test_stop_ends_what_outlives_its_grace(supervise: Callable[..., SupervisorProcess], queue: Queue, url: str) -> None:
     """A child that does not end within its grace is killed, its jobs come back without a crash, and the exit code is 0."""
-    one = supervise(url, grace=0.2, env={"STUB_LEASE_MS": "700"})
-    ids = queue.push("block", body=b"60") + queue.push("hold", 3)
+    one = supervise(url, grace=0.2, env={"STUB_LEASE_MS": FAR_LEASE_MS})
+    ids = queue.push("block", body=NEVER) + queue.push("hold", 3)
     queue.by_pid(4)
     stopped = one.signal(signal.SIGTERM)
 
     assert one.wait() == 0
-    assert 2.0 < time.monotonic() - stopped < 10
+    assert time.monotonic() - stopped > 2.0
     assert (queue.counts().ready, queue.counts().leased) == (4, 0)
     assert queue.crashes(ids) == {0}
     assert queue.starts(ids) == {1}  # they may have begun: the next attempt must be seen as another one
@@ -189,17 +188,16 @@ def test_stop_ends_what_outlives_its_grace(supervise: Callable[..., SupervisorPr
 @pytest.mark.row("A10")
 def test_second_signal_hurries(supervise: Callable[..., SupervisorProcess], queue: Queue, url: str) -> None:
     """A second SIGINT does not wait for the grace to pass; children have process groups of their own."""
-    one = supervise(url, grace=30.0)
-    ids = queue.push("sleep", 3, body=b"60")
+    one = supervise(url, grace=600.0)
+    ids = queue.push("sleep", 3, body=b"600")
     ((pid, member),) = queue.by_pid(3).items()
     assert member.about["group"] == pid != os.getpgid(one.pid)
     one.signal(signal.SIGINT)
     until(lambda: "Stopping" in one.log)
     assert one.process.poll() is None
-    hurried = one.signal(signal.SIGINT)
+    one.signal(signal.SIGINT)
 
     assert one.wait() == 0
-    assert time.monotonic() - hurried < 10
     assert (queue.counts().ready, queue.counts().leased) == (3, 0)
     assert queue.crashes(ids) == {0}
 
@@ -219,15 +217,15 @@ def test_child_that_dies_while_redis_hangs(
     supervise: Callable[..., SupervisorProcess], queue: Queue, server: Server, url: str
 ) -> None:
     """A hanging Redis does not keep a dead child from being replaced; its jobs return when Redis answers."""
-    one = supervise(url, env={"STUB_LEASE_MS": "30000"})
+    one = supervise(url, env={"STUB_LEASE_MS": FAR_LEASE_MS})
     ids = queue.push("hold", 5)
     ((pid, member),) = queue.busy(5).items()
     os.kill(server.pid, signal.SIGSTOP)
     try:
         os.kill(pid, signal.SIGKILL)
-        assert until(lambda: [child for child in one.children() if child != pid and running(child)], 1.0)
+        assert until(lambda: [child for child in one.children() if child != pid and running(child)])
         os.kill(one.children()[0], signal.SIGKILL)
-        assert until(lambda: one.log.count("Started worker child 1") == 3, 2.0)
+        assert until(lambda: one.log.count("Started worker child 1") == 3)
     finally:
         os.kill(server.pid, signal.SIGCONT)
 
@@ -242,17 +240,15 @@ def test_child_that_dies_while_redis_is_down(
     """The jobs of a child that died while Redis was away are returned when it is back, and the supervisor lives through it."""
     server = start_server("--appendonly", "yes", "--appendfsync", "always")
     queue = Queue(server.url)
-    one = supervise(server.url, env={"STUB_LEASE_MS": "30000"})
+    one = supervise(server.url, env={"STUB_LEASE_MS": FAR_LEASE_MS})
     ids = queue.push("hold", 5)
     ((pid, member),) = queue.busy(5).items()
     server.kill()
     os.kill(pid, signal.SIGKILL)
     until(lambda: "Cannot reach Redis" in one.log)
     server.start()
-    back = time.monotonic()
 
     until(lambda: member.worker not in {m.worker for m in queue.workers()})
-    assert time.monotonic() - back < 10
     queue.by_pid(5)
     assert queue.crashes(ids) == {1}
     one.signal(signal.SIGTERM)
@@ -280,7 +276,7 @@ def test_stop_without_redis(supervise: Callable[..., SupervisorProcess], start_s
 
 def test_burst_ends_when_drained(supervise: Callable[..., SupervisorProcess], queue: Queue, url: str) -> None:
     """With --burst a killed child is replaced, everything is drained all the same, and the exit code is 0."""
-    one = supervise(url, processes=2, burst=True, env={"STUB_LEASE_MS": "30000", "STUB_WANT": "10"})
+    one = supervise(url, processes=2, burst=True, env={"STUB_LEASE_MS": FAR_LEASE_MS, "STUB_WANT": "10"})
     queue.push("sleep", 60, body=b"0.3")
     pids = list(queue.by_pid(10, 10))
     os.kill(pids[0], signal.SIGKILL)
@@ -310,7 +306,7 @@ def test_a_job_that_exits_is_a_crash(
     supervise: Callable[..., SupervisorProcess], queue: Queue, url: str, code: int
 ) -> None:
     """A job that ends its process with the exit code of an orderly end is charged with a crash all the same."""
-    one = supervise(url, env={"STUB_LEASE_MS": "30000", "STUB_WANT": "1"})
+    one = supervise(url, env={"STUB_LEASE_MS": FAR_LEASE_MS, "STUB_WANT": "1"})
     [poison] = queue.push("exit", body=str(code).encode())
 
     assert until(lambda: queue.crashes([poison]) == {1})
@@ -322,7 +318,7 @@ def test_recycled_child_is_replaced_without_blame(
     supervise: Callable[..., SupervisorProcess], queue: Queue, url: str
 ) -> None:
     """A child that exits with 75 is replaced, and jobs it may have left come back uncharged."""
-    one = supervise(url, env={"STUB_LEASE_MS": "30000"})
+    one = supervise(url, env={"STUB_LEASE_MS": FAR_LEASE_MS})
     ids = queue.push("hold", 3)
     (pid,) = queue.by_pid(3)
     queue.push("recycle")
@@ -357,7 +353,7 @@ def test_quiet_and_stacks(supervise: Callable[..., SupervisorProcess], queue: Qu
 def test_embedded_server_outlives_its_only_child(supervise: Callable[..., SupervisorProcess], directory: Path) -> None:
     """With the embedded server the supervisor is a user of it too: the server does not stop with the last child."""
     url = f"embedded:{directory / 'project'}"
-    one = supervise(url, env={"STUB_LEASE_MS": "30000"})
+    one = supervise(url, env={"STUB_LEASE_MS": FAR_LEASE_MS})
     until(lambda: "The lease guard is connected" in one.log, 30)
     queue = Queue(url)
     ids = queue.push("hold", 5)
