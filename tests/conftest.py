@@ -18,7 +18,9 @@ from support.leaked_keys import complaint, leaked
 from support.manual_worker import drain
 from support.server_process import Server, find_binary
 
-pytest_plugins = ["pytester", "support.message_fixtures", "support.cluster_fixtures", "support.databases"]
+pytest_plugins = [
+    "pytester", "support.message_fixtures", "support.cluster_fixtures", "support.databases", "support.time_limits",
+]  # fmt: skip
 
 _OLDER = ("redis6", "redis7")
 

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-import time
+import math
+from time import monotonic
 from typing import Any
 
 import hiredis
 import pytest
 
 from conveyor.jobs.app import Conveyor
+from conveyor.store.operations import TurnReport
+from conveyor.worker.leasing import wakeup
+from conveyor.worker.worker import Worker
 from support.running_worker import drain, until, working
-from support.time_limits import AT_ONCE
+from support.time_limits import LATER, PATIENCE
 
 
 @pytest.fixture
@@ -22,27 +26,40 @@ async def app(url: str) -> Any:
     await app.aclose()
 
 
+@pytest.mark.usefixtures("only_when_woken")
 async def test_an_idle_worker_is_woken_at_once(app: Conveyor) -> None:
     """A job pushed to an idle worker starts without waiting for any clock."""
 
     @app.task
-    async def when() -> float:
-        return time.monotonic()
+    async def echo(n: int) -> int:
+        return n
 
     async with working(app) as worker:
-        for _ in range(5):
+        for n in range(5):
             await until(lambda: worker.connections.blocked and not worker.consumers[0].busy)
-            start = time.monotonic()
-            job = await when.aenqueue()
-            assert await job.aresult(timeout=5) - start < AT_ONCE
+            job = await echo.aenqueue(n)
+            assert await job.aresult(timeout=PATIENCE) == n
+
+
+def _waits_prepared(worker: Worker) -> bool:
+    """Tell whether a worker waits for every queue, with the turn that a token leads to made for each."""
+    return all(
+        not (one.busy or one.has_more)
+        and one.wake_list in (worker.connections._listeners[one]._listening or ())
+        and one._prepared is not None
+        and one._prepared.fits(one.identity, one.number + 1, one._capacity.room(one), TurnReport())
+        for one in worker.consumers
+    )
 
 
 @pytest.mark.row("D27")
+@pytest.mark.usefixtures("only_when_woken")
 @pytest.mark.parametrize("queues", [1, 4])
 async def test_nothing_stands_between_a_token_and_its_job(
     app: Conveyor, queues: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The turn that follows a token was made while the worker waited, and its job starts before the worker waits again."""
+    monkeypatch.setattr(wakeup, "BUSY", LATER)  # a worker that works for so long waits beside its work
     waits: list[int] = []
 
     async def count() -> None:
@@ -50,52 +67,69 @@ async def test_nothing_stands_between_a_token_and_its_job(
 
     tasks = [app.task(name=f"count{n}", queue=f"q{n}")(count) for n in range(queues)]
     async with working(app) as worker:
-        consumers = worker.consumers
-
-        async def settled() -> int:
-            await until(lambda: not any(one.busy or one.has_more for one in consumers))
-            await asyncio.sleep(0.15)  # the listener blocks, after a tenth of a second at the latest
-            return worker.connections.blocked
-
-        blocked = await settled()
         sent: list[tuple[Any, bytes | None]] = []
-        for consumer in consumers:
+        for consumer in worker.consumers:
+            await until(lambda: _waits_prepared(worker))
+            blocked = worker.connections.blocked
+            consumer._reaper.due_at = (
+                math.inf
+            )  # a turn that looks for dead workers says so, and is made when it is sent
             send = consumer.connection.send
 
             def sending(command: Any, answer: Any, _send: Any = send, **options: Any) -> None:
                 sent.append((command, options.get("packed")))
                 _send(command, answer, **options)
 
-            monkeypatch.setattr(consumer.connection, "send", sending)
-            waits.clear()
-            await tasks[consumers.index(consumer)].aenqueue()
-            await until(lambda: waits)
+            with monkeypatch.context() as patch:
+                patch.setattr(consumer.connection, "send", sending)
+                await tasks[worker.consumers.index(consumer)].aenqueue()
+                await until(lambda: waits)
             command, packed = next(one for one in sent if consumer.keys.jobs in one[0])
             assert packed == hiredis.pack_command(command)
-            assert waits[-1] == blocked
-            blocked = await settled()
-            monkeypatch.undo()
+            assert waits == [blocked]
+            waits.clear()
             sent.clear()
+
+
+@pytest.mark.row("D27")
+async def test_a_turn_is_made_for_an_idle_worker(app: Conveyor) -> None:
+    """The turn that a token leads to fits an idle worker, though another queue worked while it was made."""
+    gate, begun = asyncio.Event(), asyncio.Event()
+
+    @app.task(queue="busy")
+    async def hold() -> None:
+        begun.set()
+        await gate.wait()
+
+    @app.task(queue="quick")
+    async def nothing() -> None: ...
+
+    async with working(app) as worker:
+        await hold.aenqueue()
+        await begun.wait()
+        await (await nothing.aenqueue()).aresult(timeout=PATIENCE)
+        gate.set()
+        await until(lambda: _waits_prepared(worker))
 
 
 @pytest.mark.standalone_only("counts every command the server gets, those of a replica and of sentinels too")
 @pytest.mark.parametrize("queues", [1, 4])
 async def test_an_idle_worker_sends_next_to_nothing(app: Conveyor, redis: Any, queues: int) -> None:
-    """An idle worker blocks, also when it has worked: in two seconds it sends at most two commands for each of its queues."""
+    """An idle worker blocks, also when it has worked: it sends at most one command a second for each of its queues."""
 
     async def nothing() -> None: ...
 
     tasks = [app.task(name=f"nothing{n}", queue=f"q{n}")(nothing) for n in range(queues)]
     async with working(app) as worker:
         for task in tasks:
-            await (await task.aenqueue()).aresult(timeout=20)
-        await until(lambda: worker.connections.blocked)
-        await asyncio.sleep(0.1)  # let the first turns pass
-        before = redis.info("stats")["total_commands_processed"]
+            await (await task.aenqueue()).aresult(timeout=60)
+        await until(lambda: _waits_prepared(worker))
+        began, before = monotonic(), redis.info("stats")["total_commands_processed"]
         await asyncio.sleep(2)  # the law is about time that passes
         sent = redis.info("stats")["total_commands_processed"] - before - 1
+        passed = monotonic() - began
 
-    assert sent <= 2 * queues
+    assert sent <= passed * queues
 
 
 async def test_a_burst_ends_when_no_queue_has_work(app: Conveyor) -> None:

@@ -93,6 +93,16 @@ class Executor:
             free = min(free, self.processes.limit - self._direct)
         return free
 
+    @property
+    def slots(self) -> int:
+        """The number of jobs that could start if none ran, of the kind that has the least room."""
+        slots = self.concurrency
+        if "thread" in self._kinds:
+            slots = min(slots, self.threads.limit)
+        if "process" in self._kinds:
+            slots = min(slots, self.processes.limit)
+        return slots
+
     def submit(self, attempts: list[Attempt]) -> None:
         """Run *attempts* in their order."""
         backlog = self.coroutines.backlog

@@ -201,6 +201,17 @@ class Capacity:
         settled = len(consumer.report.done) + len(consumer.report.others)  # given back before more is taken
         return max(0, min(room, BATCH, consumer.job_size.max_jobs, MOST_HELD - len(consumer.held) + settled))
 
+    def idle_room(self, consumer: LeasingQueue) -> int:
+        """
+        Return how many jobs *consumer* may lease at least once the worker is idle: it holds none, and no queue has work.
+
+        Work ahead is left out: its measure changes with every queue's jobs, and the turn that follows asks for it.
+        """
+        capacity = self._executor.slots
+        if self._limits.is_limited:
+            capacity = min(capacity, self._limits.remaining(self.taken))
+        return max(0, min(capacity, BATCH, consumer.job_size.max_jobs))
+
     @property
     def taken(self) -> int:
         """Jobs that were leased so far."""

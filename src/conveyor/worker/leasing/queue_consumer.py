@@ -61,10 +61,10 @@ class PreparedTurn:
     call: Call[TurnReply]
     packed: bytes | None
 
-    def fits(self, identity: str, number: int, want: int, report: TurnReport) -> bool:
-        """Tell whether it is the turn with these inputs."""
-        made = (self.identity, self.number, self.want)
-        return made == (identity, number, want) and not (report or report.stats or report.recent)
+    def fits(self, identity: str, number: int, room: int, report: TurnReport) -> bool:
+        """Tell whether it is the turn with this number, which has nothing to report, and *room* for what it asks."""
+        made = (self.identity, self.number) == (identity, number)
+        return made and 0 < self.want <= room and not (report or report.stats or report.recent)
 
 
 class QueueConsumer:
@@ -342,7 +342,7 @@ class QueueConsumer:
         self.number += 1
         prepared, self._prepared = self._prepared, None
         if prepared is not None and not self._is_looking and prepared.fits(self.identity, self.number, want, report):
-            call, packed = prepared.call, prepared.packed
+            call, packed, want = prepared.call, prepared.packed, prepared.want
         else:
             flags, packed = "l" if self._is_looking else "", None
             call = operations.turn(self.keys, self.identity, self.number, want, self.lease_ms, report, flags=flags)
@@ -357,10 +357,14 @@ class QueueConsumer:
         self.connection.send(call.command(), self._on_reply, at_once=True, packed=packed)
 
     def prepare(self) -> None:
-        """Make the command of the next turn while nothing is to be done: it is sent as soon as a token is taken."""
-        if self.held or self.report or self._has_more or self.is_turning or self.has_left:
-            return  # the next turn has something to say, or comes now
-        want, number, report = self._capacity.room(self), self.number + 1, TurnReport()
+        """
+        Make the command of the next turn while nothing is to be done: it is sent as soon as a token is taken.
+
+        It is that of an idle worker, also while other queues work: nothing is asked of this one when they have ended.
+        """
+        if self.held or self.report or self._has_more or self.is_turning or self.has_left or self._lifecycle.stopping:
+            return  # the next turn has something to say, comes now, or leases nothing
+        want, number, report = self._capacity.idle_room(self), self.number + 1, TurnReport()
         call = operations.turn(self.keys, self.identity, number, want, self.lease_ms, report)
         self._prepared = PreparedTurn(self.identity, number, want, call, self.connection.pack(call.command()))
 
