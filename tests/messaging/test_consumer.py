@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import re
 import signal
@@ -15,13 +16,14 @@ from pathlib import Path
 import pytest
 
 from conveyor.errors import ConfigurationError, LeaseLost, RetryIn
+from conveyor.messaging.leases import LeaseSession
 from conveyor.messaging.message import Batch
 from conveyor.messaging.queue import Queue
 from conveyor.messaging.retry import Retry
 from conveyor.store import operations
 from conveyor.store.operations import Settlement
 from support.message_fixtures import first, until
-from support.time_limits import AT_ONCE
+from support.time_limits import PATIENCE
 
 _LOOP = """
 from conveyor import Conveyor
@@ -142,7 +144,7 @@ class TestOneByOne:
                 until(lambda: all(backend.execute("ZCARD", one.workers, key=one.workers) for one in parts), 30)
                 until(lambda: int(redis.info("clients")["blocked_clients"]) > 0, 30)
                 child.send_signal(signal.SIGINT)
-                _, errors = child.communicate(timeout=30)
+                _, errors = child.communicate(timeout=60)
             finally:
                 child.kill()
         assert child.returncode == -signal.SIGINT
@@ -198,7 +200,7 @@ class TestOneByOne:
 
         def work():
             with message:
-                go.wait(5)
+                go.wait(60)
 
         worker = threading.Thread(target=work)
         waiter = threading.Thread(target=lambda: next(consumer).ack())
@@ -207,9 +209,9 @@ class TestOneByOne:
         until(lambda: message._settler._consumer.is_idle)
         go.set()
         worker.join()
-        until(lambda: queue.stats().leased == 0, 1.0)
+        until(lambda: queue.stats().leased == 0)
         queue.push(2)
-        waiter.join(5)
+        waiter.join(60)
         consumer.close()
 
     def test_an_end_that_nothing_follows_leaves_soon(self, queue):
@@ -218,7 +220,7 @@ class TestOneByOne:
         consumer, message = first(queue)
         with message:
             pass
-        until(lambda: queue.stats().leased == 0, 2.0)
+        until(lambda: queue.stats().leased == 0)
         consumer.close()
 
     def test_a_forgotten_iterator(self, queue):
@@ -237,22 +239,22 @@ class TestOneByOne:
 
 
 class TestWaiting:
+    @pytest.mark.usefixtures("only_when_woken")
     def test_a_push_is_taken_at_once(self, queue):
         """An idle consumer is woken; it does not poll."""
         queue.push(0)
         consumer, message = first(queue)
         message.ack()
         seen = []
-        thread = threading.Thread(target=lambda: seen.append((next(consumer), time.monotonic())))
+        thread = threading.Thread(target=lambda: seen.append(next(consumer)))
         thread.start()
         until(lambda: message._settler._consumer.is_idle)
-        begin = time.monotonic()
         queue.push(1)
-        thread.join(3)
-        assert seen[0][1] - begin < AT_ONCE
-        seen[0][0].ack()
+        thread.join(PATIENCE)
+        seen[0].ack()
         consumer.close()
 
+    @pytest.mark.usefixtures("only_when_woken")
     def test_resume_wakes(self, queue):
         """While paused nothing is leased; the end of a pause wakes a blocked consumer at once."""
         queue.pause()
@@ -260,18 +262,16 @@ class TestWaiting:
         assert queue.pull() == []
         assert queue.stats().paused
         got = []
-        thread = threading.Thread(target=lambda: got.extend(queue.pull(wait="4s")))
-        begin = time.monotonic()
+        thread = threading.Thread(target=lambda: got.extend(queue.pull(wait="1h")))
         thread.start()
         until(lambda: queue.stats().workers == 1)
         queue.resume()
-        thread.join(3)
-        assert time.monotonic() - begin < AT_ONCE
+        thread.join(PATIENCE)
         got[0].ack()
 
     @pytest.mark.standalone_only("counts every command that one server gets")
     def test_idle_rate(self, backend, redis):
-        """An idle consumer sends less than one command a second, and no more than its waits and turns."""
+        """An idle consumer sends less than one command in two seconds, and no more than its waits and turns."""
         queue = Queue(backend, "calm", lease_ms=15_000)
         queue.push(1)
         consumer, message = first(queue)
@@ -279,22 +279,23 @@ class TestWaiting:
         thread = threading.Thread(target=lambda: next(consumer).ack(), daemon=True)
         thread.start()
         until(lambda: redis.info("clients")["blocked_clients"] == 1)
-        before = redis.info("stats")["total_commands_processed"]
+        began, before = time.monotonic(), _calls(redis)
         time.sleep(2.5)  # the law is about a span of time
-        sent = redis.info("stats")["total_commands_processed"] - before
-        assert sent <= 2, "the question itself, and at most one more"
+        sent = _calls(redis) - before
+        assert sent <= max(1, (time.monotonic() - began) / 2.5)
         queue.push(2)
-        thread.join(3)
+        thread.join(60)
         consumer.close()
 
+    @pytest.mark.usefixtures("only_when_woken")
     def test_a_due_message_is_taken_in_time(self, queue):
         """A blocked consumer wakes for what was scheduled while it was blocked."""
         with closing(queue.consume()) as messages:
+            begin = time.monotonic()
             timer = threading.Timer(0.1, lambda: queue.push("later", delay="300ms"))
             timer.start()
-            begin = time.monotonic()
             message = next(messages)
-            assert 0.35 < time.monotonic() - begin < 0.4 + AT_ONCE
+            assert 0.35 < time.monotonic() - begin < PATIENCE
             message.ack()
             timer.join()
 
@@ -316,7 +317,7 @@ class TestMayNotStart:
     def test_cancelled_in_a_batch_that_fills(self, queue):
         """A message that waits for its batch to fill is not in it when it was cancelled meanwhile."""
         queue.push_many(["first", "second"])
-        with closing(queue.batches(size=3, within="5s")) as batches:
+        with closing(queue.batches(size=3, within="1h")) as batches:
             taken = []
             thread = threading.Thread(target=lambda: taken.append(next(batches)))
             thread.start()
@@ -324,27 +325,36 @@ class TestMayNotStart:
             [cancelled, _] = list(_leased_ids(queue))
             assert queue.client.run(operations.cancel(queue.keys, cancelled)) == operations.CANCEL_ASKED
             queue.push_many(["third", "fourth"])
-            thread.join(10)
+            thread.join(60)
             with taken[0] as bodies:
                 assert bodies == ["second", "third", "fourth"]
 
     @pytest.mark.row("D161")
     @pytest.mark.parametrize("kind", ["consume", "batches"])
-    def test_expired_behind_another(self, queue, kind):
+    def test_expired_behind_another(self, queue, kind, monkeypatch):
         """A message that was leased in time and has expired when its turn comes is not handed out."""
-        ids = [queue.push(n, expires="300ms" if n == 1 else "1h") for n in range(3)]
+        # Two hours pass after it was looked at so often: only this message can expire, and a batch takes it first.
+        in_time, looks, now_ms = 0 if kind == "consume" else 1, itertools.count(), LeaseSession.now_ms.fget
+        later = property(lambda session: now_ms(session) + (7_200_000 if next(looks) >= in_time else 0))
+        monkeypatch.setattr(LeaseSession, "now_ms", later)
+        ids = [queue.push(n, expires="1h" if n == 1 else None) for n in range(3)]
         if kind == "consume":
             with closing(queue.consume(prefetch=3)) as messages:
                 with next(messages) as body:
                     assert (body, queue.stats().leased) == (0, 3)
-                    time.sleep(0.35)  # the law is about a span of time
                 with next(messages) as body:
                     assert body == 2
         else:
-            with closing(queue.batches(size=4, within="600ms")) as batches, next(batches) as bodies:
+            with closing(queue.batches(size=4, within="100ms")) as batches, next(batches) as bodies:
                 assert bodies == [0, 2]
         record = queue.client.execute("GET", queue.keys.result(ids[1].partition(":")[2]), key=queue.keys.jobs)
         assert b'"reason":"expired"' in record
+
+
+def _calls(redis):
+    """Return how many turns and waits the server was asked for."""
+    stats = redis.info("commandstats")
+    return sum(stats.get(f"cmdstat_{name}", {"calls": 0})["calls"] for name in ("evalsha", "eval", "blpop"))
 
 
 def _leased_ids(queue):
