@@ -318,7 +318,7 @@ async def test_async_listeners_are_scheduled(app: Conveyor, caplog: pytest.LogCa
 
     with caplog.at_level(logging.ERROR):
         core_of(app).emit(DONE)
-        await asyncio.wait_for(heard.wait(), 10)
+        await asyncio.wait_for(heard.wait(), 60)
 
     assert [str(record.exc_info[1]) for record in caplog.records if record.exc_info] == ["broken", "broken later"]
 

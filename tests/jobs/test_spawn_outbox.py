@@ -65,9 +65,9 @@ async def test_follower_leaves_with_the_success(family: Conveyor, redis: redis_p
     job = await family.tasks["family.parent"].aenqueue(7)
     await drain(family)
 
-    follower = family.tasks["family.follower"].job(await job.aresult(timeout=1))
+    follower = family.tasks["family.follower"].job(await job.aresult(timeout=60))
     assert follower.queue == "two"
-    assert await follower.aresult(timeout=1) == 7
+    assert await follower.aresult(timeout=60) == 7
     assert ran == [7]
     assert redis.exists(family.client.keys("default").outbox) == 0
 
@@ -76,7 +76,7 @@ async def test_nothing_leaves_an_attempt_without_success(family: Conveyor, redis
     """An attempt that fails, and one that is cancelled, spawns nothing; the attempt that succeeds spawns once."""
     parent, stuck = family.tasks["family.parent"], family.tasks["family.stuck"]
     async with working(family):
-        await (await parent.aenqueue(1, fail=1)).aresult(timeout=5)
+        await (await parent.aenqueue(1, fail=1)).aresult(timeout=60)
         dead = await parent.aenqueue(2, fail=9)
         gone = await stuck.aenqueue()
         while await gone.astatus() != "leased":
@@ -108,7 +108,7 @@ async def test_a_job_to_come_is_waited_for(family: Conveyor) -> None:
         assert await job.astatus() == "waiting"
         with pytest.raises(TimeoutError):
             await job.aresult(timeout=0)
-        waiting = asyncio.create_task(job.aresult(timeout=10))
+        waiting = asyncio.create_task(job.aresult(timeout=60))
         two = family.client.keys("two")
         while not await family.client.aexecute("HEXISTS", two.waiters, job.id.split(":")[1], key=two.jobs):
             await asyncio.sleep(0.005)

@@ -48,7 +48,7 @@ class TestAwaitable:
         async with aclosing(aqueue.aconsume()) as messages:
             async with await anext(messages):
                 pass
-            async with asyncio.timeout(1):
+            async with asyncio.timeout(60):
                 while (await aqueue.astats()).leased:
                     await asyncio.sleep(0)
             await (await anext(messages)).aack()
@@ -98,7 +98,7 @@ class TestAwaitable:
         with pytest.raises(asyncio.CancelledError):
             await task
         await aqueue.apush(1)
-        [message] = await aqueue.apull(wait="1s")
+        [message] = await aqueue.apull(wait="60s")
         await message.aack()
 
     async def test_batches_and_explicit_ends(self, aqueue):
@@ -110,7 +110,7 @@ class TestAwaitable:
             await (await anext(batches)).anack("1h")
         assert (await aqueue.astats()).scheduled == 2
         await aqueue.apush("x")
-        [message] = await aqueue.apull(wait="1s")
+        [message] = await aqueue.apull(wait="60s")
         await message.aextend("1m")
         await message.aack()
         with pytest.raises(LeaseLost):

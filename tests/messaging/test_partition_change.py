@@ -78,7 +78,7 @@ class TestWrongNumber:
                 app.task(queue="orders", name="t")(_nothing)
             for app in (wrong, ignorant):
                 with pytest.raises(ConfigurationError, match="has 4 partitions") as refused:
-                    await asyncio.wait_for(Worker(app).run(), 10)
+                    await asyncio.wait_for(Worker(app).run(), 60)
                 assert refused.value.code == "E34"
             assert (await right.queue("orders", partitions=4).astats()).workers == 0
             async with working(right) as worker:
@@ -158,7 +158,7 @@ for n in range({count}):
             for racer in racers:
                 racer.stdin.close()
                 racer.stdout.close()
-                racer.wait(10)
+                racer.wait(60)
         assert sum(won.values()) == count
 
 
@@ -254,7 +254,7 @@ class TestRepartition:
         thread.start()
         until(lambda: queue8.stats().workers == 1)
         spread(Client(url)).repartition(4)
-        thread.join(10)
+        thread.join(60)
         assert failed == ["E34"]
 
         async def work():
@@ -263,9 +263,9 @@ class TestRepartition:
                 app.task(queue="orders", name="t")(_nothing)
                 worker = Worker(app)
                 running = asyncio.create_task(worker.run())
-                await asyncio.wait_for(worker.ready.wait(), 10)
+                await asyncio.wait_for(worker.ready.wait(), 60)
                 assert await app.queue("orders", partitions=4).arepartition(8) == 4
-                await asyncio.wait_for(running, 10)
+                await asyncio.wait_for(running, 60)
 
         with pytest.raises(ConfigurationError, match="has 8 partitions, but this program says 4"):
             asyncio.run(work())
@@ -312,7 +312,7 @@ class TestRepartition:
         backend.run(partitioning.repartition(whole, "end", "T", 8))
         for part in queue8.parts:
             backend.run(partitioning.repartition(part.keys, "open", "T", 8))
-        thread.join(5)
+        thread.join(60)
         assert (len(done), queue8.purge()) == (1, 1)
 
     def test_a_plain_list_is_one_key(self, url):

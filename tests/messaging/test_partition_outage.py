@@ -106,7 +106,7 @@ def test_consumer_goes_on_with_the_others(cluster: ClusterOfNodes, app: Conveyor
         until(lambda: all(len(part) == 0 for part in outage.live), 12)
     finally:
         outage.node.thaw()
-    thread.join(30)
+    thread.join(60)
     assert not thread.is_alive()
     assert len(found) == COUNT * MANY
     consumer.close()

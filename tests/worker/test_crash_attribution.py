@@ -119,13 +119,13 @@ async def test_a_worker_shows_what_it_runs(app: Conveyor, slot: ChildSlot) -> No
     worker = Worker(app, slot=slot)
     running = asyncio.create_task(worker.run())
     jobs = [await waits.aenqueue(), await blocks.aenqueue()]
-    await asyncio.wait_for(begun.wait(), 5)
+    await asyncio.wait_for(begun.wait(), 60)
     await until(lambda: len(seen) == 3)
     waiting, executing = (id_checksum(split(job.id)[1]) for job in jobs)
     found = slot.running_snapshot()
     go.set()
     for job in jobs:
-        await job.aresult("5s")
+        await job.aresult("60s")
 
     assert seen == [(True, False)] * 4
     assert found == RunningSnapshot(frozenset({executing}), frozenset({waiting}))
@@ -152,7 +152,7 @@ async def test_a_job_without_a_cell_is_never_forgotten(
 
         worker = Worker(app, slot=slot)
         running = asyncio.create_task(worker.run())
-        await (await (on_loop if run_in == "loop" else on_thread).aenqueue()).aresult("5s")
+        await (await (on_loop if run_in == "loop" else on_thread).aenqueue()).aresult("60s")
         worker.stop()
         assert await running == 0
     assert slot.running_snapshot() is None
@@ -216,7 +216,7 @@ async def test_a_process_is_charged_until_its_crash_is_settled(url: str, slot: C
         running = asyncio.create_task(worker.run())
         job = await task.aenqueue("exit")
         with pytest.raises(JobFailed):
-            await job.aresult("20s")
+            await job.aresult("60s")
         worker.stop()
         assert await running == 0
         await asyncio.to_thread(app.queue("default").purge, dead=True)

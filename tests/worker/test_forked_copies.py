@@ -99,9 +99,9 @@ async def test_a_copy_ends_with_its_job(app: Conveyor, worker: ForkingWorker, ta
 
     log = await asyncio.to_thread(worker.run, "--concurrency", "4", "--threads", "2")
 
-    found = [await job.aresult(timeout=5) for job in forking]
+    found = [await job.aresult(timeout=60) for job in forking]
     assert found == [ENDS[how] for how in ways]
-    assert [(n, await job.aresult(timeout=5)) for n, job in others] == [(n, n) for n, _ in others]
+    assert [(n, await job.aresult(timeout=60)) for n, job in others] == [(n, n) for n, _ in others]
     ran = Counter(tuple(words) for words in worker.journal("ran"))
     assert set(ran.values()) == {1}
     assert len(ran) == len(others)
@@ -130,6 +130,6 @@ async def test_a_copy_made_in_a_task_of_a_job_ends(
     log = await asyncio.to_thread(worker.run)
 
     assert (log.count("the copy prints this"), len(worker.journal("copy"))) == (2, 2)
-    assert await job.aresult(timeout=5) == [1, 1]
-    assert [await one.aresult(timeout=5) for one in others] == list(range(AROUND))
+    assert await job.aresult(timeout=60) == [1, 1]
+    assert [await one.aresult(timeout=60) for one in others] == list(range(AROUND))
     assert set(Counter(tuple(words) for words in worker.journal("ran")).values()) == {1}

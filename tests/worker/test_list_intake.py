@@ -45,6 +45,7 @@ async def test_raw_entries_run_as_jobs(app: Conveyor, redis: Any) -> None:
     assert sorted(map(repr, seen)) == sorted(map(repr, [(1, "none"), (2, "x"), {"a": [1]}, [1, 2], 7]))
 
 
+@pytest.mark.usefixtures("only_when_woken")
 async def test_an_entry_wakes_an_idle_worker(app: Conveyor, redis: Any) -> None:
     """A raw push to an idle worker runs at once, is retried like any job, and none is lost."""
     seen: list[tuple[int, int]] = []
@@ -60,7 +61,7 @@ async def test_an_entry_wakes_an_idle_worker(app: Conveyor, redis: Any) -> None:
         await until(lambda: worker.connections.blocked)
         for n in range(3):
             redis.rpush("raw", f'{{"n": {n}}}')
-            await asyncio.wait_for(until(lambda n=n: (n, 2) in seen), 3)
+            await until(lambda n=n: (n, 2) in seen)
     assert redis.llen("raw") == 0
 
 

@@ -16,9 +16,10 @@ from conveyor.messaging.retry import Retry
 from conveyor.store import inspection, operations
 from conveyor.store.client.client import Client
 from conveyor.worker.leasing.capacity import Capacity
+from conveyor.worker.leasing.queue_consumer import QueueConsumer
 from conveyor.worker.worker import Worker
 from support.running_worker import audit, counts, drain, until, working
-from support.time_limits import AT_ONCE
+from support.time_limits import PATIENCE
 
 
 @pytest.fixture
@@ -50,23 +51,22 @@ async def test_cancelling_a_waiting_job_keeps_it_from_starting(app: Conveyor) ->
     assert await audit(app) == []
 
 
+@pytest.mark.usefixtures("only_when_woken")
 async def test_cancelling_a_running_job_stops_it(app: Conveyor) -> None:
-    """A running coroutine is cancelled within a second, and its job is cancelled, not failed."""
+    """A running coroutine is cancelled without waiting for any clock, and its job is cancelled, not failed."""
     started = asyncio.Event()
 
     @app.task
     async def endless() -> None:
         started.set()
-        await asyncio.sleep(60)
+        await asyncio.sleep(600)
 
     async with working(app):
         job = await endless.aenqueue()
-        await asyncio.wait_for(started.wait(), 5)
-        begun = time.monotonic()
+        await asyncio.wait_for(started.wait(), 60)
         assert await job.acancel()
         with pytest.raises(JobCancelled):
-            await job.aresult(timeout=5)
-        assert time.monotonic() - begun < AT_ONCE
+            await job.aresult(timeout=PATIENCE)
     assert await job.astatus() == "cancelled"
 
 
@@ -86,7 +86,7 @@ async def test_a_thread_is_told_that_it_is_cancelled(app: Conveyor) -> None:
         await until(started.is_set)
         assert await job.acancel()
         with pytest.raises(JobCancelled):
-            await job.aresult(timeout=5)
+            await job.aresult(timeout=60)
 
 
 async def test_a_stop_hands_back_what_has_not_started(app: Conveyor) -> None:
@@ -105,7 +105,7 @@ async def test_a_stop_hands_back_what_has_not_started(app: Conveyor) -> None:
     await until(lambda: len(seen) == 2)
     worker.stop()
     gate.set()
-    await asyncio.wait_for(running, 10)
+    await asyncio.wait_for(running, 60)
 
     assert seen == [0, 1]
     found = await counts(app)
@@ -129,11 +129,11 @@ async def test_what_outlives_the_grace_is_handed_back_free(app: Conveyor) -> Non
     running = asyncio.create_task(worker.run())
     await until(lambda: worker.consumers and worker.executor.coroutines.running)
     worker.stop()
-    await asyncio.wait_for(running, 10)
+    await asyncio.wait_for(running, 60)
     assert (await counts(app)).ready == 1
     await drain(app)
 
-    assert await job.aresult(timeout=5) == 2
+    assert await job.aresult(timeout=60) == 2
 
 
 async def test_a_reaped_worker_is_refused_and_goes_on(app: Conveyor) -> None:
@@ -155,7 +155,7 @@ async def test_a_reaped_worker_is_refused_and_goes_on(app: Conveyor) -> None:
         worker.consumers[0].on_token()
         await until(lambda: runs == [1, 2])
         gate.set()
-        assert await job.aresult(timeout=5) == 2
+        assert await job.aresult(timeout=60) == 2
         assert worker.consumers[0].identity != old
     assert await audit(app) == []
 
@@ -184,7 +184,7 @@ async def test_poison_stops_after_max_crashes_and_spares_its_neighbours(app: Con
         crash.clear()
         worker = Worker(app, concurrency=1)
         running = asyncio.create_task(worker.run())
-        await asyncio.wait_for(crash.wait(), 5)
+        await asyncio.wait_for(crash.wait(), 60)
         worker.fail(RuntimeError("crash"))  # ends without settling anything, as a killed process would
         with pytest.raises(RuntimeError, match="crash"):
             await running
@@ -261,7 +261,7 @@ async def test_a_job_of_an_unknown_task_waits_for_a_newer_worker(url: str, app: 
     await app.client.arun(operations.promote(app.client.keys("default"), job.id.rpartition(":")[2]))
     await drain(newer)
 
-    assert await job.aresult(timeout=5) == 1
+    assert await job.aresult(timeout=60) == 1
     await newer.aclose()
 
 
@@ -298,7 +298,7 @@ async def test_undecodable_arguments_make_a_dead_letter_with_their_bytes(app: Co
     assert await job.astatus() == "dead"
     assert redis.hget(key, id_) == b'\ntyped\n{"n":"x"}'
     with pytest.raises(JobFailed, match=r"Expected `int`|Expected int"):
-        await job.aresult(timeout=5)
+        await job.aresult(timeout=60)
     redis.delete(key, app.client.keys("default").dead, app.client.keys("default").state)
 
 
@@ -353,7 +353,7 @@ async def test_hostile_exceptions_do_not_hurt_the_worker(app: Conveyor) -> None:
     job = await fine.aenqueue()
     await drain(app)
 
-    assert await job.aresult(timeout=5) == "fine"
+    assert await job.aresult(timeout=60) == "fine"
     assert (await counts(app)).dead == 2 * len(errors)
 
 
@@ -364,11 +364,11 @@ async def test_a_worker_that_never_reached_redis_stops_at_once() -> None:
     @app.task
     async def never() -> None: ...
 
-    worker = Worker(app, grace=30)
+    worker = Worker(app, grace=600)
     running = asyncio.create_task(worker.run())
     await until(lambda: not worker.ready.is_set())
     worker.stop()
-    assert await asyncio.wait_for(running, 5) == 0
+    assert await asyncio.wait_for(running, 60) == 0
     await app.aclose()
 
 
@@ -433,10 +433,10 @@ async def test_a_worker_without_its_server_leaves_nothing_running(start_server: 
     server.kill()
     worker.consumers[0].on_token()
     worker.stop()
-    assert await asyncio.wait_for(running, 10) == 0
+    assert await asyncio.wait_for(running, 60) == 0
     await app.aclose()
     others = asyncio.all_tasks() - {asyncio.current_task()}
-    await asyncio.wait_for(asyncio.gather(*others, return_exceptions=True), 5)
+    await asyncio.wait_for(asyncio.gather(*others, return_exceptions=True), 60)
 
 
 def _lease_ahead(monkeypatch: pytest.MonkeyPatch, most: int) -> None:
@@ -446,7 +446,7 @@ def _lease_ahead(monkeypatch: pytest.MonkeyPatch, most: int) -> None:
 
 async def _leased(app: Conveyor, number: int) -> None:
     """Wait until that many jobs are leased."""
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while (await counts(app)).leased != number:
             await asyncio.sleep(0.005)
 
@@ -519,6 +519,7 @@ async def test_a_job_that_expired_behind_another_does_not_start(
     seen: list[int] = []
     gate = asyncio.Event()
     opened = threading.Event()
+    now_ms: Any = QueueConsumer.now_ms.fget
     _lease_ahead(monkeypatch, 2)
 
     def on_thread(n: int) -> None:
@@ -534,16 +535,18 @@ async def test_a_job_that_expired_behind_another_does_not_start(
         async with working(app, concurrency=1, threads=1):
             await task.aenqueue(0)
             await until(lambda: seen == [0])
-            late = await task.options(expires="300ms").aenqueue(1)
-            last = await task.options(expires="1h").aenqueue(2)
+            late = await task.options(expires="1h").aenqueue(1)
+            last = await task.options(expires="3h").aenqueue(2)
             await _leased(app, 3)
             assert await late.astatus() == "leased"
-            await asyncio.sleep(0.35)  # the law is about a span of time
+            monkeypatch.setattr(
+                QueueConsumer, "now_ms", property(lambda one: now_ms(one) + 7_200_000)
+            )  # two hours later
             gate.set()
             opened.set()
             with pytest.raises(JobCancelled, match="expired before it started"):
-                await late.aresult(timeout=5)
-            await last.aresult(timeout=5)
+                await late.aresult(timeout=60)
+            await last.aresult(timeout=60)
     finally:
         gate.set()
         opened.set()

@@ -56,7 +56,7 @@ async def test_a_stop_amid_a_lease_starts_nothing(app: Conveyor, monkeypatch: py
     worker = Worker(app, concurrency=3, grace=10)
     with monkeypatch.context() as patch:
         patch.setattr(QueueConsumer, "_send_turn", started_and_stopped)
-        await asyncio.wait_for(worker.run(), 10)
+        await asyncio.wait_for(worker.run(), 60)
     assert seen == []
     found = await counts(app)
     assert (found.ready, found.leased, found.workers) == (10, 0, 0)
@@ -104,7 +104,7 @@ async def test_a_thread_and_the_loop_claim_a_job_once(
         await until(lambda: attempt.ended)
 
     assert report == []
-    assert await job.aresult(timeout=5) == 1
+    assert await job.aresult(timeout=60) == 1
     await drain(app)
     assert ran == [(1, 1)]
 
@@ -178,7 +178,7 @@ async def test_a_start_that_is_cancelled_leaves_no_worker(
         entering.cancel()
         await asyncio.sleep(0)
     with pytest.raises(asyncio.CancelledError):
-        await asyncio.wait_for(entering, 10)
+        await asyncio.wait_for(entering, 60)
 
     await until(lambda: asyncio.all_tasks() <= before)
     await until(lambda: threading.active_count() <= threads_before)
@@ -238,7 +238,7 @@ async def test_a_late_ack_and_the_result_are_one_step(app: Conveyor, redis: Any)
     [taken] = [step for step in steps if f"HDEL {keys.jobs} {id_}" in step]
 
     assert any(command.startswith(f"HSET {keys.result_window(id_)} {id_} ") for command in taken)
-    assert await job.aresult(timeout=5) == 8
+    assert await job.aresult(timeout=60) == 8
 
 
 @pytest.mark.parametrize("kind", ["loop", "thread"])
@@ -266,12 +266,12 @@ async def test_an_early_ack_is_not_cut_off(app: Conveyor, monkeypatch: pytest.Mo
     await app.aenqueue_many(task.s() for _ in range(5))
     worker = Worker(app, burst=end == "burst", concurrency=2, threads=2, grace=20)
     running = asyncio.create_task(worker.run())
-    await asyncio.wait_for(started.wait(), 10)
+    await asyncio.wait_for(started.wait(), 60)
     await until(lambda: sum(len(one.early_acks.acknowledged) for one in worker.consumers) == 5)
     if end == "stop":
         worker.stop()
     go_on.set()
-    await asyncio.wait_for(running, 15)
+    await asyncio.wait_for(running, 60)
 
     assert len(ended) == 5
     assert (await counts(app)).ready == 0

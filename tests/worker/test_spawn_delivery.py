@@ -257,9 +257,9 @@ async def test_partitions_at_both_ends(url: str) -> None:
 
     jobs = [await parent.aenqueue(10 * n) for n in range(6)]
     await drain(app)
-    ids = [id_ for job in jobs for id_ in await job.aresult(timeout=5)]
+    ids = [id_ for job in jobs for id_ in await job.aresult(timeout=60)]
     assert {id_.split(":")[0] for id_ in ids} == {"into/0", "into/1", "into/2"}
-    assert [await follower.job(id_).aresult(timeout=5) for id_ in ids] == list(range(60))
+    assert [await follower.job(id_).aresult(timeout=60) for id_ in ids] == list(range(60))
     await app.aclose()
 
 

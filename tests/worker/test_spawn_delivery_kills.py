@@ -65,7 +65,7 @@ def test_killed_deliverers_lose_and_double_nothing(url: str, tmp_path: Path, rou
             time.sleep(0.02)
     finally:
         worker.send_signal(signal.SIGTERM)
-        worker.wait(15)
+        worker.wait(60)
     born: dict[int, set[str]] = defaultdict(set)
     for line in log.read_text().splitlines():
         n, _, job = line.partition(" ")

