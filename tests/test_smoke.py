@@ -79,7 +79,7 @@ def test_messages(alone: Conveyor) -> None:
     assert seen == ["first", *range(200)]
     assert [letter.error for letter in orders.dead_letters()] == ["ValueError: once"]
     assert orders.redrive() == 1
-    (again,) = orders.pull(wait="5s")
+    (again,) = orders.pull(wait="60s")
     assert again.body == 7
     again.ack()
     assert (len(orders), orders.stats().dead) == (0, 0)
@@ -105,8 +105,8 @@ async def test_results(shop: Conveyor) -> None:
     async with working(shop):
         jobs = await shop.aenqueue_many([add.s(n, n) for n in range(300)])
         slow = await fail.aenqueue(2)
-        assert [await job.aresult(timeout=20) for job in jobs] == [2 * n for n in range(300)]
-        assert await slow.aresult(timeout=20) == "at last"
+        assert [await job.aresult(timeout=60) for job in jobs] == [2 * n for n in range(300)]
+        assert await slow.aresult(timeout=60) == "at last"
 
 
 async def test_dead_jobs_come_back(shop: Conveyor) -> None:
@@ -114,10 +114,10 @@ async def test_dead_jobs_come_back(shop: Conveyor) -> None:
     job = await shop.tasks["shop.fail"].aenqueue(3)
     async with working(shop):
         with pytest.raises(JobFailed, match="not yet"):
-            await job.aresult(timeout=20)
+            await job.aresult(timeout=60)
         assert await job.astatus() == "dead"
         await asyncio.to_thread(Admin(shop.client).redrive, "right")
-        assert await job.aresult(timeout=20) == "at last"
+        assert await job.aresult(timeout=60) == "at last"
 
 
 async def test_delays_and_unique_ids(shop: Conveyor) -> None:
@@ -126,7 +126,7 @@ async def test_delays_and_unique_ids(shop: Conveyor) -> None:
     first, second = await add.aenqueue(1, 2), await add.aenqueue(3, 4)
     assert (second.id, second.duplicate, await first.astatus()) == (first.id, True, "scheduled")
     async with working(shop):
-        assert await shop.job("one").aresult(timeout=20) == 3
+        assert await shop.job("one").aresult(timeout=60) == 3
 
 
 async def test_cancelling(shop: Conveyor) -> None:
@@ -147,9 +147,9 @@ async def test_spawned_jobs_cross_slots(shop: Conveyor) -> None:
     """Jobs that a job spawns into another slot arrive once each."""
     parent = await shop.tasks["shop.spawn"].aenqueue(150)
     await drain(shop)
-    ids = await parent.aresult(timeout=5)
+    ids = await parent.aresult(timeout=60)
     add = shop.tasks["shop.add"]
-    assert [await add.job(id_).aresult(timeout=5) for id_ in ids] == [2 * n for n in range(150)]
+    assert [await add.job(id_).aresult(timeout=60) for id_ in ids] == [2 * n for n in range(150)]
 
 
 async def test_dead_workers_are_found(shop: Conveyor, redis: Any) -> None:
@@ -162,7 +162,7 @@ async def test_dead_workers_are_found(shop: Conveyor, redis: Any) -> None:
     redis.zadd(manual.keys.workers, {manual.worker: 1000})  # as if its lease had ended long ago
     shop.lease_ms = 600
     async with working(shop):
-        assert await job.aresult(timeout=20) == 42
+        assert await job.aresult(timeout=60) == 42
         await until(lambda: redis.zscore(manual.keys.workers, manual.worker) is None)
 
 

@@ -190,7 +190,7 @@ def test_enqueue_waits_for_the_result(shell: Shell, backend: Client) -> None:
     worker = ClientWorker(backend, "default")
     id_ = wait_for_job(worker)
     worker.succeed(id_, b'"Hello Ada."')
-    out, err = process.communicate(timeout=30)
+    out, err = process.communicate(timeout=60)
 
     assert (process.returncode, out) == (0, '"Hello Ada."\n')
     assert id_ in err
@@ -201,7 +201,7 @@ def test_failed_job_ends_with_7(shell: Shell, backend: Client) -> None:
     process = shell.start("enqueue", "greet", "name=Ada", "--wait", CONVEYOR_APP="jobs")
     worker = ClientWorker(backend, "default")
     worker.fail(wait_for_job(worker), "no such user")
-    out, err = process.communicate(timeout=30)
+    out, err = process.communicate(timeout=60)
 
     assert (process.returncode, out) == (7, "")
     assert "Traceback: no such user" in err
@@ -247,7 +247,7 @@ def test_interrupted_ends_with_130(shell: Shell, backend: Client) -> None:
     process = shell.start("enqueue", "greet", "name=Ada", "--wait", CONVEYOR_APP="jobs")
     wait_for_job(ClientWorker(backend, "default"))
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=30)
+    _, err = process.communicate(timeout=60)
 
     assert process.returncode == 130
     assert "Traceback" not in err

@@ -343,7 +343,7 @@ def on_terminal(shell: Shell, *arguments: str, expected: Collection[int] = (0,))
         while chunk := os.read(ours, 65536):
             printed += chunk
     os.close(ours)
-    assert command.wait(30) in expected
+    assert command.wait(60) in expected
     return printed.decode()
 
 
@@ -449,7 +449,7 @@ def test_server_start_status_stop(tmp_path: Path) -> None:
     assert shell.run("queue", "list").stdout.startswith("mail\t1\t")
 
     process.send_signal(signal.SIGINT)
-    process.communicate(timeout=30)
+    process.communicate(timeout=60)
     assert process.returncode == 0
     assert shell.run("server", "stop").returncode == 0
     assert shell.run("server", "status").returncode == 5

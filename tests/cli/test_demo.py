@@ -189,7 +189,7 @@ def test_ctrl_c_drains_and_exits_0(shell: Shell, temporary: dict[str, str]) -> N
         said += line
 
     demo.send_signal(signal.SIGINT)
-    out, _ = demo.communicate(timeout=40)
+    out, _ = demo.communicate(timeout=60)
 
     assert demo.returncode == 0, out
     assert "The counts add up" in out
@@ -206,7 +206,7 @@ def test_killed_demo_leaves_nothing(shell: Shell, temporary: dict[str, str]) -> 
     demo.kill()
     demo.communicate()
 
-    until(lambda: processes_with(temporary["TMPDIR"]) == [], timeout=20)
+    until(lambda: processes_with(temporary["TMPDIR"]) == [])
 
 
 def test_demo_without_workers_fails(shell: Shell, temporary: dict[str, str]) -> None:
@@ -218,7 +218,7 @@ def test_demo_without_workers_fails(shell: Shell, temporary: dict[str, str]) -> 
     (supervisor,) = [pid for pid in processes_with("conveyor.cli.demo.worker_processes") if parent(pid) == demo.pid]
 
     os.kill(supervisor, signal.SIGKILL)
-    out, _ = demo.communicate(timeout=40)
+    out, _ = demo.communicate(timeout=60)
 
     assert demo.returncode == 1, out
     assert "the workers ended unexpectedly" in out
@@ -265,7 +265,7 @@ def test_live_picture_on_a_terminal(shell: Shell, temporary: dict[str, str]) -> 
         pass
     os.close(ours)
 
-    assert demo.wait(30) == 0
+    assert demo.wait(60) == 0
     text = seen.decode()
     assert "QUEUE" in text
     assert "✓ text.statistics" in text.replace("\x1b[32m", "").replace("\x1b[0m", "")

@@ -64,7 +64,7 @@ def test_web_handler_answers(url: str) -> None:
         assert status == "done"
     finally:
         process.terminate()
-        process.wait(10)
+        process.wait(60)
         process.stdout.close()
 
 

@@ -106,7 +106,7 @@ def test_server_dies_with_its_test_process(directory: Path) -> None:
     os.kill(pid, 0)
 
     owner.kill()
-    owner.wait(10)
+    owner.wait(60)
     owner.stdout.close()
 
     deadline = time.monotonic() + 10

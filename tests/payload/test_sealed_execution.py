@@ -71,7 +71,7 @@ def test_sealed_jobs_run_wherever_jobs_run(tmp_path: Path, url: str, server: Ser
         assert done.returncode == 0, done.stderr
     finally:
         worker.terminate()
-        _, error = worker.communicate(timeout=30)
+        _, error = worker.communicate(timeout=60)
     assert json.loads(done.stdout) == [5, 9000, 3000] * 3, error
     with server.client() as client:
         assert client.hgetall("conveyor:{default}:jobs") == {}, error

@@ -196,7 +196,7 @@ async def test_cancels_amid_commands(url: str, server: Server, rounds: Rounds) -
                     assert [
                         end for end in ends if end is not None and not isinstance(end, asyncio.CancelledError)
                     ] == []
-                results = await asyncio.gather(*(job.aresult(timeout=20) for job in accepted.values()))
+                results = await asyncio.gather(*(job.aresult(timeout=60) for job in accepted.values()))
             assert wrong == []
             assert results == list(accepted)
             assert set(ran.values()) == {1}
@@ -240,7 +240,7 @@ async def test_workers_of_one_name_are_two(url: str) -> None:
         await until(lambda: runs[0] == 2)
         assert runs[1] == 1
         gate.set()
-        assert [await job.aresult(timeout=5) for job in jobs] == [0, 1]
+        assert [await job.aresult(timeout=60) for job in jobs] == [0, 1]
         for worker in (alive, heir):
             worker.stop()
         await asyncio.gather(*running[1:])

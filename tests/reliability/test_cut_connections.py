@@ -110,11 +110,11 @@ async def work(app: Conveyor) -> Any:
     waiting = await add.options(delay="1h").aenqueue(6)
     assert await waiting.acancel() in {"removed", ""}  # "": an answer that was lost said so before
     async with app.worker(concurrency=3, grace="5s"):
-        results = await asyncio.gather(*(job.aresult(timeout=10) for job in jobs), return_exceptions=True)
+        results = await asyncio.gather(*(job.aresult(timeout=60) for job in jobs), return_exceptions=True)
         long = await endless.aenqueue()
         await until(lambda: "endless" in runs)
         await long.acancel()
-        ended = await asyncio.gather(long.aresult(timeout=10), return_exceptions=True)
+        ended = await asyncio.gather(long.aresult(timeout=60), return_exceptions=True)
     assert await audit(app) == []
     found = await counts(app)
     words = [type(one).__name__ if isinstance(one, Exception) else one for one in (*results, *ended)]
@@ -224,7 +224,7 @@ def results(app: Conveyor) -> Any:
     assert second.take() == [later.id]
     second.fail(later.id)
     app.client.run(operations.reap(second.keys, second.identity, crashed=False))
-    value, status = job.result(timeout=5), later.status()
+    value, status = job.result(timeout=60), later.status()
     assert app.client.run(inspection.audit(second.keys)) == []
     return value, status
 

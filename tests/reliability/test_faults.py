@@ -55,14 +55,16 @@ async def test_twenty_restarts_under_load_lose_nothing(start_server: Callable[..
         thread.start()
         for _ in range(20):
             goal = len(accepted) + 20
-            await until(lambda goal=goal: len(accepted) > goal, 20)
+            await until(lambda goal=goal: len(accepted) > goal)
             server.kill()
             server.start()
         stop.set()
         await asyncio.to_thread(thread.join)
-        await until(lambda: set(accepted) <= set(ran), 20)
+        await until(lambda: set(accepted) <= set(ran))
+        async with asyncio.timeout(60):  # what was stored without an answer as well
+            while (left := await counts(app)).ready or left.leased:
+                await asyncio.sleep(0.01)
     assert await audit(app) == []
-    assert (await counts(app)).ready == 0
     await app.aclose()
 
 
@@ -110,7 +112,7 @@ async def test_a_cancelled_enqueue_disturbs_nobody(url: str) -> None:
     assert len(accepted) >= 100
     assert set(accepted) <= ran
     for n, job in accepted.items():
-        assert await job.aresult(timeout=5) == n
+        assert await job.aresult(timeout=60) == n
     await app.aclose()
 
 
@@ -156,10 +158,10 @@ async def test_a_server_that_is_absent_at_first_is_waited_for(start_server: Call
     worker = Worker(app)
     running = asyncio.create_task(worker.run())
     server.start()
-    await asyncio.wait_for(worker.ready.wait(), 10)
+    await asyncio.wait_for(worker.ready.wait(), 60)
     app.client.retry_for = 5.0
     job = await add.aenqueue(1, 2)
-    assert await job.aresult(timeout=10) == 3
+    assert await job.aresult(timeout=60) == 3
     worker.stop()
     await running
     await app.aclose()
@@ -168,7 +170,7 @@ async def test_a_server_that_is_absent_at_first_is_waited_for(start_server: Call
 FROZEN = """
 import asyncio, os, sys
 from conveyor import Conveyor, current
-app = Conveyor(os.environ["CONVEYOR_URL"], lease="1s")
+app = Conveyor(os.environ["CONVEYOR_URL"], lease=sys.argv[2])
 
 @app.task(name="hold", retry=1)
 async def hold() -> str:
@@ -195,25 +197,25 @@ async def test_a_frozen_worker_is_fenced(url: str, tmp_path: Path) -> None:
     (tmp_path / "frozen.py").write_text(FROZEN)
     environment = {**os.environ, "CONVEYOR_URL": url}
 
-    def start() -> subprocess.Popen[bytes]:
-        return subprocess.Popen([sys.executable, str(tmp_path / "frozen.py"), str(log)], env=environment)
+    def start(lease: str) -> subprocess.Popen[bytes]:
+        return subprocess.Popen([sys.executable, str(tmp_path / "frozen.py"), str(log), lease], env=environment)
 
     app = Conveyor(url)
-    first = start()
+    first = start("1s")
     job = app.task(name="hold")(_hold)
     handle = await job.aenqueue()
     second: subprocess.Popen[bytes] | None = None
     try:
-        await until(lambda: len(log.read_text().splitlines()) == 1, 20)
+        await until(lambda: len(log.read_text().splitlines()) == 1)
         os.kill(first.pid, signal.SIGSTOP)
-        second = start()
-        await until(lambda: len(log.read_text().splitlines()) == 2, 20)
+        second = start("6s")  # a busy machine can keep this one
+        await until(lambda: len(log.read_text().splitlines()) == 2)
         os.kill(first.pid, signal.SIGCONT)
         (tmp_path / "runs.go").touch()
-        assert await handle.aresult(timeout=10) == str(second.pid)
+        assert await handle.aresult(timeout=60) == str(second.pid)
         until_still = time.monotonic() + 1  # the first one has had its say by then
         await until(lambda: time.monotonic() > until_still)
-        assert await handle.aresult(timeout=5) == str(second.pid)
+        assert await handle.aresult(timeout=60) == str(second.pid)
     finally:
         for process in filter(None, (first, second)):
             process.kill()

@@ -109,7 +109,7 @@ def test_frozen_workers_change_nothing_afterwards(url: str, redis: Any, tmp_path
         wait(one.drained, 120)
 
         starts = one.starts()
-        results = {split(job.id)[1]: job.result(timeout=5) for job in jobs}
+        results = {split(job.id)[1]: job.result(timeout=60) for job in jobs}
         assert written() == Counter(results.keys())
         assert one.completions() == len(jobs)
         for n, job in enumerate(jobs):
@@ -188,7 +188,7 @@ def test_a_blocked_worker_inside_a_program(url: str, redis: Any, tmp_path: Path,
             assert clutch.result(timeout=60).split()[0] == "2"
             assert f"Task block ({block.id}) has blocked" in one.log
             wait(lambda n=n: one.log.count("the lease was lost") > n)
-            assert clutch.result(timeout=5).split()[0] == "2"
+            assert clutch.result(timeout=60).split()[0] == "2"
             assert [written()[split(job.id)[1]] for job in (block, clutch)] == [1, 1]
         assert one.repeats() == rounds(50, 1)
 

@@ -332,7 +332,7 @@ def test_terminals_are_not_steered(url, redis, tmp_path):
                 shown.append(done.stdout + done.stderr)
     finally:
         worker.terminate()
-        shown += worker.communicate(timeout=30)
+        shown += worker.communicate(timeout=60)
     assert sum("9b2J" in one for one in shown) > 8, "the test reaches them"
     assert [one for one in shown if "\x1b" in one or "\x9b" in one] == []
     redis.delete(*redis.keys("conveyor:*"))

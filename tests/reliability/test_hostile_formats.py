@@ -142,7 +142,7 @@ async def test_damaged_msgpack_is_set_aside(url, redis):
     redis.hset(held.jobs, mapping=written)
     good = await app.tasks["move"].aenqueue(Point(0, 0))
     await drain(app)
-    assert await good.aresult("5s") == Point(1, 1)
+    assert await good.aresult("60s") == Point(1, 1)
     assert redis.hgetall(held.jobs) == written
     letters = [letter async for letter in app.queue("default").adead_letters()]
     assert {letter.attempts for letter in letters} == {1}

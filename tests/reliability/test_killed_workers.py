@@ -24,6 +24,8 @@ from support.supervisor_process import running
 from support.worker_processes import WorkerProcesses, wait, worker_processes
 
 Rounds = Callable[[int, int], int]
+LATE = 6.0
+"""Seconds a loaded machine may be late by."""
 pytestmark = pytest.mark.leaves_keys("what killed workers leave is taken away by its fixture")
 
 
@@ -165,7 +167,7 @@ def test_a_killed_supervisor_is_told_by_its_exit(url: str, tmp_path: Path) -> No
         wait(lambda: len(one.starts()) == 4)
         children = one.children(supervisor)
         supervisor.kill()
-        assert supervisor.wait(10) == -signal.SIGKILL
+        assert supervisor.wait(60) == -signal.SIGKILL
         wait(lambda: not any(map(running, children)))
         assert (one.counts().ready, one.counts().leased) == (4, 0)
 
@@ -199,6 +201,6 @@ def test_the_jobs_of_the_dead_are_back_in_time(url: str, tmp_path: Path, rounds:
                 alone[:] = [each for each in alone if each.pid != victim] + [one.embed(concurrency=4)]
         print(f"{len(took)} jobs back after {min(took):.3f} to {max(took):.3f} s")
 
-        assert max(took) < (lease / 2 if supervised else lease + 5)
+        assert max(took) < (lease / 2 if supervised else lease + 5 + LATE)
         assert one.repeats() == len(took)
         assert one.is_sound()

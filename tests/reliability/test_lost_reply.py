@@ -105,7 +105,7 @@ async def arun_queue(url, make):
     await queue.apush(0)
     await queue.apush_many(range(1, 6))
     seen = []
-    async with asyncio.timeout(4), aclosing(queue.aconsume(prefetch=2)) as messages:
+    async with asyncio.timeout(60), aclosing(queue.aconsume(prefetch=2)) as messages:
         async for message in messages:
             if message.body == 3:
                 await message.aack()

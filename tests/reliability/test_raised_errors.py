@@ -206,7 +206,7 @@ async def test_nasty_exceptions(url: str, level: int, monkeypatch: pytest.Monkey
         job = await fine.aenqueue()
         await drain(app, concurrency=4)
 
-        assert await job.aresult(timeout=5) == "fine"
+        assert await job.aresult(timeout=60) == "fine"
         assert (await counts(app)).dead == expected
         rows = (await app.client.arun(inspection.list_jobs(app.client.keys("default"), "dead", 0, 1000))).rows
         for row in rows:

@@ -142,7 +142,7 @@ async def test_what_is_logged(guarded, caplog, capfd):
         job = await good.tasks["fail"].aenqueue(PAYLOAD)
         await drain(app)
         with pytest.raises(Exception, match=r"E40|as it should") as caught:
-            await app.job(job.id).aresult("1s")
+            await app.job(job.id).aresult("60s")
         shown += repr(caught.value) + "".join(traceback.format_exception(caught.value))
         shown += str([letter async for letter in app.queue("default").adead_letters()])
     for app in (good, bad):
@@ -208,7 +208,7 @@ def worker_output(shell: Shell, run: dict[str, str]) -> str:
             listed[entry.parent.name] = entry.read_bytes().replace(b"\0", b" ").decode()
     assert len(listed) >= 3
     worker.terminate()
-    out, error = worker.communicate(timeout=30)
+    out, error = worker.communicate(timeout=60)
     return "\n".join([lines, out, error, *listed.values()])
 
 

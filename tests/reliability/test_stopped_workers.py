@@ -81,7 +81,7 @@ def test_a_signal_to_the_whole_group_is_one_stop(url: str, tmp_path: Path) -> No
         [child] = one.children(supervisor)
         os.kill(child, signal.SIGTERM)
         supervisor.send_signal(signal.SIGTERM)
-        assert supervisor.wait(30) == 0
+        assert supervisor.wait(60) == 0
         assert (one.completions(), one.repeats(), one.counts().ready) == (20, 0, 0)
 
 
@@ -128,7 +128,7 @@ async def test_a_stop_amid_a_claim_loses_nothing(
                     patch.setattr(QueueConsumer, "_on_reply", stopped_and_answered)
                 workers.append(Worker(app, concurrency=3, grace=5))
                 leased.clear()
-                assert await asyncio.wait_for(workers[-1].run(), 30) == 0
+                assert await asyncio.wait_for(workers[-1].run(), 60) == 0
             assert leased[0] > 0
             found = await counts(app)
             assert (found.leased, found.workers, found.dead) == (0, 0, 0)

@@ -284,6 +284,6 @@ def test_a_worker_that_cannot_go_on_says_why_in_a_line(shell: Shell) -> None:
                 assert lines[-1], lines
         finally:
             running.terminate()
-            rest = running.communicate(timeout=40)[1]
+            rest = running.communicate(timeout=60)[1]
     assert "The worker cannot continue: E02 The lamp is dark. Plug it in." in lines[-1]
     assert "Traceback" not in "".join(lines) + rest

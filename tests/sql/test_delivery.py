@@ -112,7 +112,7 @@ def test_a_relay_ends_when_it_is_told(url: str, server: Server, tmp_path: Path) 
         fill(outbox, database, "mail")
         eventually(lambda: len(app.queue("mail")) == 6, 30)
         process.send_signal(signal.SIGTERM)
-        _, said = process.communicate(timeout=20)
+        _, said = process.communicate(timeout=60)
         assert process.returncode == 0, said
         assert "Delivers conveyor_outbox to namespace conveyor" in said
         drain(app)
@@ -169,7 +169,7 @@ def test_a_batch_that_another_pushes_meanwhile(
         monkeypatch.setattr(app.client, "push_unbuffered", carry)
         assert outbox.deliver() == 3
         assert line(server) == ids
-        for message in app.queue("mail").pull(3, wait="5s"):
+        for message in app.queue("mail").pull(3, wait="60s"):
             message.ack()
         return carry(*args, **options)
 

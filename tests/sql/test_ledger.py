@@ -174,10 +174,10 @@ def test_killed_between_the_commit_and_the_acknowledgement(url: str, tmp_path: P
     worker = shell.start("worker", "jobs:app")
     try:
         with Conveyor(url) as app:
-            assert eventually(lambda: app.job(id_).status() == "done", 40)
-            assert app.job(id_).result(timeout="5s") == 2
+            assert eventually(lambda: app.job(id_).status() == "done", 60)
+            assert app.job(id_).result(timeout="60s") == 2
     finally:
         worker.terminate()
-        worker.communicate(timeout=30)
+        worker.communicate(timeout=60)
     assert (tmp_path / "runs").read_text() == "1\n2\n"
     assert database.one("SELECT COUNT(*) FROM sale") == 1

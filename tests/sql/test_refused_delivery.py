@@ -256,7 +256,7 @@ def test_partitions(spread: tuple[Conveyor, Outbox], database: Database) -> None
         jobs = [note.enqueue(n) for n in range(20)]
     assert outbox.deliver() == 160
     assert len(orders) == 160
-    taken = {message.id: message for message in orders.pull(200, wait="5s")}
+    taken = {message.id: message for message in orders.pull(200, wait="60s")}
     assert set(taken) == {*ids, *(job.id for job in jobs)}
     for message in taken.values():
         message.ack()
@@ -282,7 +282,7 @@ def test_partitions_that_changed_meanwhile(spread: tuple[Conveyor, Outbox], url:
     with Conveyor(url) as later:
         fewer = later.queue("orders", partitions=3)
         assert Outbox(later, database.connect).deliver() == 100
-        messages = fewer.pull(200, wait="5s")
+        messages = fewer.pull(200, wait="60s")
         assert sorted(message.body for message in messages) == list(range(100))
         for message in messages:
             message.ack()

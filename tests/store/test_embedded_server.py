@@ -34,7 +34,7 @@ sys.stdin.read()
 """
 
 
-def eventually(condition, what, seconds=10.0):
+def eventually(condition, what, seconds=60.0):
     end = time.monotonic() + seconds
     while not (value := condition()):
         assert time.monotonic() < end, f"not within {seconds} s: {what}"

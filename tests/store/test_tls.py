@@ -90,7 +90,7 @@ async def test_jobs_and_messages_travel_over_tls(secure_url: str) -> None:
 
     async with working(app):
         jobs = [await add.aenqueue(n, n) for n in range(20)]
-        assert [await job.aresult(timeout=10) for job in jobs] == [2 * n for n in range(20)]
+        assert [await job.aresult(timeout=60) for job in jobs] == [2 * n for n in range(20)]
 
     def blocking() -> list[str]:
         queue = app.queue("orders")

@@ -63,13 +63,13 @@ class FailoverLoad:
             thread = threading.Thread(target=self.produce)
             thread.start()
             try:
-                await until(lambda: len(self.ran) > 20, 20)
+                await until(lambda: len(self.ran) > 20)
                 yield worker
             finally:
                 self._stop.set()
                 await asyncio.to_thread(thread.join)
             with suppress(AssertionError):  # what is missing for good is for the test to say
-                await until(lambda: self.missing == [], 20)
+                await until(lambda: self.missing == [])
             await until(lambda: self.is_drained(worker), 60)
 
     @staticmethod

@@ -81,7 +81,7 @@ class JobLoad:
         await self.more(5)
         return self
 
-    async def more(self, count: int, seconds: float = 20.0) -> float:
+    async def more(self, count: int, seconds: float = 60.0) -> float:
         """Wait until *count* jobs more have begun; return after how many seconds."""
         began, goal = monotonic(), self.ran.total() + count
         await until(lambda: self.ran.total() >= goal, seconds)
@@ -104,8 +104,8 @@ class JobLoad:
 
     async def _drained(self) -> None:
         if not self._forgetful:
-            await until(lambda: set(self.accepted) <= set(self.ran), 30)
-        deadline = monotonic() + 30
+            await until(lambda: set(self.accepted) <= set(self.ran), 90)
+        deadline = monotonic() + 90
         while (left := await counts(self.app)).ready or left.leased or left.scheduled:
             assert monotonic() < deadline, f"this is never done: {left}"
             await asyncio.sleep(0.01)

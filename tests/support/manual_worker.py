@@ -86,7 +86,7 @@ def drain(app: Conveyor) -> None:
         app.client.execute("DEL", keys.wake, key=keys.wake)  # a token that no worker took
 
 
-def eventually(condition: Any, within: float = 10.0) -> Any:
+def eventually(condition: Any, within: float = 60.0) -> Any:
     """Return what *condition* returns as soon as that is true; fail after *within* seconds."""
     deadline = time.monotonic() + within
     while not (found := condition()):

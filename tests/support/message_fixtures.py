@@ -34,7 +34,7 @@ def queue(backend):
     assert (stats.ready, stats.leased, stats.workers) == (0, 0, 0)
 
 
-def until(check, seconds=4.0):
+def until(check, seconds=60.0):
     """Wait for a condition."""
     deadline = time.monotonic() + seconds
     while not (found := check()):

@@ -147,7 +147,7 @@ def produce(app: Conveyor) -> None:
         job.result(timeout=0.05)
     except TimeoutError:
         pass
-    assert app.job("done").result(timeout=5) == 2
+    assert app.job("done").result(timeout=60) == 2
     waiting = threading.Thread(target=lambda: _ended(job))
     waiting.start()
     eventually(
@@ -156,7 +156,7 @@ def produce(app: Conveyor) -> None:
         )[0]
     )
     assert job.cancel()
-    waiting.join(5)
+    waiting.join(60)
     app.client.execute("PING")  # as the thread does that waits for results
     for name in ("ready", "scheduled", "leased"):
         app.job(name).cancel()
@@ -164,7 +164,7 @@ def produce(app: Conveyor) -> None:
 
 def _ended(job: Any) -> None:
     try:
-        job.result(timeout=5)
+        job.result(timeout=60)
     except Exception:
         return
 
@@ -220,9 +220,9 @@ async def work(app: Conveyor) -> None:
     assert (await asyncio.to_thread(doctor.eviction_policy, app.client))[0]
     async with working(app) as worker:
         consumer = worker.consumers[0]
-        assert await (await double.aenqueue(2)).aresult(timeout=5) == 4
+        assert await (await double.aenqueue(2)).aresult(timeout=60) == 4
         own = await double.options(delay="10ms", unique="k", id=new_identity()).aenqueue(3)
-        assert await app.job(own.id).aresult(timeout=5) == 6
+        assert await app.job(own.id).aresult(timeout=60) == 6
         await app.tasks["shop.chain"].aenqueue()
         dying = await fail.aenqueue()
         stopping = await long.aenqueue()
@@ -242,14 +242,14 @@ async def work(app: Conveyor) -> None:
 
 
 async def _reached(job: Any, status: str) -> None:
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(60):
         while await job.astatus() != status:
             await asyncio.sleep(0.005)
 
 
 async def _empty(app: Conveyor) -> None:
     lists = [app.client.keys("default"), core_of(app).plain_lists[LIST].keys]
-    async with asyncio.timeout(8):
+    async with asyncio.timeout(60):
         while any(
             [(c := await app.client.arun(inspection.counts(one))).ready + c.leased + c.scheduled for one in lists]
         ):
@@ -269,7 +269,7 @@ def _die(app: Conveyor) -> None:
     dead_child = DeadChild("a child was killed", ChildInfo(app.client.address.url, NAMESPACE), [identity], crashed=True)
     lease_guard = LeaseGuard()
     lease_guard.return_jobs(dead_child)
-    assert lease_guard.close(5.0)
+    assert lease_guard.close(60.0)
     assert dead_child.returned == 1
 
 
@@ -277,7 +277,7 @@ def _consume(app: Conveyor) -> None:
     """Consume messages, one of them with a lease of its own."""
     orders = app.queue("orders")
     orders.push_many([1, 2])
-    messages = orders.pull(n=2, wait="1s")
+    messages = orders.pull(n=2, wait="60s")
     messages[0].extend("1m")
     for message in messages:
         message.ack()

@@ -14,9 +14,9 @@ from conveyor.worker.worker import Worker
 
 
 async def drain(app: Conveyor, **options: Any) -> Worker:
-    """Run a worker until everything is drained, at most 20 s."""
+    """Run a worker until everything is drained, at most a minute."""
     worker = Worker(app, burst=True, **options)
-    await asyncio.wait_for(worker.run(), 20)
+    await asyncio.wait_for(worker.run(), 60)
     return worker
 
 
@@ -26,7 +26,7 @@ async def working(app: Conveyor, **options: Any) -> AsyncIterator[Worker]:
     worker = Worker(app, **options)
     running = asyncio.create_task(worker.run())
     ready = asyncio.create_task(worker.ready.wait())
-    await asyncio.wait([running, ready], return_when=asyncio.FIRST_COMPLETED, timeout=10)
+    await asyncio.wait([running, ready], return_when=asyncio.FIRST_COMPLETED, timeout=60)
     ready.cancel()
     try:
         if running.done():
@@ -34,10 +34,10 @@ async def working(app: Conveyor, **options: Any) -> AsyncIterator[Worker]:
         yield worker
     finally:
         worker.stop()
-        await asyncio.wait_for(running, 40)
+        await asyncio.wait_for(running, 90)
 
 
-async def until(condition: Callable[[], Any], seconds: float = 10.0) -> Any:
+async def until(condition: Callable[[], Any], seconds: float = 60.0) -> Any:
     """Wait until *condition* holds; return what it returned."""
     deadline = monotonic() + seconds
     while not (found := condition()):
