@@ -29,7 +29,7 @@ from conveyor.worker.execution.processes import ProcessCrashed, ProcessPool, Pro
 from conveyor.worker.settlement import SettlementWriter
 from conveyor.worker.worker import Worker
 from support import process_app
-from support.running_worker import audit, drain, working
+from support.running_worker import audit, working
 from support.time_limits import LATER, PATIENCE
 
 APP = "support.process_app:app"
