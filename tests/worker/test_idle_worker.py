@@ -91,7 +91,6 @@ async def test_nothing_stands_between_a_token_and_its_job(
             sent.clear()
 
 
-@pytest.mark.row("D27")
 async def test_a_turn_is_made_for_an_idle_worker(app: Conveyor) -> None:
     """The turn that a token leads to fits an idle worker, though another queue worked while it was made."""
     gate, begun = asyncio.Event(), asyncio.Event()
