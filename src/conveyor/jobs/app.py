@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Literal, ParamSpec, Self, TypeVar, Unpack, cast, overload
@@ -31,7 +31,9 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from conveyor.events import Event
+    from conveyor.jobs.registry import QueueNames
     from conveyor.messaging.limits import Concurrency, Debounce, Rate, Unique
+    from conveyor.messaging.message import Message, OnError
     from conveyor.messaging.plain_list import PlainList
     from conveyor.messaging.queue import Queue
     from conveyor.payload.blobs import BlobStore
@@ -209,6 +211,40 @@ class Conveyor:
         return self._core.declare_plain_list(
             name, type, task=task_name, lease=lease, max_attempts=max_attempts, sealed=sealed
         )
+
+    def pull(self, queues: QueueNames, n: int = 1, wait: Duration = 0, *, renew: bool = False) -> list[Message[Any]]:
+        """
+        Return up to *n* messages of several queues as soon as there is one, or none after *wait*.
+
+        *queues* are names or queues: a list, or a map to weights. Where several have messages, each gives its share of
+        *n* by its weight, over several calls too; what one does not have, the others give. The messages come in the order
+        in which they were pushed or came due, those of a queue in its own order. A queue that is not declared here holds
+        any value. The rest is as in `Queue.pull`.
+        """
+        return self._core.select(queues, "app.pull()").pull(n, wait, renew=renew)
+
+    async def apull(
+        self, queues: QueueNames, n: int = 1, wait: Duration = 0, *, renew: bool = False
+    ) -> list[Message[Any]]:
+        """Awaitable form of `pull`."""
+        return await self._core.select(queues, "app.apull()").apull(n, wait, renew=renew)
+
+    def consume(
+        self, queues: QueueNames, prefetch: int = 1, *, on_error: OnError = "log"
+    ) -> Generator[Message[Any], None, None]:
+        """
+        Yield messages of several queues without end, each as soon as there is one.
+
+        *queues* are names or queues: a list, or a map to weights, by which they have their turns where several have
+        messages. The rest is as in `Queue.consume`.
+        """
+        return self._core.select(queues, "app.consume()").consume(prefetch, on_error=on_error)
+
+    def aconsume(
+        self, queues: QueueNames, prefetch: int = 1, *, on_error: OnError = "log"
+    ) -> AsyncGenerator[Message[Any], None]:
+        """Awaitable form of `consume`."""
+        return self._core.select(queues, "app.aconsume()").aconsume(prefetch, on_error=on_error)
 
     # -- tasks ----------------------------------------------------------------------------------------------------
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, Unpack
+from weakref import WeakValueDictionary
 
 from conveyor import ids
 from conveyor.errors import ConfigurationError
@@ -19,11 +21,15 @@ if TYPE_CHECKING:
     from conveyor.messaging.partitions import Partitions
     from conveyor.messaging.plain_list import PlainList
     from conveyor.messaging.push_options import PushMiddleware
-    from conveyor.messaging.queue import Queue
+    from conveyor.messaging.queue import Queue, QueueSelection
     from conveyor.payload.pipeline import PayloadPipeline
     from conveyor.store.keys import QueueKeys
 
+    QueueNames = Mapping[Queue[Any] | str, float] | Mapping[str, float] | Iterable[Queue[Any] | str]
+
 Full = Literal["raise", "block", "drop-oldest"]
+MOST_SELECTIONS = 64
+"""Selections of queues whose shares are remembered, at most."""
 UpcastMessage = Callable[[int, Any], Any]
 """From a version and a message of that version to the message as the next version has it."""
 
@@ -59,6 +65,8 @@ class QueueRegistry:
         """Queues with a maximum length, a durability of their own, or partitions: their jobs take no short cut."""
         self.partitioned: dict[str, Partitions] = {}
         self._declared: dict[str, dict[str, object]] = {}
+        self._selections: dict[object, QueueSelection] = {}
+        self._undeclared: WeakValueDictionary[str, Queue[Any]] = WeakValueDictionary()
         self._keys: dict[str, QueueKeys] = {}
 
     # -- pushing --------------------------------------------------------------------------------------------------
@@ -100,6 +108,34 @@ class QueueRegistry:
     def _max_length(self, queue: str) -> int:
         declared = self.bounded.get(queue)
         return 0 if declared is None else declared.max_length or 0
+
+    # -- taking from several --------------------------------------------------------------------------------------
+
+    def select(self, queues: QueueNames, call: str) -> QueueSelection:
+        """Return the queues that *call* takes from; the same ones are remembered, with what each has had."""
+        chosen = {self._known(queue, call): weight for queue, weight in _weights(queues, call).items()}
+        key = frozenset(chosen.items())
+        from conveyor.messaging.queue import QueueSelection
+
+        found = self._selections.pop(key, None) or QueueSelection(chosen)
+        self._selections[key] = found  # behind the others: the one that is used least is the first
+        if len(self._selections) > MOST_SELECTIONS:
+            del self._selections[next(iter(self._selections))]
+        return found
+
+    def _known(self, queue: Queue[Any] | str, call: str) -> Queue[Any]:
+        """Return a queue as it was declared; one that was not holds any value."""
+        if not isinstance(queue, str):
+            if queue.client is not self.client:
+                raise ConfigurationError(f"{call} takes from queues of one app, and {queue.name!r} belongs to another.")
+            return queue
+        known = self.queues.get(queue) or self.plain_lists.get(queue) or self._undeclared.get(queue)
+        if known is None:
+            known = self._undeclared[queue] = self._make_queue(
+                ids.queue_name(queue), Any, 1, lease_ms=self.lease_ms, max_payload=self.max_whole, sealing=self.sealing,
+                formats=self.formats,
+            )  # fmt: skip
+        return known
 
     # -- declaring ------------------------------------------------------------------------------------------------
 
@@ -199,6 +235,25 @@ class QueueRegistry:
         """Return the lease of *queue* in ms."""
         declared = self.queues.get(queue, self.plain_lists.get(queue))
         return self.lease_ms if declared is None else declared.lease_ms
+
+
+def _weights(queues: QueueNames, call: str) -> dict[Queue[Any] | str, float]:
+    """Return the weight of each queue: 1 where only names are given. Raises ConfigurationError."""
+    try:
+        if isinstance(queues, Mapping):
+            weights: dict[Any, float] = dict(queues)
+        else:
+            weights = {} if isinstance(queues, str) else dict.fromkeys(queues, 1.0)
+    except TypeError:
+        weights = {}
+    numbers = [one for one in weights.values() if isinstance(one, int | float) and not isinstance(one, bool)]
+    if not weights or not all(hasattr(one, "keys") or isinstance(one, str) for one in weights):
+        raise ConfigurationError(f"{call} takes a list of queues, such as ['mail', 'orders'], not {queues!r}.")
+    if len(numbers) < len(weights) or not all(0 < one < math.inf for one in numbers):
+        raise ConfigurationError(
+            f"{call} takes queues with weights above 0, such as {{'mail': 3, 'orders': 1}}, not {queues!r}."
+        )
+    return weights
 
 
 def _difference(one: dict[str, object], other: dict[str, object]) -> str:

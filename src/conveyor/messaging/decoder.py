@@ -38,7 +38,7 @@ class MessageDecoder(Generic[T]):
 
     def message(self, leased: LeasedMessage, settler: Settler) -> Message[T]:
         """Return the message users see. Raises PayloadError (PayloadTooNew is one), BlobUnavailable."""
-        return Message(self._queue, self._body(leased), leased, settler)
+        return Message(self._body(leased), leased, settler)
 
     def _body(self, leased: LeasedMessage) -> T:
         if leased.damage:

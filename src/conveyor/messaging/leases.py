@@ -195,6 +195,10 @@ class LeaseSession:
         """The server's time in ms, as far as it is known here."""
         return int(self.clock() * 1000 + self._clock_offset)
 
+    def remaining(self) -> float:
+        """Return the seconds until the lease ends unless it is renewed; negative when it should be over."""
+        return self.renewed + self.lease_ms / 1000 - self.clock()
+
     def wait(self) -> float:
         """Return for how many seconds an idle consumer may block."""
         now = self.clock()
@@ -283,7 +287,7 @@ class LeaseSession:
         Until Redis has answered, whatever interrupts it, the next turn begins with the same call.
         """
         own = LeaseSession(self.keys, ms, self.about, self.detector, transient=True, clock=self.clock, registered=True)
-        own.bodies = self.bodies
+        own.bodies, own.renewed = self.bodies, self.clock()
         call = operations.extend(self.keys, self.worker, leased.id, own.worker, ms, self.about)
         self._has_moved = True
         self._extensions[leased.id] = Extension(leased, own, call)

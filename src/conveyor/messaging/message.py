@@ -5,11 +5,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from types import TracebackType
 from typing import Generic, Literal, Protocol, TypeVar
 
 from conveyor.errors import ConfigurationError, LeaseLost
-from conveyor.ids import clean, public
+from conveyor.ids import clean, logical, public
 from conveyor.messaging.leases import LeasedMessage
 from conveyor.messaging.settlement import SettlementPolicy
 from conveyor.payload import failures
@@ -51,7 +52,6 @@ class Message(Generic[T]):
     messages those whose block was entered or `start` called.
     """
 
-    queue: str
     body: T
     _leased: LeasedMessage
     _settler: Settler
@@ -59,7 +59,13 @@ class Message(Generic[T]):
     @property
     def id(self) -> str:
         """The id that `push` returned."""
-        return public(self.queue, self._leased.id)
+        return public(self._leased.session.keys.queue, self._leased.id)
+
+    @property
+    def queue(self) -> str:
+        """The name of its queue."""
+        keys = self._leased.session.keys
+        return logical(keys.queue) if keys.foreign is None else keys.queue
 
     @property
     def attempt(self) -> int:
@@ -75,6 +81,14 @@ class Message(Generic[T]):
     def priority(self) -> int:
         """The priority given with the push, 0 to 9."""
         return self._leased.envelope.priority
+
+    @property
+    def lease_ends(self) -> datetime | None:
+        """When its lease ends unless it is renewed, by the clock of this machine; None when it is settled or lost."""
+        leased = self._leased
+        if leased.settled or leased.lost:
+            return None
+        return datetime.now(UTC) + timedelta(seconds=leased.session.remaining())
 
     def __repr__(self) -> str:
         state = "lost" if self._leased.lost else "settled" if self._leased.settled else "leased"
@@ -115,6 +129,14 @@ class Message(Generic[T]):
         """Make the message a dead letter. Raises LeaseLost."""
         self._settler.settle([self._dead(reason)])
 
+    def release(self) -> None:
+        """
+        Give the message back to the front of its queue, as if it had not been taken: it counts as no attempt.
+
+        Of several, release the last one first, and they keep their order. Raises LeaseLost.
+        """
+        self._settler.settle([self._released()])
+
     def extend(self, duration: Duration) -> None:
         """
         Give the message its own lease that ends *duration* from now and is not renewed. Raises LeaseLost.
@@ -135,6 +157,10 @@ class Message(Generic[T]):
     async def adead(self, reason: str) -> None:
         """Awaitable form of `dead`."""
         await self._settler.asettle([self._dead(reason)])
+
+    async def arelease(self) -> None:
+        """Awaitable form of `release`."""
+        await self._settler.asettle([self._released()])
 
     async def aextend(self, duration: Duration) -> None:
         """Awaitable form of `extend`."""
@@ -229,6 +255,12 @@ class Message(Generic[T]):
             return again
         leased = self._ours()
         return leased, self._settler.policy.dead(leased, reason)
+
+    def _released(self) -> Ending:
+        if again := self._again("F"):
+            return again
+        leased = self._ours()
+        return leased, self._settler.policy.released(leased)
 
     def _endings(self, error: BaseException | None, *, log: bool = True) -> list[Ending]:
         """Return how a block that ended with *error* settles this message, and log the failure."""
@@ -340,9 +372,7 @@ def _success(leased: LeasedMessage) -> Settlement:
 def _lease(duration: Duration) -> int:
     ms = milliseconds(duration, name="duration")
     if ms < 1:
-        raise ConfigurationError(
-            "extend() needs a duration greater than zero. Use nack(delay=0) to give a message back."
-        )
+        raise ConfigurationError("extend() needs a duration greater than zero. Use release() to give a message back.")
     return ms
 
 

@@ -10,10 +10,8 @@ from typing import Any, TypeVar
 
 from conveyor.errors import ConfigurationError
 from conveyor.ids import queue_name, split
-from conveyor.messaging.consumer.asynchronous import AsyncConsumer
-from conveyor.messaging.consumer.blocking import Consumer
+from conveyor.messaging.consumer.settling import PartitionSource
 from conveyor.messaging.maintenance import DeadLetter, redrive_batch
-from conveyor.messaging.message import OnError
 from conveyor.messaging.partitions import Partitions
 from conveyor.messaging.publisher import PartitionedPublisher, Publisher
 from conveyor.messaging.push_options import PreparedPush, PushOptions
@@ -86,13 +84,8 @@ class PartitionedQueue(Queue[T]):
         prepared = super()._prepared(options)
         return prepared if group is None else replace(prepared, group=group)
 
-    def _consumer(self, on_error: OnError, *, transient: bool = False) -> Consumer[T]:
-        sources = [part._source(transient) for part in self.parts]  # noqa: SLF001
-        return Consumer(self.client, sources, on_error, partitions=self.partitions, transient=transient)
-
-    def _async_consumer(self, on_error: OnError, *, transient: bool = False) -> AsyncConsumer[T]:
-        sources = [part._source(transient) for part in self.parts]  # noqa: SLF001
-        return AsyncConsumer(self.client, sources, on_error, partitions=self.partitions, transient=transient)
+    def _sources(self, transient: bool) -> list[PartitionSource[T]]:
+        return [replace(part._source(transient), partitions=self.partitions) for part in self.parts]  # noqa: SLF001
 
     # -- look and care --------------------------------------------------------------------------------------------
 

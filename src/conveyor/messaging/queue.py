@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import os
 import socket
+<<<<<<< HEAD
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Iterable, Iterator, Sequence
+=======
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Iterable, Iterator, Mapping
+>>>>>>> 74b9246 (app: pull and consume from many queues by weights; messages: release, lease_ends, pull(renew=True))
 from contextlib import aclosing
 from functools import partial
 from typing import Any, Generic, Literal, TypeVar, Unpack, cast, get_args
@@ -15,7 +19,8 @@ from conveyor.messaging import maintenance
 from conveyor.messaging import partitions as partitioning
 from conveyor.messaging.consumer.asynchronous import AsyncConsumer
 from conveyor.messaging.consumer.blocking import Consumer
-from conveyor.messaging.consumer.settling import PartitionSource
+from conveyor.messaging.consumer.partition_steps import QueueShares
+from conveyor.messaging.consumer.settling import ConsumerSources, PartitionSource
 from conveyor.messaging.decoder import MessageDecoder
 from conveyor.messaging.leases import DeadWorkerDetector, LeaseSession
 from conveyor.messaging.maintenance import DeadLetter
@@ -54,7 +59,93 @@ Full = Literal["raise", "block", "drop-oldest"]
 SHORTEST_LEASE_MS = 100
 
 
-class Queue(Generic[T]):
+class MessageSource(Generic[T]):
+    """A queue, or several by their weights, as messages are taken from them."""
+
+    client: Client
+
+    def _consumer_sources(self, transient: bool) -> ConsumerSources[T]:
+        """Return what a consumer takes from, with new identities, *transient* for a single pull."""
+        raise NotImplementedError
+
+    def consume(self, prefetch: int = 1, *, on_error: OnError = "log") -> Generator[Message[T], None, None]:
+        """
+        Yield messages without end, each as soon as there is one; a thread renews their leases.
+
+        Up to *prefetch* are leased in one round trip. Errors inside ``with message`` are logged and nacked;
+        ``on_error="raise"`` passes them on as well. An outage of Redis is waited for. Messages that are not settled
+        when the loop is left go back to the front; those that had not started keep no trace of it.
+        """
+        refuse_in_loop()
+        prefetch = whole_number("prefetch", prefetch, 1, MOST_HELD)
+        return self._consumer(checked_on_error(on_error)).messages(prefetch)
+
+    def batches(
+        self, size: int = 100, within: Duration = "1s", *, on_error: OnError = "log"
+    ) -> Generator[Batch[T], None, None]:
+        """Yield lists of messages without end: of *size*, or what came *within* that time of the first."""
+        refuse_in_loop()
+        size, wait_ms = whole_number("size", size, 1, MOST_HELD), milliseconds(within, name="within")
+        return self._consumer(checked_on_error(on_error)).batches(size, wait_ms / 1000)
+
+    def pull(self, n: int = 1, wait: Duration = 0, *, renew: bool = False) -> list[Message[T]]:
+        """
+        Return up to *n* messages as soon as there is one, or none after *wait*.
+
+        Settle each with `ack`, `nack`, `dead` or `release` before its lease ends, or `extend` it. With *renew* a thread
+        renews their leases until they are settled, or the program has dropped them all.
+        """
+        n, wait_ms = whole_number("n", n, 1, MOST_HELD), milliseconds(wait, name="wait")
+        return self._consumer("log", transient=True).pull(n, wait_ms / 1000, renew=renew)
+
+    def aconsume(self, prefetch: int = 1, *, on_error: OnError = "log") -> AsyncGenerator[Message[T], None]:
+        """Awaitable form of `consume`."""
+        prefetch = whole_number("prefetch", prefetch, 1, MOST_HELD)
+        return self._async(checked_on_error(on_error), lambda consumer: consumer.messages(prefetch))
+
+    def abatches(
+        self, size: int = 100, within: Duration = "1s", *, on_error: OnError = "log"
+    ) -> AsyncGenerator[Batch[T], None]:
+        """Awaitable form of `batches`."""
+        size, wait_ms = whole_number("size", size, 1, MOST_HELD), milliseconds(within, name="within")
+        return self._async(checked_on_error(on_error), lambda consumer: consumer.batches(size, wait_ms / 1000))
+
+    async def apull(self, n: int = 1, wait: Duration = 0, *, renew: bool = False) -> list[Message[T]]:
+        """Awaitable form of `pull`."""
+        n, wait_ms = whole_number("n", n, 1, MOST_HELD), milliseconds(wait, name="wait")
+        return await self._async_consumer("log", transient=True).pull(n, wait_ms / 1000, renew=renew)
+
+    def _consumer(self, on_error: OnError, *, transient: bool = False) -> Consumer[T]:
+        return Consumer(self.client, self._consumer_sources(transient), on_error, transient=transient)
+
+    def _async_consumer(self, on_error: OnError, *, transient: bool = False) -> AsyncConsumer[T]:
+        return AsyncConsumer(self.client, self._consumer_sources(transient), on_error, transient=transient)
+
+    async def _async(
+        self, on_error: OnError, begin: Callable[[AsyncConsumer[T]], AsyncGenerator[V, None]]
+    ) -> AsyncGenerator[V, None]:
+        # Made inside the loop, at the first step; closing this one closes the inner one at once.
+        async with aclosing(begin(self._async_consumer(on_error))) as things:
+            async for thing in things:
+                yield thing
+
+
+class QueueSelection(MessageSource[Any]):
+    """Several queues of one app that messages are taken from together, by their weights."""
+
+    def __init__(self, queues: Mapping[Queue[Any], float]) -> None:
+        """Make the selection of *queues*, which belong to one app and have weights above 0."""
+        self.queues = tuple(queues)
+        self.client = self.queues[0].client
+        self._weights = tuple(queues.values())
+        self._shares_of_pulls = QueueShares(self._weights)
+
+    def _consumer_sources(self, transient: bool) -> ConsumerSources[Any]:
+        shares = self._shares_of_pulls if transient else QueueShares(self._weights)
+        return ConsumerSources(*(queue._sources(transient) for queue in self.queues), shares=shares)  # noqa: SLF001
+
+
+class Queue(MessageSource[T]):
     """
     A queue of messages of one type. `Conveyor.queue` makes it.
 
@@ -184,65 +275,12 @@ class Queue(Generic[T]):
 
     # -- take ---------------------------------------------------------------------------------------------------------
 
-    def consume(self, prefetch: int = 1, *, on_error: OnError = "log") -> Generator[Message[T], None, None]:
-        """
-        Yield messages without end, each as soon as there is one; a thread renews their leases.
+    def _consumer_sources(self, transient: bool) -> ConsumerSources[T]:
+        return ConsumerSources(self._sources(transient))
 
-        Up to *prefetch* are leased in one round trip. Errors inside ``with message`` are logged and nacked;
-        ``on_error="raise"`` passes them on as well. An outage of Redis is waited for. Messages that are not settled
-        when the loop is left go back to the front; those that had not started keep no trace of it.
-        """
-        refuse_in_loop()
-        prefetch = whole_number("prefetch", prefetch, 1, MOST_HELD)
-        return self._consumer(checked_on_error(on_error)).messages(prefetch)
-
-    def batches(
-        self, size: int = 100, within: Duration = "1s", *, on_error: OnError = "log"
-    ) -> Generator[Batch[T], None, None]:
-        """Yield lists of messages without end: of *size*, or what came *within* that time of the first."""
-        refuse_in_loop()
-        size, wait_ms = whole_number("size", size, 1, MOST_HELD), milliseconds(within, name="within")
-        return self._consumer(checked_on_error(on_error)).batches(size, wait_ms / 1000)
-
-    def pull(self, n: int = 1, wait: Duration = 0) -> list[Message[T]]:
-        """
-        Return up to *n* messages as soon as there is one, or none after *wait*.
-
-        Their leases are not renewed: settle each with `ack`, `nack` or `dead` before its lease ends, or `extend` it.
-        """
-        n, wait_ms = whole_number("n", n, 1, MOST_HELD), milliseconds(wait, name="wait")
-        return self._consumer("log", transient=True).pull(n, wait_ms / 1000)
-
-    def aconsume(self, prefetch: int = 1, *, on_error: OnError = "log") -> AsyncGenerator[Message[T], None]:
-        """Awaitable form of `consume`."""
-        prefetch = whole_number("prefetch", prefetch, 1, MOST_HELD)
-        return self._async(checked_on_error(on_error), lambda consumer: consumer.messages(prefetch))
-
-    def abatches(
-        self, size: int = 100, within: Duration = "1s", *, on_error: OnError = "log"
-    ) -> AsyncGenerator[Batch[T], None]:
-        """Awaitable form of `batches`."""
-        size, wait_ms = whole_number("size", size, 1, MOST_HELD), milliseconds(within, name="within")
-        return self._async(checked_on_error(on_error), lambda consumer: consumer.batches(size, wait_ms / 1000))
-
-    async def apull(self, n: int = 1, wait: Duration = 0) -> list[Message[T]]:
-        """Awaitable form of `pull`."""
-        n, wait_ms = whole_number("n", n, 1, MOST_HELD), milliseconds(wait, name="wait")
-        return await self._async_consumer("log", transient=True).pull(n, wait_ms / 1000)
-
-    def _consumer(self, on_error: OnError, *, transient: bool = False) -> Consumer[T]:
-        return Consumer(self.client, [self._source(transient)], on_error, transient=transient)
-
-    def _async_consumer(self, on_error: OnError, *, transient: bool = False) -> AsyncConsumer[T]:
-        return AsyncConsumer(self.client, [self._source(transient)], on_error, transient=transient)
-
-    async def _async(
-        self, on_error: OnError, begin: Callable[[AsyncConsumer[T]], AsyncGenerator[V, None]]
-    ) -> AsyncGenerator[V, None]:
-        # Made inside the loop, at the first step; closing this one closes the inner one at once.
-        async with aclosing(begin(self._async_consumer(on_error))) as things:
-            async for thing in things:
-                yield thing
+    def _sources(self, transient: bool) -> list[PartitionSource[T]]:
+        """Return the partitions of this queue as a consumer needs them, itself where it is in one piece."""
+        return [self._source(transient)]
 
     def _source(self, transient: bool) -> PartitionSource[T]:
         """Return this queue as a consumer needs it, with a new identity, *transient* for a single pull."""

@@ -122,6 +122,12 @@ class SettlementPolicy:
         """Return the history of a message that is given back: its start counts, its budget is unchanged."""
         return handed_back(leased.history, leased.attempt, started=True).encode() if leased.started else b""
 
+    def released(self, leased: LeasedMessage) -> Settlement:
+        """Settle a message that goes back to the front as if it had not been taken."""
+        # The possible crash of a suspect, which was recorded before it began, is taken back.
+        recorded = leased.begun and self.presumed_crash(leased) is not None
+        return Settlement("F", leased.id, state=leased.history.encode() if recorded else b"")
+
     def cancelled(self, leased: LeasedMessage, reason: str = "") -> Settlement:
         """Settle a message that somebody cancelled, or for another *reason* that is recorded."""
         reason = reason or ("" if leased.started else NOT_STARTED)

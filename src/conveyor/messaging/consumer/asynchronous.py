@@ -4,19 +4,28 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Callable, Generator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any, Generic, TypeVar
 
 from conveyor.errors import ConveyorError, StoreUnavailable
 from conveyor.messaging.consumer.list_mover import AsyncListMover
-from conveyor.messaging.consumer.renewal import LeaseRenewer, by_endpoint
-from conveyor.messaging.consumer.settling import OutageLog, PartitionSource, SettlerState, log_not_left, programs
+from conveyor.messaging.consumer.renewal import LeaseRenewer, by_endpoint, renew_until_settled
+from conveyor.messaging.consumer.settling import (
+    ConsumerSources,
+    OutageLog,
+    PartitionSource,
+    SettlerState,
+    by_arrival,
+    log_not_left,
+)
 from conveyor.messaging.consumer.steps import Program, TurnStep, WaitStep
 from conveyor.messaging.leases import LeasedMessage, LeaseSession, settle_all
 from conveyor.messaging.message import Batch, Ending, Message, OnError
 from conveyor.messaging.partitions import Partitions
 from conveyor.messaging.settlement import SettlementPolicy
+from conveyor.store import operations
 from conveyor.store.client.client import Client, refuse_in_loop
 from conveyor.store.client.outages import FIRST_TRY
 from conveyor.store.client.programs import AsyncRun, adrive, arun_once
@@ -156,43 +165,32 @@ async def arun_partitioned(partitions: Partitions, call: Call[Any], *, retry_for
 
 class AsyncConsumer(Generic[T]):
     """
-    Hands out the messages of a queue, one or several at a time. Belongs to the event loop it was made on.
+    Hands out the messages of queues, one or several at a time. Belongs to the event loop it was made on.
 
-    `sources` are the queue's partitions, one for a queue in one piece, which has no `partitions`. A *transient* one
-    serves a single `pull`. Connects when the first message is asked for.
+    A *transient* one serves a single `pull`. Connects when the first message is asked for.
     """
 
     def __init__(
-        self,
-        client: Client,
-        sources: Sequence[PartitionSource[T]],
-        on_error: OnError,
-        *,
-        partitions: Partitions | None = None,
-        transient: bool = False,
+        self, client: Client, sources: ConsumerSources[T], on_error: OnError, *, transient: bool = False
     ) -> None:
         self.client = client
-        self._partitions = partitions
-        self._only_session = sources[0].session if len(sources) == 1 else None
-        run = partial(arun_once, client) if partitions is None else partial(arun_partitioned, partitions)
+        self._sources = sources
+        self._only_session = sources.only.session if sources.only is not None else None
         # No turn follows a pull by itself, so its messages are settled at once; they outlive this consumer.
         self.settlers = [
-            AsyncSettler(client, source.session, source.policy, on_error, run)
+            AsyncSettler(client, source.session, source.policy, on_error, self._run_for(source))
             if transient
-            else AsyncPartitionSettler(self, source, on_error, run)
-            for source in sources
+            else AsyncPartitionSettler(self, source, on_error, self._run_for(source))
+            for source in sources.all
         ]
-        if partitions is not None and not client.has_one_endpoint:
-            for settler in self.settlers:
-                settler.leave_out(partial(arun_partitioned, partitions, retry_for=FIRST_TRY))
-        self._programs = programs(
-            [one.steps(settler) for one, settler in zip(sources, self.settlers, strict=True)],
-            lambda at: self.settlers[at].is_away,
-        )
+        if self._only_session is None and not client.has_one_endpoint:
+            for source, settler in zip(sources.all, self.settlers, strict=True):
+                settler.leave_out(partial(self._run_for(source), retry_for=FIRST_TRY))
+        self._programs = sources.programs(self.settlers, lambda at: self.settlers[at].is_away)
         self._waiters: AsyncWakeupWaiters | None = None
         self._renewer: LeaseRenewer | None = None
         self._renewal: asyncio.Task[None] | None = None
-        self._mover: AsyncListMover | None = None
+        self._movers: list[AsyncListMover] | None = None
         self.is_idle = False
         self.settled = asyncio.Event()
         self._outage = OutageLog(client)
@@ -225,13 +223,19 @@ class AsyncConsumer(Generic[T]):
         finally:
             await self._end()
 
-    async def pull(self, count: int, wait: float) -> list[Message[T]]:
-        """Return up to *count* messages as soon as there is one, or none after *wait* seconds."""
-        if self._partitions is not None:
-            await self._partitions.aagree()
+    async def pull(self, count: int, wait: float, *, renew: bool = False) -> list[Message[T]]:
+        """
+        Return up to *count* messages as soon as there is one, or none after *wait* seconds.
+
+        *renew*: their leases are renewed until they are settled.
+        """
+        await self._agree()
         try:
             pulled = await self._follow(self._programs.pull(count, wait), patient=False)
+            await self._return_tokens()
         except StoreUnavailable:
+            if self._only_session is None:  # others may have given messages, which are not handed out
+                await self._leave_all(held_only=True)
             raise
         except BaseException:  # cancelled, as by a timeout: what was leased has not been handed out
             leaving = asyncio.get_running_loop().create_task(self._leave_all())
@@ -240,17 +244,27 @@ class AsyncConsumer(Generic[T]):
             await asyncio.wait([leaving], timeout=LONGEST_LEAVE)
             raise
         finally:
-            self._close_waiters()
+            self._stop_waiting()
+        if renew and pulled:
+            renew_until_settled(self.client, self.settlers)
+        if self._sources.several_queues:
+            pulled = by_arrival(pulled)
         return pulled or self.settlers[0].nothing_from(self.settlers)
+
+    async def _return_tokens(self) -> None:
+        """Put back the tokens of partitions that were not looked at, so that others who wait there are woken."""
+        for at in self._waiters.heard() if self._waiters is not None else ():
+            self._programs.woken(at)
+        for at in self._programs.unspent():
+            keys = self.settlers[at].session.keys
+            with suppress(ConveyorError):  # a lost token costs seconds, never a message
+                await self.client.arun(operations.wake(keys.wake), retry_for=0)
 
     # -- driving ------------------------------------------------------------------------------------------------------
 
     async def _begin(self) -> None:
-        if self._partitions is not None:
-            await self._partitions.aagree()
+        await self._agree()
         self._renewer = LeaseRenewer(self.client, self.settlers, slack=1.6)
-        if self._only_session is not None and self._only_session.keys.foreign is not None:
-            self._mover = AsyncListMover(self.client, self._only_session.keys)
         self._renewal = asyncio.get_running_loop().create_task(self._renew())
 
     async def _end(self) -> None:
@@ -258,15 +272,23 @@ class AsyncConsumer(Generic[T]):
             self._renewer.stop()
         if self._renewal is not None:
             self._renewal.cancel()
-        if self._mover is not None:
-            self._mover.stop()
-        self._close_waiters()
+        self._stop_waiting()
         await self._leave_all()
 
-    async def _leave_all(self) -> None:
-        """Give everything back, and take the registrations away."""
+    async def _agree(self) -> None:
+        for partitions in self._sources.partitions:
+            await partitions.aagree()
+
+    def _run_for(self, source: PartitionSource[T]) -> Callable[..., Awaitable[Any]]:
+        """Return what carries out the calls at *source*."""
+        if source.partitions is not None:
+            return partial(arun_partitioned, source.partitions)
+        return partial(arun_once, self.client)
+
+    async def _leave_all(self, *, held_only: bool = False) -> None:
+        """Give everything back, and take the registrations away; *held_only*: where messages are held."""
         for step in self._programs.leave():
-            if isinstance(step, TurnStep):
+            if isinstance(step, TurnStep) and (self.settlers[step.at].session.held or not held_only):
                 await self._leave(step)
 
     async def _leave(self, step: TurnStep) -> None:
@@ -339,17 +361,22 @@ class AsyncConsumer(Generic[T]):
                 except TimeoutError:
                     pass
                 return
-            seconds = step.seconds if self._mover is None else self._mover.begin(step.seconds)
+            if self._movers is None:
+                lists = [one.session.keys for one in self._sources.all if one.session.keys.foreign is not None]
+                self._movers = [AsyncListMover(self.client, keys) for keys in lists]
+            seconds = min([step.seconds, *(mover.begin(step.seconds) for mover in self._movers)])
             self._waiters = self._waiters or AsyncWakeupWaiters(self)
             for at in await self._waiters.wait(seconds):
                 self._programs.woken(at)
         finally:
-            if self._mover is not None:
-                self._mover.end()
+            for mover in self._movers or ():
+                mover.end()
             self._set_idle(False)
 
-    def _close_waiters(self) -> None:
-        waiters, self._waiters = self._waiters, None
+    def _stop_waiting(self) -> None:
+        for mover in self._movers or ():
+            mover.stop()
+        waiters, self._waiters, self._movers = self._waiters, None, None
         if waiters is not None:
             waiters.close()
 

@@ -6,20 +6,29 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import suppress
 from functools import partial
 from queue import Empty, SimpleQueue
 from typing import Any, Generic, TypeVar
 
 from conveyor.errors import ConveyorError, StoreUnavailable
 from conveyor.messaging.consumer.list_mover import ListMover
-from conveyor.messaging.consumer.renewal import LeaseRenewer, by_endpoint
-from conveyor.messaging.consumer.settling import OutageLog, PartitionSource, SettlerState, log_not_left, programs
+from conveyor.messaging.consumer.renewal import LeaseRenewer, by_endpoint, renew_until_settled
+from conveyor.messaging.consumer.settling import (
+    ConsumerSources,
+    OutageLog,
+    PartitionSource,
+    SettlerState,
+    by_arrival,
+    log_not_left,
+)
 from conveyor.messaging.consumer.steps import Program, TurnStep, WaitStep
 from conveyor.messaging.leases import LeasedMessage, LeaseSession, settle_all
 from conveyor.messaging.message import Batch, Ending, Message, OnError
 from conveyor.messaging.partitions import Partitions
 from conveyor.messaging.settlement import SettlementPolicy
+from conveyor.store import operations
 from conveyor.store.client.client import Client, refuse_in_loop
 from conveyor.store.client.outages import FIRST_TRY
 from conveyor.store.client.programs import Run, drive, run_once
@@ -134,49 +143,35 @@ def run_partitioned(partitions: Partitions, call: Call[Any], *, retry_for: float
 
 class Consumer(Generic[T]):
     """
-    Hands out the messages of a queue, one or several at a time, and reports their ends with the next turn.
+    Hands out the messages of queues, one or several at a time, and reports their ends with the next turn.
 
-    `sources` are the queue's partitions, one for a queue in one piece, which has no `partitions`. A *transient* one
-    serves a single `pull`. Connects when the first message is asked for.
+    A *transient* one serves a single `pull`. Connects when the first message is asked for.
     """
 
     def __init__(
-        self,
-        client: Client,
-        sources: Sequence[PartitionSource[T]],
-        on_error: OnError,
-        *,
-        partitions: Partitions | None = None,
-        transient: bool = False,
+        self, client: Client, sources: ConsumerSources[T], on_error: OnError, *, transient: bool = False
     ) -> None:
         self.client = client
-        self._partitions = partitions
-        first = sources[0].session
-        self._only_session = first if len(sources) == 1 else None
+        self._sources = sources
+        self._only_session = sources.only.session if sources.only is not None else None
         # A loop over a queue in one piece has a connection of its own, which saves the way through the pool. An intake
         # goes through the pool all the same: it is repeated by other rules.
-        own = partitions is None and not transient and first.intake is None
-        self._connection = Connection(client.endpoint(first.keys)) if own else None
-        run: Run = self._run_own if own else partial(run_once, client)
-        if partitions is not None:
-            run = partial(run_partitioned, partitions)
+        own = None if transient or sources.partitions or self._only_session is None else self._only_session
+        self._connection = None if own is None or own.intake is not None else Connection(client.endpoint(own.keys))
         # No turn follows a pull by itself, so its messages are settled at once; they outlive this consumer.
         self.settlers = [
-            BlockingSettler(client, source.session, source.policy, on_error, run)
+            BlockingSettler(client, source.session, source.policy, on_error, self._run_for(source))
             if transient
-            else PartitionSettler(self, source, on_error, run)
-            for source in sources
+            else PartitionSettler(self, source, on_error, self._run_for(source))
+            for source in sources.all
         ]
-        if partitions is not None and not client.has_one_endpoint:
-            for settler in self.settlers:
-                settler.leave_out(partial(run_partitioned, partitions, retry_for=FIRST_TRY))
-        self._programs = programs(
-            [one.steps(settler) for one, settler in zip(sources, self.settlers, strict=True)],
-            lambda at: self.settlers[at].is_away,
-        )
+        if self._only_session is None and not client.has_one_endpoint:
+            for source, settler in zip(sources.all, self.settlers, strict=True):
+                settler.leave_out(partial(self._run_for(source), retry_for=FIRST_TRY))
+        self._programs = sources.programs(self.settlers, lambda at: self.settlers[at].is_away)
         self._waiters: WakeupWaiters | None = None
         self._renewer: LeaseRenewer | None = None
-        self._mover: ListMover | None = None
+        self._movers: list[ListMover] | None = None
         self._latest: Sequence[LeasedMessage] = ()
         self._is_idle = False
         self._settled = SignalSafeEvent()
@@ -206,20 +201,39 @@ class Consumer(Generic[T]):
                 self._latest = [message._leased for message in batch]  # noqa: SLF001
                 yield batch
 
-    def pull(self, count: int, wait: float) -> list[Message[T]]:
-        """Return up to *count* messages as soon as there is one, or none after *wait* seconds."""
-        if self._partitions is not None:
-            self._partitions.agree()
+    def pull(self, count: int, wait: float, *, renew: bool = False) -> list[Message[T]]:
+        """
+        Return up to *count* messages as soon as there is one, or none after *wait* seconds.
+
+        *renew*: their leases are renewed until they are settled.
+        """
+        self._agree()
         try:
             pulled = self._follow(self._programs.pull(count, wait), patient=False)
+            self._return_tokens()
         except StoreUnavailable:
+            if self._only_session is None:  # others may have given messages, which are not handed out
+                self._leave_all(held_only=True)
             raise
         except BaseException:  # what was leased has not been handed out
             self._leave_all()
             raise
         finally:
-            self._close_waiters()
+            self._stop_waiting()
+        if renew and pulled:
+            renew_until_settled(self.client, self.settlers)
+        if self._sources.several_queues:
+            pulled = by_arrival(pulled)
         return pulled or self.settlers[0].nothing_from(self.settlers)
+
+    def _return_tokens(self) -> None:
+        """Put back the tokens of partitions that were not looked at, so that others who wait there are woken."""
+        for at in self._waiters.heard() if self._waiters is not None else ():
+            self._programs.woken(at)
+        for at in self._programs.unspent():
+            keys = self.settlers[at].session.keys
+            with suppress(ConveyorError):  # a lost token costs seconds, never a message
+                self.client.run(operations.wake(keys.wake), retry_for=0)
 
     # -- for the settlers ---------------------------------------------------------------------------------------------
 
@@ -242,19 +256,14 @@ class Consumer(Generic[T]):
     # -- driving ------------------------------------------------------------------------------------------------------
 
     def __enter__(self) -> Consumer[T]:
-        if self._partitions is not None:
-            self._partitions.agree()
+        self._agree()
         self._renewer = LeaseRenewer(self.client, self.settlers)
-        if self._only_session is not None and self._only_session.keys.foreign is not None:
-            self._mover = ListMover(self.client, self._only_session.keys)
         return self
 
     def __exit__(self, *_: object) -> None:
         if self._renewer is not None:
             self._renewer.stop()
-        if self._mover is not None:
-            self._mover.stop()
-        self._close_waiters()
+        self._stop_waiting()
         try:
             self._leave_all()
         except KeyboardInterrupt as stop:
@@ -264,15 +273,25 @@ class Consumer(Generic[T]):
             if connection is not None:
                 connection.close()
 
+    def _agree(self) -> None:
+        for partitions in self._sources.partitions:
+            partitions.agree()
+
+    def _run_for(self, source: PartitionSource[T]) -> Callable[..., Any]:
+        """Return what carries out the calls at *source*."""
+        if source.partitions is not None:
+            return partial(run_partitioned, source.partitions)
+        return partial(run_once, self.client) if self._connection is None else self._run_own
+
     def _run_own(self, call: Call[Any]) -> Any:
         if self._connection is None:  # an extended message outlives its consumer
             return run_once(self.client, call)
         return self._connection.run(call, retry_for=self.client.retry_for)
 
-    def _leave_all(self) -> None:
-        """Give everything back, and take the registrations away."""
+    def _leave_all(self, *, held_only: bool = False) -> None:
+        """Give everything back, and take the registrations away; *held_only*: where messages are held."""
         for step in self._programs.leave():
-            if isinstance(step, TurnStep):
+            if isinstance(step, TurnStep) and (self.settlers[step.at].session.held or not held_only):
                 self._leave(step)
 
     def _leave(self, step: TurnStep) -> None:
@@ -342,17 +361,22 @@ class Consumer(Generic[T]):
                 self._settled.clear()
                 self._settled.wait(step.seconds)
                 return
-            seconds = step.seconds if self._mover is None else self._mover.begin(step.seconds)
+            if self._movers is None:
+                lists = [one.session.keys for one in self._sources.all if one.session.keys.foreign is not None]
+                self._movers = [ListMover(self.client, keys) for keys in lists]
+            seconds = min([step.seconds, *(mover.begin(step.seconds) for mover in self._movers)])
             self._waiters = self._waiters or WakeupWaiters(self)
             for at in self._waiters.wait(seconds):
                 self._programs.woken(at)
         finally:
-            if self._mover is not None:
-                self._mover.end()
+            for mover in self._movers or ():
+                mover.end()
             self._set_idle(False)
 
-    def _close_waiters(self) -> None:
-        waiters, self._waiters = self._waiters, None
+    def _stop_waiting(self) -> None:
+        for mover in self._movers or ():
+            mover.stop()
+        waiters, self._waiters, self._movers = self._waiters, None, None
         if waiters is not None:
             waiters.close()
 

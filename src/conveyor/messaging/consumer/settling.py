@@ -11,11 +11,12 @@ from typing import Any, Generic, TypeVar
 
 from conveyor import ids
 from conveyor.errors import StoreUnavailable
-from conveyor.messaging.consumer.partition_steps import PartitionRoundRobin
+from conveyor.messaging.consumer.partition_steps import PartitionRoundRobin, QueueShares
 from conveyor.messaging.consumer.steps import ConsumerSteps
 from conveyor.messaging.decoder import MessageDecoder
 from conveyor.messaging.leases import LeasedMessage, LeaseSession
 from conveyor.messaging.message import Ending, Message, OnError, Settler, lost
+from conveyor.messaging.partitions import Partitions
 from conveyor.messaging.settlement import SettlementPolicy
 from conveyor.payload.failures import FailureLog
 from conveyor.store.client.client import Client
@@ -33,17 +34,55 @@ class PartitionSource(Generic[T]):
     session: LeaseSession
     policy: SettlementPolicy
     decoder: MessageDecoder[T]
+    partitions: Partitions | None = None
+    """Those of its queue, of which it is one; None for a queue in one piece."""
 
     def steps(self, settler: Settler) -> ConsumerSteps[Message[T]]:
         """Return the programs that take messages from here; *settler* carries out how they end."""
         return ConsumerSteps(self.session, self.policy, partial(self.decoder.message, settler=settler))
 
 
-def programs(
-    steps: Sequence[ConsumerSteps[Message[T]]], is_away: Callable[[int], bool]
-) -> ConsumerSteps[Message[T]] | PartitionRoundRobin[Message[T]]:
-    """Return the programs of the only partition, or a round over all that begins at a random one."""
-    return steps[0] if len(steps) == 1 else PartitionRoundRobin(steps, randrange(len(steps)), is_away=is_away)  # noqa: S311
+class ConsumerSources(Generic[T]):
+    """The partitions that a consumer takes from: those of one queue, or of several whose *shares* divide the turns."""
+
+    def __init__(self, *queues: Sequence[PartitionSource[T]], shares: QueueShares | None = None) -> None:
+        self.all = [source for sources in queues for source in sources]
+        self.several_queues = len(queues) > 1
+        self._queue_of = [number for number, sources in enumerate(queues) for _ in sources]
+        self._shares = shares
+
+    @property
+    def partitions(self) -> list[Partitions]:
+        """The partitions of each queue that has several; their number must be agreed on."""
+        return list({id(one.partitions): one.partitions for one in self.all if one.partitions is not None}.values())
+
+    @property
+    def only(self) -> PartitionSource[T] | None:
+        """The source when there is a single one."""
+        return self.all[0] if len(self.all) == 1 else None
+
+    def programs(
+        self, settlers: Sequence[Settler], is_away: Callable[[int], bool]
+    ) -> ConsumerSteps[Message[T]] | PartitionRoundRobin[Message[T]]:
+        """Return the programs of the only source, or a round over all that begins at a random one."""
+        steps = [one.steps(settler) for one, settler in zip(self.all, settlers, strict=True)]
+        if len(steps) == 1:
+            return steps[0]
+        first = randrange(len(steps))  # noqa: S311
+        return PartitionRoundRobin(steps, first, queue_of=self._queue_of, shares=self._shares, is_away=is_away)
+
+
+def by_arrival(messages: list[Message[T]]) -> list[Message[T]]:
+    """Return messages of several queues in the order in which they were pushed or came due; each queue keeps its own."""
+    latest: dict[int, int] = {}  # of each partition that gave some
+    arrivals: list[int] = []
+    for message in messages:
+        leased = message._leased  # noqa: SLF001
+        place, arrived = id(leased.session), leased.envelope.due_ms or ids.made_at_ms(leased.id) or 0
+        latest[place] = max(arrived, latest.get(place, 0))
+        arrivals.append(latest[place])
+    order = sorted(range(len(messages)), key=arrivals.__getitem__)
+    return [messages[at] for at in order]
 
 
 class SettlerState:
@@ -82,8 +121,8 @@ class SettlerState:
     def nothing_from(self, settlers: Sequence[SettlerState]) -> list[Any]:
         """Return no messages; raise StoreUnavailable when the servers of all partitions are away."""
         if all(settler.is_away for settler in settlers):
-            queue = ids.logical(self.session.keys.queue)
-            raise StoreUnavailable(f"No server of the partitions of '{queue}' answers. Nothing was pulled.")
+            queues = ", ".join(dict.fromkeys(f"'{ids.logical(one.session.keys.queue)}'" for one in settlers))
+            raise StoreUnavailable(f"No server of the partitions of {queues} answers. Nothing was pulled.")
         return []
 
     def is_cancelled(self, leased: LeasedMessage) -> bool:

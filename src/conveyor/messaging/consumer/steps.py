@@ -126,6 +126,10 @@ class ConsumerSteps(Generic[M]):
     def woken(self, at: int) -> None:
         """Do nothing: a queue in one piece is looked at anyway after each wait."""
 
+    def unspent(self) -> list[int]:
+        """Return nothing, for the same reason."""
+        return []
+
     # -- parts of programs ----------------------------------------------------------------------------------------
 
     def next_message(self, *, alone: bool, begin: bool = True) -> Program[tuple[LeasedMessage, M] | None]:

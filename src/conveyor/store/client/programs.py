@@ -19,20 +19,20 @@ Run = Callable[[Call[Any]], Any]
 AsyncRun = Callable[[Call[Any]], Awaitable[Any]]
 
 
-def run_once(client: Client, call: Call[Any]) -> Any:
-    """Carry out *call*, repeated only when that is harmless."""
-    return client.run(call, retry_for=_retry_for(client, call))
+def run_once(client: Client, call: Call[Any], *, retry_for: float | None = None) -> Any:
+    """Carry out *call*, repeated only when that is harmless, for *retry_for* seconds (None: as long as the client does)."""
+    return client.run(call, retry_for=_retry_for(client, call, retry_for))
 
 
-async def arun_once(client: Client, call: Call[Any]) -> Any:
+async def arun_once(client: Client, call: Call[Any], *, retry_for: float | None = None) -> Any:
     """Awaitable form of `run_once`."""
-    return await client.arun(call, retry_for=_retry_for(client, call))
+    return await client.arun(call, retry_for=_retry_for(client, call, retry_for))
 
 
-def _retry_for(client: Client, call: Call[Any]) -> float:
-    """Return the seconds for which *call* is repeated."""
+def _retry_for(client: Client, call: Call[Any], most: float | None) -> float:
+    """Return the seconds for which *call* is repeated, *most* at most."""
     # An intake is never repeated: it would store new entries over old ones.
-    return 0.0 if call.script is LIST_INTAKE else client.retry_for
+    return 0.0 if call.script is LIST_INTAKE else client.retry_for if most is None else most
 
 
 def drive(program: Generator[C, Any, V], run: Callable[[C], Any]) -> V:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence, Sized
 from time import perf_counter
 from typing import TYPE_CHECKING, Protocol
 
+from conveyor.messaging.shares import WeightedTurns
 from conveyor.store.operations import MOST_HELD
 
 if TYPE_CHECKING:
@@ -118,8 +119,8 @@ class Capacity:
 
     def __init__(self, executor: Executor, lifecycle: Lifecycle, limits: RecycleLimits) -> None:
         self._executor, self._lifecycle, self._limits = executor, lifecycle, limits
-        self.rivals: dict[PartitionGroup, None] = {}
-        """The queues that may have work, in the order in which that was learned."""
+        self.rivals: dict[PartitionGroup, float] = {}
+        """The queues that may have work, with their weights, in the order in which that was learned."""
         self.holders: dict[LeasingQueue, None] = {}
         """The queues of which jobs are held here."""
         self.backlog = 0
@@ -132,7 +133,7 @@ class Capacity:
         self._rate = 0.0  # ends a second; 0 at first, so that only free slots are filled
         self._rated, self._rated_at = 0, perf_counter()
         self._picked: PartitionGroup | None = None
-        self._credit: dict[PartitionGroup, float] = {}
+        self._turns = WeightedTurns[PartitionGroup]()
 
     def note_work(self, consumer: LeasingQueue, *, possible: bool) -> None:
         """Note whether *consumer* may have work that it may lease."""
@@ -141,7 +142,7 @@ class Capacity:
         if bool(group.ready) is (group in self.rivals):
             return
         if group.ready:
-            self.rivals[group] = None
+            self.rivals[group] = group.weight
             self._weight += group.weight
         else:
             del self.rivals[group]
@@ -235,26 +236,21 @@ class Capacity:
 
         *waiting* is what all queues have leased and not started.
         """
+        rivals = self.rivals if group in self.rivals else {**self.rivals, group: group.weight}
         total = self._weight if group in self.rivals else self._weight + group.weight
         part = int(capacity * group.weight / total)
         if part >= 1:
             room = part - group.backlog
             if self._picked is group and room > 0:
                 # A queue with too little for a part of its own waits until its turn comes: each job of the part counts.
-                for rival in self.rivals:
-                    self._credit[rival] = self._credit.get(rival, 0.0) + (room - 1) * rival.weight
-                self._credit[group] -= (room - 1) * total
+                self._turns.count(rivals, group, room - 1)
                 self._picked = None
             return room
         if capacity - waiting < 1:
             return 0
-        # Too little for a part each: smooth weighted round robin (as nginx does) picks the next queue.
-        rivals = self.rivals if group in self.rivals else {**self.rivals, group: None}
+        # Too little for a part each: the next queue has its turn.
         if self._picked is None or self._picked not in rivals:
-            for rival in rivals:
-                self._credit[rival] = self._credit.get(rival, 0.0) + rival.weight
-            self._picked = max(rivals, key=lambda rival: self._credit[rival])
-            self._credit[self._picked] -= total
+            self._picked = self._turns.pick(rivals)
         if self._picked is not group:
             self._picked.leader.schedule()
             return 0

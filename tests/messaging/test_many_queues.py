@@ -1,0 +1,409 @@
+"""`app.pull` and `app.consume`: messages of many queues, by weights, woken by one blocking call."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from itertools import islice
+from typing import Any
+
+import pytest
+from redis import Redis
+
+from conveyor import ConfigurationError, Conveyor, StoreUnavailable
+from conveyor.messaging.consumer.blocking import BlockingSettler
+from conveyor.messaging.shares import WeightedTurns
+from conveyor.store import operations
+from conveyor.store.transport.wakeup import WakeupWaiter
+from support.message_fixtures import until
+from support.server_groups import ClusterOfNodes
+from support.time_limits import AT_ONCE
+
+NAMES = [f"q{number}" for number in range(20)]
+
+
+@pytest.fixture
+def app(url: str) -> Iterator[Conveyor]:
+    """An app whose queues hold nothing leased when the test is over, and are emptied."""
+    app = Conveyor(url, lease="30s")
+    yield app
+    for queue in (*app._core.queues.values(), *app._core.plain_lists.values()):
+        queue.purge()
+        assert (queue.stats().leased, queue.stats().workers) == (0, 0), queue.name
+    app.close()
+
+
+def blocked(redis: Redis[bytes]) -> int:
+    """Return how many clients wait for something."""
+    return int(redis.info("clients")["blocked_clients"])
+
+
+def calls(redis: Redis[bytes], command: str) -> int:
+    """Return how often a command was sent."""
+    return int(redis.info("commandstats").get(f"cmdstat_{command}", {"calls": 0})["calls"])
+
+
+def taken(messages: list[Any]) -> Counter[str]:
+    """Acknowledge messages; return how many each queue gave."""
+    for message in messages:
+        message.ack()
+    return Counter(message.queue for message in messages)
+
+
+class TestShares:
+    @pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 8, 40])
+    def test_pulls_share_by_weight(self, app: Conveyor, n: int) -> None:
+        """While both have messages, the queues give them by their weights, whatever the size of the pulls."""
+        for name in ("a", "b"):
+            app.queue(name).push_many(range(200))
+        got: Counter[str] = Counter()
+        while got.total() < 120:
+            got += taken(app.pull({"a": 3, "b": 1}, n))
+        assert abs(got["a"] - got.total() * 3 / 4) <= 2
+
+    def test_what_one_lacks_the_others_give(self, app: Conveyor) -> None:
+        """A pull is as full as there are messages; a queue without any does not lessen it."""
+        app.queue("a").push_many(range(3))
+        app.queue("c").push_many(range(20))
+        assert taken(app.pull({"a": 5, "b": 90, "c": 1}, 10)) == {"a": 3, "c": 7}
+        assert taken(app.pull(["a", "b", "c"], 100)) == {"c": 13}
+        assert app.pull(["a", "b", "c"], 100) == []
+
+    def test_a_loop_takes_by_weight(self, app: Conveyor) -> None:
+        """While all have messages, a loop hands them out by the weights, and each queue's in their order."""
+        for name in ("a", "b", "c"):
+            app.queue(name).push_many(range(300))
+        got: dict[str, list[int]] = {"a": [], "b": [], "c": []}
+        for message in islice(app.consume({"a": 4, "b": 2, "c": 1}), 280):
+            with message as body:
+                got[message.queue].append(body)
+        assert all(bodies == sorted(bodies) for bodies in got.values())
+        for name, share in (("a", 160), ("b", 80), ("c", 40)):
+            assert abs(len(got[name]) - share) <= 20, {name: len(bodies) for name, bodies in got.items()}
+
+    def test_weights_hold_for_slow_bodies(self, app: Conveyor) -> None:
+        """Where each message takes longer than a stint, the queues still have their turns by weight."""
+        for name in ("a", "b"):
+            app.queue(name).push_many(range(20))
+        got: Counter[str] = Counter()
+        for message in islice(app.consume({"a": 3, "b": 1}), 12):
+            with message:
+                got[message.queue] += 1
+                time.sleep(0.06)
+        assert abs(got["a"] - 9) <= 1
+
+    def test_a_quiet_queue_is_noticed_beside_a_busy_one(self, app: Conveyor) -> None:
+        """A message that comes to a queue which had none is taken while another has plenty, however little it weighs."""
+        app.queue("busy").push_many(range(1000))
+        seen = 0
+        with closing(app.consume({"busy": 1000, "rare": 1})) as messages:
+            for message in messages:
+                with message as body:
+                    seen += 1
+                if seen == 50:
+                    app.queue("rare").push("late")
+                if body == "late":
+                    break
+        assert seen < 200
+
+    def test_turns_are_even(self) -> None:
+        """Smooth weighted round robin: no rival waits longer than its weight says, and no turn is lost."""
+        turns, rivals = WeightedTurns[str](), {"a": 5.0, "b": 1.0, "c": 1.0}
+        assert "".join(turns.pick(rivals) for _ in range(14)) == "aabacaaaabacaa"
+        assert turns.split(7, rivals) == {"a": 5, "b": 1, "c": 1}
+        assert sum(turns.split(11, rivals).values()) == 11
+
+
+class TestArrival:
+    def test_a_pull_is_in_the_order_of_arrival(self, app: Conveyor) -> None:
+        """Messages of several queues come as they were pushed, and each queue keeps its own order."""
+        pushed = []
+        for number in range(12):
+            name = "abc"[number * 7 % 3]
+            app.queue(name).push(number)
+            pushed.append(number)
+            begun = time.time()
+            until(lambda begun=begun: int(time.time() * 1000) > int(begun * 1000) + 1)
+        app.queue("b").push("urgent", priority=9)  # pushed last, and the first of its queue
+        messages = app.pull(["a", "b", "c"], 50)
+        found = [message.body for message in messages if message.queue != "b"]
+        assert found == [number for number in pushed if "abc"[number * 7 % 3] != "b"]
+        assert next(message.body for message in messages if message.queue == "b") == "urgent"
+        taken(messages)
+
+    def test_the_queue_of_a_message(self, app: Conveyor, redis: Redis[bytes]) -> None:
+        """A message names the queue as it was declared: a queue, one with partitions, a plain list with a slash."""
+        app.queue("a").push(1)
+        app.queue("many", partitions=3).push_many([2, 3, 4])
+        app.plain_list("list/1").push(5)
+        messages = app.pull(["a", "many", "list/1"], 10)
+        assert taken(messages) == {"a": 1, "many": 3, "list/1": 1}
+        assert {message.id.rpartition(":")[0].split("/")[0] for message in messages} == {"a", "many", "list"}
+
+    def test_an_undeclared_queue(self, app: Conveyor) -> None:
+        """A queue that was not declared holds any value, and can be declared afterwards."""
+        app.queue("later").push({"a": [1]})
+        other = Conveyor(app.client._url)
+        [message] = other.pull(["later"])
+        assert message.body == {"a": [1]}
+        message.ack()
+        assert other.queue("later", int, max_attempts=2).pull() == []
+        other.close()
+
+
+class TestWaiting:
+    def test_one_blocking_call_for_all(self, app: Conveyor, redis: Redis[bytes]) -> None:
+        """A pull of twenty queues waits in one call on one connection, and is woken for any of them."""
+        for name in NAMES:
+            app.queue(name)
+        for name in ("q0", "q19", "q7"):
+            before = calls(redis, "blpop")
+            found: list[Any] = []
+            thread = threading.Thread(target=lambda found=found: found.extend(app.pull(NAMES, 5, wait="20s")))
+            thread.start()
+            until(lambda: blocked(redis) == 1)
+            begun = time.monotonic()
+            app.queue(name).push(name)
+            thread.join()
+            assert time.monotonic() - begun < AT_ONCE
+            assert [message.body for message in found] == [name]
+            assert calls(redis, "blpop") - before == 1
+            taken(found)
+        assert app.pull(NAMES, wait="50ms") == []
+
+    @pytest.mark.parametrize("kind", ["queue", "partitions", "plain list"])
+    def test_an_idle_loop_is_woken_for_each_kind(self, app: Conveyor, redis: Redis[bytes], kind: str) -> None:
+        """A loop over queues, queues with partitions and plain lists is woken for each of them at once."""
+        queues = [app.queue("one"), app.queue("many", partitions=4), app.plain_list("list")]
+        found: list[Any] = []
+
+        def take() -> None:
+            for message in islice(app.consume(queues), 6):
+                with message as body:
+                    found.append(body)
+
+        thread = threading.Thread(target=take)
+        thread.start()
+        target = queues[["queue", "partitions", "plain list"].index(kind)]
+        for number in range(6):
+            until(lambda: blocked(redis) == 2)  # the wake-up lists, and the plain list itself
+            begun = time.monotonic()
+            redis.rpush("list", number) if kind == "plain list" else target.push(number)
+            until(lambda number=number: len(found) > number)
+            assert time.monotonic() - begun < AT_ONCE
+        thread.join()
+        assert found == list(range(6))
+
+    def test_a_pull_of_a_plain_list_is_woken(self, app: Conveyor, redis: Redis[bytes]) -> None:
+        """An entry that a foreign program pushes ends the wait of a pull at once."""
+        found: list[Any] = []
+        app.plain_list("list")
+        thread = threading.Thread(target=lambda: found.extend(app.pull(["list", "a"], wait="20s")))
+        thread.start()
+        until(lambda: blocked(redis) == 2)
+        begun = time.monotonic()
+        redis.rpush("list", '{"n": 1}')
+        thread.join()
+        assert time.monotonic() - begun < AT_ONCE
+        assert [message.body for message in found] == [{"n": 1}]
+        taken(found)
+        until(lambda: blocked(redis) == 0)
+
+    async def test_on_a_loop(self, url: str) -> None:
+        """The awaitable twins: a waiting pull and a loop, over a queue, partitions and a plain list."""
+        async with Conveyor(url, lease="30s") as app:
+            queues = [app.queue("one"), app.queue("many", partitions=3), app.plain_list("list")]
+            for number in range(6):
+                pulling = asyncio.ensure_future(app.apull(queues, 3, wait="20s"))
+                await asyncio.sleep(0.02)
+                await queues[number % 3].apush(number)
+                [message] = await pulling
+                assert message.body == number
+                await message.aack()
+            for queue in queues:
+                await queue.apush_many(range(20))
+            got: Counter[str] = Counter()
+            async for message in app.aconsume(dict.fromkeys(queues, 1), prefetch=5):
+                async with message:
+                    got[message.queue] += 1
+                if got.total() == 60:
+                    break
+            assert got == {"one": 20, "many": 20, "list": 20}
+            for queue in queues:
+                until_left = await queue.astats()
+                assert (until_left.ready, until_left.dead) == (0, 0)
+
+    def test_a_due_message_ends_the_wait(self, app: Conveyor) -> None:
+        """A message that comes due while a pull waits is handed out then."""
+        app.queue("b").push("due", delay="300ms")
+        begun = time.monotonic()
+        messages = app.pull(["a", "b"], wait="20s")
+        assert 0.25 < time.monotonic() - begun < AT_ONCE
+        assert taken(messages) == {"b": 1}
+
+
+class TestEnds:
+    @pytest.mark.parametrize("at", ["lease", "wait"])
+    @pytest.mark.row("D321")
+    def test_an_interrupted_pull(self, app: Conveyor, monkeypatch: pytest.MonkeyPatch, at: str) -> None:
+        """Interrupted behind its lease or while it waits, a pull of many hands back and leaves nothing."""
+        if at == "lease":
+            app.queue("b").push("m")
+            monkeypatch.setattr(BlockingSettler, "report_refused", _interrupt)
+        else:
+            monkeypatch.setattr(WakeupWaiter, "wait_any", _interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            app.pull(["a", "b", "c"], 5, wait="5s")
+        monkeypatch.undo()
+        messages = app.pull(["a", "b", "c"], 5)
+        assert [message.attempt for message in messages] == ([1] if at == "lease" else [])
+        taken(messages)
+
+    @pytest.mark.row("D321")
+    def test_a_pull_that_fails_at_one_queue(self, app: Conveyor, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Where one queue does not answer, what the others had given is handed back as if it had not been leased."""
+        queues = {app.queue(name): 1.0 for name in "abc"} | {app.plain_list("list"): 0.001}
+        for queue in queues:
+            queue.push(1)
+        usual = app.client.run
+
+        def fail_at_list(call: Any, **options: Any) -> Any:
+            if call.script is operations.LIST_INTAKE:
+                raise StoreUnavailable("cut")
+            return usual(call, **options)
+
+        monkeypatch.setattr(app.client, "run", fail_at_list)
+        with pytest.raises(StoreUnavailable):
+            app.pull(queues, 10)
+        monkeypatch.undo()
+        messages = app.pull(queues, 10)
+        assert [message.attempt for message in messages] == [1, 1, 1, 1]
+        taken(messages)
+
+    @pytest.mark.row("D321")
+    async def test_a_cancelled_pull(self, url: str) -> None:
+        """Cancelled while it waits, an `apull` of many leaves no registration, and the next one has the message."""
+        async with Conveyor(url) as app:
+            for _ in range(5):
+                with pytest.raises(TimeoutError):
+                    await asyncio.wait_for(app.apull(["a", "b"], wait="20s"), 0.05)
+            await app.queue("b").apush(1)
+            [message] = await app.apull(["a", "b"], wait="5s")
+            await message.arelease()
+            [message] = await app.apull(["a", "b"], wait="5s")
+            assert message.attempt == 1
+            await message.aack()
+            stats = await app.queue("b").astats()
+            assert (stats.leased, stats.workers, stats.ready) == (0, 0, 0)
+
+    @pytest.mark.standalone_only("it kills all connections of one server")
+    @pytest.mark.parametrize("way", ["pull", "consume"])
+    @pytest.mark.row("D322")
+    def test_connections_that_are_cut(self, app: Conveyor, redis: Redis[bytes], way: str) -> None:
+        """Its connections cut while it waits, a pull and a loop go on over new ones, and lose nothing."""
+        found: list[Any] = []
+
+        def take() -> None:
+            if way == "pull":
+                while len(found) < 4:
+                    for message in app.pull(["a", "b"], 2, wait="20s"):
+                        with message as body:
+                            found.append(body)
+            else:
+                for message in islice(app.consume(["a", "b"]), 4):
+                    with message as body:
+                        found.append(body)
+
+        thread = threading.Thread(target=take)
+        thread.start()
+        for number in range(4):
+            until(lambda: blocked(redis) == 1)
+            redis.execute_command("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
+            until(lambda: blocked(redis) == 1)
+            app.queue("ab"[number % 2]).push(number)
+            until(lambda number=number: len(found) > number)
+        thread.join()
+        assert found == [0, 1, 2, 3]
+
+    def test_a_token_that_was_not_used_is_put_back(self, app: Conveyor, redis: Redis[bytes]) -> None:
+        """A pull that was woken for a queue and got its message from another leaves the token to those who wait."""
+        selection = app._core.select(["a", "b"], "test")
+        consumer = selection._consumer("log", transient=True)
+        for queue in selection.queues:
+            queue.push(queue.name)
+        keys = app.queue("b").keys
+        redis.delete(keys.wake)
+        consumer._programs.woken(1)
+        [message] = consumer.pull(1, 0)
+        woken = redis.exists(keys.wake)
+        message.ack()
+        assert (message.queue, woken) in {("a", 1), ("b", 0)}
+
+
+def test_slots_of_a_cluster(cluster: ClusterOfNodes) -> None:
+    """Over queues in different slots and nodes, with partitions and a plain list, every message is taken once."""
+    with Conveyor(cluster.url, lease="30s") as app:
+        queues = [*(app.queue(name) for name in NAMES[:4]), app.queue("many", partitions=3), app.plain_list("list")]
+        assert len({cluster.owner(queue.keys.jobs).port for queue in queues}) > 1
+        found: list[Any] = []
+
+        def pull() -> None:
+            while len(found) < 12:
+                for message in app.pull(queues, 3, wait="20s"):
+                    with message as body:
+                        found.append(body)
+
+        for name, take in (("pull", pull), ("consume", lambda: _consume(app, queues, found, 12))):
+            found.clear()
+            thread = threading.Thread(target=take, name=name)
+            thread.start()
+            for number in range(12):
+                queues[number % 6].push(number)
+                until(lambda number=number: len(found) > number, 8)
+            thread.join()
+            assert found == list(range(12))
+        assert [(queue.stats().leased, queue.stats().workers) for queue in queues] == [(0, 0)] * 6
+
+
+def _consume(app: Conveyor, queues: list[Any], found: list[Any], count: int) -> None:
+    for message in islice(app.consume(queues), count):
+        with message as body:
+            found.append(body)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda app: app.pull("mail"),
+        lambda app: app.pull([]),
+        lambda app: app.pull({}),
+        lambda app: app.pull(None),
+        lambda app: app.pull([1]),
+        lambda app: app.pull([["a"]]),
+        lambda app: app.pull(app.queue("a")),
+        lambda app: app.pull(["no such name"]),
+        lambda app: app.pull({"a": 0}),
+        lambda app: app.pull({"a": -1}),
+        lambda app: app.pull({"a": float("nan")}),
+        lambda app: app.pull({"a": "3"}),
+        lambda app: app.pull({"a": True}),
+        lambda app: app.pull(["a"], 0),
+        lambda app: app.pull(["a"], wait="soon"),
+        lambda app: app.consume(["a"], on_error="ignore"),
+        lambda app: app.consume("a"),
+        lambda app: app.pull([Conveyor("redis://127.0.0.1:1/0").queue("a")]),
+    ],
+)
+def test_wrong_input(wrong: Callable[[Conveyor], Any]) -> None:
+    """What is no list of queues with weights is refused before anything is sent."""
+    app = Conveyor("redis://127.0.0.1:1/0")
+    with pytest.raises(ConfigurationError):
+        wrong(app)
+
+
+def _interrupt(*_: object, **__: object) -> None:
+    raise KeyboardInterrupt
