@@ -205,7 +205,7 @@ class PartitionRoundRobin(Generic[M]):
             left = shares.split(count - len(pulled), sources)
             fuller: list[PartitionCursor[M]] = []
             for cursor in sources:
-                want = left[cursor.queue]
+                want = min(left[cursor.queue], count - len(pulled))
                 found = (yield from cursor.follow(cursor.steps.pull(want, 0))) if want else []
                 if want:
                     self._note_visit(cursor)
