@@ -234,11 +234,11 @@ class AsyncConsumer(Generic[T]):
             pulled = await self._follow(self._programs.pull(count, wait), patient=False)
             await self._return_tokens()
         except StoreUnavailable:
-            if self._only_session is None:  # others may have given messages, which are not handed out
-                await self._leave_all(held_only=True)
+            if self._only_session is None:  # others may have given messages
+                await self._take_back(held_only=True)
             raise
         except BaseException:  # cancelled, as by a timeout: what was leased has not been handed out
-            leaving = asyncio.get_running_loop().create_task(self._leave_all())
+            leaving = asyncio.get_running_loop().create_task(self._take_back())
             LEAVING.add(leaving)
             leaving.add_done_callback(LEAVING.discard)
             await asyncio.wait([leaving], timeout=LONGEST_LEAVE)
@@ -284,6 +284,12 @@ class AsyncConsumer(Generic[T]):
         if source.partitions is not None:
             return partial(arun_partitioned, source.partitions)
         return partial(arun_once, self.client)
+
+    async def _take_back(self, *, held_only: bool = False) -> None:
+        """Give back what was pulled and not handed out; *held_only*: leave the registrations that hold nothing."""
+        for settler in self.settlers:
+            settler.note_not_handed_out()
+        await self._leave_all(held_only=held_only)
 
     async def _leave_all(self, *, held_only: bool = False) -> None:
         """Give everything back, and take the registrations away; *held_only*: where messages are held."""

@@ -212,11 +212,11 @@ class Consumer(Generic[T]):
             pulled = self._follow(self._programs.pull(count, wait), patient=False)
             self._return_tokens()
         except StoreUnavailable:
-            if self._only_session is None:  # others may have given messages, which are not handed out
-                self._leave_all(held_only=True)
+            if self._only_session is None:  # others may have given messages
+                self._take_back(held_only=True)
             raise
         except BaseException:  # what was leased has not been handed out
-            self._leave_all()
+            self._take_back()
             raise
         finally:
             self._stop_waiting()
@@ -287,6 +287,12 @@ class Consumer(Generic[T]):
         if self._connection is None:  # an extended message outlives its consumer
             return run_once(self.client, call)
         return self._connection.run(call, retry_for=self.client.retry_for)
+
+    def _take_back(self, *, held_only: bool = False) -> None:
+        """Give back what was pulled and not handed out; *held_only*: leave the registrations that hold nothing."""
+        for settler in self.settlers:
+            settler.note_not_handed_out()
+        self._leave_all(held_only=held_only)
 
     def _leave_all(self, *, held_only: bool = False) -> None:
         """Give everything back, and take the registrations away; *held_only*: where messages are held."""

@@ -118,6 +118,11 @@ class SettlerState:
         if self.is_away:
             raise StoreUnavailable(f"The server of '{self.session.keys.queue}' does not answer.")
 
+    def note_not_handed_out(self) -> None:
+        """Note that no message that is held was handed out, so that it goes back as if it had not been leased."""
+        for leased in self.session.held.values():
+            leased.started = False
+
     def nothing_from(self, settlers: Sequence[SettlerState]) -> list[Any]:
         """Return no messages; raise StoreUnavailable when the servers of all partitions are away."""
         if all(settler.is_away for settler in settlers):
