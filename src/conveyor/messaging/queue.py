@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
-<<<<<<< HEAD
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Iterable, Iterator, Sequence
-=======
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Iterable, Iterator, Mapping
->>>>>>> 74b9246 (app: pull and consume from many queues by weights; messages: release, lease_ends, pull(renew=True))
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import aclosing
 from functools import partial
 from typing import Any, Generic, Literal, TypeVar, Unpack, cast, get_args
