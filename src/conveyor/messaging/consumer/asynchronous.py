@@ -235,7 +235,7 @@ class AsyncConsumer(Generic[T]):
             await self._return_tokens()
         except StoreUnavailable:
             if self._only_session is None:  # others may have given messages
-                await self._take_back(held_only=True)
+                await self._take_back(answered_only=True)
             raise
         except BaseException:  # cancelled, as by a timeout: what was leased has not been handed out
             leaving = asyncio.get_running_loop().create_task(self._take_back())
@@ -285,19 +285,20 @@ class AsyncConsumer(Generic[T]):
             return partial(arun_partitioned, source.partitions)
         return partial(arun_once, self.client)
 
-    async def _take_back(self, *, held_only: bool = False) -> None:
-        """Give back what was pulled and not handed out; *held_only*: leave the registrations that hold nothing."""
+    async def _take_back(self, *, answered_only: bool = False) -> None:
+        """Give back what was pulled and not handed out; *answered_only*: where Redis has answered before it did not."""
         for settler in self.settlers:
             settler.note_not_handed_out()
-        await self._leave_all(held_only=held_only)
+        await self._leave_all(answered_only=answered_only)
 
-    async def _leave_all(self, *, held_only: bool = False) -> None:
-        """Give everything back, and take the registrations away; *held_only*: where messages are held."""
+    async def _leave_all(self, *, answered_only: bool = False) -> None:
+        """Give everything back, and take the registrations away."""
         for step in self._programs.leave():
-            if isinstance(step, TurnStep) and (self.settlers[step.at].session.held or not held_only):
-                await self._leave(step)
+            if isinstance(step, TurnStep) and (self.settlers[step.at].has_answered or not answered_only):
+                if not await self._leave(step) and answered_only and self.client.has_one_endpoint:
+                    return
 
-    async def _leave(self, step: TurnStep) -> None:
+    async def _leave(self, step: TurnStep) -> bool:
         settler = self.settlers[step.at]
         try:
             settler.refuse_away()
@@ -305,6 +306,8 @@ class AsyncConsumer(Generic[T]):
             settler.report_refused()
         except ConveyorError as error:
             log_not_left(settler.session, error)
+            return False
+        return True
 
     async def _follow(self, program: Program[V], *, patient: bool = True) -> V:
         try:

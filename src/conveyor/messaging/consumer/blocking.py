@@ -213,7 +213,7 @@ class Consumer(Generic[T]):
             self._return_tokens()
         except StoreUnavailable:
             if self._only_session is None:  # others may have given messages
-                self._take_back(held_only=True)
+                self._take_back(answered_only=True)
             raise
         except BaseException:  # what was leased has not been handed out
             self._take_back()
@@ -288,19 +288,20 @@ class Consumer(Generic[T]):
             return run_once(self.client, call)
         return self._connection.run(call, retry_for=self.client.retry_for)
 
-    def _take_back(self, *, held_only: bool = False) -> None:
-        """Give back what was pulled and not handed out; *held_only*: leave the registrations that hold nothing."""
+    def _take_back(self, *, answered_only: bool = False) -> None:
+        """Give back what was pulled and not handed out; *answered_only*: where Redis has answered before it did not."""
         for settler in self.settlers:
             settler.note_not_handed_out()
-        self._leave_all(held_only=held_only)
+        self._leave_all(answered_only=answered_only)
 
-    def _leave_all(self, *, held_only: bool = False) -> None:
-        """Give everything back, and take the registrations away; *held_only*: where messages are held."""
+    def _leave_all(self, *, answered_only: bool = False) -> None:
+        """Give everything back, and take the registrations away."""
         for step in self._programs.leave():
-            if isinstance(step, TurnStep) and (self.settlers[step.at].session.held or not held_only):
-                self._leave(step)
+            if isinstance(step, TurnStep) and (self.settlers[step.at].has_answered or not answered_only):
+                if not self._leave(step) and answered_only and self.client.has_one_endpoint:
+                    return
 
-    def _leave(self, step: TurnStep) -> None:
+    def _leave(self, step: TurnStep) -> bool:
         settler = self.settlers[step.at]
         try:
             settler.refuse_away()
@@ -308,6 +309,8 @@ class Consumer(Generic[T]):
             settler.report_refused()
         except ConveyorError as error:
             log_not_left(settler.session, error)
+            return False
+        return True
 
     def _follow(self, program: Program[V], *, patient: bool = True) -> V:
         try:

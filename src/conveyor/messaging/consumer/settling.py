@@ -123,6 +123,11 @@ class SettlerState:
         for leased in self.session.held.values():
             leased.started = False
 
+    @property
+    def has_answered(self) -> bool:
+        """True when it holds messages, or was registered before an intake, which is not repeated, failed."""
+        return bool(self.session.held) or (self.session.registered and self.session.intake is not None)
+
     def nothing_from(self, settlers: Sequence[SettlerState]) -> list[Any]:
         """Return no messages; raise StoreUnavailable when the servers of all partitions are away."""
         if all(settler.is_away for settler in settlers):
