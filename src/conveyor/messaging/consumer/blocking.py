@@ -297,9 +297,11 @@ class Consumer(Generic[T]):
     def _leave_all(self, *, answered_only: bool = False) -> None:
         """Give everything back, and take the registrations away."""
         for step in self._programs.leave():
-            if isinstance(step, TurnStep) and (self.settlers[step.at].has_answered or not answered_only):
-                if not self._leave(step) and answered_only and self.client.has_one_endpoint:
-                    return
+            if not isinstance(step, TurnStep) or (answered_only and not self.settlers[step.at].has_answered):
+                continue
+            has_left = self._leave(step)
+            if answered_only and not has_left and self.client.has_one_endpoint:
+                return
 
     def _leave(self, step: TurnStep) -> bool:
         settler = self.settlers[step.at]
