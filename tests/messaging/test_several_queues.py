@@ -7,7 +7,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import aclosing, closing
 from itertools import islice
 from typing import Any
 
@@ -227,11 +227,12 @@ class TestWaiting:
             for queue in queues:
                 await queue.apush_many(range(20))
             got: Counter[str] = Counter()
-            async for message in app.aconsume(dict.fromkeys(queues, 1), prefetch=5):
-                async with message:
-                    got[message.queue] += 1
-                if got.total() == 60:
-                    break
+            async with aclosing(app.aconsume(dict.fromkeys(queues, 1), prefetch=5)) as messages:
+                async for message in messages:
+                    async with message:
+                        got[message.queue] += 1
+                    if got.total() == 60:
+                        break
             assert got == {"one": 20, "many": 20, "list": 20}
             for queue in queues:
                 until_left = await queue.astats()
