@@ -21,7 +21,7 @@ from conveyor.store import operations
 from conveyor.store.transport.wakeup import WakeupWaiter
 from support.message_fixtures import until
 from support.server_groups import ClusterOfNodes
-from support.time_limits import AT_ONCE
+from support.time_limits import PATIENCE
 
 NAMES = [f"q{number}" for number in range(20)]
 
@@ -155,6 +155,7 @@ class TestArrival:
         other.close()
 
 
+@pytest.mark.usefixtures("only_when_woken")
 class TestWaiting:
     def test_one_blocking_call_for_all(self, app: Conveyor, redis: Redis[bytes]) -> None:
         """A pull of twenty queues waits in one call on one connection, and is woken for any of them."""
@@ -163,13 +164,11 @@ class TestWaiting:
         for name in ("q0", "q19", "q7"):
             before = calls(redis, "blpop")
             found: list[Any] = []
-            thread = threading.Thread(target=lambda found=found: found.extend(app.pull(NAMES, 5, wait="20s")))
+            thread = threading.Thread(target=lambda found=found: found.extend(app.pull(NAMES, 5, wait="60s")))
             thread.start()
             until(lambda: blocked(redis) == 1)
-            begun = time.monotonic()
             app.queue(name).push(name)
             thread.join()
-            assert time.monotonic() - begun < AT_ONCE
             assert [message.body for message in found] == [name]
             assert calls(redis, "blpop") - before == 1
             taken(found)
@@ -191,10 +190,8 @@ class TestWaiting:
         target = queues[["queue", "partitions", "plain list"].index(kind)]
         for number in range(6):
             until(lambda: blocked(redis) == 2)  # the wake-up lists, and the plain list itself
-            begun = time.monotonic()
             redis.rpush("list", number) if kind == "plain list" else target.push(number)
             until(lambda number=number: len(found) > number)
-            assert time.monotonic() - begun < AT_ONCE
         thread.join()
         assert found == list(range(6))
 
@@ -202,13 +199,11 @@ class TestWaiting:
         """An entry that a foreign program pushes ends the wait of a pull at once."""
         found: list[Any] = []
         app.plain_list("list")
-        thread = threading.Thread(target=lambda: found.extend(app.pull(["list", "a"], wait="20s")))
+        thread = threading.Thread(target=lambda: found.extend(app.pull(["list", "a"], wait="60s")))
         thread.start()
         until(lambda: blocked(redis) == 2)
-        begun = time.monotonic()
         redis.rpush("list", '{"n": 1}')
         thread.join()
-        assert time.monotonic() - begun < AT_ONCE
         assert [message.body for message in found] == [{"n": 1}]
         taken(found)
         until(lambda: blocked(redis) == 0)
@@ -218,7 +213,7 @@ class TestWaiting:
         async with Conveyor(url, lease="30s") as app:
             queues = [app.queue("one"), app.queue("many", partitions=3), app.plain_list("list")]
             for number in range(6):
-                pulling = asyncio.ensure_future(app.apull(queues, 3, wait="20s"))
+                pulling = asyncio.ensure_future(app.apull(queues, 3, wait="60s"))
                 await asyncio.sleep(0.02)
                 await queues[number % 3].apush(number)
                 [message] = await pulling
@@ -235,15 +230,15 @@ class TestWaiting:
                         break
             assert got == {"one": 20, "many": 20, "list": 20}
             for queue in queues:
-                until_left = await queue.astats()
-                assert (until_left.ready, until_left.dead) == (0, 0)
+                stats = await queue.astats()
+                assert (stats.ready, stats.dead) == (0, 0)
 
     def test_a_due_message_ends_the_wait(self, app: Conveyor) -> None:
         """A message that comes due while a pull waits is handed out then."""
         app.queue("b").push("due", delay="300ms")
         begun = time.monotonic()
-        messages = app.pull(["a", "b"], wait="20s")
-        assert 0.25 < time.monotonic() - begun < AT_ONCE
+        messages = app.pull(["a", "b"], wait="60s")
+        assert 0.25 < time.monotonic() - begun < PATIENCE
         assert taken(messages) == {"b": 1}
 
 
@@ -291,7 +286,7 @@ class TestEnds:
         async with Conveyor(url) as app:
             for _ in range(5):
                 with pytest.raises(TimeoutError):
-                    await asyncio.wait_for(app.apull(["a", "b"], wait="20s"), 0.05)
+                    await asyncio.wait_for(app.apull(["a", "b"], wait="60s"), 0.05)
             await app.queue("b").apush(1)
             [message] = await app.apull(["a", "b"], wait="5s")
             await message.arelease()
@@ -311,7 +306,7 @@ class TestEnds:
         def take() -> None:
             if way == "pull":
                 while len(found) < 4:
-                    for message in app.pull(["a", "b"], 2, wait="20s"):
+                    for message in app.pull(["a", "b"], 2, wait="60s"):
                         with message as body:
                             found.append(body)
             else:
@@ -345,6 +340,7 @@ class TestEnds:
         assert (message.queue, woken) in {("a", 1), ("b", 0)}
 
 
+@pytest.mark.usefixtures("only_when_woken")
 def test_slots_of_a_cluster(cluster: ClusterOfNodes) -> None:
     """Over queues in different slots and nodes, with partitions and a plain list, every message is taken once."""
     with Conveyor(cluster.url, lease="30s") as app:
@@ -354,7 +350,7 @@ def test_slots_of_a_cluster(cluster: ClusterOfNodes) -> None:
 
         def pull() -> None:
             while len(found) < 12:
-                for message in app.pull(queues, 3, wait="20s"):
+                for message in app.pull(queues, 3, wait="60s"):
                     with message as body:
                         found.append(body)
 
@@ -364,7 +360,7 @@ def test_slots_of_a_cluster(cluster: ClusterOfNodes) -> None:
             thread.start()
             for number in range(12):
                 queues[number % 6].push(number)
-                until(lambda number=number: len(found) > number, 8)
+                until(lambda number=number: len(found) > number, PATIENCE)
             thread.join()
             assert found == list(range(12))
         assert [(queue.stats().leased, queue.stats().workers) for queue in queues] == [(0, 0)] * 6
