@@ -53,7 +53,7 @@ async def test_killed_masters_stop_the_work_for_seconds_and_lose_nothing(
             election = asyncio.ensure_future(asyncio.to_thread(_elected, sentinel_group, dead))
             stops.append(await traffic.until_goes_on())
             elections.append(await election)
-            kills.append((began, began + elections[-1]))
+            kills.append((began, time.monotonic()))
             await asyncio.to_thread(sentinel_group.mend, dead)
     ours = max(stop - elected for stop, elected in zip(stops, elections, strict=True))
     print(

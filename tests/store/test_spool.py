@@ -96,7 +96,7 @@ def test_the_next_process_delivers(server: Server, tmp_path: Path) -> None:
     server.start()
     with Conveyor(server.url, buffer=Buffer(tmp_path)) as app:
         assert app.client.buffer is not None
-        assert app.client.buffer.wait_empty(10)
+        assert app.client.buffer.wait_empty(60)
         until(lambda: len(line(server)) == 300)
     assert line(server) == bare(ids)
 
@@ -115,7 +115,7 @@ def test_killed_while_it_delivers(server: Server, tmp_path: Path, rounds: Callab
     with Conveyor(server.url, buffer=Buffer(tmp_path)) as app:
         until(lambda: len(line(server)) == len(ids))
         assert app.client.buffer is not None
-        assert app.client.buffer.wait_empty(10)
+        assert app.client.buffer.wait_empty(60)
     assert line(server) == bare(ids), f"seed {seed}"
 
 
@@ -420,7 +420,7 @@ def test_a_full_disk_refuses_and_delivers(server: Server, tmp_path: Path, monkey
         assert caught.value.code == "E37"
         server.start()
         assert app.client.buffer is not None
-        assert app.client.buffer.wait_empty(10)
+        assert app.client.buffer.wait_empty(60)
     assert line(server) == bare(ids)
 
 

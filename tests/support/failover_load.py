@@ -92,9 +92,9 @@ class FailoverLoad:
         """
         Return what never ran, less what was accepted as its server was killed: replicas may not have had it.
 
-        *kills* are (before, after the other had taken over), by `time.monotonic`.
+        *kills* are (before, after the other had taken over), by `time.monotonic`; replicas have what was accepted before.
         """
-        return [n for n in self.missing if not any(a - 0.05 <= self.at[n] <= b for a, b in kills)]
+        return [n for n in self.missing if not any(a <= self.at[n] <= b for a, b in kills)]
 
     @property
     def doubled(self) -> list[int]:

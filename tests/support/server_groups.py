@@ -38,7 +38,7 @@ def _is_free(port: int) -> bool:
     return True
 
 
-def wait_for(condition: Callable[[], object], seconds: float = 30.0, what: str = "") -> None:
+def wait_for(condition: Callable[[], object], seconds: float = 60.0, what: str = "") -> None:
     """Wait until *condition* holds; errors of a server that is not there do not count."""
     deadline = time.monotonic() + seconds
     while True:
@@ -107,6 +107,11 @@ class Node:
     def role(self) -> str:
         """Return master or slave."""
         return str(self.ask("ROLE")[0].decode())
+
+    def await_replicas(self) -> None:
+        """Wait until the replicas have all that was written up to now."""
+        written = int(self.ask("ROLE")[1])
+        wait_for(lambda: all(int(offset) >= written for _, _, offset in self.ask("ROLE")[2]), what="a replica lags")
 
     def freeze(self) -> None:
         """Stop it silently: connections stay, and nothing answers."""
@@ -191,6 +196,7 @@ class SentinelGroup:
     def kill_master(self) -> Node:
         """End the master with SIGKILL and return it; the sentinels need a while to notice. `mend` brings it back."""
         node = self.master
+        node.await_replicas()
         node.kill()
         return node
 
@@ -352,6 +358,7 @@ class ClusterOfNodes:
         """End the owner of the slot with SIGKILL, wait until a replica has taken over, and return the dead one."""
         node = self.owner(key)
         replica = self.replica_of(node)
+        node.await_replicas()
         node.kill()
         wait_for(lambda: self.owner(key, asked=replica) is replica, what="no failover")
         return node
