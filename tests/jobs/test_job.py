@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -11,8 +12,11 @@ import pytest
 import redis as redis_py
 
 from conveyor.errors import ConfigurationError, JobCancelled, JobFailed, JobNotFound, PayloadError, ResultExpired
+from conveyor.ids import new_id
 from conveyor.jobs.app import Conveyor
+from conveyor.jobs.job import Job
 from conveyor.payload.records import Failure
+from conveyor.store import operations
 from support.manual_worker import ManualWorker, eventually
 
 
@@ -159,18 +163,90 @@ def test_result_of_a_cancelled_job(app: Conveyor, tasks: Tasks, manual: ManualWo
 def test_promised_value_that_is_gone_is_an_error(
     app: Conveyor, tasks: Tasks, manual: ManualWorker, redis: redis_py.Redis
 ) -> None:
-    """ResultExpired when a value was promised and is not kept; None when none was promised."""
-    jobs = [tasks.pay.enqueue(1), tasks.forget.enqueue(), tasks.plain.enqueue()]
-    ids = manual.take(3)
-    manual.done(ids[0], Receipt("r", AT))
-    manual.plainly_done(*ids[1:])
+    """ResultExpired when there was a value and it is not kept; None when there was none, also for a handle from an id."""
+    jobs = [tasks.pay.enqueue(1), tasks.pay.enqueue(2), tasks.forget.enqueue(), tasks.plain.enqueue()]
+    ids = manual.take(4)
+    manual.done(ids[0], Receipt("r", AT), keep_ms=60_000)
+    manual.unkept(ids[1])
+    manual.plainly_done(*ids[2:])
     redis.delete(f"conveyor:{{default}}:result:{ids[0]}")
 
-    with pytest.raises(ResultExpired):
-        jobs[0].result()
-    assert [jobs[1].result(), jobs[2].result()] == [None, None]
-    with pytest.raises(ResultExpired):
-        app.job(jobs[1].id).result()  # nobody here can tell what that task had promised
+    for job in jobs[:2]:
+        for handle in (job, app.job(job.id)):
+            assert handle.status() == "done"
+            with pytest.raises(ResultExpired):
+                handle.result()
+    for job in jobs[2:]:
+        assert [job.result(), app.job(job.id).result()] == [None, None]
+
+
+@pytest.mark.row("D304")
+def test_done_is_said_only_of_what_is_known_to_have_ended_well(
+    app: Conveyor, tasks: Tasks, manual: ManualWorker, redis: redis_py.Redis
+) -> None:
+    """Purged, lost, forgotten and never known jobs are JobNotFound for each question; what ended well is remembered."""
+    keys = app.client.keys("default")
+
+    def make() -> list[Job[None]]:
+        return [
+            tasks.forget.enqueue(),
+            tasks.forget.options(unique="k").enqueue(),
+            tasks.forget.options(id=new_id()[1:]).enqueue(),
+        ]
+
+    def end() -> list[Job[None]]:
+        jobs = make()
+        first, *others = manual.take(3)
+        manual.plainly_done(first)
+        for id_ in others:
+            manual.done(id_)
+        return jobs
+
+    def refuse_unknown(*jobs: Job[Any]) -> None:
+        for job in (*jobs, *(app.job(job.id) for job in jobs)):
+            for ask in (job.status, job.result, job.cancel):
+                with pytest.raises(JobNotFound, match=job.id):
+                    ask()
+
+    for job in end():
+        for handle in (job, app.job(job.id)):
+            assert (handle.status(), handle.result(), handle.cancel()) == ("done", None, "")
+
+    waiting, later = make(), tasks.forget.options(delay=60).enqueue()
+    app.client.run(operations.purge(keys, "ready", 9))
+    app.client.run(operations.purge(keys, "due", 9))
+    refuse_unknown(*waiting, later, app.job(f"default:{new_id()}"), app.job("nobody"))
+
+    buried = tasks.forget.enqueue()
+    manual.dead(*manual.take(), FAILURE)
+    app.client.run(operations.purge(keys, "dead", 9))
+    refuse_unknown(buried)
+
+    lost = make()
+    redis.delete(keys.jobs)
+    refuse_unknown(*lost)
+    assert manual.take(9) == []
+    redis.delete(f"{keys.prefix}unique:i:{lost[2].id}")
+
+    forgotten = end()
+    for key in redis.keys(f"{keys.prefix}ended:*"):
+        assert 590_000 < redis.pttl(key) <= 600_000
+        redis.delete(key)
+    refuse_unknown(*forgotten[:2])
+    assert forgotten[2].status() == "done"  # an id of one's own is remembered for a day
+    redis.delete(f"{keys.prefix}unique:i:{forgotten[2].id}")
+    refuse_unknown(forgotten[2])
+
+
+def test_purged_job_tells_who_waits(app: Conveyor, tasks: Tasks, manual: ManualWorker, redis: redis_py.Redis) -> None:
+    """A caller who waits for a job that is purged gets JobCancelled, which says so."""
+    job = tasks.pay.enqueue(1)
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(job.result, timeout=30)
+        eventually(lambda: redis.exists("conveyor:{default}:waiters"))
+        app.client.run(operations.purge(app.client.keys("default"), "ready", 9))
+        with pytest.raises(JobCancelled, match="was purged"):
+            waiting.result(10)
 
 
 def test_result_that_does_not_fit_is_an_error(app: Conveyor, tasks: Tasks, manual: ManualWorker) -> None:
@@ -196,10 +272,10 @@ def test_own_id_is_found_in_any_queue(app: Conveyor, tasks: Tasks, redis: redis_
     manual = ManualWorker(app, "mail")
     assert manual.take() == []
     manual.leave()
-    assert app.job("order-7").status() == "done"
-    for ask in (app.job("order-8").status, app.job("order-8").cancel, app.job("order-8").result):
-        with pytest.raises(JobNotFound, match="order-8"):
-            ask()
+    for name in ("order-7", "order-8"):  # one that was cancelled is remembered for ten minutes, which are over here
+        for ask in (app.job(name).status, app.job(name).cancel, app.job(name).result):
+            with pytest.raises(JobNotFound, match=name):
+                ask()
 
 
 async def test_awaitable_twins(app: Conveyor, tasks: Tasks) -> None:
@@ -212,8 +288,10 @@ async def test_awaitable_twins(app: Conveyor, tasks: Tasks) -> None:
         await own.aresult()
     with pytest.raises(TimeoutError):
         await job.aresult(timeout=0)
-    with pytest.raises(JobNotFound):
-        await app.job("nobody").aresult()
+    for unknown in ("nobody", f"default:{new_id()}"):
+        for ask in (app.job(unknown).astatus, app.job(unknown).aresult, app.job(unknown).acancel):
+            with pytest.raises(JobNotFound):
+                await ask()
 
     calls: list[tuple[Any, str]] = [(job.status, "astatus"), (job.result, "aresult"), (job.cancel, "acancel")]
     for call, twin in calls:

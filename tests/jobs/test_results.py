@@ -79,18 +79,20 @@ def test_waiter_is_woken_by_push(
 def test_all_kinds_of_ends_are_pushed(
     echo: Task[[int], int], manual: ManualWorker, pool: ThreadPoolExecutor, redis: redis_py.Redis
 ) -> None:
-    """A waiter hears of a death, and of a success without a value, as it hears of a value."""
-    jobs = [echo.enqueue(n) for n in range(2)]
-    ids = manual.take(2)
+    """A waiter hears of a death, of a value that is not kept, and of a success without one, as it hears of a value."""
+    jobs = [echo.enqueue(n) for n in range(3)]
+    ids = manual.take(3)
     waiting = [pool.submit(job.result, timeout=PATIENCE) for job in jobs]
-    eventually(lambda: redis.hlen(WAITERS) == 2)
+    eventually(lambda: redis.hlen(WAITERS) == 3)
     manual.dead(ids[0], Failure(1, 0, "ValueError", "no", "trace"))
-    manual.plainly_done(ids[1])
+    manual.unkept(ids[1])
+    manual.plainly_done(ids[2])
 
     with pytest.raises(JobFailed, match="ValueError: no"):
         waiting[0].result(60)
     with pytest.raises(ResultExpired):
         waiting[1].result(60)
+    assert waiting[2].result(60) is None
 
 
 @pytest.mark.standalone_only(

@@ -26,7 +26,7 @@ class ManualWorker:
         self.envelopes: dict[str, Envelope] = {}
         self.client.run(operations.register(self.keys, self.worker, 60_000, operations.about()))
 
-    def turn(self, want: int = 0, *others: Settlement, done: tuple[str, ...] = (), flags: str = "") -> TurnReply:
+    def turn(self, want: int = 0, *others: Settlement, done: tuple[str, ...] = (), flags: str = "e") -> TurnReply:
         self.number += 1
         report = TurnReport(list(done), list(others))
         return self.client.run(operations.turn(self.keys, self.worker, self.number, want, 60_000, report, flags=flags))
@@ -45,6 +45,12 @@ class ManualWorker:
     def plainly_done(self, *ids: str) -> None:
         """Finish jobs that keep nothing and hold nothing."""
         self.turn(0, done=ids)
+
+    def unkept(self, *ids: str) -> None:
+        """Finish jobs that returned a value which is not kept."""
+        self.number += 1
+        report = TurnReport(list(ids), results=dict.fromkeys(ids, (0, b"")))
+        self.client.run(operations.turn(self.keys, self.worker, self.number, 0, 60_000, report, flags="e"))
 
     def dead(self, id: str, failure: Failure | None, crashes: int = 0) -> None:  # noqa: A002
         """Give a job up."""

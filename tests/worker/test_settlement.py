@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from conveyor.errors import JobCancelled, JobFailed
+from conveyor.errors import JobCancelled, JobFailed, ResultExpired
 from conveyor.jobs.app import Conveyor
 from conveyor.jobs.context import Context, current
 from conveyor.messaging.retry import Retry
@@ -552,3 +552,38 @@ async def test_a_job_that_expired_behind_another_does_not_start(
         opened.set()
     assert seen == [0, 2]
     assert await audit(app) == []
+
+
+@pytest.mark.row("D304")
+async def test_ends_without_a_result_are_remembered(app: Conveyor) -> None:
+    """Of hundreds of jobs that return nothing, that are asked about after all have ended, each is known to have ended well."""
+
+    @app.task
+    async def nothing(n: int) -> None: ...
+
+    @app.task(keep_result=0)
+    async def unkept(n: int) -> int:
+        return n
+
+    @app.task(keep_result="1ms")
+    async def short(n: int) -> int:
+        return n
+
+    @app.task
+    async def optional(n: int) -> int | None:
+        return None
+
+    silent = [nothing.aenqueue(n) for n in range(300)]
+    jobs = [await job for job in [*silent, optional.aenqueue(1), nothing.options(unique="k").aenqueue(1)]]
+    expired = [await task.options(id=own).aenqueue(1) for task in (unkept, short) for own in (None, f"own-{task.name}")]
+    await drain(app)
+
+    for job in jobs:
+        assert (await job.astatus(), await job.aresult(), await app.job(job.id).aresult()) == ("done", None, None)
+    for lost in expired:
+        call = operations.await_result(app.client.keys("default"), lost.id.removeprefix("default:"), "")
+        while (await app.client.arun(call))[0] == "result":
+            await asyncio.sleep(0.001)  # its millisecond is not over
+        assert await lost.astatus() == "done"
+        with pytest.raises(ResultExpired):
+            await lost.aresult()

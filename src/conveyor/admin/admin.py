@@ -241,7 +241,10 @@ class Admin:
         """Return everything known about a job. Raises JobNotFound."""
         lookup = self._find(public_id)
         if lookup is None:
-            raise JobNotFound(f"No job {public_id} is known. It never existed, or it ended and its record has expired.")
+            raise JobNotFound(
+                f"No job {public_id} is known. It was never there, was purged or deleted, or ended longer ago than is remembered: "
+                "ten minutes, or as long as its result is kept."
+            )
         if lookup.row is not None:
             return live_job(lookup.keys.queue, lookup.row, self._decoder)
         return self._ended_job(lookup)
@@ -359,7 +362,7 @@ class Admin:
                 return lookup
             entry = self._recent_entry(lookup)
             # A dead letter that only the list of recent jobs still names was deleted or purged.
-            if record or (entry is not None and entry.status != "dead"):
+            if entry is not None and entry.status != "dead":
                 remains = lookup
         return remains
 
@@ -439,7 +442,7 @@ def _each(ids: Iterable[str]) -> list[str]:
 def _state_of(lookup: _JobLookup) -> str:
     if lookup.location == "result":
         return read_outcome(lookup.record).status
-    return "done" if lookup.location == "none" else lookup.location
+    return "done" if lookup.location in {"none", "ended"} else lookup.location
 
 
 def _integer(reply: object) -> int:

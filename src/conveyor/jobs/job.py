@@ -27,6 +27,8 @@ _POLL = 0.02
 """Seconds between two checks of the buffer of this program."""
 BUFFERED = "It waits in the buffer of this program until Redis answers."
 START_WORKER = "conveyor worker MODULE:app"
+_CANCELLED = {"expired": "expired before it started", "purged": "was purged"}
+"""What is said of a cancelled job, by the reason in its record."""
 _ANSWER_PAUSES = (0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.1, 0.1)
 """Seconds between the questions whether a worker has answered to a cancellation. A busy one listens after 0.1 s."""
 CancelAnswer = Literal["removed", "will-not-start", "asked", ""]
@@ -128,9 +130,9 @@ class Job(Generic[R_co]):
         """
         Return scheduled, ready, leased, done, dead, cancelled or waiting.
 
-        A job is waiting while it is in the buffer of this program, and a spawned job until its parent has ended. A job
-        that Redis does not know is done: a job that succeeded and keeps no result leaves no record. Raises JobNotFound
-        for an id of the caller's own that no queue has seen within a day.
+        A job is waiting while it is in the buffer of this program, and a spawned job until its parent has ended. `done`
+        and `cancelled` are known for ten minutes, or for as long as the result is kept. Raises JobNotFound for a job that
+        is not known, or not any more: purged and deleted ones are not.
         """
         refuse_in_loop("job.status()", "await job.astatus()")
         if self._is_buffered():
@@ -149,9 +151,11 @@ class Job(Generic[R_co]):
             return row.status
         if where == "result":
             return read_outcome(record).status
+        if where == "ended":
+            return "done"
         if where == "none" and not record and ids.may_arrive_later(self._bare_id):
             return "waiting"  # its parent is still running, or ended a moment ago
-        return "cancelled" if where == "cancelled" else "done"
+        raise self._not_found()
 
     def _is_buffered(self) -> bool:
         buffer = self._core.client.buffer
@@ -213,9 +217,10 @@ class Job(Generic[R_co]):
         return lookup
 
     def _not_found(self) -> JobNotFound:
+        where = f"Namespace {self._core.namespace!r}" if self.queue is None else f"Queue {self.queue!r}"
         return JobNotFound(
-            f"No queue of namespace {self._core.namespace!r} knows a job {self._bare_id!r}. An id of your own is "
-            "remembered until a day after its job ended."
+            f"{where} does not know a job {self.id!r}. It was never there, was purged or deleted, or ended longer ago "
+            "than is remembered: ten minutes, or as long as its result is kept."
         )
 
     # -- result ---------------------------------------------------------------------------------------------------
@@ -224,8 +229,9 @@ class Job(Generic[R_co]):
         """
         Wait until the job has ended and return its result.
 
-        Raises TimeoutError after *timeout* (None: no limit), JobFailed, JobCancelled, and ResultExpired when the job
-        has finished and its value is no longer kept. Redis announces the end of the job; nothing is polled.
+        Raises TimeoutError after *timeout* (None: no limit), JobFailed, JobCancelled, ResultExpired when the job has
+        finished and its value is no longer kept, and JobNotFound when it is not known, or not any more. Redis announces the
+        end of the job; nothing is polled.
         """
         refuse_in_loop("job.result()", "await job.aresult()")
         seconds = _timeout_seconds(timeout)
@@ -277,7 +283,9 @@ class Job(Generic[R_co]):
                 errors[-1] if errors else None, f"its worker crashed {state.crashes} times while it ran"
             )
         if kind == "gone":
-            return self._no_value(just_ended=data == b"done")
+            raise self._not_found()
+        if kind == "ended":
+            return self._no_value(expired=data == b"+")
         outcome = read_outcome(data)
         if outcome.status == "dead":
             raise self._failure_error(outcome.failure, outcome.reason)
@@ -289,7 +297,7 @@ class Job(Generic[R_co]):
             limit = MAX_LARGE if self._result_spec is None else self._result_spec.results.max_payload
             value = open_result(self._core.sealing, outcome, str(self.queue), self._bare_id, limit)
         if outcome.status == "cancelled":
-            why = "expired before it started" if outcome.reason == "expired" else "was cancelled"
+            why = _CANCELLED.get(outcome.reason, "was cancelled")
             raise JobCancelled(f"Job {self.id} {why}.")
         if self._result_spec is None:
             from conveyor.payload.formats import FormatCodec
@@ -304,10 +312,8 @@ class Job(Generic[R_co]):
             f"Job {self.id} has not ended after {seconds:g} s.{situation and ' '}{situation} It was not cancelled: ask again later."
         )
 
-    def _no_value(self, *, just_ended: bool) -> R_co:
-        # For a task that is not known here it cannot be told whether it promised a value.
-        promised = self._result_spec.promises_result if self._result_spec is not None else not just_ended
-        if promised:
+    def _no_value(self, *, expired: bool) -> R_co:
+        if expired:
             raise ResultExpired(
                 f"Job {self.id} has finished, and its result is not kept any more (or never was). "
                 "Ask earlier, or keep it longer: @app.task(keep_result='1h')."
@@ -331,7 +337,8 @@ class Job(Generic[R_co]):
 
         Return "removed" when no worker held it; "will-not-start" when a worker did and had not started it; "asked" when
         it runs, or its worker has not answered within half a second; "" (which is false) when it had ended already. A
-        running job may ignore the request: `result` tells how it ended. Raises TimeoutError while it waits in a buffer.
+        running job may ignore the request: `result` tells how it ended. Raises TimeoutError while it waits in a buffer or
+        for its parent, and JobNotFound when it is not known, or not any more.
         """
         refuse_in_loop("job.cancel()", "await job.acancel()")
         if self.queue is None:
@@ -344,6 +351,8 @@ class Job(Generic[R_co]):
             pause_blocking(pause)
             if (reply := client.run(call)) != operations.CANCEL_ASKED:
                 break
+        if first == operations.CANCEL_UNKNOWN:
+            self._refuse_waiting(self._status(self._look_up()))
         return _cancel_answer(first, reply)
 
     async def acancel(self) -> CancelAnswer:
@@ -358,7 +367,15 @@ class Job(Generic[R_co]):
             await sleep(pause)
             if (reply := await client.arun(call)) != operations.CANCEL_ASKED:
                 break
+        if first == operations.CANCEL_UNKNOWN:
+            self._refuse_waiting(self._status(await self._alook_up()))
         return _cancel_answer(first, reply)
+
+    def _refuse_waiting(self, status: Status) -> None:
+        if status == "waiting":
+            raise TimeoutError(
+                f"Job {self.id} waits until its parent has ended. It was not cancelled: ask again later."
+            )
 
 
 def _cancel_answer(first: int, last: int) -> CancelAnswer:
@@ -387,7 +404,7 @@ def refuse_in_loop(call: str, twin: str) -> None:
 
 
 def _is_known(lookup: JobLookup) -> bool:
-    return lookup[0] != "none" or bool(lookup[2])
+    return lookup[0] != "none"
 
 
 def _situation(status: Status, queue: str, counts: inspection.QueueCounts) -> str:

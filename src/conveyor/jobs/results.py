@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from conveyor.store.client.client import Client
 
 WaitReply = tuple[str, bytes]
-"""The reply of await_result.lua: result | dead | gone | waiting, and its bytes."""
+"""The reply of await_result.lua: result | dead | ended | gone | waiting, and its bytes."""
 
 CHECK_AGAIN = 5.0
 """Seconds after which a waiter asks again, in case its message was missed."""
@@ -184,7 +184,7 @@ class ResultSubscriber:
                 self._waiters[id_.decode()] = waiters
         for _, waiter in waiters:
             if not ambiguous:
-                waiter.reply = ("result", record) if record else ("gone", b"done")
+                waiter.reply = ("result", record) if len(record) > 1 else ("ended", record or b"-")
             waiter.wake()
 
     def wake_all(self) -> None:

@@ -326,7 +326,7 @@ class LeaseSession:
         for leased in self._ended:
             if leased.ending is not None and leased.ending.kind == "D":
                 place, _, _ = yield inspection.get_job(self.keys, leased.id)
-                leased.confirmed = place in {"none", "result"}
+                leased.confirmed = place in {"none", "ended", "result"}
 
     def _lose(self, leased: LeasedMessage) -> None:
         if not (leased.lost or leased.confirmed):

@@ -164,7 +164,7 @@ def _read_finished(entry: bytes) -> FinishedJob:
 
 
 def get_job(keys: QueueKeys, id: str) -> Call[tuple[str, JobRow | None, bytes]]:  # noqa: A002
-    """Return the call that says all about a job: (place, row, outcome record); places as in get_job.lua."""
+    """Return the call that says all about a job: (place, row, outcome record or mark); places as in get_job.lua."""
     names = (keys.jobs, keys.state, keys.due, keys.dead, keys.workers, keys.result(id), keys.result_window(id))
 
     def decode(reply: list[bytes]) -> tuple[str, JobRow | None, bytes]:

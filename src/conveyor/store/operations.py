@@ -38,7 +38,7 @@ LANE_MS = 7_200_000
 """Milliseconds for which the scripts keep number and reply of the last push of a sequence (key `lane:`)."""
 DAY_MS = 86_400_000
 """The same for a sequence whose identity ends in +."""
-CANCEL_REMOVED, CANCEL_ASKED, CANCEL_RUNS, CANCEL_NOT_STARTED = 1, 2, 3, 4
+CANCEL_REMOVED, CANCEL_ASKED, CANCEL_RUNS, CANCEL_NOT_STARTED, CANCEL_UNKNOWN = 1, 2, 3, 4, -2
 """Replies of cancel.lua, as its header says."""
 MOST_HELD = 1000
 """Maximum jobs of a queue that one worker may hold; scripts clamp to it."""
@@ -319,7 +319,7 @@ class TurnReport:
     recent: list[bytes] = field(default_factory=list)
     spawned: bool = False  # some settlements put entries into the outbox
     results: dict[str, tuple[int, bytes]] = field(default_factory=dict)
-    """Of jobs in `done`: for how long (ms) which record is kept."""
+    """Of jobs in `done`: for how long (ms) which record is kept; (0, b"") of a value that is not kept."""
 
     def __bool__(self) -> bool:
         return bool(self.done or self.others)
@@ -545,6 +545,7 @@ def cancel(keys: QueueKeys, id: str, *, delete: bool = False) -> Call[int]:  # n
         keys.conf,
         keys.waiters,
         keys.result(id),
+        keys.result_window(id),
         keys.none,
     )
     return Call(CANCEL, names, (id, "delete" if delete else "cancel"), int)

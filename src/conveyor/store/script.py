@@ -16,6 +16,7 @@ S = TypeVar("S")
 
 _FOLDER = files("conveyor.store").joinpath("scripts")
 _NEEDS = re.compile(r"^-- needs: (.+)$", re.MULTILINE)
+_COMMENT = re.compile(r"^ *--.*\n", re.MULTILINE)
 
 
 class Script:
@@ -31,10 +32,15 @@ class Script:
 
     @lazy_property
     def text(self) -> str:
-        """The text that the server gets: the parts, then the file. It is put together once in a process."""
+        """
+        The text that the server gets: the parts, then the file, without lines of comments.
+
+        It is put together once in a process.
+        """
         own = _read(f"{self.name}.lua")
         needs = _NEEDS.search(own)
-        return "".join(_read(f"lib/{part}.lua") for part in (needs[1].split() if needs else ())) + own
+        texts = [_read(f"lib/{part}.lua") for part in (needs[1].split() if needs else ())]
+        return _COMMENT.sub("", "".join([*texts, own]))
 
     @lazy_property
     def sha(self) -> str:

@@ -125,12 +125,20 @@ class SettlementWriter:
                 report.others.append(
                     Settlement("D", attempt.id, keep, record, unique=envelope.unique, own_id=envelope.own_id)
                 )
-        elif envelope.is_plain and not spawned:
-            report.done.append(attempt.id)
         else:
-            if spawned:
-                _add_spawned(report, attempt.id, spawned)
-            report.others.append(Settlement("D", attempt.id, unique=envelope.unique, own_id=envelope.own_id))
+            # A promised value that was returned and is not kept is told from none: `result` raises ResultExpired.
+            promised = value is not None and not keep and handler.task.promises_result
+            if envelope.is_plain and not spawned:
+                report.done.append(attempt.id)
+                if promised:
+                    report.results[attempt.id] = (0, b"")
+            else:
+                if spawned:
+                    _add_spawned(report, attempt.id, spawned)
+                state = b"+" if promised else b""
+                report.others.append(
+                    Settlement("D", attempt.id, state=state, unique=envelope.unique, own_id=envelope.own_id)
+                )
         if attempt.context is not None:
             end_spawning(attempt.context)  # a thread of the job that goes on gets an error if it spawns
         handler.count_done(seconds)

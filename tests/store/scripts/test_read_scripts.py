@@ -229,12 +229,15 @@ def test_get_job(seeded: SeededQueue, id: str, place: str, extra: str | None) ->
 
 
 def test_get_job_knows_an_own_id_that_ended(seeded: SeededQueue) -> None:
-    """An own id that ended without a record is told from one that never was."""
+    """An own id that ended well without a record is told from one that ended otherwise, and from one that never was."""
     seeded.push(entry("a", own_id=True))
     seeded.register("w")
     seeded.turn("w", 1, 1)
     seeded.turn("w", 2, others=[Settlement("D", "a", own_id=True)])
-    assert seeded.run(inspection.get_job(seeded.keys, "a")) == ("none", None, b"1")
+    assert seeded.run(inspection.get_job(seeded.keys, "a")) == ("ended", None, b"-")
+    seeded.push(entry("b", own_id=True))
+    seeded.run(operations.purge(seeded.keys, "ready", 9))
+    assert seeded.run(inspection.get_job(seeded.keys, "b")) == ("none", None, b"1")
 
 
 def test_workers(seeded: SeededQueue) -> None:

@@ -241,6 +241,58 @@ def test_a_report_beyond_the_limits_of_unpack(seeded: SeededQueue) -> None:
     assert not seeded.redis.exists(seeded.keys.result_window(ghosts[0]))
 
 
+@pytest.mark.row("D304")
+@pytest.mark.redis6
+@pytest.mark.standalone_only("counts the commands of one server")
+def test_a_turn_remembers_its_ends_in_two_commands(seeded: SeededQueue) -> None:
+    """Five hundred ends without a result cost as many commands as one, two, and 16 bytes each for ten minutes."""
+    counts = []
+    for flags, number, window in (("", 500, "0Q8AwEA"), ("e", 1, "0Q8AwEB"), ("e", 500, "0Q8AwEC")):
+        ids = ids_of(window, number)
+        worker = f"w{window}"
+        seeded.lease(*ids, worker=worker)
+        before = commands(seeded.redis)
+        assert seeded.turn(worker, 2, done=ids, flags=flags).held == 0
+        counts.append(commands(seeded.redis) - before - Counter(info=1))
+        assert {outcome(seeded, id_) for id_ in ids} == {("ended", b"-") if flags else ("gone", b"")}
+        assert seeded.redis.strlen(f"{seeded.keys.prefix}ended:{window}") == (16 * number if flags else 0)
+        assert outcome(seeded, ids_of(window, 501)[500]) == ("gone", b"")
+
+    assert counts[2] - counts[0] == Counter(append=1, pexpire=1)
+    assert counts[1] == counts[2]
+    assert TEN_MINUTES - 60_000 < ends_in(seeded, f"{seeded.keys.prefix}ended:0Q8AwEC") <= TEN_MINUTES
+
+
+@pytest.mark.row("D304")
+@pytest.mark.redis6
+def test_an_end_outlives_a_short_result(seeded: SeededQueue) -> None:
+    """A job is known to have ended well when its result is kept for less than ten minutes, or was not kept at all."""
+    short, unkept, _, long = ids = ids_of(STEM, 4)
+    seeded.lease(*ids)
+    results = {short: (1000, b"1"), unkept: (0, b""), long: (3_600_000, b"2")}
+    seeded.turn("w", 2, report=TurnReport(ids, results=results), flags="e")
+    assert [outcome(seeded, id_) for id_ in (short, long)] == [("result", b"1"), ("result", b"2")]
+
+    for id_ in (short, long):
+        seeded.redis.delete(seeded.keys.result(id_))
+    seeded.redis.delete(seeded.keys.result_window(short))
+
+    assert [outcome(seeded, id_) for id_ in ids] == [("ended", b"+"), ("ended", b"+"), ("ended", b"-"), ("gone", b"")]
+
+
+def test_an_end_is_found_only_in_its_place(seeded: SeededQueue) -> None:
+    """Bytes of two neighbouring ends that happen to spell a third id do not make that one known."""
+    first, second = STEM + "a" * 15, STEM + "a" * 14 + "b"
+    seeded.lease(first, second)
+    seeded.turn("w", 2, done=[first, second], flags="e")
+
+    assert [outcome(seeded, id_) for id_ in (first, second)] == [("ended", b"-"), ("ended", b"-")]
+    assert outcome(seeded, STEM + "aaaaaaaaaaaaaa-"[:15]) == ("gone", b"")
+    assert outcome(seeded, STEM + "aaaaaaa-aaaaaaa") == ("gone", b"")
+    assert seeded.run(operations.cancel(seeded.keys, first)) == 0
+    assert seeded.run(operations.cancel(seeded.keys, STEM + "aaaaaaa-aaaaaaa")) == operations.CANCEL_UNKNOWN
+
+
 def test_layout_one_is_read_and_raised(seeded: SeededQueue) -> None:
     """A queue of layout 1, where each result had a key of its own, is served: results of before stay readable."""
     [old, new] = ids_of(STEM, 2)

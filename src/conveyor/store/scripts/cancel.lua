@@ -1,19 +1,20 @@
 -- Cancel or delete a job, wherever it is. For a leased job its worker is asked.
--- needs: numbers keys listed envelope outcome rights
+-- needs: numbers keys listed envelope outcome rights kept_result ended_mark
 --
--- KEYS  1 jobs  2 state  3 due  4 dead  5 workers  6 conf  7 waiters  8 result:<id>  9 none
+-- KEYS  1 jobs  2 state  3 due  4 dead  5 workers  6 conf  7 waiters  8 result:<id>  9 results:<window>  10 none
 -- ARGV  1 id  2 "cancel" leaves a record, "delete" leaves nothing and takes dead letters too
 -- returns 1 gone · 2 asked of the worker that holds it, which has not answered · 3 asked, and it runs
---         4 gone: its worker was asked before it had started it · 0 finished or unknown · -1 leased (delete only)
+--         4 gone: its worker was asked before it had started it · 0 it has ended · -1 leased (delete only)
+--         -2 not known, or no longer
 local jobs, id, cancels = KEYS[1], ARGV[1], ARGV[2] == 'cancel'
 local queue = {prefix = string.sub(jobs, 1, -5), state = KEYS[2], waiters = KEYS[7]}
 local envelope = redis.call('HGET', jobs, id)
-if not envelope then
-  local record = cancels and redis.call('GET', KEYS[8])
-  return record and string.find(record, '"reason":"not started"', 1, true) and 4 or 0
+local found = envelope and marks(envelope) or {}
+if not envelope or found.stub then
+  local record = kept_result(KEYS[8], KEYS[9], id)
+  if record then return cancels and not found.stub and string.find(record, '"reason":"not started"', 1, true) and 4 or 0 end
+  return not envelope and ended_mark(queue.prefix, id) and 0 or -2
 end
-local found = marks(envelope) or {}
-if found.stub then return 0 end
 local buried = redis.call('ZSCORE', KEYS[4], id)
 if buried and cancels then return 0 end
 

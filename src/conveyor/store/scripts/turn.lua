@@ -1,14 +1,15 @@
 -- A worker's whole round trip: settle what it has finished, then lease up to N more jobs to it.
--- needs: numbers keys listed tokens envelope outcome leased_order rights results settle promote lease upkeep
+-- needs: numbers keys listed tokens envelope outcome leased_order rights ended results settle promote lease upkeep
 --
 -- KEYS  1 jobs  2 state  3 leased:<worker>  4 workers  5 due  6 wake  7 conf  8 dead  9 recent  10 waiters
 --       11-20 ready:0 … ready:9  21 none
 -- ARGV  1 worker  2 number of this turn  3 how many more  4 lease_ms
---       5 flags: k keep the lease's end, l look for overdue workers, t leave when nothing is held
+--       5 flags: k keep the lease's end, l look for overdue workers, t leave when nothing is held, e remember the ends
 --       6 count, ids of jobs that are simply done
---       then count, and for each group of these, from the first id on, a result that is kept: ms count record…
+--       then count, and for each group of these, from the first id on, a result that is kept: ms count record…   0 ms: it is not
 --       then count, and for each other settlement: kind id ms record state unique own
---            D done: keep the record ms           X dead: announce the record, keep the state
+--            D done: keep the record ms, state "+" when a value is not kept
+--            X dead: announce the record, keep the state
 --            C cancelled: keep the record ms      R again after ms, with this state
 --            F back to the front, with this state ("" as it was)      M still held, with this state
 --            R and F of a job whose cancellation was asked: it ends cancelled
@@ -71,7 +72,8 @@ local urgent = redis.call('EXISTS', unpack(KEYS, 12, 20)) > 0
 if urgent then check('LLEN', unpack(KEYS, 12, 20)) end
 local awaited = redis.call('HLEN', queue.waiters) > 0
 local done, others, lost, kinds = read_settlements(queue, leased, 7, done_count, other_at, other_count)
-local results = groups > 0 and plan_results(queue, done, 7, groups_at, groups, now)
+local ended = {}
+local results = groups > 0 and plan_results(queue, done, 7, groups_at, groups, now, ended)
 local leases = want > 0 and not paused
 local promotes = kinds.R or (first_due[2] and tonumber(first_due[2]) <= now)
 -- The jobs that this turn will lease are known before the first write, unless other lists have some, or it adds to them itself.
@@ -96,7 +98,13 @@ elseif kinds.R or kinds.X then prove(KEYS[21], 'ZADD') end
 redis.call('HSET', leased, '\tturn', number)
 if #done > 0 then settle_done(queue, leased, done, results, stateful, awaited) end
 for _, i in ipairs(others) do
-  if settle_other(queue, leased, i, now, about[2]) then urgent = true end
+  if settle_other(queue, leased, i, now, about[2], ended) then urgent = true end
+end
+if string.find(flags, 'e', 1, true) then
+  for _, id in ipairs(done) do
+    if not (results and results.records[id]) then note_ended(ended, id, '-') end
+  end
+  remember_ended(queue.prefix, ended)
 end
 
 local cancelled = about[2] and held_cancellations(leased, about[2]) or {}

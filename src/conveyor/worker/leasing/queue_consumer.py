@@ -344,7 +344,7 @@ class QueueConsumer:
         if prepared is not None and not self._is_looking and prepared.fits(self.identity, self.number, want, report):
             call, packed, want = prepared.call, prepared.packed, prepared.want
         else:
-            flags, packed = "l" if self._is_looking else "", None
+            flags, packed = "el" if self._is_looking else "e", None
             call = operations.turn(self.keys, self.identity, self.number, want, self.lease_ms, report, flags=flags)
         self._in_flight = (call, report)
         self._sent_at = now

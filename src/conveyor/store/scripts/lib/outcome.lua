@@ -13,19 +13,21 @@ end
 -- id       of the job
 -- unique   its unique key; nil: none. The key is kept when another job holds it by now.
 -- own      true when the id is the caller's
+-- mark     of a job that ended well, which its own id keeps (lib/ended.lua); nil: it ended otherwise
 -- returns  nothing
-local function release(prefix, id, unique, own)
+local function release(prefix, id, unique, own, mark)
   if unique then
     local key = prefix .. 'unique:k:' .. unique
     if redis.pcall('GET', key) == id then redis.call('DEL', key) end
   end
-  if own then redis.call('PEXPIRE', prefix .. 'unique:i:' .. id, 86400000) end
+  if own and mark then redis.call('SET', prefix .. 'unique:i:' .. id, '\t' .. mark, 'PX', 86400000)
+  elseif own then redis.call('PEXPIRE', prefix .. 'unique:i:' .. id, 86400000) end
 end
 
 -- Tell the processes that wait for a job how it ended.
 -- waiters  key waiters
 -- id       of the job
--- record   JSON; "" for a success that keeps no value
+-- record   JSON; of a success that keeps no record "" without a value and "+" with one
 -- returns  nothing
 local function announce(waiters, id, record)
   local channels = redis.call('HGET', waiters, id)
@@ -42,11 +44,11 @@ end
 -- id      of the job
 -- keep    ms that the record is kept; 0: it is only announced
 -- record  as for announce
--- unique, own  as for release
+-- unique, own, mark  as for release
 -- returns nothing
-local function finish(queue, id, keep, record, unique, own)
+local function finish(queue, id, keep, record, unique, own, mark)
   redis.call('HDEL', queue.state, id)
   if keep > 0 then redis.call('SET', queue.prefix .. 'result:' .. id, record, 'PX', keep) end
-  release(queue.prefix, id, unique, own)
+  release(queue.prefix, id, unique, own, mark)
   announce(queue.waiters, id, record)
 end

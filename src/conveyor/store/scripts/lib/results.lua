@@ -14,6 +14,30 @@ local function find_window(key, keep)
   return {key = key, left = left, room = 8192 - redis.call('HLEN', key), entries = {}}
 end
 
+-- Decide where one result is kept.
+-- queue    field prefix is used
+-- plan     its fields windows and own are filled
+-- by_name  the windows by their names
+-- id, record, keep  the job, what is kept of it, and for how many ms
+-- head     what stands before the record in a window
+-- longest  ms that its window may live
+-- returns  nothing
+local function plan_result(queue, plan, by_name, id, record, keep, head, longest)
+  local name = string.sub(id, 1, 7)
+  local window = by_name[name]
+  if not window then
+    window = find_window(queue.prefix .. 'results:' .. name, keep)
+    by_name[name], plan.windows[#plan.windows + 1] = window, window
+  end
+  local entries = window.entries
+  local size = #entries
+  if #record <= 4096 and size < 2 * window.room and keep <= window.left and window.left <= longest then
+    entries[size + 1], entries[size + 2] = id, head .. record
+  else
+    plan.own[#plan.own + 1] = {queue.prefix .. 'result:' .. id, record, int(keep)}
+  end
+end
+
 -- Decide where the results of a report are kept, and check the keys. Nothing is written here.
 -- queue    field prefix is used
 -- done     ids that the worker holds and that are done
@@ -21,8 +45,9 @@ end
 -- at       where in ARGV the groups stand: ms, count, records
 -- groups   their number
 -- now      ms
+-- ended    windows of jobs that are to be remembered (lib/ended.lua): the end is known for longer than a short-lived result
 -- returns  {windows, own (key, record, ms), records (id → record)}
-local function plan_results(queue, done, first, at, groups, now)
+local function plan_results(queue, done, first, at, groups, now, ended)
   local plan, by_name, held = {windows = {}, own = {}, records = {}}, {}, {}
   for _, id in ipairs(done) do held[id] = true end
   for _ = 1, groups do
@@ -33,20 +58,9 @@ local function plan_results(queue, done, first, at, groups, now)
       first = first + 1
       if held[id] then
         held[id] = nil -- of two results of one job in a report the first counts
-        plan.records[id] = record
-        local name = string.sub(id, 1, 7)
-        local window = by_name[name]
-        if not window then
-          window = find_window(queue.prefix .. 'results:' .. name, keep)
-          by_name[name], plan.windows[#plan.windows + 1] = window, window
-        end
-        local entries = window.entries
-        local size = #entries
-        if #record <= 4096 and size < 2 * window.room and keep <= window.left and window.left <= longest then
-          entries[size + 1], entries[size + 2] = id, head .. record
-        else
-          plan.own[#plan.own + 1] = {queue.prefix .. 'result:' .. id, record, ARGV[at]}
-        end
+        plan.records[id] = keep > 0 and record or '+'
+        if keep < 600000 then note_ended(ended, id, '+') end
+        if keep > 0 then plan_result(queue, plan, by_name, id, record, keep, head, longest) end
       end
     end
     at = at + 2 + count

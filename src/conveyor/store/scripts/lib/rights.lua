@@ -10,6 +10,10 @@ local function prove(none, ...)
     local name = ' ' .. command .. ' '
     if command == 'SET' then
       redis.call(command, none, '', 'XX')
+    elseif command == 'APPEND' then
+      redis.call('DEL', none)
+      redis.call(command, none, '')
+      redis.call('DEL', none)
     elseif command == 'ZADD' then
       redis.call(command, none, 'XX', 0, '')
     elseif string.find(' RPUSH LPUSH HSET HINCRBY ', name, 1, true) then

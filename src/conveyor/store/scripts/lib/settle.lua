@@ -42,7 +42,7 @@ end
 local function prove_settlements(none, kinds, results, asked)
   if asked and (kinds.R or kinds.F) then prove(none, 'SET', 'GET', 'DEL', 'PEXPIRE') end
   if results and #results.windows > 0 or kinds.own then prove(none, 'PEXPIRE') end
-  if results and #results.own > 0 or kinds.keep then prove(none, 'SET') end
+  if results and #results.own > 0 or kinds.keep or kinds.own then prove(none, 'SET') end
   if kinds.unique then prove(none, 'GET', 'DEL') end
   if kinds.S then prove(none, 'RPUSH') end
   if kinds.F then prove(none, 'LPUSH') end
@@ -76,8 +76,9 @@ end
 -- i        where in ARGV its seven arguments stand
 -- now      ms
 -- asked    its field \tcancel, false when there is none
+-- ended    windows of jobs that are to be remembered (lib/ended.lua)
 -- returns  true when a job went back to a ready list of a priority above 0
-local function settle_other(queue, leased, i, now, asked)
+local function settle_other(queue, leased, i, now, asked, ended)
   local kind, id, ms, record, attempts = ARGV[i], ARGV[i + 1], tonumber(ARGV[i + 2]), ARGV[i + 3], ARGV[i + 4]
   local unique, own = ARGV[i + 5] ~= '' and ARGV[i + 5] or nil, ARGV[i + 6] == '1'
   -- Of two settlements of one job in a report the first counts.
@@ -86,8 +87,10 @@ local function settle_other(queue, leased, i, now, asked)
   if kind == 'S' then
     redis.call('RPUSH', queue.prefix .. 'outbox', record)
   elseif kind == 'D' or kind == 'C' then
+    local mark = kind == 'D' and (ms > 0 and '+' or attempts == '+' and '+' or '-') or nil
     redis.call('HDEL', queue.jobs, id)
-    finish(queue, id, ms, record, unique, own)
+    finish(queue, id, ms, ms == 0 and mark == '+' and '+' or record, unique, own, mark)
+    if mark and not own and ms < 600000 then note_ended(ended, id, mark) end
   elseif kind == 'X' then
     redis.call('ZADD', queue.dead, now, id)
     redis.call('HSET', queue.state, id, attempts)
