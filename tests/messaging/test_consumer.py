@@ -76,6 +76,24 @@ class TestOneByOne:
         assert (letter.error, letter.attempts, letter.payload) == ("ValueError: boom 3", 3, b'"bad"')
         assert "raise ValueError" in letter.failure.traceback
 
+    def test_errors_are_dated_by_the_server(self, queue, monkeypatch):
+        """The instants of a message's errors lie before its end, also when the clock of the consumer's machine is ahead."""
+        queue.push("bad")
+        true = time.time
+        monkeypatch.setattr(time, "time", lambda: true() + 3600)
+        with closing(queue.consume()) as messages:
+            for message in messages:
+                if message.body == "end":
+                    message.ack()
+                    break
+                if message.attempt == 3:
+                    queue.push("end")
+                message.nack(delay=0)
+        monkeypatch.undo()
+        [letter] = queue.dead_letters()
+        died_ms = letter.died_at.timestamp() * 1000
+        assert died_ms - 60_000 < letter.failure.at <= died_ms
+
     def test_a_retry_in_comes_back_when_it_says(self, backend):
         """A handler that raises RetryIn uses an attempt, and its message comes back after that time, not the policy's."""
         queue = Queue(backend, "patient", lease_ms=2000, retry=Retry(attempts=2, backoff="1h"))

@@ -161,16 +161,16 @@ class TestSettlementPolicy:
 
     def test_failures_are_spent(self):
         """Backoff doubles, and the last attempt of the budget buries."""
-        policy = SettlementPolicy(Retry(attempts=2, backoff="2s", jitter=False), "me")
+        policy = SettlementPolicy(Retry(attempts=2, backoff="2s", jitter=False), "me", lambda: 5)
         first = policy.failed(self.leased(), ValueError("x"))
         assert (first.kind, first.ms) == ("R", 2000)
         second = policy.failed(self.leased(first.state), ValueError("y"))
-        assert second.kind == "X"
+        assert (second.kind, second.ms) == ("X", 5)
         assert [f.message for f in AttemptHistory.decode(second.state).failures_list()] == ["x", "y"]
 
     def test_crashes_end_a_message_after_three_starts(self):
         """Each start of a suspect is counted before it; the fourth does not happen."""
-        policy = SettlementPolicy(Retry(), "me")
+        policy = SettlementPolicy(Retry(), "me", lambda: 5)
         assert policy.presumed_crash(self.leased()) is None
         raised = policy.presumed_crash(self.leased(b"1 0 1"))
         assert raised.kind == "M"

@@ -316,7 +316,7 @@ def test_a_round_robin_looks_at_all_before_it_rests():
     sessions = [
         LeaseSession(QueueKeys("c", f"q/{n}"), 6000, b"", DeadWorkerDetector(6000), clock=lambda: 0.0) for n in range(4)
     ]
-    policy = SettlementPolicy(FAST, "w")
+    policy = SettlementPolicy(FAST, "w", lambda: 0)
     programs = PartitionRoundRobin(
         [ConsumerSteps(session, policy, lambda leased: leased, clock=lambda: 0.0) for session in sessions],
         2,
@@ -341,7 +341,7 @@ def test_a_round_robin_does_not_wait_while_it_holds_too_much():
     session = LeaseSession(QueueKeys("c", "q/0"), 6000, b"", DeadWorkerDetector(6000), clock=lambda: 0.0)
     session.held = {str(n): object() for n in range(operations.MOST_HELD)}
     programs = PartitionRoundRobin(
-        [ConsumerSteps(session, SettlementPolicy(FAST, "w"), lambda leased: leased, clock=lambda: 0.0)],
+        [ConsumerSteps(session, SettlementPolicy(FAST, "w", lambda: 0), lambda leased: leased, clock=lambda: 0.0)],
         0,
         clock=lambda: 0.0,
     )

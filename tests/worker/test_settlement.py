@@ -8,7 +8,9 @@ import time
 from typing import Any
 
 import pytest
+import redis as redis_py
 
+from conveyor.admin.admin import Admin
 from conveyor.errors import JobCancelled, JobFailed, ResultExpired
 from conveyor.jobs.app import Conveyor
 from conveyor.jobs.context import Context, current
@@ -587,3 +589,26 @@ async def test_ends_without_a_result_are_remembered(app: Conveyor) -> None:
         assert await lost.astatus() == "done"
         with pytest.raises(ResultExpired):
             await lost.aresult()
+
+
+async def test_an_error_lies_before_the_end_of_its_job(app: Conveyor, redis: redis_py.Redis) -> None:
+    """The instant of an error is not behind the end of its job, also when Redis took long for the turn before."""
+
+    @app.task
+    async def slow_turn() -> None:
+        redis.client_pause(300)  # the turn that reports this end is under way for so long
+
+    @app.task(retry=1)
+    async def fail() -> None:
+        while (await counts(app)).leased > 1:  # until that turn is over, and before the next one is
+            pass
+        raise ValueError("no")
+
+    _, job = await app.aenqueue_many([slow_turn.s(), fail.s()])
+    async with working(app):
+        with pytest.raises(JobFailed):
+            await job.aresult(timeout=20)
+    shown = await asyncio.to_thread(Admin(app.client).job, job.id)
+    assert shown.ended is not None
+    assert [error.at <= shown.ended for error in shown.errors] == [True]
+    await asyncio.to_thread(Admin(app.client).delete, job.id)

@@ -286,15 +286,16 @@ class Queue(MessageSource[T]):
         detector = self._detector if transient else DeadWorkerDetector(self.lease_ms)
         session = LeaseSession(self.keys, self.lease_ms, about, detector, intake=self._intake(), transient=transient)
         session.bodies = self._decoder if self._decoder.fetches else None
-        return PartitionSource(session, self._policy(), self._decoder)
+        return PartitionSource(session, self._policy(session), self._decoder)
 
-    def _policy(self) -> SettlementPolicy:
+    def _policy(self, session: LeaseSession) -> SettlementPolicy:
         sealing, worker = self._sealing, f"{socket.gethostname()}:{os.getpid()}"
         if sealing is None:
-            return SettlementPolicy(self.retry, worker)
+            return SettlementPolicy(self.retry, worker, lambda: session.now_ms)
         return SettlementPolicy(
             self.retry,
             worker,
+            lambda: session.now_ms,
             pack=lambda id_, record: pack_failure(sealing, record, self.name, id_),
             pack_refusal=lambda id_, record, code: pack_refusal(sealing, record, code, self.name, id_),
         )

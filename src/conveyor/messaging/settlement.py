@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -26,17 +25,13 @@ CANCELLED_KEPT_MS = 600_000
 """ms for which the record of a cancelled message is kept, as after any cancel."""
 
 
-def _now_ms() -> int:
-    return int(time.time() * 1000)
-
-
 @dataclass(frozen=True, slots=True)
 class SettlementPolicy:
-    """Decides what becomes of a leased message. `worker` is recorded in every failure."""
+    """Decides what becomes of a leased message. `worker` is recorded in every failure, dated by `now_ms`, the server's clock."""
 
     retry: Retry
     worker: str
-    now_ms: Callable[[], int] = _now_ms
+    now_ms: Callable[[], int]
     pack: Callable[[str, Failure], Failure] | None = None
     """Seals the text of an error, given the id; None: not sealed."""
     pack_refusal: Callable[[str, Failure, str], Failure] | None = None
@@ -136,7 +131,7 @@ class SettlementPolicy:
 
     def _buried(self, leased: LeasedMessage, dead: GiveUp, last: Failure) -> Settlement:
         record = to_json(Outcome("dead", failure=last, reason=dead.reason, at=last.at))
-        return _settlement(leased, "X", record=record, state=dead.history.encode())
+        return _settlement(leased, "X", ms=last.at, record=record, state=dead.history.encode())
 
 
 def _settlement(

@@ -217,7 +217,9 @@ class SettlementWriter:
         last = read_failure(state.errors[-1]) if state.errors else None
         record = to_json(Outcome("dead", failure=last, reason=reason, at=now_ms))
         envelope = attempt.envelope
-        report.others.append(Settlement("X", attempt.id, 0, record, state.encode(), envelope.unique, envelope.own_id))
+        report.others.append(
+            Settlement("X", attempt.id, now_ms, record, state.encode(), envelope.unique, envelope.own_id)
+        )
         seconds = max(0.0, attempt.ended - attempt.started)
         if len(report.recent) < RECENT:
             report.recent.append(

@@ -60,6 +60,17 @@ def test_settlement(seeded: SeededQueue, settlement: Settlement | None, changes:
     assert seeded.audit() == []
 
 
+def test_a_job_dies_no_earlier_than_its_last_error(seeded: SeededQueue) -> None:
+    """A dead letter has the instant of the server; that of its last error where the worker's clock is ahead of it."""
+    seeded.lease("a", "b")
+    now = seeded.now()
+    seeded.turn("w", 2, others=[Settlement("X", "a", ms=now + 3_600_000), Settlement("X", "b", ms=now - 3_600_000)])
+
+    died = {id_.decode(): int(at) for id_, at in seeded.redis.zrange(seeded.keys.dead, 0, -1, withscores=True)}
+    assert died["a"] == now + 3_600_000
+    assert now <= died["b"] <= seeded.now()
+
+
 @pytest.mark.row("I6")
 @pytest.mark.redis6
 @pytest.mark.parametrize("kind", ["done", "D", "C", "X", "R", "F", "M"])

@@ -271,7 +271,10 @@ class DemoRun:
             if kind == READING:
                 states[key] = readings.get(key, "done")  # no longer queued: the journal has to prove that it ran
             elif kind == MESSAGE:
-                states[key] = task.app.job(key).status()
+                try:
+                    states[key] = task.app.job(key).status()
+                except JobNotFound:
+                    states[key] = "done"  # as with readings
             else:
                 try:
                     states[key] = admin.job(key).status

@@ -181,6 +181,15 @@ class QueueConsumer:
         """The server's time in ms, as far as it is known here."""
         return int(monotonic() * 1000 + self._clock_offset)
 
+    def _set_clock(self, most: float, now: int) -> None:
+        """
+        Correct what is known of the server's clock by a reply that came just now.
+
+        The server read *now* between the sending of the call, which gives *most*, and this moment. An estimate that runs ahead
+        would date an error behind the end of its job.
+        """
+        self._clock_offset = max(now - monotonic() * 1000, min(self._clock_offset, most))
+
     @property
     def has_more(self) -> bool:
         """Whether there may be work: then it is asked for."""
@@ -285,7 +294,7 @@ class QueueConsumer:
         if needs_turn:
             self.on_token()
             return
-        self._clock_offset = clock_offset
+        self._set_clock(clock_offset, now)
         self._note_renewal()
         if not self._lifecycle.stopping:
             self.due_timer.watch(next_due, now)
@@ -446,7 +455,7 @@ class QueueConsumer:
 
     def _settle_and_take(self, turn: TurnReply, report: TurnReport) -> None:
         self._in_flight = None
-        self._clock_offset = turn.now - self._sent_at * 1000
+        self._set_clock(turn.now - self._sent_at * 1000, turn.now)
         self._note_renewal()
         held = self.held
         self._drop_settled(turn, report)

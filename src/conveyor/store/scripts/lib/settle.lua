@@ -92,7 +92,7 @@ local function settle_other(queue, leased, i, now, asked, ended)
     finish(queue, id, ms, ms == 0 and mark == '+' and '+' or record, unique, own, mark)
     if mark and not own and ms < 600000 then note_ended(ended, id, mark) end
   elseif kind == 'X' then
-    redis.call('ZADD', queue.dead, now, id)
+    redis.call('ZADD', queue.dead, int(math.max(now, ms)), id)
     redis.call('HSET', queue.state, id, attempts)
     release(queue.prefix, id, unique, own)
     announce(queue.waiters, id, record)
