@@ -95,7 +95,9 @@ def test_namespace_of_the_app_is_used(shell: Shell, backend: Client) -> None:
         ("empty", "E08", ["'empty' has no app", "jobs.py"]),
         ("pack.jobz", "E08", ["pack/jobs.py"]),
         ("two", "E09", ["two:app", "two:other"]),
-        ("jobs.py", "E08", ["jobs"]),
+        ("jobs.py", "E08", ["Try:  conveyor worker jobs\n"]),
+        ("pack/jobs.py", "E08", ["Try:  conveyor worker pack.jobs\n"]),
+        ("pack", "E08", ["'pack' has no app", "Try:  conveyor worker pack.jobs\n"]),
         ("../jobs", "E08", ["is not a module"]),
     ],
 )
@@ -117,6 +119,23 @@ def test_app_that_cannot_be_found(shell: Shell, reference: str, code: str, words
     assert "Traceback" not in done.stderr
     for word in words:
         assert word in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize("reference", ["pack.app", "app"])
+def test_command_inside_a_package(shell: Shell, reference: str) -> None:
+    """A command that is given inside the package of the app says where to give it, whichever way the app is named."""
+    shell.write("pack/__init__.py", "")
+    shell.write("pack/app.py", "from conveyor import Conveyor\napp = Conveyor(include=['pack.mail'])\n")
+    shell.write("pack/mail.py", "from pack.app import app\n")
+
+    done = Shell(shell.directory / "pack", shell.url).run("worker", reference)
+
+    assert done.returncode == 4
+    assert "No module named 'pack'" in done.stderr
+    assert "importlib" not in done.stderr
+    assert (
+        f"This directory lies in the package 'pack'. Run the command above it:  cd {shell.directory}\n" in done.stderr
+    )
 
 
 def test_no_app_is_usage(shell: Shell) -> None:
@@ -214,8 +233,10 @@ def test_waiting_too_long_ends_with_124(shell: Shell) -> None:
     done = shell.run("enqueue", "greet", "name=Ada", "--wait", "--timeout", "200ms", CONVEYOR_APP="jobs")
 
     assert (done.returncode, done.stdout) == (124, "")
-    assert "It is 'ready', and no worker takes queue 'default'. Start one:  conveyor worker jobs:app" in done.stderr
-    assert "It was not cancelled" in done.stderr
+    assert done.stderr.endswith(
+        "It is 'ready', and no worker takes queue 'default'. Start one:  conveyor worker jobs:app\n"
+    )
+    assert "was not cancelled" in done.stderr
 
 
 def test_a_long_wait_says_what_is_known(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
+import shlex
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -119,7 +120,7 @@ def _with_included(app: Any) -> Any:
     except ConveyorError:
         raise
     except (Exception, SystemExit) as error:
-        raise _import_error("the modules that the app includes", error) from error
+        raise _failed_import(f"the modules that {app!r} includes", error) from error
     return app
 
 
@@ -152,14 +153,14 @@ def _import_configured(name: str, module_name: str, settings: Settings) -> Modul
 
 def _import(name: str) -> ModuleType:
     try:
-        return import_module(name)
+        return importlib.import_module(name)
     except ConveyorError:
         raise
     except ModuleNotFoundError as error:
         if error.name is not None and (name == error.name or name.startswith(f"{error.name}.")):
             raise ConfigurationError(
                 f"Cannot import {name!r}: {error}.\nLooked in {Path.cwd()} (the working directory) and sys.path."
-                + _module_suggestions(name),
+                + (_advice_on_directory(name) or _module_suggestions(name)),
                 code="E08",
             ) from error
         raise _import_error(name, error) from error
@@ -172,19 +173,36 @@ def _import_error(name: str, error: BaseException) -> ConfigurationError:
         return ConfigurationError(
             f"{name!r} is not a module. Write it with dots: shop.jobs:app" + _module_suggestions(name), code="E08"
         )
+    return _failed_import(repr(name), error)
+
+
+def _failed_import(what: str, error: BaseException) -> ConfigurationError:
+    """Return the error for an import that began and raised; it names the line where that was."""
     frame = error.__traceback__
     location = ""
     while frame is not None:
         file = frame.tb_frame.f_code.co_filename
-        if not file.startswith("<frozen") and file != __file__:
+        if not file.startswith("<frozen") and file not in {__file__, importlib.__file__}:
             location = f" ({file}:{frame.tb_lineno})"
         frame = frame.tb_next
     if isinstance(error, SyntaxError):
         location = f" ({error.filename}:{error.lineno})"
         error = SyntaxError(error.msg)
+    advice = _advice_on_directory(error.name or "") if isinstance(error, ModuleNotFoundError) else ""
     return ConfigurationError(
-        f"Importing {name!r} failed: {type(error).__name__}: {error}{location}.\nThe full traceback:  -v", code="E08"
+        f"Importing {what} failed: {type(error).__name__}: {error}{location}.{advice}\nThe full traceback:  -v",
+        code="E08",
     )
+
+
+def _advice_on_directory(name: str) -> str:
+    """Return a line for a command that was given inside the package of *name*, where Python does not find it; else ""."""
+    here = Path.cwd()
+    package = next((one for one in (here, *here.parents) if one.name == name.partition(".")[0]), None)
+    if package is None or not package.name:
+        return ""
+    above = shlex.quote(str(package.parent))
+    return f"\nThis directory lies in the package {package.name!r}. Run the command above it:  cd {above}"
 
 
 def _attribute(module: ModuleType, module_name: str, path: str) -> Any:
@@ -220,24 +238,32 @@ def _is_instance(value: object, name: str) -> bool:
 
 def _module_suggestions(name: str) -> str:
     """Return lines that name nearby modules with a similar name or an app; "" without any."""
-    wanted = name.rpartition(".")[2].removesuffix(".py").rpartition("/")[2]
-    candidates: list[Path] = []
+    wanted = name.removesuffix(".py").removeprefix("./").replace("/", ".")
+    ranked: list[tuple[int, Path, str]] = []
     for path in _python_files():
-        if path.stem == wanted and wanted:
-            candidates.insert(0, path)
-        elif "Conveyor(" in path.read_text("utf-8", "replace")[:100_000]:
-            candidates.append(path)
-    if not candidates:
+        module = _module_name(path)
+        has_app = "Conveyor(" in path.read_text("utf-8", "replace")[:100_000]
+        if has_app and (module == wanted or module.startswith(f"{wanted}.")):
+            ranked.append((0, path, module))
+        elif path.stem == wanted.rpartition(".")[2]:
+            ranked.append((1, path, module))
+        elif has_app:
+            ranked.append((2, path, module))
+    ranked = sorted(ranked, key=lambda one: one[0])[:5]
+    if not ranked:
         return ""
-    modules = [".".join(path.with_suffix("").parts).removesuffix(".__init__") for path in candidates[:5]]
-    return f"\nModules here: {', '.join(str(path) for path in candidates[:5])}\nTry:  {_usage(modules[0])}"
+    return f"\nModules here: {', '.join(str(path) for _, path, _ in ranked)}\nTry:  {_usage(ranked[0][2])}"
+
+
+def _module_name(path: Path) -> str:
+    return ".".join(path.with_suffix("").parts).removesuffix(".__init__")
 
 
 def task_modules(app_module: str) -> list[str]:
     """Return the modules beside that of an app which define tasks and have no app of their own, five at most."""
     found = []
     for path in _python_files():
-        module = ".".join(path.with_suffix("").parts).removesuffix(".__init__")
+        module = _module_name(path)
         text = path.read_text("utf-8", "replace")[:100_000]
         if module != app_module and _DEFINES_TASK.search(text) and "Conveyor(" not in text:
             found.append(module)

@@ -83,9 +83,8 @@ def _wait_for_result(out: Output, name: str, job: Any, seconds: float | None) ->
             try:
                 return value_text(job.result(timeout=SAY_AFTER))
             except TimeoutError as error:
-                out.say(
-                    f"{str(known(error)).partition(' It was not cancelled')[0]} Still waiting; ctrl-C ends only this."
-                )
+                text = str(known(error)).replace(" and was not cancelled: ask again later", "")
+                out.say(f"Still waiting; ctrl-C ends only this. {text}")
                 seconds = None if seconds is None else seconds - SAY_AFTER
         return value_text(job.result(timeout=seconds))
     except TimeoutError as error:

@@ -309,7 +309,7 @@ class Job(Generic[R_co]):
 
     def _timeout_error(self, seconds: float | None, situation: str = BUFFERED) -> TimeoutError:
         return TimeoutError(
-            f"Job {self.id} has not ended after {seconds:g} s.{situation and ' '}{situation} It was not cancelled: ask again later."
+            f"Job {self.id} has not ended after {seconds:g} s and was not cancelled: ask again later.{situation and ' '}{situation}"
         )
 
     def _no_value(self, *, expired: bool) -> R_co:
