@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -351,6 +352,14 @@ async def test_an_app_that_does_not_load_is_named() -> None:
 
 def test_the_app_of_a_program_is_found_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     """An app has the name of a module that was imported; the main program, a function and a frozen program have none."""
+
+    class Impostor:
+        """An object of a C library that stands among the modules: it says that it is one, and has no members."""
+
+        __slots__ = ()
+        __class__ = types.ModuleType  # type: ignore[assignment]
+
+    monkeypatch.setitem(sys.modules, "impostor", Impostor())
     assert find_reference(process_app.app) == APP
     assert find_reference(Conveyor()) is None
 

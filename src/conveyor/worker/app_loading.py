@@ -38,7 +38,9 @@ def find_reference(app: object) -> str | None:
         return None
     main = sys.modules.get("__main__")
     for name, module in list(sys.modules.items()):
-        if module is main or not isinstance(module, ModuleType):
+        if module is main or not issubclass(
+            type(module), ModuleType
+        ):  # not isinstance: objects of cffi say that they are
             continue
         members = object.__getattribute__(module, "__dict__")  # a lazy module is not loaded by it
         if members.get("__spec__") is not None:
