@@ -543,4 +543,4 @@ def test_a_worker_whose_record_is_damaged(shell: Shell, backend: Client, damaged
     result = CliRunner().invoke(cli, ["status", "--json", "--url", shell.url or ""])
     assert result.exit_code in {0, 8}, result.output
     if damaged == b"{":
-        assert "wwww (what it says of itself is damaged)  serves mail" in on_terminal(shell, "status", expected={0, 8})
+        assert "wwww (its registration is damaged)  serves mail" in on_terminal(shell, "status", expected={0, 8})

@@ -102,7 +102,7 @@ async def test_newer_job_is_dead_after_a_day(made, redis):
     redis.delete(keys.ready[0])
     redis.rpush(keys.ready[0], aged)
     await drain(old)
-    with pytest.raises(JobFailed, match=r"E43.*None came for a day"):
+    with pytest.raises(JobFailed, match=r"E43.*No worker that can run it came within a day"):
         await old.job(f"default:{aged}").aresult("1s")
     await old.queue("default").aredrive()
     await drain(new)

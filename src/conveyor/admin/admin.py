@@ -394,7 +394,9 @@ class Admin:
         if lookup.location == "cancelled":
             return JobInfo(**base, status="cancelled")
         status: Any = entry.status if entry else "done"
-        return JobInfo(**base, status=status, reason="" if entry else "it has ended; nothing more is kept of it")
+        return JobInfo(
+            **base, status=status, reason="" if entry else "it has ended, and only its id and outcome are kept"
+        )
 
     def _retry(self, one: str) -> ActionResult:
         lookup = self._find(one)

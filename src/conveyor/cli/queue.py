@@ -176,7 +176,7 @@ def repair(target: Target, out: Output, name: str) -> None:
     """
     Put jobs back that have a record and are in no place.
 
-    `doctor` tells of such jobs. Workers may go on meanwhile. A start is counted for each job, since it may have begun.
+    `doctor` tells of such jobs. Workers may keep running meanwhile. A start is counted for each job, since it may have begun.
     """
     admin = target.admin()
     admin.queue(name)  # an unknown name is an error

@@ -83,7 +83,7 @@ def _print_workers(out: Output, workers: Sequence[WorkerInfo]) -> None:
     out.line("")
     out.line(f"{quantity(len(processes), 'worker process')}:" if processes else "No workers.")
     for (host, pid, id_), group in list(processes.items())[:_MAX_WORKERS]:
-        process = f"{host}:{pid}" if pid else f"{id_} (what it says of itself is damaged)" if host == DAMAGED else id_
+        process = f"{host}:{pid}" if pid else f"{id_} (its registration is damaged)" if host == DAMAGED else id_
         queues = ", ".join(dict.fromkeys(logical(worker.queue) for worker in group))
         out.line(
             f"  {clean(process)}  serves {clean(queues)}  holds {quantity(sum(worker.held for worker in group), 'job')}"

@@ -293,7 +293,11 @@ class SettlementWriter:
 
     def _give_up(self, report: TurnReport, attempt: Attempt, error: ConveyorError | None, now_ms: int) -> None:
         name = attempt.handler.name
-        message = f"no worker knew the task {name!r} for a day" if error is None else f"{error} None came for a day."
+        message = (
+            f"no worker that has the task {name!r} came within a day"
+            if error is None
+            else f"{error} No worker that can run it came within a day."
+        )
         kind = UnknownTask.__name__ if error is None else "PayloadError"
         record = to_json(Failure(attempt.number, now_ms, kind, message, worker=self._worker))
         old = attempt.history

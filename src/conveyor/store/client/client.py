@@ -131,7 +131,9 @@ class Client:
         if self._single:
             return False
         if self.outages.note(self.endpoint(keys)):
-            log.warning("The server of queue '%s' is away; the others go on.", keys.queue)
+            log.warning(
+                "The server of queue '%s' does not answer; queues on other servers are not affected.", keys.queue
+            )
         return True
 
     @property

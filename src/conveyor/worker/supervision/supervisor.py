@@ -140,7 +140,7 @@ class Supervisor:
             if number in {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}:
                 self._stop()
             elif number == signal.SIGUSR1:
-                LOG.info("Quiet: running jobs go on, no new ones are leased")
+                LOG.info("Quiet: running jobs continue, and no new ones are leased")
                 self._spec = msgspec.structs.replace(self._spec, quiet=True)
             elif number == signal.SIGUSR2:
                 for child in self._children:
