@@ -120,11 +120,11 @@ def test_a_swallowed_reply_may_leave_the_connection_hanging(proxy: Proxy, redis:
     """With `hang` the connection stays open and silent, so that only a deadline of the client's ends the wait."""
     proxy.swallow_reply(1, "INCRBY", hang=True)
 
-    with (
-        redis_py.Redis.from_url(proxy.url, retry=ONCE, socket_timeout=0.2) as client,
-        pytest.raises(redis_py.TimeoutError),
-    ):
-        client.incr("n")
+    with redis_py.Redis.from_url(proxy.url, retry=ONCE, single_connection_client=True) as client:
+        client.ping()
+        client.connection._sock.settimeout(0.2)  # now that it is connected, however slowly
+        with pytest.raises(redis_py.TimeoutError):
+            client.incr("n")
     assert redis.get("n") == b"1"
     redis.delete("n")
 

@@ -39,7 +39,7 @@ async def test_kills_of_a_server_with_a_file_lose_nothing(start_server: Start, r
             kills.append(monotonic())
             server.kill()
             server.start()
-            back.append(await load.more(5, seconds=15))
+            back.append(await load.more(5))
     lost = [n for n in load.accepted if n not in load.ran]
     print(
         f"{fsync}: {len(load.accepted)} accepted, lost {len(lost)}, again {len(load.again)}, back after at most {max(back):.2f} s"
@@ -47,7 +47,9 @@ async def test_kills_of_a_server_with_a_file_lose_nothing(start_server: Start, r
     assert load.errors == []
     if fsync == "always":  # what was answered was written, so no lease and no end is forgotten
         assert (lost, load.lost, load.again) == ([], [], [])
-    assert [n for n in lost if not any(0 < kill - load.accepted_at[n] < UNWRITTEN for kill in kills)] == []
+    calls = {n: load.accepted_at[n] for n in lost}
+    excused = {n for n, (began, ended) in calls.items() if any(began < kill < ended + UNWRITTEN for kill in kills)}
+    assert calls.keys() - excused == set()
 
 
 @pytest.mark.row("C2", "C15")
@@ -65,7 +67,7 @@ async def test_a_server_that_forgot_everything_takes_new_work(start_server: Star
                 with server.client() as client:
                     client.flushall()
             marker = len(load.accepted)
-            eventually_accepted = monotonic() + 15
+            eventually_accepted = monotonic() + 60
             while len(load.accepted) < marker + 10:
                 assert monotonic() < eventually_accepted
                 await load.more(0)

@@ -37,7 +37,7 @@ class JobLoad:
         self.app = Conveyor(url, **options)
         self.ran: Counter[int] = Counter()
         self.accepted: list[int] = []
-        self.accepted_at: dict[int, float] = {}  # when the call returned
+        self.accepted_at: dict[int, tuple[float, float]] = {}  # when the call began and when it returned
         self.errors: list[Exception] = []
         self.unknown: list[int] = []
         self.lost: list[JobLost] = []
@@ -59,7 +59,7 @@ class JobLoad:
             task, n, pushes = app.task(name="note")(self.note.function), 0, 0
             while not self._stop.wait(PAUSE):
                 numbers = list(range(n, n + (self._bulk if self._bulk and pushes % 10 == 0 else 1)))
-                n, pushes = numbers[-1] + 1, pushes + 1
+                n, pushes, began = numbers[-1] + 1, pushes + 1, monotonic()
                 try:
                     if len(numbers) > 1:
                         app.enqueue_many([task.s(number) for number in numbers])
@@ -71,7 +71,7 @@ class JobLoad:
                     self.errors.append(error)
                 else:
                     self.accepted += numbers
-                    self.accepted_at.update(dict.fromkeys(numbers, monotonic()))
+                    self.accepted_at.update(dict.fromkeys(numbers, (began, monotonic())))
 
     async def __aenter__(self) -> Self:
         """Start the workers, then the producer; return when jobs run."""
