@@ -304,7 +304,7 @@ class Supervisor:
     # -- the first and the last lines of the log -------------------------------------------------------------------
 
     def _print_banner(self, child: ChildProcess) -> None:
-        if self._banner_printed or not child.is_up or (info := child.slot.info()) is None:
+        if self._banner_printed or (info := child.slot.info()) is None:  # before the first job, where it can be
             return
         self._banner_printed = True
         for line in banner(info, self._spec, self._processes):
@@ -321,7 +321,7 @@ class Supervisor:
 
 
 def banner(info: ChildInfo, spec: ChildSpec, processes: int) -> list[str]:
-    """Return the lines that a worker logs when it is up, at most eight."""
+    """Return the lines that a worker logs when its app is imported, at most eight."""
     try:
         release = version("conveyor")
     except PackageNotFoundError:
