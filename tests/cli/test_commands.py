@@ -347,6 +347,15 @@ def on_terminal(shell: Shell, *arguments: str, expected: Collection[int] = (0,))
     return printed.decode()
 
 
+def test_pids_are_names_and_no_quantities(shell: Shell, backend: Client) -> None:
+    """A terminal shows a pid as `ps` does, without separators between thousands; a worker without one has none."""
+    push(backend, "mail", b"1")
+    plant_worker(backend, b'{"host":"h","pid":1234567}')
+    shown = on_terminal(shell, "queue", "show", "mail", expected={0, 8})
+    assert "1234567" in shown
+    assert "1,234,567" not in shown
+
+
 def test_full_disk_is_named(shell: Shell) -> None:
     """A command that cannot write to standard output says so, and ends with 1."""
     with Path("/dev/full").open("w") as full:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from conveyor import Conveyor, JobFailed, Retry, current
+from conveyor.admin.admin import Admin
 from conveyor.ids import split
 from conveyor.store import operations
 from conveyor.store.operations import Settlement, TurnReport
@@ -180,15 +182,18 @@ def test_a_crash_that_was_counted_before_is_kept_or_taken_back(app: Conveyor, ho
     app.queue("default").purge()
 
 
+ENDS = {"segfault": "was killed by SIGSEGV", "exit": "exited with code ", "abort": "was killed by SIGABRT"}
+
+
 @pytest.mark.row("A8")
-@pytest.mark.parametrize("how", ["segfault", "exit", "abort"])
+@pytest.mark.parametrize("how", ENDS)
 def test_a_fault_is_charged_to_the_executed_job(url: str, tmp_path: Path, how: str) -> None:
-    """Jobs that wait in the same process while another one ends it three times are back each time, and have no crash."""
+    """Jobs that wait in the process that another one ends three times have no crash; that one's errors say how, when and where."""
     with worker_processes(url, tmp_path, lease="10s") as one:
         one.start(processes=1, concurrency=10)
         waiting = one.app.enqueue_many(one.tasks.note.s(n, 60) for n in range(5))
         wait(lambda: len(one.starts()) == 5)
-        one.tasks.poison.enqueue(5, how)
+        poison = one.tasks.poison.enqueue(5, how)
         wait(lambda: one.counts().dead == 1)
         wait(lambda: [len(one.starts()[n]) for n in range(5)] == [4] * 5)
 
@@ -196,6 +201,14 @@ def test_a_fault_is_charged_to_the_executed_job(url: str, tmp_path: Path, how: s
         states = [one.app.client.execute("HGET", keys.state, split(job.id)[1], key=keys.state) for job in waiting]
         assert [state.split()[2] for state in states] == [b"0"] * 5
         assert len(one.starts()[5]) == 3
+        shown, words = Admin(one.app.client).job(poison.id), ENDS[how]
+        assert [(error.attempt, error.type, words in error.message) for error in shown.errors] == [
+            (attempt, "crashed", True) for attempt in (1, 2, 3, 3)
+        ]
+        assert all(re.fullmatch(r".+:\d+", error.worker) and error.at <= shown.ended for error in shown.errors)
+        assert "its worker crashed 3 times while it ran; the last time, at " in shown.errors[-1].message
+        with pytest.raises(JobFailed, match=re.escape(words)):
+            poison.result(timeout=0)
 
 
 @pytest.mark.row("A8")

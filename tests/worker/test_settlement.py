@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import logging
+import os
+import re
 import threading
 import time
 from typing import Any
@@ -54,8 +57,9 @@ async def test_cancelling_a_waiting_job_keeps_it_from_starting(app: Conveyor) ->
 
 
 @pytest.mark.usefixtures("only_when_woken")
-async def test_cancelling_a_running_job_stops_it(app: Conveyor) -> None:
-    """A running coroutine is cancelled without waiting for any clock, and its job is cancelled, not failed."""
+async def test_cancelling_a_running_job_stops_it(app: Conveyor, caplog: pytest.LogCaptureFixture) -> None:
+    """A running coroutine is cancelled without waiting for any clock: its job is cancelled, and log and record say where it ran."""
+    caplog.set_level(logging.INFO, "conveyor.worker")
     started = asyncio.Event()
 
     @app.task
@@ -67,9 +71,15 @@ async def test_cancelling_a_running_job_stops_it(app: Conveyor) -> None:
         job = await endless.aenqueue()
         await asyncio.wait_for(started.wait(), 60)
         assert await job.acancel()
-        with pytest.raises(JobCancelled):
+        with (
+            caplog.at_level(logging.INFO, "conveyor.worker"),
+            pytest.raises(JobCancelled, match="was cancelled: it had run for "),
+        ):
             await job.aresult(timeout=PATIENCE)
     assert await job.astatus() == "cancelled"
+    reason = (await asyncio.to_thread(Admin(app.client).job, job.id)).reason
+    assert re.fullmatch(rf"it had run for .+ on .+:{os.getpid()}", reason)
+    assert f"test_settlement.endless {job.id} attempt 1 cancelled: {reason}" in caplog.text
 
 
 async def test_a_thread_is_told_that_it_is_cancelled(app: Conveyor) -> None:

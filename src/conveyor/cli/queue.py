@@ -106,7 +106,7 @@ def show(target: Target, out: Output, name: str) -> None:
         print_queues(out, partitions)
     if workers and out.on_terminal:
         out.line("")
-        rows = [(worker.id, worker.host, worker.pid, worker.held, worker.lease_ends) for worker in workers]
+        rows = [(worker.id, worker.host, str(worker.pid or ""), worker.held, worker.lease_ends) for worker in workers]
         out.table(("worker", "host", "pid", "holds", "lease ends"), rows)
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Generic, Literal, Protocol, TypeVar, cast
 
 from conveyor import ids
 from conveyor.errors import ConfigurationError, ConveyorError, JobCancelled, JobFailed, JobNotFound, ResultExpired
-from conveyor.payload.records import Failure, Status, read_leniently, read_outcome
+from conveyor.payload.records import RAN, Failure, Status, read_leniently, read_outcome
 from conveyor.store import inspection, operations
 from conveyor.store.operations import ExistingId
 from conveyor.units import Duration, milliseconds
@@ -297,7 +297,8 @@ class Job(Generic[R_co]):
             limit = MAX_LARGE if self._result_spec is None else self._result_spec.results.max_payload
             value = open_result(self._core.sealing, outcome, str(self.queue), self._bare_id, limit)
         if outcome.status == "cancelled":
-            why = _CANCELLED.get(outcome.reason, "was cancelled")
+            ran = f": {outcome.reason}" if outcome.reason.startswith(RAN) else ""
+            why = _CANCELLED.get(outcome.reason, f"was cancelled{ran}")
             raise JobCancelled(f"Job {self.id} {why}.")
         if self._result_spec is None:
             from conveyor.payload.formats import FormatCodec

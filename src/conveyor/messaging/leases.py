@@ -249,7 +249,9 @@ class LeaseSession:
             if not known:
                 self._reconcile((yield operations.held_ids(self.keys, self.worker)))
             for worker, end in self._find_dead(reply):
-                self.reaped += max(0, (yield operations.reap(self.keys, worker, end=end)))
+                self.reaped += max(
+                    0, (yield operations.reap(self.keys, worker, end=end, cause=operations.GAVE_NO_SIGN))
+                )
             if repeated and (want or leave or self.pending):
                 continue
             if known or not self.pending or reconciled:

@@ -26,6 +26,8 @@ Status = Literal["scheduled", "ready", "leased", "done", "dead", "cancelled", "w
 
 NOT_STARTED = "not started"
 """The reason in the record of a job whose worker was asked to cancel it before it had started it."""
+RAN = "it had run for "
+"""The reason begins so in the record of a job that was cancelled while it ran."""
 ERRORS_KEPT = 20
 """Errors kept for each job, newest last; more than any sensible number of attempts."""
 

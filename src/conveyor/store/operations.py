@@ -40,6 +40,8 @@ DAY_MS = 86_400_000
 """The same for a sequence whose identity ends in +."""
 CANCEL_REMOVED, CANCEL_ASKED, CANCEL_RUNS, CANCEL_NOT_STARTED, CANCEL_UNKNOWN = 1, 2, 3, 4, -2
 """Replies of cancel.lua, as its header says."""
+GAVE_NO_SIGN = "its worker gave no sign until its lease ended"
+"""The cause of a crash that no supervisor saw."""
 MOST_HELD = 1000
 """Maximum jobs of a queue that one worker may hold; scripts clamp to it."""
 
@@ -503,20 +505,21 @@ def _read_idle_turn(reply: list[int]) -> IdleReply:
 
 def reap(
     keys: QueueKeys, worker: str, *, end: int | None = None, crashed: bool = True,
-    blame: tuple[Sequence[str], Sequence[str]] | None = None,
+    blame: tuple[Sequence[str], Sequence[str]] | None = None, cause: str = "", ago: float = 0.0,
 ) -> Call[int]:  # fmt: skip
     """
     Return the call that removes the registration of *worker* and returns its jobs; it yields their number, -1 when refused.
 
     *end* is the end of its lease that was seen twice; None when its death is certain. `crashed=False` charges no crash. Each
     job counts a start, because it may have begun, and no run goes uncounted. *blame* is (ids that ended the worker, ids that
-    may have ended it): only these are charged, the second ones only with a possible crash. None: all jobs are charged.
+    may have ended it): only these are charged, the second ones only with a possible crash. None: all jobs are charged. Each
+    crash leaves an error in the history of its job: *cause* in words ("": no error), so many seconds *ago*.
     """
     names = (keys.leased(worker), keys.workers, keys.jobs, keys.state, keys.wake, keys.waiters, *keys.ready, keys.none)
-    how, words = "crash" if crashed else "leave", tuple[str, ...]()
-    if crashed and blame is not None:
-        how, words = "blame", tuple("\n".join(ids) for ids in blame)
-    return Call(REAP, names, (worker, _optional(end), how, *words), int)
+    if not crashed:
+        return Call(REAP, names, (worker, _optional(end), "leave"), int)
+    how, ids = ("crash", ("", "")) if blame is None else ("blame", tuple("\n".join(ids) for ids in blame))
+    return Call(REAP, names, (worker, _optional(end), how, *ids, cause, str(round(ago * 1000))), int)
 
 
 def extend(keys: QueueKeys, worker: str, id: str, new_worker: str, ms: int, about: bytes) -> Call[bool]:  # noqa: A002

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from conveyor.errors import ConveyorError, PayloadError, Snooze, StoreUnavailable, UnknownTask
@@ -14,7 +15,7 @@ from conveyor.messaging import retry
 from conveyor.payload import failures
 from conveyor.payload.codec import UnreadablePayload
 from conveyor.payload.pipeline import PLAIN
-from conveyor.payload.records import NOT_STARTED, AttemptHistory, Failure, Outcome, read_failure, to_json
+from conveyor.payload.records import NOT_STARTED, RAN, AttemptHistory, Failure, Outcome, read_failure, to_json
 from conveyor.payload.sealed_records import pack_failure, pack_refusal, pack_result
 from conveyor.store.inspection import write_finished
 from conveyor.store.operations import Settlement, TurnReport
@@ -234,9 +235,13 @@ class SettlementWriter:
         """Make a job dead whose worker crashed each time it ran."""
         state = attempt.history
         message = f"its worker crashed {state.crashes} times while it ran"
+        crash = state.failures_list()[-1] if state.errors else None
+        if crash is not None and crash.type in {"crashed", "ProcessCrashed"}:
+            at = datetime.fromtimestamp(crash.at / 1000, UTC).isoformat(timespec="seconds")
+            message += f"; the last time, at {at} on {crash.worker}: {crash.message}"
         record = to_json(Failure(state.starts, now_ms, "crashed", message, worker=self._worker))
         state = AttemptHistory(state.starts, state.failures, state.crashes, [*state.errors, record])
-        log.error("✗ %s is poison: its worker crashed %d times", attempt.label, state.crashes)
+        log.error("✗ %s is poison: %s", attempt.label, one_line(message))
         self.dead(report, attempt, state, "crashed", now_ms)
 
     def crashed(self, report: TurnReport, attempt: Attempt, now_ms: int, error: BaseException) -> None:
@@ -307,6 +312,9 @@ class SettlementWriter:
     def cancelled(self, report: TurnReport, attempt: Attempt, now_ms: int) -> None:
         """Settle a job that was cancelled while it was leased here, or expired before it started."""
         reason = "expired" if attempt.stop_reason == "expired" else NOT_STARTED if attempt.started == 0.0 else ""
+        if not reason:
+            reason = f"{RAN}{span(max(0.0, attempt.ended - attempt.started))} on {self._worker}"
+            log.info("✗ %s attempt %d cancelled: %s", attempt.label, attempt.number, reason)
         record = to_json(Outcome("cancelled", reason=reason, at=now_ms))
         envelope = attempt.envelope
         report.others.append(

@@ -9,6 +9,7 @@ import pytest
 from conveyor.admin.acl import commands_of
 from conveyor.errors import ConfigurationError
 from conveyor.jobs import spawn_outbox
+from conveyor.payload.records import AttemptHistory, read_failure
 from conveyor.store import operations
 from support.script_faults import LimitedUser
 from support.seeded_queue import LEASE, PLAIN, WORKER, SeededQueue, entry
@@ -101,6 +102,32 @@ def test_reap_charges(seeded: SeededQueue, state: str | None, crashed: bool, aft
     found = seeded.redis.hget(seeded.keys.state, "a")
     assert (found.decode() if found else None) == after
     assert seeded.dump()["ready:0"] == ["a"]
+
+
+@pytest.mark.redis6
+@pytest.mark.parametrize("blames", [True, False])
+def test_reap_leaves_an_error_with_each_crash(seeded: SeededQueue, blames: bool) -> None:
+    """Jobs that are charged a crash get an error that says what ended which worker, and when; the others get none."""
+    seeded.push("a", "b")
+    seeded.run(
+        operations.register(
+            seeded.keys, "w", LEASE, operations.about(name="x", host='h"h' if blames else "host", pid=7)
+        )
+    )
+    seeded.turn("w", 1, 2)
+    seeded.redis.hset(seeded.keys.state, "a", "1 1 0\n{}")
+    now = seeded.now()
+
+    blame = (["a"], []) if blames else None
+    seeded.run(operations.reap(seeded.keys, "w", blame=blame, cause='it "ended"', ago=60.0))
+
+    a, b = (AttemptHistory.decode(seeded.redis.hget(seeded.keys.state, id_)) for id_ in "ab")
+    error = read_failure(a.errors[-1])
+    assert (a.starts, a.failures, a.crashes, a.errors[:-1]) == (2, 1, 1, [b"{}"])
+    assert (error.attempt, error.type, error.message) == (2, "crashed", 'it "ended"')
+    assert error.worker == ("w" if blames else "host:7")  # a name that needs care gives way to the identity
+    assert now - 60_000 <= error.at <= seeded.now() - 60_000
+    assert (b.crashes, len(b.errors)) == ((0, 0) if blames else (1, 1))
 
 
 @pytest.mark.redis6

@@ -5,10 +5,11 @@
 -- ARGV  1 worker  2 the end it was seen with (ms), or "" when its death is known or it leaves by itself
 --       3 "crash": each job counts a start, and its first crash · "leave": a start only, since it may have begun
 --         "blame": a start, and a crash of those in 4, ids by newline, which ended the worker, and in 5, which may have
+--       4, 5 as said  6 what ended the worker, in words: each crash leaves an error that says so; "": none  7 how long ago, in ms
 -- returns the number of jobs returned, or -1 when there is no such worker or it has renewed its lease since
 local leased, workers, jobs, state = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
 local ends = redis.call('ZSCORE', workers, ARGV[1])
-local known = redis.call('HMGET', leased, '\tturn', '\tlease', '\tcancel')
+local known = redis.call('HMGET', leased, '\tturn', '\tlease', '\tcancel', '\tabout')
 if not ends and not known[1] then return -1 end
 if ARGV[2] ~= '' then
   if not ends or tonumber(ends) ~= tonumber(ARGV[2]) then return -1 end
@@ -28,7 +29,12 @@ for i in ipairs(ids) do
 end
 
 local queue = {prefix = string.sub(jobs, 1, -5), state = state, waiters = KEYS[6]}
-local record = cancelled_record(clock())
+local now = clock()
+local record = cancelled_record(now)
+local host, pid = string.match(known[4] or '', '"host":"([^"\\]*)"'), string.match(known[4] or '', '"pid":(%d+)')
+local name = host and pid and host .. ':' .. pid or ARGV[1]
+local died = int(now - number_in(ARGV[7] or '0'))
+local crash = string.format(',"at":%s,"type":"crashed","message":%s,"worker":%s}', died, cjson.encode(ARGV[6] or ''), cjson.encode(name))
 prove(queue.prefix .. 'none', 'ZREM', 'DEL', 'HSET', 'HDEL', 'SET', 'GET', 'PEXPIRE', 'HGET', 'LPUSH')
 redis.call('ZREM', workers, ARGV[1])
 redis.call('DEL', leased)
@@ -47,6 +53,7 @@ local function charge(id, attempts)
   -- A job that was near a crash is a suspect and no more: from one crash on, the worker that starts it charges it before.
   if charged and crashes < 1 then crashes = 1 end
   if not charged and doubt ~= '' then crashes = crashes - 1 end
+  if charged and (ARGV[6] or '') ~= '' then rest = rest .. '\n{"attempt":' .. int(starts + 1) .. crash end
   redis.call('HSET', state, id, int(starts + 1) .. ' ' .. failures .. ' ' .. int(crashes) .. rest)
 end
 

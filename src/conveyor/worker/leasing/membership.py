@@ -169,7 +169,8 @@ class Reaper:
 
     async def _reap(self, worker: str, end: int) -> None:
         try:
-            count = await self._connection.run(operations.reap(self._keys, worker, end=end), retry_for=5.0)
+            call = operations.reap(self._keys, worker, end=end, cause=operations.GAVE_NO_SIGN)
+            count = await self._connection.run(call, retry_for=5.0)
         except ConveyorError as error:
             log.warning("queue %s: the jobs of a dead worker could not be returned: %s", self._keys.queue, error)
             return

@@ -32,7 +32,9 @@ _MAX_DEAD_CHILDREN = 1000
 @dataclass(eq=False)
 class DeadChild:
     """
-    A dead worker and the identities whose jobs are to be returned. `event` is what happened, in words for the log.
+    A dead worker and the identities whose jobs are to be returned.
+
+    `event` is what happened, in words for the log, and `cause` for the history of the jobs that it is charged to.
 
     `running` are the jobs that ran, None where that is not known. `fault`: code that was executed ended the process, as a
     segmentation fault does.
@@ -44,6 +46,7 @@ class DeadChild:
     crashed: bool
     running: RunningSnapshot | None = None
     fault: bool = False
+    cause: str = "its worker died"
     died_at: float = field(default_factory=monotonic)
     returned: int = 0
     all_returned: threading.Event = field(default_factory=threading.Event)
@@ -124,7 +127,10 @@ class LeaseGuard:
                     if dead_child.crashed and dead_child.running is not None:
                         held = client.run(operations.held_ids(one.keys, one.worker), retry_for=RETRY_FOR)
                         blame = dead_child.running.blame(held, fault=dead_child.fault)
-                    call = operations.reap(one.keys, one.worker, crashed=dead_child.crashed, blame=blame)
+                    call = operations.reap(
+                        one.keys, one.worker, crashed=dead_child.crashed, blame=blame, cause=dead_child.cause,
+                        ago=monotonic() - dead_child.died_at,
+                    )  # fmt: skip
                     dead_child.returned += max(0, client.run(call, retry_for=RETRY_FOR))
                     del dead_child.identities[0]
             except Exception as error:

@@ -265,7 +265,8 @@ class Supervisor:
 
     def _on_exit(self, child: ChildProcess, code: int) -> None:
         reasons = {"": describe_end(code), "stop": "was ended after its grace"}
-        event = f"Worker child {child.number} (pid {child.pid}) {reasons.get(child.kill_reason, child.kill_reason)}"
+        ended = reasons.get(child.kill_reason, child.kill_reason)
+        event, cause = f"Worker child {child.number} (pid {child.pid}) {ended}", f"its worker {ended}"
         by_itself = code in {0, RECYCLE} and child.slot.finished  # otherwise a job ended it, with any code
         orderly = by_itself or (self._stop_at is not None and code == -signal.SIGTERM)
         crashed = not orderly and child.kill_reason != "stop"
@@ -275,7 +276,7 @@ class Supervisor:
         if info is not None and identities:
             # A kill hits any job that executes something just then; any other end was caused by what was executed.
             fault = code != -signal.SIGKILL or bool(child.kill_reason)
-            child.dead_child = DeadChild(event, info, identities, crashed, child.slot.running_snapshot(), fault)
+            child.dead_child = DeadChild(event, info, identities, crashed, child.slot.running_snapshot(), fault, cause)
             self._lease_guard.return_jobs(child.dead_child)
         elif crashed:
             LOG.warning("%s; it had leased nothing", event)
