@@ -8,12 +8,15 @@ import shlex
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import click
 import pytest
+from click.shell_completion import CompletionItem
 
-from conveyor.cli import main
+from conveyor.cli import cli, completion, main
+from conveyor.cli.command import LeafCommand
 from support.shell import Shell
 
 pytestmark = pytest.mark.leaves_keys("messages are pushed here to be looked at")
@@ -278,3 +281,34 @@ def test_scripts_of_other_shells(run: Run, kind: str, word: str) -> None:
     assert (code, said) == (0, "")
     assert word in script
     assert f"_CONVEYOR_COMPLETE={kind}_complete" in script
+
+
+# -- what holds for every command ---------------------------------------------------------------------------------
+
+
+def leaves(group: click.Group, words: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], click.Command]]:
+    """Yield all commands that are no groups, with their words."""
+    for name in group.list_commands(click.Context(group)):
+        command = group.get_command(click.Context(group), name)
+        if isinstance(command, click.Group):
+            yield from leaves(command, (*words, name))
+        elif command is not None:
+            yield (*words, name), command
+
+
+def test_every_command_keeps_the_rules(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No command ignores an option before its name, and whatever takes a queue or a task completes it."""
+    marked = [CompletionItem("marked")]
+    monkeypatch.setattr(completion, "_bounded", lambda *_: marked)
+    commands = dict(leaves(cli))
+    assert len(commands) > 20
+
+    assert [words for words, command in commands.items() if not isinstance(command, LeafCommand)] == []
+    without = [
+        (words, param.name)
+        for words, command in commands.items()
+        for param in command.params
+        if str(param.metavar).partition("[")[0] in {"QUEUE", "TASK"} or param.name in {"queue", "queues"}
+        if param.shell_complete(click.Context(command), "mar") != marked
+    ]
+    assert without == []

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 import threading
 import time
+import types
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -137,6 +139,22 @@ def test_many_wait_for_one_job(
     manual.done(id_, 7)
 
     assert [one.result(60) for one in waiting] == [7] * 5
+
+
+@pytest.mark.parametrize(("name", "command"), [("app", "shop_of_this_test:app"), ("_made['app']", "MODULE:app")])
+def test_a_wait_names_the_command(url: str, monkeypatch: pytest.MonkeyPatch, name: str, command: str) -> None:
+    """A wait for a job that no worker takes ends with the command that starts one, with the app where a module holds it."""
+    module = types.ModuleType("shop_of_this_test")
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    exec(f"from conveyor import Conveyor\n_made = {{}}\n{name} = Conveyor({url!r})", vars(module))
+    app = eval(name, vars(module))
+    job = app.task(name="nothing")(print).enqueue()
+
+    with pytest.raises(TimeoutError, match=f"Start one:  conveyor worker {command}$"):
+        job.result(timeout=0)
+
+    app.queue("default").purge()
+    app.close()
 
 
 def test_timeout_is_kept_and_leaves_nothing(

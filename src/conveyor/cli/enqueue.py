@@ -51,7 +51,7 @@ def enqueue(
     from conveyor.jobs.task import definition_of
 
     seconds = None if timeout is None else parse_seconds(timeout, name="--timeout")
-    name, app = target.load_app()
+    _, app = target.load_app()
     chosen = _find_task(app, task)
     args, kwargs = _parse_arguments(definition_of(chosen).signature, pairs, document)
     delay_seconds = None if delay is None else parse_seconds(delay, name="--in")
@@ -64,31 +64,25 @@ def enqueue(
             out.line(job.id)
         return
     out.say(job.id)
-    text = _wait_for_result(out, name, job, seconds)
+    text = _wait_for_result(out, job, seconds)
     if out.as_json:
         out.document("result", id=job.id, task=chosen.name, result=json.loads(text))
     else:
         out.line(text)
 
 
-def _wait_for_result(out: Output, name: str, job: Any, seconds: float | None) -> str:
-    from conveyor.jobs.job import START_WORKER
+def _wait_for_result(out: Output, job: Any, seconds: float | None) -> str:
     from conveyor.payload.formats import value_text
-
-    def known(error: TimeoutError) -> TimeoutError:
-        return TimeoutError(str(error).replace(START_WORKER, f"conveyor worker {name}"))
 
     try:
         if seconds is None or seconds > SAY_AFTER:
             try:
                 return value_text(job.result(timeout=SAY_AFTER))
             except TimeoutError as error:
-                text = str(known(error)).replace(" and was not cancelled: ask again later", "")
+                text = str(error).replace(" and was not cancelled: ask again later", "")
                 out.say(f"Still waiting; ctrl-C ends only this. {text}")
                 seconds = None if seconds is None else seconds - SAY_AFTER
         return value_text(job.result(timeout=seconds))
-    except TimeoutError as error:
-        raise known(error) from None
     except JobFailed as error:
         if error.traceback:
             for line in error.traceback.rstrip().split("\n"):

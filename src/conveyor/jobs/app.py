@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from importlib import import_module
@@ -107,6 +108,7 @@ class Conveyor:
                 max_large=max_large, max_payload=max_payload,
             ),
             formats=make_registry(format), include=check_include(include),
+            module=sys._getframe(1).f_globals.get("__name__", ""),  # noqa: SLF001  errors name the app by it
         )  # fmt: skip
         self.client = client
         self.namespace = namespace

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from conveyor.jobs.hooks import Hooks
@@ -43,6 +45,7 @@ class AppCore(QueueRegistry, Hooks):
         sealing: PayloadPipeline | None,
         formats: FormatRegistry,
         include: tuple[str, ...] = (),
+        module: str = "",
     ) -> None:
         Hooks.__init__(self)
         QueueRegistry.__init__(
@@ -52,6 +55,7 @@ class AppCore(QueueRegistry, Hooks):
         self.namespace = client.namespace
         self.include = include
         """The modules that a worker and the command line import, so that their tasks are known."""
+        self._module = module  # which made the app
         self.result_subscriber = ResultSubscriber(client)
         self.tasks: dict[str, Task[..., Any]] = {}
         self.definitions: dict[str, TaskDefinition] = {}
@@ -59,6 +63,24 @@ class AppCore(QueueRegistry, Hooks):
         """Tasks whose functions other programs have, by name: enqueued here and never run."""
         self.outboxes: list[DatabaseOutbox] = []
         """Those in a database of the program, whose rows are jobs to come."""
+
+    @property
+    def worker_command(self) -> str:
+        """The command that runs a worker of this app, with its name where the module that made the app holds it."""
+        module = sys.modules.get(self._module)
+        names = (
+            [
+                name
+                for name, value in vars(module).items()
+                # By its class first: the top level of a module may hold proxies that fail when they are used.
+                if type(value).__module__ == "conveyor.jobs.app" and getattr(value, "_core", None) is self
+            ]
+            if module is not None
+            else []
+        )
+        if not names:
+            return "conveyor worker MODULE:app"
+        return f"conveyor worker {_importable(self._module)}:{names[0]}"
 
     def close(self) -> None:
         """Close the connections of this process and leave the embedded server; a later use opens them again."""
@@ -69,6 +91,15 @@ class AppCore(QueueRegistry, Hooks):
         """Close the connections of this event loop, then the rest."""
         self.result_subscriber.close()
         await self.client.aclose()
+
+
+def _importable(module: str) -> str:
+    """Return the name under which another process imports *module*, the main program too."""
+    if module != "__main__":
+        return module
+    main = sys.modules[module]
+    spec, file = getattr(main, "__spec__", None), getattr(main, "__file__", None)
+    return str(spec.name) if spec is not None else Path(file).stem if file else "MODULE"
 
 
 def core_of(app: Any) -> AppCore:

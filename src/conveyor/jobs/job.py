@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 _POLL = 0.02
 """Seconds between two checks of the buffer of this program."""
 BUFFERED = "It waits in the buffer of this program until Redis answers."
-START_WORKER = "conveyor worker MODULE:app"
 _CANCELLED = {"expired": "expired before it started", "purged": "was purged"}
 """Texts about a cancelled job, by the reason in its record."""
 _ANSWER_PAUSES = (0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.1, 0.1)
@@ -62,6 +61,8 @@ class JobCore(Protocol):
     def sealing(self) -> PayloadPipeline | None: ...
     @property
     def formats(self) -> FormatRegistry: ...
+    @property
+    def worker_command(self) -> str: ...
 
     def keys(self, queue: str) -> QueueKeys: ...
 
@@ -258,7 +259,7 @@ class Job(Generic[R_co]):
         """Return why the job has not ended, as far as Redis knows; "" when it does not answer."""
         try:
             counts = self._core.client.run(inspection.counts(self._keys()), retry_for=0.0)
-            return _situation(self._status(self._look_up()), str(self.queue), counts)
+            return _situation(self._core, self._status(self._look_up()), str(self.queue), counts)
         except ConveyorError:
             return ""
 
@@ -266,7 +267,7 @@ class Job(Generic[R_co]):
         """Awaitable form of `_situation`."""
         try:
             counts = await self._core.client.arun(inspection.counts(self._keys()), retry_for=0.0)
-            return _situation(self._status(await self._alook_up()), str(self.queue), counts)
+            return _situation(self._core, self._status(await self._alook_up()), str(self.queue), counts)
         except ConveyorError:
             return ""
 
@@ -408,7 +409,7 @@ def _is_known(lookup: JobLookup) -> bool:
     return lookup[0] != "none"
 
 
-def _situation(status: Status, queue: str, counts: inspection.QueueCounts) -> str:
+def _situation(core: JobCore, status: Status, queue: str, counts: inspection.QueueCounts) -> str:
     if status == "leased":
         return "A worker has leased it."
     if status == "scheduled":
@@ -418,7 +419,7 @@ def _situation(status: Status, queue: str, counts: inspection.QueueCounts) -> st
     if counts.paused:
         return f"It is {status!r}, and queue {queue!r} is paused."
     if not counts.workers:
-        return f"It is {status!r}, and no worker takes queue {queue!r}. Start one:  {START_WORKER}"
+        return f"It is {status!r}, and no worker takes queue {queue!r}. Start one:  {core.worker_command}"
     return f"It is {status!r}, among {counts.ready:,} in queue {queue!r}, whose workers are busy."
 
 
