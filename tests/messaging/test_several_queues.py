@@ -174,6 +174,39 @@ class TestWaiting:
             taken(found)
         assert app.pull(NAMES, wait="50ms") == []
 
+    @pytest.mark.standalone_only("one call finds the work of all queues where one server has them")
+    def test_the_cost_of_a_pull(self, app: Conveyor, redis: Redis[bytes]) -> None:
+        """An idle pull of twenty queues costs one script; one message costs three to take, and one to end."""
+        queues = [*NAMES, app.queue("many", partitions=4), app.plain_list("list")]
+        assert app.pull(queues) == []  # which compares the number of partitions
+        before = calls(redis, "evalsha")
+        assert app.pull(queues) == []
+        assert calls(redis, "evalsha") - before == 1
+        app.queue("q11").push(1)
+        before = calls(redis, "evalsha")
+        [message] = app.pull(queues)
+        assert calls(redis, "evalsha") - before == 3
+        message.ack()
+        assert calls(redis, "evalsha") - before == 4
+        for name in ("many", "list"):
+            target: Any = next(queue for queue in queues if getattr(queue, "name", "") == name)
+            target.push(name)
+            [message] = app.pull(queues)
+            assert message.body == name
+            message.ack()
+
+    def test_a_paused_queue_makes_nobody_ask(self, app: Conveyor, redis: Redis[bytes]) -> None:
+        """What lies in a paused queue, ready or overdue, neither ends the wait of a pull nor makes it ask again."""
+        paused = app.queue("q3")
+        paused.push("ready")
+        paused.push("due", delay="50ms")
+        paused.pause()
+        before = calls(redis, "evalsha")
+        assert app.pull(NAMES, wait="400ms") == []
+        assert calls(redis, "evalsha") - before <= 6
+        paused.resume()
+        assert taken(app.pull(NAMES, 5, wait="60s")) == {"q3": 2}
+
     @pytest.mark.parametrize("kind", ["queue", "partitions", "plain list"])
     def test_an_idle_loop_is_woken_for_each_kind(self, app: Conveyor, redis: Redis[bytes], kind: str) -> None:
         """A loop over queues, queues with partitions and plain lists is woken for each of them at once."""
@@ -243,6 +276,16 @@ class TestWaiting:
 
 
 class TestEnds:
+    def test_what_a_dead_consumer_held(self, app: Conveyor) -> None:
+        """A pull of many finds the messages of a consumer that died, though nothing else makes it look at that queue."""
+        lost: Any = Conveyor(app.client._url, lease="300ms").queue("q5")
+        lost.push("lost")
+        lost.pull()
+        queues = [Conveyor.queue(app, name, lease="300ms") for name in NAMES]
+        [message] = app.pull(queues, wait="60s")
+        assert (message.body, message.attempt) == ("lost", 2)
+        message.ack()
+
     @pytest.mark.parametrize("at", ["lease", "wait"])
     @pytest.mark.row("D321")
     def test_an_interrupted_pull(self, app: Conveyor, monkeypatch: pytest.MonkeyPatch, at: str) -> None:

@@ -126,6 +126,9 @@ CALLS: dict[str, tuple[Callable[[QueueKeys], Call[Any]], set[str]]] = {
     "partitions": (partitions.count, {"conf"}),
     "configure": (lambda k: operations.configure(k, "paused", "1"), {"conf"}),
     "list_intake": (lambda k: operations.list_intake(k, 3, "stem"), {"jobs", "ready:0", "intake", "foreign"}),
+    "find_work": (
+        lambda k: operations.find_work([(k, 60_000), (QueueKeys("c", "other"), 60_000)]), {"conf", "due"},
+    ),
     "wake": (lambda k: operations.wake(k.wake), set()),
     "await_result": (lambda k: operations.await_result(k, "r3", "me"), {"jobs", "dead", "waiters", "result:r3", "results:r3"}),
     "forget": (lambda k: operations.forget(k, "r1", "channel-r1"), {"waiters"}),
@@ -146,7 +149,18 @@ CALLS: dict[str, tuple[Callable[[QueueKeys], Call[Any]], set[str]]] = {
 PUSHES = {"push", "push_plain", "list_push", "claim_partitions"}
 
 #: scripts that change nothing
-READS = {"held_ids", "counts", "list_jobs", "get_job", "workers", "audit", "partitions", "unplaced", "unplaced-ready"}
+READS = {
+    "held_ids",
+    "counts",
+    "list_jobs",
+    "get_job",
+    "workers",
+    "audit",
+    "partitions",
+    "unplaced",
+    "unplaced-ready",
+    "find_work",
+}
 
 
 def name_of(key: str, seeded: SeededQueue) -> str:

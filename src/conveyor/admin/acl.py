@@ -68,7 +68,7 @@ _WORKER = Role(
     "runs jobs and consumes messages, and may push and enqueue as a producer",
     (
         operations.TURN, operations.REGISTER, operations.HEARTBEAT, operations.REAP, operations.EXTEND, operations.HELD_IDS,
-        operations.IDLE_TURN, operations.LIST_INTAKE, operations.WAKE, spawn_outbox.TAKE, spawn_outbox.TRIM,
+        operations.IDLE_TURN, operations.FIND_WORK, operations.LIST_INTAKE, operations.WAKE, spawn_outbox.TAKE, spawn_outbox.TRIM,
     ),
     ("blpop", "blmove", "info"),
 ).combined_with(_PRODUCER)  # fmt: skip

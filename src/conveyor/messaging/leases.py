@@ -7,6 +7,7 @@ reply back, so blocking and awaitable consumers share every decision.
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
@@ -206,6 +207,12 @@ class LeaseSession:
         if self.due_at is not None:
             wait = min(wait, self.due_at + 0.001 - now)
         return max(0.001, min(wait, max(self.detector.next_look(now), 0.02)))
+
+    def note_idle(self, due_in: float) -> None:
+        """Note that a turn would find nothing now, and in how many seconds the next message is due (infinity: none is)."""
+        now = self.clock()
+        self.due_at = None if due_in == math.inf else now + due_in
+        self.detector.look(0, (), now)
 
     # -- one round trip -------------------------------------------------------------------------------------------
 

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
+from math import inf
 from typing import Any, NamedTuple, NoReturn
 
 from conveyor.errors import ConfigurationError, QueueFull
@@ -30,7 +31,7 @@ PUSH, TURN, REGISTER, HEARTBEAT, REAP = (
 EXTEND, HELD_IDS, CANCEL, REDRIVE = Script("extend"), Script("held_ids"), Script("cancel"), Script("redrive")
 PROMOTE, PURGE, CONFIGURE, LIST_INTAKE = Script("promote"), Script("purge"), Script("configure"), Script("list_intake")
 AWAIT_RESULT, FORGET, WITHDRAW = Script("await_result"), Script("forget"), Script("withdraw")
-WAKE, IDLE_TURN = Script("wake"), Script("idle_turn")
+WAKE, IDLE_TURN, FIND_WORK = Script("wake"), Script("idle_turn"), Script("find_work")
 REPAIR = Script("repair")
 SADD, SET = Script("SADD"), Script("SET")
 
@@ -501,6 +502,24 @@ def idle_turn(members: Sequence[tuple[QueueKeys, str, int, bool]]) -> Call[IdleR
 def _read_idle_turn(reply: list[int]) -> IdleReply:
     now, *answers = reply
     return IdleReply(now, [one == -2 for one in answers], [one if one >= 0 else None for one in answers])
+
+
+def find_work(members: Sequence[tuple[QueueKeys, int]]) -> Call[list[float | None]]:
+    """
+    Return the call that finds those of many queues at one server in which a turn would find something.
+
+    *members* is (keys, lease in ms) for each queue. It yields for each in how many seconds its first job is due: infinity
+    when none is scheduled, None where a turn would find something.
+    """
+    names: list[str] = []
+    for keys, _ in members:
+        listed = (keys.none, keys.none) if keys.foreign is None else (keys.foreign, keys.intake)
+        names += (keys.workers, keys.conf, keys.none, keys.due, keys.dead, *keys.ready, *listed)
+    return Call(FIND_WORK, names, [str(lease_ms) for _, lease_ms in members], _read_found_work)
+
+
+def _read_found_work(reply: list[int]) -> list[float | None]:
+    return [None if one == -2 else inf if one == -1 else one / 1000 for one in reply]
 
 
 def reap(

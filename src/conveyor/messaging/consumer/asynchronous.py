@@ -20,7 +20,7 @@ from conveyor.messaging.consumer.settling import (
     by_arrival,
     log_not_left,
 )
-from conveyor.messaging.consumer.steps import Program, TurnStep, WaitStep
+from conveyor.messaging.consumer.steps import LookStep, Program, TurnStep, WaitStep
 from conveyor.messaging.leases import LeasedMessage, LeaseSession, settle_all
 from conveyor.messaging.message import Batch, Ending, Message, OnError
 from conveyor.messaging.partitions import Partitions
@@ -186,7 +186,9 @@ class AsyncConsumer(Generic[T]):
         if self._only_session is None and not client.has_one_endpoint:
             for source, settler in zip(sources.all, self.settlers, strict=True):
                 settler.leave_out(partial(self._run_for(source), retry_for=FIRST_TRY))
-        self._programs = sources.programs(self.settlers, lambda at: self.settlers[at].is_away)
+        self._programs = sources.programs(
+            self.settlers, lambda at: self.settlers[at].is_away, looks=client.has_one_endpoint
+        )
         self._waiters: AsyncWakeupWaiters | None = None
         self._renewer: LeaseRenewer | None = None
         self._renewal: asyncio.Task[None] | None = None
@@ -320,6 +322,10 @@ class AsyncConsumer(Generic[T]):
                         self._programs.woken(at)
                 if isinstance(step, WaitStep):
                     await self._wait(step)
+                elif isinstance(step, LookStep):
+                    found = await self.client.arun(self._sources.find_work(step.ats))
+                    for at, due_in in zip(step.ats, found, strict=True):
+                        self._programs.looked(at, due_in)
                 elif patient:
                     await self._turn(step)
                 else:

@@ -23,7 +23,7 @@ from conveyor.messaging.consumer.settling import (
     by_arrival,
     log_not_left,
 )
-from conveyor.messaging.consumer.steps import Program, TurnStep, WaitStep
+from conveyor.messaging.consumer.steps import LookStep, Program, TurnStep, WaitStep
 from conveyor.messaging.leases import LeasedMessage, LeaseSession, settle_all
 from conveyor.messaging.message import Batch, Ending, Message, OnError
 from conveyor.messaging.partitions import Partitions
@@ -168,7 +168,9 @@ class Consumer(Generic[T]):
         if self._only_session is None and not client.has_one_endpoint:
             for source, settler in zip(sources.all, self.settlers, strict=True):
                 settler.leave_out(partial(self._run_for(source), retry_for=FIRST_TRY))
-        self._programs = sources.programs(self.settlers, lambda at: self.settlers[at].is_away)
+        self._programs = sources.programs(
+            self.settlers, lambda at: self.settlers[at].is_away, looks=client.has_one_endpoint
+        )
         self._waiters: WakeupWaiters | None = None
         self._renewer: LeaseRenewer | None = None
         self._movers: list[ListMover] | None = None
@@ -323,6 +325,10 @@ class Consumer(Generic[T]):
                         self._programs.woken(at)
                 if isinstance(step, WaitStep):
                     self._wait(step)
+                elif isinstance(step, LookStep):
+                    found = self.client.run(self._sources.find_work(step.ats))
+                    for at, due_in in zip(step.ats, found, strict=True):
+                        self._programs.looked(at, due_in)
                 elif patient:
                     self._turn(step)
                 else:

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, Generic, TypeVar
 
-from conveyor.messaging.consumer.steps import ConsumerSteps, Program, TurnStep, WaitStep, start
+from conveyor.messaging.consumer.steps import ConsumerSteps, LookStep, Program, TurnStep, WaitStep, start
 from conveyor.messaging.leases import LeasedMessage
 from conveyor.messaging.shares import WeightedTurns
 from conveyor.store.client.outages import PROBE_PAUSE
@@ -113,6 +113,7 @@ class PartitionRoundRobin(Generic[M]):
     The programs of a consumer of several partitions. *first* is the partition it begins at.
 
     *queue_of* numbers the queue of each partition, None: all are of one. *shares* divide the turns among the queues.
+    *looks*: one call tells at which partitions a turn would find something, since one server has all.
     """
 
     def __init__(
@@ -122,6 +123,7 @@ class PartitionRoundRobin(Generic[M]):
         *,
         queue_of: Sequence[int] | None = None,
         shares: QueueShares | None = None,
+        looks: bool = False,
         clock: Callable[[], float] = time.monotonic,
         is_away: Callable[[int], bool] = lambda _: False,
     ) -> None:
@@ -129,7 +131,7 @@ class PartitionRoundRobin(Generic[M]):
         self._cursors = [PartitionCursor(at, queues[at], one, is_away) for at, one in enumerate(steps)]
         self._here = self._cursors[first % len(steps)]
         self._last_at = dict.fromkeys(queues, self._here.at)  # the partition of each queue that was visited last
-        self._shares = shares or QueueShares()
+        self._shares, self._looks = shares or QueueShares(), looks
         self._clock = clock
         self._handed_out, self._arrived = 0, clock()
         self._last_probed = first
@@ -137,6 +139,13 @@ class PartitionRoundRobin(Generic[M]):
     def woken(self, at: int) -> None:
         """Note that a token of partition *at* was taken: it has work."""
         self._cursors[at].quiet, self._cursors[at].has_token = False, True
+
+    def looked(self, at: int, due_in: float | None) -> None:
+        """Note at partition *at* that a turn would find something (None), or nothing for that many seconds."""
+        if due_in is not None:
+            cursor = self._cursors[at]
+            cursor.session.note_idle(due_in)
+            self._note_visit(cursor)
 
     def unspent(self) -> list[int]:
         """Return the partitions whose tokens were taken, and that were not looked at since."""
@@ -201,6 +210,9 @@ class PartitionRoundRobin(Generic[M]):
         pulled: list[M] = []
         taken: dict[int, int] = {}
         sources = [cursor for cursor in self._in_turn() if cursor.may_have_work(now)]
+        if self._looks and len(sources) > 2:  # else the turns cost no more
+            yield LookStep(tuple(cursor.at for cursor in sources))
+            sources = [cursor for cursor in sources if cursor.may_have_work(now)]
         while sources and len(pulled) < count:
             left = shares.split(count - len(pulled), sources)
             fuller: list[PartitionCursor[M]] = []

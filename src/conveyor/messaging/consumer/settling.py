@@ -19,6 +19,7 @@ from conveyor.messaging.message import Ending, Message, OnError, Settler, lost
 from conveyor.messaging.partitions import Partitions
 from conveyor.messaging.settlement import SettlementPolicy
 from conveyor.payload.failures import FailureLog
+from conveyor.store import operations
 from conveyor.store.client.client import Client
 from conveyor.store.script import Call
 from conveyor.store.transport import eviction
@@ -62,14 +63,21 @@ class ConsumerSources(Generic[T]):
         return self.all[0] if len(self.all) == 1 else None
 
     def programs(
-        self, settlers: Sequence[Settler], is_away: Callable[[int], bool]
+        self, settlers: Sequence[Settler], is_away: Callable[[int], bool], *, looks: bool
     ) -> ConsumerSteps[Message[T]] | PartitionRoundRobin[Message[T]]:
         """Return the programs of the only source, or a round over all that begins at a random one."""
         steps = [one.steps(settler) for one, settler in zip(self.all, settlers, strict=True)]
         if len(steps) == 1:
             return steps[0]
         first = randrange(len(steps))  # noqa: S311
-        return PartitionRoundRobin(steps, first, queue_of=self._queue_of, shares=self._shares, is_away=is_away)
+        return PartitionRoundRobin(
+            steps, first, queue_of=self._queue_of, shares=self._shares, looks=looks, is_away=is_away
+        )
+
+    def find_work(self, ats: Sequence[int]) -> Call[list[float | None]]:
+        """Return the call that finds those of the partitions *ats* at which a turn would find something."""
+        sessions = [self.all[at].session for at in ats]
+        return operations.find_work([(one.keys, one.lease_ms) for one in sessions])
 
 
 def by_arrival(messages: list[Message[T]]) -> list[Message[T]]:

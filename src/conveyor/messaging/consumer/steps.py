@@ -45,7 +45,14 @@ class WaitStep:
     full: bool = False
 
 
-Program = Generator[TurnStep | WaitStep, None, V]
+@dataclass(frozen=True, slots=True)
+class LookStep:
+    """Find out, in one call, at which of the partitions `ats` a turn would find something; report to `looked`."""
+
+    ats: tuple[int, ...]
+
+
+Program = Generator[TurnStep | WaitStep | LookStep, None, V]
 
 
 class ConsumerSteps(Generic[M]):
@@ -125,6 +132,9 @@ class ConsumerSteps(Generic[M]):
 
     def woken(self, at: int) -> None:
         """Do nothing: a queue in one piece is looked at anyway after each wait."""
+
+    def looked(self, at: int, due_in: float | None) -> None:
+        """Do nothing: it makes its turn."""
 
     def unspent(self) -> list[int]:
         """Return nothing, for the same reason."""
