@@ -278,10 +278,9 @@ class TestWaiting:
 class TestEnds:
     def test_what_a_dead_consumer_held(self, app: Conveyor) -> None:
         """A pull of many finds the messages of a consumer that died, though nothing else makes it look at that queue."""
-        lost: Any = Conveyor(app.client._url, lease="300ms").queue("q5")
-        lost.push("lost")
-        lost.pull()
-        queues = [Conveyor.queue(app, name, lease="300ms") for name in NAMES]
+        queues = [app.queue(name, lease="300ms") for name in NAMES]
+        queues[5].push("lost")
+        queues[5].pull()
         [message] = app.pull(queues, wait="60s")
         assert (message.body, message.attempt) == ("lost", 2)
         message.ack()
