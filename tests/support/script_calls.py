@@ -127,7 +127,7 @@ CALLS: dict[str, tuple[Callable[[QueueKeys], Call[Any]], set[str]]] = {
     "configure": (lambda k: operations.configure(k, "paused", "1"), {"conf"}),
     "list_intake": (lambda k: operations.list_intake(k, 3, "stem"), {"jobs", "ready:0", "intake", "foreign"}),
     "find_work": (
-        lambda k: operations.find_work([(k, 60_000), (QueueKeys("c", "other"), 60_000)]), {"conf", "due"},
+        lambda k: operations.find_work([(k, 60_000), (k, 60_000)]), {"conf", "due"},
     ),
     "wake": (lambda k: operations.wake(k.wake), set()),
     "await_result": (lambda k: operations.await_result(k, "r3", "me"), {"jobs", "dead", "waiters", "result:r3", "results:r3"}),
