@@ -24,7 +24,7 @@ from conveyor.messaging import retry
 from conveyor.messaging.retry import GiveUp, RetryAfter, after_failure
 from conveyor.payload import failures
 from conveyor.payload.records import AttemptHistory, EnvelopeOptions
-from conveyor.worker.app_loading import find_reference
+from conveyor.worker.app_loading import find_reference, load
 from conveyor.worker.execution import processes as pool
 from conveyor.worker.execution.processes import ProcessCrashed, ProcessPool, ProcessUnavailable
 from conveyor.worker.settlement import SettlementWriter
@@ -369,6 +369,13 @@ def test_the_app_of_a_program_is_found_by_name(monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(sys, "frozen", True, raising=False)
     assert find_reference(process_app.app) is None
+
+
+def test_a_process_imports_only_what_the_app_does_not() -> None:
+    """The module of a task is imported where the app does not have the task, and not where it has."""
+    assert load(APP, {"support.process_app.swap": "no_such_module"}) is process_app.app
+    with pytest.raises(ModuleNotFoundError):
+        load(APP, {"other": "no_such_module"})
 
 
 @pytest.mark.row("A171")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Mapping
 from functools import reduce
 from importlib import import_module
 from types import ModuleType
@@ -13,17 +13,18 @@ from conveyor.jobs.core import core_of
 from conveyor.jobs.include import import_included
 
 
-def load(reference: str, modules: Iterable[str] = ()) -> Any:
+def load(reference: str, modules: Mapping[str, str] | None = None) -> Any:
     """
-    Return the app that ``module:attribute`` names, with all its tasks, those of *modules* too.
+    Return the app that ``module:attribute`` names, with all its tasks; raises what importing its modules raises.
 
-    Raises what importing its modules raises.
+    *modules* names the modules of tasks that the app may not import itself.
     """
     module, _, attribute = reference.partition(":")
     app = reduce(getattr, (attribute or "app").split("."), import_module(module))
     import_included(core_of(app).include)
-    for name in modules:
-        import_module(name)
+    for task, name in (modules or {}).items():
+        if task not in core_of(app).definitions:
+            import_module(name)
     return app
 
 

@@ -179,7 +179,7 @@ class Worker:
         limits, tasks = self._recycle_limits, [one for one in self.app.definitions.values() if one.run_in == "process"]
         return ProcessPool(
             (self._reference or find_reference(self._app)) if tasks else None, os.cpu_count() or 1,
-            modules=sorted({module_of(task) for task in tasks} - {"", "__main__"}),
+            modules={task.name: module_of(task) for task in tasks if module_of(task) not in {"", "__main__"}},
             max_jobs=limits.max_jobs, max_memory=limits.max_memory,
         )  # fmt: skip
 

@@ -27,11 +27,11 @@ class StartRequest(msgspec.Struct, tag="start"):
     """
     To the process, once: what to load, the path of modules, and the limits above which it is replaced.
 
-    `modules` define tasks of the app besides those that it imports itself.
+    `modules` names the modules of tasks that the app may not import itself.
     """
 
     app: str
-    modules: list[str]
+    modules: dict[str, str]
     path: list[str]
     verbose: bool
     max_jobs: int

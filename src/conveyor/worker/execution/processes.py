@@ -11,7 +11,7 @@ import signal
 import socket
 import sys
 from asyncio.subprocess import Process, create_subprocess_exec
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Self
 
 import msgspec
@@ -69,20 +69,20 @@ class ProcessPool:
     idle_seconds = 60.0
 
     def __init__(
-        self, app_reference: str | None, limit: int, *, modules: Iterable[str] = (), max_jobs: int | None = None,
+        self, app_reference: str | None, limit: int, *, modules: Mapping[str, str] | None = None, max_jobs: int | None = None,
         max_memory: int | None = None,
     ) -> None:  # fmt: skip
         """
         Args:
             app_reference: the app as ``module:object``; None when no other process can import it.
             limit: how many processes.
-            modules: define tasks of the app besides those that it imports itself.
+            modules: the modules of tasks that the app may not import itself.
             max_jobs: after how many jobs a process is replaced; None: 1,000.
             max_memory: above how many bytes of memory it is replaced; None: no limit.
         """
         self.limit = limit
         self._recycle_limits = (max_jobs or DEFAULT_MAX_JOBS, max_memory)
-        self._reference, self._modules = app_reference, list(modules)
+        self._reference, self._modules = app_reference, dict(modules or {})
         self._slots = asyncio.Semaphore(limit)
         self._idle: list[tuple[_PoolProcess, asyncio.TimerHandle]] = []
         self._alive: set[_PoolProcess] = set()
