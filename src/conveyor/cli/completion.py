@@ -94,9 +94,11 @@ def completion(ctx: click.Context, shell: str) -> None:
     """
     Print the script that makes a shell complete commands, options, queues and tasks.
 
-    bash and zsh, in the start file: eval "$(conveyor completion bash)".
-    fish: conveyor completion fish > ~/.config/fish/completions/conveyor.fish
-    """
+    \b
+    bash, in ~/.bashrc:  eval "$(conveyor completion bash)"
+    zsh, in ~/.zshrc:    eval "$(conveyor completion zsh)"
+    fish, once:          conveyor completion fish > ~/.config/fish/completions/conveyor.fish
+    """  # noqa: D301  click reads the character: these lines are not wrapped
     click.echo(SHELLS[shell](ctx.find_root().command, {}, "conveyor", VARIABLE).source(), nl=False)
 
 

@@ -174,9 +174,9 @@ def redrive(target: Target, out: Output, name: str, limit: int | None, yes: bool
 @redis_options
 def repair(target: Target, out: Output, name: str) -> None:
     """
-    Put jobs back that have a record and are in no place.
+    Put jobs back that have a record and are neither ready, scheduled, leased nor dead.
 
-    `doctor` tells of such jobs. Workers may keep running meanwhile. A start is counted for each job, since it may have begun.
+    `doctor` reports such jobs. Workers may keep running meanwhile. A start is counted for each job, since it may have begun.
     """
     admin = target.admin()
     admin.queue(name)  # an unknown name is an error

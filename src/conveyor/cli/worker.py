@@ -50,7 +50,7 @@ _WITH_WEIGHT = re.compile(r"(?P<name>.+):(?P<weight>\d+(\.\d+)?)")
 )  # fmt: skip
 @click.option(
     "--max-memory", metavar="SIZE", envvar="CONVEYOR_MAX_MEMORY",
-    help="Replace one that uses more memory than this, such as 500MB.  [default: never]",
+    help="Replace a worker process that uses more memory than this, such as 500MB.  [default: never]",
 )  # fmt: skip
 @click.option("--burst", is_flag=True, help="Exit 0 when everything is drained.")
 @click.option(
