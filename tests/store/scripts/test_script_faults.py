@@ -20,7 +20,10 @@ from support.server_process import find_binary
 
 
 def spoil(seeded: SeededQueue, key: str) -> None:
-    """Put a value of another type where *key* is."""
+    """Put a value of another type where *key* is; where it names a minute, in the next one as well, which may begin now."""
+    place, stats, minute = key.rpartition("stats:")
+    if stats and minute.isdigit():
+        seeded.redis.set(f"{place}{stats}{int(minute) + 1}", "spoiled")
     kind = seeded.redis.type(key)
     seeded.redis.delete(key)
     if kind == b"string" or (kind == b"none" and any(part in key for part in (":lane:", ":unique:", ":result:"))):
