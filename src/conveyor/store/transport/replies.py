@@ -145,7 +145,7 @@ def unavailable(address: str, cause: object) -> StoreUnavailable:
     return StoreUnavailable(
         f"Cannot reach Redis at {address}: {reason}.{_hint(address, reason)}\n"
         "For development leave CONVEYOR_URL unset: an embedded server starts by itself.\n"
-        "Elsewhere: export CONVEYOR_URL=redis://host:6379/0"
+        "In production: export CONVEYOR_URL=redis://host:6379/0"
     )
 
 
