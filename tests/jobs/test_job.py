@@ -293,7 +293,16 @@ async def test_awaitable_twins(app: Conveyor, tasks: Tasks) -> None:
             with pytest.raises(JobNotFound):
                 await ask()
 
-    calls: list[tuple[Any, str]] = [(job.status, "astatus"), (job.result, "aresult"), (job.cancel, "acancel")]
+    assert (await job.ainfo()).arguments == {"amount": 1}
+    with pytest.raises(JobNotFound):
+        await app.job("nobody").ainfo()
+
+    calls: list[tuple[Any, str]] = [
+        (job.status, "astatus"),
+        (job.result, "aresult"),
+        (job.cancel, "acancel"),
+        (job.info, "ainfo"),
+    ]
     for call, twin in calls:
         with pytest.raises(ConfigurationError, match=f"await job.{twin}") as caught:
             call()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import platform
 import re
 import threading
 import time
@@ -14,7 +15,7 @@ import pytest
 import redis as redis_py
 
 from conveyor.admin.admin import Admin
-from conveyor.errors import JobCancelled, JobFailed, ResultExpired
+from conveyor.errors import JobCancelled, JobFailed, JobNotFound, ResultExpired
 from conveyor.jobs.app import Conveyor
 from conveyor.jobs.context import Context, current
 from conveyor.messaging.retry import Retry
@@ -622,3 +623,74 @@ async def test_an_error_lies_before_the_end_of_its_job(app: Conveyor, redis: red
     assert shown.ended is not None
     assert [error.at <= shown.ended for error in shown.errors] == [True]
     await asyncio.to_thread(Admin(app.client).delete, job.id)
+
+
+async def test_the_facts_about_a_job_are_kept_with_its_result(app: Conveyor) -> None:
+    """`info` knows arguments, headers, attempts, worker and start of a job that waits, runs or failed, and while its result is kept."""
+    tries: list[int] = []
+
+    @app.task(retry=Retry(attempts=2, backoff=0, jitter=False))
+    async def pay(user: int, text: str = "") -> str:
+        tries.append(user)
+        if len(tries) == 1:
+            raise ValueError("once")
+        return "paid"
+
+    @app.task(retry=1)
+    async def fail(user: int) -> int:
+        raise ValueError("no")
+
+    @app.task
+    async def silent(user: int) -> None: ...
+
+    job = await pay.options(headers={"trace": "t1"}, priority=3).aenqueue(7, text="ü")
+    waiting = await job.ainfo()
+    assert (waiting.status, waiting.arguments, waiting.headers, waiting.attempts) == (
+        "ready", {"user": 7, "text": "ü"}, {"trace": "t1"}, 0,
+    )  # fmt: skip
+    plain, long = await pay.aenqueue(8), await pay.aenqueue(9, "x" * 3000)
+    dead, gone = await fail.aenqueue(1), await silent.aenqueue(2)
+    await drain(app)
+
+    done = await app.job(job.id).ainfo()
+    assert (done.status, done.task, done.arguments, done.headers, done.attempts) == (
+        "done", pay.name, {"user": 7, "text": "ü"}, {"trace": "t1"}, 2,
+    )  # fmt: skip
+    worker = f"{platform.node()}:{os.getpid()}"
+    assert done.worker == worker
+    assert done.enqueued is not None
+    assert done.started is not None
+    assert done.ended is not None
+    assert done.started <= done.ended
+    assert (await plain.ainfo()).arguments == {"user": 8}
+    assert ((await long.ainfo()).arguments, (await long.ainfo()).attempts) == (None, 1)
+    buried = await dead.ainfo()
+    assert (buried.status, buried.arguments, buried.attempts, buried.worker) == ("dead", {"user": 1}, 1, worker)
+    nothing = await gone.ainfo()
+    assert (nothing.status, nothing.arguments, nothing.task) == ("done", None, None)
+    shown = await asyncio.to_thread(Admin(app.client).job, job.id)
+    assert (shown.payload, shown.worker, shown.attempt, shown.headers) == (
+        '{"user":7,"text":"ü"}', worker, 2, {"trace": "t1"},
+    )  # fmt: skip
+    await asyncio.to_thread(Admin(app.client).delete, dead.id)
+    with pytest.raises(JobNotFound):
+        await dead.ainfo()
+
+
+async def test_kept_arguments_stay_sealed(url: str) -> None:
+    """Arguments of an app with keys are kept as they were sealed: without the keys nobody reads them with the result."""
+    sealing = Conveyor(url, keys={"k": b"k" * 32}, encrypt=True)
+
+    @sealing.task
+    async def login(password: str) -> str:
+        return "in"
+
+    job = await login.aenqueue("secret-one")
+    await drain(sealing)
+    assert (await job.ainfo()).arguments == {"password": "secret-one"}
+    stranger = Conveyor(url)
+    seen = await stranger.job(job.id).ainfo()
+    assert (seen.status, seen.arguments, seen.attempts) == ("done", None, 1)
+    assert "secret-one" not in str(await asyncio.to_thread(Admin(stranger.client).job, job.id))
+    await stranger.aclose()
+    await sealing.aclose()

@@ -390,6 +390,9 @@ class Admin:
             failure, queue = outcome.failure, lookup.keys.queue
             errors = [error_info(self._decoder.failure(failure, queue, lookup.id))] if failure else []
             result = self._decoder.result(outcome, queue, lookup.id) if outcome.status == "done" else None
+            if (run := outcome.run) is not None:
+                base |= {"task": run.task, "attempt": run.attempt, "worker": run.worker, "headers": run.headers}
+                base["payload"] = self._decoder.arguments(run, queue, lookup.id)
             return JobInfo(**base, status=outcome.status, errors=errors, result=result, reason=outcome.reason)
         if lookup.location == "cancelled":
             return JobInfo(**base, status="cancelled")

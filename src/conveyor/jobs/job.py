@@ -16,6 +16,7 @@ from conveyor.store.operations import ExistingId
 from conveyor.units import Duration, milliseconds
 
 if TYPE_CHECKING:
+    from conveyor.jobs.details import JobDetails
     from conveyor.jobs.results import ResultSubscriber, WaitReply
     from conveyor.payload.codec import ValueCodec
     from conveyor.payload.formats import FormatRegistry
@@ -157,6 +158,32 @@ class Job(Generic[R_co]):
         if where == "none" and not record and ids.may_arrive_later(self._bare_id):
             return "waiting"  # its parent is still running, or ended a moment ago
         raise self._not_found()
+
+    def info(self) -> JobDetails:
+        """
+        Return the facts about the job: its arguments, headers, attempts, worker and start.
+
+        They are kept for as long as its result is; of a job without a kept result only that it has ended. Raises JobNotFound.
+        """
+        refuse_in_loop("job.info()", "await job.ainfo()")
+        return self._details(None if self._is_buffered() else self._look_up())
+
+    async def ainfo(self) -> JobDetails:
+        """Awaitable form of `info`."""
+        return self._details(None if self._is_buffered() else await self._alook_up())
+
+    def _details(self, lookup: JobLookup | None) -> JobDetails:
+        from conveyor.jobs.details import JobDetails, ended_details, live_details
+        from conveyor.payload.sealed_records import RecordDecoder
+
+        status = "waiting" if lookup is None else self._status(lookup)
+        if lookup is None or status == "waiting":
+            return JobDetails(self.id, str(self.queue), "waiting", self.task)
+        decoder = RecordDecoder(self._core.sealing, self._core.formats)
+        where, row, record = lookup
+        if row is not None:
+            return live_details(str(self.queue), row, decoder)
+        return ended_details(str(self.queue), self._bare_id, status, record if where == "result" else b"", decoder)
 
     def _is_buffered(self) -> bool:
         buffer = self._core.client.buffer

@@ -56,8 +56,30 @@ class Failure(msgspec.Struct, omit_defaults=True):
     packed: str = ""
 
 
+class RunRecord(msgspec.Struct, omit_defaults=True):
+    """
+    The run whose result is kept: the task, the number of the attempt, `host:pid` of the worker, and its start (ms).
+
+    The arguments are in `body` as raw JSON, or in `packed` as they were sealed or compressed, in base64; in none of them when
+    they are long.
+    """
+
+    task: str = ""
+    attempt: int = 0
+    worker: str = ""
+    started: int = 0
+    headers: dict[str, str] = {}
+    version: int = 1
+    body: msgspec.Raw = msgspec.Raw(b"")
+    packed: str = ""
+
+
 class Outcome(msgspec.Struct, omit_defaults=True):
-    """The end of a job; `value` is the raw JSON of its result, `packed` the result where it is sealed or compressed."""
+    """
+    The end of a job.
+
+    `value` is the raw JSON of its result, `packed` the result where it is sealed or compressed, `run` what led to it.
+    """
 
     status: Status
     value: msgspec.Raw = msgspec.Raw(b"null")
@@ -65,6 +87,7 @@ class Outcome(msgspec.Struct, omit_defaults=True):
     reason: str = ""
     at: int = 0
     packed: str = ""
+    run: RunRecord | None = None
 
 
 class Envelope(msgspec.Struct):

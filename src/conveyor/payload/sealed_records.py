@@ -10,7 +10,8 @@ import msgspec
 from conveyor.errors import PayloadError
 from conveyor.payload.formats import JSON, MARK, FormatRegistry, body_text
 from conveyor.payload.pipeline import MAX_LARGE, PLAIN, PayloadPipeline
-from conveyor.payload.records import Failure, Outcome
+from conveyor.payload.records import Failure, Outcome, RunRecord
+from conveyor.payload.versions import sealed_name
 from conveyor.payload.wrapped import MAGIC, describe
 
 # Bound to queue and id, not to the task: the reader of a result may not know the task, and an id is one job's.
@@ -23,6 +24,11 @@ def pack_result(sealing: PayloadPipeline, value: bytes, queue: str, id: str) -> 
     """Return the member of the outcome's JSON that contains *value*."""
     data = sealing.wrap(value, queue=queue, task=_NO_TASK, id=id, kind=b"result")
     return b'"packed":"%b"' % _text(data) if data[:1] in {MAGIC, MARK} else b'"value":%b' % value
+
+
+def pack_arguments(body: bytes) -> bytes:
+    """Return the member of a RunRecord's JSON that contains *body*, the arguments as they were stored."""
+    return b'"packed":"%b"' % _text(body) if body[:1] in {MAGIC, MARK} else b'"body":%b' % body
 
 
 def open_result(sealing: PayloadPipeline | None, outcome: Outcome, queue: str, id: str, limit: int) -> bytes:  # noqa: A002
@@ -85,6 +91,14 @@ class RecordDecoder(NamedTuple):
             except PayloadError as error:
                 return f"{describe(body)}; {error.code}"
         return body_text(body, self.formats, call=call)
+
+    def arguments(self, run: RunRecord, queue: str, id: str) -> str | None:  # noqa: A002
+        """Return the arguments of a run as people see them; None where they are not kept."""
+        try:
+            body = _bytes(run.packed) if run.packed else bytes(run.body)
+        except PayloadError as error:
+            return str(error)
+        return self.preview(body, queue, sealed_name(run.task, run.version), id, call=True) if body else None
 
     def result(self, outcome: Outcome, queue: str, id: str) -> str:  # noqa: A002
         """Return a result as people see it."""

@@ -16,10 +16,11 @@ from conveyor.payload import failures
 from conveyor.payload.codec import UnreadablePayload
 from conveyor.payload.pipeline import PLAIN
 from conveyor.payload.records import NOT_STARTED, RAN, AttemptHistory, Failure, Outcome, read_failure, to_json
-from conveyor.payload.sealed_records import pack_failure, pack_refusal, pack_result
+from conveyor.payload.sealed_records import pack_arguments, pack_failure, pack_refusal, pack_result
 from conveyor.store.inspection import write_finished
 from conveyor.store.operations import Settlement, TurnReport
 from conveyor.units import milliseconds, span
+from conveyor.worker.attempt import PLAIN as PLAIN_ENVELOPE
 from conveyor.worker.attempt import Attempt, error_line, one_line
 from conveyor.worker.execution.processes import ProcessCrashed, ProcessUnavailable
 from conveyor.worker.logs import log_repeated_error
@@ -32,6 +33,8 @@ RECENT = 32
 """Finished jobs listed per turn, at most. At high rates the list shows a sample."""
 LOGGED_PER_SECOND = 10
 """Successes logged per second, one line each; the rest as one number."""
+ARGUMENTS_KEPT = 2048
+"""Bytes of arguments that are kept with a result, at most: results lie in small hashes, and memory is for jobs to come."""
 CANCELLED_KEPT_MS = 600_000
 """For how long the outcome of a cancelled job is kept, in ms."""
 
@@ -57,6 +60,7 @@ class SettlementWriter:
         """
         self._app = app
         self._worker = worker
+        self._worker_member = b'"worker":%b}' % to_json(worker)
         self._sealing = app.sealing
         self.failure_log = failures.FailureLog(log)
         # One line a job while a person can read them, and a summary of the rest. None: the log does not show INFO.
@@ -112,11 +116,12 @@ class SettlementWriter:
             except PayloadError as error:
                 self.failed(report, attempt, error, now_ms, may_retry=False)
                 return
+            run = self._run_record(attempt, now_ms)
             if handler.task.bare_results:
-                record = b'{"status":"done","value":%b,"at":%d}' % (data, now_ms)
+                record = b'{"status":"done","value":%b,"at":%d,"run":%b}' % (data, now_ms, run)
             else:
                 packed = pack_result(self._sealing or PLAIN, data, attempt.consumer.queue, attempt.id)
-                record = b'{"status":"done",%b,"at":%d}' % (packed, now_ms)
+                record = b'{"status":"done",%b,"at":%d,"run":%b}' % (packed, now_ms, run)
             if envelope.is_plain and not spawned:
                 report.done.append(attempt.id)
                 report.results[attempt.id] = (keep, record)
@@ -149,6 +154,20 @@ class SettlementWriter:
             report.recent.append(write_finished(attempt.id, handler.name, "done", now_ms, round(seconds * 1000)))
         if self._app.has_listener(JobDone):
             self._app.emit(JobDone(attempt.public_id, handler.name, attempt.consumer.queue, attempt.number, seconds))
+
+    def _run_record(self, attempt: Attempt, now_ms: int) -> bytes:
+        """Return the JSON of a RunRecord, written by hand as most of it is known: it is a part of every kept result."""
+        envelope = attempt.envelope
+        body = attempt.body if envelope is PLAIN_ENVELOPE else envelope.body
+        started = now_ms - round((attempt.ended - attempt.started) * 1000)
+        members = [b'{"task":"%b","attempt":%d,"started":%d' % (attempt.handler.name.encode(), attempt.number, started)]
+        if envelope.extra.headers:
+            members.append(b'"headers":%b' % to_json(envelope.extra.headers))
+        if envelope.extra.version != 1:
+            members.append(b'"version":%d' % envelope.extra.version)
+        if len(body) <= ARGUMENTS_KEPT and attempt.id not in attempt.consumer.blobs:
+            members.append(pack_arguments(body))
+        return b",".join([*members, self._worker_member])
 
     def failed(
         self, report: TurnReport, attempt: Attempt, error: BaseException, now_ms: int, *, may_retry: bool = True

@@ -1,0 +1,77 @@
+"""The facts about a job that its handle returns, from what Redis holds of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+import msgspec
+
+from conveyor.ids import made_at_ms, public
+from conveyor.payload.records import RunRecord, Status, read_outcome
+from conveyor.payload.sealed_records import RecordDecoder
+from conveyor.payload.versions import sealed_name
+from conveyor.store.inspection import JobRow
+
+
+@dataclass(frozen=True, slots=True)
+class JobDetails:
+    """
+    The facts about a job: of one that ended well, for as long as its result is kept.
+
+    `arguments`: by name, as JSON values; None where they are not kept: longer than 2 KiB, sealed with a key that this program
+    does not have, or of a job that ended without a kept result. `attempts`: how often it was started. `worker`: `host:pid` of
+    the last one that ended an attempt, the identity of the one that holds it. `started`: the last start, None where that is
+    not kept. `reason`: why it was cancelled.
+    """
+
+    id: str
+    queue: str
+    status: Status
+    task: str | None = None
+    arguments: Any = None
+    headers: dict[str, str] = field(default_factory=dict)
+    attempts: int = 0
+    worker: str | None = None
+    enqueued: datetime | None = None
+    started: datetime | None = None
+    ended: datetime | None = None
+    reason: str = ""
+
+
+def live_details(queue: str, row: JobRow, decoder: RecordDecoder) -> JobDetails:
+    """Return the facts about a job that is in its queue, or a dead letter of it."""
+    envelope, errors = row.envelope, row.state.failures_list()
+    leased, name = row.status == "leased", sealed_name(envelope.task, envelope.extra.version)
+    return JobDetails(
+        public(queue, row.id), queue, row.status, envelope.task,
+        _value(decoder.preview(envelope.body, queue, name, row.id, call=True)),
+        dict(envelope.extra.headers), row.state.starts + leased,
+        row.extra if leased else errors[-1].worker if errors else None, _instant(made_at_ms(row.id)),
+        ended=_instant(int(row.extra)) if row.status == "dead" else None,
+    )  # fmt: skip
+
+
+def ended_details(queue: str, id: str, status: Status, record: bytes, decoder: RecordDecoder) -> JobDetails:  # noqa: A002
+    """Return the facts about a job that has left its queue; *record* is its outcome, b"" where none is kept."""
+    enqueued = _instant(made_at_ms(id))
+    if not record:
+        return JobDetails(public(queue, id), queue, status, enqueued=enqueued)
+    outcome = read_outcome(record)
+    run = outcome.run or RunRecord()
+    return JobDetails(
+        public(queue, id), queue, status, run.task or None, _value(decoder.arguments(run, queue, id)), dict(run.headers),
+        run.attempt, run.worker or None, enqueued, _instant(run.started), _instant(outcome.at), outcome.reason,
+    )  # fmt: skip
+
+
+def _value(text: str | None) -> Any:
+    try:
+        return None if text is None else msgspec.json.decode(text)
+    except (msgspec.MsgspecError, ValueError, RecursionError):
+        return None  # a description of what cannot be read here
+
+
+def _instant(ms: int | None) -> datetime | None:
+    return datetime.fromtimestamp(ms / 1000, UTC) if ms else None
