@@ -18,6 +18,7 @@ from conveyor import ConfigurationError, Conveyor, StoreUnavailable
 from conveyor.messaging.consumer.blocking import BlockingSettler
 from conveyor.messaging.shares import WeightedTurns
 from conveyor.store import operations
+from conveyor.store.transport.connection import Connection
 from conveyor.store.transport.wakeup import WakeupWaiter
 from support.message_fixtures import until
 from support.server_groups import ClusterOfNodes
@@ -366,6 +367,22 @@ class TestEnds:
             until(lambda number=number: len(found) > number)
         thread.join()
         assert found == [0, 1, 2, 3]
+
+    def test_a_wait_that_ends_while_it_connects(
+        self, app: Conveyor, redis: Redis[bytes], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A thread that is told to end while it connects takes no token: it would be a token for nobody."""
+        keys = app.queue("a").keys
+        waiter, usual = WakeupWaiter(app.client.endpoint(keys)), Connection.open
+
+        def open_late(connection: Connection) -> None:
+            usual(connection)
+            waiter.end()
+
+        monkeypatch.setattr(Connection, "open", open_late)
+        app.client.run(operations.wake(keys.wake))
+        assert waiter.wait_any([keys.wake], 60) is None
+        assert redis.exists(keys.wake)
 
     def test_a_token_that_was_not_used_is_put_back(self, app: Conveyor, redis: Redis[bytes]) -> None:
         """A pull that was woken for a queue and got its message from another leaves the token to those who wait."""

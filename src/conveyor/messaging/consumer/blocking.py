@@ -477,7 +477,7 @@ class _EndpointWaiter:
     def close(self) -> None:
         self._closed = True
         self._begin.put(None)
-        self._waiter.close()
+        self._waiter.end()
 
     def _listen(self) -> None:
         while (seconds := self._begin.get()) is not None:
@@ -488,7 +488,11 @@ class _EndpointWaiter:
                 logger.warning("Waiting for messages was refused: %s", error)
                 time.sleep(min(1.0, seconds))
             self._busy = False
-            if at is None or self._closed:
+            if at is None:
+                continue
+            if self._closed:  # nobody listens to it any more
+                with suppress(ConveyorError):
+                    self._consumer.client.run(operations.wake(self._settlers[at].session.keys.wake), retry_for=0)
                 continue
             self._heard.put(at)
             if not self._consumer.is_idle:

@@ -57,7 +57,7 @@ class ListMover:
         """Stop for good. Entries in the intake list stay there for any consumer's next turn."""
         self._has_stopped = True
         self._work.set()
-        self._waiter.close()
+        self._waiter.end()
 
     def _move(self) -> None:
         while True:

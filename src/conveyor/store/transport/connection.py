@@ -145,6 +145,10 @@ class Connection:
         """Send one command and return the raw reply; *block* is how many seconds the server may delay it."""
         return self._receive(self._send((command,)), block)
 
+    def open(self) -> None:
+        """Open the socket, if it is not: from then on `close` ends a call that another thread makes."""
+        self._open()
+
     def _send(self, commands: Sequence[tuple[Argument, ...]]) -> int:
         """Send *commands* in one write; return the number of the first."""
         connection = self._open()

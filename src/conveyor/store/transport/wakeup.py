@@ -25,6 +25,7 @@ class WakeupWaiter:
     def __init__(self, endpoint: Endpoint) -> None:
         self._connection = Connection(endpoint)
         self._failures = 0
+        self._has_ended = False
 
     def wait(self, key: str, seconds: float) -> bool:
         """Wait for a token in *key* and take it; False when none came, or the connection broke (after a pause)."""
@@ -42,10 +43,19 @@ class WakeupWaiter:
         """Close the connection; a waiting call returns."""
         self._connection.close()
 
+    def end(self) -> None:
+        """Close for good: a call that was about to wait does not."""
+        self._has_ended = True
+        self._connection.close()
+
     def _block(self, command: tuple[str, ...], seconds: float) -> Any:
         from redis import RedisError, ResponseError
 
         try:
+            self._connection.open()
+            if self._has_ended:  # while it connected: it would wait for nobody, and take a token
+                self._connection.close()
+                return None
             reply = self._connection.execute(*command, block=max(seconds, 0.001))
         except (RedisError, OSError, ValueError, AttributeError) as error:
             # The last two come from a read whose connection another thread has closed.
